@@ -1,0 +1,339 @@
+//! The database: one small surface, two implementations.
+//!
+//! Everything Oncely promises rests on [`Tx`]: the inbox record, the guest's writes, its state and its outputs
+//! go into one transaction, and [`Tx::commit`] says `Ok` only for a commit it has verified. No future of this
+//! surface may be dropped before it is done: callers run deliveries in tasks of their own that are never aborted.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use jiff::Timestamp;
+
+use crate::message::Headers;
+use crate::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
+use crate::verdict::{Letter, Settled};
+
+mod postgres;
+mod sqlite;
+
+pub use postgres::PostgresStore;
+pub use sqlite::SqliteStore;
+
+/// Why the store could not do as asked. None of these is the guest's doing but `Refused`.
+#[derive(Debug)]
+pub enum StoreError {
+    /// Another transaction stood in the way (serialization failure, deadlock, busy, a state key that moved).
+    /// Nothing took effect; run it again at once.
+    Conflict(anyhow::Error),
+    /// The database is out of reach, or answered with an error of its own. A commit that ended like this may
+    /// or may not have happened: claiming the same event ids again tells. Wait and run it again.
+    Unavailable(anyhow::Error),
+    /// The commit failed for what guests wrote (a deferred constraint), or a guest left the transaction.
+    /// Nothing more takes effect.
+    Refused(anyhow::Error),
+}
+
+impl std::fmt::Display for StoreError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            StoreError::Conflict(_) => f.write_str("another transaction stood in the way"),
+            StoreError::Unavailable(_) => f.write_str("the database is unavailable"),
+            StoreError::Refused(_) => f.write_str("the database refused the transaction"),
+        }
+    }
+}
+
+impl std::error::Error for StoreError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        let (StoreError::Conflict(cause) | StoreError::Unavailable(cause) | StoreError::Refused(cause)) = self;
+        Some(cause.as_ref())
+    }
+}
+
+pub type Result<T> = std::result::Result<T, StoreError>;
+
+/// One event id to claim.
+#[derive(Debug, Clone)]
+pub struct Claim {
+    pub event_id: String,
+    pub payload_sha256: [u8; 32],
+    /// Stream and sequence, for people and for `audit`.
+    pub origin: Option<(String, u64)>,
+}
+
+/// What claiming an event id found.
+#[derive(Debug)]
+pub enum Claimed {
+    /// Ours, if this transaction commits. `attempts` failed before.
+    Fresh { attempts: u32 },
+    /// A committed delivery or dead letter holds it, for the same payload.
+    Settled(Settled),
+    /// It is held for another payload.
+    OtherPayload,
+}
+
+/// A value of keyed state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StateEntry {
+    pub value: Vec<u8>,
+    pub version: u64,
+}
+
+/// One change of keyed state, applied only where the key still has the version that was read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StateWrite {
+    pub key: String,
+    /// The version read in this transaction; none when the key was not there.
+    pub expected: Option<u64>,
+    /// The new entry; none to delete the key.
+    pub entry: Option<StateEntry>,
+}
+
+/// A message a delivery emitted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Output {
+    /// Travels as `Nats-Msg-Id`.
+    pub id: String,
+    /// The event that caused it.
+    pub event_id: String,
+    /// 0 for the first output of its delivery.
+    pub ordinal: u32,
+    pub subject: String,
+    pub headers: Headers,
+    pub body: Bytes,
+    pub ordering_key: Option<String>,
+    /// Zero to publish at once.
+    pub delay: Duration,
+}
+
+/// A committed output that is to be published, leased to this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OutboxRow {
+    pub seq: i64,
+    pub id: String,
+    pub worker: String,
+    pub subject: String,
+    pub headers: Headers,
+    pub body: Bytes,
+    /// The first time it may have been sent to the broker: the commit, for a row handed over from memory. Beyond the broker's
+    /// dedupe window a row must be looked up before it is published again.
+    pub first_attempt_at: Timestamp,
+    /// How often publishing failed so far.
+    pub failures: u32,
+}
+
+/// Where an output now stands on its stream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Published {
+    pub seq: i64,
+    pub stream: String,
+    pub stream_sequence: u64,
+}
+
+/// One failed attempt, to be counted outside the transaction it failed in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FailedAttempt {
+    pub event_id: String,
+    pub version: u32,
+    pub code: Option<String>,
+    pub error: String,
+    /// What the handler logged, one line each.
+    pub logs: String,
+}
+
+/// A counted failed attempt, as people read it.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct AttemptRecord {
+    pub attempt: u32,
+    pub at: Timestamp,
+    pub version: u32,
+    pub code: Option<String>,
+    pub error: String,
+    pub logs: String,
+}
+
+/// One dead letter in a list.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct LetterSummary {
+    pub id: i64,
+    pub worker: String,
+    pub event_id: String,
+    pub reason: String,
+    pub code: Option<String>,
+    pub detail: String,
+    pub subject: String,
+    pub attempts: u32,
+    pub version: u32,
+    pub died_at: Timestamp,
+}
+
+/// One dead letter, whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LetterRecord {
+    pub summary: LetterSummary,
+    pub headers: Headers,
+    pub body: Bytes,
+    pub origin: Option<(String, u64)>,
+    /// Every failed attempt of its event id at its worker, first to last.
+    pub attempts: Vec<AttemptRecord>,
+}
+
+/// Which dead letters to list, newest first.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct LetterFilter {
+    pub worker: Option<String>,
+    pub reason: Option<String>,
+    pub limit: u32,
+}
+
+/// One immutable version of a worker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeploymentRecord {
+    pub worker: String,
+    /// 1 for the first; one more with each deployment of this worker.
+    pub version: u32,
+    /// SHA-256 of the component, lower-case hex.
+    pub digest: String,
+    /// The worker's manifest with all defaults filled in, as JSON.
+    pub manifest: String,
+    pub created_at: Timestamp,
+}
+
+/// A migration of a worker's own tables.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct WorkerMigration {
+    /// The file's name; migrations run in the order of their names.
+    pub name: String,
+    pub sql: String,
+}
+
+/// Counts and ages of one worker.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct WorkerTotals {
+    pub worker: String,
+    /// Events whose effects are committed.
+    pub done: u64,
+    /// Dead letters.
+    pub dead: u64,
+    /// Outputs committed.
+    pub outputs: u64,
+    /// Outputs committed and not yet published.
+    pub unpublished: u64,
+    /// Age of the oldest of those that are due, in milliseconds.
+    pub oldest_unpublished_ms: Option<u64>,
+}
+
+/// The database as the loops and the control API use it.
+#[async_trait]
+pub trait Store: Send + Sync + 'static {
+    fn dialect(&self) -> Dialect;
+
+    /// Answers once the database does.
+    async fn ping(&self) -> Result<()>;
+
+    /// Begins the one transaction of a batch of `worker`. The database itself ends statements that run longer
+    /// than `time`.
+    async fn begin(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>>;
+
+    /// Counts failed attempts, in a transaction of its own, and returns for each how many there are now.
+    async fn count_attempts(&self, worker: &str, failed: &[FailedAttempt]) -> Result<Vec<u32>>;
+
+    /// Buries messages: inbox record (`dead`), dead letter and the message `notices[i]` to the DLQ stream in one
+    /// transaction. A letter whose event is settled already, or that is there already, adds nothing. Returns the
+    /// proof for each, and the notices that are to be published now.
+    async fn bury(&self, letters: &[(Letter, Output)]) -> Result<(Vec<Settled>, Vec<OutboxRow>)>;
+
+    /// Leases at most `limit` outputs that are due, unpublished and leased to nobody, oldest first. The lease is
+    /// in the database's own time. A row that was leased before keeps its `first_attempt_at`.
+    async fn lease_outputs(&self, limit: u32, lease: Duration) -> Result<Vec<OutboxRow>>;
+
+    /// Records that exactly these outputs are on their streams.
+    async fn mark_published(&self, published: &[Published]) -> Result<()>;
+
+    /// Gives up the lease of outputs that could not be published; they are due again after `delay`.
+    async fn defer_outputs(&self, seqs: &[i64], delay: Duration, error: &str) -> Result<()>;
+
+    /// Keeps a component under its SHA-256 (lower-case hex); keeping it again changes nothing.
+    async fn put_component(&self, digest: &str, wasm: &[u8]) -> Result<()>;
+
+    /// A component; none when it was never kept.
+    async fn component(&self, digest: &str) -> Result<Option<Vec<u8>>>;
+
+    /// Makes the next deployment of a worker and activates it: its migrations that have not run yet, the
+    /// deployment and its activation in one transaction. A migration that changed since it ran is refused.
+    async fn deploy(
+        &self,
+        worker: &str,
+        digest: &str,
+        manifest: &str,
+        migrations: &[WorkerMigration],
+    ) -> Result<DeploymentRecord>;
+
+    /// Activates an earlier deployment; none when there is no such version.
+    async fn activate(&self, worker: &str, version: u32) -> Result<Option<DeploymentRecord>>;
+
+    /// The active deployment of every worker, by name.
+    async fn active_deployments(&self) -> Result<Vec<DeploymentRecord>>;
+
+    /// All deployments of a worker, newest first.
+    async fn deployments(&self, worker: &str) -> Result<Vec<DeploymentRecord>>;
+
+    /// Dead letters, newest first.
+    async fn letters(&self, filter: &LetterFilter) -> Result<Vec<LetterSummary>>;
+
+    /// One dead letter, whole.
+    async fn letter(&self, id: i64) -> Result<Option<LetterRecord>>;
+
+    /// Counts and ages, by worker; workers that were deployed or have rows.
+    async fn totals(&self) -> Result<Vec<WorkerTotals>>;
+
+    /// Deletes published outputs older than `outputs` and settled inbox records (with their attempts) older than
+    /// `inbox`, at most `limit` of each. Dead letters and their inbox records stay. Returns how many rows left.
+    async fn prune(&self, outputs: Duration, inbox: Duration, limit: u32) -> Result<u64>;
+
+    /// Closes all connections once their work is done.
+    async fn close(&self);
+}
+
+/// The transaction of one batch. Dropping it without `commit` rolls it back and gives the connection up.
+#[async_trait]
+pub trait Tx: Send {
+    /// Claims event ids in the inbox: all with one statement, sorted, so that batches that overlap wait for each
+    /// other and cannot deadlock. Blocks while another transaction holds one of them uncommitted. `claims` holds
+    /// each event id once; the answers are in its order.
+    async fn claim(&mut self, claims: &[Claim]) -> Result<Vec<Claimed>>;
+
+    /// Gives claimed event ids back, for members of the batch that failed and did no SQL.
+    async fn unclaim(&mut self, event_ids: &[String]) -> Result<()>;
+
+    /// The entries of those `keys` that are there.
+    async fn load_state(&mut self, keys: &[String]) -> Result<Vec<(String, StateEntry)>>;
+
+    /// Applies all changes, each key once, or fails with [`StoreError::Conflict`] when a key moved.
+    async fn save_state(&mut self, writes: &[StateWrite]) -> Result<()>;
+
+    /// Runs a guest's statement and returns its rows. The outer error is the house's, the inner one the guest's to
+    /// see; after an inner error that came from the database the transaction can only be rolled back.
+    async fn query(
+        &mut self,
+        statement: &str,
+        params: &[Value],
+        limits: SqlLimits,
+    ) -> Result<std::result::Result<Rows, SqlError>>;
+
+    /// Like [`Tx::query`], for the number of rows changed.
+    async fn execute(&mut self, statement: &str, params: &[Value]) -> Result<std::result::Result<u64, SqlError>>;
+
+    /// Appends outputs with one statement, leased to this host for `lease` so that no sweep takes what is about to
+    /// be handed to the relay from memory. Returns those that are due at once, in order; delayed ones are left to
+    /// the sweep.
+    async fn append_outputs(&mut self, outputs: &[Output], lease: Duration) -> Result<Vec<OutboxRow>>;
+
+    /// Commits, and says so only when the database confirmed that this very transaction did: `Refused` when a
+    /// guest's statement left it aborted, ended it, or breaks a deferred constraint. Never sent twice.
+    async fn commit(self: Box<Self>) -> Result<Settled>;
+
+    /// Rolls back. An error here changes nothing: the connection is closed.
+    async fn rollback(self: Box<Self>);
+}

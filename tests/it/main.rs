@@ -1,0 +1,1 @@
+//! All tests that need real servers, one module for each subject.

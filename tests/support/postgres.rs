@@ -1,0 +1,1 @@
+//! A PostgreSQL cluster of the test process's own.
