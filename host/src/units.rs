@@ -1,0 +1,94 @@
+//! Lengths of time and sizes as people write them: `30s`, `1h30m`, `7d`; `64MiB`, `500kB`.
+
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use jiff::{SignedDuration, Span, SpanRelativeTo};
+
+/// Reads a length of time; a day has 24 hours. The error is a sentence without an end.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("`{text}` is not a length of time");
+    let span: Span = text.trim().parse().map_err(|_| wrong())?;
+    let signed = span.to_duration(SpanRelativeTo::days_are_24_hours()).map_err(|_| wrong())?;
+    Duration::try_from(signed).map_err(|_| format!("`{text}` is negative"))
+}
+
+/// A length of time, such as `1h 30m`; [`parse_duration`] reads it again without loss.
+pub fn show_duration(duration: Duration) -> String {
+    SignedDuration::try_from(duration)
+        .map_or_else(|_| format!("{}s", duration.as_secs()), |signed| format!("{signed:#}"))
+}
+
+/// Reads a size in bytes. `KiB`, `MiB` and `GiB` count in 1024s, `kB`, `MB` and `GB` in 1000s.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let size: ByteSize = text.trim().parse().map_err(|_| format!("`{text}` is not a size"))?;
+    Ok(size.as_u64())
+}
+
+/// A size for people, such as `64 MiB`; exact where a short form is, in bytes where it is not.
+pub fn show_size(bytes: u64) -> String {
+    for (unit, name) in [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")] {
+        if bytes >= unit && bytes.is_multiple_of(unit) {
+            return format!("{} {name}", bytes / unit);
+        }
+    }
+    format!("{bytes} B")
+}
+
+/// Lengths of time in JSON, as text: for `#[serde(with = "units::duration")]`.
+pub mod duration {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&super::show_duration(*duration))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        super::parse_duration(&text).map_err(serde::de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_read_as_people_write_them() {
+        for (text, ms) in [
+            ("10ms", 10),
+            ("1s", 1000),
+            ("1.5s", 1500),
+            ("5m", 300_000),
+            ("1h30m", 5_400_000),
+            ("1 hour", 3_600_000),
+            ("7d", 604_800_000),
+            ("2w", 1_209_600_000),
+        ] {
+            assert_eq!(parse_duration(text), Ok(Duration::from_millis(ms)), "{text}");
+        }
+        for text in ["", "5", "soon", "-1s", "1 month", "1s ago"] {
+            assert!(parse_duration(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_shown_duration_reads_back_without_loss() {
+        for ns in [0, 1, 999_999, 1_000_000, 1_500_000_000, 604_800_000_000_000, u64::MAX] {
+            let duration = Duration::from_nanos(ns);
+            assert_eq!(parse_duration(&show_duration(duration)), Ok(duration));
+        }
+    }
+
+    #[test]
+    fn sizes_are_read_and_shown() {
+        assert_eq!(parse_size("64MiB"), Ok(64 << 20));
+        assert_eq!(parse_size("1 kB"), Ok(1000));
+        assert_eq!(parse_size("512"), Ok(512));
+        assert!(parse_size("big").is_err());
+        assert_eq!(show_size(64 << 20), "64 MiB");
+        assert_eq!(show_size(1000), "1000 B");
+    }
+}
