@@ -17,6 +17,7 @@ use crate::verdict::{Letter, Settled};
 mod postgres;
 mod sqlite;
 
+pub use crate::manifest::WorkerMigration;
 pub use postgres::PostgresStore;
 pub use sqlite::SqliteStore;
 
@@ -198,14 +199,6 @@ pub struct DeploymentRecord {
     /// The worker's manifest with all defaults filled in, as JSON.
     pub manifest: String,
     pub created_at: Timestamp,
-}
-
-/// A migration of a worker's own tables.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct WorkerMigration {
-    /// The file's name; migrations run in the order of their names.
-    pub name: String,
-    pub sql: String,
 }
 
 /// Counts and ages of one worker.
