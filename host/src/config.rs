@@ -1,0 +1,271 @@
+//! What a host needs to run, resolved before anything starts: flag, else variable, else file, else default.
+//! `docs/configuration.md` lists every knob.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+
+use crate::units;
+
+mod nats;
+mod sources;
+mod token;
+
+pub use nats::{Login, Nats};
+pub use token::{keep_token, read_token};
+
+use sources::{Given, Sources};
+
+/// The file that is read when there is one and `--config` names no other.
+pub const FILE_NAME: &str = "oncely-host.toml";
+
+/// Where the control API listens unless told otherwise.
+pub const LISTEN: &str = "127.0.0.1:7420";
+
+/// Every knob, by its key in the file. Its flag is `--key` with hyphens, its variable `ONCELY_KEY`.
+pub(crate) const KNOBS: [&str; 11] = [
+    "database",
+    "pool_size",
+    "nats",
+    "nats_context",
+    "nats_creds",
+    "listen",
+    "token",
+    "data_dir",
+    "log",
+    "log_level",
+    "drain",
+];
+
+/// The knobs as flags. They are texts here: [`HostConfig::resolve`] reads them, whichever source they came from.
+#[derive(Debug, Clone, Default, Args)]
+pub struct HostFlags {
+    /// Read further settings from this file [default: oncely-host.toml if there is one] [env: ONCELY_CONFIG]
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// postgres://… or the path of a SQLite file [default: oncely.db in the data folder] [env: ONCELY_DATABASE]
+    #[arg(long, value_name = "URL")]
+    pub database: Option<String>,
+    /// The most database connections [default: 16] [env: ONCELY_POOL_SIZE]
+    #[arg(long, value_name = "COUNT")]
+    pub pool_size: Option<String>,
+    /// NATS servers, separated by commas [default: nats://127.0.0.1:4222] [env: ONCELY_NATS]
+    #[arg(long, value_name = "URL")]
+    pub nats: Option<String>,
+    /// A context of the nats tool that says where and as whom to connect [env: ONCELY_NATS_CONTEXT]
+    #[arg(long, value_name = "NAME")]
+    pub nats_context: Option<String>,
+    /// A NATS credentials file [env: ONCELY_NATS_CREDS]
+    #[arg(long, value_name = "FILE")]
+    pub nats_creds: Option<String>,
+    /// Where the control API listens [default: 127.0.0.1:7420] [env: ONCELY_LISTEN]
+    #[arg(long, value_name = "ADDRESS")]
+    pub listen: Option<String>,
+    /// The token callers of the control API show [default: one made and kept in the data folder] [env: ONCELY_TOKEN]
+    #[arg(long, value_name = "TOKEN")]
+    pub token: Option<String>,
+    /// The folder for everything the host keeps on this machine [default: .oncely] [env: ONCELY_DATA_DIR]
+    #[arg(long, value_name = "FOLDER")]
+    pub data_dir: Option<String>,
+    /// The form of log lines: text or json [default: text] [env: ONCELY_LOG]
+    #[arg(long, value_name = "FORMAT")]
+    pub log: Option<String>,
+    /// Which log lines: a level, or directives such as oncely=debug,info [default: info] [env: ONCELY_LOG_LEVEL]
+    #[arg(long, value_name = "LEVEL")]
+    pub log_level: Option<String>,
+    /// How long a host that was asked to stop finishes its work [default: 30s] [env: ONCELY_DRAIN]
+    #[arg(long, value_name = "TIME")]
+    pub drain: Option<String>,
+}
+
+/// Everything a host needs to know, checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostConfig {
+    pub database: Database,
+    /// The most connections to the database.
+    pub pool_size: u32,
+    pub nats: Nats,
+    /// Where the control API listens.
+    pub listen: SocketAddr,
+    /// The control API's token, if one was given; else see [`HostConfig::keep_token`].
+    pub token: Option<Secret>,
+    /// Holds the token, compiled components, and the SQLite file unless `database` says otherwise.
+    pub data_dir: PathBuf,
+    pub log: LogFormat,
+    /// Directives for `tracing_subscriber::EnvFilter`.
+    pub log_level: String,
+    /// How long a host that was asked to stop finishes its work.
+    pub drain: Duration,
+}
+
+/// Which database, and where.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Database {
+    /// The path of the file.
+    Sqlite(PathBuf),
+    /// A `postgres://` URL, password included; it is never shown whole.
+    Postgres(String),
+}
+
+/// The form of log lines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+/// A text that is never shown.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl HostConfig {
+    /// Resolves the configuration from flags, the environment and the file.
+    pub fn load(flags: &HostFlags) -> anyhow::Result<HostConfig> {
+        Self::resolve(flags, &|name| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned()))
+    }
+
+    /// Like [`HostConfig::load`], with the environment as an argument. An empty variable counts as unset.
+    pub fn resolve(flags: &HostFlags, env: &dyn Fn(&str) -> Option<String>) -> anyhow::Result<HostConfig> {
+        let sources = Sources::open(flags, env)?;
+        let data_dir = sources.get("data_dir").map_or_else(|| PathBuf::from(".oncely"), |given| given.path());
+        let default_database = || Ok(Database::Sqlite(data_dir.join("oncely.db")));
+        let token = sources.get("token").map(|given| token::check(&given)).transpose()?;
+        Ok(HostConfig {
+            database: sources.get("database").map_or_else(default_database, |given| database(&given))?,
+            pool_size: sources.get("pool_size").map_or(Ok(16), |given| pool_size(&given))?,
+            nats: nats::resolve(&sources, env)?,
+            listen: listen(&sources, token.is_some())?,
+            token,
+            log: sources.get("log").map_or(Ok(LogFormat::Text), |given| log(&given))?,
+            log_level: sources.get("log_level").map_or_else(|| Ok("info".to_owned()), |given| log_level(&given))?,
+            drain: sources.get("drain").map_or(Ok(Duration::from_secs(30)), |given| drain(&given))?,
+            data_dir,
+        })
+    }
+
+    /// The token that was given, else the one kept in the data folder, which is made if it is not there yet.
+    pub fn keep_token(&self) -> anyhow::Result<Secret> {
+        match &self.token {
+            Some(token) => Ok(token.clone()),
+            None => keep_token(&self.data_dir),
+        }
+    }
+}
+
+fn database(given: &Given) -> anyhow::Result<Database> {
+    let wrong = |what: &str| Err(given.refuse(what, "postgres://user:password@host/name, or a path such as oncely.db"));
+    let value = given.value.as_str();
+    if value.starts_with("postgres://") || value.starts_with("postgresql://") {
+        return Ok(Database::Postgres(value.to_owned()));
+    }
+    let path = match value.split_once(':') {
+        Some(("sqlite", path)) => path.strip_prefix("//").unwrap_or(path),
+        // The rest of the value may hold a password, so it is not repeated.
+        Some((scheme, rest)) if rest.starts_with("//") => {
+            return wrong(&format!("`{scheme}://` is no database Oncely knows"));
+        }
+        _ => value,
+    };
+    if path.is_empty() || path.contains(":memory:") {
+        return wrong("it must name a file: a database in memory would forget what was handled");
+    }
+    if value.starts_with("sqlite:") && path.contains('?') {
+        return wrong("options behind `?` are not supported for SQLite");
+    }
+    Ok(Database::Sqlite(given.relative(path)))
+}
+
+fn pool_size(given: &Given) -> anyhow::Result<u32> {
+    match given.value.parse() {
+        Ok(count @ 2..=1000) => Ok(count),
+        _ => Err(given.refuse_value("is not a whole number between 2 and 1000", "16")),
+    }
+}
+
+fn listen(sources: &Sources<'_>, has_token: bool) -> anyhow::Result<SocketAddr> {
+    let default = Given::default_of("listen", LISTEN);
+    let given = sources.get("listen").unwrap_or(default);
+    let address: SocketAddr = given
+        .value
+        .replacen("localhost:", "127.0.0.1:", 1)
+        .parse()
+        .map_err(|_| given.refuse_value("is not an address with a port", LISTEN))?;
+    if !address.ip().is_loopback() && !has_token {
+        let what = format!("`{address}` can be reached from other machines, and no token is set");
+        return Err(given
+            .refuse_with_hint(what, format!("set one: ONCELY_TOKEN=$(openssl rand -hex 32), or listen on {LISTEN}")));
+    }
+    Ok(address)
+}
+
+fn log(given: &Given) -> anyhow::Result<LogFormat> {
+    match given.value.as_str() {
+        "text" => Ok(LogFormat::Text),
+        "json" => Ok(LogFormat::Json),
+        _ => Err(given.refuse_value("is neither `text` nor `json`", "json")),
+    }
+}
+
+fn log_level(given: &Given) -> anyhow::Result<String> {
+    match tracing_subscriber::EnvFilter::try_new(&given.value) {
+        Ok(_) => Ok(given.value.clone()),
+        Err(_) => Err(given.refuse_value("is neither a level nor directives", "oncely=debug,info")),
+    }
+}
+
+fn drain(given: &Given) -> anyhow::Result<Duration> {
+    let most = Duration::from_secs(60 * 60);
+    match units::parse_duration(&given.value) {
+        Ok(drain) if drain <= most => Ok(drain),
+        _ => Err(given.refuse_value("is not a length of time up to 1h", "30s")),
+    }
+}
+
+impl Database {
+    /// For people: without the password.
+    pub fn shown(&self) -> String {
+        match self {
+            Database::Sqlite(path) => format!("sqlite:{}", path.display()),
+            Database::Postgres(url) => without_password(url),
+        }
+    }
+}
+
+/// A URL without its password and its parameters, which may hold one too.
+fn without_password(url: &str) -> String {
+    let url = url.split('?').next().unwrap_or_default();
+    let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
+    match rest.rsplit_once('@') {
+        Some((user, place)) => format!("{scheme}://{}@{place}", user.split(':').next().unwrap_or_default()),
+        None => url.to_owned(),
+    }
+}
+
+impl fmt::Debug for Database {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.shown())
+    }
+}
+
+impl Secret {
+    pub fn new(text: impl Into<String>) -> Secret {
+        Secret(text.into())
+    }
+
+    /// The text itself, for whoever has to send or compare it.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(secret)")
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,140 @@
+//! Where a knob's value comes from: a flag, else a variable, else the file; and how a bad one is refused.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, anyhow};
+
+use crate::config::{FILE_NAME, HostFlags, KNOBS};
+use crate::hint::WithHint;
+use crate::toml_text::Text;
+
+/// All sources, in the order they are asked.
+pub(super) struct Sources<'a> {
+    flags: [(&'static str, &'a Option<String>); KNOBS.len()],
+    env: &'a dyn Fn(&str) -> Option<String>,
+    file: BTreeMap<&'static str, Given>,
+}
+
+/// A value that was given for a knob.
+#[derive(Debug, Clone)]
+pub(super) struct Given {
+    pub knob: &'static str,
+    pub value: String,
+    /// For people: a flag, a variable or `file:line`.
+    from: String,
+    /// What relative paths are relative to: the file's folder, or where the host was started.
+    folder: PathBuf,
+}
+
+impl<'a> Sources<'a> {
+    /// Reads the file, if there is one.
+    pub fn open(flags: &'a HostFlags, env: &'a dyn Fn(&str) -> Option<String>) -> anyhow::Result<Self> {
+        let named = flags.config.clone().map(|path| (path, "--config".to_owned()));
+        let named = named.or_else(|| variable(env, "config").map(|(path, from)| (path.into(), from)));
+        let file = match named {
+            Some((path, from)) if !path.is_file() => {
+                return Err(anyhow!("there is no configuration file {} (from {from})", path.display())
+                    .hint(format!("make the file, or leave {from} out")));
+            }
+            Some((path, _)) => read_file(&path)?,
+            None if Path::new(FILE_NAME).is_file() => read_file(Path::new(FILE_NAME))?,
+            None => BTreeMap::new(),
+        };
+        Ok(Sources { flags: by_knob(flags), env, file })
+    }
+
+    /// What was given for a knob.
+    pub fn get(&self, knob: &'static str) -> Option<Given> {
+        let flag = self.flags.iter().find(|(name, _)| *name == knob).and_then(|(_, value)| (*value).clone());
+        let given = |(value, from)| Given { knob, value, from, folder: PathBuf::new() };
+        flag.map(|value| (value, format!("--{}", knob.replace('_', "-"))))
+            .or_else(|| variable(self.env, knob))
+            .map(given)
+            .or_else(|| self.file.get(knob).cloned())
+    }
+}
+
+fn by_knob(flags: &HostFlags) -> [(&'static str, &Option<String>); KNOBS.len()] {
+    [
+        ("database", &flags.database),
+        ("pool_size", &flags.pool_size),
+        ("nats", &flags.nats),
+        ("nats_context", &flags.nats_context),
+        ("nats_creds", &flags.nats_creds),
+        ("listen", &flags.listen),
+        ("token", &flags.token),
+        ("data_dir", &flags.data_dir),
+        ("log", &flags.log),
+        ("log_level", &flags.log_level),
+        ("drain", &flags.drain),
+    ]
+}
+
+/// The value of a knob's variable, unless it is empty, and the variable's name.
+fn variable(env: &dyn Fn(&str) -> Option<String>, knob: &str) -> Option<(String, String)> {
+    let name = format!("ONCELY_{}", knob.to_ascii_uppercase());
+    env(&name).filter(|value| !value.is_empty()).map(|value| (value, name))
+}
+
+fn read_file(path: &Path) -> anyhow::Result<BTreeMap<&'static str, Given>> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("read the configuration {}", path.display()))?;
+    let name = path.to_string_lossy();
+    let text = Text { name: &name, text: &text };
+    let section = text.section("the configuration", &KNOBS)?;
+    let folder = path.parent().unwrap_or(Path::new("")).to_owned();
+    let mut values = BTreeMap::new();
+    for knob in KNOBS {
+        if let Some(found) = section.scalar(knob, "\"…\"")? {
+            let given = Given { knob, value: found.value, from: text.place(&found.span), folder: folder.clone() };
+            values.insert(knob, given);
+        }
+    }
+    Ok(values)
+}
+
+impl Given {
+    /// A knob's default, where it needs the same checks.
+    pub fn default_of(knob: &'static str, value: &str) -> Given {
+        Given { knob, value: value.to_owned(), from: "its default".to_owned(), folder: PathBuf::new() }
+    }
+
+    /// The same knob from the same place, with what its value led to.
+    pub fn holding(self, value: String) -> Given {
+        Given { value, ..self }
+    }
+
+    /// The value as a path.
+    pub fn path(&self) -> PathBuf {
+        self.relative(&self.value)
+    }
+
+    /// A path that stands in the value.
+    pub fn relative(&self, path: &str) -> PathBuf {
+        self.folder.join(path)
+    }
+
+    /// Refuses the value without repeating it, and shows one that would do.
+    pub fn refuse(&self, what: impl std::fmt::Display, example: &str) -> anyhow::Error {
+        self.refuse_with_hint(what, format!("for example: {}", self.example(example)))
+    }
+
+    /// Refuses the value by name: "`value` is not …".
+    pub fn refuse_value(&self, what: &str, example: &str) -> anyhow::Error {
+        self.refuse(format!("`{}` {what}", self.value), example)
+    }
+
+    /// Refuses the value and says what to do.
+    pub fn refuse_with_hint(&self, what: impl std::fmt::Display, hint: String) -> anyhow::Error {
+        anyhow!("`{}` (from {}) cannot be used: {what}", self.knob, self.from).hint(hint)
+    }
+
+    /// How another value would be given in the same place.
+    fn example(&self, value: &str) -> String {
+        match self.from.as_str() {
+            flag if flag.starts_with("--") => format!("{flag} {value}"),
+            variable if variable.starts_with("ONCELY_") => format!("{variable}={value}"),
+            _ => format!("{} = \"{value}\"", self.knob),
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! Which source wins, what is refused, and that the reference is whole.
+
+use std::os::unix::fs::PermissionsExt;
+
+use clap::{Args as _, Command, FromArgMatches};
+
+use super::*;
+use crate::hint::hints;
+
+fn flags(arguments: &[&str]) -> HostFlags {
+    let command = HostFlags::augment_args(Command::new("run").no_binary_name(true));
+    HostFlags::from_arg_matches(&command.try_get_matches_from(arguments).unwrap()).unwrap()
+}
+
+fn resolve(arguments: &[&str], env: &[(&str, &str)]) -> anyhow::Result<HostConfig> {
+    let env = |name: &str| env.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
+    HostConfig::resolve(&flags(arguments), &env)
+}
+
+fn file(text: &str) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("host.toml"), text).unwrap();
+    folder
+}
+
+#[test]
+fn with_nothing_given_a_host_runs_from_one_folder_on_this_machine() {
+    let config = resolve(&[], &[]).unwrap();
+    let expected = HostConfig {
+        database: Database::Sqlite(".oncely/oncely.db".into()),
+        pool_size: 16,
+        nats: Nats {
+            servers: vec!["nats://127.0.0.1:4222".into()],
+            login: Login::None,
+            root_certificate: None,
+            client_certificate: None,
+        },
+        listen: LISTEN.parse().unwrap(),
+        token: None,
+        data_dir: ".oncely".into(),
+        log: LogFormat::Text,
+        log_level: "info".into(),
+        drain: Duration::from_secs(30),
+    };
+    assert_eq!(config, expected);
+}
+
+#[test]
+fn a_flag_beats_a_variable_beats_the_file_beats_the_default() {
+    let folder = file("drain = \"1s\"\npool_size = 3\nlog = \"json\"");
+    let path = folder.path().join("host.toml");
+    let path = path.to_str().unwrap();
+    let drain = |arguments: &[&str], env: &[(&str, &str)]| resolve(arguments, env).unwrap().drain.as_secs();
+    let env = [("ONCELY_DRAIN", "2s"), ("ONCELY_CONFIG", path)];
+    assert_eq!(drain(&["--drain", "3s"], &env), 3);
+    assert_eq!(drain(&[], &env), 2);
+    assert_eq!(drain(&["--config", path], &[("ONCELY_DRAIN", "")]), 1);
+    assert_eq!(drain(&[], &[]), 30);
+    let config = resolve(&[], &env).unwrap();
+    assert_eq!((config.pool_size, config.log), (3, LogFormat::Json));
+}
+
+/// A value for every knob, so that a knob nobody reads is found.
+#[test]
+fn every_knob_is_read_from_every_source() {
+    let folder = file("");
+    let context = folder.path().join("nats/context");
+    std::fs::create_dir_all(&context).unwrap();
+    std::fs::write(context.join("prod.json"), r#"{"url": "tls://a:1", "user": "u", "password": "p"}"#).unwrap();
+    let creds = folder.path().join("a.creds");
+    std::fs::write(&creds, "").unwrap();
+    let values = |knob: &str| match knob {
+        "database" => "postgres://a/b".to_owned(),
+        "pool_size" => "7".to_owned(),
+        "nats" => "nats://b:2".to_owned(),
+        "nats_context" => "prod".to_owned(),
+        "nats_creds" => creds.to_string_lossy().into_owned(),
+        "listen" => "127.0.0.1:1".to_owned(),
+        "token" => "0123456789abcdef".to_owned(),
+        "data_dir" => "/elsewhere".to_owned(),
+        "log" => "json".to_owned(),
+        "log_level" => "debug".to_owned(),
+        "drain" => "9s".to_owned(),
+        _ => panic!("no value for {knob}"),
+    };
+    let default = resolve(&[], &[]).unwrap();
+    let home = ("XDG_CONFIG_HOME", folder.path().to_str().unwrap());
+    for knob in KNOBS {
+        let value = values(knob);
+        let by_flag = resolve(&[&format!("--{}", knob.replace('_', "-")), &value], &[home]).unwrap();
+        let by_variable = resolve(&[], &[home, (&format!("ONCELY_{}", knob.to_uppercase()), &value)]).unwrap();
+        let path = folder.path().join("host.toml");
+        std::fs::write(&path, format!("{knob} = {value:?}")).unwrap();
+        let by_file = resolve(&["--config", path.to_str().unwrap()], &[home]).unwrap();
+        assert_ne!(by_flag, default, "{knob}");
+        assert_eq!(by_flag, by_variable, "{knob}");
+        assert_eq!(by_flag, by_file, "{knob}");
+    }
+}
+
+#[test]
+fn a_bad_value_is_named_with_the_place_it_came_from_and_one_that_would_do() {
+    type Case = (&'static [&'static str], &'static [(&'static str, &'static str)], &'static str, &'static str);
+    let cases: [Case; 12] = [
+        (&["--drain", "soon"], &[], "`drain` (from --drain) cannot be used: `soon` is not a length", "--drain 30s"),
+        (&[], &[("ONCELY_LOG", "xml")], "`log` (from ONCELY_LOG) cannot be used: `xml` is neither", "ONCELY_LOG=json"),
+        (
+            &["--pool-size", "1"],
+            &[],
+            "`pool_size` (from --pool-size) cannot be used: `1` is not a whole",
+            "--pool-size 16",
+        ),
+        (&["--log-level", "a=b=c"], &[], "`log_level` (from --log-level) cannot be used", "oncely=debug,info"),
+        (&["--database", "mysql://u:hush@h/d"], &[], "`mysql://` is no database Oncely knows", "postgres://"),
+        (&["--database", ":memory:"], &[], "it must name a file", "oncely.db"),
+        (&["--nats", "http://u:hush@x"], &[], "`http://` is no way to NATS", "--nats nats://127.0.0.1:4222"),
+        (
+            &["--nats-context", "nowhere"],
+            &[("HOME", "/none")],
+            "there is no NATS context `nowhere` at /none/.config/nats",
+            "nats context ls",
+        ),
+        (&["--nats-creds", "/none/a.creds"], &[], "there is no file /none/a.creds", "--nats-creds host.creds"),
+        (&["--listen", "everywhere"], &[], "`everywhere` is not an address with a port", "--listen 127.0.0.1:7420"),
+        (
+            &["--listen", "0.0.0.0:7420"],
+            &[],
+            "`0.0.0.0:7420` can be reached from other machines, and no token is set",
+            "ONCELY_TOKEN=",
+        ),
+        (&["--token", "hush"], &[], "a token has at least 16 characters", "openssl rand -hex 32"),
+    ];
+    for (arguments, env, what, hint) in cases {
+        let error = resolve(arguments, env).unwrap_err();
+        let (text, hints) = (error.to_string(), hints(&error).join("; "));
+        assert!(text.contains(what) && hints.contains(hint), "{text}\n{hints}");
+        assert!(!text.contains("hush"), "{text}");
+    }
+}
+
+#[test]
+fn the_file_is_read_strictly_and_its_paths_are_relative_to_it() {
+    let folder = file("\ndata_dir = \"data\"\ndatabase = \"sqlite:a.db\"");
+    let path = folder.path().join("host.toml");
+    let path_text = path.to_str().unwrap();
+    let config = resolve(&["--config", path_text], &[]).unwrap();
+    assert_eq!(config.data_dir, folder.path().join("data"));
+    assert_eq!(config.database, Database::Sqlite(folder.path().join("a.db")));
+
+    std::fs::write(&path, "\ndatabse = \"a.db\"").unwrap();
+    let error = resolve(&["--config", path_text], &[]).unwrap_err();
+    assert_eq!(error.to_string(), format!("{path_text}:2: the configuration has no key `databse`"));
+    assert_eq!(hints(&error), ["did you mean: database = \"a.db\""]);
+
+    std::fs::write(&path, "drain = 5").unwrap();
+    let error = resolve(&["--config", path_text], &[]).unwrap_err();
+    assert!(error.to_string().starts_with(&format!("`drain` (from {path_text}:1) cannot be used")), "{error}");
+
+    let error = resolve(&["--config", "/none.toml"], &[]).unwrap_err();
+    assert_eq!(error.to_string(), "there is no configuration file /none.toml (from --config)");
+}
+
+#[test]
+fn a_context_says_where_and_as_whom_and_a_flag_takes_its_place() {
+    let folder = tempfile::tempdir().unwrap();
+    let context = folder.path().join("nats/context");
+    std::fs::create_dir_all(&context).unwrap();
+    let text =
+        r#"{"url": "nats://a,nats://b", "creds": "~/x.creds", "ca": "/ca.pem", "cert": "/c", "key": "/k", "nsc": ""}"#;
+    std::fs::write(context.join("prod.json"), text).unwrap();
+    let env = [("XDG_CONFIG_HOME", folder.path().to_str().unwrap()), ("HOME", "/me"), ("ONCELY_NATS_CONTEXT", "prod")];
+    let nats = resolve(&[], &env).unwrap().nats;
+    assert_eq!(nats.servers, ["nats://a", "nats://b"]);
+    assert_eq!(nats.login, Login::Credentials("/me/x.creds".into()));
+    assert_eq!(nats.root_certificate, Some("/ca.pem".into()));
+    assert_eq!(nats.client_certificate, Some(("/c".into(), "/k".into())));
+    assert_eq!(resolve(&["--nats", "c:4222"], &env).unwrap().nats.servers, ["c:4222"]);
+}
+
+#[test]
+fn a_host_listens_beyond_this_machine_only_with_a_token() {
+    let config = resolve(&["--listen", "0.0.0.0:7420", "--token", "0123456789abcdef"], &[]).unwrap();
+    assert_eq!(config.keep_token().unwrap().reveal(), "0123456789abcdef");
+    assert!(resolve(&["--listen", "localhost:80"], &[]).is_ok() && resolve(&["--listen", "[::1]:80"], &[]).is_ok());
+}
+
+#[test]
+fn a_token_is_made_once_for_this_user_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let data_dir = folder.path().join("data");
+    assert!(read_token(&data_dir).unwrap().is_none());
+    let token = keep_token(&data_dir).unwrap();
+    assert_eq!(token.reveal().len(), 64);
+    assert_eq!(keep_token(&data_dir).unwrap(), token);
+    assert_eq!(read_token(&data_dir).unwrap(), Some(token));
+    let file = data_dir.join("token");
+    assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o644)).unwrap();
+    assert!(read_token(&data_dir).unwrap_err().to_string().contains("other users can read"));
+}
+
+#[test]
+fn hosts_that_start_together_agree_on_one_token() {
+    let folder = tempfile::tempdir().unwrap();
+    let tokens = std::thread::scope(|scope| {
+        let started: Vec<_> = (0..8).map(|_| scope.spawn(|| keep_token(folder.path()).unwrap())).collect();
+        started.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+    });
+    assert!(tokens.iter().all(|token| *token == tokens[0]));
+}
+
+#[test]
+fn secrets_are_never_shown() {
+    let arguments = ["--database", "postgres://me:hush@h/d?password=hush", "--nats", "nats://me:hush@h,me:hush@i"];
+    let token = ["--token", "hush-hush-hush-hush"];
+    let config = resolve(&[&arguments[..], &token[..]].concat(), &[]).unwrap();
+    assert!(!format!("{config:?}").contains("hush"), "{config:?}");
+    assert_eq!(config.database.shown(), "postgres://me@h/d");
+    assert_eq!(config.nats.shown(), "nats://me@h,nats://me@i");
+}
+
+#[test]
+fn every_knob_stands_in_the_reference_and_in_the_help() {
+    let reference = include_str!("../../../docs/configuration.md");
+    let command = HostFlags::augment_args(Command::new("run"));
+    for knob in KNOBS.into_iter().chain(["config"]) {
+        let flag = knob.replace('_', "-");
+        let variable = format!("ONCELY_{}", knob.to_uppercase());
+        let key = if knob == "config" { "".to_owned() } else { format!("`{knob}`") };
+        let row = format!("| `--{flag}` | `{variable}` | {key}");
+        assert!(reference.contains(&row), "docs/configuration.md has no row: {row}");
+        let argument = command.get_arguments().find(|argument| argument.get_long() == Some(&flag));
+        let help = argument.and_then(|argument| argument.get_help()).unwrap().to_string();
+        assert!(help.contains(&format!("[env: {variable}]")), "{help}");
+    }
+    assert_eq!(command.get_arguments().count(), KNOBS.len() + 1);
+}
