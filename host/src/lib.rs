@@ -3,20 +3,34 @@
 //! The map, floor by floor; imports run strictly downwards and rooms on one floor do not know each other.
 //!
 //! - what people touch: `cli`, `api`
-//! - loops: `host`, `worker`, `lane`, `relay`
+//! - loops: `host` (with `deploy`), `worker`, `lane`, `relay`, `drain`
 //! - the heart: `delivery`
-//! - one room per outside thing: `guest` (wasmtime), `store` (sqlx), `bus` (async-nats)
-//! - plain values, no IO: `message`, `sql`, `verdict`, `manifest`, `config`, `retry`, `subject`, `units`, `toml_text`, `hint`
+//! - one room per outside thing: `guest` (wasmtime), `store` (sqlx), `bus` (async-nats), `crate_build` (cargo)
+//! - plain values, no IO: `message`, `sql`, `state`, `verdict`, `dead_letter`, `manifest`, `config`, `retry`, `subject`,
+//!   `units`, `toml_text`, `hint`
 
+pub mod api;
+pub mod bus;
 pub mod cli;
 pub mod config;
+pub mod crate_build;
+pub mod dead_letter;
+pub mod delivery;
+pub mod deploy;
+pub mod drain;
+pub mod guest;
 pub mod hint;
+pub mod host;
+pub mod lane;
 pub mod manifest;
 pub mod message;
+pub mod relay;
 pub mod retry;
 pub mod sql;
+pub mod state;
 pub mod store;
 pub mod subject;
 pub mod toml_text;
 pub mod units;
 pub mod verdict;
+pub mod worker;

@@ -1,1 +1,24 @@
-fn main(){}
+//! The `oncely` program.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use oncely::cli::{Cli, exit, term};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            term::error(&anyhow::Error::new(error).context("start the async runtime"));
+            return exit::Exit::Failure.into();
+        }
+    };
+    match runtime.block_on(cli.run()) {
+        Ok(()) => exit::Exit::Ok.into(),
+        Err(error) => {
+            term::error(&error);
+            exit::Exit::of(&error).into()
+        }
+    }
+}

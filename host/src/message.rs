@@ -1,5 +1,7 @@
 //! A message as a worker receives it, and how its event id is found.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use jiff::Timestamp;
 use sha2::{Digest, Sha256};
@@ -52,6 +54,23 @@ pub fn header<'h>(headers: &'h Headers, name: &str) -> Option<&'h str> {
         .iter()
         .find(|(key, _)| key.eq_ignore_ascii_case(name))
         .map(|(_, value)| value.as_str())
+}
+
+/// A message a delivery emitted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Output {
+    /// Travels as `Nats-Msg-Id`.
+    pub id: String,
+    /// The event that caused it.
+    pub event_id: String,
+    /// 0 for the first output of its delivery.
+    pub ordinal: u32,
+    pub subject: String,
+    pub headers: Headers,
+    pub body: Bytes,
+    pub ordering_key: Option<String>,
+    /// Zero to publish at once.
+    pub delay: Duration,
 }
 
 /// An id that a publisher sent and that cannot be used.

@@ -1,7 +1,8 @@
 //! Guest SQL as plain values: parameters, rows, errors, and the gate every statement passes.
 
 /// Which database stands behind a store.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Dialect {
     Postgres,
     Sqlite,

@@ -1,4 +1,53 @@
 //! The command line.
 
+use clap::{Parser, Subcommand};
+
+mod build;
+mod client;
+mod deploy;
+mod dev;
+mod dlq;
 pub mod exit;
+mod publish;
+mod run;
+mod serve;
+mod status;
 pub mod term;
+
+/// Oncely runs WebAssembly message handlers whose effects happen once.
+#[derive(Debug, Parser)]
+#[command(name = "oncely", version, max_term_width = 100)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Dev(dev::Dev),
+    Run(run::Run),
+    Build(build::Build),
+    Deploy(deploy::Deploy),
+    Rollback(deploy::Rollback),
+    Workers(status::Workers),
+    Publish(publish::Publish),
+    Dlq(dlq::Dlq),
+    Status(status::Status),
+}
+
+impl Cli {
+    /// Runs the command.
+    pub async fn run(self) -> anyhow::Result<()> {
+        match self.command {
+            Command::Dev(dev) => dev.run().await,
+            Command::Run(run) => run.run().await,
+            Command::Build(build) => build.run(),
+            Command::Deploy(deploy) => deploy.run().await,
+            Command::Rollback(rollback) => rollback.run().await,
+            Command::Workers(workers) => workers.run().await,
+            Command::Publish(publish) => publish.run().await,
+            Command::Dlq(dlq) => dlq.run().await,
+            Command::Status(status) => status.run().await,
+        }
+    }
+}

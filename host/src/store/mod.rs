@@ -11,15 +11,17 @@ use bytes::Bytes;
 use jiff::Timestamp;
 
 use crate::message::Headers;
+pub use crate::manifest::WorkerMigration;
+pub use crate::message::Output;
 use crate::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
+pub use crate::state::{StateEntry, StateWrite};
 use crate::verdict::{Letter, Settled};
 
-mod postgres;
-mod sqlite;
+//TMP mod postgres;
+//TMP mod sqlite;
 
-pub use crate::manifest::WorkerMigration;
-pub use postgres::PostgresStore;
-pub use sqlite::SqliteStore;
+//TMP pub use postgres::PostgresStore;
+//TMP pub use sqlite::SqliteStore;
 
 /// Why the store could not do as asked. None of these is the guest's doing but `Refused`.
 #[derive(Debug)]
@@ -72,40 +74,6 @@ pub enum Claimed {
     Settled(Settled),
     /// It is held for another payload.
     OtherPayload,
-}
-
-/// A value of keyed state.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct StateEntry {
-    pub value: Vec<u8>,
-    pub version: u64,
-}
-
-/// One change of keyed state, applied only where the key still has the version that was read.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct StateWrite {
-    pub key: String,
-    /// The version read in this transaction; none when the key was not there.
-    pub expected: Option<u64>,
-    /// The new entry; none to delete the key.
-    pub entry: Option<StateEntry>,
-}
-
-/// A message a delivery emitted.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Output {
-    /// Travels as `Nats-Msg-Id`.
-    pub id: String,
-    /// The event that caused it.
-    pub event_id: String,
-    /// 0 for the first output of its delivery.
-    pub ordinal: u32,
-    pub subject: String,
-    pub headers: Headers,
-    pub body: Bytes,
-    pub ordering_key: Option<String>,
-    /// Zero to publish at once.
-    pub delay: Duration,
 }
 
 /// A committed output that is to be published, leased to this host.

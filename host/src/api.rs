@@ -1,0 +1,288 @@
+//! The control API: what the CLI speaks to. JSON over HTTP on the loopback interface, behind a token.
+
+use std::future::Future;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, anyhow};
+use axum::body::Bytes;
+use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
+use axum::http::{StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use base64::Engine as _;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use tokio::net::TcpListener;
+
+use crate::bus::Outgoing;
+use crate::deploy::{self, Plan, Proposal};
+use crate::guest::COMPONENT_SIZE_MAX;
+use crate::hint::{self, WithHint};
+use crate::host::{Host, WorkerState};
+use crate::sql::Dialect;
+use crate::store::{AttemptRecord, LetterFilter, LetterSummary, StoreError, WorkerTotals};
+
+/// Requests other than component uploads may be this large, in bytes.
+const BODY_MAX: usize = 16 << 20;
+
+/// Serves the control API until `shutdown` completes. Everything below `/v1` asks for `Authorization: Bearer {token}`.
+pub async fn serve(
+    host: Arc<Host>,
+    listener: TcpListener,
+    token: &str,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> Result<()> {
+    axum::serve(listener, router(host, token))
+        .with_graceful_shutdown(shutdown)
+        .await
+        .context("serve the control API")
+}
+
+fn router(host: Arc<Host>, token: &str) -> Router {
+    let expected = Arc::new(Sha256::digest(token.as_bytes()).to_vec());
+    let guarded = Router::new()
+        .route("/dialect", get(dialect))
+        .route("/status", get(status))
+        .route("/workers", get(workers))
+        .route("/workers/{worker}/deployments", get(deployments))
+        .route("/plan", post(plan))
+        .route("/deploy", post(deploy))
+        .route("/rollback", post(rollback))
+        .route("/publish", post(publish))
+        .route("/letters", get(letters))
+        .route("/letters/{id}", get(letter))
+        .layer(DefaultBodyLimit::max(BODY_MAX))
+        .route("/components", post(upload).layer(DefaultBodyLimit::max(COMPONENT_SIZE_MAX)))
+        .layer(middleware::from_fn_with_state(expected, check_token));
+    Router::new()
+        .route("/livez", get(|| async { "alive\n" }))
+        .route("/readyz", get(readyz))
+        .nest("/v1", guarded)
+        .with_state(host)
+}
+
+/// Lets a request through that carries the token. Digests are compared, so the time it takes says nothing of the token.
+async fn check_token(State(expected): State<Arc<Vec<u8>>>, request: Request, next: Next) -> Response {
+    let given = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+    let given = given.and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default();
+    if Sha256::digest(given.as_bytes()).as_slice() == expected.as_slice() {
+        return next.run(request).await;
+    }
+    let problem = Problem {
+        error: "the token is missing or wrong".to_owned(),
+        causes: Vec::new(),
+        hints: vec!["give the host's token with --token or ONCELY_TOKEN".to_owned()],
+    };
+    (StatusCode::UNAUTHORIZED, Json(problem)).into_response()
+}
+
+/// An error on its way to the CLI, which shows it as if it were its own.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Problem {
+    pub error: String,
+    pub causes: Vec<String>,
+    pub hints: Vec<String>,
+}
+
+struct Failure(StatusCode, anyhow::Error);
+
+type Answer<T> = std::result::Result<Json<T>, Failure>;
+
+impl<E: Into<anyhow::Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        let error = error.into();
+        let unavailable =
+            hint::find::<StoreError>(&error).is_some_and(|error| matches!(error, StoreError::Unavailable(_)));
+        Failure(if unavailable { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::BAD_REQUEST }, error)
+    }
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        let Failure(status, error) = self;
+        let mut chain = error.chain().map(ToString::to_string);
+        let problem = Problem {
+            error: chain.next().unwrap_or_default(),
+            causes: chain.collect(),
+            hints: hint::hints(&error).into_iter().map(str::to_owned).collect(),
+        };
+        (status, Json(problem)).into_response()
+    }
+}
+
+async fn readyz(State(host): State<Arc<Host>>) -> Response {
+    match host.ready().await {
+        Ok(()) => "ready\n".into_response(),
+        Err(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {why}\n")).into_response(),
+    }
+}
+
+/// What a host says of itself.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Status {
+    /// Of the host program.
+    pub version: String,
+    pub ready: bool,
+    /// Why it is not.
+    pub not_ready: Option<String>,
+    pub nats_connected: bool,
+    pub workers: Vec<WorkerState>,
+    /// Of all hosts on this database; none when it is out of reach.
+    pub totals: Option<Vec<WorkerTotals>>,
+}
+
+async fn status(State(host): State<Arc<Host>>) -> Answer<Status> {
+    let not_ready = host.ready().await.err();
+    Ok(Json(Status {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        ready: not_ready.is_none(),
+        not_ready,
+        nats_connected: host.bus.is_connected(),
+        workers: host.workers_with_backlog().await,
+        totals: host.store.totals().await.ok(),
+    }))
+}
+
+/// Which database is behind the host: migrations are chosen by it.
+async fn dialect(State(host): State<Arc<Host>>) -> Json<Dialect> {
+    Json(host.store.dialect())
+}
+
+async fn workers(State(host): State<Arc<Host>>) -> Answer<Vec<WorkerState>> {
+    Ok(Json(host.workers().await))
+}
+
+/// One deployment in the history of a worker.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Deployment {
+    pub version: u32,
+    pub digest: String,
+    pub created_at: jiff::Timestamp,
+    pub active: bool,
+}
+
+async fn deployments(State(host): State<Arc<Host>>, Path(worker): Path<String>) -> Answer<Vec<Deployment>> {
+    let active = host.store.active_deployments().await?;
+    let is_active = |version| active.iter().any(|record| record.worker == worker && record.version == version);
+    let records = host.store.deployments(&worker).await?;
+    if records.is_empty() {
+        let error = anyhow!("there is no worker `{worker}`").hint("oncely workers");
+        return Err(Failure(StatusCode::NOT_FOUND, error));
+    }
+    let shown = records.into_iter().map(|record| Deployment {
+        active: is_active(record.version),
+        version: record.version,
+        digest: record.digest,
+        created_at: record.created_at,
+    });
+    Ok(Json(shown.collect()))
+}
+
+/// The digest of an uploaded component.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Uploaded {
+    pub digest: String,
+}
+
+/// Keeps a component, after a look whether it is a worker at all.
+async fn upload(State(host): State<Arc<Host>>, wasm: Bytes) -> Answer<Uploaded> {
+    host.load(wasm.to_vec()).await?;
+    let digest = hex::encode(Sha256::digest(&wasm));
+    host.store.put_component(&digest, &wasm).await?;
+    Ok(Json(Uploaded { digest }))
+}
+
+async fn plan(State(host): State<Arc<Host>>, Json(proposal): Json<Proposal>) -> Answer<Plan> {
+    Ok(Json(deploy::plan(&host, &proposal).await?))
+}
+
+/// A deployment that is now the active one.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Activated {
+    pub worker: String,
+    pub version: u32,
+}
+
+async fn deploy(State(host): State<Arc<Host>>, Json(proposal): Json<Proposal>) -> Answer<Activated> {
+    let (_, record) = deploy::deploy(&host, &proposal).await?;
+    Ok(Json(Activated { worker: record.worker, version: record.version }))
+}
+
+/// Which worker to roll back, and to which version; the one before the active one when none is given.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Rollback {
+    pub worker: String,
+    pub to: Option<u32>,
+}
+
+async fn rollback(State(host): State<Arc<Host>>, Json(wanted): Json<Rollback>) -> Answer<Activated> {
+    let record = deploy::rollback(&host, &wanted.worker, wanted.to).await?;
+    Ok(Json(Activated { worker: record.worker, version: record.version }))
+}
+
+/// A message to publish.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Publish {
+    pub subject: String,
+    pub headers: Vec<(String, String)>,
+    /// Travels as `Nats-Msg-Id`.
+    pub id: String,
+    /// Base64.
+    pub body: String,
+}
+
+/// Where a message now stands.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct PublishedAt {
+    pub stream: String,
+    pub sequence: u64,
+    /// The broker had a message with this id already.
+    pub duplicate: bool,
+}
+
+async fn publish(State(host): State<Arc<Host>>, Json(message): Json<Publish>) -> Answer<PublishedAt> {
+    crate::subject::check_subject(&message.subject).map_err(|why| anyhow!(why)).context("read the subject")?;
+    let body = base64::engine::general_purpose::STANDARD.decode(&message.body).context("read the body")?;
+    let outgoing =
+        Outgoing { subject: message.subject, headers: message.headers, id: message.id, body: body.into() };
+    let mut answers = host.bus.publish(vec![outgoing]).await;
+    let place = answers.pop().context("publish the message")?.map_err(|error| anyhow!(error)).context("publish the message")?;
+    Ok(Json(PublishedAt { stream: place.stream, sequence: place.sequence, duplicate: place.duplicate }))
+}
+
+async fn letters(
+    State(host): State<Arc<Host>>,
+    Query(filter): Query<LetterFilter>,
+) -> Answer<Vec<LetterSummary>> {
+    Ok(Json(host.store.letters(&filter).await?))
+}
+
+/// One dead letter, whole.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Letter {
+    #[serde(flatten)]
+    pub summary: LetterSummary,
+    pub headers: Vec<(String, String)>,
+    /// Base64.
+    pub body: String,
+    pub stream: Option<String>,
+    pub stream_sequence: Option<u64>,
+    pub story: Vec<AttemptRecord>,
+}
+
+async fn letter(State(host): State<Arc<Host>>, Path(id): Path<i64>) -> Answer<Letter> {
+    let Some(record) = host.store.letter(id).await? else {
+        let error = anyhow!("there is no dead letter {id}").hint("oncely dlq list");
+        return Err(Failure(StatusCode::NOT_FOUND, error));
+    };
+    Ok(Json(Letter {
+        summary: record.summary,
+        headers: record.headers,
+        body: base64::engine::general_purpose::STANDARD.encode(&record.body),
+        stream: record.origin.as_ref().map(|(stream, _)| stream.clone()),
+        stream_sequence: record.origin.map(|(_, sequence)| sequence),
+        story: record.attempts,
+    }))
+}

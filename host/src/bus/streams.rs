@@ -1,0 +1,177 @@
+//! Streams: what there is, and making what is missing.
+
+use std::collections::{HashMap, HashSet};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, pull};
+use async_nats::jetstream::context::{CreateStreamErrorKind, GetStreamErrorKind};
+use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType};
+use futures::StreamExt;
+use jiff::Timestamp;
+
+use super::Bus;
+use crate::subject;
+
+/// A stream to make.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct StreamSpec {
+    pub name: String,
+    pub subjects: Vec<String>,
+    /// How long it keeps a message; none for ever.
+    pub max_age: Option<Duration>,
+}
+
+impl StreamSpec {
+    pub fn new(name: &str, subjects: &[&str]) -> Self {
+        let subjects = subjects.iter().map(|&subject| subject.to_owned()).collect();
+        StreamSpec { name: name.to_owned(), subjects, max_age: None }
+    }
+}
+
+/// What [`Bus::ensure_stream`] found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ensured {
+    Created,
+    AlreadyThere,
+}
+
+/// A stream as it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamInfo {
+    pub name: String,
+    pub created: Timestamp,
+    pub subjects: Vec<String>,
+    pub messages: u64,
+    pub first_sequence: u64,
+    pub last_sequence: u64,
+    /// For how long the server recognises a message id.
+    pub duplicate_window: Duration,
+    /// How long it keeps a message; none for ever.
+    pub max_age: Option<Duration>,
+}
+
+impl Bus {
+    /// Makes a stream unless one of this name is there; that one stays as it is. Limits retention, so that messages can
+    /// be read again after a restore; when it is full it refuses new messages rather than drop old ones.
+    pub async fn ensure_stream(&self, spec: &StreamSpec) -> Result<Ensured> {
+        if self.stream(&spec.name).await?.is_some() {
+            return Ok(Ensured::AlreadyThere);
+        }
+        let config = Config {
+            name: spec.name.clone(),
+            subjects: spec.subjects.clone(),
+            retention: RetentionPolicy::Limits,
+            storage: StorageType::File,
+            discard: DiscardPolicy::New,
+            max_age: spec.max_age.unwrap_or_default(),
+            allow_direct: true,
+            ..Config::default()
+        };
+        match self.context.create_stream(config).await {
+            Ok(_) => Ok(Ensured::Created),
+            // Another host was faster.
+            Err(error) if is_name_in_use(&error) => Ok(Ensured::AlreadyThere),
+            Err(error) => {
+                Err(error).with_context(|| format!("make the stream {} for {}", spec.name, spec.subjects.join(", ")))
+            }
+        }
+    }
+
+    /// A stream; none when there is none of this name.
+    pub async fn stream(&self, name: &str) -> Result<Option<StreamInfo>> {
+        match self.context.get_stream(name).await {
+            Ok(stream) => info(stream.cached_info()).map(Some),
+            Err(error) => match error.kind() {
+                GetStreamErrorKind::JetStream(code) if code.error_code() == async_nats::jetstream::ErrorCode::STREAM_NOT_FOUND => {
+                    Ok(None)
+                }
+                _ => Err(error).with_context(|| format!("ask NATS for the stream {name}")),
+            },
+        }
+    }
+
+    /// The name of the stream that holds all of `wanted`, a subject or a pattern; none when there is none.
+    pub async fn stream_of_subject(&self, wanted: &str) -> Result<Option<String>> {
+        let mut streams = self.context.streams();
+        while let Some(stream) = streams.next().await {
+            let stream = stream.context("list the streams")?;
+            if stream.config.subjects.iter().any(|pattern| subject::covers(pattern, wanted)) {
+                return Ok(Some(stream.config.name));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Which of these message ids stand on a stream, among the messages to `subject` stored since a time, and at which
+    /// sequence. Reads headers only.
+    pub async fn find_published(
+        &self,
+        stream: &str,
+        subject: &str,
+        since: Timestamp,
+        ids: &HashSet<String>,
+    ) -> Result<HashMap<String, u64>> {
+        let stream = self.context.get_stream(stream).await.context("open the stream to look through")?;
+        let since = time(since)?;
+        let consumer = stream
+            .create_consumer(pull::Config {
+                deliver_policy: DeliverPolicy::ByStartTime { start_time: since },
+                ack_policy: AckPolicy::None,
+                filter_subject: subject.to_owned(),
+                headers_only: true,
+                inactive_threshold: Duration::from_secs(60),
+                mem_storage: true,
+                ..pull::Config::default()
+            })
+            .await
+            .context("read the stream")?;
+        let mut left = consumer.cached_info().num_pending;
+        let mut found = HashMap::new();
+        while left > 0 && found.len() < ids.len() {
+            let mut batch = consumer.fetch().max_messages(1_000).messages().await.context("read the stream")?;
+            let before = left;
+            while let Some(message) = batch.next().await {
+                let message = message.map_err(anyhow::Error::from_boxed).context("read the stream")?;
+                left = left.saturating_sub(1);
+                let id = message.headers.as_ref().and_then(|headers| headers.get(async_nats::header::NATS_MESSAGE_ID));
+                if let Some(id) = id.map(ToString::to_string).filter(|id| ids.contains(id)) {
+                    let info = message.info().map_err(anyhow::Error::from_boxed).context("read a message's place")?;
+                    found.insert(id, info.stream_sequence);
+                }
+            }
+            if left == before {
+                bail!("the stream stopped answering with {left} messages left to look through");
+            }
+        }
+        let _ = stream.delete_consumer(&consumer.cached_info().name).await;
+        Ok(found)
+    }
+}
+
+fn is_name_in_use(error: &async_nats::jetstream::context::CreateStreamError) -> bool {
+    matches!(error.kind(), CreateStreamErrorKind::JetStream(code)
+        if code.error_code() == async_nats::jetstream::ErrorCode::STREAM_NAME_EXIST)
+}
+
+fn info(info: &async_nats::jetstream::stream::Info) -> Result<StreamInfo> {
+    Ok(StreamInfo {
+        name: info.config.name.clone(),
+        created: timestamp(info.created)?,
+        subjects: info.config.subjects.clone(),
+        messages: info.state.messages,
+        first_sequence: info.state.first_sequence,
+        last_sequence: info.state.last_sequence,
+        duplicate_window: info.config.duplicate_window,
+        max_age: Some(info.config.max_age).filter(|age| !age.is_zero()),
+    })
+}
+
+/// The NATS client's time as ours.
+pub(super) fn timestamp(time: time::OffsetDateTime) -> Result<Timestamp> {
+    Timestamp::from_nanosecond(time.unix_timestamp_nanos()).context("read a time")
+}
+
+fn time(timestamp: Timestamp) -> Result<time::OffsetDateTime> {
+    time::OffsetDateTime::from_unix_timestamp_nanos(timestamp.as_nanosecond()).context("write a time")
+}

@@ -1,0 +1,143 @@
+//! How the CLI reaches a host: its control API, found by flag, by environment or by the file a host leaves.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow};
+use clap::Args;
+use reqwest::{Method, StatusCode};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::exit::{Exit, ExitExt};
+use crate::api::Problem;
+use crate::hint::WithHint;
+
+/// The file in a host's data folder that says how to reach it.
+pub const HOST_FILE: &str = "host.json";
+
+/// The data folder unless a flag says otherwise.
+pub const DATA_DIR: &str = ".oncely";
+
+/// Which host to talk to.
+#[derive(Debug, Clone, Args)]
+pub struct HostArgs {
+    /// The host's control API, such as http://127.0.0.1:7420. Default: the host whose .oncely folder is here or above.
+    #[arg(long, env = "ONCELY_HOST", value_name = "URL", global = true)]
+    pub host: Option<String>,
+    /// The host's token.
+    #[arg(long, env = "ONCELY_TOKEN", value_name = "TOKEN", hide_env_values = true, global = true)]
+    pub token: Option<String>,
+}
+
+/// How to reach a running host.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct HostFile {
+    /// The control API.
+    pub url: String,
+    pub token: String,
+    /// The NATS server it is connected to.
+    pub nats: String,
+    /// The database, without credentials.
+    pub database: String,
+    pub pid: u32,
+}
+
+impl HostFile {
+    /// Writes the file for this user's eyes only.
+    pub fn write(&self, data_dir: &Path) -> Result<()> {
+        use std::os::unix::fs::PermissionsExt;
+        let text = serde_json::to_string_pretty(self).context("write down how to reach the host")?;
+        let file = tempfile::NamedTempFile::new_in(data_dir).context("make a file in the data folder")?;
+        std::fs::set_permissions(file.path(), std::fs::Permissions::from_mode(0o600)).context("protect the token")?;
+        std::fs::write(file.path(), text).context("write down how to reach the host")?;
+        file.persist(data_dir.join(HOST_FILE)).context("write down how to reach the host")?;
+        Ok(())
+    }
+
+    /// The file of the nearest host: in `.oncely` of this folder or of one above it.
+    fn nearest() -> Option<HostFile> {
+        let here = std::env::current_dir().ok()?;
+        let found = here.ancestors().map(|folder| folder.join(DATA_DIR).join(HOST_FILE)).find(|path| path.exists())?;
+        serde_json::from_str(&std::fs::read_to_string(found).ok()?).ok()
+    }
+}
+
+/// A host's control API.
+pub struct Client {
+    base: String,
+    token: String,
+    http: reqwest::Client,
+}
+
+impl Client {
+    /// Finds the host; says what to do when there is none.
+    pub fn find(args: &HostArgs) -> Result<Self> {
+        let nearest = HostFile::nearest();
+        let base = args.host.clone().or_else(|| nearest.as_ref().map(|file| file.url.clone()));
+        let Some(base) = base else {
+            return Err(anyhow!("no host is known here: there is no {DATA_DIR}/{HOST_FILE} in this folder or above"))
+                .hint("start one with: oncely dev   (or name one with --host and --token)")
+                .exit(Exit::Unreachable);
+        };
+        let token = args.token.clone().or_else(|| nearest.map(|file| file.token)).unwrap_or_default();
+        Ok(Client { base: base.trim_end_matches('/').to_owned(), token, http: reqwest::Client::new() })
+    }
+
+    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
+        self.send(self.request(Method::GET, path)).await
+    }
+
+    pub async fn get_with<Q: Serialize, T: DeserializeOwned>(&self, path: &str, query: &Q) -> Result<T> {
+        self.send(self.request(Method::GET, path).query(query)).await
+    }
+
+    pub async fn post<B: Serialize, T: DeserializeOwned>(&self, path: &str, body: &B) -> Result<T> {
+        self.send(self.request(Method::POST, path).json(body)).await
+    }
+
+    pub async fn upload<T: DeserializeOwned>(&self, path: &str, bytes: Vec<u8>) -> Result<T> {
+        self.send(self.request(Method::POST, path).body(bytes)).await
+    }
+
+    fn request(&self, method: Method, path: &str) -> reqwest::RequestBuilder {
+        self.http.request(method, format!("{}/v1{path}", self.base)).bearer_auth(&self.token)
+    }
+
+    async fn send<T: DeserializeOwned>(&self, request: reqwest::RequestBuilder) -> Result<T> {
+        let response = request
+            .send()
+            .await
+            .with_context(|| format!("reach the host at {}", self.base))
+            .hint("start it with `oncely dev` or `oncely run`, or name another with --host")
+            .exit(Exit::Unreachable)?;
+        let status = response.status();
+        let body = response.bytes().await.context("read the host's answer")?;
+        if status.is_success() {
+            return serde_json::from_slice(&body).context("understand the host's answer (is it the same version?)");
+        }
+        let error = match serde_json::from_slice::<Problem>(&body) {
+            Ok(problem) => from_problem(problem),
+            Err(_) => anyhow!("the host answered {status}: {}", String::from_utf8_lossy(&body).trim()),
+        };
+        Err(error).exit(if status == StatusCode::NOT_FOUND { Exit::NotFound } else { Exit::Failure })
+    }
+}
+
+/// The host's error as it stood there: causes from the inside out, then the hints.
+fn from_problem(problem: Problem) -> anyhow::Error {
+    let mut texts = problem.causes.into_iter().rev().chain([problem.error]);
+    let innermost = texts.next().unwrap_or_default();
+    let error = texts.fold(anyhow!(innermost), |error, text| error.context(text));
+    problem.hints.into_iter().rev().fold(error, |error, hint| error.hint(hint))
+}
+
+/// The data folder, made when it is absent, open to this user alone.
+pub fn make_data_dir(path: &Path) -> Result<PathBuf> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .with_context(|| format!("make the folder {}", path.display()))?;
+    path.canonicalize().with_context(|| format!("find the folder {}", path.display()))
+}

@@ -1,0 +1,98 @@
+//! `oncely deploy` and `oncely rollback`: show the plan, then act.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::Args;
+
+use super::build::component_of;
+use super::client::{Client, HostArgs};
+use super::term;
+use crate::api::{Activated, Rollback as RollbackRequest, Uploaded};
+use crate::deploy::{Plan, Proposal};
+use crate::manifest::{Manifest, WorkerEntry};
+use crate::sql::Dialect;
+use crate::store::WorkerMigration;
+
+/// Builds, checks and deploys the workers of a manifest. Running hosts pick the new version up without a restart.
+#[derive(Debug, Args)]
+pub struct Deploy {
+    /// Manifests, or folders that hold an oncely.toml.
+    #[arg(default_value = ".")]
+    manifests: Vec<PathBuf>,
+    /// Show the plan and stop there.
+    #[arg(long)]
+    plan: bool,
+    #[command(flatten)]
+    host: HostArgs,
+}
+
+impl Deploy {
+    pub async fn run(self) -> Result<()> {
+        let client = Client::find(&self.host)?;
+        for path in &self.manifests {
+            let manifest = Manifest::load(path)?;
+            manifest.warnings().iter().for_each(|warning| term::note(&format!("warning: {warning}")));
+            for entry in &manifest.workers {
+                self.deploy(&client, &manifest, entry).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn deploy(&self, client: &Client, manifest: &Manifest, entry: &WorkerEntry) -> Result<()> {
+        let component = component_of(entry)?;
+        let wasm = std::fs::read(&component).with_context(|| format!("read {}", component.display()))?;
+        let dialect: Dialect = client.get("/dialect").await?;
+        let uploaded: Uploaded = client
+            .upload("/components", wasm)
+            .await
+            .with_context(|| format!("check the component of worker {}", entry.worker.name))?;
+        let proposal = propose(manifest, entry, uploaded.digest, dialect)?;
+        let plan: Plan = client.post("/plan", &proposal).await?;
+        show_plan(&plan);
+        if self.plan {
+            return Ok(());
+        }
+        let activated: Activated = client.post("/deploy", &proposal).await?;
+        term::data(&format!("worker {} version {} is active", activated.worker, activated.version));
+        Ok(())
+    }
+}
+
+/// What goes to the host beside the component.
+pub fn propose(manifest: &Manifest, entry: &WorkerEntry, digest: String, dialect: Dialect) -> Result<Proposal> {
+    let migrations: Vec<WorkerMigration> = entry.migrations_for(dialect)?;
+    Ok(Proposal { worker: entry.worker.clone(), digest, streams: manifest.streams.clone(), migrations })
+}
+
+/// Shows what a deployment changes.
+pub fn show_plan(plan: &Plan) {
+    match (plan.from, plan.changes.is_empty()) {
+        (Some(version), true) => term::note(&format!("worker {}: nothing changes, version {version} stays", plan.worker)),
+        (Some(version), false) => term::note(&format!("worker {}: changes to version {version}", plan.worker)),
+        (None, _) => term::note(&format!("worker {}: new", plan.worker)),
+    }
+    plan.changes.iter().for_each(|line| term::note(&format!("  {line}")));
+}
+
+/// Activates an earlier version of a worker.
+#[derive(Debug, Args)]
+pub struct Rollback {
+    worker: String,
+    /// The version; the one before the active one when not given.
+    #[arg(long)]
+    to: Option<u32>,
+    #[command(flatten)]
+    host: HostArgs,
+}
+
+impl Rollback {
+    pub async fn run(self) -> Result<()> {
+        let client = Client::find(&self.host)?;
+        let wanted = RollbackRequest { worker: self.worker, to: self.to };
+        let activated: Activated = client.post("/rollback", &wanted).await?;
+        term::data(&format!("worker {} version {} is active", activated.worker, activated.version));
+        Ok(())
+    }
+}

@@ -1,0 +1,504 @@
+//! The heart: a batch of messages becomes one transaction and a verdict for each message.
+//!
+//! A guest has no effect outside the transaction, so a batch may be run speculatively: what fails is taken out and the
+//! others run again, or go on, as if it had never been there. A failing member never costs its neighbours an attempt.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use async_trait::async_trait;
+use jiff::Timestamp;
+use tokio::sync::Mutex;
+
+use crate::guest::{Call, CallFailure, Database, FailureKind, Guest, Outcome};
+use crate::manifest::Worker;
+use crate::message::{Message, Output};
+use crate::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
+use crate::state::{BatchState, StateEntry};
+use crate::store::{Claim, Claimed, FailedAttempt, OutboxRow, Store, StoreError, Tx};
+use crate::verdict::{Letter, Reason, Verdict};
+
+/// For how long committed outputs belong to the relay of the host that committed them.
+pub const HAND_OVER_LEASE: Duration = Duration::from_secs(30);
+
+/// How often a batch is run again at once because another transaction stood in its way.
+const CONFLICTS_MAX: u32 = 12;
+
+/// When a copy of a message that is just being handled is to be looked at again.
+const TWIN_WAIT: Duration = Duration::from_millis(500);
+
+/// What deliveries of one deployment share.
+#[derive(Clone)]
+pub struct Delivery {
+    pub store: Arc<dyn Store>,
+    pub guest: Guest,
+    pub worker: Arc<Worker>,
+    pub version: u32,
+    /// The largest payload the broker takes, in bytes.
+    pub payload_max: usize,
+}
+
+/// What a batch came to.
+#[derive(Debug, Default)]
+pub struct Delivered {
+    /// One verdict for each message, in their order.
+    pub verdicts: Vec<Verdict>,
+    /// Committed outputs that are to be published now, in order.
+    pub outputs: Vec<OutboxRow>,
+}
+
+impl Delivery {
+    /// Delivers a batch. An error means that nothing is known and nothing is lost: call it again with the same batch.
+    /// The future must run to its end; drop it, and a database operation is left half-way.
+    pub async fn deliver(&self, batch: &[Arc<Message>]) -> Result<Delivered, StoreError> {
+        let mut run = Run::new(batch);
+        let mut groups = VecDeque::from([run.first_of_each_id()]);
+        let mut conflicts = 0;
+        while let Some(group) = groups.pop_front() {
+            match self.attempt(&mut run, &group).await? {
+                Round::Committed => {}
+                Round::Without(failed) => {
+                    groups.push_front(group.into_iter().filter(|member| *member != failed).collect());
+                }
+                Round::Conflict(cause) => {
+                    conflicts += 1;
+                    if conflicts > CONFLICTS_MAX {
+                        return Err(StoreError::Conflict(cause));
+                    }
+                    tokio::time::sleep(Duration::from_millis(5).mul_f64(f64::from(conflicts) * rand::random::<f64>())).await;
+                    split(group, &mut groups);
+                }
+                Round::Singly => {
+                    for member in group.into_iter().rev() {
+                        groups.push_front(vec![member]);
+                    }
+                }
+            }
+        }
+        self.judge_failures(&mut run).await?;
+        Ok(run.finish(&self.worker.name, self.version))
+    }
+
+    /// Runs one group in one transaction.
+    async fn attempt(&self, run: &mut Run<'_>, group: &[usize]) -> Result<Round, StoreError> {
+        if group.is_empty() {
+            return Ok(Round::Committed);
+        }
+        let mut tx = self.store.begin(&self.worker.name, self.worker.limits.time).await?;
+        let claimed = match tx.claim(&run.claims(group)).await {
+            Ok(claimed) => claimed,
+            Err(error) => return conflict_or(error, tx).await,
+        };
+        let fresh = run.sort_claimed(group, claimed);
+        if fresh.is_empty() {
+            tx.rollback().await;
+            return Ok(Round::Committed);
+        }
+        let lent = Lent { dialect: self.store.dialect(), tx: Arc::new(Mutex::new(Some(tx))) };
+        let ran = self.run_members(run, &fresh, &lent).await;
+        // Taken only once a statement that outlived its guest has ended.
+        let Some(tx) = lent.tx.lock().await.take() else {
+            return Err(StoreError::Unavailable(anyhow::anyhow!("the transaction went missing")));
+        };
+        match ran {
+            Ok(Members::Ran { succeeded, failed, state }) if !succeeded.is_empty() => {
+                self.commit(run, tx, group, succeeded, failed, &state).await
+            }
+            Ok(Members::Ran { failed, .. }) => {
+                tx.rollback().await;
+                run.failed.extend(failed);
+                Ok(Round::Committed)
+            }
+            Ok(Members::Spoiled(failed)) => {
+                tx.rollback().await;
+                let member = failed.member;
+                run.failed.push(failed);
+                Ok(Round::Without(member))
+            }
+            Ok(Members::Conflict(why)) => {
+                tx.rollback().await;
+                Ok(Round::Conflict(anyhow::anyhow!(why)))
+            }
+            Err(error) => {
+                tx.rollback().await;
+                Err(house_error(error))
+            }
+        }
+    }
+
+    /// Runs the guest for each member, one after the other, until one spoils the transaction.
+    async fn run_members(&self, run: &Run<'_>, fresh: &[(usize, u32)], lent: &Lent) -> anyhow::Result<Members> {
+        let mut state = BatchState::default();
+        let mut succeeded = Vec::new();
+        let mut failed = Vec::new();
+        for &(member, attempts) in fresh {
+            let Some(message) = run.batch.get(member) else { continue };
+            let outcome = self.call(message, attempts + 1, lent, state).await?;
+            state = outcome.state;
+            match outcome.result {
+                Ok(()) => {
+                    state.keep();
+                    tell(&self.worker.name, &message.event_id, &outcome.logs);
+                    succeeded.push(Succeeded { member, outputs: outcome.outputs });
+                }
+                Err(failure) if failure.kind == FailureKind::Conflict => return Ok(Members::Conflict(failure.message)),
+                Err(failure) => {
+                    state.discard();
+                    let failure = Failed { member, failure, logs: outcome.logs };
+                    if outcome.ran_sql {
+                        return Ok(Members::Spoiled(failure));
+                    }
+                    failed.push(failure);
+                }
+            }
+        }
+        Ok(Members::Ran { succeeded, failed, state })
+    }
+
+    async fn call(
+        &self,
+        message: &Arc<Message>,
+        attempt: u32,
+        lent: &Lent,
+        state: BatchState,
+    ) -> anyhow::Result<Outcome> {
+        let call = Call {
+            message: Arc::clone(message),
+            worker: Arc::clone(&self.worker),
+            version: self.version,
+            attempt,
+            now: Timestamp::now(),
+            payload_max: self.payload_max,
+            database: Arc::new(lent.clone()),
+            state,
+        };
+        self.guest.call(call).await
+    }
+
+    /// Writes what the members left, commits, and only then believes it.
+    async fn commit(
+        &self,
+        run: &mut Run<'_>,
+        mut tx: Box<dyn Tx>,
+        group: &[usize],
+        succeeded: Vec<Succeeded>,
+        failed: Vec<Failed>,
+        state: &BatchState,
+    ) -> Result<Round, StoreError> {
+        let outputs: Vec<Output> = succeeded.iter().flat_map(|member| member.outputs.clone()).collect();
+        let dropped: Vec<String> = failed.iter().filter_map(|failed| run.event_id(failed.member)).collect();
+        let written = async {
+            tx.unclaim(&dropped).await?;
+            tx.save_state(&state.writes()).await?;
+            tx.append_outputs(&outputs, HAND_OVER_LEASE).await
+        };
+        let rows = match written.await {
+            Ok(rows) => rows,
+            Err(StoreError::Refused(_)) if group.len() > 1 => {
+                tx.rollback().await;
+                return Ok(Round::Singly);
+            }
+            Err(StoreError::Refused(cause)) => {
+                tx.rollback().await;
+                return Ok(run.refuse(&succeeded, &cause));
+            }
+            Err(error) => return conflict_or(error, tx).await,
+        };
+        match tx.commit().await {
+            Ok(settled) => {
+                for member in succeeded {
+                    run.verdict(member.member, Verdict::Done(settled));
+                }
+                run.failed.extend(failed);
+                run.outputs.extend(rows);
+                Ok(Round::Committed)
+            }
+            Err(StoreError::Conflict(cause)) => Ok(Round::Conflict(cause)),
+            // Somebody in the group is to blame; alone, everybody answers for himself.
+            Err(StoreError::Refused(_)) if group.len() > 1 => Ok(Round::Singly),
+            Err(StoreError::Refused(cause)) => Ok(run.refuse(&succeeded, &cause)),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Counts the failed attempts and decides what becomes of each message.
+    async fn judge_failures(&self, run: &mut Run<'_>) -> Result<(), StoreError> {
+        let failed = std::mem::take(&mut run.failed);
+        if failed.is_empty() {
+            return Ok(());
+        }
+        let records: Vec<FailedAttempt> = failed
+            .iter()
+            .map(|failed| FailedAttempt {
+                event_id: run.event_id(failed.member).unwrap_or_default(),
+                version: self.version,
+                code: failed.failure.code.clone(),
+                error: failed.failure.message.clone(),
+                logs: failed.logs.clone(),
+            })
+            .collect();
+        let attempts = self.store.count_attempts(&self.worker.name, &records).await?;
+        for (failed, attempt) in failed.into_iter().zip(attempts) {
+            let verdict = self.judge(run, failed.member, failed.failure, attempt);
+            run.verdict(failed.member, verdict);
+        }
+        Ok(())
+    }
+
+    fn judge(&self, run: &Run<'_>, member: usize, failure: CallFailure, attempt: u32) -> Verdict {
+        let asked = match failure.kind {
+            FailureKind::RetryAfter(after) => Some(after),
+            _ => None,
+        };
+        let reason = match failure.kind {
+            FailureKind::Reject => Reason::Rejected,
+            FailureKind::OutputRefused => Reason::OutputRefused,
+            _ if attempt >= self.worker.retry.attempts => Reason::AttemptsExhausted,
+            _ => {
+                let after = self.worker.retry.after(attempt, asked, rand::random());
+                return Verdict::Retry { attempt, after };
+            }
+        };
+        let Some(message) = run.batch.get(member) else { return Verdict::Wait { after: TWIN_WAIT } };
+        Verdict::Dead(Box::new(Letter {
+            worker: self.worker.name.clone(),
+            version: self.version,
+            reason,
+            code: failure.code,
+            detail: failure.message,
+            attempts: attempt,
+            message: Message::clone(message),
+        }))
+    }
+}
+
+/// What one transaction came to.
+enum Round {
+    /// All members of the group have a verdict or a counted failure.
+    Committed,
+    /// This member failed after it ran SQL: the others are to run again without it.
+    Without(usize),
+    /// Another transaction stood in the way: run again, in smaller groups.
+    Conflict(anyhow::Error),
+    /// The database refused the group as a whole: run each member alone.
+    Singly,
+}
+
+/// What running the members of a group came to.
+enum Members {
+    Ran { succeeded: Vec<Succeeded>, failed: Vec<Failed>, state: BatchState },
+    Spoiled(Failed),
+    Conflict(String),
+}
+
+struct Succeeded {
+    member: usize,
+    outputs: Vec<Output>,
+}
+
+struct Failed {
+    member: usize,
+    failure: CallFailure,
+    logs: String,
+}
+
+/// One batch on its way to its verdicts.
+struct Run<'b> {
+    batch: &'b [Arc<Message>],
+    /// Which earlier member has the same event id.
+    twins: HashMap<usize, usize>,
+    verdicts: Vec<Option<Verdict>>,
+    failed: Vec<Failed>,
+    outputs: Vec<OutboxRow>,
+}
+
+impl<'b> Run<'b> {
+    fn new(batch: &'b [Arc<Message>]) -> Self {
+        let mut first = HashMap::new();
+        let mut twins = HashMap::new();
+        for (member, message) in batch.iter().enumerate() {
+            let earlier = *first.entry(message.event_id.as_str()).or_insert(member);
+            if earlier != member {
+                twins.insert(member, earlier);
+            }
+        }
+        let verdicts = batch.iter().map(|_| None).collect();
+        Run { batch, twins, verdicts, failed: Vec::new(), outputs: Vec::new() }
+    }
+
+    fn first_of_each_id(&self) -> Vec<usize> {
+        (0..self.batch.len()).filter(|member| !self.twins.contains_key(member)).collect()
+    }
+
+    fn event_id(&self, member: usize) -> Option<String> {
+        self.batch.get(member).map(|message| message.event_id.clone())
+    }
+
+    fn verdict(&mut self, member: usize, verdict: Verdict) {
+        if let Some(slot) = self.verdicts.get_mut(member) {
+            *slot = Some(verdict);
+        }
+    }
+
+    fn claims(&self, group: &[usize]) -> Vec<Claim> {
+        let claim = |message: &Arc<Message>| Claim {
+            event_id: message.event_id.clone(),
+            payload_sha256: message.payload_sha256(),
+            origin: message.origin.as_ref().map(|origin| (origin.stream.clone(), origin.sequence)),
+        };
+        group.iter().filter_map(|member| self.batch.get(*member)).map(claim).collect()
+    }
+
+    /// Gives a verdict to what was settled before; returns the others with their failed attempts so far.
+    fn sort_claimed(&mut self, group: &[usize], claimed: Vec<Claimed>) -> Vec<(usize, u32)> {
+        let mut fresh = Vec::new();
+        for (&member, claimed) in group.iter().zip(claimed) {
+            match claimed {
+                Claimed::Fresh { attempts } => fresh.push((member, attempts)),
+                Claimed::Settled(settled) => self.verdict(member, Verdict::Duplicate(settled)),
+                Claimed::OtherPayload => self.id_reuse(member),
+            }
+        }
+        fresh
+    }
+
+    /// For now only marks the member; `finish` writes the letter.
+    fn id_reuse(&mut self, member: usize) {
+        self.twins.insert(member, member);
+    }
+
+    /// A group of one whose transaction the database refused: its failure, like any other.
+    fn refuse(&mut self, succeeded: &[Succeeded], cause: &anyhow::Error) -> Round {
+        for member in succeeded {
+            self.failed.push(Failed {
+                member: member.member,
+                failure: CallFailure::new(FailureKind::Retry, "commit-refused", format!("{cause:#}")),
+                logs: String::new(),
+            });
+        }
+        Round::Committed
+    }
+
+    fn finish(mut self, worker: &str, version: u32) -> Delivered {
+        for member in 0..self.batch.len() {
+            if let Some(&first) = self.twins.get(&member) {
+                let verdict = self.twin_verdict(member, first, worker, version);
+                self.verdict(member, verdict);
+            }
+        }
+        let unknown = || Verdict::Wait { after: TWIN_WAIT };
+        Delivered {
+            verdicts: self.verdicts.into_iter().map(|verdict| verdict.unwrap_or_else(unknown)).collect(),
+            outputs: self.outputs,
+        }
+    }
+
+    /// The verdict of a message whose event id another one holds.
+    fn twin_verdict(&self, member: usize, first: usize, worker: &str, version: u32) -> Verdict {
+        let Some(message) = self.batch.get(member) else { return Verdict::Wait { after: TWIN_WAIT } };
+        let same = first != member
+            && self.batch.get(first).is_some_and(|first| first.payload_sha256() == message.payload_sha256());
+        if !same {
+            return Verdict::Dead(Box::new(Letter {
+                worker: worker.to_owned(),
+                version,
+                reason: Reason::IdReuse,
+                code: None,
+                detail: format!(
+                    "the event id `{}` was used before for a message with another subject or body",
+                    message.event_id
+                ),
+                attempts: 0,
+                message: Message::clone(message),
+            }));
+        }
+        match self.verdicts.get(first).and_then(Option::as_ref) {
+            Some(Verdict::Done(settled) | Verdict::Duplicate(settled)) => Verdict::Duplicate(*settled),
+            Some(Verdict::Retry { after, .. }) => Verdict::Wait { after: *after },
+            _ => Verdict::Wait { after: TWIN_WAIT },
+        }
+    }
+}
+
+/// The transaction, lent to the guests of a batch.
+#[derive(Clone)]
+struct Lent {
+    dialect: Dialect,
+    tx: Arc<Mutex<Option<Box<dyn Tx>>>>,
+}
+
+impl Lent {
+    /// Runs one operation in a task of its own: if the guest is stopped while it waits, the operation still ends
+    /// properly, and whoever takes the transaction next waits for that.
+    async fn on_tx<T, F>(&self, operation: F) -> anyhow::Result<T>
+    where
+        T: Send + 'static,
+        F: for<'t> FnOnce(&'t mut dyn Tx) -> futures::future::BoxFuture<'t, Result<T, StoreError>> + Send + 'static,
+    {
+        let tx = Arc::clone(&self.tx);
+        let task = tokio::spawn(async move {
+            let mut guard = tx.lock().await;
+            match guard.as_mut() {
+                Some(tx) => operation(tx.as_mut()).await.map_err(anyhow::Error::from),
+                None => Err(anyhow::anyhow!("the transaction is over")),
+            }
+        });
+        task.await.context("run a database operation")?
+    }
+}
+
+#[async_trait]
+impl Database for Lent {
+    fn dialect(&self) -> Dialect {
+        self.dialect
+    }
+
+    async fn query(
+        &self,
+        statement: String,
+        params: Vec<Value>,
+        limits: SqlLimits,
+    ) -> anyhow::Result<Result<Rows, SqlError>> {
+        self.on_tx(move |tx| Box::pin(async move { tx.query(&statement, &params, limits).await })).await
+    }
+
+    async fn execute(&self, statement: String, params: Vec<Value>) -> anyhow::Result<Result<u64, SqlError>> {
+        self.on_tx(move |tx| Box::pin(async move { tx.execute(&statement, &params).await })).await
+    }
+
+    async fn load_state(&self, key: String) -> anyhow::Result<Option<StateEntry>> {
+        let found = self.on_tx(move |tx| Box::pin(async move { tx.load_state(&[key]).await })).await?;
+        Ok(found.into_iter().next().map(|(_, entry)| entry))
+    }
+}
+
+/// Splits a group in halves, which come next.
+fn split(mut group: Vec<usize>, groups: &mut VecDeque<Vec<usize>>) {
+    let later = group.split_off(group.len().div_ceil(2));
+    if !later.is_empty() {
+        groups.push_front(later);
+    }
+    groups.push_front(group);
+}
+
+/// Rolls back, and turns a conflict into another round.
+async fn conflict_or(error: StoreError, tx: Box<dyn Tx>) -> Result<Round, StoreError> {
+    tx.rollback().await;
+    match error {
+        StoreError::Conflict(cause) => Ok(Round::Conflict(cause)),
+        other => Err(other),
+    }
+}
+
+/// The store's own error, out of a guest call that it ended.
+fn house_error(error: anyhow::Error) -> StoreError {
+    error.downcast::<StoreError>().unwrap_or_else(StoreError::Unavailable)
+}
+
+fn tell(worker: &str, event_id: &str, logs: &str) {
+    for line in logs.lines() {
+        tracing::info!(worker, event_id, "{line}");
+    }
+}

@@ -1,0 +1,237 @@
+//! Deploying: check the component against the manifest and the broker, show the plan, make an immutable deployment.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::bus::StreamSpec;
+use crate::hint::WithHint;
+use crate::host::Host;
+use crate::manifest::{Stream, Worker, WorkerMigration};
+use crate::store::DeploymentRecord;
+use crate::subject;
+
+/// What is to be deployed. The component travels before it, under its digest.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Proposal {
+    pub worker: Worker,
+    /// SHA-256 of the component, lower-case hex.
+    pub digest: String,
+    /// Streams the manifest declares; those that are absent are made.
+    pub streams: Vec<Stream>,
+    pub migrations: Vec<WorkerMigration>,
+}
+
+/// What a deployment will change.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Plan {
+    pub worker: String,
+    /// The version that is active now.
+    pub from: Option<u32>,
+    /// One line each, beginning with `+`, `-` or `~`; empty when nothing changes.
+    pub changes: Vec<String>,
+}
+
+/// Checks a proposal and says what it will change; changes nothing.
+pub async fn plan(host: &Host, proposal: &Proposal) -> Result<Plan> {
+    let wasm = host
+        .store
+        .component(&proposal.digest)
+        .await?
+        .with_context(|| format!("the component {} was not uploaded", proposal.digest))?;
+    let guest = host.load(wasm).await?;
+    let mut changes = check_streams(host, proposal).await?;
+    let active = active(host, &proposal.worker.name).await?;
+    let imports: Vec<Value> = guest.surface().imports.iter().map(|name| Value::from(name.as_str())).collect();
+    let before = match &active {
+        Some(active) => described(host, active).await?,
+        None => Value::Null,
+    };
+    let after = describe(&proposal.worker, &proposal.digest, imports)?;
+    changes.extend(differences(&before, &after));
+    Ok(Plan { worker: proposal.worker.name.clone(), from: active.map(|active| active.version), changes })
+}
+
+/// Makes the deployment and activates it. When nothing would change, the active one is returned as it is.
+pub async fn deploy(host: &Host, proposal: &Proposal) -> Result<(Plan, DeploymentRecord)> {
+    let plan = plan(host, proposal).await?;
+    if plan.changes.is_empty()
+        && let Some(active) = active(host, &proposal.worker.name).await?
+    {
+        return Ok((plan, active));
+    }
+    for stream in &proposal.streams {
+        host.bus.ensure_stream(&spec(stream)).await.with_context(|| format!("make the stream {}", stream.name))?;
+    }
+    let manifest = serde_json::to_string(&proposal.worker).context("write the manifest")?;
+    let record =
+        host.store.deploy(&proposal.worker.name, &proposal.digest, &manifest, &proposal.migrations).await?;
+    host.look_for_deployments();
+    Ok((plan, record))
+}
+
+/// Activates an earlier version; the one before the active one unless `to` says which.
+pub async fn rollback(host: &Host, worker: &str, to: Option<u32>) -> Result<DeploymentRecord> {
+    let active = active(host, worker)
+        .await?
+        .ok_or_else(|| anyhow!("there is no worker `{worker}`"))
+        .hint("oncely workers")?;
+    let version = match to {
+        Some(version) => version,
+        None => active.version.checked_sub(1).filter(|version| *version > 0).ok_or_else(|| {
+            anyhow!("worker {worker} runs version {}; there is no version before it", active.version)
+        })?,
+    };
+    let record = host
+        .store
+        .activate(worker, version)
+        .await?
+        .ok_or_else(|| anyhow!("worker {worker} has no version {version}"))
+        .hint(format!("oncely workers {worker}"))?;
+    host.look_for_deployments();
+    Ok(record)
+}
+
+async fn active(host: &Host, worker: &str) -> Result<Option<DeploymentRecord>> {
+    Ok(host.store.active_deployments().await?.into_iter().find(|deployment| deployment.worker == worker))
+}
+
+fn spec(stream: &Stream) -> StreamSpec {
+    StreamSpec {
+        name: stream.name.clone(),
+        subjects: stream.subjects.clone(),
+        max_age: stream.max_age,
+        ..StreamSpec::default()
+    }
+}
+
+/// Checks that the source and all outputs have a stream, and says which streams will be made.
+async fn check_streams(host: &Host, proposal: &Proposal) -> Result<Vec<String>> {
+    let worker = &proposal.worker;
+    let mut changes = Vec::new();
+    let mut source = None;
+    for stream in &proposal.streams {
+        match host.bus.stream(&stream.name).await? {
+            Some(_) => {}
+            None => changes.push(format!("+ stream {} ({})", stream.name, stream.subjects.join(", "))),
+        }
+        if stream.name == worker.stream {
+            source = Some(stream.subjects.clone());
+        }
+    }
+    if let Some(existing) = host.bus.stream(&worker.stream).await? {
+        source = Some(existing.subjects);
+    }
+    let Some(source) = source else {
+        return Err(anyhow!("worker {} reads the stream `{}`, which does not exist", worker.name, worker.stream)).hint(
+            format!(
+                "add to oncely.toml:  [[stream]]  name = \"{}\"  subjects = [{}]",
+                worker.stream,
+                quoted(&worker.subjects)
+            ),
+        );
+    };
+    for wanted in &worker.subjects {
+        if !source.iter().any(|pattern| subject::covers(pattern, wanted)) {
+            bail!(
+                "worker {} wants `{wanted}`, and its stream `{}` holds only {}",
+                worker.name,
+                worker.stream,
+                quoted(&source)
+            );
+        }
+    }
+    for output in &worker.outputs {
+        let declared = proposal.streams.iter().any(|s| s.subjects.iter().any(|p| subject::covers(p, output)));
+        if !declared && host.bus.stream_of_subject(output).await?.is_none() {
+            return Err(anyhow!(
+                "no stream holds the output `{output}` of worker {}: what it publishes there would have no place to go",
+                worker.name
+            ))
+            .hint(format!("add to oncely.toml:  [[stream]]  name = \"OUTPUTS\"  subjects = [\"{output}\"]"));
+        }
+    }
+    Ok(changes)
+}
+
+fn quoted(names: &[String]) -> String {
+    names.iter().map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(", ")
+}
+
+/// What a deployment is, as one tree to compare.
+fn describe(worker: &Worker, digest: &str, imports: Vec<Value>) -> Result<Value> {
+    let mut tree = serde_json::to_value(worker).context("describe the manifest")?;
+    if let Some(tree) = tree.as_object_mut() {
+        tree.insert("component".to_owned(), Value::from(digest));
+        tree.insert("imports".to_owned(), Value::from(imports));
+    }
+    Ok(tree)
+}
+
+async fn described(host: &Host, deployment: &DeploymentRecord) -> Result<Value> {
+    let worker: Worker = serde_json::from_str(&deployment.manifest).context("read the active manifest")?;
+    let wasm = host.store.component(&deployment.digest).await?.unwrap_or_default();
+    let imports = match host.load(wasm).await {
+        Ok(guest) => guest.surface().imports.iter().map(|name| Value::from(name.as_str())).collect(),
+        Err(_) => Vec::new(),
+    };
+    describe(&worker, &deployment.digest, imports)
+}
+
+/// The differences of two trees, one line each. Lists are compared as sets.
+fn differences(before: &Value, after: &Value) -> Vec<String> {
+    let (before, after) = (leaves(before), leaves(after));
+    let mut lines = Vec::new();
+    for (path, values) in &after {
+        let old = before.get(path).map_or(&[][..], Vec::as_slice);
+        let added: Vec<&String> = values.iter().filter(|value| !old.contains(value)).collect();
+        let removed: Vec<&String> = old.iter().filter(|value| !values.contains(value)).collect();
+        match (removed.as_slice(), added.as_slice()) {
+            ([from], [to]) => lines.push(format!("~ {path}: {from} -> {to}")),
+            (removed, added) => {
+                lines.extend(removed.iter().map(|value| format!("- {path}: {value}")));
+                lines.extend(added.iter().map(|value| format!("+ {path}: {value}")));
+            }
+        }
+    }
+    for (path, values) in before.iter().filter(|(path, _)| !after.contains_key(*path)) {
+        lines.extend(values.iter().map(|value| format!("- {path}: {value}")));
+    }
+    lines
+}
+
+/// Every leaf of a tree under its dotted path; the items of a list share one path.
+fn leaves(tree: &Value) -> BTreeMap<String, Vec<String>> {
+    fn walk(path: &str, tree: &Value, into: &mut BTreeMap<String, Vec<String>>) {
+        let below = |key: &str| if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") };
+        match tree {
+            Value::Null => {}
+            Value::Object(members) => members.iter().for_each(|(key, value)| walk(&below(key), value, into)),
+            Value::Array(items) => items.iter().for_each(|item| walk(path, item, into)),
+            Value::String(text) => into.entry(path.to_owned()).or_default().push(text.clone()),
+            other => into.entry(path.to_owned()).or_default().push(other.to_string()),
+        }
+    }
+    let mut into = BTreeMap::new();
+    walk("", tree, &mut into);
+    into
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_plan_names_what_is_added_removed_and_changed() {
+        let before = json!({"outputs": ["a", "b"], "retry": {"attempts": 5}, "component": "1"});
+        let after = json!({"outputs": ["b", "c", "d"], "retry": {"attempts": 3}, "component": "1"});
+        assert_eq!(
+            differences(&before, &after),
+            ["- outputs: a", "+ outputs: c", "+ outputs: d", "~ retry.attempts: 5 -> 3"]
+        );
+        assert!(differences(&after, &after).is_empty());
+    }
+}

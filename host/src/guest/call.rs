@@ -1,0 +1,246 @@
+//! One call of a guest: a fresh instance, its limits, its deadline, and what became of it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use jiff::Timestamp;
+use wasmtime::component::ResourceTable;
+use wasmtime::{Store, Trap, UpdateDeadline};
+use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
+
+use super::bindings::oncely::worker::types as wit;
+use super::component::Guest;
+use super::imports::Database;
+use super::limiter::Limiter;
+use super::logs::Logs;
+use crate::manifest::Worker;
+use crate::message::{Message, Output};
+use crate::state::BatchState;
+
+/// How long a call may overrun its time before the host stops waiting for it. Guest code is stopped at the deadline
+/// itself; this is for a host call, such as a statement that the database is just ending for the same reason.
+const GRACE: Duration = Duration::from_millis(500);
+
+/// How many bytes one host call may lift out of a guest's memory.
+const HOST_CALL_BYTES: usize = 32 << 20;
+
+/// Everything one call is given.
+pub struct Call {
+    pub message: Arc<Message>,
+    pub worker: Arc<Worker>,
+    pub version: u32,
+    /// 1 for the first.
+    pub attempt: u32,
+    /// The time this attempt began, as the guest sees it.
+    pub now: Timestamp,
+    /// The largest payload the broker takes, headers included, in bytes.
+    pub payload_max: usize,
+    pub database: Arc<dyn Database>,
+    /// State as the member before left it; comes back in the [`Outcome`].
+    pub state: BatchState,
+}
+
+/// What a call came to.
+pub struct Outcome {
+    pub result: Result<(), CallFailure>,
+    pub outputs: Vec<Output>,
+    pub state: BatchState,
+    /// Whether it ran any SQL: if not, it can be dropped from its batch without a trace.
+    pub ran_sql: bool,
+    pub logs: String,
+}
+
+/// Why a call failed, as far as the guest is to blame.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CallFailure {
+    pub kind: FailureKind,
+    pub code: Option<String>,
+    /// For a person.
+    pub message: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FailureKind {
+    Retry,
+    RetryAfter(Duration),
+    Reject,
+    /// It sent something it may not send.
+    OutputRefused,
+    /// Another transaction stood in its way; not its fault, not an attempt.
+    Conflict,
+}
+
+impl CallFailure {
+    pub fn new(kind: FailureKind, code: &str, message: impl Into<String>) -> Self {
+        CallFailure { kind, code: Some(code.to_owned()), message: message.into() }
+    }
+}
+
+/// The host's side of one running instance.
+pub(super) struct CallState {
+    pub call: Call,
+    pub outputs: Vec<Output>,
+    pub output_bytes: usize,
+    pub statements: u32,
+    /// The first thing that dooms this delivery, whatever the handler returns.
+    pub doomed: Option<CallFailure>,
+    /// The first error of the house: nothing the guest did, and nothing it may decide about.
+    pub house: Option<anyhow::Error>,
+    pub deadline: Instant,
+    pub logs: Logs,
+    pub limiter: Limiter,
+    /// Made when first asked for: most Rust handlers never do.
+    wasi: Option<WasiCtx>,
+    table: ResourceTable,
+}
+
+impl WasiView for CallState {
+    fn ctx(&mut self) -> WasiCtxView<'_> {
+        let logs = &self.logs;
+        let ctx = self.wasi.get_or_insert_with(|| {
+            let mut builder = WasiCtx::builder();
+            builder.stdout(logs.clone()).stderr(logs.clone());
+            builder.max_random_size(64 << 10).allow_tcp(false).allow_udp(false);
+            builder.build()
+        });
+        WasiCtxView { ctx, table: &mut self.table }
+    }
+}
+
+impl Guest {
+    /// Runs the handler once, in a fresh instance. The outer error is the house's: no attempt is spent.
+    pub async fn call(&self, call: Call) -> anyhow::Result<Outcome> {
+        let time = call.worker.limits.time;
+        let deadline = Instant::now() + time;
+        let mut store = self.store(call, deadline)?;
+        let message = wit_message(&store.data().call.message);
+        let running = async {
+            let instance = self.pre.instantiate_async(&mut store).await?;
+            instance.oncely_worker_handler().call_handle(&mut store, &message).await
+        };
+        let answer = tokio::time::timeout_at((deadline + GRACE).into(), running).await;
+        let mut state = store.into_data();
+        if let Some(error) = state.house.take() {
+            return Err(error);
+        }
+        let result = match answer {
+            Ok(Ok(Ok(()))) => Ok(()),
+            Ok(Ok(Err(failure))) => Err(returned(failure)),
+            Ok(Err(error)) if error.is::<wasmtime::PoolConcurrencyLimitError>() => {
+                return Err(anyhow::Error::from(error)).context("find room for one more instance");
+            }
+            Ok(Err(error)) => Err(trapped(&error, &state)),
+            Err(_) => Err(timed_out(time)),
+        };
+        // A doomed delivery fails whatever the handler made of the error it was given.
+        let result = match state.doomed.take() {
+            Some(doom) => Err(doom),
+            None => result,
+        };
+        Ok(Outcome {
+            result,
+            outputs: state.outputs,
+            state: state.call.state,
+            ran_sql: state.statements > 0,
+            logs: state.logs.take(),
+        })
+    }
+
+    fn store(&self, call: Call, deadline: Instant) -> anyhow::Result<Store<CallState>> {
+        let limits = &call.worker.limits;
+        let memory = usize::try_from(limits.memory).unwrap_or(usize::MAX).min(super::engine::MEMORY_MAX);
+        let mut table = ResourceTable::new();
+        table.set_max_capacity(1_000);
+        let state = CallState {
+            outputs: Vec::new(),
+            output_bytes: 0,
+            statements: 0,
+            doomed: None,
+            house: None,
+            deadline,
+            logs: Logs::new(usize::try_from(limits.log_size).unwrap_or(usize::MAX)),
+            limiter: Limiter::new(memory),
+            wasi: None,
+            table,
+            call,
+        };
+        let mut store = Store::new(self.engine.engine(), state);
+        store.limiter(|state| &mut state.limiter);
+        store.set_hostcall_fuel(HOST_CALL_BYTES);
+        store.set_epoch_deadline(1);
+        store.epoch_deadline_callback(move |_| {
+            if Instant::now() >= deadline {
+                return Err(wasmtime::Error::from(Trap::Interrupt));
+            }
+            // Lets others run: a busy guest shares its thread with everything else of the host.
+            Ok(UpdateDeadline::YieldCustom(1, Box::pin(tokio::task::yield_now())))
+        });
+        Ok(store)
+    }
+}
+
+fn wit_message(message: &Message) -> wit::Message {
+    wit::Message {
+        id: message.event_id.clone(),
+        subject: message.subject.clone(),
+        headers: message.headers.clone(),
+        body: message.body.to_vec(),
+        origin: message.origin.as_ref().map(|origin| wit::Origin {
+            stream: origin.stream.clone(),
+            sequence: origin.sequence,
+            stored_at: u64::try_from(origin.stored_at.as_microsecond()).unwrap_or_default(),
+        }),
+    }
+}
+
+/// What the handler itself said.
+fn returned(failure: wit::Failure) -> CallFailure {
+    let kind = match failure.kind {
+        wit::FailureKind::Retry => FailureKind::Retry,
+        wit::FailureKind::RetryAfter(after) => FailureKind::RetryAfter(Duration::from_millis(after)),
+        wit::FailureKind::Reject => FailureKind::Reject,
+    };
+    let clip = |text: String, limit: usize| text.chars().filter(|c| *c != '\0').take(limit).collect::<String>();
+    CallFailure { kind, code: failure.code.map(|code| clip(code, 64)), message: clip(failure.message, 4_000) }
+}
+
+fn timed_out(time: Duration) -> CallFailure {
+    CallFailure::new(
+        FailureKind::Retry,
+        "timeout",
+        format!("the handler ran longer than its limit of {time:?} (`time` under [worker.limits])"),
+    )
+}
+
+/// What a trap says of the handler.
+fn trapped(error: &wasmtime::Error, state: &CallState) -> CallFailure {
+    if state.limiter.refused_memory {
+        let limit = bytesize::ByteSize(state.limiter.memory_limit() as u64).display().iec();
+        return CallFailure::new(
+            FailureKind::Retry,
+            "out-of-memory",
+            format!("the handler asked for more memory than its limit of {limit} (`memory` under [worker.limits])"),
+        );
+    }
+    let place = error
+        .downcast_ref::<wasmtime::WasmBacktrace>()
+        .and_then(|trace| trace.frames().iter().find_map(|frame| frame.func_name()))
+        .map(|name| format!(" in {name}"))
+        .unwrap_or_default();
+    match error.downcast_ref::<Trap>() {
+        Some(Trap::Interrupt) => timed_out(state.call.worker.limits.time),
+        Some(Trap::StackOverflow) => {
+            CallFailure::new(FailureKind::Retry, "stack-overflow", format!("the handler recursed too deep{place}"))
+        }
+        Some(Trap::UnreachableCodeReached) => CallFailure::new(
+            FailureKind::Retry,
+            "trap",
+            format!("the handler panicked or reached code that cannot be reached{place}"),
+        ),
+        Some(trap) => CallFailure::new(FailureKind::Retry, "trap", format!("the handler trapped{place}: {trap}")),
+        None => {
+            CallFailure::new(FailureKind::Retry, "trap", format!("the handler trapped{place}: {}", error.root_cause()))
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! A component that was checked and linked, ready to run.
+
+use anyhow::{Context, Result, bail};
+use wasmtime::component::types::ComponentItem;
+use wasmtime::component::{Component, HasSelf, Linker};
+
+use super::bindings;
+use super::call::CallState;
+use super::engine::GuestEngine;
+
+/// What a component must export to be a worker.
+const HANDLER: &str = "oncely:worker/handler@0.1.0";
+
+/// Interfaces a component may import: all of ours, and those of WASI that language runtimes ask for. Behind the
+/// latter there is nothing but a clock, random numbers and the log.
+const IMPORTABLE: [&str; 7] =
+    ["oncely:worker/", "wasi:logging/", "wasi:config/", "wasi:cli/", "wasi:io/", "wasi:clocks/", "wasi:random/"];
+
+/// Also linked, but every call of it is denied.
+const IMPORTABLE_BUT_EMPTY: [&str; 2] = ["wasi:filesystem/", "wasi:sockets/"];
+
+/// A component ready to run; instances are made from it for each message. Cheap to clone.
+#[derive(Clone)]
+pub struct Guest {
+    pub(super) engine: GuestEngine,
+    pub(super) pre: bindings::WorkerPre<CallState>,
+    surface: Surface,
+}
+
+/// What a component exports and imports, for the plan of a deployment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Surface {
+    pub exports: Vec<String>,
+    pub imports: Vec<String>,
+}
+
+impl Guest {
+    /// Compiles (or loads from disk), checks and links a component. Blocks for as long as compiling takes.
+    pub fn load(engine: &GuestEngine, wasm: &[u8]) -> Result<Guest> {
+        let component = engine.compile(wasm)?;
+        let surface = surface(engine, &component);
+        check_exports(&surface)?;
+        check_imports(&surface)?;
+        let pre = linker(engine)?
+            .instantiate_pre(&component)
+            .and_then(bindings::WorkerPre::new)
+            .map_err(anyhow::Error::from)
+            .context("link the component")?;
+        Ok(Guest { engine: engine.clone(), pre, surface })
+    }
+
+    pub fn surface(&self) -> &Surface {
+        &self.surface
+    }
+}
+
+fn surface(engine: &GuestEngine, component: &Component) -> Surface {
+    let kind = component.component_type();
+    let instances = |items: Vec<(String, ComponentItem)>| {
+        let mut names: Vec<String> = items
+            .into_iter()
+            .filter(|(_, item)| !matches!(item, ComponentItem::Type(_)))
+            .map(|(name, _)| name)
+            .collect();
+        names.sort();
+        names
+    };
+    let engine = engine.engine();
+    Surface {
+        exports: instances(kind.exports(engine).map(|(name, item)| (name.to_owned(), item.ty)).collect()),
+        imports: instances(kind.imports(engine).map(|(name, item)| (name.to_owned(), item.ty)).collect()),
+    }
+}
+
+/// Refuses a component without exactly one handler that this host can call.
+fn check_exports(surface: &Surface) -> Result<()> {
+    let handlers: Vec<&str> =
+        surface.exports.iter().map(String::as_str).filter(|name| name.contains("worker/handler")).collect();
+    match handlers.as_slice() {
+        [HANDLER] => Ok(()),
+        [] => bail!(
+            "the component exports no handler: it must export `{HANDLER}`, and it exports {}",
+            list(&surface.exports)
+        ),
+        [other] => bail!("the component exports `{other}`, and this host runs `{HANDLER}`"),
+        several => {
+            bail!("the component exports {} handlers ({}); it must export one", several.len(), several.join(", "))
+        }
+    }
+}
+
+fn check_imports(surface: &Surface) -> Result<()> {
+    let known = |name: &str| IMPORTABLE.iter().chain(&IMPORTABLE_BUT_EMPTY).any(|prefix| name.starts_with(prefix));
+    let unknown: Vec<String> = surface.imports.iter().filter(|name| !known(name)).cloned().collect();
+    if !unknown.is_empty() {
+        bail!("the component imports {}, which a worker is not given", list(&unknown));
+    }
+    Ok(())
+}
+
+fn list(names: &[String]) -> String {
+    if names.is_empty() {
+        return "nothing".to_owned();
+    }
+    names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
+}
+
+fn linker(engine: &GuestEngine) -> Result<Linker<CallState>> {
+    let mut linker = Linker::new(engine.engine());
+    bindings::Worker::add_to_linker::<_, HasSelf<_>>(&mut linker, |state| state)
+        .and_then(|()| wasmtime_wasi::p2::add_to_linker_async(&mut linker))
+        .map_err(anyhow::Error::from)
+        .context("link the imports")?;
+    Ok(linker)
+}

@@ -1,0 +1,48 @@
+//! How much memory one call may hold, over all its memories and tables.
+
+use wasmtime::ResourceLimiter;
+
+/// Table elements one call may hold.
+const TABLE_ELEMENTS_MAX: usize = 200_000;
+
+/// Counts what the instances of one call hold. A growth beyond the limit is refused, as on a machine that has no
+/// more; the refusal is remembered, because what a guest does then is usually to abort without a word.
+#[derive(Debug)]
+pub(super) struct Limiter {
+    memory_limit: usize,
+    memory: usize,
+    table_elements: usize,
+    pub refused_memory: bool,
+}
+
+impl Limiter {
+    pub fn new(memory_limit: usize) -> Self {
+        Limiter { memory_limit, memory: 0, table_elements: 0, refused_memory: false }
+    }
+
+    pub fn memory_limit(&self) -> usize {
+        self.memory_limit
+    }
+}
+
+impl ResourceLimiter for Limiter {
+    fn memory_growing(&mut self, current: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
+        let total = self.memory.saturating_add(desired.saturating_sub(current));
+        let allowed = total <= self.memory_limit;
+        if allowed {
+            self.memory = total;
+        } else {
+            self.refused_memory = true;
+        }
+        Ok(allowed)
+    }
+
+    fn table_growing(&mut self, current: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
+        let total = self.table_elements.saturating_add(desired.saturating_sub(current));
+        let allowed = total <= TABLE_ELEMENTS_MAX;
+        if allowed {
+            self.table_elements = total;
+        }
+        Ok(allowed)
+    }
+}

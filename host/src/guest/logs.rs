@@ -1,0 +1,86 @@
+//! What a guest prints, bounded.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+
+use tokio::io::AsyncWrite;
+use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
+
+/// The log lines, standard output and standard error of one call. Past the limit, lines are dropped and counted:
+/// a guest that prints without end costs nothing.
+#[derive(Clone)]
+pub(super) struct Logs {
+    inner: Arc<Mutex<Inner>>,
+}
+
+struct Inner {
+    text: String,
+    room: usize,
+    dropped: usize,
+}
+
+impl Logs {
+    pub fn new(limit: usize) -> Self {
+        Logs { inner: Arc::new(Mutex::new(Inner { text: String::new(), room: limit, dropped: 0 })) }
+    }
+
+    /// Adds one line; line breaks within it are escaped so that one entry cannot pose as two.
+    pub fn line(&self, level: &str, context: &str, message: &str) {
+        let message = message.trim_end_matches('\n').replace('\n', "\\n");
+        if context.is_empty() {
+            self.append(&format!("{level}: {message}\n"));
+        } else {
+            self.append(&format!("{level} {}: {message}\n", context.escape_debug()));
+        }
+    }
+
+    fn append(&self, text: &str) {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        if text.len() > inner.room {
+            inner.dropped += text.len();
+            return;
+        }
+        inner.room -= text.len();
+        inner.text.push_str(text);
+    }
+
+    /// All that was kept, with a last line that says how much was not.
+    pub fn take(&self) -> String {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut text = std::mem::take(&mut inner.text);
+        if inner.dropped > 0 {
+            text.push_str(&format!("({} bytes more were dropped)\n", inner.dropped));
+        }
+        // Only printable text reaches terminals and databases.
+        text.chars().filter(|c| *c == '\n' || *c == '\t' || !c.is_control()).collect()
+    }
+}
+
+impl IsTerminal for Logs {
+    fn is_terminal(&self) -> bool {
+        false
+    }
+}
+
+impl StdoutStream for Logs {
+    fn async_stream(&self) -> Box<dyn AsyncWrite + Send + Sync> {
+        Box::new(self.clone())
+    }
+}
+
+impl AsyncWrite for Logs {
+    fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.append(&String::from_utf8_lossy(bytes));
+        Poll::Ready(Ok(bytes.len()))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}

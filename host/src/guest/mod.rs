@@ -1,0 +1,17 @@
+//! WebAssembly: a component becomes a [`Guest`], and a guest runs once for each message in a fresh instance.
+//!
+//! A guest has no effect of its own. Outputs and state changes are buffered in the host, SQL goes through the
+//! [`Database`] it is lent; what comes back is an [`Outcome`] that the delivery keeps or throws away.
+
+mod bindings;
+mod call;
+mod component;
+mod engine;
+mod imports;
+mod limiter;
+mod logs;
+
+pub use call::{Call, CallFailure, FailureKind, Outcome};
+pub use component::{Guest, Surface};
+pub use engine::{COMPONENT_SIZE_MAX, GuestEngine};
+pub use imports::Database;

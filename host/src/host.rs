@@ -1,0 +1,294 @@
+//! A host: keeps the workers that are deployed running, and the relay; swaps versions without losing a message.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use tokio::sync::{Mutex, Notify};
+use tokio::task::JoinHandle;
+
+use crate::bus::{Bus, StreamSpec};
+use crate::dead_letter::{DLQ_STREAM, DLQ_SUBJECTS};
+use crate::delivery::Delivery;
+use crate::drain::{Stop, Stopping};
+use crate::guest::{Guest, GuestEngine};
+use crate::manifest::Worker;
+use crate::relay::{HandOver, Relay, RelayCounters};
+use crate::store::{DeploymentRecord, Store};
+use crate::worker::RunningWorker;
+
+/// How often a host looks whether another one deployed something.
+const LOOK_FOR_DEPLOYMENTS_EVERY: Duration = Duration::from_secs(1);
+
+/// How often old rows are removed, and how many at a time.
+const PRUNE_EVERY: Duration = Duration::from_secs(60);
+const PRUNE_MAX: u32 = 10_000;
+
+/// How long rows are kept that nobody needs any more.
+#[derive(Debug, Clone, Copy)]
+pub struct Retention {
+    /// Published outputs, with their place on the stream.
+    pub outputs: Duration,
+    /// Inbox records: for as long a message that comes again is recognised.
+    pub inbox: Duration,
+}
+
+/// One running host.
+pub struct Host {
+    pub store: Arc<dyn Store>,
+    pub bus: Bus,
+    pub engine: GuestEngine,
+    pub relay_counters: Arc<RelayCounters>,
+    /// None once the host drains: the relay ends when nobody can hand anything over.
+    relay: Mutex<Option<HandOver>>,
+    workers: Mutex<BTreeMap<String, Slot>>,
+    deployed: Notify,
+}
+
+/// The place of one worker in a host.
+struct Slot {
+    running: Option<RunningWorker>,
+    /// The version that should run here but cannot, and why.
+    broken: Option<(u32, String)>,
+}
+
+/// What a host tells of one of its workers.
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
+pub struct WorkerState {
+    pub worker: String,
+    /// The version that runs here.
+    pub version: Option<u32>,
+    pub digest: Option<String>,
+    pub stream: Option<String>,
+    pub subjects: Vec<String>,
+    /// `running`, `starting` or `broken`.
+    pub state: String,
+    /// Why it is broken.
+    pub error: Option<String>,
+    /// Messages on the stream that wait for it or are being handled; none when the server does not answer.
+    pub pending: Option<u64>,
+    pub done: u64,
+    pub duplicates: u64,
+    pub retries: u64,
+    pub dead: u64,
+}
+
+/// The tasks of a running host.
+pub struct Running {
+    stop: Stop,
+    supervisor: JoinHandle<()>,
+    relay: JoinHandle<()>,
+}
+
+impl Host {
+    /// Starts the relay and all workers that are deployed.
+    pub async fn start(
+        store: Arc<dyn Store>,
+        bus: Bus,
+        cache: &Path,
+        retention: Retention,
+    ) -> Result<(Arc<Host>, Running)> {
+        let engine = GuestEngine::new(cache)?;
+        bus.ensure_stream(&StreamSpec::new(DLQ_STREAM, &[DLQ_SUBJECTS])).await.context("make the dead-letter stream")?;
+        let (relay, hand_over, relay_counters) = Relay::new(Arc::clone(&store), bus.clone());
+        let host = Arc::new(Host {
+            store,
+            bus,
+            engine,
+            relay_counters,
+            relay: Mutex::new(Some(hand_over)),
+            workers: Mutex::new(BTreeMap::new()),
+            deployed: Notify::new(),
+        });
+        let stop = Stop::new();
+        let relay = tokio::spawn(relay.run(stop.stopping()));
+        host.reconcile().await.context("start the deployed workers")?;
+        let supervisor = tokio::spawn(supervise(Arc::clone(&host), retention, stop.stopping()));
+        Ok((host, Running { stop, supervisor, relay }))
+    }
+
+    /// Brings what runs in line with what is deployed.
+    pub async fn reconcile(&self) -> Result<()> {
+        let deployments = self.store.active_deployments().await?;
+        for deployment in deployments {
+            self.bring_up(&deployment).await;
+        }
+        Ok(())
+    }
+
+    /// Tells the supervisor that something was deployed.
+    pub fn look_for_deployments(&self) {
+        self.deployed.notify_one();
+    }
+
+    /// Runs `deployment` here unless it runs already. The version before it goes on until the new one is ready to
+    /// start; then it is drained, and the same durable consumer goes on with the new one.
+    async fn bring_up(&self, deployment: &DeploymentRecord) {
+        let mut workers = self.workers.lock().await;
+        let slot = workers.entry(deployment.worker.clone()).or_insert(Slot { running: None, broken: None });
+        if slot.running.as_ref().is_some_and(|running| running.version == deployment.version) {
+            slot.broken = None;
+            return;
+        }
+        if let Err(error) = self.swap(slot, deployment).await {
+            let told = slot.broken.as_ref().is_some_and(|(version, _)| *version == deployment.version);
+            if !told {
+                tracing::error!("worker {} version {} cannot run: {error:#}", deployment.worker, deployment.version);
+            }
+            slot.broken = Some((deployment.version, format!("{error:#}")));
+        }
+    }
+
+    async fn swap(&self, slot: &mut Slot, deployment: &DeploymentRecord) -> Result<()> {
+        let delivery = self.prepare(deployment).await?;
+        let relay = self.relay.lock().await.clone().context("start a worker in a host that is stopping")?;
+        if let Some(old) = slot.running.take() {
+            old.drain().await;
+        }
+        let running =
+            RunningWorker::start(delivery, deployment.digest.clone(), &self.bus, relay).await?;
+        tracing::info!("worker {} runs version {}", deployment.worker, deployment.version);
+        slot.running = Some(running);
+        slot.broken = None;
+        Ok(())
+    }
+
+    /// Compiles the component and reads the manifest: everything that can fail before the old version stops.
+    async fn prepare(&self, deployment: &DeploymentRecord) -> Result<Delivery> {
+        let worker: Worker = serde_json::from_str(&deployment.manifest).context("read the deployment's manifest")?;
+        let wasm = self
+            .store
+            .component(&deployment.digest)
+            .await?
+            .with_context(|| format!("component {} is not in the database", deployment.digest))?;
+        let guest = self.load(wasm).await?;
+        Ok(Delivery {
+            store: Arc::clone(&self.store),
+            guest,
+            worker: Arc::new(worker),
+            version: deployment.version,
+            payload_max: self.bus.max_payload(),
+        })
+    }
+
+    /// Compiles and checks a component, off the async threads.
+    pub async fn load(&self, wasm: Vec<u8>) -> Result<Guest> {
+        let engine = self.engine.clone();
+        tokio::task::spawn_blocking(move || Guest::load(&engine, &wasm)).await.context("compile a component")?
+    }
+
+    /// The workers of this host, by name.
+    pub async fn workers(&self) -> Vec<WorkerState> {
+        self.workers.lock().await.iter().map(|(name, slot)| slot.tell(name)).collect()
+    }
+
+    /// Like [`Host::workers`], with what waits on their streams.
+    pub async fn workers_with_backlog(&self) -> Vec<WorkerState> {
+        let workers = self.workers.lock().await;
+        let mut states = Vec::new();
+        for (name, slot) in workers.iter() {
+            let mut state = slot.tell(name);
+            if let Some(running) = &slot.running {
+                state.pending = running.backlog().await;
+            }
+            states.push(state);
+        }
+        states
+    }
+
+    /// Whether everything that is deployed runs here and has been seen on the server; if not, what is missing.
+    pub async fn ready(&self) -> std::result::Result<(), String> {
+        if !self.bus.is_connected() {
+            return Err("no connection to NATS".to_owned());
+        }
+        if let Err(error) = self.store.ping().await {
+            return Err(format!("{:#}", anyhow::Error::from(error)));
+        }
+        let states = self.workers().await;
+        let missing: Vec<String> = states
+            .iter()
+            .filter(|state| state.state != "running")
+            .map(|state| format!("worker {} is {}", state.worker, state.state))
+            .collect();
+        if missing.is_empty() { Ok(()) } else { Err(missing.join(", ")) }
+    }
+
+    async fn drain_workers(&self) {
+        self.relay.lock().await.take();
+        let mut workers = self.workers.lock().await;
+        let draining = std::mem::take(&mut *workers).into_values().filter_map(|slot| slot.running);
+        futures::future::join_all(draining.map(RunningWorker::drain)).await;
+    }
+}
+
+impl Slot {
+    fn tell(&self, name: &str) -> WorkerState {
+        let running = self.running.as_ref();
+        let state = match (running, &self.broken) {
+            (_, Some(_)) => "broken",
+            (Some(running), None) if running.is_seen() => "running",
+            _ => "starting",
+        };
+        let count = |counter: fn(&RunningWorker) -> &std::sync::atomic::AtomicU64| {
+            running.map_or(0, |running| counter(running).load(std::sync::atomic::Ordering::Relaxed))
+        };
+        WorkerState {
+            worker: name.to_owned(),
+            version: running.map(|running| running.version),
+            digest: running.map(|running| running.digest.clone()),
+            stream: running.map(|running| running.worker.stream.clone()),
+            subjects: running.map(|running| running.worker.subjects.clone()).unwrap_or_default(),
+            state: state.to_owned(),
+            pending: None,
+            error: self.broken.as_ref().map(|(version, error)| format!("version {version}: {error}")),
+            done: count(|running| &running.counters.done),
+            duplicates: count(|running| &running.counters.duplicates),
+            retries: count(|running| &running.counters.retries),
+            dead: count(|running| &running.counters.dead),
+        }
+    }
+}
+
+impl Running {
+    /// Stops in good order: no more pulling, lanes settle what they have, the relay publishes what was handed over.
+    /// What is not done within `limit` is left to the next start: nothing is lost by that.
+    pub async fn drain(self, host: &Host, limit: Duration) -> Result<()> {
+        self.stop.now();
+        let drained = async {
+            let _ = self.supervisor.await;
+            host.drain_workers().await;
+            let _ = self.relay.await;
+        };
+        let in_time = tokio::time::timeout(limit, drained).await;
+        host.store.close().await;
+        in_time.with_context(|| format!("drain within {limit:?}; what was left is taken up at the next start"))
+    }
+}
+
+/// Watches for deployments of other hosts and removes old rows.
+async fn supervise(host: Arc<Host>, retention: Retention, mut stopping: Stopping) {
+    let mut prune = tokio::time::interval(PRUNE_EVERY);
+    loop {
+        tokio::select! {
+            biased;
+            () = stopping.stopped() => return,
+            () = host.deployed.notified() => look(&host).await,
+            _ = tokio::time::sleep(LOOK_FOR_DEPLOYMENTS_EVERY) => look(&host).await,
+            _ = prune.tick() => remove_old(&host, retention).await,
+        }
+    }
+}
+
+async fn look(host: &Host) {
+    if let Err(error) = host.reconcile().await {
+        tracing::debug!("looking for deployments again soon: {error:#}");
+    }
+}
+
+async fn remove_old(host: &Host, retention: Retention) {
+    if let Err(error) = host.store.prune(retention.outputs, retention.inbox, PRUNE_MAX).await {
+        tracing::debug!("removing old rows again later: {:#}", anyhow::Error::from(error));
+    }
+}

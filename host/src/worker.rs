@@ -1,0 +1,279 @@
+//! A running worker: pulls from its stream, deals messages to its lanes by key, and drains in good order.
+
+use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinHandle;
+
+use crate::bus::{Bus, Probe, Progress, Pull, Pulled, Subscription};
+use crate::delivery::Delivery;
+use crate::drain::{Stop, Stopping};
+use crate::lane::{Lane, Parcel};
+use crate::manifest::Worker;
+use crate::relay::HandOver;
+use crate::verdict::Verdict;
+
+/// How many batches may wait for each lane beside the one that runs.
+const BATCHES_WAITING: usize = 1;
+
+/// How often a worker that is not seen on the server yet looks again.
+const PROBE_EVERY: Duration = Duration::from_millis(100);
+
+/// What a worker did since it started here.
+#[derive(Debug, Default)]
+pub struct WorkerCounters {
+    pub done: AtomicU64,
+    pub duplicates: AtomicU64,
+    pub retries: AtomicU64,
+    pub dead: AtomicU64,
+    /// How often a lane had to wait for the database.
+    pub database_waits: AtomicU64,
+}
+
+impl WorkerCounters {
+    pub fn count(&self, verdict: &Verdict) {
+        let counter = match verdict {
+            Verdict::Done(_) => &self.done,
+            Verdict::Duplicate(_) => &self.duplicates,
+            Verdict::Retry { .. } => &self.retries,
+            Verdict::Wait { .. } => return,
+            Verdict::Dead(_) => &self.dead,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// A worker that runs in this host.
+pub struct RunningWorker {
+    pub worker: Arc<Worker>,
+    pub version: u32,
+    pub digest: String,
+    pub counters: Arc<WorkerCounters>,
+    probe: Probe,
+    seen: Arc<AtomicBool>,
+    stop: Stop,
+    pulling: JoinHandle<()>,
+}
+
+impl RunningWorker {
+    /// Subscribes and starts the lanes.
+    pub async fn start(delivery: Delivery, digest: String, bus: &Bus, relay: HandOver) -> Result<Self> {
+        let worker = Arc::clone(&delivery.worker);
+        let version = delivery.version;
+        let pull = bus
+            .subscribe(&subscription(&worker, version))
+            .await
+            .with_context(|| format!("subscribe worker {} to stream {}", worker.name, worker.stream))?;
+        let counters = Arc::new(WorkerCounters::default());
+        let seen = Arc::new(AtomicBool::new(false));
+        let stop = Stop::new();
+        let probe = pull.probe();
+        tokio::spawn(watch_until_seen(probe.clone(), Arc::clone(&seen), stop.stopping()));
+        let lanes = Lanes::start(&delivery, &relay, &counters, &stop);
+        let pulling = tokio::spawn(pull_loop(pull, lanes, stop.stopping()));
+        Ok(RunningWorker { worker, version, digest, counters, probe, seen, stop, pulling })
+    }
+
+    /// Whether the server has seen this worker's subscription.
+    pub fn is_seen(&self) -> bool {
+        self.seen.load(Ordering::Relaxed)
+    }
+
+    /// Messages on the stream that wait or are being handled; none when the server does not answer in a second.
+    pub async fn backlog(&self) -> Option<u64> {
+        let asked = tokio::time::timeout(Duration::from_secs(1), self.probe.backlog()).await;
+        let backlog = asked.ok()?.ok()?;
+        Some(backlog.pending + backlog.ack_pending)
+    }
+
+    /// Stops pulling, lets the lanes settle what they have, and returns when that is done.
+    pub async fn drain(self) {
+        self.stop.now();
+        if let Err(error) = self.pulling.await {
+            tracing::error!("worker {} did not end properly: {error}", self.worker.name);
+        }
+    }
+}
+
+fn subscription(worker: &Worker, version: u32) -> Subscription {
+    Subscription {
+        stream: worker.stream.clone(),
+        durable: worker.durable(),
+        subjects: worker.subjects.clone(),
+        ack_wait: worker.ack_wait,
+        // Room for several hosts.
+        max_ack_pending: i64::try_from(capacity(worker) * 4).unwrap_or(i64::MAX).max(1_000),
+        metadata: HashMap::from([
+            ("oncely.worker".to_owned(), worker.name.clone()),
+            ("oncely.version".to_owned(), version.to_string()),
+        ]),
+    }
+}
+
+/// How many messages of a worker one host holds at most.
+fn capacity(worker: &Worker) -> usize {
+    worker.concurrency as usize * worker.batch as usize * (1 + BATCHES_WAITING)
+}
+
+/// Sets `seen` once the server knows of the subscription.
+async fn watch_until_seen(probe: Probe, seen: Arc<AtomicBool>, stopping: Stopping) {
+    loop {
+        match probe.seen_by_server().await {
+            Ok(true) => return seen.store(true, Ordering::Relaxed),
+            Ok(false) => {}
+            Err(error) => tracing::debug!("subscription not seen yet: {error:#}"),
+        }
+        if stopping.wait(PROBE_EVERY).await {
+            return;
+        }
+    }
+}
+
+/// Pulls as long as there is room; deals to the lanes.
+async fn pull_loop(mut pull: Pull, lanes: Lanes, mut stopping: Stopping) {
+    loop {
+        let next = async {
+            let room = Arc::clone(&lanes.room).acquire_owned().await.context("wait for room")?;
+            let pulled = pull.next(lanes.room.available_permits() + 1).await?;
+            anyhow::Ok((pulled, room))
+        };
+        let pulled = tokio::select! {
+            // Once it is time to stop, nothing more is taken in.
+            biased;
+            () = stopping.stopped() => break,
+            pulled = next => pulled,
+        };
+        match pulled {
+            Ok((pulled, room)) => lanes.deal(pulled, room).await,
+            Err(error) => {
+                tracing::warn!("worker {} pulls again soon: {error:#}", lanes.worker.name);
+                if stopping.wait(Duration::from_secs(1)).await {
+                    break;
+                }
+            }
+        }
+    }
+    drop(pull);
+    lanes.drain().await;
+}
+
+/// The lanes of one worker and what feeds them.
+struct Lanes {
+    worker: Arc<Worker>,
+    senders: Vec<mpsc::Sender<Parcel>>,
+    tasks: Vec<JoinHandle<()>>,
+    room: Arc<Semaphore>,
+    in_flight: Registry,
+    ticker: JoinHandle<()>,
+}
+
+impl Lanes {
+    fn start(delivery: &Delivery, relay: &HandOver, counters: &Arc<WorkerCounters>, stop: &Stop) -> Self {
+        let worker = Arc::clone(&delivery.worker);
+        let capacity = capacity(&worker);
+        let mut senders = Vec::new();
+        let mut tasks = Vec::new();
+        for _ in 0..worker.concurrency {
+            // Room is counted over all lanes, so dealing to one lane never waits behind another.
+            let (sender, receiver) = mpsc::channel(capacity);
+            let lane = Lane {
+                delivery: delivery.clone(),
+                relay: relay.clone(),
+                counters: Arc::clone(counters),
+                stopping: stop.stopping(),
+            };
+            senders.push(sender);
+            tasks.push(tokio::spawn(lane.run(receiver)));
+        }
+        let in_flight = Registry::default();
+        let ticker = tokio::spawn(keep_from_redelivery(in_flight.clone(), worker.ack_wait / 3));
+        Lanes { worker, senders, tasks, room: Arc::new(Semaphore::new(capacity)), in_flight, ticker }
+    }
+
+    async fn deal(&self, pulled: Pulled, room: tokio::sync::OwnedSemaphorePermit) {
+        let message = Arc::new(pulled.message);
+        let lane = self.lane_of(&message);
+        let in_flight = self.in_flight.enter(pulled.receipt.progress());
+        let parcel = Parcel { message, invalid_id: pulled.invalid_id, receipt: pulled.receipt, in_flight, room };
+        if let Some(sender) = self.senders.get(lane) {
+            // A lane that is gone has panicked; the message is redelivered.
+            let _ = sender.send(parcel).await;
+        }
+    }
+
+    /// Same key, same lane. Without a key the event id serves: copies of one message then never wait for each other.
+    fn lane_of(&self, message: &crate::message::Message) -> usize {
+        let key = self.worker.ordering_key.as_ref().and_then(|key| key.key_of(message));
+        let mut hasher = DefaultHasher::new();
+        key.as_deref().unwrap_or(&message.event_id).hash(&mut hasher);
+        usize::try_from(hasher.finish() % self.senders.len().max(1) as u64).unwrap_or_default()
+    }
+
+    /// Lets the lanes settle what they have.
+    async fn drain(self) {
+        drop(self.senders);
+        for task in self.tasks {
+            if let Err(error) = task.await {
+                tracing::error!("a lane of worker {} did not end properly: {error}", self.worker.name);
+            }
+        }
+        self.ticker.abort();
+    }
+}
+
+/// The messages a worker holds, to be kept from redelivery.
+#[derive(Clone, Default)]
+struct Registry(Arc<Mutex<Held>>);
+
+#[derive(Default)]
+struct Held {
+    next: u64,
+    messages: HashMap<u64, Progress>,
+}
+
+/// Keeps one message from redelivery until dropped.
+pub struct InFlight {
+    registry: Registry,
+    number: u64,
+}
+
+impl Registry {
+    fn enter(&self, progress: Progress) -> InFlight {
+        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = held.next;
+        held.next += 1;
+        held.messages.insert(number, progress);
+        InFlight { registry: self.clone(), number }
+    }
+
+    fn all(&self) -> Vec<Progress> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).messages.values().cloned().collect()
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.registry.0.lock().unwrap_or_else(PoisonError::into_inner).messages.remove(&self.number);
+    }
+}
+
+/// Tells the broker, three times within `ack_wait`, that all messages held here are being worked on.
+async fn keep_from_redelivery(registry: Registry, every: Duration) {
+    let mut tick = tokio::time::interval(every.max(Duration::from_millis(10)));
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    tick.tick().await;
+    loop {
+        tick.tick().await;
+        for progress in registry.all() {
+            if let Err(error) = progress.send().await {
+                tracing::debug!("progress not sent: {error:#}");
+                break;
+            }
+        }
+    }
+}

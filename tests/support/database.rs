@@ -1,0 +1,85 @@
+//! A database of a test's own, looked at from outside the host with plain SQL.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use sqlx::{AssertSqlSafe, Connection, Row};
+
+use crate::postgres::PostgresDatabase;
+
+/// Which database a test runs on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Sqlite,
+    Postgres,
+}
+
+/// A fresh database.
+pub enum Database {
+    Sqlite(PathBuf),
+    Postgres(PostgresDatabase),
+}
+
+impl Database {
+    pub async fn fresh(kind: Kind, folder: &Path) -> Result<Self> {
+        Ok(match kind {
+            Kind::Sqlite => Database::Sqlite(folder.join("test.db")),
+            Kind::Postgres => Database::Postgres(PostgresDatabase::create().await?),
+        })
+    }
+
+    /// What `--database` takes.
+    pub fn url(&self) -> String {
+        match self {
+            Database::Sqlite(path) => path.display().to_string(),
+            Database::Postgres(database) => database.url(),
+        }
+    }
+
+    /// Runs a query and returns its rows as text, an empty string for null. Platform tables are written `oncely.x` and
+    /// workers' tables `app.x`, whichever database it is.
+    pub async fn rows(&self, sql: &str) -> Result<Vec<Vec<String>>> {
+        match self {
+            Database::Sqlite(path) => {
+                let sql = sql.replace("oncely.", "oncely_").replace("app.", "");
+                let options = sqlx::sqlite::SqliteConnectOptions::new().filename(path).read_only(true);
+                let mut connection = sqlx::SqliteConnection::connect_with(&options).await.context("open the database")?;
+                let rows = sqlx::query(AssertSqlSafe(sql)).fetch_all(&mut connection).await?;
+                rows.iter()
+                    .map(|row| (0..row.len()).map(|column| sqlite_text(row, column)).collect())
+                    .collect()
+            }
+            Database::Postgres(database) => {
+                let sql = sql.replace("app.", "app_default.");
+                let mut connection = sqlx::PgConnection::connect(&database.url()).await.context("connect")?;
+                // The simple protocol brings every value as text.
+                let rows = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut connection).await?;
+                let text = |row: &sqlx::postgres::PgRow, column: usize| -> Result<String> {
+                    let value = row.try_get_raw(column)?;
+                    Ok(value.as_str().unwrap_or_default().to_owned())
+                };
+                rows.iter().map(|row| (0..row.len()).map(|column| text(row, column)).collect()).collect()
+            }
+        }
+    }
+
+    /// The one number a query yields.
+    pub async fn number(&self, sql: &str) -> Result<i64> {
+        let rows = self.rows(sql).await?;
+        let value = rows.first().and_then(|row| row.first()).context("the query has no row")?;
+        value.parse().with_context(|| format!("`{value}` is not a number"))
+    }
+}
+
+fn sqlite_text(row: &sqlx::sqlite::SqliteRow, column: usize) -> Result<String> {
+    use sqlx::{TypeInfo, ValueRef};
+    let value = row.try_get_raw(column)?;
+    if value.is_null() {
+        return Ok(String::new());
+    }
+    Ok(match value.type_info().name() {
+        "INTEGER" => row.try_get_unchecked::<i64, _>(column)?.to_string(),
+        "REAL" => row.try_get_unchecked::<f64, _>(column)?.to_string(),
+        _ => row.try_get_unchecked::<String, _>(column)?,
+    })
+}

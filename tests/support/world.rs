@@ -1,0 +1,225 @@
+//! A world of a test's own: a database, a nats-server and a host process that can be killed.
+
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::database::{Database, Kind};
+use crate::guests;
+use crate::nats::NatsServer;
+
+/// Until when a test waits for what must come.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A database, a nats-server, and the program under test as a process.
+pub struct World {
+    pub database: Database,
+    pub nats: NatsServer,
+    pub folder: TempDir,
+    manifest: PathBuf,
+    host: Option<Child>,
+}
+
+/// The manifest most tests use: one worker `test` over the stream IN, whose outputs go to the stream OUT.
+/// `settings` is put into `[[worker]]`, before its tables.
+pub fn manifest(settings: &str) -> Result<String> {
+    let component = guests::component()?;
+    let migrations = guests::repository().join("tests/guests/migrations");
+    Ok(format!(
+        r#"
+[[stream]]
+name = "IN"
+subjects = ["in.>"]
+
+[[stream]]
+name = "OUT"
+subjects = ["out.>"]
+
+[[worker]]
+name = "test"
+component = "{}"
+migrations = "{}"
+stream = "IN"
+outputs = ["out.>"]
+{settings}
+"#,
+        component.display(),
+        migrations.display()
+    ))
+}
+
+/// Settings for tests that wait for retries.
+pub const QUICK_RETRIES: &str = r#"
+[worker.retry]
+attempts = 3
+backoff = "50ms"
+backoff_max = "200ms"
+"#;
+
+impl World {
+    /// Starts everything with one manifest and waits until the host is ready.
+    pub async fn start(kind: Kind, manifest: &str) -> Result<World> {
+        let mut world = World::without_host(kind, manifest).await?;
+        world.start_host().await?;
+        Ok(world)
+    }
+
+    /// Like [`World::start`], but the host is yet to be started.
+    pub async fn without_host(kind: Kind, manifest: &str) -> Result<World> {
+        let folder = tempfile::Builder::new().prefix("oncely-test-").tempdir().context("make a folder")?;
+        let database = Database::fresh(kind, folder.path()).await?;
+        let nats = NatsServer::start().await?;
+        let path = folder.path().join("oncely.toml");
+        std::fs::write(&path, manifest).context("write the manifest")?;
+        Ok(World { database, nats, folder, manifest: path, host: None })
+    }
+
+    /// Starts the host process and waits until it is ready.
+    pub async fn start_host(&mut self) -> Result<()> {
+        self.spawn_host()?;
+        self.ready().await
+    }
+
+    /// Starts the host process.
+    pub fn spawn_host(&mut self) -> Result<()> {
+        let _ = std::fs::remove_file(self.host_file());
+        let log = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.folder.path().join("host.log"))
+            .context("open the host's log")?;
+        let child = self
+            .command("dev")?
+            .args(["--listen", "127.0.0.1:0", "--nats", &self.nats.url(), "--database", &self.database.url()])
+            .arg("--data-dir")
+            .arg(self.data_dir())
+            .arg(&self.manifest)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().context("share the log")?)
+            .stderr(log)
+            .spawn()
+            .context("start the host")?;
+        self.host = Some(child);
+        Ok(())
+    }
+
+    /// Waits until the host answers that it is ready.
+    pub async fn ready(&mut self) -> Result<()> {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.host.as_mut().and_then(|host| host.try_wait().ok()).flatten() {
+                bail!("the host ended with {status}:\n{}", self.host_log());
+            }
+            if let Ok(status) = self.oncely_json(&["status", "--json"]).await
+                && status.get("ready") == Some(&Value::Bool(true))
+            {
+                return Ok(());
+            }
+            if Instant::now() > end {
+                bail!("the host is not ready:\n{}", self.host_log());
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Kills the host as a power cut would.
+    pub fn kill_host(&mut self) -> Result<()> {
+        if let Some(mut host) = self.host.take() {
+            host.kill().context("kill the host")?;
+            host.wait().context("wait for the killed host")?;
+        }
+        Ok(())
+    }
+
+    /// Asks the host to stop and waits until it did; it must end well.
+    pub async fn stop_host(&mut self) -> Result<()> {
+        let Some(mut host) = self.host.take() else { return Ok(()) };
+        signal(host.id(), "TERM")?;
+        let status = tokio::task::spawn_blocking(move || host.wait()).await.context("wait for the host")??;
+        anyhow::ensure!(status.success(), "the host ended with {status}:\n{}", self.host_log());
+        Ok(())
+    }
+
+    /// The process id of the host.
+    pub fn host_pid(&self) -> Option<u32> {
+        self.host.as_ref().map(Child::id)
+    }
+
+    /// Whether the host process is still there.
+    pub fn host_lives(&mut self) -> bool {
+        self.host.as_mut().is_some_and(|host| matches!(host.try_wait(), Ok(None)))
+    }
+
+    /// Runs `oncely` with these arguments against the host, and returns what it printed.
+    pub async fn oncely(&self, args: &[&str]) -> Result<String> {
+        let mut command = self.command(args.first().copied().unwrap_or_default())?;
+        command.args(args.iter().skip(1));
+        let output = tokio::task::spawn_blocking(move || command.output()).await??;
+        if !output.status.success() {
+            bail!("{}", String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// Like [`World::oncely`], for a command that prints JSON.
+    pub async fn oncely_json(&self, args: &[&str]) -> Result<Value> {
+        serde_json::from_str(&self.oncely(args).await?).context("read the JSON it printed")
+    }
+
+    fn command(&self, name: &str) -> Result<Command> {
+        let mut command = Command::new(guests::oncely()?);
+        command.arg(name).current_dir(self.folder.path()).env("NO_COLOR", "1");
+        command.env_remove("ONCELY_HOST").env_remove("ONCELY_TOKEN").env("RUST_BACKTRACE", "0");
+        Ok(command)
+    }
+
+    fn data_dir(&self) -> PathBuf {
+        self.folder.path().join(".oncely")
+    }
+
+    fn host_file(&self) -> PathBuf {
+        self.data_dir().join("host.json")
+    }
+
+    /// Everything the host said.
+    pub fn host_log(&self) -> String {
+        std::fs::read_to_string(self.folder.path().join("host.log")).unwrap_or_default()
+    }
+
+    /// Waits until a query yields this number.
+    pub async fn until(&self, sql: &str, expected: i64) -> Result<()> {
+        let end = Instant::now() + PATIENCE;
+        let mut last = None;
+        while Instant::now() < end {
+            last = self.database.number(sql).await.ok();
+            if last == Some(expected) {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        bail!("`{sql}` yields {last:?}, not {expected}; the host said:\n{}", self.host_log())
+    }
+
+    /// Waits until nothing is waiting: every message is settled and every output is published.
+    pub async fn quiet(&self, settled: i64) -> Result<()> {
+        self.until("select count(*) from oncely.inbox", settled).await?;
+        self.until("select count(*) from oncely.outbox where published_at is null", 0).await
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        let _ = self.kill_host();
+    }
+}
+
+/// Sends a signal to a process this test started.
+pub fn signal(pid: u32, name: &str) -> Result<()> {
+    let status = Command::new("kill").args([format!("-{name}"), pid.to_string()]).status().context("run kill")?;
+    anyhow::ensure!(status.success(), "kill -{name} {pid} failed");
+    Ok(())
+}
