@@ -1,0 +1,42 @@
+# `make test` checks everything, the quickest checks first. `make help` lists the targets.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+export PATH := $(CURDIR)/target/tools/bin:$(PATH)
+
+.PHONY: help test build install-tools demo-tools links format lint docs run-tests
+
+help: ## Say what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+test: install-tools ## Check links, format, lints and docs, then run all tests
+	$(MAKE) links
+	$(MAKE) format
+	$(MAKE) lint
+	$(MAKE) docs
+	$(MAKE) run-tests
+
+build: ## Build the binary
+	cargo build --locked --bin oncely
+
+install-tools: ## Install what the tests need and this machine lacks
+	@scripts/install-tools test
+
+demo-tools: ## Install what the demo needs and this machine lacks
+	@scripts/install-tools demo
+
+links: ## Check that links in *.md lead somewhere
+	python3 tests/links.py
+
+format: ## Check the format
+	cargo fmt --all --check
+
+lint: ## Run clippy; warnings are errors
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+
+docs: ## Build the API docs; warnings are errors
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps
+
+# The end-to-end tests run the binary, so it is built first; they compile the guests themselves, once.
+run-tests: build ## Run all tests
+	cargo test --locked --workspace
