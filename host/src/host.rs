@@ -26,14 +26,11 @@ const LOOK_FOR_DEPLOYMENTS_EVERY: Duration = Duration::from_secs(1);
 const PRUNE_EVERY: Duration = Duration::from_secs(60);
 const PRUNE_MAX: u32 = 10_000;
 
-/// How long rows are kept that nobody needs any more.
-#[derive(Debug, Clone, Copy)]
-pub struct Retention {
-    /// Published outputs, with their place on the stream.
-    pub outputs: Duration,
-    /// Inbox records: for as long a message that comes again is recognised.
-    pub inbox: Duration,
-}
+/// How long a published output stays in the outbox, with its place on the stream.
+const KEEP_OUTPUTS: Duration = Duration::from_secs(15 * 60);
+
+/// How long an inbox record stays. A message may come again for as long as its stream keeps it, which may be for ever.
+const KEEP_INBOX: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
 
 /// One running host.
 pub struct Host {
@@ -88,7 +85,6 @@ impl Host {
         store: Arc<dyn Store>,
         bus: Bus,
         cache: &Path,
-        retention: Retention,
     ) -> Result<(Arc<Host>, Running)> {
         let engine = GuestEngine::new(cache)?;
         bus.ensure_stream(&StreamSpec::new(DLQ_STREAM, &[DLQ_SUBJECTS])).await.context("make the dead-letter stream")?;
@@ -105,7 +101,7 @@ impl Host {
         let stop = Stop::new();
         let relay = tokio::spawn(relay.run(stop.stopping()));
         host.reconcile().await.context("start the deployed workers")?;
-        let supervisor = tokio::spawn(supervise(Arc::clone(&host), retention, stop.stopping()));
+        let supervisor = tokio::spawn(supervise(Arc::clone(&host), stop.stopping()));
         Ok((host, Running { stop, supervisor, relay }))
     }
 
@@ -268,7 +264,7 @@ impl Running {
 }
 
 /// Watches for deployments of other hosts and removes old rows.
-async fn supervise(host: Arc<Host>, retention: Retention, mut stopping: Stopping) {
+async fn supervise(host: Arc<Host>, mut stopping: Stopping) {
     let mut prune = tokio::time::interval(PRUNE_EVERY);
     loop {
         tokio::select! {
@@ -276,7 +272,7 @@ async fn supervise(host: Arc<Host>, retention: Retention, mut stopping: Stopping
             () = stopping.stopped() => return,
             () = host.deployed.notified() => look(&host).await,
             _ = tokio::time::sleep(LOOK_FOR_DEPLOYMENTS_EVERY) => look(&host).await,
-            _ = prune.tick() => remove_old(&host, retention).await,
+            _ = prune.tick() => remove_old(&host).await,
         }
     }
 }
@@ -287,8 +283,8 @@ async fn look(host: &Host) {
     }
 }
 
-async fn remove_old(host: &Host, retention: Retention) {
-    if let Err(error) = host.store.prune(retention.outputs, retention.inbox, PRUNE_MAX).await {
+async fn remove_old(host: &Host) {
+    if let Err(error) = host.store.prune(KEEP_OUTPUTS, KEEP_INBOX, PRUNE_MAX).await {
         tracing::debug!("removing old rows again later: {:#}", anyhow::Error::from(error));
     }
 }

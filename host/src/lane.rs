@@ -1,7 +1,6 @@
 //! A lane: one sequential executor of batches, one transaction at a time.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 

@@ -15,7 +15,7 @@ fn main() -> ExitCode {
         }
     };
     match runtime.block_on(cli.run()) {
-        Ok(()) => exit::Exit::Ok.into(),
+        Ok(()) => exit::Exit::Done.into(),
         Err(error) => {
             term::error(&error);
             exit::Exit::of(&error).into()

@@ -35,6 +35,11 @@ pub fn show_size(bytes: u64) -> String {
     format!("{bytes} B")
 }
 
+/// A point in time for people: UTC, to the second, as `2026-01-31T13:05:59Z`.
+pub fn show_time(time: jiff::Timestamp) -> String {
+    format!("{time:.0}")
+}
+
 /// Lengths of time in JSON, as text: for `#[serde(with = "units::duration")]`.
 pub mod duration {
     use std::time::Duration;

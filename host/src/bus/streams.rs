@@ -121,7 +121,7 @@ impl Bus {
                 filter_subject: subject.to_owned(),
                 headers_only: true,
                 inactive_threshold: Duration::from_secs(60),
-                mem_storage: true,
+                memory_storage: true,
                 ..pull::Config::default()
             })
             .await

@@ -23,7 +23,7 @@ impl Build {
         for path in &self.manifests {
             for entry in &Manifest::load(path)?.workers {
                 let component = component_of(entry)?;
-                term::data(&component.display().to_string());
+                term::data(component.display())?;
             }
         }
         Ok(())
@@ -55,7 +55,7 @@ pub fn component_of(entry: &WorkerEntry) -> Result<PathBuf> {
 }
 
 fn run_command(command: &str, folder: &Path, worker: &str) -> Result<()> {
-    term::note(&format!("building {worker}: {command}"));
+    term::note(format!("building {worker}: {command}"));
     let status = std::process::Command::new("sh")
         .args(["-c", command])
         .current_dir(folder)

@@ -8,7 +8,7 @@ use reqwest::{Method, StatusCode};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::exit::{Exit, ExitExt};
+use super::exit::Exit;
 use crate::api::Problem;
 use crate::hint::WithHint;
 
@@ -75,9 +75,9 @@ impl Client {
         let nearest = HostFile::nearest();
         let base = args.host.clone().or_else(|| nearest.as_ref().map(|file| file.url.clone()));
         let Some(base) = base else {
-            return Err(anyhow!("no host is known here: there is no {DATA_DIR}/{HOST_FILE} in this folder or above"))
-                .hint("start one with: oncely dev   (or name one with --host and --token)")
-                .exit(Exit::Unreachable);
+            let why = format!("no host is known here: there is no {DATA_DIR}/{HOST_FILE} in this folder or above");
+            return Err(Exit::Unreachable.because(why))
+                .hint("start one with: oncely dev   (or name one with --host and --token)");
         };
         let token = args.token.clone().or_else(|| nearest.map(|file| file.token)).unwrap_or_default();
         Ok(Client { base: base.trim_end_matches('/').to_owned(), token, http: reqwest::Client::new() })
@@ -107,27 +107,34 @@ impl Client {
         let response = request
             .send()
             .await
-            .with_context(|| format!("reach the host at {}", self.base))
-            .hint("start it with `oncely dev` or `oncely run`, or name another with --host")
-            .exit(Exit::Unreachable)?;
+            .with_context(|| Exit::Unreachable.because(format!("reach the host at {}", self.base)))
+            .hint("start it with `oncely dev` or `oncely run`, or name another with --host")?;
         let status = response.status();
         let body = response.bytes().await.context("read the host's answer")?;
         if status.is_success() {
             return serde_json::from_slice(&body).context("understand the host's answer (is it the same version?)");
         }
-        let error = match serde_json::from_slice::<Problem>(&body) {
-            Ok(problem) => from_problem(problem),
-            Err(_) => anyhow!("the host answered {status}: {}", String::from_utf8_lossy(&body).trim()),
+        let exit = match status {
+            StatusCode::NOT_FOUND => Exit::NotFound,
+            StatusCode::SERVICE_UNAVAILABLE => Exit::Unreachable,
+            _ => Exit::Failure,
         };
-        Err(error).exit(if status == StatusCode::NOT_FOUND { Exit::NotFound } else { Exit::Failure })
+        Err(match serde_json::from_slice::<Problem>(&body) {
+            Ok(problem) => from_problem(problem, exit),
+            Err(_) => anyhow!("the host answered {status}: {}", String::from_utf8_lossy(&body).trim()),
+        })
     }
 }
 
 /// The host's error as it stood there: causes from the inside out, then the hints.
-fn from_problem(problem: Problem) -> anyhow::Error {
-    let mut texts = problem.causes.into_iter().rev().chain([problem.error]);
-    let innermost = texts.next().unwrap_or_default();
-    let error = texts.fold(anyhow!(innermost), |error, text| error.context(text));
+fn from_problem(problem: Problem, exit: Exit) -> anyhow::Error {
+    let mut causes = problem.causes.into_iter().rev();
+    let error = match causes.next() {
+        Some(innermost) => causes
+            .fold(anyhow!(innermost), |error, text| error.context(text))
+            .context(exit.because(problem.error)),
+        None => exit.because(problem.error).into(),
+    };
     problem.hints.into_iter().rev().fold(error, |error, hint| error.hint(hint))
 }
 

@@ -32,7 +32,7 @@ impl Deploy {
         let client = Client::find(&self.host)?;
         for path in &self.manifests {
             let manifest = Manifest::load(path)?;
-            manifest.warnings().iter().for_each(|warning| term::note(&format!("warning: {warning}")));
+            manifest.warnings().iter().for_each(term::warning);
             for entry in &manifest.workers {
                 self.deploy(&client, &manifest, entry).await?;
             }
@@ -55,7 +55,7 @@ impl Deploy {
             return Ok(());
         }
         let activated: Activated = client.post("/deploy", &proposal).await?;
-        term::data(&format!("worker {} version {} is active", activated.worker, activated.version));
+        term::data(format!("worker {} version {} is active", activated.worker, activated.version))?;
         Ok(())
     }
 }
@@ -69,11 +69,11 @@ pub fn propose(manifest: &Manifest, entry: &WorkerEntry, digest: String, dialect
 /// Shows what a deployment changes.
 pub fn show_plan(plan: &Plan) {
     match (plan.from, plan.changes.is_empty()) {
-        (Some(version), true) => term::note(&format!("worker {}: nothing changes, version {version} stays", plan.worker)),
-        (Some(version), false) => term::note(&format!("worker {}: changes to version {version}", plan.worker)),
-        (None, _) => term::note(&format!("worker {}: new", plan.worker)),
+        (Some(version), true) => term::note(format!("worker {}: nothing changes, version {version} stays", plan.worker)),
+        (Some(version), false) => term::note(format!("worker {}: changes to version {version}", plan.worker)),
+        (None, _) => term::note(format!("worker {}: new", plan.worker)),
     }
-    plan.changes.iter().for_each(|line| term::note(&format!("  {line}")));
+    plan.changes.iter().for_each(|line| term::note(format!("  {line}")));
 }
 
 /// Activates an earlier version of a worker.
@@ -92,7 +92,7 @@ impl Rollback {
         let client = Client::find(&self.host)?;
         let wanted = RollbackRequest { worker: self.worker, to: self.to };
         let activated: Activated = client.post("/rollback", &wanted).await?;
-        term::data(&format!("worker {} version {} is active", activated.worker, activated.version));
+        term::data(format!("worker {} version {} is active", activated.worker, activated.version))?;
         Ok(())
     }
 }

@@ -11,22 +11,15 @@ use tokio::net::TcpListener;
 use super::build::component_of;
 use super::client::{DATA_DIR, make_data_dir};
 use super::deploy::{propose, show_plan};
-use super::serve::{Serve, Served, open_store};
+use super::serve::{Served, listen, start_log};
 use super::term;
-use crate::bus::{Bus, BusOptions, EmbeddedServer};
-use crate::config::Retention;
+use crate::bus::EmbeddedServer;
+use crate::config::{HostConfig, HostFlags};
 use crate::deploy;
-use crate::hint::WithHint;
-use crate::manifest::Manifest;
+use crate::manifest::{FILE_NAME, Manifest};
 
 /// How long the workers may take until their subscriptions are seen.
 const READY_WITHIN: Duration = Duration::from_secs(30);
-
-/// How long a drain may take.
-const DRAIN_WITHIN: Duration = Duration::from_secs(30);
-
-/// The control API's port, unless it is taken.
-const PORT: u16 = 7420;
 
 /// Runs everything on this machine: SQLite in .oncely/, a nats-server of its own, and the workers of your manifests.
 #[derive(Debug, Args)]
@@ -47,55 +40,40 @@ pub struct Dev {
     database: Option<String>,
     /// Where the control API listens. Default: 127.0.0.1:7420, or a free port if that is taken.
     #[arg(long, value_name = "ADDRESS")]
-    listen: Option<std::net::SocketAddr>,
+    listen: Option<String>,
 }
 
 impl Dev {
     pub async fn run(self) -> Result<()> {
-        let data_dir = make_data_dir(&self.data_dir)?;
         let manifests = self.manifests()?;
-        let database = self.database.clone().unwrap_or_else(|| data_dir.join("oncely.db").display().to_string());
-        let store = open_store(&database, 16).await?;
+        let data_dir = make_data_dir(&self.data_dir)?;
         let server = self.nats_server(&data_dir).await?;
-        let url = match (&self.nats, &server) {
-            (Some(url), _) => url.clone(),
-            (None, Some(server)) => server.url(),
-            (None, None) => anyhow::bail!("there is no NATS server to use"),
-        };
-        let bus = Bus::connect(&BusOptions { url: Some(url.clone()), ..BusOptions::default() }).await?;
-        let token = format!("oncely_{}", hex::encode(Sha256::digest(rand::random::<[u8; 32]>())));
-        let serve = Serve {
-            store,
-            bus,
-            listener: self.listener().await?,
-            token: &token,
-            data_dir: &data_dir,
-            retention: Retention::default(),
-            nats: url.clone(),
-            database: database.clone(),
-        };
-        let served = serve.start().await?;
-        for manifest in &manifests {
-            deploy_here(&served, manifest).await?;
-        }
-        served.host.reconcile().await?;
-        served.ready(READY_WITHIN).await?;
-        announce(&served, &url, &database, &data_dir).await;
-        let ended = served.until_signal(DRAIN_WITHIN).await;
+        let ended = self.serve(&data_dir, &manifests, server.as_ref()).await;
         if let Some(server) = server {
             server.stop().await?;
         }
         ended
     }
 
+    async fn serve(self, data_dir: &Path, manifests: &[Manifest], server: Option<&EmbeddedServer>) -> Result<()> {
+        let config = self.config(data_dir, server)?;
+        start_log(&config)?;
+        let listener = self.listener(&config).await?;
+        let served = Served::start(&config, listener).await?;
+        for manifest in manifests {
+            deploy_here(&served, manifest).await?;
+        }
+        served.host.reconcile().await?;
+        served.ready(READY_WITHIN).await?;
+        announce(&served, &config).await?;
+        served.until_signal().await
+    }
+
     /// The manifests named, or the one of this folder.
     fn manifests(&self) -> Result<Vec<Manifest>> {
         let here = [PathBuf::from(".")];
-        let paths: &[PathBuf] = if self.manifests.is_empty() && Path::new("oncely.toml").exists() {
-            &here
-        } else {
-            &self.manifests
-        };
+        let use_here = self.manifests.is_empty() && Path::new(FILE_NAME).exists();
+        let paths: &[PathBuf] = if use_here { &here } else { &self.manifests };
         paths.iter().map(|path| Manifest::load(path)).collect()
     }
 
@@ -103,26 +81,37 @@ impl Dev {
         if self.nats.is_some() {
             return Ok(None);
         }
-        Ok(Some(EmbeddedServer::start(data_dir, self.nats_port).await?))
+        let server = EmbeddedServer::start(data_dir, self.nats_port).await?;
+        if server.was_running() {
+            term::note(format!("the nats-server of the run before is still there: {}", server.url()));
+        }
+        Ok(Some(server))
     }
 
-    async fn listener(&self) -> Result<TcpListener> {
-        if let Some(address) = self.listen {
-            return TcpListener::bind(address)
-                .await
-                .with_context(|| format!("listen on {address}"))
-                .hint("name another address with --listen");
-        }
-        match TcpListener::bind(("127.0.0.1", PORT)).await {
-            Ok(listener) => Ok(listener),
-            Err(_) => TcpListener::bind(("127.0.0.1", 0)).await.context("listen on a free port"),
+    fn config(&self, data_dir: &Path, server: Option<&EmbeddedServer>) -> Result<HostConfig> {
+        HostConfig::load(&HostFlags {
+            database: self.database.clone(),
+            nats: self.nats.clone().or_else(|| server.map(EmbeddedServer::url)),
+            listen: self.listen.clone(),
+            data_dir: Some(data_dir.display().to_string()),
+            ..HostFlags::default()
+        })
+    }
+
+    async fn listener(&self, config: &HostConfig) -> Result<TcpListener> {
+        match listen(config).await {
+            // Another `oncely dev` runs: two are no problem.
+            Err(_) if self.listen.is_none() => {
+                TcpListener::bind((config.listen.ip(), 0)).await.context("listen on a free port")
+            }
+            listener => listener,
         }
     }
 }
 
 /// Builds and deploys the workers of a manifest in this very process.
 async fn deploy_here(served: &Served, manifest: &Manifest) -> Result<()> {
-    manifest.warnings().iter().for_each(|warning| term::note(&format!("warning: {warning}")));
+    manifest.warnings().iter().for_each(term::warning);
     let host = &served.host;
     for entry in &manifest.workers {
         let component = component_of(entry)?;
@@ -140,22 +129,18 @@ async fn deploy_here(served: &Served, manifest: &Manifest) -> Result<()> {
 }
 
 /// Says where everything is.
-async fn announce(served: &Served, nats: &str, database: &str, data_dir: &Path) {
-    term::details(&[
+async fn announce(served: &Served, config: &HostConfig) -> Result<()> {
+    term::data(term::details([
         ("control API", format!("http://{}", served.address)),
-        ("nats", nats.to_owned()),
-        ("database", database.to_owned()),
-        ("data folder", data_dir.display().to_string()),
-    ]);
+        ("nats", config.nats.shown()),
+        ("database", config.database.shown()),
+        ("data folder", config.data_dir.display().to_string()),
+    ]))?;
     for state in served.host.workers().await {
         let version = state.version.map_or_else(String::new, |version| version.to_string());
         let stream = state.stream.unwrap_or_default();
-        term::data(&format!(
-            "worker {} version {version} is {}: {stream} {}",
-            state.worker,
-            state.state,
-            state.subjects.join(" ")
-        ));
+        let subjects = state.subjects.join(" ");
+        term::data(format!("worker {} version {version} is {}: {stream} {subjects}", state.worker, state.state))?;
     }
-    term::data("ready; stop with Ctrl-C");
+    term::data("ready; stop with Ctrl-C")
 }

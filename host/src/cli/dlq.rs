@@ -5,9 +5,10 @@ use base64::Engine as _;
 use clap::{Args, Subcommand};
 
 use super::client::{Client, HostArgs};
-use super::term;
+use super::term::{self, Table};
 use crate::api::Letter;
 use crate::store::{LetterFilter, LetterSummary};
+use crate::units;
 
 /// Shows messages that could not be handled, and why.
 #[derive(Debug, Args)]
@@ -81,13 +82,14 @@ impl List {
                 letter.code.clone().unwrap_or_default(),
                 letter.event_id.clone(),
                 letter.attempts.to_string(),
-                term::time(letter.died_at),
+                units::show_time(letter.died_at),
                 letter.detail.clone(),
             ]
         };
-        let rows: Vec<Vec<String>> = letters.iter().map(row).collect();
-        term::table(&["id", "worker", "reason", "code", "event id", "attempts", "died at", "detail"], &rows);
-        Ok(())
+        let heads = ["id", "worker", "reason", "code", "event id", "attempts", "died at", "detail"];
+        let mut table = Table::new(&heads);
+        letters.iter().map(row).for_each(|row| table.row(row));
+        term::data(table.to_string().trim_end())
     }
 }
 
@@ -98,18 +100,17 @@ impl Show {
         if self.json {
             return term::json(&letter);
         }
-        show(&letter);
-        Ok(())
+        show(&letter)
     }
 }
 
-fn show(letter: &Letter) {
+fn show(letter: &Letter) -> Result<()> {
     let summary = &letter.summary;
     let place = match (&letter.stream, letter.stream_sequence) {
         (Some(stream), Some(sequence)) => format!("{stream} {sequence}"),
         _ => "not from a stream".to_owned(),
     };
-    term::details(&[
+    term::data(term::details([
         ("dead letter", summary.id.to_string()),
         ("worker", format!("{} version {}", summary.worker, summary.version)),
         ("reason", summary.reason.clone()),
@@ -118,26 +119,28 @@ fn show(letter: &Letter) {
         ("event id", summary.event_id.clone()),
         ("subject", summary.subject.clone()),
         ("from", place),
-        ("died at", term::time(summary.died_at)),
+        ("died at", units::show_time(summary.died_at)),
         ("attempts", summary.attempts.to_string()),
-    ]);
+    ]))?;
     for attempt in &letter.story {
-        term::data(&format!(
+        term::data(format!(
             "\nattempt {} at {}, version {}: {}",
             attempt.attempt,
-            term::time(attempt.at),
+            units::show_time(attempt.at),
             attempt.version,
-            term::printable(&attempt.error)
-        ));
-        attempt.logs.lines().for_each(|line| term::data(&format!("  | {}", term::printable(line))));
+            term::visible(&attempt.error)
+        ))?;
+        for line in attempt.logs.lines() {
+            term::data(format!("  | {}", term::visible(line)))?;
+        }
     }
-    term::data("\nheaders");
+    term::data("\nheaders")?;
     for (name, value) in &letter.headers {
-        term::data(&format!("  {}: {}", term::printable(name), term::printable(value)));
+        term::data(format!("  {}: {}", term::visible(name), term::visible(value)))?;
     }
     let body = base64::engine::general_purpose::STANDARD.decode(&letter.body).unwrap_or_default();
-    term::data(&format!("\nbody ({} bytes)", body.len()));
-    term::data(&readable(&body));
+    term::data(format!("\nbody ({} bytes)", body.len()))?;
+    term::data(readable(&body))
 }
 
 /// Text as it is, JSON indented, anything else as hex.
@@ -146,15 +149,20 @@ fn readable(body: &[u8]) -> String {
     if let Ok(json) = serde_json::from_slice::<serde_json::Value>(body)
         && let Ok(text) = serde_json::to_string_pretty(&json)
     {
-        return term::printable_lines(&text);
+        return visible_lines(&text);
     }
     let shown = body.get(..BODY_MAX).unwrap_or(body);
     let more = if body.len() > shown.len() { "\n(cut; --json has all of it)" } else { "" };
     match std::str::from_utf8(shown) {
-        Ok(text) => format!("{}{more}", term::printable_lines(text)),
+        Ok(text) => format!("{}{more}", visible_lines(text)),
         Err(_) => {
             let lines: Vec<String> = shown.chunks(16).map(|line| hex::encode_upper(line)).collect();
             format!("{}{more}", lines.join("\n"))
         }
     }
+}
+
+/// Text with its lines kept and all other control characters spelled out.
+fn visible_lines(text: &str) -> String {
+    text.lines().map(term::visible).collect::<Vec<_>>().join("\n")
 }

@@ -48,7 +48,7 @@ impl Publish {
             return term::json(&place);
         }
         let again = if place.duplicate { " (it was there already)" } else { "" };
-        term::data(&format!("{} {} id {id}{again}", place.stream, place.sequence));
+        term::data(format!("{} {} id {id}{again}", place.stream, place.sequence))?;
         Ok(())
     }
 }

@@ -1,19 +1,23 @@
 //! What `dev` and `run` share: start a host and its control API, wait for a signal, drain.
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
 
 use super::client::{HOST_FILE, HostFile};
+use super::exit::Exit;
 use crate::api;
 use crate::bus::Bus;
+use crate::config::{Database, HostConfig, LogFormat};
 use crate::drain::Stop;
-use crate::host::{Host, Retention, Running};
+use crate::hint::WithHint;
+use crate::host::{Host, Running};
 use crate::store::{PostgresStore, SqliteStore, Store};
 
 /// A host that runs in this process.
@@ -25,69 +29,61 @@ pub struct Served {
     stop_api: Stop,
     api: tokio::task::JoinHandle<Result<()>>,
     data_dir: PathBuf,
-}
-
-/// What a host is started with.
-pub struct Serve<'s> {
-    pub store: Arc<dyn Store>,
-    pub bus: Bus,
-    pub listener: TcpListener,
-    pub token: &'s str,
-    pub data_dir: &'s Path,
-    pub retention: Retention,
-    /// For the host file: where NATS and the database are, without credentials.
-    pub nats: String,
-    pub database: String,
-}
-
-impl Serve<'_> {
-    /// Starts the host, its workers and its control API.
-    pub async fn start(self) -> Result<Served> {
-        let cache = self.data_dir.join("components");
-        let (host, running) = Host::start(self.store, self.bus, &cache, self.retention).await?;
-        let address = self.listener.local_addr().context("read the address of the control API")?;
-        let stop_api = Stop::new();
-        let mut stopping = stop_api.stopping();
-        let (served_host, token) = (Arc::clone(&host), self.token.to_owned());
-        let api = tokio::spawn(async move {
-            api::serve(served_host, self.listener, &token, async move { stopping.stopped().await }).await
-        });
-        HostFile {
-            url: format!("http://{address}"),
-            token: self.token.to_owned(),
-            nats: self.nats,
-            database: self.database,
-            pid: std::process::id(),
-        }
-        .write(self.data_dir)?;
-        Ok(Served { host, address, running, stop_api, api, data_dir: self.data_dir.to_owned() })
-    }
+    drain: Duration,
 }
 
 impl Served {
+    /// Starts the host, its workers and its control API.
+    pub async fn start(config: &HostConfig, listener: TcpListener) -> Result<Served> {
+        let store = open_store(config).await?;
+        let bus = Bus::connect(&config.nats).await.map_err(unreachable)?;
+        let token = config.keep_token()?;
+        let (host, running) = Host::start(store, bus, &config.data_dir.join("components")).await?;
+        let address = listener.local_addr().context("read the address of the control API")?;
+        let stop_api = Stop::new();
+        let mut stopping = stop_api.stopping();
+        let (served_host, served_token) = (Arc::clone(&host), token.clone());
+        let api = tokio::spawn(async move {
+            api::serve(served_host, listener, served_token.reveal(), async move { stopping.stopped().await }).await
+        });
+        HostFile {
+            url: format!("http://{address}"),
+            token: token.reveal().to_owned(),
+            nats: config.nats.shown(),
+            database: config.database.shown(),
+            pid: std::process::id(),
+        }
+        .write(&config.data_dir)?;
+        let (data_dir, drain) = (config.data_dir.clone(), config.drain);
+        Ok(Served { host, address, running, stop_api, api, data_dir, drain })
+    }
+
     /// Waits until the workers' subscriptions are seen on the server.
     pub async fn ready(&self, limit: Duration) -> Result<()> {
         let ready = async {
-            loop {
-                match self.host.ready().await {
-                    Ok(()) => return,
-                    Err(why) => tracing::debug!("not ready: {why}"),
-                }
+            while let Err(why) = self.host.ready().await {
+                tracing::debug!("not ready: {why}");
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         };
-        tokio::time::timeout(limit, ready).await.context("wait for the workers to be ready")
+        match tokio::time::timeout(limit, ready).await {
+            Ok(()) => Ok(()),
+            Err(_) => {
+                let why = self.host.ready().await.err().unwrap_or_default();
+                anyhow::bail!("the host is not ready after {limit:?}: {why}")
+            }
+        }
     }
 
-    /// Waits for SIGTERM or SIGINT, then stops in good order within `limit`.
-    pub async fn until_signal(self, limit: Duration) -> Result<()> {
+    /// Waits for SIGTERM or SIGINT, then stops in good order.
+    pub async fn until_signal(self) -> Result<()> {
         let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
         tokio::select! {
             _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
             _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
         }
-        let drained = self.running.drain(&self.host, limit).await;
+        let drained = self.running.drain(&self.host, self.drain).await;
         self.stop_api.now();
         // Clients that hold a connection open do not hold up the end.
         let _ = tokio::time::timeout(Duration::from_secs(1), self.api).await;
@@ -96,11 +92,38 @@ impl Served {
     }
 }
 
-/// Opens the database a URL names: `postgres://…`, or SQLite by path or `sqlite:` URL.
-pub async fn open_store(url: &str, pool: u32) -> Result<Arc<dyn Store>> {
-    if url.starts_with("postgres://") || url.starts_with("postgresql://") {
-        return Ok(Arc::new(PostgresStore::connect(url, pool).await?));
-    }
-    let path = url.strip_prefix("sqlite://").or_else(|| url.strip_prefix("sqlite:")).unwrap_or(url);
-    Ok(Arc::new(SqliteStore::open(Path::new(path)).await?))
+/// Listens where the configuration says.
+pub async fn listen(config: &HostConfig) -> Result<TcpListener> {
+    TcpListener::bind(config.listen)
+        .await
+        .with_context(|| format!("listen on {}", config.listen))
+        .hint("does another host run here? name another address with --listen")
+}
+
+async fn open_store(config: &HostConfig) -> Result<Arc<dyn Store>> {
+    let opened: Result<Arc<dyn Store>> = match &config.database {
+        Database::Postgres(url) => {
+            PostgresStore::connect(url, config.pool_size).await.map(|store| Arc::new(store) as Arc<dyn Store>)
+        }
+        Database::Sqlite(path) => SqliteStore::open(path).await.map(|store| Arc::new(store) as Arc<dyn Store>),
+    };
+    opened
+        .with_context(|| format!("open the database {}", config.database.shown()))
+        .hint("the database is named with --database or ONCELY_DATABASE")
+        .map_err(unreachable)
+}
+
+fn unreachable(error: anyhow::Error) -> anyhow::Error {
+    error.context(Exit::Unreachable.because("start the host"))
+}
+
+/// Sends log lines to standard error, in the form the configuration asks for.
+pub fn start_log(config: &HostConfig) -> Result<()> {
+    let filter = EnvFilter::try_new(&config.log_level).context("read log_level")?;
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let started = match config.log {
+        LogFormat::Text => log.with_ansi(false).with_target(false).try_init(),
+        LogFormat::Json => log.json().flatten_event(true).try_init(),
+    };
+    started.map_err(anyhow::Error::from_boxed).context("start the log")
 }

@@ -4,10 +4,11 @@ use anyhow::Result;
 use clap::Args;
 
 use super::client::{Client, HostArgs};
-use super::term;
+use super::term::{self, Table};
 use crate::api::{Deployment, Status as HostStatus};
 use crate::host::WorkerState;
 use crate::store::WorkerTotals;
+use crate::units;
 
 /// Shows whether the host is ready, and counts and lags by worker.
 #[derive(Debug, Args)]
@@ -25,22 +26,23 @@ impl Status {
         if self.json {
             return term::json(&status);
         }
-        term::details(&[
+        term::data(term::details([
             ("host", format!("oncely {}", status.version)),
             ("ready", status.not_ready.clone().map_or("yes".to_owned(), |why| format!("no: {why}"))),
             ("nats", if status.nats_connected { "connected" } else { "not connected" }.to_owned()),
             ("database", if status.totals.is_some() { "answers" } else { "out of reach" }.to_owned()),
-        ]);
-        if let Some(totals) = &status.totals {
-            show_totals(&status.workers, totals);
+        ]))?;
+        match &status.totals {
+            Some(totals) => show_totals(&status.workers, totals),
+            None => Ok(()),
         }
-        Ok(())
     }
 }
 
-fn show_totals(workers: &[WorkerState], totals: &[WorkerTotals]) {
+fn show_totals(workers: &[WorkerState], totals: &[WorkerTotals]) -> Result<()> {
     if totals.is_empty() {
-        return term::note("no workers are deployed; deploy one with: oncely deploy");
+        term::note("no workers are deployed; deploy one with: oncely deploy");
+        return Ok(());
     }
     let row = |totals: &WorkerTotals| {
         let state = workers.iter().find(|state| state.worker == totals.worker);
@@ -55,9 +57,10 @@ fn show_totals(workers: &[WorkerState], totals: &[WorkerTotals]) {
             totals.oldest_unpublished_ms.map_or("-".to_owned(), |ms| format!("{:.1} s", ms as f64 / 1000.0)),
         ]
     };
-    let rows: Vec<Vec<String>> = totals.iter().map(row).collect();
-    term::data("");
-    term::table(&["worker", "state", "waiting", "done", "dead", "outputs", "unpublished", "oldest"], &rows);
+    let mut table =
+        Table::new(&["worker", "state", "waiting", "done", "dead", "outputs", "unpublished", "oldest"]);
+    totals.iter().map(row).for_each(|row| table.row(row));
+    term::data(format!("\n{table}").trim_end())
 }
 
 /// Lists the workers of the host, or the versions of one worker.
@@ -91,12 +94,12 @@ impl Workers {
                 deployment.version.to_string(),
                 if deployment.active { "active" } else { "" }.to_owned(),
                 deployment.digest.chars().take(12).collect(),
-                term::time(deployment.created_at),
+                units::show_time(deployment.created_at),
             ]
         };
-        let rows: Vec<Vec<String>> = deployments.iter().map(row).collect();
-        term::table(&["version", "state", "component", "deployed at"], &rows);
-        Ok(())
+        let mut table = Table::new(&["version", "state", "component", "deployed at"]);
+        deployments.iter().map(row).for_each(|row| table.row(row));
+        term::data(table.to_string().trim_end())
     }
 
     async fn list(&self, client: &Client) -> Result<()> {
@@ -118,11 +121,11 @@ impl Workers {
                 state.digest.clone().unwrap_or_default().chars().take(12).collect(),
             ]
         };
-        let rows: Vec<Vec<String>> = workers.iter().map(row).collect();
-        term::table(&["worker", "version", "state", "stream", "subjects", "component"], &rows);
+        let mut table = Table::new(&["worker", "version", "state", "stream", "subjects", "component"]);
+        workers.iter().map(row).for_each(|row| table.row(row));
         for error in workers.iter().filter_map(|state| state.error.as_ref()) {
-            term::note(&format!("broken: {error}"));
+            term::warning(format!("a worker is broken: {error}"));
         }
-        Ok(())
+        term::data(table.to_string().trim_end())
     }
 }

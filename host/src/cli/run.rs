@@ -1,0 +1,41 @@
+//! `oncely run`: a host for production, on your database and your NATS.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use clap::Args;
+
+use super::client::make_data_dir;
+use super::serve::{Served, listen, start_log};
+use crate::config::{HostConfig, HostFlags};
+
+/// How long the workers may take until their subscriptions are seen; the host goes on trying after that.
+const READY_WITHIN: Duration = Duration::from_secs(60);
+
+/// Runs a host on your database and your NATS: all that is deployed there, and what is deployed while it runs.
+#[derive(Debug, Args)]
+pub struct Run {
+    #[command(flatten)]
+    flags: HostFlags,
+}
+
+impl Run {
+    pub async fn run(self) -> Result<()> {
+        let mut config = HostConfig::load(&self.flags)?;
+        start_log(&config)?;
+        config.data_dir = make_data_dir(&config.data_dir)?;
+        let listener = listen(&config).await?;
+        let served = Served::start(&config, listener).await?;
+        tracing::info!(
+            "control API at http://{}, NATS {}, database {}",
+            served.address,
+            config.nats.shown(),
+            config.database.shown()
+        );
+        match served.ready(READY_WITHIN).await {
+            Ok(()) => tracing::info!("ready"),
+            Err(error) => tracing::error!("{error:#}"),
+        }
+        served.until_signal().await
+    }
+}
