@@ -7,7 +7,10 @@
 //! - the heart: `delivery`
 //! - one room per outside thing: `guest` (wasmtime), `store` (sqlx), `bus` (async-nats)
 //! - plain values, no IO: `message`, `sql`, `verdict`, `manifest`, `retry`
+//!
+//! Beside them stands `crate_build`, which knows no other module: Rust crates in, components out.
 
+pub mod crate_build;
 pub mod message;
 pub mod sql;
 pub mod store;
