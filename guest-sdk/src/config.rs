@@ -1,0 +1,53 @@
+//! The `[worker.config]` table of the manifest.
+
+use std::fmt;
+
+use crate::bindings::wasi::config::store as wit;
+use crate::failure::Failure;
+
+/// The value under `key`; none when the manifest does not set it.
+///
+/// # Errors
+/// When the host cannot tell.
+pub fn get(key: &str) -> Result<Option<String>, Error> {
+    wit::get(key).map_err(Error::from_wit)
+}
+
+/// The value under `key`, which the worker cannot do without.
+///
+/// # Errors
+/// A retry, with the line that the manifest lacks, when the key is not set: deploying it mends the message too.
+pub fn require(key: &str) -> Result<String, Failure> {
+    get(key)?.ok_or_else(|| {
+        Failure::retry(format!("the config value `{key}` is not set; add `{key} = \"...\"` under [worker.config]"))
+            .code("config-missing")
+    })
+}
+
+/// All keys with their values.
+///
+/// # Errors
+/// When the host cannot tell.
+pub fn all() -> Result<Vec<(String, String)>, Error> {
+    wit::get_all().map_err(Error::from_wit)
+}
+
+/// Why a value could not be fetched.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Error(String);
+
+impl Error {
+    fn from_wit(error: wit::Error) -> Self {
+        match error {
+            wit::Error::Upstream(why) | wit::Error::Io(why) => Error(why),
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "cannot read the configuration: {}", self.0)
+    }
+}
+
+impl std::error::Error for Error {}

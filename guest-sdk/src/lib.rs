@@ -1,0 +1,127 @@
+//! Write message handlers for Oncely in Rust.
+//!
+//! A handler is a function from a [`Message`] to `Result<(), Failure>`. What it does through [`sql`], [`state`] and
+//! [`outbox`] happens in one database transaction together with the record that this message was handled: either
+//! all of it takes effect, once, or none of it does. Returning `Ok` commits; a [`Failure`], a panic or running out
+//! of time or memory rolls back.
+//!
+//! ```
+//! use oncely_guest::prelude::*;
+//!
+//! #[derive(Deserialize, Serialize)]
+//! struct Order {
+//!     id: String,
+//!     cents: i64,
+//! }
+//!
+//! fn handle(message: Message) -> Result<(), Failure> {
+//!     let order: Order = message.json()?;
+//!     sql::execute("insert into orders (id, cents) values ($1, $2)", params![order.id, order.cents])?;
+//!     outbox::send(Outgoing::json("orders.accepted", &order)?)?;
+//!     Ok(())
+//! }
+//!
+//! oncely_guest::handler!(handle);
+//! ```
+//!
+//! The crate of a handler is a library with `crate-type = ["cdylib"]` that depends on `oncely-guest` and `serde`:
+//!
+//! ```toml
+//! [lib]
+//! crate-type = ["cdylib"]
+//!
+//! [dependencies]
+//! oncely-guest = "0.1"
+//! serde = { version = "1", features = ["derive"] }
+//! ```
+//!
+//! It builds for `wasm32-wasip2`, which yields a component, and for `wasm32-unknown-unknown`, which yields a core
+//! module that `oncely` turns into one. `oncely deploy` does either by itself when the manifest says `crate = "."`.
+//! On any other target it compiles too, so that `cargo check`, clippy and unit tests of plain functions work, but
+//! there is no host to answer: calling [`sql`], [`state`], [`outbox`] or their siblings there panics.
+#![warn(missing_docs)]
+
+pub mod config;
+mod failure;
+pub mod invocation;
+pub mod log;
+mod message;
+pub mod outbox;
+pub mod sql;
+pub mod state;
+
+pub use failure::{Failure, FailureKind};
+pub use message::{Headers, Message, Origin};
+
+/// What `wit/worker.wit` says, in Rust; everything an author needs of it is shown in a friendlier form elsewhere.
+#[doc(hidden)]
+#[allow(unsafe_code, missing_docs, clippy::all, reason = "generated code answers to its generator")]
+pub mod bindings {
+    wit_bindgen::generate!({
+        path: "../wit",
+        world: "worker",
+        generate_all,
+        additional_derives: [PartialEq],
+        pub_export_macro: true,
+        export_macro_name: "export_worker",
+        default_bindings_module: "oncely_guest::bindings",
+    });
+}
+
+/// What a handler usually needs: `use oncely_guest::prelude::*;`.
+pub mod prelude {
+    pub use serde::{Deserialize, Serialize};
+
+    pub use crate::outbox::Outgoing;
+    pub use crate::{Failure, Message, config, invocation, log, outbox, params, sql, state};
+}
+
+/// Makes a function the handler of this component. Once in a crate.
+///
+/// The function takes a [`Message`] and returns `Result<(), Failure>`. It is called in a fresh instance for each
+/// message: statics hold their first value every time.
+///
+/// ```
+/// # use oncely_guest::prelude::*;
+/// fn handle(message: Message) -> Result<(), Failure> {
+///     log::info!("{} bytes on {}", message.body.len(), message.subject);
+///     Ok(())
+/// }
+///
+/// oncely_guest::handler!(handle);
+/// ```
+#[macro_export]
+macro_rules! handler {
+    ($handle:expr) => {
+        #[allow(unsafe_code, reason = "exporting a function by name is unsafe to the compiler")]
+        const _: () = {
+            struct Worker;
+
+            impl $crate::bindings::exports::oncely::worker::handler::Guest for Worker {
+                fn handle(
+                    message: $crate::Message,
+                ) -> ::core::result::Result<(), $crate::bindings::oncely::worker::types::Failure> {
+                    $crate::run(message, $handle)
+                }
+            }
+
+            // The export's name holds characters that only WebAssembly allows in a symbol.
+            #[cfg(target_family = "wasm")]
+            $crate::bindings::export_worker! { Worker with_types_in $crate::bindings }
+
+            // Elsewhere nothing calls the handler; naming it keeps the compiler from finding it dead.
+            #[cfg(not(target_family = "wasm"))]
+            const _: fn($crate::Message) -> ::core::result::Result<(), $crate::Failure> = $handle;
+        };
+    };
+}
+
+/// Runs a handler as the host calls it.
+#[doc(hidden)]
+pub fn run(
+    message: Message,
+    handle: impl FnOnce(Message) -> Result<(), Failure>,
+) -> Result<(), bindings::oncely::worker::types::Failure> {
+    log::report_panics();
+    handle(message).map_err(Failure::into_wit)
+}

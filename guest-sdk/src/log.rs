@@ -1,0 +1,80 @@
+//! Log lines, written at once and kept even when the delivery is rolled back.
+//!
+//! The macros take what `format!` takes:
+//!
+//! ```no_run
+//! # use oncely_guest::prelude::*;
+//! log::info!("settled {} for {}", 1250, "alice");
+//! log::warn!(context: "limits", "alice is close to her limit");
+//! ```
+
+pub use crate::bindings::wasi::logging::logging::Level;
+use crate::bindings::wasi::logging::logging::log;
+#[doc(inline)]
+pub use crate::{
+    __critical as critical, __debug as debug, __error as error, __info as info, __trace as trace, __warn as warn,
+};
+
+/// Writes one line. `context` groups lines by topic and may be empty.
+pub fn write(level: Level, context: &str, message: &str) {
+    log(level, context, message);
+}
+
+/// Has a panic logged before it traps: a trap alone says nothing to the person who reads the dead letter.
+pub(crate) fn report_panics() {
+    std::panic::set_hook(Box::new(|panic| write(Level::Critical, "panic", &panic.to_string())));
+}
+
+/// One line of a level, with or without a context; what the six below share.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! __log {
+    ($level:ident, context: $context:expr, $($part:tt)+) => {
+        $crate::log::write($crate::log::Level::$level, $context, &::std::format!($($part)+))
+    };
+    ($level:ident, $($part:tt)+) => {
+        $crate::log::write($crate::log::Level::$level, "", &::std::format!($($part)+))
+    };
+}
+
+/// Logs a step within a function.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! __trace {
+    ($($part:tt)+) => { $crate::__log!(Trace, $($part)+) };
+}
+
+/// Logs something for whoever debugs the handler.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! __debug {
+    ($($part:tt)+) => { $crate::__log!(Debug, $($part)+) };
+}
+
+/// Logs what happened when all is well.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! __info {
+    ($($part:tt)+) => { $crate::__log!(Info, $($part)+) };
+}
+
+/// Logs something odd that was dealt with.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! __warn {
+    ($($part:tt)+) => { $crate::__log!(Warn, $($part)+) };
+}
+
+/// Logs something that failed.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! __error {
+    ($($part:tt)+) => { $crate::__log!(Error, $($part)+) };
+}
+
+/// Logs something that failed and that the handler cannot go on without.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! __critical {
+    ($($part:tt)+) => { $crate::__log!(Critical, $($part)+) };
+}

@@ -1,0 +1,106 @@
+//! The worker's own tables, in the same transaction.
+//!
+//! One statement a call, with placeholders `$1`, `$2`, ... on PostgreSQL and SQLite alike. After an error from the
+//! database nothing of this delivery takes effect, whatever the handler returns. Where a conflict is business as
+//! usual, say so in the statement and look at the number of rows:
+//!
+//! ```no_run
+//! # use oncely_guest::prelude::*;
+//! # fn example(account: &str, cents: i64) -> Result<(), Failure> {
+//! let paid = sql::execute(
+//!     "update account set balance = balance - $2 where name = $1 and balance >= $2",
+//!     params![account, cents],
+//! )?;
+//! if paid == 0 {
+//!     log::info!("{account} cannot pay {cents}");
+//! }
+//! # Ok(())
+//! # }
+//! ```
+
+mod error;
+mod row;
+mod value;
+
+pub use error::{Error, ErrorKind};
+pub use row::{Column, ColumnError, Row};
+pub use value::{FromValue, ToValue};
+
+use crate::bindings::oncely::worker::sql as wit;
+pub use crate::bindings::oncely::worker::sql::{DatabaseError, Dialect, Value};
+
+/// Runs a statement and returns its rows.
+///
+/// ```no_run
+/// # use oncely_guest::prelude::*;
+/// # fn example() -> Result<(), Failure> {
+/// for row in sql::query("select name, balance from account where balance < $1", params![0])? {
+///     let name: String = row.get("name")?;
+///     let balance: i64 = row.get("balance")?;
+///     log::warn!("{name} is at {balance}");
+/// }
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+/// See [`ErrorKind`].
+pub fn query(statement: &str, params: &[Value]) -> Result<Vec<Row>, Error> {
+    wit::query(statement, params).map(Row::all_of).map_err(Error::new)
+}
+
+/// Runs a statement and returns its only row, or none.
+///
+/// # Errors
+/// See [`ErrorKind`]; also when there is more than one row.
+pub fn query_optional(statement: &str, params: &[Value]) -> Result<Option<Row>, Error> {
+    let mut rows = query(statement, params)?;
+    match rows.len() {
+        0 | 1 => Ok(rows.pop()),
+        several => Err(Error::other(format!("the statement returned {several} rows where at most one was expected"))),
+    }
+}
+
+/// Runs a statement and returns its only row.
+///
+/// # Errors
+/// See [`ErrorKind`]; also when there is no row, or more than one.
+pub fn query_one(statement: &str, params: &[Value]) -> Result<Row, Error> {
+    query_optional(statement, params)?
+        .ok_or_else(|| Error::other("the statement returned no row where one was expected".to_owned()))
+}
+
+/// Runs a statement and returns how many rows it changed.
+///
+/// # Errors
+/// See [`ErrorKind`].
+pub fn execute(statement: &str, params: &[Value]) -> Result<u64, Error> {
+    wit::execute(statement, params).map_err(Error::new)
+}
+
+/// Which database stands behind the worker.
+pub fn dialect() -> Dialect {
+    wit::get_dialect()
+}
+
+/// The parameters of a statement: `params![order.id, order.cents, None::<String>]`.
+///
+/// It borrows what it is given and takes everything that is [`ToValue`](crate::sql::ToValue).
+///
+/// ```
+/// use oncely_guest::prelude::*;
+/// use oncely_guest::sql::Value;
+///
+/// let id = String::from("o-1");
+/// assert_eq!(params![id, 7], &[Value::Text(id), Value::Int64(7)]);
+/// ```
+#[macro_export]
+macro_rules! params {
+    () => {{
+        const NONE: &[$crate::sql::Value] = &[];
+        NONE
+    }};
+    ($($value:expr),+ $(,)?) => {
+        &[$($crate::sql::ToValue::to_value(&$value)),+]
+    };
+}

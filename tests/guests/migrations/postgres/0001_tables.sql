@@ -1,0 +1,16 @@
+-- What the test guests write to.
+
+-- Effects, as they came: deliberately without any constraint, so that an effect that happened twice shows.
+-- The two rows of one delivery sum to zero and share a nonce that no other attempt has.
+create table effect (
+    event_id      text   not null,
+    account       text   not null,
+    delta         bigint not null,
+    attempt_nonce text   not null
+);
+create index effect_by_event on effect (event_id);
+
+-- For violating a constraint on purpose.
+create table once (
+    id text constraint once_pk primary key
+);

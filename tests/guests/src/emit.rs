@@ -1,0 +1,43 @@
+//! Sends `n` messages to `subject`, each with its number as the body.
+//!
+//! Options: `{"n": 1, "subject": "out.x", "id": null, "ordering_key": null, "delay_ms": null}`. With an `id`, the number
+//! is appended to it.
+
+use std::time::Duration;
+
+use oncely_guest::{Failure, Message, outbox, outbox::Outgoing};
+use serde::Deserialize;
+
+#[derive(Deserialize)]
+#[serde(default)]
+struct Options {
+    n: u32,
+    subject: String,
+    id: Option<String>,
+    ordering_key: Option<String>,
+    delay_ms: Option<u64>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { n: 1, subject: "out.x".to_owned(), id: None, ordering_key: None, delay_ms: None }
+    }
+}
+
+pub fn run(message: &Message) -> Result<(), Failure> {
+    let options: Options = crate::options(message)?;
+    for number in 0..options.n {
+        let mut outgoing = Outgoing::new(&options.subject, number.to_string());
+        if let Some(id) = &options.id {
+            outgoing = outgoing.id(format!("{id}-{number}"));
+        }
+        if let Some(key) = &options.ordering_key {
+            outgoing = outgoing.ordering_key(key);
+        }
+        if let Some(delay_ms) = options.delay_ms {
+            outgoing = outgoing.delay(Duration::from_millis(delay_ms));
+        }
+        outbox::send(outgoing)?;
+    }
+    Ok(())
+}

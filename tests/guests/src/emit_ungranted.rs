@@ -1,0 +1,8 @@
+//! Sends to a subject that no manifest of the tests grants.
+
+use oncely_guest::{Failure, outbox, outbox::Outgoing};
+
+pub fn run() -> Result<(), Failure> {
+    outbox::send(Outgoing::new("forbidden.subject", "let me out"))?;
+    Ok(())
+}

@@ -1,0 +1,41 @@
+//! The ledger in small: writes two rows that sum to zero into `effect` and sends `n` messages that tell of it.
+//!
+//! Options: `{"from": "a", "to": "b", "delta": 1, "n": 1, "subject": "out.effect"}`. Each message is
+//! `{"event_id", "ordinal", "delta", "attempt_nonce"}`. The nonce is random, so whoever sees rows and messages of one
+//! event with different nonces has found an effect that came from two attempts.
+
+use oncely_guest::{Failure, Message, outbox, outbox::Outgoing, params, sql};
+use serde::Deserialize;
+use serde_json::json;
+
+use crate::wasi::random;
+
+#[derive(Deserialize)]
+#[serde(default)]
+struct Options {
+    from: String,
+    to: String,
+    delta: i64,
+    n: u32,
+    subject: String,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { from: "a".to_owned(), to: "b".to_owned(), delta: 1, n: 1, subject: "out.effect".to_owned() }
+    }
+}
+
+pub fn run(message: &Message) -> Result<(), Failure> {
+    let Options { from, to, delta, n, subject } = crate::options(message)?;
+    let nonce = format!("{:016x}{:016x}", random::get_random_u64(), random::get_random_u64());
+    sql::execute(
+        "insert into effect (event_id, account, delta, attempt_nonce) values ($1, $2, $3, $6), ($1, $4, $5, $6)",
+        params![message.id, from, -delta, to, delta, nonce],
+    )?;
+    for ordinal in 0..n {
+        let told = json!({ "event_id": message.id, "ordinal": ordinal, "delta": delta, "attempt_nonce": nonce });
+        outbox::send(Outgoing::json(&subject, &told)?)?;
+    }
+    Ok(())
+}

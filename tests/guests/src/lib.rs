@@ -1,0 +1,94 @@
+//! Guests for the tests, honest and hostile: one component, one file per behaviour.
+//!
+//! What to do stands in the header `do`, or else in the field `do` of a JSON body. Several names separated by commas
+//! are done in turn, so that `insert,trap` shows what becomes of the rows of a handler that traps. The body may hold
+//! a behaviour's options as JSON; each file says which.
+
+use oncely_guest::{Failure, Message};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+mod config;
+mod eat_memory;
+mod echo;
+mod emit;
+mod emit_huge;
+mod emit_many;
+mod emit_ungranted;
+mod fail;
+mod fail_until;
+mod global_counter;
+mod insert;
+mod log;
+mod panic;
+mod recurse;
+mod reject;
+mod sleep;
+mod slow;
+mod spin;
+mod sql_text;
+mod state_cas;
+mod state_counter;
+mod swallow_error;
+mod trap;
+mod version;
+mod wasi;
+
+oncely_guest::handler!(handle);
+
+fn handle(message: Message) -> Result<(), Failure> {
+    for behaviour in behaviours(&message)?.split(',') {
+        run(behaviour.trim(), &message)?;
+    }
+    Ok(())
+}
+
+fn run(behaviour: &str, message: &Message) -> Result<(), Failure> {
+    match behaviour {
+        "config" => config::run(),
+        "eat_memory" => eat_memory::run(),
+        "echo" => echo::run(message),
+        "emit" => emit::run(message),
+        "emit_huge" => emit_huge::run(message),
+        "emit_many" => emit_many::run(message),
+        "emit_ungranted" => emit_ungranted::run(),
+        "fail" => fail::run(message),
+        "fail_once" => fail_until::run_until(2),
+        "fail_until" => fail_until::run(message),
+        "global_counter" => global_counter::run(),
+        "insert" => insert::run(message),
+        "log" => log::run(message),
+        "panic" => panic::run(),
+        "recurse" => recurse::run(),
+        "reject" => reject::run(message),
+        "sleep" => sleep::run(message),
+        "slow" => slow::run(message),
+        "spin" => spin::run(),
+        "sql_text" => sql_text::run(message),
+        "state_cas" => state_cas::run(message),
+        "state_counter" => state_counter::run(message),
+        "swallow_error" => swallow_error::run(message),
+        "trap" => trap::run(),
+        "version" => version::run(),
+        other => Err(Failure::reject(format!("there is no behaviour `{other}`")).code("unknown-behaviour")),
+    }
+}
+
+fn behaviours(message: &Message) -> Result<String, Failure> {
+    #[derive(Deserialize)]
+    struct Body {
+        r#do: String,
+    }
+    match message.header("do") {
+        Some(behaviours) => Ok(behaviours.to_owned()),
+        None => Ok(message.json::<Body>()?.r#do),
+    }
+}
+
+/// A behaviour's options from a JSON body; those that are not there, and all of them when there is no body, are usual.
+fn options<T: DeserializeOwned>(message: &Message) -> Result<T, Failure> {
+    if message.body.is_empty() {
+        return serde_json::from_str("{}").map_err(Failure::from);
+    }
+    message.json()
+}

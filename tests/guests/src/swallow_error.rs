@@ -1,0 +1,33 @@
+//! Does something that fails, keeps quiet about it and returns ok; the host must not take its word.
+//!
+//! Options: `{"what": "send"}` or `{"what": "unique"}`.
+
+use oncely_guest::{Failure, Message, outbox, outbox::Outgoing, params, sql};
+use serde::Deserialize;
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum What {
+    #[default]
+    Send,
+    Unique,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Options {
+    what: What,
+}
+
+pub fn run(message: &Message) -> Result<(), Failure> {
+    let options: Options = crate::options(message)?;
+    match options.what {
+        What::Send => drop(outbox::send(Outgoing::new("forbidden.subject", "nobody will notice"))),
+        What::Unique => {
+            let insert = "insert into once (id) values ($1)";
+            sql::execute(insert, params![message.id])?;
+            drop(sql::execute(insert, params![message.id]));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,18 @@
+//! Tells which deployment runs: sends `{"worker", "version", "label", "id", "attempt", "max_attempts"}` to `out.version`.
+//! The label is the config value `label`, null when it is not set.
+
+use oncely_guest::{Failure, config, invocation, outbox, outbox::Outgoing};
+use serde_json::json;
+
+pub fn run() -> Result<(), Failure> {
+    let told = json!({
+        "worker": invocation::worker(),
+        "version": invocation::version(),
+        "label": config::get("label")?,
+        "id": invocation::id(),
+        "attempt": invocation::attempt(),
+        "max_attempts": invocation::max_attempts(),
+    });
+    outbox::send(Outgoing::json("out.version", &told)?)?;
+    Ok(())
+}
