@@ -1,1 +1,31 @@
 //! All tests that need real servers, one module for each subject.
+
+/// Runs a test on both databases: `both!(name, |kind| async move { ... })`.
+macro_rules! both {
+    ($name:ident, $test:expr) => {
+        mod $name {
+            #[allow(unused_imports)]
+            use super::*;
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn on_sqlite() -> anyhow::Result<()> {
+                let test = $test;
+                test(support::database::Kind::Sqlite).await
+            }
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn on_postgres() -> anyhow::Result<()> {
+                let test = $test;
+                test(support::database::Kind::Postgres).await
+            }
+        }
+    };
+}
+
+mod cli;
+mod crash;
+mod delivery;
+mod deploy;
+mod hostile;
+mod outage;
+mod tidy;

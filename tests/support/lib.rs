@@ -1,5 +1,9 @@
 //! What the tests share: real servers on free loopback ports, removed when the test process ends, however it ends.
 
+pub mod books;
+pub mod database;
+pub mod guests;
 pub mod nats;
 pub mod postgres;
 pub mod server;
+pub mod world;

@@ -1,1 +1,151 @@
-//! A nats-server of the test's own.
+//! A nats-server of the test's own, to publish to, to read from raw, to kill and to start again.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use async_nats::HeaderMap;
+use async_nats::jetstream;
+use tempfile::TempDir;
+
+use crate::server::{Server, free_port};
+
+/// A nats-server with JetStream in a folder of its own.
+pub struct NatsServer {
+    port: u16,
+    folder: TempDir,
+    server: Option<Server>,
+}
+
+/// A message to publish.
+#[derive(Debug, Clone)]
+pub struct ToPublish {
+    pub subject: String,
+    pub headers: Vec<(String, String)>,
+    pub body: Vec<u8>,
+}
+
+/// A message as it stands on a stream.
+#[derive(Debug, Clone)]
+pub struct Stored {
+    pub sequence: u64,
+    pub subject: String,
+    pub headers: HashMap<String, String>,
+    pub body: Vec<u8>,
+}
+
+impl ToPublish {
+    /// A message for the test guests: what they are to do, with which options, under which event id.
+    pub fn new(subject: &str, event_id: &str, behaviour: &str, options: &str) -> Self {
+        ToPublish {
+            subject: subject.to_owned(),
+            headers: vec![
+                // A new id for the broker each time: only the inbox knows that it is the same event.
+                ("Nats-Msg-Id".to_owned(), uuid::Uuid::new_v4().to_string()),
+                ("ce-id".to_owned(), event_id.to_owned()),
+                ("do".to_owned(), behaviour.to_owned()),
+            ],
+            body: options.as_bytes().to_vec(),
+        }
+    }
+}
+
+impl NatsServer {
+    pub async fn start() -> Result<Self> {
+        let folder = tempfile::Builder::new().prefix("oncely-nats-").tempdir().context("make a folder")?;
+        let mut nats = NatsServer { port: free_port()?, folder, server: None };
+        nats.restart().await?;
+        Ok(nats)
+    }
+
+    pub fn url(&self) -> String {
+        format!("nats://127.0.0.1:{}", self.port)
+    }
+
+    /// Starts the server again, on the same port and with the same store.
+    pub async fn restart(&mut self) -> Result<()> {
+        let folder = self.folder.path();
+        let command = format!(
+            "exec nats-server -a 127.0.0.1 -p {} -js -sd '{}' -P '{}' >'{}' 2>&1",
+            self.port,
+            folder.join("store").display(),
+            folder.join("pid").display(),
+            folder.join("log").display()
+        );
+        self.server = Some(Server::start(&format!("( {command} )"), &folder.join("no-such-folder"))?);
+        self.client().await.map(|_| ())
+    }
+
+    /// Kills the server as a power cut would.
+    pub fn kill(&mut self) -> Result<()> {
+        let pid = std::fs::read_to_string(self.folder.path().join("pid")).context("read the server's pid")?;
+        crate::world::signal(pid.trim().parse().context("read the server's pid")?, "KILL")?;
+        self.server = None;
+        Ok(())
+    }
+
+    /// A connection of the test's own; waits until the server answers.
+    pub async fn client(&self) -> Result<async_nats::Client> {
+        let end = Instant::now() + Duration::from_secs(20);
+        loop {
+            match async_nats::connect(self.url()).await {
+                Ok(client) => return Ok(client),
+                Err(error) if Instant::now() > end => {
+                    let log = std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default();
+                    bail!("the nats-server does not answer: {error}\n{log}");
+                }
+                Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
+        }
+    }
+
+    /// Publishes messages in order and waits until the streams have stored all of them.
+    pub async fn publish_all(&self, messages: Vec<ToPublish>) -> Result<()> {
+        let context = jetstream::new(self.client().await?);
+        for chunk in messages.chunks(500) {
+            let mut answers = Vec::new();
+            for message in chunk {
+                let mut headers = HeaderMap::new();
+                for (name, value) in &message.headers {
+                    headers.append(name.as_str(), value.parse::<async_nats::HeaderValue>()?);
+                }
+                let publish = context.publish_with_headers(
+                    message.subject.clone(),
+                    headers,
+                    message.body.clone().into(),
+                );
+                answers.push(publish.await.context("publish")?);
+            }
+            for answer in answers {
+                answer.await.context("wait until a message is stored")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// All messages of a stream, raw, by sequence.
+    pub async fn read_stream(&self, stream: &str) -> Result<Vec<Stored>> {
+        let context = jetstream::new(self.client().await?);
+        let stream = context.get_stream(stream).await.context("open the stream")?;
+        let state = &stream.cached_info().state;
+        let mut stored = Vec::new();
+        if state.messages == 0 {
+            return Ok(stored);
+        }
+        for sequence in state.first_sequence..=state.last_sequence {
+            let Ok(message) = stream.direct_get(sequence).await else { continue };
+            let headers = message
+                .headers
+                .iter()
+                .filter_map(|(name, values)| Some((name.to_string(), values.first()?.to_string())))
+                .collect();
+            stored.push(Stored {
+                sequence,
+                subject: message.subject.to_string(),
+                headers,
+                body: message.payload.to_vec(),
+            });
+        }
+        Ok(stored)
+    }
+}

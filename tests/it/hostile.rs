@@ -1,0 +1,131 @@
+//! Guests that misbehave: each ends in a dead letter that a person understands, and nobody else notices.
+
+use anyhow::{Context, Result};
+use support::books;
+use support::database::Kind;
+use support::nats::ToPublish;
+use support::world::{World, manifest};
+
+/// Event, behaviour, options, the reason of its dead letter, and what its detail must say.
+const HOSTILE: &[(&str, &str, &str, &str, &str)] = &[
+    ("trap", "trap", "{}", "attempts-exhausted", "panicked or reached code that cannot be reached"),
+    ("panic", "panic", "{}", "attempts-exhausted", "panicked"),
+    ("spin", "spin", "{}", "attempts-exhausted", "ran longer than its limit"),
+    ("sleep", "sleep", "{}", "attempts-exhausted", "ran longer than its limit"),
+    ("memory", "eat_memory", "{}", "attempts-exhausted", "more memory than its limit of 64.0 MiB"),
+    ("recurse", "recurse", "{}", "attempts-exhausted", "recursed too deep"),
+    ("fail", "fail", "{}", "attempts-exhausted", ""),
+    ("reject", "reject", "{}", "rejected", ""),
+    ("ungranted", "emit_ungranted", "{}", "output-refused", "may not publish to"),
+    ("huge", "emit_huge", "{}", "output-refused", "bytes with its headers; at most"),
+    ("many", "emit_many", "{}", "output-refused", "a delivery may send 100 messages"),
+    ("swallow-send", "swallow_error", r#"{"what": "send"}"#, "output-refused", "may not publish to"),
+    ("swallow-unique", "swallow_error", r#"{"what": "unique"}"#, "attempts-exhausted", "a statement failed"),
+    ("insert-trap", "insert,trap", "{}", "attempts-exhausted", "panicked"),
+    ("unknown", "no-such-behaviour", "{}", "rejected", "no-such-behaviour"),
+];
+
+const SETTINGS: &str = r#"
+batch = 8
+
+[worker.retry]
+attempts = 2
+backoff = "10ms"
+backoff_max = "50ms"
+
+[worker.limits]
+time = "1s"
+"#;
+
+both!(each_is_a_dead_letter_with_a_reason_and_its_neighbours_do_not_notice, |kind: Kind| async move {
+    let mut world = World::start(kind, &manifest(SETTINGS)?).await?;
+    let mut messages = Vec::new();
+    for (event, behaviour, options, _, _) in HOSTILE {
+        messages.push(ToPublish::new("in.x", event, behaviour, options));
+        messages.extend((0..5).map(|n| ToPublish::new("in.x", &format!("good-{event}-{n}"), "insert", r#"{"n": 1}"#)));
+    }
+    let good = HOSTILE.len() * 5;
+    world.nats.publish_all(messages).await?;
+    world.quiet((good + HOSTILE.len()) as i64).await?;
+    assert!(world.host_lives());
+    let books = books::check(&world).await?;
+    assert_eq!((books.effects.len(), books.dead.len()), (good, HOSTILE.len()));
+    assert_eq!(world.database.number("select count(*) from oncely.attempt where event_id like 'good-%'").await?, 0);
+    for (event, _, _, reason, says) in HOSTILE {
+        let sql = format!("select reason, detail from oncely.dead_letter where event_id = '{event}'");
+        let rows = world.database.rows(&sql).await?;
+        let [row] = rows.as_slice() else { anyhow::bail!("{event} has {} dead letters", rows.len()) };
+        assert_eq!(row[0], *reason, "{event}: {}", row[1]);
+        assert!(row[1].contains(says), "{event}: `{}` does not say `{says}`", row[1]);
+    }
+    check_notices(&world).await
+});
+
+/// One message on the DLQ stream for each letter, with the original body and its story.
+async fn check_notices(world: &World) -> Result<()> {
+    let notices = world.nats.read_stream("ONCELY_DLQ").await?;
+    assert_eq!(notices.len(), HOSTILE.len());
+    let header = |notice: &support::nats::Stored, name: &str| notice.headers.get(name).cloned().unwrap_or_default();
+    for (event, _, options, reason, _) in HOSTILE {
+        let notice = notices
+            .iter()
+            .find(|notice| header(notice, "Oncely-Event-Id") == *event)
+            .with_context(|| format!("{event} is not on the DLQ stream"))?;
+        assert_eq!(notice.subject, "oncely.dlq.test");
+        assert_eq!(header(notice, "Oncely-Reason"), *reason);
+        assert_eq!(header(notice, "Oncely-Subject"), "in.x");
+        assert_eq!(notice.body, options.as_bytes());
+    }
+    Ok(())
+}
+
+/// What a guest may try to leave its transaction, or to reach what is not its own.
+const ESCAPES: &[&str] = &[
+    "commit",
+    "/* a */ COMMIT",
+    "-- a\ncommit",
+    "end",
+    "rollback",
+    "commit and chain",
+    "begin",
+    "savepoint a",
+    "prepare transaction 'x'",
+    "set role none",
+    "reset all",
+    "do $$ begin commit; end $$",
+    "select 1; commit",
+    "insert or rollback into once (id) values ('x')",
+    "create table hidden (a integer)",
+    "drop table effect",
+    "copy effect to '/tmp/x'",
+    "attach 'x.db' as other",
+    "pragma journal_mode = delete",
+    "vacuum",
+    "listen x",
+    "notify x",
+    "delete from oncely_inbox",
+    "delete from oncely.inbox",
+    "select * from oncely_component",
+    "select * from oncely.component",
+    "select * from sqlite_master",
+    "explain select 1",
+];
+
+both!(sql_that_would_leave_the_transaction_is_refused, |kind: Kind| async move {
+    let world = World::start(kind, &manifest(SETTINGS)?).await?;
+    let messages = ESCAPES
+        .iter()
+        .enumerate()
+        .map(|(n, sql)| {
+            let options = serde_json::json!({ "sql": sql }).to_string();
+            ToPublish::new("in.x", &format!("escape{n}"), "insert,sql_text", &options)
+        })
+        .chain([ToPublish::new("in.x", "good", "insert", r#"{"n": 1}"#)])
+        .collect();
+    world.nats.publish_all(messages).await?;
+    world.quiet(ESCAPES.len() as i64 + 1).await?;
+    let books = books::check(&world).await?;
+    assert_eq!(books.effects, ["good".to_owned()].into(), "an escape took effect");
+    assert_eq!(books.dead.len(), ESCAPES.len());
+    Ok(())
+});

@@ -1,0 +1,66 @@
+//! The books: whether every event took effect once, and told of it once.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::{Result, ensure};
+
+use crate::world::World;
+
+/// What the books of a test say.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Books {
+    /// Events with effects.
+    pub effects: BTreeSet<String>,
+    /// Events with a dead letter.
+    pub dead: BTreeSet<String>,
+    /// Messages on the stream OUT.
+    pub outputs: usize,
+}
+
+/// Reads the books and checks what must hold whatever happened: two rows and one nonce for each event, a sum of zero, no
+/// event both done and dead, every output on the stream once by id, and every output of an effect that is there.
+pub async fn check(world: &World) -> Result<Books> {
+    let mut books = Books::default();
+    ensure!(world.database.number("select coalesce(sum(delta), 0) from app.effect").await? == 0, "the sum is not zero");
+    let effects = world
+        .database
+        .rows("select event_id, count(*), count(distinct attempt_nonce), min(attempt_nonce) from app.effect group by event_id")
+        .await?;
+    let mut nonces = BTreeMap::new();
+    for row in effects {
+        let [event, rows, distinct, nonce] = row.as_slice() else { anyhow::bail!("odd row {row:?}") };
+        ensure!(rows == "2" && distinct == "1", "event {event} has {rows} rows of {distinct} attempts");
+        nonces.insert(event.clone(), nonce.clone());
+        books.effects.insert(event.clone());
+    }
+    for row in world.database.rows("select event_id from oncely.dead_letter where reason <> 'id-reuse'").await? {
+        books.dead.extend(row);
+    }
+    if let Some(both) = books.effects.intersection(&books.dead).next() {
+        anyhow::bail!("event {both} took effect and is a dead letter");
+    }
+    check_outputs(world, &nonces, &mut books).await?;
+    Ok(books)
+}
+
+async fn check_outputs(world: &World, nonces: &BTreeMap<String, String>, books: &mut Books) -> Result<()> {
+    let stored = world.nats.read_stream("OUT").await?;
+    let mut ids = BTreeSet::new();
+    for message in &stored {
+        let id = message.headers.get("Nats-Msg-Id").cloned().unwrap_or_default();
+        ensure!(!id.is_empty(), "output {} has no id", message.sequence);
+        ensure!(ids.insert(id.clone()), "output {id} is on the stream twice");
+        let Ok(told) = serde_json::from_slice::<serde_json::Value>(&message.body) else { continue };
+        if let (Some(event), Some(nonce)) = (told.get("event_id"), told.get("attempt_nonce")) {
+            let committed = nonces.get(event.as_str().unwrap_or_default());
+            ensure!(
+                committed.map(String::as_str) == nonce.as_str(),
+                "output {id} tells of an attempt that did not commit"
+            );
+        }
+    }
+    books.outputs = stored.len();
+    let committed = world.database.number("select count(*) from oncely.outbox where worker = 'test' and subject not like 'oncely.dlq.%'").await?;
+    ensure!(committed == stored.len() as i64, "{committed} outputs were committed and {} are on the stream", stored.len());
+    Ok(())
+}
