@@ -17,11 +17,13 @@ use crate::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
 pub use crate::state::{StateEntry, StateWrite};
 use crate::verdict::{Letter, Settled};
 
-//TMP mod postgres;
-//TMP mod sqlite;
+mod postgres;
+mod shared;
+mod sqlite;
+mod values;
 
-//TMP pub use postgres::PostgresStore;
-//TMP pub use sqlite::SqliteStore;
+pub use postgres::PostgresStore;
+pub use sqlite::SqliteStore;
 
 /// Why the store could not do as asked. None of these is the guest's doing but `Refused`.
 #[derive(Debug)]

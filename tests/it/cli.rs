@@ -1,0 +1,74 @@
+//! What the commands print.
+
+use anyhow::Result;
+use support::database::Kind;
+use support::nats::ToPublish;
+use support::world::{World, manifest};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_person_finds_a_dead_letter_and_its_story() -> Result<()> {
+    let world = World::start(Kind::Sqlite, &manifest("")?).await?;
+    world.nats.publish_all(vec![ToPublish::new("in.x", "bad", "reject", r#"{"code": "no-such-account"}"#)]).await?;
+    world.quiet(1).await?;
+
+    let list = world.oncely(&["dlq", "list"]).await?;
+    let lines: Vec<&str> = list.lines().collect();
+    assert_eq!(lines.len(), 2, "{list}");
+    assert!(lines[0].starts_with("ID  WORKER  REASON"), "{list}");
+    assert!(lines[1].contains("bad") && lines[1].contains("rejected"), "{list}");
+
+    let shown = world.oncely(&["dlq", "show", "1"]).await?;
+    for expected in ["reason: rejected", "event id: bad", "subject: in.x", "from: IN 1", "do: reject", "attempt 1 at "] {
+        assert!(shown.contains(expected), "`{expected}` is not in:\n{shown}");
+    }
+    let json = world.oncely_json(&["dlq", "show", "1", "--json"]).await?;
+    assert_eq!(json["event_id"], "bad");
+    assert_eq!(json["story"].as_array().map(Vec::len), Some(1));
+
+    let missing = world.oncely(&["dlq", "show", "99"]).await.map_err(|error| error.to_string());
+    assert_eq!(missing, Err("error: there is no dead letter 99\nhint: oncely dlq list".to_owned()));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_published_with_one_id_has_one_effect() -> Result<()> {
+    let world = World::start(Kind::Sqlite, &manifest("")?).await?;
+    let publish = ["publish", "in.x", r#"{"n": 1}"#, "--id", "once", "-H", "do: insert"];
+    assert_eq!(world.oncely(&publish).await?.trim(), "IN 1 id once");
+    assert_eq!(world.oncely(&publish).await?.trim(), "IN 1 id once (it was there already)");
+    world.quiet(1).await?;
+
+    let status = world.oncely(&["status"]).await?;
+    assert!(status.contains("ready: yes"), "{status}");
+    let status = world.oncely_json(&["status", "--json"]).await?;
+    assert_eq!(status.pointer("/totals/0/done"), Some(&1.into()));
+    assert_eq!(status.pointer("/totals/0/outputs"), Some(&1.into()));
+    assert_eq!(status.pointer("/workers/0/pending"), Some(&0.into()));
+    Ok(())
+}
+
+#[tokio::test]
+async fn without_a_host_the_commands_say_how_to_start_one() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let output = std::process::Command::new(support::guests::oncely()?)
+        .arg("status")
+        .current_dir(folder.path())
+        .env_remove("ONCELY_HOST")
+        .output()?;
+    assert_eq!(output.status.code(), Some(4));
+    let text = String::from_utf8(output.stderr)?;
+    assert!(text.starts_with("error: no host is known here"), "{text}");
+    assert!(text.contains("hint: start one with: oncely dev"), "{text}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_control_api_wants_the_token() -> Result<()> {
+    let world = World::start(Kind::Sqlite, &manifest("")?).await?;
+    let refused = world.oncely(&["workers", "--token", "wrong"]).await.map_err(|error| error.to_string());
+    assert_eq!(
+        refused.map(|_| ()),
+        Err("error: the token is missing or wrong\nhint: give the host's token with --token or ONCELY_TOKEN".to_owned())
+    );
+    Ok(())
+}

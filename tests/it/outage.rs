@@ -1,0 +1,60 @@
+//! The broker or the database gone for a while: nothing dies, nothing is dead-lettered, no attempt is spent.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use support::books;
+use support::database::{Database, Kind};
+use support::nats::ToPublish;
+use support::postgres::Cluster;
+use support::world::{World, manifest};
+
+/// How long something stays away; `ONCELY_TEST_OUTAGE` makes it longer, in seconds.
+fn outage() -> Duration {
+    let seconds = std::env::var("ONCELY_TEST_OUTAGE").ok().and_then(|seconds| seconds.parse().ok());
+    Duration::from_secs(seconds.unwrap_or(5))
+}
+
+fn workload(from: usize, to: usize) -> Vec<ToPublish> {
+    (from..to).map(|n| ToPublish::new("in.x", &format!("e{n}"), "insert,slow", r#"{"n": 1, "ms": 2}"#)).collect()
+}
+
+const SETTINGS: &str = "ack_wait = \"2s\"\nbatch = 8";
+
+both!(nats_gone_for_a_while, |kind: Kind| async move {
+    let mut world = World::start(kind, &manifest(SETTINGS)?).await?;
+    world.nats.publish_all(workload(0, 300)).await?;
+    world.until("select min(1) from oncely.inbox", 1).await?;
+    world.nats.kill()?;
+    tokio::time::sleep(outage()).await;
+    assert!(world.host_lives());
+    world.nats.restart().await?;
+    world.nats.publish_all(workload(300, 400)).await?;
+    world.quiet(400).await?;
+    let books = books::check(&world).await?;
+    assert_eq!((books.effects.len(), books.outputs, books.dead.len()), (400, 400, 0));
+    assert_eq!(world.database.number("select count(*) from oncely.attempt").await?, 0);
+    world.ready().await
+});
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn postgres_gone_for_a_while() -> Result<()> {
+    let mut cluster = Cluster::start().await?;
+    let mut world = World::without_host(Kind::Sqlite, &manifest(SETTINGS)?).await?;
+    world.database = Database::Postgres(cluster.create_database().await?);
+    world.start_host().await?;
+    world.nats.publish_all(workload(0, 300)).await?;
+    world.until("select min(1) from oncely.inbox", 1).await?;
+    cluster.crash()?;
+    tokio::time::sleep(outage()).await;
+    assert!(world.host_lives());
+    let unready = world.oncely_json(&["status", "--json"]).await?;
+    assert_eq!(unready.get("ready"), Some(&serde_json::Value::Bool(false)));
+    cluster.restart().await?;
+    world.nats.publish_all(workload(300, 400)).await?;
+    world.quiet(400).await?;
+    let books = books::check(&world).await?;
+    assert_eq!((books.effects.len(), books.outputs, books.dead.len()), (400, 400, 0));
+    assert_eq!(world.database.number("select count(*) from oncely.attempt").await?, 0);
+    world.ready().await
+}

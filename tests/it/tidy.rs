@@ -1,0 +1,124 @@
+//! What the sources must not contain: the floors of the house hold because these tests do.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use support::guests::repository;
+
+/// All Rust sources below a folder, with their text.
+fn sources(folder: &Path) -> Result<Vec<(PathBuf, String)>> {
+    let mut found = Vec::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).with_context(|| format!("list {}", folder.display()))? {
+            let path = entry?.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let text = std::fs::read_to_string(&path)?;
+                found.push((path, text));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// The module of the host a file belongs to, such as `store` for `store/sqlite/tx.rs`.
+fn room(host: &Path, path: &Path) -> String {
+    let below = path.strip_prefix(host).unwrap_or(path);
+    let first = below.components().next().map(|part| part.as_os_str().to_string_lossy().into_owned());
+    first.unwrap_or_default().trim_end_matches(".rs").to_owned()
+}
+
+#[test]
+fn each_outside_library_has_one_room() -> Result<()> {
+    let host = repository().join("host/src");
+    let owners = [("wasmtime", "guest"), ("wasmtime_wasi", "guest"), ("sqlx", "store"), ("async_nats", "bus")];
+    for (path, text) in sources(&host)? {
+        let room = room(&host, &path);
+        for (library, owner) in owners {
+            let names = format!("{library}::");
+            assert!(room == owner || !text.contains(&names), "{} names {library}, which only {owner} may", path.display());
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn imports_run_downwards_only() -> Result<()> {
+    const FLOORS: &[&[&str]] = &[
+        &["main", "lib"],
+        &["cli"],
+        &["api"],
+        &["host", "deploy"],
+        &["worker", "lane"],
+        &["relay"],
+        &["delivery"],
+        &["guest", "store", "bus", "crate_build"],
+        &[
+            "message", "sql", "state", "verdict", "dead_letter", "manifest", "config", "retry", "subject", "units",
+            "toml_text", "hint", "drain",
+        ],
+    ];
+    let floor = |room: &str| FLOORS.iter().position(|rooms| rooms.contains(&room));
+    let host = repository().join("host/src");
+    for (path, text) in sources(&host)? {
+        let room = room(&host, &path);
+        let own = floor(&room).with_context(|| format!("the room `{room}` stands on no floor; add it to the map"))?;
+        for (_, rest) in text.match_indices("crate::").map(|(at, found)| text.split_at(at + found.len())) {
+            let used: String = rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+            let Some(other) = floor(&used) else { continue };
+            let allowed = other > own || used == room || (other == own && own != 7);
+            assert!(allowed, "{} uses crate::{used}, which is not below it", path.display());
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn only_the_store_makes_the_proof_and_only_the_bus_takes_it() -> Result<()> {
+    let host = repository().join("host/src");
+    for (path, text) in sources(&host)? {
+        let room = room(&host, &path);
+        let makes = text.contains("Settled::seen_by_store");
+        assert!(!makes || room == "store", "{} makes a proof of settlement", path.display());
+        let acks = text.contains(".acker.ack(");
+        assert!(!acks || room == "bus", "{} acknowledges by itself", path.display());
+    }
+    Ok(())
+}
+
+#[test]
+fn unsafe_code_stands_where_a_compiled_component_is_loaded_and_nowhere_else() -> Result<()> {
+    let host = repository().join("host/src");
+    let allowing: Vec<PathBuf> = sources(&host)?
+        .into_iter()
+        .filter(|(_, text)| text.contains("allow(unsafe_code)"))
+        .map(|(path, _)| path)
+        .collect();
+    assert_eq!(allowing, [host.join("guest/engine.rs")]);
+    Ok(())
+}
+
+#[test]
+fn every_file_says_what_it_is_for() -> Result<()> {
+    for folder in ["host/src", "guest-sdk/src", "tests/it", "tests/support", "tests/guests/src", "examples/payments/src"] {
+        for (path, text) in sources(&repository().join(folder))? {
+            assert!(text.starts_with("//!"), "{} does not open with a `//!` line", path.display());
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn both_databases_have_the_same_migrations() -> Result<()> {
+    let names = |database: &str| -> Result<Vec<String>> {
+        let folder = repository().join("migrations").join(database);
+        let mut names: Vec<String> =
+            std::fs::read_dir(folder)?.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+        names.sort();
+        Ok(names)
+    };
+    assert_eq!(names("postgres")?, names("sqlite")?);
+    Ok(())
+}
