@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -42,6 +43,8 @@ pub struct Host {
     relay: Mutex<Option<HandOver>>,
     workers: Mutex<BTreeMap<String, Slot>>,
     deployed: Notify,
+    /// Whether everything that is to be deployed at the start has been.
+    started: AtomicBool,
 }
 
 /// The place of one worker in a host.
@@ -97,6 +100,7 @@ impl Host {
             relay: Mutex::new(Some(hand_over)),
             workers: Mutex::new(BTreeMap::new()),
             deployed: Notify::new(),
+            started: AtomicBool::new(false),
         });
         let stop = Stop::new();
         let relay = tokio::spawn(relay.run(stop.stopping()));
@@ -196,19 +200,33 @@ impl Host {
 
     /// Whether everything that is deployed runs here and has been seen on the server; if not, what is missing.
     pub async fn ready(&self) -> std::result::Result<(), String> {
+        if !self.started.load(Ordering::Relaxed) {
+            return Err("the host is starting".to_owned());
+        }
         if !self.bus.is_connected() {
             return Err("no connection to NATS".to_owned());
         }
-        if let Err(error) = self.store.ping().await {
-            return Err(format!("{:#}", anyhow::Error::from(error)));
-        }
+        let deployments =
+            self.store.active_deployments().await.map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
         let states = self.workers().await;
-        let missing: Vec<String> = states
+        let runs = |deployment: &DeploymentRecord| {
+            states.iter().any(|state| {
+                state.worker == deployment.worker
+                    && state.version == Some(deployment.version)
+                    && state.state == "running"
+            })
+        };
+        let missing: Vec<String> = deployments
             .iter()
-            .filter(|state| state.state != "running")
-            .map(|state| format!("worker {} is {}", state.worker, state.state))
+            .filter(|deployment| !runs(deployment))
+            .map(|deployment| format!("worker {} version {} does not run yet", deployment.worker, deployment.version))
             .collect();
         if missing.is_empty() { Ok(()) } else { Err(missing.join(", ")) }
+    }
+
+    /// From now on the host may call itself ready.
+    pub fn started(&self) {
+        self.started.store(true, Ordering::Relaxed);
     }
 
     async fn drain_workers(&self) {
@@ -227,8 +245,8 @@ impl Slot {
             (Some(running), None) if running.is_seen() => "running",
             _ => "starting",
         };
-        let count = |counter: fn(&RunningWorker) -> &std::sync::atomic::AtomicU64| {
-            running.map_or(0, |running| counter(running).load(std::sync::atomic::Ordering::Relaxed))
+        let count = |counter: fn(&RunningWorker) -> &AtomicU64| {
+            running.map_or(0, |running| counter(running).load(Ordering::Relaxed))
         };
         WorkerState {
             worker: name.to_owned(),

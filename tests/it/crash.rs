@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
 use support::books;
 use support::database::Kind;
 use support::nats::ToPublish;

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::Result;
 use support::books;
 use support::database::Kind;
 use support::nats::ToPublish;

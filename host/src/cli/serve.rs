@@ -58,8 +58,9 @@ impl Served {
         Ok(Served { host, address, running, stop_api, api, data_dir, drain })
     }
 
-    /// Waits until the workers' subscriptions are seen on the server.
+    /// Says that the start is over, and waits until the workers' subscriptions are seen on the server.
     pub async fn ready(&self, limit: Duration) -> Result<()> {
+        self.host.started();
         let ready = async {
             while let Err(why) = self.host.ready().await {
                 tracing::debug!("not ready: {why}");
