@@ -1,5 +1,9 @@
 //! Guest SQL as plain values: parameters, rows, errors, and the gate every statement passes.
 
+mod gate;
+
+pub use gate::{changes_rows, check_platform_names, check_statement, highest_placeholder};
+
 /// Which database stands behind a store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Dialect {
@@ -41,7 +45,7 @@ impl Value {
     }
 }
 
-/// Rows and the names of their columns.
+/// Rows and the names of their columns; the names are only known when there is a row.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Rows {
     pub columns: Vec<String>,
@@ -94,141 +98,4 @@ impl std::fmt::Display for SqlError {
 pub struct SqlLimits {
     pub rows: usize,
     pub bytes: usize,
-}
-
-/// The statements a guest may begin with. The extended protocol and `sqlite3_prepare` take one statement
-/// at a time, so the first keyword decides what a statement is.
-const ALLOWED: [&str; 7] = ["select", "insert", "update", "delete", "merge", "values", "with"];
-
-/// Lets through one data statement and nothing else: no transaction control, DDL, settings or commands.
-pub fn check_statement(statement: &str) -> Result<(), SqlError> {
-    let keyword = first_keyword(statement);
-    if !ALLOWED.contains(&keyword.as_str()) {
-        let what = if keyword.is_empty() { "an empty statement".to_owned() } else { format!("`{keyword}`") };
-        return Err(SqlError::NotAllowed(format!(
-            "{what} is not allowed; a worker may run: {}",
-            ALLOWED.join(", ")
-        )));
-    }
-    // SQLite ends the whole transaction on `insert or rollback`, and nothing but the text shows it.
-    if has_or_rollback(statement) {
-        return Err(SqlError::NotAllowed("`or rollback` would end the delivery's transaction".to_owned()));
-    }
-    if statement.contains('\0') {
-        return Err(SqlError::NotAllowed("a statement cannot contain a NUL character".to_owned()));
-    }
-    Ok(())
-}
-
-/// The first word in lower case, behind white space, comments and opening parentheses.
-fn first_keyword(statement: &str) -> String {
-    let rest = skip_blank(statement, true);
-    rest.chars().take_while(|c| c.is_ascii_alphabetic() || *c == '_').collect::<String>().to_ascii_lowercase()
-}
-
-/// Skips white space and comments (block comments nest, as on PostgreSQL), and `(` where asked to.
-fn skip_blank(mut rest: &str, parentheses: bool) -> &str {
-    loop {
-        rest = rest.trim_start();
-        if parentheses && let Some(inner) = rest.strip_prefix('(') {
-            rest = inner;
-        } else if let Some(comment) = rest.strip_prefix("--") {
-            rest = comment.split_once(['\n', '\r']).map_or("", |(_, after)| after);
-        } else if rest.starts_with("/*") {
-            rest = skip_block_comment(rest);
-        } else {
-            return rest;
-        }
-    }
-}
-
-fn skip_block_comment(text: &str) -> &str {
-    let mut depth = 0_usize;
-    let mut rest = text;
-    loop {
-        if let Some(after) = rest.strip_prefix("/*") {
-            depth += 1;
-            rest = after;
-        } else if let Some(after) = rest.strip_prefix("*/") {
-            depth -= 1;
-            rest = after;
-            if depth == 0 {
-                return rest;
-            }
-        } else {
-            let mut chars = rest.chars();
-            if chars.next().is_none() {
-                return "";
-            }
-            rest = chars.as_str();
-        }
-    }
-}
-
-/// Whether the words `or` and `rollback` follow each other anywhere outside comments. Text in quotes counts
-/// too: a value belongs in a parameter, and refusing it there is harmless.
-fn has_or_rollback(statement: &str) -> bool {
-    let lower = statement.to_ascii_lowercase();
-    let mut rest = lower.as_str();
-    while let Some(at) = rest.find("or") {
-        let before_is_word = rest
-            .get(..at)
-            .and_then(|before| before.chars().next_back())
-            .is_some_and(|c| c.is_alphanumeric() || c == '_');
-        let after = rest.get(at + 2..).unwrap_or_default();
-        if !before_is_word && skip_blank(after, false).starts_with("rollback") {
-            return true;
-        }
-        rest = after;
-    }
-    false
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn data_statements_pass_however_they_are_dressed() {
-        for statement in [
-            "select 1",
-            "  /* a /* nested */ comment */ -- and a line\n Select 1",
-            "(select 1) union (select 2)",
-            "with x as (select 1) insert into t select * from x",
-            "insert into t values ($1) on conflict do nothing",
-            "values (1)",
-        ] {
-            assert_eq!(check_statement(statement), Ok(()), "{statement}");
-        }
-    }
-
-    #[test]
-    fn everything_that_could_leave_the_transaction_is_refused() {
-        for statement in [
-            "",
-            ";commit",
-            "commit",
-            "/**/ COMMIT and chain",
-            "rollback",
-            "end",
-            "begin",
-            "savepoint a",
-            "release a",
-            "set role none",
-            "reset all",
-            "prepare transaction 'x'",
-            "do $$ begin commit; end $$",
-            "copy t to program 'sh'",
-            "create table t (a int)",
-            "pragma journal_mode",
-            "attach 'x' as y",
-            "insert or rollback into t values (1)",
-            "insert or /* hidden */ Rollback into t values (1)",
-            "update OR\nROLLBACK t set a = 1",
-            "explain select 1",
-            "call p()",
-        ] {
-            assert!(matches!(check_statement(statement), Err(SqlError::NotAllowed(_))), "{statement}");
-        }
-    }
 }

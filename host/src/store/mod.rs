@@ -15,7 +15,9 @@ use crate::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
 use crate::verdict::{Letter, Settled};
 
 mod postgres;
+mod shared;
 mod sqlite;
+mod values;
 
 pub use postgres::PostgresStore;
 pub use sqlite::SqliteStore;

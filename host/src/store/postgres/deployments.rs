@@ -1,0 +1,181 @@
+//! Components, deployments, which of them is active, and workers' own migrations.
+
+use std::collections::HashMap;
+
+use anyhow::{Context, anyhow};
+use sqlx::postgres::PgRow;
+use sqlx::{AssertSqlSafe, Row, raw_sql};
+
+use super::errors;
+use super::session::Session;
+use crate::sql::SqlError;
+use crate::store::{DeploymentRecord, Result, StoreError, WorkerMigration, shared};
+
+pub(super) async fn put_component(session: &mut Session, digest: &str, wasm: &[u8]) -> Result<()> {
+    let query = session.query("insert into oncely.component (digest, wasm) values ($1, $2) on conflict do nothing");
+    query
+        .bind(digest)
+        .bind(wasm)
+        .execute(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "keep a component"))?;
+    Ok(())
+}
+
+pub(super) async fn component(session: &mut Session, digest: &str) -> Result<Option<Vec<u8>>> {
+    let query = session.query("select wasm from oncely.component where digest = $1");
+    let row = query
+        .bind(digest)
+        .fetch_optional(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "read a component"))?;
+    row.map(|row| row.try_get(0)).transpose().map_err(|error| errors::of_statement(error, "read a component"))
+}
+
+/// Runs the migrations that are due, writes the next deployment and activates it. Deployments of one worker wait for
+/// each other, for as long as the transaction lasts.
+pub(super) async fn deploy(
+    session: &mut Session,
+    worker: &str,
+    digest: &str,
+    manifest: &str,
+    migrations: &[WorkerMigration],
+) -> Result<DeploymentRecord> {
+    let query = session.query("select pg_advisory_xact_lock(hashtextextended('oncely deploys ' || $1, 0))");
+    query
+        .bind(worker)
+        .execute(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "wait for other deployments"))?;
+    let applied = applied_migrations(session, worker).await?;
+    for (migration, sha256) in shared::due_worker_migrations(worker, migrations, &applied)? {
+        run_migration(session, worker, migration, &sha256).await?;
+    }
+    let row = insert(session, worker, digest, manifest).await?;
+    activate_version(session, worker, row.version).await?;
+    Ok(row)
+}
+
+async fn applied_migrations(session: &mut Session, worker: &str) -> Result<HashMap<String, Vec<u8>>> {
+    let query = session.query("select name, sha256 from oncely.worker_migration where worker = $1");
+    let rows = query
+        .bind(worker)
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "read which migrations ran"))?;
+    let applied: sqlx::Result<_> = rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect();
+    applied.map_err(|error| errors::of_statement(error, "read which migrations ran"))
+}
+
+async fn run_migration(session: &mut Session, worker: &str, migration: &WorkerMigration, sha256: &[u8]) -> Result<()> {
+    let in_schema = format!("set local search_path = app_default; {}", migration.sql);
+    if let Err(error) = raw_sql(AssertSqlSafe(in_schema)).execute(session.connection()).await {
+        return Err(match errors::of_guest(error)? {
+            error @ SqlError::Conflict(_) => StoreError::Conflict(anyhow!("{error}")),
+            error => shared::migration_failed(migration, anyhow!("{error}")),
+        });
+    }
+    let is_still_ours =
+        session.is_still_ours().await.map_err(|error| errors::of_statement(error, "look at the transaction"))?;
+    if !is_still_ours {
+        return Err(shared::migration_ends_transaction(migration));
+    }
+    let query = session.query("insert into oncely.worker_migration (worker, name, sha256) values ($1, $2, $3)");
+    query
+        .bind(worker)
+        .bind(&migration.name)
+        .bind(sha256)
+        .execute(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "record a migration"))?;
+    Ok(())
+}
+
+async fn insert(session: &mut Session, worker: &str, digest: &str, manifest: &str) -> Result<DeploymentRecord> {
+    let query = session.query(
+        "insert into oncely.deployment (worker, version, digest, manifest)
+         select $1, coalesce(pg_catalog.max(version), 0) + 1, $2, $3 from oncely.deployment where worker = $1
+         returning worker, version, digest, manifest, (extract(epoch from created_at) * 1000000)::bigint as created_at",
+    );
+    let row =
+        query.bind(worker).bind(digest).bind(manifest).fetch_one(session.connection()).await.map_err(|error| {
+            match errors::is_foreign_key_violation(&error) {
+                true => shared::component_missing(digest),
+                false => errors::of_statement(error, "write a deployment"),
+            }
+        })?;
+    read(&row)
+}
+
+async fn activate_version(session: &mut Session, worker: &str, version: u32) -> Result<()> {
+    let query = session.query(
+        "insert into oncely.worker (name, version) values ($1, $2)
+         on conflict (name) do update set version = excluded.version, activated_at = pg_catalog.now()",
+    );
+    query
+        .bind(worker)
+        .bind(version.cast_signed())
+        .execute(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "activate a deployment"))?;
+    Ok(())
+}
+
+pub(super) async fn activate(session: &mut Session, worker: &str, version: u32) -> Result<Option<DeploymentRecord>> {
+    let query = session.query(
+        "select worker, version, digest, manifest, (extract(epoch from created_at) * 1000000)::bigint as created_at
+         from oncely.deployment where worker = $1 and version = $2",
+    );
+    let row = query
+        .bind(worker)
+        .bind(version.cast_signed())
+        .fetch_optional(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "find a deployment"))?;
+    let Some(row) = row else { return Ok(None) };
+    activate_version(session, worker, version).await?;
+    read(&row).map(Some)
+}
+
+/// The active deployment of every worker, by name.
+pub(super) async fn active(session: &mut Session) -> Result<Vec<DeploymentRecord>> {
+    let query = session.query(
+        "select deployment.worker, deployment.version, digest, manifest,
+             (extract(epoch from created_at) * 1000000)::bigint as created_at
+         from oncely.worker
+             join oncely.deployment on deployment.worker = worker.name and deployment.version = worker.version
+         order by worker.name",
+    );
+    let rows = query
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "read active deployments"))?;
+    rows.iter().map(read).collect()
+}
+
+/// All deployments of a worker, newest first.
+pub(super) async fn of_worker(session: &mut Session, worker: &str) -> Result<Vec<DeploymentRecord>> {
+    let query = session.query(
+        "select worker, version, digest, manifest, (extract(epoch from created_at) * 1000000)::bigint as created_at
+         from oncely.deployment where worker = $1 order by version desc",
+    );
+    let rows = query
+        .bind(worker)
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "read deployments"))?;
+    rows.iter().map(read).collect()
+}
+
+fn read(row: &PgRow) -> Result<DeploymentRecord> {
+    let read = || -> anyhow::Result<DeploymentRecord> {
+        Ok(DeploymentRecord {
+            worker: row.try_get("worker")?,
+            version: row.try_get::<i32, _>("version")?.cast_unsigned(),
+            digest: row.try_get("digest")?,
+            manifest: row.try_get("manifest")?,
+            created_at: shared::timestamp(row.try_get("created_at")?)?,
+        })
+    };
+    read().context("read a deployment").map_err(StoreError::Unavailable)
+}

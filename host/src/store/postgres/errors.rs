@@ -1,0 +1,119 @@
+//! What PostgreSQL's errors mean for us.
+
+use anyhow::anyhow;
+use sqlx::Error;
+use sqlx::postgres::{PgDatabaseError, PgSeverity};
+
+use crate::sql::{DatabaseError, SqlError};
+use crate::store::StoreError;
+
+/// The fence of a commit divides by zero when the transaction is not ours any more.
+const DIVISION_BY_ZERO: &str = "22012";
+const IN_FAILED_TRANSACTION: &str = "25P02";
+
+/// The error of a statement of our own.
+pub(super) fn of_statement(error: Error, doing: &'static str) -> StoreError {
+    let code = code(&error).to_owned();
+    let cause = advise(anyhow::Error::new(error), &code).context(doing);
+    match code.as_str() {
+        code if is_conflict(code) => StoreError::Conflict(cause),
+        IN_FAILED_TRANSACTION => StoreError::Refused(cause),
+        _ => StoreError::Unavailable(cause),
+    }
+}
+
+/// The error of a commit: what the server refused for the guest's doing took no effect, anything else may have.
+pub(super) fn of_commit(error: Error) -> StoreError {
+    let refusal = match code(&error) {
+        DIVISION_BY_ZERO => "a statement ended the transaction",
+        IN_FAILED_TRANSACTION => "a statement of the transaction failed",
+        code if code.starts_with("23") => "a deferred constraint is violated",
+        _ => return of_statement(error, "commit"),
+    };
+    StoreError::Refused(anyhow::Error::new(error).context(refusal))
+}
+
+/// The error of a guest's statement: the outer one is the house's, the inner one the guest's to see.
+pub(super) fn of_guest(error: Error) -> Result<SqlError, StoreError> {
+    let Some(database) = database_error(&error) else {
+        return match error {
+            Error::TypeNotFound { type_name } => {
+                Ok(SqlError::UnsupportedType(format!("there is no type `{type_name}`")))
+            }
+            Error::Encode(cause) => Ok(SqlError::InvalidParameter(cause.to_string())),
+            error => Err(of_statement(error, "run a guest's statement")),
+        };
+    };
+    let said = DatabaseError {
+        code: database.code().to_owned(),
+        message: database.message().to_owned(),
+        constraint: database.constraint().map(str::to_owned),
+    };
+    let is_wrong_count = said.code == "08P01" && said.message.starts_with("bind message");
+    Ok(match said.code.as_str() {
+        "08P01" if is_wrong_count => SqlError::InvalidParameter(said.message),
+        _ if is_stale_plan(&error) => SqlError::Conflict(said),
+        "57014" => SqlError::Timeout,
+        IN_FAILED_TRANSACTION => SqlError::TransactionFailed(said.message),
+        code if is_conflict(code) => SqlError::Conflict(said),
+        code if is_house(code) || is_fatal(&error) => return Err(of_statement(error, "run a guest's statement")),
+        code if code.starts_with("23") => SqlError::ConstraintViolation(said),
+        _ => SqlError::QueryFailed(said),
+    })
+}
+
+/// Whether the connection, not the statement, is what failed: nothing was begun, another connection may do.
+pub(super) fn is_connection_loss(error: &Error) -> bool {
+    match error {
+        Error::Io(_) | Error::Protocol(_) => true,
+        error => is_fatal(error) || code(error).starts_with("08") || code(error).starts_with("57P"),
+    }
+}
+
+pub(super) fn is_unique_violation(error: &Error) -> bool {
+    code(error) == "23505"
+}
+
+pub(super) fn is_foreign_key_violation(error: &Error) -> bool {
+    code(error) == "23503"
+}
+
+/// Whether a connection keeps a prepared statement that does not fit the tables any more.
+pub(super) fn is_stale_plan(error: &Error) -> bool {
+    database_error(error).is_some_and(|error| error.code() == "0A000" && error.message().starts_with("cached plan"))
+}
+
+fn is_conflict(code: &str) -> bool {
+    matches!(code, "40001" | "40P01" | "55P03")
+}
+
+/// Connection loss, too few resources, shutdown, trouble with the disk, or prepared statements behind a pooler.
+fn is_house(code: &str) -> bool {
+    let class = ["08", "53", "57P", "58"].iter().any(|class| code.starts_with(class)) && code != "53400";
+    class || is_pooler_trouble(code)
+}
+
+fn is_pooler_trouble(code: &str) -> bool {
+    matches!(code, "26000" | "42P05")
+}
+
+fn advise(cause: anyhow::Error, code: &str) -> anyhow::Error {
+    if is_pooler_trouble(code) {
+        return cause.context(anyhow!(
+            "prepared statements do not work here; behind a pooler, end the database URL in ?statement-cache-capacity=0"
+        ));
+    }
+    cause
+}
+
+fn is_fatal(error: &Error) -> bool {
+    database_error(error).is_some_and(|error| matches!(error.severity(), PgSeverity::Fatal | PgSeverity::Panic))
+}
+
+fn code(error: &Error) -> &str {
+    database_error(error).map_or("", PgDatabaseError::code)
+}
+
+fn database_error(error: &Error) -> Option<&PgDatabaseError> {
+    error.as_database_error().and_then(|error| error.try_downcast_ref())
+}

@@ -1,0 +1,109 @@
+//! Guest statements: checked, bound by type, read by type, stopped at their limits.
+
+use futures::TryStreamExt;
+use sqlx::postgres::{PgArguments, PgRow};
+use sqlx::{Arguments, Column, Either, Executor, Row};
+
+use super::errors;
+use super::guest_values::{self, Parameter};
+use super::session::Session;
+use crate::sql::{self, Dialect, Rows, SqlError, SqlLimits, Value};
+use crate::store::Result;
+
+/// How a guest's statement ended.
+pub(super) enum Outcome<T> {
+    Done(T),
+    /// It did not reach the database.
+    NotRun(SqlError),
+    /// The database refused it, and the transaction is aborted.
+    Failed(SqlError),
+    /// It failed in a way that leaves the connection unfit for further use: what it returned was not read to the end,
+    /// or it was prepared for tables that have changed.
+    Spoilt(SqlError),
+}
+
+pub(super) async fn query(
+    session: &mut Session,
+    statement: &str,
+    params: &[Value],
+    limits: SqlLimits,
+) -> Result<Outcome<Rows>> {
+    let (statement, arguments) = match prepare(statement, params) {
+        Ok(prepared) => prepared,
+        Err(error) => return Ok(Outcome::NotRun(error)),
+    };
+    let query = session.guest_query(statement, arguments);
+    let mut stream = session.connection().fetch_many(query);
+    let mut rows = Rows::default();
+    let mut bytes = 0;
+    loop {
+        match stream.try_next().await {
+            Ok(Some(Either::Left(_))) => {}
+            Ok(Some(Either::Right(row))) => {
+                if let Err(error) = add_row(&mut rows, &mut bytes, &row, limits) {
+                    return Ok(Outcome::Spoilt(error));
+                }
+            }
+            Ok(None) => return Ok(Outcome::Done(rows)),
+            Err(error) => return failed(error),
+        }
+    }
+}
+
+pub(super) async fn execute(session: &mut Session, statement: &str, params: &[Value]) -> Result<Outcome<u64>> {
+    let changes_rows = sql::changes_rows(statement, Dialect::Postgres);
+    let (statement, arguments) = match prepare(statement, params) {
+        Ok(prepared) => prepared,
+        Err(error) => return Ok(Outcome::NotRun(error)),
+    };
+    match session.guest_query(statement, arguments).execute(session.connection()).await {
+        Ok(result) if changes_rows => Ok(Outcome::Done(result.rows_affected())),
+        Ok(_) => Ok(Outcome::Done(0)),
+        Err(error) => failed(error),
+    }
+}
+
+fn failed<T>(error: sqlx::Error) -> Result<Outcome<T>> {
+    let is_stale_plan = errors::is_stale_plan(&error);
+    let error = errors::of_guest(error)?;
+    Ok(if is_stale_plan { Outcome::Spoilt(error) } else { Outcome::Failed(error) })
+}
+
+/// Checks a statement and binds its parameters. A comment with the parameters' types ends its text: a connection keeps
+/// prepared statements by their text, and one that was prepared for other types would misread these.
+fn prepare(statement: &str, params: &[Value]) -> std::result::Result<(String, PgArguments), SqlError> {
+    sql::check_statement(statement, Dialect::Postgres)?;
+    sql::check_platform_names(statement, Dialect::Postgres)?;
+    if params.len() > usize::from(u16::MAX) {
+        return Err(SqlError::InvalidParameter(format!("a statement takes at most {} parameters", u16::MAX)));
+    }
+    let mut text = format!("{statement}\n--");
+    let mut arguments = PgArguments::default();
+    for value in params {
+        let parameter = Parameter::of(value)?;
+        text.push(parameter.letter());
+        arguments.add(parameter).map_err(|error| SqlError::InvalidParameter(error.to_string()))?;
+    }
+    Ok((text, arguments))
+}
+
+fn add_row(rows: &mut Rows, bytes: &mut usize, row: &PgRow, limits: SqlLimits) -> std::result::Result<(), SqlError> {
+    if rows.rows.len() >= limits.rows {
+        return Err(SqlError::TooLarge(format!("the result has more than {} rows", limits.rows)));
+    }
+    if rows.columns.is_empty() {
+        rows.columns = row.columns().iter().map(|column| column.name().to_owned()).collect();
+    }
+    let values = (0..row.columns().len())
+        .map(|at| {
+            let value = guest_values::decode(row, at)?;
+            *bytes += value.size();
+            Ok(value)
+        })
+        .collect::<std::result::Result<Vec<_>, SqlError>>()?;
+    if *bytes > limits.bytes {
+        return Err(SqlError::TooLarge(format!("the result is larger than {} bytes", limits.bytes)));
+    }
+    rows.rows.push(values);
+    Ok(())
+}

@@ -1,0 +1,108 @@
+//! The inbox: one row for each event id that a worker settled.
+
+use std::collections::HashMap;
+
+use anyhow::anyhow;
+use sqlx::Row;
+use sqlx::postgres::PgRow;
+
+use super::errors;
+use super::session::Session;
+use crate::store::{Claim, Claimed, Result, StoreError, shared};
+
+/// Claims event ids, sorted, with one statement: it waits for transactions that hold one of them. What such a
+/// transaction committed while we waited is not in the statement's snapshot, and takes a second look.
+pub(super) async fn claim(session: &mut Session, worker: &str, claims: &[Claim]) -> Result<Vec<Claimed>> {
+    let mut found = insert(session, worker, claims).await?;
+    let unseen: Vec<&str> =
+        claims.iter().map(|claim| claim.event_id.as_str()).filter(|event_id| !found.contains_key(*event_id)).collect();
+    if !unseen.is_empty() {
+        found.extend(look(session, worker, &unseen).await?);
+    }
+    let answer = |claim: &Claim| match found.get(&claim.event_id) {
+        Some(found) => Ok(shared::claimed(claim, found.held_for.as_deref(), found.attempts)),
+        None => Err(StoreError::Conflict(anyhow!("the record of event {} left while it was claimed", claim.event_id))),
+    };
+    claims.iter().map(answer).collect()
+}
+
+/// What the inbox says about an event id.
+struct Found {
+    /// The payload of the record that was there before; none when the claim made it.
+    held_for: Option<Vec<u8>>,
+    attempts: i64,
+}
+
+async fn insert(session: &mut Session, worker: &str, claims: &[Claim]) -> Result<HashMap<String, Found>> {
+    let event_ids: Vec<&str> = claims.iter().map(|claim| claim.event_id.as_str()).collect();
+    let payloads: Vec<&[u8]> = claims.iter().map(|claim| claim.payload_sha256.as_slice()).collect();
+    let mut streams = Vec::with_capacity(claims.len());
+    let mut sequences = Vec::with_capacity(claims.len());
+    for claim in claims {
+        streams.push(claim.origin.as_ref().map(|(stream, _)| stream.as_str()));
+        sequences.push(claim.origin.as_ref().map(|(_, sequence)| shared::signed(*sequence)).transpose()?);
+    }
+    let query = session.query(
+        "with given as (
+             select * from unnest($2::text[], $3::bytea[], $4::text[], $5::bigint[])
+                 as given (event_id, payload_sha256, stream, stream_sequence)
+         ), inserted as (
+             insert into oncely.inbox (worker, event_id, state, payload_sha256, stream, stream_sequence)
+             select $1, event_id, 'done', payload_sha256, stream, stream_sequence from given order by event_id
+             on conflict do nothing
+             returning event_id
+         )
+         select given.event_id, inserted.event_id is not null as fresh, inbox.payload_sha256,
+             (select coalesce(pg_catalog.max(attempt), 0) from oncely.attempt
+              where attempt.worker = $1 and attempt.event_id = given.event_id)::bigint as attempts
+         from given
+             left join inserted on inserted.event_id = given.event_id
+             left join oncely.inbox on inbox.worker = $1 and inbox.event_id = given.event_id",
+    );
+    let rows = query
+        .bind(worker)
+        .bind(event_ids)
+        .bind(payloads)
+        .bind(streams)
+        .bind(sequences)
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "claim event ids"))?;
+    let read = |row: &PgRow| {
+        let held_for: Option<Vec<u8>> = row.try_get("payload_sha256")?;
+        let known = row.try_get("fresh")? || held_for.is_some();
+        Ok(known.then_some((row.try_get("event_id")?, Found { held_for, attempts: row.try_get("attempts")? })))
+    };
+    let found: sqlx::Result<Vec<_>> = rows.iter().map(read).collect();
+    let found = found.map_err(|error| errors::of_statement(error, "read claimed event ids"))?;
+    Ok(found.into_iter().flatten().collect())
+}
+
+async fn look(session: &mut Session, worker: &str, event_ids: &[&str]) -> Result<HashMap<String, Found>> {
+    let query = session
+        .query("select event_id, payload_sha256 from oncely.inbox where worker = $1 and event_id = any($2::text[])");
+    let rows = query
+        .bind(worker)
+        .bind(event_ids)
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "look up event ids"))?;
+    let read = |row: &PgRow| Ok((row.try_get(0)?, Found { held_for: Some(row.try_get(1)?), attempts: 0 }));
+    let found: sqlx::Result<_> = rows.iter().map(read).collect();
+    found.map_err(|error| errors::of_statement(error, "read event ids"))
+}
+
+/// Gives claims of this transaction back.
+pub(super) async fn unclaim(session: &mut Session, worker: &str, event_ids: &[String]) -> Result<()> {
+    let query = session.query(
+        "delete from oncely.inbox where worker = $1 and event_id = any($2::text[])
+             and xmin = pg_catalog.pg_current_xact_id()::pg_catalog.xid",
+    );
+    query
+        .bind(worker)
+        .bind(event_ids)
+        .execute(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "give claims back"))?;
+    Ok(())
+}

@@ -1,0 +1,58 @@
+//! Brings the platform's own schema up to date.
+
+use std::collections::HashMap;
+
+use anyhow::Context;
+use sqlx::migrate::{Migration, Migrator};
+use sqlx::{AssertSqlSafe, Row, raw_sql};
+
+use super::session::{Purpose, Session, Sessions};
+use crate::store::shared;
+
+static MIGRATOR: Migrator = sqlx::migrate!("../migrations/postgres");
+
+/// Runs the migrations that have not run, in one transaction. Hosts that start together wait for each other on a lock
+/// that ends with the transaction: one of a session would stay behind in a pooler.
+pub(super) async fn run(sessions: &Sessions) -> anyhow::Result<()> {
+    let mut session = sessions.begin(Purpose::Deploy).await?;
+    prepare(&mut session).await.context("make the table of migrations")?;
+    let applied = applied(&mut session).await.context("read which migrations ran")?;
+    for migration in shared::due_migrations(&MIGRATOR, &applied)? {
+        apply(&mut session, migration).await.with_context(|| format!("run the migration {}", migration.version))?;
+    }
+    session.commit().await.context("commit the migrations")
+}
+
+async fn prepare(session: &mut Session) -> sqlx::Result<()> {
+    raw_sql(
+        "select pg_advisory_xact_lock(hashtextextended('oncely migrates', 0));
+         create schema if not exists oncely;
+         create table if not exists oncely.migration (
+             version    bigint      constraint migration_pk primary key,
+             name       text        not null,
+             checksum   bytea       not null,
+             applied_at timestamptz not null default now()
+         )",
+    )
+    .execute(session.connection())
+    .await?;
+    Ok(())
+}
+
+async fn applied(session: &mut Session) -> sqlx::Result<HashMap<i64, Vec<u8>>> {
+    let query = session.query("select version, checksum from oncely.migration");
+    let rows = query.fetch_all(session.connection()).await?;
+    rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect()
+}
+
+async fn apply(session: &mut Session, migration: &Migration) -> sqlx::Result<()> {
+    raw_sql(AssertSqlSafe(migration.sql.as_str())).execute(session.connection()).await?;
+    let query = session.query("insert into oncely.migration (version, name, checksum) values ($1, $2, $3)");
+    query
+        .bind(migration.version)
+        .bind(migration.description.as_ref())
+        .bind(migration.checksum.as_ref())
+        .execute(session.connection())
+        .await?;
+    Ok(())
+}

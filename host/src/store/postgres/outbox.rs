@@ -1,0 +1,170 @@
+//! The outbox: what committed and is to be published.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use bytes::Bytes;
+use jiff::Timestamp;
+use sqlx::Row;
+use sqlx::postgres::PgRow;
+
+use super::errors;
+use super::session::Session;
+use crate::store::{OutboxRow, Output, Published, Result, StoreError, shared};
+
+/// Appends the outputs of one worker; see [`append_for`].
+pub(super) async fn append(
+    session: &mut Session,
+    worker: &str,
+    outputs: &[Output],
+    lease: Duration,
+) -> Result<Vec<OutboxRow>> {
+    let outputs: Vec<_> = outputs.iter().map(|output| (worker, output)).collect();
+    append_for(session, &outputs, lease).await
+}
+
+/// Appends outputs, each with its worker, in order. Those that are due at once are leased to this host and returned;
+/// delayed ones are leased to nobody, but only due after their delay. The clock is read when they are written: the
+/// transaction may have begun long before.
+pub(super) async fn append_for(
+    session: &mut Session,
+    outputs: &[(&str, &Output)],
+    lease: Duration,
+) -> Result<Vec<OutboxRow>> {
+    if outputs.is_empty() {
+        return Ok(Vec::new());
+    }
+    let rows = insert(session, outputs, lease).await?;
+    let mut appended = Vec::with_capacity(rows.len());
+    for ((seq, first_attempt_at), (worker, output)) in rows.into_iter().zip(outputs) {
+        if let Some(first_attempt_at) = first_attempt_at {
+            appended.push(shared::handed_over(seq, worker, output, first_attempt_at));
+        }
+    }
+    Ok(appended)
+}
+
+/// Inserts outputs and returns, in their order, the sequence of each and, where it is due, the present time.
+async fn insert(
+    session: &mut Session,
+    outputs: &[(&str, &Output)],
+    lease: Duration,
+) -> Result<Vec<(i64, Option<Timestamp>)>> {
+    let headers: Vec<String> =
+        outputs.iter().map(|(_, output)| shared::headers_to_text(&output.headers)).collect::<Result<_>>()?;
+    let all = || outputs.iter().map(|(_, output)| *output);
+    let query = session.query(
+        "with clock as (select pg_catalog.clock_timestamp() as now)
+         insert into oncely.outbox (worker, id, event_id, ordinal, subject, headers, body, ordering_key, leased_until,
+             first_attempt_at)
+         select worker, id, event_id, ordinal, subject, headers, body, ordering_key,
+             now + case when delay = 0 then $10 else delay end * interval '1 microsecond',
+             case when delay = 0 then now end
+         from clock, unnest($1::text[], $2::text[], $3::text[], $4::integer[], $5::text[], $6::text[], $7::bytea[],
+             $8::text[], $9::bigint[]) with ordinality
+             as given (worker, id, event_id, ordinal, subject, headers, body, ordering_key, delay, place)
+         order by place
+         returning seq, (extract(epoch from first_attempt_at) * 1000000)::bigint",
+    );
+    let rows = query
+        .bind(outputs.iter().map(|(worker, _)| *worker).collect::<Vec<_>>())
+        .bind(all().map(|output| output.id.as_str()).collect::<Vec<_>>())
+        .bind(all().map(|output| output.event_id.as_str()).collect::<Vec<_>>())
+        .bind(all().map(|output| output.ordinal.cast_signed()).collect::<Vec<_>>())
+        .bind(all().map(|output| output.subject.as_str()).collect::<Vec<_>>())
+        .bind(headers)
+        .bind(all().map(|output| output.body.as_ref()).collect::<Vec<&[u8]>>())
+        .bind(all().map(|output| output.ordering_key.as_deref()).collect::<Vec<_>>())
+        .bind(all().map(|output| shared::micros(output.delay)).collect::<Vec<_>>())
+        .bind(shared::micros(lease))
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "append outputs"))?;
+    let read = |row: &PgRow| {
+        let first_attempt_at: Option<i64> = row.try_get(1)?;
+        Ok((row.try_get(0)?, first_attempt_at.map(shared::timestamp).transpose()?))
+    };
+    let rows: anyhow::Result<Vec<(i64, _)>> = rows.iter().map(read).collect();
+    let mut rows = rows.context("read appended outputs").map_err(StoreError::Unavailable)?;
+    rows.sort_unstable_by_key(|(seq, _)| *seq);
+    Ok(rows)
+}
+
+/// Leases what is due, oldest first; rows that another host is leasing right now are left to it.
+pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) -> Result<Vec<OutboxRow>> {
+    let query = session.query(
+        "with due as (
+             select seq from oncely.outbox
+             where published_at is null and leased_until <= pg_catalog.now()
+             order by leased_until, seq limit $1
+             for update skip locked
+         )
+         update oncely.outbox
+         set leased_until = pg_catalog.now() + $2 * interval '1 microsecond',
+             first_attempt_at = coalesce(first_attempt_at, pg_catalog.now())
+         from due where outbox.seq = due.seq
+         returning outbox.seq, id, worker, subject, headers, body, failures,
+             (extract(epoch from first_attempt_at) * 1000000)::bigint as first_attempt_at",
+    );
+    let rows = query
+        .bind(i64::from(limit))
+        .bind(shared::micros(lease))
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "lease outputs"))?;
+    let leased: anyhow::Result<Vec<_>> = rows.iter().map(read).collect();
+    let mut leased = leased.context("read leased outputs").map_err(StoreError::Unavailable)?;
+    leased.sort_unstable_by_key(|row| row.seq);
+    Ok(leased)
+}
+
+/// Records where outputs are. All of them must be there.
+pub(super) async fn mark_published(session: &mut Session, published: &[Published]) -> Result<()> {
+    let sequences: Vec<i64> =
+        published.iter().map(|place| shared::signed(place.stream_sequence)).collect::<Result<_>>()?;
+    let query = session.query(
+        "update oncely.outbox
+         set published_at = coalesce(published_at, pg_catalog.now()), stream = given.stream,
+             stream_sequence = given.stream_sequence
+         from unnest($1::bigint[], $2::text[], $3::bigint[]) as given (seq, stream, stream_sequence)
+         where outbox.seq = given.seq",
+    );
+    let result = query
+        .bind(published.iter().map(|place| place.seq).collect::<Vec<_>>())
+        .bind(published.iter().map(|place| place.stream.as_str()).collect::<Vec<_>>())
+        .bind(sequences)
+        .execute(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "mark outputs as published"))?;
+    shared::check_count(result.rows_affected(), published.len())
+}
+
+/// Gives leases up: due again after `delay`, with one more failure.
+pub(super) async fn defer(session: &mut Session, seqs: &[i64], delay: Duration, error: &str) -> Result<()> {
+    let query = session.query(
+        "update oncely.outbox
+         set leased_until = pg_catalog.now() + $2 * interval '1 microsecond', failures = failures + 1, last_error = $3
+         where seq = any($1::bigint[]) and published_at is null",
+    );
+    query
+        .bind(seqs)
+        .bind(shared::micros(delay))
+        .bind(shared::printable(error))
+        .execute(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "defer outputs"))?;
+    Ok(())
+}
+
+fn read(row: &PgRow) -> anyhow::Result<OutboxRow> {
+    Ok(OutboxRow {
+        seq: row.try_get("seq")?,
+        id: row.try_get("id")?,
+        worker: row.try_get("worker")?,
+        subject: row.try_get("subject")?,
+        headers: shared::headers_from_text(row.try_get("headers")?)?,
+        body: Bytes::from(row.try_get::<Vec<u8>, _>("body")?),
+        first_attempt_at: shared::timestamp(row.try_get("first_attempt_at")?)?,
+        failures: row.try_get::<i32, _>("failures")?.cast_unsigned(),
+    })
+}

@@ -1,0 +1,165 @@
+//! One transaction on one pooled connection, begun in one round trip and committed with proof.
+
+use std::time::Duration;
+
+use sqlx::pool::PoolConnection;
+use sqlx::postgres::{PgArguments, PgConnection, PgPool};
+use sqlx::query::Query;
+use sqlx::{AssertSqlSafe, Postgres, Row, raw_sql};
+
+use super::errors;
+use crate::store::Result;
+use crate::store::shared::HOUSE_TIME;
+
+/// What a transaction is for; it decides on its settings.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Purpose {
+    /// Guest statements of at most this length each.
+    Guest(Duration),
+    House,
+    /// Workers' migrations, which may take their time.
+    Deploy,
+    Read,
+}
+
+impl Purpose {
+    /// The statements that begin the transaction; the last one returns the transaction's id, if it may write.
+    fn begin(self) -> String {
+        let (search_path, time) = match self {
+            Purpose::Guest(time) => ("app_default, pg_temp", time),
+            Purpose::House | Purpose::Read => ("pg_catalog, pg_temp", HOUSE_TIME),
+            Purpose::Deploy => ("pg_catalog, pg_temp", Duration::ZERO),
+        };
+        let (access, id) = match self {
+            Purpose::Read => ("read only", "''"),
+            _ => ("read write", "pg_catalog.pg_current_xact_id()::pg_catalog.text"),
+        };
+        let statement_ms = milliseconds(time);
+        // Waiting for a lock ends before the statement's time does: it is a conflict then, not a slow statement.
+        let lock_ms = milliseconds(if time.is_zero() { HOUSE_TIME } else { time / 2 });
+        // A host that hangs lets go of its locks; one that runs a long batch of guests does not come near this.
+        let idle_ms = milliseconds(time.saturating_mul(10).max(HOUSE_TIME));
+        format!(
+            "begin isolation level read committed {access}; set local search_path = {search_path}; \
+             set local statement_timeout = {statement_ms}; set local lock_timeout = {lock_ms}; \
+             set local idle_in_transaction_session_timeout = {idle_ms}; set local synchronous_commit = on; \
+             set local standard_conforming_strings = on; select {id} as id"
+        )
+    }
+}
+
+fn milliseconds(duration: Duration) -> i32 {
+    i32::try_from(duration.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
+}
+
+/// Where transactions come from.
+pub(super) struct Sessions {
+    pool: PgPool,
+    named_statements: bool,
+}
+
+impl Sessions {
+    pub(super) fn new(pool: PgPool, named_statements: bool) -> Self {
+        Sessions { pool, named_statements }
+    }
+
+    /// Begins a transaction. Pooled connections that turn out to be dead are dropped on the way.
+    pub(super) async fn begin(&self, purpose: Purpose) -> Result<Session> {
+        let begin = purpose.begin();
+        let mut dead = 0;
+        loop {
+            let connection =
+                self.pool.acquire().await.map_err(|error| errors::of_statement(error, "connect to PostgreSQL"))?;
+            let mut session = Session {
+                connection,
+                named_statements: self.named_statements,
+                reusable: !matches!(purpose, Purpose::Deploy),
+                id: String::new(),
+                finished: false,
+            };
+            match session.begin(&begin).await {
+                Ok(()) => return Ok(session),
+                Err(error)
+                    if errors::is_connection_loss(&error) && dead < self.pool.options().get_max_connections() =>
+                {
+                    dead += 1;
+                }
+                Err(error) => return Err(errors::of_statement(error, "begin a transaction")),
+            }
+        }
+    }
+
+    pub(super) async fn close(&self) {
+        self.pool.close().await;
+    }
+}
+
+/// An open transaction. Dropped before it is finished, it closes its connection, and with it the transaction.
+pub(super) struct Session {
+    connection: PoolConnection<Postgres>,
+    named_statements: bool,
+    /// Whether the connection may go back to the pool; not after migrations, which may have changed its settings.
+    reusable: bool,
+    /// The transaction's id; empty for one that only reads.
+    id: String,
+    finished: bool,
+}
+
+impl Session {
+    async fn begin(&mut self, begin: &str) -> sqlx::Result<()> {
+        let row = raw_sql(AssertSqlSafe(begin)).fetch_one(&mut *self.connection).await?;
+        self.id = row.try_get("id")?;
+        Ok(())
+    }
+
+    /// A statement of our own. Behind a pooler it is prepared without a name, for its one use.
+    pub(super) fn query(&self, statement: &'static str) -> Query<'static, Postgres, PgArguments> {
+        sqlx::query(statement).persistent(self.named_statements)
+    }
+
+    /// A statement of a guest; see [`Session::query`].
+    pub(super) fn guest_query(
+        &self,
+        statement: String,
+        arguments: PgArguments,
+    ) -> Query<'static, Postgres, PgArguments> {
+        sqlx::query_with(AssertSqlSafe(statement), arguments).persistent(self.named_statements)
+    }
+
+    pub(super) fn connection(&mut self) -> &mut PgConnection {
+        &mut self.connection
+    }
+
+    /// Whether a migration that just ran left this transaction.
+    pub(super) async fn is_still_ours(&mut self) -> sqlx::Result<bool> {
+        let row = raw_sql("select pg_catalog.pg_current_xact_id()::pg_catalog.text as id")
+            .fetch_one(&mut *self.connection)
+            .await?;
+        Ok(row.try_get::<String, _>("id")? == self.id)
+    }
+
+    /// Commits, in one message with a fence before it: the fence fails when the transaction was aborted or is not the
+    /// one that we began, and `commit` is not reached then. It is never sent again.
+    pub(super) async fn commit(mut self) -> Result<()> {
+        let commit = match self.id.as_str() {
+            "" => "commit".to_owned(),
+            id => format!("select 1 / (pg_catalog.pg_current_xact_id() = '{id}'::pg_catalog.xid8)::int; commit"),
+        };
+        raw_sql(AssertSqlSafe(commit)).execute(&mut *self.connection).await.map_err(errors::of_commit)?;
+        self.finished = true;
+        Ok(())
+    }
+
+    /// Rolls back; when that fails the connection is closed.
+    pub(super) async fn rollback(mut self) {
+        self.finished = raw_sql("rollback").execute(&mut *self.connection).await.is_ok();
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if !self.finished || !self.reusable {
+            self.connection.close_on_drop();
+        }
+    }
+}

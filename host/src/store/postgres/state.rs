@@ -1,0 +1,82 @@
+//! Keyed state of workers.
+
+use anyhow::{Context, anyhow};
+use sqlx::Row;
+use sqlx::postgres::PgRow;
+
+use super::errors;
+use super::session::Session;
+use crate::store::{Result, StateEntry, StateWrite, StoreError, shared};
+
+/// The entries of those keys that are there.
+pub(super) async fn load(session: &mut Session, worker: &str, keys: &[String]) -> Result<Vec<(String, StateEntry)>> {
+    let query =
+        session.query("select key, value, version from oncely.state where worker = $1 and key = any($2::text[])");
+    let rows = query
+        .bind(worker)
+        .bind(keys)
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "load state"))?;
+    let read = |row: &PgRow| {
+        let entry = StateEntry { value: row.try_get(1)?, version: shared::unsigned(row.try_get(2)?) };
+        Ok((row.try_get(0)?, entry))
+    };
+    let entries: sqlx::Result<Vec<_>> = rows.iter().map(read).collect();
+    entries.context("read state").map_err(StoreError::Unavailable)
+}
+
+/// Writes each key that still has the version that was read, with one statement. It locks the keys in their order
+/// first, so that two batches wait for each other and do not deadlock.
+pub(super) async fn save(session: &mut Session, worker: &str, writes: &[StateWrite]) -> Result<()> {
+    let writes: Vec<_> = writes.iter().filter(|write| write.expected.is_some() || write.entry.is_some()).collect();
+    let mut expected = Vec::with_capacity(writes.len());
+    let mut versions = Vec::with_capacity(writes.len());
+    for write in &writes {
+        expected.push(write.expected.map(shared::signed).transpose()?);
+        versions.push(write.entry.as_ref().map(|entry| shared::signed(entry.version)).transpose()?);
+    }
+    let values: Vec<Option<&[u8]>> =
+        writes.iter().map(|write| write.entry.as_ref().map(|entry| entry.value.as_slice())).collect();
+    let query = session.query(
+        "with given as (
+             select * from unnest($2::text[], $3::bigint[], $4::bytea[], $5::bigint[])
+                 as given (key, expected, value, version)
+         ), locked as materialized (
+             select key, version from oncely.state
+             where worker = $1 and key = any($2::text[]) order by key for update
+         ), unmoved as (
+             select given.* from given join locked on locked.key = given.key and locked.version = given.expected
+         ), deleted as (
+             delete from oncely.state using unmoved
+             where state.worker = $1 and state.key = unmoved.key and unmoved.value is null
+             returning 1
+         ), updated as (
+             update oncely.state set value = unmoved.value, version = unmoved.version, updated_at = pg_catalog.now()
+             from unmoved
+             where state.worker = $1 and state.key = unmoved.key and unmoved.value is not null
+             returning 1
+         ), inserted as (
+             insert into oncely.state (worker, key, value, version)
+             select $1, key, value, version from given where expected is null order by key
+             on conflict do nothing
+             returning 1
+         )
+         select (select pg_catalog.count(*) from deleted) + (select pg_catalog.count(*) from updated)
+             + (select pg_catalog.count(*) from inserted)",
+    );
+    let row = query
+        .bind(worker)
+        .bind(writes.iter().map(|write| write.key.as_str()).collect::<Vec<_>>())
+        .bind(expected)
+        .bind(values)
+        .bind(versions)
+        .fetch_one(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "save state"))?;
+    let written: i64 = row.try_get(0).map_err(|error| errors::of_statement(error, "read how much state was saved"))?;
+    if usize::try_from(written).is_ok_and(|written| written == writes.len()) {
+        return Ok(());
+    }
+    Err(StoreError::Conflict(anyhow!("a state key changed since it was read")))
+}

@@ -1,0 +1,91 @@
+//! Counts and ages for people, and the rows that have had their time.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use sqlx::Row;
+use sqlx::postgres::PgRow;
+
+use super::errors;
+use super::session::Session;
+use crate::store::{Result, StoreError, WorkerTotals, shared};
+
+pub(super) async fn by_worker(session: &mut Session) -> Result<Vec<WorkerTotals>> {
+    let query = session.query(
+        "with inbox as (
+             select worker, pg_catalog.count(*) as done from oncely.inbox where state = 'done' group by worker
+         ), dead_letter as (
+             select worker, pg_catalog.count(*) as dead from oncely.dead_letter group by worker
+         ), outbox as (
+             select worker, pg_catalog.count(*) as outputs,
+                 pg_catalog.count(*) filter (where published_at is null) as unpublished,
+                 pg_catalog.min(coalesce(first_attempt_at, leased_until)) filter (where published_at is null
+                     and (first_attempt_at is not null or leased_until <= pg_catalog.now())) as oldest
+             from oncely.outbox group by worker
+         ), names as (
+             select name as worker from oncely.worker union select worker from inbox
+             union select worker from dead_letter union select worker from outbox
+         )
+         select worker, coalesce(done, 0) as done, coalesce(dead, 0) as dead, coalesce(outputs, 0) as outputs,
+             coalesce(unpublished, 0) as unpublished,
+             (extract(epoch from pg_catalog.now() - oldest) * 1000)::bigint as oldest_ms
+         from names left join inbox using (worker) left join dead_letter using (worker) left join outbox using (worker)
+         order by worker",
+    );
+    let rows = query
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "count what workers did"))?;
+    let totals: sqlx::Result<Vec<_>> = rows.iter().map(read).collect();
+    totals.context("read totals").map_err(StoreError::Unavailable)
+}
+
+fn read(row: &PgRow) -> sqlx::Result<WorkerTotals> {
+    let oldest_ms: Option<i64> = row.try_get("oldest_ms")?;
+    Ok(WorkerTotals {
+        worker: row.try_get("worker")?,
+        done: shared::unsigned(row.try_get("done")?),
+        dead: shared::unsigned(row.try_get("dead")?),
+        outputs: shared::unsigned(row.try_get("outputs")?),
+        unpublished: shared::unsigned(row.try_get("unpublished")?),
+        oldest_unpublished_ms: oldest_ms.map(shared::unsigned),
+    })
+}
+
+/// Deletes old published outputs and old inbox records that are done, with their attempts. Returns how many outputs and
+/// records left.
+pub(super) async fn prune(session: &mut Session, outputs: Duration, inbox: Duration, limit: u32) -> Result<u64> {
+    let query = session.query(
+        "delete from oncely.outbox where seq in (
+             select seq from oncely.outbox
+             where published_at < pg_catalog.now() - $1 * interval '1 microsecond'
+             order by published_at limit $2 for update skip locked)",
+    );
+    let outputs = query
+        .bind(shared::micros(outputs))
+        .bind(i64::from(limit))
+        .execute(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "delete old outputs"))?;
+    let query = session.query(
+        "with gone as (
+             delete from oncely.inbox where (worker, event_id) in (
+                 select worker, event_id from oncely.inbox
+                 where state = 'done' and settled_at < pg_catalog.now() - $1 * interval '1 microsecond'
+                 order by settled_at limit $2 for update skip locked)
+             returning worker, event_id
+         ), attempts as (
+             delete from oncely.attempt using gone
+             where attempt.worker = gone.worker and attempt.event_id = gone.event_id
+         )
+         select pg_catalog.count(*) from gone",
+    );
+    let row = query
+        .bind(shared::micros(inbox))
+        .bind(i64::from(limit))
+        .fetch_one(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "delete old inbox records"))?;
+    let records: i64 = row.try_get(0).map_err(|error| errors::of_statement(error, "read how many records left"))?;
+    Ok(outputs.rows_affected() + shared::unsigned(records))
+}

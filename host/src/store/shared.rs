@@ -1,0 +1,203 @@
+//! What both databases do the same way: stored forms of plain values, and the decisions about what was found.
+
+use std::borrow::Cow;
+use std::collections::{HashMap, HashSet};
+use std::time::Duration;
+
+use anyhow::{Context, anyhow};
+use jiff::Timestamp;
+use sha2::{Digest, Sha256};
+use sqlx::migrate::{Migration, Migrator};
+
+use super::{Claim, Claimed, OutboxRow, Output, Result, StoreError, WorkerMigration};
+use crate::message::Headers;
+use crate::verdict::{Letter, Settled};
+
+/// How long a house transaction, one without a guest, may take over one statement.
+pub(super) const HOUSE_TIME: Duration = Duration::from_secs(60);
+
+/// How long the notices of dead letters are left to the host that buried them before a sweep takes them.
+pub(super) const NOTICE_LEASE: Duration = Duration::from_secs(30);
+
+/// Headers as they stand in a column: `[["name","value"],...]`.
+pub(super) fn headers_to_text(headers: &Headers) -> Result<String> {
+    serde_json::to_string(headers).context("write headers as JSON").map_err(StoreError::Unavailable)
+}
+
+pub(super) fn headers_from_text(text: &str) -> Result<Headers> {
+    serde_json::from_str(text).context("read headers from JSON").map_err(StoreError::Unavailable)
+}
+
+pub(super) fn timestamp(micros: i64) -> Result<Timestamp> {
+    Timestamp::from_microsecond(micros).context("read a time from the database").map_err(StoreError::Unavailable)
+}
+
+/// A duration in whole microseconds.
+pub(super) fn micros(duration: Duration) -> i64 {
+    i64::try_from(duration.as_micros()).unwrap_or(i64::MAX / 4)
+}
+
+/// A number as the database keeps it.
+pub(super) fn signed(number: u64) -> Result<i64> {
+    i64::try_from(number)
+        .with_context(|| format!("{number} is too large for the database"))
+        .map_err(StoreError::Unavailable)
+}
+
+/// A count or version from the database; none of them is ever negative.
+pub(super) fn unsigned(number: i64) -> u64 {
+    u64::try_from(number).unwrap_or_default()
+}
+
+pub(super) fn narrow(number: i64) -> u32 {
+    u32::try_from(number).unwrap_or_default()
+}
+
+/// Text for people, which PostgreSQL keeps only without NUL characters.
+pub(super) fn printable(text: &str) -> Cow<'_, str> {
+    if text.contains('\0') { text.replace('\0', "\u{fffd}").into() } else { text.into() }
+}
+
+/// Stream and sequence, from two columns that are there together or not at all.
+pub(super) fn origin(stream: Option<String>, sequence: Option<i64>) -> Option<(String, u64)> {
+    stream.zip(sequence.map(unsigned))
+}
+
+/// What a claim came to. `held_for` is the payload of the record that was there before; none when the claim made it.
+pub(super) fn claimed(claim: &Claim, held_for: Option<&[u8]>, attempts: i64) -> Claimed {
+    match held_for {
+        None => Claimed::Fresh { attempts: narrow(attempts) },
+        Some(payload) if payload == claim.payload_sha256 => Claimed::Settled(Settled::seen_by_store()),
+        Some(_) => Claimed::OtherPayload,
+    }
+}
+
+/// One letter on its way into the database, with what is derived from it.
+pub(super) struct Burial<'a> {
+    pub letter: &'a Letter,
+    pub notice: &'a Output,
+    pub payload_sha256: [u8; 32],
+}
+
+impl<'a> Burial<'a> {
+    pub fn all(letters: &'a [(Letter, Output)]) -> Vec<Self> {
+        let burial = |(letter, notice): &'a (Letter, Output)| {
+            let payload_sha256 = letter.message.payload_sha256();
+            Burial { letter, notice, payload_sha256 }
+        };
+        letters.iter().map(burial).collect()
+    }
+
+    /// Worker and event id.
+    pub fn key(&self) -> (&'a str, &'a str) {
+        (&self.letter.worker, &self.letter.message.event_id)
+    }
+
+    pub fn origin(&self) -> Option<(&'a str, u64)> {
+        self.letter.message.origin.as_ref().map(|origin| (origin.stream.as_str(), origin.sequence))
+    }
+}
+
+/// The letters that are to be written: those whose event this transaction settled, and those whose event id is held
+/// for another payload. `inserted` are the keys that are new in the inbox, `held` the payloads of all of them.
+pub(super) fn to_bury<'b, 'a>(
+    burials: &'b [Burial<'a>],
+    inserted: &HashSet<(String, String)>,
+    held: &HashMap<(String, String), Vec<u8>>,
+) -> Vec<&'b Burial<'a>> {
+    let mut seen = HashSet::new();
+    let is_new = |burial: &&Burial<'a>| {
+        let (worker, event_id) = burial.key();
+        let key = (worker.to_owned(), event_id.to_owned());
+        let other_payload = held.get(&key).is_some_and(|payload| *payload != burial.payload_sha256);
+        (other_payload || inserted.contains(&key)) && seen.insert((key, burial.payload_sha256))
+    };
+    burials.iter().filter(is_new).collect()
+}
+
+/// An output that was just committed under `seq` and is handed over from memory.
+pub(super) fn handed_over(seq: i64, worker: &str, output: &Output, first_attempt_at: Timestamp) -> OutboxRow {
+    OutboxRow {
+        seq,
+        id: output.id.clone(),
+        worker: worker.to_owned(),
+        subject: output.subject.clone(),
+        headers: output.headers.clone(),
+        body: output.body.clone(),
+        first_attempt_at,
+        failures: 0,
+    }
+}
+
+/// The platform's migrations that have not run, after checking that those that have are still the same.
+pub(super) fn due_migrations<'m>(
+    migrator: &'m Migrator,
+    applied: &HashMap<i64, Vec<u8>>,
+) -> anyhow::Result<Vec<&'m Migration>> {
+    let mut due = Vec::new();
+    for migration in migrator.iter() {
+        match applied.get(&migration.version) {
+            None => due.push(migration),
+            Some(checksum) if checksum == migration.checksum.as_ref() => {}
+            Some(_) => anyhow::bail!(
+                "the migration {} ({}) is not the one this database was made with; \
+                 run the version of oncely that made it, or one that was released after it",
+                migration.version,
+                migration.description
+            ),
+        }
+    }
+    Ok(due)
+}
+
+/// A worker's migrations that have not run, by name, each with its SHA-256; refused when one changed since it ran.
+pub(super) fn due_worker_migrations<'m>(
+    worker: &str,
+    migrations: &'m [WorkerMigration],
+    applied: &HashMap<String, Vec<u8>>,
+) -> Result<Vec<(&'m WorkerMigration, Vec<u8>)>> {
+    let mut sorted: Vec<_> = migrations.iter().collect();
+    sorted.sort_by(|a, b| a.name.cmp(&b.name));
+    let mut due = Vec::new();
+    for migration in sorted {
+        let sha256 = Sha256::digest(migration.sql.as_bytes()).to_vec();
+        match applied.get(&migration.name) {
+            None => due.push((migration, sha256)),
+            Some(ran) if *ran == sha256 => {}
+            Some(_) => {
+                return Err(StoreError::Refused(anyhow!(
+                    "the migration {} of worker {worker} changed since it ran; \
+                     restore it, and put the change into a new file that sorts after it",
+                    migration.name
+                )));
+            }
+        }
+    }
+    Ok(due)
+}
+
+pub(super) fn migration_failed(migration: &WorkerMigration, cause: anyhow::Error) -> StoreError {
+    StoreError::Refused(cause.context(format!("run the migration {}", migration.name)))
+}
+
+pub(super) fn migration_ends_transaction(migration: &WorkerMigration) -> StoreError {
+    let why = "it ends its transaction; take the `commit` or `rollback` out, all migrations run in one transaction";
+    migration_failed(migration, anyhow!(why))
+}
+
+pub(super) fn component_missing(digest: &str) -> StoreError {
+    StoreError::Refused(anyhow!("there is no component {digest}; keep it before it is deployed"))
+}
+
+/// What every operation answers once a statement of the transaction failed.
+pub(super) fn doomed(why: &str) -> StoreError {
+    StoreError::Refused(anyhow!("an earlier statement of this transaction failed: {why}"))
+}
+
+/// Checks that a statement met exactly the rows it named.
+pub(super) fn check_count(met: u64, named: usize) -> Result<()> {
+    if usize::try_from(met).is_ok_and(|met| met == named) {
+        return Ok(());
+    }
+    Err(StoreError::Unavailable(anyhow!("{named} outputs were to be marked as published, but {met} are there")))
+}

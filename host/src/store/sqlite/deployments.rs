@@ -1,0 +1,174 @@
+//! Components, deployments, which of them is active, and workers' own migrations.
+
+use std::collections::HashMap;
+
+use anyhow::{Context, anyhow};
+use sqlx::sqlite::{SqlitePool, SqliteRow};
+use sqlx::{AssertSqlSafe, Row, raw_sql};
+
+use super::errors;
+use super::session::Session;
+use crate::sql::SqlError;
+use crate::store::{DeploymentRecord, Result, StoreError, WorkerMigration, shared};
+
+pub(super) async fn put_component(session: &mut Session, digest: &str, wasm: &[u8]) -> Result<()> {
+    let doing = |error| errors::of_statement(error, "keep a component");
+    sqlx::query("insert into oncely_component (digest, wasm) values ($1, $2) on conflict do nothing")
+        .bind(digest)
+        .bind(wasm)
+        .execute(session.connection().map_err(doing)?)
+        .await
+        .map_err(doing)?;
+    Ok(())
+}
+
+pub(super) async fn component(readers: &SqlitePool, digest: &str) -> Result<Option<Vec<u8>>> {
+    let row = sqlx::query("select wasm from oncely_component where digest = $1")
+        .bind(digest)
+        .fetch_optional(readers)
+        .await
+        .map_err(|error| errors::of_statement(error, "read a component"))?;
+    row.map(|row| row.try_get(0)).transpose().map_err(|error| errors::of_statement(error, "read a component"))
+}
+
+/// Runs the migrations that are due, writes the next deployment and activates it.
+pub(super) async fn deploy(
+    session: &mut Session,
+    worker: &str,
+    digest: &str,
+    manifest: &str,
+    migrations: &[WorkerMigration],
+) -> Result<DeploymentRecord> {
+    let applied = applied_migrations(session, worker).await?;
+    for (migration, sha256) in shared::due_worker_migrations(worker, migrations, &applied)? {
+        run_migration(session, worker, migration, &sha256).await?;
+    }
+    let row = insert(session, worker, digest, manifest).await?;
+    activate_version(session, worker, row.version).await?;
+    Ok(row)
+}
+
+async fn applied_migrations(session: &mut Session, worker: &str) -> Result<HashMap<String, Vec<u8>>> {
+    let doing = |error| errors::of_statement(error, "read which migrations ran");
+    let rows = sqlx::query("select name, sha256 from oncely_worker_migration where worker = $1")
+        .bind(worker)
+        .fetch_all(session.connection().map_err(doing)?)
+        .await
+        .map_err(doing)?;
+    let applied: sqlx::Result<_> = rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect();
+    applied.map_err(doing)
+}
+
+async fn run_migration(session: &mut Session, worker: &str, migration: &WorkerMigration, sha256: &[u8]) -> Result<()> {
+    let doing = |error| errors::of_statement(error, "record a migration");
+    session.forget_statements().await.map_err(doing)?;
+    let text = AssertSqlSafe(migration.sql.as_str());
+    if let Err(error) = raw_sql(text).execute(session.connection().map_err(doing)?).await {
+        return Err(match errors::of_guest(error)? {
+            error @ SqlError::Conflict(_) => StoreError::Conflict(anyhow!("{error}")),
+            error => shared::migration_failed(migration, anyhow!("{error}")),
+        });
+    }
+    // Outside of its transaction this statement fails: the commit hook lets nothing through.
+    sqlx::query("insert into oncely_worker_migration (worker, name, sha256) values ($1, $2, $3)")
+        .bind(worker)
+        .bind(&migration.name)
+        .bind(sha256)
+        .execute(session.connection().map_err(doing)?)
+        .await
+        .map_err(|error| match errors::is_commit_hook(&error) {
+            true => shared::migration_ends_transaction(migration),
+            false => doing(error),
+        })?;
+    Ok(())
+}
+
+async fn insert(session: &mut Session, worker: &str, digest: &str, manifest: &str) -> Result<DeploymentRecord> {
+    let doing = |error| errors::of_statement(error, "write a deployment");
+    let row = sqlx::query(
+        "insert into oncely_deployment (worker, version, digest, manifest)
+         select $1, coalesce(max(version), 0) + 1, $2, $3 from oncely_deployment where worker = $1
+         returning worker, version, digest, manifest, created_at",
+    )
+    .bind(worker)
+    .bind(digest)
+    .bind(manifest)
+    .fetch_one(session.connection().map_err(doing)?)
+    .await
+    .map_err(|error| match errors::is_foreign_key_violation(&error) {
+        true => shared::component_missing(digest),
+        false => doing(error),
+    })?;
+    read(&row)
+}
+
+async fn activate_version(session: &mut Session, worker: &str, version: u32) -> Result<()> {
+    let doing = |error| errors::of_statement(error, "activate a deployment");
+    sqlx::query(
+        "insert into oncely_worker (name, version) values ($1, $2)
+         on conflict (name) do update
+         set version = excluded.version, activated_at = cast(unixepoch('subsec') * 1000000 as integer)",
+    )
+    .bind(worker)
+    .bind(version)
+    .execute(session.connection().map_err(doing)?)
+    .await
+    .map_err(doing)?;
+    Ok(())
+}
+
+pub(super) async fn activate(session: &mut Session, worker: &str, version: u32) -> Result<Option<DeploymentRecord>> {
+    let doing = |error| errors::of_statement(error, "find a deployment");
+    let row = sqlx::query(
+        "select worker, version, digest, manifest, created_at from oncely_deployment where worker = $1 and version = $2",
+    )
+    .bind(worker)
+    .bind(version)
+    .fetch_optional(session.connection().map_err(doing)?)
+    .await
+    .map_err(doing)?;
+    let Some(row) = row else { return Ok(None) };
+    activate_version(session, worker, version).await?;
+    read(&row).map(Some)
+}
+
+/// The active deployment of every worker, by name.
+pub(super) async fn active(readers: &SqlitePool) -> Result<Vec<DeploymentRecord>> {
+    let rows = sqlx::query(
+        "select deployment.worker, deployment.version, digest, manifest, created_at
+         from oncely_worker as worker
+             join oncely_deployment as deployment
+             on deployment.worker = worker.name and deployment.version = worker.version
+         order by worker.name",
+    )
+    .fetch_all(readers)
+    .await
+    .map_err(|error| errors::of_statement(error, "read active deployments"))?;
+    rows.iter().map(read).collect()
+}
+
+/// All deployments of a worker, newest first.
+pub(super) async fn of_worker(readers: &SqlitePool, worker: &str) -> Result<Vec<DeploymentRecord>> {
+    let rows = sqlx::query(
+        "select worker, version, digest, manifest, created_at
+         from oncely_deployment where worker = $1 order by version desc",
+    )
+    .bind(worker)
+    .fetch_all(readers)
+    .await
+    .map_err(|error| errors::of_statement(error, "read deployments"))?;
+    rows.iter().map(read).collect()
+}
+
+fn read(row: &SqliteRow) -> Result<DeploymentRecord> {
+    let read = || -> anyhow::Result<DeploymentRecord> {
+        Ok(DeploymentRecord {
+            worker: row.try_get("worker")?,
+            version: row.try_get("version")?,
+            digest: row.try_get("digest")?,
+            manifest: row.try_get("manifest")?,
+            created_at: shared::timestamp(row.try_get("created_at")?)?,
+        })
+    };
+    read().context("read a deployment").map_err(StoreError::Unavailable)
+}

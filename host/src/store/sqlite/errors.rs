@@ -1,0 +1,95 @@
+//! What SQLite's errors mean for us.
+
+use sqlx::Error;
+
+use crate::sql::{DatabaseError, SqlError};
+use crate::store::StoreError;
+
+// Primary result codes; see https://www.sqlite.org/rescode.html.
+const ERROR: i32 = 1;
+const BUSY: i32 = 5;
+const LOCKED: i32 = 6;
+const READONLY: i32 = 8;
+const INTERRUPT: i32 = 9;
+const IOERR: i32 = 10;
+const CORRUPT: i32 = 11;
+const FULL: i32 = 13;
+const CANTOPEN: i32 = 14;
+const PROTOCOL: i32 = 15;
+const CONSTRAINT: i32 = 19;
+const NOTADB: i32 = 26;
+
+// Extended ones.
+const CONSTRAINT_COMMITHOOK: i32 = 531;
+const CONSTRAINT_FOREIGNKEY: i32 = 787;
+
+/// The error of a statement of our own.
+pub(super) fn of_statement(error: Error, doing: &'static str) -> StoreError {
+    let is_conflict = matches!(primary(&error), BUSY | LOCKED);
+    let cause = anyhow::Error::new(error).context(doing);
+    if is_conflict { StoreError::Conflict(cause) } else { StoreError::Unavailable(cause) }
+}
+
+/// The error of a commit: what is refused for the guest's doing took no effect, anything else may have.
+pub(super) fn of_commit(error: Error) -> StoreError {
+    let refusal = match primary(&error) {
+        ERROR if is_no_transaction(&error) => "a statement ended the transaction",
+        CONSTRAINT => "a deferred constraint is violated",
+        _ => return of_statement(error, "commit"),
+    };
+    StoreError::Refused(anyhow::Error::new(error).context(refusal))
+}
+
+/// The error of a guest's statement: the outer one is the house's, the inner one the guest's to see.
+pub(super) fn of_guest(error: Error) -> Result<SqlError, StoreError> {
+    let (code, primary) = (extended(&error), primary(&error));
+    let Some(database) = error.as_database_error() else {
+        return match error {
+            Error::Encode(cause) => Ok(SqlError::InvalidParameter(cause.to_string())),
+            error => Err(of_statement(error, "run a guest's statement")),
+        };
+    };
+    let message = database.message().to_owned();
+    let constraint = if primary == CONSTRAINT { constraint(&message) } else { None };
+    let said = DatabaseError { code: code.to_string(), message, constraint };
+    Ok(match primary {
+        INTERRUPT => SqlError::Timeout,
+        BUSY | LOCKED => SqlError::Conflict(said),
+        READONLY | IOERR | CORRUPT | FULL | CANTOPEN | PROTOCOL | NOTADB => {
+            return Err(of_statement(error, "run a guest's statement"));
+        }
+        CONSTRAINT if is_commit_hook(&error) => {
+            SqlError::TransactionFailed("an earlier statement ended the transaction".to_owned())
+        }
+        CONSTRAINT => SqlError::ConstraintViolation(said),
+        _ => SqlError::QueryFailed(said),
+    })
+}
+
+/// Whether SQLite says that there is no transaction to end.
+pub(super) fn is_no_transaction(error: &Error) -> bool {
+    error.as_database_error().is_some_and(|error| error.message().contains("no transaction is active"))
+}
+
+/// Whether a statement would have committed by itself, outside of its transaction.
+pub(super) fn is_commit_hook(error: &Error) -> bool {
+    extended(error) == CONSTRAINT_COMMITHOOK
+}
+
+pub(super) fn is_foreign_key_violation(error: &Error) -> bool {
+    extended(error) == CONSTRAINT_FOREIGNKEY
+}
+
+/// The name in `CHECK constraint failed: name`, or the columns in `UNIQUE constraint failed: table.column`.
+fn constraint(message: &str) -> Option<String> {
+    message.split_once("constraint failed: ").map(|(_, name)| name.to_owned())
+}
+
+fn primary(error: &Error) -> i32 {
+    extended(error) & 0xff
+}
+
+fn extended(error: &Error) -> i32 {
+    let code = error.as_database_error().and_then(|error| error.code());
+    code.and_then(|code| code.parse().ok()).unwrap_or_default()
+}

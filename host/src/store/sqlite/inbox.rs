@@ -1,0 +1,82 @@
+//! The inbox: one row for each event id that a worker settled.
+
+use std::collections::HashSet;
+
+use sqlx::Row;
+use sqlx::sqlite::SqliteRow;
+
+use super::errors;
+use super::session::Session;
+use crate::store::{Claim, Claimed, Result, shared};
+
+/// Claims event ids with one statement, and looks at those that were there before with another.
+pub(super) async fn claim(session: &mut Session, worker: &str, claims: &[Claim]) -> Result<Vec<Claimed>> {
+    let given: Vec<_> = claims
+        .iter()
+        .map(|claim| {
+            let (stream, sequence) = claim.origin.as_ref().map(|(stream, sequence)| (stream, sequence)).unzip();
+            let payload = hex::encode(claim.payload_sha256);
+            serde_json::json!({"event_id": claim.event_id, "payload": payload, "stream": stream, "sequence": sequence})
+        })
+        .collect();
+    let given = serde_json::Value::Array(given).to_string();
+    let fresh = insert(session, worker, &given).await?;
+    let found = look(session, worker, &given).await?;
+    let answer = |(claim, (payload, attempts)): (&Claim, &(Vec<u8>, i64))| {
+        let held_for = (!fresh.contains(&claim.event_id)).then_some(payload.as_slice());
+        shared::claimed(claim, held_for, *attempts)
+    };
+    Ok(claims.iter().zip(&found).map(answer).collect())
+}
+
+/// Claims what is not there, and returns which event ids these were.
+async fn insert(session: &mut Session, worker: &str, given: &str) -> Result<HashSet<String>> {
+    let doing = |error| errors::of_statement(error, "claim event ids");
+    let rows = sqlx::query(
+        "insert into oncely_inbox (worker, event_id, state, payload_sha256, stream, stream_sequence)
+         select $1, value ->> 'event_id', 'done', unhex(value ->> 'payload'), value ->> 'stream', value ->> 'sequence'
+         from json_each($2) where true
+         on conflict do nothing
+         returning event_id",
+    )
+    .bind(worker)
+    .bind(given)
+    .fetch_all(session.connection().map_err(doing)?)
+    .await
+    .map_err(doing)?;
+    let fresh: sqlx::Result<_> = rows.iter().map(|row| row.try_get(0)).collect();
+    fresh.map_err(|error| errors::of_statement(error, "read claimed event ids"))
+}
+
+/// Payload and attempts of each event id, in the order they were given.
+async fn look(session: &mut Session, worker: &str, given: &str) -> Result<Vec<(Vec<u8>, i64)>> {
+    let doing = |error| errors::of_statement(error, "look up event ids");
+    let rows = sqlx::query(
+        "select inbox.payload_sha256,
+             (select coalesce(max(attempt), 0) from oncely_attempt as attempt
+              where attempt.worker = $1 and attempt.event_id = given.value ->> 'event_id')
+         from json_each($2) as given
+             join oncely_inbox as inbox on inbox.worker = $1 and inbox.event_id = given.value ->> 'event_id'
+         order by given.key",
+    )
+    .bind(worker)
+    .bind(given)
+    .fetch_all(session.connection().map_err(doing)?)
+    .await
+    .map_err(doing)?;
+    let read = |row: &SqliteRow| Ok((row.try_get(0)?, row.try_get(1)?));
+    let found: sqlx::Result<_> = rows.iter().map(read).collect();
+    found.map_err(|error| errors::of_statement(error, "read event ids"))
+}
+
+/// Gives claims of this transaction back.
+pub(super) async fn unclaim(session: &mut Session, worker: &str, event_ids: &[String]) -> Result<()> {
+    let doing = |error| errors::of_statement(error, "give claims back");
+    sqlx::query("delete from oncely_inbox where worker = $1 and event_id in (select value from json_each($2))")
+        .bind(worker)
+        .bind(serde_json::json!(event_ids).to_string())
+        .execute(session.connection().map_err(doing)?)
+        .await
+        .map_err(doing)?;
+    Ok(())
+}

@@ -1,0 +1,54 @@
+//! Brings the platform's own schema up to date.
+
+use std::collections::HashMap;
+
+use anyhow::Context;
+use sqlx::migrate::{Migration, Migrator};
+use sqlx::{AssertSqlSafe, Row, raw_sql};
+
+use super::session::{Session, Sessions};
+use crate::store::shared;
+
+static MIGRATOR: Migrator = sqlx::migrate!("../migrations/sqlite");
+
+/// Runs the migrations that have not run, in one transaction.
+pub(super) async fn run(sessions: &Sessions) -> anyhow::Result<()> {
+    let mut session = sessions.begin().await?;
+    prepare(&mut session).await.context("make the table of migrations")?;
+    let applied = applied(&mut session).await.context("read which migrations ran")?;
+    for migration in shared::due_migrations(&MIGRATOR, &applied)? {
+        apply(&mut session, migration).await.with_context(|| format!("run the migration {}", migration.version))?;
+    }
+    session.commit().await.context("commit the migrations")
+}
+
+async fn prepare(session: &mut Session) -> sqlx::Result<()> {
+    raw_sql(
+        "create table if not exists oncely_migration (
+             version    integer constraint migration_pk primary key,
+             name       text    not null,
+             checksum   blob    not null,
+             applied_at integer not null default (cast(unixepoch('subsec') * 1000000 as integer))
+         ) strict",
+    )
+    .execute(session.connection()?)
+    .await?;
+    Ok(())
+}
+
+async fn applied(session: &mut Session) -> sqlx::Result<HashMap<i64, Vec<u8>>> {
+    let query = sqlx::query("select version, checksum from oncely_migration");
+    let rows = query.fetch_all(session.connection()?).await?;
+    rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect()
+}
+
+async fn apply(session: &mut Session, migration: &Migration) -> sqlx::Result<()> {
+    raw_sql(AssertSqlSafe(migration.sql.as_str())).execute(session.connection()?).await?;
+    sqlx::query("insert into oncely_migration (version, name, checksum) values ($1, $2, $3)")
+        .bind(migration.version)
+        .bind(migration.description.as_ref())
+        .bind(migration.checksum.as_ref())
+        .execute(session.connection()?)
+        .await?;
+    Ok(())
+}

@@ -1,0 +1,168 @@
+//! SQLite: one host, one file.
+//!
+//! One connection writes, a transaction at a time; a few others only read.
+
+mod attempts;
+mod deployments;
+mod errors;
+mod guest_sql;
+mod guest_values;
+mod inbox;
+mod letters;
+mod migrate;
+mod outbox;
+mod session;
+mod state;
+mod totals;
+mod tx;
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::Context;
+use async_trait::async_trait;
+use sqlx::sqlite::{SqlitePool, SqlitePoolOptions};
+
+use self::session::Sessions;
+use self::tx::SqliteTx;
+use super::{
+    DeploymentRecord, FailedAttempt, LetterFilter, LetterRecord, LetterSummary, OutboxRow, Output, Published, Result,
+    Store, Tx, WorkerMigration, WorkerTotals,
+};
+use crate::sql::Dialect;
+use crate::verdict::{Letter, Settled};
+
+const READERS: u32 = 4;
+
+/// A SQLite database in a file of its own.
+pub struct SqliteStore {
+    sessions: Sessions,
+    readers: SqlitePool,
+}
+
+impl SqliteStore {
+    /// Opens a database file, makes it if it is not there, and brings its schema up to date.
+    pub async fn open(path: &Path) -> anyhow::Result<Self> {
+        let sessions = Sessions::new(session::options(path));
+        migrate::run(&sessions)
+            .await
+            .with_context(|| format!("bring the SQLite schema up to date: {}", path.display()))?;
+        let readers = SqlitePoolOptions::new()
+            .max_connections(READERS)
+            .test_before_acquire(false)
+            .connect_lazy_with(session::options(path).read_only(true));
+        Ok(SqliteStore { sessions, readers })
+    }
+}
+
+#[async_trait]
+impl Store for SqliteStore {
+    fn dialect(&self) -> Dialect {
+        Dialect::Sqlite
+    }
+
+    async fn ping(&self) -> Result<()> {
+        let answer = sqlx::query("select 1 from oncely_migration").fetch_optional(&self.readers).await;
+        answer.map(|_| ()).map_err(|error| errors::of_statement(error, "read from SQLite"))
+    }
+
+    async fn begin(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>> {
+        let session = self.sessions.begin().await?;
+        Ok(Box::new(SqliteTx::new(session, worker, time)))
+    }
+
+    async fn count_attempts(&self, worker: &str, failed: &[FailedAttempt]) -> Result<Vec<u32>> {
+        let mut session = self.sessions.begin().await?;
+        let counts = attempts::count(&mut session, worker, failed).await?;
+        session.commit().await?;
+        Ok(counts)
+    }
+
+    async fn bury(&self, letters: &[(Letter, Output)]) -> Result<(Vec<Settled>, Vec<OutboxRow>)> {
+        let mut session = self.sessions.begin().await?;
+        let notices = letters::bury(&mut session, letters).await?;
+        session.commit().await?;
+        Ok((letters.iter().map(|_| Settled::seen_by_store()).collect(), notices))
+    }
+
+    async fn lease_outputs(&self, limit: u32, lease: Duration) -> Result<Vec<OutboxRow>> {
+        let mut session = self.sessions.begin().await?;
+        let rows = outbox::lease(&mut session, limit, lease).await?;
+        session.commit().await?;
+        Ok(rows)
+    }
+
+    async fn mark_published(&self, published: &[Published]) -> Result<()> {
+        let mut session = self.sessions.begin().await?;
+        outbox::mark_published(&mut session, published).await?;
+        session.commit().await
+    }
+
+    async fn defer_outputs(&self, seqs: &[i64], delay: Duration, error: &str) -> Result<()> {
+        let mut session = self.sessions.begin().await?;
+        outbox::defer(&mut session, seqs, delay, error).await?;
+        session.commit().await
+    }
+
+    async fn put_component(&self, digest: &str, wasm: &[u8]) -> Result<()> {
+        let mut session = self.sessions.begin().await?;
+        deployments::put_component(&mut session, digest, wasm).await?;
+        session.commit().await
+    }
+
+    async fn component(&self, digest: &str) -> Result<Option<Vec<u8>>> {
+        deployments::component(&self.readers, digest).await
+    }
+
+    async fn deploy(
+        &self,
+        worker: &str,
+        digest: &str,
+        manifest: &str,
+        migrations: &[WorkerMigration],
+    ) -> Result<DeploymentRecord> {
+        let mut session = self.sessions.begin().await?;
+        let deployment = deployments::deploy(&mut session, worker, digest, manifest, migrations).await?;
+        session.commit().await?;
+        Ok(deployment)
+    }
+
+    async fn activate(&self, worker: &str, version: u32) -> Result<Option<DeploymentRecord>> {
+        let mut session = self.sessions.begin().await?;
+        let deployment = deployments::activate(&mut session, worker, version).await?;
+        session.commit().await?;
+        Ok(deployment)
+    }
+
+    async fn active_deployments(&self) -> Result<Vec<DeploymentRecord>> {
+        deployments::active(&self.readers).await
+    }
+
+    async fn deployments(&self, worker: &str) -> Result<Vec<DeploymentRecord>> {
+        deployments::of_worker(&self.readers, worker).await
+    }
+
+    async fn letters(&self, filter: &LetterFilter) -> Result<Vec<LetterSummary>> {
+        letters::list(&self.readers, filter).await
+    }
+
+    async fn letter(&self, id: i64) -> Result<Option<LetterRecord>> {
+        letters::find(&self.readers, id).await
+    }
+
+    async fn totals(&self) -> Result<Vec<WorkerTotals>> {
+        totals::by_worker(&self.readers).await
+    }
+
+    async fn prune(&self, outputs: Duration, inbox: Duration, limit: u32) -> Result<u64> {
+        let mut session = self.sessions.begin().await?;
+        let left = totals::prune(&mut session, outputs, inbox, limit).await?;
+        session.commit().await?;
+        Ok(left)
+    }
+
+    async fn close(&self) {
+        self.readers.close().await;
+        self.sessions.close().await;
+    }
+}

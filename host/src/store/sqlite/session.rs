@@ -1,0 +1,184 @@
+//! One transaction on the one connection that writes, and the reins that hold guests in it.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqliteSynchronous};
+use sqlx::{ConnectOptions, Connection, raw_sql};
+use tokio::sync::{Mutex, OwnedMutexGuard};
+
+use super::errors;
+use crate::store::Result;
+
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// After about how many virtual machine instructions a statement looks at the clock.
+const INSTRUCTIONS_PER_LOOK: i32 = 1000;
+
+/// How many rows SQLite may be ahead of whoever reads them.
+const ROWS_AHEAD: usize = 16;
+
+pub(super) fn options(path: &Path) -> SqliteConnectOptions {
+    SqliteConnectOptions::new()
+        .filename(path)
+        .create_if_missing(true)
+        .journal_mode(SqliteJournalMode::Wal)
+        .synchronous(SqliteSynchronous::Full)
+        .busy_timeout(BUSY_TIMEOUT)
+        .foreign_keys(true)
+        .pragma("trusted_schema", "off")
+        .row_buffer_size(ROWS_AHEAD)
+        .disable_statement_logging()
+}
+
+/// Where transactions come from: one after the other, on a connection that is opened again when it broke.
+pub(super) struct Sessions {
+    options: SqliteConnectOptions,
+    writer: Arc<Mutex<Option<Writer>>>,
+}
+
+impl Sessions {
+    pub(super) fn new(options: SqliteConnectOptions) -> Self {
+        Sessions { options, writer: Arc::default() }
+    }
+
+    /// Waits for the transaction before and begins one.
+    pub(super) async fn begin(&self) -> Result<Session> {
+        let mut slot = Arc::clone(&self.writer).lock_owned().await;
+        if slot.is_none() {
+            let writer = Writer::open(&self.options).await;
+            *slot = Some(writer.map_err(|error| errors::of_statement(error, "open SQLite"))?);
+        }
+        let mut session = Session { slot, finished: false };
+        session.begin().await.map_err(|error| errors::of_statement(error, "begin a transaction"))?;
+        Ok(session)
+    }
+
+    pub(super) async fn close(&self) {
+        if let Some(writer) = self.writer.lock().await.take() {
+            // Whatever it says, the file is as it was after the last commit.
+            let _ = writer.connection.close().await;
+        }
+    }
+}
+
+struct Writer {
+    connection: SqliteConnection,
+    reins: Arc<Reins>,
+}
+
+impl Writer {
+    async fn open(options: &SqliteConnectOptions) -> sqlx::Result<Self> {
+        let mut connection = options.connect().await?;
+        let reins = Arc::new(Reins::new());
+        let mut handle = connection.lock_handle().await?;
+        let hook = Arc::clone(&reins);
+        handle.set_commit_hook(move || hook.may_commit.load(Ordering::Acquire));
+        let clock = Arc::clone(&reins);
+        handle.set_progress_handler(INSTRUCTIONS_PER_LOOK, move || clock.may_go_on());
+        drop(handle);
+        Ok(Writer { connection, reins })
+    }
+}
+
+/// What SQLite asks while it works.
+struct Reins {
+    /// Whether the house is committing. A statement that commits at any other time is a guest's that left its
+    /// transaction, and fails.
+    may_commit: AtomicBool,
+    opened: Instant,
+    /// When the guest's statement that runs has to end, in microseconds since `opened`; zero when none runs.
+    deadline: AtomicU64,
+}
+
+impl Reins {
+    fn new() -> Self {
+        Reins { may_commit: AtomicBool::new(false), opened: Instant::now(), deadline: AtomicU64::new(0) }
+    }
+
+    fn elapsed_micros(&self) -> u64 {
+        u64::try_from(self.opened.elapsed().as_micros()).unwrap_or(u64::MAX)
+    }
+
+    fn may_go_on(&self) -> bool {
+        let deadline = self.deadline.load(Ordering::Acquire);
+        deadline == 0 || self.elapsed_micros() < deadline
+    }
+}
+
+/// An open transaction. Dropped before it is finished, it closes the connection, and with it the transaction.
+pub(super) struct Session {
+    slot: OwnedMutexGuard<Option<Writer>>,
+    finished: bool,
+}
+
+impl Session {
+    async fn begin(&mut self) -> sqlx::Result<()> {
+        raw_sql("begin immediate").execute(self.connection()?).await?;
+        Ok(())
+    }
+
+    pub(super) fn connection(&mut self) -> sqlx::Result<&mut SqliteConnection> {
+        self.slot.as_mut().map(|writer| &mut writer.connection).ok_or(sqlx::Error::WorkerCrashed)
+    }
+
+    /// From now on a statement that takes longer than `time` is interrupted; none for statements of our own.
+    pub(super) fn limit_time(&self, time: Option<Duration>) {
+        if let Some(Writer { reins, .. }) = self.slot.as_ref() {
+            let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+            let deadline = time.map_or(0, |time| reins.elapsed_micros().saturating_add(micros(time)).max(1));
+            reins.deadline.store(deadline, Ordering::Release);
+        }
+    }
+
+    fn let_commit(&self, may_commit: bool) {
+        if let Some(Writer { reins, .. }) = self.slot.as_ref() {
+            reins.may_commit.store(may_commit, Ordering::Release);
+        }
+    }
+
+    /// Statements that were prepared before a migration changed the tables must not be used again.
+    pub(super) async fn forget_statements(&mut self) -> sqlx::Result<()> {
+        self.connection()?.clear_cached_statements().await
+    }
+
+    /// Commits. SQLite says so itself when there is no transaction any more.
+    pub(super) async fn commit(mut self) -> Result<()> {
+        self.let_commit(true);
+        let committed = match self.connection() {
+            Ok(connection) => raw_sql("commit").execute(connection).await.map(|_| ()),
+            Err(error) => Err(error),
+        };
+        self.let_commit(false);
+        match committed {
+            Ok(()) => {
+                self.finished = true;
+                Ok(())
+            }
+            Err(error) => {
+                self.rollback().await;
+                Err(errors::of_commit(error))
+            }
+        }
+    }
+
+    /// Rolls back; when that fails, for another reason than that SQLite did so before, the connection is closed.
+    pub(super) async fn rollback(mut self) {
+        let rolled_back = match self.connection() {
+            Ok(connection) => raw_sql("rollback").execute(connection).await.map(|_| ()),
+            Err(error) => Err(error),
+        };
+        self.finished = rolled_back.map_or_else(|error| errors::is_no_transaction(&error), |()| true);
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.limit_time(None);
+        if !self.finished {
+            *self.slot = None;
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! Keyed state of workers.
+
+use anyhow::{Context, anyhow};
+use sqlx::Row;
+use sqlx::sqlite::SqliteRow;
+
+use super::errors;
+use super::session::Session;
+use crate::store::{Result, StateEntry, StateWrite, StoreError, shared};
+
+/// The entries of those keys that are there.
+pub(super) async fn load(session: &mut Session, worker: &str, keys: &[String]) -> Result<Vec<(String, StateEntry)>> {
+    let doing = |error| errors::of_statement(error, "load state");
+    let rows = sqlx::query(
+        "select key, value, version from oncely_state
+         where worker = $1 and key in (select value from json_each($2))",
+    )
+    .bind(worker)
+    .bind(serde_json::json!(keys).to_string())
+    .fetch_all(session.connection().map_err(doing)?)
+    .await
+    .map_err(doing)?;
+    let read = |row: &SqliteRow| {
+        let entry = StateEntry { value: row.try_get(1)?, version: shared::unsigned(row.try_get(2)?) };
+        Ok((row.try_get(0)?, entry))
+    };
+    let entries: sqlx::Result<Vec<_>> = rows.iter().map(read).collect();
+    entries.context("read state").map_err(StoreError::Unavailable)
+}
+
+/// Writes each key that still has the version that was read.
+pub(super) async fn save(session: &mut Session, worker: &str, writes: &[StateWrite]) -> Result<()> {
+    for write in writes {
+        if !save_one(session, worker, write).await? {
+            return Err(StoreError::Conflict(anyhow!("a state key changed since it was read")));
+        }
+    }
+    Ok(())
+}
+
+/// False when the key moved.
+async fn save_one(session: &mut Session, worker: &str, write: &StateWrite) -> Result<bool> {
+    let doing = |error| errors::of_statement(error, "save state");
+    let expected = write.expected.map(shared::signed).transpose()?;
+    let query = match &write.entry {
+        None if expected.is_none() => return Ok(true),
+        None => sqlx::query("delete from oncely_state where worker = $1 and key = $2 and version = $3"),
+        Some(_) if expected.is_none() => sqlx::query(
+            "insert into oncely_state (worker, key, value, version) values ($1, $2, $4, $5) on conflict do nothing",
+        ),
+        Some(_) => sqlx::query(
+            "update oncely_state
+             set value = $4, version = $5, updated_at = cast(unixepoch('subsec') * 1000000 as integer)
+             where worker = $1 and key = $2 and version = $3",
+        ),
+    };
+    let result = query
+        .bind(worker)
+        .bind(&write.key)
+        .bind(expected)
+        .bind(write.entry.as_ref().map(|entry| entry.value.as_slice()))
+        .bind(write.entry.as_ref().map(|entry| shared::signed(entry.version)).transpose()?)
+        .execute(session.connection().map_err(doing)?)
+        .await
+        .map_err(doing)?;
+    Ok(result.rows_affected() == 1)
+}

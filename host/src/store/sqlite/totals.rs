@@ -1,0 +1,89 @@
+//! Counts and ages for people, and the rows that have had their time.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use sqlx::Row;
+use sqlx::sqlite::{SqlitePool, SqliteRow};
+
+use super::errors;
+use super::session::Session;
+use crate::store::{Result, StoreError, WorkerTotals, shared};
+
+pub(super) async fn by_worker(readers: &SqlitePool) -> Result<Vec<WorkerTotals>> {
+    let rows = sqlx::query(
+        "with clock as (
+             select cast(unixepoch('subsec') * 1000000 as integer) as now
+         ), inbox as (
+             select worker, count(*) as done from oncely_inbox where state = 'done' group by worker
+         ), dead_letter as (
+             select worker, count(*) as dead from oncely_dead_letter group by worker
+         ), outbox as (
+             select worker, count(*) as outputs, count(*) filter (where published_at is null) as unpublished,
+                 min(coalesce(first_attempt_at, leased_until)) filter (where published_at is null
+                     and (first_attempt_at is not null or leased_until <= now)) as oldest
+             from oncely_outbox, clock group by worker
+         ), names as (
+             select name as worker from oncely_worker union select worker from inbox
+             union select worker from dead_letter union select worker from outbox
+         )
+         select worker, coalesce(done, 0) as done, coalesce(dead, 0) as dead, coalesce(outputs, 0) as outputs,
+             coalesce(unpublished, 0) as unpublished, (now - oldest) / 1000 as oldest_ms
+         from clock, names left join inbox using (worker) left join dead_letter using (worker)
+             left join outbox using (worker)
+         order by worker",
+    )
+    .fetch_all(readers)
+    .await
+    .map_err(|error| errors::of_statement(error, "count what workers did"))?;
+    let totals: sqlx::Result<Vec<_>> = rows.iter().map(read).collect();
+    totals.context("read totals").map_err(StoreError::Unavailable)
+}
+
+fn read(row: &SqliteRow) -> sqlx::Result<WorkerTotals> {
+    let oldest_ms: Option<i64> = row.try_get("oldest_ms")?;
+    Ok(WorkerTotals {
+        worker: row.try_get("worker")?,
+        done: shared::unsigned(row.try_get("done")?),
+        dead: shared::unsigned(row.try_get("dead")?),
+        outputs: shared::unsigned(row.try_get("outputs")?),
+        unpublished: shared::unsigned(row.try_get("unpublished")?),
+        oldest_unpublished_ms: oldest_ms.map(shared::unsigned),
+    })
+}
+
+/// Deletes old published outputs and old inbox records that are done, with their attempts. Returns how many outputs and
+/// records left.
+pub(super) async fn prune(session: &mut Session, outputs: Duration, inbox: Duration, limit: u32) -> Result<u64> {
+    let doing = |error| errors::of_statement(error, "delete old rows");
+    let old_outputs = "delete from oncely_outbox where seq in (
+             select seq from oncely_outbox
+             where published_at < cast(unixepoch('subsec') * 1000000 as integer) - $1
+             order by published_at limit $2)";
+    let old_records = "delete from oncely_inbox where (worker, event_id) in (
+             select worker, event_id from oncely_inbox
+             where state = 'done' and settled_at < cast(unixepoch('subsec') * 1000000 as integer) - $1
+             order by settled_at limit $2)
+         returning worker, event_id";
+    let outputs = sqlx::query(old_outputs)
+        .bind(shared::micros(outputs))
+        .bind(limit)
+        .execute(session.connection().map_err(doing)?)
+        .await
+        .map_err(doing)?;
+    let records = sqlx::query(old_records)
+        .bind(shared::micros(inbox))
+        .bind(limit)
+        .fetch_all(session.connection().map_err(doing)?)
+        .await
+        .map_err(doing)?;
+    for record in &records {
+        sqlx::query("delete from oncely_attempt where worker = $1 and event_id = $2")
+            .bind(record.try_get::<String, _>(0).map_err(doing)?)
+            .bind(record.try_get::<String, _>(1).map_err(doing)?)
+            .execute(session.connection().map_err(doing)?)
+            .await
+            .map_err(doing)?;
+    }
+    Ok(outputs.rows_affected() + records.len() as u64)
+}

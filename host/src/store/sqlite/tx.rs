@@ -1,0 +1,122 @@
+//! The transaction of one batch.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use super::guest_sql::{self, Outcome};
+use super::session::Session;
+use super::{inbox, outbox, state};
+use crate::sql::{Rows, SqlError, SqlLimits, Value};
+use crate::store::{Claim, Claimed, OutboxRow, Output, Result, StateEntry, StateWrite, Tx, shared};
+use crate::verdict::Settled;
+
+pub(super) struct SqliteTx {
+    session: Session,
+    worker: String,
+    /// Why nothing of this transaction can take effect any more.
+    doomed: Option<String>,
+    /// How long a guest's statement may take.
+    time: Duration,
+}
+
+impl SqliteTx {
+    pub(super) fn new(session: Session, worker: &str, time: Duration) -> Self {
+        SqliteTx { session, worker: worker.to_owned(), doomed: None, time }
+    }
+
+    fn check(&self) -> Result<()> {
+        self.doomed.as_deref().map_or(Ok(()), |why| Err(shared::doomed(why)))
+    }
+
+    /// Remembers that an operation of our own failed.
+    fn remember<T>(&mut self, result: Result<T>) -> Result<T> {
+        if let Err(error) = &result {
+            self.doomed = Some(error.to_string());
+        }
+        result
+    }
+
+    /// Remembers that a guest's statement reached the database and failed.
+    fn conclude<T>(&mut self, outcome: Result<Outcome<T>>) -> Result<std::result::Result<T, SqlError>> {
+        Ok(match self.remember(outcome)? {
+            Outcome::Done(value) => Ok(value),
+            Outcome::NotRun(error) => Err(error),
+            Outcome::Failed(error) => {
+                self.doomed = Some(error.to_string());
+                Err(error)
+            }
+        })
+    }
+}
+
+#[async_trait]
+impl Tx for SqliteTx {
+    async fn claim(&mut self, claims: &[Claim]) -> Result<Vec<Claimed>> {
+        self.check()?;
+        let claimed = inbox::claim(&mut self.session, &self.worker, claims).await;
+        self.remember(claimed)
+    }
+
+    async fn unclaim(&mut self, event_ids: &[String]) -> Result<()> {
+        self.check()?;
+        let unclaimed = inbox::unclaim(&mut self.session, &self.worker, event_ids).await;
+        self.remember(unclaimed)
+    }
+
+    async fn load_state(&mut self, keys: &[String]) -> Result<Vec<(String, StateEntry)>> {
+        self.check()?;
+        let entries = state::load(&mut self.session, &self.worker, keys).await;
+        self.remember(entries)
+    }
+
+    async fn save_state(&mut self, writes: &[StateWrite]) -> Result<()> {
+        self.check()?;
+        let saved = state::save(&mut self.session, &self.worker, writes).await;
+        self.remember(saved)
+    }
+
+    async fn query(
+        &mut self,
+        statement: &str,
+        params: &[Value],
+        limits: SqlLimits,
+    ) -> Result<std::result::Result<Rows, SqlError>> {
+        if let Some(why) = &self.doomed {
+            return Ok(Err(SqlError::TransactionFailed(why.clone())));
+        }
+        self.session.limit_time(Some(self.time));
+        let outcome = guest_sql::query(&mut self.session, statement, params, limits).await;
+        self.session.limit_time(None);
+        self.conclude(outcome)
+    }
+
+    async fn execute(&mut self, statement: &str, params: &[Value]) -> Result<std::result::Result<u64, SqlError>> {
+        if let Some(why) = &self.doomed {
+            return Ok(Err(SqlError::TransactionFailed(why.clone())));
+        }
+        self.session.limit_time(Some(self.time));
+        let outcome = guest_sql::execute(&mut self.session, statement, params).await;
+        self.session.limit_time(None);
+        self.conclude(outcome)
+    }
+
+    async fn append_outputs(&mut self, outputs: &[Output], lease: Duration) -> Result<Vec<OutboxRow>> {
+        self.check()?;
+        let appended = outbox::append(&mut self.session, &self.worker, outputs, lease).await;
+        self.remember(appended)
+    }
+
+    async fn commit(self: Box<Self>) -> Result<Settled> {
+        if let Err(refused) = self.check() {
+            self.rollback().await;
+            return Err(refused);
+        }
+        self.session.commit().await?;
+        Ok(Settled::seen_by_store())
+    }
+
+    async fn rollback(self: Box<Self>) {
+        self.session.rollback().await;
+    }
+}
