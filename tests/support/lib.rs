@@ -1,5 +1,6 @@
 //! What the tests share: real servers on free loopback ports, removed when the test process ends, however it ends.
 
 pub mod nats;
+pub mod pgbouncer;
 pub mod postgres;
 pub mod server;

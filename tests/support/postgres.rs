@@ -1,1 +1,132 @@
 //! A PostgreSQL cluster of the test process's own.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
+
+use crate::server::{Server, free_port};
+
+/// What a test wants of a server: durable against a crash of the process, not of the machine, and quick to see deadlocks.
+const SETTINGS: &str = "-c fsync=off -c deadlock_timeout=200ms -c max_connections=300 -c shared_buffers=64MB";
+
+/// A cluster in a folder of its own, stopped and removed with the test process.
+pub struct Cluster {
+    folder: PathBuf,
+    port: u16,
+    /// The servers that ran, the last one last.
+    servers: Vec<Server>,
+}
+
+impl Cluster {
+    /// Makes a cluster and starts it.
+    pub fn start() -> anyhow::Result<Self> {
+        let folder = tempfile::Builder::new().prefix("oncely-postgres-").tempdir().context("make a folder")?.keep();
+        if !as_postgres().is_empty() {
+            run("chown", &["postgres", &folder.to_string_lossy()])?;
+        }
+        let data = folder.join("data").to_string_lossy().into_owned();
+        let initdb = tool("initdb").to_string_lossy().into_owned();
+        let command = ["-D", &data, "-U", "postgres", "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C"];
+        run_as_postgres(&[&[initdb.as_str()], &command[..]].concat())?;
+        let mut cluster = Cluster { folder, port: free_port()?, servers: Vec::new() };
+        cluster.start_again()?;
+        Ok(cluster)
+    }
+
+    /// Starts the server, after [`Cluster::stop`].
+    pub fn start_again(&mut self) -> anyhow::Result<()> {
+        let (folder, port) = (self.folder.display(), self.port);
+        let command = format!(
+            "{} {} -D {folder}/data -p {port} -k {folder} -c listen_addresses=127.0.0.1 {SETTINGS}",
+            as_postgres().join(" "),
+            tool("postgres").display()
+        );
+        self.servers.push(Server::start(&command, &self.folder)?);
+        let deadline = Instant::now() + Duration::from_secs(30);
+        let ready = tool("pg_isready").to_string_lossy().into_owned();
+        while run(&ready, &["-q", "-h", "127.0.0.1", "-p", &port.to_string()]).is_err() {
+            ensure!(Instant::now() < deadline, "PostgreSQL did not start in time");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
+    /// Stops the server as a crash would: without a farewell to its connections, without a checkpoint.
+    pub fn stop(&self) -> anyhow::Result<()> {
+        let data = self.folder.join("data").to_string_lossy().into_owned();
+        let pg_ctl = tool("pg_ctl").to_string_lossy().into_owned();
+        run_as_postgres(&[pg_ctl.as_str(), "-D", &data, "-m", "immediate", "-w", "stop"])
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// The URL of a database of this cluster.
+    pub fn url(&self, database: &str) -> String {
+        format!("postgres://postgres@127.0.0.1:{}/{database}", self.port)
+    }
+
+    /// Makes an empty database and returns its name.
+    pub async fn create_database(&self) -> anyhow::Result<String> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("test_{}", COUNT.fetch_add(1, Ordering::Relaxed));
+        let mut connection =
+            PgConnection::connect(&self.url("postgres")).await.context("connect to the test cluster")?;
+        connection
+            .execute(AssertSqlSafe(format!("create database {name}")))
+            .await
+            .context("make a database for a test")?;
+        connection.close().await.context("leave the test cluster")?;
+        Ok(name)
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        // The one that runs goes first; each guard removes the folder when its server ended.
+        while let Some(server) = self.servers.pop() {
+            drop(server);
+        }
+    }
+}
+
+/// The cluster that tests share; each makes a database of its own in it.
+pub fn shared() -> &'static Cluster {
+    static SHARED: OnceLock<Cluster> = OnceLock::new();
+    SHARED.get_or_init(|| Cluster::start().expect("start a PostgreSQL cluster"))
+}
+
+/// PostgreSQL's tools are not on PATH on Debian.
+fn tool(name: &str) -> PathBuf {
+    let installed = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    let mut tools: Vec<_> =
+        installed.map(|version| version.path().join("bin").join(name)).filter(|p| p.exists()).collect();
+    tools.sort();
+    tools.pop().unwrap_or_else(|| Path::new(name).to_owned())
+}
+
+/// The words to put before a command that refuses to run as root.
+pub fn as_postgres() -> Vec<&'static str> {
+    let is_root = Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout.trim_ascii() == b"0");
+    // It replaces itself by the command, so that signals reach the server.
+    if is_root { vec!["setpriv", "--reuid=postgres", "--regid=postgres", "--init-groups"] } else { Vec::new() }
+}
+
+fn run_as_postgres(command: &[&str]) -> anyhow::Result<()> {
+    let words = [&as_postgres()[..], command].concat();
+    let (program, arguments) = words.split_first().context("name a command")?;
+    run(program, arguments)
+}
+
+fn run(program: &str, arguments: &[&str]) -> anyhow::Result<()> {
+    let output =
+        Command::new(program).args(arguments).current_dir("/").output().with_context(|| format!("run {program}"))?;
+    ensure!(output.status.success(), "{program} failed: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
