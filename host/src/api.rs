@@ -34,10 +34,7 @@ pub async fn serve(
     token: &str,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<()> {
-    axum::serve(listener, router(host, token))
-        .with_graceful_shutdown(shutdown)
-        .await
-        .context("serve the control API")
+    axum::serve(listener, router(host, token)).with_graceful_shutdown(shutdown).await.context("serve the control API")
 }
 
 fn router(host: Arc<Host>, token: &str) -> Router {
@@ -245,17 +242,14 @@ pub struct PublishedAt {
 async fn publish(State(host): State<Arc<Host>>, Json(message): Json<Publish>) -> Answer<PublishedAt> {
     crate::subject::check_subject(&message.subject).map_err(|why| anyhow!(why)).context("read the subject")?;
     let body = base64::engine::general_purpose::STANDARD.decode(&message.body).context("read the body")?;
-    let outgoing =
-        Outgoing { subject: message.subject, headers: message.headers, id: message.id, body: body.into() };
+    let outgoing = Outgoing { subject: message.subject, headers: message.headers, id: message.id, body: body.into() };
     let mut answers = host.bus.publish(vec![outgoing]).await;
-    let place = answers.pop().context("publish the message")?.map_err(|error| anyhow!(error)).context("publish the message")?;
+    let place =
+        answers.pop().context("publish the message")?.map_err(|error| anyhow!(error)).context("publish the message")?;
     Ok(Json(PublishedAt { stream: place.stream, sequence: place.sequence, duplicate: place.duplicate }))
 }
 
-async fn letters(
-    State(host): State<Arc<Host>>,
-    Query(filter): Query<LetterFilter>,
-) -> Answer<Vec<LetterSummary>> {
+async fn letters(State(host): State<Arc<Host>>, Query(filter): Query<LetterFilter>) -> Answer<Vec<LetterSummary>> {
     Ok(Json(host.store.letters(&filter).await?))
 }
 

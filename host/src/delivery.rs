@@ -67,7 +67,8 @@ impl Delivery {
                     if conflicts > CONFLICTS_MAX {
                         return Err(StoreError::Conflict(cause));
                     }
-                    tokio::time::sleep(Duration::from_millis(5).mul_f64(f64::from(conflicts) * rand::random::<f64>())).await;
+                    tokio::time::sleep(Duration::from_millis(5).mul_f64(f64::from(conflicts) * rand::random::<f64>()))
+                        .await;
                     split(group, &mut groups);
                 }
                 Round::Singly => {

@@ -66,24 +66,22 @@ pub async fn deploy(host: &Host, proposal: &Proposal) -> Result<(Plan, Deploymen
         host.bus.ensure_stream(&spec(stream)).await.with_context(|| format!("make the stream {}", stream.name))?;
     }
     let manifest = serde_json::to_string(&proposal.worker).context("write the manifest")?;
-    let record =
-        host.store.deploy(&proposal.worker.name, &proposal.digest, &manifest, &proposal.migrations).await?;
+    let record = host.store.deploy(&proposal.worker.name, &proposal.digest, &manifest, &proposal.migrations).await?;
     host.look_for_deployments();
     Ok((plan, record))
 }
 
 /// Activates an earlier version; the one before the active one unless `to` says which.
 pub async fn rollback(host: &Host, worker: &str, to: Option<u32>) -> Result<DeploymentRecord> {
-    let active = active(host, worker)
-        .await?
-        .ok_or_else(|| anyhow!("there is no worker `{worker}`"))
-        .hint("oncely workers")?;
-    let version = match to {
-        Some(version) => version,
-        None => active.version.checked_sub(1).filter(|version| *version > 0).ok_or_else(|| {
-            anyhow!("worker {worker} runs version {}; there is no version before it", active.version)
-        })?,
-    };
+    let active =
+        active(host, worker).await?.ok_or_else(|| anyhow!("there is no worker `{worker}`")).hint("oncely workers")?;
+    let version =
+        match to {
+            Some(version) => version,
+            None => active.version.checked_sub(1).filter(|version| *version > 0).ok_or_else(|| {
+                anyhow!("worker {worker} runs version {}; there is no version before it", active.version)
+            })?,
+        };
     let record = host
         .store
         .activate(worker, version)

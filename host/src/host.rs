@@ -84,13 +84,11 @@ pub struct Running {
 
 impl Host {
     /// Starts the relay and all workers that are deployed.
-    pub async fn start(
-        store: Arc<dyn Store>,
-        bus: Bus,
-        cache: &Path,
-    ) -> Result<(Arc<Host>, Running)> {
+    pub async fn start(store: Arc<dyn Store>, bus: Bus, cache: &Path) -> Result<(Arc<Host>, Running)> {
         let engine = GuestEngine::new(cache)?;
-        bus.ensure_stream(&StreamSpec::new(DLQ_STREAM, &[DLQ_SUBJECTS])).await.context("make the dead-letter stream")?;
+        bus.ensure_stream(&StreamSpec::new(DLQ_STREAM, &[DLQ_SUBJECTS]))
+            .await
+            .context("make the dead-letter stream")?;
         let (relay, hand_over, relay_counters) = Relay::new(Arc::clone(&store), bus.clone());
         let host = Arc::new(Host {
             store,
@@ -147,8 +145,7 @@ impl Host {
         if let Some(old) = slot.running.take() {
             old.drain().await;
         }
-        let running =
-            RunningWorker::start(delivery, deployment.digest.clone(), &self.bus, relay).await?;
+        let running = RunningWorker::start(delivery, deployment.digest.clone(), &self.bus, relay).await?;
         tracing::info!("worker {} runs version {}", deployment.worker, deployment.version);
         slot.running = Some(running);
         slot.broken = None;

@@ -50,10 +50,7 @@ impl Message {
 
 /// The first value of `name` in `headers`, compared without regard to case.
 pub fn header<'h>(headers: &'h Headers, name: &str) -> Option<&'h str> {
-    headers
-        .iter()
-        .find(|(key, _)| key.eq_ignore_ascii_case(name))
-        .map(|(_, value)| value.as_str())
+    headers.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
 }
 
 /// A message a delivery emitted.
@@ -154,10 +151,7 @@ mod tests {
 
     #[test]
     fn event_ids_of_different_sources_never_collide() {
-        assert_ne!(
-            id_of(&[("ce-id", "b|c"), ("ce-source", "a")]),
-            id_of(&[("ce-id", "c"), ("ce-source", "a|b")])
-        );
+        assert_ne!(id_of(&[("ce-id", "b|c"), ("ce-source", "a")]), id_of(&[("ce-id", "c"), ("ce-source", "a|b")]));
     }
 
     #[test]

@@ -134,11 +134,7 @@ impl Relay {
             match answer {
                 Ok(place) => {
                     self.counters.already_there.fetch_add(u64::from(place.duplicate), Ordering::Relaxed);
-                    published.push(Published {
-                        seq: row.seq,
-                        stream: place.stream,
-                        stream_sequence: place.sequence,
-                    });
+                    published.push(Published { seq: row.seq, stream: place.stream, stream_sequence: place.sequence });
                 }
                 Err(error) => failed.push((row, error)),
             }
@@ -169,7 +165,8 @@ impl Relay {
                 }
                 Err(error) => {
                     tracing::warn!("output to {subject} not published yet, looking it up failed: {error:#}");
-                    let failed: Vec<_> = rows.iter().map(|row| (row, PublishError::Unavailable(format!("{error:#}")))).collect();
+                    let failed: Vec<_> =
+                        rows.iter().map(|row| (row, PublishError::Unavailable(format!("{error:#}")))).collect();
                     self.give_back(&failed).await;
                 }
             }

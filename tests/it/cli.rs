@@ -18,7 +18,8 @@ async fn a_person_finds_a_dead_letter_and_its_story() -> Result<()> {
     assert!(lines[1].contains("bad") && lines[1].contains("rejected"), "{list}");
 
     let shown = world.oncely(&["dlq", "show", "1"]).await?;
-    for expected in ["reason: rejected", "event id: bad", "subject: in.x", "from: IN 1", "do: reject", "attempt 1 at "] {
+    for expected in ["reason: rejected", "event id: bad", "subject: in.x", "from: IN 1", "do: reject", "attempt 1 at "]
+    {
         assert!(shown.contains(expected), "`{expected}` is not in:\n{shown}");
     }
     let json = world.oncely_json(&["dlq", "show", "1", "--json"]).await?;

@@ -46,9 +46,8 @@ both!(a_redelivery_storm_changes_nothing, |kind: Kind| async move {
     // The work takes longer than the broker waits, and the host is paused so that it cannot ask for more time.
     let settings = format!("ack_wait = \"1s\"\nbatch = 4\nconcurrency = 2\n{QUICK_RETRIES}");
     let world = World::start(kind, &manifest(&settings)?).await?;
-    let messages = (0..24)
-        .map(|n| ToPublish::new("in.x", &format!("e{n}"), "insert,slow", r#"{"n": 1, "ms": 400}"#))
-        .collect();
+    let messages =
+        (0..24).map(|n| ToPublish::new("in.x", &format!("e{n}"), "insert,slow", r#"{"n": 1, "ms": 400}"#)).collect();
     world.nats.publish_all(messages).await?;
     for _ in 0..2 {
         tokio::time::sleep(Duration::from_millis(700)).await;
@@ -66,9 +65,8 @@ both!(a_redelivery_storm_changes_nothing, |kind: Kind| async move {
 
 both!(a_host_that_is_asked_to_stop_finishes_what_it_has, |kind: Kind| async move {
     let mut world = World::start(kind, &manifest("batch = 4\nconcurrency = 2")?).await?;
-    let messages = (0..200)
-        .map(|n| ToPublish::new("in.x", &format!("e{n}"), "insert,slow", r#"{"n": 1, "ms": 5}"#))
-        .collect();
+    let messages =
+        (0..200).map(|n| ToPublish::new("in.x", &format!("e{n}"), "insert,slow", r#"{"n": 1, "ms": 5}"#)).collect();
     world.nats.publish_all(messages).await?;
     world.until("select min(1) from oncely.inbox", 1).await?;
     world.stop_host().await?;

@@ -33,7 +33,8 @@ both!(every_event_takes_effect_once_and_tells_of_it_once, |kind: Kind| async mov
 });
 
 both!(a_failing_member_costs_its_neighbours_no_attempt, |kind: Kind| async move {
-    let mut world = World::without_host(kind, &manifest(&format!("concurrency = 1\nbatch = 32\n{QUICK_RETRIES}"))?).await?;
+    let mut world =
+        World::without_host(kind, &manifest(&format!("concurrency = 1\nbatch = 32\n{QUICK_RETRIES}"))?).await?;
     world.start_host().await?;
     world.stop_host().await?;
     // All of them lie on the stream before the host looks, so they come in full batches.
@@ -46,14 +47,18 @@ both!(a_failing_member_costs_its_neighbours_no_attempt, |kind: Kind| async move 
     let books = books::check(&world).await?;
     assert_eq!(books.effects.len(), 31);
     assert_eq!(books.dead, ["bad-after-sql", "bad-without-sql"].map(str::to_owned).into());
-    let attempts = world.database.rows("select event_id, count(*) from oncely.attempt group by event_id order by 1").await?;
+    let attempts =
+        world.database.rows("select event_id, count(*) from oncely.attempt group by event_id order by 1").await?;
     assert_eq!(attempts, [["bad-after-sql", "3"], ["bad-without-sql", "1"]]);
     Ok(())
 });
 
 both!(a_failure_is_tried_again_and_its_attempts_are_counted, |kind: Kind| async move {
     let world = World::start(kind, &manifest(QUICK_RETRIES)?).await?;
-    world.nats.publish_all(vec![ToPublish::new("in.x", "flaky", "fail_until,insert", r#"{"attempt": 3, "n": 1}"#)]).await?;
+    world
+        .nats
+        .publish_all(vec![ToPublish::new("in.x", "flaky", "fail_until,insert", r#"{"attempt": 3, "n": 1}"#)])
+        .await?;
     world.quiet(1).await?;
     let books = books::check(&world).await?;
     assert_eq!(books.effects.len(), 1);

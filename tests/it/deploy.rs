@@ -16,8 +16,9 @@ fn labelled(label: &str) -> Result<String> {
 both!(a_deployment_and_a_rollback_under_load_lose_and_repeat_nothing, |kind: Kind| async move {
     let world = World::start(kind, &labelled("one")?).await?;
     let count = 600;
-    let messages =
-        (0..count).map(|n| ToPublish::new("in.x", &format!("e{n}"), "insert,version,slow", r#"{"n": 1, "ms": 3}"#)).collect();
+    let messages = (0..count)
+        .map(|n| ToPublish::new("in.x", &format!("e{n}"), "insert,version,slow", r#"{"n": 1, "ms": 3}"#))
+        .collect();
     world.nats.publish_all(messages).await?;
     std::fs::write(world.folder.path().join("oncely.toml"), labelled("two")?).context("write the manifest")?;
     let deployed = world.oncely(&["deploy", "oncely.toml"]).await?;

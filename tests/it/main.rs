@@ -28,4 +28,5 @@ mod delivery;
 mod deploy;
 mod hostile;
 mod outage;
+mod store;
 mod tidy;

@@ -39,18 +39,18 @@ both!(nats_gone_for_a_while, |kind: Kind| async move {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn postgres_gone_for_a_while() -> Result<()> {
-    let mut cluster = Cluster::start().await?;
+    let mut cluster = Cluster::start()?;
     let mut world = World::without_host(Kind::Sqlite, &manifest(SETTINGS)?).await?;
-    world.database = Database::Postgres(cluster.create_database().await?);
+    world.database = Database::on(&cluster).await?;
     world.start_host().await?;
     world.nats.publish_all(workload(0, 300)).await?;
     world.until("select min(1) from oncely.inbox", 1).await?;
-    cluster.crash()?;
+    cluster.stop()?;
     tokio::time::sleep(outage()).await;
     assert!(world.host_lives());
     let unready = world.oncely_json(&["status", "--json"]).await?;
     assert_eq!(unready.get("ready"), Some(&serde_json::Value::Bool(false)));
-    cluster.restart().await?;
+    cluster.start_again()?;
     world.nats.publish_all(workload(300, 400)).await?;
     world.quiet(400).await?;
     let books = books::check(&world).await?;

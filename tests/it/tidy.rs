@@ -38,7 +38,11 @@ fn each_outside_library_has_one_room() -> Result<()> {
         let room = room(&host, &path);
         for (library, owner) in owners {
             let names = format!("{library}::");
-            assert!(room == owner || !text.contains(&names), "{} names {library}, which only {owner} may", path.display());
+            assert!(
+                room == owner || !text.contains(&names),
+                "{} names {library}, which only {owner} may",
+                path.display()
+            );
         }
     }
     Ok(())
@@ -56,8 +60,19 @@ fn imports_run_downwards_only() -> Result<()> {
         &["delivery"],
         &["guest", "store", "bus", "crate_build"],
         &[
-            "message", "sql", "state", "verdict", "dead_letter", "manifest", "config", "retry", "subject", "units",
-            "toml_text", "hint", "drain",
+            "message",
+            "sql",
+            "state",
+            "verdict",
+            "dead_letter",
+            "manifest",
+            "config",
+            "retry",
+            "subject",
+            "units",
+            "toml_text",
+            "hint",
+            "drain",
         ],
     ];
     let floor = |room: &str| FLOORS.iter().position(|rooms| rooms.contains(&room));
@@ -102,7 +117,9 @@ fn unsafe_code_stands_where_a_compiled_component_is_loaded_and_nowhere_else() ->
 
 #[test]
 fn every_file_says_what_it_is_for() -> Result<()> {
-    for folder in ["host/src", "guest-sdk/src", "tests/it", "tests/support", "tests/guests/src", "examples/payments/src"] {
+    for folder in
+        ["host/src", "guest-sdk/src", "tests/it", "tests/support", "tests/guests/src", "examples/payments/src"]
+    {
         for (path, text) in sources(&repository().join(folder))? {
             assert!(text.starts_with("//!"), "{} does not open with a `//!` line", path.display());
         }
@@ -114,8 +131,10 @@ fn every_file_says_what_it_is_for() -> Result<()> {
 fn both_databases_have_the_same_migrations() -> Result<()> {
     let names = |database: &str| -> Result<Vec<String>> {
         let folder = repository().join("migrations").join(database);
-        let mut names: Vec<String> =
-            std::fs::read_dir(folder)?.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+        let mut names: Vec<String> = std::fs::read_dir(folder)?
+            .flatten()
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .collect();
         names.sort();
         Ok(names)
     };

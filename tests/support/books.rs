@@ -60,7 +60,14 @@ async fn check_outputs(world: &World, nonces: &BTreeMap<String, String>, books: 
         }
     }
     books.outputs = stored.len();
-    let committed = world.database.number("select count(*) from oncely.outbox where worker = 'test' and subject not like 'oncely.dlq.%'").await?;
-    ensure!(committed == stored.len() as i64, "{committed} outputs were committed and {} are on the stream", stored.len());
+    let committed = world
+        .database
+        .number("select count(*) from oncely.outbox where worker = 'test' and subject not like 'oncely.dlq.%'")
+        .await?;
+    ensure!(
+        committed == stored.len() as i64,
+        "{committed} outputs were committed and {} are on the stream",
+        stored.len()
+    );
     Ok(())
 }

@@ -5,34 +5,50 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use sqlx::{AssertSqlSafe, Connection, Row};
 
-use crate::postgres::PostgresDatabase;
+use crate::{pgbouncer, postgres};
 
 /// Which database a test runs on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     Sqlite,
     Postgres,
+    /// PostgreSQL behind a pooler that gives each transaction another connection.
+    Pgbouncer,
 }
 
 /// A fresh database.
 pub enum Database {
     Sqlite(PathBuf),
-    Postgres(PostgresDatabase),
+    /// By URL: the one the host uses, and the one the test looks through.
+    Postgres {
+        host: String,
+        direct: String,
+    },
 }
 
 impl Database {
     pub async fn fresh(kind: Kind, folder: &Path) -> Result<Self> {
         Ok(match kind {
             Kind::Sqlite => Database::Sqlite(folder.join("test.db")),
-            Kind::Postgres => Database::Postgres(PostgresDatabase::create().await?),
+            Kind::Postgres => Database::on(postgres::shared()).await?,
+            Kind::Pgbouncer => {
+                let name = postgres::shared().create_database().await?;
+                Database::Postgres { host: pgbouncer::shared().url(&name), direct: postgres::shared().url(&name) }
+            }
         })
+    }
+
+    /// A fresh database of this cluster.
+    pub async fn on(cluster: &postgres::Cluster) -> Result<Self> {
+        let direct = cluster.url(&cluster.create_database().await?);
+        Ok(Database::Postgres { host: direct.clone(), direct })
     }
 
     /// What `--database` takes.
     pub fn url(&self) -> String {
         match self {
             Database::Sqlite(path) => path.display().to_string(),
-            Database::Postgres(database) => database.url(),
+            Database::Postgres { host, .. } => host.clone(),
         }
     }
 
@@ -43,15 +59,14 @@ impl Database {
             Database::Sqlite(path) => {
                 let sql = sql.replace("oncely.", "oncely_").replace("app.", "");
                 let options = sqlx::sqlite::SqliteConnectOptions::new().filename(path).read_only(true);
-                let mut connection = sqlx::SqliteConnection::connect_with(&options).await.context("open the database")?;
+                let mut connection =
+                    sqlx::SqliteConnection::connect_with(&options).await.context("open the database")?;
                 let rows = sqlx::query(AssertSqlSafe(sql)).fetch_all(&mut connection).await?;
-                rows.iter()
-                    .map(|row| (0..row.len()).map(|column| sqlite_text(row, column)).collect())
-                    .collect()
+                rows.iter().map(|row| (0..row.len()).map(|column| sqlite_text(row, column)).collect()).collect()
             }
-            Database::Postgres(database) => {
+            Database::Postgres { direct, .. } => {
                 let sql = sql.replace("app.", "app_default.");
-                let mut connection = sqlx::PgConnection::connect(&database.url()).await.context("connect")?;
+                let mut connection = sqlx::PgConnection::connect(direct).await.context("connect")?;
                 // The simple protocol brings every value as text.
                 let rows = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut connection).await?;
                 let text = |row: &sqlx::postgres::PgRow, column: usize| -> Result<String> {

@@ -4,6 +4,7 @@ pub mod books;
 pub mod database;
 pub mod guests;
 pub mod nats;
+pub mod pgbouncer;
 pub mod postgres;
 pub mod server;
 pub mod world;

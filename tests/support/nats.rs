@@ -109,11 +109,8 @@ impl NatsServer {
                 for (name, value) in &message.headers {
                     headers.append(name.as_str(), value.parse::<async_nats::HeaderValue>()?);
                 }
-                let publish = context.publish_with_headers(
-                    message.subject.clone(),
-                    headers,
-                    message.body.clone().into(),
-                );
+                let publish =
+                    context.publish_with_headers(message.subject.clone(), headers, message.body.clone().into());
                 answers.push(publish.await.context("publish")?);
             }
             for answer in answers {

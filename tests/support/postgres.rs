@@ -1,144 +1,132 @@
-//! A PostgreSQL cluster of the test process's own, with a fresh database for each test.
+//! A PostgreSQL cluster of the test process's own.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
-use sqlx::{AssertSqlSafe, Connection};
-use tempfile::TempDir;
-use tokio::sync::OnceCell;
+use anyhow::{Context, ensure};
+use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 
 use crate::server::{Server, free_port};
 
-/// A cluster in a folder of its own, on a free port of the loopback interface.
+/// What a test wants of a server: durable against a crash of the process, not of the machine, and quick to see deadlocks.
+const SETTINGS: &str = "-c fsync=off -c deadlock_timeout=200ms -c max_connections=300 -c shared_buffers=64MB";
+
+/// A cluster in a folder of its own, stopped and removed with the test process.
 pub struct Cluster {
+    folder: PathBuf,
     port: u16,
-    folder: TempDir,
-    server: Option<Server>,
-}
-
-/// A fresh database in a cluster.
-#[derive(Debug, Clone)]
-pub struct PostgresDatabase {
-    port: u16,
-    name: String,
-}
-
-impl PostgresDatabase {
-    /// Makes a database in the cluster all tests of this process share.
-    pub async fn create() -> Result<Self> {
-        static SHARED: OnceCell<Cluster> = OnceCell::const_new();
-        SHARED.get_or_try_init(Cluster::start).await?.create_database().await
-    }
-
-    pub fn url(&self) -> String {
-        format!("postgres://postgres@127.0.0.1:{}/{}", self.port, self.name)
-    }
+    /// The servers that ran, the last one last.
+    servers: Vec<Server>,
 }
 
 impl Cluster {
-    /// Makes and starts a cluster.
-    pub async fn start() -> Result<Cluster> {
-        let folder = tempfile::Builder::new().prefix("oncely-postgres-").tempdir().context("make a folder")?;
-        let data = folder.path().join("data");
-        // The server refuses to run as root and must own its folder.
-        std::fs::create_dir(&data).context("make the data folder")?;
-        if is_root()? {
-            run(Command::new("chown").arg("postgres").arg(folder.path()).arg(&data))?;
+    /// Makes a cluster and starts it.
+    pub fn start() -> anyhow::Result<Self> {
+        let folder = tempfile::Builder::new().prefix("oncely-postgres-").tempdir().context("make a folder")?.keep();
+        if !as_postgres().is_empty() {
+            run("chown", &["postgres", &folder.to_string_lossy()])?;
         }
-        run(as_server_user(&program("initdb")?)?
-            .args(["--auth=trust", "--username=postgres", "--no-sync", "--encoding=UTF8", "--locale=C"])
-            .arg("--pgdata")
-            .arg(&data))?;
-        let mut cluster = Cluster { port: free_port()?, folder, server: None };
-        cluster.restart().await?;
+        let data = folder.join("data").to_string_lossy().into_owned();
+        let initdb = tool("initdb").to_string_lossy().into_owned();
+        let command = ["-D", &data, "-U", "postgres", "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C"];
+        run_as_postgres(&[&[initdb.as_str()], &command[..]].concat())?;
+        let mut cluster = Cluster { folder, port: free_port()?, servers: Vec::new() };
+        cluster.start_again()?;
         Ok(cluster)
     }
 
-    /// Starts the server, again on the same port and with the same data.
-    pub async fn restart(&mut self) -> Result<()> {
-        let mut command = as_server_user(&program("postgres")?)?;
-        let folder = self.folder.path();
-        command.arg("-D").arg(folder.join("data")).args(["-h", "127.0.0.1", "-p", &self.port.to_string()]);
-        command.arg("-k").arg(folder).args(["-c", "max_connections=300"]);
-        let line = shell_line(&command);
-        let log = folder.join("log");
-        self.server = Some(Server::start(&format!("exec {line} >'{}' 2>&1", log.display()), &folder.join("none"))?);
-        let end = Instant::now() + Duration::from_secs(30);
-        while let Err(error) = sqlx::PgConnection::connect(&self.url("postgres")).await {
-            if Instant::now() > end {
-                bail!("PostgreSQL does not answer: {error}\n{}", std::fs::read_to_string(log).unwrap_or_default());
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
+    /// Starts the server, after [`Cluster::stop`].
+    pub fn start_again(&mut self) -> anyhow::Result<()> {
+        let (folder, port) = (self.folder.display(), self.port);
+        let command = format!(
+            "{} {} -D {folder}/data -p {port} -k {folder} -c listen_addresses=127.0.0.1 {SETTINGS}",
+            as_postgres().join(" "),
+            tool("postgres").display()
+        );
+        self.servers.push(Server::start(&command, &self.folder)?);
+        let deadline = Instant::now() + Duration::from_secs(30);
+        let ready = tool("pg_isready").to_string_lossy().into_owned();
+        while run(&ready, &["-q", "-h", "127.0.0.1", "-p", &port.to_string()]).is_err() {
+            ensure!(Instant::now() < deadline, "PostgreSQL did not start in time");
+            std::thread::sleep(Duration::from_millis(20));
         }
         Ok(())
     }
 
-    /// Stops the server at once, as a crash would: connections are cut, the log is replayed at the next start.
-    pub fn crash(&mut self) -> Result<()> {
-        let pid_file = self.folder.path().join("data/postmaster.pid");
-        let text = std::fs::read_to_string(pid_file).context("read the server's pid")?;
-        let pid = text.lines().next().context("read the server's pid")?.parse().context("read the server's pid")?;
-        crate::world::signal(pid, "QUIT")?;
-        self.server = None;
-        Ok(())
-    }
-
-    pub async fn create_database(&self) -> Result<PostgresDatabase> {
-        let name = format!("test_{}", uuid::Uuid::new_v4().simple());
-        let mut connection = sqlx::PgConnection::connect(&self.url("postgres")).await.context("connect")?;
-        sqlx::raw_sql(AssertSqlSafe(format!("create database {name}"))).execute(&mut connection).await?;
-        Ok(PostgresDatabase { port: self.port, name })
+    /// Stops the server as a crash would: without a farewell to its connections, without a checkpoint.
+    pub fn stop(&self) -> anyhow::Result<()> {
+        let data = self.folder.join("data").to_string_lossy().into_owned();
+        let pg_ctl = tool("pg_ctl").to_string_lossy().into_owned();
+        run_as_postgres(&[pg_ctl.as_str(), "-D", &data, "-m", "immediate", "-w", "stop"])
     }
 
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    fn url(&self, database: &str) -> String {
+    /// The URL of a database of this cluster.
+    pub fn url(&self, database: &str) -> String {
         format!("postgres://postgres@127.0.0.1:{}/{database}", self.port)
     }
-}
 
-/// A program of the newest PostgreSQL on this machine.
-fn program(name: &str) -> Result<PathBuf> {
-    let mut versions: Vec<PathBuf> = std::fs::read_dir("/usr/lib/postgresql")
-        .map(|folder| folder.flatten().map(|entry| entry.path().join("bin").join(name)).collect())
-        .unwrap_or_default();
-    versions.retain(|path| path.exists());
-    versions.sort();
-    match versions.pop() {
-        Some(path) => Ok(path),
-        None => Ok(Path::new(name).to_owned()),
+    /// Makes an empty database and returns its name.
+    pub async fn create_database(&self) -> anyhow::Result<String> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("test_{}", COUNT.fetch_add(1, Ordering::Relaxed));
+        let mut connection =
+            PgConnection::connect(&self.url("postgres")).await.context("connect to the test cluster")?;
+        connection
+            .execute(AssertSqlSafe(format!("create database {name}")))
+            .await
+            .context("make a database for a test")?;
+        connection.close().await.context("leave the test cluster")?;
+        Ok(name)
     }
 }
 
-/// A command that runs as the user `postgres` when this is root.
-pub fn as_server_user(program: &Path) -> Result<Command> {
-    if !is_root()? {
-        return Ok(Command::new(program));
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        // The one that runs goes first; each guard removes the folder when its server ended.
+        while let Some(server) = self.servers.pop() {
+            drop(server);
+        }
     }
-    let mut command = Command::new("runuser");
-    command.args(["-u", "postgres", "--"]).arg(program);
-    Ok(command)
 }
 
-fn is_root() -> Result<bool> {
-    let output = Command::new("id").arg("-u").output().context("ask who we are")?;
-    Ok(output.stdout.trim_ascii() == b"0")
+/// The cluster that tests share; each makes a database of its own in it.
+pub fn shared() -> &'static Cluster {
+    static SHARED: OnceLock<Cluster> = OnceLock::new();
+    SHARED.get_or_init(|| Cluster::start().expect("start a PostgreSQL cluster"))
 }
 
-fn run(command: &mut Command) -> Result<()> {
-    let output = command.current_dir("/").output().with_context(|| format!("run {command:?}"))?;
-    ensure!(output.status.success(), "{command:?} failed:\n{}", String::from_utf8_lossy(&output.stderr));
+/// PostgreSQL's tools are not on PATH on Debian.
+fn tool(name: &str) -> PathBuf {
+    let installed = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    let mut tools: Vec<_> =
+        installed.map(|version| version.path().join("bin").join(name)).filter(|p| p.exists()).collect();
+    tools.sort();
+    tools.pop().unwrap_or_else(|| Path::new(name).to_owned())
+}
+
+/// The words to put before a command that refuses to run as root.
+pub fn as_postgres() -> Vec<&'static str> {
+    let is_root = Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout.trim_ascii() == b"0");
+    // It replaces itself by the command, so that signals reach the server.
+    if is_root { vec!["setpriv", "--reuid=postgres", "--regid=postgres", "--init-groups"] } else { Vec::new() }
+}
+
+fn run_as_postgres(command: &[&str]) -> anyhow::Result<()> {
+    let words = [&as_postgres()[..], command].concat();
+    let (program, arguments) = words.split_first().context("name a command")?;
+    run(program, arguments)
+}
+
+fn run(program: &str, arguments: &[&str]) -> anyhow::Result<()> {
+    let output =
+        Command::new(program).args(arguments).current_dir("/").output().with_context(|| format!("run {program}"))?;
+    ensure!(output.status.success(), "{program} failed: {}", String::from_utf8_lossy(&output.stderr));
     Ok(())
-}
-
-fn shell_line(command: &Command) -> String {
-    std::iter::once(command.get_program())
-        .chain(command.get_args())
-        .map(|part| format!("'{}'", part.to_string_lossy()))
-        .collect::<Vec<_>>()
-        .join(" ")
 }

@@ -94,10 +94,9 @@ async fn login(options: ConnectOptions, nats: &Nats) -> Result<ConnectOptions> {
             let seed = std::fs::read_to_string(path).with_context(|| format!("read the nkey {}", path.display()))?;
             options.nkey(seed.trim().to_owned())
         }
-        Login::Credentials(path) => options
-            .credentials_file(path)
-            .await
-            .with_context(|| format!("read the credentials {}", path.display()))?,
+        Login::Credentials(path) => {
+            options.credentials_file(path).await.with_context(|| format!("read the credentials {}", path.display()))?
+        }
     };
     if let Some(path) = &nats.root_certificate {
         options = options.add_root_certificates(path.clone());

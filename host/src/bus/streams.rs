@@ -83,7 +83,9 @@ impl Bus {
         match self.context.get_stream(name).await {
             Ok(stream) => info(stream.cached_info()).map(Some),
             Err(error) => match error.kind() {
-                GetStreamErrorKind::JetStream(code) if code.error_code() == async_nats::jetstream::ErrorCode::STREAM_NOT_FOUND => {
+                GetStreamErrorKind::JetStream(code)
+                    if code.error_code() == async_nats::jetstream::ErrorCode::STREAM_NOT_FOUND =>
+                {
                     Ok(None)
                 }
                 _ => Err(error).with_context(|| format!("ask NATS for the stream {name}")),

@@ -130,9 +130,9 @@ impl Client {
 fn from_problem(problem: Problem, exit: Exit) -> anyhow::Error {
     let mut causes = problem.causes.into_iter().rev();
     let error = match causes.next() {
-        Some(innermost) => causes
-            .fold(anyhow!(innermost), |error, text| error.context(text))
-            .context(exit.because(problem.error)),
+        Some(innermost) => {
+            causes.fold(anyhow!(innermost), |error, text| error.context(text)).context(exit.because(problem.error))
+        }
         None => exit.because(problem.error).into(),
     };
     problem.hints.into_iter().rev().fold(error, |error, hint| error.hint(hint))

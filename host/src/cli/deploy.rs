@@ -69,7 +69,9 @@ pub fn propose(manifest: &Manifest, entry: &WorkerEntry, digest: String, dialect
 /// Shows what a deployment changes.
 pub fn show_plan(plan: &Plan) {
     match (plan.from, plan.changes.is_empty()) {
-        (Some(version), true) => term::note(format!("worker {}: nothing changes, version {version} stays", plan.worker)),
+        (Some(version), true) => {
+            term::note(format!("worker {}: nothing changes, version {version} stays", plan.worker))
+        }
         (Some(version), false) => term::note(format!("worker {}: changes to version {version}", plan.worker)),
         (None, _) => term::note(format!("worker {}: new", plan.worker)),
     }

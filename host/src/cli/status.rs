@@ -57,8 +57,7 @@ fn show_totals(workers: &[WorkerState], totals: &[WorkerTotals]) -> Result<()> {
             totals.oldest_unpublished_ms.map_or("-".to_owned(), |ms| format!("{:.1} s", ms as f64 / 1000.0)),
         ]
     };
-    let mut table =
-        Table::new(&["worker", "state", "waiting", "done", "dead", "outputs", "unpublished", "oldest"]);
+    let mut table = Table::new(&["worker", "state", "waiting", "done", "dead", "outputs", "unpublished", "oldest"]);
     totals.iter().map(row).for_each(|row| table.row(row));
     term::data(format!("\n{table}").trim_end())
 }

@@ -307,10 +307,8 @@ impl CallState {
             SqlError::Conflict(_) => "conflict",
             _ => "sql",
         };
-        let dooms = !matches!(
-            error,
-            SqlError::NotAllowed(_) | SqlError::InvalidParameter(_) | SqlError::TransactionFailed(_)
-        );
+        let dooms =
+            !matches!(error, SqlError::NotAllowed(_) | SqlError::InvalidParameter(_) | SqlError::TransactionFailed(_));
         if dooms {
             self.doom(kind, code, &format!("a statement failed: {error}"));
         }

@@ -356,7 +356,7 @@ mod tests {
             "/* /* */ commit -- */ select 1",
             "-- \r select 1 \n commit",
             "insert or -- \r x \n rollback into t values (1)",
-            "insert or\u{feff}rollback into t values (1)",
+            "insert or \u{feff}rollback into t values (1)",
             "select [']; commit --']",
             "select `'`; commit --'",
             "select E'\\'; commit --'",

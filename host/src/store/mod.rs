@@ -10,8 +10,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use jiff::Timestamp;
 
-use crate::message::Headers;
 pub use crate::manifest::WorkerMigration;
+use crate::message::Headers;
 pub use crate::message::Output;
 use crate::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
 pub use crate::state::{StateEntry, StateWrite};

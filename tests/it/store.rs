@@ -1,0 +1,173 @@
+//! What a store promises, on SQLite, on PostgreSQL, and on PostgreSQL behind a pooler that gives connections away.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use oncely::message::{Message, Origin};
+use oncely::sql::{Dialect, Rows, SqlLimits, Value};
+use oncely::store::{Claim, Claimed, Output, PostgresStore, SqliteStore, Store, Tx, WorkerMigration};
+use oncely::verdict::{Letter, Reason};
+use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
+use support::{pgbouncer, postgres};
+
+/// Runs each fact on every database. The functions that state the facts take a [`World`].
+macro_rules! on_every_database {
+    ($($fact:ident),* $(,)?) => {
+        on_every_database!(@on sqlite, $($fact),*);
+        on_every_database!(@on postgres, $($fact),*);
+        on_every_database!(@on pgbouncer, $($fact),*);
+    };
+    (@on $database:ident, $($fact:ident),*) => {
+        mod $database {
+            $(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $fact() {
+                    super::$fact(crate::store::World::$database().await).await;
+                }
+            )*
+        }
+    };
+}
+
+mod deployments;
+mod guest_sql;
+mod hostile_sql;
+mod inbox;
+mod letters;
+mod outages;
+mod outbox;
+mod state;
+mod totals;
+
+const WORKER: &str = "payments";
+const TIME: Duration = Duration::from_secs(20);
+const LEASE: Duration = Duration::from_secs(30);
+const LIMITS: SqlLimits = SqlLimits { rows: 100, bytes: 100_000 };
+
+/// A store on a fresh database.
+struct World {
+    store: Arc<dyn Store>,
+    /// How to reach the database around the store; none for SQLite.
+    url: Option<String>,
+    _folder: tempfile::TempDir,
+}
+
+impl World {
+    async fn sqlite() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let store = SqliteStore::open(&folder.path().join("oncely.db")).await.unwrap();
+        World { store: Arc::new(store), url: None, _folder: folder }
+    }
+
+    async fn postgres() -> Self {
+        let database = postgres::shared().create_database().await.unwrap();
+        let url = postgres::shared().url(&database);
+        World::on_postgres(&url, &url).await
+    }
+
+    async fn pgbouncer() -> Self {
+        let database = postgres::shared().create_database().await.unwrap();
+        World::on_postgres(&pgbouncer::shared().url(&database), &postgres::shared().url(&database)).await
+    }
+
+    async fn on_postgres(url: &str, direct: &str) -> Self {
+        let store = PostgresStore::connect(url, 8).await.unwrap();
+        World { store: Arc::new(store), url: Some(direct.to_owned()), _folder: tempfile::tempdir().unwrap() }
+    }
+
+    fn is_postgres(&self) -> bool {
+        self.store.dialect() == Dialect::Postgres
+    }
+
+    async fn begin(&self) -> Box<dyn Tx> {
+        self.store.begin(WORKER, TIME).await.unwrap()
+    }
+
+    /// A connection around the store, to PostgreSQL itself.
+    async fn connect(&self) -> PgConnection {
+        PgConnection::connect(self.url.as_deref().unwrap()).await.unwrap()
+    }
+
+    async fn run_around(&self, statement: &str) {
+        self.connect().await.execute(AssertSqlSafe(statement)).await.unwrap();
+    }
+
+    /// Deploys a version of the worker that makes these tables.
+    async fn migrate(&self, name: &str, sql: &str) {
+        let digest = "a".repeat(64);
+        self.store.put_component(&digest, b"component").await.unwrap();
+        let migration = WorkerMigration { name: name.to_owned(), sql: sql.to_owned() };
+        self.store.deploy(WORKER, &digest, "{}", &[migration]).await.unwrap();
+    }
+
+    /// All rows of a statement, in a transaction of its own.
+    async fn rows(&self, statement: &str) -> Vec<Vec<Value>> {
+        let mut tx = self.begin().await;
+        let rows = query(&mut tx, statement, &[]).await.rows;
+        tx.rollback().await;
+        rows
+    }
+
+    /// Claims an event in a transaction of its own, which is rolled back.
+    async fn look(&self, event_id: &str, payload: u8) -> Claimed {
+        let mut tx = self.begin().await;
+        let claimed = claim(&mut tx, event_id, payload).await;
+        tx.rollback().await;
+        claimed
+    }
+}
+
+fn a_claim(event_id: &str, payload: u8) -> Claim {
+    let origin = Some(("ORDERS".to_owned(), 7));
+    Claim { event_id: event_id.to_owned(), payload_sha256: [payload; 32], origin }
+}
+
+async fn claim(tx: &mut Box<dyn Tx>, event_id: &str, payload: u8) -> Claimed {
+    tx.claim(&[a_claim(event_id, payload)]).await.unwrap().remove(0)
+}
+
+async fn query(tx: &mut Box<dyn Tx>, statement: &str, params: &[Value]) -> Rows {
+    tx.query(statement, params, LIMITS).await.unwrap().unwrap()
+}
+
+async fn execute(tx: &mut Box<dyn Tx>, statement: &str, params: &[Value]) -> u64 {
+    tx.execute(statement, params).await.unwrap().unwrap()
+}
+
+fn text(text: &str) -> Value {
+    Value::Text(text.to_owned())
+}
+
+fn an_output(event_id: &str, ordinal: u32, delay: Duration) -> Output {
+    Output {
+        id: format!("{WORKER}:{event_id}:{ordinal}"),
+        event_id: event_id.to_owned(),
+        ordinal,
+        subject: "payments.settled".to_owned(),
+        headers: vec![("Ce-Type".to_owned(), "settled \"é\"\n".to_owned()), ("Ce-Type".to_owned(), "twice".to_owned())],
+        body: Bytes::from_static(b"\x00\xffbody"),
+        ordering_key: Some("account-1".to_owned()),
+        delay,
+    }
+}
+
+fn a_letter(event_id: &str, body: &'static [u8], reason: Reason) -> (Letter, Output) {
+    let message = Message {
+        event_id: event_id.to_owned(),
+        subject: "orders.new".to_owned(),
+        headers: vec![("Nats-Msg-Id".to_owned(), event_id.to_owned())],
+        body: Bytes::from_static(body),
+        origin: Some(Origin { stream: "ORDERS".to_owned(), sequence: 9, stored_at: jiff::Timestamp::UNIX_EPOCH }),
+    };
+    let letter = Letter {
+        worker: WORKER.to_owned(),
+        version: 3,
+        reason,
+        code: Some("card-declined".to_owned()),
+        detail: "the card was declined\0".to_owned(),
+        attempts: 2,
+        message,
+    };
+    (letter, an_output(event_id, 0, Duration::ZERO))
+}

@@ -1,0 +1,56 @@
+//! A database that is away is waited for, and nothing is lost or repeated.
+
+use std::time::{Duration, Instant};
+
+use oncely::store::{Claimed, PostgresStore, Store, StoreError};
+use sqlx::Executor;
+use support::postgres::Cluster;
+
+use super::{TIME, WORKER, World, a_claim, claim};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stopped_postgres_is_unavailable_and_work_resumes_by_itself() {
+    let mut cluster = Cluster::start().unwrap();
+    let store = PostgresStore::connect(&cluster.url("postgres"), 4).await.unwrap();
+    let mut settled = store.begin(WORKER, TIME).await.unwrap();
+    claim(&mut settled, "settled", 1).await;
+    settled.commit().await.unwrap();
+    let mut open = store.begin(WORKER, TIME).await.unwrap();
+    claim(&mut open, "open", 1).await;
+    let mut other = store.begin(WORKER, TIME).await.unwrap();
+    claim(&mut other, "other", 1).await;
+    store.ping().await.unwrap();
+
+    cluster.stop().unwrap();
+    assert!(matches!(open.commit().await, Err(StoreError::Unavailable(_))));
+    assert!(matches!(other.claim(&[a_claim("more", 1)]).await, Err(StoreError::Unavailable(_))));
+    other.rollback().await;
+    let began = Instant::now();
+    assert!(matches!(store.ping().await, Err(StoreError::Unavailable(_))));
+    assert!(matches!(store.begin(WORKER, TIME).await.err(), Some(StoreError::Unavailable(_))));
+    assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
+
+    cluster.start_again().unwrap();
+    let mut tx = store.begin(WORKER, TIME).await.unwrap();
+    let claims = [a_claim("settled", 1), a_claim("open", 1), a_claim("other", 1)];
+    let claimed = tx.claim(&claims).await.unwrap();
+    assert!(
+        matches!(claimed.as_slice(), [Claimed::Settled(_), Claimed::Fresh { .. }, Claimed::Fresh { .. }]),
+        "{claimed:?}"
+    );
+    tx.commit().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_terminated_connection_costs_its_transaction_and_nothing_else() {
+    for world in [World::postgres().await, World::pgbouncer().await] {
+        let mut tx = world.begin().await;
+        claim(&mut tx, "e1", 1).await;
+        let terminate = "select pg_terminate_backend(pid) from pg_stat_activity
+             where datname = current_database() and pid <> pg_backend_pid()";
+        world.connect().await.execute(terminate).await.unwrap();
+        let result = tx.commit().await;
+        assert!(matches!(result, Err(StoreError::Unavailable(_))), "{result:?}");
+        assert!(matches!(world.look("e1", 1).await, Claimed::Fresh { .. }));
+    }
+}

@@ -1,0 +1,131 @@
+//! Outputs are handed over once, and found again when they were not published.
+
+use std::time::Duration;
+
+use oncely::store::{OutboxRow, Output, Published};
+
+use super::{LEASE, World, a_claim, an_output};
+
+const NOW: Duration = Duration::ZERO;
+const LONG: Duration = Duration::from_secs(3600);
+const SHORT: Duration = Duration::from_millis(1);
+
+on_every_database!(
+    outputs_are_returned_in_order_and_left_to_the_host_that_committed_them,
+    an_output_whose_lease_ran_out_is_leased_again_with_its_first_attempt,
+    delayed_outputs_are_left_to_the_sweep,
+    published_outputs_are_never_leased_again,
+    outputs_that_are_not_there_cannot_be_marked,
+    a_deferred_output_is_due_after_its_delay_with_one_more_failure,
+    two_sweeps_never_lease_the_same_output,
+);
+
+async fn append(world: &World, outputs: &[Output], lease: Duration) -> Vec<OutboxRow> {
+    let mut tx = world.begin().await;
+    tx.claim(&[a_claim("e1", 1)]).await.unwrap();
+    let rows = tx.append_outputs(outputs, lease).await.unwrap();
+    tx.commit().await.unwrap();
+    rows
+}
+
+fn place(seq: i64) -> Published {
+    Published { seq, stream: "PAYMENTS".to_owned(), stream_sequence: 41 }
+}
+
+/// Leases until something is due.
+async fn lease(world: &World, lease: Duration) -> Vec<OutboxRow> {
+    let until_due = async {
+        loop {
+            let rows = world.store.lease_outputs(100, lease).await.unwrap();
+            if !rows.is_empty() {
+                return rows;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), until_due).await.expect("nothing becomes due")
+}
+
+async fn outputs_are_returned_in_order_and_left_to_the_host_that_committed_them(world: World) {
+    let outputs: Vec<_> = (0..20).map(|ordinal| an_output("e1", ordinal, NOW)).collect();
+    let before = jiff::Timestamp::now();
+    let rows = append(&world, &outputs, LEASE).await;
+    assert_eq!(rows.len(), 20);
+    for (row, output) in rows.iter().zip(&outputs) {
+        assert_eq!((&row.id, &row.headers, &row.body), (&output.id, &output.headers, &output.body));
+        assert_eq!((row.worker.as_str(), row.failures), (super::WORKER, 0));
+        assert!(row.first_attempt_at.duration_since(before).abs() < jiff::SignedDuration::from_secs(10));
+    }
+    assert!(rows.windows(2).all(|pair| pair[0].seq < pair[1].seq));
+    assert!(world.store.lease_outputs(100, LEASE).await.unwrap().is_empty());
+}
+
+async fn an_output_whose_lease_ran_out_is_leased_again_with_its_first_attempt(world: World) {
+    let committed = append(&world, &[an_output("e1", 0, NOW), an_output("e1", 1, NOW)], SHORT).await;
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    assert_eq!(world.store.lease_outputs(1, LEASE).await.unwrap(), committed[..1]);
+    assert_eq!(world.store.lease_outputs(100, LEASE).await.unwrap(), committed[1..]);
+    assert!(world.store.lease_outputs(100, LEASE).await.unwrap().is_empty());
+}
+
+async fn delayed_outputs_are_left_to_the_sweep(world: World) {
+    let outputs = [an_output("e1", 0, LONG), an_output("e1", 1, NOW), an_output("e1", 2, Duration::from_millis(300))];
+    let due = append(&world, &outputs, LEASE).await;
+    assert_eq!(due.iter().map(|row| row.id.as_str()).collect::<Vec<_>>(), [outputs[1].id.as_str()]);
+    assert!(world.store.lease_outputs(100, LEASE).await.unwrap().is_empty());
+    let leased = lease(&world, LEASE).await;
+    assert_eq!(leased.iter().map(|row| row.id.as_str()).collect::<Vec<_>>(), [outputs[2].id.as_str()]);
+    assert!(leased[0].first_attempt_at > due[0].first_attempt_at);
+}
+
+async fn published_outputs_are_never_leased_again(world: World) {
+    let rows = append(&world, &[an_output("e1", 0, NOW), an_output("e1", 1, NOW)], SHORT).await;
+    world.store.mark_published(&[place(rows[1].seq), place(rows[0].seq)]).await.unwrap();
+    // A relay that was slow may say it once more.
+    world.store.mark_published(&[place(rows[0].seq)]).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    assert!(world.store.lease_outputs(100, LEASE).await.unwrap().is_empty());
+    let totals = world.store.totals().await.unwrap();
+    assert_eq!((totals[0].outputs, totals[0].unpublished, totals[0].oldest_unpublished_ms), (2, 0, None));
+}
+
+async fn outputs_that_are_not_there_cannot_be_marked(world: World) {
+    let rows = append(&world, &[an_output("e1", 0, NOW)], SHORT).await;
+    assert!(world.store.mark_published(&[place(rows[0].seq), place(rows[0].seq + 1)]).await.is_err());
+    assert_eq!(lease(&world, LEASE).await.len(), 1);
+}
+
+async fn a_deferred_output_is_due_after_its_delay_with_one_more_failure(world: World) {
+    let rows = append(&world, &[an_output("e1", 0, NOW), an_output("e1", 1, NOW)], LEASE).await;
+    world.store.defer_outputs(&[rows[0].seq], SHORT, "no stream takes it\0").await.unwrap();
+    world.store.defer_outputs(&[rows[1].seq], LONG, "no stream takes it").await.unwrap();
+    let leased = lease(&world, LEASE).await;
+    assert_eq!(leased, [OutboxRow { failures: 1, ..rows[0].clone() }]);
+}
+
+async fn two_sweeps_never_lease_the_same_output(world: World) {
+    let outputs: Vec<_> = (0..60).map(|ordinal| an_output("e1", ordinal, NOW)).collect();
+    append(&world, &outputs, SHORT).await;
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let sweeps: Vec<_> = (0..4)
+        .map(|_| {
+            let store = std::sync::Arc::clone(&world.store);
+            tokio::spawn(async move {
+                let mut seqs = Vec::new();
+                for _ in 0..20 {
+                    let rows = store.lease_outputs(7, LEASE).await.unwrap();
+                    seqs.extend(rows.into_iter().map(|row| row.seq));
+                }
+                seqs
+            })
+        })
+        .collect();
+    let mut seqs = Vec::new();
+    for sweep in sweeps {
+        seqs.extend(sweep.await.unwrap());
+    }
+    assert_eq!(seqs.len(), 60);
+    seqs.sort_unstable();
+    seqs.dedup();
+    assert_eq!(seqs.len(), 60);
+}

@@ -1,0 +1,63 @@
+//! A PgBouncer of the test process's own, which gives a server connection away after each transaction.
+
+use std::net::TcpStream;
+use std::process::Command;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+
+use crate::postgres::{self, as_postgres};
+use crate::server::{Server, free_port};
+
+/// How many server connections each database gets; few, so that clients really share them.
+const SERVER_CONNECTIONS: u32 = 4;
+
+pub struct Bouncer {
+    port: u16,
+    _server: Server,
+}
+
+impl Bouncer {
+    /// Starts a pooler in front of the shared cluster.
+    fn start() -> anyhow::Result<Self> {
+        let folder = tempfile::Builder::new().prefix("oncely-pgbouncer-").tempdir().context("make a folder")?.keep();
+        let (port, upstream) = (free_port()?, postgres::shared().port());
+        let settings = folder.join("pgbouncer.ini");
+        let text = format!(
+            "[databases]\n* = host=127.0.0.1 port={upstream} user=postgres\n[pgbouncer]\nlisten_addr = 127.0.0.1\n\
+             listen_port = {port}\nunix_socket_dir =\nauth_type = any\npool_mode = transaction\n\
+             max_client_conn = 500\ndefault_pool_size = {SERVER_CONNECTIONS}\n"
+        );
+        std::fs::write(&settings, text).context("write the settings of PgBouncer")?;
+        let readable = Command::new("chmod").arg("-R").arg("a+rX").arg(&folder).status();
+        ensure!(readable.is_ok_and(|status| status.success()), "cannot make {} readable", folder.display());
+        let command = format!("{} {} {}", as_postgres().join(" "), program()?, settings.display());
+        let server = Server::start(&command, &folder)?;
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while TcpStream::connect(("127.0.0.1", port)).is_err() {
+            ensure!(Instant::now() < deadline, "PgBouncer did not start in time");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(Bouncer { port, _server: server })
+    }
+
+    /// The URL of a database behind the pooler.
+    pub fn url(&self, database: &str) -> String {
+        format!("postgres://postgres@127.0.0.1:{}/{database}?statement-cache-capacity=0", self.port)
+    }
+}
+
+/// The pooler that tests share.
+pub fn shared() -> &'static Bouncer {
+    static SHARED: OnceLock<Bouncer> = OnceLock::new();
+    SHARED.get_or_init(|| Bouncer::start().expect("start PgBouncer"))
+}
+
+fn program() -> anyhow::Result<&'static str> {
+    let places = ["/usr/sbin/pgbouncer", "/usr/bin/pgbouncer", "/usr/local/bin/pgbouncer"];
+    places
+        .into_iter()
+        .find(|place| std::path::Path::new(place).exists())
+        .context("find PgBouncer (`apt-get install pgbouncer`)")
+}
