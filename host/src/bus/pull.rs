@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Error, Result};
@@ -36,6 +36,9 @@ const SILENCE_MAX: Duration = Duration::from_secs(11);
 /// How many bytes one pull request may bring; more when the server takes larger messages.
 const REQUEST_BYTES: usize = 16 << 20;
 
+/// When a message comes again whose event id could not be made out.
+const TAKE_AGAIN_AFTER: Duration = Duration::from_millis(500);
+
 /// How long an acknowledgement may take to find room in the client's buffer, which is full only in an outage.
 const SEND_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -60,6 +63,8 @@ pub struct Pull {
     subscription: Subscription,
     consumer: Consumer<Config>,
     stream_created: Timestamp,
+    /// The same for receipts, in microseconds since the epoch.
+    stream_now: Arc<AtomicI64>,
     /// Whether `stream_created` is known to be that of the stream the open request takes from.
     created_confirmed: bool,
     /// Requests are numbered; request 7 is answered at `{inbox}.7`.
@@ -96,6 +101,10 @@ pub struct Pulled {
 /// The right to settle one delivered message.
 pub struct Receipt {
     reply: Progress,
+    /// When the stream was made that the message stood on, and when the one was made that is there now, in microseconds
+    /// since the epoch.
+    stream_created: i64,
+    stream_now: Arc<AtomicI64>,
 }
 
 /// Tells the server that a message is being worked on. Cheap to clone.
@@ -129,6 +138,7 @@ impl Bus {
             subscription: subscription.clone(),
             consumer,
             stream_created,
+            stream_now: Arc::new(AtomicI64::new(stream_created.as_microsecond())),
             created_confirmed: false,
             inbox,
             answers,
@@ -190,7 +200,8 @@ impl Pull {
             if self.held.is_none() {
                 self.step(room).await?;
             }
-            if self.held.is_some() && self.id_is_right().await
+            if self.held.is_some()
+                && self.id_is_right().await
                 && let Some(pulled) = self.held.take()
             {
                 return Ok(pulled);
@@ -290,7 +301,11 @@ impl Pull {
                 origin: Some(origin),
             },
             invalid_id,
-            receipt: Receipt { reply: Progress { client: self.bus.client.clone(), reply } },
+            receipt: Receipt {
+                reply: Progress { client: self.bus.client.clone(), reply },
+                stream_created: self.stream_created.as_microsecond(),
+                stream_now: Arc::clone(&self.stream_now),
+            },
         })
     }
 
@@ -308,9 +323,11 @@ impl Pull {
             Ok(_) => self.doubt("the stream is another one than before"),
             Err(error) => self.doubt(&format!("{error:#}")),
         }
-        if self.in_doubt {
-            // It stays unacknowledged and comes again.
-            self.held = None;
+        if self.in_doubt
+            && let Some(held) = self.held.take()
+        {
+            // By then we know which stream it is from.
+            let _ = held.receipt.nak(TAKE_AGAIN_AFTER).await;
         }
         !self.in_doubt
     }
@@ -341,6 +358,7 @@ impl Pull {
                 Ok((consumer, created)) => {
                     self.consumer = consumer;
                     self.stream_created = created;
+                    self.stream_now.store(created.as_microsecond(), Ordering::Relaxed);
                     self.in_doubt = false;
                     return;
                 }
@@ -406,6 +424,10 @@ impl Receipt {
     /// Acknowledges: only with the proof that the database holds a final word on the message. Sent at once, and not
     /// waited for: if it gets lost, the message comes again and meets the inbox.
     pub async fn ack(self, _proof: &Settled) -> Result<()> {
+        // Acknowledgements go by name and sequence: this one would settle a message of the stream made since.
+        if self.stream_created != self.stream_now.load(Ordering::Relaxed) {
+            return Ok(());
+        }
         self.reply.reply(AckKind::Ack).await.context("acknowledge a message")
     }
 

@@ -60,7 +60,10 @@ impl EmbeddedServer {
             if let Some(port) = port.filter(|port| *port != running.port) {
                 let running = running.port;
                 return Err(anyhow!("the nats-server of this folder already runs on port {running}, not on {port}"))
-                    .hint(format!("leave --nats-port out, or stop it: kill {}", running_pid(&folder).unwrap_or_default()));
+                    .hint(format!(
+                        "leave --nats-port out, or stop it: kill {}",
+                        running_pid(&folder).unwrap_or_default()
+                    ));
             }
             let mut server = EmbeddedServer { folder, port: running.port, child: None };
             server.until_it_answers().await?;
