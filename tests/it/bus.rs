@@ -366,7 +366,7 @@ async fn a_stream_made_again_never_repeats_an_event_id() -> Result<()> {
     // With no request open, and the consumer made again by another host before we look.
     context(&nats).await?.delete_stream("IN").await?;
     bus.ensure_stream(&StreamSpec::new("IN", &["in.>"])).await?;
-    let _other = bus.subscribe(&subscription(Duration::from_secs(1))).await?;
+    let _other = pull_from(&bus).await?;
     nats.publish_all(vec![message("in.a", &[])]).await?;
     ids.insert(next(&mut pull).await?.message.event_id);
     assert_eq!(ids.len(), 3, "{ids:?}");
