@@ -1,12 +1,15 @@
 //! A lane: one sequential executor of batches, one transaction at a time.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::time::Instant;
 
 use crate::bus::Receipt;
 use crate::delivery::{Delivered, Delivery};
 use crate::drain::Stopping;
+use crate::manifest::OnFailure;
 use crate::message::{Message, Output};
 use crate::relay::HandOver;
 use crate::retry::Backoff;
@@ -14,9 +17,20 @@ use crate::store::StoreError;
 use crate::verdict::{Letter, Reason, Settled, Verdict};
 use crate::worker::{InFlight, WorkerCounters};
 
+mod pace;
+mod queue;
+
+use pace::Pace;
+use queue::{InOrder, Queue};
+
+/// When the next host is to take up what a lane could not settle before it stopped.
+const TAKE_UP_AFTER: Duration = Duration::from_millis(1);
+
 /// One message on its way through a lane.
 pub struct Parcel {
     pub message: Arc<Message>,
+    /// Parcels with the same key are handled in stream order.
+    pub key: Option<String>,
     /// What is wrong with the event id the publisher sent, if it cannot be used.
     pub invalid_id: Option<String>,
     pub receipt: Receipt,
@@ -34,33 +48,53 @@ pub struct Lane {
     pub stopping: Stopping,
 }
 
+/// The host stops, and the database did not answer any more.
+struct Stopped;
+
 impl Lane {
-    /// Runs until the worker closes the channel and all that was in it is settled, or until the drain gives up.
+    /// Runs until the worker closes the channel and all that was in it is settled, or until the drain gives up. What then
+    /// still waits for its next attempt goes back to the broker.
     pub async fn run(self, mut parcels: mpsc::Receiver<Parcel>) {
-        let batch_max = self.delivery.worker.batch as usize;
-        let mut batch = Vec::with_capacity(batch_max);
-        // Takes what is ready and does not wait for a batch to fill.
-        while parcels.recv_many(&mut batch, batch_max).await > 0 {
-            self.process(std::mem::take(&mut batch)).await;
+        let mut queue = Queue::new();
+        let mut pace = Pace::new(self.delivery.worker.batch as usize);
+        loop {
+            while let Ok(parcel) = parcels.try_recv() {
+                queue.push(parcel);
+            }
+            // Takes what is ready and does not wait for a batch to fill.
+            let batch = queue.take(pace.size(), Instant::now());
+            if batch.is_empty() {
+                match next(&mut parcels, queue.next_due()).await {
+                    Next::Arrived(parcel) => queue.push(parcel),
+                    Next::Due => {}
+                    Next::Closed => break,
+                }
+            } else if let Err(Stopped) = self.process(batch, &mut queue, &mut pace).await {
+                break;
+            }
         }
+        give_back(queue.into_rest()).await;
     }
 
-    async fn process(&self, parcels: Vec<Parcel>) {
+    async fn process(&self, parcels: Vec<Parcel>, queue: &mut Queue<Parcel>, pace: &mut Pace) -> Result<(), Stopped> {
         let (unusable, usable): (Vec<Parcel>, Vec<Parcel>) =
             parcels.into_iter().partition(|parcel| parcel.invalid_id.is_some());
         for parcel in unusable {
             let verdict = Verdict::Dead(Box::new(self.invalid_id_letter(&parcel)));
-            self.settle(vec![(parcel, verdict)]).await;
+            self.settle(vec![(parcel, verdict)], queue).await?;
         }
         if usable.is_empty() {
-            return;
+            return Ok(());
         }
         let messages: Vec<Arc<Message>> = usable.iter().map(|parcel| Arc::clone(&parcel.message)).collect();
-        // Without an answer from the database the messages stay unacknowledged: the broker delivers them again.
-        let Some(delivered) = self.insist("deliver", || self.delivery.deliver(&messages)).await else { return };
-        let Delivered { verdicts, outputs } = delivered;
+        let Some(delivered) = self.insist("deliver", || self.delivery.deliver(&messages)).await else {
+            queue.put_back(usable);
+            return Err(Stopped);
+        };
+        let Delivered { verdicts, outputs, reruns } = delivered;
+        pace.learn(reruns);
         self.relay.hand_over(outputs).await;
-        self.settle(usable.into_iter().zip(verdicts).collect()).await;
+        self.settle(usable.into_iter().zip(verdicts).collect(), queue).await
     }
 
     /// Repeats a database operation until the database answers. Trouble of the database is waited out: no attempt is
@@ -87,32 +121,37 @@ impl Lane {
         }
     }
 
-    /// Turns verdicts into acks, naks and dead letters. Only a proof from the store acknowledges.
-    async fn settle(&self, parcels: Vec<(Parcel, Verdict)>) {
+    /// Turns verdicts into acks, naks, waits and dead letters. Only a proof from the store acknowledges.
+    async fn settle(&self, parcels: Vec<(Parcel, Verdict)>, queue: &mut Queue<Parcel>) -> Result<(), Stopped> {
         let mut dead = Vec::new();
+        let mut behind = Vec::new();
         for (parcel, verdict) in parcels {
             self.counters.count(&verdict);
             match verdict {
                 Verdict::Done(settled) | Verdict::Duplicate(settled) => acknowledge(parcel, settled).await,
-                Verdict::Retry { after, .. } | Verdict::Wait { after } => {
-                    if let Err(error) = parcel.receipt.nak(after).await {
-                        tracing::debug!("nak not sent; the broker redelivers by itself: {error:#}");
-                    }
-                }
+                Verdict::Retry { after, .. } if self.holds(&parcel) => queue.hold(parcel, Instant::now() + after),
+                Verdict::Retry { after, .. } | Verdict::Wait { after } => come_again(parcel, after).await,
+                Verdict::Behind => behind.push(parcel),
                 Verdict::Dead(letter) => dead.push((parcel, *letter)),
             }
         }
-        if !dead.is_empty() {
-            self.bury(dead).await;
-        }
+        // Their key is held by now; if not, the message before them is dead, and once it is buried they go on.
+        queue.put_back(behind);
+        if dead.is_empty() { Ok(()) } else { self.bury(dead, queue).await }
+    }
+
+    /// Whether the later messages of its key wait in the lane for this one, which then must not leave it.
+    fn holds(&self, parcel: &Parcel) -> bool {
+        self.delivery.worker.on_failure == OnFailure::Hold && parcel.key.is_some()
     }
 
     /// Dead letters in a transaction of their own, then the acks.
-    async fn bury(&self, dead: Vec<(Parcel, Letter)>) {
+    async fn bury(&self, dead: Vec<(Parcel, Letter)>, queue: &mut Queue<Parcel>) -> Result<(), Stopped> {
         let letters: Vec<(Letter, Output)> =
             dead.iter().map(|(_, letter)| (letter.clone(), crate::dead_letter::notice(letter))).collect();
         let Some((settled, notices)) = self.insist("bury", || self.delivery.store.bury(&letters)).await else {
-            return;
+            queue.put_back(dead.into_iter().map(|(parcel, _)| parcel).collect());
+            return Err(Stopped);
         };
         for (letter, _) in &letters {
             tracing::info!(
@@ -127,6 +166,7 @@ impl Lane {
         for ((parcel, _), settled) in dead.into_iter().zip(settled) {
             acknowledge(parcel, settled).await;
         }
+        Ok(())
     }
 
     fn invalid_id_letter(&self, parcel: &Parcel) -> Letter {
@@ -146,5 +186,59 @@ impl Lane {
 async fn acknowledge(parcel: Parcel, settled: Settled) {
     if let Err(error) = parcel.receipt.ack(&settled).await {
         tracing::debug!("ack not sent; the message will come again and be skipped: {error:#}");
+    }
+}
+
+/// Has the broker deliver it again after a while.
+async fn come_again(parcel: Parcel, after: Duration) {
+    if let Err(error) = parcel.receipt.nak(after).await {
+        tracing::debug!("nak not sent; the broker redelivers by itself: {error:#}");
+    }
+}
+
+/// Hands what is left to whoever pulls next, in stream order and with little delay: a failed message and those behind it
+/// then stay in their order.
+pub async fn give_back(parcels: Vec<Parcel>) {
+    for parcel in parcels {
+        come_again(parcel, TAKE_UP_AFTER).await;
+    }
+}
+
+/// What ends the wait of a lane that has nothing to run.
+enum Next {
+    Arrived(Parcel),
+    Due,
+    Closed,
+}
+
+async fn next(parcels: &mut mpsc::Receiver<Parcel>, due: Option<Instant>) -> Next {
+    let due = async {
+        match due {
+            Some(due) => tokio::time::sleep_until(due).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        // A closed channel means that it is time to stop: what is due then is left to the next host.
+        biased;
+        parcel = parcels.recv() => parcel.map_or(Next::Closed, Next::Arrived),
+        () = due => Next::Due,
+    }
+}
+
+impl Parcel {
+    /// Its place on the stream.
+    pub fn sequence(&self) -> u64 {
+        self.message.origin.as_ref().map_or(0, |origin| origin.sequence)
+    }
+}
+
+impl InOrder for Parcel {
+    fn key(&self) -> Option<&str> {
+        self.key.as_deref()
+    }
+
+    fn sequence(&self) -> u64 {
+        Parcel::sequence(self)
     }
 }

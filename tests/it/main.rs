@@ -22,12 +22,14 @@ macro_rules! both {
     };
 }
 
+mod batches;
 mod bus;
 mod cli;
 mod crash;
 mod delivery;
 mod deploy;
 mod hostile;
+mod order;
 mod outage;
 mod store;
 mod tidy;
