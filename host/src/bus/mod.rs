@@ -76,7 +76,9 @@ impl Bus {
     }
 
     pub fn is_connected(&self) -> bool {
-        self.client.connection_state() == State::Connected
+        // The count's sender lives as long as the client's own tasks do; without them the state is a stale one.
+        let is_alive = self.connections.has_changed().is_ok();
+        is_alive && self.client.connection_state() == State::Connected
     }
 
     /// Returns once everything sent so far, acknowledgements among it, is on its way to the server.
