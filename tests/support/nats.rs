@@ -135,6 +135,24 @@ impl NatsServer {
         Ok(())
     }
 
+    /// Publishes a header block as it is, which no client would.
+    pub fn publish_raw(&self, subject: &str, headers: &[u8], body: &[u8]) -> Result<()> {
+        use std::io::{BufRead, BufReader, Write};
+        let mut stream = std::net::TcpStream::connect(("127.0.0.1", self.port)).context("connect")?;
+        let total = headers.len() + body.len();
+        let text = format!("CONNECT {{\"headers\":true,\"verbose\":false}}\r\nHPUB {subject} {} {total}\r\n", headers.len());
+        let bytes = [text.as_bytes(), headers, body, b"\r\nPING\r\n"].concat();
+        stream.write_all(&bytes).context("publish raw")?;
+        for line in BufReader::new(stream).lines() {
+            match line.context("wait for the server")?.as_str() {
+                "PONG" => return Ok(()),
+                line if line.starts_with("-ERR") => bail!("the server refused it: {line}"),
+                _ => {}
+            }
+        }
+        bail!("the server closed the connection")
+    }
+
     /// All messages of a stream, raw, by sequence.
     pub async fn read_stream(&self, stream: &str) -> Result<Vec<Stored>> {
         let context = jetstream::new(self.client().await?);
