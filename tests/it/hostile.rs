@@ -150,7 +150,8 @@ both!(a_message_whose_headers_cannot_be_read_is_a_dead_letter_and_stops_nobody, 
     let books = books::check(&world).await?;
     assert_eq!((books.effects.len(), books.dead.len()), (UNREADABLE.len() * 2, UNREADABLE.len()));
     for (_, says) in UNREADABLE {
-        let sql = format!("select count(*) from oncely.dead_letter where reason = 'unreadable' and detail like '%{says}%'");
+        let sql =
+            format!("select count(*) from oncely.dead_letter where reason = 'unreadable' and detail like '%{says}%'");
         assert_eq!(world.database.number(&sql).await?, 1, "{says}");
     }
     Ok(())

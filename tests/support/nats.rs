@@ -140,7 +140,8 @@ impl NatsServer {
         use std::io::{BufRead, BufReader, Write};
         let mut stream = std::net::TcpStream::connect(("127.0.0.1", self.port)).context("connect")?;
         let total = headers.len() + body.len();
-        let text = format!("CONNECT {{\"headers\":true,\"verbose\":false}}\r\nHPUB {subject} {} {total}\r\n", headers.len());
+        let text =
+            format!("CONNECT {{\"headers\":true,\"verbose\":false}}\r\nHPUB {subject} {} {total}\r\n", headers.len());
         let bytes = [text.as_bytes(), headers, body, b"\r\nPING\r\n"].concat();
         stream.write_all(&bytes).context("publish raw")?;
         for line in BufReader::new(stream).lines() {
