@@ -288,7 +288,10 @@ impl Demo {
         println!("\nCheck it yourself; the same figures are in {}:", shown(self.folder.join("books.json")));
         println!("  sqlite3 {database} 'select state, count(*) from oncely_inbox group by state'");
         println!("  sqlite3 {database} 'select sum(cents), count(*) from entry'");
-        println!("  {oncely} dev --data-dir {data_dir} examples/payments    # then, in another terminal:");
+        // Where `make` installed a nats-server of its own, the PATH of a shell does not know it.
+        let tools = repository().join("target/tools/bin");
+        let path = if tools.exists() { format!("PATH={}:$PATH ", shown(tools)) } else { String::new() };
+        println!("  {path}{oncely} dev --data-dir {data_dir} examples/payments    # then, in another terminal:");
         println!("  (cd {} && {} dlq list)", shown(self.folder.clone()), self.oncely.display());
         println!(
             "  nats stream view PAYMENTS --server URL    # the URL that `oncely dev` prints; any NATS client will do"
