@@ -224,11 +224,16 @@ impl Demo {
         let context = jetstream::new(async_nats::connect(self.nats_url()?).await?);
         let stream = context.get_stream("PAYMENTS").await?;
         let end = Instant::now() + PATIENCE;
+        let mut shown = -1;
         loop {
             let info = stream.consumer_info("oncely-settle").await?;
             let left = info.num_pending as i64 + info.num_ack_pending as i64;
             let unpublished = self.number("select count(*) from oncely_outbox where published_at is null").await?;
-            progress("handled", (published - left).max(0) as usize, published as usize);
+            let handled = (published - left).max(0);
+            if handled != shown {
+                progress("handled", handled as usize, published as usize);
+                shown = handled;
+            }
             if left == 0 && unpublished == 0 {
                 return Ok(());
             }
