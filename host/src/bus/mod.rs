@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use async_nats::connection::State;
 use async_nats::jetstream::{self, context::ContextBuilder};
-use async_nats::{ConnectOptions, Event};
+use async_nats::{ConnectErrorKind, ConnectOptions, Event};
 use tokio::sync::watch;
 
 use crate::config::{Login, Nats};
@@ -26,6 +26,11 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How many publications may wait for their answers.
 const PUBLICATIONS_IN_FLIGHT: usize = 4_000;
+
+const NO_SERVER: &str = "is the server running? `oncely dev` starts one of its own; --nats names another";
+
+const WRONG_LOGIN: &str =
+    "log in with --nats-creds FILE, --nats-context NAME, or ONCELY_NATS=nats://user:password@host";
 
 /// A connection to NATS. Once made it is kept for ever: it reconnects by itself. Cheap to clone.
 #[derive(Clone)]
@@ -59,8 +64,14 @@ impl Bus {
         let client = options
             .connect(nats.servers.clone())
             .await
-            .with_context(|| format!("connect to NATS at {}", nats.shown()))
-            .hint("is the server running? `oncely dev` starts one of its own; --nats names another")?;
+            .map_err(|error| {
+                let hint = match error.kind() {
+                    ConnectErrorKind::AuthorizationViolation | ConnectErrorKind::Authentication => WRONG_LOGIN,
+                    _ => NO_SERVER,
+                };
+                anyhow::Error::from(error).hint(hint)
+            })
+            .with_context(|| format!("connect to NATS at {}", nats.shown()))?;
         let context = ContextBuilder::new()
             .timeout(REQUEST_TIMEOUT)
             .ack_timeout(REQUEST_TIMEOUT)
