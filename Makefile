@@ -4,10 +4,13 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 export PATH := $(CURDIR)/target/tools/bin:$(PATH)
 
-.PHONY: help test build install-tools demo-tools links format lint docs run-tests
+.PHONY: help demo test build install-tools demo-tools links format lint docs run-tests
 
 help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+demo: demo-tools build ## Show it: payments, duplicates, a kill in the middle, and then the books
+	cargo run --quiet --locked -p oncely-tests --bin demo
 
 test: install-tools ## Check links, format, lints and docs, then run all tests
 	$(MAKE) links

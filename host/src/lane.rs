@@ -17,8 +17,8 @@ use crate::worker::{InFlight, WorkerCounters};
 /// One message on its way through a lane.
 pub struct Parcel {
     pub message: Arc<Message>,
-    /// What is wrong with the event id the publisher sent, if it cannot be used.
-    pub invalid_id: Option<String>,
+    /// Why it cannot be given to the guest as it is.
+    pub unusable: Option<(Reason, String)>,
     pub receipt: Receipt,
     /// Keeps the broker from redelivering it while it is here.
     pub in_flight: InFlight,
@@ -46,11 +46,15 @@ impl Lane {
     }
 
     async fn process(&self, parcels: Vec<Parcel>) {
-        let (unusable, usable): (Vec<Parcel>, Vec<Parcel>) =
-            parcels.into_iter().partition(|parcel| parcel.invalid_id.is_some());
-        for parcel in unusable {
-            let verdict = Verdict::Dead(Box::new(self.invalid_id_letter(&parcel)));
-            self.settle(vec![(parcel, verdict)]).await;
+        let mut usable = Vec::with_capacity(parcels.len());
+        for parcel in parcels {
+            match &parcel.unusable {
+                Some((reason, why)) => {
+                    let letter = self.unusable_letter(&parcel, *reason, why);
+                    self.settle(vec![(parcel, Verdict::Dead(Box::new(letter)))]).await;
+                }
+                None => usable.push(parcel),
+            }
         }
         if usable.is_empty() {
             return;
@@ -129,13 +133,13 @@ impl Lane {
         }
     }
 
-    fn invalid_id_letter(&self, parcel: &Parcel) -> Letter {
+    fn unusable_letter(&self, parcel: &Parcel, reason: Reason, why: &str) -> Letter {
         Letter {
             worker: self.delivery.worker.name.clone(),
             version: self.delivery.version,
-            reason: Reason::InvalidId,
+            reason,
             code: None,
-            detail: parcel.invalid_id.clone().unwrap_or_default(),
+            detail: why.to_owned(),
             attempts: 0,
             message: Message::clone(&parcel.message),
         }

@@ -43,6 +43,8 @@ pub enum Reason {
     IdReuse,
     /// The publisher's event id cannot be used.
     InvalidId,
+    /// The headers cannot be read.
+    Unreadable,
 }
 
 impl Reason {
@@ -53,6 +55,7 @@ impl Reason {
             Reason::OutputRefused => "output-refused",
             Reason::IdReuse => "id-reuse",
             Reason::InvalidId => "invalid-id",
+            Reason::Unreadable => "unreadable",
         }
     }
 }

@@ -22,6 +22,7 @@ macro_rules! both {
     };
 }
 
+mod bus;
 mod cli;
 mod crash;
 mod delivery;

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use async_nats::HeaderMap;
 use async_nats::jetstream;
+use async_nats::jetstream::stream::DirectGetErrorKind;
 use tempfile::TempDir;
 
 use crate::server::{Server, free_port};
@@ -78,10 +79,24 @@ impl NatsServer {
 
     /// Kills the server as a power cut would.
     pub fn kill(&mut self) -> Result<()> {
-        let pid = std::fs::read_to_string(self.folder.path().join("pid")).context("read the server's pid")?;
-        crate::world::signal(pid.trim().parse().context("read the server's pid")?, "KILL")?;
+        self.signal("KILL")?;
         self.server = None;
         Ok(())
+    }
+
+    /// Stops the server where it is: its connections stay, and nothing answers.
+    pub fn pause(&self) -> Result<()> {
+        self.signal("STOP")
+    }
+
+    /// Lets a paused server go on.
+    pub fn resume(&self) -> Result<()> {
+        self.signal("CONT")
+    }
+
+    fn signal(&self, name: &str) -> Result<()> {
+        let pid = std::fs::read_to_string(self.folder.path().join("pid")).context("read the server's pid")?;
+        crate::world::signal(pid.trim().parse().context("read the server's pid")?, name)
     }
 
     /// A connection of the test's own; waits until the server answers.
@@ -120,6 +135,25 @@ impl NatsServer {
         Ok(())
     }
 
+    /// Publishes a header block as it is, which no client would.
+    pub fn publish_raw(&self, subject: &str, headers: &[u8], body: &[u8]) -> Result<()> {
+        use std::io::{BufRead, BufReader, Write};
+        let mut stream = std::net::TcpStream::connect(("127.0.0.1", self.port)).context("connect")?;
+        let total = headers.len() + body.len();
+        let text =
+            format!("CONNECT {{\"headers\":true,\"verbose\":false}}\r\nHPUB {subject} {} {total}\r\n", headers.len());
+        let bytes = [text.as_bytes(), headers, body, b"\r\nPING\r\n"].concat();
+        stream.write_all(&bytes).context("publish raw")?;
+        for line in BufReader::new(stream).lines() {
+            match line.context("wait for the server")?.as_str() {
+                "PONG" => return Ok(()),
+                line if line.starts_with("-ERR") => bail!("the server refused it: {line}"),
+                _ => {}
+            }
+        }
+        bail!("the server closed the connection")
+    }
+
     /// All messages of a stream, raw, by sequence.
     pub async fn read_stream(&self, stream: &str) -> Result<Vec<Stored>> {
         let context = jetstream::new(self.client().await?);
@@ -130,7 +164,12 @@ impl NatsServer {
             return Ok(stored);
         }
         for sequence in state.first_sequence..=state.last_sequence {
-            let Ok(message) = stream.direct_get(sequence).await else { continue };
+            let message = match stream.direct_get(sequence).await {
+                Ok(message) => message,
+                // It was deleted.
+                Err(error) if error.kind() == DirectGetErrorKind::NotFound => continue,
+                Err(error) => return Err(error).context("read a message of the stream"),
+            };
             let headers = message
                 .headers
                 .iter()

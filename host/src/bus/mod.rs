@@ -15,24 +15,28 @@ mod publish;
 mod pull;
 mod server;
 mod streams;
+mod unreadable;
 
 pub use publish::{Outgoing, PublishError, PublishedAt};
 pub use pull::{Backlog, Probe, Progress, Pull, Pulled, Receipt, Subscription};
 pub use server::EmbeddedServer;
 pub use streams::{Ensured, StreamInfo, StreamSpec};
 
-/// How long one request to JetStream may take.
+/// How long one request to JetStream may take, and the answer to one publication.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How many publications may wait for their answers.
-const PUBLICATIONS_IN_FLIGHT: usize = 4_000;
+/// How many publications of all callers together may wait for their answers; far more than callers send.
+const PUBLICATIONS_IN_FLIGHT: usize = 1 << 16;
+
+/// The most it waits between two attempts to connect again.
+const RECONNECT_DELAY_MAX: Duration = Duration::from_secs(2);
 
 const NO_SERVER: &str = "is the server running? `oncely dev` starts one of its own; --nats names another";
 
 const WRONG_LOGIN: &str =
     "log in with --nats-creds FILE, --nats-context NAME, or ONCELY_NATS=nats://user:password@host";
 
-/// A connection to NATS. Once made it is kept for ever: it reconnects by itself. Cheap to clone.
+/// A connection to NATS. It reconnects by itself until [`Bus::ended`]. Cheap to clone.
 #[derive(Clone)]
 pub struct Bus {
     client: async_nats::Client,
@@ -42,26 +46,19 @@ pub struct Bus {
 }
 
 impl Bus {
-    /// Connects; an error when no server answers.
+    /// Connects; an error when no server answers, or one without JetStream.
     pub async fn connect(nats: &Nats) -> Result<Bus> {
         let (sender, connections) = watch::channel(0_u64);
-        let options = login(ConnectOptions::new(), nats)
+        let client = login(ConnectOptions::new(), nats)
             .await?
             .name("oncely")
             .max_reconnects(None)
-            .reconnect_delay_callback(|attempt| Duration::from_millis((50 << attempt.min(5)) as u64))
+            .reconnect_delay_callback(reconnect_delay)
             .connection_timeout(Duration::from_secs(5))
             .event_callback(move |event| {
-                let sender = sender.clone();
-                async move {
-                    match event {
-                        Event::Connected => sender.send_modify(|count| *count += 1),
-                        Event::Disconnected => tracing::warn!("the connection to NATS is gone; reconnecting"),
-                        other => tracing::debug!("nats: {other}"),
-                    }
-                }
-            });
-        let client = options
+                tell(&event, &sender);
+                std::future::ready(())
+            })
             .connect(nats.servers.clone())
             .await
             .map_err(|error| {
@@ -80,18 +77,35 @@ impl Bus {
         context
             .query_account()
             .await
-            .context("ask NATS for JetStream")
+            .with_context(|| format!("ask NATS at {} for JetStream", nats.shown()))
             .hint("start the server with JetStream: nats-server --jetstream")?;
         Ok(Bus { client, context, connections })
     }
 
     /// The largest message the server takes, headers included, in bytes.
     pub fn max_payload(&self) -> usize {
-        self.client.server_info().max_payload
+        self.client.max_payload()
     }
 
     pub fn is_connected(&self) -> bool {
-        self.client.connection_state() == State::Connected
+        // The count's sender lives as long as the client's own tasks do; without them the state is a stale one.
+        let is_alive = self.connections.has_changed().is_ok();
+        is_alive && self.client.connection_state() == State::Connected
+    }
+
+    /// Returns when the client has ended: it reads the server's words in tasks of its own, and a message whose headers it
+    /// chokes on can end them. It does not come back; connect anew.
+    pub async fn ended(&self) {
+        let mut connections = self.connections.clone();
+        while connections.changed().await.is_ok() {}
+    }
+
+    /// Returns once everything sent so far, acknowledgements among it, is on its way to the server.
+    pub async fn flush(&self) -> Result<()> {
+        tokio::time::timeout(REQUEST_TIMEOUT, self.client.flush())
+            .await
+            .context("send what is buffered for NATS in time")?
+            .context("send what is buffered for NATS")
     }
 }
 
@@ -116,4 +130,26 @@ async fn login(options: ConnectOptions, nats: &Nats) -> Result<ConnectOptions> {
         options = options.add_client_certificate(certificate.clone(), key.clone());
     }
     Ok(options)
+}
+
+/// The first attempt at once, the next ones 50 ms, 100 ms and so on apart.
+fn reconnect_delay(attempt: usize) -> Duration {
+    match u32::try_from(attempt) {
+        Ok(0 | 1) => Duration::ZERO,
+        Ok(attempt) if attempt < 8 => (Duration::from_millis(25) * 2_u32.pow(attempt - 1)).min(RECONNECT_DELAY_MAX),
+        _ => RECONNECT_DELAY_MAX,
+    }
+}
+
+/// Passes on what happened to the connection.
+fn tell(event: &Event, connections: &watch::Sender<u64>) {
+    match event {
+        Event::Connected => {
+            connections.send_modify(|count| *count += 1);
+            tracing::info!("connected to NATS");
+        }
+        Event::Disconnected => tracing::warn!("the connection to NATS is gone; connecting again"),
+        Event::ServerError(error) => tracing::warn!("NATS complains: {error}"),
+        other => tracing::debug!("nats: {other}"),
+    }
 }

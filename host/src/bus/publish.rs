@@ -1,13 +1,24 @@
 //! Publishing: pipelined, in order, and believed only when the stream has answered.
 
+use std::collections::HashMap;
+use std::error::Error;
 use std::str::FromStr;
 
 use async_nats::header::{HeaderMap, HeaderName, HeaderValue, NATS_MESSAGE_ID};
+use async_nats::jetstream;
 use async_nats::jetstream::context::{PublishAckFuture, PublishErrorKind};
+use async_nats::jetstream::message::PublishMessage;
 use bytes::Bytes;
+use futures::StreamExt;
+use futures::stream::FuturesOrdered;
 
 use super::Bus;
 use crate::message::Headers;
+use crate::subject::check_subject;
+
+/// How many messages of one call wait for their answers at the same time. A server queues 10,000 for one stream and
+/// refuses more.
+const WINDOW: usize = 1_000;
 
 /// A message to publish.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,58 +44,91 @@ pub struct PublishedAt {
 pub enum PublishError {
     /// No answer, or a passing refusal: it may or may not be there; publish it again with the same id.
     Unavailable(String),
-    /// It cannot be published as it is.
+    /// It was not published, and will not be as long as it and the streams are as they are.
     Refused(String),
 }
 
 impl std::fmt::Display for PublishError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            PublishError::Unavailable(why) | PublishError::Refused(why) => f.write_str(why),
-        }
+        let (PublishError::Unavailable(text) | PublishError::Refused(text)) = self;
+        f.write_str(text)
     }
 }
 
-impl std::error::Error for PublishError {}
+impl Error for PublishError {}
+
+type Answer = Result<PublishedAt, PublishError>;
+
+/// The server's answer: nobody listens on this subject. Whether that will pass is to be found out.
+const NOBODY_LISTENS: &str = "no stream takes the subject, or JetStream is starting";
 
 impl Bus {
-    /// Publishes messages in order and waits for all answers; one answer for each message, in their order.
-    pub async fn publish(&self, messages: Vec<Outgoing>) -> Vec<Result<PublishedAt, PublishError>> {
-        let mut sent = Vec::with_capacity(messages.len());
+    /// Publishes messages in order and waits for all answers; one answer for each message, in their order. What the
+    /// broker takes is stored in this order too.
+    pub async fn publish(&self, messages: Vec<Outgoing>) -> Vec<Answer> {
+        let subjects: Vec<String> = messages.iter().map(|message| message.subject.clone()).collect();
+        let mut answers = Vec::with_capacity(messages.len());
+        let mut open = FuturesOrdered::new();
+        let mut lost = None;
         for message in messages {
-            sent.push(self.send(message).await);
+            // With the connection gone, each further message would only wait for its own timeout.
+            let sent = match &lost {
+                None => self.send(message).await,
+                Some(error) => Err(PublishError::clone(error)),
+            };
+            if let Err(PublishError::Unavailable(_)) = &sent {
+                lost = sent.as_ref().err().cloned();
+            }
+            open.push_back(answer(sent));
+            if open.len() >= WINDOW {
+                answers.extend(open.next().await);
+            }
         }
-        let mut answers = Vec::with_capacity(sent.len());
-        for sent in sent {
-            answers.push(match sent {
-                Ok(answer) => match answer.await {
-                    Ok(ack) => Ok(PublishedAt { stream: ack.stream, sequence: ack.sequence, duplicate: ack.duplicate }),
-                    Err(error) => Err(classify(&error)),
-                },
-                Err(error) => Err(error),
-            });
-        }
+        answers.extend(open.collect::<Vec<_>>().await);
+        self.settle_unheard(&subjects, &mut answers).await;
         answers
     }
 
     /// Sends one message; the answer is yet to come.
     async fn send(&self, message: Outgoing) -> Result<PublishAckFuture, PublishError> {
-        // A publication into a broken connection would be buffered and its answer awaited for nothing.
-        if !self.is_connected() {
-            return Err(PublishError::Unavailable("no connection to NATS".to_owned()));
-        }
+        check_subject(&message.subject).map_err(PublishError::Refused)?;
         let headers = headers(&message)?;
-        let size = message.body.len() + headers_size(&message);
-        let most = self.max_payload();
-        if size > most {
-            // The server would close the connection over it.
-            return Err(PublishError::Refused(format!(
-                "the message has {size} bytes with its headers, and the NATS server takes {most} (max_payload)"
-            )));
+        // While disconnected the client would keep it and send it at some later time.
+        if !self.is_connected() {
+            return Err(PublishError::Unavailable("there is no connection to NATS".to_owned()));
         }
-        let publish = async_nats::jetstream::message::PublishMessage::build().payload(message.body).headers(headers);
-        self.context.send_publish(message.subject, publish).await.map_err(|error| classify(&error))
+        let size = message.body.len() + headers_size(&message);
+        let publish = PublishMessage::build().payload(message.body).headers(headers);
+        self.context.send_publish(message.subject, publish).await.map_err(|error| match error.kind() {
+            // The server would close the connection over it.
+            PublishErrorKind::MaxPayloadExceeded => PublishError::Refused(format!(
+                "the message has {size} bytes with its headers, and the NATS server takes {} (max_payload)",
+                self.max_payload()
+            )),
+            _ => classify(&error),
+        })
     }
+
+    /// Finds out for messages that nobody listened to whether there is no stream for them, or JetStream is starting.
+    async fn settle_unheard(&self, subjects: &[String], answers: &mut [Answer]) {
+        let mut known: HashMap<&String, bool> = HashMap::new();
+        for (subject, answer) in subjects.iter().zip(answers) {
+            if !matches!(answer, Err(PublishError::Unavailable(text)) if text == NOBODY_LISTENS) {
+                continue;
+            }
+            if !known.contains_key(subject) {
+                known.insert(subject, matches!(self.stream_of_subject(subject).await, Ok(None)));
+            }
+            if known.get(subject) == Some(&true) {
+                *answer = Err(PublishError::Refused(format!("no stream takes the subject {subject}")));
+            }
+        }
+    }
+}
+
+async fn answer(sent: Result<PublishAckFuture, PublishError>) -> Answer {
+    let ack = sent?.await.map_err(|error| classify(&error))?;
+    Ok(PublishedAt { stream: ack.stream, sequence: ack.sequence, duplicate: ack.duplicate })
 }
 
 /// Headers by the fallible constructors alone: the others panic on a line break.
@@ -98,8 +142,12 @@ fn headers(message: &Outgoing) -> Result<HeaderMap, PublishError> {
 }
 
 fn header_name(name: &str) -> Result<HeaderName, PublishError> {
+    let shown = name.escape_debug();
+    if name.is_empty() {
+        return Err(PublishError::Refused("a header has no name".to_owned()));
+    }
     HeaderName::from_str(name)
-        .map_err(|error| PublishError::Refused(format!("`{}` cannot be a header's name: {error}", name.escape_debug())))
+        .map_err(|error| PublishError::Refused(format!("`{shown}` cannot be a header's name: {error}")))
 }
 
 fn header_value(name: &str, value: &str) -> Result<HeaderValue, PublishError> {
@@ -107,18 +155,25 @@ fn header_value(name: &str, value: &str) -> Result<HeaderValue, PublishError> {
         .map_err(|error| PublishError::Refused(format!("the value of the header `{name}` cannot be sent: {error}")))
 }
 
-/// As the server counts it, and a little more.
+/// As the server counts it.
 fn headers_size(message: &Outgoing) -> usize {
     let lines: usize = message.headers.iter().map(|(name, value)| name.len() + value.len() + 4).sum();
     lines + "NATS/1.0\r\nNats-Msg-Id: \r\n\r\n".len() + message.id.len()
 }
 
-fn classify(error: &async_nats::jetstream::context::PublishError) -> PublishError {
-    let text = format!("{:#}", anyhow::anyhow!(error.to_string()));
+/// A client error (4xx) of the stream is about this message and stays; anything else may pass. A stream that is full
+/// counts as passing (503): messages wait until there is room.
+fn classify(error: &jetstream::context::PublishError) -> PublishError {
+    let refused = error
+        .source()
+        .and_then(|source| source.downcast_ref::<jetstream::Error>())
+        .is_some_and(|answer| (400..500).contains(&answer.code()) && answer.code() != TOO_MANY_REQUESTS);
     match error.kind() {
-        PublishErrorKind::MaxPayloadExceeded => PublishError::Refused(text),
-        // The stream may be made, or be back, in a moment.
-        PublishErrorKind::StreamNotFound => PublishError::Unavailable("no stream holds the subject".to_owned()),
-        _ => PublishError::Unavailable(text),
+        PublishErrorKind::StreamNotFound => PublishError::Unavailable(NOBODY_LISTENS.to_owned()),
+        _ if refused => PublishError::Refused(error.to_string()),
+        _ => PublishError::Unavailable(error.to_string()),
     }
 }
+
+/// The stream's queue is full for the moment.
+const TOO_MANY_REQUESTS: usize = 429;

@@ -1,28 +1,47 @@
 //! Taking messages from a stream: a durable pull consumer, one open request at a time, acks by hand.
+//!
+//! The requests are our own rather than the client library's streams of messages: those buffer far more than a host can
+//! handle within `ack_wait`, or sleep through what follows a heartbeat.
 
 use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
-use async_nats::jetstream::consumer::{AckPolicy, Consumer, DeliverPolicy, ReplayPolicy, pull};
-use async_nats::jetstream::message::Acker;
+use anyhow::{Context, Error, Result};
+use async_nats::jetstream::consumer::pull::{BatchConfig, Config};
+use async_nats::jetstream::consumer::{AckPolicy, Consumer, DeliverPolicy};
 use async_nats::jetstream::{self, AckKind};
+use async_nats::{StatusCode, Subject, Subscriber};
+use bytes::Bytes;
 use futures::StreamExt;
 use jiff::Timestamp;
-use std::sync::Arc;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::Bus;
 use super::streams::timestamp;
-use crate::message::{Headers, InvalidEventId, Message, Origin, event_id};
+use crate::message::{Headers, InvalidEventId, Message, Origin, event_id, place_id};
 use crate::retry::Backoff;
-use crate::verdict::Settled;
+use crate::verdict::{Reason, Settled};
 
-/// How long one pull request stays open on the server. Short: a request that got lost costs no more than this.
-const REQUEST_OPEN: Duration = Duration::from_secs(5);
+/// How long one pull request stays open on the server.
+const REQUEST_OPEN: Duration = Duration::from_secs(30);
 
-/// How many bytes one pull request may bring.
+/// How often the server says that an open request is still open while it has no message for it.
+const HEARTBEAT: Duration = Duration::from_secs(5);
+
+/// After how long without a word about an open request it counts as lost.
+const SILENCE_MAX: Duration = Duration::from_secs(11);
+
+/// How many bytes one pull request may bring; more when the server takes larger messages.
 const REQUEST_BYTES: usize = 16 << 20;
+
+/// When a message comes again whose event id could not be made out.
+const TAKE_AGAIN_AFTER: Duration = Duration::from_millis(500);
+
+/// How long an acknowledgement may take to find room in the client's buffer, which is full only in an outage.
+const SEND_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What to take, and under which name the server remembers how far it got.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,30 +62,72 @@ pub struct Subscription {
 pub struct Pull {
     bus: Bus,
     subscription: Subscription,
-    consumer: Consumer<pull::Config>,
+    consumer: Consumer<Config>,
     stream_created: Timestamp,
-    /// The open request.
-    request: Option<pull::Batch>,
+    /// The same for receipts, in microseconds since the epoch.
+    stream_now: Arc<AtomicI64>,
+    /// Whether `stream_created` is known to be that of the stream the open request takes from.
+    created_confirmed: bool,
+    /// Requests are numbered; request 7 is answered at `{inbox}.7`.
+    inbox: String,
+    answers: Subscriber,
+    requests: u64,
+    request: Option<Request>,
+    /// Messages that cannot be read, yet to be returned.
+    unreadable: Vec<Unread>,
+    /// A message that was taken and is yet to be returned.
+    held: Option<Pulled>,
+    /// Whether the consumer has to be looked after before the next request.
+    in_doubt: bool,
+    backoff: Backoff,
+    /// Whether the server said anything about a request since there was last a doubt.
+    heard: Arc<AtomicBool>,
     connections: watch::Receiver<u64>,
+}
+
+/// An open pull request.
+struct Request {
+    answered_at: Subject,
+    /// How many messages it can still bring.
+    left: usize,
+    last_word: Instant,
 }
 
 /// A message, and what to do with it.
 pub struct Pulled {
     pub message: Message,
-    /// What is wrong with the publisher's event id; the message then carries a stand-in.
-    pub invalid_id: Option<String>,
+    /// Why it cannot be given to a worker as it is; its event id is then a stand-in.
+    pub unusable: Option<(Reason, String)>,
     pub receipt: Receipt,
+}
+
+/// A message whose headers cannot be read; see [`super::unreadable`].
+pub(super) struct Unread {
+    pub sequence: u64,
+    pub stored_at: Timestamp,
+    pub subject: String,
+    /// The header block as far as it is text.
+    pub headers: String,
+    pub body: Bytes,
+    pub why: String,
+    /// Where to acknowledge it.
+    pub reply: Subject,
 }
 
 /// The right to settle one delivered message.
 pub struct Receipt {
-    acker: Arc<Acker>,
+    reply: Progress,
+    /// When the stream was made that the message stood on, and when the one was made that is there now, in microseconds
+    /// since the epoch.
+    stream_created: i64,
+    stream_now: Arc<AtomicI64>,
 }
 
 /// Tells the server that a message is being worked on. Cheap to clone.
 #[derive(Clone)]
 pub struct Progress {
-    acker: Arc<Acker>,
+    client: async_nats::Client,
+    reply: Subject,
 }
 
 /// What a consumer still has before it.
@@ -76,138 +137,293 @@ pub struct Backlog {
     pub pending: u64,
     /// Messages delivered and not acknowledged.
     pub ack_pending: u64,
-    /// Open pull requests.
+    /// Open pull requests, of all hosts.
     pub waiting: u64,
 }
 
 impl Bus {
     /// Makes or updates the durable consumer. It is never deleted: it holds the place on the stream.
     pub async fn subscribe(&self, subscription: &Subscription) -> Result<Pull> {
+        let mut connections = self.connections.clone();
+        connections.mark_unchanged();
         let (consumer, stream_created) = self.ensure_consumer(subscription).await?;
+        let inbox = self.client.new_inbox();
+        let answers = self.client.subscribe(format!("{inbox}.*")).await.context("listen for messages")?;
         Ok(Pull {
             bus: self.clone(),
             subscription: subscription.clone(),
             consumer,
             stream_created,
+            stream_now: Arc::new(AtomicI64::new(stream_created.as_microsecond())),
+            created_confirmed: false,
+            inbox,
+            answers,
+            requests: 0,
             request: None,
-            connections: self.connections.clone(),
+            unreadable: Vec::new(),
+            held: None,
+            // The host before may have met a message that it could not read.
+            in_doubt: true,
+            backoff: Backoff::default(),
+            heard: Arc::default(),
+            connections,
         })
     }
 
-    async fn ensure_consumer(&self, subscription: &Subscription) -> Result<(Consumer<pull::Config>, Timestamp)> {
+    async fn ensure_consumer(&self, subscription: &Subscription) -> Result<(Consumer<Config>, Timestamp)> {
         let stream = self
             .context
             .get_stream(&subscription.stream)
             .await
             .with_context(|| format!("open the stream {}", subscription.stream))?;
         let created = timestamp(stream.cached_info().created)?;
-        let config = pull::Config {
-            durable_name: Some(subscription.durable.clone()),
-            deliver_policy: DeliverPolicy::All,
-            ack_policy: AckPolicy::Explicit,
-            ack_wait: subscription.ack_wait,
-            // We count attempts, in the database: a broker that gives up would lose the message.
-            max_deliver: -1,
-            filter_subjects: subscription.subjects.clone(),
-            replay_policy: ReplayPolicy::Instant,
-            max_ack_pending: subscription.max_ack_pending,
-            metadata: subscription.metadata.clone(),
-            ..pull::Config::default()
-        };
         let consumer = stream
-            .create_consumer(config)
+            .create_consumer(config(subscription))
             .await
             .with_context(|| format!("make the consumer {} on {}", subscription.durable, subscription.stream))?;
         Ok((consumer, created))
     }
 }
 
+fn config(subscription: &Subscription) -> Config {
+    // Servers show one subject and several in different fields; each in its own is an update that changes nothing.
+    let (filter_subject, filter_subjects) = match subscription.subjects.as_slice() {
+        [subject] => (subject.clone(), Vec::new()),
+        subjects => (String::new(), subjects.to_vec()),
+    };
+    Config {
+        durable_name: Some(subscription.durable.clone()),
+        deliver_policy: DeliverPolicy::All,
+        ack_policy: AckPolicy::Explicit,
+        ack_wait: subscription.ack_wait,
+        // We count attempts, in the database: a broker that gives up would lose the message.
+        max_deliver: -1,
+        filter_subject,
+        filter_subjects,
+        max_ack_pending: subscription.max_ack_pending,
+        metadata: subscription.metadata.clone(),
+        ..Config::default()
+    }
+}
+
 impl Pull {
-    /// The next message. Keeps one request of at most `room` messages open; trouble with the broker is waited out:
-    /// after a reconnect, or when the consumer is gone, it asks again by itself.
+    /// The next message. Keeps one request of at most `room` messages open. Trouble with the broker is waited out: after
+    /// a reconnect, a silence, or when consumer or stream are gone, it asks again by itself. An error only when the
+    /// connection was given up. The future may be dropped at any time; no message is lost by that.
     pub async fn next(&mut self, room: usize) -> Result<Pulled> {
-        let mut backoff = Backoff::default();
         loop {
-            match self.try_next(room).await {
-                Ok(Some(pulled)) => return Ok(pulled),
-                Ok(None) => {}
-                Err(error) => {
-                    tracing::debug!("pulling from {} again soon: {error:#}", self.subscription.stream);
-                    self.request = None;
-                    tokio::time::sleep(backoff.next(rand::random())).await;
-                    self.renew().await;
-                }
-            }
-        }
-    }
-
-    /// One step: a message, or none when a request ended or the connection changed.
-    async fn try_next(&mut self, room: usize) -> Result<Option<Pulled>> {
-        if self.request.is_none() {
-            self.connections.mark_unchanged();
-            let request = self
-                .consumer
-                .batch()
-                .max_messages(room)
-                .max_bytes(REQUEST_BYTES)
-                .expires(REQUEST_OPEN)
-                .messages()
-                .await
-                .context("ask for messages")?;
-            self.request = Some(request);
-        }
-        let Some(request) = &mut self.request else { return Ok(None) };
-        tokio::select! {
-            biased;
-            message = request.next() => match message {
-                Some(message) => self.take(message.map_err(anyhow::Error::from_boxed).context("take a message")?).map(Some),
-                None => {
-                    self.request = None;
-                    Ok(None)
-                }
-            },
-            // The server knows nothing of requests made on a connection that is gone.
-            Ok(()) = self.connections.changed() => {
-                self.request = None;
+            if self.in_doubt {
                 self.renew().await;
-                Ok(None)
+            }
+            if let Some(unread) = self.unreadable.pop() {
+                return Ok(self.unread(unread));
+            }
+            if self.held.is_none() {
+                self.step(room).await?;
+            }
+            if self.held.is_some()
+                && self.id_is_right().await
+                && let Some(pulled) = self.held.take()
+            {
+                return Ok(pulled);
             }
         }
     }
 
-    /// Makes sure the consumer is there, and learns anew when the stream was made: a stream that was deleted and made
-    /// again counts from 1.
-    async fn renew(&mut self) {
-        match self.bus.ensure_consumer(&self.subscription).await {
-            Ok((consumer, created)) => {
-                self.consumer = consumer;
-                self.stream_created = created;
+    /// Waits for one event: a word of the server about the request, a new connection, or too long a silence.
+    async fn step(&mut self, room: usize) -> Result<()> {
+        let silent_from = match &self.request {
+            Some(request) => request.last_word + SILENCE_MAX,
+            None => self.ask(room).await? + SILENCE_MAX,
+        };
+        tokio::select! {
+            // What has arrived comes first: it tells that the request is alive.
+            biased;
+            answer = self.answers.next() => self.hear(answer.context("take messages: the connection to NATS is closed")?),
+            // The server knows nothing of requests made on a connection that is gone.
+            Ok(()) = self.connections.changed() => self.doubt("there is a new connection to NATS"),
+            () = tokio::time::sleep_until(silent_from) => self.doubt("the server is silent about a pull request"),
+        }
+        Ok(())
+    }
+
+    /// Opens a request, now.
+    async fn ask(&mut self, room: usize) -> Result<Instant> {
+        let now = Instant::now();
+        let left = room.max(1);
+        let answered_at = Subject::from(format!("{}.{}", self.inbox, self.requests));
+        let batch = BatchConfig {
+            batch: left,
+            expires: Some(REQUEST_OPEN),
+            idle_heartbeat: HEARTBEAT,
+            max_bytes: REQUEST_BYTES.max(self.bus.max_payload() * 2),
+            ..BatchConfig::default()
+        };
+        self.consumer.request_batch(batch, answered_at.clone()).await.context("ask for messages")?;
+        self.requests += 1;
+        self.created_confirmed = false;
+        self.request = Some(Request { answered_at, left, last_word: now });
+        Ok(now)
+    }
+
+    fn hear(&mut self, answer: async_nats::Message) {
+        // A publisher may have stored a status of its own: what has a place on a stream is a message.
+        if answer.reply.as_ref().is_some_and(|reply| reply.starts_with("$JS.ACK.")) {
+            self.take(answer);
+        } else if let (Some(status), Some(request)) = (answer.status, &mut self.request)
+            && request.answered_at == answer.subject
+        {
+            request.last_word = Instant::now();
+            match status {
+                StatusCode::IDLE_HEARTBEAT => self.sound(),
+                StatusCode::TIMEOUT | StatusCode::NOT_FOUND => self.request = None,
+                // The next message is larger than what this request has left.
+                StatusCode::REQUEST_TERMINATED if is_full(answer.description.as_deref()) => self.request = None,
+                status => self.doubt(&format!("{status} {}", answer.description.as_deref().unwrap_or_default())),
             }
-            Err(error) => tracing::debug!("consumer {} not renewed: {error:#}", self.subscription.durable),
         }
     }
 
-    fn take(&self, message: jetstream::Message) -> Result<Pulled> {
-        let info = message.info().map_err(anyhow::Error::from_boxed).context("read a message's place")?;
+    fn take(&mut self, message: async_nats::Message) {
+        self.sound();
+        if let Some(request) = &mut self.request {
+            request.last_word = Instant::now();
+            request.left = request.left.saturating_sub(1);
+        }
+        self.request.take_if(|request| request.left == 0);
+        match self.open(message) {
+            Ok(pulled) => self.held = Some(pulled),
+            // It stays unacknowledged and comes again.
+            Err(error) => tracing::warn!("a message from {} makes no sense: {error:#}", self.subscription.stream),
+        }
+    }
+
+    fn open(&self, message: async_nats::Message) -> Result<Pulled> {
+        let message = jetstream::Message { message, context: self.bus.context.clone() };
+        let info = message.info().map_err(Error::from_boxed).context("read its place")?;
         let origin = Origin {
             stream: info.stream.to_owned(),
             sequence: info.stream_sequence,
             stored_at: timestamp(info.published)?,
         };
-        let (message, acker) = message.split();
+        let message = message.message;
         let headers = headers(message.headers.as_ref());
-        let (event_id, invalid_id) = match event_id(&headers, &origin.stream, self.stream_created, origin.sequence) {
+        let (event_id, unusable) = match event_id(&headers, &origin.stream, self.stream_created, origin.sequence) {
             Ok(id) => (id, None),
-            Err(InvalidEventId { stand_in, why }) => (stand_in, Some(why)),
+            Err(InvalidEventId { stand_in, why }) => (stand_in, Some((Reason::InvalidId, why))),
         };
-        let message = Message {
-            event_id,
-            subject: message.subject.to_string(),
-            headers,
-            body: message.payload,
-            origin: Some(origin),
-        };
-        Ok(Pulled { message, invalid_id, receipt: Receipt { acker: Arc::new(acker) } })
+        let reply = message.reply.context("read where to acknowledge it")?;
+        Ok(Pulled {
+            message: Message {
+                event_id,
+                subject: message.subject.into_string(),
+                headers,
+                body: message.payload,
+                origin: Some(origin),
+            },
+            unusable,
+            receipt: Receipt {
+                reply: Progress { client: self.bus.client.clone(), reply },
+                stream_created: self.stream_created.as_microsecond(),
+                stream_now: Arc::clone(&self.stream_now),
+            },
+        })
+    }
+
+    fn unread(&self, unread: Unread) -> Pulled {
+        let origin =
+            Origin { stream: self.subscription.stream.clone(), sequence: unread.sequence, stored_at: unread.stored_at };
+        Pulled {
+            message: Message {
+                event_id: place_id(&origin.stream, self.stream_created, origin.sequence),
+                subject: unread.subject,
+                headers: vec![("Oncely-Unreadable-Headers".to_owned(), unread.headers.escape_debug().to_string())],
+                body: unread.body,
+                origin: Some(origin),
+            },
+            unusable: Some((Reason::Unreadable, unread.why)),
+            receipt: Receipt {
+                reply: Progress { client: self.bus.client.clone(), reply: unread.reply },
+                stream_created: self.stream_created.as_microsecond(),
+                stream_now: Arc::clone(&self.stream_now),
+            },
+        }
+    }
+
+    /// Whether the held message has the right event id. One that is made of the stream's creation time is right only if
+    /// the stream was not deleted and made again since: with the old time it would meet another message's inbox record.
+    /// A request ends with its consumer, so that the first such message of each request vouches for the others.
+    async fn id_is_right(&mut self) -> bool {
+        let derived = format!("{}@", self.subscription.stream);
+        let is_derived = self.held.as_ref().is_some_and(|held| held.message.event_id.starts_with(&derived));
+        if !is_derived || self.created_confirmed {
+            return true;
+        }
+        match self.bus.stream(&self.subscription.stream).await {
+            Ok(Some(stream)) if stream.created == self.stream_created => self.created_confirmed = true,
+            Ok(_) => self.doubt("the stream is another one than before"),
+            Err(error) => self.doubt(&format!("{error:#}")),
+        }
+        if self.in_doubt
+            && let Some(held) = self.held.take()
+        {
+            // By then we know which stream it is from.
+            let _ = held.receipt.nak(TAKE_AGAIN_AFTER).await;
+        }
+        !self.in_doubt
+    }
+
+    fn sound(&mut self) {
+        self.heard.store(true, Ordering::Relaxed);
+        self.backoff.reset();
+    }
+
+    fn doubt(&mut self, why: &str) {
+        tracing::debug!("consumer {} on {}: {why}", self.subscription.durable, self.subscription.stream);
+        self.heard.store(false, Ordering::Relaxed);
+        self.request = None;
+        self.in_doubt = true;
+    }
+
+    /// Waits until the consumer is there, making it if need be, and learns anew when the stream was made.
+    async fn renew(&mut self) {
+        loop {
+            if self.backoff.failures() > 0 {
+                self.wait().await;
+            }
+            // Counted now: whatever comes of it, the next doubt must not find us in a tight loop.
+            let first = self.backoff.failures() == 0;
+            let _ = self.backoff.next(0.0);
+            self.connections.mark_unchanged();
+            match self.bus.ensure_consumer(&self.subscription).await {
+                Ok((consumer, created)) => {
+                    self.consumer = consumer;
+                    self.stream_created = created;
+                    self.stream_now.store(created.as_microsecond(), Ordering::Relaxed);
+                    // A message that broke the connection would break it again.
+                    match self.bus.find_unreadable(&self.subscription).await {
+                        Ok(unreadable) => self.unreadable = unreadable,
+                        Err(error) => {
+                            tracing::debug!("no messages for {} yet: {error:#}", self.subscription.durable);
+                            continue;
+                        }
+                    }
+                    self.in_doubt = false;
+                    return;
+                }
+                Err(error) if first => tracing::warn!("no messages for {} yet: {error:#}", self.subscription.durable),
+                Err(error) => tracing::debug!("no messages for {} yet: {error:#}", self.subscription.durable),
+            }
+        }
+    }
+
+    /// Waits for a while, or until there is a new connection.
+    async fn wait(&mut self) {
+        let mut backoff = self.backoff.clone();
+        tokio::select! {
+            Ok(()) = self.connections.changed() => {}
+            () = tokio::time::sleep(backoff.next(rand::random())) => {}
+        }
     }
 
     /// A way to look at the consumer from elsewhere.
@@ -216,8 +432,15 @@ impl Pull {
             bus: self.bus.clone(),
             stream: self.subscription.stream.clone(),
             durable: self.subscription.durable.clone(),
+            heard: Arc::clone(&self.heard),
         }
     }
+}
+
+/// Whether a request ended because it brought as much as it could.
+fn is_full(description: Option<&str>) -> bool {
+    let description = description.unwrap_or_default();
+    description.contains("MaxBytes") || description.starts_with("Batch Completed")
 }
 
 /// Looks at a consumer. Cheap to clone.
@@ -226,13 +449,13 @@ pub struct Probe {
     bus: Bus,
     stream: String,
     durable: String,
+    heard: Arc<AtomicBool>,
 }
 
 impl Probe {
-    /// Whether the server knows that somebody takes messages here.
+    /// Whether the server knows that somebody takes messages here: it answered our request, or holds one open.
     pub async fn seen_by_server(&self) -> Result<bool> {
-        let backlog = self.backlog().await?;
-        Ok(backlog.waiting > 0 || backlog.ack_pending > 0)
+        Ok(self.heard.load(Ordering::Relaxed) || self.backlog().await?.waiting > 0)
     }
 
     pub async fn backlog(&self) -> Result<Backlog> {
@@ -247,26 +470,36 @@ impl Probe {
 }
 
 impl Receipt {
-    /// Acknowledges: only with the proof that the database holds a final word on the message.
+    /// Acknowledges: only with the proof that the database holds a final word on the message. Sent at once, and not
+    /// waited for: if it gets lost, the message comes again and meets the inbox.
     pub async fn ack(self, _proof: &Settled) -> Result<()> {
-        self.acker.ack().await.map_err(anyhow::Error::from_boxed).context("acknowledge")
+        // Acknowledgements go by name and sequence: this one would settle a message of the stream made since.
+        if self.stream_created != self.stream_now.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        self.reply.reply(AckKind::Ack).await.context("acknowledge a message")
     }
 
     /// Asks for the message again after a while. Always with a delay: without one the server delivers it at once.
     pub async fn nak(self, after: Duration) -> Result<()> {
         let after = after.max(Duration::from_millis(1));
-        self.acker.ack_with(AckKind::Nak(Some(after))).await.map_err(anyhow::Error::from_boxed).context("ask again")
+        self.reply.reply(AckKind::Nak(Some(after))).await.context("ask for a message again")
     }
 
     pub fn progress(&self) -> Progress {
-        Progress { acker: Arc::clone(&self.acker) }
+        self.reply.clone()
     }
 }
 
 impl Progress {
     /// Starts the wait for the acknowledgement anew.
     pub async fn send(&self) -> Result<()> {
-        self.acker.ack_with(AckKind::Progress).await.map_err(anyhow::Error::from_boxed).context("tell of progress")
+        self.reply(AckKind::Progress).await.context("tell of progress")
+    }
+
+    async fn reply(&self, kind: AckKind) -> Result<()> {
+        let sent = self.client.publish(self.reply.clone(), kind.into());
+        Ok(tokio::time::timeout(SEND_TIMEOUT, sent).await.context("find room while NATS is out of reach")??)
     }
 }
 
@@ -275,13 +508,15 @@ fn headers(map: Option<&async_nats::HeaderMap>) -> Headers {
     let Some(map) = map else { return Headers::new() };
     let mut headers: Headers = map
         .iter()
+        .filter(|(name, _)| !is_transport(name.as_ref()))
         .flat_map(|(name, values)| values.iter().map(move |value| (name.to_string(), value.to_string())))
-        .filter(|(name, _)| {
-            let name = name.to_ascii_lowercase();
-            !name.starts_with("nats-batch-") && !name.starts_with("nats-schedule") && !name.starts_with("nats-expected")
-        })
         .collect();
     // The client keeps no order between names; ours is at least always the same.
     headers.sort_by(|(one, _), (other, _)| one.cmp(other));
     headers
+}
+
+fn is_transport(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    ["nats-batch-", "nats-schedule", "nats-expected-"].iter().any(|prefix| name.starts_with(prefix))
 }

@@ -1,33 +1,45 @@
 //! The nats-server of `oncely dev`: a child with its own folder, found again after the host was killed.
 
-use std::io::Read;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
+use tokio::net::TcpStream;
+use tokio::process::Child;
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::hint::WithHint;
 
-/// How long the server may take to answer after it was started.
-const START_WITHIN: Duration = Duration::from_secs(20);
+/// How long the server may take to answer after it was started; it reads its streams first.
+const START_WITHIN: Duration = Duration::from_secs(60);
 
-/// How long it may take to end after it was asked to.
+/// How long it may take to end after it was asked to; then it is killed.
 const STOP_WITHIN: Duration = Duration::from_secs(15);
+
+/// How long to wait between looks at a server that starts or stops.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// How often to look for another free port when somebody took the one found.
+const PORTS_TRIED: u32 = 3;
 
 /// What is remembered of the server between runs.
 #[derive(Debug, Serialize, Deserialize)]
 struct Remembered {
     port: u16,
+    /// The process that was started. The one in `server.pid` is the server's own word, but comes a moment later.
+    pid: u32,
 }
 
 /// A nats-server on the loopback interface with JetStream, its files in a folder.
 ///
-/// What the server acknowledged survives a crash of the server or of the host; for a power cut, production servers
-/// should be clustered or set `sync_interval: always`.
+/// What the server acknowledged survives a crash of the server or of the host: it is written, if not flushed to the
+/// disk, before it is acknowledged. `sync_interval` keeps its default, as a power cut is nothing a development machine
+/// needs to pay for; production servers should be clustered or set it to `always`.
 pub struct EmbeddedServer {
     folder: PathBuf,
     port: u16,
@@ -37,25 +49,44 @@ pub struct EmbeddedServer {
 
 impl EmbeddedServer {
     /// Starts a server whose files are in `folder`, on `port`, else on the port it had before, else on a free one. If
-    /// a server for this folder runs already, because the host before was killed, that one is used.
+    /// a server for this folder runs already, because the host before was killed, that one is used. Returns once the
+    /// server answers.
     pub async fn start(folder: &Path, port: Option<u16>) -> Result<Self> {
         let folder = folder.join("nats");
         std::fs::create_dir_all(&folder).with_context(|| format!("make the folder {}", folder.display()))?;
-        let name = server_name(&folder);
-        let remembered = remembered_port(&folder);
-        if let Some(running) = remembered.filter(|port| name_on_port(*port).as_deref() == Some(&name)) {
-            if let Some(port) = port.filter(|port| *port != running) {
-                bail!("the nats-server of this folder already runs on port {running}, not on {port}");
+        let folder = folder.canonicalize().with_context(|| format!("find the folder {}", folder.display()))?;
+        let remembered = remembered(&folder);
+        if let Some(running) = remembered.as_ref().filter(|_| running_pid(&folder).is_some()) {
+            if let Some(port) = port.filter(|port| *port != running.port) {
+                let running = running.port;
+                return Err(anyhow!("the nats-server of this folder already runs on port {running}, not on {port}"))
+                    .hint(format!(
+                        "leave --nats-port out, or stop it: kill {}",
+                        running_pid(&folder).unwrap_or_default()
+                    ));
             }
-            return Ok(EmbeddedServer { folder, port: running, child: None });
+            let mut server = EmbeddedServer { folder, port: running.port, child: None };
+            server.until_it_answers().await?;
+            return Ok(server);
         }
-        let port = port.map_or_else(|| usable_port(remembered), Ok)?;
-        let child = spawn(&folder, &name, port)?;
-        let text = serde_json::to_string(&Remembered { port }).context("remember the port")?;
-        std::fs::write(folder.join("server.json"), text).context("remember the port")?;
-        let mut server = EmbeddedServer { folder, port, child: Some(child) };
-        server.until_it_answers(&name).await?;
-        Ok(server)
+        check_version()?;
+        Self::start_new(folder, port, remembered.map(|remembered| remembered.port)).await
+    }
+
+    async fn start_new(folder: PathBuf, wanted: Option<u16>, before: Option<u16>) -> Result<Self> {
+        let mut tried = 0;
+        loop {
+            let port = wanted.map_or_else(|| usable_port(before), Ok)?;
+            let child = spawn(&folder, port)?;
+            let mut server = EmbeddedServer { folder: folder.clone(), port, child: Some(child) };
+            let answered = server.until_it_answers().await;
+            tried += 1;
+            match answered {
+                // Somebody else was faster to take the port that was free a moment ago.
+                Err(_) if wanted.is_none() && tried < PORTS_TRIED && server_name(port).await.is_none() => {}
+                answered => return answered.map(|()| server),
+            }
+        }
     }
 
     pub fn url(&self) -> String {
@@ -67,66 +98,62 @@ impl EmbeddedServer {
         self.child.is_none()
     }
 
-    /// Asks the server to end and waits until it did.
+    /// Asks the server to end and waits until it did; one that does not end is killed.
     pub async fn stop(mut self) -> Result<()> {
-        let pid_file = self.folder.join("server.pid");
-        let pid = std::fs::read_to_string(&pid_file).context("read the nats-server's process id")?;
-        // Its own way of being told to stop, by process id; it flushes its streams first.
-        let told = Command::new("nats-server")
-            .arg(format!("--signal=quit={}", pid.trim()))
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .status()
-            .context("tell the nats-server to stop")?;
-        if !told.success() {
-            bail!("the nats-server {} could not be told to stop", pid.trim());
-        }
-        let end = Instant::now() + STOP_WITHIN;
-        while Instant::now() < end {
-            let ended = match &mut self.child {
-                Some(child) => child.try_wait().context("wait for the nats-server")?.is_some(),
-                None => name_on_port(self.port).is_none(),
-            };
-            if ended {
-                return Ok(());
+        for signal in ["quit", "stop"] {
+            let Some(pid) = running_pid(&self.folder) else { break };
+            tell(signal, pid)?;
+            if timeout(STOP_WITHIN, self.ended()).await.is_ok() {
+                break;
             }
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            tracing::warn!("the nats-server {pid} did not end within {STOP_WITHIN:?} of `{signal}`");
         }
-        bail!("the nats-server {} did not stop within {STOP_WITHIN:?}", pid.trim())
+        match running_pid(&self.folder) {
+            Some(pid) => bail!("the nats-server {pid} does not stop; end it with: kill -9 {pid}"),
+            None => Ok(()),
+        }
     }
 
-    async fn until_it_answers(&mut self, name: &str) -> Result<()> {
+    async fn ended(&mut self) {
+        if let Some(child) = &mut self.child {
+            let _ = child.wait().await;
+        }
+        // A wrapper may have ended before the server it started.
+        while running_pid(&self.folder).is_some() {
+            sleep(LOOK_EVERY).await;
+        }
+    }
+
+    async fn until_it_answers(&mut self) -> Result<()> {
+        let name = name_for(&self.folder);
         let end = Instant::now() + START_WITHIN;
         loop {
-            let ended = self.child.as_mut().and_then(|child| child.try_wait().ok()).flatten();
-            if ended.is_some() || Instant::now() > end {
-                let log = std::fs::read_to_string(self.folder.join("server.log")).unwrap_or_default();
-                let last: Vec<&str> = log.lines().rev().take(5).collect();
-                let last: Vec<&str> = last.into_iter().rev().collect();
-                return Err(anyhow!(
-                    "the nats-server on port {} did not start; it said:\n{}",
-                    self.port,
-                    last.join("\n")
-                ))
-                .hint("give another port with --nats-port, or a server of your own with --nats");
-            }
-            if name_on_port(self.port).as_deref() == Some(name) {
+            if server_name(self.port).await.as_deref() == Some(&name) {
                 return Ok(());
             }
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            let ended = match &mut self.child {
+                Some(child) => child.try_wait().context("look at the nats-server")?.is_some(),
+                None => running_pid(&self.folder).is_none(),
+            };
+            if ended || Instant::now() > end {
+                let said = last_lines(&self.folder.join("server.log"), 5);
+                return Err(anyhow!("the nats-server on port {} did not start; it said:\n{said}", self.port))
+                    .hint("give another port with --nats-port, or a server of your own with --nats");
+            }
+            sleep(LOOK_EVERY).await;
         }
     }
 }
 
-fn spawn(folder: &Path, name: &str, port: u16) -> Result<Child> {
-    check_version()?;
+fn spawn(folder: &Path, port: u16) -> Result<Child> {
     let _ = std::fs::remove_file(folder.join("server.pid"));
-    Command::new("nats-server")
-        .args(["--addr", "127.0.0.1", "--port", &port.to_string(), "--name", name, "--jetstream"])
+    let child = tokio::process::Command::new("nats-server")
+        .args(["--addr", "127.0.0.1", "--port", &port.to_string(), "--name", &name_for(folder), "--jetstream"])
         .arg("--store_dir")
         .arg(folder)
         .arg("--log")
         .arg(folder.join("server.log"))
+        .args(["--log_size_limit", "10485760"])
         .arg("--pid")
         .arg(folder.join("server.pid"))
         .stdin(Stdio::null())
@@ -135,10 +162,28 @@ fn spawn(folder: &Path, name: &str, port: u16) -> Result<Child> {
         // Ctrl-C at the terminal is for the host, which drains before it stops the server.
         .process_group(0)
         .spawn()
-        .context("start nats-server")
+        .context("start nats-server")?;
+    let remembered = Remembered { port, pid: child.id().unwrap_or_default() };
+    let text = serde_json::to_string(&remembered).context("remember the nats-server")?;
+    std::fs::write(folder.join("server.json"), text).context("remember the nats-server")?;
+    Ok(child)
 }
 
-use std::os::unix::process::CommandExt;
+/// Sends a signal the way nats-server documents it.
+fn tell(signal: &str, pid: u32) -> Result<()> {
+    let told = Command::new("nats-server")
+        .arg(format!("--signal={signal}={pid}"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .context("tell the nats-server to stop")?;
+    // It may have ended just now by itself.
+    if !told.success() {
+        tracing::debug!("the nats-server {pid} could not be told to {signal}");
+    }
+    Ok(())
+}
 
 /// Looks for nats-server and refuses one that is too old.
 fn check_version() -> Result<()> {
@@ -146,47 +191,91 @@ fn check_version() -> Result<()> {
     let output =
         Command::new("nats-server").arg("--version").output().context("find nats-server on the PATH").hint(hint)?;
     let text = String::from_utf8_lossy(&output.stdout);
-    let numbers: Vec<u32> =
-        text.split(['v', '.', '-', ' ', '\n']).filter_map(|part| part.trim().parse().ok()).collect();
-    match numbers.as_slice() {
-        [major, minor, ..] if (*major, *minor) >= (2, 11) => Ok(()),
-        _ => Err(anyhow!("nats-server 2.11 or newer is needed, and this is {}", text.trim())).hint(hint),
+    if is_new_enough(&text) {
+        return Ok(());
+    }
+    Err(anyhow!("nats-server 2.11 or newer is needed, and `nats-server --version` says `{}`", text.trim())).hint(hint)
+}
+
+/// Whether `nats-server: v2.15.1` is 2.11 or newer.
+fn is_new_enough(version: &str) -> bool {
+    let mut numbers = version.rsplit('v').next().unwrap_or_default().split('.').map(|number| number.parse::<u32>());
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => (major, minor) >= (2, 11),
+        _ => false,
     }
 }
 
 /// A name that says which folder a server belongs to.
-fn server_name(folder: &Path) -> String {
-    let folder = folder.canonicalize().unwrap_or_else(|_| folder.to_owned());
+fn name_for(folder: &Path) -> String {
     let digest = hex::encode(Sha256::digest(folder.as_os_str().as_encoded_bytes()));
     format!("oncely-dev-{}", digest.get(..16).unwrap_or_default())
 }
 
-fn remembered_port(folder: &Path) -> Option<u16> {
+fn remembered(folder: &Path) -> Option<Remembered> {
     let text = std::fs::read_to_string(folder.join("server.json")).ok()?;
-    serde_json::from_str::<Remembered>(&text).ok().map(|remembered| remembered.port)
+    serde_json::from_str(&text).ok()
 }
 
-/// The name a nats-server on a loopback port gives of itself in the line it greets with; none when there is none.
-fn name_on_port(port: u16) -> Option<String> {
-    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-    let mut stream = TcpStream::connect_timeout(&address, Duration::from_millis(200)).ok()?;
-    stream.set_read_timeout(Some(Duration::from_millis(500))).ok()?;
-    let mut greeting = Vec::new();
-    let mut byte = [0_u8; 1];
-    while greeting.len() < 4096 && stream.read(&mut byte).ok()? == 1 && byte != [b'\n'] {
-        greeting.extend_from_slice(&byte);
+/// The process id of this folder's server if it runs: the one it wrote down, or the one that was started. Ids are used
+/// again, so the process has to be a nats-server with this folder's name.
+fn running_pid(folder: &Path) -> Option<u32> {
+    let written = std::fs::read_to_string(folder.join("server.pid")).ok().and_then(|text| text.trim().parse().ok());
+    let started = remembered(folder).map(|remembered| remembered.pid);
+    let name = name_for(folder);
+    written.into_iter().chain(started).find(|pid| command_line(*pid).is_some_and(|line| line.contains(&name)))
+}
+
+/// How a process was started; none when there is no such process, or it ended and only waits to be noticed.
+fn command_line(pid: u32) -> Option<String> {
+    if let Ok(line) = std::fs::read(format!("/proc/{pid}/cmdline")) {
+        return Some(String::from_utf8_lossy(&line).into_owned());
     }
-    let json = greeting.strip_prefix(b"INFO ")?;
-    let info: serde_json::Value = serde_json::from_slice(json).ok()?;
-    info.get("server_name")?.as_str().map(str::to_owned)
+    let output = Command::new("ps").args(["-ww", "-o", "command=", "-p", &pid.to_string()]).output().ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// The name a nats-server with JetStream on a loopback port gives of itself in the line it greets with.
+async fn server_name(port: u16) -> Option<String> {
+    let greeting = async {
+        let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.ok()?;
+        let mut line = String::new();
+        BufReader::new(stream.take(1 << 16)).read_line(&mut line).await.ok()?;
+        Some(line)
+    };
+    let greeting = timeout(Duration::from_millis(500), greeting).await.ok()??;
+    let info: serde_json::Value = serde_json::from_str(greeting.strip_prefix("INFO ")?).ok()?;
+    let has_jetstream = info.get("jetstream")?.as_bool()?;
+    info.get("server_name")?.as_str().filter(|_| has_jetstream).map(str::to_owned)
 }
 
 /// The remembered port if it is free, else any that is.
-fn usable_port(remembered: Option<u16>) -> Result<u16> {
-    let bound = remembered.and_then(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).ok());
+fn usable_port(before: Option<u16>) -> Result<u16> {
+    let bound = before.and_then(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).ok());
     let listener = match bound {
         Some(listener) => listener,
         None => TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("look for a free port")?,
     };
     Ok(listener.local_addr().context("read the port")?.port())
+}
+
+fn last_lines(path: &Path, count: usize) -> String {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    lines.iter().skip(lines.len().saturating_sub(count)).copied().collect::<Vec<_>>().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_new_enough;
+
+    #[test]
+    fn servers_before_2_11_are_refused() {
+        assert!(is_new_enough("nats-server: v2.11.0"));
+        assert!(is_new_enough("nats-server: v2.15.1\n"));
+        assert!(is_new_enough("nats-server: v3.0.0-RC.1"));
+        assert!(!is_new_enough("nats-server: v2.9.10"));
+        assert!(!is_new_enough("nats-server: v2.10.29"));
+        assert!(!is_new_enough("bash: no such command"));
+    }
 }

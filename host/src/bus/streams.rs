@@ -1,10 +1,12 @@
-//! Streams: what there is, and making what is missing.
+//! Streams: what there is, making what is missing, and looking for what was published.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
-use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, pull};
+use anyhow::{Context, Error, Result, bail};
+use async_nats::datetime::{DateTime, from_nanos};
+use async_nats::jetstream::ErrorCode;
+use async_nats::jetstream::consumer::{AckPolicy, Consumer, DeliverPolicy, pull};
 use async_nats::jetstream::context::{CreateStreamErrorKind, GetStreamErrorKind};
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType};
 use futures::StreamExt;
@@ -20,12 +22,16 @@ pub struct StreamSpec {
     pub subjects: Vec<String>,
     /// How long it keeps a message; none for ever.
     pub max_age: Option<Duration>,
+    /// How large it may become, in bytes; none without limit.
+    pub max_bytes: Option<u64>,
+    /// For how long the server recognises a message id; none for its default, two minutes.
+    pub duplicate_window: Option<Duration>,
 }
 
 impl StreamSpec {
     pub fn new(name: &str, subjects: &[&str]) -> Self {
         let subjects = subjects.iter().map(|&subject| subject.to_owned()).collect();
-        StreamSpec { name: name.to_owned(), subjects, max_age: None }
+        StreamSpec { name: name.to_owned(), subjects, ..StreamSpec::default() }
     }
 }
 
@@ -43,6 +49,7 @@ pub struct StreamInfo {
     pub created: Timestamp,
     pub subjects: Vec<String>,
     pub messages: u64,
+    /// The lowest sequence still there; 0 or one more than the last when the stream is empty.
     pub first_sequence: u64,
     pub last_sequence: u64,
     /// For how long the server recognises a message id.
@@ -65,6 +72,8 @@ impl Bus {
             storage: StorageType::File,
             discard: DiscardPolicy::New,
             max_age: spec.max_age.unwrap_or_default(),
+            max_bytes: spec.max_bytes.map_or(-1, |bytes| i64::try_from(bytes).unwrap_or(i64::MAX)),
+            duplicate_window: spec.duplicate_window.unwrap_or_default(),
             allow_direct: true,
             ..Config::default()
         };
@@ -81,13 +90,9 @@ impl Bus {
     /// A stream; none when there is none of this name.
     pub async fn stream(&self, name: &str) -> Result<Option<StreamInfo>> {
         match self.context.get_stream(name).await {
-            Ok(stream) => info(stream.cached_info()).map(Some),
+            Ok(stream) => stream_info(stream.cached_info()).map(Some),
             Err(error) => match error.kind() {
-                GetStreamErrorKind::JetStream(code)
-                    if code.error_code() == async_nats::jetstream::ErrorCode::STREAM_NOT_FOUND =>
-                {
-                    Ok(None)
-                }
+                GetStreamErrorKind::JetStream(answer) if answer.error_code() == ErrorCode::STREAM_NOT_FOUND => Ok(None),
                 _ => Err(error).with_context(|| format!("ask NATS for the stream {name}")),
             },
         }
@@ -114,49 +119,54 @@ impl Bus {
         since: Timestamp,
         ids: &HashSet<String>,
     ) -> Result<HashMap<String, u64>> {
-        let stream = self.context.get_stream(stream).await.context("open the stream to look through")?;
-        let since = time(since)?;
-        let consumer = stream
-            .create_consumer(pull::Config {
-                deliver_policy: DeliverPolicy::ByStartTime { start_time: since },
-                ack_policy: AckPolicy::None,
-                filter_subject: subject.to_owned(),
-                headers_only: true,
-                inactive_threshold: Duration::from_secs(60),
-                memory_storage: true,
-                ..pull::Config::default()
-            })
-            .await
-            .context("read the stream")?;
-        let mut left = consumer.cached_info().num_pending;
-        let mut found = HashMap::new();
-        while left > 0 && found.len() < ids.len() {
-            let mut batch = consumer.fetch().max_messages(1_000).messages().await.context("read the stream")?;
-            let before = left;
-            while let Some(message) = batch.next().await {
-                let message = message.map_err(anyhow::Error::from_boxed).context("read the stream")?;
-                left = left.saturating_sub(1);
-                let id = message.headers.as_ref().and_then(|headers| headers.get(async_nats::header::NATS_MESSAGE_ID));
-                if let Some(id) = id.map(ToString::to_string).filter(|id| ids.contains(id)) {
-                    let info = message.info().map_err(anyhow::Error::from_boxed).context("read a message's place")?;
-                    found.insert(id, info.stream_sequence);
-                }
-            }
-            if left == before {
-                bail!("the stream stopped answering with {left} messages left to look through");
-            }
-        }
+        let stream = self.context.get_stream(stream).await.with_context(|| format!("open the stream {stream}"))?;
+        let since = from_nanos(since.as_nanosecond()).map_err(Error::from_boxed).context("read a time")?;
+        let config = pull::Config {
+            deliver_policy: DeliverPolicy::ByStartTime { start_time: since },
+            ack_policy: AckPolicy::None,
+            filter_subject: subject.to_owned(),
+            headers_only: true,
+            // The server removes it should this process die meanwhile.
+            inactive_threshold: Duration::from_secs(60),
+            memory_storage: true,
+            ..pull::Config::default()
+        };
+        let consumer = stream.create_consumer(config).await.context("look through the stream")?;
+        let found = scan(&consumer, ids).await.context("look through the stream");
         let _ = stream.delete_consumer(&consumer.cached_info().name).await;
-        Ok(found)
+        found
     }
 }
 
-fn is_name_in_use(error: &async_nats::jetstream::context::CreateStreamError) -> bool {
-    matches!(error.kind(), CreateStreamErrorKind::JetStream(code)
-        if code.error_code() == async_nats::jetstream::ErrorCode::STREAM_NAME_EXIST)
+/// The sequences of those `ids` that come by before the consumer has seen everything.
+async fn scan(consumer: &Consumer<pull::Config>, ids: &HashSet<String>) -> Result<HashMap<String, u64>> {
+    let mut left = consumer.cached_info().num_pending;
+    let mut found = HashMap::new();
+    while left > 0 && found.len() < ids.len() {
+        let mut messages = consumer.fetch().max_messages(1_000).expires(Duration::from_secs(5)).messages().await?;
+        let mut heard = false;
+        while let Some(message) = messages.next().await {
+            let message = message.map_err(Error::from_boxed)?;
+            let place = message.info().map_err(Error::from_boxed)?;
+            (heard, left) = (true, place.pending);
+            let id = message.headers.as_ref().and_then(|headers| headers.get(async_nats::header::NATS_MESSAGE_ID));
+            if let Some(id) = id.map(|id| id.as_str()).filter(|id| ids.contains(*id)) {
+                found.entry(id.to_owned()).or_insert(place.stream_sequence);
+            }
+        }
+        if !heard {
+            bail!("the server stopped answering with {left} messages to go");
+        }
+    }
+    Ok(found)
 }
 
-fn info(info: &async_nats::jetstream::stream::Info) -> Result<StreamInfo> {
+fn is_name_in_use(error: &async_nats::jetstream::context::CreateStreamError) -> bool {
+    matches!(error.kind(), CreateStreamErrorKind::JetStream(answer)
+        if answer.error_code() == ErrorCode::STREAM_NAME_EXIST)
+}
+
+pub(super) fn stream_info(info: &async_nats::jetstream::stream::Info) -> Result<StreamInfo> {
     Ok(StreamInfo {
         name: info.config.name.clone(),
         created: timestamp(info.created)?,
@@ -169,11 +179,7 @@ fn info(info: &async_nats::jetstream::stream::Info) -> Result<StreamInfo> {
     })
 }
 
-/// The NATS client's time as ours.
-pub(super) fn timestamp(time: time::OffsetDateTime) -> Result<Timestamp> {
+/// The client's time as ours.
+pub(super) fn timestamp(time: DateTime) -> Result<Timestamp> {
     Timestamp::from_nanosecond(time.unix_timestamp_nanos()).context("read a time")
-}
-
-fn time(timestamp: Timestamp) -> Result<time::OffsetDateTime> {
-    time::OffsetDateTime::from_unix_timestamp_nanos(timestamp.as_nanosecond()).context("write a time")
 }

@@ -154,8 +154,9 @@ async fn claims_that_were_given_back_are_not_kept(world: World) {
     tx.commit().await.unwrap();
     let mut tx = world.begin().await;
     tx.claim(&[a_claim("a", 1), a_claim("b", 1), a_claim("c", 1)]).await.unwrap();
-    tx.unclaim(&["a".to_owned(), "c".to_owned()]).await.unwrap();
+    tx.unclaim(&["a", "c", "settled"].map(str::to_owned)).await.unwrap();
     tx.commit().await.unwrap();
+    assert!(matches!(world.look("settled", 1).await, Claimed::Settled(_)));
     assert!(matches!(world.look("a", 1).await, Claimed::Fresh { .. }));
     assert!(matches!(world.look("b", 1).await, Claimed::Settled(_)));
     assert!(matches!(world.look("c", 1).await, Claimed::Fresh { .. }));

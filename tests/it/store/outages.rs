@@ -2,8 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use oncely::store::{Claimed, PostgresStore, Store, StoreError};
-use sqlx::Executor;
+use oncely::store::{Claimed, PostgresStore, SqliteStore, Store, StoreError};
+use sqlx::sqlite::SqliteConnectOptions;
+use sqlx::{ConnectOptions, Executor};
 use support::postgres::Cluster;
 
 use super::{TIME, WORKER, World, a_claim, claim};
@@ -53,4 +54,19 @@ async fn a_terminated_connection_costs_its_transaction_and_nothing_else() {
         assert!(matches!(result, Err(StoreError::Unavailable(_))), "{result:?}");
         assert!(matches!(world.look("e1", 1).await, Claimed::Fresh { .. }));
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sqlite_file_that_another_process_writes_to_is_a_conflict_and_free_afterwards() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("oncely.db");
+    let store = SqliteStore::open(&path).await.unwrap();
+    let mut other = SqliteConnectOptions::new().filename(&path).connect().await.unwrap();
+    other.execute("begin immediate").await.unwrap();
+    assert!(matches!(store.begin(WORKER, TIME).await.err(), Some(StoreError::Conflict(_))));
+    store.ping().await.unwrap();
+    other.execute("rollback").await.unwrap();
+    let mut tx = store.begin(WORKER, TIME).await.unwrap();
+    claim(&mut tx, "e1", 1).await;
+    tx.commit().await.unwrap();
 }

@@ -26,7 +26,8 @@ impl Purpose {
     /// The statements that begin the transaction; the last one returns the transaction's id, if it may write.
     fn begin(self) -> String {
         let (search_path, time) = match self {
-            Purpose::Guest(time) => ("app_default, pg_temp", time),
+            // Zero would mean for ever.
+            Purpose::Guest(time) => ("app_default, pg_temp", time.max(Duration::from_millis(2))),
             Purpose::House | Purpose::Read => ("pg_catalog, pg_temp", HOUSE_TIME),
             Purpose::Deploy => ("pg_catalog, pg_temp", Duration::ZERO),
         };

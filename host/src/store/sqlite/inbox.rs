@@ -70,7 +70,7 @@ async fn look(session: &mut Session, worker: &str, given: &str) -> Result<Vec<(V
 }
 
 /// Gives claims of this transaction back.
-pub(super) async fn unclaim(session: &mut Session, worker: &str, event_ids: &[String]) -> Result<()> {
+pub(super) async fn unclaim(session: &mut Session, worker: &str, event_ids: &[&str]) -> Result<()> {
     let doing = |error| errors::of_statement(error, "give claims back");
     sqlx::query("delete from oncely_inbox where worker = $1 and event_id in (select value from json_each($2))")
         .bind(worker)

@@ -1,5 +1,6 @@
 //! The transaction of one batch.
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -14,6 +15,8 @@ use crate::verdict::Settled;
 pub(super) struct SqliteTx {
     session: Session,
     worker: String,
+    /// The event ids that this transaction claimed and that were not settled before.
+    fresh: HashSet<String>,
     /// Why nothing of this transaction can take effect any more.
     doomed: Option<String>,
     /// How long a guest's statement may take.
@@ -22,7 +25,7 @@ pub(super) struct SqliteTx {
 
 impl SqliteTx {
     pub(super) fn new(session: Session, worker: &str, time: Duration) -> Self {
-        SqliteTx { session, worker: worker.to_owned(), doomed: None, time }
+        SqliteTx { session, worker: worker.to_owned(), fresh: HashSet::new(), doomed: None, time }
     }
 
     fn check(&self) -> Result<()> {
@@ -55,12 +58,18 @@ impl Tx for SqliteTx {
     async fn claim(&mut self, claims: &[Claim]) -> Result<Vec<Claimed>> {
         self.check()?;
         let claimed = inbox::claim(&mut self.session, &self.worker, claims).await;
-        self.remember(claimed)
+        let claimed = self.remember(claimed)?;
+        let is_fresh = |(_, claimed): &(&Claim, &Claimed)| matches!(claimed, Claimed::Fresh { .. });
+        let fresh = claims.iter().zip(&claimed).filter(is_fresh);
+        self.fresh.extend(fresh.map(|(claim, _)| claim.event_id.clone()));
+        Ok(claimed)
     }
 
     async fn unclaim(&mut self, event_ids: &[String]) -> Result<()> {
         self.check()?;
-        let unclaimed = inbox::unclaim(&mut self.session, &self.worker, event_ids).await;
+        let ours: Vec<&str> =
+            event_ids.iter().map(String::as_str).filter(|event_id| self.fresh.contains(*event_id)).collect();
+        let unclaimed = inbox::unclaim(&mut self.session, &self.worker, &ours).await;
         self.remember(unclaimed)
     }
 

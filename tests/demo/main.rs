@@ -1,0 +1,379 @@
+//! `make demo`: a few hundred payments, some twice, some malformed, the host killed in the middle, and then the books.
+
+use std::collections::BTreeSet;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use async_nats::HeaderMap;
+use async_nats::jetstream::{self, consumer};
+use futures::StreamExt;
+use serde_json::{Value, json};
+use sqlx::{Connection, SqliteConnection};
+use support::guests::repository;
+
+/// Payments, each with an event id of its own.
+const PAYMENTS: usize = 300;
+/// Of which every so-many-th is published twice.
+const TWICE_EVERY: usize = 10;
+/// Messages that are no payment at all.
+const MALFORMED: usize = 12;
+/// How far apart messages are published, so that the kill hits something.
+const PACE: Duration = Duration::from_millis(8);
+const PATIENCE: Duration = Duration::from_secs(60);
+
+const ACCOUNTS: [&str; 8] = ["alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi"];
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let mut demo = Demo::prepare()?;
+    say("Starting a host: SQLite, a nats-server of its own, and the worker of examples/payments.");
+    demo.start_host().await?;
+    let messages = workload();
+    say(&format!(
+        "Publishing {} messages: {PAYMENTS} payments, {} of them twice, and {MALFORMED} that are malformed.",
+        messages.len(),
+        PAYMENTS / TWICE_EVERY
+    ));
+    let publishing = tokio::spawn(publish(demo.nats_url()?, messages));
+    demo.until_settled(PAYMENTS as i64 / 3).await?;
+    say("Killing the host with SIGKILL, in the middle of it.");
+    demo.kill_host()?;
+    let settled = demo.settled().await?;
+    say(&format!("It is dead; {settled} messages are settled so far. Starting it again."));
+    demo.start_host().await?;
+    let published = publishing.await.context("publish")??;
+    demo.until_quiet(published).await?;
+    let books = demo.books(published).await?;
+    show(&books);
+    demo.write(&books)?;
+    demo.stop_host()?;
+    judge(&books)?;
+    demo.say_how_to_check();
+    Ok(())
+}
+
+/// What the demo works with.
+struct Demo {
+    folder: PathBuf,
+    oncely: PathBuf,
+    host: Option<Child>,
+}
+
+/// A message: event id and body.
+struct Payment {
+    event_id: String,
+    account: String,
+    body: Vec<u8>,
+}
+
+/// The figures of the books.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Books {
+    published: i64,
+    unique: i64,
+    effects: i64,
+    outputs: i64,
+    outputs_unique: i64,
+    duplicates_skipped: i64,
+    dead_letters: i64,
+    ledger_sum: i64,
+}
+
+/// Payments in an order that does not change, with copies a little later and malformed ones in between.
+fn workload() -> Vec<Payment> {
+    let pick = |n: usize| ACCOUNTS.get(n % ACCOUNTS.len()).copied().unwrap_or_default();
+    let payment = |n: usize| {
+        let (from, to) = (pick(n * 5), pick(n * 5 + 1 + n % 7));
+        let cents = 100 + (n * 7919) % 20_000;
+        let body = json!({ "payment": format!("p-{n}"), "from": from, "to": to, "cents": cents });
+        Payment { event_id: format!("p-{n}"), account: from.to_owned(), body: body.to_string().into_bytes() }
+    };
+    let mut messages = Vec::new();
+    for n in 0..PAYMENTS {
+        messages.push(payment(n));
+        if n % TWICE_EVERY == 7 {
+            messages.push(payment(n - n % 5));
+        }
+        if n % (PAYMENTS / MALFORMED) == 11 {
+            let body = json!({ "payment": format!("m-{n}"), "from": "alice", "cents": "a lot" });
+            let account = "alice".to_owned();
+            messages.push(Payment { event_id: format!("m-{n}"), account, body: body.to_string().into_bytes() });
+        }
+    }
+    messages
+}
+
+/// Publishes at a pace, waits until the stream has stored each message, and returns how many there were.
+async fn publish(nats: String, messages: Vec<Payment>) -> Result<i64> {
+    let context = jetstream::new(async_nats::connect(&nats).await.context("connect to NATS")?);
+    let count = messages.len();
+    for (n, message) in messages.into_iter().enumerate() {
+        let mut headers = HeaderMap::new();
+        // What stays the same when a payment is sent again is its event id; to the broker each message is a new one.
+        headers.insert("ce-id", message.event_id.as_str());
+        headers.insert("ce-source", "/demo");
+        headers.insert("Nats-Msg-Id", uuid::Uuid::new_v4().to_string().as_str());
+        headers.insert("Account", message.account.as_str());
+        context.publish_with_headers("payments.requested", headers, message.body.into()).await?.await?;
+        progress("published", n + 1, count);
+        tokio::time::sleep(PACE).await;
+    }
+    Ok(count as i64)
+}
+
+impl Demo {
+    /// An empty folder to work in.
+    fn prepare() -> Result<Self> {
+        let folder = repository().join("target/demo");
+        if folder.exists() {
+            std::fs::remove_dir_all(&folder).context("remove the demo of before")?;
+        }
+        std::fs::create_dir_all(&folder).context("make the demo's folder")?;
+        Ok(Demo { folder, oncely: support::guests::oncely()?, host: None })
+    }
+
+    fn data_dir(&self) -> PathBuf {
+        self.folder.join(".oncely")
+    }
+
+    async fn start_host(&mut self) -> Result<()> {
+        let log = std::fs::File::options().create(true).append(true).open(self.folder.join("host.log"))?;
+        let _ = std::fs::remove_file(self.data_dir().join("host.json"));
+        let host = Command::new(&self.oncely)
+            .args(["dev", "--listen", "127.0.0.1:0", "--data-dir"])
+            .arg(self.data_dir())
+            .arg(repository().join("examples/payments"))
+            .current_dir(&self.folder)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("start the host")?;
+        self.host = Some(host);
+        let started = Instant::now();
+        while !self.is_ready() {
+            if let Some(status) = self.host.as_mut().and_then(|host| host.try_wait().ok()).flatten() {
+                bail!("the host ended with {status}:\n{}", self.host_log());
+            }
+            ensure!(started.elapsed() < Duration::from_secs(300), "the host is not ready:\n{}", self.host_log());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        say(&format!("The host is ready after {:.1} s.", started.elapsed().as_secs_f64()));
+        Ok(())
+    }
+
+    fn is_ready(&self) -> bool {
+        let output = Command::new(&self.oncely).args(["status", "--json"]).current_dir(&self.folder).output();
+        let status = output.ok().and_then(|output| serde_json::from_slice::<Value>(&output.stdout).ok());
+        status.is_some_and(|status| status.get("ready") == Some(&Value::Bool(true)))
+    }
+
+    fn kill_host(&mut self) -> Result<()> {
+        if let Some(mut host) = self.host.take() {
+            host.kill().context("kill the host")?;
+            host.wait().context("wait for the killed host")?;
+        }
+        Ok(())
+    }
+
+    fn stop_host(&mut self) -> Result<()> {
+        if let Some(mut host) = self.host.take() {
+            support::world::signal(host.id(), "TERM")?;
+            let status = host.wait().context("wait for the host")?;
+            ensure!(status.success(), "the host ended with {status}:\n{}", self.host_log());
+        }
+        Ok(())
+    }
+
+    fn host_log(&self) -> String {
+        std::fs::read_to_string(self.folder.join("host.log")).unwrap_or_default()
+    }
+
+    fn nats_url(&self) -> Result<String> {
+        let text = std::fs::read_to_string(self.data_dir().join("host.json")).context("read host.json")?;
+        let file: Value = serde_json::from_str(&text).context("read host.json")?;
+        Ok(file.get("nats").and_then(Value::as_str).context("find NATS in host.json")?.to_owned())
+    }
+
+    async fn number(&self, sql: &'static str) -> Result<i64> {
+        let path = self.data_dir().join("oncely.db");
+        let options = sqlx::sqlite::SqliteConnectOptions::new().filename(path).read_only(true);
+        let mut connection = SqliteConnection::connect_with(&options).await.context("open the database")?;
+        Ok(sqlx::query_scalar(sql).fetch_one(&mut connection).await?)
+    }
+
+    /// Messages with a final word in the inbox.
+    async fn settled(&self) -> Result<i64> {
+        self.number("select count(*) from oncely_inbox").await
+    }
+
+    async fn until_settled(&self, count: i64) -> Result<()> {
+        let end = Instant::now() + PATIENCE;
+        while self.settled().await? < count {
+            ensure!(Instant::now() < end, "nothing moves:\n{}", self.host_log());
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        Ok(())
+    }
+
+    /// Waits until every message is acknowledged and every output published.
+    async fn until_quiet(&self, published: i64) -> Result<()> {
+        let context = jetstream::new(async_nats::connect(self.nats_url()?).await?);
+        let stream = context.get_stream("PAYMENTS").await?;
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let info = stream.consumer_info("oncely-settle").await?;
+            let left = info.num_pending as i64 + info.num_ack_pending as i64;
+            let unpublished = self.number("select count(*) from oncely_outbox where published_at is null").await?;
+            progress("handled", (published - left).max(0) as usize, published as usize);
+            if left == 0 && unpublished == 0 {
+                return Ok(());
+            }
+            ensure!(Instant::now() < end, "{left} messages and {unpublished} outputs are left:\n{}", self.host_log());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Reads everything from the database and from the streams themselves.
+    async fn books(&self, published: i64) -> Result<Books> {
+        let nats = self.nats_url()?;
+        let requested = read_ids(&nats, "payments.requested").await?;
+        ensure!(requested.len() as i64 == published, "the stream holds {} of {published} messages", requested.len());
+        let settled = read_ids(&nats, "payments.settled").await?;
+        let declined = read_ids(&nats, "payments.declined").await?;
+        let outputs: Vec<&String> = settled.iter().chain(&declined).map(|(id, _)| id).collect();
+        let unique: BTreeSet<&String> = requested.iter().map(|(_, event)| event).collect();
+        let moved = self
+            .number("select count(*) from (select payment from entry where payment like 'p-%' group by payment having count(*) = 2)")
+            .await?;
+        Ok(Books {
+            published,
+            unique: unique.len() as i64,
+            effects: moved + declined.len() as i64,
+            outputs: outputs.len() as i64,
+            outputs_unique: outputs.iter().collect::<BTreeSet<_>>().len() as i64,
+            // All of the stream is handled: what is on it and not in the inbox was skipped.
+            duplicates_skipped: published - self.settled().await?,
+            dead_letters: self.number("select count(*) from oncely_dead_letter").await?,
+            ledger_sum: self.number("select sum(cents) from entry").await?,
+        })
+    }
+
+    fn write(&self, books: &Books) -> Result<()> {
+        let json = json!({
+            "published": books.published,
+            "unique": books.unique,
+            "effects": books.effects,
+            "outputs": books.outputs,
+            "outputs_unique": books.outputs_unique,
+            "duplicates_skipped": books.duplicates_skipped,
+            "dead_letters": books.dead_letters,
+            "ledger_sum": books.ledger_sum,
+        });
+        let text = serde_json::to_string_pretty(&json).context("write the books")?;
+        std::fs::write(self.folder.join("books.json"), text + "\n").context("write books.json")
+    }
+
+    fn say_how_to_check(&self) {
+        let shown = |path: PathBuf| {
+            let here = std::env::current_dir().unwrap_or_default();
+            path.strip_prefix(&here).map(Path::to_owned).unwrap_or(path).display().to_string()
+        };
+        let database = shown(self.data_dir().join("oncely.db"));
+        let data_dir = shown(self.data_dir());
+        let oncely = shown(self.oncely.clone());
+        println!("\nCheck it yourself; the same figures are in {}:", shown(self.folder.join("books.json")));
+        println!("  sqlite3 {database} 'select state, count(*) from oncely_inbox group by state'");
+        println!("  sqlite3 {database} 'select sum(cents), count(*) from entry'");
+        println!("  {oncely} dev --data-dir {data_dir} examples/payments    # then, in another terminal:");
+        println!("  (cd {} && {} dlq list)", shown(self.folder.clone()), self.oncely.display());
+        println!(
+            "  nats stream view PAYMENTS --server URL    # the URL that `oncely dev` prints; any NATS client will do"
+        );
+    }
+}
+
+impl Drop for Demo {
+    fn drop(&mut self) {
+        let _ = self.kill_host();
+    }
+}
+
+/// Message id and event id of all messages to a subject, raw from the stream.
+async fn read_ids(nats: &str, subject: &str) -> Result<Vec<(String, String)>> {
+    let context = jetstream::new(async_nats::connect(nats).await?);
+    let stream = context.get_stream("PAYMENTS").await?;
+    let config = consumer::pull::OrderedConfig { filter_subject: subject.to_owned(), ..Default::default() };
+    let consumer = stream.create_consumer(config).await?;
+    let mut left = consumer.cached_info().num_pending;
+    let mut messages = consumer.messages().await?;
+    let mut ids = Vec::new();
+    while left > 0 {
+        let message = messages.next().await.context("read the stream")??;
+        let header = |name: &str| {
+            let headers = message.headers.as_ref();
+            headers.and_then(|headers| headers.get(name)).map(ToString::to_string).unwrap_or_default()
+        };
+        ids.push((header("Nats-Msg-Id"), header("ce-id")));
+        left -= 1;
+    }
+    Ok(ids)
+}
+
+fn show(books: &Books) {
+    println!("\nThe books");
+    for (what, figure) in [
+        ("messages published", books.published),
+        ("payments and malformed ones, by event id", books.unique),
+        ("payments that took effect", books.effects),
+        ("outputs on the stream", books.outputs),
+        ("outputs on the stream, by id", books.outputs_unique),
+        ("duplicates skipped", books.duplicates_skipped),
+        ("dead letters", books.dead_letters),
+        ("sum of the ledger", books.ledger_sum),
+    ] {
+        println!("{what:>42}: {figure:>5}");
+    }
+}
+
+/// Whether the books are as they must be.
+fn judge(books: &Books) -> Result<()> {
+    let (payments, malformed) = (PAYMENTS as i64, MALFORMED as i64);
+    ensure!(books.unique == payments + malformed, "{} event ids were published", books.unique);
+    ensure!(books.effects == payments, "{} of {payments} payments took effect", books.effects);
+    ensure!(books.outputs == payments && books.outputs_unique == payments, "the outputs are not the payments");
+    ensure!(books.duplicates_skipped == books.published - books.unique, "duplicates were not skipped");
+    ensure!(books.dead_letters == malformed, "{} dead letters", books.dead_letters);
+    ensure!(books.ledger_sum == 0, "the ledger sums to {}", books.ledger_sum);
+    println!("\nEvery payment took effect once, and every output is on the stream once.");
+    Ok(())
+}
+
+fn say(sentence: &str) {
+    clear_line();
+    println!("{sentence}");
+}
+
+/// Shows how far something is: one line that is written over on a terminal, a line for each quarter elsewhere.
+fn progress(what: &str, done: usize, of: usize) {
+    use std::io::IsTerminal;
+    if std::io::stdout().is_terminal() {
+        print!("\r\x1b[K  {what} {done} of {of}");
+        let _ = std::io::stdout().flush();
+        if done == of {
+            println!();
+        }
+    } else if done > 0 && (done == of || done % (of / 4).max(1) == 0) {
+        println!("  {what} {done} of {of}");
+    }
+}
+
+fn clear_line() {
+    use std::io::IsTerminal;
+    if std::io::stdout().is_terminal() {
+        print!("\r\x1b[K");
+    }
+}

@@ -1,0 +1,435 @@
+//! The bus against a real nats-server: taking, acknowledging, publishing, and what becomes of it when things go away.
+
+use std::collections::{HashMap, HashSet};
+use std::future::Future;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use async_nats::jetstream;
+use jiff::Timestamp;
+use oncely::bus::{Bus, EmbeddedServer, Ensured, Outgoing, PublishError, Pull, Pulled, StreamSpec, Subscription};
+use oncely::config::{Login, Nats};
+use oncely::store::{Claim, SqliteStore, Store};
+use oncely::verdict::Settled;
+use support::nats::{NatsServer, ToPublish};
+use tokio::time::timeout;
+
+/// Until when a test waits for what must come.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long a test waits for what must not come.
+const QUIET: Duration = Duration::from_millis(300);
+
+/// A nats-server with the stream IN over `in.>`, and a bus connected to it.
+async fn world() -> Result<(NatsServer, Bus)> {
+    let nats = NatsServer::start().await?;
+    let bus = Bus::connect(&at(&nats.url())).await?;
+    bus.ensure_stream(&StreamSpec::new("IN", &["in.>"])).await?;
+    Ok((nats, bus))
+}
+
+fn at(url: &str) -> Nats {
+    Nats { servers: vec![url.to_owned()], login: Login::None, root_certificate: None, client_certificate: None }
+}
+
+fn subscription(ack_wait: Duration) -> Subscription {
+    Subscription {
+        stream: "IN".to_owned(),
+        durable: "worker".to_owned(),
+        subjects: vec!["in.>".to_owned()],
+        ack_wait,
+        max_ack_pending: 1_000,
+        metadata: HashMap::from([("oncely.worker".to_owned(), "worker".to_owned())]),
+    }
+}
+
+async fn pull_from(bus: &Bus) -> Result<Pull> {
+    bus.subscribe(&subscription(Duration::from_secs(30))).await
+}
+
+async fn next(pull: &mut Pull) -> Result<Pulled> {
+    timeout(PATIENCE, pull.next(10)).await.context("wait for a message")?
+}
+
+/// A proof as it comes about: by a commit of the store.
+async fn proof() -> Result<Settled> {
+    let folder = tempfile::tempdir()?;
+    let store = SqliteStore::open(&folder.path().join("proof.db")).await?;
+    let mut tx = store.begin("worker", Duration::from_secs(5)).await?;
+    tx.claim(&[Claim { event_id: "1".to_owned(), payload_sha256: [0; 32], origin: None }]).await?;
+    Ok(tx.commit().await?)
+}
+
+fn outgoing(subject: &str, id: &str) -> Outgoing {
+    Outgoing { subject: subject.to_owned(), headers: Vec::new(), id: id.to_owned(), body: id.to_owned().into() }
+}
+
+fn message(subject: &str, headers: &[(&str, &str)]) -> ToPublish {
+    let headers = headers.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+    ToPublish { subject: subject.to_owned(), headers, body: b"body".to_vec() }
+}
+
+async fn context(nats: &NatsServer) -> Result<jetstream::Context> {
+    Ok(jetstream::new(nats.client().await?))
+}
+
+/// Waits until something holds.
+async fn until<F: Future<Output = Result<bool>>>(what: &str, holds: impl Fn() -> F) -> Result<()> {
+    let end = Instant::now() + PATIENCE;
+    while !holds().await? {
+        ensure!(Instant::now() < end, "it never came about that {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_acknowledged_message_is_gone_for_good() -> Result<()> {
+    let (nats, bus) = world().await?;
+    nats.publish_all(vec![message("in.a", &[])]).await?;
+    let mut pull = bus.subscribe(&subscription(Duration::from_secs(1))).await?;
+    let probe = pull.probe();
+    let pulled = next(&mut pull).await?;
+    assert_eq!((pulled.message.subject.as_str(), pulled.message.body.as_ref()), ("in.a", b"body".as_slice()));
+    assert_eq!(probe.backlog().await?.ack_pending, 1);
+    pulled.receipt.ack(&proof().await?).await?;
+    until("nothing waits for an ack", || async { Ok(probe.backlog().await?.ack_pending == 0) }).await?;
+    assert!(timeout(Duration::from_millis(1_500), pull.next(1)).await.is_err());
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_message_handed_back_comes_again_after_its_delay() -> Result<()> {
+    let (nats, bus) = world().await?;
+    nats.publish_all(vec![message("in.a", &[])]).await?;
+    let mut pull = pull_from(&bus).await?;
+    next(&mut pull).await?.receipt.nak(Duration::from_millis(700)).await?;
+    let handed_back = Instant::now();
+    let again = next(&mut pull).await?;
+    assert_eq!(again.message.origin.context("has a place")?.sequence, 1);
+    let waited = handed_back.elapsed();
+    assert!((600..5_000).contains(&waited.as_millis()), "{waited:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_message_being_worked_on_does_not_come_again() -> Result<()> {
+    let (nats, bus) = world().await?;
+    nats.publish_all(vec![message("in.a", &[])]).await?;
+    let mut pull = bus.subscribe(&subscription(Duration::from_secs(1))).await?;
+    let pulled = next(&mut pull).await?;
+    let progress = pulled.receipt.progress();
+    for _ in 0..8 {
+        assert!(timeout(QUIET, pull.next(1)).await.is_err(), "it came again while it was worked on");
+        progress.send().await?;
+    }
+    next(&mut pull).await.context("without a sign of life it comes again")?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn one_request_brings_no_more_than_there_is_room_for() -> Result<()> {
+    let (nats, bus) = world().await?;
+    nats.publish_all((0..20).map(|_| message("in.a", &[])).collect()).await?;
+    let mut pull = pull_from(&bus).await?;
+    let probe = pull.probe();
+    for taken in 1..=3 {
+        timeout(PATIENCE, pull.next(1)).await??;
+        assert_eq!(probe.backlog().await?.ack_pending, taken);
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_subscription_is_seen_once_it_asked() -> Result<()> {
+    let (_nats, bus) = world().await?;
+    let mut pull = pull_from(&bus).await?;
+    let probe = pull.probe();
+    assert!(!probe.seen_by_server().await?);
+    assert!(timeout(QUIET, pull.next(5)).await.is_err());
+    assert!(probe.seen_by_server().await?);
+    assert_eq!(probe.backlog().await?.waiting, 1);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_subscription_is_updated_in_place_and_keeps_its_place() -> Result<()> {
+    let (nats, bus) = world().await?;
+    nats.publish_all(vec![message("in.a", &[]), message("in.b", &[]), message("in.c", &[])]).await?;
+    let mut pull = pull_from(&bus).await?;
+    let first = timeout(PATIENCE, pull.next(1)).await??;
+    assert_eq!(first.message.subject, "in.a");
+    first.receipt.ack(&proof().await?).await?;
+    drop(pull);
+    let narrower = Subscription {
+        subjects: vec!["in.a".to_owned(), "in.c".to_owned()],
+        ack_wait: Duration::from_secs(1),
+        ..subscription(Duration::ZERO)
+    };
+    let mut pull = bus.subscribe(&narrower).await?;
+    assert_eq!(next(&mut pull).await?.message.subject, "in.c");
+    Ok(())
+}
+
+#[tokio::test]
+async fn event_ids_come_from_the_headers_else_from_the_place() -> Result<()> {
+    let (nats, bus) = world().await?;
+    let long = "x".repeat(256);
+    nats.publish_all(vec![
+        message("in.a", &[("Nats-Msg-Id", "m1")]),
+        message("in.a", &[("ce-id", "7"), ("ce-source", "/shop")]),
+        message("in.a", &[]),
+        message("in.a", &[("Nats-Msg-Id", &long)]),
+    ])
+    .await?;
+    let created = bus.stream("IN").await?.context("the stream is there")?.created.as_microsecond();
+    let mut pull = pull_from(&bus).await?;
+    let mut ids = Vec::new();
+    for _ in 0..4 {
+        let pulled = next(&mut pull).await?;
+        ids.push((pulled.message.event_id, pulled.unusable.is_some()));
+    }
+    let place = |sequence| format!("IN@{created}:{sequence}");
+    assert_eq!(ids, [("m1".into(), false), ("/shop|7".into(), false), (place(3), false), (place(4), true)]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn headers_keep_case_and_repeats_and_lose_what_only_concerns_the_transport() -> Result<()> {
+    let (nats, bus) = world().await?;
+    let headers = [("X-Two", "1"), ("Nats-Expected-Stream", "IN"), ("aB", "ü"), ("X-Two", "2")];
+    nats.publish_all(vec![message("in.a", &headers)]).await?;
+    let headers = next(&mut pull_from(&bus).await?).await?.message.headers;
+    let headers: Vec<_> = headers.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    assert_eq!(headers, [("X-Two", "1"), ("X-Two", "2"), ("aB", "ü")]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn publishing_says_where_a_message_stands_and_whether_it_was_there() -> Result<()> {
+    let (_nats, bus) = world().await?;
+    let answers = bus.publish(vec![outgoing("in.a", "1"), outgoing("in.b", "2"), outgoing("in.a", "1")]).await;
+    let places: Vec<_> = answers.into_iter().map(|answer| answer.map(|at| (at.sequence, at.duplicate))).collect();
+    assert_eq!(places, [Ok((1, false)), Ok((2, false)), Ok((1, true))]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn messages_are_stored_in_the_order_they_are_published() -> Result<()> {
+    let (nats, bus) = world().await?;
+    let answers = bus.publish((0..3_000).map(|n| outgoing("in.a", &n.to_string())).collect()).await;
+    let sequences: Vec<u64> =
+        answers.into_iter().map(|answer| answer.map(|at| at.sequence)).collect::<Result<_, _>>()?;
+    assert!(sequences.into_iter().eq(1..=3_000));
+    let stored = nats.read_stream("IN").await?;
+    assert!(stored.iter().enumerate().all(|(n, message)| message.body == n.to_string().into_bytes()));
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_cannot_be_published_is_refused_alone() -> Result<()> {
+    let (_nats, bus) = world().await?;
+    let with_header = |name: &str, value: &str| Outgoing {
+        headers: vec![(name.to_owned(), value.to_owned())],
+        ..outgoing("in.a", "header")
+    };
+    let too_large = vec![0_u8; bus.max_payload()].into();
+    let answers = bus
+        .publish(vec![
+            outgoing("in.a", "before"),
+            with_header("x", "a\r\nNats-Rollup: all"),
+            with_header("a:b", "c"),
+            with_header("", "c"),
+            outgoing("in.a", "id\nwith a line break"),
+            Outgoing { body: too_large, ..outgoing("in.a", "large") },
+            outgoing("in.*", "wildcard"),
+            outgoing("in.a b", "space"),
+            outgoing("elsewhere.a", "no stream"),
+            outgoing("in.a", "after"),
+        ])
+        .await;
+    let (last, refused) = answers.split_last().context("there are answers")?;
+    assert_eq!(refused[0].as_ref().map(|at| at.sequence), Ok(1));
+    assert_eq!(last.as_ref().map(|at| at.sequence), Ok(2));
+    for answer in &refused[1..] {
+        assert!(matches!(answer, Err(PublishError::Refused(_))), "{answer:?}");
+    }
+    assert!(refused[5].as_ref().unwrap_err().to_string().contains("max_payload"));
+    assert!(refused[8].as_ref().unwrap_err().to_string().contains("no stream takes the subject elsewhere.a"));
+    assert!(bus.is_connected());
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_full_stream_is_waited_for() -> Result<()> {
+    let (_nats, bus) = world().await?;
+    let small = StreamSpec { max_bytes: Some(200), ..StreamSpec::new("SMALL", &["small.>"]) };
+    assert_eq!(bus.ensure_stream(&small).await?, Ensured::Created);
+    assert_eq!(bus.ensure_stream(&small).await?, Ensured::AlreadyThere);
+    let body = vec![0_u8; 100].into();
+    let answers = bus.publish(vec![outgoing("small.a", "1"), Outgoing { body, ..outgoing("small.a", "2") }]).await;
+    assert!(answers[0].is_ok());
+    assert!(matches!(answers[1], Err(PublishError::Unavailable(_))), "{answers:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_stream_is_found_by_what_it_holds() -> Result<()> {
+    let (_nats, bus) = world().await?;
+    assert_eq!(bus.stream_of_subject("in.a.b").await?.as_deref(), Some("IN"));
+    assert_eq!(bus.stream_of_subject("in.>").await?.as_deref(), Some("IN"));
+    assert_eq!(bus.stream_of_subject(">").await?, None);
+    assert_eq!(bus.stream_of_subject("out").await?, None);
+    assert_eq!(bus.stream("NONE").await?, None);
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_was_published_is_found_by_its_id() -> Result<()> {
+    let (_nats, bus) = world().await?;
+    let start = Timestamp::now();
+    let mut messages: Vec<_> = (0..2_500).map(|n| outgoing("in.a", &format!("a{n}"))).collect();
+    messages.push(outgoing("in.b", "elsewhere"));
+    assert!(bus.publish(messages).await.iter().all(Result::is_ok));
+    let ids = HashSet::from(["a0".to_owned(), "a2499".to_owned(), "elsewhere".to_owned(), "never".to_owned()]);
+    let found = bus.find_published("IN", "in.a", start - Duration::from_secs(5), &ids).await?;
+    assert_eq!(found, HashMap::from([("a0".to_owned(), 1), ("a2499".to_owned(), 2_500)]));
+    let later = Timestamp::now() + Duration::from_secs(5);
+    assert!(bus.find_published("IN", "in.a", later, &ids).await?.is_empty());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_broker_is_waited_for() -> Result<()> {
+    let (mut nats, bus) = world().await?;
+    let mut pull = pull_from(&bus).await?;
+    let pulling = tokio::spawn(async move { pull.next(10).await });
+    until("the broker is gone", {
+        nats.kill()?;
+        || async { Ok(!bus.is_connected()) }
+    })
+    .await?;
+    let answers = bus.publish(vec![outgoing("in.a", "1"), outgoing("in.a", "2")]).await;
+    assert!(answers.iter().all(|answer| matches!(answer, Err(PublishError::Unavailable(_)))), "{answers:?}");
+    nats.restart().await?;
+    nats.publish_all(vec![message("in.a", &[("Nats-Msg-Id", "back")])]).await?;
+    let published = Instant::now();
+    let pulled = timeout(PATIENCE, pulling).await.context("wait for a message")???;
+    assert_eq!(pulled.message.event_id, "back");
+    assert!(published.elapsed() < Duration::from_secs(8), "it took {:?}", published.elapsed());
+    until("publishing works again", || async { Ok(bus.publish(vec![outgoing("in.a", "1")]).await[0].is_ok()) }).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broker_that_falls_silent_is_asked_again() -> Result<()> {
+    let (nats, bus) = world().await?;
+    let mut pull = pull_from(&bus).await?;
+    assert!(timeout(QUIET, pull.next(10)).await.is_err());
+    let pulling = tokio::spawn(async move { pull.next(10).await });
+    nats.pause()?;
+    // Longer than a request may go without a word.
+    tokio::time::sleep(Duration::from_secs(13)).await;
+    nats.resume()?;
+    nats.publish_all(vec![message("in.a", &[])]).await?;
+    timeout(PATIENCE, pulling).await.context("wait for a message")???;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_consumer_deleted_under_us_is_made_again() -> Result<()> {
+    let (nats, bus) = world().await?;
+    let mut pull = pull_from(&bus).await?;
+    assert!(timeout(QUIET, pull.next(10)).await.is_err());
+    context(&nats).await?.delete_consumer_from_stream("worker", "IN").await?;
+    nats.publish_all(vec![message("in.a", &[("Nats-Msg-Id", "1")])]).await?;
+    assert_eq!(next(&mut pull).await?.message.event_id, "1");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_made_again_never_repeats_an_event_id() -> Result<()> {
+    let (nats, bus) = world().await?;
+    nats.publish_all(vec![message("in.a", &[])]).await?;
+    let mut pull = pull_from(&bus).await?;
+    let mut ids = HashSet::new();
+    let of_the_old_one = next(&mut pull).await?;
+    ids.insert(of_the_old_one.message.event_id);
+    // With a request open, and no stream for a while.
+    context(&nats).await?.delete_stream("IN").await?;
+    assert!(timeout(QUIET, pull.next(1)).await.is_err());
+    bus.ensure_stream(&StreamSpec::new("IN", &["in.>"])).await?;
+    nats.publish_all(vec![message("in.a", &[]), message("in.a", &[])]).await?;
+    ids.insert(timeout(PATIENCE, pull.next(1)).await??.message.event_id);
+    of_the_old_one.receipt.ack(&proof().await?).await?;
+    bus.flush().await?;
+    assert_eq!(pull.probe().backlog().await?.ack_pending, 1, "a late ack settled another message of the same number");
+    // With no request open, and the consumer made again by another host before we look.
+    context(&nats).await?.delete_stream("IN").await?;
+    bus.ensure_stream(&StreamSpec::new("IN", &["in.>"])).await?;
+    let _other = pull_from(&bus).await?;
+    nats.publish_all(vec![message("in.a", &[])]).await?;
+    ids.insert(next(&mut pull).await?.message.event_id);
+    assert_eq!(ids.len(), 3, "{ids:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_broker_out_of_reach_is_said_with_what_to_do() -> Result<()> {
+    let free = support::server::free_port()?;
+    let Err(error) = Bus::connect(&at(&format!("nats://me:secret@127.0.0.1:{free}"))).await else {
+        anyhow::bail!("it connected to nothing");
+    };
+    let text = format!("{error:#}");
+    assert!(text.contains("connect to NATS at") && !text.contains("secret"), "{text}");
+    assert!(!oncely::hint::hints(&error).is_empty());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_embedded_server_is_found_again_and_keeps_what_it_stored() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let started = EmbeddedServer::start(folder.path(), None).await?;
+    assert!(!started.was_running());
+    let url = started.url();
+    let bus = Bus::connect(&at(&url)).await?;
+    bus.ensure_stream(&StreamSpec::new("KEPT", &["kept"])).await?;
+    assert!(bus.publish(vec![outgoing("kept", "1")]).await[0].is_ok());
+    // As if the host had been killed.
+    drop(started);
+    let found = EmbeddedServer::start(folder.path(), None).await?;
+    assert!(found.was_running());
+    assert_eq!(found.url(), url);
+    let other_port = support::server::free_port()?;
+    assert!(EmbeddedServer::start(folder.path(), Some(other_port)).await.is_err());
+    found.stop().await?;
+    assert!(async_nats::connect(&url).await.is_err());
+    let again = EmbeddedServer::start(folder.path(), None).await?;
+    assert!(!again.was_running());
+    assert_eq!(again.url(), url, "it keeps its port");
+    let bus = Bus::connect(&at(&url)).await?;
+    assert_eq!(bus.stream("KEPT").await?.context("the stream is kept")?.messages, 1);
+    again.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_embedded_server_that_was_killed_is_started_anew() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let killed = EmbeddedServer::start(folder.path(), None).await?;
+    let pid = std::fs::read_to_string(folder.path().join("nats/server.pid"))?;
+    support::world::signal(pid.trim().parse()?, "KILL")?;
+    drop(killed);
+    let server = EmbeddedServer::start(folder.path(), None).await?;
+    assert!(!server.was_running());
+    server.stop().await
+}
+
+#[tokio::test]
+async fn a_port_that_is_taken_is_said_so() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let taken = std::net::TcpListener::bind(("127.0.0.1", 0))?;
+    let Err(error) = EmbeddedServer::start(folder.path(), Some(taken.local_addr()?.port())).await else {
+        anyhow::bail!("it started on a port that is taken");
+    };
+    assert!(format!("{error:#}").contains("address already in use"), "{error:#}");
+    Ok(())
+}
