@@ -45,6 +45,8 @@ pub enum Reason {
     InvalidId,
     /// The headers cannot be read.
     Unreadable,
+    /// Hosts died while they handled it, again and again.
+    CrashedHost,
 }
 
 impl Reason {
@@ -56,6 +58,7 @@ impl Reason {
             Reason::IdReuse => "id-reuse",
             Reason::InvalidId => "invalid-id",
             Reason::Unreadable => "unreadable",
+            Reason::CrashedHost => "crashed-host",
         }
     }
 }

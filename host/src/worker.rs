@@ -199,7 +199,14 @@ impl Lanes {
         let message = Arc::new(pulled.message);
         let lane = self.lane_of(&message);
         let in_flight = self.in_flight.enter(pulled.receipt.progress());
-        let parcel = Parcel { message, unusable: pulled.unusable, receipt: pulled.receipt, in_flight, room };
+        let parcel = Parcel {
+            message,
+            unusable: pulled.unusable,
+            delivered: pulled.delivered,
+            receipt: pulled.receipt,
+            in_flight,
+            room,
+        };
         if let Some(sender) = self.senders.get(lane) {
             // A lane that is gone has panicked; the message is redelivered.
             let _ = sender.send(parcel).await;

@@ -29,6 +29,7 @@ mod delivery;
 mod deploy;
 mod docs;
 mod hostile;
+mod hosts;
 mod outage;
 mod store;
 mod tidy;

@@ -98,6 +98,8 @@ pub struct Pulled {
     pub message: Message,
     /// Why it cannot be given to a worker as it is; its event id is then a stand-in.
     pub unusable: Option<(Reason, String)>,
+    /// How often it was delivered, this time included.
+    pub delivered: u64,
     pub receipt: Receipt,
 }
 
@@ -306,6 +308,7 @@ impl Pull {
             sequence: info.stream_sequence,
             stored_at: timestamp(info.published)?,
         };
+        let delivered = u64::try_from(info.delivered).unwrap_or(1);
         let message = message.message;
         let headers = headers(message.headers.as_ref());
         let (event_id, unusable) = match event_id(&headers, &origin.stream, self.stream_created, origin.sequence) {
@@ -322,6 +325,7 @@ impl Pull {
                 origin: Some(origin),
             },
             unusable,
+            delivered,
             receipt: Receipt {
                 reply: Progress { client: self.bus.client.clone(), reply },
                 stream_created: self.stream_created.as_microsecond(),
@@ -342,6 +346,7 @@ impl Pull {
                 origin: Some(origin),
             },
             unusable: Some((Reason::Unreadable, unread.why)),
+            delivered: 1,
             receipt: Receipt {
                 reply: Progress { client: self.bus.client.clone(), reply: unread.reply },
                 stream_created: self.stream_created.as_microsecond(),
