@@ -27,6 +27,7 @@ mod cli;
 mod crash;
 mod delivery;
 mod deploy;
+mod docs;
 mod hostile;
 mod hosts;
 mod outage;

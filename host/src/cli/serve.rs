@@ -140,9 +140,12 @@ fn unreachable(error: anyhow::Error) -> anyhow::Error {
     error.context(Exit::Unreachable.because("start the host"))
 }
 
+/// Libraries whose lines say nothing to an operator that ours do not; directives in `log_level` overrule this.
+const QUIET: &str = "async_nats=warn,sqlx=warn";
+
 /// Sends log lines to standard error, in the form the configuration asks for.
 pub fn start_log(config: &HostConfig) -> Result<()> {
-    let filter = EnvFilter::try_new(&config.log_level).context("read log_level")?;
+    let filter = EnvFilter::try_new(format!("{QUIET},{}", config.log_level)).context("read log_level")?;
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     let started = match config.log {
         LogFormat::Text => log.with_ansi(false).with_target(false).try_init(),
