@@ -228,3 +228,8 @@ pub fn run_batch(
     log::report_panics();
     handle(messages).into_iter().map(|answer| answer.map_err(Failure::into_wit)).collect()
 }
+
+/// The snippets of the guide for authors, compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/handlers.md")]
+mod guide {}

@@ -23,6 +23,12 @@ mod queue;
 use pace::Pace;
 use queue::{InOrder, Queue};
 
+/// From this delivery on a message is handled alone. Retries get there too, which costs them two small transactions.
+const ALONE_FROM_DELIVERY: u64 = 3;
+
+/// How often a host may die while it handles a message alone.
+const UNFINISHED_MAX: u32 = 2;
+
 /// When the next host is to take up what a lane could not settle before it stopped.
 const TAKE_UP_AFTER: Duration = Duration::from_millis(1);
 
@@ -31,13 +37,15 @@ pub struct Parcel {
     pub message: Arc<Message>,
     /// Parcels with the same key are handled in stream order.
     pub key: Option<String>,
-    /// What is wrong with the event id the publisher sent, if it cannot be used.
-    pub invalid_id: Option<String>,
+    /// Why it cannot be given to the guest as it is.
+    pub unusable: Option<(Reason, String)>,
+    /// How often it was delivered, this time included.
+    pub delivered: u64,
     pub receipt: Receipt,
     /// Keeps the broker from redelivering it while it is here.
     pub in_flight: InFlight,
-    /// Its room in the host; pulling stops when there is none.
-    pub room: OwnedSemaphorePermit,
+    /// Its room in the host; pulling stops when there is none. None for what came when pulling had stopped already.
+    pub room: Option<OwnedSemaphorePermit>,
 }
 
 /// Everything a lane needs.
@@ -76,25 +84,68 @@ impl Lane {
         give_back(queue.into_rest()).await;
     }
 
-    async fn process(&self, parcels: Vec<Parcel>, queue: &mut Queue<Parcel>, pace: &mut Pace) -> Result<(), Stopped> {
-        let (unusable, usable): (Vec<Parcel>, Vec<Parcel>) =
-            parcels.into_iter().partition(|parcel| parcel.invalid_id.is_some());
-        for parcel in unusable {
-            let verdict = Verdict::Dead(Box::new(self.invalid_id_letter(&parcel)));
-            self.settle(vec![(parcel, verdict)], queue).await?;
+    /// Handles parcels in their order: together, but for those that need a treatment of their own. What is behind such a one
+    /// goes back into the queue.
+    async fn process(
+        &self,
+        mut parcels: Vec<Parcel>,
+        queue: &mut Queue<Parcel>,
+        pace: &mut Pace,
+    ) -> Result<(), Stopped> {
+        match parcels.iter().position(Parcel::goes_alone) {
+            None => self.deliver(parcels, queue, pace).await,
+            Some(0) => {
+                queue.put_back(parcels.split_off(1));
+                match parcels.pop() {
+                    Some(parcel) => self.deliver_alone(parcel, queue, pace).await,
+                    None => Ok(()),
+                }
+            }
+            Some(before) => {
+                queue.put_back(parcels.split_off(before));
+                self.deliver(parcels, queue, pace).await
+            }
         }
-        if usable.is_empty() {
-            return Ok(());
-        }
-        let messages: Vec<Arc<Message>> = usable.iter().map(|parcel| Arc::clone(&parcel.message)).collect();
+    }
+
+    async fn deliver(&self, parcels: Vec<Parcel>, queue: &mut Queue<Parcel>, pace: &mut Pace) -> Result<(), Stopped> {
+        let messages: Vec<Arc<Message>> = parcels.iter().map(|parcel| Arc::clone(&parcel.message)).collect();
         let Some(delivered) = self.insist("deliver", || self.delivery.deliver(&messages)).await else {
-            queue.put_back(usable);
+            queue.put_back(parcels);
             return Err(Stopped);
         };
         let Delivered { verdicts, outputs, reruns } = delivered;
         pace.learn(reruns);
         self.relay.hand_over(outputs).await;
-        self.settle(usable.into_iter().zip(verdicts).collect(), queue).await
+        self.settle(parcels.into_iter().zip(verdicts).collect(), queue).await
+    }
+
+    /// Buries a message that cannot be given to the guest, or handles one that was delivered several times without a final
+    /// word: hosts may have died of it. A note that survives the host tells the next one; a message that ended hosts alone,
+    /// too, is not handled any more.
+    async fn deliver_alone(&self, parcel: Parcel, queue: &mut Queue<Parcel>, pace: &mut Pace) -> Result<(), Stopped> {
+        if let Some((reason, why)) = parcel.unusable.clone() {
+            return self.settle_dead(parcel, reason, why, queue).await;
+        }
+        let store = &self.delivery.store;
+        let (worker, message) = (self.delivery.worker.name.clone(), Arc::clone(&parcel.message));
+        let note = || store.note_unfinished(&worker, &message.event_id);
+        let Some(unfinished) = self.insist("note an unfinished message", note).await else {
+            queue.put_back(vec![parcel]);
+            return Err(Stopped);
+        };
+        let settled = if unfinished >= UNFINISHED_MAX {
+            let why = format!(
+                "the host died {unfinished} times while it handled this message alone, after {} deliveries",
+                parcel.delivered
+            );
+            self.settle_dead(parcel, Reason::CrashedHost, why, queue).await
+        } else {
+            self.deliver(vec![parcel], queue, pace).await
+        };
+        let take_back = || store.take_back_unfinished(&worker, &message.event_id);
+        self.insist("take back an unfinished message", take_back).await;
+        settled
     }
 
     /// Repeats a database operation until the database answers. Trouble of the database is waited out: no attempt is
@@ -169,16 +220,24 @@ impl Lane {
         Ok(())
     }
 
-    fn invalid_id_letter(&self, parcel: &Parcel) -> Letter {
-        Letter {
+    /// A dead letter for a message that is not given to the guest.
+    async fn settle_dead(
+        &self,
+        parcel: Parcel,
+        reason: Reason,
+        detail: String,
+        queue: &mut Queue<Parcel>,
+    ) -> Result<(), Stopped> {
+        let letter = Letter {
             worker: self.delivery.worker.name.clone(),
             version: self.delivery.version,
-            reason: Reason::InvalidId,
+            reason,
             code: None,
-            detail: parcel.invalid_id.clone().unwrap_or_default(),
+            detail,
             attempts: 0,
             message: Message::clone(&parcel.message),
-        }
+        };
+        self.settle(vec![(parcel, Verdict::Dead(Box::new(letter)))], queue).await
     }
 }
 
@@ -227,6 +286,10 @@ async fn next(parcels: &mut mpsc::Receiver<Parcel>, due: Option<Instant>) -> Nex
 }
 
 impl Parcel {
+    fn goes_alone(&self) -> bool {
+        self.unusable.is_some() || self.delivered >= ALONE_FROM_DELIVERY
+    }
+
     /// Its place on the stream.
     pub fn sequence(&self) -> u64 {
         self.message.origin.as_ref().map_or(0, |origin| origin.sequence)

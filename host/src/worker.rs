@@ -173,7 +173,7 @@ async fn pull_loop(mut pull: Pull, lanes: Lanes, mut recovery: Recovery, mut sto
             }
         };
         match pulled {
-            Ok((pulled, room)) => lanes.deal_all(recovery.admit(lanes.parcel(pulled, room))).await,
+            Ok((pulled, room)) => lanes.deal_all(recovery.admit(lanes.parcel(pulled, Some(room)))).await,
             Err(error) => {
                 tracing::warn!("worker {} pulls again soon: {error:#}", lanes.worker.name);
                 if stopping.wait(Duration::from_secs(1)).await {
@@ -181,6 +181,11 @@ async fn pull_loop(mut pull: Pull, lanes: Lanes, mut recovery: Recovery, mut sto
                 }
             }
         }
+    }
+    while let Some(pulled) = pull.rest().await {
+        // What is held may have taken all the room, and gives none back before the end.
+        let room = Arc::clone(&lanes.room).try_acquire_owned().ok();
+        lanes.deal_all(recovery.admit(lanes.parcel(pulled, room))).await;
     }
     drop(pull);
     lanes.drain().await;
@@ -220,11 +225,19 @@ impl Lanes {
         Lanes { worker, senders, tasks, room: Arc::new(Semaphore::new(capacity)), in_flight, ticker }
     }
 
-    fn parcel(&self, pulled: Pulled, room: OwnedSemaphorePermit) -> Parcel {
+    fn parcel(&self, pulled: Pulled, room: Option<OwnedSemaphorePermit>) -> Parcel {
         let message = Arc::new(pulled.message);
         let key = self.worker.ordering_key.as_ref().and_then(|key| key.key_of(&message));
         let in_flight = self.in_flight.enter(pulled.receipt.progress());
-        Parcel { message, key, invalid_id: pulled.invalid_id, receipt: pulled.receipt, in_flight, room }
+        Parcel {
+            message,
+            key,
+            unusable: pulled.unusable,
+            delivered: pulled.delivered,
+            receipt: pulled.receipt,
+            in_flight,
+            room,
+        }
     }
 
     async fn deal_all(&self, parcels: Vec<Parcel>) {

@@ -28,8 +28,11 @@ mod cli;
 mod crash;
 mod delivery;
 mod deploy;
+mod docs;
 mod hostile;
 mod order;
+
+mod hosts;
 mod outage;
 mod store;
 mod tidy;

@@ -152,9 +152,8 @@ impl Guest {
             Ok(Err(error)) => (Err(trapped(&error, state)), None),
             Err(_) => (Err(timed_out(time)), None),
         };
-        // A doomed delivery fails whatever the handler made of the error it was given.
         let result = match state.doomed.take() {
-            Some(doom) => Err(doom),
+            Some(doom) => Err(doomed(result, doom)),
             None => result,
         };
         let all_well = result.as_ref().is_ok_and(|answers| answers.iter().all(Result::is_ok));
@@ -267,6 +266,22 @@ fn returned(failure: wit::Failure) -> CallFailure {
     };
     let clip = |text: String, limit: usize| text.chars().filter(|c| *c != '\0').take(limit).collect::<String>();
     CallFailure { kind, code: failure.code.map(|code| clip(code, 64)), message: clip(failure.message, 4_000) }
+}
+
+/// A doomed delivery fails whatever the handler made of the error it was given. After a statement that failed the
+/// handler may still say that trying again is of no use, or when it is.
+fn doomed(result: Result<Vec<Answer>, CallFailure>, doom: CallFailure) -> CallFailure {
+    // In company nobody knows whose statement it was.
+    let own = result.ok().filter(|answers| answers.len() == 1).and_then(|answers| answers.into_iter().next());
+    match own {
+        Some(Err(own))
+            if doom.kind == FailureKind::Retry
+                && matches!(own.kind, FailureKind::Reject | FailureKind::RetryAfter(_)) =>
+        {
+            own
+        }
+        _ => doom,
+    }
 }
 
 fn timed_out(time: Duration) -> CallFailure {

@@ -78,6 +78,7 @@ impl CallState {
             )));
         }
         check_headers(&outgoing.headers)?;
+        check_ordering_key(outgoing.ordering_key.as_deref())?;
         let cause = self.cause(outgoing.caused_by.as_deref())?;
         // Counted by event: the same message yields the same ids in whichever company it is handled.
         let ordinal = self.outputs.iter().filter(|output| output.event_id == cause.event_id).count();
@@ -160,6 +161,15 @@ fn with_trace(mut headers: Headers, cause: &Message) -> Headers {
         }
     }
     headers
+}
+
+fn check_ordering_key(key: Option<&str>) -> Result<(), outbox::Error> {
+    match key {
+        Some(key) if key.len() > EVENT_ID_MAX || key.contains('\0') => {
+            Err(outbox::Error::Other(format!("an ordering key has at most {EVENT_ID_MAX} bytes and no NUL")))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Room for the headers the platform adds itself.
