@@ -125,3 +125,8 @@ pub fn run(
     log::report_panics();
     handle(message).map_err(Failure::into_wit)
 }
+
+/// The snippets of the guide for authors, compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/handlers.md")]
+mod guide {}

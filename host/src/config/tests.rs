@@ -180,6 +180,16 @@ fn a_context_says_where_and_as_whom_and_a_flag_takes_its_place() {
 }
 
 #[test]
+fn a_login_in_the_url_is_used() {
+    let login = |url: &str| resolve(&["--nats", url], &[]).unwrap().nats.login;
+    let ada = Login::Password { user: "ada".into(), password: Secret::new("p@ss:word") };
+    assert_eq!(login("nats://ada:p%40ss%3Aword@127.0.0.1:4222"), ada);
+    assert_eq!(login("nats://a,ada:p%40ss:word@b"), ada);
+    assert_eq!(login("tls://t0ken@a"), Login::Token(Secret::new("t0ken")));
+    assert_eq!(login("nats://a"), Login::None);
+}
+
+#[test]
 fn a_host_listens_beyond_this_machine_only_with_a_token() {
     let config = resolve(&["--listen", "0.0.0.0:7420", "--token", "0123456789abcdef"], &[]).unwrap();
     assert_eq!(config.keep_token().unwrap().reveal(), "0123456789abcdef");

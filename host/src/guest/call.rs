@@ -133,9 +133,8 @@ impl Guest {
             Ok(Err(error)) => Err(trapped(&error, &state)),
             Err(_) => Err(timed_out(time)),
         };
-        // A doomed delivery fails whatever the handler made of the error it was given.
         let result = match state.doomed.take() {
-            Some(doom) => Err(doom),
+            Some(doom) => Err(doomed(result, doom)),
             None => result,
         };
         Ok(Outcome {
@@ -203,6 +202,20 @@ fn returned(failure: wit::Failure) -> CallFailure {
     };
     let clip = |text: String, limit: usize| text.chars().filter(|c| *c != '\0').take(limit).collect::<String>();
     CallFailure { kind, code: failure.code.map(|code| clip(code, 64)), message: clip(failure.message, 4_000) }
+}
+
+/// A doomed delivery fails whatever the handler made of the error it was given. After a statement that failed the
+/// handler may still say that trying again is of no use, or when it is.
+fn doomed(result: Result<(), CallFailure>, doom: CallFailure) -> CallFailure {
+    match result {
+        Err(own)
+            if doom.kind == FailureKind::Retry
+                && matches!(own.kind, FailureKind::Reject | FailureKind::RetryAfter(_)) =>
+        {
+            own
+        }
+        _ => doom,
+    }
 }
 
 fn timed_out(time: Duration) -> CallFailure {
