@@ -212,7 +212,8 @@ impl Store for PostgresStore {
         migrations: &[WorkerMigration],
     ) -> Result<DeploymentRecord> {
         let mut session = self.house.begin(Purpose::Deploy).await?;
-        let deployment = deployments::deploy(&mut session, self.login.as_ref(), worker, digest, manifest, migrations).await?;
+        let deployment =
+            deployments::deploy(&mut session, self.login.as_ref(), worker, digest, manifest, migrations).await?;
         session.commit().await?;
         Ok(deployment)
     }

@@ -46,6 +46,7 @@ pub(super) async fn build(sessions: &Sessions, again: bool) -> anyhow::Result<Lo
         run(&mut session, &grant).await.with_context(|| format!("run `{grant}`"))?;
     }
     hand_over(&mut session, &owner).await.context("hand the app's tables to their owner")?;
+    open_tables(&mut session, &role).await.context("let the app's role at its tables")?;
     let left = take_away(&mut session, &role, &owner, &database).await.context("take rights away")?;
     session.commit().await.context("commit the roles")?;
     if !left.is_empty() {
@@ -67,9 +68,8 @@ impl Login {
 
 /// One host at a time; returns the database's name.
 async fn lock(session: &mut Session) -> sqlx::Result<String> {
-    let query = session.query(
-        "select current_database()::text from pg_advisory_xact_lock(hashtextextended('oncely migrates', 0))",
-    );
+    let query = session
+        .query("select current_database()::text from pg_advisory_xact_lock(hashtextextended('oncely migrates', 0))");
     query.fetch_one(session.connection()).await?.try_get(0)
 }
 
@@ -107,7 +107,8 @@ fn refused(error: sqlx::Error, role: &str) -> anyhow::Error {
 
 async fn keep_owner(session: &mut Session, owner: &str) -> anyhow::Result<()> {
     let query = session.query("select exists (select from pg_roles where rolname = $1)");
-    let row = query.bind(owner).fetch_one(session.connection()).await.context("look for the owner of the app's tables")?;
+    let row =
+        query.bind(owner).fetch_one(session.connection()).await.context("look for the owner of the app's tables")?;
     if !row.try_get::<bool, _>(0)? {
         let create = format!("create role {} nologin nosuperuser noinherit nocreatedb nocreaterole", quoted(owner));
         run(session, &create).await.map_err(|error| refused(error, owner))?;
@@ -158,7 +159,9 @@ async fn join(session: &mut Session, role: &str) -> anyhow::Result<()> {
     if row.try_get(0)? {
         return Ok(());
     }
-    run(session, &format!("grant {} to current_user", quoted(role))).await.with_context(|| format!("join the role {role}"))
+    run(session, &format!("grant {} to current_user", quoted(role)))
+        .await
+        .with_context(|| format!("join the role {role}"))
 }
 
 /// Tables that were made while the host ran with `guest_sql = "trusted"` belong to the host.
@@ -182,13 +185,31 @@ async fn hand_over(session: &mut Session, owner: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Lets the login role read and write the tables that were there before it; later ones come with these rights.
+async fn open_tables(session: &mut Session, role: &str) -> anyhow::Result<()> {
+    let query = session.query(
+        "select format('grant %s %s to ', case relkind when 'S' then 'usage, select, update on sequence'
+                 else 'select, insert, update, delete on table' end, oid::regclass)
+         from pg_class
+         where relnamespace = 'app_default'::regnamespace and pg_has_role(relowner, 'usage')
+             and case when relkind in ('r', 'p', 'v', 'm', 'f') then not has_table_privilege($1, oid, 'insert')
+                 when relkind = 'S' then not has_sequence_privilege($1, oid, 'update') else false end",
+    );
+    for row in query.bind(role).fetch_all(session.connection()).await? {
+        let statement = row.try_get::<String, _>(0)? + &quoted(role);
+        run(session, &statement).await?;
+    }
+    Ok(())
+}
+
 /// Takes from everybody what guests could misuse and nobody gave to the login role by name. Returns what is left: the
 /// host may take away only what belongs to its database user.
 async fn take_away(session: &mut Session, role: &str, owner: &str, database: &str) -> anyhow::Result<Vec<String>> {
     for row in excess(session, role).await? {
         let (what, back): (String, Option<String>) = (row.try_get("what")?, row.try_get("back")?);
         let what = what.replace("{database}", &quoted(database));
-        let back = back.map(|to| format!("grant {what} to {};", to.replace("{owner}", &quoted(owner)))).unwrap_or_default();
+        let back =
+            back.map(|to| format!("grant {what} to {};", to.replace("{owner}", &quoted(owner)))).unwrap_or_default();
         let taken = run(session, &format!("savepoint before; revoke {what} from public; {back}")).await;
         match taken {
             Ok(()) => tracing::info!("took from PUBLIC: {what}"),
