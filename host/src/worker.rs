@@ -158,6 +158,11 @@ async fn pull_loop(mut pull: Pull, lanes: Lanes, mut stopping: Stopping) {
             }
         }
     }
+    while let Some(pulled) = pull.rest().await
+        && let Ok(room) = Arc::clone(&lanes.room).acquire_owned().await
+    {
+        lanes.deal(pulled, room).await;
+    }
     drop(pull);
     lanes.drain().await;
 }

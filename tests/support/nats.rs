@@ -114,6 +114,19 @@ impl NatsServer {
         }
     }
 
+    /// Makes a stream that forgets message ids after `window`.
+    pub async fn make_stream(&self, name: &str, subject: &str, window: Duration) -> Result<()> {
+        let config = jetstream::stream::Config {
+            name: name.to_owned(),
+            subjects: vec![subject.to_owned()],
+            duplicate_window: window,
+            allow_direct: true,
+            ..Default::default()
+        };
+        jetstream::new(self.client().await?).create_stream(config).await.context("make a stream")?;
+        Ok(())
+    }
+
     /// Publishes messages in order and waits until the streams have stored all of them.
     pub async fn publish_all(&self, messages: Vec<ToPublish>) -> Result<()> {
         let context = jetstream::new(self.client().await?);

@@ -58,6 +58,9 @@ pub struct Subscription {
     pub metadata: HashMap<String, String>,
 }
 
+/// How long it may take until what is on its way has arrived.
+const REST_WITHIN: Duration = Duration::from_secs(1);
+
 /// The taking end of a subscription.
 pub struct Pull {
     bus: Bus,
@@ -79,6 +82,8 @@ pub struct Pull {
     held: Option<Pulled>,
     /// Whether the consumer has to be looked after before the next request.
     in_doubt: bool,
+    /// Whether nothing more is asked for.
+    resting: bool,
     backoff: Backoff,
     /// Whether the server said anything about a request since there was last a doubt.
     heard: Arc<AtomicBool>,
@@ -166,6 +171,7 @@ impl Bus {
             held: None,
             // The host before may have met a message that it could not read.
             in_doubt: true,
+            resting: false,
             backoff: Backoff::default(),
             heard: Arc::default(),
             connections,
@@ -228,6 +234,26 @@ impl Pull {
                 && let Some(pulled) = self.held.take()
             {
                 return Ok(pulled);
+            }
+        }
+    }
+
+    /// Asks for no more, and returns what the server had sent before, one message at a time; none when that was all. Left
+    /// there, those messages would come again only after `ack_wait`, behind others of their key.
+    pub async fn rest(&mut self) -> Option<Pulled> {
+        if !self.resting {
+            self.resting = true;
+            self.request = None;
+            // Ends `answers` once what is on its way has arrived.
+            let _ = self.answers.drain().await;
+        }
+        loop {
+            if self.held.is_some() && self.id_is_right().await {
+                return self.held.take();
+            }
+            match tokio::time::timeout(REST_WITHIN, self.answers.next()).await {
+                Ok(Some(answer)) => self.hear(answer),
+                Ok(None) | Err(_) => return None,
             }
         }
     }
