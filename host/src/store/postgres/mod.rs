@@ -254,14 +254,14 @@ impl Store for PostgresStore {
     }
 
     async fn state_entry(&self, worker: &str, key: &str) -> Result<Option<StateRecord>> {
-        let mut session = self.sessions.begin(Purpose::Read).await?;
+        let mut session = self.house.begin(Purpose::Read).await?;
         let entry = state::entry(&mut session, worker, key).await?;
         session.commit().await?;
         Ok(entry)
     }
 
     async fn state_entries(&self, worker: &str, prefix: &str, limit: u32) -> Result<Vec<StateRecord>> {
-        let mut session = self.sessions.begin(Purpose::Read).await?;
+        let mut session = self.house.begin(Purpose::Read).await?;
         let entries = state::entries(&mut session, worker, prefix, limit).await?;
         session.commit().await?;
         Ok(entries)
