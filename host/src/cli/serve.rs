@@ -14,7 +14,7 @@ use super::client::{HOST_FILE, HostFile};
 use super::exit::Exit;
 use crate::api;
 use crate::bus::Bus;
-use crate::config::{Database, HostConfig, LogFormat};
+use crate::config::{Database, GuestSql, HostConfig, LogFormat};
 use crate::drain::Stop;
 use crate::hint::WithHint;
 use crate::host::{Host, Running};
@@ -129,7 +129,11 @@ pub async fn listen(config: &HostConfig) -> Result<TcpListener> {
 async fn open_store(config: &HostConfig) -> Result<Arc<dyn Store>> {
     let opened: Result<Arc<dyn Store>> = match &config.database {
         Database::Postgres(url) => {
-            PostgresStore::connect(url, config.pool_size).await.map(|store| Arc::new(store) as Arc<dyn Store>)
+            let store = match config.guest_sql {
+                GuestSql::Walled => PostgresStore::connect(url, config.pool_size).await,
+                GuestSql::Trusted => PostgresStore::connect_trusted(url, config.pool_size).await,
+            };
+            store.map(|store| Arc::new(store) as Arc<dyn Store>)
         }
         Database::Sqlite(path) => SqliteStore::open(path).await.map(|store| Arc::new(store) as Arc<dyn Store>),
     };

@@ -10,9 +10,9 @@ use crate::store::{Result, STATE_PREVIEW, StateEntry, StateRecord, StateWrite, S
 
 /// The entries of those keys that are there.
 pub(super) async fn load(session: &mut Session, worker: &str, keys: &[String]) -> Result<Vec<(String, StateEntry)>> {
-    let query =
-        session.query("select key, value, version from oncely.state where worker = $1 and key = any($2::text[])");
+    let query = session.query("select * from oncely_door.load_state($1, $2, $3)");
     let rows = query
+        .bind(session.token())
         .bind(worker)
         .bind(keys)
         .fetch_all(session.connection())
@@ -26,8 +26,7 @@ pub(super) async fn load(session: &mut Session, worker: &str, keys: &[String]) -
     entries.context("read state").map_err(StoreError::Unavailable)
 }
 
-/// Writes each key that still has the version that was read, with one statement. It locks the keys in their order
-/// first, so that two batches wait for each other and do not deadlock.
+/// Writes each key that still has the version that was read, with one statement.
 pub(super) async fn save(session: &mut Session, worker: &str, writes: &[StateWrite]) -> Result<()> {
     let writes: Vec<_> = writes.iter().filter(|write| write.expected.is_some() || write.entry.is_some()).collect();
     let mut expected = Vec::with_capacity(writes.len());
@@ -38,34 +37,9 @@ pub(super) async fn save(session: &mut Session, worker: &str, writes: &[StateWri
     }
     let values: Vec<Option<&[u8]>> =
         writes.iter().map(|write| write.entry.as_ref().map(|entry| entry.value.as_slice())).collect();
-    let query = session.query(
-        "with given as (
-             select * from unnest($2::text[], $3::bigint[], $4::bytea[], $5::bigint[])
-                 as given (key, expected, value, version)
-         ), locked as materialized (
-             select key, version from oncely.state
-             where worker = $1 and key = any($2::text[]) order by key for update
-         ), unmoved as (
-             select given.* from given join locked on locked.key = given.key and locked.version = given.expected
-         ), deleted as (
-             delete from oncely.state using unmoved
-             where state.worker = $1 and state.key = unmoved.key and unmoved.value is null
-             returning 1
-         ), updated as (
-             update oncely.state set value = unmoved.value, version = unmoved.version, updated_at = pg_catalog.now()
-             from unmoved
-             where state.worker = $1 and state.key = unmoved.key and unmoved.value is not null
-             returning 1
-         ), inserted as (
-             insert into oncely.state (worker, key, value, version)
-             select $1, key, value, version from given where expected is null order by key
-             on conflict do nothing
-             returning 1
-         )
-         select (select pg_catalog.count(*) from deleted) + (select pg_catalog.count(*) from updated)
-             + (select pg_catalog.count(*) from inserted)",
-    );
+    let query = session.query("select oncely_door.save_state($1, $2, $3, $4, $5, $6)");
     let row = query
+        .bind(session.token())
         .bind(worker)
         .bind(writes.iter().map(|write| write.key.as_str()).collect::<Vec<_>>())
         .bind(expected)

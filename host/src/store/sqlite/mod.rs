@@ -3,6 +3,7 @@
 //! One connection writes, a transaction at a time; a few others only read.
 
 mod attempts;
+mod authorizer;
 mod deployments;
 mod errors;
 mod guest_sql;
@@ -23,6 +24,7 @@ use anyhow::Context;
 use async_trait::async_trait;
 use sqlx::sqlite::{SqlitePool, SqlitePoolOptions};
 
+use self::guest_sql::Guests;
 use self::session::Sessions;
 use self::tx::SqliteTx;
 use super::{
@@ -38,6 +40,7 @@ const READERS: u32 = 4;
 pub struct SqliteStore {
     sessions: Sessions,
     readers: SqlitePool,
+    has_gate: bool,
 }
 
 impl SqliteStore {
@@ -51,7 +54,14 @@ impl SqliteStore {
             .max_connections(READERS)
             .test_before_acquire(false)
             .connect_lazy_with(session::options(path).read_only(true));
-        Ok(SqliteStore { sessions, readers })
+        Ok(SqliteStore { sessions, readers, has_gate: true })
+    }
+
+    /// Lets guests' statements past the gate unread, so that a test can show what the wall behind it holds.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn without_gate(self) -> Self {
+        SqliteStore { has_gate: false, ..self }
     }
 }
 
@@ -68,7 +78,7 @@ impl Store for SqliteStore {
 
     async fn begin(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>> {
         let session = self.sessions.begin().await?;
-        Ok(Box::new(SqliteTx::new(session, worker, time)))
+        Ok(Box::new(SqliteTx::new(session, worker, Guests { has_gate: self.has_gate, time })))
     }
 
     async fn count_attempts(&self, worker: &str, failed: &[FailedAttempt]) -> Result<Vec<u32>> {
