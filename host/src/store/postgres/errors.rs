@@ -22,9 +22,7 @@ pub(super) fn of_statement(error: Error, doing: &'static str) -> StoreError {
     match code.as_str() {
         code if is_conflict(code) => StoreError::Conflict(cause),
         IN_FAILED_TRANSACTION => StoreError::Refused(cause),
-        code if NOT_THE_HOST.contains(&code) => {
-            StoreError::Refused(cause.context("a statement ended the transaction"))
-        }
+        code if NOT_THE_HOST.contains(&code) => StoreError::Refused(cause.context("a statement ended the transaction")),
         _ => StoreError::Unavailable(cause),
     }
 }

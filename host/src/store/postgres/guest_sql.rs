@@ -140,11 +140,7 @@ fn failed<T>(error: sqlx::Error) -> Result<Outcome<T>> {
 
 /// Checks a statement and binds its parameters. A comment with the parameters' types ends its text: a connection keeps
 /// prepared statements by their text, and one that was prepared for other types would misread these.
-fn prepare(
-    guests: &Guests,
-    statement: &str,
-    params: &[Value],
-) -> std::result::Result<(String, PgArguments), SqlError> {
+fn prepare(guests: &Guests, statement: &str, params: &[Value]) -> std::result::Result<(String, PgArguments), SqlError> {
     if guests.has_gate {
         sql::check_statement(statement, Dialect::Postgres)?;
         sql::check_platform_names(statement, Dialect::Postgres)?;

@@ -91,7 +91,9 @@ impl PostgresStore {
 }
 
 /// What to do when the server, or a pooler before it, does not let the app's role in.
-const LOGIN_HINT: &str = "the server (pg_hba.conf) and a pooler before it (PgBouncer: auth_query) have to let this role in     with its password; or set guest_sql = \"trusted\", and only the check of its text keeps guests' SQL from the platform's     tables";
+const LOGIN_HINT: &str = "the server (pg_hba.conf) and a pooler before it (PgBouncer: auth_query) have to let this role in \
+    with its password; or set guest_sql = \"trusted\", and only the check of its text keeps guests' SQL from the platform's \
+    tables";
 
 fn options(url: &str) -> anyhow::Result<PgConnectOptions> {
     let options = PgConnectOptions::from_str(url).context("read the PostgreSQL URL")?;
@@ -153,14 +155,14 @@ impl Store for PostgresStore {
     }
 
     async fn note_unfinished(&self, worker: &str, event_id: &str) -> Result<u32> {
-        let mut session = self.sessions.begin(Purpose::House).await?;
+        let mut session = self.house.begin(Purpose::House).await?;
         let before = attempts::note_unfinished(&mut session, worker, event_id).await?;
         session.commit().await?;
         Ok(before)
     }
 
     async fn take_back_unfinished(&self, worker: &str, event_id: &str) -> Result<()> {
-        let mut session = self.sessions.begin(Purpose::House).await?;
+        let mut session = self.house.begin(Purpose::House).await?;
         attempts::take_back_unfinished(&mut session, worker, event_id).await?;
         session.commit().await
     }
@@ -212,7 +214,8 @@ impl Store for PostgresStore {
         migrations: &[WorkerMigration],
     ) -> Result<DeploymentRecord> {
         let mut session = self.house.begin(Purpose::Deploy).await?;
-        let deployment = deployments::deploy(&mut session, self.login.as_ref(), worker, digest, manifest, migrations).await?;
+        let deployment =
+            deployments::deploy(&mut session, self.login.as_ref(), worker, digest, manifest, migrations).await?;
         session.commit().await?;
         Ok(deployment)
     }

@@ -67,9 +67,8 @@ impl Login {
 
 /// One host at a time; returns the database's name.
 async fn lock(session: &mut Session) -> sqlx::Result<String> {
-    let query = session.query(
-        "select current_database()::text from pg_advisory_xact_lock(hashtextextended('oncely migrates', 0))",
-    );
+    let query = session
+        .query("select current_database()::text from pg_advisory_xact_lock(hashtextextended('oncely migrates', 0))");
     query.fetch_one(session.connection()).await?.try_get(0)
 }
 
@@ -107,7 +106,8 @@ fn refused(error: sqlx::Error, role: &str) -> anyhow::Error {
 
 async fn keep_owner(session: &mut Session, owner: &str) -> anyhow::Result<()> {
     let query = session.query("select exists (select from pg_roles where rolname = $1)");
-    let row = query.bind(owner).fetch_one(session.connection()).await.context("look for the owner of the app's tables")?;
+    let row =
+        query.bind(owner).fetch_one(session.connection()).await.context("look for the owner of the app's tables")?;
     if !row.try_get::<bool, _>(0)? {
         let create = format!("create role {} nologin nosuperuser noinherit nocreatedb nocreaterole", quoted(owner));
         run(session, &create).await.map_err(|error| refused(error, owner))?;
@@ -158,7 +158,9 @@ async fn join(session: &mut Session, role: &str) -> anyhow::Result<()> {
     if row.try_get(0)? {
         return Ok(());
     }
-    run(session, &format!("grant {} to current_user", quoted(role))).await.with_context(|| format!("join the role {role}"))
+    run(session, &format!("grant {} to current_user", quoted(role)))
+        .await
+        .with_context(|| format!("join the role {role}"))
 }
 
 /// Tables that were made while the host ran with `guest_sql = "trusted"` belong to the host.
@@ -185,18 +187,25 @@ async fn hand_over(session: &mut Session, owner: &str) -> anyhow::Result<()> {
 /// Takes from everybody what guests could misuse and nobody gave to the login role by name. Returns what is left: the
 /// host may take away only what belongs to its database user.
 async fn take_away(session: &mut Session, role: &str, owner: &str, database: &str) -> anyhow::Result<Vec<String>> {
-    for row in excess(session, role).await? {
+    let before = excess(session, role).await?;
+    for row in &before {
         let (what, back): (String, Option<String>) = (row.try_get("what")?, row.try_get("back")?);
         let what = what.replace("{database}", &quoted(database));
-        let back = back.map(|to| format!("grant {what} to {};", to.replace("{owner}", &quoted(owner)))).unwrap_or_default();
-        let taken = run(session, &format!("savepoint before; revoke {what} from public; {back}")).await;
-        match taken {
-            Ok(()) => tracing::info!("took from PUBLIC: {what}"),
-            Err(_) => run(session, "rollback to savepoint before").await?,
+        let back =
+            back.map(|to| format!("grant {what} to {};", to.replace("{owner}", &quoted(owner)))).unwrap_or_default();
+        if run(session, &format!("savepoint before; revoke {what} from public; {back}")).await.is_err() {
+            run(session, "rollback to savepoint before").await?;
         }
     }
-    let left: sqlx::Result<Vec<String>> = excess(session, role).await?.iter().map(|row| row.try_get("name")).collect();
-    Ok(left?)
+    let name = |row: &PgRow| row.try_get::<String, _>("name");
+    let left = excess(session, role).await?.iter().map(name).collect::<sqlx::Result<Vec<_>>>()?;
+    // Who may not take a right away gets no error from PostgreSQL, only a notice.
+    let mut taken = before.iter().map(name).collect::<sqlx::Result<Vec<_>>>()?;
+    taken.retain(|right| !left.contains(right));
+    if !taken.is_empty() {
+        tracing::info!("took from everybody, for guests would have it too: {}", taken.join(", "));
+    }
+    Ok(left)
 }
 
 /// The rights that the login role has only because everybody has them: `what` to take away, who gets it `back`, and its
