@@ -154,7 +154,8 @@ fn grants(role: &str, owner: &str, database: &str) -> Vec<String> {
 
 /// The host acts as the owner in migrations, and ends sessions of the login role that hang.
 async fn join(session: &mut Session, role: &str) -> anyhow::Result<()> {
-    let query = session.query("select pg_has_role($1, 'member')");
+    // Whoever made a role is a member at once from PostgreSQL 16 on, but not one that may use it.
+    let query = session.query("select pg_has_role($1, 'usage')");
     let row = query.bind(role).fetch_one(session.connection()).await.context("look at the roles of the host")?;
     if row.try_get(0)? {
         return Ok(());
