@@ -12,6 +12,7 @@ use async_trait::async_trait;
 use jiff::Timestamp;
 use tokio::sync::Mutex;
 
+use crate::fault;
 use crate::guest::{Call, CallFailure, Database, FailureKind, Guest, Outcome};
 use crate::manifest::Worker;
 use crate::message::{Message, Output};
@@ -60,6 +61,7 @@ impl Delivery {
             match self.attempt(&mut run, &group).await? {
                 Round::Committed => {}
                 Round::Without(failed) => {
+                    fault::point(fault::BEFORE_RERUN);
                     groups.push_front(group.into_iter().filter(|member| *member != failed).collect());
                 }
                 Round::Conflict(cause) => {
@@ -88,10 +90,16 @@ impl Delivery {
             return Ok(Round::Committed);
         }
         let mut tx = self.store.begin(&self.worker.name, self.worker.limits.time).await?;
+        fault::point(fault::AFTER_BEGIN);
         let claimed = match tx.claim(&run.claims(group)).await {
             Ok(claimed) => claimed,
             Err(error) => return conflict_or(error, tx).await,
         };
+        fault::point(fault::AFTER_CLAIM);
+        if fault::mutant(fault::INBOX_IN_ITS_OWN_TX) {
+            tx.commit().await?;
+            tx = self.store.begin(&self.worker.name, self.worker.limits.time).await?;
+        }
         let fresh = run.sort_claimed(group, claimed);
         if fresh.is_empty() {
             tx.rollback().await;
@@ -188,11 +196,17 @@ impl Delivery {
         failed: Vec<Failed>,
         state: &BatchState,
     ) -> Result<Round, StoreError> {
+        fault::point(fault::AFTER_GUEST);
         let outputs: Vec<Output> = succeeded.iter().flat_map(|member| member.outputs.clone()).collect();
         let dropped: Vec<String> = failed.iter().filter_map(|failed| run.event_id(failed.member)).collect();
+        let writes = state.writes();
         let written = async {
-            tx.unclaim(&dropped).await?;
-            tx.save_state(&state.writes()).await?;
+            if !dropped.is_empty() && !fault::mutant(fault::SKIP_UNCLAIM) {
+                tx.unclaim(&dropped).await?;
+            }
+            if !writes.is_empty() {
+                tx.save_state(&writes).await?;
+            }
             tx.append_outputs(&outputs, HAND_OVER_LEASE).await
         };
         let rows = match written.await {
@@ -207,8 +221,10 @@ impl Delivery {
             }
             Err(error) => return conflict_or(error, tx).await,
         };
+        fault::point(fault::BEFORE_COMMIT);
         match tx.commit().await {
             Ok(settled) => {
+                fault::point(fault::AFTER_COMMIT);
                 for member in succeeded {
                     run.verdict(member.member, Verdict::Done(settled));
                 }
@@ -230,7 +246,7 @@ impl Delivery {
         if failed.is_empty() {
             return Ok(());
         }
-        let records: Vec<FailedAttempt> = failed
+        let mut records: Vec<FailedAttempt> = failed
             .iter()
             .map(|failed| FailedAttempt {
                 event_id: run.event_id(failed.member).unwrap_or_default(),
@@ -240,7 +256,14 @@ impl Delivery {
                 logs: failed.logs.clone(),
             })
             .collect();
+        if fault::mutant(fault::CHARGE_WHOLE_BATCH)
+            && let Some(first) = records.first().cloned()
+        {
+            let charge = |member: &Arc<Message>| FailedAttempt { event_id: member.event_id.clone(), ..first.clone() };
+            records.extend(run.batch.iter().map(charge));
+        }
         let attempts = self.store.count_attempts(&self.worker.name, &records).await?;
+        fault::point(fault::AFTER_COUNT);
         for (failed, attempt) in failed.into_iter().zip(attempts) {
             let verdict = self.judge(run, failed.member, failed.failure, attempt);
             run.verdict(failed.member, verdict);
@@ -357,6 +380,7 @@ impl<'b> Run<'b> {
         let mut fresh = Vec::new();
         for (&member, claimed) in group.iter().zip(claimed) {
             match claimed {
+                _ if fault::mutant(fault::SKIP_CLAIM) => fresh.push((member, 0)),
                 Claimed::Fresh { attempts } => fresh.push((member, attempts)),
                 Claimed::Settled(settled) => self.verdict(member, Verdict::Duplicate(settled)),
                 Claimed::OtherPayload => self.id_reuse(member),
@@ -466,7 +490,9 @@ impl Database for Lent {
     }
 
     async fn execute(&self, statement: String, params: Vec<Value>) -> anyhow::Result<Result<u64, SqlError>> {
-        self.on_tx(move |tx| Box::pin(async move { tx.execute(&statement, &params).await })).await
+        let executed = self.on_tx(move |tx| Box::pin(async move { tx.execute(&statement, &params).await })).await;
+        fault::point(fault::MID_GUEST);
+        executed
     }
 
     async fn load_state(&self, key: String) -> anyhow::Result<Option<StateEntry>> {

@@ -7,6 +7,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use crate::bus::Receipt;
 use crate::delivery::{Delivered, Delivery};
 use crate::drain::Stopping;
+use crate::fault;
 use crate::message::{Message, Output};
 use crate::relay::HandOver;
 use crate::retry::Backoff;
@@ -93,7 +94,11 @@ impl Lane {
         for (parcel, verdict) in parcels {
             self.counters.count(&verdict);
             match verdict {
-                Verdict::Done(settled) | Verdict::Duplicate(settled) => acknowledge(parcel, settled).await,
+                Verdict::Done(settled) => acknowledge(parcel, settled).await,
+                Verdict::Duplicate(settled) => {
+                    fault::witness(fault::DUPLICATE_SKIPPED);
+                    acknowledge(parcel, settled).await;
+                }
                 Verdict::Retry { after, .. } | Verdict::Wait { after } => {
                     if let Err(error) = parcel.receipt.nak(after).await {
                         tracing::debug!("nak not sent; the broker redelivers by itself: {error:#}");
@@ -114,6 +119,7 @@ impl Lane {
         let Some((settled, notices)) = self.insist("bury", || self.delivery.store.bury(&letters)).await else {
             return;
         };
+        fault::point(fault::AFTER_BURIAL);
         for (letter, _) in &letters {
             tracing::info!(
                 worker = letter.worker,
@@ -147,4 +153,5 @@ async fn acknowledge(parcel: Parcel, settled: Settled) {
     if let Err(error) = parcel.receipt.ack(&settled).await {
         tracing::debug!("ack not sent; the message will come again and be skipped: {error:#}");
     }
+    fault::point(fault::AFTER_ACK);
 }

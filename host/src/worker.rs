@@ -13,6 +13,7 @@ use tokio::task::JoinHandle;
 use crate::bus::{Bus, Probe, Progress, Pull, Pulled, Subscription};
 use crate::delivery::Delivery;
 use crate::drain::{Stop, Stopping};
+use crate::fault;
 use crate::lane::{Lane, Parcel};
 use crate::manifest::Worker;
 use crate::relay::HandOver;
@@ -196,6 +197,7 @@ impl Lanes {
     }
 
     async fn deal(&self, pulled: Pulled, room: tokio::sync::OwnedSemaphorePermit) {
+        fault::point(fault::AFTER_FETCH);
         let message = Arc::new(pulled.message);
         let lane = self.lane_of(&message);
         let in_flight = self.in_flight.enter(pulled.receipt.progress());

@@ -290,7 +290,9 @@ impl Demo {
         println!("  sqlite3 {database} 'select sum(cents), count(*) from entry'");
         println!("  {oncely} dev --data-dir {data_dir} examples/payments    # then, in another terminal:");
         println!("  (cd {} && {} dlq list)", shown(self.folder.clone()), self.oncely.display());
-        println!("  nats stream view PAYMENTS --server URL    # the URL that `oncely dev` prints; any NATS client will do");
+        println!(
+            "  nats stream view PAYMENTS --server URL    # the URL that `oncely dev` prints; any NATS client will do"
+        );
     }
 }
 

@@ -72,6 +72,7 @@ fn imports_run_downwards_only() -> Result<()> {
             "units",
             "toml_text",
             "hint",
+            "fault",
             "drain",
         ],
     ];

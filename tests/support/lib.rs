@@ -6,5 +6,6 @@ pub mod guests;
 pub mod nats;
 pub mod pgbouncer;
 pub mod postgres;
+pub mod proxy;
 pub mod server;
 pub mod world;

@@ -18,18 +18,23 @@ mod bindings {
                     type instant = u64;
                     type duration = u64;
                     now: func() -> instant;
+                    resolution: func() -> duration;
+                    subscribe-instant: func(when: instant) -> pollable;
                     subscribe-duration: func(when: duration) -> pollable;
                 }
             }
             package wasi:io@0.2.0 {
                 interface poll {
                     resource pollable {
+                        ready: func() -> bool;
                         block: func();
                     }
+                    poll: func(in: list<borrow<pollable>>) -> list<u32>;
                 }
             }
             package wasi:random@0.2.0 {
                 interface random {
+                    get-random-bytes: func(len: u64) -> list<u8>;
                     get-random-u64: func() -> u64;
                 }
             }
