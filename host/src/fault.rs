@@ -23,6 +23,8 @@ pub const BEFORE_COMMIT: &str = "before_commit";
 pub const AFTER_COMMIT: &str = "after_commit_before_ack";
 /// One message is acknowledged, its neighbours may not be; the acknowledgement may not have left.
 pub const AFTER_ACK: &str = "some_of_batch_acked";
+/// It is noted that a message is about to be handled alone.
+pub const NOTED_UNFINISHED: &str = "noted_unfinished";
 /// A batch is about to run again without the member that spoiled it.
 pub const BEFORE_RERUN: &str = "before_rerun";
 /// Failed attempts are counted; the message is neither given back nor buried.
@@ -58,6 +60,7 @@ pub const POINTS: &[&str] = &[
     BEFORE_COMMIT,
     AFTER_COMMIT,
     AFTER_ACK,
+    NOTED_UNFINISHED,
     BEFORE_RERUN,
     AFTER_COUNT,
     AFTER_BURIAL,

@@ -15,11 +15,19 @@ use crate::store::StoreError;
 use crate::verdict::{Letter, Reason, Settled, Verdict};
 use crate::worker::{InFlight, WorkerCounters};
 
+/// From this delivery on a message is handled alone. Retries get there too, which costs them two small transactions.
+const ALONE_FROM_DELIVERY: u64 = 3;
+
+/// How often a host may die while it handles a message alone.
+const UNFINISHED_MAX: u32 = 2;
+
 /// One message on its way through a lane.
 pub struct Parcel {
     pub message: Arc<Message>,
-    /// What is wrong with the event id the publisher sent, if it cannot be used.
-    pub invalid_id: Option<String>,
+    /// Why it cannot be given to the guest as it is.
+    pub unusable: Option<(Reason, String)>,
+    /// How often it was delivered, this time included.
+    pub delivered: u64,
     pub receipt: Receipt,
     /// Keeps the broker from redelivering it while it is here.
     pub in_flight: InFlight,
@@ -46,22 +54,54 @@ impl Lane {
         }
     }
 
+    /// Handles parcels in their order: together, but for those that need a treatment of their own.
     async fn process(&self, parcels: Vec<Parcel>) {
-        let (unusable, usable): (Vec<Parcel>, Vec<Parcel>) =
-            parcels.into_iter().partition(|parcel| parcel.invalid_id.is_some());
-        for parcel in unusable {
-            let verdict = Verdict::Dead(Box::new(self.invalid_id_letter(&parcel)));
-            self.settle(vec![(parcel, verdict)]).await;
+        let mut together = Vec::with_capacity(parcels.len());
+        for parcel in parcels {
+            if parcel.unusable.is_none() && parcel.delivered < ALONE_FROM_DELIVERY {
+                together.push(parcel);
+                continue;
+            }
+            self.deliver(std::mem::take(&mut together)).await;
+            match parcel.unusable.clone() {
+                Some((reason, why)) => self.settle_dead(parcel, reason, why).await,
+                None => self.deliver_alone(parcel).await,
+            }
         }
-        if usable.is_empty() {
+        self.deliver(together).await;
+    }
+
+    async fn deliver(&self, parcels: Vec<Parcel>) {
+        if parcels.is_empty() {
             return;
         }
-        let messages: Vec<Arc<Message>> = usable.iter().map(|parcel| Arc::clone(&parcel.message)).collect();
+        let messages: Vec<Arc<Message>> = parcels.iter().map(|parcel| Arc::clone(&parcel.message)).collect();
         // Without an answer from the database the messages stay unacknowledged: the broker delivers them again.
         let Some(delivered) = self.insist("deliver", || self.delivery.deliver(&messages)).await else { return };
         let Delivered { verdicts, outputs } = delivered;
         self.relay.hand_over(outputs).await;
-        self.settle(usable.into_iter().zip(verdicts).collect()).await;
+        self.settle(parcels.into_iter().zip(verdicts).collect()).await;
+    }
+
+    /// Handles a message that was delivered several times without a final word: hosts may have died of it. A note that
+    /// survives the host tells the next one; a message that ended hosts alone, too, is not handled any more.
+    async fn deliver_alone(&self, parcel: Parcel) {
+        let store = &self.delivery.store;
+        let (worker, message) = (self.delivery.worker.name.clone(), Arc::clone(&parcel.message));
+        let note = || store.note_unfinished(&worker, &message.event_id);
+        let Some(unfinished) = self.insist("note an unfinished message", note).await else { return };
+        fault::point(fault::NOTED_UNFINISHED);
+        if unfinished >= UNFINISHED_MAX {
+            let why = format!(
+                "the host died {unfinished} times while it handled this message alone, after {} deliveries",
+                parcel.delivered
+            );
+            self.settle_dead(parcel, Reason::CrashedHost, why).await;
+        } else {
+            self.deliver(vec![parcel]).await;
+        }
+        let take_back = || store.take_back_unfinished(&worker, &message.event_id);
+        self.insist("take back an unfinished message", take_back).await;
     }
 
     /// Repeats a database operation until the database answers. Trouble of the database is waited out: no attempt is
@@ -135,16 +175,18 @@ impl Lane {
         }
     }
 
-    fn invalid_id_letter(&self, parcel: &Parcel) -> Letter {
-        Letter {
+    /// A dead letter for a message that is not given to the guest.
+    async fn settle_dead(&self, parcel: Parcel, reason: Reason, detail: String) {
+        let letter = Letter {
             worker: self.delivery.worker.name.clone(),
             version: self.delivery.version,
-            reason: Reason::InvalidId,
+            reason,
             code: None,
-            detail: parcel.invalid_id.clone().unwrap_or_default(),
+            detail,
             attempts: 0,
             message: Message::clone(&parcel.message),
-        }
+        };
+        self.settle(vec![(parcel, Verdict::Dead(Box::new(letter)))]).await;
     }
 }
 

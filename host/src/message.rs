@@ -93,7 +93,7 @@ pub fn event_id(
     stream_created: Timestamp,
     sequence: u64,
 ) -> Result<String, InvalidEventId> {
-    let derived = format!("{stream}@{}:{sequence}", stream_created.as_microsecond());
+    let derived = place_id(stream, stream_created, sequence);
     let sent = match (header(headers, "ce-id"), header(headers, "ce-source")) {
         // `|` cannot stand in a URI reference, so a well-formed source has none; percent-encoding it in
         // the others keeps two different pairs from ever giving the same id.
@@ -115,6 +115,11 @@ pub fn event_id(
         return Ok(sent);
     };
     Err(InvalidEventId { stand_in: derived, why })
+}
+
+/// The id of a message that brings none: its place, `stream@created:sequence`.
+pub fn place_id(stream: &str, stream_created: Timestamp, sequence: u64) -> String {
+    format!("{stream}@{}:{sequence}", stream_created.as_microsecond())
 }
 
 /// The id of the output number `ordinal` (from 0) of one delivery: the same input always yields the same.

@@ -43,6 +43,10 @@ pub enum Reason {
     IdReuse,
     /// The publisher's event id cannot be used.
     InvalidId,
+    /// The headers cannot be read.
+    Unreadable,
+    /// Hosts died while they handled it, again and again.
+    CrashedHost,
 }
 
 impl Reason {
@@ -53,6 +57,8 @@ impl Reason {
             Reason::OutputRefused => "output-refused",
             Reason::IdReuse => "id-reuse",
             Reason::InvalidId => "invalid-id",
+            Reason::Unreadable => "unreadable",
+            Reason::CrashedHost => "crashed-host",
         }
     }
 }

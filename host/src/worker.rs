@@ -159,6 +159,11 @@ async fn pull_loop(mut pull: Pull, lanes: Lanes, mut stopping: Stopping) {
             }
         }
     }
+    while let Some(pulled) = pull.rest().await
+        && let Ok(room) = Arc::clone(&lanes.room).acquire_owned().await
+    {
+        lanes.deal(pulled, room).await;
+    }
     drop(pull);
     lanes.drain().await;
 }
@@ -201,7 +206,14 @@ impl Lanes {
         let message = Arc::new(pulled.message);
         let lane = self.lane_of(&message);
         let in_flight = self.in_flight.enter(pulled.receipt.progress());
-        let parcel = Parcel { message, invalid_id: pulled.invalid_id, receipt: pulled.receipt, in_flight, room };
+        let parcel = Parcel {
+            message,
+            unusable: pulled.unusable,
+            delivered: pulled.delivered,
+            receipt: pulled.receipt,
+            in_flight,
+            room,
+        };
         if let Some(sender) = self.senders.get(lane) {
             // A lane that is gone has panicked; the message is redelivered.
             let _ = sender.send(parcel).await;

@@ -67,6 +67,16 @@ create table oncely.attempt (
     constraint attempt_pk primary key (worker, event_id, attempt)
 );
 
+-- Messages that were being handled alone when their host died. A row is made before such a message is handled and removed
+-- afterwards, whatever came of it: what stands here for long, or with a count, is a message that kills hosts.
+create table oncely.unfinished (
+    worker   text        not null,
+    event_id text        not null,
+    times    integer     not null constraint unfinished_counts_from_one check (times > 0),
+    since    timestamptz not null default now(),
+    constraint unfinished_pk primary key (worker, event_id)
+);
+
 -- Dead letters: the original bytes and headers. One for each event id and payload of a worker.
 create table oncely.dead_letter (
     id              bigint      generated always as identity constraint dead_letter_pk primary key,

@@ -65,6 +65,16 @@ create table oncely_attempt (
     constraint attempt_pk primary key (worker, event_id, attempt)
 ) strict;
 
+-- Messages that were being handled alone when their host died. A row is made before such a message is handled and removed
+-- afterwards, whatever came of it: what stands here for long, or with a count, is a message that kills hosts.
+create table oncely_unfinished (
+    worker   text        not null,
+    event_id text        not null,
+    times    integer     not null constraint unfinished_counts_from_one check (times > 0),
+    since    integer not null default (cast(unixepoch('subsec') * 1000000 as integer)),
+    constraint unfinished_pk primary key (worker, event_id)
+) strict;
+
 -- Dead letters: the original bytes and headers. One for each event id and payload of a worker.
 create table oncely_dead_letter (
     id              integer     constraint dead_letter_pk primary key autoincrement,

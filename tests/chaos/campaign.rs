@@ -283,7 +283,7 @@ impl Campaign {
             Act::Kill => {
                 self.running().await?;
                 self.some_time(20, 600).await;
-                self.kill()?;
+                self.world.kill_host()?;
                 self.did("host killed");
             }
             Act::Pause => self.pause().await?,
@@ -377,7 +377,7 @@ impl Campaign {
             return Ok(());
         }
         if cut == Cut::CommitAnswerHeld {
-            self.kill()?;
+            self.world.kill_host()?;
         }
         self.did(match cut {
             Cut::CommitNotForwarded => "commit cut before it arrived",
@@ -405,6 +405,9 @@ impl Campaign {
     }
 
     fn kill(&mut self) -> Result<()> {
+        if self.world.host_lives() {
+            self.did("host killed in passing");
+        }
         self.world.kill_host()
     }
 
@@ -480,6 +483,8 @@ impl Campaign {
         observed.restless.extend(stuck);
         observed.acked = std::mem::take(&mut *self.progress.acked.lock().unwrap());
         observed.too_early = std::mem::take(&mut *self.looked.too_early.lock().unwrap());
+        observed.deaths = self.injected.iter().filter(|(what, _)| is_death(what)).map(|(_, count)| count).sum();
+        observed.lanes = self.plan.lanes.into();
         let (counted, mut violations) = checker::check(&observed);
         let seen = self.seen();
         if self.plan.mutant.is_none() {
@@ -563,6 +568,10 @@ impl Campaign {
         }
         Ok(folder)
     }
+}
+
+fn is_death(what: &str) -> bool {
+    what.starts_with("died at") || what.contains("host killed")
 }
 
 fn tail(log: &str) -> String {

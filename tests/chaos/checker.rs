@@ -35,9 +35,14 @@ pub struct Counted {
     pub counted_attempts: usize,
     /// Attempts of messages that never fail, which only ran out of their time.
     pub timeouts_of_plain_messages: usize,
+    /// Events that were buried because hosts died while they handled them alone.
+    pub crashed_host: usize,
     /// Outputs of one key whose sequence is lower than that of one before them on the stream.
     pub out_of_order: usize,
 }
+
+/// The reason of a letter for what hosts died of.
+const CRASHED_HOST: &str = "crashed-host";
 
 /// The name of the worker.
 const WORKER: &str = "test";
@@ -171,9 +176,16 @@ impl Checker<'_> {
                     self.fail("effect once", format!("event {id} is dead and has {} rows", effects.len()));
                 }
             }
+            // Whoever dies often enough with a message in hand makes it look guilty.
+            (None, "dead") if effects.is_empty() && self.crashed_host(id, payload) => {}
             (_, state) => self.fail("effect once", format!("event {id} ({:?}) is {state}", first.nature)),
         }
         self.attempts(id, event, first);
+    }
+
+    fn crashed_host(&self, id: &str, payload: &str) -> bool {
+        let letters = &self.observed.letters;
+        letters.iter().any(|letter| letter.event_id == id && letter.payload == payload && letter.reason == CRASHED_HOST)
     }
 
     fn effect(&mut self, id: &str, first: &Body, effects: &[Effect]) {
@@ -228,6 +240,7 @@ impl Checker<'_> {
             let Some((_, held)) = self.observed.inbox.get(id) else { continue };
             for (payload, body) in &event.bodies {
                 match (payload == held, body.nature.death()) {
+                    (true, _) if self.crashed_host(id, payload) => wanted.insert((id, payload, CRASHED_HOST), body),
                     (true, None) => continue,
                     (true, Some(reason)) => wanted.insert((id, payload, reason), body),
                     (false, _) => wanted.insert((id, payload, "id-reuse"), body),
@@ -247,6 +260,13 @@ impl Checker<'_> {
         }
         for key in wanted.keys().filter(|key| !found.contains(*key)) {
             self.fail("dead letters", format!("event {} has no letter `{}`", key.0, key.2));
+        }
+        self.counted.crashed_host = found.iter().filter(|(_, _, reason)| *reason == CRASHED_HOST).count();
+        // It takes two deaths for one, and a host handles one message alone in each lane.
+        let most = usize::try_from(self.observed.deaths * self.observed.lanes / 2).unwrap_or_default();
+        if self.counted.crashed_host > most {
+            let (count, deaths) = (self.counted.crashed_host, self.observed.deaths);
+            self.fail("dead letters", format!("{count} events are said to have crashed hosts, of which {deaths} died"));
         }
         self.notices(&wanted);
     }

@@ -52,6 +52,9 @@ pub struct Observed {
     pub restless: Vec<String>,
     /// Where the broker stored what the publisher was told is stored: body by sequence.
     pub acked: BTreeMap<u64, Vec<u8>>,
+    /// How often a host died, and how many lanes it had.
+    pub deaths: u64,
+    pub lanes: u64,
     /// What was seen too early, or half, while everything was running.
     pub too_early: Vec<String>,
 }

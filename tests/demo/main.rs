@@ -366,7 +366,7 @@ fn progress(what: &str, done: usize, of: usize) {
         if done == of {
             println!();
         }
-    } else if done > 0 && (done == of || done % (of / 4).max(1) == 0) {
+    } else if done > 0 && (done == of || done.is_multiple_of((of / 4).max(1))) {
         println!("  {what} {done} of {of}");
     }
 }

@@ -187,7 +187,7 @@ async fn event_ids_come_from_the_headers_else_from_the_place() -> Result<()> {
     let mut ids = Vec::new();
     for _ in 0..4 {
         let pulled = next(&mut pull).await?;
-        ids.push((pulled.message.event_id, pulled.invalid_id.is_some()));
+        ids.push((pulled.message.event_id, pulled.unusable.is_some()));
     }
     let place = |sequence| format!("IN@{created}:{sequence}");
     assert_eq!(ids, [("m1".into(), false), ("/shop|7".into(), false), (place(3), false), (place(4), true)]);

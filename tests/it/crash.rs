@@ -78,3 +78,27 @@ both!(a_host_that_is_asked_to_stop_finishes_what_it_has, |kind: Kind| async move
     assert_eq!(books::check(&world).await?.effects.len(), 200);
     Ok(())
 });
+
+both!(a_message_that_ends_hosts_again_and_again_is_a_dead_letter, |kind: Kind| async move {
+    let settings = "ack_wait = \"1s\"\nbatch = 8\nconcurrency = 1\n[worker.limits]\ntime = \"20s\"";
+    let mut world = World::without_host(kind, &manifest(settings)?).await?;
+    world.start_host().await?;
+    let killer = ToPublish::new("in.x", "killer", "slow", r#"{"ms": 15000}"#);
+    let neighbours = (0..5).map(|n| ToPublish::new("in.x", &format!("e{n}"), "insert", r#"{"n": 1}"#));
+    // Whoever handles the killer dies: here by our hand, while its handler runs.
+    world.nats.publish_all(std::iter::once(killer).chain(neighbours).collect()).await?;
+    let letters = "select count(*) from oncely.dead_letter where reason = 'crashed-host' and event_id = 'killer'";
+    for _ in 0..8 {
+        tokio::time::sleep(Duration::from_millis(1_500)).await;
+        if world.database.number(letters).await? == 1 {
+            break;
+        }
+        world.kill_host()?;
+        world.start_host().await?;
+    }
+    world.quiet(6).await?;
+    let books = books::check(&world).await?;
+    assert_eq!((books.effects.len(), books.dead), (5, ["killer".to_owned()].into()));
+    assert_eq!(world.database.number("select count(*) from oncely.unfinished").await?, 0);
+    Ok(())
+});

@@ -135,3 +135,32 @@ both!(a_delayed_output_comes_when_it_is_due_also_after_a_restart, |kind: Kind| a
     assert_eq!(world.nats.read_stream("OUT").await?.len(), 1);
     Ok(())
 });
+
+both!(an_output_that_may_be_there_is_looked_up_once_the_broker_has_forgotten_its_id, |kind: Kind| async move {
+    let mut world = World::without_host(kind, &manifest("")?).await?;
+    world.nats.make_stream("OUT", "out.>", std::time::Duration::from_millis(100)).await?;
+    world.start_host().await?;
+    world.nats.publish_all((0..20).map(|n| insert(&format!("e{n}"))).collect()).await?;
+    world.quiet(20).await?;
+    world.kill_host()?;
+    // As a host leaves it that published and died before it could say so, long ago; every second row was never sent.
+    let long_ago = match kind {
+        Kind::Sqlite => "first_attempt_at - 600000000",
+        _ => "first_attempt_at - interval '10 minutes'",
+    };
+    let zero = if kind == Kind::Sqlite { "0" } else { "'epoch'" };
+    world
+        .database
+        .execute(&format!(
+            "update oncely.outbox set published_at = null, stream = null, stream_sequence = null,
+             leased_until = {zero}, first_attempt_at = {long_ago};
+             update oncely.outbox set id = id || ':lost' where seq % 2 = 0"
+        ))
+        .await?;
+    world.start_host().await?;
+    world.quiet(20).await?;
+    let stored = world.nats.read_stream("OUT").await?;
+    let ids: BTreeSet<_> = stored.iter().filter_map(|message| message.headers.get("Nats-Msg-Id")).collect();
+    assert_eq!((stored.len(), ids.len()), (60, 60), "40 outputs, of which 20 got new ids and were never sent");
+    Ok(())
+});

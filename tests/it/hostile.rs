@@ -129,3 +129,30 @@ both!(sql_that_would_leave_the_transaction_is_refused, |kind: Kind| async move {
     assert_eq!(books.dead.len(), ESCAPES.len());
     Ok(())
 });
+
+/// Header blocks that a server stores and a client cannot read, and what the dead letter says of each.
+const UNREADABLE: &[(&[u8], &str)] = &[
+    (b"NATS/1.0\r\nA: \xff\xfe\r\n\r\n", "not UTF-8"),
+    (b"NATS/1.0\r\nno colon\r\n\r\n", "has no colon"),
+    (b"NATS/1.0\r\nA b: c\r\n\r\n", "malformed name"),
+    // This one ends the NATS client itself.
+    (b"NATS/1.0\r\nA: b\rc\r\n\r\n", "line break in its value"),
+];
+
+both!(a_message_whose_headers_cannot_be_read_is_a_dead_letter_and_stops_nobody, |kind: Kind| async move {
+    let world = World::start(kind, &manifest("ack_wait = \"2s\"")?).await?;
+    for (n, (headers, _)) in UNREADABLE.iter().enumerate() {
+        world.nats.publish_all(vec![ToPublish::new("in.x", &format!("before{n}"), "insert", "{}")]).await?;
+        world.nats.publish_raw("in.x", headers, b"{}")?;
+        world.nats.publish_all(vec![ToPublish::new("in.x", &format!("after{n}"), "insert", "{}")]).await?;
+    }
+    world.quiet(UNREADABLE.len() as i64 * 3).await?;
+    let books = books::check(&world).await?;
+    assert_eq!((books.effects.len(), books.dead.len()), (UNREADABLE.len() * 2, UNREADABLE.len()));
+    for (_, says) in UNREADABLE {
+        let sql =
+            format!("select count(*) from oncely.dead_letter where reason = 'unreadable' and detail like '%{says}%'");
+        assert_eq!(world.database.number(&sql).await?, 1, "{says}");
+    }
+    Ok(())
+});

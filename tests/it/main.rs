@@ -28,6 +28,7 @@ mod crash;
 mod delivery;
 mod deploy;
 mod hostile;
+mod hosts;
 mod outage;
 mod store;
 mod tidy;

@@ -118,9 +118,15 @@ fn unsafe_code_stands_where_a_compiled_component_is_loaded_and_nowhere_else() ->
 
 #[test]
 fn every_file_says_what_it_is_for() -> Result<()> {
-    for folder in
-        ["host/src", "guest-sdk/src", "tests/it", "tests/support", "tests/guests/src", "examples/payments/src"]
-    {
+    for folder in [
+        "host/src",
+        "guest-sdk/src",
+        "tests/it",
+        "tests/chaos",
+        "tests/support",
+        "tests/guests/src",
+        "examples/payments/src",
+    ] {
         for (path, text) in sources(&repository().join(folder))? {
             assert!(text.starts_with("//!"), "{} does not open with a `//!` line", path.display());
         }

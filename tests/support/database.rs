@@ -79,6 +79,25 @@ impl Database {
         }
     }
 
+    /// Changes something behind the host's back.
+    pub async fn execute(&self, sql: &str) -> Result<()> {
+        match self {
+            Database::Sqlite(path) => {
+                let sql = sql.replace("oncely.", "oncely_").replace("app.", "");
+                let options = sqlx::sqlite::SqliteConnectOptions::new().filename(path);
+                let mut connection =
+                    sqlx::SqliteConnection::connect_with(&options).await.context("open the database")?;
+                sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut connection).await?;
+            }
+            Database::Postgres { direct, .. } => {
+                let sql = sql.replace("app.", "app_default.");
+                let mut connection = sqlx::PgConnection::connect(direct).await.context("connect")?;
+                sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut connection).await?;
+            }
+        }
+        Ok(())
+    }
+
     /// The one number a query yields.
     pub async fn number(&self, sql: &str) -> Result<i64> {
         let rows = self.rows(sql).await?;

@@ -6,6 +6,7 @@ pub mod guests;
 pub mod nats;
 pub mod pgbouncer;
 pub mod postgres;
+pub mod production;
 pub mod proxy;
 pub mod server;
 pub mod world;

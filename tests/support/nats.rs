@@ -119,6 +119,19 @@ impl NatsServer {
         }
     }
 
+    /// Makes a stream that forgets message ids after `window`.
+    pub async fn make_stream(&self, name: &str, subject: &str, window: Duration) -> Result<()> {
+        let config = jetstream::stream::Config {
+            name: name.to_owned(),
+            subjects: vec![subject.to_owned()],
+            duplicate_window: window,
+            allow_direct: true,
+            ..Default::default()
+        };
+        jetstream::new(self.client().await?).create_stream(config).await.context("make a stream")?;
+        Ok(())
+    }
+
     /// Publishes messages in order and waits until the streams have stored all of them.
     pub async fn publish_all(&self, messages: Vec<ToPublish>) -> Result<()> {
         let context = jetstream::new(self.client().await?);
@@ -138,6 +151,25 @@ impl NatsServer {
             }
         }
         Ok(())
+    }
+
+    /// Publishes a header block as it is, which no client would.
+    pub fn publish_raw(&self, subject: &str, headers: &[u8], body: &[u8]) -> Result<()> {
+        use std::io::{BufRead, BufReader, Write};
+        let mut stream = std::net::TcpStream::connect(("127.0.0.1", self.port)).context("connect")?;
+        let total = headers.len() + body.len();
+        let text =
+            format!("CONNECT {{\"headers\":true,\"verbose\":false}}\r\nHPUB {subject} {} {total}\r\n", headers.len());
+        let bytes = [text.as_bytes(), headers, body, b"\r\nPING\r\n"].concat();
+        stream.write_all(&bytes).context("publish raw")?;
+        for line in BufReader::new(stream).lines() {
+            match line.context("wait for the server")?.as_str() {
+                "PONG" => return Ok(()),
+                line if line.starts_with("-ERR") => bail!("the server refused it: {line}"),
+                _ => {}
+            }
+        }
+        bail!("the server closed the connection")
     }
 
     /// All messages of a stream, raw, by sequence.

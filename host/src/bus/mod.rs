@@ -15,6 +15,7 @@ mod publish;
 mod pull;
 mod server;
 mod streams;
+mod unreadable;
 
 pub use publish::{Outgoing, PublishError, PublishedAt};
 pub use pull::{Backlog, Probe, Progress, Pull, Pulled, Receipt, Subscription};
@@ -30,7 +31,7 @@ const PUBLICATIONS_IN_FLIGHT: usize = 1 << 16;
 /// The most it waits between two attempts to connect again.
 const RECONNECT_DELAY_MAX: Duration = Duration::from_secs(2);
 
-/// A connection to NATS. Once made it is kept for ever: it reconnects by itself. Cheap to clone.
+/// A connection to NATS. It reconnects by itself until [`Bus::ended`]. Cheap to clone.
 #[derive(Clone)]
 pub struct Bus {
     client: async_nats::Client,
@@ -76,7 +77,16 @@ impl Bus {
     }
 
     pub fn is_connected(&self) -> bool {
-        self.client.connection_state() == State::Connected
+        // The count's sender lives as long as the client's own tasks do; without them the state is a stale one.
+        let is_alive = self.connections.has_changed().is_ok();
+        is_alive && self.client.connection_state() == State::Connected
+    }
+
+    /// Returns when the client has ended: it reads the server's words in tasks of its own, and a message whose headers it
+    /// chokes on can end them. It does not come back; connect anew.
+    pub async fn ended(&self) {
+        let mut connections = self.connections.clone();
+        while connections.changed().await.is_ok() {}
     }
 
     /// Returns once everything sent so far, acknowledgements among it, is on its way to the server.

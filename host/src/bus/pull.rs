@@ -13,6 +13,7 @@ use async_nats::jetstream::consumer::pull::{BatchConfig, Config};
 use async_nats::jetstream::consumer::{AckPolicy, Consumer, DeliverPolicy};
 use async_nats::jetstream::{self, AckKind};
 use async_nats::{StatusCode, Subject, Subscriber};
+use bytes::Bytes;
 use futures::StreamExt;
 use jiff::Timestamp;
 use tokio::sync::watch;
@@ -21,9 +22,9 @@ use tokio::time::Instant;
 use super::Bus;
 use super::streams::timestamp;
 use crate::fault;
-use crate::message::{Headers, InvalidEventId, Message, Origin, event_id};
+use crate::message::{Headers, InvalidEventId, Message, Origin, event_id, place_id};
 use crate::retry::Backoff;
-use crate::verdict::Settled;
+use crate::verdict::{Reason, Settled};
 
 /// How long one pull request stays open on the server.
 const REQUEST_OPEN: Duration = Duration::from_secs(30);
@@ -58,6 +59,9 @@ pub struct Subscription {
     pub metadata: HashMap<String, String>,
 }
 
+/// How long it may take until what is on its way has arrived.
+const REST_WITHIN: Duration = Duration::from_secs(1);
+
 /// The taking end of a subscription.
 pub struct Pull {
     bus: Bus,
@@ -73,10 +77,14 @@ pub struct Pull {
     answers: Subscriber,
     requests: u64,
     request: Option<Request>,
+    /// Messages that cannot be read, yet to be returned.
+    unreadable: Vec<Unread>,
     /// A message that was taken and is yet to be returned.
     held: Option<Pulled>,
     /// Whether the consumer has to be looked after before the next request.
     in_doubt: bool,
+    /// Whether nothing more is asked for.
+    resting: bool,
     backoff: Backoff,
     /// Whether the server said anything about a request since there was last a doubt.
     heard: Arc<AtomicBool>,
@@ -94,9 +102,24 @@ struct Request {
 /// A message, and what to do with it.
 pub struct Pulled {
     pub message: Message,
-    /// What is wrong with the publisher's event id; the message then carries a stand-in.
-    pub invalid_id: Option<String>,
+    /// Why it cannot be given to a worker as it is; its event id is then a stand-in.
+    pub unusable: Option<(Reason, String)>,
+    /// How often it was delivered, this time included.
+    pub delivered: u64,
     pub receipt: Receipt,
+}
+
+/// A message whose headers cannot be read; see [`super::unreadable`].
+pub(super) struct Unread {
+    pub sequence: u64,
+    pub stored_at: Timestamp,
+    pub subject: String,
+    /// The header block as far as it is text.
+    pub headers: String,
+    pub body: Bytes,
+    pub why: String,
+    /// Where to acknowledge it.
+    pub reply: Subject,
 }
 
 /// The right to settle one delivered message.
@@ -145,8 +168,11 @@ impl Bus {
             answers,
             requests: 0,
             request: None,
+            unreadable: Vec::new(),
             held: None,
-            in_doubt: false,
+            // The host before may have met a message that it could not read.
+            in_doubt: true,
+            resting: false,
             backoff: Backoff::default(),
             heard: Arc::default(),
             connections,
@@ -198,6 +224,9 @@ impl Pull {
             if self.in_doubt {
                 self.renew().await;
             }
+            if let Some(unread) = self.unreadable.pop() {
+                return Ok(self.unread(unread));
+            }
             if self.held.is_none() {
                 self.step(room).await?;
             }
@@ -209,6 +238,26 @@ impl Pull {
                     pulled.receipt.reply.reply(AckKind::Ack).await?;
                 }
                 return Ok(pulled);
+            }
+        }
+    }
+
+    /// Asks for no more, and returns what the server had sent before, one message at a time; none when that was all. Left
+    /// there, those messages would come again only after `ack_wait`, behind others of their key.
+    pub async fn rest(&mut self) -> Option<Pulled> {
+        if !self.resting {
+            self.resting = true;
+            self.request = None;
+            // Ends `answers` once what is on its way has arrived.
+            let _ = self.answers.drain().await;
+        }
+        loop {
+            if self.held.is_some() && self.id_is_right().await {
+                return self.held.take();
+            }
+            match tokio::time::timeout(REST_WITHIN, self.answers.next()).await {
+                Ok(Some(answer)) => self.hear(answer),
+                Ok(None) | Err(_) => return None,
             }
         }
     }
@@ -289,11 +338,12 @@ impl Pull {
             sequence: info.stream_sequence,
             stored_at: timestamp(info.published)?,
         };
+        let delivered = u64::try_from(info.delivered).unwrap_or(1);
         let message = message.message;
         let headers = headers(message.headers.as_ref());
-        let (event_id, invalid_id) = match event_id(&headers, &origin.stream, self.stream_created, origin.sequence) {
+        let (event_id, unusable) = match event_id(&headers, &origin.stream, self.stream_created, origin.sequence) {
             Ok(id) => (id, None),
-            Err(InvalidEventId { stand_in, why }) => (stand_in, Some(why)),
+            Err(InvalidEventId { stand_in, why }) => (stand_in, Some((Reason::InvalidId, why))),
         };
         let reply = message.reply.context("read where to acknowledge it")?;
         Ok(Pulled {
@@ -304,13 +354,35 @@ impl Pull {
                 body: message.payload,
                 origin: Some(origin),
             },
-            invalid_id,
+            unusable,
+            delivered,
             receipt: Receipt {
                 reply: Progress { client: self.bus.client.clone(), reply },
                 stream_created: self.stream_created.as_microsecond(),
                 stream_now: Arc::clone(&self.stream_now),
             },
         })
+    }
+
+    fn unread(&self, unread: Unread) -> Pulled {
+        let origin =
+            Origin { stream: self.subscription.stream.clone(), sequence: unread.sequence, stored_at: unread.stored_at };
+        Pulled {
+            message: Message {
+                event_id: place_id(&origin.stream, self.stream_created, origin.sequence),
+                subject: unread.subject,
+                headers: vec![("Oncely-Unreadable-Headers".to_owned(), unread.headers.escape_debug().to_string())],
+                body: unread.body,
+                origin: Some(origin),
+            },
+            unusable: Some((Reason::Unreadable, unread.why)),
+            delivered: 1,
+            receipt: Receipt {
+                reply: Progress { client: self.bus.client.clone(), reply: unread.reply },
+                stream_created: self.stream_created.as_microsecond(),
+                stream_now: Arc::clone(&self.stream_now),
+            },
+        }
     }
 
     /// Whether the held message has the right event id. One that is made of the stream's creation time is right only if
@@ -363,6 +435,14 @@ impl Pull {
                     self.consumer = consumer;
                     self.stream_created = created;
                     self.stream_now.store(created.as_microsecond(), Ordering::Relaxed);
+                    // A message that broke the connection would break it again.
+                    match self.bus.find_unreadable(&self.subscription).await {
+                        Ok(unreadable) => self.unreadable = unreadable,
+                        Err(error) => {
+                            tracing::debug!("no messages for {} yet: {error:#}", self.subscription.durable);
+                            continue;
+                        }
+                    }
                     self.in_doubt = false;
                     return;
                 }

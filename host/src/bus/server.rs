@@ -65,9 +65,13 @@ impl EmbeddedServer {
                         running_pid(&folder).unwrap_or_default()
                     ));
             }
-            let mut server = EmbeddedServer { folder, port: running.port, child: None };
-            server.until_it_answers().await?;
-            return Ok(server);
+            let mut server = EmbeddedServer { folder: folder.clone(), port: running.port, child: None };
+            match server.until_it_answers().await {
+                Ok(()) => return Ok(server),
+                // It was just ending.
+                Err(_) if running_pid(&folder).is_none() => {}
+                Err(error) => return Err(error),
+            }
         }
         check_version()?;
         Self::start_new(folder, port, remembered.map(|remembered| remembered.port)).await

@@ -11,7 +11,7 @@ use tokio::net::TcpListener;
 use super::build::component_of;
 use super::client::{DATA_DIR, make_data_dir};
 use super::deploy::{propose, show_plan};
-use super::serve::{Served, listen, start_log};
+use super::serve::{Ended, Served, listen, start_log};
 use super::term;
 use crate::bus::EmbeddedServer;
 use crate::config::{HostConfig, HostFlags};
@@ -58,15 +58,20 @@ impl Dev {
     async fn serve(self, data_dir: &Path, manifests: &[Manifest], server: Option<&EmbeddedServer>) -> Result<()> {
         let config = self.config(data_dir, server)?;
         start_log(&config)?;
-        let listener = self.listener(&config).await?;
-        let served = Served::start(&config, listener).await?;
+        while self.serve_once(&config, manifests).await? == Ended::WithoutNats {}
+        Ok(())
+    }
+
+    async fn serve_once(&self, config: &HostConfig, manifests: &[Manifest]) -> Result<Ended> {
+        let listener = self.listener(config).await?;
+        let served = Served::start(config, listener).await?;
         for manifest in manifests {
             deploy_here(&served, manifest).await?;
         }
         served.host.reconcile().await?;
         served.ready(READY_WITHIN).await?;
-        announce(&served, &config).await?;
-        served.until_signal().await
+        announce(&served, config).await?;
+        served.until_it_ends().await
     }
 
     /// The manifests named, or the one of this folder.

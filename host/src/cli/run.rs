@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::Args;
 
 use super::client::make_data_dir;
-use super::serve::{Served, listen, start_log};
+use super::serve::{Ended, Served, listen, start_log};
 use crate::config::{HostConfig, HostFlags};
 
 /// How long the workers may take until their subscriptions are seen; the host goes on trying after that.
@@ -24,18 +24,23 @@ impl Run {
         let mut config = HostConfig::load(&self.flags)?;
         start_log(&config)?;
         config.data_dir = make_data_dir(&config.data_dir)?;
-        let listener = listen(&config).await?;
-        let served = Served::start(&config, listener).await?;
-        tracing::info!(
-            "control API at http://{}, NATS {}, database {}",
-            served.address,
-            config.nats.shown(),
-            config.database.shown()
-        );
-        match served.ready(READY_WITHIN).await {
-            Ok(()) => tracing::info!("ready"),
-            Err(error) => tracing::error!("{error:#}"),
-        }
-        served.until_signal().await
+        while serve(&config).await? == Ended::WithoutNats {}
+        Ok(())
     }
+}
+
+async fn serve(config: &HostConfig) -> Result<Ended> {
+    let listener = listen(config).await?;
+    let served = Served::start(config, listener).await?;
+    tracing::info!(
+        "control API at http://{}, NATS {}, database {}",
+        served.address,
+        config.nats.shown(),
+        config.database.shown()
+    );
+    match served.ready(READY_WITHIN).await {
+        Ok(()) => tracing::info!("ready"),
+        Err(error) => tracing::error!("{error:#}"),
+    }
+    served.until_it_ends().await
 }

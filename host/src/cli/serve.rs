@@ -20,6 +20,14 @@ use crate::hint::WithHint;
 use crate::host::{Host, Running};
 use crate::store::{PostgresStore, SqliteStore, Store};
 
+/// Why a host stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    ByASignal,
+    /// It is to be started again.
+    WithoutNats,
+}
+
 /// A host that runs in this process.
 pub struct Served {
     pub host: Arc<Host>,
@@ -76,20 +84,34 @@ impl Served {
         }
     }
 
-    /// Waits for SIGTERM or SIGINT, then stops in good order.
-    pub async fn until_signal(self) -> Result<()> {
+    /// Waits for SIGTERM or SIGINT, or until the NATS client has ended, then stops in good order.
+    pub async fn until_it_ends(self) -> Result<Ended> {
         let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
-        tokio::select! {
-            _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
-            _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
-        }
+        let ended = tokio::select! {
+            _ = terminate.recv() => {
+                tracing::info!("SIGTERM: draining");
+                Ended::ByASignal
+            }
+            _ = interrupt.recv() => {
+                tracing::info!("SIGINT: draining");
+                Ended::ByASignal
+            }
+            () = self.host.bus.ended() => {
+                tracing::error!("the NATS client has ended, probably over a message it cannot read; starting again");
+                Ended::WithoutNats
+            }
+        };
         let drained = self.running.drain(&self.host, self.drain).await;
         self.stop_api.now();
         // Clients that hold a connection open do not hold up the end.
         let _ = tokio::time::timeout(Duration::from_secs(1), self.api).await;
         let _ = std::fs::remove_file(self.data_dir.join(HOST_FILE));
-        drained
+        // Without NATS nothing can be acknowledged or published; all of it comes again.
+        if ended == Ended::ByASignal {
+            drained?;
+        }
+        Ok(ended)
     }
 }
 

@@ -79,6 +79,7 @@ impl CallState {
             )));
         }
         check_headers(&outgoing.headers)?;
+        check_ordering_key(outgoing.ordering_key.as_deref())?;
         let id = self.id_for(outgoing.id)?;
         let output = Output {
             id,
@@ -145,6 +146,15 @@ impl CallState {
             )));
         }
         Ok(())
+    }
+}
+
+fn check_ordering_key(key: Option<&str>) -> Result<(), outbox::Error> {
+    match key {
+        Some(key) if key.len() > EVENT_ID_MAX || key.contains('\0') => {
+            Err(outbox::Error::Other(format!("an ordering key has at most {EVENT_ID_MAX} bytes and no NUL")))
+        }
+        _ => Ok(()),
     }
 }
 

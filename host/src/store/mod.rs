@@ -179,9 +179,9 @@ pub struct WorkerTotals {
     pub done: u64,
     /// Dead letters.
     pub dead: u64,
-    /// Outputs committed.
+    /// Outputs of the handler that are in the outbox: unpublished, or published in the last quarter of an hour.
     pub outputs: u64,
-    /// Outputs committed and not yet published.
+    /// Outputs, and notices of dead letters, that are committed and not yet published.
     pub unpublished: u64,
     /// Age of the oldest of those that are due, in milliseconds.
     pub oldest_unpublished_ms: Option<u64>,
@@ -201,6 +201,13 @@ pub trait Store: Send + Sync + 'static {
 
     /// Counts failed attempts, in a transaction of its own, and returns for each how many there are now.
     async fn count_attempts(&self, worker: &str, failed: &[FailedAttempt]) -> Result<Vec<u32>>;
+
+    /// Notes, in a transaction of its own, that a message is about to be handled alone because hosts may have died of
+    /// it, and returns how often that was noted before without being taken back.
+    async fn note_unfinished(&self, worker: &str, event_id: &str) -> Result<u32>;
+
+    /// Takes the note back: the message was handled, whatever came of it.
+    async fn take_back_unfinished(&self, worker: &str, event_id: &str) -> Result<()>;
 
     /// Buries messages: inbox record (`dead`), dead letter and the message `notices[i]` to the DLQ stream in one
     /// transaction. A letter whose event is settled already, or that is there already, adds nothing. Returns the

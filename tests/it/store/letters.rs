@@ -11,6 +11,7 @@ on_every_database!(
     a_reused_event_id_is_buried_beside_what_holds_it,
     a_letter_shows_its_story,
     letters_are_listed_newest_first_by_worker_and_reason,
+    a_note_counts_until_it_is_taken_back,
 );
 
 fn all() -> LetterFilter {
@@ -95,4 +96,13 @@ async fn letters_are_listed_newest_first_by_worker_and_reason(world: World) {
     assert_eq!(ids(LetterFilter { limit: 2, ..all() }).await, ["e3", "e2"]);
     assert_eq!(ids(LetterFilter { reason: Some("rejected".to_owned()), ..all() }).await, ["e3", "e1"]);
     assert_eq!(ids(LetterFilter { worker: Some("another".to_owned()), ..all() }).await, [""; 0]);
+}
+
+async fn a_note_counts_until_it_is_taken_back(world: World) {
+    for before in 0..3 {
+        assert_eq!(world.store.note_unfinished(WORKER, "e1").await.unwrap(), before);
+    }
+    assert_eq!(world.store.note_unfinished("another", "e1").await.unwrap(), 0);
+    world.store.take_back_unfinished(WORKER, "e1").await.unwrap();
+    assert_eq!(world.store.note_unfinished(WORKER, "e1").await.unwrap(), 0);
 }

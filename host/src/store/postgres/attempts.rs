@@ -49,6 +49,35 @@ pub(super) async fn count(session: &mut Session, worker: &str, failed: &[FailedA
     Ok(counts.into_iter().map(|count| shared::narrow(count.into())).collect())
 }
 
+/// Notes that a message is about to be handled alone; returns how often that was noted before and not taken back.
+pub(super) async fn note_unfinished(session: &mut Session, worker: &str, event_id: &str) -> Result<u32> {
+    let query = session.query(
+        "insert into oncely.unfinished (worker, event_id, times) values ($1, $2, 1)
+         on conflict (worker, event_id) do update set times = unfinished.times + 1
+         returning times - 1",
+    );
+    let row = query
+        .bind(worker)
+        .bind(event_id)
+        .fetch_one(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "note an unfinished message"))?;
+    let before: i32 = row.try_get(0).map_err(|error| errors::of_statement(error, "read an unfinished message"))?;
+    Ok(before.cast_unsigned())
+}
+
+/// Takes the note back.
+pub(super) async fn take_back_unfinished(session: &mut Session, worker: &str, event_id: &str) -> Result<()> {
+    let query = session.query("delete from oncely.unfinished where worker = $1 and event_id = $2");
+    query
+        .bind(worker)
+        .bind(event_id)
+        .execute(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "take back an unfinished message"))?;
+    Ok(())
+}
+
 /// All attempts at an event, first to last.
 pub(super) async fn of_event(session: &mut Session, worker: &str, event_id: &str) -> Result<Vec<AttemptRecord>> {
     let query = session.query(

@@ -87,6 +87,19 @@ impl Store for PostgresStore {
         Ok(counts)
     }
 
+    async fn note_unfinished(&self, worker: &str, event_id: &str) -> Result<u32> {
+        let mut session = self.sessions.begin(Purpose::House).await?;
+        let before = attempts::note_unfinished(&mut session, worker, event_id).await?;
+        session.commit().await?;
+        Ok(before)
+    }
+
+    async fn take_back_unfinished(&self, worker: &str, event_id: &str) -> Result<()> {
+        let mut session = self.sessions.begin(Purpose::House).await?;
+        attempts::take_back_unfinished(&mut session, worker, event_id).await?;
+        session.commit().await
+    }
+
     async fn bury(&self, letters: &[(Letter, Output)]) -> Result<(Vec<Settled>, Vec<OutboxRow>)> {
         let mut session = self.sessions.begin(Purpose::House).await?;
         let notices = letters::bury(&mut session, letters).await?;

@@ -17,7 +17,7 @@ pub(super) async fn by_worker(session: &mut Session) -> Result<Vec<WorkerTotals>
          ), dead_letter as (
              select worker, pg_catalog.count(*) as dead from oncely.dead_letter group by worker
          ), outbox as (
-             select worker, pg_catalog.count(*) as outputs,
+             select worker, pg_catalog.count(*) filter (where subject not like 'oncely.dlq.%') as outputs,
                  pg_catalog.count(*) filter (where published_at is null) as unpublished,
                  pg_catalog.min(coalesce(first_attempt_at, leased_until)) filter (where published_at is null
                      and (first_attempt_at is not null or leased_until <= pg_catalog.now())) as oldest

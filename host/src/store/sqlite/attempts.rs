@@ -33,6 +33,34 @@ pub(super) async fn count(session: &mut Session, worker: &str, failed: &[FailedA
     Ok(counts)
 }
 
+/// Notes that a message is about to be handled alone; returns how often that was noted before and not taken back.
+pub(super) async fn note_unfinished(session: &mut Session, worker: &str, event_id: &str) -> Result<u32> {
+    let doing = |error| errors::of_statement(error, "note an unfinished message");
+    let row = sqlx::query(
+        "insert into oncely_unfinished (worker, event_id, times) values ($1, $2, 1)
+         on conflict (worker, event_id) do update set times = times + 1
+         returning times - 1",
+    )
+    .bind(worker)
+    .bind(event_id)
+    .fetch_one(session.connection().map_err(doing)?)
+    .await
+    .map_err(doing)?;
+    row.try_get(0).map_err(doing)
+}
+
+/// Takes the note back.
+pub(super) async fn take_back_unfinished(session: &mut Session, worker: &str, event_id: &str) -> Result<()> {
+    let doing = |error| errors::of_statement(error, "take back an unfinished message");
+    sqlx::query("delete from oncely_unfinished where worker = $1 and event_id = $2")
+        .bind(worker)
+        .bind(event_id)
+        .execute(session.connection().map_err(doing)?)
+        .await
+        .map_err(doing)?;
+    Ok(())
+}
+
 /// All attempts at an event, first to last.
 pub(super) async fn of_event(readers: &SqlitePool, worker: &str, event_id: &str) -> Result<Vec<AttemptRecord>> {
     let rows = sqlx::query(

@@ -78,6 +78,19 @@ impl Store for SqliteStore {
         Ok(counts)
     }
 
+    async fn note_unfinished(&self, worker: &str, event_id: &str) -> Result<u32> {
+        let mut session = self.sessions.begin().await?;
+        let before = attempts::note_unfinished(&mut session, worker, event_id).await?;
+        session.commit().await?;
+        Ok(before)
+    }
+
+    async fn take_back_unfinished(&self, worker: &str, event_id: &str) -> Result<()> {
+        let mut session = self.sessions.begin().await?;
+        attempts::take_back_unfinished(&mut session, worker, event_id).await?;
+        session.commit().await
+    }
+
     async fn bury(&self, letters: &[(Letter, Output)]) -> Result<(Vec<Settled>, Vec<OutboxRow>)> {
         let mut session = self.sessions.begin().await?;
         let notices = letters::bury(&mut session, letters).await?;

@@ -19,7 +19,8 @@ pub(super) async fn by_worker(readers: &SqlitePool) -> Result<Vec<WorkerTotals>>
          ), dead_letter as (
              select worker, count(*) as dead from oncely_dead_letter group by worker
          ), outbox as (
-             select worker, count(*) as outputs, count(*) filter (where published_at is null) as unpublished,
+             select worker, count(*) filter (where subject not like 'oncely.dlq.%') as outputs,
+                 count(*) filter (where published_at is null) as unpublished,
                  min(coalesce(first_attempt_at, leased_until)) filter (where published_at is null
                      and (first_attempt_at is not null or leased_until <= now)) as oldest
              from oncely_outbox, clock group by worker

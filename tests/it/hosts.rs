@@ -1,0 +1,63 @@
+//! Several hosts on one database, as in production, directly and behind a pooler.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use anyhow::{Context, Result};
+use support::books;
+use support::database::Kind;
+use support::nats::ToPublish;
+use support::production::RunningHost;
+use support::world::{QUICK_RETRIES, World, manifest};
+
+fn workload(from: usize, to: usize) -> Vec<ToPublish> {
+    (from..to)
+        .flat_map(|n| {
+            let message = move || ToPublish::new("in.x", &format!("e{n}"), "insert,slow", r#"{"n": 1, "ms": 1}"#);
+            let copies = if n % 10 == 0 { 2 } else { 1 };
+            std::iter::repeat_with(message).take(copies)
+        })
+        .collect()
+}
+
+/// Two hosts share the work; what is deployed through one runs on both; one is killed and the other goes on.
+async fn two_hosts(kind: Kind) -> Result<()> {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let settings = format!("ack_wait = \"2s\"\nbatch = 4\nconcurrency = 2\n{QUICK_RETRIES}");
+    let world = World::without_host(kind, &manifest(&settings)?).await?;
+    let number = COUNT.fetch_add(1, Ordering::Relaxed);
+    let one = RunningHost::start(&world, &format!("one{number}")).await?;
+    let mut two = RunningHost::start(&world, &format!("two{number}")).await?;
+    let path = world.folder.path().join("oncely.toml");
+    let path = path.to_str().context("name the manifest")?;
+
+    assert_eq!(one.oncely(&["deploy", path])?.trim(), "worker test version 1 is active");
+    one.until_version(1).await?;
+    two.until_version(1).await?;
+    two.ready().await?;
+
+    world.nats.publish_all(workload(0, 600)).await?;
+    world.until("select min(1) from oncely.inbox", 1).await?;
+    std::fs::write(path, manifest(&format!("{settings}\n[worker.config]\nlabel = \"two\""))?)?;
+    assert_eq!(two.oncely(&["deploy", path])?.trim(), "worker test version 2 is active");
+    one.until_version(2).await?;
+    two.until_version(2).await?;
+    world.quiet(600).await?;
+    assert!(one.done()? > 0 && two.done()? > 0, "only one host worked");
+
+    world.nats.publish_all(workload(600, 900)).await?;
+    drop(one);
+    world.quiet(900).await?;
+    let books = books::check(&world).await?;
+    assert_eq!((books.effects.len(), books.outputs, books.dead.len()), (900, 900, 0));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn share_the_work_on_postgres() -> Result<()> {
+    two_hosts(Kind::Postgres).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn share_the_work_behind_a_transaction_pooler() -> Result<()> {
+    two_hosts(Kind::Pgbouncer).await
+}

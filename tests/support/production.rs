@@ -1,0 +1,101 @@
+//! Hosts as they run in production: `oncely run`, configured by environment, several on one database.
+
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::guests;
+use crate::world::{PATIENCE, World};
+
+/// One `oncely run`, in a folder of its own.
+pub struct RunningHost {
+    folder: PathBuf,
+    child: Child,
+}
+
+impl RunningHost {
+    /// Starts a host on the database and the NATS server of a world, and waits until it is ready.
+    pub async fn start(world: &World, name: &str) -> Result<Self> {
+        let folder = world.folder.path().join(name);
+        std::fs::create_dir_all(&folder).context("make the host's folder")?;
+        let log = std::fs::File::create(folder.join("log")).context("make the host's log")?;
+        let child = Command::new(guests::oncely()?)
+            .arg("run")
+            .current_dir(&folder)
+            .env("ONCELY_DATABASE", world.database.url())
+            .env("ONCELY_NATS", world.nats.url())
+            .env("ONCELY_LISTEN", "127.0.0.1:0")
+            .env("ONCELY_LOG", "json")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().context("share the log")?)
+            .stderr(log)
+            .spawn()
+            .context("start a host")?;
+        let mut host = RunningHost { folder, child };
+        host.ready().await?;
+        Ok(host)
+    }
+
+    /// Waits until it runs all that is deployed.
+    pub async fn ready(&mut self) -> Result<()> {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let status = self.oncely(&["status", "--json"]);
+            if let Ok(status) = &status
+                && serde_json::from_str::<Value>(status)?.get("ready") == Some(&Value::Bool(true))
+            {
+                return Ok(());
+            }
+            if Instant::now() > end || self.child.try_wait()?.is_some() {
+                bail!("the host is not ready:\n{}", self.log());
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Runs a command against this host.
+    pub fn oncely(&self, args: &[&str]) -> Result<String> {
+        let output = Command::new(guests::oncely()?).args(args).current_dir(&self.folder).output()?;
+        if !output.status.success() {
+            bail!("{}", String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// The version of the first worker that runs here.
+    pub fn version(&self) -> Result<Option<u64>> {
+        let workers: Value = serde_json::from_str(&self.oncely(&["workers", "--json"])?)?;
+        Ok(workers.pointer("/0/version").and_then(Value::as_u64))
+    }
+
+    /// Waits until it runs this version.
+    pub async fn until_version(&self, version: u64) -> Result<()> {
+        let end = Instant::now() + PATIENCE;
+        while self.version()? != Some(version) {
+            anyhow::ensure!(Instant::now() < end, "version {version} does not run:\n{}", self.log());
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+        Ok(())
+    }
+
+    /// How many messages it handled since it started.
+    pub fn done(&self) -> Result<u64> {
+        let workers: Value = serde_json::from_str(&self.oncely(&["workers", "--json"])?)?;
+        Ok(workers.pointer("/0/done").and_then(Value::as_u64).unwrap_or_default())
+    }
+
+    /// Everything it said.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.folder.join("log")).unwrap_or_default()
+    }
+}
+
+impl Drop for RunningHost {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
