@@ -34,7 +34,8 @@ pub struct Plan {
     pub kind: Kind,
     pub seed: u64,
     pub inputs: u64,
-    pub batch: u32,
+    /// The most messages in one transaction; none for 32 and 1, from one version of the worker to the next.
+    pub batch: Option<u32>,
     pub lanes: u32,
     /// When it stops doing harm, done or not.
     pub harm_max: Duration,
@@ -218,7 +219,8 @@ impl Campaign {
     /// A manifest that differs from the one before.
     fn new_version(&mut self) -> Result<()> {
         self.versions += 1;
-        let Plan { batch, lanes, .. } = self.plan;
+        let lanes = self.plan.lanes;
+        let batch = self.plan.batch.unwrap_or(if self.versions.is_multiple_of(2) { 1 } else { 32 });
         let settings = format!(
             "batch = {batch}\nconcurrency = {lanes}\nordering_key = \"header:key\"\nack_wait = \"{}s\"\n\
              [worker.retry]\nattempts = {}\nbackoff = \"50ms\"\nbackoff_max = \"200ms\"\n\
@@ -490,7 +492,7 @@ impl Campaign {
         if self.plan.mutant.is_none() {
             violations.extend(self.vacuous(&seen, &counted));
         }
-        let kept = if violations.is_empty() { None } else { Some(self.keep()?) };
+        let kept = if violations.is_empty() { None } else { Some(self.keep(&violations)?) };
         let seconds = began.elapsed().as_secs();
         Ok(Outcome {
             plan: self.plan.clone(),
@@ -557,11 +559,13 @@ impl Campaign {
     }
 
     /// Moves what a person wants to look at out of the folder that is about to be removed.
-    fn keep(&self) -> Result<std::path::PathBuf> {
+    fn keep(&self, violations: &[Violation]) -> Result<std::path::PathBuf> {
         let target = guests::target_dir()?.parent().context("find the target folder")?.join("chaos");
         let name = format!("{:?}-{}{}", self.plan.kind, self.plan.seed, self.plan.mutant.clone().unwrap_or_default());
         let folder = target.join("kept").join(name.to_lowercase());
         std::fs::create_dir_all(&folder).context("make a folder for what is kept")?;
+        let list: Vec<String> = violations.iter().map(|found| format!("{}: {}\n", found.rule, found.what)).collect();
+        std::fs::write(folder.join("violations.txt"), list.concat()).context("write the violations")?;
         for file in ["host.log", "faults.log", "oncely.toml", "test.db", "test.db-wal"] {
             // Not all of them are there on each database.
             let _ = std::fs::copy(self.world.folder.path().join(file), folder.join(file));

@@ -35,9 +35,9 @@ struct Options {
     /// For how long harm is done at most.
     #[arg(long, default_value_t = 6.0)]
     minutes: f64,
-    /// The most messages in one transaction.
-    #[arg(long, default_value_t = 32)]
-    batch: u32,
+    /// The most messages in one transaction. Default: 32 and 1, from one version of the worker to the next.
+    #[arg(long)]
+    batch: Option<u32>,
     #[arg(long, default_value_t = 4)]
     lanes: u32,
     /// Less of everything: about a minute.
@@ -93,11 +93,13 @@ async fn run_campaigns(options: &Options) -> Result<bool> {
         mutant: None,
     };
     let campaigns = kinds.into_iter().map(|kind| tokio::spawn(campaign::run(plan(kind))));
+    let mut running: futures::stream::FuturesUnordered<_> = campaigns.collect();
     let mut outcomes = Vec::new();
-    for campaign in campaigns.collect::<Vec<_>>() {
-        outcomes.push(campaign.await.context("run a campaign")??);
+    while let Some(outcome) = running.next().await {
+        let outcome = outcome.context("run a campaign")??;
+        show(&outcome);
+        outcomes.push(outcome);
     }
-    outcomes.iter().for_each(show);
     let violations: usize = outcomes.iter().map(|outcome| outcome.violations.len()).sum();
     let databases: BTreeMap<String, Value> =
         outcomes.iter().map(|outcome| (name(outcome.plan.kind), report(outcome))).collect();
@@ -116,7 +118,7 @@ async fn run_mutants(options: &Options) -> Result<bool> {
         kind: Kind::Postgres,
         seed,
         inputs: 1_500,
-        batch: options.batch,
+        batch: options.batch.or(Some(32)),
         lanes: options.lanes,
         harm_max: Duration::from_secs(40),
         harm: Harm::FOR_MUTANTS,
@@ -149,7 +151,7 @@ async fn run_mutants(options: &Options) -> Result<bool> {
 /// What was done, seen, checked and found, for a person.
 fn show(outcome: &Outcome) {
     let Outcome { plan, injected, seen, counted, violations, seconds, kept } = outcome;
-    println!("\n{}: batch {}, {} lanes, {seconds} s", name(plan.kind), plan.batch, plan.lanes);
+    println!("\n{}: {}, {} lanes, {seconds} s", name(plan.kind), batches(plan), plan.lanes);
     println!("  injected");
     injected.iter().for_each(|(what, count)| println!("    {count:>7}  {what}"));
     println!("  seen");
@@ -170,9 +172,13 @@ fn report(outcome: &Outcome) -> Value {
     let violations: Vec<Value> =
         outcome.violations.iter().map(|violation| json!({ "rule": violation.rule, "what": violation.what })).collect();
     json!({
-        "batch": outcome.plan.batch, "lanes": outcome.plan.lanes, "seconds": outcome.seconds,
+        "batches": batches(&outcome.plan), "lanes": outcome.plan.lanes, "seconds": outcome.seconds,
         "injected": outcome.injected, "seen": outcome.seen, "checked": outcome.counted, "violations": violations,
     })
+}
+
+fn batches(plan: &Plan) -> String {
+    plan.batch.map_or_else(|| "batches of 32 and of 1".to_owned(), |batch| format!("batches of {batch}"))
 }
 
 fn name(kind: Kind) -> String {

@@ -132,18 +132,18 @@ impl Connection {
             tokio::select! {
                 read = self.client.read(&mut up) => match read? {
                     0 => return Ok(()),
-                    length => if self.from_client(up.get(..length).unwrap_or_default()).await? { return Ok(()) },
+                    length => if self.pass_up(up.get(..length).unwrap_or_default()).await? { return Ok(()) },
                 },
                 read = self.server.read(&mut down) => match read? {
                     0 => return Ok(()),
-                    length => if self.from_server(down.get(..length).unwrap_or_default()).await? { return Ok(()) },
+                    length => if self.pass_down(down.get(..length).unwrap_or_default()).await? { return Ok(()) },
                 },
             }
         }
     }
 
     /// Forwards what the client said; true when the connection is cut.
-    async fn from_client(&mut self, bytes: &[u8]) -> std::io::Result<bool> {
+    async fn pass_up(&mut self, bytes: &[u8]) -> std::io::Result<bool> {
         let commits = self.messages.hold_commit(bytes);
         if commits && let Some(cut) = self.shared.take(COMMIT_CUTS) {
             if cut == Cut::CommitNotForwarded {
@@ -182,7 +182,7 @@ impl Connection {
     }
 
     /// Forwards what the server said; true when the connection is cut.
-    async fn from_server(&mut self, bytes: &[u8]) -> std::io::Result<bool> {
+    async fn pass_down(&mut self, bytes: &[u8]) -> std::io::Result<bool> {
         let answers =
             matches!(self.shared.armed(), Some(Cut::OutputAnswersLost)) && contains(bytes, b"{\"stream\":\"OUT\"");
         if answers && let Some(cut) = self.shared.take(&[Cut::OutputAnswersLost]) {
