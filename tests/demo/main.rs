@@ -224,11 +224,16 @@ impl Demo {
         let context = jetstream::new(async_nats::connect(self.nats_url()?).await?);
         let stream = context.get_stream("PAYMENTS").await?;
         let end = Instant::now() + PATIENCE;
+        let mut shown = -1;
         loop {
             let info = stream.consumer_info("oncely-settle").await?;
             let left = info.num_pending as i64 + info.num_ack_pending as i64;
             let unpublished = self.number("select count(*) from oncely_outbox where published_at is null").await?;
-            progress("handled", (published - left).max(0) as usize, published as usize);
+            let handled = (published - left).max(0);
+            if handled != shown {
+                progress("handled", handled as usize, published as usize);
+                shown = handled;
+            }
             if left == 0 && unpublished == 0 {
                 return Ok(());
             }
@@ -288,7 +293,10 @@ impl Demo {
         println!("\nCheck it yourself; the same figures are in {}:", shown(self.folder.join("books.json")));
         println!("  sqlite3 {database} 'select state, count(*) from oncely_inbox group by state'");
         println!("  sqlite3 {database} 'select sum(cents), count(*) from entry'");
-        println!("  {oncely} dev --data-dir {data_dir} examples/payments    # then, in another terminal:");
+        // Where `make` installed a nats-server of its own, the PATH of a shell does not know it.
+        let tools = repository().join("target/tools/bin");
+        let path = if tools.exists() { format!("PATH={}:$PATH ", shown(tools)) } else { String::new() };
+        println!("  {path}{oncely} dev --data-dir {data_dir} examples/payments    # then, in another terminal:");
         println!("  (cd {} && {} dlq list)", shown(self.folder.clone()), self.oncely.display());
         println!(
             "  nats stream view PAYMENTS --server URL    # the URL that `oncely dev` prints; any NATS client will do"

@@ -21,6 +21,7 @@ const HOSTILE: &[(&str, &str, &str, &str, &str)] = &[
     ("many", "emit_many", "{}", "output-refused", "a delivery may send 100 messages"),
     ("swallow-send", "swallow_error", r#"{"what": "send"}"#, "output-refused", "may not publish to"),
     ("swallow-unique", "swallow_error", r#"{"what": "unique"}"#, "attempts-exhausted", "a statement failed"),
+    ("reject-unique", "swallow_error", r#"{"what": "reject_unique"}"#, "rejected", "it was there before"),
     ("insert-trap", "insert,trap", "{}", "attempts-exhausted", "panicked"),
     ("unknown", "no-such-behaviour", "{}", "rejected", "no-such-behaviour"),
 ];

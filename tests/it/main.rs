@@ -22,12 +22,16 @@ macro_rules! both {
     };
 }
 
+mod batches;
 mod bus;
 mod cli;
 mod crash;
 mod delivery;
 mod deploy;
+mod docs;
 mod hostile;
+mod order;
+
 mod hosts;
 mod outage;
 mod store;

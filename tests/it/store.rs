@@ -39,6 +39,7 @@ mod outages;
 mod outbox;
 mod state;
 mod totals;
+mod wall;
 
 const WORKER: &str = "payments";
 const TIME: Duration = Duration::from_secs(20);
@@ -48,16 +49,18 @@ const LIMITS: SqlLimits = SqlLimits { rows: 100, bytes: 100_000 };
 /// A store on a fresh database.
 struct World {
     store: Arc<dyn Store>,
+    /// How the store reaches PostgreSQL; none for SQLite.
+    store_url: Option<String>,
     /// How to reach the database around the store; none for SQLite.
     url: Option<String>,
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
 }
 
 impl World {
     async fn sqlite() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let store = SqliteStore::open(&folder.path().join("oncely.db")).await.unwrap();
-        World { store: Arc::new(store), url: None, _folder: folder }
+        World { store: Arc::new(store), store_url: None, url: None, folder }
     }
 
     async fn postgres() -> Self {
@@ -73,7 +76,18 @@ impl World {
 
     async fn on_postgres(url: &str, direct: &str) -> Self {
         let store = PostgresStore::connect(url, 8).await.unwrap();
-        World { store: Arc::new(store), url: Some(direct.to_owned()), _folder: tempfile::tempdir().unwrap() }
+        let folder = tempfile::tempdir().unwrap();
+        World { store: Arc::new(store), store_url: Some(url.to_owned()), url: Some(direct.to_owned()), folder }
+    }
+
+    /// The same database with the gate open, so that the wall stands alone.
+    async fn without_gate(self) -> Self {
+        self.store.close().await;
+        let store: Arc<dyn Store> = match &self.store_url {
+            Some(url) => Arc::new(PostgresStore::connect(url, 8).await.unwrap().without_gate()),
+            None => Arc::new(SqliteStore::open(&self.folder.path().join("oncely.db")).await.unwrap().without_gate()),
+        };
+        World { store, ..self }
     }
 
     fn is_postgres(&self) -> bool {

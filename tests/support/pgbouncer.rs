@@ -24,10 +24,17 @@ impl Bouncer {
         let folder = tempfile::Builder::new().prefix("oncely-pgbouncer-").tempdir().context("make a folder")?.keep();
         let (port, upstream) = (free_port()?, postgres::shared().port());
         let settings = folder.join("pgbouncer.ini");
+        let (users, rules) = (folder.join("users.txt"), folder.join("hba.conf"));
+        // The platform's role is known here; the apps' roles, which a host makes, are asked for.
+        std::fs::write(&users, "\"postgres\" \"\"\n").context("write the users of PgBouncer")?;
+        std::fs::write(&rules, postgres::RULES).context("write the rules of PgBouncer")?;
         let text = format!(
-            "[databases]\n* = host=127.0.0.1 port={upstream} user=postgres\n[pgbouncer]\nlisten_addr = 127.0.0.1\n\
-             listen_port = {port}\nunix_socket_dir =\nauth_type = any\npool_mode = transaction\n\
-             max_client_conn = 500\ndefault_pool_size = {SERVER_CONNECTIONS}\n"
+            "[databases]\n* = host=127.0.0.1 port={upstream}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n\
+             listen_port = {port}\nunix_socket_dir =\nauth_type = hba\nauth_hba_file = {}\nauth_file = {}\n\
+             auth_user = postgres\npool_mode = transaction\n\
+             max_client_conn = 500\ndefault_pool_size = {SERVER_CONNECTIONS}\n",
+            rules.display(),
+            users.display(),
         );
         std::fs::write(&settings, text).context("write the settings of PgBouncer")?;
         let readable = Command::new("chmod").arg("-R").arg("a+rX").arg(&folder).status();

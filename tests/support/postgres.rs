@@ -14,6 +14,11 @@ use crate::server::{Server, free_port};
 /// What a test wants of a server: durable against a crash of the process, not of the machine, and quick to see deadlocks.
 const SETTINGS: &str = "-c fsync=off -c deadlock_timeout=200ms -c max_connections=300 -c shared_buffers=64MB";
 
+/// Who is let in how: the roles that hosts make for apps need their passwords, others do not.
+pub const RULES: &str = "local all all trust\n\
+    host all postgres 127.0.0.1/32 trust\n\
+    host all all 127.0.0.1/32 scram-sha-256\n";
+
 /// A cluster in a folder of its own, stopped and removed with the test process.
 pub struct Cluster {
     folder: PathBuf,
@@ -33,6 +38,10 @@ impl Cluster {
         let initdb = tool("initdb").to_string_lossy().into_owned();
         let command = ["-D", &data, "-U", "postgres", "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C"];
         run_as_postgres(&[&[initdb.as_str()], &command[..]].concat())?;
+        let rules = folder.join("rules.conf").to_string_lossy().into_owned();
+        std::fs::write(&rules, RULES).context("write who is let in")?;
+        run("chmod", &["a+r", &rules])?;
+        run_as_postgres(&["cp", &rules, &format!("{data}/pg_hba.conf")])?;
         let mut cluster = Cluster { folder, port: free_port()?, servers: Vec::new() };
         cluster.start_again()?;
         Ok(cluster)

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use async_nats::connection::State;
 use async_nats::jetstream::{self, context::ContextBuilder};
-use async_nats::{ConnectOptions, Event};
+use async_nats::{ConnectErrorKind, ConnectOptions, Event};
 use tokio::sync::watch;
 
 use crate::config::{Login, Nats};
@@ -30,6 +30,11 @@ const PUBLICATIONS_IN_FLIGHT: usize = 1 << 16;
 
 /// The most it waits between two attempts to connect again.
 const RECONNECT_DELAY_MAX: Duration = Duration::from_secs(2);
+
+const NO_SERVER: &str = "is the server running? `oncely dev` starts one of its own; --nats names another";
+
+const WRONG_LOGIN: &str =
+    "log in with --nats-creds FILE, --nats-context NAME, or ONCELY_NATS=nats://user:password@host";
 
 /// A connection to NATS. It reconnects by itself until [`Bus::ended`]. Cheap to clone.
 #[derive(Clone)]
@@ -56,8 +61,14 @@ impl Bus {
             })
             .connect(nats.servers.clone())
             .await
-            .with_context(|| format!("connect to NATS at {}", nats.shown()))
-            .hint("is the server running? `oncely dev` starts one of its own; --nats names another")?;
+            .map_err(|error| {
+                let hint = match error.kind() {
+                    ConnectErrorKind::AuthorizationViolation | ConnectErrorKind::Authentication => WRONG_LOGIN,
+                    _ => NO_SERVER,
+                };
+                anyhow::Error::from(error).hint(hint)
+            })
+            .with_context(|| format!("connect to NATS at {}", nats.shown()))?;
         let context = ContextBuilder::new()
             .timeout(REQUEST_TIMEOUT)
             .ack_timeout(REQUEST_TIMEOUT)

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use percent_encoding::percent_decode_str;
 use serde::Deserialize;
 
 use crate::config::sources::{Given, Sources};
@@ -23,7 +24,7 @@ pub struct Nats {
 /// As whom to connect.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Login {
-    /// As the URL says, or as nobody.
+    /// As nobody.
     None,
     Password {
         user: String,
@@ -63,15 +64,27 @@ pub(super) fn resolve(sources: &Sources<'_>, env: &dyn Fn(&str) -> Option<String
         let of_context = given.clone().zip(present(&context.url));
         of_context.map(|(given, url)| given.holding(url))
     });
+    let servers = servers(&url.unwrap_or_else(|| Given::default_of("nats", "nats://127.0.0.1:4222")))?;
     let login = match sources.get("nats_creds") {
         Some(given) => Login::Credentials(existing_file(&given, given.path())?),
-        None => login(&context, path),
+        None => login_in_url(&servers).unwrap_or_else(|| login(&context, path)),
     };
     Ok(Nats {
-        servers: servers(&url.unwrap_or_else(|| Given::default_of("nats", "nats://127.0.0.1:4222")))?,
+        servers,
         login,
         root_certificate: present(&context.ca).map(|text| path(&text)),
         client_certificate: present(&context.cert).zip(present(&context.key)).map(|(c, k)| (path(&c), path(&k))),
+    })
+}
+
+/// The first login that stands in a URL: `user:password@`, or a token alone. The NATS client itself looks at none.
+fn login_in_url(servers: &[String]) -> Option<Login> {
+    let place = |server: &str| server.split_once("://").map_or(server, |(_, place)| place).to_owned();
+    let login = servers.iter().find_map(|server| Some(place(server).rsplit_once('@')?.0.to_owned()))?;
+    let plain = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
+    Some(match login.split_once(':') {
+        Some((user, password)) => Login::Password { user: plain(user), password: Secret::new(plain(password)) },
+        None => Login::Token(Secret::new(plain(&login))),
     })
 }
 

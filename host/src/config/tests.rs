@@ -29,6 +29,7 @@ fn with_nothing_given_a_host_runs_from_one_folder_on_this_machine() {
     let expected = HostConfig {
         database: Database::Sqlite(".oncely/oncely.db".into()),
         pool_size: 16,
+        guest_sql: GuestSql::Walled,
         nats: Nats {
             servers: vec!["nats://127.0.0.1:4222".into()],
             login: Login::None,
@@ -72,6 +73,7 @@ fn every_knob_is_read_from_every_source() {
     let values = |knob: &str| match knob {
         "database" => "postgres://a/b".to_owned(),
         "pool_size" => "7".to_owned(),
+        "guest_sql" => "trusted".to_owned(),
         "nats" => "nats://b:2".to_owned(),
         "nats_context" => "prod".to_owned(),
         "nats_creds" => creds.to_string_lossy().into_owned(),
@@ -175,6 +177,16 @@ fn a_context_says_where_and_as_whom_and_a_flag_takes_its_place() {
     assert_eq!(nats.root_certificate, Some("/ca.pem".into()));
     assert_eq!(nats.client_certificate, Some(("/c".into(), "/k".into())));
     assert_eq!(resolve(&["--nats", "c:4222"], &env).unwrap().nats.servers, ["c:4222"]);
+}
+
+#[test]
+fn a_login_in_the_url_is_used() {
+    let login = |url: &str| resolve(&["--nats", url], &[]).unwrap().nats.login;
+    let ada = Login::Password { user: "ada".into(), password: Secret::new("p@ss:word") };
+    assert_eq!(login("nats://ada:p%40ss%3Aword@127.0.0.1:4222"), ada);
+    assert_eq!(login("nats://a,ada:p%40ss:word@b"), ada);
+    assert_eq!(login("tls://t0ken@a"), Login::Token(Secret::new("t0ken")));
+    assert_eq!(login("nats://a"), Login::None);
 }
 
 #[test]

@@ -1,6 +1,7 @@
-//! Does something that fails, keeps quiet about it and returns ok; the host must not take its word.
+//! Does something that fails, keeps quiet about it and returns ok; the host must not take its word. Or says what the
+//! failure means, which the host must hear.
 //!
-//! Options: `{"what": "send"}` or `{"what": "unique"}`.
+//! Options: `{"what": "send"}`, `{"what": "unique"}` or `{"what": "reject_unique"}`.
 
 use oncely_guest::{Failure, Message, outbox, outbox::Outgoing, params, sql};
 use serde::Deserialize;
@@ -11,6 +12,7 @@ enum What {
     #[default]
     Send,
     Unique,
+    RejectUnique,
 }
 
 #[derive(Default, Deserialize)]
@@ -27,6 +29,11 @@ pub fn run(message: &Message) -> Result<(), Failure> {
             let insert = "insert into once (id) values ($1)";
             sql::execute(insert, params![message.id])?;
             drop(sql::execute(insert, params![message.id]));
+        }
+        What::RejectUnique => {
+            let insert = "insert into once (id) values ($1), ($1)";
+            sql::execute(insert, params![message.id])
+                .map_err(|error| Failure::reject(format!("it was there before: {error}")).code("known"))?;
         }
     }
     Ok(())

@@ -1,4 +1,5 @@
-//! The little of WASI that the guests use, imported directly: `std` has none of it on `wasm32-unknown-unknown`.
+//! The little of WASI that the guests use, imported directly: `std` has none of it on `wasm32-unknown-unknown`. The
+//! interfaces are whole, because on `wasm32-wasip2` they have to agree with those that `std` brings.
 
 pub use bindings::wasi::clocks::monotonic_clock;
 pub use bindings::wasi::random::random;

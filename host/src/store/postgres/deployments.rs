@@ -8,6 +8,7 @@ use sqlx::{AssertSqlSafe, Row, raw_sql};
 
 use super::errors;
 use super::session::Session;
+use super::wall::Login;
 use crate::sql::SqlError;
 use crate::store::{DeploymentRecord, Result, StoreError, WorkerMigration, shared};
 
@@ -36,6 +37,7 @@ pub(super) async fn component(session: &mut Session, digest: &str) -> Result<Opt
 /// each other, for as long as the transaction lasts.
 pub(super) async fn deploy(
     session: &mut Session,
+    login: Option<&Login>,
     worker: &str,
     digest: &str,
     manifest: &str,
@@ -49,7 +51,7 @@ pub(super) async fn deploy(
         .map_err(|error| errors::of_statement(error, "wait for other deployments"))?;
     let applied = applied_migrations(session, worker).await?;
     for (migration, sha256) in shared::due_worker_migrations(worker, migrations, &applied)? {
-        run_migration(session, worker, migration, &sha256).await?;
+        run_migration(session, login, worker, migration, &sha256).await?;
     }
     let row = insert(session, worker, digest, manifest).await?;
     activate_version(session, worker, row.version).await?;
@@ -67,8 +69,16 @@ async fn applied_migrations(session: &mut Session, worker: &str) -> Result<HashM
     applied.map_err(|error| errors::of_statement(error, "read which migrations ran"))
 }
 
-async fn run_migration(session: &mut Session, worker: &str, migration: &WorkerMigration, sha256: &[u8]) -> Result<()> {
-    let in_schema = format!("set local search_path = app_default; {}", migration.sql);
+/// Runs a migration in the app's schema; what it makes belongs to the app's owner, not to the host.
+async fn run_migration(
+    session: &mut Session,
+    login: Option<&Login>,
+    worker: &str,
+    migration: &WorkerMigration,
+    sha256: &[u8],
+) -> Result<()> {
+    let become_owner = login.map(Login::become_owner).unwrap_or_default();
+    let in_schema = format!("{become_owner} set local search_path = app_default; {}", migration.sql);
     if let Err(error) = raw_sql(AssertSqlSafe(in_schema)).execute(session.connection()).await {
         return Err(match errors::of_guest(error)? {
             error @ SqlError::Conflict(_) => StoreError::Conflict(anyhow!("{error}")),
@@ -80,6 +90,10 @@ async fn run_migration(session: &mut Session, worker: &str, migration: &WorkerMi
     if !is_still_ours {
         return Err(shared::migration_ends_transaction(migration));
     }
+    raw_sql("set local role none")
+        .execute(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "become the host again"))?;
     let query = session.query("insert into oncely.worker_migration (worker, name, sha256) values ($1, $2, $3)");
     query
         .bind(worker)

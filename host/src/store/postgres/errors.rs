@@ -10,6 +10,12 @@ use crate::store::StoreError;
 /// The fence of a commit divides by zero when the transaction is not ours any more.
 const DIVISION_BY_ZERO: &str = "22012";
 const IN_FAILED_TRANSACTION: &str = "25P02";
+const READ_ONLY: &str = "25006";
+const INSUFFICIENT_PRIVILEGE: &str = "42501";
+/// How the names of our prepared statements begin.
+const NAMED_BY_US: &str = "sqlx_s_";
+/// Our own, from the migrations: the token does not fit the transaction, or somebody else commits it.
+const NOT_THE_HOST: [&str; 2] = ["ONC01", "ONC02"];
 
 /// The error of a statement of our own.
 pub(super) fn of_statement(error: Error, doing: &'static str) -> StoreError {
@@ -18,6 +24,7 @@ pub(super) fn of_statement(error: Error, doing: &'static str) -> StoreError {
     match code.as_str() {
         code if is_conflict(code) => StoreError::Conflict(cause),
         IN_FAILED_TRANSACTION => StoreError::Refused(cause),
+        code if NOT_THE_HOST.contains(&code) => StoreError::Refused(cause.context("a statement ended the transaction")),
         _ => StoreError::Unavailable(cause),
     }
 }
@@ -54,8 +61,17 @@ pub(super) fn of_guest(error: Error) -> Result<SqlError, StoreError> {
         "08P01" if is_wrong_count => SqlError::InvalidParameter(said.message),
         _ if is_stale_plan(&error) => SqlError::Conflict(said),
         "57014" => SqlError::Timeout,
+        INSUFFICIENT_PRIVILEGE => SqlError::NotAllowed(format!("this is not for workers: {}", said.message)),
+        code if NOT_THE_HOST.contains(&code) => SqlError::NotAllowed(said.message),
+        // Outside of the transaction that the host began, the session only reads.
+        // A type that the connection has to ask the server about takes the place of the statement that had no name.
+        "26000" if said.message.starts_with("unnamed") => SqlError::UnsupportedType(
+            "a column of the result has a type that cannot be passed on; read it as text, as in `x::text`".to_owned(),
+        ),
+        READ_ONLY => SqlError::TransactionFailed("an earlier statement ended the transaction".to_owned()),
         IN_FAILED_TRANSACTION => SqlError::TransactionFailed(said.message),
         code if is_conflict(code) => SqlError::Conflict(said),
+        code if is_pooler_trouble(code) && !said.message.contains(NAMED_BY_US) => SqlError::QueryFailed(said),
         code if is_house(code) || is_fatal(&error) => return Err(of_statement(error, "run a guest's statement")),
         code if code.starts_with("23") => SqlError::ConstraintViolation(said),
         _ => SqlError::QueryFailed(said),
@@ -68,6 +84,16 @@ pub(super) fn is_connection_loss(error: &Error) -> bool {
         Error::Io(_) | Error::Protocol(_) => true,
         error => is_fatal(error) || code(error).starts_with("08") || code(error).starts_with("57P"),
     }
+}
+
+/// Whether the server, or a pooler before it, does not let a role in.
+pub(super) fn is_login_refused(error: &Error) -> bool {
+    // PgBouncer answers 08P01 to a login it knows nothing of.
+    code(error).starts_with("28") || code(error) == "08P01"
+}
+
+pub(super) fn is_insufficient_privilege(error: &Error) -> bool {
+    code(error) == INSUFFICIENT_PRIVILEGE
 }
 
 pub(super) fn is_unique_violation(error: &Error) -> bool {

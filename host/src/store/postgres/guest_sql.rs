@@ -1,14 +1,28 @@
 //! Guest statements: checked, bound by type, read by type, stopped at their limits.
 
+use std::time::Duration;
+
 use futures::TryStreamExt;
 use sqlx::postgres::{PgArguments, PgRow};
 use sqlx::{Arguments, Column, Either, Executor, Row};
 
 use super::errors;
 use super::guest_values::{self, Parameter};
-use super::session::Session;
+use super::session::{Purpose, Session, Sessions};
 use crate::sql::{self, Dialect, Rows, SqlError, SqlLimits, Value};
 use crate::store::Result;
+
+/// How long after its time a statement that the server did not end is ended by the host.
+const GRACE: Duration = Duration::from_secs(1);
+
+/// Under which terms guests' statements run.
+#[derive(Clone)]
+pub(super) struct Guests {
+    /// Whether the gate reads them first.
+    pub has_gate: bool,
+    /// Where the platform's own transactions come from.
+    pub house: Sessions,
+}
 
 /// How a guest's statement ended.
 pub(super) enum Outcome<T> {
@@ -24,14 +38,82 @@ pub(super) enum Outcome<T> {
 
 pub(super) async fn query(
     session: &mut Session,
+    guests: &Guests,
     statement: &str,
     params: &[Value],
     limits: SqlLimits,
 ) -> Result<Outcome<Rows>> {
-    let (statement, arguments) = match prepare(statement, params) {
+    let (statement, arguments) = match prepare(guests, statement, params) {
         Ok(prepared) => prepared,
         Err(error) => return Ok(Outcome::NotRun(error)),
     };
+    watched(session, guests, async |session| fetch(session, statement, arguments, limits).await).await
+}
+
+pub(super) async fn execute(
+    session: &mut Session,
+    guests: &Guests,
+    statement: &str,
+    params: &[Value],
+) -> Result<Outcome<u64>> {
+    let changes_rows = sql::changes_rows(statement, Dialect::Postgres);
+    let (statement, arguments) = match prepare(guests, statement, params) {
+        Ok(prepared) => prepared,
+        Err(error) => return Ok(Outcome::NotRun(error)),
+    };
+    let run = async |session: &mut Session| match session
+        .guest_query(statement, arguments)
+        .execute(session.connection())
+        .await
+    {
+        Ok(result) if changes_rows => Ok(Outcome::Done(result.rows_affected())),
+        Ok(_) => Ok(Outcome::Done(0)),
+        Err(error) => failed(error),
+    };
+    watched(session, guests, run).await
+}
+
+/// Runs a statement, and ends the server's process when it does not come back: the server's own limit is a setting of
+/// the session, which a statement could change. The statement's future is never dropped.
+async fn watched<T>(
+    session: &mut Session,
+    guests: &Guests,
+    run: impl AsyncFnOnce(&mut Session) -> Result<Outcome<T>>,
+) -> Result<Outcome<T>> {
+    let process = session.process();
+    let overdue = tokio::time::sleep(session.guest_time() + GRACE);
+    let mut running = std::pin::pin!(run(session));
+    tokio::select! {
+        biased;
+        outcome = &mut running => return outcome,
+        () = overdue => {}
+    }
+    let terminated = terminate(&guests.house, process).await;
+    let outcome = running.await;
+    match terminated {
+        // The connection broke because we wanted it to.
+        Ok(()) => Ok(Outcome::Spoilt(SqlError::Timeout)),
+        Err(error) => outcome.and(Err(error)),
+    }
+}
+
+async fn terminate(house: &Sessions, process: i32) -> Result<()> {
+    let mut session = house.begin(Purpose::House).await?;
+    let query = session.query("select pg_catalog.pg_terminate_backend($1)");
+    query
+        .bind(process)
+        .execute(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "end a statement that took too long"))?;
+    session.commit().await
+}
+
+async fn fetch(
+    session: &mut Session,
+    statement: String,
+    arguments: PgArguments,
+    limits: SqlLimits,
+) -> Result<Outcome<Rows>> {
     let query = session.guest_query(statement, arguments);
     let mut stream = session.connection().fetch_many(query);
     let mut rows = Rows::default();
@@ -50,19 +132,6 @@ pub(super) async fn query(
     }
 }
 
-pub(super) async fn execute(session: &mut Session, statement: &str, params: &[Value]) -> Result<Outcome<u64>> {
-    let changes_rows = sql::changes_rows(statement, Dialect::Postgres);
-    let (statement, arguments) = match prepare(statement, params) {
-        Ok(prepared) => prepared,
-        Err(error) => return Ok(Outcome::NotRun(error)),
-    };
-    match session.guest_query(statement, arguments).execute(session.connection()).await {
-        Ok(result) if changes_rows => Ok(Outcome::Done(result.rows_affected())),
-        Ok(_) => Ok(Outcome::Done(0)),
-        Err(error) => failed(error),
-    }
-}
-
 fn failed<T>(error: sqlx::Error) -> Result<Outcome<T>> {
     let is_stale_plan = errors::is_stale_plan(&error);
     let error = errors::of_guest(error)?;
@@ -71,9 +140,11 @@ fn failed<T>(error: sqlx::Error) -> Result<Outcome<T>> {
 
 /// Checks a statement and binds its parameters. A comment with the parameters' types ends its text: a connection keeps
 /// prepared statements by their text, and one that was prepared for other types would misread these.
-fn prepare(statement: &str, params: &[Value]) -> std::result::Result<(String, PgArguments), SqlError> {
-    sql::check_statement(statement, Dialect::Postgres)?;
-    sql::check_platform_names(statement, Dialect::Postgres)?;
+fn prepare(guests: &Guests, statement: &str, params: &[Value]) -> std::result::Result<(String, PgArguments), SqlError> {
+    if guests.has_gate {
+        sql::check_statement(statement, Dialect::Postgres)?;
+        sql::check_platform_names(statement, Dialect::Postgres)?;
+    }
     if params.len() > usize::from(u16::MAX) {
         return Err(SqlError::InvalidParameter(format!("a statement takes at most {} parameters", u16::MAX)));
     }
@@ -91,6 +162,14 @@ fn add_row(rows: &mut Rows, bytes: &mut usize, row: &PgRow, limits: SqlLimits) -
     if rows.rows.len() >= limits.rows {
         return Err(SqlError::TooLarge(format!("the result has more than {} rows", limits.rows)));
     }
+    // What came over the wire is looked at before any of it is copied.
+    let came: usize = (0..row.columns().len())
+        .map(|at| row.try_get_raw(at).ok().and_then(|raw| raw.as_bytes().ok().map(<[u8]>::len)).unwrap_or_default())
+        .sum();
+    let too_large = || SqlError::TooLarge(format!("the result is larger than {} bytes", limits.bytes));
+    if came > limits.bytes {
+        return Err(too_large());
+    }
     if rows.columns.is_empty() {
         rows.columns = row.columns().iter().map(|column| column.name().to_owned()).collect();
     }
@@ -102,7 +181,7 @@ fn add_row(rows: &mut Rows, bytes: &mut usize, row: &PgRow, limits: SqlLimits) -
         })
         .collect::<std::result::Result<Vec<_>, SqlError>>()?;
     if *bytes > limits.bytes {
-        return Err(SqlError::TooLarge(format!("the result is larger than {} bytes", limits.bytes)));
+        return Err(too_large());
     }
     rows.rows.push(values);
     Ok(())

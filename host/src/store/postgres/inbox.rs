@@ -42,24 +42,9 @@ async fn insert(session: &mut Session, worker: &str, claims: &[Claim]) -> Result
         streams.push(claim.origin.as_ref().map(|(stream, _)| stream.as_str()));
         sequences.push(claim.origin.as_ref().map(|(_, sequence)| shared::signed(*sequence)).transpose()?);
     }
-    let query = session.query(
-        "with given as (
-             select * from unnest($2::text[], $3::bytea[], $4::text[], $5::bigint[])
-                 as given (event_id, payload_sha256, stream, stream_sequence)
-         ), inserted as (
-             insert into oncely.inbox (worker, event_id, state, payload_sha256, stream, stream_sequence)
-             select $1, event_id, 'done', payload_sha256, stream, stream_sequence from given order by event_id
-             on conflict do nothing
-             returning event_id
-         )
-         select given.event_id, inserted.event_id is not null as fresh, inbox.payload_sha256,
-             (select coalesce(pg_catalog.max(attempt), 0) from oncely.attempt
-              where attempt.worker = $1 and attempt.event_id = given.event_id)::bigint as attempts
-         from given
-             left join inserted on inserted.event_id = given.event_id
-             left join oncely.inbox on inbox.worker = $1 and inbox.event_id = given.event_id",
-    );
+    let query = session.query("select * from oncely_door.claim($1, $2, $3, $4, $5, $6)");
     let rows = query
+        .bind(session.token())
         .bind(worker)
         .bind(event_ids)
         .bind(payloads)
@@ -79,9 +64,9 @@ async fn insert(session: &mut Session, worker: &str, claims: &[Claim]) -> Result
 }
 
 async fn look(session: &mut Session, worker: &str, event_ids: &[&str]) -> Result<HashMap<String, Found>> {
-    let query = session
-        .query("select event_id, payload_sha256 from oncely.inbox where worker = $1 and event_id = any($2::text[])");
+    let query = session.query("select * from oncely_door.look($1, $2, $3)");
     let rows = query
+        .bind(session.token())
         .bind(worker)
         .bind(event_ids)
         .fetch_all(session.connection())
@@ -94,11 +79,9 @@ async fn look(session: &mut Session, worker: &str, event_ids: &[&str]) -> Result
 
 /// Gives claims of this transaction back.
 pub(super) async fn unclaim(session: &mut Session, worker: &str, event_ids: &[String]) -> Result<()> {
-    let query = session.query(
-        "delete from oncely.inbox where worker = $1 and event_id = any($2::text[])
-             and xmin = pg_catalog.pg_current_xact_id()::pg_catalog.xid",
-    );
+    let query = session.query("select oncely_door.unclaim($1, $2, $3)");
     query
+        .bind(session.token())
         .bind(worker)
         .bind(event_ids)
         .execute(session.connection())

@@ -25,6 +25,14 @@ pub(super) async fn run(sessions: &Sessions) -> anyhow::Result<()> {
     session.commit().await.context("commit the migrations")
 }
 
+/// The key that opens the door to the platform's tables.
+pub(super) async fn door_key(sessions: &Sessions) -> anyhow::Result<Vec<u8>> {
+    let mut session = sessions.begin(Purpose::Read).await?;
+    let row = session.query("select key from oncely.door_key").fetch_one(session.connection()).await?;
+    session.commit().await?;
+    Ok(row.try_get(0)?)
+}
+
 async fn prepare(session: &mut Session) -> sqlx::Result<()> {
     raw_sql(
         "select pg_advisory_xact_lock(hashtextextended('oncely migrates', 0));

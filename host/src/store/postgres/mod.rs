@@ -16,6 +16,7 @@ mod session;
 mod state;
 mod totals;
 mod tx;
+mod wall;
 
 use std::str::FromStr;
 use std::time::Duration;
@@ -23,14 +24,17 @@ use std::time::Duration;
 use anyhow::Context;
 use async_trait::async_trait;
 use sqlx::ConnectOptions;
-use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 
+use self::guest_sql::Guests;
 use self::session::{Purpose, Sessions};
 use self::tx::PostgresTx;
+use self::wall::Login;
 use super::{
     DeploymentRecord, FailedAttempt, LetterFilter, LetterRecord, LetterSummary, OutboxRow, Output, Published, Result,
-    Store, Tx, WorkerMigration, WorkerTotals,
+    StateRecord, Store, Tx, WorkerMigration, WorkerTotals,
 };
+use crate::hint::WithHint;
 use crate::sql::Dialect;
 use crate::verdict::{Letter, Settled};
 
@@ -39,30 +43,90 @@ const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A PostgreSQL database, 15 or newer.
 pub struct PostgresStore {
-    sessions: Sessions,
+    house: Sessions,
+    guests: Sessions,
+    /// The app's roles; none when guests' SQL is trusted.
+    login: Option<Login>,
+    has_gate: bool,
 }
 
 impl PostgresStore {
-    /// Connects to a database by its URL, with at most `connections` at a time, and brings its schema up to date.
+    /// Connects to a database by its URL, with at most `connections` at a time but one for guests and one for the house at
+    /// least, brings its schema up to date, and gives guests' SQL a role of its own.
     /// Behind a pooler that does not know prepared statements the URL ends in `?statement-cache-capacity=0`.
     pub async fn connect(url: &str, connections: u32) -> anyhow::Result<Self> {
-        let options = PgConnectOptions::from_str(url)
-            .context("read the PostgreSQL URL")?
-            .extra_float_digits(None)
-            .application_name("oncely")
-            .disable_statement_logging();
-        let named_statements =
-            !options.to_url_lossy().query_pairs().any(|(key, value)| key == "statement-cache-capacity" && value == "0");
-        // Connections are not tested when they are taken: `begin` finds out, and takes another.
-        let pool = PgPoolOptions::new()
-            .max_connections(connections)
-            .acquire_timeout(ACQUIRE_TIMEOUT)
-            .test_before_acquire(false)
-            .connect_lazy_with(options);
-        let sessions = Sessions::new(pool, named_statements);
-        migrate::run(&sessions).await.context("bring the PostgreSQL schema up to date")?;
-        Ok(PostgresStore { sessions })
+        let options = options(url)?;
+        // Deliveries hold a connection for as long as their guests run; the house's own transactions are short.
+        let for_house = (connections / 4).max(1);
+        let house = open_house(options.clone(), for_house).await?;
+        let for_guests = connections.saturating_sub(for_house).max(1);
+        let mut login = wall::build(&house, false).await.context("build the wall around guests' SQL")?;
+        let mut pool = guest_pool(&options, &login, for_guests);
+        if let Err(error) = check_login(&pool, &login.role).await {
+            if !errors::is_login_refused(&error) {
+                return Err(anyhow::Error::new(error).context("connect as the app's role"));
+            }
+            // The role may have been made for another copy of this database.
+            login = wall::build(&house, true).await.context("build the wall around guests' SQL")?;
+            pool = guest_pool(&options, &login, for_guests);
+            let checked = check_login(&pool, &login.role).await;
+            checked.with_context(|| format!("connect as the app's role {}", login.role)).hint(LOGIN_HINT)?;
+        }
+        Ok(PostgresStore { guests: house.on(pool), house, login: Some(login), has_gate: true })
     }
+
+    /// Like [`PostgresStore::connect`] for a database that lets nobody make roles: guests' SQL runs as the URL's user, and
+    /// only the gate keeps it from the platform's tables.
+    pub async fn connect_trusted(url: &str, connections: u32) -> anyhow::Result<Self> {
+        let house = open_house(options(url)?, connections).await?;
+        Ok(PostgresStore { guests: house.clone(), house, login: None, has_gate: true })
+    }
+
+    /// Lets guests' statements past the gate unread, so that a test can show what the wall behind it holds.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn without_gate(self) -> Self {
+        PostgresStore { has_gate: false, ..self }
+    }
+}
+
+/// What to do when the server, or a pooler before it, does not let the app's role in.
+const LOGIN_HINT: &str = "the server (pg_hba.conf) and a pooler before it (PgBouncer: auth_query) have to let this role in     with its password; or set guest_sql = \"trusted\", and only the check of its text keeps guests' SQL from the platform's     tables";
+
+fn options(url: &str) -> anyhow::Result<PgConnectOptions> {
+    let options = PgConnectOptions::from_str(url).context("read the PostgreSQL URL")?;
+    Ok(options.extra_float_digits(None).application_name("oncely").disable_statement_logging())
+}
+
+/// Connections are not tested when they are taken: `begin` finds out, and takes another.
+fn pool(options: PgConnectOptions, connections: u32) -> PgPool {
+    PgPoolOptions::new()
+        .max_connections(connections)
+        .acquire_timeout(ACQUIRE_TIMEOUT)
+        .test_before_acquire(false)
+        .connect_lazy_with(options)
+}
+
+async fn open_house(options: PgConnectOptions, connections: u32) -> anyhow::Result<Sessions> {
+    let named_statements =
+        !options.to_url_lossy().query_pairs().any(|(key, value)| key == "statement-cache-capacity" && value == "0");
+    let sessions = Sessions::new(pool(options, connections), named_statements);
+    migrate::run(&sessions).await.context("bring the PostgreSQL schema up to date")?;
+    let door_key = migrate::door_key(&sessions).await.context("read the key of the door")?;
+    Ok(sessions.with_key(door_key))
+}
+
+fn guest_pool(options: &PgConnectOptions, login: &Login, connections: u32) -> PgPool {
+    pool(options.clone().username(&login.role).password(&login.password).application_name("oncely guests"), connections)
+}
+
+/// Whether a session of guests is really the role's: a pooler may log everybody in as one and the same user.
+async fn check_login(pool: &PgPool, role: &str) -> sqlx::Result<()> {
+    let user: String = sqlx::query_scalar("select session_user::text").persistent(false).fetch_one(pool).await?;
+    if user == role {
+        return Ok(());
+    }
+    Err(sqlx::Error::Configuration(format!("the connection for {role} is one of {user}: {LOGIN_HINT}").into()))
 }
 
 #[async_trait]
@@ -72,68 +136,69 @@ impl Store for PostgresStore {
     }
 
     async fn ping(&self) -> Result<()> {
-        self.sessions.begin(Purpose::Read).await?.commit().await
+        self.house.begin(Purpose::Read).await?.commit().await
     }
 
     async fn begin(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>> {
-        let session = self.sessions.begin(Purpose::Guest(time)).await?;
-        Ok(Box::new(PostgresTx::new(session, worker)))
+        let session = self.guests.begin(Purpose::Guest(time)).await?;
+        let guests = Guests { has_gate: self.has_gate, house: self.house.clone() };
+        Ok(Box::new(PostgresTx::new(session, worker, guests)))
     }
 
     async fn count_attempts(&self, worker: &str, failed: &[FailedAttempt]) -> Result<Vec<u32>> {
-        let mut session = self.sessions.begin(Purpose::House).await?;
+        let mut session = self.house.begin(Purpose::House).await?;
         let counts = attempts::count(&mut session, worker, failed).await?;
         session.commit().await?;
         Ok(counts)
     }
 
     async fn note_unfinished(&self, worker: &str, event_id: &str) -> Result<u32> {
-        let mut session = self.sessions.begin(Purpose::House).await?;
+        let mut session = self.house.begin(Purpose::House).await?;
         let before = attempts::note_unfinished(&mut session, worker, event_id).await?;
         session.commit().await?;
         Ok(before)
     }
 
     async fn take_back_unfinished(&self, worker: &str, event_id: &str) -> Result<()> {
-        let mut session = self.sessions.begin(Purpose::House).await?;
+        let mut session = self.house.begin(Purpose::House).await?;
         attempts::take_back_unfinished(&mut session, worker, event_id).await?;
         session.commit().await
     }
 
     async fn bury(&self, letters: &[(Letter, Output)]) -> Result<(Vec<Settled>, Vec<OutboxRow>)> {
-        let mut session = self.sessions.begin(Purpose::House).await?;
+        let mut session = self.house.begin(Purpose::House).await?;
         let notices = letters::bury(&mut session, letters).await?;
         session.commit().await?;
         Ok((letters.iter().map(|_| Settled::seen_by_store()).collect(), notices))
     }
 
     async fn lease_outputs(&self, limit: u32, lease: Duration) -> Result<Vec<OutboxRow>> {
-        let mut session = self.sessions.begin(Purpose::House).await?;
+        let mut session = self.house.begin(Purpose::House).await?;
         let rows = outbox::lease(&mut session, limit, lease).await?;
         session.commit().await?;
         Ok(rows)
     }
 
     async fn mark_published(&self, published: &[Published]) -> Result<()> {
-        let mut session = self.sessions.begin(Purpose::House).await?;
+        let mut session = self.house.begin(Purpose::House).await?;
         outbox::mark_published(&mut session, published).await?;
         session.commit().await
     }
 
     async fn defer_outputs(&self, seqs: &[i64], delay: Duration, error: &str) -> Result<()> {
-        let mut session = self.sessions.begin(Purpose::House).await?;
+        let mut session = self.house.begin(Purpose::House).await?;
         outbox::defer(&mut session, seqs, delay, error).await?;
         session.commit().await
     }
 
     async fn put_component(&self, digest: &str, wasm: &[u8]) -> Result<()> {
-        let mut session = self.sessions.begin(Purpose::House).await?;
+        let mut session = self.house.begin(Purpose::House).await?;
         deployments::put_component(&mut session, digest, wasm).await?;
         session.commit().await
     }
 
     async fn component(&self, digest: &str) -> Result<Option<Vec<u8>>> {
-        let mut session = self.sessions.begin(Purpose::Read).await?;
+        let mut session = self.house.begin(Purpose::Read).await?;
         let wasm = deployments::component(&mut session, digest).await?;
         session.commit().await?;
         Ok(wasm)
@@ -146,62 +211,78 @@ impl Store for PostgresStore {
         manifest: &str,
         migrations: &[WorkerMigration],
     ) -> Result<DeploymentRecord> {
-        let mut session = self.sessions.begin(Purpose::Deploy).await?;
-        let deployment = deployments::deploy(&mut session, worker, digest, manifest, migrations).await?;
+        let mut session = self.house.begin(Purpose::Deploy).await?;
+        let deployment =
+            deployments::deploy(&mut session, self.login.as_ref(), worker, digest, manifest, migrations).await?;
         session.commit().await?;
         Ok(deployment)
     }
 
     async fn activate(&self, worker: &str, version: u32) -> Result<Option<DeploymentRecord>> {
-        let mut session = self.sessions.begin(Purpose::House).await?;
+        let mut session = self.house.begin(Purpose::House).await?;
         let deployment = deployments::activate(&mut session, worker, version).await?;
         session.commit().await?;
         Ok(deployment)
     }
 
     async fn active_deployments(&self) -> Result<Vec<DeploymentRecord>> {
-        let mut session = self.sessions.begin(Purpose::Read).await?;
+        let mut session = self.house.begin(Purpose::Read).await?;
         let deployments = deployments::active(&mut session).await?;
         session.commit().await?;
         Ok(deployments)
     }
 
     async fn deployments(&self, worker: &str) -> Result<Vec<DeploymentRecord>> {
-        let mut session = self.sessions.begin(Purpose::Read).await?;
+        let mut session = self.house.begin(Purpose::Read).await?;
         let deployments = deployments::of_worker(&mut session, worker).await?;
         session.commit().await?;
         Ok(deployments)
     }
 
     async fn letters(&self, filter: &LetterFilter) -> Result<Vec<LetterSummary>> {
-        let mut session = self.sessions.begin(Purpose::Read).await?;
+        let mut session = self.house.begin(Purpose::Read).await?;
         let letters = letters::list(&mut session, filter).await?;
         session.commit().await?;
         Ok(letters)
     }
 
     async fn letter(&self, id: i64) -> Result<Option<LetterRecord>> {
-        let mut session = self.sessions.begin(Purpose::Read).await?;
+        let mut session = self.house.begin(Purpose::Read).await?;
         let letter = letters::find(&mut session, id).await?;
         session.commit().await?;
         Ok(letter)
     }
 
+    async fn state_entry(&self, worker: &str, key: &str) -> Result<Option<StateRecord>> {
+        let mut session = self.house.begin(Purpose::Read).await?;
+        let entry = state::entry(&mut session, worker, key).await?;
+        session.commit().await?;
+        Ok(entry)
+    }
+
+    async fn state_entries(&self, worker: &str, prefix: &str, limit: u32) -> Result<Vec<StateRecord>> {
+        let mut session = self.house.begin(Purpose::Read).await?;
+        let entries = state::entries(&mut session, worker, prefix, limit).await?;
+        session.commit().await?;
+        Ok(entries)
+    }
+
     async fn totals(&self) -> Result<Vec<WorkerTotals>> {
-        let mut session = self.sessions.begin(Purpose::Read).await?;
+        let mut session = self.house.begin(Purpose::Read).await?;
         let totals = totals::by_worker(&mut session).await?;
         session.commit().await?;
         Ok(totals)
     }
 
     async fn prune(&self, outputs: Duration, inbox: Duration, limit: u32) -> Result<u64> {
-        let mut session = self.sessions.begin(Purpose::House).await?;
+        let mut session = self.house.begin(Purpose::House).await?;
         let left = totals::prune(&mut session, outputs, inbox, limit).await?;
         session.commit().await?;
         Ok(left)
     }
 
     async fn close(&self) {
-        self.sessions.close().await;
+        self.guests.close().await;
+        self.house.close().await;
     }
 }

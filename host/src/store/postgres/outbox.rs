@@ -54,20 +54,9 @@ async fn insert(
     let headers: Vec<String> =
         outputs.iter().map(|(_, output)| shared::headers_to_text(&output.headers)).collect::<Result<_>>()?;
     let all = || outputs.iter().map(|(_, output)| *output);
-    let query = session.query(
-        "with clock as (select pg_catalog.clock_timestamp() as now)
-         insert into oncely.outbox (worker, id, event_id, ordinal, subject, headers, body, ordering_key, leased_until,
-             first_attempt_at)
-         select worker, id, event_id, ordinal, subject, headers, body, ordering_key,
-             now + case when delay = 0 then $10 else delay end * interval '1 microsecond',
-             case when delay = 0 then now end
-         from clock, unnest($1::text[], $2::text[], $3::text[], $4::integer[], $5::text[], $6::text[], $7::bytea[],
-             $8::text[], $9::bigint[]) with ordinality
-             as given (worker, id, event_id, ordinal, subject, headers, body, ordering_key, delay, place)
-         order by place
-         returning seq, (extract(epoch from first_attempt_at) * 1000000)::bigint",
-    );
+    let query = session.query("select * from oncely_door.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)");
     let rows = query
+        .bind(session.token())
         .bind(outputs.iter().map(|(worker, _)| *worker).collect::<Vec<_>>())
         .bind(all().map(|output| output.id.as_str()).collect::<Vec<_>>())
         .bind(all().map(|output| output.event_id.as_str()).collect::<Vec<_>>())

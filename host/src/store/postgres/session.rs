@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use sha2::{Digest, Sha256};
 use sqlx::pool::PoolConnection;
 use sqlx::postgres::{PgArguments, PgConnection, PgPool};
 use sqlx::query::Query;
@@ -33,8 +34,9 @@ impl Purpose {
             Purpose::Deploy => ("pg_catalog, pg_temp", Duration::ZERO),
         };
         let (access, id) = match self {
-            Purpose::Read => ("read only", "''"),
-            _ => ("read write", "pg_catalog.pg_current_xact_id()::pg_catalog.text"),
+            Purpose::Read => ("read only", "'' as id"),
+            Purpose::Guest(_) => ("read write", GUARDED_ID),
+            _ => ("read write", "pg_catalog.pg_current_xact_id()::pg_catalog.text as id"),
         };
         let statement_ms = milliseconds(time);
         // Waiting for a lock ends before the statement's time does: it is a conflict then, not a slow statement.
@@ -46,24 +48,41 @@ impl Purpose {
             "begin isolation level read committed {access}; set local search_path = {search_path}; \
              set local statement_timeout = {statement_ms}; set local lock_timeout = {lock_ms}; \
              set local idle_in_transaction_session_timeout = {idle_ms}; set local synchronous_commit = {durable}; \
-             set local standard_conforming_strings = on; select {id} as id"
+             set local standard_conforming_strings = on; select {id}"
         )
     }
 }
+
+/// The transaction's id, the process that serves it, and a mark that lets nobody but the host commit.
+const GUARDED_ID: &str = "pg_catalog.pg_current_xact_id()::pg_catalog.text as id, \
+    pg_catalog.pg_backend_pid() as process, oncely_door.guard()";
 
 fn milliseconds(duration: Duration) -> i32 {
     i32::try_from(duration.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
 }
 
 /// Where transactions come from.
+#[derive(Clone)]
 pub(super) struct Sessions {
     pool: PgPool,
     named_statements: bool,
+    /// Opens the door to the platform's tables; empty until the schema is up to date.
+    door_key: Vec<u8>,
 }
 
 impl Sessions {
     pub(super) fn new(pool: PgPool, named_statements: bool) -> Self {
-        Sessions { pool, named_statements }
+        Sessions { pool, named_statements, door_key: Vec::new() }
+    }
+
+    /// The same, with the key of the door.
+    pub(super) fn with_key(self, door_key: Vec<u8>) -> Self {
+        Sessions { door_key, ..self }
+    }
+
+    /// Transactions on the connections of another role.
+    pub(super) fn on(&self, pool: PgPool) -> Self {
+        Sessions { pool, ..self.clone() }
     }
 
     /// Begins a transaction. Pooled connections that turn out to be dead are dropped on the way.
@@ -76,8 +95,10 @@ impl Sessions {
             let mut session = Session {
                 connection,
                 named_statements: self.named_statements,
-                reusable: !matches!(purpose, Purpose::Deploy),
+                purpose,
+                door_key: self.door_key.clone(),
                 id: String::new(),
+                process: 0,
                 finished: false,
             };
             match session.begin(&begin).await {
@@ -101,10 +122,12 @@ impl Sessions {
 pub(super) struct Session {
     connection: PoolConnection<Postgres>,
     named_statements: bool,
-    /// Whether the connection may go back to the pool; not after migrations, which may have changed its settings.
-    reusable: bool,
+    purpose: Purpose,
+    door_key: Vec<u8>,
     /// The transaction's id; empty for one that only reads.
     id: String,
+    /// The server's process; zero but for guests.
+    process: i32,
     finished: bool,
 }
 
@@ -112,7 +135,31 @@ impl Session {
     async fn begin(&mut self, begin: &str) -> sqlx::Result<()> {
         let row = raw_sql(AssertSqlSafe(begin)).fetch_one(&mut *self.connection).await?;
         self.id = row.try_get("id")?;
+        if let Purpose::Guest(_) = self.purpose {
+            self.process = row.try_get("process")?;
+        }
         Ok(())
+    }
+
+    /// What a function of the door wants to see: it fits this transaction alone.
+    pub(super) fn token(&self) -> Vec<u8> {
+        self.token_for("door")
+    }
+
+    /// The function `oncely.tx_token` of the migrations makes the same.
+    fn token_for(&self, purpose: &str) -> Vec<u8> {
+        let inner = Sha256::new().chain_update(&self.door_key).chain_update(format!("{purpose}:{}", self.id));
+        Sha256::new().chain_update(&self.door_key).chain_update(inner.finalize()).finalize().to_vec()
+    }
+
+    /// The server's process that serves a guest's transaction.
+    pub(super) fn process(&self) -> i32 {
+        self.process
+    }
+
+    /// How long one of a guest's statements may take.
+    pub(super) fn guest_time(&self) -> Duration {
+        if let Purpose::Guest(time) = self.purpose { time } else { HOUSE_TIME }
     }
 
     /// A statement of our own. Behind a pooler it is prepared without a name, for its one use.
@@ -144,10 +191,19 @@ impl Session {
     /// Commits, in one message with a fence before it: the fence fails when the transaction was aborted or is not the
     /// one that we began, and `commit` is not reached then. It is never sent again.
     pub(super) async fn commit(mut self) -> Result<()> {
-        let commit = match self.id.as_str() {
+        let fence = format!("select 1 / (pg_catalog.pg_current_xact_id() = '{}'::pg_catalog.xid8)::int", self.id);
+        if fault::mutant(fault::IGNORE_COMMIT_TAG) {
+            let token = format!("set local oncely.finish = '{}'", hex::encode(self.token_for("finish")));
+            let _ = raw_sql(AssertSqlSafe(token)).execute(&mut *self.connection).await;
+        }
+        let commit = match self.purpose {
             _ if fault::mutant(fault::IGNORE_COMMIT_TAG) => "commit".to_owned(),
-            "" => "commit".to_owned(),
-            id => format!("select 1 / (pg_catalog.pg_current_xact_id() = '{id}'::pg_catalog.xid8)::int; commit"),
+            Purpose::Read => "commit".to_owned(),
+            Purpose::Guest(_) => {
+                // The guard lets this commit pass; the guests of the transaction are gone when the token is shown.
+                format!("set local oncely.finish = '{}'; {fence}; commit", hex::encode(self.token_for("finish")))
+            }
+            Purpose::House | Purpose::Deploy => format!("{fence}; commit"),
         };
         match raw_sql(AssertSqlSafe(commit)).execute(&mut *self.connection).await {
             Err(error) if fault::mutant(fault::RESEND_COMMIT) && errors::is_connection_loss(&error) => return Ok(()),
@@ -165,7 +221,8 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        if !self.finished || !self.reusable {
+        // Migrations may have changed the settings of their connection.
+        if !self.finished || matches!(self.purpose, Purpose::Deploy) {
             self.connection.close_on_drop();
         }
     }

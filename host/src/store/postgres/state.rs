@@ -6,13 +6,13 @@ use sqlx::postgres::PgRow;
 
 use super::errors;
 use super::session::Session;
-use crate::store::{Result, StateEntry, StateWrite, StoreError, shared};
+use crate::store::{Result, STATE_PREVIEW, StateEntry, StateRecord, StateWrite, StoreError, shared};
 
 /// The entries of those keys that are there.
 pub(super) async fn load(session: &mut Session, worker: &str, keys: &[String]) -> Result<Vec<(String, StateEntry)>> {
-    let query =
-        session.query("select key, value, version from oncely.state where worker = $1 and key = any($2::text[])");
+    let query = session.query("select * from oncely_door.load_state($1, $2, $3)");
     let rows = query
+        .bind(session.token())
         .bind(worker)
         .bind(keys)
         .fetch_all(session.connection())
@@ -26,8 +26,7 @@ pub(super) async fn load(session: &mut Session, worker: &str, keys: &[String]) -
     entries.context("read state").map_err(StoreError::Unavailable)
 }
 
-/// Writes each key that still has the version that was read, with one statement. It locks the keys in their order
-/// first, so that two batches wait for each other and do not deadlock.
+/// Writes each key that still has the version that was read, with one statement.
 pub(super) async fn save(session: &mut Session, worker: &str, writes: &[StateWrite]) -> Result<()> {
     let writes: Vec<_> = writes.iter().filter(|write| write.expected.is_some() || write.entry.is_some()).collect();
     let mut expected = Vec::with_capacity(writes.len());
@@ -38,34 +37,9 @@ pub(super) async fn save(session: &mut Session, worker: &str, writes: &[StateWri
     }
     let values: Vec<Option<&[u8]>> =
         writes.iter().map(|write| write.entry.as_ref().map(|entry| entry.value.as_slice())).collect();
-    let query = session.query(
-        "with given as (
-             select * from unnest($2::text[], $3::bigint[], $4::bytea[], $5::bigint[])
-                 as given (key, expected, value, version)
-         ), locked as materialized (
-             select key, version from oncely.state
-             where worker = $1 and key = any($2::text[]) order by key for update
-         ), unmoved as (
-             select given.* from given join locked on locked.key = given.key and locked.version = given.expected
-         ), deleted as (
-             delete from oncely.state using unmoved
-             where state.worker = $1 and state.key = unmoved.key and unmoved.value is null
-             returning 1
-         ), updated as (
-             update oncely.state set value = unmoved.value, version = unmoved.version, updated_at = pg_catalog.now()
-             from unmoved
-             where state.worker = $1 and state.key = unmoved.key and unmoved.value is not null
-             returning 1
-         ), inserted as (
-             insert into oncely.state (worker, key, value, version)
-             select $1, key, value, version from given where expected is null order by key
-             on conflict do nothing
-             returning 1
-         )
-         select (select pg_catalog.count(*) from deleted) + (select pg_catalog.count(*) from updated)
-             + (select pg_catalog.count(*) from inserted)",
-    );
+    let query = session.query("select oncely_door.save_state($1, $2, $3, $4, $5, $6)");
     let row = query
+        .bind(session.token())
         .bind(worker)
         .bind(writes.iter().map(|write| write.key.as_str()).collect::<Vec<_>>())
         .bind(expected)
@@ -79,4 +53,49 @@ pub(super) async fn save(session: &mut Session, worker: &str, writes: &[StateWri
         return Ok(());
     }
     Err(StoreError::Conflict(anyhow!("a state key changed since it was read")))
+}
+
+/// The value under a key, whole.
+pub(super) async fn entry(session: &mut Session, worker: &str, key: &str) -> Result<Option<StateRecord>> {
+    let query = session.query(
+        "select key, version, octet_length(value)::bigint as size, value,
+             (extract(epoch from updated_at) * 1000000)::bigint as updated_at
+         from oncely.state where worker = $1 and key = $2",
+    );
+    let row = query
+        .bind(worker)
+        .bind(key)
+        .fetch_optional(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "read state"))?;
+    row.as_ref().map(record).transpose().context("read state").map_err(StoreError::Unavailable)
+}
+
+/// Values whose keys begin with `prefix`, by key; only their beginnings.
+pub(super) async fn entries(session: &mut Session, worker: &str, prefix: &str, limit: u32) -> Result<Vec<StateRecord>> {
+    let query = session.query(
+        "select key, version, octet_length(value)::bigint as size, substring(value from 1 for $4) as value,
+             (extract(epoch from updated_at) * 1000000)::bigint as updated_at
+         from oncely.state where worker = $1 and pg_catalog.starts_with(key, $2)
+         order by key collate pg_catalog.\"C\" limit $3",
+    );
+    let rows = query
+        .bind(worker)
+        .bind(prefix)
+        .bind(i64::from(limit))
+        .bind(STATE_PREVIEW.cast_signed())
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "list state"))?;
+    rows.iter().map(|row| record(row).context("read state").map_err(StoreError::Unavailable)).collect()
+}
+
+fn record(row: &PgRow) -> anyhow::Result<StateRecord> {
+    Ok(StateRecord {
+        key: row.try_get("key")?,
+        version: shared::unsigned(row.try_get("version")?),
+        size: shared::unsigned(row.try_get("size")?),
+        updated_at: shared::timestamp(row.try_get("updated_at")?)?,
+        value: row.try_get::<Vec<u8>, _>("value")?.into(),
+    })
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
-use super::guest_sql::{self, Outcome};
+use super::guest_sql::{self, Guests, Outcome};
 use super::session::Session;
 use super::{inbox, outbox, state};
 use crate::fault;
@@ -14,6 +14,7 @@ use crate::verdict::Settled;
 
 pub(super) struct PostgresTx {
     session: Session,
+    guests: Guests,
     worker: String,
     /// Why nothing of this transaction can take effect any more.
     doomed: Option<String>,
@@ -22,8 +23,8 @@ pub(super) struct PostgresTx {
 }
 
 impl PostgresTx {
-    pub(super) fn new(session: Session, worker: &str) -> Self {
-        PostgresTx { session, worker: worker.to_owned(), doomed: None, spoilt: false }
+    pub(super) fn new(session: Session, worker: &str, guests: Guests) -> Self {
+        PostgresTx { session, guests, worker: worker.to_owned(), doomed: None, spoilt: false }
     }
 
     fn check(&self) -> Result<()> {
@@ -94,7 +95,7 @@ impl Tx for PostgresTx {
         if let Some(why) = &self.doomed {
             return Ok(Err(SqlError::TransactionFailed(why.clone())));
         }
-        let outcome = guest_sql::query(&mut self.session, statement, params, limits).await;
+        let outcome = guest_sql::query(&mut self.session, &self.guests, statement, params, limits).await;
         self.conclude(outcome)
     }
 
@@ -102,7 +103,7 @@ impl Tx for PostgresTx {
         if let Some(why) = &self.doomed {
             return Ok(Err(SqlError::TransactionFailed(why.clone())));
         }
-        let outcome = guest_sql::execute(&mut self.session, statement, params).await;
+        let outcome = guest_sql::execute(&mut self.session, &self.guests, statement, params).await;
         self.conclude(outcome)
     }
 

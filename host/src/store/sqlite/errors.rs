@@ -9,6 +9,7 @@ use crate::store::StoreError;
 const ERROR: i32 = 1;
 const BUSY: i32 = 5;
 const LOCKED: i32 = 6;
+const NOMEM: i32 = 7;
 const READONLY: i32 = 8;
 const INTERRUPT: i32 = 9;
 const IOERR: i32 = 10;
@@ -16,7 +17,9 @@ const CORRUPT: i32 = 11;
 const FULL: i32 = 13;
 const CANTOPEN: i32 = 14;
 const PROTOCOL: i32 = 15;
+const TOOBIG: i32 = 18;
 const CONSTRAINT: i32 = 19;
+const AUTH: i32 = 23;
 const NOTADB: i32 = 26;
 
 // Extended ones.
@@ -54,6 +57,9 @@ pub(super) fn of_guest(error: Error) -> Result<SqlError, StoreError> {
     let said = DatabaseError { code: code.to_string(), message, constraint };
     Ok(match primary {
         INTERRUPT => SqlError::Timeout,
+        AUTH => SqlError::NotAllowed(format!("this is not for workers: {}", said.message)),
+        TOOBIG => SqlError::TooLarge(said.message),
+        NOMEM => SqlError::TooLarge("the statement needs more memory than there is".to_owned()),
         BUSY | LOCKED => SqlError::Conflict(said),
         READONLY | IOERR | CORRUPT | FULL | CANTOPEN | PROTOCOL | NOTADB => {
             return Err(of_statement(error, "run a guest's statement"));

@@ -1,5 +1,7 @@
 //! Guest statements: checked, bound, read by storage class, stopped at their limits.
 
+use std::time::Duration;
+
 use futures::TryStreamExt;
 use sqlx::sqlite::{SqliteArguments, SqliteRow};
 use sqlx::{AssertSqlSafe, Column, Either, Executor, Row};
@@ -8,6 +10,15 @@ use super::session::Session;
 use super::{errors, guest_values};
 use crate::sql::{self, Dialect, Rows, SqlError, SqlLimits, Value};
 use crate::store::Result;
+
+/// Under which terms guests' statements run.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Guests {
+    /// Whether the gate reads them first.
+    pub has_gate: bool,
+    /// How long one may take.
+    pub time: Duration,
+}
 
 /// How a guest's statement ended.
 pub(super) enum Outcome<T> {
@@ -20,14 +31,48 @@ pub(super) enum Outcome<T> {
 
 pub(super) async fn query(
     session: &mut Session,
+    guests: Guests,
     statement: &str,
     params: &[Value],
     limits: SqlLimits,
 ) -> Result<Outcome<Rows>> {
-    let arguments = match prepare(statement, params) {
+    let (statement, arguments) = match prepare(guests, statement, params) {
         Ok(prepared) => prepared,
         Err(error) => return Ok(Outcome::NotRun(error)),
     };
+    session.admit_guest(guests.time).await?;
+    let outcome = fetch(session, statement, arguments, limits).await;
+    dismiss(session, outcome).await
+}
+
+pub(super) async fn execute(
+    session: &mut Session,
+    guests: Guests,
+    statement: &str,
+    params: &[Value],
+) -> Result<Outcome<u64>> {
+    let changes_rows = sql::changes_rows(statement, Dialect::Sqlite);
+    let (statement, arguments) = match prepare(guests, statement, params) {
+        Ok(prepared) => prepared,
+        Err(error) => return Ok(Outcome::NotRun(error)),
+    };
+    session.admit_guest(guests.time).await?;
+    let query = sqlx::query_with(AssertSqlSafe(statement), arguments);
+    let connection = session.connection().map_err(|error| errors::of_statement(error, "run a guest's statement"))?;
+    let outcome = match query.execute(connection).await {
+        Ok(result) if changes_rows => Ok(Outcome::Done(result.rows_affected())),
+        Ok(_) => Ok(Outcome::Done(0)),
+        Err(error) => errors::of_guest(error).map(Outcome::Failed),
+    };
+    dismiss(session, outcome).await
+}
+
+async fn fetch(
+    session: &mut Session,
+    statement: String,
+    arguments: SqliteArguments,
+    limits: SqlLimits,
+) -> Result<Outcome<Rows>> {
     let query = sqlx::query_with(AssertSqlSafe(statement), arguments);
     let connection = session.connection().map_err(|error| errors::of_statement(error, "run a guest's statement"))?;
     let mut stream = connection.fetch_many(query);
@@ -47,25 +92,28 @@ pub(super) async fn query(
     }
 }
 
-pub(super) async fn execute(session: &mut Session, statement: &str, params: &[Value]) -> Result<Outcome<u64>> {
-    let arguments = match prepare(statement, params) {
-        Ok(prepared) => prepared,
-        Err(error) => return Ok(Outcome::NotRun(error)),
-    };
-    let changes_rows = sql::changes_rows(statement, Dialect::Sqlite);
-    let query = sqlx::query_with(AssertSqlSafe(statement), arguments);
-    let connection = session.connection().map_err(|error| errors::of_statement(error, "run a guest's statement"))?;
-    match query.execute(connection).await {
-        Ok(result) if changes_rows => Ok(Outcome::Done(result.rows_affected())),
-        Ok(_) => Ok(Outcome::Done(0)),
-        Err(error) => errors::of_guest(error).map(Outcome::Failed),
-    }
+/// Ends the guest's turn. A statement that ended the transaction has failed, whatever it said itself.
+async fn dismiss<T>(session: &mut Session, outcome: Result<Outcome<T>>) -> Result<Outcome<T>> {
+    let is_open = session.dismiss_guest().await?;
+    Ok(match outcome? {
+        Outcome::Done(_) if !is_open => {
+            Outcome::Failed(SqlError::TransactionFailed("the statement ended the transaction".to_owned()))
+        }
+        outcome => outcome,
+    })
 }
 
-/// Checks a statement and binds its parameters.
-fn prepare(statement: &str, params: &[Value]) -> std::result::Result<SqliteArguments, SqlError> {
-    sql::check_statement(statement, Dialect::Sqlite)?;
-    sql::check_platform_names(statement, Dialect::Sqlite)?;
+/// Checks a statement and binds its parameters. A comment opens its text: a connection keeps prepared statements by
+/// their text, and those of the house were prepared with no wall around them.
+fn prepare(
+    guests: Guests,
+    statement: &str,
+    params: &[Value],
+) -> std::result::Result<(String, SqliteArguments), SqlError> {
+    if guests.has_gate {
+        sql::check_statement(statement, Dialect::Sqlite)?;
+        sql::check_platform_names(statement, Dialect::Sqlite)?;
+    }
     // SQLite would take what is missing for null.
     let highest = sql::highest_placeholder(statement, Dialect::Sqlite);
     if highest > params.len() {
@@ -74,7 +122,7 @@ fn prepare(statement: &str, params: &[Value]) -> std::result::Result<SqliteArgum
             params.len()
         )));
     }
-    guest_values::bind(params)
+    Ok((format!("/* a worker's */ {statement}"), guest_values::bind(params)?))
 }
 
 fn add_row(

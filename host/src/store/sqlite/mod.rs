@@ -3,6 +3,7 @@
 //! One connection writes, a transaction at a time; a few others only read.
 
 mod attempts;
+mod authorizer;
 mod deployments;
 mod errors;
 mod guest_sql;
@@ -23,11 +24,12 @@ use anyhow::Context;
 use async_trait::async_trait;
 use sqlx::sqlite::{SqlitePool, SqlitePoolOptions};
 
+use self::guest_sql::Guests;
 use self::session::Sessions;
 use self::tx::SqliteTx;
 use super::{
     DeploymentRecord, FailedAttempt, LetterFilter, LetterRecord, LetterSummary, OutboxRow, Output, Published, Result,
-    Store, Tx, WorkerMigration, WorkerTotals,
+    StateRecord, Store, Tx, WorkerMigration, WorkerTotals,
 };
 use crate::sql::Dialect;
 use crate::verdict::{Letter, Settled};
@@ -38,6 +40,7 @@ const READERS: u32 = 4;
 pub struct SqliteStore {
     sessions: Sessions,
     readers: SqlitePool,
+    has_gate: bool,
 }
 
 impl SqliteStore {
@@ -51,7 +54,14 @@ impl SqliteStore {
             .max_connections(READERS)
             .test_before_acquire(false)
             .connect_lazy_with(session::options(path).read_only(true));
-        Ok(SqliteStore { sessions, readers })
+        Ok(SqliteStore { sessions, readers, has_gate: true })
+    }
+
+    /// Lets guests' statements past the gate unread, so that a test can show what the wall behind it holds.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn without_gate(self) -> Self {
+        SqliteStore { has_gate: false, ..self }
     }
 }
 
@@ -68,7 +78,7 @@ impl Store for SqliteStore {
 
     async fn begin(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>> {
         let session = self.sessions.begin().await?;
-        Ok(Box::new(SqliteTx::new(session, worker, time)))
+        Ok(Box::new(SqliteTx::new(session, worker, Guests { has_gate: self.has_gate, time })))
     }
 
     async fn count_attempts(&self, worker: &str, failed: &[FailedAttempt]) -> Result<Vec<u32>> {
@@ -161,6 +171,14 @@ impl Store for SqliteStore {
 
     async fn letter(&self, id: i64) -> Result<Option<LetterRecord>> {
         letters::find(&self.readers, id).await
+    }
+
+    async fn state_entry(&self, worker: &str, key: &str) -> Result<Option<StateRecord>> {
+        state::entry(&self.readers, worker, key).await
+    }
+
+    async fn state_entries(&self, worker: &str, prefix: &str, limit: u32) -> Result<Vec<StateRecord>> {
+        state::entries(&self.readers, worker, prefix, limit).await
     }
 
     async fn totals(&self) -> Result<Vec<WorkerTotals>> {

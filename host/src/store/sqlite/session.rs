@@ -9,6 +9,7 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode, Sq
 use sqlx::{ConnectOptions, Connection, raw_sql};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
+use super::authorizer::Wall;
 use super::errors;
 use crate::store::Result;
 
@@ -67,6 +68,7 @@ impl Sessions {
 struct Writer {
     connection: SqliteConnection,
     reins: Arc<Reins>,
+    wall: Wall,
 }
 
 impl Writer {
@@ -78,8 +80,9 @@ impl Writer {
         handle.set_commit_hook(move || hook.may_commit.load(Ordering::Acquire));
         let clock = Arc::clone(&reins);
         handle.set_progress_handler(INSTRUCTIONS_PER_LOOK, move || clock.may_go_on());
+        let wall = Wall::build(&mut handle)?;
         drop(handle);
-        Ok(Writer { connection, reins })
+        Ok(Writer { connection, reins, wall })
     }
 }
 
@@ -125,12 +128,39 @@ impl Session {
     }
 
     /// From now on a statement that takes longer than `time` is interrupted; none for statements of our own.
-    pub(super) fn limit_time(&self, time: Option<Duration>) {
+    fn limit_time(&self, time: Option<Duration>) {
         if let Some(Writer { reins, .. }) = self.slot.as_ref() {
             let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
             let deadline = time.map_or(0, |time| reins.elapsed_micros().saturating_add(micros(time)).max(1));
             reins.deadline.store(deadline, Ordering::Release);
         }
+    }
+
+    /// The statements from here on are a guest's: SQLite refuses what is not for guests, and interrupts what takes longer
+    /// than `time`.
+    pub(super) async fn admit_guest(&mut self, time: Duration) -> Result<()> {
+        let writer = self.slot.as_mut().ok_or(sqlx::Error::WorkerCrashed);
+        let admitted = async {
+            let writer = writer?;
+            writer.wall.raise(&mut writer.connection.lock_handle().await?);
+            Ok(())
+        };
+        admitted.await.map_err(|error: sqlx::Error| errors::of_statement(error, "raise the wall around guests"))?;
+        self.limit_time(Some(time));
+        Ok(())
+    }
+
+    /// The statements from here on are the house's. Waits for what the guest's statement still does, and returns
+    /// whether the transaction is still open.
+    pub(super) async fn dismiss_guest(&mut self) -> Result<bool> {
+        let writer = self.slot.as_mut().ok_or(sqlx::Error::WorkerCrashed);
+        let dismissed = async {
+            let writer = writer?;
+            Ok(writer.wall.lower(&mut writer.connection.lock_handle().await?))
+        };
+        let is_open = dismissed.await;
+        self.limit_time(None);
+        is_open.map_err(|error: sqlx::Error| errors::of_statement(error, "lower the wall around guests"))
     }
 
     fn let_commit(&self, may_commit: bool) {

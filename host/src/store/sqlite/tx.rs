@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
-use super::guest_sql::{self, Outcome};
+use super::guest_sql::{self, Guests, Outcome};
 use super::session::Session;
 use super::{inbox, outbox, state};
 use crate::sql::{Rows, SqlError, SqlLimits, Value};
@@ -19,13 +19,12 @@ pub(super) struct SqliteTx {
     fresh: HashSet<String>,
     /// Why nothing of this transaction can take effect any more.
     doomed: Option<String>,
-    /// How long a guest's statement may take.
-    time: Duration,
+    guests: Guests,
 }
 
 impl SqliteTx {
-    pub(super) fn new(session: Session, worker: &str, time: Duration) -> Self {
-        SqliteTx { session, worker: worker.to_owned(), fresh: HashSet::new(), doomed: None, time }
+    pub(super) fn new(session: Session, worker: &str, guests: Guests) -> Self {
+        SqliteTx { session, worker: worker.to_owned(), fresh: HashSet::new(), doomed: None, guests }
     }
 
     fn check(&self) -> Result<()> {
@@ -94,9 +93,7 @@ impl Tx for SqliteTx {
         if let Some(why) = &self.doomed {
             return Ok(Err(SqlError::TransactionFailed(why.clone())));
         }
-        self.session.limit_time(Some(self.time));
-        let outcome = guest_sql::query(&mut self.session, statement, params, limits).await;
-        self.session.limit_time(None);
+        let outcome = guest_sql::query(&mut self.session, self.guests, statement, params, limits).await;
         self.conclude(outcome)
     }
 
@@ -104,9 +101,7 @@ impl Tx for SqliteTx {
         if let Some(why) = &self.doomed {
             return Ok(Err(SqlError::TransactionFailed(why.clone())));
         }
-        self.session.limit_time(Some(self.time));
-        let outcome = guest_sql::execute(&mut self.session, statement, params).await;
-        self.session.limit_time(None);
+        let outcome = guest_sql::execute(&mut self.session, self.guests, statement, params).await;
         self.conclude(outcome)
     }
 

@@ -1,0 +1,200 @@
+-- The door: how the transaction of a delivery, which runs as the app's own role, reaches the platform's tables.
+--
+-- A worker's statements run in the same session as the host's own ones, so the role alone cannot tell them apart. The
+-- functions of the door therefore ask for a *token*: a code over the transaction's id, made with a key that only the
+-- platform's role can read. The host sends it as a bound parameter. A guest cannot make one, finds it in no text of a
+-- statement, and could use one that it found somewhere neither in another transaction nor after this one.
+
+create schema oncely_door;
+
+-- The key of the tokens; one row.
+create table oncely.door_key (
+    key bytea not null constraint door_key_length check (octet_length(key) = 32)
+);
+create unique index door_key_is_one on oncely.door_key ((true));
+insert into oncely.door_key
+select decode(replace(gen_random_uuid()::text || gen_random_uuid()::text, '-', ''), 'hex');
+
+-- The roles that apps log in as. Every host of this database needs the password; nobody but the platform's role reads it.
+create table oncely.app_login (
+    role       text        constraint app_login_pk primary key,
+    password   text        not null default replace(gen_random_uuid()::text || gen_random_uuid()::text, '-', ''),
+    created_at timestamptz not null default now()
+);
+
+-- The token of this transaction for a purpose: sha256(key, sha256(key, purpose:transaction)).
+create function oncely.tx_token(purpose text) returns bytea
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+    secret bytea;
+begin
+    select key into strict secret from oncely.door_key;
+    return sha256(secret || sha256(secret || convert_to(purpose || ':' || pg_current_xact_id()::text, 'UTF8')));
+end $$;
+
+create function oncely.check_token(token bytea) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+begin
+    if token is distinct from oncely.tx_token('door') then
+        raise exception using errcode = 'ONC01', message = 'only the host may use the platform''s functions';
+    end if;
+end $$;
+
+-- Every transaction of a guest's session leaves a mark that is looked at when it commits; see `refuse_early_commit`. The
+-- marks are deleted as they are made: what remains is the look.
+create unlogged table oncely.mark (
+    xid xid8 not null
+);
+
+create function oncely.refuse_early_commit() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+begin
+    if current_setting('oncely.finish', true) is distinct from encode(oncely.tx_token('finish'), 'hex') then
+        raise exception using errcode = 'ONC02', message = 'only the host ends the transaction of a delivery';
+    end if;
+    return null;
+end $$;
+
+-- The host shows a second token right before it commits. A commit that a guest sends fails and takes everything back.
+create constraint trigger mark_is_committed_by_the_host after insert on oncely.mark
+    deferrable initially deferred for each row execute function oncely.refuse_early_commit();
+
+create function oncely_door.guard() returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+    place tid;
+begin
+    insert into oncely.mark values (pg_current_xact_id()) returning ctid into place;
+    delete from oncely.mark where ctid = place;
+end $$;
+
+-- Claims event ids, sorted. `payload_sha256` is that of a record that was there before this statement.
+create function oncely_door.claim(
+    token bytea, worker text, event_ids text[], payloads bytea[], streams text[], sequences bigint[]
+) returns table (event_id text, fresh boolean, payload_sha256 bytea, attempts bigint)
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+begin
+    perform oncely.check_token($1);
+    return query
+    with given as (
+        select * from unnest($3, $4, $5, $6) as given (event_id, payload_sha256, stream, stream_sequence)
+    ), inserted as (
+        insert into oncely.inbox (worker, event_id, state, payload_sha256, stream, stream_sequence)
+        select $2, event_id, 'done', payload_sha256, stream, stream_sequence from given order by event_id
+        on conflict do nothing
+        returning event_id
+    )
+    select given.event_id, inserted.event_id is not null, inbox.payload_sha256,
+        (select coalesce(max(attempt), 0) from oncely.attempt
+         where attempt.worker = $2 and attempt.event_id = given.event_id)::bigint
+    from given
+        left join inserted on inserted.event_id = given.event_id
+        left join oncely.inbox on inbox.worker = $2 and inbox.event_id = given.event_id;
+end $$;
+
+-- What the inbox holds now.
+create function oncely_door.look(token bytea, worker text, event_ids text[])
+returns table (event_id text, payload_sha256 bytea)
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+begin
+    perform oncely.check_token($1);
+    return query select event_id, payload_sha256 from oncely.inbox where worker = $2 and event_id = any($3);
+end $$;
+
+-- Gives claims of this transaction back.
+create function oncely_door.unclaim(token bytea, worker text, event_ids text[]) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+begin
+    perform oncely.check_token($1);
+    delete from oncely.inbox where worker = $2 and event_id = any($3) and xmin = pg_current_xact_id()::xid;
+end $$;
+
+create function oncely_door.load_state(token bytea, worker text, keys text[])
+returns table (key text, value bytea, version bigint)
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+begin
+    perform oncely.check_token($1);
+    return query select key, value, version from oncely.state where worker = $2 and key = any($3);
+end $$;
+
+-- Writes each key that still has the version that was expected, and returns how many. Keys are locked in their order
+-- first, so that two batches wait for each other and do not deadlock.
+create function oncely_door.save_state(
+    token bytea, worker text, keys text[], expected bigint[], new_values bytea[], versions bigint[]
+) returns bigint
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+declare
+    written bigint;
+begin
+    perform oncely.check_token($1);
+    with given as (
+        select * from unnest($3, $4, $5, $6) as given (key, expected, value, version)
+    ), locked as materialized (
+        select key, version from oncely.state where worker = $2 and key = any($3) order by key for update
+    ), unmoved as (
+        select given.* from given join locked on locked.key = given.key and locked.version = given.expected
+    ), deleted as (
+        delete from oncely.state using unmoved
+        where state.worker = $2 and state.key = unmoved.key and unmoved.value is null
+        returning 1
+    ), updated as (
+        update oncely.state set value = unmoved.value, version = unmoved.version, updated_at = now()
+        from unmoved
+        where state.worker = $2 and state.key = unmoved.key and unmoved.value is not null
+        returning 1
+    ), inserted as (
+        insert into oncely.state (worker, key, value, version)
+        select $2, key, value, version from given where expected is null order by key
+        on conflict do nothing
+        returning 1
+    )
+    select (select count(*) from deleted) + (select count(*) from updated) + (select count(*) from inserted)
+    into strict written;
+    return written;
+end $$;
+
+-- Appends outputs in their order. Those without a delay are leased for `lease` microseconds, and returned with the time.
+create function oncely_door.append(
+    token bytea, workers text[], ids text[], event_ids text[], ordinals integer[], subjects text[], headers text[],
+    bodies bytea[], ordering_keys text[], delays bigint[], lease bigint
+) returns table (seq bigint, first_attempt_at bigint)
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+begin
+    perform oncely.check_token($1);
+    return query
+    with clock as (select clock_timestamp() as now)
+    insert into oncely.outbox (worker, id, event_id, ordinal, subject, headers, body, ordering_key, leased_until,
+        first_attempt_at)
+    select worker, id, event_id, ordinal, subject, headers, body, ordering_key,
+        now + case when delay = 0 then $11 else delay end * interval '1 microsecond',
+        case when delay = 0 then now end
+    from clock, unnest($2, $3, $4, $5, $6, $7, $8, $9, $10) with ordinality
+        as given (worker, id, event_id, ordinal, subject, headers, body, ordering_key, delay, place)
+    order by place
+    returning seq, (extract(epoch from first_attempt_at) * 1000000)::bigint;
+end $$;
+
+-- Makes the app's login role and gives it the password that is kept for it, if either is new or `again` asks for it. The
+-- password stands in no statement that a client sends, so a log of statements does not show it.
+create function oncely.keep_login(login text, again boolean) returns void
+language plpgsql set search_path = pg_catalog, pg_temp set password_encryption = 'scram-sha-256' as $$
+declare
+    is_new boolean := not exists (select from pg_roles where rolname = login);
+begin
+    if is_new then
+        execute format('create role %I login nosuperuser noinherit nocreatedb nocreaterole', login);
+    end if;
+    insert into oncely.app_login (role) values (login) on conflict do nothing;
+    if found or is_new or again then
+        execute format('alter role %I password %L', login, (select password from oncely.app_login where role = login));
+    end if;
+end $$;
+
+revoke all on all functions in schema oncely from public;
+revoke all on all functions in schema oncely_door from public;

@@ -1,0 +1,284 @@
+//! The documents are true: what the README shows is run as it stands there, and every `oncely` command line parses.
+//!
+//! Three marks, invisible to readers, stand in a line above a fenced block:
+//! `<!-- file: NAME -->` says that the block is a file; `<!-- session: NAME -->` that its lines with `$` are commands
+//! and the others what they print. A `…` in what they print stands for anything, and lines may be left out.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use support::guests::{oncely, repository, target_dir};
+use support::world::{PATIENCE, signal};
+
+/// What `oncely dev` says last.
+const READY: &str = "ready; stop with Ctrl-C";
+
+/// Building a worker for the first time may mean building a standard library.
+const BUILD_PATIENCE: Duration = Duration::from_secs(600);
+
+/// A fenced block with the mark above it.
+struct Block {
+    mark: Option<(String, String)>,
+    language: String,
+    text: String,
+}
+
+/// A command, and the lines that are shown of what it prints.
+#[derive(Debug, PartialEq, Eq)]
+struct Shown {
+    command: String,
+    output: Vec<String>,
+}
+
+/// The fenced blocks of a document.
+fn blocks(markdown: &str) -> Vec<Block> {
+    let mut blocks = Vec::new();
+    let mut mark = None;
+    let mut lines = markdown.lines();
+    while let Some(line) = lines.next() {
+        if let Some(language) = line.strip_prefix("```") {
+            let text: Vec<&str> = lines.by_ref().take_while(|line| *line != "```").collect();
+            blocks.push(Block { mark: mark.take(), language: language.to_owned(), text: text.join("\n") + "\n" });
+        } else {
+            let inner = line.strip_prefix("<!-- ").and_then(|rest| rest.strip_suffix(" -->"));
+            mark = inner.and_then(|inner| inner.split_once(": ")).map(|(kind, name)| (kind.into(), name.into()));
+        }
+    }
+    blocks
+}
+
+/// The blocks with a mark of this kind whose name fits.
+fn marked<'b>(
+    blocks: &'b [Block],
+    kind: &str,
+    fits: impl Fn(&str) -> bool,
+) -> impl Iterator<Item = (&'b str, &'b Block)> {
+    blocks.iter().filter_map(move |block| match &block.mark {
+        Some((own, name)) if own == kind && fits(name) => Some((name.as_str(), block)),
+        _ => None,
+    })
+}
+
+/// The commands of a session, in order.
+fn session(markdown: &str, name: &str) -> Vec<Shown> {
+    let mut shown: Vec<Shown> = Vec::new();
+    for (_, block) in marked(&blocks(markdown), "session", |own| own == name) {
+        for line in block.text.lines() {
+            match (line.strip_prefix("$ "), shown.last_mut()) {
+                (Some(command), _) => shown.push(Shown { command: command.to_owned(), output: Vec::new() }),
+                (None, Some(last)) => last.output.push(line.to_owned()),
+                (None, None) => {}
+            }
+        }
+    }
+    shown
+}
+
+/// Whether a line is the one that is shown; `…` stands for anything, and so does more room between words.
+fn is_shown(shown: &str, line: &str) -> bool {
+    let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let (shown, line) = (words(shown), words(line));
+    let mut parts = shown.split('…').map(str::trim);
+    let Some(mut rest) = parts.next().and_then(|first| line.strip_prefix(first)) else { return false };
+    let parts: Vec<&str> = parts.collect();
+    for part in &parts {
+        let Some(at) = rest.find(part) else { return false };
+        rest = rest.split_at(at + part.len()).1;
+    }
+    rest.is_empty() || parts.last().is_some_and(|last| last.is_empty())
+}
+
+/// Whether all lines shown are among those printed, in their order.
+fn all_shown(shown: &[String], printed: &str) -> bool {
+    let mut printed = printed.lines();
+    shown.iter().all(|shown| printed.any(|line| is_shown(shown, line)))
+}
+
+/// A terminal in a folder, with the program on its path and at most one `oncely dev` that runs in it.
+struct Terminal {
+    folder: PathBuf,
+    path: String,
+    dev: Option<Child>,
+}
+
+impl Terminal {
+    fn open(folder: &Path, tools: &Path) -> Result<Self> {
+        let program = oncely()?;
+        let path = std::env::var("PATH").unwrap_or_default();
+        let program = program.parent().context("find the program's folder")?.display();
+        let path = format!("{program}:{path}:{}", sqlite_shell(tools)?.display());
+        Ok(Terminal { folder: folder.to_owned(), path, dev: None })
+    }
+
+    fn shell(&self, command: &str) -> Result<Command> {
+        let mut shell = Command::new("bash");
+        shell.args(["-c", command]).current_dir(&self.folder).env("PATH", &self.path).env("NO_COLOR", "1");
+        // The workers share what they are built from with all other guests.
+        let target = target_dir()?;
+        shell.env("CARGO_TARGET_DIR", target.parent().context("find the target folder")?);
+        shell.env_remove("ONCELY_HOST").env_remove("ONCELY_TOKEN");
+        shell.stdin(Stdio::null());
+        Ok(shell)
+    }
+
+    /// Runs a command and compares what it prints with what is shown.
+    fn run(&mut self, shown: &Shown) -> Result<()> {
+        if shown.command.starts_with("oncely dev") {
+            return self.start_dev(shown);
+        }
+        // Commands that only look may come before what they look for.
+        let looks = ["oncely status", "oncely dlq", "oncely workers", "sqlite3"];
+        let looks = looks.iter().any(|look| shown.command.starts_with(look));
+        let end = Instant::now() + if looks { PATIENCE } else { Duration::ZERO };
+        loop {
+            let output = self.shell(&shown.command)?.output().context("run a shell")?;
+            let printed = [output.stdout, output.stderr].concat();
+            let printed = String::from_utf8_lossy(&printed);
+            if output.status.success() && all_shown(&shown.output, &printed) {
+                return Ok(());
+            }
+            if Instant::now() > end {
+                bail!("`{}` is shown with\n{}\nbut printed\n{printed}", shown.command, shown.output.join("\n"));
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Starts `oncely dev` and waits until it is ready.
+    fn start_dev(&mut self, shown: &Shown) -> Result<()> {
+        let log = self.folder.join("dev.log");
+        let file = std::fs::File::create(&log).context("make a log")?;
+        let mut shell = self.shell(&format!("exec {}", shown.command))?;
+        shell.stdout(file.try_clone().context("share the log")?).stderr(file);
+        let dev = self.dev.insert(shell.spawn().context("start a shell")?);
+        let end = Instant::now() + BUILD_PATIENCE;
+        loop {
+            let printed = std::fs::read_to_string(&log).context("read the log")?;
+            if printed.lines().any(|line| line == READY) {
+                ensure!(all_shown(&shown.output, &printed), "`{}` printed\n{printed}", shown.command);
+                return Ok(());
+            }
+            let ended = dev.try_wait().context("look after `oncely dev`")?;
+            ensure!(ended.is_none() && Instant::now() < end, "`{}` is not ready:\n{printed}", shown.command);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Ctrl-C.
+    fn stop(&mut self) -> Result<()> {
+        if let Some(mut dev) = self.dev.take() {
+            signal(dev.id(), "INT")?;
+            let status = dev.wait().context("wait for `oncely dev`")?;
+            ensure!(status.success(), "`oncely dev` ended with {status}");
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        let _ = self.stop();
+    }
+}
+
+/// A folder with a `sqlite3` of Python's, for machines that have no other.
+fn sqlite_shell(tools: &Path) -> Result<PathBuf> {
+    use std::os::unix::fs::PermissionsExt;
+    let script = "#!/usr/bin/env python3\nimport sqlite3, sys\nfor row in sqlite3.connect(sys.argv[1]).execute(sys.argv[2]):\n    \
+                  print(*row, sep='|')\n";
+    let path = tools.join("sqlite3");
+    std::fs::write(&path, script).context("write a sqlite3")?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).context("make it a program")?;
+    Ok(tools.to_owned())
+}
+
+fn read(name: &str) -> Result<String> {
+    std::fs::read_to_string(repository().join(name)).with_context(|| format!("read {name}"))
+}
+
+/// Runs a session of the README in `folder`.
+fn run_session(name: &str, folder: &Path, tools: &Path) -> Result<()> {
+    let commands = session(&read("README.md")?, name);
+    ensure!(commands.len() > 2, "the README has no session `{name}` any more");
+    let mut terminal = Terminal::open(folder, tools)?;
+    for command in &commands {
+        terminal.run(command).with_context(|| format!("session {name}"))?;
+    }
+    terminal.stop()
+}
+
+#[test]
+fn the_payments_session_of_the_readme_runs_as_it_is_shown() -> Result<()> {
+    let clone = tempfile::tempdir()?;
+    std::os::unix::fs::symlink(repository().join("examples"), clone.path().join("examples"))?;
+    let tools = tempfile::tempdir()?;
+    run_session("payments", clone.path(), tools.path())
+}
+
+#[test]
+fn a_worker_made_from_nothing_but_the_readme_runs_as_it_is_shown() -> Result<()> {
+    let beside = tempfile::tempdir()?;
+    std::os::unix::fs::symlink(repository(), beside.path().join("oncely"))?;
+    let readme = blocks(&read("README.md")?);
+    for (name, block) in marked(&readme, "file", |_| true) {
+        let path = beside.path().join(name);
+        std::fs::create_dir_all(path.parent().context("find its folder")?)?;
+        std::fs::write(path, &block.text)?;
+    }
+    // With the versions that all other tests use.
+    std::fs::copy(repository().join("Cargo.lock"), beside.path().join("orders/Cargo.lock"))?;
+    let tools = tempfile::tempdir()?;
+    run_session("orders", &beside.path().join("orders"), tools.path())
+}
+
+/// All documents for people.
+fn documents() -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for folder in ["", "docs", "examples/payments", "examples/python"] {
+        for entry in std::fs::read_dir(repository().join(folder))? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == "md") {
+                found.push(path);
+            }
+        }
+    }
+    Ok(found)
+}
+
+#[test]
+fn every_command_line_in_the_documents_parses() -> Result<()> {
+    let program = oncely()?;
+    let mut checked = 0;
+    for path in documents()? {
+        let text = std::fs::read_to_string(&path)?;
+        for block in blocks(&text).iter().filter(|block| ["sh", "console"].contains(&block.language.as_str())) {
+            for line in block.text.lines().map(|line| line.strip_prefix("$ ").unwrap_or(line)) {
+                // Variables may stand before it.
+                let is_ours = line.split_whitespace().find(|word| !word.contains('=')) == Some("oncely");
+                if !is_ours {
+                    continue;
+                }
+                let script = format!("oncely() {{ '{}' \"$@\" --help >/dev/null; }}; {line}", program.display());
+                let output = Command::new("bash").args(["-c", &script]).output().context("run a shell")?;
+                let said = String::from_utf8_lossy(&output.stderr);
+                ensure!(output.status.success(), "{}: `{line}`: {said}", path.display());
+                checked += 1;
+            }
+        }
+    }
+    ensure!(checked > 20, "only {checked} command lines were found");
+    Ok(())
+}
+
+#[test]
+fn what_is_shown_is_compared_word_by_word() {
+    assert!(is_shown("a  b", " a b"));
+    assert!(is_shown("nats: nats://127.0.0.1:…", "   nats: nats://127.0.0.1:4222"));
+    assert!(is_shown("x … z", "x y y z"));
+    assert!(!is_shown("x … z", "x y z more"));
+    assert!(!is_shown("a", "a b"));
+    let shown = [String::from("a"), String::from("c")];
+    assert!(all_shown(&shown, "a\nb\nc") && !all_shown(&shown, "c\na"));
+}
