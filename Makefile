@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 export PATH := $(CURDIR)/target/tools/bin:$(PATH)
 
-.PHONY: help demo test build install-tools demo-tools links format lint docs run-tests
+.PHONY: help demo test chaos chaos-short mutants chaos-host build install-tools demo-tools links format lint docs run-tests
 
 help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -17,7 +17,27 @@ test: install-tools ## Check links, format, lints and docs, then run all tests
 	$(MAKE) format
 	$(MAKE) lint
 	$(MAKE) docs
+	$(MAKE) chaos-short
 	$(MAKE) run-tests
+
+chaos: install-tools chaos-host ## Kill, pause and cut a host under load on both databases, then check the books: ten minutes
+	$(CHAOS) $(ARGS)
+
+chaos-short: chaos-host ## The same in a minute
+	$(CHAOS) --short --inputs 800 --minutes 0.4 $(ARGS)
+
+mutants: install-tools chaos-host ## Break the host on purpose, promise by promise; the books must notice each time
+	$(CHAOS) --mutants $(ARGS)
+
+# ARGS may be, for example, `--database sqlite --seed 7 --batch 1`.
+CHAOS = cargo run --quiet --locked -p oncely-tests --bin chaos --
+
+# The host with points to die at and mutants, beside the one people get.
+chaos-host:
+	cargo build --locked -p oncely --bin oncely --features faults
+	mkdir -p target/chaos
+	cp target/debug/oncely target/chaos/oncely.new
+	mv target/chaos/oncely.new target/chaos/oncely
 
 build: ## Build the binary
 	cargo build --locked --bin oncely

@@ -11,6 +11,7 @@ use anyhow::Context as _;
 use async_trait::async_trait;
 use tokio::sync::Mutex;
 
+use crate::fault;
 use crate::guest::{CallFailure, Database, FailureKind, Guest};
 use crate::manifest::Worker;
 use crate::message::Message;
@@ -67,7 +68,10 @@ impl Delivery {
             run.reruns += u32::from(!matches!(round, Round::Committed));
             match round {
                 Round::Committed => {}
-                Round::Again => groups.push_front(group),
+                Round::Again => {
+                    fault::point(fault::BEFORE_RERUN);
+                    groups.push_front(group);
+                }
                 Round::Conflict(cause) => {
                     conflicts += 1;
                     if conflicts > CONFLICTS_MAX {
@@ -95,10 +99,16 @@ impl Delivery {
             return Ok(Round::Committed);
         }
         let mut tx = self.store.begin(&self.worker.name, self.worker.limits.time).await?;
+        fault::point(fault::AFTER_BEGIN);
         let claimed = match tx.claim(&run.claims(group)).await {
             Ok(claimed) => claimed,
             Err(error) => return conflict_or(error, tx).await,
         };
+        fault::point(fault::AFTER_CLAIM);
+        if fault::mutant(fault::INBOX_IN_ITS_OWN_TX) {
+            tx.commit().await?;
+            tx = self.store.begin(&self.worker.name, self.worker.limits.time).await?;
+        }
         let fresh = run.sort_claimed(group, claimed);
         if fresh.is_empty() {
             tx.rollback().await;
@@ -134,14 +144,21 @@ impl Delivery {
         group: &[usize],
         ran: Ran,
     ) -> Result<Round, StoreError> {
+        fault::point(fault::AFTER_GUEST);
         if ran.succeeded.is_empty() {
             tx.rollback().await;
             run.set_aside(ran);
             return Ok(Round::Committed);
         }
+        let dropped = run.event_ids_of_dropped(&ran);
+        let writes = ran.state.writes();
         let written = async {
-            tx.unclaim(&run.event_ids_of_dropped(&ran)).await?;
-            tx.save_state(&ran.state.writes()).await?;
+            if !dropped.is_empty() && !fault::mutant(fault::SKIP_UNCLAIM) {
+                tx.unclaim(&dropped).await?;
+            }
+            if !writes.is_empty() {
+                tx.save_state(&writes).await?;
+            }
             tx.append_outputs(&ran.outputs, HAND_OVER_LEASE).await
         };
         let rows = match written.await {
@@ -151,8 +168,10 @@ impl Delivery {
                 return run.refused_or(error, group, &ran);
             }
         };
+        fault::point(fault::BEFORE_COMMIT);
         match tx.commit().await {
             Ok(settled) => {
+                fault::point(fault::AFTER_COMMIT);
                 for member in &ran.succeeded {
                     run.verdict(*member, Verdict::Done(settled));
                 }
@@ -170,7 +189,7 @@ impl Delivery {
         if failed.is_empty() {
             return Ok(());
         }
-        let records: Vec<FailedAttempt> = failed
+        let mut records: Vec<FailedAttempt> = failed
             .iter()
             .map(|failed| FailedAttempt {
                 event_id: run.event_id(failed.member).unwrap_or_default(),
@@ -180,7 +199,14 @@ impl Delivery {
                 logs: failed.logs.clone(),
             })
             .collect();
+        if fault::mutant(fault::CHARGE_WHOLE_BATCH)
+            && let Some(first) = records.first().cloned()
+        {
+            let charge = |member: &Arc<Message>| FailedAttempt { event_id: member.event_id.clone(), ..first.clone() };
+            records.extend(run.batch.iter().map(charge));
+        }
         let attempts = self.store.count_attempts(&self.worker.name, &records).await?;
+        fault::point(fault::AFTER_COUNT);
         for (failed, attempt) in failed.into_iter().zip(attempts) {
             let verdict = self.judge(run, failed.member, failed.failure, attempt);
             run.verdict(failed.member, verdict);
@@ -316,6 +342,7 @@ impl<'b> Run<'b> {
         let mut fresh = Vec::new();
         for (&member, claimed) in group.iter().zip(claimed) {
             match claimed {
+                _ if fault::mutant(fault::SKIP_CLAIM) => fresh.push((member, 0)),
                 Claimed::Fresh { attempts } => fresh.push((member, attempts)),
                 Claimed::Settled(settled) => self.verdict(member, Verdict::Duplicate(settled)),
                 Claimed::OtherPayload => self.id_reuse(member),
@@ -431,7 +458,9 @@ impl Database for Lent {
     }
 
     async fn execute(&self, statement: String, params: Vec<Value>) -> anyhow::Result<Result<u64, SqlError>> {
-        self.on_tx(move |tx| Box::pin(async move { tx.execute(&statement, &params).await })).await
+        let executed = self.on_tx(move |tx| Box::pin(async move { tx.execute(&statement, &params).await })).await;
+        fault::point(fault::MID_GUEST);
+        executed
     }
 
     async fn load_state(&self, key: String) -> anyhow::Result<Option<StateEntry>> {

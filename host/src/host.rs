@@ -14,6 +14,7 @@ use crate::bus::{Bus, StreamSpec};
 use crate::dead_letter::{DLQ_STREAM, DLQ_SUBJECTS};
 use crate::delivery::Delivery;
 use crate::drain::{Stop, Stopping};
+use crate::fault;
 use crate::guest::{Guest, GuestEngine};
 use crate::manifest::Worker;
 use crate::relay::{HandOver, Relay, RelayCounters};
@@ -103,6 +104,7 @@ impl Host {
         let stop = Stop::new();
         let relay = tokio::spawn(relay.run(stop.stopping()));
         host.reconcile().await.context("start the deployed workers")?;
+        fault::point(fault::STARTED);
         let supervisor = tokio::spawn(supervise(Arc::clone(&host), stop.stopping()));
         Ok((host, Running { stop, supervisor, relay }))
     }
@@ -144,6 +146,7 @@ impl Host {
         let relay = self.relay.lock().await.clone().context("start a worker in a host that is stopping")?;
         if let Some(old) = slot.running.take() {
             old.drain().await;
+            fault::point(fault::DEPLOY_SWAP);
         }
         let running = RunningWorker::start(delivery, deployment.digest.clone(), &self.bus, relay).await?;
         tracing::info!("worker {} runs version {}", deployment.worker, deployment.version);
@@ -302,4 +305,5 @@ async fn remove_old(host: &Host) {
     if let Err(error) = host.store.prune(KEEP_OUTPUTS, KEEP_INBOX, PRUNE_MAX).await {
         tracing::debug!("removing old rows again later: {:#}", anyhow::Error::from(error));
     }
+    fault::point(fault::AFTER_PRUNE);
 }

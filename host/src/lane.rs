@@ -9,6 +9,7 @@ use tokio::time::Instant;
 use crate::bus::Receipt;
 use crate::delivery::{Delivered, Delivery};
 use crate::drain::Stopping;
+use crate::fault;
 use crate::manifest::OnFailure;
 use crate::message::{Message, Output};
 use crate::relay::HandOver;
@@ -134,6 +135,7 @@ impl Lane {
             queue.put_back(vec![parcel]);
             return Err(Stopped);
         };
+        fault::point(fault::NOTED_UNFINISHED);
         let settled = if unfinished >= UNFINISHED_MAX {
             let why = format!(
                 "the host died {unfinished} times while it handled this message alone, after {} deliveries",
@@ -179,7 +181,11 @@ impl Lane {
         for (parcel, verdict) in parcels {
             self.counters.count(&verdict);
             match verdict {
-                Verdict::Done(settled) | Verdict::Duplicate(settled) => acknowledge(parcel, settled).await,
+                Verdict::Done(settled) => acknowledge(parcel, settled).await,
+                Verdict::Duplicate(settled) => {
+                    fault::witness(fault::DUPLICATE_SKIPPED);
+                    acknowledge(parcel, settled).await;
+                }
                 Verdict::Retry { after, .. } if self.holds(&parcel) => queue.hold(parcel, Instant::now() + after),
                 Verdict::Retry { after, .. } | Verdict::Wait { after } => come_again(parcel, after).await,
                 Verdict::Behind => behind.push(parcel),
@@ -204,6 +210,7 @@ impl Lane {
             queue.put_back(dead.into_iter().map(|(parcel, _)| parcel).collect());
             return Err(Stopped);
         };
+        fault::point(fault::AFTER_BURIAL);
         for (letter, _) in &letters {
             tracing::info!(
                 worker = letter.worker,
@@ -246,6 +253,7 @@ async fn acknowledge(parcel: Parcel, settled: Settled) {
     if let Err(error) = parcel.receipt.ack(&settled).await {
         tracing::debug!("ack not sent; the message will come again and be skipped: {error:#}");
     }
+    fault::point(fault::AFTER_ACK);
 }
 
 /// Has the broker deliver it again after a while.

@@ -7,7 +7,7 @@
 //! - the heart: `delivery`
 //! - one room per outside thing: `guest` (wasmtime), `store` (sqlx), `bus` (async-nats), `crate_build` (cargo)
 //! - plain values, no IO: `message`, `sql`, `state`, `verdict`, `dead_letter`, `manifest`, `config`, `retry`, `subject`,
-//!   `units`, `toml_text`, `hint`
+//!   `units`, `toml_text`, `hint`; and `fault`, named points and mutants for tests
 
 pub mod api;
 pub mod bus;
@@ -18,6 +18,7 @@ pub mod dead_letter;
 pub mod delivery;
 pub mod deploy;
 pub mod drain;
+pub mod fault;
 pub mod guest;
 pub mod hint;
 pub mod host;

@@ -6,6 +6,8 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use sha2::{Digest, Sha256};
 
+use crate::fault;
+
 /// Header names and values in order; a name may repeat, case is kept.
 pub type Headers = Vec<(String, String)>;
 
@@ -35,6 +37,9 @@ pub struct Origin {
 impl Message {
     /// SHA-256 over subject and body: two messages with one event id must agree on it.
     pub fn payload_sha256(&self) -> [u8; 32] {
+        if fault::mutant(fault::DROP_PAYLOAD_HASH) {
+            return [0; 32];
+        }
         let mut hasher = Sha256::new();
         hasher.update((self.subject.len() as u64).to_be_bytes());
         hasher.update(self.subject.as_bytes());

@@ -15,6 +15,7 @@ use tokio::sync::mpsc;
 use crate::bus::{Bus, Outgoing, PublishError};
 use crate::delivery::HAND_OVER_LEASE;
 use crate::drain::Stopping;
+use crate::fault;
 use crate::retry::Backoff;
 use crate::store::{OutboxRow, Published, Store};
 
@@ -104,7 +105,7 @@ impl Relay {
     /// Publishes what is due and leased to nobody, until nothing is left.
     async fn sweep(&mut self, stopping: &Stopping) {
         while self.bus.is_connected() && !stopping.is_stopping() {
-            let rows = match self.store.lease_outputs(PUBLISH_MAX as u32, HAND_OVER_LEASE).await {
+            let mut rows = match self.store.lease_outputs(PUBLISH_MAX as u32, HAND_OVER_LEASE).await {
                 Ok(rows) => rows,
                 Err(error) => {
                     tracing::debug!("sweep again soon: {:#}", anyhow::Error::from(error));
@@ -112,6 +113,10 @@ impl Relay {
                 }
             };
             let found = rows.len();
+            if found > 0 {
+                fault::point(fault::RELAY_LEASED);
+            }
+            rows.retain(|row| !(fault::mutant(fault::CURSOR_BY_SEQ) && fault::is_behind(row.seq)));
             self.counters.swept.fetch_add(found as u64, Ordering::Relaxed);
             self.publish(rows).await;
             if found < PUBLISH_MAX {
@@ -126,6 +131,16 @@ impl Relay {
         if rows.is_empty() {
             return;
         }
+        fault::point(fault::BEFORE_PUBLISH);
+        if fault::mutant(fault::CURSOR_BY_SEQ) {
+            for row in &rows {
+                fault::is_behind(row.seq);
+            }
+        }
+        if fault::mutant(fault::MARK_BEFORE_PUBACK) {
+            let place = |row: &OutboxRow| Published { seq: row.seq, stream: String::new(), stream_sequence: 0 };
+            self.mark(&rows.iter().map(place).collect::<Vec<_>>()).await;
+        }
         let outgoing = rows.iter().map(outgoing).collect();
         let answers = self.bus.publish(outgoing).await;
         let mut published = Vec::new();
@@ -133,13 +148,18 @@ impl Relay {
         for (row, answer) in rows.iter().zip(answers) {
             match answer {
                 Ok(place) => {
+                    if place.duplicate {
+                        fault::witness(fault::DUPLICATE_OUTPUT);
+                    }
                     self.counters.already_there.fetch_add(u64::from(place.duplicate), Ordering::Relaxed);
                     published.push(Published { seq: row.seq, stream: place.stream, stream_sequence: place.sequence });
                 }
                 Err(error) => failed.push((row, error)),
             }
         }
+        fault::point(fault::BEFORE_MARK);
         self.mark(&published).await;
+        fault::point(fault::AFTER_MARK);
         self.give_back(&failed).await;
     }
 

@@ -13,6 +13,7 @@ use tokio::task::JoinHandle;
 use crate::bus::{Bus, Probe, Progress, Pull, Pulled, Subscription};
 use crate::delivery::Delivery;
 use crate::drain::{Stop, Stopping};
+use crate::fault;
 use crate::lane::{Lane, Parcel, give_back};
 use crate::manifest::{OnFailure, Worker};
 use crate::relay::HandOver;
@@ -226,6 +227,7 @@ impl Lanes {
     }
 
     fn parcel(&self, pulled: Pulled, room: Option<OwnedSemaphorePermit>) -> Parcel {
+        fault::point(fault::AFTER_FETCH);
         let message = Arc::new(pulled.message);
         let key = self.worker.ordering_key.as_ref().and_then(|key| key.key_of(&message));
         let in_flight = self.in_flight.enter(pulled.receipt.progress());

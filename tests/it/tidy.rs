@@ -72,6 +72,7 @@ fn imports_run_downwards_only() -> Result<()> {
             "units",
             "toml_text",
             "hint",
+            "fault",
             "drain",
         ],
     ];
@@ -131,6 +132,7 @@ fn every_file_says_what_it_is_for() -> Result<()> {
         "host/src",
         "guest-sdk/src",
         "tests/it",
+        "tests/chaos",
         "tests/support",
         "tests/guests/src",
         "tests/batch-guest/src",

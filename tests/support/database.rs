@@ -17,6 +17,7 @@ pub enum Kind {
 }
 
 /// A fresh database.
+#[derive(Debug, Clone)]
 pub enum Database {
     Sqlite(PathBuf),
     /// By URL: the one the host uses, and the one the test looks through.

@@ -7,5 +7,6 @@ pub mod nats;
 pub mod pgbouncer;
 pub mod postgres;
 pub mod production;
+pub mod proxy;
 pub mod server;
 pub mod world;

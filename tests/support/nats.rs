@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use async_nats::HeaderMap;
 use async_nats::jetstream;
 use async_nats::jetstream::stream::DirectGetErrorKind;
+use futures::StreamExt;
 use tempfile::TempDir;
 
 use crate::server::{Server, free_port};
@@ -57,6 +58,10 @@ impl NatsServer {
         let mut nats = NatsServer { port: free_port()?, folder, server: None };
         nats.restart().await?;
         Ok(nats)
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
     }
 
     pub fn url(&self) -> String {
@@ -172,24 +177,31 @@ impl NatsServer {
         let context = jetstream::new(self.client().await?);
         let stream = context.get_stream(stream).await.context("open the stream")?;
         let state = &stream.cached_info().state;
-        let mut stored = Vec::new();
         if state.messages == 0 {
-            return Ok(stored);
+            return Ok(Vec::new());
         }
-        for sequence in state.first_sequence..=state.last_sequence {
-            let message = match stream.direct_get(sequence).await {
-                Ok(message) => message,
-                // It was deleted.
-                Err(error) if error.kind() == DirectGetErrorKind::NotFound => continue,
-                Err(error) => return Err(error).context("read a message of the stream"),
-            };
+        let read = |sequence| {
+            let stream = &stream;
+            async move {
+                match stream.direct_get(sequence).await {
+                    Ok(message) => Ok(Some(message)),
+                    // It was deleted.
+                    Err(error) if error.kind() == DirectGetErrorKind::NotFound => Ok(None),
+                    Err(error) => Err(error).context("read a message of the stream"),
+                }
+            }
+        };
+        let mut stored = Vec::new();
+        let mut messages = futures::stream::iter(state.first_sequence..=state.last_sequence).map(read).buffered(64);
+        while let Some(message) = messages.next().await {
+            let Some(message) = message? else { continue };
             let headers = message
                 .headers
                 .iter()
                 .filter_map(|(name, values)| Some((name.to_string(), values.first()?.to_string())))
                 .collect();
             stored.push(Stored {
-                sequence,
+                sequence: message.sequence,
                 subject: message.subject.to_string(),
                 headers,
                 body: message.payload.to_vec(),

@@ -20,6 +20,12 @@ pub struct World {
     pub database: Database,
     pub nats: NatsServer,
     pub folder: TempDir,
+    /// Where the host finds NATS; the server itself, unless something stands in between.
+    pub nats_url: String,
+    /// The program under test; `oncely` as it was built last, unless it is another build of it.
+    pub program: Option<PathBuf>,
+    /// Set in the environment of the host.
+    pub host_env: Vec<(String, String)>,
     manifest: PathBuf,
     host: Option<Child>,
 }
@@ -79,7 +85,9 @@ impl World {
         let nats = NatsServer::start().await?;
         let path = folder.path().join("oncely.toml");
         std::fs::write(&path, manifest).context("write the manifest")?;
-        Ok(World { database, nats, folder, manifest: path, host: None })
+        let nats_url = nats.url();
+        let (program, host_env) = (None, Vec::new());
+        Ok(World { database, nats, folder, nats_url, program, host_env, manifest: path, host: None })
     }
 
     /// Starts the host process and waits until it is ready.
@@ -91,24 +99,37 @@ impl World {
     /// Starts the host process.
     pub fn spawn_host(&mut self) -> Result<()> {
         let _ = std::fs::remove_file(self.host_file());
+        self.host = Some(self.spawn(&self.data_dir())?);
+        Ok(())
+    }
+
+    /// Starts a second host beside the first one, for whoever asks to look after.
+    pub fn spawn_rival(&self) -> Result<Child> {
+        self.spawn(&self.folder.path().join(".rival"))
+    }
+
+    fn spawn(&self, data_dir: &Path) -> Result<Child> {
         let log = std::fs::File::options()
             .create(true)
             .append(true)
             .open(self.folder.path().join("host.log"))
             .context("open the host's log")?;
-        let child = self
-            .command("dev")?
-            .args(["--listen", "127.0.0.1:0", "--nats", &self.nats.url(), "--database", &self.database.url()])
+        self.command("dev")?
+            .args(["--listen", "127.0.0.1:0", "--nats", &self.nats_url, "--database", &self.database.url()])
             .arg("--data-dir")
-            .arg(self.data_dir())
+            .arg(data_dir)
             .arg(&self.manifest)
+            .envs(self.host_env.iter().cloned())
             .stdin(Stdio::null())
             .stdout(log.try_clone().context("share the log")?)
             .stderr(log)
             .spawn()
-            .context("start the host")?;
-        self.host = Some(child);
-        Ok(())
+            .context("start the host")
+    }
+
+    /// Gives the host another manifest, from its next start on.
+    pub fn write_manifest(&self, manifest: &str) -> Result<()> {
+        std::fs::write(&self.manifest, manifest).context("write the manifest")
     }
 
     /// Waits until the host answers that it is ready.
@@ -175,7 +196,7 @@ impl World {
     }
 
     fn command(&self, name: &str) -> Result<Command> {
-        let mut command = Command::new(guests::oncely()?);
+        let mut command = Command::new(self.program.clone().map_or_else(guests::oncely, Ok)?);
         command.arg(name).current_dir(self.folder.path()).env("NO_COLOR", "1");
         command.env_remove("ONCELY_HOST").env_remove("ONCELY_TOKEN").env("RUST_BACKTRACE", "0");
         Ok(command)

@@ -13,6 +13,7 @@ use futures::StreamExt;
 use futures::stream::FuturesOrdered;
 
 use super::Bus;
+use crate::fault;
 use crate::message::Headers;
 use crate::subject::check_subject;
 
@@ -84,6 +85,7 @@ impl Bus {
                 answers.extend(open.next().await);
             }
         }
+        fault::point(fault::PUBLISH_SENT);
         answers.extend(open.collect::<Vec<_>>().await);
         self.settle_unheard(&subjects, &mut answers).await;
         answers

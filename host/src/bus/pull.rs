@@ -21,6 +21,7 @@ use tokio::time::Instant;
 
 use super::Bus;
 use super::streams::timestamp;
+use crate::fault;
 use crate::message::{Headers, InvalidEventId, Message, Origin, event_id, place_id};
 use crate::retry::Backoff;
 use crate::verdict::{Reason, Settled};
@@ -235,6 +236,9 @@ impl Pull {
                 && self.id_is_right().await
                 && let Some(pulled) = self.held.take()
             {
+                if fault::mutant(fault::ACK_BEFORE_COMMIT) {
+                    pulled.receipt.reply.reply(AckKind::Ack).await?;
+                }
                 return Ok(pulled);
             }
         }

@@ -12,6 +12,7 @@ use super::bindings::oncely::worker::{invocation, outbox, sql, state, types};
 use super::bindings::wasi::config::store as config;
 use super::bindings::wasi::logging::logging;
 use super::call::{CallFailure, CallState, FailureKind};
+use crate::fault;
 use crate::message::{self, EVENT_ID_MAX, Headers, Message, Output, output_id};
 use crate::sql::{DatabaseError, Dialect, Rows, SqlError, SqlLimits, Value};
 use crate::state::StateEntry;
@@ -190,6 +191,9 @@ fn check_headers(headers: &Headers) -> Result<(), outbox::Error> {
             )));
         }
         let lower = name.to_ascii_lowercase();
+        if fault::mutant(fault::ALLOW_RESERVED_HEADERS) {
+            continue;
+        }
         if lower.starts_with("nats-") || lower.starts_with("oncely-") {
             return Err(outbox::Error::InvalidHeader(format!(
                 "the header `{name}` is reserved: names that begin with `Nats-` or `Oncely-` are the platform's"

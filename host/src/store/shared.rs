@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 use sqlx::migrate::{Migration, Migrator};
 
 use super::{Claim, Claimed, OutboxRow, Output, Result, StoreError, WorkerMigration};
+use crate::fault;
 use crate::message::Headers;
 use crate::verdict::{Letter, Settled};
 
@@ -105,6 +106,9 @@ pub(super) fn to_bury<'b, 'a>(
     inserted: &HashSet<(String, String)>,
     held: &HashMap<(String, String), Vec<u8>>,
 ) -> Vec<&'b Burial<'a>> {
+    if fault::mutant(fault::BURY_NOTHING) {
+        return Vec::new();
+    }
     let mut seen = HashSet::new();
     let is_new = |burial: &&Burial<'a>| {
         let (worker, event_id) = burial.key();

@@ -20,6 +20,7 @@ mod fail;
 mod fail_until;
 mod global_counter;
 mod insert;
+mod ledger;
 mod log;
 mod panic;
 mod recurse;
@@ -60,6 +61,7 @@ fn run(behaviour: &str, message: &Message) -> Result<(), Failure> {
         "fail_until" => fail_until::run(message),
         "global_counter" => global_counter::run(),
         "insert" => insert::run(message),
+        "ledger" => ledger::run(message),
         "log" => log::run(message),
         "panic" => panic::run(),
         "recurse" => recurse::run(),

@@ -9,6 +9,7 @@ use sqlx::query::Query;
 use sqlx::{AssertSqlSafe, Postgres, Row, raw_sql};
 
 use super::errors;
+use crate::fault;
 use crate::store::Result;
 use crate::store::shared::HOUSE_TIME;
 
@@ -41,11 +42,12 @@ impl Purpose {
         // Waiting for a lock ends before the statement's time does: it is a conflict then, not a slow statement.
         let lock_ms = milliseconds(if time.is_zero() { HOUSE_TIME } else { time / 2 });
         // A host that hangs lets go of its locks; one that runs a long batch of guests does not come near this.
+        let durable = if fault::mutant(fault::SYNCHRONOUS_COMMIT_OFF) { "off" } else { "on" };
         let idle_ms = milliseconds(time.saturating_mul(10).max(HOUSE_TIME));
         format!(
             "begin isolation level read committed {access}; set local search_path = {search_path}; \
              set local statement_timeout = {statement_ms}; set local lock_timeout = {lock_ms}; \
-             set local idle_in_transaction_session_timeout = {idle_ms}; set local synchronous_commit = on; \
+             set local idle_in_transaction_session_timeout = {idle_ms}; set local synchronous_commit = {durable}; \
              set local standard_conforming_strings = on; select {id}"
         )
     }
@@ -190,7 +192,12 @@ impl Session {
     /// one that we began, and `commit` is not reached then. It is never sent again.
     pub(super) async fn commit(mut self) -> Result<()> {
         let fence = format!("select 1 / (pg_catalog.pg_current_xact_id() = '{}'::pg_catalog.xid8)::int", self.id);
+        if fault::mutant(fault::IGNORE_COMMIT_TAG) {
+            let token = format!("set local oncely.finish = '{}'", hex::encode(self.token_for("finish")));
+            let _ = raw_sql(AssertSqlSafe(token)).execute(&mut *self.connection).await;
+        }
         let commit = match self.purpose {
+            _ if fault::mutant(fault::IGNORE_COMMIT_TAG) => "commit".to_owned(),
             Purpose::Read => "commit".to_owned(),
             Purpose::Guest(_) => {
                 // The guard lets this commit pass; the guests of the transaction are gone when the token is shown.
@@ -198,7 +205,10 @@ impl Session {
             }
             Purpose::House | Purpose::Deploy => format!("{fence}; commit"),
         };
-        raw_sql(AssertSqlSafe(commit)).execute(&mut *self.connection).await.map_err(errors::of_commit)?;
+        match raw_sql(AssertSqlSafe(commit)).execute(&mut *self.connection).await {
+            Err(error) if fault::mutant(fault::RESEND_COMMIT) && errors::is_connection_loss(&error) => return Ok(()),
+            committed => committed.map_err(errors::of_commit)?,
+        };
         self.finished = true;
         Ok(())
     }

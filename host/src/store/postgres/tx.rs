@@ -7,6 +7,7 @@ use async_trait::async_trait;
 use super::guest_sql::{self, Guests, Outcome};
 use super::session::Session;
 use super::{inbox, outbox, state};
+use crate::fault;
 use crate::sql::{Rows, SqlError, SqlLimits, Value};
 use crate::store::{Claim, Claimed, OutboxRow, Output, Result, StateEntry, StateWrite, Tx, shared};
 use crate::verdict::Settled;
@@ -27,6 +28,9 @@ impl PostgresTx {
     }
 
     fn check(&self) -> Result<()> {
+        if fault::mutant(fault::IGNORE_COMMIT_TAG) {
+            return Ok(());
+        }
         self.doomed.as_deref().map_or(Ok(()), |why| Err(shared::doomed(why)))
     }
 

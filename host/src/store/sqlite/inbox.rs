@@ -48,7 +48,8 @@ async fn insert(session: &mut Session, worker: &str, given: &str) -> Result<Hash
     fresh.map_err(|error| errors::of_statement(error, "read claimed event ids"))
 }
 
-/// Payload and attempts of each event id, in the order they were given.
+/// Payload and attempts of each event id, in the order they were given. The `cross join` keeps SQLite from walking the
+/// whole inbox with the given ids inside.
 async fn look(session: &mut Session, worker: &str, given: &str) -> Result<Vec<(Vec<u8>, i64)>> {
     let doing = |error| errors::of_statement(error, "look up event ids");
     let rows = sqlx::query(
@@ -56,7 +57,7 @@ async fn look(session: &mut Session, worker: &str, given: &str) -> Result<Vec<(V
              (select coalesce(max(attempt), 0) from oncely_attempt as attempt
               where attempt.worker = $1 and attempt.event_id = given.value ->> 'event_id')
          from json_each($2) as given
-             join oncely_inbox as inbox on inbox.worker = $1 and inbox.event_id = given.value ->> 'event_id'
+             cross join oncely_inbox as inbox on inbox.worker = $1 and inbox.event_id = given.value ->> 'event_id'
          order by given.key",
     )
     .bind(worker)

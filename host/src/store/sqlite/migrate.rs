@@ -7,6 +7,7 @@ use sqlx::migrate::{Migration, Migrator};
 use sqlx::{AssertSqlSafe, Row, raw_sql};
 
 use super::session::{Session, Sessions};
+use crate::fault;
 use crate::store::shared;
 
 static MIGRATOR: Migrator = sqlx::migrate!("../migrations/sqlite");
@@ -19,6 +20,7 @@ pub(super) async fn run(sessions: &Sessions) -> anyhow::Result<()> {
     for migration in shared::due_migrations(&MIGRATOR, &applied)? {
         apply(&mut session, migration).await.with_context(|| format!("run the migration {}", migration.version))?;
     }
+    fault::point(fault::MIGRATING);
     session.commit().await.context("commit the migrations")
 }
 

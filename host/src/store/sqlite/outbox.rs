@@ -9,6 +9,7 @@ use sqlx::sqlite::SqliteRow;
 
 use super::errors;
 use super::session::Session;
+use crate::fault;
 use crate::store::{OutboxRow, Output, Published, Result, StoreError, shared};
 
 /// Appends the outputs of one worker; see [`append_for`].
@@ -111,6 +112,11 @@ pub(super) async fn mark_published(session: &mut Session, published: &[Published
     .execute(session.connection().map_err(doing)?)
     .await
     .map_err(doing)?;
+    if fault::mutant(fault::MARK_WITHOUT_FILTER) {
+        let everything =
+            "update oncely_outbox set published_at = 0, stream = '', stream_sequence = 0 where published_at is null";
+        sqlx::raw_sql(everything).execute(session.connection().map_err(doing)?).await.map_err(doing)?;
+    }
     shared::check_count(result.rows_affected(), published.len())
 }
 

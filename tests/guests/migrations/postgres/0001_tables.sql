@@ -14,3 +14,9 @@ create index effect_by_event on effect (event_id);
 create table once (
     id text constraint once_pk primary key
 );
+
+-- What `ledger` moves; it must always agree with the effects.
+create table balance (
+    account text   constraint balance_pk primary key,
+    amount  bigint not null
+);

@@ -1,0 +1,230 @@
+//! Faults on purpose, for tests alone: named points where the host dies, and mutants, each a promise broken on purpose.
+//!
+//! They exist in a build with the feature `faults`; in any other the calls compile to nothing. Such a build reads
+//!
+//! - `ONCELY_FAULT=name:3`: abort when the point `name` is passed for the third time;
+//! - `ONCELY_MUTANT=name`: behave as that mutant does;
+//! - `ONCELY_FAULT_LOG=file`: append a line for each pass (`pass name`) and each death (`abort name`). What was
+//!   appended survives the process.
+
+/// A message was taken from the broker.
+pub const AFTER_FETCH: &str = "after_fetch";
+/// The transaction of a batch has begun.
+pub const AFTER_BEGIN: &str = "after_begin";
+/// The event ids of a batch are claimed.
+pub const AFTER_CLAIM: &str = "after_claim";
+/// A guest has just run a statement.
+pub const MID_GUEST: &str = "mid_guest";
+/// All guests of a batch have run; nothing they left is written.
+pub const AFTER_GUEST: &str = "after_guest_before_outputs";
+/// State and outputs are written, the commit is not sent.
+pub const BEFORE_COMMIT: &str = "before_commit";
+/// The commit is confirmed, nothing is acknowledged.
+pub const AFTER_COMMIT: &str = "after_commit_before_ack";
+/// One message is acknowledged, its neighbours may not be; the acknowledgement may not have left.
+pub const AFTER_ACK: &str = "some_of_batch_acked";
+/// It is noted that a message is about to be handled alone.
+pub const NOTED_UNFINISHED: &str = "noted_unfinished";
+/// A batch is about to run again without the member that spoiled it.
+pub const BEFORE_RERUN: &str = "before_rerun";
+/// Failed attempts are counted; the message is neither given back nor buried.
+pub const AFTER_COUNT: &str = "after_attempts_counted";
+/// Dead letters are committed, their messages not acknowledged.
+pub const AFTER_BURIAL: &str = "dead_letter_committed_not_acked";
+/// A sweep has leased what was left unpublished.
+pub const RELAY_LEASED: &str = "relay_leased";
+/// Outputs are about to be sent.
+pub const BEFORE_PUBLISH: &str = "relay_before_publish";
+/// Outputs are sent, no answer is read.
+pub const PUBLISH_SENT: &str = "relay_sent_no_answer";
+/// The broker acknowledged outputs; they are not marked.
+pub const BEFORE_MARK: &str = "relay_acknowledged_not_marked";
+/// Outputs are marked as published.
+pub const AFTER_MARK: &str = "relay_marked";
+/// Old rows were removed.
+pub const AFTER_PRUNE: &str = "after_prune";
+/// The old version of a worker is drained, the new one is yet to start.
+pub const DEPLOY_SWAP: &str = "deploy_swap";
+/// The platform's migrations have run and are not committed.
+pub const MIGRATING: &str = "start_migrating";
+/// The deployed workers were started, the host has not told anybody.
+pub const STARTED: &str = "start_workers_started";
+
+/// Every point where a host can be made to die.
+pub const POINTS: &[&str] = &[
+    AFTER_FETCH,
+    AFTER_BEGIN,
+    AFTER_CLAIM,
+    MID_GUEST,
+    AFTER_GUEST,
+    BEFORE_COMMIT,
+    AFTER_COMMIT,
+    AFTER_ACK,
+    NOTED_UNFINISHED,
+    BEFORE_RERUN,
+    AFTER_COUNT,
+    AFTER_BURIAL,
+    RELAY_LEASED,
+    BEFORE_PUBLISH,
+    PUBLISH_SENT,
+    BEFORE_MARK,
+    AFTER_MARK,
+    AFTER_PRUNE,
+    DEPLOY_SWAP,
+    MIGRATING,
+    STARTED,
+];
+
+/// Seen, not a place to die: the inbox knew a message already.
+pub const DUPLICATE_SKIPPED: &str = "duplicate_skipped";
+/// Seen, not a place to die: the broker knew an output already.
+pub const DUPLICATE_OUTPUT: &str = "duplicate_output";
+
+/// Messages are acknowledged as they arrive.
+pub const ACK_BEFORE_COMMIT: &str = "ack_before_commit";
+/// What the inbox says about an event is ignored.
+pub const SKIP_CLAIM: &str = "skip_claim";
+/// The inbox is committed before the guests run.
+pub const INBOX_IN_ITS_OWN_TX: &str = "inbox_in_its_own_tx";
+/// Members that failed keep their claim.
+pub const SKIP_UNCLAIM: &str = "skip_unclaim";
+/// A commit without its fence is believed, whatever it did (PostgreSQL).
+pub const IGNORE_COMMIT_TAG: &str = "ignore_commit_tag";
+/// A commit whose answer was lost is sent again on another connection, where it does nothing and succeeds (PostgreSQL).
+pub const RESEND_COMMIT: &str = "resend_commit";
+/// The database answers before a commit is on disk (PostgreSQL).
+pub const SYNCHRONOUS_COMMIT_OFF: &str = "synchronous_commit_off";
+/// The sweep looks only beyond the highest sequence it has seen.
+pub const CURSOR_BY_SEQ: &str = "cursor_by_seq";
+/// Outputs are marked before the broker has them.
+pub const MARK_BEFORE_PUBACK: &str = "mark_before_puback";
+/// Marking one output marks all.
+pub const MARK_WITHOUT_FILTER: &str = "mark_without_filter";
+/// Dead messages are settled without a letter.
+pub const BURY_NOTHING: &str = "bury_nothing";
+/// A failure is counted for every member of its batch.
+pub const CHARGE_WHOLE_BATCH: &str = "charge_whole_batch";
+/// Two payloads under one event id look the same.
+pub const DROP_PAYLOAD_HASH: &str = "drop_payload_hash";
+/// Guests may set the platform's headers.
+pub const ALLOW_RESERVED_HEADERS: &str = "allow_reserved_headers";
+
+/// Every mutant.
+pub const MUTANTS: &[&str] = &[
+    ACK_BEFORE_COMMIT,
+    SKIP_CLAIM,
+    INBOX_IN_ITS_OWN_TX,
+    SKIP_UNCLAIM,
+    IGNORE_COMMIT_TAG,
+    RESEND_COMMIT,
+    SYNCHRONOUS_COMMIT_OFF,
+    CURSOR_BY_SEQ,
+    MARK_BEFORE_PUBACK,
+    MARK_WITHOUT_FILTER,
+    BURY_NOTHING,
+    CHARGE_WHOLE_BATCH,
+    DROP_PAYLOAD_HASH,
+    ALLOW_RESERVED_HEADERS,
+];
+
+#[cfg(feature = "faults")]
+pub use armed::{is_behind, mutant, point, witness};
+
+/// Passes a point, and dies there if that is what the test wants.
+#[cfg(not(feature = "faults"))]
+#[inline(always)]
+pub fn point(_name: &str) {}
+
+/// Notes that something was seen that a test must not miss.
+#[cfg(not(feature = "faults"))]
+#[inline(always)]
+pub fn witness(_name: &str) {}
+
+/// Whether this host is that mutant.
+#[cfg(not(feature = "faults"))]
+#[inline(always)]
+pub fn mutant(_name: &str) -> bool {
+    false
+}
+
+/// Whether a cursor over the outbox would have gone past `seq`.
+#[cfg(not(feature = "faults"))]
+#[inline(always)]
+pub fn is_behind(_seq: i64) -> bool {
+    false
+}
+
+#[cfg(feature = "faults")]
+mod armed {
+    use std::collections::HashMap;
+    use std::fs::File;
+    use std::io::Write;
+    use std::sync::atomic::{AtomicI64, Ordering};
+    use std::sync::{LazyLock, Mutex, PoisonError};
+
+    static ARMED: LazyLock<Armed> = LazyLock::new(Armed::from_environment);
+
+    struct Armed {
+        /// Where to die, and at which pass.
+        fault: Option<(String, u64)>,
+        mutant: Option<String>,
+        log: Option<File>,
+        passes: Mutex<HashMap<String, u64>>,
+    }
+
+    impl Armed {
+        fn from_environment() -> Self {
+            let fault = std::env::var("ONCELY_FAULT").ok();
+            let log = std::env::var_os("ONCELY_FAULT_LOG");
+            Armed {
+                fault: fault.as_deref().and_then(|fault| {
+                    let (name, nth) = fault.split_once(':')?;
+                    Some((name.to_owned(), nth.parse().ok()?))
+                }),
+                mutant: std::env::var("ONCELY_MUTANT").ok(),
+                log: log.and_then(|path| File::options().create(true).append(true).open(path).ok()),
+                passes: Mutex::default(),
+            }
+        }
+
+        /// One write for each line, so that lines of several hosts do not mix.
+        fn note(&self, what: &str, name: &str) {
+            if let Some(mut log) = self.log.as_ref() {
+                let _ = log.write_all(format!("{what} {name}\n").as_bytes());
+            }
+        }
+
+        fn pass(&self, name: &str) -> u64 {
+            let mut passes = self.passes.lock().unwrap_or_else(PoisonError::into_inner);
+            let count = passes.entry(name.to_owned()).or_default();
+            *count += 1;
+            *count
+        }
+    }
+
+    /// Passes a point, and dies there if that is what the test wants.
+    pub fn point(name: &str) {
+        ARMED.note("pass", name);
+        let pass = ARMED.pass(name);
+        if ARMED.fault.as_ref().is_some_and(|(wanted, nth)| wanted == name && *nth == pass) {
+            ARMED.note("abort", name);
+            std::process::abort();
+        }
+    }
+
+    /// Notes that something was seen that a test must not miss.
+    pub fn witness(name: &str) {
+        ARMED.note("pass", name);
+    }
+
+    /// Whether this host is that mutant.
+    pub fn mutant(name: &str) -> bool {
+        ARMED.mutant.as_deref() == Some(name)
+    }
+
+    /// Whether a cursor over the outbox would have gone past `seq`.
+    pub fn is_behind(seq: i64) -> bool {
+        static HIGHEST: AtomicI64 = AtomicI64::new(i64::MIN);
+        HIGHEST.fetch_max(seq, Ordering::Relaxed) > seq
+    }
+}

@@ -1,0 +1,584 @@
+//! One campaign: a host on one database under load, everything done to it that is in the plan, and then the books.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use oncely::fault;
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
+use rand::{Rng, SeedableRng};
+use support::database::{Database, Kind};
+use support::guests;
+use support::postgres::Cluster;
+use support::proxy::{Cut, Proxy};
+use support::world::{World, manifest, signal};
+
+use crate::checker::{self, Counted, Violation};
+use crate::observed::{self, Observed};
+use crate::publisher::{self, Progress};
+use crate::watcher::{self, Looked};
+use crate::workload::{Workload, passes_until_death};
+
+/// After how long without a word of the host the broker delivers a message again.
+const ACK_WAIT: Duration = Duration::from_secs(2);
+
+/// How long it waits for a host to reach a point, or for a chance to cut.
+const CHANCE: Duration = Duration::from_secs(12);
+
+/// What to do in a campaign.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    pub kind: Kind,
+    pub seed: u64,
+    pub inputs: u64,
+    /// The most messages in one transaction; none for 32 and 1, from one version of the worker to the next.
+    pub batch: Option<u32>,
+    pub lanes: u32,
+    /// When it stops doing harm, done or not.
+    pub harm_max: Duration,
+    pub harm: Harm,
+    pub mutant: Option<String>,
+}
+
+/// How often to do what.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Harm {
+    /// Deaths at each point.
+    pub each_point: u32,
+    pub kills: u32,
+    pub pauses: u32,
+    /// Connections of the host that the database ends.
+    pub terminations: u32,
+    pub database_stops: u32,
+    pub broker_kills: u32,
+    /// Commits cut, of each kind.
+    pub commit_cuts: u32,
+    /// Publications cut, of each kind.
+    pub output_cuts: u32,
+    pub deployments: u32,
+}
+
+impl Harm {
+    /// Tier T1.
+    pub const FULL: Harm = Harm {
+        each_point: 2,
+        kills: 10,
+        pauses: 5,
+        terminations: 50,
+        database_stops: 5,
+        broker_kills: 5,
+        commit_cuts: 10,
+        output_cuts: 10,
+        deployments: 3,
+    };
+
+    /// What fits into a minute.
+    pub const SHORT: Harm = Harm {
+        each_point: 0,
+        kills: 3,
+        pauses: 1,
+        terminations: 4,
+        database_stops: 1,
+        broker_kills: 1,
+        commit_cuts: 2,
+        output_cuts: 2,
+        deployments: 1,
+    };
+
+    /// What it takes to catch every mutant.
+    pub const FOR_MUTANTS: Harm = Harm {
+        each_point: 0,
+        kills: 4,
+        pauses: 1,
+        terminations: 4,
+        database_stops: 4,
+        broker_kills: 2,
+        commit_cuts: 4,
+        output_cuts: 4,
+        deployments: 1,
+    };
+}
+
+/// One thing to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Act {
+    DieAt(&'static str),
+    Kill,
+    Pause,
+    Terminate,
+    StopDatabase,
+    KillBroker,
+    Cut(Cut),
+    Deploy,
+}
+
+/// What came of a campaign.
+#[derive(Debug)]
+pub struct Outcome {
+    pub plan: Plan,
+    /// What was done to the host, by name.
+    pub injected: BTreeMap<String, u64>,
+    /// What was seen to happen, by name.
+    pub seen: BTreeMap<String, u64>,
+    pub counted: Counted,
+    pub violations: Vec<Violation>,
+    pub seconds: u64,
+    /// Where the host's log and everything else is kept when a rule does not hold.
+    pub kept: Option<std::path::PathBuf>,
+}
+
+/// Runs a campaign.
+pub async fn run(plan: Plan) -> Result<Outcome> {
+    let began = Instant::now();
+    let mut campaign = Campaign::start(plan).await?;
+    let url = campaign.world.nats.url();
+    let watchers = campaign.watch();
+    let workload = Workload::new(campaign.plan.seed);
+    // Slow enough that there is still something to do while the last harm is done.
+    let rate = (campaign.plan.inputs as f64 / campaign.plan.harm_max.as_secs_f64() * 1.5).max(40.0);
+    let publishing =
+        tokio::spawn(publisher::publish(url, workload, campaign.plan.inputs, rate, Arc::clone(&campaign.progress)));
+    campaign.do_harm().await?;
+    campaign.progress.enough.store(true, Ordering::Relaxed);
+    campaign.stay_alive_until(|| publishing.is_finished()).await?;
+    let workload = publishing.await.context("publish")??;
+    let stuck = campaign.heal(workload).await?;
+    watchers.iter().for_each(tokio::task::JoinHandle::abort);
+    campaign.conclude(stuck, began).await
+}
+
+struct Campaign {
+    plan: Plan,
+    world: World,
+    cluster: Option<Cluster>,
+    to_nats: Proxy,
+    to_database: Option<Proxy>,
+    random: StdRng,
+    progress: Arc<Progress>,
+    looked: Arc<Looked>,
+    injected: BTreeMap<String, u64>,
+    /// How many versions of the worker were written so far.
+    versions: u32,
+    /// Where a rival host may run: many hosts need a database that many can use.
+    rivals: bool,
+}
+
+impl Campaign {
+    async fn start(plan: Plan) -> Result<Self> {
+        let mut world = World::without_host(Kind::Sqlite, "").await?;
+        let to_nats = Proxy::start(world.nats.port()).await?;
+        world.nats_url = format!("nats://127.0.0.1:{}", to_nats.port());
+        let (mut cluster, mut to_database) = (None, None);
+        if plan.kind == Kind::Postgres {
+            let postgres = tokio::task::spawn_blocking(Cluster::start).await??;
+            let proxy = Proxy::start(postgres.port()).await?;
+            let Database::Postgres { direct, .. } = Database::on(&postgres).await? else { unreachable!() };
+            let host = direct.replace(&format!(":{}/", postgres.port()), &format!(":{}/", proxy.port()));
+            world.database = Database::Postgres { host, direct };
+            (cluster, to_database) = (Some(postgres), Some(proxy));
+        }
+        let program = guests::target_dir()?.parent().context("find the target folder")?.join("chaos/oncely");
+        ensure!(program.exists(), "{} is not there; `make chaos` builds it", program.display());
+        world.program = Some(program);
+        let rivals = plan.kind == Kind::Postgres;
+        let mut campaign = Campaign {
+            random: StdRng::seed_from_u64(plan.seed ^ 0x0ddb_a115),
+            plan,
+            world,
+            cluster,
+            to_nats,
+            to_database,
+            progress: Arc::default(),
+            looked: Arc::default(),
+            injected: BTreeMap::new(),
+            versions: 0,
+            rivals,
+        };
+        campaign.new_version()?;
+        campaign.arm(None);
+        campaign.world.start_host().await?;
+        Ok(campaign)
+    }
+
+    fn watch(&self) -> Vec<tokio::task::JoinHandle<()>> {
+        let (url, database) = (self.world.nats.url(), self.world.database.clone());
+        let (outputs, backlog) = (
+            watcher::watch_outputs(url.clone(), database.clone(), Arc::clone(&self.looked)),
+            watcher::watch_backlog(url, Arc::clone(&self.progress)),
+        );
+        vec![
+            tokio::spawn(async { drop(outputs.await) }),
+            tokio::spawn(async { drop(backlog.await) }),
+            tokio::spawn(watcher::watch_ledger(database, Arc::clone(&self.looked))),
+        ]
+    }
+
+    /// A manifest that differs from the one before.
+    fn new_version(&mut self) -> Result<()> {
+        self.versions += 1;
+        let lanes = self.plan.lanes;
+        let batch = self.plan.batch.unwrap_or(if self.versions.is_multiple_of(2) { 1 } else { 32 });
+        let settings = format!(
+            "batch = {batch}\nconcurrency = {lanes}\nordering_key = \"header:key\"\nack_wait = \"{}s\"\n\
+             [worker.retry]\nattempts = {}\nbackoff = \"50ms\"\nbackoff_max = \"200ms\"\n\
+             [worker.limits]\ntime = \"1500ms\"\n[worker.config]\nlabel = \"{}\"",
+            ACK_WAIT.as_secs(),
+            checker::ATTEMPTS,
+            self.versions
+        );
+        self.world.write_manifest(&manifest(&settings)?)
+    }
+
+    /// Decides what the next host is to die of.
+    fn arm(&mut self, fault: Option<String>) {
+        let log = self.world.folder.path().join("faults.log").display().to_string();
+        self.world.host_env = vec![("ONCELY_FAULT_LOG".to_owned(), log)];
+        self.world.host_env.extend(fault.map(|fault| ("ONCELY_FAULT".to_owned(), fault)));
+        self.world.host_env.extend(self.plan.mutant.clone().map(|mutant| ("ONCELY_MUTANT".to_owned(), mutant)));
+    }
+
+    fn did(&mut self, what: impl Into<String>) {
+        *self.injected.entry(what.into()).or_default() += 1;
+    }
+
+    /// All acts of the plan, in an order that the seed decides.
+    fn acts(&mut self) -> Vec<Act> {
+        let Harm { each_point, kills, pauses, terminations, database_stops, .. } = self.plan.harm;
+        let Harm { broker_kills, commit_cuts, output_cuts, deployments, .. } = self.plan.harm;
+        let mut acts = Vec::new();
+        let mut add = |act, times: u32| acts.extend((0..times).map(|_| act));
+        fault::POINTS.iter().for_each(|point| add(Act::DieAt(point), each_point));
+        add(Act::Kill, kills);
+        add(Act::Pause, pauses);
+        add(Act::KillBroker, broker_kills);
+        add(Act::Cut(Cut::OutputsNotForwarded), output_cuts);
+        add(Act::Cut(Cut::OutputAnswersLost), output_cuts);
+        add(Act::Deploy, deployments);
+        if self.plan.kind == Kind::Postgres {
+            add(Act::Terminate, terminations);
+            add(Act::StopDatabase, database_stops);
+            add(Act::Cut(Cut::CommitNotForwarded), commit_cuts);
+            add(Act::Cut(Cut::CommitAnswerLost), commit_cuts);
+            add(Act::Cut(Cut::CommitAnswerHeld), commit_cuts.div_ceil(4));
+        }
+        acts.shuffle(&mut self.random);
+        acts
+    }
+
+    async fn do_harm(&mut self) -> Result<()> {
+        let end = Instant::now() + self.plan.harm_max;
+        for act in self.acts() {
+            if Instant::now() > end {
+                break;
+            }
+            self.act(act).await.with_context(|| format!("{act:?}"))?;
+        }
+        self.kill()
+    }
+
+    async fn act(&mut self, act: Act) -> Result<()> {
+        match act {
+            Act::DieAt(point) => return self.die_at(point).await,
+            Act::Kill => {
+                self.running().await?;
+                self.some_time(20, 600).await;
+                self.world.kill_host()?;
+                self.did("host killed");
+            }
+            Act::Pause => self.pause().await?,
+            Act::Terminate => {
+                self.running().await?;
+                let end_one = "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'oncely' \
+                               and datname = current_database() order by random() limit 1";
+                if self.world.database.rows(end_one).await.is_ok_and(|rows| !rows.is_empty()) {
+                    self.did("database connection terminated");
+                }
+                self.some_time(20, 150).await;
+            }
+            Act::StopDatabase => {
+                self.running().await?;
+                self.some_time(50, 300).await;
+                let cluster = self.cluster.as_mut().context("have a cluster")?;
+                cluster.stop()?;
+                tokio::time::sleep(Duration::from_millis(self.random.random_range(0..800))).await;
+                cluster.start_again()?;
+                self.did("database stopped");
+            }
+            Act::KillBroker => {
+                self.running().await?;
+                self.world.nats.kill()?;
+                self.some_time(0, 1_000).await;
+                self.world.nats.restart().await?;
+                self.did("broker killed");
+            }
+            Act::Cut(cut) => self.cut(cut).await?,
+            Act::Deploy => {
+                self.running().await?;
+                self.new_version()?;
+                // The host may be out of reach just now; the next start deploys it.
+                if self.world.oncely(&["deploy", "oncely.toml"]).await.is_ok() {
+                    self.did("deployed under load");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts hosts that die at a point until one did.
+    async fn die_at(&mut self, point: &'static str) -> Result<()> {
+        for attempt in 0..3 {
+            let nth = if attempt == 0 { self.random.random_range(1..=passes_until_death(point)) } else { 1 };
+            self.kill()?;
+            if point == fault::DEPLOY_SWAP {
+                self.new_version()?;
+            }
+            self.arm(Some(format!("{point}:{nth}")));
+            self.world.spawn_host()?;
+            let end = Instant::now() + CHANCE;
+            while Instant::now() < end && self.world.host_lives() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            self.arm(None);
+            if !self.world.host_lives() {
+                self.did(format!("died at {point}"));
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// The host hangs for longer than the broker waits. Where several hosts can run, another one takes over meanwhile.
+    async fn pause(&mut self) -> Result<()> {
+        self.running().await?;
+        let rival = if self.rivals { Some(self.world.spawn_rival()?) } else { None };
+        self.some_time(300, 900).await;
+        let pid = self.world.host_pid().context("find the host")?;
+        signal(pid, "STOP")?;
+        tokio::time::sleep(ACK_WAIT + Duration::from_millis(1_500)).await;
+        signal(pid, "CONT")?;
+        self.did("host paused");
+        if let Some(mut rival) = rival {
+            self.some_time(200, 600).await;
+            rival.kill().context("kill the rival")?;
+            rival.wait().context("wait for the rival")?;
+            self.did("rival host killed");
+        }
+        Ok(())
+    }
+
+    async fn cut(&mut self, cut: Cut) -> Result<()> {
+        self.running().await?;
+        let proxy = match cut {
+            Cut::OutputsNotForwarded | Cut::OutputAnswersLost => &self.to_nats,
+            _ => self.to_database.as_ref().context("have a proxy to the database")?,
+        };
+        if !proxy.cut(cut, CHANCE).await {
+            return Ok(());
+        }
+        if cut == Cut::CommitAnswerHeld {
+            self.world.kill_host()?;
+        }
+        self.did(match cut {
+            Cut::CommitNotForwarded => "commit cut before it arrived",
+            Cut::CommitAnswerLost => "commit cut after it took effect",
+            Cut::CommitAnswerHeld => "host killed between commit and answer",
+            Cut::OutputsNotForwarded => "outputs cut before they arrived",
+            Cut::OutputAnswersLost => "outputs cut after they were stored",
+        });
+        Ok(())
+    }
+
+    /// A host that works: it lives, and has settled something since it was looked at.
+    async fn running(&mut self) -> Result<()> {
+        if self.world.host_lives() {
+            return Ok(());
+        }
+        let passes = self.passes(fault::AFTER_ACK);
+        self.arm(None);
+        self.world.spawn_host()?;
+        let end = Instant::now() + CHANCE;
+        while Instant::now() < end && self.world.host_lives() && self.passes(fault::AFTER_ACK) == passes {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    }
+
+    fn kill(&mut self) -> Result<()> {
+        if self.world.host_lives() {
+            self.did("host killed in passing");
+        }
+        self.world.kill_host()
+    }
+
+    async fn some_time(&mut self, from_ms: u64, to_ms: u64) {
+        let time = self.random.random_range(from_ms..=to_ms);
+        tokio::time::sleep(Duration::from_millis(time)).await;
+    }
+
+    /// What hosts noted so far, by `pass name` and `abort name`.
+    fn noted(&self) -> BTreeMap<String, u64> {
+        let mut noted = BTreeMap::new();
+        let log = std::fs::read_to_string(self.world.folder.path().join("faults.log")).unwrap_or_default();
+        for line in log.lines() {
+            *noted.entry(line.to_owned()).or_default() += 1;
+        }
+        noted
+    }
+
+    fn passes(&self, name: &str) -> u64 {
+        self.noted().get(&format!("pass {name}")).copied().unwrap_or_default()
+    }
+
+    async fn stay_alive_until(&mut self, done: impl Fn() -> bool) -> Result<()> {
+        while !done() {
+            self.running().await?;
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Ok(())
+    }
+
+    /// Waits until nothing is left to do, publishes a little more, and waits for that too. What keeps it from coming to
+    /// rest is the answer.
+    async fn heal(&mut self, mut workload: Workload) -> Result<Option<String>> {
+        self.running().await?;
+        if let Some(stuck) = self.until_quiet().await? {
+            return Ok(Some(stuck));
+        }
+        let settled = self.world.database.number("select count(*) from oncely.inbox").await?;
+        let more = (0..10).map(|_| workload.next_message()).collect();
+        let context = async_nats::jetstream::new(self.world.nats.client().await?);
+        publisher::insist(&context, more, &self.progress).await?;
+        if let Some(stuck) = self.until_quiet().await? {
+            return Ok(Some(format!("after all was healed: {stuck}")));
+        }
+        let after = self.world.database.number("select count(*) from oncely.inbox").await?;
+        Ok((after <= settled).then(|| "nothing of what was published last was settled".to_owned()))
+    }
+
+    /// Waits until all is at rest, as long as there is progress: leases of a host that died run for half a minute.
+    async fn until_quiet(&mut self) -> Result<Option<String>> {
+        let patience = Duration::from_secs(if self.plan.mutant.is_some() { 38 } else { 60 });
+        let mut last = (Instant::now(), String::new());
+        loop {
+            if !self.world.host_lives() {
+                return Ok(Some(format!("the host ended:\n{}", tail(&self.world.host_log()))));
+            }
+            let restless = match observed::restless(&self.world.database, &self.world.nats).await {
+                Ok(restless) if restless.is_empty() => return Ok(None),
+                Ok(restless) => restless.join(", "),
+                Err(error) => format!("{error:#}"),
+            };
+            if restless != last.1 {
+                last = (Instant::now(), restless);
+            } else if last.0.elapsed() > patience {
+                return Ok(Some(format!("no progress for {patience:?}: {}", last.1)));
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    async fn conclude(mut self, stuck: Option<String>, began: Instant) -> Result<Outcome> {
+        let mut observed = Observed::read(&self.world.database, &self.world.nats).await?;
+        observed.restless.extend(stuck);
+        observed.acked = std::mem::take(&mut *self.progress.acked.lock().unwrap());
+        observed.too_early = std::mem::take(&mut *self.looked.too_early.lock().unwrap());
+        observed.deaths = self.injected.iter().filter(|(what, _)| is_death(what)).map(|(_, count)| count).sum();
+        observed.lanes = self.plan.lanes.into();
+        let (counted, mut violations) = checker::check(&observed);
+        let seen = self.seen();
+        if self.plan.mutant.is_none() {
+            violations.extend(self.vacuous(&seen, &counted));
+        }
+        let kept = if violations.is_empty() { None } else { Some(self.keep(&violations)?) };
+        let seconds = began.elapsed().as_secs();
+        Ok(Outcome {
+            plan: self.plan.clone(),
+            injected: self.injected.clone(),
+            seen,
+            counted,
+            violations,
+            seconds,
+            kept,
+        })
+    }
+
+    fn seen(&self) -> BTreeMap<String, u64> {
+        let noted = self.noted();
+        let passes = |name: &str| noted.get(&format!("pass {name}")).copied().unwrap_or_default();
+        BTreeMap::from([
+            ("duplicates skipped".to_owned(), passes(fault::DUPLICATE_SKIPPED)),
+            ("outputs the broker had already".to_owned(), passes(fault::DUPLICATE_OUTPUT)),
+            ("batches run again".to_owned(), passes(fault::BEFORE_RERUN)),
+            ("outputs compared with their effect".to_owned(), self.looked.outputs.load(Ordering::Relaxed)),
+            ("snapshots of the ledger".to_owned(), self.looked.snapshots.load(Ordering::Relaxed)),
+            ("aborts".to_owned(), noted.iter().filter(|(line, _)| line.starts_with("abort")).map(|(_, n)| n).sum()),
+        ])
+    }
+
+    /// What should have happened and did not: a run without it proves little.
+    fn vacuous(&mut self, seen: &BTreeMap<String, u64>, counted: &Counted) -> Vec<Violation> {
+        let mut floors: BTreeMap<String, u64> = BTreeMap::new();
+        for act in self.acts() {
+            let name = match act {
+                Act::DieAt(point) => format!("died at {point}"),
+                Act::Kill => "host killed".to_owned(),
+                Act::Pause => "host paused".to_owned(),
+                Act::Terminate => "database connection terminated".to_owned(),
+                Act::StopDatabase => "database stopped".to_owned(),
+                Act::KillBroker => "broker killed".to_owned(),
+                Act::Cut(Cut::CommitNotForwarded) => "commit cut before it arrived".to_owned(),
+                Act::Cut(Cut::CommitAnswerLost) => "commit cut after it took effect".to_owned(),
+                Act::Cut(Cut::CommitAnswerHeld) => "host killed between commit and answer".to_owned(),
+                Act::Cut(Cut::OutputsNotForwarded) => "outputs cut before they arrived".to_owned(),
+                Act::Cut(Cut::OutputAnswersLost) => "outputs cut after they were stored".to_owned(),
+                Act::Deploy => "deployed under load".to_owned(),
+            };
+            *floors.entry(name).or_default() += 1;
+        }
+        let mut found = self.injected.clone();
+        // A few of many may find no connection to end.
+        floors.entry("database connection terminated".to_owned()).and_modify(|floor| *floor = floor.div_ceil(2));
+        for name in ["duplicates skipped", "outputs the broker had already", "batches run again"] {
+            floors.insert(name.to_owned(), 1);
+            found.insert(name.to_owned(), seen.get(name).copied().unwrap_or_default());
+        }
+        floors.insert("inputs".to_owned(), self.plan.inputs);
+        found.insert("inputs".to_owned(), counted.inputs as u64);
+        floors.insert("events with an effect, of a hundred".to_owned(), 95);
+        let share = counted.effects * 100 / counted.events.max(1);
+        found.insert("events with an effect, of a hundred".to_owned(), share as u64);
+        let short = |(name, floor): (String, u64)| {
+            let found = found.get(&name).copied().unwrap_or_default();
+            let what = format!("{name}: {found}, at least {floor} wanted");
+            (found < floor).then_some(Violation { rule: "not vacuous", what })
+        };
+        floors.into_iter().filter_map(short).collect()
+    }
+
+    /// Moves what a person wants to look at out of the folder that is about to be removed.
+    fn keep(&self, violations: &[Violation]) -> Result<std::path::PathBuf> {
+        let target = guests::target_dir()?.parent().context("find the target folder")?.join("chaos");
+        let name = format!("{:?}-{}{}", self.plan.kind, self.plan.seed, self.plan.mutant.clone().unwrap_or_default());
+        let folder = target.join("kept").join(name.to_lowercase());
+        std::fs::create_dir_all(&folder).context("make a folder for what is kept")?;
+        let list: Vec<String> = violations.iter().map(|found| format!("{}: {}\n", found.rule, found.what)).collect();
+        std::fs::write(folder.join("violations.txt"), list.concat()).context("write the violations")?;
+        for file in ["host.log", "faults.log", "oncely.toml", "test.db", "test.db-wal"] {
+            // Not all of them are there on each database.
+            let _ = std::fs::copy(self.world.folder.path().join(file), folder.join(file));
+        }
+        Ok(folder)
+    }
+}
+
+fn is_death(what: &str) -> bool {
+    what.starts_with("died at") || what.contains("host killed")
+}
+
+fn tail(log: &str) -> String {
+    let lines: Vec<&str> = log.lines().collect();
+    lines[lines.len().saturating_sub(20)..].join("\n")
+}

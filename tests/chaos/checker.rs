@@ -1,0 +1,409 @@
+//! The checker: what must hold whatever was done to the host, its database and its broker.
+//!
+//! What was published is read from the stream of inputs itself: each stored message has a nature, and its nature says
+//! what must have become of its event. Where two bodies share an event id, the inbox says which one was first.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use oncely::message::{Headers, Message, event_id, output_id};
+use serde_json::Value;
+use support::nats::Stored;
+
+use crate::observed::{Effect, Observed};
+use crate::workload::Nature;
+
+/// A rule that does not hold, and for what.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Violation {
+    pub rule: &'static str,
+    pub what: String,
+}
+
+/// What the checker counted on its way.
+#[derive(Debug, Default, serde::Serialize)]
+pub struct Counted {
+    /// Messages on the stream of inputs.
+    pub inputs: usize,
+    /// Different event ids among them.
+    pub events: usize,
+    pub effects: usize,
+    pub dead_letters: usize,
+    pub id_reuses: usize,
+    pub outputs: usize,
+    /// Copies beyond the first of each event id and body.
+    pub copies: usize,
+    pub counted_attempts: usize,
+    /// Attempts of messages that never fail, which only ran out of their time.
+    pub timeouts_of_plain_messages: usize,
+    /// Events that were buried because hosts died while they handled them alone.
+    pub crashed_host: usize,
+    /// Outputs of one key whose sequence is lower than that of one before them on the stream.
+    pub out_of_order: usize,
+}
+
+/// The reason of a letter for what hosts died of.
+const CRASHED_HOST: &str = "crashed-host";
+
+/// The name of the worker.
+const WORKER: &str = "test";
+
+/// The attempts its manifest allows.
+pub const ATTEMPTS: i64 = 4;
+
+/// Checks everything.
+pub fn check(observed: &Observed) -> (Counted, Vec<Violation>) {
+    let mut checker = Checker { observed, counted: Counted::default(), violations: Vec::new() };
+    let events = checker.events();
+    checker.ledger();
+    checker.acked();
+    for (id, event) in &events {
+        checker.event(id, event);
+    }
+    checker.nothing_else(&events);
+    checker.letters(&events);
+    checker.outputs(&events);
+    checker.state(&events);
+    checker.rest();
+    checker.count(&events);
+    (checker.counted, checker.violations)
+}
+
+/// Everything published under one event id.
+#[derive(Debug, Default)]
+struct Event {
+    /// By payload (hex).
+    bodies: BTreeMap<String, Body>,
+}
+
+#[derive(Debug)]
+struct Body {
+    nature: Nature,
+    bytes: Vec<u8>,
+    options: Value,
+    copies: usize,
+}
+
+impl Body {
+    fn number(&self, name: &str) -> i64 {
+        self.options.get(name).and_then(Value::as_i64).unwrap_or_default()
+    }
+
+    fn text(&self, name: &str) -> &str {
+        self.options.get(name).and_then(Value::as_str).unwrap_or_default()
+    }
+}
+
+struct Checker<'o> {
+    observed: &'o Observed,
+    counted: Counted,
+    violations: Vec<Violation>,
+}
+
+impl Checker<'_> {
+    fn fail(&mut self, rule: &'static str, what: String) {
+        self.violations.push(Violation { rule, what });
+    }
+
+    /// What the stream of inputs holds, by event id.
+    fn events(&mut self) -> BTreeMap<String, Event> {
+        let mut events: BTreeMap<String, Event> = BTreeMap::new();
+        for stored in &self.observed.inputs {
+            let headers: Headers = stored.headers.iter().map(|(name, value)| (name.clone(), value.clone())).collect();
+            let id = event_id(&headers, "IN", self.observed.inputs_created, stored.sequence);
+            let id = id.unwrap_or_else(|invalid| invalid.stand_in);
+            let Some(nature) = stored.headers.get("nature").and_then(|nature| Nature::from_header(nature)) else {
+                self.fail("inputs", format!("input {} has no nature", stored.sequence));
+                continue;
+            };
+            let body = Body {
+                nature,
+                bytes: stored.body.clone(),
+                options: serde_json::from_slice(&stored.body).unwrap_or_default(),
+                copies: 0,
+            };
+            events.entry(id).or_default().bodies.entry(payload(stored)).or_insert(body).copies += 1;
+        }
+        events
+    }
+
+    /// Every transfer sums to zero, and balances are what the transfers made them.
+    fn ledger(&mut self) {
+        let mut balances: BTreeMap<&str, i64> = BTreeMap::new();
+        let mut sum = 0;
+        for effect in self.observed.effects.values().flatten() {
+            *balances.entry(&effect.account).or_default() += effect.delta;
+            sum += effect.delta;
+        }
+        if sum != 0 {
+            self.fail("ledger", format!("all effects sum to {sum}"));
+        }
+        for (account, amount) in &self.observed.balances {
+            let moved = balances.remove(account.as_str()).unwrap_or_default();
+            if moved != *amount {
+                self.fail("ledger", format!("account {account} has {amount}, its effects sum to {moved}"));
+            }
+        }
+        for (account, moved) in balances {
+            self.fail("ledger", format!("account {account} has no balance, its effects sum to {moved}"));
+        }
+    }
+
+    /// What the broker acknowledged to the publisher is on the stream.
+    fn acked(&mut self) {
+        let stored: HashMap<u64, &Stored> =
+            self.observed.inputs.iter().map(|stored| (stored.sequence, stored)).collect();
+        for (sequence, body) in &self.observed.acked {
+            if stored.get(sequence).is_none_or(|stored| stored.body != *body) {
+                self.fail("inputs", format!("input {sequence} was acknowledged and is not on the stream"));
+            }
+        }
+    }
+
+    /// Effect exactly once, or dead: never both, never neither.
+    fn event(&mut self, id: &str, event: &Event) {
+        let Some((state, payload)) = self.observed.inbox.get(id) else {
+            return self.fail("effect once", format!("event {id} has neither an effect nor a dead letter"));
+        };
+        // The stand-in of an event without a usable id holds for one body alone.
+        let Some(first) = event.bodies.get(payload) else {
+            return self.fail("effect once", format!("the inbox holds event {id} for a body that was never published"));
+        };
+        let effects = self.observed.effects.get(id).map(Vec::as_slice).unwrap_or_default();
+        match (first.nature.death(), state.as_str()) {
+            (None, "done") => self.effect(id, first, effects),
+            (Some(_), "dead") => {
+                if !effects.is_empty() {
+                    self.fail("effect once", format!("event {id} is dead and has {} rows", effects.len()));
+                }
+            }
+            // Whoever dies often enough with a message in hand makes it look guilty.
+            (None, "dead") if effects.is_empty() && self.crashed_host(id, payload) => {}
+            (_, state) => self.fail("effect once", format!("event {id} ({:?}) is {state}", first.nature)),
+        }
+        self.attempts(id, event, first);
+    }
+
+    fn crashed_host(&self, id: &str, payload: &str) -> bool {
+        let letters = &self.observed.letters;
+        letters.iter().any(|letter| letter.event_id == id && letter.payload == payload && letter.reason == CRASHED_HOST)
+    }
+
+    fn effect(&mut self, id: &str, first: &Body, effects: &[Effect]) {
+        let nonces: BTreeSet<&str> = effects.iter().map(|effect| effect.nonce.as_str()).collect();
+        if effects.len() != 2 || nonces.len() != 1 {
+            let (rows, attempts) = (effects.len(), nonces.len());
+            return self.fail("effect once", format!("event {id} has {rows} rows of {attempts} attempts"));
+        }
+        let mut found: Vec<(&str, i64)> =
+            effects.iter().map(|effect| (effect.account.as_str(), effect.delta)).collect();
+        let delta = first.number("delta");
+        let mut wanted = vec![(first.text("from"), -delta), (first.text("to"), delta)];
+        found.sort_unstable();
+        wanted.sort_unstable();
+        if found != wanted {
+            self.fail("effect once", format!("event {id} moved {found:?} rather than {wanted:?}"));
+        }
+    }
+
+    /// Only what failed has failed attempts: no neighbour and no outage ever costs one.
+    fn attempts(&mut self, id: &str, event: &Event, first: &Body) {
+        let codes = self.observed.attempts.get(id).map(Vec::as_slice).unwrap_or_default();
+        if event.bodies.values().all(|body| body.nature.never_fails()) {
+            // On a busy or paused machine a guest may run out of its time.
+            let (timeouts, others): (Vec<_>, Vec<_>) = codes.iter().partition(|code| is_timeout(code));
+            self.counted.timeouts_of_plain_messages += timeouts.len();
+            if let Some(code) = others.first() {
+                self.fail("attempts", format!("event {id} never fails and was charged with `{code}`"));
+            }
+        }
+        let fails_once = matches!(first.nature, Nature::FailsOnce | Nature::FailsOnceLate);
+        if fails_once && event.bodies.len() == 1 && codes.is_empty() {
+            self.fail("attempts", format!("event {id} failed once and no attempt is counted"));
+        }
+    }
+
+    /// Nothing took effect, or died, that was not published.
+    fn nothing_else(&mut self, events: &BTreeMap<String, Event>) {
+        let observed = self.observed;
+        for id in observed.effects.keys().filter(|id| !events.contains_key(*id)) {
+            self.fail("effect once", format!("event {id} took effect and was never published"));
+        }
+        for id in observed.inbox.keys().filter(|id| !events.contains_key(*id)) {
+            self.fail("quiet", format!("the inbox holds event {id}, which was never published"));
+        }
+    }
+
+    /// One letter for each body that must die, one notice for each letter, with the original bytes.
+    fn letters(&mut self, events: &BTreeMap<String, Event>) {
+        let mut wanted: BTreeMap<(&str, &str, &str), &Body> = BTreeMap::new();
+        for (id, event) in events {
+            let Some((_, held)) = self.observed.inbox.get(id) else { continue };
+            for (payload, body) in &event.bodies {
+                match (payload == held, body.nature.death()) {
+                    (true, _) if self.crashed_host(id, payload) => wanted.insert((id, payload, CRASHED_HOST), body),
+                    (true, None) => continue,
+                    (true, Some(reason)) => wanted.insert((id, payload, reason), body),
+                    (false, _) => wanted.insert((id, payload, "id-reuse"), body),
+                };
+            }
+        }
+        let mut found: BTreeSet<(&str, &str, &str)> = BTreeSet::new();
+        for letter in &self.observed.letters {
+            let key = (letter.event_id.as_str(), letter.payload.as_str(), letter.reason.as_str());
+            if !wanted.contains_key(&key) || !found.insert(key) {
+                self.fail("dead letters", format!("event {} has a letter `{}` too many", key.0, key.2));
+            }
+            if letter.reason == "attempts-exhausted" && letter.attempts < ATTEMPTS {
+                let (id, attempts) = (&letter.event_id, letter.attempts);
+                self.fail("dead letters", format!("event {id} died after {attempts} of {ATTEMPTS} attempts"));
+            }
+        }
+        for key in wanted.keys().filter(|key| !found.contains(*key)) {
+            self.fail("dead letters", format!("event {} has no letter `{}`", key.0, key.2));
+        }
+        self.counted.crashed_host = found.iter().filter(|(_, _, reason)| *reason == CRASHED_HOST).count();
+        // It takes two deaths for one, and a host handles one message alone in each lane.
+        let most = usize::try_from(self.observed.deaths * self.observed.lanes / 2).unwrap_or_default();
+        if self.counted.crashed_host > most {
+            let (count, deaths) = (self.counted.crashed_host, self.observed.deaths);
+            self.fail("dead letters", format!("{count} events are said to have crashed hosts, of which {deaths} died"));
+        }
+        self.notices(&wanted);
+    }
+
+    fn notices(&mut self, wanted: &BTreeMap<(&str, &str, &str), &Body>) {
+        let mut missing: BTreeMap<(&str, &str), Vec<&Body>> = BTreeMap::new();
+        for ((id, _, reason), body) in wanted {
+            missing.entry((id, reason)).or_default().push(body);
+        }
+        for notice in &self.observed.notices {
+            let header = |name: &str| notice.headers.get(name).map(String::as_str).unwrap_or_default();
+            let key = (header("Oncely-Event-Id"), header("Oncely-Reason"));
+            let bodies = missing.entry(key).or_default();
+            match bodies.iter().position(|body| body.bytes == notice.body) {
+                Some(place) => drop(bodies.remove(place)),
+                None => self.fail("dead letters", format!("the DLQ stream tells once too often of event {}", key.0)),
+            }
+        }
+        for ((id, reason), bodies) in missing {
+            if !bodies.is_empty() {
+                self.fail("dead letters", format!("the DLQ stream does not tell of event {id} (`{reason}`)"));
+            }
+        }
+    }
+
+    /// Every output of every effect is on the stream, once by id, and tells of the attempt that committed.
+    fn outputs(&mut self, events: &BTreeMap<String, Event>) {
+        let mut wanted: BTreeMap<String, &str> = BTreeMap::new();
+        for (id, event) in events {
+            let Some((state, payload)) = self.observed.inbox.get(id) else { continue };
+            if let (Some(body), "done") = (event.bodies.get(payload), state.as_str()) {
+                let count = usize::try_from(body.number("n")).unwrap_or_default();
+                wanted.extend((0..count).map(|ordinal| (output_id(WORKER, id, ordinal), id.as_str())));
+            }
+        }
+        let mut found = BTreeSet::new();
+        for stored in &self.observed.outputs {
+            let id = stored.headers.get("Nats-Msg-Id").cloned().unwrap_or_default();
+            if !wanted.contains_key(&id) {
+                self.fail("outputs", format!("output {id} is on the stream and belongs to no effect"));
+            } else if !found.insert(id.clone()) {
+                self.fail("outputs", format!("output {id} is on the stream twice"));
+            }
+            self.output(&id, stored);
+        }
+        for (id, event) in &wanted {
+            if !found.contains(id) {
+                self.fail("outputs", format!("output {id} of event {event} is not on the stream"));
+            }
+        }
+        let observed = self.observed;
+        for (id, count) in observed.outbox.iter().filter(|(id, count)| **count != 1 || !wanted.contains_key(*id)) {
+            self.fail("outputs", format!("output {id} was committed {count} times"));
+        }
+    }
+
+    fn output(&mut self, id: &str, stored: &Stored) {
+        let told: Value = serde_json::from_slice(&stored.body).unwrap_or_default();
+        let text = |name: &str| told.get(name).and_then(Value::as_str).unwrap_or_default();
+        let ordinal = told.get("ordinal").and_then(Value::as_u64).unwrap_or_default();
+        let summed = format!("{}/{ordinal}/{}/{}", text("event_id"), text("attempt_nonce"), text("padding"));
+        if text("checksum") != format!("{:016x}", fnv(&summed)) {
+            return self.fail("outputs", format!("output {id} has a wrong checksum"));
+        }
+        let effects = self.observed.effects.get(text("event_id")).map(Vec::as_slice).unwrap_or_default();
+        if effects.iter().any(|effect| effect.nonce != text("attempt_nonce")) || effects.is_empty() {
+            self.fail("outputs", format!("output {id} tells of an attempt that did not commit"));
+        }
+    }
+
+    /// Keyed state counted each effect of its key once.
+    fn state(&mut self, events: &BTreeMap<String, Event>) {
+        let mut wanted: BTreeMap<&str, i64> = BTreeMap::new();
+        for (id, event) in events {
+            if let Some((state, payload)) = self.observed.inbox.get(id)
+                && state == "done"
+                && let Some(body) = event.bodies.get(payload)
+            {
+                *wanted.entry(body.text("key")).or_default() += 1;
+            }
+        }
+        let keys: BTreeSet<&str> =
+            wanted.keys().copied().chain(self.observed.counters.keys().map(String::as_str)).collect();
+        for key in keys {
+            let counted = self.observed.counters.get(key).copied().unwrap_or_default();
+            let effects = wanted.get(key).copied().unwrap_or_default();
+            if counted != effects {
+                self.fail("state", format!("state `{key}` counted {counted} of {effects} effects"));
+            }
+        }
+    }
+
+    fn rest(&mut self) {
+        let observed = self.observed;
+        observed.restless.iter().for_each(|what| self.fail("quiet", what.clone()));
+        observed.too_early.iter().for_each(|what| self.fail("no early visibility", what.clone()));
+    }
+
+    fn count(&mut self, events: &BTreeMap<String, Event>) {
+        let observed = self.observed;
+        let bodies = || events.values().flat_map(|event| event.bodies.values());
+        self.counted.inputs = observed.inputs.len();
+        self.counted.events = events.len();
+        self.counted.effects = observed.effects.len();
+        self.counted.dead_letters = observed.letters.len();
+        self.counted.id_reuses = observed.letters.iter().filter(|letter| letter.reason == "id-reuse").count();
+        self.counted.outputs = observed.outputs.len();
+        self.counted.copies = bodies().map(|body| body.copies - 1).sum();
+        self.counted.counted_attempts = observed.attempts.values().map(Vec::len).sum();
+        let mut highest: HashMap<String, u64> = HashMap::new();
+        for stored in &observed.outputs {
+            let told: Value = serde_json::from_slice(&stored.body).unwrap_or_default();
+            let key = told.get("key").and_then(Value::as_str).unwrap_or_default().to_owned();
+            let sequence = told.get("seq").and_then(Value::as_u64).unwrap_or_default();
+            let highest = highest.entry(key).or_default();
+            self.counted.out_of_order += usize::from(sequence < *highest);
+            *highest = sequence.max(*highest);
+        }
+    }
+}
+
+/// As the inbox keeps it, but computed by the same rule from what stands on the stream.
+fn payload(stored: &Stored) -> String {
+    let message = Message {
+        event_id: String::new(),
+        subject: stored.subject.clone(),
+        headers: Headers::new(),
+        body: stored.body.clone().into(),
+        origin: None,
+    };
+    hex::encode(message.payload_sha256())
+}
+
+fn is_timeout(code: &str) -> bool {
+    code.contains("time") || code.contains("deadline")
+}
+
+fn fnv(text: &str) -> u64 {
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+}

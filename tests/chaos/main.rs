@@ -1,0 +1,195 @@
+//! `make chaos` and `make mutants`: the host under load and under fire, and the books that must balance afterwards.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::{Parser, ValueEnum};
+use futures::StreamExt;
+use oncely::fault;
+use serde_json::{Value, json};
+use support::database::Kind;
+use support::guests;
+
+use crate::campaign::{Harm, Outcome, Plan};
+
+mod campaign;
+mod checker;
+mod observed;
+mod publisher;
+mod watcher;
+mod workload;
+
+/// Kills, pauses and cuts a host under load, and checks the books.
+#[derive(Debug, Parser)]
+struct Options {
+    #[arg(long, default_value = "both")]
+    database: Databases,
+    /// Messages on each database, at least.
+    #[arg(long, default_value_t = 20_000)]
+    inputs: u64,
+    /// The same seed makes the same workload and the same order of faults. Default: a new one.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// For how long harm is done at most.
+    #[arg(long, default_value_t = 6.0)]
+    minutes: f64,
+    /// The most messages in one transaction. Default: 32 and 1, from one version of the worker to the next.
+    #[arg(long)]
+    batch: Option<u32>,
+    #[arg(long, default_value_t = 4)]
+    lanes: u32,
+    /// Less of everything: about a minute.
+    #[arg(long)]
+    short: bool,
+    /// Run each mutant of the host instead; the checker must catch every one.
+    #[arg(long)]
+    mutants: bool,
+    /// This mutant alone.
+    #[arg(long, requires = "mutants")]
+    mutant: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Databases {
+    Sqlite,
+    Postgres,
+    Both,
+}
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let options = Options::parse();
+    // Built once, before several campaigns want it at the same time.
+    tokio::task::spawn_blocking(guests::component).await??;
+    let holds = if options.mutants { run_mutants(&options).await? } else { run_campaigns(&options).await? };
+    if !holds {
+        std::process::exit(1);
+    }
+    Ok(())
+}
+
+/// How many mutants run at the same time: most of it is waiting.
+const MUTANTS_AT_ONCE: usize = 3;
+
+/// Runs the campaigns side by side; true when every rule holds.
+async fn run_campaigns(options: &Options) -> Result<bool> {
+    let seed = options.seed.unwrap_or_else(|| u64::from(rand::random::<u32>()));
+    println!("seed {seed}; the same faults again: --seed {seed}");
+    let kinds = match options.database {
+        Databases::Sqlite => vec![Kind::Sqlite],
+        Databases::Postgres => vec![Kind::Postgres],
+        Databases::Both => vec![Kind::Sqlite, Kind::Postgres],
+    };
+    let plan = |kind| Plan {
+        kind,
+        seed,
+        inputs: options.inputs,
+        batch: options.batch,
+        lanes: options.lanes,
+        harm_max: Duration::from_secs_f64(options.minutes * 60.0),
+        harm: if options.short { Harm::SHORT } else { Harm::FULL },
+        mutant: None,
+    };
+    let campaigns = kinds.into_iter().map(|kind| tokio::spawn(campaign::run(plan(kind))));
+    let mut running: futures::stream::FuturesUnordered<_> = campaigns.collect();
+    let mut outcomes = Vec::new();
+    while let Some(outcome) = running.next().await {
+        let outcome = outcome.context("run a campaign")??;
+        show(&outcome);
+        outcomes.push(outcome);
+    }
+    let violations: usize = outcomes.iter().map(|outcome| outcome.violations.len()).sum();
+    let databases: BTreeMap<String, Value> =
+        outcomes.iter().map(|outcome| (name(outcome.plan.kind), report(outcome))).collect();
+    let name = if options.short { "short.json" } else { "report.json" };
+    write(name, &json!({ "seed": seed, "violations": violations, "databases": databases }))?;
+    println!("{violations} violations");
+    Ok(violations == 0)
+}
+
+/// Runs the mutants, a few at a time, and the host as it is among them; true when exactly the mutants are caught.
+async fn run_mutants(options: &Options) -> Result<bool> {
+    let seed = options.seed.unwrap_or(7);
+    let chosen = |name: &&&str| options.mutant.as_deref().is_none_or(|mutant| mutant == **name);
+    let mutants = fault::MUTANTS.iter().filter(chosen).map(|name| Some((*name).to_owned()));
+    let plan = |mutant: Option<String>| Plan {
+        kind: Kind::Postgres,
+        seed,
+        inputs: 1_500,
+        batch: options.batch.or(Some(32)),
+        lanes: options.lanes,
+        harm_max: Duration::from_secs(40),
+        harm: Harm::FOR_MUTANTS,
+        mutant: mutant.or(Some("none".to_owned())),
+    };
+    let campaigns = std::iter::once(None).chain(mutants).map(|mutant| campaign::run(plan(mutant)));
+    let mut running = futures::stream::iter(campaigns).buffer_unordered(MUTANTS_AT_ONCE);
+    let mut rows = Vec::new();
+    let mut holds = true;
+    while let Some(outcome) = running.next().await {
+        let outcome = outcome.context("run a campaign")?;
+        let mutant = outcome.plan.mutant.clone().unwrap_or_default();
+        let rules: BTreeSet<&str> = outcome.violations.iter().map(|violation| violation.rule).collect();
+        let caught = !rules.is_empty();
+        let is_as_wanted = caught == (mutant != "none");
+        holds &= is_as_wanted;
+        let first = outcome.violations.first().map(|violation| violation.what.clone()).unwrap_or_default();
+        let verdict = if caught { "caught" } else { "not caught" };
+        println!("{mutant:<26} {verdict:<11} {:>4} violations  {first}", outcome.violations.len());
+        rows.push(json!({ "name": mutant, "caught": caught, "by": rules, "violations": outcome.violations.len(),
+            "first": first, "seconds": outcome.seconds }));
+    }
+    let caught = rows.iter().filter(|row| row["caught"] == true && row["name"] != "none").count();
+    let all = rows.len() - 1;
+    println!("{caught} of {all} mutants caught");
+    write("mutants.json", &json!({ "seed": seed, "caught": caught, "mutants": all, "rows": rows }))?;
+    Ok(holds)
+}
+
+/// What was done, seen, checked and found, for a person.
+fn show(outcome: &Outcome) {
+    let Outcome { plan, injected, seen, counted, violations, seconds, kept } = outcome;
+    println!("\n{}: {}, {} lanes, {seconds} s", name(plan.kind), batches(plan), plan.lanes);
+    println!("  injected");
+    injected.iter().for_each(|(what, count)| println!("    {count:>7}  {what}"));
+    println!("  seen");
+    seen.iter().for_each(|(what, count)| println!("    {count:>7}  {what}"));
+    println!("  checked");
+    if let Value::Object(counted) = json!(counted) {
+        counted.iter().for_each(|(what, count)| println!("    {:>7}  {}", count.to_string(), what.replace('_', " ")));
+    }
+    println!("  violations");
+    println!("    {:>7}", violations.len());
+    violations.iter().take(20).for_each(|violation| println!("    {}: {}", violation.rule, violation.what));
+    if let Some(kept) = kept {
+        println!("    see {}", kept.display());
+    }
+}
+
+fn report(outcome: &Outcome) -> Value {
+    let violations: Vec<Value> =
+        outcome.violations.iter().map(|violation| json!({ "rule": violation.rule, "what": violation.what })).collect();
+    json!({
+        "batches": batches(&outcome.plan), "lanes": outcome.plan.lanes, "seconds": outcome.seconds,
+        "injected": outcome.injected, "seen": outcome.seen, "checked": outcome.counted, "violations": violations,
+    })
+}
+
+fn batches(plan: &Plan) -> String {
+    plan.batch.map_or_else(|| "batches of 32 and of 1".to_owned(), |batch| format!("batches of {batch}"))
+}
+
+fn name(kind: Kind) -> String {
+    format!("{kind:?}").to_lowercase()
+}
+
+fn write(file: &str, value: &Value) -> Result<()> {
+    let folder: PathBuf = guests::target_dir()?.parent().context("find the target folder")?.join("chaos");
+    std::fs::create_dir_all(&folder).context("make a folder for the report")?;
+    let path = folder.join(file);
+    std::fs::write(&path, serde_json::to_string_pretty(value)? + "\n").context("write the report")?;
+    println!("written to {}", path.display());
+    Ok(())
+}

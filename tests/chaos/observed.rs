@@ -1,0 +1,149 @@
+//! Everything that can be seen from outside once all is quiet: rows as they stand, streams as they stand.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result};
+use jiff::Timestamp;
+use support::database::Database;
+use support::nats::{NatsServer, Stored};
+
+/// A row of `effect`.
+#[derive(Debug, Clone)]
+pub struct Effect {
+    pub account: String,
+    pub delta: i64,
+    pub nonce: String,
+}
+
+/// A row of `dead_letter`.
+#[derive(Debug, Clone)]
+pub struct Letter {
+    pub event_id: String,
+    pub payload: String,
+    pub reason: String,
+    pub attempts: i64,
+}
+
+/// What was found.
+#[derive(Debug, Default)]
+pub struct Observed {
+    /// The stream of inputs, raw.
+    pub inputs: Vec<Stored>,
+    /// When that stream was made, for ids made of places.
+    pub inputs_created: Timestamp,
+    /// The stream of outputs, raw.
+    pub outputs: Vec<Stored>,
+    /// The stream of dead letters, raw.
+    pub notices: Vec<Stored>,
+    /// By event id.
+    pub effects: BTreeMap<String, Vec<Effect>>,
+    /// By account.
+    pub balances: BTreeMap<String, i64>,
+    /// State and payload (hex) by event id.
+    pub inbox: BTreeMap<String, (String, String)>,
+    pub letters: Vec<Letter>,
+    /// The codes of counted attempts, by event id.
+    pub attempts: BTreeMap<String, Vec<String>>,
+    /// The number in the keyed state, by key.
+    pub counters: BTreeMap<String, i64>,
+    /// The output rows of the worker, by id: how many.
+    pub outbox: BTreeMap<String, i64>,
+    /// What is not at rest, in words.
+    pub restless: Vec<String>,
+    /// Where the broker stored what the publisher was told is stored: body by sequence.
+    pub acked: BTreeMap<u64, Vec<u8>>,
+    /// How often a host died, and how many lanes it had.
+    pub deaths: u64,
+    pub lanes: u64,
+    /// What was seen too early, or half, while everything was running.
+    pub too_early: Vec<String>,
+}
+
+impl Observed {
+    /// Reads everything.
+    pub async fn read(database: &Database, nats: &NatsServer) -> Result<Observed> {
+        let mut observed = Observed {
+            inputs: nats.read_stream("IN").await.context("read the inputs")?,
+            outputs: nats.read_stream("OUT").await.context("read the outputs")?,
+            notices: nats.read_stream("ONCELY_DLQ").await.context("read the dead letters")?,
+            ..Observed::default()
+        };
+        let context = async_nats::jetstream::new(nats.client().await?);
+        let stream = context.get_stream("IN").await.context("open the stream of inputs")?;
+        let created = stream.cached_info().created;
+        observed.inputs_created = Timestamp::from_nanosecond(created.unix_timestamp_nanos()).context("read a time")?;
+        observed.read_rows(database).await.context("read the tables")?;
+        observed.restless = restless(database, nats).await?;
+        Ok(observed)
+    }
+
+    async fn read_rows(&mut self, database: &Database) -> Result<()> {
+        for [event_id, account, delta, nonce] in
+            columns(database, "select event_id, account, delta, attempt_nonce from app.effect").await?
+        {
+            let effect = Effect { account, delta: delta.parse()?, nonce };
+            self.effects.entry(event_id).or_default().push(effect);
+        }
+        for [account, amount] in columns(database, "select account, amount from app.balance").await? {
+            self.balances.insert(account, amount.parse()?);
+        }
+        let (hex, text) = match database {
+            Database::Sqlite(_) => ("lower(hex(payload_sha256))", "cast(value as text)"),
+            Database::Postgres { .. } => ("encode(payload_sha256, 'hex')", "convert_from(value, 'UTF8')"),
+        };
+        for [event_id, state, payload] in
+            columns(database, &format!("select event_id, state, {hex} from oncely.inbox")).await?
+        {
+            self.inbox.insert(event_id, (state, payload));
+        }
+        let letters = format!("select event_id, {hex}, reason, attempts from oncely.dead_letter");
+        for [event_id, payload, reason, attempts] in columns(database, &letters).await? {
+            self.letters.push(Letter { event_id, payload, reason, attempts: attempts.parse()? });
+        }
+        for [event_id, code] in columns(database, "select event_id, coalesce(code, error) from oncely.attempt").await? {
+            self.attempts.entry(event_id).or_default().push(code);
+        }
+        for [key, count] in columns(database, &format!("select key, {text} from oncely.state")).await? {
+            self.counters.insert(key, count.parse()?);
+        }
+        let outbox = "select id, count(*) from oncely.outbox where subject not like 'oncely.dlq.%' group by id";
+        for [id, count] in columns(database, outbox).await? {
+            self.outbox.insert(id, count.parse()?);
+        }
+        Ok(())
+    }
+}
+
+async fn columns<const N: usize>(database: &Database, sql: &str) -> Result<Vec<[String; N]>> {
+    let rows = database.rows(sql).await.with_context(|| sql.to_owned())?;
+    rows.into_iter().map(|row| row.try_into().map_err(|row| anyhow::anyhow!("odd row {row:?}"))).collect()
+}
+
+/// What still waits, is held or is open.
+pub async fn restless(database: &Database, nats: &NatsServer) -> Result<Vec<String>> {
+    let mut restless = Vec::new();
+    let context = async_nats::jetstream::new(nats.client().await?);
+    let stream = context.get_stream_no_info("IN").await.context("open the stream of inputs")?;
+    let consumer = stream.consumer_info("oncely-test").await.context("look at the consumer")?;
+    for (what, count) in [("to come", consumer.num_pending), ("unacknowledged", consumer.num_ack_pending as u64)] {
+        if count > 0 {
+            restless.push(format!("{count} messages are {what}"));
+        }
+    }
+    let unpublished = database.number("select count(*) from oncely.outbox where published_at is null").await?;
+    if unpublished > 0 {
+        restless.push(format!("{unpublished} outputs are not published"));
+    }
+    if let Database::Postgres { .. } = database {
+        let open = "select count(*) from pg_stat_activity where state like 'idle in transaction%' \
+                    and datname = current_database() and state_change < now() - interval '2 seconds'";
+        let locks = "select count(*) from pg_locks where locktype = 'advisory'";
+        for (what, sql) in [("transactions are open", open), ("advisory locks are held", locks)] {
+            let count = database.number(sql).await?;
+            if count > 0 {
+                restless.push(format!("{count} {what}"));
+            }
+        }
+    }
+    Ok(restless)
+}

@@ -1,0 +1,95 @@
+//! Publishes the workload and keeps what the broker acknowledged, whatever happens to the broker meanwhile.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use async_nats::HeaderMap;
+use async_nats::jetstream;
+use support::nats::ToPublish;
+
+use crate::workload::Workload;
+
+/// How many messages are published at a time.
+const CHUNK: usize = 20;
+
+/// The publisher waits while more messages than this wait for the worker.
+const BACKLOG_MAX: u64 = 1_000;
+
+/// What the publisher and its campaign share.
+#[derive(Default)]
+pub struct Progress {
+    /// Messages the broker acknowledged.
+    pub published: AtomicU64,
+    /// Messages that wait for the worker, as seen last.
+    pub backlog: AtomicU64,
+    /// Whether the campaign has done all it wanted to do.
+    pub enough: AtomicBool,
+    pub acked: Mutex<BTreeMap<u64, Vec<u8>>>,
+}
+
+/// Publishes at least `least` messages, about `rate` in a second, and goes on until the campaign has enough.
+pub async fn publish(
+    url: String,
+    mut workload: Workload,
+    least: u64,
+    rate: f64,
+    progress: Arc<Progress>,
+) -> Result<Workload> {
+    let client = async_nats::ConnectOptions::new()
+        .max_reconnects(None)
+        .reconnect_delay_callback(|_| Duration::from_millis(50))
+        .connect(url)
+        .await
+        .context("connect the publisher")?;
+    let context = jetstream::context::ContextBuilder::new()
+        .timeout(Duration::from_secs(1))
+        .ack_timeout(Duration::from_secs(1))
+        .build(client);
+    let mut pace = tokio::time::interval(Duration::from_secs_f64(CHUNK as f64 / rate));
+    pace.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    while progress.published.load(Ordering::Relaxed) < least || !progress.enough.load(Ordering::Relaxed) {
+        pace.tick().await;
+        if progress.backlog.load(Ordering::Relaxed) < BACKLOG_MAX {
+            let messages: Vec<ToPublish> = (0..CHUNK).map(|_| workload.next_message()).collect();
+            insist(&context, messages, &progress).await?;
+        }
+    }
+    Ok(workload)
+}
+
+/// Publishes until all is acknowledged. What was sent before under the same id for the broker is stored once.
+pub async fn insist(context: &jetstream::Context, mut messages: Vec<ToPublish>, progress: &Progress) -> Result<()> {
+    while !messages.is_empty() {
+        let mut sent = Vec::new();
+        for message in messages {
+            let mut headers = HeaderMap::new();
+            for (name, value) in &message.headers {
+                headers.append(name.as_str(), value.parse::<async_nats::HeaderValue>()?);
+            }
+            let body = message.body.clone().into();
+            sent.push((context.publish_with_headers(message.subject.clone(), headers, body).await, message));
+        }
+        messages = Vec::new();
+        for (answer, message) in sent {
+            let acked = match answer {
+                Ok(answer) => answer.await,
+                Err(error) => Err(error),
+            };
+            match acked {
+                Ok(ack) => {
+                    progress.published.fetch_add(1, Ordering::Relaxed);
+                    let mut acked = progress.acked.lock().unwrap_or_else(PoisonError::into_inner);
+                    acked.insert(ack.sequence, message.body);
+                }
+                Err(_) => messages.push(message),
+            }
+        }
+        if !messages.is_empty() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,88 @@
+//! Looks on while everything runs: no output before its effect, no half of a transfer, and how much is left to do.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use async_nats::jetstream;
+use futures::StreamExt;
+use serde_json::Value;
+use support::database::Database;
+
+use crate::publisher::Progress;
+
+/// What was looked at, and what was wrong.
+#[derive(Default)]
+pub struct Looked {
+    pub outputs: AtomicU64,
+    pub snapshots: AtomicU64,
+    pub too_early: Mutex<Vec<String>>,
+}
+
+impl Looked {
+    fn fail(&self, what: String) {
+        self.too_early.lock().unwrap_or_else(PoisonError::into_inner).push(what);
+    }
+}
+
+/// For each output it has time for: the effect must be there when the output can be seen.
+pub async fn watch_outputs(url: String, database: Database, looked: Arc<Looked>) -> Result<()> {
+    let client = connect(url).await?;
+    let mut outputs = client.subscribe("out.>").await.context("listen to outputs")?;
+    while let Some(message) = outputs.next().await {
+        let told: Value = serde_json::from_slice(&message.payload).unwrap_or_default();
+        let text = |name: &str| told.get(name).and_then(Value::as_str).unwrap_or_default().replace('\'', "");
+        let (event, nonce) = (text("event_id"), text("attempt_nonce"));
+        let sql = format!("select count(*) from app.effect where event_id = '{event}' and attempt_nonce = '{nonce}'");
+        // The database may be down just now.
+        if let Ok(rows) = database.number(&sql).await {
+            looked.outputs.fetch_add(1, Ordering::Relaxed);
+            if rows != 2 {
+                looked.fail(format!("an output of event {event} was there with {rows} rows of its effect"));
+            }
+        }
+        // Not those that queued up meanwhile: only a fresh one shows whether it was too early.
+        let moment = Instant::now();
+        while moment.elapsed() < Duration::from_millis(100) {
+            let _ = tokio::time::timeout(Duration::from_millis(50), outputs.next()).await;
+        }
+    }
+    Ok(())
+}
+
+/// Every snapshot of the ledger sums to zero.
+pub async fn watch_ledger(database: Database, looked: Arc<Looked>) {
+    loop {
+        if let Ok(sum) = database.number("select coalesce(sum(delta), 0) from app.effect").await {
+            looked.snapshots.fetch_add(1, Ordering::Relaxed);
+            if sum != 0 {
+                looked.fail(format!("a snapshot of all effects sums to {sum}"));
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+}
+
+/// Keeps the publisher informed of how much waits.
+pub async fn watch_backlog(url: String, progress: Arc<Progress>) -> Result<()> {
+    let context = jetstream::new(connect(url).await?);
+    loop {
+        if let Ok(stream) = context.get_stream_no_info("IN").await
+            && let Ok(consumer) = stream.consumer_info("oncely-test").await
+        {
+            let backlog = consumer.num_pending + consumer.num_ack_pending as u64;
+            progress.backlog.store(backlog, Ordering::Relaxed);
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+async fn connect(url: String) -> Result<async_nats::Client> {
+    async_nats::ConnectOptions::new()
+        .max_reconnects(None)
+        .reconnect_delay_callback(|_| Duration::from_millis(50))
+        .connect(url)
+        .await
+        .context("connect a watcher")
+}

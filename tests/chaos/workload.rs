@@ -1,0 +1,247 @@
+//! What is published: transfers between accounts, and among them everything that may go wrong with a message.
+
+use oncely::fault;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use serde_json::json;
+use support::nats::ToPublish;
+
+/// Ordering keys; accounts belong to one key, so that lanes rarely meet.
+const KEYS: u32 = 256;
+const ACCOUNTS_OF_KEY: u32 = 4;
+
+/// Of how many earlier messages one is picked to be sent again.
+const REMEMBERED: usize = 400;
+
+/// What is to become of a message, told by its header `nature` to the checker alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Nature {
+    Plain,
+    /// Works in the database for a while.
+    Slow,
+    /// Has no id but its place on the stream.
+    NoId,
+    /// Fails once before it did anything, or after it wrote rows.
+    FailsOnce,
+    FailsOnceLate,
+    Poison,
+    PoisonLate,
+    Trap,
+    TimesOut,
+    OutOfMemory,
+    /// Keeps quiet about a statement that failed.
+    Swallows,
+    /// Sends an output with a header that is the platform's.
+    ReservedHeader,
+    /// Has a body that is no JSON, or no UTF-8.
+    Malformed,
+    /// Has an id that is too long.
+    LongId,
+}
+
+impl Nature {
+    pub const ALL: [Nature; 14] = [
+        Nature::Plain,
+        Nature::Slow,
+        Nature::NoId,
+        Nature::FailsOnce,
+        Nature::FailsOnceLate,
+        Nature::Poison,
+        Nature::PoisonLate,
+        Nature::Trap,
+        Nature::TimesOut,
+        Nature::OutOfMemory,
+        Nature::Swallows,
+        Nature::ReservedHeader,
+        Nature::Malformed,
+        Nature::LongId,
+    ];
+
+    pub fn from_header(text: &str) -> Option<Nature> {
+        Nature::ALL.into_iter().find(|nature| format!("{nature:?}") == text)
+    }
+
+    /// The reason of its dead letter; none when it takes effect.
+    pub fn death(self) -> Option<&'static str> {
+        match self {
+            Nature::Plain | Nature::Slow | Nature::NoId | Nature::FailsOnce | Nature::FailsOnceLate => None,
+            Nature::Malformed => Some("rejected"),
+            Nature::LongId => Some("invalid-id"),
+            Nature::ReservedHeader => Some("output-refused"),
+            _ => Some("attempts-exhausted"),
+        }
+    }
+
+    /// Whether no attempt at it may ever be counted.
+    pub fn never_fails(self) -> bool {
+        matches!(self, Nature::Plain | Nature::Slow | Nature::NoId | Nature::LongId)
+    }
+
+    fn behaviour(self) -> &'static str {
+        match self {
+            Nature::Plain | Nature::NoId | Nature::ReservedHeader | Nature::Malformed | Nature::LongId => "ledger",
+            Nature::Slow => "ledger,slow",
+            Nature::FailsOnce => "fail_once,ledger",
+            Nature::FailsOnceLate => "ledger,fail_once",
+            Nature::Poison => "fail",
+            Nature::PoisonLate => "ledger,fail",
+            Nature::Trap => "ledger,trap",
+            Nature::TimesOut => "ledger,spin",
+            Nature::OutOfMemory => "eat_memory",
+            Nature::Swallows => "swallow_error",
+        }
+    }
+
+    /// In ten thousand.
+    fn rate(self) -> u32 {
+        match self {
+            Nature::Plain => 0,
+            Nature::Slow => 300,
+            Nature::NoId => 50,
+            Nature::FailsOnce | Nature::FailsOnceLate => 100,
+            Nature::Poison | Nature::PoisonLate => 50,
+            Nature::Trap => 20,
+            Nature::TimesOut => 10,
+            Nature::OutOfMemory => 5,
+            Nature::Swallows | Nature::ReservedHeader => 20,
+            Nature::Malformed => 70,
+            Nature::LongId => 30,
+        }
+    }
+}
+
+/// Makes messages, the same ones for the same seed.
+pub struct Workload {
+    random: StdRng,
+    made: u64,
+    recent: Vec<ToPublish>,
+    sequence_of_key: Vec<u64>,
+    pub duplicates: u64,
+    pub id_reuses: u64,
+}
+
+impl Workload {
+    pub fn new(seed: u64) -> Self {
+        Workload {
+            random: StdRng::seed_from_u64(seed),
+            made: 0,
+            recent: Vec::new(),
+            sequence_of_key: vec![0; KEYS as usize],
+            duplicates: 0,
+            id_reuses: 0,
+        }
+    }
+
+    /// The next message: mostly a new event; sometimes an earlier one again, or its id with another body.
+    pub fn next_message(&mut self) -> ToPublish {
+        self.made += 1;
+        let draw = self.random.random_range(0..10_000);
+        let message = match draw {
+            0..1_000 if !self.recent.is_empty() => {
+                self.duplicates += 1;
+                // A third of them at once, so that both copies meet in one batch.
+                let back = if draw % 3 == 0 { 1 } else { self.random.random_range(1..=self.recent.len()) };
+                let message = self.recent[self.recent.len() - back].clone();
+                with_new_broker_id(message)
+            }
+            1_000..1_050 if !self.recent.is_empty() => {
+                self.id_reuses += 1;
+                let earlier = &self.recent[self.random.random_range(0..self.recent.len())];
+                let event_id = header(earlier, "ce-id").to_owned();
+                self.event(Nature::Plain, &event_id)
+            }
+            _ => {
+                let nature = self.nature();
+                let event_id = format!("e{}", self.made);
+                self.event(nature, &event_id)
+            }
+        };
+        self.remember(&message);
+        message
+    }
+
+    fn nature(&mut self) -> Nature {
+        let mut draw = self.random.random_range(0..10_000);
+        for nature in Nature::ALL {
+            if draw < nature.rate() {
+                return nature;
+            }
+            draw -= nature.rate();
+        }
+        Nature::Plain
+    }
+
+    fn event(&mut self, nature: Nature, event_id: &str) -> ToPublish {
+        // Few keys get most messages.
+        let key = (f64::from(KEYS) * self.random.random::<f64>().powi(3)) as u32 % KEYS;
+        let sequence = &mut self.sequence_of_key[key as usize];
+        *sequence += 1;
+        let sequence = *sequence;
+        let account = |key: u32, number: u32| format!("k{key}-{number}");
+        let from = self.random.random_range(0..ACCOUNTS_OF_KEY);
+        let other_key = if self.random.random_bool(0.01) { self.random.random_range(0..KEYS) } else { key };
+        let options = json!({
+            "from": account(key, from),
+            "to": account(other_key, (from + 1) % ACCOUNTS_OF_KEY),
+            "delta": self.random.random_range(1..1_000),
+            "n": self.random.random_range(0..4),
+            "key": format!("k{key}"),
+            "seq": sequence,
+            "delay_ms": if self.random.random_bool(0.03) { 300 } else { 0 },
+            "header": (nature == Nature::ReservedHeader).then_some("Nats-Expected-Stream"),
+            "what": "unique", "ms": 10, "sql": true,
+        });
+        let mut options = options;
+        if nature == Nature::ReservedHeader {
+            options["n"] = json!(1);
+        }
+        let mut message = ToPublish::new("in.ledger", event_id, nature.behaviour(), &options.to_string());
+        match nature {
+            Nature::Malformed if sequence.is_multiple_of(2) => message.body = vec![0xff, 0xfe, 0, b'{'],
+            Nature::Malformed => message.body.truncate(10),
+            Nature::LongId => set_header(&mut message, "ce-id", &format!("{event_id}-{}", "x".repeat(300))),
+            Nature::NoId => message.headers.retain(|(name, _)| name != "ce-id" && name != "Nats-Msg-Id"),
+            _ => {}
+        }
+        message.headers.push(("nature".to_owned(), format!("{nature:?}")));
+        message.headers.push(("key".to_owned(), format!("k{key}")));
+        message
+    }
+
+    fn remember(&mut self, message: &ToPublish) {
+        // What has no id of its own would be another event each time.
+        let natures = ["NoId", "LongId"];
+        if natures.contains(&header(message, "nature")) {
+            return;
+        }
+        if self.recent.len() == REMEMBERED {
+            self.recent.remove(0);
+        }
+        self.recent.push(message.clone());
+    }
+}
+
+/// A new id for the broker: only the inbox knows that it is the same event.
+fn with_new_broker_id(mut message: ToPublish) -> ToPublish {
+    set_header(&mut message, "Nats-Msg-Id", &uuid::Uuid::new_v4().to_string());
+    message
+}
+
+fn set_header(message: &mut ToPublish, name: &str, value: &str) {
+    message.headers.retain(|(other, _)| other != name);
+    message.headers.push((name.to_owned(), value.to_owned()));
+}
+
+fn header<'m>(message: &'m ToPublish, name: &str) -> &'m str {
+    message.headers.iter().find(|(other, _)| other == name).map_or("", |(_, value)| value)
+}
+
+/// At how many passes of a point a host may be made to die, so that it does not always die at its first chance.
+pub fn passes_until_death(point: &str) -> u64 {
+    match point {
+        fault::MIGRATING | fault::STARTED | fault::AFTER_PRUNE | fault::DEPLOY_SWAP => 1,
+        fault::AFTER_FETCH | fault::MID_GUEST | fault::AFTER_ACK => 60,
+        fault::BEFORE_RERUN | fault::AFTER_COUNT | fault::AFTER_BURIAL | fault::RELAY_LEASED => 2,
+        _ => 12,
+    }
+}

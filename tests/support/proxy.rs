@@ -1,0 +1,242 @@
+//! A TCP proxy that knows a little PostgreSQL and NATS, and cuts connections where it hurts most.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+
+/// Where to cut, once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Cut {
+    /// A commit reaches the proxy and goes no further.
+    CommitNotForwarded,
+    /// A commit takes effect, and its answer gets lost.
+    CommitAnswerLost,
+    /// A commit takes effect, and its answer is held back until the client is gone.
+    CommitAnswerHeld,
+    /// Outputs reach the proxy and go no further.
+    OutputsNotForwarded,
+    /// The broker stored outputs, and its answers get lost.
+    OutputAnswersLost,
+}
+
+/// A proxy to a port of this machine.
+pub struct Proxy {
+    port: u16,
+    shared: Arc<Shared>,
+    accepting: JoinHandle<()>,
+}
+
+#[derive(Default)]
+struct Shared {
+    upstream: u16,
+    armed: Mutex<Option<Cut>>,
+    done: Mutex<HashMap<Cut, u64>>,
+    changed: Notify,
+}
+
+impl Proxy {
+    /// Starts a proxy to `upstream`, a port of the loopback interface.
+    pub async fn start(upstream: u16) -> Result<Self> {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.context("listen for the proxy")?;
+        let port = listener.local_addr().context("read the proxy's port")?.port();
+        let shared = Arc::new(Shared { upstream, ..Shared::default() });
+        let accepting = tokio::spawn(accept(listener, Arc::clone(&shared)));
+        Ok(Proxy { port, shared, accepting })
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// How often it was cut there.
+    pub fn count(&self, cut: Cut) -> u64 {
+        self.shared.done.lock().unwrap_or_else(PoisonError::into_inner).get(&cut).copied().unwrap_or_default()
+    }
+
+    /// Cuts at the next chance and returns true once that happened, or false after `limit` without a chance.
+    pub async fn cut(&self, cut: Cut, limit: Duration) -> bool {
+        let before = self.count(cut);
+        self.shared.arm(Some(cut));
+        let happened = async {
+            while self.count(cut) == before {
+                // Looked at again now and then: a wake-up between look and wait would be missed.
+                let _ = tokio::time::timeout(Duration::from_millis(20), self.shared.changed.notified()).await;
+            }
+        };
+        let in_time = tokio::time::timeout(limit, happened).await.is_ok();
+        self.shared.arm(None);
+        in_time
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.accepting.abort();
+    }
+}
+
+impl Shared {
+    fn arm(&self, cut: Option<Cut>) {
+        *self.armed.lock().unwrap_or_else(PoisonError::into_inner) = cut;
+    }
+
+    fn armed(&self) -> Option<Cut> {
+        *self.armed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the order to cut at one of these places; one connection gets it.
+    fn take(&self, wanted: &[Cut]) -> Option<Cut> {
+        let mut armed = self.armed.lock().unwrap_or_else(PoisonError::into_inner);
+        armed.take_if(|cut| wanted.contains(cut))
+    }
+
+    fn done(&self, cut: Cut) {
+        *self.done.lock().unwrap_or_else(PoisonError::into_inner).entry(cut).or_default() += 1;
+        self.changed.notify_waiters();
+    }
+}
+
+async fn accept(listener: TcpListener, shared: Arc<Shared>) {
+    while let Ok((client, _)) = listener.accept().await {
+        let shared = Arc::clone(&shared);
+        tokio::spawn(async move {
+            // With nobody upstream the client finds a closed connection, as it would without the proxy.
+            if let Ok(server) = TcpStream::connect(("127.0.0.1", shared.upstream)).await {
+                let _ = client.set_nodelay(true);
+                let _ = server.set_nodelay(true);
+                let _ = Connection { client, server, shared, messages: Messages::default() }.run().await;
+            }
+        });
+    }
+}
+
+struct Connection {
+    client: TcpStream,
+    server: TcpStream,
+    shared: Arc<Shared>,
+    messages: Messages,
+}
+
+impl Connection {
+    /// Copies both ways until an end closes or the connection is cut, which closes both.
+    async fn run(mut self) -> std::io::Result<()> {
+        let mut up = vec![0; 1 << 16];
+        let mut down = vec![0; 1 << 16];
+        loop {
+            tokio::select! {
+                read = self.client.read(&mut up) => match read? {
+                    0 => return Ok(()),
+                    length => if self.pass_up(up.get(..length).unwrap_or_default()).await? { return Ok(()) },
+                },
+                read = self.server.read(&mut down) => match read? {
+                    0 => return Ok(()),
+                    length => if self.pass_down(down.get(..length).unwrap_or_default()).await? { return Ok(()) },
+                },
+            }
+        }
+    }
+
+    /// Forwards what the client said; true when the connection is cut.
+    async fn pass_up(&mut self, bytes: &[u8]) -> std::io::Result<bool> {
+        let commits = self.messages.hold_commit(bytes);
+        if commits && let Some(cut) = self.shared.take(COMMIT_CUTS) {
+            if cut == Cut::CommitNotForwarded {
+                self.shared.done(cut);
+                return Ok(true);
+            }
+            self.server.write_all(bytes).await?;
+            return self.keep_answer(cut).await;
+        }
+        let sends = matches!(self.shared.armed(), Some(Cut::OutputsNotForwarded)) && contains(bytes, b"PUB out.");
+        if sends && let Some(cut) = self.shared.take(&[Cut::OutputsNotForwarded]) {
+            self.shared.done(cut);
+            return Ok(true);
+        }
+        self.server.write_all(bytes).await?;
+        Ok(false)
+    }
+
+    /// Waits for the answer to a commit and keeps it to itself.
+    async fn keep_answer(&mut self, cut: Cut) -> std::io::Result<bool> {
+        let mut answer = Vec::new();
+        // Until the server is ready for the next query, in no transaction.
+        while !answer.ends_with(b"Z\0\0\0\x05I") {
+            if self.server.read_buf(&mut answer).await? == 0 {
+                return Ok(true);
+            }
+        }
+        if contains(&answer, b"COMMIT\0") {
+            self.shared.done(cut);
+        }
+        if cut == Cut::CommitAnswerHeld {
+            let mut ignored = vec![0; 1 << 10];
+            while self.client.read(&mut ignored).await? > 0 {}
+        }
+        Ok(true)
+    }
+
+    /// Forwards what the server said; true when the connection is cut.
+    async fn pass_down(&mut self, bytes: &[u8]) -> std::io::Result<bool> {
+        let answers =
+            matches!(self.shared.armed(), Some(Cut::OutputAnswersLost)) && contains(bytes, b"{\"stream\":\"OUT\"");
+        if answers && let Some(cut) = self.shared.take(&[Cut::OutputAnswersLost]) {
+            self.shared.done(cut);
+            return Ok(true);
+        }
+        self.client.write_all(bytes).await?;
+        Ok(false)
+    }
+}
+
+const COMMIT_CUTS: &[Cut] = &[Cut::CommitNotForwarded, Cut::CommitAnswerLost, Cut::CommitAnswerHeld];
+
+/// What a PostgreSQL client sent and was not a whole message yet.
+#[derive(Default)]
+struct Messages {
+    rest: Vec<u8>,
+    started: bool,
+    /// Not PostgreSQL at all.
+    foreign: bool,
+}
+
+impl Messages {
+    /// Whether one of the messages that end in `bytes` is a simple query whose text ends in `commit`.
+    fn hold_commit(&mut self, bytes: &[u8]) -> bool {
+        const NEGOTIATIONS: [&[u8]; 2] = [&80_877_103_u32.to_be_bytes(), &80_877_104_u32.to_be_bytes()];
+        if self.foreign {
+            return false;
+        }
+        self.rest.extend_from_slice(bytes);
+        let mut commits = false;
+        loop {
+            // The first messages have no type.
+            let typed = usize::from(self.started);
+            let Some(length) = self.rest.get(typed..typed + 4).and_then(|length| length.try_into().ok()) else { break };
+            let length = typed + u32::from_be_bytes(length) as usize;
+            if !self.started && length > 10_000 {
+                self.foreign = true;
+                return false;
+            }
+            if self.rest.len() < length {
+                break;
+            }
+            let rest = self.rest.split_off(length);
+            let message = std::mem::replace(&mut self.rest, rest);
+            match self.started {
+                true => commits |= message.starts_with(b"Q") && message.ends_with(b"commit\0"),
+                false => self.started = !NEGOTIATIONS.contains(&message.get(4..8).unwrap_or_default()),
+            }
+        }
+        commits
+    }
+}
+
+fn contains(bytes: &[u8], part: &[u8]) -> bool {
+    bytes.windows(part.len()).any(|window| window == part)
+}
