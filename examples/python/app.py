@@ -21,4 +21,4 @@ class Handler(exports.Handler):
         state.set(f"greeted.{name}", str(times).encode())
 
         body = json.dumps({"greeting": f"Hello {name}", "times": times}).encode()
-        outbox.send(outbox.Outgoing("greetings.said", [], body, None, None, None))
+        outbox.send(outbox.Outgoing("greetings.said", [], body, None, None, None, None))

@@ -68,6 +68,28 @@ pub mod bindings {
     });
 }
 
+/// The same for a component that exports a batch handler; all but its export is that of [`bindings`].
+#[doc(hidden)]
+#[allow(unsafe_code, missing_docs, clippy::all, reason = "generated code answers to its generator")]
+pub mod batch_bindings {
+    wit_bindgen::generate!({
+        path: "../wit",
+        world: "batch-worker",
+        with: {
+            "oncely:worker/types@0.1.0": crate::bindings::oncely::worker::types,
+            "oncely:worker/outbox@0.1.0": crate::bindings::oncely::worker::outbox,
+            "oncely:worker/state@0.1.0": crate::bindings::oncely::worker::state,
+            "oncely:worker/sql@0.1.0": crate::bindings::oncely::worker::sql,
+            "oncely:worker/invocation@0.1.0": crate::bindings::oncely::worker::invocation,
+            "wasi:logging/logging@0.1.0-draft": crate::bindings::wasi::logging::logging,
+            "wasi:config/store@0.2.0-rc.1": crate::bindings::wasi::config::store,
+        },
+        pub_export_macro: true,
+        export_macro_name: "export_batch_worker",
+        default_bindings_module: "oncely_guest::batch_bindings",
+    });
+}
+
 /// What a handler usually needs: `use oncely_guest::prelude::*;`.
 pub mod prelude {
     pub use serde::{Deserialize, Serialize};
@@ -124,6 +146,87 @@ pub fn run(
 ) -> Result<(), bindings::oncely::worker::types::Failure> {
     log::report_panics();
     handle(message).map_err(Failure::into_wit)
+}
+
+/// Makes a function the batch handler of this component, in place of a [`handler!`]. Once in a crate.
+///
+/// The function takes the messages of a batch as a slice and returns one `Result<(), Failure>` for each, in their order. It
+/// is for handlers that serve many messages with one SQL statement. The effects of the call belong together: when all
+/// answers are `Ok` they take effect, and when some are failures none does, and the other messages come again at once
+/// without those. A panic or an error of the database fails the call as a whole; its messages then come again in halves, until
+/// the one that is to blame is alone. Each output says which message caused it:
+///
+/// ```
+/// use oncely_guest::prelude::*;
+///
+/// #[derive(Deserialize, Serialize)]
+/// struct Reading {
+///     meter: String,
+///     value: i64,
+/// }
+///
+/// fn handle(messages: &[Message]) -> Vec<Result<(), Failure>> {
+///     let readings: Vec<Result<Reading, Failure>> = messages.iter().map(Message::json).collect();
+///     if readings.iter().all(Result::is_ok) {
+///         if let Err(failure) = keep(messages, &readings.into_iter().flatten().collect::<Vec<_>>()) {
+///             return messages.iter().map(|_| Err(failure.clone())).collect();
+///         }
+///         return messages.iter().map(|_| Ok(())).collect();
+///     }
+///     // The good ones come again, without the others.
+///     readings.into_iter().map(|reading| reading.map(|_| ())).collect()
+/// }
+///
+/// fn keep(messages: &[Message], readings: &[Reading]) -> Result<(), Failure> {
+///     let all = serde_json::to_string(readings)?;
+///     sql::execute(
+///         "insert into reading (meter, value)
+///          select value ->> 'meter', value ->> 'value' from json_each($1)",
+///         params![all],
+///     )?;
+///     for (message, reading) in messages.iter().zip(readings) {
+///         outbox::send(Outgoing::json("readings.kept", reading)?.caused_by(message))?;
+///     }
+///     Ok(())
+/// }
+///
+/// oncely_guest::batch_handler!(handle);
+/// ```
+#[macro_export]
+macro_rules! batch_handler {
+    ($handle:expr) => {
+        #[allow(unsafe_code, reason = "exporting a function by name is unsafe to the compiler")]
+        const _: () = {
+            struct Worker;
+
+            impl $crate::batch_bindings::exports::oncely::worker::batch_handler::Guest for Worker {
+                fn handle_batch(
+                    messages: ::std::vec::Vec<$crate::Message>,
+                ) -> ::std::vec::Vec<::core::result::Result<(), $crate::bindings::oncely::worker::types::Failure>>
+                {
+                    $crate::run_batch(&messages, $handle)
+                }
+            }
+
+            // The export's name holds characters that only WebAssembly allows in a symbol.
+            #[cfg(target_family = "wasm")]
+            $crate::batch_bindings::export_batch_worker! { Worker with_types_in $crate::batch_bindings }
+
+            // Elsewhere nothing calls the handler; naming it keeps the compiler from finding it dead.
+            #[cfg(not(target_family = "wasm"))]
+            const _: fn(&[$crate::Message]) -> ::std::vec::Vec<::core::result::Result<(), $crate::Failure>> = $handle;
+        };
+    };
+}
+
+/// Runs a batch handler as the host calls it.
+#[doc(hidden)]
+pub fn run_batch(
+    messages: &[Message],
+    handle: impl FnOnce(&[Message]) -> Vec<Result<(), Failure>>,
+) -> Vec<Result<(), bindings::oncely::worker::types::Failure>> {
+    log::report_panics();
+    handle(messages).into_iter().map(|answer| answer.map_err(Failure::into_wit)).collect()
 }
 
 /// The snippets of the guide for authors, compiled.

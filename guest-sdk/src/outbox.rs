@@ -8,6 +8,7 @@ use serde::Serialize;
 use crate::bindings::oncely::worker::outbox as wit;
 pub use crate::bindings::oncely::worker::outbox::{Error as ErrorKind, Outgoing};
 use crate::failure::{Failure, milliseconds};
+use crate::message::Message;
 
 /// Hands over a message and returns its id. It is published after the commit, never before.
 ///
@@ -40,6 +41,7 @@ impl Outgoing {
             id: None,
             ordering_key: None,
             delay: None,
+            caused_by: None,
         }
     }
 
@@ -77,6 +79,13 @@ impl Outgoing {
     #[must_use]
     pub fn ordering_key(mut self, key: impl Into<String>) -> Self {
         self.ordering_key = Some(key.into());
+        self
+    }
+
+    /// Says which message caused this one, by its id. A batch handler says it for each; elsewhere there is but one.
+    #[must_use]
+    pub fn caused_by(mut self, message: &Message) -> Self {
+        self.caused_by = Some(message.id.clone());
         self
     }
 

@@ -22,7 +22,7 @@ use crate::guest::COMPONENT_SIZE_MAX;
 use crate::hint::{self, WithHint};
 use crate::host::{Host, WorkerState};
 use crate::sql::Dialect;
-use crate::store::{AttemptRecord, LetterFilter, LetterSummary, StoreError, WorkerTotals};
+use crate::store::{AttemptRecord, LetterFilter, LetterSummary, StateRecord, StoreError, WorkerTotals};
 
 /// Requests other than component uploads may be this large, in bytes.
 const BODY_MAX: usize = 16 << 20;
@@ -50,6 +50,8 @@ fn router(host: Arc<Host>, token: &str) -> Router {
         .route("/publish", post(publish))
         .route("/letters", get(letters))
         .route("/letters/{id}", get(letter))
+        .route("/workers/{worker}/state", get(state_list))
+        .route("/workers/{worker}/state/entry", get(state_get))
         .layer(DefaultBodyLimit::max(BODY_MAX))
         .route("/components", post(upload).layer(DefaultBodyLimit::max(COMPONENT_SIZE_MAX)))
         .layer(middleware::from_fn_with_state(expected, check_token));
@@ -165,8 +167,7 @@ async fn deployments(State(host): State<Arc<Host>>, Path(worker): Path<String>) 
     let is_active = |version| active.iter().any(|record| record.worker == worker && record.version == version);
     let records = host.store.deployments(&worker).await?;
     if records.is_empty() {
-        let error = anyhow!("there is no worker `{worker}`").hint("oncely workers");
-        return Err(Failure(StatusCode::NOT_FOUND, error));
+        return Err(no_such_worker(&worker));
     }
     let shown = records.into_iter().map(|record| Deployment {
         active: is_active(record.version),
@@ -279,4 +280,74 @@ async fn letter(State(host): State<Arc<Host>>, Path(id): Path<i64>) -> Answer<Le
         stream_sequence: record.origin.map(|(_, sequence)| sequence),
         story: record.attempts,
     }))
+}
+
+/// One value of keyed state.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct StateValue {
+    pub key: String,
+    pub version: u64,
+    /// Of the value, in bytes.
+    pub size: u64,
+    pub updated_at: jiff::Timestamp,
+    /// Base64; in a list of the first bytes only.
+    pub value: String,
+}
+
+impl From<StateRecord> for StateValue {
+    fn from(record: StateRecord) -> Self {
+        StateValue {
+            key: record.key,
+            version: record.version,
+            size: record.size,
+            updated_at: record.updated_at,
+            value: base64::engine::general_purpose::STANDARD.encode(&record.value),
+        }
+    }
+}
+
+/// Which values of keyed state to list.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct StateFilter {
+    /// What their keys begin with.
+    #[serde(default)]
+    pub prefix: String,
+    pub limit: u32,
+}
+
+async fn state_list(
+    State(host): State<Arc<Host>>,
+    Path(worker): Path<String>,
+    Query(filter): Query<StateFilter>,
+) -> Answer<Vec<StateValue>> {
+    let records = host.store.state_entries(&worker, &filter.prefix, filter.limit).await?;
+    if records.is_empty() && host.store.deployments(&worker).await?.is_empty() {
+        return Err(no_such_worker(&worker));
+    }
+    Ok(Json(records.into_iter().map(StateValue::from).collect()))
+}
+
+/// Which value of keyed state to get. Keys may hold any character, so they do not stand in the path.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct StateKey {
+    pub key: String,
+}
+
+async fn state_get(
+    State(host): State<Arc<Host>>,
+    Path(worker): Path<String>,
+    Query(StateKey { key }): Query<StateKey>,
+) -> Answer<StateValue> {
+    if let Some(record) = host.store.state_entry(&worker, &key).await? {
+        return Ok(Json(record.into()));
+    }
+    if host.store.deployments(&worker).await?.is_empty() {
+        return Err(no_such_worker(&worker));
+    }
+    let error = anyhow!("worker {worker} has no state under `{key}`").hint(format!("oncely state list {worker}"));
+    Err(Failure(StatusCode::NOT_FOUND, error))
+}
+
+fn no_such_worker(worker: &str) -> Failure {
+    Failure(StatusCode::NOT_FOUND, anyhow!("there is no worker `{worker}`").hint("oncely workers"))
 }

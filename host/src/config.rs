@@ -26,9 +26,10 @@ pub const FILE_NAME: &str = "oncely-host.toml";
 pub const LISTEN: &str = "127.0.0.1:7420";
 
 /// Every knob, by its key in the file. Its flag is `--key` with hyphens, its variable `ONCELY_KEY`.
-pub(crate) const KNOBS: [&str; 11] = [
+pub(crate) const KNOBS: [&str; 12] = [
     "database",
     "pool_size",
+    "guest_sql",
     "nats",
     "nats_context",
     "nats_creds",
@@ -52,6 +53,9 @@ pub struct HostFlags {
     /// The most database connections [default: 16] [env: ONCELY_POOL_SIZE]
     #[arg(long, value_name = "COUNT")]
     pub pool_size: Option<String>,
+    /// How workers' SQL is kept apart on PostgreSQL: walled, by a role of its own, or trusted [default: walled] [env: ONCELY_GUEST_SQL]
+    #[arg(long, value_name = "HOW")]
+    pub guest_sql: Option<String>,
     /// NATS servers, separated by commas [default: nats://127.0.0.1:4222] [env: ONCELY_NATS]
     #[arg(long, value_name = "URL")]
     pub nats: Option<String>,
@@ -87,6 +91,7 @@ pub struct HostConfig {
     pub database: Database,
     /// The most connections to the database.
     pub pool_size: u32,
+    pub guest_sql: GuestSql,
     pub nats: Nats,
     /// Where the control API listens.
     pub listen: SocketAddr,
@@ -108,6 +113,15 @@ pub enum Database {
     Sqlite(PathBuf),
     /// A `postgres://` URL, password included; it is never shown whole.
     Postgres(String),
+}
+
+/// What keeps workers' SQL from the platform's tables on PostgreSQL. On SQLite the wall always stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GuestSql {
+    /// A login role of the app's own, and the check of each statement's text before it.
+    Walled,
+    /// The check of the text alone, for databases that let nobody make roles.
+    Trusted,
 }
 
 /// The form of log lines.
@@ -136,6 +150,7 @@ impl HostConfig {
         Ok(HostConfig {
             database: sources.get("database").map_or_else(default_database, |given| database(&given))?,
             pool_size: sources.get("pool_size").map_or(Ok(16), |given| pool_size(&given))?,
+            guest_sql: sources.get("guest_sql").map_or(Ok(GuestSql::Walled), |given| guest_sql(&given))?,
             nats: nats::resolve(&sources, env)?,
             listen: listen(&sources, token.is_some())?,
             token,
@@ -182,6 +197,14 @@ fn pool_size(given: &Given) -> anyhow::Result<u32> {
     match given.value.parse() {
         Ok(count @ 2..=1000) => Ok(count),
         _ => Err(given.refuse_value("is not a whole number between 2 and 1000", "16")),
+    }
+}
+
+fn guest_sql(given: &Given) -> anyhow::Result<GuestSql> {
+    match given.value.as_str() {
+        "walled" => Ok(GuestSql::Walled),
+        "trusted" => Ok(GuestSql::Trusted),
+        _ => Err(given.refuse_value("is neither `walled` nor `trusted`", "walled")),
     }
 }
 

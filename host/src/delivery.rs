@@ -9,16 +9,19 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use async_trait::async_trait;
-use jiff::Timestamp;
 use tokio::sync::Mutex;
 
-use crate::guest::{Call, CallFailure, Database, FailureKind, Guest, Outcome};
+use crate::guest::{CallFailure, Database, FailureKind, Guest};
 use crate::manifest::Worker;
-use crate::message::{Message, Output};
+use crate::message::Message;
 use crate::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
-use crate::state::{BatchState, StateEntry};
+use crate::state::StateEntry;
 use crate::store::{Claim, Claimed, FailedAttempt, OutboxRow, Store, StoreError, Tx};
 use crate::verdict::{Letter, Reason, Verdict};
+
+mod members;
+
+use members::{Failed, Members, Ran};
 
 /// For how long committed outputs belong to the relay of the host that committed them.
 pub const HAND_OVER_LEASE: Duration = Duration::from_secs(30);
@@ -47,21 +50,24 @@ pub struct Delivered {
     pub verdicts: Vec<Verdict>,
     /// Committed outputs that are to be published now, in order.
     pub outputs: Vec<OutboxRow>,
+    /// How often messages had to be run again because of others in the batch.
+    pub reruns: u32,
 }
 
 impl Delivery {
     /// Delivers a batch. An error means that nothing is known and nothing is lost: call it again with the same batch.
     /// The future must run to its end; drop it, and a database operation is left half-way.
     pub async fn deliver(&self, batch: &[Arc<Message>]) -> Result<Delivered, StoreError> {
-        let mut run = Run::new(batch);
+        let mut run = Run::new(batch, &self.worker);
         let mut groups = VecDeque::from([run.first_of_each_id()]);
         let mut conflicts = 0;
         while let Some(group) = groups.pop_front() {
-            match self.attempt(&mut run, &group).await? {
+            let group = run.without_those_out(group);
+            let round = self.attempt(&mut run, &group).await?;
+            run.reruns += u32::from(!matches!(round, Round::Committed));
+            match round {
                 Round::Committed => {}
-                Round::Without(failed) => {
-                    groups.push_front(group.into_iter().filter(|member| *member != failed).collect());
-                }
+                Round::Again => groups.push_front(group),
                 Round::Conflict(cause) => {
                     conflicts += 1;
                     if conflicts > CONFLICTS_MAX {
@@ -71,6 +77,7 @@ impl Delivery {
                         .await;
                     split(group, &mut groups);
                 }
+                Round::Halves => split(group, &mut groups),
                 Round::Singly => {
                     for member in group.into_iter().rev() {
                         groups.push_front(vec![member]);
@@ -98,129 +105,62 @@ impl Delivery {
             return Ok(Round::Committed);
         }
         let lent = Lent { dialect: self.store.dialect(), tx: Arc::new(Mutex::new(Some(tx))) };
-        let ran = self.run_members(run, &fresh, &lent).await;
+        let came_to = self.run_members(run, &fresh, &lent).await;
         // Taken only once a statement that outlived its guest has ended.
         let Some(tx) = lent.tx.lock().await.take() else {
             return Err(StoreError::Unavailable(anyhow::anyhow!("the transaction went missing")));
         };
-        match ran {
-            Ok(Members::Ran { succeeded, failed, state }) if !succeeded.is_empty() => {
-                self.commit(run, tx, group, succeeded, failed, &state).await
-            }
-            Ok(Members::Ran { failed, .. }) => {
-                tx.rollback().await;
-                run.failed.extend(failed);
-                Ok(Round::Committed)
-            }
+        if let Ok(Members::Ran(ran)) = came_to {
+            return self.conclude(run, tx, group, ran).await;
+        }
+        tx.rollback().await;
+        match came_to {
+            Ok(Members::Ran(_)) => Ok(Round::Committed),
             Ok(Members::Spoiled(failed)) => {
-                tx.rollback().await;
-                let member = failed.member;
-                run.failed.push(failed);
-                Ok(Round::Without(member))
+                run.failed.extend(failed);
+                Ok(Round::Again)
             }
-            Ok(Members::Conflict(why)) => {
-                tx.rollback().await;
-                Ok(Round::Conflict(anyhow::anyhow!(why)))
-            }
-            Err(error) => {
-                tx.rollback().await;
-                Err(house_error(error))
-            }
+            Ok(Members::Conflict(why)) => Ok(Round::Conflict(anyhow::anyhow!(why))),
+            Ok(Members::SomebodyFailed) => Ok(Round::Halves),
+            Err(error) => Err(house_error(error)),
         }
-    }
-
-    /// Runs the guest for each member, one after the other, until one spoils the transaction.
-    async fn run_members(&self, run: &Run<'_>, fresh: &[(usize, u32)], lent: &Lent) -> anyhow::Result<Members> {
-        let mut state = BatchState::default();
-        let mut succeeded = Vec::new();
-        let mut failed = Vec::new();
-        for &(member, attempts) in fresh {
-            let Some(message) = run.batch.get(member) else { continue };
-            let outcome = self.call(message, attempts + 1, lent, state).await?;
-            state = outcome.state;
-            match outcome.result {
-                Ok(()) => {
-                    state.keep();
-                    tell(&self.worker.name, &message.event_id, &outcome.logs);
-                    succeeded.push(Succeeded { member, outputs: outcome.outputs });
-                }
-                Err(failure) if failure.kind == FailureKind::Conflict => return Ok(Members::Conflict(failure.message)),
-                Err(failure) => {
-                    state.discard();
-                    let failure = Failed { member, failure, logs: outcome.logs };
-                    if outcome.ran_sql {
-                        return Ok(Members::Spoiled(failure));
-                    }
-                    failed.push(failure);
-                }
-            }
-        }
-        Ok(Members::Ran { succeeded, failed, state })
-    }
-
-    async fn call(
-        &self,
-        message: &Arc<Message>,
-        attempt: u32,
-        lent: &Lent,
-        state: BatchState,
-    ) -> anyhow::Result<Outcome> {
-        let call = Call {
-            message: Arc::clone(message),
-            worker: Arc::clone(&self.worker),
-            version: self.version,
-            attempt,
-            now: Timestamp::now(),
-            payload_max: self.payload_max,
-            database: Arc::new(lent.clone()),
-            state,
-        };
-        self.guest.call(call).await
     }
 
     /// Writes what the members left, commits, and only then believes it.
-    async fn commit(
+    async fn conclude(
         &self,
         run: &mut Run<'_>,
         mut tx: Box<dyn Tx>,
         group: &[usize],
-        succeeded: Vec<Succeeded>,
-        failed: Vec<Failed>,
-        state: &BatchState,
+        ran: Ran,
     ) -> Result<Round, StoreError> {
-        let outputs: Vec<Output> = succeeded.iter().flat_map(|member| member.outputs.clone()).collect();
-        let dropped: Vec<String> = failed.iter().filter_map(|failed| run.event_id(failed.member)).collect();
+        if ran.succeeded.is_empty() {
+            tx.rollback().await;
+            run.set_aside(ran);
+            return Ok(Round::Committed);
+        }
         let written = async {
-            tx.unclaim(&dropped).await?;
-            tx.save_state(&state.writes()).await?;
-            tx.append_outputs(&outputs, HAND_OVER_LEASE).await
+            tx.unclaim(&run.event_ids_of_dropped(&ran)).await?;
+            tx.save_state(&ran.state.writes()).await?;
+            tx.append_outputs(&ran.outputs, HAND_OVER_LEASE).await
         };
         let rows = match written.await {
             Ok(rows) => rows,
-            Err(StoreError::Refused(_)) if group.len() > 1 => {
+            Err(error) => {
                 tx.rollback().await;
-                return Ok(Round::Singly);
+                return run.refused_or(error, group, &ran);
             }
-            Err(StoreError::Refused(cause)) => {
-                tx.rollback().await;
-                return Ok(run.refuse(&succeeded, &cause));
-            }
-            Err(error) => return conflict_or(error, tx).await,
         };
         match tx.commit().await {
             Ok(settled) => {
-                for member in succeeded {
-                    run.verdict(member.member, Verdict::Done(settled));
+                for member in &ran.succeeded {
+                    run.verdict(*member, Verdict::Done(settled));
                 }
-                run.failed.extend(failed);
                 run.outputs.extend(rows);
+                run.set_aside(ran);
                 Ok(Round::Committed)
             }
-            Err(StoreError::Conflict(cause)) => Ok(Round::Conflict(cause)),
-            // Somebody in the group is to blame; alone, everybody answers for himself.
-            Err(StoreError::Refused(_)) if group.len() > 1 => Ok(Round::Singly),
-            Err(StoreError::Refused(cause)) => Ok(run.refuse(&succeeded, &cause)),
-            Err(error) => Err(error),
+            Err(error) => run.refused_or(error, group, &ran),
         }
     }
 
@@ -279,30 +219,14 @@ impl Delivery {
 enum Round {
     /// All members of the group have a verdict or a counted failure.
     Committed,
-    /// This member failed after it ran SQL: the others are to run again without it.
-    Without(usize),
+    /// Some failed in a way that took the transaction with them: the others are to run again.
+    Again,
     /// Another transaction stood in the way: run again, in smaller groups.
     Conflict(anyhow::Error),
+    /// Somebody in the group failed, and nobody knows who: run again in halves.
+    Halves,
     /// The database refused the group as a whole: run each member alone.
     Singly,
-}
-
-/// What running the members of a group came to.
-enum Members {
-    Ran { succeeded: Vec<Succeeded>, failed: Vec<Failed>, state: BatchState },
-    Spoiled(Failed),
-    Conflict(String),
-}
-
-struct Succeeded {
-    member: usize,
-    outputs: Vec<Output>,
-}
-
-struct Failed {
-    member: usize,
-    failure: CallFailure,
-    logs: String,
 }
 
 /// One batch on its way to its verdicts.
@@ -310,13 +234,16 @@ struct Run<'b> {
     batch: &'b [Arc<Message>],
     /// Which earlier member has the same event id.
     twins: HashMap<usize, usize>,
+    /// For each member the key whose later messages wait when it fails.
+    keys: Vec<Option<String>>,
     verdicts: Vec<Option<Verdict>>,
     failed: Vec<Failed>,
     outputs: Vec<OutboxRow>,
+    reruns: u32,
 }
 
 impl<'b> Run<'b> {
-    fn new(batch: &'b [Arc<Message>]) -> Self {
+    fn new(batch: &'b [Arc<Message>], worker: &Worker) -> Self {
         let mut first = HashMap::new();
         let mut twins = HashMap::new();
         for (member, message) in batch.iter().enumerate() {
@@ -326,7 +253,8 @@ impl<'b> Run<'b> {
             }
         }
         let verdicts = batch.iter().map(|_| None).collect();
-        Run { batch, twins, verdicts, failed: Vec::new(), outputs: Vec::new() }
+        let keys = batch.iter().map(|message| worker.held_key_of(message)).collect();
+        Run { batch, twins, keys, verdicts, failed: Vec::new(), outputs: Vec::new(), reruns: 0 }
     }
 
     fn first_of_each_id(&self) -> Vec<usize> {
@@ -341,6 +269,37 @@ impl<'b> Run<'b> {
         if let Some(slot) = self.verdicts.get_mut(member) {
             *slot = Some(verdict);
         }
+    }
+
+    /// The group without members that failed, and without those that wait for one that did.
+    fn without_those_out(&mut self, group: Vec<usize>) -> Vec<usize> {
+        let (behind, group): (Vec<usize>, Vec<usize>) =
+            group.into_iter().partition(|member| self.is_behind(*member, &[]));
+        for member in behind {
+            self.verdict(member, Verdict::Behind);
+        }
+        group.into_iter().filter(|member| self.failed.iter().all(|failed| failed.member != *member)).collect()
+    }
+
+    /// Whether an earlier member of the same key failed: in a transaction before, or just now.
+    fn is_behind(&self, member: usize, just_now: &[Failed]) -> bool {
+        let key_of = |member: usize| self.keys.get(member).and_then(Option::as_ref);
+        let Some(key) = key_of(member) else { return false };
+        self.failed.iter().chain(just_now).any(|failed| failed.member < member && key_of(failed.member) == Some(key))
+    }
+
+    /// Keeps for later who failed, and says who waits for them.
+    fn set_aside(&mut self, ran: Ran) {
+        self.failed.extend(ran.failed);
+        for member in ran.behind {
+            self.verdict(member, Verdict::Behind);
+        }
+    }
+
+    /// The members that were claimed and take no effect.
+    fn event_ids_of_dropped(&self, ran: &Ran) -> Vec<String> {
+        let members = ran.failed.iter().map(|failed| failed.member).chain(ran.behind.iter().copied());
+        members.filter_map(|member| self.event_id(member)).collect()
     }
 
     fn claims(&self, group: &[usize]) -> Vec<Claim> {
@@ -370,16 +329,21 @@ impl<'b> Run<'b> {
         self.twins.insert(member, member);
     }
 
-    /// A group of one whose transaction the database refused: its failure, like any other.
-    fn refuse(&mut self, succeeded: &[Succeeded], cause: &anyhow::Error) -> Round {
-        for member in succeeded {
-            self.failed.push(Failed {
-                member: member.member,
-                failure: CallFailure::new(FailureKind::Retry, "commit-refused", format!("{cause:#}")),
-                logs: String::new(),
-            });
+    /// What follows when the transaction of a group could not be committed.
+    fn refused_or(&mut self, error: StoreError, group: &[usize], ran: &Ran) -> Result<Round, StoreError> {
+        match error {
+            StoreError::Conflict(cause) => Ok(Round::Conflict(cause)),
+            // Somebody in the group is to blame; alone, everybody answers for himself.
+            StoreError::Refused(_) if group.len() > 1 => Ok(Round::Singly),
+            StoreError::Refused(cause) => {
+                let why = format!("{cause:#}");
+                let failure = || CallFailure::new(FailureKind::Retry, "commit-refused", why.as_str());
+                let failed = |member: &usize| Failed { member: *member, failure: failure(), logs: String::new() };
+                self.failed.extend(ran.succeeded.iter().map(failed));
+                Ok(Round::Committed)
+            }
+            error => Err(error),
         }
-        Round::Committed
     }
 
     fn finish(mut self, worker: &str, version: u32) -> Delivered {
@@ -393,6 +357,7 @@ impl<'b> Run<'b> {
         Delivered {
             verdicts: self.verdicts.into_iter().map(|verdict| verdict.unwrap_or_else(unknown)).collect(),
             outputs: self.outputs,
+            reruns: self.reruns,
         }
     }
 

@@ -77,6 +77,12 @@ pub struct Worker {
     /// Messages with the same key are handled in stream order; none leaves the order open.
     #[serde(default)]
     pub ordering_key: Option<OrderingKey>,
+    /// What follows for the later messages of a key when one fails.
+    #[serde(default)]
+    pub on_failure: OnFailure,
+    /// How many messages one instance of the component handles.
+    #[serde(default)]
+    pub isolation: Isolation,
     /// Lanes, that is transactions at the same time, on each host.
     pub concurrency: u32,
     /// The most messages in one transaction.
@@ -145,6 +151,28 @@ pub enum OrderingKey {
     Subject(usize),
 }
 
+/// What becomes of the later messages of a key while a failed one waits for its next attempt.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnFailure {
+    /// They go on.
+    #[default]
+    Skip,
+    /// They wait until the failed one is done or dead; messages of other keys go on.
+    Hold,
+}
+
+/// How many messages one instance of the component handles.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Isolation {
+    /// One: nothing is left in memory from the message before.
+    #[default]
+    Message,
+    /// All messages of a batch, until one fails.
+    Batch,
+}
+
 impl Manifest {
     /// Reads and checks a manifest: a file, or a folder that holds `oncely.toml`.
     pub fn load(path: &Path) -> anyhow::Result<Manifest> {
@@ -177,6 +205,14 @@ impl Worker {
     /// Whether it may publish to `subject`. What belongs to NATS or to the platform is never granted.
     pub fn grants(&self, subject: &str) -> bool {
         !subject::is_reserved(subject) && self.outputs.iter().any(|pattern| subject::matches(pattern, subject))
+    }
+
+    /// The key of a message whose followers wait for it while it fails; none when they do not wait.
+    pub fn held_key_of(&self, message: &Message) -> Option<String> {
+        match self.on_failure {
+            OnFailure::Skip => None,
+            OnFailure::Hold => self.ordering_key.as_ref()?.key_of(message),
+        }
     }
 
     /// The line of the manifest that would let it publish to `subject`.

@@ -15,6 +15,9 @@ pub enum Verdict {
     Retry { attempt: u32, after: Duration },
     /// The same event id is being handled right now; deliver again after this long. No attempt is spent.
     Wait { after: Duration },
+    /// An earlier message of its key failed, and the worker's later ones wait for that. It did not run, or what it did was
+    /// rolled back. No attempt is spent.
+    Behind,
     /// It goes to the dead-letter queue.
     Dead(Box<Letter>),
 }

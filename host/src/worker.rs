@@ -7,19 +7,26 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinHandle;
 
 use crate::bus::{Bus, Probe, Progress, Pull, Pulled, Subscription};
 use crate::delivery::Delivery;
 use crate::drain::{Stop, Stopping};
-use crate::lane::{Lane, Parcel};
-use crate::manifest::Worker;
+use crate::lane::{Lane, Parcel, give_back};
+use crate::manifest::{OnFailure, Worker};
 use crate::relay::HandOver;
 use crate::verdict::Verdict;
 
+mod recovery;
+
+use recovery::Recovery;
+
 /// How many batches may wait for each lane beside the one that runs.
 const BATCHES_WAITING: usize = 1;
+
+/// How many more for a worker whose messages may have to wait for others of their key.
+const BATCHES_HELD: usize = 8;
 
 /// How often a worker that is not seen on the server yet looks again.
 const PROBE_EVERY: Duration = Duration::from_millis(100);
@@ -41,7 +48,7 @@ impl WorkerCounters {
             Verdict::Done(_) => &self.done,
             Verdict::Duplicate(_) => &self.duplicates,
             Verdict::Retry { .. } => &self.retries,
-            Verdict::Wait { .. } => return,
+            Verdict::Wait { .. } | Verdict::Behind => return,
             Verdict::Dead(_) => &self.dead,
         };
         counter.fetch_add(1, Ordering::Relaxed);
@@ -74,8 +81,15 @@ impl RunningWorker {
         let stop = Stop::new();
         let probe = pull.probe();
         tokio::spawn(watch_until_seen(probe.clone(), Arc::clone(&seen), stop.stopping()));
+        let recovery = match worker.on_failure {
+            OnFailure::Skip => Recovery::none(),
+            OnFailure::Hold => {
+                let backlog = probe.backlog().await.context("ask what an earlier host was given")?;
+                Recovery::begin(backlog, worker.ack_wait, capacity(&worker))
+            }
+        };
         let lanes = Lanes::start(&delivery, &relay, &counters, &stop);
-        let pulling = tokio::spawn(pull_loop(pull, lanes, stop.stopping()));
+        let pulling = tokio::spawn(pull_loop(pull, lanes, recovery, stop.stopping()));
         Ok(RunningWorker { worker, version, digest, counters, probe, seen, stop, pulling })
     }
 
@@ -117,7 +131,11 @@ fn subscription(worker: &Worker, version: u32) -> Subscription {
 
 /// How many messages of a worker one host holds at most.
 fn capacity(worker: &Worker) -> usize {
-    worker.concurrency as usize * worker.batch as usize * (1 + BATCHES_WAITING)
+    let batches = match worker.on_failure {
+        OnFailure::Skip => 1 + BATCHES_WAITING,
+        OnFailure::Hold => 1 + BATCHES_WAITING + BATCHES_HELD,
+    };
+    worker.concurrency as usize * worker.batch as usize * batches
 }
 
 /// Sets `seen` once the server knows of the subscription.
@@ -135,21 +153,27 @@ async fn watch_until_seen(probe: Probe, seen: Arc<AtomicBool>, stopping: Stoppin
 }
 
 /// Pulls as long as there is room; deals to the lanes.
-async fn pull_loop(mut pull: Pull, lanes: Lanes, mut stopping: Stopping) {
+async fn pull_loop(mut pull: Pull, lanes: Lanes, mut recovery: Recovery, mut stopping: Stopping) {
+    let probe = pull.probe();
     loop {
         let next = async {
             let room = Arc::clone(&lanes.room).acquire_owned().await.context("wait for room")?;
-            let pulled = pull.next(lanes.room.available_permits() + 1).await?;
+            let most = recovery.room(lanes.room.available_permits() + 1).await;
+            let pulled = pull.next(most).await?;
             anyhow::Ok((pulled, room))
         };
         let pulled = tokio::select! {
-            // Once it is time to stop, nothing more is taken in.
+            // Once it is time to stop, nothing more is taken in; what is old comes before the end of waiting for it.
             biased;
             () = stopping.stopped() => break,
             pulled = next => pulled,
+            () = recovery.over(&probe, &lanes.room) => {
+                lanes.deal_all(recovery.end()).await;
+                continue;
+            }
         };
         match pulled {
-            Ok((pulled, room)) => lanes.deal(pulled, room).await,
+            Ok((pulled, room)) => lanes.deal_all(recovery.admit(lanes.parcel(pulled, Some(room)))).await,
             Err(error) => {
                 tracing::warn!("worker {} pulls again soon: {error:#}", lanes.worker.name);
                 if stopping.wait(Duration::from_secs(1)).await {
@@ -158,13 +182,14 @@ async fn pull_loop(mut pull: Pull, lanes: Lanes, mut stopping: Stopping) {
             }
         }
     }
-    while let Some(pulled) = pull.rest().await
-        && let Ok(room) = Arc::clone(&lanes.room).acquire_owned().await
-    {
-        lanes.deal(pulled, room).await;
+    while let Some(pulled) = pull.rest().await {
+        // What is held may have taken all the room, and gives none back before the end.
+        let room = Arc::clone(&lanes.room).try_acquire_owned().ok();
+        lanes.deal_all(recovery.admit(lanes.parcel(pulled, room))).await;
     }
     drop(pull);
     lanes.drain().await;
+    give_back(recovery.end()).await;
 }
 
 /// The lanes of one worker and what feeds them.
@@ -200,29 +225,35 @@ impl Lanes {
         Lanes { worker, senders, tasks, room: Arc::new(Semaphore::new(capacity)), in_flight, ticker }
     }
 
-    async fn deal(&self, pulled: Pulled, room: tokio::sync::OwnedSemaphorePermit) {
+    fn parcel(&self, pulled: Pulled, room: Option<OwnedSemaphorePermit>) -> Parcel {
         let message = Arc::new(pulled.message);
-        let lane = self.lane_of(&message);
+        let key = self.worker.ordering_key.as_ref().and_then(|key| key.key_of(&message));
         let in_flight = self.in_flight.enter(pulled.receipt.progress());
-        let parcel = Parcel {
+        Parcel {
             message,
+            key,
             unusable: pulled.unusable,
             delivered: pulled.delivered,
             receipt: pulled.receipt,
             in_flight,
             room,
-        };
-        if let Some(sender) = self.senders.get(lane) {
-            // A lane that is gone has panicked; the message is redelivered.
-            let _ = sender.send(parcel).await;
+        }
+    }
+
+    async fn deal_all(&self, parcels: Vec<Parcel>) {
+        for parcel in parcels {
+            let lane = self.lane_of(parcel.key.as_deref().unwrap_or(&parcel.message.event_id));
+            if let Some(sender) = self.senders.get(lane) {
+                // A lane that is gone has panicked; the message is redelivered.
+                let _ = sender.send(parcel).await;
+            }
         }
     }
 
     /// Same key, same lane. Without a key the event id serves: copies of one message then never wait for each other.
-    fn lane_of(&self, message: &crate::message::Message) -> usize {
-        let key = self.worker.ordering_key.as_ref().and_then(|key| key.key_of(message));
+    fn lane_of(&self, key: &str) -> usize {
         let mut hasher = DefaultHasher::new();
-        key.as_deref().unwrap_or(&message.event_id).hash(&mut hasher);
+        key.hash(&mut hasher);
         usize::try_from(hasher.finish() % self.senders.len().max(1) as u64).unwrap_or_default()
     }
 

@@ -48,6 +48,33 @@ async fn what_is_published_with_one_id_has_one_effect() -> Result<()> {
     Ok(())
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_person_reads_the_state_of_a_worker() -> Result<()> {
+    let world = World::start(Kind::Sqlite, &manifest("")?).await?;
+    let count =
+        |event: &str, key: &str| ToPublish::new("in.x", event, "state_counter", &format!(r#"{{"key": "{key}"}}"#));
+    world.nats.publish_all(vec![count("a", "visits/home"), count("b", "visits/home"), count("c", "other")]).await?;
+    world.quiet(3).await?;
+
+    let list = world.oncely(&["state", "list", "test", "--prefix", "visits/"]).await?;
+    let lines: Vec<&str> = list.lines().collect();
+    assert_eq!(lines.len(), 2, "{list}");
+    assert!(lines[0].starts_with("KEY") && lines[1].starts_with("visits/home"), "{list}");
+    assert_eq!(world.oncely(&["state", "list", "test", "--limit", "1"]).await?.lines().count(), 2);
+
+    let shown = world.oncely(&["state", "get", "test", "visits/home"]).await?;
+    assert!(shown.contains("version: 2") && shown.ends_with("value (1 bytes)\n2\n"), "{shown}");
+    let json = world.oncely_json(&["state", "get", "test", "visits/home", "--json"]).await?;
+    assert_eq!((&json["version"], &json["value"]), (&2.into(), &"Mg==".into()));
+
+    let missing = world.oncely(&["state", "get", "test", "nowhere"]).await.map_err(|error| error.to_string());
+    let expected = "error: worker test has no state under `nowhere`\nhint: oncely state list test";
+    assert_eq!(missing, Err(expected.to_owned()));
+    let missing = world.oncely(&["state", "list", "nobody"]).await.map_err(|error| error.to_string());
+    assert_eq!(missing, Err("error: there is no worker `nobody`\nhint: oncely workers".to_owned()));
+    Ok(())
+}
+
 #[tokio::test]
 async fn without_a_host_the_commands_say_how_to_start_one() -> Result<()> {
     let folder = tempfile::tempdir()?;

@@ -22,6 +22,7 @@ macro_rules! both {
     };
 }
 
+mod batches;
 mod bus;
 mod cli;
 mod crash;
@@ -29,6 +30,8 @@ mod delivery;
 mod deploy;
 mod docs;
 mod hostile;
+mod order;
+
 mod hosts;
 mod outage;
 mod store;

@@ -127,9 +127,15 @@ fn only_tests_open_the_gate() -> Result<()> {
 
 #[test]
 fn every_file_says_what_it_is_for() -> Result<()> {
-    for folder in
-        ["host/src", "guest-sdk/src", "tests/it", "tests/support", "tests/guests/src", "examples/payments/src"]
-    {
+    for folder in [
+        "host/src",
+        "guest-sdk/src",
+        "tests/it",
+        "tests/support",
+        "tests/guests/src",
+        "tests/batch-guest/src",
+        "examples/payments/src",
+    ] {
         for (path, text) in sources(&repository().join(folder))? {
             assert!(text.starts_with("//!"), "{} does not open with a `//!` line", path.display());
         }

@@ -7,17 +7,29 @@ use anyhow::{Context, Result};
 
 /// The path of the component that holds every behaviour of `tests/guests`.
 pub fn component() -> Result<PathBuf> {
-    static BUILT: OnceLock<std::result::Result<PathBuf, String>> = OnceLock::new();
-    let built = BUILT.get_or_init(|| build().map_err(|error| format!("{error:#}")));
+    static BUILT: Built = OnceLock::new();
+    built(&BUILT, "guests")
+}
+
+/// The path of the component of `tests/batch-guest`, which handles batches.
+pub fn batch_component() -> Result<PathBuf> {
+    static BUILT: Built = OnceLock::new();
+    built(&BUILT, "batch-guest")
+}
+
+type Built = OnceLock<std::result::Result<PathBuf, String>>;
+
+fn built(once: &Built, name: &str) -> Result<PathBuf> {
+    let built = once.get_or_init(|| build(name).map_err(|error| format!("{error:#}")));
     built.clone().map_err(anyhow::Error::msg)
 }
 
-fn build() -> Result<PathBuf> {
-    let out = target_dir()?.join("guests.wasm");
+fn build(name: &str) -> Result<PathBuf> {
+    let out = target_dir()?.join(format!("{name}.wasm"));
     let mut last_lines = Vec::new();
-    let crate_dir = repository().join("tests/guests");
+    let crate_dir = repository().join("tests").join(name);
     oncely::crate_build::build_component(&crate_dir, &out, &mut |line| last_lines.push(line.to_owned()))
-        .with_context(|| format!("build the test guests:\n{}", last_lines.join("\n")))?;
+        .with_context(|| format!("build the crate {name}:\n{}", last_lines.join("\n")))?;
     Ok(out)
 }
 

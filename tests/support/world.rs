@@ -1,6 +1,6 @@
 //! A world of a test's own: a database, a nats-server and a host process that can be killed.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -27,9 +27,13 @@ pub struct World {
 /// The manifest most tests use: one worker `test` over the stream IN, whose outputs go to the stream OUT.
 /// `settings` is put into `[[worker]]`, before its tables.
 pub fn manifest(settings: &str) -> Result<String> {
-    let component = guests::component()?;
+    Ok(manifest_of(&guests::component()?, settings))
+}
+
+/// Like [`manifest`], for another component.
+pub fn manifest_of(component: &Path, settings: &str) -> String {
     let migrations = guests::repository().join("tests/guests/migrations");
-    Ok(format!(
+    format!(
         r#"
 [[stream]]
 name = "IN"
@@ -49,7 +53,7 @@ outputs = ["out.>"]
 "#,
         component.display(),
         migrations.display()
-    ))
+    )
 }
 
 /// Settings for tests that wait for retries.

@@ -146,6 +146,8 @@ pub struct Backlog {
     pub ack_pending: u64,
     /// Open pull requests, of all hosts.
     pub waiting: u64,
+    /// The highest sequence that was delivered so far.
+    pub delivered: u64,
 }
 
 impl Bus {
@@ -496,6 +498,7 @@ impl Probe {
             pending: info.num_pending,
             ack_pending: info.num_ack_pending as u64,
             waiting: info.num_waiting as u64,
+            delivered: info.delivered.stream_sequence,
         })
     }
 }

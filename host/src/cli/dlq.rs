@@ -140,29 +140,5 @@ fn show(letter: &Letter) -> Result<()> {
     }
     let body = base64::engine::general_purpose::STANDARD.decode(&letter.body).unwrap_or_default();
     term::data(format!("\nbody ({} bytes)", body.len()))?;
-    term::data(readable(&body))
-}
-
-/// Text as it is, JSON indented, anything else as hex.
-fn readable(body: &[u8]) -> String {
-    const BODY_MAX: usize = 4096;
-    if let Ok(json) = serde_json::from_slice::<serde_json::Value>(body)
-        && let Ok(text) = serde_json::to_string_pretty(&json)
-    {
-        return visible_lines(&text);
-    }
-    let shown = body.get(..BODY_MAX).unwrap_or(body);
-    let more = if body.len() > shown.len() { "\n(cut; --json has all of it)" } else { "" };
-    match std::str::from_utf8(shown) {
-        Ok(text) => format!("{}{more}", visible_lines(text)),
-        Err(_) => {
-            let lines: Vec<String> = shown.chunks(16).map(hex::encode_upper).collect();
-            format!("{}{more}", lines.join("\n"))
-        }
-    }
-}
-
-/// Text with its lines kept and all other control characters spelled out.
-fn visible_lines(text: &str) -> String {
-    text.lines().map(term::visible).collect::<Vec<_>>().join("\n")
+    term::data(term::readable(&body))
 }

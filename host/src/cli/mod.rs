@@ -11,6 +11,7 @@ pub mod exit;
 mod publish;
 mod run;
 mod serve;
+mod state;
 mod status;
 pub mod term;
 
@@ -32,6 +33,7 @@ enum Command {
     Workers(status::Workers),
     Publish(publish::Publish),
     Dlq(dlq::Dlq),
+    State(state::State),
     Status(status::Status),
 }
 
@@ -47,6 +49,7 @@ impl Cli {
             Command::Workers(workers) => workers.run().await,
             Command::Publish(publish) => publish.run().await,
             Command::Dlq(dlq) => dlq.run().await,
+            Command::State(state) => state.run().await,
             Command::Status(status) => status.run().await,
         }
     }

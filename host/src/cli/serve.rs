@@ -7,14 +7,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 use super::client::{HOST_FILE, HostFile};
 use super::exit::Exit;
 use crate::api;
 use crate::bus::Bus;
-use crate::config::{Database, HostConfig, LogFormat};
+use crate::config::{Database, GuestSql, HostConfig, LogFormat};
 use crate::drain::Stop;
 use crate::hint::WithHint;
 use crate::host::{Host, Running};
@@ -38,6 +38,8 @@ pub struct Served {
     api: tokio::task::JoinHandle<Result<()>>,
     data_dir: PathBuf,
     drain: Duration,
+    terminate: Signal,
+    interrupt: Signal,
 }
 
 impl Served {
@@ -54,6 +56,9 @@ impl Served {
         let api = tokio::spawn(async move {
             api::serve(served_host, listener, served_token.reveal(), async move { stopping.stopped().await }).await
         });
+        // Whoever reads the file may send a signal.
+        let terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+        let interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
         HostFile {
             url: format!("http://{address}"),
             token: token.reveal().to_owned(),
@@ -63,7 +68,7 @@ impl Served {
         }
         .write(&config.data_dir)?;
         let (data_dir, drain) = (config.data_dir.clone(), config.drain);
-        Ok(Served { host, address, running, stop_api, api, data_dir, drain })
+        Ok(Served { host, address, running, stop_api, api, data_dir, drain, terminate, interrupt })
     }
 
     /// Says that the start is over, and waits until the workers' subscriptions are seen on the server.
@@ -85,15 +90,13 @@ impl Served {
     }
 
     /// Waits for SIGTERM or SIGINT, or until the NATS client has ended, then stops in good order.
-    pub async fn until_it_ends(self) -> Result<Ended> {
-        let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
-        let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    pub async fn until_it_ends(mut self) -> Result<Ended> {
         let ended = tokio::select! {
-            _ = terminate.recv() => {
+            _ = self.terminate.recv() => {
                 tracing::info!("SIGTERM: draining");
                 Ended::ByASignal
             }
-            _ = interrupt.recv() => {
+            _ = self.interrupt.recv() => {
                 tracing::info!("SIGINT: draining");
                 Ended::ByASignal
             }
@@ -126,7 +129,11 @@ pub async fn listen(config: &HostConfig) -> Result<TcpListener> {
 async fn open_store(config: &HostConfig) -> Result<Arc<dyn Store>> {
     let opened: Result<Arc<dyn Store>> = match &config.database {
         Database::Postgres(url) => {
-            PostgresStore::connect(url, config.pool_size).await.map(|store| Arc::new(store) as Arc<dyn Store>)
+            let store = match config.guest_sql {
+                GuestSql::Walled => PostgresStore::connect(url, config.pool_size).await,
+                GuestSql::Trusted => PostgresStore::connect_trusted(url, config.pool_size).await,
+            };
+            store.map(|store| Arc::new(store) as Arc<dyn Store>)
         }
         Database::Sqlite(path) => SqliteStore::open(path).await.map(|store| Arc::new(store) as Arc<dyn Store>),
     };

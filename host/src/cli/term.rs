@@ -62,6 +62,26 @@ pub fn confirm(question: &str) -> bool {
     read.is_ok() && matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes")
 }
 
+/// Bytes for a person: text as it is, JSON indented, anything else as hex.
+pub fn readable(bytes: &[u8]) -> String {
+    const SHOWN_MAX: usize = 4096;
+    let visible_lines = |text: &str| text.lines().map(visible).collect::<Vec<_>>().join("\n");
+    if let Ok(json) = serde_json::from_slice::<serde_json::Value>(bytes)
+        && let Ok(text) = serde_json::to_string_pretty(&json)
+    {
+        return visible_lines(&text);
+    }
+    let shown = bytes.get(..SHOWN_MAX).unwrap_or(bytes);
+    let more = if bytes.len() > shown.len() { "\n(cut; --json has all of it)" } else { "" };
+    match std::str::from_utf8(shown) {
+        Ok(text) => format!("{}{more}", visible_lines(text)),
+        Err(_) => {
+            let lines: Vec<String> = shown.chunks(16).map(|line| hex::encode_upper(line)).collect();
+            format!("{}{more}", lines.join("\n"))
+        }
+    }
+}
+
 /// A table without borders: UPPERCASE heads, columns as wide as their content, numbers to the right.
 pub struct Table {
     heads: Vec<String>,

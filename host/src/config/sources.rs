@@ -59,6 +59,7 @@ fn by_knob(flags: &HostFlags) -> [(&'static str, &Option<String>); KNOBS.len()] 
     [
         ("database", &flags.database),
         ("pool_size", &flags.pool_size),
+        ("guest_sql", &flags.guest_sql),
         ("nats", &flags.nats),
         ("nats_context", &flags.nats_context),
         ("nats_creds", &flags.nats_creds),

@@ -29,6 +29,7 @@ fn with_nothing_given_a_host_runs_from_one_folder_on_this_machine() {
     let expected = HostConfig {
         database: Database::Sqlite(".oncely/oncely.db".into()),
         pool_size: 16,
+        guest_sql: GuestSql::Walled,
         nats: Nats {
             servers: vec!["nats://127.0.0.1:4222".into()],
             login: Login::None,
@@ -72,6 +73,7 @@ fn every_knob_is_read_from_every_source() {
     let values = |knob: &str| match knob {
         "database" => "postgres://a/b".to_owned(),
         "pool_size" => "7".to_owned(),
+        "guest_sql" => "trusted".to_owned(),
         "nats" => "nats://b:2".to_owned(),
         "nats_context" => "prod".to_owned(),
         "nats_creds" => creds.to_string_lossy().into_owned(),

@@ -2,7 +2,15 @@
 
 wasmtime::component::bindgen!({
     path: "../wit",
-    world: "worker",
+    inline: "
+        package oncely:host;
+
+        world any-worker {
+            include oncely:worker/imports@0.1.0;
+            export oncely:worker/handler@0.1.0;
+            export oncely:worker/batch-handler@0.1.0;
+        }
+    ",
     imports: { default: async | trappable },
     exports: { default: async },
 });

@@ -1,16 +1,16 @@
-//! One call of a guest: a fresh instance, its limits, its deadline, and what became of it.
+//! One call of a guest: its instance, its limits, its deadline, and what became of it.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use jiff::Timestamp;
-use wasmtime::component::ResourceTable;
+use wasmtime::component::{Instance, ResourceTable};
 use wasmtime::{Store, Trap, UpdateDeadline};
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
 
 use super::bindings::oncely::worker::types as wit;
-use super::component::Guest;
+use super::component::{Entry, Guest};
 use super::imports::Database;
 use super::limiter::Limiter;
 use super::logs::Logs;
@@ -27,10 +27,11 @@ const HOST_CALL_BYTES: usize = 32 << 20;
 
 /// Everything one call is given.
 pub struct Call {
-    pub message: Arc<Message>,
+    /// One for a handler, one or more for a batch handler.
+    pub messages: Vec<Arc<Message>>,
     pub worker: Arc<Worker>,
     pub version: u32,
-    /// 1 for the first.
+    /// 1 for the first; the highest of the messages.
     pub attempt: u32,
     /// The time this attempt began, as the guest sees it.
     pub now: Timestamp,
@@ -43,12 +44,24 @@ pub struct Call {
 
 /// What a call came to.
 pub struct Outcome {
-    pub result: Result<(), CallFailure>,
+    /// An answer for each message; the outer error when the call failed as a whole.
+    pub result: Result<Vec<Answer>, CallFailure>,
     pub outputs: Vec<Output>,
     pub state: BatchState,
     /// Whether it ran any SQL: if not, it can be dropped from its batch without a trace.
     pub ran_sql: bool,
     pub logs: String,
+    /// The instance, when all went well: it may be called again.
+    pub warm: Option<Warm>,
+}
+
+/// What a handler said about one message.
+pub type Answer = Result<(), CallFailure>;
+
+/// An instance that has handled a message in good order.
+pub struct Warm {
+    store: Store<CallState>,
+    instance: Instance,
 }
 
 /// Why a call failed, as far as the guest is to blame.
@@ -80,6 +93,8 @@ impl CallFailure {
 /// The host's side of one running instance.
 pub(super) struct CallState {
     pub call: Call,
+    /// Whether a batch handler runs, also when it is given but one message.
+    pub in_batch: bool,
     pub outputs: Vec<Output>,
     pub output_bytes: usize,
     pub statements: u32,
@@ -109,49 +124,94 @@ impl WasiView for CallState {
 }
 
 impl Guest {
-    /// Runs the handler once, in a fresh instance. The outer error is the house's: no attempt is spent.
-    pub async fn call(&self, call: Call) -> anyhow::Result<Outcome> {
+    /// Runs the handler once: in the instance `warm`, or else in a fresh one. The outer error is the house's: no attempt
+    /// is spent.
+    pub async fn call(&self, call: Call, warm: Option<Warm>) -> anyhow::Result<Outcome> {
         let time = call.worker.limits.time;
         let deadline = Instant::now() + time;
-        let mut store = self.store(call, deadline)?;
-        let message = wit_message(&store.data().call.message);
-        let running = async {
-            let instance = self.pre.instantiate_async(&mut store).await?;
-            instance.oncely_worker_handler().call_handle(&mut store, &message).await
+        let messages = call.messages.iter().map(|message| wit_message(message)).collect();
+        let (mut store, instance) = match warm {
+            Some(mut warm) => {
+                warm.store.data_mut().begin(call, deadline);
+                (warm.store, Some(warm.instance))
+            }
+            None => (self.store(call, deadline), None),
         };
+        store.set_epoch_deadline(1);
+        let running = self.run(&mut store, instance, messages);
         let answer = tokio::time::timeout_at((deadline + GRACE).into(), running).await;
-        let mut state = store.into_data();
+        let state = store.data_mut();
         if let Some(error) = state.house.take() {
             return Err(error);
         }
-        let result = match answer {
-            Ok(Ok(Ok(()))) => Ok(()),
-            Ok(Ok(Err(failure))) => Err(returned(failure)),
+        let (result, instance) = match answer {
+            Ok(Ok((answers, instance))) => (Ok(answers), Some(instance)),
             Ok(Err(error)) if error.is::<wasmtime::PoolConcurrencyLimitError>() => {
                 return Err(anyhow::Error::from(error)).context("find room for one more instance");
             }
-            Ok(Err(error)) => Err(trapped(&error, &state)),
-            Err(_) => Err(timed_out(time)),
+            Ok(Err(error)) => (Err(trapped(&error, state)), None),
+            Err(_) => (Err(timed_out(time)), None),
         };
         let result = match state.doomed.take() {
             Some(doom) => Err(doomed(result, doom)),
             None => result,
         };
+        let all_well = result.as_ref().is_ok_and(|answers| answers.iter().all(Result::is_ok));
         Ok(Outcome {
             result,
-            outputs: state.outputs,
-            state: state.call.state,
+            outputs: std::mem::take(&mut state.outputs),
+            state: std::mem::take(&mut state.call.state),
             ran_sql: state.statements > 0,
             logs: state.logs.take(),
+            warm: instance.filter(|_| all_well).map(|instance| Warm { store, instance }),
         })
     }
 
-    fn store(&self, call: Call, deadline: Instant) -> anyhow::Result<Store<CallState>> {
+    async fn run(
+        &self,
+        store: &mut Store<CallState>,
+        instance: Option<Instance>,
+        mut messages: Vec<wit::Message>,
+    ) -> wasmtime::Result<(Vec<Answer>, Instance)> {
+        let instance = match instance {
+            Some(instance) => instance,
+            None => self.pre.instantiate_async(&mut *store).await?,
+        };
+        let answers = match &self.entry {
+            Entry::Handler(indices) => {
+                let message = messages.pop().ok_or_else(|| wasmtime::Error::msg("a call needs a message"))?;
+                vec![indices.load(&mut *store, &instance)?.call_handle(&mut *store, &message).await?]
+            }
+            Entry::BatchHandler(indices) => {
+                indices.load(&mut *store, &instance)?.call_handle_batch(&mut *store, &messages).await?
+            }
+        };
+        Ok((answers.into_iter().map(|answer| answer.map_err(returned)).collect(), instance))
+    }
+
+    fn store(&self, call: Call, deadline: Instant) -> Store<CallState> {
+        let mut store = Store::new(self.engine.engine(), CallState::new(call, deadline, self.takes_batches()));
+        store.limiter(|state| &mut state.limiter);
+        store.set_hostcall_fuel(HOST_CALL_BYTES);
+        store.epoch_deadline_callback(|context| {
+            if Instant::now() >= context.data().deadline {
+                return Err(wasmtime::Error::from(Trap::Interrupt));
+            }
+            // Lets others run: a busy guest shares its thread with everything else of the host.
+            Ok(UpdateDeadline::YieldCustom(1, Box::pin(tokio::task::yield_now())))
+        });
+        store
+    }
+}
+
+impl CallState {
+    fn new(call: Call, deadline: Instant, in_batch: bool) -> Self {
         let limits = &call.worker.limits;
         let memory = usize::try_from(limits.memory).unwrap_or(usize::MAX).min(super::engine::MEMORY_MAX);
         let mut table = ResourceTable::new();
         table.set_max_capacity(1_000);
-        let state = CallState {
+        CallState {
+            in_batch,
             outputs: Vec::new(),
             output_bytes: 0,
             statements: 0,
@@ -163,19 +223,23 @@ impl Guest {
             wasi: None,
             table,
             call,
-        };
-        let mut store = Store::new(self.engine.engine(), state);
-        store.limiter(|state| &mut state.limiter);
-        store.set_hostcall_fuel(HOST_CALL_BYTES);
-        store.set_epoch_deadline(1);
-        store.epoch_deadline_callback(move |_| {
-            if Instant::now() >= deadline {
-                return Err(wasmtime::Error::from(Trap::Interrupt));
-            }
-            // Lets others run: a busy guest shares its thread with everything else of the host.
-            Ok(UpdateDeadline::YieldCustom(1, Box::pin(tokio::task::yield_now())))
-        });
-        Ok(store)
+        }
+    }
+
+    /// Makes ready for the next call of the same instance: what counts against the limits of one call begins anew, what
+    /// the instance holds stays.
+    fn begin(&mut self, call: Call, deadline: Instant) {
+        self.logs.begin(usize::try_from(call.worker.limits.log_size).unwrap_or(usize::MAX));
+        self.outputs.clear();
+        self.output_bytes = 0;
+        self.statements = 0;
+        self.deadline = deadline;
+        self.call = call;
+    }
+
+    /// The first message of the call, which for a handler is the only one.
+    pub fn message(&self) -> Option<&Message> {
+        self.call.messages.first().map(AsRef::as_ref)
     }
 }
 
@@ -206,9 +270,11 @@ fn returned(failure: wit::Failure) -> CallFailure {
 
 /// A doomed delivery fails whatever the handler made of the error it was given. After a statement that failed the
 /// handler may still say that trying again is of no use, or when it is.
-fn doomed(result: Result<(), CallFailure>, doom: CallFailure) -> CallFailure {
-    match result {
-        Err(own)
+fn doomed(result: Result<Vec<Answer>, CallFailure>, doom: CallFailure) -> CallFailure {
+    // In company nobody knows whose statement it was.
+    let own = result.ok().filter(|answers| answers.len() == 1).and_then(|answers| answers.into_iter().next());
+    match own {
+        Some(Err(own))
             if doom.kind == FailureKind::Retry
                 && matches!(own.kind, FailureKind::Reject | FailureKind::RetryAfter(_)) =>
         {

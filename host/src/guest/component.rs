@@ -2,14 +2,16 @@
 
 use anyhow::{Context, Result, bail};
 use wasmtime::component::types::ComponentItem;
-use wasmtime::component::{Component, HasSelf, Linker};
+use wasmtime::component::{Component, HasSelf, InstancePre, Linker};
 
-use super::bindings;
+use super::bindings::AnyWorker;
+use super::bindings::exports::oncely::worker::{batch_handler, handler};
 use super::call::CallState;
 use super::engine::GuestEngine;
 
-/// What a component must export to be a worker.
+/// What a component must export one of to be a worker.
 const HANDLER: &str = "oncely:worker/handler@0.1.0";
+const BATCH_HANDLER: &str = "oncely:worker/batch-handler@0.1.0";
 
 /// Interfaces a component may import: all of ours, and those of WASI that language runtimes ask for. Behind the
 /// latter there is nothing but a clock, random numbers and the log.
@@ -23,8 +25,16 @@ const IMPORTABLE_BUT_EMPTY: [&str; 2] = ["wasi:filesystem/", "wasi:sockets/"];
 #[derive(Clone)]
 pub struct Guest {
     pub(super) engine: GuestEngine,
-    pub(super) pre: bindings::WorkerPre<CallState>,
+    pub(super) pre: InstancePre<CallState>,
+    pub(super) entry: Entry,
     surface: Surface,
+}
+
+/// Where a component is called.
+#[derive(Clone)]
+pub(super) enum Entry {
+    Handler(handler::GuestIndices),
+    BatchHandler(batch_handler::GuestIndices),
 }
 
 /// What a component exports and imports, for the plan of a deployment.
@@ -39,14 +49,21 @@ impl Guest {
     pub fn load(engine: &GuestEngine, wasm: &[u8]) -> Result<Guest> {
         let component = engine.compile(wasm)?;
         let surface = surface(engine, &component);
-        check_exports(&surface)?;
+        let handler = one_handler(&surface)?;
         check_imports(&surface)?;
-        let pre = linker(engine)?
-            .instantiate_pre(&component)
-            .and_then(bindings::WorkerPre::new)
-            .map_err(anyhow::Error::from)
-            .context("link the component")?;
-        Ok(Guest { engine: engine.clone(), pre, surface })
+        let pre =
+            linker(engine)?.instantiate_pre(&component).map_err(anyhow::Error::from).context("link the component")?;
+        let entry = match handler {
+            BATCH_HANDLER => batch_handler::GuestIndices::new(&pre).map(Entry::BatchHandler),
+            _ => handler::GuestIndices::new(&pre).map(Entry::Handler),
+        };
+        let entry = entry.map_err(anyhow::Error::from).with_context(|| format!("link the export `{handler}`"))?;
+        Ok(Guest { engine: engine.clone(), pre, entry, surface })
+    }
+
+    /// Whether it handles the messages of a batch together.
+    pub fn takes_batches(&self) -> bool {
+        matches!(self.entry, Entry::BatchHandler(_))
     }
 
     pub fn surface(&self) -> &Surface {
@@ -72,17 +89,18 @@ fn surface(engine: &GuestEngine, component: &Component) -> Surface {
     }
 }
 
-/// Refuses a component without exactly one handler that this host can call.
-fn check_exports(surface: &Surface) -> Result<()> {
-    let handlers: Vec<&str> =
-        surface.exports.iter().map(String::as_str).filter(|name| name.contains("worker/handler")).collect();
+/// The one handler of a component, of a kind that this host can call.
+fn one_handler(surface: &Surface) -> Result<&'static str> {
+    let is_handler = |name: &&str| name.contains("worker/handler") || name.contains("worker/batch-handler");
+    let handlers: Vec<&str> = surface.exports.iter().map(String::as_str).filter(is_handler).collect();
     match handlers.as_slice() {
-        [HANDLER] => Ok(()),
+        [HANDLER] => Ok(HANDLER),
+        [BATCH_HANDLER] => Ok(BATCH_HANDLER),
         [] => bail!(
-            "the component exports no handler: it must export `{HANDLER}`, and it exports {}",
+            "the component exports no handler: it must export `{HANDLER}` or `{BATCH_HANDLER}`, and it exports {}",
             list(&surface.exports)
         ),
-        [other] => bail!("the component exports `{other}`, and this host runs `{HANDLER}`"),
+        [other] => bail!("the component exports `{other}`, and this host runs `{HANDLER}` and `{BATCH_HANDLER}`"),
         several => {
             bail!("the component exports {} handlers ({}); it must export one", several.len(), several.join(", "))
         }
@@ -107,7 +125,7 @@ fn list(names: &[String]) -> String {
 
 fn linker(engine: &GuestEngine) -> Result<Linker<CallState>> {
     let mut linker = Linker::new(engine.engine());
-    bindings::Worker::add_to_linker::<_, HasSelf<_>>(&mut linker, |state| state)
+    AnyWorker::add_to_linker::<_, HasSelf<_>>(&mut linker, |state| state)
         .and_then(|()| wasmtime_wasi::p2::add_to_linker_async(&mut linker))
         .map_err(anyhow::Error::from)
         .context("link the imports")?;

@@ -12,7 +12,7 @@ use super::bindings::oncely::worker::{invocation, outbox, sql, state, types};
 use super::bindings::wasi::config::store as config;
 use super::bindings::wasi::logging::logging;
 use super::call::{CallFailure, CallState, FailureKind};
-use crate::message::{self, EVENT_ID_MAX, Headers, Output, output_id};
+use crate::message::{self, EVENT_ID_MAX, Headers, Message, Output, output_id};
 use crate::sql::{DatabaseError, Dialect, Rows, SqlError, SqlLimits, Value};
 use crate::state::StateEntry;
 use crate::subject;
@@ -79,13 +79,15 @@ impl CallState {
         }
         check_headers(&outgoing.headers)?;
         check_ordering_key(outgoing.ordering_key.as_deref())?;
-        let id = self.id_for(outgoing.id)?;
+        let cause = self.cause(outgoing.caused_by.as_deref())?;
+        // Counted by event: the same message yields the same ids in whichever company it is handled.
+        let ordinal = self.outputs.iter().filter(|output| output.event_id == cause.event_id).count();
         let output = Output {
-            id,
-            event_id: self.call.message.event_id.clone(),
-            ordinal: u32::try_from(self.outputs.len()).unwrap_or(u32::MAX),
+            id: self.id_for(outgoing.id, cause, ordinal)?,
+            event_id: cause.event_id.clone(),
+            ordinal: u32::try_from(ordinal).unwrap_or(u32::MAX),
             subject: outgoing.subject,
-            headers: self.with_trace(outgoing.headers),
+            headers: with_trace(outgoing.headers, cause),
             body: Bytes::from(outgoing.body),
             ordering_key: outgoing.ordering_key,
             delay: Duration::from_millis(outgoing.delay.unwrap_or_default()),
@@ -94,9 +96,22 @@ impl CallState {
         Ok(output)
     }
 
-    fn id_for(&self, asked: Option<String>) -> Result<String, outbox::Error> {
+    /// The message that caused an output.
+    fn cause(&self, event_id: Option<&str>) -> Result<&Message, outbox::Error> {
+        let caused = |event_id: &str| self.call.messages.iter().find(|message| message.event_id == event_id);
+        let cause = match event_id {
+            Some(event_id) => caused(event_id).ok_or_else(|| format!("this call has no message `{event_id}`")),
+            None if self.in_batch => Err("a batch handler says for each output which message caused it \
+                (`caused-by`: the message's id)"
+                .to_owned()),
+            None => self.call.messages.first().ok_or_else(|| "this call has no message".to_owned()),
+        };
+        cause.map(AsRef::as_ref).map_err(outbox::Error::Other)
+    }
+
+    fn id_for(&self, asked: Option<String>, cause: &Message, ordinal: usize) -> Result<String, outbox::Error> {
         let Some(id) = asked else {
-            return Ok(output_id(&self.call.worker.name, &self.call.message.event_id, self.outputs.len()));
+            return Ok(output_id(&self.call.worker.name, &cause.event_id, ordinal));
         };
         if id.is_empty() || id.len() > EVENT_ID_MAX || id.chars().any(char::is_control) {
             return Err(outbox::Error::InvalidId(format!(
@@ -107,18 +122,6 @@ impl CallState {
             return Err(outbox::Error::InvalidId(format!("the id `{id}` was used before in this delivery")));
         }
         Ok(id)
-    }
-
-    /// Carries the trace of the message on, unless the author set one.
-    fn with_trace(&self, mut headers: Headers) -> Headers {
-        for name in ["traceparent", "tracestate"] {
-            if message::header(&headers, name).is_none()
-                && let Some(value) = self.call.message.header(name)
-            {
-                headers.push((name.to_owned(), value.to_owned()));
-            }
-        }
-        headers
     }
 
     fn check_size(&self, output: &Output) -> Result<(), outbox::Error> {
@@ -146,6 +149,18 @@ impl CallState {
         }
         Ok(())
     }
+}
+
+/// Carries the trace of the message on, unless the author set one.
+fn with_trace(mut headers: Headers, cause: &Message) -> Headers {
+    for name in ["traceparent", "tracestate"] {
+        if message::header(&headers, name).is_none()
+            && let Some(value) = cause.header(name)
+        {
+            headers.push((name.to_owned(), value.to_owned()));
+        }
+    }
+    headers
 }
 
 fn check_ordering_key(key: Option<&str>) -> Result<(), outbox::Error> {
@@ -430,7 +445,8 @@ fn wit_error(error: SqlError) -> sql::Error {
 
 impl invocation::Host for CallState {
     async fn id(&mut self) -> wasmtime::Result<String> {
-        Ok(format!("{}:{}", self.call.worker.name, self.call.message.event_id))
+        let event_id = self.message().map(|message| message.event_id.as_str());
+        Ok(format!("{}:{}", self.call.worker.name, event_id.unwrap_or_default()))
     }
 
     async fn worker(&mut self) -> wasmtime::Result<String> {
@@ -459,7 +475,7 @@ impl invocation::Host for CallState {
     }
 
     async fn traceparent(&mut self) -> wasmtime::Result<Option<String>> {
-        Ok(self.call.message.header("traceparent").map(str::to_owned))
+        Ok(self.message().and_then(|message| message.header("traceparent")).map(str::to_owned))
     }
 }
 

@@ -26,6 +26,12 @@ impl Logs {
         Logs { inner: Arc::new(Mutex::new(Inner { text: String::new(), room: limit, dropped: 0 })) }
     }
 
+    /// Begins anew, for another call of the same instance.
+    pub fn begin(&self, limit: usize) {
+        *self.inner.lock().unwrap_or_else(PoisonError::into_inner) =
+            Inner { text: String::new(), room: limit, dropped: 0 };
+    }
+
     /// Adds one line; line breaks within it are escaped so that one entry cannot pose as two.
     pub fn line(&self, level: &str, context: &str, message: &str) {
         let message = message.trim_end_matches('\n').replace('\n', "\\n");

@@ -1,4 +1,5 @@
-//! WebAssembly: a component becomes a [`Guest`], and a guest runs once for each message in a fresh instance.
+//! WebAssembly: a component becomes a [`Guest`], and a guest runs once for each message in a fresh instance, unless its
+//! worker asks for less isolation.
 //!
 //! A guest has no effect of its own. Outputs and state changes are buffered in the host, SQL goes through the
 //! [`Database`] it is lent; what comes back is an [`Outcome`] that the delivery keeps or throws away.
@@ -11,7 +12,7 @@ mod imports;
 mod limiter;
 mod logs;
 
-pub use call::{Call, CallFailure, FailureKind, Outcome};
+pub use call::{Answer, Call, CallFailure, FailureKind, Outcome, Warm};
 pub use component::{Guest, Surface};
 pub use engine::{COMPONENT_SIZE_MAX, GuestEngine};
 pub use imports::Database;

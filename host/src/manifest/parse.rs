@@ -4,14 +4,14 @@ use std::ops::RangeInclusive;
 use std::path::Path;
 use std::time::Duration;
 
-use crate::manifest::{Limits, Manifest, OrderingKey, Source, Stream, Worker, WorkerEntry};
+use crate::manifest::{Isolation, Limits, Manifest, OnFailure, OrderingKey, Source, Stream, Worker, WorkerEntry};
 use crate::retry::{RetryPolicy, WAIT_MAX};
 use crate::subject::{check_pattern, covers, is_reserved, overlaps};
 use crate::toml_text::{Found, Section, Text};
 
 pub(super) const MANIFEST_KEYS: [&str; 2] = ["stream", "worker"];
 pub(super) const STREAM_KEYS: [&str; 3] = ["name", "subjects", "max_age"];
-pub(super) const WORKER_KEYS: [&str; 15] = [
+pub(super) const WORKER_KEYS: [&str; 17] = [
     "name",
     "crate",
     "component",
@@ -21,6 +21,8 @@ pub(super) const WORKER_KEYS: [&str; 15] = [
     "outputs",
     "migrations",
     "ordering_key",
+    "on_failure",
+    "isolation",
     "concurrency",
     "batch",
     "ack_wait",
@@ -103,7 +105,9 @@ fn worker(text: Text<'_>, section: &Section<'_>, folder: &Path, manifest: &Manif
         stream: stream.value,
         subjects,
         outputs: values(section.texts("outputs", "[\"payments.settled\"]", check_own_pattern)?),
+        on_failure: on_failure(text, section, ordering_key.is_some())?,
         ordering_key: ordering_key.and_then(|key| OrderingKey::try_from(key.value).ok()),
+        isolation: isolation(section)?,
         concurrency: section.count("concurrency", "4", 1..=256)?.unwrap_or(4),
         batch: section.count("batch", "32", 1..=1000)?.unwrap_or(32),
         ack_wait: section.duration("ack_wait", "\"30s\"", ack_wait)?.unwrap_or(Duration::from_secs(30)),
@@ -113,6 +117,37 @@ fn worker(text: Text<'_>, section: &Section<'_>, folder: &Path, manifest: &Manif
     };
     let migrations = section.text("migrations", "\"migrations\"", check_path)?.map(|path| folder.join(path.value));
     Ok(WorkerEntry { worker, source, migrations, folder: folder.to_owned() })
+}
+
+fn on_failure(text: Text<'_>, section: &Section<'_>, has_key: bool) -> anyhow::Result<OnFailure> {
+    let check = one_of(&["skip", "hold"]);
+    let Some(found) = section.text("on_failure", "\"hold\"", check)? else { return Ok(OnFailure::Skip) };
+    if found.value == "skip" {
+        return Ok(OnFailure::Skip);
+    }
+    if !has_key {
+        let what = "`on_failure` is `hold`, but without an ordering key no message follows another";
+        return Err(text.refuse(&found.span, what, "say where the key stands: ordering_key = \"header:Account\""));
+    }
+    Ok(OnFailure::Hold)
+}
+
+fn isolation(section: &Section<'_>) -> anyhow::Result<Isolation> {
+    let found = section.text("isolation", "\"message\"", one_of(&["message", "batch"]))?;
+    Ok(match found {
+        Some(found) if found.value == "batch" => Isolation::Batch,
+        _ => Isolation::Message,
+    })
+}
+
+/// Accepts one of a few words.
+fn one_of(words: &'static [&'static str]) -> impl Fn(&str) -> Result<(), String> {
+    move |word| {
+        if words.contains(&word) {
+            return Ok(());
+        }
+        Err(format!("`{}` is none of: {}", word.escape_debug(), words.join(", ")))
+    }
 }
 
 fn source(text: Text<'_>, section: &Section<'_>, folder: &Path) -> anyhow::Result<Source> {

@@ -23,6 +23,8 @@ subjects = ["payments.requested"]
 outputs = ["payments.settled", "x.>"]
 migrations = "migrations"
 ordering_key = "header:Account"
+on_failure = "hold"
+isolation = "batch"
 concurrency = 8
 batch = 16
 ack_wait = "45s"
@@ -71,6 +73,8 @@ fn every_key_of_a_manifest_is_read() {
         subjects: vec!["payments.requested".into()],
         outputs: vec!["payments.settled".into(), "x.>".into()],
         ordering_key: Some(OrderingKey::Header("Account".into())),
+        on_failure: OnFailure::Hold,
+        isolation: Isolation::Batch,
         concurrency: 8,
         batch: 16,
         ack_wait: Duration::from_secs(45),
@@ -103,6 +107,7 @@ fn what_is_left_out_gets_its_default() {
     assert_eq!(other.worker.ack_wait, Duration::from_secs(30));
     assert_eq!(other.worker.retry, RetryPolicy::default());
     assert_eq!(other.worker.limits, Limits::default());
+    assert_eq!((other.worker.on_failure, other.worker.isolation), (OnFailure::Skip, Isolation::Message));
     assert!(other.worker.subjects.is_empty() && other.worker.outputs.is_empty());
 }
 
@@ -126,31 +131,43 @@ fn refusal(line: &str, replacement: &str) -> (String, String) {
 fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
     let cases = [
         ("max_age", "max_aeg", "5: [[stream]] has no key `max_aeg`", "did you mean: max_age = \"7d\""),
-        ("[worker.limits]", "[worker.limit]", "22: [[worker]] has no key `limit`", "did you mean: [worker.limits]"),
-        ("ack_wait", "zebra", "17: [[worker]] has no key `zebra`", "remove it; the keys here are: name, crate"),
+        ("[worker.limits]", "[worker.limit]", "24: [[worker]] has no key `limit`", "did you mean: [worker.limits]"),
+        ("ack_wait", "zebra", "19: [[worker]] has no key `zebra`", "remove it; the keys here are: name, crate"),
         (
             "attempts = 7",
             "attempts = \"7\"",
-            "19: `attempts` in [worker.retry] must be a whole number",
+            "21: `attempts` in [worker.retry] must be a whole number",
             "for example: attempts = 5",
         ),
         (
             "attempts = 7",
             "attempts = 0",
-            "19: `attempts` in [worker.retry] must lie between 1 and 1000",
+            "21: `attempts` in [worker.retry] must lie between 1 and 1000",
             "attempts = 5",
         ),
         (
             "\"45s\"",
             "\"45 parsecs\"",
-            "17: `ack_wait` in [[worker]] is wrong: `45 parsecs` is not a length of time",
+            "19: `ack_wait` in [[worker]] is wrong: `45 parsecs` is not a length of time",
             "ack_wait = \"30s\"",
         ),
-        ("\"45s\"", "45", "17: `ack_wait` in [[worker]] must be a length of time in quotes", "ack_wait = \"30s\""),
+        (
+            "\"hold\"",
+            "\"wait\"",
+            "15: `on_failure` in [[worker]] is wrong: `wait` is none of: skip, hold",
+            "on_failure = \"hold\"",
+        ),
+        (
+            "ordering_key = \"header:Account\"",
+            "",
+            "15: `on_failure` is `hold`, but without an ordering key no message follows another",
+            "ordering_key = \"header:Account\"",
+        ),
+        ("\"45s\"", "45", "19: `ack_wait` in [[worker]] must be a length of time in quotes", "ack_wait = \"30s\""),
         (
             "\"32MiB\"",
             "\"1KiB\"",
-            "24: `memory` in [worker.limits] must lie between 1 MiB and 4 GiB",
+            "26: `memory` in [worker.limits] must lie between 1 MiB and 4 GiB",
             "memory = \"64MiB\"",
         ),
         (
@@ -160,7 +177,7 @@ fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
             "name = \"settle\"",
         ),
         ("name = \"settle\"", "", "7: [[worker]] needs `name`", "add the line: name = \"settle\""),
-        ("name = \"other\"", "name = \"settle\"", "37: there are two workers called `settle`", "name = \"settle-2\""),
+        ("name = \"other\"", "name = \"settle\"", "39: there are two workers called `settle`", "name = \"settle-2\""),
         ("crate = \".\"", "", "7: [[worker]] needs `crate` or `component`", "crate = \".\""),
         (
             "crate = \".\"",
@@ -210,11 +227,11 @@ fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
         (
             "\"1m\"",
             "\"1s\"",
-            "21: `backoff_max` in [worker.retry] is shorter than `backoff`, which is 2s",
+            "23: `backoff_max` in [worker.retry] is shorter than `backoff`, which is 2s",
             "backoff_max = \"2s\"",
         ),
-        ("\"EUR\"", "978", "34: `config.currency` must be text in quotes", "write: currency = \"978\""),
-        ("batch = 16", "batch = 16\nbatch = 17", "17: this is not TOML: duplicate key", "remove: batch = 17"),
+        ("\"EUR\"", "978", "36: `config.currency` must be text in quotes", "write: currency = \"978\""),
+        ("batch = 16", "batch = 16\nbatch = 17", "19: this is not TOML: duplicate key", "remove: batch = 17"),
         ("name = \"settle\"", "name = settle", "8: this is not TOML", "name = \"settle\""),
         ("[[stream]]", "[stream]", "2: `stream` must be a list of tables", "[[stream]]"),
         (

@@ -171,6 +171,21 @@ pub struct DeploymentRecord {
     pub created_at: Timestamp,
 }
 
+/// One value of keyed state, as people read it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StateRecord {
+    pub key: String,
+    pub version: u64,
+    /// Of the value, in bytes.
+    pub size: u64,
+    pub updated_at: Timestamp,
+    /// The value; in a list its first [`STATE_PREVIEW`] bytes.
+    pub value: Bytes,
+}
+
+/// How much of each value a list of keyed state shows, in bytes.
+pub const STATE_PREVIEW: u32 = 256;
+
 /// Counts and ages of one worker.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct WorkerTotals {
@@ -254,6 +269,12 @@ pub trait Store: Send + Sync + 'static {
 
     /// One dead letter, whole.
     async fn letter(&self, id: i64) -> Result<Option<LetterRecord>>;
+
+    /// The value under a key of a worker's state.
+    async fn state_entry(&self, worker: &str, key: &str) -> Result<Option<StateRecord>>;
+
+    /// At most `limit` values of a worker's state whose keys begin with `prefix`, by key in the order of its bytes.
+    async fn state_entries(&self, worker: &str, prefix: &str, limit: u32) -> Result<Vec<StateRecord>>;
 
     /// Counts and ages, by worker; workers that were deployed or have rows.
     async fn totals(&self) -> Result<Vec<WorkerTotals>>;

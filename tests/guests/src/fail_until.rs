@@ -1,25 +1,32 @@
 //! Asks for a retry until the attempt with a given number, which succeeds; `fail_once` is `{"attempt": 2}`.
 //!
-//! Options: `{"attempt": 2}`.
+//! Options: `{"attempt": 2, "after_ms": null}`; with `after_ms` it asks for no retry before that long.
 
-use oncely_guest::{Failure, Message, invocation};
+use std::time::Duration;
+
+use oncely_guest::{Failure, FailureKind, Message, invocation};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
 #[serde(default)]
 struct Options {
     attempt: u32,
+    after_ms: Option<u64>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { attempt: 2 }
+        Self { attempt: 2, after_ms: None }
     }
 }
 
 pub fn run(message: &Message) -> Result<(), Failure> {
     let options: Options = crate::options(message)?;
-    run_until(options.attempt)
+    let after = options.after_ms.map(Duration::from_millis);
+    run_until(options.attempt).map_err(|failure| match after {
+        Some(after) => Failure { kind: FailureKind::RetryAfter(after), ..failure },
+        None => failure,
+    })
 }
 
 pub fn run_until(first_to_succeed: u32) -> Result<(), Failure> {

@@ -8,6 +8,7 @@ use oncely_guest::{Failure, Message};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
+mod calls;
 mod config;
 mod eat_memory;
 mod echo;
@@ -27,6 +28,7 @@ mod sleep;
 mod slow;
 mod spin;
 mod sql_text;
+mod state_append;
 mod state_cas;
 mod state_counter;
 mod swallow_error;
@@ -45,6 +47,7 @@ fn handle(message: Message) -> Result<(), Failure> {
 
 fn run(behaviour: &str, message: &Message) -> Result<(), Failure> {
     match behaviour {
+        "calls" => calls::run(),
         "config" => config::run(),
         "eat_memory" => eat_memory::run(),
         "echo" => echo::run(message),
@@ -65,6 +68,7 @@ fn run(behaviour: &str, message: &Message) -> Result<(), Failure> {
         "slow" => slow::run(message),
         "spin" => spin::run(),
         "sql_text" => sql_text::run(message),
+        "state_append" => state_append::run(message),
         "state_cas" => state_cas::run(message),
         "state_counter" => state_counter::run(message),
         "swallow_error" => swallow_error::run(message),

@@ -280,6 +280,17 @@ async fn a_postgres_type_without_a_value_is_named_with_a_way_out() {
     tx.rollback().await;
 }
 
+/// A connection behind a pooler has to ask about such a type in the middle of the statement.
+#[tokio::test]
+async fn a_type_without_a_value_is_the_guests_error_behind_a_pooler_too() {
+    let world = World::pgbouncer().await;
+    world.migrate("1.sql", "create type mood as enum ('sad', 'happy')").await;
+    let mut tx = world.begin().await;
+    let result = tx.query("select 'sad'::mood as x", &[], LIMITS).await.unwrap();
+    assert!(matches!(result, Err(SqlError::UnsupportedType(_))), "{result:?}");
+    tx.rollback().await;
+}
+
 #[tokio::test]
 async fn a_table_that_changed_under_a_prepared_statement_is_a_conflict_once() {
     let world = World::postgres().await;

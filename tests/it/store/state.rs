@@ -1,6 +1,6 @@
 //! Keyed state is written where nobody was faster.
 
-use oncely::store::{StateEntry, StateWrite, StoreError};
+use oncely::store::{STATE_PREVIEW, StateEntry, StateWrite, StoreError};
 
 use super::{TIME, World};
 
@@ -8,6 +8,7 @@ on_every_database!(
     state_is_kept_changed_and_deleted,
     a_key_that_moved_is_a_conflict_and_nothing_is_written,
     of_two_batches_that_change_a_key_at_once_one_is_a_conflict,
+    people_read_one_value_whole_and_lists_by_prefix,
 );
 
 fn set(key: &str, expected: Option<u64>, value: &str) -> StateWrite {
@@ -92,4 +93,31 @@ async fn of_two_batches_that_change_a_key_at_once_one_is_a_conflict(world: World
         assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1, "{results:?}");
         assert!(results.iter().any(|result| matches!(result, Err(StoreError::Conflict(_)))), "{results:?}");
     }
+}
+
+async fn people_read_one_value_whole_and_lists_by_prefix(world: World) {
+    let long = "x".repeat(STATE_PREVIEW as usize + 9);
+    let writes = [set("a_1", None, "1"), set("aZ", None, "2"), set("ab", None, &long), set("b%", None, "4")];
+    save(&world, &writes).await.unwrap();
+    save(&world, &[set("a_1", Some(1), "5")]).await.unwrap();
+
+    let entry = world.store.state_entry(super::WORKER, "ab").await.unwrap().unwrap();
+    assert_eq!((entry.version, entry.size, entry.value.len()), (1, long.len() as u64, long.len()));
+    let age = jiff::Timestamp::now().duration_since(entry.updated_at);
+    assert!(age.as_secs().abs() < 60, "{}", entry.updated_at);
+    assert_eq!(world.store.state_entry(super::WORKER, "a").await.unwrap(), None);
+    assert_eq!(world.store.state_entry("another", "ab").await.unwrap(), None);
+
+    let keys = async |prefix: &str, limit| {
+        let entries = world.store.state_entries(super::WORKER, prefix, limit).await.unwrap();
+        entries.into_iter().map(|entry| entry.key).collect::<Vec<_>>()
+    };
+    // By their bytes: upper case comes before `_`, and `_` before lower case. Wildcards of SQL mean nothing.
+    assert_eq!(keys("", 9).await, ["aZ", "a_1", "ab", "b%"]);
+    assert_eq!(keys("a_", 9).await, ["a_1"]);
+    assert_eq!(keys("b%", 9).await, ["b%"]);
+    assert_eq!(keys("%", 9).await, [""; 0]);
+    assert_eq!(keys("a", 2).await, ["aZ", "a_1"]);
+    let beginning = world.store.state_entries(super::WORKER, "ab", 1).await.unwrap().remove(0);
+    assert_eq!((beginning.size, beginning.value.len()), (long.len() as u64, STATE_PREVIEW as usize));
 }

@@ -12,6 +12,8 @@ const DIVISION_BY_ZERO: &str = "22012";
 const IN_FAILED_TRANSACTION: &str = "25P02";
 const READ_ONLY: &str = "25006";
 const INSUFFICIENT_PRIVILEGE: &str = "42501";
+/// How the names of our prepared statements begin.
+const NAMED_BY_US: &str = "sqlx_s_";
 /// Our own, from the migrations: the token does not fit the transaction, or somebody else commits it.
 const NOT_THE_HOST: [&str; 2] = ["ONC01", "ONC02"];
 
@@ -62,9 +64,14 @@ pub(super) fn of_guest(error: Error) -> Result<SqlError, StoreError> {
         INSUFFICIENT_PRIVILEGE => SqlError::NotAllowed(format!("this is not for workers: {}", said.message)),
         code if NOT_THE_HOST.contains(&code) => SqlError::NotAllowed(said.message),
         // Outside of the transaction that the host began, the session only reads.
+        // A type that the connection has to ask the server about takes the place of the statement that had no name.
+        "26000" if said.message.starts_with("unnamed") => SqlError::UnsupportedType(
+            "a column of the result has a type that cannot be passed on; read it as text, as in `x::text`".to_owned(),
+        ),
         READ_ONLY => SqlError::TransactionFailed("an earlier statement ended the transaction".to_owned()),
         IN_FAILED_TRANSACTION => SqlError::TransactionFailed(said.message),
         code if is_conflict(code) => SqlError::Conflict(said),
+        code if is_pooler_trouble(code) && !said.message.contains(NAMED_BY_US) => SqlError::QueryFailed(said),
         code if is_house(code) || is_fatal(&error) => return Err(of_statement(error, "run a guest's statement")),
         code if code.starts_with("23") => SqlError::ConstraintViolation(said),
         _ => SqlError::QueryFailed(said),

@@ -32,7 +32,7 @@ use self::tx::PostgresTx;
 use self::wall::Login;
 use super::{
     DeploymentRecord, FailedAttempt, LetterFilter, LetterRecord, LetterSummary, OutboxRow, Output, Published, Result,
-    Store, Tx, WorkerMigration, WorkerTotals,
+    StateRecord, Store, Tx, WorkerMigration, WorkerTotals,
 };
 use crate::hint::WithHint;
 use crate::sql::Dialect;
@@ -253,6 +253,20 @@ impl Store for PostgresStore {
         let letter = letters::find(&mut session, id).await?;
         session.commit().await?;
         Ok(letter)
+    }
+
+    async fn state_entry(&self, worker: &str, key: &str) -> Result<Option<StateRecord>> {
+        let mut session = self.house.begin(Purpose::Read).await?;
+        let entry = state::entry(&mut session, worker, key).await?;
+        session.commit().await?;
+        Ok(entry)
+    }
+
+    async fn state_entries(&self, worker: &str, prefix: &str, limit: u32) -> Result<Vec<StateRecord>> {
+        let mut session = self.house.begin(Purpose::Read).await?;
+        let entries = state::entries(&mut session, worker, prefix, limit).await?;
+        session.commit().await?;
+        Ok(entries)
     }
 
     async fn totals(&self) -> Result<Vec<WorkerTotals>> {

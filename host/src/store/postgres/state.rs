@@ -6,7 +6,7 @@ use sqlx::postgres::PgRow;
 
 use super::errors;
 use super::session::Session;
-use crate::store::{Result, StateEntry, StateWrite, StoreError, shared};
+use crate::store::{Result, STATE_PREVIEW, StateEntry, StateRecord, StateWrite, StoreError, shared};
 
 /// The entries of those keys that are there.
 pub(super) async fn load(session: &mut Session, worker: &str, keys: &[String]) -> Result<Vec<(String, StateEntry)>> {
@@ -53,4 +53,49 @@ pub(super) async fn save(session: &mut Session, worker: &str, writes: &[StateWri
         return Ok(());
     }
     Err(StoreError::Conflict(anyhow!("a state key changed since it was read")))
+}
+
+/// The value under a key, whole.
+pub(super) async fn entry(session: &mut Session, worker: &str, key: &str) -> Result<Option<StateRecord>> {
+    let query = session.query(
+        "select key, version, octet_length(value)::bigint as size, value,
+             (extract(epoch from updated_at) * 1000000)::bigint as updated_at
+         from oncely.state where worker = $1 and key = $2",
+    );
+    let row = query
+        .bind(worker)
+        .bind(key)
+        .fetch_optional(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "read state"))?;
+    row.as_ref().map(record).transpose().context("read state").map_err(StoreError::Unavailable)
+}
+
+/// Values whose keys begin with `prefix`, by key; only their beginnings.
+pub(super) async fn entries(session: &mut Session, worker: &str, prefix: &str, limit: u32) -> Result<Vec<StateRecord>> {
+    let query = session.query(
+        "select key, version, octet_length(value)::bigint as size, substring(value from 1 for $4) as value,
+             (extract(epoch from updated_at) * 1000000)::bigint as updated_at
+         from oncely.state where worker = $1 and pg_catalog.starts_with(key, $2)
+         order by key collate pg_catalog.\"C\" limit $3",
+    );
+    let rows = query
+        .bind(worker)
+        .bind(prefix)
+        .bind(i64::from(limit))
+        .bind(STATE_PREVIEW.cast_signed())
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "list state"))?;
+    rows.iter().map(|row| record(row).context("read state").map_err(StoreError::Unavailable)).collect()
+}
+
+fn record(row: &PgRow) -> anyhow::Result<StateRecord> {
+    Ok(StateRecord {
+        key: row.try_get("key")?,
+        version: shared::unsigned(row.try_get("version")?),
+        size: shared::unsigned(row.try_get("size")?),
+        updated_at: shared::timestamp(row.try_get("updated_at")?)?,
+        value: row.try_get::<Vec<u8>, _>("value")?.into(),
+    })
 }

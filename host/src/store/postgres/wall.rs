@@ -46,6 +46,7 @@ pub(super) async fn build(sessions: &Sessions, again: bool) -> anyhow::Result<Lo
         run(&mut session, &grant).await.with_context(|| format!("run `{grant}`"))?;
     }
     hand_over(&mut session, &owner).await.context("hand the app's tables to their owner")?;
+    open_tables(&mut session, &role).await.context("let the app's role at its tables")?;
     let left = take_away(&mut session, &role, &owner, &database).await.context("take rights away")?;
     session.commit().await.context("commit the roles")?;
     if !left.is_empty() {
@@ -179,6 +180,23 @@ async fn hand_over(session: &mut Session, owner: &str) -> anyhow::Result<()> {
     );
     for row in query.fetch_all(session.connection()).await? {
         let statement = row.try_get::<String, _>(0)? + &quoted(owner);
+        run(session, &statement).await?;
+    }
+    Ok(())
+}
+
+/// Lets the login role read and write the tables that were there before it; later ones come with these rights.
+async fn open_tables(session: &mut Session, role: &str) -> anyhow::Result<()> {
+    let query = session.query(
+        "select format('grant %s %s to ', case relkind when 'S' then 'usage, select, update on sequence'
+                 else 'select, insert, update, delete on table' end, oid::regclass)
+         from pg_class
+         where relnamespace = 'app_default'::regnamespace and pg_has_role(relowner, 'usage')
+             and case when relkind in ('r', 'p', 'v', 'm', 'f') then not has_table_privilege($1, oid, 'insert')
+                 when relkind = 'S' then not has_sequence_privilege($1, oid, 'update') else false end",
+    );
+    for row in query.bind(role).fetch_all(session.connection()).await? {
+        let statement = row.try_get::<String, _>(0)? + &quoted(role);
         run(session, &statement).await?;
     }
     Ok(())

@@ -29,7 +29,7 @@ use self::session::Sessions;
 use self::tx::SqliteTx;
 use super::{
     DeploymentRecord, FailedAttempt, LetterFilter, LetterRecord, LetterSummary, OutboxRow, Output, Published, Result,
-    Store, Tx, WorkerMigration, WorkerTotals,
+    StateRecord, Store, Tx, WorkerMigration, WorkerTotals,
 };
 use crate::sql::Dialect;
 use crate::verdict::{Letter, Settled};
@@ -171,6 +171,14 @@ impl Store for SqliteStore {
 
     async fn letter(&self, id: i64) -> Result<Option<LetterRecord>> {
         letters::find(&self.readers, id).await
+    }
+
+    async fn state_entry(&self, worker: &str, key: &str) -> Result<Option<StateRecord>> {
+        state::entry(&self.readers, worker, key).await
+    }
+
+    async fn state_entries(&self, worker: &str, prefix: &str, limit: u32) -> Result<Vec<StateRecord>> {
+        state::entries(&self.readers, worker, prefix, limit).await
     }
 
     async fn totals(&self) -> Result<Vec<WorkerTotals>> {

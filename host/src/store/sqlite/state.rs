@@ -2,11 +2,11 @@
 
 use anyhow::{Context, anyhow};
 use sqlx::Row;
-use sqlx::sqlite::SqliteRow;
+use sqlx::sqlite::{SqlitePool, SqliteRow};
 
 use super::errors;
 use super::session::Session;
-use crate::store::{Result, StateEntry, StateWrite, StoreError, shared};
+use crate::store::{Result, STATE_PREVIEW, StateEntry, StateRecord, StateWrite, StoreError, shared};
 
 /// The entries of those keys that are there.
 pub(super) async fn load(session: &mut Session, worker: &str, keys: &[String]) -> Result<Vec<(String, StateEntry)>> {
@@ -64,4 +64,44 @@ async fn save_one(session: &mut Session, worker: &str, write: &StateWrite) -> Re
         .await
         .map_err(doing)?;
     Ok(result.rows_affected() == 1)
+}
+
+/// The value under a key, whole.
+pub(super) async fn entry(readers: &SqlitePool, worker: &str, key: &str) -> Result<Option<StateRecord>> {
+    let row = sqlx::query(
+        "select key, version, length(value) as size, updated_at, value from oncely_state
+         where worker = $1 and key = $2",
+    )
+    .bind(worker)
+    .bind(key)
+    .fetch_optional(readers)
+    .await
+    .map_err(|error| errors::of_statement(error, "read state"))?;
+    row.as_ref().map(record).transpose().context("read state").map_err(StoreError::Unavailable)
+}
+
+/// Values whose keys begin with `prefix`, by key; only their beginnings.
+pub(super) async fn entries(readers: &SqlitePool, worker: &str, prefix: &str, limit: u32) -> Result<Vec<StateRecord>> {
+    let rows = sqlx::query(
+        "select key, version, length(value) as size, updated_at, substr(value, 1, $4) as value from oncely_state
+         where worker = $1 and substr(key, 1, length($2)) = $2 order by key limit $3",
+    )
+    .bind(worker)
+    .bind(prefix)
+    .bind(limit)
+    .bind(STATE_PREVIEW)
+    .fetch_all(readers)
+    .await
+    .map_err(|error| errors::of_statement(error, "list state"))?;
+    rows.iter().map(|row| record(row).context("read state").map_err(StoreError::Unavailable)).collect()
+}
+
+fn record(row: &SqliteRow) -> anyhow::Result<StateRecord> {
+    Ok(StateRecord {
+        key: row.try_get("key")?,
+        version: shared::unsigned(row.try_get("version")?),
+        size: shared::unsigned(row.try_get("size")?),
+        updated_at: shared::timestamp(row.try_get("updated_at")?)?,
+        value: row.try_get::<Vec<u8>, _>("value")?.into(),
+    })
 }

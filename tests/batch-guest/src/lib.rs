@@ -1,0 +1,65 @@
+//! A batch handler for the tests: all effects of a batch with one statement, and its size in an output header.
+//!
+//! What to do with a message stands in its header `do`: `insert` (the usual), `reject` or `fail` before any effect,
+//! `late-reject` after all effects, `trap` and `violate` after all effects, `uncaused` for an output that names no message,
+//! and `short` for an answer that is one too short.
+
+use oncely_guest::prelude::*;
+use serde_json::json;
+
+oncely_guest::batch_handler!(handle);
+
+fn handle(messages: &[Message]) -> Vec<Result<(), Failure>> {
+    let is = |message: &Message, what: &str| message.header("do") == Some(what);
+    let any = |what: &str| messages.iter().any(|message| is(message, what));
+    let refused = |message: &Message, late: bool| match message.header("do") {
+        Some("reject") if !late => Err(Failure::reject("told to reject")),
+        Some("fail") if !late => Err(Failure::retry("told to fail")),
+        Some("late-reject") if late => Err(Failure::reject("told to reject late")),
+        _ => Ok(()),
+    };
+    let early: Vec<_> = messages.iter().map(|message| refused(message, false)).collect();
+    if early.iter().any(Result::is_err) {
+        return early;
+    }
+    if let Err(failure) = take_effect(messages) {
+        return messages.iter().map(|_| Err(failure.clone())).collect();
+    }
+    if any("trap") {
+        panic!("told to panic");
+    }
+    if any("violate") {
+        let twice = sql::execute("insert into once (id) values ('a'), ('a')", params![]);
+        return messages.iter().map(|_| twice.clone().map(|_| ()).map_err(Failure::from)).collect();
+    }
+    let mut answers: Vec<_> = messages.iter().map(|message| refused(message, true)).collect();
+    if any("short") {
+        answers.pop();
+    }
+    answers
+}
+
+/// Two rows for each message with one statement, a list in keyed state, and an output for each.
+fn take_effect(messages: &[Message]) -> Result<(), Failure> {
+    let mut rows = Vec::new();
+    let mut values = Vec::new();
+    for message in messages {
+        let at = values.len();
+        let nonce = format!("{}/{}", message.id, invocation::attempt());
+        rows.push(format!("(${}, 'a', -1, ${}), (${}, 'b', 1, ${})", at + 1, at + 2, at + 1, at + 2));
+        values.extend(params![message.id.clone(), nonce].iter().cloned());
+    }
+    let statement = format!("insert into effect (event_id, account, delta, attempt_nonce) values {}", rows.join(", "));
+    sql::execute(&statement, &values)?;
+    let mut order: Vec<String> = state::get_json("order")?.unwrap_or_default();
+    order.extend(messages.iter().map(|message| message.id.clone()));
+    state::set_json("order", &order)?;
+    for message in messages {
+        let nonce = format!("{}/{}", message.id, invocation::attempt());
+        let told = json!({ "event_id": message.id, "attempt_nonce": nonce, "batch": messages.len() });
+        let output = Outgoing::json("out.effect", &told)?;
+        let caused = if message.header("do") == Some("uncaused") { output } else { output.caused_by(message) };
+        outbox::send(caused)?;
+    }
+    Ok(())
+}
