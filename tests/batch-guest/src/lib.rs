@@ -9,6 +9,7 @@ use serde_json::json;
 
 oncely_guest::batch_handler!(handle);
 
+#[allow(clippy::panic, reason = "one of its behaviours")]
 fn handle(messages: &[Message]) -> Vec<Result<(), Failure>> {
     let is = |message: &Message, what: &str| message.header("do") == Some(what);
     let any = |what: &str| messages.iter().any(|message| is(message, what));
