@@ -101,7 +101,7 @@ pub mod prelude {
 /// Makes a function the handler of this component. Once in a crate.
 ///
 /// The function takes a [`Message`] and returns `Result<(), Failure>`. It is called in a fresh instance for each
-/// message: statics hold their first value every time.
+/// message, unless the manifest says `isolation = "batch"`: statics hold their first value every time.
 ///
 /// ```
 /// # use oncely_guest::prelude::*;

@@ -74,7 +74,7 @@ impl Lane {
             let batch = queue.take(pace.size(), Instant::now());
             if batch.is_empty() {
                 match next(&mut parcels, queue.next_due()).await {
-                    Next::Arrived(parcel) => queue.push(parcel),
+                    Next::Arrived(parcel) => queue.push(*parcel),
                     Next::Due => {}
                     Next::Closed => break,
                 }
@@ -273,7 +273,7 @@ pub async fn give_back(parcels: Vec<Parcel>) {
 
 /// What ends the wait of a lane that has nothing to run.
 enum Next {
-    Arrived(Parcel),
+    Arrived(Box<Parcel>),
     Due,
     Closed,
 }
@@ -288,7 +288,7 @@ async fn next(parcels: &mut mpsc::Receiver<Parcel>, due: Option<Instant>) -> Nex
     tokio::select! {
         // A closed channel means that it is time to stop: what is due then is left to the next host.
         biased;
-        parcel = parcels.recv() => parcel.map_or(Next::Closed, Next::Arrived),
+        parcel = parcels.recv() => parcel.map_or(Next::Closed, |parcel| Next::Arrived(Box::new(parcel))),
         () = due => Next::Due,
     }
 }

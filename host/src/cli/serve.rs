@@ -148,7 +148,7 @@ fn unreachable(error: anyhow::Error) -> anyhow::Error {
 }
 
 /// Libraries whose lines say nothing to an operator that ours do not; directives in `log_level` overrule this.
-const QUIET: &str = "async_nats=warn,sqlx=warn";
+const QUIET: &str = "async_nats=warn,sqlx=error";
 
 /// Sends log lines to standard error, in the form the configuration asks for.
 pub fn start_log(config: &HostConfig) -> Result<()> {

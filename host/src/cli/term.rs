@@ -76,7 +76,7 @@ pub fn readable(bytes: &[u8]) -> String {
     match std::str::from_utf8(shown) {
         Ok(text) => format!("{}{more}", visible_lines(text)),
         Err(_) => {
-            let lines: Vec<String> = shown.chunks(16).map(|line| hex::encode_upper(line)).collect();
+            let lines: Vec<String> = shown.chunks(16).map(hex::encode_upper).collect();
             format!("{}{more}", lines.join("\n"))
         }
     }

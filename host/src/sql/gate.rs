@@ -7,7 +7,7 @@ const ALLOWED: [&str; 7] = ["select", "insert", "update", "delete", "merge", "va
 
 /// Beginnings of names that belong to the platform or reach around it.
 const SQLITE_NAMES: [&str; 3] = ["oncely_", "sqlite_", "pragma_"];
-const POSTGRES_NAMES: [&str; 10] = [
+const POSTGRES_NAMES: [&str; 22] = [
     "pg_",
     "set_config",
     "query_to_xml",
@@ -18,6 +18,18 @@ const POSTGRES_NAMES: [&str; 10] = [
     "dblink",
     "lo_import",
     "lo_export",
+    "lo_creat",
+    "lo_from_bytea",
+    "lo_get",
+    "lo_put",
+    "lo_open",
+    "lo_close",
+    "lo_lseek",
+    "lo_tell",
+    "lo_truncate",
+    "lo_unlink",
+    "loread",
+    "lowrite",
 ];
 /// What begins like one of [`POSTGRES_NAMES`] and is harmless.
 const POSTGRES_HARMLESS: [&str; 2] = ["pg_catalog", "pg_typeof"];

@@ -91,7 +91,9 @@ impl PostgresStore {
 }
 
 /// What to do when the server, or a pooler before it, does not let the app's role in.
-const LOGIN_HINT: &str = "the server (pg_hba.conf) and a pooler before it (PgBouncer: auth_query) have to let this role in     with its password; or set guest_sql = \"trusted\", and only the check of its text keeps guests' SQL from the platform's     tables";
+const LOGIN_HINT: &str = "the server (pg_hba.conf) and a pooler before it (PgBouncer: auth_query) have to let this role in \
+    with its password; or set guest_sql = \"trusted\", and only the check of its text keeps guests' SQL from the platform's \
+    tables";
 
 fn options(url: &str) -> anyhow::Result<PgConnectOptions> {
     let options = PgConnectOptions::from_str(url).context("read the PostgreSQL URL")?;

@@ -154,7 +154,8 @@ fn grants(role: &str, owner: &str, database: &str) -> Vec<String> {
 
 /// The host acts as the owner in migrations, and ends sessions of the login role that hang.
 async fn join(session: &mut Session, role: &str) -> anyhow::Result<()> {
-    let query = session.query("select pg_has_role($1, 'member')");
+    // Whoever made a role is a member at once from PostgreSQL 16 on, but not one that may use it.
+    let query = session.query("select pg_has_role($1, 'usage')");
     let row = query.bind(role).fetch_one(session.connection()).await.context("look at the roles of the host")?;
     if row.try_get(0)? {
         return Ok(());
@@ -205,19 +206,25 @@ async fn open_tables(session: &mut Session, role: &str) -> anyhow::Result<()> {
 /// Takes from everybody what guests could misuse and nobody gave to the login role by name. Returns what is left: the
 /// host may take away only what belongs to its database user.
 async fn take_away(session: &mut Session, role: &str, owner: &str, database: &str) -> anyhow::Result<Vec<String>> {
-    for row in excess(session, role).await? {
+    let before = excess(session, role).await?;
+    for row in &before {
         let (what, back): (String, Option<String>) = (row.try_get("what")?, row.try_get("back")?);
         let what = what.replace("{database}", &quoted(database));
         let back =
             back.map(|to| format!("grant {what} to {};", to.replace("{owner}", &quoted(owner)))).unwrap_or_default();
-        let taken = run(session, &format!("savepoint before; revoke {what} from public; {back}")).await;
-        match taken {
-            Ok(()) => tracing::info!("took from PUBLIC: {what}"),
-            Err(_) => run(session, "rollback to savepoint before").await?,
+        if run(session, &format!("savepoint before; revoke {what} from public; {back}")).await.is_err() {
+            run(session, "rollback to savepoint before").await?;
         }
     }
-    let left: sqlx::Result<Vec<String>> = excess(session, role).await?.iter().map(|row| row.try_get("name")).collect();
-    Ok(left?)
+    let name = |row: &PgRow| row.try_get::<String, _>("name");
+    let left = excess(session, role).await?.iter().map(name).collect::<sqlx::Result<Vec<_>>>()?;
+    // Who may not take a right away gets no error from PostgreSQL, only a notice.
+    let mut taken = before.iter().map(name).collect::<sqlx::Result<Vec<_>>>()?;
+    taken.retain(|right| !left.contains(right));
+    if !taken.is_empty() {
+        tracing::info!("took from everybody, for guests would have it too: {}", taken.join(", "));
+    }
+    Ok(left)
 }
 
 /// The rights that the login role has only because everybody has them: `what` to take away, who gets it `back`, and its
