@@ -71,7 +71,7 @@ async fn main() -> Result<()> {
 }
 
 /// How many mutants run at the same time: most of it is waiting.
-const MUTANTS_AT_ONCE: usize = 3;
+const MUTANTS_AT_ONCE: usize = 5;
 
 /// Runs the campaigns side by side; true when every rule holds.
 async fn run_campaigns(options: &Options) -> Result<bool> {

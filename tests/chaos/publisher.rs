@@ -39,6 +39,7 @@ pub async fn publish(
     progress: Arc<Progress>,
 ) -> Result<Workload> {
     let client = async_nats::ConnectOptions::new()
+        .retry_on_initial_connect()
         .max_reconnects(None)
         .reconnect_delay_callback(|_| Duration::from_millis(50))
         .connect(url)

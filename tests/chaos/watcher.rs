@@ -80,6 +80,7 @@ pub async fn watch_backlog(url: String, progress: Arc<Progress>) -> Result<()> {
 
 async fn connect(url: String) -> Result<async_nats::Client> {
     async_nats::ConnectOptions::new()
+        .retry_on_initial_connect()
         .max_reconnects(None)
         .reconnect_delay_callback(|_| Duration::from_millis(50))
         .connect(url)
