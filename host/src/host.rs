@@ -290,7 +290,7 @@ async fn supervise(host: Arc<Host>, mut stopping: Stopping) {
             () = stopping.stopped() => return,
             () = host.deployed.notified() => look(&host).await,
             _ = tokio::time::sleep(LOOK_FOR_DEPLOYMENTS_EVERY) => look(&host).await,
-            _ = prune.tick() => remove_old(&host).await,
+            _ = prune.tick() => remove_old(&host, &stopping).await,
         }
     }
 }
@@ -301,9 +301,17 @@ async fn look(host: &Host) {
     }
 }
 
-async fn remove_old(host: &Host) {
-    if let Err(error) = host.store.prune(KEEP_OUTPUTS, KEEP_INBOX, PRUNE_MAX).await {
-        tracing::debug!("removing old rows again later: {:#}", anyhow::Error::from(error));
+async fn remove_old(host: &Host, stopping: &Stopping) {
+    while !stopping.is_stopping() {
+        let pruned = host.store.prune(KEEP_OUTPUTS, KEEP_INBOX, PRUNE_MAX).await;
+        fault::point(fault::AFTER_PRUNE);
+        match pruned {
+            // As many as it may be at a time, so there may be more.
+            Ok(removed) if removed >= u64::from(PRUNE_MAX) => {}
+            Ok(_) => return,
+            Err(error) => {
+                return tracing::debug!("removing old rows again later: {:#}", anyhow::Error::from(error));
+            }
+        }
     }
-    fault::point(fault::AFTER_PRUNE);
 }
