@@ -28,7 +28,7 @@ use queue::{InOrder, Queue};
 const ALONE_FROM_DELIVERY: u64 = 3;
 
 /// How often a host may die while it handles a message alone.
-const UNFINISHED_MAX: u32 = 2;
+const UNFINISHED_MAX: u32 = 3;
 
 /// When the next host is to take up what a lane could not settle before it stopped.
 const TAKE_UP_AFTER: Duration = Duration::from_millis(1);
