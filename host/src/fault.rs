@@ -88,7 +88,7 @@ pub const SKIP_CLAIM: &str = "skip_claim";
 pub const INBOX_IN_ITS_OWN_TX: &str = "inbox_in_its_own_tx";
 /// Members that failed keep their claim.
 pub const SKIP_UNCLAIM: &str = "skip_unclaim";
-/// A commit without its fence is believed, whatever it did (PostgreSQL).
+/// Nobody remembers that a statement failed, and a commit without its fence is believed, whatever it did (PostgreSQL).
 pub const IGNORE_COMMIT_TAG: &str = "ignore_commit_tag";
 /// A commit whose answer was lost is sent again on another connection, where it does nothing and succeeds (PostgreSQL).
 pub const RESEND_COMMIT: &str = "resend_commit";

@@ -144,7 +144,8 @@ async fn run_mutants(options: &Options) -> Result<bool> {
     let caught = rows.iter().filter(|row| row["caught"] == true && row["name"] != "none").count();
     let all = rows.len() - 1;
     println!("{caught} of {all} mutants caught");
-    write("mutants.json", &json!({ "seed": seed, "caught": caught, "mutants": all, "rows": rows }))?;
+    let file = options.mutant.as_ref().map_or("mutants.json".to_owned(), |mutant| format!("mutant-{mutant}.json"));
+    write(&file, &json!({ "seed": seed, "caught": caught, "mutants": all, "rows": rows }))?;
     Ok(holds)
 }
 

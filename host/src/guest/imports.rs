@@ -338,7 +338,7 @@ impl CallState {
         };
         let dooms =
             !matches!(error, SqlError::NotAllowed(_) | SqlError::InvalidParameter(_) | SqlError::TransactionFailed(_));
-        if dooms {
+        if dooms && !fault::mutant(fault::IGNORE_COMMIT_TAG) {
             self.doom(kind, code, &format!("a statement failed: {error}"));
         }
         wit_error(error)
