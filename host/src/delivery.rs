@@ -222,7 +222,7 @@ impl Delivery {
         let reason = match failure.kind {
             FailureKind::Reject => Reason::Rejected,
             FailureKind::OutputRefused => Reason::OutputRefused,
-            _ if attempt >= self.worker.retry.attempts => Reason::AttemptsExhausted,
+            _ if !self.worker.retry.allows_another(attempt) => Reason::AttemptsExhausted,
             _ => {
                 let after = self.worker.retry.after(attempt, asked, rand::random());
                 return Verdict::Retry { attempt, after };

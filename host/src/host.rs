@@ -17,7 +17,7 @@ use crate::drain::{Stop, Stopping};
 use crate::fault;
 use crate::guest::{Guest, GuestEngine};
 use crate::manifest::Worker;
-use crate::relay::{HandOver, Relay, RelayCounters};
+use crate::relay::{HandOver, Relay};
 use crate::store::{DeploymentRecord, Store};
 use crate::worker::RunningWorker;
 
@@ -39,7 +39,6 @@ pub struct Host {
     pub store: Arc<dyn Store>,
     pub bus: Bus,
     pub engine: GuestEngine,
-    pub relay_counters: Arc<RelayCounters>,
     /// None once the host drains: the relay ends when nobody can hand anything over.
     relay: Mutex<Option<HandOver>>,
     workers: Mutex<BTreeMap<String, Slot>>,
@@ -90,12 +89,11 @@ impl Host {
         bus.ensure_stream(&StreamSpec::new(DLQ_STREAM, &[DLQ_SUBJECTS]))
             .await
             .context("make the dead-letter stream")?;
-        let (relay, hand_over, relay_counters) = Relay::new(Arc::clone(&store), bus.clone());
+        let (relay, hand_over) = Relay::new(Arc::clone(&store), bus.clone());
         let host = Arc::new(Host {
             store,
             bus,
             engine,
-            relay_counters,
             relay: Mutex::new(Some(hand_over)),
             workers: Mutex::new(BTreeMap::new()),
             deployed: Notify::new(),

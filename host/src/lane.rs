@@ -165,7 +165,6 @@ impl Lane {
                 Err(error) => {
                     let worker = self.delivery.worker.name.as_str();
                     tracing::warn!(worker, "{what} again soon: {:#}", anyhow::Error::from(error));
-                    self.counters.database_waits.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                 }
             }
             if self.stopping.wait(backoff.next(rand::random())).await {

@@ -6,7 +6,6 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -47,30 +46,17 @@ impl HandOver {
     }
 }
 
-/// What the relay did so far.
-#[derive(Debug, Default)]
-pub struct RelayCounters {
-    pub published: AtomicU64,
-    /// Published, and the broker had them already.
-    pub already_there: AtomicU64,
-    pub failed: AtomicU64,
-    /// Found by the sweep rather than handed over.
-    pub swept: AtomicU64,
-}
-
 /// The one task that publishes.
 pub struct Relay {
     store: Arc<dyn Store>,
     bus: Bus,
     handed_over: mpsc::Receiver<Vec<OutboxRow>>,
-    counters: Arc<RelayCounters>,
 }
 
 impl Relay {
-    pub fn new(store: Arc<dyn Store>, bus: Bus) -> (Self, HandOver, Arc<RelayCounters>) {
+    pub fn new(store: Arc<dyn Store>, bus: Bus) -> (Self, HandOver) {
         let (sender, handed_over) = mpsc::channel(HAND_OVER_MAX);
-        let counters = Arc::new(RelayCounters::default());
-        (Relay { store, bus, handed_over, counters: Arc::clone(&counters) }, HandOver { sender }, counters)
+        (Relay { store, bus, handed_over }, HandOver { sender })
     }
 
     /// Runs until all lanes are gone and what they handed over is published. After `stopping` there are no more sweeps:
@@ -117,7 +103,6 @@ impl Relay {
                 fault::point(fault::RELAY_LEASED);
             }
             rows.retain(|row| !(fault::mutant(fault::CURSOR_BY_SEQ) && fault::is_behind(row.seq)));
-            self.counters.swept.fetch_add(found as u64, Ordering::Relaxed);
             self.publish(rows).await;
             if found < PUBLISH_MAX {
                 return;
@@ -151,7 +136,6 @@ impl Relay {
                     if place.duplicate {
                         fault::witness(fault::DUPLICATE_OUTPUT);
                     }
-                    self.counters.already_there.fetch_add(u64::from(place.duplicate), Ordering::Relaxed);
                     published.push(Published { seq: row.seq, stream: place.stream, stream_sequence: place.sequence });
                 }
                 Err(error) => failed.push((row, error)),
@@ -214,7 +198,6 @@ impl Relay {
         if published.is_empty() {
             return;
         }
-        self.counters.published.fetch_add(published.len() as u64, Ordering::Relaxed);
         let mut backoff = Backoff::default();
         for _ in 0..5 {
             match self.store.mark_published(published).await {
@@ -227,7 +210,6 @@ impl Relay {
 
     /// Gives rows back to the sweep, to be due again after a backoff by how often they failed.
     async fn give_back(&self, failed: &[(&OutboxRow, PublishError)]) {
-        self.counters.failed.fetch_add(failed.len() as u64, Ordering::Relaxed);
         let mut groups: HashMap<(u32, String), Vec<i64>> = HashMap::new();
         for (row, error) in failed {
             groups.entry((row.failures.min(8), error.to_string())).or_default().push(row.seq);

@@ -39,8 +39,6 @@ pub struct WorkerCounters {
     pub duplicates: AtomicU64,
     pub retries: AtomicU64,
     pub dead: AtomicU64,
-    /// How often a lane had to wait for the database.
-    pub database_waits: AtomicU64,
 }
 
 impl WorkerCounters {
