@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use oncely::sql::{SqlError, SqlLimits, Value};
-use oncely::store::PostgresStore;
+use oncely::store::{Claimed, PostgresStore, StoreError};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, Row};
 
-use super::{LIMITS, WORKER, World, claim, execute, query, text};
+use super::{LIMITS, WORKER, World, a_claim, claim, execute, query, text};
 
 on_every_database!(
     each_hostile_statement_is_an_error_for_its_message_alone,
@@ -22,7 +22,8 @@ const TIME: Duration = Duration::from_millis(800);
 enum Alone {
     /// It fails, on both databases.
     Fails,
-    /// It may succeed, and changes nothing beyond its own transaction; what committed is whole.
+    /// It may succeed, and changes nothing beyond its own transaction but for the connection, which is given up then; what
+    /// committed is whole.
     Harmless,
 }
 use Alone::{Fails, Harmless};
@@ -266,6 +267,17 @@ async fn each_hostile_statement_is_an_error_for_its_message_alone(world: World) 
     check_the_rest(&world).await;
 }
 
+/// Looks as a lane claims: again, when the connection turns out to be of no more use.
+async fn look_again(world: &World, event_id: &str) -> Claimed {
+    let mut tx = world.begin().await;
+    let claimed = tx.claim(&[a_claim(event_id, 1)]).await;
+    tx.rollback().await;
+    match claimed {
+        Ok(mut claimed) => claimed.remove(0),
+        Err(_) => world.look(event_id, 1).await,
+    }
+}
+
 async fn with_the_gate_open_the_wall_holds_by_itself(world: World) {
     let world = world.without_gate().await;
     world.migrate("1.sql", TABLES).await;
@@ -286,7 +298,7 @@ async fn with_the_gate_open_the_wall_holds_by_itself(world: World) {
         let parts = world
             .rows(&format!("select part from effect where event_id in ('{event_id}', 'stray', 'flood') order by part"))
             .await;
-        let is_settled = !matches!(world.look(&event_id, 1).await, oncely::store::Claimed::Fresh { .. });
+        let is_settled = !matches!(look_again(&world, &event_id).await, Claimed::Fresh { .. });
         let whole = [vec![Value::Int64(1)], vec![Value::Int64(2)]];
         let right = match committed {
             true => is_settled && parts == whole && matches!(after, Ok(Ok(1))),
@@ -298,6 +310,26 @@ async fn with_the_gate_open_the_wall_holds_by_itself(world: World) {
     }
     assert!(surprises.is_empty(), "{}", surprises.join("\n"));
     check_the_rest(&world).await;
+}
+
+/// The next user of the connection finds its statements gone: it costs a connection, and no more than that.
+#[tokio::test]
+async fn a_guest_who_takes_the_houses_prepared_statements_away_costs_a_connection_alone() {
+    let mut world = World::postgres().await;
+    world.store.close().await;
+    let url = world.store_url.clone().unwrap();
+    // One connection for guests, so that it has to be the same.
+    world.store = Arc::new(PostgresStore::connect(&url, 2).await.unwrap().without_gate());
+    let mut tx = world.begin().await;
+    claim(&mut tx, "e1", 1).await;
+    execute(&mut tx, "deallocate all", &[]).await;
+    tx.commit().await.unwrap();
+    let mut tx = world.begin().await;
+    let lost = tx.claim(&[a_claim("e2", 1)]).await;
+    assert!(matches!(lost, Err(StoreError::Unavailable(_))), "{lost:?}");
+    tx.rollback().await;
+    assert!(matches!(world.look("e2", 1).await, Claimed::Fresh { .. }));
+    assert!(matches!(world.look("e1", 1).await, Claimed::Settled(_)));
 }
 
 /// The limits of a connection are the guest's alone: the house keeps components and payloads as large as they come.

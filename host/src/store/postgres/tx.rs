@@ -9,7 +9,7 @@ use super::session::Session;
 use super::{inbox, outbox, state};
 use crate::fault;
 use crate::sql::{Rows, SqlError, SqlLimits, Value};
-use crate::store::{Claim, Claimed, OutboxRow, Output, Result, StateEntry, StateWrite, Tx, shared};
+use crate::store::{Claim, Claimed, OutboxRow, Output, Result, StateEntry, StateWrite, StoreError, Tx, shared};
 use crate::verdict::Settled;
 
 pub(super) struct PostgresTx {
@@ -34,10 +34,12 @@ impl PostgresTx {
         self.doomed.as_deref().map_or(Ok(()), |why| Err(shared::doomed(why)))
     }
 
-    /// Remembers that an operation of our own failed.
+    /// Remembers that an operation of our own failed. A connection that could not serve it is not used again: a guest
+    /// that got past the gate may have taken our prepared statements from it.
     fn remember<T>(&mut self, result: Result<T>) -> Result<T> {
         if let Err(error) = &result {
             self.doomed = Some(error.to_string());
+            self.spoilt |= matches!(error, StoreError::Unavailable(_));
         }
         result
     }
