@@ -21,8 +21,11 @@ use crate::deploy::{self, Plan, Proposal};
 use crate::guest::COMPONENT_SIZE_MAX;
 use crate::hint::{self, WithHint};
 use crate::host::{Host, WorkerState};
+use crate::relay::BreakerState;
 use crate::sql::Dialect;
 use crate::store::{AttemptRecord, LetterFilter, LetterSummary, StateRecord, StoreError, WorkerTotals};
+
+pub mod outbox;
 
 /// Requests other than component uploads may be this large, in bytes.
 const BODY_MAX: usize = 16 << 20;
@@ -52,12 +55,14 @@ fn router(host: Arc<Host>, token: &str) -> Router {
         .route("/letters/{id}", get(letter))
         .route("/workers/{worker}/state", get(state_list))
         .route("/workers/{worker}/state/entry", get(state_get))
+        .merge(outbox::routes())
         .layer(DefaultBodyLimit::max(BODY_MAX))
         .route("/components", post(upload).layer(DefaultBodyLimit::max(COMPONENT_SIZE_MAX)))
         .layer(middleware::from_fn_with_state(expected, check_token));
     Router::new()
         .route("/livez", get(|| async { "alive\n" }))
         .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics))
         .nest("/v1", guarded)
         .with_state(host)
 }
@@ -118,6 +123,16 @@ async fn readyz(State(host): State<Arc<Host>>) -> Response {
     }
 }
 
+/// In the form that Prometheus asks for. Without a token, as there are neither ids nor subjects in it.
+async fn metrics(State(host): State<Arc<Host>>) -> Response {
+    match host.metrics_text().await {
+        Ok(text) => ([(header::CONTENT_TYPE, METRICS_TYPE)], text).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}\n")).into_response(),
+    }
+}
+
+const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
 /// What a host says of itself.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Status {
@@ -128,6 +143,8 @@ pub struct Status {
     pub not_ready: Option<String>,
     pub nats_connected: bool,
     pub workers: Vec<WorkerState>,
+    /// Of this host's relay, by stream.
+    pub breakers: Vec<BreakerState>,
     /// Of all hosts on this database; none when it is out of reach.
     pub totals: Option<Vec<WorkerTotals>>,
 }
@@ -140,6 +157,7 @@ async fn status(State(host): State<Arc<Host>>) -> Answer<Status> {
         not_ready,
         nats_connected: host.bus.is_connected(),
         workers: host.workers_with_backlog().await,
+        breakers: host.relay_state.breakers(),
         totals: host.store.totals().await.ok(),
     }))
 }

@@ -26,7 +26,7 @@ pub const FILE_NAME: &str = "oncely-host.toml";
 pub const LISTEN: &str = "127.0.0.1:7420";
 
 /// Every knob, by its key in the file. Its flag is `--key` with hyphens, its variable `ONCELY_KEY`.
-pub(crate) const KNOBS: [&str; 12] = [
+pub(crate) const KNOBS: [&str; 13] = [
     "database",
     "pool_size",
     "guest_sql",
@@ -39,6 +39,7 @@ pub(crate) const KNOBS: [&str; 12] = [
     "log",
     "log_level",
     "drain",
+    "keep_outputs",
 ];
 
 /// The knobs as flags. They are texts here: [`HostConfig::resolve`] reads them, whichever source they came from.
@@ -83,6 +84,9 @@ pub struct HostFlags {
     /// How long a host that was asked to stop finishes its work [default: 30s] [env: ONCELY_DRAIN]
     #[arg(long, value_name = "TIME")]
     pub drain: Option<String>,
+    /// How long published outputs are kept, for the case that a stream loses them [default: 15m] [env: ONCELY_KEEP_OUTPUTS]
+    #[arg(long, value_name = "TIME")]
+    pub keep_outputs: Option<String>,
 }
 
 /// Everything a host needs to know, checked.
@@ -104,6 +108,8 @@ pub struct HostConfig {
     pub log_level: String,
     /// How long a host that was asked to stop finishes its work.
     pub drain: Duration,
+    /// How long published outputs are kept.
+    pub keep_outputs: Duration,
 }
 
 /// Which database, and where.
@@ -157,6 +163,9 @@ impl HostConfig {
             log: sources.get("log").map_or(Ok(LogFormat::Text), |given| log(&given))?,
             log_level: sources.get("log_level").map_or_else(|| Ok("info".to_owned()), |given| log_level(&given))?,
             drain: sources.get("drain").map_or(Ok(Duration::from_secs(30)), |given| drain(&given))?,
+            keep_outputs: sources
+                .get("keep_outputs")
+                .map_or(Ok(Duration::from_secs(15 * 60)), |given| keep_outputs(&given))?,
             data_dir,
         })
     }
@@ -244,6 +253,14 @@ fn drain(given: &Given) -> anyhow::Result<Duration> {
     match units::parse_duration(&given.value) {
         Ok(drain) if drain <= most => Ok(drain),
         _ => Err(given.refuse_value("is not a length of time up to 1h", "30s")),
+    }
+}
+
+fn keep_outputs(given: &Given) -> anyhow::Result<Duration> {
+    let (least, most) = (Duration::from_secs(60), Duration::from_secs(30 * 24 * 60 * 60));
+    match units::parse_duration(&given.value) {
+        Ok(keep) if (least..=most).contains(&keep) => Ok(keep),
+        _ => Err(given.refuse_value("is not a length of time between 1m and 30d", "15m")),
     }
 }
 

@@ -5,7 +5,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use async_trait::async_trait;
@@ -15,6 +15,7 @@ use crate::fault;
 use crate::guest::{CallFailure, Database, FailureKind, Guest};
 use crate::manifest::Worker;
 use crate::message::Message;
+use crate::metrics::Metrics;
 use crate::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
 use crate::state::StateEntry;
 use crate::store::{Claim, Claimed, FailedAttempt, OutboxRow, Store, StoreError, Tx};
@@ -42,15 +43,18 @@ pub struct Delivery {
     pub version: u32,
     /// The largest payload the broker takes, in bytes.
     pub payload_max: usize,
+    pub metrics: Arc<Metrics>,
 }
 
 /// What a batch came to.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Delivered {
     /// One verdict for each message, in their order.
     pub verdicts: Vec<Verdict>,
     /// Committed outputs that are to be published now, in order.
     pub outputs: Vec<OutboxRow>,
+    /// Not later than the first of their leases began.
+    pub leased_at: Instant,
     /// How often messages had to be run again because of others in the batch.
     pub reruns: u32,
 }
@@ -73,6 +77,7 @@ impl Delivery {
                     groups.push_front(group);
                 }
                 Round::Conflict(cause) => {
+                    self.metrics.conflict(&self.worker.name);
                     conflicts += 1;
                     if conflicts > CONFLICTS_MAX {
                         return Err(StoreError::Conflict(cause));
@@ -90,6 +95,7 @@ impl Delivery {
             }
         }
         self.judge_failures(&mut run).await?;
+        self.metrics.batch(&self.worker.name, run.reruns);
         Ok(run.finish(&self.worker.name, self.version))
     }
 
@@ -150,6 +156,7 @@ impl Delivery {
             run.set_aside(ran);
             return Ok(Round::Committed);
         }
+        let leased_at = Instant::now();
         let dropped = run.event_ids_of_dropped(&ran);
         let writes = ran.state.writes();
         let written = async {
@@ -175,11 +182,17 @@ impl Delivery {
                 for member in &ran.succeeded {
                     run.verdict(*member, Verdict::Done(settled));
                 }
+                run.leased_at = run.leased_at.or(Some(leased_at));
                 run.outputs.extend(rows);
                 run.set_aside(ran);
                 Ok(Round::Committed)
             }
-            Err(error) => run.refused_or(error, group, &ran),
+            Err(error) => {
+                if matches!(error, StoreError::Unavailable(_)) {
+                    self.metrics.commit_unclear(&self.worker.name);
+                }
+                run.refused_or(error, group, &ran)
+            }
         }
     }
 
@@ -207,6 +220,9 @@ impl Delivery {
         }
         let attempts = self.store.count_attempts(&self.worker.name, &records).await?;
         fault::point(fault::AFTER_COUNT);
+        failed.iter().for_each(|failed| {
+            self.metrics.attempt_failed(&self.worker.name, failed.failure.code.as_deref());
+        });
         for (failed, attempt) in failed.into_iter().zip(attempts) {
             let verdict = self.judge(run, failed.member, failed.failure, attempt);
             run.verdict(failed.member, verdict);
@@ -265,6 +281,7 @@ struct Run<'b> {
     verdicts: Vec<Option<Verdict>>,
     failed: Vec<Failed>,
     outputs: Vec<OutboxRow>,
+    leased_at: Option<Instant>,
     reruns: u32,
 }
 
@@ -280,7 +297,7 @@ impl<'b> Run<'b> {
         }
         let verdicts = batch.iter().map(|_| None).collect();
         let keys = batch.iter().map(|message| worker.held_key_of(message)).collect();
-        Run { batch, twins, keys, verdicts, failed: Vec::new(), outputs: Vec::new(), reruns: 0 }
+        Run { batch, twins, keys, verdicts, failed: Vec::new(), outputs: Vec::new(), leased_at: None, reruns: 0 }
     }
 
     fn first_of_each_id(&self) -> Vec<usize> {
@@ -384,6 +401,7 @@ impl<'b> Run<'b> {
         Delivered {
             verdicts: self.verdicts.into_iter().map(|verdict| verdict.unwrap_or_else(unknown)).collect(),
             outputs: self.outputs,
+            leased_at: self.leased_at.unwrap_or_else(Instant::now),
             reruns: self.reruns,
         }
     }

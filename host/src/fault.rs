@@ -41,6 +41,10 @@ pub const PUBLISH_SENT: &str = "relay_sent_no_answer";
 pub const BEFORE_MARK: &str = "relay_acknowledged_not_marked";
 /// Outputs are marked as published.
 pub const AFTER_MARK: &str = "relay_marked";
+/// Outputs that were not published are about to be put back.
+pub const BEFORE_PUT_BACK: &str = "relay_before_put_back";
+/// Outputs that a stream has lost are no longer marked as published.
+pub const PUBLISH_AGAIN: &str = "relay_publishes_again";
 /// Old rows were removed.
 pub const AFTER_PRUNE: &str = "after_prune";
 /// The old version of a worker is drained, the new one is yet to start.
@@ -69,6 +73,7 @@ pub const POINTS: &[&str] = &[
     PUBLISH_SENT,
     BEFORE_MARK,
     AFTER_MARK,
+    BEFORE_PUT_BACK,
     AFTER_PRUNE,
     DEPLOY_SWAP,
     MIGRATING,

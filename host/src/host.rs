@@ -10,15 +10,16 @@ use anyhow::{Context, Result};
 use tokio::sync::{Mutex, Notify};
 use tokio::task::JoinHandle;
 
-use crate::bus::{Bus, StreamSpec};
+use crate::bus::{Bus, StreamSpec, Unhandled};
 use crate::dead_letter::{DLQ_STREAM, DLQ_SUBJECTS};
 use crate::delivery::Delivery;
 use crate::drain::{Stop, Stopping};
 use crate::fault;
 use crate::guest::{Guest, GuestEngine};
 use crate::manifest::Worker;
-use crate::relay::{HandOver, Relay};
-use crate::store::{DeploymentRecord, Store};
+use crate::metrics::{Measured, MeasuredOutbox, MeasuredWorker, Metrics};
+use crate::relay::{HandOver, Relay, RelayState, Repair};
+use crate::store::{DeploymentRecord, OutboxLag, Store};
 use crate::worker::RunningWorker;
 
 /// How often a host looks whether another one deployed something.
@@ -28,9 +29,6 @@ const LOOK_FOR_DEPLOYMENTS_EVERY: Duration = Duration::from_secs(1);
 const PRUNE_EVERY: Duration = Duration::from_secs(60);
 const PRUNE_MAX: u32 = 10_000;
 
-/// How long a published output stays in the outbox, with its place on the stream.
-const KEEP_OUTPUTS: Duration = Duration::from_secs(15 * 60);
-
 /// How long an inbox record stays. A message may come again for as long as its stream keeps it, which may be for ever.
 const KEEP_INBOX: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
 
@@ -39,6 +37,10 @@ pub struct Host {
     pub store: Arc<dyn Store>,
     pub bus: Bus,
     pub engine: GuestEngine,
+    pub metrics: Arc<Metrics>,
+    pub relay_state: Arc<RelayState>,
+    /// For how long published outputs are kept.
+    keep_outputs: Duration,
     /// None once the host drains: the relay ends when nobody can hand anything over.
     relay: Mutex<Option<HandOver>>,
     workers: Mutex<BTreeMap<String, Slot>>,
@@ -69,6 +71,8 @@ pub struct WorkerState {
     pub error: Option<String>,
     /// Messages on the stream that wait for it or are being handled; none when the server does not answer.
     pub pending: Option<u64>,
+    /// Age of the oldest of them, in milliseconds; none when there is none.
+    pub oldest_pending_ms: Option<u64>,
     pub done: u64,
     pub duplicates: u64,
     pub retries: u64,
@@ -80,20 +84,33 @@ pub struct Running {
     stop: Stop,
     supervisor: JoinHandle<()>,
     relay: JoinHandle<()>,
+    repair: JoinHandle<()>,
 }
 
 impl Host {
-    /// Starts the relay and all workers that are deployed.
-    pub async fn start(store: Arc<dyn Store>, bus: Bus, cache: &Path) -> Result<(Arc<Host>, Running)> {
+    /// Starts the relay and all workers that are deployed. Published outputs are kept for `keep_outputs`.
+    pub async fn start(
+        store: Arc<dyn Store>,
+        bus: Bus,
+        cache: &Path,
+        keep_outputs: Duration,
+    ) -> Result<(Arc<Host>, Running)> {
         let engine = GuestEngine::new(cache)?;
         bus.ensure_stream(&StreamSpec::new(DLQ_STREAM, &[DLQ_SUBJECTS]))
             .await
             .context("make the dead-letter stream")?;
-        let (relay, hand_over) = Relay::new(Arc::clone(&store), bus.clone());
+        let (metrics, relay_state) = (Arc::<Metrics>::default(), Arc::<RelayState>::default());
+        let (relay, hand_over) =
+            Relay::new(Arc::clone(&store), bus.clone(), Arc::clone(&metrics), Arc::clone(&relay_state));
+        let repair =
+            Repair::new(Arc::clone(&store), bus.clone(), Arc::clone(&metrics), Arc::clone(&relay_state), keep_outputs);
         let host = Arc::new(Host {
             store,
             bus,
             engine,
+            metrics,
+            relay_state,
+            keep_outputs,
             relay: Mutex::new(Some(hand_over)),
             workers: Mutex::new(BTreeMap::new()),
             deployed: Notify::new(),
@@ -101,10 +118,11 @@ impl Host {
         });
         let stop = Stop::new();
         let relay = tokio::spawn(relay.run(stop.stopping()));
+        let repair = tokio::spawn(repair.run(stop.stopping()));
         host.reconcile().await.context("start the deployed workers")?;
         fault::point(fault::STARTED);
         let supervisor = tokio::spawn(supervise(Arc::clone(&host), stop.stopping()));
-        Ok((host, Running { stop, supervisor, relay }))
+        Ok((host, Running { stop, supervisor, relay, repair }))
     }
 
     /// Brings what runs in line with what is deployed.
@@ -168,6 +186,7 @@ impl Host {
             worker: Arc::new(worker),
             version: deployment.version,
             payload_max: self.bus.max_payload(),
+            metrics: Arc::clone(&self.metrics),
         })
     }
 
@@ -189,11 +208,40 @@ impl Host {
         for (name, slot) in workers.iter() {
             let mut state = slot.tell(name);
             if let Some(running) = &slot.running {
-                state.pending = running.backlog().await;
+                let unhandled = running.unhandled().await;
+                state.pending = unhandled.map(|unhandled| unhandled.messages);
+                state.oldest_pending_ms = unhandled.and_then(age).map(|age| age.as_millis() as u64);
             }
             states.push(state);
         }
         states
+    }
+
+    /// Everything that is counted and measured here, as text for Prometheus.
+    pub async fn metrics_text(&self) -> Result<String> {
+        let outbox = self.store.outbox_lag().await.ok();
+        let measured = Measured {
+            nats_connected: self.bus.is_connected(),
+            outbox: outbox.map(|lags| lags.into_iter().map(measured_outbox).collect()),
+            workers: self.measure_workers().await,
+            breakers: self.relay_state.breakers().into_iter().map(|breaker| (breaker.stream, breaker.state)).collect(),
+        };
+        self.metrics.text(&measured).context("write the metrics")
+    }
+
+    async fn measure_workers(&self) -> Vec<MeasuredWorker> {
+        let workers = self.workers.lock().await;
+        let running = workers.values().filter_map(|slot| slot.running.as_ref());
+        let measured = running.map(|running| async move {
+            let unhandled = running.unhandled().await;
+            MeasuredWorker {
+                worker: running.worker.name.clone(),
+                in_flight: running.in_flight(),
+                unhandled: unhandled.map(|unhandled| unhandled.messages),
+                oldest: unhandled.map(|unhandled| age(unhandled).unwrap_or_default()),
+            }
+        });
+        futures::future::join_all(measured).await
     }
 
     /// Whether everything that is deployed runs here and has been seen on the server; if not, what is missing.
@@ -235,6 +283,23 @@ impl Host {
     }
 }
 
+/// How long ago the oldest message that waits was stored.
+fn age(unhandled: Unhandled) -> Option<Duration> {
+    let stored = unhandled.oldest?;
+    // The broker's clock may be ahead of ours.
+    Some(Duration::try_from(jiff::Timestamp::now().duration_since(stored)).unwrap_or_default())
+}
+
+fn measured_outbox(lag: OutboxLag) -> MeasuredOutbox {
+    MeasuredOutbox {
+        worker: lag.worker,
+        unpublished: lag.unpublished,
+        oldest: lag.oldest_ms.map(Duration::from_millis),
+        set_aside: lag.set_aside,
+        held: lag.held,
+    }
+}
+
 impl Slot {
     fn tell(&self, name: &str) -> WorkerState {
         let running = self.running.as_ref();
@@ -254,6 +319,7 @@ impl Slot {
             subjects: running.map(|running| running.worker.subjects.clone()).unwrap_or_default(),
             state: state.to_owned(),
             pending: None,
+            oldest_pending_ms: None,
             error: self.broken.as_ref().map(|(version, error)| format!("version {version}: {error}")),
             done: count(|running| &running.counters.done),
             duplicates: count(|running| &running.counters.duplicates),
@@ -272,6 +338,7 @@ impl Running {
             let _ = self.supervisor.await;
             host.drain_workers().await;
             let _ = self.relay.await;
+            let _ = self.repair.await;
         };
         let in_time = tokio::time::timeout(limit, drained).await;
         host.store.close().await;
@@ -301,7 +368,7 @@ async fn look(host: &Host) {
 
 async fn remove_old(host: &Host, stopping: &Stopping) {
     while !stopping.is_stopping() {
-        let pruned = host.store.prune(KEEP_OUTPUTS, KEEP_INBOX, PRUNE_MAX).await;
+        let pruned = host.store.prune(host.keep_outputs, KEEP_INBOX, PRUNE_MAX).await;
         fault::point(fault::AFTER_PRUNE);
         match pruned {
             // As many as it may be at a time, so there may be more.

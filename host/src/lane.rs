@@ -115,9 +115,9 @@ impl Lane {
             queue.put_back(parcels);
             return Err(Stopped);
         };
-        let Delivered { verdicts, outputs, reruns } = delivered;
+        let Delivered { verdicts, outputs, leased_at, reruns } = delivered;
         pace.learn(reruns);
-        self.relay.hand_over(outputs).await;
+        self.relay.hand_over(outputs, leased_at).await;
         self.settle(parcels.into_iter().zip(verdicts).collect(), queue).await
     }
 
@@ -179,6 +179,7 @@ impl Lane {
         let mut behind = Vec::new();
         for (parcel, verdict) in parcels {
             self.counters.count(&verdict);
+            self.delivery.metrics.verdict(&self.delivery.worker.name, verdict.as_str());
             match verdict {
                 Verdict::Done(settled) => acknowledge(parcel, settled).await,
                 Verdict::Duplicate(settled) => {
@@ -205,12 +206,14 @@ impl Lane {
     async fn bury(&self, dead: Vec<(Parcel, Letter)>, queue: &mut Queue<Parcel>) -> Result<(), Stopped> {
         let letters: Vec<(Letter, Output)> =
             dead.iter().map(|(_, letter)| (letter.clone(), crate::dead_letter::notice(letter))).collect();
+        let leased_at = std::time::Instant::now();
         let Some((settled, notices)) = self.insist("bury", || self.delivery.store.bury(&letters)).await else {
             queue.put_back(dead.into_iter().map(|(parcel, _)| parcel).collect());
             return Err(Stopped);
         };
         fault::point(fault::AFTER_BURIAL);
         for (letter, _) in &letters {
+            self.delivery.metrics.dead_letter(&letter.worker, letter.reason.as_str());
             tracing::info!(
                 worker = letter.worker,
                 event_id = letter.message.event_id,
@@ -219,7 +222,7 @@ impl Lane {
                 letter.detail
             );
         }
-        self.relay.hand_over(notices).await;
+        self.relay.hand_over(notices, leased_at).await;
         for ((parcel, _), settled) in dead.into_iter().zip(settled) {
             acknowledge(parcel, settled).await;
         }

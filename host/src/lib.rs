@@ -7,9 +7,10 @@
 //! - the heart: `delivery`
 //! - one room per outside thing: `guest` (wasmtime), `store` (sqlx), `bus` (async-nats), `crate_build` (cargo)
 //! - plain values, no IO: `message`, `sql`, `state`, `verdict`, `dead_letter`, `manifest`, `config`, `retry`, `subject`,
-//!   `units`, `toml_text`, `hint`; and `fault`, named points and mutants for tests
+//!   `units`, `toml_text`, `hint`, `breaker`, `metrics`; and `fault`, named points and mutants for tests
 
 pub mod api;
+pub mod breaker;
 pub mod bus;
 pub mod cli;
 pub mod config;
@@ -25,6 +26,7 @@ pub mod host;
 pub mod lane;
 pub mod manifest;
 pub mod message;
+pub mod metrics;
 pub mod relay;
 pub mod retry;
 pub mod sql;

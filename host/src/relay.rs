@@ -3,46 +3,107 @@
 //! On the happy path committed outputs come from memory. What a crash, an outage or a delay left behind is found by a
 //! sweep over what is due and unpublished; there is no cursor that could skip a row. Rows are leased in the database,
 //! so that hosts do not publish the same row twice; the row is marked only with the broker's acknowledgement.
+//!
+//! One loop: answers, records in the database and sweeps are under way at the same time, but of each key one output.
 
-use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
-use std::time::Duration;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-use jiff::Timestamp;
-use tokio::sync::mpsc;
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
+use futures::{FutureExt, StreamExt};
+use serde::{Deserialize, Serialize};
+use tokio::sync::{Notify, mpsc};
 
-use crate::bus::{Bus, Outgoing, PublishError};
-use crate::delivery::HAND_OVER_LEASE;
+use crate::breaker::{Breaker, Permit, State};
+use crate::bus::{Answer, Bus, Outgoing, PublishError, PublishedAt, StreamInfo, stream_of};
 use crate::drain::Stopping;
 use crate::fault;
-use crate::retry::Backoff;
-use crate::store::{OutboxRow, Published, Store};
+use crate::metrics::{Metrics, OutputOutcome};
+use crate::store::{OutboxRow, Published, PutBack, Store, StoreError};
+
+mod ledger;
+mod lines;
+mod repair;
+mod sweep;
+
+use ledger::Ledger;
+use lines::{Held, Lines};
+pub use repair::Repair;
+use sweep::Swept;
 
 /// Batches of outputs that wait for the relay; lanes wait when it is full, so effects and publishing cannot drift apart.
 const HAND_OVER_MAX: usize = 64;
 
-/// How many outputs are published at a time.
-const PUBLISH_MAX: usize = 1_000;
+/// How many outputs the relay holds before it takes no more.
+const HELD_MAX: usize = 4_000;
 
-/// How often the sweep looks for what is due.
-const SWEEP_EVERY: Duration = Duration::from_millis(500);
+/// How many outputs are under way at a time.
+const UNDER_WAY_MAX: usize = 1_000;
 
-/// A row first sent longer ago than this is looked up on its stream before it is sent again: the broker's own dedupe
-/// window (two minutes unless the stream says otherwise) may be over.
-const LOOK_UP_AFTER: Duration = Duration::from_secs(45);
+/// How many outputs a sweep takes.
+const SWEEP_MAX: usize = 1_000;
+
+/// How often the sweep looks for what is due. Delays are honoured within this time.
+const SWEEP_EVERY: Duration = Duration::from_millis(250);
+
+/// How long an output waits after its first failure; twice that after the second, and so on.
+const RETRY_FIRST: Duration = Duration::from_millis(250);
+
+/// Where that doubling ends.
+const RETRY_MAX: Duration = Duration::from_secs(15);
+
+/// For how long no stream takes a subject before outputs to it are set aside. Streams may be on their way back.
+const NO_PLACE_FOR: Duration = Duration::from_secs(20);
 
 /// What lanes hold of the relay. Cheap to clone.
 #[derive(Clone)]
 pub struct HandOver {
-    sender: mpsc::Sender<Vec<OutboxRow>>,
+    sender: mpsc::Sender<Leased>,
+}
+
+/// Outputs that this host committed, and a time before which their leases did not begin.
+struct Leased {
+    rows: Vec<OutboxRow>,
+    since: Instant,
 }
 
 impl HandOver {
-    /// Hands committed outputs over; waits while the relay is behind. If the relay is gone, a sweep finds them.
-    pub async fn hand_over(&self, outputs: Vec<OutboxRow>) {
-        if !outputs.is_empty() {
-            let _ = self.sender.send(outputs).await;
+    /// Hands committed outputs over, whose leases began at `since` or later; waits while the relay is behind. If the relay
+    /// is gone, a sweep finds them.
+    pub async fn hand_over(&self, rows: Vec<OutboxRow>, since: Instant) {
+        if !rows.is_empty() {
+            let _ = self.sender.send(Leased { rows, since }).await;
         }
+    }
+}
+
+/// What people see of the breaker of one stream.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BreakerState {
+    /// Empty for subjects that no known stream takes.
+    pub stream: String,
+    pub state: State,
+    /// The last failure.
+    pub why: String,
+}
+
+/// What the relay's parts tell each other, and people.
+#[derive(Default)]
+pub struct RelayState {
+    breakers: Mutex<BTreeMap<String, BreakerState>>,
+    /// A stream answered with a sequence it had given before.
+    suspicion: Notify,
+    /// How often streams were found to have lost something.
+    losses: AtomicU64,
+}
+
+impl RelayState {
+    /// The breakers of all streams that this host published to.
+    pub fn breakers(&self) -> Vec<BreakerState> {
+        self.breakers.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 }
 
@@ -50,178 +111,292 @@ impl HandOver {
 pub struct Relay {
     store: Arc<dyn Store>,
     bus: Bus,
-    handed_over: mpsc::Receiver<Vec<OutboxRow>>,
+    metrics: Arc<Metrics>,
+    state: Arc<RelayState>,
+    handed_over: mpsc::Receiver<Leased>,
+    lines: Lines,
+    ledger: Ledger,
+    streams: Arc<Vec<StreamInfo>>,
+    breakers: HashMap<String, Breaker>,
+    /// The highest sequence each stream answered with.
+    tops: HashMap<String, u64>,
+    losses_seen: u64,
+    /// Subjects that no stream takes: since when, and when that was seen last.
+    without_place: HashMap<String, (Instant, Instant)>,
+    /// Something that others wait for was published: there may be more to do than the next tick would find in time.
+    sweep_soon: bool,
 }
 
+/// An output whose answer is there.
+struct Answered {
+    held: Held,
+    /// The name of the stream it went to, as far as that is known.
+    stream: String,
+    /// The highest sequence of that stream when it was sent.
+    top: u64,
+    answer: Answer,
+}
+
+type UnderWay = FuturesUnordered<BoxFuture<'static, Answered>>;
+
 impl Relay {
-    pub fn new(store: Arc<dyn Store>, bus: Bus) -> (Self, HandOver) {
+    pub fn new(store: Arc<dyn Store>, bus: Bus, metrics: Arc<Metrics>, state: Arc<RelayState>) -> (Self, HandOver) {
         let (sender, handed_over) = mpsc::channel(HAND_OVER_MAX);
-        (Relay { store, bus, handed_over }, HandOver { sender })
+        let relay = Relay {
+            ledger: Ledger::new(Arc::clone(&store)),
+            store,
+            bus,
+            metrics,
+            state,
+            handed_over,
+            lines: Lines::default(),
+            streams: Arc::default(),
+            breakers: HashMap::new(),
+            tops: HashMap::new(),
+            losses_seen: 0,
+            without_place: HashMap::new(),
+            sweep_soon: false,
+        };
+        (relay, HandOver { sender })
     }
 
     /// Runs until all lanes are gone and what they handed over is published. After `stopping` there are no more sweeps:
     /// what is not published stays in the outbox for the next host.
     pub async fn run(mut self, stopping: Stopping) {
-        let mut sweep = tokio::time::interval(SWEEP_EVERY);
-        sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut under_way = UnderWay::new();
+        let mut sweeping: Option<BoxFuture<'static, Result<Swept, StoreError>>> = None;
+        let mut sweep_at = Instant::now();
+        let mut lanes_are_gone = false;
         loop {
-            tokio::select! {
-                // What was handed over is ready to go; the sweep only looks for leftovers.
-                biased;
-                rows = self.next_handed_over() => match rows {
-                    Some(rows) => self.publish(rows).await,
-                    None => return,
-                },
-                _ = sweep.tick(), if !stopping.is_stopping() => self.sweep(&stopping).await,
-            }
-        }
-    }
-
-    /// All that has been handed over, up to one publication's worth.
-    async fn next_handed_over(&mut self) -> Option<Vec<OutboxRow>> {
-        let mut rows = self.handed_over.recv().await?;
-        while rows.len() < PUBLISH_MAX
-            && let Ok(more) = self.handed_over.try_recv()
-        {
-            rows.extend(more);
-        }
-        Some(rows)
-    }
-
-    /// Publishes what is due and leased to nobody, until nothing is left.
-    async fn sweep(&mut self, stopping: &Stopping) {
-        while self.bus.is_connected() && !stopping.is_stopping() {
-            let mut rows = match self.store.lease_outputs(PUBLISH_MAX as u32, HAND_OVER_LEASE).await {
-                Ok(rows) => rows,
-                Err(error) => {
-                    tracing::debug!("sweep again soon: {:#}", anyhow::Error::from(error));
-                    return;
-                }
-            };
-            let found = rows.len();
-            if found > 0 {
-                fault::point(fault::RELAY_LEASED);
-            }
-            rows.retain(|row| !(fault::mutant(fault::CURSOR_BY_SEQ) && fault::is_behind(row.seq)));
-            self.publish(rows).await;
-            if found < PUBLISH_MAX {
+            self.send(&mut under_way).await;
+            self.ledger.write();
+            if lanes_are_gone && self.lines.is_empty() && self.ledger.is_empty() && sweeping.is_none() {
                 return;
             }
+            let is_time_to_sweep = sweeping.is_none() && !stopping.is_stopping();
+            // Whichever is ready: none of them may starve another.
+            tokio::select! {
+                Some(answered) = under_way.next(), if !under_way.is_empty() => {
+                    self.hear(answered);
+                    while let Some(Some(answered)) = under_way.next().now_or_never() {
+                        self.hear(answered);
+                    }
+                }
+                () = self.ledger.written(), if self.ledger.is_writing() => {}
+                leased = self.handed_over.recv(), if !lanes_are_gone && self.lines.len() < HELD_MAX => match leased {
+                    Some(Leased { rows, since }) => self.take(rows, since),
+                    None => lanes_are_gone = true,
+                },
+                swept = finished(&mut sweeping), if sweeping.is_some() => {
+                    let is_full = self.take_swept(swept);
+                    sweep_at = Instant::now() + if is_full { Duration::ZERO } else { SWEEP_EVERY };
+                }
+                () = tokio::time::sleep_until(sweep_at.into()), if is_time_to_sweep => {
+                    sweeping = self.begin_sweep();
+                    sweep_at = Instant::now() + SWEEP_EVERY;
+                }
+                else => return,
+            }
+            if std::mem::take(&mut self.sweep_soon) {
+                sweep_at = Instant::now();
+            }
         }
     }
 
-    /// Publishes rows, marks those the broker acknowledged and gives the others back.
-    async fn publish(&mut self, rows: Vec<OutboxRow>) {
-        let rows = self.without_those_already_there(rows).await;
-        if rows.is_empty() {
-            return;
+    /// Takes outputs into memory. Those that have to wait for others that are not here go back at once.
+    fn take(&mut self, rows: Vec<OutboxRow>, since: Instant) {
+        let losses = self.state.losses.load(Ordering::Relaxed);
+        if std::mem::replace(&mut self.losses_seen, losses) != losses {
+            self.lines.forget_published();
         }
-        fault::point(fault::BEFORE_PUBLISH);
-        if fault::mutant(fault::CURSOR_BY_SEQ) {
-            for row in &rows {
-                fault::is_behind(row.seq);
+        let back = self.lines.take(rows, since);
+        self.ledger.put_back(back);
+    }
+
+    /// Sends what may be sent now.
+    async fn send(&mut self, under_way: &mut UnderWay) {
+        let mut has_sent = false;
+        while under_way.len() < UNDER_WAY_MAX
+            && let Some(held) = self.lines.next()
+        {
+            let now = Instant::now();
+            if held.is_late(now) {
+                // Its lease runs out by itself; what is behind it has to wait for whoever has it next.
+                self.ledger.put_back(self.lines.not_published(&held.row));
+                continue;
             }
+            let stream = stream_of(&self.streams, &held.row.subject).map_or("", |stream| &stream.name).to_owned();
+            if let Permit::NotFor(wait) = self.breaker(&stream).permit(now) {
+                let after = wait + wait.mul_f64(rand::random::<f64>() / 4.0);
+                self.give_up(&held.row, PutBack::Later { after, error: None });
+                continue;
+            }
+            self.show_breaker(&stream);
+            if !has_sent {
+                fault::point(fault::BEFORE_PUBLISH);
+            }
+            has_sent = true;
+            self.be_a_mutant(&held.row).await;
+            let top = self.tops.get(&stream).copied().unwrap_or_default();
+            let answer = self.bus.begin_publish(outgoing(&held.row)).await;
+            under_way.push(Box::pin(async move { Answered { held, stream, top, answer: answer.await } }));
+        }
+        if has_sent {
+            fault::point(fault::PUBLISH_SENT);
+        }
+    }
+
+    /// Records what became of an output that was sent.
+    fn hear(&mut self, answered: Answered) {
+        let Answered { held: Held { row, .. }, stream, top, answer } = answered;
+        match answer {
+            Ok(place) => self.published(&row, place, top),
+            Err(PublishError::Unavailable(why)) => {
+                if self.breaker(&stream).failed(Instant::now(), rand::random(), &why) {
+                    tracing::warn!("nothing more is published to {} for a while: {why}", shown(&stream));
+                }
+                self.show_breaker(&stream);
+                self.metrics.output(&row.worker, OutputOutcome::Failed);
+                let after = retry_after(row.failures);
+                self.give_up(&row, PutBack::Later { after, error: Some(why) });
+            }
+            Err(PublishError::NoPlace(why)) if !self.has_no_place_for_long(&row.subject) => {
+                self.breaker(&stream).undecided(Instant::now());
+                self.metrics.output(&row.worker, OutputOutcome::Failed);
+                let after = retry_after(row.failures);
+                self.give_up(&row, PutBack::Later { after, error: Some(why) });
+            }
+            Err(PublishError::Refused(reason) | PublishError::NoPlace(reason)) => {
+                self.breaker(&stream).undecided(Instant::now());
+                self.metrics.output(&row.worker, OutputOutcome::SetAside);
+                tracing::error!(
+                    worker = row.worker,
+                    number = row.seq,
+                    "an output to {} is set aside until somebody retries or drops it (oncely outbox): {reason}",
+                    row.subject
+                );
+                self.give_up(&row, PutBack::Aside { reason });
+            }
+        }
+    }
+
+    fn published(&mut self, row: &OutboxRow, place: PublishedAt, top: u64) {
+        if self.breaker(&place.stream).succeeded() {
+            tracing::info!("publishing to {} again", place.stream);
+        }
+        self.show_breaker(&place.stream);
+        self.without_place.remove(&row.subject);
+        if place.duplicate {
+            fault::witness(fault::DUPLICATE_OUTPUT);
+            self.metrics.output(&row.worker, OutputOutcome::Duplicate);
+        } else {
+            self.metrics.output(&row.worker, OutputOutcome::Published);
+            if place.sequence <= top {
+                self.state.suspicion.notify_one();
+                self.tops.remove(&place.stream);
+            }
+            let highest = self.tops.entry(place.stream.clone()).or_default();
+            *highest = place.sequence.max(*highest);
+        }
+        // Others may wait behind one that was in trouble.
+        self.sweep_soon |= row.failures > 0;
+        self.lines.published(row);
+        self.ledger.published(Published { seq: row.seq, stream: place.stream, stream_sequence: place.sequence });
+    }
+
+    /// An output leaves unpublished, and those behind it with it.
+    fn give_up(&mut self, row: &OutboxRow, how: PutBack) {
+        let behind = self.lines.not_published(row);
+        self.ledger.put_back(behind);
+        self.ledger.put_back([(row.seq, how)]);
+    }
+
+    fn begin_sweep(&self) -> Option<BoxFuture<'static, Result<Swept, StoreError>>> {
+        let room = HELD_MAX.saturating_sub(self.lines.len()).min(SWEEP_MAX);
+        if room == 0 || !self.bus.is_connected() {
+            return None;
+        }
+        let (store, bus, metrics) = (Arc::clone(&self.store), self.bus.clone(), Arc::clone(&self.metrics));
+        Some(Box::pin(async move {
+            // No operation of the database is dropped half-way, not even when this host ends.
+            let swept = tokio::spawn(sweep::sweep(store, bus, metrics, room as u32)).await;
+            swept.unwrap_or_else(|error| Err(StoreError::Unavailable(error.into())))
+        }))
+    }
+
+    /// Takes what a sweep found. Returns whether there may be more.
+    fn take_swept(&mut self, swept: Result<Swept, StoreError>) -> bool {
+        let swept = match swept {
+            Ok(swept) => swept,
+            Err(error) => {
+                tracing::debug!("sweep again soon: {:#}", anyhow::Error::from(error));
+                return false;
+            }
+        };
+        if !swept.streams.is_empty() {
+            self.streams = swept.streams;
+        }
+        for place in swept.there {
+            self.lines.remember(place.seq);
+            self.sweep_soon = true;
+            self.ledger.published(place);
+        }
+        self.ledger.put_back(swept.back);
+        self.take(swept.rows, swept.since);
+        swept.is_full
+    }
+
+    fn breaker(&mut self, stream: &str) -> &mut Breaker {
+        self.breakers.entry(stream.to_owned()).or_insert_with(|| Breaker::new(Instant::now()))
+    }
+
+    fn show_breaker(&mut self, stream: &str) {
+        let Some(breaker) = self.breakers.get(stream) else { return };
+        let mut shown = self.state.breakers.lock().unwrap_or_else(PoisonError::into_inner);
+        if shown.get(stream).is_none_or(|shown| shown.state != breaker.state()) {
+            let (stream, state, why) = (stream.to_owned(), breaker.state(), breaker.why().to_owned());
+            shown.insert(stream.clone(), BreakerState { stream, state, why });
+        }
+    }
+
+    /// Whether a subject has had no stream that takes it for so long that it will not pass.
+    fn has_no_place_for_long(&mut self, subject: &str) -> bool {
+        let now = Instant::now();
+        self.without_place.retain(|_, (_, last)| now.duration_since(*last) < NO_PLACE_FOR * 2);
+        let (first, last) = self.without_place.entry(subject.to_owned()).or_insert((now, now));
+        *last = now;
+        now.duration_since(*first) >= NO_PLACE_FOR
+    }
+
+    async fn be_a_mutant(&self, row: &OutboxRow) {
+        if fault::mutant(fault::CURSOR_BY_SEQ) {
+            fault::is_behind(row.seq);
         }
         if fault::mutant(fault::MARK_BEFORE_PUBACK) {
-            let place = |row: &OutboxRow| Published { seq: row.seq, stream: String::new(), stream_sequence: 0 };
-            self.mark(&rows.iter().map(place).collect::<Vec<_>>()).await;
+            let place = Published { seq: row.seq, stream: String::new(), stream_sequence: 0 };
+            let _ = self.store.mark_published(&[place]).await;
         }
-        let outgoing = rows.iter().map(outgoing).collect();
-        let answers = self.bus.publish(outgoing).await;
-        let mut published = Vec::new();
-        let mut failed = Vec::new();
-        for (row, answer) in rows.iter().zip(answers) {
-            match answer {
-                Ok(place) => {
-                    if place.duplicate {
-                        fault::witness(fault::DUPLICATE_OUTPUT);
-                    }
-                    published.push(Published { seq: row.seq, stream: place.stream, stream_sequence: place.sequence });
-                }
-                Err(error) => failed.push((row, error)),
-            }
-        }
-        fault::point(fault::BEFORE_MARK);
-        self.mark(&published).await;
-        fault::point(fault::AFTER_MARK);
-        self.give_back(&failed).await;
     }
+}
 
-    /// Looks up rows whose first sending is so long ago that the broker may have forgotten their ids.
-    async fn without_those_already_there(&self, rows: Vec<OutboxRow>) -> Vec<OutboxRow> {
-        let now = Timestamp::now();
-        let is_old = |row: &OutboxRow| now.duration_since(row.first_attempt_at).unsigned_abs() > LOOK_UP_AFTER;
-        let (old, mut fresh): (Vec<OutboxRow>, Vec<OutboxRow>) = rows.into_iter().partition(is_old);
-        let mut by_subject: HashMap<String, Vec<OutboxRow>> = HashMap::new();
-        for row in old {
-            by_subject.entry(row.subject.clone()).or_default().push(row);
-        }
-        let mut there = Vec::new();
-        for (subject, rows) in by_subject {
-            match self.look_up(&subject, &rows).await {
-                Ok(places) => {
-                    for row in rows {
-                        match places.get(&row.id) {
-                            Some(place) => there.push(Published { seq: row.seq, ..place.clone() }),
-                            None => fresh.push(row),
-                        }
-                    }
-                }
-                Err(error) => {
-                    tracing::warn!("output to {subject} not published yet, looking it up failed: {error:#}");
-                    let failed: Vec<_> =
-                        rows.iter().map(|row| (row, PublishError::Unavailable(format!("{error:#}")))).collect();
-                    self.give_back(&failed).await;
-                }
-            }
-        }
-        self.mark(&there).await;
-        fresh.sort_by_key(|row| row.seq);
-        fresh
-    }
+/// Waits for what is under way, and takes it out.
+async fn finished<T>(under_way: &mut Option<BoxFuture<'static, T>>) -> T {
+    let done = match under_way {
+        Some(future) => future.await,
+        None => std::future::pending().await,
+    };
+    *under_way = None;
+    done
+}
 
-    /// Which of these rows stand on the stream of their subject already, by id.
-    async fn look_up(&self, subject: &str, rows: &[OutboxRow]) -> anyhow::Result<HashMap<String, Published>> {
-        let Some(stream) = self.bus.stream_of_subject(subject).await? else { return Ok(HashMap::new()) };
-        let ids: HashSet<String> = rows.iter().map(|row| row.id.clone()).collect();
-        let Some(since) = rows.iter().map(|row| row.first_attempt_at).min() else { return Ok(HashMap::new()) };
-        // The broker's clock may be behind ours.
-        let since = since - jiff::SignedDuration::from_mins(2);
-        let found = self.bus.find_published(&stream, subject, since, &ids).await?;
-        let place = |(id, sequence)| (id, Published { seq: 0, stream: stream.clone(), stream_sequence: sequence });
-        Ok(found.into_iter().map(place).collect())
-    }
+/// How long an output waits after one more failure; the upper half is random.
+fn retry_after(failures: u32) -> Duration {
+    let most = RETRY_FIRST.saturating_mul(2_u32.saturating_pow(failures)).min(RETRY_MAX);
+    most / 2 + (most / 2).mul_f64(rand::random())
+}
 
-    /// Marks rows as published. If the database is out of reach they are swept and sent again: within its window the
-    /// broker knows them, beyond it they are looked up.
-    async fn mark(&self, published: &[Published]) {
-        if published.is_empty() {
-            return;
-        }
-        let mut backoff = Backoff::default();
-        for _ in 0..5 {
-            match self.store.mark_published(published).await {
-                Ok(()) => return,
-                Err(error) => tracing::warn!("published outputs not marked yet: {:#}", anyhow::Error::from(error)),
-            }
-            tokio::time::sleep(backoff.next(rand::random())).await;
-        }
-    }
-
-    /// Gives rows back to the sweep, to be due again after a backoff by how often they failed.
-    async fn give_back(&self, failed: &[(&OutboxRow, PublishError)]) {
-        let mut groups: HashMap<(u32, String), Vec<i64>> = HashMap::new();
-        for (row, error) in failed {
-            groups.entry((row.failures.min(8), error.to_string())).or_default().push(row.seq);
-        }
-        for ((failures, error), seqs) in groups {
-            let delay = Duration::from_millis(250) * 2_u32.pow(failures);
-            tracing::warn!("{} outputs not published, again in {delay:?}: {error}", seqs.len());
-            if let Err(error) = self.store.defer_outputs(&seqs, delay, &error).await {
-                tracing::debug!("outputs not given back, their lease runs out: {:#}", anyhow::Error::from(error));
-            }
-        }
-    }
+fn shown(stream: &str) -> &str {
+    if stream.is_empty() { "subjects without a stream" } else { stream }
 }
 
 fn outgoing(row: &OutboxRow) -> Outgoing {

@@ -22,6 +22,19 @@ pub enum Verdict {
     Dead(Box<Letter>),
 }
 
+impl Verdict {
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            Verdict::Done(_) => "done",
+            Verdict::Duplicate(_) => "duplicate",
+            Verdict::Retry { .. } => "retry",
+            Verdict::Wait { .. } => "wait",
+            Verdict::Behind => "behind",
+            Verdict::Dead(_) => "dead",
+        }
+    }
+}
+
 /// The proof that the database holds a final word on a message: only with it can a message be acknowledged.
 #[derive(Debug, Clone, Copy)]
 pub struct Settled(());

@@ -10,12 +10,13 @@ use anyhow::{Context, Result};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinHandle;
 
-use crate::bus::{Bus, Probe, Progress, Pull, Pulled, Subscription};
+use crate::bus::{Bus, Probe, Progress, Pull, Pulled, Subscription, Unhandled};
 use crate::delivery::Delivery;
 use crate::drain::{Stop, Stopping};
 use crate::fault;
 use crate::lane::{Lane, Parcel, give_back};
 use crate::manifest::{OnFailure, Worker};
+use crate::metrics::Metrics;
 use crate::relay::HandOver;
 use crate::verdict::Verdict;
 
@@ -61,6 +62,7 @@ pub struct RunningWorker {
     pub digest: String,
     pub counters: Arc<WorkerCounters>,
     probe: Probe,
+    in_flight: Registry,
     seen: Arc<AtomicBool>,
     stop: Stop,
     pulling: JoinHandle<()>,
@@ -88,8 +90,9 @@ impl RunningWorker {
             }
         };
         let lanes = Lanes::start(&delivery, &relay, &counters, &stop);
+        let in_flight = lanes.in_flight.clone();
         let pulling = tokio::spawn(pull_loop(pull, lanes, recovery, stop.stopping()));
-        Ok(RunningWorker { worker, version, digest, counters, probe, seen, stop, pulling })
+        Ok(RunningWorker { worker, version, digest, counters, probe, in_flight, seen, stop, pulling })
     }
 
     /// Whether the server has seen this worker's subscription.
@@ -97,11 +100,15 @@ impl RunningWorker {
         self.seen.load(Ordering::Relaxed)
     }
 
-    /// Messages on the stream that wait or are being handled; none when the server does not answer in a second.
-    pub async fn backlog(&self) -> Option<u64> {
-        let asked = tokio::time::timeout(Duration::from_secs(1), self.probe.backlog()).await;
-        let backlog = asked.ok()?.ok()?;
-        Some(backlog.pending + backlog.ack_pending)
+    /// What is on the stream for it; none when the server does not answer in a second.
+    pub async fn unhandled(&self) -> Option<Unhandled> {
+        let asked = tokio::time::timeout(Duration::from_secs(1), self.probe.unhandled()).await;
+        asked.ok()?.ok()
+    }
+
+    /// How many messages this host holds for it.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.0.lock().unwrap_or_else(PoisonError::into_inner).messages.len()
     }
 
     /// Stops pulling, lets the lanes settle what they have, and returns when that is done.
@@ -197,6 +204,7 @@ struct Lanes {
     senders: Vec<mpsc::Sender<Parcel>>,
     tasks: Vec<JoinHandle<()>>,
     room: Arc<Semaphore>,
+    metrics: Arc<Metrics>,
     in_flight: Registry,
     ticker: JoinHandle<()>,
 }
@@ -221,11 +229,13 @@ impl Lanes {
         }
         let in_flight = Registry::default();
         let ticker = tokio::spawn(keep_from_redelivery(in_flight.clone(), worker.ack_wait / 3));
-        Lanes { worker, senders, tasks, room: Arc::new(Semaphore::new(capacity)), in_flight, ticker }
+        let (room, metrics) = (Arc::new(Semaphore::new(capacity)), Arc::clone(&delivery.metrics));
+        Lanes { worker, senders, tasks, room, metrics, in_flight, ticker }
     }
 
     fn parcel(&self, pulled: Pulled, room: Option<OwnedSemaphorePermit>) -> Parcel {
         fault::point(fault::AFTER_FETCH);
+        self.metrics.consumed(&self.worker.name);
         let message = Arc::new(pulled.message);
         let key = self.worker.ordering_key.as_ref().and_then(|key| key.key_of(&message));
         let in_flight = self.in_flight.enter(pulled.receipt.progress());

@@ -252,7 +252,7 @@ async fn what_cannot_be_published_is_refused_alone() -> Result<()> {
     assert_eq!(refused[0].as_ref().map(|at| at.sequence), Ok(1));
     assert_eq!(last.as_ref().map(|at| at.sequence), Ok(2));
     for answer in &refused[1..] {
-        assert!(matches!(answer, Err(PublishError::Refused(_))), "{answer:?}");
+        assert!(matches!(answer, Err(PublishError::Refused(_) | PublishError::NoPlace(_))), "{answer:?}");
     }
     assert!(refused[5].as_ref().unwrap_err().to_string().contains("max_payload"));
     assert!(refused[8].as_ref().unwrap_err().to_string().contains("no stream takes the subject elsewhere.a"));
@@ -292,10 +292,10 @@ async fn what_was_published_is_found_by_its_id() -> Result<()> {
     messages.push(outgoing("in.b", "elsewhere"));
     assert!(bus.publish(messages).await.iter().all(Result::is_ok));
     let ids = HashSet::from(["a0".to_owned(), "a2499".to_owned(), "elsewhere".to_owned(), "never".to_owned()]);
-    let found = bus.find_published("IN", "in.a", start - Duration::from_secs(5), &ids).await?;
+    let found = bus.find_published("IN", &["in.a".to_owned()], start - Duration::from_secs(5), &ids).await?;
     assert_eq!(found, HashMap::from([("a0".to_owned(), 1), ("a2499".to_owned(), 2_500)]));
     let later = Timestamp::now() + Duration::from_secs(5);
-    assert!(bus.find_published("IN", "in.a", later, &ids).await?.is_empty());
+    assert!(bus.find_published("IN", &["in.a".to_owned()], later, &ids).await?.is_empty());
     Ok(())
 }
 

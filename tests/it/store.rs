@@ -9,6 +9,7 @@ use oncely::sql::{Dialect, Rows, SqlLimits, Value};
 use oncely::store::{Claim, Claimed, Output, PostgresStore, SqliteStore, Store, Tx, WorkerMigration};
 use oncely::verdict::{Letter, Reason};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
+use support::database::Database;
 use support::{pgbouncer, postgres};
 
 /// Runs each fact on every database. The functions that state the facts take a [`World`].
@@ -35,6 +36,7 @@ mod guest_sql;
 mod hostile_sql;
 mod inbox;
 mod letters;
+mod line;
 mod outages;
 mod outbox;
 mod state;
@@ -107,6 +109,15 @@ impl World {
         self.connect().await.execute(AssertSqlSafe(statement)).await.unwrap();
     }
 
+    /// Changes something behind the store's back.
+    async fn execute_around(&self, statement: &str) {
+        let database = match &self.url {
+            Some(url) => Database::Postgres { host: url.clone(), direct: url.clone() },
+            None => Database::Sqlite(self.folder.path().join("oncely.db")),
+        };
+        database.execute(statement).await.unwrap();
+    }
+
     /// Deploys a version of the worker that makes these tables.
     async fn migrate(&self, name: &str, sql: &str) {
         let digest = "a".repeat(64);
@@ -161,7 +172,7 @@ fn an_output(event_id: &str, ordinal: u32, delay: Duration) -> Output {
         subject: "payments.settled".to_owned(),
         headers: vec![("Ce-Type".to_owned(), "settled \"é\"\n".to_owned()), ("Ce-Type".to_owned(), "twice".to_owned())],
         body: Bytes::from_static(b"\x00\xffbody"),
-        ordering_key: Some("account-1".to_owned()),
+        ordering_key: None,
         delay,
     }
 }

@@ -1,6 +1,8 @@
 //! NATS JetStream: streams, durable pull consumers, and publishing that waits for the stream's answer.
 
-use std::time::Duration;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use async_nats::connection::State;
@@ -13,14 +15,15 @@ use crate::hint::WithHint;
 
 mod publish;
 mod pull;
+mod raw;
 mod server;
 mod streams;
 mod unreadable;
 
-pub use publish::{Outgoing, PublishError, PublishedAt};
-pub use pull::{Backlog, Probe, Progress, Pull, Pulled, Receipt, Subscription};
+pub use publish::{Answer, Outgoing, PublishError, PublishedAt};
+pub use pull::{Backlog, Probe, Progress, Pull, Pulled, Receipt, Subscription, Unhandled};
 pub use server::EmbeddedServer;
-pub use streams::{Ensured, StreamInfo, StreamSpec};
+pub use streams::{Ensured, StreamInfo, StreamSpec, stream_of};
 
 /// How long one request to JetStream may take, and the answer to one publication.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
@@ -43,12 +46,23 @@ pub struct Bus {
     context: jetstream::Context,
     /// Counts connections: when it moves, whatever waited on the old one has to ask again.
     connections: watch::Receiver<u64>,
+    known_streams: Arc<tokio::sync::Mutex<Option<(Instant, Arc<Vec<StreamInfo>>)>>>,
+    denied: Denied,
 }
+
+/// Subjects the server did not let us publish to, and when it said so.
+type Denied = Arc<Mutex<HashMap<String, Instant>>>;
+
+/// How many of them are remembered, and for how long.
+const DENIED_MAX: usize = 1_000;
+const DENIED_FOR: Duration = Duration::from_secs(30);
 
 impl Bus {
     /// Connects; an error when no server answers, or one without JetStream.
     pub async fn connect(nats: &Nats) -> Result<Bus> {
         let (sender, connections) = watch::channel(0_u64);
+        let denied = Denied::default();
+        let denials = Arc::clone(&denied);
         let client = login(ConnectOptions::new(), nats)
             .await?
             .name("oncely")
@@ -57,6 +71,7 @@ impl Bus {
             .connection_timeout(Duration::from_secs(5))
             .event_callback(move |event| {
                 tell(&event, &sender);
+                remember_denial(&event, &denials);
                 std::future::ready(())
             })
             .connect(nats.servers.clone())
@@ -79,7 +94,7 @@ impl Bus {
             .await
             .with_context(|| format!("ask NATS at {} for JetStream", nats.shown()))
             .hint("start the server with JetStream: nats-server --jetstream")?;
-        Ok(Bus { client, context, connections })
+        Ok(Bus { client, context, connections, known_streams: Arc::default(), denied })
     }
 
     /// The largest message the server takes, headers included, in bytes.
@@ -91,6 +106,17 @@ impl Bus {
         // The count's sender lives as long as the client's own tasks do; without them the state is a stale one.
         let is_alive = self.connections.has_changed().is_ok();
         is_alive && self.client.connection_state() == State::Connected
+    }
+
+    /// Changes with each new connection to NATS.
+    pub fn connections(&self) -> watch::Receiver<u64> {
+        self.connections.clone()
+    }
+
+    /// Whether the server denied a message to this subject just now. It says so in words for people, and not to whom.
+    fn is_denied(&self, subject: &str) -> bool {
+        let denied = self.denied.lock().unwrap_or_else(PoisonError::into_inner);
+        denied.get(subject).is_some_and(|since| since.elapsed() < DENIED_FOR)
     }
 
     /// Returns when the client has ended: it reads the server's words in tasks of its own, and a message whose headers it
@@ -151,5 +177,17 @@ fn tell(event: &Event, connections: &watch::Sender<u64>) {
         Event::Disconnected => tracing::warn!("the connection to NATS is gone; connecting again"),
         Event::ServerError(error) => tracing::warn!("NATS complains: {error}"),
         other => tracing::debug!("nats: {other}"),
+    }
+}
+
+fn remember_denial(event: &Event, denied: &Denied) {
+    let Event::ServerError(error) = event else { return };
+    let text = error.to_string();
+    let Some((_, rest)) = text.split_once("Permissions Violation for Publish to \"") else { return };
+    let Some((subject, _)) = rest.split_once('"') else { return };
+    let mut denied = denied.lock().unwrap_or_else(PoisonError::into_inner);
+    denied.retain(|_, since| since.elapsed() < DENIED_FOR);
+    if denied.len() < DENIED_MAX {
+        denied.insert(subject.to_owned(), Instant::now());
     }
 }

@@ -1,19 +1,20 @@
 //! Publishing: pipelined, in order, and believed only when the stream has answered.
 
-use std::collections::HashMap;
 use std::error::Error;
 use std::str::FromStr;
+use std::time::Duration;
 
 use async_nats::header::{HeaderMap, HeaderName, HeaderValue, NATS_MESSAGE_ID};
-use async_nats::jetstream;
 use async_nats::jetstream::context::{PublishAckFuture, PublishErrorKind};
 use async_nats::jetstream::message::PublishMessage;
+use async_nats::jetstream::{self, ErrorCode};
 use bytes::Bytes;
 use futures::StreamExt;
+use futures::future::BoxFuture;
 use futures::stream::FuturesOrdered;
 
 use super::Bus;
-use crate::fault;
+use super::streams::stream_of;
 use crate::message::Headers;
 use crate::subject::check_subject;
 
@@ -45,50 +46,62 @@ pub struct PublishedAt {
 pub enum PublishError {
     /// No answer, or a passing refusal: it may or may not be there; publish it again with the same id.
     Unavailable(String),
-    /// It was not published, and will not be as long as it and the streams are as they are.
+    /// It was not published, and will never be: the fault is its own.
     Refused(String),
+    /// It was not published, and will not be as long as the streams are as they are.
+    NoPlace(String),
 }
 
 impl std::fmt::Display for PublishError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let (PublishError::Unavailable(text) | PublishError::Refused(text)) = self;
+        let (PublishError::Unavailable(text) | PublishError::Refused(text) | PublishError::NoPlace(text)) = self;
         f.write_str(text)
     }
 }
 
 impl Error for PublishError {}
 
-type Answer = Result<PublishedAt, PublishError>;
+pub type Answer = Result<PublishedAt, PublishError>;
 
-/// The server's answer: nobody listens on this subject. Whether that will pass is to be found out.
-const NOBODY_LISTENS: &str = "no stream takes the subject, or JetStream is starting";
+/// The streams may be this old when a subject is looked up that nobody listens to.
+const STREAMS_AS_OF: Duration = Duration::from_secs(1);
 
 impl Bus {
     /// Publishes messages in order and waits for all answers; one answer for each message, in their order. What the
     /// broker takes is stored in this order too.
     pub async fn publish(&self, messages: Vec<Outgoing>) -> Vec<Answer> {
-        let subjects: Vec<String> = messages.iter().map(|message| message.subject.clone()).collect();
         let mut answers = Vec::with_capacity(messages.len());
         let mut open = FuturesOrdered::new();
-        let mut lost = None;
         for message in messages {
-            // With the connection gone, each further message would only wait for its own timeout.
-            let sent = match &lost {
-                None => self.send(message).await,
-                Some(error) => Err(PublishError::clone(error)),
-            };
-            if let Err(PublishError::Unavailable(_)) = &sent {
-                lost = sent.as_ref().err().cloned();
-            }
-            open.push_back(answer(sent));
+            open.push_back(self.begin_publish(message).await);
             if open.len() >= WINDOW {
                 answers.extend(open.next().await);
             }
         }
-        fault::point(fault::PUBLISH_SENT);
         answers.extend(open.collect::<Vec<_>>().await);
-        self.settle_unheard(&subjects, &mut answers).await;
         answers
+    }
+
+    /// Sends a message; the future it returns ends with the stream's answer. Messages are stored in the order in which
+    /// they were sent, as long as none of them fails.
+    pub async fn begin_publish(&self, message: Outgoing) -> BoxFuture<'static, Answer> {
+        let subject = message.subject.clone();
+        match self.send(message).await {
+            Ok(sent) => Box::pin(self.clone().answer(subject, sent)),
+            Err(error) => Box::pin(std::future::ready(Err(error))),
+        }
+    }
+
+    async fn answer(self, subject: String, sent: PublishAckFuture) -> Answer {
+        match sent.await {
+            Ok(ack) => Ok(PublishedAt { stream: ack.stream, sequence: ack.sequence, duplicate: ack.duplicate }),
+            Err(error) if error.kind() == PublishErrorKind::StreamNotFound => Err(self.why_unheard(&subject).await),
+            // The server does not answer what it does not let through.
+            Err(error) if error.kind() == PublishErrorKind::TimedOut && self.is_denied(&subject) => {
+                Err(PublishError::NoPlace(format!("this login may not publish to {subject}: the server denies it")))
+            }
+            Err(error) => Err(classify(&error)),
+        }
     }
 
     /// Sends one message; the answer is yet to come.
@@ -111,26 +124,15 @@ impl Bus {
         })
     }
 
-    /// Finds out for messages that nobody listened to whether there is no stream for them, or JetStream is starting.
-    async fn settle_unheard(&self, subjects: &[String], answers: &mut [Answer]) {
-        let mut known: HashMap<&String, bool> = HashMap::new();
-        for (subject, answer) in subjects.iter().zip(answers) {
-            if !matches!(answer, Err(PublishError::Unavailable(text)) if text == NOBODY_LISTENS) {
-                continue;
+    /// Nobody listens to a subject: because no stream takes it, or because JetStream is starting.
+    async fn why_unheard(&self, subject: &str) -> PublishError {
+        match self.streams(STREAMS_AS_OF).await {
+            Ok(streams) if stream_of(&streams, subject).is_none() => {
+                PublishError::NoPlace(format!("no stream takes the subject {subject}"))
             }
-            if !known.contains_key(subject) {
-                known.insert(subject, matches!(self.stream_of_subject(subject).await, Ok(None)));
-            }
-            if known.get(subject) == Some(&true) {
-                *answer = Err(PublishError::Refused(format!("no stream takes the subject {subject}")));
-            }
+            _ => PublishError::Unavailable("nobody answers for the stream; JetStream may be starting".to_owned()),
         }
     }
-}
-
-async fn answer(sent: Result<PublishAckFuture, PublishError>) -> Answer {
-    let ack = sent?.await.map_err(|error| classify(&error))?;
-    Ok(PublishedAt { stream: ack.stream, sequence: ack.sequence, duplicate: ack.duplicate })
 }
 
 /// Headers by the fallible constructors alone: the others panic on a line break.
@@ -166,13 +168,12 @@ fn headers_size(message: &Outgoing) -> usize {
 /// A client error (4xx) of the stream is about this message and stays; anything else may pass. A stream that is full
 /// counts as passing (503): messages wait until there is room.
 fn classify(error: &jetstream::context::PublishError) -> PublishError {
-    let refused = error
-        .source()
-        .and_then(|source| source.downcast_ref::<jetstream::Error>())
-        .is_some_and(|answer| (400..500).contains(&answer.code()) && answer.code() != TOO_MANY_REQUESTS);
-    match error.kind() {
-        PublishErrorKind::StreamNotFound => PublishError::Unavailable(NOBODY_LISTENS.to_owned()),
-        _ if refused => PublishError::Refused(error.to_string()),
+    let answer = error.source().and_then(|source| source.downcast_ref::<jetstream::Error>());
+    match answer {
+        Some(answer) if answer.error_code() == ErrorCode::STREAM_SEALED => PublishError::NoPlace(error.to_string()),
+        Some(answer) if (400..500).contains(&answer.code()) && answer.code() != TOO_MANY_REQUESTS => {
+            PublishError::Refused(error.to_string())
+        }
         _ => PublishError::Unavailable(error.to_string()),
     }
 }

@@ -468,6 +468,7 @@ impl Pull {
         Probe {
             bus: self.bus.clone(),
             stream: self.subscription.stream.clone(),
+            subjects: self.subscription.subjects.clone(),
             durable: self.subscription.durable.clone(),
             heard: Arc::clone(&self.heard),
         }
@@ -485,8 +486,17 @@ fn is_full(description: Option<&str>) -> bool {
 pub struct Probe {
     bus: Bus,
     stream: String,
+    subjects: Vec<String>,
     durable: String,
     heard: Arc<AtomicBool>,
+}
+
+/// Messages on the stream that wait for a consumer or are being handled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Unhandled {
+    pub messages: u64,
+    /// When the oldest of them was stored; none when there is none.
+    pub oldest: Option<Timestamp>,
 }
 
 impl Probe {
@@ -495,9 +505,25 @@ impl Probe {
         Ok(self.heard.load(Ordering::Relaxed) || self.backlog().await?.waiting > 0)
     }
 
-    pub async fn backlog(&self) -> Result<Backlog> {
+    /// What is not acknowledged. The oldest of it is the first message for this consumer above the place up to which
+    /// everything is.
+    pub async fn unhandled(&self) -> Result<Unhandled> {
+        let info = self.info().await?;
+        let messages = info.num_pending + info.num_ack_pending as u64;
+        let oldest = match messages {
+            0 => None,
+            _ => self.bus.first_stored_at(&self.stream, &self.subjects, info.ack_floor.stream_sequence + 1).await?,
+        };
+        Ok(Unhandled { messages, oldest })
+    }
+
+    async fn info(&self) -> Result<async_nats::jetstream::consumer::Info> {
         let stream = self.bus.context.get_stream_no_info(&self.stream).await.context("open the stream")?;
-        let info = stream.consumer_info(&self.durable).await.context("look at the consumer")?;
+        stream.consumer_info(&self.durable).await.context("look at the consumer")
+    }
+
+    pub async fn backlog(&self) -> Result<Backlog> {
+        let info = self.info().await?;
         Ok(Backlog {
             pending: info.num_pending,
             ack_pending: info.num_ack_pending as u64,

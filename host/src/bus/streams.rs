@@ -1,7 +1,8 @@
 //! Streams: what there is, making what is missing, and looking for what was published.
 
 use std::collections::{HashMap, HashSet};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, bail};
 use async_nats::datetime::{DateTime, from_nanos};
@@ -98,24 +99,37 @@ impl Bus {
         }
     }
 
-    /// The name of the stream that holds all of `wanted`, a subject or a pattern; none when there is none.
-    pub async fn stream_of_subject(&self, wanted: &str) -> Result<Option<String>> {
+    /// All streams, as they were at most this long ago.
+    pub async fn streams(&self, at_most_old: Duration) -> Result<Arc<Vec<StreamInfo>>> {
+        let mut known = self.known_streams.lock().await;
+        if let Some((as_of, streams)) = known.as_ref()
+            && as_of.elapsed() < at_most_old
+        {
+            return Ok(Arc::clone(streams));
+        }
+        let as_of = Instant::now();
+        let mut found = Vec::new();
         let mut streams = self.context.streams();
         while let Some(stream) = streams.next().await {
-            let stream = stream.context("list the streams")?;
-            if stream.config.subjects.iter().any(|pattern| subject::covers(pattern, wanted)) {
-                return Ok(Some(stream.config.name));
-            }
+            found.push(stream_info(&stream.context("list the streams")?)?);
         }
-        Ok(None)
+        let found = Arc::new(found);
+        *known = Some((as_of, Arc::clone(&found)));
+        Ok(found)
     }
 
-    /// Which of these message ids stand on a stream, among the messages to `subject` stored since a time, and at which
+    /// The name of the stream that holds all of `wanted`, a subject or a pattern; none when there is none.
+    pub async fn stream_of_subject(&self, wanted: &str) -> Result<Option<String>> {
+        let streams = self.streams(Duration::ZERO).await?;
+        Ok(stream_of(&streams, wanted).map(|stream| stream.name.clone()))
+    }
+
+    /// Which of these message ids stand on a stream, among the messages to `subjects` stored since a time, and at which
     /// sequence. Reads headers only.
     pub async fn find_published(
         &self,
         stream: &str,
-        subject: &str,
+        subjects: &[String],
         since: Timestamp,
         ids: &HashSet<String>,
     ) -> Result<HashMap<String, u64>> {
@@ -124,7 +138,8 @@ impl Bus {
         let config = pull::Config {
             deliver_policy: DeliverPolicy::ByStartTime { start_time: since },
             ack_policy: AckPolicy::None,
-            filter_subject: subject.to_owned(),
+            // With too many of them it is as well to look at everything.
+            filter_subjects: if subjects.len() <= FILTERS_MAX { subjects.to_vec() } else { Vec::new() },
             headers_only: true,
             // The server removes it should this process die meanwhile.
             inactive_threshold: Duration::from_secs(60),
@@ -136,6 +151,14 @@ impl Bus {
         let _ = stream.delete_consumer(&consumer.cached_info().name).await;
         found
     }
+}
+
+/// How many subjects one look through a stream is limited to.
+const FILTERS_MAX: usize = 16;
+
+/// The stream that holds all of `wanted`, a subject or a pattern.
+pub fn stream_of<'s>(streams: &'s [StreamInfo], wanted: &str) -> Option<&'s StreamInfo> {
+    streams.iter().find(|stream| stream.subjects.iter().any(|pattern| subject::covers(pattern, wanted)))
 }
 
 /// The sequences of those `ids` that come by before the consumer has seen everything.

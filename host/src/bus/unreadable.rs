@@ -11,32 +11,12 @@ use async_nats::header::{HeaderName, HeaderValue};
 use async_nats::{StatusCode, Subject};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use serde::Deserialize;
-use serde_json::json;
 
 use super::Bus;
 use super::pull::{Subscription, Unread};
 
 /// How many messages are looked at; a consumer rarely has more out.
 const LOOK_AT_MAX: u64 = 20_000;
-
-/// The server's answer to a request for one message.
-#[derive(Deserialize)]
-struct Answer {
-    message: Option<Raw>,
-}
-
-/// A message as JSON.
-#[derive(Deserialize)]
-struct Raw {
-    subject: String,
-    /// The header block, in Base64.
-    #[serde(default)]
-    hdrs: String,
-    #[serde(default)]
-    data: String,
-    time: jiff::Timestamp,
-}
 
 impl Bus {
     /// The messages this subscription was given, has not acknowledged, and cannot read.
@@ -69,15 +49,6 @@ impl Bus {
             });
         }
         Ok(unreadable)
-    }
-
-    async fn raw_message(&self, stream: &str, sequence: u64) -> Result<Option<Raw>> {
-        let answer: Answer = self
-            .context
-            .request(format!("STREAM.MSG.GET.{stream}"), &json!({ "seq": sequence }))
-            .await
-            .with_context(|| format!("read message {sequence} of {stream}"))?;
-        Ok(answer.message)
     }
 }
 

@@ -8,6 +8,7 @@ mod deploy;
 mod dev;
 mod dlq;
 pub mod exit;
+mod outbox;
 mod publish;
 mod run;
 mod serve;
@@ -33,6 +34,7 @@ enum Command {
     Workers(status::Workers),
     Publish(publish::Publish),
     Dlq(dlq::Dlq),
+    Outbox(outbox::Outbox),
     State(state::State),
     Status(status::Status),
 }
@@ -49,6 +51,7 @@ impl Cli {
             Command::Workers(workers) => workers.run().await,
             Command::Publish(publish) => publish.run().await,
             Command::Dlq(dlq) => dlq.run().await,
+            Command::Outbox(outbox) => outbox.run().await,
             Command::State(state) => state.run().await,
             Command::Status(status) => status.run().await,
         }

@@ -6,6 +6,7 @@ use clap::Args;
 use super::client::{Client, HostArgs};
 use super::term::{self, Table};
 use crate::api::{Deployment, Status as HostStatus};
+use crate::breaker;
 use crate::host::WorkerState;
 use crate::store::WorkerTotals;
 use crate::units;
@@ -31,12 +32,43 @@ impl Status {
             ("ready", status.not_ready.clone().map_or("yes".to_owned(), |why| format!("no: {why}"))),
             ("nats", if status.nats_connected { "connected" } else { "not connected" }.to_owned()),
             ("database", if status.totals.is_some() { "answers" } else { "out of reach" }.to_owned()),
+            ("publishing", publishing(&status)),
+            ("oldest waiting", shown_age(status.workers.iter().filter_map(|worker| worker.oldest_pending_ms).max())),
+            ("oldest unpublished", shown_age(oldest_unpublished(&status))),
         ]))?;
+        let aside: u64 = status.totals.iter().flatten().map(|totals| totals.set_aside).sum();
+        if aside > 0 {
+            term::warning(format!(
+                "{aside} outputs are set aside and hold their keys; look at them with: oncely outbox list"
+            ));
+        }
         match &status.totals {
             Some(totals) => show_totals(&status.workers, totals),
             None => Ok(()),
         }
     }
+}
+
+/// Which streams nothing is published to for the moment, and why.
+fn publishing(status: &HostStatus) -> String {
+    let broken: Vec<String> = status
+        .breakers
+        .iter()
+        .filter(|breaker| breaker.state != breaker::State::Closed)
+        .map(|breaker| {
+            let stream = if breaker.stream.is_empty() { "subjects without a stream" } else { &breaker.stream };
+            format!("not to {stream} for the moment: {}", breaker.why)
+        })
+        .collect();
+    if broken.is_empty() { "yes".to_owned() } else { broken.join("; ") }
+}
+
+fn oldest_unpublished(status: &HostStatus) -> Option<u64> {
+    status.totals.iter().flatten().filter_map(|totals| totals.oldest_unpublished_ms).max()
+}
+
+fn shown_age(ms: Option<u64>) -> String {
+    ms.map_or("-".to_owned(), |ms| format!("{:.1} s", ms as f64 / 1000.0))
 }
 
 fn show_totals(workers: &[WorkerState], totals: &[WorkerTotals]) -> Result<()> {
@@ -50,14 +82,27 @@ fn show_totals(workers: &[WorkerState], totals: &[WorkerTotals]) -> Result<()> {
             totals.worker.clone(),
             state.map_or("not here".to_owned(), |state| state.state.clone()),
             state.and_then(|state| state.pending).map_or("-".to_owned(), |pending| pending.to_string()),
+            shown_age(state.and_then(|state| state.oldest_pending_ms)),
             totals.done.to_string(),
             totals.dead.to_string(),
             totals.outputs.to_string(),
             totals.unpublished.to_string(),
-            totals.oldest_unpublished_ms.map_or("-".to_owned(), |ms| format!("{:.1} s", ms as f64 / 1000.0)),
+            shown_age(totals.oldest_unpublished_ms),
+            totals.set_aside.to_string(),
         ]
     };
-    let mut table = Table::new(&["worker", "state", "waiting", "done", "dead", "outputs", "unpublished", "oldest"]);
+    let mut table = Table::new(&[
+        "worker",
+        "state",
+        "waiting",
+        "oldest",
+        "done",
+        "dead",
+        "outputs",
+        "unpublished",
+        "oldest",
+        "set aside",
+    ]);
     totals.iter().map(row).for_each(|row| table.row(row));
     term::data(format!("\n{table}").trim_end())
 }

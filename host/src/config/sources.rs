@@ -69,6 +69,7 @@ fn by_knob(flags: &HostFlags) -> [(&'static str, &Option<String>); KNOBS.len()] 
         ("log", &flags.log),
         ("log_level", &flags.log_level),
         ("drain", &flags.drain),
+        ("keep_outputs", &flags.keep_outputs),
     ]
 }
 

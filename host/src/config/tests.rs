@@ -42,6 +42,7 @@ fn with_nothing_given_a_host_runs_from_one_folder_on_this_machine() {
         log: LogFormat::Text,
         log_level: "info".into(),
         drain: Duration::from_secs(30),
+        keep_outputs: Duration::from_secs(15 * 60),
     };
     assert_eq!(config, expected);
 }
@@ -83,6 +84,7 @@ fn every_knob_is_read_from_every_source() {
         "log" => "json".to_owned(),
         "log_level" => "debug".to_owned(),
         "drain" => "9s".to_owned(),
+        "keep_outputs" => "9m".to_owned(),
         _ => panic!("no value for {knob}"),
     };
     let default = resolve(&[], &[]).unwrap();

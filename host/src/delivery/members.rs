@@ -1,6 +1,7 @@
 //! Running the guest for the members of one transaction: one after the other, or all of them in one call.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use jiff::Timestamp;
 
@@ -140,7 +141,10 @@ impl Delivery {
             database: Arc::new(lent.clone()),
             state,
         };
-        self.guest.call(call, warm).await
+        let began = Instant::now();
+        let outcome = self.guest.call(call, warm).await;
+        self.metrics.processed(&self.worker.name, began.elapsed());
+        outcome
     }
 }
 

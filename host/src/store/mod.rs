@@ -4,6 +4,7 @@
 //! go into one transaction, and [`Tx::commit`] says `Ok` only for a commit it has verified. No future of this
 //! surface may be dropped before it is done: callers run deliveries in tasks of their own that are never aborted.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -87,11 +88,47 @@ pub struct OutboxRow {
     pub subject: String,
     pub headers: Headers,
     pub body: Bytes,
+    /// Outputs of one worker with the same key are published in the order of their commits.
+    pub ordering_key: Option<String>,
+    /// For a row handed over from memory: the rows of its key that were in line before it when it was written. It may be
+    /// sent only after them.
+    pub ahead: Vec<i64>,
     /// The first time it may have been sent to the broker: the commit, for a row handed over from memory. Beyond the broker's
     /// dedupe window a row must be looked up before it is published again.
     pub first_attempt_at: Timestamp,
     /// How often publishing failed so far.
     pub failures: u32,
+}
+
+impl OutboxRow {
+    /// Adds to what is ahead of each of these rows the one of its key that comes before it among them.
+    pub fn chain(rows: &mut [OutboxRow]) {
+        let mut last: HashMap<(String, String), i64> = HashMap::new();
+        for row in rows {
+            let Some(key) = row.ordering_key.clone() else { continue };
+            row.ahead.extend(last.insert((row.worker.clone(), key), row.seq));
+        }
+    }
+}
+
+/// What becomes of a leased output that was not published.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PutBack {
+    /// It is due again after a while. With an error it has failed once more; without one it was not tried.
+    Later { after: Duration, error: Option<String> },
+    /// It waits until this row is published or dropped.
+    Behind(i64),
+    /// It waits for a person to retry or drop it.
+    Aside { reason: String },
+}
+
+/// The last output on a stream, by sequence, of those published within some time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LastPublished {
+    pub id: String,
+    pub stream: String,
+    pub stream_sequence: u64,
+    pub published_at: Timestamp,
 }
 
 /// Where an output now stands on its stream.
@@ -158,6 +195,71 @@ pub struct LetterFilter {
     pub limit: u32,
 }
 
+/// Which outputs to list, oldest first.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct OutputFilter {
+    pub worker: Option<String>,
+    /// All that are not published, not only those that are set aside.
+    #[serde(default)]
+    pub unpublished: bool,
+    /// Those that were dropped instead.
+    #[serde(default)]
+    pub dropped: bool,
+    pub limit: u32,
+}
+
+/// One output that is not published, in a list.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct OutputSummary {
+    /// The number of its row.
+    pub number: i64,
+    /// What travels as `Nats-Msg-Id`.
+    pub id: String,
+    pub worker: String,
+    /// The event that caused it.
+    pub event_id: String,
+    pub subject: String,
+    pub ordering_key: Option<String>,
+    /// `set-aside`, `behind`, `delayed`, `due`, `leased`, `published` or `dropped`.
+    pub state: String,
+    /// The number of the output it waits for.
+    pub behind: Option<i64>,
+    /// How many wait behind it.
+    pub waiting: u64,
+    pub failures: u32,
+    /// Why it was not published the last time.
+    pub error: Option<String>,
+    pub created_at: Timestamp,
+    pub due_at: Timestamp,
+    pub set_aside_at: Option<Timestamp>,
+    pub dropped_at: Option<Timestamp>,
+    /// Why it was dropped, in a person's words.
+    pub note: Option<String>,
+}
+
+/// One output, whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OutputRecord {
+    pub summary: OutputSummary,
+    pub headers: Headers,
+    pub body: Bytes,
+    /// Stream and sequence, once it is published.
+    pub place: Option<(String, u64)>,
+}
+
+/// How far publishing is behind, for one worker.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct OutboxLag {
+    pub worker: String,
+    /// Outputs, and notices of dead letters, that are due and not published.
+    pub unpublished: u64,
+    /// Age of the oldest of those that neither are set aside nor wait for one that is, in milliseconds.
+    pub oldest_ms: Option<u64>,
+    /// Outputs that are set aside, and those that wait for them.
+    pub set_aside: u64,
+    pub held: u64,
+}
+
 /// One immutable version of a worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeploymentRecord {
@@ -198,8 +300,10 @@ pub struct WorkerTotals {
     pub outputs: u64,
     /// Outputs, and notices of dead letters, that are committed and not yet published.
     pub unpublished: u64,
-    /// Age of the oldest of those that are due, in milliseconds.
+    /// Age of the oldest of those that are due, in milliseconds, but for what is set aside or waits for that.
     pub oldest_unpublished_ms: Option<u64>,
+    /// Outputs that are set aside until a person retries or drops them.
+    pub set_aside: u64,
 }
 
 /// The database as the loops and the control API use it.
@@ -229,15 +333,41 @@ pub trait Store: Send + Sync + 'static {
     /// proof for each, and the notices that are to be published now.
     async fn bury(&self, letters: &[(Letter, Output)]) -> Result<(Vec<Settled>, Vec<OutboxRow>)>;
 
-    /// Leases at most `limit` outputs that are due, unpublished and leased to nobody, oldest first. The lease is
-    /// in the database's own time. A row that was leased before keeps its `first_attempt_at`.
+    /// Leases at most `limit` outputs that are due, unpublished and leased to nobody, oldest first. Of a key only those
+    /// that come before all others that are in line; what is behind somebody else waits, and comes again once that one is
+    /// published or dropped. The lease is in the database's own time. A row that was leased before keeps its
+    /// `first_attempt_at`.
     async fn lease_outputs(&self, limit: u32, lease: Duration) -> Result<Vec<OutboxRow>>;
 
     /// Records that exactly these outputs are on their streams.
     async fn mark_published(&self, published: &[Published]) -> Result<()>;
 
-    /// Gives up the lease of outputs that could not be published; they are due again after `delay`.
-    async fn defer_outputs(&self, seqs: &[i64], delay: Duration, error: &str) -> Result<()>;
+    /// Gives up the lease of outputs that were not published; those that are published by now stay so.
+    async fn put_back_outputs(&self, rows: &[(i64, PutBack)]) -> Result<()>;
+
+    /// For each stream the last output on it, of those published `within` this time.
+    async fn last_published(&self, within: Duration) -> Result<Vec<LastPublished>>;
+
+    /// All published outputs on a stream that are still in the outbox, by sequence.
+    async fn published_on(&self, stream: &str) -> Result<Vec<LastPublished>>;
+
+    /// Forgets that the outputs from this sequence of a stream on were published, so that they are again. Returns how many.
+    async fn publish_again(&self, stream: &str, from_sequence: u64) -> Result<u64>;
+
+    /// Outputs that wait for a person, or all that are not published, oldest first; or those that were dropped, newest first.
+    async fn outputs(&self, filter: &OutputFilter) -> Result<Vec<OutputSummary>>;
+
+    /// One output by its number, whole: published, unpublished or dropped.
+    async fn output(&self, number: i64) -> Result<Option<OutputRecord>>;
+
+    /// Has outputs that are set aside published after all. Returns how many of them were.
+    async fn retry_outputs(&self, numbers: &[i64]) -> Result<u64>;
+
+    /// Drops outputs that are set aside and keeps a record of them; what waits for them goes on. Returns how many were.
+    async fn drop_outputs(&self, numbers: &[i64], note: &str) -> Result<u64>;
+
+    /// How far publishing is behind, by worker; those that have unpublished outputs. Cheap, however large the tables are.
+    async fn outbox_lag(&self) -> Result<Vec<OutboxLag>>;
 
     /// Keeps a component under its SHA-256 (lower-case hex); keeping it again changes nothing.
     async fn put_component(&self, digest: &str, wasm: &[u8]) -> Result<()>;
@@ -318,7 +448,7 @@ pub trait Tx: Send {
 
     /// Appends outputs with one statement, leased to this host for `lease` so that no sweep takes what is about to
     /// be handed to the relay from memory. Returns those that are due at once, in order; delayed ones are left to
-    /// the sweep.
+    /// the sweep, and so are those of a key that has an output in trouble.
     async fn append_outputs(&mut self, outputs: &[Output], lease: Duration) -> Result<Vec<OutboxRow>>;
 
     /// Commits, and says so only when the database confirmed that this very transaction did: `Refused` when a

@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use sha2::{Digest, Sha256};
 use sqlx::migrate::{Migration, Migrator};
 
-use super::{Claim, Claimed, OutboxRow, Output, Result, StoreError, WorkerMigration};
+use super::{Claim, Claimed, OutboxRow, Output, PutBack, Result, StoreError, WorkerMigration};
 use crate::fault;
 use crate::message::Headers;
 use crate::verdict::{Letter, Settled};
@@ -120,7 +120,13 @@ pub(super) fn to_bury<'b, 'a>(
 }
 
 /// An output that was just committed under `seq` and is handed over from memory.
-pub(super) fn handed_over(seq: i64, worker: &str, output: &Output, first_attempt_at: Timestamp) -> OutboxRow {
+pub(super) fn handed_over(
+    seq: i64,
+    worker: &str,
+    output: &Output,
+    first_attempt_at: Timestamp,
+    ahead: Vec<i64>,
+) -> OutboxRow {
     OutboxRow {
         seq,
         id: output.id.clone(),
@@ -128,8 +134,43 @@ pub(super) fn handed_over(seq: i64, worker: &str, output: &Output, first_attempt
         subject: output.subject.clone(),
         headers: output.headers.clone(),
         body: output.body.clone(),
+        ordering_key: output.ordering_key.clone(),
+        ahead,
         first_attempt_at,
         failures: 0,
+    }
+}
+
+/// How many outputs in line before an output are told to whoever is to publish it. Where there are more, it is left to
+/// the sweep.
+pub(super) const LINE_MAX: usize = 256;
+
+/// What [`PutBack`] comes to in columns.
+pub(super) struct PutBackColumns<'a> {
+    pub seq: i64,
+    /// In microseconds; none for as long as it waits for something else.
+    pub after: Option<i64>,
+    pub failed: bool,
+    pub behind: Option<i64>,
+    pub aside: bool,
+    pub error: Option<Cow<'a, str>>,
+}
+
+impl<'a> PutBackColumns<'a> {
+    pub fn of((seq, how): &'a (i64, PutBack)) -> Self {
+        let nothing = PutBackColumns { seq: *seq, after: None, failed: false, behind: None, aside: false, error: None };
+        match how {
+            PutBack::Later { after, error } => PutBackColumns {
+                after: Some(micros(*after)),
+                failed: error.is_some(),
+                error: error.as_deref().map(printable),
+                ..nothing
+            },
+            PutBack::Behind(ahead) => PutBackColumns { behind: Some(*ahead), ..nothing },
+            PutBack::Aside { reason } => {
+                PutBackColumns { failed: true, aside: true, error: Some(printable(reason)), ..nothing }
+            }
+        }
     }
 }
 

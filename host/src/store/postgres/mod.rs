@@ -12,6 +12,8 @@ mod inbox;
 mod letters;
 mod migrate;
 mod outbox;
+mod outputs;
+mod repair;
 mod session;
 mod state;
 mod totals;
@@ -31,8 +33,9 @@ use self::session::{Purpose, Sessions};
 use self::tx::PostgresTx;
 use self::wall::Login;
 use super::{
-    DeploymentRecord, FailedAttempt, LetterFilter, LetterRecord, LetterSummary, OutboxRow, Output, Published, Result,
-    StateRecord, Store, Tx, WorkerMigration, WorkerTotals,
+    DeploymentRecord, FailedAttempt, LastPublished, LetterFilter, LetterRecord, LetterSummary, OutboxLag, OutboxRow,
+    Output, OutputFilter, OutputRecord, OutputSummary, Published, PutBack, Result, StateRecord, Store, Tx,
+    WorkerMigration, WorkerTotals,
 };
 use crate::hint::WithHint;
 use crate::sql::Dialect;
@@ -187,10 +190,66 @@ impl Store for PostgresStore {
         session.commit().await
     }
 
-    async fn defer_outputs(&self, seqs: &[i64], delay: Duration, error: &str) -> Result<()> {
+    async fn put_back_outputs(&self, rows: &[(i64, PutBack)]) -> Result<()> {
         let mut session = self.house.begin(Purpose::House).await?;
-        outbox::defer(&mut session, seqs, delay, error).await?;
+        outbox::put_back(&mut session, rows).await?;
         session.commit().await
+    }
+
+    async fn last_published(&self, within: Duration) -> Result<Vec<LastPublished>> {
+        let mut session = self.house.begin(Purpose::Read).await?;
+        let found = repair::last_published(&mut session, within).await?;
+        session.commit().await?;
+        Ok(found)
+    }
+
+    async fn published_on(&self, stream: &str) -> Result<Vec<LastPublished>> {
+        let mut session = self.house.begin(Purpose::Read).await?;
+        let found = repair::published_on(&mut session, stream).await?;
+        session.commit().await?;
+        Ok(found)
+    }
+
+    async fn publish_again(&self, stream: &str, from_sequence: u64) -> Result<u64> {
+        let mut session = self.house.begin(Purpose::House).await?;
+        let done = repair::publish_again(&mut session, stream, from_sequence).await?;
+        session.commit().await?;
+        Ok(done)
+    }
+
+    async fn outputs(&self, filter: &OutputFilter) -> Result<Vec<OutputSummary>> {
+        let mut session = self.house.begin(Purpose::Read).await?;
+        let found = outputs::list(&mut session, filter).await?;
+        session.commit().await?;
+        Ok(found)
+    }
+
+    async fn output(&self, number: i64) -> Result<Option<OutputRecord>> {
+        let mut session = self.house.begin(Purpose::Read).await?;
+        let found = outputs::find(&mut session, number).await?;
+        session.commit().await?;
+        Ok(found)
+    }
+
+    async fn retry_outputs(&self, numbers: &[i64]) -> Result<u64> {
+        let mut session = self.house.begin(Purpose::House).await?;
+        let done = outputs::retry(&mut session, numbers).await?;
+        session.commit().await?;
+        Ok(done)
+    }
+
+    async fn drop_outputs(&self, numbers: &[i64], note: &str) -> Result<u64> {
+        let mut session = self.house.begin(Purpose::House).await?;
+        let done = outputs::drop(&mut session, numbers, note).await?;
+        session.commit().await?;
+        Ok(done)
+    }
+
+    async fn outbox_lag(&self) -> Result<Vec<OutboxLag>> {
+        let mut session = self.house.begin(Purpose::Read).await?;
+        let found = outputs::lag(&mut session).await?;
+        session.commit().await?;
+        Ok(found)
     }
 
     async fn put_component(&self, digest: &str, wasm: &[u8]) -> Result<()> {

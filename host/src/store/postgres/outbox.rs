@@ -11,7 +11,8 @@ use sqlx::postgres::PgRow;
 use super::errors;
 use super::session::Session;
 use crate::fault;
-use crate::store::{OutboxRow, Output, Published, Result, StoreError, shared};
+use crate::store::shared::{self, PutBackColumns};
+use crate::store::{OutboxRow, Output, Published, PutBack, Result, StoreError};
 
 /// Appends the outputs of one worker; see [`append_for`].
 pub(super) async fn append(
@@ -37,20 +38,25 @@ pub(super) async fn append_for(
     }
     let rows = insert(session, outputs, lease).await?;
     let mut appended = Vec::with_capacity(rows.len());
-    for ((seq, first_attempt_at), (worker, output)) in rows.into_iter().zip(outputs) {
-        if let Some(first_attempt_at) = first_attempt_at {
-            appended.push(shared::handed_over(seq, worker, output, first_attempt_at));
+    for (row, (worker, output)) in rows.into_iter().zip(outputs) {
+        if let Some(first_attempt_at) = row.first_attempt_at {
+            appended.push(shared::handed_over(row.seq, worker, output, first_attempt_at, row.ahead));
         }
     }
+    OutboxRow::chain(&mut appended);
     Ok(appended)
 }
 
-/// Inserts outputs and returns, in their order, the sequence of each and, where it is due, the present time.
-async fn insert(
-    session: &mut Session,
-    outputs: &[(&str, &Output)],
-    lease: Duration,
-) -> Result<Vec<(i64, Option<Timestamp>)>> {
+/// A row as it was just written.
+struct Appended {
+    seq: i64,
+    /// None when it is left to the sweep.
+    first_attempt_at: Option<Timestamp>,
+    ahead: Vec<i64>,
+}
+
+/// Inserts outputs and returns, in their order, what became of each.
+async fn insert(session: &mut Session, outputs: &[(&str, &Output)], lease: Duration) -> Result<Vec<Appended>> {
     let headers: Vec<String> =
         outputs.iter().map(|(_, output)| shared::headers_to_text(&output.headers)).collect::<Result<_>>()?;
     let all = || outputs.iter().map(|(_, output)| *output);
@@ -70,30 +76,49 @@ async fn insert(
         .fetch_all(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "append outputs"))?;
-    let read = |row: &PgRow| {
+    let read = |row: &PgRow| -> anyhow::Result<Appended> {
         let first_attempt_at: Option<i64> = row.try_get(1)?;
-        Ok((row.try_get(0)?, first_attempt_at.map(shared::timestamp).transpose()?))
+        let ahead: Option<Vec<i64>> = row.try_get(2)?;
+        Ok(Appended {
+            seq: row.try_get(0)?,
+            first_attempt_at: first_attempt_at.map(shared::timestamp).transpose()?,
+            ahead: ahead.unwrap_or_default(),
+        })
     };
-    let rows: anyhow::Result<Vec<(i64, _)>> = rows.iter().map(read).collect();
+    let rows: anyhow::Result<Vec<_>> = rows.iter().map(read).collect();
     let mut rows = rows.context("read appended outputs").map_err(StoreError::Unavailable)?;
-    rows.sort_unstable_by_key(|(seq, _)| *seq);
+    rows.sort_unstable_by_key(|row| row.seq);
     Ok(rows)
 }
 
-/// Leases what is due, oldest first; rows that another host is leasing right now are left to it.
+/// Leases what is due, oldest first; rows that another host is leasing right now are left to it. Of what is due but not
+/// the next of its key, all is left to wait behind the first of those before it: it comes again once that is gone.
 pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) -> Result<Vec<OutboxRow>> {
+    release(session).await?;
     let query = session.query(
-        "with due as (
-             select seq from oncely.outbox
+        "with due as materialized (
+             select seq, worker, ordering_key from oncely.outbox
              where published_at is null and leased_until <= pg_catalog.now()
              order by leased_until, seq limit $1
              for update skip locked
+         ), judged as materialized (
+             select due.seq, (
+                 select pg_catalog.min(before.seq) from oncely.outbox as before
+                 where due.ordering_key is not null and before.worker = due.worker
+                     and before.ordering_key = due.ordering_key and before.published_at is null
+                     and before.seq < due.seq and before.due_at <= pg_catalog.clock_timestamp()
+                     and not exists (select from due as other where other.seq = before.seq)
+             ) as before
+             from due
+         ), waiting as (
+             update oncely.outbox set leased_until = 'infinity', behind = judged.before
+             from judged where outbox.seq = judged.seq and judged.before is not null
          )
          update oncely.outbox
          set leased_until = pg_catalog.now() + $2 * interval '1 microsecond',
              first_attempt_at = coalesce(first_attempt_at, pg_catalog.now())
-         from due where outbox.seq = due.seq
-         returning outbox.seq, id, worker, subject, headers, body, failures,
+         from judged where outbox.seq = judged.seq and judged.before is null
+         returning outbox.seq, id, worker, subject, headers, body, ordering_key, failures,
              (extract(epoch from first_attempt_at) * 1000000)::bigint as first_attempt_at",
     );
     let rows = query
@@ -108,6 +133,24 @@ pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) ->
     Ok(leased)
 }
 
+/// Lets go of what waits behind rows that are published or gone.
+async fn release(session: &mut Session) -> Result<()> {
+    let query = session.query(
+        "with gone as materialized (
+             select behind from (select distinct behind from oncely.outbox where behind is not null) as waited_for
+             where not exists (
+                 select from oncely.outbox as before where before.seq = waited_for.behind and before.published_at is null)
+         ), freed as (
+             select seq from oncely.outbox where behind in (select behind from gone) for update skip locked
+         )
+         update oncely.outbox set behind = null, leased_until = pg_catalog.now()
+         from freed where outbox.seq = freed.seq",
+    );
+    let freed = query.execute(session.connection()).await;
+    freed.map_err(|error| errors::of_statement(error, "let outputs go that waited"))?;
+    Ok(())
+}
+
 /// Records where outputs are. All of them must be there.
 pub(super) async fn mark_published(session: &mut Session, published: &[Published]) -> Result<()> {
     let sequences: Vec<i64> =
@@ -115,7 +158,7 @@ pub(super) async fn mark_published(session: &mut Session, published: &[Published
     let query = session.query(
         "update oncely.outbox
          set published_at = coalesce(published_at, pg_catalog.now()), stream = given.stream,
-             stream_sequence = given.stream_sequence
+             stream_sequence = given.stream_sequence, behind = null, set_aside_at = null
          from unnest($1::bigint[], $2::text[], $3::bigint[]) as given (seq, stream, stream_sequence)
          where outbox.seq = given.seq",
     );
@@ -127,7 +170,7 @@ pub(super) async fn mark_published(session: &mut Session, published: &[Published
         .await
         .map_err(|error| errors::of_statement(error, "mark outputs as published"))?;
     if fault::mutant(fault::MARK_WITHOUT_FILTER) {
-        let everything = "update oncely.outbox set published_at = now(), stream = '', stream_sequence = 0 where published_at is null";
+        let everything = "update oncely.outbox set published_at = now(), stream = '', stream_sequence = 0, behind = null, set_aside_at = null where published_at is null";
         sqlx::raw_sql(everything)
             .execute(session.connection())
             .await
@@ -136,20 +179,29 @@ pub(super) async fn mark_published(session: &mut Session, published: &[Published
     shared::check_count(result.rows_affected(), published.len())
 }
 
-/// Gives leases up: due again after `delay`, with one more failure.
-pub(super) async fn defer(session: &mut Session, seqs: &[i64], delay: Duration, error: &str) -> Result<()> {
+/// Gives leases up.
+pub(super) async fn put_back(session: &mut Session, rows: &[(i64, PutBack)]) -> Result<()> {
+    let rows: Vec<_> = rows.iter().map(PutBackColumns::of).collect();
     let query = session.query(
         "update oncely.outbox
-         set leased_until = pg_catalog.now() + $2 * interval '1 microsecond', failures = failures + 1, last_error = $3
-         where seq = any($1::bigint[]) and published_at is null",
+         set leased_until = coalesce(pg_catalog.now() + given.after * interval '1 microsecond', 'infinity'),
+             failures = failures + given.failed::int, behind = given.behind,
+             set_aside_at = case when given.aside then pg_catalog.now() end,
+             last_error = coalesce(given.error, last_error)
+         from unnest($1::bigint[], $2::bigint[], $3::bool[], $4::bigint[], $5::bool[], $6::text[])
+             as given (seq, after, failed, behind, aside, error)
+         where outbox.seq = given.seq and published_at is null",
     );
     query
-        .bind(seqs)
-        .bind(shared::micros(delay))
-        .bind(shared::printable(error))
+        .bind(rows.iter().map(|row| row.seq).collect::<Vec<_>>())
+        .bind(rows.iter().map(|row| row.after).collect::<Vec<_>>())
+        .bind(rows.iter().map(|row| row.failed).collect::<Vec<_>>())
+        .bind(rows.iter().map(|row| row.behind).collect::<Vec<_>>())
+        .bind(rows.iter().map(|row| row.aside).collect::<Vec<_>>())
+        .bind(rows.iter().map(|row| row.error.as_deref()).collect::<Vec<_>>())
         .execute(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "defer outputs"))?;
+        .map_err(|error| errors::of_statement(error, "put outputs back"))?;
     Ok(())
 }
 
@@ -161,6 +213,8 @@ fn read(row: &PgRow) -> anyhow::Result<OutboxRow> {
         subject: row.try_get("subject")?,
         headers: shared::headers_from_text(row.try_get("headers")?)?,
         body: Bytes::from(row.try_get::<Vec<u8>, _>("body")?),
+        ordering_key: row.try_get("ordering_key")?,
+        ahead: Vec::new(),
         first_attempt_at: shared::timestamp(row.try_get("first_attempt_at")?)?,
         failures: row.try_get::<i32, _>("failures")?.cast_unsigned(),
     })

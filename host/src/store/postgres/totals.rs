@@ -19,15 +19,18 @@ pub(super) async fn by_worker(session: &mut Session) -> Result<Vec<WorkerTotals>
          ), outbox as (
              select worker, pg_catalog.count(*) filter (where subject not like 'oncely.dlq.%') as outputs,
                  pg_catalog.count(*) filter (where published_at is null) as unpublished,
-                 pg_catalog.min(coalesce(first_attempt_at, leased_until)) filter (where published_at is null
-                     and (first_attempt_at is not null or leased_until <= pg_catalog.now())) as oldest
+                 pg_catalog.count(*) filter (where set_aside_at is not null) as set_aside,
+                 pg_catalog.min(due_at) filter (where published_at is null and due_at <= pg_catalog.now()
+                     and set_aside_at is null and not exists (
+                         select from oncely.outbox as before
+                         where before.seq = outbox.behind and before.set_aside_at is not null)) as oldest
              from oncely.outbox group by worker
          ), names as (
              select name as worker from oncely.worker union select worker from inbox
              union select worker from dead_letter union select worker from outbox
          )
          select worker, coalesce(done, 0) as done, coalesce(dead, 0) as dead, coalesce(outputs, 0) as outputs,
-             coalesce(unpublished, 0) as unpublished,
+             coalesce(unpublished, 0) as unpublished, coalesce(set_aside, 0) as set_aside,
              (extract(epoch from pg_catalog.now() - oldest) * 1000)::bigint as oldest_ms
          from names left join inbox using (worker) left join dead_letter using (worker) left join outbox using (worker)
          order by worker",
@@ -49,6 +52,7 @@ fn read(row: &PgRow) -> sqlx::Result<WorkerTotals> {
         outputs: shared::unsigned(row.try_get("outputs")?),
         unpublished: shared::unsigned(row.try_get("unpublished")?),
         oldest_unpublished_ms: oldest_ms.map(shared::unsigned),
+        set_aside: shared::unsigned(row.try_get("set_aside")?),
     })
 }
 

@@ -12,6 +12,8 @@ mod inbox;
 mod letters;
 mod migrate;
 mod outbox;
+mod outputs;
+mod repair;
 mod session;
 mod state;
 mod totals;
@@ -28,8 +30,9 @@ use self::guest_sql::Guests;
 use self::session::Sessions;
 use self::tx::SqliteTx;
 use super::{
-    DeploymentRecord, FailedAttempt, LetterFilter, LetterRecord, LetterSummary, OutboxRow, Output, Published, Result,
-    StateRecord, Store, Tx, WorkerMigration, WorkerTotals,
+    DeploymentRecord, FailedAttempt, LastPublished, LetterFilter, LetterRecord, LetterSummary, OutboxLag, OutboxRow,
+    Output, OutputFilter, OutputRecord, OutputSummary, Published, PutBack, Result, StateRecord, Store, Tx,
+    WorkerMigration, WorkerTotals,
 };
 use crate::sql::Dialect;
 use crate::verdict::{Letter, Settled};
@@ -121,10 +124,51 @@ impl Store for SqliteStore {
         session.commit().await
     }
 
-    async fn defer_outputs(&self, seqs: &[i64], delay: Duration, error: &str) -> Result<()> {
+    async fn put_back_outputs(&self, rows: &[(i64, PutBack)]) -> Result<()> {
         let mut session = self.sessions.begin().await?;
-        outbox::defer(&mut session, seqs, delay, error).await?;
+        outbox::put_back(&mut session, rows).await?;
         session.commit().await
+    }
+
+    async fn last_published(&self, within: Duration) -> Result<Vec<LastPublished>> {
+        repair::last_published(&self.readers, within).await
+    }
+
+    async fn published_on(&self, stream: &str) -> Result<Vec<LastPublished>> {
+        repair::published_on(&self.readers, stream).await
+    }
+
+    async fn publish_again(&self, stream: &str, from_sequence: u64) -> Result<u64> {
+        let mut session = self.sessions.begin().await?;
+        let done = repair::publish_again(&mut session, stream, from_sequence).await?;
+        session.commit().await?;
+        Ok(done)
+    }
+
+    async fn outputs(&self, filter: &OutputFilter) -> Result<Vec<OutputSummary>> {
+        outputs::list(&self.readers, filter).await
+    }
+
+    async fn output(&self, number: i64) -> Result<Option<OutputRecord>> {
+        outputs::find(&self.readers, number).await
+    }
+
+    async fn retry_outputs(&self, numbers: &[i64]) -> Result<u64> {
+        let mut session = self.sessions.begin().await?;
+        let done = outputs::retry(&mut session, numbers).await?;
+        session.commit().await?;
+        Ok(done)
+    }
+
+    async fn drop_outputs(&self, numbers: &[i64], note: &str) -> Result<u64> {
+        let mut session = self.sessions.begin().await?;
+        let done = outputs::drop(&mut session, numbers, note).await?;
+        session.commit().await?;
+        Ok(done)
+    }
+
+    async fn outbox_lag(&self) -> Result<Vec<OutboxLag>> {
+        outputs::lag(&self.readers).await
     }
 
     async fn put_component(&self, digest: &str, wasm: &[u8]) -> Result<()> {

@@ -1,5 +1,6 @@
 //! The outbox: what committed and is to be published.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -10,7 +11,8 @@ use sqlx::sqlite::SqliteRow;
 use super::errors;
 use super::session::Session;
 use crate::fault;
-use crate::store::{OutboxRow, Output, Published, Result, StoreError, shared};
+use crate::store::shared::{self, LINE_MAX, PutBackColumns};
+use crate::store::{OutboxRow, Output, Published, PutBack, Result, StoreError};
 
 /// Appends the outputs of one worker; see [`append_for`].
 pub(super) async fn append(
@@ -30,28 +32,87 @@ pub(super) async fn append_for(
     outputs: &[(&str, &Output)],
     lease: Duration,
 ) -> Result<Vec<OutboxRow>> {
-    let mut appended = Vec::new();
+    let mut appended: Vec<OutboxRow> = Vec::new();
+    let mut lines: HashMap<(&str, &str), Line> = HashMap::new();
     for (worker, output) in outputs {
-        let row = insert(session, worker, output, lease).await?;
+        let mut line = Line::default();
+        if let Some(key) = output.ordering_key.as_deref().filter(|_| output.delay.is_zero()) {
+            if !lines.contains_key(&(*worker, key)) {
+                lines.insert((*worker, key), Line::before(session, worker, key).await?);
+            }
+            // Only the first output of a key needs to know who is before it.
+            if let Some(known) = lines.get_mut(&(*worker, key)) {
+                line = Line { ahead: std::mem::take(&mut known.ahead), in_trouble: known.in_trouble };
+            }
+        }
+        let row = insert(session, worker, output, line.in_trouble, lease).await?;
         let read = || -> anyhow::Result<_> {
             let first_attempt_at: Option<i64> = row.try_get(1)?;
             Ok((row.try_get(0)?, first_attempt_at.map(shared::timestamp).transpose()?))
         };
         let (seq, first_attempt_at) = read().context("read an appended output").map_err(StoreError::Unavailable)?;
         if let Some(first_attempt_at) = first_attempt_at {
-            appended.push(shared::handed_over(seq, worker, output, first_attempt_at));
+            appended.push(shared::handed_over(seq, worker, output, first_attempt_at, line.ahead));
         }
     }
+    OutboxRow::chain(&mut appended);
     Ok(appended)
 }
 
-async fn insert(session: &mut Session, worker: &str, output: &Output, lease: Duration) -> Result<SqliteRow> {
+/// What is in line for a key when an output is written.
+#[derive(Default)]
+struct Line {
+    ahead: Vec<i64>,
+    /// The one a new output has to wait behind.
+    in_trouble: Option<i64>,
+}
+
+impl Line {
+    async fn before(session: &mut Session, worker: &str, key: &str) -> Result<Self> {
+        let doing = |error| errors::of_statement(error, "look at the line of a key");
+        let rows = sqlx::query(
+            "with clock as (select cast(unixepoch('subsec') * 1000000 as integer) as now)
+             select seq, iif(failures > 0 or leased_until <= now or behind is not null or set_aside_at is not null,
+                 coalesce(behind, seq), null)
+             from clock, oncely_outbox
+             where worker = $1 and ordering_key = $2 and published_at is null and due_at <= now
+             order by seq desc limit $3",
+        )
+        .bind(worker)
+        .bind(key)
+        .bind(LINE_MAX as u32)
+        .fetch_all(session.connection().map_err(doing)?)
+        .await
+        .map_err(doing)?;
+        let read = |row: &SqliteRow| Ok((row.try_get(0)?, row.try_get(1)?));
+        let rows: sqlx::Result<Vec<(i64, Option<i64>)>> = rows.iter().map(read).collect();
+        let rows = rows.map_err(doing)?;
+        let ahead: Vec<i64> = rows.iter().map(|(seq, _)| *seq).collect();
+        let in_trouble = if rows.len() < LINE_MAX {
+            rows.iter().filter_map(|(_, in_trouble)| *in_trouble).min()
+        } else {
+            ahead.iter().copied().max()
+        };
+        Ok(Line { ahead, in_trouble })
+    }
+}
+
+async fn insert(
+    session: &mut Session,
+    worker: &str,
+    output: &Output,
+    behind: Option<i64>,
+    lease: Duration,
+) -> Result<SqliteRow> {
     let doing = |error| errors::of_statement(error, "append an output");
     sqlx::query(
         "with clock as (select cast(unixepoch('subsec') * 1000000 as integer) as now)
-         insert into oncely_outbox (worker, id, event_id, ordinal, subject, headers, body, ordering_key, leased_until,
-             first_attempt_at)
-         select $1, $2, $3, $4, $5, $6, $7, $8, now + iif($9 = 0, $10, $9), iif($9 = 0, now, null) from clock
+         insert into oncely_outbox (worker, id, event_id, ordinal, subject, headers, body, ordering_key, due_at, behind,
+             leased_until, first_attempt_at)
+         select $1, $2, $3, $4, $5, $6, $7, $8, now + $9, $11,
+             case when $9 > 0 then now + $9 when $11 is null then now + $10 else 9223372036854775807 end,
+             iif($9 = 0 and $11 is null, now, null)
+         from clock
          returning seq, first_attempt_at",
     )
     .bind(worker)
@@ -64,26 +125,55 @@ async fn insert(session: &mut Session, worker: &str, output: &Output, lease: Dur
     .bind(output.ordering_key.as_deref())
     .bind(shared::micros(output.delay))
     .bind(shared::micros(lease))
+    .bind(behind)
     .fetch_one(session.connection().map_err(doing)?)
     .await
     .map_err(doing)
 }
 
-/// Leases what is due, oldest first.
+/// Leases what is due, oldest first. Of what is due but not the next of its key, all is left to wait behind the first of
+/// those before it: it comes again once that is gone.
 pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) -> Result<Vec<OutboxRow>> {
     let doing = |error| errors::of_statement(error, "lease outputs");
+    release(session).await?;
+    let judged = sqlx::query(
+        "with clock as materialized (
+             select cast(unixepoch('subsec') * 1000000 as integer) as now
+         ), due as materialized (
+             select seq, worker, ordering_key from oncely_outbox, clock
+             where published_at is null and leased_until <= now
+             order by leased_until, seq limit $1
+         )
+         select seq, (
+             select min(before.seq) from oncely_outbox as before, clock
+             where due.ordering_key is not null and before.worker = due.worker and before.ordering_key = due.ordering_key
+                 and before.published_at is null and before.seq < due.seq and before.due_at <= now
+                 and before.seq not in (select seq from due)
+         ) as before
+         from due",
+    )
+    .bind(limit)
+    .fetch_all(session.connection().map_err(doing)?)
+    .await
+    .map_err(doing)?;
+    let judged: sqlx::Result<Vec<(i64, Option<i64>)>> =
+        judged.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect();
+    let (next, waiting): (Vec<_>, Vec<_>) =
+        judged.map_err(doing)?.into_iter().partition(|(_, before)| before.is_none());
+    let waiting = waiting.into_iter().filter_map(|(seq, before)| Some((seq, PutBack::Behind(before?))));
+    put_back(session, &waiting.collect::<Vec<_>>()).await?;
+    if next.is_empty() {
+        return Ok(Vec::new());
+    }
     let rows = sqlx::query(
         "with clock as (select cast(unixepoch('subsec') * 1000000 as integer) as now)
          update oncely_outbox
          set leased_until = now + $2, first_attempt_at = coalesce(first_attempt_at, now)
          from clock
-         where seq in (
-             select seq from oncely_outbox, clock
-             where published_at is null and leased_until <= now
-             order by leased_until, seq limit $1)
-         returning seq, id, worker, subject, headers, body, failures, first_attempt_at",
+         where seq in (select value from json_each($1))
+         returning seq, id, worker, subject, headers, body, ordering_key, failures, first_attempt_at",
     )
-    .bind(limit)
+    .bind(serde_json::json!(next.iter().map(|(seq, _)| *seq).collect::<Vec<_>>()).to_string())
     .bind(shared::micros(lease))
     .fetch_all(session.connection().map_err(doing)?)
     .await
@@ -92,6 +182,24 @@ pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) ->
     let mut leased = leased.context("read leased outputs").map_err(StoreError::Unavailable)?;
     leased.sort_unstable_by_key(|row| row.seq);
     Ok(leased)
+}
+
+/// Lets go of what waits behind rows that are published or gone.
+async fn release(session: &mut Session) -> Result<()> {
+    let doing = |error| errors::of_statement(error, "let outputs go that waited");
+    sqlx::query(
+        "update oncely_outbox
+         set behind = null, leased_until = cast(unixepoch('subsec') * 1000000 as integer)
+         where behind in (
+             select behind from (select distinct behind from oncely_outbox where behind is not null) as waited_for
+             where not exists (
+                 select 1 from oncely_outbox as before
+                 where before.seq = waited_for.behind and before.published_at is null))",
+    )
+    .execute(session.connection().map_err(doing)?)
+    .await
+    .map_err(doing)?;
+    Ok(())
 }
 
 /// Records where outputs are. All of them must be there.
@@ -104,7 +212,8 @@ pub(super) async fn mark_published(session: &mut Session, published: &[Published
     let result = sqlx::query(
         "update oncely_outbox
          set published_at = coalesce(published_at, cast(unixepoch('subsec') * 1000000 as integer)),
-             stream = given.value ->> 'stream', stream_sequence = given.value ->> 'sequence'
+             stream = given.value ->> 'stream', stream_sequence = given.value ->> 'sequence', behind = null,
+             set_aside_at = null
          from json_each($1) as given
          where oncely_outbox.seq = given.value ->> 'seq'",
     )
@@ -113,25 +222,37 @@ pub(super) async fn mark_published(session: &mut Session, published: &[Published
     .await
     .map_err(doing)?;
     if fault::mutant(fault::MARK_WITHOUT_FILTER) {
-        let everything =
-            "update oncely_outbox set published_at = 0, stream = '', stream_sequence = 0 where published_at is null";
+        let everything = "update oncely_outbox set published_at = 0, stream = '', stream_sequence = 0, behind = null, set_aside_at = null where published_at is null";
         sqlx::raw_sql(everything).execute(session.connection().map_err(doing)?).await.map_err(doing)?;
     }
     shared::check_count(result.rows_affected(), published.len())
 }
 
-/// Gives leases up: due again after `delay`, with one more failure.
-pub(super) async fn defer(session: &mut Session, seqs: &[i64], delay: Duration, error: &str) -> Result<()> {
-    let doing = |error| errors::of_statement(error, "defer outputs");
+/// Gives leases up.
+pub(super) async fn put_back(session: &mut Session, rows: &[(i64, PutBack)]) -> Result<()> {
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let doing = |error| errors::of_statement(error, "put outputs back");
+    let given = rows.iter().map(PutBackColumns::of).map(|row| {
+        serde_json::json!({
+            "seq": row.seq, "after": row.after, "failed": row.failed, "behind": row.behind, "aside": row.aside, "error": row.error,
+        })
+    });
     sqlx::query(
-        "update oncely_outbox
-         set leased_until = cast(unixepoch('subsec') * 1000000 as integer) + $2, failures = failures + 1,
-             last_error = $3
-         where seq in (select value from json_each($1)) and published_at is null",
+        "with clock as (select cast(unixepoch('subsec') * 1000000 as integer) as now),
+         given as (
+             select value ->> 'seq' as seq, value ->> 'after' as after, value ->> 'failed' as failed,
+                 value ->> 'behind' as behind, value ->> 'aside' as aside, value ->> 'error' as error
+             from json_each($1))
+         update oncely_outbox
+         set leased_until = coalesce(now + given.after, 9223372036854775807), failures = failures + given.failed,
+             behind = given.behind, set_aside_at = iif(given.aside, now, null),
+             last_error = coalesce(given.error, last_error)
+         from given, clock
+         where oncely_outbox.seq = given.seq and published_at is null",
     )
-    .bind(serde_json::json!(seqs).to_string())
-    .bind(shared::micros(delay))
-    .bind(shared::printable(error))
+    .bind(serde_json::Value::Array(given.collect()).to_string())
     .execute(session.connection().map_err(doing)?)
     .await
     .map_err(doing)?;
@@ -146,6 +267,8 @@ fn read(row: &SqliteRow) -> anyhow::Result<OutboxRow> {
         subject: row.try_get("subject")?,
         headers: shared::headers_from_text(row.try_get("headers")?)?,
         body: Bytes::from(row.try_get::<Vec<u8>, _>("body")?),
+        ordering_key: row.try_get("ordering_key")?,
+        ahead: Vec::new(),
         first_attempt_at: shared::timestamp(row.try_get("first_attempt_at")?)?,
         failures: row.try_get("failures")?,
     })

@@ -21,15 +21,18 @@ pub(super) async fn by_worker(readers: &SqlitePool) -> Result<Vec<WorkerTotals>>
          ), outbox as (
              select worker, count(*) filter (where subject not like 'oncely.dlq.%') as outputs,
                  count(*) filter (where published_at is null) as unpublished,
-                 min(coalesce(first_attempt_at, leased_until)) filter (where published_at is null
-                     and (first_attempt_at is not null or leased_until <= now)) as oldest
-             from oncely_outbox, clock group by worker
+                 count(*) filter (where set_aside_at is not null) as set_aside,
+                 min(due_at) filter (where published_at is null and due_at <= now
+                     and set_aside_at is null and not exists (
+                         select 1 from oncely_outbox as before
+                         where before.seq = outbox.behind and before.set_aside_at is not null)) as oldest
+             from oncely_outbox as outbox, clock group by worker
          ), names as (
              select name as worker from oncely_worker union select worker from inbox
              union select worker from dead_letter union select worker from outbox
          )
          select worker, coalesce(done, 0) as done, coalesce(dead, 0) as dead, coalesce(outputs, 0) as outputs,
-             coalesce(unpublished, 0) as unpublished, (now - oldest) / 1000 as oldest_ms
+             coalesce(unpublished, 0) as unpublished, coalesce(set_aside, 0) as set_aside, (now - oldest) / 1000 as oldest_ms
          from clock, names left join inbox using (worker) left join dead_letter using (worker)
              left join outbox using (worker)
          order by worker",
@@ -50,6 +53,7 @@ fn read(row: &SqliteRow) -> sqlx::Result<WorkerTotals> {
         outputs: shared::unsigned(row.try_get("outputs")?),
         unpublished: shared::unsigned(row.try_get("unpublished")?),
         oldest_unpublished_ms: oldest_ms.map(shared::unsigned),
+        set_aside: shared::unsigned(row.try_get("set_aside")?),
     })
 }
 

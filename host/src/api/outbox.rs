@@ -1,0 +1,80 @@
+//! Outputs that are not published: what waits for a person, and what a person decides.
+
+use std::sync::Arc;
+
+use anyhow::anyhow;
+use axum::extract::{Path, Query, State};
+use axum::http::StatusCode;
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use base64::Engine as _;
+use serde::{Deserialize, Serialize};
+
+use super::{Answer, Failure};
+use crate::hint::WithHint;
+use crate::host::Host;
+use crate::store::{OutputFilter, OutputSummary};
+
+pub(super) fn routes() -> Router<Arc<Host>> {
+    Router::new()
+        .route("/outbox", get(list))
+        .route("/outbox/{number}", get(show))
+        .route("/outbox/retry", post(retry))
+        .route("/outbox/drop", post(drop))
+}
+
+async fn list(State(host): State<Arc<Host>>, Query(filter): Query<OutputFilter>) -> Answer<Vec<OutputSummary>> {
+    Ok(Json(host.store.outputs(&filter).await?))
+}
+
+/// One output, whole.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Output {
+    #[serde(flatten)]
+    pub summary: OutputSummary,
+    pub headers: Vec<(String, String)>,
+    /// Base64.
+    pub body: String,
+    pub stream: Option<String>,
+    pub stream_sequence: Option<u64>,
+}
+
+async fn show(State(host): State<Arc<Host>>, Path(number): Path<i64>) -> Answer<Output> {
+    let Some(record) = host.store.output(number).await? else {
+        let error = anyhow!("there is no output {number} any more; published ones stay for a while only");
+        return Err(Failure(StatusCode::NOT_FOUND, error.hint("oncely outbox list")));
+    };
+    Ok(Json(Output {
+        summary: record.summary,
+        headers: record.headers,
+        body: base64::engine::general_purpose::STANDARD.encode(&record.body),
+        stream: record.place.as_ref().map(|(stream, _)| stream.clone()),
+        stream_sequence: record.place.map(|(_, sequence)| sequence),
+    }))
+}
+
+/// Outputs that are set aside, and what to say of the decision.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Decision {
+    pub numbers: Vec<i64>,
+    #[serde(default)]
+    pub note: String,
+}
+
+/// How many outputs a decision met; the others were not set aside any more.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Decided {
+    pub outputs: u64,
+}
+
+async fn retry(State(host): State<Arc<Host>>, Json(decision): Json<Decision>) -> Answer<Decided> {
+    let outputs = host.store.retry_outputs(&decision.numbers).await?;
+    tracing::info!("{outputs} outputs that were set aside are tried again");
+    Ok(Json(Decided { outputs }))
+}
+
+async fn drop(State(host): State<Arc<Host>>, Json(decision): Json<Decision>) -> Answer<Decided> {
+    let outputs = host.store.drop_outputs(&decision.numbers, &decision.note).await?;
+    tracing::warn!("{outputs} outputs that were set aside are dropped: {:?} ({})", decision.numbers, decision.note);
+    Ok(Json(Decided { outputs }))
+}

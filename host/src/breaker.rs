@@ -1,0 +1,187 @@
+//! A circuit breaker: after several failures in a row nothing more is tried for a while, then one probe decides.
+//!
+//! Time and randomness are arguments. It knows nothing of what it guards.
+
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+/// How many failures in a row open it.
+const TRIPS_AT: u32 = 5;
+
+/// How long it stays open the first time; twice that after each probe that fails.
+const OPEN_FIRST: Duration = Duration::from_millis(500);
+
+/// Where that doubling ends. Recovery is noticed within this time.
+const OPEN_MAX: Duration = Duration::from_secs(8);
+
+/// How long an answer to a probe may take before another probe is let through.
+const PROBE_WITHIN: Duration = Duration::from_secs(10);
+
+/// When to ask again while a probe is under way.
+const ASK_AGAIN: Duration = Duration::from_millis(500);
+
+/// What a breaker says to whoever wants to try.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Permit {
+    /// Go on.
+    Yes,
+    /// Not before this long.
+    NotFor(Duration),
+}
+
+/// What people see of a breaker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// All is well.
+    Closed,
+    /// Nothing is tried.
+    Open,
+    /// One probe is under way.
+    HalfOpen,
+}
+
+/// One breaker, closed at first.
+#[derive(Debug, Clone)]
+pub struct Breaker {
+    state: State,
+    /// In a row.
+    failures: u32,
+    /// How often it opened in a row.
+    opened: u32,
+    /// Until when it is open, or its probe may take.
+    until: Instant,
+    why: String,
+}
+
+impl Breaker {
+    pub fn new(now: Instant) -> Self {
+        Breaker { state: State::Closed, failures: 0, opened: 0, until: now, why: String::new() }
+    }
+
+    pub fn state(&self) -> State {
+        self.state
+    }
+
+    /// The last failure, for a person.
+    pub fn why(&self) -> &str {
+        &self.why
+    }
+
+    /// Whether to try now. Once it was open long enough, the first one who asks is the probe.
+    pub fn permit(&mut self, now: Instant) -> Permit {
+        if self.state == State::Closed {
+            return Permit::Yes;
+        }
+        if now < self.until {
+            let left = self.until - now;
+            return Permit::NotFor(if self.state == State::HalfOpen { left.min(ASK_AGAIN) } else { left });
+        }
+        self.state = State::HalfOpen;
+        self.until = now + PROBE_WITHIN;
+        Permit::Yes
+    }
+
+    /// Something worked. Returns whether that closed it.
+    pub fn succeeded(&mut self) -> bool {
+        let was_closed = self.state == State::Closed;
+        (self.state, self.failures, self.opened) = (State::Closed, 0, 0);
+        !was_closed
+    }
+
+    /// Something failed. Returns whether that opened it. What was tried before it opened and fails now says nothing new.
+    pub fn failed(&mut self, now: Instant, random: f64, why: &str) -> bool {
+        self.failures = self.failures.saturating_add(1);
+        why.clone_into(&mut self.why);
+        let opens = match self.state {
+            State::Closed => self.failures >= TRIPS_AT,
+            State::HalfOpen => true,
+            State::Open => false,
+        };
+        if opens {
+            let most = OPEN_FIRST.saturating_mul(2_u32.saturating_pow(self.opened)).min(OPEN_MAX);
+            self.state = State::Open;
+            self.opened = self.opened.saturating_add(1);
+            // The upper half is random, so that hosts do not all probe at the same time.
+            self.until = now + most / 2 + (most / 2).mul_f64(random.clamp(0.0, 1.0));
+        }
+        opens
+    }
+
+    /// What was tried failed for a reason of its own. If it was the probe, the next one who asks is another.
+    pub fn undecided(&mut self, now: Instant) {
+        if self.state == State::HalfOpen {
+            (self.state, self.until) = (State::Open, now);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_opens_after_failures_in_a_row_and_one_probe_closes_it() {
+        let now = Instant::now();
+        let mut breaker = Breaker::new(now);
+        for _ in 1..TRIPS_AT {
+            assert!(!breaker.failed(now, 0.0, "no answer"));
+        }
+        // A success in between starts the count anew.
+        breaker.succeeded();
+        for _ in 1..TRIPS_AT {
+            assert!(!breaker.failed(now, 0.0, "no answer"));
+        }
+        assert_eq!(breaker.permit(now), Permit::Yes);
+        assert!(breaker.failed(now, 1.0, "no answer"));
+        assert_eq!((breaker.state(), breaker.why()), (State::Open, "no answer"));
+        assert_eq!(breaker.permit(now), Permit::NotFor(OPEN_FIRST));
+        let later = now + OPEN_FIRST;
+        assert_eq!(breaker.permit(later), Permit::Yes);
+        assert_eq!(breaker.state(), State::HalfOpen);
+        assert!(matches!(breaker.permit(later), Permit::NotFor(_)), "two probes at a time");
+        assert!(breaker.succeeded());
+        assert_eq!(breaker.permit(later), Permit::Yes);
+    }
+
+    #[test]
+    fn each_probe_that_fails_doubles_the_time_up_to_a_limit() {
+        let mut now = Instant::now();
+        let mut breaker = Breaker::new(now);
+        (0..TRIPS_AT).for_each(|_| drop(breaker.failed(now, 1.0, "x")));
+        let mut waited = Vec::new();
+        for _ in 0..6 {
+            let Permit::NotFor(wait) = breaker.permit(now) else { panic!("it is not open") };
+            waited.push(wait.as_millis());
+            now += wait;
+            assert_eq!(breaker.permit(now), Permit::Yes);
+            assert!(breaker.failed(now, 1.0, "x"));
+        }
+        assert_eq!(waited, [500, 1_000, 2_000, 4_000, 8_000, 8_000]);
+    }
+
+    #[test]
+    fn what_was_under_way_when_it_opened_does_not_keep_it_open_longer() {
+        let now = Instant::now();
+        let mut breaker = Breaker::new(now);
+        (0..TRIPS_AT).for_each(|_| drop(breaker.failed(now, 0.5, "x")));
+        let before = breaker.permit(now);
+        assert!(!breaker.failed(now, 1.0, "x"));
+        assert_eq!(breaker.permit(now), before);
+    }
+
+    #[test]
+    fn a_probe_that_never_answers_is_followed_by_another() {
+        let mut now = Instant::now();
+        let mut breaker = Breaker::new(now);
+        (0..TRIPS_AT).for_each(|_| drop(breaker.failed(now, 0.0, "x")));
+        now += OPEN_FIRST;
+        assert_eq!(breaker.permit(now), Permit::Yes);
+        assert_eq!(breaker.permit(now), Permit::NotFor(ASK_AGAIN));
+        now += PROBE_WITHIN;
+        assert_eq!(breaker.permit(now), Permit::Yes);
+        breaker.undecided(now);
+        assert_eq!((breaker.state(), breaker.permit(now)), (State::Open, Permit::Yes));
+    }
+}

@@ -1,0 +1,81 @@
+//! Messages as they stand on a stream, read one by one as JSON: no header can break that.
+
+use anyhow::{Context, Result, bail};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde::Deserialize;
+use serde_json::json;
+
+use super::Bus;
+
+/// The server's answer to a request for one message.
+#[derive(Deserialize)]
+struct Answer {
+    message: Option<Raw>,
+    error: Option<Refusal>,
+}
+
+/// Why there is no message.
+#[derive(Deserialize)]
+struct Refusal {
+    err_code: u64,
+    #[serde(default)]
+    description: String,
+}
+
+/// There is no message at this sequence, or none like this from there on.
+const NO_MESSAGE: u64 = 10037;
+
+/// A message as JSON.
+#[derive(Deserialize)]
+pub(super) struct Raw {
+    pub subject: String,
+    /// The header block, in Base64.
+    #[serde(default)]
+    pub hdrs: String,
+    #[serde(default)]
+    pub data: String,
+    pub time: jiff::Timestamp,
+}
+
+impl Bus {
+    /// The id under which the message at a place was published; empty when it has none, none when there is no message.
+    pub async fn message_id_at(&self, stream: &str, sequence: u64) -> Result<Option<String>> {
+        let Some(raw) = self.raw_message(stream, sequence).await? else { return Ok(None) };
+        let block = STANDARD.decode(&raw.hdrs).context("decode a message's headers")?;
+        let block = String::from_utf8_lossy(&block);
+        let id = block.lines().find_map(|line| line.split_once(':').filter(|(name, _)| *name == "Nats-Msg-Id"));
+        Ok(Some(id.map(|(_, id)| id.trim().to_owned()).unwrap_or_default()))
+    }
+
+    /// When the first message to one of `subjects` (patterns; all when empty) from a sequence on was stored.
+    pub(super) async fn first_stored_at(
+        &self,
+        stream: &str,
+        subjects: &[String],
+        from: u64,
+    ) -> Result<Option<jiff::Timestamp>> {
+        let every = [">".to_owned()];
+        let mut first: Option<jiff::Timestamp> = None;
+        for subject in if subjects.is_empty() { &every } else { subjects } {
+            let wanted = json!({ "seq": from, "next_by_subj": subject });
+            if let Some(raw) = self.raw(stream, wanted).await.context("look for the oldest message that waits")? {
+                first = Some(first.map_or(raw.time, |first| first.min(raw.time)));
+            }
+        }
+        Ok(first)
+    }
+
+    pub(super) async fn raw_message(&self, stream: &str, sequence: u64) -> Result<Option<Raw>> {
+        let wanted = json!({ "seq": sequence });
+        self.raw(stream, wanted).await.with_context(|| format!("read message {sequence} of {stream}"))
+    }
+
+    async fn raw(&self, stream: &str, wanted: serde_json::Value) -> Result<Option<Raw>> {
+        let answer: Answer = self.context.request(format!("STREAM.MSG.GET.{stream}"), &wanted).await?;
+        match answer.error {
+            Some(refusal) if refusal.err_code != NO_MESSAGE => bail!("{}", refusal.description),
+            _ => Ok(answer.message),
+        }
+    }
+}

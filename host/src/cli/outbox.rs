@@ -1,0 +1,274 @@
+//! `oncely outbox`: outputs that could not be published, and what becomes of them.
+
+use anyhow::{Context, Result, bail};
+use base64::Engine as _;
+use clap::{Args, Subcommand};
+
+use super::client::{Client, HostArgs};
+use super::exit::Exit;
+use super::term::{self, Table};
+use crate::api::outbox::{Decided, Decision, Output};
+use crate::hint::WithHint;
+use crate::store::{OutputFilter, OutputSummary};
+use crate::units;
+
+/// How many outputs one request decides about.
+const AT_A_TIME: usize = 1_000;
+
+/// Shows outputs that could not be published, retries or drops them.
+#[derive(Debug, Args)]
+pub struct Outbox {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    List(List),
+    Show(Show),
+    Retry(Retry),
+    Drop(Drop),
+}
+
+/// Lists outputs that are set aside, oldest first.
+#[derive(Debug, Args)]
+struct List {
+    /// Only of this worker.
+    #[arg(long)]
+    worker: Option<String>,
+    /// All that are not published, not only those that are set aside.
+    #[arg(long)]
+    unpublished: bool,
+    /// Those that were dropped, newest first.
+    #[arg(long, conflicts_with = "unpublished")]
+    dropped: bool,
+    /// At most so many.
+    #[arg(long, default_value_t = 50)]
+    limit: u32,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    host: HostArgs,
+}
+
+/// Shows one output: what keeps it, its headers and body.
+#[derive(Debug, Args)]
+struct Show {
+    number: i64,
+    /// Print JSON, the body in Base64.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    host: HostArgs,
+}
+
+/// Has outputs published that were set aside; run it when what kept them is mended.
+#[derive(Debug, Args)]
+struct Retry {
+    #[command(flatten)]
+    which: Which,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    host: HostArgs,
+}
+
+/// Drops outputs that were set aside: they will never be published. What waits for them goes on; a record of them stays.
+#[derive(Debug, Args)]
+struct Drop {
+    #[command(flatten)]
+    which: Which,
+    /// Why, for those who read the record.
+    #[arg(long, default_value = "")]
+    note: String,
+    /// Do not ask.
+    #[arg(long)]
+    yes: bool,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    host: HostArgs,
+}
+
+/// Which outputs.
+#[derive(Debug, Args)]
+struct Which {
+    /// Their numbers.
+    #[arg(required_unless_present = "all")]
+    numbers: Vec<i64>,
+    /// All that are set aside.
+    #[arg(long, conflicts_with = "numbers")]
+    all: bool,
+    /// With --all: only of this worker.
+    #[arg(long, requires = "all")]
+    worker: Option<String>,
+}
+
+impl Outbox {
+    pub async fn run(self) -> Result<()> {
+        match self.command {
+            Command::List(list) => list.run().await,
+            Command::Show(show) => show.run().await,
+            Command::Retry(retry) => retry.run().await,
+            Command::Drop(drop) => drop.run().await,
+        }
+    }
+}
+
+impl List {
+    async fn run(self) -> Result<()> {
+        let client = Client::find(&self.host)?;
+        let (unpublished, dropped) = (self.unpublished, self.dropped);
+        let filter = OutputFilter { worker: self.worker, unpublished, dropped, limit: self.limit };
+        let outputs: Vec<OutputSummary> = client.get_with("/outbox", &filter).await?;
+        if self.json {
+            return term::json(&outputs);
+        }
+        if outputs.is_empty() {
+            term::note(match (unpublished, dropped) {
+                (true, _) => "all outputs are published",
+                (_, true) => "no outputs were dropped",
+                _ => "no outputs are set aside",
+            });
+            return Ok(());
+        }
+        let row = |output: &OutputSummary| {
+            vec![
+                output.number.to_string(),
+                output.worker.clone(),
+                output.state.clone(),
+                output.subject.clone(),
+                output.ordering_key.clone().unwrap_or_default(),
+                output.waiting.to_string(),
+                output.failures.to_string(),
+                units::show_time(output.created_at),
+                match (&output.note, output.behind) {
+                    (Some(note), _) if !note.is_empty() => note.clone(),
+                    (_, Some(behind)) => format!("waits for {behind}"),
+                    _ => output.error.clone().unwrap_or_default(),
+                },
+            ]
+        };
+        let heads = ["number", "worker", "state", "subject", "key", "held", "failures", "created at", "why"];
+        let mut table = Table::new(&heads);
+        outputs.iter().map(row).for_each(|row| table.row(row));
+        term::data(table.to_string().trim_end())
+    }
+}
+
+impl Show {
+    async fn run(self) -> Result<()> {
+        let client = Client::find(&self.host)?;
+        let output: Output = client.get(&format!("/outbox/{}", self.number)).await?;
+        if self.json {
+            return term::json(&output);
+        }
+        show(&output)
+    }
+}
+
+fn show(output: &Output) -> Result<()> {
+    let summary = &output.summary;
+    let mut details = vec![
+        ("output", summary.number.to_string()),
+        ("id", summary.id.clone()),
+        ("worker", summary.worker.clone()),
+        ("event id", summary.event_id.clone()),
+        ("subject", summary.subject.clone()),
+        ("ordering key", summary.ordering_key.clone().unwrap_or_default()),
+        ("state", summary.state.clone()),
+    ];
+    let mut add = |name, value: Option<String>| details.extend(value.map(|value| (name, value)));
+    add("waits for", summary.behind.map(|behind| behind.to_string()));
+    add("held behind it", Some(summary.waiting.to_string()).filter(|_| summary.waiting > 0));
+    add("created at", Some(units::show_time(summary.created_at)));
+    add("due at", Some(units::show_time(summary.due_at)));
+    add("set aside at", summary.set_aside_at.map(units::show_time));
+    add("failures", Some(summary.failures.to_string()));
+    add("last error", summary.error.clone());
+    add("dropped at", summary.dropped_at.map(units::show_time));
+    add("note", summary.note.clone().filter(|note| !note.is_empty()));
+    let place = output.stream.as_ref().zip(output.stream_sequence);
+    add("published at", place.map(|(stream, sequence)| format!("{stream} {sequence}")));
+    term::data(term::details(details))?;
+    term::data("\nheaders")?;
+    for (name, value) in &output.headers {
+        term::data(format!("  {}: {}", term::visible(name), term::visible(value)))?;
+    }
+    let body = base64::engine::general_purpose::STANDARD.decode(&output.body).context("read the body")?;
+    term::data(format!("\nbody ({} bytes)", body.len()))?;
+    term::data(term::readable(&body))
+}
+
+impl Retry {
+    async fn run(self) -> Result<()> {
+        let client = Client::find(&self.host)?;
+        let numbers = self.which.find(&client).await?;
+        let outputs = decide(&client, "/outbox/retry", &numbers, "").await?;
+        if self.json {
+            return term::json(&Decided { outputs });
+        }
+        term::data(format!("{} tried again; oncely outbox list shows what is set aside once more", counted(outputs)))?;
+        all_met(outputs, &numbers)
+    }
+}
+
+impl Drop {
+    async fn run(self) -> Result<()> {
+        let client = Client::find(&self.host)?;
+        let numbers = self.which.find(&client).await?;
+        let question = format!("{} to be dropped and never published. Go on?", counted(numbers.len() as u64));
+        if !numbers.is_empty() && !self.yes && !term::confirm(&question) {
+            return Err(
+                Exit::Usage.because(format!("{} to be dropped, and nobody confirmed", counted(numbers.len() as u64)))
+            )
+            .hint("confirm with --yes");
+        }
+        let outputs = decide(&client, "/outbox/drop", &numbers, &self.note).await?;
+        if self.json {
+            return term::json(&Decided { outputs });
+        }
+        term::data(format!("{} dropped; oncely outbox list --dropped has the record", counted(outputs)))?;
+        all_met(outputs, &numbers)
+    }
+}
+
+impl Which {
+    async fn find(&self, client: &Client) -> Result<Vec<i64>> {
+        if !self.all {
+            let mut numbers = self.numbers.clone();
+            numbers.sort_unstable();
+            numbers.dedup();
+            return Ok(numbers);
+        }
+        let filter = OutputFilter { worker: self.worker.clone(), limit: u32::MAX, ..OutputFilter::default() };
+        let outputs: Vec<OutputSummary> = client.get_with("/outbox", &filter).await?;
+        Ok(outputs.iter().map(|output| output.number).collect())
+    }
+}
+
+async fn decide(client: &Client, path: &str, numbers: &[i64], note: &str) -> Result<u64> {
+    let mut outputs = 0;
+    for numbers in numbers.chunks(AT_A_TIME) {
+        let decision = Decision { numbers: numbers.to_vec(), note: note.to_owned() };
+        let decided: Decided = client.post(path, &decision).await?;
+        outputs += decided.outputs;
+    }
+    Ok(outputs)
+}
+
+/// Fails when some of the outputs were not set aside (any more).
+fn all_met(outputs: u64, numbers: &[i64]) -> Result<()> {
+    let others = (numbers.len() as u64).saturating_sub(outputs);
+    if others > 0 {
+        bail!("{} not set aside", counted(others));
+    }
+    Ok(())
+}
+
+fn counted(outputs: u64) -> String {
+    if outputs == 1 { "1 output is".to_owned() } else { format!("{outputs} outputs are") }
+}

@@ -1,0 +1,212 @@
+//! What the relay has in memory: outputs that may be sent now, and those that wait for others of their key.
+//!
+//! Of a key one output is under way at a time, because a stream may take the second of two although it did not take the
+//! first. Outputs without a key go as they come.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::time::{Duration, Instant};
+
+use crate::store::{OutboxRow, PutBack};
+
+/// How long after its lease began an output may still be sent. The lease is longer by what an answer and its record take.
+pub const SEND_WITHIN: Duration = Duration::from_secs(20);
+
+/// How many published outputs are remembered, for those that come from memory and have to know whether these are through.
+const PUBLISHED_MAX: usize = 1 << 16;
+
+/// An output in memory, leased to this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Held {
+    pub row: OutboxRow,
+    /// Not later than its lease began.
+    pub since: Instant,
+}
+
+/// Worker and ordering key.
+type Key = (String, String);
+
+/// The outputs of a host that are leased and not answered for.
+#[derive(Default)]
+pub struct Lines {
+    ready: VecDeque<Held>,
+    /// For each key that has an output ready or under way, those behind it.
+    waiting: HashMap<Key, VecDeque<Held>>,
+    /// All that are ready, waiting or under way.
+    held: HashSet<i64>,
+    published: HashSet<i64>,
+    published_in_order: VecDeque<i64>,
+}
+
+impl Lines {
+    /// How many outputs are ready, waiting or under way.
+    pub fn len(&self) -> usize {
+        self.held.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.held.is_empty()
+    }
+
+    /// Takes outputs that are leased to this host, in order. Returns those that have to wait for one that is not here.
+    pub fn take(&mut self, rows: Vec<OutboxRow>, since: Instant) -> Vec<(i64, PutBack)> {
+        let mut back = Vec::new();
+        for row in rows {
+            match row.ahead.iter().find(|ahead| !self.knows(**ahead)) {
+                Some(missing) => back.push((row.seq, PutBack::Behind(*missing))),
+                None => self.push(Held { row, since }),
+            }
+        }
+        back
+    }
+
+    /// Whether an output was published by this host, or will be before whatever comes behind it.
+    fn knows(&self, seq: i64) -> bool {
+        self.held.contains(&seq) || self.published.contains(&seq)
+    }
+
+    fn push(&mut self, held: Held) {
+        if !self.held.insert(held.row.seq) {
+            return;
+        }
+        match key(&held.row) {
+            None => self.ready.push_back(held),
+            Some(key) => match self.waiting.get_mut(&key) {
+                Some(line) => line.push_back(held),
+                None => {
+                    self.waiting.insert(key, VecDeque::new());
+                    self.ready.push_back(held);
+                }
+            },
+        }
+    }
+
+    /// The next one to send. It is under way until [`Lines::published`] or [`Lines::not_published`].
+    pub fn next(&mut self) -> Option<Held> {
+        self.ready.pop_front()
+    }
+
+    /// An output is on its stream: the next of its key may go.
+    pub fn published(&mut self, row: &OutboxRow) {
+        self.held.remove(&row.seq);
+        let Some(key) = key(row) else { return };
+        self.remember(row.seq);
+        match self.waiting.get_mut(&key).and_then(VecDeque::pop_front) {
+            Some(next) => self.ready.push_back(next),
+            None => drop(self.waiting.remove(&key)),
+        }
+    }
+
+    /// An output was found on its stream, without having been here.
+    pub fn remember(&mut self, seq: i64) {
+        if self.published.insert(seq) {
+            self.published_in_order.push_back(seq);
+        }
+        if self.published_in_order.len() > PUBLISHED_MAX
+            && let Some(oldest) = self.published_in_order.pop_front()
+        {
+            self.published.remove(&oldest);
+        }
+    }
+
+    /// A stream has lost something: nobody knows any more what is through.
+    pub fn forget_published(&mut self) {
+        self.published.clear();
+        self.published_in_order.clear();
+    }
+
+    /// An output was not published: it and all that wait behind it leave. Returns those behind it.
+    pub fn not_published(&mut self, row: &OutboxRow) -> Vec<(i64, PutBack)> {
+        self.held.remove(&row.seq);
+        let behind = key(row).and_then(|key| self.waiting.remove(&key)).unwrap_or_default();
+        for held in &behind {
+            self.held.remove(&held.row.seq);
+        }
+        behind.into_iter().map(|held| (held.row.seq, PutBack::Behind(row.seq))).collect()
+    }
+}
+
+impl Held {
+    /// Whether its lease leaves no time to send it. Another host may have it next.
+    pub fn is_late(&self, now: Instant) -> bool {
+        now.duration_since(self.since) > SEND_WITHIN
+    }
+}
+
+fn key(row: &OutboxRow) -> Option<Key> {
+    row.ordering_key.as_ref().map(|key| (row.worker.clone(), key.clone()))
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use jiff::Timestamp;
+
+    use super::*;
+
+    fn row(seq: i64, key: Option<&str>, ahead: &[i64]) -> OutboxRow {
+        OutboxRow {
+            seq,
+            id: seq.to_string(),
+            worker: "w".to_owned(),
+            subject: "out".to_owned(),
+            headers: Vec::new(),
+            body: Bytes::new(),
+            ordering_key: key.map(str::to_owned),
+            ahead: ahead.to_vec(),
+            first_attempt_at: Timestamp::UNIX_EPOCH,
+            failures: 0,
+        }
+    }
+
+    fn ready(lines: &mut Lines) -> Vec<OutboxRow> {
+        std::iter::from_fn(|| lines.next()).map(|held| held.row).collect()
+    }
+
+    fn seqs(rows: &[OutboxRow]) -> Vec<i64> {
+        rows.iter().map(|row| row.seq).collect()
+    }
+
+    #[test]
+    fn one_output_of_a_key_is_under_way_at_a_time_and_others_pass() {
+        let mut lines = Lines::default();
+        let rows = vec![row(1, Some("a"), &[]), row(2, Some("a"), &[1]), row(3, None, &[]), row(4, Some("b"), &[])];
+        assert!(lines.take(rows, Instant::now()).is_empty());
+        let first = ready(&mut lines);
+        assert_eq!(seqs(&first), [1, 3, 4]);
+        lines.published(&first[0]);
+        assert_eq!(seqs(&ready(&mut lines)), [2]);
+        assert_eq!(lines.len(), 3);
+    }
+
+    #[test]
+    fn what_fails_takes_those_behind_it_along_and_those_that_come_later() {
+        let mut lines = Lines::default();
+        lines.take(vec![row(1, Some("a"), &[]), row(2, Some("a"), &[1]), row(3, Some("a"), &[2])], Instant::now());
+        let first = ready(&mut lines).remove(0);
+        assert_eq!(lines.not_published(&first), [(2, PutBack::Behind(1)), (3, PutBack::Behind(1))]);
+        assert!(lines.is_empty());
+        // It was written before the failure was known to the database.
+        let later = vec![row(4, Some("a"), &[3, 2, 1]), row(5, Some("a"), &[4])];
+        assert_eq!(lines.take(later, Instant::now()), [(4, PutBack::Behind(3)), (5, PutBack::Behind(4))]);
+        assert!(ready(&mut lines).is_empty());
+    }
+
+    #[test]
+    fn what_another_host_has_is_waited_for_and_what_was_published_here_is_not() {
+        let mut lines = Lines::default();
+        lines.take(vec![row(1, Some("a"), &[])], Instant::now());
+        let first = ready(&mut lines).remove(0);
+        lines.published(&first);
+        assert!(lines.take(vec![row(2, Some("a"), &[1])], Instant::now()).is_empty());
+        assert_eq!(seqs(&ready(&mut lines)), [2]);
+        assert_eq!(lines.take(vec![row(7, Some("a"), &[2, 6])], Instant::now()), [(7, PutBack::Behind(6))]);
+    }
+
+    #[test]
+    fn what_is_leased_a_second_time_is_not_sent_a_second_time() {
+        let mut lines = Lines::default();
+        lines.take(vec![row(1, None, &[])], Instant::now());
+        lines.take(vec![row(1, None, &[])], Instant::now());
+        assert_eq!(seqs(&ready(&mut lines)), [1]);
+    }
+}

@@ -1,0 +1,117 @@
+//! The sweep: takes what was left behind, and looks up what may be on its stream already.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use jiff::{SignedDuration, Timestamp};
+
+use super::lines::SEND_WITHIN;
+use crate::bus::{Bus, StreamInfo, stream_of};
+use crate::delivery::HAND_OVER_LEASE;
+use crate::fault;
+use crate::metrics::{Metrics, OutputOutcome};
+use crate::store::{OutboxRow, Published, PutBack, Store, StoreError};
+
+/// How old the list of streams may be that says where outputs go and for how long ids are remembered there.
+pub(super) const STREAMS_AS_OF: Duration = Duration::from_secs(10);
+
+/// The broker's clock may be behind ours.
+const CLOCKS_APART: SignedDuration = SignedDuration::from_mins(2);
+
+/// What a sweep found.
+pub(super) struct Swept {
+    /// To be sent, in order.
+    pub rows: Vec<OutboxRow>,
+    /// Not later than their leases began.
+    pub since: Instant,
+    /// On their streams already.
+    pub there: Vec<Published>,
+    pub back: Vec<(i64, PutBack)>,
+    /// As many as asked for: there may be more.
+    pub is_full: bool,
+    /// As they are known; none when the server does not say.
+    pub streams: Arc<Vec<StreamInfo>>,
+}
+
+/// Leases what is due and nobody's. Of that, what was first sent so long ago that its stream may have forgotten the id is
+/// looked up, and sent again only if it is not there.
+pub(super) async fn sweep(
+    store: Arc<dyn Store>,
+    bus: Bus,
+    metrics: Arc<Metrics>,
+    limit: u32,
+) -> Result<Swept, StoreError> {
+    let since = Instant::now();
+    let mut rows = store.lease_outputs(limit, HAND_OVER_LEASE).await?;
+    let is_full = rows.len() >= limit as usize;
+    if !rows.is_empty() {
+        fault::point(fault::RELAY_LEASED);
+    }
+    rows.retain(|row| !(fault::mutant(fault::CURSOR_BY_SEQ) && fault::is_behind(row.seq)));
+    // Without a list of streams hardly anything will be sent; whatever is sent was first sent a short while ago.
+    let streams = bus.streams(STREAMS_AS_OF).await.unwrap_or_default();
+    let mut swept = Swept { rows, since, there: Vec::new(), back: Vec::new(), is_full, streams };
+    swept.look_up_the_old(&bus, &metrics).await;
+    OutboxRow::chain(&mut swept.rows);
+    Ok(swept)
+}
+
+impl Swept {
+    async fn look_up_the_old(&mut self, bus: &Bus, metrics: &Metrics) {
+        let streams = Arc::clone(&self.streams);
+        let now = Timestamp::now();
+        let mut by_stream: HashMap<String, Vec<OutboxRow>> = HashMap::new();
+        for row in std::mem::take(&mut self.rows) {
+            match stream_of(&streams, &row.subject) {
+                Some(stream) if is_old(&row, stream, now) => {
+                    by_stream.entry(stream.name.clone()).or_default().push(row)
+                }
+                _ => self.rows.push(row),
+            }
+        }
+        for (stream, rows) in by_stream {
+            match look_up(bus, &stream, &rows).await {
+                Ok(places) => {
+                    for row in rows {
+                        match places.get(&row.id) {
+                            Some(sequence) => {
+                                metrics.output(&row.worker, OutputOutcome::Found);
+                                let place =
+                                    Published { seq: row.seq, stream: stream.clone(), stream_sequence: *sequence };
+                                self.there.push(place);
+                            }
+                            None => self.rows.push(row),
+                        }
+                    }
+                }
+                Err(error) => self.put_back_unseen(&stream, &rows, &error, metrics),
+            }
+        }
+        self.rows.sort_by_key(|row| row.seq);
+    }
+
+    fn put_back_unseen(&mut self, stream: &str, rows: &[OutboxRow], error: &anyhow::Error, metrics: &Metrics) {
+        tracing::warn!("{} outputs to {stream} not published yet, looking them up failed: {error:#}", rows.len());
+        for row in rows {
+            metrics.output(&row.worker, OutputOutcome::Failed);
+            let error = Some(format!("looking it up failed: {error:#}"));
+            self.back.push((row.seq, PutBack::Later { after: super::retry_after(row.failures), error }));
+        }
+    }
+}
+
+/// Whether a stream may have forgotten the id of an output by the time it is sent. Half of the window is for clocks that
+/// run apart and for answers that are late.
+fn is_old(row: &OutboxRow, stream: &StreamInfo, now: Timestamp) -> bool {
+    now.duration_since(row.first_attempt_at).unsigned_abs() > (stream.duplicate_window / 2).saturating_sub(SEND_WITHIN)
+}
+
+/// Which of these rows stand on a stream, by id, and where.
+async fn look_up(bus: &Bus, stream: &str, rows: &[OutboxRow]) -> Result<HashMap<String, u64>> {
+    let ids: HashSet<String> = rows.iter().map(|row| row.id.clone()).collect();
+    let subjects: HashSet<String> = rows.iter().map(|row| row.subject.clone()).collect();
+    let Some(since) = rows.iter().map(|row| row.first_attempt_at).min() else { return Ok(HashMap::new()) };
+    bus.find_published(stream, &subjects.into_iter().collect::<Vec<_>>(), since - CLOCKS_APART, &ids).await
+}

@@ -1,0 +1,171 @@
+//! Outputs as people see them: what waits for a person, and what becomes of it.
+
+use anyhow::Context;
+use bytes::Bytes;
+use sqlx::Row;
+use sqlx::postgres::PgRow;
+
+use super::errors;
+use super::session::Session;
+use crate::store::{OutboxLag, OutputFilter, OutputRecord, OutputSummary, Result, StoreError, shared};
+
+/// The columns of a summary, from the outbox and from what was dropped. Times are in microseconds.
+macro_rules! summaries {
+    ($rest:literal) => {
+        concat!(
+            "with rows as (
+                 select seq, id, worker, event_id, subject, ordering_key, failures, last_error, created_at, due_at,
+                     set_aside_at, headers, body, stream, stream_sequence, behind, null::timestamptz as dropped_at,
+                     null as note,
+                     case
+                         when published_at is not null then 'published'
+                         when set_aside_at is not null then 'set-aside'
+                         when behind is not null then 'behind'
+                         when due_at > pg_catalog.now() then 'delayed'
+                         when leased_until > pg_catalog.now() then 'leased'
+                         else 'due'
+                     end as state
+                 from oncely.outbox
+                 union all
+                 select seq, id, worker, event_id, subject, ordering_key, failures, last_error, created_at, due_at,
+                     set_aside_at, headers, body, null, null, null, dropped_at, note, 'dropped'
+                 from oncely.dropped_output
+             )
+             select rows.*, (extract(epoch from created_at) * 1000000)::bigint as created,
+                 (extract(epoch from due_at) * 1000000)::bigint as due,
+                 (extract(epoch from set_aside_at) * 1000000)::bigint as set_aside,
+                 (extract(epoch from dropped_at) * 1000000)::bigint as dropped,
+                 (select pg_catalog.count(*) from oncely.outbox as other where other.behind = rows.seq) as waiting
+             from rows ",
+            $rest
+        )
+    };
+}
+
+/// Outputs that are set aside, or all that are not published, oldest first; or those that were dropped, newest first.
+pub(super) async fn list(session: &mut Session, filter: &OutputFilter) -> Result<Vec<OutputSummary>> {
+    let query = session.query(match (filter.dropped, filter.unpublished) {
+        (true, _) => summaries!(
+            "where dropped_at is not null and ($1::text is null or worker = $1) order by dropped_at desc, seq limit $2"
+        ),
+        (false, true) => summaries!(
+            "where state not in ('published', 'dropped') and ($1::text is null or worker = $1) order by seq limit $2"
+        ),
+        (false, false) => summaries!(
+            "where state = 'set-aside' and set_aside_at is not null and ($1::text is null or worker = $1)
+             order by seq limit $2"
+        ),
+    });
+    let rows = query
+        .bind(filter.worker.as_deref())
+        .bind(i64::from(filter.limit))
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "list outputs"))?;
+    rows.iter().map(|row| summary(row).context("read an output").map_err(StoreError::Unavailable)).collect()
+}
+
+/// One output by its number.
+pub(super) async fn find(session: &mut Session, number: i64) -> Result<Option<OutputRecord>> {
+    let query = session.query(summaries!("where seq = $1"));
+    let row = query
+        .bind(number)
+        .fetch_optional(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "read an output"))?;
+    row.map(|row| record(&row)).transpose().context("read an output").map_err(StoreError::Unavailable)
+}
+
+/// Has outputs that are set aside published after all.
+pub(super) async fn retry(session: &mut Session, numbers: &[i64]) -> Result<u64> {
+    let query = session.query(
+        "update oncely.outbox set set_aside_at = null, leased_until = pg_catalog.now()
+         where seq = any($1::bigint[]) and set_aside_at is not null",
+    );
+    let result = query.bind(numbers).execute(session.connection()).await;
+    Ok(result.map_err(|error| errors::of_statement(error, "retry outputs"))?.rows_affected())
+}
+
+/// Moves outputs that are set aside to those that were dropped.
+pub(super) async fn drop(session: &mut Session, numbers: &[i64], note: &str) -> Result<u64> {
+    let query = session.query(
+        "with gone as (
+             delete from oncely.outbox where seq = any($1::bigint[]) and set_aside_at is not null
+             returning seq, id, worker, event_id, ordinal, subject, headers, body, ordering_key, created_at, due_at,
+                 failures, last_error, set_aside_at
+         )
+         insert into oncely.dropped_output (seq, id, worker, event_id, ordinal, subject, headers, body, ordering_key,
+             created_at, due_at, failures, last_error, set_aside_at, note)
+         select gone.*, $2 from gone",
+    );
+    let result = query.bind(numbers).bind(shared::printable(note)).execute(session.connection()).await;
+    Ok(result.map_err(|error| errors::of_statement(error, "drop outputs"))?.rows_affected())
+}
+
+/// How far publishing is behind, by worker.
+pub(super) async fn lag(session: &mut Session) -> Result<Vec<OutboxLag>> {
+    let query = session.query(
+        "with unpublished as (
+             select outbox.worker, outbox.due_at, outbox.set_aside_at is not null as is_aside,
+                 before.set_aside_at is not null as is_held
+             from oncely.outbox left join oncely.outbox as before on before.seq = outbox.behind
+             where outbox.published_at is null
+         )
+         select worker, pg_catalog.count(*) filter (where due_at <= pg_catalog.now()) as unpublished,
+             (extract(epoch from pg_catalog.now() - pg_catalog.min(due_at) filter (
+                 where due_at <= pg_catalog.now() and not is_aside and not is_held)) * 1000)::bigint as oldest_ms,
+             pg_catalog.count(*) filter (where is_aside) as set_aside, pg_catalog.count(*) filter (where is_held) as held
+         from unpublished group by worker order by worker",
+    );
+    let rows = query
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "measure how far publishing is behind"))?;
+    let lags: sqlx::Result<Vec<_>> = rows.iter().map(read_lag).collect();
+    lags.context("read how far publishing is behind").map_err(StoreError::Unavailable)
+}
+
+fn read_lag(row: &PgRow) -> sqlx::Result<OutboxLag> {
+    let oldest_ms: Option<i64> = row.try_get("oldest_ms")?;
+    Ok(OutboxLag {
+        worker: row.try_get("worker")?,
+        unpublished: shared::unsigned(row.try_get("unpublished")?),
+        oldest_ms: oldest_ms.map(shared::unsigned),
+        set_aside: shared::unsigned(row.try_get("set_aside")?),
+        held: shared::unsigned(row.try_get("held")?),
+    })
+}
+
+fn summary(row: &PgRow) -> anyhow::Result<OutputSummary> {
+    let time = |column| -> anyhow::Result<Option<jiff::Timestamp>> {
+        let micros: Option<i64> = row.try_get(column)?;
+        Ok(micros.map(shared::timestamp).transpose()?)
+    };
+    Ok(OutputSummary {
+        number: row.try_get("seq")?,
+        id: row.try_get("id")?,
+        worker: row.try_get("worker")?,
+        event_id: row.try_get("event_id")?,
+        subject: row.try_get("subject")?,
+        ordering_key: row.try_get("ordering_key")?,
+        state: row.try_get("state")?,
+        behind: row.try_get("behind")?,
+        waiting: shared::unsigned(row.try_get("waiting")?),
+        failures: shared::narrow(i64::from(row.try_get::<i32, _>("failures")?)),
+        error: row.try_get("last_error")?,
+        created_at: time("created")?.unwrap_or_default(),
+        due_at: time("due")?.unwrap_or_default(),
+        set_aside_at: time("set_aside")?,
+        dropped_at: time("dropped")?,
+        note: row.try_get("note")?,
+    })
+}
+
+fn record(row: &PgRow) -> anyhow::Result<OutputRecord> {
+    Ok(OutputRecord {
+        summary: summary(row)?,
+        headers: shared::headers_from_text(row.try_get("headers")?)?,
+        body: Bytes::from(row.try_get::<Vec<u8>, _>("body")?),
+        place: shared::origin(row.try_get("stream")?, row.try_get("stream_sequence")?),
+    })
+}

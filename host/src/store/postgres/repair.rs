@@ -1,0 +1,65 @@
+//! What was published, for when a stream has lost it.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use sqlx::Row;
+use sqlx::postgres::PgRow;
+
+use super::errors;
+use super::session::Session;
+use crate::store::{LastPublished, Result, StoreError, shared};
+
+/// For each stream the last output on it, of those published within some time.
+pub(super) async fn last_published(session: &mut Session, within: Duration) -> Result<Vec<LastPublished>> {
+    let query = session.query(
+        "select distinct on (stream) id, stream, stream_sequence,
+             (extract(epoch from published_at) * 1000000)::bigint as published_at
+         from oncely.outbox where published_at > pg_catalog.now() - $1 * interval '1 microsecond'
+         order by stream, stream_sequence desc",
+    );
+    let rows = query.bind(shared::micros(within)).fetch_all(session.connection()).await;
+    read_all(&rows.map_err(|error| errors::of_statement(error, "look what was published last"))?)
+}
+
+/// All published outputs on a stream that are still in the outbox, by sequence.
+pub(super) async fn published_on(session: &mut Session, stream: &str) -> Result<Vec<LastPublished>> {
+    let query = session.query(
+        "select id, stream, stream_sequence, (extract(epoch from published_at) * 1000000)::bigint as published_at
+         from oncely.outbox where stream = $1 order by stream_sequence",
+    );
+    let rows = query.bind(stream).fetch_all(session.connection()).await;
+    read_all(&rows.map_err(|error| errors::of_statement(error, "look what was published"))?)
+}
+
+/// Forgets that the outputs from this sequence of a stream on were published.
+pub(super) async fn publish_again(session: &mut Session, stream: &str, from_sequence: u64) -> Result<u64> {
+    let query = session.query(
+        "update oncely.outbox
+         set published_at = null, stream = null, stream_sequence = null, leased_until = pg_catalog.now(), failures = 0
+         where stream = $1 and stream_sequence >= $2",
+    );
+    let result = query
+        .bind(stream)
+        .bind(shared::signed(from_sequence)?)
+        .execute(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "have outputs published again"))?;
+    Ok(result.rows_affected())
+}
+
+fn read_all(rows: &[PgRow]) -> Result<Vec<LastPublished>> {
+    let read = |row: &PgRow| -> anyhow::Result<LastPublished> {
+        Ok(LastPublished {
+            id: row.try_get("id")?,
+            stream: row.try_get("stream")?,
+            stream_sequence: shared::unsigned(row.try_get("stream_sequence")?),
+            published_at: shared::timestamp(row.try_get("published_at")?)?,
+        })
+    };
+    rows.iter()
+        .map(read)
+        .collect::<anyhow::Result<_>>()
+        .context("read what was published")
+        .map_err(StoreError::Unavailable)
+}

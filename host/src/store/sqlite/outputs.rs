@@ -1,0 +1,179 @@
+//! Outputs as people see them: what waits for a person, and what becomes of it.
+
+use anyhow::Context;
+use bytes::Bytes;
+use sqlx::Row;
+use sqlx::sqlite::{SqlitePool, SqliteRow};
+
+use super::errors;
+use super::session::Session;
+use crate::store::{OutboxLag, OutputFilter, OutputRecord, OutputSummary, Result, StoreError, shared};
+
+/// The columns of a summary, from the outbox and from what was dropped. Times are in microseconds.
+macro_rules! summaries {
+    ($rest:literal) => {
+        concat!(
+            "with clock as (
+                 select cast(unixepoch('subsec') * 1000000 as integer) as now
+             ), rows as (
+                 select seq, id, worker, event_id, subject, ordering_key, failures, last_error, created_at, due_at,
+                     set_aside_at, headers, body, stream, stream_sequence, behind, null as dropped_at, null as note,
+                     case
+                         when published_at is not null then 'published'
+                         when set_aside_at is not null then 'set-aside'
+                         when behind is not null then 'behind'
+                         when due_at > now then 'delayed'
+                         when leased_until > now then 'leased'
+                         else 'due'
+                     end as state
+                 from oncely_outbox, clock
+                 union all
+                 select seq, id, worker, event_id, subject, ordering_key, failures, last_error, created_at, due_at,
+                     set_aside_at, headers, body, null, null, null, dropped_at, note, 'dropped'
+                 from oncely_dropped_output
+             )
+             select rows.*, created_at as created, due_at as due, set_aside_at as set_aside, dropped_at as dropped,
+                 (select count(*) from oncely_outbox as other where other.behind = rows.seq) as waiting
+             from rows ",
+            $rest
+        )
+    };
+}
+
+/// Outputs that are set aside, or all that are not published, oldest first; or those that were dropped, newest first.
+pub(super) async fn list(readers: &SqlitePool, filter: &OutputFilter) -> Result<Vec<OutputSummary>> {
+    let query = sqlx::query(match (filter.dropped, filter.unpublished) {
+        (true, _) => summaries!(
+            "where dropped_at is not null and ($1 is null or worker = $1) order by dropped_at desc, seq limit $2"
+        ),
+        (false, true) => summaries!(
+            "where state not in ('published', 'dropped') and ($1 is null or worker = $1) order by seq limit $2"
+        ),
+        (false, false) => summaries!(
+            "where state = 'set-aside' and set_aside_at is not null and ($1 is null or worker = $1)
+             order by seq limit $2"
+        ),
+    });
+    let rows = query
+        .bind(filter.worker.as_deref())
+        .bind(filter.limit)
+        .fetch_all(readers)
+        .await
+        .map_err(|error| errors::of_statement(error, "list outputs"))?;
+    rows.iter().map(|row| summary(row).context("read an output").map_err(StoreError::Unavailable)).collect()
+}
+
+/// One output by its number.
+pub(super) async fn find(readers: &SqlitePool, number: i64) -> Result<Option<OutputRecord>> {
+    let query = sqlx::query(summaries!("where seq = $1"));
+    let row = query
+        .bind(number)
+        .fetch_optional(readers)
+        .await
+        .map_err(|error| errors::of_statement(error, "read an output"))?;
+    row.map(|row| record(&row)).transpose().context("read an output").map_err(StoreError::Unavailable)
+}
+
+/// Has outputs that are set aside published after all.
+pub(super) async fn retry(session: &mut Session, numbers: &[i64]) -> Result<u64> {
+    let doing = |error| errors::of_statement(error, "retry outputs");
+    let result = sqlx::query(
+        "update oncely_outbox
+         set set_aside_at = null, leased_until = cast(unixepoch('subsec') * 1000000 as integer)
+         where seq in (select value from json_each($1)) and set_aside_at is not null",
+    )
+    .bind(serde_json::json!(numbers).to_string())
+    .execute(session.connection().map_err(doing)?)
+    .await
+    .map_err(doing)?;
+    Ok(result.rows_affected())
+}
+
+/// Moves outputs that are set aside to those that were dropped.
+pub(super) async fn drop(session: &mut Session, numbers: &[i64], note: &str) -> Result<u64> {
+    let doing = |error| errors::of_statement(error, "drop outputs");
+    let numbers = serde_json::json!(numbers).to_string();
+    sqlx::query(
+        "insert into oncely_dropped_output (seq, id, worker, event_id, ordinal, subject, headers, body, ordering_key,
+             created_at, due_at, failures, last_error, set_aside_at, note)
+         select seq, id, worker, event_id, ordinal, subject, headers, body, ordering_key, created_at, due_at, failures,
+             last_error, set_aside_at, $2
+         from oncely_outbox where seq in (select value from json_each($1)) and set_aside_at is not null",
+    )
+    .bind(&numbers)
+    .bind(shared::printable(note))
+    .execute(session.connection().map_err(doing)?)
+    .await
+    .map_err(doing)?;
+    let gone = "delete from oncely_outbox where seq in (select value from json_each($1)) and set_aside_at is not null";
+    let result = sqlx::query(gone).bind(numbers).execute(session.connection().map_err(doing)?).await.map_err(doing)?;
+    Ok(result.rows_affected())
+}
+
+/// How far publishing is behind, by worker.
+pub(super) async fn lag(readers: &SqlitePool) -> Result<Vec<OutboxLag>> {
+    let rows = sqlx::query(
+        "with clock as (
+             select cast(unixepoch('subsec') * 1000000 as integer) as now
+         ), unpublished as (
+             select outbox.worker, outbox.due_at, outbox.set_aside_at is not null as is_aside,
+                 before.set_aside_at is not null as is_held
+             from oncely_outbox as outbox left join oncely_outbox as before on before.seq = outbox.behind
+             where outbox.published_at is null
+         )
+         select worker, count(*) filter (where due_at <= now) as unpublished,
+             (max(now) - min(due_at) filter (where due_at <= now and not is_aside and not is_held)) / 1000 as oldest_ms,
+             count(*) filter (where is_aside) as set_aside, count(*) filter (where is_held) as held
+         from unpublished, clock group by worker order by worker",
+    )
+    .fetch_all(readers)
+    .await
+    .map_err(|error| errors::of_statement(error, "measure how far publishing is behind"))?;
+    let lags: sqlx::Result<Vec<_>> = rows.iter().map(read_lag).collect();
+    lags.context("read how far publishing is behind").map_err(StoreError::Unavailable)
+}
+
+fn read_lag(row: &SqliteRow) -> sqlx::Result<OutboxLag> {
+    let oldest_ms: Option<i64> = row.try_get("oldest_ms")?;
+    Ok(OutboxLag {
+        worker: row.try_get("worker")?,
+        unpublished: shared::unsigned(row.try_get("unpublished")?),
+        oldest_ms: oldest_ms.map(shared::unsigned),
+        set_aside: shared::unsigned(row.try_get("set_aside")?),
+        held: shared::unsigned(row.try_get("held")?),
+    })
+}
+
+fn summary(row: &SqliteRow) -> anyhow::Result<OutputSummary> {
+    let time = |column| -> anyhow::Result<Option<jiff::Timestamp>> {
+        let micros: Option<i64> = row.try_get(column)?;
+        Ok(micros.map(shared::timestamp).transpose()?)
+    };
+    Ok(OutputSummary {
+        number: row.try_get("seq")?,
+        id: row.try_get("id")?,
+        worker: row.try_get("worker")?,
+        event_id: row.try_get("event_id")?,
+        subject: row.try_get("subject")?,
+        ordering_key: row.try_get("ordering_key")?,
+        state: row.try_get("state")?,
+        behind: row.try_get("behind")?,
+        waiting: shared::unsigned(row.try_get("waiting")?),
+        failures: row.try_get("failures")?,
+        error: row.try_get("last_error")?,
+        created_at: time("created")?.unwrap_or_default(),
+        due_at: time("due")?.unwrap_or_default(),
+        set_aside_at: time("set_aside")?,
+        dropped_at: time("dropped")?,
+        note: row.try_get("note")?,
+    })
+}
+
+fn record(row: &SqliteRow) -> anyhow::Result<OutputRecord> {
+    Ok(OutputRecord {
+        summary: summary(row)?,
+        headers: shared::headers_from_text(row.try_get("headers")?)?,
+        body: Bytes::from(row.try_get::<Vec<u8>, _>("body")?),
+        place: shared::origin(row.try_get("stream")?, row.try_get("stream_sequence")?),
+    })
+}

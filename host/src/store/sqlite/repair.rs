@@ -1,0 +1,64 @@
+//! What was published, for when a stream has lost it.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use sqlx::Row;
+use sqlx::sqlite::{SqlitePool, SqliteRow};
+
+use super::errors;
+use super::session::Session;
+use crate::store::{LastPublished, Result, StoreError, shared};
+
+/// For each stream the last output on it, of those published within some time.
+pub(super) async fn last_published(readers: &SqlitePool, within: Duration) -> Result<Vec<LastPublished>> {
+    // With a bare maximum, SQLite takes the other columns from the row that holds it.
+    let query = sqlx::query(
+        "select id, stream, max(stream_sequence) as stream_sequence, published_at from oncely_outbox
+         where published_at > cast(unixepoch('subsec') * 1000000 as integer) - $1 group by stream",
+    );
+    let rows = query.bind(shared::micros(within)).fetch_all(readers).await;
+    read_all(&rows.map_err(|error| errors::of_statement(error, "look what was published last"))?)
+}
+
+/// All published outputs on a stream that are still in the outbox, by sequence.
+pub(super) async fn published_on(readers: &SqlitePool, stream: &str) -> Result<Vec<LastPublished>> {
+    let query = sqlx::query(
+        "select id, stream, stream_sequence, published_at from oncely_outbox where stream = $1 order by stream_sequence",
+    );
+    let rows = query.bind(stream).fetch_all(readers).await;
+    read_all(&rows.map_err(|error| errors::of_statement(error, "look what was published"))?)
+}
+
+/// Forgets that the outputs from this sequence of a stream on were published.
+pub(super) async fn publish_again(session: &mut Session, stream: &str, from_sequence: u64) -> Result<u64> {
+    let doing = |error| errors::of_statement(error, "have outputs published again");
+    let result = sqlx::query(
+        "update oncely_outbox
+         set published_at = null, stream = null, stream_sequence = null, failures = 0,
+             leased_until = cast(unixepoch('subsec') * 1000000 as integer)
+         where stream = $1 and stream_sequence >= $2",
+    )
+    .bind(stream)
+    .bind(shared::signed(from_sequence)?)
+    .execute(session.connection().map_err(doing)?)
+    .await
+    .map_err(doing)?;
+    Ok(result.rows_affected())
+}
+
+fn read_all(rows: &[SqliteRow]) -> Result<Vec<LastPublished>> {
+    let read = |row: &SqliteRow| -> anyhow::Result<LastPublished> {
+        Ok(LastPublished {
+            id: row.try_get("id")?,
+            stream: row.try_get("stream")?,
+            stream_sequence: shared::unsigned(row.try_get("stream_sequence")?),
+            published_at: shared::timestamp(row.try_get("published_at")?)?,
+        })
+    };
+    rows.iter()
+        .map(read)
+        .collect::<anyhow::Result<_>>()
+        .context("read what was published")
+        .map_err(StoreError::Unavailable)
+}

@@ -1,0 +1,281 @@
+//! The line of a key: who goes first, who waits for whom, and what a person decides about those that cannot go.
+
+use std::time::Duration;
+
+use oncely::store::{OutboxRow, Output, OutputFilter, Published, PutBack};
+
+use super::{LEASE, World, a_claim, an_output};
+
+const NOW: Duration = Duration::ZERO;
+const SHORT: Duration = Duration::from_millis(1);
+
+on_every_database!(
+    an_output_is_told_who_is_in_line_before_it,
+    of_a_key_a_sweep_takes_all_or_only_those_before_the_one_it_cannot_have,
+    what_is_written_behind_one_in_trouble_waits_until_that_is_published,
+    what_a_host_puts_behind_another_output_waits_for_it,
+    a_long_line_is_left_to_the_sweep,
+    a_delayed_output_is_not_in_line_before_it_is_due,
+    an_output_that_is_set_aside_holds_its_key_until_it_is_retried,
+    a_dropped_output_frees_its_key_and_leaves_a_record,
+    only_what_is_set_aside_is_retried_or_dropped,
+    sweeps_at_the_same_time_keep_the_order_of_every_key,
+    what_a_stream_lost_is_unpublished_again,
+    lag_is_the_age_of_what_could_go,
+);
+
+fn keyed(event_id: &str, ordinal: u32, key: &str) -> Output {
+    Output { ordering_key: Some(key.to_owned()), ..an_output(event_id, ordinal, NOW) }
+}
+
+/// Commits outputs of an event of its own.
+async fn append(world: &World, outputs: &[Output], lease: Duration) -> Vec<OutboxRow> {
+    let mut tx = world.begin().await;
+    tx.claim(&[a_claim(&outputs[0].event_id, 1)]).await.unwrap();
+    let rows = tx.append_outputs(outputs, lease).await.unwrap();
+    tx.commit().await.unwrap();
+    rows
+}
+
+async fn append_one(world: &World, event_id: &str, key: &str, lease: Duration) -> OutboxRow {
+    append(world, &[keyed(event_id, 0, key)], lease).await.remove(0)
+}
+
+async fn publish(world: &World, row: &OutboxRow) {
+    let place = Published { seq: row.seq, stream: "OUT".to_owned(), stream_sequence: row.seq.unsigned_abs() };
+    world.store.mark_published(&[place]).await.unwrap();
+}
+
+/// The events whose outputs a sweep takes now.
+async fn sweep(world: &World) -> Vec<String> {
+    events(&world.store.lease_outputs(100, LEASE).await.unwrap())
+}
+
+fn events(rows: &[OutboxRow]) -> Vec<String> {
+    rows.iter().map(|row| row.id.split(':').nth(1).unwrap().to_owned()).collect()
+}
+
+async fn aside(world: &World, row: &OutboxRow) {
+    let how = PutBack::Aside { reason: "too large\0".to_owned() };
+    world.store.put_back_outputs(&[(row.seq, how)]).await.unwrap();
+}
+
+async fn time_passes() {
+    tokio::time::sleep(Duration::from_millis(20)).await;
+}
+
+async fn an_output_is_told_who_is_in_line_before_it(world: World) {
+    let first = append(&world, &[keyed("a", 0, "k"), keyed("a", 1, "k"), keyed("a", 2, "other")], LEASE).await;
+    assert_eq!((&first[0].ahead, &first[2].ahead), (&vec![], &vec![]));
+    assert_eq!(first[1].ahead, [first[0].seq], "the first of the same batch is before the second");
+    let mut second = append(&world, &[keyed("b", 0, "k"), keyed("b", 1, "k"), an_output("b", 2, NOW)], LEASE).await;
+    second[0].ahead.sort_unstable();
+    assert_eq!(second[0].ahead, [first[0].seq, first[1].seq]);
+    assert_eq!((&second[1].ahead, &second[2].ahead), (&vec![second[0].seq], &vec![]));
+    publish(&world, &first[0]).await;
+    publish(&world, &first[1]).await;
+    publish(&world, &second[0]).await;
+    assert_eq!(append_one(&world, "c", "k", LEASE).await.ahead, [second[1].seq]);
+}
+
+async fn of_a_key_a_sweep_takes_all_or_only_those_before_the_one_it_cannot_have(world: World) {
+    for event in ["a", "b", "c", "d"] {
+        append_one(&world, event, "k", LEASE).await;
+    }
+    append_one(&world, "x", "other", LEASE).await;
+    // As after a crash: all leases but that of `c` have run out.
+    let due = "update oncely.outbox set leased_until = created_at where event_id <> 'c'";
+    world.execute_around(due).await;
+    assert_eq!(sweep(&world).await, ["a", "b", "x"]);
+    assert!(sweep(&world).await.is_empty());
+    world.execute_around("update oncely.outbox set leased_until = created_at where event_id in ('a', 'b', 'c')").await;
+    // `d` waits behind `c`, which is not published.
+    assert_eq!(sweep(&world).await, ["a", "b", "c"]);
+    let c = world.store.outputs(&unpublished()).await.unwrap().into_iter().find(|output| output.event_id == "c");
+    let c = c.unwrap();
+    assert_eq!(c.waiting, 1);
+    world
+        .store
+        .mark_published(&[Published { seq: c.number, stream: "OUT".to_owned(), stream_sequence: 1 }])
+        .await
+        .unwrap();
+    // But `a` and `b` are not, and come before it.
+    assert!(sweep(&world).await.is_empty());
+}
+
+fn unpublished() -> OutputFilter {
+    OutputFilter { unpublished: true, limit: 100, ..OutputFilter::default() }
+}
+
+async fn what_is_written_behind_one_in_trouble_waits_until_that_is_published(world: World) {
+    let first = append_one(&world, "a", "k", LEASE).await;
+    let failed = PutBack::Later { after: Duration::from_secs(3600), error: Some("no answer".to_owned()) };
+    world.store.put_back_outputs(&[(first.seq, failed)]).await.unwrap();
+    assert!(append(&world, &[keyed("b", 0, "k"), keyed("b", 1, "k")], LEASE).await.is_empty());
+    let others = append(&world, &[keyed("c", 0, "k"), keyed("c", 1, "other"), an_output("c", 2, NOW)], LEASE).await;
+    assert_eq!(others.iter().map(|row| row.id.as_str()).collect::<Vec<_>>(), ["payments:c:1", "payments:c:2"]);
+    assert!(sweep(&world).await.is_empty());
+    publish(&world, &first).await;
+    assert_eq!(sweep(&world).await, ["b", "b", "c"]);
+    assert!(sweep(&world).await.is_empty());
+}
+
+async fn what_a_host_puts_behind_another_output_waits_for_it(world: World) {
+    let first = append_one(&world, "a", "k", LEASE).await;
+    let second = append_one(&world, "b", "k", LEASE).await;
+    world.store.put_back_outputs(&[(second.seq, PutBack::Behind(first.seq))]).await.unwrap();
+    assert!(append(&world, &[keyed("c", 0, "k")], LEASE).await.is_empty());
+    assert!(sweep(&world).await.is_empty());
+    publish(&world, &first).await;
+    assert_eq!(sweep(&world).await, ["b", "c"]);
+    // Put back although it is published by now: that changes nothing.
+    world.store.put_back_outputs(&[(first.seq, PutBack::Behind(second.seq))]).await.unwrap();
+    assert_eq!(world.store.output(first.seq).await.unwrap().unwrap().summary.state, "published");
+}
+
+async fn a_long_line_is_left_to_the_sweep(world: World) {
+    let many: Vec<_> = (0..300).map(|ordinal| keyed("a", ordinal, "k")).collect();
+    let first = append(&world, &many, LEASE).await;
+    assert_eq!(first.len(), 300);
+    assert!(append(&world, &[keyed("b", 0, "k")], LEASE).await.is_empty());
+    let last = first.last().unwrap();
+    let waits: Vec<_> = world.store.outputs(&OutputFilter { limit: 1_000, ..unpublished() }).await.unwrap();
+    assert_eq!(waits.last().unwrap().behind, Some(last.seq));
+    for row in &first {
+        publish(&world, row).await;
+    }
+    assert_eq!(sweep(&world).await, ["b"]);
+}
+
+async fn a_delayed_output_is_not_in_line_before_it_is_due(world: World) {
+    let delayed = Output { delay: Duration::from_millis(400), ..keyed("a", 0, "k") };
+    assert!(append(&world, &[delayed], LEASE).await.is_empty());
+    assert!(append_one(&world, "b", "k", LEASE).await.ahead.is_empty());
+    tokio::time::sleep(Duration::from_millis(450)).await;
+    assert_eq!(sweep(&world).await, ["a"]);
+}
+
+async fn an_output_that_is_set_aside_holds_its_key_until_it_is_retried(world: World) {
+    let first = append_one(&world, "a", "k", LEASE).await;
+    aside(&world, &first).await;
+    assert!(append(&world, &[keyed("b", 0, "k")], LEASE).await.is_empty());
+    append_one(&world, "c", "other", SHORT).await;
+    time_passes().await;
+    assert_eq!(sweep(&world).await, ["c"]);
+    let list = world.store.outputs(&OutputFilter { limit: 10, ..OutputFilter::default() }).await.unwrap();
+    assert_eq!(list.len(), 1);
+    let listed = &list[0];
+    assert_eq!((listed.number, listed.state.as_str(), listed.waiting), (first.seq, "set-aside", 1));
+    assert_eq!((listed.failures, listed.error.as_deref()), (1, Some("too large\u{fffd}")));
+    assert!(listed.set_aside_at.is_some());
+    assert_eq!(world.store.totals().await.unwrap()[0].set_aside, 1);
+
+    assert_eq!(world.store.retry_outputs(&[first.seq]).await.unwrap(), 1);
+    assert_eq!(sweep(&world).await, ["a"]);
+    assert!(sweep(&world).await.is_empty());
+    publish(&world, &first).await;
+    assert_eq!(sweep(&world).await, ["b"]);
+}
+
+async fn a_dropped_output_frees_its_key_and_leaves_a_record(world: World) {
+    let first = append_one(&world, "a", "k", LEASE).await;
+    aside(&world, &first).await;
+    assert!(append(&world, &[keyed("b", 0, "k")], LEASE).await.is_empty());
+    assert_eq!(world.store.drop_outputs(&[first.seq], "nobody wants it\0").await.unwrap(), 1);
+    assert_eq!(sweep(&world).await, ["b"]);
+    let dropped = OutputFilter { dropped: true, limit: 10, ..OutputFilter::default() };
+    let dropped = world.store.outputs(&dropped).await.unwrap();
+    assert_eq!(dropped.len(), 1);
+    let record = world.store.output(first.seq).await.unwrap().unwrap();
+    assert_eq!(record.summary, dropped[0]);
+    assert_eq!((record.headers, record.body), (first.headers, first.body));
+    assert_eq!(
+        (record.summary.state.as_str(), record.summary.note.as_deref()),
+        ("dropped", Some("nobody wants it\u{fffd}"))
+    );
+    assert!(record.summary.dropped_at.is_some());
+}
+
+async fn only_what_is_set_aside_is_retried_or_dropped(world: World) {
+    let row = append_one(&world, "a", "k", LEASE).await;
+    assert_eq!(world.store.drop_outputs(&[row.seq, row.seq + 99], "").await.unwrap(), 0);
+    assert_eq!(world.store.retry_outputs(&[row.seq]).await.unwrap(), 0);
+    publish(&world, &row).await;
+    assert_eq!(world.store.drop_outputs(&[row.seq], "").await.unwrap(), 0);
+    assert!(world.store.output(row.seq + 99).await.unwrap().is_none());
+}
+
+async fn sweeps_at_the_same_time_keep_the_order_of_every_key(world: World) {
+    for event in 0..40 {
+        let outputs: Vec<_> = (0..4).map(|key| keyed(&format!("{event:02}"), key, &format!("k{key}"))).collect();
+        append(&world, &outputs, SHORT).await;
+    }
+    time_passes().await;
+    let (sender, mut published) = tokio::sync::mpsc::unbounded_channel();
+    let sweeps: Vec<_> = (0..4)
+        .map(|_| {
+            let (store, sender) = (std::sync::Arc::clone(&world.store), sender.clone());
+            tokio::spawn(async move {
+                loop {
+                    let rows = store.lease_outputs(7, LEASE).await.unwrap();
+                    for row in rows {
+                        let place = Published { seq: row.seq, stream: "OUT".to_owned(), stream_sequence: 1 };
+                        sender.send(row).unwrap();
+                        store.mark_published(&[place]).await.unwrap();
+                    }
+                    if store.outbox_lag().await.unwrap().is_empty() {
+                        return;
+                    }
+                }
+            })
+        })
+        .collect();
+    for sweep in sweeps {
+        sweep.await.unwrap();
+    }
+    drop(sender);
+    let mut of_keys: std::collections::BTreeMap<Option<String>, Vec<i64>> = std::collections::BTreeMap::new();
+    while let Some(row) = published.recv().await {
+        of_keys.entry(row.ordering_key).or_default().push(row.seq);
+    }
+    assert_eq!(of_keys.values().map(Vec::len).collect::<Vec<_>>(), [40; 4]);
+    for (key, seqs) in of_keys {
+        assert!(seqs.is_sorted(), "{key:?}: {seqs:?}");
+    }
+}
+
+async fn what_a_stream_lost_is_unpublished_again(world: World) {
+    let mut rows = Vec::new();
+    for (at, event) in ["a", "b", "c", "d"].into_iter().enumerate() {
+        let row = append_one(&world, event, "k", LEASE).await;
+        let stream = if event == "b" { "ELSEWHERE" } else { "OUT" };
+        let place = Published { seq: row.seq, stream: stream.to_owned(), stream_sequence: 10 + at as u64 };
+        world.store.mark_published(&[place]).await.unwrap();
+        rows.push(row);
+    }
+    let last = world.store.last_published(LEASE).await.unwrap();
+    let last: Vec<_> = last.iter().map(|last| (last.stream.as_str(), last.stream_sequence, last.id.as_str())).collect();
+    assert_eq!(last, [("ELSEWHERE", 11, "payments:b:0"), ("OUT", 13, "payments:d:0")]);
+    assert!(world.store.last_published(Duration::ZERO).await.unwrap().is_empty());
+    let on = world.store.published_on("OUT").await.unwrap();
+    assert_eq!(on.iter().map(|on| on.stream_sequence).collect::<Vec<_>>(), [10, 12, 13]);
+    assert_eq!(world.store.publish_again("OUT", 12).await.unwrap(), 2);
+    assert_eq!(world.store.publish_again("OUT", 12).await.unwrap(), 0);
+    let again = world.store.lease_outputs(100, LEASE).await.unwrap();
+    assert_eq!(events(&again), ["c", "d"]);
+    assert_eq!(again[0].first_attempt_at, rows[2].first_attempt_at);
+}
+
+async fn lag_is_the_age_of_what_could_go(world: World) {
+    assert!(world.store.outbox_lag().await.unwrap().is_empty());
+    let first = append_one(&world, "a", "k", LEASE).await;
+    aside(&world, &first).await;
+    append(&world, &[keyed("b", 0, "k")], LEASE).await;
+    let lag = world.store.outbox_lag().await.unwrap().remove(0);
+    assert_eq!((lag.unpublished, lag.oldest_ms, lag.set_aside, lag.held), (2, None, 1, 1));
+    append(&world, &[an_output("c", 0, NOW), an_output("c", 1, LEASE)], LEASE).await;
+    time_passes().await;
+    let lag = world.store.outbox_lag().await.unwrap().remove(0);
+    assert_eq!((lag.unpublished, lag.set_aside, lag.held), (3, 1, 1));
+    assert!(lag.oldest_ms.is_some_and(|ms| (20..10_000).contains(&ms)), "{lag:?}");
+}
