@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::{Family, MetricConstructor};
 use prometheus_client::metrics::gauge::Gauge;
@@ -157,7 +158,7 @@ impl OutputOutcome {
 }
 
 /// The codes of failures that the host itself gives; all others are the handlers' own, of which there may be any number.
-const CLASSES: [&str; 13] = [
+const CLASSES: [&str; 11] = [
     "trap",
     "timeout",
     "out-of-memory",
@@ -165,9 +166,7 @@ const CLASSES: [&str; 13] = [
     "output-refused",
     "constraint-violation",
     "conflict",
-    "sql-not-allowed",
-    "sql-too-large",
-    "sql-failed",
+    "sql",
     "wrong-answer",
     "commit-refused",
     "handler",
@@ -189,13 +188,14 @@ impl Book {
     }
 
     fn add_as<M: Metric + Clone>(&mut self, name: &str, help: &str, unit: Option<Unit>, metric: M) -> M {
+        let ending = if matches!(metric.metric_type(), MetricType::Counter) { "_total" } else { "" };
         match unit {
             Some(unit) => {
-                self.names.push(format!("{name}_{}", unit.as_str()));
+                self.names.push(format!("{name}_{}{ending}", unit.as_str()));
                 self.registry.register_with_unit(name, help, unit, metric.clone());
             }
             None => {
-                self.names.push(name.to_owned());
+                self.names.push(format!("{name}{ending}"));
                 self.registry.register(name, help, metric.clone());
             }
         }
@@ -257,7 +257,7 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// The names of all metrics, as they are declared. Counters are shown with `_total` at their end.
+    /// The names of all metrics, as they are shown. One that has counted nothing yet is not.
     pub fn names(&self) -> &[String] {
         &self.names
     }

@@ -6,7 +6,7 @@
 //!
 //! One loop: answers, records in the database and sweeps are under way at the same time, but of each key one output.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -15,20 +15,22 @@ use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, watch};
 
-use crate::breaker::{Breaker, Permit, State};
+use crate::breaker::{Breaker, State};
 use crate::bus::{Answer, Bus, Outgoing, PublishError, PublishedAt, StreamInfo, stream_of};
 use crate::drain::Stopping;
 use crate::fault;
 use crate::metrics::{Metrics, OutputOutcome};
 use crate::store::{OutboxRow, Published, PutBack, Store, StoreError};
 
+mod breakers;
 mod ledger;
 mod lines;
 mod repair;
 mod sweep;
 
+use breakers::Breakers;
 use ledger::Ledger;
 use lines::{Held, Lines};
 pub use repair::Repair;
@@ -48,6 +50,16 @@ const SWEEP_MAX: usize = 1_000;
 
 /// How often the sweep looks for what is due. Delays are honoured within this time.
 const SWEEP_EVERY: Duration = Duration::from_millis(250);
+
+/// How long publishing waits after a new connection until the streams are looked at; after that it goes on without.
+const REPAIR_WITHIN: Duration = Duration::from_secs(10);
+
+/// How often it looks whether that is done.
+const LOOKED_AT_YET: Duration = Duration::from_millis(5);
+
+/// How old the list of streams may be that says where outputs go, and how old when it lacks one.
+const STREAMS_AS_OF: Duration = Duration::from_secs(10);
+const STREAMS_AS_OF_AT_LEAST: Duration = Duration::from_secs(1);
 
 /// How long an output waits after its first failure; twice that after the second, and so on.
 const RETRY_FIRST: Duration = Duration::from_millis(250);
@@ -83,7 +95,6 @@ impl HandOver {
 /// What people see of the breaker of one stream.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BreakerState {
-    /// Empty for subjects that no known stream takes.
     pub stream: String,
     pub state: State,
     /// The last failure.
@@ -94,7 +105,10 @@ pub struct BreakerState {
 #[derive(Default)]
 pub struct RelayState {
     breakers: Mutex<BTreeMap<String, BreakerState>>,
-    /// A stream answered with a sequence it had given before.
+    /// After which connection to NATS the streams were looked at for losses.
+    looked_at: AtomicU64,
+    /// Streams that answered with a sequence they had given before.
+    suspects: Mutex<BTreeSet<String>>,
     suspicion: Notify,
     /// How often streams were found to have lost something.
     losses: AtomicU64,
@@ -104,6 +118,27 @@ impl RelayState {
     /// The breakers of all streams that this host published to.
     pub fn breakers(&self) -> Vec<BreakerState> {
         self.breakers.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    fn show(&self, stream: &str, breaker: &Breaker) {
+        let mut shown = self.breakers.lock().unwrap_or_else(PoisonError::into_inner);
+        if shown.get(stream).is_none_or(|shown| shown.state != breaker.state()) {
+            let (stream, state, why) = (stream.to_owned(), breaker.state(), breaker.why().to_owned());
+            shown.insert(stream.clone(), BreakerState { stream, state, why });
+        }
+    }
+
+    fn suspect(&self, stream: &str) {
+        self.suspects.lock().unwrap_or_else(PoisonError::into_inner).insert(stream.to_owned());
+        self.suspicion.notify_one();
+    }
+
+    fn is_suspect(&self, stream: &str) -> bool {
+        self.suspects.lock().unwrap_or_else(PoisonError::into_inner).contains(stream)
+    }
+
+    fn clear(&self, stream: &str) {
+        self.suspects.lock().unwrap_or_else(PoisonError::into_inner).remove(stream);
     }
 }
 
@@ -117,10 +152,15 @@ pub struct Relay {
     lines: Lines,
     ledger: Ledger,
     streams: Arc<Vec<StreamInfo>>,
-    breakers: HashMap<String, Breaker>,
+    /// An output goes to a stream that is not among these.
+    knows_too_little: bool,
+    breakers: Breakers,
     /// The highest sequence each stream answered with.
     tops: HashMap<String, u64>,
     losses_seen: u64,
+    connections: watch::Receiver<u64>,
+    /// The last connection to NATS, and since when it is known here.
+    connected: (u64, Instant),
     /// Subjects that no stream takes: since when, and when that was seen last.
     without_place: HashMap<String, (Instant, Instant)>,
     /// Something that others wait for was published: there may be more to do than the next tick would find in time.
@@ -131,7 +171,7 @@ pub struct Relay {
 struct Answered {
     held: Held,
     /// The name of the stream it went to, as far as that is known.
-    stream: String,
+    stream: Option<String>,
     /// The highest sequence of that stream when it was sent.
     top: u64,
     answer: Answer,
@@ -144,16 +184,19 @@ impl Relay {
         let (sender, handed_over) = mpsc::channel(HAND_OVER_MAX);
         let relay = Relay {
             ledger: Ledger::new(Arc::clone(&store)),
+            connections: bus.connections(),
             store,
             bus,
             metrics,
+            breakers: Breakers::new(Arc::clone(&state)),
             state,
             handed_over,
             lines: Lines::default(),
             streams: Arc::default(),
-            breakers: HashMap::new(),
+            knows_too_little: false,
             tops: HashMap::new(),
             losses_seen: 0,
+            connected: (0, Instant::now()),
             without_place: HashMap::new(),
             sweep_soon: false,
         };
@@ -173,6 +216,7 @@ impl Relay {
             if lanes_are_gone && self.lines.is_empty() && self.ledger.is_empty() && sweeping.is_none() {
                 return;
             }
+            let waits_for_repair = self.waits_for_repair();
             let is_time_to_sweep = sweeping.is_none() && !stopping.is_stopping();
             // Whichever is ready: none of them may starve another.
             tokio::select! {
@@ -191,6 +235,7 @@ impl Relay {
                     let is_full = self.take_swept(swept);
                     sweep_at = Instant::now() + if is_full { Duration::ZERO } else { SWEEP_EVERY };
                 }
+                () = tokio::time::sleep(LOOKED_AT_YET), if waits_for_repair => {}
                 () = tokio::time::sleep_until(sweep_at.into()), if is_time_to_sweep => {
                     sweeping = self.begin_sweep();
                     sweep_at = Instant::now() + SWEEP_EVERY;
@@ -213,9 +258,23 @@ impl Relay {
         self.ledger.put_back(back);
     }
 
+    /// After a new connection a stream may have lost its tail. What is published again goes before what is new, so that
+    /// keys keep their order.
+    fn waits_for_repair(&mut self) -> bool {
+        let connection = *self.connections.borrow();
+        if self.connected.0 != connection {
+            self.connected = (connection, Instant::now());
+        }
+        let is_looked_at = self.state.looked_at.load(Ordering::Relaxed) >= connection;
+        !is_looked_at && self.connected.1.elapsed() < REPAIR_WITHIN
+    }
+
     /// Sends what may be sent now.
     async fn send(&mut self, under_way: &mut UnderWay) {
         let mut has_sent = false;
+        if self.waits_for_repair() {
+            return;
+        }
         while under_way.len() < UNDER_WAY_MAX
             && let Some(held) = self.lines.next()
         {
@@ -225,19 +284,18 @@ impl Relay {
                 self.ledger.put_back(self.lines.not_published(&held.row));
                 continue;
             }
-            let stream = stream_of(&self.streams, &held.row.subject).map_or("", |stream| &stream.name).to_owned();
-            if let Permit::NotFor(wait) = self.breaker(&stream).permit(now) {
-                let after = wait + wait.mul_f64(rand::random::<f64>() / 4.0);
+            let stream = stream_of(&self.streams, &held.row.subject).map(|stream| stream.name.clone());
+            self.knows_too_little |= stream.is_none();
+            if let Some(after) = self.breakers.wait(stream.as_deref(), now) {
                 self.give_up(&held.row, PutBack::Later { after, error: None });
                 continue;
             }
-            self.show_breaker(&stream);
             if !has_sent {
                 fault::point(fault::BEFORE_PUBLISH);
             }
             has_sent = true;
             self.be_a_mutant(&held.row).await;
-            let top = self.tops.get(&stream).copied().unwrap_or_default();
+            let top = stream.as_ref().and_then(|stream| self.tops.get(stream)).copied().unwrap_or_default();
             let answer = self.bus.begin_publish(outgoing(&held.row)).await;
             under_way.push(Box::pin(async move { Answered { held, stream, top, answer: answer.await } }));
         }
@@ -252,22 +310,19 @@ impl Relay {
         match answer {
             Ok(place) => self.published(&row, place, top),
             Err(PublishError::Unavailable(why)) => {
-                if self.breaker(&stream).failed(Instant::now(), rand::random(), &why) {
-                    tracing::warn!("nothing more is published to {} for a while: {why}", shown(&stream));
-                }
-                self.show_breaker(&stream);
+                self.breakers.failed(stream.as_deref(), &why);
                 self.metrics.output(&row.worker, OutputOutcome::Failed);
                 let after = retry_after(row.failures);
                 self.give_up(&row, PutBack::Later { after, error: Some(why) });
             }
             Err(PublishError::NoPlace(why)) if !self.has_no_place_for_long(&row.subject) => {
-                self.breaker(&stream).undecided(Instant::now());
+                self.breakers.undecided(stream.as_deref());
                 self.metrics.output(&row.worker, OutputOutcome::Failed);
                 let after = retry_after(row.failures);
                 self.give_up(&row, PutBack::Later { after, error: Some(why) });
             }
             Err(PublishError::Refused(reason) | PublishError::NoPlace(reason)) => {
-                self.breaker(&stream).undecided(Instant::now());
+                self.breakers.undecided(stream.as_deref());
                 self.metrics.output(&row.worker, OutputOutcome::SetAside);
                 tracing::error!(
                     worker = row.worker,
@@ -281,10 +336,7 @@ impl Relay {
     }
 
     fn published(&mut self, row: &OutboxRow, place: PublishedAt, top: u64) {
-        if self.breaker(&place.stream).succeeded() {
-            tracing::info!("publishing to {} again", place.stream);
-        }
-        self.show_breaker(&place.stream);
+        self.breakers.succeeded(&place.stream);
         self.without_place.remove(&row.subject);
         if place.duplicate {
             fault::witness(fault::DUPLICATE_OUTPUT);
@@ -292,7 +344,7 @@ impl Relay {
         } else {
             self.metrics.output(&row.worker, OutputOutcome::Published);
             if place.sequence <= top {
-                self.state.suspicion.notify_one();
+                self.state.suspect(&place.stream);
                 self.tops.remove(&place.stream);
             }
             let highest = self.tops.entry(place.stream.clone()).or_default();
@@ -311,15 +363,17 @@ impl Relay {
         self.ledger.put_back([(row.seq, how)]);
     }
 
-    fn begin_sweep(&self) -> Option<BoxFuture<'static, Result<Swept, StoreError>>> {
+    fn begin_sweep(&mut self) -> Option<BoxFuture<'static, Result<Swept, StoreError>>> {
         let room = HELD_MAX.saturating_sub(self.lines.len()).min(SWEEP_MAX);
         if room == 0 || !self.bus.is_connected() {
             return None;
         }
         let (store, bus, metrics) = (Arc::clone(&self.store), self.bus.clone(), Arc::clone(&self.metrics));
+        let streams_as_of =
+            if std::mem::take(&mut self.knows_too_little) { STREAMS_AS_OF_AT_LEAST } else { STREAMS_AS_OF };
         Some(Box::pin(async move {
             // No operation of the database is dropped half-way, not even when this host ends.
-            let swept = tokio::spawn(sweep::sweep(store, bus, metrics, room as u32)).await;
+            let swept = tokio::spawn(sweep::sweep(store, bus, metrics, room as u32, streams_as_of)).await;
             swept.unwrap_or_else(|error| Err(StoreError::Unavailable(error.into())))
         }))
     }
@@ -344,19 +398,6 @@ impl Relay {
         self.ledger.put_back(swept.back);
         self.take(swept.rows, swept.since);
         swept.is_full
-    }
-
-    fn breaker(&mut self, stream: &str) -> &mut Breaker {
-        self.breakers.entry(stream.to_owned()).or_insert_with(|| Breaker::new(Instant::now()))
-    }
-
-    fn show_breaker(&mut self, stream: &str) {
-        let Some(breaker) = self.breakers.get(stream) else { return };
-        let mut shown = self.state.breakers.lock().unwrap_or_else(PoisonError::into_inner);
-        if shown.get(stream).is_none_or(|shown| shown.state != breaker.state()) {
-            let (stream, state, why) = (stream.to_owned(), breaker.state(), breaker.why().to_owned());
-            shown.insert(stream.clone(), BreakerState { stream, state, why });
-        }
     }
 
     /// Whether a subject has had no stream that takes it for so long that it will not pass.
@@ -393,10 +434,6 @@ async fn finished<T>(under_way: &mut Option<BoxFuture<'static, T>>) -> T {
 fn retry_after(failures: u32) -> Duration {
     let most = RETRY_FIRST.saturating_mul(2_u32.saturating_pow(failures)).min(RETRY_MAX);
     most / 2 + (most / 2).mul_f64(rand::random())
-}
-
-fn shown(stream: &str) -> &str {
-    if stream.is_empty() { "subjects without a stream" } else { stream }
 }
 
 fn outgoing(row: &OutboxRow) -> Outgoing {

@@ -30,7 +30,10 @@ mod delivery;
 mod deploy;
 mod docs;
 mod hostile;
+mod metrics;
 mod order;
+mod relay;
+mod repair;
 
 mod hosts;
 mod outage;

@@ -1,6 +1,7 @@
 //! A nats-server of the test's own, to publish to, to read from raw, to kill and to start again.
 
 use std::collections::HashMap;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -89,6 +90,24 @@ impl NatsServer {
         Ok(())
     }
 
+    /// Where the server keeps a stream. Only to be touched while it is stopped.
+    fn stream_folder(&self, stream: &str) -> PathBuf {
+        self.folder.path().join("store/jetstream/$G/streams").join(stream)
+    }
+
+    /// Keeps a copy of a stream of a server that is stopped.
+    pub fn copy_stream(&self, stream: &str) -> Result<()> {
+        let copy = self.folder.path().join(format!("copy-{stream}"));
+        let _ = std::fs::remove_dir_all(&copy);
+        copy_folder(&self.stream_folder(stream), &copy)
+    }
+
+    /// Brings a stream of a server that is stopped back to its copy.
+    pub fn roll_back_stream(&self, stream: &str) -> Result<()> {
+        std::fs::remove_dir_all(self.stream_folder(stream)).context("remove a stream")?;
+        copy_folder(&self.folder.path().join(format!("copy-{stream}")), &self.stream_folder(stream))
+    }
+
     /// Stops the server where it is: its connections stay, and nothing answers.
     pub fn pause(&self) -> Result<()> {
         self.signal("STOP")
@@ -117,6 +136,20 @@ impl NatsServer {
                 Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
             }
         }
+    }
+
+    /// Makes a stream that takes no message above so many bytes.
+    pub async fn make_narrow_stream(&self, name: &str, subject: &str, bytes: i32) -> Result<()> {
+        let config = jetstream::stream::Config {
+            name: name.to_owned(),
+            subjects: vec![subject.to_owned()],
+            max_message_size: bytes,
+            allow_direct: true,
+            ..Default::default()
+        };
+        let context = jetstream::new(self.client().await?);
+        context.create_or_update_stream(config).await.context("make a narrow stream")?;
+        Ok(())
     }
 
     /// Makes a stream that forgets message ids after `window`.
@@ -209,4 +242,18 @@ impl NatsServer {
         }
         Ok(stored)
     }
+}
+
+fn copy_folder(from: &Path, to: &Path) -> Result<()> {
+    std::fs::create_dir_all(to).with_context(|| format!("make {}", to.display()))?;
+    for entry in std::fs::read_dir(from).with_context(|| format!("list {}", from.display()))? {
+        let entry = entry?;
+        let target = to.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            copy_folder(&entry.path(), &target)?;
+        } else {
+            std::fs::copy(entry.path(), &target).with_context(|| format!("copy {}", entry.path().display()))?;
+        }
+    }
+    Ok(())
 }

@@ -55,10 +55,7 @@ fn publishing(status: &HostStatus) -> String {
         .breakers
         .iter()
         .filter(|breaker| breaker.state != breaker::State::Closed)
-        .map(|breaker| {
-            let stream = if breaker.stream.is_empty() { "subjects without a stream" } else { &breaker.stream };
-            format!("not to {stream} for the moment: {}", breaker.why)
-        })
+        .map(|breaker| format!("not to {} for the moment: {}", breaker.stream, breaker.why))
         .collect();
     if broken.is_empty() { "yes".to_owned() } else { broken.join("; ") }
 }

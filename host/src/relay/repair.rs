@@ -4,24 +4,39 @@
 //! A stream loses its tail: what stands at the highest sequence we published tells whether everything before it is
 //! there. What moves at its other end (age, limits, a purge) is no loss.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::Result;
+use futures::{StreamExt, TryStreamExt};
+use jiff::{SignedDuration, Timestamp};
 
 use super::RelayState;
 use crate::bus::{Bus, StreamInfo};
 use crate::drain::Stopping;
 use crate::fault;
 use crate::metrics::Metrics;
-use crate::store::{LastPublished, Store};
+use crate::store::{OnStream, Store};
 
 /// How often the streams are looked at without a reason. Each look is one message read for each stream.
 const LOOK_EVERY: Duration = Duration::from_secs(20);
 
+/// How soon it looks again when it could not.
+const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(250);
+
 /// What was published so long before a look without a reason was seen by an earlier one.
 const LOOK_BACK: Duration = Duration::from_secs(60);
+
+/// How far the clocks of the database and the broker may be apart.
+const CLOCKS_APART: SignedDuration = SignedDuration::from_mins(2);
+
+/// How many messages are read at a time.
+const READ_AT_A_TIME: usize = 64;
+
+/// How many outputs are taken back at a time.
+const TAKE_BACK_MAX: usize = 5_000;
 
 /// Looks after the streams that outputs went to.
 pub struct Repair {
@@ -31,57 +46,63 @@ pub struct Repair {
     state: Arc<RelayState>,
     /// For how long published outputs are kept.
     keep: Duration,
+    /// When each stream was made, as far as it was looked at.
+    made: HashMap<String, Timestamp>,
 }
 
 impl Repair {
     pub fn new(store: Arc<dyn Store>, bus: Bus, metrics: Arc<Metrics>, state: Arc<RelayState>, keep: Duration) -> Self {
-        Repair { store, bus, metrics, state, keep }
+        Repair { store, bus, metrics, state, keep, made: HashMap::new() }
     }
 
     /// Looks at the start, after each new connection, when an answer is suspicious, and every now and then.
-    pub async fn run(self, mut stopping: Stopping) {
+    pub async fn run(mut self, mut stopping: Stopping) {
         let mut connections = self.bus.connections();
         let mut back = self.keep;
         loop {
-            if let Err(error) = self.look(back).await {
+            let connection = *connections.borrow_and_update();
+            let looked = self.look(back).await;
+            if let Err(error) = &looked {
                 tracing::debug!("looking at the streams again soon: {error:#}");
+            } else {
+                self.state.looked_at.store(connection, Ordering::Relaxed);
             }
             tokio::select! {
                 biased;
                 () = stopping.stopped() => return,
                 Ok(()) = connections.changed() => back = self.keep,
                 () = self.state.suspicion.notified() => back = self.keep,
-                () = tokio::time::sleep(LOOK_EVERY) => back = LOOK_BACK,
+                () = tokio::time::sleep(LOOK_AGAIN_AFTER), if looked.is_err() => {}
+                () = tokio::time::sleep(LOOK_EVERY), if looked.is_ok() => back = LOOK_BACK,
             }
         }
     }
 
-    /// Compares the last output published to each stream within some time with what stands there.
-    async fn look(&self, back: Duration) -> Result<()> {
+    /// Compares the last output published to each stream within some time with what stands there. A stream that was made
+    /// anew, or that gave a sequence twice, is looked through: there what was published last says nothing of the rest.
+    async fn look(&mut self, back: Duration) -> Result<()> {
         for last in self.store.last_published(back.min(self.keep)).await? {
             let Some(stream) = self.bus.stream(&last.stream).await? else { continue };
-            if !self.is_there(&stream, &last).await? {
+            let is_known = self.made.get(&stream.name) == Some(&stream.created);
+            if !is_known || self.state.is_suspect(&stream.name) || is_lost(&self.bus, &stream, &last).await? {
                 self.repair(&stream).await?;
+                self.state.clear(&stream.name);
+                self.made.insert(stream.name, stream.created);
             }
         }
         Ok(())
     }
 
-    /// Has everything published again from the first output on that is not there.
+    /// Has everything published again that a stream has lost.
     async fn repair(&self, stream: &StreamInfo) -> Result<()> {
-        let published = self.store.published_on(&stream.name).await?;
-        let mut there = 0;
-        let mut lost = published.len();
-        while there < lost {
-            let middle = usize::midpoint(there, lost);
-            match published.get(middle) {
-                Some(output) if self.is_there(stream, output).await? => there = middle + 1,
-                _ => lost = middle,
-            }
+        let lost = self.lost(stream).await?;
+        let Some(first) = lost.first() else { return Ok(()) };
+        let mut count = 0;
+        for some in lost.chunks(TAKE_BACK_MAX) {
+            count += self.store.publish_again(some).await?;
+            fault::point(fault::PUBLISH_AGAIN);
         }
-        let Some(first) = published.get(lost) else { return Ok(()) };
-        let count = self.store.publish_again(&stream.name, first.stream_sequence).await?;
-        fault::point(fault::PUBLISH_AGAIN);
+        // Else another host was faster.
         if count > 0 {
             self.state.losses.fetch_add(1, Ordering::Relaxed);
             self.metrics.regression(&stream.name, count);
@@ -96,12 +117,30 @@ impl Repair {
         Ok(())
     }
 
-    /// Whether an output stands where it was published, or left from there by a way that is no loss.
-    async fn is_there(&self, stream: &StreamInfo, output: &LastPublished) -> Result<bool> {
-        Ok(match self.bus.message_id_at(&stream.name, output.stream_sequence).await? {
-            Some(id) => id == output.id,
-            // Removed by age, by a limit or by hand; but not if the stream is another one than then.
-            None => output.stream_sequence <= stream.last_sequence && stream.created <= output.published_at,
-        })
+    /// What was published to a stream and was lost there, in the order of its publication.
+    async fn lost(&self, stream: &StreamInfo) -> Result<Vec<OnStream>> {
+        let published = self.store.published_on(&stream.name).await?;
+        let Some(since) = published.iter().map(|output| output.published_at).min() else { return Ok(Vec::new()) };
+        let ids = published.iter().map(|output| output.id.clone()).collect();
+        let found = self.bus.find_published(&stream.name, &[], since - CLOCKS_APART, &ids).await?;
+        let missing = published.into_iter().filter(|output| !found.contains_key(&output.id));
+        let judged = futures::stream::iter(missing).map(|output| {
+            let (bus, stream) = (self.bus.clone(), stream.clone());
+            async move { is_lost(&bus, &stream, &output).await.map(|is_lost| is_lost.then_some(output)) }
+        });
+        let lost: Vec<Option<OnStream>> = judged.buffered(READ_AT_A_TIME).try_collect().await?;
+        Ok(lost.into_iter().flatten().collect())
     }
+}
+
+/// Whether an output neither stands where it was published nor left from there in a way that is no loss: by age, by a
+/// limit, by hand.
+async fn is_lost(bus: &Bus, stream: &StreamInfo, output: &OnStream) -> Result<bool> {
+    if output.stream_sequence > stream.last_sequence {
+        return Ok(true);
+    }
+    Ok(match bus.message_id_at(&stream.name, output.stream_sequence).await? {
+        Some(id) => id != output.id,
+        None => stream.created > output.published_at,
+    })
 }

@@ -14,9 +14,6 @@ use crate::fault;
 use crate::metrics::{Metrics, OutputOutcome};
 use crate::store::{OutboxRow, Published, PutBack, Store, StoreError};
 
-/// How old the list of streams may be that says where outputs go and for how long ids are remembered there.
-pub(super) const STREAMS_AS_OF: Duration = Duration::from_secs(10);
-
 /// The broker's clock may be behind ours.
 const CLOCKS_APART: SignedDuration = SignedDuration::from_mins(2);
 
@@ -42,6 +39,7 @@ pub(super) async fn sweep(
     bus: Bus,
     metrics: Arc<Metrics>,
     limit: u32,
+    streams_as_of: Duration,
 ) -> Result<Swept, StoreError> {
     let since = Instant::now();
     let mut rows = store.lease_outputs(limit, HAND_OVER_LEASE).await?;
@@ -51,7 +49,7 @@ pub(super) async fn sweep(
     }
     rows.retain(|row| !(fault::mutant(fault::CURSOR_BY_SEQ) && fault::is_behind(row.seq)));
     // Without a list of streams hardly anything will be sent; whatever is sent was first sent a short while ago.
-    let streams = bus.streams(STREAMS_AS_OF).await.unwrap_or_default();
+    let streams = bus.streams(streams_as_of).await.unwrap_or_default();
     let mut swept = Swept { rows, since, there: Vec::new(), back: Vec::new(), is_full, streams };
     swept.look_up_the_old(&bus, &metrics).await;
     OutboxRow::chain(&mut swept.rows);

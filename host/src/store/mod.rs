@@ -122,9 +122,10 @@ pub enum PutBack {
     Aside { reason: String },
 }
 
-/// The last output on a stream, by sequence, of those published within some time.
+/// An output where it was published.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LastPublished {
+pub struct OnStream {
+    pub seq: i64,
     pub id: String,
     pub stream: String,
     pub stream_sequence: u64,
@@ -346,13 +347,13 @@ pub trait Store: Send + Sync + 'static {
     async fn put_back_outputs(&self, rows: &[(i64, PutBack)]) -> Result<()>;
 
     /// For each stream the last output on it, of those published `within` this time.
-    async fn last_published(&self, within: Duration) -> Result<Vec<LastPublished>>;
+    async fn last_published(&self, within: Duration) -> Result<Vec<OnStream>>;
 
-    /// All published outputs on a stream that are still in the outbox, by sequence.
-    async fn published_on(&self, stream: &str) -> Result<Vec<LastPublished>>;
+    /// All published outputs on a stream that are still in the outbox, in the order of their publication.
+    async fn published_on(&self, stream: &str) -> Result<Vec<OnStream>>;
 
-    /// Forgets that the outputs from this sequence of a stream on were published, so that they are again. Returns how many.
-    async fn publish_again(&self, stream: &str, from_sequence: u64) -> Result<u64>;
+    /// Forgets that outputs were published, so that they are again; those that stand elsewhere by now stay. Returns how many.
+    async fn publish_again(&self, lost: &[OnStream]) -> Result<u64>;
 
     /// Outputs that wait for a person, or all that are not published, oldest first; or those that were dropped, newest first.
     async fn outputs(&self, filter: &OutputFilter) -> Result<Vec<OutputSummary>>;

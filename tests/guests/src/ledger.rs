@@ -1,7 +1,8 @@
 //! The ledger in full: what `insert` does, and moves balances, counts in keyed state and sends outputs with a checksum.
 //!
 //! Options: `{"from": "a", "to": "b", "delta": 1, "n": 1, "key": "k", "seq": 0, "delay_ms": 0, "header": null}`. Each
-//! output is `{"event_id", "ordinal", "key", "seq", "attempt_nonce", "padding", "checksum"}`, where the checksum is the
+//! output is `{"event_id", "ordinal", "key", "seq", "count", "attempt_nonce", "padding", "checksum"}`, where the count is
+//! that of keyed state, outputs of a key have it as their ordering key, and the checksum is the
 //! FNV-1a hash of `{event_id}/{ordinal}/{attempt_nonce}/{padding}`; the first one waits for the delay. With `header`,
 //! outputs carry a header of that name.
 
@@ -41,21 +42,22 @@ pub fn run(message: &Message) -> Result<(), Failure> {
     let count = state::get_json::<u64>(&options.key)?.unwrap_or(0) + 1;
     state::set_json(&options.key, &count)?;
     for ordinal in 0..options.n {
-        send(message, &options, &nonce, ordinal)?;
+        send(message, &options, &nonce, count, ordinal)?;
     }
     Ok(())
 }
 
-fn send(message: &Message, options: &Options, nonce: &str, ordinal: u32) -> Result<(), Failure> {
+fn send(message: &Message, options: &Options, nonce: &str, count: u64, ordinal: u32) -> Result<(), Failure> {
     let padding = "x".repeat(512);
     let checksum = fnv(&format!("{}/{ordinal}/{nonce}/{padding}", message.id));
     let mut outgoing = Outgoing::json(
         "out.ledger",
         &json!({
-            "event_id": message.id, "ordinal": ordinal, "key": options.key, "seq": options.seq,
+            "event_id": message.id, "ordinal": ordinal, "key": options.key, "seq": options.seq, "count": count,
             "attempt_nonce": nonce, "padding": padding, "checksum": format!("{checksum:016x}"),
         }),
-    )?;
+    )?
+    .ordering_key(&options.key);
     if let Some(header) = &options.header {
         outgoing = outgoing.header(header, "1");
     }

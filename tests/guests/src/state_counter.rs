@@ -1,6 +1,6 @@
-//! Adds one to a key and sends `{"key", "value", "version"}` to `out.state`.
+//! Adds one to a key and sends `{"key", "value", "version", "padding"}` to `out.state`, in the order of the key.
 //!
-//! Options: `{"key": "counter"}`.
+//! Options: `{"key": "counter", "padding": 0}`, the latter in bytes.
 
 use oncely_guest::{Failure, Message, outbox, outbox::Outgoing, state};
 use serde::Deserialize;
@@ -10,18 +10,20 @@ use serde_json::json;
 #[serde(default)]
 struct Options {
     key: String,
+    padding: usize,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { key: "counter".to_owned() }
+        Self { key: "counter".to_owned(), padding: 0 }
     }
 }
 
 pub fn run(message: &Message) -> Result<(), Failure> {
-    let Options { key } = crate::options(message)?;
+    let Options { key, padding } = crate::options(message)?;
     let value = state::get_json::<u64>(&key)?.unwrap_or(0) + 1;
     let version = state::set_json(&key, &value)?;
-    outbox::send(Outgoing::json("out.state", &json!({ "key": key, "value": value, "version": version }))?)?;
+    let told = json!({ "key": key, "value": value, "version": version, "padding": "x".repeat(padding) });
+    outbox::send(Outgoing::json("out.state", &told)?.ordering_key(&key))?;
     Ok(())
 }

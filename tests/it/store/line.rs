@@ -259,8 +259,8 @@ async fn what_a_stream_lost_is_unpublished_again(world: World) {
     assert!(world.store.last_published(Duration::ZERO).await.unwrap().is_empty());
     let on = world.store.published_on("OUT").await.unwrap();
     assert_eq!(on.iter().map(|on| on.stream_sequence).collect::<Vec<_>>(), [10, 12, 13]);
-    assert_eq!(world.store.publish_again("OUT", 12).await.unwrap(), 2);
-    assert_eq!(world.store.publish_again("OUT", 12).await.unwrap(), 0);
+    assert_eq!(world.store.publish_again(&on[1..]).await.unwrap(), 2);
+    assert_eq!(world.store.publish_again(&on[1..]).await.unwrap(), 0);
     let again = world.store.lease_outputs(100, LEASE).await.unwrap();
     assert_eq!(events(&again), ["c", "d"]);
     assert_eq!(again[0].first_attempt_at, rows[2].first_attempt_at);

@@ -33,9 +33,9 @@ use self::session::{Purpose, Sessions};
 use self::tx::PostgresTx;
 use self::wall::Login;
 use super::{
-    DeploymentRecord, FailedAttempt, LastPublished, LetterFilter, LetterRecord, LetterSummary, OutboxLag, OutboxRow,
-    Output, OutputFilter, OutputRecord, OutputSummary, Published, PutBack, Result, StateRecord, Store, Tx,
-    WorkerMigration, WorkerTotals,
+    DeploymentRecord, FailedAttempt, LetterFilter, LetterRecord, LetterSummary, OnStream, OutboxLag, OutboxRow, Output,
+    OutputFilter, OutputRecord, OutputSummary, Published, PutBack, Result, StateRecord, Store, Tx, WorkerMigration,
+    WorkerTotals,
 };
 use crate::hint::WithHint;
 use crate::sql::Dialect;
@@ -196,23 +196,23 @@ impl Store for PostgresStore {
         session.commit().await
     }
 
-    async fn last_published(&self, within: Duration) -> Result<Vec<LastPublished>> {
+    async fn last_published(&self, within: Duration) -> Result<Vec<OnStream>> {
         let mut session = self.house.begin(Purpose::Read).await?;
         let found = repair::last_published(&mut session, within).await?;
         session.commit().await?;
         Ok(found)
     }
 
-    async fn published_on(&self, stream: &str) -> Result<Vec<LastPublished>> {
+    async fn published_on(&self, stream: &str) -> Result<Vec<OnStream>> {
         let mut session = self.house.begin(Purpose::Read).await?;
         let found = repair::published_on(&mut session, stream).await?;
         session.commit().await?;
         Ok(found)
     }
 
-    async fn publish_again(&self, stream: &str, from_sequence: u64) -> Result<u64> {
+    async fn publish_again(&self, lost: &[OnStream]) -> Result<u64> {
         let mut session = self.house.begin(Purpose::House).await?;
-        let done = repair::publish_again(&mut session, stream, from_sequence).await?;
+        let done = repair::publish_again(&mut session, lost).await?;
         session.commit().await?;
         Ok(done)
     }

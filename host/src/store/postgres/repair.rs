@@ -8,12 +8,12 @@ use sqlx::postgres::PgRow;
 
 use super::errors;
 use super::session::Session;
-use crate::store::{LastPublished, Result, StoreError, shared};
+use crate::store::{OnStream, Result, StoreError, shared};
 
 /// For each stream the last output on it, of those published within some time.
-pub(super) async fn last_published(session: &mut Session, within: Duration) -> Result<Vec<LastPublished>> {
+pub(super) async fn last_published(session: &mut Session, within: Duration) -> Result<Vec<OnStream>> {
     let query = session.query(
-        "select distinct on (stream) id, stream, stream_sequence,
+        "select distinct on (stream) seq, id, stream, stream_sequence,
              (extract(epoch from published_at) * 1000000)::bigint as published_at
          from oncely.outbox where published_at > pg_catalog.now() - $1 * interval '1 microsecond'
          order by stream, stream_sequence desc",
@@ -22,35 +22,40 @@ pub(super) async fn last_published(session: &mut Session, within: Duration) -> R
     read_all(&rows.map_err(|error| errors::of_statement(error, "look what was published last"))?)
 }
 
-/// All published outputs on a stream that are still in the outbox, by sequence.
-pub(super) async fn published_on(session: &mut Session, stream: &str) -> Result<Vec<LastPublished>> {
+/// All published outputs on a stream that are still in the outbox, in the order of their publication.
+pub(super) async fn published_on(session: &mut Session, stream: &str) -> Result<Vec<OnStream>> {
     let query = session.query(
-        "select id, stream, stream_sequence, (extract(epoch from published_at) * 1000000)::bigint as published_at
-         from oncely.outbox where stream = $1 order by stream_sequence",
+        "select seq, id, stream, stream_sequence, (extract(epoch from published_at) * 1000000)::bigint as published_at
+         from oncely.outbox where stream = $1 order by published_at, stream_sequence",
     );
     let rows = query.bind(stream).fetch_all(session.connection()).await;
     read_all(&rows.map_err(|error| errors::of_statement(error, "look what was published"))?)
 }
 
-/// Forgets that the outputs from this sequence of a stream on were published.
-pub(super) async fn publish_again(session: &mut Session, stream: &str, from_sequence: u64) -> Result<u64> {
+/// Forgets that outputs were published where they were.
+pub(super) async fn publish_again(session: &mut Session, lost: &[OnStream]) -> Result<u64> {
+    let sequences: Vec<i64> = lost.iter().map(|place| shared::signed(place.stream_sequence)).collect::<Result<_>>()?;
     let query = session.query(
         "update oncely.outbox
          set published_at = null, stream = null, stream_sequence = null, leased_until = pg_catalog.now(), failures = 0
-         where stream = $1 and stream_sequence >= $2",
+         from unnest($1::bigint[], $2::text[], $3::bigint[]) as given (seq, stream, stream_sequence)
+         where outbox.seq = given.seq and outbox.stream = given.stream
+             and outbox.stream_sequence = given.stream_sequence",
     );
     let result = query
-        .bind(stream)
-        .bind(shared::signed(from_sequence)?)
+        .bind(lost.iter().map(|place| place.seq).collect::<Vec<_>>())
+        .bind(lost.iter().map(|place| place.stream.as_str()).collect::<Vec<_>>())
+        .bind(sequences)
         .execute(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "have outputs published again"))?;
     Ok(result.rows_affected())
 }
 
-fn read_all(rows: &[PgRow]) -> Result<Vec<LastPublished>> {
-    let read = |row: &PgRow| -> anyhow::Result<LastPublished> {
-        Ok(LastPublished {
+fn read_all(rows: &[PgRow]) -> Result<Vec<OnStream>> {
+    let read = |row: &PgRow| -> anyhow::Result<OnStream> {
+        Ok(OnStream {
+            seq: row.try_get("seq")?,
             id: row.try_get("id")?,
             stream: row.try_get("stream")?,
             stream_sequence: shared::unsigned(row.try_get("stream_sequence")?),

@@ -30,9 +30,9 @@ use self::guest_sql::Guests;
 use self::session::Sessions;
 use self::tx::SqliteTx;
 use super::{
-    DeploymentRecord, FailedAttempt, LastPublished, LetterFilter, LetterRecord, LetterSummary, OutboxLag, OutboxRow,
-    Output, OutputFilter, OutputRecord, OutputSummary, Published, PutBack, Result, StateRecord, Store, Tx,
-    WorkerMigration, WorkerTotals,
+    DeploymentRecord, FailedAttempt, LetterFilter, LetterRecord, LetterSummary, OnStream, OutboxLag, OutboxRow, Output,
+    OutputFilter, OutputRecord, OutputSummary, Published, PutBack, Result, StateRecord, Store, Tx, WorkerMigration,
+    WorkerTotals,
 };
 use crate::sql::Dialect;
 use crate::verdict::{Letter, Settled};
@@ -130,17 +130,17 @@ impl Store for SqliteStore {
         session.commit().await
     }
 
-    async fn last_published(&self, within: Duration) -> Result<Vec<LastPublished>> {
+    async fn last_published(&self, within: Duration) -> Result<Vec<OnStream>> {
         repair::last_published(&self.readers, within).await
     }
 
-    async fn published_on(&self, stream: &str) -> Result<Vec<LastPublished>> {
+    async fn published_on(&self, stream: &str) -> Result<Vec<OnStream>> {
         repair::published_on(&self.readers, stream).await
     }
 
-    async fn publish_again(&self, stream: &str, from_sequence: u64) -> Result<u64> {
+    async fn publish_again(&self, lost: &[OnStream]) -> Result<u64> {
         let mut session = self.sessions.begin().await?;
-        let done = repair::publish_again(&mut session, stream, from_sequence).await?;
+        let done = repair::publish_again(&mut session, lost).await?;
         session.commit().await?;
         Ok(done)
     }

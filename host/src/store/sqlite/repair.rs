@@ -8,48 +8,53 @@ use sqlx::sqlite::{SqlitePool, SqliteRow};
 
 use super::errors;
 use super::session::Session;
-use crate::store::{LastPublished, Result, StoreError, shared};
+use crate::store::{OnStream, Result, StoreError, shared};
 
 /// For each stream the last output on it, of those published within some time.
-pub(super) async fn last_published(readers: &SqlitePool, within: Duration) -> Result<Vec<LastPublished>> {
+pub(super) async fn last_published(readers: &SqlitePool, within: Duration) -> Result<Vec<OnStream>> {
     // With a bare maximum, SQLite takes the other columns from the row that holds it.
     let query = sqlx::query(
-        "select id, stream, max(stream_sequence) as stream_sequence, published_at from oncely_outbox
+        "select seq, id, stream, max(stream_sequence) as stream_sequence, published_at from oncely_outbox
          where published_at > cast(unixepoch('subsec') * 1000000 as integer) - $1 group by stream",
     );
     let rows = query.bind(shared::micros(within)).fetch_all(readers).await;
     read_all(&rows.map_err(|error| errors::of_statement(error, "look what was published last"))?)
 }
 
-/// All published outputs on a stream that are still in the outbox, by sequence.
-pub(super) async fn published_on(readers: &SqlitePool, stream: &str) -> Result<Vec<LastPublished>> {
+/// All published outputs on a stream that are still in the outbox, in the order of their publication.
+pub(super) async fn published_on(readers: &SqlitePool, stream: &str) -> Result<Vec<OnStream>> {
     let query = sqlx::query(
-        "select id, stream, stream_sequence, published_at from oncely_outbox where stream = $1 order by stream_sequence",
+        "select seq, id, stream, stream_sequence, published_at from oncely_outbox where stream = $1 order by published_at, stream_sequence",
     );
     let rows = query.bind(stream).fetch_all(readers).await;
     read_all(&rows.map_err(|error| errors::of_statement(error, "look what was published"))?)
 }
 
-/// Forgets that the outputs from this sequence of a stream on were published.
-pub(super) async fn publish_again(session: &mut Session, stream: &str, from_sequence: u64) -> Result<u64> {
+/// Forgets that outputs were published where they were.
+pub(super) async fn publish_again(session: &mut Session, lost: &[OnStream]) -> Result<u64> {
     let doing = |error| errors::of_statement(error, "have outputs published again");
+    let given = lost
+        .iter()
+        .map(|place| serde_json::json!({"seq": place.seq, "stream": place.stream, "sequence": place.stream_sequence}));
     let result = sqlx::query(
         "update oncely_outbox
          set published_at = null, stream = null, stream_sequence = null, failures = 0,
              leased_until = cast(unixepoch('subsec') * 1000000 as integer)
-         where stream = $1 and stream_sequence >= $2",
+         from json_each($1) as given
+         where oncely_outbox.seq = given.value ->> 'seq' and stream = given.value ->> 'stream'
+             and stream_sequence = given.value ->> 'sequence'",
     )
-    .bind(stream)
-    .bind(shared::signed(from_sequence)?)
+    .bind(serde_json::Value::Array(given.collect()).to_string())
     .execute(session.connection().map_err(doing)?)
     .await
     .map_err(doing)?;
     Ok(result.rows_affected())
 }
 
-fn read_all(rows: &[SqliteRow]) -> Result<Vec<LastPublished>> {
-    let read = |row: &SqliteRow| -> anyhow::Result<LastPublished> {
-        Ok(LastPublished {
+fn read_all(rows: &[SqliteRow]) -> Result<Vec<OnStream>> {
+    let read = |row: &SqliteRow| -> anyhow::Result<OnStream> {
+        Ok(OnStream {
+            seq: row.try_get("seq")?,
             id: row.try_get("id")?,
             stream: row.try_get("stream")?,
             stream_sequence: shared::unsigned(row.try_get("stream_sequence")?),

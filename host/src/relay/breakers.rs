@@ -1,0 +1,60 @@
+//! One breaker for each stream, and what people see of them.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::RelayState;
+use crate::breaker::{Breaker, Permit};
+
+/// The breakers of the streams that outputs go to. An output whose stream is not known is always tried.
+pub struct Breakers {
+    by_stream: HashMap<String, Breaker>,
+    state: Arc<RelayState>,
+}
+
+impl Breakers {
+    pub fn new(state: Arc<RelayState>) -> Self {
+        Breakers { by_stream: HashMap::new(), state }
+    }
+
+    /// How long not to publish to a stream; none to go on.
+    pub fn wait(&mut self, stream: Option<&str>, now: Instant) -> Option<Duration> {
+        match self.with(stream, |breaker| breaker.permit(now))? {
+            Permit::Yes => None,
+            // Not all of them at the same moment.
+            Permit::NotFor(wait) => Some(wait + wait.mul_f64(rand::random::<f64>() / 4.0)),
+        }
+    }
+
+    /// A stream stored something.
+    pub fn succeeded(&mut self, stream: &str) {
+        if self.with(Some(stream), Breaker::succeeded) == Some(true) {
+            tracing::info!("publishing to {stream} again");
+        }
+    }
+
+    /// A stream did not answer, or took nothing.
+    pub fn failed(&mut self, stream: Option<&str>, why: &str) {
+        let opened = self.with(stream, |breaker| breaker.failed(Instant::now(), rand::random(), why));
+        if let (Some(true), Some(stream)) = (opened, stream) {
+            tracing::warn!("nothing more is published to {stream} for a while: {why}");
+        }
+    }
+
+    /// An output failed for a reason of its own.
+    pub fn undecided(&mut self, stream: Option<&str>) {
+        self.with(stream, |breaker| breaker.undecided(Instant::now()));
+    }
+
+    fn with<T>(&mut self, stream: Option<&str>, tell: impl FnOnce(&mut Breaker) -> T) -> Option<T> {
+        let stream = stream?;
+        if !self.by_stream.contains_key(stream) {
+            self.by_stream.insert(stream.to_owned(), Breaker::new(Instant::now()));
+        }
+        let breaker = self.by_stream.get_mut(stream)?;
+        let told = tell(breaker);
+        self.state.show(stream, breaker);
+        Some(told)
+    }
+}
