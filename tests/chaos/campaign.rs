@@ -54,6 +54,8 @@ pub struct Harm {
     pub terminations: u32,
     pub database_stops: u32,
     pub broker_kills: u32,
+    /// How often the streams of outputs are brought back to an older copy.
+    pub rollbacks: u32,
     /// Commits cut, of each kind.
     pub commit_cuts: u32,
     /// Publications cut, of each kind.
@@ -70,6 +72,7 @@ impl Harm {
         terminations: 50,
         database_stops: 5,
         broker_kills: 5,
+        rollbacks: 3,
         commit_cuts: 10,
         output_cuts: 10,
         deployments: 3,
@@ -83,6 +86,7 @@ impl Harm {
         terminations: 4,
         database_stops: 1,
         broker_kills: 1,
+        rollbacks: 1,
         commit_cuts: 2,
         output_cuts: 2,
         deployments: 1,
@@ -96,6 +100,7 @@ impl Harm {
         terminations: 4,
         database_stops: 4,
         broker_kills: 2,
+        rollbacks: 1,
         commit_cuts: 4,
         output_cuts: 4,
         deployments: 1,
@@ -111,6 +116,7 @@ enum Act {
     Terminate,
     StopDatabase,
     KillBroker,
+    RollBack,
     Cut(Cut),
     Deploy,
 }
@@ -247,13 +253,14 @@ impl Campaign {
     /// All acts of the plan, in an order that the seed decides.
     fn acts(&mut self) -> Vec<Act> {
         let Harm { each_point, kills, pauses, terminations, database_stops, .. } = self.plan.harm;
-        let Harm { broker_kills, commit_cuts, output_cuts, deployments, .. } = self.plan.harm;
+        let Harm { broker_kills, rollbacks, commit_cuts, output_cuts, deployments, .. } = self.plan.harm;
         let mut acts = Vec::new();
         let mut add = |act, times: u32| acts.extend((0..times).map(|_| act));
         fault::POINTS.iter().for_each(|point| add(Act::DieAt(point), each_point));
         add(Act::Kill, kills);
         add(Act::Pause, pauses);
         add(Act::KillBroker, broker_kills);
+        add(Act::RollBack, rollbacks);
         add(Act::Cut(Cut::OutputsNotForwarded), output_cuts);
         add(Act::Cut(Cut::OutputAnswersLost), output_cuts);
         add(Act::Deploy, deployments);
@@ -314,6 +321,7 @@ impl Campaign {
                 self.world.nats.restart().await?;
                 self.did("broker killed");
             }
+            Act::RollBack => self.roll_back().await?,
             Act::Cut(cut) => self.cut(cut).await?,
             Act::Deploy => {
                 self.running().await?;
@@ -366,6 +374,21 @@ impl Campaign {
             rival.wait().context("wait for the rival")?;
             self.did("rival host killed");
         }
+        Ok(())
+    }
+
+    /// The broker comes back with an older copy of what it stored of the host's.
+    async fn roll_back(&mut self) -> Result<()> {
+        const STREAMS: [&str; 2] = ["OUT", "ONCELY_DLQ"];
+        self.running().await?;
+        self.world.nats.kill()?;
+        STREAMS.iter().try_for_each(|stream| self.world.nats.copy_stream(stream))?;
+        self.world.nats.restart().await?;
+        self.some_time(500, 3_000).await;
+        self.world.nats.kill()?;
+        STREAMS.iter().try_for_each(|stream| self.world.nats.roll_back_stream(stream))?;
+        self.world.nats.restart().await?;
+        self.did("streams rolled back");
         Ok(())
     }
 
@@ -529,6 +552,7 @@ impl Campaign {
                 Act::Terminate => "database connection terminated".to_owned(),
                 Act::StopDatabase => "database stopped".to_owned(),
                 Act::KillBroker => "broker killed".to_owned(),
+                Act::RollBack => "streams rolled back".to_owned(),
                 Act::Cut(Cut::CommitNotForwarded) => "commit cut before it arrived".to_owned(),
                 Act::Cut(Cut::CommitAnswerLost) => "commit cut after it took effect".to_owned(),
                 Act::Cut(Cut::CommitAnswerHeld) => "host killed between commit and answer".to_owned(),

@@ -62,6 +62,7 @@ pub fn check(observed: &Observed) -> (Counted, Vec<Violation>) {
     checker.nothing_else(&events);
     checker.letters(&events);
     checker.outputs(&events);
+    checker.order();
     checker.state(&events);
     checker.rest();
     checker.count(&events);
@@ -320,6 +321,29 @@ impl Checker<'_> {
         let observed = self.observed;
         for (id, count) in observed.outbox.iter().filter(|(id, count)| **count != 1 || !wanted.contains_key(*id)) {
             self.fail("outputs", format!("output {id} was committed {count} times"));
+        }
+    }
+
+    /// What is told of a key stands on the stream in the order in which it took effect: keyed state counts that.
+    fn order(&mut self) {
+        let mut highest: HashMap<String, (u64, u64)> = HashMap::new();
+        for stored in &self.observed.outputs {
+            let told: Value = serde_json::from_slice(&stored.body).unwrap_or_default();
+            let number = |name: &str| told.get(name).and_then(Value::as_u64).unwrap_or_default();
+            // What is delayed takes its place when it is due.
+            if told.get("delayed").and_then(Value::as_bool).unwrap_or_default() {
+                continue;
+            }
+            let key = told.get("key").and_then(Value::as_str).unwrap_or_default().to_owned();
+            let place = (number("count"), number("ordinal"));
+            let before = highest.insert(key.clone(), place).unwrap_or_default();
+            if before > place && before.0 > 0 {
+                let (sequence, before, place) = (stored.sequence, before.0, place.0);
+                self.fail(
+                    "order",
+                    format!("output {sequence} tells of effect {place} of `{key}` after effect {before}"),
+                );
+            }
         }
     }
 

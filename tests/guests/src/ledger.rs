@@ -1,7 +1,7 @@
 //! The ledger in full: what `insert` does, and moves balances, counts in keyed state and sends outputs with a checksum.
 //!
 //! Options: `{"from": "a", "to": "b", "delta": 1, "n": 1, "key": "k", "seq": 0, "delay_ms": 0, "header": null}`. Each
-//! output is `{"event_id", "ordinal", "key", "seq", "count", "attempt_nonce", "padding", "checksum"}`, where the count is
+//! output is `{"event_id", "ordinal", "key", "seq", "count", "delayed", "attempt_nonce", "padding", "checksum"}`, where the count is
 //! that of keyed state, outputs of a key have it as their ordering key, and the checksum is the
 //! FNV-1a hash of `{event_id}/{ordinal}/{attempt_nonce}/{padding}`; the first one waits for the delay. With `header`,
 //! outputs carry a header of that name.
@@ -49,11 +49,12 @@ pub fn run(message: &Message) -> Result<(), Failure> {
 
 fn send(message: &Message, options: &Options, nonce: &str, count: u64, ordinal: u32) -> Result<(), Failure> {
     let padding = "x".repeat(512);
+    let is_delayed = ordinal == 0 && options.delay_ms > 0;
     let checksum = fnv(&format!("{}/{ordinal}/{nonce}/{padding}", message.id));
     let mut outgoing = Outgoing::json(
         "out.ledger",
         &json!({
-            "event_id": message.id, "ordinal": ordinal, "key": options.key, "seq": options.seq, "count": count,
+            "event_id": message.id, "ordinal": ordinal, "key": options.key, "seq": options.seq, "count": count, "delayed": is_delayed,
             "attempt_nonce": nonce, "padding": padding, "checksum": format!("{checksum:016x}"),
         }),
     )?
@@ -61,7 +62,7 @@ fn send(message: &Message, options: &Options, nonce: &str, count: u64, ordinal: 
     if let Some(header) = &options.header {
         outgoing = outgoing.header(header, "1");
     }
-    if ordinal == 0 && options.delay_ms > 0 {
+    if is_delayed {
         outgoing = outgoing.delay(Duration::from_millis(options.delay_ms));
     }
     outbox::send(outgoing)?;
