@@ -364,12 +364,17 @@ impl<'b> Run<'b> {
         for (&member, claimed) in group.iter().zip(claimed) {
             match claimed {
                 _ if fault::mutant(fault::SKIP_CLAIM) => fresh.push((member, 0)),
+                _ if self.is_distrusted(member) => fresh.push((member, 0)),
                 Claimed::Fresh { attempts } => fresh.push((member, attempts)),
                 Claimed::Settled(settled) => self.verdict(member, Verdict::Duplicate(settled)),
                 Claimed::OtherPayload => self.id_reuse(member),
             }
         }
         fresh
+    }
+
+    fn is_distrusted(&self, member: usize) -> bool {
+        self.batch.get(member).is_some_and(|message| fault::distrusts_inbox(&message.event_id))
     }
 
     /// For now only marks the member; `finish` writes the letter.
@@ -381,6 +386,10 @@ impl<'b> Run<'b> {
     fn refused_or(&mut self, error: StoreError, group: &[usize], ran: &Ran) -> Result<Round, StoreError> {
         match error {
             StoreError::Conflict(cause) => Ok(Round::Conflict(cause)),
+            StoreError::Refused(_) if fault::mutant(fault::RESOLVE_BY_SELECT) => {
+                group.iter().filter_map(|member| self.event_id(*member)).for_each(|id| fault::distrust_inbox(&id));
+                Ok(Round::Again)
+            }
             // Somebody in the group is to blame; alone, everybody answers for himself.
             StoreError::Refused(_) if group.len() > 1 => Ok(Round::Singly),
             StoreError::Refused(cause) => {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use jiff::Timestamp;
 
 use super::{Delivery, Lent, Run, tell};
+use crate::fault;
 use crate::guest::{Call, CallFailure, FailureKind, Outcome, Warm};
 use crate::manifest::Isolation;
 use crate::message::{Message, Output};
@@ -76,7 +77,8 @@ impl Delivery {
             let outcome = self.call(vec![Arc::clone(message)], attempts + 1, lent, state, warm.take()).await?;
             ran.state = outcome.state;
             // An instance that failed, and what is in its memory, is of no more use.
-            warm = outcome.warm.filter(|_| self.worker.isolation == Isolation::Batch);
+            let is_kept = self.worker.isolation == Isolation::Batch || fault::mutant(fault::REUSE_AFTER_TRAP);
+            warm = outcome.warm.filter(|_| is_kept);
             match outcome.result.and_then(|answers| answers.into_iter().collect()) {
                 Ok(()) => {
                     ran.state.keep();

@@ -152,6 +152,11 @@ impl Session {
         Sha256::new().chain_update(&self.door_key).chain_update(inner.finalize()).finalize().to_vec()
     }
 
+    /// The transaction's id.
+    pub(super) fn id(&self) -> &str {
+        &self.id
+    }
+
     /// The server's process that serves a guest's transaction.
     pub(super) fn process(&self) -> i32 {
         self.process
