@@ -31,10 +31,14 @@ pub struct Contender {
     pub wanted: Option<f64>,
 }
 
-const USUAL: &str = "[worker.retry]\nattempts = 1";
-const AHEAD: &str = "state_keys = [\"{header:Key}\"]\n[worker.retry]\nattempts = 1";
-const BATCH: &str = "isolation = \"batch\"\nstate_keys = [\"{header:Key}\"]\n[worker.retry]\nattempts = 1";
-const BATCH_SQL: &str = "isolation = \"batch\"\n[worker.retry]\nattempts = 1";
+const SQL: &str = "[worker.retry]\nattempts = 1";
+const SQL_BATCH: &str = "isolation = \"batch\"\n[worker.retry]\nattempts = 1";
+/// Messages of a key go to one lane: two lanes that changed the same state at the same time would stand in each other's way.
+const STATE: &str = "ordering_key = \"header:Key\"\nstate_keys = [\"{header:Key}\"]\n[worker.retry]\nattempts = 1";
+const STATE_BATCH: &str = "isolation = \"batch\"\nordering_key = \"header:Key\"\nstate_keys = [\"{header:Key}\"]\n[worker.retry]\nattempts = 1";
+const STATE_LARGE: &str =
+    "batch = 200\nordering_key = \"header:Key\"\nstate_keys = [\"{header:Key}\"]\n[worker.retry]\nattempts = 1";
+const STATE_KEY_BY_KEY: &str = "ordering_key = \"header:Key\"\n[worker.retry]\nattempts = 1";
 
 const fn host(name: &'static str, what: &'static str, settings: &'static str, work: Work) -> Contender {
     let baseline = Some(match work {
@@ -53,26 +57,27 @@ pub const CONTENDERS: &[Contender] = &[
     by_hand("state, by hand", Work::State),
     Contender {
         wanted: Some(4.0),
-        ..host("state", "keyed state, a fresh instance for each message, state_keys", AHEAD, Work::State)
+        ..host("state", "keyed state, a fresh instance for each message, state_keys", STATE, Work::State)
     },
-    host("state, key by key", "the same without state_keys", USUAL, Work::State),
-    host("state, isolation = batch", "an instance for each batch", BATCH, Work::State),
+    host("state, key by key", "the same without state_keys", STATE_KEY_BY_KEY, Work::State),
+    host("state, batch = 200", "up to 200 messages in a transaction", STATE_LARGE, Work::State),
+    host("state, isolation = batch", "an instance for each batch", STATE_BATCH, Work::State),
     by_hand("sql, by hand", Work::Sql),
     Contender {
         wanted: Some(1.5),
-        ..host("sql", "one statement for each message, a fresh instance for each", USUAL, Work::Sql)
+        ..host("sql", "one statement for each message, a fresh instance for each", SQL, Work::Sql)
     },
-    host("sql, isolation = batch", "an instance for each batch", BATCH_SQL, Work::Sql),
+    host("sql, isolation = batch", "an instance for each batch", SQL_BATCH, Work::Sql),
     Contender {
         poison: Some((10, false)),
         baseline: Some("state"),
         wanted: Some(0.4),
-        ..host("state, 10 % poison", "one in ten is rejected", AHEAD, Work::State)
+        ..host("state, 10 % poison", "one in ten is rejected", STATE, Work::State)
     },
     Contender {
         poison: Some((10, true)),
         baseline: Some("sql"),
         wanted: Some(0.4),
-        ..host("sql, 10 % poison after sql", "one in ten is rejected after its statement", USUAL, Work::Sql)
+        ..host("sql, 10 % poison after sql", "one in ten is rejected after its statement", SQL, Work::Sql)
     },
 ];
