@@ -105,13 +105,20 @@ pub struct BreakerState {
 #[derive(Default)]
 pub struct RelayState {
     breakers: Mutex<BTreeMap<String, BreakerState>>,
-    /// After which connection to NATS the streams were looked at for losses.
-    looked_at: AtomicU64,
+    /// When the streams were looked at for losses the last time, and after which connection to NATS.
+    looked: Mutex<Option<Look>>,
     /// Streams that answered with a sequence they had given before.
     suspects: Mutex<BTreeSet<String>>,
     suspicion: Notify,
     /// How often streams were found to have lost something.
     losses: AtomicU64,
+}
+
+/// A look at the streams that found all of them well, or mended.
+#[derive(Debug, Clone, Copy)]
+struct Look {
+    connection: u64,
+    began: Instant,
 }
 
 impl RelayState {
@@ -126,6 +133,14 @@ impl RelayState {
             let (stream, state, why) = (stream.to_owned(), breaker.state(), breaker.why().to_owned());
             shown.insert(stream.clone(), BreakerState { stream, state, why });
         }
+    }
+
+    fn looked(&self, look: Look) {
+        *self.looked.lock().unwrap_or_else(PoisonError::into_inner) = Some(look);
+    }
+
+    fn last_look(&self) -> Option<Look> {
+        *self.looked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn suspect(&self, stream: &str) {
@@ -159,8 +174,10 @@ pub struct Relay {
     tops: HashMap<String, u64>,
     losses_seen: u64,
     connections: watch::Receiver<u64>,
-    /// The last connection to NATS, and since when it is known here.
-    connected: (u64, Instant),
+    /// When there was no connection to NATS the last time that somebody looked.
+    disconnected: Instant,
+    /// Since when nothing is sent because the streams are yet to be looked at.
+    waits_since: Option<Instant>,
     /// Subjects that no stream takes: since when, and when that was seen last.
     without_place: HashMap<String, (Instant, Instant)>,
     /// Something that others wait for was published: there may be more to do than the next tick would find in time.
@@ -196,7 +213,8 @@ impl Relay {
             knows_too_little: false,
             tops: HashMap::new(),
             losses_seen: 0,
-            connected: (0, Instant::now()),
+            disconnected: Instant::now(),
+            waits_since: None,
             without_place: HashMap::new(),
             sweep_soon: false,
         };
@@ -261,12 +279,20 @@ impl Relay {
     /// After a new connection a stream may have lost its tail. What is published again goes before what is new, so that
     /// keys keep their order.
     fn waits_for_repair(&mut self) -> bool {
-        let connection = *self.connections.borrow();
-        if self.connected.0 != connection {
-            self.connected = (connection, Instant::now());
+        let now = Instant::now();
+        // Seen here before the client tells of its next connection. Without one, outputs fail at once and are put back.
+        if !self.bus.is_connected() {
+            (self.disconnected, self.waits_since) = (now, None);
+            return false;
         }
-        let is_looked_at = self.state.looked_at.load(Ordering::Relaxed) >= connection;
-        !is_looked_at && self.connected.1.elapsed() < REPAIR_WITHIN
+        let connection = *self.connections.borrow();
+        let look = self.state.last_look();
+        if look.is_some_and(|look| look.connection >= connection && look.began >= self.disconnected) {
+            self.waits_since = None;
+            return false;
+        }
+        let since = *self.waits_since.get_or_insert(now);
+        now.duration_since(since) < REPAIR_WITHIN
     }
 
     /// Sends what may be sent now.

@@ -13,8 +13,10 @@ alter table oncely.outbox
 
 update oncely.outbox set due_at = coalesce(first_attempt_at, leased_until) where published_at is null;
 
--- The line of a key.
-create index outbox_line on oncely.outbox (worker, ordering_key, seq) where published_at is null and ordering_key is not null;
+-- The line of a key. Whoever asks for the order of `seq + 0` gets it from this index or by sorting: of `seq` a plan might
+-- walk the primary key through all that is published.
+create index outbox_line on oncely.outbox (worker, ordering_key, (seq + 0))
+    where published_at is null and ordering_key is not null;
 create index outbox_behind on oncely.outbox (behind) where behind is not null;
 create index outbox_set_aside on oncely.outbox (seq) where set_aside_at is not null;
 
@@ -72,8 +74,8 @@ begin
             from (
                 select seq, behind, set_aside_at, failures, leased_until from oncely.outbox
                 where outbox.worker = given.worker and outbox.ordering_key = given.ordering_key
-                    and published_at is null and due_at <= now
-                order by seq desc limit line_max
+                    and outbox.ordering_key is not null and published_at is null and due_at <= now
+                order by seq + 0 desc limit line_max
             ) as in_line
         ) as unpublished
         where given.is_first and given.ordering_key is not null and unpublished.seqs is not null

@@ -32,6 +32,7 @@ mod docs;
 mod hostile;
 mod metrics;
 mod order;
+mod positions;
 mod relay;
 mod repair;
 

@@ -7,13 +7,13 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use futures::{StreamExt, TryStreamExt};
 use jiff::{SignedDuration, Timestamp};
 
-use super::RelayState;
+use super::{Look, RelayState};
 use crate::bus::{Bus, StreamInfo};
 use crate::drain::Stopping;
 use crate::fault;
@@ -60,12 +60,12 @@ impl Repair {
         let mut connections = self.bus.connections();
         let mut back = self.keep;
         loop {
-            let connection = *connections.borrow_and_update();
+            let look = Look { connection: *connections.borrow_and_update(), began: Instant::now() };
             let looked = self.look(back).await;
             if let Err(error) = &looked {
                 tracing::debug!("looking at the streams again soon: {error:#}");
             } else {
-                self.state.looked_at.store(connection, Ordering::Relaxed);
+                self.state.looked(look);
             }
             tokio::select! {
                 biased;

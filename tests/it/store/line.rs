@@ -21,6 +21,7 @@ on_every_database!(
     only_what_is_set_aside_is_retried_or_dropped,
     sweeps_at_the_same_time_keep_the_order_of_every_key,
     what_a_stream_lost_is_unpublished_again,
+    a_deep_line_is_worked_off_in_order_and_in_time,
     lag_is_the_age_of_what_could_go,
 );
 
@@ -278,4 +279,25 @@ async fn lag_is_the_age_of_what_could_go(world: World) {
     let lag = world.store.outbox_lag().await.unwrap().remove(0);
     assert_eq!((lag.unpublished, lag.set_aside, lag.held), (3, 1, 1));
     assert!(lag.oldest_ms.is_some_and(|ms| (20..10_000).contains(&ms)), "{lag:?}");
+}
+
+async fn a_deep_line_is_worked_off_in_order_and_in_time(world: World) {
+    const DEPTH: u32 = 6_000;
+    let first = append_one(&world, "a", "k", LEASE).await;
+    aside(&world, &first).await;
+    let many: Vec<_> = (0..DEPTH).map(|ordinal| keyed("b", ordinal, "k")).collect();
+    assert!(append(&world, &many, LEASE).await.is_empty());
+    world.store.drop_outputs(&[first.seq], "").await.unwrap();
+    let began = std::time::Instant::now();
+    let mut published = Vec::new();
+    while published.len() < DEPTH as usize {
+        let rows = world.store.lease_outputs(1_000, LEASE).await.unwrap();
+        // Another host looks while these are being published.
+        assert!(world.store.lease_outputs(1_000, LEASE).await.unwrap().is_empty());
+        let place = |row: &OutboxRow| Published { seq: row.seq, stream: "OUT".to_owned(), stream_sequence: 1 };
+        world.store.mark_published(&rows.iter().map(place).collect::<Vec<_>>()).await.unwrap();
+        published.extend(rows.into_iter().map(|row| row.seq));
+    }
+    assert!(published.is_sorted());
+    assert!(began.elapsed() < Duration::from_secs(20), "it took {:?}", began.elapsed());
 }

@@ -91,8 +91,8 @@ async fn insert(session: &mut Session, outputs: &[(&str, &Output)], lease: Durat
     Ok(rows)
 }
 
-/// Leases what is due, oldest first; rows that another host is leasing right now are left to it. Of what is due but not
-/// the next of its key, all is left to wait behind the first of those before it: it comes again once that is gone.
+/// Leases what is due, oldest first; rows that another host is leasing right now are left to it. What is due but not the
+/// next of its key waits behind the last one before it: it comes again once that is gone.
 pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) -> Result<Vec<OutboxRow>> {
     release(session).await?;
     let query = session.query(
@@ -101,23 +101,32 @@ pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) ->
              where published_at is null and leased_until <= pg_catalog.now()
              order by leased_until, seq limit $1
              for update skip locked
-         ), judged as materialized (
-             select due.seq, (
-                 select pg_catalog.min(before.seq) from oncely.outbox as before
-                 where due.ordering_key is not null and before.worker = due.worker
-                     and before.ordering_key = due.ordering_key and before.published_at is null
-                     and before.seq < due.seq and before.due_at <= pg_catalog.clock_timestamp()
-                     and not exists (select from due as other where other.seq = before.seq)
+         ), key as materialized (
+             select worker, ordering_key, pg_catalog.max(seq) as last from due
+             where ordering_key is not null group by worker, ordering_key
+         ), in_line as materialized (
+             select key.worker, key.ordering_key, before.seq from key cross join lateral (
+                 select seq from oncely.outbox as before
+                 where before.worker = key.worker and before.ordering_key = key.ordering_key
+                     and before.ordering_key is not null and before.published_at is null
+                     and before.seq + 0 < key.last and before.due_at <= pg_catalog.clock_timestamp()
+                 offset 0
              ) as before
-             from due
+         ), line as (
+             select seq, worker, ordering_key, true as is_due, null as before from due
+             union all
+             select seq, worker, ordering_key, false, seq from in_line where seq not in (select seq from due)
+         ), judged as materialized (
+             select seq, is_due, pg_catalog.max(before) over (partition by worker, ordering_key order by seq) as before
+             from line
          ), waiting as (
              update oncely.outbox set leased_until = 'infinity', behind = judged.before
-             from judged where outbox.seq = judged.seq and judged.before is not null
+             from judged where outbox.seq = judged.seq and is_due and judged.before is not null
          )
          update oncely.outbox
          set leased_until = pg_catalog.now() + $2 * interval '1 microsecond',
              first_attempt_at = coalesce(first_attempt_at, pg_catalog.now())
-         from judged where outbox.seq = judged.seq and judged.before is null
+         from judged where outbox.seq = judged.seq and is_due and judged.before is null
          returning outbox.seq, id, worker, subject, headers, body, ordering_key, failures,
              (extract(epoch from first_attempt_at) * 1000000)::bigint as first_attempt_at",
     );
@@ -143,7 +152,7 @@ async fn release(session: &mut Session) -> Result<()> {
          ), freed as (
              select seq from oncely.outbox where behind in (select behind from gone) for update skip locked
          )
-         update oncely.outbox set behind = null, leased_until = pg_catalog.now()
+         update oncely.outbox set behind = null, leased_until = due_at
          from freed where outbox.seq = freed.seq",
     );
     let freed = query.execute(session.connection()).await;

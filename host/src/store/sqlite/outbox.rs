@@ -131,8 +131,8 @@ async fn insert(
     .map_err(doing)
 }
 
-/// Leases what is due, oldest first. Of what is due but not the next of its key, all is left to wait behind the first of
-/// those before it: it comes again once that is gone.
+/// Leases what is due, oldest first. What is due but not the next of its key waits behind the last one before it: it comes
+/// again once that is gone.
 pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) -> Result<Vec<OutboxRow>> {
     let doing = |error| errors::of_statement(error, "lease outputs");
     release(session).await?;
@@ -143,14 +143,21 @@ pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) ->
              select seq, worker, ordering_key from oncely_outbox, clock
              where published_at is null and leased_until <= now
              order by leased_until, seq limit $1
+         ), key as materialized (
+             select worker, ordering_key, max(seq) as last from due
+             where ordering_key is not null group by worker, ordering_key
+         ), line as (
+             select seq, worker, ordering_key, true as is_due, null as before from due
+             union all
+             select before.seq, key.worker, key.ordering_key, false, before.seq
+             from key cross join clock cross join oncely_outbox as before
+             where before.worker = key.worker and before.ordering_key = key.ordering_key
+                 and before.ordering_key is not null and before.published_at is null
+                 and before.seq < key.last and before.due_at <= now and before.seq not in (select seq from due)
+         ), judged as (
+             select seq, is_due, max(before) over (partition by worker, ordering_key order by seq) as before from line
          )
-         select seq, (
-             select min(before.seq) from oncely_outbox as before, clock
-             where due.ordering_key is not null and before.worker = due.worker and before.ordering_key = due.ordering_key
-                 and before.published_at is null and before.seq < due.seq and before.due_at <= now
-                 and before.seq not in (select seq from due)
-         ) as before
-         from due",
+         select seq, before from judged where is_due",
     )
     .bind(limit)
     .fetch_all(session.connection().map_err(doing)?)
@@ -189,7 +196,7 @@ async fn release(session: &mut Session) -> Result<()> {
     let doing = |error| errors::of_statement(error, "let outputs go that waited");
     sqlx::query(
         "update oncely_outbox
-         set behind = null, leased_until = cast(unixepoch('subsec') * 1000000 as integer)
+         set behind = null, leased_until = due_at
          where behind in (
              select behind from (select distinct behind from oncely_outbox where behind is not null) as waited_for
              where not exists (
