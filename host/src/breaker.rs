@@ -121,6 +121,12 @@ impl Breaker {
 mod tests {
     use super::*;
 
+    fn trip(breaker: &mut Breaker, now: Instant, random: f64) {
+        for failure in 1..=TRIPS_AT {
+            assert_eq!(breaker.failed(now, random, "x"), failure == TRIPS_AT);
+        }
+    }
+
     #[test]
     fn it_opens_after_failures_in_a_row_and_one_probe_closes_it() {
         let now = Instant::now();
@@ -149,7 +155,7 @@ mod tests {
     fn each_probe_that_fails_doubles_the_time_up_to_a_limit() {
         let mut now = Instant::now();
         let mut breaker = Breaker::new(now);
-        (0..TRIPS_AT).for_each(|_| drop(breaker.failed(now, 1.0, "x")));
+        trip(&mut breaker, now, 1.0);
         let mut waited = Vec::new();
         for _ in 0..6 {
             let Permit::NotFor(wait) = breaker.permit(now) else { panic!("it is not open") };
@@ -165,7 +171,7 @@ mod tests {
     fn what_was_under_way_when_it_opened_does_not_keep_it_open_longer() {
         let now = Instant::now();
         let mut breaker = Breaker::new(now);
-        (0..TRIPS_AT).for_each(|_| drop(breaker.failed(now, 0.5, "x")));
+        trip(&mut breaker, now, 0.5);
         let before = breaker.permit(now);
         assert!(!breaker.failed(now, 1.0, "x"));
         assert_eq!(breaker.permit(now), before);
@@ -175,7 +181,7 @@ mod tests {
     fn a_probe_that_never_answers_is_followed_by_another() {
         let mut now = Instant::now();
         let mut breaker = Breaker::new(now);
-        (0..TRIPS_AT).for_each(|_| drop(breaker.failed(now, 0.0, "x")));
+        trip(&mut breaker, now, 0.0);
         now += OPEN_FIRST;
         assert_eq!(breaker.permit(now), Permit::Yes);
         assert_eq!(breaker.permit(now), Permit::NotFor(ASK_AGAIN));

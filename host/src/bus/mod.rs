@@ -46,9 +46,12 @@ pub struct Bus {
     context: jetstream::Context,
     /// Counts connections: when it moves, whatever waited on the old one has to ask again.
     connections: watch::Receiver<u64>,
-    known_streams: Arc<tokio::sync::Mutex<Option<(Instant, Arc<Vec<StreamInfo>>)>>>,
+    known_streams: Arc<tokio::sync::Mutex<Option<Known>>>,
     denied: Denied,
 }
+
+/// All streams, and as of when.
+type Known = (Instant, Arc<Vec<StreamInfo>>);
 
 /// Subjects the server did not let us publish to, and when it said so.
 type Denied = Arc<Mutex<HashMap<String, Instant>>>;

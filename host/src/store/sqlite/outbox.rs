@@ -1,6 +1,7 @@
 //! The outbox: what committed and is to be published.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -37,13 +38,12 @@ pub(super) async fn append_for(
     for (worker, output) in outputs {
         let mut line = Line::default();
         if let Some(key) = output.ordering_key.as_deref().filter(|_| output.delay.is_zero()) {
-            if !lines.contains_key(&(*worker, key)) {
-                lines.insert((*worker, key), Line::before(session, worker, key).await?);
-            }
+            let known = match lines.entry((*worker, key)) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(place) => place.insert(Line::before(session, worker, key).await?),
+            };
             // Only the first output of a key needs to know who is before it.
-            if let Some(known) = lines.get_mut(&(*worker, key)) {
-                line = Line { ahead: std::mem::take(&mut known.ahead), in_trouble: known.in_trouble };
-            }
+            line = Line { ahead: std::mem::take(&mut known.ahead), in_trouble: known.in_trouble };
         }
         let row = insert(session, worker, output, line.in_trouble, lease).await?;
         let read = || -> anyhow::Result<_> {
