@@ -227,6 +227,19 @@ async fn messages_are_stored_in_the_order_they_are_published() -> Result<()> {
 }
 
 #[tokio::test]
+async fn what_the_login_may_not_publish_has_no_place() -> Result<()> {
+    let deny = r#"authorization { users: [{ user: u, password: p, permissions: { publish: { deny: ["in.secret"] } } }] }
+        no_auth_user: u"#;
+    let nats = NatsServer::start_with(deny).await?;
+    nats.make_stream("IN", "in.>", Duration::from_secs(120)).await?;
+    let bus = Bus::connect(&at(&nats.url())).await?;
+    let answers = bus.publish(vec![outgoing("in.secret", "1"), outgoing("in.open", "2")]).await;
+    assert!(matches!(&answers[0], Err(PublishError::NoPlace(why)) if why.contains("denies")), "{answers:?}");
+    assert_eq!(answers[1].as_ref().map(|at| at.sequence), Ok(1));
+    Ok(())
+}
+
+#[tokio::test]
 async fn what_cannot_be_published_is_refused_alone() -> Result<()> {
     let (_nats, bus) = world().await?;
     let with_header = |name: &str, value: &str| Outgoing {

@@ -55,7 +55,13 @@ impl ToPublish {
 
 impl NatsServer {
     pub async fn start() -> Result<Self> {
+        Self::start_with("").await
+    }
+
+    /// Starts a server with further lines of configuration.
+    pub async fn start_with(configuration: &str) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("oncely-nats-").tempdir().context("make a folder")?;
+        std::fs::write(folder.path().join("configuration"), configuration).context("write the configuration")?;
         let mut nats = NatsServer { port: free_port()?, folder, server: None };
         nats.restart().await?;
         Ok(nats)
@@ -73,7 +79,8 @@ impl NatsServer {
     pub async fn restart(&mut self) -> Result<()> {
         let folder = self.folder.path();
         let command = format!(
-            "exec nats-server -a 127.0.0.1 -p {} -js -sd '{}' -P '{}' >'{}' 2>&1",
+            "exec nats-server -c '{}' -a 127.0.0.1 -p {} -js -sd '{}' -P '{}' >'{}' 2>&1",
+            folder.join("configuration").display(),
             self.port,
             folder.join("store").display(),
             folder.join("pid").display(),
