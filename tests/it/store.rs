@@ -39,6 +39,7 @@ mod letters;
 mod line;
 mod outages;
 mod outbox;
+mod savepoints;
 mod state;
 mod totals;
 mod wall;

@@ -9,6 +9,7 @@ use super::guest_sql::{self, Guests, Outcome};
 use super::session::Session;
 use super::{inbox, outbox, state};
 use crate::sql::{Rows, SqlError, SqlLimits, Value};
+use crate::store::shared::Savepoint;
 use crate::store::{Claim, Claimed, OutboxRow, Output, Result, StateEntry, StateWrite, Tx, shared};
 use crate::verdict::Settled;
 
@@ -19,12 +20,23 @@ pub(super) struct SqliteTx {
     fresh: HashSet<String>,
     /// Why nothing of this transaction can take effect any more.
     doomed: Option<String>,
+    /// Whether going back to the savepoint would lift that.
+    undoable: bool,
+    savepoint: Savepoint,
     guests: Guests,
 }
 
 impl SqliteTx {
     pub(super) fn new(session: Session, worker: &str, guests: Guests) -> Self {
-        SqliteTx { session, worker: worker.to_owned(), fresh: HashSet::new(), doomed: None, guests }
+        SqliteTx {
+            session,
+            worker: worker.to_owned(),
+            fresh: HashSet::new(),
+            doomed: None,
+            undoable: true,
+            savepoint: Savepoint::new(),
+            guests,
+        }
     }
 
     fn check(&self) -> Result<()> {
@@ -35,6 +47,7 @@ impl SqliteTx {
     fn remember<T>(&mut self, result: Result<T>) -> Result<T> {
         if let Err(error) = &result {
             self.doomed = Some(error.to_string());
+            self.undoable = false;
         }
         result
     }
@@ -82,6 +95,25 @@ impl Tx for SqliteTx {
         self.check()?;
         let saved = state::save(&mut self.session, &self.worker, writes).await;
         self.remember(saved)
+    }
+
+    async fn savepoint(&mut self) -> Result<()> {
+        self.check()?;
+        let statements = self.savepoint.begin();
+        let made = self.session.run(statements, "make a savepoint").await;
+        self.remember(made)
+    }
+
+    async fn undo(&mut self) -> Result<()> {
+        if !self.undoable {
+            return self.check();
+        }
+        let statement = self.savepoint.back()?;
+        let undone = self.session.run(statement, "go back to the savepoint").await;
+        if undone.is_ok() {
+            self.doomed = None;
+        }
+        self.remember(undone)
     }
 
     async fn query(
