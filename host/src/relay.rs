@@ -172,7 +172,8 @@ pub struct Relay {
     breakers: Breakers,
     /// The highest sequence each stream answered with.
     tops: HashMap<String, u64>,
-    losses_seen: u64,
+    /// How many losses were found, and after which connection somebody looked, when it began with what it has now.
+    losses_seen: (u64, u64),
     connections: watch::Receiver<u64>,
     /// When there was no connection to NATS the last time that somebody looked.
     disconnected: Instant,
@@ -212,7 +213,7 @@ impl Relay {
             streams: Arc::default(),
             knows_too_little: false,
             tops: HashMap::new(),
-            losses_seen: 0,
+            losses_seen: (0, 0),
             disconnected: Instant::now(),
             waits_since: None,
             without_place: HashMap::new(),
@@ -268,10 +269,7 @@ impl Relay {
 
     /// Takes outputs into memory. Those that have to wait for others that are not here go back at once.
     fn take(&mut self, rows: Vec<OutboxRow>, since: Instant) {
-        let losses = self.state.losses.load(Ordering::Relaxed);
-        if std::mem::replace(&mut self.losses_seen, losses) != losses {
-            self.lines.forget_published();
-        }
+        self.mind_losses();
         let back = self.lines.take(rows, since);
         self.ledger.put_back(back);
     }
@@ -295,12 +293,24 @@ impl Relay {
         now.duration_since(since) < REPAIR_WITHIN
     }
 
+    /// When a stream has lost something, the database says anew who goes first. After a new connection another host may
+    /// have been the one to find it.
+    fn mind_losses(&mut self) {
+        let losses = self.state.losses.load(Ordering::Relaxed);
+        let connection = self.state.last_look().map_or(0, |look| look.connection);
+        if std::mem::replace(&mut self.losses_seen, (losses, connection)) != (losses, connection) {
+            let due = PutBack::Later { after: Duration::ZERO, error: None };
+            self.ledger.put_back(self.lines.start_over().into_iter().map(|seq| (seq, due.clone())));
+        }
+    }
+
     /// Sends what may be sent now.
     async fn send(&mut self, under_way: &mut UnderWay) {
         let mut has_sent = false;
         if self.waits_for_repair() {
             return;
         }
+        self.mind_losses();
         while under_way.len() < UNDER_WAY_MAX
             && let Some(held) = self.lines.next()
         {

@@ -61,7 +61,9 @@ impl NatsServer {
     /// Starts a server with further lines of configuration.
     pub async fn start_with(configuration: &str) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("oncely-nats-").tempdir().context("make a folder")?;
-        std::fs::write(folder.path().join("configuration"), configuration).context("write the configuration")?;
+        if !configuration.is_empty() {
+            std::fs::write(folder.path().join("configuration"), configuration).context("write the configuration")?;
+        }
         let mut nats = NatsServer { port: free_port()?, folder, server: None };
         nats.restart().await?;
         Ok(nats)
@@ -78,9 +80,10 @@ impl NatsServer {
     /// Starts the server again, on the same port and with the same store.
     pub async fn restart(&mut self) -> Result<()> {
         let folder = self.folder.path();
+        let configuration = folder.join("configuration");
         let command = format!(
-            "exec nats-server -c '{}' -a 127.0.0.1 -p {} -js -sd '{}' -P '{}' >'{}' 2>&1",
-            folder.join("configuration").display(),
+            "exec nats-server {} -a 127.0.0.1 -p {} -js -sd '{}' -P '{}' >'{}' 2>&1",
+            if configuration.exists() { format!("-c '{}'", configuration.display()) } else { String::new() },
             self.port,
             folder.join("store").display(),
             folder.join("pid").display(),

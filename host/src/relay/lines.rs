@@ -108,10 +108,25 @@ impl Lines {
         }
     }
 
-    /// A stream has lost something: nobody knows any more what is through.
-    pub fn forget_published(&mut self) {
+    /// A stream has lost something: nobody knows any more who is through and who may go. All that is not under way leaves,
+    /// and is returned.
+    pub fn start_over(&mut self) -> Vec<i64> {
         self.published.clear();
         self.published_in_order.clear();
+        let mut left: Vec<i64> = Vec::new();
+        for held in std::mem::take(&mut self.ready) {
+            left.push(held.row.seq);
+            let behind = key(&held.row).and_then(|key| self.waiting.remove(&key)).unwrap_or_default();
+            left.extend(behind.iter().map(|held| held.row.seq));
+        }
+        // Those behind one that is under way.
+        for line in self.waiting.values_mut() {
+            left.extend(std::mem::take(line).iter().map(|held| held.row.seq));
+        }
+        for seq in &left {
+            self.held.remove(seq);
+        }
+        left
     }
 
     /// An output was not published: it and all that wait behind it leave. Returns those behind it.
@@ -200,6 +215,19 @@ mod tests {
         assert!(lines.take(vec![row(2, Some("a"), &[1])], Instant::now()).is_empty());
         assert_eq!(seqs(&ready(&mut lines)), [2]);
         assert_eq!(lines.take(vec![row(7, Some("a"), &[2, 6])], Instant::now()), [(7, PutBack::Behind(6))]);
+    }
+
+    #[test]
+    fn after_a_loss_only_what_is_under_way_stays() {
+        let mut lines = Lines::default();
+        lines.take(vec![row(1, Some("a"), &[]), row(2, Some("a"), &[1]), row(3, Some("b"), &[])], Instant::now());
+        let under_way = lines.next().unwrap().row;
+        lines.take(vec![row(4, None, &[]), row(5, Some("b"), &[3])], Instant::now());
+        let mut left = lines.start_over();
+        left.sort_unstable();
+        assert_eq!((under_way.seq, left, lines.len()), (1, vec![2, 3, 4, 5], 1));
+        lines.published(&under_way);
+        assert!(lines.is_empty() && lines.next().is_none());
     }
 
     #[test]
