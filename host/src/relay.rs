@@ -7,7 +7,7 @@
 //! One loop: answers, records in the database and sweeps are under way at the same time, but of each key one output.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -112,6 +112,8 @@ pub struct RelayState {
     suspicion: Notify,
     /// How often streams were found to have lost something.
     losses: AtomicU64,
+    /// Whether something is published that the database does not know of yet.
+    unwritten: AtomicBool,
 }
 
 /// A look at the streams that found all of them well, or mended.
@@ -232,6 +234,7 @@ impl Relay {
         loop {
             self.send(&mut under_way).await;
             self.ledger.write();
+            self.state.unwritten.store(!self.ledger.is_empty(), Ordering::Relaxed);
             if lanes_are_gone && self.lines.is_empty() && self.ledger.is_empty() && sweeping.is_none() {
                 return;
             }

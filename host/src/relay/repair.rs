@@ -26,6 +26,10 @@ const LOOK_EVERY: Duration = Duration::from_secs(20);
 /// How soon it looks again when it could not.
 const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(250);
 
+/// How long a look waits for the relay's records, and how often it asks for them.
+const WRITTEN_WITHIN: Duration = Duration::from_secs(1);
+const WRITTEN_YET: Duration = Duration::from_millis(5);
+
 /// What was published so long before a look without a reason was seen by an earlier one.
 const LOOK_BACK: Duration = Duration::from_secs(60);
 
@@ -60,6 +64,7 @@ impl Repair {
         let mut connections = self.bus.connections();
         let mut back = self.keep;
         loop {
+            self.until_written().await;
             let look = Look { connection: *connections.borrow_and_update(), began: Instant::now() };
             let looked = self.look(back).await;
             if let Err(error) = &looked {
@@ -76,6 +81,16 @@ impl Repair {
                 () = tokio::time::sleep(LOOK_EVERY), if looked.is_ok() => back = LOOK_BACK,
             }
         }
+    }
+
+    /// Lets the relay write down what was published before: what the database does not know of, nobody would miss.
+    async fn until_written(&self) {
+        let written = async {
+            while self.state.unwritten.load(Ordering::Relaxed) {
+                tokio::time::sleep(WRITTEN_YET).await;
+            }
+        };
+        let _ = tokio::time::timeout(WRITTEN_WITHIN, written).await;
     }
 
     /// Compares the last output published to each stream within some time with what stands there. A stream that was made
