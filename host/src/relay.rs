@@ -6,18 +6,16 @@
 //!
 //! One loop: answers, records in the database and sweeps are under way at the same time, but of each key one output.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
-use serde::{Deserialize, Serialize};
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 
-use crate::breaker::{Breaker, State};
 use crate::bus::{Answer, Bus, Outgoing, PublishError, PublishedAt, StreamInfo, stream_of};
 use crate::drain::Stopping;
 use crate::fault;
@@ -28,12 +26,14 @@ mod breakers;
 mod ledger;
 mod lines;
 mod repair;
+mod state;
 mod sweep;
 
 use breakers::Breakers;
 use ledger::Ledger;
 use lines::{Held, Lines};
 pub use repair::Repair;
+pub use state::{BreakerState, RelayState};
 use sweep::Swept;
 
 /// Batches of outputs that wait for the relay; lanes wait when it is full, so effects and publishing cannot drift apart.
@@ -89,73 +89,6 @@ impl HandOver {
         if !rows.is_empty() {
             let _ = self.sender.send(Leased { rows, since }).await;
         }
-    }
-}
-
-/// What people see of the breaker of one stream.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BreakerState {
-    pub stream: String,
-    pub state: State,
-    /// The last failure.
-    pub why: String,
-}
-
-/// What the relay's parts tell each other, and people.
-#[derive(Default)]
-pub struct RelayState {
-    breakers: Mutex<BTreeMap<String, BreakerState>>,
-    /// When the streams were looked at for losses the last time, and after which connection to NATS.
-    looked: Mutex<Option<Look>>,
-    /// Streams that answered with a sequence they had given before.
-    suspects: Mutex<BTreeSet<String>>,
-    suspicion: Notify,
-    /// How often streams were found to have lost something.
-    losses: AtomicU64,
-    /// Whether something is published that the database does not know of yet.
-    unwritten: AtomicBool,
-}
-
-/// A look at the streams that found all of them well, or mended.
-#[derive(Debug, Clone, Copy)]
-struct Look {
-    connection: u64,
-    began: Instant,
-}
-
-impl RelayState {
-    /// The breakers of all streams that this host published to.
-    pub fn breakers(&self) -> Vec<BreakerState> {
-        self.breakers.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
-    }
-
-    fn show(&self, stream: &str, breaker: &Breaker) {
-        let mut shown = self.breakers.lock().unwrap_or_else(PoisonError::into_inner);
-        if shown.get(stream).is_none_or(|shown| shown.state != breaker.state()) {
-            let (stream, state, why) = (stream.to_owned(), breaker.state(), breaker.why().to_owned());
-            shown.insert(stream.clone(), BreakerState { stream, state, why });
-        }
-    }
-
-    fn looked(&self, look: Look) {
-        *self.looked.lock().unwrap_or_else(PoisonError::into_inner) = Some(look);
-    }
-
-    fn last_look(&self) -> Option<Look> {
-        *self.looked.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn suspect(&self, stream: &str) {
-        self.suspects.lock().unwrap_or_else(PoisonError::into_inner).insert(stream.to_owned());
-        self.suspicion.notify_one();
-    }
-
-    fn is_suspect(&self, stream: &str) -> bool {
-        self.suspects.lock().unwrap_or_else(PoisonError::into_inner).contains(stream)
-    }
-
-    fn clear(&self, stream: &str) {
-        self.suspects.lock().unwrap_or_else(PoisonError::into_inner).remove(stream);
     }
 }
 

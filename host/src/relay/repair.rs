@@ -13,7 +13,7 @@ use anyhow::Result;
 use futures::{StreamExt, TryStreamExt};
 use jiff::{SignedDuration, Timestamp};
 
-use super::{Look, RelayState};
+use super::state::{Look, RelayState};
 use crate::bus::{Bus, StreamInfo};
 use crate::drain::Stopping;
 use crate::fault;
