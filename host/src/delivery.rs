@@ -215,6 +215,9 @@ impl Delivery {
     }
 
     fn judge(&self, run: &Run<'_>, member: usize, failure: CallFailure, attempt: u32) -> Verdict {
+        // What was put back has a budget of its own, and goes on counting.
+        let before = run.batch.get(member).map_or(0, |message| message.attempts_before());
+        let of_budget = attempt.saturating_sub(before).max(1);
         let asked = match failure.kind {
             FailureKind::RetryAfter(after) => Some(after),
             _ => None,
@@ -222,9 +225,9 @@ impl Delivery {
         let reason = match failure.kind {
             FailureKind::Reject => Reason::Rejected,
             FailureKind::OutputRefused => Reason::OutputRefused,
-            _ if !self.worker.retry.allows_another(attempt) => Reason::AttemptsExhausted,
+            _ if !self.worker.retry.allows_another(of_budget) => Reason::AttemptsExhausted,
             _ => {
-                let after = self.worker.retry.after(attempt, asked, rand::random());
+                let after = self.worker.retry.after(of_budget, asked, rand::random());
                 return Verdict::Retry { attempt, after };
             }
         };

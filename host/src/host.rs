@@ -17,8 +17,9 @@ use crate::drain::{Stop, Stopping};
 use crate::fault;
 use crate::guest::{Guest, GuestEngine};
 use crate::manifest::Worker;
+use crate::redrive::{REDRIVE_STREAM, REDRIVE_SUBJECTS};
 use crate::relay::{HandOver, Relay};
-use crate::store::{DeploymentRecord, Store};
+use crate::store::{DeploymentRecord, OutboxRow, Store};
 use crate::worker::RunningWorker;
 
 /// How often a host looks whether another one deployed something.
@@ -89,6 +90,8 @@ impl Host {
         bus.ensure_stream(&StreamSpec::new(DLQ_STREAM, &[DLQ_SUBJECTS]))
             .await
             .context("make the dead-letter stream")?;
+        let queue = StreamSpec { is_queue: true, ..StreamSpec::new(REDRIVE_STREAM, &[REDRIVE_SUBJECTS]) };
+        bus.ensure_stream(&queue).await.context("make the stream of what is put back")?;
         let (relay, hand_over) = Relay::new(Arc::clone(&store), bus.clone());
         let host = Arc::new(Host {
             store,
@@ -175,6 +178,14 @@ impl Host {
     pub async fn load(&self, wasm: Vec<u8>) -> Result<Guest> {
         let engine = self.engine.clone();
         tokio::task::spawn_blocking(move || Guest::load(&engine, &wasm)).await.context("compile a component")?
+    }
+
+    /// Hands committed messages to the relay; while the host stops they are left to a sweep.
+    pub async fn publish_soon(&self, rows: Vec<OutboxRow>) {
+        let relay = self.relay.lock().await.clone();
+        if let Some(relay) = relay {
+            relay.hand_over(rows).await;
+        }
     }
 
     /// The workers of this host, by name.

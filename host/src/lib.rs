@@ -6,8 +6,8 @@
 //! - loops: `host` (with `deploy`), `worker`, `lane`, `relay`, `drain`
 //! - the heart: `delivery`
 //! - one room per outside thing: `guest` (wasmtime), `store` (sqlx), `bus` (async-nats), `crate_build` (cargo)
-//! - plain values, no IO: `message`, `sql`, `state`, `verdict`, `dead_letter`, `manifest`, `config`, `retry`, `subject`,
-//!   `units`, `toml_text`, `hint`; and `fault`, named points and mutants for tests
+//! - plain values, no IO: `message`, `sql`, `state`, `verdict`, `dead_letter`, `redrive`, `manifest`, `config`, `retry`,
+//!   `subject`, `units`, `toml_text`, `hint`; and `fault`, named points and mutants for tests
 
 pub mod api;
 pub mod bus;
@@ -25,6 +25,7 @@ pub mod host;
 pub mod lane;
 pub mod manifest;
 pub mod message;
+pub mod redrive;
 pub mod relay;
 pub mod retry;
 pub mod sql;

@@ -15,6 +15,7 @@ use crate::bus::{Bus, Outgoing, PublishError};
 use crate::delivery::HAND_OVER_LEASE;
 use crate::drain::Stopping;
 use crate::fault;
+use crate::redrive;
 use crate::retry::Backoff;
 use crate::store::{OutboxRow, Published, Store};
 
@@ -150,7 +151,11 @@ impl Relay {
     /// Looks up rows whose first sending is so long ago that the broker may have forgotten their ids.
     async fn without_those_already_there(&self, rows: Vec<OutboxRow>) -> Vec<OutboxRow> {
         let now = Timestamp::now();
-        let is_old = |row: &OutboxRow| now.duration_since(row.first_attempt_at).unsigned_abs() > LOOK_UP_AFTER;
+        // A pointer leaves its stream when it is acknowledged, and a second one finds nothing to do.
+        let is_old = |row: &OutboxRow| {
+            now.duration_since(row.first_attempt_at).unsigned_abs() > LOOK_UP_AFTER
+                && !redrive::is_pointer(&row.subject)
+        };
         let (old, mut fresh): (Vec<OutboxRow>, Vec<OutboxRow>) = rows.into_iter().partition(is_old);
         let mut by_subject: HashMap<String, Vec<OutboxRow>> = HashMap::new();
         for row in old {

@@ -396,6 +396,7 @@ fn payload(stored: &Stored) -> String {
         headers: Headers::new(),
         body: stored.body.clone().into(),
         origin: None,
+        redriven: None,
     };
     hex::encode(message.payload_sha256())
 }

@@ -34,5 +34,6 @@ mod order;
 
 mod hosts;
 mod outage;
+mod redrive;
 mod store;
 mod tidy;

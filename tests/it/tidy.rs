@@ -65,6 +65,7 @@ fn imports_run_downwards_only() -> Result<()> {
             "state",
             "verdict",
             "dead_letter",
+            "redrive",
             "manifest",
             "config",
             "retry",

@@ -26,6 +26,8 @@ pub struct StreamSpec {
     pub max_bytes: Option<u64>,
     /// For how long the server recognises a message id; none for its default, two minutes.
     pub duplicate_window: Option<Duration>,
+    /// Whether what is acknowledged leaves it.
+    pub is_queue: bool,
 }
 
 impl StreamSpec {
@@ -60,7 +62,7 @@ pub struct StreamInfo {
 
 impl Bus {
     /// Makes a stream unless one of this name is there; that one stays as it is. Limits retention, so that messages can
-    /// be read again after a restore; when it is full it refuses new messages rather than drop old ones.
+    /// be read again after a restore, unless it is a queue; when it is full it refuses new messages rather than drop old ones.
     pub async fn ensure_stream(&self, spec: &StreamSpec) -> Result<Ensured> {
         if self.stream(&spec.name).await?.is_some() {
             return Ok(Ensured::AlreadyThere);
@@ -68,7 +70,7 @@ impl Bus {
         let config = Config {
             name: spec.name.clone(),
             subjects: spec.subjects.clone(),
-            retention: RetentionPolicy::Limits,
+            retention: if spec.is_queue { RetentionPolicy::WorkQueue } else { RetentionPolicy::Limits },
             storage: StorageType::File,
             discard: DiscardPolicy::New,
             max_age: spec.max_age.unwrap_or_default(),

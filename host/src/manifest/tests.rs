@@ -289,6 +289,7 @@ fn the_ordering_key_is_read_from_a_header_or_a_token() {
         headers: vec![("account".into(), "42".into())],
         body: Bytes::new(),
         origin: None,
+        redriven: None,
     };
     let key = |text: &str| OrderingKey::try_from(text.to_owned()).unwrap().key_of(&message);
     assert_eq!(key("header:Account"), Some("42".into()));

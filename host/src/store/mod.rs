@@ -17,10 +17,16 @@ use crate::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
 pub use crate::state::{StateEntry, StateWrite};
 use crate::verdict::{Letter, Settled};
 
+mod letters;
 mod postgres;
 mod shared;
 mod sqlite;
 mod values;
+
+pub use letters::{
+    AttemptRecord, AuditRecord, By, EditRecord, LetterFilter, LetterOutput, LetterRecord, LetterState, LetterSummary,
+    Move, Moved, PutBack, Redrive, all_letters,
+};
 
 pub use postgres::PostgresStore;
 pub use sqlite::SqliteStore;
@@ -113,51 +119,6 @@ pub struct FailedAttempt {
     pub logs: String,
 }
 
-/// A counted failed attempt, as people read it.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct AttemptRecord {
-    pub attempt: u32,
-    pub at: Timestamp,
-    pub version: u32,
-    pub code: Option<String>,
-    pub error: String,
-    pub logs: String,
-}
-
-/// One dead letter in a list.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct LetterSummary {
-    pub id: i64,
-    pub worker: String,
-    pub event_id: String,
-    pub reason: String,
-    pub code: Option<String>,
-    pub detail: String,
-    pub subject: String,
-    pub attempts: u32,
-    pub version: u32,
-    pub died_at: Timestamp,
-}
-
-/// One dead letter, whole.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LetterRecord {
-    pub summary: LetterSummary,
-    pub headers: Headers,
-    pub body: Bytes,
-    pub origin: Option<(String, u64)>,
-    /// Every failed attempt of its event id at its worker, first to last.
-    pub attempts: Vec<AttemptRecord>,
-}
-
-/// Which dead letters to list, newest first.
-#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct LetterFilter {
-    pub worker: Option<String>,
-    pub reason: Option<String>,
-    pub limit: u32,
-}
-
 /// One immutable version of a worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeploymentRecord {
@@ -192,7 +153,7 @@ pub struct WorkerTotals {
     pub worker: String,
     /// Events whose effects are committed.
     pub done: u64,
-    /// Dead letters.
+    /// Dead letters that wait for somebody.
     pub dead: u64,
     /// Outputs of the handler that are in the outbox: unpublished, or published in the last quarter of an hour.
     pub outputs: u64,
@@ -264,11 +225,23 @@ pub trait Store: Send + Sync + 'static {
     /// All deployments of a worker, newest first.
     async fn deployments(&self, worker: &str) -> Result<Vec<DeploymentRecord>>;
 
-    /// Dead letters, newest first.
+    /// One page of dead letters, newest first; see [`all_letters`] for subjects with wildcards.
     async fn letters(&self, filter: &LetterFilter) -> Result<Vec<LetterSummary>>;
 
     /// One dead letter, whole.
     async fn letter(&self, id: i64) -> Result<Option<LetterRecord>>;
+
+    /// Puts dead letters back to their workers, in one transaction: the event is no longer settled, the letter counts one
+    /// generation more, and a message that points the worker to it is in the outbox. Says for each whether that was done,
+    /// and returns the messages that are to be published now.
+    async fn redrive(&self, letters: &[Redrive], by: &By) -> Result<(Vec<Moved>, Vec<OutboxRow>)>;
+
+    /// What a worker that was pointed to a letter is to handle; or, when that is out of date, the proof that it need not.
+    async fn put_back(&self, id: i64, generation: u32) -> Result<PutBack>;
+
+    /// Closes dead letters for good, or keeps a corrected body for one, in one transaction, and says for each whether that
+    /// was done. An event that was put back and is not settled yet is settled as dead with that.
+    async fn move_letters(&self, ids: &[i64], what: &Move, by: &By) -> Result<Vec<Moved>>;
 
     /// The value under a key of a worker's state.
     async fn state_entry(&self, worker: &str, key: &str) -> Result<Option<StateRecord>>;

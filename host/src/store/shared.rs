@@ -97,6 +97,22 @@ impl<'a> Burial<'a> {
     pub fn origin(&self) -> Option<(&'a str, u64)> {
         self.letter.message.origin.as_ref().map(|origin| (origin.stream.as_str(), origin.sequence))
     }
+
+    /// When its stream stored the message, in microseconds since the epoch.
+    pub fn stored_at(&self) -> Option<i64> {
+        self.letter.message.origin.as_ref().map(|origin| origin.stored_at.as_microsecond())
+    }
+
+    /// The notice, with what only the database knows: each death of a letter that is put back has a notice of its own.
+    pub fn notice_of(&self, letter: i64, generation: u32) -> Output {
+        let mut notice = self.notice.clone();
+        notice.headers.push(("Oncely-Letter".to_owned(), letter.to_string()));
+        if generation > 0 {
+            notice.id = format!("{}:r{generation}", notice.id);
+            notice.headers.push(("Oncely-Redriven".to_owned(), generation.to_string()));
+        }
+        notice
+    }
 }
 
 /// The letters that are to be written: those whose event this transaction settled, and those whose event id is held

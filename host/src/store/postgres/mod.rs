@@ -4,6 +4,7 @@
 //! explicit transaction, nothing is set beyond its end, and no lock outlives it.
 
 mod attempts;
+mod burial;
 mod deployments;
 mod errors;
 mod guest_sql;
@@ -12,6 +13,7 @@ mod inbox;
 mod letters;
 mod migrate;
 mod outbox;
+mod redrive;
 mod session;
 mod state;
 mod totals;
@@ -31,9 +33,10 @@ use self::session::{Purpose, Sessions};
 use self::tx::PostgresTx;
 use self::wall::Login;
 use super::{
-    DeploymentRecord, FailedAttempt, LetterFilter, LetterRecord, LetterSummary, OutboxRow, Output, Published, Result,
-    StateRecord, Store, Tx, WorkerMigration, WorkerTotals,
+    By, DeploymentRecord, FailedAttempt, LetterFilter, LetterRecord, LetterSummary, Move, Moved, OutboxRow, Output,
+    Published, PutBack, Redrive, Result, StateRecord, Store, Tx, WorkerMigration, WorkerTotals,
 };
+use crate::fault;
 use crate::hint::WithHint;
 use crate::sql::Dialect;
 use crate::verdict::{Letter, Settled};
@@ -169,7 +172,7 @@ impl Store for PostgresStore {
 
     async fn bury(&self, letters: &[(Letter, Output)]) -> Result<(Vec<Settled>, Vec<OutboxRow>)> {
         let mut session = self.house.begin(Purpose::House).await?;
-        let notices = letters::bury(&mut session, letters).await?;
+        let notices = burial::bury(&mut session, letters).await?;
         session.commit().await?;
         Ok((letters.iter().map(|_| Settled::seen_by_store()).collect(), notices))
     }
@@ -253,6 +256,29 @@ impl Store for PostgresStore {
         let letter = letters::find(&mut session, id).await?;
         session.commit().await?;
         Ok(letter)
+    }
+
+    async fn redrive(&self, letters: &[Redrive], by: &By) -> Result<(Vec<Moved>, Vec<OutboxRow>)> {
+        let mut session = self.house.begin(Purpose::House).await?;
+        let moved = redrive::redrive(&mut session, letters, by).await?;
+        fault::point(fault::BEFORE_REDRIVE);
+        session.commit().await?;
+        fault::point(fault::AFTER_REDRIVE);
+        Ok(moved)
+    }
+
+    async fn put_back(&self, id: i64, generation: u32) -> Result<PutBack> {
+        let mut session = self.house.begin(Purpose::Read).await?;
+        let put_back = redrive::put_back(&mut session, id, generation).await?;
+        session.commit().await?;
+        Ok(put_back)
+    }
+
+    async fn move_letters(&self, ids: &[i64], what: &Move, by: &By) -> Result<Vec<Moved>> {
+        let mut session = self.house.begin(Purpose::House).await?;
+        let moved = redrive::move_letters(&mut session, ids, what, by).await?;
+        session.commit().await?;
+        Ok(moved)
     }
 
     async fn state_entry(&self, worker: &str, key: &str) -> Result<Option<StateRecord>> {

@@ -4,6 +4,7 @@
 
 mod attempts;
 mod authorizer;
+mod burial;
 mod deployments;
 mod errors;
 mod guest_sql;
@@ -12,6 +13,7 @@ mod inbox;
 mod letters;
 mod migrate;
 mod outbox;
+mod redrive;
 mod session;
 mod state;
 mod totals;
@@ -28,9 +30,10 @@ use self::guest_sql::Guests;
 use self::session::Sessions;
 use self::tx::SqliteTx;
 use super::{
-    DeploymentRecord, FailedAttempt, LetterFilter, LetterRecord, LetterSummary, OutboxRow, Output, Published, Result,
-    StateRecord, Store, Tx, WorkerMigration, WorkerTotals,
+    By, DeploymentRecord, FailedAttempt, LetterFilter, LetterRecord, LetterSummary, Move, Moved, OutboxRow, Output,
+    Published, PutBack, Redrive, Result, StateRecord, Store, Tx, WorkerMigration, WorkerTotals,
 };
+use crate::fault;
 use crate::sql::Dialect;
 use crate::verdict::{Letter, Settled};
 
@@ -103,7 +106,7 @@ impl Store for SqliteStore {
 
     async fn bury(&self, letters: &[(Letter, Output)]) -> Result<(Vec<Settled>, Vec<OutboxRow>)> {
         let mut session = self.sessions.begin().await?;
-        let notices = letters::bury(&mut session, letters).await?;
+        let notices = burial::bury(&mut session, letters).await?;
         session.commit().await?;
         Ok((letters.iter().map(|_| Settled::seen_by_store()).collect(), notices))
     }
@@ -171,6 +174,26 @@ impl Store for SqliteStore {
 
     async fn letter(&self, id: i64) -> Result<Option<LetterRecord>> {
         letters::find(&self.readers, id).await
+    }
+
+    async fn redrive(&self, letters: &[Redrive], by: &By) -> Result<(Vec<Moved>, Vec<OutboxRow>)> {
+        let mut session = self.sessions.begin().await?;
+        let moved = redrive::redrive(&mut session, letters, by).await?;
+        fault::point(fault::BEFORE_REDRIVE);
+        session.commit().await?;
+        fault::point(fault::AFTER_REDRIVE);
+        Ok(moved)
+    }
+
+    async fn put_back(&self, id: i64, generation: u32) -> Result<PutBack> {
+        redrive::put_back(&self.readers, id, generation).await
+    }
+
+    async fn move_letters(&self, ids: &[i64], what: &Move, by: &By) -> Result<Vec<Moved>> {
+        let mut session = self.sessions.begin().await?;
+        let moved = redrive::move_letters(&mut session, ids, what, by).await?;
+        session.commit().await?;
+        Ok(moved)
     }
 
     async fn state_entry(&self, worker: &str, key: &str) -> Result<Option<StateRecord>> {
