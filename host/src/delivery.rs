@@ -21,8 +21,10 @@ use crate::store::{Claim, Claimed, FailedAttempt, OutboxRow, Store, StoreError, 
 use crate::verdict::{Letter, Reason, Verdict};
 
 mod members;
+mod rehearsal;
 
 use members::{Failed, Members, Ran};
+pub use rehearsal::Rehearsal;
 
 /// For how long committed outputs belong to the relay of the host that committed them.
 pub const HAND_OVER_LEASE: Duration = Duration::from_secs(30);

@@ -156,6 +156,15 @@ impl Host {
         Ok(())
     }
 
+    /// The deployment of a worker that is active now, ready to run; none when it has none.
+    pub async fn current(&self, worker: &str) -> Result<Option<Delivery>> {
+        let active = self.store.active_deployments().await?;
+        match active.iter().find(|deployment| deployment.worker == worker) {
+            Some(deployment) => Ok(Some(self.prepare(deployment).await?)),
+            None => Ok(None),
+        }
+    }
+
     /// Compiles the component and reads the manifest: everything that can fail before the old version stops.
     async fn prepare(&self, deployment: &DeploymentRecord) -> Result<Delivery> {
         let worker: Worker = serde_json::from_str(&deployment.manifest).context("read the deployment's manifest")?;

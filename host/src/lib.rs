@@ -3,7 +3,7 @@
 //! The map, floor by floor; imports run strictly downwards and rooms on one floor do not know each other.
 //!
 //! - what people touch: `cli`, `api`
-//! - loops: `host` (with `deploy`), `worker`, `lane`, `relay`, `drain`
+//! - loops: `host` (with `deploy` and `reconcile`), `worker`, `lane`, `relay`, `drain`
 //! - the heart: `delivery`
 //! - one room per outside thing: `guest` (wasmtime), `store` (sqlx), `bus` (async-nats), `crate_build` (cargo)
 //! - plain values, no IO: `message`, `sql`, `state`, `verdict`, `dead_letter`, `redrive`, `manifest`, `config`, `retry`,
@@ -25,6 +25,7 @@ pub mod host;
 pub mod lane;
 pub mod manifest;
 pub mod message;
+pub mod reconcile;
 pub mod redrive;
 pub mod relay;
 pub mod retry;

@@ -34,6 +34,7 @@ mod order;
 
 mod hosts;
 mod outage;
+mod reconcile;
 mod redrive;
 mod store;
 mod tidy;

@@ -30,6 +30,7 @@ macro_rules! on_every_database {
     };
 }
 
+mod changes;
 mod deployments;
 mod guest_sql;
 mod hostile_sql;

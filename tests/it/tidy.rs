@@ -54,7 +54,7 @@ fn imports_run_downwards_only() -> Result<()> {
         &["main", "lib"],
         &["cli"],
         &["api"],
-        &["host", "deploy"],
+        &["host", "deploy", "reconcile"],
         &["worker", "lane"],
         &["relay"],
         &["delivery"],

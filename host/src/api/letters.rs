@@ -17,6 +17,7 @@ use super::{Answer, Failure};
 use crate::hint::WithHint;
 use crate::host::Host;
 use crate::message;
+use crate::reconcile::{self, Basis, Rehearsed};
 use crate::store::{
     self, AttemptRecord, AuditRecord, By, LetterFilter, LetterOutput, LetterRecord, LetterSummary, Move, Moved,
     Redrive, StoreError,
@@ -33,6 +34,8 @@ pub(super) fn routes() -> Router<Arc<Host>> {
         .route("/letters/find", post(find))
         .route("/letters/{id}", get(letter))
         .route("/letters/redrive", post(redrive))
+        .route("/letters/rehearse", post(rehearse))
+        .route("/letters/redrive-planned", post(redrive_planned))
         .route("/letters/close", post(close))
         .route("/letters/{id}/edit", post(edit))
 }
@@ -133,6 +136,71 @@ async fn redrive(State(host): State<Arc<Host>>, Json(request): Json<RedriveReque
     let (moved, rows) = insisting(|| host.store.redrive(&request.letters, &request.by)).await?;
     host.publish_soon(rows).await;
     Ok(Json(moved))
+}
+
+/// Letters to rehearse.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct RehearseRequest {
+    pub ids: Vec<i64>,
+}
+
+async fn rehearse(State(host): State<Arc<Host>>, Json(request): Json<RehearseRequest>) -> Answer<Vec<Rehearsed>> {
+    check_count(request.ids.len())?;
+    Ok(Json(reconcile::rehearse(&host, &request.ids).await?))
+}
+
+/// Letters to put back if they would still come to what was planned.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct PlannedRequest {
+    pub letters: Vec<Planned>,
+    pub by: By,
+}
+
+/// What was planned for one letter.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Planned {
+    pub id: i64,
+    pub basis: Basis,
+}
+
+/// Rehearses again right before it puts letters back, and leaves those that would come to something else.
+async fn redrive_planned(State(host): State<Arc<Host>>, Json(request): Json<PlannedRequest>) -> Answer<Vec<Moved>> {
+    check_count(request.letters.len())?;
+    let ids: Vec<i64> = request.letters.iter().map(|planned| planned.id).collect();
+    let now = reconcile::rehearse(&host, &ids).await?;
+    let mut answers = Vec::new();
+    let mut letters = Vec::new();
+    for planned in &request.letters {
+        let now = now.iter().find(|rehearsed| rehearsed.letter == planned.id);
+        match now.map_or_else(|| Some("there is no such letter".to_owned()), |now| moved_since(&planned.basis, now)) {
+            Some(why) => answers.push(Moved { id: planned.id, refused: Some(why) }),
+            None => {
+                let generation = Some(planned.basis.generation);
+                letters.push(Redrive { id: planned.id, generation, again: false });
+            }
+        }
+    }
+    let (moved, rows) = insisting(|| host.store.redrive(&letters, &request.by)).await?;
+    host.publish_soon(rows).await;
+    answers.extend(moved);
+    Ok(Json(answers))
+}
+
+/// Why a plan does not hold any more; none when it does.
+fn moved_since(planned: &Basis, now: &Rehearsed) -> Option<String> {
+    if *planned == now.basis {
+        return None;
+    }
+    Some(match (planned.version, now.basis.version) {
+        (Some(then), Some(version)) if then != version => {
+            format!(
+                "it was planned with version {then} of {}, and version {version} is deployed now; plan anew",
+                now.worker
+            )
+        }
+        _ if planned.generation != now.basis.generation => "somebody put it back since".to_owned(),
+        _ => format!("what it would change moved since it was planned; now it {}: {}", now.class.in_words(), now.why),
+    })
 }
 
 /// Letters to close.

@@ -544,7 +544,7 @@ impl Progress {
 }
 
 /// Headers by name, without those that only concern the transport.
-fn headers(map: Option<&async_nats::HeaderMap>) -> Headers {
+pub(super) fn headers(map: Option<&async_nats::HeaderMap>) -> Headers {
     let Some(map) = map else { return Headers::new() };
     let mut headers: Headers = map
         .iter()

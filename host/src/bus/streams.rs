@@ -13,6 +13,8 @@ use futures::StreamExt;
 use jiff::Timestamp;
 
 use super::Bus;
+use super::pull::headers;
+use crate::message::Headers;
 use crate::subject;
 
 /// A stream to make.
@@ -125,19 +127,55 @@ impl Bus {
         let since = from_nanos(since.as_nanosecond()).map_err(Error::from_boxed).context("read a time")?;
         let config = pull::Config {
             deliver_policy: DeliverPolicy::ByStartTime { start_time: since },
-            ack_policy: AckPolicy::None,
             filter_subject: subject.to_owned(),
-            headers_only: true,
-            // The server removes it should this process die meanwhile.
-            inactive_threshold: Duration::from_secs(60),
-            memory_storage: true,
-            ..pull::Config::default()
+            ..passing()
         };
         let consumer = stream.create_consumer(config).await.context("look through the stream")?;
         let found = scan(&consumer, ids).await.context("look through the stream");
         let _ = stream.delete_consumer(&consumer.cached_info().name).await;
         found
     }
+
+    /// Subjects and headers of the messages from a sequence on, at most `most`; of all subjects when none are given.
+    pub async fn passed(&self, stream: &str, from: u64, subjects: &[String], most: usize) -> Result<Passage> {
+        let stream = self.context.get_stream(stream).await.with_context(|| format!("open the stream {stream}"))?;
+        let config = pull::Config {
+            deliver_policy: DeliverPolicy::ByStartSequence { start_sequence: from.max(1) },
+            filter_subjects: subjects.to_vec(),
+            ..passing()
+        };
+        let consumer = stream.create_consumer(config).await.context("look through the stream")?;
+        let passage = collect(&consumer, most).await.context("look through the stream");
+        let _ = stream.delete_consumer(&consumer.cached_info().name).await;
+        passage
+    }
+}
+
+/// A consumer that looks at headers as they pass. The server removes it should this process die meanwhile.
+fn passing() -> pull::Config {
+    pull::Config {
+        ack_policy: AckPolicy::None,
+        headers_only: true,
+        inactive_threshold: Duration::from_secs(60),
+        memory_storage: true,
+        ..pull::Config::default()
+    }
+}
+
+/// A message that came by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Passed {
+    pub sequence: u64,
+    pub subject: String,
+    pub headers: Headers,
+}
+
+/// Messages from some place of a stream on.
+#[derive(Debug, Default)]
+pub struct Passage {
+    pub messages: Vec<Passed>,
+    /// Whether there are more.
+    pub is_cut: bool,
 }
 
 /// The sequences of those `ids` that come by before the consumer has seen everything.
@@ -161,6 +199,30 @@ async fn scan(consumer: &Consumer<pull::Config>, ids: &HashSet<String>) -> Resul
         }
     }
     Ok(found)
+}
+
+/// What comes by before the consumer has seen everything, or `most` of it.
+async fn collect(consumer: &Consumer<pull::Config>, most: usize) -> Result<Passage> {
+    let mut left = consumer.cached_info().num_pending;
+    let mut passage = Passage { is_cut: left > most as u64, messages: Vec::new() };
+    while left > 0 && passage.messages.len() < most {
+        let mut messages = consumer.fetch().max_messages(1_000).expires(Duration::from_secs(5)).messages().await?;
+        let mut heard = false;
+        while let Some(message) = messages.next().await {
+            let message = message.map_err(Error::from_boxed)?;
+            let place = message.info().map_err(Error::from_boxed)?;
+            (heard, left) = (true, place.pending);
+            passage.messages.push(Passed {
+                sequence: place.stream_sequence,
+                subject: message.subject.to_string(),
+                headers: headers(message.headers.as_ref()),
+            });
+        }
+        if !heard {
+            bail!("the server stopped answering with {left} messages to go");
+        }
+    }
+    Ok(passage)
 }
 
 fn is_name_in_use(error: &async_nats::jetstream::context::CreateStreamError) -> bool {

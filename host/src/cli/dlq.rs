@@ -7,6 +7,7 @@ mod close;
 mod edit;
 mod export;
 mod list;
+mod plan;
 mod redrive;
 mod select;
 mod show;

@@ -125,6 +125,8 @@ pub struct LetterRecord {
     pub body: Bytes,
     /// When it died the first time, if it was put back since.
     pub first_died_at: Option<Timestamp>,
+    /// When its stream stored the message; for an old letter, when it died.
+    pub stored_at: Timestamp,
     /// Every failed attempt of its event id at its worker, first to last.
     pub attempts: Vec<AttemptRecord>,
     /// Corrected bodies, first to last.

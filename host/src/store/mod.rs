@@ -17,12 +17,14 @@ use crate::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
 pub use crate::state::{StateEntry, StateWrite};
 use crate::verdict::{Letter, Settled};
 
+mod changes;
 mod letters;
 mod postgres;
 mod shared;
 mod sqlite;
 mod values;
 
+pub use changes::{Changes, RowChange};
 pub use letters::{
     AttemptRecord, AuditRecord, By, EditRecord, LetterFilter, LetterOutput, LetterRecord, LetterState, LetterSummary,
     Move, Moved, PutBack, Redrive, all_letters,
@@ -239,6 +241,9 @@ pub trait Store: Send + Sync + 'static {
     /// What a worker that was pointed to a letter is to handle; or, when that is out of date, the proof that it need not.
     async fn put_back(&self, id: i64, generation: u32) -> Result<PutBack>;
 
+    /// Which of these events of a worker took effect.
+    async fn done_events(&self, worker: &str, event_ids: &[String]) -> Result<Vec<String>>;
+
     /// Closes dead letters for good, or keeps a corrected body for one, in one transaction, and says for each whether that
     /// was done. An event that was put back and is not settled yet is settled as dead with that.
     async fn move_letters(&self, ids: &[i64], what: &Move, by: &By) -> Result<Vec<Moved>>;
@@ -293,6 +298,13 @@ pub trait Tx: Send {
     /// be handed to the relay from memory. Returns those that are due at once, in order; delayed ones are left to
     /// the sweep.
     async fn append_outputs(&mut self, outputs: &[Output], lease: Duration) -> Result<Vec<OutboxRow>>;
+
+    /// From here on remembers which rows of workers' tables change.
+    async fn watch(&mut self) -> Result<()>;
+
+    /// What changed since [`Tx::watch`], at most `limit` rows of each table, and what a commit would be refused for. After
+    /// that the transaction can only be rolled back.
+    async fn changes(&mut self, limit: usize) -> Result<Changes>;
 
     /// Commits, and says so only when the database confirmed that this very transaction did: `Refused` when a
     /// guest's statement left it aborted, ended it, or breaks a deferred constraint. Never sent twice.

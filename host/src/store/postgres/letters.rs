@@ -79,7 +79,8 @@ pub(super) async fn list(session: &mut Session, filter: &LetterFilter) -> Result
 /// One letter, with everything that is known of it.
 pub(super) async fn find(session: &mut Session, id: i64) -> Result<Option<LetterRecord>> {
     let query = session.query(summaries!(
-        ", headers, body, (extract(epoch from first_died_at) * 1000000)::bigint as first_died_at",
+        ", headers, body, (extract(epoch from first_died_at) * 1000000)::bigint as first_died_at,
+           (extract(epoch from coalesce(stored_at, first_died_at, died_at)) * 1000000)::bigint as stored_at",
         "id = $1"
     ));
     let row = query
@@ -206,6 +207,7 @@ fn record(row: &PgRow) -> anyhow::Result<LetterRecord> {
         headers: shared::headers_from_text(row.try_get("headers")?)?,
         body: Bytes::from(row.try_get::<Vec<u8>, _>("body")?),
         first_died_at: first_died_at.map(shared::timestamp).transpose()?,
+        stored_at: shared::timestamp(row.try_get("stored_at")?)?,
         attempts: Vec::new(),
         edits: Vec::new(),
         audit: Vec::new(),

@@ -5,6 +5,7 @@
 
 mod attempts;
 mod burial;
+mod changes;
 mod deployments;
 mod errors;
 mod guest_sql;
@@ -146,7 +147,7 @@ impl Store for PostgresStore {
 
     async fn begin(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>> {
         let session = self.guests.begin(Purpose::Guest(time)).await?;
-        let guests = Guests { has_gate: self.has_gate, house: self.house.clone() };
+        let guests = Guests { has_gate: self.has_gate, house: self.house.clone(), sessions: self.guests.clone() };
         Ok(Box::new(PostgresTx::new(session, worker, guests)))
     }
 
@@ -272,6 +273,13 @@ impl Store for PostgresStore {
         let put_back = redrive::put_back(&mut session, id, generation).await?;
         session.commit().await?;
         Ok(put_back)
+    }
+
+    async fn done_events(&self, worker: &str, event_ids: &[String]) -> Result<Vec<String>> {
+        let mut session = self.house.begin(Purpose::Read).await?;
+        let done = inbox::done(&mut session, worker, event_ids).await?;
+        session.commit().await?;
+        Ok(done)
     }
 
     async fn move_letters(&self, ids: &[i64], what: &Move, by: &By) -> Result<Vec<Moved>> {

@@ -6,10 +6,12 @@ use async_trait::async_trait;
 
 use super::guest_sql::{self, Guests, Outcome};
 use super::session::Session;
-use super::{inbox, outbox, state};
+use super::{changes, inbox, outbox, state};
 use crate::fault;
 use crate::sql::{Rows, SqlError, SqlLimits, Value};
-use crate::store::{Claim, Claimed, OutboxRow, Output, Result, StateEntry, StateWrite, StoreError, Tx, shared};
+use crate::store::{
+    Changes, Claim, Claimed, OutboxRow, Output, Result, StateEntry, StateWrite, StoreError, Tx, shared,
+};
 use crate::verdict::Settled;
 
 pub(super) struct PostgresTx {
@@ -18,13 +20,15 @@ pub(super) struct PostgresTx {
     worker: String,
     /// Why nothing of this transaction can take effect any more.
     doomed: Option<String>,
+    /// What had been written when the watch began.
+    watched: Option<changes::Counts>,
     /// Whether the connection is unfit for further use.
     spoilt: bool,
 }
 
 impl PostgresTx {
     pub(super) fn new(session: Session, worker: &str, guests: Guests) -> Self {
-        PostgresTx { session, guests, worker: worker.to_owned(), doomed: None, spoilt: false }
+        PostgresTx { session, guests, worker: worker.to_owned(), doomed: None, watched: None, spoilt: false }
     }
 
     fn check(&self) -> Result<()> {
@@ -113,6 +117,21 @@ impl Tx for PostgresTx {
         self.check()?;
         let appended = outbox::append(&mut self.session, &self.worker, outputs, lease).await;
         self.remember(appended)
+    }
+
+    async fn watch(&mut self) -> Result<()> {
+        self.check()?;
+        let counts = changes::counts(&mut self.session).await;
+        self.watched = Some(self.remember(counts)?);
+        Ok(())
+    }
+
+    async fn changes(&mut self, limit: usize) -> Result<Changes> {
+        self.check()?;
+        let before = self.watched.take().unwrap_or_default();
+        let changes = changes::changes(&mut self.session, &self.guests.sessions, &before, limit).await;
+        self.doomed = Some("it was only watched".to_owned());
+        self.remember(changes)
     }
 
     async fn commit(self: Box<Self>) -> Result<Settled> {

@@ -77,7 +77,10 @@ pub(super) async fn list(readers: &SqlitePool, filter: &LetterFilter) -> Result<
 
 /// One letter, with everything that is known of it.
 pub(super) async fn find(readers: &SqlitePool, id: i64) -> Result<Option<LetterRecord>> {
-    let query = sqlx::query(summaries!(", headers, body, first_died_at", "id = $1"));
+    let query = sqlx::query(summaries!(
+        ", headers, body, first_died_at, coalesce(stored_at, first_died_at, died_at) as stored_at",
+        "id = $1"
+    ));
     let row = query
         .bind(id)
         .fetch_optional(readers)
@@ -202,6 +205,7 @@ fn record(row: &SqliteRow) -> anyhow::Result<LetterRecord> {
         headers: shared::headers_from_text(row.try_get("headers")?)?,
         body: Bytes::from(row.try_get::<Vec<u8>, _>("body")?),
         first_died_at: first_died_at.map(shared::timestamp).transpose()?,
+        stored_at: shared::timestamp(row.try_get("stored_at")?)?,
         attempts: Vec::new(),
         edits: Vec::new(),
         audit: Vec::new(),

@@ -5,6 +5,7 @@
 mod attempts;
 mod authorizer;
 mod burial;
+mod changes;
 mod deployments;
 mod errors;
 mod guest_sql;
@@ -81,7 +82,7 @@ impl Store for SqliteStore {
 
     async fn begin(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>> {
         let session = self.sessions.begin().await?;
-        Ok(Box::new(SqliteTx::new(session, worker, Guests { has_gate: self.has_gate, time })))
+        Ok(Box::new(SqliteTx::new(session, worker, Guests { has_gate: self.has_gate, time }, self.readers.clone())))
     }
 
     async fn count_attempts(&self, worker: &str, failed: &[FailedAttempt]) -> Result<Vec<u32>> {
@@ -187,6 +188,10 @@ impl Store for SqliteStore {
 
     async fn put_back(&self, id: i64, generation: u32) -> Result<PutBack> {
         redrive::put_back(&self.readers, id, generation).await
+    }
+
+    async fn done_events(&self, worker: &str, event_ids: &[String]) -> Result<Vec<String>> {
+        inbox::done(&self.readers, worker, event_ids).await
     }
 
     async fn move_letters(&self, ids: &[i64], what: &Move, by: &By) -> Result<Vec<Moved>> {
