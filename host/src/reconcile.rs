@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::bus::Passed;
+use crate::bus::{From, Passed};
 use crate::delivery::{Delivery, Rehearsal};
 use crate::host::Host;
 use crate::manifest::OrderingKey;
@@ -18,6 +18,10 @@ use crate::message::{Message, Origin, Redriven, event_id};
 use crate::state::StateEntry;
 use crate::store::{Changes, LetterRecord, LetterState};
 use crate::verdict::Reason;
+
+mod verify;
+
+pub use verify::{Verification, Verified, verify};
 
 /// How many changed rows of each table are told of.
 const ROWS_MAX: usize = 100;
@@ -264,13 +268,14 @@ async fn mark_hazards(
         }
     }
     let Some(first) = asked.iter().map(|(_, _, sequence)| *sequence).min() else { return Ok(()) };
-    let passed = host
+    let mut passed = Vec::new();
+    let is_cut = host
         .bus
-        .passed(&worker.stream, first + 1, &worker.subjects, LATER_MAX)
+        .passed(&worker.stream, From::Sequence(first + 1), &worker.subjects, LATER_MAX, |one| passed.push(one))
         .await
         .context("look for later messages of the same key")?;
     let stream = host.bus.stream(&worker.stream).await?.context("look at the worker's stream")?;
-    let later = by_key(passed.messages, ordering_key, &worker.stream, stream.created);
+    let later = by_key(passed, ordering_key, &worker.stream, stream.created);
     for (one, key, sequence) in asked {
         let events: Vec<String> = later
             .get(&key)
@@ -283,7 +288,7 @@ async fn mark_hazards(
         if let Some(event) = done.first() {
             one.class = Class::OrderHazard;
             one.why = format!("{} later of its key `{key}` took effect, such as {event}; {}", done.len(), one.why);
-        } else if passed.is_cut {
+        } else if is_cut {
             one.changes.not_shown.push(format!("whether its key is later than message {}", first + LATER_MAX as u64));
         }
     }

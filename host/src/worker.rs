@@ -209,6 +209,7 @@ struct Lanes {
     senders: Vec<mpsc::Sender<Parcel>>,
     tasks: Vec<JoinHandle<()>>,
     room: Arc<Semaphore>,
+    version: u32,
     /// For what was put back.
     redrive_room: Arc<Semaphore>,
     store: Arc<dyn Store>,
@@ -239,7 +240,8 @@ impl Lanes {
         let room = Arc::new(Semaphore::new(capacity));
         let redrive_room = Arc::new(Semaphore::new(redrive::ROOM));
         let store = Arc::clone(&delivery.store);
-        Lanes { worker, senders, tasks, room, redrive_room, store, in_flight, ticker }
+        let version = delivery.version;
+        Lanes { worker, senders, tasks, room, version, redrive_room, store, in_flight, ticker }
     }
 
     fn parcel(&self, pulled: Pulled, room: Option<OwnedSemaphorePermit>) -> Parcel {

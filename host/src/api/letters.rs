@@ -17,7 +17,7 @@ use super::{Answer, Failure};
 use crate::hint::WithHint;
 use crate::host::Host;
 use crate::message;
-use crate::reconcile::{self, Basis, Rehearsed};
+use crate::reconcile::{self, Basis, Rehearsed, Verification};
 use crate::store::{
     self, AttemptRecord, AuditRecord, By, LetterFilter, LetterOutput, LetterRecord, LetterSummary, Move, Moved,
     Redrive, StoreError,
@@ -35,6 +35,7 @@ pub(super) fn routes() -> Router<Arc<Host>> {
         .route("/letters/{id}", get(letter))
         .route("/letters/redrive", post(redrive))
         .route("/letters/rehearse", post(rehearse))
+        .route("/letters/verify", post(verify))
         .route("/letters/redrive-planned", post(redrive_planned))
         .route("/letters/close", post(close))
         .route("/letters/{id}/edit", post(edit))
@@ -138,15 +139,19 @@ async fn redrive(State(host): State<Arc<Host>>, Json(request): Json<RedriveReque
     Ok(Json(moved))
 }
 
-/// Letters to rehearse.
+/// Letters to rehearse or to verify.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct RehearseRequest {
+pub struct LettersRequest {
     pub ids: Vec<i64>,
 }
 
-async fn rehearse(State(host): State<Arc<Host>>, Json(request): Json<RehearseRequest>) -> Answer<Vec<Rehearsed>> {
+async fn rehearse(State(host): State<Arc<Host>>, Json(request): Json<LettersRequest>) -> Answer<Vec<Rehearsed>> {
     check_count(request.ids.len())?;
     Ok(Json(reconcile::rehearse(&host, &request.ids).await?))
+}
+
+async fn verify(State(host): State<Arc<Host>>, Json(request): Json<LettersRequest>) -> Answer<Verification> {
+    Ok(Json(reconcile::verify(&host, &request.ids).await?))
 }
 
 /// Letters to put back if they would still come to what was planned.

@@ -20,7 +20,7 @@ mod unreadable;
 pub use publish::{Outgoing, PublishError, PublishedAt};
 pub use pull::{Backlog, Probe, Progress, Pull, Pulled, Receipt, Subscription};
 pub use server::EmbeddedServer;
-pub use streams::{Ensured, Passage, Passed, StreamInfo, StreamSpec};
+pub use streams::{Ensured, From, Passed, StreamInfo, StreamSpec};
 
 /// How long one request to JetStream may take, and the answer to one publication.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);

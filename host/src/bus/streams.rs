@@ -136,18 +136,29 @@ impl Bus {
         found
     }
 
-    /// Subjects and headers of the messages from a sequence on, at most `most`; of all subjects when none are given.
-    pub async fn passed(&self, stream: &str, from: u64, subjects: &[String], most: usize) -> Result<Passage> {
+    /// Tells `each` of the messages from some place on, headers only, at most `most`; of all subjects when none are given.
+    /// True when there are more.
+    pub async fn passed(
+        &self,
+        stream: &str,
+        from: From,
+        subjects: &[String],
+        most: usize,
+        each: impl FnMut(Passed),
+    ) -> Result<bool> {
         let stream = self.context.get_stream(stream).await.with_context(|| format!("open the stream {stream}"))?;
-        let config = pull::Config {
-            deliver_policy: DeliverPolicy::ByStartSequence { start_sequence: from.max(1) },
-            filter_subjects: subjects.to_vec(),
-            ..passing()
+        let deliver_policy = match from {
+            From::Sequence(sequence) => DeliverPolicy::ByStartSequence { start_sequence: sequence.max(1) },
+            From::Time(time) => {
+                let time = from_nanos(time.as_nanosecond()).map_err(Error::from_boxed).context("read a time")?;
+                DeliverPolicy::ByStartTime { start_time: time }
+            }
         };
+        let config = pull::Config { deliver_policy, filter_subjects: subjects.to_vec(), ..passing() };
         let consumer = stream.create_consumer(config).await.context("look through the stream")?;
-        let passage = collect(&consumer, most).await.context("look through the stream");
+        let is_cut = pass(&consumer, most, each).await.context("look through the stream");
         let _ = stream.delete_consumer(&consumer.cached_info().name).await;
-        passage
+        is_cut
     }
 }
 
@@ -170,12 +181,12 @@ pub struct Passed {
     pub headers: Headers,
 }
 
-/// Messages from some place of a stream on.
-#[derive(Debug, Default)]
-pub struct Passage {
-    pub messages: Vec<Passed>,
-    /// Whether there are more.
-    pub is_cut: bool,
+/// Where on a stream to begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum From {
+    Sequence(u64),
+    /// The first message that was stored at this time or later.
+    Time(Timestamp),
 }
 
 /// The sequences of those `ids` that come by before the consumer has seen everything.
@@ -201,28 +212,25 @@ async fn scan(consumer: &Consumer<pull::Config>, ids: &HashSet<String>) -> Resul
     Ok(found)
 }
 
-/// What comes by before the consumer has seen everything, or `most` of it.
-async fn collect(consumer: &Consumer<pull::Config>, most: usize) -> Result<Passage> {
+/// Tells of what comes by before the consumer has seen everything, or `most` of it; true when that was not all.
+async fn pass(consumer: &Consumer<pull::Config>, most: usize, mut each: impl FnMut(Passed)) -> Result<bool> {
     let mut left = consumer.cached_info().num_pending;
-    let mut passage = Passage { is_cut: left > most as u64, messages: Vec::new() };
-    while left > 0 && passage.messages.len() < most {
+    let mut told = 0;
+    while left > 0 && told < most {
         let mut messages = consumer.fetch().max_messages(1_000).expires(Duration::from_secs(5)).messages().await?;
         let mut heard = false;
         while let Some(message) = messages.next().await {
             let message = message.map_err(Error::from_boxed)?;
             let place = message.info().map_err(Error::from_boxed)?;
-            (heard, left) = (true, place.pending);
-            passage.messages.push(Passed {
-                sequence: place.stream_sequence,
-                subject: message.subject.to_string(),
-                headers: headers(message.headers.as_ref()),
-            });
+            (heard, left, told) = (true, place.pending, told + 1);
+            let headers = headers(message.headers.as_ref());
+            each(Passed { sequence: place.stream_sequence, subject: message.subject.to_string(), headers });
         }
         if !heard {
             bail!("the server stopped answering with {left} messages to go");
         }
     }
-    Ok(passage)
+    Ok(left > 0)
 }
 
 fn is_name_in_use(error: &async_nats::jetstream::context::CreateStreamError) -> bool {

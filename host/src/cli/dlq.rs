@@ -11,6 +11,7 @@ mod plan;
 mod redrive;
 mod select;
 mod show;
+mod verify;
 
 /// Shows messages that could not be handled, and why; corrects them, puts them back, closes them.
 #[derive(Debug, Args)]
@@ -28,6 +29,7 @@ enum Command {
     Resolve(close::Resolve),
     Drop(close::Drop),
     Export(export::Export),
+    Verify(verify::Verify),
 }
 
 impl Dlq {
@@ -40,6 +42,7 @@ impl Dlq {
             Command::Resolve(resolve) => resolve.run().await,
             Command::Drop(drop) => drop.run().await,
             Command::Export(export) => export.run().await,
+            Command::Verify(verify) => verify.run().await,
         }
     }
 }

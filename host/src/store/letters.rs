@@ -242,8 +242,8 @@ pub struct Moved {
 /// What a worker that was pointed to a letter finds.
 #[derive(Debug)]
 pub enum PutBack {
-    /// The message as it was, with its last corrected body if it has one.
-    Message(Box<Message>),
+    /// The message as it was, with its last corrected body if it has one; for this version of the worker, the active one.
+    Message(Box<Message>, u32),
     /// Nothing to do: the letter was closed, died again, took effect or was put back once more.
     OutOfDate(Settled),
 }

@@ -25,6 +25,9 @@ pub(super) const ROOM: usize = 32;
 /// When the next host is to take up what this one could not look up before it stopped.
 const TAKE_UP_AFTER: Duration = Duration::from_millis(1);
 
+/// When a host that does not run the active version looks again; another one may take it meanwhile.
+const SWAP_WAIT: Duration = Duration::from_millis(200);
+
 /// A message that points to no letter is out of date like one whose letter moved on.
 const NOWHERE: Pointer = Pointer { letter: 0, generation: 0 };
 
@@ -75,7 +78,9 @@ async fn deal(lanes: &Lanes, pulled: Pulled, room: Option<OwnedSemaphorePermit>,
     let in_flight = lanes.in_flight.enter(pulled.receipt.progress());
     let pointer = Pointer::read(&pulled.message).unwrap_or(NOWHERE);
     let settled = match read(&*lanes.store, pointer, &lanes.worker.name, stopping).await {
-        Some(PutBack::Message(message)) => {
+        // What failed with the version before is not given to it again while the new one is on its way.
+        Some(PutBack::Message(_, active)) if active != lanes.version => pulled.receipt.nak(SWAP_WAIT).await,
+        Some(PutBack::Message(message, _)) => {
             fault::point(fault::REDRIVE_READ);
             let key = lanes.worker.ordering_key.as_ref().and_then(|key| key.key_of(&message));
             let (message, delivered, receipt) = (Arc::new(*message), pulled.delivered, pulled.receipt);

@@ -171,7 +171,7 @@ async fn what_was_put_back_is_read_until_it_is_out_of_date(world: World) {
     assert!(matches!(world.store.put_back(id, 0).await.unwrap(), PutBack::OutOfDate(_)));
     world.store.move_letters(&[id], &Move::Edit(Bytes::from_static(b"better")), &ada()).await.unwrap();
     world.store.redrive(&[back(id)], &ada()).await.unwrap();
-    let PutBack::Message(message) = world.store.put_back(id, 1).await.unwrap() else { panic!("it is out of date") };
+    let PutBack::Message(message, _) = world.store.put_back(id, 1).await.unwrap() else { panic!("it is out of date") };
     assert_eq!((message.event_id.as_str(), message.body.as_ref()), ("e1", &b"better"[..]));
     assert_eq!(message.payload_sha256(), claim.payload_sha256);
     assert_eq!(message.attempts_before(), 2);
@@ -180,7 +180,7 @@ async fn what_was_put_back_is_read_until_it_is_out_of_date(world: World) {
     assert_eq!(edit[0].refused.as_deref(), Some("it was put back and is under way"));
     world.store.redrive(&[Redrive { again: true, ..back(id) }], &ada()).await.unwrap();
     assert!(matches!(world.store.put_back(id, 1).await.unwrap(), PutBack::OutOfDate(_)));
-    assert!(matches!(world.store.put_back(id, 2).await.unwrap(), PutBack::Message(_)));
+    assert!(matches!(world.store.put_back(id, 2).await.unwrap(), PutBack::Message(..)));
 }
 
 async fn a_letter_that_dies_again_is_the_same_letter(world: World) {
@@ -206,7 +206,7 @@ async fn a_letter_under_way_is_closed_only_if_it_did_not_take_effect(world: Worl
     world.store.redrive(&[back(id)], &ada()).await.unwrap();
     // Somebody handles it: who closes the letter waits for what comes of that.
     let mut tx = world.begin().await;
-    tx.claim(&[claim.clone()]).await.unwrap();
+    tx.claim(std::slice::from_ref(&claim)).await.unwrap();
     let store = Arc::clone(&world.store);
     let closing = tokio::spawn(async move { store.move_letters(&[id], &Move::Drop, &ada()).await.unwrap() });
     tokio::time::sleep(Duration::from_millis(100)).await;

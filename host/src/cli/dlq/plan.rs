@@ -9,7 +9,7 @@ use base64::engine::general_purpose::STANDARD;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::api::letters::RehearseRequest;
+use crate::api::letters::LettersRequest;
 use crate::cli::client::Client;
 use crate::cli::term::{self, Progress, Table};
 use crate::hint::WithHint;
@@ -32,7 +32,7 @@ impl Plan {
         let mut plan = Plan { made_at: Timestamp::now(), letters: Vec::new() };
         let mut progress = Progress::bar("rehearse", letters.len() as u64);
         for chunk in letters.chunks(CHUNK) {
-            let request = RehearseRequest { ids: chunk.iter().map(|letter| letter.id).collect() };
+            let request = LettersRequest { ids: chunk.iter().map(|letter| letter.id).collect() };
             plan.letters.extend(client.post::<_, Vec<Rehearsed>>("/letters/rehearse", &request).await?);
             progress.set(plan.letters.len() as u64);
         }

@@ -180,7 +180,8 @@ impl Pace {
             moved.extend(send(chunk).await?);
             progress.set(moved.len() as u64);
         }
-        progress.finish(&format!("{} dead letters", moved.iter().filter(|moved| moved.refused.is_none()).count()));
+        let count = moved.iter().filter(|moved| moved.refused.is_none()).count();
+        progress.finish(&format!("{count} of {}", letters.len()));
         Ok((moved, true))
     }
 }

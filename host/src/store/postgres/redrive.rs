@@ -75,7 +75,8 @@ pub(super) async fn put_back(session: &mut Session, id: i64, generation: u32) ->
         "select event_id, subject, headers, payload_sha256, attempts_before, stream, stream_sequence,
              (extract(epoch from coalesce(stored_at, first_died_at, died_at)) * 1000000)::bigint as stored_at,
              coalesce((select edited.body from oncely.letter_edit as edited
-                       where edited.letter = dead_letter.id order by edit desc limit 1), body) as body
+                       where edited.letter = dead_letter.id order by edit desc limit 1), body) as body,
+             coalesce((select version from oncely.worker where name = dead_letter.worker), 0) as active
          from oncely.dead_letter where id = $1 and generation = $2 and state = 'redriven'",
     );
     let row = query
@@ -87,7 +88,8 @@ pub(super) async fn put_back(session: &mut Session, id: i64, generation: u32) ->
     match row {
         Some(row) => {
             let message = message(&row).context("read a letter that was put back").map_err(StoreError::Unavailable)?;
-            Ok(PutBack::Message(Box::new(message)))
+            let active: i32 = row.try_get("active").map_err(|error| errors::of_statement(error, "read a version"))?;
+            Ok(PutBack::Message(Box::new(message), active.cast_unsigned()))
         }
         None => Ok(PutBack::OutOfDate(Settled::seen_by_store())),
     }
@@ -159,6 +161,17 @@ async fn unsettle(session: &mut Session, letters: &[Standing]) -> Result<()> {
         .execute(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "take the records of dead events back"))?;
+    // What hosts died of has another chance.
+    let query = session.query(
+        "delete from oncely.unfinished using unnest($1::text[], $2::text[]) as given (worker, event_id)
+         where unfinished.worker = given.worker and unfinished.event_id = given.event_id",
+    );
+    query
+        .bind(letters.iter().map(|letter| letter.worker.as_str()).collect::<Vec<_>>())
+        .bind(letters.iter().map(|letter| letter.event_id.as_str()).collect::<Vec<_>>())
+        .execute(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "take back what hosts died of"))?;
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use sqlx::Row;
 use sqlx::sqlite::{SqlitePool, SqliteRow};
 
 use super::session::Session;
-use super::{errors, outbox};
+use super::{attempts, errors, outbox};
 use crate::message::{Message, Origin, Redriven};
 use crate::redrive::Pointer;
 use crate::store::letters::{self, Standing};
@@ -69,7 +69,8 @@ pub(super) async fn put_back(readers: &SqlitePool, id: i64, generation: u32) -> 
         "select event_id, subject, headers, payload_sha256, attempts_before, stream, stream_sequence,
              coalesce(stored_at, first_died_at, died_at) as stored_at,
              coalesce((select edited.body from oncely_letter_edit as edited
-                       where edited.letter = dead.id order by edit desc limit 1), body) as body
+                       where edited.letter = dead.id order by edit desc limit 1), body) as body,
+             coalesce((select version from oncely_worker where name = dead.worker), 0) as active
          from oncely_dead_letter as dead where id = $1 and generation = $2 and state = 'redriven'",
     )
     .bind(id)
@@ -80,7 +81,8 @@ pub(super) async fn put_back(readers: &SqlitePool, id: i64, generation: u32) -> 
     match row {
         Some(row) => {
             let message = message(&row).context("read a letter that was put back").map_err(StoreError::Unavailable)?;
-            Ok(PutBack::Message(Box::new(message)))
+            let active = row.try_get("active").map_err(|error| errors::of_statement(error, "read a version"))?;
+            Ok(PutBack::Message(Box::new(message), active))
         }
         None => Ok(PutBack::OutOfDate(Settled::seen_by_store())),
     }
@@ -140,7 +142,8 @@ async fn unsettle(session: &mut Session, letter: &Standing) -> Result<()> {
         .execute(session.connection().map_err(doing)?)
         .await
         .map_err(doing)?;
-    Ok(())
+    // What hosts died of has another chance.
+    attempts::take_back_unfinished(session, &letter.worker, &letter.event_id).await
 }
 
 async fn count_generation(session: &mut Session, id: i64) -> Result<()> {
