@@ -3,7 +3,7 @@
 //! A guest has no effect outside the transaction, so a batch may be run speculatively: what fails is taken out and the
 //! others run again, or go on, as if it had never been there. A failing member never costs its neighbours an attempt.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use crate::guest::{CallFailure, Database, FailureKind, Guest};
 use crate::manifest::Worker;
 use crate::message::Message;
 use crate::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
-use crate::state::StateEntry;
+use crate::state::{BatchState, StateEntry};
 use crate::store::{Claim, Claimed, FailedAttempt, OutboxRow, Store, StoreError, Tx};
 use crate::verdict::{Letter, Reason, Verdict};
 
@@ -116,8 +116,12 @@ impl Delivery {
             tx.rollback().await;
             return Ok(Round::Committed);
         }
+        let state = match self.prefetch(run, &fresh, tx.as_mut()).await {
+            Ok(state) => state,
+            Err(error) => return conflict_or(error, tx).await,
+        };
         let lent = Lent { dialect: self.store.dialect(), tx: Arc::new(Mutex::new(Some(tx))) };
-        let came_to = self.run_members(run, &fresh, &lent).await;
+        let came_to = self.run_members(run, &fresh, &lent, state).await;
         // Taken only once a statement that outlived its guest has ended.
         let Some(tx) = lent.tx.lock().await.take() else {
             return Err(StoreError::Unavailable(anyhow::anyhow!("the transaction went missing")));
@@ -136,6 +140,23 @@ impl Delivery {
             Ok(Members::SomebodyFailed) => Ok(Round::Halves),
             Err(error) => Err(house_error(error)),
         }
+    }
+
+    /// Reads the state that the members are likely to need, with one statement.
+    async fn prefetch(&self, run: &Run<'_>, fresh: &[(usize, u32)], tx: &mut dyn Tx) -> Result<BatchState, StoreError> {
+        let mut state = BatchState::default();
+        let messages = fresh.iter().filter_map(|(member, _)| run.batch.get(*member));
+        let keys = messages.flat_map(|message| self.worker.state_keys.iter().filter_map(|key| key.key_for(message)));
+        let keys: Vec<String> = keys.collect::<BTreeSet<_>>().into_iter().collect();
+        if keys.is_empty() {
+            return Ok(state);
+        }
+        let mut found: HashMap<String, StateEntry> = tx.load_state(&keys).await?.into_iter().collect();
+        for key in keys {
+            let entry = found.remove(&key);
+            state.remember(key, entry);
+        }
+        Ok(state)
     }
 
     /// Writes what the members left, commits, and only then believes it.
@@ -348,12 +369,17 @@ impl<'b> Run<'b> {
         for (&member, claimed) in group.iter().zip(claimed) {
             match claimed {
                 _ if fault::mutant(fault::SKIP_CLAIM) => fresh.push((member, 0)),
+                _ if self.is_distrusted(member) => fresh.push((member, 0)),
                 Claimed::Fresh { attempts } => fresh.push((member, attempts)),
                 Claimed::Settled(settled) => self.verdict(member, Verdict::Duplicate(settled)),
                 Claimed::OtherPayload => self.id_reuse(member),
             }
         }
         fresh
+    }
+
+    fn is_distrusted(&self, member: usize) -> bool {
+        self.batch.get(member).is_some_and(|message| fault::distrusts_inbox(&message.event_id))
     }
 
     /// For now only marks the member; `finish` writes the letter.
@@ -365,6 +391,10 @@ impl<'b> Run<'b> {
     fn refused_or(&mut self, error: StoreError, group: &[usize], ran: &Ran) -> Result<Round, StoreError> {
         match error {
             StoreError::Conflict(cause) => Ok(Round::Conflict(cause)),
+            StoreError::Refused(_) if fault::mutant(fault::RESOLVE_BY_SELECT) => {
+                group.iter().filter_map(|member| self.event_id(*member)).for_each(|id| fault::distrust_inbox(&id));
+                Ok(Round::Again)
+            }
             // Somebody in the group is to blame; alone, everybody answers for himself.
             StoreError::Refused(_) if group.len() > 1 => Ok(Round::Singly),
             StoreError::Refused(cause) => {

@@ -101,6 +101,10 @@ pub const SKIP_UNCLAIM: &str = "skip_unclaim";
 pub const IGNORE_COMMIT_TAG: &str = "ignore_commit_tag";
 /// A commit whose answer was lost is sent again on another connection, where it does nothing and succeeds (PostgreSQL).
 pub const RESEND_COMMIT: &str = "resend_commit";
+/// An unclear commit is looked up, and what is not found is run again whatever the inbox says then (PostgreSQL).
+pub const RESOLVE_BY_SELECT: &str = "resolve_by_select";
+/// The instance of a handler that trapped is given the next message.
+pub const REUSE_AFTER_TRAP: &str = "reuse_after_trap";
 /// The database answers before a commit is on disk (PostgreSQL).
 pub const SYNCHRONOUS_COMMIT_OFF: &str = "synchronous_commit_off";
 /// The sweep looks only beyond the highest sequence it has seen.
@@ -126,6 +130,8 @@ pub const MUTANTS: &[&str] = &[
     SKIP_UNCLAIM,
     IGNORE_COMMIT_TAG,
     RESEND_COMMIT,
+    RESOLVE_BY_SELECT,
+    REUSE_AFTER_TRAP,
     SYNCHRONOUS_COMMIT_OFF,
     CURSOR_BY_SEQ,
     MARK_BEFORE_PUBACK,
@@ -137,7 +143,7 @@ pub const MUTANTS: &[&str] = &[
 ];
 
 #[cfg(feature = "faults")]
-pub use armed::{is_behind, mutant, point, witness};
+pub use armed::{distrust_inbox, distrusts_inbox, is_behind, mutant, point, witness};
 
 /// Passes a point, and dies there if that is what the test wants.
 #[cfg(not(feature = "faults"))]
@@ -163,9 +169,21 @@ pub fn is_behind(_seq: i64) -> bool {
     false
 }
 
+/// Ignores what the inbox will say about an event.
+#[cfg(not(feature = "faults"))]
+#[inline(always)]
+pub fn distrust_inbox(_event_id: &str) {}
+
+/// Whether what the inbox says about an event is ignored.
+#[cfg(not(feature = "faults"))]
+#[inline(always)]
+pub fn distrusts_inbox(_event_id: &str) -> bool {
+    false
+}
+
 #[cfg(feature = "faults")]
 mod armed {
-    use std::collections::HashMap;
+    use std::collections::{HashMap, HashSet};
     use std::fs::File;
     use std::io::Write;
     use std::sync::atomic::{AtomicI64, Ordering};
@@ -229,6 +247,20 @@ mod armed {
     /// Whether this host is that mutant.
     pub fn mutant(name: &str) -> bool {
         ARMED.mutant.as_deref() == Some(name)
+    }
+
+    static DISTRUSTED: Mutex<Option<HashSet<String>>> = Mutex::new(None);
+
+    /// Ignores what the inbox will say about an event.
+    pub fn distrust_inbox(event_id: &str) {
+        let mut distrusted = DISTRUSTED.lock().unwrap_or_else(PoisonError::into_inner);
+        distrusted.get_or_insert_default().insert(event_id.to_owned());
+    }
+
+    /// Whether what the inbox says about an event is ignored.
+    pub fn distrusts_inbox(event_id: &str) -> bool {
+        let distrusted = DISTRUSTED.lock().unwrap_or_else(PoisonError::into_inner);
+        distrusted.as_ref().is_some_and(|distrusted| distrusted.contains(event_id))
     }
 
     /// Whether a cursor over the outbox would have gone past `seq`.

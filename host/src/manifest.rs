@@ -15,8 +15,10 @@ use crate::{subject, units};
 
 mod migrations;
 mod parse;
+mod state_keys;
 
 pub use migrations::WorkerMigration;
+pub use state_keys::StateKey;
 
 /// The name of the file.
 pub const FILE_NAME: &str = "oncely.toml";
@@ -80,6 +82,9 @@ pub struct Worker {
     /// What follows for the later messages of a key when one fails.
     #[serde(default)]
     pub on_failure: OnFailure,
+    /// The state keys that a message is likely to need; they are read for a whole batch with one statement.
+    #[serde(default)]
+    pub state_keys: Vec<StateKey>,
     /// How many messages one instance of the component handles.
     #[serde(default)]
     pub isolation: Isolation,

@@ -58,7 +58,8 @@ impl BatchState {
 
     /// Keeps what the running member changed: it succeeded.
     pub fn keep(&mut self) {
-        self.left.append(&mut self.changed);
+        // Not `append`, which rebuilds the whole map for each member.
+        self.left.extend(std::mem::take(&mut self.changed));
     }
 
     /// Forgets what the running member changed: it failed.

@@ -131,4 +131,4 @@ create table oncely.state (
     version    bigint      not null constraint state_version_counts_from_one check (version > 0),
     updated_at timestamptz not null default now(),
     constraint state_pk primary key (worker, key)
-);
+) with (fillfactor = 70);

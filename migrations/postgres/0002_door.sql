@@ -68,6 +68,10 @@ begin
     delete from oncely.mark where ctid = place;
 end $$;
 
+-- The functions below keep the plans of their statements while tables grow from nothing. So they are written in a way that
+-- leaves no choice but to look each row up by its key (a subquery, or a lateral one, for each): of a join a plan might be
+-- kept that reads the whole table, which was right when it held ten rows.
+
 -- Claims event ids, sorted. `payload_sha256` is that of a record that was there before this statement.
 create function oncely_door.claim(
     token bytea, worker text, event_ids text[], payloads bytea[], streams text[], sequences bigint[]
@@ -85,12 +89,11 @@ begin
         on conflict do nothing
         returning event_id
     )
-    select given.event_id, inserted.event_id is not null, inbox.payload_sha256,
+    select event_id, fresh, case when not fresh then
+            (select payload_sha256 from oncely.inbox where worker = $2 and inbox.event_id = given.event_id) end,
         (select coalesce(max(attempt), 0) from oncely.attempt
          where attempt.worker = $2 and attempt.event_id = given.event_id)::bigint
-    from given
-        left join inserted on inserted.event_id = given.event_id
-        left join oncely.inbox on inbox.worker = $2 and inbox.event_id = given.event_id;
+    from (select event_id, event_id in (select event_id from inserted) as fresh from given) as given;
 end $$;
 
 -- What the inbox holds now.
@@ -100,7 +103,10 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
 begin
     perform oncely.check_token($1);
-    return query select event_id, payload_sha256 from oncely.inbox where worker = $2 and event_id = any($3);
+    return query
+    select held.event_id, held.payload_sha256 from unnest($3) as given (event_id) cross join lateral (
+        select * from oncely.inbox where worker = $2 and inbox.event_id = given.event_id offset 0
+    ) as held;
 end $$;
 
 -- Gives claims of this transaction back.
@@ -109,7 +115,10 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
 begin
     perform oncely.check_token($1);
-    delete from oncely.inbox where worker = $2 and event_id = any($3) and xmin = pg_current_xact_id()::xid;
+    delete from oncely.inbox
+    where worker = $2 and xmin = pg_current_xact_id()::xid and ctid = any(array(
+        select (select ctid from oncely.inbox where worker = $2 and inbox.event_id = given.event_id)
+        from unnest($3) as given (event_id)));
 end $$;
 
 create function oncely_door.load_state(token bytea, worker text, keys text[])
@@ -118,7 +127,9 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
 begin
     perform oncely.check_token($1);
-    return query select key, value, version from oncely.state where worker = $2 and key = any($3);
+    return query
+    select held.key, held.value, held.version from unnest($3) as given (key)
+        cross join lateral (select * from oncely.state where worker = $2 and state.key = given.key offset 0) as held;
 end $$;
 
 -- Writes each key that still has the version that was expected, and returns how many. Keys are locked in their order
@@ -134,18 +145,18 @@ begin
     perform oncely.check_token($1);
     with given as (
         select * from unnest($3, $4, $5, $6) as given (key, expected, value, version)
-    ), locked as materialized (
-        select key, version from oncely.state where worker = $2 and key = any($3) order by key for update
-    ), unmoved as (
-        select given.* from given join locked on locked.key = given.key and locked.version = given.expected
+    ), unmoved as materialized (
+        select given.*, held.place from (select * from given where expected is not null order by key) as given
+            cross join lateral (
+                select ctid as place, state.version from oncely.state where worker = $2 and state.key = given.key for update
+            ) as held
+        where held.version = given.expected
     ), deleted as (
-        delete from oncely.state using unmoved
-        where state.worker = $2 and state.key = unmoved.key and unmoved.value is null
+        delete from oncely.state using unmoved where state.ctid = unmoved.place and unmoved.value is null
         returning 1
     ), updated as (
         update oncely.state set value = unmoved.value, version = unmoved.version, updated_at = now()
-        from unmoved
-        where state.worker = $2 and state.key = unmoved.key and unmoved.value is not null
+        from unmoved where state.ctid = unmoved.place and unmoved.value is not null
         returning 1
     ), inserted as (
         insert into oncely.state (worker, key, value, version)

@@ -274,6 +274,7 @@ impl Campaign {
             add(Act::StopDatabase, database_stops);
             add(Act::Cut(Cut::CommitNotForwarded), commit_cuts);
             add(Act::Cut(Cut::CommitAnswerLost), commit_cuts);
+            add(Act::Cut(Cut::CommitDelayed), commit_cuts);
             add(Act::Cut(Cut::CommitAnswerHeld), commit_cuts.div_ceil(4));
         }
         acts.shuffle(&mut self.random);
@@ -396,6 +397,7 @@ impl Campaign {
         self.did(match cut {
             Cut::CommitNotForwarded => "commit cut before it arrived",
             Cut::CommitAnswerLost => "commit cut after it took effect",
+            Cut::CommitDelayed => "commit cut, and arrived later",
             Cut::CommitAnswerHeld => "host killed between commit and answer",
             Cut::OutputsNotForwarded => "outputs cut before they arrived",
             Cut::OutputAnswersLost => "outputs cut after they were stored",
@@ -547,6 +549,7 @@ impl Campaign {
                 Act::KillBroker => "broker killed".to_owned(),
                 Act::Cut(Cut::CommitNotForwarded) => "commit cut before it arrived".to_owned(),
                 Act::Cut(Cut::CommitAnswerLost) => "commit cut after it took effect".to_owned(),
+                Act::Cut(Cut::CommitDelayed) => "commit cut, and arrived later".to_owned(),
                 Act::Cut(Cut::CommitAnswerHeld) => "host killed between commit and answer".to_owned(),
                 Act::Cut(Cut::OutputsNotForwarded) => "outputs cut before they arrived".to_owned(),
                 Act::Cut(Cut::OutputAnswersLost) => "outputs cut after they were stored".to_owned(),

@@ -31,6 +31,7 @@ mod deploy;
 mod docs;
 mod hostile;
 mod order;
+mod positions;
 
 mod hosts;
 mod outage;

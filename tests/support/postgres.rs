@@ -14,6 +14,9 @@ use crate::server::{Server, free_port};
 /// What a test wants of a server: durable against a crash of the process, not of the machine, and quick to see deadlocks.
 const SETTINGS: &str = "-c fsync=off -c deadlock_timeout=200ms -c max_connections=300 -c shared_buffers=64MB";
 
+/// What a server has where it matters: durable against a crash of the machine.
+const DURABLE: &str = "-c max_connections=300 -c shared_buffers=512MB -c max_wal_size=4GB";
+
 /// Who is let in how: the roles that hosts make for apps need their passwords, others do not.
 pub const RULES: &str = "local all all trust\n\
     host all postgres 127.0.0.1/32 trust\n\
@@ -23,6 +26,7 @@ pub const RULES: &str = "local all all trust\n\
 pub struct Cluster {
     folder: PathBuf,
     port: u16,
+    settings: &'static str,
     /// The servers that ran, the last one last.
     servers: Vec<Server>,
 }
@@ -30,6 +34,15 @@ pub struct Cluster {
 impl Cluster {
     /// Makes a cluster and starts it.
     pub fn start() -> anyhow::Result<Self> {
+        Self::start_with(SETTINGS)
+    }
+
+    /// Like [`Cluster::start`], with the settings of production.
+    pub fn start_durable() -> anyhow::Result<Self> {
+        Self::start_with(DURABLE)
+    }
+
+    fn start_with(settings: &'static str) -> anyhow::Result<Self> {
         let folder = tempfile::Builder::new().prefix("oncely-postgres-").tempdir().context("make a folder")?.keep();
         if !as_postgres().is_empty() {
             run("chown", &["postgres", &folder.to_string_lossy()])?;
@@ -42,16 +55,16 @@ impl Cluster {
         std::fs::write(&rules, RULES).context("write who is let in")?;
         run("chmod", &["a+r", &rules])?;
         run_as_postgres(&["cp", &rules, &format!("{data}/pg_hba.conf")])?;
-        let mut cluster = Cluster { folder, port: free_port()?, servers: Vec::new() };
+        let mut cluster = Cluster { folder, port: free_port()?, settings, servers: Vec::new() };
         cluster.start_again()?;
         Ok(cluster)
     }
 
     /// Starts the server, after [`Cluster::stop`].
     pub fn start_again(&mut self) -> anyhow::Result<()> {
-        let (folder, port) = (self.folder.display(), self.port);
+        let (folder, port, settings) = (self.folder.display(), self.port, self.settings);
         let command = format!(
-            "{} {} -D {folder}/data -p {port} -k {folder} -c listen_addresses=127.0.0.1 {SETTINGS}",
+            "{} {} -D {folder}/data -p {port} -k {folder} -c listen_addresses=127.0.0.1 {settings}",
             as_postgres().join(" "),
             tool("postgres").display()
         );

@@ -19,6 +19,8 @@ pub enum Cut {
     CommitAnswerLost,
     /// A commit takes effect, and its answer is held back until the client is gone.
     CommitAnswerHeld,
+    /// The client loses its connection when it commits, and a moment later the commit takes effect after all.
+    CommitDelayed,
     /// Outputs reach the proxy and go no further.
     OutputsNotForwarded,
     /// The broker stored outputs, and its answers get lost.
@@ -150,6 +152,10 @@ impl Connection {
                 self.shared.done(cut);
                 return Ok(true);
             }
+            if cut == Cut::CommitDelayed {
+                self.client.shutdown().await?;
+                tokio::time::sleep(COMMIT_DELAY).await;
+            }
             self.server.write_all(bytes).await?;
             return self.keep_answer(cut).await;
         }
@@ -194,7 +200,11 @@ impl Connection {
     }
 }
 
-const COMMIT_CUTS: &[Cut] = &[Cut::CommitNotForwarded, Cut::CommitAnswerLost, Cut::CommitAnswerHeld];
+const COMMIT_CUTS: &[Cut] =
+    &[Cut::CommitNotForwarded, Cut::CommitAnswerLost, Cut::CommitAnswerHeld, Cut::CommitDelayed];
+
+/// Long enough for the client to ask what became of its commit.
+const COMMIT_DELAY: Duration = Duration::from_millis(400);
 
 /// What a PostgreSQL client sent and was not a whole message yet.
 #[derive(Default)]

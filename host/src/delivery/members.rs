@@ -5,6 +5,7 @@ use std::sync::Arc;
 use jiff::Timestamp;
 
 use super::{Delivery, Lent, Run, tell};
+use crate::fault;
 use crate::guest::{Call, CallFailure, FailureKind, Outcome, Warm};
 use crate::manifest::Isolation;
 use crate::message::{Message, Output};
@@ -41,23 +42,30 @@ pub(super) struct Failed {
 }
 
 impl Delivery {
-    /// Runs the guest for all members, each with its failed attempts so far.
+    /// Runs the guest for all members, each with its failed attempts so far. `state` is what was read for them.
     pub(super) async fn run_members(
         &self,
         run: &Run<'_>,
         fresh: &[(usize, u32)],
         lent: &Lent,
+        state: BatchState,
     ) -> anyhow::Result<Members> {
         if self.guest.takes_batches() {
-            self.run_together(run, fresh, lent).await
+            self.run_together(run, fresh, lent, state).await
         } else {
-            self.run_one_by_one(run, fresh, lent).await
+            self.run_one_by_one(run, fresh, lent, state).await
         }
     }
 
     /// One call for each member, until one spoils the transaction.
-    async fn run_one_by_one(&self, run: &Run<'_>, fresh: &[(usize, u32)], lent: &Lent) -> anyhow::Result<Members> {
-        let mut ran = Ran::default();
+    async fn run_one_by_one(
+        &self,
+        run: &Run<'_>,
+        fresh: &[(usize, u32)],
+        lent: &Lent,
+        state: BatchState,
+    ) -> anyhow::Result<Members> {
+        let mut ran = Ran { state, ..Ran::default() };
         let mut warm = None;
         for &(member, attempts) in fresh {
             let Some(message) = run.batch.get(member) else { continue };
@@ -69,7 +77,8 @@ impl Delivery {
             let outcome = self.call(vec![Arc::clone(message)], attempts + 1, lent, state, warm.take()).await?;
             ran.state = outcome.state;
             // An instance that failed, and what is in its memory, is of no more use.
-            warm = outcome.warm.filter(|_| self.worker.isolation == Isolation::Batch);
+            let is_kept = self.worker.isolation == Isolation::Batch || fault::mutant(fault::REUSE_AFTER_TRAP);
+            warm = outcome.warm.filter(|_| is_kept);
             match outcome.result.and_then(|answers| answers.into_iter().collect()) {
                 Ok(()) => {
                     ran.state.keep();
@@ -91,11 +100,17 @@ impl Delivery {
     }
 
     /// One call for all members. Its effects cannot be told apart: they take effect together or not at all.
-    async fn run_together(&self, run: &Run<'_>, fresh: &[(usize, u32)], lent: &Lent) -> anyhow::Result<Members> {
+    async fn run_together(
+        &self,
+        run: &Run<'_>,
+        fresh: &[(usize, u32)],
+        lent: &Lent,
+        state: BatchState,
+    ) -> anyhow::Result<Members> {
         let members: Vec<usize> = fresh.iter().map(|(member, _)| *member).collect();
         let messages: Vec<Arc<Message>> = members.iter().filter_map(|member| run.batch.get(*member).cloned()).collect();
         let attempts = fresh.iter().map(|(_, attempts)| *attempts).max().unwrap_or_default();
-        let outcome = self.call(messages, attempts + 1, lent, BatchState::default(), None).await?;
+        let outcome = self.call(messages, attempts + 1, lent, state, None).await?;
         let whole = outcome.result.and_then(|answers| match answers.len() == members.len() {
             true => Ok(answers),
             false => Err(wrong_count(members.len(), answers.len())),

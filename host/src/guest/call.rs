@@ -14,6 +14,7 @@ use super::component::{Entry, Guest};
 use super::imports::Database;
 use super::limiter::Limiter;
 use super::logs::Logs;
+use crate::fault;
 use crate::manifest::Worker;
 use crate::message::{Message, Output};
 use crate::state::BatchState;
@@ -130,7 +131,7 @@ impl Guest {
         let time = call.worker.limits.time;
         let deadline = Instant::now() + time;
         let messages = call.messages.iter().map(|message| wit_message(message)).collect();
-        let (mut store, instance) = match warm {
+        let (mut store, mut instance) = match warm {
             Some(mut warm) => {
                 warm.store.data_mut().begin(call, deadline);
                 (warm.store, Some(warm.instance))
@@ -138,19 +139,19 @@ impl Guest {
             None => (self.store(call, deadline), None),
         };
         store.set_epoch_deadline(1);
-        let running = self.run(&mut store, instance, messages);
+        let running = self.run(&mut store, &mut instance, messages);
         let answer = tokio::time::timeout_at((deadline + GRACE).into(), running).await;
         let state = store.data_mut();
         if let Some(error) = state.house.take() {
             return Err(error);
         }
-        let (result, instance) = match answer {
-            Ok(Ok((answers, instance))) => (Ok(answers), Some(instance)),
+        let result = match answer {
+            Ok(Ok(answers)) => Ok(answers),
             Ok(Err(error)) if error.is::<wasmtime::PoolConcurrencyLimitError>() => {
                 return Err(anyhow::Error::from(error)).context("find room for one more instance");
             }
-            Ok(Err(error)) => (Err(trapped(&error, state)), None),
-            Err(_) => (Err(timed_out(time)), None),
+            Ok(Err(error)) => Err(trapped(&error, state)),
+            Err(_) => Err(timed_out(time)),
         };
         let result = match state.doomed.take() {
             Some(doom) => Err(doomed(result, doom)),
@@ -163,30 +164,32 @@ impl Guest {
             state: std::mem::take(&mut state.call.state),
             ran_sql: state.statements > 0,
             logs: state.logs.take(),
-            warm: instance.filter(|_| all_well).map(|instance| Warm { store, instance }),
+            warm: instance
+                .filter(|_| all_well || fault::mutant(fault::REUSE_AFTER_TRAP))
+                .map(|instance| Warm { store, instance }),
         })
     }
 
     async fn run(
         &self,
         store: &mut Store<CallState>,
-        instance: Option<Instance>,
+        instance: &mut Option<Instance>,
         mut messages: Vec<wit::Message>,
-    ) -> wasmtime::Result<(Vec<Answer>, Instance)> {
+    ) -> wasmtime::Result<Vec<Answer>> {
         let instance = match instance {
             Some(instance) => instance,
-            None => self.pre.instantiate_async(&mut *store).await?,
+            None => instance.insert(self.pre.instantiate_async(&mut *store).await?),
         };
         let answers = match &self.entry {
             Entry::Handler(indices) => {
                 let message = messages.pop().ok_or_else(|| wasmtime::Error::msg("a call needs a message"))?;
-                vec![indices.load(&mut *store, &instance)?.call_handle(&mut *store, &message).await?]
+                vec![indices.load(&mut *store, &*instance)?.call_handle(&mut *store, &message).await?]
             }
             Entry::BatchHandler(indices) => {
-                indices.load(&mut *store, &instance)?.call_handle_batch(&mut *store, &messages).await?
+                indices.load(&mut *store, &*instance)?.call_handle_batch(&mut *store, &messages).await?
             }
         };
-        Ok((answers.into_iter().map(|answer| answer.map_err(returned)).collect(), instance))
+        Ok(answers.into_iter().map(|answer| answer.map_err(returned)).collect())
     }
 
     fn store(&self, call: Call, deadline: Instant) -> Store<CallState> {

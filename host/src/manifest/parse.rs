@@ -4,7 +4,9 @@ use std::ops::RangeInclusive;
 use std::path::Path;
 use std::time::Duration;
 
-use crate::manifest::{Isolation, Limits, Manifest, OnFailure, OrderingKey, Source, Stream, Worker, WorkerEntry};
+use crate::manifest::{
+    Isolation, Limits, Manifest, OnFailure, OrderingKey, Source, StateKey, Stream, Worker, WorkerEntry,
+};
 use crate::redrive::REDRIVE_STREAM;
 use crate::retry::{RetryPolicy, WAIT_MAX};
 use crate::subject::{check_pattern, covers, is_reserved, overlaps};
@@ -12,7 +14,7 @@ use crate::toml_text::{Found, Section, Text};
 
 pub(super) const MANIFEST_KEYS: [&str; 2] = ["stream", "worker"];
 pub(super) const STREAM_KEYS: [&str; 3] = ["name", "subjects", "max_age"];
-pub(super) const WORKER_KEYS: [&str; 17] = [
+pub(super) const WORKER_KEYS: [&str; 18] = [
     "name",
     "crate",
     "component",
@@ -23,6 +25,7 @@ pub(super) const WORKER_KEYS: [&str; 17] = [
     "migrations",
     "ordering_key",
     "on_failure",
+    "state_keys",
     "isolation",
     "concurrency",
     "batch",
@@ -108,6 +111,7 @@ fn worker(text: Text<'_>, section: &Section<'_>, folder: &Path, manifest: &Manif
         outputs: values(section.texts("outputs", "[\"payments.settled\"]", check_own_pattern)?),
         on_failure: on_failure(text, section, ordering_key.is_some())?,
         ordering_key: ordering_key.and_then(|key| OrderingKey::try_from(key.value).ok()),
+        state_keys: state_keys(section)?,
         isolation: isolation(section)?,
         concurrency: section.count("concurrency", "4", 1..=256)?.unwrap_or(4),
         batch: section.count("batch", "32", 1..=1000)?.unwrap_or(32),
@@ -131,6 +135,12 @@ fn on_failure(text: Text<'_>, section: &Section<'_>, has_key: bool) -> anyhow::R
         return Err(text.refuse(&found.span, what, "say where the key stands: ordering_key = \"header:Account\""));
     }
     Ok(OnFailure::Hold)
+}
+
+fn state_keys(section: &Section<'_>) -> anyhow::Result<Vec<StateKey>> {
+    let check = |key: &str| StateKey::try_from(key.to_owned()).map(|_| ());
+    let found = section.texts("state_keys", "[\"account/{header:Account}\"]", check)?;
+    Ok(found.into_iter().filter_map(|key| StateKey::try_from(key.value).ok()).collect())
 }
 
 fn isolation(section: &Section<'_>) -> anyhow::Result<Isolation> {

@@ -24,6 +24,7 @@ outputs = ["payments.settled", "x.>"]
 migrations = "migrations"
 ordering_key = "header:Account"
 on_failure = "hold"
+state_keys = ["account/{header:Account}"]
 isolation = "batch"
 concurrency = 8
 batch = 16
@@ -74,6 +75,7 @@ fn every_key_of_a_manifest_is_read() {
         outputs: vec!["payments.settled".into(), "x.>".into()],
         ordering_key: Some(OrderingKey::Header("Account".into())),
         on_failure: OnFailure::Hold,
+        state_keys: vec![StateKey::try_from("account/{header:Account}".to_owned()).unwrap()],
         isolation: Isolation::Batch,
         concurrency: 8,
         batch: 16,
@@ -131,24 +133,24 @@ fn refusal(line: &str, replacement: &str) -> (String, String) {
 fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
     let cases = [
         ("max_age", "max_aeg", "5: [[stream]] has no key `max_aeg`", "did you mean: max_age = \"7d\""),
-        ("[worker.limits]", "[worker.limit]", "24: [[worker]] has no key `limit`", "did you mean: [worker.limits]"),
-        ("ack_wait", "zebra", "19: [[worker]] has no key `zebra`", "remove it; the keys here are: name, crate"),
+        ("[worker.limits]", "[worker.limit]", "25: [[worker]] has no key `limit`", "did you mean: [worker.limits]"),
+        ("ack_wait", "zebra", "20: [[worker]] has no key `zebra`", "remove it; the keys here are: name, crate"),
         (
             "attempts = 7",
             "attempts = \"7\"",
-            "21: `attempts` in [worker.retry] must be a whole number",
+            "22: `attempts` in [worker.retry] must be a whole number",
             "for example: attempts = 5",
         ),
         (
             "attempts = 7",
             "attempts = 0",
-            "21: `attempts` in [worker.retry] must lie between 1 and 1000",
+            "22: `attempts` in [worker.retry] must lie between 1 and 1000",
             "attempts = 5",
         ),
         (
             "\"45s\"",
             "\"45 parsecs\"",
-            "19: `ack_wait` in [[worker]] is wrong: `45 parsecs` is not a length of time",
+            "20: `ack_wait` in [[worker]] is wrong: `45 parsecs` is not a length of time",
             "ack_wait = \"30s\"",
         ),
         (
@@ -158,16 +160,22 @@ fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
             "on_failure = \"hold\"",
         ),
         (
+            "state_keys = [\"account/{header:Account}\"]",
+            "state_keys = [\"account/{key}\"]",
+            "16: `state_keys` in [[worker]] is wrong",
+            "state_keys = [\"account/{header:Account}\"]",
+        ),
+        (
             "ordering_key = \"header:Account\"",
             "",
             "15: `on_failure` is `hold`, but without an ordering key no message follows another",
             "ordering_key = \"header:Account\"",
         ),
-        ("\"45s\"", "45", "19: `ack_wait` in [[worker]] must be a length of time in quotes", "ack_wait = \"30s\""),
+        ("\"45s\"", "45", "20: `ack_wait` in [[worker]] must be a length of time in quotes", "ack_wait = \"30s\""),
         (
             "\"32MiB\"",
             "\"1KiB\"",
-            "26: `memory` in [worker.limits] must lie between 1 MiB and 4 GiB",
+            "27: `memory` in [worker.limits] must lie between 1 MiB and 4 GiB",
             "memory = \"64MiB\"",
         ),
         (
@@ -177,7 +185,7 @@ fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
             "name = \"settle\"",
         ),
         ("name = \"settle\"", "", "7: [[worker]] needs `name`", "add the line: name = \"settle\""),
-        ("name = \"other\"", "name = \"settle\"", "39: there are two workers called `settle`", "name = \"settle-2\""),
+        ("name = \"other\"", "name = \"settle\"", "40: there are two workers called `settle`", "name = \"settle-2\""),
         ("crate = \".\"", "", "7: [[worker]] needs `crate` or `component`", "crate = \".\""),
         (
             "crate = \".\"",
@@ -227,11 +235,11 @@ fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
         (
             "\"1m\"",
             "\"1s\"",
-            "23: `backoff_max` in [worker.retry] is shorter than `backoff`, which is 2s",
+            "24: `backoff_max` in [worker.retry] is shorter than `backoff`, which is 2s",
             "backoff_max = \"2s\"",
         ),
-        ("\"EUR\"", "978", "36: `config.currency` must be text in quotes", "write: currency = \"978\""),
-        ("batch = 16", "batch = 16\nbatch = 17", "19: this is not TOML: duplicate key", "remove: batch = 17"),
+        ("\"EUR\"", "978", "37: `config.currency` must be text in quotes", "write: currency = \"978\""),
+        ("batch = 16", "batch = 16\nbatch = 17", "20: this is not TOML: duplicate key", "remove: batch = 17"),
         ("name = \"settle\"", "name = settle", "8: this is not TOML", "name = \"settle\""),
         ("[[stream]]", "[stream]", "2: `stream` must be a list of tables", "[[stream]]"),
         (

@@ -44,14 +44,19 @@ impl Purpose {
         // A host that hangs lets go of its locks; one that runs a long batch of guests does not come near this.
         let durable = if fault::mutant(fault::SYNCHRONOUS_COMMIT_OFF) { "off" } else { "on" };
         let idle_ms = milliseconds(time.saturating_mul(10).max(HOUSE_TIME));
+        let plans = if let Purpose::House = self { PLAN_ANEW } else { "" };
         format!(
             "begin isolation level read committed {access}; set local search_path = {search_path}; \
              set local statement_timeout = {statement_ms}; set local lock_timeout = {lock_ms}; \
              set local idle_in_transaction_session_timeout = {idle_ms}; set local synchronous_commit = {durable}; \
-             set local standard_conforming_strings = on; select {id}"
+             set local standard_conforming_strings = on; {plans}select {id}"
         )
     }
 }
+
+/// A connection keeps the plans of its statements while tables grow from nothing: one that reads a whole table, right when
+/// it held ten rows, would be kept until the table is analyzed. Planning is cheap beside what these statements do in bulk.
+const PLAN_ANEW: &str = "set local plan_cache_mode = force_custom_plan; ";
 
 /// The transaction's id, the process that serves it, and a mark that lets nobody but the host commit.
 const GUARDED_ID: &str = "pg_catalog.pg_current_xact_id()::pg_catalog.text as id, \

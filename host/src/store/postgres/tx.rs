@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
+use anyhow::anyhow;
 use async_trait::async_trait;
+use sqlx::Row;
 
 use super::guest_sql::{self, Guests, Outcome};
-use super::session::Session;
+use super::session::{Purpose, Session, Sessions};
 use super::{changes, inbox, outbox, state};
 use crate::fault;
 use crate::sql::{Rows, SqlError, SqlLimits, Value};
@@ -139,7 +141,13 @@ impl Tx for PostgresTx {
             self.rollback().await;
             return Err(refused);
         }
-        self.session.commit().await?;
+        let xid = self.session.id().to_owned();
+        match self.session.commit().await {
+            Err(StoreError::Unavailable(_)) if fault::mutant(fault::RESOLVE_BY_SELECT) => {
+                resolve_by_select(&self.guests.house, &xid).await?;
+            }
+            committed => committed?,
+        }
         Ok(Settled::seen_by_store())
     }
 
@@ -147,5 +155,16 @@ impl Tx for PostgresTx {
         if !self.spoilt {
             self.session.rollback().await;
         }
+    }
+}
+
+/// What a mutant makes of an unclear commit. One that is still on its way looks as if it had not happened.
+async fn resolve_by_select(house: &Sessions, xid: &str) -> Result<()> {
+    let mut session = house.begin(Purpose::House).await?;
+    let query = session.query("select pg_catalog.pg_xact_status($1::pg_catalog.text::pg_catalog.xid8) = 'committed'");
+    let row = query.bind(xid).fetch_one(session.connection()).await;
+    match row.and_then(|row| row.try_get(0)) {
+        Ok(true) => Ok(()),
+        _ => Err(StoreError::Refused(anyhow!("it did not happen"))),
     }
 }

@@ -1,0 +1,83 @@
+//! Who is measured, doing what.
+
+/// What every message asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Work {
+    /// Adds one to a counter under one of a thousand keys, and sends a message.
+    State,
+    /// Writes two rows with one statement, and sends a message.
+    Sql,
+}
+
+/// Who does it.
+#[derive(Debug, Clone, Copy)]
+pub enum Who {
+    /// A loop written by hand: one transaction for each message, 32 at a time.
+    HandWritten,
+    /// A host, with these settings of its worker.
+    Host { settings: &'static str },
+}
+
+pub struct Contender {
+    pub name: &'static str,
+    pub what: &'static str,
+    pub who: Who,
+    pub work: Work,
+    /// How many in a hundred messages fail for good, and whether they run SQL before that.
+    pub poison: Option<(usize, bool)>,
+    /// Whom it is compared with.
+    pub baseline: Option<&'static str>,
+    /// The ratio it must reach.
+    pub wanted: Option<f64>,
+}
+
+const SQL: &str = "[worker.retry]\nattempts = 1";
+const SQL_BATCH: &str = "isolation = \"batch\"\n[worker.retry]\nattempts = 1";
+/// Messages of a key go to one lane: two lanes that changed the same state at the same time would stand in each other's way.
+const STATE: &str = "ordering_key = \"header:Key\"\nstate_keys = [\"{header:Key}\"]\n[worker.retry]\nattempts = 1";
+const STATE_BATCH: &str = "isolation = \"batch\"\nordering_key = \"header:Key\"\nstate_keys = [\"{header:Key}\"]\n[worker.retry]\nattempts = 1";
+const STATE_LARGE: &str =
+    "batch = 200\nordering_key = \"header:Key\"\nstate_keys = [\"{header:Key}\"]\n[worker.retry]\nattempts = 1";
+const STATE_KEY_BY_KEY: &str = "ordering_key = \"header:Key\"\n[worker.retry]\nattempts = 1";
+
+const fn host(name: &'static str, what: &'static str, settings: &'static str, work: Work) -> Contender {
+    let baseline = Some(match work {
+        Work::State => "state, by hand",
+        Work::Sql => "sql, by hand",
+    });
+    Contender { name, what, who: Who::Host { settings }, work, poison: None, baseline, wanted: None }
+}
+
+const fn by_hand(name: &'static str, work: Work) -> Contender {
+    let what = "async-nats and sqlx: one transaction for each message, 32 at a time, and a relay beside it";
+    Contender { name, what, who: Who::HandWritten, work, poison: None, baseline: None, wanted: None }
+}
+
+pub const CONTENDERS: &[Contender] = &[
+    by_hand("state, by hand", Work::State),
+    Contender {
+        wanted: Some(4.0),
+        ..host("state", "keyed state, a fresh instance for each message, state_keys", STATE, Work::State)
+    },
+    host("state, key by key", "the same without state_keys", STATE_KEY_BY_KEY, Work::State),
+    host("state, batch = 200", "up to 200 messages in a transaction", STATE_LARGE, Work::State),
+    host("state, isolation = batch", "an instance for each batch", STATE_BATCH, Work::State),
+    by_hand("sql, by hand", Work::Sql),
+    Contender {
+        wanted: Some(1.5),
+        ..host("sql", "one statement for each message, a fresh instance for each", SQL, Work::Sql)
+    },
+    host("sql, isolation = batch", "an instance for each batch", SQL_BATCH, Work::Sql),
+    Contender {
+        poison: Some((10, false)),
+        baseline: Some("state"),
+        wanted: Some(0.4),
+        ..host("state, 10 % poison", "one in ten is rejected", STATE, Work::State)
+    },
+    Contender {
+        poison: Some((10, true)),
+        baseline: Some("sql"),
+        wanted: Some(0.4),
+        ..host("sql, 10 % poison after sql", "one in ten is rejected after its statement", SQL, Work::Sql)
+    },
+];

@@ -1,0 +1,97 @@
+//! `make bench`: how fast a host is, against what people write by hand, measured in turns in one run.
+//!
+//! Absolute figures are those of this machine on this day. What counts is the ratio to the hand-written loop.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+use serde_json::json;
+use support::guests;
+use support::postgres::Cluster;
+
+use crate::contenders::{CONTENDERS, Contender};
+
+mod contenders;
+mod cpu;
+mod hand_written;
+mod stage;
+
+/// Measures messages per second on PostgreSQL, from the stream they come from to the stream their outputs go to.
+#[derive(Debug, Parser)]
+struct Options {
+    /// Messages in each measurement.
+    #[arg(long, default_value_t = 20_000)]
+    messages: usize,
+    /// Measurements of each contender, in turns; the median counts.
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// Only contenders whose name contains this, and the hand-written loops they are compared with.
+    #[arg(long)]
+    only: Option<String>,
+}
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let options = Options::parse();
+    ensure!(!cfg!(debug_assertions), "measure a release build: make bench");
+    tokio::task::spawn_blocking(guests::component).await??;
+    let cluster = tokio::task::spawn_blocking(Cluster::start_durable).await??;
+    let chosen = chosen(options.only.as_deref());
+    let mut rates: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+    let mut cpu: BTreeMap<&str, BTreeMap<String, f64>> = BTreeMap::new();
+    for round in 1..=options.rounds {
+        for contender in &chosen {
+            let measured = stage::measure(contender, &cluster, options.messages)
+                .await
+                .with_context(|| format!("measure {}", contender.name))?;
+            let programs: Vec<String> =
+                measured.cpu_micros.iter().map(|(program, micros)| format!("{program} {micros:.0}")).collect();
+            let (rate, name) = (measured.rate, contender.name);
+            println!("round {round}  {name:<28} {rate:>8.0} messages/s; µs of CPU each: {}", programs.join(", "));
+            rates.entry(name).or_default().push(rate);
+            cpu.insert(name, measured.cpu_micros);
+        }
+    }
+    let medians: BTreeMap<&str, f64> = rates.iter().map(|(name, rates)| (*name, median(rates))).collect();
+    println!("\n{:<28} {:>10} {:>8}  compared with", "", "messages/s", "ratio");
+    let mut rows = Vec::new();
+    for contender in &chosen {
+        let rate = medians.get(contender.name).copied().unwrap_or_default();
+        let ratio = contender.baseline.and_then(|baseline| medians.get(baseline)).map(|baseline| rate / baseline);
+        let shown = ratio.map_or_else(String::new, |ratio| format!("{ratio:.2}"));
+        println!("{:<28} {rate:>10.0} {shown:>8}  {}", contender.name, contender.baseline.unwrap_or_default());
+        rows.push(json!({
+            "name": contender.name, "what": contender.what, "rates": rates.get(contender.name), "median": rate,
+            "cpu_micros_per_message": cpu.get(contender.name),
+            "baseline": contender.baseline, "ratio": ratio, "wanted": contender.wanted,
+        }));
+    }
+    write(&json!({ "messages": options.messages, "rounds": options.rounds, "contenders": rows }))
+}
+
+/// The contenders to measure, with their baselines, in the order of the table.
+fn chosen(only: Option<&str>) -> Vec<&'static Contender> {
+    let is_meant = |contender: &Contender| only.is_none_or(|part| contender.name.contains(part));
+    let baselines: Vec<&str> = CONTENDERS.iter().filter(|c| is_meant(c)).filter_map(|c| c.baseline).collect();
+    CONTENDERS.iter().filter(|contender| is_meant(contender) || baselines.contains(&contender.name)).collect()
+}
+
+fn median(rates: &[f64]) -> f64 {
+    let mut sorted = rates.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied().unwrap_or_default()
+}
+
+fn write(report: &serde_json::Value) -> Result<()> {
+    let folder = guests::target_dir()?.parent().context("find the target folder")?.join("bench");
+    std::fs::create_dir_all(&folder).context("make a folder for the report")?;
+    let path = folder.join("throughput.json");
+    std::fs::write(&path, serde_json::to_string_pretty(report)? + "\n").context("write the report")?;
+    println!("written to {}", path.display());
+    Ok(())
+}
+
+/// For how long a measurement may stand still before it is given up.
+const PATIENCE: Duration = Duration::from_secs(60);

@@ -1,0 +1,110 @@
+//! One measurement: a fresh database, a fresh broker with all messages on its stream, and a clock.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use async_nats::datetime::DateTime;
+use async_nats::jetstream::{self, stream::Stream};
+use serde_json::json;
+use support::database::{Database, Kind};
+use support::nats::ToPublish;
+use support::postgres::Cluster;
+use support::world::{World, manifest};
+
+use crate::contenders::{Contender, Who, Work};
+use crate::{PATIENCE, cpu, hand_written};
+
+const KEYS: usize = 1_000;
+
+/// What was measured.
+pub struct Measured {
+    /// Messages per second, from the first thing that is told to the last.
+    pub rate: f64,
+    /// Microseconds of processor time for each message, by program. Unlike the rate it hardly depends on what else the
+    /// machine does.
+    pub cpu_micros: BTreeMap<String, f64>,
+}
+
+pub async fn measure(contender: &Contender, cluster: &Cluster, messages: usize) -> Result<Measured> {
+    let settings = match contender.who {
+        Who::HandWritten => "",
+        Who::Host { settings } => settings,
+    };
+    let mut world = World::without_host(Kind::Sqlite, &manifest(settings)?).await?;
+    world.database = Database::on(cluster).await?;
+    // Makes the streams, the tables and the compiled component.
+    world.start_host().await?;
+    world.stop_host().await?;
+    world.nats.publish_all((0..messages).map(|n| message(contender, n)).collect()).await?;
+    let context = jetstream::new(world.nats.client().await?);
+    let cpu_before = cpu::seconds();
+    let by_hand = match contender.who {
+        Who::HandWritten => Some(hand_written::start(&world, contender.work).await?),
+        Who::Host { .. } => {
+            world.spawn_host()?;
+            None
+        }
+    };
+    let poison = contender.poison.map_or(0, |(percent, _)| messages * percent / 100);
+    let (out, dlq) = (context.get_stream("OUT").await?, context.get_stream("ONCELY_DLQ").await?);
+    wait_for(&out, messages - poison)
+        .await
+        .with_context(|| format!("outputs; the host said:\n{}", world.host_log()))?;
+    wait_for(&dlq, poison).await.context("dead letters")?;
+    let cpu_after = cpu::seconds();
+    if let Some(by_hand) = by_hand {
+        by_hand.stop();
+    }
+    let mut told = told(&out).await?;
+    told.extend(told_if_any(&dlq).await?);
+    let first = told.iter().min().context("find the first output")?;
+    let last = told.iter().max().context("find the last output")?;
+    let spent = |(program, after): (&String, &f64)| {
+        let spent = after - cpu_before.get(program).copied().unwrap_or_default();
+        (program.clone(), spent * 1e6 / messages as f64)
+    };
+    Ok(Measured {
+        rate: messages as f64 / (*last - *first).as_seconds_f64(),
+        cpu_micros: cpu_after.iter().map(spent).filter(|(_, micros)| *micros >= 1.0).collect(),
+    })
+}
+
+fn message(contender: &Contender, n: usize) -> ToPublish {
+    let key = format!("k{}", n % KEYS);
+    // Spread evenly over the stream.
+    let fails = contender.poison.is_some_and(|(percent, _)| n * percent % 100 < percent);
+    let behaviour = match (contender.work, fails, contender.poison) {
+        (_, true, Some((_, false))) => "reject",
+        (_, true, _) => "insert,reject",
+        (Work::State, ..) => "state_counter",
+        (Work::Sql, ..) => "insert",
+    };
+    let mut message = ToPublish::new("in.x", &format!("e{n}"), behaviour, &json!({ "key": key }).to_string());
+    message.headers.push(("Key".to_owned(), key));
+    message
+}
+
+async fn wait_for(stream: &Stream, messages: usize) -> Result<()> {
+    let (mut seen, mut moved) = (0, Instant::now());
+    while seen < messages {
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        let now = usize::try_from(stream.get_info().await?.state.messages)?;
+        if now != seen {
+            (seen, moved) = (now, Instant::now());
+        }
+        ensure!(moved.elapsed() < PATIENCE, "only {seen} of {messages} came");
+    }
+    ensure!(seen == messages, "{seen} came, not {messages}");
+    Ok(())
+}
+
+/// When the first and the last message of a stream were stored.
+async fn told(stream: &Stream) -> Result<Vec<DateTime>> {
+    let state = stream.get_info().await?.state;
+    Ok(vec![state.first_timestamp, state.last_timestamp])
+}
+
+async fn told_if_any(stream: &Stream) -> Result<Vec<DateTime>> {
+    if stream.get_info().await?.state.messages == 0 { Ok(Vec::new()) } else { told(stream).await }
+}

@@ -1,0 +1,142 @@
+//! One batch given to the heart itself: who runs how often when one of its members fails, wherever it stands.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use bytes::Bytes;
+use oncely::delivery::{Delivered, Delivery};
+use oncely::guest::{Guest, GuestEngine};
+use oncely::manifest::Manifest;
+use oncely::message::Message;
+use oncely::store::{PostgresStore, SqliteStore, Store};
+use oncely::verdict::Verdict;
+use support::database::{Database, Kind};
+use support::guests;
+use support::world::manifest;
+
+const BATCH: usize = 32;
+
+/// The heart, with a real database and the test component, and no broker.
+struct Heart {
+    delivery: Delivery,
+    database: Database,
+    _folder: tempfile::TempDir,
+}
+
+impl Heart {
+    async fn of(kind: Kind, settings: &str) -> Result<Heart> {
+        let folder = tempfile::tempdir()?;
+        let database = Database::fresh(kind, folder.path()).await?;
+        let store: Arc<dyn Store> = match &database {
+            Database::Sqlite(path) => Arc::new(SqliteStore::open(path).await?),
+            Database::Postgres { host, .. } => Arc::new(PostgresStore::connect(host, 4).await?),
+        };
+        let entry = Manifest::parse(&manifest(settings)?, "oncely.toml")?.workers.remove(0);
+        let wasm = std::fs::read(guests::component()?).context("read the test component")?;
+        let guest = Guest::load(&GuestEngine::new(&folder.path().join("compiled"))?, &wasm)?;
+        let digest = "a".repeat(64);
+        store.put_component(&digest, &wasm).await?;
+        store.deploy("test", &digest, "{}", &entry.migrations_for(store.dialect())?).await?;
+        let delivery = Delivery { store, guest, worker: Arc::new(entry.worker), version: 1, payload_max: 1 << 20 };
+        Ok(Heart { delivery, database, _folder: folder })
+    }
+
+    async fn deliver(&self, batch: &[Arc<Message>]) -> Result<Delivered> {
+        Ok(self.delivery.deliver(batch).await?)
+    }
+}
+
+fn message(event_id: &str, behaviour: &str, body: &str) -> Arc<Message> {
+    Arc::new(Message {
+        event_id: event_id.to_owned(),
+        subject: "in.x".to_owned(),
+        headers: vec![("do".to_owned(), behaviour.to_owned()), ("Account".to_owned(), format!("a{event_id}"))],
+        body: Bytes::copy_from_slice(body.as_bytes()),
+        origin: None,
+    })
+}
+
+/// A batch of 32 whose member at `place` fails by `behaviour`.
+fn batch_with(behaviour: &str, place: usize) -> Vec<Arc<Message>> {
+    let member = |n: usize| {
+        let behaviour = if n == place { behaviour } else { "insert" };
+        message(&format!("{place:02}-{n:02}"), behaviour, r#"{"n": 1}"#)
+    };
+    (0..BATCH).map(member).collect()
+}
+
+async fn one_poison_at_each_position(kind: Kind, behaviour: &str, reruns: u32) -> Result<()> {
+    let heart = Heart::of(kind, "[worker.retry]\nattempts = 1\n").await?;
+    for place in 0..BATCH {
+        let batch = batch_with(behaviour, place);
+        let delivered = heart.deliver(&batch).await?;
+        assert!(delivered.reruns <= reruns, "at {place} the others ran {} times more", delivered.reruns);
+        for (n, verdict) in delivered.verdicts.iter().enumerate() {
+            let right = match verdict {
+                Verdict::Done(_) => n != place,
+                Verdict::Dead(letter) => n == place && letter.attempts == 1,
+                _ => false,
+            };
+            assert!(right, "with the poison at {place}, {n} came to {verdict:?}");
+        }
+        let told: BTreeSet<&str> = delivered.outputs.iter().map(|output| output.id.as_str()).collect();
+        assert_eq!((told.len(), delivered.outputs.len()), (BATCH - 1, BATCH - 1));
+    }
+    let number = async |sql: &str| heart.database.number(sql).await;
+    let (all, good) = (BATCH as i64, (BATCH * (BATCH - 1)) as i64);
+    assert_eq!(number("select count(*) from oncely.attempt").await?, all);
+    assert_eq!(number("select count(*) from oncely.inbox where state = 'done'").await?, good);
+    assert_eq!(number("select count(distinct event_id) from app.effect").await?, good);
+    Ok(())
+}
+
+both!(a_poison_that_ran_no_sql_costs_the_others_nothing_wherever_it_stands, |kind: Kind| async move {
+    one_poison_at_each_position(kind, "reject", 0).await
+});
+
+both!(a_poison_that_ran_sql_costs_the_others_one_more_run_wherever_it_stands, |kind: Kind| async move {
+    one_poison_at_each_position(kind, "insert,trap", 1).await
+});
+
+/// The server itself counts how often the function of the door that reads state was called.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn state_that_the_manifest_names_is_read_for_a_batch_with_one_statement() -> Result<()> {
+    let heart = Heart::of(Kind::Postgres, "state_keys = [\"{header:Account}\", \"{header:Nobody}\"]").await?;
+    let Database::Postgres { direct, .. } = &heart.database else { unreachable!() };
+    let name = direct.rsplit('/').next().context("find the database's name")?;
+    heart.database.execute(&format!("alter database \"{name}\" set track_functions = 'pl'")).await?;
+    // Connections made from now on count.
+    let store = PostgresStore::connect(direct, 4).await?;
+    let delivery = Delivery { store: Arc::new(store), ..heart.delivery.clone() };
+    for round in 0..2 {
+        let count =
+            |n: usize| message(&format!("{round}-{n}"), "state_counter", &format!(r#"{{"key": "a{round}-{n}"}}"#));
+        let batch: Vec<_> = (0..BATCH).map(count).collect();
+        let delivered = delivery.deliver(&batch).await?;
+        assert!(delivered.verdicts.iter().all(|verdict| matches!(verdict, Verdict::Done(_))));
+    }
+    // What a session counted is there for all to see when it ends.
+    delivery.store.close().await;
+    let calls = "select coalesce(sum(calls), 0) from pg_stat_user_functions where funcname = 'load_state'";
+    let end = std::time::Instant::now() + support::world::PATIENCE;
+    while heart.database.number(calls).await? < 2 {
+        anyhow::ensure!(std::time::Instant::now() < end, "the server counted nothing");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    assert_eq!(heart.database.number(calls).await?, 2);
+    assert_eq!(heart.database.number("select count(*) from oncely.state where version = 1").await?, 2 * BATCH as i64);
+    Ok(())
+}
+
+both!(state_that_was_read_ahead_is_what_members_see_and_leave, |kind: Kind| async move {
+    let heart = Heart::of(kind, "state_keys = [\"same\", \"never-used\"]").await?;
+    let count = |n: usize| message(&format!("e{n}"), "state_counter", r#"{"key": "same"}"#);
+    for round in 0..3 {
+        let batch: Vec<_> = (round * BATCH..(round + 1) * BATCH).map(count).collect();
+        heart.deliver(&batch).await?;
+    }
+    let rows = heart.database.rows("select key, version from oncely.state").await?;
+    assert_eq!(rows, [["same".to_owned(), (3 * BATCH).to_string()]]);
+    Ok(())
+});
