@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::Instant;
 
 use super::Lanes;
 use crate::bus::{Pull, Pulled, Subscription};
@@ -25,8 +26,10 @@ pub(super) const ROOM: usize = 32;
 /// When the next host is to take up what this one could not look up before it stopped.
 const TAKE_UP_AFTER: Duration = Duration::from_millis(1);
 
-/// When a host that does not run the active version looks again; another one may take it meanwhile.
-const SWAP_WAIT: Duration = Duration::from_millis(200);
+/// How long a host that does not run the active version waits for its own swap, which hands on what is left in good order,
+/// and how often it looks. After that another host may take what was put back.
+const SWAP_WITHIN: Duration = Duration::from_secs(3);
+const SWAP_LOOK_EVERY: Duration = Duration::from_millis(200);
 
 /// A message that points to no letter is out of date like one whose letter moved on.
 const NOWHERE: Pointer = Pointer { letter: 0, generation: 0 };
@@ -77,9 +80,8 @@ pub(super) async fn pull_loop(mut pull: Pull, lanes: &Lanes, mut stopping: Stopp
 async fn deal(lanes: &Lanes, pulled: Pulled, room: Option<OwnedSemaphorePermit>, stopping: &Stopping) {
     let in_flight = lanes.in_flight.enter(pulled.receipt.progress());
     let pointer = Pointer::read(&pulled.message).unwrap_or(NOWHERE);
-    let settled = match read(&*lanes.store, pointer, &lanes.worker.name, stopping).await {
-        // What failed with the version before is not given to it again while the new one is on its way.
-        Some(PutBack::Message(_, active)) if active != lanes.version => pulled.receipt.nak(SWAP_WAIT).await,
+    let settled = match read_for(lanes, pointer, stopping).await {
+        Some(PutBack::Message(_, active)) if active != lanes.version => pulled.receipt.nak(SWAP_LOOK_EVERY).await,
         Some(PutBack::Message(message, _)) => {
             fault::point(fault::REDRIVE_READ);
             let key = lanes.worker.ordering_key.as_ref().and_then(|key| key.key_of(&message));
@@ -92,6 +94,22 @@ async fn deal(lanes: &Lanes, pulled: Pulled, room: Option<OwnedSemaphorePermit>,
     };
     if let Err(error) = settled {
         tracing::debug!("a message that was put back comes again: {error:#}");
+    }
+}
+
+/// Reads a letter. What failed with the version before is not given to it again while the new one is on its way: it is read
+/// again until that is here, or for some seconds.
+async fn read_for(lanes: &Lanes, pointer: Pointer, stopping: &Stopping) -> Option<PutBack> {
+    let end = Instant::now() + SWAP_WITHIN;
+    loop {
+        let found = read(&*lanes.store, pointer, &lanes.worker.name, stopping).await?;
+        let is_ours = !matches!(found, PutBack::Message(_, active) if active != lanes.version);
+        if is_ours || Instant::now() >= end {
+            return Some(found);
+        }
+        if stopping.wait(SWAP_LOOK_EVERY).await {
+            return None;
+        }
     }
 }
 

@@ -221,7 +221,8 @@ impl Outcome {
             }
             tokio::select! {
                 _ = &mut stop => return Ok(outcome),
-                () = tokio::time::sleep(LOOK_EVERY) => {}
+                // Not so often when there are many.
+                () = tokio::time::sleep(LOOK_EVERY * (1 + outcome.put_back as u32 / 500)) => {}
             }
         }
     }
