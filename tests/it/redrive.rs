@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde_json::Value;
 use support::books;
 use support::database::Kind;
@@ -260,5 +260,34 @@ both!(put_back_while_hosts_are_killed_and_copies_come_every_event_takes_effect_o
     let books = books::check(&world).await?;
     assert_eq!((books.effects.len(), books.outputs), (count as usize, count as usize));
     assert_eq!(world.database.number("select count(*) from oncely.dead_letter").await?, count);
+    Ok(())
+});
+
+both!(a_redrive_that_is_stopped_goes_on_where_it_was, |kind: Kind| async move {
+    let count = 30;
+    let world = World::start(kind, &manifest(ONE_ATTEMPT)?).await?;
+    world.nats.publish_all((0..count).map(|n| dies_once(&format!("e{n}"))).collect()).await?;
+    world.until(OPEN, count).await?;
+    let child = std::process::Command::new(guests::oncely()?)
+        .args(["dlq", "redrive", "--all", "--rate", "10"])
+        .current_dir(world.folder.path())
+        .env_remove("ONCELY_HOST")
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()?;
+    world.until("select min(1) from oncely.inbox where state = 'done'", 1).await?;
+    support::world::signal(child.id(), "INT")?;
+    let output = tokio::task::spawn_blocking(move || child.wait_with_output()).await??;
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("error: stopped after ") && said.contains("of 30 dead letters"), "{said}");
+    let (_, until) = said.split_once("--until ").context("it does not say how to go on")?;
+    let until = until.split([',', ' ']).next().unwrap_or_default();
+    let left = world.oncely_json(&["dlq", "list", "--json", "--until", until]).await?;
+    let left = left.as_array().map(Vec::len).unwrap_or_default();
+    assert!(left > 0 && left < count as usize, "{left} are left");
+    world.oncely(&["dlq", "redrive", "--all", "--rate", "0", "--until", until]).await?;
+    world.quiet(count).await?;
+    assert_eq!(books::check(&world).await?.effects.len(), count as usize);
     Ok(())
 });

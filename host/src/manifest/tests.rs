@@ -205,6 +205,12 @@ fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
             "10: no [[stream]] is called `payments`",
             "stream = \"PAYMENTS\"",
         ),
+        (
+            "stream = \"PAYMENTS\"",
+            "stream = \"ONCELY_REDRIVE\"",
+            "10: `stream` in [[worker]] is wrong: `ONCELY_REDRIVE` is the host's own",
+            "stream = \"PAYMENTS\"",
+        ),
         ("stream = \"PAYMENTS\"", "", "7: [[worker]] needs `stream`", "stream = \"PAYMENTS\""),
         (
             "\"payments.requested\"",
