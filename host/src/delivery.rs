@@ -7,22 +7,19 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context as _;
-use async_trait::async_trait;
-use tokio::sync::Mutex;
-
 use crate::fault;
-use crate::guest::{CallFailure, Database, FailureKind, Guest};
+use crate::guest::{CallFailure, FailureKind, Guest};
 use crate::manifest::Worker;
 use crate::message::Message;
-use crate::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
 use crate::state::{BatchState, StateEntry};
 use crate::store::{Claim, Claimed, FailedAttempt, OutboxRow, Store, StoreError, Tx};
 use crate::verdict::{Letter, Reason, Verdict};
 
+mod lent;
 mod members;
 mod rehearsal;
 
+use lent::Lent;
 use members::{Failed, Members, Ran};
 pub use rehearsal::Rehearsal;
 
@@ -55,13 +52,17 @@ pub struct Delivered {
     pub outputs: Vec<OutboxRow>,
     /// How often messages had to be run again because of others in the batch.
     pub reruns: u32,
+    /// How many members were taken back to a savepoint, so that nobody had to run again.
+    pub undone: u32,
 }
 
 impl Delivery {
-    /// Delivers a batch. An error means that nothing is known and nothing is lost: call it again with the same batch.
+    /// Delivers a batch. A `careful` one makes a savepoint before each member that runs SQL, which costs a round trip, so
+    /// that one that fails costs its neighbours nothing; others become careful when they have to. An error means that nothing is known and nothing is lost: call it again with the same batch.
     /// The future must run to its end; drop it, and a database operation is left half-way.
-    pub async fn deliver(&self, batch: &[Arc<Message>]) -> Result<Delivered, StoreError> {
+    pub async fn deliver(&self, batch: &[Arc<Message>], careful: bool) -> Result<Delivered, StoreError> {
         let mut run = Run::new(batch, &self.worker);
+        run.careful = careful;
         let mut groups = VecDeque::from([run.first_of_each_id()]);
         let mut conflicts = 0;
         while let Some(group) = groups.pop_front() {
@@ -72,6 +73,7 @@ impl Delivery {
                 Round::Committed => {}
                 Round::Again => {
                     fault::point(fault::BEFORE_RERUN);
+                    run.careful = true;
                     groups.push_front(group);
                 }
                 Round::Conflict(cause) => {
@@ -120,7 +122,7 @@ impl Delivery {
             Ok(state) => state,
             Err(error) => return conflict_or(error, tx).await,
         };
-        let lent = Lent { dialect: self.store.dialect(), tx: Arc::new(Mutex::new(Some(tx))) };
+        let lent = Lent::new(self.store.dialect(), tx);
         let came_to = self.run_members(run, &fresh, &lent, state).await;
         // Taken only once a statement that outlived its guest has ended.
         let Some(tx) = lent.tx.lock().await.take() else {
@@ -292,6 +294,9 @@ struct Run<'b> {
     failed: Vec<Failed>,
     outputs: Vec<OutboxRow>,
     reruns: u32,
+    undone: u32,
+    /// Whether members that run SQL get a savepoint.
+    careful: bool,
 }
 
 impl<'b> Run<'b> {
@@ -306,7 +311,8 @@ impl<'b> Run<'b> {
         }
         let verdicts = batch.iter().map(|_| None).collect();
         let keys = batch.iter().map(|message| worker.held_key_of(message)).collect();
-        Run { batch, twins, keys, verdicts, failed: Vec::new(), outputs: Vec::new(), reruns: 0 }
+        let (failed, outputs) = (Vec::new(), Vec::new());
+        Run { batch, twins, keys, verdicts, failed, outputs, reruns: 0, undone: 0, careful: false }
     }
 
     fn first_of_each_id(&self) -> Vec<usize> {
@@ -342,6 +348,7 @@ impl<'b> Run<'b> {
 
     /// Keeps for later who failed, and says who waits for them.
     fn set_aside(&mut self, ran: Ran) {
+        self.undone += ran.undone;
         self.failed.extend(ran.failed);
         for member in ran.behind {
             self.verdict(member, Verdict::Behind);
@@ -420,6 +427,7 @@ impl<'b> Run<'b> {
             verdicts: self.verdicts.into_iter().map(|verdict| verdict.unwrap_or_else(unknown)).collect(),
             outputs: self.outputs,
             reruns: self.reruns,
+            undone: self.undone,
         }
     }
 
@@ -447,60 +455,6 @@ impl<'b> Run<'b> {
             Some(Verdict::Retry { after, .. }) => Verdict::Wait { after: *after },
             _ => Verdict::Wait { after: TWIN_WAIT },
         }
-    }
-}
-
-/// The transaction, lent to the guests of a batch.
-#[derive(Clone)]
-struct Lent {
-    dialect: Dialect,
-    tx: Arc<Mutex<Option<Box<dyn Tx>>>>,
-}
-
-impl Lent {
-    /// Runs one operation in a task of its own: if the guest is stopped while it waits, the operation still ends
-    /// properly, and whoever takes the transaction next waits for that.
-    async fn on_tx<T, F>(&self, operation: F) -> anyhow::Result<T>
-    where
-        T: Send + 'static,
-        F: for<'t> FnOnce(&'t mut dyn Tx) -> futures::future::BoxFuture<'t, Result<T, StoreError>> + Send + 'static,
-    {
-        let tx = Arc::clone(&self.tx);
-        let task = tokio::spawn(async move {
-            let mut guard = tx.lock().await;
-            match guard.as_mut() {
-                Some(tx) => operation(tx.as_mut()).await.map_err(anyhow::Error::from),
-                None => Err(anyhow::anyhow!("the transaction is over")),
-            }
-        });
-        task.await.context("run a database operation")?
-    }
-}
-
-#[async_trait]
-impl Database for Lent {
-    fn dialect(&self) -> Dialect {
-        self.dialect
-    }
-
-    async fn query(
-        &self,
-        statement: String,
-        params: Vec<Value>,
-        limits: SqlLimits,
-    ) -> anyhow::Result<Result<Rows, SqlError>> {
-        self.on_tx(move |tx| Box::pin(async move { tx.query(&statement, &params, limits).await })).await
-    }
-
-    async fn execute(&self, statement: String, params: Vec<Value>) -> anyhow::Result<Result<u64, SqlError>> {
-        let executed = self.on_tx(move |tx| Box::pin(async move { tx.execute(&statement, &params).await })).await;
-        fault::point(fault::MID_GUEST);
-        executed
-    }
-
-    async fn load_state(&self, key: String) -> anyhow::Result<Option<StateEntry>> {
-        let found = self.on_tx(move |tx| Box::pin(async move { tx.load_state(&[key]).await })).await?;
-        Ok(found.into_iter().next().map(|(_, entry)| entry))
     }
 }
 

@@ -111,12 +111,15 @@ impl Lane {
 
     async fn deliver(&self, parcels: Vec<Parcel>, queue: &mut Queue<Parcel>, pace: &mut Pace) -> Result<(), Stopped> {
         let messages: Vec<Arc<Message>> = parcels.iter().map(|parcel| Arc::clone(&parcel.message)).collect();
-        let Some(delivered) = self.insist("deliver", || self.delivery.deliver(&messages)).await else {
+        let began = Instant::now();
+        let Some(delivered) = self.insist("deliver", || self.delivery.deliver(&messages, pace.is_careful())).await
+        else {
             queue.put_back(parcels);
             return Err(Stopped);
         };
-        let Delivered { verdicts, outputs, reruns } = delivered;
-        pace.learn(reruns);
+        let Delivered { verdicts, outputs, reruns, undone } = delivered;
+        pace.learn(reruns, undone);
+        pace.took(parcels.len(), began.elapsed());
         self.relay.hand_over(outputs).await;
         self.settle(parcels.into_iter().zip(verdicts).collect(), queue).await
     }

@@ -52,7 +52,8 @@ create table oncely.inbox (
     settled_at      timestamptz not null default now(),
     constraint inbox_pk primary key (worker, event_id)
 );
-create index inbox_by_age on oncely.inbox (settled_at);
+-- Small beside an index of rows: records come in the order of time, and only what is old is looked for by it.
+create index inbox_by_age on oncely.inbox using brin (settled_at) with (autosummarize = on);
 
 -- Failed attempts, counted outside the transaction that was rolled back. Infrastructure failures are not attempts.
 create table oncely.attempt (

@@ -43,7 +43,7 @@ impl Heart {
     }
 
     async fn deliver(&self, batch: &[Arc<Message>]) -> Result<Delivered> {
-        Ok(self.delivery.deliver(batch).await?)
+        Ok(self.delivery.deliver(batch, false).await?)
     }
 }
 
@@ -100,6 +100,35 @@ both!(a_poison_that_ran_sql_costs_the_others_one_more_run_wherever_it_stands, |k
     one_poison_at_each_position(kind, "insert,trap", 1).await
 });
 
+both!(many_poisons_cost_the_others_one_more_run_and_a_careful_batch_none, |kind: Kind| async move {
+    let heart = Heart::of(kind, "[worker.retry]\nattempts = 1\n").await?;
+    for (round, careful) in [(0, false), (1, true)] {
+        let behaviour = |n: usize| match n % 4 {
+            1 => "insert,reject",
+            2 => "insert,trap",
+            3 => "sql_text",
+            _ => "insert",
+        };
+        let body = r#"{"n": 1, "sql": "insert into effect values (null, null, null, null)"}"#;
+        let member = |n: usize| message(&format!("{round}-{n:02}"), behaviour(n), body);
+        let batch: Vec<_> = (0..BATCH).map(member).collect();
+        let delivered = heart.delivery.deliver(&batch, careful).await?;
+        assert_eq!(delivered.reruns, u32::from(!careful));
+        assert_eq!(delivered.undone, if careful { 24 } else { 23 });
+        for (n, verdict) in delivered.verdicts.iter().enumerate() {
+            let right =
+                if n % 4 == 0 { matches!(verdict, Verdict::Done(_)) } else { matches!(verdict, Verdict::Dead(_)) };
+            assert!(right, "{n} came to {verdict:?}");
+        }
+    }
+    let number = async |sql: &str| heart.database.number(sql).await;
+    assert_eq!(number("select count(*) from oncely.inbox").await?, 2 * 8);
+    assert_eq!(number("select count(distinct event_id) from app.effect").await?, 2 * 8);
+    assert_eq!(number("select count(*) from app.effect").await?, 2 * 8 * 2);
+    assert_eq!(number("select count(*) from oncely.attempt").await?, 2 * 24);
+    Ok(())
+});
+
 /// The server itself counts how often the function of the door that reads state was called.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn state_that_the_manifest_names_is_read_for_a_batch_with_one_statement() -> Result<()> {
@@ -114,7 +143,7 @@ async fn state_that_the_manifest_names_is_read_for_a_batch_with_one_statement() 
         let count =
             |n: usize| message(&format!("{round}-{n}"), "state_counter", &format!(r#"{{"key": "a{round}-{n}"}}"#));
         let batch: Vec<_> = (0..BATCH).map(count).collect();
-        let delivered = delivery.deliver(&batch).await?;
+        let delivered = delivery.deliver(&batch, false).await?;
         assert!(delivered.verdicts.iter().all(|verdict| matches!(verdict, Verdict::Done(_))));
     }
     // What a session counted is there for all to see when it ends.

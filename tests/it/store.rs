@@ -38,6 +38,7 @@ mod inbox;
 mod letters;
 mod outages;
 mod outbox;
+mod savepoints;
 mod state;
 mod totals;
 mod wall;

@@ -32,6 +32,8 @@ pub(super) struct Ran {
     /// In the order they were sent.
     pub outputs: Vec<Output>,
     pub state: BatchState,
+    /// How many of those that failed were taken back to a savepoint.
+    pub undone: u32,
 }
 
 /// One member's failed attempt.
@@ -73,6 +75,9 @@ impl Delivery {
                 ran.behind.push(member);
                 continue;
             }
+            if run.careful {
+                lent.begin_member();
+            }
             let state = std::mem::take(&mut ran.state);
             let outcome = self.call(vec![Arc::clone(message)], attempts + 1, lent, state, warm.take()).await?;
             ran.state = outcome.state;
@@ -90,9 +95,10 @@ impl Delivery {
                 Err(failure) => {
                     ran.state.discard();
                     ran.failed.push(Failed { member, failure, logs: outcome.logs });
-                    if outcome.ran_sql {
+                    if outcome.ran_sql && !(run.careful && lent.undo_member().await?) {
                         return Ok(Members::Spoiled(ran.failed));
                     }
+                    ran.undone += u32::from(outcome.ran_sql);
                 }
             }
         }

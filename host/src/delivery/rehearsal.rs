@@ -3,8 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::Mutex;
-
 use super::{CONFLICTS_MAX, Delivery, Lent, house_error};
 use crate::guest::{CallFailure, FailureKind, Outcome};
 use crate::message::{Message, Output};
@@ -54,7 +52,7 @@ impl Delivery {
             tx.rollback().await;
             return Err(error);
         }
-        let lent = Lent { dialect: self.store.dialect(), tx: Arc::new(Mutex::new(Some(tx))) };
+        let lent = Lent::new(self.store.dialect(), tx);
         let attempt = message.attempts_before() + 1;
         let outcome = self.call(vec![message], attempt, &lent, BatchState::default(), None).await;
         // Taken only once a statement that outlived its guest has ended.

@@ -282,6 +282,13 @@ pub trait Tx: Send {
     /// Applies all changes, each key once, or fails with [`StoreError::Conflict`] when a key moved.
     async fn save_state(&mut self, writes: &[StateWrite]) -> Result<()>;
 
+    /// Makes a place to come back to with [`Tx::undo`]; it takes the place of an earlier one.
+    async fn savepoint(&mut self) -> Result<()>;
+
+    /// Takes back everything since the savepoint, a guest's failed statement included: the transaction can be committed
+    /// again. `Refused` when it cannot, and all that is left is to roll back.
+    async fn undo(&mut self) -> Result<()>;
+
     /// Runs a guest's statement and returns its rows. The outer error is the house's, the inner one the guest's to
     /// see; after an inner error that came from the database the transaction can only be rolled back.
     async fn query(

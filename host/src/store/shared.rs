@@ -20,6 +20,35 @@ pub(super) const HOUSE_TIME: Duration = Duration::from_secs(60);
 /// How long the notices of dead letters are left to the host that buried them before a sweep takes them.
 pub(super) const NOTICE_LEASE: Duration = Duration::from_secs(30);
 
+/// The savepoint of a transaction, under a name that no guest can guess.
+pub(super) struct Savepoint {
+    name: String,
+    is_there: bool,
+}
+
+impl Savepoint {
+    pub(super) fn new() -> Self {
+        Savepoint { name: format!("oncely_{:016x}", rand::random::<u64>()), is_there: false }
+    }
+
+    /// What makes it, in place of an earlier one.
+    pub(super) fn begin(&mut self) -> String {
+        let name = &self.name;
+        match std::mem::replace(&mut self.is_there, true) {
+            true => format!("release savepoint {name}; savepoint {name}"),
+            false => format!("savepoint {name}"),
+        }
+    }
+
+    /// What goes back to it.
+    pub(super) fn back(&self) -> Result<String> {
+        match self.is_there {
+            true => Ok(format!("rollback to savepoint {}", self.name)),
+            false => Err(StoreError::Refused(anyhow!("there is no savepoint to go back to"))),
+        }
+    }
+}
+
 /// Headers as they stand in a column: `[["name","value"],...]`.
 pub(super) fn headers_to_text(headers: &Headers) -> Result<String> {
     serde_json::to_string(headers).context("write headers as JSON").map_err(StoreError::Unavailable)

@@ -10,6 +10,8 @@ use crate::store::StoreError;
 /// The fence of a commit divides by zero when the transaction is not ours any more.
 const DIVISION_BY_ZERO: &str = "22012";
 const IN_FAILED_TRANSACTION: &str = "25P02";
+const NO_TRANSACTION: &str = "25P01";
+const NO_SAVEPOINT: &str = "3B001";
 const READ_ONLY: &str = "25006";
 const INSUFFICIENT_PRIVILEGE: &str = "42501";
 /// How the names of our prepared statements begin.
@@ -26,6 +28,14 @@ pub(super) fn of_statement(error: Error, doing: &'static str) -> StoreError {
         IN_FAILED_TRANSACTION => StoreError::Refused(cause),
         code if NOT_THE_HOST.contains(&code) => StoreError::Refused(cause.context("a statement ended the transaction")),
         _ => StoreError::Unavailable(cause),
+    }
+}
+
+/// The error of a savepoint: one that is not there went with the transaction that a guest's statement ended.
+pub(super) fn of_savepoint(error: Error, doing: &'static str) -> StoreError {
+    match code(&error) {
+        NO_SAVEPOINT | NO_TRANSACTION => StoreError::Refused(anyhow::Error::new(error).context(doing)),
+        _ => of_statement(error, doing),
     }
 }
 

@@ -198,6 +198,12 @@ impl Session {
         &mut self.connection
     }
 
+    /// Runs statements of our own that bring nothing back.
+    pub(super) async fn run(&mut self, statements: String, doing: &'static str) -> Result<()> {
+        let ran = raw_sql(AssertSqlSafe(statements)).execute(&mut *self.connection).await;
+        ran.map(|_| ()).map_err(|error| errors::of_savepoint(error, doing))
+    }
+
     /// Whether a migration that just ran left this transaction.
     pub(super) async fn is_still_ours(&mut self) -> sqlx::Result<bool> {
         let row = raw_sql("select pg_catalog.pg_current_xact_id()::pg_catalog.text as id")

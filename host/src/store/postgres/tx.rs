@@ -11,6 +11,7 @@ use super::session::{Purpose, Session, Sessions};
 use super::{changes, inbox, outbox, state};
 use crate::fault;
 use crate::sql::{Rows, SqlError, SqlLimits, Value};
+use crate::store::shared::Savepoint;
 use crate::store::{
     Changes, Claim, Claimed, OutboxRow, Output, Result, StateEntry, StateWrite, StoreError, Tx, shared,
 };
@@ -22,6 +23,9 @@ pub(super) struct PostgresTx {
     worker: String,
     /// Why nothing of this transaction can take effect any more.
     doomed: Option<String>,
+    /// Whether going back to the savepoint would lift that.
+    undoable: bool,
+    savepoint: Savepoint,
     /// What had been written when the watch began.
     watched: Option<changes::Counts>,
     /// Whether the connection is unfit for further use.
@@ -30,7 +34,16 @@ pub(super) struct PostgresTx {
 
 impl PostgresTx {
     pub(super) fn new(session: Session, worker: &str, guests: Guests) -> Self {
-        PostgresTx { session, guests, worker: worker.to_owned(), doomed: None, watched: None, spoilt: false }
+        PostgresTx {
+            session,
+            guests,
+            worker: worker.to_owned(),
+            doomed: None,
+            undoable: true,
+            savepoint: Savepoint::new(),
+            watched: None,
+            spoilt: false,
+        }
     }
 
     fn check(&self) -> Result<()> {
@@ -45,6 +58,7 @@ impl PostgresTx {
     fn remember<T>(&mut self, result: Result<T>) -> Result<T> {
         if let Err(error) = &result {
             self.doomed = Some(error.to_string());
+            self.undoable = false;
             self.spoilt |= matches!(error, StoreError::Unavailable(_));
         }
         result
@@ -61,6 +75,7 @@ impl PostgresTx {
             }
             Outcome::Spoilt(error) => {
                 self.doomed = Some(error.to_string());
+                self.undoable = false;
                 self.spoilt = true;
                 Err(error)
             }
@@ -92,6 +107,25 @@ impl Tx for PostgresTx {
         self.check()?;
         let saved = state::save(&mut self.session, &self.worker, writes).await;
         self.remember(saved)
+    }
+
+    async fn savepoint(&mut self) -> Result<()> {
+        self.check()?;
+        let statements = self.savepoint.begin();
+        let made = self.session.run(statements, "make a savepoint").await;
+        self.remember(made)
+    }
+
+    async fn undo(&mut self) -> Result<()> {
+        if !self.undoable {
+            return self.check();
+        }
+        let statement = self.savepoint.back()?;
+        let undone = self.session.run(statement, "go back to the savepoint").await;
+        if undone.is_ok() {
+            self.doomed = None;
+        }
+        self.remember(undone)
     }
 
     async fn query(
@@ -133,6 +167,7 @@ impl Tx for PostgresTx {
         let before = self.watched.take().unwrap_or_default();
         let changes = changes::changes(&mut self.session, &self.guests.sessions, &before, limit).await;
         self.doomed = Some("it was only watched".to_owned());
+        self.undoable = false;
         self.remember(changes)
     }
 

@@ -33,6 +33,14 @@ pub(super) fn of_statement(error: Error, doing: &'static str) -> StoreError {
     if is_conflict { StoreError::Conflict(cause) } else { StoreError::Unavailable(cause) }
 }
 
+/// The error of a savepoint: one that is not there went with the transaction that a guest's statement ended.
+pub(super) fn of_savepoint(error: Error, doing: &'static str) -> StoreError {
+    match primary(&error) {
+        ERROR => StoreError::Refused(anyhow::Error::new(error).context(doing)),
+        _ => of_statement(error, doing),
+    }
+}
+
 /// The error of a commit: what is refused for the guest's doing took no effect, anything else may have.
 pub(super) fn of_commit(error: Error) -> StoreError {
     let refusal = match primary(&error) {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqliteSynchronous};
-use sqlx::{ConnectOptions, Connection, raw_sql};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, raw_sql};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use super::authorizer::Wall;
@@ -161,6 +161,15 @@ impl Session {
         let is_open = dismissed.await;
         self.limit_time(None);
         is_open.map_err(|error: sqlx::Error| errors::of_statement(error, "lower the wall around guests"))
+    }
+
+    /// Runs statements of our own that bring nothing back.
+    pub(super) async fn run(&mut self, statements: String, doing: &'static str) -> Result<()> {
+        let ran = match self.connection() {
+            Ok(connection) => raw_sql(AssertSqlSafe(statements)).execute(connection).await.map(|_| ()),
+            Err(error) => Err(error),
+        };
+        ran.map_err(|error| errors::of_savepoint(error, doing))
     }
 
     fn let_commit(&self, may_commit: bool) {

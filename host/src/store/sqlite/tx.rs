@@ -11,6 +11,7 @@ use super::guest_sql::{self, Guests, Outcome};
 use super::session::Session;
 use super::{inbox, outbox, state};
 use crate::sql::{Rows, SqlError, SqlLimits, Value};
+use crate::store::shared::Savepoint;
 use crate::store::{Changes, Claim, Claimed, OutboxRow, Output, Result, StateEntry, StateWrite, Tx, shared};
 use crate::verdict::Settled;
 
@@ -21,6 +22,9 @@ pub(super) struct SqliteTx {
     fresh: HashSet<String>,
     /// Why nothing of this transaction can take effect any more.
     doomed: Option<String>,
+    /// Whether going back to the savepoint would lift that.
+    undoable: bool,
+    savepoint: Savepoint,
     guests: Guests,
     /// See what was committed before.
     readers: SqlitePool,
@@ -29,8 +33,17 @@ pub(super) struct SqliteTx {
 
 impl SqliteTx {
     pub(super) fn new(session: Session, worker: &str, guests: Guests, readers: SqlitePool) -> Self {
-        let fresh = HashSet::new();
-        SqliteTx { session, worker: worker.to_owned(), fresh, doomed: None, guests, readers, watch: None }
+        SqliteTx {
+            session,
+            worker: worker.to_owned(),
+            fresh: HashSet::new(),
+            doomed: None,
+            undoable: true,
+            savepoint: Savepoint::new(),
+            guests,
+            readers,
+            watch: None,
+        }
     }
 
     fn check(&self) -> Result<()> {
@@ -41,6 +54,7 @@ impl SqliteTx {
     fn remember<T>(&mut self, result: Result<T>) -> Result<T> {
         if let Err(error) = &result {
             self.doomed = Some(error.to_string());
+            self.undoable = false;
         }
         result
     }
@@ -90,6 +104,25 @@ impl Tx for SqliteTx {
         self.remember(saved)
     }
 
+    async fn savepoint(&mut self) -> Result<()> {
+        self.check()?;
+        let statements = self.savepoint.begin();
+        let made = self.session.run(statements, "make a savepoint").await;
+        self.remember(made)
+    }
+
+    async fn undo(&mut self) -> Result<()> {
+        if !self.undoable {
+            return self.check();
+        }
+        let statement = self.savepoint.back()?;
+        let undone = self.session.run(statement, "go back to the savepoint").await;
+        if undone.is_ok() {
+            self.doomed = None;
+        }
+        self.remember(undone)
+    }
+
     async fn query(
         &mut self,
         statement: &str,
@@ -127,6 +160,7 @@ impl Tx for SqliteTx {
     async fn changes(&mut self, limit: usize) -> Result<Changes> {
         self.check()?;
         self.doomed = Some("it was only watched".to_owned());
+        self.undoable = false;
         match &self.watch {
             Some(watch) => changes::changes(&mut self.session, &self.readers, watch, limit).await,
             None => Ok(Changes::default()),

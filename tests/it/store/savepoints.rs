@@ -1,0 +1,94 @@
+//! Savepoints: what a member of a batch did is taken back, and nothing else.
+
+use std::time::Duration;
+
+use oncely::sql::{SqlError, Value};
+use oncely::store::{Claimed, StoreError};
+
+use super::{LIMITS, World, a_claim, an_output, execute, text};
+
+on_every_database!(
+    what_came_since_the_savepoint_is_taken_back_and_the_rest_is_committed,
+    a_failed_statement_is_taken_back_too,
+    a_later_savepoint_takes_the_place_of_an_earlier_one,
+    a_transaction_that_is_gone_cannot_be_undone,
+);
+
+const TABLE: &str = "create table effect (name text primary key)";
+const INSERT: &str = "insert into effect values ($1)";
+
+async fn names(world: &World) -> Vec<Vec<Value>> {
+    world.rows("select name from effect order by name").await
+}
+
+async fn what_came_since_the_savepoint_is_taken_back_and_the_rest_is_committed(world: World) {
+    world.migrate("1.sql", TABLE).await;
+    let mut tx = world.begin().await;
+    tx.claim(&[a_claim("kept", 1), a_claim("undone", 1)]).await.unwrap();
+    tx.savepoint().await.unwrap();
+    execute(&mut tx, INSERT, &[text("kept")]).await;
+    tx.savepoint().await.unwrap();
+    execute(&mut tx, INSERT, &[text("undone")]).await;
+    tx.undo().await.unwrap();
+    tx.unclaim(&["undone".to_owned()]).await.unwrap();
+    let rows = tx.append_outputs(&[an_output("kept", 0, Duration::ZERO)], Duration::from_secs(30)).await.unwrap();
+    assert_eq!(rows.len(), 1);
+    tx.commit().await.unwrap();
+    assert_eq!(names(&world).await, [[text("kept")]]);
+    assert!(matches!(world.look("kept", 1).await, Claimed::Settled(_)));
+    assert!(matches!(world.look("undone", 1).await, Claimed::Fresh { .. }));
+}
+
+async fn a_failed_statement_is_taken_back_too(world: World) {
+    world.migrate("1.sql", TABLE).await;
+    let mut tx = world.begin().await;
+    execute(&mut tx, INSERT, &[text("a")]).await;
+    tx.savepoint().await.unwrap();
+    let violated = tx.execute(INSERT, &[text("a")]).await.unwrap();
+    assert!(matches!(violated, Err(SqlError::ConstraintViolation(_))), "{violated:?}");
+    let doomed = tx.query("select 1", &[], LIMITS).await.unwrap();
+    assert!(matches!(doomed, Err(SqlError::TransactionFailed(_))), "{doomed:?}");
+    tx.undo().await.unwrap();
+    execute(&mut tx, INSERT, &[text("b")]).await;
+    // As often as it takes.
+    assert!(tx.execute("insert into nowhere values (1)", &[]).await.unwrap().is_err());
+    tx.undo().await.unwrap();
+    execute(&mut tx, INSERT, &[text("c")]).await;
+    tx.commit().await.unwrap();
+    assert_eq!(names(&world).await, [[text("a")], [text("c")]]);
+}
+
+async fn a_later_savepoint_takes_the_place_of_an_earlier_one(world: World) {
+    world.migrate("1.sql", TABLE).await;
+    let mut tx = world.begin().await;
+    for n in 0..100 {
+        tx.savepoint().await.unwrap();
+        execute(&mut tx, INSERT, &[text(&format!("{n:03}"))]).await;
+        if n % 2 == 1 {
+            tx.undo().await.unwrap();
+        }
+    }
+    tx.commit().await.unwrap();
+    assert_eq!(names(&world).await.len(), 50);
+}
+
+async fn a_transaction_that_is_gone_cannot_be_undone(world: World) {
+    let world = world.without_gate().await;
+    world.migrate("1.sql", TABLE).await;
+    let mut tx = world.begin().await;
+    let never_made = tx.undo().await;
+    assert!(matches!(never_made, Err(StoreError::Refused(_))), "{never_made:?}");
+    tx.rollback().await;
+    let mut tx = world.begin().await;
+    tx.savepoint().await.unwrap();
+    execute(&mut tx, INSERT, &[text("a")]).await;
+    let _ = tx.execute("rollback", &[]).await.unwrap();
+    // SQLite's wall does not let it happen.
+    let gone = tx.undo().await;
+    match world.is_postgres() {
+        true => assert!(matches!(gone, Err(StoreError::Refused(_))), "{gone:?}"),
+        false => gone.unwrap(),
+    }
+    assert_eq!(tx.commit().await.is_ok(), !world.is_postgres());
+    assert!(names(&world).await.is_empty());
+}
