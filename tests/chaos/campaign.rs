@@ -472,6 +472,11 @@ impl Campaign {
         if let Some(stuck) = self.until_quiet().await? {
             return Ok(Some(format!("after all was healed: {stuck}")));
         }
+        // What was published last may have died, too.
+        self.redriver()?.put_the_rest_back().await?;
+        if let Some(stuck) = self.until_quiet().await? {
+            return Ok(Some(format!("after the last dead letters were put back: {stuck}")));
+        }
         let after = self.world.database.number("select count(*) from oncely.inbox").await?;
         Ok((after <= settled).then(|| "nothing of what was published last was settled".to_owned()))
     }
