@@ -25,7 +25,8 @@ pub fn attempt() -> u32 {
     wit::attempt()
 }
 
-/// After how many attempts the message becomes a dead letter.
+/// After how many attempts the message becomes a dead letter; for a dead letter that was put back, those before that
+/// included.
 pub fn max_attempts() -> u32 {
     wit::max_attempts()
 }

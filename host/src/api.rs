@@ -21,9 +21,13 @@ use crate::deploy::{self, Plan, Proposal};
 use crate::guest::COMPONENT_SIZE_MAX;
 use crate::hint::{self, WithHint};
 use crate::host::{Host, WorkerState};
+use crate::redrive;
 use crate::relay::BreakerState;
 use crate::sql::Dialect;
-use crate::store::{AttemptRecord, LetterFilter, LetterSummary, StateRecord, StoreError, WorkerTotals};
+use crate::store::{StateRecord, StoreError, WorkerTotals};
+use crate::subject;
+
+pub mod letters;
 
 pub mod outbox;
 
@@ -51,8 +55,7 @@ fn router(host: Arc<Host>, token: &str) -> Router {
         .route("/deploy", post(deploy))
         .route("/rollback", post(rollback))
         .route("/publish", post(publish))
-        .route("/letters", get(letters))
-        .route("/letters/{id}", get(letter))
+        .merge(letters::routes())
         .route("/workers/{worker}/state", get(state_list))
         .route("/workers/{worker}/state/entry", get(state_get))
         .merge(outbox::routes())
@@ -259,45 +262,17 @@ pub struct PublishedAt {
 }
 
 async fn publish(State(host): State<Arc<Host>>, Json(message): Json<Publish>) -> Answer<PublishedAt> {
-    crate::subject::check_subject(&message.subject).map_err(|why| anyhow!(why)).context("read the subject")?;
+    subject::check_subject(&message.subject).map_err(|why| anyhow!(why)).context("read the subject")?;
+    if redrive::is_pointer(&message.subject) {
+        let error = anyhow!("`{}` is the host's own: it says that a dead letter was put back", message.subject);
+        return Err(error.hint("oncely dlq redrive ID").into());
+    }
     let body = base64::engine::general_purpose::STANDARD.decode(&message.body).context("read the body")?;
     let outgoing = Outgoing { subject: message.subject, headers: message.headers, id: message.id, body: body.into() };
     let mut answers = host.bus.publish(vec![outgoing]).await;
     let place =
         answers.pop().context("publish the message")?.map_err(|error| anyhow!(error)).context("publish the message")?;
     Ok(Json(PublishedAt { stream: place.stream, sequence: place.sequence, duplicate: place.duplicate }))
-}
-
-async fn letters(State(host): State<Arc<Host>>, Query(filter): Query<LetterFilter>) -> Answer<Vec<LetterSummary>> {
-    Ok(Json(host.store.letters(&filter).await?))
-}
-
-/// One dead letter, whole.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Letter {
-    #[serde(flatten)]
-    pub summary: LetterSummary,
-    pub headers: Vec<(String, String)>,
-    /// Base64.
-    pub body: String,
-    pub stream: Option<String>,
-    pub stream_sequence: Option<u64>,
-    pub story: Vec<AttemptRecord>,
-}
-
-async fn letter(State(host): State<Arc<Host>>, Path(id): Path<i64>) -> Answer<Letter> {
-    let Some(record) = host.store.letter(id).await? else {
-        let error = anyhow!("there is no dead letter {id}").hint("oncely dlq list");
-        return Err(Failure(StatusCode::NOT_FOUND, error));
-    };
-    Ok(Json(Letter {
-        summary: record.summary,
-        headers: record.headers,
-        body: base64::engine::general_purpose::STANDARD.encode(&record.body),
-        stream: record.origin.as_ref().map(|(stream, _)| stream.clone()),
-        stream_sequence: record.origin.map(|(_, sequence)| sequence),
-        story: record.attempts,
-    }))
 }
 
 /// One value of keyed state.

@@ -18,9 +18,11 @@ use crate::verdict::{Letter, Reason, Verdict};
 
 mod lent;
 mod members;
+mod rehearsal;
 
 use lent::Lent;
 use members::{Failed, Members, Ran};
+pub use rehearsal::Rehearsal;
 
 /// For how long committed outputs belong to the relay of the host that committed them.
 pub const HAND_OVER_LEASE: Duration = Duration::from_secs(30);
@@ -254,6 +256,9 @@ impl Delivery {
     }
 
     fn judge(&self, run: &Run<'_>, member: usize, failure: CallFailure, attempt: u32) -> Verdict {
+        // What was put back has a budget of its own, and goes on counting.
+        let before = run.batch.get(member).map_or(0, |message| message.attempts_before());
+        let of_budget = attempt.saturating_sub(before).max(1);
         let asked = match failure.kind {
             FailureKind::RetryAfter(after) => Some(after),
             _ => None,
@@ -261,9 +266,9 @@ impl Delivery {
         let reason = match failure.kind {
             FailureKind::Reject => Reason::Rejected,
             FailureKind::OutputRefused => Reason::OutputRefused,
-            _ if !self.worker.retry.allows_another(attempt) => Reason::AttemptsExhausted,
+            _ if !self.worker.retry.allows_another(of_budget) => Reason::AttemptsExhausted,
             _ => {
-                let after = self.worker.retry.after(attempt, asked, rand::random());
+                let after = self.worker.retry.after(of_budget, asked, rand::random());
                 return Verdict::Retry { attempt, after };
             }
         };

@@ -31,6 +31,12 @@ pub const BEFORE_RERUN: &str = "before_rerun";
 pub const AFTER_COUNT: &str = "after_attempts_counted";
 /// Dead letters are committed, their messages not acknowledged.
 pub const AFTER_BURIAL: &str = "dead_letter_committed_not_acked";
+/// Dead letters are put back, which is not committed.
+pub const BEFORE_REDRIVE: &str = "redrive_not_committed";
+/// Dead letters are put back, the messages that say so are not handed over.
+pub const AFTER_REDRIVE: &str = "redrive_committed";
+/// A worker was sent to a dead letter and has read it.
+pub const REDRIVE_READ: &str = "redrive_read";
 /// A sweep has leased what was left unpublished.
 pub const RELAY_LEASED: &str = "relay_leased";
 /// Outputs are about to be sent.
@@ -68,6 +74,9 @@ pub const POINTS: &[&str] = &[
     BEFORE_RERUN,
     AFTER_COUNT,
     AFTER_BURIAL,
+    BEFORE_REDRIVE,
+    AFTER_REDRIVE,
+    REDRIVE_READ,
     RELAY_LEASED,
     BEFORE_PUBLISH,
     PUBLISH_SENT,

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use tokio::sync::{Mutex, Notify};
@@ -18,8 +18,9 @@ use crate::fault;
 use crate::guest::{Guest, GuestEngine};
 use crate::manifest::Worker;
 use crate::metrics::{Measured, MeasuredOutbox, MeasuredWorker, Metrics};
+use crate::redrive::{REDRIVE_STREAM, REDRIVE_SUBJECTS};
 use crate::relay::{HandOver, Relay, RelayState, Repair};
-use crate::store::{DeploymentRecord, OutboxLag, Store};
+use crate::store::{DeploymentRecord, OutboxLag, OutboxRow, Store};
 use crate::worker::RunningWorker;
 
 /// How often a host looks whether another one deployed something.
@@ -99,6 +100,8 @@ impl Host {
         bus.ensure_stream(&StreamSpec::new(DLQ_STREAM, &[DLQ_SUBJECTS]))
             .await
             .context("make the dead-letter stream")?;
+        let queue = StreamSpec { is_queue: true, ..StreamSpec::new(REDRIVE_STREAM, &[REDRIVE_SUBJECTS]) };
+        bus.ensure_stream(&queue).await.context("make the stream of what is put back")?;
         let (metrics, relay_state) = (Arc::<Metrics>::default(), Arc::<RelayState>::default());
         let (relay, hand_over) =
             Relay::new(Arc::clone(&store), bus.clone(), Arc::clone(&metrics), Arc::clone(&relay_state));
@@ -171,6 +174,15 @@ impl Host {
         Ok(())
     }
 
+    /// The deployment of a worker that is active now, ready to run; none when it has none.
+    pub async fn current(&self, worker: &str) -> Result<Option<Delivery>> {
+        let active = self.store.active_deployments().await?;
+        match active.iter().find(|deployment| deployment.worker == worker) {
+            Some(deployment) => Ok(Some(self.prepare(deployment).await?)),
+            None => Ok(None),
+        }
+    }
+
     /// Compiles the component and reads the manifest: everything that can fail before the old version stops.
     async fn prepare(&self, deployment: &DeploymentRecord) -> Result<Delivery> {
         let worker: Worker = serde_json::from_str(&deployment.manifest).context("read the deployment's manifest")?;
@@ -194,6 +206,15 @@ impl Host {
     pub async fn load(&self, wasm: Vec<u8>) -> Result<Guest> {
         let engine = self.engine.clone();
         tokio::task::spawn_blocking(move || Guest::load(&engine, &wasm)).await.context("compile a component")?
+    }
+
+    /// Hands committed messages to the relay, whose leases began at `since` or later; while the host stops they are left to
+    /// a sweep.
+    pub async fn publish_soon(&self, rows: Vec<OutboxRow>, since: Instant) {
+        let relay = self.relay.lock().await.clone();
+        if let Some(relay) = relay {
+            relay.hand_over(rows, since).await;
+        }
     }
 
     /// The workers of this host, by name.

@@ -3,11 +3,11 @@
 //! The map, floor by floor; imports run strictly downwards and rooms on one floor do not know each other.
 //!
 //! - what people touch: `cli`, `api`
-//! - loops: `host` (with `deploy`), `worker`, `lane`, `relay`, `drain`
+//! - loops: `host` (with `deploy` and `reconcile`), `worker`, `lane`, `relay`, `drain`
 //! - the heart: `delivery`
 //! - one room per outside thing: `guest` (wasmtime), `store` (sqlx), `bus` (async-nats), `crate_build` (cargo)
-//! - plain values, no IO: `message`, `sql`, `state`, `verdict`, `dead_letter`, `manifest`, `config`, `retry`, `subject`,
-//!   `units`, `toml_text`, `hint`, `breaker`, `metrics`; and `fault`, named points and mutants for tests
+//! - plain values, no IO: `message`, `sql`, `state`, `verdict`, `dead_letter`, `redrive`, `manifest`, `config`, `retry`,
+//!   `subject`, `units`, `toml_text`, `hint`, `breaker`, `metrics`; and `fault`, named points and mutants for tests
 
 pub mod api;
 pub mod breaker;
@@ -27,6 +27,8 @@ pub mod lane;
 pub mod manifest;
 pub mod message;
 pub mod metrics;
+pub mod reconcile;
+pub mod redrive;
 pub mod relay;
 pub mod retry;
 pub mod sql;

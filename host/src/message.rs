@@ -24,6 +24,17 @@ pub struct Message {
     pub body: Bytes,
     /// Where it stands; none for a message that did not come from a stream.
     pub origin: Option<Origin>,
+    /// Set when it was a dead letter and was put back.
+    pub redriven: Option<Redriven>,
+}
+
+/// What a message brings that was put back from the dead letters.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Redriven {
+    /// Failed attempts before it was put back: those from here on have a budget of their own.
+    pub attempts_before: u32,
+    /// Of the original: a message with a corrected body is still the same event.
+    pub payload_sha256: [u8; 32],
 }
 
 /// A place on a stream.
@@ -35,16 +46,25 @@ pub struct Origin {
 }
 
 impl Message {
-    /// SHA-256 over subject and body: two messages with one event id must agree on it.
+    /// SHA-256 over subject and body: two messages with one event id must agree on it. A message that was corrected keeps
+    /// that of the original.
     pub fn payload_sha256(&self) -> [u8; 32] {
         if fault::mutant(fault::DROP_PAYLOAD_HASH) {
             return [0; 32];
+        }
+        if let Some(redriven) = &self.redriven {
+            return redriven.payload_sha256;
         }
         let mut hasher = Sha256::new();
         hasher.update((self.subject.len() as u64).to_be_bytes());
         hasher.update(self.subject.as_bytes());
         hasher.update(&self.body);
         hasher.finalize().into()
+    }
+
+    /// How many attempts failed before its present budget began.
+    pub fn attempts_before(&self) -> u32 {
+        self.redriven.as_ref().map_or(0, |redriven| redriven.attempts_before)
     }
 
     /// The first value of a header, its name compared without regard to case.

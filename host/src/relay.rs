@@ -20,7 +20,7 @@ use crate::bus::{Answer, Bus, Outgoing, PublishError, PublishedAt, StreamInfo, s
 use crate::drain::Stopping;
 use crate::fault;
 use crate::metrics::{Metrics, OutputOutcome};
-use crate::store::{OutboxRow, Published, PutBack, Store, StoreError};
+use crate::store::{OutboxRow, Published, Store, StoreError, Unpublished};
 
 mod breakers;
 mod ledger;
@@ -235,7 +235,7 @@ impl Relay {
         let losses = self.state.losses.load(Ordering::Relaxed);
         let connection = self.state.last_look().map_or(0, |look| look.connection);
         if std::mem::replace(&mut self.losses_seen, (losses, connection)) != (losses, connection) {
-            let due = PutBack::Later { after: Duration::ZERO, error: None };
+            let due = Unpublished::Later { after: Duration::ZERO, error: None };
             self.ledger.put_back(self.lines.start_over().into_iter().map(|seq| (seq, due.clone())));
         }
     }
@@ -259,7 +259,7 @@ impl Relay {
             let stream = stream_of(&self.streams, &held.row.subject).map(|stream| stream.name.clone());
             self.knows_too_little |= stream.is_none();
             if let Some(after) = self.breakers.wait(stream.as_deref(), now) {
-                self.give_up(&held.row, PutBack::Later { after, error: None });
+                self.give_up(&held.row, Unpublished::Later { after, error: None });
                 continue;
             }
             if !has_sent {
@@ -285,13 +285,13 @@ impl Relay {
                 self.breakers.failed(stream.as_deref(), &why);
                 self.metrics.output(&row.worker, OutputOutcome::Failed);
                 let after = retry_after(row.failures);
-                self.give_up(&row, PutBack::Later { after, error: Some(why) });
+                self.give_up(&row, Unpublished::Later { after, error: Some(why) });
             }
             Err(PublishError::NoPlace(why)) if !self.has_no_place_for_long(&row.subject) => {
                 self.breakers.undecided(stream.as_deref());
                 self.metrics.output(&row.worker, OutputOutcome::Failed);
                 let after = retry_after(row.failures);
-                self.give_up(&row, PutBack::Later { after, error: Some(why) });
+                self.give_up(&row, Unpublished::Later { after, error: Some(why) });
             }
             Err(PublishError::Refused(reason) | PublishError::NoPlace(reason)) => {
                 self.breakers.undecided(stream.as_deref());
@@ -302,7 +302,7 @@ impl Relay {
                     "an output to {} is set aside until somebody retries or drops it (oncely outbox): {reason}",
                     row.subject
                 );
-                self.give_up(&row, PutBack::Aside { reason });
+                self.give_up(&row, Unpublished::Aside { reason });
             }
         }
     }
@@ -329,7 +329,7 @@ impl Relay {
     }
 
     /// An output leaves unpublished, and those behind it with it.
-    fn give_up(&mut self, row: &OutboxRow, how: PutBack) {
+    fn give_up(&mut self, row: &OutboxRow, how: Unpublished) {
         let behind = self.lines.not_published(row);
         self.ledger.put_back(behind);
         self.ledger.put_back([(row.seq, how)]);

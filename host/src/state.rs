@@ -67,6 +67,13 @@ impl BatchState {
         self.changed.clear();
     }
 
+    /// Keys that members that succeeded changed, with their entries as the transaction read them and as they are now.
+    pub fn changes(&self) -> Vec<(String, Option<StateEntry>, Option<StateEntry>)> {
+        let read = |key: &String| self.read.get(key).cloned().flatten();
+        let change = |(key, entry): (&String, &Option<StateEntry>)| (key.clone(), read(key), entry.clone());
+        self.left.iter().map(change).filter(|(_, before, after)| before != after).collect()
+    }
+
     /// All changes of the members that succeeded, each against the version the transaction read.
     pub fn writes(&self) -> Vec<StateWrite> {
         let version_read = |key: &str| self.read.get(key).and_then(Option::as_ref).map(|entry| entry.version);

@@ -1,8 +1,9 @@
-//! Lengths of time and sizes as people write them: `30s`, `1h30m`, `7d`; `64MiB`, `500kB`.
+//! Lengths of time, points in time and sizes as people write them: `30s`, `1h30m`, `7d`; `64MiB`, `500kB`.
 
 use std::time::Duration;
 
 use bytesize::ByteSize;
+use jiff::tz::Offset;
 use jiff::{SignedDuration, Span, SpanRelativeTo};
 
 /// Reads a length of time; a day has 24 hours. The error is a sentence without an end.
@@ -38,6 +39,23 @@ pub fn show_size(bytes: u64) -> String {
 /// A point in time for people: UTC, to the second, as `2026-01-31T13:05:59Z`.
 pub fn show_time(time: jiff::Timestamp) -> String {
     format!("{time:.0}")
+}
+
+/// Reads a point in time: how long before `now` (`2h`), a time (`2026-01-31T12:00:00Z`), or a time of day in UTC (`12:00`),
+/// the last that has been. The error is a sentence without an end.
+pub fn parse_when(text: &str, now: jiff::Timestamp) -> Result<jiff::Timestamp, String> {
+    let text = text.trim();
+    if let Ok(time) = text.parse() {
+        return Ok(time);
+    }
+    let wrong = || format!("`{text}` is no time: write 2h, 12:00 or 2026-01-31T12:00:00Z");
+    if let Ok(time) = text.parse::<jiff::civil::Time>() {
+        let today = Offset::UTC.to_datetime(now).date().to_datetime(time);
+        let today = Offset::UTC.to_timestamp(today).map_err(|_| wrong())?;
+        return Ok(if today > now { today - SignedDuration::from_hours(24) } else { today });
+    }
+    let ago = parse_duration(text).map_err(|_| wrong())?;
+    now.checked_sub(ago).map_err(|_| wrong())
 }
 
 /// Lengths of time in JSON, as text: for `#[serde(with = "units::duration")]`.
@@ -77,6 +95,21 @@ mod tests {
         for text in ["", "5", "soon", "-1s", "1 month", "1s ago"] {
             assert!(parse_duration(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn points_in_time_are_read_as_people_write_them() {
+        let at = |text: &str| text.parse::<jiff::Timestamp>().unwrap();
+        let now = at("2026-01-31T13:05:00Z");
+        for (text, expected) in [
+            ("2h", "2026-01-31T11:05:00Z"),
+            ("12:00", "2026-01-31T12:00:00Z"),
+            ("18:30", "2026-01-30T18:30:00Z"),
+            ("2026-01-01T00:00:00+01:00", "2025-12-31T23:00:00Z"),
+        ] {
+            assert_eq!(parse_when(text, now), Ok(at(expected)), "{text}");
+        }
+        assert!(parse_when("noon", now).is_err());
     }
 
     #[test]

@@ -18,9 +18,11 @@ use crate::lane::{Lane, Parcel, give_back};
 use crate::manifest::{OnFailure, Worker};
 use crate::metrics::Metrics;
 use crate::relay::HandOver;
+use crate::store::Store;
 use crate::verdict::Verdict;
 
 mod recovery;
+mod redrive;
 
 use recovery::Recovery;
 
@@ -77,6 +79,10 @@ impl RunningWorker {
             .subscribe(&subscription(&worker, version))
             .await
             .with_context(|| format!("subscribe worker {} to stream {}", worker.name, worker.stream))?;
+        let redriven = bus
+            .subscribe(&redrive::subscription(&worker))
+            .await
+            .with_context(|| format!("subscribe worker {} to what is put back", worker.name))?;
         let counters = Arc::new(WorkerCounters::default());
         let seen = Arc::new(AtomicBool::new(false));
         let stop = Stop::new();
@@ -91,7 +97,7 @@ impl RunningWorker {
         };
         let lanes = Lanes::start(&delivery, &relay, &counters, &stop);
         let in_flight = lanes.in_flight.clone();
-        let pulling = tokio::spawn(pull_loop(pull, lanes, recovery, stop.stopping()));
+        let pulling = tokio::spawn(work(pull, redriven, lanes, recovery, stop.stopping()));
         Ok(RunningWorker { worker, version, digest, counters, probe, in_flight, seen, stop, pulling })
     }
 
@@ -158,8 +164,16 @@ async fn watch_until_seen(probe: Probe, seen: Arc<AtomicBool>, stopping: Stoppin
     }
 }
 
-/// Pulls as long as there is room; deals to the lanes.
-async fn pull_loop(mut pull: Pull, lanes: Lanes, mut recovery: Recovery, mut stopping: Stopping) {
+/// Takes what is new and what was put back until it is time to stop; then lets the lanes settle what they have.
+async fn work(pull: Pull, redriven: Pull, lanes: Lanes, recovery: Recovery, stopping: Stopping) {
+    let new = pull_loop(pull, &lanes, recovery, stopping.clone());
+    let (rest, ()) = tokio::join!(new, redrive::pull_loop(redriven, &lanes, stopping));
+    lanes.drain().await;
+    give_back(rest).await;
+}
+
+/// Pulls as long as there is room; deals to the lanes. Returns what was not dealt.
+async fn pull_loop(mut pull: Pull, lanes: &Lanes, mut recovery: Recovery, mut stopping: Stopping) -> Vec<Parcel> {
     let probe = pull.probe();
     loop {
         let next = async {
@@ -193,9 +207,7 @@ async fn pull_loop(mut pull: Pull, lanes: Lanes, mut recovery: Recovery, mut sto
         let room = Arc::clone(&lanes.room).try_acquire_owned().ok();
         lanes.deal_all(recovery.admit(lanes.parcel(pulled, room))).await;
     }
-    drop(pull);
-    lanes.drain().await;
-    give_back(recovery.end()).await;
+    recovery.end()
 }
 
 /// The lanes of one worker and what feeds them.
@@ -205,6 +217,10 @@ struct Lanes {
     tasks: Vec<JoinHandle<()>>,
     room: Arc<Semaphore>,
     metrics: Arc<Metrics>,
+    version: u32,
+    /// For what was put back.
+    redrive_room: Arc<Semaphore>,
+    store: Arc<dyn Store>,
     in_flight: Registry,
     ticker: JoinHandle<()>,
 }
@@ -217,7 +233,7 @@ impl Lanes {
         let mut tasks = Vec::new();
         for _ in 0..worker.concurrency {
             // Room is counted over all lanes, so dealing to one lane never waits behind another.
-            let (sender, receiver) = mpsc::channel(capacity);
+            let (sender, receiver) = mpsc::channel(capacity + redrive::ROOM);
             let lane = Lane {
                 delivery: delivery.clone(),
                 relay: relay.clone(),
@@ -230,7 +246,10 @@ impl Lanes {
         let in_flight = Registry::default();
         let ticker = tokio::spawn(keep_from_redelivery(in_flight.clone(), worker.ack_wait / 3));
         let (room, metrics) = (Arc::new(Semaphore::new(capacity)), Arc::clone(&delivery.metrics));
-        Lanes { worker, senders, tasks, room, metrics, in_flight, ticker }
+        let redrive_room = Arc::new(Semaphore::new(redrive::ROOM));
+        let store = Arc::clone(&delivery.store);
+        let version = delivery.version;
+        Lanes { worker, senders, tasks, room, metrics, version, redrive_room, store, in_flight, ticker }
     }
 
     fn parcel(&self, pulled: Pulled, room: Option<OwnedSemaphorePermit>) -> Parcel {

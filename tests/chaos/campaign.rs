@@ -19,6 +19,7 @@ use support::world::{World, manifest, signal};
 use crate::checker::{self, Counted, Violation};
 use crate::observed::{self, Observed};
 use crate::publisher::{self, Progress};
+use crate::redriver::{self, Redriver};
 use crate::watcher::{self, Looked};
 use crate::workload::{Workload, passes_until_death};
 
@@ -147,10 +148,12 @@ pub async fn run(plan: Plan) -> Result<Outcome> {
     let rate = (campaign.plan.inputs as f64 / campaign.plan.harm_max.as_secs_f64() * 1.5).max(40.0);
     let publishing =
         tokio::spawn(publisher::publish(url, workload, campaign.plan.inputs, rate, Arc::clone(&campaign.progress)));
+    let redriving = tokio::spawn(redriver::redrive(campaign.redriver()?));
     campaign.do_harm().await?;
     campaign.progress.enough.store(true, Ordering::Relaxed);
     campaign.stay_alive_until(|| publishing.is_finished()).await?;
     let workload = publishing.await.context("publish")??;
+    redriving.abort();
     let stuck = campaign.heal(workload).await?;
     watchers.iter().for_each(tokio::task::JoinHandle::abort);
     campaign.conclude(stuck, began).await
@@ -207,6 +210,15 @@ impl Campaign {
         campaign.arm(None);
         campaign.world.start_host().await?;
         Ok(campaign)
+    }
+
+    /// Who puts dead letters back all along.
+    fn redriver(&self) -> Result<Redriver> {
+        Ok(Redriver {
+            program: self.world.program.clone().context("know the program")?,
+            folder: self.world.folder.path().to_owned(),
+            database: self.world.database.clone(),
+        })
     }
 
     fn watch(&self) -> Vec<tokio::task::JoinHandle<()>> {
@@ -472,12 +484,21 @@ impl Campaign {
         if let Some(stuck) = self.until_quiet().await? {
             return Ok(Some(stuck));
         }
+        self.redriver()?.put_the_rest_back().await?;
+        if let Some(stuck) = self.until_quiet().await? {
+            return Ok(Some(format!("after dead letters were put back: {stuck}")));
+        }
         let settled = self.world.database.number("select count(*) from oncely.inbox").await?;
         let more = (0..10).map(|_| workload.next_message()).collect();
         let context = async_nats::jetstream::new(self.world.nats.client().await?);
         publisher::insist(&context, more, &self.progress).await?;
         if let Some(stuck) = self.until_quiet().await? {
             return Ok(Some(format!("after all was healed: {stuck}")));
+        }
+        // What was published last may have died, too.
+        self.redriver()?.put_the_rest_back().await?;
+        if let Some(stuck) = self.until_quiet().await? {
+            return Ok(Some(format!("after the last dead letters were put back: {stuck}")));
         }
         let after = self.world.database.number("select count(*) from oncely.inbox").await?;
         Ok((after <= settled).then(|| "nothing of what was published last was settled".to_owned()))
@@ -572,6 +593,8 @@ impl Campaign {
             floors.insert(name.to_owned(), 1);
             found.insert(name.to_owned(), seen.get(name).copied().unwrap_or_default());
         }
+        floors.insert("letters put back that took effect".to_owned(), 1);
+        found.insert("letters put back that took effect".to_owned(), counted.redriven as u64);
         floors.insert("inputs".to_owned(), self.plan.inputs);
         found.insert("inputs".to_owned(), counted.inputs as u64);
         floors.insert("events with an effect, of a hundred".to_owned(), 95);

@@ -18,6 +18,7 @@ mod campaign;
 mod checker;
 mod observed;
 mod publisher;
+mod redriver;
 mod watcher;
 mod workload;
 

@@ -22,6 +22,8 @@ pub struct Letter {
     pub payload: String,
     pub reason: String,
     pub attempts: i64,
+    /// Whether it was put back and is not dead again.
+    pub is_redriven: bool,
 }
 
 /// What was found.
@@ -42,6 +44,8 @@ pub struct Observed {
     /// State and payload (hex) by event id.
     pub inbox: BTreeMap<String, (String, String)>,
     pub letters: Vec<Letter>,
+    /// The numbers of letters that were put back.
+    pub redriven: Vec<String>,
     /// The codes of counted attempts, by event id.
     pub attempts: BTreeMap<String, Vec<String>>,
     /// The number in the keyed state, by key.
@@ -96,9 +100,13 @@ impl Observed {
         {
             self.inbox.insert(event_id, (state, payload));
         }
-        let letters = format!("select event_id, {hex}, reason, attempts from oncely.dead_letter");
-        for [event_id, payload, reason, attempts] in columns(database, &letters).await? {
-            self.letters.push(Letter { event_id, payload, reason, attempts: attempts.parse()? });
+        let letters = format!("select event_id, {hex}, reason, attempts, state from oncely.dead_letter");
+        for [event_id, payload, reason, attempts, state] in columns(database, &letters).await? {
+            let is_redriven = state == "redriven" || state == "done";
+            self.letters.push(Letter { event_id, payload, reason, attempts: attempts.parse()?, is_redriven });
+        }
+        for [id] in columns(database, "select id from oncely.dead_letter where generation > 0").await? {
+            self.redriven.push(id);
         }
         for [event_id, code] in columns(database, "select event_id, coalesce(code, error) from oncely.attempt").await? {
             self.attempts.entry(event_id).or_default().push(code);
@@ -106,7 +114,7 @@ impl Observed {
         for [key, count] in columns(database, &format!("select key, {text} from oncely.state")).await? {
             self.counters.insert(key, count.parse()?);
         }
-        let outbox = "select id, count(*) from oncely.outbox where subject not like 'oncely.dlq.%' group by id";
+        let outbox = "select id, count(*) from oncely.outbox where subject not like 'oncely%' group by id";
         for [id, count] in columns(database, outbox).await? {
             self.outbox.insert(id, count.parse()?);
         }
@@ -129,6 +137,12 @@ pub async fn restless(database: &Database, nats: &NatsServer) -> Result<Vec<Stri
         if count > 0 {
             restless.push(format!("{count} messages are {what}"));
         }
+    }
+    let queue = context.get_stream_no_info("ONCELY_REDRIVE").await.context("open the stream of what is put back")?;
+    let consumer = queue.consumer_info("oncely-test").await.context("look at its consumer")?;
+    let under_way = consumer.num_pending + consumer.num_ack_pending as u64;
+    if under_way > 0 {
+        restless.push(format!("{under_way} dead letters are under way"));
     }
     let unpublished = database.number("select count(*) from oncely.outbox where published_at is null").await?;
     if unpublished > 0 {

@@ -6,6 +6,8 @@ use rand::{Rng, SeedableRng};
 use serde_json::json;
 use support::nats::ToPublish;
 
+use crate::checker::ATTEMPTS;
+
 /// Ordering keys; accounts belong to one key, so that lanes rarely meet.
 const KEYS: u32 = 256;
 const ACCOUNTS_OF_KEY: u32 = 4;
@@ -24,6 +26,8 @@ pub enum Nature {
     /// Fails once before it did anything, or after it wrote rows.
     FailsOnce,
     FailsOnceLate,
+    /// Dies, and takes effect once it was put back.
+    Redriven,
     Poison,
     PoisonLate,
     Trap,
@@ -40,12 +44,13 @@ pub enum Nature {
 }
 
 impl Nature {
-    pub const ALL: [Nature; 14] = [
+    pub const ALL: [Nature; 15] = [
         Nature::Plain,
         Nature::Slow,
         Nature::NoId,
         Nature::FailsOnce,
         Nature::FailsOnceLate,
+        Nature::Redriven,
         Nature::Poison,
         Nature::PoisonLate,
         Nature::Trap,
@@ -61,10 +66,11 @@ impl Nature {
         Nature::ALL.into_iter().find(|nature| format!("{nature:?}") == text)
     }
 
-    /// The reason of its dead letter; none when it takes effect.
+    /// The reason of its dead letter; none when it takes effect in the end.
     pub fn death(self) -> Option<&'static str> {
         match self {
-            Nature::Plain | Nature::Slow | Nature::NoId | Nature::FailsOnce | Nature::FailsOnceLate => None,
+            Nature::Plain | Nature::Slow | Nature::NoId => None,
+            Nature::FailsOnce | Nature::FailsOnceLate | Nature::Redriven => None,
             Nature::Malformed => Some("rejected"),
             Nature::LongId => Some("invalid-id"),
             Nature::ReservedHeader => Some("output-refused"),
@@ -83,6 +89,7 @@ impl Nature {
             Nature::Slow => "ledger,slow",
             Nature::FailsOnce => "fail_once,ledger",
             Nature::FailsOnceLate => "ledger,fail_once",
+            Nature::Redriven => "fail_until,ledger",
             Nature::Poison => "fail",
             Nature::PoisonLate => "ledger,fail",
             Nature::Trap => "ledger,trap",
@@ -98,7 +105,7 @@ impl Nature {
             Nature::Plain => 0,
             Nature::Slow => 300,
             Nature::NoId => 50,
-            Nature::FailsOnce | Nature::FailsOnceLate => 100,
+            Nature::FailsOnce | Nature::FailsOnceLate | Nature::Redriven => 100,
             Nature::Poison | Nature::PoisonLate => 50,
             Nature::Trap => 20,
             Nature::TimesOut => 10,
@@ -189,7 +196,7 @@ impl Workload {
             "seq": sequence,
             "delay_ms": if self.random.random_bool(0.03) { 300 } else { 0 },
             "header": (nature == Nature::ReservedHeader).then_some("Nats-Expected-Stream"),
-            "what": "unique", "ms": 10, "sql": true,
+            "what": "unique", "ms": 10, "sql": true, "attempt": ATTEMPTS + 1,
         });
         let mut options = options;
         if nature == Nature::ReservedHeader {
@@ -241,7 +248,8 @@ pub fn passes_until_death(point: &str) -> u64 {
     match point {
         fault::MIGRATING | fault::STARTED | fault::AFTER_PRUNE | fault::DEPLOY_SWAP => 1,
         fault::AFTER_FETCH | fault::MID_GUEST | fault::AFTER_ACK => 60,
-        fault::BEFORE_RERUN | fault::AFTER_COUNT | fault::AFTER_BURIAL | fault::RELAY_LEASED => 2,
+        fault::BEFORE_REDRIVE | fault::AFTER_REDRIVE => 1,
+        fault::BEFORE_RERUN | fault::AFTER_COUNT | fault::AFTER_BURIAL | fault::RELAY_LEASED | fault::REDRIVE_READ => 2,
         _ => 12,
     }
 }

@@ -129,7 +129,7 @@ impl Terminal {
             return self.start_dev(shown);
         }
         // Commands that only look may come before what they look for.
-        let looks = ["oncely status", "oncely dlq", "oncely workers", "sqlite3"];
+        let looks = ["oncely status", "oncely dlq list", "oncely dlq show", "oncely workers", "sqlite3"];
         let looks = looks.iter().any(|look| shown.command.starts_with(look));
         let end = Instant::now() + if looks { PATIENCE } else { Duration::ZERO };
         loop {
@@ -209,6 +209,20 @@ fn run_session(name: &str, folder: &Path, tools: &Path) -> Result<()> {
     terminal.stop()
 }
 
+/// Makes the worker of the README beside a clone, and returns its folder.
+fn orders_worker(beside: &Path) -> Result<PathBuf> {
+    std::os::unix::fs::symlink(repository(), beside.join("oncely"))?;
+    let readme = blocks(&read("README.md")?);
+    for (name, block) in marked(&readme, "file", |_| true) {
+        let path = beside.join(name);
+        std::fs::create_dir_all(path.parent().context("find its folder")?)?;
+        std::fs::write(path, &block.text)?;
+    }
+    // With the versions that all other tests use.
+    std::fs::copy(repository().join("Cargo.lock"), beside.join("orders/Cargo.lock"))?;
+    Ok(beside.join("orders"))
+}
+
 #[test]
 fn the_payments_session_of_the_readme_runs_as_it_is_shown() -> Result<()> {
     let clone = tempfile::tempdir()?;
@@ -220,17 +234,43 @@ fn the_payments_session_of_the_readme_runs_as_it_is_shown() -> Result<()> {
 #[test]
 fn a_worker_made_from_nothing_but_the_readme_runs_as_it_is_shown() -> Result<()> {
     let beside = tempfile::tempdir()?;
-    std::os::unix::fs::symlink(repository(), beside.path().join("oncely"))?;
-    let readme = blocks(&read("README.md")?);
-    for (name, block) in marked(&readme, "file", |_| true) {
-        let path = beside.path().join(name);
-        std::fs::create_dir_all(path.parent().context("find its folder")?)?;
-        std::fs::write(path, &block.text)?;
-    }
-    // With the versions that all other tests use.
-    std::fs::copy(repository().join("Cargo.lock"), beside.path().join("orders/Cargo.lock"))?;
     let tools = tempfile::tempdir()?;
-    run_session("orders", &beside.path().join("orders"), tools.path())
+    run_session("orders", &orders_worker(beside.path())?, tools.path())
+}
+
+#[test]
+fn who_is_on_call_gets_from_the_failure_to_the_proof_as_it_is_shown() -> Result<()> {
+    let beside = tempfile::tempdir()?;
+    let folder = orders_worker(beside.path())?;
+    let manifest = folder.join("oncely.toml");
+    let quick = "\n[worker.retry]\nattempts = 2\nbackoff = \"10ms\"\nbackoff_max = \"10ms\"\n";
+    std::fs::write(&manifest, std::fs::read_to_string(&manifest)? + quick)?;
+    let tools = tempfile::tempdir()?;
+    let mut terminal = Terminal::open(&folder, tools.path())?;
+    let run = |terminal: &mut Terminal, command: &str| {
+        terminal.run(&Shown { command: command.to_owned(), output: Vec::new() })
+    };
+    run(&mut terminal, "oncely dev")?;
+    // Before noon, and after it.
+    let trace = "--header 'traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01'";
+    run(&mut terminal, r#"oncely publish orders.placed --id o-1 '{"id":"o-1","cents":1250}'"#)?;
+    run(&mut terminal, &format!(r#"oncely publish orders.placed --id o-2 '{{"order":"o-2","cents":1250}}' {trace}"#))?;
+    run(&mut terminal, r#"oncely publish orders.placed --id o-3 '{"order":"o-3","cents":1250}'"#)?;
+    let commands = session(&read("docs/dead-letters.md")?, "on-call");
+    ensure!(commands.len() > 8, "docs/dead-letters.md has no session `on-call` any more");
+    for command in &commands {
+        if command.command == "oncely deploy" {
+            // What the text says to do.
+            let source = folder.join("src/lib.rs");
+            let text = std::fs::read_to_string(&source)?;
+            std::fs::write(
+                &source,
+                text.replacen("    id: String", "    #[serde(alias = \"order\")]\n    id: String", 1),
+            )?;
+        }
+        terminal.run(command)?;
+    }
+    terminal.stop()
 }
 
 /// All documents for people.

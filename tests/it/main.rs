@@ -38,5 +38,7 @@ mod repair;
 
 mod hosts;
 mod outage;
+mod reconcile;
+mod redrive;
 mod store;
 mod tidy;

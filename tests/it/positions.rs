@@ -61,6 +61,7 @@ fn message(event_id: &str, behaviour: &str, body: &str) -> Arc<Message> {
         headers: vec![("do".to_owned(), behaviour.to_owned()), ("Account".to_owned(), format!("a{event_id}"))],
         body: Bytes::copy_from_slice(body.as_bytes()),
         origin: None,
+        redriven: None,
     })
 }
 

@@ -31,6 +31,7 @@ macro_rules! on_every_database {
     };
 }
 
+mod changes;
 mod deployments;
 mod guest_sql;
 mod hostile_sql;
@@ -185,6 +186,7 @@ fn a_letter(event_id: &str, body: &'static [u8], reason: Reason) -> (Letter, Out
         headers: vec![("Nats-Msg-Id".to_owned(), event_id.to_owned())],
         body: Bytes::from_static(body),
         origin: Some(Origin { stream: "ORDERS".to_owned(), sequence: 9, stored_at: jiff::Timestamp::UNIX_EPOCH }),
+        redriven: None,
     };
     let letter = Letter {
         worker: WORKER.to_owned(),

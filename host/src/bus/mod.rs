@@ -23,7 +23,7 @@ mod unreadable;
 pub use publish::{Answer, Outgoing, PublishError, PublishedAt};
 pub use pull::{Backlog, Probe, Progress, Pull, Pulled, Receipt, Subscription, Unhandled};
 pub use server::EmbeddedServer;
-pub use streams::{Ensured, StreamInfo, StreamSpec, stream_of};
+pub use streams::{Ensured, From, Passed, StreamInfo, StreamSpec, stream_of};
 
 /// How long one request to JetStream may take, and the answer to one publication.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);

@@ -355,6 +355,7 @@ impl Pull {
                 headers,
                 body: message.payload,
                 origin: Some(origin),
+                redriven: None,
             },
             unusable,
             delivered,
@@ -376,6 +377,7 @@ impl Pull {
                 headers: vec![("Oncely-Unreadable-Headers".to_owned(), unread.headers.escape_debug().to_string())],
                 body: unread.body,
                 origin: Some(origin),
+                redriven: None,
             },
             unusable: Some((Reason::Unreadable, unread.why)),
             delivered: 1,
@@ -568,7 +570,7 @@ impl Progress {
 }
 
 /// Headers by name, without those that only concern the transport.
-fn headers(map: Option<&async_nats::HeaderMap>) -> Headers {
+pub(super) fn headers(map: Option<&async_nats::HeaderMap>) -> Headers {
     let Some(map) = map else { return Headers::new() };
     let mut headers: Headers = map
         .iter()

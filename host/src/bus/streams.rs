@@ -14,6 +14,8 @@ use futures::StreamExt;
 use jiff::Timestamp;
 
 use super::Bus;
+use super::pull::headers;
+use crate::message::Headers;
 use crate::subject;
 
 /// A stream to make.
@@ -27,6 +29,8 @@ pub struct StreamSpec {
     pub max_bytes: Option<u64>,
     /// For how long the server recognises a message id; none for its default, two minutes.
     pub duplicate_window: Option<Duration>,
+    /// Whether what is acknowledged leaves it.
+    pub is_queue: bool,
 }
 
 impl StreamSpec {
@@ -61,7 +65,7 @@ pub struct StreamInfo {
 
 impl Bus {
     /// Makes a stream unless one of this name is there; that one stays as it is. Limits retention, so that messages can
-    /// be read again after a restore; when it is full it refuses new messages rather than drop old ones.
+    /// be read again after a restore, unless it is a queue; when it is full it refuses new messages rather than drop old ones.
     pub async fn ensure_stream(&self, spec: &StreamSpec) -> Result<Ensured> {
         if self.stream(&spec.name).await?.is_some() {
             return Ok(Ensured::AlreadyThere);
@@ -69,7 +73,7 @@ impl Bus {
         let config = Config {
             name: spec.name.clone(),
             subjects: spec.subjects.clone(),
-            retention: RetentionPolicy::Limits,
+            retention: if spec.is_queue { RetentionPolicy::WorkQueue } else { RetentionPolicy::Limits },
             storage: StorageType::File,
             discard: DiscardPolicy::New,
             max_age: spec.max_age.unwrap_or_default(),
@@ -137,20 +141,67 @@ impl Bus {
         let since = from_nanos(since.as_nanosecond()).map_err(Error::from_boxed).context("read a time")?;
         let config = pull::Config {
             deliver_policy: DeliverPolicy::ByStartTime { start_time: since },
-            ack_policy: AckPolicy::None,
             // With too many of them it is as well to look at everything.
             filter_subjects: if subjects.len() <= FILTERS_MAX { subjects.to_vec() } else { Vec::new() },
-            headers_only: true,
-            // The server removes it should this process die meanwhile.
-            inactive_threshold: Duration::from_secs(60),
-            memory_storage: true,
-            ..pull::Config::default()
+            ..passing()
         };
         let consumer = stream.create_consumer(config).await.context("look through the stream")?;
         let found = scan(&consumer, ids).await.context("look through the stream");
         let _ = stream.delete_consumer(&consumer.cached_info().name).await;
         found
     }
+
+    /// Tells `each` of the messages from some place on, headers only, at most `most`; of all subjects when none are given.
+    /// True when there are more.
+    pub async fn passed(
+        &self,
+        stream: &str,
+        from: From,
+        subjects: &[String],
+        most: usize,
+        each: impl FnMut(Passed),
+    ) -> Result<bool> {
+        let stream = self.context.get_stream(stream).await.with_context(|| format!("open the stream {stream}"))?;
+        let deliver_policy = match from {
+            From::Sequence(sequence) => DeliverPolicy::ByStartSequence { start_sequence: sequence.max(1) },
+            From::Time(time) => {
+                let time = from_nanos(time.as_nanosecond()).map_err(Error::from_boxed).context("read a time")?;
+                DeliverPolicy::ByStartTime { start_time: time }
+            }
+        };
+        let config = pull::Config { deliver_policy, filter_subjects: subjects.to_vec(), ..passing() };
+        let consumer = stream.create_consumer(config).await.context("look through the stream")?;
+        let is_cut = pass(&consumer, most, each).await.context("look through the stream");
+        let _ = stream.delete_consumer(&consumer.cached_info().name).await;
+        is_cut
+    }
+}
+
+/// A consumer that looks at headers as they pass. The server removes it should this process die meanwhile.
+fn passing() -> pull::Config {
+    pull::Config {
+        ack_policy: AckPolicy::None,
+        headers_only: true,
+        inactive_threshold: Duration::from_secs(60),
+        memory_storage: true,
+        ..pull::Config::default()
+    }
+}
+
+/// A message that came by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Passed {
+    pub sequence: u64,
+    pub subject: String,
+    pub headers: Headers,
+}
+
+/// Where on a stream to begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum From {
+    Sequence(u64),
+    /// The first message that was stored at this time or later.
+    Time(Timestamp),
 }
 
 /// How many subjects one look through a stream is limited to.
@@ -182,6 +233,27 @@ async fn scan(consumer: &Consumer<pull::Config>, ids: &HashSet<String>) -> Resul
         }
     }
     Ok(found)
+}
+
+/// Tells of what comes by before the consumer has seen everything, or `most` of it; true when that was not all.
+async fn pass(consumer: &Consumer<pull::Config>, most: usize, mut each: impl FnMut(Passed)) -> Result<bool> {
+    let mut left = consumer.cached_info().num_pending;
+    let mut told = 0;
+    while left > 0 && told < most {
+        let mut messages = consumer.fetch().max_messages(1_000).expires(Duration::from_secs(5)).messages().await?;
+        let mut heard = false;
+        while let Some(message) = messages.next().await {
+            let message = message.map_err(Error::from_boxed)?;
+            let place = message.info().map_err(Error::from_boxed)?;
+            (heard, left, told) = (true, place.pending, told + 1);
+            let headers = headers(message.headers.as_ref());
+            each(Passed { sequence: place.stream_sequence, subject: message.subject.to_string(), headers });
+        }
+        if !heard {
+            bail!("the server stopped answering with {left} messages to go");
+        }
+    }
+    Ok(left > 0)
 }
 
 fn is_name_in_use(error: &async_nats::jetstream::context::CreateStreamError) -> bool {

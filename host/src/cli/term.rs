@@ -65,16 +65,15 @@ pub fn confirm(question: &str) -> bool {
 /// Bytes for a person: text as it is, JSON indented, anything else as hex.
 pub fn readable(bytes: &[u8]) -> String {
     const SHOWN_MAX: usize = 4096;
-    let visible_lines = |text: &str| text.lines().map(visible).collect::<Vec<_>>().join("\n");
     if let Ok(json) = serde_json::from_slice::<serde_json::Value>(bytes)
         && let Ok(text) = serde_json::to_string_pretty(&json)
     {
-        return visible_lines(&text);
+        return visible_text(&text);
     }
     let shown = bytes.get(..SHOWN_MAX).unwrap_or(bytes);
     let more = if bytes.len() > shown.len() { "\n(cut; --json has all of it)" } else { "" };
     match std::str::from_utf8(shown) {
-        Ok(text) => format!("{}{more}", visible_lines(text)),
+        Ok(text) => format!("{}{more}", visible_text(text)),
         Err(_) => {
             let lines: Vec<String> = shown.chunks(16).map(hex::encode_upper).collect();
             format!("{}{more}", lines.join("\n"))
@@ -230,6 +229,11 @@ pub fn render_error(error: &anyhow::Error, color: bool) -> String {
 pub fn visible(text: &str) -> String {
     let spelled = |c: char| if is_steering(c) { c.escape_default().to_string() } else { c.to_string() };
     text.chars().map(spelled).collect()
+}
+
+/// Like [`visible`], with line ends kept.
+pub fn visible_text(text: &str) -> String {
+    text.lines().map(visible).collect::<Vec<_>>().join("\n")
 }
 
 /// Like [`visible`], with line ends kept and later lines indented.

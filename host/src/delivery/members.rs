@@ -144,7 +144,7 @@ impl Delivery {
         Ok(Members::Ran(Ran { succeeded: members, outputs: outcome.outputs, state, ..Ran::default() }))
     }
 
-    async fn call(
+    pub(super) async fn call(
         &self,
         messages: Vec<Arc<Message>>,
         attempt: u32,

@@ -466,7 +466,8 @@ impl invocation::Host for CallState {
     }
 
     async fn max_attempts(&mut self) -> wasmtime::Result<u32> {
-        Ok(self.call.worker.retry.attempts)
+        let before = self.message().map_or(0, Message::attempts_before);
+        Ok(before.saturating_add(self.call.worker.retry.attempts))
     }
 
     async fn now(&mut self) -> wasmtime::Result<u64> {

@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::manifest::{
     Isolation, Limits, Manifest, OnFailure, OrderingKey, Source, StateKey, Stream, Worker, WorkerEntry,
 };
+use crate::redrive::REDRIVE_STREAM;
 use crate::retry::{RetryPolicy, WAIT_MAX};
 use crate::subject::{check_pattern, covers, is_reserved, overlaps};
 use crate::toml_text::{Found, Section, Text};
@@ -312,6 +313,9 @@ fn check_worker_name(name: &str) -> Result<(), String> {
 }
 
 fn check_stream_name(name: &str) -> Result<(), String> {
+    if name == REDRIVE_STREAM {
+        return Err(format!("`{name}` is the host's own: dead letters that are put back travel on it"));
+    }
     let fits = (1..=255).contains(&name.len());
     if fits && name.chars().all(|c| c.is_ascii_graphic() && !".*>/\\".contains(c)) {
         return Ok(());

@@ -83,6 +83,7 @@ mod tests {
             headers: vec![("Account".into(), "a7".into())],
             body: Bytes::new(),
             origin: None,
+            redriven: None,
         };
         StateKey::try_from(template.to_owned()).map(|key| key.key_for(&message))
     }

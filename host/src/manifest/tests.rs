@@ -205,6 +205,12 @@ fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
             "10: no [[stream]] is called `payments`",
             "stream = \"PAYMENTS\"",
         ),
+        (
+            "stream = \"PAYMENTS\"",
+            "stream = \"ONCELY_REDRIVE\"",
+            "10: `stream` in [[worker]] is wrong: `ONCELY_REDRIVE` is the host's own",
+            "stream = \"PAYMENTS\"",
+        ),
         ("stream = \"PAYMENTS\"", "", "7: [[worker]] needs `stream`", "stream = \"PAYMENTS\""),
         (
             "\"payments.requested\"",
@@ -297,6 +303,7 @@ fn the_ordering_key_is_read_from_a_header_or_a_token() {
         headers: vec![("account".into(), "42".into())],
         body: Bytes::new(),
         origin: None,
+        redriven: None,
     };
     let key = |text: &str| OrderingKey::try_from(text.to_owned()).unwrap().key_of(&message);
     assert_eq!(key("header:Account"), Some("42".into()));

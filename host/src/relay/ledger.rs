@@ -8,7 +8,7 @@ use tokio::task::JoinHandle;
 
 use crate::fault;
 use crate::retry::Backoff;
-use crate::store::{Published, PutBack, Store};
+use crate::store::{Published, Store, Unpublished};
 
 /// How often a record is tried. After that the leases of its outputs run out, and whoever has them next finds them on
 /// their streams.
@@ -18,7 +18,7 @@ const TRIES_MAX: u32 = 5;
 pub struct Ledger {
     store: Arc<dyn Store>,
     published: Vec<Published>,
-    back: Vec<(i64, PutBack)>,
+    back: Vec<(i64, Unpublished)>,
     writing: Option<JoinHandle<()>>,
 }
 
@@ -31,7 +31,7 @@ impl Ledger {
         self.published.push(place);
     }
 
-    pub fn put_back(&mut self, rows: impl IntoIterator<Item = (i64, PutBack)>) {
+    pub fn put_back(&mut self, rows: impl IntoIterator<Item = (i64, Unpublished)>) {
         self.back.extend(rows);
     }
 
@@ -63,7 +63,7 @@ impl Ledger {
     }
 }
 
-async fn record(store: Arc<dyn Store>, published: Vec<Published>, back: Vec<(i64, PutBack)>) {
+async fn record(store: Arc<dyn Store>, published: Vec<Published>, back: Vec<(i64, Unpublished)>) {
     tell(&back);
     if !published.is_empty() {
         fault::point(fault::BEFORE_MARK);
@@ -92,10 +92,10 @@ where
 }
 
 /// One line for each error, however many outputs met it.
-fn tell(back: &[(i64, PutBack)]) {
+fn tell(back: &[(i64, Unpublished)]) {
     let mut errors: BTreeMap<&str, u64> = BTreeMap::new();
     for (_, how) in back {
-        if let PutBack::Later { error: Some(error), .. } = how {
+        if let Unpublished::Later { error: Some(error), .. } = how {
             *errors.entry(error).or_default() += 1;
         }
     }

@@ -6,7 +6,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::{Duration, Instant};
 
-use crate::store::{OutboxRow, PutBack};
+use crate::store::{OutboxRow, Unpublished};
 
 /// How long after its lease began an output may still be sent. The lease is longer by what an answer and its record take.
 pub const SEND_WITHIN: Duration = Duration::from_secs(20);
@@ -48,11 +48,11 @@ impl Lines {
     }
 
     /// Takes outputs that are leased to this host, in order. Returns those that have to wait for one that is not here.
-    pub fn take(&mut self, rows: Vec<OutboxRow>, since: Instant) -> Vec<(i64, PutBack)> {
+    pub fn take(&mut self, rows: Vec<OutboxRow>, since: Instant) -> Vec<(i64, Unpublished)> {
         let mut back = Vec::new();
         for row in rows {
             match row.ahead.iter().find(|ahead| !self.knows(**ahead)) {
-                Some(missing) => back.push((row.seq, PutBack::Behind(*missing))),
+                Some(missing) => back.push((row.seq, Unpublished::Behind(*missing))),
                 None => self.push(Held { row, since }),
             }
         }
@@ -130,13 +130,13 @@ impl Lines {
     }
 
     /// An output was not published: it and all that wait behind it leave. Returns those behind it.
-    pub fn not_published(&mut self, row: &OutboxRow) -> Vec<(i64, PutBack)> {
+    pub fn not_published(&mut self, row: &OutboxRow) -> Vec<(i64, Unpublished)> {
         self.held.remove(&row.seq);
         let behind = key(row).and_then(|key| self.waiting.remove(&key)).unwrap_or_default();
         for held in &behind {
             self.held.remove(&held.row.seq);
         }
-        behind.into_iter().map(|held| (held.row.seq, PutBack::Behind(row.seq))).collect()
+        behind.into_iter().map(|held| (held.row.seq, Unpublished::Behind(row.seq))).collect()
     }
 }
 
@@ -198,11 +198,11 @@ mod tests {
         let mut lines = Lines::default();
         lines.take(vec![row(1, Some("a"), &[]), row(2, Some("a"), &[1]), row(3, Some("a"), &[2])], Instant::now());
         let first = ready(&mut lines).remove(0);
-        assert_eq!(lines.not_published(&first), [(2, PutBack::Behind(1)), (3, PutBack::Behind(1))]);
+        assert_eq!(lines.not_published(&first), [(2, Unpublished::Behind(1)), (3, Unpublished::Behind(1))]);
         assert!(lines.is_empty());
         // It was written before the failure was known to the database.
         let later = vec![row(4, Some("a"), &[3, 2, 1]), row(5, Some("a"), &[4])];
-        assert_eq!(lines.take(later, Instant::now()), [(4, PutBack::Behind(3)), (5, PutBack::Behind(4))]);
+        assert_eq!(lines.take(later, Instant::now()), [(4, Unpublished::Behind(3)), (5, Unpublished::Behind(4))]);
         assert!(ready(&mut lines).is_empty());
     }
 
@@ -214,7 +214,7 @@ mod tests {
         lines.published(&first);
         assert!(lines.take(vec![row(2, Some("a"), &[1])], Instant::now()).is_empty());
         assert_eq!(seqs(&ready(&mut lines)), [2]);
-        assert_eq!(lines.take(vec![row(7, Some("a"), &[2, 6])], Instant::now()), [(7, PutBack::Behind(6))]);
+        assert_eq!(lines.take(vec![row(7, Some("a"), &[2, 6])], Instant::now()), [(7, Unpublished::Behind(6))]);
     }
 
     #[test]

@@ -12,7 +12,8 @@ use crate::bus::{Bus, StreamInfo, stream_of};
 use crate::delivery::HAND_OVER_LEASE;
 use crate::fault;
 use crate::metrics::{Metrics, OutputOutcome};
-use crate::store::{OutboxRow, Published, PutBack, Store, StoreError};
+use crate::redrive;
+use crate::store::{OutboxRow, Published, Store, StoreError, Unpublished};
 
 /// The broker's clock may be behind ours.
 const CLOCKS_APART: SignedDuration = SignedDuration::from_mins(2);
@@ -25,7 +26,7 @@ pub(super) struct Swept {
     pub since: Instant,
     /// On their streams already.
     pub there: Vec<Published>,
-    pub back: Vec<(i64, PutBack)>,
+    pub back: Vec<(i64, Unpublished)>,
     /// As many as asked for: there may be more.
     pub is_full: bool,
     /// As they are known; none when the server does not say.
@@ -95,14 +96,18 @@ impl Swept {
         for row in rows {
             metrics.output(&row.worker, OutputOutcome::Failed);
             let error = Some(format!("looking it up failed: {error:#}"));
-            self.back.push((row.seq, PutBack::Later { after: super::retry_after(row.failures), error }));
+            self.back.push((row.seq, Unpublished::Later { after: super::retry_after(row.failures), error }));
         }
     }
 }
 
-/// Whether a stream may have forgotten the id of an output by the time it is sent. Half of the window is for clocks that
+/// Whether a stream may have forgotten the id of an output by the time it is sent. A pointer to a dead letter leaves its
+/// stream when it is acknowledged, and a second one finds nothing to do. Half of the window is for clocks that
 /// run apart and for answers that are late.
 fn is_old(row: &OutboxRow, stream: &StreamInfo, now: Timestamp) -> bool {
+    if redrive::is_pointer(&row.subject) {
+        return false;
+    }
     now.duration_since(row.first_attempt_at).unsigned_abs() > (stream.duplicate_window / 2).saturating_sub(SEND_WITHIN)
 }
 

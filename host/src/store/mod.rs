@@ -18,10 +18,18 @@ use crate::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
 pub use crate::state::{StateEntry, StateWrite};
 use crate::verdict::{Letter, Settled};
 
+mod changes;
+mod letters;
 mod postgres;
 mod shared;
 mod sqlite;
 mod values;
+
+pub use changes::{Changes, RowChange};
+pub use letters::{
+    AttemptRecord, AuditRecord, By, EditRecord, LetterFilter, LetterOutput, LetterRecord, LetterState, LetterSummary,
+    Move, Moved, PutBack, Redrive, all_letters,
+};
 
 pub use postgres::PostgresStore;
 pub use sqlite::SqliteStore;
@@ -113,7 +121,7 @@ impl OutboxRow {
 
 /// What becomes of a leased output that was not published.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum PutBack {
+pub enum Unpublished {
     /// It is due again after a while. With an error it has failed once more; without one it was not tried.
     Later { after: Duration, error: Option<String> },
     /// It waits until this row is published or dropped.
@@ -149,51 +157,6 @@ pub struct FailedAttempt {
     pub error: String,
     /// What the handler logged, one line each.
     pub logs: String,
-}
-
-/// A counted failed attempt, as people read it.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct AttemptRecord {
-    pub attempt: u32,
-    pub at: Timestamp,
-    pub version: u32,
-    pub code: Option<String>,
-    pub error: String,
-    pub logs: String,
-}
-
-/// One dead letter in a list.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct LetterSummary {
-    pub id: i64,
-    pub worker: String,
-    pub event_id: String,
-    pub reason: String,
-    pub code: Option<String>,
-    pub detail: String,
-    pub subject: String,
-    pub attempts: u32,
-    pub version: u32,
-    pub died_at: Timestamp,
-}
-
-/// One dead letter, whole.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LetterRecord {
-    pub summary: LetterSummary,
-    pub headers: Headers,
-    pub body: Bytes,
-    pub origin: Option<(String, u64)>,
-    /// Every failed attempt of its event id at its worker, first to last.
-    pub attempts: Vec<AttemptRecord>,
-}
-
-/// Which dead letters to list, newest first.
-#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct LetterFilter {
-    pub worker: Option<String>,
-    pub reason: Option<String>,
-    pub limit: u32,
 }
 
 /// Which outputs to list, oldest first.
@@ -295,7 +258,7 @@ pub struct WorkerTotals {
     pub worker: String,
     /// Events whose effects are committed.
     pub done: u64,
-    /// Dead letters.
+    /// Dead letters that wait for somebody.
     pub dead: u64,
     /// Outputs of the handler that are in the outbox: unpublished, or published in the last quarter of an hour.
     pub outputs: u64,
@@ -344,7 +307,7 @@ pub trait Store: Send + Sync + 'static {
     async fn mark_published(&self, published: &[Published]) -> Result<()>;
 
     /// Gives up the lease of outputs that were not published; those that are published by now stay so.
-    async fn put_back_outputs(&self, rows: &[(i64, PutBack)]) -> Result<()>;
+    async fn put_back_outputs(&self, rows: &[(i64, Unpublished)]) -> Result<()>;
 
     /// For each stream the last output on it, of those published `within` this time.
     async fn last_published(&self, within: Duration) -> Result<Vec<OnStream>>;
@@ -395,11 +358,26 @@ pub trait Store: Send + Sync + 'static {
     /// All deployments of a worker, newest first.
     async fn deployments(&self, worker: &str) -> Result<Vec<DeploymentRecord>>;
 
-    /// Dead letters, newest first.
+    /// One page of dead letters, newest first; see [`all_letters`] for subjects with wildcards.
     async fn letters(&self, filter: &LetterFilter) -> Result<Vec<LetterSummary>>;
 
     /// One dead letter, whole.
     async fn letter(&self, id: i64) -> Result<Option<LetterRecord>>;
+
+    /// Puts dead letters back to their workers, in one transaction: the event is no longer settled, the letter counts one
+    /// generation more, and a message that points the worker to it is in the outbox. Says for each whether that was done,
+    /// and returns the messages that are to be published now.
+    async fn redrive(&self, letters: &[Redrive], by: &By) -> Result<(Vec<Moved>, Vec<OutboxRow>)>;
+
+    /// What a worker that was pointed to a letter is to handle; or, when that is out of date, the proof that it need not.
+    async fn put_back(&self, id: i64, generation: u32) -> Result<PutBack>;
+
+    /// Which of these events of a worker took effect.
+    async fn done_events(&self, worker: &str, event_ids: &[String]) -> Result<Vec<String>>;
+
+    /// Closes dead letters for good, or keeps a corrected body for one, in one transaction, and says for each whether that
+    /// was done. An event that was put back and is not settled yet is settled as dead with that.
+    async fn move_letters(&self, ids: &[i64], what: &Move, by: &By) -> Result<Vec<Moved>>;
 
     /// The value under a key of a worker's state.
     async fn state_entry(&self, worker: &str, key: &str) -> Result<Option<StateRecord>>;
@@ -458,6 +436,13 @@ pub trait Tx: Send {
     /// be handed to the relay from memory. Returns those that are due at once, in order; delayed ones are left to
     /// the sweep, and so are those of a key that has an output in trouble.
     async fn append_outputs(&mut self, outputs: &[Output], lease: Duration) -> Result<Vec<OutboxRow>>;
+
+    /// From here on remembers which rows of workers' tables change.
+    async fn watch(&mut self) -> Result<()>;
+
+    /// What changed since [`Tx::watch`], at most `limit` rows of each table, and what a commit would be refused for. After
+    /// that the transaction can only be rolled back.
+    async fn changes(&mut self, limit: usize) -> Result<Changes>;
 
     /// Commits, and says so only when the database confirmed that this very transaction did: `Refused` when a
     /// guest's statement left it aborted, ended it, or breaks a deferred constraint. Never sent twice.

@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use sha2::{Digest, Sha256};
 use sqlx::migrate::{Migration, Migrator};
 
-use super::{Claim, Claimed, OutboxRow, Output, PutBack, Result, StoreError, WorkerMigration};
+use super::{Claim, Claimed, OutboxRow, Output, Result, StoreError, Unpublished, WorkerMigration};
 use crate::fault;
 use crate::message::Headers;
 use crate::verdict::{Letter, Settled};
@@ -126,6 +126,22 @@ impl<'a> Burial<'a> {
     pub fn origin(&self) -> Option<(&'a str, u64)> {
         self.letter.message.origin.as_ref().map(|origin| (origin.stream.as_str(), origin.sequence))
     }
+
+    /// When its stream stored the message, in microseconds since the epoch.
+    pub fn stored_at(&self) -> Option<i64> {
+        self.letter.message.origin.as_ref().map(|origin| origin.stored_at.as_microsecond())
+    }
+
+    /// The notice, with what only the database knows: each death of a letter that is put back has a notice of its own.
+    pub fn notice_of(&self, letter: i64, generation: u32) -> Output {
+        let mut notice = self.notice.clone();
+        notice.headers.push(("Oncely-Letter".to_owned(), letter.to_string()));
+        if generation > 0 {
+            notice.id = format!("{}:r{generation}", notice.id);
+            notice.headers.push(("Oncely-Redriven".to_owned(), generation.to_string()));
+        }
+        notice
+    }
 }
 
 /// The letters that are to be written: those whose event this transaction settled, and those whose event id is held
@@ -174,7 +190,7 @@ pub(super) fn handed_over(
 /// the sweep.
 pub(super) const LINE_MAX: usize = 256;
 
-/// What [`PutBack`] comes to in columns.
+/// What [`Unpublished`] comes to in columns.
 pub(super) struct PutBackColumns<'a> {
     pub seq: i64,
     /// In microseconds; none for as long as it waits for something else.
@@ -186,17 +202,17 @@ pub(super) struct PutBackColumns<'a> {
 }
 
 impl<'a> PutBackColumns<'a> {
-    pub fn of((seq, how): &'a (i64, PutBack)) -> Self {
+    pub fn of((seq, how): &'a (i64, Unpublished)) -> Self {
         let nothing = PutBackColumns { seq: *seq, after: None, failed: false, behind: None, aside: false, error: None };
         match how {
-            PutBack::Later { after, error } => PutBackColumns {
+            Unpublished::Later { after, error } => PutBackColumns {
                 after: Some(micros(*after)),
                 failed: error.is_some(),
                 error: error.as_deref().map(printable),
                 ..nothing
             },
-            PutBack::Behind(ahead) => PutBackColumns { behind: Some(*ahead), ..nothing },
-            PutBack::Aside { reason } => {
+            Unpublished::Behind(ahead) => PutBackColumns { behind: Some(*ahead), ..nothing },
+            Unpublished::Aside { reason } => {
                 PutBackColumns { failed: true, aside: true, error: Some(printable(reason)), ..nothing }
             }
         }

@@ -1,6 +1,10 @@
 //! A message is done or dead, never both, never neither.
 
-use oncely::store::{Claimed, FailedAttempt, LetterFilter};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use oncely::store::{By, Claim, Claimed, FailedAttempt, LetterFilter, LetterState, Move, PutBack, Redrive};
 use oncely::verdict::Reason;
 
 use super::{WORKER, World, a_claim, a_letter};
@@ -11,6 +15,10 @@ on_every_database!(
     a_reused_event_id_is_buried_beside_what_holds_it,
     a_letter_shows_its_story,
     letters_are_listed_newest_first_by_worker_and_reason,
+    a_letter_is_put_back_once_by_two_who_try,
+    what_was_put_back_is_read_until_it_is_out_of_date,
+    a_letter_that_dies_again_is_the_same_letter,
+    a_letter_under_way_is_closed_only_if_it_did_not_take_effect,
     a_note_counts_until_it_is_taken_back,
 );
 
@@ -76,7 +84,7 @@ async fn a_letter_shows_its_story(world: World) {
     let id = world.store.letters(&all()).await.unwrap()[0].id;
     let letter = world.store.letter(id).await.unwrap().unwrap();
     assert_eq!((letter.headers, letter.body), (buried.message.headers, buried.message.body));
-    assert_eq!(letter.origin, Some(("ORDERS".to_owned(), 9)));
+    assert_eq!((letter.summary.stream.as_deref(), letter.summary.stream_sequence), (Some("ORDERS"), Some(9)));
     assert_eq!((letter.summary.reason.as_str(), letter.summary.attempts), ("attempts-exhausted", 2));
     assert_eq!(letter.summary.detail, "the card was declined\u{fffd}");
     let story: Vec<_> = letter.attempts.iter().map(|attempt| (attempt.attempt, attempt.error.as_str())).collect();
@@ -105,4 +113,120 @@ async fn a_note_counts_until_it_is_taken_back(world: World) {
     assert_eq!(world.store.note_unfinished("another", "e1").await.unwrap(), 0);
     world.store.take_back_unfinished(WORKER, "e1").await.unwrap();
     assert_eq!(world.store.note_unfinished(WORKER, "e1").await.unwrap(), 0);
+}
+
+fn ada() -> By {
+    By { actor: "ada".to_owned(), note: Some("why".to_owned()) }
+}
+
+fn back(id: i64) -> Redrive {
+    Redrive { id, generation: None, again: false }
+}
+
+/// Buries a letter for `e1` and returns its id and how its event is claimed.
+async fn buried(world: &World) -> (i64, Claim) {
+    let letter = a_letter("e1", b"body", Reason::Rejected);
+    let payload_sha256 = letter.0.message.payload_sha256();
+    world.store.bury(&[letter]).await.unwrap();
+    let id = world.store.letters(&all()).await.unwrap()[0].id;
+    (id, Claim { payload_sha256, ..a_claim("e1", 0) })
+}
+
+async fn state(world: &World, id: i64) -> LetterState {
+    world.store.letter(id).await.unwrap().unwrap().summary.state
+}
+
+async fn a_letter_is_put_back_once_by_two_who_try(world: World) {
+    let (id, claim) = buried(&world).await;
+    let (one, other) = tokio::join!(async { world.store.redrive(&[back(id)], &ada()).await.unwrap() }, async {
+        world.store.redrive(&[back(id)], &ada()).await.unwrap()
+    });
+    let mut refused: Vec<_> = [&one, &other].iter().map(|(moved, _)| moved[0].refused.clone()).collect();
+    refused.sort();
+    assert_eq!(refused, [None, Some("it was put back and is under way".to_owned())]);
+    let rows: Vec<_> = one.1.into_iter().chain(other.1).collect();
+    assert_eq!(rows.len(), 1);
+    assert_eq!((rows[0].id.as_str(), rows[0].subject.as_str()), ("payments:e1:r1", "oncely.redrive.payments"));
+    let mut tx = world.begin().await;
+    assert!(matches!(tx.claim(&[claim]).await.unwrap()[0], Claimed::Fresh { .. }));
+    tx.rollback().await;
+    let (moved, _) = world.store.redrive(&[Redrive { generation: Some(7), again: true, id }], &ada()).await.unwrap();
+    assert_eq!(moved[0].refused.as_deref(), Some("somebody put it back since"));
+    let (moved, _) = world.store.redrive(&[back(999)], &ada()).await.unwrap();
+    assert_eq!(moved[0].refused.as_deref(), Some("there is no such letter"));
+    let audit = world.store.letter(id).await.unwrap().unwrap().audit;
+    assert_eq!((audit.len(), audit[0].actor.as_str(), audit[0].note.as_deref()), (1, "ada", Some("why")));
+}
+
+async fn what_was_put_back_is_read_until_it_is_out_of_date(world: World) {
+    let (id, claim) = buried(&world).await;
+    let attempt = FailedAttempt {
+        event_id: "e1".to_owned(),
+        version: 3,
+        code: None,
+        error: "no".to_owned(),
+        logs: String::new(),
+    };
+    world.store.count_attempts(WORKER, &[attempt.clone(), attempt]).await.unwrap();
+    assert!(matches!(world.store.put_back(id, 0).await.unwrap(), PutBack::OutOfDate(_)));
+    world.store.move_letters(&[id], &Move::Edit(Bytes::from_static(b"better")), &ada()).await.unwrap();
+    world.store.redrive(&[back(id)], &ada()).await.unwrap();
+    let PutBack::Message(message, _) = world.store.put_back(id, 1).await.unwrap() else { panic!("it is out of date") };
+    assert_eq!((message.event_id.as_str(), message.body.as_ref()), ("e1", &b"better"[..]));
+    assert_eq!(message.payload_sha256(), claim.payload_sha256);
+    assert_eq!(message.attempts_before(), 2);
+    assert_eq!(message.origin, a_letter("e1", b"body", Reason::Rejected).0.message.origin);
+    let edit = world.store.move_letters(&[id], &Move::Edit(Bytes::new()), &ada()).await.unwrap();
+    assert_eq!(edit[0].refused.as_deref(), Some("it was put back and is under way"));
+    world.store.redrive(&[Redrive { again: true, ..back(id) }], &ada()).await.unwrap();
+    assert!(matches!(world.store.put_back(id, 1).await.unwrap(), PutBack::OutOfDate(_)));
+    assert!(matches!(world.store.put_back(id, 2).await.unwrap(), PutBack::Message(..)));
+}
+
+async fn a_letter_that_dies_again_is_the_same_letter(world: World) {
+    let (id, _) = buried(&world).await;
+    world.store.redrive(&[back(id)], &ada()).await.unwrap();
+    let mut again = a_letter("e1", b"body", Reason::AttemptsExhausted);
+    again.0.attempts = 4;
+    let (_, notices) = world.store.bury(&[again.clone()]).await.unwrap();
+    assert_eq!(notices[0].id, format!("{}:r1", again.1.id));
+    let letters = world.store.letters(&all()).await.unwrap();
+    assert_eq!(letters.len(), 1);
+    let letter = &letters[0];
+    assert_eq!((letter.id, letter.state, letter.generation), (id, LetterState::Open, 1));
+    assert_eq!((letter.reason.as_str(), letter.attempts), ("attempts-exhausted", 4));
+    assert!(world.store.letter(id).await.unwrap().unwrap().first_died_at.unwrap() <= letter.died_at);
+    // What still points to it is out of date, and burying it again adds nothing.
+    assert!(matches!(world.store.put_back(id, 1).await.unwrap(), PutBack::OutOfDate(_)));
+    assert_eq!(world.store.bury(&[again]).await.unwrap().1.len(), 0);
+}
+
+async fn a_letter_under_way_is_closed_only_if_it_did_not_take_effect(world: World) {
+    let (id, claim) = buried(&world).await;
+    world.store.redrive(&[back(id)], &ada()).await.unwrap();
+    // Somebody handles it: who closes the letter waits for what comes of that.
+    let mut tx = world.begin().await;
+    tx.claim(std::slice::from_ref(&claim)).await.unwrap();
+    let store = Arc::clone(&world.store);
+    let closing = tokio::spawn(async move { store.move_letters(&[id], &Move::Drop, &ada()).await.unwrap() });
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    tx.commit().await.unwrap();
+    assert_eq!(closing.await.unwrap()[0].refused.as_deref(), Some("it took effect since; nothing is to be done"));
+    assert_eq!(state(&world, id).await, LetterState::Done);
+    assert!(world.store.letters(&all()).await.unwrap().is_empty());
+    // It is written down before the inbox forgets it.
+    world.store.prune(Duration::ZERO, Duration::ZERO, 100).await.unwrap();
+    assert_eq!(state(&world, id).await, LetterState::Done);
+
+    let other = a_letter("e2", b"body", Reason::Rejected);
+    world.store.bury(&[other]).await.unwrap();
+    let id = world.store.letters(&all()).await.unwrap()[0].id;
+    world.store.redrive(&[back(id)], &ada()).await.unwrap();
+    assert_eq!(world.store.move_letters(&[id], &Move::Resolve, &ada()).await.unwrap()[0].refused, None);
+    assert_eq!(state(&world, id).await, LetterState::Resolved);
+    assert!(matches!(world.store.put_back(id, 1).await.unwrap(), PutBack::OutOfDate(_)));
+    let mut tx = world.begin().await;
+    let claim = Claim { event_id: "e2".to_owned(), ..claim };
+    assert!(matches!(tx.claim(&[claim]).await.unwrap()[0], Claimed::Settled(_)));
+    tx.rollback().await;
 }

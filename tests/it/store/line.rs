@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use oncely::store::{OutboxRow, Output, OutputFilter, Published, PutBack};
+use oncely::store::{OutboxRow, Output, OutputFilter, Published, Unpublished};
 
 use super::{LEASE, World, a_claim, an_output};
 
@@ -57,7 +57,7 @@ fn events(rows: &[OutboxRow]) -> Vec<String> {
 }
 
 async fn aside(world: &World, row: &OutboxRow) {
-    let how = PutBack::Aside { reason: "too large\0".to_owned() };
+    let how = Unpublished::Aside { reason: "too large\0".to_owned() };
     world.store.put_back_outputs(&[(row.seq, how)]).await.unwrap();
 }
 
@@ -110,7 +110,7 @@ fn unpublished() -> OutputFilter {
 
 async fn what_is_written_behind_one_in_trouble_waits_until_that_is_published(world: World) {
     let first = append_one(&world, "a", "k", LEASE).await;
-    let failed = PutBack::Later { after: Duration::from_secs(3600), error: Some("no answer".to_owned()) };
+    let failed = Unpublished::Later { after: Duration::from_secs(3600), error: Some("no answer".to_owned()) };
     world.store.put_back_outputs(&[(first.seq, failed)]).await.unwrap();
     assert!(append(&world, &[keyed("b", 0, "k"), keyed("b", 1, "k")], LEASE).await.is_empty());
     let others = append(&world, &[keyed("c", 0, "k"), keyed("c", 1, "other"), an_output("c", 2, NOW)], LEASE).await;
@@ -124,13 +124,13 @@ async fn what_is_written_behind_one_in_trouble_waits_until_that_is_published(wor
 async fn what_a_host_puts_behind_another_output_waits_for_it(world: World) {
     let first = append_one(&world, "a", "k", LEASE).await;
     let second = append_one(&world, "b", "k", LEASE).await;
-    world.store.put_back_outputs(&[(second.seq, PutBack::Behind(first.seq))]).await.unwrap();
+    world.store.put_back_outputs(&[(second.seq, Unpublished::Behind(first.seq))]).await.unwrap();
     assert!(append(&world, &[keyed("c", 0, "k")], LEASE).await.is_empty());
     assert!(sweep(&world).await.is_empty());
     publish(&world, &first).await;
     assert_eq!(sweep(&world).await, ["b", "c"]);
     // Put back although it is published by now: that changes nothing.
-    world.store.put_back_outputs(&[(first.seq, PutBack::Behind(second.seq))]).await.unwrap();
+    world.store.put_back_outputs(&[(first.seq, Unpublished::Behind(second.seq))]).await.unwrap();
     assert_eq!(world.store.output(first.seq).await.unwrap().unwrap().summary.state, "published");
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use oncely::store::{OutboxRow, Output, Published, PutBack};
+use oncely::store::{OutboxRow, Output, Published, Unpublished};
 
 use super::{LEASE, World, a_claim, an_output};
 
@@ -97,7 +97,7 @@ async fn outputs_that_are_not_there_cannot_be_marked(world: World) {
 
 async fn a_deferred_output_is_due_after_its_delay_with_one_more_failure(world: World) {
     let rows = append(&world, &[an_output("e1", 0, NOW), an_output("e1", 1, NOW)], LEASE).await;
-    let later = |after, error: &str| PutBack::Later { after, error: Some(error.to_owned()) };
+    let later = |after, error: &str| Unpublished::Later { after, error: Some(error.to_owned()) };
     let back = [(rows[0].seq, later(SHORT, "no answer\0")), (rows[1].seq, later(LONG, "no answer"))];
     world.store.put_back_outputs(&back).await.unwrap();
     let leased = lease(&world, LEASE).await;

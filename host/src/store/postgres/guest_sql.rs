@@ -22,6 +22,8 @@ pub(super) struct Guests {
     pub has_gate: bool,
     /// Where the platform's own transactions come from.
     pub house: Sessions,
+    /// Where guests' own come from.
+    pub sessions: Sessions,
 }
 
 /// How a guest's statement ended.

@@ -89,3 +89,17 @@ pub(super) async fn unclaim(session: &mut Session, worker: &str, event_ids: &[St
         .map_err(|error| errors::of_statement(error, "give claims back"))?;
     Ok(())
 }
+
+/// Which of these events took effect.
+pub(super) async fn done(session: &mut Session, worker: &str, event_ids: &[String]) -> Result<Vec<String>> {
+    let query =
+        session.query("select event_id from oncely.inbox where worker = $1 and event_id = any($2) and state = 'done'");
+    let rows = query
+        .bind(worker)
+        .bind(event_ids)
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "look up events"))?;
+    let done: sqlx::Result<_> = rows.iter().map(|row| row.try_get(0)).collect();
+    done.map_err(|error| errors::of_statement(error, "read events"))
+}

@@ -1,133 +1,74 @@
-//! Dead letters: the original bytes and headers of what could not be handled.
-
-use std::collections::{HashMap, HashSet};
+//! Reading dead letters: the original bytes and headers of what could not be handled, and what became of it.
 
 use anyhow::Context;
 use bytes::Bytes;
+use jiff::Timestamp;
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
 use super::session::Session;
-use super::{attempts, errors, outbox};
-use crate::store::shared::{self, Burial};
-use crate::store::{LetterFilter, LetterRecord, LetterSummary, OutboxRow, Output, Result, StoreError};
-use crate::verdict::Letter;
+use super::{attempts, errors};
+use crate::store::{
+    AuditRecord, EditRecord, LetterFilter, LetterOutput, LetterRecord, LetterState, LetterSummary, Result, StoreError,
+    shared,
+};
 
-/// Writes letters, their inbox records and their notices; returns the notices. What is settled already adds nothing.
-pub(super) async fn bury(session: &mut Session, letters: &[(Letter, Output)]) -> Result<Vec<OutboxRow>> {
-    let burials = Burial::all(letters);
-    let inserted = settle(session, &burials).await?;
-    let held = held_payloads(session, &burials).await?;
-    let new = shared::to_bury(&burials, &inserted, &held);
-    let written = insert(session, &new).await?;
-    let notices: Vec<_> = new
-        .iter()
-        .filter(|burial| {
-            let (worker, event_id) = burial.key();
-            written.contains(&(worker.to_owned(), event_id.to_owned(), burial.payload_sha256.to_vec()))
-        })
-        .map(|burial| (burial.letter.worker.as_str(), burial.notice))
-        .collect();
-    outbox::append_for(session, &notices, shared::NOTICE_LEASE).await
+/// What a list shows of a letter. Whether one that was put back took effect stands in the inbox.
+macro_rules! summaries {
+    ($also:literal, $which:literal) => {
+        concat!(
+            "select * from (
+                 select id, worker, event_id, reason, code, detail, subject, attempts, version, generation, stream,
+                     stream_sequence, case when state = 'redriven' and exists (
+                         select from oncely.inbox where inbox.worker = dead_letter.worker
+                             and inbox.event_id = dead_letter.event_id and inbox.state = 'done')
+                     then 'done' else state end as state,
+                     (extract(epoch from died_at) * 1000000)::bigint as died_at,
+                     (extract(epoch from moved_at) * 1000000)::bigint as moved_at",
+            $also,
+            " from oncely.dead_letter where ",
+            $which,
+            ") as letter"
+        )
+    };
 }
 
-/// Settles the events that are not settled yet as dead, and returns them.
-async fn settle(session: &mut Session, burials: &[Burial<'_>]) -> Result<HashSet<(String, String)>> {
-    let mut streams = Vec::with_capacity(burials.len());
-    let mut sequences = Vec::with_capacity(burials.len());
-    for burial in burials {
-        streams.push(burial.origin().map(|(stream, _)| stream));
-        sequences.push(burial.origin().map(|(_, sequence)| shared::signed(sequence)).transpose()?);
-    }
-    let query = session.query(
-        "insert into oncely.inbox (worker, event_id, state, payload_sha256, stream, stream_sequence)
-         select worker, event_id, 'dead', payload_sha256, stream, stream_sequence
-         from unnest($1::text[], $2::text[], $3::bytea[], $4::text[], $5::bigint[])
-             as given (worker, event_id, payload_sha256, stream, stream_sequence)
-         order by worker, event_id
-         on conflict do nothing
-         returning worker, event_id",
-    );
-    let rows = query
-        .bind(burials.iter().map(|burial| burial.key().0).collect::<Vec<_>>())
-        .bind(burials.iter().map(|burial| burial.key().1).collect::<Vec<_>>())
-        .bind(burials.iter().map(|burial| burial.payload_sha256.as_slice()).collect::<Vec<_>>())
-        .bind(streams)
-        .bind(sequences)
-        .fetch_all(session.connection())
-        .await
-        .map_err(|error| errors::of_statement(error, "settle dead events"))?;
-    let keys: sqlx::Result<_> = rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect();
-    keys.map_err(|error| errors::of_statement(error, "read settled events"))
-}
-
-async fn held_payloads(session: &mut Session, burials: &[Burial<'_>]) -> Result<HashMap<(String, String), Vec<u8>>> {
-    let query = session.query(
-        "select worker, event_id, payload_sha256 from oncely.inbox
-         where (worker, event_id) in (select * from unnest($1::text[], $2::text[]))",
-    );
-    let rows = query
-        .bind(burials.iter().map(|burial| burial.key().0).collect::<Vec<_>>())
-        .bind(burials.iter().map(|burial| burial.key().1).collect::<Vec<_>>())
-        .fetch_all(session.connection())
-        .await
-        .map_err(|error| errors::of_statement(error, "look up dead events"))?;
-    let held: sqlx::Result<_> =
-        rows.iter().map(|row| Ok(((row.try_get(0)?, row.try_get(1)?), row.try_get(2)?))).collect();
-    held.map_err(|error| errors::of_statement(error, "read dead events"))
-}
-
-/// Writes letters that are not there yet and returns worker, event id and payload of those it wrote.
-async fn insert(session: &mut Session, new: &[&Burial<'_>]) -> Result<HashSet<(String, String, Vec<u8>)>> {
-    let mut headers = Vec::with_capacity(new.len());
-    let mut sequences = Vec::with_capacity(new.len());
-    for burial in new {
-        headers.push(shared::headers_to_text(&burial.letter.message.headers)?);
-        sequences.push(burial.origin().map(|(_, sequence)| shared::signed(sequence)).transpose()?);
-    }
-    let letters = || new.iter().map(|burial| burial.letter);
-    let query = session.query(
-        "insert into oncely.dead_letter (worker, event_id, payload_sha256, reason, code, detail, attempts, version,
-             subject, headers, body, stream, stream_sequence)
-         select * from unnest($1::text[], $2::text[], $3::bytea[], $4::text[], $5::text[], $6::text[], $7::integer[],
-             $8::integer[], $9::text[], $10::text[], $11::bytea[], $12::text[], $13::bigint[])
-         on conflict do nothing
-         returning worker, event_id, payload_sha256",
-    );
-    let rows = query
-        .bind(letters().map(|letter| letter.worker.as_str()).collect::<Vec<_>>())
-        .bind(letters().map(|letter| letter.message.event_id.as_str()).collect::<Vec<_>>())
-        .bind(new.iter().map(|burial| burial.payload_sha256.as_slice()).collect::<Vec<_>>())
-        .bind(letters().map(|letter| letter.reason.as_str()).collect::<Vec<_>>())
-        .bind(letters().map(|letter| letter.code.as_deref().map(shared::printable)).collect::<Vec<_>>())
-        .bind(letters().map(|letter| shared::printable(&letter.detail)).collect::<Vec<_>>())
-        .bind(letters().map(|letter| letter.attempts.cast_signed()).collect::<Vec<_>>())
-        .bind(letters().map(|letter| letter.version.cast_signed()).collect::<Vec<_>>())
-        .bind(letters().map(|letter| shared::printable(&letter.message.subject)).collect::<Vec<_>>())
-        .bind(headers)
-        .bind(letters().map(|letter| letter.message.body.as_ref()).collect::<Vec<&[u8]>>())
-        .bind(new.iter().map(|burial| burial.origin().map(|(stream, _)| stream)).collect::<Vec<_>>())
-        .bind(sequences)
-        .fetch_all(session.connection())
-        .await
-        .map_err(|error| errors::of_statement(error, "write dead letters"))?;
-    let written: sqlx::Result<_> =
-        rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?))).collect();
-    written.map_err(|error| errors::of_statement(error, "read written dead letters"))
-}
-
-/// Letters, newest first.
+/// One page of letters, newest first.
 pub(super) async fn list(session: &mut Session, filter: &LetterFilter) -> Result<Vec<LetterSummary>> {
-    let query = session.query(
-        "select id, worker, event_id, reason, code, detail, subject, attempts, version,
-             (extract(epoch from died_at) * 1000000)::bigint as died_at
-         from oncely.dead_letter
-         where ($1::text is null or worker = $1) and ($2::text is null or reason = $2)
-         order by id desc limit $3",
-    );
+    let query = session.query(if filter.closed {
+        concat!(
+            summaries!(
+                "",
+                "($1::text is null or worker = $1) and ($2::text is null or reason = $2)
+                 and ($3::text is null or code = $3) and (cardinality($4::bigint[]) = 0 or id = any($4))
+                 and ($5::bigint is null or id < $5)
+                 and ($6::bigint is null or died_at >= timestamptz 'epoch' + $6 * interval '1 microsecond')
+                 and ($7::bigint is null or died_at < timestamptz 'epoch' + $7 * interval '1 microsecond')"
+            ),
+            " order by id desc limit $8"
+        )
+    } else {
+        concat!(
+            summaries!(
+                "",
+                "state in ('open', 'redriven')
+                 and ($1::text is null or worker = $1) and ($2::text is null or reason = $2)
+                 and ($3::text is null or code = $3) and (cardinality($4::bigint[]) = 0 or id = any($4))
+                 and ($5::bigint is null or id < $5)
+                 and ($6::bigint is null or died_at >= timestamptz 'epoch' + $6 * interval '1 microsecond')
+                 and ($7::bigint is null or died_at < timestamptz 'epoch' + $7 * interval '1 microsecond')"
+            ),
+            " where state <> 'done' order by id desc limit $8"
+        )
+    });
     let rows = query
         .bind(filter.worker.as_deref())
         .bind(filter.reason.as_deref())
+        .bind(filter.code.as_deref())
+        .bind(&filter.ids)
+        .bind(filter.below)
+        .bind(filter.since.map(|time| time.as_microsecond()))
+        .bind(filter.until.map(|time| time.as_microsecond()))
         .bind(i64::from(filter.limit))
         .fetch_all(session.connection())
         .await
@@ -135,13 +76,13 @@ pub(super) async fn list(session: &mut Session, filter: &LetterFilter) -> Result
     rows.iter().map(|row| summary(row).context("read a dead letter").map_err(StoreError::Unavailable)).collect()
 }
 
-/// One letter, with its attempts.
+/// One letter, with everything that is known of it.
 pub(super) async fn find(session: &mut Session, id: i64) -> Result<Option<LetterRecord>> {
-    let query = session.query(
-        "select id, worker, event_id, reason, code, detail, subject, attempts, version,
-             (extract(epoch from died_at) * 1000000)::bigint as died_at, headers, body, stream, stream_sequence
-         from oncely.dead_letter where id = $1",
-    );
+    let query = session.query(summaries!(
+        ", headers, body, (extract(epoch from first_died_at) * 1000000)::bigint as first_died_at,
+           (extract(epoch from coalesce(stored_at, first_died_at, died_at)) * 1000000)::bigint as stored_at",
+        "id = $1"
+    ));
     let row = query
         .bind(id)
         .fetch_optional(session.connection())
@@ -149,13 +90,100 @@ pub(super) async fn find(session: &mut Session, id: i64) -> Result<Option<Letter
         .map_err(|error| errors::of_statement(error, "read a dead letter"))?;
     let Some(row) = row else { return Ok(None) };
     let mut letter = record(&row).context("read a dead letter").map_err(StoreError::Unavailable)?;
-    letter.attempts = attempts::of_event(session, &letter.summary.worker, &letter.summary.event_id).await?;
+    let (worker, event_id) = (letter.summary.worker.clone(), letter.summary.event_id.clone());
+    letter.attempts = attempts::of_event(session, &worker, &event_id).await?;
+    letter.edits = edits(session, id).await?;
+    letter.audit = audit(session, id).await?;
+    letter.settled = settled(session, &worker, &event_id).await?;
+    letter.outputs = outputs(session, &worker, &event_id).await?;
     Ok(Some(letter))
 }
 
+async fn edits(session: &mut Session, id: i64) -> Result<Vec<EditRecord>> {
+    let query = session.query(
+        "select actor, note, body, (extract(epoch from at) * 1000000)::bigint as at
+         from oncely.letter_edit where letter = $1 order by edit",
+    );
+    let rows = query
+        .bind(id)
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "read corrected bodies"))?;
+    let read = |row: &PgRow| -> anyhow::Result<_> {
+        Ok(EditRecord {
+            at: shared::timestamp(row.try_get("at")?)?,
+            actor: row.try_get("actor")?,
+            note: row.try_get("note")?,
+            body: Bytes::from(row.try_get::<Vec<u8>, _>("body")?),
+        })
+    };
+    rows.iter().map(|row| read(row).context("read a corrected body").map_err(StoreError::Unavailable)).collect()
+}
+
+async fn audit(session: &mut Session, id: i64) -> Result<Vec<AuditRecord>> {
+    let query = session.query(
+        "select action, generation, actor, note, (extract(epoch from at) * 1000000)::bigint as at
+         from oncely.letter_audit where letter = $1 order by seq",
+    );
+    let rows = query
+        .bind(id)
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "read what was done to a dead letter"))?;
+    let read = |row: &PgRow| -> anyhow::Result<_> {
+        Ok(AuditRecord {
+            at: shared::timestamp(row.try_get("at")?)?,
+            action: row.try_get("action")?,
+            generation: row.try_get::<i32, _>("generation")?.cast_unsigned(),
+            actor: row.try_get("actor")?,
+            note: row.try_get("note")?,
+        })
+    };
+    rows.iter().map(|row| read(row).context("read the audit").map_err(StoreError::Unavailable)).collect()
+}
+
+async fn settled(session: &mut Session, worker: &str, event_id: &str) -> Result<Option<(String, Timestamp)>> {
+    let query = session.query(
+        "select state, (extract(epoch from settled_at) * 1000000)::bigint from oncely.inbox
+         where worker = $1 and event_id = $2",
+    );
+    let row = query
+        .bind(worker)
+        .bind(event_id)
+        .fetch_optional(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "look up an event"))?;
+    let read = |row: PgRow| -> anyhow::Result<_> { Ok((row.try_get(0)?, shared::timestamp(row.try_get(1)?)?)) };
+    row.map(|row| read(row).context("read an event's record").map_err(StoreError::Unavailable)).transpose()
+}
+
+async fn outputs(session: &mut Session, worker: &str, event_id: &str) -> Result<Vec<LetterOutput>> {
+    let query = session.query(
+        "select id, subject, stream, stream_sequence from oncely.outbox
+         where worker = $1 and event_id = $2 and subject not like 'oncely.%' order by seq",
+    );
+    let rows = query
+        .bind(worker)
+        .bind(event_id)
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "look up an event's outputs"))?;
+    let read = |row: &PgRow| -> anyhow::Result<_> {
+        Ok(LetterOutput {
+            id: row.try_get("id")?,
+            subject: row.try_get("subject")?,
+            stream: row.try_get("stream")?,
+            stream_sequence: row.try_get::<Option<i64>, _>("stream_sequence")?.map(shared::unsigned),
+        })
+    };
+    rows.iter().map(|row| read(row).context("read an output").map_err(StoreError::Unavailable)).collect()
+}
+
 fn summary(row: &PgRow) -> anyhow::Result<LetterSummary> {
+    let moved_at: Option<i64> = row.try_get("moved_at")?;
     Ok(LetterSummary {
         id: row.try_get("id")?,
+        state: LetterState::read(row.try_get("state")?)?,
         worker: row.try_get("worker")?,
         event_id: row.try_get("event_id")?,
         reason: row.try_get("reason")?,
@@ -165,15 +193,25 @@ fn summary(row: &PgRow) -> anyhow::Result<LetterSummary> {
         attempts: row.try_get::<i32, _>("attempts")?.cast_unsigned(),
         version: row.try_get::<i32, _>("version")?.cast_unsigned(),
         died_at: shared::timestamp(row.try_get("died_at")?)?,
+        generation: row.try_get::<i32, _>("generation")?.cast_unsigned(),
+        moved_at: moved_at.map(shared::timestamp).transpose()?,
+        stream: row.try_get("stream")?,
+        stream_sequence: row.try_get::<Option<i64>, _>("stream_sequence")?.map(shared::unsigned),
     })
 }
 
 fn record(row: &PgRow) -> anyhow::Result<LetterRecord> {
+    let first_died_at: Option<i64> = row.try_get("first_died_at")?;
     Ok(LetterRecord {
         summary: summary(row)?,
         headers: shared::headers_from_text(row.try_get("headers")?)?,
         body: Bytes::from(row.try_get::<Vec<u8>, _>("body")?),
-        origin: shared::origin(row.try_get("stream")?, row.try_get("stream_sequence")?),
+        first_died_at: first_died_at.map(shared::timestamp).transpose()?,
+        stored_at: shared::timestamp(row.try_get("stored_at")?)?,
         attempts: Vec::new(),
+        edits: Vec::new(),
+        audit: Vec::new(),
+        settled: None,
+        outputs: Vec::new(),
     })
 }

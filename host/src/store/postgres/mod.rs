@@ -4,6 +4,8 @@
 //! explicit transaction, nothing is set beyond its end, and no lock outlives it.
 
 mod attempts;
+mod burial;
+mod changes;
 mod deployments;
 mod errors;
 mod guest_sql;
@@ -13,6 +15,7 @@ mod letters;
 mod migrate;
 mod outbox;
 mod outputs;
+mod redrive;
 mod repair;
 mod session;
 mod state;
@@ -33,10 +36,11 @@ use self::session::{Purpose, Sessions};
 use self::tx::PostgresTx;
 use self::wall::Login;
 use super::{
-    DeploymentRecord, FailedAttempt, LetterFilter, LetterRecord, LetterSummary, OnStream, OutboxLag, OutboxRow, Output,
-    OutputFilter, OutputRecord, OutputSummary, Published, PutBack, Result, StateRecord, Store, Tx, WorkerMigration,
-    WorkerTotals,
+    By, DeploymentRecord, FailedAttempt, LetterFilter, LetterRecord, LetterSummary, Move, Moved, OnStream, OutboxLag,
+    OutboxRow, Output, OutputFilter, OutputRecord, OutputSummary, Published, PutBack, Redrive, Result, StateRecord,
+    Store, Tx, Unpublished, WorkerMigration, WorkerTotals,
 };
+use crate::fault;
 use crate::hint::WithHint;
 use crate::sql::Dialect;
 use crate::verdict::{Letter, Settled};
@@ -146,7 +150,7 @@ impl Store for PostgresStore {
 
     async fn begin(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>> {
         let session = self.guests.begin(Purpose::Guest(time)).await?;
-        let guests = Guests { has_gate: self.has_gate, house: self.house.clone() };
+        let guests = Guests { has_gate: self.has_gate, house: self.house.clone(), sessions: self.guests.clone() };
         Ok(Box::new(PostgresTx::new(session, worker, guests)))
     }
 
@@ -172,7 +176,7 @@ impl Store for PostgresStore {
 
     async fn bury(&self, letters: &[(Letter, Output)]) -> Result<(Vec<Settled>, Vec<OutboxRow>)> {
         let mut session = self.house.begin(Purpose::House).await?;
-        let notices = letters::bury(&mut session, letters).await?;
+        let notices = burial::bury(&mut session, letters).await?;
         session.commit().await?;
         Ok((letters.iter().map(|_| Settled::seen_by_store()).collect(), notices))
     }
@@ -190,7 +194,7 @@ impl Store for PostgresStore {
         session.commit().await
     }
 
-    async fn put_back_outputs(&self, rows: &[(i64, PutBack)]) -> Result<()> {
+    async fn put_back_outputs(&self, rows: &[(i64, Unpublished)]) -> Result<()> {
         let mut session = self.house.begin(Purpose::House).await?;
         outbox::put_back(&mut session, rows).await?;
         session.commit().await
@@ -312,6 +316,36 @@ impl Store for PostgresStore {
         let letter = letters::find(&mut session, id).await?;
         session.commit().await?;
         Ok(letter)
+    }
+
+    async fn redrive(&self, letters: &[Redrive], by: &By) -> Result<(Vec<Moved>, Vec<OutboxRow>)> {
+        let mut session = self.house.begin(Purpose::House).await?;
+        let moved = redrive::redrive(&mut session, letters, by).await?;
+        fault::point(fault::BEFORE_REDRIVE);
+        session.commit().await?;
+        fault::point(fault::AFTER_REDRIVE);
+        Ok(moved)
+    }
+
+    async fn put_back(&self, id: i64, generation: u32) -> Result<PutBack> {
+        let mut session = self.house.begin(Purpose::Read).await?;
+        let put_back = redrive::put_back(&mut session, id, generation).await?;
+        session.commit().await?;
+        Ok(put_back)
+    }
+
+    async fn done_events(&self, worker: &str, event_ids: &[String]) -> Result<Vec<String>> {
+        let mut session = self.house.begin(Purpose::Read).await?;
+        let done = inbox::done(&mut session, worker, event_ids).await?;
+        session.commit().await?;
+        Ok(done)
+    }
+
+    async fn move_letters(&self, ids: &[i64], what: &Move, by: &By) -> Result<Vec<Moved>> {
+        let mut session = self.house.begin(Purpose::House).await?;
+        let moved = redrive::move_letters(&mut session, ids, what, by).await?;
+        session.commit().await?;
+        Ok(moved)
     }
 
     async fn state_entry(&self, worker: &str, key: &str) -> Result<Option<StateRecord>> {

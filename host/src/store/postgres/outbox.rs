@@ -12,7 +12,7 @@ use super::errors;
 use super::session::Session;
 use crate::fault;
 use crate::store::shared::{self, PutBackColumns};
-use crate::store::{OutboxRow, Output, Published, PutBack, Result, StoreError};
+use crate::store::{OutboxRow, Output, Published, Result, StoreError, Unpublished};
 
 /// Appends the outputs of one worker; see [`append_for`].
 pub(super) async fn append(
@@ -189,7 +189,7 @@ pub(super) async fn mark_published(session: &mut Session, published: &[Published
 }
 
 /// Gives leases up.
-pub(super) async fn put_back(session: &mut Session, rows: &[(i64, PutBack)]) -> Result<()> {
+pub(super) async fn put_back(session: &mut Session, rows: &[(i64, Unpublished)]) -> Result<()> {
     let rows: Vec<_> = rows.iter().map(PutBackColumns::of).collect();
     let query = session.query(
         "update oncely.outbox

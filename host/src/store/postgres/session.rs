@@ -162,6 +162,14 @@ impl Session {
         &self.id
     }
 
+    /// Checks deferred constraints now, for a transaction that is not to be committed. The guests of the transaction are
+    /// gone when the token is shown.
+    pub(super) async fn check_constraints(&mut self) -> sqlx::Result<()> {
+        let token = hex::encode(self.token_for("finish"));
+        let check = format!("set local oncely.finish = '{token}'; set constraints all immediate");
+        raw_sql(AssertSqlSafe(check)).execute(&mut *self.connection).await.map(|_| ())
+    }
+
     /// The server's process that serves a guest's transaction.
     pub(super) fn process(&self) -> i32 {
         self.process

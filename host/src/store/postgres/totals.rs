@@ -15,9 +15,9 @@ pub(super) async fn by_worker(session: &mut Session) -> Result<Vec<WorkerTotals>
         "with inbox as (
              select worker, pg_catalog.count(*) as done from oncely.inbox where state = 'done' group by worker
          ), dead_letter as (
-             select worker, pg_catalog.count(*) as dead from oncely.dead_letter group by worker
+             select worker, pg_catalog.count(*) as dead from oncely.dead_letter where state = 'open' group by worker
          ), outbox as (
-             select worker, pg_catalog.count(*) filter (where subject not like 'oncely.dlq.%') as outputs,
+             select worker, pg_catalog.count(*) filter (where subject not like 'oncely.%') as outputs,
                  pg_catalog.count(*) filter (where published_at is null) as unpublished,
                  pg_catalog.count(*) filter (where set_aside_at is not null) as set_aside,
                  pg_catalog.min(due_at) filter (where published_at is null and due_at <= pg_catalog.now()
@@ -71,6 +71,7 @@ pub(super) async fn prune(session: &mut Session, outputs: Duration, inbox: Durat
         .execute(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "delete old outputs"))?;
+    write_done(session).await?;
     let query = session.query(
         "with gone as (
              delete from oncely.inbox where (worker, event_id) in (
@@ -92,4 +93,18 @@ pub(super) async fn prune(session: &mut Session, outputs: Duration, inbox: Durat
         .map_err(|error| errors::of_statement(error, "delete old inbox records"))?;
     let records: i64 = row.try_get(0).map_err(|error| errors::of_statement(error, "read how many records left"))?;
     Ok(outputs.rows_affected() + shared::unsigned(records))
+}
+
+/// Writes down which letters that were put back took effect, before the inbox forgets it.
+async fn write_done(session: &mut Session) -> Result<()> {
+    let query = session.query(
+        "update oncely.dead_letter set state = 'done' from oncely.inbox
+         where dead_letter.state = 'redriven' and inbox.worker = dead_letter.worker
+             and inbox.event_id = dead_letter.event_id and inbox.state = 'done'",
+    );
+    query
+        .execute(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "write down which dead letters took effect"))?;
+    Ok(())
 }

@@ -8,11 +8,13 @@ use sqlx::Row;
 
 use super::guest_sql::{self, Guests, Outcome};
 use super::session::{Purpose, Session, Sessions};
-use super::{inbox, outbox, state};
+use super::{changes, inbox, outbox, state};
 use crate::fault;
 use crate::sql::{Rows, SqlError, SqlLimits, Value};
 use crate::store::shared::Savepoint;
-use crate::store::{Claim, Claimed, OutboxRow, Output, Result, StateEntry, StateWrite, StoreError, Tx, shared};
+use crate::store::{
+    Changes, Claim, Claimed, OutboxRow, Output, Result, StateEntry, StateWrite, StoreError, Tx, shared,
+};
 use crate::verdict::Settled;
 
 pub(super) struct PostgresTx {
@@ -24,6 +26,8 @@ pub(super) struct PostgresTx {
     /// Whether going back to the savepoint would lift that.
     undoable: bool,
     savepoint: Savepoint,
+    /// What had been written when the watch began.
+    watched: Option<changes::Counts>,
     /// Whether the connection is unfit for further use.
     spoilt: bool,
 }
@@ -37,6 +41,7 @@ impl PostgresTx {
             doomed: None,
             undoable: true,
             savepoint: Savepoint::new(),
+            watched: None,
             spoilt: false,
         }
     }
@@ -148,6 +153,22 @@ impl Tx for PostgresTx {
         self.check()?;
         let appended = outbox::append(&mut self.session, &self.worker, outputs, lease).await;
         self.remember(appended)
+    }
+
+    async fn watch(&mut self) -> Result<()> {
+        self.check()?;
+        let counts = changes::counts(&mut self.session).await;
+        self.watched = Some(self.remember(counts)?);
+        Ok(())
+    }
+
+    async fn changes(&mut self, limit: usize) -> Result<Changes> {
+        self.check()?;
+        let before = self.watched.take().unwrap_or_default();
+        let changes = changes::changes(&mut self.session, &self.guests.sessions, &before, limit).await;
+        self.doomed = Some("it was only watched".to_owned());
+        self.undoable = false;
+        self.remember(changes)
     }
 
     async fn commit(self: Box<Self>) -> Result<Settled> {

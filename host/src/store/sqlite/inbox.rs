@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use sqlx::Row;
-use sqlx::sqlite::SqliteRow;
+use sqlx::sqlite::{SqlitePool, SqliteRow};
 
 use super::errors;
 use super::session::Session;
@@ -80,4 +80,20 @@ pub(super) async fn unclaim(session: &mut Session, worker: &str, event_ids: &[&s
         .await
         .map_err(doing)?;
     Ok(())
+}
+
+/// Which of these events took effect.
+pub(super) async fn done(readers: &SqlitePool, worker: &str, event_ids: &[String]) -> Result<Vec<String>> {
+    let rows = sqlx::query(
+        "select inbox.event_id from json_each($2) as given
+             cross join oncely_inbox as inbox on inbox.worker = $1 and inbox.event_id = given.value
+         where inbox.state = 'done'",
+    )
+    .bind(worker)
+    .bind(serde_json::json!(event_ids).to_string())
+    .fetch_all(readers)
+    .await
+    .map_err(|error| errors::of_statement(error, "look up events"))?;
+    let done: sqlx::Result<_> = rows.iter().map(|row| row.try_get(0)).collect();
+    done.map_err(|error| errors::of_statement(error, "read events"))
 }

@@ -1,139 +1,187 @@
-//! Dead letters: the original bytes and headers of what could not be handled.
-
-use std::collections::{HashMap, HashSet};
+//! Reading dead letters: the original bytes and headers of what could not be handled, and what became of it.
 
 use anyhow::Context;
 use bytes::Bytes;
+use jiff::Timestamp;
 use sqlx::Row;
 use sqlx::sqlite::{SqlitePool, SqliteRow};
 
-use super::session::Session;
-use super::{attempts, errors, outbox};
-use crate::store::shared::{self, Burial};
-use crate::store::{LetterFilter, LetterRecord, LetterSummary, OutboxRow, Output, Result, StoreError};
-use crate::verdict::Letter;
+use super::{attempts, errors};
+use crate::store::{
+    AuditRecord, EditRecord, LetterFilter, LetterOutput, LetterRecord, LetterState, LetterSummary, Result, StoreError,
+    shared,
+};
 
-/// Writes letters, their inbox records and their notices; returns the notices. What is settled already adds nothing.
-pub(super) async fn bury(session: &mut Session, letters: &[(Letter, Output)]) -> Result<Vec<OutboxRow>> {
-    let burials = Burial::all(letters);
-    let inserted = settle(session, &burials).await?;
-    let held = held_payloads(session, &burials).await?;
-    let mut notices = Vec::new();
-    for burial in shared::to_bury(&burials, &inserted, &held) {
-        if insert(session, burial).await? {
-            notices.push((burial.letter.worker.as_str(), burial.notice));
-        }
-    }
-    outbox::append_for(session, &notices, shared::NOTICE_LEASE).await
-}
-
-/// Settles the events that are not settled yet as dead, and returns them.
-async fn settle(session: &mut Session, burials: &[Burial<'_>]) -> Result<HashSet<(String, String)>> {
-    let doing = |error| errors::of_statement(error, "settle dead events");
-    let mut inserted = HashSet::new();
-    for burial in burials {
-        let (worker, event_id) = burial.key();
-        let result = sqlx::query(
-            "insert into oncely_inbox (worker, event_id, state, payload_sha256, stream, stream_sequence)
-             values ($1, $2, 'dead', $3, $4, $5) on conflict do nothing",
+/// What a list shows of a letter. Whether one that was put back took effect stands in the inbox.
+macro_rules! summaries {
+    ($also:literal, $which:literal) => {
+        concat!(
+            "select * from (
+                 select id, worker, event_id, reason, code, detail, subject, attempts, version, generation, stream,
+                     stream_sequence, case when state = 'redriven' and exists (
+                         select 1 from oncely_inbox as inbox where inbox.worker = letter.worker
+                             and inbox.event_id = letter.event_id and inbox.state = 'done')
+                     then 'done' else state end as state,
+                     died_at,
+                     moved_at",
+            $also,
+            " from oncely_dead_letter as letter where ",
+            $which,
+            ")"
         )
-        .bind(worker)
-        .bind(event_id)
-        .bind(burial.payload_sha256.as_slice())
-        .bind(burial.origin().map(|(stream, _)| stream))
-        .bind(burial.origin().map(|(_, sequence)| shared::signed(sequence)).transpose()?)
-        .execute(session.connection().map_err(doing)?)
-        .await
-        .map_err(doing)?;
-        if result.rows_affected() == 1 {
-            inserted.insert((worker.to_owned(), event_id.to_owned()));
-        }
-    }
-    Ok(inserted)
+    };
 }
 
-async fn held_payloads(session: &mut Session, burials: &[Burial<'_>]) -> Result<HashMap<(String, String), Vec<u8>>> {
-    let doing = |error| errors::of_statement(error, "look up dead events");
-    let mut held = HashMap::new();
-    for burial in burials {
-        let (worker, event_id) = burial.key();
-        let row = sqlx::query("select payload_sha256 from oncely_inbox where worker = $1 and event_id = $2")
-            .bind(worker)
-            .bind(event_id)
-            .fetch_one(session.connection().map_err(doing)?)
-            .await
-            .map_err(doing)?;
-        held.insert((worker.to_owned(), event_id.to_owned()), row.try_get(0).map_err(doing)?);
-    }
-    Ok(held)
-}
-
-/// Writes a letter; false when it is there already.
-async fn insert(session: &mut Session, burial: &Burial<'_>) -> Result<bool> {
-    let doing = |error| errors::of_statement(error, "write a dead letter");
-    let letter = burial.letter;
-    let result = sqlx::query(
-        "insert into oncely_dead_letter (worker, event_id, payload_sha256, reason, code, detail, attempts, version,
-             subject, headers, body, stream, stream_sequence)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)
-         on conflict do nothing",
-    )
-    .bind(&letter.worker)
-    .bind(&letter.message.event_id)
-    .bind(burial.payload_sha256.as_slice())
-    .bind(letter.reason.as_str())
-    .bind(letter.code.as_deref().map(shared::printable))
-    .bind(shared::printable(&letter.detail))
-    .bind(letter.attempts)
-    .bind(letter.version)
-    .bind(shared::printable(&letter.message.subject))
-    .bind(shared::headers_to_text(&letter.message.headers)?)
-    .bind(letter.message.body.as_ref())
-    .bind(burial.origin().map(|(stream, _)| stream))
-    .bind(burial.origin().map(|(_, sequence)| shared::signed(sequence)).transpose()?)
-    .execute(session.connection().map_err(doing)?)
-    .await
-    .map_err(doing)?;
-    Ok(result.rows_affected() == 1)
-}
-
-/// Letters, newest first.
+/// One page of letters, newest first.
 pub(super) async fn list(readers: &SqlitePool, filter: &LetterFilter) -> Result<Vec<LetterSummary>> {
-    let rows = sqlx::query(
-        "select id, worker, event_id, reason, code, detail, subject, attempts, version, died_at
-         from oncely_dead_letter
-         where ($1 is null or worker = $1) and ($2 is null or reason = $2)
-         order by id desc limit $3",
-    )
-    .bind(filter.worker.as_deref())
-    .bind(filter.reason.as_deref())
-    .bind(filter.limit)
-    .fetch_all(readers)
-    .await
-    .map_err(|error| errors::of_statement(error, "list dead letters"))?;
+    let query = sqlx::query(if filter.closed {
+        concat!(
+            summaries!(
+                "",
+                "($1 is null or worker = $1) and ($2 is null or reason = $2)
+                 and ($3 is null or code = $3) and ($4 = '[]' or id in (select value from json_each($4)))
+                 and ($5 is null or id < $5)
+                 and ($6 is null or died_at >= $6)
+                 and ($7 is null or died_at < $7)"
+            ),
+            " order by id desc limit $8"
+        )
+    } else {
+        concat!(
+            summaries!(
+                "",
+                "state in ('open', 'redriven')
+                 and ($1 is null or worker = $1) and ($2 is null or reason = $2)
+                 and ($3 is null or code = $3) and ($4 = '[]' or id in (select value from json_each($4)))
+                 and ($5 is null or id < $5)
+                 and ($6 is null or died_at >= $6)
+                 and ($7 is null or died_at < $7)"
+            ),
+            " where state <> 'done' order by id desc limit $8"
+        )
+    });
+    let rows = query
+        .bind(filter.worker.as_deref())
+        .bind(filter.reason.as_deref())
+        .bind(filter.code.as_deref())
+        .bind(serde_json::json!(filter.ids).to_string())
+        .bind(filter.below)
+        .bind(filter.since.map(|time| time.as_microsecond()))
+        .bind(filter.until.map(|time| time.as_microsecond()))
+        .bind(filter.limit)
+        .fetch_all(readers)
+        .await
+        .map_err(|error| errors::of_statement(error, "list dead letters"))?;
     rows.iter().map(|row| summary(row).context("read a dead letter").map_err(StoreError::Unavailable)).collect()
 }
 
-/// One letter, with its attempts.
+/// One letter, with everything that is known of it.
 pub(super) async fn find(readers: &SqlitePool, id: i64) -> Result<Option<LetterRecord>> {
-    let row = sqlx::query(
-        "select id, worker, event_id, reason, code, detail, subject, attempts, version, died_at, headers, body,
-             stream, stream_sequence
-         from oncely_dead_letter where id = $1",
-    )
-    .bind(id)
-    .fetch_optional(readers)
-    .await
-    .map_err(|error| errors::of_statement(error, "read a dead letter"))?;
+    let query = sqlx::query(summaries!(
+        ", headers, body, first_died_at, coalesce(stored_at, first_died_at, died_at) as stored_at",
+        "id = $1"
+    ));
+    let row = query
+        .bind(id)
+        .fetch_optional(readers)
+        .await
+        .map_err(|error| errors::of_statement(error, "read a dead letter"))?;
     let Some(row) = row else { return Ok(None) };
     let mut letter = record(&row).context("read a dead letter").map_err(StoreError::Unavailable)?;
-    letter.attempts = attempts::of_event(readers, &letter.summary.worker, &letter.summary.event_id).await?;
+    let (worker, event_id) = (letter.summary.worker.clone(), letter.summary.event_id.clone());
+    letter.attempts = attempts::of_event(readers, &worker, &event_id).await?;
+    letter.edits = edits(readers, id).await?;
+    letter.audit = audit(readers, id).await?;
+    letter.settled = settled(readers, &worker, &event_id).await?;
+    letter.outputs = outputs(readers, &worker, &event_id).await?;
     Ok(Some(letter))
 }
 
+async fn edits(readers: &SqlitePool, id: i64) -> Result<Vec<EditRecord>> {
+    let query = sqlx::query(
+        "select actor, note, body, at
+         from oncely_letter_edit where letter = $1 order by edit",
+    );
+    let rows = query
+        .bind(id)
+        .fetch_all(readers)
+        .await
+        .map_err(|error| errors::of_statement(error, "read corrected bodies"))?;
+    let read = |row: &SqliteRow| -> anyhow::Result<_> {
+        Ok(EditRecord {
+            at: shared::timestamp(row.try_get("at")?)?,
+            actor: row.try_get("actor")?,
+            note: row.try_get("note")?,
+            body: Bytes::from(row.try_get::<Vec<u8>, _>("body")?),
+        })
+    };
+    rows.iter().map(|row| read(row).context("read a corrected body").map_err(StoreError::Unavailable)).collect()
+}
+
+async fn audit(readers: &SqlitePool, id: i64) -> Result<Vec<AuditRecord>> {
+    let query = sqlx::query(
+        "select action, generation, actor, note, at
+         from oncely_letter_audit where letter = $1 order by seq",
+    );
+    let rows = query
+        .bind(id)
+        .fetch_all(readers)
+        .await
+        .map_err(|error| errors::of_statement(error, "read what was done to a dead letter"))?;
+    let read = |row: &SqliteRow| -> anyhow::Result<_> {
+        Ok(AuditRecord {
+            at: shared::timestamp(row.try_get("at")?)?,
+            action: row.try_get("action")?,
+            generation: row.try_get("generation")?,
+            actor: row.try_get("actor")?,
+            note: row.try_get("note")?,
+        })
+    };
+    rows.iter().map(|row| read(row).context("read the audit").map_err(StoreError::Unavailable)).collect()
+}
+
+async fn settled(readers: &SqlitePool, worker: &str, event_id: &str) -> Result<Option<(String, Timestamp)>> {
+    let query = sqlx::query(
+        "select state, settled_at from oncely_inbox
+         where worker = $1 and event_id = $2",
+    );
+    let row = query
+        .bind(worker)
+        .bind(event_id)
+        .fetch_optional(readers)
+        .await
+        .map_err(|error| errors::of_statement(error, "look up an event"))?;
+    let read = |row: SqliteRow| -> anyhow::Result<_> { Ok((row.try_get(0)?, shared::timestamp(row.try_get(1)?)?)) };
+    row.map(|row| read(row).context("read an event's record").map_err(StoreError::Unavailable)).transpose()
+}
+
+async fn outputs(readers: &SqlitePool, worker: &str, event_id: &str) -> Result<Vec<LetterOutput>> {
+    let query = sqlx::query(
+        "select id, subject, stream, stream_sequence from oncely_outbox
+         where worker = $1 and event_id = $2 and subject not like 'oncely.%' order by seq",
+    );
+    let rows = query
+        .bind(worker)
+        .bind(event_id)
+        .fetch_all(readers)
+        .await
+        .map_err(|error| errors::of_statement(error, "look up an event's outputs"))?;
+    let read = |row: &SqliteRow| -> anyhow::Result<_> {
+        Ok(LetterOutput {
+            id: row.try_get("id")?,
+            subject: row.try_get("subject")?,
+            stream: row.try_get("stream")?,
+            stream_sequence: row.try_get::<Option<i64>, _>("stream_sequence")?.map(shared::unsigned),
+        })
+    };
+    rows.iter().map(|row| read(row).context("read an output").map_err(StoreError::Unavailable)).collect()
+}
+
 fn summary(row: &SqliteRow) -> anyhow::Result<LetterSummary> {
+    let moved_at: Option<i64> = row.try_get("moved_at")?;
     Ok(LetterSummary {
         id: row.try_get("id")?,
+        state: LetterState::read(row.try_get("state")?)?,
         worker: row.try_get("worker")?,
         event_id: row.try_get("event_id")?,
         reason: row.try_get("reason")?,
@@ -143,15 +191,25 @@ fn summary(row: &SqliteRow) -> anyhow::Result<LetterSummary> {
         attempts: row.try_get("attempts")?,
         version: row.try_get("version")?,
         died_at: shared::timestamp(row.try_get("died_at")?)?,
+        generation: row.try_get("generation")?,
+        moved_at: moved_at.map(shared::timestamp).transpose()?,
+        stream: row.try_get("stream")?,
+        stream_sequence: row.try_get::<Option<i64>, _>("stream_sequence")?.map(shared::unsigned),
     })
 }
 
 fn record(row: &SqliteRow) -> anyhow::Result<LetterRecord> {
+    let first_died_at: Option<i64> = row.try_get("first_died_at")?;
     Ok(LetterRecord {
         summary: summary(row)?,
         headers: shared::headers_from_text(row.try_get("headers")?)?,
         body: Bytes::from(row.try_get::<Vec<u8>, _>("body")?),
-        origin: shared::origin(row.try_get("stream")?, row.try_get("stream_sequence")?),
+        first_died_at: first_died_at.map(shared::timestamp).transpose()?,
+        stored_at: shared::timestamp(row.try_get("stored_at")?)?,
         attempts: Vec::new(),
+        edits: Vec::new(),
+        audit: Vec::new(),
+        settled: None,
+        outputs: Vec::new(),
     })
 }

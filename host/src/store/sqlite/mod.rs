@@ -4,6 +4,8 @@
 
 mod attempts;
 mod authorizer;
+mod burial;
+mod changes;
 mod deployments;
 mod errors;
 mod guest_sql;
@@ -13,6 +15,7 @@ mod letters;
 mod migrate;
 mod outbox;
 mod outputs;
+mod redrive;
 mod repair;
 mod session;
 mod state;
@@ -30,10 +33,11 @@ use self::guest_sql::Guests;
 use self::session::Sessions;
 use self::tx::SqliteTx;
 use super::{
-    DeploymentRecord, FailedAttempt, LetterFilter, LetterRecord, LetterSummary, OnStream, OutboxLag, OutboxRow, Output,
-    OutputFilter, OutputRecord, OutputSummary, Published, PutBack, Result, StateRecord, Store, Tx, WorkerMigration,
-    WorkerTotals,
+    By, DeploymentRecord, FailedAttempt, LetterFilter, LetterRecord, LetterSummary, Move, Moved, OnStream, OutboxLag,
+    OutboxRow, Output, OutputFilter, OutputRecord, OutputSummary, Published, PutBack, Redrive, Result, StateRecord,
+    Store, Tx, Unpublished, WorkerMigration, WorkerTotals,
 };
+use crate::fault;
 use crate::sql::Dialect;
 use crate::verdict::{Letter, Settled};
 
@@ -81,7 +85,7 @@ impl Store for SqliteStore {
 
     async fn begin(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>> {
         let session = self.sessions.begin().await?;
-        Ok(Box::new(SqliteTx::new(session, worker, Guests { has_gate: self.has_gate, time })))
+        Ok(Box::new(SqliteTx::new(session, worker, Guests { has_gate: self.has_gate, time }, self.readers.clone())))
     }
 
     async fn count_attempts(&self, worker: &str, failed: &[FailedAttempt]) -> Result<Vec<u32>> {
@@ -106,7 +110,7 @@ impl Store for SqliteStore {
 
     async fn bury(&self, letters: &[(Letter, Output)]) -> Result<(Vec<Settled>, Vec<OutboxRow>)> {
         let mut session = self.sessions.begin().await?;
-        let notices = letters::bury(&mut session, letters).await?;
+        let notices = burial::bury(&mut session, letters).await?;
         session.commit().await?;
         Ok((letters.iter().map(|_| Settled::seen_by_store()).collect(), notices))
     }
@@ -124,7 +128,7 @@ impl Store for SqliteStore {
         session.commit().await
     }
 
-    async fn put_back_outputs(&self, rows: &[(i64, PutBack)]) -> Result<()> {
+    async fn put_back_outputs(&self, rows: &[(i64, Unpublished)]) -> Result<()> {
         let mut session = self.sessions.begin().await?;
         outbox::put_back(&mut session, rows).await?;
         session.commit().await
@@ -215,6 +219,30 @@ impl Store for SqliteStore {
 
     async fn letter(&self, id: i64) -> Result<Option<LetterRecord>> {
         letters::find(&self.readers, id).await
+    }
+
+    async fn redrive(&self, letters: &[Redrive], by: &By) -> Result<(Vec<Moved>, Vec<OutboxRow>)> {
+        let mut session = self.sessions.begin().await?;
+        let moved = redrive::redrive(&mut session, letters, by).await?;
+        fault::point(fault::BEFORE_REDRIVE);
+        session.commit().await?;
+        fault::point(fault::AFTER_REDRIVE);
+        Ok(moved)
+    }
+
+    async fn put_back(&self, id: i64, generation: u32) -> Result<PutBack> {
+        redrive::put_back(&self.readers, id, generation).await
+    }
+
+    async fn done_events(&self, worker: &str, event_ids: &[String]) -> Result<Vec<String>> {
+        inbox::done(&self.readers, worker, event_ids).await
+    }
+
+    async fn move_letters(&self, ids: &[i64], what: &Move, by: &By) -> Result<Vec<Moved>> {
+        let mut session = self.sessions.begin().await?;
+        let moved = redrive::move_letters(&mut session, ids, what, by).await?;
+        session.commit().await?;
+        Ok(moved)
     }
 
     async fn state_entry(&self, worker: &str, key: &str) -> Result<Option<StateRecord>> {

@@ -13,7 +13,7 @@ use super::errors;
 use super::session::Session;
 use crate::fault;
 use crate::store::shared::{self, LINE_MAX, PutBackColumns};
-use crate::store::{OutboxRow, Output, Published, PutBack, Result, StoreError};
+use crate::store::{OutboxRow, Output, Published, Result, StoreError, Unpublished};
 
 /// Appends the outputs of one worker; see [`append_for`].
 pub(super) async fn append(
@@ -167,7 +167,7 @@ pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) ->
         judged.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect();
     let (next, waiting): (Vec<_>, Vec<_>) =
         judged.map_err(doing)?.into_iter().partition(|(_, before)| before.is_none());
-    let waiting = waiting.into_iter().filter_map(|(seq, before)| Some((seq, PutBack::Behind(before?))));
+    let waiting = waiting.into_iter().filter_map(|(seq, before)| Some((seq, Unpublished::Behind(before?))));
     put_back(session, &waiting.collect::<Vec<_>>()).await?;
     if next.is_empty() {
         return Ok(Vec::new());
@@ -236,7 +236,7 @@ pub(super) async fn mark_published(session: &mut Session, published: &[Published
 }
 
 /// Gives leases up.
-pub(super) async fn put_back(session: &mut Session, rows: &[(i64, PutBack)]) -> Result<()> {
+pub(super) async fn put_back(session: &mut Session, rows: &[(i64, Unpublished)]) -> Result<()> {
     if rows.is_empty() {
         return Ok(());
     }

@@ -17,9 +17,9 @@ pub(super) async fn by_worker(readers: &SqlitePool) -> Result<Vec<WorkerTotals>>
          ), inbox as (
              select worker, count(*) as done from oncely_inbox where state = 'done' group by worker
          ), dead_letter as (
-             select worker, count(*) as dead from oncely_dead_letter group by worker
+             select worker, count(*) as dead from oncely_dead_letter where state = 'open' group by worker
          ), outbox as (
-             select worker, count(*) filter (where subject not like 'oncely.dlq.%') as outputs,
+             select worker, count(*) filter (where subject not like 'oncely.%') as outputs,
                  count(*) filter (where published_at is null) as unpublished,
                  count(*) filter (where set_aside_at is not null) as set_aside,
                  min(due_at) filter (where published_at is null and due_at <= now
@@ -76,6 +76,7 @@ pub(super) async fn prune(session: &mut Session, outputs: Duration, inbox: Durat
         .execute(session.connection().map_err(doing)?)
         .await
         .map_err(doing)?;
+    write_done(session).await?;
     let records = sqlx::query(old_records)
         .bind(shared::micros(inbox))
         .bind(limit)
@@ -91,4 +92,19 @@ pub(super) async fn prune(session: &mut Session, outputs: Duration, inbox: Durat
             .map_err(doing)?;
     }
     Ok(outputs.rows_affected() + records.len() as u64)
+}
+
+/// Writes down which letters that were put back took effect, before the inbox forgets it.
+async fn write_done(session: &mut Session) -> Result<()> {
+    let doing = |error| errors::of_statement(error, "write down which dead letters took effect");
+    sqlx::query(
+        "update oncely_dead_letter as letter set state = 'done'
+         where letter.state = 'redriven' and exists (
+             select 1 from oncely_inbox as inbox where inbox.worker = letter.worker
+                 and inbox.event_id = letter.event_id and inbox.state = 'done')",
+    )
+    .execute(session.connection().map_err(doing)?)
+    .await
+    .map_err(doing)?;
+    Ok(())
 }

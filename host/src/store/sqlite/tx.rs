@@ -4,13 +4,15 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use sqlx::sqlite::SqlitePool;
 
+use super::changes::{self, Watch};
 use super::guest_sql::{self, Guests, Outcome};
 use super::session::Session;
 use super::{inbox, outbox, state};
 use crate::sql::{Rows, SqlError, SqlLimits, Value};
 use crate::store::shared::Savepoint;
-use crate::store::{Claim, Claimed, OutboxRow, Output, Result, StateEntry, StateWrite, Tx, shared};
+use crate::store::{Changes, Claim, Claimed, OutboxRow, Output, Result, StateEntry, StateWrite, Tx, shared};
 use crate::verdict::Settled;
 
 pub(super) struct SqliteTx {
@@ -24,10 +26,13 @@ pub(super) struct SqliteTx {
     undoable: bool,
     savepoint: Savepoint,
     guests: Guests,
+    /// See what was committed before.
+    readers: SqlitePool,
+    watch: Option<Watch>,
 }
 
 impl SqliteTx {
-    pub(super) fn new(session: Session, worker: &str, guests: Guests) -> Self {
+    pub(super) fn new(session: Session, worker: &str, guests: Guests, readers: SqlitePool) -> Self {
         SqliteTx {
             session,
             worker: worker.to_owned(),
@@ -36,6 +41,8 @@ impl SqliteTx {
             undoable: true,
             savepoint: Savepoint::new(),
             guests,
+            readers,
+            watch: None,
         }
     }
 
@@ -143,6 +150,23 @@ impl Tx for SqliteTx {
         self.remember(appended)
     }
 
+    async fn watch(&mut self) -> Result<()> {
+        self.check()?;
+        let watch = changes::watch(&mut self.session).await;
+        self.watch = Some(self.remember(watch)?);
+        Ok(())
+    }
+
+    async fn changes(&mut self, limit: usize) -> Result<Changes> {
+        self.check()?;
+        self.doomed = Some("it was only watched".to_owned());
+        self.undoable = false;
+        match &self.watch {
+            Some(watch) => changes::changes(&mut self.session, &self.readers, watch, limit).await,
+            None => Ok(Changes::default()),
+        }
+    }
+
     async fn commit(self: Box<Self>) -> Result<Settled> {
         if let Err(refused) = self.check() {
             self.rollback().await;
@@ -152,7 +176,11 @@ impl Tx for SqliteTx {
         Ok(Settled::seen_by_store())
     }
 
-    async fn rollback(self: Box<Self>) {
+    async fn rollback(mut self: Box<Self>) {
+        // A connection that cannot be told to stop watching is closed.
+        if self.watch.is_some() && changes::forget(&mut self.session).await.is_err() {
+            return;
+        }
         self.session.rollback().await;
     }
 }

@@ -1,0 +1,58 @@
+//! `oncely dlq edit`: a corrected body, beside the original.
+
+use std::io::Read;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use clap::Args;
+
+use super::select::{Actor, check_all_moved};
+use crate::api::letters::EditRequest;
+use crate::cli::client::{Client, HostArgs};
+use crate::cli::term;
+use crate::store::Moved;
+
+/// Keeps a corrected body for a dead letter: it is what the worker is given when the letter is put back.
+#[derive(Debug, Args)]
+pub struct Edit {
+    id: i64,
+    /// A file with the corrected body; `-` reads it from standard input.
+    #[arg(long, value_name = "FILE")]
+    body: PathBuf,
+    /// What was wrong.
+    #[arg(long)]
+    note: String,
+    #[command(flatten)]
+    actor: Actor,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    host: HostArgs,
+}
+
+impl Edit {
+    pub async fn run(self) -> Result<()> {
+        let body = if self.body.as_os_str() == "-" {
+            let mut body = Vec::new();
+            std::io::stdin().read_to_end(&mut body).context("read the body from standard input")?;
+            body
+        } else {
+            std::fs::read(&self.body).with_context(|| format!("read {}", self.body.display()))?
+        };
+        let client = Client::find(&self.host)?;
+        let request = EditRequest { body: STANDARD.encode(&body), by: self.actor.by(Some(self.note)) };
+        let moved: Vec<Moved> = client.post(&format!("/letters/{}/edit", self.id), &request).await?;
+        if self.json {
+            term::json(&moved)?;
+        }
+        check_all_moved(&moved, "corrected")?;
+        if !self.json {
+            term::data(format!("dead letter {} has a corrected body of {} bytes", self.id, body.len()))?;
+            term::note(format!("put it back with: oncely dlq redrive {}", self.id));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,120 @@
+//! Which dead letters a command is about, and who gives it.
+
+use anyhow::{Result, anyhow};
+use clap::Args;
+use jiff::Timestamp;
+
+use crate::cli::client::Client;
+use crate::cli::exit::Exit;
+use crate::cli::term;
+use crate::hint::WithHint;
+use crate::store::{By, LetterFilter, LetterSummary, Moved};
+use crate::units;
+
+/// What dead letters have in common.
+#[derive(Debug, Clone, Args)]
+pub struct Filters {
+    /// Only of this worker.
+    #[arg(long)]
+    worker: Option<String>,
+    /// Only with this reason, such as rejected or attempts-exhausted.
+    #[arg(long)]
+    reason: Option<String>,
+    /// Only with this code of the handler's.
+    #[arg(long)]
+    code: Option<String>,
+    /// Only of this subject; `*` and `>` as NATS has them.
+    #[arg(long)]
+    subject: Option<String>,
+    /// Only those that died since: how long ago (2h), a time (2026-01-31T12:00:00Z), or one of today, UTC (12:00).
+    #[arg(long, value_name = "WHEN", value_parser = when)]
+    since: Option<Timestamp>,
+    /// Only those that died before.
+    #[arg(long, value_name = "WHEN", value_parser = when)]
+    until: Option<Timestamp>,
+}
+
+fn when(text: &str) -> Result<Timestamp, String> {
+    units::parse_when(text, Timestamp::now())
+}
+
+impl Filters {
+    pub fn filter(self) -> LetterFilter {
+        let Filters { worker, reason, code, subject, since, until } = self;
+        LetterFilter { worker, reason, code, subject, since, until, limit: u32::MAX, ..LetterFilter::default() }
+    }
+}
+
+/// Dead letters by their numbers, or by what they have in common.
+#[derive(Debug, Clone, Args)]
+pub struct Selection {
+    /// The letters' numbers.
+    ids: Vec<i64>,
+    /// All that wait for somebody.
+    #[arg(long, conflicts_with = "ids")]
+    all: bool,
+    #[command(flatten)]
+    filters: Filters,
+}
+
+impl Selection {
+    /// The letters in the order of their streams. Those that were named must be there.
+    pub async fn find(self, client: &Client, closed: bool) -> Result<Vec<LetterSummary>> {
+        let Selection { ids, all, filters } = self;
+        let by_number = !ids.is_empty();
+        let filter = LetterFilter { closed: closed || by_number, ids, ..filters.filter() };
+        let anything = LetterFilter { closed: filter.closed, limit: u32::MAX, ..LetterFilter::default() };
+        if filter == anything && !all {
+            return Err(Exit::Usage.because("it is not said which dead letters are meant"))
+                .hint("give their numbers, a filter such as --worker NAME, or --all");
+        }
+        let mut letters: Vec<LetterSummary> = client.post("/letters/find", &filter).await?;
+        if let Some(missing) = filter.ids.iter().find(|id| letters.iter().all(|letter| letter.id != **id)) {
+            return Err(Exit::NotFound.because(format!("there is no dead letter {missing}"))).hint("oncely dlq list");
+        }
+        letters.sort_by(|a, b| place(a).cmp(&place(b)));
+        Ok(letters)
+    }
+}
+
+fn place(letter: &LetterSummary) -> (&str, Option<&str>, Option<u64>, i64) {
+    (&letter.worker, letter.stream.as_deref(), letter.stream_sequence, letter.id)
+}
+
+/// Who gives a command.
+#[derive(Debug, Clone, Args)]
+pub struct Actor {
+    /// Who does this, for the record. Default: the user of the operating system.
+    #[arg(long, env = "ONCELY_ACTOR", value_name = "NAME")]
+    actor: Option<String>,
+}
+
+impl Actor {
+    pub fn by(self, note: Option<String>) -> By {
+        By { actor: self.actor.unwrap_or_else(user), note }
+    }
+}
+
+/// The user of the operating system: as `id` knows him, not as the environment says.
+fn user() -> String {
+    let output = std::process::Command::new("id").arg("-un").output();
+    let name = output.ok().filter(|output| output.status.success());
+    let name = name.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
+    name.filter(|name| !name.is_empty()).unwrap_or_else(|| "unknown".to_owned())
+}
+
+/// Tells why some letters were left as they are, and fails if there are any.
+pub fn check_all_moved(moved: &[Moved], what: &str) -> Result<()> {
+    let refused: Vec<(i64, &str)> =
+        moved.iter().filter_map(|moved| Some((moved.id, moved.refused.as_deref()?))).collect();
+    match refused.as_slice() {
+        [] => Ok(()),
+        [(id, why)] if moved.len() == 1 => Err(anyhow!("{why}").context(format!("dead letter {id} was not {what}"))),
+        refused => {
+            for (id, why) in refused {
+                term::warning(format!("dead letter {id} was not {what}: {why}"));
+            }
+            Err(anyhow!("{} of {} dead letters were not {what}", refused.len(), moved.len()))
+        }
+    }
+}

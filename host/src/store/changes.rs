@@ -1,0 +1,73 @@
+//! What a transaction that is not to be committed changed in workers' tables.
+
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
+
+/// A row before and after; a value for each column.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RowChange {
+    pub table: String,
+    /// None for a row that is new.
+    pub before: Option<serde_json::Value>,
+    /// None for a row that is gone.
+    pub after: Option<serde_json::Value>,
+}
+
+/// All that changed, as far as it can be told.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Changes {
+    pub rows: Vec<RowChange>,
+    /// What is not among `rows`, for a person.
+    pub not_shown: Vec<String>,
+    /// What the database would refuse the commit for.
+    pub refused: Option<String>,
+}
+
+/// Pairs rows before and after by the columns of their primary key; what has no partner is new or gone.
+pub(super) fn pair(
+    table: &str,
+    key: &BTreeSet<String>,
+    before: Vec<serde_json::Value>,
+    after: Vec<serde_json::Value>,
+) -> Vec<RowChange> {
+    let key_of = |row: &serde_json::Value| -> Option<Vec<Option<serde_json::Value>>> {
+        (!key.is_empty()).then(|| key.iter().map(|column| row.get(column).cloned()).collect())
+    };
+    let mut before: Vec<Option<serde_json::Value>> = before.into_iter().map(Some).collect();
+    let mut changes = Vec::new();
+    for row in after {
+        let own = key_of(&row);
+        let is_partner = |other: &&mut Option<serde_json::Value>| {
+            own.is_some() && other.as_ref().is_some_and(|other| key_of(other) == own)
+        };
+        let partner = before.iter_mut().find(is_partner).and_then(Option::take);
+        if partner.as_ref() != Some(&row) {
+            changes.push(RowChange { table: table.to_owned(), before: partner, after: Some(row) });
+        }
+    }
+    let gone = |row| RowChange { table: table.to_owned(), before: Some(row), after: None };
+    changes.extend(before.into_iter().flatten().map(gone));
+    changes
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn rows_are_paired_by_their_key_and_what_stayed_the_same_is_no_change() {
+        let before = vec![json!({"id": 1, "n": 1}), json!({"id": 2, "n": 1}), json!({"id": 3, "n": 1})];
+        let after = vec![json!({"id": 4, "n": 1}), json!({"id": 2, "n": 2}), json!({"id": 3, "n": 1})];
+        let change = |before: Option<i64>, after: Option<i64>| {
+            let row = |id: i64, n: i64| json!({"id": id, "n": n});
+            (before.map(|id| row(id, 1)), after.map(|id| row(id, if id == 2 { 2 } else { 1 })))
+        };
+        let changes = pair("t", &BTreeSet::from(["id".to_owned()]), before, after);
+        let found: Vec<_> = changes.into_iter().map(|change| (change.before, change.after)).collect();
+        assert_eq!(found, [change(None, Some(4)), change(Some(2), Some(2)), change(Some(1), None)]);
+        assert_eq!(pair("t", &BTreeSet::new(), vec![json!({"n": 1})], vec![json!({"n": 1})]).len(), 2);
+    }
+}

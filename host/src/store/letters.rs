@@ -1,0 +1,323 @@
+//! Dead letters as people read them, and what may be done with each.
+
+use bytes::Bytes;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::{Result, Store};
+use crate::message::{Headers, Message};
+use crate::subject;
+use crate::verdict::{Reason, Settled};
+
+/// How many letters are read at a time.
+const PAGE: u32 = 500;
+
+/// Where a dead letter stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LetterState {
+    /// It waits for somebody.
+    Open,
+    /// It was put back, and nothing is known of it yet.
+    Redriven,
+    /// It was put back and took effect.
+    Done,
+    /// A person found that nothing is to be done.
+    Resolved,
+    /// A person gave it up.
+    Dropped,
+}
+
+impl LetterState {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            LetterState::Open => "open",
+            LetterState::Redriven => "redriven",
+            LetterState::Done => "done",
+            LetterState::Resolved => "resolved",
+            LetterState::Dropped => "dropped",
+        }
+    }
+
+    pub(super) fn read(text: &str) -> anyhow::Result<Self> {
+        Ok(match text {
+            "open" => LetterState::Open,
+            "redriven" => LetterState::Redriven,
+            "done" => LetterState::Done,
+            "resolved" => LetterState::Resolved,
+            "dropped" => LetterState::Dropped,
+            other => anyhow::bail!("`{other}` is no state of a dead letter"),
+        })
+    }
+}
+
+/// A counted failed attempt, as people read it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttemptRecord {
+    pub attempt: u32,
+    pub at: Timestamp,
+    pub version: u32,
+    pub code: Option<String>,
+    pub error: String,
+    pub logs: String,
+}
+
+/// One dead letter in a list.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LetterSummary {
+    pub id: i64,
+    pub state: LetterState,
+    pub worker: String,
+    pub event_id: String,
+    pub reason: String,
+    pub code: Option<String>,
+    pub detail: String,
+    pub subject: String,
+    pub attempts: u32,
+    pub version: u32,
+    /// The last time, if it died more than once.
+    pub died_at: Timestamp,
+    /// How often it was put back.
+    pub generation: u32,
+    /// When it was last put back or closed.
+    pub moved_at: Option<Timestamp>,
+    /// Where the message stood; none when it was from no stream.
+    pub stream: Option<String>,
+    pub stream_sequence: Option<u64>,
+}
+
+/// A corrected body.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EditRecord {
+    pub at: Timestamp,
+    pub actor: String,
+    pub note: String,
+    pub body: Bytes,
+}
+
+/// What somebody did to a letter.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditRecord {
+    pub at: Timestamp,
+    /// `redrive`, `edit`, `resolve` or `drop`.
+    pub action: String,
+    pub generation: u32,
+    pub actor: String,
+    pub note: Option<String>,
+}
+
+/// An output of the event of a letter, after it took effect.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LetterOutput {
+    pub id: String,
+    pub subject: String,
+    /// None until it is published.
+    pub stream: Option<String>,
+    pub stream_sequence: Option<u64>,
+}
+
+/// One dead letter, whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LetterRecord {
+    pub summary: LetterSummary,
+    pub headers: Headers,
+    /// The original.
+    pub body: Bytes,
+    /// When it died the first time, if it was put back since.
+    pub first_died_at: Option<Timestamp>,
+    /// When its stream stored the message; for an old letter, when it died.
+    pub stored_at: Timestamp,
+    /// Every failed attempt of its event id at its worker, first to last.
+    pub attempts: Vec<AttemptRecord>,
+    /// Corrected bodies, first to last.
+    pub edits: Vec<EditRecord>,
+    pub audit: Vec<AuditRecord>,
+    /// `done` or `dead` and since when, if the event is settled.
+    pub settled: Option<(String, Timestamp)>,
+    /// Those that are still in the outbox.
+    pub outputs: Vec<LetterOutput>,
+}
+
+/// Which dead letters to list, newest first.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LetterFilter {
+    /// These alone; all when it is empty.
+    pub ids: Vec<i64>,
+    pub worker: Option<String>,
+    pub reason: Option<String>,
+    pub code: Option<String>,
+    /// A subject, or a pattern as NATS has them.
+    pub subject: Option<String>,
+    /// Those that died at this time or later.
+    pub since: Option<Timestamp>,
+    /// Those that died before this time.
+    pub until: Option<Timestamp>,
+    /// Also those that are done, resolved or dropped.
+    pub closed: bool,
+    /// Only ids below this one.
+    pub below: Option<i64>,
+    pub limit: u32,
+}
+
+impl LetterFilter {
+    fn fits_subject(&self, letter: &LetterSummary) -> bool {
+        self.subject.as_ref().is_none_or(|pattern| subject::matches(pattern, &letter.subject))
+    }
+}
+
+/// All letters that fit, up to the filter's limit, newest first.
+pub async fn all_letters(store: &dyn Store, filter: &LetterFilter) -> Result<Vec<LetterSummary>> {
+    let wanted = usize::try_from(filter.limit).unwrap_or(usize::MAX);
+    let mut found = Vec::new();
+    let mut page = LetterFilter { limit: PAGE, ..filter.clone() };
+    loop {
+        let letters = store.letters(&page).await?;
+        let is_last = letters.len() < PAGE as usize;
+        page.below = letters.last().map(|letter| letter.id);
+        found.extend(letters.into_iter().filter(|letter| filter.fits_subject(letter)));
+        if is_last || found.len() >= wanted {
+            found.truncate(wanted);
+            return Ok(found);
+        }
+    }
+}
+
+/// A letter to put back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Redrive {
+    pub id: i64,
+    /// Only if it was put back this often so far.
+    pub generation: Option<u32>,
+    /// Also if it is under way, or closed.
+    pub again: bool,
+}
+
+/// Who does something, and why.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct By {
+    pub actor: String,
+    pub note: Option<String>,
+}
+
+/// What is done to letters, other than putting them back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Move {
+    /// Nothing is to be done.
+    Resolve,
+    /// They are given up.
+    Drop,
+    /// The worker is to be given this body.
+    Edit(Bytes),
+}
+
+impl Move {
+    /// As the audit has it.
+    pub(super) fn action(&self) -> &'static str {
+        match self {
+            Move::Resolve => "resolve",
+            Move::Drop => "drop",
+            Move::Edit(_) => "edit",
+        }
+    }
+
+    /// The state that follows; none when it stays as it is.
+    pub(super) fn closes(&self) -> Option<LetterState> {
+        match self {
+            Move::Resolve => Some(LetterState::Resolved),
+            Move::Drop => Some(LetterState::Dropped),
+            Move::Edit(_) => None,
+        }
+    }
+}
+
+/// What came of doing something to one letter.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Moved {
+    pub id: i64,
+    /// Why it was not done, for a person; none when it was done.
+    pub refused: Option<String>,
+}
+
+/// What a worker that was pointed to a letter finds.
+#[derive(Debug)]
+pub enum PutBack {
+    /// The message as it was, with its last corrected body if it has one; for this version of the worker, the active one.
+    Message(Box<Message>, u32),
+    /// Nothing to do: the letter was closed, died again, took effect or was put back once more.
+    OutOfDate(Settled),
+}
+
+/// A letter as a transaction that is to change it finds it.
+pub(super) struct Standing {
+    pub id: i64,
+    pub worker: String,
+    pub event_id: String,
+    pub payload_sha256: Vec<u8>,
+    pub reason: String,
+    pub state: LetterState,
+    pub generation: u32,
+    /// What the inbox says of its event, unless that is about another payload.
+    pub inbox: Option<String>,
+}
+
+impl Standing {
+    fn is_id_reuse(&self) -> bool {
+        self.reason == Reason::IdReuse.as_str()
+    }
+
+    /// Whether its event id is its own, so that the inbox speaks of it.
+    pub fn owns_its_event(&self) -> bool {
+        !self.is_id_reuse()
+    }
+
+    fn is_done(&self) -> bool {
+        self.owns_its_event() && (self.state == LetterState::Done || self.inbox.as_deref() == Some("done"))
+    }
+
+    /// Why it cannot be put back; none when it can.
+    pub fn against_redrive(&self, wanted: &Redrive) -> Option<String> {
+        if wanted.generation.is_some_and(|generation| generation != self.generation) {
+            return Some("somebody put it back since".to_owned());
+        }
+        match self.state {
+            _ if self.is_done() => Some("it took effect since; nothing is to be done".to_owned()),
+            _ if self.is_id_reuse() => Some(ID_REUSE.to_owned()),
+            _ if self.reason == Reason::Unreadable.as_str() => Some(UNREADABLE.to_owned()),
+            LetterState::Redriven if !wanted.again => Some("it was put back and is under way".to_owned()),
+            LetterState::Resolved | LetterState::Dropped if !wanted.again => {
+                Some(format!("it is closed ({})", self.state.as_str()))
+            }
+            _ => None,
+        }
+    }
+
+    /// Why it cannot be changed like that; none when it can.
+    pub fn against(&self, what: &Move) -> Option<String> {
+        let is_closed = matches!(self.state, LetterState::Resolved | LetterState::Dropped);
+        match what {
+            _ if self.is_done() => Some("it took effect since; nothing is to be done".to_owned()),
+            _ if is_closed => Some(format!("it is closed already ({})", self.state.as_str())),
+            Move::Edit(_) if self.is_id_reuse() => Some(ID_REUSE.to_owned()),
+            Move::Edit(_) if self.reason == Reason::Unreadable.as_str() => Some(UNREADABLE.to_owned()),
+            Move::Edit(_) if self.state == LetterState::Redriven => Some("it was put back and is under way".to_owned()),
+            _ => None,
+        }
+    }
+}
+
+const ID_REUSE: &str = "its event id stands for another message, so the inbox would never let it through; publish its body \
+    under an id of its own (`oncely dlq show ID --raw | oncely publish SUBJECT --id NEW`), then resolve it";
+
+const UNREADABLE: &str = "its headers cannot be read, so the worker would not see what was sent; publish its body with proper \
+    headers (`oncely dlq show ID --raw | oncely publish SUBJECT --id NEW`), then resolve it";
+
+/// What came of it for each letter that was asked for, in that order.
+pub(super) fn moved(ids: impl IntoIterator<Item = i64>, refused: &[(i64, String)], done: &[i64]) -> Vec<Moved> {
+    let why = |id: i64| match refused.iter().find(|(refused, _)| *refused == id) {
+        Some((_, why)) => Some(why.clone()),
+        None if done.contains(&id) => None,
+        None => Some("there is no such letter".to_owned()),
+    };
+    ids.into_iter().map(|id| Moved { id, refused: why(id) }).collect()
+}

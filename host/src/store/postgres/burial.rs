@@ -1,0 +1,130 @@
+//! Writing dead letters: the original bytes and headers of what could not be handled.
+
+use std::collections::{HashMap, HashSet};
+
+use sqlx::Row;
+use sqlx::postgres::PgRow;
+
+use super::session::Session;
+use super::{errors, outbox};
+use crate::store::shared::{self, Burial};
+use crate::store::{OutboxRow, Output, Result};
+use crate::verdict::Letter;
+
+/// Writes letters, their inbox records and their notices; returns the notices. What is settled already adds nothing.
+pub(super) async fn bury(session: &mut Session, letters: &[(Letter, Output)]) -> Result<Vec<OutboxRow>> {
+    let burials = Burial::all(letters);
+    let inserted = settle(session, &burials).await?;
+    let held = held_payloads(session, &burials).await?;
+    let new = shared::to_bury(&burials, &inserted, &held);
+    let written = insert(session, &new).await?;
+    let notice = |burial: &&Burial<'_>| {
+        let (worker, event_id) = burial.key();
+        let key = (worker.to_owned(), event_id.to_owned(), burial.payload_sha256.to_vec());
+        let (id, generation) = written.get(&key)?;
+        Some((worker.to_owned(), burial.notice_of(*id, *generation)))
+    };
+    let notices: Vec<(String, Output)> = new.iter().filter_map(notice).collect();
+    let notices: Vec<(&str, &Output)> = notices.iter().map(|(worker, notice)| (worker.as_str(), notice)).collect();
+    outbox::append_for(session, &notices, shared::NOTICE_LEASE).await
+}
+
+/// Settles the events that are not settled yet as dead, and returns them.
+async fn settle(session: &mut Session, burials: &[Burial<'_>]) -> Result<HashSet<(String, String)>> {
+    let mut streams = Vec::with_capacity(burials.len());
+    let mut sequences = Vec::with_capacity(burials.len());
+    for burial in burials {
+        streams.push(burial.origin().map(|(stream, _)| stream));
+        sequences.push(burial.origin().map(|(_, sequence)| shared::signed(sequence)).transpose()?);
+    }
+    let query = session.query(
+        "insert into oncely.inbox (worker, event_id, state, payload_sha256, stream, stream_sequence)
+         select worker, event_id, 'dead', payload_sha256, stream, stream_sequence
+         from unnest($1::text[], $2::text[], $3::bytea[], $4::text[], $5::bigint[])
+             as given (worker, event_id, payload_sha256, stream, stream_sequence)
+         order by worker, event_id
+         on conflict do nothing
+         returning worker, event_id",
+    );
+    let rows = query
+        .bind(burials.iter().map(|burial| burial.key().0).collect::<Vec<_>>())
+        .bind(burials.iter().map(|burial| burial.key().1).collect::<Vec<_>>())
+        .bind(burials.iter().map(|burial| burial.payload_sha256.as_slice()).collect::<Vec<_>>())
+        .bind(streams)
+        .bind(sequences)
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "settle dead events"))?;
+    let keys: sqlx::Result<_> = rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect();
+    keys.map_err(|error| errors::of_statement(error, "read settled events"))
+}
+
+async fn held_payloads(session: &mut Session, burials: &[Burial<'_>]) -> Result<HashMap<(String, String), Vec<u8>>> {
+    let query = session.query(
+        "select worker, event_id, payload_sha256 from oncely.inbox
+         where (worker, event_id) in (select * from unnest($1::text[], $2::text[]))",
+    );
+    let rows = query
+        .bind(burials.iter().map(|burial| burial.key().0).collect::<Vec<_>>())
+        .bind(burials.iter().map(|burial| burial.key().1).collect::<Vec<_>>())
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "look up dead events"))?;
+    let held: sqlx::Result<_> =
+        rows.iter().map(|row| Ok(((row.try_get(0)?, row.try_get(1)?), row.try_get(2)?))).collect();
+    held.map_err(|error| errors::of_statement(error, "read dead events"))
+}
+
+/// Worker, event id and payload of a letter.
+type Key = (String, String, Vec<u8>);
+
+/// Writes letters that are not there yet, opens those again that were put back, and returns id and generation of both.
+async fn insert(session: &mut Session, new: &[&Burial<'_>]) -> Result<HashMap<Key, (i64, u32)>> {
+    let mut headers = Vec::with_capacity(new.len());
+    let mut sequences = Vec::with_capacity(new.len());
+    for burial in new {
+        headers.push(shared::headers_to_text(&burial.letter.message.headers)?);
+        sequences.push(burial.origin().map(|(_, sequence)| shared::signed(sequence)).transpose()?);
+    }
+    let letters = || new.iter().map(|burial| burial.letter);
+    let query = session.query(
+        "insert into oncely.dead_letter (worker, event_id, payload_sha256, reason, code, detail, attempts, version,
+             subject, headers, body, stream, stream_sequence, stored_at)
+         select worker, event_id, payload_sha256, reason, code, detail, attempts, version, subject, headers, body, stream,
+             stream_sequence, timestamptz 'epoch' + stored_at * interval '1 microsecond'
+         from unnest($1::text[], $2::text[], $3::bytea[], $4::text[], $5::text[], $6::text[], $7::integer[],
+             $8::integer[], $9::text[], $10::text[], $11::bytea[], $12::text[], $13::bigint[], $14::bigint[])
+             as given (worker, event_id, payload_sha256, reason, code, detail, attempts, version, subject, headers, body,
+                 stream, stream_sequence, stored_at)
+         on conflict (worker, event_id, payload_sha256) do update
+             set state = 'open', reason = excluded.reason, code = excluded.code, detail = excluded.detail,
+                 attempts = excluded.attempts, version = excluded.version, died_at = pg_catalog.now(),
+                 first_died_at = coalesce(dead_letter.first_died_at, dead_letter.died_at)
+             where dead_letter.state in ('redriven', 'done')
+         returning worker, event_id, payload_sha256, id, generation",
+    );
+    let rows = query
+        .bind(letters().map(|letter| letter.worker.as_str()).collect::<Vec<_>>())
+        .bind(letters().map(|letter| letter.message.event_id.as_str()).collect::<Vec<_>>())
+        .bind(new.iter().map(|burial| burial.payload_sha256.as_slice()).collect::<Vec<_>>())
+        .bind(letters().map(|letter| letter.reason.as_str()).collect::<Vec<_>>())
+        .bind(letters().map(|letter| letter.code.as_deref().map(shared::printable)).collect::<Vec<_>>())
+        .bind(letters().map(|letter| shared::printable(&letter.detail)).collect::<Vec<_>>())
+        .bind(letters().map(|letter| letter.attempts.cast_signed()).collect::<Vec<_>>())
+        .bind(letters().map(|letter| letter.version.cast_signed()).collect::<Vec<_>>())
+        .bind(letters().map(|letter| shared::printable(&letter.message.subject)).collect::<Vec<_>>())
+        .bind(headers)
+        .bind(letters().map(|letter| letter.message.body.as_ref()).collect::<Vec<&[u8]>>())
+        .bind(new.iter().map(|burial| burial.origin().map(|(stream, _)| stream)).collect::<Vec<_>>())
+        .bind(sequences)
+        .bind(new.iter().map(|burial| burial.stored_at()).collect::<Vec<_>>())
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "write dead letters"))?;
+    let read = |row: &PgRow| {
+        let generation: i32 = row.try_get(4)?;
+        Ok(((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?), (row.try_get(3)?, generation.cast_unsigned())))
+    };
+    let written: sqlx::Result<_> = rows.iter().map(read).collect();
+    written.map_err(|error| errors::of_statement(error, "read written dead letters"))
+}

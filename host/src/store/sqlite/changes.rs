@@ -1,0 +1,112 @@
+//! What a transaction changed, row by row: SQLite tells of each row that a statement touches, and a reader still sees what
+//! it was before.
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use serde_json::{Map, Value as Json};
+use sqlx::sqlite::{SqlitePool, SqliteRow};
+use sqlx::{AssertSqlSafe, Column, Row};
+
+use super::session::Session;
+use super::{errors, guest_values};
+use crate::sql::Value;
+use crate::store::{Changes, Result, RowChange};
+
+/// How many rows are remembered.
+const REMEMBERED_MAX: usize = 10_000;
+
+/// What SQLite told since the watch began.
+pub(super) struct Watch {
+    seen: Arc<Mutex<Seen>>,
+    /// How many rows the connection had changed by then.
+    changes_before: i64,
+}
+
+#[derive(Default)]
+struct Seen {
+    /// Table and row, in the order they were first touched.
+    rows: Vec<(String, i64)>,
+    known: HashSet<(String, i64)>,
+    /// How often SQLite told of a row.
+    told: i64,
+}
+
+/// Begins to remember which rows change.
+pub(super) async fn watch(session: &mut Session) -> Result<Watch> {
+    let doing = |error| errors::of_statement(error, "watch what changes");
+    let changes_before = total_changes(session).await?;
+    let seen = Arc::new(Mutex::new(Seen::default()));
+    let shared = Arc::clone(&seen);
+    let mut handle = session.connection().map_err(doing)?.lock_handle().await.map_err(doing)?;
+    handle.set_update_hook(move |change| {
+        let mut seen = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.told += 1;
+        let row = (change.table.to_owned(), change.rowid);
+        if seen.rows.len() < REMEMBERED_MAX && seen.known.insert(row.clone()) {
+            seen.rows.push(row);
+        }
+    });
+    Ok(Watch { seen, changes_before })
+}
+
+/// Ends the watch.
+pub(super) async fn forget(session: &mut Session) -> Result<()> {
+    let doing = |error| errors::of_statement(error, "end the watch");
+    session.connection().map_err(doing)?.lock_handle().await.map_err(doing)?.remove_update_hook();
+    Ok(())
+}
+
+/// What changed since the watch began, at most `limit` rows.
+pub(super) async fn changes(
+    session: &mut Session,
+    readers: &SqlitePool,
+    watch: &Watch,
+    limit: usize,
+) -> Result<Changes> {
+    let doing = |error| errors::of_statement(error, "compare rows");
+    let made = total_changes(session).await? - watch.changes_before;
+    let (rows, told) = {
+        let mut seen = watch.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        (std::mem::take(&mut seen.rows), seen.told)
+    };
+    let mut changes = Changes::default();
+    let mut reader = readers.acquire().await.map_err(doing)?;
+    for (table, rowid) in rows.iter().take(limit) {
+        let select = format!("select * from \"{}\" where _rowid_ = $1", table.replace('"', "\"\""));
+        let before = sqlx::query(AssertSqlSafe(select.clone())).bind(rowid).fetch_optional(&mut *reader).await;
+        let after = sqlx::query(AssertSqlSafe(select)).bind(rowid);
+        let after = after.fetch_optional(session.connection().map_err(doing)?).await.map_err(doing)?;
+        let (before, after) = (before.map_err(doing)?.as_ref().map(shown), after.as_ref().map(shown));
+        if before != after {
+            changes.rows.push(RowChange { table: table.clone(), before, after });
+        }
+    }
+    if rows.len() > limit {
+        changes.not_shown.push(format!("{} more rows", rows.len() - limit));
+    }
+    if made != told {
+        let why = "rows of tables without rowid, and those that a `delete` without `where` removed, are counted only";
+        changes.not_shown.push(format!("{} changes of rows that SQLite does not tell of ({why})", made.abs_diff(told)));
+    }
+    Ok(changes)
+}
+
+async fn total_changes(session: &mut Session) -> Result<i64> {
+    let doing = |error| errors::of_statement(error, "count changes");
+    sqlx::query_scalar("select total_changes()").fetch_one(session.connection().map_err(doing)?).await.map_err(doing)
+}
+
+fn shown(row: &SqliteRow) -> Json {
+    let value = |at: usize| match guest_values::decode(row, at) {
+        Ok(Value::Null) => Json::Null,
+        Ok(Value::Int64(number)) => Json::from(number),
+        Ok(Value::Float64(number)) => Json::from(number),
+        Ok(Value::Bytes(bytes)) => Json::from(format!("\\x{}", hex::encode(bytes))),
+        Ok(Value::Text(text)) => Json::from(text),
+        Ok(other) => Json::from(format!("{other:?}")),
+        Err(error) => Json::from(error.to_string()),
+    };
+    let columns = row.columns().iter().enumerate().map(|(at, column)| (column.name().to_owned(), value(at)));
+    Json::Object(columns.collect::<Map<_, _>>())
+}

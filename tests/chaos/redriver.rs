@@ -1,0 +1,66 @@
+//! Somebody who puts dead letters back all the time, sometimes twice at once, whatever is done to the host.
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use support::database::Database;
+
+/// How often it looks for letters.
+const EVERY: Duration = Duration::from_millis(500);
+
+/// How many it puts back at a time.
+const MOST: usize = 20;
+
+/// How often a letter is put back that dies again each time.
+const GENERATIONS: u32 = 2;
+
+pub struct Redriver {
+    pub program: PathBuf,
+    pub folder: PathBuf,
+    pub database: Database,
+}
+
+/// Puts letters back until it is aborted.
+pub async fn redrive(redriver: Redriver) {
+    // What takes a second to fail each time would slow everything else down.
+    let open = format!(
+        "select id from oncely.dead_letter where state = 'open' and reason = 'attempts-exhausted'
+             and generation < {GENERATIONS} and coalesce(code, '') not in ('timeout', 'out-of-memory')
+         order by id limit {MOST}"
+    );
+    loop {
+        tokio::time::sleep(EVERY).await;
+        let Ok(ids) = redriver.database.rows(&open).await else { continue };
+        let ids = ids.concat();
+        if !ids.is_empty() {
+            // The host may be out of reach, and one of the two comes too late.
+            let (_, _) = tokio::join!(redriver.run(&ids, &[]), redriver.run(&ids, &[]));
+        }
+    }
+}
+
+impl Redriver {
+    /// Puts back what has yet to take effect, also what seems to be under way.
+    pub async fn put_the_rest_back(&self) -> Result<()> {
+        let rest =
+            "select id from oncely.dead_letter where headers like '%\"Redriven\"%' and reason = 'attempts-exhausted'
+            and state in ('open', 'redriven')";
+        let ids = self.database.rows(rest).await.context("look for dead letters")?.concat();
+        // Those that took effect are refused.
+        for ids in ids.chunks(100) {
+            self.run(ids, &["--again"]).await?;
+        }
+        Ok(())
+    }
+
+    async fn run(&self, ids: &[String], flags: &[&str]) -> Result<()> {
+        let mut command = Command::new(&self.program);
+        command.args(["dlq", "redrive", "--rate", "0", "--wait", "0s"]).args(flags).args(ids);
+        command.current_dir(&self.folder).env_remove("ONCELY_HOST").env_remove("ONCELY_TOKEN");
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        tokio::task::spawn_blocking(move || command.status()).await?.context("run oncely dlq redrive")?;
+        Ok(())
+    }
+}
