@@ -68,15 +68,17 @@ begin
     delete from oncely.mark where ctid = place;
 end $$;
 
--- The functions below keep the plans of their statements while tables grow from nothing. So they are written in a way that
--- leaves no choice but to look each row up by its key (a subquery, or a lateral one, for each): of a join a plan might be
--- kept that reads the whole table, which was right when it held ten rows.
+-- The functions below are planned once for each session: planning anew costs more than what they do for a small batch. Plans
+-- stay while tables grow from nothing, so the statements are written in a way that leaves no choice but to look each row up
+-- by its key (a subquery, or a lateral one, for each): of a join a plan might be kept that reads the whole table, which was
+-- right when it held ten rows.
 
 -- Claims event ids, sorted. `payload_sha256` is that of a record that was there before this statement.
 create function oncely_door.claim(
     token bytea, worker text, event_ids text[], payloads bytea[], streams text[], sequences bigint[]
 ) returns table (event_id text, fresh boolean, payload_sha256 bytea, attempts bigint)
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 begin
     perform oncely.check_token($1);
@@ -99,7 +101,8 @@ end $$;
 -- What the inbox holds now.
 create function oncely_door.look(token bytea, worker text, event_ids text[])
 returns table (event_id text, payload_sha256 bytea)
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 begin
     perform oncely.check_token($1);
@@ -111,7 +114,8 @@ end $$;
 
 -- Gives claims of this transaction back.
 create function oncely_door.unclaim(token bytea, worker text, event_ids text[]) returns void
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 begin
     perform oncely.check_token($1);
@@ -123,7 +127,8 @@ end $$;
 
 create function oncely_door.load_state(token bytea, worker text, keys text[])
 returns table (key text, value bytea, version bigint)
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 begin
     perform oncely.check_token($1);
@@ -137,7 +142,8 @@ end $$;
 create function oncely_door.save_state(
     token bytea, worker text, keys text[], expected bigint[], new_values bytea[], versions bigint[]
 ) returns bigint
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
     written bigint;
@@ -174,7 +180,8 @@ create function oncely_door.append(
     token bytea, workers text[], ids text[], event_ids text[], ordinals integer[], subjects text[], headers text[],
     bodies bytea[], ordering_keys text[], delays bigint[], lease bigint
 ) returns table (seq bigint, first_attempt_at bigint)
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 begin
     perform oncely.check_token($1);

@@ -49,7 +49,8 @@ create function oncely_door.append(
     token bytea, workers text[], ids text[], event_ids text[], ordinals integer[], subjects text[], headers text[],
     bodies bytea[], ordering_keys text[], delays bigint[], lease bigint
 ) returns table (seq bigint, first_attempt_at bigint, ahead bigint[])
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
     now constant timestamptz := clock_timestamp();
