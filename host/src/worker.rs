@@ -30,7 +30,7 @@ use recovery::Recovery;
 const BATCHES_WAITING: usize = 1;
 
 /// How many more for a worker whose messages may have to wait for others of their key.
-const BATCHES_HELD: usize = 8;
+const BATCHES_HELD: usize = 3;
 
 /// How often a worker that is not seen on the server yet looks again.
 const PROBE_EVERY: Duration = Duration::from_millis(100);

@@ -117,12 +117,13 @@ create function oncely_door.unclaim(token bytea, worker text, event_ids text[]) 
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
+declare
+    given text;
 begin
     perform oncely.check_token($1);
-    delete from oncely.inbox
-    where worker = $2 and xmin = pg_current_xact_id()::xid and ctid = any(array(
-        select (select ctid from oncely.inbox where worker = $2 and inbox.event_id = given.event_id)
-        from unnest($3) as given (event_id)));
+    foreach given in array $3 loop
+        delete from oncely.inbox where worker = $2 and event_id = given and xmin = pg_current_xact_id()::xid;
+    end loop;
 end $$;
 
 create function oncely_door.load_state(token bytea, worker text, keys text[])

@@ -5,6 +5,8 @@
 pub enum Work {
     /// Adds one to a counter under one of a thousand keys, and sends a message.
     State,
+    /// The same, and messages of a key reach their stream in order, which nobody writes by hand.
+    StateInOrder,
     /// Writes two rows with one statement, and sends a message.
     Sql,
 }
@@ -36,13 +38,13 @@ const SQL_BATCH: &str = "isolation = \"batch\"\n[worker.retry]\nattempts = 1";
 /// Messages of a key go to one lane: two lanes that changed the same state at the same time would stand in each other's way.
 const STATE: &str = "ordering_key = \"header:Key\"\nstate_keys = [\"{header:Key}\"]\n[worker.retry]\nattempts = 1";
 const STATE_BATCH: &str = "isolation = \"batch\"\nordering_key = \"header:Key\"\nstate_keys = [\"{header:Key}\"]\n[worker.retry]\nattempts = 1";
-const STATE_LARGE: &str =
-    "batch = 200\nordering_key = \"header:Key\"\nstate_keys = [\"{header:Key}\"]\n[worker.retry]\nattempts = 1";
+const STATE_SMALL: &str =
+    "batch = 32\nordering_key = \"header:Key\"\nstate_keys = [\"{header:Key}\"]\n[worker.retry]\nattempts = 1";
 const STATE_KEY_BY_KEY: &str = "ordering_key = \"header:Key\"\n[worker.retry]\nattempts = 1";
 
 const fn host(name: &'static str, what: &'static str, settings: &'static str, work: Work) -> Contender {
     let baseline = Some(match work {
-        Work::State => "state, by hand",
+        Work::State | Work::StateInOrder => "state, by hand",
         Work::Sql => "sql, by hand",
     });
     Contender { name, what, who: Who::Host { settings }, work, poison: None, baseline, wanted: None }
@@ -60,7 +62,8 @@ pub const CONTENDERS: &[Contender] = &[
         ..host("state", "keyed state, a fresh instance for each message, state_keys", STATE, Work::State)
     },
     host("state, key by key", "the same without state_keys", STATE_KEY_BY_KEY, Work::State),
-    host("state, batch = 200", "up to 200 messages in a transaction", STATE_LARGE, Work::State),
+    host("state, batch = 32", "at most 32 messages in a transaction", STATE_SMALL, Work::State),
+    host("state, outputs in order", "outputs of a key are published one after the other", STATE, Work::StateInOrder),
     host("state, isolation = batch", "an instance for each batch", STATE_BATCH, Work::State),
     by_hand("sql, by hand", Work::Sql),
     Contender {

@@ -82,7 +82,7 @@ async fn handle(pool: &PgPool, message: &jetstream::Message, work: Work) -> Resu
     }
     let options: Value = serde_json::from_slice(&message.payload)?;
     let (subject, told) = match work {
-        Work::State => {
+        Work::State | Work::StateInOrder => {
             let key = options["key"].as_str().context("find the key")?;
             let row = sqlx::query(
                 "insert into hand.state values ($1, 1)

@@ -77,10 +77,11 @@ fn message(contender: &Contender, n: usize) -> ToPublish {
     let behaviour = match (contender.work, fails, contender.poison) {
         (_, true, Some((_, false))) => "reject",
         (_, true, _) => "insert,reject",
-        (Work::State, ..) => "state_counter",
+        (Work::State | Work::StateInOrder, ..) => "state_counter",
         (Work::Sql, ..) => "insert",
     };
-    let mut message = ToPublish::new("in.x", &format!("e{n}"), behaviour, &json!({ "key": key }).to_string());
+    let body = json!({ "key": key, "ordered": contender.work == Work::StateInOrder });
+    let mut message = ToPublish::new("in.x", &format!("e{n}"), behaviour, &body.to_string());
     message.headers.push(("Key".to_owned(), key));
     message
 }

@@ -114,7 +114,7 @@ fn worker(text: Text<'_>, section: &Section<'_>, folder: &Path, manifest: &Manif
         state_keys: state_keys(section)?,
         isolation: isolation(section)?,
         concurrency: section.count("concurrency", "4", 1..=256)?.unwrap_or(4),
-        batch: section.count("batch", "32", 1..=1000)?.unwrap_or(32),
+        batch: section.count("batch", "100", 1..=1000)?.unwrap_or(100),
         ack_wait: section.duration("ack_wait", "\"30s\"", ack_wait)?.unwrap_or(Duration::from_secs(30)),
         retry: retry(section)?,
         limits: limits(section)?,

@@ -105,7 +105,7 @@ fn what_is_left_out_gets_its_default() {
     let other = full().workers[1].clone();
     let build = Some("make x.wasm".to_owned());
     assert_eq!(other.source, Source::Component { path: "app/x.wasm".into(), build });
-    assert_eq!((other.worker.concurrency, other.worker.batch), (4, 32));
+    assert_eq!((other.worker.concurrency, other.worker.batch), (4, 100));
     assert_eq!(other.worker.ack_wait, Duration::from_secs(30));
     assert_eq!(other.worker.retry, RetryPolicy::default());
     assert_eq!(other.worker.limits, Limits::default());

@@ -1,6 +1,7 @@
-//! Adds one to a key and sends `{"key", "value", "version", "padding"}` to `out.state`, in the order of the key.
+//! Adds one to a key and sends `{"key", "value", "version", "padding"}` to `out.state`, in the order of the key unless told
+//! otherwise.
 //!
-//! Options: `{"key": "counter", "padding": 0}`, the latter in bytes.
+//! Options: `{"key": "counter", "padding": 0, "ordered": true}`, the padding in bytes.
 
 use oncely_guest::{Failure, Message, outbox, outbox::Outgoing, state};
 use serde::Deserialize;
@@ -11,19 +12,21 @@ use serde_json::json;
 struct Options {
     key: String,
     padding: usize,
+    ordered: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { key: "counter".to_owned(), padding: 0 }
+        Self { key: "counter".to_owned(), padding: 0, ordered: true }
     }
 }
 
 pub fn run(message: &Message) -> Result<(), Failure> {
-    let Options { key, padding } = crate::options(message)?;
+    let Options { key, padding, ordered } = crate::options(message)?;
     let value = state::get_json::<u64>(&key)?.unwrap_or(0) + 1;
     let version = state::set_json(&key, &value)?;
     let told = json!({ "key": key, "value": value, "version": version, "padding": "x".repeat(padding) });
-    outbox::send(Outgoing::json("out.state", &told)?.ordering_key(&key))?;
+    let outgoing = Outgoing::json("out.state", &told)?;
+    outbox::send(if ordered { outgoing.ordering_key(&key) } else { outgoing })?;
     Ok(())
 }

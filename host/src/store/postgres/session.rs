@@ -55,8 +55,9 @@ impl Purpose {
 }
 
 /// A connection keeps the plans of its statements while tables grow from nothing: one that reads a whole table, right when
-/// it held ten rows, would be kept until the table is analyzed. Planning is cheap beside what these statements do in bulk.
-const PLAN_ANEW: &str = "set local plan_cache_mode = force_custom_plan; ";
+/// it held ten rows, would be kept until the table is analyzed. Planning is cheap beside what these statements do in bulk. And
+/// of a table that was never analyzed nobody knows that a small index holds all that is looked for.
+const PLAN_ANEW: &str = "set local plan_cache_mode = force_custom_plan; set local enable_seqscan = off; ";
 
 /// The transaction's id, the process that serves it, and a mark that lets nobody but the host commit.
 const GUARDED_ID: &str = "pg_catalog.pg_current_xact_id()::pg_catalog.text as id, \
