@@ -57,6 +57,20 @@ declare
     line_max constant integer := 256;
 begin
     perform oncely.check_token($1);
+    if array_remove($9, null) = '{}' then
+        -- Without keys there are no lines.
+        return query
+        insert into oncely.outbox (worker, id, event_id, ordinal, subject, headers, body, due_at, leased_until,
+            first_attempt_at)
+        select worker, id, event_id, ordinal, subject, headers, body, now + delay * interval '1 microsecond',
+            now + case when delay = 0 then $11 else delay end * interval '1 microsecond',
+            case when delay = 0 then now end
+        from unnest($2, $3, $4, $5, $6, $7, $8, $10) with ordinality
+            as given (worker, id, event_id, ordinal, subject, headers, body, delay, place)
+        order by place
+        returning seq, (extract(epoch from first_attempt_at) * 1000000)::bigint, null::bigint[];
+        return;
+    end if;
     return query
     with given as materialized (
         select worker, id, event_id, ordinal, subject, headers, body, ordering_key, delay, place,

@@ -189,7 +189,8 @@ impl Store for PostgresStore {
     }
 
     async fn mark_published(&self, published: &[Published]) -> Result<()> {
-        let mut session = self.house.begin(Purpose::House).await?;
+        // Outputs whose mark is lost are swept, and found where they are.
+        let mut session = self.house.begin(Purpose::Note).await?;
         outbox::mark_published(&mut session, published).await?;
         session.commit().await
     }

@@ -19,6 +19,8 @@ pub(super) enum Purpose {
     /// Guest statements of at most this length each.
     Guest(Duration),
     House,
+    /// What may be lost when the server crashes, and need not wait for its disk.
+    Note,
     /// Workers' migrations, which may take their time.
     Deploy,
     Read,
@@ -30,7 +32,7 @@ impl Purpose {
         let (search_path, time) = match self {
             // Zero would mean for ever.
             Purpose::Guest(time) => ("app_default, pg_temp", time.max(Duration::from_millis(2))),
-            Purpose::House | Purpose::Read => ("pg_catalog, pg_temp", HOUSE_TIME),
+            Purpose::House | Purpose::Note | Purpose::Read => ("pg_catalog, pg_temp", HOUSE_TIME),
             Purpose::Deploy => ("pg_catalog, pg_temp", Duration::ZERO),
         };
         let (access, id) = match self {
@@ -42,9 +44,10 @@ impl Purpose {
         // Waiting for a lock ends before the statement's time does: it is a conflict then, not a slow statement.
         let lock_ms = milliseconds(if time.is_zero() { HOUSE_TIME } else { time / 2 });
         // A host that hangs lets go of its locks; one that runs a long batch of guests does not come near this.
-        let durable = if fault::mutant(fault::SYNCHRONOUS_COMMIT_OFF) { "off" } else { "on" };
+        let waits = !matches!(self, Purpose::Note) && !fault::mutant(fault::SYNCHRONOUS_COMMIT_OFF);
+        let durable = if waits { "on" } else { "off" };
         let idle_ms = milliseconds(time.saturating_mul(10).max(HOUSE_TIME));
-        let plans = if let Purpose::House = self { PLAN_ANEW } else { "" };
+        let plans = if let Purpose::House | Purpose::Note = self { PLAN_ANEW } else { "" };
         format!(
             "begin isolation level read committed {access}; set local search_path = {search_path}; \
              set local statement_timeout = {statement_ms}; set local lock_timeout = {lock_ms}; \
@@ -228,7 +231,7 @@ impl Session {
                 // The guard lets this commit pass; the guests of the transaction are gone when the token is shown.
                 format!("set local oncely.finish = '{}'; {fence}; commit", hex::encode(self.token_for("finish")))
             }
-            Purpose::House | Purpose::Deploy => format!("{fence}; commit"),
+            Purpose::House | Purpose::Note | Purpose::Deploy => format!("{fence}; commit"),
         };
         match raw_sql(AssertSqlSafe(commit)).execute(&mut *self.connection).await {
             Err(error) if fault::mutant(fault::RESEND_COMMIT) && errors::is_connection_loss(&error) => return Ok(()),
