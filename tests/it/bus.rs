@@ -128,6 +128,19 @@ async fn a_message_being_worked_on_does_not_come_again() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_late_sign_of_life_does_not_keep_back_what_was_handed_back() -> Result<()> {
+    let (nats, bus) = world().await?;
+    nats.publish_all(vec![message("in.a", &[])]).await?;
+    let mut pull = bus.subscribe(&subscription(Duration::from_secs(3600))).await?;
+    let pulled = next(&mut pull).await?;
+    let progress = pulled.receipt.progress();
+    pulled.receipt.nak(Duration::from_millis(200)).await?;
+    progress.send().await?;
+    next(&mut pull).await.context("it comes again after its delay, not after `ack_wait`")?;
+    Ok(())
+}
+
+#[tokio::test]
 async fn one_request_brings_no_more_than_there_is_room_for() -> Result<()> {
     let (nats, bus) = world().await?;
     nats.publish_all((0..20).map(|_| message("in.a", &[])).collect()).await?;

@@ -16,7 +16,7 @@ use async_nats::{StatusCode, Subject, Subscriber};
 use bytes::Bytes;
 use futures::StreamExt;
 use jiff::Timestamp;
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 use tokio::time::Instant;
 
 use super::Bus;
@@ -136,6 +136,9 @@ pub struct Receipt {
 pub struct Progress {
     client: async_nats::Client,
     reply: Subject,
+    /// Whether the message was settled or given back. A sign of life after that would undo it: the server would wait anew
+    /// before it delivers the message again, and later ones of its key would overtake it.
+    is_over: Arc<Mutex<bool>>,
 }
 
 /// What a consumer still has before it.
@@ -360,7 +363,7 @@ impl Pull {
             unusable,
             delivered,
             receipt: Receipt {
-                reply: Progress { client: self.bus.client.clone(), reply },
+                reply: Progress::new(&self.bus.client, reply),
                 stream_created: self.stream_created.as_microsecond(),
                 stream_now: Arc::clone(&self.stream_now),
             },
@@ -382,7 +385,7 @@ impl Pull {
             unusable: Some((Reason::Unreadable, unread.why)),
             delivered: 1,
             receipt: Receipt {
-                reply: Progress { client: self.bus.client.clone(), reply: unread.reply },
+                reply: Progress::new(&self.bus.client, unread.reply),
                 stream_created: self.stream_created.as_microsecond(),
                 stream_now: Arc::clone(&self.stream_now),
             },
@@ -543,13 +546,13 @@ impl Receipt {
         if self.stream_created != self.stream_now.load(Ordering::Relaxed) {
             return Ok(());
         }
-        self.reply.reply(AckKind::Ack).await.context("acknowledge a message")
+        self.reply.end(AckKind::Ack).await.context("acknowledge a message")
     }
 
     /// Asks for the message again after a while. Always with a delay: without one the server delivers it at once.
     pub async fn nak(self, after: Duration) -> Result<()> {
         let after = after.max(Duration::from_millis(1));
-        self.reply.reply(AckKind::Nak(Some(after))).await.context("ask for a message again")
+        self.reply.end(AckKind::Nak(Some(after))).await.context("ask for a message again")
     }
 
     pub fn progress(&self) -> Progress {
@@ -558,9 +561,21 @@ impl Receipt {
 }
 
 impl Progress {
-    /// Starts the wait for the acknowledgement anew.
+    fn new(client: &async_nats::Client, reply: Subject) -> Self {
+        Progress { client: client.clone(), reply, is_over: Arc::default() }
+    }
+
+    /// Starts the wait for the acknowledgement anew, unless the message was settled or given back.
     pub async fn send(&self) -> Result<()> {
-        self.reply(AckKind::Progress).await.context("tell of progress")
+        let is_over = self.is_over.lock().await;
+        if *is_over { Ok(()) } else { self.reply(AckKind::Progress).await.context("tell of progress") }
+    }
+
+    /// The last word on this delivery.
+    async fn end(&self, kind: AckKind) -> Result<()> {
+        let mut is_over = self.is_over.lock().await;
+        *is_over = true;
+        self.reply(kind).await
     }
 
     async fn reply(&self, kind: AckKind) -> Result<()> {

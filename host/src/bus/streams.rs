@@ -61,6 +61,9 @@ pub struct StreamInfo {
     pub duplicate_window: Duration,
     /// How long it keeps a message; none for ever.
     pub max_age: Option<Duration>,
+    /// Whether messages go away once they are acknowledged: a work queue, or a stream kept by interest. What is not there any
+    /// more may well have been there, and nobody can look through it without taking from it.
+    pub is_queue: bool,
 }
 
 impl Bus {
@@ -271,6 +274,7 @@ pub(super) fn stream_info(info: &async_nats::jetstream::stream::Info) -> Result<
         last_sequence: info.state.last_sequence,
         duplicate_window: info.config.duplicate_window,
         max_age: Some(info.config.max_age).filter(|age| !age.is_zero()),
+        is_queue: info.config.retention != RetentionPolicy::Limits,
     })
 }
 

@@ -2,7 +2,8 @@
 //! and a stream may be deleted and made again. Published outputs are kept for a while for this.
 //!
 //! A stream loses its tail: what stands at the highest sequence we published tells whether everything before it is
-//! there. What moves at its other end (age, limits, a purge) is no loss.
+//! there. What moves at its other end (age, limits, a purge) is no loss. Of a queue, from which messages go away as they are
+//! acknowledged, only what was published beyond its end is known to be lost.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -63,13 +64,20 @@ impl Repair {
     pub async fn run(mut self, mut stopping: Stopping) {
         let mut connections = self.bus.connections();
         let mut back = self.keep;
+        let mut told = String::new();
         loop {
             self.until_written().await;
             let look = Look { connection: *connections.borrow_and_update(), began: Instant::now() };
             let looked = self.look(back).await;
             if let Err(error) = &looked {
-                tracing::debug!("looking at the streams again soon: {error:#}");
+                let why = format!("{error:#}");
+                // It is tried again at once; the same trouble is told of once.
+                if why != told {
+                    tracing::warn!("looking for what streams have lost again soon: {why}");
+                    told = why;
+                }
             } else {
+                told.clear();
                 self.state.looked(look);
             }
             tokio::select! {
@@ -96,14 +104,23 @@ impl Repair {
     /// Compares the last output published to each stream within some time with what stands there. A stream that was made
     /// anew, or that gave a sequence twice, is looked through: there what was published last says nothing of the rest.
     async fn look(&mut self, back: Duration) -> Result<()> {
+        let mut looked = Ok(());
         for last in self.store.last_published(back.min(self.keep)).await? {
-            let Some(stream) = self.bus.stream(&last.stream).await? else { continue };
-            let is_known = self.made.get(&stream.name) == Some(&stream.created);
-            if !is_known || self.state.is_suspect(&stream.name) || is_lost(&self.bus, &stream, &last).await? {
-                self.repair(&stream).await?;
-                self.state.clear(&stream.name);
-                self.made.insert(stream.name, stream.created);
+            // Trouble with one stream is no reason not to look at the others.
+            if let Err(error) = self.look_at(&last).await {
+                looked = Err(error.context(format!("look at the stream {}", last.stream)));
             }
+        }
+        looked
+    }
+
+    async fn look_at(&mut self, last: &OnStream) -> Result<()> {
+        let Some(stream) = self.bus.stream(&last.stream).await? else { return Ok(()) };
+        let is_known = self.made.get(&stream.name) == Some(&stream.created);
+        if !is_known || self.state.is_suspect(&stream.name) || is_lost(&self.bus, &stream, last).await? {
+            self.repair(&stream).await?;
+            self.state.clear(&stream.name);
+            self.made.insert(stream.name, stream.created);
         }
         Ok(())
     }
@@ -135,6 +152,12 @@ impl Repair {
     /// What was published to a stream and was lost there, in the order of its publication.
     async fn lost(&self, stream: &StreamInfo) -> Result<Vec<OnStream>> {
         let published = self.store.published_on(&stream.name).await?;
+        if stream.is_queue {
+            let is_beyond = |output: &OnStream| {
+                output.stream_sequence > stream.last_sequence || stream.created > output.published_at
+            };
+            return Ok(published.into_iter().filter(is_beyond).collect());
+        }
         let Some(since) = published.iter().map(|output| output.published_at).min() else { return Ok(Vec::new()) };
         let ids = published.iter().map(|output| output.id.clone()).collect();
         let found = self.bus.find_published(&stream.name, &[], since - CLOCKS_APART, &ids).await?;
@@ -153,6 +176,9 @@ impl Repair {
 async fn is_lost(bus: &Bus, stream: &StreamInfo, output: &OnStream) -> Result<bool> {
     if output.stream_sequence > stream.last_sequence {
         return Ok(true);
+    }
+    if stream.is_queue {
+        return Ok(stream.created > output.published_at);
     }
     Ok(match bus.message_id_at(&stream.name, output.stream_sequence).await? {
         Some(id) => id != output.id,

@@ -12,7 +12,6 @@ use crate::bus::{Bus, StreamInfo, stream_of};
 use crate::delivery::HAND_OVER_LEASE;
 use crate::fault;
 use crate::metrics::{Metrics, OutputOutcome};
-use crate::redrive;
 use crate::store::{OutboxRow, Published, Store, StoreError, Unpublished};
 
 /// The broker's clock may be behind ours.
@@ -101,11 +100,11 @@ impl Swept {
     }
 }
 
-/// Whether a stream may have forgotten the id of an output by the time it is sent. A pointer to a dead letter leaves its
-/// stream when it is acknowledged, and a second one finds nothing to do. Half of the window is for clocks that
+/// Whether a stream may have forgotten the id of an output by the time it is sent, and can be looked through. A queue cannot:
+/// what was taken from it may come a second time. Half of the window is for clocks that
 /// run apart and for answers that are late.
 fn is_old(row: &OutboxRow, stream: &StreamInfo, now: Timestamp) -> bool {
-    if redrive::is_pointer(&row.subject) {
+    if stream.is_queue {
         return false;
     }
     now.duration_since(row.first_attempt_at).unsigned_abs() > (stream.duplicate_window / 2).saturating_sub(SEND_WITHIN)
