@@ -69,13 +69,18 @@ both!(what_a_broker_forgot_is_published_again_in_order, |kind: Kind| async move 
 
 both!(a_loss_is_found_when_others_have_filled_the_gap_and_when_the_host_was_away, |kind: Kind| async move {
     let mut world = World::start(kind, &manifest("concurrency = 1")?).await?;
+    world.nats.publish_all(vec![ToPublish::new("in.x", "bad", "reject", "{}")]).await?;
     world.nats.publish_all(counting(0, 10)).await?;
-    world.quiet(10).await?;
+    world.quiet(11).await?;
+    // What was put back went over a queue, which cannot be looked through.
+    world.oncely(&["dlq", "redrive", "1", "--note", "once more"]).await?;
+    world.until("select count(*) from oncely.attempt where event_id = 'bad'", 2).await?;
+    world.quiet(11).await?;
     world.nats.kill()?;
     world.nats.copy_stream("OUT")?;
     world.nats.restart().await?;
     world.nats.publish_all(counting(10, 20)).await?;
-    world.quiet(20).await?;
+    world.quiet(21).await?;
     let before: BTreeSet<String> = ids(&world).await?.into_iter().collect();
     world.stop_host().await?;
     world.nats.kill()?;
