@@ -86,8 +86,7 @@ impl Delivery {
                     if conflicts > CONFLICTS_MAX {
                         return Err(StoreError::Conflict(cause));
                     }
-                    tokio::time::sleep(Duration::from_millis(5).mul_f64(f64::from(conflicts) * rand::random::<f64>()))
-                        .await;
+                    make_way(conflicts).await;
                     split(group, &mut groups);
                 }
                 Round::Halves => split(group, &mut groups),
@@ -130,10 +129,7 @@ impl Delivery {
         };
         let lent = Lent::new(self.store.dialect(), tx);
         let came_to = self.run_members(run, &fresh, &lent, state).await;
-        // Taken only once a statement that outlived its guest has ended.
-        let Some(tx) = lent.tx.lock().await.take() else {
-            return Err(StoreError::Unavailable(anyhow::anyhow!("the transaction went missing")));
-        };
+        let tx = lent.take_back().await?;
         if let Ok(Members::Ran(ran)) = came_to {
             return self.conclude(run, tx, group, ran).await;
         }
@@ -474,6 +470,11 @@ impl<'b> Run<'b> {
             _ => Verdict::Wait { after: TWIN_WAIT },
         }
     }
+}
+
+/// Waits for a random moment, longer after more conflicts, so that those who met do not meet again.
+async fn make_way(conflicts: u32) {
+    tokio::time::sleep(Duration::from_millis(5).mul_f64(f64::from(conflicts) * rand::random::<f64>())).await;
 }
 
 /// Splits a group in halves, which come next.

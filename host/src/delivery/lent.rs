@@ -17,7 +17,7 @@ use crate::store::{StoreError, Tx};
 #[derive(Clone)]
 pub(super) struct Lent {
     dialect: Dialect,
-    pub(super) tx: Arc<Mutex<Option<Box<dyn Tx>>>>,
+    tx: Arc<Mutex<Option<Box<dyn Tx>>>>,
     /// Whether the next statement needs a savepoint before it.
     wants_savepoint: Arc<AtomicBool>,
 }
@@ -25,6 +25,12 @@ pub(super) struct Lent {
 impl Lent {
     pub(super) fn new(dialect: Dialect, tx: Box<dyn Tx>) -> Self {
         Lent { dialect, tx: Arc::new(Mutex::new(Some(tx))), wants_savepoint: Arc::default() }
+    }
+
+    /// Takes the transaction back, once a statement that outlived its guest has ended.
+    pub(super) async fn take_back(&self) -> Result<Box<dyn Tx>, StoreError> {
+        let missing = || StoreError::Unavailable(anyhow::anyhow!("the transaction went missing"));
+        self.tx.lock().await.take().ok_or_else(missing)
     }
 
     /// From here on statements are the next member's: it gets a savepoint when it runs the first.

@@ -1,9 +1,8 @@
 //! A rehearsal: a message is handled as it would be, and nothing of that takes effect.
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use super::{CONFLICTS_MAX, Delivery, Lent, house_error};
+use super::{CONFLICTS_MAX, Delivery, Lent, house_error, make_way};
 use crate::guest::{CallFailure, FailureKind, Outcome};
 use crate::message::{Message, Output};
 use crate::state::{BatchState, StateEntry};
@@ -32,8 +31,7 @@ impl Delivery {
                 Ok(Some(rehearsal)) => return Ok(rehearsal),
                 Ok(None) | Err(StoreError::Conflict(_)) if conflicts < CONFLICTS_MAX => {
                     conflicts += 1;
-                    tokio::time::sleep(Duration::from_millis(5).mul_f64(f64::from(conflicts) * rand::random::<f64>()))
-                        .await;
+                    make_way(conflicts).await;
                 }
                 Ok(None) => {
                     return Err(StoreError::Conflict(anyhow::anyhow!(
@@ -55,10 +53,7 @@ impl Delivery {
         let lent = Lent::new(self.store.dialect(), tx);
         let attempt = message.attempts_before() + 1;
         let outcome = self.call(vec![message], attempt, &lent, BatchState::default(), None).await;
-        // Taken only once a statement that outlived its guest has ended.
-        let Some(mut tx) = lent.tx.lock().await.take() else {
-            return Err(StoreError::Unavailable(anyhow::anyhow!("the transaction went missing")));
-        };
+        let mut tx = lent.take_back().await?;
         let rehearsal = match outcome {
             Ok(outcome) => self.look(outcome, tx.as_mut(), limit).await,
             Err(error) => Err(house_error(error)),
