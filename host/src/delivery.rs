@@ -13,7 +13,7 @@ use crate::manifest::Worker;
 use crate::message::Message;
 use crate::metrics::Metrics;
 use crate::state::{BatchState, StateEntry};
-use crate::store::{Claim, Claimed, FailedAttempt, OutboxRow, Store, StoreError, Tx};
+use crate::store::{Claim, Claimed, CountedAttempt, FailedAttempt, OutboxRow, Store, StoreError, Tx};
 use crate::verdict::{Letter, Reason, Verdict};
 
 mod lent;
@@ -231,6 +231,7 @@ impl Delivery {
                 code: failed.failure.code.clone(),
                 error: failed.failure.message.clone(),
                 logs: failed.logs.clone(),
+                record: failed.record.clone(),
             })
             .collect();
         if fault::mutant(fault::CHARGE_WHOLE_BATCH)
@@ -239,19 +240,20 @@ impl Delivery {
             let charge = |member: &Arc<Message>| FailedAttempt { event_id: member.event_id.clone(), ..first.clone() };
             records.extend(run.batch.iter().map(charge));
         }
-        let attempts = self.store.count_attempts(&self.worker.name, &records).await?;
+        let counted = self.store.count_attempts(&self.worker.name, &records).await?;
         fault::point(fault::AFTER_COUNT);
         failed.iter().for_each(|failed| {
             self.metrics.attempt_failed(&self.worker.name, failed.failure.code.as_deref());
         });
-        for (failed, attempt) in failed.into_iter().zip(attempts) {
-            let verdict = self.judge(run, failed.member, failed.failure, attempt);
+        for (failed, counted) in failed.into_iter().zip(counted) {
+            let verdict = self.judge(run, failed.member, failed.failure, counted);
             run.verdict(failed.member, verdict);
         }
         Ok(())
     }
 
-    fn judge(&self, run: &Run<'_>, member: usize, failure: CallFailure, attempt: u32) -> Verdict {
+    fn judge(&self, run: &Run<'_>, member: usize, failure: CallFailure, counted: CountedAttempt) -> Verdict {
+        let CountedAttempt { attempt, repeats } = counted;
         // What was put back has a budget of its own, and goes on counting.
         let before = run.batch.get(member).map_or(0, |message| message.attempts_before());
         let of_budget = attempt.saturating_sub(before).max(1);
@@ -263,6 +265,7 @@ impl Delivery {
             FailureKind::Reject => Reason::Rejected,
             FailureKind::OutputRefused => Reason::OutputRefused,
             _ if !self.worker.retry.allows_another(of_budget) => Reason::AttemptsExhausted,
+            _ if repeats && of_budget > 1 && self.worker.retry.buries_proved_poison() => Reason::ProvedPoison,
             _ => {
                 let after = self.worker.retry.after(of_budget, asked, rand::random());
                 return Verdict::Retry { attempt, after };
@@ -420,7 +423,8 @@ impl<'b> Run<'b> {
             StoreError::Refused(cause) => {
                 let why = format!("{cause:#}");
                 let failure = || CallFailure::new(FailureKind::Retry, "commit-refused", why.as_str());
-                let failed = |member: &usize| Failed { member: *member, failure: failure(), logs: String::new() };
+                let failed =
+                    |member: &usize| Failed { member: *member, failure: failure(), logs: String::new(), record: None };
                 self.failed.extend(ran.succeeded.iter().map(failed));
                 Ok(Round::Committed)
             }

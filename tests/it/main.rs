@@ -40,5 +40,6 @@ mod hosts;
 mod outage;
 mod reconcile;
 mod redrive;
+mod replay;
 mod store;
 mod tidy;

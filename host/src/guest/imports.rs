@@ -12,6 +12,7 @@ use super::bindings::oncely::worker::{invocation, outbox, sql, state, types};
 use super::bindings::wasi::config::store as config;
 use super::bindings::wasi::logging::logging;
 use super::call::{CallFailure, CallState, FailureKind};
+use super::record::{Asked, Saw, Sending};
 use crate::fault;
 use crate::message::{self, EVENT_ID_MAX, Headers, Message, Output, output_id};
 use crate::sql::{DatabaseError, Dialect, Rows, SqlError, SqlLimits, Value};
@@ -50,7 +51,11 @@ impl types::Host for CallState {}
 
 impl outbox::Host for CallState {
     async fn send(&mut self, outgoing: outbox::Outgoing) -> wasmtime::Result<Result<String, outbox::Error>> {
-        match self.accept(outgoing) {
+        let outbox::Outgoing { subject, headers, body, id, ordering_key, delay: delay_ms, caused_by } = outgoing;
+        let body = Bytes::from(body);
+        let sending = Sending { subject, headers, body, id, ordering_key, delay_ms, caused_by };
+        self.call.tape.note(sending.size(), || Asked::Send(Box::new(sending.clone())))?;
+        match self.accept(sending) {
             Ok(output) => {
                 let id = output.id.clone();
                 self.output_bytes += output_size(&output);
@@ -67,7 +72,7 @@ impl outbox::Host for CallState {
 
 impl CallState {
     /// Checks one outgoing message against the grants and limits of the manifest.
-    fn accept(&self, outgoing: outbox::Outgoing) -> Result<Output, outbox::Error> {
+    fn accept(&self, outgoing: Sending) -> Result<Output, outbox::Error> {
         let worker = &self.call.worker;
         subject::check_subject(&outgoing.subject).map_err(|why| outbox::Error::InvalidSubject(why.to_string()))?;
         if !worker.grants(&outgoing.subject) {
@@ -89,9 +94,9 @@ impl CallState {
             ordinal: u32::try_from(ordinal).unwrap_or(u32::MAX),
             subject: outgoing.subject,
             headers: with_trace(outgoing.headers, cause),
-            body: Bytes::from(outgoing.body),
+            body: outgoing.body,
             ordering_key: outgoing.ordering_key,
-            delay: Duration::from_millis(outgoing.delay.unwrap_or_default()),
+            delay: Duration::from_millis(outgoing.delay_ms.unwrap_or_default()),
         };
         self.check_size(&output)?;
         Ok(output)
@@ -223,18 +228,44 @@ fn sentence(error: &outbox::Error) -> &str {
 // ---- state ----
 
 impl CallState {
-    /// Reads `key` into the batch's state unless it is there already.
-    async fn load(&mut self, key: &str) -> wasmtime::Result<Result<(), state::Error>> {
-        if key.is_empty() || key.len() > EVENT_ID_MAX || key.contains('\0') {
-            return Ok(Err(state::Error::InvalidKey(format!("a key has 1 to {EVENT_ID_MAX} bytes and no NUL"))));
+    /// The version of `key` before it is changed, or what is wrong with the change.
+    async fn before(
+        &mut self,
+        key: &str,
+        value: &[u8],
+        asked: impl FnOnce() -> Asked,
+    ) -> wasmtime::Result<Result<Option<u64>, state::Error>> {
+        if let Err(error) = check_key(key).and_then(|()| self.check_value(value)) {
+            return Ok(Err(error));
         }
+        match self.call.tape.ask(key.len() + value.len(), asked)? {
+            Some(Saw::Version(version)) => {
+                // Of the value before it the record needs to know nothing.
+                let entry = version.map(|version| StateEntry { value: Bytes::new(), version });
+                if self.call.state.get(key).is_none() {
+                    self.call.state.remember(key.to_owned(), entry);
+                }
+                Ok(Ok(version))
+            }
+            Some(_) => self.call.tape.foreign(),
+            None => {
+                self.load(key).await?;
+                let version = self.call.state.get(key).flatten().map(|entry| entry.version);
+                self.call.tape.saw(0, || Saw::Version(version));
+                Ok(Ok(version))
+            }
+        }
+    }
+
+    /// Reads `key` into the batch's state unless it is there already.
+    async fn load(&mut self, key: &str) -> wasmtime::Result<()> {
         if self.call.state.get(key).is_some() {
-            return Ok(Ok(()));
+            return Ok(());
         }
         match self.call.database.load_state(key.to_owned()).await {
             Ok(entry) => {
                 self.call.state.remember(key.to_owned(), entry);
-                Ok(Ok(()))
+                Ok(())
             }
             Err(error) => self.house(error),
         }
@@ -252,32 +283,50 @@ impl CallState {
     }
 }
 
-/// Loads a key or returns what is wrong with it.
-macro_rules! loaded {
-    ($self:ident, $key:expr) => {
-        if let Err(error) = $self.load($key).await? {
-            return Ok(Err(error));
+fn check_key(key: &str) -> Result<(), state::Error> {
+    if key.is_empty() || key.len() > EVENT_ID_MAX || key.contains('\0') {
+        return Err(state::Error::InvalidKey(format!("a key has 1 to {EVENT_ID_MAX} bytes and no NUL")));
+    }
+    Ok(())
+}
+
+/// The version before a change, or returns what is wrong with it.
+macro_rules! version_before {
+    ($self:ident, $key:expr, $value:expr, $asked:expr) => {
+        match $self.before($key, $value, $asked).await? {
+            Ok(version) => version,
+            Err(error) => return Ok(Err(error)),
         }
     };
 }
 
 impl state::Host for CallState {
     async fn get(&mut self, key: String) -> wasmtime::Result<Result<Option<state::Entry>, state::Error>> {
-        loaded!(self, &key);
-        let entry = self.call.state.get(&key).flatten();
-        Ok(Ok(entry.map(|entry| state::Entry { value: entry.value.clone(), version: entry.version })))
+        if let Err(error) = check_key(&key) {
+            return Ok(Err(error));
+        }
+        let entry = match self.call.tape.ask(key.len(), || Asked::Get { key: key.clone() })? {
+            Some(Saw::Entry(entry)) => entry,
+            Some(_) => return self.call.tape.foreign(),
+            None => {
+                self.load(&key).await?;
+                let entry = self.call.state.get(&key).flatten().cloned();
+                let size = entry.as_ref().map_or(0, |entry| entry.value.len());
+                self.call.tape.saw(size, || Saw::Entry(entry.clone()));
+                entry
+            }
+        };
+        Ok(Ok(entry.map(|entry| state::Entry { value: entry.value.into(), version: entry.version })))
     }
 
     async fn set(&mut self, key: String, value: Vec<u8>) -> wasmtime::Result<Result<u64, state::Error>> {
-        if let Err(error) = self.check_value(&value) {
-            return Ok(Err(error));
-        }
-        loaded!(self, &key);
+        let value = Bytes::from(value);
+        version_before!(self, &key, &value, || Asked::Set { key: key.clone(), value: value.clone() });
         Ok(Ok(self.call.state.set(key, value)))
     }
 
     async fn delete(&mut self, key: String) -> wasmtime::Result<Result<bool, state::Error>> {
-        loaded!(self, &key);
+        version_before!(self, &key, &[], || Asked::Delete { key: key.clone() });
         Ok(Ok(self.call.state.delete(key)))
     }
 
@@ -287,11 +336,9 @@ impl state::Host for CallState {
         expected: Option<u64>,
         value: Vec<u8>,
     ) -> wasmtime::Result<Result<u64, state::Error>> {
-        if let Err(error) = self.check_value(&value) {
-            return Ok(Err(error));
-        }
-        loaded!(self, &key);
-        let version = self.call.state.get(&key).flatten().map(|entry| entry.version);
+        let value = Bytes::from(value);
+        let asked = || Asked::CompareAndSet { key: key.clone(), expected, value: value.clone() };
+        let version = version_before!(self, &key, &value, asked);
         if version != expected {
             return Ok(Err(state::Error::VersionMismatch(version)));
         }
@@ -312,7 +359,7 @@ impl CallState {
             )));
         }
         self.statements += 1;
-        let size = statement.len() + params.iter().map(Value::size).sum::<usize>();
+        let size = statement_size(statement, params);
         if size as u64 > limits.sql_size || params.len() > 10_000 {
             return Err(SqlError::TooLarge(format!(
                 "the statement has {size} bytes and {} parameters; at most {} bytes (`sql_size` under [worker.limits]) and \
@@ -322,6 +369,27 @@ impl CallState {
             )));
         }
         Ok(())
+    }
+
+    async fn run_query(&mut self, statement: String, params: Vec<Value>) -> wasmtime::Result<Result<Rows, SqlError>> {
+        if let Err(error) = self.count_statement(&statement, &params) {
+            return Ok(Err(error));
+        }
+        let limits = self.call.worker.limits.sql();
+        match self.call.database.query(statement, params, limits).await {
+            Ok(answer) => Ok(answer),
+            Err(error) => self.house(error),
+        }
+    }
+
+    async fn run_execute(&mut self, statement: String, params: Vec<Value>) -> wasmtime::Result<Result<u64, SqlError>> {
+        if let Err(error) = self.count_statement(&statement, &params) {
+            return Ok(Err(error));
+        }
+        match self.call.database.execute(statement, params).await {
+            Ok(answer) => Ok(answer),
+            Err(error) => self.house(error),
+        }
     }
 
     /// Dooms the delivery for an error that the transaction does not survive, and gives it to the guest.
@@ -359,15 +427,19 @@ impl sql::Host for CallState {
         params: Vec<sql::Value>,
     ) -> wasmtime::Result<Result<sql::RowSet, sql::Error>> {
         let params: Vec<Value> = params.into_iter().map(value_from_wit).collect();
-        if let Err(error) = self.count_statement(&statement, &params) {
-            return Ok(Err(self.failed(error)));
-        }
-        let limits = self.call.worker.limits.sql();
-        match self.call.database.query(statement, params, limits).await {
-            Ok(Ok(rows)) => Ok(Ok(wit_rows(rows))),
-            Ok(Err(error)) => Ok(Err(self.failed(error))),
-            Err(error) => self.house(error),
-        }
+        let asked = || Asked::Query { statement: statement.clone(), params: params.clone() };
+        let answer = match self.call.tape.ask(statement_size(&statement, &params), asked)? {
+            Some(Saw::Rows(rows)) => Ok(rows),
+            Some(Saw::Refused(error)) => Err(error),
+            Some(_) => return self.call.tape.foreign(),
+            None => {
+                let answer = self.run_query(statement, params).await?;
+                let size = answer.as_ref().map_or(0, Rows::size);
+                self.call.tape.saw(size, || answer.clone().map_or_else(Saw::Refused, Saw::Rows));
+                answer
+            }
+        };
+        Ok(answer.map(wit_rows).map_err(|error| self.failed(error)))
     }
 
     async fn execute(
@@ -376,15 +448,23 @@ impl sql::Host for CallState {
         params: Vec<sql::Value>,
     ) -> wasmtime::Result<Result<u64, sql::Error>> {
         let params: Vec<Value> = params.into_iter().map(value_from_wit).collect();
-        if let Err(error) = self.count_statement(&statement, &params) {
-            return Ok(Err(self.failed(error)));
-        }
-        match self.call.database.execute(statement, params).await {
-            Ok(Ok(count)) => Ok(Ok(count)),
-            Ok(Err(error)) => Ok(Err(self.failed(error))),
-            Err(error) => self.house(error),
-        }
+        let asked = || Asked::Execute { statement: statement.clone(), params: params.clone() };
+        let answer = match self.call.tape.ask(statement_size(&statement, &params), asked)? {
+            Some(Saw::Changed(rows)) => Ok(rows),
+            Some(Saw::Refused(error)) => Err(error),
+            Some(_) => return self.call.tape.foreign(),
+            None => {
+                let answer = self.run_execute(statement, params).await?;
+                self.call.tape.saw(0, || answer.clone().map_or_else(Saw::Refused, Saw::Changed));
+                answer
+            }
+        };
+        Ok(answer.map_err(|error| self.failed(error)))
     }
+}
+
+fn statement_size(statement: &str, params: &[Value]) -> usize {
+    statement.len() + params.iter().map(Value::size).sum::<usize>()
 }
 
 fn value_from_wit(value: sql::Value) -> Value {
@@ -462,6 +542,7 @@ impl invocation::Host for CallState {
     }
 
     async fn attempt(&mut self) -> wasmtime::Result<u32> {
+        self.call.tape.looks.at_attempt = true;
         Ok(self.call.attempt)
     }
 
@@ -471,12 +552,21 @@ impl invocation::Host for CallState {
     }
 
     async fn now(&mut self) -> wasmtime::Result<u64> {
+        self.call.tape.looks.at_now = true;
         Ok(u64::try_from(self.call.now.as_microsecond()).unwrap_or_default())
     }
 
     async fn remaining(&mut self) -> wasmtime::Result<u64> {
-        let left = self.deadline.saturating_duration_since(std::time::Instant::now());
-        Ok(u64::try_from(left.as_millis()).unwrap_or(u64::MAX))
+        match self.call.tape.ask(0, || Asked::Remaining)? {
+            Some(Saw::Number(left)) => Ok(left),
+            Some(_) => self.call.tape.foreign(),
+            None => {
+                let left = self.deadline.saturating_duration_since(std::time::Instant::now());
+                let left = u64::try_from(left.as_millis()).unwrap_or(u64::MAX);
+                self.call.tape.saw(0, || Saw::Number(left));
+                Ok(left)
+            }
+        }
     }
 
     async fn traceparent(&mut self) -> wasmtime::Result<Option<String>> {

@@ -37,6 +37,7 @@ async fn pruning_takes_what_is_old_and_leaves_the_dead(world: World) {
         code: None,
         error: String::new(),
         logs: String::new(),
+        record: None,
     };
     world.store.count_attempts(WORKER, &[failed("e1"), failed("dead")]).await.unwrap();
     let mut tx = world.begin().await;

@@ -82,6 +82,9 @@ pub(super) async fn prune(session: &mut Session, outputs: Duration, inbox: Durat
          ), attempts as (
              delete from oncely.attempt using gone
              where attempt.worker = gone.worker and attempt.event_id = gone.event_id
+         ), records as (
+             delete from oncely.record using gone
+             where record.worker = gone.worker and record.event_id = gone.event_id
          )
          select pg_catalog.count(*) from gone",
     );

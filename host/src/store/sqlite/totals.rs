@@ -6,8 +6,8 @@ use anyhow::Context;
 use sqlx::Row;
 use sqlx::sqlite::{SqlitePool, SqliteRow};
 
-use super::errors;
 use super::session::Session;
+use super::{attempts, errors};
 use crate::store::{Result, StoreError, WorkerTotals, shared};
 
 pub(super) async fn by_worker(readers: &SqlitePool) -> Result<Vec<WorkerTotals>> {
@@ -84,9 +84,12 @@ pub(super) async fn prune(session: &mut Session, outputs: Duration, inbox: Durat
         .await
         .map_err(doing)?;
     for record in &records {
+        let (worker, event_id): (String, String) =
+            (record.try_get(0).map_err(doing)?, record.try_get(1).map_err(doing)?);
+        attempts::forget_record(session, &worker, &event_id).await?;
         sqlx::query("delete from oncely_attempt where worker = $1 and event_id = $2")
-            .bind(record.try_get::<String, _>(0).map_err(doing)?)
-            .bind(record.try_get::<String, _>(1).map_err(doing)?)
+            .bind(worker)
+            .bind(event_id)
             .execute(session.connection().map_err(doing)?)
             .await
             .map_err(doing)?;
