@@ -194,7 +194,7 @@ both!(whatever_ends_an_attempt_ends_its_replay, |kind: Kind| async move {
     for line in text.lines() {
         let letter: Value = serde_json::from_str(line)?;
         let replayed = laptop.replay(&file, &["--json", "--letter", &letter["id"].to_string()])?;
-        assert_eq!(replayed.code, Some(0), "{}: {}{}", letter["event_id"], replayed.out, replayed.err);
+        assert_eq!(replayed.code, Some(0), "{}: {}", letter["event_id"], replayed.err);
         let report = replayed.json()?;
         assert_eq!(report["failure"]["message"], letter["detail"], "{}", letter["event_id"]);
         assert_eq!(report["failure"]["code"], letter["code"], "{}", letter["event_id"]);
@@ -203,8 +203,8 @@ both!(whatever_ends_an_attempt_ends_its_replay, |kind: Kind| async move {
 });
 
 both!(a_record_that_has_no_room_for_everything_says_so, |kind: Kind| async move {
-    let many_rows = r#"with recursive n (n) as (select 1 union all select n + 1 from n where n < 9000)
-        select n, 'row ' || n as a, 'a long text that takes its room, again and again, in each of the rows' as b from n"#;
+    let many_rows = r#"with recursive n (n) as (select 1 union all select n + 1 from n where n < 9900)
+        select n, 'row ' || n as a, 'a long text that takes its room, again and again, in each of the rows, and in the next one again' as b from n"#;
     let wide = match kind {
         Kind::Sqlite => "select hex(zeroblob(1500000))",
         _ => "select repeat('0', 3000000)",
@@ -246,7 +246,7 @@ both!(the_call_of_a_batch_handler_is_replayed_as_a_whole, |kind: Kind| async mov
     for line in std::fs::read_to_string(&file)?.lines() {
         let letter: Value = serde_json::from_str(line)?;
         let replayed = laptop.replay(&file, &["--json", "--letter", &letter["id"].to_string()])?;
-        assert_eq!(replayed.code, Some(0), "{}: {}{}", letter["event_id"], replayed.out, replayed.err);
+        assert_eq!(replayed.code, Some(0), "{}: {}", letter["event_id"], replayed.err);
     }
     // A handler for one message at a time cannot stand in for it.
     let foreign = guests::component()?;
@@ -264,8 +264,7 @@ both!(the_call_of_a_batch_handler_is_replayed_as_a_whole, |kind: Kind| async mov
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_no_export_is_refused_and_nothing_panics() -> Result<()> {
-    let messages =
-        vec![to_die("e1", "insert,look,trap", &format!(r#"{{"look": {LOOKS}}}"#)), to_die("e2", "reject", "{}")];
+    let messages = vec![to_die("e1", "insert,look,trap", &format!(r#"{{"look": {LOOKS}}}"#))];
     let world = with_letters(Kind::Sqlite, &manifest(ONE_ATTEMPT)?, messages).await?;
     let laptop = Laptop::new()?;
     let file = laptop.export(&world, &["1"]).await?;
@@ -348,7 +347,7 @@ both!(a_trap_that_repeats_to_the_letter_is_dead_at_once_unless_the_manifest_says
     };
     let proved = ["memory", "plain", "seed", "stack"];
     for switch in ["", "proved_poison = \"retry\"\n"] {
-        let limits = "[worker.limits]\ntime = \"500ms\"\n";
+        let limits = "[worker.limits]\ntime = \"2s\"\n";
         let world = with_letters(kind, &manifest(&format!("{QUICK_RETRIES}{switch}{limits}"))?, messages()).await?;
         let sql = "select event_id, reason, attempts from oncely.dead_letter order by event_id";
         for row in world.database.rows(sql).await? {
@@ -373,7 +372,7 @@ async fn once(heart: &Heart, message: &Arc<Message>) -> Result<Option<Letter>> {
 }
 
 both!(an_answer_that_changed_between_two_attempts_proves_nothing, |kind: Kind| async move {
-    let heart = Heart::of(kind, "[worker.retry]\nattempts = 9\n").await?;
+    let mut heart = Heart::of(kind, "[worker.retry]\nattempts = 9\n").await?;
     let options = r#"{"look": ["sql"], "sql": "select id from once"}"#;
     let poison = message("poison", "look,trap", options);
     assert!(once(&heart, &poison).await?.is_none());
@@ -390,9 +389,9 @@ both!(an_answer_that_changed_between_two_attempts_proves_nothing, |kind: Kind| a
     let poison = message("second", "look,trap", r#"{"look": ["state"]}"#);
     let mut delivered = heart.deliver(&[neighbour, Arc::clone(&poison)]).await?;
     assert!(matches!(delivered.verdicts.pop(), Some(Verdict::Retry { .. })));
-    let next = Heart { delivery: oncely::delivery::Delivery { version: 2, ..heart.delivery.clone() }, ..heart };
-    assert!(once(&next, &poison).await?.is_none(), "another version may do otherwise");
-    assert_eq!(once(&next, &poison).await?.map(|letter| letter.reason), Some(Reason::ProvedPoison));
+    heart.delivery.version = 2;
+    assert!(once(&heart, &poison).await?.is_none(), "another version may do otherwise");
+    assert_eq!(once(&heart, &poison).await?.map(|letter| letter.reason), Some(Reason::ProvedPoison));
     Ok(())
 });
 
@@ -404,7 +403,7 @@ both!(what_is_put_back_has_two_attempts_before_anything_is_proved, |kind: Kind| 
     assert_eq!(rows, [["proved-poison"]]);
     // A rehearsal finds it failing as it did.
     let plan = world.oncely_json(&["dlq", "redrive", "1", "--dry-run", "--json"]).await?;
-    assert_eq!(plan[0]["class"], "fails-the-same", "{plan}");
+    assert_eq!(plan["letters"][0]["class"], "fails-the-same", "{plan}");
     Ok(())
 });
 

@@ -58,7 +58,7 @@ impl Tape {
     pub fn ask(&mut self, size: usize, asked: impl FnOnce() -> Asked) -> wasmtime::Result<Option<Saw>> {
         match self.replay.as_mut() {
             None => {
-                if self.has_room(size) {
+                if self.has_room(STEP_SIZE + size) {
                     self.steps.push(Step { asked: asked(), saw: None });
                 }
                 Ok(None)
@@ -105,7 +105,7 @@ impl Tape {
 
     /// Whether there is room for so much more. Once there was not, nothing more is kept: a record has no gaps.
     fn has_room(&mut self, size: usize) -> bool {
-        self.size += size + STEP_SIZE;
+        self.size += size;
         self.cut |= self.size > RECORD_MAX;
         !self.cut
     }
