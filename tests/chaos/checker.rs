@@ -248,7 +248,9 @@ impl Checker<'_> {
             let Some((_, held)) = self.observed.inbox.get(id) else { continue };
             for (payload, body) in &event.bodies {
                 match (payload == held, body.nature.death()) {
-                    (true, _) if self.died_of(CRASHED_HOST, id, payload) => wanted.insert((id, payload, CRASHED_HOST), body),
+                    (true, _) if self.died_of(CRASHED_HOST, id, payload) => {
+                        wanted.insert((id, payload, CRASHED_HOST), body)
+                    }
                     (true, None) => continue,
                     // Whether two attempts in a row were made by one version is up to the deployments.
                     (true, _) if body.nature == Nature::OutOfMemory && self.died_of(PROVED_POISON, id, payload) => {

@@ -146,7 +146,14 @@ fn show(line: &Line, attempt: &Replayable, report: &Report, steps: bool) -> Resu
         ("worker", format!("{} version {}", attempt.manifest.name, attempt.version)),
         ("attempt", format!("{} at {}", record.attempt, units::show_time(record.now))),
         ("failed with", failure.map(|failure| failure.message.clone()).unwrap_or_default()),
-        ("asked", format!("{} times{}", record.steps.len(), if record.cut { ", then the record was cut" } else { "" })),
+        (
+            "asked",
+            format!(
+                "{}{}",
+                count(record.steps.len(), "time"),
+                if record.cut { ", then the record was cut" } else { "" }
+            ),
+        ),
     ]))?;
     if steps {
         for (number, step) in record.steps.iter().enumerate() {
@@ -169,9 +176,15 @@ fn show(line: &Line, attempt: &Replayable, report: &Report, steps: bool) -> Resu
             ("expected", short(&departure.expected)),
             ("instead", short(&departure.instead)),
         ])),
-        (None, Replayed::Cut) => term::data(format!("the same for {} calls; there the record was cut", report.steps)),
-        (None, _) => term::data(format!("the same: {} calls, and the failure", report.steps)),
+        (None, Replayed::Cut) => {
+            term::data(format!("the same for {}; there the record was cut", count(report.steps, "call")))
+        }
+        (None, _) => term::data(format!("the same: {}, and the failure", count(report.steps, "call"))),
     }
+}
+
+fn count(number: usize, what: &str) -> String {
+    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
 }
 
 /// One line that a terminal can hold.
