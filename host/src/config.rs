@@ -297,11 +297,10 @@ fn keep_inbox(given: &Given) -> anyhow::Result<KeepInbox> {
 /// The folder is made now: what is found out later has nobody to tell.
 fn archive(given: &Given) -> anyhow::Result<PathBuf> {
     let folder = given.path();
-    match std::fs::create_dir_all(&folder).and_then(|()| tempfile::tempfile_in(&folder)) {
-        Ok(_) => Ok(folder),
-        Err(error) => Err(given
-            .refuse(&format!("nothing can be written to {}: {error}", folder.display()), "/var/lib/oncely/archive")),
-    }
+    std::fs::create_dir_all(&folder).and_then(|()| tempfile::tempfile_in(&folder)).map_err(|error| {
+        given.refuse(format!("nothing can be written to {}: {error}", folder.display()), "/var/lib/oncely/archive")
+    })?;
+    Ok(folder)
 }
 
 impl Database {
