@@ -26,7 +26,7 @@ pub const FILE_NAME: &str = "oncely-host.toml";
 pub const LISTEN: &str = "127.0.0.1:7420";
 
 /// Every knob, by its key in the file. Its flag is `--key` with hyphens, its variable `ONCELY_KEY`.
-pub(crate) const KNOBS: [&str; 13] = [
+pub(crate) const KNOBS: [&str; 15] = [
     "database",
     "pool_size",
     "guest_sql",
@@ -40,6 +40,8 @@ pub(crate) const KNOBS: [&str; 13] = [
     "log_level",
     "drain",
     "keep_outputs",
+    "keep_inbox",
+    "archive",
 ];
 
 /// The knobs as flags. They are texts here: [`HostConfig::resolve`] reads them, whichever source they came from.
@@ -87,6 +89,12 @@ pub struct HostFlags {
     /// How long published outputs are kept, for the case that a stream loses them [default: 15m] [env: ONCELY_KEEP_OUTPUTS]
     #[arg(long, value_name = "TIME")]
     pub keep_outputs: Option<String>,
+    /// How long it is remembered what was handled: a time, or auto for a day longer than the streams keep messages [default: auto] [env: ONCELY_KEEP_INBOX]
+    #[arg(long, value_name = "TIME")]
+    pub keep_inbox: Option<String>,
+    /// A folder where old inbox records and outputs are kept in files when they leave the database [default: none] [env: ONCELY_ARCHIVE]
+    #[arg(long, value_name = "FOLDER")]
+    pub archive: Option<String>,
 }
 
 /// Everything a host needs to know, checked.
@@ -110,6 +118,17 @@ pub struct HostConfig {
     pub drain: Duration,
     /// How long published outputs are kept.
     pub keep_outputs: Duration,
+    pub keep_inbox: KeepInbox,
+    /// Where old rows are kept when they leave the database.
+    pub archive: Option<PathBuf>,
+}
+
+/// How long it is remembered what was handled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeepInbox {
+    /// A day longer than the streams keep messages.
+    Auto,
+    For(Duration),
 }
 
 /// Which database, and where.
@@ -166,6 +185,8 @@ impl HostConfig {
             keep_outputs: sources
                 .get("keep_outputs")
                 .map_or(Ok(Duration::from_secs(15 * 60)), |given| keep_outputs(&given))?,
+            keep_inbox: sources.get("keep_inbox").map_or(Ok(KeepInbox::Auto), |given| keep_inbox(&given))?,
+            archive: sources.get("archive").map(|given| archive(&given)).transpose()?,
             data_dir,
         })
     }
@@ -262,6 +283,24 @@ fn keep_outputs(given: &Given) -> anyhow::Result<Duration> {
         Ok(keep) if (least..=most).contains(&keep) => Ok(keep),
         _ => Err(given.refuse_value("is not a length of time between 1m and 30d", "15m")),
     }
+}
+
+fn keep_inbox(given: &Given) -> anyhow::Result<KeepInbox> {
+    let (least, most) = (Duration::from_secs(60), Duration::from_secs(10 * 365 * 24 * 60 * 60));
+    match (given.value.as_str(), units::parse_duration(&given.value)) {
+        ("auto", _) => Ok(KeepInbox::Auto),
+        (_, Ok(keep)) if (least..=most).contains(&keep) => Ok(KeepInbox::For(keep)),
+        _ => Err(given.refuse_value("is neither `auto` nor a length of time between 1m and 3650d", "auto")),
+    }
+}
+
+/// The folder is made now: what is found out later has nobody to tell.
+fn archive(given: &Given) -> anyhow::Result<PathBuf> {
+    let folder = given.path();
+    std::fs::create_dir_all(&folder).and_then(|()| tempfile::tempfile_in(&folder)).map_err(|error| {
+        given.refuse(format!("nothing can be written to {}: {error}", folder.display()), "/var/lib/oncely/archive")
+    })?;
+    Ok(folder)
 }
 
 impl Database {

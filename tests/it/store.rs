@@ -41,6 +41,7 @@ mod line;
 mod outages;
 mod outbox;
 mod records;
+mod retention;
 mod savepoints;
 mod state;
 mod totals;

@@ -5,6 +5,7 @@
 //! surface may be dropped before it is done: callers run deliveries in tasks of their own that are never aborted.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -18,6 +19,7 @@ use crate::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
 pub use crate::state::{StateEntry, StateWrite};
 use crate::verdict::{Letter, Settled};
 
+mod archive;
 mod changes;
 mod letters;
 mod postgres;
@@ -289,6 +291,21 @@ pub struct WorkerTotals {
     pub set_aside: u64,
 }
 
+/// For how long rows are kept, at the least.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Retire {
+    /// After their publication.
+    pub outputs: Duration,
+    /// After their transaction; none for ever.
+    pub inbox: Option<Duration>,
+    /// The most rows that leave, or move, one by one at a time. On PostgreSQL whole parts leave, however large they are.
+    pub limit: u32,
+    /// How long to wait for transactions that are under way; new ones may have to wait as long.
+    pub patience: Duration,
+    /// The folder where what leaves is kept in files; none for nowhere. A row may be in two of them, after a crash.
+    pub archive: Option<PathBuf>,
+}
+
 /// The database as the loops and the control API use it.
 #[async_trait]
 pub trait Store: Send + Sync + 'static {
@@ -411,9 +428,10 @@ pub trait Store: Send + Sync + 'static {
     /// Counts and ages, by worker; workers that were deployed or have rows.
     async fn totals(&self) -> Result<Vec<WorkerTotals>>;
 
-    /// Deletes published outputs older than `outputs` and settled inbox records (with their attempts) older than
-    /// `inbox`, at most `limit` of each. Dead letters and their inbox records stay. Returns how many rows left.
-    async fn prune(&self, outputs: Duration, inbox: Duration, limit: u32) -> Result<u64>;
+    /// Removes some of what had its time: published outputs, and inbox records with their attempts. What is dead and may be
+    /// put back stays settled. Says whether something was done, and there may be more. Transactions that take their time are
+    /// a conflict: try again later.
+    async fn retire(&self, what: &Retire) -> Result<bool>;
 
     /// Closes all connections once their work is done.
     async fn close(&self);

@@ -1,17 +1,17 @@
 //! Of each event the record of the last failed attempt is kept, and compared with that of the one before.
 
-use std::time::Duration;
-
 use bytes::Bytes;
-use oncely::store::{By, CountedAttempt, FailedAttempt, KeptRecord, LetterFilter, Move};
+use oncely::store::{By, Claim, CountedAttempt, FailedAttempt, KeptRecord, LetterFilter, LetterState, Move, Redrive};
 use oncely::verdict::Reason;
 
+use super::retention::retire_everything;
 use super::{WORKER, World, a_claim, a_letter};
 
 on_every_database!(
     the_last_record_of_an_event_is_kept_and_compared_with_the_one_before,
     attempts_counted_together_are_compared_with_what_was_there,
     a_record_goes_with_its_letter,
+    a_record_goes_when_its_letter_took_effect,
     a_record_goes_with_the_attempts_of_an_event_that_is_done,
 );
 
@@ -108,12 +108,32 @@ async fn a_record_goes_with_its_letter(world: World) {
     }
 }
 
+async fn a_record_goes_when_its_letter_took_effect(world: World) {
+    world.count(&[failed("e1", Some(("it", None)))]).await;
+    let letter = a_letter("e1", b"", Reason::AttemptsExhausted);
+    let payload = letter.0.message.payload_sha256();
+    world.store.bury(&[letter]).await.unwrap();
+    let filter = LetterFilter { limit: 10, ..LetterFilter::default() };
+    let id = world.store.letters(&filter).await.unwrap()[0].id;
+    let by = By { actor: "ada".to_owned(), note: None };
+    world.store.redrive(&[Redrive { id, generation: None, again: false }], &by).await.unwrap();
+    assert!(world.record("e1").await.is_some());
+    let mut tx = world.begin().await;
+    tx.claim(&[Claim { payload_sha256: payload, ..a_claim("e1", 1) }]).await.unwrap();
+    tx.commit().await.unwrap();
+    retire_everything(&world).await;
+    assert_eq!(world.record("e1").await, None);
+    let letter = world.store.letter(id).await.unwrap().unwrap();
+    assert_eq!((letter.summary.state, letter.attempts.len()), (LetterState::Done, 1));
+}
+
 async fn a_record_goes_with_the_attempts_of_an_event_that_is_done(world: World) {
     world.count(&[failed("e1", Some(("it", None))), failed("e2", Some(("it", None)))]).await;
     let mut tx = world.begin().await;
     tx.claim(&[a_claim("e1", 1)]).await.unwrap();
     tx.commit().await.unwrap();
     assert!(world.record("e1").await.is_some());
-    world.store.prune(Duration::from_secs(900), Duration::ZERO, 100).await.unwrap();
+    world.store.bury(&[a_letter("e2", b"", Reason::AttemptsExhausted)]).await.unwrap();
+    retire_everything(&world).await;
     assert_eq!((world.record("e1").await, world.record("e2").await), (None, Some("it".to_owned())));
 }

@@ -17,6 +17,7 @@ mod outbox;
 mod outputs;
 mod redrive;
 mod repair;
+mod retention;
 mod session;
 mod state;
 mod totals;
@@ -36,7 +37,7 @@ use self::tx::SqliteTx;
 use super::{
     By, CountedAttempt, DeploymentRecord, FailedAttempt, LetterFilter, LetterRecord, LetterSummary, Move, Moved,
     OnStream, OutboxLag, OutboxRow, Output, OutputFilter, OutputRecord, OutputSummary, Published, PutBack, Redrive,
-    Result, StateRecord, Store, Tx, Unpublished, WorkerMigration, WorkerTotals,
+    Result, Retire, StateRecord, Store, Tx, Unpublished, WorkerMigration, WorkerTotals,
 };
 use crate::fault;
 use crate::sql::Dialect;
@@ -262,11 +263,11 @@ impl Store for SqliteStore {
         totals::by_worker(&self.readers).await
     }
 
-    async fn prune(&self, outputs: Duration, inbox: Duration, limit: u32) -> Result<u64> {
+    async fn retire(&self, what: &Retire) -> Result<bool> {
         let mut session = self.sessions.begin().await?;
-        let left = totals::prune(&mut session, outputs, inbox, limit).await?;
+        let has_more = retention::retire(&mut session, what).await?;
         session.commit().await?;
-        Ok(left)
+        Ok(has_more)
     }
 
     async fn close(&self) {

@@ -1,13 +1,10 @@
-//! Counts and ages for people, and the rows that have had their time.
-
-use std::time::Duration;
+//! Counts and ages for people.
 
 use anyhow::Context;
 use sqlx::Row;
 use sqlx::sqlite::{SqlitePool, SqliteRow};
 
-use super::session::Session;
-use super::{attempts, errors};
+use super::errors;
 use crate::store::{Result, StoreError, WorkerTotals, shared};
 
 pub(super) async fn by_worker(readers: &SqlitePool) -> Result<Vec<WorkerTotals>> {
@@ -55,59 +52,4 @@ fn read(row: &SqliteRow) -> sqlx::Result<WorkerTotals> {
         oldest_unpublished_ms: oldest_ms.map(shared::unsigned),
         set_aside: shared::unsigned(row.try_get("set_aside")?),
     })
-}
-
-/// Deletes old published outputs and old inbox records that are done, with their attempts. Returns how many outputs and
-/// records left.
-pub(super) async fn prune(session: &mut Session, outputs: Duration, inbox: Duration, limit: u32) -> Result<u64> {
-    let doing = |error| errors::of_statement(error, "delete old rows");
-    let old_outputs = "delete from oncely_outbox where seq in (
-             select seq from oncely_outbox
-             where published_at < cast(unixepoch('subsec') * 1000000 as integer) - $1
-             order by published_at limit $2)";
-    let old_records = "delete from oncely_inbox where (worker, event_id) in (
-             select worker, event_id from oncely_inbox
-             where state = 'done' and settled_at < cast(unixepoch('subsec') * 1000000 as integer) - $1
-             order by settled_at limit $2)
-         returning worker, event_id";
-    let outputs = sqlx::query(old_outputs)
-        .bind(shared::micros(outputs))
-        .bind(limit)
-        .execute(session.connection().map_err(doing)?)
-        .await
-        .map_err(doing)?;
-    write_done(session).await?;
-    let records = sqlx::query(old_records)
-        .bind(shared::micros(inbox))
-        .bind(limit)
-        .fetch_all(session.connection().map_err(doing)?)
-        .await
-        .map_err(doing)?;
-    for record in &records {
-        let (worker, event_id): (String, String) =
-            (record.try_get(0).map_err(doing)?, record.try_get(1).map_err(doing)?);
-        attempts::forget_record(session, &worker, &event_id).await?;
-        sqlx::query("delete from oncely_attempt where worker = $1 and event_id = $2")
-            .bind(worker)
-            .bind(event_id)
-            .execute(session.connection().map_err(doing)?)
-            .await
-            .map_err(doing)?;
-    }
-    Ok(outputs.rows_affected() + records.len() as u64)
-}
-
-/// Writes down which letters that were put back took effect, before the inbox forgets it.
-async fn write_done(session: &mut Session) -> Result<()> {
-    let doing = |error| errors::of_statement(error, "write down which dead letters took effect");
-    sqlx::query(
-        "update oncely_dead_letter as letter set state = 'done'
-         where letter.state = 'redriven' and exists (
-             select 1 from oncely_inbox as inbox where inbox.worker = letter.worker
-                 and inbox.event_id = letter.event_id and inbox.state = 'done')",
-    )
-    .execute(session.connection().map_err(doing)?)
-    .await
-    .map_err(doing)?;
-    Ok(())
 }
