@@ -98,6 +98,7 @@ impl Delivery {
             }
         }
         self.judge_failures(&mut run).await?;
+        self.forget_records(&run).await;
         self.metrics.batch(&self.worker.name, run.reruns);
         Ok(run.finish(&self.worker.name, self.version))
     }
@@ -252,6 +253,19 @@ impl Delivery {
         Ok(())
     }
 
+    /// Forgets what is on record of events that failed before and took effect now. If it cannot, that goes with their attempts.
+    async fn forget_records(&self, run: &Run<'_>) {
+        let took_effect = |member: &&usize| matches!(run.verdicts.get(**member), Some(Some(Verdict::Done(_))));
+        let members = run.failed_before.iter().filter(took_effect);
+        let event_ids: Vec<String> = members.filter_map(|member| run.event_id(*member)).collect();
+        if event_ids.is_empty() {
+            return;
+        }
+        if let Err(error) = self.store.forget_records(&self.worker.name, &event_ids).await {
+            tracing::debug!("records of attempts not removed: {:#}", anyhow::Error::from(error));
+        }
+    }
+
     fn judge(&self, run: &Run<'_>, member: usize, failure: CallFailure, counted: CountedAttempt) -> Verdict {
         let CountedAttempt { attempt, repeats } = counted;
         // What was put back has a budget of its own, and goes on counting.
@@ -307,6 +321,8 @@ struct Run<'b> {
     keys: Vec<Option<String>>,
     verdicts: Vec<Option<Verdict>>,
     failed: Vec<Failed>,
+    /// Those that had failed attempts when they were claimed.
+    failed_before: BTreeSet<usize>,
     outputs: Vec<OutboxRow>,
     leased_at: Option<Instant>,
     reruns: u32,
@@ -327,8 +343,20 @@ impl<'b> Run<'b> {
         }
         let verdicts = batch.iter().map(|_| None).collect();
         let keys = batch.iter().map(|message| worker.held_key_of(message)).collect();
-        let (failed, outputs) = (Vec::new(), Vec::new());
-        Run { batch, twins, keys, verdicts, failed, outputs, leased_at: None, reruns: 0, undone: 0, careful: false }
+        let (failed, failed_before, outputs) = (Vec::new(), BTreeSet::new(), Vec::new());
+        Run {
+            batch,
+            twins,
+            keys,
+            verdicts,
+            failed,
+            failed_before,
+            outputs,
+            leased_at: None,
+            reruns: 0,
+            undone: 0,
+            careful: false,
+        }
     }
 
     fn first_of_each_id(&self) -> Vec<usize> {
@@ -393,7 +421,12 @@ impl<'b> Run<'b> {
             match claimed {
                 _ if fault::mutant(fault::SKIP_CLAIM) => fresh.push((member, 0)),
                 _ if self.is_distrusted(member) => fresh.push((member, 0)),
-                Claimed::Fresh { attempts } => fresh.push((member, attempts)),
+                Claimed::Fresh { attempts } => {
+                    if attempts > 0 {
+                        self.failed_before.insert(member);
+                    }
+                    fresh.push((member, attempts));
+                }
                 Claimed::Settled(settled) => self.verdict(member, Verdict::Duplicate(settled)),
                 Claimed::OtherPayload => self.id_reuse(member),
             }

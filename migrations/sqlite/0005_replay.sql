@@ -1,7 +1,7 @@
 -- The record of the last failed attempt at an event: what the handler was given, asked and saw, as JSON, for a replay.
 --
--- It holds what the message and the rows that the handler read hold. It goes when the event's attempts go, and when the letter
--- is closed or its event took effect after all. `proof` is a digest of all of it but the time: two attempts in a row that agree on it prove that the next one
+-- It holds what the message and the rows that the handler read hold. It goes when the event takes effect, when its letter is
+-- closed, and with its attempt. `proof` is a digest of all of it but the time: two attempts in a row that agree on it prove that the next one
 -- comes to the same. It is null where that would prove nothing.
 create table oncely_record (
     worker   text    not null,

@@ -407,6 +407,19 @@ both!(what_is_put_back_has_two_attempts_before_anything_is_proved, |kind: Kind| 
     Ok(())
 });
 
+both!(nothing_stays_on_record_of_what_took_effect_after_all, |kind: Kind| async move {
+    let messages = vec![
+        to_die("late", "fail_once,insert", "{}"),
+        to_die("later", "insert,fail_until", r#"{"attempt": 3}"#),
+        to_die("never", "insert,trap", "{}"),
+    ];
+    let world = with_letters(kind, &manifest(QUICK_RETRIES)?, messages).await?;
+    world.until("select count(*) from oncely.record", 1).await?;
+    let rows = world.database.rows("select event_id, attempt from oncely.record").await?;
+    assert_eq!(rows, [["never", "3"]]);
+    Ok(())
+});
+
 both!(an_instance_that_remembers_other_messages_proves_nothing, |kind: Kind| async move {
     let heart = Heart::of(kind, "isolation = \"batch\"\n[worker.retry]\nattempts = 9\n").await?;
     let poison = message("poison", "trap", "{}");

@@ -322,6 +322,9 @@ pub trait Store: Send + Sync + 'static {
     /// that of the one before. Answers in their order.
     async fn count_attempts(&self, worker: &str, failed: &[FailedAttempt]) -> Result<Vec<CountedAttempt>>;
 
+    /// Forgets the records of attempts at these events.
+    async fn forget_records(&self, worker: &str, event_ids: &[String]) -> Result<()>;
+
     /// The record of the last failed attempt at an event, as JSON; none when there is none, or none any more.
     async fn attempt_record(&self, worker: &str, event_id: &str) -> Result<Option<Bytes>>;
 

@@ -76,8 +76,20 @@ pub(super) async fn count(
     counts.map_err(|error| errors::of_statement(error, "read the count of attempts"))
 }
 
+/// Forgets the records of attempts at these events.
+pub(super) async fn forget_records(session: &mut Session, worker: &str, event_ids: &[String]) -> Result<()> {
+    let query = session.query("delete from oncely.record where worker = $1 and event_id = any($2)");
+    query
+        .bind(worker)
+        .bind(event_ids)
+        .execute(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "forget the records of attempts"))?;
+    Ok(())
+}
+
 /// Forgets the records of the events of these letters.
-pub(super) async fn forget_records(session: &mut Session, letters: &[i64]) -> Result<()> {
+pub(super) async fn forget_records_of_letters(session: &mut Session, letters: &[i64]) -> Result<()> {
     let query = session.query(
         "delete from oncely.record using oncely.dead_letter as letter
          where letter.id = any($1) and letter.reason <> 'id-reuse'

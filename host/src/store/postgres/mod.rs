@@ -174,6 +174,12 @@ impl Store for PostgresStore {
         Ok(counts)
     }
 
+    async fn forget_records(&self, worker: &str, event_ids: &[String]) -> Result<()> {
+        let mut session = self.house.begin(Purpose::Note).await?;
+        attempts::forget_records(&mut session, worker, event_ids).await?;
+        session.commit().await
+    }
+
     async fn attempt_record(&self, worker: &str, event_id: &str) -> Result<Option<Bytes>> {
         let mut session = self.house.begin(Purpose::Read).await?;
         let record = attempts::record(&mut session, worker, event_id).await?;

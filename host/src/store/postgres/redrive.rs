@@ -61,7 +61,7 @@ pub(super) async fn move_letters(session: &mut Session, ids: &[i64], what: &Move
     }
     if let Some(state) = what.closes() {
         close(session, &done, state).await?;
-        attempts::forget_records(session, &done).await?;
+        attempts::forget_records_of_letters(session, &done).await?;
     }
     if let Move::Edit(body) = what {
         edit(session, &done, body, by).await?;

@@ -97,6 +97,14 @@ impl Store for SqliteStore {
         Ok(counts)
     }
 
+    async fn forget_records(&self, worker: &str, event_ids: &[String]) -> Result<()> {
+        let mut session = self.sessions.begin().await?;
+        for event_id in event_ids {
+            attempts::forget_record(&mut session, worker, event_id).await?;
+        }
+        session.commit().await
+    }
+
     async fn attempt_record(&self, worker: &str, event_id: &str) -> Result<Option<Bytes>> {
         attempts::record(&self.readers, worker, event_id).await
     }
