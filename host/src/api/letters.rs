@@ -188,7 +188,7 @@ async fn redrive_planned(State(host): State<Arc<Host>>, Json(request): Json<Plan
     for planned in &request.letters {
         let now = now.iter().find(|rehearsed| rehearsed.letter == planned.id);
         match now.map_or_else(|| Some("there is no such letter".to_owned()), |now| moved_since(&planned.basis, now)) {
-            Some(why) => answers.push(Moved { id: planned.id, refused: Some(why) }),
+            Some(why) => answers.push(Moved { id: planned.id, refused: Some(why), took_effect: false }),
             None => {
                 let generation = Some(planned.basis.generation);
                 letters.push(Redrive { id: planned.id, generation, again: false });

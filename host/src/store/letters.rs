@@ -237,6 +237,9 @@ pub struct Moved {
     pub id: i64,
     /// Why it was not done, for a person; none when it was done.
     pub refused: Option<String>,
+    /// It was not done because its event took effect meanwhile.
+    #[serde(default)]
+    pub took_effect: bool,
 }
 
 /// What a worker that was pointed to a letter finds.
@@ -281,7 +284,7 @@ impl Standing {
             return Some("somebody put it back since".to_owned());
         }
         match self.state {
-            _ if self.is_done() => Some("it took effect since; nothing is to be done".to_owned()),
+            _ if self.is_done() => Some(TOOK_EFFECT.to_owned()),
             _ if self.is_id_reuse() => Some(ID_REUSE.to_owned()),
             _ if self.reason == Reason::Unreadable.as_str() => Some(UNREADABLE.to_owned()),
             LetterState::Redriven if !wanted.again => Some("it was put back and is under way".to_owned()),
@@ -296,7 +299,7 @@ impl Standing {
     pub fn against(&self, what: &Move) -> Option<String> {
         let is_closed = matches!(self.state, LetterState::Resolved | LetterState::Dropped);
         match what {
-            _ if self.is_done() => Some("it took effect since; nothing is to be done".to_owned()),
+            _ if self.is_done() => Some(TOOK_EFFECT.to_owned()),
             _ if is_closed => Some(format!("it is closed already ({})", self.state.as_str())),
             Move::Edit(_) if self.is_id_reuse() => Some(ID_REUSE.to_owned()),
             Move::Edit(_) if self.reason == Reason::Unreadable.as_str() => Some(UNREADABLE.to_owned()),
@@ -312,6 +315,8 @@ const ID_REUSE: &str = "its event id stands for another message, so the inbox wo
 const UNREADABLE: &str = "its headers cannot be read, so the worker would not see what was sent; publish its body with proper \
     headers (`oncely dlq show ID --raw | oncely publish SUBJECT --id NEW`), then resolve it";
 
+const TOOK_EFFECT: &str = "it took effect since; nothing is to be done";
+
 /// What came of it for each letter that was asked for, in that order.
 pub(super) fn moved(ids: impl IntoIterator<Item = i64>, refused: &[(i64, String)], done: &[i64]) -> Vec<Moved> {
     let why = |id: i64| match refused.iter().find(|(refused, _)| *refused == id) {
@@ -319,5 +324,9 @@ pub(super) fn moved(ids: impl IntoIterator<Item = i64>, refused: &[(i64, String)
         None if done.contains(&id) => None,
         None => Some("there is no such letter".to_owned()),
     };
-    ids.into_iter().map(|id| Moved { id, refused: why(id) }).collect()
+    let moved = |(id, refused): (i64, Option<String>)| {
+        let took_effect = refused.as_deref() == Some(TOOK_EFFECT);
+        Moved { id, refused, took_effect }
+    };
+    ids.into_iter().map(|id| moved((id, why(id)))).collect()
 }

@@ -58,6 +58,11 @@ pub struct Selection {
 }
 
 impl Selection {
+    /// Whether the letters are named one by one.
+    pub fn is_by_number(&self) -> bool {
+        !self.ids.is_empty()
+    }
+
     /// The letters in the order of their streams. Those that were named must be there.
     pub async fn find(self, client: &Client, closed: bool) -> Result<Vec<LetterSummary>> {
         let Selection { ids, all, filters } = self;
