@@ -1,5 +1,6 @@
 //! One operation: what to send, under which key, until when.
 
+use std::fmt;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -14,7 +15,6 @@ use crate::{Answer, Error, Failure};
 
 /// One operation, which is sent under one key however often it is tried. Made by [`Client::publish`] and
 /// [`Client::call`]; mistakes in it come out of [`Request::send`].
-#[derive(Debug)]
 #[must_use = "nothing is sent before `send`"]
 pub struct Request {
     client: Client,
@@ -122,5 +122,14 @@ impl Request {
     /// The first mistake is the one to tell of.
     fn is_wrong(&mut self, error: Error) {
         self.wrong.get_or_insert(error);
+    }
+}
+
+/// Without headers and body, which may hold secrets.
+impl fmt::Debug for Request {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut request = f.debug_struct("Request");
+        request.field("method", &self.method).field("path", &self.url.path()).field("key", &self.key);
+        request.finish_non_exhaustive()
     }
 }
