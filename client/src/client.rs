@@ -222,3 +222,22 @@ pub(crate) fn header(name: &str, value: &str) -> Result<(HeaderName, HeaderValue
     let value = HeaderValue::try_from(value).map_err(|_| invalid("has a value that HTTP does not allow"))?;
     Ok((header, value))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn https_is_for_those_who_asked_for_it() {
+        let base = "https://example.com";
+        assert_eq!(Client::new(base).is_ok(), cfg!(feature = "tls"));
+        assert!(Client::builder(base).http(reqwest::Client::new()).build().is_ok());
+    }
+
+    #[test]
+    fn what_is_written_down_of_a_request_holds_no_secrets() {
+        let client = Client::builder("http://user:secret@127.0.0.1:9").header("authorization", "secret").build();
+        let request = client.unwrap().call(Method::GET, "/x").body("secret");
+        assert!(!format!("{request:?}").contains("secret"), "{request:?}");
+    }
+}
