@@ -33,7 +33,7 @@ pub struct Replayable {
 /// What a replay came to.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Report {
-    pub outcome: Replayed,
+    pub outcome: CameTo,
     /// How many things the guest asked that the record has, too.
     pub steps: usize,
     pub departure: Option<Departure>,
@@ -45,7 +45,7 @@ pub struct Report {
 /// What a replay came to, in a word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Replayed {
+pub enum CameTo {
     /// It asked the same, and failed the same.
     Same,
     /// It asked or ended otherwise.
@@ -160,12 +160,12 @@ fn compare(
     let is_cut = departure.is_none() && failure.is_none();
     let departure =
         departure.or_else(|| if is_cut || is_changed { None } else { other_log(&record.logs, &outcome.logs) });
-    let outcome_word = match &departure {
-        Some(_) => Replayed::Departed,
-        None if is_cut => Replayed::Cut,
-        None => Replayed::Same,
+    let came_to = match &departure {
+        Some(_) => CameTo::Departed,
+        None if is_cut => CameTo::Cut,
+        None => CameTo::Same,
     };
-    Ok(Report { outcome: outcome_word, steps, departure, failure, logs: outcome.logs })
+    Ok(Report { outcome: came_to, steps, departure, failure, logs: outcome.logs })
 }
 
 /// Another build calls its functions otherwise, so of its failure the kind and the code must be the same.

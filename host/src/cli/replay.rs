@@ -12,7 +12,7 @@ use super::term;
 use crate::base64_text;
 use crate::guest::Step;
 use crate::hint::WithHint;
-use crate::replay::{self, Replayable, Replayed, Report};
+use crate::replay::{self, CameTo, Replayable, Report};
 use crate::units;
 
 /// Runs the last failed attempt at a dead letter again, from a file that `oncely dlq export` wrote: with no database and no broker.
@@ -165,7 +165,7 @@ fn show(line: &Line, attempt: &Replayable, report: &Report, steps: bool) -> Resu
     for line in report.logs.lines() {
         term::data(format!("  | {}", term::visible(line)))?;
     }
-    if record.warm && report.outcome == Replayed::Departed {
+    if record.warm && report.outcome == CameTo::Departed {
         term::warning(
             "the instance had handled other messages before (isolation = \"batch\"), of which a replay knows nothing",
         );
@@ -176,7 +176,7 @@ fn show(line: &Line, attempt: &Replayable, report: &Report, steps: bool) -> Resu
             ("expected", short(&departure.expected)),
             ("instead", short(&departure.instead)),
         ])),
-        (None, Replayed::Cut) => {
+        (None, CameTo::Cut) => {
             term::data(format!("the same for {}; there the record was cut", count(report.steps, "call")))
         }
         (None, _) => term::data(format!("the same: {}, and the failure", count(report.steps, "call"))),
@@ -199,9 +199,9 @@ fn short(text: &str) -> String {
 
 fn ended(report: &Report) -> Result<()> {
     match (report.outcome, &report.departure) {
-        (Replayed::Same, _) => Ok(()),
-        (Replayed::Cut, _) => Err(Exit::Cut.because("the record was cut before the failure").into()),
-        (Replayed::Departed, departure) => {
+        (CameTo::Same, _) => Ok(()),
+        (CameTo::Cut, _) => Err(Exit::Cut.because("the record was cut before the failure").into()),
+        (CameTo::Departed, departure) => {
             let step = departure.as_ref().and_then(|departure| departure.step);
             let place = step.map_or("in its log".to_owned(), |step| format!("at call {step}"));
             Err(Exit::Departed.because(format!("the replay departs from the record {place}")).into())
