@@ -424,6 +424,7 @@ impl Campaign {
             Cut::CommitAnswerHeld => "host killed between commit and answer",
             Cut::OutputsNotForwarded => "outputs cut before they arrived",
             Cut::OutputAnswersLost => "outputs cut after they were stored",
+            Cut::HttpAnswerLost | Cut::HttpAnswerTorn => "answer to a request cut",
         });
         Ok(())
     }
@@ -582,6 +583,7 @@ impl Campaign {
                 Act::Cut(Cut::CommitAnswerHeld) => "host killed between commit and answer".to_owned(),
                 Act::Cut(Cut::OutputsNotForwarded) => "outputs cut before they arrived".to_owned(),
                 Act::Cut(Cut::OutputAnswersLost) => "outputs cut after they were stored".to_owned(),
+                Act::Cut(Cut::HttpAnswerLost | Cut::HttpAnswerTorn) => "answer to a request cut".to_owned(),
                 Act::Deploy => "deployed under load".to_owned(),
             };
             *floors.entry(name).or_default() += 1;

@@ -25,6 +25,7 @@ macro_rules! both {
 mod batches;
 mod bus;
 mod cli;
+mod client;
 mod crash;
 mod delivery;
 mod deploy;

@@ -140,6 +140,7 @@ fn only_tests_open_the_gate() -> Result<()> {
 fn every_file_says_what_it_is_for() -> Result<()> {
     for folder in [
         "host/src",
+        "client/src",
         "guest-sdk/src",
         "tests/it",
         "tests/chaos",
