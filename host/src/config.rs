@@ -13,9 +13,11 @@ use crate::units;
 mod nats;
 mod sources;
 mod token;
+mod webhook;
 
 pub use nats::{Login, Nats};
 pub use token::{keep_token, read_token};
+pub use webhook::Webhook;
 
 use sources::{Given, Sources};
 
@@ -26,7 +28,7 @@ pub const FILE_NAME: &str = "oncely-host.toml";
 pub const LISTEN: &str = "127.0.0.1:7420";
 
 /// Every knob, by its key in the file. Its flag is `--key` with hyphens, its variable `ONCELY_KEY`.
-pub(crate) const KNOBS: [&str; 13] = [
+pub(crate) const KNOBS: [&str; 15] = [
     "database",
     "pool_size",
     "guest_sql",
@@ -40,6 +42,8 @@ pub(crate) const KNOBS: [&str; 13] = [
     "log_level",
     "drain",
     "keep_outputs",
+    "webhook",
+    "webhook_secret",
 ];
 
 /// The knobs as flags. They are texts here: [`HostConfig::resolve`] reads them, whichever source they came from.
@@ -87,6 +91,12 @@ pub struct HostFlags {
     /// How long published outputs are kept, for the case that a stream loses them [default: 15m] [env: ONCELY_KEEP_OUTPUTS]
     #[arg(long, value_name = "TIME")]
     pub keep_outputs: Option<String>,
+    /// Where alarms are posted to, http or https [default: nowhere] [env: ONCELY_WEBHOOK]
+    #[arg(long, value_name = "URL")]
+    pub webhook: Option<String>,
+    /// What they are signed with: whsec_ and a secret in Base64 [default: not signed] [env: ONCELY_WEBHOOK_SECRET]
+    #[arg(long, value_name = "SECRET")]
+    pub webhook_secret: Option<String>,
 }
 
 /// Everything a host needs to know, checked.
@@ -110,6 +120,8 @@ pub struct HostConfig {
     pub drain: Duration,
     /// How long published outputs are kept.
     pub keep_outputs: Duration,
+    /// Where alarms are posted to.
+    pub webhook: Option<Webhook>,
 }
 
 /// Which database, and where.
@@ -166,6 +178,7 @@ impl HostConfig {
             keep_outputs: sources
                 .get("keep_outputs")
                 .map_or(Ok(Duration::from_secs(15 * 60)), |given| keep_outputs(&given))?,
+            webhook: webhook::resolve(&sources)?,
             data_dir,
         })
     }

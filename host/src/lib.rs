@@ -3,12 +3,13 @@
 //! The map, floor by floor; imports run strictly downwards and rooms on one floor do not know each other.
 //!
 //! - what people touch: `cli`, `api`
-//! - loops: `host` (with `deploy` and `reconcile`), `worker`, `lane`, `relay`, `drain`
+//! - loops: `host` (with `deploy`, `reconcile` and `watch`), `worker`, `lane`, `relay`, `webhook`, `drain`
 //! - the heart: `delivery`
 //! - one room per outside thing: `guest` (wasmtime), `store` (sqlx), `bus` (async-nats), `crate_build` (cargo)
 //! - plain values, no IO: `message`, `sql`, `state`, `verdict`, `dead_letter`, `redrive`, `manifest`, `config`, `retry`,
-//!   `subject`, `units`, `toml_text`, `hint`, `breaker`, `metrics`; and `fault`, named points and mutants for tests
+//!   `subject`, `units`, `toml_text`, `hint`, `breaker`, `metrics`, `alarm`, `failure_group`; and `fault`, named points and mutants for tests
 
+pub mod alarm;
 pub mod api;
 pub mod breaker;
 pub mod bus;
@@ -19,6 +20,7 @@ pub mod dead_letter;
 pub mod delivery;
 pub mod deploy;
 pub mod drain;
+pub mod failure_group;
 pub mod fault;
 pub mod guest;
 pub mod hint;
@@ -38,4 +40,6 @@ pub mod subject;
 pub mod toml_text;
 pub mod units;
 pub mod verdict;
+pub mod watch;
+pub mod webhook;
 pub mod worker;

@@ -20,8 +20,8 @@ use crate::host::Host;
 use crate::message;
 use crate::reconcile::{self, Basis, Rehearsed, Verification};
 use crate::store::{
-    self, AttemptRecord, AuditRecord, By, LetterFilter, LetterOutput, LetterRecord, LetterSummary, Move, Moved,
-    Redrive, StoreError,
+    self, AttemptRecord, AuditRecord, By, LetterFilter, LetterGroup, LetterOutput, LetterRecord, LetterSummary, Move,
+    Moved, Redrive, StoreError,
 };
 
 /// How many letters one request may move: each request is one transaction.
@@ -33,6 +33,7 @@ const CONFLICTS_MAX: u32 = 5;
 pub(super) fn routes() -> Router<Arc<Host>> {
     Router::new()
         .route("/letters/find", post(find))
+        .route("/letters/groups", post(groups))
         .route("/letters/{id}", get(letter))
         .route("/letters/redrive", post(redrive))
         .route("/letters/rehearse", post(rehearse))
@@ -44,6 +45,10 @@ pub(super) fn routes() -> Router<Arc<Host>> {
 
 async fn find(State(host): State<Arc<Host>>, Json(filter): Json<LetterFilter>) -> Answer<Vec<LetterSummary>> {
     Ok(Json(store::all_letters(&*host.store, &filter).await?))
+}
+
+async fn groups(State(host): State<Arc<Host>>, Json(filter): Json<LetterFilter>) -> Answer<Vec<LetterGroup>> {
+    Ok(Json(store::groups_of(&*host.store, &filter).await?))
 }
 
 /// One dead letter, whole.

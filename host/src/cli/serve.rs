@@ -48,7 +48,8 @@ impl Served {
         let store = open_store(config).await?;
         let bus = Bus::connect(&config.nats).await.map_err(unreachable)?;
         let token = config.keep_token()?;
-        let (host, running) = Host::start(store, bus, &config.data_dir.join("components"), config.keep_outputs).await?;
+        let cache = config.data_dir.join("components");
+        let (host, running) = Host::start(store, bus, &cache, config.keep_outputs, config.webhook.clone()).await?;
         let address = listener.local_addr().context("read the address of the control API")?;
         let stop_api = Stop::new();
         let mut stopping = stop_api.stopping();

@@ -72,6 +72,8 @@ pub struct CallFailure {
     pub code: Option<String>,
     /// For a person.
     pub message: String,
+    /// Where it trapped: names of the component's functions, innermost first.
+    pub frames: Vec<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,7 +89,7 @@ pub enum FailureKind {
 
 impl CallFailure {
     pub fn new(kind: FailureKind, code: &str, message: impl Into<String>) -> Self {
-        CallFailure { kind, code: Some(code.to_owned()), message: message.into() }
+        CallFailure { kind, code: Some(code.to_owned()), message: message.into(), frames: Vec::new() }
     }
 }
 
@@ -268,7 +270,8 @@ fn returned(failure: wit::Failure) -> CallFailure {
         wit::FailureKind::Reject => FailureKind::Reject,
     };
     let clip = |text: String, limit: usize| text.chars().filter(|c| *c != '\0').take(limit).collect::<String>();
-    CallFailure { kind, code: failure.code.map(|code| clip(code, 64)), message: clip(failure.message, 4_000) }
+    let (code, message) = (failure.code.map(|code| clip(code, 64)), clip(failure.message, 4_000));
+    CallFailure { kind, code, message, frames: Vec::new() }
 }
 
 /// A doomed delivery fails whatever the handler made of the error it was given. After a statement that failed the
@@ -305,12 +308,9 @@ fn trapped(error: &wasmtime::Error, state: &CallState) -> CallFailure {
             format!("the handler asked for more memory than its limit of {limit} (`memory` under [worker.limits])"),
         );
     }
-    let place = error
-        .downcast_ref::<wasmtime::WasmBacktrace>()
-        .and_then(|trace| trace.frames().iter().find_map(|frame| frame.func_name()))
-        .map(|name| format!(" in {name}"))
-        .unwrap_or_default();
-    match error.downcast_ref::<Trap>() {
+    let frames = frames(error);
+    let place = frames.first().map(|name| format!(" in {name}")).unwrap_or_default();
+    let failure = match error.downcast_ref::<Trap>() {
         Some(Trap::Interrupt) => timed_out(state.call.worker.limits.time),
         Some(Trap::StackOverflow) => {
             CallFailure::new(FailureKind::Retry, "stack-overflow", format!("the handler recursed too deep{place}"))
@@ -324,5 +324,16 @@ fn trapped(error: &wasmtime::Error, state: &CallState) -> CallFailure {
         None => {
             CallFailure::new(FailureKind::Retry, "trap", format!("the handler trapped{place}: {}", error.root_cause()))
         }
-    }
+    };
+    CallFailure { frames, ..failure }
+}
+
+/// How many frames of a trap are remembered, those of the language's own panics included.
+const FRAMES_MAX: usize = 32;
+
+/// The functions of the component that were running, innermost first, as far as it has their names.
+fn frames(error: &wasmtime::Error) -> Vec<String> {
+    let trace = error.downcast_ref::<wasmtime::WasmBacktrace>();
+    let frames = trace.map(wasmtime::WasmBacktrace::frames).unwrap_or_default();
+    frames.iter().filter_map(|frame| frame.func_name()).take(FRAMES_MAX).map(str::to_owned).collect()
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::parse::{LIMITS_KEYS, MANIFEST_KEYS, RETRY_KEYS, STREAM_KEYS, WORKER_KEYS};
+use super::parse::{ALARM_KEYS, LIMITS_KEYS, MANIFEST_KEYS, RETRY_KEYS, STREAM_KEYS, WORKER_KEYS};
 use super::*;
 use crate::hint::hints;
 use crate::sql::Dialect;
@@ -365,6 +365,7 @@ fn every_key_stands_in_the_reference_with_its_section() {
         ("## `[[worker]]`", &WORKER_KEYS),
         ("## `[worker.retry]`", &RETRY_KEYS),
         ("## `[worker.limits]`", &LIMITS_KEYS),
+        ("## `[worker.alarm]`", &ALARM_KEYS),
     ];
     for (heading, keys) in sections {
         let section = reference.split("\n## ").find(|text| heading.ends_with(text.lines().next().unwrap_or_default()));

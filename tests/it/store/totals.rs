@@ -18,7 +18,7 @@ async fn totals_count_what_each_worker_did(world: World) {
     tx.commit().await.unwrap();
     let mut letter = a_letter("e3", b"", Reason::Rejected);
     letter.0.worker = "another".to_owned();
-    world.store.bury(&[letter]).await.unwrap();
+    world.bury(&[letter]).await.unwrap();
     let mut totals = world.store.totals().await.unwrap();
     for total in &mut totals {
         assert!(total.oldest_unpublished_ms.take().unwrap() < 20_000);
@@ -44,7 +44,7 @@ async fn pruning_takes_what_is_old_and_leaves_the_dead(world: World) {
     let outputs = [an_output("e1", 0, Duration::ZERO), an_output("e1", 1, Duration::ZERO)];
     let rows = tx.append_outputs(&outputs, LEASE).await.unwrap();
     tx.commit().await.unwrap();
-    let (_, notices) = world.store.bury(&[a_letter("dead", b"", Reason::Rejected)]).await.unwrap();
+    let (_, notices) = world.bury(&[a_letter("dead", b"", Reason::Rejected)]).await.unwrap();
     let place = |seq| Published { seq, stream: "PAYMENTS".to_owned(), stream_sequence: 1 };
     world.store.mark_published(&[place(rows[0].seq), place(notices[0].seq)]).await.unwrap();
     tokio::time::sleep(Duration::from_millis(20)).await;
