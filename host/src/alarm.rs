@@ -112,7 +112,9 @@ impl Kind {
     /// A value for people.
     pub fn shown(self, value: u64) -> String {
         match self.unit() {
-            "ms" => units::show_duration(Duration::from_millis(value - value % if value >= 10_000 { 1_000 } else { 1 })),
+            "ms" => {
+                units::show_duration(Duration::from_millis(value - value % if value >= 10_000 { 1_000 } else { 1 }))
+            }
             _ => value.to_string(),
         }
     }
@@ -121,7 +123,9 @@ impl Kind {
     fn hint(self, worker: &str, group: Option<&FailureGroup>) -> String {
         match (self, group) {
             (Kind::NewFailure, Some(group)) => format!("oncely dlq list --group {}", group.id),
-            (Kind::Letters | Kind::LetterAge | Kind::NewFailure, _) => format!("oncely dlq list --groups --worker {worker}"),
+            (Kind::Letters | Kind::LetterAge | Kind::NewFailure, _) => {
+                format!("oncely dlq list --groups --worker {worker}")
+            }
             (Kind::UnhandledAge | Kind::UnpublishedAge, _) => "oncely status".to_owned(),
             (Kind::SetAside, _) => format!("oncely outbox list --worker {worker}"),
         }
@@ -428,10 +432,16 @@ mod tests {
             cleared_at: None,
         };
         let output = notice.output();
-        assert_eq!((output.id.as_str(), output.subject.as_str()), ("alarm:settle:unpublished-age:3:raised", "oncely.alarm.settle"));
+        assert_eq!(
+            (output.id.as_str(), output.subject.as_str()),
+            ("alarm:settle:unpublished-age:3:raised", "oncely.alarm.settle")
+        );
         let body: serde_json::Value = serde_json::from_slice(&output.body).unwrap();
         assert_eq!(body["text"], "an output of worker settle has not been published for 1m 1s");
-        assert_eq!((&body["alarm"], &body["state"], &body["value"]), (&"unpublished-age".into(), &"raised".into(), &61_250.into()));
+        assert_eq!(
+            (&body["alarm"], &body["state"], &body["value"]),
+            (&"unpublished-age".into(), &"raised".into(), &61_250.into())
+        );
         let over = Notice { cleared_at: Some("1970-01-01T02:00:00Z".parse().unwrap()), ..notice };
         assert_eq!(over.id(), "alarm:settle:unpublished-age:3:cleared");
         assert_eq!(over.text(), "worker settle: the alarm `unpublished-age` is over after 2h");

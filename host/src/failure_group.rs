@@ -181,7 +181,8 @@ mod tests {
             frames: frames.iter().map(|&frame| frame.to_owned()).collect(),
             ..letter(Reason::AttemptsExhausted, "the handler panicked")
         };
-        let one = trapped(&["abort", "std::process::abort::h0123456789abcdef", "app::pay::h0123456789abcdef", "app::handle"]);
+        let one =
+            trapped(&["abort", "std::process::abort::h0123456789abcdef", "app::pay::h0123456789abcdef", "app::handle"]);
         let group = FailureGroup::of(&one);
         assert_eq!(group.place.as_deref(), Some("app::pay < app::handle"));
         let next_build = trapped(&["core::panicking::panic", "app::pay::hfedcba9876543210", "app::handle"]);

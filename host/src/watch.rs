@@ -71,7 +71,8 @@ impl Measured {
             step(worker, kind, standing, of_kind(kind))
         });
         // Raised by the first letter of a failure, over once none of its letters is left to do.
-        let failures = self.standing.iter().filter(|alarm| alarm.worker == worker.name && alarm.kind == Kind::NewFailure);
+        let failures =
+            self.standing.iter().filter(|alarm| alarm.worker == worker.name && alarm.kind == Kind::NewFailure);
         let by_failure = failures.filter_map(|alarm| step(worker, alarm.kind, Some(alarm), Some(alarm.to_do)));
         by_value.chain(by_failure).collect()
     }

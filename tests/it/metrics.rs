@@ -11,7 +11,7 @@ use support::nats::ToPublish;
 use support::world::{QUICK_RETRIES, World, manifest};
 
 /// What a host answers to `/metrics`, without a token.
-async fn scrape(world: &World) -> Result<String> {
+pub(crate) async fn scrape(world: &World) -> Result<String> {
     let file: Value = serde_json::from_str(&std::fs::read_to_string(world.folder.path().join(".oncely/host.json"))?)?;
     let url = format!("{}/metrics", file["url"].as_str().context("the host has no address")?);
     let response = reqwest::get(url).await?;
@@ -22,7 +22,7 @@ async fn scrape(world: &World) -> Result<String> {
 }
 
 /// The value of a series, by how it is written.
-fn value(text: &str, series: &str) -> Option<f64> {
+pub(crate) fn value(text: &str, series: &str) -> Option<f64> {
     text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok())
 }
 

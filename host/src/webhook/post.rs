@@ -160,10 +160,12 @@ mod tests {
 
     #[test]
     fn an_answer_is_taken_refused_or_tried_again() {
-        for (status, expected) in [(200, "taken"), (204, "taken"), (302, "failed"), (400, "refused"), (401, "refused")] {
+        for (status, expected) in [(200, "taken"), (204, "taken"), (302, "failed"), (400, "refused"), (401, "refused")]
+        {
             assert_eq!(said(status), expected, "{status}");
         }
-        for (status, expected) in [(408, "failed"), (425, "failed"), (429, "failed"), (500, "failed"), (503, "failed")] {
+        for (status, expected) in [(408, "failed"), (425, "failed"), (429, "failed"), (500, "failed"), (503, "failed")]
+        {
             assert_eq!(said(status), expected, "{status}");
         }
     }

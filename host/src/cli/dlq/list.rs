@@ -61,7 +61,8 @@ fn show_groups(groups: &[LetterGroup]) -> Result<()> {
     }
     let row = |found: &LetterGroup| {
         let group = found.group.as_ref();
-        let place = group.and_then(|group| group.place.as_ref()).map(|place| format!(", at {place}")).unwrap_or_default();
+        let place =
+            group.and_then(|group| group.place.as_ref()).map(|place| format!(", at {place}")).unwrap_or_default();
         vec![
             group.map_or_else(|| "-".to_owned(), |group| group.id.clone()),
             found.worker.clone(),

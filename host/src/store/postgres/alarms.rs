@@ -24,10 +24,8 @@ pub(super) async fn list(session: &mut Session) -> Result<Vec<Alarm>> {
          where cleared_at is null or kind <> 'new-failure'
          order by alarm.worker, kind, alarm.group_id",
     );
-    let rows = query
-        .fetch_all(session.connection())
-        .await
-        .map_err(|error| errors::of_statement(error, "read the alarms"))?;
+    let rows =
+        query.fetch_all(session.connection()).await.map_err(|error| errors::of_statement(error, "read the alarms"))?;
     rows.iter().map(|row| read(row).context("read an alarm").map_err(StoreError::Unavailable)).collect()
 }
 
@@ -283,7 +281,8 @@ async fn raised_lately(session: &mut Session, worker: &str) -> Result<u64> {
 
 /// Raises an alarm however often it was raised before, unless it is raised still.
 async fn raise_anew(session: &mut Session, step: &Move) -> Result<Option<Notice>> {
-    let query = session.query("select times from oncely.alarm where worker = $1 and kind = $2 and group_id = $3 for update");
+    let query =
+        session.query("select times from oncely.alarm where worker = $1 and kind = $2 and group_id = $3 for update");
     let row = query
         .bind(&step.worker)
         .bind(step.kind.as_str())
@@ -295,4 +294,3 @@ async fn raise_anew(session: &mut Session, step: &Move) -> Result<Option<Notice>
     let times = times.map_err(|error| errors::of_statement(error, "look up an alarm"))?;
     raise(session, &Move { times: times.unwrap_or_default().cast_unsigned(), ..step.clone() }).await
 }
-

@@ -13,7 +13,11 @@ use crate::verdict::Letter;
 
 /// Writes letters, their inbox records and their notices, and raises an alarm for failures that are new. What is settled
 /// already adds nothing.
-pub(super) async fn bury(session: &mut Session, letters: &[(Letter, Output)], new_failures: u32) -> Result<(Vec<OutboxRow>, Told)> {
+pub(super) async fn bury(
+    session: &mut Session,
+    letters: &[(Letter, Output)],
+    new_failures: u32,
+) -> Result<(Vec<OutboxRow>, Told)> {
     let burials = Burial::all(letters);
     let inserted = settle(session, &burials).await?;
     let held = held_payloads(session, &burials).await?;

@@ -54,10 +54,7 @@ macro_rules! fits_and_waits {
 }
 
 /// Gives a query the values of a filter.
-fn fitting<'q>(
-    query: Query<'q, Postgres, PgArguments>,
-    filter: &'q LetterFilter,
-) -> Query<'q, Postgres, PgArguments> {
+fn fitting<'q>(query: Query<'q, Postgres, PgArguments>, filter: &'q LetterFilter) -> Query<'q, Postgres, PgArguments> {
     query
         .bind(filter.worker.as_deref())
         .bind(filter.reason.as_deref())

@@ -37,7 +37,9 @@ use self::session::{Purpose, Sessions};
 use self::tx::PostgresTx;
 use self::wall::Login;
 use super::{
-    Buried, By, DeploymentRecord, FailedAttempt, LetterDepth, LetterFilter, LetterGroup, LetterRecord, LetterSummary, Move, Moved, OnStream, OutboxLag, OutboxRow, Output, OutputFilter, OutputRecord, OutputSummary, Published, PutBack, Redrive, Result, StateRecord, Store, Told, Tx, Unpublished, WorkerMigration, WorkerTotals,
+    Buried, By, DeploymentRecord, FailedAttempt, LetterDepth, LetterFilter, LetterGroup, LetterRecord, LetterSummary,
+    Move, Moved, OnStream, OutboxLag, OutboxRow, Output, OutputFilter, OutputRecord, OutputSummary, Published, PutBack,
+    Redrive, Result, StateRecord, Store, Told, Tx, Unpublished, WorkerMigration, WorkerTotals,
 };
 use crate::alarm::{self, Alarm};
 use crate::fault;

@@ -199,11 +199,13 @@ async fn is_new(session: &mut Session, worker: &str, group: &FailureGroup) -> Re
     let Some(known) = known else { return insert(session, worker, group).await.map(|()| true) };
     let (away_ms, is_open): (i64, bool) = (known.try_get(0).map_err(doing)?, known.try_get(1).map_err(doing)?);
     if shared::is_longer(away_ms, shared::SEEN_TO_WITHIN) {
-        sqlx::query("update oncely_letter_group set last_seen = cast(unixepoch('subsec') * 1000000 as integer) where id = $1")
-            .bind(&group.id)
-            .execute(session.connection().map_err(doing)?)
-            .await
-            .map_err(doing)?;
+        sqlx::query(
+            "update oncely_letter_group set last_seen = cast(unixepoch('subsec') * 1000000 as integer) where id = $1",
+        )
+        .bind(&group.id)
+        .execute(session.connection().map_err(doing)?)
+        .await
+        .map_err(doing)?;
     }
     Ok(!is_open && shared::is_longer(away_ms, NEW_AGAIN_AFTER))
 }

@@ -53,7 +53,10 @@ macro_rules! fits_and_waits {
 }
 
 /// Gives a query the values of a filter.
-fn fitting<'q>(query: Query<'q, Sqlite, SqliteArguments>, filter: &'q LetterFilter) -> Query<'q, Sqlite, SqliteArguments> {
+fn fitting<'q>(
+    query: Query<'q, Sqlite, SqliteArguments>,
+    filter: &'q LetterFilter,
+) -> Query<'q, Sqlite, SqliteArguments> {
     query
         .bind(filter.worker.as_deref())
         .bind(filter.reason.as_deref())

@@ -34,7 +34,9 @@ use self::guest_sql::Guests;
 use self::session::Sessions;
 use self::tx::SqliteTx;
 use super::{
-    Buried, By, DeploymentRecord, FailedAttempt, LetterDepth, LetterFilter, LetterGroup, LetterRecord, LetterSummary, Move, Moved, OnStream, OutboxLag, OutboxRow, Output, OutputFilter, OutputRecord, OutputSummary, Published, PutBack, Redrive, Result, StateRecord, Store, Told, Tx, Unpublished, WorkerMigration, WorkerTotals,
+    Buried, By, DeploymentRecord, FailedAttempt, LetterDepth, LetterFilter, LetterGroup, LetterRecord, LetterSummary,
+    Move, Moved, OnStream, OutboxLag, OutboxRow, Output, OutputFilter, OutputRecord, OutputSummary, Published, PutBack,
+    Redrive, Result, StateRecord, Store, Told, Tx, Unpublished, WorkerMigration, WorkerTotals,
 };
 use crate::alarm::{self, Alarm};
 use crate::fault;
