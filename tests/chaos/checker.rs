@@ -39,6 +39,8 @@ pub struct Counted {
     pub timeouts_of_plain_messages: usize,
     /// Events that were buried because hosts died while they handled them alone.
     pub crashed_host: usize,
+    /// Changes of alarms on their stream.
+    pub alarms_told: usize,
     /// Outputs of one key whose sequence is lower than that of one before them on the stream.
     pub out_of_order: usize,
 }
@@ -66,6 +68,7 @@ pub fn check(observed: &Observed) -> (Counted, Vec<Violation>) {
     checker.outputs(&events);
     checker.order();
     checker.state(&events);
+    checker.alarms();
     checker.rest();
     checker.count(&events);
     (checker.counted, checker.violations)
@@ -395,6 +398,26 @@ impl Checker<'_> {
                 self.fail("state", format!("state `{key}` counted {counted} of {effects} effects"));
             }
         }
+    }
+
+    /// Each time an alarm was raised or cleared is told once, and nothing else is.
+    fn alarms(&mut self) {
+        let observed = self.observed;
+        for (alarm, times, is_raised) in &observed.alarms {
+            for time in 1..=*times {
+                let is_over = time < *times || !is_raised;
+                for state in if is_over { &["raised", "cleared"][..] } else { &["raised"] } {
+                    let id = format!("alarm:{alarm}:{time}:{state}");
+                    if !observed.alarms_told.contains_key(&id) {
+                        self.fail("alarms", format!("nobody was told of {id}"));
+                    }
+                }
+            }
+        }
+        for (id, count) in observed.alarms_told.iter().filter(|(_, count)| **count > 1) {
+            self.fail("alarms", format!("{id} is told {count} times"));
+        }
+        self.counted.alarms_told = observed.alarms_told.len();
     }
 
     fn rest(&mut self) {

@@ -14,11 +14,10 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 use support::books;
 use support::database::Kind;
+use support::metrics::{scrape, value};
 use support::nats::ToPublish;
 use support::production::RunningHost;
 use support::world::{PATIENCE, World, manifest};
-
-use crate::metrics::{scrape, value};
 
 /// A webhook on this machine.
 #[derive(Clone, Default)]

@@ -2,29 +2,14 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use oncely::metrics::Metrics;
 use serde_json::Value;
 use support::database::Kind;
 use support::guests::repository;
+use support::metrics::{scrape, value};
 use support::nats::ToPublish;
 use support::world::{QUICK_RETRIES, World, manifest};
-
-/// What a host answers to `/metrics`, without a token.
-pub(crate) async fn scrape(world: &World) -> Result<String> {
-    let file: Value = serde_json::from_str(&std::fs::read_to_string(world.folder.path().join(".oncely/host.json"))?)?;
-    let url = format!("{}/metrics", file["url"].as_str().context("the host has no address")?);
-    let response = reqwest::get(url).await?;
-    ensure!(response.status().is_success(), "{}", response.status());
-    let form = response.headers().get("content-type").context("it has no type")?.to_str()?.to_owned();
-    ensure!(form.starts_with("application/openmetrics-text"), "{form}");
-    Ok(response.text().await?)
-}
-
-/// The value of a series, by how it is written.
-pub(crate) fn value(text: &str, series: &str) -> Option<f64> {
-    text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok())
-}
 
 /// The names of all metrics that the document lists.
 fn documented() -> Result<BTreeSet<String>> {
