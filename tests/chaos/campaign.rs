@@ -102,7 +102,7 @@ impl Harm {
         dlq_outage: Duration::from_secs(40),
     };
 
-    /// What fits into a minute.
+    /// What fits into two minutes.
     pub const SHORT: Harm = Harm {
         each_point: 0,
         kills: 3,

@@ -34,7 +34,7 @@ struct Options {
     #[arg(long)]
     seed: Option<u64>,
     /// For how long harm is done at most.
-    #[arg(long, default_value_t = 9.0)]
+    #[arg(long, default_value_t = 11.0)]
     minutes: f64,
     /// The most messages in one transaction. Default: 32 and 1, from one version of the worker to the next.
     #[arg(long)]
@@ -44,7 +44,7 @@ struct Options {
     /// Set in the environment of the host, such as ONCELY_RELAY=wal.
     #[arg(long, value_name = "NAME=VALUE", value_parser = variable)]
     env: Vec<(String, String)>,
-    /// Less of everything: about a minute.
+    /// Less of everything: about two minutes.
     #[arg(long)]
     short: bool,
     /// Run each mutant of the host instead; the checker must catch every one.
