@@ -28,7 +28,7 @@ pub const FILE_NAME: &str = "oncely-host.toml";
 pub const LISTEN: &str = "127.0.0.1:7420";
 
 /// Every knob, by its key in the file. Its flag is `--key` with hyphens, its variable `ONCELY_KEY`.
-pub(crate) const KNOBS: [&str; 15] = [
+pub(crate) const KNOBS: [&str; 16] = [
     "database",
     "pool_size",
     "guest_sql",
@@ -42,6 +42,7 @@ pub(crate) const KNOBS: [&str; 15] = [
     "log_level",
     "drain",
     "keep_outputs",
+    "keep_inbox",
     "webhook",
     "webhook_secret",
 ];
@@ -91,6 +92,9 @@ pub struct HostFlags {
     /// How long published outputs are kept, for the case that a stream loses them [default: 15m] [env: ONCELY_KEEP_OUTPUTS]
     #[arg(long, value_name = "TIME")]
     pub keep_outputs: Option<String>,
+    /// How long it is remembered what was handled: a time, or auto for a day longer than the streams keep messages [default: auto] [env: ONCELY_KEEP_INBOX]
+    #[arg(long, value_name = "TIME")]
+    pub keep_inbox: Option<String>,
     /// Where alarms are posted to, http or https [default: nowhere] [env: ONCELY_WEBHOOK]
     #[arg(long, value_name = "URL")]
     pub webhook: Option<String>,
@@ -120,8 +124,17 @@ pub struct HostConfig {
     pub drain: Duration,
     /// How long published outputs are kept.
     pub keep_outputs: Duration,
+    pub keep_inbox: KeepInbox,
     /// Where alarms are posted to.
     pub webhook: Option<Webhook>,
+}
+
+/// How long it is remembered what was handled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeepInbox {
+    /// A day longer than the streams keep messages.
+    Auto,
+    For(Duration),
 }
 
 /// Which database, and where.
@@ -178,6 +191,7 @@ impl HostConfig {
             keep_outputs: sources
                 .get("keep_outputs")
                 .map_or(Ok(Duration::from_secs(15 * 60)), |given| keep_outputs(&given))?,
+            keep_inbox: sources.get("keep_inbox").map_or(Ok(KeepInbox::Auto), |given| keep_inbox(&given))?,
             webhook: webhook::resolve(&sources)?,
             data_dir,
         })
@@ -274,6 +288,15 @@ fn keep_outputs(given: &Given) -> anyhow::Result<Duration> {
     match units::parse_duration(&given.value) {
         Ok(keep) if (least..=most).contains(&keep) => Ok(keep),
         _ => Err(given.refuse_value("is not a length of time between 1m and 30d", "15m")),
+    }
+}
+
+fn keep_inbox(given: &Given) -> anyhow::Result<KeepInbox> {
+    let (least, most) = (Duration::from_secs(60), Duration::from_secs(10 * 365 * 24 * 60 * 60));
+    match (given.value.as_str(), units::parse_duration(&given.value)) {
+        ("auto", _) => Ok(KeepInbox::Auto),
+        (_, Ok(keep)) if (least..=most).contains(&keep) => Ok(KeepInbox::For(keep)),
+        _ => Err(given.refuse_value("is neither `auto` nor a length of time between 1m and 3650d", "auto")),
     }
 }
 

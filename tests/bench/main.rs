@@ -17,6 +17,7 @@ use crate::contenders::{CONTENDERS, Contender};
 mod contenders;
 mod cpu;
 mod hand_written;
+mod retention;
 mod saturation;
 mod stage;
 
@@ -41,6 +42,9 @@ struct Options {
     /// Set in the environment of the host that is saturated, such as ONCELY_RELAY=wal.
     #[arg(long, value_name = "NAME=VALUE", value_parser = variable, requires = "saturate")]
     env: Vec<(String, String)>,
+    /// Instead, so many rows through inbox and outbox of both databases while old ones leave.
+    #[arg(long, value_name = "ROWS")]
+    retention: Option<usize>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -60,7 +64,14 @@ async fn main() -> Result<()> {
     if let Some(seconds) = options.saturate {
         return saturate(&options, Duration::from_secs(seconds)).await;
     }
-    ensure!(!cfg!(debug_assertions), "measure a release build: make bench");
+    ensure!(!cfg!(debug_assertions) || options.retention.is_some(), "measure a release build: make bench");
+    if let Some(rows) = options.retention {
+        let report = retention::measure(rows).await?;
+        write("retention.json", &report)?;
+        let holds = |database: &str| report[database]["holds"] == true;
+        ensure!(holds("postgres") && holds("sqlite"), "tables grew, or the last rows were slower than the first");
+        return Ok(());
+    }
     tokio::task::spawn_blocking(guests::component).await??;
     let cluster = tokio::task::spawn_blocking(Cluster::start_durable).await??;
     let chosen = chosen(options.only.as_deref());

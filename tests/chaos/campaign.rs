@@ -645,7 +645,7 @@ impl Campaign {
             violations.extend(self.vacuous(&seen, &counted));
         }
         violations.append(&mut self.lagging);
-        let kept = if violations.is_empty() { None } else { Some(self.keep(&violations)?) };
+        let kept = if violations.is_empty() { None } else { Some(self.keep(&violations).await?) };
         let seconds = began.elapsed().as_secs();
         Ok(Outcome {
             plan: self.plan.clone(),
@@ -723,13 +723,18 @@ impl Campaign {
     }
 
     /// Moves what a person wants to look at out of the folder that is about to be removed.
-    fn keep(&self, violations: &[Violation]) -> Result<std::path::PathBuf> {
+    async fn keep(&self, violations: &[Violation]) -> Result<std::path::PathBuf> {
         let target = guests::target_dir()?.parent().context("find the target folder")?.join("chaos");
         let name = format!("{:?}-{}{}", self.plan.kind, self.plan.seed, self.plan.mutant.clone().unwrap_or_default());
         let folder = target.join("kept").join(name.to_lowercase());
         std::fs::create_dir_all(&folder).context("make a folder for what is kept")?;
         let list: Vec<String> = violations.iter().map(|found| format!("{}: {}\n", found.rule, found.what)).collect();
         std::fs::write(folder.join("violations.txt"), list.concat()).context("write the violations")?;
+        let rows = "select seq, id, subject, ordering_key, due_at, leased_until, behind, set_aside_at, failures, last_error
+            from oncely.outbox where published_at is null order by seq";
+        let unpublished = self.world.database.rows(rows).await.unwrap_or_default();
+        let unpublished: String = unpublished.iter().map(|row| row.join(" | ") + "\n").collect();
+        std::fs::write(folder.join("unpublished.txt"), unpublished).context("write down what is not published")?;
         for file in ["host.log", "faults.log", "oncely.toml", "test.db", "test.db-wal"] {
             // Not all of them are there on each database.
             let _ = std::fs::copy(self.world.folder.path().join(file), folder.join(file));

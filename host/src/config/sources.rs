@@ -70,6 +70,7 @@ fn by_knob(flags: &HostFlags) -> [(&'static str, &Option<String>); KNOBS.len()] 
         ("log_level", &flags.log_level),
         ("drain", &flags.drain),
         ("keep_outputs", &flags.keep_outputs),
+        ("keep_inbox", &flags.keep_inbox),
         ("webhook", &flags.webhook),
         ("webhook_secret", &flags.webhook_secret),
     ]
