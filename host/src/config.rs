@@ -17,7 +17,7 @@ mod webhook;
 
 pub use nats::{Login, Nats};
 pub use token::{keep_token, read_token};
-pub use webhook::Webhook;
+pub use webhook::{Webhook, key as webhook_key};
 
 use sources::{Given, Sources};
 
@@ -127,6 +127,8 @@ pub struct HostConfig {
     pub keep_inbox: KeepInbox,
     /// Where alarms are posted to.
     pub webhook: Option<Webhook>,
+    /// What these posts are signed with.
+    pub webhook_secret: Option<Secret>,
 }
 
 /// How long it is remembered what was handled.
@@ -192,7 +194,8 @@ impl HostConfig {
                 .get("keep_outputs")
                 .map_or(Ok(Duration::from_secs(15 * 60)), |given| keep_outputs(&given))?,
             keep_inbox: sources.get("keep_inbox").map_or(Ok(KeepInbox::Auto), |given| keep_inbox(&given))?,
-            webhook: webhook::resolve(&sources)?,
+            webhook: sources.get("webhook").map(|given| webhook::webhook(&given)).transpose()?,
+            webhook_secret: sources.get("webhook_secret").map(|given| webhook::secret(&given)).transpose()?,
             data_dir,
         })
     }

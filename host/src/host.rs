@@ -12,7 +12,6 @@ use tokio::task::JoinHandle;
 
 use crate::alarm::{ALARM_KEPT, ALARM_STREAM, ALARM_SUBJECTS, Alarm, Kind};
 use crate::bus::{Bus, StreamSpec, Unhandled};
-use crate::config::Webhook;
 use crate::dead_letter::{DLQ_STREAM, DLQ_SUBJECTS};
 use crate::delivery::Delivery;
 use crate::drain::{Stop, Stopping};
@@ -23,8 +22,9 @@ use crate::metrics::{Measured, MeasuredOutbox, MeasuredWorker, Metrics};
 use crate::redrive::{REDRIVE_STREAM, REDRIVE_SUBJECTS};
 use crate::relay::{HandOver, Relay, RelayState, Repair};
 use crate::store::{DeploymentRecord, OutboxLag, OutboxRow, Store};
+use crate::watch;
+use crate::webhook::{self, Poster};
 use crate::worker::RunningWorker;
-use crate::{watch, webhook};
 
 mod retention;
 
@@ -100,7 +100,7 @@ impl Host {
         bus: Bus,
         cache: &Path,
         retention: Retention,
-        webhook: Option<Webhook>,
+        webhook: Option<Poster>,
     ) -> Result<(Arc<Host>, Running)> {
         let engine = GuestEngine::new(cache)?;
         bus.ensure_stream(&StreamSpec::new(DLQ_STREAM, &[DLQ_SUBJECTS]))

@@ -10,14 +10,14 @@ use anyhow::Result;
 use jiff::Timestamp;
 
 use crate::bus::{AlarmMessage, Alarms, Bus};
-use crate::config::Webhook;
 use crate::drain::Stopping;
 use crate::metrics::{Metrics, Post};
 use crate::retry::{Backoff, RetryPolicy};
 
 mod post;
 
-use post::{Answer, Poster};
+use post::Answer;
+pub use post::Poster;
 
 /// The durable consumer of all hosts.
 const DURABLE: &str = "oncely-webhook";
@@ -35,11 +35,7 @@ const AGAIN: RetryPolicy =
     RetryPolicy { attempts: u32::MAX, backoff: Duration::from_secs(1), backoff_max: Duration::from_secs(60) };
 
 /// Tells of alarms until the host stops.
-pub async fn tell(bus: Bus, webhook: Webhook, metrics: Arc<Metrics>, mut stopping: Stopping) {
-    let poster = match Poster::new(webhook) {
-        Ok(poster) => poster,
-        Err(error) => return tracing::error!("alarms are not told to the webhook: {error:#}"),
-    };
+pub async fn tell(bus: Bus, poster: Poster, metrics: Arc<Metrics>, mut stopping: Stopping) {
     let mut backoff = Backoff::default();
     loop {
         let told = async {

@@ -489,6 +489,11 @@ impl Campaign {
     async fn working(&mut self) -> Result<()> {
         self.running().await?;
         self.world.ready().await?;
+        // What hosts that died before this had leased is not to be counted.
+        let end = Instant::now() + CATCH_UP_WITHIN;
+        while Instant::now() < end && unpublished_age(&self.world).await.is_none_or(|age| age >= 1.0) {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
         self.some_time(500, 1_500).await;
         Ok(())
     }
@@ -730,7 +735,8 @@ impl Campaign {
         std::fs::create_dir_all(&folder).context("make a folder for what is kept")?;
         let list: Vec<String> = violations.iter().map(|found| format!("{}: {}\n", found.rule, found.what)).collect();
         std::fs::write(folder.join("violations.txt"), list.concat()).context("write the violations")?;
-        let rows = "select seq, id, subject, ordering_key, due_at, leased_until, behind, set_aside_at, failures, last_error
+        let rows =
+            "select seq, id, subject, ordering_key, due_at, leased_until, behind, set_aside_at, failures, last_error
             from oncely.outbox where published_at is null order by seq";
         let unpublished = self.world.database.rows(rows).await.unwrap_or_default();
         let unpublished: String = unpublished.iter().map(|row| row.join(" | ") + "\n").collect();

@@ -19,6 +19,7 @@ use crate::drain::Stop;
 use crate::hint::WithHint;
 use crate::host::{Host, Retention, Running};
 use crate::store::{PostgresStore, SqliteStore, Store};
+use crate::webhook::Poster;
 
 /// Why a host stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,7 +51,9 @@ impl Served {
         let token = config.keep_token()?;
         let cache = config.data_dir.join("components");
         let retention = Retention { outputs: config.keep_outputs, inbox: config.keep_inbox };
-        let (host, running) = Host::start(store, bus, &cache, retention, config.webhook.clone()).await?;
+        let poster = |webhook| Poster::new(webhook, config.webhook_secret.as_ref());
+        let webhook = config.webhook.clone().map(poster).transpose().context("get ready to post alarms")?;
+        let (host, running) = Host::start(store, bus, &cache, retention, webhook).await?;
         let address = listener.local_addr().context("read the address of the control API")?;
         let stop_api = Stop::new();
         let mut stopping = stop_api.stopping();

@@ -1,4 +1,4 @@
-//! The webhook that is told of alarms: where it is, and what its messages are signed with.
+//! The webhook that is told of alarms: where it is, and what posts to it are signed with.
 
 use std::fmt;
 
@@ -6,7 +6,8 @@ use axum::http::Uri;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 
-use super::sources::{Given, Sources};
+use super::Secret;
+use super::sources::Given;
 
 /// Where alarms are posted to. What stands behind the host is never shown: it is often a secret.
 #[derive(Clone, PartialEq, Eq)]
@@ -18,8 +19,6 @@ pub struct Webhook {
     pub authority: String,
     /// Path and query.
     pub path: String,
-    /// What messages are signed with.
-    pub secret: Option<Vec<u8>>,
 }
 
 /// How a secret begins, as Standard Webhooks have it.
@@ -27,12 +26,7 @@ const SECRET: &str = "whsec_";
 
 const EXAMPLE: &str = "https://alarms.example.com/oncely";
 
-pub(super) fn resolve(sources: &Sources<'_>) -> anyhow::Result<Option<Webhook>> {
-    let secret = sources.get("webhook_secret").map(|given| secret(&given)).transpose()?;
-    sources.get("webhook").map(|given| webhook(&given, secret)).transpose()
-}
-
-fn webhook(given: &Given, secret: Option<Vec<u8>>) -> anyhow::Result<Webhook> {
+pub(super) fn webhook(given: &Given) -> anyhow::Result<Webhook> {
     // The value may hold a secret, so it is not repeated.
     let uri: Uri = given.value.parse().map_err(|_| given.refuse("it is not a URL", EXAMPLE))?;
     let is_tls = match uri.scheme_str() {
@@ -52,19 +46,24 @@ fn webhook(given: &Given, secret: Option<Vec<u8>>) -> anyhow::Result<Webhook> {
         port: authority.port_u16().unwrap_or(if is_tls { 443 } else { 80 }),
         authority: authority.to_string(),
         path: uri.path_and_query().map_or_else(|| "/".to_owned(), ToString::to_string),
-        secret,
     })
 }
 
-fn secret(given: &Given) -> anyhow::Result<Vec<u8>> {
-    let decoded = given.value.strip_prefix(SECRET).and_then(|text| STANDARD.decode(text).ok());
-    match decoded {
-        Some(secret) if (24..=64).contains(&secret.len()) => Ok(secret),
+/// What posts are signed with; [`key`] is the key itself.
+pub(super) fn secret(given: &Given) -> anyhow::Result<Secret> {
+    let secret = Secret::new(given.value.as_str());
+    match key(&secret) {
+        Some(key) if (24..=64).contains(&key.len()) => Ok(secret),
         _ => {
             let hint = format!("make one: echo {SECRET}$(openssl rand -base64 32)");
             Err(given.refuse_with_hint(format!("it is not `{SECRET}` and 24 to 64 bytes in Base64"), hint))
         }
     }
+}
+
+/// The bytes that a secret stands for.
+pub fn key(secret: &Secret) -> Option<Vec<u8>> {
+    STANDARD.decode(secret.reveal().strip_prefix(SECRET)?).ok()
 }
 
 impl Webhook {

@@ -44,6 +44,14 @@ sql_rows = 6
 sql_size = "7"
 state_size = "8B"
 log_size = "9B"
+[worker.alarm]
+letters = 10
+letter_age = "11h"
+unhandled_age = "12m"
+unpublished_age = "13s"
+set_aside = 14
+new_failures = 0
+clear_after = "15s"
 [worker.config]
 currency = "EUR"
 
@@ -93,6 +101,15 @@ fn every_key_of_a_manifest_is_read() {
             state_size: 8,
             log_size: 9,
         },
+        alarm: Thresholds {
+            letters: 10,
+            letter_age: Duration::from_secs(11 * 60 * 60),
+            unhandled_age: Duration::from_secs(12 * 60),
+            unpublished_age: Duration::from_secs(13),
+            set_aside: 14,
+            new_failures: 0,
+            clear_after: Duration::from_secs(15),
+        },
         config: [("currency".to_owned(), "EUR".to_owned())].into(),
     };
     assert_eq!(manifest.workers[0].worker, expected);
@@ -109,6 +126,7 @@ fn what_is_left_out_gets_its_default() {
     assert_eq!(other.worker.ack_wait, Duration::from_secs(30));
     assert_eq!(other.worker.retry, RetryPolicy::default());
     assert_eq!(other.worker.limits, Limits::default());
+    assert_eq!(other.worker.alarm, Thresholds::default());
     assert_eq!((other.worker.on_failure, other.worker.isolation), (OnFailure::Skip, Isolation::Message));
     assert!(other.worker.subjects.is_empty() && other.worker.outputs.is_empty());
 }
@@ -359,7 +377,7 @@ fn a_missing_manifest_says_where_it_was_looked_for() {
 #[test]
 fn every_key_stands_in_the_reference_with_its_section() {
     let reference = include_str!("../../../docs/manifest.md");
-    let sections: [(&str, &[&str]); 5] = [
+    let sections: [(&str, &[&str]); 6] = [
         ("## The file", &MANIFEST_KEYS),
         ("## `[[stream]]`", &STREAM_KEYS),
         ("## `[[worker]]`", &WORKER_KEYS),

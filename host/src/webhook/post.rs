@@ -19,7 +19,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::pki_types::ServerName;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
-use crate::config::Webhook;
+use crate::config::{Secret, Webhook, webhook_key};
 
 /// How long one POST may take, from the look-up of the name to the answer.
 const TIME: Duration = Duration::from_secs(10);
@@ -35,7 +35,7 @@ pub(super) enum Answer {
 }
 
 /// Posts to one webhook.
-pub(super) struct Poster {
+pub struct Poster {
     webhook: Webhook,
     key: Option<hmac::Key>,
     /// For https.
@@ -43,14 +43,15 @@ pub(super) struct Poster {
 }
 
 impl Poster {
-    pub fn new(webhook: Webhook) -> Result<Self> {
-        let key = webhook.secret.as_deref().map(|secret| hmac::Key::new(hmac::HMAC_SHA256, secret));
+    /// Signs what it posts if there is a secret.
+    pub fn new(webhook: Webhook, secret: Option<&Secret>) -> Result<Self> {
+        let key = secret.and_then(webhook_key).map(|key| hmac::Key::new(hmac::HMAC_SHA256, &key));
         let tls = if webhook.is_tls { Some(tls().context("get ready for https")?) } else { None };
         Ok(Poster { webhook, key, tls })
     }
 
     /// Sends `body` under an id that is the same for each attempt.
-    pub async fn post(&self, id: &str, body: Bytes, now: Timestamp) -> Answer {
+    pub(super) async fn post(&self, id: &str, body: Bytes, now: Timestamp) -> Answer {
         match tokio::time::timeout(TIME, self.send(id, body, now)).await {
             Ok(Ok(status)) => judge(status),
             Ok(Err(error)) => Answer::Failed(format!("{error:#}")),
