@@ -28,7 +28,7 @@ pub const FILE_NAME: &str = "oncely-host.toml";
 pub const LISTEN: &str = "127.0.0.1:7420";
 
 /// Every knob, by its key in the file. Its flag is `--key` with hyphens, its variable `ONCELY_KEY`.
-pub(crate) const KNOBS: [&str; 16] = [
+pub(crate) const KNOBS: [&str; 17] = [
     "database",
     "pool_size",
     "guest_sql",
@@ -43,6 +43,7 @@ pub(crate) const KNOBS: [&str; 16] = [
     "drain",
     "keep_outputs",
     "keep_inbox",
+    "archive",
     "webhook",
     "webhook_secret",
 ];
@@ -95,6 +96,9 @@ pub struct HostFlags {
     /// How long it is remembered what was handled: a time, or auto for a day longer than the streams keep messages [default: auto] [env: ONCELY_KEEP_INBOX]
     #[arg(long, value_name = "TIME")]
     pub keep_inbox: Option<String>,
+    /// A folder where old inbox records and outputs are kept in files when they leave the database [default: none] [env: ONCELY_ARCHIVE]
+    #[arg(long, value_name = "FOLDER")]
+    pub archive: Option<String>,
     /// Where alarms are posted to, http or https [default: nowhere] [env: ONCELY_WEBHOOK]
     #[arg(long, value_name = "URL")]
     pub webhook: Option<String>,
@@ -125,6 +129,8 @@ pub struct HostConfig {
     /// How long published outputs are kept.
     pub keep_outputs: Duration,
     pub keep_inbox: KeepInbox,
+    /// Where old rows are kept when they leave the database.
+    pub archive: Option<PathBuf>,
     /// Where alarms are posted to.
     pub webhook: Option<Webhook>,
     /// What these posts are signed with.
@@ -194,6 +200,7 @@ impl HostConfig {
                 .get("keep_outputs")
                 .map_or(Ok(Duration::from_secs(15 * 60)), |given| keep_outputs(&given))?,
             keep_inbox: sources.get("keep_inbox").map_or(Ok(KeepInbox::Auto), |given| keep_inbox(&given))?,
+            archive: sources.get("archive").map(|given| archive(&given)).transpose()?,
             webhook: sources.get("webhook").map(|given| webhook::webhook(&given)).transpose()?,
             webhook_secret: sources.get("webhook_secret").map(|given| webhook::secret(&given)).transpose()?,
             data_dir,
@@ -301,6 +308,15 @@ fn keep_inbox(given: &Given) -> anyhow::Result<KeepInbox> {
         (_, Ok(keep)) if (least..=most).contains(&keep) => Ok(KeepInbox::For(keep)),
         _ => Err(given.refuse_value("is neither `auto` nor a length of time between 1m and 3650d", "auto")),
     }
+}
+
+/// The folder is made now: what is found out later has nobody to tell.
+fn archive(given: &Given) -> anyhow::Result<PathBuf> {
+    let folder = given.path();
+    std::fs::create_dir_all(&folder).and_then(|()| tempfile::tempfile_in(&folder)).map_err(|error| {
+        given.refuse(format!("nothing can be written to {}: {error}", folder.display()), "/var/lib/oncely/archive")
+    })?;
+    Ok(folder)
 }
 
 impl Database {

@@ -50,7 +50,8 @@ impl Served {
         let bus = Bus::connect(&config.nats).await.map_err(unreachable)?;
         let token = config.keep_token()?;
         let cache = config.data_dir.join("components");
-        let retention = Retention { outputs: config.keep_outputs, inbox: config.keep_inbox };
+        let retention =
+            Retention { outputs: config.keep_outputs, inbox: config.keep_inbox, archive: config.archive.clone() };
         let poster = |webhook| Poster::new(webhook, config.webhook_secret.as_ref());
         let webhook = config.webhook.clone().map(poster).transpose().context("get ready to post alarms")?;
         let (host, running) = Host::start(store, bus, &cache, retention, webhook).await?;

@@ -44,6 +44,7 @@ fn with_nothing_given_a_host_runs_from_one_folder_on_this_machine() {
         drain: Duration::from_secs(30),
         keep_outputs: Duration::from_secs(15 * 60),
         keep_inbox: KeepInbox::Auto,
+        archive: None,
         webhook: None,
         webhook_secret: None,
     };
@@ -89,6 +90,7 @@ fn every_knob_is_read_from_every_source() {
         "drain" => "9s".to_owned(),
         "keep_outputs" => "9m".to_owned(),
         "keep_inbox" => "9d".to_owned(),
+        "archive" => creds.with_file_name("archive").to_string_lossy().into_owned(),
         "webhook" => "https://a/b".to_owned(),
         "webhook_secret" => format!("whsec_{}", "c2VjcmV0".repeat(4)),
         _ => panic!("no value for {knob}"),
@@ -111,8 +113,9 @@ fn every_knob_is_read_from_every_source() {
 #[test]
 fn a_bad_value_is_named_with_the_place_it_came_from_and_one_that_would_do() {
     type Case = (&'static [&'static str], &'static [(&'static str, &'static str)], &'static str, &'static str);
-    let cases: [Case; 13] = [
+    let cases: [Case; 14] = [
         (&["--drain", "soon"], &[], "`drain` (from --drain) cannot be used: `soon` is not a length", "--drain 30s"),
+        (&["--archive", "/proc/none"], &[], "nothing can be written to /proc/none", "--archive /var/lib"),
         (&["--keep-inbox", "ever"], &[], "`ever` is neither `auto` nor a length of time", "--keep-inbox auto"),
         (&[], &[("ONCELY_LOG", "xml")], "`log` (from ONCELY_LOG) cannot be used: `xml` is neither", "ONCELY_LOG=json"),
         (

@@ -18,6 +18,7 @@ mod outbox;
 mod outputs;
 mod redrive;
 mod repair;
+mod retention;
 mod session;
 mod state;
 mod totals;
@@ -280,7 +281,7 @@ impl Store for SqliteStore {
 
     async fn retire(&self, what: &Retire) -> Result<bool> {
         let mut session = self.sessions.begin().await?;
-        let has_more = totals::retire(&mut session, what).await?;
+        let has_more = retention::retire(&mut session, what).await?;
         session.commit().await?;
         Ok(has_more)
     }
