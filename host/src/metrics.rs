@@ -242,8 +242,10 @@ impl Default for Metrics {
         let mut book = Book { registry: Registry::default(), names: Vec::new() };
         Metrics {
             consumed: book.add("messaging_client_consumed_messages", "Messages taken from streams"),
-            sent: book
-                .add("messaging_client_sent_messages", "Outputs and notices of dead letters stored on their streams"),
+            sent: book.add(
+                "messaging_client_sent_messages",
+                "Outputs, and notices of dead letters and alarms, stored on their streams",
+            ),
             process: book.add_seconds(
                 "messaging_process_duration",
                 "Time in the handler for one call",

@@ -59,9 +59,9 @@ both!(what_a_host_does_is_counted_and_how_far_it_is_behind_is_measured, |kind: K
         (r#"oncely_attempts_failed_total{worker="test",class="trap"}"#, 3.0),
         (r#"oncely_dead_letters_total{worker="test",reason="rejected"}"#, 1.0),
         (r#"oncely_dead_letters_total{worker="test",reason="attempts-exhausted"}"#, 1.0),
-        // Four outputs and two notices.
-        (r#"oncely_outputs_total{worker="test",outcome="published"}"#, 6.0),
-        (r#"messaging_client_sent_messages_total{worker="test"}"#, 6.0),
+        // Four outputs, two notices, and two failures that are new.
+        (r#"oncely_outputs_total{worker="test",outcome="published"}"#, 8.0),
+        (r#"messaging_client_sent_messages_total{worker="test"}"#, 8.0),
         (r#"oncely_breaker_state{stream="OUT"}"#, 0.0),
         (r#"oncely_unhandled_age_seconds{worker="test"}"#, 0.0),
         (r#"oncely_in_flight_messages{worker="test"}"#, 0.0),
