@@ -15,6 +15,9 @@ use crate::store::{LetterDepth, OutboxLag};
 /// How often it looks.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
+/// How long it waits for the relay to take the messages that tell of alarms.
+const HAND_OVER_WITHIN: Duration = Duration::from_secs(1);
+
 /// Looks until the host stops.
 pub async fn watch(host: Arc<Host>, stopping: Stopping) {
     while !stopping.wait(LOOK_EVERY).await {
@@ -41,7 +44,8 @@ async fn look(host: &Host) -> Result<()> {
     let since = Instant::now();
     let told = host.store.move_alarms(&moves).await?;
     told.notices.iter().for_each(alarm::log);
-    host.publish_soon(told.rows, since).await;
+    // A relay that has its hands full does not hold up the next look: what it does not take now, a sweep finds.
+    let _ = tokio::time::timeout(HAND_OVER_WITHIN, host.publish_soon(told.rows, since)).await;
     Ok(())
 }
 

@@ -299,3 +299,26 @@ both!(what_waits_for_long_raises_an_alarm_and_is_over_when_it_is_done, |kind: Ki
     let over = ["unhandled-age raised", "unhandled-age cleared", "letter-age raised", "letter-age cleared"];
     until_on_stream(&world, &over).await
 });
+
+both!(messages_that_trap_are_grouped_by_the_place, |kind: Kind| async move {
+    let mut world = world(kind, &settings(""), None).await?;
+    world.start_host().await?;
+    let dies = |event: &str, behaviour: &str| ToPublish::new("in.x", event, behaviour, "{}");
+    world.nats.publish_all(vec![dies("e1", "panic"), dies("e2", "trap"), dies("e3", "panic")]).await?;
+    world.quiet(3).await?;
+    let groups = world.oncely_json(&["dlq", "list", "--groups", "--json"]).await?;
+    let places: Vec<(u64, &str)> = groups
+        .as_array()
+        .context("there is no list")?
+        .iter()
+        .map(|found| {
+            (found["letters"].as_u64().unwrap_or_default(), found["group"]["place"].as_str().unwrap_or_default())
+        })
+        .collect();
+    assert!(
+        places.len() == 2 && places[0].0 == 2 && places[0].1.starts_with("panic in guests/src/panic.rs"),
+        "{places:?}"
+    );
+    assert!(!places[1].1.is_empty(), "{places:?}");
+    world.stop_host().await
+});

@@ -88,6 +88,20 @@ pub enum FailureKind {
 }
 
 impl CallFailure {
+    /// The same, with the source file of a Rust panic, which it says on its standard error, as the innermost place: the
+    /// function itself has often become part of another.
+    fn at_panic(mut self, logs: &str) -> Self {
+        let said = logs.lines().rev().find_map(|line| line.split_once(" panicked at "));
+        if let (Some((_, place)), false) = (said, self.frames.is_empty()) {
+            let file = place.split(':').next().unwrap_or_default();
+            // What stands before that is this machine's.
+            let parts: Vec<&str> = file.rsplit('/').take(3).collect();
+            let file: Vec<&str> = parts.into_iter().rev().collect();
+            self.frames.insert(0, format!("panic in {}", file.join("/")));
+        }
+        self
+    }
+
     pub fn new(kind: FailureKind, code: &str, message: impl Into<String>) -> Self {
         CallFailure { kind, code: Some(code.to_owned()), message: message.into(), frames: Vec::new() }
     }
@@ -159,13 +173,15 @@ impl Guest {
             Some(doom) => Err(doomed(result, doom)),
             None => result,
         };
+        let logs = state.logs.take();
+        let result = result.map_err(|failure| failure.at_panic(&logs));
         let all_well = result.as_ref().is_ok_and(|answers| answers.iter().all(Result::is_ok));
         Ok(Outcome {
             result,
             outputs: std::mem::take(&mut state.outputs),
             state: std::mem::take(&mut state.call.state),
             ran_sql: state.statements > 0,
-            logs: state.logs.take(),
+            logs,
             warm: instance
                 .filter(|_| all_well || fault::mutant(fault::REUSE_AFTER_TRAP))
                 .map(|instance| Warm { store, instance }),
