@@ -36,7 +36,7 @@ const SECRET: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
 async fn receive(State(receiver): State<Receiver>, uri: Uri, headers: HeaderMap, body: Bytes) -> StatusCode {
     receiver.asked.fetch_add(1, Ordering::Relaxed);
     match receiver.mode.load(Ordering::Relaxed) {
-        TAKE if uri.to_string() == "/hook?token=t" => {
+        TAKE if uri == "/hook?token=t" => {
             receiver.taken.lock().unwrap().push((headers, body));
             StatusCode::NO_CONTENT
         }
