@@ -347,9 +347,11 @@ fn trapped(error: &wasmtime::Error, state: &CallState) -> CallFailure {
 /// How many frames of a trap are remembered, those of the language's own panics included.
 const FRAMES_MAX: usize = 32;
 
-/// The functions of the component that were running, innermost first, as far as it has their names.
+/// The functions of the component that were running, innermost first, as far as it has their names, as people write them.
 fn frames(error: &wasmtime::Error) -> Vec<String> {
     let trace = error.downcast_ref::<wasmtime::WasmBacktrace>();
     let frames = trace.map(wasmtime::WasmBacktrace::frames).unwrap_or_default();
-    frames.iter().filter_map(|frame| frame.func_name()).take(FRAMES_MAX).map(str::to_owned).collect()
+    let names = frames.iter().filter_map(|frame| frame.func_name());
+    // The short form leaves out what differs from build to build.
+    names.take(FRAMES_MAX).map(|name| format!("{:#}", rustc_demangle::demangle(name))).collect()
 }
