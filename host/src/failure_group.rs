@@ -29,7 +29,9 @@ impl FailureGroup {
     /// The group that a letter belongs to.
     pub fn of(letter: &Letter) -> Self {
         let shape = match letter.reason {
-            Reason::Rejected | Reason::AttemptsExhausted | Reason::OutputRefused => shape_of(&letter.detail),
+            Reason::Rejected | Reason::AttemptsExhausted | Reason::ProvedPoison | Reason::OutputRefused => {
+                shape_of(&letter.detail)
+            }
             // The host found these details, and all of one reason are one failure.
             Reason::IdReuse | Reason::InvalidId | Reason::Unreadable | Reason::CrashedHost => String::new(),
         };

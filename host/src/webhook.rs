@@ -31,8 +31,12 @@ const REFUSED_FOR: Duration = Duration::from_secs(10 * 60);
 
 /// The least and the most it waits between two attempts.
 const AGAIN_LEAST: Duration = Duration::from_millis(500);
-const AGAIN: RetryPolicy =
-    RetryPolicy { attempts: u32::MAX, backoff: Duration::from_secs(1), backoff_max: Duration::from_secs(60) };
+const AGAIN: RetryPolicy = RetryPolicy {
+    attempts: u32::MAX,
+    backoff: Duration::from_secs(1),
+    backoff_max: Duration::from_secs(60),
+    proved_poison: false,
+};
 
 /// Tells of alarms until the host stops.
 pub async fn tell(bus: Bus, poster: Poster, metrics: Arc<Metrics>, mut stopping: Stopping) {

@@ -41,5 +41,6 @@ mod hosts;
 mod outage;
 mod reconcile;
 mod redrive;
+mod replay;
 mod store;
 mod tidy;

@@ -41,6 +41,7 @@ mod letters;
 mod line;
 mod outages;
 mod outbox;
+mod records;
 mod retention;
 mod savepoints;
 mod state;

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use super::parse::{ALARM_KEYS, LIMITS_KEYS, MANIFEST_KEYS, RETRY_KEYS, STREAM_KEYS, WORKER_KEYS};
 use super::*;
 use crate::hint::hints;
+use crate::retry::ProvedPoison;
 use crate::sql::Dialect;
 
 const FULL: &str = r#"
@@ -33,6 +34,7 @@ ack_wait = "45s"
 attempts = 7
 backoff = "2s"
 backoff_max = "1m"
+proved_poison = "retry"
 [worker.limits]
 time = "3s"
 memory = "32MiB"
@@ -88,7 +90,12 @@ fn every_key_of_a_manifest_is_read() {
         concurrency: 8,
         batch: 16,
         ack_wait: Duration::from_secs(45),
-        retry: RetryPolicy { attempts: 7, backoff: Duration::from_secs(2), backoff_max: Duration::from_secs(60) },
+        retry: RetryPolicy {
+            attempts: 7,
+            backoff: Duration::from_secs(2),
+            backoff_max: Duration::from_secs(60),
+            proved_poison: ProvedPoison::Retry,
+        },
         limits: Limits {
             time: Duration::from_secs(3),
             memory: 32 << 20,
