@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use crate::bus::{AlarmMessage, Alarms, Bus};
 use crate::drain::Stopping;
 use crate::metrics::{Metrics, Post};
-use crate::retry::{Backoff, RetryPolicy};
+use crate::retry::{Backoff, ProvedPoison, RetryPolicy};
 
 mod post;
 
@@ -35,7 +35,7 @@ const AGAIN: RetryPolicy = RetryPolicy {
     attempts: u32::MAX,
     backoff: Duration::from_secs(1),
     backoff_max: Duration::from_secs(60),
-    proved_poison: false,
+    proved_poison: ProvedPoison::Retry,
 };
 
 /// Tells of alarms until the host stops.
