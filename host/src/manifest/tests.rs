@@ -200,7 +200,7 @@ fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
         (
             "\"32MiB\"",
             "\"1KiB\"",
-            "27: `memory` in [worker.limits] must lie between 1 MiB and 4 GiB",
+            "28: `memory` in [worker.limits] must lie between 1 MiB and 4 GiB",
             "memory = \"64MiB\"",
         ),
         (
@@ -210,7 +210,7 @@ fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
             "name = \"settle\"",
         ),
         ("name = \"settle\"", "", "7: [[worker]] needs `name`", "add the line: name = \"settle\""),
-        ("name = \"other\"", "name = \"settle\"", "48: there are two workers called `settle`", "name = \"settle-2\""),
+        ("name = \"other\"", "name = \"settle\"", "49: there are two workers called `settle`", "name = \"settle-2\""),
         ("crate = \".\"", "", "7: [[worker]] needs `crate` or `component`", "crate = \".\""),
         (
             "crate = \".\"",
@@ -269,7 +269,7 @@ fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
             "24: `backoff_max` in [worker.retry] is shorter than `backoff`, which is 2s",
             "backoff_max = \"2s\"",
         ),
-        ("\"EUR\"", "978", "45: `config.currency` must be text in quotes", "write: currency = \"978\""),
+        ("\"EUR\"", "978", "46: `config.currency` must be text in quotes", "write: currency = \"978\""),
         ("batch = 16", "batch = 16\nbatch = 17", "20: this is not TOML: duplicate key", "remove: batch = 17"),
         ("name = \"settle\"", "name = settle", "8: this is not TOML", "name = \"settle\""),
         ("[[stream]]", "[stream]", "2: `stream` must be a list of tables", "[[stream]]"),
