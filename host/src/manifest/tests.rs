@@ -158,7 +158,7 @@ fn refusal(line: &str, replacement: &str) -> (String, String) {
 fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
     let cases = [
         ("max_age", "max_aeg", "5: [[stream]] has no key `max_aeg`", "did you mean: max_age = \"7d\""),
-        ("[worker.limits]", "[worker.limit]", "25: [[worker]] has no key `limit`", "did you mean: [worker.limits]"),
+        ("[worker.limits]", "[worker.limit]", "26: [[worker]] has no key `limit`", "did you mean: [worker.limits]"),
         ("ack_wait", "zebra", "20: [[worker]] has no key `zebra`", "remove it; the keys here are: name, crate"),
         (
             "attempts = 7",
