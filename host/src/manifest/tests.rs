@@ -269,6 +269,12 @@ fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
             "24: `backoff_max` in [worker.retry] is shorter than `backoff`, which is 2s",
             "backoff_max = \"2s\"",
         ),
+        (
+            "proved_poison = \"retry\"",
+            "proved_poison = \"no\"",
+            "25: `proved_poison` in [worker.retry] is wrong",
+            "proved_poison = \"retry\"",
+        ),
         ("\"EUR\"", "978", "46: `config.currency` must be text in quotes", "write: currency = \"978\""),
         ("batch = 16", "batch = 16\nbatch = 17", "20: this is not TOML: duplicate key", "remove: batch = 17"),
         ("name = \"settle\"", "name = settle", "8: this is not TOML", "name = \"settle\""),
