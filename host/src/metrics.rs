@@ -13,7 +13,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Metric, Registry, Unit};
 
-use crate::breaker;
+use crate::{alarm, breaker};
 
 /// Of OpenTelemetry's conventions, in seconds.
 const BUCKETS: [f64; 14] = [0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0];
@@ -53,6 +53,17 @@ struct Outcome {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Alarm {
+    worker: String,
+    alarm: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PostOutcome {
+    outcome: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Process {
     messaging_system: &'static str,
     worker: String,
@@ -77,6 +88,8 @@ pub struct Measured {
     pub outbox: Option<Vec<MeasuredOutbox>>,
     pub workers: Vec<MeasuredWorker>,
     pub breakers: Vec<(String, breaker::State)>,
+    /// Alarms that are raised, and those that are not and may be, by worker.
+    pub alarms: Vec<(String, alarm::Kind, bool)>,
 }
 
 /// One worker of this host.
@@ -131,6 +144,27 @@ pub struct Metrics {
     set_aside: Family<Worker, Gauge>,
     held: Family<Worker, Gauge>,
     breaker: Family<Stream, Gauge>,
+    alarms: Family<Alarm, Gauge>,
+    webhook_posts: Family<PostOutcome, Counter>,
+}
+
+/// What became of a POST to the webhook.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Post {
+    Taken,
+    /// It is tried again.
+    Failed,
+    GivenUp,
+}
+
+impl Post {
+    fn as_str(self) -> &'static str {
+        match self {
+            Post::Taken => "taken",
+            Post::Failed => "failed",
+            Post::GivenUp => "given-up",
+        }
+    }
 }
 
 /// What became of the publication of an output.
@@ -208,8 +242,10 @@ impl Default for Metrics {
         let mut book = Book { registry: Registry::default(), names: Vec::new() };
         Metrics {
             consumed: book.add("messaging_client_consumed_messages", "Messages taken from streams"),
-            sent: book
-                .add("messaging_client_sent_messages", "Outputs and notices of dead letters stored on their streams"),
+            sent: book.add(
+                "messaging_client_sent_messages",
+                "Outputs, and notices of dead letters and alarms, stored on their streams",
+            ),
             process: book.add_seconds(
                 "messaging_process_duration",
                 "Time in the handler for one call",
@@ -250,6 +286,8 @@ impl Default for Metrics {
             set_aside: book.add("oncely_set_aside_outputs", "Outputs that wait for a person to retry or drop them"),
             held: book.add("oncely_held_outputs", "Outputs that wait for one that is set aside"),
             breaker: book.add("oncely_breaker_state", "Of a stream: 0 closed, 1 half-open, 2 open"),
+            alarms: book.add("oncely_alarms", "Alarms that are raised"),
+            webhook_posts: book.add("oncely_webhook_posts", "Attempts to tell the webhook of an alarm, by outcome"),
             names: book.names,
             registry: book.registry,
         }
@@ -311,6 +349,10 @@ impl Metrics {
         self.published_again.get_or_create(&labels).inc_by(outputs);
     }
 
+    pub fn webhook_post(&self, post: Post) {
+        self.webhook_posts.get_or_create(&PostOutcome { outcome: post.as_str() }).inc();
+    }
+
     /// Everything as text in the OpenMetrics form that Prometheus reads, with what was measured just now.
     pub fn text(&self, measured: &Measured) -> Result<String, std::fmt::Error> {
         self.nats_connected.set(measured.nats_connected.into());
@@ -325,6 +367,11 @@ impl Metrics {
                 breaker::State::Open => 2,
             };
             self.breaker.get_or_create(&Stream { stream: stream.clone() }).set(state);
+        }
+        self.alarms.clear();
+        for (worker, kind, is_raised) in &measured.alarms {
+            let labels = Alarm { worker: worker.clone(), alarm: kind.as_str() };
+            self.alarms.get_or_create(&labels).inc_by(i64::from(*is_raised));
         }
         let mut text = String::new();
         encode(&mut text, &self.registry)?;

@@ -22,6 +22,7 @@ macro_rules! both {
     };
 }
 
+mod alarms;
 mod batches;
 mod bus;
 mod cli;

@@ -29,6 +29,7 @@ impl RunningHost {
             .env("ONCELY_NATS", world.nats.url())
             .env("ONCELY_LISTEN", "127.0.0.1:0")
             .env("ONCELY_LOG", "json")
+            .envs(world.host_env.iter().cloned())
             .stdin(Stdio::null())
             .stdout(log.try_clone().context("share the log")?)
             .stderr(log)

@@ -72,6 +72,8 @@ fn by_knob(flags: &HostFlags) -> [(&'static str, &Option<String>); KNOBS.len()] 
         ("keep_outputs", &flags.keep_outputs),
         ("keep_inbox", &flags.keep_inbox),
         ("archive", &flags.archive),
+        ("webhook", &flags.webhook),
+        ("webhook_secret", &flags.webhook_secret),
     ]
 }
 

@@ -136,7 +136,7 @@ impl Lines {
         for held in &behind {
             self.held.remove(&held.row.seq);
         }
-        behind.into_iter().map(|held| (held.row.seq, Unpublished::Behind(row.seq))).collect()
+        behind.into_iter().map(|held| (held.row.seq, after(&held.row, row))).collect()
     }
 }
 
@@ -144,6 +144,15 @@ impl Held {
     /// Whether its lease leaves no time to send it. Another host may have it next.
     pub fn is_late(&self, now: Instant) -> bool {
         now.duration_since(self.since) > SEND_WITHIN
+    }
+}
+
+/// What becomes of an output that was behind `failed`. One that a stream has lost came here later than those after it: it
+/// goes first, and if it waited for one of them, the two would wait for each other.
+fn after(row: &OutboxRow, failed: &OutboxRow) -> Unpublished {
+    match row.seq > failed.seq {
+        true => Unpublished::Behind(failed.seq),
+        false => Unpublished::Later { after: Duration::ZERO, error: None },
     }
 }
 
@@ -228,6 +237,17 @@ mod tests {
         assert_eq!((under_way.seq, left, lines.len()), (1, vec![2, 3, 4, 5], 1));
         lines.published(&under_way);
         assert!(lines.is_empty() && lines.next().is_none());
+    }
+
+    #[test]
+    fn what_a_stream_has_lost_does_not_wait_for_what_came_after_it() {
+        let mut lines = Lines::default();
+        lines.take(vec![row(5, Some("a"), &[])], Instant::now());
+        let under_way = lines.next().unwrap().row;
+        assert!(lines.start_over().is_empty());
+        lines.take(vec![row(2, Some("a"), &[]), row(9, Some("a"), &[2])], Instant::now());
+        let due = Unpublished::Later { after: Duration::ZERO, error: None };
+        assert_eq!(lines.not_published(&under_way), [(2, due), (9, Unpublished::Behind(5))]);
     }
 
     #[test]

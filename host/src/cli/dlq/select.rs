@@ -23,6 +23,9 @@ pub struct Filters {
     /// Only with this code of the handler's.
     #[arg(long)]
     code: Option<String>,
+    /// Only those that died of this failure; see `list --groups`.
+    #[arg(long, value_name = "ID")]
+    group: Option<String>,
     /// Only of this subject; `*` and `>` as NATS has them.
     #[arg(long)]
     subject: Option<String>,
@@ -40,8 +43,8 @@ fn when(text: &str) -> Result<Timestamp, String> {
 
 impl Filters {
     pub fn filter(self) -> LetterFilter {
-        let Filters { worker, reason, code, subject, since, until } = self;
-        LetterFilter { worker, reason, code, subject, since, until, limit: u32::MAX, ..LetterFilter::default() }
+        let Filters { worker, reason, code, group, subject, since, until } = self;
+        LetterFilter { worker, reason, code, group, subject, since, until, limit: u32::MAX, ..LetterFilter::default() }
     }
 }
 
