@@ -10,11 +10,13 @@ use clap::Args;
 
 use crate::units;
 
+mod cache;
 mod nats;
 mod sources;
 mod token;
 mod webhook;
 
+pub use cache::{CacheSettings, CacheUrl};
 pub use nats::{Login, Nats};
 pub use token::{keep_token, read_token};
 pub use webhook::{Webhook, key as webhook_key};
@@ -28,7 +30,7 @@ pub const FILE_NAME: &str = "oncely-host.toml";
 pub const LISTEN: &str = "127.0.0.1:7420";
 
 /// Every knob, by its key in the file. Its flag is `--key` with hyphens, its variable `ONCELY_KEY`.
-pub(crate) const KNOBS: [&str; 17] = [
+pub(crate) const KNOBS: [&str; 19] = [
     "database",
     "pool_size",
     "guest_sql",
@@ -46,6 +48,8 @@ pub(crate) const KNOBS: [&str; 17] = [
     "archive",
     "webhook",
     "webhook_secret",
+    "cache_size",
+    "cache_url",
 ];
 
 /// The knobs as flags. They are texts here: [`HostConfig::resolve`] reads them, whichever source they came from.
@@ -105,6 +109,12 @@ pub struct HostFlags {
     /// What they are signed with: whsec_ and a secret in Base64 [default: not signed] [env: ONCELY_WEBHOOK_SECRET]
     #[arg(long, value_name = "SECRET")]
     pub webhook_secret: Option<String>,
+    /// How much memory cached values may take; 0 for none [default: 64MiB] [env: ONCELY_CACHE_SIZE]
+    #[arg(long, value_name = "SIZE")]
+    pub cache_size: Option<String>,
+    /// A Redis or Valkey that all hosts share as a cache [default: none] [env: ONCELY_CACHE_URL]
+    #[arg(long, value_name = "URL")]
+    pub cache_url: Option<String>,
 }
 
 /// Everything a host needs to know, checked.
@@ -135,6 +145,7 @@ pub struct HostConfig {
     pub webhook: Option<Webhook>,
     /// What these posts are signed with.
     pub webhook_secret: Option<Secret>,
+    pub cache: CacheSettings,
 }
 
 /// How long it is remembered what was handled.
@@ -203,6 +214,7 @@ impl HostConfig {
             archive: sources.get("archive").map(|given| archive(&given)).transpose()?,
             webhook: sources.get("webhook").map(|given| webhook::webhook(&given)).transpose()?,
             webhook_secret: sources.get("webhook_secret").map(|given| webhook::secret(&given)).transpose()?,
+            cache: cache::resolve(&sources)?,
             data_dir,
         })
     }

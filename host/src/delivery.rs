@@ -7,10 +7,15 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
+use jiff::Timestamp;
+
+use crate::cache::{Began, Cache};
 use crate::fault;
 use crate::guest::{CallFailure, FailureKind, Guest};
+use crate::invalidation::Invalidation;
 use crate::manifest::Worker;
-use crate::message::Message;
+use crate::message::{Message, Output};
 use crate::metrics::Metrics;
 use crate::state::{BatchState, StateEntry};
 use crate::store::{Claim, Claimed, CountedAttempt, FailedAttempt, OutboxRow, Store, StoreError, Tx};
@@ -43,6 +48,7 @@ pub struct Delivery {
     /// The largest payload the broker takes, in bytes.
     pub payload_max: usize,
     pub metrics: Arc<Metrics>,
+    pub cache: Cache,
 }
 
 /// What a batch came to.
@@ -108,6 +114,7 @@ impl Delivery {
         if group.is_empty() {
             return Ok(Round::Committed);
         }
+        let began = self.cache.begin(&self.worker.name);
         let mut tx = self.store.begin(&self.worker.name, self.worker.limits.time).await?;
         fault::point(fault::AFTER_BEGIN);
         let claimed = match tx.claim(&run.claims(group)).await {
@@ -132,7 +139,7 @@ impl Delivery {
         let came_to = self.run_members(run, &fresh, &lent, state).await;
         let tx = lent.take_back().await?;
         if let Ok(Members::Ran(ran)) = came_to {
-            return self.conclude(run, tx, group, ran).await;
+            return self.conclude(run, tx, group, *ran, began).await;
         }
         tx.rollback().await;
         match came_to {
@@ -170,7 +177,8 @@ impl Delivery {
         run: &mut Run<'_>,
         mut tx: Box<dyn Tx>,
         group: &[usize],
-        ran: Ran,
+        mut ran: Ran,
+        began: Began,
     ) -> Result<Round, StoreError> {
         fault::point(fault::AFTER_GUEST);
         if ran.succeeded.is_empty() {
@@ -181,6 +189,9 @@ impl Delivery {
         let leased_at = Instant::now();
         let dropped = run.event_ids_of_dropped(&ran);
         let writes = ran.state.writes();
+        let told = self.invalidation(run, &ran)?;
+        let id = told.as_ref().map(|told| told.id.clone());
+        ran.outputs.extend(told);
         let written = async {
             if !dropped.is_empty() && !fault::mutant(fault::SKIP_UNCLAIM) {
                 tx.unclaim(&dropped).await?;
@@ -201,6 +212,7 @@ impl Delivery {
         match tx.commit().await {
             Ok(settled) => {
                 fault::point(fault::AFTER_COMMIT);
+                self.cache.commit(&self.worker.name, &ran.cache, began, id.as_deref()).await;
                 for member in &ran.succeeded {
                     run.verdict(*member, Verdict::Done(settled));
                 }
@@ -216,6 +228,18 @@ impl Delivery {
                 run.refused_or(error, group, &ran)
             }
         }
+    }
+
+    /// The message that tells other hosts what the members invalidated, if they did.
+    fn invalidation(&self, run: &Run<'_>, ran: &Ran) -> Result<Option<Output>, StoreError> {
+        let tags = ran.cache.tags();
+        let Some(event_id) = ran.succeeded.first().and_then(|member| run.event_id(*member)) else { return Ok(None) };
+        if tags.is_empty() {
+            return Ok(None);
+        }
+        let told = Invalidation::new(&self.worker.name, &event_id, tags.clone(), Timestamp::now());
+        let output = told.output(&event_id, self.payload_max).context("write what is to be forgotten");
+        output.map(Some).map_err(StoreError::Unavailable)
     }
 
     /// Counts the failed attempts and decides what becomes of each message.

@@ -12,11 +12,15 @@ use tokio::task::JoinHandle;
 
 use crate::alarm::{ALARM_KEPT, ALARM_STREAM, ALARM_SUBJECTS, Alarm, Kind};
 use crate::bus::{Bus, StreamSpec, Unhandled};
+use crate::cache::Cache;
+use crate::cache_feed;
+use crate::config::CacheSettings;
 use crate::dead_letter::{DLQ_STREAM, DLQ_SUBJECTS};
 use crate::delivery::Delivery;
 use crate::drain::{Stop, Stopping};
 use crate::fault;
 use crate::guest::{Guest, GuestEngine};
+use crate::invalidation::{CACHE_KEPT, CACHE_STREAM, CACHE_SUBJECTS};
 use crate::manifest::Worker;
 use crate::metrics::{Measured, MeasuredOutbox, MeasuredWorker, Metrics};
 use crate::redrive::{REDRIVE_STREAM, REDRIVE_SUBJECTS};
@@ -43,6 +47,7 @@ pub struct Host {
     pub bus: Bus,
     pub engine: GuestEngine,
     pub metrics: Arc<Metrics>,
+    pub cache: Cache,
     pub relay_state: Arc<RelayState>,
     pub retention: Retention,
     /// None once the host drains: the relay ends when nobody can hand anything over.
@@ -91,18 +96,21 @@ pub struct Running {
     webhook: Option<JoinHandle<()>>,
     relay: JoinHandle<()>,
     repair: JoinHandle<()>,
+    feed: JoinHandle<()>,
 }
 
 impl Host {
-    /// Starts the relay and all workers that are deployed. Alarms are told to the webhook, if there is one.
+    /// Starts the relay and all workers that are deployed. Compiled components are kept in the folder `compiled`. Alarms are
+    /// told to the webhook, if there is one.
     pub async fn start(
         store: Arc<dyn Store>,
         bus: Bus,
-        cache: &Path,
+        compiled: &Path,
         retention: Retention,
         webhook: Option<Poster>,
+        cache: &CacheSettings,
     ) -> Result<(Arc<Host>, Running)> {
-        let engine = GuestEngine::new(cache)?;
+        let engine = GuestEngine::new(compiled)?;
         bus.ensure_stream(&StreamSpec::new(DLQ_STREAM, &[DLQ_SUBJECTS]))
             .await
             .context("make the dead-letter stream")?;
@@ -110,6 +118,8 @@ impl Host {
         bus.ensure_stream(&queue).await.context("make the stream of what is put back")?;
         let alarms = StreamSpec { max_age: Some(ALARM_KEPT), ..StreamSpec::new(ALARM_STREAM, &[ALARM_SUBJECTS]) };
         bus.ensure_stream(&alarms).await.context("make the stream of alarms")?;
+        let told = StreamSpec { max_age: Some(CACHE_KEPT), ..StreamSpec::new(CACHE_STREAM, &[CACHE_SUBJECTS]) };
+        bus.ensure_stream(&told).await.context("make the stream of what is to be forgotten")?;
         let (metrics, relay_state) = (Arc::<Metrics>::default(), Arc::<RelayState>::default());
         let (relay, hand_over) =
             Relay::new(Arc::clone(&store), bus.clone(), Arc::clone(&metrics), Arc::clone(&relay_state));
@@ -120,11 +130,13 @@ impl Host {
             Arc::clone(&relay_state),
             retention.outputs,
         );
+        let cache = Cache::open(cache, Arc::clone(&metrics))?;
         let host = Arc::new(Host {
             store,
             bus,
             engine,
             metrics,
+            cache,
             relay_state,
             retention,
             relay: Mutex::new(Some(hand_over)),
@@ -135,6 +147,9 @@ impl Host {
         let stop = Stop::new();
         let relay = tokio::spawn(relay.run(stop.stopping()));
         let repair = tokio::spawn(repair.run(stop.stopping()));
+        // Before anything is cached here.
+        let feed = host.bus.feed(CACHE_STREAM).await.context("listen for what is to be forgotten")?;
+        let feed = tokio::spawn(cache_feed::listen(feed, host.cache.clone(), stop.stopping()));
         host.reconcile().await.context("start the deployed workers")?;
         fault::point(fault::STARTED);
         let supervisor = tokio::spawn(supervise(Arc::clone(&host), stop.stopping()));
@@ -142,7 +157,7 @@ impl Host {
         let webhook = webhook.map(|webhook| {
             tokio::spawn(webhook::tell(host.bus.clone(), webhook, Arc::clone(&host.metrics), stop.stopping()))
         });
-        Ok((host, Running { stop, supervisor, watch, webhook, relay, repair }))
+        Ok((host, Running { stop, supervisor, watch, webhook, relay, repair, feed }))
     }
 
     /// Brings what runs in line with what is deployed.
@@ -217,6 +232,7 @@ impl Host {
             version: deployment.version,
             payload_max: self.bus.max_payload(),
             metrics: Arc::clone(&self.metrics),
+            cache: self.cache.clone(),
         })
     }
 
@@ -266,6 +282,7 @@ impl Host {
             workers: self.measure_workers().await,
             breakers: self.relay_state.breakers().into_iter().map(|breaker| (breaker.stream, breaker.state)).collect(),
             alarms: self.shown_alarms(&alarms).await,
+            cache: self.cache.measure(),
         };
         self.metrics.text(&measured).context("write the metrics")
     }
@@ -408,6 +425,7 @@ impl Running {
             host.drain_workers().await;
             let _ = self.relay.await;
             let _ = self.repair.await;
+            let _ = self.feed.await;
         };
         let in_time = tokio::time::timeout(limit, drained).await;
         host.store.close().await;

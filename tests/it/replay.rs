@@ -82,7 +82,7 @@ impl Laptop {
 
 /// Everything a handler can look at.
 const LOOKS: &str =
-    r#"["now", "attempt", "remaining", "wall", "monotonic", "random", "seed", "sleep", "state", "sql"]"#;
+    r#"["now", "attempt", "remaining", "wall", "monotonic", "random", "seed", "sleep", "state", "cache", "sql"]"#;
 
 fn to_die(event_id: &str, behaviour: &str, options: &str) -> ToPublish {
     ToPublish::new("in.x", event_id, behaviour, options)
@@ -115,9 +115,19 @@ both!(a_trap_after_everything_a_handler_can_look_at_is_the_same_on_a_laptop, |ki
     assert_eq!(report["failure"]["code"], "trap");
     let asked: Vec<String> = report["record"].as_array().context("no record")?.iter().map(kind_of).collect();
     assert_eq!(report["steps"], asked.len());
-    for what in
-        ["get", "set", "send", "execute", "random", "remaining", "wall-clock", "monotonic-clock", "wait", "query"]
-    {
+    for what in [
+        "get",
+        "set",
+        "send",
+        "execute",
+        "random",
+        "remaining",
+        "wall-clock",
+        "monotonic-clock",
+        "wait",
+        "query",
+        "cache-get",
+    ] {
         assert!(asked.iter().any(|asked| asked == what), "`{what}` is not in {asked:?}");
     }
     let letter: Value = serde_json::from_str(&bare)?;

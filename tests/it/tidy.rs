@@ -41,6 +41,8 @@ fn each_outside_library_has_one_room() -> Result<()> {
         ("prometheus_client", "metrics"),
         ("hyper", "webhook"),
         ("tokio_rustls", "webhook"),
+        ("moka", "cache"),
+        ("redis", "cache"),
     ];
     for (path, text) in sources(&host)? {
         let room = room(&host, &path);
@@ -64,9 +66,9 @@ fn imports_run_downwards_only() -> Result<()> {
         &["api"],
         &["host", "deploy", "reconcile", "replay", "watch"],
         &["worker", "lane"],
-        &["relay", "webhook"],
+        &["relay", "webhook", "cache_feed"],
         &["delivery"],
-        &["guest", "store", "bus", "crate_build"],
+        &["guest", "store", "bus", "cache", "crate_build"],
         &[
             "message",
             "sql",
@@ -86,6 +88,8 @@ fn imports_run_downwards_only() -> Result<()> {
             "metrics",
             "alarm",
             "failure_group",
+            "cached",
+            "invalidation",
             "fault",
             "drain",
         ],

@@ -12,11 +12,12 @@ use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
 
 use super::bindings::oncely::worker::types as wit;
 use super::component::{Entry, Guest};
-use super::imports::Database;
+use super::imports::{CachedValues, Database};
 use super::limiter::Limiter;
 use super::logs::Logs;
 use super::record::{Asked, RECORD_FORM, Record};
 use super::tape::{Ended, Tape};
+use crate::cached::CacheWrites;
 use crate::fault;
 use crate::manifest::Worker;
 use crate::message::{Message, Output};
@@ -42,6 +43,7 @@ pub struct Call {
     /// The largest payload the broker takes, headers included, in bytes.
     pub payload_max: usize,
     pub database: Arc<dyn Database>,
+    pub cache: Arc<dyn CachedValues>,
     /// State as the member before left it; comes back in the [`Outcome`].
     pub state: BatchState,
     /// Records what the guest asks and sees; or has its answers from a record.
@@ -54,6 +56,8 @@ pub struct Outcome {
     pub result: Result<Vec<Answer>, CallFailure>,
     pub outputs: Vec<Output>,
     pub state: BatchState,
+    /// What it left for the cache.
+    pub cache: CacheWrites,
     /// Whether it ran any SQL: if not, it can be dropped from its batch without a trace.
     pub ran_sql: bool,
     pub logs: String,
@@ -136,6 +140,7 @@ pub(super) struct CallState {
     pub in_batch: bool,
     pub outputs: Vec<Output>,
     pub output_bytes: usize,
+    pub cache: CacheWrites,
     pub statements: u32,
     /// The first thing that dooms this delivery, whatever the handler returns.
     pub doomed: Option<CallFailure>,
@@ -211,6 +216,7 @@ impl Guest {
         Ok(Outcome {
             result,
             outputs: std::mem::take(&mut state.outputs),
+            cache: std::mem::take(&mut state.cache),
             state: std::mem::take(&mut state.call.state),
             ran_sql: state.statements > 0,
             logs,
@@ -269,6 +275,7 @@ impl CallState {
             in_batch,
             outputs: Vec::new(),
             output_bytes: 0,
+            cache: CacheWrites::default(),
             statements: 0,
             doomed: None,
             house: None,
@@ -289,6 +296,7 @@ impl CallState {
         self.logs.begin(usize::try_from(call.worker.limits.log_size).unwrap_or(usize::MAX));
         self.outputs.clear();
         self.output_bytes = 0;
+        self.cache = CacheWrites::default();
         self.statements = 0;
         self.deadline = deadline;
         self.warm = true;

@@ -18,6 +18,6 @@ mod wasi;
 pub use call::{Answer, Call, CallFailure, FailureKind, Outcome, Replayed, Warm};
 pub use component::{Guest, Surface};
 pub use engine::{COMPONENT_SIZE_MAX, GuestEngine};
-pub use imports::Database;
+pub use imports::{CachedValue, CachedValues, Database};
 pub use record::{Asked, RECORD_FORM, Record, Saw, Step};
 pub use tape::{Ended, Tape};
