@@ -224,6 +224,8 @@ impl Delivery {
             Err(error) => {
                 if matches!(error, StoreError::Unavailable(_)) {
                     self.metrics.commit_unclear(&self.worker.name);
+                    // It may have been a commit, and who can tell is slow. If it was, the message follows.
+                    self.cache.invalidate(&self.worker.name, ran.cache.tags().iter().cloned()).await;
                 }
                 run.refused_or(error, group, &ran)
             }
