@@ -11,6 +11,7 @@ use anyhow::Context as _;
 use jiff::Timestamp;
 
 use crate::cache::{Began, Cache};
+use crate::cached::CacheWrites;
 use crate::fault;
 use crate::guest::{CallFailure, FailureKind, Guest};
 use crate::invalidation::Invalidation;
@@ -24,6 +25,7 @@ use crate::verdict::{Letter, Reason, Verdict};
 mod lent;
 mod members;
 mod rehearsal;
+pub mod request;
 
 use lent::Lent;
 use members::{Failed, Members, Ran};
@@ -189,7 +191,8 @@ impl Delivery {
         let leased_at = Instant::now();
         let dropped = run.event_ids_of_dropped(&ran);
         let writes = ran.state.writes();
-        let told = self.invalidation(run, &ran)?;
+        let first = ran.succeeded.first().and_then(|member| run.event_id(*member));
+        let told = self.told(first.as_deref(), &ran.cache)?;
         let id = told.as_ref().map(|told| told.id.clone());
         ran.outputs.extend(told);
         let written = async {
@@ -224,24 +227,25 @@ impl Delivery {
             Err(error) => {
                 if matches!(error, StoreError::Unavailable(_)) {
                     self.metrics.commit_unclear(&self.worker.name);
-                    // It may have been a commit, and who can tell is slow. If it was, the message follows.
-                    self.cache.invalidate(&self.worker.name, ran.cache.tags().iter().cloned()).await;
+                    self.doubt(&ran.cache).await;
                 }
                 run.refused_or(error, group, &ran)
             }
         }
     }
 
-    /// The message that tells other hosts what the members invalidated, if they did.
-    fn invalidation(&self, run: &Run<'_>, ran: &Ran) -> Result<Option<Output>, StoreError> {
-        let tags = ran.cache.tags();
-        let Some(event_id) = ran.succeeded.first().and_then(|member| run.event_id(*member)) else { return Ok(None) };
-        if tags.is_empty() {
-            return Ok(None);
-        }
-        let told = Invalidation::new(&self.worker.name, &event_id, tags.clone(), Timestamp::now());
-        let output = told.output(&event_id, self.payload_max).context("write what is to be forgotten");
+    /// The message that tells other hosts what the transaction that handles an event invalidates, if it does.
+    fn told(&self, event_id: Option<&str>, cache: &CacheWrites) -> Result<Option<Output>, StoreError> {
+        let Some(event_id) = event_id.filter(|_| !cache.tags().is_empty()) else { return Ok(None) };
+        let told = Invalidation::new(&self.worker.name, event_id, cache.tags().clone(), Timestamp::now());
+        let output = told.output(event_id, self.payload_max).context("write what is to be forgotten");
         output.map(Some).map_err(StoreError::Unavailable)
+    }
+
+    /// What is to be done to the cache when nobody says what became of a commit: nothing is put, and what it may have made old is
+    /// forgotten here and in Redis. If it was a commit, its message follows.
+    async fn doubt(&self, cache: &CacheWrites) {
+        self.cache.invalidate(&self.worker.name, cache.tags().iter().cloned()).await;
     }
 
     /// Counts the failed attempts and decides what becomes of each message.

@@ -123,6 +123,7 @@ fn call(attempt: &Replayable, expected: &CallFailure) -> Call {
         database: Arc::new(Nowhere(record.dialect)),
         cache: Arc::new(Nowhere(record.dialect)),
         state: BatchState::default(),
+        request: None,
         tape: Tape::replaying(record),
     }
 }

@@ -10,7 +10,9 @@ use super::{Delivery, Lent, Run, tell};
 use crate::cache::{Cache, CacheKey};
 use crate::cached::CacheWrites;
 use crate::fault;
-use crate::guest::{CachedValue, CachedValues, Call, CallFailure, FailureKind, Outcome, Record, Tape, Warm};
+use crate::guest::{
+    CachedValue, CachedValues, Call, CallFailure, FailureKind, Outcome, Record, RequestCall, Tape, Warm,
+};
 use crate::manifest::Isolation;
 use crate::message::{Message, Output};
 use crate::state::BatchState;
@@ -120,7 +122,7 @@ impl Delivery {
                 lent.begin_member().await;
             }
             let state = std::mem::take(&mut ran.state);
-            let outcome = self.call(vec![Arc::clone(message)], attempts + 1, lent, state, warm.take()).await?;
+            let outcome = self.call(vec![Arc::clone(message)], attempts + 1, lent, state, warm.take(), None).await?;
             ran.state = outcome.state;
             // An instance that failed, and what is in its memory, is of no more use.
             let is_kept = self.worker.isolation == Isolation::Batch || fault::mutant(fault::REUSE_AFTER_TRAP);
@@ -160,7 +162,7 @@ impl Delivery {
         let members: Vec<usize> = fresh.iter().map(|(member, _)| *member).collect();
         let messages: Vec<Arc<Message>> = members.iter().filter_map(|member| run.batch.get(*member).cloned()).collect();
         let attempts = fresh.iter().map(|(_, attempts)| *attempts).max().unwrap_or_default();
-        let outcome = self.call(messages, attempts + 1, lent, state, None).await?;
+        let outcome = self.call(messages, attempts + 1, lent, state, None, None).await?;
         let failures: Vec<(usize, CallFailure)> = match outcome.result {
             Ok(answers) => {
                 members.iter().zip(answers).filter_map(|(member, answer)| Some((*member, answer.err()?))).collect()
@@ -194,6 +196,7 @@ impl Delivery {
         lent: &Lent,
         state: BatchState,
         warm: Option<Warm>,
+        request: Option<RequestCall>,
     ) -> anyhow::Result<Outcome> {
         let call = Call {
             messages,
@@ -205,6 +208,7 @@ impl Delivery {
             database: Arc::new(lent.clone()),
             cache: Arc::new(OfWorker { cache: self.cache.clone(), worker: self.worker.name.clone() }),
             state,
+            request,
             tape: Tape::default(),
         };
         let began = Instant::now();

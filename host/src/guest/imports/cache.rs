@@ -45,6 +45,9 @@ impl cache::Host for CallState {
     }
 
     async fn invalidate(&mut self, tags: Vec<String>) -> wasmtime::Result<Result<(), cache::Error>> {
+        if !self.may_write() {
+            return Ok(Err(cache::Error::Other("a GET, HEAD or OPTIONS changes nothing".to_owned())));
+        }
         if let Err(error) = check_tags(&tags, WRITES_MAX.saturating_sub(self.cache.tags().len())) {
             return Ok(Err(error));
         }

@@ -19,6 +19,7 @@ mod outputs;
 mod parts;
 mod redrive;
 mod repair;
+mod requests;
 mod session;
 mod state;
 mod totals;
@@ -166,6 +167,12 @@ impl Store for PostgresStore {
 
     async fn begin(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>> {
         let session = self.guests.begin(Purpose::Guest(time)).await?;
+        let guests = Guests { has_gate: self.has_gate, house: self.house.clone(), sessions: self.guests.clone() };
+        Ok(Box::new(PostgresTx::new(session, worker, guests)))
+    }
+
+    async fn begin_reading(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>> {
+        let session = self.guests.begin(Purpose::Reader(time)).await?;
         let guests = Guests { has_gate: self.has_gate, house: self.house.clone(), sessions: self.guests.clone() };
         Ok(Box::new(PostgresTx::new(session, worker, guests)))
     }
@@ -429,6 +436,7 @@ impl Store for PostgresStore {
 
     async fn retire(&self, what: &Retire) -> Result<bool> {
         let mut done = self.turn(Of::Outbox, what.outputs, what).await?;
+        done |= self.turn(Of::Request, what.requests, what).await?;
         let mut session = self.house.begin(Purpose::House).await?;
         totals::write_done(&mut session).await?;
         if let Some(keep) = what.inbox {
