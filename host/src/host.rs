@@ -136,7 +136,7 @@ impl Host {
         );
         let cache = Cache::open(cache, Arc::clone(&metrics))?;
         let (payload_max, told) = (bus.max_payload(), Arc::clone(&metrics));
-        let ingress = Ingress::new(Arc::clone(&store), hand_over.clone(), told, payload_max, admission);
+        let ingress = Ingress::new(Arc::clone(&store), hand_over.clone(), told, payload_max, admission, cache.clone());
         let host = Arc::new(Host {
             ingress: Arc::new(ingress),
             store,

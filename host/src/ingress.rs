@@ -19,16 +19,18 @@ use bytes::Bytes;
 use tokio::net::TcpListener;
 use tokio::sync::{RwLock, Semaphore};
 
+use crate::cache::Cache;
 use crate::delivery::Delivery;
 use crate::delivery::request::{Asked, Handled};
 use crate::guest::text_of;
-use crate::manifest::{Route, StoreFailures};
+use crate::manifest::{CacheTerms, StoreFailures};
 use crate::metrics::Metrics;
 use crate::relay::HandOver;
 use crate::request::{Admission, HttpAnswer, HttpRequest, RequestKey};
 use crate::store::{Store, StoreError};
 
 mod answer;
+mod cached;
 mod flights;
 mod key;
 mod problem;
@@ -40,6 +42,7 @@ use flights::{Flights, Meeting};
 use problem::Problem;
 use publish::Publishing;
 pub use publish::{PUBLISH_WINDOW, PUBLISHER};
+use table::Found;
 pub use table::{Table, check_routes};
 
 /// Names and values of a request's headers may have so many bytes together.
@@ -83,6 +86,7 @@ impl HttpWorker {
 pub struct Ingress {
     publishing: Publishing,
     admission: Admission,
+    cache: Cache,
     metrics: Arc<Metrics>,
     /// None once the host drains.
     relay: RwLock<Option<HandOver>>,
@@ -92,7 +96,7 @@ pub struct Ingress {
 
 /// Who handles a request.
 enum Target {
-    Worker(Arc<HttpWorker>, Route),
+    Worker(Found),
     Publish(String),
 }
 
@@ -103,10 +107,12 @@ impl Ingress {
         metrics: Arc<Metrics>,
         payload_max: usize,
         admission: Admission,
+        cache: Cache,
     ) -> Self {
         Ingress {
             publishing: Publishing { store, payload_max, metrics: Arc::clone(&metrics) },
             admission,
+            cache,
             metrics,
             relay: RwLock::new(Some(relay)),
             table: RwLock::default(),
@@ -144,13 +150,15 @@ impl Ingress {
             };
         }
         let table = Arc::clone(&*self.table.read().await);
-        table.find(method, path).map(|(worker, route)| Target::Worker(worker, route))
+        table.find(method, path).map(Target::Worker)
     }
 
     /// Reads a request whole, and what makes it the same when it comes again.
     async fn read(&self, target: &Target, parts: Parts, body: Body) -> Result<Asked, Problem> {
         let (body_max, needs_key, window) = match target {
-            Target::Worker(_, route) => (route.body_size, route.needs_key(parts.method.as_str()), route.window),
+            Target::Worker(Found { route, .. }) => {
+                (route.body_size, route.needs_key(parts.method.as_str()), route.window)
+            }
             Target::Publish(_) => (self.publishing.payload_max as u64, true, PUBLISH_WINDOW),
         };
         let key = key::key(&parts.headers)?;
@@ -167,7 +175,7 @@ impl Ingress {
         // What changes nothing needs no key, whoever sends one.
         let key = key.filter(|_| !request.is_safe()).map(|key| {
             let route = match target {
-                Target::Worker(_, route) => route.path.clone(),
+                Target::Worker(found) => found.route.path.clone(),
                 Target::Publish(_) => publish::PATH.to_owned(),
             };
             let fingerprint = request.fingerprint();
@@ -179,7 +187,7 @@ impl Ingress {
     /// Handles a request that was read, and hands over what it publishes.
     async fn answer(&self, target: &Target, asked: &Asked) -> Result<(HttpAnswer, bool), Problem> {
         let wait = match target {
-            Target::Worker(_, route) => route.wait,
+            Target::Worker(found) => found.route.wait,
             Target::Publish(_) => Duration::from_secs(1),
         };
         let _flight = match &asked.key {
@@ -191,8 +199,8 @@ impl Ingress {
             None => None,
         };
         let _room = match target {
-            Target::Worker(worker, _) => {
-                let room = tokio::time::timeout(ROOM_WAIT, worker.room.acquire()).await;
+            Target::Worker(found) => {
+                let room = tokio::time::timeout(ROOM_WAIT, found.worker.room.acquire()).await;
                 Some(room.map_err(|_| Problem::busy())?)
             }
             Target::Publish(_) => None,
@@ -205,7 +213,7 @@ impl Ingress {
         let began = Instant::now();
         loop {
             let handled = match target {
-                Target::Worker(worker, _) => worker.delivery.handle(asked).await,
+                Target::Worker(found) => found.worker.delivery.handle(asked).await,
                 Target::Publish(subject) => self.publishing.publish(subject, asked).await,
             };
             let waited = began.elapsed();
@@ -247,7 +255,7 @@ impl Ingress {
 
     /// Where the route says so, a request whose handler was cut off keeps the answer that it was.
     async fn failed(&self, target: &Target, asked: &Asked, problem: Problem) -> Result<(HttpAnswer, bool), Problem> {
-        let Target::Worker(worker, route) = target else { return Err(problem) };
+        let Target::Worker(Found { worker, route, .. }) = target else { return Err(problem) };
         if route.store_failures == StoreFailures::Answered || asked.key.is_none() {
             return Err(problem);
         }
@@ -266,7 +274,7 @@ impl Target {
     /// The worker whose key it is.
     fn name(&self) -> &str {
         match self {
-            Target::Worker(worker, _) => &worker.delivery.worker.name,
+            Target::Worker(found) => &found.worker.delivery.worker.name,
             Target::Publish(_) => PUBLISHER,
         }
     }
@@ -274,8 +282,33 @@ impl Target {
     /// The route, for metrics.
     fn route(&self) -> &str {
         match self {
-            Target::Worker(_, route) => &route.path,
+            Target::Worker(found) => &found.route.path,
             Target::Publish(_) => publish::PATH,
+        }
+    }
+
+    /// How its answer to such a request may be cached.
+    fn cache_terms(&self, parts: &Parts) -> Option<CacheTerms> {
+        match self {
+            Target::Worker(found) if matches!(parts.method.as_str(), "GET" | "HEAD") => found.route.cache.clone(),
+            _ => None,
+        }
+    }
+
+    /// The tags of an answer, with the parts of the path that they name.
+    fn cache_tags(&self, terms: &CacheTerms) -> Vec<String> {
+        let Target::Worker(Found { params, .. }) = self else { return Vec::new() };
+        let fill = |tag: &String| {
+            params.iter().fold(tag.clone(), |tag, (name, value)| tag.replace(&format!("{{{name}}}"), value))
+        };
+        terms.tags.iter().map(fill).collect()
+    }
+
+    /// The version that answers.
+    fn version(&self) -> u32 {
+        match self {
+            Target::Worker(found) => found.worker.delivery.version,
+            Target::Publish(_) => 0,
         }
     }
 }
@@ -288,6 +321,12 @@ async fn take(State(ingress): State<Arc<Ingress>>, request: Request) -> Response
         Ok(target) => target,
         Err(problem) => return respond(problem.answer(), false),
     };
+    if let Some(terms) = target.cache_terms(&parts) {
+        let (target, metrics) = (Arc::new(target), Arc::clone(&ingress.metrics));
+        let response = ingress.answer_cached(Arc::clone(&target), &terms, parts, body).await;
+        metrics.request(target.name(), target.route(), response.status().as_u16(), false, began.elapsed());
+        return response;
+    }
     let asked = match ingress.read(&target, parts, body).await {
         Ok(asked) => asked,
         Err(problem) => {
@@ -330,9 +369,9 @@ fn is_too_large(error: &axum::Error) -> bool {
 fn whole(target: &Target, parts: Parts, body: Bytes) -> HttpRequest {
     let mut method = parts.method.as_str().to_owned();
     // Where nobody says otherwise, HEAD is GET without a body (RFC 9110 section 9.3.2).
-    if let Target::Worker(_, route) = target
+    if let Target::Worker(found) = target
         && method == "HEAD"
-        && !route.takes("HEAD")
+        && (found.route.cache.is_some() || !found.route.takes("HEAD"))
     {
         method = "GET".to_owned();
     }

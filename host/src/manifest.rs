@@ -20,7 +20,7 @@ mod routes;
 mod state_keys;
 
 pub use migrations::WorkerMigration;
-pub use routes::{KeyRule, Route, StoreFailures};
+pub use routes::{CacheFor, CacheTerms, KeyRule, Route, StoreFailures};
 pub use state_keys::StateKey;
 
 /// The name of the file.

@@ -13,6 +13,7 @@ use support::guests;
 use support::nats::Stored;
 use support::world::World;
 
+mod cached;
 mod crashes;
 mod keys;
 mod routes;

@@ -10,7 +10,14 @@ use crate::hint::WithHint as _;
 use crate::manifest::{Route, Worker};
 
 /// Who answers a path, each with the terms of the route.
-type Answering = Vec<(Arc<HttpWorker>, Route)>;
+type Answering = Vec<(Arc<HttpWorker>, Arc<Route>)>;
+
+/// Who answers a request, on which terms, and the named parts of its path.
+pub(super) struct Found {
+    pub worker: Arc<HttpWorker>,
+    pub route: Arc<Route>,
+    pub params: Vec<(String, String)>,
+}
 
 /// The routes of all HTTP workers that run here.
 #[derive(Default)]
@@ -24,7 +31,7 @@ impl Table {
         let mut by_path: Vec<(String, Answering)> = Vec::new();
         for worker in workers {
             for route in worker.delivery.worker.routes.clone() {
-                let entry = (Arc::clone(&worker), route.clone());
+                let entry = (Arc::clone(&worker), Arc::new(route.clone()));
                 match by_path.iter_mut().find(|(path, _)| *path == route.path) {
                     Some((_, entries)) => entries.push(entry),
                     None => by_path.push((route.path, vec![entry])),
@@ -41,14 +48,16 @@ impl Table {
     }
 
     /// Who answers a request.
-    pub(super) fn find(&self, method: &str, path: &str) -> std::result::Result<(Arc<HttpWorker>, Route), Problem> {
+    pub(super) fn find(&self, method: &str, path: &str) -> std::result::Result<Found, Problem> {
         let Ok(found) = self.paths.at(path) else { return Err(Problem::not_found()) };
-        let taking = |method: &str| found.value.iter().find(|(_, route)| route.takes(method)).cloned();
+        let taking = |method: &str| found.value.iter().find(|(_, route)| route.takes(method));
         let or_get = || if method == "HEAD" { taking("GET") } else { None };
-        taking(method).or_else(or_get).ok_or_else(|| {
+        let (worker, route) = taking(method).or_else(or_get).ok_or_else(|| {
             let allowed: Vec<String> = found.value.iter().flat_map(|(_, route)| route.methods.clone()).collect();
             Problem::method_not_allowed(&allowed)
-        })
+        })?;
+        let params = found.params.iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+        Ok(Found { worker: Arc::clone(worker), route: Arc::clone(route), params })
     }
 }
 

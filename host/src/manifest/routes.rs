@@ -5,11 +5,24 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::parse::one_of;
+use crate::cached::{TTL_MAX, check_name};
 use crate::toml_text::{Section, Text};
 use crate::units;
 
-pub(super) const ROUTE_KEYS: [&str; 8] =
-    ["path", "methods", "idempotency_key", "window", "clients_retry_for", "wait", "store_failures", "body_size"];
+pub(super) const ROUTE_KEYS: [&str; 12] = [
+    "path",
+    "methods",
+    "idempotency_key",
+    "window",
+    "clients_retry_for",
+    "wait",
+    "store_failures",
+    "body_size",
+    "cache",
+    "cache_stale",
+    "cache_tags",
+    "cache_for",
+];
 
 /// What may stand in `methods`.
 const METHODS: [&str; 7] = ["GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"];
@@ -36,6 +49,34 @@ pub struct Route {
     pub store_failures: StoreFailures,
     /// The largest body of a request, in bytes.
     pub body_size: u64,
+    /// How answers to GET are cached; none for not at all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<CacheTerms>,
+}
+
+/// How answers of a route are cached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CacheTerms {
+    /// How long an answer is as good as new.
+    #[serde(with = "units::duration")]
+    pub ttl: Duration,
+    /// For how long after that it is still given, while it is loaded anew.
+    #[serde(with = "units::duration")]
+    pub stale: Duration,
+    /// Whoever invalidates one of them makes it be loaded anew. `{name}` stands for a part of the path.
+    pub tags: Vec<String>,
+    pub cache_for: CacheFor,
+}
+
+/// For whom an answer is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CacheFor {
+    /// For the caller that asked.
+    #[default]
+    Caller,
+    /// For everyone who asks the same.
+    Everyone,
 }
 
 /// Whether requests that change something need an idempotency key.
@@ -94,6 +135,7 @@ pub(super) fn routes(text: Text<'_>, worker: &Section<'_>) -> anyhow::Result<Vec
                 _ => StoreFailures::Answered,
             },
             body_size: section.size("body_size", "\"1MiB\"", 0..=64 << 20)?.unwrap_or(1 << 20),
+            cache: cache(text, &section)?,
         };
         let meets = |other: &&Route| {
             other.path == route.path
@@ -108,6 +150,33 @@ pub(super) fn routes(text: Text<'_>, worker: &Section<'_>) -> anyhow::Result<Vec
         routes.push(route);
     }
     Ok(routes)
+}
+
+/// What is said of caching, if `cache` says for how long.
+fn cache(text: Text<'_>, section: &Section<'_>) -> anyhow::Result<Option<CacheTerms>> {
+    let ttl = section.duration("cache", "\"10s\"", Duration::from_millis(1)..=TTL_MAX)?;
+    let stale = section.duration("cache_stale", "\"1m\"", Duration::ZERO..=TTL_MAX)?;
+    let tags = section.texts("cache_tags", "[\"account:{id}\"]", |tag| check_name("tag", tag))?;
+    let cache_for = section.text("cache_for", "\"everyone\"", one_of(&["caller", "everyone"]))?;
+    let Some(ttl) = ttl else {
+        let loose = ["cache_stale", "cache_tags", "cache_for"].into_iter().find(|key| section.has(key));
+        return match loose {
+            Some(key) => {
+                let what = format!("`{key}` says how something is cached, and nothing is");
+                Err(text.refuse(&section.span_of(key), what, "say for how long: cache = \"10s\""))
+            }
+            None => Ok(None),
+        };
+    };
+    Ok(Some(CacheTerms {
+        ttl,
+        stale: stale.unwrap_or_default(),
+        tags: tags.into_iter().map(|tag| tag.value).collect(),
+        cache_for: match cache_for {
+            Some(found) if found.value == "everyone" => CacheFor::Everyone,
+            _ => CacheFor::Caller,
+        },
+    }))
 }
 
 /// Not shorter than clients go on trying: what is forgotten too early is done twice.

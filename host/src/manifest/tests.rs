@@ -136,7 +136,8 @@ fn a_worker_takes_messages_or_requests() {
     };
     let worker = routes(
         "[[worker.route]]\npath = \"/a/{id}\"\nmethods = [\"POST\"]\nidempotency_key = \"optional\"\nwindow = \"48h\"\n\
-         clients_retry_for = \"36h\"\nwait = \"2s\"\nstore_failures = \"all\"\nbody_size = \"2KiB\"\n\
+         clients_retry_for = \"36h\"\nwait = \"2s\"\nstore_failures = \"all\"\nbody_size = \"2KiB\"\ncache = \"10s\"\n\
+         cache_stale = \"1m\"\ncache_tags = [\"a:{id}\"]\ncache_for = \"everyone\"\n\
          [[worker.route]]\npath = \"/b\"",
     )
     .unwrap();
@@ -149,6 +150,12 @@ fn a_worker_takes_messages_or_requests() {
         wait: Duration::from_secs(2),
         store_failures: StoreFailures::All,
         body_size: 2048,
+        cache: Some(CacheTerms {
+            ttl: Duration::from_secs(10),
+            stale: Duration::from_secs(60),
+            tags: vec!["a:{id}".to_owned()],
+            cache_for: CacheFor::Everyone,
+        }),
     };
     assert_eq!(worker.routes[0], expected);
     assert!(worker.routes[1].needs_key("POST") && !worker.routes[1].needs_key("PUT"));
@@ -156,6 +163,7 @@ fn a_worker_takes_messages_or_requests() {
         ("", "needs a `stream` or a route"),
         ("stream = \"S\"\n[[worker.route]]\npath = \"/a\"", "`stream` is for workers that take messages"),
         ("batch = 3\n[[worker.route]]\npath = \"/a\"", "`batch` is for workers that take messages"),
+        ("[[worker.route]]\npath = \"/a\"\ncache_stale = \"1m\"", "and nothing is"),
         ("[[worker.route]]\npath = \"a\"", "does not begin with a slash"),
         ("[[worker.route]]\npath = \"/a/{\"", "`/a/{`"),
         ("[[worker.route]]\npath = \"/publish/x\"", "publish to a subject"),

@@ -3,7 +3,8 @@
 //! The body is JSON: `{"event": "e1", "do": ["effect", "state", "send"], "status": 200, "say": "text", "ms": 0}`. `do` may hold
 //! `effect` (two rows of `effect`, in the balance), `state` (counts in the key `count`), `send` (one output), `violate` (a
 //! statement that fails, swallowed), `swallow` (the same, and the answer says it worked), `trap`, `spin`, `slow` (waits in the
-//! database for `ms`) and `huge` (a body of `ms` MiB). A GET answers with the number of effects of the event in its query;
+//! database for `ms`) and `huge` (a body of `ms` MiB) and `invalidate` (the tag
+//! `event:` and the event). A GET answers with the number of effects of the event in its query;
 //! with `write` in the query it tries to write.
 
 use oncely_guest::http::{Request, Response};
@@ -76,6 +77,10 @@ fn take(step: &str, wanted: &Wanted, nonce: &str, body: &mut Vec<u8>) -> Result<
         "slow" => {
             let _ = sql::query(SLOW, params![i64::try_from(wanted.ms).unwrap_or_default()])?;
         }
+        "invalidate" => {
+            cache::invalidate(&[format!("event:{}", wanted.event)])
+                .map_err(|error| Response::problem(500, "cache", &error.to_string()))?;
+        }
         "huge" => body.resize(usize::try_from(wanted.ms).unwrap_or_default() << 20, b'x'),
         other => return Err(Response::problem(400, "unknown-step", other)),
     }
@@ -90,7 +95,8 @@ fn read(request: &Request) -> Result<Response, Response> {
     if request.path_and_query.contains("write") {
         sql::execute("insert into once (id) values ('read')", params![])?;
     }
-    let event = request.query("event").unwrap_or_default().to_owned();
+    let of_path = request.segments().nth(1).filter(|_| request.path().starts_with("/events/"));
+    let event = request.query("event").or(of_path).unwrap_or_default().to_owned();
     let row = sql::query_one("select count(*) from effect where event_id = $1", params![event])?;
     let count: i64 = row.get(0)?;
     Ok(Response::json(200, &json!({ "rows": count })))

@@ -1,5 +1,7 @@
 //! The table of idempotency keys, row by row.
 
+use support::metrics;
+
 use super::*;
 
 both!(a_key_is_needed_where_the_route_says_so, |kind: Kind| async move {
@@ -97,6 +99,7 @@ both!(one_that_takes_longer_than_it_is_waited_for_is_said_to_be_in_progress, |ki
         let (url, slow) = (format!("{}/do/it", world.requests()?), slow.clone());
         async move { send(reqwest::Client::new().post(url).header("Idempotency-Key", "key").json(&slow)).await }
     });
+    in_flight(&world).await?;
     let mut codes = Vec::new();
     while !first.is_finished() {
         // Another request is told so before it is told to wait.
@@ -144,6 +147,8 @@ async fn other_hosts_know_what_is_in_flight() -> Result<()> {
     });
     let there = format!("{}/do/it", rival.requests()?);
     let ask = |what: &Value| send(reqwest::Client::new().post(&there).header("Idempotency-Key", "key").json(what));
+    let claims = "select count(*) from pg_locks where locktype = 'advisory' and objsubid = 2";
+    world.until(claims, 1).await?;
     let mut codes = Vec::new();
     while !first.is_finished() {
         let same = ask(&slow).await?;
@@ -157,5 +162,15 @@ async fn other_hosts_know_what_is_in_flight() -> Result<()> {
     let again = ask(&slow).await?;
     assert!(again.replayed(), "{again:?}");
     assert_eq!(effects(&world, "e").await?, (1, 2));
+    Ok(())
+}
+
+/// Waits until the host handles a request.
+async fn in_flight(world: &World) -> Result<()> {
+    let end = Instant::now() + Duration::from_secs(20);
+    let series = r#"oncely_in_flight_messages{worker="test"}"#;
+    while metrics::value(&metrics::scrape(world).await?, series) != Some(1.0) {
+        anyhow::ensure!(Instant::now() < end, "no request is in flight");
+    }
     Ok(())
 }

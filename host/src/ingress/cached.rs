@@ -1,0 +1,155 @@
+//! Reads that a route lets be cached: an answer is loaded once for all who ask the same, and given again until it had its time
+//! or a writer invalidated one of its tags.
+
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use axum::body::Body;
+use axum::http::HeaderValue;
+use axum::http::request::Parts;
+use axum::response::Response;
+use bytes::{BufMut, Bytes, BytesMut};
+use serde::{Deserialize, Serialize};
+
+use super::answer::respond;
+use super::problem::Problem;
+use super::{Ingress, Target, key};
+use crate::cache::{CacheKey, Cached, Layer, Loaded, Policy};
+use crate::manifest::{CacheFor, CacheTerms};
+use crate::message::{Headers, header};
+use crate::request::HttpAnswer;
+
+/// Headers of a request that an answer may depend on, besides who asks.
+const VARY: [&str; 3] = ["accept", "accept-language", "host"];
+
+/// What stands before the body in a value of the cache.
+#[derive(Serialize, Deserialize)]
+struct Head {
+    status: u16,
+    headers: Headers,
+}
+
+impl Ingress {
+    /// Answers from the cache, or has the handler answer for all who ask the same.
+    pub(super) async fn answer_cached(
+        self: Arc<Self>,
+        target: Arc<Target>,
+        terms: &CacheTerms,
+        parts: Parts,
+        body: Body,
+    ) -> Response {
+        let place = CacheKey::response(target.name(), &self.cache_key(&target, terms, &parts));
+        let (policy, tags) = (Policy { ttl: terms.ttl, stale: terms.stale }, target.cache_tags(terms));
+        let is_for_all = terms.cache_for == CacheFor::Everyone;
+        let ingress = Arc::clone(&self);
+        let load = move || async move {
+            let answer = match ingress.read(&target, parts, body).await {
+                Ok(asked) => ingress.answer(&target, &asked).await.map(|(answer, _)| answer),
+                Err(problem) => Err(problem),
+            };
+            let answer = answer.unwrap_or_else(|problem| problem.answer());
+            let keep = may_be_kept(&answer, is_for_all).then_some(policy);
+            anyhow::Ok(Loaded { value: packed(&answer)?, tags, keep })
+        };
+        let cached = match self.cache.get_or_load(&place, load).await {
+            Ok(cached) => cached,
+            Err(error) => {
+                tracing::warn!("a request was not answered: {:#}", error.cause());
+                return respond(Problem::unavailable().answer(), false);
+            }
+        };
+        match unpacked(&cached.value) {
+            Ok(answer) => with_age(respond(answer, false), &cached),
+            Err(error) => {
+                tracing::warn!("what the cache holds cannot be read: {error:#}");
+                respond(Problem::unavailable().answer(), false)
+            }
+        }
+    }
+
+    /// Everything that an answer depends on.
+    fn cache_key(&self, target: &Target, terms: &CacheTerms, parts: &Parts) -> String {
+        let mut key = format!("{}\n", target.version());
+        if terms.cache_for == CacheFor::Caller {
+            key += &key::caller(&parts.headers, self.admission.caller.as_deref());
+            key += &key::caller(&parts.headers, Some("cookie"));
+        }
+        for name in VARY {
+            key.push('\n');
+            key += parts.headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        }
+        key.push('\n');
+        key += parts.uri.path_and_query().map_or("/", |path| path.as_str());
+        key
+    }
+}
+
+/// Whether it may be given to others, or again: it worked, and the handler does not say otherwise.
+fn may_be_kept(answer: &HttpAnswer, is_for_all: bool) -> bool {
+    let control = header(&answer.headers, "cache-control").unwrap_or_default().to_ascii_lowercase();
+    let says = |word: &str| control.split(',').any(|part| part.trim() == word);
+    let sets_cookie = header(&answer.headers, "set-cookie").is_some();
+    answer.status == 200 && !sets_cookie && !says("no-store") && !(is_for_all && says("private"))
+}
+
+/// The length of the head, the head, and the body as it is.
+fn packed(answer: &HttpAnswer) -> anyhow::Result<Bytes> {
+    let head = Head { status: answer.status, headers: answer.headers.clone() };
+    let head = serde_json::to_vec(&head).context("write the head of an answer")?;
+    let mut packed = BytesMut::with_capacity(4 + head.len() + answer.body.len());
+    packed.put_u32(u32::try_from(head.len()).context("count the head of an answer")?);
+    packed.put_slice(&head);
+    packed.put_slice(&answer.body);
+    Ok(packed.freeze())
+}
+
+fn unpacked(value: &Bytes) -> anyhow::Result<HttpAnswer> {
+    let (length, rest) = value.split_first_chunk::<4>().context("read the length of the head")?;
+    let length = usize::try_from(u32::from_be_bytes(*length)).context("read the length of the head")?;
+    let head = rest.get(..length).context("find the head of an answer")?;
+    let Head { status, headers } = serde_json::from_slice(head).context("read the head of an answer")?;
+    Ok(HttpAnswer { status, headers, body: value.slice(4 + length..) })
+}
+
+/// Says how old an answer is (RFC 9111), and where it comes from (RFC 9211).
+fn with_age(mut response: Response, cached: &Cached) -> Response {
+    let status = match (cached.layer, cached.is_stale) {
+        (Layer::Loaded, _) => "oncely; fwd=miss",
+        (Layer::Local, false) => "oncely; hit; detail=local",
+        (Layer::Shared, false) => "oncely; hit; detail=shared",
+        (_, true) => "oncely; hit; detail=stale",
+    };
+    let headers = response.headers_mut();
+    headers.insert("cache-status", HeaderValue::from_static(status));
+    if cached.layer != Layer::Loaded {
+        headers.insert("age", HeaderValue::from(cached.age.as_secs()));
+    }
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(status: u16, headers: &[(&str, &str)]) -> HttpAnswer {
+        let headers = headers.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        HttpAnswer { status, headers, body: Bytes::from_static(b"\x00body") }
+    }
+
+    #[test]
+    fn an_answer_comes_out_as_it_went_in() {
+        let answer = answer(200, &[("x", "caf\u{e9}"), ("x", "2")]);
+        assert_eq!(unpacked(&packed(&answer).unwrap()).unwrap(), answer);
+        assert!(unpacked(&Bytes::from_static(b"\x00\x00\x00\x09{}")).is_err());
+    }
+
+    #[test]
+    fn only_what_is_for_others_is_kept() {
+        assert!(may_be_kept(&answer(200, &[("cache-control", "max-age=3")]), true));
+        assert!(may_be_kept(&answer(200, &[("cache-control", "private")]), false));
+        assert!(!may_be_kept(&answer(200, &[("cache-control", "max-age=3, Private")]), true));
+        assert!(!may_be_kept(&answer(200, &[("cache-control", "no-store")]), false));
+        assert!(!may_be_kept(&answer(200, &[("Set-Cookie", "a=b")]), false));
+        assert!(!may_be_kept(&answer(404, &[]), true));
+    }
+}
