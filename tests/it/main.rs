@@ -33,6 +33,7 @@ mod deploy;
 mod docs;
 mod hostile;
 mod ingress;
+mod ledger;
 mod metrics;
 mod order;
 mod positions;
