@@ -1,13 +1,13 @@
 //! `examples/ledger`: whatever is asked twice, at once or behind its back, the books balance.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use futures::stream::{self, StreamExt, TryStreamExt};
 use serde_json::{Value, json};
 use support::database::{Database, Kind};
 use support::guests;
-use support::world::World;
+use support::world::{PATIENCE, World};
 
 mod behind_its_back;
 mod holds;
@@ -237,6 +237,41 @@ both!(the_books_balance_after_concurrent_transfers_that_are_retried, |kind: Kind
     check_books(&world.database).await?;
     check_totals(&world).await
 });
+
+both!(the_books_balance_after_the_host_was_killed_in_the_middle, |kind: Kind| async move {
+    let mut world = start_with(kind, &["alice", "bob"]).await?;
+    // The next host takes requests where this one did.
+    world.http = world.requests()?.replace("http://", "");
+    let url = format!("{}/transfers", world.requests()?);
+    let orders = stream::iter((0..60).map(move |n| insist(url.clone(), n))).buffer_unordered(6).try_collect::<Vec<_>>();
+    let orders = tokio::spawn(orders);
+    for round in 1..=2 {
+        let some = "select case when count(*) >= 15 * {round} then 1 else 0 end from app.journal where amount = 7";
+        world.until(&some.replace("{round}", &round.to_string()), 1).await?;
+        world.kill_host()?;
+        world.start_host().await?;
+    }
+    for answer in orders.await?? {
+        assert_eq!(answer.status, 201, "{answer:?}");
+    }
+    assert_eq!(world.database.number("select count(*) from app.journal where amount = 7").await?, 60);
+    check_books(&world.database).await?;
+    check_totals(&world).await
+});
+
+/// A client that tries one transfer until it has an answer.
+async fn insist(url: String, n: usize) -> Result<Answer> {
+    let client = reqwest::Client::new();
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let request = client.post(&url).header("Idempotency-Key", format!("t-{n}")).json(&order("alice", "bob", 7));
+        match send(request).await {
+            Ok(answer) if answer.status < 500 && answer.problem().1 != "request-in-progress" => return Ok(answer),
+            _ if Instant::now() < end => tokio::time::sleep(Duration::from_millis(20)).await,
+            other => return other,
+        }
+    }
+}
 
 both!(no_account_is_overdrawn_however_many_spend_from_it_at_once, |kind: Kind| async move {
     let world = start_with(kind, &["alice", "bob"]).await?;
