@@ -296,7 +296,7 @@ both!(no_account_is_overdrawn_however_many_spend_from_it_at_once, |kind: Kind| a
     check_totals(&world).await
 });
 
-both!(who_says_which_version_he_saw_changes_no_other, |kind: Kind| async move {
+both!(a_client_that_says_which_version_it_saw_changes_no_other, |kind: Kind| async move {
     let world = start_with(kind, &["alice", "bob"]).await?;
     let seen = get(&world, "/accounts/alice").await?.is(200)?["version"].as_i64();
     let body = order("alice", "bob", 10);

@@ -128,7 +128,7 @@ pub fn take_version(
     Err(problem::version_conflict(id))
 }
 
-/// Who says which version he saw (`If-Match: "7"`) wants no other.
+/// A client that says which version it saw (`If-Match: "7"`) wants no other.
 fn check_version(request: &Request, account: &Account) -> Result<(), Response> {
     match request.header("if-match") {
         Some(seen) if seen != "*" && seen.trim_matches('"') != account.version.to_string() => {
@@ -138,7 +138,7 @@ fn check_version(request: &Request, account: &Account) -> Result<(), Response> {
     }
 }
 
-/// False when the account is not at that version any more; then nothing changed. Nothing was decided on the payee, so his
+/// False when the account is not at that version any more; then nothing changed. Nothing was decided on the payee, so its
 /// version does not matter.
 ///
 /// PostgreSQL locks the rows in the order of their ids: two requests that pay each other do not wait for each other. SQLite

@@ -18,7 +18,7 @@ create table account (
     balance  bigint not null default 0,
     -- What open holds keep from being spent.
     held     bigint not null default 0 constraint account_held check (held >= 0),
-    -- One more with each change: who changes an account says which version he saw.
+    -- One more with each change: who changes an account says which one was seen.
     version  bigint not null default 1,
     constraint account_not_overdrawn check (overdraft_limit is null or balance - held >= -overdraft_limit),
     constraint account_readable check (abs(balance) <= 9007199254740991),
