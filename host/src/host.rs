@@ -12,6 +12,9 @@ use tokio::task::JoinHandle;
 
 use crate::alarm::{ALARM_KEPT, ALARM_STREAM, ALARM_SUBJECTS, Alarm, Kind};
 use crate::bus::{Bus, StreamSpec, Unhandled};
+use crate::cache::Cache;
+use crate::cache_feed;
+use crate::config::CacheSettings;
 use crate::dead_letter::{DLQ_STREAM, DLQ_SUBJECTS};
 use crate::delivery::Delivery;
 use crate::deploy;
@@ -19,6 +22,7 @@ use crate::drain::{Stop, Stopping};
 use crate::fault;
 use crate::guest::{Guest, GuestEngine};
 use crate::ingress::{HttpWorker, Ingress, Table};
+use crate::invalidation::{CACHE_KEPT, CACHE_STREAM, CACHE_SUBJECTS};
 use crate::manifest::Worker;
 use crate::metrics::{Measured, MeasuredOutbox, MeasuredWorker, Metrics};
 use crate::redrive::{REDRIVE_STREAM, REDRIVE_SUBJECTS};
@@ -48,6 +52,7 @@ pub struct Host {
     pub bus: Bus,
     pub engine: GuestEngine,
     pub metrics: Arc<Metrics>,
+    pub cache: Cache,
     pub relay_state: Arc<RelayState>,
     pub retention: Retention,
     /// Answers requests over HTTP.
@@ -94,19 +99,22 @@ pub struct Running {
     webhook: Option<JoinHandle<()>>,
     relay: JoinHandle<()>,
     repair: JoinHandle<()>,
+    feed: JoinHandle<()>,
 }
 
 impl Host {
-    /// Starts the relay and all workers that are deployed. Alarms are told to the webhook, if there is one.
+    /// Starts the relay and all workers that are deployed. Compiled components are kept in the folder `compiled`. Alarms are
+    /// told to the webhook, if there is one.
     pub async fn start(
         store: Arc<dyn Store>,
         bus: Bus,
-        cache: &Path,
+        compiled: &Path,
         retention: Retention,
         admission: Admission,
         webhook: Option<Poster>,
+        cache: &CacheSettings,
     ) -> Result<(Arc<Host>, Running)> {
-        let engine = GuestEngine::new(cache)?;
+        let engine = GuestEngine::new(compiled)?;
         bus.ensure_stream(&StreamSpec::new(DLQ_STREAM, &[DLQ_SUBJECTS]))
             .await
             .context("make the dead-letter stream")?;
@@ -114,6 +122,8 @@ impl Host {
         bus.ensure_stream(&queue).await.context("make the stream of what is put back")?;
         let alarms = StreamSpec { max_age: Some(ALARM_KEPT), ..StreamSpec::new(ALARM_STREAM, &[ALARM_SUBJECTS]) };
         bus.ensure_stream(&alarms).await.context("make the stream of alarms")?;
+        let told = StreamSpec { max_age: Some(CACHE_KEPT), ..StreamSpec::new(CACHE_STREAM, &[CACHE_SUBJECTS]) };
+        bus.ensure_stream(&told).await.context("make the stream of what is to be forgotten")?;
         let (metrics, relay_state) = (Arc::<Metrics>::default(), Arc::<RelayState>::default());
         let (relay, hand_over) =
             Relay::new(Arc::clone(&store), bus.clone(), Arc::clone(&metrics), Arc::clone(&relay_state));
@@ -124,6 +134,7 @@ impl Host {
             Arc::clone(&relay_state),
             retention.outputs,
         );
+        let cache = Cache::open(cache, Arc::clone(&metrics))?;
         let (payload_max, told) = (bus.max_payload(), Arc::clone(&metrics));
         let ingress = Ingress::new(Arc::clone(&store), hand_over.clone(), told, payload_max, admission);
         let host = Arc::new(Host {
@@ -132,6 +143,7 @@ impl Host {
             bus,
             engine,
             metrics,
+            cache,
             relay_state,
             retention,
             relay: Mutex::new(Some(hand_over)),
@@ -142,6 +154,9 @@ impl Host {
         let stop = Stop::new();
         let relay = tokio::spawn(relay.run(stop.stopping()));
         let repair = tokio::spawn(repair.run(stop.stopping()));
+        // Before anything is cached here.
+        let feed = host.bus.feed(CACHE_STREAM).await.context("listen for what is to be forgotten")?;
+        let feed = tokio::spawn(cache_feed::listen(feed, host.cache.clone(), stop.stopping()));
         host.reconcile().await.context("start the deployed workers")?;
         fault::point(fault::STARTED);
         let supervisor = tokio::spawn(supervise(Arc::clone(&host), stop.stopping()));
@@ -149,7 +164,7 @@ impl Host {
         let webhook = webhook.map(|webhook| {
             tokio::spawn(webhook::tell(host.bus.clone(), webhook, Arc::clone(&host.metrics), stop.stopping()))
         });
-        Ok((host, Running { stop, supervisor, watch, webhook, relay, repair }))
+        Ok((host, Running { stop, supervisor, watch, webhook, relay, repair, feed }))
     }
 
     /// Brings what runs in line with what is deployed.
@@ -233,6 +248,7 @@ impl Host {
             version: deployment.version,
             payload_max: self.bus.max_payload(),
             metrics: Arc::clone(&self.metrics),
+            cache: self.cache.clone(),
         })
     }
 
@@ -282,6 +298,7 @@ impl Host {
             workers: self.measure_workers().await,
             breakers: self.relay_state.breakers().into_iter().map(|breaker| (breaker.stream, breaker.state)).collect(),
             alarms: self.shown_alarms(&alarms).await,
+            cache: self.cache.measure(),
         };
         self.metrics.text(&measured).context("write the metrics")
     }
@@ -396,6 +413,7 @@ impl Running {
             host.drain_workers().await;
             let _ = self.relay.await;
             let _ = self.repair.await;
+            let _ = self.feed.await;
         };
         let in_time = tokio::time::timeout(limit, drained).await;
         host.store.close().await;
