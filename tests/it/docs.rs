@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use support::guests::{oncely, repository, target_dir};
+use support::server::free_port;
 use support::world::{PATIENCE, signal};
 
 /// What `oncely dev` says last.
@@ -101,7 +102,12 @@ struct Terminal {
     folder: PathBuf,
     path: String,
     dev: Option<Child>,
+    /// Where hosts take requests, in the place of the port that documents show.
+    http: String,
 }
+
+/// The port that documents show.
+const HTTP_SHOWN: &str = "127.0.0.1:7480";
 
 impl Terminal {
     fn open(folder: &Path, tools: &Path) -> Result<Self> {
@@ -109,7 +115,8 @@ impl Terminal {
         let path = std::env::var("PATH").unwrap_or_default();
         let program = program.parent().context("find the program's folder")?.display();
         let path = format!("{program}:{path}:{}", sqlite_shell(tools)?.display());
-        Ok(Terminal { folder: folder.to_owned(), path, dev: None })
+        let http = format!("127.0.0.1:{}", free_port()?);
+        Ok(Terminal { folder: folder.to_owned(), path, dev: None, http })
     }
 
     fn shell(&self, command: &str) -> Result<Command> {
@@ -118,13 +125,16 @@ impl Terminal {
         // The workers share what they are built from with all other guests.
         let target = target_dir()?;
         shell.env("CARGO_TARGET_DIR", target.parent().context("find the target folder")?);
-        shell.env_remove("ONCELY_HOST").env_remove("ONCELY_TOKEN");
+        shell.env_remove("ONCELY_HOST").env_remove("ONCELY_TOKEN").env("ONCELY_HTTP", &self.http);
         shell.stdin(Stdio::null());
         Ok(shell)
     }
 
     /// Runs a command and compares what it prints with what is shown.
     fn run(&mut self, shown: &Shown) -> Result<()> {
+        let here = |text: &String| text.replace(HTTP_SHOWN, &self.http);
+        let shown = &Shown { command: here(&shown.command), output: shown.output.iter().map(here).collect() };
+        let is_refused = shown.output.iter().any(|line| line.starts_with("Error: "));
         if shown.command.starts_with("oncely dev") {
             return self.start_dev(shown);
         }
@@ -136,7 +146,7 @@ impl Terminal {
             let output = self.shell(&shown.command)?.output().context("run a shell")?;
             let printed = [output.stdout, output.stderr].concat();
             let printed = String::from_utf8_lossy(&printed);
-            if output.status.success() && all_shown(&shown.output, &printed) {
+            if output.status.success() != is_refused && all_shown(&shown.output, &printed) {
                 return Ok(());
             }
             if Instant::now() > end {
@@ -186,8 +196,14 @@ impl Drop for Terminal {
 /// A folder with a `sqlite3` of Python's, for machines that have no other.
 fn sqlite_shell(tools: &Path) -> Result<PathBuf> {
     use std::os::unix::fs::PermissionsExt;
-    let script = "#!/usr/bin/env python3\nimport sqlite3, sys\nfor row in sqlite3.connect(sys.argv[1]).execute(sys.argv[2]):\n    \
-                  print(*row, sep='|')\n";
+    let script = "#!/usr/bin/env python3
+import sqlite3, sys
+try:
+    for row in sqlite3.connect(sys.argv[1], isolation_level=None).execute(sys.argv[2]):
+        print(*row, sep='|')
+except sqlite3.Error as error:
+    sys.exit(f'Error: {error}')
+";
     let path = tools.join("sqlite3");
     std::fs::write(&path, script).context("write a sqlite3")?;
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).context("make it a program")?;
@@ -198,10 +214,10 @@ fn read(name: &str) -> Result<String> {
     std::fs::read_to_string(repository().join(name)).with_context(|| format!("read {name}"))
 }
 
-/// Runs a session of the README in `folder`.
-fn run_session(name: &str, folder: &Path, tools: &Path) -> Result<()> {
-    let commands = session(&read("README.md")?, name);
-    ensure!(commands.len() > 2, "the README has no session `{name}` any more");
+/// Runs a session of a document in `folder`.
+fn run_session(document: &str, name: &str, folder: &Path, tools: &Path) -> Result<()> {
+    let commands = session(&read(document)?, name);
+    ensure!(commands.len() > 2, "{document} has no session `{name}` any more");
     let mut terminal = Terminal::open(folder, tools)?;
     for command in &commands {
         terminal.run(command).with_context(|| format!("session {name}"))?;
@@ -228,14 +244,22 @@ fn the_payments_session_of_the_readme_runs_as_it_is_shown() -> Result<()> {
     let clone = tempfile::tempdir()?;
     std::os::unix::fs::symlink(repository().join("examples"), clone.path().join("examples"))?;
     let tools = tempfile::tempdir()?;
-    run_session("payments", clone.path(), tools.path())
+    run_session("README.md", "payments", clone.path(), tools.path())
+}
+
+#[test]
+fn the_guide_to_the_ledger_runs_as_it_is_shown() -> Result<()> {
+    let clone = tempfile::tempdir()?;
+    std::os::unix::fs::symlink(repository().join("examples"), clone.path().join("examples"))?;
+    let tools = tempfile::tempdir()?;
+    run_session("docs/ledger.md", "ledger", clone.path(), tools.path())
 }
 
 #[test]
 fn a_worker_made_from_nothing_but_the_readme_runs_as_it_is_shown() -> Result<()> {
     let beside = tempfile::tempdir()?;
     let tools = tempfile::tempdir()?;
-    run_session("orders", &orders_worker(beside.path())?, tools.path())
+    run_session("README.md", "orders", &orders_worker(beside.path())?, tools.path())
 }
 
 #[test]

@@ -34,6 +34,7 @@ mod deploy;
 mod docs;
 mod hostile;
 mod ingress;
+mod ledger;
 mod metrics;
 mod order;
 mod positions;

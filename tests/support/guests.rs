@@ -9,19 +9,31 @@ use anyhow::{Context, Result};
 /// The path of the component that holds every behaviour of `tests/guests`.
 pub fn component() -> Result<PathBuf> {
     static BUILT: Built = OnceLock::new();
-    built(&BUILT, "guests")
+    built(&BUILT, "tests/guests")
 }
 
 /// The path of the component of `tests/batch-guest`, which handles batches.
 pub fn batch_component() -> Result<PathBuf> {
     static BUILT: Built = OnceLock::new();
-    built(&BUILT, "batch-guest")
+    built(&BUILT, "tests/batch-guest")
 }
 
 /// The path of the component of `tests/http-guest`, which answers requests.
 pub fn http_component() -> Result<PathBuf> {
     static BUILT: Built = OnceLock::new();
-    built(&BUILT, "http-guest")
+    built(&BUILT, "tests/http-guest")
+}
+
+/// The path of the component of `examples/ledger/api`.
+pub fn ledger_component() -> Result<PathBuf> {
+    static BUILT: Built = OnceLock::new();
+    built(&BUILT, "examples/ledger/api")
+}
+
+/// The path of the component of `examples/ledger/totals`.
+pub fn totals_component() -> Result<PathBuf> {
+    static BUILT: Built = OnceLock::new();
+    built(&BUILT, "examples/ledger/totals")
 }
 
 /// The path of the component of `tests/python-http`, which knows nothing of Oncely: it is made for the world `wasi:http/proxy`.
@@ -73,17 +85,18 @@ fn wasi_http_wit() -> Result<PathBuf> {
 
 type Built = OnceLock<std::result::Result<PathBuf, String>>;
 
-fn built(once: &Built, name: &str) -> Result<PathBuf> {
-    let built = once.get_or_init(|| build(name).map_err(|error| format!("{error:#}")));
+/// Builds the crate in a folder of the repository.
+fn built(once: &Built, folder: &str) -> Result<PathBuf> {
+    let built = once.get_or_init(|| build(folder).map_err(|error| format!("{error:#}")));
     built.clone().map_err(anyhow::Error::msg)
 }
 
-fn build(name: &str) -> Result<PathBuf> {
-    let out = target_dir()?.join(format!("{name}.wasm"));
+fn build(folder: &str) -> Result<PathBuf> {
+    let out = target_dir()?.join(format!("{}.wasm", folder.replace('/', "-")));
     let mut last_lines = Vec::new();
-    let crate_dir = repository().join("tests").join(name);
+    let crate_dir = repository().join(folder);
     oncely::crate_build::build_component(&crate_dir, &out, &mut |line| last_lines.push(line.to_owned()))
-        .with_context(|| format!("build the crate {name}:\n{}", last_lines.join("\n")))?;
+        .with_context(|| format!("build the crate in {folder}:\n{}", last_lines.join("\n")))?;
     Ok(out)
 }
 

@@ -1,0 +1,9 @@
+-- What each account received and paid on each day (UTC), in minor units, added up from the events of the ledger.
+create table daily_total (
+    account  text   not null,
+    day      text   not null,
+    received integer not null,
+    paid     integer not null,
+    entries  integer not null,
+    constraint daily_total_pk primary key (account, day)
+) strict;
