@@ -119,7 +119,7 @@ macro_rules! from_error {
         }
     )*};
 }
-from_error!(crate::sql::Error, crate::sql::ColumnError, crate::state::Error, crate::outbox::Error);
+from_error!(crate::cache::Error, crate::sql::Error, crate::sql::ColumnError, crate::state::Error, crate::outbox::Error);
 
 impl fmt::Display for Response {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -336,3 +336,23 @@ both!(a_transaction_is_reversed_once, |kind: Kind| async move {
     check_books(&world.database).await?;
     check_totals(&world).await
 });
+
+both!(balances_are_cached_until_money_moves, |kind: Kind| async move {
+    let world = start_with(kind, &["alice", "bob"]).await?;
+    let url = format!("{}/accounts/alice", world.requests()?);
+    let read = async |known: &str| {
+        let response = reqwest::Client::new().get(&url).header("If-None-Match", known).send().await?;
+        let header = |name: &str| response.headers()[name].to_str().map(str::to_owned);
+        anyhow::Ok((response.status().as_u16(), header("cache-status")?, header("etag")?))
+    };
+    let (_, status, version) = read("").await?;
+    assert_eq!(status, "oncely; fwd=miss");
+    assert_eq!(read("\"0\"").await?, (200, "oncely; hit; detail=local".to_owned(), version.clone()));
+    assert_eq!(read(&version).await?.0, 304);
+    transfer(&world, "t", "alice", "bob", 1).await?.is(201)?;
+    let (again, status, now) = read(&version).await?;
+    assert_eq!((again, status.as_str()), (200, "oncely; fwd=miss"));
+    assert_ne!(now, version);
+    assert_eq!(balance(&world, "alice").await?, 999);
+    Ok(())
+});

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use axum::body::Body;
-use axum::http::HeaderValue;
 use axum::http::request::Parts;
+use axum::http::{HeaderValue, StatusCode};
 use axum::response::Response;
 use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
@@ -18,6 +18,12 @@ use crate::cache::{CacheKey, Cached, Layer, Loaded, Policy};
 use crate::manifest::{CacheFor, CacheTerms};
 use crate::message::{Headers, header};
 use crate::request::HttpAnswer;
+
+const IF_NONE_MATCH: &str = "if-none-match";
+
+/// Headers that ask for less than the whole answer.
+const CONDITIONS: [&str; 6] =
+    [IF_NONE_MATCH, "if-modified-since", "if-match", "if-unmodified-since", "if-range", "range"];
 
 /// Headers of a request that an answer may depend on, besides who asks.
 const VARY: [&str; 3] = ["accept", "accept-language", "host"];
@@ -35,9 +41,12 @@ impl Ingress {
         self: Arc<Self>,
         target: Arc<Target>,
         terms: &CacheTerms,
-        parts: Parts,
+        mut parts: Parts,
         body: Body,
     ) -> Response {
+        // What is kept is for those, too, who have nothing to compare it with.
+        let known: Vec<HeaderValue> = parts.headers.get_all(IF_NONE_MATCH).iter().cloned().collect();
+        CONDITIONS.iter().for_each(|name| drop(parts.headers.remove(*name)));
         let place = CacheKey::response(target.name(), &self.cache_key(&target, terms, &parts));
         let (policy, tags) = (Policy { ttl: terms.ttl, stale: terms.stale }, target.cache_tags(terms));
         let is_for_all = terms.cache_for == CacheFor::Everyone;
@@ -59,7 +68,7 @@ impl Ingress {
             }
         };
         match unpacked(&cached.value) {
-            Ok(answer) => with_age(respond(answer, false), &cached),
+            Ok(answer) => unless_known(with_age(respond(answer, false), &cached), &known),
             Err(error) => {
                 tracing::warn!("what the cache holds cannot be read: {error:#}");
                 respond(Problem::unavailable().answer(), false)
@@ -109,6 +118,25 @@ fn unpacked(value: &Bytes) -> anyhow::Result<HttpAnswer> {
     let head = rest.get(..length).context("find the head of an answer")?;
     let Head { status, headers } = serde_json::from_slice(head).context("read the head of an answer")?;
     Ok(HttpAnswer { status, headers, body: value.slice(4 + length..) })
+}
+
+/// Says that an answer is the one that the caller has, if it is (RFC 9110 section 13.1.2).
+fn unless_known(mut response: Response, known: &[HeaderValue]) -> Response {
+    let tag = response.headers().get("etag").and_then(|tag| tag.to_str().ok()).map(opaque);
+    let names = |value: &HeaderValue| {
+        let value = value.to_str().unwrap_or_default();
+        value.split(',').any(|one| one.trim() == "*" || tag.is_some_and(|tag| opaque(one.trim()) == tag))
+    };
+    if tag.is_some() && response.status() == StatusCode::OK && known.iter().any(names) {
+        *response.status_mut() = StatusCode::NOT_MODIFIED;
+        *response.body_mut() = Body::empty();
+    }
+    response
+}
+
+/// A tag without the mark of a weak one, which makes no difference here.
+fn opaque(tag: &str) -> &str {
+    tag.strip_prefix("W/").unwrap_or(tag)
 }
 
 /// Says how old an answer is (RFC 9111), and where it comes from (RFC 9211).

@@ -138,7 +138,8 @@ fn check_version(request: &Request, account: &Account) -> Result<(), Response> {
     }
 }
 
-/// False when the account is not at that version any more; then nothing changed. Nothing was decided on the payee, so its
+/// False when the account is not at that version any more; then nothing changed. What is cached of both is out of date once
+/// the request has committed. Nothing was decided on the payee, so its
 /// version does not matter.
 ///
 /// PostgreSQL locks the rows in the order of their ids: two requests that pay each other do not wait for each other. SQLite
@@ -155,7 +156,13 @@ fn next_versions(account: &Account, payee: Option<&str>) -> Result<bool, Respons
          update account set version = version + 1
          where id in (select id from taken) and exists (select 1 from taken where id = $1)"
     );
-    Ok(sql::execute(&statement, params![account.id, account.version, payee])? > 0)
+    let taken = sql::execute(&statement, params![account.id, account.version, payee])? > 0;
+    if taken {
+        let changed: Vec<String> =
+            std::iter::once(account.id.as_str()).chain(payee).map(|id| format!("account:{id}")).collect();
+        cache::invalidate(&changed)?;
+    }
+    Ok(taken)
 }
 
 pub fn require(id: &str) -> Result<Account, Response> {
