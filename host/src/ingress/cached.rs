@@ -98,7 +98,8 @@ fn may_be_kept(answer: &HttpAnswer, is_for_all: bool) -> bool {
     let control = header(&answer.headers, "cache-control").unwrap_or_default().to_ascii_lowercase();
     let says = |word: &str| control.split(',').any(|part| part.trim() == word);
     let sets_cookie = header(&answer.headers, "set-cookie").is_some();
-    answer.status == 200 && !sets_cookie && !says("no-store") && !(is_for_all && says("private"))
+    let is_private = is_for_all && says("private");
+    answer.status == 200 && !sets_cookie && !is_private && !says("no-store")
 }
 
 /// The length of the head, the head, and the body as it is.
