@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 export PATH := $(CURDIR)/target/tools/bin:$(PATH)
 
-.PHONY: help demo test chaos chaos-short mutants bench saturation saturation-short bench-retention chaos-host build install-tools demo-tools links format lint docs run-tests
+.PHONY: help demo test chaos chaos-short mutants bench saturation saturation-short bench-http bench-retention chaos-host build install-tools demo-tools links format lint docs run-tests
 
 help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -40,6 +40,10 @@ saturation: install-tools ## Give a host more than it can do for five minutes, a
 # With the build that tests use, for CI.
 saturation-short: build ## The same for half a minute
 	cargo run --quiet --locked -p oncely-tests --bin bench -- --saturate 30 $(ARGS)
+
+bench-http: install-tools ## Measure a cached read over HTTP against a constant: a minute
+	cargo build --locked --release -p oncely -p oncely-tests
+	target/release/bench --http 5 $(ARGS)
 
 bench-retention: install-tools ## Send ten million rows through inbox and outbox while old ones leave: half an hour
 	cargo build --locked --release -p oncely-tests --bin bench

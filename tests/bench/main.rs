@@ -17,6 +17,7 @@ use crate::contenders::{CONTENDERS, Contender};
 mod contenders;
 mod cpu;
 mod hand_written;
+mod http;
 mod retention;
 mod saturation;
 mod stage;
@@ -42,6 +43,9 @@ struct Options {
     /// Set in the environment of the host that is saturated, such as ONCELY_RELAY=wal.
     #[arg(long, value_name = "NAME=VALUE", value_parser = variable, requires = "saturate")]
     env: Vec<(String, String)>,
+    /// Instead, compare a cached read over HTTP with a constant, for so many seconds in each turn.
+    #[arg(long, value_name = "SECONDS")]
+    http: Option<u64>,
     /// Instead, so many rows through inbox and outbox of both databases while old ones leave.
     #[arg(long, value_name = "ROWS")]
     retention: Option<usize>,
@@ -63,6 +67,12 @@ async fn main() -> Result<()> {
     let options = Options::parse();
     if let Some(seconds) = options.saturate {
         return saturate(&options, Duration::from_secs(seconds)).await;
+    }
+    if let Some(seconds) = options.http {
+        let (holds, report) = http::measure(Duration::from_secs(seconds)).await?;
+        write("http.json", &report)?;
+        ensure!(holds, "a cached read takes longer than it may");
+        return Ok(());
     }
     ensure!(!cfg!(debug_assertions) || options.retention.is_some(), "measure a release build: make bench");
     if let Some(rows) = options.retention {
