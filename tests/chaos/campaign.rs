@@ -10,7 +10,7 @@ use oncely::fault;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
-use support::database::{Database, Kind};
+use support::database::Kind;
 use support::guests;
 use support::metrics::unpublished_age;
 use support::postgres::Cluster;
@@ -21,6 +21,7 @@ use crate::checker::{self, Counted, Violation};
 use crate::observed::{self, Observed};
 use crate::publisher::{self, Progress};
 use crate::redriver::{self, Redriver};
+use crate::under_fire::UnderFire;
 use crate::watcher::{self, Looked};
 use crate::workload::{Workload, passes_until_death};
 
@@ -215,18 +216,8 @@ impl Campaign {
         let mut world = World::without_host(Kind::Sqlite, "").await?;
         let to_nats = Proxy::start(world.nats.port()).await?;
         world.nats_url = format!("nats://127.0.0.1:{}", to_nats.port());
-        let (mut cluster, mut to_database) = (None, None);
-        if plan.kind == Kind::Postgres {
-            let postgres = tokio::task::spawn_blocking(Cluster::start).await??;
-            let proxy = Proxy::start(postgres.port()).await?;
-            let Database::Postgres { direct, .. } = Database::on(&postgres).await? else { unreachable!() };
-            let host = direct.replace(&format!(":{}/", postgres.port()), &format!(":{}/", proxy.port()));
-            world.database = Database::Postgres { host, direct };
-            (cluster, to_database) = (Some(postgres), Some(proxy));
-        }
-        let program = guests::target_dir()?.parent().context("find the target folder")?.join("chaos/oncely");
-        ensure!(program.exists(), "{} is not there; `make chaos` builds it", program.display());
-        world.program = Some(program);
+        let under_fire = UnderFire::put(&mut world, plan.kind).await?;
+        let UnderFire { cluster, to_database } = under_fire;
         let rivals = plan.kind == Kind::Postgres;
         let mut campaign = Campaign {
             random: StdRng::seed_from_u64(plan.seed ^ 0x0ddb_a115),

@@ -21,6 +21,7 @@ mod observed;
 mod publisher;
 mod redriver;
 mod storm;
+mod under_fire;
 mod watcher;
 mod workload;
 

@@ -6,21 +6,21 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use futures::StreamExt;
 use oncely::fault;
 use oncely_client::{Client, Method};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
-use support::database::{Database, Kind};
+use support::database::Kind;
 use support::guests;
-use support::postgres::Cluster;
 use support::proxy::{Cut, Proxy};
 use support::server::free_port;
 use support::world::World;
 
 use crate::checker::Violation;
+use crate::under_fire::UnderFire;
 
 /// Where hosts die while they handle a request.
 const POINTS: [&str; 6] = [
@@ -146,8 +146,7 @@ struct Sky {
     storm: Storm,
     world: World,
     to_host: Proxy,
-    to_database: Option<Proxy>,
-    _cluster: Option<Cluster>,
+    under_fire: UnderFire,
     random: StdRng,
     injected: BTreeMap<String, u64>,
 }
@@ -155,30 +154,19 @@ struct Sky {
 impl Sky {
     async fn start(storm: Storm) -> Result<Self> {
         let mut world = World::without_host(Kind::Sqlite, &manifest()?).await?;
-        let (mut cluster, mut to_database) = (None, None);
-        if storm.kind == Kind::Postgres {
-            let postgres = tokio::task::spawn_blocking(Cluster::start).await??;
-            let proxy = Proxy::start(postgres.port()).await?;
-            let Database::Postgres { direct, .. } = Database::on(&postgres).await? else { unreachable!() };
-            let host = direct.replace(&format!(":{}/", postgres.port()), &format!(":{}/", proxy.port()));
-            world.database = Database::Postgres { host, direct };
-            (cluster, to_database) = (Some(postgres), Some(proxy));
-        }
-        let program = guests::target_dir()?.parent().context("find the target folder")?.join("chaos/oncely");
-        ensure!(program.exists(), "{} is not there; `make chaos` builds it", program.display());
-        world.program = Some(program);
+        let under_fire = UnderFire::put(&mut world, storm.kind).await?;
         let port = free_port()?;
         world.http = format!("127.0.0.1:{port}");
         world.host_env = storm.env.clone();
         world.start_host().await?;
         let to_host = Proxy::start(port).await?;
         let random = StdRng::seed_from_u64(storm.seed);
-        Ok(Sky { storm, world, to_host, to_database, _cluster: cluster, random, injected: BTreeMap::new() })
+        Ok(Sky { storm, world, to_host, under_fire, random, injected: BTreeMap::new() })
     }
 
     /// Does one thing to the host, and sees to it that one runs.
     async fn strike(&mut self) -> Result<()> {
-        let act = self.random.random_range(0..if self.to_database.is_some() { 5 } else { 3 });
+        let act = self.random.random_range(0..if self.under_fire.to_database.is_some() { 5 } else { 3 });
         match act {
             0 => {
                 self.some_time(200, 1_200).await;
@@ -210,7 +198,7 @@ impl Sky {
             _ => {
                 let cuts = [Cut::CommitNotForwarded, Cut::CommitAnswerLost, Cut::CommitDelayed];
                 let cut = cuts[self.random.random_range(0..cuts.len())];
-                let proxy = self.to_database.as_ref().context("have a proxy to the database")?;
+                let proxy = self.under_fire.to_database.as_ref().context("have a proxy to the database")?;
                 if proxy.cut(cut, Duration::from_secs(3)).await {
                     self.did(&format!("{cut:?}"));
                 }

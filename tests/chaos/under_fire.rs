@@ -1,0 +1,32 @@
+//! A world whose host dies on command, and whose database is reached through a proxy that cuts.
+
+use anyhow::{Context, Result, ensure};
+use support::database::{Database, Kind};
+use support::guests;
+use support::postgres::Cluster;
+use support::proxy::Proxy;
+use support::world::World;
+
+/// PostgreSQL of its own, and what stands before it; none of both on SQLite.
+pub struct UnderFire {
+    pub cluster: Option<Cluster>,
+    pub to_database: Option<Proxy>,
+}
+
+impl UnderFire {
+    /// Gives a world its database, and the build of the host that has points to die at.
+    pub async fn put(world: &mut World, kind: Kind) -> Result<Self> {
+        let program = guests::target_dir()?.parent().context("find the target folder")?.join("chaos/oncely");
+        ensure!(program.exists(), "{} is not there; `make chaos` builds it", program.display());
+        world.program = Some(program);
+        if kind != Kind::Postgres {
+            return Ok(UnderFire { cluster: None, to_database: None });
+        }
+        let cluster = tokio::task::spawn_blocking(Cluster::start).await??;
+        let proxy = Proxy::start(cluster.port()).await?;
+        let Database::Postgres { direct, .. } = Database::on(&cluster).await? else { unreachable!() };
+        let host = direct.replace(&format!(":{}/", cluster.port()), &format!(":{}/", proxy.port()));
+        world.database = Database::Postgres { host, direct };
+        Ok(UnderFire { cluster: Some(cluster), to_database: Some(proxy) })
+    }
+}
