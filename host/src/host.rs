@@ -17,10 +17,10 @@ use crate::drain::{Stop, Stopping};
 use crate::fault;
 use crate::guest::{Guest, GuestEngine};
 use crate::manifest::Worker;
-use crate::metrics::{Measured, MeasuredOutbox, MeasuredWorker, Metrics};
+use crate::metrics::{Measured, MeasuredLog, MeasuredOutbox, MeasuredWorker, Metrics};
 use crate::redrive::{REDRIVE_STREAM, REDRIVE_SUBJECTS};
-use crate::relay::{HandOver, Relay, RelayState, Repair};
-use crate::store::{DeploymentRecord, OutboxLag, OutboxRow, Store};
+use crate::relay::{HandOver, LogKeeper, LogRelay, Relay, RelayState, Repair};
+use crate::store::{DeploymentRecord, OutboxLag, OutboxRow, RelayMode, Store};
 use crate::worker::RunningWorker;
 
 /// How often a host looks whether another one deployed something.
@@ -86,6 +86,9 @@ pub struct Running {
     supervisor: JoinHandle<()>,
     relay: JoinHandle<()>,
     repair: JoinHandle<()>,
+    /// What reads the database's log ends after the lanes.
+    stop_log: Stop,
+    log: Vec<JoinHandle<()>>,
 }
 
 impl Host {
@@ -103,8 +106,12 @@ impl Host {
         let queue = StreamSpec { is_queue: true, ..StreamSpec::new(REDRIVE_STREAM, &[REDRIVE_SUBJECTS]) };
         bus.ensure_stream(&queue).await.context("make the stream of what is put back")?;
         let (metrics, relay_state) = (Arc::<Metrics>::default(), Arc::<RelayState>::default());
-        let (relay, hand_over) =
+        let (relay, hand_over, log_ends) =
             Relay::new(Arc::clone(&store), bus.clone(), Arc::clone(&metrics), Arc::clone(&relay_state));
+        let log = store.log().map(|log| {
+            let keeper = LogKeeper::new(Arc::clone(&log), Arc::clone(&relay_state), &log_ends);
+            (keeper, LogRelay::new(log, bus.clone(), Arc::clone(&metrics), Arc::clone(&relay_state), log_ends))
+        });
         let repair =
             Repair::new(Arc::clone(&store), bus.clone(), Arc::clone(&metrics), Arc::clone(&relay_state), keep_outputs);
         let host = Arc::new(Host {
@@ -119,13 +126,17 @@ impl Host {
             deployed: Notify::new(),
             started: AtomicBool::new(false),
         });
-        let stop = Stop::new();
+        let (stop, stop_log) = (Stop::new(), Stop::new());
+        let log = log.into_iter().flat_map(|(keeper, relay)| {
+            [tokio::spawn(keeper.run(stop.stopping())), tokio::spawn(relay.run(stop_log.stopping()))]
+        });
+        let log = log.collect();
         let relay = tokio::spawn(relay.run(stop.stopping()));
         let repair = tokio::spawn(repair.run(stop.stopping()));
         host.reconcile().await.context("start the deployed workers")?;
         fault::point(fault::STARTED);
         let supervisor = tokio::spawn(supervise(Arc::clone(&host), stop.stopping()));
-        Ok((host, Running { stop, supervisor, relay, repair }))
+        Ok((host, Running { stop, supervisor, relay, repair, stop_log, log }))
     }
 
     /// Brings what runs in line with what is deployed.
@@ -246,6 +257,12 @@ impl Host {
             outbox: outbox.map(|lags| lags.into_iter().map(measured_outbox).collect()),
             workers: self.measure_workers().await,
             breakers: self.relay_state.breakers().into_iter().map(|breaker| (breaker.stream, breaker.state)).collect(),
+            log: self.relay_state.log().map(|log| MeasuredLog {
+                is_used: log.mode == RelayMode::Wal,
+                reads: self.relay_state.reads_log(),
+                behind: log.behind,
+                retained: log.slot.map_or(0, |slot| slot.retained),
+            }),
         };
         self.metrics.text(&measured).context("write the metrics")
     }
@@ -358,6 +375,8 @@ impl Running {
         let drained = async {
             let _ = self.supervisor.await;
             host.drain_workers().await;
+            self.stop_log.now();
+            futures::future::join_all(self.log).await;
             let _ = self.relay.await;
             let _ = self.repair.await;
         };

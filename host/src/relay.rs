@@ -25,6 +25,7 @@ use crate::store::{OutboxRow, Published, Store, StoreError, Unpublished};
 mod breakers;
 mod ledger;
 mod lines;
+mod log;
 mod repair;
 mod state;
 mod sweep;
@@ -32,6 +33,8 @@ mod sweep;
 use breakers::Breakers;
 use ledger::Ledger;
 use lines::{Held, Lines};
+use log::{Fate, FromLog};
+pub use log::{LogEnds, LogKeeper, LogRelay};
 pub use repair::Repair;
 pub use state::{BreakerState, RelayState};
 use sweep::Swept;
@@ -74,6 +77,8 @@ const NO_PLACE_FOR: Duration = Duration::from_secs(20);
 #[derive(Clone)]
 pub struct HandOver {
     sender: mpsc::Sender<Leased>,
+    /// Closed while the reader of the database's log is far behind.
+    gate: watch::Receiver<bool>,
 }
 
 /// Outputs that this host committed, and a time before which their leases did not begin.
@@ -86,6 +91,7 @@ impl HandOver {
     /// Hands committed outputs over, whose leases began at `since` or later; waits while the relay is behind. If the relay
     /// is gone, a sweep finds them.
     pub async fn hand_over(&self, rows: Vec<OutboxRow>, since: Instant) {
+        let _ = self.gate.clone().wait_for(|is_open| *is_open).await;
         if !rows.is_empty() {
             let _ = self.sender.send(Leased { rows, since }).await;
         }
@@ -99,6 +105,7 @@ pub struct Relay {
     metrics: Arc<Metrics>,
     state: Arc<RelayState>,
     handed_over: mpsc::Receiver<Leased>,
+    from_log: mpsc::Receiver<FromLog>,
     lines: Lines,
     ledger: Ledger,
     streams: Arc<Vec<StreamInfo>>,
@@ -133,10 +140,18 @@ struct Answered {
 type UnderWay = FuturesUnordered<BoxFuture<'static, Answered>>;
 
 impl Relay {
-    pub fn new(store: Arc<dyn Store>, bus: Bus, metrics: Arc<Metrics>, state: Arc<RelayState>) -> (Self, HandOver) {
+    pub fn new(
+        store: Arc<dyn Store>,
+        bus: Bus,
+        metrics: Arc<Metrics>,
+        state: Arc<RelayState>,
+    ) -> (Self, HandOver, LogEnds) {
         let (sender, handed_over) = mpsc::channel(HAND_OVER_MAX);
+        let (to_relay, from_log) = mpsc::channel(1);
+        let (heard, outcomes) = mpsc::unbounded_channel();
+        let (opens, gate) = watch::channel(true);
         let relay = Relay {
-            ledger: Ledger::new(Arc::clone(&store)),
+            ledger: Ledger::new(Arc::clone(&store), heard),
             connections: bus.connections(),
             store,
             bus,
@@ -144,6 +159,7 @@ impl Relay {
             breakers: Breakers::new(Arc::clone(&state)),
             state,
             handed_over,
+            from_log,
             lines: Lines::default(),
             streams: Arc::default(),
             knows_too_little: false,
@@ -154,21 +170,22 @@ impl Relay {
             without_place: HashMap::new(),
             sweep_soon: false,
         };
-        (relay, HandOver { sender })
+        (relay, HandOver { sender, gate }, LogEnds { to_relay, outcomes, gate: opens })
     }
 
-    /// Runs until all lanes are gone and what they handed over is published. After `stopping` there are no more sweeps:
+    /// Runs until all lanes and the reader of the log are gone and what they handed over is published. After `stopping` there are no more sweeps:
     /// what is not published stays in the outbox for the next host.
     pub async fn run(mut self, stopping: Stopping) {
         let mut under_way = UnderWay::new();
         let mut sweeping: Option<BoxFuture<'static, Result<Swept, StoreError>>> = None;
         let mut sweep_at = Instant::now();
-        let mut lanes_are_gone = false;
+        let (mut lanes_are_gone, mut reader_is_gone) = (false, false);
         loop {
             self.send(&mut under_way).await;
             self.ledger.write();
             self.state.unwritten.store(!self.ledger.is_empty(), Ordering::Relaxed);
-            if lanes_are_gone && self.lines.is_empty() && self.ledger.is_empty() && sweeping.is_none() {
+            if lanes_are_gone && reader_is_gone && self.lines.is_empty() && self.ledger.is_empty() && sweeping.is_none()
+            {
                 return;
             }
             let waits_for_repair = self.waits_for_repair();
@@ -185,6 +202,10 @@ impl Relay {
                 leased = self.handed_over.recv(), if !lanes_are_gone && self.lines.len() < HELD_MAX => match leased {
                     Some(Leased { rows, since }) => self.take(rows, since),
                     None => lanes_are_gone = true,
+                },
+                from_log = self.from_log.recv(), if !reader_is_gone && self.lines.len() < HELD_MAX => match from_log {
+                    Some(from_log) => self.take_from_log(from_log),
+                    None => reader_is_gone = true,
                 },
                 swept = finished(&mut sweeping), if sweeping.is_some() => {
                     let is_full = self.take_swept(swept);
@@ -210,6 +231,33 @@ impl Relay {
         self.ledger.put_back(back);
     }
 
+    /// Takes outputs from the database's log. They are in the order of their commits, and whoever goes by polling and is in
+    /// line before one of them was looked for; but for those that came into trouble meanwhile.
+    fn take_from_log(&mut self, from_log: FromLog) {
+        self.mind_losses();
+        self.ledger.knows(from_log.recorded, from_log.is_first);
+        let is_up_to_date = from_log.losses == self.losses_seen;
+        for (row, fate) in from_log.rows {
+            if self.lines.holds(row.seq) {
+                // An earlier reader here was told of it. What becomes of it the new one will hear.
+                self.ledger.admit(row.seq, lines::key(&row));
+                continue;
+            }
+            let in_trouble = self.ledger.admit(row.seq, lines::key(&row));
+            match (fate, in_trouble) {
+                (Fate::There(place), _) => self.ledger.published(place),
+                (Fate::Back(how), _) => self.ledger.put_back([(row.seq, how)]),
+                (Fate::ToSend, Some(before)) => {
+                    self.ledger.put_back([(row.seq, lines::wait_for(row.seq, before))]);
+                }
+                (Fate::ToSend, None) if !is_up_to_date => {
+                    self.ledger.put_back([(row.seq, Unpublished::Later { after: Duration::ZERO, error: None })]);
+                }
+                (Fate::ToSend, None) => drop(self.lines.take(vec![row], from_log.since)),
+            }
+        }
+    }
+
     /// After a new connection a stream may have lost its tail. What is published again goes before what is new, so that
     /// keys keep their order.
     fn waits_for_repair(&mut self) -> bool {
@@ -232,9 +280,8 @@ impl Relay {
     /// When a stream has lost something, the database says anew who goes first. After a new connection another host may
     /// have been the one to find it.
     fn mind_losses(&mut self) {
-        let losses = self.state.losses.load(Ordering::Relaxed);
-        let connection = self.state.last_look().map_or(0, |look| look.connection);
-        if std::mem::replace(&mut self.losses_seen, (losses, connection)) != (losses, connection) {
+        let losses = self.state.losses_known();
+        if std::mem::replace(&mut self.losses_seen, losses) != losses {
             let due = Unpublished::Later { after: Duration::ZERO, error: None };
             self.ledger.put_back(self.lines.start_over().into_iter().map(|seq| (seq, due.clone())));
         }
@@ -254,6 +301,10 @@ impl Relay {
             if held.is_late(now) {
                 // Its lease runs out by itself; what is behind it has to wait for whoever has it next.
                 self.ledger.put_back(self.lines.not_published(&held.row));
+                if self.ledger.is_from_log(held.row.seq) {
+                    let due = Unpublished::Later { after: Duration::ZERO, error: None };
+                    self.ledger.put_back([(held.row.seq, due)]);
+                }
                 continue;
             }
             let stream = stream_of(&self.streams, &held.row.subject).map(|stream| stream.name.clone());
@@ -331,8 +382,8 @@ impl Relay {
     /// An output leaves unpublished, and those behind it with it.
     fn give_up(&mut self, row: &OutboxRow, how: Unpublished) {
         let behind = self.lines.not_published(row);
-        self.ledger.put_back(behind);
         self.ledger.put_back([(row.seq, how)]);
+        self.ledger.put_back(behind);
     }
 
     fn begin_sweep(&mut self) -> Option<BoxFuture<'static, Result<Swept, StoreError>>> {

@@ -144,7 +144,7 @@ pub async fn restless(database: &Database, nats: &NatsServer) -> Result<Vec<Stri
     if under_way > 0 {
         restless.push(format!("{under_way} dead letters are under way"));
     }
-    let unpublished = database.number("select count(*) from oncely.outbox where published_at is null").await?;
+    let unpublished = database.number(database.unpublished()).await?;
     if unpublished > 0 {
         restless.push(format!("{unpublished} outputs are not published"));
     }

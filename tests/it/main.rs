@@ -42,3 +42,4 @@ mod reconcile;
 mod redrive;
 mod store;
 mod tidy;
+mod wal;

@@ -37,6 +37,7 @@ fn each_outside_library_has_one_room() -> Result<()> {
         ("wasmtime", "guest"),
         ("wasmtime_wasi", "guest"),
         ("sqlx", "store"),
+        ("pgwire_replication", "store"),
         ("async_nats", "bus"),
         ("prometheus_client", "metrics"),
     ];

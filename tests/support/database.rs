@@ -45,6 +45,17 @@ impl Database {
         Ok(Database::Postgres { host: direct.clone(), direct })
     }
 
+    /// The query for how many outputs are not published.
+    pub fn unpublished(&self) -> &'static str {
+        match self {
+            Database::Sqlite(_) => "select count(*) from oncely.outbox where published_at is null",
+            Database::Postgres { .. } => {
+                "select (select count(*) from oncely.outbox where published_at is null and via = 'poll') \
+                 + (select count(*) from oncely.in_log())"
+            }
+        }
+    }
+
     /// What `--database` takes.
     pub fn url(&self) -> String {
         match self {

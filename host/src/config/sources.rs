@@ -70,6 +70,9 @@ fn by_knob(flags: &HostFlags) -> [(&'static str, &Option<String>); KNOBS.len()] 
         ("log_level", &flags.log_level),
         ("drain", &flags.drain),
         ("keep_outputs", &flags.keep_outputs),
+        ("relay", &flags.relay),
+        ("relay_database", &flags.relay_database),
+        ("relay_slot_max", &flags.relay_slot_max),
     ]
 }
 

@@ -23,7 +23,7 @@ pub struct Held {
 }
 
 /// Worker and ordering key.
-type Key = (String, String);
+pub type Key = (String, String);
 
 /// The outputs of a host that are leased and not answered for.
 #[derive(Default)]
@@ -57,6 +57,11 @@ impl Lines {
             }
         }
         back
+    }
+
+    /// Whether an output is ready, waiting or under way.
+    pub fn holds(&self, seq: i64) -> bool {
+        self.held.contains(&seq)
     }
 
     /// Whether an output was published by this host, or will be before whatever comes behind it.
@@ -136,7 +141,17 @@ impl Lines {
         for held in &behind {
             self.held.remove(&held.row.seq);
         }
-        behind.into_iter().map(|held| (held.row.seq, Unpublished::Behind(row.seq))).collect()
+        behind.into_iter().map(|held| (held.row.seq, wait_for(held.row.seq, row.seq))).collect()
+    }
+}
+
+/// How an output waits for another of its key that is in trouble. In line are those with lower numbers: one with a higher
+/// number was written at the same time, by somebody who did not see this one, and would in turn wait for it.
+pub fn wait_for(seq: i64, in_trouble: i64) -> Unpublished {
+    if in_trouble < seq {
+        Unpublished::Behind(in_trouble)
+    } else {
+        Unpublished::Later { after: Duration::ZERO, error: None }
     }
 }
 
@@ -147,7 +162,7 @@ impl Held {
     }
 }
 
-fn key(row: &OutboxRow) -> Option<Key> {
+pub fn key(row: &OutboxRow) -> Option<Key> {
     row.ordering_key.as_ref().map(|key| (row.worker.clone(), key.clone()))
 }
 
@@ -204,6 +219,16 @@ mod tests {
         let later = vec![row(4, Some("a"), &[3, 2, 1]), row(5, Some("a"), &[4])];
         assert_eq!(lines.take(later, Instant::now()), [(4, Unpublished::Behind(3)), (5, Unpublished::Behind(4))]);
         assert!(ready(&mut lines).is_empty());
+    }
+
+    #[test]
+    fn nobody_waits_for_an_output_with_a_higher_number() {
+        let mut lines = Lines::default();
+        lines.take(vec![row(6, Some("a"), &[])], Instant::now());
+        lines.take(vec![row(5, Some("a"), &[]), row(7, Some("a"), &[6])], Instant::now());
+        let first = ready(&mut lines).remove(0);
+        let due = Unpublished::Later { after: Duration::ZERO, error: None };
+        assert_eq!(lines.not_published(&first), [(5, due), (7, Unpublished::Behind(6))]);
     }
 
     #[test]

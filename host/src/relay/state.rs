@@ -1,7 +1,7 @@
 //! What the relay's parts tell each other, and people.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
 use crate::breaker::{Breaker, State};
+use crate::store::{LogState, RelayMode};
 
 /// What people see of the breaker of one stream.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +33,10 @@ pub struct RelayState {
     pub(super) losses: AtomicU64,
     /// Whether something is published that the database does not know of yet.
     pub(super) unwritten: AtomicBool,
+    /// How outputs go, as it was seen the last time; none where there is no log to read.
+    log: Mutex<Option<LogState>>,
+    /// Whether this host reads the log.
+    pub(super) reads: AtomicBool,
 }
 
 /// A look at the streams that found all of them well, or mended.
@@ -61,6 +66,29 @@ impl RelayState {
 
     pub(super) fn last_look(&self) -> Option<Look> {
         *self.looked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How outputs go and how far the reader of the log is; none where there is no log to read.
+    pub fn log(&self) -> Option<LogState> {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether this host reads the log.
+    pub fn reads_log(&self) -> bool {
+        self.reads.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn show_log(&self, log: LogState) {
+        *self.log.lock().unwrap_or_else(PoisonError::into_inner) = Some(log);
+    }
+
+    pub(super) fn log_mode(&self) -> Option<RelayMode> {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|log| log.mode)
+    }
+
+    /// How many losses were found, and after which connection somebody looked.
+    pub(super) fn losses_known(&self) -> (u64, u64) {
+        (self.losses.load(Ordering::Relaxed), self.last_look().map_or(0, |look| look.connection))
     }
 
     pub(super) fn suspect(&self, stream: &str) {

@@ -98,7 +98,8 @@ pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) ->
     let query = session.query(
         "with due as materialized (
              select seq, worker, ordering_key from oncely.outbox
-             where published_at is null and leased_until <= pg_catalog.now()
+             where published_at is null and via = 'poll' and leased_until <= pg_catalog.now()
+                 and (not_before is null or not_before <= (select lsn from oncely.relay_position))
              order by leased_until, seq limit $1
              for update skip locked
          ), key as materialized (
@@ -108,7 +109,7 @@ pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) ->
              select key.worker, key.ordering_key, before.seq from key cross join lateral (
                  select seq from oncely.outbox as before
                  where before.worker = key.worker and before.ordering_key = key.ordering_key
-                     and before.ordering_key is not null and before.published_at is null
+                     and before.ordering_key is not null and before.published_at is null and before.via = 'poll'
                      and before.seq + 0 < key.last and before.due_at <= pg_catalog.clock_timestamp()
                  offset 0
              ) as before
@@ -212,6 +213,20 @@ pub(super) async fn put_back(session: &mut Session, rows: &[(i64, Unpublished)])
         .await
         .map_err(|error| errors::of_statement(error, "put outputs back"))?;
     Ok(())
+}
+
+/// Has outputs go by polling that went by the log.
+pub(super) async fn leave_log(session: &mut Session, rows: &[(i64, Unpublished)]) -> Result<()> {
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let query = session.query("update oncely.outbox set via = 'poll' where seq = any($1) and via = 'wal'");
+    query
+        .bind(rows.iter().map(|(seq, _)| *seq).collect::<Vec<_>>())
+        .execute(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "bring outputs over from the log"))?;
+    put_back(session, rows).await
 }
 
 fn read(row: &PgRow) -> anyhow::Result<OutboxRow> {

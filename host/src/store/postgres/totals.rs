@@ -18,21 +18,26 @@ pub(super) async fn by_worker(session: &mut Session) -> Result<Vec<WorkerTotals>
              select worker, pg_catalog.count(*) as dead from oncely.dead_letter where state = 'open' group by worker
          ), outbox as (
              select worker, pg_catalog.count(*) filter (where subject not like 'oncely.%') as outputs,
-                 pg_catalog.count(*) filter (where published_at is null) as unpublished,
+                 pg_catalog.count(*) filter (where published_at is null and via = 'poll') as unpublished,
                  pg_catalog.count(*) filter (where set_aside_at is not null) as set_aside,
-                 pg_catalog.min(due_at) filter (where published_at is null and due_at <= pg_catalog.now()
+                 pg_catalog.min(due_at) filter (where published_at is null and via = 'poll' and due_at <= pg_catalog.now()
                      and set_aside_at is null and not exists (
                          select from oncely.outbox as before
                          where before.seq = outbox.behind and before.set_aside_at is not null)) as oldest
              from oncely.outbox group by worker
+         ), in_log as (
+             select worker, pg_catalog.count(*) as unpublished, pg_catalog.min(due_at) as oldest
+             from oncely.in_log() group by worker
          ), names as (
              select name as worker from oncely.worker union select worker from inbox
              union select worker from dead_letter union select worker from outbox
          )
          select worker, coalesce(done, 0) as done, coalesce(dead, 0) as dead, coalesce(outputs, 0) as outputs,
-             coalesce(unpublished, 0) as unpublished, coalesce(set_aside, 0) as set_aside,
-             (extract(epoch from pg_catalog.now() - oldest) * 1000)::bigint as oldest_ms
+             coalesce(outbox.unpublished, 0) + coalesce(in_log.unpublished, 0) as unpublished,
+             coalesce(set_aside, 0) as set_aside,
+             (extract(epoch from pg_catalog.now() - least(outbox.oldest, in_log.oldest)) * 1000)::bigint as oldest_ms
          from names left join inbox using (worker) left join dead_letter using (worker) left join outbox using (worker)
+             left join in_log using (worker)
          order by worker",
     );
     let rows = query
@@ -59,6 +64,7 @@ fn read(row: &PgRow) -> sqlx::Result<WorkerTotals> {
 /// Deletes old published outputs and old inbox records that are done, with their attempts. Returns how many outputs and
 /// records left.
 pub(super) async fn prune(session: &mut Session, outputs: Duration, inbox: Duration, limit: u32) -> Result<u64> {
+    let keep = outputs;
     let query = session.query(
         "delete from oncely.outbox where seq in (
              select seq from oncely.outbox
@@ -71,6 +77,7 @@ pub(super) async fn prune(session: &mut Session, outputs: Duration, inbox: Durat
         .execute(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "delete old outputs"))?;
+    let from_log = prune_log(session, keep, limit).await?;
     write_done(session).await?;
     let query = session.query(
         "with gone as (
@@ -92,7 +99,34 @@ pub(super) async fn prune(session: &mut Session, outputs: Duration, inbox: Durat
         .await
         .map_err(|error| errors::of_statement(error, "delete old inbox records"))?;
     let records: i64 = row.try_get(0).map_err(|error| errors::of_statement(error, "read how many records left"))?;
-    Ok(outputs.rows_affected() + shared::unsigned(records))
+    Ok(outputs.rows_affected() + from_log + shared::unsigned(records))
+}
+
+/// Deletes old outputs that were published from the log, together with the records of it. Returns how many.
+async fn prune_log(session: &mut Session, keep: Duration, limit: u32) -> Result<u64> {
+    let query = session.query(
+        "with old as (
+             select number, seqs from (
+                 select number, seqs, cardinality(seqs) as count, sum(cardinality(seqs)) over (order by number) as total
+                 from (select number, seqs from oncely.relay_record
+                       where published_at < pg_catalog.now() - $1 * interval '1 microsecond'
+                       order by number limit $2) as oldest
+             ) as counted where total - count < $2
+         ), forgotten as (
+             delete from oncely.relay_record using old where relay_record.number = old.number
+             returning old.seqs
+         ), seqs as (
+             select unnest(seqs) as seq from forgotten
+         )
+         delete from oncely.outbox using seqs where outbox.seq = seqs.seq and outbox.via = 'wal'",
+    );
+    let pruned = query
+        .bind(shared::micros(keep))
+        .bind(i64::from(limit))
+        .execute(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "delete old outputs of the log"))?;
+    Ok(pruned.rows_affected())
 }
 
 /// Writes down which letters that were put back took effect, before the inbox forgets it.
