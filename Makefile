@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 export PATH := $(CURDIR)/target/tools/bin:$(PATH)
 
-.PHONY: help demo test chaos chaos-short mutants bench chaos-host build install-tools demo-tools links format lint docs run-tests
+.PHONY: help demo test chaos chaos-short mutants bench bench-retention chaos-host build install-tools demo-tools links format lint docs run-tests
 
 help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -32,6 +32,10 @@ mutants: install-tools chaos-host ## Break the host on purpose, promise by promi
 bench: install-tools ## Measure a release build against a hand-written loop: a quarter of an hour
 	cargo build --locked --release -p oncely -p oncely-tests
 	target/release/bench $(ARGS)
+
+bench-retention: install-tools ## Send ten million rows through inbox and outbox while old ones leave: half an hour
+	cargo build --locked --release -p oncely-tests --bin bench
+	target/release/bench --retention 10000000 $(ARGS)
 
 # ARGS may be, for example, `--database sqlite --seed 7 --batch 1`.
 CHAOS = cargo run --quiet --locked -p oncely-tests --bin chaos --

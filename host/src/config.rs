@@ -26,7 +26,7 @@ pub const FILE_NAME: &str = "oncely-host.toml";
 pub const LISTEN: &str = "127.0.0.1:7420";
 
 /// Every knob, by its key in the file. Its flag is `--key` with hyphens, its variable `ONCELY_KEY`.
-pub(crate) const KNOBS: [&str; 16] = [
+pub(crate) const KNOBS: [&str; 17] = [
     "database",
     "pool_size",
     "guest_sql",
@@ -43,6 +43,7 @@ pub(crate) const KNOBS: [&str; 16] = [
     "relay",
     "relay_database",
     "relay_slot_max",
+    "keep_inbox",
 ];
 
 /// The knobs as flags. They are texts here: [`HostConfig::resolve`] reads them, whichever source they came from.
@@ -99,6 +100,9 @@ pub struct HostFlags {
     /// How much of its log the server may keep for the relay until that polls again [default: 4GiB] [env: ONCELY_RELAY_SLOT_MAX]
     #[arg(long, value_name = "SIZE")]
     pub relay_slot_max: Option<String>,
+    /// How long it is remembered what was handled: a time, or auto for a day longer than the streams keep messages [default: auto] [env: ONCELY_KEEP_INBOX]
+    #[arg(long, value_name = "TIME")]
+    pub keep_inbox: Option<String>,
 }
 
 /// Everything a host needs to know, checked.
@@ -128,6 +132,7 @@ pub struct HostConfig {
     pub relay_database: Option<Database>,
     /// How much of its log the server may keep until it is read, in bytes.
     pub relay_slot_max: u64,
+    pub keep_inbox: KeepInbox,
 }
 
 /// How outputs are published.
@@ -137,6 +142,14 @@ pub enum HowRelayed {
     Poll,
     /// One host reads them from PostgreSQL's log.
     Wal,
+}
+
+/// How long it is remembered what was handled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeepInbox {
+    /// A day longer than the streams keep messages.
+    Auto,
+    For(Duration),
 }
 
 /// Which database, and where.
@@ -183,7 +196,7 @@ impl HostConfig {
         let database = sources.get("database").map_or_else(default_database, |given| database(&given))?;
         Ok(HostConfig {
             relay: sources.get("relay").map(|given| relay(&given, &database)).transpose()?,
-            relay_database: sources.get("relay_database").map(|given| relay_database(&given, &database)).transpose()?,
+            relay_database: sources.get("relay_database").map(|given| relay_database(&given)).transpose()?,
             relay_slot_max: sources.get("relay_slot_max").map_or(Ok(4 << 30), |given| relay_slot_max(&given))?,
             database,
             pool_size: sources.get("pool_size").map_or(Ok(16), |given| pool_size(&given))?,
@@ -197,6 +210,7 @@ impl HostConfig {
             keep_outputs: sources
                 .get("keep_outputs")
                 .map_or(Ok(Duration::from_secs(15 * 60)), |given| keep_outputs(&given))?,
+            keep_inbox: sources.get("keep_inbox").map_or(Ok(KeepInbox::Auto), |given| keep_inbox(&given))?,
             data_dir,
         })
     }
@@ -260,10 +274,12 @@ fn relay(given: &Given, database: &Database) -> anyhow::Result<HowRelayed> {
     }
 }
 
-fn relay_database(given: &Given, main: &Database) -> anyhow::Result<Database> {
-    match (database(given)?, main) {
-        (Database::Postgres(url), Database::Postgres(_)) => Ok(Database::Postgres(url)),
-        _ => Err(given.refuse("it is for a PostgreSQL server behind a pooler", "postgres://user:password@host/name")),
+fn relay_database(given: &Given) -> anyhow::Result<Database> {
+    match database(given)? {
+        Database::Postgres(url) => Ok(Database::Postgres(url)),
+        Database::Sqlite(_) => {
+            Err(given.refuse("it is for a PostgreSQL server behind a pooler", "postgres://user:password@host/name"))
+        }
     }
 }
 
@@ -318,6 +334,15 @@ fn keep_outputs(given: &Given) -> anyhow::Result<Duration> {
     match units::parse_duration(&given.value) {
         Ok(keep) if (least..=most).contains(&keep) => Ok(keep),
         _ => Err(given.refuse_value("is not a length of time between 1m and 30d", "15m")),
+    }
+}
+
+fn keep_inbox(given: &Given) -> anyhow::Result<KeepInbox> {
+    let (least, most) = (Duration::from_secs(60), Duration::from_secs(10 * 365 * 24 * 60 * 60));
+    match (given.value.as_str(), units::parse_duration(&given.value)) {
+        ("auto", _) => Ok(KeepInbox::Auto),
+        (_, Ok(keep)) if (least..=most).contains(&keep) => Ok(KeepInbox::For(keep)),
+        _ => Err(given.refuse_value("is neither `auto` nor a length of time between 1m and 3650d", "auto")),
     }
 }
 

@@ -119,8 +119,16 @@ async fn check_streams(host: &Host, proposal: &Proposal) -> Result<Vec<String>> 
             source = Some(stream.subjects.clone());
         }
     }
-    if let Some(existing) = host.bus.stream(&worker.stream).await? {
-        source = Some(existing.subjects);
+    match host.bus.stream(&worker.stream).await? {
+        Some(existing) => {
+            host.retention.check(worker, existing.max_age)?;
+            source = Some(existing.subjects);
+        }
+        None => {
+            if let Some(declared) = proposal.streams.iter().find(|stream| stream.name == worker.stream) {
+                host.retention.check(worker, declared.max_age)?;
+            }
+        }
     }
     let Some(source) = source else {
         return Err(anyhow!("worker {} reads the stream `{}`, which does not exist", worker.name, worker.stream)).hint(

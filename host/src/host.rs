@@ -23,15 +23,16 @@ use crate::relay::{HandOver, LogKeeper, LogRelay, Relay, RelayState, Repair};
 use crate::store::{DeploymentRecord, OutboxLag, OutboxRow, RelayMode, Store};
 use crate::worker::RunningWorker;
 
+mod retention;
+
+use retention::Removal;
+pub use retention::Retention;
+
 /// How often a host looks whether another one deployed something.
 const LOOK_FOR_DEPLOYMENTS_EVERY: Duration = Duration::from_secs(1);
 
-/// How often old rows are removed, and how many at a time.
-const PRUNE_EVERY: Duration = Duration::from_secs(60);
-const PRUNE_MAX: u32 = 10_000;
-
-/// How long an inbox record stays. A message may come again for as long as its stream keeps it, which may be for ever.
-const KEEP_INBOX: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
+/// How often old rows are removed.
+const RETIRE_EVERY: Duration = Duration::from_secs(60);
 
 /// One running host.
 pub struct Host {
@@ -40,8 +41,7 @@ pub struct Host {
     pub engine: GuestEngine,
     pub metrics: Arc<Metrics>,
     pub relay_state: Arc<RelayState>,
-    /// For how long published outputs are kept.
-    keep_outputs: Duration,
+    pub retention: Retention,
     /// None once the host drains: the relay ends when nobody can hand anything over.
     relay: Mutex<Option<HandOver>>,
     workers: Mutex<BTreeMap<String, Slot>>,
@@ -92,12 +92,12 @@ pub struct Running {
 }
 
 impl Host {
-    /// Starts the relay and all workers that are deployed. Published outputs are kept for `keep_outputs`.
+    /// Starts the relay and all workers that are deployed.
     pub async fn start(
         store: Arc<dyn Store>,
         bus: Bus,
         cache: &Path,
-        keep_outputs: Duration,
+        retention: Retention,
     ) -> Result<(Arc<Host>, Running)> {
         let engine = GuestEngine::new(cache)?;
         bus.ensure_stream(&StreamSpec::new(DLQ_STREAM, &[DLQ_SUBJECTS]))
@@ -112,15 +112,20 @@ impl Host {
             let keeper = LogKeeper::new(Arc::clone(&log), Arc::clone(&relay_state), &log_ends);
             (keeper, LogRelay::new(log, bus.clone(), Arc::clone(&metrics), Arc::clone(&relay_state), log_ends))
         });
-        let repair =
-            Repair::new(Arc::clone(&store), bus.clone(), Arc::clone(&metrics), Arc::clone(&relay_state), keep_outputs);
+        let repair = Repair::new(
+            Arc::clone(&store),
+            bus.clone(),
+            Arc::clone(&metrics),
+            Arc::clone(&relay_state),
+            retention.outputs,
+        );
         let host = Arc::new(Host {
             store,
             bus,
             engine,
             metrics,
             relay_state,
-            keep_outputs,
+            retention,
             relay: Mutex::new(Some(hand_over)),
             workers: Mutex::new(BTreeMap::new()),
             deployed: Notify::new(),
@@ -173,6 +178,7 @@ impl Host {
 
     async fn swap(&self, slot: &mut Slot, deployment: &DeploymentRecord) -> Result<()> {
         let delivery = self.prepare(deployment).await?;
+        self.check_retention(&delivery.worker).await?;
         let relay = self.relay.lock().await.clone().context("start a worker in a host that is stopping")?;
         if let Some(old) = slot.running.take() {
             old.drain().await;
@@ -388,14 +394,15 @@ impl Running {
 
 /// Watches for deployments of other hosts and removes old rows.
 async fn supervise(host: Arc<Host>, mut stopping: Stopping) {
-    let mut prune = tokio::time::interval(PRUNE_EVERY);
+    let mut retire = tokio::time::interval(RETIRE_EVERY);
+    let mut removal = Removal::default();
     loop {
         tokio::select! {
             biased;
             () = stopping.stopped() => return,
             () = host.deployed.notified() => look(&host).await,
             _ = tokio::time::sleep(LOOK_FOR_DEPLOYMENTS_EVERY) => look(&host).await,
-            _ = prune.tick() => remove_old(&host, &stopping).await,
+            _ = retire.tick() => removal.run(&host, &stopping).await,
         }
     }
 }
@@ -403,20 +410,5 @@ async fn supervise(host: Arc<Host>, mut stopping: Stopping) {
 async fn look(host: &Host) {
     if let Err(error) = host.reconcile().await {
         tracing::debug!("looking for deployments again soon: {error:#}");
-    }
-}
-
-async fn remove_old(host: &Host, stopping: &Stopping) {
-    while !stopping.is_stopping() {
-        let pruned = host.store.prune(host.keep_outputs, KEEP_INBOX, PRUNE_MAX).await;
-        fault::point(fault::AFTER_PRUNE);
-        match pruned {
-            // As many as it may be at a time, so there may be more.
-            Ok(removed) if removed >= u64::from(PRUNE_MAX) => {}
-            Ok(_) => return,
-            Err(error) => {
-                return tracing::debug!("removing old rows again later: {:#}", anyhow::Error::from(error));
-            }
-        }
     }
 }

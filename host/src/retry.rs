@@ -40,6 +40,14 @@ impl RetryPolicy {
         jittered.max(least + spread).min(WAIT_MAX)
     }
 
+    /// For how long a message is tried at most, as long as its handler asks for no other times.
+    pub fn longest(&self) -> Duration {
+        // Beyond the doubling all waits are the same.
+        let waits = self.attempts.saturating_sub(1);
+        let doubling = (0..waits.min(32)).map(|wait| doubled(self.backoff, wait, self.backoff_max));
+        doubling.sum::<Duration>().saturating_add(self.backoff_max.saturating_mul(waits.saturating_sub(32)))
+    }
+
     /// Whether a message that failed `attempts` times is to be tried again.
     pub fn allows_another(&self, attempts: u32) -> bool {
         attempts < self.attempts

@@ -32,7 +32,7 @@ create table oncely.relay_position (
 create unique index relay_position_is_one on oncely.relay_position ((true));
 insert into oncely.relay_position default values;
 
--- What was published from the log: one row for each stream and step of the reader, kept for as long as the outputs are.
+-- What was published from the log: one row for each stream and step of the reader, kept for longer than the outputs are.
 create table oncely.relay_record (
     number        bigint      generated always as identity constraint relay_record_pk primary key,
     stream        text        not null,
@@ -123,8 +123,10 @@ declare
     -- Whether outputs may be in the log, and what committed so far is there before this.
     log_is_used boolean;
     log_end pg_lsn;
+    at smallint;
 begin
     perform oncely.check_token($1);
+    select part into strict at from oncely.turn where of = 'outbox';
     select mode into strict relay_mode from oncely.relay;
     by_log := relay_mode = 'wal';
     log_is_used := relay_mode in ('wal', 'leaving');
@@ -132,12 +134,12 @@ begin
         -- Without keys there are no lines.
         return query
         insert into oncely.outbox (worker, id, event_id, ordinal, subject, headers, body, due_at, leased_until,
-            first_attempt_at, via)
+            first_attempt_at, via, part)
         select worker, id, event_id, ordinal, subject, headers, body, now + delay * interval '1 microsecond',
             case when delay = 0 and by_log then 'infinity'
                 else now + case when delay = 0 then $11 else delay end * interval '1 microsecond' end,
             case when delay = 0 then now end,
-            case when delay = 0 and by_log then 'wal' else 'poll' end
+            case when delay = 0 and by_log then 'wal' else 'poll' end, at
         from unnest($2, $3, $4, $5, $6, $7, $8, $10) with ordinality
             as given (worker, id, event_id, ordinal, subject, headers, body, delay, place)
         order by place
@@ -177,7 +179,7 @@ begin
         from given left join line using (worker, ordering_key)
     ), appended as (
         insert into oncely.outbox (worker, id, event_id, ordinal, subject, headers, body, ordering_key, due_at, behind,
-            leased_until, first_attempt_at, via, not_before)
+            leased_until, first_attempt_at, via, not_before, part)
         select worker, id, event_id, ordinal, subject, headers, body, ordering_key,
             now + delay * interval '1 microsecond',
             case when delay = 0 then in_trouble end,
@@ -190,7 +192,8 @@ begin
             end,
             case when delay = 0 and in_trouble is null and (goes_by_log or not minds_log) then now end,
             case when goes_by_log then 'wal' else 'poll' end,
-            case when not goes_by_log and minds_log then log_end end
+            case when not goes_by_log and minds_log then log_end end,
+            at
         from judged
         order by place
         returning seq, worker, ordering_key, first_attempt_at, via

@@ -16,6 +16,7 @@ use crate::contenders::{CONTENDERS, Contender};
 mod contenders;
 mod cpu;
 mod hand_written;
+mod retention;
 mod stage;
 
 /// Measures messages per second on PostgreSQL, from the stream they come from to the stream their outputs go to.
@@ -30,12 +31,22 @@ struct Options {
     /// Only contenders whose name contains this, and the hand-written loops they are compared with.
     #[arg(long)]
     only: Option<String>,
+    /// Instead, so many rows through inbox and outbox of both databases while old ones leave.
+    #[arg(long, value_name = "ROWS")]
+    retention: Option<usize>,
 }
 
 #[tokio::main]
 async fn main() -> Result<()> {
     let options = Options::parse();
-    ensure!(!cfg!(debug_assertions), "measure a release build: make bench");
+    ensure!(!cfg!(debug_assertions) || options.retention.is_some(), "measure a release build: make bench");
+    if let Some(rows) = options.retention {
+        let report = retention::measure(rows).await?;
+        write("retention.json", &report)?;
+        let holds = |database: &str| report[database]["holds"] == true;
+        ensure!(holds("postgres") && holds("sqlite"), "tables grew, or the last rows were slower than the first");
+        return Ok(());
+    }
     tokio::task::spawn_blocking(guests::component).await??;
     let cluster = tokio::task::spawn_blocking(Cluster::start_durable).await??;
     let chosen = chosen(options.only.as_deref());
@@ -68,7 +79,7 @@ async fn main() -> Result<()> {
             "baseline": contender.baseline, "ratio": ratio, "wanted": contender.wanted,
         }));
     }
-    write(&json!({ "messages": options.messages, "rounds": options.rounds, "contenders": rows }))
+    write("throughput.json", &json!({ "messages": options.messages, "rounds": options.rounds, "contenders": rows }))
 }
 
 /// The contenders to measure, with their baselines, in the order of the table.
@@ -84,10 +95,10 @@ fn median(rates: &[f64]) -> f64 {
     sorted.get(sorted.len() / 2).copied().unwrap_or_default()
 }
 
-fn write(report: &serde_json::Value) -> Result<()> {
+fn write(name: &str, report: &serde_json::Value) -> Result<()> {
     let folder = guests::target_dir()?.parent().context("find the target folder")?.join("bench");
     std::fs::create_dir_all(&folder).context("make a folder for the report")?;
-    let path = folder.join("throughput.json");
+    let path = folder.join(name);
     std::fs::write(&path, serde_json::to_string_pretty(report)? + "\n").context("write the report")?;
     println!("written to {}", path.display());
     Ok(())

@@ -71,6 +71,10 @@ async fn what_cannot_work_is_refused_with_the_line_that_would_mend_it() -> Resul
     let text = refused(&world, &good.replace("outputs = [\"out.>\"]", "outputs = [\"elsewhere.x\"]")).await?;
     assert!(text.contains("no stream holds the output `elsewhere.x`"), "{text}");
 
+    let short = "[[stream]]\nname = \"SHORT\"\nsubjects = [\"short.>\"]\nmax_age = \"10s\"\n";
+    let text = refused(&world, &format!("{short}{}", good.replace("stream = \"IN\"", "stream = \"SHORT\""))).await?;
+    assert!(text.contains("SHORT keeps messages for 10s, and worker test tries them for up to 15s"), "{text}");
+
     let text = refused(&world, &good.replace("outputs =", "outptus =")).await?;
     assert!(text.contains("outptus") && text.contains("outputs"), "{text}");
 

@@ -40,6 +40,7 @@ mod letters;
 mod line;
 mod outages;
 mod outbox;
+mod retention;
 mod savepoints;
 mod state;
 mod totals;

@@ -359,19 +359,37 @@ async fn where_the_log_cannot_be_read_a_host_says_why_and_what_to_do() -> Result
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn old_outputs_of_the_log_leave_with_their_records() -> Result<()> {
+async fn old_outputs_of_the_log_leave_with_their_part() -> Result<()> {
     let mut world = world_by_log(None).await?;
+    world.host_env.push(("ONCELY_KEEP_OUTPUTS".to_owned(), "1m".to_owned()));
     start(&mut world).await?;
     world.nats.publish_all(counting(0, 100)).await?;
     world.quiet(100).await?;
+    let passed = "select count(*) from oncely.relay_position where through >= 100";
+    world.until(passed, 1).await?;
     world.kill_host()?;
-    world.database.execute("update oncely.relay_record set published_at = now() - interval '1 day'").await?;
+    // Half of it was published long ago, and the part is closed.
+    world
+        .database
+        .execute("update oncely.relay_record set published_at = now() - interval '1 day' where last_seq < 50")
+        .await?;
+    world
+        .database
+        .execute(
+            "update oncely.turn set part = 1, earlier = array[0]::smallint[], closed_at = array[now() - interval '1 day'] \
+             where of = 'outbox'",
+        )
+        .await?;
     start(&mut world).await?;
-    world.until("select count(*) from oncely.outbox", 0).await?;
-    assert_eq!(world.database.number("select count(*) from oncely.relay_record").await?, 0);
-    world.nats.publish_all(counting(100, 120)).await?;
-    world.quiet(120).await?;
-    check_order(&world, 120).await
+    world.until("select count(*) from oncely.turn where of = 'outbox' and earlier = '{}'", 1).await?;
+    let left = world.database.number("select count(*) from oncely.outbox").await?;
+    let recorded = "select coalesce(sum(cardinality(seqs)), 0) from oncely.relay_record where last_seq >= 50";
+    assert_eq!(left, world.database.number(recorded).await?);
+    assert!(left < 100 && left > 0, "{left} outputs are left");
+    assert_eq!(world.database.number("select count(*) from oncely.outbox where via = 'wal'").await?, 0);
+    world.nats.publish_all(counting(100, 160)).await?;
+    world.quiet(160).await?;
+    check_order(&world, 160).await
 }
 
 /// Delayed outputs go by polling, whatever the others do.

@@ -17,7 +17,7 @@ use crate::bus::Bus;
 use crate::config::{Database, GuestSql, HostConfig, HowRelayed, LogFormat};
 use crate::drain::Stop;
 use crate::hint::WithHint;
-use crate::host::{Host, Running};
+use crate::host::{Host, Retention, Running};
 use crate::store::{PostgresStore, SqliteStore, Store};
 
 /// Why a host stopped.
@@ -48,7 +48,8 @@ impl Served {
         let store = open_store(config).await?;
         let bus = Bus::connect(&config.nats).await.map_err(unreachable)?;
         let token = config.keep_token()?;
-        let (host, running) = Host::start(store, bus, &config.data_dir.join("components"), config.keep_outputs).await?;
+        let retention = Retention { outputs: config.keep_outputs, inbox: config.keep_inbox };
+        let (host, running) = Host::start(store, bus, &config.data_dir.join("components"), retention).await?;
         let address = listener.local_addr().context("read the address of the control API")?;
         let stop_api = Stop::new();
         let mut stopping = stop_api.stopping();

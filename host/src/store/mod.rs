@@ -272,6 +272,19 @@ pub struct WorkerTotals {
     pub set_aside: u64,
 }
 
+/// For how long rows are kept, at the least.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Retire {
+    /// After their publication.
+    pub outputs: Duration,
+    /// After their transaction; none for ever.
+    pub inbox: Option<Duration>,
+    /// The most rows that leave, or move, one by one at a time. On PostgreSQL whole parts leave, however large they are.
+    pub limit: u32,
+    /// How long to wait for transactions that are under way; new ones may have to wait as long.
+    pub patience: Duration,
+}
+
 /// The database as the loops and the control API use it.
 #[async_trait]
 pub trait Store: Send + Sync + 'static {
@@ -395,9 +408,10 @@ pub trait Store: Send + Sync + 'static {
     /// Counts and ages, by worker; workers that were deployed or have rows.
     async fn totals(&self) -> Result<Vec<WorkerTotals>>;
 
-    /// Deletes published outputs older than `outputs` and settled inbox records (with their attempts) older than
-    /// `inbox`, at most `limit` of each. Dead letters and their inbox records stay. Returns how many rows left.
-    async fn prune(&self, outputs: Duration, inbox: Duration, limit: u32) -> Result<u64>;
+    /// Removes some of what had its time: published outputs, and inbox records with their attempts. What is dead and may be
+    /// put back stays settled. Says whether something was done, and there may be more. Transactions that take their time are
+    /// a conflict: try again later.
+    async fn retire(&self, what: &Retire) -> Result<bool>;
 
     /// Closes all connections once their work is done.
     async fn close(&self);

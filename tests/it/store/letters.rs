@@ -7,6 +7,7 @@ use bytes::Bytes;
 use oncely::store::{By, Claim, Claimed, FailedAttempt, LetterFilter, LetterState, Move, PutBack, Redrive};
 use oncely::verdict::Reason;
 
+use super::retention::retire_everything;
 use super::{WORKER, World, a_claim, a_letter};
 
 on_every_database!(
@@ -215,7 +216,7 @@ async fn a_letter_under_way_is_closed_only_if_it_did_not_take_effect(world: Worl
     assert_eq!(state(&world, id).await, LetterState::Done);
     assert!(world.store.letters(&all()).await.unwrap().is_empty());
     // It is written down before the inbox forgets it.
-    world.store.prune(Duration::ZERO, Duration::ZERO, 100).await.unwrap();
+    retire_everything(&world).await;
     assert_eq!(state(&world, id).await, LetterState::Done);
 
     let other = a_letter("e2", b"body", Reason::Rejected);

@@ -37,15 +37,7 @@ async fn settle(session: &mut Session, burials: &[Burial<'_>]) -> Result<HashSet
         streams.push(burial.origin().map(|(stream, _)| stream));
         sequences.push(burial.origin().map(|(_, sequence)| shared::signed(sequence)).transpose()?);
     }
-    let query = session.query(
-        "insert into oncely.inbox (worker, event_id, state, payload_sha256, stream, stream_sequence)
-         select worker, event_id, 'dead', payload_sha256, stream, stream_sequence
-         from unnest($1::text[], $2::text[], $3::bytea[], $4::text[], $5::bigint[])
-             as given (worker, event_id, payload_sha256, stream, stream_sequence)
-         order by worker, event_id
-         on conflict do nothing
-         returning worker, event_id",
-    );
+    let query = session.query("select * from oncely.settle_dead($1, $2, $3, $4, $5)");
     let rows = query
         .bind(burials.iter().map(|burial| burial.key().0).collect::<Vec<_>>())
         .bind(burials.iter().map(|burial| burial.key().1).collect::<Vec<_>>())

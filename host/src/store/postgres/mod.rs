@@ -16,6 +16,7 @@ mod log;
 mod migrate;
 mod outbox;
 mod outputs;
+mod parts;
 mod redrive;
 mod repair;
 mod session;
@@ -35,13 +36,14 @@ use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 
 use self::guest_sql::Guests;
 use self::log::{PostgresLog, Replication};
+use self::parts::Of;
 use self::session::{Purpose, Sessions};
 use self::tx::PostgresTx;
 use self::wall::Login;
 use super::{
     By, DeploymentRecord, FailedAttempt, LetterFilter, LetterRecord, LetterSummary, Move, Moved, OnStream, OutboxLag,
     OutboxRow, Output, OutputFilter, OutputLog, OutputRecord, OutputSummary, Published, PutBack, Redrive, Result,
-    StateRecord, Store, Tx, Unpublished, WorkerMigration, WorkerTotals,
+    Retire, StateRecord, Store, Tx, Unpublished, WorkerMigration, WorkerTotals,
 };
 use crate::fault;
 use crate::hint::WithHint;
@@ -105,6 +107,16 @@ impl PostgresStore {
     #[must_use]
     pub fn without_gate(self) -> Self {
         PostgresStore { has_gate: false, ..self }
+    }
+}
+
+impl PostgresStore {
+    /// Does what is due next with the parts of a table, in a transaction of its own.
+    async fn turn(&self, of: Of, keep: Duration, what: &Retire) -> Result<bool> {
+        let mut session = self.house.begin(Purpose::House).await?;
+        let done = parts::step(&mut session, of, keep, what.limit, what.patience).await?;
+        session.commit().await?;
+        Ok(done)
     }
 }
 
@@ -385,11 +397,19 @@ impl Store for PostgresStore {
         Ok(totals)
     }
 
-    async fn prune(&self, outputs: Duration, inbox: Duration, limit: u32) -> Result<u64> {
+    async fn retire(&self, what: &Retire) -> Result<bool> {
+        let mut done = self.turn(Of::Outbox, what.outputs, what).await?;
         let mut session = self.house.begin(Purpose::House).await?;
-        let left = totals::prune(&mut session, outputs, inbox, limit).await?;
+        totals::write_done(&mut session).await?;
+        done |= parts::remove_log_records(&mut session, what.outputs, what.limit).await?;
+        if let Some(keep) = what.inbox {
+            done |= parts::remove_attempts(&mut session, keep, what.limit).await?;
+        }
         session.commit().await?;
-        Ok(left)
+        if let Some(keep) = what.inbox {
+            done |= self.turn(Of::Inbox, keep, what).await?;
+        }
+        Ok(done)
     }
 
     async fn close(&self) {

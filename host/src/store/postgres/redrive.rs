@@ -202,13 +202,7 @@ async fn settle_under_way(session: &mut Session, letters: &[Standing]) -> Result
     if under_way.is_empty() {
         return Ok(0);
     }
-    let query = session.query(
-        "insert into oncely.inbox (worker, event_id, state, payload_sha256)
-         select worker, event_id, 'dead', payload_sha256
-         from unnest($1::text[], $2::text[], $3::bytea[]) as given (worker, event_id, payload_sha256)
-         order by worker, event_id
-         on conflict do nothing",
-    );
+    let query = session.query("select from oncely.settle_dead($1, $2, $3, null, null)");
     query
         .bind(under_way.iter().map(|letter| letter.worker.as_str()).collect::<Vec<_>>())
         .bind(under_way.iter().map(|letter| letter.event_id.as_str()).collect::<Vec<_>>())

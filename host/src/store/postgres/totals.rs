@@ -1,6 +1,4 @@
-//! Counts and ages for people, and the rows that have had their time.
-
-use std::time::Duration;
+//! Counts and ages for people.
 
 use anyhow::Context;
 use sqlx::Row;
@@ -61,76 +59,8 @@ fn read(row: &PgRow) -> sqlx::Result<WorkerTotals> {
     })
 }
 
-/// Deletes old published outputs and old inbox records that are done, with their attempts. Returns how many outputs and
-/// records left.
-pub(super) async fn prune(session: &mut Session, outputs: Duration, inbox: Duration, limit: u32) -> Result<u64> {
-    let keep = outputs;
-    let query = session.query(
-        "delete from oncely.outbox where seq in (
-             select seq from oncely.outbox
-             where published_at < pg_catalog.now() - $1 * interval '1 microsecond'
-             order by published_at limit $2 for update skip locked)",
-    );
-    let outputs = query
-        .bind(shared::micros(outputs))
-        .bind(i64::from(limit))
-        .execute(session.connection())
-        .await
-        .map_err(|error| errors::of_statement(error, "delete old outputs"))?;
-    let from_log = prune_log(session, keep, limit).await?;
-    write_done(session).await?;
-    let query = session.query(
-        "with gone as (
-             delete from oncely.inbox where (worker, event_id) in (
-                 select worker, event_id from oncely.inbox
-                 where state = 'done' and settled_at < pg_catalog.now() - $1 * interval '1 microsecond'
-                 order by settled_at limit $2 for update skip locked)
-             returning worker, event_id
-         ), attempts as (
-             delete from oncely.attempt using gone
-             where attempt.worker = gone.worker and attempt.event_id = gone.event_id
-         )
-         select pg_catalog.count(*) from gone",
-    );
-    let row = query
-        .bind(shared::micros(inbox))
-        .bind(i64::from(limit))
-        .fetch_one(session.connection())
-        .await
-        .map_err(|error| errors::of_statement(error, "delete old inbox records"))?;
-    let records: i64 = row.try_get(0).map_err(|error| errors::of_statement(error, "read how many records left"))?;
-    Ok(outputs.rows_affected() + from_log + shared::unsigned(records))
-}
-
-/// Deletes old outputs that were published from the log, together with the records of it. Returns how many.
-async fn prune_log(session: &mut Session, keep: Duration, limit: u32) -> Result<u64> {
-    let query = session.query(
-        "with old as (
-             select number, seqs from (
-                 select number, seqs, cardinality(seqs) as count, sum(cardinality(seqs)) over (order by number) as total
-                 from (select number, seqs from oncely.relay_record
-                       where published_at < pg_catalog.now() - $1 * interval '1 microsecond'
-                       order by number limit $2) as oldest
-             ) as counted where total - count < $2
-         ), forgotten as (
-             delete from oncely.relay_record using old where relay_record.number = old.number
-             returning old.seqs
-         ), seqs as (
-             select unnest(seqs) as seq from forgotten
-         )
-         delete from oncely.outbox using seqs where outbox.seq = seqs.seq and outbox.via = 'wal'",
-    );
-    let pruned = query
-        .bind(shared::micros(keep))
-        .bind(i64::from(limit))
-        .execute(session.connection())
-        .await
-        .map_err(|error| errors::of_statement(error, "delete old outputs of the log"))?;
-    Ok(pruned.rows_affected())
-}
-
 /// Writes down which letters that were put back took effect, before the inbox forgets it.
-async fn write_done(session: &mut Session) -> Result<()> {
+pub(super) async fn write_done(session: &mut Session) -> Result<()> {
     let query = session.query(
         "update oncely.dead_letter set state = 'done' from oncely.inbox
          where dead_letter.state = 'redriven' and inbox.worker = dead_letter.worker

@@ -34,8 +34,8 @@ use self::session::Sessions;
 use self::tx::SqliteTx;
 use super::{
     By, DeploymentRecord, FailedAttempt, LetterFilter, LetterRecord, LetterSummary, Move, Moved, OnStream, OutboxLag,
-    OutboxRow, Output, OutputFilter, OutputRecord, OutputSummary, Published, PutBack, Redrive, Result, StateRecord,
-    Store, Tx, Unpublished, WorkerMigration, WorkerTotals,
+    OutboxRow, Output, OutputFilter, OutputRecord, OutputSummary, Published, PutBack, Redrive, Result, Retire,
+    StateRecord, Store, Tx, Unpublished, WorkerMigration, WorkerTotals,
 };
 use crate::fault;
 use crate::sql::Dialect;
@@ -257,11 +257,11 @@ impl Store for SqliteStore {
         totals::by_worker(&self.readers).await
     }
 
-    async fn prune(&self, outputs: Duration, inbox: Duration, limit: u32) -> Result<u64> {
+    async fn retire(&self, what: &Retire) -> Result<bool> {
         let mut session = self.sessions.begin().await?;
-        let left = totals::prune(&mut session, outputs, inbox, limit).await?;
+        let has_more = totals::retire(&mut session, what).await?;
         session.commit().await?;
-        Ok(left)
+        Ok(has_more)
     }
 
     async fn close(&self) {

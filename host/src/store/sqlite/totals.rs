@@ -8,7 +8,7 @@ use sqlx::sqlite::{SqlitePool, SqliteRow};
 
 use super::errors;
 use super::session::Session;
-use crate::store::{Result, StoreError, WorkerTotals, shared};
+use crate::store::{Result, Retire, StoreError, WorkerTotals, shared};
 
 pub(super) async fn by_worker(readers: &SqlitePool) -> Result<Vec<WorkerTotals>> {
     let rows = sqlx::query(
@@ -57,41 +57,57 @@ fn read(row: &SqliteRow) -> sqlx::Result<WorkerTotals> {
     })
 }
 
-/// Deletes old published outputs and old inbox records that are done, with their attempts. Returns how many outputs and
-/// records left.
-pub(super) async fn prune(session: &mut Session, outputs: Duration, inbox: Duration, limit: u32) -> Result<u64> {
-    let doing = |error| errors::of_statement(error, "delete old rows");
-    let old_outputs = "delete from oncely_outbox where seq in (
+/// Deletes some of the published outputs, inbox records and attempts that had their time. Returns whether
+/// there may be more.
+pub(super) async fn retire(session: &mut Session, what: &Retire) -> Result<bool> {
+    let doing = |error| errors::of_statement(error, "delete old outputs");
+    let outputs = sqlx::query(
+        "delete from oncely_outbox where seq in (
              select seq from oncely_outbox
              where published_at < cast(unixepoch('subsec') * 1000000 as integer) - $1
-             order by published_at limit $2)";
-    let old_records = "delete from oncely_inbox where (worker, event_id) in (
+             order by published_at limit $2)",
+    )
+    .bind(shared::micros(what.outputs))
+    .bind(what.limit)
+    .execute(session.connection().map_err(doing)?)
+    .await
+    .map_err(doing)?
+    .rows_affected();
+    write_done(session).await?;
+    let records = match what.inbox {
+        Some(keep) => {
+            remove_records(session, keep, what.limit).await?.max(remove_attempts(session, keep, what.limit).await?)
+        }
+        None => 0,
+    };
+    Ok(outputs.max(records) == u64::from(what.limit))
+}
+
+async fn remove_records(session: &mut Session, keep: Duration, limit: u32) -> Result<u64> {
+    let doing = |error| errors::of_statement(error, "delete old inbox records");
+    let removed = sqlx::query(
+        "delete from oncely_inbox where (worker, event_id) in (
              select worker, event_id from oncely_inbox
              where state = 'done' and settled_at < cast(unixepoch('subsec') * 1000000 as integer) - $1
-             order by settled_at limit $2)
-         returning worker, event_id";
-    let outputs = sqlx::query(old_outputs)
-        .bind(shared::micros(outputs))
-        .bind(limit)
-        .execute(session.connection().map_err(doing)?)
-        .await
-        .map_err(doing)?;
-    write_done(session).await?;
-    let records = sqlx::query(old_records)
-        .bind(shared::micros(inbox))
-        .bind(limit)
-        .fetch_all(session.connection().map_err(doing)?)
-        .await
-        .map_err(doing)?;
-    for record in &records {
-        sqlx::query("delete from oncely_attempt where worker = $1 and event_id = $2")
-            .bind(record.try_get::<String, _>(0).map_err(doing)?)
-            .bind(record.try_get::<String, _>(1).map_err(doing)?)
-            .execute(session.connection().map_err(doing)?)
-            .await
-            .map_err(doing)?;
-    }
-    Ok(outputs.rows_affected() + records.len() as u64)
+             order by settled_at limit $2)",
+    );
+    let removed = removed.bind(shared::micros(keep)).bind(limit).execute(session.connection().map_err(doing)?).await;
+    Ok(removed.map_err(doing)?.rows_affected())
+}
+
+/// Deletes attempts that belong to no dead letter.
+async fn remove_attempts(session: &mut Session, keep: Duration, limit: u32) -> Result<u64> {
+    let doing = |error| errors::of_statement(error, "delete old attempts");
+    let removed = sqlx::query(
+        "delete from oncely_attempt where (worker, event_id, attempt) in (
+             select worker, event_id, attempt from oncely_attempt as attempt
+             where at < cast(unixepoch('subsec') * 1000000 as integer) - $1 and not exists (
+                 select 1 from oncely_dead_letter as letter
+                 where letter.worker = attempt.worker and letter.event_id = attempt.event_id)
+             order by at limit $2)",
+    );
+    let removed = removed.bind(shared::micros(keep)).bind(limit).execute(session.connection().map_err(doing)?).await;
+    Ok(removed.map_err(doing)?.rows_affected())
 }
 
 /// Writes down which letters that were put back took effect, before the inbox forgets it.

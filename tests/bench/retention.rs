@@ -1,0 +1,208 @@
+//! `make bench-retention`: many rows through inbox and outbox while what had its time leaves. Tables must not grow, and the
+//! last rows must go as fast as the first.
+//!
+//! The store alone is under load, without broker and guests, so that millions of rows take minutes.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use bytes::Bytes;
+use oncely::store::{Claim, Output, PostgresStore, Published, Retire, SqliteStore, Store, StoreError};
+use serde_json::{Value, json};
+use sqlx::{Connection, PgConnection};
+use support::postgres::Cluster;
+
+use crate::cpu;
+
+/// Rows in one transaction, and transactions at the same time.
+const BATCH: usize = 200;
+const LANES: usize = 4;
+
+const WORKER: &str = "bench";
+const TIME: Duration = Duration::from_secs(20);
+
+/// For how long rows are kept here.
+const KEEP: Duration = Duration::from_secs(15);
+
+/// How often old rows are removed; a host does it every minute, and keeps rows for longer.
+const RETIRE_EVERY: Duration = Duration::from_millis(250);
+
+/// How slow the last rows may be, as a share of the first, and how large the tables, as a share of what they were once the
+/// first rows had left.
+const LEAST_SPEED: f64 = 0.9;
+const MOST_SIZE: f64 = 1.1;
+
+/// What the rows are written to.
+enum Place {
+    Postgres(String),
+    Sqlite(tempfile::TempDir),
+}
+
+/// One tenth of the rows.
+struct Tenth {
+    rate: f64,
+    /// Of both tables with their indexes, in bytes.
+    largest: i64,
+    removed: f64,
+    /// Microseconds of processor time for each row.
+    cpu_micros: f64,
+}
+
+/// Sends `rows` rows through the tables of both databases.
+pub async fn measure(rows: usize) -> Result<Value> {
+    let cluster = tokio::task::spawn_blocking(Cluster::start_durable).await??;
+    let database = cluster.create_database().await?;
+    let url = cluster.url(&database);
+    let postgres: Arc<dyn Store> = Arc::new(PostgresStore::connect(&url, 16).await?);
+    let on_postgres = run("postgres", postgres, Place::Postgres(url), rows).await?;
+    let folder = tempfile::tempdir()?;
+    let sqlite: Arc<dyn Store> = Arc::new(SqliteStore::open(&folder.path().join("oncely.db")).await?);
+    let on_sqlite = run("sqlite", sqlite, Place::Sqlite(folder), rows).await?;
+    Ok(json!({ "rows": rows, "keep_seconds": KEEP.as_secs(), "postgres": on_postgres, "sqlite": on_sqlite }))
+}
+
+async fn run(name: &str, store: Arc<dyn Store>, place: Place, rows: usize) -> Result<Value> {
+    let next = Arc::new(AtomicUsize::new(0));
+    let lanes: Vec<_> = (0..LANES).map(|_| tokio::spawn(lane(Arc::clone(&store), Arc::clone(&next), rows))).collect();
+    let removal = tokio::spawn(remove(Arc::clone(&store)));
+    let mut tenths: Vec<Tenth> = Vec::new();
+    for tenth in 1..=10 {
+        let (began, before, cpu_before) = (Instant::now(), next.load(Ordering::Relaxed), cpu_seconds());
+        let mut largest = 0;
+        while next.load(Ordering::Relaxed) < rows * tenth / 10 {
+            ensure!(!lanes.iter().any(|lane| lane.is_finished()) || tenth == 10, "a lane ended early");
+            largest = largest.max(place.size().await?);
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        let done = next.load(Ordering::Relaxed) - before;
+        let cpu_micros = (cpu_seconds() - cpu_before) * 1e6 / done as f64;
+        let rate = done as f64 / began.elapsed().as_secs_f64();
+        let left = place.rows().await?;
+        let removed = 1.0 - left as f64 / next.load(Ordering::Relaxed) as f64;
+        println!(
+            "{name:<9} {tenth:>2}/10 {rate:>8.0} rows/s, {cpu_micros:>5.1} µs of CPU each, {:>6.1} MB at most, {left} rows there",
+            largest as f64 / 1e6
+        );
+        tenths.push(Tenth { rate, largest, removed, cpu_micros });
+    }
+    for lane in lanes {
+        lane.await??;
+    }
+    removal.abort();
+    report(name, &tenths)
+}
+
+fn report(name: &str, tenths: &[Tenth]) -> Result<Value> {
+    let (Some(first), Some(last)) = (tenths.first(), tenths.last()) else { anyhow::bail!("nothing was measured") };
+    let speed = last.rate / first.rate;
+    // What is kept depends on the rate, too.
+    let settled = tenths.iter().skip(1).take(3).map(|tenth| tenth.largest).max().unwrap_or_default();
+    let later = tenths.iter().skip(4).map(|tenth| tenth.largest).max().unwrap_or_default();
+    let size = later as f64 / settled as f64;
+    println!(
+        "{name:<9} last tenth {speed:.2} as fast as the first; largest {size:.2} of what it was in the 2nd to 4th tenth\n"
+    );
+    ensure!(
+        last.removed > 0.5,
+        "{name}: only {:.0} % of the rows had left: too few rows for this",
+        last.removed * 100.0
+    );
+    let tenths: Vec<Value> =
+        tenths.iter().map(|tenth| json!({ "rows_per_second": tenth.rate, "largest_bytes": tenth.largest, "cpu_micros_per_row": tenth.cpu_micros })).collect();
+    Ok(json!({
+        "tenths": tenths, "speed_last_to_first": speed, "size_later_to_settled": size,
+        "holds": speed >= LEAST_SPEED && size <= MOST_SIZE,
+    }))
+}
+
+fn cpu_seconds() -> f64 {
+    cpu::seconds().values().sum()
+}
+
+/// Settles events, each with one output, and marks the outputs as published.
+async fn lane(store: Arc<dyn Store>, next: Arc<AtomicUsize>, rows: usize) -> Result<()> {
+    loop {
+        let first = next.fetch_add(BATCH, Ordering::Relaxed);
+        if first >= rows {
+            return Ok(());
+        }
+        let events: Vec<String> = (first..first + BATCH).map(|n| format!("order-{n}")).collect();
+        let claim = |event: &String| Claim {
+            event_id: event.clone(),
+            payload_sha256: [7; 32],
+            origin: Some(("ORDERS".to_owned(), first as u64)),
+        };
+        let mut tx = store.begin(WORKER, TIME).await?;
+        tx.claim(&events.iter().map(claim).collect::<Vec<_>>()).await?;
+        let outputs: Vec<Output> = events.iter().map(output).collect();
+        let appended = tx.append_outputs(&outputs, TIME).await?;
+        tx.commit().await?;
+        let place = |seq| Published { seq, stream: "PAYMENTS".to_owned(), stream_sequence: seq as u64 };
+        let published: Vec<Published> = appended.iter().map(|row| place(row.seq)).collect();
+        while let Err(error) = store.mark_published(&published).await {
+            ensure!(matches!(error, StoreError::Conflict(_)), "mark outputs: {error:?}");
+        }
+    }
+}
+
+fn output(event: &String) -> Output {
+    Output {
+        id: format!("{WORKER}:{event}:0"),
+        event_id: event.clone(),
+        ordinal: 0,
+        subject: "payments.settled".to_owned(),
+        headers: Vec::new(),
+        body: Bytes::from_static(&[b'x'; 200]),
+        ordering_key: None,
+        delay: Duration::ZERO,
+    }
+}
+
+async fn remove(store: Arc<dyn Store>) {
+    let what = Retire { outputs: KEEP, inbox: Some(KEEP), limit: 10_000, patience: Duration::from_secs(2) };
+    loop {
+        match store.retire(&what).await {
+            Ok(true) => {}
+            _ => tokio::time::sleep(RETIRE_EVERY).await,
+        }
+    }
+}
+
+impl Place {
+    async fn size(&self) -> Result<i64> {
+        match self {
+            Place::Postgres(_) => {
+                let size = "select sum(pg_total_relation_size(oid))::bigint from pg_class
+                     where relname ~ '^(inbox|outbox)_[0-3]$' and relnamespace = 'oncely'::regnamespace";
+                self.number(size).await
+            }
+            Place::Sqlite(_) => {
+                self.number("select page_count * page_size from pragma_page_count, pragma_page_size").await
+            }
+        }
+    }
+
+    async fn rows(&self) -> Result<i64> {
+        self.number(match self {
+            Place::Postgres(_) => "select count(*) from oncely.inbox",
+            Place::Sqlite(_) => "select count(*) from oncely_inbox",
+        })
+        .await
+    }
+
+    async fn number(&self, query: &'static str) -> Result<i64> {
+        match self {
+            Place::Postgres(url) => {
+                let mut connection = PgConnection::connect(url).await?;
+                sqlx::query_scalar(query).fetch_one(&mut connection).await.context("ask PostgreSQL")
+            }
+            Place::Sqlite(folder) => {
+                let url = format!("sqlite:{}?mode=ro", folder.path().join("oncely.db").display());
+                let mut connection = sqlx::SqliteConnection::connect(&url).await?;
+                sqlx::query_scalar(query).fetch_one(&mut connection).await.context("ask SQLite")
+            }
+        }
+    }
+}

@@ -1,0 +1,234 @@
+//! What had its time leaves, nothing else does, and event ids stay unique meanwhile.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use oncely::message::Headers;
+use oncely::store::{By, Claimed, FailedAttempt, LetterFilter, Published, Redrive, Retire, StoreError};
+use oncely::verdict::Reason;
+
+use super::{LEASE, TIME, WORKER, World, a_claim, a_letter, an_output, claim};
+
+on_every_database!(
+    what_had_its_time_leaves_and_what_is_dead_stays,
+    event_ids_are_kept_apart_while_the_inbox_turns,
+    a_turn_waits_for_claims_under_way_and_holds_nobody_up_for_long,
+    what_is_settled_in_an_earlier_part_stays_so,
+    outputs_that_are_not_published_outlast_their_part,
+    a_letter_can_be_put_back_when_its_time_is_long_over,
+    an_emptied_table_is_as_small_as_it_was,
+);
+
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Keeps everything for a day.
+const FOR_A_DAY: Retire = Retire { outputs: DAY, inbox: Some(DAY), limit: 100, patience: Duration::from_millis(300) };
+
+/// Removes everything that may be.
+pub(super) async fn retire_everything(world: &World) {
+    let now = Retire { outputs: Duration::ZERO, inbox: Some(Duration::ZERO), ..FOR_A_DAY };
+    for _ in 0..8 {
+        world.store.retire(&now).await.unwrap();
+    }
+}
+
+/// Lets half a day pass for the current part, and does what is due then.
+async fn turn(world: &World) -> Result<bool, StoreError> {
+    if world.is_postgres() {
+        let half_a_day = "update oncely.turn set opened_at = opened_at - interval '12 hours'";
+        world.execute_around(half_a_day).await;
+    }
+    world.store.retire(&FOR_A_DAY).await
+}
+
+async fn settle(world: &World, event_id: &str) {
+    let mut tx = world.begin().await;
+    assert!(matches!(claim(&mut tx, event_id, 1).await, Claimed::Fresh { .. }), "{event_id}");
+    tx.commit().await.unwrap();
+}
+
+async fn what_had_its_time_leaves_and_what_is_dead_stays(world: World) {
+    let failed = |event_id: &str| FailedAttempt {
+        event_id: event_id.to_owned(),
+        version: 1,
+        code: None,
+        error: String::new(),
+        logs: String::new(),
+    };
+    world.store.count_attempts(WORKER, &[failed("e1"), failed("dead")]).await.unwrap();
+    let mut tx = world.begin().await;
+    tx.claim(&[a_claim("e1", 1), a_claim("e2", 1), a_claim("e3", 1)]).await.unwrap();
+    let outputs = [an_output("e1", 0, Duration::ZERO), an_output("e1", 1, Duration::ZERO)];
+    let rows = tx.append_outputs(&outputs, LEASE).await.unwrap();
+    tx.commit().await.unwrap();
+    let (_, notices) = world.store.bury(&[a_letter("dead", b"", Reason::Rejected)]).await.unwrap();
+    let place = |seq| Published { seq, stream: "PAYMENTS".to_owned(), stream_sequence: 1 };
+    world.store.mark_published(&[place(rows[0].seq), place(notices[0].seq)]).await.unwrap();
+
+    world.store.retire(&FOR_A_DAY).await.unwrap();
+    let totals = world.store.totals().await.unwrap();
+    assert_eq!((totals[0].done, totals[0].dead, totals[0].outputs), (3, 1, 3));
+    let for_ever = Retire { outputs: Duration::ZERO, inbox: None, ..FOR_A_DAY };
+    for _ in 0..8 {
+        world.store.retire(&for_ever).await.unwrap();
+    }
+    assert!(matches!(world.look("e1", 1).await, Claimed::Settled(_)), "the inbox is kept for ever");
+
+    retire_everything(&world).await;
+    let totals = world.store.totals().await.unwrap();
+    assert_eq!((totals[0].done, totals[0].dead, totals[0].outputs), (0, 1, 1));
+    assert!(matches!(world.look("e1", 1).await, Claimed::Fresh { attempts: 0 }));
+    assert!(matches!(world.look("dead", 1).await, Claimed::OtherPayload));
+}
+
+async fn event_ids_are_kept_apart_while_the_inbox_turns(world: World) {
+    const CLAIMERS: usize = 4;
+    const BATCHES: usize = 40;
+    let claimers: Vec<_> = (0..CLAIMERS)
+        .map(|claimer| {
+            let store = Arc::clone(&world.store);
+            tokio::spawn(async move {
+                let mut fresh = 0;
+                for batch in 0..BATCHES {
+                    let ids = (0..10).map(|id| a_claim(&format!("{batch}-{}", (id + claimer) % 10), 1));
+                    let claims: Vec<_> = ids.collect();
+                    let mut tx = store.begin(WORKER, TIME).await.unwrap();
+                    let claimed = tx.claim(&claims).await.unwrap();
+                    fresh += claimed.iter().filter(|claimed| matches!(claimed, Claimed::Fresh { .. })).count();
+                    tokio::time::sleep(Duration::from_millis(2)).await;
+                    tx.commit().await.unwrap();
+                }
+                fresh
+            })
+        })
+        .collect();
+    let mut turns = 0;
+    while turns < 3 {
+        // A turn that found transactions under way for too long is tried again.
+        match turn(&world).await {
+            Ok(_) => turns += 1,
+            Err(StoreError::Conflict(_)) => {}
+            Err(error) => panic!("{error:?}"),
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let mut fresh = 0;
+    for claimer in claimers {
+        fresh += claimer.await.unwrap();
+    }
+    assert_eq!(fresh, BATCHES * 10);
+    assert_eq!(world.store.totals().await.unwrap()[0].done, (BATCHES * 10) as u64);
+}
+
+async fn a_turn_waits_for_claims_under_way_and_holds_nobody_up_for_long(world: World) {
+    if !world.is_postgres() {
+        return;
+    }
+    let mut under_way = world.begin().await;
+    claim(&mut under_way, "e1", 1).await;
+    assert!(matches!(turn(&world).await, Err(StoreError::Conflict(_))));
+    // It gave up: others go on meanwhile.
+    settle(&world, "e2").await;
+    let (world, under_way) = (Arc::new(world), under_way);
+    let waiting = {
+        let world = Arc::clone(&world);
+        let patient = Retire { patience: Duration::from_secs(20), ..FOR_A_DAY };
+        tokio::spawn(async move { world.store.retire(&patient).await })
+    };
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let held_up = {
+        let world = Arc::clone(&world);
+        tokio::spawn(async move { world.look("e1", 1).await })
+    };
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    under_way.commit().await.unwrap();
+    assert!(waiting.await.unwrap().unwrap());
+    assert!(matches!(held_up.await.unwrap(), Claimed::Settled(_)), "claimed twice, in two parts");
+}
+
+async fn what_is_settled_in_an_earlier_part_stays_so(world: World) {
+    settle(&world, "e1").await;
+    let letter = a_letter("dead", b"body", Reason::Rejected);
+    world.store.bury(std::slice::from_ref(&letter)).await.unwrap();
+    for _ in 0..2 {
+        turn(&world).await.unwrap();
+        assert!(matches!(world.look("e1", 1).await, Claimed::Settled(_)));
+        assert!(matches!(world.look("e1", 2).await, Claimed::OtherPayload));
+        assert!(matches!(world.look("dead", 1).await, Claimed::OtherPayload));
+        assert_eq!(world.store.done_events(WORKER, &["e1".to_owned()]).await.unwrap(), ["e1"]);
+        // Burying what is done, or what is dead, adds nothing.
+        let again = [a_letter("e1", b"body", Reason::Rejected), letter.clone()];
+        assert!(world.store.bury(&again).await.unwrap().1.iter().all(|notice| notice.id != letter.1.id));
+    }
+    let mut tx = world.begin().await;
+    tx.claim(&[a_claim("e1", 1), a_claim("new", 1)]).await.unwrap();
+    tx.unclaim(&["e1".to_owned(), "new".to_owned()]).await.unwrap();
+    tx.commit().await.unwrap();
+    assert!(matches!(world.look("e1", 1).await, Claimed::Settled(_)));
+    assert!(matches!(world.look("new", 1).await, Claimed::Fresh { .. }));
+    assert_eq!(world.store.totals().await.unwrap()[0].done, 1);
+}
+
+async fn outputs_that_are_not_published_outlast_their_part(world: World) {
+    let mut tx = world.begin().await;
+    tx.claim(&[a_claim("e1", 1)]).await.unwrap();
+    let outputs: Vec<_> = (0..4).map(|ordinal| an_output("e1", ordinal, Duration::ZERO)).collect();
+    let rows = tx.append_outputs(&outputs, Duration::from_millis(1)).await.unwrap();
+    tx.commit().await.unwrap();
+    let place = |seq| Published { seq, stream: "PAYMENTS".to_owned(), stream_sequence: 1 };
+    world.store.mark_published(&[place(rows[0].seq), place(rows[1].seq)]).await.unwrap();
+    let few = Retire { outputs: Duration::ZERO, inbox: None, limit: 1, ..FOR_A_DAY };
+    for _ in 0..8 {
+        world.store.retire(&few).await.unwrap();
+    }
+    if world.is_postgres() {
+        assert_eq!(world.store.totals().await.unwrap()[0].outputs, 4, "more than may move at a time");
+    }
+    retire_everything(&world).await;
+    assert_eq!(world.store.totals().await.unwrap()[0].outputs, 2);
+    let leased = world.store.lease_outputs(10, LEASE).await.unwrap();
+    let ids: Vec<&str> = leased.iter().map(|row| row.id.as_str()).collect();
+    assert_eq!(ids, ["payments:e1:2", "payments:e1:3"]);
+    let expected: Headers = an_output("e1", 2, Duration::ZERO).headers;
+    assert_eq!(leased[0].headers, expected);
+    world.store.mark_published(&[place(leased[0].seq), place(leased[1].seq)]).await.unwrap();
+    retire_everything(&world).await;
+    assert_eq!(world.store.totals().await.unwrap().iter().map(|totals| totals.outputs).sum::<u64>(), 0);
+}
+
+async fn a_letter_can_be_put_back_when_its_time_is_long_over(world: World) {
+    world.store.bury(&[a_letter("dead", b"body", Reason::Rejected)]).await.unwrap();
+    retire_everything(&world).await;
+    assert!(matches!(world.look("dead", 1).await, Claimed::OtherPayload));
+    let letter = world.store.letters(&LetterFilter { limit: 10, ..LetterFilter::default() }).await.unwrap().remove(0);
+    let by = By { actor: "ada".to_owned(), note: None };
+    let back = Redrive { id: letter.id, generation: None, again: false };
+    let (moved, pointers) = world.store.redrive(&[back], &by).await.unwrap();
+    assert_eq!((moved[0].refused.as_deref(), pointers.len()), (None, 1));
+    settle(&world, "dead").await;
+    retire_everything(&world).await;
+    let letter = world.store.letter(letter.id).await.unwrap().unwrap();
+    assert_eq!(letter.summary.state.as_str(), "done");
+}
+
+async fn an_emptied_table_is_as_small_as_it_was(world: World) {
+    if !world.is_postgres() {
+        return;
+    }
+    let size = async || {
+        let mut around = world.connect().await;
+        let size = "select sum(pg_total_relation_size(c.oid))::bigint from pg_class as c
+             where relname ~ '^(inbox|outbox)_[0-3]$' and relnamespace = 'oncely'::regnamespace";
+        sqlx::query_scalar::<_, i64>(size).fetch_one(&mut around).await.unwrap()
+    };
+    let before = size().await;
+    for batch in 0..20 {
+        let mut tx = world.begin().await;
+        let claims: Vec<_> = (0..100).map(|id| a_claim(&format!("{batch}-{id}"), 1)).collect();
+        tx.claim(&claims).await.unwrap();
+        tx.commit().await.unwrap();
+    }
+    assert!(size().await > before);
+    retire_everything(&world).await;
+    assert_eq!(size().await, before);
+}
