@@ -161,7 +161,8 @@ begin
         from given, lateral (
             select array_agg(seq) as seqs,
                 case
-                    when count(*) = line_max or (by_log and count(*) > 0) then max(seq)
+                    when count(*) = line_max then max(seq)
+                    when by_log then min(coalesce(behind, seq))
                     else min(coalesce(behind, seq)) filter (where failures > 0 or leased_until <= now
                         or behind is not null or set_aside_at is not null)
                 end as in_trouble

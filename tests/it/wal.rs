@@ -34,6 +34,20 @@ async fn check_order(world: &World, count: usize) -> Result<()> {
         let key = body["key"].as_str().context("the output names no key")?.to_owned();
         told.entry(key).or_default().push(body["value"].as_u64().context("the output has no value")?);
     }
+    if told.values().map(Vec::len).sum::<usize>() != count {
+        //DEBUG
+        for row in world.database.rows("select seq, via, published_at, stream, stream_sequence, due_at, first_attempt_at, failures, last_error from oncely.outbox order by seq limit 60").await? { eprintln!("{row:?}"); }
+        for row in world
+            .database
+            .rows("select number, stream, seqs, published_at from oncely.relay_record order by number limit 10")
+            .await?
+        {
+            eprintln!("{row:?}");
+        }
+        for row in world.database.rows("select * from oncely.relay").await? {
+            eprintln!("{row:?}");
+        }
+    }
     ensure!(told.values().map(Vec::len).sum::<usize>() == count, "not {count} outputs: {told:?}");
     for (key, values) in told {
         let expected: Vec<u64> = (1..=values.len() as u64).collect();
@@ -79,7 +93,7 @@ async fn outputs_come_from_the_log_in_order_and_no_row_is_written_twice() -> Res
     assert_eq!(world.database.number("select count(*) from oncely.outbox where via = 'wal'").await?, 600);
     assert_eq!(world.database.number("select sum(cardinality(seqs)) from oncely.relay_record").await?, 600);
     // What the server has counted it tells a second later.
-    let counted = "select count(*) from pg_stat_user_tables where schemaname = 'oncely' and relname = 'outbox' \
+    let counted = "select count(*) from pg_stat_user_tables where schemaname = 'oncely' and relname = 'outbox_0' \
                    and n_tup_ins = 600 and n_tup_upd = 0";
     world.until(counted, 1).await?;
     let list = world.oncely_json(&["outbox", "list", "--unpublished", "--json"]).await?;
@@ -192,6 +206,7 @@ async fn what_the_broker_forgot_is_published_again_in_order() -> Result<()> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_output_that_is_set_aside_holds_its_key_and_nothing_else() -> Result<()> {
     let mut world = world_by_log(None).await?;
+    world.write_manifest(&manifest("concurrency = 1")?)?;
     world.nats.make_narrow_stream("OUT", "out.>", 300).await?;
     start(&mut world).await?;
     let large = [count(0, "held", 0), count(1, "held", 600), count(2, "held", 0), count(3, "free", 0)];

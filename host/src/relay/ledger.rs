@@ -31,7 +31,7 @@ struct FromLog {
     /// Those in memory, with their keys.
     keys: HashMap<i64, Option<Key>>,
     outcomes: mpsc::UnboundedSender<Outcome>,
-    /// How many were to go by polling so far; and of each key the last one, as long as the database may not know.
+    /// How many were to go by polling so far; and of each key whom others are to wait for, as long as the database may not know.
     back: u64,
     in_trouble: HashMap<Key, (i64, u64)>,
 }
@@ -59,7 +59,7 @@ impl Ledger {
         }
     }
 
-    /// An output from the log is here. Returns the one of its key that was put back before it, if the database may not know.
+    /// An output from the log is here. Returns whom it has to wait for, if others of its key were put back and the database may not know.
     pub fn admit(&mut self, seq: i64, key: Option<Key>) -> Option<i64> {
         let before = key.as_ref().and_then(|key| self.from_log.in_trouble.get(key)).map(|(seq, _)| *seq);
         self.from_log.keys.insert(seq, key);
@@ -107,8 +107,9 @@ impl FromLog {
     fn put_back(&mut self, seq: i64, key: Option<Key>, how: Unpublished) {
         self.back += 1;
         if let Some(key) = key {
-            let last = self.in_trouble.entry(key).or_default();
-            *last = (last.0.max(seq), self.back);
+            // All that wait for the same go on together.
+            let first = if let Unpublished::Behind(first) = how { first } else { seq };
+            self.in_trouble.insert(key, (first, self.back));
         }
         drop(self.outcomes.send(Outcome::Back { seq, how, number: self.back }));
     }

@@ -117,7 +117,7 @@ pub trait OutputLog: Send + Sync + 'static {
     /// Becomes the reader; none while another host is, or when nothing goes by the log.
     async fn read(&self) -> Result<Option<Box<dyn LogReader>>>;
 
-    /// For each of these outputs with a key the last one of its key, if any, that comes before it in line and goes by polling.
+    /// For each of these outputs with a key the one to wait for, if others of its key that go by polling are in line before it.
     async fn in_line(&self, rows: &[OutboxRow]) -> Result<Vec<Option<i64>>>;
 }
 

@@ -77,12 +77,12 @@ impl OutputLog for PostgresLog {
     }
 }
 
-/// The last one before each output in the line of its key.
+/// What the last one before each output in the line of its key waits for, or that one: all that wait for the same go on together.
 async fn in_line(session: &mut Session, rows: &[OutboxRow]) -> Result<Vec<Option<i64>>> {
     let doing = |error| errors::of_statement(error, "look who is in line before outputs from the log");
     let query = session.query(
         "select (
-             select seq from oncely.outbox as before
+             select coalesce(behind, seq) from oncely.outbox as before
              where before.worker = given.worker and before.ordering_key = given.ordering_key
                  and before.ordering_key is not null and before.published_at is null and before.via = 'poll'
                  and before.seq + 0 < given.seq and before.due_at <= pg_catalog.clock_timestamp()

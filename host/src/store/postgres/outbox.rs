@@ -149,7 +149,8 @@ async fn release(session: &mut Session) -> Result<()> {
         "with gone as materialized (
              select behind from (select distinct behind from oncely.outbox where behind is not null) as waited_for
              where not exists (
-                 select from oncely.outbox as before where before.seq = waited_for.behind and before.published_at is null)
+                 select from oncely.outbox as before where before.seq = waited_for.behind and before.published_at is null
+                     and (before.via = 'poll' or before.seq in (select seq from oncely.in_log())))
          ), freed as (
              select seq from oncely.outbox where behind in (select behind from gone) for update skip locked
          )

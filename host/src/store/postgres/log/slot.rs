@@ -74,23 +74,31 @@ pub(super) async fn publish_log(session: &mut Session) -> Result<()> {
     session.run(statements, "publish what goes by the log").await
 }
 
-/// Makes the slot. Waits for all transactions that run now. In a transaction that has written nothing: PostgreSQL asks for
-/// that.
-pub(super) async fn make(sessions: &Sessions) -> Result<()> {
+/// Makes the slot, unless it is there. Waits for all transactions that run now. In a transaction that has written nothing, and
+/// by a statement that reads nothing: PostgreSQL asks for that. False while another host is making it: what commits before it
+/// is done is not told.
+pub(super) async fn make(sessions: &Sessions) -> Result<bool> {
     let mut session = sessions.begin(Purpose::Read).await?;
-    let query = session.query(
-        "select pg_create_logical_replication_slot('oncely_' || oid, 'pgoutput') from pg_database
-         where datname = current_database()
-             and not exists (select from pg_replication_slots where slot_name = 'oncely_' || oid)",
-    );
-    let made = query.execute(session.connection()).await;
-    made.map_err(|error| errors::of_statement(error, "make a replication slot"))?;
-    session.commit().await
+    let found = find(&mut session).await?;
+    if !found.is_there {
+        let query = session.query("select pg_create_logical_replication_slot($1::text::name, 'pgoutput')");
+        let made = query.bind(found.name).execute(session.connection()).await;
+        made.map_err(|error| errors::of_statement(error, "make a replication slot"))?;
+    }
+    session.commit().await?;
+    Ok(!found.is_there || found.is_made)
 }
 
-/// Drops the slot, if it is there and nobody reads it. Returns whether it is gone.
+/// Drops the slot, if it is there, nobody reads it, and nothing goes by the log; another host may just be making it. Returns
+/// whether it is gone.
 pub(super) async fn drop(sessions: &Sessions) -> Result<bool> {
     let mut session = sessions.begin(Purpose::House).await?;
+    let query = session.query("select from oncely.relay where mode = 'poll' for update");
+    let is_unused = query.fetch_optional(session.connection()).await;
+    if is_unused.map_err(|error| errors::of_statement(error, "look how outputs go"))?.is_none() {
+        session.commit().await?;
+        return Ok(false);
+    }
     let query = session.query(
         "select pg_drop_replication_slot(slot_name) from pg_replication_slots
          where slot_name = 'oncely_' || (select oid from pg_database where datname = current_database())
@@ -98,13 +106,29 @@ pub(super) async fn drop(sessions: &Sessions) -> Result<bool> {
     );
     let dropped = query.execute(session.connection()).await;
     dropped.map_err(|error| errors::of_statement(error, "drop the replication slot"))?;
-    let query = session.query(
-        "select not exists (select from pg_replication_slots
-             where slot_name = 'oncely_' || (select oid from pg_database where datname = current_database()))",
-    );
-    let row = query.fetch_one(session.connection()).await;
-    let is_gone = row.and_then(|row| row.try_get(0));
-    let is_gone = is_gone.map_err(|error| errors::of_statement(error, "look for the replication slot"))?;
+    let found = find(&mut session).await?;
     session.commit().await?;
-    Ok(is_gone)
+    Ok(!found.is_there)
+}
+
+struct Found {
+    name: String,
+    is_there: bool,
+    /// Whether it was read up to a place from which on everything can be told.
+    is_made: bool,
+}
+
+async fn find(session: &mut Session) -> Result<Found> {
+    let doing = |error| errors::of_statement(error, "look for the replication slot");
+    let query = session.query(
+        "select 'oncely_' || oid, slot_name is not null, confirmed_flush_lsn is not null
+         from pg_database left join pg_replication_slots on slot_name = 'oncely_' || oid
+         where datname = current_database()",
+    );
+    let row = query.fetch_one(session.connection()).await.map_err(doing)?;
+    Ok(Found {
+        name: row.try_get(0).map_err(doing)?,
+        is_there: row.try_get(1).map_err(doing)?,
+        is_made: row.try_get(2).map_err(doing)?,
+    })
 }

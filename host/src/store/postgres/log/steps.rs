@@ -154,7 +154,9 @@ async fn enter(sessions: &Sessions) -> Result<Step> {
 }
 
 async fn make_slot(sessions: &Sessions) -> Result<Step> {
-    slot::make(sessions).await?;
+    if !slot::make(sessions).await? {
+        return Ok(Step::Wait);
+    }
     fault::point(fault::SLOT_MADE);
     let mut session = sessions.begin(Purpose::House).await?;
     // Nobody has appended to the log yet.
@@ -228,11 +230,11 @@ async fn bring_over(sessions: &Sessions) -> Result<Step> {
         return Ok(Step::More);
     }
     let query = session.query(
-        "with some as materialized (
+        "with picked as materialized (
              select seq from oncely.in_log() order by seq limit $1
          ), brought as (
              update oncely.outbox set via = 'poll', leased_until = pg_catalog.now()
-             from some where outbox.seq = some.seq and via = 'wal' returning outbox.seq
+             from picked where outbox.seq = picked.seq and via = 'wal' returning outbox.seq
          )
          select pg_catalog.count(*), pg_catalog.max(seq) from brought",
     );
