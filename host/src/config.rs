@@ -26,7 +26,7 @@ pub const FILE_NAME: &str = "oncely-host.toml";
 pub const LISTEN: &str = "127.0.0.1:7420";
 
 /// Every knob, by its key in the file. Its flag is `--key` with hyphens, its variable `ONCELY_KEY`.
-pub(crate) const KNOBS: [&str; 17] = [
+pub(crate) const KNOBS: [&str; 18] = [
     "database",
     "pool_size",
     "guest_sql",
@@ -44,6 +44,7 @@ pub(crate) const KNOBS: [&str; 17] = [
     "relay_database",
     "relay_slot_max",
     "keep_inbox",
+    "archive",
 ];
 
 /// The knobs as flags. They are texts here: [`HostConfig::resolve`] reads them, whichever source they came from.
@@ -103,6 +104,9 @@ pub struct HostFlags {
     /// How long it is remembered what was handled: a time, or auto for a day longer than the streams keep messages [default: auto] [env: ONCELY_KEEP_INBOX]
     #[arg(long, value_name = "TIME")]
     pub keep_inbox: Option<String>,
+    /// A folder where old inbox records and outputs are kept in files when they leave the database [default: none] [env: ONCELY_ARCHIVE]
+    #[arg(long, value_name = "FOLDER")]
+    pub archive: Option<String>,
 }
 
 /// Everything a host needs to know, checked.
@@ -133,6 +137,8 @@ pub struct HostConfig {
     /// How much of its log the server may keep until it is read, in bytes.
     pub relay_slot_max: u64,
     pub keep_inbox: KeepInbox,
+    /// Where old rows are kept when they leave the database.
+    pub archive: Option<PathBuf>,
 }
 
 /// How outputs are published.
@@ -211,6 +217,7 @@ impl HostConfig {
                 .get("keep_outputs")
                 .map_or(Ok(Duration::from_secs(15 * 60)), |given| keep_outputs(&given))?,
             keep_inbox: sources.get("keep_inbox").map_or(Ok(KeepInbox::Auto), |given| keep_inbox(&given))?,
+            archive: sources.get("archive").map(|given| archive(&given)).transpose()?,
             data_dir,
         })
     }
@@ -344,6 +351,15 @@ fn keep_inbox(given: &Given) -> anyhow::Result<KeepInbox> {
         (_, Ok(keep)) if (least..=most).contains(&keep) => Ok(KeepInbox::For(keep)),
         _ => Err(given.refuse_value("is neither `auto` nor a length of time between 1m and 3650d", "auto")),
     }
+}
+
+/// The folder is made now: what is found out later has nobody to tell.
+fn archive(given: &Given) -> anyhow::Result<PathBuf> {
+    let folder = given.path();
+    std::fs::create_dir_all(&folder).and_then(|()| tempfile::tempfile_in(&folder)).map_err(|error| {
+        given.refuse(format!("nothing can be written to {}: {error}", folder.display()), "/var/lib/oncely/archive")
+    })?;
+    Ok(folder)
 }
 
 impl Database {

@@ -34,20 +34,6 @@ async fn check_order(world: &World, count: usize) -> Result<()> {
         let key = body["key"].as_str().context("the output names no key")?.to_owned();
         told.entry(key).or_default().push(body["value"].as_u64().context("the output has no value")?);
     }
-    if told.values().map(Vec::len).sum::<usize>() != count {
-        //DEBUG
-        for row in world.database.rows("select seq, via, published_at, stream, stream_sequence, due_at, first_attempt_at, failures, last_error from oncely.outbox order by seq limit 60").await? { eprintln!("{row:?}"); }
-        for row in world
-            .database
-            .rows("select number, stream, seqs, published_at from oncely.relay_record order by number limit 10")
-            .await?
-        {
-            eprintln!("{row:?}");
-        }
-        for row in world.database.rows("select * from oncely.relay").await? {
-            eprintln!("{row:?}");
-        }
-    }
     ensure!(told.values().map(Vec::len).sum::<usize>() == count, "not {count} outputs: {told:?}");
     for (key, values) in told {
         let expected: Vec<u64> = (1..=values.len() as u64).collect();
@@ -396,7 +382,7 @@ async fn old_outputs_of_the_log_leave_with_their_part() -> Result<()> {
         )
         .await?;
     start(&mut world).await?;
-    world.until("select count(*) from oncely.turn where of = 'outbox' and earlier = '{}'", 1).await?;
+    world.until("select count(*) from oncely.turn where of = 'outbox' and not 0 = any (earlier)", 1).await?;
     let left = world.database.number("select count(*) from oncely.outbox").await?;
     let recorded = "select coalesce(sum(cardinality(seqs)), 0) from oncely.relay_record where last_seq >= 50";
     assert_eq!(left, world.database.number(recorded).await?);

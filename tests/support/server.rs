@@ -1,7 +1,10 @@
 //! A child process that cannot outlive the test process, not even a killed one.
 
+use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicU16, Ordering};
 
 use anyhow::Context;
 
@@ -36,8 +39,19 @@ impl Drop for Server {
     }
 }
 
-/// A port of the loopback interface that was free a moment ago.
+/// Below those that systems give to outgoing connections: one of these could take the port of a server that is to be started,
+/// or started again, in a moment.
+const PORTS: std::ops::Range<u16> = 15_000..32_000;
+
+/// A port of the loopback interface that was free a moment ago. Each process begins somewhere else and gives none twice
+/// in a row.
 pub fn free_port() -> anyhow::Result<u16> {
-    let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).context("look for a free port")?;
-    Ok(listener.local_addr().context("read the port")?.port())
+    static NEXT: LazyLock<AtomicU16> = LazyLock::new(|| AtomicU16::new(rand::random()));
+    for _ in PORTS {
+        let port = PORTS.start + NEXT.fetch_add(1, Ordering::Relaxed) % (PORTS.end - PORTS.start);
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return Ok(port);
+        }
+    }
+    anyhow::bail!("no port from {} to {} is free", PORTS.start, PORTS.end)
 }

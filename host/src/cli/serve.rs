@@ -48,7 +48,8 @@ impl Served {
         let store = open_store(config).await?;
         let bus = Bus::connect(&config.nats).await.map_err(unreachable)?;
         let token = config.keep_token()?;
-        let retention = Retention { outputs: config.keep_outputs, inbox: config.keep_inbox };
+        let retention =
+            Retention { outputs: config.keep_outputs, inbox: config.keep_inbox, archive: config.archive.clone() };
         let (host, running) = Host::start(store, bus, &config.data_dir.join("components"), retention).await?;
         let address = listener.local_addr().context("read the address of the control API")?;
         let stop_api = Stop::new();

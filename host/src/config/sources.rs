@@ -74,6 +74,7 @@ fn by_knob(flags: &HostFlags) -> [(&'static str, &Option<String>); KNOBS.len()] 
         ("relay_database", &flags.relay_database),
         ("relay_slot_max", &flags.relay_slot_max),
         ("keep_inbox", &flags.keep_inbox),
+        ("archive", &flags.archive),
     ]
 }
 

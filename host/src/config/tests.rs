@@ -47,6 +47,7 @@ fn with_nothing_given_a_host_runs_from_one_folder_on_this_machine() {
         relay_database: None,
         relay_slot_max: 4 << 30,
         keep_inbox: KeepInbox::Auto,
+        archive: None,
     };
     assert_eq!(config, expected);
 }
@@ -93,6 +94,7 @@ fn every_knob_is_read_from_every_source() {
         "relay_database" => "postgres://c/d".to_owned(),
         "relay_slot_max" => "128MiB".to_owned(),
         "keep_inbox" => "9d".to_owned(),
+        "archive" => creds.with_file_name("archive").to_string_lossy().into_owned(),
         _ => panic!("no value for {knob}"),
     };
     let default = resolve(&[], &[]).unwrap();
@@ -113,11 +115,12 @@ fn every_knob_is_read_from_every_source() {
 #[test]
 fn a_bad_value_is_named_with_the_place_it_came_from_and_one_that_would_do() {
     type Case = (&'static [&'static str], &'static [(&'static str, &'static str)], &'static str, &'static str);
-    let cases: [Case; 16] = [
+    let cases: [Case; 17] = [
         (&["--relay", "push"], &[], "`relay` (from --relay) cannot be used: `push` is neither", "--relay wal"),
         (&[], &[("ONCELY_RELAY", "wal")], "`relay` (from ONCELY_RELAY) cannot be used: `wal` reads", "postgres://"),
         (&["--relay-slot-max", "1MiB"], &[], "`1MiB` is not a size of 64 MiB or more", "--relay-slot-max 4GiB"),
         (&["--drain", "soon"], &[], "`drain` (from --drain) cannot be used: `soon` is not a length", "--drain 30s"),
+        (&["--archive", "/proc/none"], &[], "nothing can be written to /proc/none", "--archive /var/lib"),
         (&["--keep-inbox", "ever"], &[], "`ever` is neither `auto` nor a length of time", "--keep-inbox auto"),
         (&[], &[("ONCELY_LOG", "xml")], "`log` (from ONCELY_LOG) cannot be used: `xml` is neither", "ONCELY_LOG=json"),
         (

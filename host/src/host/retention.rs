@@ -3,6 +3,7 @@
 //! An inbox record must stay for as long as its message may come again: for as long as the stream keeps it. A dead letter's
 //! record stays for as long as the letter may be put back, whatever is said here.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
@@ -30,11 +31,13 @@ const PATIENCE_MAX: Duration = Duration::from_secs(20);
 const TELL_AFTER: u32 = 10;
 
 /// For how long rows are kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Retention {
     /// Published outputs.
     pub outputs: Duration,
     pub inbox: KeepInbox,
+    /// The folder where rows are kept that leave.
+    pub archive: Option<PathBuf>,
 }
 
 impl Retention {
@@ -110,6 +113,7 @@ impl Removal {
             Ok(()) => self.failures = 0,
             Err(error) => {
                 self.failures = self.failures.saturating_add(1);
+                // Many hosts may be at it, and it comes again in a minute: once is no news.
                 match self.failures {
                     TELL_AFTER => tracing::warn!("old rows could not be removed {TELL_AFTER} times: {error:#}"),
                     _ => tracing::debug!("removing old rows again later: {error:#}"),
@@ -129,6 +133,7 @@ impl Removal {
             inbox,
             limit: AT_A_TIME,
             patience: PATIENCE.saturating_mul(1 << self.failures.min(8)).min(PATIENCE_MAX),
+            archive: host.retention.archive.clone(),
         };
         while !stopping.is_stopping() {
             let retired = host.store.retire(&what).await;
@@ -153,7 +158,7 @@ mod tests {
     const HOUR: Duration = Duration::from_secs(3_600);
 
     fn retention(inbox: KeepInbox) -> Retention {
-        Retention { outputs: HOUR, inbox }
+        Retention { outputs: HOUR, inbox, archive: None }
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! surface may be dropped before it is done: callers run deliveries in tasks of their own that are never aborted.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -18,6 +19,7 @@ use crate::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
 pub use crate::state::{StateEntry, StateWrite};
 use crate::verdict::{Letter, Settled};
 
+mod archive;
 mod changes;
 mod letters;
 mod log;
@@ -273,7 +275,7 @@ pub struct WorkerTotals {
 }
 
 /// For how long rows are kept, at the least.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Retire {
     /// After their publication.
     pub outputs: Duration,
@@ -283,6 +285,8 @@ pub struct Retire {
     pub limit: u32,
     /// How long to wait for transactions that are under way; new ones may have to wait as long.
     pub patience: Duration,
+    /// The folder where what leaves is kept in files; none for nowhere. A row may be in two of them, after a crash.
+    pub archive: Option<PathBuf>,
 }
 
 /// The database as the loops and the control API use it.

@@ -17,12 +17,15 @@ on_every_database!(
     outputs_that_are_not_published_outlast_their_part,
     a_letter_can_be_put_back_when_its_time_is_long_over,
     an_emptied_table_is_as_small_as_it_was,
+    what_leaves_is_in_the_archive_and_what_stays_is_not,
+    nothing_leaves_when_the_archive_cannot_be_written,
 );
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Keeps everything for a day.
-const FOR_A_DAY: Retire = Retire { outputs: DAY, inbox: Some(DAY), limit: 100, patience: Duration::from_millis(300) };
+const FOR_A_DAY: Retire =
+    Retire { outputs: DAY, inbox: Some(DAY), limit: 100, patience: Duration::from_millis(300), archive: None };
 
 /// Removes everything that may be.
 pub(super) async fn retire_everything(world: &World) {
@@ -209,6 +212,60 @@ async fn a_letter_can_be_put_back_when_its_time_is_long_over(world: World) {
     retire_everything(&world).await;
     let letter = world.store.letter(letter.id).await.unwrap().unwrap();
     assert_eq!(letter.summary.state.as_str(), "done");
+}
+
+/// An event that is done, one that is dead, and an output of the first that is published.
+async fn some_of_everything(world: &World) {
+    let mut tx = world.begin().await;
+    claim(&mut tx, "e1", 1).await;
+    let outputs = [an_output("e1", 0, Duration::ZERO), an_output("e1", 1, Duration::ZERO)];
+    let rows = tx.append_outputs(&outputs, LEASE).await.unwrap();
+    tx.commit().await.unwrap();
+    world.store.bury(&[a_letter("dead", b"", Reason::Rejected)]).await.unwrap();
+    let place = Published { seq: rows[0].seq, stream: "PAYMENTS".to_owned(), stream_sequence: 41 };
+    world.store.mark_published(&[place]).await.unwrap();
+}
+
+async fn what_leaves_is_in_the_archive_and_what_stays_is_not(world: World) {
+    some_of_everything(&world).await;
+    let archive = world.folder.path().join("archive");
+    std::fs::create_dir(&archive).unwrap();
+    let now =
+        Retire { outputs: Duration::ZERO, inbox: Some(Duration::ZERO), archive: Some(archive.clone()), ..FOR_A_DAY };
+    for _ in 0..8 {
+        world.store.retire(&now).await.unwrap();
+    }
+    let (mut records, mut outputs) = (Vec::new(), Vec::new());
+    for file in std::fs::read_dir(&archive).unwrap() {
+        let path = file.unwrap().path();
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        assert!(name.ends_with("Z.jsonl.gz"), "{name}");
+        let text = std::io::read_to_string(flate2::read::GzDecoder::new(std::fs::File::open(&path).unwrap())).unwrap();
+        let rows = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        if name.starts_with("inbox-") { records.extend(rows) } else { outputs.extend(rows) }
+    }
+    assert_eq!((records.len(), outputs.len()), (1, 1), "{records:?} {outputs:?}");
+    let payload = format!("\\x{}", "01".repeat(32));
+    assert_eq!((&records[0]["event_id"], &records[0]["payload_sha256"]), (&"e1".into(), &payload.into()));
+    assert_eq!((&outputs[0]["id"], &outputs[0]["stream_sequence"]), (&"payments:e1:0".into(), &41.into()));
+    assert_eq!(outputs[0]["body"], "\\x00ff626f6479");
+    let headers = outputs[0]["headers"].as_str().unwrap();
+    assert!(headers.contains("Ce-Type"), "{headers}");
+    assert!(matches!(world.look("e1", 1).await, Claimed::Fresh { .. }));
+}
+
+async fn nothing_leaves_when_the_archive_cannot_be_written(world: World) {
+    some_of_everything(&world).await;
+    let gone = Some(world.folder.path().join("no such folder"));
+    let now = Retire { outputs: Duration::ZERO, inbox: Some(Duration::ZERO), archive: gone, ..FOR_A_DAY };
+    let mut failed = None;
+    for _ in 0..8 {
+        failed = world.store.retire(&now).await.err().or(failed);
+    }
+    let failed = format!("{:#}", anyhow::Error::from(failed.expect("it does not fail")));
+    assert!(failed.contains("write the archive") && failed.contains("no such folder"), "{failed}");
+    assert_eq!(world.store.totals().await.unwrap()[0].outputs, 3, "with the notice of the dead letter");
+    assert!(matches!(world.look("e1", 1).await, Claimed::Settled(_)));
 }
 
 async fn an_emptied_table_is_as_small_as_it_was(world: World) {

@@ -165,7 +165,7 @@ async fn outputs(session: &mut Session, worker: &str, event_id: &str) -> Result<
              select record.stream as log_stream,
                  record.sequences[pg_catalog.array_position(record.seqs, outbox.seq)] as log_sequence
              from oncely.relay_record as record
-             where outbox.via = 'wal' and record.last_seq >= outbox.seq and outbox.seq = any(record.seqs) limit 1
+             where outbox.via = 'wal' and record.last_seq >= outbox.seq and outbox.seq = any(record.seqs) order by record.last_seq limit 1
          ) as recorded on true
          where worker = $1 and event_id = $2 and subject not like 'oncely.%' order by seq",
     );

@@ -114,7 +114,7 @@ impl PostgresStore {
     /// Does what is due next with the parts of a table, in a transaction of its own.
     async fn turn(&self, of: Of, keep: Duration, what: &Retire) -> Result<bool> {
         let mut session = self.house.begin(Purpose::House).await?;
-        let done = parts::step(&mut session, of, keep, what.limit, what.patience).await?;
+        let done = parts::step(&mut session, of, keep, what).await?;
         session.commit().await?;
         Ok(done)
     }

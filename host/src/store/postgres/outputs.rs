@@ -41,11 +41,11 @@ macro_rules! summaries {
                  (select pg_catalog.count(*) from oncely.outbox as other where other.behind = rows.seq) as waiting,
                  case when via = 'wal' then (
                      select record.stream from oncely.relay_record as record
-                     where record.last_seq >= rows.seq and rows.seq = any(record.seqs) limit 1) end as log_stream,
+                     where record.last_seq >= rows.seq and rows.seq = any(record.seqs) order by record.last_seq limit 1) end as log_stream,
                  case when via = 'wal' then (
                      select record.sequences[pg_catalog.array_position(record.seqs, rows.seq)]
                      from oncely.relay_record as record
-                     where record.last_seq >= rows.seq and rows.seq = any(record.seqs) limit 1) end as log_sequence
+                     where record.last_seq >= rows.seq and rows.seq = any(record.seqs) order by record.last_seq limit 1) end as log_sequence
              from rows ",
             $rest
         )

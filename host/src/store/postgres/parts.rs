@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use anyhow::Context;
+use futures::StreamExt;
 use jiff::Timestamp;
 use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, Row, raw_sql};
@@ -14,7 +15,8 @@ use sqlx::{AssertSqlSafe, Row, raw_sql};
 use super::errors;
 use super::session::Session;
 use super::totals;
-use crate::store::{Result, StoreError, shared};
+use crate::store::archive::ArchiveFile;
+use crate::store::{Result, Retire, StoreError, shared};
 
 /// How many parts there are.
 const PARTS: i16 = 4;
@@ -49,7 +51,7 @@ struct Turn {
 #[derive(Debug, PartialEq, Eq)]
 enum Step {
     /// Empty the oldest of the earlier parts.
-    Empty(i16),
+    Empty,
     /// Write to this part from now on.
     TurnTo(i16),
     Nothing,
@@ -60,10 +62,10 @@ impl Turn {
         let has_passed = |since: Timestamp, time: Duration| {
             Duration::try_from(self.now.duration_since(since)).is_ok_and(|passed| passed >= time)
         };
-        if let Some((oldest, closed_at)) = self.earlier.first()
+        if let Some((_, closed_at)) = self.earlier.first()
             && has_passed(*closed_at, keep)
         {
-            return Step::Empty(*oldest);
+            return Step::Empty;
         }
         let is_empty = |part: &i16| *part != self.part && self.earlier.iter().all(|(earlier, _)| earlier != part);
         match (1..PARTS).map(|ahead| (self.part + ahead) % PARTS).find(is_empty) {
@@ -74,25 +76,19 @@ impl Turn {
 }
 
 /// Does what is due next with one table whose rows are kept for `keep`; says whether something was done. Nothing is while
-/// another host is at it, or while more than `limit` rows would have to move on to the current part. Transactions under way
-/// that do not end within `patience` are a conflict.
-pub(super) async fn step(
-    session: &mut Session,
-    of: Of,
-    keep: Duration,
-    limit: u32,
-    patience: Duration,
-) -> Result<bool> {
+/// another host is at it, or while more rows than `what` allows would have to move on to the current part. Transactions under
+/// way that do not end in time are a conflict.
+pub(super) async fn step(session: &mut Session, of: Of, keep: Duration, what: &Retire) -> Result<bool> {
     let Some(turn) = read(session, of).await? else { return Ok(false) };
     let step = turn.next(keep);
     if step == Step::Nothing {
         return Ok(false);
     }
-    session.run(format!("set local lock_timeout = {}", patience.as_millis()), "be patient").await?;
+    session.run(format!("set local lock_timeout = {}", what.patience.as_millis()), "be patient").await?;
     match step {
         Step::TurnTo(part) => turn_to(session, of, part).await?,
-        Step::Empty(part) => {
-            if !empty(session, of, &turn, part, keep, limit).await? {
+        Step::Empty => {
+            if !empty(session, of, &turn, keep, what).await? {
                 return Ok(false);
             }
         }
@@ -149,32 +145,27 @@ async fn turn_to(session: &mut Session, of: Of, part: i16) -> Result<()> {
 }
 
 /// Empties the oldest part; what has not had its time moves on to the current one. Says whether it was done.
-async fn empty(session: &mut Session, of: Of, turn: &Turn, part: i16, keep: Duration, limit: u32) -> Result<bool> {
+async fn empty(session: &mut Session, of: Of, turn: &Turn, keep: Duration, what: &Retire) -> Result<bool> {
+    let Some((part, closed_at)) = turn.earlier.first() else { return Ok(false) };
     let (name, current) = (of.name(), turn.part);
+    let moves_on = moves_on(of, keep);
+    if of == Of::Outbox
+        && (has_more_than(session, *part, &moves_on, what.limit).await? || is_in_log(session, *part).await?)
+    {
+        return Ok(false);
+    }
+    if of == Of::Inbox {
+        totals::write_done(session).await?;
+    }
+    if let Some(folder) = &what.archive {
+        let rows = if of == Of::Outbox && has_log_records(session).await? { WITH_LOG_RECORDS } else { "*" };
+        let leaving = format!("select {rows} from oncely.{name}_{part} as {name} where not ({moves_on})");
+        archive(session, &leaving, ArchiveFile::create(folder, name, *closed_at)).await?;
+    }
     session.run(format!("lock table oncely.{name}_{part} in access exclusive mode"), "empty a part").await?;
-    let moves_on = match of {
-        Of::Inbox => {
-            totals::write_done(session).await?;
-            // What is dead stays settled for as long as somebody may put it back.
-            "inbox.state = 'dead' and exists (
-                 select from oncely.dead_letter as letter where letter.worker = inbox.worker
-                     and letter.event_id = inbox.event_id and letter.state in ('open', 'redriven'))"
-                .to_owned()
-        }
-        Of::Outbox => {
-            let kept_since = format!("pg_catalog.now() - {} * interval '1 microsecond'", shared::micros(keep));
-            let by_polling = format!("via = 'poll' and (published_at is null or published_at > {kept_since})");
-            let from_log = format!("oncely.relay_record where published_at > {kept_since}");
-            let by_log = format!("via = 'wal' and seq in (select unnest(seqs) from {from_log})");
-            if has_more_than(session, part, &format!("({by_polling} or {by_log})"), limit).await?
-                || is_in_log(session, part).await?
-            {
-                return Ok(false);
-            }
-            settle_in_log(session, part, current, &from_log).await?;
-            by_polling
-        }
-    };
+    if of == Of::Outbox {
+        settle_in_log(session, *part, current, &moves_on).await?;
+    }
     let emptied = format!(
         "update oncely.{name} set part = {current} where part = {part} and {moves_on};
          truncate oncely.{name}_{part};
@@ -184,11 +175,46 @@ async fn empty(session: &mut Session, of: Of, turn: &Turn, part: i16, keep: Dura
     Ok(true)
 }
 
+/// Which rows of an earlier part are still needed.
+fn moves_on(of: Of, keep: Duration) -> String {
+    match of {
+        // What is dead stays settled for as long as somebody may put it back.
+        Of::Inbox => "inbox.state = 'dead' and exists (
+             select from oncely.dead_letter as letter where letter.worker = inbox.worker
+                 and letter.event_id = inbox.event_id and letter.state in ('open', 'redriven'))"
+            .to_owned(),
+        Of::Outbox => {
+            let kept_since = format!("pg_catalog.now() - {} * interval '1 microsecond'", shared::micros(keep));
+            format!(
+                "case when via = 'poll' then outbox.published_at is null or outbox.published_at > {kept_since}
+                 else outbox.seq in (select unnest(seqs) from oncely.relay_record where relay_record.published_at > {kept_since})
+                 end"
+            )
+        }
+    }
+}
+
+/// Writes rows to a file. What is published, or settled, for so long does not change any more.
+async fn archive(session: &mut Session, rows: &str, file: ArchiveFile) -> Result<()> {
+    let doing = |error| errors::of_statement(error, "archive a part");
+    session.run("set local statement_timeout = 0".to_owned(), "archive a part").await?;
+    // What JSON cannot hold takes the place of quotes and delimiters, so that lines come as they are.
+    let copy = format!(
+        "copy (select pg_catalog.row_to_json(leaving) from ({rows}) as leaving) to stdout
+         with (format csv, quote E'\\x01', delimiter E'\\x02')"
+    );
+    let mut lines = session.connection().copy_out_raw(&copy).await.map_err(doing)?;
+    while let Some(line) = lines.next().await {
+        file.add(line.map_err(doing)?).await;
+    }
+    file.finish().await
+}
+
 /// Whether more rows of a part of the outbox than `limit` would have to move on.
 async fn has_more_than(session: &mut Session, part: i16, moves_on: &str, limit: u32) -> Result<bool> {
     let count = format!(
         "select pg_catalog.count(*) from (
-             select from oncely.outbox_{part} where {moves_on} limit {limit} + 1) as moving_on"
+             select from oncely.outbox_{part} as outbox where {moves_on} limit {limit} + 1) as moving_on"
     );
     let counted = raw_sql(AssertSqlSafe(count)).fetch_one(session.connection()).await.and_then(|row| row.try_get(0));
     let count: i64 = counted.map_err(|error| errors::of_statement(error, "count what is left in a part"))?;
@@ -207,16 +233,30 @@ async fn is_in_log(session: &mut Session, part: i16) -> Result<bool> {
 
 /// Moves on what was published from the log a short while ago. As rows that went by polling: as others they would be in the
 /// log a second time.
-async fn settle_in_log(session: &mut Session, part: i16, current: i16, from_log: &str) -> Result<()> {
+async fn settle_in_log(session: &mut Session, part: i16, current: i16, moves_on: &str) -> Result<()> {
     let settled = format!(
         "update oncely.outbox
-         set part = {current}, via = 'poll', published_at = published.published_at, stream = published.stream,
-             stream_sequence = published.sequence
-         from (select seq, stream, sequence, published_at from (select * from {from_log}) as record
-                   cross join unnest(record.seqs, record.sequences) as one (seq, sequence)) as published
-         where outbox.part = {part} and outbox.via = 'wal' and outbox.seq = published.seq"
+         set part = {current}, via = 'poll', published_at = recorded.published_at, stream = recorded.stream,
+             stream_sequence = recorded.sequence
+         from (select one.seq as recorded_seq, record.stream, one.sequence, record.published_at
+               from oncely.relay_record as record
+                   cross join unnest(record.seqs, record.sequences) as one (seq, sequence)) as recorded
+         where part = {part} and via = 'wal' and seq = recorded_seq and {moves_on}"
     );
     session.run(settled, "move outputs of the log on").await
+}
+
+/// What is archived of an output once some were published from the log: where and when, too.
+const WITH_LOG_RECORDS: &str = "outbox.*, (select pg_catalog.json_build_object('stream', record.stream,
+        'stream_sequence', record.sequences[pg_catalog.array_position(record.seqs, outbox.seq)],
+        'published_at', record.published_at)
+    from oncely.relay_record as record
+    where outbox.via = 'wal' and record.last_seq >= outbox.seq and outbox.seq = any(record.seqs) order by record.last_seq limit 1) as from_log";
+
+async fn has_log_records(session: &mut Session) -> Result<bool> {
+    let query = session.query("select exists (select from oncely.relay_record)");
+    let row = query.fetch_one(session.connection()).await.and_then(|row| row.try_get(0));
+    row.map_err(|error| errors::of_statement(error, "look for records of the log"))
 }
 
 /// Deletes records of what was published from the log once the outputs have left, at most `limit`. Returns whether there may
@@ -280,7 +320,7 @@ mod tests {
         assert_eq!(turn(0, 950, &[]).next(KEEP), Step::TurnTo(1));
         assert_eq!(turn(2, 960, &[(0, 910), (1, 960)]).next(KEEP), Step::Nothing);
         assert_eq!(turn(2, 950, &[(0, 901), (1, 950)]).next(KEEP), Step::TurnTo(3));
-        assert_eq!(turn(2, 950, &[(0, 900), (1, 950)]).next(KEEP), Step::Empty(0));
+        assert_eq!(turn(2, 950, &[(0, 900), (1, 950)]).next(KEEP), Step::Empty);
         assert_eq!(turn(1, 940, &[(2, 901), (3, 905), (0, 940)]).next(KEEP), Step::Nothing, "none is empty");
         assert_eq!(turn(3, 900, &[(2, 950)]).next(KEEP), Step::TurnTo(0));
     }

@@ -17,6 +17,7 @@ mod outbox;
 mod outputs;
 mod redrive;
 mod repair;
+mod retention;
 mod session;
 mod state;
 mod totals;
@@ -259,7 +260,7 @@ impl Store for SqliteStore {
 
     async fn retire(&self, what: &Retire) -> Result<bool> {
         let mut session = self.sessions.begin().await?;
-        let has_more = totals::retire(&mut session, what).await?;
+        let has_more = retention::retire(&mut session, what).await?;
         session.commit().await?;
         Ok(has_more)
     }
