@@ -30,7 +30,7 @@ pub struct LogState {
     pub mode: RelayMode,
     /// What the log was left for, when that was not asked for.
     pub why: Option<String>,
-    /// How far publishing from the log is behind the commits; zero when nothing goes by it.
+    /// Age of the oldest output that is in the log and not known to be published; zero when there is none.
     pub behind: Duration,
     /// None when nothing goes by the log and nothing is left of its slot.
     pub slot: Option<SlotState>,

@@ -38,8 +38,9 @@ pub(super) async fn look(session: &mut Session, retained_max: u64) -> Result<Fou
     let query = session.query(
         "select mode, wanted = 'wal' as is_wanted, why, left_at is not null as has_horizon,
              coalesce(left_at <= pg_snapshot_xmin(pg_current_snapshot()), false) as is_over,
-             case when mode = 'wal' then
-                 (extract(epoch from pg_catalog.clock_timestamp() - published_until) * 1000000)::bigint end as behind,
+             case when mode = 'wal' then (
+                 select (extract(epoch from pg_catalog.clock_timestamp() - pg_catalog.min(due_at)) * 1000000)::bigint
+                 from oncely.in_log()) end as behind,
              slot_name is not null as has_slot, coalesce(active, false) as active,
              coalesce(wal_status = 'lost', false) as lost,
              coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), 0)::bigint as retained
