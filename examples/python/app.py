@@ -13,7 +13,7 @@ class Handler(exports.Handler):
         try:
             name = json.loads(message.body)["name"]
         except (ValueError, TypeError, KeyError) as error:
-            # A dead letter at once. Any other exception traps, which is a retry.
+            # A dead letter at once. Any other exception traps, which is tried again, but not if it repeats to the letter.
             raise Err(Failure(FailureKind_Reject(), "malformed", f"the body is not the expected JSON: {error!r}"))
 
         entry = state.get(f"greeted.{name}")

@@ -55,6 +55,7 @@ fn router(host: Arc<Host>, token: &str) -> Router {
         .route("/deploy", post(deploy))
         .route("/rollback", post(rollback))
         .route("/publish", post(publish))
+        .route("/components/{digest}", get(component))
         .merge(letters::routes())
         .route("/workers/{worker}/state", get(state_list))
         .route("/workers/{worker}/state/entry", get(state_get))
@@ -217,6 +218,12 @@ async fn upload(State(host): State<Arc<Host>>, wasm: Bytes) -> Answer<Uploaded> 
     let digest = hex::encode(Sha256::digest(&wasm));
     host.store.put_component(&digest, &wasm).await?;
     Ok(Json(Uploaded { digest }))
+}
+
+/// A component that was kept, byte for byte.
+async fn component(State(host): State<Arc<Host>>, Path(digest): Path<String>) -> std::result::Result<Vec<u8>, Failure> {
+    let found = host.store.component(&digest).await?;
+    found.ok_or_else(|| Failure(StatusCode::NOT_FOUND, anyhow!("there is no component {digest}")))
 }
 
 async fn plan(State(host): State<Arc<Host>>, Json(proposal): Json<Proposal>) -> Answer<Plan> {

@@ -13,7 +13,7 @@ use crate::manifest::Worker;
 use crate::message::Message;
 use crate::metrics::Metrics;
 use crate::state::{BatchState, StateEntry};
-use crate::store::{Claim, Claimed, FailedAttempt, OutboxRow, Store, StoreError, Tx};
+use crate::store::{Claim, Claimed, CountedAttempt, FailedAttempt, OutboxRow, Store, StoreError, Tx};
 use crate::verdict::{Letter, Reason, Verdict};
 
 mod lent;
@@ -98,6 +98,7 @@ impl Delivery {
             }
         }
         self.judge_failures(&mut run).await?;
+        self.forget_records(&run).await;
         self.metrics.batch(&self.worker.name, run.reruns);
         Ok(run.finish(&self.worker.name, self.version))
     }
@@ -231,6 +232,7 @@ impl Delivery {
                 code: failed.failure.code.clone(),
                 error: failed.failure.message.clone(),
                 logs: failed.logs.clone(),
+                record: failed.record.clone(),
             })
             .collect();
         if fault::mutant(fault::CHARGE_WHOLE_BATCH)
@@ -239,19 +241,33 @@ impl Delivery {
             let charge = |member: &Arc<Message>| FailedAttempt { event_id: member.event_id.clone(), ..first.clone() };
             records.extend(run.batch.iter().map(charge));
         }
-        let attempts = self.store.count_attempts(&self.worker.name, &records).await?;
+        let counted = self.store.count_attempts(&self.worker.name, &records).await?;
         fault::point(fault::AFTER_COUNT);
         failed.iter().for_each(|failed| {
             self.metrics.attempt_failed(&self.worker.name, failed.failure.code.as_deref());
         });
-        for (failed, attempt) in failed.into_iter().zip(attempts) {
-            let verdict = self.judge(run, failed.member, failed.failure, attempt);
+        for (failed, counted) in failed.into_iter().zip(counted) {
+            let verdict = self.judge(run, failed.member, failed.failure, counted);
             run.verdict(failed.member, verdict);
         }
         Ok(())
     }
 
-    fn judge(&self, run: &Run<'_>, member: usize, failure: CallFailure, attempt: u32) -> Verdict {
+    /// Forgets what is on record of events that failed before and took effect now. If it cannot, that goes with their attempts.
+    async fn forget_records(&self, run: &Run<'_>) {
+        let took_effect = |member: &&usize| matches!(run.verdicts.get(**member), Some(Some(Verdict::Done(_))));
+        let members = run.failed_before.iter().filter(took_effect);
+        let event_ids: Vec<String> = members.filter_map(|member| run.event_id(*member)).collect();
+        if event_ids.is_empty() {
+            return;
+        }
+        if let Err(error) = self.store.forget_records(&self.worker.name, &event_ids).await {
+            tracing::debug!("records of attempts not removed: {:#}", anyhow::Error::from(error));
+        }
+    }
+
+    fn judge(&self, run: &Run<'_>, member: usize, failure: CallFailure, counted: CountedAttempt) -> Verdict {
+        let CountedAttempt { attempt, repeats } = counted;
         // What was put back has a budget of its own, and goes on counting.
         let before = run.batch.get(member).map_or(0, |message| message.attempts_before());
         let of_budget = attempt.saturating_sub(before).max(1);
@@ -263,6 +279,7 @@ impl Delivery {
             FailureKind::Reject => Reason::Rejected,
             FailureKind::OutputRefused => Reason::OutputRefused,
             _ if !self.worker.retry.allows_another(of_budget) => Reason::AttemptsExhausted,
+            _ if repeats && of_budget > 1 && self.worker.retry.buries_proved_poison() => Reason::ProvedPoison,
             _ => {
                 let after = self.worker.retry.after(of_budget, asked, rand::random());
                 return Verdict::Retry { attempt, after };
@@ -304,6 +321,8 @@ struct Run<'b> {
     keys: Vec<Option<String>>,
     verdicts: Vec<Option<Verdict>>,
     failed: Vec<Failed>,
+    /// Those that had failed attempts when they were claimed.
+    failed_before: BTreeSet<usize>,
     outputs: Vec<OutboxRow>,
     leased_at: Option<Instant>,
     reruns: u32,
@@ -324,8 +343,20 @@ impl<'b> Run<'b> {
         }
         let verdicts = batch.iter().map(|_| None).collect();
         let keys = batch.iter().map(|message| worker.held_key_of(message)).collect();
-        let (failed, outputs) = (Vec::new(), Vec::new());
-        Run { batch, twins, keys, verdicts, failed, outputs, leased_at: None, reruns: 0, undone: 0, careful: false }
+        let (failed, failed_before, outputs) = (Vec::new(), BTreeSet::new(), Vec::new());
+        Run {
+            batch,
+            twins,
+            keys,
+            verdicts,
+            failed,
+            failed_before,
+            outputs,
+            leased_at: None,
+            reruns: 0,
+            undone: 0,
+            careful: false,
+        }
     }
 
     fn first_of_each_id(&self) -> Vec<usize> {
@@ -390,7 +421,12 @@ impl<'b> Run<'b> {
             match claimed {
                 _ if fault::mutant(fault::SKIP_CLAIM) => fresh.push((member, 0)),
                 _ if self.is_distrusted(member) => fresh.push((member, 0)),
-                Claimed::Fresh { attempts } => fresh.push((member, attempts)),
+                Claimed::Fresh { attempts } => {
+                    if attempts > 0 {
+                        self.failed_before.insert(member);
+                    }
+                    fresh.push((member, attempts));
+                }
                 Claimed::Settled(settled) => self.verdict(member, Verdict::Duplicate(settled)),
                 Claimed::OtherPayload => self.id_reuse(member),
             }
@@ -420,7 +456,8 @@ impl<'b> Run<'b> {
             StoreError::Refused(cause) => {
                 let why = format!("{cause:#}");
                 let failure = || CallFailure::new(FailureKind::Retry, "commit-refused", why.as_str());
-                let failed = |member: &usize| Failed { member: *member, failure: failure(), logs: String::new() };
+                let failed =
+                    |member: &usize| Failed { member: *member, failure: failure(), logs: String::new(), record: None };
                 self.failed.extend(ran.succeeded.iter().map(failed));
                 Ok(Round::Committed)
             }

@@ -3,13 +3,14 @@
 //! The map, floor by floor; imports run strictly downwards and rooms on one floor do not know each other.
 //!
 //! - what people touch: `cli`, `api`
-//! - loops: `host` (with `deploy` and `reconcile`), `worker`, `lane`, `relay`, `drain`
+//! - loops: `host` (with `deploy`, `reconcile` and `replay`), `worker`, `lane`, `relay`, `drain`
 //! - the heart: `delivery`
 //! - one room per outside thing: `guest` (wasmtime), `store` (sqlx), `bus` (async-nats), `crate_build` (cargo)
 //! - plain values, no IO: `message`, `sql`, `state`, `verdict`, `dead_letter`, `redrive`, `manifest`, `config`, `retry`,
-//!   `subject`, `units`, `toml_text`, `hint`, `breaker`, `metrics`; and `fault`, named points and mutants for tests
+//!   `subject`, `units`, `toml_text`, `base64_text`, `hint`, `breaker`, `metrics`; and `fault`, named points and mutants for tests
 
 pub mod api;
+pub mod base64_text;
 pub mod breaker;
 pub mod bus;
 pub mod cli;
@@ -30,6 +31,7 @@ pub mod metrics;
 pub mod reconcile;
 pub mod redrive;
 pub mod relay;
+pub mod replay;
 pub mod retry;
 pub mod sql;
 pub mod state;

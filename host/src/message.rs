@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::fault;
+use crate::{base64_text, fault};
 
 /// Header names and values in order; a name may repeat, case is kept.
 pub type Headers = Vec<(String, String)>;
@@ -15,12 +16,13 @@ pub type Headers = Vec<(String, String)>;
 pub const EVENT_ID_MAX: usize = 255;
 
 /// One message for one worker.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Message {
     /// What dedupes. Never empty, at most [`EVENT_ID_MAX`] bytes.
     pub event_id: String,
     pub subject: String,
     pub headers: Headers,
+    #[serde(with = "base64_text")]
     pub body: Bytes,
     /// Where it stands; none for a message that did not come from a stream.
     pub origin: Option<Origin>,
@@ -29,7 +31,7 @@ pub struct Message {
 }
 
 /// What a message brings that was put back from the dead letters.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Redriven {
     /// Failed attempts before it was put back: those from here on have a budget of their own.
     pub attempts_before: u32,
@@ -38,7 +40,7 @@ pub struct Redriven {
 }
 
 /// A place on a stream.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Origin {
     pub stream: String,
     pub sequence: u64,

@@ -208,7 +208,10 @@ fn message(letter: &LetterRecord) -> Message {
 fn classify(letter: &LetterRecord, rehearsal: &Rehearsal) -> (Class, String) {
     let summary = &letter.summary;
     if let Some((reason, failure)) = &rehearsal.failure {
-        let is_same = summary.reason == reason.as_str()
+        // A rehearsal is one attempt, which proves nothing.
+        let proved = summary.reason == Reason::ProvedPoison.as_str();
+        let died_of = if proved { Reason::AttemptsExhausted.as_str() } else { summary.reason.as_str() };
+        let is_same = died_of == reason.as_str()
             && summary.code == failure.code
             && (failure.code.is_some() || summary.detail == failure.message);
         let class = if is_same { Class::FailsTheSame } else { Class::FailsDifferently };

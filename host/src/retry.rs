@@ -21,11 +21,29 @@ pub struct RetryPolicy {
     /// Where that doubling ends.
     #[serde(with = "units::duration")]
     pub backoff_max: Duration,
+    /// What becomes of a message whose handler traps again after it asked and saw the very same.
+    pub proved_poison: ProvedPoison,
+}
+
+/// What follows when two attempts prove that a third comes to the same.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ProvedPoison {
+    /// It is a dead letter at once.
+    #[default]
+    Bury,
+    /// It has all of its attempts.
+    Retry,
 }
 
 impl Default for RetryPolicy {
     fn default() -> Self {
-        RetryPolicy { attempts: 5, backoff: Duration::from_secs(1), backoff_max: Duration::from_secs(5 * 60) }
+        RetryPolicy {
+            attempts: 5,
+            backoff: Duration::from_secs(1),
+            backoff_max: Duration::from_secs(5 * 60),
+            proved_poison: ProvedPoison::Bury,
+        }
     }
 }
 
@@ -38,6 +56,11 @@ impl RetryPolicy {
         let least = asked.unwrap_or_default().min(WAIT_MAX);
         let spread = scale(least / 10, random);
         jittered.max(least + spread).min(WAIT_MAX)
+    }
+
+    /// Whether a message that is proved poison is not tried again.
+    pub fn buries_proved_poison(&self) -> bool {
+        self.proved_poison == ProvedPoison::Bury
     }
 
     /// For how long a message is tried at most, as long as its handler asks for no other times.
@@ -104,6 +127,7 @@ mod tests {
             attempts: 5,
             backoff: Duration::from_millis(backoff_ms),
             backoff_max: Duration::from_millis(backoff_max_ms),
+            proved_poison: ProvedPoison::Bury,
         }
     }
 

@@ -2,10 +2,14 @@
 
 mod gate;
 
+use serde::{Deserialize, Serialize};
+
+use crate::base64_text;
+
 pub use gate::{changes_rows, check_platform_names, check_statement, highest_placeholder};
 
 /// Which database stands behind a store.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Dialect {
     Postgres,
@@ -13,14 +17,17 @@ pub enum Dialect {
 }
 
 /// A parameter or a column's value; see `interface sql` in `wit/worker.wit` for what each becomes where.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Value {
     Null,
     Boolean(bool),
     Int64(i64),
+    #[serde(with = "float_text")]
     Float64(f64),
     Decimal(String),
     Text(String),
+    #[serde(with = "base64_text")]
     Bytes(Vec<u8>),
     Uuid(String),
     Json(String),
@@ -47,14 +54,35 @@ impl Value {
 }
 
 /// Rows and the names of their columns; the names are only known when there is a row.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Rows {
     pub columns: Vec<String>,
     pub rows: Vec<Vec<Value>>,
 }
 
+impl Rows {
+    /// About how many bytes they hold, for limits.
+    pub fn size(&self) -> usize {
+        let columns: usize = self.columns.iter().map(String::len).sum();
+        columns + self.rows.iter().flatten().map(Value::size).sum::<usize>()
+    }
+}
+
+/// A double as text: JSON has no words for those that are no numbers, and text loses nothing of the others.
+mod float_text {
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(float: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&float.to_string())
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
 /// What a database said of a statement.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DatabaseError {
     /// SQLSTATE, or SQLite's extended result code in decimal.
     pub code: String,
@@ -63,7 +91,8 @@ pub struct DatabaseError {
 }
 
 /// Why a guest's statement failed.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum SqlError {
     ConstraintViolation(DatabaseError),
     /// Another transaction was in the way: running the delivery again will do.

@@ -2,10 +2,16 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::base64_text;
+
 /// A value of keyed state.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StateEntry {
-    pub value: Vec<u8>,
+    #[serde(with = "base64_text")]
+    pub value: Bytes,
     pub version: u64,
 }
 
@@ -43,7 +49,7 @@ impl BatchState {
     }
 
     /// Sets a key that has been read and returns its new version.
-    pub fn set(&mut self, key: String, value: Vec<u8>) -> u64 {
+    pub fn set(&mut self, key: String, value: Bytes) -> u64 {
         let version = self.get(&key).flatten().map_or(1, |entry| entry.version + 1);
         self.changed.insert(key, Some(StateEntry { value, version }));
         version
@@ -95,17 +101,17 @@ mod tests {
         let mut state = BatchState::default();
         assert_eq!(state.get("a"), None);
         state.remember("a".into(), None);
-        assert_eq!(state.set("a".into(), b"1".to_vec()), 1);
+        assert_eq!(state.set("a".into(), Bytes::from_static(b"1")), 1);
         state.keep();
-        assert_eq!(state.set("a".into(), b"2".to_vec()), 2);
+        assert_eq!(state.set("a".into(), Bytes::from_static(b"2")), 2);
         state.discard();
-        assert_eq!(state.get("a").flatten().map(|entry| entry.value.clone()), Some(b"1".to_vec()));
+        assert_eq!(state.get("a").flatten().map(|entry| entry.value.clone()), Some(Bytes::from_static(b"1")));
         assert_eq!(
             state.writes(),
             vec![StateWrite {
                 key: "a".into(),
                 expected: None,
-                entry: Some(StateEntry { value: b"1".to_vec(), version: 1 })
+                entry: Some(StateEntry { value: Bytes::from_static(b"1"), version: 1 })
             }]
         );
     }
@@ -114,7 +120,7 @@ mod tests {
     fn a_key_set_and_deleted_within_a_batch_needs_no_write() {
         let mut state = BatchState::default();
         state.remember("a".into(), None);
-        state.set("a".into(), Vec::new());
+        state.set("a".into(), Bytes::new());
         assert!(state.delete("a".into()));
         state.keep();
         assert!(state.writes().is_empty());

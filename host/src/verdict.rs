@@ -53,6 +53,8 @@ pub enum Reason {
     Rejected,
     /// The handler failed, trapped, ran out of time or memory as often as the manifest allows.
     AttemptsExhausted,
+    /// The handler trapped twice in the same way, after it had asked and seen the very same.
+    ProvedPoison,
     /// The handler sent something it may not send.
     OutputRefused,
     /// The event id was used before with another subject or body.
@@ -70,6 +72,7 @@ impl Reason {
         match self {
             Reason::Rejected => "rejected",
             Reason::AttemptsExhausted => "attempts-exhausted",
+            Reason::ProvedPoison => "proved-poison",
             Reason::OutputRefused => "output-refused",
             Reason::IdReuse => "id-reuse",
             Reason::InvalidId => "invalid-id",

@@ -39,12 +39,17 @@ pub struct Counted {
     pub timeouts_of_plain_messages: usize,
     /// Events that were buried because hosts died while they handled them alone.
     pub crashed_host: usize,
+    /// Those that trapped twice in the very same way, and were buried for it.
+    pub proved_poison: usize,
     /// Outputs of one key whose sequence is lower than that of one before them on the stream.
     pub out_of_order: usize,
 }
 
 /// The reason of a letter for what hosts died of.
 const CRASHED_HOST: &str = "crashed-host";
+
+/// The reason of a letter whose handler trapped twice after it had asked and seen the very same.
+const PROVED_POISON: &str = "proved-poison";
 
 /// The name of the worker.
 const WORKER: &str = "test";
@@ -180,15 +185,15 @@ impl Checker<'_> {
                 }
             }
             // Whoever dies often enough with a message in hand makes it look guilty.
-            (None, "dead") if effects.is_empty() && self.crashed_host(id, payload) => {}
+            (None, "dead") if effects.is_empty() && self.died_of(CRASHED_HOST, id, payload) => {}
             (_, state) => self.fail("effect once", format!("event {id} ({:?}) is {state}", first.nature)),
         }
         self.attempts(id, event, first);
     }
 
-    fn crashed_host(&self, id: &str, payload: &str) -> bool {
+    fn died_of(&self, reason: &str, id: &str, payload: &str) -> bool {
         let letters = &self.observed.letters;
-        letters.iter().any(|letter| letter.event_id == id && letter.payload == payload && letter.reason == CRASHED_HOST)
+        letters.iter().any(|letter| letter.event_id == id && letter.payload == payload && letter.reason == reason)
     }
 
     fn effect(&mut self, id: &str, first: &Body, effects: &[Effect]) {
@@ -243,8 +248,14 @@ impl Checker<'_> {
             let Some((_, held)) = self.observed.inbox.get(id) else { continue };
             for (payload, body) in &event.bodies {
                 match (payload == held, body.nature.death()) {
-                    (true, _) if self.crashed_host(id, payload) => wanted.insert((id, payload, CRASHED_HOST), body),
+                    (true, _) if self.died_of(CRASHED_HOST, id, payload) => {
+                        wanted.insert((id, payload, CRASHED_HOST), body)
+                    }
                     (true, None) => continue,
+                    // Whether two attempts in a row were made by one version is up to the deployments.
+                    (true, _) if body.nature == Nature::OutOfMemory && self.died_of(PROVED_POISON, id, payload) => {
+                        wanted.insert((id, payload, PROVED_POISON), body)
+                    }
                     (true, Some(reason)) => wanted.insert((id, payload, reason), body),
                     (false, _) => wanted.insert((id, payload, "id-reuse"), body),
                 };
@@ -261,11 +272,15 @@ impl Checker<'_> {
             if !wanted.contains_key(&key) || !found.insert(key) {
                 self.fail("dead letters", format!("event {} has a letter `{}` too many", key.0, key.2));
             }
+            if letter.reason == PROVED_POISON && letter.attempts < 2 {
+                self.fail("dead letters", format!("event {} was proved poison by a single attempt", letter.event_id));
+            }
             if letter.reason == "attempts-exhausted" && letter.attempts < ATTEMPTS {
                 let (id, attempts) = (&letter.event_id, letter.attempts);
                 self.fail("dead letters", format!("event {id} died after {attempts} of {ATTEMPTS} attempts"));
             }
         }
+        self.counted.proved_poison = found.iter().filter(|(_, _, reason)| *reason == PROVED_POISON).count();
         for key in wanted.keys().filter(|key| !found.contains(*key)) {
             self.fail("dead letters", format!("event {} has no letter `{}`", key.0, key.2));
         }

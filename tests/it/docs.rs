@@ -259,14 +259,18 @@ fn who_is_on_call_gets_from_the_failure_to_the_proof_as_it_is_shown() -> Result<
     let commands = session(&read("docs/dead-letters.md")?, "on-call");
     ensure!(commands.len() > 8, "docs/dead-letters.md has no session `on-call` any more");
     for command in &commands {
-        if command.command == "oncely deploy" {
-            // What the text says to do.
+        // What the text says to do.
+        let edit = match command.command.as_str() {
+            "oncely deploy" => Some(("    id: String", "    #[serde(alias = \"order\")]\n    id: String")),
+            "oncely build" => {
+                Some(("    sql::execute", "    if order.cents == 0 { return Ok(()); }\n    sql::execute"))
+            }
+            _ => None,
+        };
+        if let Some((from, to)) = edit {
             let source = folder.join("src/lib.rs");
             let text = std::fs::read_to_string(&source)?;
-            std::fs::write(
-                &source,
-                text.replacen("    id: String", "    #[serde(alias = \"order\")]\n    id: String", 1),
-            )?;
+            std::fs::write(&source, text.replacen(from, to, 1))?;
         }
         terminal.run(command)?;
     }

@@ -40,6 +40,7 @@ mod hosts;
 mod outage;
 mod reconcile;
 mod redrive;
+mod replay;
 mod store;
 mod tidy;
 mod wal;

@@ -48,7 +48,8 @@ async fn every_metric_is_documented_and_every_documented_metric_is_there() -> Re
 }
 
 both!(what_a_host_does_is_counted_and_how_far_it_is_behind_is_measured, |kind: Kind| async move {
-    let mut world = World::start(kind, &manifest(&format!("batch = 4\n{QUICK_RETRIES}"))?).await?;
+    let mut world =
+        World::start(kind, &manifest(&format!("batch = 4\n{QUICK_RETRIES}proved_poison = \"retry\"\n"))?).await?;
     let message = |event: &str, behaviour: &str| ToPublish::new("in.x", event, behaviour, r#"{"n": 2}"#);
     let messages = [
         message("good", "insert"),

@@ -18,14 +18,14 @@ use support::world::manifest;
 const BATCH: usize = 32;
 
 /// The heart, with a real database and the test component, and no broker.
-struct Heart {
-    delivery: Delivery,
-    database: Database,
+pub struct Heart {
+    pub delivery: Delivery,
+    pub database: Database,
     _folder: tempfile::TempDir,
 }
 
 impl Heart {
-    async fn of(kind: Kind, settings: &str) -> Result<Heart> {
+    pub async fn of(kind: Kind, settings: &str) -> Result<Heart> {
         let folder = tempfile::tempdir()?;
         let database = Database::fresh(kind, folder.path()).await?;
         let store: Arc<dyn Store> = match &database {
@@ -49,12 +49,12 @@ impl Heart {
         Ok(Heart { delivery, database, _folder: folder })
     }
 
-    async fn deliver(&self, batch: &[Arc<Message>]) -> Result<Delivered> {
+    pub async fn deliver(&self, batch: &[Arc<Message>]) -> Result<Delivered> {
         Ok(self.delivery.deliver(batch, false).await?)
     }
 }
 
-fn message(event_id: &str, behaviour: &str, body: &str) -> Arc<Message> {
+pub fn message(event_id: &str, behaviour: &str, body: &str) -> Arc<Message> {
     Arc::new(Message {
         event_id: event_id.to_owned(),
         subject: "in.x".to_owned(),

@@ -40,6 +40,7 @@ mod letters;
 mod line;
 mod outages;
 mod outbox;
+mod records;
 mod retention;
 mod savepoints;
 mod state;

@@ -19,6 +19,7 @@ use crate::hint::WithHint;
 use crate::host::Host;
 use crate::message;
 use crate::reconcile::{self, Basis, Rehearsed, Verification};
+use crate::replay::{self, Replayable};
 use crate::store::{
     self, AttemptRecord, AuditRecord, By, LetterFilter, LetterOutput, LetterRecord, LetterSummary, Move, Moved,
     Redrive, StoreError,
@@ -34,6 +35,7 @@ pub(super) fn routes() -> Router<Arc<Host>> {
     Router::new()
         .route("/letters/find", post(find))
         .route("/letters/{id}", get(letter))
+        .route("/letters/{id}/replay", get(replayable))
         .route("/letters/redrive", post(redrive))
         .route("/letters/rehearse", post(rehearse))
         .route("/letters/verify", post(verify))
@@ -120,6 +122,12 @@ fn trace_id(traceparent: &str) -> Option<String> {
 async fn letter(State(host): State<Arc<Host>>, Path(id): Path<i64>) -> Answer<Letter> {
     let record = host.store.letter(id).await?.ok_or_else(|| no_such_letter(id))?;
     Ok(Json(record.into()))
+}
+
+/// What a replay of its last attempt needs, but for the component.
+async fn replayable(State(host): State<Arc<Host>>, Path(id): Path<i64>) -> Answer<Option<Replayable>> {
+    let letter = host.store.letter(id).await?.ok_or_else(|| no_such_letter(id))?;
+    Ok(Json(replay::replayable(&*host.store, &letter).await?))
 }
 
 fn no_such_letter(id: i64) -> Failure {

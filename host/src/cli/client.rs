@@ -91,6 +91,11 @@ impl Client {
         self.send(self.request(Method::GET, path).query(query)).await
     }
 
+    /// Bytes as they are.
+    pub async fn download(&self, path: &str) -> Result<Vec<u8>> {
+        Ok(self.answer(self.request(Method::GET, path)).await?.into())
+    }
+
     pub async fn post<B: Serialize, T: DeserializeOwned>(&self, path: &str, body: &B) -> Result<T> {
         self.send(self.request(Method::POST, path).json(body)).await
     }
@@ -104,6 +109,11 @@ impl Client {
     }
 
     async fn send<T: DeserializeOwned>(&self, request: reqwest::RequestBuilder) -> Result<T> {
+        let body = self.answer(request).await?;
+        serde_json::from_slice(&body).context("understand the host's answer (is it the same version?)")
+    }
+
+    async fn answer(&self, request: reqwest::RequestBuilder) -> Result<bytes::Bytes> {
         let response = request
             .send()
             .await
@@ -112,7 +122,7 @@ impl Client {
         let status = response.status();
         let body = response.bytes().await.context("read the host's answer")?;
         if status.is_success() {
-            return serde_json::from_slice(&body).context("understand the host's answer (is it the same version?)");
+            return Ok(body);
         }
         let exit = match status {
             StatusCode::NOT_FOUND => Exit::NotFound,

@@ -19,6 +19,10 @@ pub enum Exit {
     NotFound = 3,
     /// The host, its database or NATS cannot be reached; the same command may work later.
     Unreachable = 4,
+    /// What was replayed is not as it is on record.
+    Departed = 5,
+    /// The record of what was replayed ends before the failure: up to there it is the same.
+    Cut = 6,
 }
 
 /// A sentence that ends a command with an exit code. It can be an error of its own, or the context of another:

@@ -10,6 +10,7 @@ mod dlq;
 pub mod exit;
 mod outbox;
 mod publish;
+mod replay;
 mod run;
 mod serve;
 mod state;
@@ -34,6 +35,7 @@ enum Command {
     Workers(status::Workers),
     Publish(publish::Publish),
     Dlq(dlq::Dlq),
+    Replay(replay::Replay),
     Outbox(outbox::Outbox),
     State(state::State),
     Status(status::Status),
@@ -51,6 +53,7 @@ impl Cli {
             Command::Workers(workers) => workers.run().await,
             Command::Publish(publish) => publish.run().await,
             Command::Dlq(dlq) => dlq.run().await,
+            Command::Replay(replay) => replay.run().await,
             Command::Outbox(outbox) => outbox.run().await,
             Command::State(state) => state.run().await,
             Command::Status(status) => status.run().await,

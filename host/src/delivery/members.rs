@@ -7,10 +7,15 @@ use jiff::Timestamp;
 
 use super::{Delivery, Lent, Run, tell};
 use crate::fault;
-use crate::guest::{Call, CallFailure, FailureKind, Outcome, Warm};
+use crate::guest::{Call, CallFailure, FailureKind, Outcome, Record, Tape, Warm};
 use crate::manifest::Isolation;
 use crate::message::{Message, Output};
 use crate::state::BatchState;
+use crate::store::KeptRecord;
+
+/// How much the records of one batch's failed attempts may hold together, in bytes as they are kept; those that have no
+/// room are not kept.
+const RECORDS_MAX: usize = 8 << 20;
 
 /// What running the members of a group came to.
 pub(super) enum Members {
@@ -42,6 +47,36 @@ pub(super) struct Failed {
     pub member: usize,
     pub failure: CallFailure,
     pub logs: String,
+    /// What the guest was given, asked and saw; none if there was no room for it.
+    pub record: Option<KeptRecord>,
+}
+
+impl Failed {
+    /// A failed attempt with its record, if it has room beside those that failed before it.
+    fn new<'f>(
+        member: usize,
+        failure: CallFailure,
+        record: Option<&Record>,
+        logs: &str,
+        others: impl Iterator<Item = &'f Failed>,
+    ) -> Failed {
+        let used: usize = others.filter_map(|failed| failed.record.as_ref()).map(|record| record.json.len()).sum();
+        let record = record.and_then(|record| kept(record, &failure));
+        let record = record.filter(|record| used + record.json.len() <= RECORDS_MAX);
+        Failed { member, failure, logs: logs.to_owned(), record }
+    }
+}
+
+/// The record of a call and its failure, as it is kept.
+fn kept(record: &Record, failure: &CallFailure) -> Option<KeptRecord> {
+    let record = Record { failure: Some(failure.clone()), ..record.clone() };
+    match record.json() {
+        Ok(json) => Some(KeptRecord { json, proof: record.proof() }),
+        Err(error) => {
+            tracing::warn!("the record of a failed attempt is not kept: {error}");
+            None
+        }
+    }
 }
 
 impl Delivery {
@@ -95,7 +130,9 @@ impl Delivery {
                 Err(failure) if failure.kind == FailureKind::Conflict => return Ok(Members::Conflict(failure.message)),
                 Err(failure) => {
                     ran.state.discard();
-                    ran.failed.push(Failed { member, failure, logs: outcome.logs });
+                    let others = run.failed.iter().chain(&ran.failed);
+                    let failed = Failed::new(member, failure, outcome.record.as_deref(), &outcome.logs, others);
+                    ran.failed.push(failed);
                     if outcome.ran_sql && !(run.careful && lent.undo_member().await?) {
                         return Ok(Members::Spoiled(ran.failed));
                     }
@@ -118,24 +155,23 @@ impl Delivery {
         let messages: Vec<Arc<Message>> = members.iter().filter_map(|member| run.batch.get(*member).cloned()).collect();
         let attempts = fresh.iter().map(|(_, attempts)| *attempts).max().unwrap_or_default();
         let outcome = self.call(messages, attempts + 1, lent, state, None).await?;
-        let whole = outcome.result.and_then(|answers| match answers.len() == members.len() {
-            true => Ok(answers),
-            false => Err(wrong_count(members.len(), answers.len())),
-        });
-        let failed = |(member, failure)| Failed { member, failure, logs: outcome.logs.clone() };
-        let failed: Vec<Failed> = match whole {
-            Ok(answers) => members
-                .iter()
-                .zip(answers)
-                .filter_map(|(member, answer)| answer.err().map(|failure| failed((*member, failure))))
-                .collect(),
+        let failures: Vec<(usize, CallFailure)> = match outcome.result {
+            Ok(answers) => {
+                members.iter().zip(answers).filter_map(|(member, answer)| Some((*member, answer.err()?))).collect()
+            }
             Err(failure) if failure.kind == FailureKind::Conflict => return Ok(Members::Conflict(failure.message)),
             Err(failure) => match members.as_slice() {
-                [member] => vec![failed((*member, failure))],
+                [member] => vec![(*member, failure)],
                 _ => return Ok(Members::SomebodyFailed),
             },
         };
-        if !failed.is_empty() {
+        if !failures.is_empty() {
+            let mut failed: Vec<Failed> = Vec::new();
+            for (member, failure) in failures {
+                let others = run.failed.iter().chain(&failed);
+                let one = Failed::new(member, failure, outcome.record.as_deref(), &outcome.logs, others);
+                failed.push(one);
+            }
             return Ok(Members::Spoiled(failed));
         }
         tell(&self.worker.name, &format!("a batch of {}", members.len()), &outcome.logs);
@@ -161,18 +197,11 @@ impl Delivery {
             payload_max: self.payload_max,
             database: Arc::new(lent.clone()),
             state,
+            tape: Tape::default(),
         };
         let began = Instant::now();
         let outcome = self.guest.call(call, warm).await;
         self.metrics.processed(&self.worker.name, began.elapsed());
         outcome
     }
-}
-
-fn wrong_count(messages: usize, answers: usize) -> CallFailure {
-    CallFailure::new(
-        FailureKind::Retry,
-        "wrong-answer",
-        format!("the batch handler was given {messages} messages and answered for {answers}"),
-    )
 }

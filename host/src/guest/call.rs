@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
 use wasmtime::component::{Instance, ResourceTable};
 use wasmtime::{Store, Trap, UpdateDeadline};
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
@@ -14,6 +15,8 @@ use super::component::{Entry, Guest};
 use super::imports::Database;
 use super::limiter::Limiter;
 use super::logs::Logs;
+use super::record::{Asked, RECORD_FORM, Record};
+use super::tape::{Ended, Tape};
 use crate::fault;
 use crate::manifest::Worker;
 use crate::message::{Message, Output};
@@ -41,6 +44,8 @@ pub struct Call {
     pub database: Arc<dyn Database>,
     /// State as the member before left it; comes back in the [`Outcome`].
     pub state: BatchState,
+    /// Records what the guest asks and sees; or has its answers from a record.
+    pub tape: Tape,
 }
 
 /// What a call came to.
@@ -52,8 +57,22 @@ pub struct Outcome {
     /// Whether it ran any SQL: if not, it can be dropped from its batch without a trace.
     pub ran_sql: bool,
     pub logs: String,
+    /// What is known of a call that failed, for each message but for its own failure.
+    pub record: Option<Box<Record>>,
+    /// What became of a replay.
+    pub replayed: Option<Replayed>,
     /// The instance, when all went well: it may be called again.
     pub warm: Option<Warm>,
+}
+
+/// How far a replay went.
+pub struct Replayed {
+    /// How many things the guest asked that the record has, too.
+    pub steps: usize,
+    /// Why it ended before the guest did.
+    pub ended: Option<Ended>,
+    /// What the record has and the guest did not ask any more.
+    pub next: Option<Asked>,
 }
 
 /// What a handler said about one message.
@@ -66,7 +85,7 @@ pub struct Warm {
 }
 
 /// Why a call failed, as far as the guest is to blame.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CallFailure {
     pub kind: FailureKind,
     pub code: Option<String>,
@@ -74,9 +93,12 @@ pub struct CallFailure {
     pub message: String,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum FailureKind {
     Retry,
+    /// It trapped, by its own doing wherever it runs: to be tried again like `Retry`.
+    Trap,
     RetryAfter(Duration),
     Reject,
     /// It sent something it may not send.
@@ -104,6 +126,10 @@ pub(super) struct CallState {
     /// The first error of the house: nothing the guest did, and nothing it may decide about.
     pub house: Option<anyhow::Error>,
     pub deadline: Instant,
+    /// When the instance was made.
+    pub born: Instant,
+    /// Whether it handled other messages before.
+    warm: bool,
     pub logs: Logs,
     pub limiter: Limiter,
     /// Made when first asked for: most Rust handlers never do.
@@ -117,7 +143,7 @@ impl WasiView for CallState {
         let ctx = self.wasi.get_or_insert_with(|| {
             let mut builder = WasiCtx::builder();
             builder.stdout(logs.clone()).stderr(logs.clone());
-            builder.max_random_size(64 << 10).allow_tcp(false).allow_udp(false);
+            builder.allow_tcp(false).allow_udp(false);
             builder.build()
         });
         WasiCtxView { ctx, table: &mut self.table }
@@ -146,7 +172,7 @@ impl Guest {
             return Err(error);
         }
         let result = match answer {
-            Ok(Ok(answers)) => Ok(answers),
+            Ok(Ok(answers)) => one_for_each(state.call.messages.len(), answers),
             Ok(Err(error)) if error.is::<wasmtime::PoolConcurrencyLimitError>() => {
                 return Err(anyhow::Error::from(error)).context("find room for one more instance");
             }
@@ -158,12 +184,21 @@ impl Guest {
             None => result,
         };
         let all_well = result.as_ref().is_ok_and(|answers| answers.iter().all(Result::is_ok));
+        let logs = state.logs.take();
+        let tape = std::mem::take(&mut state.call.tape);
+        let (record, replayed) = match (tape.is_replay(), all_well) {
+            (true, _) => (None, Some(tape.end())),
+            (false, true) => (None, None),
+            (false, false) => (Some(Box::new(state.record(tape, &logs))), None),
+        };
         Ok(Outcome {
             result,
             outputs: std::mem::take(&mut state.outputs),
             state: std::mem::take(&mut state.call.state),
             ran_sql: state.statements > 0,
-            logs: state.logs.take(),
+            logs,
+            record,
+            replayed,
             warm: instance
                 .filter(|_| all_well || fault::mutant(fault::REUSE_AFTER_TRAP))
                 .map(|instance| Warm { store, instance }),
@@ -221,6 +256,8 @@ impl CallState {
             doomed: None,
             house: None,
             deadline,
+            born: Instant::now(),
+            warm: false,
             logs: Logs::new(usize::try_from(limits.log_size).unwrap_or(usize::MAX)),
             limiter: Limiter::new(memory),
             wasi: None,
@@ -237,7 +274,29 @@ impl CallState {
         self.output_bytes = 0;
         self.statements = 0;
         self.deadline = deadline;
+        self.warm = true;
         self.call = call;
+    }
+
+    /// What is known of the call, to be completed with the failure.
+    fn record(&self, tape: Tape, logs: &str) -> Record {
+        let call = &self.call;
+        Record {
+            form: RECORD_FORM,
+            version: call.version,
+            attempt: call.attempt,
+            now: call.now,
+            dialect: call.database.dialect(),
+            payload_max: call.payload_max,
+            messages: call.messages.iter().map(|message| Message::clone(message)).collect(),
+            steps: tape.steps,
+            cut: tape.cut,
+            looks: tape.looks,
+            warm: self.warm,
+            starved: self.limiter.starved,
+            logs: logs.to_owned(),
+            failure: None,
+        }
     }
 
     /// The first message of the call, which for a handler is the only one.
@@ -271,6 +330,15 @@ fn returned(failure: wit::Failure) -> CallFailure {
     CallFailure { kind, code: failure.code.map(|code| clip(code, 64)), message: clip(failure.message, 4_000) }
 }
 
+/// An answer for each message, or else no answer at all.
+fn one_for_each(messages: usize, answers: Vec<Answer>) -> Result<Vec<Answer>, CallFailure> {
+    if answers.len() == messages {
+        return Ok(answers);
+    }
+    let why = format!("the batch handler was given {messages} messages and answered for {}", answers.len());
+    Err(CallFailure::new(FailureKind::Retry, "wrong-answer", why))
+}
+
 /// A doomed delivery fails whatever the handler made of the error it was given. After a statement that failed the
 /// handler may still say that trying again is of no use, or when it is.
 fn doomed(result: Result<Vec<Answer>, CallFailure>, doom: CallFailure) -> CallFailure {
@@ -300,7 +368,7 @@ fn trapped(error: &wasmtime::Error, state: &CallState) -> CallFailure {
     if state.limiter.refused_memory {
         let limit = bytesize::ByteSize(state.limiter.memory_limit() as u64).display().iec();
         return CallFailure::new(
-            FailureKind::Retry,
+            FailureKind::Trap,
             "out-of-memory",
             format!("the handler asked for more memory than its limit of {limit} (`memory` under [worker.limits])"),
         );
@@ -313,14 +381,15 @@ fn trapped(error: &wasmtime::Error, state: &CallState) -> CallFailure {
     match error.downcast_ref::<Trap>() {
         Some(Trap::Interrupt) => timed_out(state.call.worker.limits.time),
         Some(Trap::StackOverflow) => {
-            CallFailure::new(FailureKind::Retry, "stack-overflow", format!("the handler recursed too deep{place}"))
+            CallFailure::new(FailureKind::Trap, "stack-overflow", format!("the handler recursed too deep{place}"))
         }
         Some(Trap::UnreachableCodeReached) => CallFailure::new(
-            FailureKind::Retry,
+            FailureKind::Trap,
             "trap",
             format!("the handler panicked or reached code that cannot be reached{place}"),
         ),
-        Some(trap) => CallFailure::new(FailureKind::Retry, "trap", format!("the handler trapped{place}: {trap}")),
+        Some(trap) => CallFailure::new(FailureKind::Trap, "trap", format!("the handler trapped{place}: {trap}")),
+        // An exit, or a host call that broke a limit; perhaps the machine.
         None => {
             CallFailure::new(FailureKind::Retry, "trap", format!("the handler trapped{place}: {}", error.root_cause()))
         }

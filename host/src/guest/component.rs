@@ -127,6 +127,7 @@ fn linker(engine: &GuestEngine) -> Result<Linker<CallState>> {
     let mut linker = Linker::new(engine.engine());
     AnyWorker::add_to_linker::<_, HasSelf<_>>(&mut linker, |state| state)
         .and_then(|()| wasmtime_wasi::p2::add_to_linker_async(&mut linker))
+        .and_then(|()| super::wasi::add_to_linker(&mut linker))
         .map_err(anyhow::Error::from)
         .context("link the imports")?;
     Ok(linker)

@@ -13,11 +13,13 @@ pub(super) struct Limiter {
     memory: usize,
     table_elements: usize,
     pub refused_memory: bool,
+    /// Whether the machine had less memory than the limit allows.
+    pub starved: bool,
 }
 
 impl Limiter {
     pub fn new(memory_limit: usize) -> Self {
-        Limiter { memory_limit, memory: 0, table_elements: 0, refused_memory: false }
+        Limiter { memory_limit, memory: 0, table_elements: 0, refused_memory: false, starved: false }
     }
 
     pub fn memory_limit(&self) -> usize {
@@ -35,6 +37,11 @@ impl ResourceLimiter for Limiter {
             self.refused_memory = true;
         }
         Ok(allowed)
+    }
+
+    fn memory_grow_failed(&mut self, _: wasmtime::Error) -> wasmtime::Result<()> {
+        self.starved = true;
+        Ok(())
     }
 
     fn table_growing(&mut self, current: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {

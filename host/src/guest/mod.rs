@@ -11,8 +11,13 @@ mod engine;
 mod imports;
 mod limiter;
 mod logs;
+mod record;
+mod tape;
+mod wasi;
 
-pub use call::{Answer, Call, CallFailure, FailureKind, Outcome, Warm};
+pub use call::{Answer, Call, CallFailure, FailureKind, Outcome, Replayed, Warm};
 pub use component::{Guest, Surface};
 pub use engine::{COMPONENT_SIZE_MAX, GuestEngine};
 pub use imports::Database;
+pub use record::{Asked, RECORD_FORM, Record, Saw, Step};
+pub use tape::{Ended, Tape};

@@ -8,7 +8,7 @@ use crate::manifest::{
     Isolation, Limits, Manifest, OnFailure, OrderingKey, Source, StateKey, Stream, Worker, WorkerEntry,
 };
 use crate::redrive::REDRIVE_STREAM;
-use crate::retry::{RetryPolicy, WAIT_MAX};
+use crate::retry::{ProvedPoison, RetryPolicy, WAIT_MAX};
 use crate::subject::{check_pattern, covers, is_reserved, overlaps};
 use crate::toml_text::{Found, Section, Text};
 
@@ -34,7 +34,7 @@ pub(super) const WORKER_KEYS: [&str; 18] = [
     "limits",
     "config",
 ];
-pub(super) const RETRY_KEYS: [&str; 3] = ["attempts", "backoff", "backoff_max"];
+pub(super) const RETRY_KEYS: [&str; 4] = ["attempts", "backoff", "backoff_max", "proved_poison"];
 pub(super) const LIMITS_KEYS: [&str; 10] = [
     "time",
     "memory",
@@ -228,6 +228,10 @@ fn retry(section: &Section<'_>) -> anyhow::Result<RetryPolicy> {
         attempts: retry.count("attempts", "5", 1..=1000)?.unwrap_or(default.attempts),
         backoff: retry.duration("backoff", "\"1s\"", range.clone())?.unwrap_or(default.backoff),
         backoff_max: retry.duration("backoff_max", "\"5m\"", range)?.unwrap_or(default.backoff_max),
+        proved_poison: match retry.text("proved_poison", "\"retry\"", one_of(&["bury", "retry"]))? {
+            Some(found) if found.value == "retry" => ProvedPoison::Retry,
+            _ => ProvedPoison::Bury,
+        },
     };
     if policy.backoff > policy.backoff_max {
         let backoff = crate::units::show_duration(policy.backoff);

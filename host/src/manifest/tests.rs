@@ -7,6 +7,7 @@ use bytes::Bytes;
 use super::parse::{LIMITS_KEYS, MANIFEST_KEYS, RETRY_KEYS, STREAM_KEYS, WORKER_KEYS};
 use super::*;
 use crate::hint::hints;
+use crate::retry::ProvedPoison;
 use crate::sql::Dialect;
 
 const FULL: &str = r#"
@@ -33,6 +34,7 @@ ack_wait = "45s"
 attempts = 7
 backoff = "2s"
 backoff_max = "1m"
+proved_poison = "retry"
 [worker.limits]
 time = "3s"
 memory = "32MiB"
@@ -80,7 +82,12 @@ fn every_key_of_a_manifest_is_read() {
         concurrency: 8,
         batch: 16,
         ack_wait: Duration::from_secs(45),
-        retry: RetryPolicy { attempts: 7, backoff: Duration::from_secs(2), backoff_max: Duration::from_secs(60) },
+        retry: RetryPolicy {
+            attempts: 7,
+            backoff: Duration::from_secs(2),
+            backoff_max: Duration::from_secs(60),
+            proved_poison: ProvedPoison::Retry,
+        },
         limits: Limits {
             time: Duration::from_secs(3),
             memory: 32 << 20,
@@ -133,7 +140,7 @@ fn refusal(line: &str, replacement: &str) -> (String, String) {
 fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
     let cases = [
         ("max_age", "max_aeg", "5: [[stream]] has no key `max_aeg`", "did you mean: max_age = \"7d\""),
-        ("[worker.limits]", "[worker.limit]", "25: [[worker]] has no key `limit`", "did you mean: [worker.limits]"),
+        ("[worker.limits]", "[worker.limit]", "26: [[worker]] has no key `limit`", "did you mean: [worker.limits]"),
         ("ack_wait", "zebra", "20: [[worker]] has no key `zebra`", "remove it; the keys here are: name, crate"),
         (
             "attempts = 7",
@@ -175,7 +182,7 @@ fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
         (
             "\"32MiB\"",
             "\"1KiB\"",
-            "27: `memory` in [worker.limits] must lie between 1 MiB and 4 GiB",
+            "28: `memory` in [worker.limits] must lie between 1 MiB and 4 GiB",
             "memory = \"64MiB\"",
         ),
         (
@@ -185,7 +192,7 @@ fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
             "name = \"settle\"",
         ),
         ("name = \"settle\"", "", "7: [[worker]] needs `name`", "add the line: name = \"settle\""),
-        ("name = \"other\"", "name = \"settle\"", "40: there are two workers called `settle`", "name = \"settle-2\""),
+        ("name = \"other\"", "name = \"settle\"", "41: there are two workers called `settle`", "name = \"settle-2\""),
         ("crate = \".\"", "", "7: [[worker]] needs `crate` or `component`", "crate = \".\""),
         (
             "crate = \".\"",
@@ -244,7 +251,13 @@ fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
             "24: `backoff_max` in [worker.retry] is shorter than `backoff`, which is 2s",
             "backoff_max = \"2s\"",
         ),
-        ("\"EUR\"", "978", "37: `config.currency` must be text in quotes", "write: currency = \"978\""),
+        (
+            "proved_poison = \"retry\"",
+            "proved_poison = \"no\"",
+            "25: `proved_poison` in [worker.retry] is wrong",
+            "proved_poison = \"retry\"",
+        ),
+        ("\"EUR\"", "978", "38: `config.currency` must be text in quotes", "write: currency = \"978\""),
         ("batch = 16", "batch = 16\nbatch = 17", "20: this is not TOML: duplicate key", "remove: batch = 17"),
         ("name = \"settle\"", "name = settle", "8: this is not TOML", "name = \"settle\""),
         ("[[stream]]", "[stream]", "2: `stream` must be a list of tables", "[[stream]]"),

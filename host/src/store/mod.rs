@@ -161,6 +161,25 @@ pub struct FailedAttempt {
     pub error: String,
     /// What the handler logged, one line each.
     pub logs: String,
+    /// What the handler was given, asked and saw.
+    pub record: Option<KeptRecord>,
+}
+
+/// The record of a failed attempt, for a replay. Of each event the last one is kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeptRecord {
+    pub json: Bytes,
+    /// What two attempts that agree on it prove that a third one does, too; none when this one proves nothing.
+    pub proof: Option<[u8; 32]>,
+}
+
+/// A failed attempt that was counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CountedAttempt {
+    /// 1 for the first of its event.
+    pub attempt: u32,
+    /// Whether its proof is that of the attempt before it.
+    pub repeats: bool,
 }
 
 /// Which outputs to list, oldest first.
@@ -306,8 +325,15 @@ pub trait Store: Send + Sync + 'static {
     /// than `time`.
     async fn begin(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>>;
 
-    /// Counts failed attempts, in a transaction of its own, and returns for each how many there are now.
-    async fn count_attempts(&self, worker: &str, failed: &[FailedAttempt]) -> Result<Vec<u32>>;
+    /// Counts failed attempts, in a transaction of its own, and keeps the record of the last one of each event in place of
+    /// that of the one before. Answers in their order.
+    async fn count_attempts(&self, worker: &str, failed: &[FailedAttempt]) -> Result<Vec<CountedAttempt>>;
+
+    /// Forgets the records of attempts at these events.
+    async fn forget_records(&self, worker: &str, event_ids: &[String]) -> Result<()>;
+
+    /// The record of the last failed attempt at an event, as JSON; none when there is none, or none any more.
+    async fn attempt_record(&self, worker: &str, event_id: &str) -> Result<Option<Bytes>>;
 
     /// Notes, in a transaction of its own, that a message is about to be handled alone because hosts may have died of
     /// it, and returns how often that was noted before without being taken back.

@@ -22,6 +22,7 @@ mod global_counter;
 mod insert;
 mod ledger;
 mod log;
+mod look;
 mod panic;
 mod recurse;
 mod reject;
@@ -63,6 +64,7 @@ fn run(behaviour: &str, message: &Message) -> Result<(), Failure> {
         "insert" => insert::run(message),
         "ledger" => ledger::run(message),
         "log" => log::run(message),
+        "look" => look::run(message),
         "panic" => panic::run(),
         "recurse" => recurse::run(),
         "reject" => reject::run(message),

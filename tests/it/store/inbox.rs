@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use oncely::store::{Claimed, FailedAttempt, StoreError};
+use oncely::store::{Claimed, CountedAttempt, FailedAttempt, StoreError};
 
 use super::{TIME, WORKER, World, a_claim, claim, execute};
 
@@ -169,10 +169,12 @@ async fn attempts_are_counted_and_told_to_the_next_claim(world: World) {
         code: None,
         error: "the card service is down\0".to_owned(),
         logs: "one\ntwo".to_owned(),
+        record: None,
     };
+    let counted = |attempt: u32| CountedAttempt { attempt, repeats: false };
     let counts = world.store.count_attempts(WORKER, &[failed("b"), failed("a"), failed("b")]).await.unwrap();
-    assert_eq!(counts, [1, 1, 2]);
-    assert_eq!(world.store.count_attempts(WORKER, &[failed("b")]).await.unwrap(), [3]);
+    assert_eq!(counts, [counted(1), counted(1), counted(2)]);
+    assert_eq!(world.store.count_attempts(WORKER, &[failed("b")]).await.unwrap(), [counted(3)]);
     assert!(matches!(world.look("b", 1).await, Claimed::Fresh { attempts: 3 }));
     assert!(matches!(world.look("a", 1).await, Claimed::Fresh { attempts: 1 }));
     // Two hosts that count the same event at once may be told to do it again, and never lose a count.
@@ -182,7 +184,7 @@ async fn attempts_are_counted_and_told_to_the_next_claim(world: World) {
             tokio::spawn(async move {
                 loop {
                     match store.count_attempts(WORKER, std::slice::from_ref(&failed)).await {
-                        Ok(counts) => return counts[0],
+                        Ok(counts) => return counts[0].attempt,
                         Err(StoreError::Conflict(_)) => {}
                         Err(error) => panic!("{error:?}"),
                     }

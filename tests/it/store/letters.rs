@@ -77,6 +77,7 @@ async fn a_letter_shows_its_story(world: World) {
         code: Some("card-declined".to_owned()),
         error: error.to_owned(),
         logs: "line".to_owned(),
+        record: None,
     };
     world.store.count_attempts(WORKER, &[attempt("first")]).await.unwrap();
     world.store.count_attempts(WORKER, &[attempt("second")]).await.unwrap();
@@ -167,6 +168,7 @@ async fn what_was_put_back_is_read_until_it_is_out_of_date(world: World) {
         code: None,
         error: "no".to_owned(),
         logs: String::new(),
+        record: None,
     };
     world.store.count_attempts(WORKER, &[attempt.clone(), attempt]).await.unwrap();
     assert!(matches!(world.store.put_back(id, 0).await.unwrap(), PutBack::OutOfDate(_)));

@@ -57,6 +57,7 @@ async fn what_had_its_time_leaves_and_what_is_dead_stays(world: World) {
         code: None,
         error: String::new(),
         logs: String::new(),
+        record: None,
     };
     world.store.count_attempts(WORKER, &[failed("e1"), failed("dead")]).await.unwrap();
     let mut tx = world.begin().await;

@@ -1,5 +1,6 @@
 //! Keyed state is written where nobody was faster.
 
+use bytes::Bytes;
 use oncely::store::{STATE_PREVIEW, StateEntry, StateWrite, StoreError};
 
 use super::{TIME, World};
@@ -12,7 +13,7 @@ on_every_database!(
 );
 
 fn set(key: &str, expected: Option<u64>, value: &str) -> StateWrite {
-    let entry = StateEntry { value: value.as_bytes().to_vec(), version: expected.unwrap_or(0) + 1 };
+    let entry = StateEntry { value: Bytes::copy_from_slice(value.as_bytes()), version: expected.unwrap_or(0) + 1 };
     StateWrite { key: key.to_owned(), expected, entry: Some(entry) }
 }
 
@@ -26,7 +27,7 @@ async fn load(world: &World) -> Vec<(String, String, u64)> {
     let mut entries = tx.load_state(&keys).await.unwrap();
     tx.rollback().await;
     entries.sort_by(|a, b| a.0.cmp(&b.0));
-    entries.into_iter().map(|(key, e)| (key, String::from_utf8(e.value).unwrap(), e.version)).collect()
+    entries.into_iter().map(|(key, e)| (key, String::from_utf8(e.value.to_vec()).unwrap(), e.version)).collect()
 }
 
 async fn save(world: &World, writes: &[StateWrite]) -> Result<(), StoreError> {

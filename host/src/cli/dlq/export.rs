@@ -1,17 +1,22 @@
-//! `oncely dlq export`: whole letters, for an archive or another tool.
+//! `oncely dlq export`: whole letters, for an archive, another tool or a replay.
 
+use std::collections::HashSet;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Args;
+use serde::Serialize;
 
 use super::select::Selection;
 use crate::api::letters::Letter;
 use crate::cli::client::{Client, HostArgs};
+use crate::cli::replay::{Attempt, Wasm};
 use crate::cli::term;
+use crate::replay::Replayable;
 
-/// Writes dead letters as JSON, whole, one on each line: what `show --json` prints.
+/// Writes dead letters as JSON, whole, one on each line: what `show --json` prints, and what `oncely replay` needs to run the
+/// last attempt again.
 #[derive(Debug, Args)]
 pub struct Export {
     #[command(flatten)]
@@ -19,6 +24,9 @@ pub struct Export {
     /// Also those that took effect after all, were resolved or dropped.
     #[arg(long)]
     closed: bool,
+    /// Leave the components of the workers out, which may be large.
+    #[arg(long)]
+    no_component: bool,
     /// The file to write. Default: standard output.
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
@@ -29,21 +37,31 @@ pub struct Export {
     host: HostArgs,
 }
 
+/// One line of the file.
+#[derive(Debug, Serialize)]
+struct Line {
+    #[serde(flatten)]
+    letter: Letter,
+    /// None when there is no record of an attempt.
+    replay: Option<Attempt>,
+}
+
 impl Export {
     pub async fn run(self) -> Result<()> {
         let client = Client::find(&self.host)?;
         let letters = self.selection.find(&client, self.closed).await?;
+        let mut lines = Lines { client, components: !self.no_component, written: HashSet::new() };
         let Some(path) = &self.out else {
             for summary in &letters {
-                term::raw(&line(&client, summary.id).await?)?;
+                term::raw(&lines.line(summary.id).await?)?;
             }
             return Ok(());
         };
         let mut progress = term::Progress::bar("export dead letters", letters.len() as u64);
-        let file = std::fs::File::create(path).with_context(|| format!("make {}", path.display()))?;
+        let file = create(path).with_context(|| format!("make {}", path.display()))?;
         let mut file = std::io::BufWriter::new(file);
         for summary in &letters {
-            file.write_all(&line(&client, summary.id).await?).with_context(|| format!("write {}", path.display()))?;
+            file.write_all(&lines.line(summary.id).await?).with_context(|| format!("write {}", path.display()))?;
             progress.step();
         }
         file.flush().with_context(|| format!("write {}", path.display()))?;
@@ -52,9 +70,36 @@ impl Export {
     }
 }
 
-async fn line(client: &Client, id: i64) -> Result<Vec<u8>> {
-    let letter: Letter = client.get(&format!("/letters/{id}")).await?;
-    let mut line = serde_json::to_vec(&letter).context("write JSON")?;
-    line.push(b'\n');
-    Ok(line)
+/// Makes the file, for this user's eyes only: it holds what messages and rows hold.
+fn create(path: &Path) -> std::io::Result<std::fs::File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    std::fs::File::options().write(true).create(true).truncate(true).mode(0o600).open(path)
+}
+
+/// Writes the lines of one file. A component stands in the first line that needs it.
+struct Lines {
+    client: Client,
+    components: bool,
+    written: HashSet<String>,
+}
+
+impl Lines {
+    async fn line(&mut self, id: i64) -> Result<Vec<u8>> {
+        let letter: Letter = self.client.get(&format!("/letters/{id}")).await?;
+        let attempt: Option<Replayable> = self.client.get(&format!("/letters/{id}/replay")).await?;
+        let replay = match attempt {
+            Some(attempt) => Some(Attempt { component: self.component(&attempt.digest).await?, attempt }),
+            None => None,
+        };
+        let mut line = serde_json::to_vec(&Line { letter, replay }).context("write JSON")?;
+        line.push(b'\n');
+        Ok(line)
+    }
+
+    async fn component(&mut self, digest: &str) -> Result<Option<Wasm>> {
+        if !self.components || !self.written.insert(digest.to_owned()) {
+            return Ok(None);
+        }
+        Ok(Some(Wasm(self.client.download(&format!("/components/{digest}")).await?)))
+    }
 }

@@ -1,25 +1,34 @@
 //! Failed attempts, counted outside the transaction they failed in.
 
 use anyhow::Context;
+use bytes::Bytes;
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
 use super::errors;
 use super::session::Session;
-use crate::store::{AttemptRecord, FailedAttempt, Result, StoreError, shared};
+use crate::store::{AttemptRecord, CountedAttempt, FailedAttempt, Result, StoreError, shared};
 
-/// Adds attempts and returns, for each, which one of its event it was. Two hosts that count the same event at the same
+/// Adds attempts, keeps their records, and returns for each which one of its event it was. Two hosts that count the same event at the same
 /// moment are a conflict.
-pub(super) async fn count(session: &mut Session, worker: &str, failed: &[FailedAttempt]) -> Result<Vec<u32>> {
+pub(super) async fn count(
+    session: &mut Session,
+    worker: &str,
+    failed: &[FailedAttempt],
+) -> Result<Vec<CountedAttempt>> {
     let event_ids: Vec<&str> = failed.iter().map(|attempt| attempt.event_id.as_str()).collect();
     let versions: Vec<i32> = failed.iter().map(|attempt| attempt.version.cast_signed()).collect();
     let codes: Vec<Option<_>> = failed.iter().map(|attempt| attempt.code.as_deref().map(shared::printable)).collect();
     let errors: Vec<_> = failed.iter().map(|attempt| shared::printable(&attempt.error)).collect();
     let logs: Vec<_> = failed.iter().map(|attempt| shared::printable(&attempt.logs)).collect();
+    let records: Vec<Option<Vec<u8>>> =
+        failed.iter().map(|attempt| attempt.record.as_ref().map(|record| record.json.to_vec())).collect();
+    let proof = |attempt: &FailedAttempt| attempt.record.as_ref()?.proof.map(Vec::from);
+    let proofs: Vec<Option<Vec<u8>>> = failed.iter().map(proof).collect();
     let query = session.query(
         "with given as (
-             select * from unnest($2::text[], $3::integer[], $4::text[], $5::text[], $6::text[]) with ordinality
-                 as given (event_id, version, code, error, logs, place)
+             select * from unnest($2::text[], $3::integer[], $4::text[], $5::text[], $6::text[], $7::bytea[], $8::bytea[])
+                 with ordinality as given (event_id, version, code, error, logs, record, proof, place)
          ), counted as (
              select given.*, (pg_catalog.row_number() over (partition by event_id order by place)
                  + (select coalesce(pg_catalog.max(attempt), 0) from oncely.attempt
@@ -28,8 +37,22 @@ pub(super) async fn count(session: &mut Session, worker: &str, failed: &[FailedA
          ), inserted as (
              insert into oncely.attempt (worker, event_id, attempt, version, code, error, logs)
              select $1, event_id, attempt, version, code, error, logs from counted order by event_id, attempt
+         ), last as (
+             select distinct on (event_id) event_id, attempt, proof, record from counted order by event_id, attempt desc
+         ), kept as (
+             insert into oncely.record (worker, event_id, attempt, proof, record)
+             select $1, event_id, attempt, proof, record from last where record is not null order by event_id
+             on conflict (worker, event_id) do update
+                 set attempt = excluded.attempt, proof = excluded.proof, record = excluded.record
+         ), forgotten as (
+             delete from oncely.record using last
+             where record.worker = $1 and record.event_id = last.event_id and last.record is null
          )
-         select attempt from counted order by place",
+         select counted.attempt, coalesce(before.proof = counted.proof, false) as repeats
+         from counted left join oncely.record as before
+             on before.worker = $1 and before.event_id = counted.event_id and before.attempt = counted.attempt - 1
+         order by place",
+
     );
     let rows = query
         .bind(worker)
@@ -38,15 +61,55 @@ pub(super) async fn count(session: &mut Session, worker: &str, failed: &[FailedA
         .bind(codes)
         .bind(errors)
         .bind(logs)
+        .bind(records)
+        .bind(proofs)
         .fetch_all(session.connection())
         .await
         .map_err(|error| match errors::is_unique_violation(&error) {
             true => StoreError::Conflict(anyhow::Error::new(error).context("count failed attempts")),
             false => errors::of_statement(error, "count failed attempts"),
         })?;
-    let counts: sqlx::Result<Vec<i32>> = rows.iter().map(|row| row.try_get(0)).collect();
-    let counts = counts.map_err(|error| errors::of_statement(error, "read the count of attempts"))?;
-    Ok(counts.into_iter().map(|count| shared::narrow(count.into())).collect())
+    let counted = |row: &PgRow| {
+        Ok(CountedAttempt { attempt: row.try_get::<i32, _>(0)?.cast_unsigned(), repeats: row.try_get(1)? })
+    };
+    let counts: sqlx::Result<Vec<CountedAttempt>> = rows.iter().map(counted).collect();
+    counts.map_err(|error| errors::of_statement(error, "read the count of attempts"))
+}
+
+/// Forgets the records of attempts at these events.
+pub(super) async fn forget_records(session: &mut Session, worker: &str, event_ids: &[String]) -> Result<()> {
+    let query = session.query("delete from oncely.record where worker = $1 and event_id = any($2)");
+    query
+        .bind(worker)
+        .bind(event_ids)
+        .execute(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "forget the records of attempts"))?;
+    Ok(())
+}
+
+/// Forgets the records of the events of these letters.
+pub(super) async fn forget_records_of_letters(session: &mut Session, letters: &[i64]) -> Result<()> {
+    let query = session.query(
+        "delete from oncely.record using oncely.dead_letter as letter
+         where letter.id = any($1) and letter.reason <> 'id-reuse'
+             and record.worker = letter.worker and record.event_id = letter.event_id",
+    );
+    query
+        .bind(letters)
+        .execute(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "forget the records of attempts"))?;
+    Ok(())
+}
+
+/// The record of an event's last attempt.
+pub(super) async fn record(session: &mut Session, worker: &str, event_id: &str) -> Result<Option<Bytes>> {
+    let doing = |error| errors::of_statement(error, "read the record of an attempt");
+    let query = session.query("select record from oncely.record where worker = $1 and event_id = $2");
+    let row = query.bind(worker).bind(event_id).fetch_optional(session.connection()).await.map_err(doing)?;
+    let record: Option<Vec<u8>> = row.map(|row| row.try_get(0)).transpose().map_err(doing)?;
+    Ok(record.map(Bytes::from))
 }
 
 /// Notes that a message is about to be handled alone; returns how often that was noted before and not taken back.

@@ -31,6 +31,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use async_trait::async_trait;
+use bytes::Bytes;
 use sqlx::ConnectOptions;
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 
@@ -41,9 +42,9 @@ use self::session::{Purpose, Sessions};
 use self::tx::PostgresTx;
 use self::wall::Login;
 use super::{
-    By, DeploymentRecord, FailedAttempt, LetterFilter, LetterRecord, LetterSummary, Move, Moved, OnStream, OutboxLag,
-    OutboxRow, Output, OutputFilter, OutputLog, OutputRecord, OutputSummary, Published, PutBack, Redrive, Result,
-    Retire, StateRecord, Store, Tx, Unpublished, WorkerMigration, WorkerTotals,
+    By, CountedAttempt, DeploymentRecord, FailedAttempt, LetterFilter, LetterRecord, LetterSummary, Move, Moved,
+    OnStream, OutboxLag, OutboxRow, Output, OutputFilter, OutputLog, OutputRecord, OutputSummary, Published, PutBack,
+    Redrive, Result, Retire, StateRecord, Store, Tx, Unpublished, WorkerMigration, WorkerTotals,
 };
 use crate::fault;
 use crate::hint::WithHint;
@@ -181,11 +182,24 @@ impl Store for PostgresStore {
         Ok(Box::new(PostgresTx::new(session, worker, guests)))
     }
 
-    async fn count_attempts(&self, worker: &str, failed: &[FailedAttempt]) -> Result<Vec<u32>> {
+    async fn count_attempts(&self, worker: &str, failed: &[FailedAttempt]) -> Result<Vec<CountedAttempt>> {
         let mut session = self.house.begin(Purpose::House).await?;
         let counts = attempts::count(&mut session, worker, failed).await?;
         session.commit().await?;
         Ok(counts)
+    }
+
+    async fn forget_records(&self, worker: &str, event_ids: &[String]) -> Result<()> {
+        let mut session = self.house.begin(Purpose::Note).await?;
+        attempts::forget_records(&mut session, worker, event_ids).await?;
+        session.commit().await
+    }
+
+    async fn attempt_record(&self, worker: &str, event_id: &str) -> Result<Option<Bytes>> {
+        let mut session = self.house.begin(Purpose::Read).await?;
+        let record = attempts::record(&mut session, worker, event_id).await?;
+        session.commit().await?;
+        Ok(record)
     }
 
     async fn note_unfinished(&self, worker: &str, event_id: &str) -> Result<u32> {

@@ -8,7 +8,7 @@ use sqlx::Row;
 use sqlx::postgres::PgRow;
 
 use super::session::Session;
-use super::{errors, outbox};
+use super::{attempts, errors, outbox};
 use crate::message::{Message, Origin, Redriven};
 use crate::redrive::Pointer;
 use crate::store::letters::{self, Standing};
@@ -61,6 +61,7 @@ pub(super) async fn move_letters(session: &mut Session, ids: &[i64], what: &Move
     }
     if let Some(state) = what.closes() {
         close(session, &done, state).await?;
+        attempts::forget_records_of_letters(session, &done).await?;
     }
     if let Move::Edit(body) = what {
         edit(session, &done, body, by).await?;

@@ -19,7 +19,8 @@ pub(super) async fn load(session: &mut Session, worker: &str, keys: &[String]) -
         .await
         .map_err(|error| errors::of_statement(error, "load state"))?;
     let read = |row: &PgRow| {
-        let entry = StateEntry { value: row.try_get(1)?, version: shared::unsigned(row.try_get(2)?) };
+        let entry =
+            StateEntry { value: row.try_get::<Vec<u8>, _>(1)?.into(), version: shared::unsigned(row.try_get(2)?) };
         Ok((row.try_get(0)?, entry))
     };
     let entries: sqlx::Result<Vec<_>> = rows.iter().map(read).collect();
@@ -36,7 +37,7 @@ pub(super) async fn save(session: &mut Session, worker: &str, writes: &[StateWri
         versions.push(write.entry.as_ref().map(|entry| shared::signed(entry.version)).transpose()?);
     }
     let values: Vec<Option<&[u8]>> =
-        writes.iter().map(|write| write.entry.as_ref().map(|entry| entry.value.as_slice())).collect();
+        writes.iter().map(|write| write.entry.as_ref().map(|entry| entry.value.as_ref())).collect();
     let query = session.query("select oncely_door.save_state($1, $2, $3, $4, $5, $6)");
     let row = query
         .bind(session.token())

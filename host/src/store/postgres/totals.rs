@@ -62,9 +62,14 @@ fn read(row: &PgRow) -> sqlx::Result<WorkerTotals> {
 /// Writes down which letters that were put back took effect, before the inbox forgets it.
 pub(super) async fn write_done(session: &mut Session) -> Result<()> {
     let query = session.query(
-        "update oncely.dead_letter set state = 'done' from oncely.inbox
-         where dead_letter.state = 'redriven' and inbox.worker = dead_letter.worker
-             and inbox.event_id = dead_letter.event_id and inbox.state = 'done'",
+        "with done as (
+             update oncely.dead_letter set state = 'done' from oncely.inbox
+             where dead_letter.state = 'redriven' and inbox.worker = dead_letter.worker
+                 and inbox.event_id = dead_letter.event_id and inbox.state = 'done'
+             returning dead_letter.worker, dead_letter.event_id
+         )
+         delete from oncely.record using done
+         where record.worker = done.worker and record.event_id = done.event_id",
     );
     query
         .execute(session.connection())

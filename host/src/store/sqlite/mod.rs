@@ -28,15 +28,16 @@ use std::time::Duration;
 
 use anyhow::Context;
 use async_trait::async_trait;
+use bytes::Bytes;
 use sqlx::sqlite::{SqlitePool, SqlitePoolOptions};
 
 use self::guest_sql::Guests;
 use self::session::Sessions;
 use self::tx::SqliteTx;
 use super::{
-    By, DeploymentRecord, FailedAttempt, LetterFilter, LetterRecord, LetterSummary, Move, Moved, OnStream, OutboxLag,
-    OutboxRow, Output, OutputFilter, OutputRecord, OutputSummary, Published, PutBack, Redrive, Result, Retire,
-    StateRecord, Store, Tx, Unpublished, WorkerMigration, WorkerTotals,
+    By, CountedAttempt, DeploymentRecord, FailedAttempt, LetterFilter, LetterRecord, LetterSummary, Move, Moved,
+    OnStream, OutboxLag, OutboxRow, Output, OutputFilter, OutputRecord, OutputSummary, Published, PutBack, Redrive,
+    Result, Retire, StateRecord, Store, Tx, Unpublished, WorkerMigration, WorkerTotals,
 };
 use crate::fault;
 use crate::sql::Dialect;
@@ -89,11 +90,23 @@ impl Store for SqliteStore {
         Ok(Box::new(SqliteTx::new(session, worker, Guests { has_gate: self.has_gate, time }, self.readers.clone())))
     }
 
-    async fn count_attempts(&self, worker: &str, failed: &[FailedAttempt]) -> Result<Vec<u32>> {
+    async fn count_attempts(&self, worker: &str, failed: &[FailedAttempt]) -> Result<Vec<CountedAttempt>> {
         let mut session = self.sessions.begin().await?;
         let counts = attempts::count(&mut session, worker, failed).await?;
         session.commit().await?;
         Ok(counts)
+    }
+
+    async fn forget_records(&self, worker: &str, event_ids: &[String]) -> Result<()> {
+        let mut session = self.sessions.begin().await?;
+        for event_id in event_ids {
+            attempts::forget_record(&mut session, worker, event_id).await?;
+        }
+        session.commit().await
+    }
+
+    async fn attempt_record(&self, worker: &str, event_id: &str) -> Result<Option<Bytes>> {
+        attempts::record(&self.readers, worker, event_id).await
     }
 
     async fn note_unfinished(&self, worker: &str, event_id: &str) -> Result<u32> {

@@ -53,6 +53,9 @@ pub(super) async fn move_letters(session: &mut Session, ids: &[i64], what: &Move
         if let Some(state) = what.closes() {
             settle_under_way(session, &letter).await?;
             close(session, letter.id, state).await?;
+            if letter.owns_its_event() {
+                attempts::forget_record(session, &letter.worker, &letter.event_id).await?;
+            }
         }
         if let Move::Edit(body) = what {
             edit(session, letter.id, body, by).await?;

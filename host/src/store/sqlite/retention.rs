@@ -109,6 +109,15 @@ async fn archive(
 async fn write_done(session: &mut Session) -> Result<()> {
     let doing = |error| errors::of_statement(error, "write down which dead letters took effect");
     sqlx::query(
+        "delete from oncely_record where (worker, event_id) in (
+             select letter.worker, letter.event_id from oncely_dead_letter as letter
+             join oncely_inbox as inbox on inbox.worker = letter.worker and inbox.event_id = letter.event_id
+             where letter.state = 'redriven' and inbox.state = 'done')",
+    )
+    .execute(session.connection().map_err(doing)?)
+    .await
+    .map_err(doing)?;
+    sqlx::query(
         "update oncely_dead_letter as letter set state = 'done'
          where letter.state = 'redriven' and exists (
              select 1 from oncely_inbox as inbox where inbox.worker = letter.worker

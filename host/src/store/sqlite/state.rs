@@ -21,7 +21,8 @@ pub(super) async fn load(session: &mut Session, worker: &str, keys: &[String]) -
     .await
     .map_err(doing)?;
     let read = |row: &SqliteRow| {
-        let entry = StateEntry { value: row.try_get(1)?, version: shared::unsigned(row.try_get(2)?) };
+        let entry =
+            StateEntry { value: row.try_get::<Vec<u8>, _>(1)?.into(), version: shared::unsigned(row.try_get(2)?) };
         Ok((row.try_get(0)?, entry))
     };
     let entries: sqlx::Result<Vec<_>> = rows.iter().map(read).collect();
@@ -58,7 +59,7 @@ async fn save_one(session: &mut Session, worker: &str, write: &StateWrite) -> Re
         .bind(worker)
         .bind(&write.key)
         .bind(expected)
-        .bind(write.entry.as_ref().map(|entry| entry.value.as_slice()))
+        .bind(write.entry.as_ref().map(|entry| entry.value.as_ref()))
         .bind(write.entry.as_ref().map(|entry| shared::signed(entry.version)).transpose()?)
         .execute(session.connection().map_err(doing)?)
         .await

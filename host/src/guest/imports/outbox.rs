@@ -1,0 +1,188 @@
+//! Sending: one outgoing message against the grants and limits of the manifest.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use crate::fault;
+use crate::guest::bindings::oncely::worker::outbox;
+use crate::guest::call::{CallState, FailureKind};
+use crate::guest::record::{Asked, Sending};
+use crate::message::{self, EVENT_ID_MAX, Headers, Message, Output, output_id};
+use crate::subject;
+
+impl outbox::Host for CallState {
+    async fn send(&mut self, outgoing: outbox::Outgoing) -> wasmtime::Result<Result<String, outbox::Error>> {
+        let outbox::Outgoing { subject, headers, body, id, ordering_key, delay: delay_ms, caused_by } = outgoing;
+        let body = Bytes::from(body);
+        let sending = Sending { subject, headers, body, id, ordering_key, delay_ms, caused_by };
+        self.call.tape.note(sending.size(), || Asked::Send(Box::new(sending.clone())))?;
+        match self.accept(sending) {
+            Ok(output) => {
+                let id = output.id.clone();
+                self.output_bytes += output_size(&output);
+                self.outputs.push(output);
+                Ok(Ok(id))
+            }
+            Err(error) => {
+                self.doom(FailureKind::OutputRefused, "output-refused", sentence(&error));
+                Ok(Err(error))
+            }
+        }
+    }
+}
+
+impl CallState {
+    /// Checks one outgoing message against the grants and limits of the manifest.
+    fn accept(&self, outgoing: Sending) -> Result<Output, outbox::Error> {
+        let worker = &self.call.worker;
+        subject::check_subject(&outgoing.subject).map_err(|why| outbox::Error::InvalidSubject(why.to_string()))?;
+        if !worker.grants(&outgoing.subject) {
+            return Err(outbox::Error::NotGranted(format!(
+                "worker {} may not publish to `{}`; to let it, put in its manifest: {}",
+                worker.name,
+                outgoing.subject,
+                worker.line_that_grants(&outgoing.subject)
+            )));
+        }
+        check_headers(&outgoing.headers)?;
+        check_ordering_key(outgoing.ordering_key.as_deref())?;
+        let cause = self.cause(outgoing.caused_by.as_deref())?;
+        // Counted by event: the same message yields the same ids in whichever company it is handled.
+        let ordinal = self.outputs.iter().filter(|output| output.event_id == cause.event_id).count();
+        let output = Output {
+            id: self.id_for(outgoing.id, cause, ordinal)?,
+            event_id: cause.event_id.clone(),
+            ordinal: u32::try_from(ordinal).unwrap_or(u32::MAX),
+            subject: outgoing.subject,
+            headers: with_trace(outgoing.headers, cause),
+            body: outgoing.body,
+            ordering_key: outgoing.ordering_key,
+            delay: Duration::from_millis(outgoing.delay_ms.unwrap_or_default()),
+        };
+        self.check_size(&output)?;
+        Ok(output)
+    }
+
+    /// The message that caused an output.
+    fn cause(&self, event_id: Option<&str>) -> Result<&Message, outbox::Error> {
+        let caused = |event_id: &str| self.call.messages.iter().find(|message| message.event_id == event_id);
+        let cause = match event_id {
+            Some(event_id) => caused(event_id).ok_or_else(|| format!("this call has no message `{event_id}`")),
+            None if self.in_batch => Err("a batch handler says for each output which message caused it \
+                (`caused-by`: the message's id)"
+                .to_owned()),
+            None => self.call.messages.first().ok_or_else(|| "this call has no message".to_owned()),
+        };
+        cause.map(AsRef::as_ref).map_err(outbox::Error::Other)
+    }
+
+    fn id_for(&self, asked: Option<String>, cause: &Message, ordinal: usize) -> Result<String, outbox::Error> {
+        let Some(id) = asked else {
+            return Ok(output_id(&self.call.worker.name, &cause.event_id, ordinal));
+        };
+        if id.is_empty() || id.len() > EVENT_ID_MAX || id.chars().any(char::is_control) {
+            return Err(outbox::Error::InvalidId(format!(
+                "the id of an output must have 1 to {EVENT_ID_MAX} bytes and no control characters"
+            )));
+        }
+        if self.outputs.iter().any(|output| output.id == id) {
+            return Err(outbox::Error::InvalidId(format!("the id `{id}` was used before in this delivery")));
+        }
+        Ok(id)
+    }
+
+    fn check_size(&self, output: &Output) -> Result<(), outbox::Error> {
+        let limits = &self.call.worker.limits;
+        if self.outputs.len() >= limits.outputs as usize {
+            return Err(outbox::Error::TooMany(format!(
+                "a delivery may send {} messages (`outputs` under [worker.limits])",
+                limits.outputs
+            )));
+        }
+        let size = output_size(output);
+        let most = usize::try_from(limits.output_size).unwrap_or(usize::MAX).min(self.call.payload_max);
+        if size > most {
+            return Err(outbox::Error::TooLarge(format!(
+                "the message to `{}` has {size} bytes with its headers; at most {most} are allowed (`output_size` under \
+                 [worker.limits], and max_payload of the NATS server)",
+                output.subject
+            )));
+        }
+        if (self.output_bytes + size) as u64 > limits.outputs_size {
+            return Err(outbox::Error::TooLarge(format!(
+                "the messages of this delivery have more than {} bytes together (`outputs_size` under [worker.limits])",
+                limits.outputs_size
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// Carries the trace of the message on, unless the author set one.
+fn with_trace(mut headers: Headers, cause: &Message) -> Headers {
+    for name in ["traceparent", "tracestate"] {
+        if message::header(&headers, name).is_none()
+            && let Some(value) = cause.header(name)
+        {
+            headers.push((name.to_owned(), value.to_owned()));
+        }
+    }
+    headers
+}
+
+fn check_ordering_key(key: Option<&str>) -> Result<(), outbox::Error> {
+    match key {
+        Some(key) if key.len() > EVENT_ID_MAX || key.contains('\0') => {
+            Err(outbox::Error::Other(format!("an ordering key has at most {EVENT_ID_MAX} bytes and no NUL")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Room for the headers the platform adds itself.
+const PLATFORM_HEADERS: usize = 1024;
+
+fn output_size(output: &Output) -> usize {
+    let headers: usize = output.headers.iter().map(|(name, value)| name.len() + value.len() + 4).sum();
+    headers + PLATFORM_HEADERS + output.body.len()
+}
+
+fn check_headers(headers: &Headers) -> Result<(), outbox::Error> {
+    for (name, value) in headers {
+        let token = |c: char| c.is_ascii_graphic() && c != ':';
+        if name.is_empty() || name.len() > 128 || !name.chars().all(token) {
+            return Err(outbox::Error::InvalidHeader(format!(
+                "`{}` cannot be a header's name: 1 to 128 printable ASCII characters without space and colon",
+                name.escape_debug()
+            )));
+        }
+        let lower = name.to_ascii_lowercase();
+        if fault::mutant(fault::ALLOW_RESERVED_HEADERS) {
+            continue;
+        }
+        if lower.starts_with("nats-") || lower.starts_with("oncely-") {
+            return Err(outbox::Error::InvalidHeader(format!(
+                "the header `{name}` is reserved: names that begin with `Nats-` or `Oncely-` are the platform's"
+            )));
+        }
+        if value.len() > 8192 || value.chars().any(|c| c.is_control() && c != '\t') {
+            return Err(outbox::Error::InvalidHeader(format!(
+                "the value of header `{name}` has control characters or more than 8192 bytes"
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn sentence(error: &outbox::Error) -> &str {
+    match error {
+        outbox::Error::InvalidSubject(why)
+        | outbox::Error::InvalidHeader(why)
+        | outbox::Error::InvalidId(why)
+        | outbox::Error::NotGranted(why)
+        | outbox::Error::TooLarge(why)
+        | outbox::Error::TooMany(why)
+        | outbox::Error::Other(why) => why,
+    }
+}

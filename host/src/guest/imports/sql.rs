@@ -1,0 +1,184 @@
+//! Statements: counted against the limits, run in the transaction, and doomed with it when they fail.
+
+use crate::fault;
+use crate::guest::bindings::oncely::worker::sql;
+use crate::guest::call::{CallState, FailureKind};
+use crate::guest::record::{Asked, Saw};
+use crate::sql::{DatabaseError, Dialect, Rows, SqlError, Value};
+
+impl CallState {
+    /// Counts a statement against the limits.
+    fn count_statement(&mut self, statement: &str, params: &[Value]) -> Result<(), SqlError> {
+        let limits = &self.call.worker.limits;
+        if self.statements >= limits.sql_statements {
+            return Err(SqlError::TooLarge(format!(
+                "a delivery may run {} statements (`sql_statements` under [worker.limits])",
+                limits.sql_statements
+            )));
+        }
+        self.statements += 1;
+        let size = statement_size(statement, params);
+        if size as u64 > limits.sql_size || params.len() > 10_000 {
+            return Err(SqlError::TooLarge(format!(
+                "the statement has {size} bytes and {} parameters; at most {} bytes (`sql_size` under [worker.limits]) and \
+                 10000 parameters are allowed",
+                params.len(),
+                limits.sql_size
+            )));
+        }
+        Ok(())
+    }
+
+    async fn run_query(&mut self, statement: String, params: Vec<Value>) -> wasmtime::Result<Result<Rows, SqlError>> {
+        if let Err(error) = self.count_statement(&statement, &params) {
+            return Ok(Err(error));
+        }
+        let limits = self.call.worker.limits.sql();
+        match self.call.database.query(statement, params, limits).await {
+            Ok(answer) => Ok(answer),
+            Err(error) => self.house(error),
+        }
+    }
+
+    async fn run_execute(&mut self, statement: String, params: Vec<Value>) -> wasmtime::Result<Result<u64, SqlError>> {
+        if let Err(error) = self.count_statement(&statement, &params) {
+            return Ok(Err(error));
+        }
+        match self.call.database.execute(statement, params).await {
+            Ok(answer) => Ok(answer),
+            Err(error) => self.house(error),
+        }
+    }
+
+    /// Dooms the delivery for an error that the transaction does not survive, and gives it to the guest.
+    fn failed(&mut self, error: SqlError) -> sql::Error {
+        let kind = match &error {
+            SqlError::Conflict(_) => FailureKind::Conflict,
+            _ => FailureKind::Retry,
+        };
+        let code = match &error {
+            SqlError::ConstraintViolation(_) => "constraint-violation",
+            SqlError::Timeout => "timeout",
+            SqlError::Conflict(_) => "conflict",
+            _ => "sql",
+        };
+        let dooms =
+            !matches!(error, SqlError::NotAllowed(_) | SqlError::InvalidParameter(_) | SqlError::TransactionFailed(_));
+        if dooms && !fault::mutant(fault::IGNORE_COMMIT_TAG) {
+            self.doom(kind, code, &format!("a statement failed: {error}"));
+        }
+        wit_error(error)
+    }
+}
+
+impl sql::Host for CallState {
+    async fn get_dialect(&mut self) -> wasmtime::Result<sql::Dialect> {
+        Ok(match self.call.database.dialect() {
+            Dialect::Postgres => sql::Dialect::Postgres,
+            Dialect::Sqlite => sql::Dialect::Sqlite,
+        })
+    }
+
+    async fn query(
+        &mut self,
+        statement: String,
+        params: Vec<sql::Value>,
+    ) -> wasmtime::Result<Result<sql::RowSet, sql::Error>> {
+        let params: Vec<Value> = params.into_iter().map(value_from_wit).collect();
+        let asked = || Asked::Query { statement: statement.clone(), params: params.clone() };
+        let answer = match self.call.tape.ask(statement_size(&statement, &params), asked)? {
+            Some(Saw::Rows(rows)) => Ok(rows),
+            Some(Saw::Refused(error)) => Err(error),
+            Some(_) => return self.call.tape.foreign(),
+            None => {
+                let answer = self.run_query(statement, params).await?;
+                let size = answer.as_ref().map_or(0, Rows::size);
+                self.call.tape.saw(size, || answer.clone().map_or_else(Saw::Refused, Saw::Rows));
+                answer
+            }
+        };
+        Ok(answer.map(wit_rows).map_err(|error| self.failed(error)))
+    }
+
+    async fn execute(
+        &mut self,
+        statement: String,
+        params: Vec<sql::Value>,
+    ) -> wasmtime::Result<Result<u64, sql::Error>> {
+        let params: Vec<Value> = params.into_iter().map(value_from_wit).collect();
+        let asked = || Asked::Execute { statement: statement.clone(), params: params.clone() };
+        let answer = match self.call.tape.ask(statement_size(&statement, &params), asked)? {
+            Some(Saw::Changed(rows)) => Ok(rows),
+            Some(Saw::Refused(error)) => Err(error),
+            Some(_) => return self.call.tape.foreign(),
+            None => {
+                let answer = self.run_execute(statement, params).await?;
+                self.call.tape.saw(0, || answer.clone().map_or_else(Saw::Refused, Saw::Changed));
+                answer
+            }
+        };
+        Ok(answer.map_err(|error| self.failed(error)))
+    }
+}
+
+fn statement_size(statement: &str, params: &[Value]) -> usize {
+    statement.len() + params.iter().map(Value::size).sum::<usize>()
+}
+
+fn value_from_wit(value: sql::Value) -> Value {
+    match value {
+        sql::Value::Null => Value::Null,
+        sql::Value::Boolean(it) => Value::Boolean(it),
+        sql::Value::Int64(it) => Value::Int64(it),
+        sql::Value::Float64(it) => Value::Float64(it),
+        sql::Value::Decimal(it) => Value::Decimal(it),
+        sql::Value::Text(it) => Value::Text(it),
+        sql::Value::Bytes(it) => Value::Bytes(it),
+        sql::Value::Uuid(it) => Value::Uuid(it),
+        sql::Value::Json(it) => Value::Json(it),
+        sql::Value::Timestamp(it) => Value::Timestamp(it),
+        sql::Value::Date(it) => Value::Date(it),
+        sql::Value::Time(it) => Value::Time(it),
+    }
+}
+
+fn wit_value(value: Value) -> sql::Value {
+    match value {
+        Value::Null => sql::Value::Null,
+        Value::Boolean(it) => sql::Value::Boolean(it),
+        Value::Int64(it) => sql::Value::Int64(it),
+        Value::Float64(it) => sql::Value::Float64(it),
+        Value::Decimal(it) => sql::Value::Decimal(it),
+        Value::Text(it) => sql::Value::Text(it),
+        Value::Bytes(it) => sql::Value::Bytes(it),
+        Value::Uuid(it) => sql::Value::Uuid(it),
+        Value::Json(it) => sql::Value::Json(it),
+        Value::Timestamp(it) => sql::Value::Timestamp(it),
+        Value::Date(it) => sql::Value::Date(it),
+        Value::Time(it) => sql::Value::Time(it),
+    }
+}
+
+fn wit_rows(rows: Rows) -> sql::RowSet {
+    let row = |row: Vec<Value>| row.into_iter().map(wit_value).collect();
+    sql::RowSet { columns: rows.columns, rows: rows.rows.into_iter().map(row).collect() }
+}
+
+fn wit_error(error: SqlError) -> sql::Error {
+    let database = |error: DatabaseError| sql::DatabaseError {
+        code: error.code,
+        message: error.message,
+        constraint: error.constraint,
+    };
+    match error {
+        SqlError::ConstraintViolation(error) => sql::Error::ConstraintViolation(database(error)),
+        SqlError::Conflict(error) => sql::Error::Conflict(database(error)),
+        SqlError::QueryFailed(error) => sql::Error::QueryFailed(database(error)),
+        SqlError::NotAllowed(why) => sql::Error::NotAllowed(why),
+        SqlError::InvalidParameter(why) => sql::Error::InvalidParameter(why),
+        SqlError::UnsupportedType(why) => sql::Error::UnsupportedType(why),
+        SqlError::TooLarge(why) => sql::Error::TooLarge(why),
+        SqlError::Timeout => sql::Error::Timeout,
+        SqlError::TransactionFailed(why) => sql::Error::TransactionFailed(why),
+    }
+}

@@ -1,0 +1,62 @@
+//! Looks at what the host can tell and logs what it saw, in the order asked for.
+//!
+//! Options: `{"look": ["now"], "times": 1, "bytes": 16, "key": "counter", "sql": "select 1"}`. It may look at `now`,
+//! `attempt`, `remaining`, `wall`, `monotonic`, `random` (so many bytes), `seed`, `sleep` (a millisecond), `state` (under the
+//! key) and `sql` (how many rows the statement has), each as often as `times` says.
+
+use std::fmt::Debug;
+
+use oncely_guest::{Failure, Message, invocation, log, params, sql, state};
+use serde::Deserialize;
+
+use crate::wasi::{insecure_seed, monotonic_clock, random, wall_clock};
+
+#[derive(Deserialize)]
+#[serde(default)]
+struct Options {
+    look: Vec<String>,
+    times: u32,
+    bytes: u64,
+    key: String,
+    sql: String,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            look: vec!["now".to_owned()],
+            times: 1,
+            bytes: 16,
+            key: "counter".to_owned(),
+            sql: "select 1".to_owned(),
+        }
+    }
+}
+
+pub fn run(message: &Message) -> Result<(), Failure> {
+    let options: Options = crate::options(message)?;
+    for what in &options.look {
+        for _ in 0..options.times {
+            look(what, &options)?;
+        }
+    }
+    Ok(())
+}
+
+fn look(what: &str, options: &Options) -> Result<(), Failure> {
+    let saw: &dyn Debug = match what {
+        "now" => &invocation::now(),
+        "attempt" => &invocation::attempt(),
+        "remaining" => &invocation::remaining(),
+        "wall" => &wall_clock::now(),
+        "monotonic" => &monotonic_clock::now(),
+        "random" => &random::get_random_bytes(options.bytes).len(),
+        "seed" => &insecure_seed::insecure_seed(),
+        "sleep" => &monotonic_clock::subscribe_duration(1_000_000).block(),
+        "state" => &state::get(&options.key)?.map(|entry| entry.version),
+        "sql" => &sql::query(&options.sql, params![])?.len(),
+        other => return Err(Failure::reject(format!("there is no `{other}` to look at"))),
+    };
+    log::info!("{what}: {saw:?}");
+    Ok(())
+}
