@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 export PATH := $(CURDIR)/target/tools/bin:$(PATH)
 
-.PHONY: help demo test chaos chaos-short mutants bench bench-retention chaos-host build install-tools demo-tools links format lint docs run-tests
+.PHONY: help demo test chaos chaos-short mutants bench saturation saturation-short bench-retention chaos-host build install-tools demo-tools links format lint docs run-tests
 
 help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -20,11 +20,11 @@ test: install-tools ## Check links, format, lints and docs, then run all tests
 	$(MAKE) chaos-short
 	$(MAKE) run-tests
 
-chaos: install-tools chaos-host ## Kill, pause and cut a host under load on both databases, then check the books: ten minutes
+chaos: install-tools chaos-host ## Kill, pause and cut a host under load on both databases, then check the books: a quarter of an hour
 	$(CHAOS) $(ARGS)
 
-chaos-short: chaos-host ## The same in a minute
-	$(CHAOS) --short --inputs 800 --minutes 0.4 $(ARGS)
+chaos-short: chaos-host ## The same in two minutes
+	$(CHAOS) --short --inputs 800 --minutes 1.5 $(ARGS)
 
 mutants: install-tools chaos-host ## Break the host on purpose, promise by promise; the books must notice each time
 	$(CHAOS) --mutants $(ARGS)
@@ -32,6 +32,14 @@ mutants: install-tools chaos-host ## Break the host on purpose, promise by promi
 bench: install-tools ## Measure a release build against a hand-written loop: a quarter of an hour
 	cargo build --locked --release -p oncely -p oncely-tests
 	target/release/bench $(ARGS)
+
+saturation: install-tools ## Give a host more than it can do for five minutes, and see how long outputs wait
+	cargo build --locked --release -p oncely -p oncely-tests
+	target/release/bench --saturate 300 $(ARGS)
+
+# With the build that tests use, for CI.
+saturation-short: build ## The same for half a minute
+	cargo run --quiet --locked -p oncely-tests --bin bench -- --saturate 30 $(ARGS)
 
 bench-retention: install-tools ## Send ten million rows through inbox and outbox while old ones leave: half an hour
 	cargo build --locked --release -p oncely-tests --bin bench

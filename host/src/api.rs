@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
 
+use crate::alarm::Alarm;
 use crate::bus::Outgoing;
 use crate::deploy::{self, Plan, Proposal};
 use crate::guest::COMPONENT_SIZE_MAX;
@@ -155,6 +156,8 @@ pub struct Status {
     pub reads_log: bool,
     /// Of all hosts on this database; none when it is out of reach.
     pub totals: Option<Vec<WorkerTotals>>,
+    /// Those that are raised; none when the database is out of reach.
+    pub alarms: Option<Vec<Alarm>>,
 }
 
 async fn status(State(host): State<Arc<Host>>) -> Answer<Status> {
@@ -169,6 +172,7 @@ async fn status(State(host): State<Arc<Host>>) -> Answer<Status> {
         log: host.relay_state.log(),
         reads_log: host.relay_state.reads_log(),
         totals: host.store.totals().await.ok(),
+        alarms: host.store.alarms().await.ok().map(|alarms| alarms.into_iter().filter(Alarm::is_raised).collect()),
     }))
 }
 

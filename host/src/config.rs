@@ -13,9 +13,11 @@ use crate::units;
 mod nats;
 mod sources;
 mod token;
+mod webhook;
 
 pub use nats::{Login, Nats};
 pub use token::{keep_token, read_token};
+pub use webhook::{Webhook, key as webhook_key};
 
 use sources::{Given, Sources};
 
@@ -26,7 +28,7 @@ pub const FILE_NAME: &str = "oncely-host.toml";
 pub const LISTEN: &str = "127.0.0.1:7420";
 
 /// Every knob, by its key in the file. Its flag is `--key` with hyphens, its variable `ONCELY_KEY`.
-pub(crate) const KNOBS: [&str; 18] = [
+pub(crate) const KNOBS: [&str; 20] = [
     "database",
     "pool_size",
     "guest_sql",
@@ -45,6 +47,8 @@ pub(crate) const KNOBS: [&str; 18] = [
     "relay_slot_max",
     "keep_inbox",
     "archive",
+    "webhook",
+    "webhook_secret",
 ];
 
 /// The knobs as flags. They are texts here: [`HostConfig::resolve`] reads them, whichever source they came from.
@@ -107,6 +111,12 @@ pub struct HostFlags {
     /// A folder where old inbox records and outputs are kept in files when they leave the database [default: none] [env: ONCELY_ARCHIVE]
     #[arg(long, value_name = "FOLDER")]
     pub archive: Option<String>,
+    /// Where alarms are posted to, http or https [default: nowhere] [env: ONCELY_WEBHOOK]
+    #[arg(long, value_name = "URL")]
+    pub webhook: Option<String>,
+    /// What they are signed with: whsec_ and a secret in Base64 [default: not signed] [env: ONCELY_WEBHOOK_SECRET]
+    #[arg(long, value_name = "SECRET")]
+    pub webhook_secret: Option<String>,
 }
 
 /// Everything a host needs to know, checked.
@@ -139,6 +149,10 @@ pub struct HostConfig {
     pub keep_inbox: KeepInbox,
     /// Where old rows are kept when they leave the database.
     pub archive: Option<PathBuf>,
+    /// Where alarms are posted to.
+    pub webhook: Option<Webhook>,
+    /// What these posts are signed with.
+    pub webhook_secret: Option<Secret>,
 }
 
 /// How outputs are published.
@@ -218,6 +232,8 @@ impl HostConfig {
                 .map_or(Ok(Duration::from_secs(15 * 60)), |given| keep_outputs(&given))?,
             keep_inbox: sources.get("keep_inbox").map_or(Ok(KeepInbox::Auto), |given| keep_inbox(&given))?,
             archive: sources.get("archive").map(|given| archive(&given)).transpose()?,
+            webhook: sources.get("webhook").map(|given| webhook::webhook(&given)).transpose()?,
+            webhook_secret: sources.get("webhook_secret").map(|given| webhook::secret(&given)).transpose()?,
             data_dir,
         })
     }

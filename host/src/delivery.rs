@@ -292,6 +292,7 @@ impl Delivery {
             reason,
             code: failure.code,
             detail: failure.message,
+            frames: failure.frames,
             attempts: attempt,
             message: Message::clone(message),
         }))
@@ -497,6 +498,7 @@ impl<'b> Run<'b> {
                     "the event id `{}` was used before for a message with another subject or body",
                     message.event_id
                 ),
+                frames: Vec::new(),
                 attempts: 0,
                 message: Message::clone(message),
             }));

@@ -1,6 +1,6 @@
 //! A host: keeps the workers that are deployed running, and the relay; swaps versions without losing a message.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use tokio::sync::{Mutex, Notify};
 use tokio::task::JoinHandle;
 
+use crate::alarm::{ALARM_KEPT, ALARM_STREAM, ALARM_SUBJECTS, Alarm, Kind};
 use crate::bus::{Bus, StreamSpec, Unhandled};
 use crate::dead_letter::{DLQ_STREAM, DLQ_SUBJECTS};
 use crate::delivery::Delivery;
@@ -21,6 +22,8 @@ use crate::metrics::{Measured, MeasuredLog, MeasuredOutbox, MeasuredWorker, Metr
 use crate::redrive::{REDRIVE_STREAM, REDRIVE_SUBJECTS};
 use crate::relay::{HandOver, LogKeeper, LogRelay, Relay, RelayState, Repair};
 use crate::store::{DeploymentRecord, OutboxLag, OutboxRow, RelayMode, Store};
+use crate::watch;
+use crate::webhook::{self, Poster};
 use crate::worker::RunningWorker;
 
 mod retention;
@@ -84,6 +87,8 @@ pub struct WorkerState {
 pub struct Running {
     stop: Stop,
     supervisor: JoinHandle<()>,
+    watch: JoinHandle<()>,
+    webhook: Option<JoinHandle<()>>,
     relay: JoinHandle<()>,
     repair: JoinHandle<()>,
     /// What reads the database's log ends after the lanes.
@@ -92,12 +97,13 @@ pub struct Running {
 }
 
 impl Host {
-    /// Starts the relay and all workers that are deployed.
+    /// Starts the relay and all workers that are deployed. Alarms are told to the webhook, if there is one.
     pub async fn start(
         store: Arc<dyn Store>,
         bus: Bus,
         cache: &Path,
         retention: Retention,
+        webhook: Option<Poster>,
     ) -> Result<(Arc<Host>, Running)> {
         let engine = GuestEngine::new(cache)?;
         bus.ensure_stream(&StreamSpec::new(DLQ_STREAM, &[DLQ_SUBJECTS]))
@@ -105,6 +111,8 @@ impl Host {
             .context("make the dead-letter stream")?;
         let queue = StreamSpec { is_queue: true, ..StreamSpec::new(REDRIVE_STREAM, &[REDRIVE_SUBJECTS]) };
         bus.ensure_stream(&queue).await.context("make the stream of what is put back")?;
+        let alarms = StreamSpec { max_age: Some(ALARM_KEPT), ..StreamSpec::new(ALARM_STREAM, &[ALARM_SUBJECTS]) };
+        bus.ensure_stream(&alarms).await.context("make the stream of alarms")?;
         let (metrics, relay_state) = (Arc::<Metrics>::default(), Arc::<RelayState>::default());
         let (relay, hand_over, log_ends) =
             Relay::new(Arc::clone(&store), bus.clone(), Arc::clone(&metrics), Arc::clone(&relay_state));
@@ -141,7 +149,11 @@ impl Host {
         host.reconcile().await.context("start the deployed workers")?;
         fault::point(fault::STARTED);
         let supervisor = tokio::spawn(supervise(Arc::clone(&host), stop.stopping()));
-        Ok((host, Running { stop, supervisor, relay, repair, stop_log, log }))
+        let watch = tokio::spawn(watch::watch(Arc::clone(&host), stop.stopping()));
+        let webhook = webhook.map(|webhook| {
+            tokio::spawn(webhook::tell(host.bus.clone(), webhook, Arc::clone(&host.metrics), stop.stopping()))
+        });
+        Ok((host, Running { stop, supervisor, watch, webhook, relay, repair, stop_log, log }))
     }
 
     /// Brings what runs in line with what is deployed.
@@ -258,6 +270,7 @@ impl Host {
     /// Everything that is counted and measured here, as text for Prometheus.
     pub async fn metrics_text(&self) -> Result<String> {
         let outbox = self.store.outbox_lag().await.ok();
+        let alarms = self.store.alarms().await.unwrap_or_default();
         let measured = Measured {
             nats_connected: self.bus.is_connected(),
             outbox: outbox.map(|lags| lags.into_iter().map(measured_outbox).collect()),
@@ -269,8 +282,33 @@ impl Host {
                 behind: log.behind,
                 retained: log.slot.map_or(0, |slot| slot.retained),
             }),
+            alarms: self.shown_alarms(&alarms).await,
         };
         self.metrics.text(&measured).context("write the metrics")
+    }
+
+    /// The alarms of all kinds, raised or not: a value that is not there is none to compare with.
+    async fn shown_alarms(&self, standing: &[Alarm]) -> Vec<(String, Kind, bool)> {
+        let workers = self.workers.lock().await;
+        let names: BTreeSet<&str> =
+            workers.keys().map(String::as_str).chain(standing.iter().map(|alarm| alarm.worker.as_str())).collect();
+        let none = names.into_iter().flat_map(|worker| Kind::ALL.map(|kind| (worker.to_owned(), kind, false)));
+        let raised = standing.iter().filter(|alarm| alarm.is_raised());
+        none.chain(raised.map(|alarm| (alarm.worker.clone(), alarm.kind, true))).collect()
+    }
+
+    /// The workers that are deployed, as their active versions have them; those whose manifest cannot be read are left out.
+    pub async fn deployed_workers(&self) -> Result<Vec<Worker>> {
+        let deployments = self.store.active_deployments().await?;
+        Ok(deployments.iter().filter_map(|deployment| serde_json::from_str(&deployment.manifest).ok()).collect())
+    }
+
+    /// How long the oldest message on the stream has waited for a worker, wherever that runs; zero when none waits, none
+    /// when the server does not say so in a second.
+    pub async fn unhandled_age(&self, worker: &Worker) -> Option<Duration> {
+        let probe = self.bus.probe(&worker.stream, &worker.subjects, &worker.durable());
+        let unhandled = tokio::time::timeout(Duration::from_secs(1), probe.unhandled()).await.ok()?.ok()?;
+        Some(age(unhandled).unwrap_or_default())
     }
 
     async fn measure_workers(&self) -> Vec<MeasuredWorker> {
@@ -380,6 +418,10 @@ impl Running {
         self.stop.now();
         let drained = async {
             let _ = self.supervisor.await;
+            let _ = self.watch.await;
+            if let Some(webhook) = self.webhook {
+                let _ = webhook.await;
+            }
             host.drain_workers().await;
             self.stop_log.now();
             futures::future::join_all(self.log).await;

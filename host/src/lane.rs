@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::Instant;
 
+use crate::alarm;
 use crate::bus::Receipt;
 use crate::delivery::{Delivered, Delivery};
 use crate::drain::Stopping;
@@ -14,7 +15,7 @@ use crate::manifest::OnFailure;
 use crate::message::{Message, Output};
 use crate::relay::HandOver;
 use crate::retry::Backoff;
-use crate::store::StoreError;
+use crate::store::{Buried, StoreError};
 use crate::verdict::{Letter, Reason, Settled, Verdict};
 use crate::worker::{InFlight, WorkerCounters};
 
@@ -210,7 +211,9 @@ impl Lane {
         let letters: Vec<(Letter, Output)> =
             dead.iter().map(|(_, letter)| (letter.clone(), crate::dead_letter::notice(letter))).collect();
         let leased_at = std::time::Instant::now();
-        let Some((settled, notices)) = self.insist("bury", || self.delivery.store.bury(&letters)).await else {
+        let new_failures = self.delivery.worker.alarm.new_failures;
+        let bury = || self.delivery.store.bury(&letters, new_failures);
+        let Some(Buried { settled, notices, alarms }) = self.insist("bury", bury).await else {
             queue.put_back(dead.into_iter().map(|(parcel, _)| parcel).collect());
             return Err(Stopped);
         };
@@ -225,7 +228,9 @@ impl Lane {
                 letter.detail
             );
         }
+        alarms.notices.iter().for_each(alarm::log);
         self.relay.hand_over(notices, leased_at).await;
+        self.relay.hand_over(alarms.rows, leased_at).await;
         for ((parcel, _), settled) in dead.into_iter().zip(settled) {
             acknowledge(parcel, settled).await;
         }
@@ -246,6 +251,7 @@ impl Lane {
             reason,
             code: None,
             detail,
+            frames: Vec::new(),
             attempts: 0,
             message: Message::clone(&parcel.message),
         };

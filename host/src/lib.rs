@@ -3,12 +3,14 @@
 //! The map, floor by floor; imports run strictly downwards and rooms on one floor do not know each other.
 //!
 //! - what people touch: `cli`, `api`
-//! - loops: `host` (with `deploy`, `reconcile` and `replay`), `worker`, `lane`, `relay`, `drain`
+//! - loops: `host` (with `deploy`, `reconcile`, `replay` and `watch`), `worker`, `lane`, `relay`, `webhook`, `drain`
 //! - the heart: `delivery`
 //! - one room per outside thing: `guest` (wasmtime), `store` (sqlx), `bus` (async-nats), `crate_build` (cargo)
 //! - plain values, no IO: `message`, `sql`, `state`, `verdict`, `dead_letter`, `redrive`, `manifest`, `config`, `retry`,
-//!   `subject`, `units`, `toml_text`, `base64_text`, `hint`, `breaker`, `metrics`; and `fault`, named points and mutants for tests
+//!   `subject`, `units`, `toml_text`, `base64_text`, `hint`, `breaker`, `metrics`, `alarm`,
+//!   `failure_group`; and `fault`, named points and mutants for tests
 
+pub mod alarm;
 pub mod api;
 pub mod base64_text;
 pub mod breaker;
@@ -20,6 +22,7 @@ pub mod dead_letter;
 pub mod delivery;
 pub mod deploy;
 pub mod drain;
+pub mod failure_group;
 pub mod fault;
 pub mod guest;
 pub mod hint;
@@ -40,4 +43,6 @@ pub mod subject;
 pub mod toml_text;
 pub mod units;
 pub mod verdict;
+pub mod watch;
+pub mod webhook;
 pub mod worker;

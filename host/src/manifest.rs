@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
+use crate::alarm::Thresholds;
 use crate::hint::WithHint;
 use crate::message::Message;
 use crate::retry::RetryPolicy;
@@ -99,6 +100,9 @@ pub struct Worker {
     pub retry: RetryPolicy,
     #[serde(default)]
     pub limits: Limits,
+    /// What is to be told of before it is looked for.
+    #[serde(default)]
+    pub alarm: Thresholds,
     /// What the component reads through `wasi:config`.
     #[serde(default)]
     pub config: BTreeMap<String, String>,

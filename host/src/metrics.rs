@@ -13,7 +13,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Metric, Registry, Unit};
 
-use crate::breaker;
+use crate::{alarm, breaker};
 
 /// Of OpenTelemetry's conventions, in seconds.
 const BUCKETS: [f64; 14] = [0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0];
@@ -53,6 +53,17 @@ struct Outcome {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Alarm {
+    worker: String,
+    alarm: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PostOutcome {
+    outcome: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Process {
     messaging_system: &'static str,
     worker: String,
@@ -79,6 +90,8 @@ pub struct Measured {
     pub breakers: Vec<(String, breaker::State)>,
     /// None where outputs can go by polling alone.
     pub log: Option<MeasuredLog>,
+    /// Alarms that are raised, and those that are not and may be, by worker.
+    pub alarms: Vec<(String, alarm::Kind, bool)>,
 }
 
 /// The database's log as a way for outputs.
@@ -149,6 +162,27 @@ pub struct Metrics {
     log_reads: Gauge,
     log_behind: Age,
     log_retained: Gauge,
+    alarms: Family<Alarm, Gauge>,
+    webhook_posts: Family<PostOutcome, Counter>,
+}
+
+/// What became of a POST to the webhook.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Post {
+    Taken,
+    /// It is tried again.
+    Failed,
+    GivenUp,
+}
+
+impl Post {
+    fn as_str(self) -> &'static str {
+        match self {
+            Post::Taken => "taken",
+            Post::Failed => "failed",
+            Post::GivenUp => "given-up",
+        }
+    }
 }
 
 /// What became of the publication of an output.
@@ -226,8 +260,10 @@ impl Default for Metrics {
         let mut book = Book { registry: Registry::default(), names: Vec::new() };
         Metrics {
             consumed: book.add("messaging_client_consumed_messages", "Messages taken from streams"),
-            sent: book
-                .add("messaging_client_sent_messages", "Outputs and notices of dead letters stored on their streams"),
+            sent: book.add(
+                "messaging_client_sent_messages",
+                "Outputs, and notices of dead letters and alarms, stored on their streams",
+            ),
             process: book.add_seconds(
                 "messaging_process_duration",
                 "Time in the handler for one call",
@@ -277,6 +313,8 @@ impl Default for Metrics {
             ),
             log_retained: book
                 .add("oncely_log_retained_bytes", "How much of its log the server keeps for the replication slot"),
+            alarms: book.add("oncely_alarms", "Alarms that are raised"),
+            webhook_posts: book.add("oncely_webhook_posts", "Attempts to tell the webhook of an alarm, by outcome"),
             names: book.names,
             registry: book.registry,
         }
@@ -338,6 +376,10 @@ impl Metrics {
         self.published_again.get_or_create(&labels).inc_by(outputs);
     }
 
+    pub fn webhook_post(&self, post: Post) {
+        self.webhook_posts.get_or_create(&PostOutcome { outcome: post.as_str() }).inc();
+    }
+
     /// Everything as text in the OpenMetrics form that Prometheus reads, with what was measured just now.
     pub fn text(&self, measured: &Measured) -> Result<String, std::fmt::Error> {
         self.nats_connected.set(measured.nats_connected.into());
@@ -358,6 +400,11 @@ impl Metrics {
         self.log_reads.set(log.reads.into());
         self.log_behind.set(log.behind.as_secs_f64());
         self.log_retained.set(i64::try_from(log.retained).unwrap_or(i64::MAX));
+        self.alarms.clear();
+        for (worker, kind, is_raised) in &measured.alarms {
+            let labels = Alarm { worker: worker.clone(), alarm: kind.as_str() };
+            self.alarms.get_or_create(&labels).inc_by(i64::from(*is_raised));
+        }
         let mut text = String::new();
         encode(&mut text, &self.registry)?;
         Ok(text)

@@ -92,6 +92,8 @@ pub struct Letter {
     pub code: Option<String>,
     /// What went wrong, for a person.
     pub detail: String,
+    /// Where the handler trapped: names of functions, innermost first; none if it did not, or if the component has no names.
+    pub frames: Vec<String>,
     pub attempts: u32,
     pub message: Message,
 }

@@ -6,8 +6,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use serde_json::json;
+use support::database::Kind;
 use support::guests;
 use support::postgres::Cluster;
 
@@ -17,6 +18,7 @@ mod contenders;
 mod cpu;
 mod hand_written;
 mod retention;
+mod saturation;
 mod stage;
 
 /// Measures messages per second on PostgreSQL, from the stream they come from to the stream their outputs go to.
@@ -31,14 +33,37 @@ struct Options {
     /// Only contenders whose name contains this, and the hand-written loops they are compared with.
     #[arg(long)]
     only: Option<String>,
+    /// Instead, give a host more than it can do for so many seconds, and look how long outputs wait to be published.
+    #[arg(long, value_name = "SECONDS")]
+    saturate: Option<u64>,
+    /// The database that it is saturated on.
+    #[arg(long, default_value = "postgres", requires = "saturate")]
+    database: Database,
+    /// Set in the environment of the host that is saturated, such as ONCELY_RELAY=wal.
+    #[arg(long, value_name = "NAME=VALUE", value_parser = variable, requires = "saturate")]
+    env: Vec<(String, String)>,
     /// Instead, so many rows through inbox and outbox of both databases while old ones leave.
     #[arg(long, value_name = "ROWS")]
     retention: Option<usize>,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Database {
+    Sqlite,
+    Postgres,
+}
+
+fn variable(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("write NAME=VALUE")?;
+    Ok((name.to_owned(), value.to_owned()))
+}
+
 #[tokio::main]
 async fn main() -> Result<()> {
     let options = Options::parse();
+    if let Some(seconds) = options.saturate {
+        return saturate(&options, Duration::from_secs(seconds)).await;
+    }
     ensure!(!cfg!(debug_assertions) || options.retention.is_some(), "measure a release build: make bench");
     if let Some(rows) = options.retention {
         let report = retention::measure(rows).await?;
@@ -82,6 +107,19 @@ async fn main() -> Result<()> {
     write("throughput.json", &json!({ "messages": options.messages, "rounds": options.rounds, "contenders": rows }))
 }
 
+/// How old outputs get while a host is saturated.
+async fn saturate(options: &Options, time: Duration) -> Result<()> {
+    tokio::task::spawn_blocking(guests::component).await??;
+    let kind = match options.database {
+        Database::Sqlite => Kind::Sqlite,
+        Database::Postgres => Kind::Postgres,
+    };
+    let (holds, report) = saturation::run(kind, time, options.env.clone()).await?;
+    write(&format!("saturation-{}.json", format!("{kind:?}").to_lowercase()), &report)?;
+    ensure!(holds, "outputs waited longer than they may");
+    Ok(())
+}
+
 /// The contenders to measure, with their baselines, in the order of the table.
 fn chosen(only: Option<&str>) -> Vec<&'static Contender> {
     let is_meant = |contender: &Contender| only.is_none_or(|part| contender.name.contains(part));
@@ -95,10 +133,10 @@ fn median(rates: &[f64]) -> f64 {
     sorted.get(sorted.len() / 2).copied().unwrap_or_default()
 }
 
-fn write(name: &str, report: &serde_json::Value) -> Result<()> {
+fn write(file: &str, report: &serde_json::Value) -> Result<()> {
     let folder = guests::target_dir()?.parent().context("find the target folder")?.join("bench");
     std::fs::create_dir_all(&folder).context("make a folder for the report")?;
-    let path = folder.join(name);
+    let path = folder.join(file);
     std::fs::write(&path, serde_json::to_string_pretty(report)? + "\n").context("write the report")?;
     println!("written to {}", path.display());
     Ok(())

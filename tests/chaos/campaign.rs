@@ -12,6 +12,7 @@ use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use support::database::{Database, Kind};
 use support::guests;
+use support::metrics::unpublished_age;
 use support::postgres::Cluster;
 use support::proxy::{Cut, Proxy};
 use support::world::{World, manifest, signal};
@@ -29,6 +30,18 @@ const ACK_WAIT: Duration = Duration::from_secs(2);
 /// How long it waits for a host to reach a point, or for a chance to cut.
 const CHANCE: Duration = Duration::from_secs(12);
 
+/// Alarms that come and go all the time.
+const ALARM: &str =
+    "[worker.alarm]\nletters = 10\nunpublished_age = \"1s\"\nunhandled_age = \"2s\"\nclear_after = \"1s\"";
+
+/// The stream of dead letters.
+const DLQ: &str = "ONCELY_DLQ";
+
+/// How long it may take after an outage until outputs are published within a second again, and how many looks in a row have to
+/// say so.
+const CATCH_UP_WITHIN: Duration = Duration::from_secs(60);
+const CAUGHT_UP_SAMPLES: u32 = 10;
+
 /// What to do in a campaign.
 #[derive(Debug, Clone)]
 pub struct Plan {
@@ -42,6 +55,8 @@ pub struct Plan {
     pub harm_max: Duration,
     pub harm: Harm,
     pub mutant: Option<String>,
+    /// What else is set in the host's environment.
+    pub env: Vec<(String, String)>,
 }
 
 /// How often to do what.
@@ -64,6 +79,11 @@ pub struct Harm {
     pub deployments: u32,
     /// How often outputs go to the log and back.
     pub relay_changes: u32,
+    /// How often the broker is away for as long as `outage`, and how often the stream of dead letters is full, or gone.
+    pub outages: u32,
+    pub outage: Duration,
+    /// How long that stream takes nothing.
+    pub dlq_outage: Duration,
 }
 
 impl Harm {
@@ -80,9 +100,12 @@ impl Harm {
         output_cuts: 10,
         deployments: 3,
         relay_changes: 6,
+        outages: 1,
+        outage: Duration::from_secs(120),
+        dlq_outage: Duration::from_secs(40),
     };
 
-    /// What fits into a minute.
+    /// What fits into two minutes.
     pub const SHORT: Harm = Harm {
         each_point: 0,
         kills: 3,
@@ -95,6 +118,9 @@ impl Harm {
         output_cuts: 2,
         deployments: 1,
         relay_changes: 2,
+        outages: 1,
+        outage: Duration::from_secs(4),
+        dlq_outage: Duration::from_secs(4),
     };
 
     /// What it takes to catch every mutant.
@@ -110,6 +136,9 @@ impl Harm {
         output_cuts: 4,
         deployments: 1,
         relay_changes: 2,
+        outages: 0,
+        outage: Duration::ZERO,
+        dlq_outage: Duration::ZERO,
     };
 }
 
@@ -126,6 +155,9 @@ enum Act {
     Cut(Cut),
     Deploy,
     ChangeRelay,
+    BrokerAway,
+    DlqFull,
+    DlqGone,
 }
 
 /// What came of a campaign.
@@ -177,6 +209,9 @@ struct Campaign {
     injected: BTreeMap<String, u64>,
     /// How many versions of the worker were written so far.
     versions: u32,
+    /// How many milliseconds it took, after each outage, until what is committed was published within a second.
+    caught_up: BTreeMap<&'static str, u64>,
+    lagging: Vec<Violation>,
     /// Where a rival host may run: many hosts need a database that many can use.
     rivals: bool,
 }
@@ -209,6 +244,8 @@ impl Campaign {
             progress: Arc::default(),
             looked: Arc::default(),
             injected: BTreeMap::new(),
+            caught_up: BTreeMap::new(),
+            lagging: Vec::new(),
             versions: 0,
             rivals,
         };
@@ -248,7 +285,7 @@ impl Campaign {
         let settings = format!(
             "batch = {batch}\nconcurrency = {lanes}\nordering_key = \"header:key\"\nack_wait = \"{}s\"\n\
              [worker.retry]\nattempts = {}\nbackoff = \"50ms\"\nbackoff_max = \"200ms\"\n\
-             [worker.limits]\ntime = \"1500ms\"\n[worker.config]\nlabel = \"{}\"",
+             [worker.limits]\ntime = \"1500ms\"\n{ALARM}\n[worker.config]\nlabel = \"{}\"",
             ACK_WAIT.as_secs(),
             checker::ATTEMPTS,
             self.versions
@@ -260,6 +297,7 @@ impl Campaign {
     fn arm(&mut self, fault: Option<String>) {
         let log = self.world.folder.path().join("faults.log").display().to_string();
         self.world.host_env = vec![("ONCELY_FAULT_LOG".to_owned(), log)];
+        self.world.host_env.extend(self.plan.env.iter().cloned());
         self.world.host_env.extend(fault.map(|fault| ("ONCELY_FAULT".to_owned(), fault)));
         self.world.host_env.extend(self.plan.mutant.clone().map(|mutant| ("ONCELY_MUTANT".to_owned(), mutant)));
     }
@@ -271,7 +309,8 @@ impl Campaign {
     /// All acts of the plan, in an order that the seed decides.
     fn acts(&mut self) -> Vec<Act> {
         let Harm { each_point, kills, pauses, terminations, database_stops, .. } = self.plan.harm;
-        let Harm { broker_kills, rollbacks, commit_cuts, output_cuts, deployments, relay_changes, .. } = self.plan.harm;
+        let Harm { broker_kills, rollbacks, commit_cuts, output_cuts, deployments, relay_changes, outages, .. } =
+            self.plan.harm;
         let mut acts = Vec::new();
         let mut add = |act, times: u32| acts.extend((0..times).map(|_| act));
         fault::POINTS.iter().for_each(|point| add(Act::DieAt(point), each_point));
@@ -282,6 +321,9 @@ impl Campaign {
         add(Act::Cut(Cut::OutputsNotForwarded), output_cuts);
         add(Act::Cut(Cut::OutputAnswersLost), output_cuts);
         add(Act::Deploy, deployments);
+        add(Act::BrokerAway, outages);
+        add(Act::DlqFull, outages);
+        add(Act::DlqGone, outages);
         if self.plan.kind == Kind::Postgres {
             fault::LOG_POINTS.iter().for_each(|point| add(Act::DieAt(point), each_point));
             add(Act::ChangeRelay, relay_changes);
@@ -344,6 +386,9 @@ impl Campaign {
             }
             Act::RollBack => self.roll_back().await?,
             Act::ChangeRelay => self.change_relay().await?,
+            Act::BrokerAway => self.broker_away().await?,
+            Act::DlqFull => self.dlq_full().await?,
+            Act::DlqGone => self.dlq_gone().await?,
             Act::Cut(cut) => self.cut(cut).await?,
             Act::Deploy => {
                 self.running().await?;
@@ -465,6 +510,73 @@ impl Campaign {
         Ok(())
     }
 
+    /// The broker is away for long, and comes back as it was.
+    async fn broker_away(&mut self) -> Result<()> {
+        self.working().await?;
+        self.world.nats.kill()?;
+        tokio::time::sleep(self.plan.harm.outage).await;
+        ensure!(self.world.host_lives(), "the host ended without a broker:\n{}", tail(&self.world.host_log()));
+        self.world.nats.restart().await?;
+        self.did("broker away for long");
+        self.catch_up("the broker was away").await
+    }
+
+    /// The stream of dead letters takes nothing more, while messages die.
+    async fn dlq_full(&mut self) -> Result<()> {
+        self.working().await?;
+        self.world.nats.fill_stream(DLQ, true).await?;
+        tokio::time::sleep(self.plan.harm.dlq_outage).await;
+        self.world.nats.fill_stream(DLQ, false).await?;
+        self.did("stream of dead letters full");
+        self.catch_up("the stream of dead letters was full").await
+    }
+
+    /// The stream of dead letters is deleted while messages die, and made again. What was set aside meanwhile is published
+    /// when a person says so.
+    async fn dlq_gone(&mut self) -> Result<()> {
+        self.working().await?;
+        let config = self.world.nats.delete_stream(DLQ).await?;
+        tokio::time::sleep(self.plan.harm.dlq_outage).await;
+        self.world.nats.make_stream_again(config).await?;
+        self.did("stream of dead letters gone");
+        self.world.oncely(&["outbox", "retry", "--all"]).await?;
+        // One more may have been given up just when the stream came back.
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        self.world.oncely(&["outbox", "retry", "--all"]).await?;
+        self.catch_up("the stream of dead letters was gone").await
+    }
+
+    /// A host that answers, and that messages are on their way through.
+    async fn working(&mut self) -> Result<()> {
+        self.running().await?;
+        self.world.ready().await?;
+        // What hosts that died before this had leased is not to be counted.
+        let end = Instant::now() + CATCH_UP_WITHIN;
+        while Instant::now() < end && unpublished_age(&self.world).await.is_none_or(|age| age >= 1.0) {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        self.some_time(500, 1_500).await;
+        Ok(())
+    }
+
+    /// After an outage what is committed is published within a second again, a minute later at most, under load.
+    async fn catch_up(&mut self, after: &'static str) -> Result<()> {
+        let (began, mut last, mut below) = (Instant::now(), None, 0);
+        while below < CAUGHT_UP_SAMPLES {
+            if began.elapsed() > CATCH_UP_WITHIN {
+                let what = format!("{CATCH_UP_WITHIN:?} after {after} the oldest unpublished output is {last:?} s old");
+                self.lagging.push(Violation { rule: "lag", what });
+                return Ok(());
+            }
+            last = unpublished_age(&self.world).await;
+            below = if last.is_some_and(|age| age < 1.0) { below + 1 } else { 0 };
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        let took = began.elapsed().as_millis();
+        self.caught_up.insert(after, u64::try_from(took)?);
+        Ok(())
+    }
+
     async fn cut(&mut self, cut: Cut) -> Result<()> {
         self.running().await?;
         let proxy = match cut {
@@ -484,6 +596,7 @@ impl Campaign {
             Cut::CommitAnswerHeld => "host killed between commit and answer",
             Cut::OutputsNotForwarded => "outputs cut before they arrived",
             Cut::OutputAnswersLost => "outputs cut after they were stored",
+            Cut::HttpAnswerLost | Cut::HttpAnswerTorn => "answer to a request cut",
         });
         Ok(())
     }
@@ -598,7 +711,8 @@ impl Campaign {
         if self.plan.mutant.is_none() {
             violations.extend(self.vacuous(&seen, &counted));
         }
-        let kept = if violations.is_empty() { None } else { Some(self.keep(&violations)?) };
+        violations.append(&mut self.lagging);
+        let kept = if violations.is_empty() { None } else { Some(self.keep(&violations).await?) };
         let seconds = began.elapsed().as_secs();
         Ok(Outcome {
             plan: self.plan.clone(),
@@ -614,14 +728,18 @@ impl Campaign {
     fn seen(&self) -> BTreeMap<String, u64> {
         let noted = self.noted();
         let passes = |name: &str| noted.get(&format!("pass {name}")).copied().unwrap_or_default();
-        BTreeMap::from([
+        let caught_up = self.caught_up.iter();
+        let caught_up = caught_up.map(|(after, ms)| (format!("ms to catch up after {after}"), *ms));
+        let mut seen = BTreeMap::from([
             ("duplicates skipped".to_owned(), passes(fault::DUPLICATE_SKIPPED)),
             ("outputs the broker had already".to_owned(), passes(fault::DUPLICATE_OUTPUT)),
             ("batches run again".to_owned(), passes(fault::BEFORE_RERUN)),
             ("outputs compared with their effect".to_owned(), self.looked.outputs.load(Ordering::Relaxed)),
             ("snapshots of the ledger".to_owned(), self.looked.snapshots.load(Ordering::Relaxed)),
             ("aborts".to_owned(), noted.iter().filter(|(line, _)| line.starts_with("abort")).map(|(_, n)| n).sum()),
-        ])
+        ]);
+        seen.extend(caught_up);
+        seen
     }
 
     /// What should have happened and did not: a run without it proves little.
@@ -642,8 +760,12 @@ impl Campaign {
                 Act::Cut(Cut::CommitAnswerHeld) => "host killed between commit and answer".to_owned(),
                 Act::Cut(Cut::OutputsNotForwarded) => "outputs cut before they arrived".to_owned(),
                 Act::Cut(Cut::OutputAnswersLost) => "outputs cut after they were stored".to_owned(),
+                Act::Cut(Cut::HttpAnswerLost | Cut::HttpAnswerTorn) => "answer to a request cut".to_owned(),
                 Act::Deploy => "deployed under load".to_owned(),
                 Act::ChangeRelay => "relay changed".to_owned(),
+                Act::BrokerAway => "broker away for long".to_owned(),
+                Act::DlqFull => "stream of dead letters full".to_owned(),
+                Act::DlqGone => "stream of dead letters gone".to_owned(),
             };
             *floors.entry(name).or_default() += 1;
         }
@@ -670,13 +792,19 @@ impl Campaign {
     }
 
     /// Moves what a person wants to look at out of the folder that is about to be removed.
-    fn keep(&self, violations: &[Violation]) -> Result<std::path::PathBuf> {
+    async fn keep(&self, violations: &[Violation]) -> Result<std::path::PathBuf> {
         let target = guests::target_dir()?.parent().context("find the target folder")?.join("chaos");
         let name = format!("{:?}-{}{}", self.plan.kind, self.plan.seed, self.plan.mutant.clone().unwrap_or_default());
         let folder = target.join("kept").join(name.to_lowercase());
         std::fs::create_dir_all(&folder).context("make a folder for what is kept")?;
         let list: Vec<String> = violations.iter().map(|found| format!("{}: {}\n", found.rule, found.what)).collect();
         std::fs::write(folder.join("violations.txt"), list.concat()).context("write the violations")?;
+        let rows =
+            "select seq, id, subject, ordering_key, due_at, leased_until, behind, set_aside_at, failures, last_error
+            from oncely.outbox where published_at is null order by seq";
+        let unpublished = self.world.database.rows(rows).await.unwrap_or_default();
+        let unpublished: String = unpublished.iter().map(|row| row.join(" | ") + "\n").collect();
+        std::fs::write(folder.join("unpublished.txt"), unpublished).context("write down what is not published")?;
         for file in ["host.log", "faults.log", "oncely.toml", "test.db", "test.db-wal"] {
             // Not all of them are there on each database.
             let _ = std::fs::copy(self.world.folder.path().join(file), folder.join(file));

@@ -41,6 +41,8 @@ pub struct Counted {
     pub crashed_host: usize,
     /// Those that trapped twice in the very same way, and were buried for it.
     pub proved_poison: usize,
+    /// Changes of alarms on their stream.
+    pub alarms_told: usize,
     /// Outputs of one key whose sequence is lower than that of one before them on the stream.
     pub out_of_order: usize,
 }
@@ -71,6 +73,7 @@ pub fn check(observed: &Observed) -> (Counted, Vec<Violation>) {
     checker.outputs(&events);
     checker.order();
     checker.state(&events);
+    checker.alarms();
     checker.rest();
     checker.count(&events);
     (checker.counted, checker.violations)
@@ -410,6 +413,26 @@ impl Checker<'_> {
                 self.fail("state", format!("state `{key}` counted {counted} of {effects} effects"));
             }
         }
+    }
+
+    /// Each time an alarm was raised or cleared is told once, and nothing else is.
+    fn alarms(&mut self) {
+        let observed = self.observed;
+        for (alarm, times, is_raised) in &observed.alarms {
+            for time in 1..=*times {
+                let is_over = time < *times || !is_raised;
+                for state in if is_over { &["raised", "cleared"][..] } else { &["raised"] } {
+                    let id = format!("alarm:{alarm}:{time}:{state}");
+                    if !observed.alarms_told.contains_key(&id) {
+                        self.fail("alarms", format!("nobody was told of {id}"));
+                    }
+                }
+            }
+        }
+        for (id, count) in observed.alarms_told.iter().filter(|(_, count)| **count > 1) {
+            self.fail("alarms", format!("{id} is told {count} times"));
+        }
+        self.counted.alarms_told = observed.alarms_told.len();
     }
 
     fn rest(&mut self) {

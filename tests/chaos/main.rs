@@ -34,14 +34,17 @@ struct Options {
     #[arg(long)]
     seed: Option<u64>,
     /// For how long harm is done at most.
-    #[arg(long, default_value_t = 6.0)]
+    #[arg(long, default_value_t = 11.0)]
     minutes: f64,
     /// The most messages in one transaction. Default: 32 and 1, from one version of the worker to the next.
     #[arg(long)]
     batch: Option<u32>,
     #[arg(long, default_value_t = 4)]
     lanes: u32,
-    /// Less of everything: about a minute.
+    /// Set in the environment of the host, such as ONCELY_RELAY=wal.
+    #[arg(long, value_name = "NAME=VALUE", value_parser = variable)]
+    env: Vec<(String, String)>,
+    /// Less of everything: about two minutes.
     #[arg(long)]
     short: bool,
     /// Run each mutant of the host instead; the checker must catch every one.
@@ -50,6 +53,11 @@ struct Options {
     /// This mutant alone.
     #[arg(long, requires = "mutants")]
     mutant: Option<String>,
+}
+
+fn variable(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("write NAME=VALUE")?;
+    Ok((name.to_owned(), value.to_owned()))
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -92,6 +100,7 @@ async fn run_campaigns(options: &Options) -> Result<bool> {
         harm_max: Duration::from_secs_f64(options.minutes * 60.0),
         harm: if options.short { Harm::SHORT } else { Harm::FULL },
         mutant: None,
+        env: options.env.clone(),
     };
     let campaigns = kinds.into_iter().map(|kind| tokio::spawn(campaign::run(plan(kind))));
     let mut running: futures::stream::FuturesUnordered<_> = campaigns.collect();
@@ -124,6 +133,7 @@ async fn run_mutants(options: &Options) -> Result<bool> {
         harm_max: Duration::from_secs(40),
         harm: Harm::FOR_MUTANTS,
         mutant: mutant.or(Some("none".to_owned())),
+        env: options.env.clone(),
     };
     let campaigns = std::iter::once(None).chain(mutants).map(|mutant| campaign::run(plan(mutant)));
     let mut running = futures::stream::iter(campaigns).buffer_unordered(MUTANTS_AT_ONCE);

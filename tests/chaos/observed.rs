@@ -1,6 +1,7 @@
 //! Everything that can be seen from outside once all is quiet: rows as they stand, streams as they stand.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use jiff::Timestamp;
@@ -26,6 +27,9 @@ pub struct Letter {
     pub is_redriven: bool,
 }
 
+/// How long what is told of an alarm may take to its stream.
+const TOLD_WITHIN: Duration = Duration::from_secs(10);
+
 /// What was found.
 #[derive(Debug, Default)]
 pub struct Observed {
@@ -37,6 +41,10 @@ pub struct Observed {
     pub outputs: Vec<Stored>,
     /// The stream of dead letters, raw.
     pub notices: Vec<Stored>,
+    /// The stream of alarms: how often each id is there.
+    pub alarms_told: BTreeMap<String, usize>,
+    /// Alarms as they stood before that stream was read: what identifies them, how often they were raised, whether they are.
+    pub alarms: Vec<(String, u64, bool)>,
     /// By event id.
     pub effects: BTreeMap<String, Vec<Effect>>,
     /// By account.
@@ -66,7 +74,10 @@ pub struct Observed {
 impl Observed {
     /// Reads everything.
     pub async fn read(database: &Database, nats: &NatsServer) -> Result<Observed> {
+        let alarms = read_alarms(database).await.context("read the alarms")?;
         let mut observed = Observed {
+            alarms,
+            alarms_told: told_alarms(database, nats).await.context("read what was told of alarms")?,
             inputs: nats.read_stream("IN").await.context("read the inputs")?,
             outputs: nats.read_stream("OUT").await.context("read the outputs")?,
             notices: nats.read_stream("ONCELY_DLQ").await.context("read the dead letters")?,
@@ -122,6 +133,27 @@ impl Observed {
     }
 }
 
+async fn read_alarms(database: &Database) -> Result<Vec<(String, u64, bool)>> {
+    let sql = "select worker || ':' || kind || case when group_id = '' then '' else ':' || group_id end, times,
+        case when cleared_at is null then 'raised' else 'cleared' end from oncely.alarm";
+    let rows = columns(database, sql).await?;
+    rows.into_iter().map(|[id, times, state]| Ok((id, times.parse()?, state == "raised"))).collect()
+}
+
+/// What is told of alarms, once all of it is told.
+async fn told_alarms(database: &Database, nats: &NatsServer) -> Result<BTreeMap<String, usize>> {
+    let untold = "select count(*) from oncely.outbox where published_at is null and id like 'alarm:%'";
+    let end = Instant::now() + TOLD_WITHIN;
+    while database.number(untold).await? > 0 && Instant::now() < end {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let mut told = BTreeMap::new();
+    for stored in nats.read_stream("ONCELY_ALARM").await? {
+        *told.entry(stored.headers.get("Nats-Msg-Id").cloned().unwrap_or_default()).or_default() += 1;
+    }
+    Ok(told)
+}
+
 async fn columns<const N: usize>(database: &Database, sql: &str) -> Result<Vec<[String; N]>> {
     let rows = database.rows(sql).await.with_context(|| sql.to_owned())?;
     rows.into_iter().map(|row| row.try_into().map_err(|row| anyhow::anyhow!("odd row {row:?}"))).collect()
@@ -144,7 +176,8 @@ pub async fn restless(database: &Database, nats: &NatsServer) -> Result<Vec<Stri
     if under_way > 0 {
         restless.push(format!("{under_way} dead letters are under way"));
     }
-    let unpublished = database.number(database.unpublished()).await?;
+    // Alarms come and go when everything else is at rest.
+    let unpublished = database.number(database.unpublished_but_alarms()).await?;
     if unpublished > 0 {
         restless.push(format!("{unpublished} outputs are not published"));
     }

@@ -22,9 +22,11 @@ macro_rules! both {
     };
 }
 
+mod alarms;
 mod batches;
 mod bus;
 mod cli;
+mod client;
 mod crash;
 mod delivery;
 mod deploy;

@@ -2,29 +2,14 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use oncely::metrics::Metrics;
 use serde_json::Value;
 use support::database::Kind;
 use support::guests::repository;
+use support::metrics::{scrape, value};
 use support::nats::ToPublish;
 use support::world::{QUICK_RETRIES, World, manifest};
-
-/// What a host answers to `/metrics`, without a token.
-async fn scrape(world: &World) -> Result<String> {
-    let file: Value = serde_json::from_str(&std::fs::read_to_string(world.folder.path().join(".oncely/host.json"))?)?;
-    let url = format!("{}/metrics", file["url"].as_str().context("the host has no address")?);
-    let response = reqwest::get(url).await?;
-    ensure!(response.status().is_success(), "{}", response.status());
-    let form = response.headers().get("content-type").context("it has no type")?.to_str()?.to_owned();
-    ensure!(form.starts_with("application/openmetrics-text"), "{form}");
-    Ok(response.text().await?)
-}
-
-/// The value of a series, by how it is written.
-fn value(text: &str, series: &str) -> Option<f64> {
-    text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok())
-}
 
 /// The names of all metrics that the document lists.
 fn documented() -> Result<BTreeSet<String>> {
@@ -75,9 +60,9 @@ both!(what_a_host_does_is_counted_and_how_far_it_is_behind_is_measured, |kind: K
         (r#"oncely_attempts_failed_total{worker="test",class="trap"}"#, 3.0),
         (r#"oncely_dead_letters_total{worker="test",reason="rejected"}"#, 1.0),
         (r#"oncely_dead_letters_total{worker="test",reason="attempts-exhausted"}"#, 1.0),
-        // Four outputs and two notices.
-        (r#"oncely_outputs_total{worker="test",outcome="published"}"#, 6.0),
-        (r#"messaging_client_sent_messages_total{worker="test"}"#, 6.0),
+        // Four outputs, two notices, and two failures that are new.
+        (r#"oncely_outputs_total{worker="test",outcome="published"}"#, 8.0),
+        (r#"messaging_client_sent_messages_total{worker="test"}"#, 8.0),
         (r#"oncely_breaker_state{stream="OUT"}"#, 0.0),
         (r#"oncely_unhandled_age_seconds{worker="test"}"#, 0.0),
         (r#"oncely_in_flight_messages{worker="test"}"#, 0.0),

@@ -6,8 +6,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use oncely::message::{Message, Origin};
 use oncely::sql::{Dialect, Rows, SqlLimits, Value};
-use oncely::store::{Claim, Claimed, Output, PostgresStore, SqliteStore, Store, Tx, WorkerMigration};
-use oncely::verdict::{Letter, Reason};
+use oncely::store::{Claim, Claimed, OutboxRow, Output, PostgresStore, SqliteStore, Store, Tx, WorkerMigration};
+use oncely::verdict::{Letter, Reason, Settled};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 use support::database::Database;
 use support::{pgbouncer, postgres};
@@ -31,6 +31,7 @@ macro_rules! on_every_database {
     };
 }
 
+mod alarms;
 mod changes;
 mod deployments;
 mod guest_sql;
@@ -94,6 +95,11 @@ impl World {
             None => Arc::new(SqliteStore::open(&self.folder.path().join("oncely.db")).await.unwrap().without_gate()),
         };
         World { store, ..self }
+    }
+
+    /// Buries letters, and raises no alarm. Returns the proofs and the notices.
+    async fn bury(&self, letters: &[(Letter, Output)]) -> oncely::store::Result<(Vec<Settled>, Vec<OutboxRow>)> {
+        self.store.bury(letters, 0).await.map(|buried| (buried.settled, buried.notices))
     }
 
     fn is_postgres(&self) -> bool {
@@ -196,6 +202,7 @@ fn a_letter(event_id: &str, body: &'static [u8], reason: Reason) -> (Letter, Out
         reason,
         code: Some("card-declined".to_owned()),
         detail: "the card was declined\0".to_owned(),
+        frames: Vec::new(),
         attempts: 2,
         message,
     };

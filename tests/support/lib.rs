@@ -3,6 +3,7 @@
 pub mod books;
 pub mod database;
 pub mod guests;
+pub mod metrics;
 pub mod nats;
 pub mod pgbouncer;
 pub mod postgres;

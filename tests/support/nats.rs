@@ -175,6 +175,32 @@ impl NatsServer {
         Ok(())
     }
 
+    /// Takes a stream away, with all that is on it.
+    pub async fn delete_stream(&self, name: &str) -> Result<jetstream::stream::Config> {
+        let context = jetstream::new(self.client().await?);
+        let config = context.get_stream(name).await.context("open the stream")?.cached_info().config.clone();
+        context.delete_stream(name).await.context("delete the stream")?;
+        Ok(config)
+    }
+
+    /// Makes a stream as another one was.
+    pub async fn make_stream_again(&self, config: jetstream::stream::Config) -> Result<()> {
+        jetstream::new(self.client().await?).create_stream(config).await.context("make the stream again")?;
+        Ok(())
+    }
+
+    /// Lets a stream take nothing more, or again as much as there is.
+    pub async fn fill_stream(&self, name: &str, is_full: bool) -> Result<()> {
+        let context = jetstream::new(self.client().await?);
+        let stream = context.get_stream(name).await.context("open the stream")?;
+        let info = stream.cached_info();
+        let full = i64::try_from(info.state.messages).unwrap_or(i64::MAX).max(1);
+        let max_messages = if is_full { full } else { -1 };
+        let config = jetstream::stream::Config { max_messages, ..info.config.clone() };
+        context.update_stream(config).await.context("change how much the stream takes")?;
+        Ok(())
+    }
+
     /// Publishes messages in order and waits until the streams have stored all of them.
     pub async fn publish_all(&self, messages: Vec<ToPublish>) -> Result<()> {
         let context = jetstream::new(self.client().await?);

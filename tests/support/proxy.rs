@@ -1,4 +1,4 @@
-//! A TCP proxy that knows a little PostgreSQL and NATS, and cuts connections where it hurts most.
+//! A TCP proxy that knows a little PostgreSQL, NATS and HTTP, and cuts connections where it hurts most.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,6 +25,10 @@ pub enum Cut {
     OutputsNotForwarded,
     /// The broker stored outputs, and its answers get lost.
     OutputAnswersLost,
+    /// An HTTP server carried a request out, and nothing of its answer arrives.
+    HttpAnswerLost,
+    /// The same, but all of the answer arrives except its last byte.
+    HttpAnswerTorn,
 }
 
 /// A proxy to a port of this machine.
@@ -195,10 +199,20 @@ impl Connection {
             self.shared.done(cut);
             return Ok(true);
         }
+        if bytes.starts_with(b"HTTP/1.1 ")
+            && let Some(cut) = self.shared.take(HTTP_CUTS)
+        {
+            let arrives = if cut == Cut::HttpAnswerTorn { bytes.len() - 1 } else { 0 };
+            self.client.write_all(bytes.get(..arrives).unwrap_or_default()).await?;
+            self.shared.done(cut);
+            return Ok(true);
+        }
         self.client.write_all(bytes).await?;
         Ok(false)
     }
 }
+
+const HTTP_CUTS: &[Cut] = &[Cut::HttpAnswerLost, Cut::HttpAnswerTorn];
 
 const COMMIT_CUTS: &[Cut] =
     &[Cut::CommitNotForwarded, Cut::CommitAnswerLost, Cut::CommitAnswerHeld, Cut::CommitDelayed];

@@ -21,8 +21,8 @@ use crate::message;
 use crate::reconcile::{self, Basis, Rehearsed, Verification};
 use crate::replay::{self, Replayable};
 use crate::store::{
-    self, AttemptRecord, AuditRecord, By, LetterFilter, LetterOutput, LetterRecord, LetterSummary, Move, Moved,
-    Redrive, StoreError,
+    self, AttemptRecord, AuditRecord, By, LetterFilter, LetterGroup, LetterOutput, LetterRecord, LetterSummary, Move,
+    Moved, Redrive, StoreError,
 };
 
 /// How many letters one request may move: each request is one transaction.
@@ -34,6 +34,7 @@ const CONFLICTS_MAX: u32 = 5;
 pub(super) fn routes() -> Router<Arc<Host>> {
     Router::new()
         .route("/letters/find", post(find))
+        .route("/letters/groups", post(groups))
         .route("/letters/{id}", get(letter))
         .route("/letters/{id}/replay", get(replayable))
         .route("/letters/redrive", post(redrive))
@@ -46,6 +47,10 @@ pub(super) fn routes() -> Router<Arc<Host>> {
 
 async fn find(State(host): State<Arc<Host>>, Json(filter): Json<LetterFilter>) -> Answer<Vec<LetterSummary>> {
     Ok(Json(store::all_letters(&*host.store, &filter).await?))
+}
+
+async fn groups(State(host): State<Arc<Host>>, Json(filter): Json<LetterFilter>) -> Answer<Vec<LetterGroup>> {
+    Ok(Json(store::groups_of(&*host.store, &filter).await?))
 }
 
 /// One dead letter, whole.
@@ -188,7 +193,7 @@ async fn redrive_planned(State(host): State<Arc<Host>>, Json(request): Json<Plan
     for planned in &request.letters {
         let now = now.iter().find(|rehearsed| rehearsed.letter == planned.id);
         match now.map_or_else(|| Some("there is no such letter".to_owned()), |now| moved_since(&planned.basis, now)) {
-            Some(why) => answers.push(Moved { id: planned.id, refused: Some(why) }),
+            Some(why) => answers.push(Moved { id: planned.id, refused: Some(why), took_effect: false }),
             None => {
                 let generation = Some(planned.basis.generation);
                 letters.push(Redrive { id: planned.id, generation, again: false });

@@ -13,6 +13,7 @@ use tokio::sync::watch;
 use crate::config::{Login, Nats};
 use crate::hint::WithHint;
 
+mod alarms;
 mod publish;
 mod pull;
 mod raw;
@@ -20,6 +21,7 @@ mod server;
 mod streams;
 mod unreadable;
 
+pub use alarms::{AlarmMessage, Alarms};
 pub use publish::{Answer, Outgoing, PublishError, PublishedAt};
 pub use pull::{Backlog, Probe, Progress, Pull, Pulled, Receipt, Subscription, Unhandled};
 pub use server::EmbeddedServer;

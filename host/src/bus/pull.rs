@@ -184,6 +184,17 @@ impl Bus {
         })
     }
 
+    /// A way to look at a durable consumer, whether or not anybody takes messages here.
+    pub fn probe(&self, stream: &str, subjects: &[String], durable: &str) -> Probe {
+        Probe {
+            bus: self.clone(),
+            stream: stream.to_owned(),
+            subjects: subjects.to_vec(),
+            durable: durable.to_owned(),
+            heard: Arc::default(),
+        }
+    }
+
     async fn ensure_consumer(&self, subscription: &Subscription) -> Result<(Consumer<Config>, Timestamp)> {
         let stream = self
             .context

@@ -19,6 +19,7 @@ use crate::drain::Stop;
 use crate::hint::WithHint;
 use crate::host::{Host, Retention, Running};
 use crate::store::{PostgresStore, SqliteStore, Store};
+use crate::webhook::Poster;
 
 /// Why a host stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,9 +49,12 @@ impl Served {
         let store = open_store(config).await?;
         let bus = Bus::connect(&config.nats).await.map_err(unreachable)?;
         let token = config.keep_token()?;
+        let cache = config.data_dir.join("components");
         let retention =
             Retention { outputs: config.keep_outputs, inbox: config.keep_inbox, archive: config.archive.clone() };
-        let (host, running) = Host::start(store, bus, &config.data_dir.join("components"), retention).await?;
+        let poster = |webhook| Poster::new(webhook, config.webhook_secret.as_ref());
+        let webhook = config.webhook.clone().map(poster).transpose().context("get ready to post alarms")?;
+        let (host, running) = Host::start(store, bus, &cache, retention, webhook).await?;
         let address = listener.local_addr().context("read the address of the control API")?;
         let stop_api = Stop::new();
         let mut stopping = stop_api.stopping();

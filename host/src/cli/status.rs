@@ -5,6 +5,7 @@ use clap::Args;
 
 use super::client::{Client, HostArgs};
 use super::term::{self, Table};
+use crate::alarm::Alarm;
 use crate::api::{Deployment, Status as HostStatus};
 use crate::breaker;
 use crate::host::WorkerState;
@@ -35,7 +36,11 @@ impl Status {
             ("publishing", publishing(&status)),
             ("oldest waiting", shown_age(status.workers.iter().filter_map(|worker| worker.oldest_pending_ms).max())),
             ("oldest unpublished", shown_age(oldest_unpublished(&status))),
+            ("alarms", status.alarms.as_ref().map_or("unknown".to_owned(), |alarms| alarms.len().to_string())),
         ]))?;
+        if let Some(alarms) = status.alarms.as_deref().filter(|alarms| !alarms.is_empty()) {
+            show_alarms(alarms)?;
+        }
         let aside: u64 = status.totals.iter().flatten().map(|totals| totals.set_aside).sum();
         if aside > 0 {
             term::warning(format!(
@@ -47,6 +52,23 @@ impl Status {
             None => Ok(()),
         }
     }
+}
+
+/// The alarms that are raised.
+fn show_alarms(alarms: &[Alarm]) -> Result<()> {
+    let row = |alarm: &Alarm| {
+        let what = alarm.group.as_ref().map(|group| format!("{}: {} {}", group.id, group.reason, group.shape));
+        let (value, threshold) = (alarm.kind.shown(alarm.value), alarm.kind.shown(alarm.threshold));
+        vec![
+            alarm.kind.as_str().to_owned(),
+            alarm.worker.clone(),
+            units::show_time(alarm.raised_at),
+            what.unwrap_or_else(|| format!("{value} (threshold {threshold})")),
+        ]
+    };
+    let mut table = Table::new(&["alarm", "worker", "raised at", "at that time"]);
+    alarms.iter().map(row).for_each(|row| table.row(row));
+    term::data(format!("\n{table}").trim_end())
 }
 
 /// How outputs go, and which streams nothing is published to for the moment, and why.

@@ -75,6 +75,8 @@ fn by_knob(flags: &HostFlags) -> [(&'static str, &Option<String>); KNOBS.len()] 
         ("relay_slot_max", &flags.relay_slot_max),
         ("keep_inbox", &flags.keep_inbox),
         ("archive", &flags.archive),
+        ("webhook", &flags.webhook),
+        ("webhook_secret", &flags.webhook_secret),
     ]
 }
 

@@ -48,6 +48,8 @@ fn with_nothing_given_a_host_runs_from_one_folder_on_this_machine() {
         relay_slot_max: 4 << 30,
         keep_inbox: KeepInbox::Auto,
         archive: None,
+        webhook: None,
+        webhook_secret: None,
     };
     assert_eq!(config, expected);
 }
@@ -95,6 +97,8 @@ fn every_knob_is_read_from_every_source() {
         "relay_slot_max" => "128MiB".to_owned(),
         "keep_inbox" => "9d".to_owned(),
         "archive" => creds.with_file_name("archive").to_string_lossy().into_owned(),
+        "webhook" => "https://a/b".to_owned(),
+        "webhook_secret" => format!("whsec_{}", "c2VjcmV0".repeat(4)),
         _ => panic!("no value for {knob}"),
     };
     let default = resolve(&[], &[]).unwrap();
@@ -239,10 +243,30 @@ fn hosts_that_start_together_agree_on_one_token() {
 }
 
 #[test]
+fn a_webhook_is_one_that_can_be_posted_to_and_its_secret_is_long_enough() {
+    let webhook = |url: &str| resolve(&["--webhook", url], &[]).map(|config| config.webhook.unwrap());
+    let told = webhook("https://alarms.example.com/a/b?c=d").unwrap();
+    assert_eq!((told.is_tls, told.host.as_str(), told.port), (true, "alarms.example.com", 443));
+    assert_eq!((told.authority.as_str(), told.path.as_str()), ("alarms.example.com", "/a/b?c=d"));
+    let plain = webhook("http://[::1]:8080").unwrap();
+    assert_eq!((plain.is_tls, plain.host.as_str(), plain.port, plain.path.as_str()), (false, "[::1]", 8080, "/"));
+    for wrong in ["alarms.example.com", "ftp://h/x", "https://", "https://user:hush@h/x", "not a url"] {
+        let error = webhook(wrong).unwrap_err();
+        assert!(format!("{error:#}").contains("`webhook` (from --webhook) cannot be used"), "{error:#}");
+        assert!(!format!("{error:#}").contains("hush"), "{error:#}");
+    }
+    for wrong in ["hush", "whsec_hush", "whsec_!"] {
+        let error = resolve(&["--webhook-secret", wrong], &[]).unwrap_err();
+        assert!(format!("{error:#}").contains("24 to 64 bytes") && !format!("{error:#}").contains("hush"), "{error:#}");
+    }
+}
+
+#[test]
 fn secrets_are_never_shown() {
     let arguments = ["--database", "postgres://me:hush@h/d?password=hush", "--nats", "nats://me:hush@h,me:hush@i"];
-    let token = ["--token", "hush-hush-hush-hush"];
-    let config = resolve(&[&arguments[..], &token[..]].concat(), &[]).unwrap();
+    let token = ["--token", "hush-hush-hush-hush", "--webhook", "https://h/hush?hush", "--webhook-secret"];
+    let secret = ["whsec_hushhushhushhushhushhushhushhush"];
+    let config = resolve(&[&arguments[..], &token[..], &secret[..]].concat(), &[]).unwrap();
     assert!(!format!("{config:?}").contains("hush"), "{config:?}");
     assert_eq!(config.database.shown(), "postgres://me@h/d");
     assert_eq!(config.nats.shown(), "nats://me@h,nats://me@i");

@@ -91,6 +91,8 @@ pub struct CallFailure {
     pub code: Option<String>,
     /// For a person.
     pub message: String,
+    /// Where it trapped: names of the component's functions, innermost first.
+    pub frames: Vec<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -108,8 +110,22 @@ pub enum FailureKind {
 }
 
 impl CallFailure {
+    /// The same, with the source file of a Rust panic, which it says on its standard error, as the innermost place: the
+    /// function itself has often become part of another.
+    fn at_panic(mut self, logs: &str) -> Self {
+        let said = logs.lines().rev().find_map(|line| line.split_once(" panicked at "));
+        if let (Some((_, place)), false) = (said, self.frames.is_empty()) {
+            let file = place.split(':').next().unwrap_or_default();
+            // What stands before that is this machine's.
+            let parts: Vec<&str> = file.rsplit('/').take(3).collect();
+            let file: Vec<&str> = parts.into_iter().rev().collect();
+            self.frames.insert(0, format!("panic in {}", file.join("/")));
+        }
+        self
+    }
+
     pub fn new(kind: FailureKind, code: &str, message: impl Into<String>) -> Self {
-        CallFailure { kind, code: Some(code.to_owned()), message: message.into() }
+        CallFailure { kind, code: Some(code.to_owned()), message: message.into(), frames: Vec::new() }
     }
 }
 
@@ -183,8 +199,9 @@ impl Guest {
             Some(doom) => Err(doomed(result, doom)),
             None => result,
         };
-        let all_well = result.as_ref().is_ok_and(|answers| answers.iter().all(Result::is_ok));
         let logs = state.logs.take();
+        let result = result.map_err(|failure| failure.at_panic(&logs));
+        let all_well = result.as_ref().is_ok_and(|answers| answers.iter().all(Result::is_ok));
         let tape = std::mem::take(&mut state.call.tape);
         let (record, replayed) = match (tape.is_replay(), all_well) {
             (true, _) => (None, Some(tape.end())),
@@ -327,7 +344,8 @@ fn returned(failure: wit::Failure) -> CallFailure {
         wit::FailureKind::Reject => FailureKind::Reject,
     };
     let clip = |text: String, limit: usize| text.chars().filter(|c| *c != '\0').take(limit).collect::<String>();
-    CallFailure { kind, code: failure.code.map(|code| clip(code, 64)), message: clip(failure.message, 4_000) }
+    let (code, message) = (failure.code.map(|code| clip(code, 64)), clip(failure.message, 4_000));
+    CallFailure { kind, code, message, frames: Vec::new() }
 }
 
 /// An answer for each message, or else no answer at all.
@@ -373,12 +391,9 @@ fn trapped(error: &wasmtime::Error, state: &CallState) -> CallFailure {
             format!("the handler asked for more memory than its limit of {limit} (`memory` under [worker.limits])"),
         );
     }
-    let place = error
-        .downcast_ref::<wasmtime::WasmBacktrace>()
-        .and_then(|trace| trace.frames().iter().find_map(|frame| frame.func_name()))
-        .map(|name| format!(" in {name}"))
-        .unwrap_or_default();
-    match error.downcast_ref::<Trap>() {
+    let frames = frames(error);
+    let place = frames.first().map(|name| format!(" in {name}")).unwrap_or_default();
+    let failure = match error.downcast_ref::<Trap>() {
         Some(Trap::Interrupt) => timed_out(state.call.worker.limits.time),
         Some(Trap::StackOverflow) => {
             CallFailure::new(FailureKind::Trap, "stack-overflow", format!("the handler recursed too deep{place}"))
@@ -393,5 +408,18 @@ fn trapped(error: &wasmtime::Error, state: &CallState) -> CallFailure {
         None => {
             CallFailure::new(FailureKind::Retry, "trap", format!("the handler trapped{place}: {}", error.root_cause()))
         }
-    }
+    };
+    CallFailure { frames, ..failure }
+}
+
+/// How many frames of a trap are remembered, those of the language's own panics included.
+const FRAMES_MAX: usize = 32;
+
+/// The functions of the component that were running, innermost first, as far as it has their names, as people write them.
+fn frames(error: &wasmtime::Error) -> Vec<String> {
+    let trace = error.downcast_ref::<wasmtime::WasmBacktrace>();
+    let frames = trace.map(wasmtime::WasmBacktrace::frames).unwrap_or_default();
+    let names = frames.iter().filter_map(|frame| frame.func_name());
+    // The short form leaves out what differs from build to build.
+    names.take(FRAMES_MAX).map(|name| format!("{:#}", rustc_demangle::demangle(name))).collect()
 }

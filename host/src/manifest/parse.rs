@@ -4,6 +4,7 @@ use std::ops::RangeInclusive;
 use std::path::Path;
 use std::time::Duration;
 
+use crate::alarm::Thresholds;
 use crate::manifest::{
     Isolation, Limits, Manifest, OnFailure, OrderingKey, Source, StateKey, Stream, Worker, WorkerEntry,
 };
@@ -14,7 +15,7 @@ use crate::toml_text::{Found, Section, Text};
 
 pub(super) const MANIFEST_KEYS: [&str; 2] = ["stream", "worker"];
 pub(super) const STREAM_KEYS: [&str; 3] = ["name", "subjects", "max_age"];
-pub(super) const WORKER_KEYS: [&str; 18] = [
+pub(super) const WORKER_KEYS: [&str; 19] = [
     "name",
     "crate",
     "component",
@@ -32,8 +33,11 @@ pub(super) const WORKER_KEYS: [&str; 18] = [
     "ack_wait",
     "retry",
     "limits",
+    "alarm",
     "config",
 ];
+pub(super) const ALARM_KEYS: [&str; 7] =
+    ["letters", "letter_age", "unhandled_age", "unpublished_age", "set_aside", "new_failures", "clear_after"];
 pub(super) const RETRY_KEYS: [&str; 4] = ["attempts", "backoff", "backoff_max", "proved_poison"];
 pub(super) const LIMITS_KEYS: [&str; 10] = [
     "time",
@@ -118,6 +122,7 @@ fn worker(text: Text<'_>, section: &Section<'_>, folder: &Path, manifest: &Manif
         ack_wait: section.duration("ack_wait", "\"30s\"", ack_wait)?.unwrap_or(Duration::from_secs(30)),
         retry: retry(section)?,
         limits: limits(section)?,
+        alarm: alarm(section)?,
         config: section.pairs("config", "[worker.config]")?,
     };
     let migrations = section.text("migrations", "\"migrations\"", check_path)?.map(|path| folder.join(path.value));
@@ -262,6 +267,26 @@ fn limits(section: &Section<'_>) -> anyhow::Result<Limits> {
         sql_size: size("sql_size", "\"16MiB\"", 1..=GIB, default.sql_size)?,
         state_size: size("state_size", "\"1MiB\"", 1..=64 << 20, default.state_size)?,
         log_size: size("log_size", "\"64KiB\"", 0..=64 << 20, default.log_size)?,
+    })
+}
+
+fn alarm(section: &Section<'_>) -> anyhow::Result<Thresholds> {
+    let default = Thresholds::default();
+    let Some(alarm) = section.table("alarm", "[worker.alarm]", &ALARM_KEYS)? else { return Ok(default) };
+    let count = |key: &str, example: &str, default: u32| {
+        alarm.count(key, example, 0..=1_000_000_000).map(|count| count.unwrap_or(default))
+    };
+    let age = |key: &str, example: &str, default: Duration| {
+        alarm.duration(key, example, Duration::ZERO..=YEARS).map(|age| age.unwrap_or(default))
+    };
+    Ok(Thresholds {
+        letters: count("letters", "100", default.letters)?,
+        letter_age: age("letter_age", "\"24h\"", default.letter_age)?,
+        unhandled_age: age("unhandled_age", "\"5m\"", default.unhandled_age)?,
+        unpublished_age: age("unpublished_age", "\"1m\"", default.unpublished_age)?,
+        set_aside: count("set_aside", "1", default.set_aside)?,
+        new_failures: count("new_failures", "20", default.new_failures)?,
+        clear_after: age("clear_after", "\"1m\"", default.clear_after)?,
     })
 }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::parse::{LIMITS_KEYS, MANIFEST_KEYS, RETRY_KEYS, STREAM_KEYS, WORKER_KEYS};
+use super::parse::{ALARM_KEYS, LIMITS_KEYS, MANIFEST_KEYS, RETRY_KEYS, STREAM_KEYS, WORKER_KEYS};
 use super::*;
 use crate::hint::hints;
 use crate::retry::ProvedPoison;
@@ -46,6 +46,14 @@ sql_rows = 6
 sql_size = "7"
 state_size = "8B"
 log_size = "9B"
+[worker.alarm]
+letters = 10
+letter_age = "11h"
+unhandled_age = "12m"
+unpublished_age = "13s"
+set_aside = 14
+new_failures = 0
+clear_after = "15s"
 [worker.config]
 currency = "EUR"
 
@@ -100,6 +108,15 @@ fn every_key_of_a_manifest_is_read() {
             state_size: 8,
             log_size: 9,
         },
+        alarm: Thresholds {
+            letters: 10,
+            letter_age: Duration::from_secs(11 * 60 * 60),
+            unhandled_age: Duration::from_secs(12 * 60),
+            unpublished_age: Duration::from_secs(13),
+            set_aside: 14,
+            new_failures: 0,
+            clear_after: Duration::from_secs(15),
+        },
         config: [("currency".to_owned(), "EUR".to_owned())].into(),
     };
     assert_eq!(manifest.workers[0].worker, expected);
@@ -116,6 +133,7 @@ fn what_is_left_out_gets_its_default() {
     assert_eq!(other.worker.ack_wait, Duration::from_secs(30));
     assert_eq!(other.worker.retry, RetryPolicy::default());
     assert_eq!(other.worker.limits, Limits::default());
+    assert_eq!(other.worker.alarm, Thresholds::default());
     assert_eq!((other.worker.on_failure, other.worker.isolation), (OnFailure::Skip, Isolation::Message));
     assert!(other.worker.subjects.is_empty() && other.worker.outputs.is_empty());
 }
@@ -192,7 +210,7 @@ fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
             "name = \"settle\"",
         ),
         ("name = \"settle\"", "", "7: [[worker]] needs `name`", "add the line: name = \"settle\""),
-        ("name = \"other\"", "name = \"settle\"", "41: there are two workers called `settle`", "name = \"settle-2\""),
+        ("name = \"other\"", "name = \"settle\"", "49: there are two workers called `settle`", "name = \"settle-2\""),
         ("crate = \".\"", "", "7: [[worker]] needs `crate` or `component`", "crate = \".\""),
         (
             "crate = \".\"",
@@ -257,7 +275,7 @@ fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
             "25: `proved_poison` in [worker.retry] is wrong",
             "proved_poison = \"retry\"",
         ),
-        ("\"EUR\"", "978", "38: `config.currency` must be text in quotes", "write: currency = \"978\""),
+        ("\"EUR\"", "978", "46: `config.currency` must be text in quotes", "write: currency = \"978\""),
         ("batch = 16", "batch = 16\nbatch = 17", "20: this is not TOML: duplicate key", "remove: batch = 17"),
         ("name = \"settle\"", "name = settle", "8: this is not TOML", "name = \"settle\""),
         ("[[stream]]", "[stream]", "2: `stream` must be a list of tables", "[[stream]]"),
@@ -372,12 +390,13 @@ fn a_missing_manifest_says_where_it_was_looked_for() {
 #[test]
 fn every_key_stands_in_the_reference_with_its_section() {
     let reference = include_str!("../../../docs/manifest.md");
-    let sections: [(&str, &[&str]); 5] = [
+    let sections: [(&str, &[&str]); 6] = [
         ("## The file", &MANIFEST_KEYS),
         ("## `[[stream]]`", &STREAM_KEYS),
         ("## `[[worker]]`", &WORKER_KEYS),
         ("## `[worker.retry]`", &RETRY_KEYS),
         ("## `[worker.limits]`", &LIMITS_KEYS),
+        ("## `[worker.alarm]`", &ALARM_KEYS),
     ];
     for (heading, keys) in sections {
         let section = reference.split("\n## ").find(|text| heading.ends_with(text.lines().next().unwrap_or_default()));

@@ -256,6 +256,17 @@ mod tests {
     }
 
     #[test]
+    fn what_a_stream_has_lost_does_not_wait_for_what_came_after_it() {
+        let mut lines = Lines::default();
+        lines.take(vec![row(5, Some("a"), &[])], Instant::now());
+        let under_way = lines.next().unwrap().row;
+        assert!(lines.start_over().is_empty());
+        lines.take(vec![row(2, Some("a"), &[]), row(9, Some("a"), &[2])], Instant::now());
+        let due = Unpublished::Later { after: Duration::ZERO, error: None };
+        assert_eq!(lines.not_published(&under_way), [(2, due), (9, Unpublished::Behind(5))]);
+    }
+
+    #[test]
     fn what_is_leased_a_second_time_is_not_sent_a_second_time() {
         let mut lines = Lines::default();
         lines.take(vec![row(1, None, &[])], Instant::now());

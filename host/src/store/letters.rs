@@ -5,6 +5,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::{Result, Store};
+use crate::failure_group::FailureGroup;
 use crate::message::{Headers, Message};
 use crate::subject;
 use crate::verdict::{Reason, Settled};
@@ -72,6 +73,8 @@ pub struct LetterSummary {
     pub reason: String,
     pub code: Option<String>,
     pub detail: String,
+    /// The letters it died with of the same failure; none for one that is older than groups are.
+    pub group: Option<String>,
     pub subject: String,
     pub attempts: u32,
     pub version: u32,
@@ -147,6 +150,8 @@ pub struct LetterFilter {
     pub worker: Option<String>,
     pub reason: Option<String>,
     pub code: Option<String>,
+    /// The id of a group.
+    pub group: Option<String>,
     /// A subject, or a pattern as NATS has them.
     pub subject: Option<String>,
     /// Those that died at this time or later.
@@ -163,6 +168,60 @@ pub struct LetterFilter {
 impl LetterFilter {
     fn fits_subject(&self, letter: &LetterSummary) -> bool {
         self.subject.as_ref().is_none_or(|pattern| subject::matches(pattern, &letter.subject))
+    }
+}
+
+/// Letters that died of the same failure.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LetterGroup {
+    /// None for letters that are older than groups are.
+    pub group: Option<FailureGroup>,
+    pub worker: String,
+    /// How many of them fit the filter.
+    pub letters: u64,
+    /// When the first and the last of those died.
+    pub first_died_at: Timestamp,
+    pub last_died_at: Timestamp,
+    /// The newest of those.
+    pub last_letter: i64,
+    /// The subject of all of them, while they are sorted by it.
+    #[serde(skip)]
+    pub(super) subject: String,
+}
+
+/// How many letters of a worker wait for somebody.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LetterDepth {
+    pub worker: String,
+    pub open: u64,
+    /// For how long the oldest of them has, in milliseconds.
+    pub oldest_ms: u64,
+}
+
+/// The groups of all letters that fit, most letters first.
+pub async fn groups_of(store: &dyn Store, filter: &LetterFilter) -> Result<Vec<LetterGroup>> {
+    let mut groups: Vec<LetterGroup> = Vec::new();
+    for found in store.letter_groups(filter).await? {
+        if filter.subject.as_ref().is_some_and(|pattern| !subject::matches(pattern, &found.subject)) {
+            continue;
+        }
+        let same = |group: &&mut LetterGroup| group.group == found.group && group.worker == found.worker;
+        match groups.iter_mut().find(same) {
+            Some(group) => group.add(&found),
+            None => groups.push(found),
+        }
+    }
+    groups.sort_by_key(|group| (std::cmp::Reverse(group.letters), group.last_letter));
+    groups.truncate(usize::try_from(filter.limit).unwrap_or(usize::MAX));
+    Ok(groups)
+}
+
+impl LetterGroup {
+    fn add(&mut self, other: &LetterGroup) {
+        self.letters += other.letters;
+        self.first_died_at = self.first_died_at.min(other.first_died_at);
+        self.last_died_at = self.last_died_at.max(other.last_died_at);
+        self.last_letter = self.last_letter.max(other.last_letter);
     }
 }
 
@@ -237,6 +296,9 @@ pub struct Moved {
     pub id: i64,
     /// Why it was not done, for a person; none when it was done.
     pub refused: Option<String>,
+    /// It was not done because its event took effect meanwhile.
+    #[serde(default)]
+    pub took_effect: bool,
 }
 
 /// What a worker that was pointed to a letter finds.
@@ -281,7 +343,7 @@ impl Standing {
             return Some("somebody put it back since".to_owned());
         }
         match self.state {
-            _ if self.is_done() => Some("it took effect since; nothing is to be done".to_owned()),
+            _ if self.is_done() => Some(TOOK_EFFECT.to_owned()),
             _ if self.is_id_reuse() => Some(ID_REUSE.to_owned()),
             _ if self.reason == Reason::Unreadable.as_str() => Some(UNREADABLE.to_owned()),
             LetterState::Redriven if !wanted.again => Some("it was put back and is under way".to_owned()),
@@ -296,7 +358,7 @@ impl Standing {
     pub fn against(&self, what: &Move) -> Option<String> {
         let is_closed = matches!(self.state, LetterState::Resolved | LetterState::Dropped);
         match what {
-            _ if self.is_done() => Some("it took effect since; nothing is to be done".to_owned()),
+            _ if self.is_done() => Some(TOOK_EFFECT.to_owned()),
             _ if is_closed => Some(format!("it is closed already ({})", self.state.as_str())),
             Move::Edit(_) if self.is_id_reuse() => Some(ID_REUSE.to_owned()),
             Move::Edit(_) if self.reason == Reason::Unreadable.as_str() => Some(UNREADABLE.to_owned()),
@@ -312,6 +374,8 @@ const ID_REUSE: &str = "its event id stands for another message, so the inbox wo
 const UNREADABLE: &str = "its headers cannot be read, so the worker would not see what was sent; publish its body with proper \
     headers (`oncely dlq show ID --raw | oncely publish SUBJECT --id NEW`), then resolve it";
 
+const TOOK_EFFECT: &str = "it took effect since; nothing is to be done";
+
 /// What came of it for each letter that was asked for, in that order.
 pub(super) fn moved(ids: impl IntoIterator<Item = i64>, refused: &[(i64, String)], done: &[i64]) -> Vec<Moved> {
     let why = |id: i64| match refused.iter().find(|(refused, _)| *refused == id) {
@@ -319,5 +383,9 @@ pub(super) fn moved(ids: impl IntoIterator<Item = i64>, refused: &[(i64, String)
         None if done.contains(&id) => None,
         None => Some("there is no such letter".to_owned()),
     };
-    ids.into_iter().map(|id| Moved { id, refused: why(id) }).collect()
+    let moved = |(id, refused): (i64, Option<String>)| {
+        let took_effect = refused.as_deref() == Some(TOOK_EFFECT);
+        Moved { id, refused, took_effect }
+    };
+    ids.into_iter().map(|id| moved((id, why(id)))).collect()
 }

@@ -12,6 +12,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use jiff::Timestamp;
 
+use crate::alarm::{self, Alarm};
 pub use crate::manifest::WorkerMigration;
 use crate::message::Headers;
 pub use crate::message::Output;
@@ -30,8 +31,8 @@ mod values;
 
 pub use changes::{Changes, RowChange};
 pub use letters::{
-    AttemptRecord, AuditRecord, By, EditRecord, LetterFilter, LetterOutput, LetterRecord, LetterState, LetterSummary,
-    Move, Moved, PutBack, Redrive, all_letters,
+    AttemptRecord, AuditRecord, By, EditRecord, LetterDepth, LetterFilter, LetterGroup, LetterOutput, LetterRecord,
+    LetterState, LetterSummary, Move, Moved, PutBack, Redrive, all_letters, groups_of,
 };
 
 pub use log::{LogEvent, LogMark, LogReader, LogRecord, LogState, Lsn, OutputLog, RelayMode, SlotState, Step};
@@ -180,6 +181,25 @@ pub struct CountedAttempt {
     pub attempt: u32,
     /// Whether its proof is that of the attempt before it.
     pub repeats: bool,
+}
+
+/// Alarms that were just raised or cleared.
+#[derive(Debug, Default)]
+pub struct Told {
+    pub notices: Vec<alarm::Notice>,
+    /// The messages that tell of them, as far as they are to be published now.
+    pub rows: Vec<OutboxRow>,
+}
+
+/// What burying messages came to.
+#[derive(Debug)]
+pub struct Buried {
+    /// The proof for each.
+    pub settled: Vec<Settled>,
+    /// The notices that are to be published now.
+    pub notices: Vec<OutboxRow>,
+    /// The failures among them that were new.
+    pub alarms: Told,
 }
 
 /// Which outputs to list, oldest first.
@@ -343,9 +363,9 @@ pub trait Store: Send + Sync + 'static {
     async fn take_back_unfinished(&self, worker: &str, event_id: &str) -> Result<()>;
 
     /// Buries messages: inbox record (`dead`), dead letter and the message `notices[i]` to the DLQ stream in one
-    /// transaction. A letter whose event is settled already, or that is there already, adds nothing. Returns the
-    /// proof for each, and the notices that are to be published now.
-    async fn bury(&self, letters: &[(Letter, Output)]) -> Result<(Vec<Settled>, Vec<OutboxRow>)>;
+    /// transaction. A letter whose event is settled already, or that is there already, adds nothing. The first letter of
+    /// a failure raises an alarm, in the same transaction, unless `new_failures` of its worker did so within an hour.
+    async fn bury(&self, letters: &[(Letter, Output)], new_failures: u32) -> Result<Buried>;
 
     /// Leases at most `limit` outputs that are due, unpublished and leased to nobody, oldest first. Of a key only those
     /// that come before all others that are in line; what is behind somebody else waits, and comes again once that one is
@@ -413,6 +433,19 @@ pub trait Store: Send + Sync + 'static {
 
     /// One dead letter, whole.
     async fn letter(&self, id: i64) -> Result<Option<LetterRecord>>;
+
+    /// Dead letters that fit by the failure they died of; those without a group, which are older than groups are, together.
+    async fn letter_groups(&self, filter: &LetterFilter) -> Result<Vec<LetterGroup>>;
+
+    /// How many dead letters are open, and for how long, by worker; those that have any. Cheap, however many are closed.
+    async fn letter_depths(&self) -> Result<Vec<LetterDepth>>;
+
+    /// The alarms that are raised, and those on depths and ages that ever were, by worker.
+    async fn alarms(&self) -> Result<Vec<Alarm>>;
+
+    /// Takes steps of alarms, each if its alarm is still as it was seen, and with it appends the message that tells of it,
+    /// in one transaction.
+    async fn move_alarms(&self, moves: &[alarm::Move]) -> Result<Told>;
 
     /// Puts dead letters back to their workers, in one transaction: the event is no longer settled, the letter counts one
     /// generation more, and a message that points the worker to it is in the outbox. Says for each whether that was done,

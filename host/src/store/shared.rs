@@ -10,6 +10,8 @@ use sha2::{Digest, Sha256};
 use sqlx::migrate::{Migration, Migrator};
 
 use super::{Claim, Claimed, OutboxRow, Output, Result, StoreError, Unpublished, WorkerMigration};
+use crate::alarm::{self, Kind};
+use crate::failure_group::FailureGroup;
 use crate::fault;
 use crate::message::Headers;
 use crate::verdict::{Letter, Settled};
@@ -19,6 +21,9 @@ pub(super) const HOUSE_TIME: Duration = Duration::from_secs(60);
 
 /// How long the notices of dead letters are left to the host that buried them before a sweep takes them.
 pub(super) const NOTICE_LEASE: Duration = Duration::from_secs(30);
+
+/// To within what time it is written down when a failure was last seen: not each death writes it.
+pub(super) const SEEN_TO_WITHIN: Duration = Duration::from_secs(60);
 
 /// The savepoint of a transaction, under a name that no guest can guess.
 pub(super) struct Savepoint {
@@ -107,13 +112,66 @@ pub(super) struct Burial<'a> {
     pub letter: &'a Letter,
     pub notice: &'a Output,
     pub payload_sha256: [u8; 32],
+    pub group: FailureGroup,
+}
+
+/// Failures that letters are about to die of, with their workers; each once, in the order in which all lock them.
+pub(super) type Newcomers = Vec<(String, FailureGroup)>;
+
+/// The failures that these letters died of.
+pub(super) fn newcomers(burials: &[&Burial<'_>]) -> Newcomers {
+    let mut groups: Newcomers =
+        burials.iter().map(|burial| (burial.letter.worker.clone(), burial.group.clone())).collect();
+    groups.sort_by(|(_, one), (_, other)| one.cmp(other));
+    groups.dedup_by(|(_, one), (_, other)| one.id == other.id);
+    groups
+}
+
+/// The alarm on a failure of which a first letter dies.
+pub(super) fn new_failure(worker: &str, group: &FailureGroup) -> alarm::Move {
+    let (worker, group) = (worker.to_owned(), Some(group.clone()));
+    let step = alarm::Step::Raise;
+    alarm::Move { worker, kind: Kind::NewFailure, group, times: 0, step, value: 1, threshold: 1 }
+}
+
+/// Groups that were not seen for longer than it is written down to.
+pub(super) fn stale(known: &[(String, i64)]) -> Vec<&str> {
+    known.iter().filter(|(_, away_ms)| is_longer(*away_ms, SEEN_TO_WITHIN)).map(|(id, _)| id.as_str()).collect()
+}
+
+pub(super) fn is_longer(ms: i64, than: Duration) -> bool {
+    u128::from(unsigned(ms)) > than.as_millis()
+}
+
+/// Steps of alarms in the order in which all lock them.
+pub(super) fn in_order(moves: &[alarm::Move]) -> Vec<&alarm::Move> {
+    let mut moves: Vec<_> = moves.iter().collect();
+    moves.sort_by_key(|step| (step.worker.as_str(), step.kind.as_str(), group_id(step.group.as_ref())));
+    moves
+}
+
+/// The column of a group that there may be none of.
+pub(super) fn group_id(group: Option<&FailureGroup>) -> &str {
+    group.map_or("", |group| group.id.as_str())
+}
+
+/// A group from columns that are there together or not at all.
+pub(super) fn failure_group(
+    id: Option<String>,
+    reason: Option<String>,
+    code: Option<String>,
+    shape: Option<String>,
+    place: Option<String>,
+) -> Option<FailureGroup> {
+    let (id, reason, shape) = (id?, reason?, shape?);
+    Some(FailureGroup { id, reason, code, shape, place })
 }
 
 impl<'a> Burial<'a> {
     pub fn all(letters: &'a [(Letter, Output)]) -> Vec<Self> {
         let burial = |(letter, notice): &'a (Letter, Output)| {
             let payload_sha256 = letter.message.payload_sha256();
-            Burial { letter, notice, payload_sha256 }
+            Burial { letter, notice, payload_sha256, group: FailureGroup::of(letter) }
         };
         letters.iter().map(burial).collect()
     }
@@ -136,6 +194,7 @@ impl<'a> Burial<'a> {
     pub fn notice_of(&self, letter: i64, generation: u32) -> Output {
         let mut notice = self.notice.clone();
         notice.headers.push(("Oncely-Letter".to_owned(), letter.to_string()));
+        notice.headers.push(("Oncely-Group".to_owned(), self.group.id.clone()));
         if generation > 0 {
             notice.id = format!("{}:r{generation}", notice.id);
             notice.headers.push(("Oncely-Redriven".to_owned(), generation.to_string()));

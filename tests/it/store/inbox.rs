@@ -237,7 +237,7 @@ async fn nothing_to_do_is_done(world: World) {
     assert!(tx.append_outputs(&[], TIME).await.unwrap().is_empty());
     tx.commit().await.unwrap();
     assert!(world.store.count_attempts(WORKER, &[]).await.unwrap().is_empty());
-    assert!(world.store.bury(&[]).await.unwrap().1.is_empty());
+    assert!(world.bury(&[]).await.unwrap().1.is_empty());
     world.store.mark_published(&[]).await.unwrap();
     world.store.put_back_outputs(&[]).await.unwrap();
     world.store.ping().await.unwrap();

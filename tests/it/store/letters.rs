@@ -29,12 +29,12 @@ fn all() -> LetterFilter {
 
 async fn a_letter_is_buried_once_with_its_notice(world: World) {
     let letters = [a_letter("e1", b"body", Reason::Rejected), a_letter("e2", b"body", Reason::Rejected)];
-    let (settled, notices) = world.store.bury(&letters).await.unwrap();
+    let (settled, notices) = world.bury(&letters).await.unwrap();
     assert_eq!((settled.len(), notices.len()), (2, 2));
     assert_eq!(notices[0].id, letters[0].1.id);
-    let (settled, notices) = world.store.bury(&[letters[0].clone(), letters[0].clone()]).await.unwrap();
+    let (settled, notices) = world.bury(&[letters[0].clone(), letters[0].clone()]).await.unwrap();
     assert_eq!((settled.len(), notices.len()), (2, 0));
-    let (_, notices) = world.store.bury(&vec![a_letter("e3", b"body", Reason::Rejected); 2]).await.unwrap();
+    let (_, notices) = world.bury(&vec![a_letter("e3", b"body", Reason::Rejected); 2]).await.unwrap();
     assert_eq!(notices.len(), 1);
     assert_eq!(world.store.letters(&all()).await.unwrap().len(), 3);
     assert!(world.store.lease_outputs(100, super::LEASE).await.unwrap().is_empty());
@@ -52,7 +52,7 @@ async fn what_is_done_cannot_be_buried(world: World) {
     let mut tx = world.begin().await;
     tx.claim(&[claim]).await.unwrap();
     tx.commit().await.unwrap();
-    let (settled, notices) = world.store.bury(&[letter]).await.unwrap();
+    let (settled, notices) = world.bury(&[letter]).await.unwrap();
     assert_eq!((settled.len(), notices.len()), (1, 0));
     let totals = world.store.totals().await.unwrap();
     assert_eq!((totals[0].done, totals[0].dead), (1, 0));
@@ -63,8 +63,8 @@ async fn a_reused_event_id_is_buried_beside_what_holds_it(world: World) {
     tx.claim(&[a_claim("e1", 1)]).await.unwrap();
     tx.commit().await.unwrap();
     let reuse = [a_letter("e1", b"one", Reason::IdReuse), a_letter("e1", b"two", Reason::IdReuse)];
-    assert_eq!(world.store.bury(&reuse).await.unwrap().1.len(), 2);
-    assert_eq!(world.store.bury(&reuse).await.unwrap().1.len(), 0);
+    assert_eq!(world.bury(&reuse).await.unwrap().1.len(), 2);
+    assert_eq!(world.bury(&reuse).await.unwrap().1.len(), 0);
     assert!(matches!(world.look("e1", 1).await, Claimed::Settled(_)));
     let totals = world.store.totals().await.unwrap();
     assert_eq!((totals[0].done, totals[0].dead), (1, 2));
@@ -82,7 +82,7 @@ async fn a_letter_shows_its_story(world: World) {
     world.store.count_attempts(WORKER, &[attempt("first")]).await.unwrap();
     world.store.count_attempts(WORKER, &[attempt("second")]).await.unwrap();
     let (buried, notice) = a_letter("e1", b"\x00\xff", Reason::AttemptsExhausted);
-    world.store.bury(&[(buried.clone(), notice)]).await.unwrap();
+    world.bury(&[(buried.clone(), notice)]).await.unwrap();
     let id = world.store.letters(&all()).await.unwrap()[0].id;
     let letter = world.store.letter(id).await.unwrap().unwrap();
     assert_eq!((letter.headers, letter.body), (buried.message.headers, buried.message.body));
@@ -96,7 +96,7 @@ async fn a_letter_shows_its_story(world: World) {
 
 async fn letters_are_listed_newest_first_by_worker_and_reason(world: World) {
     for (event_id, reason) in [("e1", Reason::Rejected), ("e2", Reason::IdReuse), ("e3", Reason::Rejected)] {
-        world.store.bury(&[a_letter(event_id, b"", reason)]).await.unwrap();
+        world.bury(&[a_letter(event_id, b"", reason)]).await.unwrap();
     }
     let ids = async |filter: LetterFilter| {
         let letters = world.store.letters(&filter).await.unwrap();
@@ -129,7 +129,7 @@ fn back(id: i64) -> Redrive {
 async fn buried(world: &World) -> (i64, Claim) {
     let letter = a_letter("e1", b"body", Reason::Rejected);
     let payload_sha256 = letter.0.message.payload_sha256();
-    world.store.bury(&[letter]).await.unwrap();
+    world.bury(&[letter]).await.unwrap();
     let id = world.store.letters(&all()).await.unwrap()[0].id;
     (id, Claim { payload_sha256, ..a_claim("e1", 0) })
 }
@@ -191,7 +191,7 @@ async fn a_letter_that_dies_again_is_the_same_letter(world: World) {
     world.store.redrive(&[back(id)], &ada()).await.unwrap();
     let mut again = a_letter("e1", b"body", Reason::AttemptsExhausted);
     again.0.attempts = 4;
-    let (_, notices) = world.store.bury(&[again.clone()]).await.unwrap();
+    let (_, notices) = world.bury(&[again.clone()]).await.unwrap();
     assert_eq!(notices[0].id, format!("{}:r1", again.1.id));
     let letters = world.store.letters(&all()).await.unwrap();
     assert_eq!(letters.len(), 1);
@@ -201,7 +201,7 @@ async fn a_letter_that_dies_again_is_the_same_letter(world: World) {
     assert!(world.store.letter(id).await.unwrap().unwrap().first_died_at.unwrap() <= letter.died_at);
     // What still points to it is out of date, and burying it again adds nothing.
     assert!(matches!(world.store.put_back(id, 1).await.unwrap(), PutBack::OutOfDate(_)));
-    assert_eq!(world.store.bury(&[again]).await.unwrap().1.len(), 0);
+    assert_eq!(world.bury(&[again]).await.unwrap().1.len(), 0);
 }
 
 async fn a_letter_under_way_is_closed_only_if_it_did_not_take_effect(world: World) {
@@ -222,7 +222,7 @@ async fn a_letter_under_way_is_closed_only_if_it_did_not_take_effect(world: Worl
     assert_eq!(state(&world, id).await, LetterState::Done);
 
     let other = a_letter("e2", b"body", Reason::Rejected);
-    world.store.bury(&[other]).await.unwrap();
+    world.bury(&[other]).await.unwrap();
     let id = world.store.letters(&all()).await.unwrap()[0].id;
     world.store.redrive(&[back(id)], &ada()).await.unwrap();
     assert_eq!(world.store.move_letters(&[id], &Move::Resolve, &ada()).await.unwrap()[0].refused, None);

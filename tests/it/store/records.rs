@@ -88,10 +88,10 @@ async fn attempts_counted_together_are_compared_with_what_was_there(world: World
 async fn a_record_goes_with_its_letter(world: World) {
     for event_id in ["resolved", "dropped", "open"] {
         world.count(&[failed(event_id, Some(("it", None)))]).await;
-        world.store.bury(&[a_letter(event_id, b"body", Reason::AttemptsExhausted)]).await.unwrap();
+        world.bury(&[a_letter(event_id, b"body", Reason::AttemptsExhausted)]).await.unwrap();
     }
     // A letter whose event id is another message's has no attempts of its own.
-    world.store.bury(&[a_letter("open", b"another body", Reason::IdReuse)]).await.unwrap();
+    world.bury(&[a_letter("open", b"another body", Reason::IdReuse)]).await.unwrap();
     let filter = LetterFilter { limit: 10, ..LetterFilter::default() };
     let letters = world.store.letters(&filter).await.unwrap();
     let by = By { actor: "ada".to_owned(), note: None };
@@ -112,7 +112,7 @@ async fn a_record_goes_when_its_letter_took_effect(world: World) {
     world.count(&[failed("e1", Some(("it", None)))]).await;
     let letter = a_letter("e1", b"", Reason::AttemptsExhausted);
     let payload = letter.0.message.payload_sha256();
-    world.store.bury(&[letter]).await.unwrap();
+    world.bury(&[letter]).await.unwrap();
     let filter = LetterFilter { limit: 10, ..LetterFilter::default() };
     let id = world.store.letters(&filter).await.unwrap()[0].id;
     let by = By { actor: "ada".to_owned(), note: None };
@@ -133,7 +133,7 @@ async fn a_record_goes_with_the_attempts_of_an_event_that_is_done(world: World) 
     tx.claim(&[a_claim("e1", 1)]).await.unwrap();
     tx.commit().await.unwrap();
     assert!(world.record("e1").await.is_some());
-    world.store.bury(&[a_letter("e2", b"", Reason::AttemptsExhausted)]).await.unwrap();
+    world.bury(&[a_letter("e2", b"", Reason::AttemptsExhausted)]).await.unwrap();
     retire_everything(&world).await;
     assert_eq!((world.record("e1").await, world.record("e2").await), (None, Some("it".to_owned())));
 }

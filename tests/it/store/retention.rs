@@ -65,7 +65,7 @@ async fn what_had_its_time_leaves_and_what_is_dead_stays(world: World) {
     let outputs = [an_output("e1", 0, Duration::ZERO), an_output("e1", 1, Duration::ZERO)];
     let rows = tx.append_outputs(&outputs, LEASE).await.unwrap();
     tx.commit().await.unwrap();
-    let (_, notices) = world.store.bury(&[a_letter("dead", b"", Reason::Rejected)]).await.unwrap();
+    let (_, notices) = world.bury(&[a_letter("dead", b"", Reason::Rejected)]).await.unwrap();
     let place = |seq| Published { seq, stream: "PAYMENTS".to_owned(), stream_sequence: 1 };
     world.store.mark_published(&[place(rows[0].seq), place(notices[0].seq)]).await.unwrap();
 
@@ -153,7 +153,7 @@ async fn a_turn_waits_for_claims_under_way_and_holds_nobody_up_for_long(world: W
 async fn what_is_settled_in_an_earlier_part_stays_so(world: World) {
     settle(&world, "e1").await;
     let letter = a_letter("dead", b"body", Reason::Rejected);
-    world.store.bury(std::slice::from_ref(&letter)).await.unwrap();
+    world.bury(std::slice::from_ref(&letter)).await.unwrap();
     for _ in 0..2 {
         turn(&world).await.unwrap();
         assert!(matches!(world.look("e1", 1).await, Claimed::Settled(_)));
@@ -162,7 +162,7 @@ async fn what_is_settled_in_an_earlier_part_stays_so(world: World) {
         assert_eq!(world.store.done_events(WORKER, &["e1".to_owned()]).await.unwrap(), ["e1"]);
         // Burying what is done, or what is dead, adds nothing.
         let again = [a_letter("e1", b"body", Reason::Rejected), letter.clone()];
-        assert!(world.store.bury(&again).await.unwrap().1.iter().all(|notice| notice.id != letter.1.id));
+        assert!(world.bury(&again).await.unwrap().1.iter().all(|notice| notice.id != letter.1.id));
     }
     let mut tx = world.begin().await;
     tx.claim(&[a_claim("e1", 1), a_claim("new", 1)]).await.unwrap();
@@ -201,7 +201,7 @@ async fn outputs_that_are_not_published_outlast_their_part(world: World) {
 }
 
 async fn a_letter_can_be_put_back_when_its_time_is_long_over(world: World) {
-    world.store.bury(&[a_letter("dead", b"body", Reason::Rejected)]).await.unwrap();
+    world.bury(&[a_letter("dead", b"body", Reason::Rejected)]).await.unwrap();
     retire_everything(&world).await;
     assert!(matches!(world.look("dead", 1).await, Claimed::OtherPayload));
     let letter = world.store.letters(&LetterFilter { limit: 10, ..LetterFilter::default() }).await.unwrap().remove(0);
@@ -222,7 +222,7 @@ async fn some_of_everything(world: &World) {
     let outputs = [an_output("e1", 0, Duration::ZERO), an_output("e1", 1, Duration::ZERO)];
     let rows = tx.append_outputs(&outputs, LEASE).await.unwrap();
     tx.commit().await.unwrap();
-    world.store.bury(&[a_letter("dead", b"", Reason::Rejected)]).await.unwrap();
+    world.bury(&[a_letter("dead", b"", Reason::Rejected)]).await.unwrap();
     let place = Published { seq: rows[0].seq, stream: "PAYMENTS".to_owned(), stream_sequence: 41 };
     world.store.mark_published(&[place]).await.unwrap();
 }

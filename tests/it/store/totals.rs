@@ -18,7 +18,7 @@ async fn totals_count_what_each_worker_did(world: World) {
     tx.commit().await.unwrap();
     let mut letter = a_letter("e3", b"", Reason::Rejected);
     letter.0.worker = "another".to_owned();
-    world.store.bury(&[letter]).await.unwrap();
+    world.bury(&[letter]).await.unwrap();
     let mut totals = world.store.totals().await.unwrap();
     for total in &mut totals {
         assert!(total.oldest_unpublished_ms.take().unwrap() < 20_000);

@@ -127,13 +127,17 @@ impl Redrive {
 
     /// Waits for what becomes of the letters, and tells.
     async fn conclude(&self, client: &Client, moved: &[Moved]) -> Result<()> {
-        let outcome = Outcome::of(client, moved, self.wait).await?;
+        // Of all that have something in common, those that took effect since are no failure: nobody asked for them by name.
+        let (gone, moved): (Vec<Moved>, Vec<Moved>) =
+            moved.iter().cloned().partition(|moved| moved.took_effect && !self.selection.is_by_number());
+        let mut outcome = Outcome::of(client, &moved, self.wait).await?;
+        outcome.took_effect_before = gone.len();
         if self.json {
             term::json(&outcome)?;
         } else {
             term::data(outcome.in_words())?;
         }
-        check_all_moved(moved, "put back")
+        check_all_moved(&moved, "put back")
     }
 }
 
@@ -193,6 +197,8 @@ struct Outcome {
     took_effect: usize,
     died_again: usize,
     under_way: usize,
+    /// Not put back, as they had taken effect by then.
+    took_effect_before: usize,
     refused: Vec<Moved>,
 }
 
@@ -229,7 +235,12 @@ impl Outcome {
 
     fn in_words(&self) -> String {
         let mut words = format!("put back: {}; took effect: {}", self.put_back, self.took_effect);
-        for (count, what) in [(self.died_again, "died again"), (self.under_way, "under way")] {
+        let rest = [
+            (self.died_again, "died again"),
+            (self.under_way, "under way"),
+            (self.took_effect_before, "had taken effect before"),
+        ];
+        for (count, what) in rest {
             if count > 0 {
                 words.push_str(&format!("; {what}: {count}"));
             }

@@ -23,6 +23,9 @@ pub struct Filters {
     /// Only with this code of the handler's.
     #[arg(long)]
     code: Option<String>,
+    /// Only those that died of this failure; see `list --groups`.
+    #[arg(long, value_name = "ID")]
+    group: Option<String>,
     /// Only of this subject; `*` and `>` as NATS has them.
     #[arg(long)]
     subject: Option<String>,
@@ -40,8 +43,8 @@ fn when(text: &str) -> Result<Timestamp, String> {
 
 impl Filters {
     pub fn filter(self) -> LetterFilter {
-        let Filters { worker, reason, code, subject, since, until } = self;
-        LetterFilter { worker, reason, code, subject, since, until, limit: u32::MAX, ..LetterFilter::default() }
+        let Filters { worker, reason, code, group, subject, since, until } = self;
+        LetterFilter { worker, reason, code, group, subject, since, until, limit: u32::MAX, ..LetterFilter::default() }
     }
 }
 
@@ -58,6 +61,11 @@ pub struct Selection {
 }
 
 impl Selection {
+    /// Whether the letters are named one by one.
+    pub fn is_by_number(&self) -> bool {
+        !self.ids.is_empty()
+    }
+
     /// The letters in the order of their streams. Those that were named must be there.
     pub async fn find(self, client: &Client, closed: bool) -> Result<Vec<LetterSummary>> {
         let Selection { ids, all, filters } = self;

@@ -81,6 +81,7 @@ fn facts(letter: &Letter) -> String {
         ("reason", summary.reason.clone()),
         ("code", summary.code.clone().unwrap_or_default()),
         ("detail", summary.detail.clone()),
+        ("group", summary.group.clone().unwrap_or_default()),
         ("event id", summary.event_id.clone()),
         ("subject", summary.subject.clone()),
         ("from", place),

@@ -6,17 +6,23 @@ use sqlx::Row;
 use sqlx::postgres::PgRow;
 
 use super::session::Session;
-use super::{errors, outbox};
+use super::{alarms, errors, outbox};
 use crate::store::shared::{self, Burial};
-use crate::store::{OutboxRow, Output, Result};
+use crate::store::{OutboxRow, Output, Result, Told};
 use crate::verdict::Letter;
 
-/// Writes letters, their inbox records and their notices; returns the notices. What is settled already adds nothing.
-pub(super) async fn bury(session: &mut Session, letters: &[(Letter, Output)]) -> Result<Vec<OutboxRow>> {
+/// Writes letters, their inbox records and their notices, and raises an alarm for failures that are new. What is settled
+/// already adds nothing.
+pub(super) async fn bury(
+    session: &mut Session,
+    letters: &[(Letter, Output)],
+    new_failures: u32,
+) -> Result<(Vec<OutboxRow>, Told)> {
     let burials = Burial::all(letters);
     let inserted = settle(session, &burials).await?;
     let held = held_payloads(session, &burials).await?;
     let new = shared::to_bury(&burials, &inserted, &held);
+    let alarms = alarms::meet(session, &shared::newcomers(&new), new_failures).await?;
     let written = insert(session, &new).await?;
     let notice = |burial: &&Burial<'_>| {
         let (worker, event_id) = burial.key();
@@ -26,7 +32,8 @@ pub(super) async fn bury(session: &mut Session, letters: &[(Letter, Output)]) ->
     };
     let notices: Vec<(String, Output)> = new.iter().filter_map(notice).collect();
     let notices: Vec<(&str, &Output)> = notices.iter().map(|(worker, notice)| (worker.as_str(), notice)).collect();
-    outbox::append_for(session, &notices, shared::NOTICE_LEASE).await
+    let notices = outbox::append_for(session, &notices, shared::NOTICE_LEASE).await?;
+    Ok((notices, alarms::tell(session, alarms).await?))
 }
 
 /// Settles the events that are not settled yet as dead, and returns them.
@@ -81,16 +88,18 @@ async fn insert(session: &mut Session, new: &[&Burial<'_>]) -> Result<HashMap<Ke
     let letters = || new.iter().map(|burial| burial.letter);
     let query = session.query(
         "insert into oncely.dead_letter (worker, event_id, payload_sha256, reason, code, detail, attempts, version,
-             subject, headers, body, stream, stream_sequence, stored_at)
+             subject, headers, body, stream, stream_sequence, stored_at, group_id)
          select worker, event_id, payload_sha256, reason, code, detail, attempts, version, subject, headers, body, stream,
-             stream_sequence, timestamptz 'epoch' + stored_at * interval '1 microsecond'
+             stream_sequence, timestamptz 'epoch' + stored_at * interval '1 microsecond', group_id
          from unnest($1::text[], $2::text[], $3::bytea[], $4::text[], $5::text[], $6::text[], $7::integer[],
-             $8::integer[], $9::text[], $10::text[], $11::bytea[], $12::text[], $13::bigint[], $14::bigint[])
+             $8::integer[], $9::text[], $10::text[], $11::bytea[], $12::text[], $13::bigint[], $14::bigint[],
+             $15::text[])
              as given (worker, event_id, payload_sha256, reason, code, detail, attempts, version, subject, headers, body,
-                 stream, stream_sequence, stored_at)
+                 stream, stream_sequence, stored_at, group_id)
          on conflict (worker, event_id, payload_sha256) do update
              set state = 'open', reason = excluded.reason, code = excluded.code, detail = excluded.detail,
                  attempts = excluded.attempts, version = excluded.version, died_at = pg_catalog.now(),
+                 group_id = excluded.group_id,
                  first_died_at = coalesce(dead_letter.first_died_at, dead_letter.died_at)
              where dead_letter.state in ('redriven', 'done')
          returning worker, event_id, payload_sha256, id, generation",
@@ -110,6 +119,7 @@ async fn insert(session: &mut Session, new: &[&Burial<'_>]) -> Result<HashMap<Ke
         .bind(new.iter().map(|burial| burial.origin().map(|(stream, _)| stream)).collect::<Vec<_>>())
         .bind(sequences)
         .bind(new.iter().map(|burial| burial.stored_at()).collect::<Vec<_>>())
+        .bind(new.iter().map(|burial| burial.group.id.as_str()).collect::<Vec<_>>())
         .fetch_all(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "write dead letters"))?;

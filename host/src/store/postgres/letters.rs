@@ -4,22 +4,23 @@ use anyhow::Context;
 use bytes::Bytes;
 use jiff::Timestamp;
 use sqlx::Row;
-use sqlx::postgres::PgRow;
+use sqlx::postgres::{PgArguments, PgRow, Postgres};
+use sqlx::query::Query;
 
 use super::session::Session;
 use super::{attempts, errors};
 use crate::store::{
-    AuditRecord, EditRecord, LetterFilter, LetterOutput, LetterRecord, LetterState, LetterSummary, Result, StoreError,
-    shared,
+    AuditRecord, EditRecord, LetterFilter, LetterGroup, LetterOutput, LetterRecord, LetterState, LetterSummary, Result,
+    StoreError, shared,
 };
 
 /// What a list shows of a letter. Whether one that was put back took effect stands in the inbox.
 macro_rules! summaries {
-    ($also:literal, $which:literal) => {
+    ($also:literal, $($which:tt)+) => {
         concat!(
             "select * from (
                  select id, worker, event_id, reason, code, detail, subject, attempts, version, generation, stream,
-                     stream_sequence, case when state = 'redriven' and exists (
+                     stream_sequence, group_id, case when state = 'redriven' and exists (
                          select from oncely.inbox where inbox.worker = dead_letter.worker
                              and inbox.event_id = dead_letter.event_id and inbox.state = 'done')
                      then 'done' else state end as state,
@@ -27,41 +28,34 @@ macro_rules! summaries {
                      (extract(epoch from moved_at) * 1000000)::bigint as moved_at",
             $also,
             " from oncely.dead_letter where ",
-            $which,
+            $($which)+,
             ") as letter"
         )
     };
 }
 
-/// One page of letters, newest first.
-pub(super) async fn list(session: &mut Session, filter: &LetterFilter) -> Result<Vec<LetterSummary>> {
-    let query = session.query(if filter.closed {
-        concat!(
-            summaries!(
-                "",
-                "($1::text is null or worker = $1) and ($2::text is null or reason = $2)
-                 and ($3::text is null or code = $3) and (cardinality($4::bigint[]) = 0 or id = any($4))
-                 and ($5::bigint is null or id < $5)
-                 and ($6::bigint is null or died_at >= timestamptz 'epoch' + $6 * interval '1 microsecond')
-                 and ($7::bigint is null or died_at < timestamptz 'epoch' + $7 * interval '1 microsecond')"
-            ),
-            " order by id desc limit $8"
-        )
-    } else {
-        concat!(
-            summaries!(
-                "",
-                "state in ('open', 'redriven')
-                 and ($1::text is null or worker = $1) and ($2::text is null or reason = $2)
-                 and ($3::text is null or code = $3) and (cardinality($4::bigint[]) = 0 or id = any($4))
-                 and ($5::bigint is null or id < $5)
-                 and ($6::bigint is null or died_at >= timestamptz 'epoch' + $6 * interval '1 microsecond')
-                 and ($7::bigint is null or died_at < timestamptz 'epoch' + $7 * interval '1 microsecond')"
-            ),
-            " where state <> 'done' order by id desc limit $8"
-        )
-    });
-    let rows = query
+/// What a filter says, but for subjects; see [`fitting`].
+macro_rules! fits {
+    () => {
+        "($1::text is null or worker = $1) and ($2::text is null or reason = $2)
+         and ($3::text is null or code = $3) and (cardinality($4::bigint[]) = 0 or id = any($4))
+         and ($5::bigint is null or id < $5)
+         and ($6::bigint is null or died_at >= timestamptz 'epoch' + $6 * interval '1 microsecond')
+         and ($7::bigint is null or died_at < timestamptz 'epoch' + $7 * interval '1 microsecond')
+         and ($8::text is null or group_id = $8)"
+    };
+}
+
+/// The same for letters that wait for somebody; those of them that took effect are still to be left out.
+macro_rules! fits_and_waits {
+    () => {
+        concat!("state in ('open', 'redriven') and ", fits!())
+    };
+}
+
+/// Gives a query the values of a filter.
+fn fitting<'q>(query: Query<'q, Postgres, PgArguments>, filter: &'q LetterFilter) -> Query<'q, Postgres, PgArguments> {
+    query
         .bind(filter.worker.as_deref())
         .bind(filter.reason.as_deref())
         .bind(filter.code.as_deref())
@@ -69,11 +63,70 @@ pub(super) async fn list(session: &mut Session, filter: &LetterFilter) -> Result
         .bind(filter.below)
         .bind(filter.since.map(|time| time.as_microsecond()))
         .bind(filter.until.map(|time| time.as_microsecond()))
+        .bind(filter.group.as_deref())
+}
+
+/// One page of letters, newest first.
+pub(super) async fn list(session: &mut Session, filter: &LetterFilter) -> Result<Vec<LetterSummary>> {
+    let query = session.query(if filter.closed {
+        concat!(summaries!("", fits!()), " order by id desc limit $9")
+    } else {
+        concat!(summaries!("", fits_and_waits!()), " where state <> 'done' order by id desc limit $9")
+    });
+    let rows = fitting(query, filter)
         .bind(i64::from(filter.limit))
         .fetch_all(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "list dead letters"))?;
     rows.iter().map(|row| summary(row).context("read a dead letter").map_err(StoreError::Unavailable)).collect()
+}
+
+/// How many letters fit, and when they died, by group and subject.
+pub(super) async fn groups(session: &mut Session, filter: &LetterFilter) -> Result<Vec<LetterGroup>> {
+    macro_rules! grouped {
+        ($letters:expr, $which:literal) => {
+            concat!(
+                "with found as (",
+                $letters,
+                $which,
+                "), grouped as (
+                     select group_id, worker, subject, pg_catalog.count(*) as letters, pg_catalog.min(died_at) as first,
+                         pg_catalog.max(died_at) as last, pg_catalog.max(id) as last_letter
+                     from found group by group_id, worker, subject
+                 )
+                 select grouped.*, letter_group.id, reason, code, shape, place
+                 from grouped left join oncely.letter_group on letter_group.id = grouped.group_id"
+            )
+        };
+    }
+    let query = session.query(if filter.closed {
+        grouped!(summaries!("", fits!()), "")
+    } else {
+        grouped!(summaries!("", fits_and_waits!()), " where state <> 'done'")
+    });
+    let rows = fitting(query, filter)
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "group dead letters"))?;
+    rows.iter().map(|row| group(row).context("read a group").map_err(StoreError::Unavailable)).collect()
+}
+
+fn group(row: &PgRow) -> anyhow::Result<LetterGroup> {
+    Ok(LetterGroup {
+        group: shared::failure_group(
+            row.try_get("id")?,
+            row.try_get("reason")?,
+            row.try_get("code")?,
+            row.try_get("shape")?,
+            row.try_get("place")?,
+        ),
+        worker: row.try_get("worker")?,
+        letters: shared::unsigned(row.try_get("letters")?),
+        first_died_at: shared::timestamp(row.try_get("first")?)?,
+        last_died_at: shared::timestamp(row.try_get("last")?)?,
+        last_letter: row.try_get("last_letter")?,
+        subject: row.try_get("subject")?,
+    })
 }
 
 /// One letter, with everything that is known of it.
@@ -196,6 +249,7 @@ fn summary(row: &PgRow) -> anyhow::Result<LetterSummary> {
         reason: row.try_get("reason")?,
         code: row.try_get("code")?,
         detail: row.try_get("detail")?,
+        group: row.try_get("group_id")?,
         subject: row.try_get("subject")?,
         attempts: row.try_get::<i32, _>("attempts")?.cast_unsigned(),
         version: row.try_get::<i32, _>("version")?.cast_unsigned(),

@@ -3,6 +3,7 @@
 //! It works through a pooler that gives a server connection away after each transaction: every operation is one
 //! explicit transaction, nothing is set beyond its end, and no lock outlives it.
 
+mod alarms;
 mod attempts;
 mod burial;
 mod changes;
@@ -42,10 +43,12 @@ use self::session::{Purpose, Sessions};
 use self::tx::PostgresTx;
 use self::wall::Login;
 use super::{
-    By, CountedAttempt, DeploymentRecord, FailedAttempt, LetterFilter, LetterRecord, LetterSummary, Move, Moved,
-    OnStream, OutboxLag, OutboxRow, Output, OutputFilter, OutputLog, OutputRecord, OutputSummary, Published, PutBack,
-    Redrive, Result, Retire, StateRecord, Store, Tx, Unpublished, WorkerMigration, WorkerTotals,
+    Buried, By, CountedAttempt, DeploymentRecord, FailedAttempt, LetterDepth, LetterFilter, LetterGroup, LetterRecord,
+    LetterSummary, Move, Moved, OnStream, OutboxLag, OutboxRow, Output, OutputFilter, OutputLog, OutputRecord,
+    OutputSummary, Published, PutBack, Redrive, Result, Retire, StateRecord, Store, Told, Tx, Unpublished,
+    WorkerMigration, WorkerTotals,
 };
+use crate::alarm::{self, Alarm};
 use crate::fault;
 use crate::hint::WithHint;
 use crate::sql::Dialect;
@@ -215,11 +218,11 @@ impl Store for PostgresStore {
         session.commit().await
     }
 
-    async fn bury(&self, letters: &[(Letter, Output)]) -> Result<(Vec<Settled>, Vec<OutboxRow>)> {
+    async fn bury(&self, letters: &[(Letter, Output)], new_failures: u32) -> Result<Buried> {
         let mut session = self.house.begin(Purpose::House).await?;
-        let notices = burial::bury(&mut session, letters).await?;
+        let (notices, alarms) = burial::bury(&mut session, letters, new_failures).await?;
         session.commit().await?;
-        Ok((letters.iter().map(|_| Settled::seen_by_store()).collect(), notices))
+        Ok(Buried { settled: vec![Settled::seen_by_store(); letters.len()], notices, alarms })
     }
 
     async fn lease_outputs(&self, limit: u32, lease: Duration) -> Result<Vec<OutboxRow>> {
@@ -358,6 +361,34 @@ impl Store for PostgresStore {
         let letter = letters::find(&mut session, id).await?;
         session.commit().await?;
         Ok(letter)
+    }
+
+    async fn letter_groups(&self, filter: &LetterFilter) -> Result<Vec<LetterGroup>> {
+        let mut session = self.house.begin(Purpose::Read).await?;
+        let groups = letters::groups(&mut session, filter).await?;
+        session.commit().await?;
+        Ok(groups)
+    }
+
+    async fn letter_depths(&self) -> Result<Vec<LetterDepth>> {
+        let mut session = self.house.begin(Purpose::Read).await?;
+        let depths = alarms::depths(&mut session).await?;
+        session.commit().await?;
+        Ok(depths)
+    }
+
+    async fn alarms(&self) -> Result<Vec<Alarm>> {
+        let mut session = self.house.begin(Purpose::Read).await?;
+        let alarms = alarms::list(&mut session).await?;
+        session.commit().await?;
+        Ok(alarms)
+    }
+
+    async fn move_alarms(&self, moves: &[alarm::Move]) -> Result<Told> {
+        let mut session = self.house.begin(Purpose::House).await?;
+        let told = alarms::take(&mut session, moves).await?;
+        session.commit().await?;
+        Ok(told)
     }
 
     async fn redrive(&self, letters: &[Redrive], by: &By) -> Result<(Vec<Moved>, Vec<OutboxRow>)> {

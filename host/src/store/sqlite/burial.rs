@@ -5,24 +5,32 @@ use std::collections::{HashMap, HashSet};
 use sqlx::Row;
 
 use super::session::Session;
-use super::{errors, outbox};
+use super::{alarms, errors, outbox};
 use crate::store::shared::{self, Burial};
-use crate::store::{OutboxRow, Output, Result};
+use crate::store::{OutboxRow, Output, Result, Told};
 use crate::verdict::Letter;
 
-/// Writes letters, their inbox records and their notices; returns the notices. What is settled already adds nothing.
-pub(super) async fn bury(session: &mut Session, letters: &[(Letter, Output)]) -> Result<Vec<OutboxRow>> {
+/// Writes letters, their inbox records and their notices, and raises an alarm for failures that are new. What is settled
+/// already adds nothing.
+pub(super) async fn bury(
+    session: &mut Session,
+    letters: &[(Letter, Output)],
+    new_failures: u32,
+) -> Result<(Vec<OutboxRow>, Told)> {
     let burials = Burial::all(letters);
     let inserted = settle(session, &burials).await?;
     let held = held_payloads(session, &burials).await?;
+    let new = shared::to_bury(&burials, &inserted, &held);
+    let alarms = alarms::meet(session, &shared::newcomers(&new), new_failures).await?;
     let mut notices = Vec::new();
-    for burial in shared::to_bury(&burials, &inserted, &held) {
+    for burial in new {
         if let Some((id, generation)) = insert(session, burial).await? {
             notices.push((burial.letter.worker.as_str(), burial.notice_of(id, generation)));
         }
     }
     let notices: Vec<(&str, &Output)> = notices.iter().map(|(worker, notice)| (*worker, notice)).collect();
-    outbox::append_for(session, &notices, shared::NOTICE_LEASE).await
+    let notices = outbox::append_for(session, &notices, shared::NOTICE_LEASE).await?;
+    Ok((notices, alarms::tell(session, alarms).await?))
 }
 
 /// Settles the events that are not settled yet as dead, and returns them.
@@ -72,11 +80,11 @@ async fn insert(session: &mut Session, burial: &Burial<'_>) -> Result<Option<(i6
     let letter = burial.letter;
     let row = sqlx::query(
         "insert into oncely_dead_letter (worker, event_id, payload_sha256, reason, code, detail, attempts, version,
-             subject, headers, body, stream, stream_sequence, stored_at)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
+             subject, headers, body, stream, stream_sequence, stored_at, group_id)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)
          on conflict (worker, event_id, payload_sha256) do update
              set state = 'open', reason = excluded.reason, code = excluded.code, detail = excluded.detail,
-                 attempts = excluded.attempts, version = excluded.version, died_at = excluded.died_at,
+                 attempts = excluded.attempts, version = excluded.version, died_at = excluded.died_at, group_id = excluded.group_id,
                  first_died_at = coalesce(first_died_at, died_at)
              where state in ('redriven', 'done')
          returning id, generation",
@@ -95,6 +103,7 @@ async fn insert(session: &mut Session, burial: &Burial<'_>) -> Result<Option<(i6
     .bind(burial.origin().map(|(stream, _)| stream))
     .bind(burial.origin().map(|(_, sequence)| shared::signed(sequence)).transpose()?)
     .bind(burial.stored_at())
+    .bind(&burial.group.id)
     .fetch_optional(session.connection().map_err(doing)?)
     .await
     .map_err(doing)?;

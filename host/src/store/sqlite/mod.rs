@@ -2,6 +2,7 @@
 //!
 //! One connection writes, a transaction at a time; a few others only read.
 
+mod alarms;
 mod attempts;
 mod authorizer;
 mod burial;
@@ -35,10 +36,12 @@ use self::guest_sql::Guests;
 use self::session::Sessions;
 use self::tx::SqliteTx;
 use super::{
-    By, CountedAttempt, DeploymentRecord, FailedAttempt, LetterFilter, LetterRecord, LetterSummary, Move, Moved,
-    OnStream, OutboxLag, OutboxRow, Output, OutputFilter, OutputRecord, OutputSummary, Published, PutBack, Redrive,
-    Result, Retire, StateRecord, Store, Tx, Unpublished, WorkerMigration, WorkerTotals,
+    Buried, By, CountedAttempt, DeploymentRecord, FailedAttempt, LetterDepth, LetterFilter, LetterGroup, LetterRecord,
+    LetterSummary, Move, Moved, OnStream, OutboxLag, OutboxRow, Output, OutputFilter, OutputRecord, OutputSummary,
+    Published, PutBack, Redrive, Result, Retire, StateRecord, Store, Told, Tx, Unpublished, WorkerMigration,
+    WorkerTotals,
 };
+use crate::alarm::{self, Alarm};
 use crate::fault;
 use crate::sql::Dialect;
 use crate::verdict::{Letter, Settled};
@@ -122,11 +125,11 @@ impl Store for SqliteStore {
         session.commit().await
     }
 
-    async fn bury(&self, letters: &[(Letter, Output)]) -> Result<(Vec<Settled>, Vec<OutboxRow>)> {
+    async fn bury(&self, letters: &[(Letter, Output)], new_failures: u32) -> Result<Buried> {
         let mut session = self.sessions.begin().await?;
-        let notices = burial::bury(&mut session, letters).await?;
+        let (notices, alarms) = burial::bury(&mut session, letters, new_failures).await?;
         session.commit().await?;
-        Ok((letters.iter().map(|_| Settled::seen_by_store()).collect(), notices))
+        Ok(Buried { settled: vec![Settled::seen_by_store(); letters.len()], notices, alarms })
     }
 
     async fn lease_outputs(&self, limit: u32, lease: Duration) -> Result<Vec<OutboxRow>> {
@@ -233,6 +236,25 @@ impl Store for SqliteStore {
 
     async fn letter(&self, id: i64) -> Result<Option<LetterRecord>> {
         letters::find(&self.readers, id).await
+    }
+
+    async fn letter_groups(&self, filter: &LetterFilter) -> Result<Vec<LetterGroup>> {
+        letters::groups(&self.readers, filter).await
+    }
+
+    async fn letter_depths(&self) -> Result<Vec<LetterDepth>> {
+        alarms::depths(&self.readers).await
+    }
+
+    async fn alarms(&self) -> Result<Vec<Alarm>> {
+        alarms::list(&self.readers).await
+    }
+
+    async fn move_alarms(&self, moves: &[alarm::Move]) -> Result<Told> {
+        let mut session = self.sessions.begin().await?;
+        let told = alarms::take(&mut session, moves).await?;
+        session.commit().await?;
+        Ok(told)
     }
 
     async fn redrive(&self, letters: &[Redrive], by: &By) -> Result<(Vec<Moved>, Vec<OutboxRow>)> {

@@ -1,0 +1,94 @@
+//! Taking alarms from their stream one at a time, in order, for whoever has to be told of them. No worker's messages come
+//! this way: these are acknowledged once somebody heard of them.
+
+use std::time::Duration;
+
+use anyhow::{Context, Error, Result};
+use async_nats::jetstream::consumer::pull::Config;
+use async_nats::jetstream::consumer::{AckPolicy, Consumer, DeliverPolicy};
+use async_nats::jetstream::{self, AckKind};
+use bytes::Bytes;
+use futures::StreamExt;
+use jiff::Timestamp;
+
+use super::Bus;
+use super::streams::timestamp;
+use crate::alarm::ALARM_STREAM;
+
+/// How long one request for the next alarm stays open.
+const REQUEST_OPEN: Duration = Duration::from_secs(5);
+
+/// After how long without a word a host that took an alarm counts as gone; longer than telling of one may take.
+const ACK_WAIT: Duration = Duration::from_secs(30);
+
+/// The place up to which alarms were told, shared by all hosts.
+pub struct Alarms {
+    consumer: Consumer<Config>,
+}
+
+/// An alarm to tell of.
+pub struct AlarmMessage {
+    /// The same for each attempt to tell of it.
+    pub id: String,
+    pub body: Bytes,
+    pub stored_at: Timestamp,
+    /// How often it was taken, this time included.
+    pub delivered: u32,
+    message: jetstream::Message,
+}
+
+impl Bus {
+    /// Where alarms were told up to, under the name `durable`. Of two that are under way at the same time the second waits
+    /// until the first was told: that an alarm is over is never told before that it was raised.
+    pub async fn alarms(&self, durable: &str) -> Result<Alarms> {
+        let stream =
+            self.context.get_stream(ALARM_STREAM).await.with_context(|| format!("open the stream {ALARM_STREAM}"))?;
+        let config = Config {
+            durable_name: Some(durable.to_owned()),
+            deliver_policy: DeliverPolicy::All,
+            ack_policy: AckPolicy::Explicit,
+            ack_wait: ACK_WAIT,
+            max_deliver: -1,
+            max_ack_pending: 1,
+            ..Config::default()
+        };
+        let consumer = stream.create_consumer(config).await.context("make the consumer of alarms")?;
+        Ok(Alarms { consumer })
+    }
+}
+
+impl Alarms {
+    /// The next alarm; none when there is none for a while.
+    pub async fn next(&self) -> Result<Option<AlarmMessage>> {
+        let mut messages = self
+            .consumer
+            .fetch()
+            .max_messages(1)
+            .expires(REQUEST_OPEN)
+            .messages()
+            .await
+            .context("ask for the next alarm")?;
+        let next = tokio::time::timeout(REQUEST_OPEN * 2, messages.next()).await.context("wait for the next alarm")?;
+        let Some(message) = next else { return Ok(None) };
+        let message = message.map_err(Error::from_boxed).context("take an alarm")?;
+        let info = message.info().map_err(Error::from_boxed).context("read the place of an alarm")?;
+        let (stored_at, sequence) = (timestamp(info.published)?, info.stream_sequence);
+        let delivered = u32::try_from(info.delivered).unwrap_or(u32::MAX);
+        let id = message.headers.as_ref().and_then(|headers| headers.get(async_nats::header::NATS_MESSAGE_ID));
+        let id = id.map_or_else(|| format!("{ALARM_STREAM}:{sequence}"), ToString::to_string);
+        Ok(Some(AlarmMessage { id, body: message.payload.clone(), stored_at, delivered, message }))
+    }
+}
+
+impl AlarmMessage {
+    /// Somebody heard of it, or never will.
+    pub async fn is_told(self) -> Result<()> {
+        self.message.double_ack().await.map_err(Error::from_boxed).context("note that an alarm was told")
+    }
+
+    /// It is to be told again after a while.
+    pub async fn again(self, after: Duration) -> Result<()> {
+        let kind = AckKind::Nak(Some(after.max(Duration::from_millis(1))));
+        self.message.ack_with(kind).await.map_err(Error::from_boxed).context("ask for an alarm again")
+    }
+}

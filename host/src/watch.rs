@@ -1,0 +1,97 @@
+//! Looks at depths and ages every few seconds, and raises and clears alarms. It needs the database alone: without a broker the
+//! log, the metrics and the rows still tell, and the messages follow.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+use crate::alarm::{self, Alarm, Kind, Move, judge};
+use crate::drain::Stopping;
+use crate::host::Host;
+use crate::manifest::Worker;
+use crate::store::{LetterDepth, OutboxLag};
+
+/// How often it looks.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+
+/// How long it waits for the relay to take the messages that tell of alarms.
+const HAND_OVER_WITHIN: Duration = Duration::from_secs(1);
+
+/// Looks until the host stops.
+pub async fn watch(host: Arc<Host>, stopping: Stopping) {
+    while !stopping.wait(LOOK_EVERY).await {
+        if let Err(error) = look(&host).await {
+            tracing::debug!("looking for what needs an alarm again soon: {error:#}");
+        }
+    }
+}
+
+/// Measures everything once, and raises and clears what follows from it.
+async fn look(host: &Host) -> Result<()> {
+    let workers = host.deployed_workers().await?;
+    let measured = Measured {
+        standing: host.store.alarms().await?,
+        letters: host.store.letter_depths().await?,
+        outputs: host.store.outbox_lag().await?,
+    };
+    let ages = futures::future::join_all(workers.iter().map(|worker| host.unhandled_age(worker))).await;
+    let moves: Vec<Move> =
+        workers.iter().zip(ages).flat_map(|(worker, unhandled)| measured.moves(worker, unhandled)).collect();
+    if moves.is_empty() {
+        return Ok(());
+    }
+    let since = Instant::now();
+    let told = host.store.move_alarms(&moves).await?;
+    told.notices.iter().for_each(alarm::log);
+    // A relay that has its hands full does not hold up the next look: what it does not take now, a sweep finds.
+    let _ = tokio::time::timeout(HAND_OVER_WITHIN, host.publish_soon(told.rows, since)).await;
+    Ok(())
+}
+
+/// What the database says.
+struct Measured {
+    standing: Vec<Alarm>,
+    letters: Vec<LetterDepth>,
+    outputs: Vec<OutboxLag>,
+}
+
+impl Measured {
+    /// What follows for the alarms of a worker. `unhandled` is the age of the oldest message that waits for it, if that could
+    /// be asked.
+    fn moves(&self, worker: &Worker, unhandled: Option<Duration>) -> Vec<Move> {
+        let letters = self.letters.iter().find(|depth| depth.worker == worker.name);
+        let outputs = self.outputs.iter().find(|lag| lag.worker == worker.name);
+        let of_kind = |kind| match kind {
+            Kind::Letters => Some(letters.map_or(0, |depth| depth.open)),
+            Kind::LetterAge => Some(letters.map_or(0, |depth| depth.oldest_ms)),
+            Kind::UnhandledAge => unhandled.map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX)),
+            Kind::UnpublishedAge => Some(outputs.and_then(|lag| lag.oldest_ms).unwrap_or_default()),
+            Kind::SetAside => Some(outputs.map_or(0, |lag| lag.set_aside)),
+            Kind::NewFailure => None,
+        };
+        let by_value = Kind::ALL.into_iter().filter(|kind| *kind != Kind::NewFailure).filter_map(|kind| {
+            let standing = self.standing.iter().find(|alarm| alarm.worker == worker.name && alarm.kind == kind);
+            step(worker, kind, standing, of_kind(kind))
+        });
+        // Raised by the first letter of a failure, over once none of its letters is left to do.
+        let failures =
+            self.standing.iter().filter(|alarm| alarm.worker == worker.name && alarm.kind == Kind::NewFailure);
+        let by_failure = failures.filter_map(|alarm| step(worker, alarm.kind, Some(alarm), Some(alarm.to_do)));
+        by_value.chain(by_failure).collect()
+    }
+}
+
+fn step(worker: &Worker, kind: Kind, standing: Option<&Alarm>, value: Option<u64>) -> Option<Move> {
+    let threshold = worker.alarm.of(kind);
+    let step = judge(standing, value, threshold, worker.alarm.clear_after)?;
+    Some(Move {
+        worker: worker.name.clone(),
+        kind,
+        group: standing.and_then(|alarm| alarm.group.clone()),
+        times: standing.map_or(0, |alarm| alarm.times),
+        step,
+        value: value.unwrap_or_default(),
+        threshold,
+    })
+}

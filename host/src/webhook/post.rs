@@ -1,0 +1,181 @@
+//! One POST: a connection of its own, a time limit, and a signature as Standard Webhooks have it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::header::{CONTENT_TYPE, HOST, USER_AGENT};
+use hyper::{Method, Request, StatusCode};
+use hyper_util::rt::TokioIo;
+use jiff::Timestamp;
+use ring::hmac;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::pki_types::ServerName;
+use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+
+use crate::config::{Secret, Webhook, webhook_key};
+
+/// How long one POST may take, from the look-up of the name to the answer.
+const TIME: Duration = Duration::from_secs(10);
+
+/// What a webhook said.
+pub(super) enum Answer {
+    /// 2xx.
+    Taken,
+    /// 4xx, but for those that ask for patience.
+    Refused(String),
+    /// Nothing, or anything else.
+    Failed(String),
+}
+
+/// Posts to one webhook.
+pub struct Poster {
+    webhook: Webhook,
+    key: Option<hmac::Key>,
+    /// For https.
+    tls: Option<TlsConnector>,
+}
+
+impl Poster {
+    /// Signs what it posts if there is a secret.
+    pub fn new(webhook: Webhook, secret: Option<&Secret>) -> Result<Self> {
+        let key = secret.and_then(webhook_key).map(|key| hmac::Key::new(hmac::HMAC_SHA256, &key));
+        let tls = if webhook.is_tls { Some(tls().context("get ready for https")?) } else { None };
+        Ok(Poster { webhook, key, tls })
+    }
+
+    /// Sends `body` under an id that is the same for each attempt.
+    pub(super) async fn post(&self, id: &str, body: Bytes, now: Timestamp) -> Answer {
+        match tokio::time::timeout(TIME, self.send(id, body, now)).await {
+            Ok(Ok(status)) => judge(status),
+            Ok(Err(error)) => Answer::Failed(format!("{error:#}")),
+            Err(_) => Answer::Failed(format!("no answer within {TIME:?}")),
+        }
+    }
+
+    async fn send(&self, id: &str, body: Bytes, now: Timestamp) -> Result<StatusCode> {
+        let Webhook { host, port, .. } = &self.webhook;
+        let stream = TcpStream::connect((host.trim_matches(['[', ']']), *port)).await;
+        let stream = stream.with_context(|| format!("connect to {}", self.webhook.shown()))?;
+        let request = self.request(id, body, now)?;
+        match &self.tls {
+            None => exchange(stream, request).await,
+            Some(tls) => {
+                let name = host.trim_matches(['[', ']']).to_owned();
+                let name = ServerName::try_from(name).context("read the webhook's name")?;
+                let stream = tls.connect(name, stream).await;
+                exchange(stream.with_context(|| format!("begin TLS with {}", self.webhook.shown()))?, request).await
+            }
+        }
+    }
+
+    fn request(&self, id: &str, body: Bytes, now: Timestamp) -> Result<Request<Full<Bytes>>> {
+        let timestamp = now.as_second();
+        let mut request = Request::builder()
+            .method(Method::POST)
+            .uri(&self.webhook.path)
+            .header(HOST, &self.webhook.authority)
+            .header(USER_AGENT, concat!("oncely/", env!("CARGO_PKG_VERSION")))
+            .header(CONTENT_TYPE, "application/json")
+            .header("webhook-id", id)
+            .header("webhook-timestamp", timestamp);
+        if let Some(key) = &self.key {
+            request = request.header("webhook-signature", signature(key, id, timestamp, &body));
+        }
+        request.body(Full::new(body)).context("make a request")
+    }
+}
+
+/// Of `{id}.{timestamp}.{body}`, as Standard Webhooks have it.
+fn signature(key: &hmac::Key, id: &str, timestamp: i64, body: &[u8]) -> String {
+    let mut signing = hmac::Context::with_key(key);
+    signing.update(format!("{id}.{timestamp}.").as_bytes());
+    signing.update(body);
+    format!("v1,{}", STANDARD.encode(signing.sign()))
+}
+
+/// Sends a request on a connection and waits for the status; the rest of the answer is of no interest.
+async fn exchange(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    request: Request<Full<Bytes>>,
+) -> Result<StatusCode> {
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    let answer = sender.send_request(request);
+    tokio::pin!(answer);
+    tokio::select! {
+        // Drives the request; it ends before the answer only when the connection breaks.
+        ended = connection => match ended {
+            Ok(()) => Ok(answer.await.context("read the answer")?.status()),
+            Err(error) => Err(error).context("send an alarm"),
+        },
+        answer = &mut answer => Ok(answer.context("send an alarm")?.status()),
+    }
+}
+
+fn judge(status: StatusCode) -> Answer {
+    const PATIENCE: [StatusCode; 3] =
+        [StatusCode::REQUEST_TIMEOUT, StatusCode::TOO_EARLY, StatusCode::TOO_MANY_REQUESTS];
+    let why = format!("it answers {status}");
+    match status {
+        _ if status.is_success() => Answer::Taken,
+        _ if status.is_client_error() && !PATIENCE.contains(&status) => Answer::Refused(why),
+        _ => Answer::Failed(why),
+    }
+}
+
+/// TLS that trusts whom the operating system trusts.
+fn tls() -> Result<TlsConnector> {
+    let mut roots = RootCertStore::empty();
+    let found = rustls_native_certs::load_native_certs();
+    roots.add_parsable_certificates(found.certs);
+    if roots.is_empty() {
+        bail!("the operating system trusts no certificates: {:?}", found.errors);
+    }
+    let provider = Arc::new(tokio_rustls::rustls::crypto::ring::default_provider());
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .context("choose versions of TLS")?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    Ok(TlsConnector::from(Arc::new(config)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Checked against the example of the Standard Webhooks libraries.
+    #[test]
+    fn a_signature_is_one_that_standard_webhooks_verify() {
+        let secret = STANDARD.decode("MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw").unwrap();
+        let key = hmac::Key::new(hmac::HMAC_SHA256, &secret);
+        let signed = signature(&key, "msg_p5jXN8AQM9LWM0D4loKWxJek", 1_614_265_330, br#"{"test": 2432232314}"#);
+        assert_eq!(signed, "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=");
+    }
+
+    #[test]
+    fn an_answer_is_taken_refused_or_tried_again() {
+        for (status, expected) in [(200, "taken"), (204, "taken"), (302, "failed"), (400, "refused"), (401, "refused")]
+        {
+            assert_eq!(said(status), expected, "{status}");
+        }
+        for (status, expected) in [(408, "failed"), (425, "failed"), (429, "failed"), (500, "failed"), (503, "failed")]
+        {
+            assert_eq!(said(status), expected, "{status}");
+        }
+    }
+
+    fn said(status: u16) -> &'static str {
+        match judge(StatusCode::from_u16(status).unwrap()) {
+            Answer::Taken => "taken",
+            Answer::Refused(_) => "refused",
+            Answer::Failed(_) => "failed",
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! A host with more to do than it can: how old does the oldest output get that is committed and not published?
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use async_nats::jetstream;
+use serde_json::{Value, json};
+use support::database::{Database, Kind};
+use support::metrics::{scrape, value};
+use support::nats::{NatsServer, ToPublish};
+use support::postgres::Cluster;
+use support::world::{World, manifest};
+
+/// How often it looks.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// The publisher keeps at least so many messages waiting.
+const BACKLOG: u64 = 4_000;
+
+/// What every message asks for: two rows, and an output.
+const SETTINGS: &str = "[worker.retry]\nattempts = 1";
+
+/// What the age must stay below in 99 of 100 looks, in seconds.
+const AGE_MAX: f64 = 1.0;
+
+/// What the publisher and the one who looks share.
+#[derive(Default)]
+struct Load {
+    published: AtomicU64,
+    is_over: AtomicBool,
+}
+
+/// Saturates a host for a while and looks at the age all along; true when it stayed low.
+pub async fn run(kind: Kind, time: Duration, env: Vec<(String, String)>) -> Result<(bool, Value)> {
+    let mut world = World::without_host(Kind::Sqlite, &manifest(SETTINGS)?).await?;
+    // Kept until the end.
+    let cluster = match kind {
+        Kind::Sqlite => None,
+        Kind::Postgres | Kind::Pgbouncer => Some(tokio::task::spawn_blocking(Cluster::start_durable).await??),
+    };
+    if let Some(cluster) = &cluster {
+        world.database = Database::on(cluster).await?;
+    }
+    world.host_env = env.clone();
+    world.start_host().await?;
+    let load = Load::default();
+    let (looked, published) = tokio::join!(look(&world, time, &load), publish(&world.nats, &load));
+    let (mut looked, ()) = (looked?, published?);
+    let published = load.published.load(Ordering::Relaxed);
+    let ended = Instant::now();
+    world.quiet(i64::try_from(published)?).await.context("wait until all is done")?;
+    let drained = ended.elapsed();
+    let stored = jetstream::new(world.nats.client().await?).get_stream("OUT").await?.cached_info().state.messages;
+    ensure!(stored == published, "{stored} outputs of {published} messages are on the stream");
+    looked.ages.sort_by(f64::total_cmp);
+    let p99 = looked.age(0.99);
+    let holds = p99 < AGE_MAX;
+    let saturated = looked.saturated as f64 / looked.ages.len().max(1) as f64;
+    println!(
+        "{kind:?}: {published} messages in {:?}, backlog in {:.0} % of the looks; age of the oldest unpublished output: \
+         median {:.3} s, p99 {p99:.3} s, most {:.3} s",
+        time,
+        saturated * 100.0,
+        looked.age(0.5),
+        looked.age(1.0)
+    );
+    ensure!(
+        saturated > 0.9,
+        "the host was not saturated: it had work to do in {:.0} % of the looks",
+        saturated * 100.0
+    );
+    let report = json!({
+        "database": format!("{kind:?}").to_lowercase(), "seconds": time.as_secs_f64(), "env": env, "messages": published,
+        "build": if cfg!(debug_assertions) { "debug" } else { "release" },
+        "messages_per_second": looked.handled as f64 / time.as_secs_f64(), "saturated": saturated,
+        "looks": looked.ages.len(), "age_seconds": { "p50": looked.age(0.5), "p99": p99, "max": looked.age(1.0) },
+        "wanted_p99_below": AGE_MAX, "seconds_to_drain": drained.as_secs_f64(), "holds": holds,
+    });
+    Ok((holds, report))
+}
+
+/// What was seen.
+#[derive(Default)]
+struct Looked {
+    ages: Vec<f64>,
+    /// In how many looks messages waited.
+    saturated: usize,
+    handled: u64,
+}
+
+impl Looked {
+    /// Of sorted ages.
+    fn age(&self, share: f64) -> f64 {
+        let last = self.ages.len().saturating_sub(1);
+        let at = (last as f64 * share).ceil() as usize;
+        self.ages.get(at.min(last)).copied().unwrap_or_default()
+    }
+}
+
+async fn look(world: &World, time: Duration, load: &Load) -> Result<Looked> {
+    let mut looked = Looked::default();
+    let (began, mut tick) = (Instant::now(), tokio::time::interval(LOOK_EVERY));
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    while began.elapsed() < time {
+        tick.tick().await;
+        let text = scrape(world).await.context("look at the metrics")?;
+        let Some(unhandled) = value(&text, r#"oncely_unhandled_messages{worker="test"}"#) else { continue };
+        looked.ages.push(value(&text, "oncely_unpublished_age_max_seconds").context("the age is not measured")?);
+        looked.saturated += usize::from(unhandled > 0.0);
+    }
+    load.is_over.store(true, Ordering::Relaxed);
+    looked.handled = u64::try_from(world.database.number("select count(*) from oncely.inbox").await?)?;
+    Ok(looked)
+}
+
+/// Publishes whenever there is not enough to do.
+async fn publish(nats: &NatsServer, load: &Load) -> Result<()> {
+    let stream = jetstream::new(nats.client().await?).get_stream_no_info("IN").await.context("open the stream")?;
+    let mut next = 0_u64;
+    while !load.is_over.load(Ordering::Relaxed) {
+        let consumer = stream.consumer_info("oncely-test").await.context("look at the consumer")?;
+        if consumer.num_pending < BACKLOG {
+            let chunk = next..next + BACKLOG / 2;
+            let message = |n| ToPublish::new("in.x", &format!("e{n}"), "insert", r#"{"n": 1}"#);
+            nats.publish_all(chunk.clone().map(message).collect()).await?;
+            next = chunk.end;
+            load.published.store(next, Ordering::Relaxed);
+        } else {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+    Ok(())
+}

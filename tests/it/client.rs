@@ -1,0 +1,335 @@
+//! `oncely-client` against a real server whose answers get lost, come late, or say no.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context, Result, ensure};
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::State;
+use axum::http::{HeaderMap, Method, StatusCode, Uri};
+use axum::response::{IntoResponse, Response};
+use oncely_client::{Builder, Client, Error, Failure, Why};
+use support::proxy::{Cut, Proxy};
+use support::server::free_port;
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+
+/// What a server answers to one try: status, headers, body.
+type Reply = (u16, Vec<(&'static str, String)>, &'static str);
+
+/// What arrived: method, path, key, body.
+type Arrived = (Method, String, Option<String>, Bytes);
+
+/// A server that says what a test tells it to say, and remembers what it stored under each key.
+struct Server {
+    port: u16,
+    shared: Arc<Shared>,
+    serving: JoinHandle<std::io::Result<()>>,
+}
+
+struct Shared {
+    /// The answer to the try with this number, from 0.
+    replies: Box<dyn Fn(usize) -> Reply + Send + Sync>,
+    arrived: Mutex<Vec<Arrived>>,
+    /// As the draft has it: what ran under a key, with which body, and what came of it.
+    stored: Mutex<HashMap<String, (Bytes, String)>>,
+}
+
+impl Server {
+    async fn start(replies: impl Fn(usize) -> Reply + Send + Sync + 'static) -> Result<Self> {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.context("listen")?;
+        let port = listener.local_addr()?.port();
+        let shared =
+            Arc::new(Shared { replies: Box::new(replies), arrived: Mutex::default(), stored: Mutex::default() });
+        let router = Router::new().fallback(reply).with_state(Arc::clone(&shared));
+        let serving = tokio::spawn(async move { axum::serve(listener, router).await });
+        Ok(Server { port, shared, serving })
+    }
+
+    fn client(&self) -> Builder {
+        quick(self.port)
+    }
+
+    fn arrived(&self) -> Vec<Arrived> {
+        self.shared.arrived.lock().unwrap().clone()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.serving.abort();
+    }
+}
+
+/// A client that does not wait long.
+fn quick(port: u16) -> Builder {
+    Client::builder(&format!("http://127.0.0.1:{port}")).backoff(Duration::from_millis(1), Duration::from_millis(20))
+}
+
+/// The status that stands for: run it once and keep the answer under its key.
+const STORE: u16 = 0;
+
+async fn reply(
+    State(shared): State<Arc<Shared>>,
+    method: Method,
+    uri: Uri,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
+    let key = headers.get("idempotency-key").map(|key| key.to_str().unwrap().to_owned());
+    let number = {
+        let mut arrived = shared.arrived.lock().unwrap();
+        arrived.push((method, uri.to_string(), key.clone(), body.clone()));
+        arrived.len() - 1
+    };
+    let (status, headers, text) = (shared.replies)(number);
+    if status == STORE {
+        return store(&shared, key.unwrap_or_default(), body);
+    }
+    let mut response = (StatusCode::from_u16(status).unwrap(), text).into_response();
+    for (name, value) in headers {
+        response.headers_mut().insert(name, value.parse().unwrap());
+    }
+    response
+}
+
+/// Runs a request once for its key, and answers the same from then on.
+fn store(shared: &Shared, key: String, body: Bytes) -> Response {
+    let mut stored = shared.stored.lock().unwrap();
+    let run = format!("run {}", stored.len() + 1);
+    match stored.get(&key) {
+        Some((before, _)) if *before != body => {
+            let problem = r#"{"type":"https://example.com/idempotency","title":"Idempotency-Key is already used","status":422,"detail":"with another body"}"#;
+            (StatusCode::UNPROCESSABLE_ENTITY, [("content-type", "application/problem+json")], problem).into_response()
+        }
+        Some((_, answer)) => ([("idempotency-replayed", "true")], answer.clone()).into_response(),
+        None => {
+            stored.insert(key, (body, run.clone()));
+            (StatusCode::CREATED, run).into_response()
+        }
+    }
+}
+
+fn ok() -> Reply {
+    (200, vec![], "done")
+}
+
+fn status(status: u16) -> Reply {
+    (status, vec![], "no")
+}
+
+fn gave_up(error: Error) -> Result<Box<oncely_client::GaveUp>> {
+    match error {
+        Error::GaveUp(gave_up) => Ok(gave_up),
+        other => anyhow::bail!("it did not give up but: {other}"),
+    }
+}
+
+#[tokio::test]
+async fn all_tries_of_an_operation_have_one_key_and_operations_have_their_own() -> Result<()> {
+    let server = Server::start(|number| if number % 4 == 3 { ok() } else { status(503) }).await?;
+    let client = server.client().header("authorization", "Bearer t").build()?;
+    for _ in 0..2 {
+        let answer = client.publish("orders.placed", "o-1").send().await?;
+        ensure!(answer.tries == 4 && answer.status == 200 && !answer.replayed, "{answer:?}");
+    }
+    let arrived = server.arrived();
+    ensure!(arrived.iter().all(|(method, path, _, body)| {
+        (method, path.as_str(), &body[..]) == (&Method::POST, "/publish/orders.placed", b"o-1")
+    }));
+    let keys: Vec<_> = arrived.iter().map(|(_, _, key, _)| key.clone().unwrap()).collect();
+    ensure!(keys.len() == 8 && keys[..4].iter().all(|key| *key == keys[0]));
+    ensure!(keys[4..].iter().all(|key| *key == keys[4]) && keys[0] != keys[4]);
+    ensure!(keys[0].starts_with('"') && keys[0].len() == 38, "{}", keys[0]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_answer_that_is_lost_comes_again_as_a_replay() -> Result<()> {
+    for cut in [Cut::HttpAnswerLost, Cut::HttpAnswerTorn] {
+        let server = Server::start(|_| (STORE, vec![], "")).await?;
+        let proxy = Proxy::start(server.port).await?;
+        let client = quick(proxy.port()).build()?;
+        let (cut_in_time, answer) = tokio::join!(proxy.cut(cut, Duration::from_secs(10)), async {
+            // Once the order to cut is given.
+            tokio::task::yield_now().await;
+            client.publish("orders.placed", "o-1").key("order-1").send().await
+        });
+        let answer = answer?;
+        ensure!(cut_in_time, "{cut:?} did not happen");
+        ensure!(answer.tries == 2 && answer.replayed && answer.text() == "run 1", "{cut:?}: {answer:?}");
+        let keys: Vec<_> = server.arrived().into_iter().map(|(_, _, key, body)| (key, body)).collect();
+        ensure!(keys == vec![(Some("\"order-1\"".to_owned()), Bytes::from("o-1")); 2], "{keys:?}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_key_of_another_request_is_an_error_of_its_own() -> Result<()> {
+    let server = Server::start(|_| (STORE, vec![], "")).await?;
+    let client = server.client().build()?;
+    client.publish("orders.placed", "o-1").key("order-1").send().await?;
+    let error = client.publish("orders.placed", "o-2").key("order-1").send().await.unwrap_err();
+    let Error::KeyReused(refused) = &error else { anyhow::bail!("{error}") };
+    let problem = refused.answer.problem().context("problem details")?;
+    ensure!(problem.status == Some(422) && problem.detail.as_deref() == Some("with another body"), "{problem:?}");
+    ensure!(!error.is_unclear() && error.tries() == 1 && error.key() == Some("order-1"));
+    ensure!(error.to_string().contains("another operation needs another key"), "{error}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_is_not_safe_is_tried_once() -> Result<()> {
+    let server = Server::start(|_| status(503)).await?;
+    let client = server.client().deadline(Duration::from_millis(500)).budget(0.0, 1000).build()?;
+    let failed = client.call(Method::POST, "/transfers?dry=no").without_key().body("x").send().await;
+    let gave_up = gave_up(failed.unwrap_err())?;
+    ensure!(gave_up.why == Why::NotSafe && gave_up.tries == 1 && gave_up.unclear && gave_up.key.is_none());
+    ensure!(server.arrived()[0].1 == "/transfers?dry=no" && server.arrived()[0].2.is_none());
+    for method in [Method::GET, Method::PUT, Method::DELETE] {
+        let failed = client.call(method.clone(), "/transfers").send().await.unwrap_err();
+        ensure!(failed.tries() > 1 && failed.key().is_none(), "{method}: {failed}");
+        ensure!(failed.is_unclear() == (method != Method::GET), "{method}: {failed}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_is_refused_is_not_tried_again() -> Result<()> {
+    let server = Server::start(|number| status([400, 401, 404, 409, 413, 501, 307][number])).await?;
+    let client = server.client().build()?;
+    for expected in [400, 401, 404, 409, 413, 501, 307] {
+        let error = client.publish("orders.placed", "o-1").send().await.unwrap_err();
+        let Error::Refused(refused) = &error else { anyhow::bail!("{error}") };
+        ensure!(refused.answer.status == expected && error.tries() == 1 && !error.is_unclear(), "{error}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_500_is_tried_again_until_it_is_a_replay() -> Result<()> {
+    let replayed = || vec![("idempotency-replayed", "true".to_owned())];
+    let server =
+        Server::start(move |number| if number == 0 { status(500) } else { (500, replayed(), "broken") }).await?;
+    let error = server.client().build()?.publish("orders.placed", "o-1").send().await.unwrap_err();
+    let Error::Refused(refused) = &error else { anyhow::bail!("{error}") };
+    ensure!(error.tries() == 2 && refused.answer.replayed && !error.is_unclear(), "{error}");
+    ensure!(error.to_string().contains("only another key runs it again"), "{error}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn retry_after_is_waited_for_in_both_forms() -> Result<()> {
+    for form in ["seconds", "date"] {
+        let text = move || match form {
+            "seconds" => "1".to_owned(),
+            _ => httpdate(SystemTime::now() + Duration::from_secs(2)),
+        };
+        let server = Server::start(move |number| match number {
+            0 => (409, vec![("retry-after", text())], "in flight"),
+            _ => ok(),
+        })
+        .await?;
+        let begun = Instant::now();
+        let client = server.client().random(|| 0.0).build()?;
+        let answer = client.publish("orders.placed", "o-1").send().await?;
+        let waited = begun.elapsed();
+        ensure!(answer.tries == 2, "{answer:?}");
+        ensure!((Duration::from_millis(990)..Duration::from_secs(5)).contains(&waited), "{form}: {waited:?}");
+    }
+    Ok(())
+}
+
+/// A time as HTTP writes it.
+fn httpdate(time: SystemTime) -> String {
+    let time = jiff::Timestamp::try_from(time).unwrap();
+    time.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string()
+}
+
+#[tokio::test]
+async fn the_deadline_ends_it_and_a_later_retry_after_ends_it_at_once() -> Result<()> {
+    let server = Server::start(|_| (503, vec![("retry-after", "60".to_owned())], "later")).await?;
+    let client = server.client().deadline(Duration::from_secs(30)).build()?;
+    let begun = Instant::now();
+    let error = client.publish("orders.placed", "o-1").send().await.unwrap_err();
+    ensure!(begun.elapsed() < Duration::from_secs(5), "it waited for nothing");
+    ensure!(error.answer().and_then(oncely_client::Answer::retry_after) == Some(Duration::from_secs(60)));
+    ensure!(gave_up(error)?.why == Why::Deadline(Duration::from_secs(30)));
+
+    // A server that accepts and says nothing.
+    let silent = TcpListener::bind(("127.0.0.1", 0)).await?;
+    let client = quick(silent.local_addr()?.port()).try_timeout(Duration::from_millis(100)).build()?;
+    let begun = Instant::now();
+    let error = client.publish("orders.placed", "o-1").deadline(Duration::from_millis(500)).send().await.unwrap_err();
+    let gave_up = gave_up(error)?;
+    ensure!(begun.elapsed() < Duration::from_secs(5) && begun.elapsed() > Duration::from_millis(300));
+    ensure!(matches!(gave_up.last, Failure::TimedOut(_)) && gave_up.tries > 1 && gave_up.unclear, "{gave_up:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thousand_calls_to_a_server_that_is_down_add_a_fifth_and_the_reserve() -> Result<()> {
+    let server = Server::start(|_| status(503)).await?;
+    let (failing, gone) = (server.port, free_port()?);
+    for port in [failing, gone] {
+        let client = quick(port).build()?;
+        let begun = Instant::now();
+        let mut calls = tokio::task::JoinSet::new();
+        for number in 0..1000 {
+            // Clones share the budget.
+            let client = client.clone();
+            calls.spawn(async move { client.publish("orders.placed", format!("o-{number}")).send().await });
+        }
+        let errors = calls.join_all().await.into_iter().map(|outcome| gave_up(outcome.unwrap_err()));
+        let errors = errors.collect::<Result<Vec<_>>>()?;
+        let tries: u32 = errors.iter().map(|error| error.tries).sum();
+        // The reserve comes back after ten seconds, which this takes on a slow machine only.
+        let reserves = 1 + u32::try_from(begun.elapsed().as_secs() / 9)?;
+        ensure!((1200..=1200 + 30 * reserves).contains(&tries), "{tries} tries");
+        ensure!(errors.iter().filter(|error| error.why == Why::Budget).count() > 700);
+        // Whoever met no server at all knows that nothing happened.
+        ensure!(errors.iter().all(|error| error.unclear == (port == failing)));
+    }
+    ensure!(server.arrived().len() >= 1200);
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_cannot_be_sent_is_an_error_and_no_panic() -> Result<()> {
+    for base in ["", "example.com", "ftp://x", "https://example.com", "http://x?y=1", "http://x#y"] {
+        ensure!(matches!(Client::new(base), Err(Error::Invalid(_))), "{base:?}");
+    }
+    let client = Client::new("http://127.0.0.1:9/prefix/")?;
+    for subject in ["", "a..b", "a.*", ">", "a b", ".", "a\n"] {
+        ensure!(matches!(client.publish(subject, "").send().await, Err(Error::Invalid(_))), "{subject:?}");
+    }
+    let get = || client.call(Method::GET, "/x");
+    for request in [
+        client.call(Method::GET, "x"),
+        get().key(""),
+        get().key("naïve"),
+        get().header("a b", "c"),
+        get().header("a", "b\n"),
+        get().header("Idempotency-Key", "x"),
+        get().json(&HashMap::from([((1, 2), 3)])),
+    ] {
+        let error = request.send().await.unwrap_err();
+        ensure!(matches!(error, Error::Invalid(_)) && error.to_string().starts_with("nothing was sent: "), "{error}");
+    }
+    ensure!(Client::builder("http://x").budget(f64::NAN, 1).build().is_err());
+    ensure!(Client::builder("http://x").header("Idempotency-Key", "1").build().is_err());
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_subject_and_a_path_follow_the_base() -> Result<()> {
+    let server = Server::start(|_| ok()).await?;
+    let client = Client::new(&format!("http://127.0.0.1:{}/app/", server.port))?;
+    client.publish("a.b/c?d#é%", "x").send().await?;
+    client.call(Method::GET, "/x/y?z=1").send().await?;
+    let paths: Vec<String> = server.arrived().into_iter().map(|(_, path, _, _)| path).collect();
+    ensure!(paths == ["/app/publish/a.b%2Fc%3Fd%23%C3%A9%25", "/app/x/y?z=1"], "{paths:?}");
+    Ok(())
+}
