@@ -339,12 +339,17 @@ impl Campaign {
     }
 
     async fn do_harm(&mut self) -> Result<()> {
-        let end = Instant::now() + self.plan.harm_max;
+        let mut end = Instant::now() + self.plan.harm_max;
         for act in self.acts() {
             if Instant::now() > end {
                 break;
             }
+            let began = Instant::now();
             self.act(act).await.with_context(|| format!("{act:?}"))?;
+            // Outages take their time, and leave the rest its own.
+            if matches!(act, Act::BrokerAway | Act::DlqFull | Act::DlqGone) {
+                end += began.elapsed();
+            }
         }
         self.kill()
     }

@@ -18,6 +18,9 @@ pub struct Bouncer {
     _server: Server,
 }
 
+/// Each test has a database of its own: what a pooler keeps for one that nobody uses any more fills up the cluster.
+const KEPT_IDLE_SECONDS: u32 = 5;
+
 impl Bouncer {
     /// Starts a pooler in front of the shared cluster.
     fn start() -> anyhow::Result<Self> {
@@ -32,7 +35,8 @@ impl Bouncer {
             "[databases]\n* = host=127.0.0.1 port={upstream}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n\
              listen_port = {port}\nunix_socket_dir =\nauth_type = hba\nauth_hba_file = {}\nauth_file = {}\n\
              auth_user = postgres\npool_mode = transaction\n\
-             max_client_conn = 500\ndefault_pool_size = {SERVER_CONNECTIONS}\n",
+             max_client_conn = 500\ndefault_pool_size = {SERVER_CONNECTIONS}\n\
+             server_idle_timeout = {KEPT_IDLE_SECONDS}\n",
             rules.display(),
             users.display(),
         );

@@ -112,7 +112,7 @@ impl Delivery {
                 continue;
             }
             if run.careful {
-                lent.begin_member();
+                lent.begin_member().await;
             }
             let state = std::mem::take(&mut ran.state);
             let outcome = self.call(vec![Arc::clone(message)], attempts + 1, lent, state, warm.take()).await?;
