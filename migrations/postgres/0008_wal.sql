@@ -69,7 +69,7 @@ $$;
 -- Outputs by the log that are not known to be published. Found by their numbers, however large the outbox is.
 create function oncely.in_log() returns table (seq bigint, worker text, due_at timestamptz)
 language plpgsql stable set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_custom_plan set enable_seqscan = off as $$
+set plan_cache_mode = force_custom_plan set enable_seqscan = off set jit = off as $$
 #variable_conflict use_column
 declare
     passed bigint;

@@ -59,8 +59,10 @@ impl Purpose {
 
 /// A connection keeps the plans of its statements while tables grow from nothing: one that reads a whole table, right when
 /// it held ten rows, would be kept until the table is analyzed. Planning is cheap beside what these statements do in bulk. And
-/// of a table that was never analyzed nobody knows that a small index holds all that is looked for.
-const PLAN_ANEW: &str = "set local plan_cache_mode = force_custom_plan; set local enable_seqscan = off; ";
+/// of a table that was never analyzed nobody knows that a small index holds all that is looked for. A table that has no index
+/// to be read by looks so expensive then that the server would compile the statement, which takes seconds.
+const PLAN_ANEW: &str =
+    "set local plan_cache_mode = force_custom_plan; set local enable_seqscan = off; set local jit = off; ";
 
 /// The transaction's id, the process that serves it, and a mark that lets nobody but the host commit.
 const GUARDED_ID: &str = "pg_catalog.pg_current_xact_id()::pg_catalog.text as id, \
