@@ -20,7 +20,7 @@ use crate::bus::{Answer, Bus, Outgoing, PublishError, PublishedAt, StreamInfo, s
 use crate::drain::Stopping;
 use crate::fault;
 use crate::metrics::{Metrics, OutputOutcome};
-use crate::store::{OutboxRow, Published, Store, StoreError, Unpublished};
+use crate::store::{OutboxRow, Published, RelayMode, Store, StoreError, Unpublished};
 
 mod breakers;
 mod ledger;
@@ -53,6 +53,9 @@ const SWEEP_MAX: usize = 1_000;
 
 /// How often the sweep looks for what is due. Delays are honoured within this time.
 const SWEEP_EVERY: Duration = Duration::from_millis(250);
+
+/// How long after one sweep the next begins at the earliest when others wait for what was published since.
+const SWEEP_SOON: Duration = Duration::from_millis(20);
 
 /// How long publishing waits after a new connection until the streams are looked at; after that it goes on without.
 const REPAIR_WITHIN: Duration = Duration::from_secs(10);
@@ -123,8 +126,9 @@ pub struct Relay {
     waits_since: Option<Instant>,
     /// Subjects that no stream takes: since when, and when that was seen last.
     without_place: HashMap<String, (Instant, Instant)>,
-    /// Something that others wait for was published: there may be more to do than the next tick would find in time.
-    sweep_soon: bool,
+    /// Something that others may wait for was published: there may be more to do than the next tick would find in time. The
+    /// sweep finds it once that is in the database.
+    others_wait: bool,
 }
 
 /// An output whose answer is there.
@@ -168,7 +172,7 @@ impl Relay {
             disconnected: Instant::now(),
             waits_since: None,
             without_place: HashMap::new(),
-            sweep_soon: false,
+            others_wait: false,
         };
         (relay, HandOver { sender, gate }, LogEnds { to_relay, outcomes, gate: opens })
     }
@@ -178,11 +182,14 @@ impl Relay {
     pub async fn run(mut self, stopping: Stopping) {
         let mut under_way = UnderWay::new();
         let mut sweeping: Option<BoxFuture<'static, Result<Swept, StoreError>>> = None;
-        let mut sweep_at = Instant::now();
+        let (mut swept_at, mut sweep_at) = (Instant::now(), Instant::now());
+        let mut sweep_once_written = false;
         let (mut lanes_are_gone, mut reader_is_gone) = (false, false);
         loop {
             self.send(&mut under_way).await;
-            self.ledger.write();
+            if self.ledger.write() {
+                sweep_once_written = std::mem::take(&mut self.others_wait);
+            }
             self.state.unwritten.store(!self.ledger.is_empty(), Ordering::Relaxed);
             if lanes_are_gone && reader_is_gone && self.lines.is_empty() && self.ledger.is_empty() && sweeping.is_none()
             {
@@ -198,7 +205,11 @@ impl Relay {
                         self.hear(answered);
                     }
                 }
-                () = self.ledger.written(), if self.ledger.is_writing() => {}
+                () = self.ledger.written(), if self.ledger.is_writing() => {
+                    if std::mem::take(&mut sweep_once_written) {
+                        sweep_at = sweep_at.min(swept_at + SWEEP_SOON);
+                    }
+                }
                 leased = self.handed_over.recv(), if !lanes_are_gone && self.lines.len() < HELD_MAX => match leased {
                     Some(Leased { rows, since }) => self.take(rows, since),
                     None => lanes_are_gone = true,
@@ -214,12 +225,10 @@ impl Relay {
                 () = tokio::time::sleep(LOOKED_AT_YET), if waits_for_repair => {}
                 () = tokio::time::sleep_until(sweep_at.into()), if is_time_to_sweep => {
                     sweeping = self.begin_sweep();
-                    sweep_at = Instant::now() + SWEEP_EVERY;
+                    swept_at = Instant::now();
+                    sweep_at = swept_at + SWEEP_EVERY;
                 }
                 else => return,
-            }
-            if std::mem::take(&mut self.sweep_soon) {
-                sweep_at = Instant::now();
             }
         }
     }
@@ -373,10 +382,15 @@ impl Relay {
             let highest = self.tops.entry(place.stream.clone()).or_default();
             *highest = place.sequence.max(*highest);
         }
-        // Others may wait behind one that was in trouble.
-        self.sweep_soon |= row.failures > 0;
+        self.others_wait |= row.failures > 0 || self.may_hold_its_key(row);
         self.lines.published(row);
         self.ledger.published(Published { seq: row.seq, stream: place.stream, stream_sequence: place.sequence });
+    }
+
+    /// Whether others of its key go by polling because this one did, and wait for it: while outputs go by the log.
+    fn may_hold_its_key(&self, row: &OutboxRow) -> bool {
+        let log_is_used = || matches!(self.state.log_mode(), Some(RelayMode::Wal | RelayMode::Leaving));
+        row.ordering_key.is_some() && !self.ledger.is_from_log(row.seq) && log_is_used()
     }
 
     /// An output leaves unpublished, and those behind it with it.
@@ -415,7 +429,7 @@ impl Relay {
         }
         for place in swept.there {
             self.lines.remember(place.seq);
-            self.sweep_soon = true;
+            self.others_wait = true;
             self.ledger.published(place);
         }
         self.ledger.put_back(swept.back);

@@ -107,7 +107,8 @@ end $$;
 -- it (`ahead`), which the relay has to have published. The others are left to the sweep: delayed, or behind somebody.
 --
 -- While outputs go by the log, those that are due and have nobody before them in line go there, and are leased to nobody. A
--- line that polling has begun it also ends. What goes by polling then has to wait for what is in the log before it.
+-- line that polling has begun it also ends: whoever comes to it waits for what the last one there waits for, or for that
+-- one. What goes by polling then has to wait for what is in the log before it.
 create or replace function oncely_door.append(
     token bytea, workers text[], ids text[], event_ids text[], ordinals integer[], subjects text[], headers text[],
     bodies bytea[], ordering_keys text[], delays bigint[], lease bigint
@@ -161,8 +162,8 @@ begin
         from given, lateral (
             select array_agg(seq) as seqs,
                 case
-                    when count(*) = line_max then max(seq)
-                    when by_log then min(coalesce(behind, seq))
+                    -- All that wait for the same go on together.
+                    when by_log or count(*) = line_max then (array_agg(coalesce(behind, seq) order by seq desc))[1]
                     else min(coalesce(behind, seq)) filter (where failures > 0 or leased_until <= now
                         or behind is not null or set_aside_at is not null)
                 end as in_trouble

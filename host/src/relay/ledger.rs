@@ -84,14 +84,15 @@ impl Ledger {
         self.writing.is_some()
     }
 
-    /// Begins to write what has gathered, unless a record is under way. A task of its own: no operation of the database
-    /// is dropped half-way.
-    pub fn write(&mut self) {
+    /// Begins to write what has gathered, unless a record is under way, and returns whether it did. A task of its own: no
+    /// operation of the database is dropped half-way.
+    pub fn write(&mut self) -> bool {
         if self.is_writing() || (self.published.is_empty() && self.back.is_empty()) {
-            return;
+            return false;
         }
         let (published, back) = (std::mem::take(&mut self.published), std::mem::take(&mut self.back));
         self.writing = Some(tokio::spawn(record(Arc::clone(&self.store), published, back)));
+        true
     }
 
     /// Waits for the record that is under way.

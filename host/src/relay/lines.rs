@@ -3,7 +3,7 @@
 //! Of a key one output is under way at a time, because a stream may take the second of two although it did not take the
 //! first. Outputs without a key go as they come.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use crate::store::{OutboxRow, Unpublished};
@@ -47,16 +47,20 @@ impl Lines {
         self.held.is_empty()
     }
 
-    /// Takes outputs that are leased to this host, in order. Returns those that have to wait for one that is not here.
+    /// Takes outputs that are leased to this host, in order. Returns those that have to wait for one that is not here; all
+    /// that wait for the same go on together.
     pub fn take(&mut self, rows: Vec<OutboxRow>, since: Instant) -> Vec<(i64, Unpublished)> {
-        let mut back = Vec::new();
+        let mut waiting = BTreeMap::new();
         for row in rows {
             match row.ahead.iter().find(|ahead| !self.knows(**ahead)) {
-                Some(missing) => back.push((row.seq, Unpublished::Behind(*missing))),
+                Some(missing) => {
+                    let before = waiting.get(missing).unwrap_or(missing);
+                    waiting.insert(row.seq, *before);
+                }
                 None => self.push(Held { row, since }),
             }
         }
-        back
+        waiting.into_iter().map(|(seq, before)| (seq, Unpublished::Behind(before))).collect()
     }
 
     /// Whether an output is ready, waiting or under way.
@@ -217,7 +221,7 @@ mod tests {
         assert!(lines.is_empty());
         // It was written before the failure was known to the database.
         let later = vec![row(4, Some("a"), &[3, 2, 1]), row(5, Some("a"), &[4])];
-        assert_eq!(lines.take(later, Instant::now()), [(4, Unpublished::Behind(3)), (5, Unpublished::Behind(4))]);
+        assert_eq!(lines.take(later, Instant::now()), [(4, Unpublished::Behind(3)), (5, Unpublished::Behind(3))]);
         assert!(ready(&mut lines).is_empty());
     }
 

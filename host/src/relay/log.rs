@@ -203,11 +203,14 @@ impl LogRelay {
         let Some(reader) = self.log.read().await? else { return Ok(()) };
         tracing::info!("this host reads the database's log");
         self.state.reads.store(true, Ordering::Relaxed);
+        let broker = self.broker();
         // What an earlier reader here was to hear.
         while self.ends.outcomes.try_recv().is_ok() {}
         let reading = Reading {
             reader,
             tracker: Tracker::default(),
+            broker,
+            is_in_doubt: false,
             gathered: Vec::new(),
             handing: None,
             is_first: true,
@@ -215,6 +218,10 @@ impl LogRelay {
             last_words: None,
         };
         reading.run(self, stopping).await
+    }
+
+    fn broker(&self) -> Broker {
+        Broker { connection: *self.bus.connections().borrow(), losses: self.state.losses.load(Ordering::SeqCst) }
     }
 
     /// Looks who is before outputs and which of them are on their streams already, and hands them to the relay.
@@ -256,10 +263,21 @@ fn with_fates(rows: Vec<OutboxRow>, behind: &[Option<i64>], swept: Swept) -> Vec
     rows.into_iter().zip(behind).map(fate).collect()
 }
 
+/// Since when the broker has kept what it acknowledged, as far as anybody knows: after which connection, and after how many
+/// losses that were found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Broker {
+    connection: u64,
+    losses: u64,
+}
+
 /// One time as the reader.
 struct Reading {
     reader: Box<dyn LogReader>,
     tracker: Tracker,
+    broker: Broker,
+    /// A stream was seen to give a sequence a second time.
+    is_in_doubt: bool,
     /// Told, and not on the way to the relay.
     gathered: Vec<OutboxRow>,
     handing: Option<BoxFuture<'static, Result<(), StoreError>>>,
@@ -270,7 +288,8 @@ struct Reading {
 }
 
 impl Reading {
-    /// Reads until another host is the reader, nothing goes by the log any more, or the host stops.
+    /// Reads until another host is the reader, nothing goes by the log any more, the broker may have lost something, or the
+    /// host stops.
     async fn run(mut self, relay: &mut LogRelay, stopping: &Stopping) -> Result<(), StoreError> {
         loop {
             if self.handing.is_none() && !self.gathered.is_empty() {
@@ -278,8 +297,12 @@ impl Reading {
                 let is_first = std::mem::take(&mut self.is_first);
                 self.handing = Some(relay.hand(rows, is_first, self.tracker.recorded()));
             }
-            if self.is_time_to_record() && !self.record(stopping).await? {
-                return Ok(());
+            if self.is_time_to_record() && !self.record(relay, stopping).await? {
+                // What comes from an earlier reader comes before all from the next one.
+                return match self.handing.take() {
+                    Some(handing) => handing.await,
+                    None => Ok(()),
+                };
             }
             if self.has_said_all() {
                 return Ok(());
@@ -319,8 +342,28 @@ impl Reading {
         since >= BEAT_EVERY || (since >= RECORD_EVERY && self.tracker.has_outcomes())
     }
 
-    /// Writes down how far everything is through. False when that is no longer this host's to say.
-    async fn record(&mut self, stopping: &Stopping) -> Result<bool, StoreError> {
+    /// Writes down how far everything is through. False when that is no longer this host's to say, or when nobody knows: after a
+    /// new connection, or a loss, a stream may lack what it acknowledged before. What is recorded by then is looked for;
+    /// what is not, the next reader is told again, and streams notice what they have.
+    async fn record(&mut self, relay: &LogRelay, stopping: &Stopping) -> Result<bool, StoreError> {
+        // In this order: whoever looks at the streams waits for a record that began before.
+        relay.state.records.store(true, Ordering::SeqCst);
+        let is_suspicious = relay.state.has_suspects();
+        self.is_in_doubt |= is_suspicious;
+        let recorded = if is_suspicious {
+            self.recorded_at = Instant::now();
+            Ok(true)
+        } else if self.is_in_doubt || relay.broker() != self.broker {
+            tracing::debug!("reading the database's log again from where everything is known to be published");
+            Ok(false)
+        } else {
+            self.write(stopping).await
+        };
+        relay.state.records.store(false, Ordering::SeqCst);
+        recorded
+    }
+
+    async fn write(&mut self, stopping: &Stopping) -> Result<bool, StoreError> {
         let (record, numbers) = self.tracker.take(RECORD_MAX);
         let has_outcomes = !record.published.is_empty() || !record.back.is_empty();
         super::ledger::tell(&record.back);

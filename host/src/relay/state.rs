@@ -35,8 +35,9 @@ pub struct RelayState {
     pub(super) unwritten: AtomicBool,
     /// How outputs go, as it was seen the last time; none where there is no log to read.
     log: Mutex<Option<LogState>>,
-    /// Whether this host reads the log.
+    /// Whether this host reads the log, and whether it writes down just now what was published from it.
     pub(super) reads: AtomicBool,
+    pub(super) records: AtomicBool,
 }
 
 /// A look at the streams that found all of them well, or mended.
@@ -94,6 +95,19 @@ impl RelayState {
     pub(super) fn suspect(&self, stream: &str) {
         self.suspects.lock().unwrap_or_else(PoisonError::into_inner).insert(stream.to_owned());
         self.suspicion.notify_one();
+    }
+
+    pub(super) fn suspects(&self) -> BTreeSet<String> {
+        self.suspects.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn has_suspects(&self) -> bool {
+        !self.suspects.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
+    /// Whether something that was published, and before the streams are looked at, is on its way into the database.
+    pub(super) fn is_writing(&self) -> bool {
+        self.unwritten.load(Ordering::SeqCst) || self.records.load(Ordering::SeqCst)
     }
 
     pub(super) fn is_suspect(&self, stream: &str) -> bool {

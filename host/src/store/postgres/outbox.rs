@@ -92,7 +92,7 @@ async fn insert(session: &mut Session, outputs: &[(&str, &Output)], lease: Durat
 }
 
 /// Leases what is due, oldest first; rows that another host is leasing right now are left to it. What is due but not the
-/// next of its key waits behind the last one before it: it comes again once that is gone.
+/// next of its key waits for the last one before it, or for what that one waits for: it comes again once that is gone.
 pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) -> Result<Vec<OutboxRow>> {
     release(session).await?;
     let query = session.query(
@@ -106,8 +106,8 @@ pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) ->
              select worker, ordering_key, pg_catalog.max(seq) as last from due
              where ordering_key is not null group by worker, ordering_key
          ), in_line as materialized (
-             select key.worker, key.ordering_key, before.seq from key cross join lateral (
-                 select seq from oncely.outbox as before
+             select key.worker, key.ordering_key, before.seq, before.waits_for from key cross join lateral (
+                 select seq, coalesce(behind, seq) as waits_for from oncely.outbox as before
                  where before.worker = key.worker and before.ordering_key = key.ordering_key
                      and before.ordering_key is not null and before.published_at is null and before.via = 'poll'
                      and before.seq + 0 < key.last and before.due_at <= pg_catalog.clock_timestamp()
@@ -116,9 +116,11 @@ pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) ->
          ), line as (
              select seq, worker, ordering_key, true as is_due, null as before from due
              union all
-             select seq, worker, ordering_key, false, seq from in_line where seq not in (select seq from due)
+             select seq, worker, ordering_key, false, array[seq, waits_for] from in_line
+             where seq not in (select seq from due)
          ), judged as materialized (
-             select seq, is_due, pg_catalog.max(before) over (partition by worker, ordering_key order by seq) as before
+             select seq, is_due,
+                 (pg_catalog.max(before) over (partition by worker, ordering_key order by seq))[2] as before
              from line
          ), waiting as (
              update oncely.outbox set leased_until = 'infinity', behind = judged.before
