@@ -189,6 +189,31 @@ async fn what_the_broker_forgot_is_published_again_in_order() -> Result<()> {
     check_order(&world, 250).await
 }
 
+/// What the reader has not recorded yet when the stream loses it, nobody would miss.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_broker_forgot_of_what_is_not_recorded_yet_comes_in_order_too() -> Result<()> {
+    let mut world = world_by_log(None).await?;
+    start(&mut world).await?;
+    let mut count = 0;
+    for _ in 0..4 {
+        world.nats.publish_all(counting(count, count + 300)).await?;
+        let handled =
+            |part| format!("select case when count(*) > {} then 1 else 0 end from oncely.inbox", count + part);
+        world.until(&handled(60), 1).await?;
+        world.nats.kill()?;
+        world.nats.copy_stream("OUT")?;
+        world.nats.restart().await?;
+        world.until(&handled(150), 1).await?;
+        world.nats.kill()?;
+        world.nats.roll_back_stream("OUT")?;
+        world.nats.restart().await?;
+        count += 300;
+        world.quiet(count as i64).await?;
+        check_order(&world, count).await?;
+    }
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_output_that_is_set_aside_holds_its_key_and_nothing_else() -> Result<()> {
     let mut world = world_by_log(None).await?;
