@@ -43,6 +43,7 @@
 
 pub mod config;
 mod failure;
+pub mod http;
 pub mod invocation;
 pub mod log;
 mod message;
@@ -87,6 +88,29 @@ pub mod batch_bindings {
         pub_export_macro: true,
         export_macro_name: "export_batch_worker",
         default_bindings_module: "oncely_guest::batch_bindings",
+    });
+}
+
+/// The same for a component that answers requests over HTTP.
+#[doc(hidden)]
+#[allow(unsafe_code, missing_docs, clippy::all, reason = "generated code answers to its generator")]
+pub mod http_bindings {
+    wit_bindgen::generate!({
+        path: "../wit",
+        world: "http-worker",
+        generate_all,
+        with: {
+            "oncely:worker/types@0.1.0": crate::bindings::oncely::worker::types,
+            "oncely:worker/outbox@0.1.0": crate::bindings::oncely::worker::outbox,
+            "oncely:worker/state@0.1.0": crate::bindings::oncely::worker::state,
+            "oncely:worker/sql@0.1.0": crate::bindings::oncely::worker::sql,
+            "oncely:worker/invocation@0.1.0": crate::bindings::oncely::worker::invocation,
+            "wasi:logging/logging@0.1.0-draft": crate::bindings::wasi::logging::logging,
+            "wasi:config/store@0.2.0-rc.1": crate::bindings::wasi::config::store,
+        },
+        pub_export_macro: true,
+        export_macro_name: "export_http_worker",
+        default_bindings_module: "oncely_guest::http_bindings",
     });
 }
 
@@ -227,6 +251,63 @@ pub fn run_batch(
 ) -> Vec<Result<(), bindings::oncely::worker::types::Failure>> {
     log::report_panics();
     handle(messages).into_iter().map(|answer| answer.map_err(Failure::into_wit)).collect()
+}
+
+/// Makes a function the handler of requests over HTTP of this component, in place of a [`handler!`]. Once in a crate.
+///
+/// The function takes an [`http::Request`] and returns `Result<http::Response, http::Response>`: `?` answers early. A request
+/// is one transaction. An answer below 400 commits what the handler did, and itself: who sends the same `Idempotency-Key`
+/// again gets it again. An answer of 400 and above takes back what the handler did, and is kept as well. A panic, and running
+/// out of time or memory, keep nothing: asking again runs the handler again.
+///
+/// ```
+/// use oncely_guest::http::{Request, Response};
+/// use oncely_guest::prelude::*;
+///
+/// #[derive(Deserialize)]
+/// struct Order {
+///     item: String,
+/// }
+///
+/// fn handle(request: Request) -> Result<Response, Response> {
+///     let order: Order = request.json()?;
+///     let taken = sql::execute("update stock set left = left - 1 where item = $1 and left > 0", params![order.item])?;
+///     if taken == 0 {
+///         return Err(Response::problem(409, "sold-out", "there is none left"));
+///     }
+///     outbox::send(Outgoing::new("orders.accepted", request.body))?;
+///     Ok(Response::json(201, &serde_json::json!({ "accepted": true })))
+/// }
+///
+/// oncely_guest::http_handler!(handle);
+/// ```
+#[macro_export]
+macro_rules! http_handler {
+    ($handle:expr) => {
+        #[allow(unsafe_code, reason = "exporting a function by name is unsafe to the compiler")]
+        const _: () = {
+            struct Worker;
+
+            impl $crate::http_bindings::exports::wasi::http::incoming_handler::Guest for Worker {
+                fn handle(
+                    request: $crate::http_bindings::exports::wasi::http::incoming_handler::IncomingRequest,
+                    out: $crate::http_bindings::exports::wasi::http::incoming_handler::ResponseOutparam,
+                ) {
+                    $crate::http::run(&request, out, $handle)
+                }
+            }
+
+            // The export's name holds characters that only WebAssembly allows in a symbol.
+            #[cfg(target_family = "wasm")]
+            $crate::http_bindings::export_http_worker! { Worker with_types_in $crate::http_bindings }
+
+            // Elsewhere nothing calls the handler; naming it keeps the compiler from finding it dead.
+            #[cfg(not(target_family = "wasm"))]
+            const _: fn(
+                $crate::http::Request,
+            ) -> ::core::result::Result<$crate::http::Response, $crate::http::Response> = $handle;
+        };
+    };
 }
 
 /// The snippets of the guide for authors, compiled.

@@ -8,8 +8,10 @@ use std::time::Duration;
 
 use clap::Args;
 
+use crate::ingress::Admission;
 use crate::units;
 
+mod http;
 mod nats;
 mod sources;
 mod token;
@@ -27,8 +29,11 @@ pub const FILE_NAME: &str = "oncely-host.toml";
 /// Where the control API listens unless told otherwise.
 pub const LISTEN: &str = "127.0.0.1:7420";
 
+/// Where requests over HTTP are taken unless told otherwise.
+pub const HTTP: &str = "127.0.0.1:7480";
+
 /// Every knob, by its key in the file. Its flag is `--key` with hyphens, its variable `ONCELY_KEY`.
-pub(crate) const KNOBS: [&str; 20] = [
+pub(crate) const KNOBS: [&str; 23] = [
     "database",
     "pool_size",
     "guest_sql",
@@ -37,6 +42,9 @@ pub(crate) const KNOBS: [&str; 20] = [
     "nats_creds",
     "listen",
     "token",
+    "http",
+    "http_caller",
+    "http_publish",
     "data_dir",
     "log",
     "log_level",
@@ -81,6 +89,15 @@ pub struct HostFlags {
     /// The token callers of the control API show [default: one made and kept in the data folder] [env: ONCELY_TOKEN]
     #[arg(long, value_name = "TOKEN")]
     pub token: Option<String>,
+    /// Where requests over HTTP are taken, or off [default: 127.0.0.1:7480] [env: ONCELY_HTTP]
+    #[arg(long, value_name = "ADDRESS")]
+    pub http: Option<String>,
+    /// The header that says who sends a request: an idempotency key is the sender's own [default: Authorization] [env: ONCELY_HTTP_CALLER]
+    #[arg(long, value_name = "HEADER")]
+    pub http_caller: Option<String>,
+    /// Subjects that POST /publish/SUBJECT may publish to, separated by commas [default: none] [env: ONCELY_HTTP_PUBLISH]
+    #[arg(long, value_name = "SUBJECTS")]
+    pub http_publish: Option<String>,
     /// The folder for everything the host keeps on this machine [default: .oncely] [env: ONCELY_DATA_DIR]
     #[arg(long, value_name = "FOLDER")]
     pub data_dir: Option<String>,
@@ -131,6 +148,9 @@ pub struct HostConfig {
     pub listen: SocketAddr,
     /// The control API's token, if one was given; else see [`HostConfig::keep_token`].
     pub token: Option<Secret>,
+    /// Where requests over HTTP are taken; none for nowhere.
+    pub http: Option<SocketAddr>,
+    pub admission: Admission,
     /// Holds the token, compiled components, and the SQLite file unless `database` says otherwise.
     pub data_dir: PathBuf,
     pub log: LogFormat,
@@ -224,6 +244,8 @@ impl HostConfig {
             nats: nats::resolve(&sources, env)?,
             listen: listen(&sources, token.is_some())?,
             token,
+            http: http::address(&sources)?,
+            admission: http::admission(&sources)?,
             log: sources.get("log").map_or(Ok(LogFormat::Text), |given| log(&given))?,
             log_level: sources.get("log_level").map_or_else(|| Ok("info".to_owned()), |given| log_level(&given))?,
             drain: sources.get("drain").map_or(Ok(Duration::from_secs(30)), |given| drain(&given))?,

@@ -19,6 +19,7 @@ use crate::verdict::{Letter, Reason, Verdict};
 mod lent;
 mod members;
 mod rehearsal;
+pub mod request;
 
 use lent::Lent;
 use members::{Failed, Members, Ran};

@@ -7,8 +7,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::bus::StreamSpec;
+use crate::guest::Guest;
 use crate::hint::WithHint;
 use crate::host::Host;
+use crate::ingress::check_routes;
 use crate::manifest::{Stream, Worker, WorkerMigration};
 use crate::store::DeploymentRecord;
 use crate::subject;
@@ -42,6 +44,8 @@ pub async fn plan(host: &Host, proposal: &Proposal) -> Result<Plan> {
         .await?
         .with_context(|| format!("the component {} was not uploaded", proposal.digest))?;
     let guest = host.load(wasm).await?;
+    check_kind(&proposal.worker, &guest)?;
+    check_routes(&proposal.worker, host.deployed_workers().await?.iter())?;
     let mut changes = check_streams(host, proposal).await?;
     let active = active(host, &proposal.worker.name).await?;
     let imports: Vec<Value> = guest.surface().imports.iter().map(|name| Value::from(name.as_str())).collect();
@@ -105,6 +109,22 @@ fn spec(stream: &Stream) -> StreamSpec {
     }
 }
 
+/// Checks that a component is of the kind that its manifest says.
+pub fn check_kind(worker: &Worker, guest: &Guest) -> Result<()> {
+    let name = &worker.name;
+    match (worker.routes.is_empty(), guest.takes_requests()) {
+        (true, true) => {
+            Err(anyhow!("the component of worker {name} answers requests, and the manifest gives it a stream"))
+                .hint("put a [[worker.route]] with a path in the place of `stream`")
+        }
+        (false, false) => {
+            Err(anyhow!("the component of worker {name} handles messages, and the manifest gives it routes"))
+                .hint("put a `stream` in the place of [[worker.route]], or export wasi:http/incoming-handler")
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Checks that the source and all outputs have a stream, and says which streams will be made.
 async fn check_streams(host: &Host, proposal: &Proposal) -> Result<Vec<String>> {
     let worker = &proposal.worker;
@@ -115,39 +135,12 @@ async fn check_streams(host: &Host, proposal: &Proposal) -> Result<Vec<String>> 
             Some(_) => {}
             None => changes.push(format!("+ stream {} ({})", stream.name, stream.subjects.join(", "))),
         }
-        if stream.name == worker.stream {
+        if Some(&stream.name) == worker.stream.as_ref() {
             source = Some(stream.subjects.clone());
         }
     }
-    match host.bus.stream(&worker.stream).await? {
-        Some(existing) => {
-            host.retention.check(worker, existing.max_age)?;
-            source = Some(existing.subjects);
-        }
-        None => {
-            if let Some(declared) = proposal.streams.iter().find(|stream| stream.name == worker.stream) {
-                host.retention.check(worker, declared.max_age)?;
-            }
-        }
-    }
-    let Some(source) = source else {
-        return Err(anyhow!("worker {} reads the stream `{}`, which does not exist", worker.name, worker.stream)).hint(
-            format!(
-                "add to oncely.toml:  [[stream]]  name = \"{}\"  subjects = [{}]",
-                worker.stream,
-                quoted(&worker.subjects)
-            ),
-        );
-    };
-    for wanted in &worker.subjects {
-        if !source.iter().any(|pattern| subject::covers(pattern, wanted)) {
-            bail!(
-                "worker {} wants `{wanted}`, and its stream `{}` holds only {}",
-                worker.name,
-                worker.stream,
-                quoted(&source)
-            );
-        }
+    if let Some(stream) = &worker.stream {
+        check_source(host, proposal, stream, source).await?;
     }
     for output in &worker.outputs {
         let declared = proposal.streams.iter().any(|s| s.subjects.iter().any(|p| subject::covers(p, output)));
@@ -160,6 +153,43 @@ async fn check_streams(host: &Host, proposal: &Proposal) -> Result<Vec<String>> 
         }
     }
     Ok(changes)
+}
+
+/// Checks that the stream a worker reads is there, or will be, and holds the subjects it wants. `source` is what the proposal
+/// says of the stream.
+async fn check_source(host: &Host, proposal: &Proposal, stream: &str, mut source: Option<Vec<String>>) -> Result<()> {
+    let worker = &proposal.worker;
+    match host.bus.stream(stream).await? {
+        Some(existing) => {
+            host.retention.check(worker, existing.max_age)?;
+            source = Some(existing.subjects);
+        }
+        None => {
+            if let Some(declared) = proposal.streams.iter().find(|declared| declared.name == stream) {
+                host.retention.check(worker, declared.max_age)?;
+            }
+        }
+    }
+    let Some(source) = source else {
+        return Err(anyhow!("worker {} reads the stream `{}`, which does not exist", worker.name, stream)).hint(
+            format!(
+                "add to oncely.toml:  [[stream]]  name = \"{}\"  subjects = [{}]",
+                stream,
+                quoted(&worker.subjects)
+            ),
+        );
+    };
+    for wanted in &worker.subjects {
+        if !source.iter().any(|pattern| subject::covers(pattern, wanted)) {
+            bail!(
+                "worker {} wants `{wanted}`, and its stream `{}` holds only {}",
+                worker.name,
+                stream,
+                quoted(&source)
+            );
+        }
+    }
+    Ok(())
 }
 
 fn quoted(names: &[String]) -> String {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -14,9 +14,11 @@ use crate::alarm::{ALARM_KEPT, ALARM_STREAM, ALARM_SUBJECTS, Alarm, Kind};
 use crate::bus::{Bus, StreamSpec, Unhandled};
 use crate::dead_letter::{DLQ_STREAM, DLQ_SUBJECTS};
 use crate::delivery::Delivery;
+use crate::deploy;
 use crate::drain::{Stop, Stopping};
 use crate::fault;
 use crate::guest::{Guest, GuestEngine};
+use crate::ingress::{Admission, HttpWorker, Ingress, Table};
 use crate::manifest::Worker;
 use crate::metrics::{Measured, MeasuredLog, MeasuredOutbox, MeasuredWorker, Metrics};
 use crate::redrive::{REDRIVE_STREAM, REDRIVE_SUBJECTS};
@@ -27,9 +29,11 @@ use crate::webhook::{self, Poster};
 use crate::worker::RunningWorker;
 
 mod retention;
+mod slot;
 
 use retention::Removal;
 pub use retention::Retention;
+use slot::{Slot, Work};
 
 /// How often a host looks whether another one deployed something.
 const LOOK_FOR_DEPLOYMENTS_EVERY: Duration = Duration::from_secs(1);
@@ -45,19 +49,14 @@ pub struct Host {
     pub metrics: Arc<Metrics>,
     pub relay_state: Arc<RelayState>,
     pub retention: Retention,
+    /// Answers requests over HTTP.
+    pub ingress: Arc<Ingress>,
     /// None once the host drains: the relay ends when nobody can hand anything over.
     relay: Mutex<Option<HandOver>>,
     workers: Mutex<BTreeMap<String, Slot>>,
     deployed: Notify,
     /// Whether everything that is to be deployed at the start has been.
     started: AtomicBool,
-}
-
-/// The place of one worker in a host.
-struct Slot {
-    running: Option<RunningWorker>,
-    /// The version that should run here but cannot, and why.
-    broken: Option<(u32, String)>,
 }
 
 /// What a host tells of one of its workers.
@@ -69,6 +68,9 @@ pub struct WorkerState {
     pub digest: Option<String>,
     pub stream: Option<String>,
     pub subjects: Vec<String>,
+    /// Of one that answers requests, such as `POST /transfers`.
+    #[serde(default)]
+    pub routes: Vec<String>,
     /// `running`, `starting` or `broken`.
     pub state: String,
     /// Why it is broken.
@@ -103,6 +105,7 @@ impl Host {
         bus: Bus,
         cache: &Path,
         retention: Retention,
+        admission: Admission,
         webhook: Option<Poster>,
     ) -> Result<(Arc<Host>, Running)> {
         let engine = GuestEngine::new(cache)?;
@@ -127,7 +130,10 @@ impl Host {
             Arc::clone(&relay_state),
             retention.outputs,
         );
+        let (payload_max, told) = (bus.max_payload(), Arc::clone(&metrics));
+        let ingress = Ingress::new(Arc::clone(&store), hand_over.clone(), told, payload_max, admission);
         let host = Arc::new(Host {
+            ingress: Arc::new(ingress),
             store,
             bus,
             engine,
@@ -174,8 +180,8 @@ impl Host {
     /// start; then it is drained, and the same durable consumer goes on with the new one.
     async fn bring_up(&self, deployment: &DeploymentRecord) {
         let mut workers = self.workers.lock().await;
-        let slot = workers.entry(deployment.worker.clone()).or_insert(Slot { running: None, broken: None });
-        if slot.running.as_ref().is_some_and(|running| running.version == deployment.version) {
+        let slot = workers.entry(deployment.worker.clone()).or_default();
+        if slot.running.as_ref().is_some_and(|running| running.version() == deployment.version) {
             slot.broken = None;
             return;
         }
@@ -186,17 +192,25 @@ impl Host {
             }
             slot.broken = Some((deployment.version, format!("{error:#}")));
         }
+        let requests = workers.values().filter_map(|slot| slot.running.as_ref()?.requests());
+        self.ingress.turn_to(Table::of(requests)).await;
     }
 
     async fn swap(&self, slot: &mut Slot, deployment: &DeploymentRecord) -> Result<()> {
         let delivery = self.prepare(deployment).await?;
         self.check_retention(&delivery.worker).await?;
         let relay = self.relay.lock().await.clone().context("start a worker in a host that is stopping")?;
-        if let Some(old) = slot.running.take() {
+        let is_http = !delivery.worker.routes.is_empty();
+        if let Some(old) = slot.running.take_if(|old| !is_http || old.requests().is_none()) {
             old.drain().await;
             fault::point(fault::DEPLOY_SWAP);
         }
-        let running = RunningWorker::start(delivery, deployment.digest.clone(), &self.bus, relay).await?;
+        let digest = deployment.digest.clone();
+        // One that answers requests takes over at once, while the one before ends what it has.
+        let running = match is_http {
+            true => Work::Requests(Arc::new(HttpWorker::new(delivery, digest))),
+            false => Work::Messages(RunningWorker::start(delivery, digest, &self.bus, relay).await?),
+        };
         tracing::info!("worker {} runs version {}", deployment.worker, deployment.version);
         slot.running = Some(running);
         slot.broken = None;
@@ -221,6 +235,7 @@ impl Host {
             .await?
             .with_context(|| format!("component {} is not in the database", deployment.digest))?;
         let guest = self.load(wasm).await?;
+        deploy::check_kind(&worker, &guest)?;
         Ok(Delivery {
             store: Arc::clone(&self.store),
             guest,
@@ -306,7 +321,7 @@ impl Host {
     /// How long the oldest message on the stream has waited for a worker, wherever that runs; zero when none waits, none
     /// when the server does not say so in a second.
     pub async fn unhandled_age(&self, worker: &Worker) -> Option<Duration> {
-        let probe = self.bus.probe(&worker.stream, &worker.subjects, &worker.durable());
+        let probe = self.bus.probe(worker.stream.as_ref()?, &worker.subjects, &worker.durable());
         let unhandled = tokio::time::timeout(Duration::from_secs(1), probe.unhandled()).await.ok()?.ok()?;
         Some(age(unhandled).unwrap_or_default())
     }
@@ -317,7 +332,7 @@ impl Host {
         let measured = running.map(|running| async move {
             let unhandled = running.unhandled().await;
             MeasuredWorker {
-                worker: running.worker.name.clone(),
+                worker: running.worker().name.clone(),
                 in_flight: running.in_flight(),
                 unhandled: unhandled.map(|unhandled| unhandled.messages),
                 oldest: unhandled.map(|unhandled| age(unhandled).unwrap_or_default()),
@@ -359,9 +374,10 @@ impl Host {
 
     async fn drain_workers(&self) {
         self.relay.lock().await.take();
+        self.ingress.close().await;
         let mut workers = self.workers.lock().await;
         let draining = std::mem::take(&mut *workers).into_values().filter_map(|slot| slot.running);
-        futures::future::join_all(draining.map(RunningWorker::drain)).await;
+        futures::future::join_all(draining.map(Work::drain)).await;
     }
 }
 
@@ -379,35 +395,6 @@ fn measured_outbox(lag: OutboxLag) -> MeasuredOutbox {
         oldest: lag.oldest_ms.map(Duration::from_millis),
         set_aside: lag.set_aside,
         held: lag.held,
-    }
-}
-
-impl Slot {
-    fn tell(&self, name: &str) -> WorkerState {
-        let running = self.running.as_ref();
-        let state = match (running, &self.broken) {
-            (_, Some(_)) => "broken",
-            (Some(running), None) if running.is_seen() => "running",
-            _ => "starting",
-        };
-        let count = |counter: fn(&RunningWorker) -> &AtomicU64| {
-            running.map_or(0, |running| counter(running).load(Ordering::Relaxed))
-        };
-        WorkerState {
-            worker: name.to_owned(),
-            version: running.map(|running| running.version),
-            digest: running.map(|running| running.digest.clone()),
-            stream: running.map(|running| running.worker.stream.clone()),
-            subjects: running.map(|running| running.worker.subjects.clone()).unwrap_or_default(),
-            state: state.to_owned(),
-            pending: None,
-            oldest_pending_ms: None,
-            error: self.broken.as_ref().map(|(version, error)| format!("version {version}: {error}")),
-            done: count(|running| &running.counters.done),
-            duplicates: count(|running| &running.counters.duplicates),
-            retries: count(|running| &running.counters.retries),
-            dead: count(|running| &running.counters.dead),
-        }
     }
 }
 

@@ -3,10 +3,10 @@
 //! The map, floor by floor; imports run strictly downwards and rooms on one floor do not know each other.
 //!
 //! - what people touch: `cli`, `api`
-//! - loops: `host` (with `deploy`, `reconcile`, `replay` and `watch`), `worker`, `lane`, `relay`, `webhook`, `drain`
+//! - loops: `host` (with `deploy`, `reconcile`, `replay` and `watch`), `worker`, `lane`, `relay`, `ingress`, `webhook`, `drain`
 //! - the heart: `delivery`
 //! - one room per outside thing: `guest` (wasmtime), `store` (sqlx), `bus` (async-nats), `crate_build` (cargo)
-//! - plain values, no IO: `message`, `sql`, `state`, `verdict`, `dead_letter`, `redrive`, `manifest`, `config`, `retry`,
+//! - plain values, no IO: `message`, `request`, `sql`, `state`, `verdict`, `dead_letter`, `redrive`, `manifest`, `config`, `retry`,
 //!   `subject`, `units`, `toml_text`, `base64_text`, `hint`, `breaker`, `metrics`, `alarm`,
 //!   `failure_group`; and `fault`, named points and mutants for tests
 
@@ -27,6 +27,7 @@ pub mod fault;
 pub mod guest;
 pub mod hint;
 pub mod host;
+pub mod ingress;
 pub mod lane;
 pub mod manifest;
 pub mod message;
@@ -35,6 +36,7 @@ pub mod reconcile;
 pub mod redrive;
 pub mod relay;
 pub mod replay;
+pub mod request;
 pub mod retry;
 pub mod sql;
 pub mod state;

@@ -16,9 +16,11 @@ use crate::{subject, units};
 
 mod migrations;
 mod parse;
+mod routes;
 mod state_keys;
 
 pub use migrations::WorkerMigration;
+pub use routes::{KeyRule, Route, StoreFailures};
 pub use state_keys::StateKey;
 
 /// The name of the file.
@@ -69,8 +71,12 @@ pub enum Source {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Worker {
     pub name: String,
-    /// The stream it takes its messages from.
-    pub stream: String,
+    /// The stream it takes its messages from; none for one that answers requests over HTTP.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stream: Option<String>,
+    /// The requests it answers; empty for one that takes messages.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub routes: Vec<Route>,
     /// The subjects of that stream it takes, wildcards allowed; empty for all.
     #[serde(default)]
     pub subjects: Vec<String>,
@@ -129,6 +135,8 @@ pub struct Limits {
     pub sql_rows: u32,
     /// The result of one query, in bytes.
     pub sql_size: u64,
+    /// The body of an answer to a request, in bytes.
+    pub answer_size: u64,
     /// One value of keyed state, in bytes.
     pub state_size: u64,
     /// Log lines together, in bytes; the rest is cut off, which fails nothing.
@@ -146,6 +154,7 @@ impl Default for Limits {
             sql_statements: 1000,
             sql_rows: 10_000,
             sql_size: 16 << 20,
+            answer_size: 4 << 20,
             state_size: 1 << 20,
             log_size: 64 << 10,
         }

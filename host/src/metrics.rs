@@ -69,6 +69,13 @@ struct Process {
     worker: String,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Request {
+    worker: String,
+    http_route: String,
+    http_response_status_code: u16,
+}
+
 type Age = Gauge<f64, AtomicU64>;
 
 #[derive(Clone)]
@@ -164,6 +171,8 @@ pub struct Metrics {
     log_retained: Gauge,
     alarms: Family<Alarm, Gauge>,
     webhook_posts: Family<PostOutcome, Counter>,
+    requests: Family<Request, Histogram, Buckets>,
+    requests_replayed: Family<Worker, Counter>,
 }
 
 /// What became of a POST to the webhook.
@@ -315,6 +324,13 @@ impl Default for Metrics {
                 .add("oncely_log_retained_bytes", "How much of its log the server keeps for the replication slot"),
             alarms: book.add("oncely_alarms", "Alarms that are raised"),
             webhook_posts: book.add("oncely_webhook_posts", "Attempts to tell the webhook of an alarm, by outcome"),
+            requests: book.add_seconds(
+                "http_server_request_duration",
+                "Time from a request's first byte to its answer",
+                Family::new_with_constructor(Buckets),
+            ),
+            requests_replayed: book
+                .add("oncely_requests_replayed", "Requests that were given the answer of an earlier one"),
             names: book.names,
             registry: book.registry,
         }
@@ -357,6 +373,16 @@ impl Metrics {
 
     pub fn conflict(&self, worker: &str) {
         self.conflicts.get_or_create(&of_worker(worker)).inc();
+    }
+
+    /// A request and its answer, `replayed` if it was given before.
+    pub fn request(&self, worker: &str, route: &str, status: u16, replayed: bool, time: Duration) {
+        let labels =
+            Request { worker: worker.to_owned(), http_route: route.to_owned(), http_response_status_code: status };
+        self.requests.get_or_create(&labels).observe(time.as_secs_f64());
+        if replayed {
+            self.requests_replayed.get_or_create(&of_worker(worker)).inc();
+        }
     }
 
     pub fn commit_unclear(&self, worker: &str) {

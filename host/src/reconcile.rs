@@ -259,12 +259,12 @@ async fn mark_hazards(
     rehearsed: impl Iterator<Item = &mut Rehearsed>,
 ) -> Result<()> {
     let worker = &delivery.worker;
-    let Some(ordering_key) = &worker.ordering_key else { return Ok(()) };
+    let (Some(ordering_key), Some(source)) = (&worker.ordering_key, &worker.stream) else { return Ok(()) };
     let mut asked: Vec<(&mut Rehearsed, String, u64)> = Vec::new();
     for one in rehearsed.filter(|one| one.class == Class::WouldSucceed) {
         let Some(letter) = letters.iter().find(|letter| letter.summary.id == one.letter) else { continue };
         let message = message(letter);
-        let place = message.origin.as_ref().filter(|origin| origin.stream == worker.stream);
+        let place = message.origin.as_ref().filter(|origin| origin.stream == *source);
         if let (Some(key), Some(place)) = (ordering_key.key_of(&message), place) {
             let sequence = place.sequence;
             asked.push((one, key, sequence));
@@ -274,11 +274,11 @@ async fn mark_hazards(
     let mut passed = Vec::new();
     let is_cut = host
         .bus
-        .passed(&worker.stream, From::Sequence(first + 1), &worker.subjects, LATER_MAX, |one| passed.push(one))
+        .passed(source, From::Sequence(first + 1), &worker.subjects, LATER_MAX, |one| passed.push(one))
         .await
         .context("look for later messages of the same key")?;
-    let stream = host.bus.stream(&worker.stream).await?.context("look at the worker's stream")?;
-    let later = by_key(passed, ordering_key, &worker.stream, stream.created);
+    let stream = host.bus.stream(source).await?.context("look at the worker's stream")?;
+    let later = by_key(passed, ordering_key, source, stream.created);
     for (one, key, sequence) in asked {
         let events: Vec<String> = later
             .get(&key)

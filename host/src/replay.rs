@@ -119,6 +119,7 @@ fn call(attempt: &Replayable, expected: &CallFailure) -> Call {
         payload_max: record.payload_max,
         database: Arc::new(Nowhere(record.dialect)),
         state: BatchState::default(),
+        request: None,
         tape: Tape::replaying(record),
     }
 }

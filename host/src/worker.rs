@@ -74,11 +74,12 @@ impl RunningWorker {
     /// Subscribes and starts the lanes.
     pub async fn start(delivery: Delivery, digest: String, bus: &Bus, relay: HandOver) -> Result<Self> {
         let worker = Arc::clone(&delivery.worker);
+        let stream = worker.stream.as_deref().context("start a worker that takes no messages")?;
         let version = delivery.version;
         let pull = bus
-            .subscribe(&subscription(&worker, version))
+            .subscribe(&subscription(&worker, stream, version))
             .await
-            .with_context(|| format!("subscribe worker {} to stream {}", worker.name, worker.stream))?;
+            .with_context(|| format!("subscribe worker {} to stream {}", worker.name, stream))?;
         let redriven = bus
             .subscribe(&redrive::subscription(&worker))
             .await
@@ -126,9 +127,9 @@ impl RunningWorker {
     }
 }
 
-fn subscription(worker: &Worker, version: u32) -> Subscription {
+fn subscription(worker: &Worker, stream: &str, version: u32) -> Subscription {
     Subscription {
-        stream: worker.stream.clone(),
+        stream: stream.to_owned(),
         durable: worker.durable(),
         subjects: worker.subjects.clone(),
         ack_wait: worker.ack_wait,

@@ -161,8 +161,14 @@ fn output(event: &String) -> Output {
 }
 
 async fn remove(store: Arc<dyn Store>) {
-    let what =
-        Retire { outputs: KEEP, inbox: Some(KEEP), limit: 10_000, patience: Duration::from_secs(2), archive: None };
+    let what = Retire {
+        outputs: KEEP,
+        inbox: Some(KEEP),
+        requests: KEEP,
+        limit: 10_000,
+        patience: Duration::from_secs(2),
+        archive: None,
+    };
     loop {
         match store.retire(&what).await {
             Ok(true) => {}

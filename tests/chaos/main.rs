@@ -13,12 +13,14 @@ use support::database::Kind;
 use support::guests;
 
 use crate::campaign::{Harm, Outcome, Plan};
+use crate::storm::{Storm, Weathered};
 
 mod campaign;
 mod checker;
 mod observed;
 mod publisher;
 mod redriver;
+mod storm;
 mod watcher;
 mod workload;
 
@@ -33,6 +35,12 @@ struct Options {
     /// The same seed makes the same workload and the same order of faults. Default: a new one.
     #[arg(long)]
     seed: Option<u64>,
+    /// Operations that many clients post at once, in the storm after the campaigns; none for a thousand, or 60 in short ones.
+    #[arg(long)]
+    operations: Option<u64>,
+    /// The storm alone.
+    #[arg(long)]
+    storm: bool,
     /// For how long harm is done at most.
     #[arg(long, default_value_t = 11.0)]
     minutes: f64,
@@ -72,6 +80,7 @@ async fn main() -> Result<()> {
     let options = Options::parse();
     // Built once, before several campaigns want it at the same time.
     tokio::task::spawn_blocking(guests::component).await??;
+    tokio::task::spawn_blocking(guests::http_component).await??;
     let holds = if options.mutants { run_mutants(&options).await? } else { run_campaigns(&options).await? };
     if !holds {
         std::process::exit(1);
@@ -102,6 +111,8 @@ async fn run_campaigns(options: &Options) -> Result<bool> {
         mutant: None,
         env: options.env.clone(),
     };
+    let storms = kinds.clone();
+    let kinds = if options.storm { Vec::new() } else { kinds };
     let campaigns = kinds.into_iter().map(|kind| tokio::spawn(campaign::run(plan(kind))));
     let mut running: futures::stream::FuturesUnordered<_> = campaigns.collect();
     let mut outcomes = Vec::new();
@@ -110,13 +121,41 @@ async fn run_campaigns(options: &Options) -> Result<bool> {
         show(&outcome);
         outcomes.push(outcome);
     }
+    let storms = run_storms(options, seed, storms).await?;
     let violations: usize = outcomes.iter().map(|outcome| outcome.violations.len()).sum();
+    let violations =
+        violations + storms.iter().map(|(_, storm)| storm["violations"].as_array().map_or(0, Vec::len)).sum::<usize>();
+    let storms: BTreeMap<String, Value> = storms.into_iter().collect();
     let databases: BTreeMap<String, Value> =
         outcomes.iter().map(|outcome| (name(outcome.plan.kind), report(outcome))).collect();
     let name = if options.short { "short.json" } else { "report.json" };
-    write(name, &json!({ "seed": seed, "violations": violations, "databases": databases }))?;
+    write(name, &json!({ "seed": seed, "violations": violations, "databases": databases, "storms": storms }))?;
     println!("{violations} violations");
     Ok(violations == 0)
+}
+
+/// Runs the storms side by side; reports by database.
+async fn run_storms(options: &Options, seed: u64, kinds: Vec<Kind>) -> Result<Vec<(String, Value)>> {
+    let (keys, posts) = if options.short { (60, 25) } else { (1_000, 100) };
+    let keys = options.operations.unwrap_or(keys);
+    let storm = |kind| storm::run(Storm { kind, seed, keys, posts, env: options.env.clone() });
+    let mut reports = Vec::new();
+    for weathered in futures::future::join_all(kinds.into_iter().map(storm)).await {
+        let Weathered { storm, injected, seen, violations, seconds } = weathered.context("run a storm")?;
+        println!(
+            "\nstorm on {}: {} operations, {} clients each, {seconds} s",
+            name(storm.kind),
+            storm.keys,
+            storm.posts
+        );
+        injected.iter().chain(&seen).for_each(|(what, count)| println!("    {count:>7}  {what}"));
+        println!("    {:>7}  violations", violations.len());
+        violations.iter().take(20).for_each(|violation| println!("    {}: {}", violation.rule, violation.what));
+        let listed: Vec<String> = violations.iter().map(|found| format!("{}: {}", found.rule, found.what)).collect();
+        let report = json!({ "seconds": seconds, "injected": injected, "seen": seen, "violations": listed });
+        reports.push((name(storm.kind), report));
+    }
+    Ok(reports)
 }
 
 /// Runs the mutants, a few at a time, and the host as it is among them; true when exactly the mutants are caught.

@@ -143,7 +143,7 @@ impl Demo {
         let log = std::fs::File::options().create(true).append(true).open(self.folder.join("host.log"))?;
         let _ = std::fs::remove_file(self.data_dir().join("host.json"));
         let host = Command::new(&self.oncely)
-            .args(["dev", "--listen", "127.0.0.1:0", "--data-dir"])
+            .args(["dev", "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--data-dir"])
             .arg(self.data_dir())
             .arg(repository().join("examples/payments"))
             .current_dir(&self.folder)

@@ -32,6 +32,7 @@ mod delivery;
 mod deploy;
 mod docs;
 mod hostile;
+mod ingress;
 mod metrics;
 mod order;
 mod positions;

@@ -42,6 +42,7 @@ mod line;
 mod outages;
 mod outbox;
 mod records;
+mod requests;
 mod retention;
 mod savepoints;
 mod state;
@@ -126,6 +127,15 @@ impl World {
             None => Database::Sqlite(self.folder.path().join("oncely.db")),
         };
         database.execute(statement).await.unwrap();
+    }
+
+    /// How many rows a table has, seen from behind the store.
+    async fn count_around(&self, table: &str) -> i64 {
+        let database = match &self.url {
+            Some(url) => Database::Postgres { host: url.clone(), direct: url.clone() },
+            None => Database::Sqlite(self.folder.path().join("oncely.db")),
+        };
+        database.number(&format!("select count(*) from {table}")).await.unwrap()
     }
 
     /// Deploys a version of the worker that makes these tables.

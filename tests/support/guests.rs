@@ -17,6 +17,12 @@ pub fn batch_component() -> Result<PathBuf> {
     built(&BUILT, "batch-guest")
 }
 
+/// The path of the component of `tests/http-guest`, which answers requests.
+pub fn http_component() -> Result<PathBuf> {
+    static BUILT: Built = OnceLock::new();
+    built(&BUILT, "http-guest")
+}
+
 type Built = OnceLock<std::result::Result<PathBuf, String>>;
 
 fn built(once: &Built, name: &str) -> Result<PathBuf> {

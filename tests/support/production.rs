@@ -29,6 +29,7 @@ impl RunningHost {
             .env("ONCELY_DATABASE", world.database.url())
             .env("ONCELY_NATS", world.nats.url())
             .env("ONCELY_LISTEN", "127.0.0.1:0")
+            .env("ONCELY_HTTP", "127.0.0.1:0")
             .env("ONCELY_LOG", "json")
             .envs(world.host_env.iter().cloned())
             .stdin(Stdio::null())
@@ -45,8 +46,11 @@ impl RunningHost {
     pub async fn ready(&mut self) -> Result<()> {
         let end = Instant::now() + PATIENCE;
         loop {
+            // Without a file of its own, commands would find that of a host above it.
+            let is_there = self.folder.join(".oncely/host.json").exists();
             let status = self.oncely(&["status", "--json"]);
-            if let Ok(status) = &status
+            if is_there
+                && let Ok(status) = &status
                 && serde_json::from_str::<Value>(status)?.get("ready") == Some(&Value::Bool(true))
             {
                 return Ok(());
@@ -56,6 +60,14 @@ impl RunningHost {
             }
             tokio::time::sleep(std::time::Duration::from_millis(50)).await;
         }
+    }
+
+    /// Where it takes requests.
+    pub fn requests(&self) -> Result<String> {
+        let text =
+            std::fs::read_to_string(self.folder.join(".oncely/host.json")).context("read how to reach the host")?;
+        let file: Value = serde_json::from_str(&text)?;
+        file.get("http").and_then(Value::as_str).map(str::to_owned).context("the host takes no requests")
     }
 
     /// Runs a command against this host.

@@ -26,6 +26,8 @@ pub struct World {
     pub program: Option<PathBuf>,
     /// Set in the environment of the host.
     pub host_env: Vec<(String, String)>,
+    /// Where the host takes requests; a port of its own at each start, unless it is set.
+    pub http: String,
     manifest: PathBuf,
     host: Option<Child>,
 }
@@ -87,7 +89,17 @@ impl World {
         std::fs::write(&path, manifest).context("write the manifest")?;
         let nats_url = nats.url();
         let (program, host_env) = (None, Vec::new());
-        Ok(World { database, nats, folder, nats_url, program, host_env, manifest: path, host: None })
+        Ok(World {
+            database,
+            nats,
+            folder,
+            nats_url,
+            program,
+            host_env,
+            http: "127.0.0.1:0".to_owned(),
+            manifest: path,
+            host: None,
+        })
     }
 
     /// Starts the host process and waits until it is ready.
@@ -115,7 +127,18 @@ impl World {
             .open(self.folder.path().join("host.log"))
             .context("open the host's log")?;
         self.command("dev")?
-            .args(["--listen", "127.0.0.1:0", "--nats", &self.nats_url, "--database", &self.database.url()])
+            .args([
+                "--listen",
+                "127.0.0.1:0",
+                "--http",
+                &self.http,
+                "--http-publish",
+                "in.>,out.>",
+                "--nats",
+                &self.nats_url,
+                "--database",
+                &self.database.url(),
+            ])
             .arg("--data-dir")
             .arg(data_dir)
             .arg(&self.manifest)
@@ -204,6 +227,13 @@ impl World {
 
     fn data_dir(&self) -> PathBuf {
         self.folder.path().join(".oncely")
+    }
+
+    /// Where the host takes requests now.
+    pub fn requests(&self) -> Result<String> {
+        let text = std::fs::read_to_string(self.host_file()).context("read how to reach the host")?;
+        let file: serde_json::Value = serde_json::from_str(&text)?;
+        file.get("http").and_then(|url| url.as_str()).map(str::to_owned).context("the host takes no requests")
     }
 
     fn host_file(&self) -> PathBuf {

@@ -35,6 +35,9 @@ pub struct HostFile {
     /// The control API.
     pub url: String,
     pub token: String,
+    /// Where requests over HTTP are taken; none for nowhere.
+    #[serde(default)]
+    pub http: Option<String>,
     /// The NATS server it is connected to.
     pub nats: String,
     /// The database, without credentials.

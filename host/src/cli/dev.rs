@@ -11,7 +11,7 @@ use tokio::net::TcpListener;
 use super::build::component_of;
 use super::client::{DATA_DIR, make_data_dir};
 use super::deploy::{propose, show_plan};
-use super::serve::{Ended, Served, listen, start_log};
+use super::serve::{Ended, Served, listen, listen_for_requests, start_log};
 use super::term;
 use crate::bus::EmbeddedServer;
 use crate::config::{HostConfig, HostFlags};
@@ -41,6 +41,12 @@ pub struct Dev {
     /// Where the control API listens. Default: 127.0.0.1:7420, or a free port if that is taken.
     #[arg(long, value_name = "ADDRESS")]
     listen: Option<String>,
+    /// Where requests over HTTP are taken. Default: 127.0.0.1:7480, or a free port if that is taken.
+    #[arg(long, value_name = "ADDRESS")]
+    http: Option<String>,
+    /// Subjects that POST /publish/SUBJECT may publish to, separated by commas.
+    #[arg(long, value_name = "SUBJECTS")]
+    http_publish: Option<String>,
 }
 
 impl Dev {
@@ -64,7 +70,8 @@ impl Dev {
 
     async fn serve_once(&self, config: &HostConfig, manifests: &[Manifest]) -> Result<Ended> {
         let listener = self.listener(config).await?;
-        let served = Served::start(config, listener).await?;
+        let requests = self.requests(config).await?;
+        let served = Served::start(config, listener, requests).await?;
         for manifest in manifests {
             deploy_here(&served, manifest).await?;
         }
@@ -98,6 +105,8 @@ impl Dev {
             database: self.database.clone(),
             nats: self.nats.clone().or_else(|| server.map(EmbeddedServer::url)),
             listen: self.listen.clone(),
+            http: self.http.clone(),
+            http_publish: self.http_publish.clone(),
             data_dir: Some(data_dir.display().to_string()),
             ..HostFlags::default()
         })
@@ -110,6 +119,15 @@ impl Dev {
                 TcpListener::bind((config.listen.ip(), 0)).await.context("listen on a free port")
             }
             listener => listener,
+        }
+    }
+
+    async fn requests(&self, config: &HostConfig) -> Result<Option<TcpListener>> {
+        match (listen_for_requests(config).await, config.http) {
+            (Err(_), Some(address)) if self.http.is_none() => {
+                TcpListener::bind((address.ip(), 0)).await.map(Some).context("listen for requests on a free port")
+            }
+            (listener, _) => listener,
         }
     }
 }
@@ -137,15 +155,18 @@ async fn deploy_here(served: &Served, manifest: &Manifest) -> Result<()> {
 async fn announce(served: &Served, config: &HostConfig) -> Result<()> {
     term::data(term::details([
         ("control API", format!("http://{}", served.address)),
+        ("requests", served.http.map_or_else(|| "none".to_owned(), |address| format!("http://{address}"))),
         ("nats", config.nats.shown()),
         ("database", config.database.shown()),
         ("data folder", config.data_dir.display().to_string()),
     ]))?;
     for state in served.host.workers().await {
         let version = state.version.map_or_else(String::new, |version| version.to_string());
-        let stream = state.stream.unwrap_or_default();
-        let subjects = state.subjects.join(" ");
-        term::data(format!("worker {} version {version} is {}: {stream} {subjects}", state.worker, state.state))?;
+        let takes = match &state.stream {
+            Some(stream) => format!("{stream} {}", state.subjects.join(" ")),
+            None => state.routes.join(" · "),
+        };
+        term::data(format!("worker {} version {version} is {}: {takes}", state.worker, state.state))?;
     }
     term::data("ready; stop with Ctrl-C")
 }

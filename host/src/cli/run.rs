@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::Args;
 
 use super::client::make_data_dir;
-use super::serve::{Ended, Served, listen, start_log};
+use super::serve::{Ended, Served, listen, listen_for_requests, start_log};
 use crate::config::{HostConfig, HostFlags};
 
 /// How long the workers may take until their subscriptions are seen; the host goes on trying after that.
@@ -31,10 +31,11 @@ impl Run {
 
 async fn serve(config: &HostConfig) -> Result<Ended> {
     let listener = listen(config).await?;
-    let served = Served::start(config, listener).await?;
+    let served = Served::start(config, listener, listen_for_requests(config).await?).await?;
     tracing::info!(
-        "control API at http://{}, NATS {}, database {}",
+        "control API at http://{}, requests at {}, NATS {}, database {}",
         served.address,
+        served.http.map_or_else(|| "none".to_owned(), |address| format!("http://{address}")),
         config.nats.shown(),
         config.database.shown()
     );

@@ -34,7 +34,11 @@ pub struct Served {
     pub host: Arc<Host>,
     /// Where the control API listens.
     pub address: SocketAddr,
+    /// Where requests over HTTP are taken.
+    pub http: Option<SocketAddr>,
     running: Running,
+    stop_ingress: Stop,
+    ingress: Option<tokio::task::JoinHandle<Result<()>>>,
     stop_api: Stop,
     api: tokio::task::JoinHandle<Result<()>>,
     data_dir: PathBuf,
@@ -45,7 +49,7 @@ pub struct Served {
 
 impl Served {
     /// Starts the host, its workers and its control API.
-    pub async fn start(config: &HostConfig, listener: TcpListener) -> Result<Served> {
+    pub async fn start(config: &HostConfig, listener: TcpListener, requests: Option<TcpListener>) -> Result<Served> {
         let store = open_store(config).await?;
         let bus = Bus::connect(&config.nats).await.map_err(unreachable)?;
         let token = config.keep_token()?;
@@ -54,7 +58,7 @@ impl Served {
             Retention { outputs: config.keep_outputs, inbox: config.keep_inbox, archive: config.archive.clone() };
         let poster = |webhook| Poster::new(webhook, config.webhook_secret.as_ref());
         let webhook = config.webhook.clone().map(poster).transpose().context("get ready to post alarms")?;
-        let (host, running) = Host::start(store, bus, &cache, retention, webhook).await?;
+        let (host, running) = Host::start(store, bus, &cache, retention, config.admission.clone(), webhook).await?;
         let address = listener.local_addr().context("read the address of the control API")?;
         let stop_api = Stop::new();
         let mut stopping = stop_api.stopping();
@@ -62,19 +66,40 @@ impl Served {
         let api = tokio::spawn(async move {
             api::serve(served_host, listener, served_token.reveal(), async move { stopping.stopped().await }).await
         });
+        let stop_ingress = Stop::new();
+        let http =
+            requests.as_ref().map(TcpListener::local_addr).transpose().context("read the address for requests")?;
+        let ingress = requests.map(|requests| {
+            let (ingress, mut stopping) = (Arc::clone(&host.ingress), stop_ingress.stopping());
+            tokio::spawn(ingress.serve(requests, async move { stopping.stopped().await }))
+        });
         // Whoever reads the file may send a signal.
         let terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
         let interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
         HostFile {
             url: format!("http://{address}"),
             token: token.reveal().to_owned(),
+            http: http.map(|address| format!("http://{address}")),
             nats: config.nats.shown(),
             database: config.database.shown(),
             pid: std::process::id(),
         }
         .write(&config.data_dir)?;
         let (data_dir, drain) = (config.data_dir.clone(), config.drain);
-        Ok(Served { host, address, running, stop_api, api, data_dir, drain, terminate, interrupt })
+        Ok(Served {
+            host,
+            address,
+            http,
+            running,
+            stop_ingress,
+            ingress,
+            stop_api,
+            api,
+            data_dir,
+            drain,
+            terminate,
+            interrupt,
+        })
     }
 
     /// Says that the start is over, and waits until the workers' subscriptions are seen on the server.
@@ -111,6 +136,11 @@ impl Served {
                 Ended::WithoutNats
             }
         };
+        // What was asked before is answered; who asks now finds another host.
+        self.stop_ingress.now();
+        if let Some(ingress) = self.ingress {
+            let _ = tokio::time::timeout(self.drain.min(INGRESS_DRAIN), ingress).await;
+        }
         let drained = self.running.drain(&self.host, self.drain).await;
         self.stop_api.now();
         // Clients that hold a connection open do not hold up the end.
@@ -122,6 +152,16 @@ impl Served {
         }
         Ok(ended)
     }
+}
+
+/// How long requests that are being handled may take when the host ends, as well as idle connections.
+const INGRESS_DRAIN: Duration = Duration::from_secs(5);
+
+/// Listens for requests where the configuration says.
+pub async fn listen_for_requests(config: &HostConfig) -> Result<Option<TcpListener>> {
+    let Some(address) = config.http else { return Ok(None) };
+    let listener = TcpListener::bind(address).await.with_context(|| format!("listen for requests on {address}"));
+    listener.map(Some).hint("does another host run here? name another address with --http, or --http off")
 }
 
 /// Listens where the configuration says.

@@ -38,6 +38,8 @@ fn with_nothing_given_a_host_runs_from_one_folder_on_this_machine() {
         },
         listen: LISTEN.parse().unwrap(),
         token: None,
+        http: Some(HTTP.parse().unwrap()),
+        admission: Admission::default(),
         data_dir: ".oncely".into(),
         log: LogFormat::Text,
         log_level: "info".into(),

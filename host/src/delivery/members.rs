@@ -7,7 +7,7 @@ use jiff::Timestamp;
 
 use super::{Delivery, Lent, Run, tell};
 use crate::fault;
-use crate::guest::{Call, CallFailure, FailureKind, Outcome, Record, Tape, Warm};
+use crate::guest::{Call, CallFailure, FailureKind, Outcome, Record, RequestCall, Tape, Warm};
 use crate::manifest::Isolation;
 use crate::message::{Message, Output};
 use crate::state::BatchState;
@@ -115,7 +115,7 @@ impl Delivery {
                 lent.begin_member().await;
             }
             let state = std::mem::take(&mut ran.state);
-            let outcome = self.call(vec![Arc::clone(message)], attempts + 1, lent, state, warm.take()).await?;
+            let outcome = self.call(vec![Arc::clone(message)], attempts + 1, lent, state, warm.take(), None).await?;
             ran.state = outcome.state;
             // An instance that failed, and what is in its memory, is of no more use.
             let is_kept = self.worker.isolation == Isolation::Batch || fault::mutant(fault::REUSE_AFTER_TRAP);
@@ -154,7 +154,7 @@ impl Delivery {
         let members: Vec<usize> = fresh.iter().map(|(member, _)| *member).collect();
         let messages: Vec<Arc<Message>> = members.iter().filter_map(|member| run.batch.get(*member).cloned()).collect();
         let attempts = fresh.iter().map(|(_, attempts)| *attempts).max().unwrap_or_default();
-        let outcome = self.call(messages, attempts + 1, lent, state, None).await?;
+        let outcome = self.call(messages, attempts + 1, lent, state, None, None).await?;
         let failures: Vec<(usize, CallFailure)> = match outcome.result {
             Ok(answers) => {
                 members.iter().zip(answers).filter_map(|(member, answer)| Some((*member, answer.err()?))).collect()
@@ -187,6 +187,7 @@ impl Delivery {
         lent: &Lent,
         state: BatchState,
         warm: Option<Warm>,
+        request: Option<RequestCall>,
     ) -> anyhow::Result<Outcome> {
         let call = Call {
             messages,
@@ -197,6 +198,7 @@ impl Delivery {
             payload_max: self.payload_max,
             database: Arc::new(lent.clone()),
             state,
+            request,
             tape: Tape::default(),
         };
         let began = Instant::now();

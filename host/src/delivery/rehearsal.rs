@@ -52,7 +52,7 @@ impl Delivery {
         }
         let lent = Lent::new(self.store.dialect(), tx);
         let attempt = message.attempts_before() + 1;
-        let outcome = self.call(vec![message], attempt, &lent, BatchState::default(), None).await;
+        let outcome = self.call(vec![message], attempt, &lent, BatchState::default(), None, None).await;
         let mut tx = lent.take_back().await?;
         let rehearsal = match outcome {
             Ok(outcome) => self.look(outcome, tx.as_mut(), limit).await,

@@ -9,9 +9,11 @@ use serde::{Deserialize, Serialize};
 use wasmtime::component::{Instance, ResourceTable};
 use wasmtime::{Store, Trap, UpdateDeadline};
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
+use wasmtime_wasi_http::WasiHttpCtx;
 
 use super::bindings::oncely::worker::types as wit;
 use super::component::{Entry, Guest};
+use super::http::{self, NothingGoesOut, RequestCall};
 use super::imports::Database;
 use super::limiter::Limiter;
 use super::logs::Logs;
@@ -20,6 +22,7 @@ use super::tape::{Ended, Tape};
 use crate::fault;
 use crate::manifest::Worker;
 use crate::message::{Message, Output};
+use crate::request::HttpAnswer;
 use crate::state::BatchState;
 
 /// How long a call may overrun its time before the host stops waiting for it. Guest code is stopped at the deadline
@@ -44,6 +47,8 @@ pub struct Call {
     pub database: Arc<dyn Database>,
     /// State as the member before left it; comes back in the [`Outcome`].
     pub state: BatchState,
+    /// What an HTTP worker is to answer; it has one message all the same, which stands for the request.
+    pub request: Option<RequestCall>,
     /// Records what the guest asks and sees; or has its answers from a record.
     pub tape: Tape,
 }
@@ -52,6 +57,8 @@ pub struct Call {
 pub struct Outcome {
     /// An answer for each message; the outer error when the call failed as a whole.
     pub result: Result<Vec<Answer>, CallFailure>,
+    /// What an HTTP worker answered.
+    pub answer: Option<HttpAnswer>,
     pub outputs: Vec<Output>,
     pub state: BatchState,
     /// Whether it ran any SQL: if not, it can be dropped from its batch without a trace.
@@ -148,8 +155,12 @@ pub(super) struct CallState {
     warm: bool,
     pub logs: Logs,
     pub limiter: Limiter,
+    /// What an HTTP worker answered.
+    answer: Option<HttpAnswer>,
     /// Made when first asked for: most Rust handlers never do.
     wasi: Option<WasiCtx>,
+    http: WasiHttpCtx,
+    hooks: NothingGoesOut,
     table: ResourceTable,
 }
 
@@ -210,6 +221,7 @@ impl Guest {
         };
         Ok(Outcome {
             result,
+            answer: state.answer.take(),
             outputs: std::mem::take(&mut state.outputs),
             state: std::mem::take(&mut state.call.state),
             ran_sql: state.statements > 0,
@@ -233,6 +245,11 @@ impl Guest {
             None => instance.insert(self.pre.instantiate_async(&mut *store).await?),
         };
         let answers = match &self.entry {
+            Entry::Http(indices) => {
+                let (result, answer) = http::serve(store, instance, indices).await?;
+                store.data_mut().answer = answer;
+                return Ok(vec![result]);
+            }
             Entry::Handler(indices) => {
                 let message = messages.pop().ok_or_else(|| wasmtime::Error::msg("a call needs a message"))?;
                 vec![indices.load(&mut *store, &*instance)?.call_handle(&mut *store, &message).await?]
@@ -277,7 +294,10 @@ impl CallState {
             warm: false,
             logs: Logs::new(usize::try_from(limits.log_size).unwrap_or(usize::MAX)),
             limiter: Limiter::new(memory),
+            answer: None,
             wasi: None,
+            http: WasiHttpCtx::new(),
+            hooks: NothingGoesOut,
             table,
             call,
         }
@@ -314,6 +334,16 @@ impl CallState {
             logs: logs.to_owned(),
             failure: None,
         }
+    }
+
+    /// What the view of HTTP is made of.
+    pub fn http_parts(&mut self) -> (&mut WasiHttpCtx, &mut NothingGoesOut, &mut ResourceTable) {
+        (&mut self.http, &mut self.hooks, &mut self.table)
+    }
+
+    /// Whether this call's transaction may write.
+    pub fn may_write(&self) -> bool {
+        self.call.request.as_ref().is_none_or(|asked| asked.may_write)
     }
 
     /// The first message of the call, which for a handler is the only one.

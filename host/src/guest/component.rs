@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, bail};
 use wasmtime::component::types::ComponentItem;
 use wasmtime::component::{Component, HasSelf, InstancePre, Linker};
+use wasmtime_wasi_http::p2::bindings::exports::wasi::http::incoming_handler;
 
 use super::bindings::AnyWorker;
 use super::bindings::exports::oncely::worker::{batch_handler, handler};
@@ -12,14 +13,24 @@ use super::engine::GuestEngine;
 /// What a component must export one of to be a worker.
 const HANDLER: &str = "oncely:worker/handler@0.1.0";
 const BATCH_HANDLER: &str = "oncely:worker/batch-handler@0.1.0";
+/// Of any patch version.
+const HTTP_HANDLER: &str = "wasi:http/incoming-handler@0.2.";
 
 /// Interfaces a component may import: all of ours, and those of WASI that language runtimes ask for. Behind the
 /// latter there is nothing but a clock, random numbers and the log.
-const IMPORTABLE: [&str; 7] =
-    ["oncely:worker/", "wasi:logging/", "wasi:config/", "wasi:cli/", "wasi:io/", "wasi:clocks/", "wasi:random/"];
+const IMPORTABLE: [&str; 8] = [
+    "oncely:worker/",
+    "wasi:logging/",
+    "wasi:config/",
+    "wasi:cli/",
+    "wasi:io/",
+    "wasi:clocks/",
+    "wasi:random/",
+    "wasi:http/types@",
+];
 
 /// Also linked, but every call of it is denied.
-const IMPORTABLE_BUT_EMPTY: [&str; 2] = ["wasi:filesystem/", "wasi:sockets/"];
+const IMPORTABLE_BUT_EMPTY: [&str; 3] = ["wasi:filesystem/", "wasi:sockets/", "wasi:http/outgoing-handler@"];
 
 /// A component ready to run; instances are made from it for each message. Cheap to clone.
 #[derive(Clone)]
@@ -35,6 +46,7 @@ pub struct Guest {
 pub(super) enum Entry {
     Handler(handler::GuestIndices),
     BatchHandler(batch_handler::GuestIndices),
+    Http(incoming_handler::GuestIndices),
 }
 
 /// What a component exports and imports, for the plan of a deployment.
@@ -55,6 +67,7 @@ impl Guest {
             linker(engine)?.instantiate_pre(&component).map_err(anyhow::Error::from).context("link the component")?;
         let entry = match handler {
             BATCH_HANDLER => batch_handler::GuestIndices::new(&pre).map(Entry::BatchHandler),
+            HTTP_HANDLER => incoming_handler::GuestIndices::new(&pre).map(Entry::Http),
             _ => handler::GuestIndices::new(&pre).map(Entry::Handler),
         };
         let entry = entry.map_err(anyhow::Error::from).with_context(|| format!("link the export `{handler}`"))?;
@@ -64,6 +77,11 @@ impl Guest {
     /// Whether it handles the messages of a batch together.
     pub fn takes_batches(&self) -> bool {
         matches!(self.entry, Entry::BatchHandler(_))
+    }
+
+    /// Whether it answers requests over HTTP, and handles no messages.
+    pub fn takes_requests(&self) -> bool {
+        matches!(self.entry, Entry::Http(_))
     }
 
     pub fn surface(&self) -> &Surface {
@@ -91,16 +109,21 @@ fn surface(engine: &GuestEngine, component: &Component) -> Surface {
 
 /// The one handler of a component, of a kind that this host can call.
 fn one_handler(surface: &Surface) -> Result<&'static str> {
-    let is_handler = |name: &&str| name.contains("worker/handler") || name.contains("worker/batch-handler");
+    let kinds = ["worker/handler", "worker/batch-handler", "wasi:http/incoming-handler"];
+    let is_handler = |name: &&str| kinds.iter().any(|kind| name.contains(kind));
     let handlers: Vec<&str> = surface.exports.iter().map(String::as_str).filter(is_handler).collect();
     match handlers.as_slice() {
         [HANDLER] => Ok(HANDLER),
         [BATCH_HANDLER] => Ok(BATCH_HANDLER),
+        [http] if http.starts_with(HTTP_HANDLER) => Ok(HTTP_HANDLER),
         [] => bail!(
-            "the component exports no handler: it must export `{HANDLER}` or `{BATCH_HANDLER}`, and it exports {}",
+            "the component exports no handler: it must export `{HANDLER}`, `{BATCH_HANDLER}` or `{HTTP_HANDLER}x`, and it \
+             exports {}",
             list(&surface.exports)
         ),
-        [other] => bail!("the component exports `{other}`, and this host runs `{HANDLER}` and `{BATCH_HANDLER}`"),
+        [other] => bail!(
+            "the component exports `{other}`, and this host runs `{HANDLER}`, `{BATCH_HANDLER}` and `{HTTP_HANDLER}x`"
+        ),
         several => {
             bail!("the component exports {} handlers ({}); it must export one", several.len(), several.join(", "))
         }
@@ -127,6 +150,7 @@ fn linker(engine: &GuestEngine) -> Result<Linker<CallState>> {
     let mut linker = Linker::new(engine.engine());
     AnyWorker::add_to_linker::<_, HasSelf<_>>(&mut linker, |state| state)
         .and_then(|()| wasmtime_wasi::p2::add_to_linker_async(&mut linker))
+        .and_then(|()| wasmtime_wasi_http::p2::add_only_http_to_linker_async(&mut linker))
         .and_then(|()| super::wasi::add_to_linker(&mut linker))
         .map_err(anyhow::Error::from)
         .context("link the imports")?;

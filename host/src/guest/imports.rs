@@ -48,6 +48,9 @@ impl types::Host for CallState {}
 
 impl invocation::Host for CallState {
     async fn id(&mut self) -> wasmtime::Result<String> {
+        if let Some(id) = self.call.request.as_ref().and_then(|asked| asked.id.clone()) {
+            return Ok(id);
+        }
         let event_id = self.message().map(|message| message.event_id.as_str());
         Ok(format!("{}:{}", self.call.worker.name, event_id.unwrap_or_default()))
     }

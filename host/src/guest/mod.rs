@@ -1,5 +1,5 @@
-//! WebAssembly: a component becomes a [`Guest`], and a guest runs once for each message in a fresh instance, unless its
-//! worker asks for less isolation.
+//! WebAssembly: a component becomes a [`Guest`], and a guest runs once for each message, or request, in a fresh instance,
+//! unless its worker asks for less isolation.
 //!
 //! A guest has no effect of its own. Outputs and state changes are buffered in the host, SQL goes through the
 //! [`Database`] it is lent; what comes back is an [`Outcome`] that the delivery keeps or throws away.
@@ -8,6 +8,7 @@ mod bindings;
 mod call;
 mod component;
 mod engine;
+mod http;
 mod imports;
 mod limiter;
 mod logs;
@@ -18,6 +19,7 @@ mod wasi;
 pub use call::{Answer, Call, CallFailure, FailureKind, Outcome, Replayed, Warm};
 pub use component::{Guest, Surface};
 pub use engine::{COMPONENT_SIZE_MAX, GuestEngine};
+pub use http::{RequestCall, bytes_of, text_of};
 pub use imports::Database;
 pub use record::{Asked, RECORD_FORM, Record, Saw, Step};
 pub use tape::{Ended, Tape};

@@ -13,6 +13,7 @@ use crate::config::KeepInbox;
 use crate::drain::Stopping;
 use crate::fault;
 use crate::hint::WithHint;
+use crate::ingress::PUBLISH_WINDOW;
 use crate::manifest::Worker;
 use crate::store::{Retire, StoreError};
 use crate::units;
@@ -44,7 +45,7 @@ impl Retention {
     /// Whether what a worker handled stays known for as long as its stream may bring it again, and messages stay on the
     /// stream for as long as they are tried. `max_age` is for how long the stream keeps them, none for ever.
     pub fn check(&self, worker: &Worker, max_age: Option<Duration>) -> Result<()> {
-        let (name, stream) = (&worker.name, &worker.stream);
+        let (name, stream) = (&worker.name, worker.stream.as_deref().unwrap_or_default());
         let tried_for = worker.retry.longest();
         if let Some(max_age) = max_age.filter(|age| *age < tried_for) {
             let (age, tried_for) = (units::show_duration(max_age), units::show_duration(tried_for));
@@ -81,7 +82,8 @@ impl Retention {
 impl Host {
     /// Refuses a worker whose stream outlasts the inbox; see [`Retention::check`].
     pub async fn check_retention(&self, worker: &Worker) -> Result<()> {
-        match self.bus.stream(&worker.stream).await? {
+        let Some(stream) = &worker.stream else { return Ok(()) };
+        match self.bus.stream(stream).await? {
             Some(stream) => self.retention.check(worker, stream.max_age),
             None => Ok(()),
         }
@@ -93,10 +95,20 @@ impl Host {
         for deployment in self.store.active_deployments().await? {
             let worker: Worker =
                 serde_json::from_str(&deployment.manifest).context("read the deployment's manifest")?;
+            let Some(stream) = &worker.stream else { continue };
             // Nobody knows how long a stream that is gone for now will keep messages.
-            ages.push(self.bus.stream(&worker.stream).await?.and_then(|stream| stream.max_age));
+            ages.push(self.bus.stream(stream).await?.and_then(|stream| stream.max_age));
         }
         Ok(self.retention.inbox(&ages))
+    }
+}
+
+impl Host {
+    /// The longest time for which an answer to a request is kept.
+    async fn longest_window(&self) -> Duration {
+        let workers = self.deployed_workers().await.unwrap_or_default();
+        let windows = workers.iter().flat_map(|worker| worker.routes.iter().map(|route| route.window));
+        windows.max().unwrap_or_default().max(PUBLISH_WINDOW)
     }
 }
 
@@ -131,6 +143,7 @@ impl Removal {
         let what = Retire {
             outputs: host.retention.outputs,
             inbox,
+            requests: host.longest_window().await,
             limit: AT_A_TIME,
             patience: PATIENCE.saturating_mul(1 << self.failures.min(8)).min(PATIENCE_MAX),
             archive: host.retention.archive.clone(),

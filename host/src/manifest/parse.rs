@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::alarm::Thresholds;
 use crate::manifest::{
-    Isolation, Limits, Manifest, OnFailure, OrderingKey, Source, StateKey, Stream, Worker, WorkerEntry,
+    Isolation, Limits, Manifest, OnFailure, OrderingKey, Route, Source, StateKey, Stream, Worker, WorkerEntry, routes,
 };
 use crate::redrive::REDRIVE_STREAM;
 use crate::retry::{ProvedPoison, RetryPolicy, WAIT_MAX};
@@ -15,12 +15,13 @@ use crate::toml_text::{Found, Section, Text};
 
 pub(super) const MANIFEST_KEYS: [&str; 2] = ["stream", "worker"];
 pub(super) const STREAM_KEYS: [&str; 3] = ["name", "subjects", "max_age"];
-pub(super) const WORKER_KEYS: [&str; 19] = [
+pub(super) const WORKER_KEYS: [&str; 20] = [
     "name",
     "crate",
     "component",
     "build",
     "stream",
+    "route",
     "subjects",
     "outputs",
     "migrations",
@@ -39,7 +40,7 @@ pub(super) const WORKER_KEYS: [&str; 19] = [
 pub(super) const ALARM_KEYS: [&str; 7] =
     ["letters", "letter_age", "unhandled_age", "unpublished_age", "set_aside", "new_failures", "clear_after"];
 pub(super) const RETRY_KEYS: [&str; 4] = ["attempts", "backoff", "backoff_max", "proved_poison"];
-pub(super) const LIMITS_KEYS: [&str; 10] = [
+pub(super) const LIMITS_KEYS: [&str; 11] = [
     "time",
     "memory",
     "outputs",
@@ -48,6 +49,7 @@ pub(super) const LIMITS_KEYS: [&str; 10] = [
     "sql_statements",
     "sql_rows",
     "sql_size",
+    "answer_size",
     "state_size",
     "log_size",
 ];
@@ -102,22 +104,28 @@ fn worker(text: Text<'_>, section: &Section<'_>, folder: &Path, manifest: &Manif
     }
     let source = source(text, section, folder)?;
     let example = manifest.streams.first().map_or("PAYMENTS", |stream| stream.name.as_str());
-    let stream = required(section, "stream", &format!("{example:?}"), check_stream_name)?;
-    let subjects = subjects(text, section, &stream, &manifest.streams)?;
+    let routes = routes::routes(text, section)?;
+    let stream = source_of_work(text, section, example, &routes)?;
+    let subjects = match &stream {
+        Some(stream) => subjects(text, section, stream, &manifest.streams)?,
+        None => Vec::new(),
+    };
+    let lanes = if routes.is_empty() { 4 } else { 16 };
     let key_example = "\"header:Account\"";
     let check_key = |key: &str| OrderingKey::try_from(key.to_owned()).map(|_| ());
     let ordering_key = section.text("ordering_key", key_example, check_key)?;
     let ack_wait = Duration::from_secs(1)..=Duration::from_secs(60 * 60);
     let worker = Worker {
         name: name.value,
-        stream: stream.value,
+        stream: stream.map(|stream| stream.value),
+        routes,
         subjects,
         outputs: values(section.texts("outputs", "[\"payments.settled\"]", check_own_pattern)?),
         on_failure: on_failure(text, section, ordering_key.is_some())?,
         ordering_key: ordering_key.and_then(|key| OrderingKey::try_from(key.value).ok()),
         state_keys: state_keys(section)?,
         isolation: isolation(section)?,
-        concurrency: section.count("concurrency", "4", 1..=256)?.unwrap_or(4),
+        concurrency: section.count("concurrency", "4", 1..=256)?.unwrap_or(lanes),
         batch: section.count("batch", "100", 1..=1000)?.unwrap_or(100),
         ack_wait: section.duration("ack_wait", "\"30s\"", ack_wait)?.unwrap_or(Duration::from_secs(30)),
         retry: retry(section)?,
@@ -127,6 +135,33 @@ fn worker(text: Text<'_>, section: &Section<'_>, folder: &Path, manifest: &Manif
     };
     let migrations = section.text("migrations", "\"migrations\"", check_path)?.map(|path| folder.join(path.value));
     Ok(WorkerEntry { worker, source, migrations, folder: folder.to_owned() })
+}
+
+/// The stream of a worker that takes messages; none for one that answers requests, to whom what concerns messages says
+/// nothing.
+fn source_of_work(
+    text: Text<'_>,
+    section: &Section<'_>,
+    example: &str,
+    routes: &[Route],
+) -> anyhow::Result<Option<Found<String>>> {
+    let example = format!("{example:?}");
+    if routes.is_empty() {
+        let stream = section.text("stream", &example, check_stream_name)?;
+        let hint = format!("stream = {example}, or for requests over HTTP: [[worker.route]] with a path");
+        return stream
+            .map(Some)
+            .ok_or_else(|| text.refuse(&section.span(), "[[worker]] needs a `stream` or a route", &hint));
+    }
+    let of_messages =
+        ["stream", "subjects", "ordering_key", "on_failure", "state_keys", "isolation", "batch", "ack_wait", "retry"];
+    match of_messages.iter().find(|key| section.has(key)) {
+        Some(key) => {
+            let what = format!("`{key}` is for workers that take messages, and this one answers requests");
+            Err(text.refuse(&section.span_of(key), what, "remove it, or make two workers of them"))
+        }
+        None => Ok(None),
+    }
 }
 
 fn on_failure(text: Text<'_>, section: &Section<'_>, has_key: bool) -> anyhow::Result<OnFailure> {
@@ -157,7 +192,7 @@ fn isolation(section: &Section<'_>) -> anyhow::Result<Isolation> {
 }
 
 /// Accepts one of a few words.
-fn one_of(words: &'static [&'static str]) -> impl Fn(&str) -> Result<(), String> {
+pub(super) fn one_of(words: &'static [&'static str]) -> impl Fn(&str) -> Result<(), String> {
     move |word| {
         if words.contains(&word) {
             return Ok(());
@@ -265,6 +300,7 @@ fn limits(section: &Section<'_>) -> anyhow::Result<Limits> {
         sql_statements: count("sql_statements", "1000", 0..=1_000_000, default.sql_statements)?,
         sql_rows: count("sql_rows", "10000", 0..=10_000_000, default.sql_rows)?,
         sql_size: size("sql_size", "\"16MiB\"", 1..=GIB, default.sql_size)?,
+        answer_size: size("answer_size", "\"4MiB\"", 1..=64 << 20, default.answer_size)?,
         state_size: size("state_size", "\"1MiB\"", 1..=64 << 20, default.state_size)?,
         log_size: size("log_size", "\"64KiB\"", 0..=64 << 20, default.log_size)?,
     })
@@ -292,7 +328,8 @@ fn alarm(section: &Section<'_>) -> anyhow::Result<Thresholds> {
 
 /// A worker that may publish what it takes in can go round for ever.
 fn loop_warning(text: Text<'_>, section: &Section<'_>, worker: &Worker, streams: &[Stream]) -> Option<String> {
-    let of_stream = streams.iter().find(|stream| stream.name == worker.stream).map(|stream| &stream.subjects);
+    let of_stream =
+        streams.iter().find(|stream| Some(&stream.name) == worker.stream.as_ref()).map(|stream| &stream.subjects);
     let taken = if worker.subjects.is_empty() { of_stream? } else { &worker.subjects };
     let feeds = |output: &&String| taken.iter().any(|subject| overlaps(subject, output));
     let output = worker.outputs.iter().find(feeds)?;

@@ -16,6 +16,7 @@ use crate::alarm::{self, Alarm};
 pub use crate::manifest::WorkerMigration;
 use crate::message::Headers;
 pub use crate::message::Output;
+use crate::request::{HttpAnswer, RequestKey};
 use crate::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
 pub use crate::state::{StateEntry, StateWrite};
 use crate::verdict::{Letter, Settled};
@@ -25,6 +26,7 @@ mod changes;
 mod letters;
 mod log;
 mod postgres;
+mod requests;
 mod shared;
 mod sqlite;
 mod values;
@@ -37,6 +39,7 @@ pub use letters::{
 
 pub use log::{LogEvent, LogMark, LogReader, LogRecord, LogState, Lsn, OutputLog, RelayMode, SlotState, Step};
 pub use postgres::PostgresStore;
+pub use requests::ClaimedRequest;
 pub use sqlite::SqliteStore;
 
 /// Why the store could not do as asked. None of these is the guest's doing but `Refused`.
@@ -320,6 +323,8 @@ pub struct Retire {
     pub outputs: Duration,
     /// After their transaction; none for ever.
     pub inbox: Option<Duration>,
+    /// Answers to requests, at the most: each has a time of its own.
+    pub requests: Duration,
     /// The most rows that leave, or move, one by one at a time. On PostgreSQL whole parts leave, however large they are.
     pub limit: u32,
     /// How long to wait for transactions that are under way; new ones may have to wait as long.
@@ -344,6 +349,9 @@ pub trait Store: Send + Sync + 'static {
     /// Begins the one transaction of a batch of `worker`. The database itself ends statements that run longer
     /// than `time`.
     async fn begin(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>>;
+
+    /// Like [`Store::begin`], for a transaction that can but read, and that need not wait for those that write.
+    async fn begin_reading(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>>;
 
     /// Counts failed attempts, in a transaction of its own, and keeps the record of the last one of each event in place of
     /// that of the one before. Answers in their order.
@@ -480,7 +488,7 @@ pub trait Store: Send + Sync + 'static {
     async fn close(&self);
 }
 
-/// The transaction of one batch. Dropping it without `commit` rolls it back and gives the connection up.
+/// The transaction of one batch, or of one request. Dropping it without `commit` rolls it back and gives the connection up.
 #[async_trait]
 pub trait Tx: Send {
     /// Claims event ids in the inbox: all with one statement, sorted, so that batches that overlap wait for each
@@ -490,6 +498,13 @@ pub trait Tx: Send {
 
     /// Gives claimed event ids back, for members of the batch that failed and did no SQL.
     async fn unclaim(&mut self, event_ids: &[String]) -> Result<()>;
+
+    /// Claims an idempotency key for this transaction, or says what was answered to it. Does not wait for another
+    /// transaction that has it.
+    async fn claim_request(&mut self, request: &RequestKey) -> Result<ClaimedRequest>;
+
+    /// Keeps the answer to a key that this transaction claimed, for at least so long.
+    async fn answer_request(&mut self, request: &RequestKey, answer: &HttpAnswer, keep: Duration) -> Result<()>;
 
     /// The entries of those `keys` that are there.
     async fn load_state(&mut self, keys: &[String]) -> Result<Vec<(String, StateEntry)>>;

@@ -14,6 +14,7 @@ use crate::alarm::{self, Kind};
 use crate::failure_group::FailureGroup;
 use crate::fault;
 use crate::message::Headers;
+use crate::request::HttpAnswer;
 use crate::verdict::{Letter, Settled};
 
 /// How long a house transaction, one without a guest, may take over one statement.
@@ -52,6 +53,12 @@ impl Savepoint {
             false => Err(StoreError::Refused(anyhow!("there is no savepoint to go back to"))),
         }
     }
+}
+
+/// An answer as it stands in its columns.
+pub(super) fn stored_answer(status: i64, headers: &str, body: Vec<u8>) -> Result<HttpAnswer> {
+    let status = u16::try_from(status).context("read a status").map_err(StoreError::Unavailable)?;
+    Ok(HttpAnswer { status, headers: headers_from_text(headers)?, body: body.into() })
 }
 
 /// Headers as they stand in a column: `[["name","value"],...]`.

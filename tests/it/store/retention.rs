@@ -24,8 +24,14 @@ on_every_database!(
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Keeps everything for a day.
-const FOR_A_DAY: Retire =
-    Retire { outputs: DAY, inbox: Some(DAY), limit: 100, patience: Duration::from_millis(300), archive: None };
+const FOR_A_DAY: Retire = Retire {
+    outputs: DAY,
+    inbox: Some(DAY),
+    requests: DAY,
+    limit: 100,
+    patience: Duration::from_millis(300),
+    archive: None,
+};
 
 /// Removes everything that may be.
 pub(super) async fn retire_everything(world: &World) {

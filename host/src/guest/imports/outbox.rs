@@ -11,6 +11,9 @@ use crate::guest::record::{Asked, Sending};
 use crate::message::{self, EVENT_ID_MAX, Headers, Message, Output, output_id};
 use crate::subject;
 
+/// Why a request that reads cannot send.
+const READS: &str = "a GET, HEAD or OPTIONS changes nothing, and sends nothing";
+
 impl outbox::Host for CallState {
     async fn send(&mut self, outgoing: outbox::Outgoing) -> wasmtime::Result<Result<String, outbox::Error>> {
         let outbox::Outgoing { subject, headers, body, id, ordering_key, delay: delay_ms, caused_by } = outgoing;
@@ -36,6 +39,9 @@ impl CallState {
     /// Checks one outgoing message against the grants and limits of the manifest.
     fn accept(&self, outgoing: Sending) -> Result<Output, outbox::Error> {
         let worker = &self.call.worker;
+        if !self.may_write() {
+            return Err(outbox::Error::NotGranted(READS.to_owned()));
+        }
         subject::check_subject(&outgoing.subject).map_err(|why| outbox::Error::InvalidSubject(why.to_string()))?;
         if !worker.grants(&outgoing.subject) {
             return Err(outbox::Error::NotGranted(format!(

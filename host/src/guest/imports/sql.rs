@@ -4,7 +4,7 @@ use crate::fault;
 use crate::guest::bindings::oncely::worker::sql;
 use crate::guest::call::{CallState, FailureKind};
 use crate::guest::record::{Asked, Saw};
-use crate::sql::{DatabaseError, Dialect, Rows, SqlError, Value};
+use crate::sql::{self as sql_text, DatabaseError, Dialect, Rows, SqlError, Value};
 
 impl CallState {
     /// Counts a statement against the limits.
@@ -15,6 +15,9 @@ impl CallState {
                 "a delivery may run {} statements (`sql_statements` under [worker.limits])",
                 limits.sql_statements
             )));
+        }
+        if !self.may_write() && sql_text::changes_rows(statement, self.call.database.dialect()) {
+            return Err(SqlError::NotAllowed("a GET, HEAD or OPTIONS changes nothing".to_owned()));
         }
         self.statements += 1;
         let size = statement_size(statement, params);

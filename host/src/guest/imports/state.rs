@@ -16,6 +16,9 @@ impl CallState {
         value: &[u8],
         asked: impl FnOnce() -> Asked,
     ) -> wasmtime::Result<Result<Option<u64>, state::Error>> {
+        if !self.may_write() {
+            return Ok(Err(state::Error::Other("a GET, HEAD or OPTIONS changes nothing".to_owned())));
+        }
         if let Err(error) = check_key(key).and_then(|()| self.check_value(value)) {
             return Ok(Err(error));
         }

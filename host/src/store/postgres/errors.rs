@@ -73,12 +73,14 @@ pub(super) fn of_guest(error: Error) -> Result<SqlError, StoreError> {
         "57014" => SqlError::Timeout,
         INSUFFICIENT_PRIVILEGE => SqlError::NotAllowed(format!("this is not for workers: {}", said.message)),
         code if NOT_THE_HOST.contains(&code) => SqlError::NotAllowed(said.message),
-        // Outside of the transaction that the host began, the session only reads.
         // A type that the connection has to ask the server about takes the place of the statement that had no name.
         "26000" if said.message.starts_with("unnamed") => SqlError::UnsupportedType(
             "a column of the result has a type that cannot be passed on; read it as text, as in `x::text`".to_owned(),
         ),
-        READ_ONLY => SqlError::TransactionFailed("an earlier statement ended the transaction".to_owned()),
+        // So does the session outside of the transaction that the host began.
+        READ_ONLY => {
+            SqlError::TransactionFailed("this transaction can but read, or an earlier statement ended it".to_owned())
+        }
         IN_FAILED_TRANSACTION => SqlError::TransactionFailed(said.message),
         code if is_conflict(code) => SqlError::Conflict(said),
         code if is_pooler_trouble(code) && !said.message.contains(NAMED_BY_US) => SqlError::QueryFailed(said),

@@ -20,6 +20,7 @@ mod outputs;
 mod parts;
 mod redrive;
 mod repair;
+mod requests;
 mod session;
 mod state;
 mod totals;
@@ -181,6 +182,12 @@ impl Store for PostgresStore {
 
     async fn begin(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>> {
         let session = self.guests.begin(Purpose::Guest(time)).await?;
+        let guests = Guests { has_gate: self.has_gate, house: self.house.clone(), sessions: self.guests.clone() };
+        Ok(Box::new(PostgresTx::new(session, worker, guests)))
+    }
+
+    async fn begin_reading(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>> {
+        let session = self.guests.begin(Purpose::Reader(time)).await?;
         let guests = Guests { has_gate: self.has_gate, house: self.house.clone(), sessions: self.guests.clone() };
         Ok(Box::new(PostgresTx::new(session, worker, guests)))
     }
@@ -444,6 +451,7 @@ impl Store for PostgresStore {
 
     async fn retire(&self, what: &Retire) -> Result<bool> {
         let mut done = self.turn(Of::Outbox, what.outputs, what).await?;
+        done |= self.turn(Of::Request, what.requests, what).await?;
         let mut session = self.house.begin(Purpose::House).await?;
         totals::write_done(&mut session).await?;
         done |= parts::remove_log_records(&mut session, what.outputs, what.limit).await?;

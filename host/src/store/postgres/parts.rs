@@ -26,6 +26,7 @@ const PARTS: i16 = 4;
 pub(super) enum Of {
     Inbox,
     Outbox,
+    Request,
 }
 
 impl Of {
@@ -33,6 +34,7 @@ impl Of {
         match self {
             Of::Inbox => "inbox",
             Of::Outbox => "outbox",
+            Of::Request => "request",
         }
     }
 }
@@ -125,9 +127,9 @@ async fn read(session: &mut Session, of: Of) -> Result<Option<Turn>> {
     row.map(|row| read(row).context("read which part is written to").map_err(StoreError::Unavailable)).transpose()
 }
 
-/// Writes to another part from now on. That of the inbox waits for all who asked which one it is, and who may be claiming.
+/// Writes to another part from now on. Where ids are claimed, waits for all who asked which one it is.
 async fn turn_to(session: &mut Session, of: Of, part: i16) -> Result<()> {
-    if of == Of::Inbox {
+    if of != Of::Outbox {
         session.run("lock table oncely.turn in exclusive mode".to_owned(), "turn to another part").await?;
     }
     let query = session.query(
@@ -157,7 +159,8 @@ async fn empty(session: &mut Session, of: Of, turn: &Turn, keep: Duration, what:
     if of == Of::Inbox {
         totals::write_done(session).await?;
     }
-    if let Some(folder) = &what.archive {
+    // What was answered is nobody's to keep.
+    if let (Some(folder), Of::Inbox | Of::Outbox) = (&what.archive, of) {
         let rows = if of == Of::Outbox && has_log_records(session).await? { WITH_LOG_RECORDS } else { "*" };
         let leaving = format!("select {rows} from oncely.{name}_{part} as {name} where not ({moves_on})");
         archive(session, &leaving, ArchiveFile::create(folder, name, *closed_at)).await?;
@@ -183,6 +186,7 @@ fn moves_on(of: Of, keep: Duration) -> String {
              select from oncely.dead_letter as letter where letter.worker = inbox.worker
                  and letter.event_id = inbox.event_id and letter.state in ('open', 'redriven'))"
             .to_owned(),
+        Of::Request => "expires_at > pg_catalog.now()".to_owned(),
         Of::Outbox => {
             let kept_since = format!("pg_catalog.now() - {} * interval '1 microsecond'", shared::micros(keep));
             format!(

@@ -18,6 +18,8 @@ use crate::store::shared::HOUSE_TIME;
 pub(super) enum Purpose {
     /// Guest statements of at most this length each.
     Guest(Duration),
+    /// The same, for guests that can but read.
+    Reader(Duration),
     House,
     /// What may be lost when the server crashes, and need not wait for its disk.
     Note,
@@ -31,13 +33,16 @@ impl Purpose {
     fn begin(self) -> String {
         let (search_path, time) = match self {
             // Zero would mean for ever.
-            Purpose::Guest(time) => ("app_default, pg_temp", time.max(Duration::from_millis(2))),
+            Purpose::Guest(time) | Purpose::Reader(time) => {
+                ("app_default, pg_temp", time.max(Duration::from_millis(2)))
+            }
             Purpose::House | Purpose::Note | Purpose::Read => ("pg_catalog, pg_temp", HOUSE_TIME),
             Purpose::Deploy => ("pg_catalog, pg_temp", Duration::ZERO),
         };
         let (access, id) = match self {
             Purpose::Read => ("read only", "'' as id"),
             Purpose::Guest(_) => ("read write", GUARDED_ID),
+            Purpose::Reader(_) => ("read only", READERS_ID),
             _ => ("read write", "pg_catalog.pg_current_xact_id()::pg_catalog.text as id"),
         };
         let statement_ms = milliseconds(time);
@@ -50,7 +55,7 @@ impl Purpose {
         let (compiling, planning) = match self {
             Purpose::House | Purpose::Note => (NOT_COMPILED, PLANNED_ANEW),
             Purpose::Read => (NOT_COMPILED, ""),
-            Purpose::Guest(_) | Purpose::Deploy => ("", ""),
+            Purpose::Guest(_) | Purpose::Reader(_) | Purpose::Deploy => ("", ""),
         };
         format!(
             "begin isolation level read committed {access}; set local search_path = {search_path}; \
@@ -73,6 +78,10 @@ const PLANNED_ANEW: &str = "set local plan_cache_mode = force_custom_plan; set l
 /// The transaction's id, the process that serves it, and a mark that lets nobody but the host commit.
 const GUARDED_ID: &str = "pg_catalog.pg_current_xact_id()::pg_catalog.text as id, \
     pg_catalog.pg_backend_pid() as process, oncely_door.guard()";
+
+/// The same without the mark, which would be a write: there is nothing to commit.
+const READERS_ID: &str =
+    "pg_catalog.pg_current_xact_id()::pg_catalog.text as id, pg_catalog.pg_backend_pid() as process";
 
 fn milliseconds(duration: Duration) -> i32 {
     i32::try_from(duration.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
@@ -152,7 +161,7 @@ impl Session {
     async fn begin(&mut self, begin: &str) -> sqlx::Result<()> {
         let row = raw_sql(AssertSqlSafe(begin)).fetch_one(&mut *self.connection).await?;
         self.id = row.try_get("id")?;
-        if let Purpose::Guest(_) = self.purpose {
+        if let Purpose::Guest(_) | Purpose::Reader(_) = self.purpose {
             self.process = row.try_get("process")?;
         }
         Ok(())
@@ -189,7 +198,7 @@ impl Session {
 
     /// How long one of a guest's statements may take.
     pub(super) fn guest_time(&self) -> Duration {
-        if let Purpose::Guest(time) = self.purpose { time } else { HOUSE_TIME }
+        if let Purpose::Guest(time) | Purpose::Reader(time) = self.purpose { time } else { HOUSE_TIME }
     }
 
     /// A statement of our own. Behind a pooler it is prepared without a name, for its one use.
@@ -234,7 +243,7 @@ impl Session {
         }
         let commit = match self.purpose {
             _ if fault::mutant(fault::IGNORE_COMMIT_TAG) => "commit".to_owned(),
-            Purpose::Read => "commit".to_owned(),
+            Purpose::Read | Purpose::Reader(_) => "commit".to_owned(),
             Purpose::Guest(_) => {
                 // The guard lets this commit pass; the guests of the transaction are gone when the token is shown.
                 format!("set local oncely.finish = '{}'; {fence}; commit", hex::encode(self.token_for("finish")))

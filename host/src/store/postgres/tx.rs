@@ -8,12 +8,13 @@ use sqlx::Row;
 
 use super::guest_sql::{self, Guests, Outcome};
 use super::session::{Purpose, Session, Sessions};
-use super::{changes, inbox, outbox, state};
+use super::{changes, inbox, outbox, requests, state};
 use crate::fault;
+use crate::request::{HttpAnswer, RequestKey};
 use crate::sql::{Rows, SqlError, SqlLimits, Value};
 use crate::store::shared::Savepoint;
 use crate::store::{
-    Changes, Claim, Claimed, OutboxRow, Output, Result, StateEntry, StateWrite, StoreError, Tx, shared,
+    Changes, Claim, Claimed, ClaimedRequest, OutboxRow, Output, Result, StateEntry, StateWrite, StoreError, Tx, shared,
 };
 use crate::verdict::Settled;
 
@@ -95,6 +96,18 @@ impl Tx for PostgresTx {
         self.check()?;
         let unclaimed = inbox::unclaim(&mut self.session, &self.worker, event_ids).await;
         self.remember(unclaimed)
+    }
+
+    async fn claim_request(&mut self, request: &RequestKey) -> Result<ClaimedRequest> {
+        self.check()?;
+        let claimed = requests::claim(&mut self.session, &self.worker, request).await;
+        self.remember(claimed)
+    }
+
+    async fn answer_request(&mut self, request: &RequestKey, answer: &HttpAnswer, keep: Duration) -> Result<()> {
+        self.check()?;
+        let kept = requests::keep(&mut self.session, &self.worker, request, answer, keep).await;
+        self.remember(kept)
     }
 
     async fn load_state(&mut self, keys: &[String]) -> Result<Vec<(String, StateEntry)>> {

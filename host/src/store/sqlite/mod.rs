@@ -18,6 +18,7 @@ mod outbox;
 mod outputs;
 mod redrive;
 mod repair;
+mod requests;
 mod retention;
 mod session;
 mod state;
@@ -25,6 +26,7 @@ mod totals;
 mod tx;
 
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -48,9 +50,15 @@ use crate::verdict::{Letter, Settled};
 
 const READERS: u32 = 4;
 
+/// How many guests that can but read run at the same time.
+const GUEST_READERS: usize = 4;
+
 /// A SQLite database in a file of its own.
 pub struct SqliteStore {
     sessions: Sessions,
+    /// For guests that can but read, in turn.
+    guest_readers: [Sessions; GUEST_READERS],
+    next_reader: AtomicUsize,
     readers: SqlitePool,
     has_gate: bool,
 }
@@ -66,7 +74,8 @@ impl SqliteStore {
             .max_connections(READERS)
             .test_before_acquire(false)
             .connect_lazy_with(session::options(path).read_only(true));
-        Ok(SqliteStore { sessions, readers, has_gate: true })
+        let guest_readers = std::array::from_fn(|_| Sessions::reading(session::options(path)));
+        Ok(SqliteStore { sessions, guest_readers, next_reader: AtomicUsize::new(0), readers, has_gate: true })
     }
 
     /// Lets guests' statements past the gate unread, so that a test can show what the wall behind it holds.
@@ -90,7 +99,16 @@ impl Store for SqliteStore {
 
     async fn begin(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>> {
         let session = self.sessions.begin().await?;
-        Ok(Box::new(SqliteTx::new(session, worker, Guests { has_gate: self.has_gate, time }, self.readers.clone())))
+        let guests = Guests { has_gate: self.has_gate, time };
+        Ok(Box::new(SqliteTx::new(session, worker, guests, self.readers.clone())))
+    }
+
+    async fn begin_reading(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>> {
+        let place = self.next_reader.fetch_add(1, Ordering::Relaxed) % GUEST_READERS;
+        let sessions = self.guest_readers.get(place).unwrap_or(&self.sessions);
+        let session = sessions.begin().await?;
+        let guests = Guests { has_gate: self.has_gate, time };
+        Ok(Box::new(SqliteTx::new(session, worker, guests, self.readers.clone())))
     }
 
     async fn count_attempts(&self, worker: &str, failed: &[FailedAttempt]) -> Result<Vec<CountedAttempt>> {
@@ -302,6 +320,7 @@ impl Store for SqliteStore {
 
     async fn close(&self) {
         self.readers.close().await;
+        futures::future::join_all(self.guest_readers.iter().map(Sessions::close)).await;
         self.sessions.close().await;
     }
 }

@@ -30,6 +30,10 @@ macro_rules! old_records {
 const DELETE_OUTPUTS: &str = concat!("delete from oncely_outbox where seq in (", old_outputs!(), ")");
 const DELETE_RECORDS: &str = concat!("delete from oncely_inbox where (worker, event_id) in (", old_records!(), ")");
 
+/// Those whose time is over.
+const DELETE_ANSWERS: &str = "delete from oncely_request where rowid in (
+    select rowid from oncely_request where expires_at <= $1 order by expires_at limit $2)";
+
 /// Those that belong to no dead letter.
 const DELETE_ATTEMPTS: &str = "delete from oncely_attempt where (worker, event_id, attempt) in (
     select worker, event_id, attempt from oncely_attempt as attempt
@@ -64,6 +68,7 @@ pub(super) async fn retire(session: &mut Session, what: &Retire) -> Result<bool>
         archive(session, OUTPUTS_AS_JSON, outputs, what.limit, folder, "outbox", now).await?;
     }
     let mut most = delete(session, DELETE_OUTPUTS, outputs, what.limit).await?;
+    most = most.max(delete(session, DELETE_ANSWERS, now.as_microsecond(), what.limit).await?);
     write_done(session).await?;
     if let Some(records) = what.inbox.map(before) {
         if let Some(folder) = &what.archive {

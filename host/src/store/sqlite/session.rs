@@ -37,12 +37,18 @@ pub(super) fn options(path: &Path) -> SqliteConnectOptions {
 /// Where transactions come from: one after the other, on a connection that is opened again when it broke.
 pub(super) struct Sessions {
     options: SqliteConnectOptions,
+    begin: &'static str,
     writer: Arc<Mutex<Option<Writer>>>,
 }
 
 impl Sessions {
     pub(super) fn new(options: SqliteConnectOptions) -> Self {
-        Sessions { options, writer: Arc::default() }
+        Sessions { options, begin: "begin immediate", writer: Arc::default() }
+    }
+
+    /// For transactions that can but read; they do not wait for those that write.
+    pub(super) fn reading(options: SqliteConnectOptions) -> Self {
+        Sessions { options: options.read_only(true), begin: "begin", writer: Arc::default() }
     }
 
     /// Waits for the transaction before and begins one.
@@ -53,7 +59,7 @@ impl Sessions {
             *slot = Some(writer.map_err(|error| errors::of_statement(error, "open SQLite"))?);
         }
         let mut session = Session { slot, finished: false };
-        session.begin().await.map_err(|error| errors::of_statement(error, "begin a transaction"))?;
+        session.begin(self.begin).await.map_err(|error| errors::of_statement(error, "begin a transaction"))?;
         Ok(session)
     }
 
@@ -118,8 +124,8 @@ pub(super) struct Session {
 }
 
 impl Session {
-    async fn begin(&mut self) -> sqlx::Result<()> {
-        raw_sql("begin immediate").execute(self.connection()?).await?;
+    async fn begin(&mut self, begin: &'static str) -> sqlx::Result<()> {
+        raw_sql(begin).execute(self.connection()?).await?;
         Ok(())
     }
 

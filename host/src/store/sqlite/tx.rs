@@ -9,10 +9,13 @@ use sqlx::sqlite::SqlitePool;
 use super::changes::{self, Watch};
 use super::guest_sql::{self, Guests, Outcome};
 use super::session::Session;
-use super::{inbox, outbox, state};
+use super::{inbox, outbox, requests, state};
+use crate::request::{HttpAnswer, RequestKey};
 use crate::sql::{Rows, SqlError, SqlLimits, Value};
 use crate::store::shared::Savepoint;
-use crate::store::{Changes, Claim, Claimed, OutboxRow, Output, Result, StateEntry, StateWrite, Tx, shared};
+use crate::store::{
+    Changes, Claim, Claimed, ClaimedRequest, OutboxRow, Output, Result, StateEntry, StateWrite, Tx, shared,
+};
 use crate::verdict::Settled;
 
 pub(super) struct SqliteTx {
@@ -90,6 +93,18 @@ impl Tx for SqliteTx {
             event_ids.iter().map(String::as_str).filter(|event_id| self.fresh.contains(*event_id)).collect();
         let unclaimed = inbox::unclaim(&mut self.session, &self.worker, &ours).await;
         self.remember(unclaimed)
+    }
+
+    async fn claim_request(&mut self, request: &RequestKey) -> Result<ClaimedRequest> {
+        self.check()?;
+        let claimed = requests::claim(&mut self.session, &self.worker, request).await;
+        self.remember(claimed)
+    }
+
+    async fn answer_request(&mut self, request: &RequestKey, answer: &HttpAnswer, keep: Duration) -> Result<()> {
+        self.check()?;
+        let kept = requests::keep(&mut self.session, &self.worker, request, answer, keep).await;
+        self.remember(kept)
     }
 
     async fn load_state(&mut self, keys: &[String]) -> Result<Vec<(String, StateEntry)>> {

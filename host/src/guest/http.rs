@@ -1,0 +1,143 @@
+//! HTTP workers: any component that exports `wasi:http/incoming-handler` is called with one request and has to answer it.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full, Limited};
+use tokio::sync::oneshot;
+use wasmtime::Store;
+use wasmtime::component::Instance;
+use wasmtime_wasi_http::p2::bindings::exports::wasi::http::incoming_handler;
+use wasmtime_wasi_http::p2::bindings::http::types::{ErrorCode, Scheme};
+use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
+use wasmtime_wasi_http::{Error, RequestOptions, WasiBody, WasiHttpCtxView, WasiHttpHooks, WasiHttpView};
+
+use super::call::{Answer, CallFailure, CallState, FailureKind};
+use crate::message::Headers;
+use crate::request::{HttpAnswer, HttpRequest};
+
+/// What an HTTP worker is called with.
+pub struct RequestCall {
+    pub request: HttpRequest,
+    /// The id of this invocation where it is not that of the message.
+    pub id: Option<String>,
+    /// Whether the transaction may write.
+    pub may_write: bool,
+}
+
+/// How long the end of an answer may take after its handler has returned: all of it is in memory then.
+const END: Duration = Duration::from_millis(500);
+
+type Given = Result<hyper::Response<HyperOutgoingBody>, ErrorCode>;
+
+/// Calls the handler and waits for both: that it returns, and that its answer is whole.
+pub(super) async fn serve(
+    store: &mut Store<CallState>,
+    instance: &Instance,
+    indices: &incoming_handler::GuestIndices,
+) -> wasmtime::Result<(Answer, Option<HttpAnswer>)> {
+    let most = usize::try_from(store.data().call.worker.limits.answer_size).unwrap_or(usize::MAX);
+    let Some(asked) = &store.data().call.request else {
+        let why = "an HTTP worker handles requests, and no messages";
+        return Ok((Err(CallFailure::new(FailureKind::Retry, "no-request", why)), None));
+    };
+    let request = hyper_request(&asked.request)?;
+    let (give, given) = oneshot::channel();
+    let mut view = store.data_mut().http();
+    let request = view.new_incoming_request(Scheme::Http, request)?;
+    let outparam = view.new_response_outparam(give)?;
+    let handler = indices.load(&mut *store, instance)?;
+    let mut called = std::pin::pin!(handler.call_handle(&mut *store, request, outparam));
+    let mut read = std::pin::pin!(read(given, most));
+    let mut answer = None;
+    loop {
+        tokio::select! {
+            biased;
+            returned = &mut called => {
+                returned?;
+                break;
+            }
+            whole = &mut read, if answer.is_none() => answer = Some(whole),
+        }
+    }
+    let unfinished = || {
+        let why = "the handler returned and did not finish the body of its answer";
+        Err(CallFailure::new(FailureKind::Retry, "unfinished-answer", why))
+    };
+    let answer = match answer {
+        Some(answer) => answer,
+        None => tokio::time::timeout(END, read).await.unwrap_or_else(|_| unfinished()),
+    };
+    Ok(match answer {
+        Ok(answer) => (Ok(()), Some(answer)),
+        Err(failure) => (Err(failure), None),
+    })
+}
+
+/// Reads an answer to its end.
+async fn read(given: oneshot::Receiver<Given>, most: usize) -> Result<HttpAnswer, CallFailure> {
+    let failed = |code: &str, why: String| CallFailure::new(FailureKind::Retry, code, why);
+    let response = match given.await {
+        Ok(Ok(response)) => response,
+        Ok(Err(code)) => return Err(failed("error-answer", format!("the handler answered with an error: {code:?}"))),
+        Err(_) => return Err(failed("no-answer", "the handler returned without an answer".to_owned())),
+    };
+    let (parts, body) = response.into_parts();
+    let body = Limited::new(body, most).collect().await.map_err(|error| {
+        failed("answer-too-large", format!(
+            "the body of the answer could not be read: {error}; it may have {most} bytes (`answer_size` under [worker.limits])"
+        ))
+    })?;
+    let headers = parts.headers.iter().map(|(name, value)| (name.to_string(), text_of(value.as_bytes())));
+    Ok(HttpAnswer { status: parts.status.as_u16(), headers: headers.collect(), body: body.to_bytes() })
+}
+
+fn hyper_request(request: &HttpRequest) -> wasmtime::Result<hyper::Request<Full<Bytes>>> {
+    let mut builder = hyper::Request::builder().method(request.method.as_str()).uri(&request.path_and_query);
+    for (name, value) in with_host(request) {
+        builder = builder.header(name, bytes_of(&value));
+    }
+    Ok(builder.body(Full::new(request.body.clone()))?)
+}
+
+/// Its headers, with the authority where wasmtime looks for it.
+fn with_host(request: &HttpRequest) -> Headers {
+    let others = request.headers.iter().filter(|(name, _)| !name.eq_ignore_ascii_case("host")).cloned();
+    std::iter::once(("host".to_owned(), request.authority.clone())).chain(others).collect()
+}
+
+/// Bytes of a header as text, one character for each.
+pub fn text_of(bytes: &[u8]) -> String {
+    bytes.iter().copied().map(char::from).collect()
+}
+
+/// What [`text_of`] was made of; what cannot be is left out.
+pub fn bytes_of(text: &str) -> Vec<u8> {
+    text.chars().filter_map(|char| u8::try_from(u32::from(char)).ok()).collect()
+}
+
+impl WasiHttpView for CallState {
+    fn http(&mut self) -> WasiHttpCtxView<'_> {
+        let (ctx, hooks, table) = self.http_parts();
+        WasiHttpCtxView { hooks, table, ctx }
+    }
+}
+
+/// Nothing goes out but through the outbox.
+#[derive(Debug, Default)]
+pub(super) struct NothingGoesOut;
+
+impl WasiHttpHooks for NothingGoesOut {
+    fn send_request(
+        &mut self,
+        _: hyper::Request<WasiBody>,
+        _: Option<RequestOptions>,
+        _: Box<dyn Future<Output = Result<(), Error>> + Send>,
+    ) -> Box<
+        dyn Future<
+                Output = Result<(hyper::Response<WasiBody>, Box<dyn Future<Output = Result<(), Error>> + Send>), Error>,
+            > + Send,
+    > {
+        Box::new(std::future::ready(Err(Error::HttpRequestDenied)))
+    }
+}

@@ -1,0 +1,358 @@
+//! The ingress: requests over HTTP that are safe to retry.
+//!
+//! `POST /publish/{subject}` puts a message on a stream, all other paths belong to routes of HTTP workers. A request with an
+//! `Idempotency-Key` is handled once: its effects, its outputs and its answer are one transaction, and who asks again gets that
+//! answer. The key is that of the IETF draft `draft-ietf-httpapi-idempotency-key-header`, errors are those of RFC 9457;
+//! `docs/http.md` has the table.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::http::request::Parts;
+use axum::response::Response;
+use bytes::Bytes;
+use tokio::net::TcpListener;
+use tokio::sync::{RwLock, Semaphore};
+
+use crate::delivery::Delivery;
+use crate::delivery::request::{Asked, Handled};
+use crate::guest::text_of;
+use crate::manifest::{Route, StoreFailures};
+use crate::metrics::Metrics;
+use crate::relay::HandOver;
+use crate::request::{HttpAnswer, HttpRequest, RequestKey};
+use crate::store::{Store, StoreError};
+
+mod answer;
+mod flights;
+mod key;
+mod problem;
+mod publish;
+mod table;
+
+use answer::respond;
+use flights::{Flights, Meeting};
+use problem::Problem;
+use publish::Publishing;
+pub use publish::{PUBLISH_WINDOW, PUBLISHER};
+pub use table::{Table, check_routes};
+
+/// Names and values of a request's headers may have so many bytes together.
+const HEADERS_MAX: usize = 32 << 10;
+
+/// How long a request waits for a place among those of its worker.
+const ROOM_WAIT: Duration = Duration::from_secs(10);
+
+/// How long the host goes on when nobody says what became of a commit, or the database is away.
+const UNCLEAR_WAIT: Duration = Duration::from_secs(3);
+
+/// Between two looks whether another host is done with a key.
+const LOOK_EVERY: Duration = Duration::from_millis(40);
+
+/// Who is asked what the ingress lets in.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Admission {
+    /// The header that says who asks; none for `Authorization`.
+    pub caller: Option<String>,
+    /// Patterns of subjects that may be published to.
+    pub publish: Vec<String>,
+}
+
+/// A version of an HTTP worker that runs in this host.
+pub struct HttpWorker {
+    pub delivery: Delivery,
+    pub digest: String,
+    /// A place for each request at a time.
+    room: Semaphore,
+}
+
+impl HttpWorker {
+    pub fn new(delivery: Delivery, digest: String) -> Self {
+        let room = Semaphore::new(delivery.worker.concurrency as usize);
+        HttpWorker { delivery, digest, room }
+    }
+
+    /// How many requests are being handled.
+    pub fn in_flight(&self) -> usize {
+        (self.delivery.worker.concurrency as usize).saturating_sub(self.room.available_permits())
+    }
+
+    /// Waits for those that are being handled; the next ones are another version's.
+    pub async fn drain(&self) {
+        let _ = self.room.acquire_many(self.delivery.worker.concurrency).await;
+    }
+}
+
+/// What answers requests in this host.
+pub struct Ingress {
+    publishing: Publishing,
+    admission: Admission,
+    metrics: Arc<Metrics>,
+    /// None once the host drains.
+    relay: RwLock<Option<HandOver>>,
+    table: RwLock<Arc<Table>>,
+    flights: Flights,
+}
+
+/// Who handles a request.
+enum Target {
+    Worker(Arc<HttpWorker>, Route),
+    Publish(String),
+}
+
+impl Ingress {
+    pub fn new(
+        store: Arc<dyn Store>,
+        relay: HandOver,
+        metrics: Arc<Metrics>,
+        payload_max: usize,
+        admission: Admission,
+    ) -> Self {
+        Ingress {
+            publishing: Publishing { store, payload_max, metrics: Arc::clone(&metrics) },
+            admission,
+            metrics,
+            relay: RwLock::new(Some(relay)),
+            table: RwLock::default(),
+            flights: Flights::default(),
+        }
+    }
+
+    /// Serves these workers from now on.
+    pub async fn turn_to(&self, table: Table) {
+        *self.table.write().await = Arc::new(table);
+    }
+
+    /// Lets go of the relay: the host ends.
+    pub async fn close(&self) {
+        self.relay.write().await.take();
+    }
+
+    /// Serves requests until `shutdown` completes, and those that came before it to their end.
+    pub async fn serve(
+        self: Arc<Self>,
+        listener: TcpListener,
+        shutdown: impl Future<Output = ()> + Send + 'static,
+    ) -> Result<()> {
+        let router = Router::new().fallback(take).with_state(self);
+        axum::serve(listener, router).with_graceful_shutdown(shutdown).await.context("serve requests")
+    }
+
+    /// Who handles a request with this method and path.
+    async fn target(&self, parts: &Parts) -> Result<Target, Problem> {
+        let (method, path) = (parts.method.as_str(), parts.uri.path());
+        if let Some(subject) = path.strip_prefix(publish::PATH) {
+            return match method {
+                "POST" => publish::subject(subject, &self.admission.publish).map(Target::Publish),
+                _ => Err(Problem::method_not_allowed(&["POST".to_owned()])),
+            };
+        }
+        let table = Arc::clone(&*self.table.read().await);
+        table.find(method, path).map(|(worker, route)| Target::Worker(worker, route))
+    }
+
+    /// Reads a request whole, and what makes it the same when it comes again.
+    async fn read(&self, target: &Target, parts: Parts, body: Body) -> Result<Asked, Problem> {
+        let (body_max, needs_key, window) = match target {
+            Target::Worker(_, route) => (route.body_size, route.needs_key(parts.method.as_str()), route.window),
+            Target::Publish(_) => (self.publishing.payload_max as u64, true, PUBLISH_WINDOW),
+        };
+        let key = key::key(&parts.headers)?;
+        if key.is_none() && needs_key {
+            return Err(Problem::key_missing());
+        }
+        let size = parts.headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum::<usize>();
+        if size > HEADERS_MAX {
+            return Err(Problem::headers_too_large(size, HEADERS_MAX));
+        }
+        let body = read_body(body, usize::try_from(body_max).unwrap_or(usize::MAX)).await?;
+        let caller = key::caller(&parts.headers, self.admission.caller.as_deref());
+        let request = whole(target, parts, body);
+        // What changes nothing needs no key, whoever sends one.
+        let key = key.filter(|_| !request.is_safe()).map(|key| {
+            let route = match target {
+                Target::Worker(_, route) => route.path.clone(),
+                Target::Publish(_) => publish::PATH.to_owned(),
+            };
+            let fingerprint = request.fingerprint();
+            (RequestKey { route, caller, key, fingerprint }, window)
+        });
+        Ok(Asked { request, key })
+    }
+
+    /// Handles a request that was read, and hands over what it publishes.
+    async fn answer(&self, target: &Target, asked: &Asked) -> Result<(HttpAnswer, bool), Problem> {
+        let wait = match target {
+            Target::Worker(_, route) => route.wait,
+            Target::Publish(_) => Duration::from_secs(1),
+        };
+        let _flight = match &asked.key {
+            Some((key, _)) => match self.flights.enter(target.name(), key, wait).await {
+                Meeting::Alone(flight) => Some(flight),
+                Meeting::Same => return Err(Problem::in_progress()),
+                Meeting::Other => return Err(Problem::key_reused()),
+            },
+            None => None,
+        };
+        let _room = match target {
+            Target::Worker(worker, _) => {
+                let room = tokio::time::timeout(ROOM_WAIT, worker.room.acquire()).await;
+                Some(room.map_err(|_| Problem::busy())?)
+            }
+            Target::Publish(_) => None,
+        };
+        self.insist(target, asked, wait).await
+    }
+
+    /// Handles a request until it is clear what became of it, as far as that can be known in time.
+    async fn insist(&self, target: &Target, asked: &Asked, wait: Duration) -> Result<(HttpAnswer, bool), Problem> {
+        let began = Instant::now();
+        loop {
+            let handled = match target {
+                Target::Worker(worker, _) => worker.delivery.handle(asked).await,
+                Target::Publish(subject) => self.publishing.publish(subject, asked).await,
+            };
+            let waited = began.elapsed();
+            match handled {
+                Ok(Handled::Answered { answer, replayed, outputs, since }) => {
+                    if let Some(relay) = self.relay.read().await.clone() {
+                        relay.hand_over(outputs, since).await;
+                    }
+                    return Ok((answer, replayed));
+                }
+                Ok(Handled::OtherRequest) => return Err(Problem::key_reused()),
+                Ok(Handled::InFlight) if waited < wait => {}
+                Ok(Handled::InFlight) => return Err(Problem::in_progress()),
+                Ok(Handled::Failed(failure)) => {
+                    tracing::warn!(
+                        worker = target.name(),
+                        "a request was not answered: {} ({})",
+                        failure.message,
+                        failure.code.as_deref().unwrap_or("no code")
+                    );
+                    return self.failed(target, asked, Problem::failed(failure.code.as_deref())).await;
+                }
+                // Asking again with the same key tells what became of it.
+                Ok(Handled::Unclear(_)) if asked.key.is_some() && waited < UNCLEAR_WAIT => {}
+                Ok(Handled::Unclear(error)) => {
+                    tracing::warn!(worker = target.name(), "nobody knows whether a request took effect: {error:#}");
+                    return Err(Problem::unclear(asked.key.is_some()));
+                }
+                Err(StoreError::Unavailable(_) | StoreError::Conflict(_)) if waited < UNCLEAR_WAIT => {}
+                Err(error) => {
+                    let error = anyhow::Error::from(error);
+                    tracing::warn!(worker = target.name(), "a request was not handled: {error:#}");
+                    return Err(Problem::unavailable());
+                }
+            }
+            tokio::time::sleep(LOOK_EVERY.mul_f64(0.5 + rand::random::<f64>())).await;
+        }
+    }
+
+    /// Where the route says so, a request whose handler was cut off keeps the answer that it was.
+    async fn failed(&self, target: &Target, asked: &Asked, problem: Problem) -> Result<(HttpAnswer, bool), Problem> {
+        let Target::Worker(worker, route) = target else { return Err(problem) };
+        if route.store_failures == StoreFailures::Answered || asked.key.is_none() {
+            return Err(problem);
+        }
+        match worker.delivery.keep_answer(asked, problem.for_good().answer()).await {
+            Ok(Handled::Answered { answer, replayed, .. }) => Ok((answer, replayed)),
+            Ok(_) => Err(problem),
+            Err(error) => {
+                tracing::warn!(worker = target.name(), "an answer was not kept: {:#}", anyhow::Error::from(error));
+                Err(problem)
+            }
+        }
+    }
+}
+
+impl Target {
+    /// The worker whose key it is.
+    fn name(&self) -> &str {
+        match self {
+            Target::Worker(worker, _) => &worker.delivery.worker.name,
+            Target::Publish(_) => PUBLISHER,
+        }
+    }
+
+    /// The route, for metrics.
+    fn route(&self) -> &str {
+        match self {
+            Target::Worker(_, route) => &route.path,
+            Target::Publish(_) => publish::PATH,
+        }
+    }
+}
+
+/// One request, from its first byte to its answer.
+async fn take(State(ingress): State<Arc<Ingress>>, request: Request) -> Response {
+    let (parts, body) = request.into_parts();
+    let began = Instant::now();
+    let target = match ingress.target(&parts).await {
+        Ok(target) => target,
+        Err(problem) => return respond(problem.answer(), false),
+    };
+    let asked = match ingress.read(&target, parts, body).await {
+        Ok(asked) => asked,
+        Err(problem) => {
+            ingress.metrics.request(target.name(), target.route(), problem.status, false, began.elapsed());
+            return respond(problem.answer(), false);
+        }
+    };
+    // A caller that goes away stops nothing half-way.
+    let answering = tokio::spawn(async move {
+        let (answer, replayed) =
+            ingress.answer(&target, &asked).await.unwrap_or_else(|problem| (problem.answer(), false));
+        ingress.metrics.request(target.name(), target.route(), answer.status, replayed, began.elapsed());
+        (answer, replayed)
+    });
+    match answering.await {
+        Ok((answer, replayed)) => respond(answer, replayed),
+        Err(_) => respond(Problem::unavailable().answer(), false),
+    }
+}
+
+async fn read_body(body: Body, most: usize) -> Result<Bytes, Problem> {
+    match axum::body::to_bytes(body, most).await {
+        Ok(body) => Ok(body),
+        Err(error) if is_too_large(&error) => Err(Problem::body_too_large(most)),
+        Err(_) => Err(Problem::torn()),
+    }
+}
+
+fn is_too_large(error: &axum::Error) -> bool {
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        if error.is::<http_body_util::LengthLimitError>() {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
+fn whole(target: &Target, parts: Parts, body: Bytes) -> HttpRequest {
+    let mut method = parts.method.as_str().to_owned();
+    // Where nobody says otherwise, HEAD is GET without a body (RFC 9110 section 9.3.2).
+    if let Target::Worker(_, route) = target
+        && method == "HEAD"
+        && !route.takes("HEAD")
+    {
+        method = "GET".to_owned();
+    }
+    let host = parts.headers.get("host").map(|host| text_of(host.as_bytes()));
+    let authority = parts.uri.authority().map(ToString::to_string).or(host).unwrap_or_else(|| "localhost".to_owned());
+    let headers = parts.headers.iter().map(|(name, value)| (name.to_string(), text_of(value.as_bytes())));
+    HttpRequest {
+        method,
+        path_and_query: parts.uri.path_and_query().map_or_else(|| "/".to_owned(), ToString::to_string),
+        authority,
+        headers: headers.collect(),
+        body,
+    }
+}

@@ -1,0 +1,35 @@
+//! An answer on its way out.
+
+use axum::body::Body;
+use axum::http::{HeaderName, HeaderValue, StatusCode};
+use axum::response::Response;
+
+use crate::guest::bytes_of;
+use crate::request::HttpAnswer;
+
+/// Says that an answer was given before, as at Stripe.
+pub(super) const REPLAYED: &str = "idempotent-replayed";
+
+/// What concerns one connection (RFC 9110 section 7.6.1), and what the server says itself.
+const OF_THE_CONNECTION: [&str; 8] =
+    ["connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "content-length"];
+
+/// The response that an answer is.
+pub(super) fn respond(answer: HttpAnswer, replayed: bool) -> Response {
+    let mut response = Response::new(Body::from(answer.body));
+    *response.status_mut() = StatusCode::from_u16(answer.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    let headers = response.headers_mut();
+    for (name, value) in answer.headers {
+        let name = HeaderName::try_from(name);
+        let value = HeaderValue::from_bytes(&bytes_of(&value));
+        if let (Ok(name), Ok(value)) = (name, value)
+            && !OF_THE_CONNECTION.contains(&name.as_str())
+        {
+            headers.append(name, value);
+        }
+    }
+    if replayed {
+        headers.insert(REPLAYED, HeaderValue::from_static("true"));
+    }
+    response
+}

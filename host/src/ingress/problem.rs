@@ -1,0 +1,139 @@
+//! What the ingress itself answers when it cannot let a request through: problem details, RFC 9457.
+
+use bytes::Bytes;
+use serde_json::json;
+
+use crate::request::HttpAnswer;
+
+/// Why a request is not answered by a handler.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Problem {
+    pub status: u16,
+    /// Stable; the last part of its type.
+    code: String,
+    title: &'static str,
+    /// For a person. It says nothing of the database or of the handler's insides.
+    pub detail: String,
+    /// After how many seconds the same request may be sent again, with the same key if it had one.
+    retry_after: Option<u32>,
+    allow: Option<String>,
+}
+
+impl Problem {
+    fn new(status: u16, code: &str, title: &'static str, detail: impl Into<String>) -> Self {
+        Problem { status, code: code.to_owned(), title, detail: detail.into(), retry_after: None, allow: None }
+    }
+
+    fn retry_after(self, seconds: u32) -> Self {
+        Problem { retry_after: Some(seconds), ..self }
+    }
+
+    pub(super) fn key_missing() -> Self {
+        let detail =
+            "this operation needs an Idempotency-Key header: one key for each operation, the same for each retry";
+        Problem::new(400, "idempotency-key-missing", "Idempotency-Key is missing", detail)
+    }
+
+    pub(super) fn key_invalid(why: &str) -> Self {
+        let detail = format!("the Idempotency-Key cannot be used: {why}");
+        Problem::new(400, "idempotency-key-invalid", "Idempotency-Key is invalid", detail)
+    }
+
+    pub(super) fn key_reused() -> Self {
+        let detail =
+            "this Idempotency-Key was used for a request with another method, path, query, content type or body";
+        Problem::new(422, "idempotency-key-reused", "Idempotency-Key is already used", detail)
+    }
+
+    pub(super) fn in_progress() -> Self {
+        let detail = "a request with this Idempotency-Key is being handled; ask again soon with the same key";
+        Problem::new(409, "request-in-progress", "A request is outstanding for this Idempotency-Key", detail)
+            .retry_after(1)
+    }
+
+    pub(super) fn not_found() -> Self {
+        Problem::new(404, "no-such-route", "Not found", "no worker here answers this path")
+    }
+
+    pub(super) fn method_not_allowed(allowed: &[String]) -> Self {
+        let allowed = allowed.join(", ");
+        let detail = format!("this path takes {allowed}");
+        Problem { allow: Some(allowed), ..Problem::new(405, "method-not-allowed", "Method not allowed", detail) }
+    }
+
+    pub(super) fn subject_refused(status: u16, why: impl Into<String>) -> Self {
+        Problem::new(status, "subject-refused", "The subject cannot be published to", why)
+    }
+
+    pub(super) fn body_too_large(most: usize) -> Self {
+        let detail = format!("the body may have {most} bytes");
+        Problem::new(413, "body-too-large", "The body is too large", detail)
+    }
+
+    pub(super) fn headers_too_large(size: usize, most: usize) -> Self {
+        let detail = format!("the headers have {size} bytes together, and may have {most}");
+        Problem::new(431, "headers-too-large", "The headers are too large", detail)
+    }
+
+    pub(super) fn torn() -> Self {
+        Problem::new(400, "request-torn", "The request is not whole", "the body ended before its end")
+    }
+
+    pub(super) fn busy() -> Self {
+        let detail = "too many requests wait for this worker; nothing was done";
+        Problem::new(503, "busy", "Too busy", detail).retry_after(1)
+    }
+
+    pub(super) fn unavailable() -> Self {
+        let detail = "the database is out of reach, or too much was in the way; nothing was done";
+        Problem::new(503, "unavailable", "Unavailable", detail).retry_after(1)
+    }
+
+    /// Nobody knows whether the request took effect.
+    pub(super) fn unclear(has_key: bool) -> Self {
+        let (code, title) = ("outcome-unknown", "Nobody knows yet whether this took effect");
+        match has_key {
+            true => {
+                let detail = "ask again with the same Idempotency-Key: the answer will be the one and only";
+                Problem::new(503, code, title, detail).retry_after(1)
+            }
+            false => Problem::new(500, code, title, "without an Idempotency-Key it is not safe to ask again"),
+        }
+    }
+
+    /// The handler was cut off, or broke a rule.
+    pub(super) fn failed(code: Option<&str>) -> Self {
+        let (status, code) = match code {
+            Some("timeout") => (504, "handler-timeout"),
+            _ => (500, "handler-failed"),
+        };
+        let detail =
+            "the handler of this request failed, and nothing of it took effect; the same request may be sent again";
+        Problem::new(status, code, "The handler failed", detail)
+    }
+
+    /// The same, for one that is kept: asking again brings nothing else.
+    pub(super) fn for_good(&self) -> Self {
+        let detail =
+            "the handler of this request failed, and nothing of it took effect; with this key the answer stays so";
+        Problem { detail: detail.to_owned(), ..self.clone() }
+    }
+
+    /// As it goes out.
+    pub(super) fn answer(&self) -> HttpAnswer {
+        let body = json!({
+            "type": format!("urn:oncely:problem:{}", self.code),
+            "title": self.title,
+            "status": self.status,
+            "detail": self.detail,
+            "code": self.code,
+        });
+        let mut headers = vec![
+            ("content-type".to_owned(), "application/problem+json".to_owned()),
+            ("cache-control".to_owned(), "no-store".to_owned()),
+        ];
+        headers.extend(self.retry_after.map(|seconds| ("retry-after".to_owned(), seconds.to_string())));
+        headers.extend(self.allow.clone().map(|allow| ("allow".to_owned(), allow)));
+        HttpAnswer { status: self.status, headers, body: Bytes::from(body.to_string()) }
+    }
+}

@@ -1,0 +1,73 @@
+//! Which worker answers which path.
+
+use std::sync::Arc;
+
+use anyhow::{Result, anyhow};
+
+use super::HttpWorker;
+use super::problem::Problem;
+use crate::hint::WithHint as _;
+use crate::manifest::{Route, Worker};
+
+/// The routes of all HTTP workers that run here.
+#[derive(Default)]
+pub struct Table {
+    paths: matchit::Router<Vec<(Arc<HttpWorker>, Route)>>,
+}
+
+impl Table {
+    /// The routes of these workers; those that are another's already are left out, with a word to the log.
+    pub fn of(workers: impl IntoIterator<Item = Arc<HttpWorker>>) -> Table {
+        let mut by_path: Vec<(String, Vec<(Arc<HttpWorker>, Route)>)> = Vec::new();
+        for worker in workers {
+            for route in worker.delivery.worker.routes.clone() {
+                let entry = (Arc::clone(&worker), route.clone());
+                match by_path.iter_mut().find(|(path, _)| *path == route.path) {
+                    Some((_, entries)) => entries.push(entry),
+                    None => by_path.push((route.path, vec![entry])),
+                }
+            }
+        }
+        let mut paths = matchit::Router::new();
+        for (path, entries) in by_path {
+            if let Err(error) = paths.insert(&path, entries) {
+                tracing::error!("the route `{path}` is not served: {error}");
+            }
+        }
+        Table { paths }
+    }
+
+    /// Who answers a request.
+    pub(super) fn find(&self, method: &str, path: &str) -> std::result::Result<(Arc<HttpWorker>, Route), Problem> {
+        let Ok(found) = self.paths.at(path) else { return Err(Problem::not_found()) };
+        let taking = |method: &str| found.value.iter().find(|(_, route)| route.takes(method)).cloned();
+        let or_get = || if method == "HEAD" { taking("GET") } else { None };
+        taking(method).or_else(or_get).ok_or_else(|| {
+            let allowed: Vec<String> = found.value.iter().flat_map(|(_, route)| route.methods.clone()).collect();
+            Problem::method_not_allowed(&allowed)
+        })
+    }
+}
+
+/// Refuses a worker whose routes are another one's: two could answer the same request.
+pub fn check_routes<'w>(worker: &Worker, others: impl Iterator<Item = &'w Worker>) -> Result<()> {
+    for other in others.filter(|other| other.name != worker.name) {
+        for route in &worker.routes {
+            for theirs in &other.routes {
+                let both = |method: &String| theirs.takes(method);
+                let meets = route.methods.is_empty() || theirs.methods.is_empty() || route.methods.iter().any(both);
+                let is_same = theirs.path == route.path && meets;
+                let conflicts = theirs.path != route.path && {
+                    let mut paths = matchit::Router::new();
+                    paths.insert(theirs.path.as_str(), ()).is_ok() && paths.insert(route.path.as_str(), ()).is_err()
+                };
+                if is_same || conflicts {
+                    let (name, path) = (&other.name, &theirs.path);
+                    return Err(anyhow!("the route `{}` and the route `{path}` of worker {name} overlap", route.path))
+                        .hint("give one of them another path, or other `methods`");
+                }
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,71 @@
+//! Requests over HTTP and answers to them, as plain values.
+
+use bytes::Bytes;
+use sha2::{Digest, Sha256};
+
+use crate::message::Headers;
+
+/// One request, whole. Header values are bytes, each of them one character from U+0000 to U+00FF.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HttpRequest {
+    /// Upper case for all that is standard.
+    pub method: String,
+    /// As it was sent, such as `/accounts/7?at=now`.
+    pub path_and_query: String,
+    /// Host and port that the caller named.
+    pub authority: String,
+    pub headers: Headers,
+    pub body: Bytes,
+}
+
+/// One answer, whole: as it is kept and given again. Header values are as those of a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HttpAnswer {
+    pub status: u16,
+    pub headers: Headers,
+    pub body: Bytes,
+}
+
+/// What makes a request the same request when it comes again to the same worker.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct RequestKey {
+    /// Of the manifest, such as `/accounts/{id}/transfers`.
+    pub route: String,
+    /// Who asked, as a digest; empty for one that nobody vouches for.
+    pub caller: String,
+    pub key: String,
+    /// SHA-256 of everything that must be the same, too; see [`HttpRequest::fingerprint`].
+    pub fingerprint: [u8; 32],
+}
+
+impl HttpRequest {
+    /// Whether its method promises to change nothing ("safe", RFC 9110 section 9.2.1).
+    pub fn is_safe(&self) -> bool {
+        matches!(self.method.as_str(), "GET" | "HEAD" | "OPTIONS" | "TRACE")
+    }
+
+    /// SHA-256 over method, path, query, content type and body.
+    pub fn fingerprint(&self) -> [u8; 32] {
+        let content_type = crate::message::header(&self.headers, "content-type").unwrap_or_default();
+        let mut hasher = Sha256::new();
+        for part in [&self.method, &self.path_and_query, content_type] {
+            hasher.update((part.len() as u64).to_be_bytes());
+            hasher.update(part);
+        }
+        hasher.update(&self.body);
+        hasher.finalize().into()
+    }
+}
+
+impl RequestKey {
+    /// The same for every attempt at this request to `worker`, and for no other.
+    pub fn invocation_id(&self, worker: &str) -> String {
+        let mut hasher = Sha256::new();
+        for part in [&self.route, &self.caller, &self.key] {
+            hasher.update((part.len() as u64).to_be_bytes());
+            hasher.update(part);
+        }
+        hasher.update(self.fingerprint);
+        format!("{worker}:{}", hex::encode(hasher.finalize()))
+    }
+}

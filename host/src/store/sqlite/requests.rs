@@ -1,0 +1,75 @@
+//! Idempotency keys of requests: a row once one was answered. There is one writer, so none is ever in flight here.
+
+use std::time::Duration;
+
+use anyhow::anyhow;
+use jiff::Timestamp;
+use sqlx::Row;
+use sqlx::sqlite::SqliteRow;
+
+use super::errors;
+use super::session::Session;
+use crate::request::{HttpAnswer, RequestKey};
+use crate::store::{ClaimedRequest, Result, StoreError, shared};
+
+/// What was answered to a key before.
+pub(super) async fn claim(session: &mut Session, worker: &str, request: &RequestKey) -> Result<ClaimedRequest> {
+    let doing = |error| errors::of_statement(error, "claim an idempotency key");
+    let row = sqlx::query(
+        "select fingerprint, status, headers, body from oncely_request
+         where worker = $1 and route = $2 and caller = $3 and key = $4 and expires_at > $5",
+    )
+    .bind(worker)
+    .bind(&request.route)
+    .bind(&request.caller)
+    .bind(&request.key)
+    .bind(Timestamp::now().as_microsecond())
+    .fetch_optional(session.connection().map_err(doing)?)
+    .await
+    .map_err(doing)?;
+    let Some(row) = row else { return Ok(ClaimedRequest::Fresh) };
+    let read = |row: &SqliteRow| Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?, row.try_get(3)?));
+    let (fingerprint, status, headers, body): (Vec<u8>, i64, String, Vec<u8>) =
+        read(&row).map_err(|error| errors::of_statement(error, "read what was answered"))?;
+    if fingerprint != request.fingerprint {
+        return Ok(ClaimedRequest::OtherRequest);
+    }
+    shared::stored_answer(status, &headers, body).map(ClaimedRequest::Answered)
+}
+
+/// Keeps what is answered to a key that this transaction claimed.
+pub(super) async fn keep(
+    session: &mut Session,
+    worker: &str,
+    request: &RequestKey,
+    answer: &HttpAnswer,
+    keep: Duration,
+) -> Result<()> {
+    let doing = |error| errors::of_statement(error, "keep an answer");
+    let now = Timestamp::now().as_microsecond();
+    let kept = sqlx::query(
+        "insert into oncely_request (worker, route, caller, key, fingerprint, status, headers, body, answered_at, expires_at)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
+         on conflict (worker, route, caller, key) do update
+             set fingerprint = excluded.fingerprint, status = excluded.status, headers = excluded.headers,
+                 body = excluded.body, answered_at = excluded.answered_at, expires_at = excluded.expires_at
+             where oncely_request.expires_at <= excluded.answered_at",
+    )
+    .bind(worker)
+    .bind(&request.route)
+    .bind(&request.caller)
+    .bind(&request.key)
+    .bind(request.fingerprint.as_slice())
+    .bind(i64::from(answer.status))
+    .bind(shared::headers_to_text(&answer.headers)?)
+    .bind(answer.body.as_ref())
+    .bind(now)
+    .bind(now.saturating_add(shared::micros(keep)))
+    .execute(session.connection().map_err(doing)?)
+    .await
+    .map_err(doing)?;
+    if kept.rows_affected() == 1 {
+        return Ok(());
+    }
+    Err(StoreError::Conflict(anyhow!("the idempotency key was answered by another transaction")))
+}

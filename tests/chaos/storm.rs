@@ -1,0 +1,326 @@
+//! The storm: many clients post the same operation at the same moment, again and again, while hosts die and connections
+//! break. Each operation has one effect, and all of its clients hear the same.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use futures::StreamExt;
+use oncely::fault;
+use oncely_client::{Client, Method};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use serde_json::{Value, json};
+use support::database::{Database, Kind};
+use support::guests;
+use support::postgres::Cluster;
+use support::proxy::{Cut, Proxy};
+use support::server::free_port;
+use support::world::World;
+
+use crate::checker::Violation;
+
+/// Where hosts die while they handle a request.
+const POINTS: [&str; 6] = [
+    fault::AFTER_BEGIN,
+    fault::AFTER_CLAIM,
+    fault::MID_GUEST,
+    fault::AFTER_GUEST,
+    fault::BEFORE_COMMIT,
+    fault::AFTER_COMMIT,
+];
+
+/// How many operations are posted at the same time.
+const AT_ONCE: usize = 4;
+
+/// How long after one operation the next one is begun, so that there is time for harm.
+const PACE: Duration = Duration::from_millis(150);
+
+/// How often at least hosts have to die; a storm without that proves little.
+const DEATHS: u64 = 3;
+
+/// How long a client goes on trying.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// What to do.
+#[derive(Debug, Clone)]
+pub struct Storm {
+    pub kind: Kind,
+    pub seed: u64,
+    /// Operations, each under a key of its own.
+    pub keys: u64,
+    /// Clients that post each of them at once.
+    pub posts: usize,
+    /// What else is set in the host's environment.
+    pub env: Vec<(String, String)>,
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub struct Weathered {
+    pub storm: Storm,
+    pub injected: BTreeMap<String, u64>,
+    pub seen: BTreeMap<String, u64>,
+    pub violations: Vec<Violation>,
+    pub seconds: u64,
+}
+
+/// Answers to one operation.
+#[derive(Default)]
+struct Heard {
+    /// Status, headers that last, and body.
+    answers: BTreeSet<String>,
+    gave_up: Vec<String>,
+    tries: u64,
+    replayed: u64,
+    /// What was said to another body under the same key.
+    other: String,
+}
+
+/// Runs one storm.
+pub async fn run(storm: Storm) -> Result<Weathered> {
+    let began = Instant::now();
+    let mut sky = Sky::start(storm).await?;
+    let client = Client::builder(&format!("http://127.0.0.1:{}", sky.to_host.port()))
+        .deadline(PATIENCE)
+        .try_timeout(Duration::from_secs(15))
+        .backoff(Duration::from_millis(20), Duration::from_millis(500))
+        .budget(1_000.0, u32::MAX / 4)
+        .build()?;
+    let calm = Arc::new(AtomicBool::new(false));
+    let posting = tokio::spawn({
+        let (storm, calm) = (sky.storm.clone(), Arc::clone(&calm));
+        async move {
+            let waves = (0..storm.keys).map(|key| {
+                let client = client.clone();
+                async move {
+                    tokio::time::sleep(PACE * u32::try_from(AT_ONCE).unwrap_or(1)).await;
+                    wave(client, key, storm.posts).await
+                }
+            });
+            let heard: Vec<Heard> = futures::stream::iter(waves).buffered(AT_ONCE).collect().await;
+            calm.store(true, Ordering::Relaxed);
+            heard
+        }
+    });
+    while !calm.load(Ordering::Relaxed) {
+        sky.strike().await?;
+    }
+    let heard = posting.await.context("post")?;
+    sky.conclude(heard, began).await
+}
+
+/// One operation, posted by many clients at once, and then another one under its key.
+async fn wave(client: Client, key: u64, posts: usize) -> Heard {
+    let (name, what) =
+        (format!("op-{key}"), json!({ "event": event(key), "do": ["effect", "slow", "state", "send"], "ms": 5 }));
+    let post = |what: Value| client.call(Method::POST, "/do/it").key(&*name).json(&what).send();
+    let answers = futures::future::join_all((0..posts).map(|_| post(what.clone()))).await;
+    let mut heard = Heard::default();
+    for answer in answers {
+        match answer {
+            Ok(answer) => {
+                let odd = answer.headers.get("x-odd").map(|value| value.as_bytes().to_vec());
+                let nonce = answer.headers.get("x-nonce").cloned();
+                heard.answers.insert(format!("{} {nonce:?} {odd:?} {}", answer.status, answer.text()));
+                heard.tries += u64::from(answer.tries);
+                heard.replayed += u64::from(answer.replayed);
+            }
+            Err(error) => heard.gave_up.push(error.to_string()),
+        }
+    }
+    heard.other = match post(json!({ "event": "other" })).await {
+        Ok(answer) => answer.status.to_string(),
+        Err(error) => error.to_string(),
+    };
+    heard
+}
+
+fn event(key: u64) -> String {
+    format!("e{key}")
+}
+
+struct Sky {
+    storm: Storm,
+    world: World,
+    to_host: Proxy,
+    to_database: Option<Proxy>,
+    _cluster: Option<Cluster>,
+    random: StdRng,
+    injected: BTreeMap<String, u64>,
+}
+
+impl Sky {
+    async fn start(storm: Storm) -> Result<Self> {
+        let mut world = World::without_host(Kind::Sqlite, &manifest()?).await?;
+        let (mut cluster, mut to_database) = (None, None);
+        if storm.kind == Kind::Postgres {
+            let postgres = tokio::task::spawn_blocking(Cluster::start).await??;
+            let proxy = Proxy::start(postgres.port()).await?;
+            let Database::Postgres { direct, .. } = Database::on(&postgres).await? else { unreachable!() };
+            let host = direct.replace(&format!(":{}/", postgres.port()), &format!(":{}/", proxy.port()));
+            world.database = Database::Postgres { host, direct };
+            (cluster, to_database) = (Some(postgres), Some(proxy));
+        }
+        let program = guests::target_dir()?.parent().context("find the target folder")?.join("chaos/oncely");
+        ensure!(program.exists(), "{} is not there; `make chaos` builds it", program.display());
+        world.program = Some(program);
+        let port = free_port()?;
+        world.http = format!("127.0.0.1:{port}");
+        world.host_env = storm.env.clone();
+        world.start_host().await?;
+        let to_host = Proxy::start(port).await?;
+        let random = StdRng::seed_from_u64(storm.seed);
+        Ok(Sky { storm, world, to_host, to_database, _cluster: cluster, random, injected: BTreeMap::new() })
+    }
+
+    /// Does one thing to the host, and sees to it that one runs.
+    async fn strike(&mut self) -> Result<()> {
+        let act = self.random.random_range(0..if self.to_database.is_some() { 5 } else { 3 });
+        match act {
+            0 => {
+                self.some_time(200, 1_200).await;
+                self.world.kill_host()?;
+                self.did("host killed");
+            }
+            1 => {
+                let point = POINTS[self.random.random_range(0..POINTS.len())];
+                let passes = self.random.random_range(1..=20);
+                self.world.kill_host()?;
+                self.world.host_env = self.storm.env.clone();
+                self.world.host_env.push(("ONCELY_FAULT".to_owned(), format!("{point}:{passes}")));
+                self.world.spawn_host()?;
+                let end = Instant::now() + Duration::from_secs(6);
+                while Instant::now() < end && self.world.host_lives() {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                if !self.world.host_lives() {
+                    self.did(&format!("died at {point}"));
+                }
+                self.world.host_env = self.storm.env.clone();
+            }
+            2 => {
+                let cut = if self.random.random_bool(0.5) { Cut::HttpAnswerLost } else { Cut::HttpAnswerTorn };
+                if self.to_host.cut(cut, Duration::from_secs(3)).await {
+                    self.did("answer to a client cut");
+                }
+            }
+            _ => {
+                let cuts = [Cut::CommitNotForwarded, Cut::CommitAnswerLost, Cut::CommitDelayed];
+                let cut = cuts[self.random.random_range(0..cuts.len())];
+                let proxy = self.to_database.as_ref().context("have a proxy to the database")?;
+                if proxy.cut(cut, Duration::from_secs(3)).await {
+                    self.did(&format!("{cut:?}"));
+                }
+            }
+        }
+        if !self.world.host_lives() {
+            self.world.start_host().await?;
+        }
+        self.some_time(100, 600).await;
+        Ok(())
+    }
+
+    async fn some_time(&mut self, from_ms: u64, to_ms: u64) {
+        let time = self.random.random_range(from_ms..=to_ms);
+        tokio::time::sleep(Duration::from_millis(time)).await;
+    }
+
+    fn did(&mut self, what: &str) {
+        *self.injected.entry(what.to_owned()).or_default() += 1;
+    }
+
+    async fn conclude(mut self, heard: Vec<Heard>, began: Instant) -> Result<Weathered> {
+        let keys = self.storm.keys;
+        let mut violations = Vec::new();
+        let mut fail = |rule: &'static str, what: String| violations.push(Violation { rule, what });
+        let rows = self.world.database.rows("select event_id, attempt_nonce, delta from app.effect").await?;
+        let mut effects: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for row in rows {
+            effects.entry(row[0].clone()).or_default().push(row[1].clone());
+        }
+        for (key, heard) in (0..keys).zip(&heard) {
+            let event = event(key);
+            let nonces = effects.remove(&event).unwrap_or_default();
+            if nonces.len() != 2 || nonces[0] != nonces[1] {
+                fail("effect once", format!("operation {event} left {} rows: {nonces:?}", nonces.len()));
+            }
+            if heard.answers.len() != 1 {
+                fail("same answer", format!("the clients of {event} heard {:?}", heard.answers));
+            }
+            if !heard
+                .answers
+                .iter()
+                .all(|answer| answer.starts_with("200") && nonces.iter().all(|it| answer.contains(it)))
+            {
+                fail(
+                    "same answer",
+                    format!("{event} was answered with {:?}, and {nonces:?} took effect", heard.answers),
+                );
+            }
+            if let Some(why) = heard.gave_up.first() {
+                fail("answered", format!("{} clients of {event} gave up: {why}", heard.gave_up.len()));
+            }
+            if !heard.other.contains("422") {
+                fail("other body", format!("another body under the key of {event} was answered {}", heard.other));
+            }
+        }
+        for event in effects.keys() {
+            fail("effect once", format!("{event} took effect and was never posted"));
+        }
+        let count = self.world.oncely(&["state", "get", "test", "count"]).await?;
+        if !count.lines().any(|line| line.trim_end().ends_with(&keys.to_string())) {
+            fail("state", format!("the count of {keys} operations is: {count}"));
+        }
+        let stored = self.outputs(keys).await?;
+        if stored.len() as u64 != keys || stored.iter().collect::<BTreeSet<_>>().len() as u64 != keys {
+            fail("outputs", format!("{} outputs are on the stream, for {keys} operations", stored.len()));
+        }
+        let deaths: u64 = self
+            .injected
+            .iter()
+            .filter(|(what, _)| what.contains("host killed") || what.starts_with("died"))
+            .map(|(_, count)| count)
+            .sum();
+        if deaths < DEATHS {
+            fail("not vacuous", format!("hosts died {deaths} times, at least {DEATHS} are wanted"));
+        }
+        self.world.kill_host()?;
+        let sum = |of: fn(&Heard) -> u64| heard.iter().map(of).sum::<u64>();
+        let seen = BTreeMap::from([
+            ("operations".to_owned(), keys),
+            ("posts".to_owned(), keys * self.storm.posts as u64),
+            ("tries".to_owned(), sum(|heard| heard.tries)),
+            ("answers given again".to_owned(), sum(|heard| heard.replayed)),
+        ]);
+        let seconds = began.elapsed().as_secs();
+        Ok(Weathered { storm: self.storm, injected: self.injected, seen, violations, seconds })
+    }
+
+    /// The events that outputs tell of, once there are enough, or a minute later.
+    async fn outputs(&self, wanted: u64) -> Result<Vec<String>> {
+        let end = Instant::now() + Duration::from_secs(60);
+        loop {
+            let stored = self.world.nats.read_stream("OUT").await?;
+            if stored.len() as u64 >= wanted || Instant::now() > end {
+                let event =
+                    |body: &[u8]| serde_json::from_slice::<Value>(body).unwrap_or_default()["event"].to_string();
+                return Ok(stored.iter().map(|stored| event(&stored.body)).collect());
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+}
+
+fn manifest() -> Result<String> {
+    let migrations = guests::repository().join("tests/guests/migrations");
+    Ok(format!(
+        "[[stream]]\nname = \"OUT\"\nsubjects = [\"out.>\"]\n\n[[worker]]\nname = \"test\"\ncomponent = \"{}\"\n\
+         migrations = \"{}\"\noutputs = [\"out.>\"]\nconcurrency = 8\n\n\
+         [[worker.route]]\npath = \"/do/{{*what}}\"\nmethods = [\"POST\"]\nwait = \"5s\"\n",
+        guests::http_component()?.display(),
+        migrations.display()
+    ))
+}

@@ -1,0 +1,102 @@
+//! An HTTP worker for the tests: each request says in its body what to do, and effects are told apart by a nonce.
+//!
+//! The body is JSON: `{"event": "e1", "do": ["effect", "state", "send"], "status": 200, "say": "text", "ms": 0}`. `do` may hold
+//! `effect` (two rows of `effect`, in the balance), `state` (counts in the key `count`), `send` (one output), `violate` (a
+//! statement that fails, swallowed), `swallow` (the same, and the answer says it worked), `trap`, `spin`, `slow` (waits in the
+//! database for `ms`) and `huge` (a body of `ms` MiB). A GET answers with the number of effects of the event in its query;
+//! with `write` in the query it tries to write.
+
+use oncely_guest::http::{Request, Response};
+use oncely_guest::prelude::*;
+use serde_json::json;
+
+oncely_guest::http_handler!(handle);
+
+#[derive(Deserialize)]
+struct Wanted {
+    event: String,
+    #[serde(default, rename = "do")]
+    steps: Vec<String>,
+    #[serde(default = "ok")]
+    status: u16,
+    #[serde(default)]
+    say: String,
+    #[serde(default)]
+    ms: u64,
+}
+
+fn ok() -> u16 {
+    200
+}
+
+fn handle(request: Request) -> Result<Response, Response> {
+    if request.method == "GET" || request.method == "HEAD" {
+        return read(&request);
+    }
+    let wanted: Wanted = request.json()?;
+    let nonce = nonce();
+    let mut body = wanted.say.clone().into_bytes();
+    for step in &wanted.steps {
+        take(step, &wanted, &nonce, &mut body)?;
+    }
+    if body.is_empty() {
+        let told = json!({
+            "event": wanted.event, "nonce": nonce, "id": invocation::id(), "method": request.method,
+            "path": request.path_and_query, "version": invocation::version(),
+        });
+        body = told.to_string().into_bytes();
+    }
+    let answer = Response { body, ..Response::new(wanted.status) };
+    Ok(answer.header("content-type", "application/json").header("x-nonce", nonce).header("x-odd", vec![b'a', 0xe9]))
+}
+
+#[allow(clippy::panic, reason = "one of its behaviours")]
+fn take(step: &str, wanted: &Wanted, nonce: &str, body: &mut Vec<u8>) -> Result<(), Response> {
+    match step {
+        "effect" => {
+            sql::execute(
+                "insert into effect (event_id, account, delta, attempt_nonce) values ($1, 'a', -1, $2), ($1, 'b', 1, $2)",
+                params![wanted.event.clone(), nonce.to_owned()],
+            )?;
+        }
+        "state" => {
+            let count = state::get_json::<u64>("count")?.unwrap_or(0) + 1;
+            state::set_json("count", &count)?;
+        }
+        "send" => {
+            outbox::send(Outgoing::json("out.http", &json!({ "event": wanted.event, "nonce": nonce }))?)?;
+        }
+        "violate" | "swallow" => {
+            let _ = sql::execute("insert into once (id) values ('a'), ('a')", params![]);
+        }
+        "trap" => panic!("told to panic"),
+        "spin" => loop {
+            std::hint::black_box(());
+        },
+        "slow" => {
+            let _ = sql::query(SLOW, params![i64::try_from(wanted.ms).unwrap_or_default()])?;
+        }
+        "huge" => body.resize(usize::try_from(wanted.ms).unwrap_or_default() << 20, b'x'),
+        other => return Err(Response::problem(400, "unknown-step", other)),
+    }
+    Ok(())
+}
+
+/// Works in the database, the longer the larger its parameter.
+const SLOW: &str = "with recursive n (i) as (select 1 union all select i + 1 from n where i < $1 * 3000)
+    select count(*) from n";
+
+fn read(request: &Request) -> Result<Response, Response> {
+    if request.path_and_query.contains("write") {
+        sql::execute("insert into once (id) values ('read')", params![])?;
+    }
+    let event = request.query("event").unwrap_or_default().to_owned();
+    let row = sql::query_one("select count(*) from effect where event_id = $1", params![event])?;
+    let count: i64 = row.get(0)?;
+    Ok(Response::json(200, &json!({ "rows": count })))
+}
+
+/// Another one for each run.
+fn nonce() -> String {
+    format!("{}-{}", invocation::id(), invocation::now())
+}

@@ -1,0 +1,88 @@
+//! Which requests reach which worker, and what is refused before.
+
+use super::*;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_no_route_takes_is_refused() -> Result<()> {
+    let world = World::start(Kind::Sqlite, &manifest("methods = [\"POST\", \"GET\"]\nbody_size = \"1KiB\"")?).await?;
+    let at = |path: &str| Ok::<_, anyhow::Error>(format!("{}{path}", world.requests()?));
+    let client = reqwest::Client::new();
+    let nowhere = send(client.get(at("/nowhere")?)).await?;
+    assert_eq!((nowhere.status.as_u16(), nowhere.code().as_str()), (404, "no-such-route"));
+    let other = send(client.delete(at("/do/it")?)).await?;
+    assert_eq!((other.status.as_u16(), other.code().as_str()), (405, "method-not-allowed"));
+    assert_eq!(other.header("allow"), Some("POST, GET"));
+    let large = send(client.post(at("/do/it")?).header("Idempotency-Key", "a").body("x".repeat(1025))).await?;
+    assert_eq!((large.status.as_u16(), large.code().as_str()), (413, "body-too-large"));
+    let heavy = client.get(at("/do/it")?).header("X-Heavy", "x".repeat(40 << 10));
+    assert_eq!(send(heavy).await?.code(), "headers-too-large");
+    Ok(())
+}
+
+both!(a_message_is_published_once_for_each_key, |kind: Kind| async move {
+    let world = World::start(kind, &manifest("")?).await?;
+    let url = format!("{}/publish/out.something", world.requests()?);
+    let publish = |key: &str, body: &str| {
+        let request = reqwest::Client::new().post(&url).header("Content-Type", "text/plain");
+        send(request.header("Idempotency-Key", key).header("X-Message-Kind", "test").body(body.to_owned()))
+    };
+    let first = publish("key", "hello").await?;
+    assert_eq!(first.status, StatusCode::ACCEPTED, "{first:?}");
+    let again = publish("key", "hello").await?;
+    assert!(again.replayed());
+    assert_eq!(again.lasting(), first.lasting());
+    assert_eq!(publish("key", "other").await?.status, StatusCode::UNPROCESSABLE_ENTITY);
+    let stored = stored(&world, 1).await?;
+    assert_eq!(stored[0].body, b"hello");
+    assert_eq!(stored[0].headers.get("Nats-Msg-Id").map(String::as_str), first.json()?["id"].as_str());
+    assert_eq!(stored[0].headers.get("kind").map(String::as_str), Some("test"));
+    let missing = send(reqwest::Client::new().post(&url).body("hello")).await?;
+    assert_eq!(missing.code(), "idempotency-key-missing");
+    let foreign = format!("{}/publish/secret.subject", world.requests()?);
+    let foreign = send(reqwest::Client::new().post(foreign).header("Idempotency-Key", "a").body("x")).await?;
+    assert_eq!((foreign.status.as_u16(), foreign.code().as_str()), (403, "subject-refused"));
+    Ok(())
+});
+
+both!(a_new_version_takes_over_without_a_lost_request, |kind: Kind| async move {
+    let world = World::start(kind, &manifest("")?).await?;
+    let asking = async {
+        let mut versions = Vec::new();
+        for round in 0..200 {
+            let event = format!("e{round}");
+            let answer = post(&world, &event, &json!({ "event": event, "do": ["effect"] })).await?;
+            assert_eq!(answer.status, StatusCode::OK, "{answer:?}");
+            versions.push(answer.json()?["version"].as_u64().unwrap_or_default());
+            if versions.last() == Some(&2) {
+                break;
+            }
+        }
+        Ok::<_, anyhow::Error>(versions)
+    };
+    let deploying = async {
+        world.write_manifest(&manifest("wait = \"2s\"")?)?;
+        world.oncely(&["deploy", "oncely.toml"]).await
+    };
+    let (versions, deployed) = tokio::join!(asking, deploying);
+    deployed?;
+    let versions = versions?;
+    assert!(versions.is_sorted() && versions.first() == Some(&1), "{versions:?}");
+    let again = post(&world, "e0", &json!({ "event": "e0", "do": ["effect"] })).await?;
+    assert!(again.replayed());
+    Ok(())
+});
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_component_and_its_manifest_must_agree_on_what_it_takes() -> Result<()> {
+    let world = World::start(Kind::Sqlite, &manifest("")?).await?;
+    let (http, messages) = (guests::http_component()?, guests::component()?);
+    let text = manifest("")?.replace(&http.display().to_string(), &messages.display().to_string());
+    world.write_manifest(&text)?;
+    let refused = world.oncely(&["deploy", "oncely.toml"]).await.unwrap_err().to_string();
+    assert!(refused.contains("handles messages, and the manifest gives it routes"), "{refused}");
+    let other = manifest("")?.replace("name = \"test\"", "name = \"other\"");
+    world.write_manifest(&other)?;
+    let refused = world.oncely(&["deploy", "oncely.toml"]).await.unwrap_err().to_string();
+    assert!(refused.contains("overlap"), "{refused}");
+    Ok(())
+}
