@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use crate::ingress::Admission;
+use crate::request::Admission;
 use crate::units;
 
 mod http;

@@ -18,11 +18,12 @@ use crate::deploy;
 use crate::drain::{Stop, Stopping};
 use crate::fault;
 use crate::guest::{Guest, GuestEngine};
-use crate::ingress::{Admission, HttpWorker, Ingress, Table};
+use crate::ingress::{HttpWorker, Ingress, Table};
 use crate::manifest::Worker;
 use crate::metrics::{Measured, MeasuredLog, MeasuredOutbox, MeasuredWorker, Metrics};
 use crate::redrive::{REDRIVE_STREAM, REDRIVE_SUBJECTS};
 use crate::relay::{HandOver, LogKeeper, LogRelay, Relay, RelayState, Repair};
+use crate::request::Admission;
 use crate::store::{DeploymentRecord, OutboxLag, OutboxRow, RelayMode, Store};
 use crate::watch;
 use crate::webhook::{self, Poster};
@@ -209,7 +210,7 @@ impl Host {
         // One that answers requests takes over at once, while the one before ends what it has.
         let running = match is_http {
             true => Work::Requests(Arc::new(HttpWorker::new(delivery, digest))),
-            false => Work::Messages(RunningWorker::start(delivery, digest, &self.bus, relay).await?),
+            false => Work::Messages(Box::new(RunningWorker::start(delivery, digest, &self.bus, relay).await?)),
         };
         tracing::info!("worker {} runs version {}", deployment.worker, deployment.version);
         slot.running = Some(running);

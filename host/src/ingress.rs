@@ -25,7 +25,7 @@ use crate::guest::text_of;
 use crate::manifest::{Route, StoreFailures};
 use crate::metrics::Metrics;
 use crate::relay::HandOver;
-use crate::request::{HttpAnswer, HttpRequest, RequestKey};
+use crate::request::{Admission, HttpAnswer, HttpRequest, RequestKey};
 use crate::store::{Store, StoreError};
 
 mod answer;
@@ -53,15 +53,6 @@ const UNCLEAR_WAIT: Duration = Duration::from_secs(3);
 
 /// Between two looks whether another host is done with a key.
 const LOOK_EVERY: Duration = Duration::from_millis(40);
-
-/// Who is asked what the ingress lets in.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Admission {
-    /// The header that says who asks; none for `Authorization`.
-    pub caller: Option<String>,
-    /// Patterns of subjects that may be published to.
-    pub publish: Vec<String>,
-}
 
 /// A version of an HTTP worker that runs in this host.
 pub struct HttpWorker {

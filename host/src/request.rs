@@ -26,6 +26,15 @@ pub struct HttpAnswer {
     pub body: Bytes,
 }
 
+/// Whose requests they are, and what may be published without a worker.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Admission {
+    /// The header that says who asks; none for `Authorization`.
+    pub caller: Option<String>,
+    /// Patterns of subjects that may be published to.
+    pub publish: Vec<String>,
+}
+
 /// What makes a request the same request when it comes again to the same worker.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct RequestKey {

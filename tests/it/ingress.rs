@@ -52,6 +52,9 @@ struct Answer {
     body: Vec<u8>,
 }
 
+/// Status, headers and body of an answer, as far as they are the same each time.
+type Lasting = (StatusCode, Vec<(String, Vec<u8>)>, Vec<u8>);
+
 impl Answer {
     fn json(&self) -> Result<Value> {
         serde_json::from_slice(&self.body).with_context(|| format!("read {self:?}"))
@@ -75,7 +78,7 @@ impl Answer {
     }
 
     /// What has to be the same when it comes again.
-    fn lasting(&self) -> (StatusCode, Vec<(String, Vec<u8>)>, Vec<u8>) {
+    fn lasting(&self) -> Lasting {
         let of_the_moment = ["date", "idempotent-replayed"];
         let headers = self.headers.iter().filter(|(name, _)| !of_the_moment.contains(&name.as_str()));
         let headers = headers.map(|(name, value)| (name.to_string(), value.as_bytes().to_vec()));

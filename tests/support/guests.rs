@@ -1,6 +1,7 @@
 //! The test guests' component, built once for each test process.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result};
@@ -21,6 +22,53 @@ pub fn batch_component() -> Result<PathBuf> {
 pub fn http_component() -> Result<PathBuf> {
     static BUILT: Built = OnceLock::new();
     built(&BUILT, "http-guest")
+}
+
+/// The path of the component of `tests/python-http`, which knows nothing of Oncely: it is made for the world `wasi:http/proxy`.
+pub fn python_http_component() -> Result<PathBuf> {
+    static BUILT: Built = OnceLock::new();
+    let built = BUILT.get_or_init(|| build_python_http().map_err(|error| format!("{error:#}")));
+    built.clone().map_err(anyhow::Error::msg)
+}
+
+fn build_python_http() -> Result<PathBuf> {
+    let source = repository().join("tests/python-http");
+    let out = target_dir()?.join("python-http.wasm");
+    // The interpreter is large, and compiling for it takes half a minute.
+    let made = |path: &Path| std::fs::metadata(path).and_then(|file| file.modified()).ok();
+    if made(&out).is_some_and(|built| made(&source.join("app.py")).is_some_and(|written| written < built)) {
+        return Ok(out);
+    }
+    let tools = repository().join("target/tools/bin/componentize-py");
+    let program = if tools.exists() { tools } else { PathBuf::from("componentize-py") };
+    let unfinished = out.with_extension("unfinished");
+    let output = Command::new(program)
+        .arg("-d")
+        .arg(wasi_http_wit()?)
+        .args(["-w", "wasi:http/proxy@0.2.12", "componentize", "app", "-o"])
+        .arg(&unfinished)
+        .current_dir(&source)
+        .env("PYTHONDONTWRITEBYTECODE", "1")
+        .output()
+        .context("run componentize-py; `make install-tools` installs it")?;
+    anyhow::ensure!(output.status.success(), "build a component: {}", String::from_utf8_lossy(&output.stderr));
+    std::fs::rename(&unfinished, &out).context("put the component in its place")?;
+    Ok(out)
+}
+
+/// The interfaces of `wasi:http`, as wasmtime brings them.
+fn wasi_http_wit() -> Result<PathBuf> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let output = Command::new(cargo)
+        .args(["metadata", "--format-version", "1", "--locked", "--offline"])
+        .current_dir(repository())
+        .output()
+        .context("ask cargo where wasmtime-wasi-http is")?;
+    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).context("read what cargo says")?;
+    let packages = metadata["packages"].as_array().context("read the packages")?;
+    let package = packages.iter().find(|package| package["name"] == "wasmtime-wasi-http");
+    let manifest = package.and_then(|package| package["manifest_path"].as_str()).context("find wasmtime-wasi-http")?;
+    Ok(Path::new(manifest).with_file_name("wit"))
 }
 
 type Built = OnceLock<std::result::Result<PathBuf, String>>;

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use super::HTTP;
 use super::sources::{Given, Sources};
-use crate::ingress::Admission;
+use crate::request::Admission;
 use crate::subject;
 
 /// Where requests are taken; none for nowhere.

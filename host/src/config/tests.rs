@@ -89,6 +89,9 @@ fn every_knob_is_read_from_every_source() {
         "nats_creds" => creds.to_string_lossy().into_owned(),
         "listen" => "127.0.0.1:1".to_owned(),
         "token" => "0123456789abcdef".to_owned(),
+        "http" => "off".to_owned(),
+        "http_caller" => "x-account".to_owned(),
+        "http_publish" => "a.>, b".to_owned(),
         "data_dir" => "/elsewhere".to_owned(),
         "log" => "json".to_owned(),
         "log_level" => "debug".to_owned(),
@@ -121,10 +124,13 @@ fn every_knob_is_read_from_every_source() {
 #[test]
 fn a_bad_value_is_named_with_the_place_it_came_from_and_one_that_would_do() {
     type Case = (&'static [&'static str], &'static [(&'static str, &'static str)], &'static str, &'static str);
-    let cases: [Case; 17] = [
+    let cases: [Case; 20] = [
         (&["--relay", "push"], &[], "`relay` (from --relay) cannot be used: `push` is neither", "--relay wal"),
         (&[], &[("ONCELY_RELAY", "wal")], "`relay` (from ONCELY_RELAY) cannot be used: `wal` reads", "postgres://"),
         (&["--relay-slot-max", "1MiB"], &[], "`1MiB` is not a size of 64 MiB or more", "--relay-slot-max 4GiB"),
+        (&["--http", "here"], &[], "`here` is neither an address with a port nor `off`", "--http 127.0.0.1:7480"),
+        (&["--http-caller", "a b"], &[], "`a b` is no name of a header", "--http-caller X-Account"),
+        (&["--http-publish", "a..b"], &[], "is no subject", "--http-publish payments.requested"),
         (&["--drain", "soon"], &[], "`drain` (from --drain) cannot be used: `soon` is not a length", "--drain 30s"),
         (&["--archive", "/proc/none"], &[], "nothing can be written to /proc/none", "--archive /var/lib"),
         (&["--keep-inbox", "ever"], &[], "`ever` is neither `auto` nor a length of time", "--keep-inbox auto"),

@@ -126,7 +126,7 @@ impl Database for Lent {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::{SqliteStore, Store as _};
+    use crate::store::{SqliteStore, Store as _, WorkerMigration};
     use futures::FutureExt as _;
 
     const LIMITS: SqlLimits = SqlLimits { rows: 10, bytes: 1_000 };
@@ -139,10 +139,11 @@ mod tests {
     /// is undone, then a third one: what the transaction holds in the end.
     async fn effects_around_a_stop(before: usize) -> Vec<Value> {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("test.db");
-        let store = SqliteStore::open(&path).await.unwrap();
-        let direct = sqlx::SqlitePool::connect(&format!("sqlite://{}", path.display())).await.unwrap();
-        sqlx::raw_sql("create table effect (what text)").execute(&direct).await.unwrap();
+        let store = SqliteStore::open(&folder.path().join("test.db")).await.unwrap();
+        let digest = "0".repeat(64);
+        store.put_component(&digest, b"").await.unwrap();
+        let tables = WorkerMigration { name: "0001.sql".to_owned(), sql: "create table effect (what text)".to_owned() };
+        store.deploy("test", &digest, "{}", &[tables]).await.unwrap();
         let lent = Lent::new(Dialect::Sqlite, store.begin("test", std::time::Duration::from_secs(10)).await.unwrap());
 
         lent.begin_member().await;

@@ -19,7 +19,7 @@ pub(super) struct Slot {
 
 /// What a worker does here.
 pub(super) enum Work {
-    Messages(RunningWorker),
+    Messages(Box<RunningWorker>),
     Requests(Arc<HttpWorker>),
 }
 

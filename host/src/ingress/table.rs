@@ -9,16 +9,19 @@ use super::problem::Problem;
 use crate::hint::WithHint as _;
 use crate::manifest::{Route, Worker};
 
+/// Who answers a path, each with the terms of the route.
+type Answering = Vec<(Arc<HttpWorker>, Route)>;
+
 /// The routes of all HTTP workers that run here.
 #[derive(Default)]
 pub struct Table {
-    paths: matchit::Router<Vec<(Arc<HttpWorker>, Route)>>,
+    paths: matchit::Router<Answering>,
 }
 
 impl Table {
     /// The routes of these workers; those that are another's already are left out, with a word to the log.
     pub fn of(workers: impl IntoIterator<Item = Arc<HttpWorker>>) -> Table {
-        let mut by_path: Vec<(String, Vec<(Arc<HttpWorker>, Route)>)> = Vec::new();
+        let mut by_path: Vec<(String, Answering)> = Vec::new();
         for worker in workers {
             for route in worker.delivery.worker.routes.clone() {
                 let entry = (Arc::clone(&worker), route.clone());

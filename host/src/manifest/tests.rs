@@ -5,6 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::parse::{ALARM_KEYS, LIMITS_KEYS, MANIFEST_KEYS, RETRY_KEYS, STREAM_KEYS, WORKER_KEYS};
+use super::routes::ROUTE_KEYS;
 use super::*;
 use crate::hint::hints;
 use crate::retry::ProvedPoison;
@@ -44,6 +45,7 @@ outputs_size = "4KiB"
 sql_statements = 5
 sql_rows = 6
 sql_size = "7"
+answer_size = "10B"
 state_size = "8B"
 log_size = "9B"
 [worker.alarm]
@@ -80,7 +82,8 @@ fn every_key_of_a_manifest_is_read() {
     assert_eq!(manifest.workers[0].migrations, Some("app/migrations".into()));
     let expected = Worker {
         name: "settle".into(),
-        stream: "PAYMENTS".into(),
+        stream: Some("PAYMENTS".into()),
+        routes: Vec::new(),
         subjects: vec!["payments.requested".into()],
         outputs: vec!["payments.settled".into(), "x.>".into()],
         ordering_key: Some(OrderingKey::Header("Account".into())),
@@ -105,6 +108,7 @@ fn every_key_of_a_manifest_is_read() {
             sql_statements: 5,
             sql_rows: 6,
             sql_size: 7,
+            answer_size: 10,
             state_size: 8,
             log_size: 9,
         },
@@ -122,6 +126,49 @@ fn every_key_of_a_manifest_is_read() {
     assert_eq!(manifest.workers[0].worker, expected);
     assert_eq!(expected.durable(), "oncely-settle");
     assert_eq!(expected.limits.sql(), crate::sql::SqlLimits { rows: 6, bytes: 7 });
+}
+
+#[test]
+fn a_worker_takes_messages_or_requests() {
+    let routes = |text: &str| {
+        let worker = format!("[[worker]]\nname = \"a\"\ncomponent = \"a.wasm\"\n{text}");
+        Manifest::parse(&worker, "oncely.toml").map(|manifest| manifest.workers[0].worker.clone())
+    };
+    let worker = routes(
+        "[[worker.route]]\npath = \"/a/{id}\"\nmethods = [\"POST\"]\nidempotency_key = \"optional\"\nwindow = \"48h\"\n\
+         clients_retry_for = \"36h\"\nwait = \"2s\"\nstore_failures = \"all\"\nbody_size = \"2KiB\"\n\
+         [[worker.route]]\npath = \"/b\"",
+    )
+    .unwrap();
+    assert_eq!((worker.stream, worker.concurrency), (None, 16));
+    let expected = Route {
+        path: "/a/{id}".to_owned(),
+        methods: vec!["POST".to_owned()],
+        idempotency_key: KeyRule::Optional,
+        window: Duration::from_secs(48 * 60 * 60),
+        wait: Duration::from_secs(2),
+        store_failures: StoreFailures::All,
+        body_size: 2048,
+    };
+    assert_eq!(worker.routes[0], expected);
+    assert!(worker.routes[1].needs_key("POST") && !worker.routes[1].needs_key("PUT"));
+    for (text, why) in [
+        ("", "needs a `stream` or a route"),
+        ("stream = \"S\"\n[[worker.route]]\npath = \"/a\"", "`stream` is for workers that take messages"),
+        ("batch = 3\n[[worker.route]]\npath = \"/a\"", "`batch` is for workers that take messages"),
+        ("[[worker.route]]\npath = \"a\"", "does not begin with a slash"),
+        ("[[worker.route]]\npath = \"/a/{\"", "`/a/{`"),
+        ("[[worker.route]]\npath = \"/publish/x\"", "publish to a subject"),
+        (
+            "[[worker.route]]\npath = \"/a\"\nwindow = \"1h\"\nclients_retry_for = \"2h\"",
+            "shorter than clients try: 2h",
+        ),
+        ("[[worker.route]]\npath = \"/a\"\n[[worker.route]]\npath = \"/a\"", "two routes for the same method"),
+        ("[[worker.route]]\npath = \"/a\"\nmethods = [\"post\"]", "`post`"),
+    ] {
+        let refused = format!("{:#}", routes(text).unwrap_err());
+        assert!(refused.contains(why), "{text}: {refused}");
+    }
 }
 
 #[test]
@@ -210,7 +257,7 @@ fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
             "name = \"settle\"",
         ),
         ("name = \"settle\"", "", "7: [[worker]] needs `name`", "add the line: name = \"settle\""),
-        ("name = \"other\"", "name = \"settle\"", "49: there are two workers called `settle`", "name = \"settle-2\""),
+        ("name = \"other\"", "name = \"settle\"", "50: there are two workers called `settle`", "name = \"settle-2\""),
         ("crate = \".\"", "", "7: [[worker]] needs `crate` or `component`", "crate = \".\""),
         (
             "crate = \".\"",
@@ -236,7 +283,7 @@ fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
             "10: `stream` in [[worker]] is wrong: `ONCELY_REDRIVE` is the host's own",
             "stream = \"PAYMENTS\"",
         ),
-        ("stream = \"PAYMENTS\"", "", "7: [[worker]] needs `stream`", "stream = \"PAYMENTS\""),
+        ("stream = \"PAYMENTS\"", "", "7: [[worker]] needs a `stream` or a route", "stream = \"PAYMENTS\""),
         (
             "\"payments.requested\"",
             "\"orders.*\"",
@@ -275,7 +322,7 @@ fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
             "25: `proved_poison` in [worker.retry] is wrong",
             "proved_poison = \"retry\"",
         ),
-        ("\"EUR\"", "978", "46: `config.currency` must be text in quotes", "write: currency = \"978\""),
+        ("\"EUR\"", "978", "47: `config.currency` must be text in quotes", "write: currency = \"978\""),
         ("batch = 16", "batch = 16\nbatch = 17", "20: this is not TOML: duplicate key", "remove: batch = 17"),
         ("name = \"settle\"", "name = settle", "8: this is not TOML", "name = \"settle\""),
         ("[[stream]]", "[stream]", "2: `stream` must be a list of tables", "[[stream]]"),
@@ -390,12 +437,13 @@ fn a_missing_manifest_says_where_it_was_looked_for() {
 #[test]
 fn every_key_stands_in_the_reference_with_its_section() {
     let reference = include_str!("../../../docs/manifest.md");
-    let sections: [(&str, &[&str]); 6] = [
+    let sections: [(&str, &[&str]); 7] = [
         ("## The file", &MANIFEST_KEYS),
         ("## `[[stream]]`", &STREAM_KEYS),
         ("## `[[worker]]`", &WORKER_KEYS),
         ("## `[worker.retry]`", &RETRY_KEYS),
         ("## `[worker.limits]`", &LIMITS_KEYS),
+        ("## `[[worker.route]]`", &ROUTE_KEYS),
         ("## `[worker.alarm]`", &ALARM_KEYS),
     ];
     for (heading, keys) in sections {

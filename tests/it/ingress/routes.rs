@@ -86,3 +86,24 @@ async fn a_component_and_its_manifest_must_agree_on_what_it_takes() -> Result<()
     assert!(refused.contains("overlap"), "{refused}");
     Ok(())
 }
+
+/// A component of another toolchain, for a world that knows nothing of Oncely, and under the same promise.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_component_in_python_that_knows_nothing_of_oncely_is_served() -> Result<()> {
+    let component = tokio::task::spawn_blocking(guests::python_http_component).await??;
+    let manifest = format!(
+        "[[worker]]\nname = \"python\"\ncomponent = \"{}\"\n[worker.limits]\nmemory = \"256MiB\"\ntime = \"20s\"\n\
+         [[worker.route]]\npath = \"/python\"\n",
+        component.display()
+    );
+    let world = World::start(Kind::Sqlite, &manifest).await?;
+    let url = format!("{}/python", world.requests()?);
+    let ask = || send(reqwest::Client::new().post(&url).header("Idempotency-Key", "key").body("hello"));
+    let first = ask().await?;
+    assert_eq!((first.status, first.body.as_slice()), (StatusCode::CREATED, &b"you said hello"[..]), "{first:?}");
+    assert_eq!(first.header("x-from"), Some("python"));
+    let again = ask().await?;
+    assert!(again.replayed());
+    assert_eq!(again.lasting(), first.lasting());
+    Ok(())
+}
