@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/target/tools/bin:$(PATH)
 help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-demo: demo-tools build ## Show it: payments, duplicates, a kill in the middle, and then the books
+demo: demo-tools build ## Show it: payments over HTTP, duplicates, lost answers, a kill in the middle, and then the books
 	cargo run --quiet --locked -p oncely-tests --bin demo
 
 test: install-tools ## Check links, format, lints and docs, then run all tests

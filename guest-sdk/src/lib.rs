@@ -41,6 +41,7 @@
 //! there is no host to answer: calling [`sql`], [`state`], [`outbox`] or their siblings there panics.
 #![warn(missing_docs)]
 
+pub mod cache;
 pub mod config;
 mod failure;
 pub mod http;
@@ -81,6 +82,7 @@ pub mod batch_bindings {
             "oncely:worker/outbox@0.1.0": crate::bindings::oncely::worker::outbox,
             "oncely:worker/state@0.1.0": crate::bindings::oncely::worker::state,
             "oncely:worker/sql@0.1.0": crate::bindings::oncely::worker::sql,
+            "oncely:worker/cache@0.1.0": crate::bindings::oncely::worker::cache,
             "oncely:worker/invocation@0.1.0": crate::bindings::oncely::worker::invocation,
             "wasi:logging/logging@0.1.0-draft": crate::bindings::wasi::logging::logging,
             "wasi:config/store@0.2.0-rc.1": crate::bindings::wasi::config::store,
@@ -104,6 +106,7 @@ pub mod http_bindings {
             "oncely:worker/outbox@0.1.0": crate::bindings::oncely::worker::outbox,
             "oncely:worker/state@0.1.0": crate::bindings::oncely::worker::state,
             "oncely:worker/sql@0.1.0": crate::bindings::oncely::worker::sql,
+            "oncely:worker/cache@0.1.0": crate::bindings::oncely::worker::cache,
             "oncely:worker/invocation@0.1.0": crate::bindings::oncely::worker::invocation,
             "wasi:logging/logging@0.1.0-draft": crate::bindings::wasi::logging::logging,
             "wasi:config/store@0.2.0-rc.1": crate::bindings::wasi::config::store,
@@ -119,7 +122,7 @@ pub mod prelude {
     pub use serde::{Deserialize, Serialize};
 
     pub use crate::outbox::Outgoing;
-    pub use crate::{Failure, Message, config, invocation, log, outbox, params, sql, state};
+    pub use crate::{Failure, Message, cache, config, invocation, log, outbox, params, sql, state};
 }
 
 /// Makes a function the handler of this component. Once in a crate.

@@ -12,3 +12,20 @@ pub fn deserialize<'de, T: From<Vec<u8>>, D: Deserializer<'de>>(deserializer: D)
     let text = String::deserialize(deserializer)?;
     STANDARD.decode(text).map(T::from).map_err(serde::de::Error::custom)
 }
+
+/// The same for bytes that may be missing: `#[serde(with = "base64_text::maybe")]`.
+pub mod maybe {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[derive(Serialize, Deserialize)]
+    #[serde(transparent, bound(serialize = "T: AsRef<[u8]>", deserialize = "T: From<Vec<u8>>"))]
+    struct Text<T>(#[serde(with = "super")] T);
+
+    pub fn serialize<T: AsRef<[u8]>, S: Serializer>(bytes: &Option<T>, serializer: S) -> Result<S::Ok, S::Error> {
+        bytes.as_ref().map(|bytes| Text(bytes.as_ref())).serialize(serializer)
+    }
+
+    pub fn deserialize<'de, T: From<Vec<u8>>, D: Deserializer<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
+        Ok(Option::<Text<T>>::deserialize(deserializer)?.map(|Text(bytes)| bytes))
+    }
+}

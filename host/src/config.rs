@@ -11,12 +11,14 @@ use clap::Args;
 use crate::request::Admission;
 use crate::units;
 
+mod cache;
 mod http;
 mod nats;
 mod sources;
 mod token;
 mod webhook;
 
+pub use cache::{CacheSettings, CacheUrl};
 pub use nats::{Login, Nats};
 pub use token::{keep_token, read_token};
 pub use webhook::{Webhook, key as webhook_key};
@@ -33,7 +35,7 @@ pub const LISTEN: &str = "127.0.0.1:7420";
 pub const HTTP: &str = "127.0.0.1:7480";
 
 /// Every knob, by its key in the file. Its flag is `--key` with hyphens, its variable `ONCELY_KEY`.
-pub(crate) const KNOBS: [&str; 23] = [
+pub(crate) const KNOBS: [&str; 25] = [
     "database",
     "pool_size",
     "guest_sql",
@@ -57,6 +59,8 @@ pub(crate) const KNOBS: [&str; 23] = [
     "archive",
     "webhook",
     "webhook_secret",
+    "cache_size",
+    "cache_url",
 ];
 
 /// The knobs as flags. They are texts here: [`HostConfig::resolve`] reads them, whichever source they came from.
@@ -134,6 +138,12 @@ pub struct HostFlags {
     /// What they are signed with: whsec_ and a secret in Base64 [default: not signed] [env: ONCELY_WEBHOOK_SECRET]
     #[arg(long, value_name = "SECRET")]
     pub webhook_secret: Option<String>,
+    /// How much memory cached values may take; 0 for none [default: 64MiB] [env: ONCELY_CACHE_SIZE]
+    #[arg(long, value_name = "SIZE")]
+    pub cache_size: Option<String>,
+    /// A Redis or Valkey that all hosts share as a cache [default: none] [env: ONCELY_CACHE_URL]
+    #[arg(long, value_name = "URL")]
+    pub cache_url: Option<String>,
 }
 
 /// Everything a host needs to know, checked.
@@ -173,6 +183,7 @@ pub struct HostConfig {
     pub webhook: Option<Webhook>,
     /// What these posts are signed with.
     pub webhook_secret: Option<Secret>,
+    pub cache: CacheSettings,
 }
 
 /// How outputs are published.
@@ -256,6 +267,7 @@ impl HostConfig {
             archive: sources.get("archive").map(|given| archive(&given)).transpose()?,
             webhook: sources.get("webhook").map(|given| webhook::webhook(&given)).transpose()?,
             webhook_secret: sources.get("webhook_secret").map(|given| webhook::secret(&given)).transpose()?,
+            cache: cache::resolve(&sources)?,
             data_dir,
         })
     }

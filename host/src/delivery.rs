@@ -7,10 +7,16 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
+use jiff::Timestamp;
+
+use crate::cache::{Began, Cache};
+use crate::cached::CacheWrites;
 use crate::fault;
 use crate::guest::{CallFailure, FailureKind, Guest};
+use crate::invalidation::Invalidation;
 use crate::manifest::Worker;
-use crate::message::Message;
+use crate::message::{Message, Output};
 use crate::metrics::Metrics;
 use crate::state::{BatchState, StateEntry};
 use crate::store::{Claim, Claimed, CountedAttempt, FailedAttempt, OutboxRow, Store, StoreError, Tx};
@@ -44,6 +50,7 @@ pub struct Delivery {
     /// The largest payload the broker takes, in bytes.
     pub payload_max: usize,
     pub metrics: Arc<Metrics>,
+    pub cache: Cache,
 }
 
 /// What a batch came to.
@@ -109,6 +116,7 @@ impl Delivery {
         if group.is_empty() {
             return Ok(Round::Committed);
         }
+        let began = self.cache.begin(&self.worker.name);
         let mut tx = self.store.begin(&self.worker.name, self.worker.limits.time).await?;
         fault::point(fault::AFTER_BEGIN);
         let claimed = match tx.claim(&run.claims(group)).await {
@@ -133,7 +141,7 @@ impl Delivery {
         let came_to = self.run_members(run, &fresh, &lent, state).await;
         let tx = lent.take_back().await?;
         if let Ok(Members::Ran(ran)) = came_to {
-            return self.conclude(run, tx, group, ran).await;
+            return self.conclude(run, tx, group, *ran, began).await;
         }
         tx.rollback().await;
         match came_to {
@@ -171,7 +179,8 @@ impl Delivery {
         run: &mut Run<'_>,
         mut tx: Box<dyn Tx>,
         group: &[usize],
-        ran: Ran,
+        mut ran: Ran,
+        began: Began,
     ) -> Result<Round, StoreError> {
         fault::point(fault::AFTER_GUEST);
         if ran.succeeded.is_empty() {
@@ -182,6 +191,10 @@ impl Delivery {
         let leased_at = Instant::now();
         let dropped = run.event_ids_of_dropped(&ran);
         let writes = ran.state.writes();
+        let first = ran.succeeded.first().and_then(|member| run.event_id(*member));
+        let told = self.told(first.as_deref(), &ran.cache)?;
+        let id = told.as_ref().map(|told| told.id.clone());
+        ran.outputs.extend(told);
         let written = async {
             if !dropped.is_empty() && !fault::mutant(fault::SKIP_UNCLAIM) {
                 tx.unclaim(&dropped).await?;
@@ -202,6 +215,7 @@ impl Delivery {
         match tx.commit().await {
             Ok(settled) => {
                 fault::point(fault::AFTER_COMMIT);
+                self.cache.commit(&self.worker.name, &ran.cache, began, id.as_deref()).await;
                 for member in &ran.succeeded {
                     run.verdict(*member, Verdict::Done(settled));
                 }
@@ -213,10 +227,25 @@ impl Delivery {
             Err(error) => {
                 if matches!(error, StoreError::Unavailable(_)) {
                     self.metrics.commit_unclear(&self.worker.name);
+                    self.doubt(&ran.cache).await;
                 }
                 run.refused_or(error, group, &ran)
             }
         }
+    }
+
+    /// The message that tells other hosts what the transaction that handles an event invalidates, if it does.
+    fn told(&self, event_id: Option<&str>, cache: &CacheWrites) -> Result<Option<Output>, StoreError> {
+        let Some(event_id) = event_id.filter(|_| !cache.tags().is_empty()) else { return Ok(None) };
+        let told = Invalidation::new(&self.worker.name, event_id, cache.tags().clone(), Timestamp::now());
+        let output = told.output(event_id, self.payload_max).context("write what is to be forgotten");
+        output.map(Some).map_err(StoreError::Unavailable)
+    }
+
+    /// What is to be done to the cache when nobody says what became of a commit: nothing is put, and what it may have made old is
+    /// forgotten here and in Redis. If it was a commit, its message follows.
+    async fn doubt(&self, cache: &CacheWrites) {
+        self.cache.invalidate(&self.worker.name, cache.tags().iter().cloned()).await;
     }
 
     /// Counts the failed attempts and decides what becomes of each message.

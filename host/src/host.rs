@@ -12,6 +12,9 @@ use tokio::task::JoinHandle;
 
 use crate::alarm::{ALARM_KEPT, ALARM_STREAM, ALARM_SUBJECTS, Alarm, Kind};
 use crate::bus::{Bus, StreamSpec, Unhandled};
+use crate::cache::Cache;
+use crate::cache_feed;
+use crate::config::CacheSettings;
 use crate::dead_letter::{DLQ_STREAM, DLQ_SUBJECTS};
 use crate::delivery::Delivery;
 use crate::deploy;
@@ -19,6 +22,7 @@ use crate::drain::{Stop, Stopping};
 use crate::fault;
 use crate::guest::{Guest, GuestEngine};
 use crate::ingress::{HttpWorker, Ingress, Table};
+use crate::invalidation::{CACHE_KEPT, CACHE_STREAM, CACHE_SUBJECTS};
 use crate::manifest::Worker;
 use crate::metrics::{Measured, MeasuredLog, MeasuredOutbox, MeasuredWorker, Metrics};
 use crate::redrive::{REDRIVE_STREAM, REDRIVE_SUBJECTS};
@@ -48,6 +52,7 @@ pub struct Host {
     pub bus: Bus,
     pub engine: GuestEngine,
     pub metrics: Arc<Metrics>,
+    pub cache: Cache,
     pub relay_state: Arc<RelayState>,
     pub retention: Retention,
     /// Answers requests over HTTP.
@@ -97,19 +102,22 @@ pub struct Running {
     /// What reads the database's log ends after the lanes.
     stop_log: Stop,
     log: Vec<JoinHandle<()>>,
+    feed: JoinHandle<()>,
 }
 
 impl Host {
-    /// Starts the relay and all workers that are deployed. Alarms are told to the webhook, if there is one.
+    /// Starts the relay and all workers that are deployed. Compiled components are kept in the folder `compiled`. Alarms are
+    /// told to the webhook, if there is one.
     pub async fn start(
         store: Arc<dyn Store>,
         bus: Bus,
-        cache: &Path,
+        compiled: &Path,
         retention: Retention,
         admission: Admission,
         webhook: Option<Poster>,
+        cache: &CacheSettings,
     ) -> Result<(Arc<Host>, Running)> {
-        let engine = GuestEngine::new(cache)?;
+        let engine = GuestEngine::new(compiled)?;
         bus.ensure_stream(&StreamSpec::new(DLQ_STREAM, &[DLQ_SUBJECTS]))
             .await
             .context("make the dead-letter stream")?;
@@ -117,6 +125,8 @@ impl Host {
         bus.ensure_stream(&queue).await.context("make the stream of what is put back")?;
         let alarms = StreamSpec { max_age: Some(ALARM_KEPT), ..StreamSpec::new(ALARM_STREAM, &[ALARM_SUBJECTS]) };
         bus.ensure_stream(&alarms).await.context("make the stream of alarms")?;
+        let told = StreamSpec { max_age: Some(CACHE_KEPT), ..StreamSpec::new(CACHE_STREAM, &[CACHE_SUBJECTS]) };
+        bus.ensure_stream(&told).await.context("make the stream of what is to be forgotten")?;
         let (metrics, relay_state) = (Arc::<Metrics>::default(), Arc::<RelayState>::default());
         let (relay, hand_over, log_ends) =
             Relay::new(Arc::clone(&store), bus.clone(), Arc::clone(&metrics), Arc::clone(&relay_state));
@@ -131,6 +141,7 @@ impl Host {
             Arc::clone(&relay_state),
             retention.outputs,
         );
+        let cache = Cache::open(cache, Arc::clone(&metrics))?;
         let (payload_max, told) = (bus.max_payload(), Arc::clone(&metrics));
         let ingress = Ingress::new(Arc::clone(&store), hand_over.clone(), told, payload_max, admission);
         let host = Arc::new(Host {
@@ -139,6 +150,7 @@ impl Host {
             bus,
             engine,
             metrics,
+            cache,
             relay_state,
             retention,
             relay: Mutex::new(Some(hand_over)),
@@ -153,6 +165,9 @@ impl Host {
         let log = log.collect();
         let relay = tokio::spawn(relay.run(stop.stopping()));
         let repair = tokio::spawn(repair.run(stop.stopping()));
+        // Before anything is cached here.
+        let feed = host.bus.feed(CACHE_STREAM).await.context("listen for what is to be forgotten")?;
+        let feed = tokio::spawn(cache_feed::listen(feed, host.cache.clone(), stop.stopping()));
         host.reconcile().await.context("start the deployed workers")?;
         fault::point(fault::STARTED);
         let supervisor = tokio::spawn(supervise(Arc::clone(&host), stop.stopping()));
@@ -160,7 +175,7 @@ impl Host {
         let webhook = webhook.map(|webhook| {
             tokio::spawn(webhook::tell(host.bus.clone(), webhook, Arc::clone(&host.metrics), stop.stopping()))
         });
-        Ok((host, Running { stop, supervisor, watch, webhook, relay, repair, stop_log, log }))
+        Ok((host, Running { stop, supervisor, watch, webhook, relay, repair, feed, stop_log, log }))
     }
 
     /// Brings what runs in line with what is deployed.
@@ -244,6 +259,7 @@ impl Host {
             version: deployment.version,
             payload_max: self.bus.max_payload(),
             metrics: Arc::clone(&self.metrics),
+            cache: self.cache.clone(),
         })
     }
 
@@ -299,6 +315,7 @@ impl Host {
                 retained: log.slot.map_or(0, |slot| slot.retained),
             }),
             alarms: self.shown_alarms(&alarms).await,
+            cache: self.cache.measure(),
         };
         self.metrics.text(&measured).context("write the metrics")
     }
@@ -415,6 +432,7 @@ impl Running {
             futures::future::join_all(self.log).await;
             let _ = self.relay.await;
             let _ = self.repair.await;
+            let _ = self.feed.await;
         };
         let in_time = tokio::time::timeout(limit, drained).await;
         host.store.close().await;

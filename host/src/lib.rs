@@ -3,18 +3,23 @@
 //! The map, floor by floor; imports run strictly downwards and rooms on one floor do not know each other.
 //!
 //! - what people touch: `cli`, `api`
-//! - loops: `host` (with `deploy`, `reconcile`, `replay` and `watch`), `worker`, `lane`, `relay`, `ingress`, `webhook`, `drain`
+//! - loops: `host` (with `deploy`, `reconcile`, `replay` and `watch`), `worker`, `lane`, `relay`, `ingress`, `webhook`,
+//!   `cache_feed`, `drain`
 //! - the heart: `delivery`
-//! - one room per outside thing: `guest` (wasmtime), `store` (sqlx), `bus` (async-nats), `crate_build` (cargo)
+//! - one room per outside thing: `guest` (wasmtime), `store` (sqlx), `bus` (async-nats), `cache` (moka,
+//!   redis), `crate_build` (cargo)
 //! - plain values, no IO: `message`, `request`, `sql`, `state`, `verdict`, `dead_letter`, `redrive`, `manifest`, `config`, `retry`,
 //!   `subject`, `units`, `toml_text`, `base64_text`, `hint`, `breaker`, `metrics`, `alarm`,
-//!   `failure_group`; and `fault`, named points and mutants for tests
+//!   `failure_group`, `cached`, `invalidation`; and `fault`, named points and mutants for tests
 
 pub mod alarm;
 pub mod api;
 pub mod base64_text;
 pub mod breaker;
 pub mod bus;
+pub mod cache;
+pub mod cache_feed;
+pub mod cached;
 pub mod cli;
 pub mod config;
 pub mod crate_build;
@@ -28,6 +33,7 @@ pub mod guest;
 pub mod hint;
 pub mod host;
 pub mod ingress;
+pub mod invalidation;
 pub mod lane;
 pub mod manifest;
 pub mod message;

@@ -15,6 +15,10 @@ use prometheus_client::registry::{Metric, Registry, Unit};
 
 use crate::{alarm, breaker};
 
+mod cache;
+
+pub use cache::{CacheMetrics, MeasuredCache};
+
 /// Of OpenTelemetry's conventions, in seconds.
 const BUCKETS: [f64; 14] = [0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0];
 
@@ -99,6 +103,7 @@ pub struct Measured {
     pub log: Option<MeasuredLog>,
     /// Alarms that are raised, and those that are not and may be, by worker.
     pub alarms: Vec<(String, alarm::Kind, bool)>,
+    pub cache: MeasuredCache,
 }
 
 /// The database's log as a way for outputs.
@@ -171,6 +176,7 @@ pub struct Metrics {
     log_retained: Gauge,
     alarms: Family<Alarm, Gauge>,
     webhook_posts: Family<PostOutcome, Counter>,
+    pub cache: CacheMetrics,
     requests: Family<Request, Histogram, Buckets>,
     requests_replayed: Family<Worker, Counter>,
 }
@@ -324,6 +330,7 @@ impl Default for Metrics {
                 .add("oncely_log_retained_bytes", "How much of its log the server keeps for the replication slot"),
             alarms: book.add("oncely_alarms", "Alarms that are raised"),
             webhook_posts: book.add("oncely_webhook_posts", "Attempts to tell the webhook of an alarm, by outcome"),
+            cache: CacheMetrics::new(&mut book),
             requests: book.add_seconds(
                 "http_server_request_duration",
                 "Time from a request's first byte to its answer",
@@ -431,6 +438,7 @@ impl Metrics {
             let labels = Alarm { worker: worker.clone(), alarm: kind.as_str() };
             self.alarms.get_or_create(&labels).inc_by(i64::from(*is_raised));
         }
+        self.cache.measure(&measured.cache);
         let mut text = String::new();
         encode(&mut text, &self.registry)?;
         Ok(text)

@@ -8,7 +8,10 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
-use crate::guest::{Call, CallFailure, Database, Ended, Guest, GuestEngine, Outcome, RECORD_FORM, Record, Tape};
+use crate::guest::{
+    CachedValue, CachedValues, Call, CallFailure, Database, Ended, Guest, GuestEngine, Outcome, RECORD_FORM, Record,
+    Tape,
+};
 use crate::hint::WithHint;
 use crate::manifest::Worker;
 use crate::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
@@ -118,6 +121,7 @@ fn call(attempt: &Replayable, expected: &CallFailure) -> Call {
         now: record.now,
         payload_max: record.payload_max,
         database: Arc::new(Nowhere(record.dialect)),
+        cache: Arc::new(Nowhere(record.dialect)),
         state: BatchState::default(),
         request: None,
         tape: Tape::replaying(record),
@@ -224,5 +228,12 @@ impl Database for Nowhere {
 
     async fn load_state(&self, _: String) -> Result<Option<StateEntry>> {
         bail!(NOWHERE)
+    }
+}
+
+#[async_trait]
+impl CachedValues for Nowhere {
+    async fn get(&self, _: &str) -> Option<CachedValue> {
+        None
     }
 }

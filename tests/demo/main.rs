@@ -1,18 +1,24 @@
-//! `make demo`: a few hundred payments, some twice, some malformed, the host killed in the middle, and then the books.
+//! `make demo`: a few hundred payments over HTTP, some twice, some malformed, answers lost on their way, the host killed in
+//! the middle, and then the books.
 
 use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use async_nats::HeaderMap;
 use async_nats::jetstream::{self, consumer};
 use futures::StreamExt;
+use oncely_client::Client;
 use serde_json::{Value, json};
 use sqlx::{Connection, SqliteConnection};
 use support::guests::repository;
+use support::proxy::{Cut, Proxy};
+use support::server::free_port;
 
 /// Payments, each with an event id of its own.
 const PAYMENTS: usize = 300;
@@ -22,6 +28,8 @@ const TWICE_EVERY: usize = 10;
 const MALFORMED: usize = 12;
 /// How far apart messages are published, so that the kill hits something.
 const PACE: Duration = Duration::from_millis(8);
+/// Answers that never reach who asked.
+const DROPPED: i64 = 5;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 const ACCOUNTS: [&str; 8] = ["alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi"];
@@ -33,20 +41,25 @@ async fn main() -> Result<()> {
     demo.start_host().await?;
     let messages = workload();
     say(&format!(
-        "Publishing {} messages: {PAYMENTS} payments, {} of them twice, and {MALFORMED} that are malformed.",
-        messages.len(),
+        "Sending {PAYMENTS} payments over HTTP, {} of them a second time straight to the stream, and {MALFORMED} that are \
+         malformed.\nThe network drops {DROPPED} answers on their way back; the client does not know, and asks again.",
         PAYMENTS / TWICE_EVERY
     ));
-    let publishing = tokio::spawn(publish(demo.nats_url()?, messages));
+    let proxy = Arc::new(Proxy::start(demo.http_port).await?);
+    let dropped = Arc::new(AtomicI64::new(0));
+    let dropping = tokio::spawn(drop_answers(Arc::clone(&proxy), Arc::clone(&dropped)));
+    let http = format!("http://127.0.0.1:{}", proxy.port());
+    let sending = tokio::spawn(send_all(http, demo.nats_url()?, messages));
     demo.until_settled(PAYMENTS as i64 / 3).await?;
     say("Killing the host with SIGKILL, in the middle of it.");
     demo.kill_host()?;
     let settled = demo.settled().await?;
     say(&format!("It is dead; {settled} messages are settled so far. Starting it again."));
     demo.start_host().await?;
-    let published = publishing.await.context("publish")??;
-    demo.until_quiet(published).await?;
-    let books = demo.books(published).await?;
+    let sent = sending.await.context("send")??;
+    dropping.abort();
+    demo.until_quiet(sent.messages).await?;
+    let books = demo.books(&sent, dropped.load(Ordering::Relaxed)).await?;
     show(&books);
     demo.write(&books)?;
     demo.stop_host()?;
@@ -59,6 +72,7 @@ async fn main() -> Result<()> {
 struct Demo {
     folder: PathBuf,
     oncely: PathBuf,
+    http_port: u16,
     host: Option<Child>,
 }
 
@@ -67,12 +81,17 @@ struct Payment {
     event_id: String,
     account: String,
     body: Vec<u8>,
+    /// Sent by somebody who never heard that the first one arrived.
+    is_copy: bool,
 }
 
 /// The figures of the books.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Books {
     published: i64,
+    tries: i64,
+    dropped: i64,
+    replayed: i64,
     unique: i64,
     effects: i64,
     outputs: i64,
@@ -89,39 +108,86 @@ fn workload() -> Vec<Payment> {
         let (from, to) = (pick(n * 5), pick(n * 5 + 1 + n % 7));
         let cents = 100 + (n * 7919) % 20_000;
         let body = json!({ "payment": format!("p-{n}"), "from": from, "to": to, "cents": cents });
-        Payment { event_id: format!("p-{n}"), account: from.to_owned(), body: body.to_string().into_bytes() }
+        Payment {
+            event_id: format!("p-{n}"),
+            account: from.to_owned(),
+            body: body.to_string().into_bytes(),
+            is_copy: false,
+        }
     };
     let mut messages = Vec::new();
     for n in 0..PAYMENTS {
         messages.push(payment(n));
         if n % TWICE_EVERY == 7 {
-            messages.push(payment(n - n % 5));
+            messages.push(Payment { is_copy: true, ..payment(n - n % 5) });
         }
         if n % (PAYMENTS / MALFORMED) == 11 {
             let body = json!({ "payment": format!("m-{n}"), "from": "alice", "cents": "a lot" });
             let account = "alice".to_owned();
-            messages.push(Payment { event_id: format!("m-{n}"), account, body: body.to_string().into_bytes() });
+            messages.push(Payment {
+                event_id: format!("m-{n}"),
+                account,
+                body: body.to_string().into_bytes(),
+                is_copy: false,
+            });
         }
     }
     messages
 }
 
-/// Publishes at a pace, waits until the stream has stored each message, and returns how many there were.
-async fn publish(nats: String, messages: Vec<Payment>) -> Result<i64> {
+/// What became of sending everything.
+#[derive(Debug, Default)]
+struct Sent {
+    messages: i64,
+    /// Requests over HTTP, each try counted.
+    tries: i64,
+    /// Those that were answered with what an earlier try had done already.
+    replayed: i64,
+}
+
+/// Sends at a pace. A payment goes in over HTTP, and the client tries until it has an answer; a copy is put on the stream by
+/// somebody who knows nothing of that.
+async fn send_all(http: String, nats: String, messages: Vec<Payment>) -> Result<Sent> {
     let context = jetstream::new(async_nats::connect(&nats).await.context("connect to NATS")?);
+    let client = Client::builder(&http).try_timeout(Duration::from_secs(5)).deadline(PATIENCE).build()?;
     let count = messages.len();
+    let mut sent = Sent::default();
     for (n, message) in messages.into_iter().enumerate() {
-        let mut headers = HeaderMap::new();
-        // What stays the same when a payment is sent again is its event id; to the broker each message is a new one.
-        headers.insert("ce-id", message.event_id.as_str());
-        headers.insert("ce-source", "/demo");
-        headers.insert("Nats-Msg-Id", uuid::Uuid::new_v4().to_string().as_str());
-        headers.insert("Account", message.account.as_str());
-        context.publish_with_headers("payments.requested", headers, message.body.into()).await?.await?;
-        progress("published", n + 1, count);
+        if message.is_copy {
+            publish_directly(&context, message).await?;
+        } else {
+            let post = client.publish("payments.requested", message.body).key(&*message.event_id);
+            let post = post.header("X-Message-Ce-Id", &message.event_id).header("X-Message-Ce-Source", "/demo");
+            let answer = post.header("X-Message-Account", &message.account).send().await.context("post a payment")?;
+            sent.tries += i64::from(answer.tries);
+            sent.replayed += i64::from(answer.replayed);
+        }
+        sent.messages += 1;
+        progress("sent", n + 1, count);
         tokio::time::sleep(PACE).await;
     }
-    Ok(count as i64)
+    Ok(sent)
+}
+
+async fn publish_directly(context: &jetstream::Context, message: Payment) -> Result<()> {
+    let mut headers = HeaderMap::new();
+    // What stays the same when a payment is sent again is its event id; to the broker each message is a new one.
+    headers.insert("ce-id", message.event_id.as_str());
+    headers.insert("ce-source", "/demo");
+    headers.insert("Nats-Msg-Id", uuid::Uuid::new_v4().to_string().as_str());
+    headers.insert("Account", message.account.as_str());
+    context.publish_with_headers("payments.requested", headers, message.body.into()).await?.await?;
+    Ok(())
+}
+
+/// Drops connections, one after the other, when a request is done and its answer is on the way.
+async fn drop_answers(proxy: Arc<Proxy>, dropped: Arc<AtomicI64>) {
+    while dropped.load(Ordering::Relaxed) < DROPPED {
+        if proxy.cut(Cut::HttpAnswerLost, PATIENCE).await {
+            dropped.fetch_add(1, Ordering::Relaxed);
+        }
+        tokio::time::sleep(PACE * 10).await;
+    }
 }
 
 impl Demo {
@@ -132,7 +198,7 @@ impl Demo {
             std::fs::remove_dir_all(&folder).context("remove the demo of before")?;
         }
         std::fs::create_dir_all(&folder).context("make the demo's folder")?;
-        Ok(Demo { folder, oncely: support::guests::oncely()?, host: None })
+        Ok(Demo { folder, oncely: support::guests::oncely()?, http_port: free_port()?, host: None })
     }
 
     fn data_dir(&self) -> PathBuf {
@@ -143,8 +209,9 @@ impl Demo {
         let log = std::fs::File::options().create(true).append(true).open(self.folder.join("host.log"))?;
         let _ = std::fs::remove_file(self.data_dir().join("host.json"));
         let host = Command::new(&self.oncely)
-            .args(["dev", "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--data-dir"])
+            .args(["dev", "--listen", "127.0.0.1:0", "--http-publish", "payments.requested", "--data-dir"])
             .arg(self.data_dir())
+            .args(["--http", &format!("127.0.0.1:{}", self.http_port)])
             .arg(repository().join("examples/payments"))
             .current_dir(&self.folder)
             .stdin(Stdio::null())
@@ -243,7 +310,8 @@ impl Demo {
     }
 
     /// Reads everything from the database and from the streams themselves.
-    async fn books(&self, published: i64) -> Result<Books> {
+    async fn books(&self, sent: &Sent, dropped: i64) -> Result<Books> {
+        let published = sent.messages;
         let nats = self.nats_url()?;
         let requested = read_ids(&nats, "payments.requested").await?;
         ensure!(requested.len() as i64 == published, "the stream holds {} of {published} messages", requested.len());
@@ -256,6 +324,9 @@ impl Demo {
             .await?;
         Ok(Books {
             published,
+            tries: sent.tries,
+            dropped,
+            replayed: sent.replayed,
             unique: unique.len() as i64,
             effects: moved + declined.len() as i64,
             outputs: outputs.len() as i64,
@@ -270,6 +341,9 @@ impl Demo {
     fn write(&self, books: &Books) -> Result<()> {
         let json = json!({
             "published": books.published,
+            "tries": books.tries,
+            "dropped": books.dropped,
+            "replayed": books.replayed,
             "unique": books.unique,
             "effects": books.effects,
             "outputs": books.outputs,
@@ -335,6 +409,9 @@ fn show(books: &Books) {
     println!("\nThe books");
     for (what, figure) in [
         ("messages published", books.published),
+        ("requests over HTTP, each try counted", books.tries),
+        ("answers the network dropped", books.dropped),
+        ("tries answered from memory, not done again", books.replayed),
         ("payments and malformed ones, by event id", books.unique),
         ("payments that took effect", books.effects),
         ("outputs on the stream", books.outputs),
@@ -355,6 +432,7 @@ fn judge(books: &Books) -> Result<()> {
     ensure!(books.outputs == payments && books.outputs_unique == payments, "the outputs are not the payments");
     ensure!(books.duplicates_skipped == books.published - books.unique, "duplicates were not skipped");
     ensure!(books.dead_letters == malformed, "{} dead letters", books.dead_letters);
+    ensure!(books.replayed >= 1 && books.dropped == DROPPED, "no answer was dropped, which shows little");
     ensure!(books.ledger_sum == 0, "the ledger sums to {}", books.ledger_sum);
     println!("\nEvery payment took effect once, and every output is on the stream once.");
     Ok(())

@@ -25,6 +25,7 @@ macro_rules! both {
 mod alarms;
 mod batches;
 mod bus;
+mod cache;
 mod cli;
 mod client;
 mod crash;

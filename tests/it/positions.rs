@@ -5,10 +5,13 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
+use oncely::cache::Cache;
+use oncely::config::CacheSettings;
 use oncely::delivery::{Delivered, Delivery};
 use oncely::guest::{Guest, GuestEngine};
 use oncely::manifest::Manifest;
 use oncely::message::Message;
+use oncely::metrics::Metrics;
 use oncely::store::{PostgresStore, SqliteStore, Store};
 use oncely::verdict::Verdict;
 use support::database::{Database, Kind};
@@ -38,13 +41,15 @@ impl Heart {
         let digest = "a".repeat(64);
         store.put_component(&digest, &wasm).await?;
         store.deploy("test", &digest, "{}", &entry.migrations_for(store.dialect())?).await?;
+        let metrics = Arc::<Metrics>::default();
         let delivery = Delivery {
             store,
             guest,
             worker: Arc::new(entry.worker),
             version: 1,
             payload_max: 1 << 20,
-            metrics: Arc::default(),
+            cache: Cache::open(&CacheSettings::default(), Arc::clone(&metrics))?,
+            metrics,
         };
         Ok(Heart { delivery, database, _folder: folder })
     }

@@ -5,6 +5,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
+use oncely::cache::{CacheKey, Loaded, Policy};
 use oncely::message::Message;
 use oncely::verdict::{Letter, Reason, Verdict};
 use serde_json::{Value, json};
@@ -82,7 +83,7 @@ impl Laptop {
 
 /// Everything a handler can look at.
 const LOOKS: &str =
-    r#"["now", "attempt", "remaining", "wall", "monotonic", "random", "seed", "sleep", "state", "sql"]"#;
+    r#"["now", "attempt", "remaining", "wall", "monotonic", "random", "seed", "sleep", "state", "cache", "sql"]"#;
 
 fn to_die(event_id: &str, behaviour: &str, options: &str) -> ToPublish {
     ToPublish::new("in.x", event_id, behaviour, options)
@@ -97,8 +98,10 @@ async fn with_letters(kind: Kind, manifest: &str, messages: Vec<ToPublish>) -> R
 }
 
 both!(a_trap_after_everything_a_handler_can_look_at_is_the_same_on_a_laptop, |kind: Kind| async move {
-    let options = format!(r#"{{"look": {LOOKS}, "times": 2, "n": 3, "lines": 7}}"#);
-    let behaviour = "state_counter,insert,look,log,state_counter,trap";
+    let options = format!(
+        r#"{{"look": {LOOKS}, "times": 2, "n": 3, "lines": 7, "key": "counter", "cache": ["invalidate", "put"]}}"#
+    );
+    let behaviour = "state_counter,insert,cached,look,log,state_counter,trap";
     let mut world = with_letters(kind, &manifest(ONE_ATTEMPT)?, vec![to_die("e1", behaviour, &options)]).await?;
     let laptop = Laptop::new()?;
     let file = laptop.export(&world, &["1"]).await?;
@@ -115,9 +118,21 @@ both!(a_trap_after_everything_a_handler_can_look_at_is_the_same_on_a_laptop, |ki
     assert_eq!(report["failure"]["code"], "trap");
     let asked: Vec<String> = report["record"].as_array().context("no record")?.iter().map(kind_of).collect();
     assert_eq!(report["steps"], asked.len());
-    for what in
-        ["get", "set", "send", "execute", "random", "remaining", "wall-clock", "monotonic-clock", "wait", "query"]
-    {
+    for what in [
+        "get",
+        "set",
+        "send",
+        "execute",
+        "random",
+        "remaining",
+        "wall-clock",
+        "monotonic-clock",
+        "wait",
+        "query",
+        "cache-get",
+        "cache-put",
+        "cache-invalidate",
+    ] {
         assert!(asked.iter().any(|asked| asked == what), "`{what}` is not in {asked:?}");
     }
     let letter: Value = serde_json::from_str(&bare)?;
@@ -392,6 +407,21 @@ both!(an_answer_that_changed_between_two_attempts_proves_nothing, |kind: Kind| a
     heart.delivery.version = 2;
     assert!(once(&heart, &poison).await?.is_none(), "another version may do otherwise");
     assert_eq!(once(&heart, &poison).await?.map(|letter| letter.reason), Some(Reason::ProvedPoison));
+    Ok(())
+});
+
+both!(a_cached_answer_goes_away_by_itself_and_proves_nothing, |kind: Kind| async move {
+    let heart = Heart::of(kind, "[worker.retry]\nattempts = 3\n").await?;
+    let poison =
+        |event: &str, key: &str| message(event, "look,trap", &format!(r#"{{"look": ["cache"], "key": "{key}"}}"#));
+    let policy = Policy { ttl: std::time::Duration::from_secs(60), stale: std::time::Duration::ZERO };
+    let cache = &heart.delivery.cache;
+    cache.put(&CacheKey::value("test", "k"), Loaded::kept("v".into(), Vec::new(), policy), cache.begin("test")).await;
+    let (cached, missing) = (poison("cached", "k"), poison("missing", "nothing"));
+    assert!(once(&heart, &cached).await?.is_none() && once(&heart, &cached).await?.is_none());
+    assert_eq!(once(&heart, &cached).await?.map(|letter| letter.reason), Some(Reason::AttemptsExhausted));
+    assert!(once(&heart, &missing).await?.is_none());
+    assert_eq!(once(&heart, &missing).await?.map(|letter| letter.reason), Some(Reason::ProvedPoison));
     Ok(())
 });
 

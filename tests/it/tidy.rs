@@ -44,6 +44,8 @@ fn each_outside_library_has_one_room() -> Result<()> {
         // What wasmtime-wasi-http takes and gives.
         ("hyper", &["webhook", "guest"]),
         ("tokio_rustls", &["webhook"]),
+        ("moka", &["cache"]),
+        ("redis", &["cache"]),
     ];
     for (path, text) in sources(&host)? {
         let room = room(&host, &path);
@@ -68,9 +70,9 @@ fn imports_run_downwards_only() -> Result<()> {
         &["api"],
         &["host", "deploy", "reconcile", "replay", "watch"],
         &["worker", "lane", "ingress"],
-        &["relay", "webhook"],
+        &["relay", "webhook", "cache_feed"],
         &["delivery"],
-        &["guest", "store", "bus", "crate_build"],
+        &["guest", "store", "bus", "cache", "crate_build"],
         &[
             "message",
             "request",
@@ -91,6 +93,8 @@ fn imports_run_downwards_only() -> Result<()> {
             "metrics",
             "alarm",
             "failure_group",
+            "cached",
+            "invalidation",
             "fault",
             "drain",
         ],

@@ -9,5 +9,6 @@ pub mod pgbouncer;
 pub mod postgres;
 pub mod production;
 pub mod proxy;
+pub mod redis;
 pub mod server;
 pub mod world;

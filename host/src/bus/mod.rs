@@ -14,6 +14,7 @@ use crate::config::{Login, Nats};
 use crate::hint::WithHint;
 
 mod alarms;
+mod feed;
 mod publish;
 mod pull;
 mod raw;
@@ -22,6 +23,7 @@ mod streams;
 mod unreadable;
 
 pub use alarms::{AlarmMessage, Alarms};
+pub use feed::{Feed, Heard};
 pub use publish::{Answer, Outgoing, PublishError, PublishedAt};
 pub use pull::{Backlog, Probe, Progress, Pull, Pulled, Receipt, Subscription, Unhandled};
 pub use server::EmbeddedServer;

@@ -58,7 +58,7 @@ impl HostFile {
     }
 
     /// The file of the nearest host: in `.oncely` of this folder or of one above it.
-    fn nearest() -> Option<HostFile> {
+    pub fn nearest() -> Option<HostFile> {
         let here = std::env::current_dir().ok()?;
         let found = here.ancestors().map(|folder| folder.join(DATA_DIR).join(HOST_FILE)).find(|path| path.exists())?;
         serde_json::from_str(&std::fs::read_to_string(found).ok()?).ok()

@@ -5,8 +5,9 @@ use std::io::Read;
 use anyhow::{Context, Result, anyhow};
 use base64::Engine as _;
 use clap::Args;
+use serde::{Deserialize, Serialize};
 
-use super::client::{Client, HostArgs};
+use super::client::{Client, HostArgs, HostFile};
 use super::term;
 use crate::api;
 use crate::hint::WithHint;
@@ -25,6 +26,12 @@ pub struct Publish {
     /// The event id: publishing again with the same id has no second effect. Default: a new one.
     #[arg(long)]
     id: Option<String>,
+    /// Go through the ingress, with retries: an address such as http://127.0.0.1:7480, or nothing for that of the host.
+    #[arg(long, value_name = "URL", num_args = 0..=1, default_missing_value = "", conflicts_with = "id")]
+    http: Option<String>,
+    /// The idempotency key: with it the same message is published once, however often this runs. Default: a new one.
+    #[arg(long, requires = "http")]
+    key: Option<String>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -34,8 +41,11 @@ pub struct Publish {
 
 impl Publish {
     pub async fn run(self) -> Result<()> {
+        if let Some(url) = &self.http {
+            return self.through_the_ingress(url).await;
+        }
         let client = Client::find(&self.host)?;
-        let body = if self.body == "-" { read_body()? } else { self.body.clone().into_bytes() };
+        let body = self.body()?;
         let id = self.id.clone().unwrap_or_else(|| uuid::Uuid::now_v7().to_string());
         let message = api::Publish {
             subject: self.subject.clone(),
@@ -50,6 +60,59 @@ impl Publish {
         let again = if place.duplicate { " (it was there already)" } else { "" };
         term::data(format!("{} {} id {id}{again}", place.stream, place.sequence))?;
         Ok(())
+    }
+}
+
+impl Publish {
+    fn body(&self) -> Result<Vec<u8>> {
+        if self.body == "-" { read_body() } else { Ok(self.body.clone().into_bytes()) }
+    }
+
+    /// Publishes as programs do: under a key, and again until there is an answer.
+    async fn through_the_ingress(&self, url: &str) -> Result<()> {
+        let url = if url.is_empty() { ingress_here()? } else { url.to_owned() };
+        let client = oncely_client::Client::new(&url)?;
+        let mut request = client.publish(&self.subject, self.body()?);
+        for header in &self.headers {
+            let (name, value) = parse_header(header)?;
+            request = request.header(&format!("X-Message-{name}"), &value);
+        }
+        if let Some(key) = &self.key {
+            request = request.key(key.as_str());
+        }
+        let answer = request.send().await.map_err(explain)?;
+        let accepted: Accepted = answer.json().context("read what the ingress answered")?;
+        if self.json {
+            return term::json(&accepted);
+        }
+        let again = if answer.replayed { " (it was accepted before)" } else { "" };
+        let tries = if answer.tries > 1 { format!(" after {} tries", answer.tries) } else { String::new() };
+        let key = answer.key.unwrap_or_default();
+        term::data(format!("{} accepted, id {}, key {key}{tries}{again}", accepted.subject, accepted.id))
+    }
+}
+
+/// What the ingress answers to a message.
+#[derive(Debug, Serialize, Deserialize)]
+struct Accepted {
+    id: String,
+    subject: String,
+}
+
+fn ingress_here() -> Result<String> {
+    let here = HostFile::nearest().and_then(|file| file.http);
+    here.ok_or_else(|| anyhow!("no host that takes requests is known here"))
+        .hint("name its address: --http http://127.0.0.1:7480")
+}
+
+/// Says under which key to go on, when nobody knows what became of it.
+fn explain(error: oncely_client::Error) -> anyhow::Error {
+    let key = error.key().map(str::to_owned);
+    let is_unclear = error.is_unclear();
+    let error = anyhow::Error::new(error);
+    match key {
+        Some(key) if is_unclear => error.hint(format!("ask again under the same key: --key {key}")),
+        _ => error,
     }
 }
 

@@ -53,12 +53,13 @@ impl Served {
         let store = open_store(config).await?;
         let bus = Bus::connect(&config.nats).await.map_err(unreachable)?;
         let token = config.keep_token()?;
-        let cache = config.data_dir.join("components");
+        let compiled = config.data_dir.join("components");
         let retention =
             Retention { outputs: config.keep_outputs, inbox: config.keep_inbox, archive: config.archive.clone() };
         let poster = |webhook| Poster::new(webhook, config.webhook_secret.as_ref());
         let webhook = config.webhook.clone().map(poster).transpose().context("get ready to post alarms")?;
-        let (host, running) = Host::start(store, bus, &cache, retention, config.admission.clone(), webhook).await?;
+        let admission = config.admission.clone();
+        let (host, running) = Host::start(store, bus, &compiled, retention, admission, webhook, &config.cache).await?;
         let address = listener.local_addr().context("read the address of the control API")?;
         let stop_api = Stop::new();
         let mut stopping = stop_api.stopping();

@@ -80,6 +80,8 @@ fn by_knob(flags: &HostFlags) -> [(&'static str, &Option<String>); KNOBS.len()] 
         ("archive", &flags.archive),
         ("webhook", &flags.webhook),
         ("webhook_secret", &flags.webhook_secret),
+        ("cache_size", &flags.cache_size),
+        ("cache_url", &flags.cache_url),
     ]
 }
 

@@ -52,6 +52,7 @@ fn with_nothing_given_a_host_runs_from_one_folder_on_this_machine() {
         archive: None,
         webhook: None,
         webhook_secret: None,
+        cache: CacheSettings { size: 64 << 20, shared: None },
     };
     assert_eq!(config, expected);
 }
@@ -103,6 +104,8 @@ fn every_knob_is_read_from_every_source() {
         "keep_inbox" => "9d".to_owned(),
         "archive" => creds.with_file_name("archive").to_string_lossy().into_owned(),
         "webhook" => "https://a/b".to_owned(),
+        "cache_size" => "1MiB".to_owned(),
+        "cache_url" => "redis://a:1/2".to_owned(),
         "webhook_secret" => format!("whsec_{}", "c2VjcmV0".repeat(4)),
         _ => panic!("no value for {knob}"),
     };
@@ -267,6 +270,22 @@ fn a_webhook_is_one_that_can_be_posted_to_and_its_secret_is_long_enough() {
         let error = resolve(&["--webhook-secret", wrong], &[]).unwrap_err();
         assert!(format!("{error:#}").contains("24 to 64 bytes") && !format!("{error:#}").contains("hush"), "{error:#}");
     }
+}
+
+#[test]
+fn a_shared_cache_is_a_redis_and_its_password_is_never_shown() {
+    let url = |url: &str| resolve(&["--cache-url", url], &[]).map(|config| config.cache.shared.unwrap());
+    for right in ["redis://a", "redis://:hush@a:6379/3", "rediss://me:hush@a", "valkey://[::1]:6379"] {
+        let url = url(right).unwrap();
+        assert_eq!(url.reveal(), right);
+        assert!(!format!("{url:?} {}", url.shown()).contains("hush"), "{url:?}");
+    }
+    for wrong in ["a:6379", "http://hush@a", "redis://", "redis://me:hush@", "redis://:hush@a/x", "redis://a b"] {
+        let error = format!("{:#}", url(wrong).unwrap_err());
+        assert!(error.contains("`cache_url` (from --cache-url) cannot be used") && !error.contains("hush"), "{error}");
+    }
+    let error = resolve(&["--cache-size", "much"], &[]).unwrap_err();
+    assert!(format!("{error:#}").contains("`cache_size` (from --cache-size) cannot be used"), "{error:#}");
 }
 
 #[test]

@@ -3,11 +3,16 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use async_trait::async_trait;
 use jiff::Timestamp;
 
 use super::{Delivery, Lent, Run, tell};
+use crate::cache::{Cache, CacheKey};
+use crate::cached::CacheWrites;
 use crate::fault;
-use crate::guest::{Call, CallFailure, FailureKind, Outcome, Record, RequestCall, Tape, Warm};
+use crate::guest::{
+    CachedValue, CachedValues, Call, CallFailure, FailureKind, Outcome, Record, RequestCall, Tape, Warm,
+};
 use crate::manifest::Isolation;
 use crate::message::{Message, Output};
 use crate::state::BatchState;
@@ -19,7 +24,7 @@ const RECORDS_MAX: usize = 8 << 20;
 
 /// What running the members of a group came to.
 pub(super) enum Members {
-    Ran(Ran),
+    Ran(Box<Ran>),
     /// These failed, and what they or others did in the database cannot be told apart.
     Spoiled(Vec<Failed>),
     /// The call for all of them failed, and nobody knows who is to blame.
@@ -38,6 +43,8 @@ pub(super) struct Ran {
     /// In the order they were sent.
     pub outputs: Vec<Output>,
     pub state: BatchState,
+    /// What is to be done to the cache after the commit.
+    pub cache: CacheWrites,
     /// How many of those that failed were taken back to a savepoint.
     pub undone: u32,
 }
@@ -125,6 +132,7 @@ impl Delivery {
                     ran.state.keep();
                     tell(&self.worker.name, &message.event_id, &outcome.logs);
                     ran.outputs.extend(outcome.outputs);
+                    ran.cache.extend(outcome.cache);
                     ran.succeeded.push(member);
                 }
                 Err(failure) if failure.kind == FailureKind::Conflict => return Ok(Members::Conflict(failure.message)),
@@ -140,7 +148,7 @@ impl Delivery {
                 }
             }
         }
-        Ok(Members::Ran(ran))
+        Ok(Members::Ran(Box::new(ran)))
     }
 
     /// One call for all members. Its effects cannot be told apart: they take effect together or not at all.
@@ -177,7 +185,8 @@ impl Delivery {
         tell(&self.worker.name, &format!("a batch of {}", members.len()), &outcome.logs);
         let mut state = outcome.state;
         state.keep();
-        Ok(Members::Ran(Ran { succeeded: members, outputs: outcome.outputs, state, ..Ran::default() }))
+        let (outputs, cache) = (outcome.outputs, outcome.cache);
+        Ok(Members::Ran(Box::new(Ran { succeeded: members, outputs, state, cache, ..Ran::default() })))
     }
 
     pub(super) async fn call(
@@ -197,6 +206,7 @@ impl Delivery {
             now: Timestamp::now(),
             payload_max: self.payload_max,
             database: Arc::new(lent.clone()),
+            cache: Arc::new(OfWorker { cache: self.cache.clone(), worker: self.worker.name.clone() }),
             state,
             request,
             tape: Tape::default(),
@@ -205,5 +215,19 @@ impl Delivery {
         let outcome = self.guest.call(call, warm).await;
         self.metrics.processed(&self.worker.name, began.elapsed());
         outcome
+    }
+}
+
+/// The cache as the guests of one worker see it.
+struct OfWorker {
+    cache: Cache,
+    worker: String,
+}
+
+#[async_trait]
+impl CachedValues for OfWorker {
+    async fn get(&self, key: &str) -> Option<CachedValue> {
+        let found = self.cache.get(&CacheKey::value(&self.worker, key)).await?;
+        Some(CachedValue { value: found.value, tags: found.tags })
     }
 }

@@ -10,6 +10,8 @@ use bytes::Bytes;
 use uuid::Uuid;
 
 use super::{CONFLICTS_MAX, Delivery, HAND_OVER_LEASE, Lent, house_error, make_way, tell};
+use crate::cache::Began;
+use crate::cached::CacheWrites;
 use crate::fault;
 use crate::guest::{CallFailure, FailureKind, Outcome, RequestCall};
 use crate::message::{self, Message};
@@ -100,6 +102,7 @@ impl Delivery {
     async fn handle_once(&self, asked: &Asked) -> Result<Result<Handled, String>, StoreError> {
         let may_write = !asked.request.is_safe();
         let (name, time) = (&self.worker.name, self.worker.limits.time);
+        let began = self.cache.begin(name);
         let mut tx = match may_write {
             true => self.store.begin(name, time).await?,
             false => self.store.begin_reading(name, time).await?,
@@ -134,15 +137,17 @@ impl Delivery {
             }
         };
         tell(name, &message.event_id, &outcome.logs);
-        self.conclude_request(asked, outcome, lent).await
+        self.conclude_request(asked, &message.event_id, outcome, lent, began).await
     }
 
     /// Writes what the handler left, and its answer, and commits.
     async fn conclude_request(
         &self,
         asked: &Asked,
+        event_id: &str,
         mut outcome: Outcome,
         lent: Lent,
+        began: Began,
     ) -> Result<Result<Handled, String>, StoreError> {
         let answer = match what_it_said(&mut outcome) {
             Said::Answer(answer) => answer,
@@ -158,19 +163,33 @@ impl Delivery {
         let has_worked = answer.status < 400;
         let is_undone = has_worked || !outcome.ran_sql || lent.undo_member().await.map_err(house_error)?;
         let mut tx = lent.take_back().await?;
+        let cache = if has_worked { std::mem::take(&mut outcome.cache) } else { CacheWrites::default() };
         if asked.request.is_safe() || (!has_worked && asked.key.is_none()) {
             tx.rollback().await;
+            // Whoever only reads may leave what it read.
+            self.cache.commit(&self.worker.name, &cache, began, None).await;
             return Ok(Ok(Handled::answered(answer, false)));
         }
         if !is_undone {
             tx.rollback().await;
             return self.keep_answer(asked, answer).await.map(Ok);
         }
+        let told = self.told(Some(event_id), &cache)?;
+        let id = told.as_ref().map(|told| told.id.clone());
+        outcome.outputs.extend(told);
         let since = Instant::now();
         match self.write(asked, &answer, outcome, has_worked, tx.as_mut()).await {
             Ok(outputs) => {
                 let handled = Handled::Answered { answer, replayed: false, outputs, since };
-                commit(tx, handled, &self.metrics, &self.worker.name).await.map(Ok)
+                let handled = commit(tx, handled, &self.metrics, &self.worker.name).await?;
+                match &handled {
+                    Handled::Answered { .. } => {
+                        self.cache.commit(&self.worker.name, &cache, began, id.as_deref()).await;
+                    }
+                    Handled::Unclear(_) => self.doubt(&cache).await,
+                    _ => {}
+                }
+                Ok(Ok(handled))
             }
             Err(error) => {
                 tx.rollback().await;

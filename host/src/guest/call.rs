@@ -14,11 +14,12 @@ use wasmtime_wasi_http::WasiHttpCtx;
 use super::bindings::oncely::worker::types as wit;
 use super::component::{Entry, Guest};
 use super::http::{self, NothingGoesOut, RequestCall};
-use super::imports::Database;
+use super::imports::{CachedValues, Database};
 use super::limiter::Limiter;
 use super::logs::Logs;
 use super::record::{Asked, RECORD_FORM, Record};
 use super::tape::{Ended, Tape};
+use crate::cached::CacheWrites;
 use crate::fault;
 use crate::manifest::Worker;
 use crate::message::{Message, Output};
@@ -45,6 +46,7 @@ pub struct Call {
     /// The largest payload the broker takes, headers included, in bytes.
     pub payload_max: usize,
     pub database: Arc<dyn Database>,
+    pub cache: Arc<dyn CachedValues>,
     /// State as the member before left it; comes back in the [`Outcome`].
     pub state: BatchState,
     /// What an HTTP worker is to answer; it has one message all the same, which stands for the request.
@@ -61,6 +63,8 @@ pub struct Outcome {
     pub answer: Option<HttpAnswer>,
     pub outputs: Vec<Output>,
     pub state: BatchState,
+    /// What it left for the cache.
+    pub cache: CacheWrites,
     /// Whether it ran any SQL: if not, it can be dropped from its batch without a trace.
     pub ran_sql: bool,
     pub logs: String,
@@ -143,6 +147,7 @@ pub(super) struct CallState {
     pub in_batch: bool,
     pub outputs: Vec<Output>,
     pub output_bytes: usize,
+    pub cache: CacheWrites,
     pub statements: u32,
     /// The first thing that dooms this delivery, whatever the handler returns.
     pub doomed: Option<CallFailure>,
@@ -223,6 +228,7 @@ impl Guest {
             result,
             answer: state.answer.take(),
             outputs: std::mem::take(&mut state.outputs),
+            cache: std::mem::take(&mut state.cache),
             state: std::mem::take(&mut state.call.state),
             ran_sql: state.statements > 0,
             logs,
@@ -286,6 +292,7 @@ impl CallState {
             in_batch,
             outputs: Vec::new(),
             output_bytes: 0,
+            cache: CacheWrites::default(),
             statements: 0,
             doomed: None,
             house: None,
@@ -309,6 +316,7 @@ impl CallState {
         self.logs.begin(usize::try_from(call.worker.limits.log_size).unwrap_or(usize::MAX));
         self.outputs.clear();
         self.output_bytes = 0;
+        self.cache = CacheWrites::default();
         self.statements = 0;
         self.deadline = deadline;
         self.warm = true;

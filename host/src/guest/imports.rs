@@ -1,9 +1,12 @@
-//! What a guest may call: outbox, state and sql, and here invocation, log and config.
+//! What a guest may call: outbox, state, sql and cache, and here invocation, log and config.
 //!
 //! An error of the house ends the call at once, as a trap the guest cannot catch. An error that dooms the delivery is
 //! returned to the guest *and* remembered: swallowing it changes nothing.
 
+use std::sync::Arc;
+
 use async_trait::async_trait;
+use bytes::Bytes;
 
 use super::bindings::oncely::worker::{invocation, types};
 use super::bindings::wasi::config::store as config;
@@ -14,6 +17,7 @@ use crate::message::Message;
 use crate::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
 use crate::state::StateEntry;
 
+mod cache;
 mod outbox;
 mod sql;
 mod state;
@@ -26,6 +30,19 @@ pub trait Database: Send + Sync {
     async fn query(&self, statement: String, params: Vec<Value>, limits: SqlLimits) -> Result2<Rows>;
     async fn execute(&self, statement: String, params: Vec<Value>) -> Result2<u64>;
     async fn load_state(&self, key: String) -> anyhow::Result<Option<StateEntry>>;
+}
+
+/// What a guest's `cache` reads. Never an error: what cannot be had is not there.
+#[async_trait]
+pub trait CachedValues: Send + Sync {
+    async fn get(&self, key: &str) -> Option<CachedValue>;
+}
+
+/// A value that was cached.
+#[derive(Debug, Clone)]
+pub struct CachedValue {
+    pub value: Bytes,
+    pub tags: Arc<[String]>,
 }
 
 /// The house's error outside, the guest's inside.

@@ -20,6 +20,6 @@ pub use call::{Answer, Call, CallFailure, FailureKind, Outcome, Replayed, Warm};
 pub use component::{Guest, Surface};
 pub use engine::{COMPONENT_SIZE_MAX, GuestEngine};
 pub use http::{RequestCall, bytes_of, text_of};
-pub use imports::Database;
+pub use imports::{CachedValue, CachedValues, Database};
 pub use record::{Asked, RECORD_FORM, Record, Saw, Step};
 pub use tape::{Ended, Tape};

@@ -98,6 +98,19 @@ pub enum Asked {
         statement: String,
         params: Vec<Value>,
     },
+    CacheGet {
+        key: String,
+    },
+    CachePut {
+        key: String,
+        #[serde(with = "base64_text")]
+        value: Bytes,
+        ttl_ms: u64,
+        tags: Vec<String>,
+    },
+    CacheInvalidate {
+        tags: Vec<String>,
+    },
     /// How much time is left.
     Remaining,
     WallClock,
@@ -150,6 +163,8 @@ pub enum Saw {
     /// How many rows changed.
     Changed(u64),
     Refused(SqlError),
+    /// What was cached.
+    Cached(#[serde(with = "base64_text::maybe")] Option<Bytes>),
     Number(u64),
     Time {
         seconds: u64,
@@ -168,11 +183,12 @@ impl Record {
 
     /// A digest of everything the guest saw and did up to its trap. Two attempts with the same one prove that a third does
     /// the same as long as the data stay as they are. None where that would prove nothing: another failure than a trap, a
-    /// record that is cut, an instance or a machine that is not as fresh as the next one.
+    /// record that is cut, an instance or a machine that is not as fresh as the next one, a cached value that goes away by itself.
     pub fn proof(&self) -> Option<[u8; 32]> {
         let traps = self.failure.as_ref().is_some_and(|failure| failure.kind == FailureKind::Trap);
         let whole = !self.cut && self.steps.iter().all(|step| step.saw.is_some());
-        if !traps || !whole || self.warm || self.starved {
+        let is_cached = |step: &Step| matches!(step.saw, Some(Saw::Cached(Some(_))));
+        if !traps || !whole || self.warm || self.starved || self.steps.iter().any(is_cached) {
             return None;
         }
         let now = self.looks.at_now.then_some(self.now);
@@ -202,6 +218,11 @@ impl fmt::Display for Asked {
             }
             Asked::Query { statement, params } => write!(f, "sql.query {statement:?} {}", Params(params)),
             Asked::Execute { statement, params } => write!(f, "sql.execute {statement:?} {}", Params(params)),
+            Asked::CacheGet { key } => write!(f, "cache.get {key:?}"),
+            Asked::CachePut { key, value, ttl_ms, tags } => {
+                write!(f, "cache.put {key:?} for {ttl_ms} ms with the tags {tags:?}: {}", Body(value))
+            }
+            Asked::CacheInvalidate { tags } => write!(f, "cache.invalidate {tags:?}"),
             Asked::Remaining => f.write_str("invocation.remaining"),
             Asked::WallClock => f.write_str("the wall clock"),
             Asked::MonotonicClock => f.write_str("the monotonic clock"),
@@ -226,6 +247,8 @@ impl fmt::Display for Saw {
             }
             Saw::Changed(rows) => write!(f, "{rows} rows changed"),
             Saw::Refused(error) => write!(f, "refused: {error}"),
+            Saw::Cached(Some(value)) => write!(f, "{}", Body(value)),
+            Saw::Cached(None) => f.write_str("not cached"),
             Saw::Number(number) => write!(f, "{number}"),
             Saw::Time { seconds, nanoseconds } => write!(f, "{seconds}.{nanoseconds:09} s"),
             Saw::Bytes(bytes) => write!(f, "{} bytes: {}", bytes.len(), hex::encode(bytes)),

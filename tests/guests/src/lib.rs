@@ -8,6 +8,7 @@ use oncely_guest::{Failure, Message};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
+mod cached;
 mod calls;
 mod config;
 mod eat_memory;
@@ -49,6 +50,7 @@ fn handle(message: Message) -> Result<(), Failure> {
 
 fn run(behaviour: &str, message: &Message) -> Result<(), Failure> {
     match behaviour {
+        "cached" => cached::run(message),
         "calls" => calls::run(),
         "config" => config::run(),
         "eat_memory" => eat_memory::run(),

@@ -1,12 +1,12 @@
 //! Looks at what the host can tell and logs what it saw, in the order asked for.
 //!
 //! Options: `{"look": ["now"], "times": 1, "bytes": 16, "key": "counter", "sql": "select 1"}`. It may look at `now`,
-//! `attempt`, `remaining`, `wall`, `monotonic`, `random` (so many bytes), `seed`, `sleep` (a millisecond), `state` (under the
+//! `attempt`, `remaining`, `wall`, `monotonic`, `random` (so many bytes), `seed`, `sleep` (a millisecond), `state` and `cache` (under the
 //! key) and `sql` (how many rows the statement has), each as often as `times` says.
 
 use std::fmt::Debug;
 
-use oncely_guest::{Failure, Message, invocation, log, params, sql, state};
+use oncely_guest::{Failure, Message, cache, invocation, log, params, sql, state};
 use serde::Deserialize;
 
 use crate::wasi::{insecure_seed, monotonic_clock, random, wall_clock};
@@ -54,6 +54,7 @@ fn look(what: &str, options: &Options) -> Result<(), Failure> {
         "seed" => &insecure_seed::insecure_seed(),
         "sleep" => &monotonic_clock::subscribe_duration(1_000_000).block(),
         "state" => &state::get(&options.key)?.map(|entry| entry.version),
+        "cache" => &cache::get(&options.key)?,
         "sql" => &sql::query(&options.sql, params![])?.len(),
         other => return Err(Failure::reject(format!("there is no `{other}` to look at"))),
     };

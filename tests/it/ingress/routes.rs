@@ -107,3 +107,22 @@ async fn a_component_in_python_that_knows_nothing_of_oncely_is_served() -> Resul
     assert_eq!(again.lasting(), first.lasting());
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_command_line_publishes_over_http_once_for_each_key() -> Result<()> {
+    let world = World::start(Kind::Sqlite, &manifest("")?).await?;
+    let publish = ["publish", "--http", "--key", "p-1", "--header", "Kind: test", "out.something", "hello", "--json"];
+    let first = world.oncely(&publish).await?;
+    assert_eq!(world.oncely(&publish).await?, first);
+    let told = world.oncely(&publish[..8]).await?;
+    assert!(told.contains("key p-1 (it was accepted before)"), "{told}");
+    let other = world.oncely(&["publish", "--http", "--key", "p-1", "out.something", "other"]).await;
+    let refused = other.unwrap_err().to_string();
+    assert!(refused.contains("the key \"p-1\" was used before"), "{refused}");
+    let stored = stored(&world, 1).await?;
+    assert_eq!(
+        (stored[0].body.as_slice(), stored[0].headers.get("kind").map(String::as_str)),
+        (&b"hello"[..], Some("test"))
+    );
+    Ok(())
+}

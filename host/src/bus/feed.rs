@@ -1,0 +1,137 @@
+//! What every host hears, not one of them: all messages of a stream from now on, in order, without a place that the server
+//! would have to remember. Whoever was away goes on where it was; when that is gone, it is told of the gap.
+
+use std::time::Duration;
+
+use anyhow::{Context, Error, Result};
+use async_nats::jetstream::consumer::pull::{Batch, Config};
+use async_nats::jetstream::consumer::{AckPolicy, Consumer, DeliverPolicy};
+use bytes::Bytes;
+use futures::StreamExt;
+use jiff::Timestamp;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::Bus;
+use super::streams::timestamp;
+
+/// How long one request for messages stays open, and how many it brings.
+const REQUEST_OPEN: Duration = Duration::from_secs(10);
+const REQUEST_MAX: usize = 1_000;
+
+/// After how long a request that ended without a word counts as lost.
+const SILENCE_MAX: Duration = Duration::from_secs(12);
+
+/// After how long the server forgets about a listener that is gone.
+const FORGOTTEN_AFTER: Duration = Duration::from_secs(60);
+
+/// All messages of a stream from some moment on.
+pub struct Feed {
+    bus: Bus,
+    stream: String,
+    /// When the stream was made, and the last sequence that was heard, or that stood there at the start.
+    created: Timestamp,
+    last: u64,
+    consumer: Option<Consumer<Config>>,
+    request: Option<(Batch, Instant)>,
+    connections: watch::Receiver<u64>,
+}
+
+/// What a feed tells.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Heard {
+    Message(Bytes),
+    /// Messages may have gone by unheard.
+    Gap,
+}
+
+impl Bus {
+    /// Listens to a stream, from now on.
+    pub async fn feed(&self, stream: &str) -> Result<Feed> {
+        let connections = self.connections();
+        let info = self.stream(stream).await?.with_context(|| format!("there is no stream {stream}"))?;
+        Ok(Feed {
+            bus: self.clone(),
+            stream: stream.to_owned(),
+            created: info.created,
+            last: info.last_sequence,
+            consumer: None,
+            request: None,
+            connections,
+        })
+    }
+}
+
+impl Feed {
+    /// What comes next. After an error it can be asked again, and goes on where it was.
+    pub async fn next(&mut self) -> Result<Heard> {
+        let heard = self.listen().await;
+        if heard.is_err() {
+            (self.consumer, self.request) = (None, None);
+        }
+        heard
+    }
+
+    async fn listen(&mut self) -> Result<Heard> {
+        loop {
+            let Some(consumer) = &self.consumer else {
+                if self.resume().await? {
+                    return Ok(Heard::Gap);
+                }
+                continue;
+            };
+            let Some((batch, silent_at)) = &mut self.request else {
+                let batch = consumer.batch().max_messages(REQUEST_MAX).expires(REQUEST_OPEN).messages();
+                let batch = batch.await.context("ask for what is told to all hosts")?;
+                self.request = Some((batch, Instant::now() + SILENCE_MAX));
+                continue;
+            };
+            let message = tokio::select! {
+                message = batch.next() => message,
+                // The server knows nothing of requests made on a connection that is gone.
+                Ok(()) = self.connections.changed() => {
+                    (self.consumer, self.request) = (None, None);
+                    continue;
+                }
+                () = tokio::time::sleep_until(*silent_at) => {
+                    (self.consumer, self.request) = (None, None);
+                    continue;
+                }
+            };
+            let Some(message) = message else {
+                self.request = None;
+                continue;
+            };
+            let message = message.map_err(Error::from_boxed).context("hear what is told to all hosts")?;
+            let sequence =
+                message.info().map_err(Error::from_boxed).context("read the place of a message")?.stream_sequence;
+            let is_next = sequence == self.last + 1;
+            self.last = sequence;
+            // Of what is forgotten nobody has to know what came after it.
+            return Ok(if is_next { Heard::Message(message.payload.clone()) } else { Heard::Gap });
+        }
+    }
+
+    /// Makes a consumer that goes on where this one was; true when that is not possible any more, or the stream is another.
+    async fn resume(&mut self) -> Result<bool> {
+        self.connections.mark_unchanged();
+        let name = &self.stream;
+        let stream = self.bus.context.get_stream(name).await.with_context(|| format!("open the stream {name}"))?;
+        let info = stream.cached_info();
+        let created = timestamp(info.created)?;
+        let is_another = created != self.created || info.state.last_sequence < self.last;
+        let is_gone = info.state.first_sequence > self.last + 1;
+        if is_another || is_gone {
+            (self.created, self.last) = (created, info.state.last_sequence);
+        }
+        let config = Config {
+            deliver_policy: DeliverPolicy::ByStartSequence { start_sequence: self.last + 1 },
+            ack_policy: AckPolicy::None,
+            inactive_threshold: FORGOTTEN_AFTER,
+            memory_storage: true,
+            ..Config::default()
+        };
+        self.consumer = Some(stream.create_consumer(config).await.context("listen to what is told to all hosts")?);
+        Ok(is_another || is_gone)
+    }
+}

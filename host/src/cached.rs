@@ -1,0 +1,162 @@
+//! What a handler leaves for the cache, buffered until its transaction commits; and what may stand in the cache at all.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use bytes::Bytes;
+
+/// The longest key and the longest tag, in bytes.
+pub const NAME_MAX: usize = 255;
+
+/// The largest value that is kept, in bytes.
+pub const VALUE_MAX: usize = 1 << 20;
+
+/// All values that one call of a handler puts, together, in bytes.
+pub const PUTS_SIZE_MAX: usize = 4 << 20;
+
+/// How many tags a value may have.
+pub const TAGS_MAX: usize = 32;
+
+/// How many values one call of a handler may put, and how many tags it may invalidate.
+pub const WRITES_MAX: usize = 1_000;
+
+/// The longest time to live.
+pub const TTL_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// The tag that every value of a worker has besides its own: to invalidate it is to forget all of them.
+pub const EVERYTHING: &str = "";
+
+/// A value to be put.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CachePut {
+    pub value: Bytes,
+    pub ttl: Duration,
+    pub tags: Vec<String>,
+}
+
+/// What one call, or the members of a batch one after the other, put and invalidate.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CacheWrites {
+    puts: BTreeMap<String, CachePut>,
+    tags: BTreeSet<String>,
+    puts_size: usize,
+    puts_count: usize,
+}
+
+impl CacheWrites {
+    /// Whether there is nothing to do.
+    pub fn is_empty(&self) -> bool {
+        self.puts.is_empty() && self.tags.is_empty()
+    }
+
+    /// The values to put, by key.
+    pub fn puts(&self) -> impl Iterator<Item = (&str, &CachePut)> {
+        self.puts.iter().map(|(key, put)| (key.as_str(), put))
+    }
+
+    /// The tags to invalidate.
+    pub fn tags(&self) -> &BTreeSet<String> {
+        &self.tags
+    }
+
+    /// The value that was put here under a key.
+    pub fn put_here(&self, key: &str) -> Option<&CachePut> {
+        self.puts.get(key)
+    }
+
+    /// Whether one of these tags was invalidated here.
+    pub fn invalidates(&self, tags: &[String]) -> bool {
+        tags.iter().any(|tag| self.tags.contains(tag))
+    }
+
+    /// How many values were put, those that were put again or invalidated included.
+    pub fn puts_count(&self) -> usize {
+        self.puts_count
+    }
+
+    /// What they took together, in bytes.
+    pub fn puts_size(&self) -> usize {
+        self.puts_size
+    }
+
+    pub fn put(&mut self, key: String, put: CachePut) {
+        self.puts_size += put.value.len();
+        self.puts_count += 1;
+        self.puts.insert(key, put);
+    }
+
+    /// Invalidates tags: values that were put here before and have one of them are not put after all.
+    pub fn invalidate(&mut self, tags: impl IntoIterator<Item = String>) {
+        self.tags.extend(tags);
+        let invalid = &self.tags;
+        self.puts.retain(|_, put| !put.tags.iter().any(|tag| invalid.contains(tag)));
+    }
+
+    /// What a later member left comes after this.
+    pub fn extend(&mut self, later: CacheWrites) {
+        let CacheWrites { puts, tags, puts_size, puts_count } = later;
+        // Of those tags alone: a value that was put after an earlier member invalidated its tag stays.
+        self.puts.retain(|_, put| !put.tags.iter().any(|tag| tags.contains(tag)));
+        self.tags.extend(tags);
+        self.puts.extend(puts);
+        self.puts_size += puts_size;
+        self.puts_count += puts_count;
+    }
+}
+
+/// Refuses what is no key or tag: 1 to [`NAME_MAX`] bytes without control characters. The error is a sentence without an end.
+pub fn check_name(what: &str, name: &str) -> Result<(), String> {
+    if name.is_empty() || name.len() > NAME_MAX || name.chars().any(char::is_control) {
+        return Err(format!("a {what} has 1 to {NAME_MAX} bytes and no control characters"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn put(text: &'static str, tags: &[&str]) -> CachePut {
+        let tags = tags.iter().map(|&tag| tag.to_owned()).collect();
+        CachePut { value: Bytes::from_static(text.as_bytes()), ttl: Duration::from_secs(1), tags }
+    }
+
+    fn invalidate(writes: &mut CacheWrites, tag: &str) {
+        writes.invalidate([tag.to_owned()]);
+    }
+
+    #[test]
+    fn what_is_put_after_its_tag_was_invalidated_stays_and_what_was_put_before_does_not() {
+        let mut writes = CacheWrites::default();
+        writes.put("before".to_owned(), put("1", &["t"]));
+        writes.put("other".to_owned(), put("2", &["u"]));
+        invalidate(&mut writes, "t");
+        writes.put("after".to_owned(), put("3", &["t"]));
+        let keys: Vec<&str> = writes.puts().map(|(key, _)| key).collect();
+        assert_eq!(keys, ["after", "other"]);
+    }
+
+    #[test]
+    fn a_later_member_invalidates_what_earlier_ones_put() {
+        let (mut first, mut second) = (CacheWrites::default(), CacheWrites::default());
+        invalidate(&mut first, "t");
+        first.put("a".to_owned(), put("1", &["t"]));
+        first.put("b".to_owned(), put("1", &["u"]));
+        invalidate(&mut second, "u");
+        second.put("a".to_owned(), put("2", &["t", "u"]));
+        first.extend(second);
+        let values: Vec<_> = first.puts().map(|(key, put)| (key, put.value.clone())).collect();
+        assert_eq!(values, [("a", Bytes::from_static(b"2"))]);
+        assert_eq!(first.tags().len(), 2);
+    }
+
+    #[test]
+    fn what_was_put_counts_even_when_it_is_gone() {
+        let mut writes = CacheWrites::default();
+        for _ in 0..3 {
+            writes.put("same".to_owned(), put("abcd", &["t"]));
+        }
+        invalidate(&mut writes, "t");
+        assert_eq!((writes.puts().count(), writes.puts_count(), writes.puts_size()), (0, 3, 12));
+    }
+}

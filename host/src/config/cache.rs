@@ -1,0 +1,85 @@
+//! The cache: how much of this process it may take, and where the shared one is.
+
+use std::fmt;
+
+use super::sources::{Given, Sources};
+use super::without_password;
+use crate::units;
+
+/// What the cache of a process may take unless told otherwise, in bytes.
+const SIZE: u64 = 64 << 20;
+
+/// The most it can be told, in bytes.
+const SIZE_MAX: u64 = 1 << 40;
+
+const EXAMPLE: &str = "redis://cache.internal:6379/0";
+
+/// How a host caches.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CacheSettings {
+    /// What the cache of this process may take, in bytes; zero for none.
+    pub size: u64,
+    /// Redis or Valkey, shared by all hosts.
+    pub shared: Option<CacheUrl>,
+}
+
+/// Where Redis is, password included; it is never shown whole.
+#[derive(Clone, PartialEq, Eq)]
+pub struct CacheUrl(String);
+
+impl Default for CacheSettings {
+    fn default() -> Self {
+        CacheSettings { size: SIZE, shared: None }
+    }
+}
+
+pub(super) fn resolve(sources: &Sources<'_>) -> anyhow::Result<CacheSettings> {
+    Ok(CacheSettings {
+        size: sources.get("cache_size").map_or(Ok(SIZE), |given| size(&given))?,
+        shared: sources.get("cache_url").map(|given| url(&given)).transpose()?,
+    })
+}
+
+fn size(given: &Given) -> anyhow::Result<u64> {
+    match units::parse_size(&given.value) {
+        Ok(size) if size <= SIZE_MAX => Ok(size),
+        _ => Err(given.refuse_value("is not a size up to 1 TiB", "64MiB")),
+    }
+}
+
+/// The value may hold a password, so it is not repeated.
+fn url(given: &Given) -> anyhow::Result<CacheUrl> {
+    let Some((scheme, rest)) = given.value.split_once("://") else {
+        return Err(given.refuse("it is no URL", EXAMPLE));
+    };
+    if !["redis", "rediss", "valkey", "valkeys"].contains(&scheme) {
+        return Err(given.refuse(format!("`{scheme}://` is no way to a cache; there are redis and rediss"), EXAMPLE));
+    }
+    let (place, database) = rest.split_once('/').unwrap_or((rest, ""));
+    let server = place.rsplit_once('@').map_or(place, |(_, server)| server);
+    if server.is_empty() || given.value.contains(char::is_whitespace) {
+        return Err(given.refuse("it names no server", EXAMPLE));
+    }
+    if !database.is_empty() && database.parse::<u16>().is_err() {
+        return Err(given.refuse("behind the server there can only be the number of a database", EXAMPLE));
+    }
+    Ok(CacheUrl(given.value.clone()))
+}
+
+impl CacheUrl {
+    /// The URL itself, for whoever connects.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+
+    /// For people: without the password.
+    pub fn shown(&self) -> String {
+        without_password(&self.0)
+    }
+}
+
+impl fmt::Debug for CacheUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.shown())
+    }
+}
