@@ -12,7 +12,7 @@ use support::nats::ToPublish;
 use support::postgres::Cluster;
 use support::production::RunningHost;
 use support::proxy::{Cut, Proxy};
-use support::world::{PATIENCE, QUICK_RETRIES, World, manifest};
+use support::world::{PATIENCE, QUICK_RETRIES, World, manifest, signal};
 
 const KEYS: usize = 6;
 
@@ -92,6 +92,64 @@ async fn outputs_come_from_the_log_in_order_and_no_row_is_written_twice() -> Res
     assert_eq!(status.pointer("/totals/0/unpublished"), Some(&0.into()));
     assert_eq!(status.pointer("/log/mode"), Some(&"wal".into()), "{status}");
     world.stop_host().await
+}
+
+/// The server sends a commit once it is in the log, when others need not see its rows yet. For as long as a commit waits for
+/// a standby, it is in between; a server process that is stopped there stays there, while all others go on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_output_is_out_before_everybody_can_see_its_effects() -> Result<()> {
+    let cluster = Cluster::start()?;
+    let mut world = world_by_log(Some(&cluster)).await?;
+    start(&mut world).await?;
+    world.nats.publish_all(counting(0, 20)).await?;
+    world.quiet(20).await?;
+    wait_for_standby(&world, "nobody").await?;
+    world.nats.publish_all(vec![count(20, "late", 0)]).await?;
+    let commits = "from pg_stat_activity join pg_locks using (pid) \
+                   where wait_event = 'SyncRep' and relation = 'oncely.inbox'::regclass and mode = 'RowExclusiveLock'";
+    world.until(&format!("select count(*) {commits}"), 1).await?;
+    let between = Stopped::new(world.database.number(&format!("select pid {commits}")).await?)?;
+    let end = world.database.rows("select pg_current_wal_flush_lsn()").await?.concat().concat();
+    wait_for_standby(&world, "").await?;
+    world.until(&format!("select count(*) from pg_stat_replication where sent_lsn >= '{end}'"), 1).await?;
+    // The reader, which was told of it, goes on to write down how far it is.
+    for _ in 0..4 {
+        let now = world.database.rows("select clock_timestamp()").await?.concat().concat();
+        world.until(&format!("select count(*) from oncely.relay_position where recorded_at > '{now}'"), 1).await?;
+        let told = world.nats.read_stream("OUT").await?.len();
+        assert_eq!((told, world.database.number("select count(*) from oncely.outbox").await?), (20, 20));
+    }
+    drop(between);
+    world.quiet(21).await?;
+    let by_log = "select count(*) from oncely.outbox where via = 'wal'";
+    assert_eq!((world.nats.read_stream("OUT").await?.len(), world.database.number(by_log).await?), (21, 21));
+    check_order(&world, 21).await
+}
+
+/// From now on commits wait for this standby, or for none.
+async fn wait_for_standby(world: &World, name: &str) -> Result<()> {
+    world.database.execute(&format!("alter system set synchronous_standby_names = '{name}'")).await?;
+    world.database.execute("select pg_reload_conf()").await?;
+    let is_set =
+        format!("select count(*) from pg_settings where name = 'synchronous_standby_names' and setting = '{name}'");
+    world.until(&is_set, 1).await
+}
+
+/// A process that stands still until this is dropped.
+struct Stopped(u32);
+
+impl Stopped {
+    fn new(pid: i64) -> Result<Self> {
+        let pid = u32::try_from(pid)?;
+        signal(pid, "STOP")?;
+        Ok(Stopped(pid))
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        let _ = signal(self.0, "CONT");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

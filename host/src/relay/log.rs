@@ -41,6 +41,10 @@ const BEHIND_NO_MORE: Duration = Duration::from_secs(1);
 /// How many outputs are handed to the relay at a time.
 const HAND_MAX: usize = 500;
 
+/// How soon it is looked again whether everybody can see what was told, the first time and later.
+const SEEN_AGAIN_AFTER: Duration = Duration::from_millis(1);
+const SEEN_AGAIN_AFTER_MAX: Duration = Duration::from_millis(20);
+
 /// How often outcomes are recorded, how many at a time, and how often the position is when there are none.
 const RECORD_EVERY: Duration = Duration::from_millis(20);
 const RECORD_MAX: usize = 2_000;
@@ -211,7 +215,7 @@ impl LogRelay {
             tracker: Tracker::default(),
             broker,
             is_in_doubt: false,
-            gathered: Vec::new(),
+            gathered: Told::default(),
             handing: None,
             is_first: true,
             recorded_at: Instant::now(),
@@ -225,14 +229,14 @@ impl LogRelay {
     }
 
     /// Looks who is before outputs and which of them are on their streams already, and hands them to the relay.
-    fn hand(&self, rows: Vec<OutboxRow>, is_first: bool, recorded: u64) -> BoxFuture<'static, Result<(), StoreError>> {
+    fn hand(&self, told: Told, is_first: bool, recorded: u64) -> BoxFuture<'static, Result<(), StoreError>> {
         let (log, bus, metrics) = (Arc::clone(&self.log), self.bus.clone(), Arc::clone(&self.metrics));
         let (state, to_relay) = (Arc::clone(&self.state), self.ends.to_relay.clone());
         let task = async move {
             // The relay may be full.
             let Ok(room) = to_relay.reserve().await else { return Ok(()) };
-            let (since, losses) = (Instant::now(), state.losses_known());
-            let behind = log.in_line(&rows).await?;
+            let Look { since, losses, behind } = told.look_once_seen(&*log, &state).await?;
+            let rows = told.rows;
             let streams = bus.streams(STREAMS_AS_OF).await.unwrap_or_default();
             let free = rows.iter().zip(&behind).filter(|(_, behind)| behind.is_none()).map(|(row, _)| row.clone());
             let (there, back) = (Vec::new(), Vec::new());
@@ -248,6 +252,43 @@ impl LogRelay {
             async move { tokio::spawn(task).await.unwrap_or_else(|error| Err(StoreError::Unavailable(error.into()))) },
         )
     }
+}
+
+/// Outputs the reader was told, and the transactions they are of.
+#[derive(Default)]
+struct Told {
+    rows: Vec<OutboxRow>,
+    transactions: Vec<u32>,
+}
+
+impl Told {
+    fn push(&mut self, row: OutboxRow, transaction: u32) {
+        self.rows.push(row);
+        if self.transactions.last() != Some(&transaction) {
+            self.transactions.push(transaction);
+        }
+    }
+
+    /// Looks who is before these outputs, once everybody can see their effects: the server sends a transaction as soon as it
+    /// is in the log, a moment before others can see it, or long before if it waits for a standby then.
+    async fn look_once_seen(&self, log: &dyn OutputLog, state: &RelayState) -> Result<Look, StoreError> {
+        let mut pause = SEEN_AGAIN_AFTER;
+        loop {
+            let (since, losses) = (Instant::now(), state.losses_known());
+            if let Some(behind) = log.in_line(&self.rows, &self.transactions).await? {
+                return Ok(Look { since, losses, behind });
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(SEEN_AGAIN_AFTER_MAX);
+        }
+    }
+}
+
+/// Who is before each of some outputs; when that was looked, at the earliest, and what losses were known by then.
+struct Look {
+    since: Instant,
+    losses: (u64, u64),
+    behind: Vec<Option<i64>>,
 }
 
 /// All of them, in their order, with what was found.
@@ -279,7 +320,7 @@ struct Reading {
     /// A stream was seen to give a sequence a second time.
     is_in_doubt: bool,
     /// Told, and not on the way to the relay.
-    gathered: Vec<OutboxRow>,
+    gathered: Told,
     handing: Option<BoxFuture<'static, Result<(), StoreError>>>,
     is_first: bool,
     recorded_at: Instant,
@@ -292,10 +333,10 @@ impl Reading {
     /// host stops.
     async fn run(mut self, relay: &mut LogRelay, stopping: &Stopping) -> Result<(), StoreError> {
         loop {
-            if self.handing.is_none() && !self.gathered.is_empty() {
-                let rows = std::mem::take(&mut self.gathered);
+            if self.handing.is_none() && !self.gathered.rows.is_empty() {
+                let told = std::mem::take(&mut self.gathered);
                 let is_first = std::mem::take(&mut self.is_first);
-                self.handing = Some(relay.hand(rows, is_first, self.tracker.recorded()));
+                self.handing = Some(relay.hand(told, is_first, self.tracker.recorded()));
             }
             if self.is_time_to_record() && !self.record(relay, stopping).await? {
                 // What comes from an earlier reader comes before all from the next one.
@@ -308,7 +349,7 @@ impl Reading {
                 return Ok(());
             }
             // Without a connection nothing could be sent.
-            let takes_more = self.gathered.len() < HAND_MAX && relay.bus.is_connected();
+            let takes_more = self.gathered.rows.len() < HAND_MAX && relay.bus.is_connected();
             let has_outcomes = self.tracker.has_outcomes();
             let record_at = self.recorded_at + if has_outcomes { RECORD_EVERY } else { BEAT_EVERY };
             // Whichever is ready: none of them may starve another.
@@ -328,9 +369,9 @@ impl Reading {
 
     fn take(&mut self, event: LogEvent) {
         match event {
-            LogEvent::Output(row) => {
+            LogEvent::Output { row, transaction } => {
                 self.tracker.output(row.seq);
-                self.gathered.push(row);
+                self.gathered.push(row, transaction);
             }
             LogEvent::Committed { end, at } => self.tracker.committed(end, at),
             LogEvent::Passed(end) => self.tracker.passed(end),

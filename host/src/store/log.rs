@@ -62,8 +62,8 @@ pub enum Step {
 /// What the log says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LogEvent {
-    /// An output of a transaction that has committed.
-    Output(OutboxRow),
+    /// An output of a transaction that has committed, and that transaction's number in 32 bits. Others may see neither yet.
+    Output { row: OutboxRow, transaction: u32 },
     /// All outputs of a transaction were told.
     Committed { end: Lsn, at: Timestamp },
     /// Whatever committed before was told.
@@ -118,7 +118,8 @@ pub trait OutputLog: Send + Sync + 'static {
     async fn read(&self) -> Result<Option<Box<dyn LogReader>>>;
 
     /// For each of these outputs with a key the one to wait for, if others of its key that go by polling are in line before it.
-    async fn in_line(&self, rows: &[OutboxRow]) -> Result<Vec<Option<i64>>>;
+    /// None while some of these transactions, which are the outputs', cannot be seen by everybody yet.
+    async fn in_line(&self, rows: &[OutboxRow], transactions: &[u32]) -> Result<Option<Vec<Option<i64>>>>;
 }
 
 /// The one connection that reads the log. Who drops it is no longer the reader.

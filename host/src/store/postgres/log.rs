@@ -4,6 +4,7 @@ mod connection;
 mod pgoutput;
 mod reader;
 mod slot;
+mod snapshot;
 mod steps;
 
 use anyhow::Context;
@@ -11,6 +12,7 @@ use async_trait::async_trait;
 use sqlx::Row;
 
 pub(super) use self::connection::Replication;
+use self::snapshot::Snapshot;
 use super::errors;
 use super::session::{Purpose, Session, Sessions};
 use crate::store::{LogReader, LogState, Lsn, OutboxRow, OutputLog, Result, Step, StoreError};
@@ -66,39 +68,40 @@ impl OutputLog for PostgresLog {
         Ok(reader.map(|reader| Box::new(reader) as Box<dyn LogReader>))
     }
 
-    async fn in_line(&self, rows: &[OutboxRow]) -> Result<Vec<Option<i64>>> {
-        if rows.iter().all(|row| row.ordering_key.is_none()) {
-            return Ok(vec![None; rows.len()]);
-        }
+    async fn in_line(&self, rows: &[OutboxRow], transactions: &[u32]) -> Result<Option<Vec<Option<i64>>>> {
         let mut session = self.sessions.begin(Purpose::House).await?;
-        let found = in_line(&mut session, rows).await?;
+        let (found, snapshot) = in_line(&mut session, rows).await?;
         session.commit().await?;
-        Ok(found)
+        let is_seen = transactions.iter().all(|transaction| snapshot.sees(*transaction));
+        Ok(is_seen.then_some(found))
     }
 }
 
 /// What the last one before each output in the line of its key waits for, or that one: all that wait for the same go on together.
-async fn in_line(session: &mut Session, rows: &[OutboxRow]) -> Result<Vec<Option<i64>>> {
+/// And what could be seen then.
+async fn in_line(session: &mut Session, rows: &[OutboxRow]) -> Result<(Vec<Option<i64>>, Snapshot)> {
     let doing = |error| errors::of_statement(error, "look who is in line before outputs from the log");
     let query = session.query(
-        "select (
-             select coalesce(behind, seq) from oncely.outbox as before
-             where before.worker = given.worker and before.ordering_key = given.ordering_key
-                 and before.ordering_key is not null and before.published_at is null and before.via = 'poll'
-                 and before.seq + 0 < given.seq and before.due_at <= pg_catalog.clock_timestamp()
-             order by before.seq + 0 desc limit 1)
-         from unnest($1::bigint[], $2::text[], $3::text[]) with ordinality
-             as given (seq, worker, ordering_key, place)
-         order by place",
+        "select array(
+             select (
+                 select coalesce(behind, seq) from oncely.outbox as before
+                 where before.worker = given.worker and before.ordering_key = given.ordering_key
+                     and before.ordering_key is not null and before.published_at is null and before.via = 'poll'
+                     and before.seq + 0 < given.seq and before.due_at <= pg_catalog.clock_timestamp()
+                 order by before.seq + 0 desc limit 1)
+             from unnest($1::bigint[], $2::text[], $3::text[]) with ordinality
+                 as given (seq, worker, ordering_key, place)
+             order by place), pg_catalog.pg_current_snapshot()::text",
     );
     let found = query
         .bind(rows.iter().map(|row| row.seq).collect::<Vec<_>>())
         .bind(rows.iter().map(|row| row.worker.as_str()).collect::<Vec<_>>())
         .bind(rows.iter().map(|row| row.ordering_key.as_deref()).collect::<Vec<_>>())
-        .fetch_all(session.connection())
+        .fetch_one(session.connection())
         .await
         .map_err(doing)?;
-    found.iter().map(|row| row.try_get(0).map_err(doing)).collect()
+    let snapshot = Snapshot::read(found.try_get(1).map_err(doing)?).map_err(StoreError::Unavailable)?;
+    Ok((found.try_get(0).map_err(doing)?, snapshot))
 }
 
 /// A place in the log as PostgreSQL writes it, such as `16/B374D848`.

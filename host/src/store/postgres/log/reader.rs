@@ -21,7 +21,8 @@ pub(super) struct Reader {
     number: i64,
     /// Whatever ended before is through.
     position: Lsn,
-    /// The transaction that is being told was through before.
+    /// The transaction that is being told, and whether it was through before.
+    transaction: u32,
     is_old: bool,
 }
 
@@ -36,18 +37,21 @@ impl Reader {
         // From here on nobody else is sent anything, and what the last reader has yet to write down is refused.
         let Some((number, position)) = become_reader(sessions).await? else { return Ok(None) };
         let sessions = sessions.clone();
-        Ok(Some(Reader { sessions, stream, decoder: Decoder::default(), number, position, is_old: false }))
+        let decoder = Decoder::default();
+        Ok(Some(Reader { sessions, stream, decoder, number, position, transaction: 0, is_old: false }))
     }
 
     fn understand(&mut self, event: ReplicationEvent) -> Result<Option<LogEvent>> {
         Ok(match event {
-            ReplicationEvent::Begin { final_lsn, .. } => {
+            ReplicationEvent::Begin { final_lsn, xid, .. } => {
+                self.transaction = xid;
                 self.is_old = final_lsn.as_u64() < self.position;
                 None
             }
             ReplicationEvent::XLogData { data, .. } => {
                 let row = self.decoder.read(data).context("read the log").map_err(StoreError::Unavailable)?;
-                row.filter(|_| !self.is_old).map(LogEvent::Output)
+                let transaction = self.transaction;
+                row.filter(|_| !self.is_old).map(|row| LogEvent::Output { row, transaction })
             }
             ReplicationEvent::Commit { end_lsn, commit_time_micros, .. } => {
                 let at = Timestamp::from_microsecond(commit_time_micros.saturating_add(EPOCH_MICROS));
