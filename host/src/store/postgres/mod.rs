@@ -34,8 +34,8 @@ use std::time::Duration;
 use anyhow::Context;
 use async_trait::async_trait;
 use bytes::Bytes;
-use sqlx::ConnectOptions;
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
+use sqlx::{ConnectOptions, Row};
 
 use self::guest_sql::Guests;
 use self::log::{PostgresLog, Replication};
@@ -159,7 +159,9 @@ fn guest_pool(options: &PgConnectOptions, login: &Login, connections: u32) -> Pg
 
 /// Whether a session of guests is really the role's: a pooler may log everybody in as one and the same user.
 async fn check_login(pool: &PgPool, role: &str) -> sqlx::Result<()> {
-    let user: String = sqlx::query_scalar("select session_user::text").persistent(false).fetch_one(pool).await?;
+    // One message: behind a pooler a statement may be prepared on one connection and run on another.
+    let row = sqlx::raw_sql("select session_user::text").fetch_one(pool).await?;
+    let user: String = row.try_get(0)?;
     if user == role {
         return Ok(());
     }
