@@ -25,7 +25,7 @@ use crate::host::{Host, WorkerState};
 use crate::redrive;
 use crate::relay::BreakerState;
 use crate::sql::Dialect;
-use crate::store::{StateRecord, StoreError, WorkerTotals};
+use crate::store::{LogState, StateRecord, StoreError, WorkerTotals};
 use crate::subject;
 
 pub mod letters;
@@ -150,6 +150,10 @@ pub struct Status {
     pub workers: Vec<WorkerState>,
     /// Of this host's relay, by stream.
     pub breakers: Vec<BreakerState>,
+    /// How outputs go; none where there is no other way than polling.
+    pub log: Option<LogState>,
+    /// Whether this host is the one that reads the log.
+    pub reads_log: bool,
     /// Of all hosts on this database; none when it is out of reach.
     pub totals: Option<Vec<WorkerTotals>>,
     /// Those that are raised; none when the database is out of reach.
@@ -165,6 +169,8 @@ async fn status(State(host): State<Arc<Host>>) -> Answer<Status> {
         nats_connected: host.bus.is_connected(),
         workers: host.workers_with_backlog().await,
         breakers: host.relay_state.breakers(),
+        log: host.relay_state.log(),
+        reads_log: host.relay_state.reads_log(),
         totals: host.store.totals().await.ok(),
         alarms: host.store.alarms().await.ok().map(|alarms| alarms.into_iter().filter(Alarm::is_raised).collect()),
     }))

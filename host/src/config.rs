@@ -35,7 +35,7 @@ pub const LISTEN: &str = "127.0.0.1:7420";
 pub const HTTP: &str = "127.0.0.1:7480";
 
 /// Every knob, by its key in the file. Its flag is `--key` with hyphens, its variable `ONCELY_KEY`.
-pub(crate) const KNOBS: [&str; 22] = [
+pub(crate) const KNOBS: [&str; 25] = [
     "database",
     "pool_size",
     "guest_sql",
@@ -52,6 +52,9 @@ pub(crate) const KNOBS: [&str; 22] = [
     "log_level",
     "drain",
     "keep_outputs",
+    "relay",
+    "relay_database",
+    "relay_slot_max",
     "keep_inbox",
     "archive",
     "webhook",
@@ -114,6 +117,15 @@ pub struct HostFlags {
     /// How long published outputs are kept, for the case that a stream loses them [default: 15m] [env: ONCELY_KEEP_OUTPUTS]
     #[arg(long, value_name = "TIME")]
     pub keep_outputs: Option<String>,
+    /// How outputs are published on PostgreSQL: poll, or wal, from the database's log; for all hosts of the database [default: as it was, poll at first] [env: ONCELY_RELAY]
+    #[arg(long, value_name = "HOW")]
+    pub relay: Option<String>,
+    /// postgres://… of the server itself, where the other URL names a pooler, to read its log [default: as for the database] [env: ONCELY_RELAY_DATABASE]
+    #[arg(long, value_name = "URL")]
+    pub relay_database: Option<String>,
+    /// How much of its log the server may keep for the relay until that polls again [default: 4GiB] [env: ONCELY_RELAY_SLOT_MAX]
+    #[arg(long, value_name = "SIZE")]
+    pub relay_slot_max: Option<String>,
     /// How long it is remembered what was handled: a time, or auto for a day longer than the streams keep messages [default: auto] [env: ONCELY_KEEP_INBOX]
     #[arg(long, value_name = "TIME")]
     pub keep_inbox: Option<String>,
@@ -158,6 +170,12 @@ pub struct HostConfig {
     pub drain: Duration,
     /// How long published outputs are kept.
     pub keep_outputs: Duration,
+    /// How outputs are published; none to leave it as it is.
+    pub relay: Option<HowRelayed>,
+    /// A `postgres://` URL that no pooler stands behind.
+    pub relay_database: Option<Database>,
+    /// How much of its log the server may keep until it is read, in bytes.
+    pub relay_slot_max: u64,
     pub keep_inbox: KeepInbox,
     /// Where old rows are kept when they leave the database.
     pub archive: Option<PathBuf>,
@@ -166,6 +184,15 @@ pub struct HostConfig {
     /// What these posts are signed with.
     pub webhook_secret: Option<Secret>,
     pub cache: CacheSettings,
+}
+
+/// How outputs are published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HowRelayed {
+    /// Hosts hand them over from memory, and sweep for what is left.
+    Poll,
+    /// One host reads them from PostgreSQL's log.
+    Wal,
 }
 
 /// How long it is remembered what was handled.
@@ -217,8 +244,12 @@ impl HostConfig {
         let data_dir = sources.get("data_dir").map_or_else(|| PathBuf::from(".oncely"), |given| given.path());
         let default_database = || Ok(Database::Sqlite(data_dir.join("oncely.db")));
         let token = sources.get("token").map(|given| token::check(&given)).transpose()?;
+        let database = sources.get("database").map_or_else(default_database, |given| database(&given))?;
         Ok(HostConfig {
-            database: sources.get("database").map_or_else(default_database, |given| database(&given))?,
+            relay: sources.get("relay").map(|given| relay(&given, &database)).transpose()?,
+            relay_database: sources.get("relay_database").map(|given| relay_database(&given)).transpose()?,
+            relay_slot_max: sources.get("relay_slot_max").map_or(Ok(4 << 30), |given| relay_slot_max(&given))?,
+            database,
             pool_size: sources.get("pool_size").map_or(Ok(16), |given| pool_size(&given))?,
             guest_sql: sources.get("guest_sql").map_or(Ok(GuestSql::Walled), |given| guest_sql(&given))?,
             nats: nats::resolve(&sources, env)?,
@@ -285,6 +316,34 @@ fn guest_sql(given: &Given) -> anyhow::Result<GuestSql> {
         "walled" => Ok(GuestSql::Walled),
         "trusted" => Ok(GuestSql::Trusted),
         _ => Err(given.refuse_value("is neither `walled` nor `trusted`", "walled")),
+    }
+}
+
+fn relay(given: &Given, database: &Database) -> anyhow::Result<HowRelayed> {
+    match (given.value.as_str(), database) {
+        ("poll", _) => Ok(HowRelayed::Poll),
+        ("wal", Database::Postgres(_)) => Ok(HowRelayed::Wal),
+        ("wal", Database::Sqlite(_)) => Err(given.refuse_with_hint(
+            "`wal` reads the log of a PostgreSQL server, and the database is SQLite",
+            "leave it out, or name a postgres:// URL in `database`".to_owned(),
+        )),
+        _ => Err(given.refuse_value("is neither `poll` nor `wal`", "wal")),
+    }
+}
+
+fn relay_database(given: &Given) -> anyhow::Result<Database> {
+    match database(given)? {
+        Database::Postgres(url) => Ok(Database::Postgres(url)),
+        Database::Sqlite(_) => {
+            Err(given.refuse("it is for a PostgreSQL server behind a pooler", "postgres://user:password@host/name"))
+        }
+    }
+}
+
+fn relay_slot_max(given: &Given) -> anyhow::Result<u64> {
+    match units::parse_size(&given.value) {
+        Ok(most) if most >= 64 << 20 => Ok(most),
+        _ => Err(given.refuse_value("is not a size of 64 MiB or more", "4GiB")),
     }
 }
 

@@ -51,6 +51,18 @@ pub const AFTER_MARK: &str = "relay_marked";
 pub const BEFORE_PUT_BACK: &str = "relay_before_put_back";
 /// Outputs that a stream has lost are no longer marked as published.
 pub const PUBLISH_AGAIN: &str = "relay_publishes_again";
+/// Outputs were read from the log and are about to be sent.
+pub const LOG_READ: &str = "log_outputs_read";
+/// What became of outputs from the log is about to be recorded.
+pub const BEFORE_LOG_RECORD: &str = "log_before_record";
+/// It is recorded; the server may not know.
+pub const AFTER_LOG_RECORD: &str = "log_recorded";
+/// The replication slot is made; outputs still go by polling.
+pub const SLOT_MADE: &str = "log_slot_made";
+/// Outputs go by polling again; some are in the log.
+pub const LOG_LEFT: &str = "log_left";
+/// Some outputs were brought over from the log to polling.
+pub const BROUGHT_OVER: &str = "log_brought_over";
 /// Old rows were removed.
 pub const AFTER_PRUNE: &str = "after_prune";
 /// The old version of a worker is drained, the new one is yet to start.
@@ -88,6 +100,9 @@ pub const POINTS: &[&str] = &[
     MIGRATING,
     STARTED,
 ];
+
+/// The points that only a host passes whose outputs go by the log, or just did (PostgreSQL).
+pub const LOG_POINTS: &[&str] = &[LOG_READ, BEFORE_LOG_RECORD, AFTER_LOG_RECORD, SLOT_MADE, LOG_LEFT, BROUGHT_OVER];
 
 /// Seen, not a place to die: the inbox knew a message already.
 pub const DUPLICATE_SKIPPED: &str = "duplicate_skipped";

@@ -24,11 +24,11 @@ use crate::guest::{Guest, GuestEngine};
 use crate::ingress::{HttpWorker, Ingress, Table};
 use crate::invalidation::{CACHE_KEPT, CACHE_STREAM, CACHE_SUBJECTS};
 use crate::manifest::Worker;
-use crate::metrics::{Measured, MeasuredOutbox, MeasuredWorker, Metrics};
+use crate::metrics::{Measured, MeasuredLog, MeasuredOutbox, MeasuredWorker, Metrics};
 use crate::redrive::{REDRIVE_STREAM, REDRIVE_SUBJECTS};
-use crate::relay::{HandOver, Relay, RelayState, Repair};
+use crate::relay::{HandOver, LogKeeper, LogRelay, Relay, RelayState, Repair};
 use crate::request::Admission;
-use crate::store::{DeploymentRecord, OutboxLag, OutboxRow, Store};
+use crate::store::{DeploymentRecord, OutboxLag, OutboxRow, RelayMode, Store};
 use crate::watch;
 use crate::webhook::{self, Poster};
 use crate::worker::RunningWorker;
@@ -99,6 +99,9 @@ pub struct Running {
     webhook: Option<JoinHandle<()>>,
     relay: JoinHandle<()>,
     repair: JoinHandle<()>,
+    /// What reads the database's log ends after the lanes.
+    stop_log: Stop,
+    log: Vec<JoinHandle<()>>,
     feed: JoinHandle<()>,
 }
 
@@ -125,8 +128,12 @@ impl Host {
         let told = StreamSpec { max_age: Some(CACHE_KEPT), ..StreamSpec::new(CACHE_STREAM, &[CACHE_SUBJECTS]) };
         bus.ensure_stream(&told).await.context("make the stream of what is to be forgotten")?;
         let (metrics, relay_state) = (Arc::<Metrics>::default(), Arc::<RelayState>::default());
-        let (relay, hand_over) =
+        let (relay, hand_over, log_ends) =
             Relay::new(Arc::clone(&store), bus.clone(), Arc::clone(&metrics), Arc::clone(&relay_state));
+        let log = store.log().map(|log| {
+            let keeper = LogKeeper::new(Arc::clone(&log), Arc::clone(&relay_state), &log_ends);
+            (keeper, LogRelay::new(log, bus.clone(), Arc::clone(&metrics), Arc::clone(&relay_state), log_ends))
+        });
         let repair = Repair::new(
             Arc::clone(&store),
             bus.clone(),
@@ -151,7 +158,11 @@ impl Host {
             deployed: Notify::new(),
             started: AtomicBool::new(false),
         });
-        let stop = Stop::new();
+        let (stop, stop_log) = (Stop::new(), Stop::new());
+        let log = log.into_iter().flat_map(|(keeper, relay)| {
+            [tokio::spawn(keeper.run(stop.stopping())), tokio::spawn(relay.run(stop_log.stopping()))]
+        });
+        let log = log.collect();
         let relay = tokio::spawn(relay.run(stop.stopping()));
         let repair = tokio::spawn(repair.run(stop.stopping()));
         // Before anything is cached here.
@@ -164,7 +175,7 @@ impl Host {
         let webhook = webhook.map(|webhook| {
             tokio::spawn(webhook::tell(host.bus.clone(), webhook, Arc::clone(&host.metrics), stop.stopping()))
         });
-        Ok((host, Running { stop, supervisor, watch, webhook, relay, repair, feed }))
+        Ok((host, Running { stop, supervisor, watch, webhook, relay, repair, feed, stop_log, log }))
     }
 
     /// Brings what runs in line with what is deployed.
@@ -297,6 +308,12 @@ impl Host {
             outbox: outbox.map(|lags| lags.into_iter().map(measured_outbox).collect()),
             workers: self.measure_workers().await,
             breakers: self.relay_state.breakers().into_iter().map(|breaker| (breaker.stream, breaker.state)).collect(),
+            log: self.relay_state.log().map(|log| MeasuredLog {
+                is_used: log.mode == RelayMode::Wal,
+                reads: self.relay_state.reads_log(),
+                behind: log.behind,
+                retained: log.slot.map_or(0, |slot| slot.retained),
+            }),
             alarms: self.shown_alarms(&alarms).await,
             cache: self.cache.measure(),
         };
@@ -411,6 +428,8 @@ impl Running {
                 let _ = webhook.await;
             }
             host.drain_workers().await;
+            self.stop_log.now();
+            futures::future::join_all(self.log).await;
             let _ = self.relay.await;
             let _ = self.repair.await;
             let _ = self.feed.await;

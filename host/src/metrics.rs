@@ -99,9 +99,23 @@ pub struct Measured {
     pub outbox: Option<Vec<MeasuredOutbox>>,
     pub workers: Vec<MeasuredWorker>,
     pub breakers: Vec<(String, breaker::State)>,
+    /// None where outputs can go by polling alone.
+    pub log: Option<MeasuredLog>,
     /// Alarms that are raised, and those that are not and may be, by worker.
     pub alarms: Vec<(String, alarm::Kind, bool)>,
     pub cache: MeasuredCache,
+}
+
+/// The database's log as a way for outputs.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct MeasuredLog {
+    pub is_used: bool,
+    /// Whether this host reads it.
+    pub reads: bool,
+    /// How far publishing is behind the commits.
+    pub behind: Duration,
+    /// How much of it the server keeps for the slot, in bytes.
+    pub retained: u64,
 }
 
 /// One worker of this host.
@@ -156,6 +170,10 @@ pub struct Metrics {
     set_aside: Family<Worker, Gauge>,
     held: Family<Worker, Gauge>,
     breaker: Family<Stream, Gauge>,
+    log_used: Gauge,
+    log_reads: Gauge,
+    log_behind: Age,
+    log_retained: Gauge,
     alarms: Family<Alarm, Gauge>,
     webhook_posts: Family<PostOutcome, Counter>,
     pub cache: CacheMetrics,
@@ -301,6 +319,15 @@ impl Default for Metrics {
             set_aside: book.add("oncely_set_aside_outputs", "Outputs that wait for a person to retry or drop them"),
             held: book.add("oncely_held_outputs", "Outputs that wait for one that is set aside"),
             breaker: book.add("oncely_breaker_state", "Of a stream: 0 closed, 1 half-open, 2 open"),
+            log_used: book.add("oncely_log_used", "Whether outputs are published from the database's log"),
+            log_reads: book.add("oncely_log_reads", "Whether this host is the one that reads it"),
+            log_behind: book.add_seconds(
+                "oncely_log_behind",
+                "How far publishing from the log is behind the commits",
+                Age::default(),
+            ),
+            log_retained: book
+                .add("oncely_log_retained_bytes", "How much of its log the server keeps for the replication slot"),
             alarms: book.add("oncely_alarms", "Alarms that are raised"),
             webhook_posts: book.add("oncely_webhook_posts", "Attempts to tell the webhook of an alarm, by outcome"),
             cache: CacheMetrics::new(&mut book),
@@ -401,6 +428,11 @@ impl Metrics {
             };
             self.breaker.get_or_create(&Stream { stream: stream.clone() }).set(state);
         }
+        let log = measured.log.unwrap_or_default();
+        self.log_used.set(log.is_used.into());
+        self.log_reads.set(log.reads.into());
+        self.log_behind.set(log.behind.as_secs_f64());
+        self.log_retained.set(i64::try_from(log.retained).unwrap_or(i64::MAX));
         self.alarms.clear();
         for (worker, kind, is_raised) in &measured.alarms {
             let labels = Alarm { worker: worker.clone(), alarm: kind.as_str() };

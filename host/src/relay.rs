@@ -20,11 +20,12 @@ use crate::bus::{Answer, Bus, Outgoing, PublishError, PublishedAt, StreamInfo, s
 use crate::drain::Stopping;
 use crate::fault;
 use crate::metrics::{Metrics, OutputOutcome};
-use crate::store::{OutboxRow, Published, Store, StoreError, Unpublished};
+use crate::store::{OutboxRow, Published, RelayMode, Store, StoreError, Unpublished};
 
 mod breakers;
 mod ledger;
 mod lines;
+mod log;
 mod repair;
 mod state;
 mod sweep;
@@ -32,6 +33,8 @@ mod sweep;
 use breakers::Breakers;
 use ledger::Ledger;
 use lines::{Held, Lines};
+use log::{Fate, FromLog};
+pub use log::{LogEnds, LogKeeper, LogRelay};
 pub use repair::Repair;
 pub use state::{BreakerState, RelayState};
 use sweep::Swept;
@@ -50,6 +53,9 @@ const SWEEP_MAX: usize = 1_000;
 
 /// How often the sweep looks for what is due. Delays are honoured within this time.
 const SWEEP_EVERY: Duration = Duration::from_millis(250);
+
+/// How long after one sweep the next begins at the earliest when others wait for what was published since.
+const SWEEP_SOON: Duration = Duration::from_millis(20);
 
 /// How long publishing waits after a new connection until the streams are looked at; after that it goes on without.
 const REPAIR_WITHIN: Duration = Duration::from_secs(10);
@@ -74,6 +80,8 @@ const NO_PLACE_FOR: Duration = Duration::from_secs(20);
 #[derive(Clone)]
 pub struct HandOver {
     sender: mpsc::Sender<Leased>,
+    /// Closed while the reader of the database's log is far behind.
+    gate: watch::Receiver<bool>,
 }
 
 /// Outputs that this host committed, and a time before which their leases did not begin.
@@ -86,6 +94,7 @@ impl HandOver {
     /// Hands committed outputs over, whose leases began at `since` or later; waits while the relay is behind. If the relay
     /// is gone, a sweep finds them.
     pub async fn hand_over(&self, rows: Vec<OutboxRow>, since: Instant) {
+        let _ = self.gate.clone().wait_for(|is_open| *is_open).await;
         if !rows.is_empty() {
             let _ = self.sender.send(Leased { rows, since }).await;
         }
@@ -99,6 +108,7 @@ pub struct Relay {
     metrics: Arc<Metrics>,
     state: Arc<RelayState>,
     handed_over: mpsc::Receiver<Leased>,
+    from_log: mpsc::Receiver<FromLog>,
     lines: Lines,
     ledger: Ledger,
     streams: Arc<Vec<StreamInfo>>,
@@ -116,8 +126,9 @@ pub struct Relay {
     waits_since: Option<Instant>,
     /// Subjects that no stream takes: since when, and when that was seen last.
     without_place: HashMap<String, (Instant, Instant)>,
-    /// Something that others wait for was published: there may be more to do than the next tick would find in time.
-    sweep_soon: bool,
+    /// Something that others may wait for was published: there may be more to do than the next tick would find in time. The
+    /// sweep finds it once that is in the database.
+    others_wait: bool,
 }
 
 /// An output whose answer is there.
@@ -133,10 +144,18 @@ struct Answered {
 type UnderWay = FuturesUnordered<BoxFuture<'static, Answered>>;
 
 impl Relay {
-    pub fn new(store: Arc<dyn Store>, bus: Bus, metrics: Arc<Metrics>, state: Arc<RelayState>) -> (Self, HandOver) {
+    pub fn new(
+        store: Arc<dyn Store>,
+        bus: Bus,
+        metrics: Arc<Metrics>,
+        state: Arc<RelayState>,
+    ) -> (Self, HandOver, LogEnds) {
         let (sender, handed_over) = mpsc::channel(HAND_OVER_MAX);
+        let (to_relay, from_log) = mpsc::channel(1);
+        let (heard, outcomes) = mpsc::unbounded_channel();
+        let (opens, gate) = watch::channel(true);
         let relay = Relay {
-            ledger: Ledger::new(Arc::clone(&store)),
+            ledger: Ledger::new(Arc::clone(&store), heard),
             connections: bus.connections(),
             store,
             bus,
@@ -144,6 +163,7 @@ impl Relay {
             breakers: Breakers::new(Arc::clone(&state)),
             state,
             handed_over,
+            from_log,
             lines: Lines::default(),
             streams: Arc::default(),
             knows_too_little: false,
@@ -152,23 +172,27 @@ impl Relay {
             disconnected: Instant::now(),
             waits_since: None,
             without_place: HashMap::new(),
-            sweep_soon: false,
+            others_wait: false,
         };
-        (relay, HandOver { sender })
+        (relay, HandOver { sender, gate }, LogEnds { to_relay, outcomes, gate: opens })
     }
 
-    /// Runs until all lanes are gone and what they handed over is published. After `stopping` there are no more sweeps:
+    /// Runs until all lanes and the reader of the log are gone and what they handed over is published. After `stopping` there are no more sweeps:
     /// what is not published stays in the outbox for the next host.
     pub async fn run(mut self, stopping: Stopping) {
         let mut under_way = UnderWay::new();
         let mut sweeping: Option<BoxFuture<'static, Result<Swept, StoreError>>> = None;
-        let mut sweep_at = Instant::now();
-        let mut lanes_are_gone = false;
+        let (mut swept_at, mut sweep_at) = (Instant::now(), Instant::now());
+        let mut sweep_once_written = false;
+        let (mut lanes_are_gone, mut reader_is_gone) = (false, false);
         loop {
             self.send(&mut under_way).await;
-            self.ledger.write();
+            if self.ledger.write() {
+                sweep_once_written = std::mem::take(&mut self.others_wait);
+            }
             self.state.unwritten.store(!self.ledger.is_empty(), Ordering::Relaxed);
-            if lanes_are_gone && self.lines.is_empty() && self.ledger.is_empty() && sweeping.is_none() {
+            if lanes_are_gone && reader_is_gone && self.lines.is_empty() && self.ledger.is_empty() && sweeping.is_none()
+            {
                 return;
             }
             let waits_for_repair = self.waits_for_repair();
@@ -181,10 +205,18 @@ impl Relay {
                         self.hear(answered);
                     }
                 }
-                () = self.ledger.written(), if self.ledger.is_writing() => {}
+                () = self.ledger.written(), if self.ledger.is_writing() => {
+                    if std::mem::take(&mut sweep_once_written) {
+                        sweep_at = sweep_at.min(swept_at + SWEEP_SOON);
+                    }
+                }
                 leased = self.handed_over.recv(), if !lanes_are_gone && self.lines.len() < HELD_MAX => match leased {
                     Some(Leased { rows, since }) => self.take(rows, since),
                     None => lanes_are_gone = true,
+                },
+                from_log = self.from_log.recv(), if !reader_is_gone && self.lines.len() < HELD_MAX => match from_log {
+                    Some(from_log) => self.take_from_log(from_log),
+                    None => reader_is_gone = true,
                 },
                 swept = finished(&mut sweeping), if sweeping.is_some() => {
                     let is_full = self.take_swept(swept);
@@ -193,12 +225,10 @@ impl Relay {
                 () = tokio::time::sleep(LOOKED_AT_YET), if waits_for_repair => {}
                 () = tokio::time::sleep_until(sweep_at.into()), if is_time_to_sweep => {
                     sweeping = self.begin_sweep();
-                    sweep_at = Instant::now() + SWEEP_EVERY;
+                    swept_at = Instant::now();
+                    sweep_at = swept_at + SWEEP_EVERY;
                 }
                 else => return,
-            }
-            if std::mem::take(&mut self.sweep_soon) {
-                sweep_at = Instant::now();
             }
         }
     }
@@ -208,6 +238,33 @@ impl Relay {
         self.mind_losses();
         let back = self.lines.take(rows, since);
         self.ledger.put_back(back);
+    }
+
+    /// Takes outputs from the database's log. They are in the order of their commits, and whoever goes by polling and is in
+    /// line before one of them was looked for; but for those that came into trouble meanwhile.
+    fn take_from_log(&mut self, from_log: FromLog) {
+        self.mind_losses();
+        self.ledger.knows(from_log.recorded, from_log.is_first);
+        let is_up_to_date = from_log.losses == self.losses_seen;
+        for (row, fate) in from_log.rows {
+            if self.lines.holds(row.seq) {
+                // An earlier reader here was told of it. What becomes of it the new one will hear.
+                self.ledger.admit(row.seq, lines::key(&row));
+                continue;
+            }
+            let in_trouble = self.ledger.admit(row.seq, lines::key(&row));
+            match (fate, in_trouble) {
+                (Fate::There(place), _) => self.ledger.published(place),
+                (Fate::Back(how), _) => self.ledger.put_back([(row.seq, how)]),
+                (Fate::ToSend, Some(before)) => {
+                    self.ledger.put_back([(row.seq, lines::wait_for(row.seq, before))]);
+                }
+                (Fate::ToSend, None) if !is_up_to_date => {
+                    self.ledger.put_back([(row.seq, Unpublished::Later { after: Duration::ZERO, error: None })]);
+                }
+                (Fate::ToSend, None) => drop(self.lines.take(vec![row], from_log.since)),
+            }
+        }
     }
 
     /// After a new connection a stream may have lost its tail. What is published again goes before what is new, so that
@@ -232,9 +289,8 @@ impl Relay {
     /// When a stream has lost something, the database says anew who goes first. After a new connection another host may
     /// have been the one to find it.
     fn mind_losses(&mut self) {
-        let losses = self.state.losses.load(Ordering::Relaxed);
-        let connection = self.state.last_look().map_or(0, |look| look.connection);
-        if std::mem::replace(&mut self.losses_seen, (losses, connection)) != (losses, connection) {
+        let losses = self.state.losses_known();
+        if std::mem::replace(&mut self.losses_seen, losses) != losses {
             let due = Unpublished::Later { after: Duration::ZERO, error: None };
             self.ledger.put_back(self.lines.start_over().into_iter().map(|seq| (seq, due.clone())));
         }
@@ -254,6 +310,10 @@ impl Relay {
             if held.is_late(now) {
                 // Its lease runs out by itself; what is behind it has to wait for whoever has it next.
                 self.ledger.put_back(self.lines.not_published(&held.row));
+                if self.ledger.is_from_log(held.row.seq) {
+                    let due = Unpublished::Later { after: Duration::ZERO, error: None };
+                    self.ledger.put_back([(held.row.seq, due)]);
+                }
                 continue;
             }
             let stream = stream_of(&self.streams, &held.row.subject).map(|stream| stream.name.clone());
@@ -322,17 +382,22 @@ impl Relay {
             let highest = self.tops.entry(place.stream.clone()).or_default();
             *highest = place.sequence.max(*highest);
         }
-        // Others may wait behind one that was in trouble.
-        self.sweep_soon |= row.failures > 0;
+        self.others_wait |= row.failures > 0 || self.may_hold_its_key(row);
         self.lines.published(row);
         self.ledger.published(Published { seq: row.seq, stream: place.stream, stream_sequence: place.sequence });
+    }
+
+    /// Whether others of its key go by polling because this one did, and wait for it: while outputs go by the log.
+    fn may_hold_its_key(&self, row: &OutboxRow) -> bool {
+        let log_is_used = || matches!(self.state.log_mode(), Some(RelayMode::Wal | RelayMode::Leaving));
+        row.ordering_key.is_some() && !self.ledger.is_from_log(row.seq) && log_is_used()
     }
 
     /// An output leaves unpublished, and those behind it with it.
     fn give_up(&mut self, row: &OutboxRow, how: Unpublished) {
         let behind = self.lines.not_published(row);
-        self.ledger.put_back(behind);
         self.ledger.put_back([(row.seq, how)]);
+        self.ledger.put_back(behind);
     }
 
     fn begin_sweep(&mut self) -> Option<BoxFuture<'static, Result<Swept, StoreError>>> {
@@ -364,7 +429,7 @@ impl Relay {
         }
         for place in swept.there {
             self.lines.remember(place.seq);
-            self.sweep_soon = true;
+            self.others_wait = true;
             self.ledger.published(place);
         }
         self.ledger.put_back(swept.back);

@@ -18,6 +18,8 @@ pub enum Who {
     HandWritten,
     /// A host, with these settings of its worker.
     Host { settings: &'static str },
+    /// The same, whose outputs are published from the database's log.
+    HostByLog { settings: &'static str },
 }
 
 pub struct Contender {
@@ -65,6 +67,11 @@ pub const CONTENDERS: &[Contender] = &[
     host("state, batch = 32", "at most 32 messages in a transaction", STATE_SMALL, Work::State),
     host("state, outputs in order", "outputs of a key are published one after the other", STATE, Work::StateInOrder),
     host("state, isolation = batch", "an instance for each batch", STATE_BATCH, Work::State),
+    Contender {
+        who: Who::HostByLog { settings: STATE },
+        baseline: Some("state"),
+        ..host("state, relay = wal", "outputs are published from the database's log", STATE, Work::State)
+    },
     by_hand("sql, by hand", Work::Sql),
     Contender {
         wanted: Some(1.5),

@@ -29,19 +29,26 @@ pub struct Measured {
 pub async fn measure(contender: &Contender, cluster: &Cluster, messages: usize) -> Result<Measured> {
     let settings = match contender.who {
         Who::HandWritten => "",
-        Who::Host { settings } => settings,
+        Who::Host { settings } | Who::HostByLog { settings } => settings,
     };
     let mut world = World::without_host(Kind::Sqlite, &manifest(settings)?).await?;
     world.database = Database::on(cluster).await?;
+    let by_log = matches!(contender.who, Who::HostByLog { .. });
+    if by_log {
+        world.host_env = vec![("ONCELY_RELAY".to_owned(), "wal".to_owned())];
+    }
     // Makes the streams, the tables and the compiled component.
     world.start_host().await?;
+    if by_log {
+        world.until("select count(*) from oncely.relay where mode = 'wal'", 1).await?;
+    }
     world.stop_host().await?;
     world.nats.publish_all((0..messages).map(|n| message(contender, n)).collect()).await?;
     let context = jetstream::new(world.nats.client().await?);
     let cpu_before = cpu::seconds();
     let by_hand = match contender.who {
         Who::HandWritten => Some(hand_written::start(&world, contender.work).await?),
-        Who::Host { .. } => {
+        Who::Host { .. } | Who::HostByLog { .. } => {
             world.spawn_host()?;
             None
         }

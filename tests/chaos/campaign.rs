@@ -78,6 +78,8 @@ pub struct Harm {
     /// Publications cut, of each kind.
     pub output_cuts: u32,
     pub deployments: u32,
+    /// How often outputs go to the log and back.
+    pub relay_changes: u32,
     /// How often the broker is away for as long as `outage`, and how often the stream of dead letters is full, or gone.
     pub outages: u32,
     pub outage: Duration,
@@ -98,6 +100,7 @@ impl Harm {
         commit_cuts: 10,
         output_cuts: 10,
         deployments: 3,
+        relay_changes: 6,
         outages: 1,
         outage: Duration::from_secs(120),
         dlq_outage: Duration::from_secs(40),
@@ -115,6 +118,7 @@ impl Harm {
         commit_cuts: 2,
         output_cuts: 2,
         deployments: 1,
+        relay_changes: 2,
         outages: 1,
         outage: Duration::from_secs(4),
         dlq_outage: Duration::from_secs(4),
@@ -132,6 +136,7 @@ impl Harm {
         commit_cuts: 4,
         output_cuts: 4,
         deployments: 1,
+        relay_changes: 2,
         outages: 0,
         outage: Duration::ZERO,
         dlq_outage: Duration::ZERO,
@@ -150,6 +155,7 @@ enum Act {
     RollBack,
     Cut(Cut),
     Deploy,
+    ChangeRelay,
     BrokerAway,
     DlqFull,
     DlqGone,
@@ -294,7 +300,8 @@ impl Campaign {
     /// All acts of the plan, in an order that the seed decides.
     fn acts(&mut self) -> Vec<Act> {
         let Harm { each_point, kills, pauses, terminations, database_stops, .. } = self.plan.harm;
-        let Harm { broker_kills, rollbacks, commit_cuts, output_cuts, deployments, outages, .. } = self.plan.harm;
+        let Harm { broker_kills, rollbacks, commit_cuts, output_cuts, deployments, relay_changes, outages, .. } =
+            self.plan.harm;
         let mut acts = Vec::new();
         let mut add = |act, times: u32| acts.extend((0..times).map(|_| act));
         fault::POINTS.iter().for_each(|point| add(Act::DieAt(point), each_point));
@@ -309,6 +316,8 @@ impl Campaign {
         add(Act::DlqFull, outages);
         add(Act::DlqGone, outages);
         if self.plan.kind == Kind::Postgres {
+            fault::LOG_POINTS.iter().for_each(|point| add(Act::DieAt(point), each_point));
+            add(Act::ChangeRelay, relay_changes);
             add(Act::Terminate, terminations);
             add(Act::StopDatabase, database_stops);
             add(Act::Cut(Cut::CommitNotForwarded), commit_cuts);
@@ -348,7 +357,7 @@ impl Campaign {
             Act::Pause => self.pause().await?,
             Act::Terminate => {
                 self.running().await?;
-                let end_one = "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'oncely' \
+                let end_one = "select pg_terminate_backend(pid) from pg_stat_activity where application_name in ('oncely', 'oncely relay') \
                                and datname = current_database() order by random() limit 1";
                 if self.world.database.rows(end_one).await.is_ok_and(|rows| !rows.is_empty()) {
                     self.did("database connection terminated");
@@ -372,6 +381,7 @@ impl Campaign {
                 self.did("broker killed");
             }
             Act::RollBack => self.roll_back().await?,
+            Act::ChangeRelay => self.change_relay().await?,
             Act::BrokerAway => self.broker_away().await?,
             Act::DlqFull => self.dlq_full().await?,
             Act::DlqGone => self.dlq_gone().await?,
@@ -388,9 +398,60 @@ impl Campaign {
         Ok(())
     }
 
+    /// Outputs go by the log, or by polling again, while everything runs.
+    async fn change_relay(&mut self) -> Result<()> {
+        self.running().await?;
+        let by_log = self.relay_is("wal").await?;
+        let wanted = if by_log { "poll" } else { "wal" };
+        self.want_relay(wanted).await?;
+        let end = Instant::now() + CHANCE;
+        while !self.relay_is(wanted).await.unwrap_or_default() {
+            if Instant::now() > end {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        self.some_time(100, 900).await;
+        self.did("relay changed");
+        Ok(())
+    }
+
+    async fn relay_is(&self, mode: &str) -> Result<bool> {
+        let sql = format!("select count(*) from oncely.relay where mode = '{mode}'");
+        Ok(self.world.database.number(&sql).await? == 1)
+    }
+
+    /// As a host does that starts with a way in its settings.
+    async fn want_relay(&self, wanted: &str) -> Result<()> {
+        let sql = format!("update oncely.relay set wanted = '{wanted}', why = null");
+        self.world.database.execute(&sql).await
+    }
+
+    /// Points around the log are passed only on the way into it, in it, or on the way out.
+    async fn lead_to(&mut self, point: &'static str) -> Result<()> {
+        if !fault::LOG_POINTS.contains(&point) {
+            return Ok(());
+        }
+        let leaves = point == fault::LOG_LEFT || point == fault::BROUGHT_OVER;
+        let first = if point == fault::SLOT_MADE { "poll" } else { "wal" };
+        self.running().await?;
+        self.want_relay(first).await?;
+        let end = Instant::now() + CHANCE;
+        while !self.relay_is(first).await.unwrap_or_default() && Instant::now() < end {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        if leaves {
+            // Something is to be left behind in the log.
+            self.some_time(100, 400).await;
+        }
+        self.kill()?;
+        self.want_relay(if leaves { "poll" } else { "wal" }).await
+    }
+
     /// Starts hosts that die at a point until one did.
     async fn die_at(&mut self, point: &'static str) -> Result<()> {
         for attempt in 0..3 {
+            self.lead_to(point).await?;
             let nth = if attempt == 0 { self.random.random_range(1..=passes_until_death(point)) } else { 1 };
             self.kill()?;
             if point == fault::DEPLOY_SWAP {
@@ -697,6 +758,7 @@ impl Campaign {
                 Act::Cut(Cut::OutputAnswersLost) => "outputs cut after they were stored".to_owned(),
                 Act::Cut(Cut::HttpAnswerLost | Cut::HttpAnswerTorn) => "answer to a request cut".to_owned(),
                 Act::Deploy => "deployed under load".to_owned(),
+                Act::ChangeRelay => "relay changed".to_owned(),
                 Act::BrokerAway => "broker away for long".to_owned(),
                 Act::DlqFull => "stream of dead letters full".to_owned(),
                 Act::DlqGone => "stream of dead letters gone".to_owned(),

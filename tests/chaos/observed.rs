@@ -177,8 +177,7 @@ pub async fn restless(database: &Database, nats: &NatsServer) -> Result<Vec<Stri
         restless.push(format!("{under_way} dead letters are under way"));
     }
     // Alarms come and go when everything else is at rest.
-    let unpublished = "select count(*) from oncely.outbox where published_at is null and id not like 'alarm:%'";
-    let unpublished = database.number(unpublished).await?;
+    let unpublished = database.number(database.unpublished_but_alarms()).await?;
     if unpublished > 0 {
         restless.push(format!("{unpublished} outputs are not published"));
     }

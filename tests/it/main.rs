@@ -48,3 +48,4 @@ mod redrive;
 mod replay;
 mod store;
 mod tidy;
+mod wal;

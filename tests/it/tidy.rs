@@ -38,6 +38,7 @@ fn each_outside_library_has_one_room() -> Result<()> {
         ("wasmtime_wasi", &["guest"]),
         ("wasmtime_wasi_http", &["guest"]),
         ("sqlx", &["store"]),
+        ("pgwire_replication", &["store"]),
         ("async_nats", &["bus"]),
         ("prometheus_client", &["metrics"]),
         // What wasmtime-wasi-http takes and gives.

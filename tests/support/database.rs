@@ -45,6 +45,31 @@ impl Database {
         Ok(Database::Postgres { host: direct.clone(), direct })
     }
 
+    /// The query for how many outputs are not published.
+    pub fn unpublished(&self) -> &'static str {
+        match self {
+            Database::Sqlite(_) => "select count(*) from oncely.outbox where published_at is null",
+            Database::Postgres { .. } => {
+                "select (select count(*) from oncely.outbox where published_at is null and via = 'poll') \
+                 + (select count(*) from oncely.in_log())"
+            }
+        }
+    }
+
+    /// The same without messages that tell of alarms.
+    pub fn unpublished_but_alarms(&self) -> &'static str {
+        match self {
+            Database::Sqlite(_) => {
+                "select count(*) from oncely.outbox where published_at is null and id not like 'alarm:%'"
+            }
+            Database::Postgres { .. } => {
+                "select (select count(*) from oncely.outbox
+                         where published_at is null and via = 'poll' and id not like 'alarm:%')
+                      + (select count(*) from oncely.in_log() join oncely.outbox using (seq) where id not like 'alarm:%')"
+            }
+        }
+    }
+
     /// What `--database` takes.
     pub fn url(&self) -> String {
         match self {

@@ -12,10 +12,11 @@ use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 use crate::server::{Server, free_port};
 
 /// What a test wants of a server: durable against a crash of the process, not of the machine, and quick to see deadlocks.
-const SETTINGS: &str = "-c fsync=off -c deadlock_timeout=200ms -c max_connections=300 -c shared_buffers=64MB";
+const SETTINGS: &str = "-c fsync=off -c deadlock_timeout=200ms -c max_connections=300 -c shared_buffers=64MB \
+    -c wal_level=logical -c max_replication_slots=100 -c max_wal_senders=100";
 
 /// What a server has where it matters: durable against a crash of the machine.
-const DURABLE: &str = "-c max_connections=300 -c shared_buffers=512MB -c max_wal_size=4GB";
+const DURABLE: &str = "-c max_connections=300 -c shared_buffers=512MB -c max_wal_size=4GB -c wal_level=logical";
 
 /// Who is let in how: the roles that hosts make for apps need their passwords, others do not.
 pub const RULES: &str = "local all all trust\n\
@@ -42,7 +43,8 @@ impl Cluster {
         Self::start_with(DURABLE)
     }
 
-    fn start_with(settings: &'static str) -> anyhow::Result<Self> {
+    /// Like [`Cluster::start`], with these settings alone, as arguments of the server.
+    pub fn start_with(settings: &'static str) -> anyhow::Result<Self> {
         let folder = tempfile::Builder::new().prefix("oncely-postgres-").tempdir().context("make a folder")?.keep();
         if !as_postgres().is_empty() {
             run("chown", &["postgres", &folder.to_string_lossy()])?;

@@ -17,7 +17,8 @@ pub struct RunningHost {
 }
 
 impl RunningHost {
-    /// Starts a host on the database and the NATS server of a world, and waits until it is ready.
+    /// Starts a host on the database and the NATS server of a world, and waits until it is ready. It gets what a world's own
+    /// host would have in its environment.
     pub async fn start(world: &World, name: &str) -> Result<Self> {
         let folder = world.folder.path().join(name);
         std::fs::create_dir_all(&folder).context("make the host's folder")?;

@@ -262,7 +262,7 @@ impl World {
     /// Waits until nothing is waiting: every message is settled and every output is published.
     pub async fn quiet(&self, settled: i64) -> Result<()> {
         self.until("select count(*) from oncely.inbox", settled).await?;
-        self.until("select count(*) from oncely.outbox where published_at is null", 0).await
+        self.until(self.database.unpublished(), 0).await
     }
 }
 

@@ -28,7 +28,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Dev(dev::Dev),
-    Run(run::Run),
+    Run(Box<run::Run>),
     Build(build::Build),
     Deploy(deploy::Deploy),
     Rollback(deploy::Rollback),

@@ -14,7 +14,7 @@ use super::client::{HOST_FILE, HostFile};
 use super::exit::Exit;
 use crate::api;
 use crate::bus::Bus;
-use crate::config::{Database, GuestSql, HostConfig, LogFormat};
+use crate::config::{Database, GuestSql, HostConfig, HowRelayed, LogFormat};
 use crate::drain::Stop;
 use crate::hint::WithHint;
 use crate::host::{Host, Retention, Running};
@@ -180,7 +180,10 @@ async fn open_store(config: &HostConfig) -> Result<Arc<dyn Store>> {
                 GuestSql::Walled => PostgresStore::connect(url, config.pool_size).await,
                 GuestSql::Trusted => PostgresStore::connect_trusted(url, config.pool_size).await,
             };
-            store.map(|store| Arc::new(store) as Arc<dyn Store>)
+            match store {
+                Ok(store) => with_log(store, url, config).await.map(|store| Arc::new(store) as Arc<dyn Store>),
+                Err(error) => Err(error),
+            }
         }
         Database::Sqlite(path) => SqliteStore::open(path).await.map(|store| Arc::new(store) as Arc<dyn Store>),
     };
@@ -190,12 +193,31 @@ async fn open_store(config: &HostConfig) -> Result<Arc<dyn Store>> {
         .map_err(unreachable)
 }
 
+/// Lets the host read the database's log, and asks for outputs to go as configured: by the log only if that can work.
+async fn with_log(store: PostgresStore, url: &str, config: &HostConfig) -> Result<PostgresStore> {
+    let url = match &config.relay_database {
+        Some(Database::Postgres(url)) => url,
+        _ => url,
+    };
+    let store = match store.with_log(url, config.relay_slot_max) {
+        Err(error) if config.relay == Some(HowRelayed::Wal) => return Err(error),
+        with_log => with_log?,
+    };
+    if let (Some(relay), Some(log)) = (config.relay, store.log()) {
+        if relay == HowRelayed::Wal {
+            log.check().await?;
+        }
+        log.want(relay == HowRelayed::Wal).await?;
+    }
+    Ok(store)
+}
+
 fn unreachable(error: anyhow::Error) -> anyhow::Error {
     error.context(Exit::Unreachable.because("start the host"))
 }
 
 /// Libraries whose lines say nothing to an operator that ours do not; directives in `log_level` overrule this.
-const QUIET: &str = "async_nats=warn,sqlx=error";
+const QUIET: &str = "async_nats=warn,sqlx=error,pgwire_replication=off";
 
 /// Sends log lines to standard error, in the form the configuration asks for.
 pub fn start_log(config: &HostConfig) -> Result<()> {

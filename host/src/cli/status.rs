@@ -9,7 +9,7 @@ use crate::alarm::Alarm;
 use crate::api::{Deployment, Status as HostStatus};
 use crate::breaker;
 use crate::host::WorkerState;
-use crate::store::WorkerTotals;
+use crate::store::{LogState, RelayMode, WorkerTotals};
 use crate::units;
 
 /// Shows whether the host is ready, and counts and lags by worker.
@@ -71,8 +71,33 @@ fn show_alarms(alarms: &[Alarm]) -> Result<()> {
     term::data(format!("\n{table}").trim_end())
 }
 
-/// Which streams nothing is published to for the moment, and why.
+/// How outputs go, and which streams nothing is published to for the moment, and why.
 fn publishing(status: &HostStatus) -> String {
+    match (to_streams(status), &status.log) {
+        (streams, None) => streams,
+        (streams, Some(log)) => format!("{streams}; {}", by_log(log, status.reads_log)),
+    }
+}
+
+fn by_log(log: &LogState, reads: bool) -> String {
+    let reader = if reads { ", which this host reads" } else { "" };
+    let way = match (log.mode, &log.why) {
+        (RelayMode::Wal, _) => {
+            format!("from the database's log{reader}, {:.1} s behind", log.behind.as_secs_f64())
+        }
+        (RelayMode::Poll, None) => "by polling".to_owned(),
+        (RelayMode::Poll, Some(why)) => format!("by polling, because {why}"),
+        (RelayMode::Entering, _) => "by polling, soon from the database's log".to_owned(),
+        (RelayMode::Leaving, None) => "by polling, until just now from the database's log".to_owned(),
+        (RelayMode::Leaving, Some(why)) => format!("by polling, until just now from the database's log: {why}"),
+    };
+    match &log.slot {
+        Some(slot) => format!("{way}; the slot keeps {} of log", units::show_size(slot.retained)),
+        None => way,
+    }
+}
+
+fn to_streams(status: &HostStatus) -> String {
     let broken: Vec<String> = status
         .breakers
         .iter()

@@ -45,6 +45,9 @@ fn with_nothing_given_a_host_runs_from_one_folder_on_this_machine() {
         log_level: "info".into(),
         drain: Duration::from_secs(30),
         keep_outputs: Duration::from_secs(15 * 60),
+        relay: None,
+        relay_database: None,
+        relay_slot_max: 4 << 30,
         keep_inbox: KeepInbox::Auto,
         archive: None,
         webhook: None,
@@ -95,6 +98,9 @@ fn every_knob_is_read_from_every_source() {
         "log_level" => "debug".to_owned(),
         "drain" => "9s".to_owned(),
         "keep_outputs" => "9m".to_owned(),
+        "relay" => "poll".to_owned(),
+        "relay_database" => "postgres://c/d".to_owned(),
+        "relay_slot_max" => "128MiB".to_owned(),
         "keep_inbox" => "9d".to_owned(),
         "archive" => creds.with_file_name("archive").to_string_lossy().into_owned(),
         "webhook" => "https://a/b".to_owned(),
@@ -121,7 +127,10 @@ fn every_knob_is_read_from_every_source() {
 #[test]
 fn a_bad_value_is_named_with_the_place_it_came_from_and_one_that_would_do() {
     type Case = (&'static [&'static str], &'static [(&'static str, &'static str)], &'static str, &'static str);
-    let cases: [Case; 17] = [
+    let cases: [Case; 20] = [
+        (&["--relay", "push"], &[], "`relay` (from --relay) cannot be used: `push` is neither", "--relay wal"),
+        (&[], &[("ONCELY_RELAY", "wal")], "`relay` (from ONCELY_RELAY) cannot be used: `wal` reads", "postgres://"),
+        (&["--relay-slot-max", "1MiB"], &[], "`1MiB` is not a size of 64 MiB or more", "--relay-slot-max 4GiB"),
         (&["--http", "here"], &[], "`here` is neither an address with a port nor `off`", "--http 127.0.0.1:7480"),
         (&["--http-caller", "a b"], &[], "`a b` is no name of a header", "--http-caller X-Account"),
         (&["--http-publish", "a..b"], &[], "is no subject", "--http-publish payments.requested"),

@@ -1,11 +1,14 @@
 //! The ledger: what became of outputs, on its way into the database. One record is under way at a time, and takes along
 //! all that has gathered since the one before.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
+use super::lines::Key;
+use super::log::Outcome;
 use crate::fault;
 use crate::retry::Backoff;
 use crate::store::{Published, Store, Unpublished};
@@ -20,19 +23,56 @@ pub struct Ledger {
     published: Vec<Published>,
     back: Vec<(i64, Unpublished)>,
     writing: Option<JoinHandle<()>>,
+    from_log: FromLog,
+}
+
+/// Outputs that came from the database's log. Whoever reads it writes down what becomes of them.
+struct FromLog {
+    /// Those in memory, with their keys.
+    keys: HashMap<i64, Option<Key>>,
+    outcomes: mpsc::UnboundedSender<Outcome>,
+    /// How many were to go by polling so far; and of each key whom others are to wait for, as long as the database may not know.
+    back: u64,
+    in_trouble: HashMap<Key, (i64, u64)>,
 }
 
 impl Ledger {
-    pub fn new(store: Arc<dyn Store>) -> Self {
-        Ledger { store, published: Vec::new(), back: Vec::new(), writing: None }
+    pub fn new(store: Arc<dyn Store>, outcomes: mpsc::UnboundedSender<Outcome>) -> Self {
+        let from_log = FromLog { keys: HashMap::new(), outcomes, back: 0, in_trouble: HashMap::new() };
+        Ledger { store, published: Vec::new(), back: Vec::new(), writing: None, from_log }
     }
 
     pub fn published(&mut self, place: Published) {
-        self.published.push(place);
+        match self.from_log.keys.remove(&place.seq) {
+            // If nobody reads any more, the next one is told again.
+            Some(_) => drop(self.from_log.outcomes.send(Outcome::Published(place))),
+            None => self.published.push(place),
+        }
     }
 
     pub fn put_back(&mut self, rows: impl IntoIterator<Item = (i64, Unpublished)>) {
-        self.back.extend(rows);
+        for (seq, how) in rows {
+            match self.from_log.keys.remove(&seq) {
+                Some(key) => self.from_log.put_back(seq, key, how),
+                None => self.back.push((seq, how)),
+            }
+        }
+    }
+
+    /// An output from the log is here. Returns whom it has to wait for, if others of its key were put back and the database may not know.
+    pub fn admit(&mut self, seq: i64, key: Option<Key>) -> Option<i64> {
+        let before = key.as_ref().and_then(|key| self.from_log.in_trouble.get(key)).map(|(seq, _)| *seq);
+        self.from_log.keys.insert(seq, key);
+        before
+    }
+
+    pub fn is_from_log(&self, seq: i64) -> bool {
+        self.from_log.keys.contains_key(&seq)
+    }
+
+    /// The database knows which outputs from the log go by polling, up to a number; or all of them, to a new reader.
+    pub fn knows(&mut self, recorded: u64, is_first: bool) {
+        self.from_log.in_trouble.retain(|_, (_, number)| !is_first && *number > recorded);
     }
 
     /// Whether everything is in the database.
@@ -44,14 +84,15 @@ impl Ledger {
         self.writing.is_some()
     }
 
-    /// Begins to write what has gathered, unless a record is under way. A task of its own: no operation of the database
-    /// is dropped half-way.
-    pub fn write(&mut self) {
+    /// Begins to write what has gathered, unless a record is under way, and returns whether it did. A task of its own: no
+    /// operation of the database is dropped half-way.
+    pub fn write(&mut self) -> bool {
         if self.is_writing() || (self.published.is_empty() && self.back.is_empty()) {
-            return;
+            return false;
         }
         let (published, back) = (std::mem::take(&mut self.published), std::mem::take(&mut self.back));
         self.writing = Some(tokio::spawn(record(Arc::clone(&self.store), published, back)));
+        true
     }
 
     /// Waits for the record that is under way.
@@ -60,6 +101,18 @@ impl Ledger {
             let _ = writing.await;
         }
         self.writing = None;
+    }
+}
+
+impl FromLog {
+    fn put_back(&mut self, seq: i64, key: Option<Key>, how: Unpublished) {
+        self.back += 1;
+        if let Some(key) = key {
+            // All that wait for the same go on together.
+            let first = if let Unpublished::Behind(first) = how { first } else { seq };
+            self.in_trouble.insert(key, (first, self.back));
+        }
+        drop(self.outcomes.send(Outcome::Back { seq, how, number: self.back }));
     }
 }
 
@@ -92,7 +145,7 @@ where
 }
 
 /// One line for each error, however many outputs met it.
-fn tell(back: &[(i64, Unpublished)]) {
+pub fn tell(back: &[(i64, Unpublished)]) {
     let mut errors: BTreeMap<&str, u64> = BTreeMap::new();
     for (_, how) in back {
         if let Unpublished::Later { error: Some(error), .. } = how {

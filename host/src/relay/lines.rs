@@ -3,7 +3,7 @@
 //! Of a key one output is under way at a time, because a stream may take the second of two although it did not take the
 //! first. Outputs without a key go as they come.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use crate::store::{OutboxRow, Unpublished};
@@ -23,7 +23,7 @@ pub struct Held {
 }
 
 /// Worker and ordering key.
-type Key = (String, String);
+pub type Key = (String, String);
 
 /// The outputs of a host that are leased and not answered for.
 #[derive(Default)]
@@ -47,16 +47,25 @@ impl Lines {
         self.held.is_empty()
     }
 
-    /// Takes outputs that are leased to this host, in order. Returns those that have to wait for one that is not here.
+    /// Takes outputs that are leased to this host, in order. Returns those that have to wait for one that is not here; all
+    /// that wait for the same go on together.
     pub fn take(&mut self, rows: Vec<OutboxRow>, since: Instant) -> Vec<(i64, Unpublished)> {
-        let mut back = Vec::new();
+        let mut waiting = BTreeMap::new();
         for row in rows {
             match row.ahead.iter().find(|ahead| !self.knows(**ahead)) {
-                Some(missing) => back.push((row.seq, Unpublished::Behind(*missing))),
+                Some(missing) => {
+                    let before = waiting.get(missing).unwrap_or(missing);
+                    waiting.insert(row.seq, *before);
+                }
                 None => self.push(Held { row, since }),
             }
         }
-        back
+        waiting.into_iter().map(|(seq, before)| (seq, Unpublished::Behind(before))).collect()
+    }
+
+    /// Whether an output is ready, waiting or under way.
+    pub fn holds(&self, seq: i64) -> bool {
+        self.held.contains(&seq)
     }
 
     /// Whether an output was published by this host, or will be before whatever comes behind it.
@@ -136,7 +145,17 @@ impl Lines {
         for held in &behind {
             self.held.remove(&held.row.seq);
         }
-        behind.into_iter().map(|held| (held.row.seq, after(&held.row, row))).collect()
+        behind.into_iter().map(|held| (held.row.seq, wait_for(held.row.seq, row.seq))).collect()
+    }
+}
+
+/// How an output waits for another of its key that is in trouble. In line are those with lower numbers: one with a higher
+/// number was written at the same time, by somebody who did not see this one, and would in turn wait for it.
+pub fn wait_for(seq: i64, in_trouble: i64) -> Unpublished {
+    if in_trouble < seq {
+        Unpublished::Behind(in_trouble)
+    } else {
+        Unpublished::Later { after: Duration::ZERO, error: None }
     }
 }
 
@@ -147,16 +166,7 @@ impl Held {
     }
 }
 
-/// What becomes of an output that was behind `failed`. One that a stream has lost came here later than those after it: it
-/// goes first, and if it waited for one of them, the two would wait for each other.
-fn after(row: &OutboxRow, failed: &OutboxRow) -> Unpublished {
-    match row.seq > failed.seq {
-        true => Unpublished::Behind(failed.seq),
-        false => Unpublished::Later { after: Duration::ZERO, error: None },
-    }
-}
-
-fn key(row: &OutboxRow) -> Option<Key> {
+pub fn key(row: &OutboxRow) -> Option<Key> {
     row.ordering_key.as_ref().map(|key| (row.worker.clone(), key.clone()))
 }
 
@@ -211,8 +221,18 @@ mod tests {
         assert!(lines.is_empty());
         // It was written before the failure was known to the database.
         let later = vec![row(4, Some("a"), &[3, 2, 1]), row(5, Some("a"), &[4])];
-        assert_eq!(lines.take(later, Instant::now()), [(4, Unpublished::Behind(3)), (5, Unpublished::Behind(4))]);
+        assert_eq!(lines.take(later, Instant::now()), [(4, Unpublished::Behind(3)), (5, Unpublished::Behind(3))]);
         assert!(ready(&mut lines).is_empty());
+    }
+
+    #[test]
+    fn nobody_waits_for_an_output_with_a_higher_number() {
+        let mut lines = Lines::default();
+        lines.take(vec![row(6, Some("a"), &[])], Instant::now());
+        lines.take(vec![row(5, Some("a"), &[]), row(7, Some("a"), &[6])], Instant::now());
+        let first = ready(&mut lines).remove(0);
+        let due = Unpublished::Later { after: Duration::ZERO, error: None };
+        assert_eq!(lines.not_published(&first), [(5, due), (7, Unpublished::Behind(6))]);
     }
 
     #[test]

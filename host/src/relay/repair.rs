@@ -68,6 +68,7 @@ impl Repair {
         loop {
             self.until_written().await;
             let look = Look { connection: *connections.borrow_and_update(), began: Instant::now() };
+            let suspects = self.state.suspects();
             let looked = self.look(back).await;
             if let Err(error) = &looked {
                 let why = format!("{error:#}");
@@ -78,6 +79,8 @@ impl Repair {
                 }
             } else {
                 told.clear();
+                // Of some of them the database knows nothing.
+                suspects.iter().for_each(|stream| self.state.clear(stream));
                 self.state.looked(look);
             }
             tokio::select! {
@@ -94,7 +97,7 @@ impl Repair {
     /// Lets the relay write down what was published before: what the database does not know of, nobody would miss.
     async fn until_written(&self) {
         let written = async {
-            while self.state.unwritten.load(Ordering::Relaxed) {
+            while self.state.is_writing() {
                 tokio::time::sleep(WRITTEN_YET).await;
             }
         };
@@ -119,7 +122,6 @@ impl Repair {
         let is_known = self.made.get(&stream.name) == Some(&stream.created);
         if !is_known || self.state.is_suspect(&stream.name) || is_lost(&self.bus, &stream, last).await? {
             self.repair(&stream).await?;
-            self.state.clear(&stream.name);
             self.made.insert(stream.name, stream.created);
         }
         Ok(())
@@ -136,7 +138,7 @@ impl Repair {
         }
         // Else another host was faster.
         if count > 0 {
-            self.state.losses.fetch_add(1, Ordering::Relaxed);
+            self.state.losses.fetch_add(1, Ordering::SeqCst);
             self.metrics.regression(&stream.name, count);
             tracing::error!(
                 stream = stream.name,

@@ -1,7 +1,7 @@
 //! What the relay's parts tell each other, and people.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
 use crate::breaker::{Breaker, State};
+use crate::store::{LogState, RelayMode};
 
 /// What people see of the breaker of one stream.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +33,11 @@ pub struct RelayState {
     pub(super) losses: AtomicU64,
     /// Whether something is published that the database does not know of yet.
     pub(super) unwritten: AtomicBool,
+    /// How outputs go, as it was seen the last time; none where there is no log to read.
+    log: Mutex<Option<LogState>>,
+    /// Whether this host reads the log, and whether it writes down just now what was published from it.
+    pub(super) reads: AtomicBool,
+    pub(super) records: AtomicBool,
 }
 
 /// A look at the streams that found all of them well, or mended.
@@ -63,9 +69,45 @@ impl RelayState {
         *self.looked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// How outputs go and how far the reader of the log is; none where there is no log to read.
+    pub fn log(&self) -> Option<LogState> {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether this host reads the log.
+    pub fn reads_log(&self) -> bool {
+        self.reads.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn show_log(&self, log: LogState) {
+        *self.log.lock().unwrap_or_else(PoisonError::into_inner) = Some(log);
+    }
+
+    pub(super) fn log_mode(&self) -> Option<RelayMode> {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|log| log.mode)
+    }
+
+    /// How many losses were found, and after which connection somebody looked.
+    pub(super) fn losses_known(&self) -> (u64, u64) {
+        (self.losses.load(Ordering::Relaxed), self.last_look().map_or(0, |look| look.connection))
+    }
+
     pub(super) fn suspect(&self, stream: &str) {
         self.suspects.lock().unwrap_or_else(PoisonError::into_inner).insert(stream.to_owned());
         self.suspicion.notify_one();
+    }
+
+    pub(super) fn suspects(&self) -> BTreeSet<String> {
+        self.suspects.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn has_suspects(&self) -> bool {
+        !self.suspects.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
+    /// Whether something that was published, and before the streams are looked at, is on its way into the database.
+    pub(super) fn is_writing(&self) -> bool {
+        self.unwritten.load(Ordering::SeqCst) || self.records.load(Ordering::SeqCst)
     }
 
     pub(super) fn is_suspect(&self, stream: &str) -> bool {

@@ -57,7 +57,7 @@ pub(super) async fn sweep(
 }
 
 impl Swept {
-    async fn look_up_the_old(&mut self, bus: &Bus, metrics: &Metrics) {
+    pub(super) async fn look_up_the_old(&mut self, bus: &Bus, metrics: &Metrics) {
         let streams = Arc::clone(&self.streams);
         let now = Timestamp::now();
         let mut by_stream: HashMap<String, Vec<OutboxRow>> = HashMap::new();

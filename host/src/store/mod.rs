@@ -24,6 +24,7 @@ use crate::verdict::{Letter, Settled};
 mod archive;
 mod changes;
 mod letters;
+mod log;
 mod postgres;
 mod requests;
 mod shared;
@@ -36,6 +37,7 @@ pub use letters::{
     LetterState, LetterSummary, Move, Moved, PutBack, Redrive, all_letters, groups_of,
 };
 
+pub use log::{LogEvent, LogMark, LogReader, LogRecord, LogState, Lsn, OutputLog, RelayMode, SlotState, Step};
 pub use postgres::PostgresStore;
 pub use requests::ClaimedRequest;
 pub use sqlite::SqliteStore;
@@ -228,7 +230,7 @@ pub struct OutputSummary {
     pub event_id: String,
     pub subject: String,
     pub ordering_key: Option<String>,
-    /// `set-aside`, `behind`, `delayed`, `due`, `leased`, `published` or `dropped`.
+    /// `set-aside`, `behind`, `delayed`, `due`, `leased`, `in-log`, `published` or `dropped`.
     pub state: String,
     /// The number of the output it waits for.
     pub behind: Option<i64>,
@@ -335,6 +337,11 @@ pub struct Retire {
 #[async_trait]
 pub trait Store: Send + Sync + 'static {
     fn dialect(&self) -> Dialect;
+
+    /// The database's log, where outputs can be read from; none where there is no such thing.
+    fn log(&self) -> Option<std::sync::Arc<dyn OutputLog>> {
+        None
+    }
 
     /// Answers once the database does.
     async fn ping(&self) -> Result<()>;

@@ -212,7 +212,14 @@ async fn settled(session: &mut Session, worker: &str, event_id: &str) -> Result<
 
 async fn outputs(session: &mut Session, worker: &str, event_id: &str) -> Result<Vec<LetterOutput>> {
     let query = session.query(
-        "select id, subject, stream, stream_sequence from oncely.outbox
+        "select id, subject, coalesce(stream, recorded.log_stream) as stream,
+             coalesce(stream_sequence, recorded.log_sequence) as stream_sequence
+         from oncely.outbox left join lateral (
+             select record.stream as log_stream,
+                 record.sequences[pg_catalog.array_position(record.seqs, outbox.seq)] as log_sequence
+             from oncely.relay_record as record
+             where outbox.via = 'wal' and record.last_seq >= outbox.seq and outbox.seq = any(record.seqs) order by record.last_seq limit 1
+         ) as recorded on true
          where worker = $1 and event_id = $2 and subject not like 'oncely.%' order by seq",
     );
     let rows = query

@@ -13,6 +13,7 @@ mod guest_sql;
 mod guest_values;
 mod inbox;
 mod letters;
+mod log;
 mod migrate;
 mod outbox;
 mod outputs;
@@ -27,6 +28,7 @@ mod tx;
 mod wall;
 
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -36,15 +38,16 @@ use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 use sqlx::{ConnectOptions, Row};
 
 use self::guest_sql::Guests;
+use self::log::{PostgresLog, Replication};
 use self::parts::Of;
 use self::session::{Purpose, Sessions};
 use self::tx::PostgresTx;
 use self::wall::Login;
 use super::{
     Buried, By, CountedAttempt, DeploymentRecord, FailedAttempt, LetterDepth, LetterFilter, LetterGroup, LetterRecord,
-    LetterSummary, Move, Moved, OnStream, OutboxLag, OutboxRow, Output, OutputFilter, OutputRecord, OutputSummary,
-    Published, PutBack, Redrive, Result, Retire, StateRecord, Store, Told, Tx, Unpublished, WorkerMigration,
-    WorkerTotals,
+    LetterSummary, Move, Moved, OnStream, OutboxLag, OutboxRow, Output, OutputFilter, OutputLog, OutputRecord,
+    OutputSummary, Published, PutBack, Redrive, Result, Retire, StateRecord, Store, Told, Tx, Unpublished,
+    WorkerMigration, WorkerTotals,
 };
 use crate::alarm::{self, Alarm};
 use crate::fault;
@@ -62,6 +65,7 @@ pub struct PostgresStore {
     /// The app's roles; none when guests' SQL is trusted.
     login: Option<Login>,
     has_gate: bool,
+    log: Option<PostgresLog>,
 }
 
 impl PostgresStore {
@@ -86,14 +90,21 @@ impl PostgresStore {
             let checked = check_login(&pool, &login.role).await;
             checked.with_context(|| format!("connect as the app's role {}", login.role)).hint(LOGIN_HINT)?;
         }
-        Ok(PostgresStore { guests: house.on(pool), house, login: Some(login), has_gate: true })
+        Ok(PostgresStore { guests: house.on(pool), house, login: Some(login), has_gate: true, log: None })
     }
 
     /// Like [`PostgresStore::connect`] for a database that lets nobody make roles: guests' SQL runs as the URL's user, and
     /// only the gate keeps it from the platform's tables.
     pub async fn connect_trusted(url: &str, connections: u32) -> anyhow::Result<Self> {
         let house = open_house(options(url)?, connections).await?;
-        Ok(PostgresStore { guests: house.clone(), house, login: None, has_gate: true })
+        Ok(PostgresStore { guests: house.clone(), house, login: None, has_gate: true, log: None })
+    }
+
+    /// Can read the log of its database, through a connection to the server itself by a URL of its own. The slot is given up
+    /// when the server keeps more than `retained_max` bytes for it.
+    pub fn with_log(self, url: &str, retained_max: u64) -> anyhow::Result<Self> {
+        let log = PostgresLog::new(self.house.clone(), Replication::of(url)?, retained_max);
+        Ok(PostgresStore { log: Some(log), ..self })
     }
 
     /// Lets guests' statements past the gate unread, so that a test can show what the wall behind it holds.
@@ -161,6 +172,10 @@ async fn check_login(pool: &PgPool, role: &str) -> sqlx::Result<()> {
 impl Store for PostgresStore {
     fn dialect(&self) -> Dialect {
         Dialect::Postgres
+    }
+
+    fn log(&self) -> Option<Arc<dyn OutputLog>> {
+        self.log.clone().map(|log| Arc::new(log) as Arc<dyn OutputLog>)
     }
 
     async fn ping(&self) -> Result<()> {
@@ -441,6 +456,7 @@ impl Store for PostgresStore {
         done |= self.turn(Of::Request, what.requests, what).await?;
         let mut session = self.house.begin(Purpose::House).await?;
         totals::write_done(&mut session).await?;
+        done |= parts::remove_log_records(&mut session, what.outputs, what.limit).await?;
         if let Some(keep) = what.inbox {
             done |= parts::remove_attempts(&mut session, keep, what.limit).await?;
         }

@@ -92,32 +92,35 @@ async fn insert(session: &mut Session, outputs: &[(&str, &Output)], lease: Durat
 }
 
 /// Leases what is due, oldest first; rows that another host is leasing right now are left to it. What is due but not the
-/// next of its key waits behind the last one before it: it comes again once that is gone.
+/// next of its key waits for the last one before it, or for what that one waits for: it comes again once that is gone.
 pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) -> Result<Vec<OutboxRow>> {
     release(session).await?;
     let query = session.query(
         "with due as materialized (
              select seq, worker, ordering_key from oncely.outbox
-             where published_at is null and leased_until <= pg_catalog.now()
+             where published_at is null and via = 'poll' and leased_until <= pg_catalog.now()
+                 and (not_before is null or not_before <= (select lsn from oncely.relay_position))
              order by leased_until, seq limit $1
              for update skip locked
          ), key as materialized (
              select worker, ordering_key, pg_catalog.max(seq) as last from due
              where ordering_key is not null group by worker, ordering_key
          ), in_line as materialized (
-             select key.worker, key.ordering_key, before.seq from key cross join lateral (
-                 select seq from oncely.outbox as before
+             select key.worker, key.ordering_key, before.seq, before.waits_for from key cross join lateral (
+                 select seq, coalesce(behind, seq) as waits_for from oncely.outbox as before
                  where before.worker = key.worker and before.ordering_key = key.ordering_key
-                     and before.ordering_key is not null and before.published_at is null
+                     and before.ordering_key is not null and before.published_at is null and before.via = 'poll'
                      and before.seq + 0 < key.last and before.due_at <= pg_catalog.clock_timestamp()
                  offset 0
              ) as before
          ), line as (
              select seq, worker, ordering_key, true as is_due, null as before from due
              union all
-             select seq, worker, ordering_key, false, seq from in_line where seq not in (select seq from due)
+             select seq, worker, ordering_key, false, array[seq, waits_for] from in_line
+             where seq not in (select seq from due)
          ), judged as materialized (
-             select seq, is_due, pg_catalog.max(before) over (partition by worker, ordering_key order by seq) as before
+             select seq, is_due,
+                 (pg_catalog.max(before) over (partition by worker, ordering_key order by seq))[2] as before
              from line
          ), waiting as (
              update oncely.outbox set leased_until = 'infinity', behind = judged.before
@@ -148,7 +151,8 @@ async fn release(session: &mut Session) -> Result<()> {
         "with gone as materialized (
              select behind from (select distinct behind from oncely.outbox where behind is not null) as waited_for
              where not exists (
-                 select from oncely.outbox as before where before.seq = waited_for.behind and before.published_at is null)
+                 select from oncely.outbox as before where before.seq = waited_for.behind and before.published_at is null
+                     and (before.via = 'poll' or before.seq in (select seq from oncely.in_log())))
          ), freed as (
              select seq from oncely.outbox where behind in (select behind from gone) for update skip locked
          )
@@ -212,6 +216,20 @@ pub(super) async fn put_back(session: &mut Session, rows: &[(i64, Unpublished)])
         .await
         .map_err(|error| errors::of_statement(error, "put outputs back"))?;
     Ok(())
+}
+
+/// Has outputs go by polling that went by the log.
+pub(super) async fn leave_log(session: &mut Session, rows: &[(i64, Unpublished)]) -> Result<()> {
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let query = session.query("update oncely.outbox set via = 'poll' where seq = any($1) and via = 'wal'");
+    query
+        .bind(rows.iter().map(|(seq, _)| *seq).collect::<Vec<_>>())
+        .execute(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "bring outputs over from the log"))?;
+    put_back(session, rows).await
 }
 
 fn read(row: &PgRow) -> anyhow::Result<OutboxRow> {

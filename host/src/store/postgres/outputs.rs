@@ -17,7 +17,10 @@ macro_rules! summaries {
                  select seq, id, worker, event_id, subject, ordering_key, failures, last_error, created_at, due_at,
                      set_aside_at, headers, body, stream, stream_sequence, behind, null::timestamptz as dropped_at,
                      null as note,
+                     via,
                      case
+                         when via = 'wal' then case when seq in (select seq from oncely.in_log()) then 'in-log'
+                             else 'published' end
                          when published_at is not null then 'published'
                          when set_aside_at is not null then 'set-aside'
                          when behind is not null then 'behind'
@@ -28,14 +31,21 @@ macro_rules! summaries {
                  from oncely.outbox
                  union all
                  select seq, id, worker, event_id, subject, ordering_key, failures, last_error, created_at, due_at,
-                     set_aside_at, headers, body, null, null, null, dropped_at, note, 'dropped'
+                     set_aside_at, headers, body, null, null, null, dropped_at, note, 'poll', 'dropped'
                  from oncely.dropped_output
              )
              select rows.*, (extract(epoch from created_at) * 1000000)::bigint as created,
                  (extract(epoch from due_at) * 1000000)::bigint as due,
                  (extract(epoch from set_aside_at) * 1000000)::bigint as set_aside,
                  (extract(epoch from dropped_at) * 1000000)::bigint as dropped,
-                 (select pg_catalog.count(*) from oncely.outbox as other where other.behind = rows.seq) as waiting
+                 (select pg_catalog.count(*) from oncely.outbox as other where other.behind = rows.seq) as waiting,
+                 case when via = 'wal' then (
+                     select record.stream from oncely.relay_record as record
+                     where record.last_seq >= rows.seq and rows.seq = any(record.seqs) order by record.last_seq limit 1) end as log_stream,
+                 case when via = 'wal' then (
+                     select record.sequences[pg_catalog.array_position(record.seqs, rows.seq)]
+                     from oncely.relay_record as record
+                     where record.last_seq >= rows.seq and rows.seq = any(record.seqs) order by record.last_seq limit 1) end as log_sequence
              from rows ",
             $rest
         )
@@ -109,7 +119,9 @@ pub(super) async fn lag(session: &mut Session) -> Result<Vec<OutboxLag>> {
              select outbox.worker, outbox.due_at, outbox.set_aside_at is not null as is_aside,
                  before.set_aside_at is not null as is_held
              from oncely.outbox left join oncely.outbox as before on before.seq = outbox.behind
-             where outbox.published_at is null
+             where outbox.published_at is null and outbox.via = 'poll'
+             union all
+             select worker, due_at, false, false from oncely.in_log()
          )
          select worker, pg_catalog.count(*) filter (where due_at <= pg_catalog.now()) as unpublished,
              (extract(epoch from pg_catalog.now() - pg_catalog.min(due_at) filter (
@@ -166,6 +178,7 @@ fn record(row: &PgRow) -> anyhow::Result<OutputRecord> {
         summary: summary(row)?,
         headers: shared::headers_from_text(row.try_get("headers")?)?,
         body: Bytes::from(row.try_get::<Vec<u8>, _>("body")?),
-        place: shared::origin(row.try_get("stream")?, row.try_get("stream_sequence")?),
+        place: shared::origin(row.try_get("stream")?, row.try_get("stream_sequence")?)
+            .or(shared::origin(row.try_get("log_stream")?, row.try_get("log_sequence")?)),
     })
 }

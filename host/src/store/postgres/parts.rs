@@ -151,7 +151,9 @@ async fn empty(session: &mut Session, of: Of, turn: &Turn, keep: Duration, what:
     let Some((part, closed_at)) = turn.earlier.first() else { return Ok(false) };
     let (name, current) = (of.name(), turn.part);
     let moves_on = moves_on(of, keep);
-    if of == Of::Outbox && has_more_than(session, *part, &moves_on, what.limit).await? {
+    if of == Of::Outbox
+        && (has_more_than(session, *part, &moves_on, what.limit).await? || is_in_log(session, *part).await?)
+    {
         return Ok(false);
     }
     if of == Of::Inbox {
@@ -159,12 +161,16 @@ async fn empty(session: &mut Session, of: Of, turn: &Turn, keep: Duration, what:
     }
     // What was answered is nobody's to keep.
     if let (Some(folder), Of::Inbox | Of::Outbox) = (&what.archive, of) {
-        let leaving = format!("select * from oncely.{name}_{part} as {name} where not ({moves_on})");
+        let rows = if of == Of::Outbox && has_log_records(session).await? { WITH_LOG_RECORDS } else { "*" };
+        let leaving = format!("select {rows} from oncely.{name}_{part} as {name} where not ({moves_on})");
         archive(session, &leaving, ArchiveFile::create(folder, name, *closed_at)).await?;
     }
+    session.run(format!("lock table oncely.{name}_{part} in access exclusive mode"), "empty a part").await?;
+    if of == Of::Outbox {
+        settle_in_log(session, *part, current, &moves_on).await?;
+    }
     let emptied = format!(
-        "lock table oncely.{name}_{part} in access exclusive mode;
-         update oncely.{name} set part = {current} where part = {part} and {moves_on};
+        "update oncely.{name} set part = {current} where part = {part} and {moves_on};
          truncate oncely.{name}_{part};
          update oncely.turn set earlier = earlier[2:], closed_at = closed_at[2:] where of = '{name}'"
     );
@@ -181,10 +187,14 @@ fn moves_on(of: Of, keep: Duration) -> String {
                  and letter.event_id = inbox.event_id and letter.state in ('open', 'redriven'))"
             .to_owned(),
         Of::Request => "expires_at > pg_catalog.now()".to_owned(),
-        Of::Outbox => format!(
-            "(published_at is null or published_at > pg_catalog.now() - {} * interval '1 microsecond')",
-            shared::micros(keep)
-        ),
+        Of::Outbox => {
+            let kept_since = format!("pg_catalog.now() - {} * interval '1 microsecond'", shared::micros(keep));
+            format!(
+                "case when via = 'poll' then outbox.published_at is null or outbox.published_at > {kept_since}
+                 else outbox.seq in (select unnest(seqs) from oncely.relay_record where relay_record.published_at > {kept_since})
+                 end"
+            )
+        }
     }
 }
 
@@ -208,11 +218,68 @@ async fn archive(session: &mut Session, rows: &str, file: ArchiveFile) -> Result
 async fn has_more_than(session: &mut Session, part: i16, moves_on: &str, limit: u32) -> Result<bool> {
     let count = format!(
         "select pg_catalog.count(*) from (
-             select from oncely.outbox_{part} where {moves_on} limit {limit} + 1) as moving_on"
+             select from oncely.outbox_{part} as outbox where {moves_on} limit {limit} + 1) as moving_on"
     );
     let counted = raw_sql(AssertSqlSafe(count)).fetch_one(session.connection()).await.and_then(|row| row.try_get(0));
     let count: i64 = counted.map_err(|error| errors::of_statement(error, "count what is left in a part"))?;
     Ok(count > i64::from(limit))
+}
+
+/// Whether something in a part of the outbox is yet to be published from the log.
+async fn is_in_log(session: &mut Session, part: i16) -> Result<bool> {
+    let query = session.query(
+        "select exists (select from oncely.in_log() as unpublished where exists (
+             select from oncely.outbox where outbox.seq = unpublished.seq and outbox.part = $1))",
+    );
+    let row = query.bind(part).fetch_one(session.connection()).await.and_then(|row| row.try_get(0));
+    row.map_err(|error| errors::of_statement(error, "look for what is in the log"))
+}
+
+/// Moves on what was published from the log a short while ago. As rows that went by polling: as others they would be in the
+/// log a second time.
+async fn settle_in_log(session: &mut Session, part: i16, current: i16, moves_on: &str) -> Result<()> {
+    let settled = format!(
+        "update oncely.outbox
+         set part = {current}, via = 'poll', published_at = recorded.published_at, stream = recorded.stream,
+             stream_sequence = recorded.sequence
+         from (select one.seq as recorded_seq, record.stream, one.sequence, record.published_at
+               from oncely.relay_record as record
+                   cross join unnest(record.seqs, record.sequences) as one (seq, sequence)) as recorded
+         where part = {part} and via = 'wal' and seq = recorded_seq and {moves_on}"
+    );
+    session.run(settled, "move outputs of the log on").await
+}
+
+/// What is archived of an output once some were published from the log: where and when, too.
+const WITH_LOG_RECORDS: &str = "outbox.*, (select pg_catalog.json_build_object('stream', record.stream,
+        'stream_sequence', record.sequences[pg_catalog.array_position(record.seqs, outbox.seq)],
+        'published_at', record.published_at)
+    from oncely.relay_record as record
+    where outbox.via = 'wal' and record.last_seq >= outbox.seq and outbox.seq = any(record.seqs) order by record.last_seq limit 1) as from_log";
+
+async fn has_log_records(session: &mut Session) -> Result<bool> {
+    let query = session.query("select exists (select from oncely.relay_record)");
+    let row = query.fetch_one(session.connection()).await.and_then(|row| row.try_get(0));
+    row.map_err(|error| errors::of_statement(error, "look for records of the log"))
+}
+
+/// Deletes records of what was published from the log once the outputs have left, at most `limit`. Returns whether there may
+/// be more.
+pub(super) async fn remove_log_records(session: &mut Session, keep: Duration, limit: u32) -> Result<bool> {
+    let query = session.query(
+        "delete from oncely.relay_record where number in (
+             select number from oncely.relay_record
+             where published_at < pg_catalog.now() - $1 * interval '1 microsecond'
+                 and last_seq <= (select through from oncely.relay_position)
+             order by published_at limit $2 for update skip locked)",
+    );
+    let result = query
+        .bind(shared::micros(keep.saturating_mul(2)))
+        .bind(i64::from(limit))
+        .execute(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "delete old records of the log"))?;
+    Ok(result.rows_affected() == u64::from(limit))
 }
 
 /// Deletes attempts that are older than `keep` and belong to no dead letter, at most `limit`. Returns whether there may be

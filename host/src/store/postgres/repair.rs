@@ -13,9 +13,24 @@ use crate::store::{OnStream, Result, StoreError, shared};
 /// For each stream the last output on it, of those published within some time.
 pub(super) async fn last_published(session: &mut Session, within: Duration) -> Result<Vec<OnStream>> {
     let query = session.query(
-        "select distinct on (stream) seq, id, stream, stream_sequence,
+        "with record as (
+             select distinct on (stream) stream, seqs, sequences, last_sequence, published_at from oncely.relay_record
+             where published_at > pg_catalog.now() - $1 * interval '1 microsecond'
+             order by stream, last_sequence desc
+         ), from_log as (
+             select outbox.seq, outbox.id, record.stream, record.last_sequence as stream_sequence, record.published_at
+             from record cross join unnest(record.seqs, record.sequences) as published (seq, sequence)
+                 join oncely.outbox on outbox.seq = published.seq and outbox.via = 'wal'
+             where published.sequence = record.last_sequence
+         )
+         select distinct on (stream) seq, id, stream, stream_sequence,
              (extract(epoch from published_at) * 1000000)::bigint as published_at
-         from oncely.outbox where published_at > pg_catalog.now() - $1 * interval '1 microsecond'
+         from (
+             select seq, id, stream, stream_sequence, published_at from oncely.outbox
+             where published_at > pg_catalog.now() - $1 * interval '1 microsecond'
+             union all
+             select * from from_log
+         ) as published
          order by stream, stream_sequence desc",
     );
     let rows = query.bind(shared::micros(within)).fetch_all(session.connection()).await;
@@ -26,7 +41,16 @@ pub(super) async fn last_published(session: &mut Session, within: Duration) -> R
 pub(super) async fn published_on(session: &mut Session, stream: &str) -> Result<Vec<OnStream>> {
     let query = session.query(
         "select seq, id, stream, stream_sequence, (extract(epoch from published_at) * 1000000)::bigint as published_at
-         from oncely.outbox where stream = $1 order by published_at, stream_sequence",
+         from (
+             select seq, id, stream, stream_sequence, published_at from oncely.outbox where stream = $1
+             union all
+             select outbox.seq, outbox.id, record.stream, published.sequence, record.published_at
+             from oncely.relay_record as record
+                 cross join unnest(record.seqs, record.sequences) as published (seq, sequence)
+                 join oncely.outbox on outbox.seq = published.seq and outbox.via = 'wal'
+             where record.stream = $1
+         ) as published
+         order by published_at, stream_sequence",
     );
     let rows = query.bind(stream).fetch_all(session.connection()).await;
     read_all(&rows.map_err(|error| errors::of_statement(error, "look what was published"))?)
@@ -45,10 +69,30 @@ pub(super) async fn publish_again(session: &mut Session, lost: &[OnStream]) -> R
     let result = query
         .bind(lost.iter().map(|place| place.seq).collect::<Vec<_>>())
         .bind(lost.iter().map(|place| place.stream.as_str()).collect::<Vec<_>>())
-        .bind(sequences)
+        .bind(&sequences)
         .execute(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "have outputs published again"))?;
+    Ok(result.rows_affected() + bring_over(session, lost, &sequences).await?)
+}
+
+/// What was published from the log is published again by polling.
+async fn bring_over(session: &mut Session, lost: &[OnStream], sequences: &[i64]) -> Result<u64> {
+    let query = session.query(
+        "update oncely.outbox set via = 'poll', leased_until = pg_catalog.now()
+         from unnest($1::bigint[], $2::text[], $3::bigint[]) as given (seq, stream, stream_sequence)
+         where outbox.seq = given.seq and outbox.via = 'wal' and (given.seq, given.stream, given.stream_sequence) in (
+             select published.seq, record.stream, published.sequence from oncely.relay_record as record
+                 cross join unnest(record.seqs, record.sequences) as published (seq, sequence)
+             where record.stream = any($2::text[]))",
+    );
+    let result = query
+        .bind(lost.iter().map(|place| place.seq).collect::<Vec<_>>())
+        .bind(lost.iter().map(|place| place.stream.as_str()).collect::<Vec<_>>())
+        .bind(sequences)
+        .execute(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "have outputs of the log published again"))?;
     Ok(result.rows_affected())
 }
 

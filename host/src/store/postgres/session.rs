@@ -52,20 +52,28 @@ impl Purpose {
         let waits = !matches!(self, Purpose::Note) && !fault::mutant(fault::SYNCHRONOUS_COMMIT_OFF);
         let durable = if waits { "on" } else { "off" };
         let idle_ms = milliseconds(time.saturating_mul(10).max(HOUSE_TIME));
-        let plans = if let Purpose::House | Purpose::Note = self { PLAN_ANEW } else { "" };
+        let (compiling, planning) = match self {
+            Purpose::House | Purpose::Note => (NOT_COMPILED, PLANNED_ANEW),
+            Purpose::Read => (NOT_COMPILED, ""),
+            Purpose::Guest(_) | Purpose::Reader(_) | Purpose::Deploy => ("", ""),
+        };
         format!(
             "begin isolation level read committed {access}; set local search_path = {search_path}; \
              set local statement_timeout = {statement_ms}; set local lock_timeout = {lock_ms}; \
              set local idle_in_transaction_session_timeout = {idle_ms}; set local synchronous_commit = {durable}; \
-             set local standard_conforming_strings = on; {plans}select {id}"
+             set local standard_conforming_strings = on; {compiling}{planning}select {id}"
         )
     }
 }
 
+/// The server compiles a statement that looks expensive, which takes seconds when it is busy. Those of ours only look so: where
+/// nothing is known of a table that was never analyzed, or where no index holds what is looked for in one of a single row.
+const NOT_COMPILED: &str = "set local jit = off; ";
+
 /// A connection keeps the plans of its statements while tables grow from nothing: one that reads a whole table, right when
 /// it held ten rows, would be kept until the table is analyzed. Planning is cheap beside what these statements do in bulk. And
 /// of a table that was never analyzed nobody knows that a small index holds all that is looked for.
-const PLAN_ANEW: &str = "set local plan_cache_mode = force_custom_plan; set local enable_seqscan = off; ";
+const PLANNED_ANEW: &str = "set local plan_cache_mode = force_custom_plan; set local enable_seqscan = off; ";
 
 /// The transaction's id, the process that serves it, and a mark that lets nobody but the host commit.
 const GUARDED_ID: &str = "pg_catalog.pg_current_xact_id()::pg_catalog.text as id, \

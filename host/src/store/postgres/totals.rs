@@ -16,21 +16,26 @@ pub(super) async fn by_worker(session: &mut Session) -> Result<Vec<WorkerTotals>
              select worker, pg_catalog.count(*) as dead from oncely.dead_letter where state = 'open' group by worker
          ), outbox as (
              select worker, pg_catalog.count(*) filter (where subject not like 'oncely.%') as outputs,
-                 pg_catalog.count(*) filter (where published_at is null) as unpublished,
+                 pg_catalog.count(*) filter (where published_at is null and via = 'poll') as unpublished,
                  pg_catalog.count(*) filter (where set_aside_at is not null) as set_aside,
-                 pg_catalog.min(due_at) filter (where published_at is null and due_at <= pg_catalog.now()
+                 pg_catalog.min(due_at) filter (where published_at is null and via = 'poll' and due_at <= pg_catalog.now()
                      and set_aside_at is null and not exists (
                          select from oncely.outbox as before
                          where before.seq = outbox.behind and before.set_aside_at is not null)) as oldest
              from oncely.outbox group by worker
+         ), in_log as (
+             select worker, pg_catalog.count(*) as unpublished, pg_catalog.min(due_at) as oldest
+             from oncely.in_log() group by worker
          ), names as (
              select name as worker from oncely.worker union select worker from inbox
              union select worker from dead_letter union select worker from outbox
          )
          select worker, coalesce(done, 0) as done, coalesce(dead, 0) as dead, coalesce(outputs, 0) as outputs,
-             coalesce(unpublished, 0) as unpublished, coalesce(set_aside, 0) as set_aside,
-             (extract(epoch from pg_catalog.now() - oldest) * 1000)::bigint as oldest_ms
+             coalesce(outbox.unpublished, 0) + coalesce(in_log.unpublished, 0) as unpublished,
+             coalesce(set_aside, 0) as set_aside,
+             (extract(epoch from pg_catalog.now() - least(outbox.oldest, in_log.oldest)) * 1000)::bigint as oldest_ms
          from names left join inbox using (worker) left join dead_letter using (worker) left join outbox using (worker)
+             left join in_log using (worker)
          order by worker",
     );
     let rows = query

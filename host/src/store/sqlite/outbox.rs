@@ -72,8 +72,8 @@ impl Line {
         let doing = |error| errors::of_statement(error, "look at the line of a key");
         let rows = sqlx::query(
             "with clock as (select cast(unixepoch('subsec') * 1000000 as integer) as now)
-             select seq, iif(failures > 0 or leased_until <= now or behind is not null or set_aside_at is not null,
-                 coalesce(behind, seq), null)
+             select seq, coalesce(behind, seq),
+                 failures > 0 or leased_until <= now or behind is not null or set_aside_at is not null
              from clock, oncely_outbox
              where worker = $1 and ordering_key = $2 and published_at is null and due_at <= now
              order by seq desc limit $3",
@@ -84,14 +84,15 @@ impl Line {
         .fetch_all(session.connection().map_err(doing)?)
         .await
         .map_err(doing)?;
-        let read = |row: &SqliteRow| Ok((row.try_get(0)?, row.try_get(1)?));
-        let rows: sqlx::Result<Vec<(i64, Option<i64>)>> = rows.iter().map(read).collect();
+        let read = |row: &SqliteRow| Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?));
+        let rows: sqlx::Result<Vec<(i64, i64, bool)>> = rows.iter().map(read).collect();
         let rows = rows.map_err(doing)?;
-        let ahead: Vec<i64> = rows.iter().map(|(seq, _)| *seq).collect();
+        let ahead: Vec<i64> = rows.iter().map(|(seq, ..)| *seq).collect();
         let in_trouble = if rows.len() < LINE_MAX {
-            rows.iter().filter_map(|(_, in_trouble)| *in_trouble).min()
+            rows.iter().filter(|(.., is_in_trouble)| *is_in_trouble).map(|(_, waits_for, _)| *waits_for).min()
         } else {
-            ahead.iter().copied().max()
+            // All that wait for the same go on together.
+            rows.first().map(|(_, waits_for, _)| *waits_for)
         };
         Ok(Line { ahead, in_trouble })
     }
@@ -131,8 +132,8 @@ async fn insert(
     .map_err(doing)
 }
 
-/// Leases what is due, oldest first. What is due but not the next of its key waits behind the last one before it: it comes
-/// again once that is gone.
+/// Leases what is due, oldest first. What is due but not the next of its key waits for the last one before it, or for what
+/// that one waits for: it comes again once that is gone.
 pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) -> Result<Vec<OutboxRow>> {
     let doing = |error| errors::of_statement(error, "lease outputs");
     release(session).await?;
@@ -157,7 +158,8 @@ pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) ->
          ), judged as (
              select seq, is_due, max(before) over (partition by worker, ordering_key order by seq) as before from line
          )
-         select seq, before from judged where is_due",
+         select seq, (select coalesce(behind, seq) from oncely_outbox as last where last.seq = judged.before)
+         from judged where is_due",
     )
     .bind(limit)
     .fetch_all(session.connection().map_err(doing)?)

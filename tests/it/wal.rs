@@ -1,0 +1,496 @@
+//! Publishing from PostgreSQL's log: the order of commits and keys, one reader at a time, and the ways there and back.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use support::books;
+use support::database::{Database, Kind};
+use support::nats::ToPublish;
+use support::postgres::Cluster;
+use support::production::RunningHost;
+use support::proxy::{Cut, Proxy};
+use support::world::{PATIENCE, QUICK_RETRIES, World, manifest, signal};
+
+const KEYS: usize = 6;
+
+/// Messages that each add one to one of a few keys and tell of it in the order of the key.
+fn counting(from: usize, to: usize) -> Vec<ToPublish> {
+    (from..to).map(|n| count(n, &format!("key{}", n % KEYS), 0)).collect()
+}
+
+fn count(n: usize, key: &str, padding: usize) -> ToPublish {
+    let options = format!(r#"{{"key": "{key}", "padding": {padding}}}"#);
+    ToPublish::new("in.x", &format!("e{n}"), "state_counter", &options)
+}
+
+/// Every key counts from one without a gap, a repetition or a step back.
+async fn check_order(world: &World, count: usize) -> Result<()> {
+    let mut told: BTreeMap<String, Vec<u64>> = BTreeMap::new();
+    for message in world.nats.read_stream("OUT").await? {
+        let body: Value = serde_json::from_slice(&message.body)?;
+        let key = body["key"].as_str().context("the output names no key")?.to_owned();
+        told.entry(key).or_default().push(body["value"].as_u64().context("the output has no value")?);
+    }
+    ensure!(told.values().map(Vec::len).sum::<usize>() == count, "not {count} outputs: {told:?}");
+    for (key, values) in told {
+        let expected: Vec<u64> = (1..=values.len() as u64).collect();
+        ensure!(values == expected, "{key}: {values:?}");
+    }
+    Ok(())
+}
+
+const BY_LOG: &str = "select count(*) from oncely.relay where mode = 'wal'";
+const BY_POLLING: &str = "select count(*) from oncely.relay where mode = 'poll'";
+const SLOTS: &str = "select count(*) from pg_replication_slots where database = current_database()";
+const READERS: &str = "select count(*) from pg_replication_slots where database = current_database() and active";
+
+/// Four lanes, small batches, and hosts that ask for the log.
+async fn world_by_log(cluster: Option<&Cluster>) -> Result<World> {
+    let settings = format!("batch = 8\nconcurrency = 4\nack_wait = \"1s\"\n{QUICK_RETRIES}");
+    let mut world = World::without_host(Kind::Postgres, &manifest(&settings)?).await?;
+    if let Some(cluster) = cluster {
+        world.database = Database::on(cluster).await?;
+    }
+    world.host_env = vec![("ONCELY_RELAY".to_owned(), "wal".to_owned())];
+    Ok(world)
+}
+
+async fn start(world: &mut World) -> Result<()> {
+    world.start_host().await?;
+    world.until(BY_LOG, 1).await?;
+    world.until(READERS, 1).await
+}
+
+/// Asks for another way, as a host that starts does.
+async fn want(world: &World, how: &str) -> Result<()> {
+    world.database.execute(&format!("update oncely.relay set wanted = '{how}', why = null")).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn outputs_come_from_the_log_in_order_and_no_row_is_written_twice() -> Result<()> {
+    let mut world = world_by_log(None).await?;
+    start(&mut world).await?;
+    world.nats.publish_all(counting(0, 600)).await?;
+    world.quiet(600).await?;
+    check_order(&world, 600).await?;
+    assert_eq!(world.database.number("select count(*) from oncely.outbox where via = 'wal'").await?, 600);
+    assert_eq!(world.database.number("select sum(cardinality(seqs)) from oncely.relay_record").await?, 600);
+    // What the server has counted it tells a second later.
+    let counted = "select count(*) from pg_stat_user_tables where schemaname = 'oncely' and relname = 'outbox_0' \
+                   and n_tup_ins = 600 and n_tup_upd = 0";
+    world.until(counted, 1).await?;
+    let list = world.oncely_json(&["outbox", "list", "--unpublished", "--json"]).await?;
+    assert_eq!(list, serde_json::json!([]));
+    let shown = world.oncely(&["outbox", "show", "5"]).await?;
+    assert!(shown.contains("state: published") && shown.contains("OUT"), "{shown}");
+    // All numbers are through soon after, and the age of what waits is none.
+    world.until("select count(*) from oncely.relay_position where through >= 600", 1).await?;
+    let status = world.oncely_json(&["status", "--json"]).await?;
+    assert_eq!(status.pointer("/totals/0/unpublished"), Some(&0.into()));
+    assert_eq!(status.pointer("/log/mode"), Some(&"wal".into()), "{status}");
+    world.stop_host().await
+}
+
+/// The server sends a commit once it is in the log, when others need not see its rows yet. For as long as a commit waits for
+/// a standby, it is in between; a server process that is stopped there stays there, while all others go on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_output_is_out_before_everybody_can_see_its_effects() -> Result<()> {
+    let cluster = Cluster::start()?;
+    let mut world = world_by_log(Some(&cluster)).await?;
+    start(&mut world).await?;
+    world.nats.publish_all(counting(0, 20)).await?;
+    world.quiet(20).await?;
+    wait_for_standby(&world, "nobody").await?;
+    world.nats.publish_all(vec![count(20, "late", 0)]).await?;
+    let commits = "from pg_stat_activity join pg_locks using (pid) \
+                   where wait_event = 'SyncRep' and relation = 'oncely.inbox'::regclass and mode = 'RowExclusiveLock'";
+    world.until(&format!("select count(*) {commits}"), 1).await?;
+    let between = Stopped::new(world.database.number(&format!("select pid {commits}")).await?)?;
+    let end = world.database.rows("select pg_current_wal_flush_lsn()").await?.concat().concat();
+    wait_for_standby(&world, "").await?;
+    world.until(&format!("select count(*) from pg_stat_replication where sent_lsn >= '{end}'"), 1).await?;
+    // The reader, which was told of it, goes on to write down how far it is.
+    for _ in 0..4 {
+        let now = world.database.rows("select clock_timestamp()").await?.concat().concat();
+        world.until(&format!("select count(*) from oncely.relay_position where recorded_at > '{now}'"), 1).await?;
+        let told = world.nats.read_stream("OUT").await?.len();
+        assert_eq!((told, world.database.number("select count(*) from oncely.outbox").await?), (20, 20));
+    }
+    drop(between);
+    world.quiet(21).await?;
+    let by_log = "select count(*) from oncely.outbox where via = 'wal'";
+    assert_eq!((world.nats.read_stream("OUT").await?.len(), world.database.number(by_log).await?), (21, 21));
+    check_order(&world, 21).await
+}
+
+/// From now on commits wait for this standby, or for none.
+async fn wait_for_standby(world: &World, name: &str) -> Result<()> {
+    world.database.execute(&format!("alter system set synchronous_standby_names = '{name}'")).await?;
+    world.database.execute("select pg_reload_conf()").await?;
+    let is_set =
+        format!("select count(*) from pg_settings where name = 'synchronous_standby_names' and setting = '{name}'");
+    world.until(&is_set, 1).await
+}
+
+/// A process that stands still until this is dropped.
+struct Stopped(u32);
+
+impl Stopped {
+    fn new(pid: i64) -> Result<Self> {
+        let pid = u32::try_from(pid)?;
+        signal(pid, "STOP")?;
+        Ok(Stopped(pid))
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        let _ = signal(self.0, "CONT");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_host_that_stops_has_published_what_its_lanes_committed() -> Result<()> {
+    let mut world = world_by_log(None).await?;
+    start(&mut world).await?;
+    world.nats.publish_all(counting(0, 200)).await?;
+    world.until("select case when count(*) > 50 then 1 else 0 end from oncely.inbox", 1).await?;
+    world.stop_host().await?;
+    assert_eq!(world.database.number(world.database.unpublished()).await?, 0);
+    let settled = world.database.number("select count(*) from oncely.inbox").await?;
+    check_order(&world, settled as usize).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_reader_loses_and_repeats_nothing() -> Result<()> {
+    let mut world = world_by_log(None).await?;
+    start(&mut world).await?;
+    let count = 900;
+    world.nats.publish_all(counting(0, count)).await?;
+    for round in 1..=3_u64 {
+        let enough = format!("select case when count(*) > {} then 1 else 0 end from oncely.inbox", round * 150);
+        world.until(&enough, 1).await?;
+        world.kill_host()?;
+        world.start_host().await?;
+    }
+    world.quiet(count as i64).await?;
+    check_order(&world, count).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_host_takes_over_within_seconds() -> Result<()> {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let world = world_by_log(None).await?;
+    let number = COUNT.fetch_add(1, Ordering::Relaxed);
+    let one = RunningHost::start(&world, &format!("wal-one{number}")).await?;
+    world.until(READERS, 1).await?;
+    let mut two = RunningHost::start(&world, &format!("wal-two{number}")).await?;
+    let path = world.folder.path().join("oncely.toml");
+    one.oncely(&["deploy", path.to_str().context("name the manifest")?])?;
+    two.until_version(1).await?;
+    two.ready().await?;
+    world.nats.publish_all(counting(0, 300)).await?;
+    world.quiet(300).await?;
+    assert!(one.done()? > 0 && two.done()? > 0, "only one host worked");
+    world.nats.publish_all(counting(300, 600)).await?;
+    world.until("select case when count(*) > 350 then 1 else 0 end from oncely.inbox", 1).await?;
+    drop(one);
+    let killed = Instant::now();
+    world.until(READERS, 1).await?;
+    assert!(killed.elapsed() < Duration::from_secs(5), "taken over after {:?}", killed.elapsed());
+    world.quiet(600).await?;
+    check_order(&world, 600).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn outputs_keep_their_order_when_publications_are_cut_and_the_broker_goes() -> Result<()> {
+    let mut world = world_by_log(None).await?;
+    let proxy = Proxy::start(world.nats.port()).await?;
+    world.nats_url = format!("nats://127.0.0.1:{}", proxy.port());
+    start(&mut world).await?;
+    let count = 900;
+    for part in 0..6 {
+        world.nats.publish_all(counting(part * count / 6, (part + 1) * count / 6)).await?;
+        let cut = if part % 2 == 0 { Cut::OutputsNotForwarded } else { Cut::OutputAnswersLost };
+        ensure!(proxy.cut(cut, Duration::from_secs(20)).await, "nothing was published to cut");
+    }
+    world.nats.kill()?;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    world.nats.restart().await?;
+    world.quiet(count as i64).await?;
+    check_order(&world, count).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_broker_forgot_is_published_again_in_order() -> Result<()> {
+    let mut world = world_by_log(None).await?;
+    start(&mut world).await?;
+    world.nats.publish_all(counting(0, 100)).await?;
+    world.quiet(100).await?;
+    world.nats.kill()?;
+    world.nats.copy_stream("OUT")?;
+    world.nats.restart().await?;
+    world.nats.publish_all(counting(100, 250)).await?;
+    world.quiet(250).await?;
+    world.nats.kill()?;
+    world.nats.roll_back_stream("OUT")?;
+    world.nats.restart().await?;
+    let end = Instant::now() + PATIENCE;
+    while world.nats.read_stream("OUT").await?.len() < 250 {
+        ensure!(Instant::now() < end, "the outputs do not come back:\n{}", world.host_log());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    world.quiet(250).await?;
+    check_order(&world, 250).await
+}
+
+/// What the reader has not recorded yet when the stream loses it, nobody would miss.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_broker_forgot_of_what_is_not_recorded_yet_comes_in_order_too() -> Result<()> {
+    let mut world = world_by_log(None).await?;
+    start(&mut world).await?;
+    let mut count = 0;
+    for _ in 0..4 {
+        world.nats.publish_all(counting(count, count + 300)).await?;
+        let handled =
+            |part| format!("select case when count(*) > {} then 1 else 0 end from oncely.inbox", count + part);
+        world.until(&handled(60), 1).await?;
+        world.nats.kill()?;
+        world.nats.copy_stream("OUT")?;
+        world.nats.restart().await?;
+        world.until(&handled(150), 1).await?;
+        world.nats.kill()?;
+        world.nats.roll_back_stream("OUT")?;
+        world.nats.restart().await?;
+        count += 300;
+        world.quiet(count as i64).await?;
+        check_order(&world, count).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_output_that_is_set_aside_holds_its_key_and_nothing_else() -> Result<()> {
+    let mut world = world_by_log(None).await?;
+    world.write_manifest(&manifest("concurrency = 1")?)?;
+    world.nats.make_narrow_stream("OUT", "out.>", 300).await?;
+    start(&mut world).await?;
+    let large = [count(0, "held", 0), count(1, "held", 600), count(2, "held", 0), count(3, "free", 0)];
+    world.nats.publish_all(large.to_vec()).await?;
+    world.until("select count(*) from oncely.outbox where set_aside_at is not null", 1).await?;
+    world.nats.publish_all((4..8).map(|n| count(n, ["held", "free"][n % 2], 0)).collect()).await?;
+    world.until("select count(*) from oncely.inbox", 8).await?;
+    // The three of the other key, and the first of this one.
+    world.until(world.database.unpublished(), 4).await?;
+    assert_eq!(world.nats.read_stream("OUT").await?.len(), 4);
+    world.nats.make_narrow_stream("OUT", "out.>", 3_000).await?;
+    world.oncely(&["outbox", "retry", "--all"]).await?;
+    world.quiet(8).await?;
+    check_order(&world, 8).await?;
+    // The key goes by the log again.
+    world.nats.publish_all(vec![count(8, "held", 0)]).await?;
+    world.quiet(9).await?;
+    assert_eq!(world.database.number("select count(*) from oncely.outbox where via = 'wal' and seq = 9").await?, 1);
+    check_order(&world, 9).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn there_and_back_under_load_and_kills_every_output_comes_once_and_in_order() -> Result<()> {
+    let mut world = world_by_log(None).await?;
+    world.host_env.clear();
+    world.start_host().await?;
+    let count = 2_400;
+    let (mut sent, mut rounds) = (0, 0);
+    while sent < count {
+        world.nats.publish_all(counting(sent, sent + 200)).await?;
+        sent += 200;
+        rounds += 1;
+        let some = format!("select case when count(*) > {} then 1 else 0 end from oncely.inbox", sent - 150);
+        world.until(&some, 1).await?;
+        want(&world, if rounds % 2 == 1 { "wal" } else { "poll" }).await?;
+        if rounds % 3 == 0 {
+            world.kill_host()?;
+            world.start_host().await?;
+        }
+        if rounds % 4 == 1 {
+            world.until(BY_LOG, 1).await?;
+        }
+    }
+    want(&world, "poll").await?;
+    world.quiet(count as i64).await?;
+    world.until(BY_POLLING, 1).await?;
+    world.until(SLOTS, 0).await?;
+    check_order(&world, count).await?;
+    let by_log = world.database.number("select count(*) from oncely.relay_record").await?;
+    assert!(by_log > 0, "nothing went by the log:\n{}", world.host_log());
+    Ok(())
+}
+
+/// A transaction that saw the old way may end long after the new one has begun.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_log_is_left_only_when_nobody_can_append_to_it_any_more() -> Result<()> {
+    let mut world = world_by_log(None).await?;
+    start(&mut world).await?;
+    let slow = ToPublish::new("in.x", "slow", "insert,slow", r#"{"n": 1, "ms": 2500}"#);
+    world.nats.publish_all(vec![slow]).await?;
+    let open = "select count(*) from pg_stat_activity where application_name = 'oncely guests' \
+                and state = 'idle in transaction' and datname = current_database()";
+    world.until(open, 1).await?;
+    want(&world, "poll").await?;
+    world.until("select count(*) from oncely.relay where mode = 'leaving'", 1).await?;
+    world.quiet(1).await?;
+    world.until(BY_POLLING, 1).await?;
+    assert_eq!(world.nats.read_stream("OUT").await?.len(), 1);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_that_the_server_gave_up_is_left_without_loss() -> Result<()> {
+    let cluster = Cluster::start()?;
+    let mut world = world_by_log(Some(&cluster)).await?;
+    world.database.execute("alter system set max_slot_wal_keep_size = '1MB'").await?;
+    world.database.execute("alter system set min_wal_size = '32MB'").await?;
+    world.database.execute("alter system set max_wal_size = '32MB'").await?;
+    world.database.execute("select pg_reload_conf()").await?;
+    start(&mut world).await?;
+    world.nats.publish_all(counting(0, 100)).await?;
+    world.quiet(100).await?;
+    world.nats.publish_all(counting(100, 400)).await?;
+    world.until("select case when count(*) > 150 then 1 else 0 end from oncely.inbox", 1).await?;
+    world.kill_host()?;
+    // Nobody reads, and the log grows.
+    let lost = "select count(*) from pg_replication_slots where database = current_database() and wal_status = 'lost'";
+    let end = Instant::now() + PATIENCE;
+    while world.database.number(lost).await? == 0 {
+        ensure!(Instant::now() < end, "the server keeps the slot");
+        world.database.execute("create table junk as select generate_series(1, 300000); drop table junk").await?;
+        world.database.execute("select pg_switch_wal()").await?;
+        world.database.execute("checkpoint").await?;
+    }
+    world.host_env.clear();
+    world.start_host().await?;
+    world.until(BY_POLLING, 1).await?;
+    world.quiet(400).await?;
+    check_order(&world, 400).await?;
+    world.until(SLOTS, 0).await?;
+    let status = world.oncely(&["status"]).await?;
+    assert!(status.contains("max_slot_wal_keep_size"), "{status}");
+    // Whoever starts with the log in its settings asks for it again.
+    world.kill_host()?;
+    world.host_env = vec![("ONCELY_RELAY".to_owned(), "wal".to_owned())];
+    start(&mut world).await?;
+    world.nats.publish_all(counting(400, 500)).await?;
+    world.quiet(500).await?;
+    check_order(&world, 500).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_that_somebody_dropped_is_left_while_the_host_runs() -> Result<()> {
+    let mut world = world_by_log(None).await?;
+    start(&mut world).await?;
+    world.nats.publish_all(counting(0, 400)).await?;
+    world.until("select case when count(*) > 100 then 1 else 0 end from oncely.inbox", 1).await?;
+    let end_it = "select pg_terminate_backend(active_pid) from pg_replication_slots \
+                  where database = current_database() and active_pid is not null";
+    let drop_it = "select pg_drop_replication_slot(slot_name) from pg_replication_slots \
+                   where database = current_database() and not active";
+    let end = Instant::now() + PATIENCE;
+    while world.database.number(BY_LOG).await? == 1 {
+        ensure!(Instant::now() < end, "the slot cannot be dropped");
+        world.database.rows(end_it).await?;
+        // The reader may have come back.
+        let _ = world.database.rows(drop_it).await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    world.quiet(400).await?;
+    check_order(&world, 400).await?;
+    world.until(BY_POLLING, 1).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn behind_a_pooler_the_log_is_read_from_the_server_itself() -> Result<()> {
+    let settings = format!("batch = 8\nconcurrency = 2\nack_wait = \"1s\"\n{QUICK_RETRIES}");
+    let mut world = World::without_host(Kind::Pgbouncer, &manifest(&settings)?).await?;
+    let Database::Postgres { direct, .. } = world.database.clone() else { unreachable!() };
+    world.host_env = vec![("ONCELY_RELAY".to_owned(), "wal".to_owned())];
+    let refused = world.start_host().await.map_err(|error| error.to_string()).unwrap_err();
+    assert!(refused.contains("relay_database"), "{refused}");
+    world.host_env.push(("ONCELY_RELAY_DATABASE".to_owned(), direct));
+    start(&mut world).await?;
+    world.nats.publish_all(counting(0, 200)).await?;
+    world.quiet(200).await?;
+    check_order(&world, 200).await?;
+    assert_eq!(world.database.number("select count(*) from oncely.outbox where via = 'wal'").await?, 200);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_the_log_cannot_be_read_a_host_says_why_and_what_to_do() -> Result<()> {
+    let cluster = Cluster::start_with("-c fsync=off -c wal_level=replica")?;
+    let mut world = world_by_log(Some(&cluster)).await?;
+    let refused = world.start_host().await.map_err(|error| error.to_string()).unwrap_err();
+    assert!(refused.contains("wal_level = replica") && refused.contains("alter system set wal_level"), "{refused}");
+    // Nothing was changed by that, and a host without the wish starts.
+    world.host_env.clear();
+    world.start_host().await?;
+    world.nats.publish_all(counting(0, 20)).await?;
+    world.quiet(20).await?;
+    assert_eq!(world.database.number(BY_POLLING).await?, 1);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn old_outputs_of_the_log_leave_with_their_part() -> Result<()> {
+    let mut world = world_by_log(None).await?;
+    world.host_env.push(("ONCELY_KEEP_OUTPUTS".to_owned(), "1m".to_owned()));
+    start(&mut world).await?;
+    world.nats.publish_all(counting(0, 100)).await?;
+    world.quiet(100).await?;
+    let passed = "select count(*) from oncely.relay_position where through >= 100";
+    world.until(passed, 1).await?;
+    world.kill_host()?;
+    // Half of it was published long ago, and the part is closed.
+    world
+        .database
+        .execute("update oncely.relay_record set published_at = now() - interval '1 day' where last_seq < 50")
+        .await?;
+    world
+        .database
+        .execute(
+            "update oncely.turn set part = 1, earlier = array[0]::smallint[], closed_at = array[now() - interval '1 day'] \
+             where of = 'outbox'",
+        )
+        .await?;
+    start(&mut world).await?;
+    world.until("select count(*) from oncely.turn where of = 'outbox' and not 0 = any (earlier)", 1).await?;
+    let left = world.database.number("select count(*) from oncely.outbox").await?;
+    let recorded = "select coalesce(sum(cardinality(seqs)), 0) from oncely.relay_record where last_seq >= 50";
+    assert_eq!(left, world.database.number(recorded).await?);
+    assert!(left < 100 && left > 0, "{left} outputs are left");
+    assert_eq!(world.database.number("select count(*) from oncely.outbox where via = 'wal'").await?, 0);
+    world.nats.publish_all(counting(100, 160)).await?;
+    world.quiet(160).await?;
+    check_order(&world, 160).await
+}
+
+/// Delayed outputs go by polling, whatever the others do.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn delays_are_honoured_and_the_books_balance() -> Result<()> {
+    let mut world = world_by_log(None).await?;
+    start(&mut world).await?;
+    let delayed = |n: u64| {
+        let options = format!(r#"{{"n": 2, "delay_ms": {}}}"#, 500 + n * 50);
+        ToPublish::new("in.x", &format!("d{n}"), "insert,emit", &options)
+    };
+    let plain = |n: u64| ToPublish::new("in.x", &format!("p{n}"), "insert", r#"{"n": 1}"#);
+    world.nats.publish_all((0..40).flat_map(|n| [delayed(n), plain(n)]).collect()).await?;
+    world.quiet(80).await?;
+    let late = "select (extract(epoch from max(published_at - due_at)) * 1000)::bigint from oncely.outbox \
+                where via = 'poll'";
+    assert!(world.database.number(late).await? < 1_000);
+    books::check(&world).await?;
+    Ok(())
+}
