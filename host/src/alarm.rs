@@ -135,12 +135,11 @@ impl Kind {
 impl Thresholds {
     /// What raises an alarm of this kind: a count, or milliseconds. Zero when nothing does.
     pub fn of(&self, kind: Kind) -> u64 {
-        let millis = |age: Duration| u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
         match kind {
             Kind::Letters => self.letters.into(),
-            Kind::LetterAge => millis(self.letter_age),
-            Kind::UnhandledAge => millis(self.unhandled_age),
-            Kind::UnpublishedAge => millis(self.unpublished_age),
+            Kind::LetterAge => units::milliseconds(self.letter_age),
+            Kind::UnhandledAge => units::milliseconds(self.unhandled_age),
+            Kind::UnpublishedAge => units::milliseconds(self.unpublished_age),
             Kind::SetAside => self.set_aside.into(),
             Kind::NewFailure => u64::from(self.new_failures > 0),
         }

@@ -174,11 +174,7 @@ impl Ingress {
         let request = whole(target, parts, body);
         // What changes nothing needs no key, whoever sends one.
         let key = key.filter(|_| !request.is_safe()).map(|key| {
-            let route = match target {
-                Target::Worker(found) => found.route.path.clone(),
-                Target::Publish(_) => publish::PATH.to_owned(),
-            };
-            let fingerprint = request.fingerprint();
+            let (route, fingerprint) = (target.route().to_owned(), request.fingerprint());
             (RequestKey { route, caller, key, fingerprint }, window)
         });
         Ok(Asked { request, key })
@@ -279,7 +275,7 @@ impl Target {
         }
     }
 
-    /// The route, for metrics.
+    /// The route that it came by.
     fn route(&self) -> &str {
         match self {
             Target::Worker(found) => &found.route.path,
@@ -288,9 +284,9 @@ impl Target {
     }
 
     /// How its answer to such a request may be cached.
-    fn cache_terms(&self, parts: &Parts) -> Option<CacheTerms> {
+    fn cache_terms(&self, parts: &Parts) -> Option<&CacheTerms> {
         match self {
-            Target::Worker(found) if matches!(parts.method.as_str(), "GET" | "HEAD") => found.route.cache.clone(),
+            Target::Worker(found) if matches!(parts.method.as_str(), "GET" | "HEAD") => found.route.cache.as_ref(),
             _ => None,
         }
     }
@@ -318,12 +314,12 @@ async fn take(State(ingress): State<Arc<Ingress>>, request: Request) -> Response
     let (parts, body) = request.into_parts();
     let began = Instant::now();
     let target = match ingress.target(&parts).await {
-        Ok(target) => target,
+        Ok(target) => Arc::new(target),
         Err(problem) => return respond(problem.answer(), false),
     };
     if let Some(terms) = target.cache_terms(&parts) {
-        let (target, metrics) = (Arc::new(target), Arc::clone(&ingress.metrics));
-        let response = ingress.answer_cached(Arc::clone(&target), &terms, parts, body).await;
+        let metrics = Arc::clone(&ingress.metrics);
+        let response = ingress.answer_cached(Arc::clone(&target), terms, parts, body).await;
         metrics.request(target.name(), target.route(), response.status().as_u16(), false, began.elapsed());
         return response;
     }

@@ -20,6 +20,11 @@ pub fn show_duration(duration: Duration) -> String {
         .map_or_else(|_| format!("{}s", duration.as_secs()), |signed| format!("{signed:#}"))
 }
 
+/// A length of time in whole milliseconds, or the most that fits.
+pub fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// Reads a size in bytes. `KiB`, `MiB` and `GiB` count in 1024s, `kB`, `MB` and `GB` in 1000s.
 pub fn parse_size(text: &str) -> Result<u64, String> {
     let size: ByteSize = text.trim().parse().map_err(|_| format!("`{text}` is not a size"))?;

@@ -11,6 +11,7 @@ use crate::drain::Stopping;
 use crate::host::Host;
 use crate::manifest::Worker;
 use crate::store::{LetterDepth, OutboxLag};
+use crate::units;
 
 /// How often it looks.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
@@ -65,7 +66,7 @@ impl Measured {
         let of_kind = |kind| match kind {
             Kind::Letters => Some(letters.map_or(0, |depth| depth.open)),
             Kind::LetterAge => Some(letters.map_or(0, |depth| depth.oldest_ms)),
-            Kind::UnhandledAge => unhandled.map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX)),
+            Kind::UnhandledAge => unhandled.map(units::milliseconds),
             Kind::UnpublishedAge => Some(outputs.and_then(|lag| lag.oldest_ms).unwrap_or_default()),
             Kind::SetAside => Some(outputs.map_or(0, |lag| lag.set_aside)),
             Kind::NewFailure => None,

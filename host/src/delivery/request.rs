@@ -79,18 +79,11 @@ impl Delivery {
     /// Keeps `answer` for a request that has no other one, in a transaction of its own.
     pub async fn keep_answer(&self, asked: &Asked, answer: HttpAnswer) -> Result<Handled, StoreError> {
         let Some((key, keep)) = &asked.key else { return Ok(Handled::answered(answer, false)) };
-        let mut tx = self.store.begin(&self.worker.name, self.worker.limits.time).await?;
-        match claim(tx.as_mut(), key).await {
-            Ok(None) => {}
-            Ok(Some(settled)) => {
-                tx.rollback().await;
-                return Ok(settled);
-            }
-            Err(error) => {
-                tx.rollback().await;
-                return Err(error);
-            }
-        }
+        let tx = self.store.begin(&self.worker.name, self.worker.limits.time).await?;
+        let mut tx = match claim(tx, asked).await? {
+            Claim::Ours(tx) => tx,
+            Claim::Settled(settled) => return Ok(settled),
+        };
         if let Err(error) = tx.answer_request(key, &answer, *keep).await {
             tx.rollback().await;
             return Err(error);
@@ -103,24 +96,15 @@ impl Delivery {
         let may_write = !asked.request.is_safe();
         let (name, time) = (&self.worker.name, self.worker.limits.time);
         let began = self.cache.begin(name);
-        let mut tx = match may_write {
+        let tx = match may_write {
             true => self.store.begin(name, time).await?,
             false => self.store.begin_reading(name, time).await?,
         };
         fault::point(fault::AFTER_BEGIN);
-        if let Some((key, _)) = &asked.key {
-            match claim(tx.as_mut(), key).await {
-                Ok(None) => {}
-                Ok(Some(settled)) => {
-                    tx.rollback().await;
-                    return Ok(Ok(settled));
-                }
-                Err(error) => {
-                    tx.rollback().await;
-                    return Err(error);
-                }
-            }
-        }
+        let tx = match claim(tx, asked).await? {
+            Claim::Ours(tx) => tx,
+            Claim::Settled(settled) => return Ok(Ok(settled)),
+        };
         fault::point(fault::AFTER_CLAIM);
         let lent = Lent::new(self.store.dialect(), tx);
         lent.begin_member().await;
@@ -281,14 +265,26 @@ fn refused(cause: &anyhow::Error) -> Handled {
     Handled::Failed(CallFailure::new(FailureKind::Retry, "commit-refused", format!("{cause:#}")))
 }
 
-/// None when the key is this transaction's.
-pub(crate) async fn claim(tx: &mut dyn Tx, key: &RequestKey) -> Result<Option<Handled>, StoreError> {
-    Ok(match tx.claim_request(key).await? {
-        ClaimedRequest::Fresh => None,
-        ClaimedRequest::Answered(answer) => Some(Handled::answered(answer, true)),
-        ClaimedRequest::OtherRequest => Some(Handled::OtherRequest),
-        ClaimedRequest::InFlight => Some(Handled::InFlight),
-    })
+/// Who handles a request.
+pub(crate) enum Claim {
+    /// This transaction, which has the key, if there is one.
+    Ours(Box<dyn Tx>),
+    /// Somebody did, or does; the transaction is over.
+    Settled(Handled),
+}
+
+/// Takes the key of a request, if it has one. After an error the transaction is over, too.
+pub(crate) async fn claim(mut tx: Box<dyn Tx>, asked: &Asked) -> Result<Claim, StoreError> {
+    let Some((key, _)) = &asked.key else { return Ok(Claim::Ours(tx)) };
+    let settled = match tx.claim_request(key).await {
+        Ok(ClaimedRequest::Fresh) => return Ok(Claim::Ours(tx)),
+        Ok(ClaimedRequest::Answered(answer)) => Ok(Claim::Settled(Handled::answered(answer, true))),
+        Ok(ClaimedRequest::OtherRequest) => Ok(Claim::Settled(Handled::OtherRequest)),
+        Ok(ClaimedRequest::InFlight) => Ok(Claim::Settled(Handled::InFlight)),
+        Err(error) => Err(error),
+    };
+    tx.rollback().await;
+    settled
 }
 
 /// The message that stands for a request: outputs name its id as their cause, and theirs are made of it.

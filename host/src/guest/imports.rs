@@ -16,11 +16,15 @@ use super::record::{Asked, Saw};
 use crate::message::Message;
 use crate::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
 use crate::state::StateEntry;
+use crate::units;
 
 mod cache;
 mod outbox;
 mod sql;
 mod state;
+
+/// What a handler of a request that only reads is told when it would change something.
+const CHANGES_NOTHING: &str = "a GET, HEAD or OPTIONS changes nothing";
 
 /// The transaction a guest's `sql` and `state` reach. The outer error is the house's. A call that was begun runs to its
 /// end even when its future is dropped: guests are stopped, transactions are not left half-way.
@@ -101,7 +105,7 @@ impl invocation::Host for CallState {
             Some(_) => self.call.tape.foreign(),
             None => {
                 let left = self.deadline.saturating_duration_since(std::time::Instant::now());
-                let left = u64::try_from(left.as_millis()).unwrap_or(u64::MAX);
+                let left = units::milliseconds(left);
                 self.call.tape.saw(0, || Saw::Number(left));
                 Ok(left)
             }

@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::problem::Problem;
 use crate::delivery::HAND_OVER_LEASE;
-use crate::delivery::request::{Asked, Handled, claim, commit};
+use crate::delivery::request::{Asked, Claim, Handled, claim, commit};
 use crate::message::Output;
 use crate::metrics::Metrics;
 use crate::request::HttpAnswer;
@@ -54,15 +54,13 @@ pub(super) fn subject(path: &str, granted: &[String]) -> Result<String, Problem>
 impl Publishing {
     /// Publishes the body of a request, once for each key. An error means that nothing happened.
     pub(super) async fn publish(&self, subject: &str, asked: &Asked) -> Result<Handled, StoreError> {
-        let mut tx = self.store.begin(PUBLISHER, TIME).await?;
+        let tx = self.store.begin(PUBLISHER, TIME).await?;
+        let mut tx = match claim(tx, asked).await? {
+            Claim::Ours(tx) => tx,
+            Claim::Settled(settled) => return Ok(settled),
+        };
         match self.write(subject, asked, tx.as_mut()).await {
-            Ok(handled @ Handled::Answered { replayed: false, .. }) => {
-                commit(tx, handled, &self.metrics, PUBLISHER).await
-            }
-            Ok(settled) => {
-                tx.rollback().await;
-                Ok(settled)
-            }
+            Ok(handled) => commit(tx, handled, &self.metrics, PUBLISHER).await,
             Err(error) => {
                 tx.rollback().await;
                 Err(error)
@@ -71,11 +69,6 @@ impl Publishing {
     }
 
     async fn write(&self, subject: &str, asked: &Asked, tx: &mut dyn Tx) -> Result<Handled, StoreError> {
-        if let Some((key, _)) = &asked.key
-            && let Some(settled) = claim(tx, key).await?
-        {
-            return Ok(settled);
-        }
         let id = Uuid::now_v7().to_string();
         let since = Instant::now();
         let outputs = tx.append_outputs(&[output(&id, subject, asked)], HAND_OVER_LEASE).await?;

@@ -12,7 +12,7 @@ use crate::manifest::{Route, Worker};
 /// Who answers a path, each with the terms of the route.
 type Answering = Vec<(Arc<HttpWorker>, Arc<Route>)>;
 
-/// Who answers a request, on which terms, and the named parts of its path.
+/// Who answers a request, on which terms, and the named parts of its path where answers are cached: tags name them.
 pub(super) struct Found {
     pub worker: Arc<HttpWorker>,
     pub route: Arc<Route>,
@@ -56,7 +56,8 @@ impl Table {
             let allowed: Vec<String> = found.value.iter().flat_map(|(_, route)| route.methods.clone()).collect();
             Problem::method_not_allowed(&allowed)
         })?;
-        let params = found.params.iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+        let tagged = route.cache.as_ref().map(|_| found.params.iter());
+        let params = tagged.into_iter().flatten().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
         Ok(Found { worker: Arc::clone(worker), route: Arc::clone(route), params })
     }
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use super::CHANGES_NOTHING;
 use crate::cached::{CachePut, PUTS_SIZE_MAX, TAGS_MAX, TTL_MAX, VALUE_MAX, WRITES_MAX, check_name};
 use crate::guest::bindings::oncely::worker::cache;
 use crate::guest::call::CallState;
@@ -46,7 +47,7 @@ impl cache::Host for CallState {
 
     async fn invalidate(&mut self, tags: Vec<String>) -> wasmtime::Result<Result<(), cache::Error>> {
         if !self.may_write() {
-            return Ok(Err(cache::Error::Other("a GET, HEAD or OPTIONS changes nothing".to_owned())));
+            return Ok(Err(cache::Error::Other(CHANGES_NOTHING.to_owned())));
         }
         if let Err(error) = check_tags(&tags, WRITES_MAX.saturating_sub(self.cache.tags().len())) {
             return Ok(Err(error));

@@ -4,15 +4,13 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use super::CHANGES_NOTHING;
 use crate::fault;
 use crate::guest::bindings::oncely::worker::outbox;
 use crate::guest::call::{CallState, FailureKind};
 use crate::guest::record::{Asked, Sending};
 use crate::message::{self, EVENT_ID_MAX, Headers, Message, Output, output_id};
 use crate::subject;
-
-/// Why a request that reads cannot send.
-const READS: &str = "a GET, HEAD or OPTIONS changes nothing, and sends nothing";
 
 impl outbox::Host for CallState {
     async fn send(&mut self, outgoing: outbox::Outgoing) -> wasmtime::Result<Result<String, outbox::Error>> {
@@ -40,7 +38,7 @@ impl CallState {
     fn accept(&self, outgoing: Sending) -> Result<Output, outbox::Error> {
         let worker = &self.call.worker;
         if !self.may_write() {
-            return Err(outbox::Error::NotGranted(READS.to_owned()));
+            return Err(outbox::Error::NotGranted(CHANGES_NOTHING.to_owned()));
         }
         subject::check_subject(&outgoing.subject).map_err(|why| outbox::Error::InvalidSubject(why.to_string()))?;
         if !worker.grants(&outgoing.subject) {

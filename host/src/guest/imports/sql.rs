@@ -1,5 +1,6 @@
 //! Statements: counted against the limits, run in the transaction, and doomed with it when they fail.
 
+use super::CHANGES_NOTHING;
 use crate::fault;
 use crate::guest::bindings::oncely::worker::sql;
 use crate::guest::call::{CallState, FailureKind};
@@ -17,7 +18,7 @@ impl CallState {
             )));
         }
         if !self.may_write() && sql_text::changes_rows(statement, self.call.database.dialect()) {
-            return Err(SqlError::NotAllowed("a GET, HEAD or OPTIONS changes nothing".to_owned()));
+            return Err(SqlError::NotAllowed(CHANGES_NOTHING.to_owned()));
         }
         self.statements += 1;
         let size = statement_size(statement, params);

@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 
+use super::CHANGES_NOTHING;
 use crate::guest::bindings::oncely::worker::state;
 use crate::guest::call::CallState;
 use crate::guest::record::{Asked, Saw};
@@ -17,7 +18,7 @@ impl CallState {
         asked: impl FnOnce() -> Asked,
     ) -> wasmtime::Result<Result<Option<u64>, state::Error>> {
         if !self.may_write() {
-            return Ok(Err(state::Error::Other("a GET, HEAD or OPTIONS changes nothing".to_owned())));
+            return Ok(Err(state::Error::Other(CHANGES_NOTHING.to_owned())));
         }
         if let Err(error) = check_key(key).and_then(|()| self.check_value(value)) {
             return Ok(Err(error));

@@ -56,23 +56,22 @@ enum Step {
     Empty,
     /// Write to this part from now on.
     TurnTo(i16),
-    Nothing,
 }
 
 impl Turn {
-    fn next(&self, keep: Duration) -> Step {
+    fn next(&self, keep: Duration) -> Option<Step> {
         let has_passed = |since: Timestamp, time: Duration| {
             Duration::try_from(self.now.duration_since(since)).is_ok_and(|passed| passed >= time)
         };
         if let Some((_, closed_at)) = self.earlier.first()
             && has_passed(*closed_at, keep)
         {
-            return Step::Empty;
+            return Some(Step::Empty);
         }
         let is_empty = |part: &i16| *part != self.part && self.earlier.iter().all(|(earlier, _)| earlier != part);
         match (1..PARTS).map(|ahead| (self.part + ahead) % PARTS).find(is_empty) {
-            Some(next) if has_passed(self.opened_at, keep / 2) => Step::TurnTo(next),
-            _ => Step::Nothing,
+            Some(next) if has_passed(self.opened_at, keep / 2) => Some(Step::TurnTo(next)),
+            _ => None,
         }
     }
 }
@@ -82,21 +81,12 @@ impl Turn {
 /// way that do not end in time are a conflict.
 pub(super) async fn step(session: &mut Session, of: Of, keep: Duration, what: &Retire) -> Result<bool> {
     let Some(turn) = read(session, of).await? else { return Ok(false) };
-    let step = turn.next(keep);
-    if step == Step::Nothing {
-        return Ok(false);
-    }
+    let Some(step) = turn.next(keep) else { return Ok(false) };
     session.run(format!("set local lock_timeout = {}", what.patience.as_millis()), "be patient").await?;
     match step {
-        Step::TurnTo(part) => turn_to(session, of, part).await?,
-        Step::Empty => {
-            if !empty(session, of, &turn, keep, what).await? {
-                return Ok(false);
-            }
-        }
-        Step::Nothing => {}
+        Step::TurnTo(part) => turn_to(session, of, part).await.map(|()| true),
+        Step::Empty => empty(session, of, &turn, keep, what).await,
     }
-    Ok(true)
 }
 
 /// Where a table stands; none when another host is at it.
@@ -320,12 +310,12 @@ mod tests {
 
     #[test]
     fn a_part_is_written_to_for_half_the_time_and_kept_for_all_of_it() {
-        assert_eq!(turn(0, 951, &[]).next(KEEP), Step::Nothing);
-        assert_eq!(turn(0, 950, &[]).next(KEEP), Step::TurnTo(1));
-        assert_eq!(turn(2, 960, &[(0, 910), (1, 960)]).next(KEEP), Step::Nothing);
-        assert_eq!(turn(2, 950, &[(0, 901), (1, 950)]).next(KEEP), Step::TurnTo(3));
-        assert_eq!(turn(2, 950, &[(0, 900), (1, 950)]).next(KEEP), Step::Empty);
-        assert_eq!(turn(1, 940, &[(2, 901), (3, 905), (0, 940)]).next(KEEP), Step::Nothing, "none is empty");
-        assert_eq!(turn(3, 900, &[(2, 950)]).next(KEEP), Step::TurnTo(0));
+        assert_eq!(turn(0, 951, &[]).next(KEEP), None);
+        assert_eq!(turn(0, 950, &[]).next(KEEP), Some(Step::TurnTo(1)));
+        assert_eq!(turn(2, 960, &[(0, 910), (1, 960)]).next(KEEP), None);
+        assert_eq!(turn(2, 950, &[(0, 901), (1, 950)]).next(KEEP), Some(Step::TurnTo(3)));
+        assert_eq!(turn(2, 950, &[(0, 900), (1, 950)]).next(KEEP), Some(Step::Empty));
+        assert_eq!(turn(1, 940, &[(2, 901), (3, 905), (0, 940)]).next(KEEP), None, "none is empty");
+        assert_eq!(turn(3, 900, &[(2, 950)]).next(KEEP), Some(Step::TurnTo(0)));
     }
 }
