@@ -433,6 +433,10 @@ impl Running {
             let _ = self.relay.await;
             let _ = self.repair.await;
             let _ = self.feed.await;
+            // The last acknowledgements, and what was given back: unsent, it would come again much later.
+            if host.bus.is_connected() {
+                let _ = host.bus.flush().await;
+            }
         };
         let in_time = tokio::time::timeout(limit, drained).await;
         host.store.close().await;

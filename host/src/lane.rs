@@ -23,7 +23,8 @@ mod pace;
 mod queue;
 
 use pace::Pace;
-use queue::{InOrder, Queue};
+pub use queue::InOrder;
+use queue::Queue;
 
 /// From this delivery on a message is handled alone. Retries get there too, which costs them two small transactions.
 const ALONE_FROM_DELIVERY: u64 = 3;

@@ -1,6 +1,6 @@
 //! A running worker: pulls from its stream, deals messages to its lanes by key, and drains in good order.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -166,7 +166,7 @@ async fn watch_until_seen(probe: Probe, seen: Arc<AtomicBool>, stopping: Stoppin
 }
 
 /// Takes what is new and what was put back until it is time to stop; then lets the lanes settle what they have.
-async fn work(pull: Pull, redriven: Pull, lanes: Lanes, recovery: Recovery, stopping: Stopping) {
+async fn work(pull: Pull, redriven: Pull, lanes: Lanes, recovery: Recovery<Parcel>, stopping: Stopping) {
     let new = pull_loop(pull, &lanes, recovery, stopping.clone());
     let (rest, ()) = tokio::join!(new, redrive::pull_loop(redriven, &lanes, stopping));
     lanes.drain().await;
@@ -174,7 +174,12 @@ async fn work(pull: Pull, redriven: Pull, lanes: Lanes, recovery: Recovery, stop
 }
 
 /// Pulls as long as there is room; deals to the lanes. Returns what was not dealt.
-async fn pull_loop(mut pull: Pull, lanes: &Lanes, mut recovery: Recovery, mut stopping: Stopping) -> Vec<Parcel> {
+async fn pull_loop(
+    mut pull: Pull,
+    lanes: &Lanes,
+    mut recovery: Recovery<Parcel>,
+    mut stopping: Stopping,
+) -> Vec<Parcel> {
     let probe = pull.probe();
     loop {
         let next = async {
@@ -194,7 +199,10 @@ async fn pull_loop(mut pull: Pull, lanes: &Lanes, mut recovery: Recovery, mut st
             }
         };
         match pulled {
-            Ok((pulled, room)) => lanes.deal_all(recovery.admit(lanes.parcel(pulled, Some(room)))).await,
+            Ok((pulled, room)) => {
+                let parcel = lanes.parcel(pulled, Some(room));
+                lanes.deal_all(recovery.admit(parcel, lanes.room.available_permits() == 0)).await;
+            }
             Err(error) => {
                 tracing::warn!("worker {} pulls again soon: {error:#}", lanes.worker.name);
                 if stopping.wait(Duration::from_secs(1)).await {
@@ -206,7 +214,7 @@ async fn pull_loop(mut pull: Pull, lanes: &Lanes, mut recovery: Recovery, mut st
     while let Some(pulled) = pull.rest().await {
         // What is held may have taken all the room, and gives none back before the end.
         let room = Arc::clone(&lanes.room).try_acquire_owned().ok();
-        lanes.deal_all(recovery.admit(lanes.parcel(pulled, room))).await;
+        lanes.deal_all(recovery.admit(lanes.parcel(pulled, room), false)).await;
     }
     recovery.end()
 }
@@ -306,7 +314,8 @@ struct Registry(Arc<Mutex<Held>>);
 #[derive(Default)]
 struct Held {
     next: u64,
-    messages: HashMap<u64, Progress>,
+    /// In the order they came, so that the broker would deliver them again in it.
+    messages: BTreeMap<u64, Progress>,
 }
 
 /// Keeps one message from redelivery until dropped.
