@@ -83,6 +83,15 @@ begin
     where outbox.seq > passed and outbox.via = 'wal' and published.seq is null;
 end $$;
 
+-- Where an output by the log was published, if that is recorded. May be part of a larger statement, so it names no settings.
+create function oncely.recorded(output bigint) returns table (stream text, stream_sequence bigint, published_at timestamptz)
+language sql stable as $$
+    select record.stream, record.sequences[pg_catalog.array_position(record.seqs, $1)], record.published_at
+    from oncely.relay_record as record
+    where record.last_seq operator(pg_catalog.>=) $1 and $1 operator(pg_catalog.=) any (record.seqs)
+    order by record.last_seq limit 1;
+$$;
+
 -- Whether everything by the log is published, or goes by polling since, that committed before a place in the log.
 create function oncely.log_is_through(upto pg_lsn) returns boolean
 language sql stable set search_path = pg_catalog, pg_temp as $$
@@ -207,5 +216,5 @@ begin
     from appended left join line using (worker, ordering_key);
 end $$;
 
-revoke all on function oncely_door.append, oncely.last_output, oncely.in_log, oncely.log_is_through, oncely.log_mark
+revoke all on function oncely_door.append, oncely.last_output, oncely.in_log, oncely.recorded, oncely.log_is_through, oncely.log_mark
     from public;

@@ -27,6 +27,7 @@ mod letters;
 mod log;
 mod postgres;
 mod requests;
+mod rows;
 mod shared;
 mod sqlite;
 mod values;

@@ -6,9 +6,9 @@ use sqlx::postgres::PgRow;
 
 use super::session::Session;
 use super::{errors, outbox};
-use crate::alarm::{Alarm, Kind, Move, NEW_AGAIN_AFTER, NEW_FAILURES_WITHIN, Notice, Step};
+use crate::alarm::{Alarm, Move, NEW_AGAIN_AFTER, NEW_FAILURES_WITHIN, Notice, Step};
 use crate::store::shared::{self, Newcomers};
-use crate::store::{LetterDepth, Result, StoreError, Told};
+use crate::store::{LetterDepth, Result, StoreError, Told, rows};
 
 /// Alarms that are raised, and those on depth and age that ever were.
 pub(super) async fn list(session: &mut Session) -> Result<Vec<Alarm>> {
@@ -26,31 +26,7 @@ pub(super) async fn list(session: &mut Session) -> Result<Vec<Alarm>> {
     );
     let rows =
         query.fetch_all(session.connection()).await.map_err(|error| errors::of_statement(error, "read the alarms"))?;
-    rows.iter().map(|row| read(row).context("read an alarm").map_err(StoreError::Unavailable)).collect()
-}
-
-fn read(row: &PgRow) -> anyhow::Result<Alarm> {
-    let kind: &str = row.try_get("kind")?;
-    let cleared_at: Option<i64> = row.try_get("cleared_at")?;
-    let group = shared::failure_group(
-        row.try_get("id")?,
-        row.try_get("reason")?,
-        row.try_get("code")?,
-        row.try_get("shape")?,
-        row.try_get("place")?,
-    );
-    Ok(Alarm {
-        worker: row.try_get("worker")?,
-        kind: Kind::read(kind).with_context(|| format!("`{kind}` is no kind of alarm"))?,
-        group,
-        times: row.try_get::<i32, _>("times")?.cast_unsigned(),
-        value: shared::unsigned(row.try_get("value")?),
-        threshold: shared::unsigned(row.try_get("threshold")?),
-        raised_at: shared::timestamp(row.try_get("raised_at")?)?,
-        cleared_at: cleared_at.map(shared::timestamp).transpose()?,
-        calm_ms: row.try_get::<Option<i64>, _>("calm_ms")?.map(shared::unsigned),
-        to_do: row.try_get::<Option<i64>, _>("to_do")?.map(shared::unsigned).unwrap_or_default(),
-    })
+    rows.iter().map(rows::alarm).collect()
 }
 
 /// How many letters are open and for how long, by worker.
@@ -118,7 +94,7 @@ async fn raise(session: &mut Session, step: &Move) -> Result<Option<Notice>> {
         .fetch_optional(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "raise an alarm"))?;
-    row.map(|row| notice(&row, step)).transpose()
+    row.map(|row| rows::notice(&row, step)).transpose()
 }
 
 async fn clear(session: &mut Session, step: &Move) -> Result<Option<Notice>> {
@@ -136,7 +112,7 @@ async fn clear(session: &mut Session, step: &Move) -> Result<Option<Notice>> {
         .fetch_optional(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "clear an alarm"))?;
-    row.map(|row| notice(&row, step)).transpose()
+    row.map(|row| rows::notice(&row, step)).transpose()
 }
 
 /// Notes since when the value is low enough, or that it is not any more. There is nothing to tell of that.
@@ -155,24 +131,6 @@ async fn rest(session: &mut Session, step: &Move, is_calm: bool) -> Result<Optio
         .await
         .map_err(|error| errors::of_statement(error, "note that an alarm is about to end"))?;
     Ok(None)
-}
-
-fn notice(row: &PgRow, step: &Move) -> Result<Notice> {
-    let read = || -> anyhow::Result<Notice> {
-        let times: i32 = row.try_get("times")?;
-        let cleared_at: Option<i64> = row.try_get("cleared_at")?;
-        Ok(Notice {
-            worker: step.worker.clone(),
-            kind: step.kind,
-            group: step.group.clone(),
-            times: times.cast_unsigned(),
-            value: step.value,
-            threshold: step.threshold,
-            raised_at: shared::timestamp(row.try_get("raised_at")?)?,
-            cleared_at: cleared_at.map(shared::timestamp).transpose()?,
-        })
-    };
-    read().context("read an alarm that moved").map_err(StoreError::Unavailable)
 }
 
 /// Writes down which failures letters are about to die of, and raises an alarm for those that are new, or new again, as

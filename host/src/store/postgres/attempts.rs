@@ -1,13 +1,12 @@
 //! Failed attempts, counted outside the transaction they failed in.
 
-use anyhow::Context;
 use bytes::Bytes;
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
 use super::errors;
 use super::session::Session;
-use crate::store::{AttemptRecord, CountedAttempt, FailedAttempt, Result, StoreError, shared};
+use crate::store::{AttemptRecord, CountedAttempt, FailedAttempt, Result, StoreError, rows, shared};
 
 /// Adds attempts, keeps their records, and returns for each which one of its event it was. Two hosts that count the same event at the same
 /// moment are a conflict.
@@ -153,16 +152,5 @@ pub(super) async fn of_event(session: &mut Session, worker: &str, event_id: &str
         .fetch_all(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "read attempts"))?;
-    rows.iter().map(|row| read(row).context("read an attempt").map_err(StoreError::Unavailable)).collect()
-}
-
-fn read(row: &PgRow) -> anyhow::Result<AttemptRecord> {
-    Ok(AttemptRecord {
-        attempt: row.try_get::<i32, _>("attempt")?.cast_unsigned(),
-        at: shared::timestamp(row.try_get("at")?)?,
-        version: row.try_get::<i32, _>("version")?.cast_unsigned(),
-        code: row.try_get("code")?,
-        error: row.try_get("error")?,
-        logs: row.try_get("logs")?,
-    })
+    rows.iter().map(rows::attempt).collect()
 }

@@ -2,15 +2,14 @@
 
 use std::collections::HashMap;
 
-use anyhow::{Context, anyhow};
-use sqlx::postgres::PgRow;
+use anyhow::anyhow;
 use sqlx::{AssertSqlSafe, Row, raw_sql};
 
 use super::errors;
 use super::session::Session;
 use super::wall::Login;
 use crate::sql::SqlError;
-use crate::store::{DeploymentRecord, Result, StoreError, WorkerMigration, shared};
+use crate::store::{DeploymentRecord, Result, StoreError, WorkerMigration, rows, shared};
 
 pub(super) async fn put_component(session: &mut Session, digest: &str, wasm: &[u8]) -> Result<()> {
     let query = session.query("insert into oncely.component (digest, wasm) values ($1, $2) on conflict do nothing");
@@ -118,7 +117,7 @@ async fn insert(session: &mut Session, worker: &str, digest: &str, manifest: &st
                 false => errors::of_statement(error, "write a deployment"),
             }
         })?;
-    read(&row)
+    rows::deployment(&row)
 }
 
 async fn activate_version(session: &mut Session, worker: &str, version: u32) -> Result<()> {
@@ -148,7 +147,7 @@ pub(super) async fn activate(session: &mut Session, worker: &str, version: u32) 
         .map_err(|error| errors::of_statement(error, "find a deployment"))?;
     let Some(row) = row else { return Ok(None) };
     activate_version(session, worker, version).await?;
-    read(&row).map(Some)
+    rows::deployment(&row).map(Some)
 }
 
 /// The active deployment of every worker, by name.
@@ -164,7 +163,7 @@ pub(super) async fn active(session: &mut Session) -> Result<Vec<DeploymentRecord
         .fetch_all(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "read active deployments"))?;
-    rows.iter().map(read).collect()
+    rows.iter().map(rows::deployment).collect()
 }
 
 /// All deployments of a worker, newest first.
@@ -178,18 +177,5 @@ pub(super) async fn of_worker(session: &mut Session, worker: &str) -> Result<Vec
         .fetch_all(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "read deployments"))?;
-    rows.iter().map(read).collect()
-}
-
-fn read(row: &PgRow) -> Result<DeploymentRecord> {
-    let read = || -> anyhow::Result<DeploymentRecord> {
-        Ok(DeploymentRecord {
-            worker: row.try_get("worker")?,
-            version: row.try_get::<i32, _>("version")?.cast_unsigned(),
-            digest: row.try_get("digest")?,
-            manifest: row.try_get("manifest")?,
-            created_at: shared::timestamp(row.try_get("created_at")?)?,
-        })
-    };
-    read().context("read a deployment").map_err(StoreError::Unavailable)
+    rows.iter().map(rows::deployment).collect()
 }

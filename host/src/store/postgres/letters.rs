@@ -1,17 +1,13 @@
 //! Reading dead letters: the original bytes and headers of what could not be handled, and what became of it.
 
-use anyhow::Context;
-use bytes::Bytes;
 use jiff::Timestamp;
-use sqlx::Row;
-use sqlx::postgres::{PgArguments, PgRow, Postgres};
+use sqlx::postgres::{PgArguments, Postgres};
 use sqlx::query::Query;
 
 use super::session::Session;
 use super::{attempts, errors};
 use crate::store::{
-    AuditRecord, EditRecord, LetterFilter, LetterGroup, LetterOutput, LetterRecord, LetterState, LetterSummary, Result,
-    StoreError, shared,
+    AuditRecord, EditRecord, LetterFilter, LetterGroup, LetterOutput, LetterRecord, LetterSummary, Result, rows,
 };
 
 /// What a list shows of a letter. Whether one that was put back took effect stands in the inbox.
@@ -78,7 +74,7 @@ pub(super) async fn list(session: &mut Session, filter: &LetterFilter) -> Result
         .fetch_all(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "list dead letters"))?;
-    rows.iter().map(|row| summary(row).context("read a dead letter").map_err(StoreError::Unavailable)).collect()
+    rows.iter().map(rows::letter_summary).collect()
 }
 
 /// How many letters fit, and when they died, by group and subject.
@@ -108,25 +104,7 @@ pub(super) async fn groups(session: &mut Session, filter: &LetterFilter) -> Resu
         .fetch_all(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "group dead letters"))?;
-    rows.iter().map(|row| group(row).context("read a group").map_err(StoreError::Unavailable)).collect()
-}
-
-fn group(row: &PgRow) -> anyhow::Result<LetterGroup> {
-    Ok(LetterGroup {
-        group: shared::failure_group(
-            row.try_get("id")?,
-            row.try_get("reason")?,
-            row.try_get("code")?,
-            row.try_get("shape")?,
-            row.try_get("place")?,
-        ),
-        worker: row.try_get("worker")?,
-        letters: shared::unsigned(row.try_get("letters")?),
-        first_died_at: shared::timestamp(row.try_get("first")?)?,
-        last_died_at: shared::timestamp(row.try_get("last")?)?,
-        last_letter: row.try_get("last_letter")?,
-        subject: row.try_get("subject")?,
-    })
+    rows.iter().map(rows::letter_group).collect()
 }
 
 /// One letter, with everything that is known of it.
@@ -142,7 +120,7 @@ pub(super) async fn find(session: &mut Session, id: i64) -> Result<Option<Letter
         .await
         .map_err(|error| errors::of_statement(error, "read a dead letter"))?;
     let Some(row) = row else { return Ok(None) };
-    let mut letter = record(&row).context("read a dead letter").map_err(StoreError::Unavailable)?;
+    let mut letter = rows::letter(&row)?;
     let (worker, event_id) = (letter.summary.worker.clone(), letter.summary.event_id.clone());
     letter.attempts = attempts::of_event(session, &worker, &event_id).await?;
     letter.edits = edits(session, id).await?;
@@ -162,15 +140,7 @@ async fn edits(session: &mut Session, id: i64) -> Result<Vec<EditRecord>> {
         .fetch_all(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "read corrected bodies"))?;
-    let read = |row: &PgRow| -> anyhow::Result<_> {
-        Ok(EditRecord {
-            at: shared::timestamp(row.try_get("at")?)?,
-            actor: row.try_get("actor")?,
-            note: row.try_get("note")?,
-            body: Bytes::from(row.try_get::<Vec<u8>, _>("body")?),
-        })
-    };
-    rows.iter().map(|row| read(row).context("read a corrected body").map_err(StoreError::Unavailable)).collect()
+    rows.iter().map(rows::letter_edit).collect()
 }
 
 async fn audit(session: &mut Session, id: i64) -> Result<Vec<AuditRecord>> {
@@ -183,21 +153,12 @@ async fn audit(session: &mut Session, id: i64) -> Result<Vec<AuditRecord>> {
         .fetch_all(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "read what was done to a dead letter"))?;
-    let read = |row: &PgRow| -> anyhow::Result<_> {
-        Ok(AuditRecord {
-            at: shared::timestamp(row.try_get("at")?)?,
-            action: row.try_get("action")?,
-            generation: row.try_get::<i32, _>("generation")?.cast_unsigned(),
-            actor: row.try_get("actor")?,
-            note: row.try_get("note")?,
-        })
-    };
-    rows.iter().map(|row| read(row).context("read the audit").map_err(StoreError::Unavailable)).collect()
+    rows.iter().map(rows::letter_audit).collect()
 }
 
 async fn settled(session: &mut Session, worker: &str, event_id: &str) -> Result<Option<(String, Timestamp)>> {
     let query = session.query(
-        "select state, (extract(epoch from settled_at) * 1000000)::bigint from oncely.inbox
+        "select state, (extract(epoch from settled_at) * 1000000)::bigint as settled_at from oncely.inbox
          where worker = $1 and event_id = $2",
     );
     let row = query
@@ -206,20 +167,14 @@ async fn settled(session: &mut Session, worker: &str, event_id: &str) -> Result<
         .fetch_optional(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "look up an event"))?;
-    let read = |row: PgRow| -> anyhow::Result<_> { Ok((row.try_get(0)?, shared::timestamp(row.try_get(1)?)?)) };
-    row.map(|row| read(row).context("read an event's record").map_err(StoreError::Unavailable)).transpose()
+    row.as_ref().map(rows::settled).transpose()
 }
 
 async fn outputs(session: &mut Session, worker: &str, event_id: &str) -> Result<Vec<LetterOutput>> {
     let query = session.query(
-        "select id, subject, coalesce(stream, recorded.log_stream) as stream,
-             coalesce(stream_sequence, recorded.log_sequence) as stream_sequence
-         from oncely.outbox left join lateral (
-             select record.stream as log_stream,
-                 record.sequences[pg_catalog.array_position(record.seqs, outbox.seq)] as log_sequence
-             from oncely.relay_record as record
-             where outbox.via = 'wal' and record.last_seq >= outbox.seq and outbox.seq = any(record.seqs) order by record.last_seq limit 1
-         ) as recorded on true
+        "select id, subject, coalesce(outbox.stream, recorded.stream) as stream,
+             coalesce(outbox.stream_sequence, recorded.stream_sequence) as stream_sequence
+         from oncely.outbox left join lateral oncely.recorded(seq) as recorded on via = 'wal'
          where worker = $1 and event_id = $2 and subject not like 'oncely.%' order by seq",
     );
     let rows = query
@@ -228,51 +183,5 @@ async fn outputs(session: &mut Session, worker: &str, event_id: &str) -> Result<
         .fetch_all(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "look up an event's outputs"))?;
-    let read = |row: &PgRow| -> anyhow::Result<_> {
-        Ok(LetterOutput {
-            id: row.try_get("id")?,
-            subject: row.try_get("subject")?,
-            stream: row.try_get("stream")?,
-            stream_sequence: row.try_get::<Option<i64>, _>("stream_sequence")?.map(shared::unsigned),
-        })
-    };
-    rows.iter().map(|row| read(row).context("read an output").map_err(StoreError::Unavailable)).collect()
-}
-
-fn summary(row: &PgRow) -> anyhow::Result<LetterSummary> {
-    let moved_at: Option<i64> = row.try_get("moved_at")?;
-    Ok(LetterSummary {
-        id: row.try_get("id")?,
-        state: LetterState::read(row.try_get("state")?)?,
-        worker: row.try_get("worker")?,
-        event_id: row.try_get("event_id")?,
-        reason: row.try_get("reason")?,
-        code: row.try_get("code")?,
-        detail: row.try_get("detail")?,
-        group: row.try_get("group_id")?,
-        subject: row.try_get("subject")?,
-        attempts: row.try_get::<i32, _>("attempts")?.cast_unsigned(),
-        version: row.try_get::<i32, _>("version")?.cast_unsigned(),
-        died_at: shared::timestamp(row.try_get("died_at")?)?,
-        generation: row.try_get::<i32, _>("generation")?.cast_unsigned(),
-        moved_at: moved_at.map(shared::timestamp).transpose()?,
-        stream: row.try_get("stream")?,
-        stream_sequence: row.try_get::<Option<i64>, _>("stream_sequence")?.map(shared::unsigned),
-    })
-}
-
-fn record(row: &PgRow) -> anyhow::Result<LetterRecord> {
-    let first_died_at: Option<i64> = row.try_get("first_died_at")?;
-    Ok(LetterRecord {
-        summary: summary(row)?,
-        headers: shared::headers_from_text(row.try_get("headers")?)?,
-        body: Bytes::from(row.try_get::<Vec<u8>, _>("body")?),
-        first_died_at: first_died_at.map(shared::timestamp).transpose()?,
-        stored_at: shared::timestamp(row.try_get("stored_at")?)?,
-        attempts: Vec::new(),
-        edits: Vec::new(),
-        audit: Vec::new(),
-        settled: None,
-        outputs: Vec::new(),
-    })
+    rows.iter().map(rows::letter_output).collect()
 }

@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use anyhow::Context;
-use bytes::Bytes;
 use jiff::Timestamp;
 use sqlx::Row;
 use sqlx::postgres::PgRow;
@@ -12,7 +11,7 @@ use super::errors;
 use super::session::Session;
 use crate::fault;
 use crate::store::shared::{self, PutBackColumns};
-use crate::store::{OutboxRow, Output, Published, Result, StoreError, Unpublished};
+use crate::store::{OutboxRow, Output, Published, Result, StoreError, Unpublished, rows};
 
 /// Appends the outputs of one worker; see [`append_for`].
 pub(super) async fn append(
@@ -139,8 +138,7 @@ pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) ->
         .fetch_all(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "lease outputs"))?;
-    let leased: anyhow::Result<Vec<_>> = rows.iter().map(read).collect();
-    let mut leased = leased.context("read leased outputs").map_err(StoreError::Unavailable)?;
+    let mut leased: Vec<_> = rows.iter().map(rows::leased).collect::<Result<_>>()?;
     leased.sort_unstable_by_key(|row| row.seq);
     Ok(leased)
 }
@@ -230,19 +228,4 @@ pub(super) async fn leave_log(session: &mut Session, rows: &[(i64, Unpublished)]
         .await
         .map_err(|error| errors::of_statement(error, "bring outputs over from the log"))?;
     put_back(session, rows).await
-}
-
-fn read(row: &PgRow) -> anyhow::Result<OutboxRow> {
-    Ok(OutboxRow {
-        seq: row.try_get("seq")?,
-        id: row.try_get("id")?,
-        worker: row.try_get("worker")?,
-        subject: row.try_get("subject")?,
-        headers: shared::headers_from_text(row.try_get("headers")?)?,
-        body: Bytes::from(row.try_get::<Vec<u8>, _>("body")?),
-        ordering_key: row.try_get("ordering_key")?,
-        ahead: Vec::new(),
-        first_attempt_at: shared::timestamp(row.try_get("first_attempt_at")?)?,
-        failures: row.try_get::<i32, _>("failures")?.cast_unsigned(),
-    })
 }

@@ -1,13 +1,8 @@
 //! Outputs as people see them: what waits for a person, and what becomes of it.
 
-use anyhow::Context;
-use bytes::Bytes;
-use sqlx::Row;
-use sqlx::postgres::PgRow;
-
 use super::errors;
 use super::session::Session;
-use crate::store::{OutboxLag, OutputFilter, OutputRecord, OutputSummary, Result, StoreError, shared};
+use crate::store::{OutboxLag, OutputFilter, OutputRecord, OutputSummary, Result, rows, shared};
 
 /// The columns of a summary, from the outbox and from what was dropped. Times are in microseconds.
 macro_rules! summaries {
@@ -15,37 +10,30 @@ macro_rules! summaries {
         concat!(
             "with rows as (
                  select seq, id, worker, event_id, subject, ordering_key, failures, last_error, created_at, due_at,
-                     set_aside_at, headers, body, stream, stream_sequence, behind, null::timestamptz as dropped_at,
-                     null as note,
-                     via,
+                     set_aside_at, headers, body, coalesce(outbox.stream, recorded.stream) as stream,
+                     coalesce(outbox.stream_sequence, recorded.stream_sequence) as stream_sequence, behind,
+                     null::timestamptz as dropped_at, null as note,
                      case
                          when via = 'wal' then case when seq in (select seq from oncely.in_log()) then 'in-log'
                              else 'published' end
-                         when published_at is not null then 'published'
+                         when outbox.published_at is not null then 'published'
                          when set_aside_at is not null then 'set-aside'
                          when behind is not null then 'behind'
                          when due_at > pg_catalog.now() then 'delayed'
                          when leased_until > pg_catalog.now() then 'leased'
                          else 'due'
                      end as state
-                 from oncely.outbox
+                 from oncely.outbox left join lateral oncely.recorded(seq) as recorded on via = 'wal'
                  union all
                  select seq, id, worker, event_id, subject, ordering_key, failures, last_error, created_at, due_at,
-                     set_aside_at, headers, body, null, null, null, dropped_at, note, 'poll', 'dropped'
+                     set_aside_at, headers, body, null, null, null, dropped_at, note, 'dropped'
                  from oncely.dropped_output
              )
              select rows.*, (extract(epoch from created_at) * 1000000)::bigint as created,
                  (extract(epoch from due_at) * 1000000)::bigint as due,
                  (extract(epoch from set_aside_at) * 1000000)::bigint as set_aside,
                  (extract(epoch from dropped_at) * 1000000)::bigint as dropped,
-                 (select pg_catalog.count(*) from oncely.outbox as other where other.behind = rows.seq) as waiting,
-                 case when via = 'wal' then (
-                     select record.stream from oncely.relay_record as record
-                     where record.last_seq >= rows.seq and rows.seq = any(record.seqs) order by record.last_seq limit 1) end as log_stream,
-                 case when via = 'wal' then (
-                     select record.sequences[pg_catalog.array_position(record.seqs, rows.seq)]
-                     from oncely.relay_record as record
-                     where record.last_seq >= rows.seq and rows.seq = any(record.seqs) order by record.last_seq limit 1) end as log_sequence
+                 (select pg_catalog.count(*) from oncely.outbox as other where other.behind = rows.seq) as waiting
              from rows ",
             $rest
         )
@@ -72,7 +60,7 @@ pub(super) async fn list(session: &mut Session, filter: &OutputFilter) -> Result
         .fetch_all(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "list outputs"))?;
-    rows.iter().map(|row| summary(row).context("read an output").map_err(StoreError::Unavailable)).collect()
+    rows.iter().map(rows::output_summary).collect()
 }
 
 /// One output by its number.
@@ -83,7 +71,7 @@ pub(super) async fn find(session: &mut Session, number: i64) -> Result<Option<Ou
         .fetch_optional(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "read an output"))?;
-    row.map(|row| record(&row)).transpose().context("read an output").map_err(StoreError::Unavailable)
+    row.as_ref().map(rows::output).transpose()
 }
 
 /// Has outputs that are set aside published after all.
@@ -133,52 +121,5 @@ pub(super) async fn lag(session: &mut Session) -> Result<Vec<OutboxLag>> {
         .fetch_all(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "measure how far publishing is behind"))?;
-    let lags: sqlx::Result<Vec<_>> = rows.iter().map(read_lag).collect();
-    lags.context("read how far publishing is behind").map_err(StoreError::Unavailable)
-}
-
-fn read_lag(row: &PgRow) -> sqlx::Result<OutboxLag> {
-    let oldest_ms: Option<i64> = row.try_get("oldest_ms")?;
-    Ok(OutboxLag {
-        worker: row.try_get("worker")?,
-        unpublished: shared::unsigned(row.try_get("unpublished")?),
-        oldest_ms: oldest_ms.map(shared::unsigned),
-        set_aside: shared::unsigned(row.try_get("set_aside")?),
-        held: shared::unsigned(row.try_get("held")?),
-    })
-}
-
-fn summary(row: &PgRow) -> anyhow::Result<OutputSummary> {
-    let time = |column| -> anyhow::Result<Option<jiff::Timestamp>> {
-        let micros: Option<i64> = row.try_get(column)?;
-        Ok(micros.map(shared::timestamp).transpose()?)
-    };
-    Ok(OutputSummary {
-        number: row.try_get("seq")?,
-        id: row.try_get("id")?,
-        worker: row.try_get("worker")?,
-        event_id: row.try_get("event_id")?,
-        subject: row.try_get("subject")?,
-        ordering_key: row.try_get("ordering_key")?,
-        state: row.try_get("state")?,
-        behind: row.try_get("behind")?,
-        waiting: shared::unsigned(row.try_get("waiting")?),
-        failures: shared::narrow(i64::from(row.try_get::<i32, _>("failures")?)),
-        error: row.try_get("last_error")?,
-        created_at: time("created")?.unwrap_or_default(),
-        due_at: time("due")?.unwrap_or_default(),
-        set_aside_at: time("set_aside")?,
-        dropped_at: time("dropped")?,
-        note: row.try_get("note")?,
-    })
-}
-
-fn record(row: &PgRow) -> anyhow::Result<OutputRecord> {
-    Ok(OutputRecord {
-        summary: summary(row)?,
-        headers: shared::headers_from_text(row.try_get("headers")?)?,
-        body: Bytes::from(row.try_get::<Vec<u8>, _>("body")?),
-        place: shared::origin(row.try_get("stream")?, row.try_get("stream_sequence")?)
-            .or(shared::origin(row.try_get("log_stream")?, row.try_get("log_sequence")?)),
-    })
+    rows.iter().map(rows::lag).collect()
 }

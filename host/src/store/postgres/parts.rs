@@ -241,11 +241,9 @@ async fn settle_in_log(session: &mut Session, part: i16, current: i16, moves_on:
 }
 
 /// What is archived of an output once some were published from the log: where and when, too.
-const WITH_LOG_RECORDS: &str = "outbox.*, (select pg_catalog.json_build_object('stream', record.stream,
-        'stream_sequence', record.sequences[pg_catalog.array_position(record.seqs, outbox.seq)],
-        'published_at', record.published_at)
-    from oncely.relay_record as record
-    where outbox.via = 'wal' and record.last_seq >= outbox.seq and outbox.seq = any(record.seqs) order by record.last_seq limit 1) as from_log";
+const WITH_LOG_RECORDS: &str =
+    "outbox.*, (select pg_catalog.to_json(recorded) from oncely.recorded(outbox.seq) as recorded
+    where outbox.via = 'wal') as from_log";
 
 async fn has_log_records(session: &mut Session) -> Result<bool> {
     let query = session.query("select exists (select from oncely.relay_record)");

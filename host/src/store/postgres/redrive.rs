@@ -9,10 +9,11 @@ use sqlx::postgres::PgRow;
 
 use super::session::Session;
 use super::{attempts, errors, outbox};
-use crate::message::{Message, Origin, Redriven};
 use crate::redrive::Pointer;
 use crate::store::letters::{self, Standing};
-use crate::store::{By, LetterState, Move, Moved, OutboxRow, Output, PutBack, Redrive, Result, StoreError, shared};
+use crate::store::{
+    By, LetterState, Move, Moved, OutboxRow, Output, PutBack, Redrive, Result, StoreError, rows, shared,
+};
 use crate::verdict::Settled;
 
 /// Puts letters back. Their rows are locked first, so that of two who do so at the same time one comes too late.
@@ -88,29 +89,12 @@ pub(super) async fn put_back(session: &mut Session, id: i64, generation: u32) ->
         .map_err(|error| errors::of_statement(error, "read a letter that was put back"))?;
     match row {
         Some(row) => {
-            let message = message(&row).context("read a letter that was put back").map_err(StoreError::Unavailable)?;
+            let message = rows::redriven(&row)?;
             let active: i32 = row.try_get("active").map_err(|error| errors::of_statement(error, "read a version"))?;
             Ok(PutBack::Message(Box::new(message), active.cast_unsigned()))
         }
         None => Ok(PutBack::OutOfDate(Settled::seen_by_store())),
     }
-}
-
-fn message(row: &PgRow) -> anyhow::Result<Message> {
-    let origin = shared::origin(row.try_get("stream")?, row.try_get("stream_sequence")?);
-    let stored_at = shared::timestamp(row.try_get("stored_at")?)?;
-    let payload: Vec<u8> = row.try_get("payload_sha256")?;
-    Ok(Message {
-        event_id: row.try_get("event_id")?,
-        subject: row.try_get("subject")?,
-        headers: shared::headers_from_text(row.try_get("headers")?)?,
-        body: Bytes::from(row.try_get::<Vec<u8>, _>("body")?),
-        origin: origin.map(|(stream, sequence)| Origin { stream, sequence, stored_at }),
-        redriven: Some(Redriven {
-            attempts_before: row.try_get::<i32, _>("attempts_before")?.cast_unsigned(),
-            payload_sha256: payload.as_slice().try_into().context("read its digest")?,
-        }),
-    })
 }
 
 /// The letters as they stand, locked in the order of their ids. The inbox is looked at once the locks are held.

@@ -2,13 +2,9 @@
 
 use std::time::Duration;
 
-use anyhow::Context;
-use sqlx::Row;
-use sqlx::postgres::PgRow;
-
 use super::errors;
 use super::session::Session;
-use crate::store::{OnStream, Result, StoreError, shared};
+use crate::store::{OnStream, Result, rows, shared};
 
 /// For each stream the last output on it, of those published within some time.
 pub(super) async fn last_published(session: &mut Session, within: Duration) -> Result<Vec<OnStream>> {
@@ -34,7 +30,10 @@ pub(super) async fn last_published(session: &mut Session, within: Duration) -> R
          order by stream, stream_sequence desc",
     );
     let rows = query.bind(shared::micros(within)).fetch_all(session.connection()).await;
-    read_all(&rows.map_err(|error| errors::of_statement(error, "look what was published last"))?)
+    rows.map_err(|error| errors::of_statement(error, "look what was published last"))?
+        .iter()
+        .map(rows::on_stream)
+        .collect()
 }
 
 /// All published outputs on a stream that are still in the outbox, in the order of their publication.
@@ -53,7 +52,7 @@ pub(super) async fn published_on(session: &mut Session, stream: &str) -> Result<
          order by published_at, stream_sequence",
     );
     let rows = query.bind(stream).fetch_all(session.connection()).await;
-    read_all(&rows.map_err(|error| errors::of_statement(error, "look what was published"))?)
+    rows.map_err(|error| errors::of_statement(error, "look what was published"))?.iter().map(rows::on_stream).collect()
 }
 
 /// Forgets that outputs were published where they were.
@@ -94,21 +93,4 @@ async fn bring_over(session: &mut Session, lost: &[OnStream], sequences: &[i64])
         .await
         .map_err(|error| errors::of_statement(error, "have outputs of the log published again"))?;
     Ok(result.rows_affected())
-}
-
-fn read_all(rows: &[PgRow]) -> Result<Vec<OnStream>> {
-    let read = |row: &PgRow| -> anyhow::Result<OnStream> {
-        Ok(OnStream {
-            seq: row.try_get("seq")?,
-            id: row.try_get("id")?,
-            stream: row.try_get("stream")?,
-            stream_sequence: shared::unsigned(row.try_get("stream_sequence")?),
-            published_at: shared::timestamp(row.try_get("published_at")?)?,
-        })
-    };
-    rows.iter()
-        .map(read)
-        .collect::<anyhow::Result<_>>()
-        .context("read what was published")
-        .map_err(StoreError::Unavailable)
 }

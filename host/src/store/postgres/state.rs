@@ -6,7 +6,7 @@ use sqlx::postgres::PgRow;
 
 use super::errors;
 use super::session::Session;
-use crate::store::{Result, STATE_PREVIEW, StateEntry, StateRecord, StateWrite, StoreError, shared};
+use crate::store::{Result, STATE_PREVIEW, StateEntry, StateRecord, StateWrite, StoreError, rows, shared};
 
 /// The entries of those keys that are there.
 pub(super) async fn load(session: &mut Session, worker: &str, keys: &[String]) -> Result<Vec<(String, StateEntry)>> {
@@ -69,7 +69,7 @@ pub(super) async fn entry(session: &mut Session, worker: &str, key: &str) -> Res
         .fetch_optional(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "read state"))?;
-    row.as_ref().map(record).transpose().context("read state").map_err(StoreError::Unavailable)
+    row.as_ref().map(rows::state).transpose()
 }
 
 /// Values whose keys begin with `prefix`, by key; only their beginnings.
@@ -88,15 +88,5 @@ pub(super) async fn entries(session: &mut Session, worker: &str, prefix: &str, l
         .fetch_all(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "list state"))?;
-    rows.iter().map(|row| record(row).context("read state").map_err(StoreError::Unavailable)).collect()
-}
-
-fn record(row: &PgRow) -> anyhow::Result<StateRecord> {
-    Ok(StateRecord {
-        key: row.try_get("key")?,
-        version: shared::unsigned(row.try_get("version")?),
-        size: shared::unsigned(row.try_get("size")?),
-        updated_at: shared::timestamp(row.try_get("updated_at")?)?,
-        value: row.try_get::<Vec<u8>, _>("value")?.into(),
-    })
+    rows.iter().map(rows::state).collect()
 }

@@ -1,12 +1,8 @@
 //! Counts and ages for people.
 
-use anyhow::Context;
-use sqlx::Row;
-use sqlx::postgres::PgRow;
-
 use super::errors;
 use super::session::Session;
-use crate::store::{Result, StoreError, WorkerTotals, shared};
+use crate::store::{Result, WorkerTotals, rows};
 
 pub(super) async fn by_worker(session: &mut Session) -> Result<Vec<WorkerTotals>> {
     let query = session.query(
@@ -42,21 +38,7 @@ pub(super) async fn by_worker(session: &mut Session) -> Result<Vec<WorkerTotals>
         .fetch_all(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "count what workers did"))?;
-    let totals: sqlx::Result<Vec<_>> = rows.iter().map(read).collect();
-    totals.context("read totals").map_err(StoreError::Unavailable)
-}
-
-fn read(row: &PgRow) -> sqlx::Result<WorkerTotals> {
-    let oldest_ms: Option<i64> = row.try_get("oldest_ms")?;
-    Ok(WorkerTotals {
-        worker: row.try_get("worker")?,
-        done: shared::unsigned(row.try_get("done")?),
-        dead: shared::unsigned(row.try_get("dead")?),
-        outputs: shared::unsigned(row.try_get("outputs")?),
-        unpublished: shared::unsigned(row.try_get("unpublished")?),
-        oldest_unpublished_ms: oldest_ms.map(shared::unsigned),
-        set_aside: shared::unsigned(row.try_get("set_aside")?),
-    })
+    rows.iter().map(rows::totals).collect()
 }
 
 /// Writes down which letters that were put back took effect, before the inbox forgets it.

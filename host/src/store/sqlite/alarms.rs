@@ -6,10 +6,10 @@ use sqlx::sqlite::{SqlitePool, SqliteRow};
 
 use super::session::Session;
 use super::{errors, outbox};
-use crate::alarm::{Alarm, Kind, Move, NEW_AGAIN_AFTER, NEW_FAILURES_WITHIN, Notice, Step};
+use crate::alarm::{Alarm, Move, NEW_AGAIN_AFTER, NEW_FAILURES_WITHIN, Notice, Step};
 use crate::failure_group::FailureGroup;
 use crate::store::shared::{self, Newcomers};
-use crate::store::{LetterDepth, Result, StoreError, Told};
+use crate::store::{LetterDepth, Result, StoreError, Told, rows};
 
 /// Alarms that are raised, and those on depth and age that ever were.
 pub(super) async fn list(readers: &SqlitePool) -> Result<Vec<Alarm>> {
@@ -26,31 +26,7 @@ pub(super) async fn list(readers: &SqlitePool) -> Result<Vec<Alarm>> {
     .fetch_all(readers)
     .await
     .map_err(|error| errors::of_statement(error, "read the alarms"))?;
-    rows.iter().map(|row| read(row).context("read an alarm").map_err(StoreError::Unavailable)).collect()
-}
-
-fn read(row: &SqliteRow) -> anyhow::Result<Alarm> {
-    let kind: &str = row.try_get("kind")?;
-    let cleared_at: Option<i64> = row.try_get("cleared_at")?;
-    let group = shared::failure_group(
-        row.try_get("id")?,
-        row.try_get("reason")?,
-        row.try_get("code")?,
-        row.try_get("shape")?,
-        row.try_get("place")?,
-    );
-    Ok(Alarm {
-        worker: row.try_get("worker")?,
-        kind: Kind::read(kind).with_context(|| format!("`{kind}` is no kind of alarm"))?,
-        group,
-        times: row.try_get("times")?,
-        value: shared::unsigned(row.try_get("value")?),
-        threshold: shared::unsigned(row.try_get("threshold")?),
-        raised_at: shared::timestamp(row.try_get("raised_at")?)?,
-        cleared_at: cleared_at.map(shared::timestamp).transpose()?,
-        calm_ms: row.try_get::<Option<i64>, _>("calm_ms")?.map(shared::unsigned),
-        to_do: row.try_get::<Option<i64>, _>("to_do")?.map(shared::unsigned).unwrap_or_default(),
-    })
+    rows.iter().map(rows::alarm).collect()
 }
 
 /// How many letters are open and for how long, by worker.
@@ -115,7 +91,7 @@ async fn raise(session: &mut Session, step: &Move) -> Result<Option<Notice>> {
     .fetch_optional(session.connection().map_err(doing)?)
     .await
     .map_err(doing)?;
-    row.map(|row| notice(&row, step)).transpose()
+    row.map(|row| rows::notice(&row, step)).transpose()
 }
 
 async fn clear(session: &mut Session, step: &Move) -> Result<Option<Notice>> {
@@ -132,7 +108,7 @@ async fn clear(session: &mut Session, step: &Move) -> Result<Option<Notice>> {
     .fetch_optional(session.connection().map_err(doing)?)
     .await
     .map_err(doing)?;
-    row.map(|row| notice(&row, step)).transpose()
+    row.map(|row| rows::notice(&row, step)).transpose()
 }
 
 /// Notes since when the value is low enough, or that it is not any more. There is nothing to tell of that.
@@ -152,23 +128,6 @@ async fn rest(session: &mut Session, step: &Move, is_calm: bool) -> Result<Optio
     .await
     .map_err(doing)?;
     Ok(None)
-}
-
-fn notice(row: &SqliteRow, step: &Move) -> Result<Notice> {
-    let read = || -> anyhow::Result<Notice> {
-        let cleared_at: Option<i64> = row.try_get("cleared_at")?;
-        Ok(Notice {
-            worker: step.worker.clone(),
-            kind: step.kind,
-            group: step.group.clone(),
-            times: row.try_get("times")?,
-            value: step.value,
-            threshold: step.threshold,
-            raised_at: shared::timestamp(row.try_get("raised_at")?)?,
-            cleared_at: cleared_at.map(shared::timestamp).transpose()?,
-        })
-    };
-    read().context("read an alarm that moved").map_err(StoreError::Unavailable)
 }
 
 /// Writes down which failures letters are about to die of, and raises an alarm for those that are new, or new again, as

@@ -1,13 +1,12 @@
 //! Failed attempts, counted outside the transaction they failed in.
 
-use anyhow::Context;
 use bytes::Bytes;
 use sqlx::Row;
-use sqlx::sqlite::{SqlitePool, SqliteRow};
+use sqlx::sqlite::SqlitePool;
 
 use super::errors;
 use super::session::Session;
-use crate::store::{AttemptRecord, CountedAttempt, FailedAttempt, Result, StoreError, shared};
+use crate::store::{AttemptRecord, CountedAttempt, FailedAttempt, Result, rows, shared};
 
 /// Adds attempts, keeps their records, and returns for each which one of its event it was.
 pub(super) async fn count(
@@ -139,16 +138,5 @@ pub(super) async fn of_event(readers: &SqlitePool, worker: &str, event_id: &str)
     .fetch_all(readers)
     .await
     .map_err(|error| errors::of_statement(error, "read attempts"))?;
-    rows.iter().map(|row| read(row).context("read an attempt").map_err(StoreError::Unavailable)).collect()
-}
-
-fn read(row: &SqliteRow) -> anyhow::Result<AttemptRecord> {
-    Ok(AttemptRecord {
-        attempt: row.try_get("attempt")?,
-        at: shared::timestamp(row.try_get("at")?)?,
-        version: row.try_get("version")?,
-        code: row.try_get("code")?,
-        error: row.try_get("error")?,
-        logs: row.try_get("logs")?,
-    })
+    rows.iter().map(rows::attempt).collect()
 }

@@ -2,14 +2,14 @@
 
 use std::collections::HashMap;
 
-use anyhow::{Context, anyhow};
-use sqlx::sqlite::{SqlitePool, SqliteRow};
+use anyhow::anyhow;
+use sqlx::sqlite::SqlitePool;
 use sqlx::{AssertSqlSafe, Row, raw_sql};
 
 use super::errors;
 use super::session::Session;
 use crate::sql::SqlError;
-use crate::store::{DeploymentRecord, Result, StoreError, WorkerMigration, shared};
+use crate::store::{DeploymentRecord, Result, StoreError, WorkerMigration, rows, shared};
 
 pub(super) async fn put_component(session: &mut Session, digest: &str, wasm: &[u8]) -> Result<()> {
     let doing = |error| errors::of_statement(error, "keep a component");
@@ -99,7 +99,7 @@ async fn insert(session: &mut Session, worker: &str, digest: &str, manifest: &st
         true => shared::component_missing(digest),
         false => doing(error),
     })?;
-    read(&row)
+    rows::deployment(&row)
 }
 
 async fn activate_version(session: &mut Session, worker: &str, version: u32) -> Result<()> {
@@ -129,7 +129,7 @@ pub(super) async fn activate(session: &mut Session, worker: &str, version: u32) 
     .map_err(doing)?;
     let Some(row) = row else { return Ok(None) };
     activate_version(session, worker, version).await?;
-    read(&row).map(Some)
+    rows::deployment(&row).map(Some)
 }
 
 /// The active deployment of every worker, by name.
@@ -144,7 +144,7 @@ pub(super) async fn active(readers: &SqlitePool) -> Result<Vec<DeploymentRecord>
     .fetch_all(readers)
     .await
     .map_err(|error| errors::of_statement(error, "read active deployments"))?;
-    rows.iter().map(read).collect()
+    rows.iter().map(rows::deployment).collect()
 }
 
 /// All deployments of a worker, newest first.
@@ -157,18 +157,5 @@ pub(super) async fn of_worker(readers: &SqlitePool, worker: &str) -> Result<Vec<
     .fetch_all(readers)
     .await
     .map_err(|error| errors::of_statement(error, "read deployments"))?;
-    rows.iter().map(read).collect()
-}
-
-fn read(row: &SqliteRow) -> Result<DeploymentRecord> {
-    let read = || -> anyhow::Result<DeploymentRecord> {
-        Ok(DeploymentRecord {
-            worker: row.try_get("worker")?,
-            version: row.try_get("version")?,
-            digest: row.try_get("digest")?,
-            manifest: row.try_get("manifest")?,
-            created_at: shared::timestamp(row.try_get("created_at")?)?,
-        })
-    };
-    read().context("read a deployment").map_err(StoreError::Unavailable)
+    rows.iter().map(rows::deployment).collect()
 }

@@ -1,16 +1,12 @@
 //! Reading dead letters: the original bytes and headers of what could not be handled, and what became of it.
 
-use anyhow::Context;
-use bytes::Bytes;
 use jiff::Timestamp;
-use sqlx::Row;
 use sqlx::query::Query;
-use sqlx::sqlite::{Sqlite, SqliteArguments, SqlitePool, SqliteRow};
+use sqlx::sqlite::{Sqlite, SqliteArguments, SqlitePool};
 
 use super::{attempts, errors};
 use crate::store::{
-    AuditRecord, EditRecord, LetterFilter, LetterGroup, LetterOutput, LetterRecord, LetterState, LetterSummary, Result,
-    StoreError, shared,
+    AuditRecord, EditRecord, LetterFilter, LetterGroup, LetterOutput, LetterRecord, LetterSummary, Result, rows,
 };
 
 /// What a list shows of a letter. Whether one that was put back took effect stands in the inbox.
@@ -80,7 +76,7 @@ pub(super) async fn list(readers: &SqlitePool, filter: &LetterFilter) -> Result<
         .fetch_all(readers)
         .await
         .map_err(|error| errors::of_statement(error, "list dead letters"))?;
-    rows.iter().map(|row| summary(row).context("read a dead letter").map_err(StoreError::Unavailable)).collect()
+    rows.iter().map(rows::letter_summary).collect()
 }
 
 /// How many letters fit, and when they died, by group and subject.
@@ -110,25 +106,7 @@ pub(super) async fn groups(readers: &SqlitePool, filter: &LetterFilter) -> Resul
         .fetch_all(readers)
         .await
         .map_err(|error| errors::of_statement(error, "group dead letters"))?;
-    rows.iter().map(|row| group(row).context("read a group").map_err(StoreError::Unavailable)).collect()
-}
-
-fn group(row: &SqliteRow) -> anyhow::Result<LetterGroup> {
-    Ok(LetterGroup {
-        group: shared::failure_group(
-            row.try_get("id")?,
-            row.try_get("reason")?,
-            row.try_get("code")?,
-            row.try_get("shape")?,
-            row.try_get("place")?,
-        ),
-        worker: row.try_get("worker")?,
-        letters: shared::unsigned(row.try_get("letters")?),
-        first_died_at: shared::timestamp(row.try_get("first")?)?,
-        last_died_at: shared::timestamp(row.try_get("last")?)?,
-        last_letter: row.try_get("last_letter")?,
-        subject: row.try_get("subject")?,
-    })
+    rows.iter().map(rows::letter_group).collect()
 }
 
 /// One letter, with everything that is known of it.
@@ -143,7 +121,7 @@ pub(super) async fn find(readers: &SqlitePool, id: i64) -> Result<Option<LetterR
         .await
         .map_err(|error| errors::of_statement(error, "read a dead letter"))?;
     let Some(row) = row else { return Ok(None) };
-    let mut letter = record(&row).context("read a dead letter").map_err(StoreError::Unavailable)?;
+    let mut letter = rows::letter(&row)?;
     let (worker, event_id) = (letter.summary.worker.clone(), letter.summary.event_id.clone());
     letter.attempts = attempts::of_event(readers, &worker, &event_id).await?;
     letter.edits = edits(readers, id).await?;
@@ -163,15 +141,7 @@ async fn edits(readers: &SqlitePool, id: i64) -> Result<Vec<EditRecord>> {
         .fetch_all(readers)
         .await
         .map_err(|error| errors::of_statement(error, "read corrected bodies"))?;
-    let read = |row: &SqliteRow| -> anyhow::Result<_> {
-        Ok(EditRecord {
-            at: shared::timestamp(row.try_get("at")?)?,
-            actor: row.try_get("actor")?,
-            note: row.try_get("note")?,
-            body: Bytes::from(row.try_get::<Vec<u8>, _>("body")?),
-        })
-    };
-    rows.iter().map(|row| read(row).context("read a corrected body").map_err(StoreError::Unavailable)).collect()
+    rows.iter().map(rows::letter_edit).collect()
 }
 
 async fn audit(readers: &SqlitePool, id: i64) -> Result<Vec<AuditRecord>> {
@@ -184,16 +154,7 @@ async fn audit(readers: &SqlitePool, id: i64) -> Result<Vec<AuditRecord>> {
         .fetch_all(readers)
         .await
         .map_err(|error| errors::of_statement(error, "read what was done to a dead letter"))?;
-    let read = |row: &SqliteRow| -> anyhow::Result<_> {
-        Ok(AuditRecord {
-            at: shared::timestamp(row.try_get("at")?)?,
-            action: row.try_get("action")?,
-            generation: row.try_get("generation")?,
-            actor: row.try_get("actor")?,
-            note: row.try_get("note")?,
-        })
-    };
-    rows.iter().map(|row| read(row).context("read the audit").map_err(StoreError::Unavailable)).collect()
+    rows.iter().map(rows::letter_audit).collect()
 }
 
 async fn settled(readers: &SqlitePool, worker: &str, event_id: &str) -> Result<Option<(String, Timestamp)>> {
@@ -207,8 +168,7 @@ async fn settled(readers: &SqlitePool, worker: &str, event_id: &str) -> Result<O
         .fetch_optional(readers)
         .await
         .map_err(|error| errors::of_statement(error, "look up an event"))?;
-    let read = |row: SqliteRow| -> anyhow::Result<_> { Ok((row.try_get(0)?, shared::timestamp(row.try_get(1)?)?)) };
-    row.map(|row| read(row).context("read an event's record").map_err(StoreError::Unavailable)).transpose()
+    row.as_ref().map(rows::settled).transpose()
 }
 
 async fn outputs(readers: &SqlitePool, worker: &str, event_id: &str) -> Result<Vec<LetterOutput>> {
@@ -222,51 +182,5 @@ async fn outputs(readers: &SqlitePool, worker: &str, event_id: &str) -> Result<V
         .fetch_all(readers)
         .await
         .map_err(|error| errors::of_statement(error, "look up an event's outputs"))?;
-    let read = |row: &SqliteRow| -> anyhow::Result<_> {
-        Ok(LetterOutput {
-            id: row.try_get("id")?,
-            subject: row.try_get("subject")?,
-            stream: row.try_get("stream")?,
-            stream_sequence: row.try_get::<Option<i64>, _>("stream_sequence")?.map(shared::unsigned),
-        })
-    };
-    rows.iter().map(|row| read(row).context("read an output").map_err(StoreError::Unavailable)).collect()
-}
-
-fn summary(row: &SqliteRow) -> anyhow::Result<LetterSummary> {
-    let moved_at: Option<i64> = row.try_get("moved_at")?;
-    Ok(LetterSummary {
-        id: row.try_get("id")?,
-        state: LetterState::read(row.try_get("state")?)?,
-        worker: row.try_get("worker")?,
-        event_id: row.try_get("event_id")?,
-        reason: row.try_get("reason")?,
-        code: row.try_get("code")?,
-        detail: row.try_get("detail")?,
-        group: row.try_get("group_id")?,
-        subject: row.try_get("subject")?,
-        attempts: row.try_get("attempts")?,
-        version: row.try_get("version")?,
-        died_at: shared::timestamp(row.try_get("died_at")?)?,
-        generation: row.try_get("generation")?,
-        moved_at: moved_at.map(shared::timestamp).transpose()?,
-        stream: row.try_get("stream")?,
-        stream_sequence: row.try_get::<Option<i64>, _>("stream_sequence")?.map(shared::unsigned),
-    })
-}
-
-fn record(row: &SqliteRow) -> anyhow::Result<LetterRecord> {
-    let first_died_at: Option<i64> = row.try_get("first_died_at")?;
-    Ok(LetterRecord {
-        summary: summary(row)?,
-        headers: shared::headers_from_text(row.try_get("headers")?)?,
-        body: Bytes::from(row.try_get::<Vec<u8>, _>("body")?),
-        first_died_at: first_died_at.map(shared::timestamp).transpose()?,
-        stored_at: shared::timestamp(row.try_get("stored_at")?)?,
-        attempts: Vec::new(),
-        edits: Vec::new(),
-        audit: Vec::new(),
-        settled: None,
-        outputs: Vec::new(),
-    })
+    rows.iter().map(rows::letter_output).collect()
 }

@@ -1,13 +1,10 @@
 //! Outputs as people see them: what waits for a person, and what becomes of it.
 
-use anyhow::Context;
-use bytes::Bytes;
-use sqlx::Row;
-use sqlx::sqlite::{SqlitePool, SqliteRow};
+use sqlx::sqlite::SqlitePool;
 
 use super::errors;
 use super::session::Session;
-use crate::store::{OutboxLag, OutputFilter, OutputRecord, OutputSummary, Result, StoreError, shared};
+use crate::store::{OutboxLag, OutputFilter, OutputRecord, OutputSummary, Result, rows, shared};
 
 /// The columns of a summary, from the outbox and from what was dropped. Times are in microseconds.
 macro_rules! summaries {
@@ -60,7 +57,7 @@ pub(super) async fn list(readers: &SqlitePool, filter: &OutputFilter) -> Result<
         .fetch_all(readers)
         .await
         .map_err(|error| errors::of_statement(error, "list outputs"))?;
-    rows.iter().map(|row| summary(row).context("read an output").map_err(StoreError::Unavailable)).collect()
+    rows.iter().map(rows::output_summary).collect()
 }
 
 /// One output by its number.
@@ -71,7 +68,7 @@ pub(super) async fn find(readers: &SqlitePool, number: i64) -> Result<Option<Out
         .fetch_optional(readers)
         .await
         .map_err(|error| errors::of_statement(error, "read an output"))?;
-    row.map(|row| record(&row)).transpose().context("read an output").map_err(StoreError::Unavailable)
+    row.as_ref().map(rows::output).transpose()
 }
 
 /// Has outputs that are set aside published after all.
@@ -129,51 +126,5 @@ pub(super) async fn lag(readers: &SqlitePool) -> Result<Vec<OutboxLag>> {
     .fetch_all(readers)
     .await
     .map_err(|error| errors::of_statement(error, "measure how far publishing is behind"))?;
-    let lags: sqlx::Result<Vec<_>> = rows.iter().map(read_lag).collect();
-    lags.context("read how far publishing is behind").map_err(StoreError::Unavailable)
-}
-
-fn read_lag(row: &SqliteRow) -> sqlx::Result<OutboxLag> {
-    let oldest_ms: Option<i64> = row.try_get("oldest_ms")?;
-    Ok(OutboxLag {
-        worker: row.try_get("worker")?,
-        unpublished: shared::unsigned(row.try_get("unpublished")?),
-        oldest_ms: oldest_ms.map(shared::unsigned),
-        set_aside: shared::unsigned(row.try_get("set_aside")?),
-        held: shared::unsigned(row.try_get("held")?),
-    })
-}
-
-fn summary(row: &SqliteRow) -> anyhow::Result<OutputSummary> {
-    let time = |column| -> anyhow::Result<Option<jiff::Timestamp>> {
-        let micros: Option<i64> = row.try_get(column)?;
-        Ok(micros.map(shared::timestamp).transpose()?)
-    };
-    Ok(OutputSummary {
-        number: row.try_get("seq")?,
-        id: row.try_get("id")?,
-        worker: row.try_get("worker")?,
-        event_id: row.try_get("event_id")?,
-        subject: row.try_get("subject")?,
-        ordering_key: row.try_get("ordering_key")?,
-        state: row.try_get("state")?,
-        behind: row.try_get("behind")?,
-        waiting: shared::unsigned(row.try_get("waiting")?),
-        failures: row.try_get("failures")?,
-        error: row.try_get("last_error")?,
-        created_at: time("created")?.unwrap_or_default(),
-        due_at: time("due")?.unwrap_or_default(),
-        set_aside_at: time("set_aside")?,
-        dropped_at: time("dropped")?,
-        note: row.try_get("note")?,
-    })
-}
-
-fn record(row: &SqliteRow) -> anyhow::Result<OutputRecord> {
-    Ok(OutputRecord {
-        summary: summary(row)?,
-        headers: shared::headers_from_text(row.try_get("headers")?)?,
-        body: Bytes::from(row.try_get::<Vec<u8>, _>("body")?),
-        place: shared::origin(row.try_get("stream")?, row.try_get("stream_sequence")?),
-    })
+    rows.iter().map(rows::lag).collect()
 }

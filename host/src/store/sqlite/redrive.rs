@@ -7,10 +7,11 @@ use sqlx::sqlite::{SqlitePool, SqliteRow};
 
 use super::session::Session;
 use super::{attempts, errors, outbox};
-use crate::message::{Message, Origin, Redriven};
 use crate::redrive::Pointer;
 use crate::store::letters::{self, Standing};
-use crate::store::{By, LetterState, Move, Moved, OutboxRow, Output, PutBack, Redrive, Result, StoreError, shared};
+use crate::store::{
+    By, LetterState, Move, Moved, OutboxRow, Output, PutBack, Redrive, Result, StoreError, rows, shared,
+};
 use crate::verdict::Settled;
 
 /// Puts letters back. One transaction writes at a time, so of two who do so at the same time one comes too late.
@@ -83,29 +84,12 @@ pub(super) async fn put_back(readers: &SqlitePool, id: i64, generation: u32) -> 
     .map_err(|error| errors::of_statement(error, "read a letter that was put back"))?;
     match row {
         Some(row) => {
-            let message = message(&row).context("read a letter that was put back").map_err(StoreError::Unavailable)?;
+            let message = rows::redriven(&row)?;
             let active = row.try_get("active").map_err(|error| errors::of_statement(error, "read a version"))?;
             Ok(PutBack::Message(Box::new(message), active))
         }
         None => Ok(PutBack::OutOfDate(Settled::seen_by_store())),
     }
-}
-
-fn message(row: &SqliteRow) -> anyhow::Result<Message> {
-    let origin = shared::origin(row.try_get("stream")?, row.try_get("stream_sequence")?);
-    let stored_at = shared::timestamp(row.try_get("stored_at")?)?;
-    let payload: Vec<u8> = row.try_get("payload_sha256")?;
-    Ok(Message {
-        event_id: row.try_get("event_id")?,
-        subject: row.try_get("subject")?,
-        headers: shared::headers_from_text(row.try_get("headers")?)?,
-        body: Bytes::from(row.try_get::<Vec<u8>, _>("body")?),
-        origin: origin.map(|(stream, sequence)| Origin { stream, sequence, stored_at }),
-        redriven: Some(Redriven {
-            attempts_before: row.try_get("attempts_before")?,
-            payload_sha256: payload.as_slice().try_into().context("read its digest")?,
-        }),
-    })
 }
 
 /// A letter as it stands, with what the inbox says of its event.

@@ -2,13 +2,11 @@
 
 use std::time::Duration;
 
-use anyhow::Context;
-use sqlx::Row;
-use sqlx::sqlite::{SqlitePool, SqliteRow};
+use sqlx::sqlite::SqlitePool;
 
 use super::errors;
 use super::session::Session;
-use crate::store::{OnStream, Result, StoreError, shared};
+use crate::store::{OnStream, Result, rows, shared};
 
 /// For each stream the last output on it, of those published within some time.
 pub(super) async fn last_published(readers: &SqlitePool, within: Duration) -> Result<Vec<OnStream>> {
@@ -18,7 +16,10 @@ pub(super) async fn last_published(readers: &SqlitePool, within: Duration) -> Re
          where published_at > cast(unixepoch('subsec') * 1000000 as integer) - $1 group by stream",
     );
     let rows = query.bind(shared::micros(within)).fetch_all(readers).await;
-    read_all(&rows.map_err(|error| errors::of_statement(error, "look what was published last"))?)
+    rows.map_err(|error| errors::of_statement(error, "look what was published last"))?
+        .iter()
+        .map(rows::on_stream)
+        .collect()
 }
 
 /// All published outputs on a stream that are still in the outbox, in the order of their publication.
@@ -27,7 +28,7 @@ pub(super) async fn published_on(readers: &SqlitePool, stream: &str) -> Result<V
         "select seq, id, stream, stream_sequence, published_at from oncely_outbox where stream = $1 order by published_at, stream_sequence",
     );
     let rows = query.bind(stream).fetch_all(readers).await;
-    read_all(&rows.map_err(|error| errors::of_statement(error, "look what was published"))?)
+    rows.map_err(|error| errors::of_statement(error, "look what was published"))?.iter().map(rows::on_stream).collect()
 }
 
 /// Forgets that outputs were published where they were.
@@ -49,21 +50,4 @@ pub(super) async fn publish_again(session: &mut Session, lost: &[OnStream]) -> R
     .await
     .map_err(doing)?;
     Ok(result.rows_affected())
-}
-
-fn read_all(rows: &[SqliteRow]) -> Result<Vec<OnStream>> {
-    let read = |row: &SqliteRow| -> anyhow::Result<OnStream> {
-        Ok(OnStream {
-            seq: row.try_get("seq")?,
-            id: row.try_get("id")?,
-            stream: row.try_get("stream")?,
-            stream_sequence: shared::unsigned(row.try_get("stream_sequence")?),
-            published_at: shared::timestamp(row.try_get("published_at")?)?,
-        })
-    };
-    rows.iter()
-        .map(read)
-        .collect::<anyhow::Result<_>>()
-        .context("read what was published")
-        .map_err(StoreError::Unavailable)
 }

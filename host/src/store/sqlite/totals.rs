@@ -1,11 +1,9 @@
 //! Counts and ages for people.
 
-use anyhow::Context;
-use sqlx::Row;
-use sqlx::sqlite::{SqlitePool, SqliteRow};
+use sqlx::sqlite::SqlitePool;
 
 use super::errors;
-use crate::store::{Result, StoreError, WorkerTotals, shared};
+use crate::store::{Result, WorkerTotals, rows};
 
 pub(super) async fn by_worker(readers: &SqlitePool) -> Result<Vec<WorkerTotals>> {
     let rows = sqlx::query(
@@ -37,19 +35,5 @@ pub(super) async fn by_worker(readers: &SqlitePool) -> Result<Vec<WorkerTotals>>
     .fetch_all(readers)
     .await
     .map_err(|error| errors::of_statement(error, "count what workers did"))?;
-    let totals: sqlx::Result<Vec<_>> = rows.iter().map(read).collect();
-    totals.context("read totals").map_err(StoreError::Unavailable)
-}
-
-fn read(row: &SqliteRow) -> sqlx::Result<WorkerTotals> {
-    let oldest_ms: Option<i64> = row.try_get("oldest_ms")?;
-    Ok(WorkerTotals {
-        worker: row.try_get("worker")?,
-        done: shared::unsigned(row.try_get("done")?),
-        dead: shared::unsigned(row.try_get("dead")?),
-        outputs: shared::unsigned(row.try_get("outputs")?),
-        unpublished: shared::unsigned(row.try_get("unpublished")?),
-        oldest_unpublished_ms: oldest_ms.map(shared::unsigned),
-        set_aside: shared::unsigned(row.try_get("set_aside")?),
-    })
+    rows.iter().map(rows::totals).collect()
 }
