@@ -18,6 +18,7 @@ use crate::invalidation::Invalidation;
 use crate::manifest::Worker;
 use crate::message::{Message, Output};
 use crate::metrics::Metrics;
+use crate::retry::make_way;
 use crate::state::{BatchState, StateEntry};
 use crate::store::{Claim, Claimed, CountedAttempt, FailedAttempt, OutboxRow, Store, StoreError, Tx};
 use crate::verdict::{Letter, Reason, Verdict};
@@ -539,11 +540,6 @@ impl<'b> Run<'b> {
             _ => Verdict::Wait { after: TWIN_WAIT },
         }
     }
-}
-
-/// Waits for a random moment, longer after more conflicts, so that those who met do not meet again.
-async fn make_way(conflicts: u32) {
-    tokio::time::sleep(Duration::from_millis(5).mul_f64(f64::from(conflicts) * rand::random::<f64>())).await;
 }
 
 /// Splits a group in halves, which come next.

@@ -95,6 +95,7 @@ pub const POINTS: &[&str] = &[
     BEFORE_MARK,
     AFTER_MARK,
     BEFORE_PUT_BACK,
+    PUBLISH_AGAIN,
     AFTER_PRUNE,
     DEPLOY_SWAP,
     MIGRATING,

@@ -116,6 +116,11 @@ fn scale(duration: Duration, random: f64) -> Duration {
     duration.mul_f64(random)
 }
 
+/// Waits for a random moment, longer after more conflicts, so that transactions that met do not meet again.
+pub async fn make_way(conflicts: u32) {
+    tokio::time::sleep(Duration::from_millis(5).mul_f64(f64::from(conflicts) * rand::random::<f64>())).await;
+}
+
 #[cfg(test)]
 mod tests {
     use rand::Rng;

@@ -38,6 +38,12 @@ const ALARM: &str =
 /// The stream of dead letters.
 const DLQ: &str = "ONCELY_DLQ";
 
+/// The streams that are brought back to an older copy.
+const ROLLED_BACK: [&str; 2] = ["OUT", DLQ];
+
+/// Points that a host passes rarely while outputs go by the log.
+const BY_POLLING: [&str; 4] = [fault::RELAY_LEASED, fault::BEFORE_MARK, fault::AFTER_MARK, fault::BEFORE_PUT_BACK];
+
 /// How long it may take after an outage until outputs are published within a second again, and how many looks in a row have to
 /// say so.
 const CATCH_UP_WITHIN: Duration = Duration::from_secs(60);
@@ -427,18 +433,28 @@ impl Campaign {
         self.world.database.execute(&sql).await
     }
 
-    /// Points around the log are passed only on the way into it, in it, or on the way out.
+    /// Some points are passed only where something led there: points around the log on the way into it, in it, or on the way
+    /// out; and nothing is published again but what a stream has lost.
     async fn lead_to(&mut self, point: &'static str) -> Result<()> {
-        if !fault::LOG_POINTS.contains(&point) {
+        if point == fault::PUBLISH_AGAIN {
+            self.copy_streams().await?;
+            self.kill()?;
+            return self.lose_tails().await;
+        }
+        let is_by_polling = self.plan.kind == Kind::Postgres && BY_POLLING.contains(&point);
+        if !is_by_polling && !fault::LOG_POINTS.contains(&point) {
             return Ok(());
         }
         let leaves = point == fault::LOG_LEFT || point == fault::BROUGHT_OVER;
-        let first = if point == fault::SLOT_MADE { "poll" } else { "wal" };
+        let first = if is_by_polling || point == fault::SLOT_MADE { "poll" } else { "wal" };
         self.running().await?;
         self.want_relay(first).await?;
         let end = Instant::now() + CHANCE;
         while !self.relay_is(first).await.unwrap_or_default() && Instant::now() < end {
             tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        if is_by_polling {
+            return Ok(());
         }
         if leaves {
             // Something is to be left behind in the log.
@@ -493,14 +509,23 @@ impl Campaign {
 
     /// The broker comes back with an older copy of what it stored of the host's.
     async fn roll_back(&mut self) -> Result<()> {
-        const STREAMS: [&str; 2] = ["OUT", "ONCELY_DLQ"];
+        self.copy_streams().await?;
+        self.lose_tails().await
+    }
+
+    /// Takes the copy, and lets more be published.
+    async fn copy_streams(&mut self) -> Result<()> {
         self.running().await?;
         self.world.nats.kill()?;
-        STREAMS.iter().try_for_each(|stream| self.world.nats.copy_stream(stream))?;
+        ROLLED_BACK.iter().try_for_each(|stream| self.world.nats.copy_stream(stream))?;
         self.world.nats.restart().await?;
         self.some_time(500, 3_000).await;
+        Ok(())
+    }
+
+    async fn lose_tails(&mut self) -> Result<()> {
         self.world.nats.kill()?;
-        STREAMS.iter().try_for_each(|stream| self.world.nats.roll_back_stream(stream))?;
+        ROLLED_BACK.iter().try_for_each(|stream| self.world.nats.roll_back_stream(stream))?;
         self.world.nats.restart().await?;
         self.did("streams rolled back");
         Ok(())

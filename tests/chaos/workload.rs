@@ -248,7 +248,7 @@ pub fn passes_until_death(point: &str) -> u64 {
     match point {
         fault::MIGRATING | fault::STARTED | fault::AFTER_PRUNE | fault::DEPLOY_SWAP => 1,
         fault::AFTER_FETCH | fault::MID_GUEST | fault::AFTER_ACK => 60,
-        fault::BEFORE_REDRIVE | fault::AFTER_REDRIVE => 1,
+        fault::BEFORE_REDRIVE | fault::AFTER_REDRIVE | fault::PUBLISH_AGAIN => 1,
         fault::SLOT_MADE | fault::LOG_LEFT | fault::BROUGHT_OVER => 1,
         fault::BEFORE_RERUN | fault::AFTER_COUNT | fault::AFTER_BURIAL | fault::RELAY_LEASED | fault::REDRIVE_READ => 2,
         _ => 12,

@@ -20,6 +20,7 @@ use crate::host::Host;
 use crate::message;
 use crate::reconcile::{self, Basis, Rehearsed, Verification};
 use crate::replay::{self, Replayable};
+use crate::retry::make_way;
 use crate::store::{
     self, AttemptRecord, AuditRecord, By, LetterFilter, LetterGroup, LetterOutput, LetterRecord, LetterSummary, Move,
     Moved, Redrive, StoreError,
@@ -286,7 +287,10 @@ where
     let mut conflicts = 0;
     loop {
         match operation().await {
-            Err(StoreError::Conflict(_)) if conflicts < CONFLICTS_MAX => conflicts += 1,
+            Err(StoreError::Conflict(_)) if conflicts < CONFLICTS_MAX => {
+                conflicts += 1;
+                make_way(conflicts).await;
+            }
             answer => return answer,
         }
     }

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use super::{CONFLICTS_MAX, Delivery, Lent, house_error, make_way};
+use super::{CONFLICTS_MAX, Delivery, Lent, house_error};
 use crate::guest::{CallFailure, FailureKind, Outcome};
 use crate::message::{Message, Output};
+use crate::retry::make_way;
 use crate::state::{BatchState, StateEntry};
 use crate::store::{Changes, StoreError, Tx};
 use crate::verdict::Reason;

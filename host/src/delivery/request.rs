@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use uuid::Uuid;
 
-use super::{CONFLICTS_MAX, Delivery, HAND_OVER_LEASE, Lent, house_error, make_way, tell};
+use super::{CONFLICTS_MAX, Delivery, HAND_OVER_LEASE, Lent, house_error, tell};
 use crate::cache::Began;
 use crate::cached::CacheWrites;
 use crate::fault;
@@ -17,6 +17,7 @@ use crate::guest::{CallFailure, FailureKind, Outcome, RequestCall};
 use crate::message::{self, Message};
 use crate::metrics::Metrics;
 use crate::request::{HttpAnswer, HttpRequest, RequestKey};
+use crate::retry::make_way;
 use crate::state::BatchState;
 use crate::store::{ClaimedRequest, OutboxRow, StoreError, Tx};
 

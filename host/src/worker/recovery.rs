@@ -52,8 +52,8 @@ impl<T: InOrder> Recovery<T> {
         Recovery { waiting: None }
     }
 
-    /// Waits for what is out, in a host that may hold `capacity` messages; half of them may be new ones that wait, or what the
-    /// old ones leave.
+    /// Waits for what is out, in a host that may hold `capacity` messages. Of these, half may be new ones that wait, or fewer when
+    /// the old ones need the room; but not so few that asking for a handful at a time would take longer than the wait.
     pub fn begin(backlog: Backlog, ack_wait: Duration, capacity: usize) -> Self {
         let expired = Instant::now() + ack_wait;
         let left = capacity.saturating_sub(usize::try_from(backlog.ack_pending).unwrap_or(usize::MAX));
@@ -65,7 +65,7 @@ impl<T: InOrder> Recovery<T> {
             until: expired + GRACE,
             old: Vec::new(),
             parked: Vec::new(),
-            parked_max: left.min(capacity / 2).max(1),
+            parked_max: left.clamp(capacity / 8, capacity / 2).max(1),
             capacity,
         };
         Recovery { waiting: Some(waiting).filter(|waiting| waiting.out > 0) }
@@ -186,6 +186,8 @@ mod tests {
     async fn new_ones_leave_room_for_the_old() {
         assert_eq!(recovery(100).room(60).await, 50);
         assert_eq!(recovery(5).room(5).await, 2);
+        assert_eq!(recovery(16).room(16).await, 8);
+        assert_eq!(recovery(4).room(4).await, 1);
         let mut recovery = recovery(2);
         assert_eq!(recovery.room(2).await, 1);
         assert!(recovery.admit(9, false).is_empty());
