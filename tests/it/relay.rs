@@ -1,52 +1,16 @@
 //! Publishing: the order of keys whatever fails, outputs that wait for a person, and delays.
 
-use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use async_nats::jetstream;
-use serde_json::Value;
+use support::counting::{check_order, count, counting, told};
 use support::database::Kind;
 use support::nats::ToPublish;
 use support::production::RunningHost;
 use support::proxy::{Cut, Proxy};
 use support::world::{QUICK_RETRIES, World, manifest};
-
-const KEYS: usize = 6;
-
-/// Messages that each add one to one of a few keys and tell of it in the order of the key. They come to lanes and hosts
-/// without regard to keys: the order is that of the commits.
-fn counting(from: usize, to: usize) -> Vec<ToPublish> {
-    (from..to).map(|n| count(n, &format!("key{}", n % KEYS), 0)).collect()
-}
-
-fn count(n: usize, key: &str, padding: usize) -> ToPublish {
-    let options = format!(r#"{{"key": "{key}", "padding": {padding}}}"#);
-    ToPublish::new("in.x", &format!("e{n}"), "state_counter", &options)
-}
-
-/// The values that were told of each key, in the order of the stream.
-async fn told(world: &World) -> Result<BTreeMap<String, Vec<u64>>> {
-    let mut told: BTreeMap<String, Vec<u64>> = BTreeMap::new();
-    for message in world.nats.read_stream("OUT").await? {
-        let body: Value = serde_json::from_slice(&message.body)?;
-        let key = body["key"].as_str().context("the output names no key")?.to_owned();
-        told.entry(key).or_default().push(body["value"].as_u64().context("the output has no value")?);
-    }
-    Ok(told)
-}
-
-/// Every key counts from one without a gap, a repetition or a step back.
-async fn check_order(world: &World, count: usize) -> Result<()> {
-    let told = told(world).await?;
-    ensure!(told.values().map(Vec::len).sum::<usize>() == count, "not {count} outputs: {told:?}");
-    for (key, values) in told {
-        let expected: Vec<u64> = (1..=values.len() as u64).collect();
-        ensure!(values == expected, "{key}: {values:?}");
-    }
-    Ok(())
-}
 
 both!(outputs_of_a_key_keep_their_order_when_publications_are_cut_and_the_broker_dies, |kind: Kind| async move {
     let settings = format!("batch = 8\nconcurrency = 4\nack_wait = \"2s\"\n{QUICK_RETRIES}");

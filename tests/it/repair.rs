@@ -5,18 +5,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use async_nats::jetstream;
+use support::counting::counting;
 use support::database::Kind;
 use support::nats::ToPublish;
 use support::world::{PATIENCE, World, manifest};
-
-fn counting(from: usize, to: usize) -> Vec<ToPublish> {
-    (from..to)
-        .map(|n| {
-            let options = format!(r#"{{"key": "key{}"}}"#, n % 3);
-            ToPublish::new("in.x", &format!("e{n}"), "state_counter", &options)
-        })
-        .collect()
-}
 
 /// The ids on the stream of outputs, in order.
 async fn ids(world: &World) -> Result<Vec<String>> {

@@ -1,46 +1,17 @@
 //! Publishing from PostgreSQL's log: the order of commits and keys, one reader at a time, and the ways there and back.
 
-use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
 use support::books;
+use support::counting::{check_order, count, counting};
 use support::database::{Database, Kind};
 use support::nats::ToPublish;
 use support::postgres::Cluster;
 use support::production::RunningHost;
 use support::proxy::{Cut, Proxy};
 use support::world::{PATIENCE, QUICK_RETRIES, World, manifest, signal};
-
-const KEYS: usize = 6;
-
-/// Messages that each add one to one of a few keys and tell of it in the order of the key.
-fn counting(from: usize, to: usize) -> Vec<ToPublish> {
-    (from..to).map(|n| count(n, &format!("key{}", n % KEYS), 0)).collect()
-}
-
-fn count(n: usize, key: &str, padding: usize) -> ToPublish {
-    let options = format!(r#"{{"key": "{key}", "padding": {padding}}}"#);
-    ToPublish::new("in.x", &format!("e{n}"), "state_counter", &options)
-}
-
-/// Every key counts from one without a gap, a repetition or a step back.
-async fn check_order(world: &World, count: usize) -> Result<()> {
-    let mut told: BTreeMap<String, Vec<u64>> = BTreeMap::new();
-    for message in world.nats.read_stream("OUT").await? {
-        let body: Value = serde_json::from_slice(&message.body)?;
-        let key = body["key"].as_str().context("the output names no key")?.to_owned();
-        told.entry(key).or_default().push(body["value"].as_u64().context("the output has no value")?);
-    }
-    ensure!(told.values().map(Vec::len).sum::<usize>() == count, "not {count} outputs: {told:?}");
-    for (key, values) in told {
-        let expected: Vec<u64> = (1..=values.len() as u64).collect();
-        ensure!(values == expected, "{key}: {values:?}");
-    }
-    Ok(())
-}
 
 const BY_LOG: &str = "select count(*) from oncely.relay where mode = 'wal'";
 const BY_POLLING: &str = "select count(*) from oncely.relay where mode = 'poll'";

@@ -1,6 +1,7 @@
 //! What the tests share: real servers on free loopback ports, removed when the test process ends, however it ends.
 
 pub mod books;
+pub mod counting;
 pub mod database;
 pub mod guests;
 pub mod metrics;
