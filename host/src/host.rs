@@ -388,6 +388,7 @@ impl Host {
     /// From now on the host may call itself ready.
     pub fn started(&self) {
         self.started.store(true, Ordering::Relaxed);
+        self.ingress.started();
     }
 
     async fn drain_workers(&self) {

@@ -7,6 +7,7 @@
 
 use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -91,6 +92,8 @@ pub struct Ingress {
     /// None once the host drains.
     relay: RwLock<Option<HandOver>>,
     table: RwLock<Arc<Table>>,
+    /// Set once the workers that are deployed run here.
+    has_started: AtomicBool,
     flights: Flights,
 }
 
@@ -116,6 +119,7 @@ impl Ingress {
             metrics,
             relay: RwLock::new(Some(relay)),
             table: RwLock::default(),
+            has_started: AtomicBool::new(false),
             flights: Flights::default(),
         }
     }
@@ -123,6 +127,11 @@ impl Ingress {
     /// Serves these workers from now on.
     pub async fn turn_to(&self, table: Table) {
         *self.table.write().await = Arc::new(table);
+    }
+
+    /// From now on a path that no worker here answers is nobody's. Before, its worker may only be on its way.
+    pub fn started(&self) {
+        self.has_started.store(true, Ordering::Relaxed);
     }
 
     /// Lets go of the relay: the host ends.
@@ -150,7 +159,10 @@ impl Ingress {
             };
         }
         let table = Arc::clone(&*self.table.read().await);
-        table.find(method, path).map(Target::Worker)
+        match table.find(method, path) {
+            Err(_) if !self.has_started.load(Ordering::Relaxed) => Err(Problem::starting()),
+            found => found.map(Target::Worker),
+        }
     }
 
     /// Reads a request whole, and what makes it the same when it comes again.

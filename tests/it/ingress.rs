@@ -4,14 +4,14 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use reqwest::StatusCode;
 use reqwest::header::HeaderMap;
 use serde_json::{Value, json};
 use support::database::Kind;
 use support::guests;
 use support::nats::Stored;
-use support::world::World;
+use support::world::{PATIENCE, World};
 
 mod cached;
 mod crashes;

@@ -55,6 +55,11 @@ impl Problem {
         Problem::new(404, "no-such-route", "Not found", "no worker here answers this path")
     }
 
+    pub(super) fn starting() -> Self {
+        Problem::new(503, "starting", "Starting", "the host starts, and so do its workers; ask again soon")
+            .retry_after(1)
+    }
+
     pub(super) fn method_not_allowed(allowed: &[String]) -> Self {
         let allowed = allowed.join(", ");
         let detail = format!("this path takes {allowed}");

@@ -19,6 +19,27 @@ async fn what_no_route_takes_is_refused() -> Result<()> {
     Ok(())
 }
 
+/// Its routes come with its workers, a moment after it takes requests. A client that is told 404 would give up.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_host_that_starts_says_so_until_its_routes_are_there() -> Result<()> {
+    let mut world = World::start(Kind::Sqlite, &manifest("")?).await?;
+    for round in 0..3 {
+        world.kill_host()?;
+        world.spawn_host()?;
+        let (event, end) = (format!("e{round}"), Instant::now() + PATIENCE);
+        loop {
+            ensure!(Instant::now() < end, "the host does not start:\n{}", world.host_log());
+            // As soon as it listens.
+            match post(&world, &event, &json!({ "event": event, "do": ["effect"] })).await {
+                Ok(answer) if answer.status == StatusCode::OK => break,
+                Ok(answer) => assert_eq!((answer.status.as_u16(), answer.code().as_str()), (503, "starting")),
+                Err(_) => tokio::time::sleep(Duration::from_millis(2)).await,
+            }
+        }
+    }
+    Ok(())
+}
+
 both!(a_message_is_published_once_for_each_key, |kind: Kind| async move {
     let world = World::start(kind, &manifest("")?).await?;
     let url = format!("{}/publish/out.something", world.requests()?);
