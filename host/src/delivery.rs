@@ -347,7 +347,7 @@ enum Round {
 /// One batch on its way to its verdicts.
 struct Run<'b> {
     batch: &'b [Arc<Message>],
-    /// Which earlier member has the same event id.
+    /// Which other member with the same event id stands for it.
     twins: HashMap<usize, usize>,
     /// For each member the key whose later messages wait when it fails.
     keys: Vec<Option<String>>,
@@ -367,7 +367,10 @@ impl<'b> Run<'b> {
     fn new(batch: &'b [Arc<Message>], worker: &Worker) -> Self {
         let mut first = HashMap::new();
         let mut twins = HashMap::new();
-        for (member, message) in batch.iter().enumerate() {
+        // What was put back goes before its copies: it may be claimed although it is dead, and its body may be a corrected one.
+        let put_back_first = (0..batch.len()).partition::<Vec<_>, _>(|member| is_redriven(batch, *member));
+        for member in put_back_first.0.into_iter().chain(put_back_first.1) {
+            let Some(message) = batch.get(member) else { continue };
             let earlier = *first.entry(message.event_id.as_str()).or_insert(member);
             if earlier != member {
                 twins.insert(member, earlier);
@@ -442,6 +445,7 @@ impl<'b> Run<'b> {
             event_id: message.event_id.clone(),
             payload_sha256: message.payload_sha256(),
             origin: message.origin.as_ref().map(|origin| (origin.stream.clone(), origin.sequence)),
+            redriven: message.redriven.is_some(),
         };
         group.iter().filter_map(|member| self.batch.get(*member)).map(claim).collect()
     }
@@ -540,6 +544,10 @@ impl<'b> Run<'b> {
             _ => Verdict::Wait { after: TWIN_WAIT },
         }
     }
+}
+
+fn is_redriven(batch: &[Arc<Message>], member: usize) -> bool {
+    batch.get(member).is_some_and(|message| message.redriven.is_some())
 }
 
 /// Splits a group in halves, which come next.

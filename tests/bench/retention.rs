@@ -133,6 +133,7 @@ async fn lane(store: Arc<dyn Store>, next: Arc<AtomicUsize>, rows: usize) -> Res
             event_id: event.clone(),
             payload_sha256: [7; 32],
             origin: Some(("ORDERS".to_owned(), first as u64)),
+            redriven: false,
         };
         let mut tx = store.begin(WORKER, TIME).await?;
         tx.claim(&events.iter().map(claim).collect::<Vec<_>>()).await?;

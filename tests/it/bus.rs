@@ -56,7 +56,7 @@ async fn proof() -> Result<Settled> {
     let folder = tempfile::tempdir()?;
     let store = SqliteStore::open(&folder.path().join("proof.db")).await?;
     let mut tx = store.begin("worker", Duration::from_secs(5)).await?;
-    tx.claim(&[Claim { event_id: "1".to_owned(), payload_sha256: [0; 32], origin: None }]).await?;
+    tx.claim(&[Claim { event_id: "1".to_owned(), payload_sha256: [0; 32], origin: None, redriven: false }]).await?;
     Ok(tx.commit().await?)
 }
 

@@ -165,7 +165,7 @@ impl World {
 
 fn a_claim(event_id: &str, payload: u8) -> Claim {
     let origin = Some(("ORDERS".to_owned(), 7));
-    Claim { event_id: event_id.to_owned(), payload_sha256: [payload; 32], origin }
+    Claim { event_id: event_id.to_owned(), payload_sha256: [payload; 32], origin, redriven: false }
 }
 
 async fn claim(tx: &mut Box<dyn Tx>, event_id: &str, payload: u8) -> Claimed {

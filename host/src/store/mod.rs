@@ -83,6 +83,8 @@ pub struct Claim {
     pub payload_sha256: [u8; 32],
     /// Stream and sequence, for people and for `audit`.
     pub origin: Option<(String, u64)>,
+    /// It was put back as a dead letter: as long as it is under way, it may be claimed although it is dead.
+    pub redriven: bool,
 }
 
 /// What claiming an event id found.

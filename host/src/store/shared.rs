@@ -210,12 +210,19 @@ impl<'a> Burial<'a> {
     }
 }
 
-/// The letters that are to be written: those whose event this transaction settled, and those whose event id is held
-/// for another payload. `inserted` are the keys that are new in the inbox, `held` the payloads of all of them.
+/// What the inbox holds of an event: its payload, and whether that is dead.
+pub(super) struct Held {
+    pub payload_sha256: Vec<u8>,
+    pub is_dead: bool,
+}
+
+/// The letters that are to be written: those whose event this transaction settled, those that were put back and are dead
+/// still, and those whose event id is held for another payload. `inserted` are the keys that are new in the inbox, `held`
+/// what it holds of all of them.
 pub(super) fn to_bury<'b, 'a>(
     burials: &'b [Burial<'a>],
     inserted: &HashSet<(String, String)>,
-    held: &HashMap<(String, String), Vec<u8>>,
+    held: &HashMap<(String, String), Held>,
 ) -> Vec<&'b Burial<'a>> {
     if fault::mutant(fault::BURY_NOTHING) {
         return Vec::new();
@@ -224,8 +231,12 @@ pub(super) fn to_bury<'b, 'a>(
     let is_new = |burial: &&Burial<'a>| {
         let (worker, event_id) = burial.key();
         let key = (worker.to_owned(), event_id.to_owned());
-        let other_payload = held.get(&key).is_some_and(|payload| *payload != burial.payload_sha256);
-        (other_payload || inserted.contains(&key)) && seen.insert((key, burial.payload_sha256))
+        let is_redriven = burial.letter.message.redriven.is_some();
+        let dies = held.get(&key).is_some_and(|held| match held.payload_sha256 == burial.payload_sha256 {
+            true => is_redriven && held.is_dead,
+            false => true,
+        });
+        (dies || inserted.contains(&key)) && seen.insert((key, burial.payload_sha256))
     };
     burials.iter().filter(is_new).collect()
 }

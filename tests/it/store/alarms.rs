@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use oncely::alarm::{Alarm, Kind, Move, Step};
+use oncely::message::Redriven;
 use oncely::store::{By, LetterFilter, Redrive, Store, groups_of};
 use oncely::verdict::{Letter, Reason};
 
@@ -182,7 +183,9 @@ async fn letters_are_grouped_and_found_by_group(world: World) {
     let by = By { actor: "ada".to_owned(), note: None };
     let back = Redrive { id: found[1].id, generation: None, again: false };
     world.store.redrive(&[back], &by).await.unwrap();
-    world.store.bury(&[died_of("e1", "two")], 20).await.unwrap();
+    let mut again = died_of("e1", "two");
+    again.0.message.redriven = Some(Redriven { attempts_before: 1, payload_sha256: again.0.message.payload_sha256() });
+    world.store.bury(&[again], 20).await.unwrap();
     let groups = groups_of(&*world.store, &filter).await.unwrap();
     assert_eq!(groups.iter().map(|found| found.letters).collect::<Vec<_>>(), [2, 1]);
     // One that is older than groups are has none.

@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use oncely::message::Redriven;
 use oncely::store::{By, Claim, Claimed, FailedAttempt, LetterFilter, LetterState, Move, PutBack, Redrive};
-use oncely::verdict::Reason;
+use oncely::verdict::{Letter, Reason};
 
 use super::retention::retire_everything;
 use super::{WORKER, World, a_claim, a_letter};
@@ -19,6 +20,7 @@ on_every_database!(
     a_letter_is_put_back_once_by_two_who_try,
     what_was_put_back_is_read_until_it_is_out_of_date,
     a_letter_that_dies_again_is_the_same_letter,
+    what_was_put_back_keeps_its_event_id_from_other_bodies,
     a_letter_under_way_is_closed_only_if_it_did_not_take_effect,
     a_note_counts_until_it_is_taken_back,
 );
@@ -125,13 +127,13 @@ fn back(id: i64) -> Redrive {
     Redrive { id, generation: None, again: false }
 }
 
-/// Buries a letter for `e1` and returns its id and how its event is claimed.
+/// Buries a letter for `e1` and returns its id and how its event is claimed once that was put back.
 async fn buried(world: &World) -> (i64, Claim) {
     let letter = a_letter("e1", b"body", Reason::Rejected);
     let payload_sha256 = letter.0.message.payload_sha256();
     world.bury(&[letter]).await.unwrap();
     let id = world.store.letters(&all()).await.unwrap()[0].id;
-    (id, Claim { payload_sha256, ..a_claim("e1", 0) })
+    (id, Claim { payload_sha256, redriven: true, ..a_claim("e1", 0) })
 }
 
 async fn state(world: &World, id: i64) -> LetterState {
@@ -191,6 +193,7 @@ async fn a_letter_that_dies_again_is_the_same_letter(world: World) {
     world.store.redrive(&[back(id)], &ada()).await.unwrap();
     let mut again = a_letter("e1", b"body", Reason::AttemptsExhausted);
     again.0.attempts = 4;
+    again.0.message.redriven = put_back(&again.0);
     let (_, notices) = world.bury(&[again.clone()]).await.unwrap();
     assert_eq!(notices[0].id, format!("{}:r1", again.1.id));
     let letters = world.store.letters(&all()).await.unwrap();
@@ -202,6 +205,56 @@ async fn a_letter_that_dies_again_is_the_same_letter(world: World) {
     // What still points to it is out of date, and burying it again adds nothing.
     assert!(matches!(world.store.put_back(id, 1).await.unwrap(), PutBack::OutOfDate(_)));
     assert_eq!(world.bury(&[again]).await.unwrap().1.len(), 0);
+}
+
+async fn what_was_put_back_keeps_its_event_id_from_other_bodies(world: World) {
+    let (id, claim) = buried(&world).await;
+    let claimed = |claim: Claim| {
+        let world = &world;
+        async move {
+            let mut tx = world.begin().await;
+            let claimed = tx.claim(&[claim]).await.unwrap().remove(0);
+            tx.rollback().await;
+            claimed
+        }
+    };
+    let copy = || Claim { redriven: false, ..claim.clone() };
+    let other = || Claim { payload_sha256: [9; 32], ..copy() };
+    // What is dead and was not put back is claimed by nobody, whatever they say of themselves.
+    assert!(matches!(claimed(claim.clone()).await, Claimed::Settled(_)));
+    world.store.redrive(&[back(id)], &ada()).await.unwrap();
+    for failed_before in [false, true] {
+        if failed_before {
+            // Its neighbours in the batch take effect, it does not.
+            let mut tx = world.begin().await;
+            let claims = [a_claim("e2", 1), claim.clone()];
+            assert!(tx.claim(&claims).await.unwrap().iter().all(|claimed| matches!(claimed, Claimed::Fresh { .. })));
+            tx.unclaim(&["e1".to_owned()]).await.unwrap();
+            tx.commit().await.unwrap();
+        }
+        assert!(matches!(claimed(other()).await, Claimed::OtherPayload));
+        assert!(matches!(claimed(copy()).await, Claimed::Settled(_)));
+        assert!(matches!(claimed(claim.clone()).await, Claimed::Fresh { .. }));
+    }
+    // Nor can another body be buried in its place, or a copy of it.
+    world
+        .bury(&[a_letter("e1", b"other", Reason::InvalidId), a_letter("e1", b"body", Reason::InvalidId)])
+        .await
+        .unwrap();
+    assert_eq!(state(&world, id).await, LetterState::Redriven);
+    assert!(matches!(claimed(claim.clone()).await, Claimed::Fresh { .. }));
+    let mut tx = world.begin().await;
+    tx.claim(&[claim.clone()]).await.unwrap();
+    tx.commit().await.unwrap();
+    let mut late = a_letter("e1", b"body", Reason::AttemptsExhausted);
+    late.0.message.redriven = put_back(&late.0);
+    assert_eq!(world.bury(&[late]).await.unwrap().1.len(), 0, "what took effect is dead, too");
+    assert!(matches!(claimed(claim.clone()).await, Claimed::Settled(_)));
+}
+
+/// That a letter's message was put back.
+fn put_back(letter: &Letter) -> Option<Redriven> {
+    Some(Redriven { attempts_before: 0, payload_sha256: letter.message.payload_sha256() })
 }
 
 async fn a_letter_under_way_is_closed_only_if_it_did_not_take_effect(world: World) {

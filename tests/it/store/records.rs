@@ -119,7 +119,7 @@ async fn a_record_goes_when_its_letter_took_effect(world: World) {
     world.store.redrive(&[Redrive { id, generation: None, again: false }], &by).await.unwrap();
     assert!(world.record("e1").await.is_some());
     let mut tx = world.begin().await;
-    tx.claim(&[Claim { payload_sha256: payload, ..a_claim("e1", 1) }]).await.unwrap();
+    tx.claim(&[Claim { payload_sha256: payload, redriven: true, ..a_claim("e1", 1) }]).await.unwrap();
     tx.commit().await.unwrap();
     retire_everything(&world).await;
     assert_eq!(world.record("e1").await, None);

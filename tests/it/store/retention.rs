@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use oncely::message::Headers;
-use oncely::store::{By, Claimed, FailedAttempt, LetterFilter, Published, Redrive, Retire, StoreError};
+use oncely::store::{By, Claim, Claimed, FailedAttempt, LetterFilter, Published, Redrive, Retire, StoreError};
 use oncely::verdict::Reason;
 
 use super::{LEASE, TIME, WORKER, World, a_claim, a_letter, an_output, claim};
@@ -215,7 +215,10 @@ async fn a_letter_can_be_put_back_when_its_time_is_long_over(world: World) {
     let back = Redrive { id: letter.id, generation: None, again: false };
     let (moved, pointers) = world.store.redrive(&[back], &by).await.unwrap();
     assert_eq!((moved[0].refused.as_deref(), pointers.len()), (None, 1));
-    settle(&world, "dead").await;
+    let payload_sha256 = a_letter("dead", b"body", Reason::Rejected).0.message.payload_sha256();
+    let mut tx = world.begin().await;
+    tx.claim(&[Claim { payload_sha256, redriven: true, ..a_claim("dead", 1) }]).await.unwrap();
+    tx.commit().await.unwrap();
     retire_everything(&world).await;
     let letter = world.store.letter(letter.id).await.unwrap().unwrap();
     assert_eq!(letter.summary.state.as_str(), "done");

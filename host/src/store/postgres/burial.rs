@@ -7,7 +7,7 @@ use sqlx::postgres::PgRow;
 
 use super::session::Session;
 use super::{alarms, errors, outbox};
-use crate::store::shared::{self, Burial};
+use crate::store::shared::{self, Burial, Held};
 use crate::store::{OutboxRow, Output, Result, Told};
 use crate::verdict::Letter;
 
@@ -20,7 +20,7 @@ pub(super) async fn bury(
 ) -> Result<(Vec<OutboxRow>, Told)> {
     let burials = Burial::all(letters);
     let inserted = settle(session, &burials).await?;
-    let held = held_payloads(session, &burials).await?;
+    let held = held(session, &burials).await?;
     let new = shared::to_bury(&burials, &inserted, &held);
     let alarms = alarms::meet(session, &shared::newcomers(&new), new_failures).await?;
     let written = insert(session, &new).await?;
@@ -58,10 +58,12 @@ async fn settle(session: &mut Session, burials: &[Burial<'_>]) -> Result<HashSet
     keys.map_err(|error| errors::of_statement(error, "read settled events"))
 }
 
-async fn held_payloads(session: &mut Session, burials: &[Burial<'_>]) -> Result<HashMap<(String, String), Vec<u8>>> {
+/// What the inbox holds of the events. Locked, so that nobody takes up meanwhile what was put back.
+async fn held(session: &mut Session, burials: &[Burial<'_>]) -> Result<HashMap<(String, String), Held>> {
     let query = session.query(
-        "select worker, event_id, payload_sha256 from oncely.inbox
-         where (worker, event_id) in (select * from unnest($1::text[], $2::text[]))",
+        "select worker, event_id, payload_sha256, state = 'dead' from oncely.inbox
+         where (worker, event_id) in (select * from unnest($1::text[], $2::text[]))
+         order by worker, event_id for update",
     );
     let rows = query
         .bind(burials.iter().map(|burial| burial.key().0).collect::<Vec<_>>())
@@ -69,8 +71,11 @@ async fn held_payloads(session: &mut Session, burials: &[Burial<'_>]) -> Result<
         .fetch_all(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "look up dead events"))?;
-    let held: sqlx::Result<_> =
-        rows.iter().map(|row| Ok(((row.try_get(0)?, row.try_get(1)?), row.try_get(2)?))).collect();
+    let read = |row: &PgRow| {
+        let held = Held { payload_sha256: row.try_get(2)?, is_dead: row.try_get(3)? };
+        Ok(((row.try_get(0)?, row.try_get(1)?), held))
+    };
+    let held: sqlx::Result<_> = rows.iter().map(read).collect();
     held.map_err(|error| errors::of_statement(error, "read dead events"))
 }
 

@@ -13,6 +13,9 @@ use crate::store::{Claim, Claimed, Result, StoreError, shared};
 /// Claims event ids, sorted, with one statement: it waits for transactions that hold one of them. What such a
 /// transaction committed while we waited is not in the statement's snapshot, and takes a second look.
 pub(super) async fn claim(session: &mut Session, worker: &str, claims: &[Claim]) -> Result<Vec<Claimed>> {
+    for claim in claims.iter().filter(|claim| claim.redriven) {
+        take_up(session, worker, claim).await?;
+    }
     let mut found = insert(session, worker, claims).await?;
     let unseen: Vec<&str> =
         claims.iter().map(|claim| claim.event_id.as_str()).filter(|event_id| !found.contains_key(*event_id)).collect();
@@ -24,6 +27,20 @@ pub(super) async fn claim(session: &mut Session, worker: &str, claims: &[Claim])
         None => Err(StoreError::Conflict(anyhow!("the record of event {} left while it was claimed", claim.event_id))),
     };
     claims.iter().map(answer).collect()
+}
+
+/// Lets an event be claimed that is dead and was put back.
+async fn take_up(session: &mut Session, worker: &str, claim: &Claim) -> Result<()> {
+    let query = session.query("select oncely_door.take_up($1, $2, $3, $4)");
+    query
+        .bind(session.token())
+        .bind(worker)
+        .bind(&claim.event_id)
+        .bind(claim.payload_sha256.as_slice())
+        .execute(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "take up an event that was put back"))?;
+    Ok(())
 }
 
 /// What the inbox says about an event id.

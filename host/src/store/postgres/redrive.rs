@@ -33,7 +33,7 @@ pub(super) async fn redrive(
         }
     }
     let done: Vec<i64> = letters.iter().map(|letter| letter.id).collect();
-    unsettle(session, &letters).await?;
+    forget_deaths_of_hosts(session, &letters).await?;
     count_generation(session, &done).await?;
     record(session, &done, "redrive", by).await?;
     let pointer = |letter: &Standing| {
@@ -134,19 +134,8 @@ async fn standings(session: &mut Session, ids: &[i64]) -> Result<Vec<Standing>> 
     Ok(letters)
 }
 
-/// Takes the records of dead events back, so that their workers can claim them.
-async fn unsettle(session: &mut Session, letters: &[Standing]) -> Result<()> {
-    let query = session.query(
-        "delete from oncely.inbox using unnest($1::text[], $2::text[]) as given (worker, event_id)
-         where inbox.worker = given.worker and inbox.event_id = given.event_id and inbox.state = 'dead'",
-    );
-    query
-        .bind(letters.iter().map(|letter| letter.worker.as_str()).collect::<Vec<_>>())
-        .bind(letters.iter().map(|letter| letter.event_id.as_str()).collect::<Vec<_>>())
-        .execute(session.connection())
-        .await
-        .map_err(|error| errors::of_statement(error, "take the records of dead events back"))?;
-    // What hosts died of has another chance.
+/// What hosts died of has another chance.
+async fn forget_deaths_of_hosts(session: &mut Session, letters: &[Standing]) -> Result<()> {
     let query = session.query(
         "delete from oncely.unfinished using unnest($1::text[], $2::text[]) as given (worker, event_id)
          where unfinished.worker = given.worker and unfinished.event_id = given.event_id",
@@ -177,24 +166,31 @@ async fn count_generation(session: &mut Session, ids: &[i64]) -> Result<()> {
     Ok(())
 }
 
-/// Settles events as dead that were put back and are not settled; waits for whoever is handling one. Returns how many
-/// letters that concerned.
+/// Locks the events of letters that were put back, and waits for whoever is handling one, so that nobody takes them up from
+/// now on. Returns how many letters that concerned.
 async fn settle_under_way(session: &mut Session, letters: &[Standing]) -> Result<usize> {
-    let under_way: Vec<&Standing> = letters
-        .iter()
-        .filter(|letter| letter.owns_its_event() && letter.state == LetterState::Redriven && letter.inbox.is_none())
-        .collect();
+    let is_under_way = |letter: &&Standing| letter.owns_its_event() && letter.state == LetterState::Redriven;
+    let under_way: Vec<&Standing> = letters.iter().filter(is_under_way).collect();
     if under_way.is_empty() {
         return Ok(0);
     }
+    let doing = |error| errors::of_statement(error, "settle events that were put back");
+    let workers: Vec<_> = under_way.iter().map(|letter| letter.worker.as_str()).collect();
+    let event_ids: Vec<_> = under_way.iter().map(|letter| letter.event_id.as_str()).collect();
+    let query = session.query(
+        "select from oncely.inbox where (worker, event_id) in (select * from unnest($1::text[], $2::text[]))
+         order by worker, event_id for update",
+    );
+    query.bind(&workers).bind(&event_ids).execute(session.connection()).await.map_err(doing)?;
+    // Those that have no record, because they were put back by an earlier version.
     let query = session.query("select from oncely.settle_dead($1, $2, $3, null, null)");
     query
-        .bind(under_way.iter().map(|letter| letter.worker.as_str()).collect::<Vec<_>>())
-        .bind(under_way.iter().map(|letter| letter.event_id.as_str()).collect::<Vec<_>>())
+        .bind(workers)
+        .bind(event_ids)
         .bind(under_way.iter().map(|letter| letter.payload_sha256.as_slice()).collect::<Vec<_>>())
         .execute(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "settle events that were put back"))?;
+        .map_err(doing)?;
     Ok(under_way.len())
 }
 

@@ -6,7 +6,7 @@ use sqlx::Row;
 
 use super::session::Session;
 use super::{alarms, errors, outbox};
-use crate::store::shared::{self, Burial};
+use crate::store::shared::{self, Burial, Held};
 use crate::store::{OutboxRow, Output, Result, Told};
 use crate::verdict::Letter;
 
@@ -19,7 +19,7 @@ pub(super) async fn bury(
 ) -> Result<(Vec<OutboxRow>, Told)> {
     let burials = Burial::all(letters);
     let inserted = settle(session, &burials).await?;
-    let held = held_payloads(session, &burials).await?;
+    let held = held(session, &burials).await?;
     let new = shared::to_bury(&burials, &inserted, &held);
     let alarms = alarms::meet(session, &shared::newcomers(&new), new_failures).await?;
     let mut notices = Vec::new();
@@ -58,18 +58,21 @@ async fn settle(session: &mut Session, burials: &[Burial<'_>]) -> Result<HashSet
     Ok(inserted)
 }
 
-async fn held_payloads(session: &mut Session, burials: &[Burial<'_>]) -> Result<HashMap<(String, String), Vec<u8>>> {
+async fn held(session: &mut Session, burials: &[Burial<'_>]) -> Result<HashMap<(String, String), Held>> {
     let doing = |error| errors::of_statement(error, "look up dead events");
     let mut held = HashMap::new();
     for burial in burials {
         let (worker, event_id) = burial.key();
-        let row = sqlx::query("select payload_sha256 from oncely_inbox where worker = $1 and event_id = $2")
-            .bind(worker)
-            .bind(event_id)
-            .fetch_one(session.connection().map_err(doing)?)
-            .await
-            .map_err(doing)?;
-        held.insert((worker.to_owned(), event_id.to_owned()), row.try_get(0).map_err(doing)?);
+        let row =
+            sqlx::query("select payload_sha256, state = 'dead' from oncely_inbox where worker = $1 and event_id = $2")
+                .bind(worker)
+                .bind(event_id)
+                .fetch_one(session.connection().map_err(doing)?)
+                .await
+                .map_err(doing)?;
+        let payload_sha256 = row.try_get(0).map_err(doing)?;
+        let is_dead = row.try_get(1).map_err(doing)?;
+        held.insert((worker.to_owned(), event_id.to_owned()), Held { payload_sha256, is_dead });
     }
     Ok(held)
 }

@@ -11,6 +11,9 @@ use crate::store::{Claim, Claimed, Result, shared};
 
 /// Claims event ids with one statement, and looks at those that were there before with another.
 pub(super) async fn claim(session: &mut Session, worker: &str, claims: &[Claim]) -> Result<Vec<Claimed>> {
+    for claim in claims.iter().filter(|claim| claim.redriven) {
+        take_up(session, worker, claim).await?;
+    }
     let given: Vec<_> = claims
         .iter()
         .map(|claim| {
@@ -27,6 +30,25 @@ pub(super) async fn claim(session: &mut Session, worker: &str, claims: &[Claim])
         shared::claimed(claim, held_for, *attempts)
     };
     Ok(claims.iter().zip(&found).map(answer).collect())
+}
+
+/// Lets an event be claimed that is dead and was put back.
+async fn take_up(session: &mut Session, worker: &str, claim: &Claim) -> Result<()> {
+    let doing = |error| errors::of_statement(error, "take up an event that was put back");
+    sqlx::query(
+        "delete from oncely_inbox as inbox
+         where worker = $1 and event_id = $2 and payload_sha256 = $3 and state = 'dead' and exists (
+             select 1 from oncely_dead_letter as letter where letter.worker = inbox.worker
+                 and letter.event_id = inbox.event_id and letter.payload_sha256 = inbox.payload_sha256
+                 and letter.state = 'redriven')",
+    )
+    .bind(worker)
+    .bind(&claim.event_id)
+    .bind(claim.payload_sha256.as_slice())
+    .execute(session.connection().map_err(doing)?)
+    .await
+    .map_err(doing)?;
+    Ok(())
 }
 
 /// Claims what is not there, and returns which event ids these were.
@@ -70,15 +92,31 @@ async fn look(session: &mut Session, worker: &str, given: &str) -> Result<Vec<(V
     found.map_err(|error| errors::of_statement(error, "read event ids"))
 }
 
-/// Gives claims of this transaction back.
+/// Gives claims of this transaction back; what was put back is dead again.
 pub(super) async fn unclaim(session: &mut Session, worker: &str, event_ids: &[&str]) -> Result<()> {
     let doing = |error| errors::of_statement(error, "give claims back");
-    sqlx::query("delete from oncely_inbox where worker = $1 and event_id in (select value from json_each($2))")
-        .bind(worker)
-        .bind(serde_json::json!(event_ids).to_string())
-        .execute(session.connection().map_err(doing)?)
-        .await
-        .map_err(doing)?;
+    let event_ids = serde_json::json!(event_ids).to_string();
+    sqlx::query(
+        "update oncely_inbox as inbox set state = 'dead'
+         where worker = $1 and event_id in (select value from json_each($2)) and exists (
+             select 1 from oncely_dead_letter as letter where letter.worker = inbox.worker
+                 and letter.event_id = inbox.event_id and letter.payload_sha256 = inbox.payload_sha256
+                 and letter.state = 'redriven')",
+    )
+    .bind(worker)
+    .bind(&event_ids)
+    .execute(session.connection().map_err(doing)?)
+    .await
+    .map_err(doing)?;
+    sqlx::query(
+        "delete from oncely_inbox
+         where worker = $1 and event_id in (select value from json_each($2)) and state = 'done'",
+    )
+    .bind(worker)
+    .bind(event_ids)
+    .execute(session.connection().map_err(doing)?)
+    .await
+    .map_err(doing)?;
     Ok(())
 }
 

@@ -29,7 +29,8 @@ pub(super) async fn redrive(
             refused.push((letter.id, why));
             continue;
         }
-        unsettle(session, &letter).await?;
+        // What hosts died of has another chance.
+        attempts::take_back_unfinished(session, &letter.worker, &letter.event_id).await?;
         count_generation(session, letter.id).await?;
         record(session, letter.id, "redrive", by).await?;
         let pointer = Pointer { letter: letter.id, generation: letter.generation + 1 };
@@ -118,19 +119,6 @@ async fn standing(session: &mut Session, id: i64) -> Result<Option<Standing>> {
         })
     };
     row.map(|row| read(row).context("read a dead letter").map_err(StoreError::Unavailable)).transpose()
-}
-
-/// Takes the record of a dead event back, so that its worker can claim it.
-async fn unsettle(session: &mut Session, letter: &Standing) -> Result<()> {
-    let doing = |error| errors::of_statement(error, "take the record of a dead event back");
-    sqlx::query("delete from oncely_inbox where worker = $1 and event_id = $2 and state = 'dead'")
-        .bind(&letter.worker)
-        .bind(&letter.event_id)
-        .execute(session.connection().map_err(doing)?)
-        .await
-        .map_err(doing)?;
-    // What hosts died of has another chance.
-    attempts::take_back_unfinished(session, &letter.worker, &letter.event_id).await
 }
 
 async fn count_generation(session: &mut Session, id: i64) -> Result<()> {
