@@ -244,7 +244,7 @@ async fn what_was_put_back_keeps_its_event_id_from_other_bodies(world: World) {
     assert_eq!(state(&world, id).await, LetterState::Redriven);
     assert!(matches!(claimed(claim.clone()).await, Claimed::Fresh { .. }));
     let mut tx = world.begin().await;
-    tx.claim(&[claim.clone()]).await.unwrap();
+    tx.claim(std::slice::from_ref(&claim)).await.unwrap();
     tx.commit().await.unwrap();
     let mut late = a_letter("e1", b"body", Reason::AttemptsExhausted);
     late.0.message.redriven = put_back(&late.0);
