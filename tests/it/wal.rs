@@ -281,6 +281,10 @@ async fn there_and_back_under_load_and_kills_every_output_comes_once_and_in_orde
         rounds += 1;
         let some = format!("select case when count(*) > {} then 1 else 0 end from oncely.inbox", sent - 150);
         world.until(&some, 1).await?;
+        if rounds == 2 {
+            // Some of it is published before the log is left again.
+            world.until("select least(count(*), 1) from oncely.relay_record", 1).await?;
+        }
         want(&world, if rounds % 2 == 1 { "wal" } else { "poll" }).await?;
         if rounds % 3 == 0 {
             world.kill_host()?;
@@ -289,15 +293,17 @@ async fn there_and_back_under_load_and_kills_every_output_comes_once_and_in_orde
         if rounds % 4 == 1 {
             world.until(BY_LOG, 1).await?;
         }
+        if rounds == 1 {
+            // A line that polling has begun it also ends, and after a kill that takes as long as a lease. Now there is none,
+            // so what comes next goes by the log.
+            world.quiet(sent as i64).await?;
+        }
     }
     want(&world, "poll").await?;
     world.quiet(count as i64).await?;
     world.until(BY_POLLING, 1).await?;
     world.until(SLOTS, 0).await?;
-    check_order(&world, count).await?;
-    let by_log = world.database.number("select count(*) from oncely.relay_record").await?;
-    assert!(by_log > 0, "nothing went by the log:\n{}", world.host_log());
-    Ok(())
+    check_order(&world, count).await
 }
 
 /// A transaction that saw the old way may end long after the new one has begun.
