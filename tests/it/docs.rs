@@ -1,4 +1,4 @@
-//! The documents are true: what the README shows is run as it stands there, and every `oncely` command line parses.
+//! The documents are true: what they show is run as it stands there, and every `oncely` command line parses.
 //!
 //! Three marks, invisible to readers, stand in a line above a fenced block:
 //! `<!-- file: NAME -->` says that the block is a file; `<!-- session: NAME -->` that its lines with `$` are commands
@@ -225,11 +225,17 @@ fn run_session(document: &str, name: &str, folder: &Path, tools: &Path) -> Resul
     terminal.stop()
 }
 
-/// Makes the worker of the README beside a clone, and returns its folder.
+/// Makes the first worker beside a clone, as its document does, and returns its folder.
 fn orders_worker(beside: &Path) -> Result<PathBuf> {
     std::os::unix::fs::symlink(repository(), beside.join("oncely"))?;
+    let document = blocks(&read("docs/first-worker.md")?);
+    let files: Vec<_> = marked(&document, "file", |_| true).collect();
     let readme = blocks(&read("README.md")?);
-    for (name, block) in marked(&readme, "file", |_| true) {
+    for (name, shown) in marked(&readme, "file", |_| true) {
+        let is_same = files.iter().any(|(own, block)| *own == name && block.text == shown.text);
+        ensure!(is_same, "README.md shows another {name} than docs/first-worker.md");
+    }
+    for (name, block) in files {
         let path = beside.join(name);
         std::fs::create_dir_all(path.parent().context("find its folder")?)?;
         std::fs::write(path, &block.text)?;
@@ -256,10 +262,10 @@ fn the_guide_to_the_ledger_runs_as_it_is_shown() -> Result<()> {
 }
 
 #[test]
-fn a_worker_made_from_nothing_but_the_readme_runs_as_it_is_shown() -> Result<()> {
+fn a_worker_made_from_nothing_but_its_document_runs_as_it_is_shown() -> Result<()> {
     let beside = tempfile::tempdir()?;
     let tools = tempfile::tempdir()?;
-    run_session("README.md", "orders", &orders_worker(beside.path())?, tools.path())
+    run_session("docs/first-worker.md", "orders", &orders_worker(beside.path())?, tools.path())
 }
 
 #[test]
