@@ -164,7 +164,7 @@ pub struct HostConfig {
     /// Holds the token, compiled components, and the SQLite file unless `database` says otherwise.
     pub data_dir: PathBuf,
     pub log: LogFormat,
-    /// Directives for `tracing_subscriber::EnvFilter`.
+    /// Directives for `tracing_subscriber::filter::Targets`.
     pub log_level: String,
     /// How long a host that was asked to stop finishes its work.
     pub drain: Duration,
@@ -372,7 +372,7 @@ fn log(given: &Given) -> anyhow::Result<LogFormat> {
 }
 
 fn log_level(given: &Given) -> anyhow::Result<String> {
-    match tracing_subscriber::EnvFilter::try_new(&given.value) {
+    match given.value.parse::<tracing_subscriber::filter::Targets>() {
         Ok(_) => Ok(given.value.clone()),
         Err(_) => Err(given.refuse_value("is neither a level nor directives", "oncely=debug,info")),
     }

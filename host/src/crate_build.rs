@@ -265,7 +265,7 @@ fn encode_component(module: &[u8]) -> Result<Vec<u8>> {
     wit_component::ComponentEncoder::default()
         .validate(true)
         .module(module)
-        .and_then(|encoder| encoder.encode())
+        .and_then(|mut encoder| encoder.encode())
         .context("make a component of the compiled module; does the crate call oncely_guest::handler!?")
 }
 

@@ -8,7 +8,10 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::Layer;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use super::client::{HOST_FILE, HostFile};
 use super::exit::Exit;
@@ -221,11 +224,12 @@ const QUIET: &str = "async_nats=warn,sqlx=error,pgwire_replication=off";
 
 /// Sends log lines to standard error, in the form the configuration asks for.
 pub fn start_log(config: &HostConfig) -> Result<()> {
-    let filter = EnvFilter::try_new(format!("{QUIET},{}", config.log_level)).context("read log_level")?;
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    let started = match config.log {
-        LogFormat::Text => log.with_ansi(false).with_target(false).try_init(),
-        LogFormat::Json => log.json().flatten_event(true).try_init(),
+    let filter: Targets = format!("{QUIET},{}", config.log_level).parse().context("read log_level")?;
+    let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let log = match config.log {
+        LogFormat::Text => log.with_ansi(false).with_target(false).boxed(),
+        LogFormat::Json => log.json().flatten_event(true).boxed(),
     };
-    started.map_err(anyhow::Error::from_boxed).context("start the log")
+    let started = tracing_subscriber::registry().with(log.with_filter(filter)).try_init();
+    started.context("start the log")
 }

@@ -25,6 +25,7 @@ mod archive;
 mod changes;
 mod letters;
 mod log;
+mod migrations;
 mod postgres;
 mod requests;
 mod rows;

@@ -7,7 +7,6 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use jiff::Timestamp;
 use sha2::{Digest, Sha256};
-use sqlx::migrate::{Migration, Migrator};
 
 use super::{Claim, Claimed, OutboxRow, Output, Result, StoreError, Unpublished, WorkerMigration};
 use crate::alarm::{self, Kind};
@@ -294,27 +293,6 @@ impl<'a> PutBackColumns<'a> {
             }
         }
     }
-}
-
-/// The platform's migrations that have not run, after checking that those that have are still the same.
-pub(super) fn due_migrations<'m>(
-    migrator: &'m Migrator,
-    applied: &HashMap<i64, Vec<u8>>,
-) -> anyhow::Result<Vec<&'m Migration>> {
-    let mut due = Vec::new();
-    for migration in migrator.iter() {
-        match applied.get(&migration.version) {
-            None => due.push(migration),
-            Some(checksum) if checksum == migration.checksum.as_ref() => {}
-            Some(_) => anyhow::bail!(
-                "the migration {} ({}) is not the one this database was made with; \
-                 run the version of oncely that made it, or one that was released after it",
-                migration.version,
-                migration.description
-            ),
-        }
-    }
-    Ok(due)
 }
 
 /// A worker's migrations that have not run, by name, each with its SHA-256; refused when one changed since it ran.

@@ -3,14 +3,26 @@
 use std::collections::HashMap;
 
 use anyhow::Context;
-use sqlx::migrate::{Migration, Migrator};
-use sqlx::{AssertSqlSafe, Row, raw_sql};
+use sqlx::{Row, raw_sql};
 
 use super::session::{Purpose, Session, Sessions};
 use crate::fault;
-use crate::store::shared;
+use crate::store::migrations::{self, Migration, migrations};
 
-static MIGRATOR: Migrator = sqlx::migrate!("../migrations/postgres");
+/// A new file of `migrations/postgres` gets its line here.
+pub(in crate::store) const MIGRATIONS: &[Migration] = migrations![
+    "postgres":
+    "0001_begin",
+    "0002_door",
+    "0003_letters",
+    "0004_relay",
+    "0005_replay",
+    "0006_alarms",
+    "0007_parts",
+    "0009_requests",
+    "0010_wal",
+    "0011_under_way",
+];
 
 /// Runs the migrations that have not run, in one transaction. Hosts that start together wait for each other on a lock
 /// that ends with the transaction: one of a session would stay behind in a pooler.
@@ -18,8 +30,8 @@ pub(super) async fn run(sessions: &Sessions) -> anyhow::Result<()> {
     let mut session = sessions.begin(Purpose::Deploy).await?;
     prepare(&mut session).await.context("make the table of migrations")?;
     let applied = applied(&mut session).await.context("read which migrations ran")?;
-    for migration in shared::due_migrations(&MIGRATOR, &applied)? {
-        apply(&mut session, migration).await.with_context(|| format!("run the migration {}", migration.version))?;
+    for migration in migrations::due(MIGRATIONS, &applied)? {
+        apply(&mut session, migration).await.with_context(|| format!("run the migration {}", migration.version()))?;
     }
     fault::point(fault::MIGRATING);
     session.commit().await.context("commit the migrations")
@@ -56,12 +68,12 @@ async fn applied(session: &mut Session) -> sqlx::Result<HashMap<i64, Vec<u8>>> {
 }
 
 async fn apply(session: &mut Session, migration: &Migration) -> sqlx::Result<()> {
-    raw_sql(AssertSqlSafe(migration.sql.as_str())).execute(session.connection()).await?;
+    raw_sql(migration.sql).execute(session.connection()).await?;
     let query = session.query("insert into oncely.migration (version, name, checksum) values ($1, $2, $3)");
     query
-        .bind(migration.version)
-        .bind(migration.description.as_ref())
-        .bind(migration.checksum.as_ref())
+        .bind(migration.version())
+        .bind(migration.name())
+        .bind(migration.checksum())
         .execute(session.connection())
         .await?;
     Ok(())

@@ -14,7 +14,7 @@ mod guest_values;
 mod inbox;
 mod letters;
 mod log;
-mod migrate;
+pub(super) mod migrate;
 mod outbox;
 mod outputs;
 mod parts;

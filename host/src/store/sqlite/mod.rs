@@ -13,7 +13,7 @@ mod guest_sql;
 mod guest_values;
 mod inbox;
 mod letters;
-mod migrate;
+pub(super) mod migrate;
 mod outbox;
 mod outputs;
 mod redrive;

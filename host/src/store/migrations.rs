@@ -1,0 +1,103 @@
+//! The platform's own schema: the files of `migrations/`, compiled in.
+
+use std::collections::HashMap;
+
+use sha2::{Digest, Sha256};
+
+/// One step of the schema. Steps run in the order of their list, each once.
+#[derive(Debug)]
+pub(super) struct Migration {
+    /// The file's name without `.sql`: the version, an underscore and the name.
+    file: &'static str,
+    pub sql: &'static str,
+}
+
+/// The files of a folder under `migrations/`, in their order.
+macro_rules! migrations {
+    ($folder:literal: $($file:literal),+ $(,)?) => {
+        &[$($crate::store::migrations::Migration::new(
+            $file,
+            include_str!(concat!("../../../../migrations/", $folder, "/", $file, ".sql")),
+        )),+]
+    };
+}
+pub(super) use migrations;
+
+impl Migration {
+    pub const fn new(file: &'static str, sql: &'static str) -> Self {
+        Self { file, sql }
+    }
+
+    pub fn version(&self) -> i64 {
+        self.file.split_once('_').and_then(|(version, _)| version.parse().ok()).unwrap_or_default()
+    }
+
+    pub fn name(&self) -> &'static str {
+        self.file.split_once('_').map_or(self.file, |(_, name)| name)
+    }
+
+    /// The SHA-256 of the text.
+    pub fn checksum(&self) -> Vec<u8> {
+        Sha256::digest(self.sql.as_bytes()).to_vec()
+    }
+}
+
+/// The migrations that have not run. `applied`: checksums by version.
+///
+/// # Errors
+/// A migration changed after it ran.
+pub(super) fn due(
+    migrations: &'static [Migration],
+    applied: &HashMap<i64, Vec<u8>>,
+) -> anyhow::Result<Vec<&'static Migration>> {
+    let mut due = Vec::new();
+    for migration in migrations {
+        match applied.get(&migration.version()) {
+            None => due.push(migration),
+            Some(checksum) if *checksum == migration.checksum() => {}
+            Some(_) => anyhow::bail!(
+                "the migration {} is not the one this database was made with; \
+                 run the version of oncely that made it, or one that was released after it",
+                migration.file
+            ),
+        }
+    }
+    Ok(due)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_file_of_migrations_is_listed_in_order() {
+        for (folder, listed) in [
+            ("postgres", crate::store::postgres::migrate::MIGRATIONS),
+            ("sqlite", crate::store::sqlite::migrate::MIGRATIONS),
+        ] {
+            let path = format!("{}/../migrations/{folder}", env!("CARGO_MANIFEST_DIR"));
+            let mut files: Vec<String> =
+                std::fs::read_dir(path).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap()).collect();
+            files.sort();
+            let listed: Vec<String> = listed.iter().map(|migration| format!("{}.sql", migration.file)).collect();
+            assert_eq!(listed, files, "migrations/{folder}");
+        }
+    }
+
+    #[test]
+    fn versions_are_numbers_that_grow() {
+        for listed in [crate::store::postgres::migrate::MIGRATIONS, crate::store::sqlite::migrate::MIGRATIONS] {
+            let versions: Vec<i64> = listed.iter().map(Migration::version).collect();
+            assert!(versions.is_sorted_by(|a, b| a < b) && versions.iter().all(|version| *version > 0), "{versions:?}");
+        }
+    }
+
+    #[test]
+    fn a_migration_that_changed_since_it_ran_is_refused() {
+        static ONE: &[Migration] = &[Migration::new("0001_begin", "select 1")];
+        assert_eq!(due(ONE, &HashMap::new()).unwrap().len(), 1);
+        assert!(due(ONE, &HashMap::from([(1, ONE[0].checksum())])).unwrap().is_empty());
+        let error = due(ONE, &HashMap::from([(1, vec![1])])).unwrap_err();
+        assert!(error.to_string().contains("0001_begin"), "{error}");
+    }
+}
