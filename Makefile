@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 export PATH := $(CURDIR)/target/tools/bin:$(PATH)
 
-.PHONY: help demo test chaos chaos-short mutants bench saturation saturation-short bench-http bench-retention chaos-host build install-tools demo-tools links format lint docs run-tests
+.PHONY: help demo test chaos chaos-short mutants bench saturation saturation-short bench-http bench-retention chaos-host bindings build install-tools demo-tools links format lint docs run-tests
 
 help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -58,6 +58,9 @@ chaos-host:
 	mkdir -p target/chaos
 	cp target/debug/oncely target/chaos/oncely.new
 	mv target/chaos/oncely.new target/chaos/oncely
+
+bindings: ## Generate the guest SDK's bindings again, after a change in wit/
+	ONCELY_WRITE_BINDINGS=1 cargo test --locked -p oncely-tests --test it -- bindings::
 
 build: ## Build the binary
 	cargo build --locked --bin oncely

@@ -4,11 +4,10 @@ use std::fmt;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use wasip2::http::types::{Fields, IncomingRequest, Method, OutgoingBody, OutgoingResponse, ResponseOutparam};
+use wasip2::io::streams::StreamError;
 
 use crate::failure::Failure;
-use crate::http_bindings::exports::wasi::http::incoming_handler::{IncomingRequest, ResponseOutparam};
-use crate::http_bindings::wasi::http::types::{Fields, Method, OutgoingBody, OutgoingResponse};
-use crate::http_bindings::wasi::io::streams::StreamError;
 
 /// A request, whole.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -55,67 +55,22 @@ pub mod state;
 pub use failure::{Failure, FailureKind};
 pub use message::{Headers, Message, Origin};
 
-/// What `wit/worker.wit` says, in Rust; everything an author needs of it is shown in a friendlier form elsewhere.
+/// The bindings of the world `worker` in `wit/`. Authors need little of them: the other modules wrap them.
 #[doc(hidden)]
-#[allow(unsafe_code, missing_docs, clippy::all, reason = "generated code answers to its generator")]
-pub mod bindings {
-    wit_bindgen::generate!({
-        path: "../wit",
-        world: "worker",
-        generate_all,
-        additional_derives: [PartialEq],
-        pub_export_macro: true,
-        export_macro_name: "export_worker",
-        default_bindings_module: "oncely_guest::bindings",
-    });
-}
+#[allow(unsafe_code, missing_docs, clippy::all, clippy::restriction, reason = "generated code")]
+#[rustfmt::skip]
+#[path = "generated/worker.rs"]
+pub mod bindings;
 
-/// The same for a component that exports a batch handler; all but its export is that of [`bindings`].
+/// The same for the world `batch-worker`: only its export differs from [`bindings`].
 #[doc(hidden)]
-#[allow(unsafe_code, missing_docs, clippy::all, reason = "generated code answers to its generator")]
-pub mod batch_bindings {
-    wit_bindgen::generate!({
-        path: "../wit",
-        world: "batch-worker",
-        with: {
-            "oncely:worker/types@0.1.0": crate::bindings::oncely::worker::types,
-            "oncely:worker/outbox@0.1.0": crate::bindings::oncely::worker::outbox,
-            "oncely:worker/state@0.1.0": crate::bindings::oncely::worker::state,
-            "oncely:worker/sql@0.1.0": crate::bindings::oncely::worker::sql,
-            "oncely:worker/cache@0.1.0": crate::bindings::oncely::worker::cache,
-            "oncely:worker/invocation@0.1.0": crate::bindings::oncely::worker::invocation,
-            "wasi:logging/logging@0.1.0-draft": crate::bindings::wasi::logging::logging,
-            "wasi:config/store@0.2.0-rc.1": crate::bindings::wasi::config::store,
-        },
-        pub_export_macro: true,
-        export_macro_name: "export_batch_worker",
-        default_bindings_module: "oncely_guest::batch_bindings",
-    });
-}
+#[allow(unsafe_code, missing_docs, clippy::all, clippy::restriction, reason = "generated code")]
+#[rustfmt::skip]
+#[path = "generated/batch_worker.rs"]
+pub mod batch_bindings;
 
-/// The same for a component that answers requests over HTTP.
 #[doc(hidden)]
-#[allow(unsafe_code, missing_docs, clippy::all, reason = "generated code answers to its generator")]
-pub mod http_bindings {
-    wit_bindgen::generate!({
-        path: "../wit",
-        world: "http-worker",
-        generate_all,
-        with: {
-            "oncely:worker/types@0.1.0": crate::bindings::oncely::worker::types,
-            "oncely:worker/outbox@0.1.0": crate::bindings::oncely::worker::outbox,
-            "oncely:worker/state@0.1.0": crate::bindings::oncely::worker::state,
-            "oncely:worker/sql@0.1.0": crate::bindings::oncely::worker::sql,
-            "oncely:worker/cache@0.1.0": crate::bindings::oncely::worker::cache,
-            "oncely:worker/invocation@0.1.0": crate::bindings::oncely::worker::invocation,
-            "wasi:logging/logging@0.1.0-draft": crate::bindings::wasi::logging::logging,
-            "wasi:config/store@0.2.0-rc.1": crate::bindings::wasi::config::store,
-        },
-        pub_export_macro: true,
-        export_macro_name: "export_http_worker",
-        default_bindings_module: "oncely_guest::http_bindings",
-    });
-}
+pub use wasip2;
 
 /// What a handler usually needs: `use oncely_guest::prelude::*;`.
 pub mod prelude {
@@ -291,10 +246,10 @@ macro_rules! http_handler {
         const _: () = {
             struct Worker;
 
-            impl $crate::http_bindings::exports::wasi::http::incoming_handler::Guest for Worker {
+            impl $crate::wasip2::exports::http::incoming_handler::Guest for Worker {
                 fn handle(
-                    request: $crate::http_bindings::exports::wasi::http::incoming_handler::IncomingRequest,
-                    out: $crate::http_bindings::exports::wasi::http::incoming_handler::ResponseOutparam,
+                    request: $crate::wasip2::http::types::IncomingRequest,
+                    out: $crate::wasip2::http::types::ResponseOutparam,
                 ) {
                     $crate::http::run(&request, out, $handle)
                 }
@@ -302,7 +257,7 @@ macro_rules! http_handler {
 
             // The export's name holds characters that only WebAssembly allows in a symbol.
             #[cfg(target_family = "wasm")]
-            $crate::http_bindings::export_http_worker! { Worker with_types_in $crate::http_bindings }
+            $crate::wasip2::http::proxy::export! { Worker with_types_in $crate::wasip2 }
 
             // Elsewhere nothing calls the handler; naming it keeps the compiler from finding it dead.
             #[cfg(not(target_family = "wasm"))]

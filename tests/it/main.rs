@@ -24,6 +24,7 @@ macro_rules! both {
 
 mod alarms;
 mod batches;
+mod bindings;
 mod bus;
 mod cache;
 mod cli;

@@ -8,7 +8,7 @@ use oncely_guest::{Failure, Message, outbox, outbox::Outgoing, params, sql};
 use serde::Deserialize;
 use serde_json::json;
 
-use crate::wasi::random;
+use wasip2::random::random;
 
 #[derive(Deserialize)]
 #[serde(default)]

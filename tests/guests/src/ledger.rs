@@ -12,7 +12,7 @@ use oncely_guest::{Failure, Message, outbox, outbox::Outgoing, params, sql, stat
 use serde::Deserialize;
 use serde_json::json;
 
-use crate::wasi::random;
+use wasip2::random::random;
 
 #[derive(Deserialize)]
 struct Options {

@@ -37,7 +37,6 @@ mod state_counter;
 mod swallow_error;
 mod trap;
 mod version;
-mod wasi;
 
 oncely_guest::handler!(handle);
 

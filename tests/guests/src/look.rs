@@ -9,7 +9,8 @@ use std::fmt::Debug;
 use oncely_guest::{Failure, Message, cache, invocation, log, params, sql, state};
 use serde::Deserialize;
 
-use crate::wasi::{insecure_seed, monotonic_clock, random, wall_clock};
+use wasip2::clocks::{monotonic_clock, wall_clock};
+use wasip2::random::{insecure_seed, random};
 
 #[derive(Deserialize)]
 #[serde(default)]

@@ -5,7 +5,7 @@
 use oncely_guest::{Failure, Message};
 use serde::Deserialize;
 
-use crate::wasi::monotonic_clock;
+use wasip2::clocks::monotonic_clock;
 
 #[derive(Deserialize)]
 #[serde(default)]

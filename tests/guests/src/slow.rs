@@ -7,7 +7,7 @@ use std::hint::black_box;
 use oncely_guest::{Failure, Message, params, sql};
 use serde::Deserialize;
 
-use crate::wasi::monotonic_clock;
+use wasip2::clocks::monotonic_clock;
 
 #[derive(Deserialize)]
 #[serde(default)]

@@ -1,0 +1,63 @@
+//! The bindings of the guest SDK are generated and committed, so that a worker's build compiles no generator.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use support::guests::repository;
+use wit_bindgen_core::{Files, WorldGenerator, wit_parser::Resolve};
+use wit_bindgen_rust::{Opts, WithOption};
+
+/// Set by `make bindings`: the files are written instead of compared.
+const WRITE: &str = "ONCELY_WRITE_BINDINGS";
+
+#[test]
+fn the_sdks_bindings_are_those_of_the_wit() -> Result<()> {
+    check("worker", Opts { generate_all: true, ..options("bindings", "export_worker") })?;
+    let shared = ["types", "outbox", "state", "sql", "cache", "invocation"];
+    let mut with: Vec<(String, WithOption)> = shared
+        .iter()
+        .map(|interface| {
+            let path = format!("crate::bindings::oncely::worker::{interface}");
+            (format!("oncely:worker/{interface}@0.1.0"), WithOption::Path(path))
+        })
+        .collect();
+    for (interface, path) in [
+        ("wasi:logging/logging@0.1.0-draft", "crate::bindings::wasi::logging::logging"),
+        ("wasi:config/store@0.2.0-rc.1", "crate::bindings::wasi::config::store"),
+    ] {
+        with.push((interface.to_owned(), WithOption::Path(path.to_owned())));
+    }
+    check("batch-worker", Opts { with, ..options("batch_bindings", "export_batch_worker") })
+}
+
+fn options(module: &str, export_macro: &str) -> Opts {
+    Opts {
+        format: true,
+        additional_derive_attributes: vec!["PartialEq".to_owned()],
+        pub_export_macro: true,
+        export_macro_name: Some(export_macro.to_owned()),
+        default_bindings_module: Some(format!("oncely_guest::{module}")),
+        ..Opts::default()
+    }
+}
+
+/// Compares the bindings of a world of `wit/` with the committed file.
+fn check(world: &str, options: Opts) -> Result<()> {
+    let mut resolve = Resolve::default();
+    let (package, _) = resolve.push_dir(repository().join("wit")).context("read wit/")?;
+    let id = resolve.select_world(&[package], Some(world))?;
+    let mut files = Files::default();
+    options.build().generate(&mut resolve, id, &mut files)?;
+    let (_, generated) = files.iter().next().context("find the generated file")?;
+
+    let path = repository().join("guest-sdk/src/generated").join(format!("{}.rs", world.replace('-', "_")));
+    if std::env::var_os(WRITE).is_some() {
+        return Ok(std::fs::write(path, generated)?);
+    }
+    ensure!(same(&path, generated)?, "{} is not the bindings of wit/ any longer: run `make bindings`", path.display());
+    Ok(())
+}
+
+fn same(path: &Path, generated: &[u8]) -> Result<bool> {
+    Ok(std::fs::read(path).with_context(|| format!("read {}", path.display()))? == generated)
+}
