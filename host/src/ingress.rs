@@ -33,6 +33,7 @@ use crate::store::{Store, StoreError};
 mod answer;
 mod cached;
 mod flights;
+mod head;
 mod key;
 mod problem;
 mod publish;
@@ -41,8 +42,8 @@ mod table;
 use answer::respond;
 use flights::{Flights, Meeting};
 use problem::Problem;
-use publish::Publishing;
 pub use publish::{PUBLISH_WINDOW, PUBLISHER};
+use publish::{Publication, Publishing};
 use table::Found;
 pub use table::{Table, check_routes};
 
@@ -100,7 +101,7 @@ pub struct Ingress {
 /// Who handles a request.
 enum Target {
     Worker(Found),
-    Publish(String),
+    Publish(Publication),
 }
 
 impl Ingress {
@@ -152,9 +153,9 @@ impl Ingress {
     /// Who handles a request with this method and path.
     async fn target(&self, parts: &Parts) -> Result<Target, Problem> {
         let (method, path) = (parts.method.as_str(), parts.uri.path());
-        if let Some(subject) = path.strip_prefix(publish::PATH) {
+        if let Some(rest) = path.strip_prefix(publish::PATH) {
             return match method {
-                "POST" => publish::subject(subject, &self.admission.publish).map(Target::Publish),
+                "POST" => Publication::read(rest, &parts.headers, &self.admission.publish).map(Target::Publish),
                 _ => Err(Problem::method_not_allowed(&["POST".to_owned()])),
             };
         }
@@ -222,7 +223,7 @@ impl Ingress {
         loop {
             let handled = match target {
                 Target::Worker(found) => found.worker.delivery.handle(asked).await,
-                Target::Publish(subject) => self.publishing.publish(subject, asked).await,
+                Target::Publish(publication) => self.publishing.publish(publication, asked).await,
             };
             let waited = began.elapsed();
             match handled {
@@ -323,8 +324,11 @@ impl Target {
 
 /// One request, from its first byte to its answer.
 async fn take(State(ingress): State<Arc<Ingress>>, request: Request) -> Response {
-    let (parts, body) = request.into_parts();
+    let (mut parts, body) = request.into_parts();
     let began = Instant::now();
+    if let Err(problem) = head::settle(&mut parts, ingress.admission.caller.as_deref()) {
+        return respond(problem.answer(), false);
+    }
     let target = match ingress.target(&parts).await {
         Ok(target) => Arc::new(target),
         Err(problem) => return respond(problem.answer(), false),
@@ -383,8 +387,7 @@ fn whole(target: &Target, parts: Parts, body: Bytes) -> HttpRequest {
     {
         method = "GET".to_owned();
     }
-    let host = parts.headers.get("host").map(|host| text_of(host.as_bytes()));
-    let authority = parts.uri.authority().map(ToString::to_string).or(host).unwrap_or_else(|| "localhost".to_owned());
+    let authority = parts.headers.get("host").map(|host| text_of(host.as_bytes())).unwrap_or_default();
     let headers = parts.headers.iter().map(|(name, value)| (name.to_string(), text_of(value.as_bytes())));
     HttpRequest {
         method,

@@ -53,11 +53,14 @@ impl HttpRequest {
         matches!(self.method.as_str(), "GET" | "HEAD" | "OPTIONS" | "TRACE")
     }
 
-    /// SHA-256 over method, path, query, content type and body.
+    /// SHA-256 over method, path, query, all lines of the content type, and body.
     pub fn fingerprint(&self) -> [u8; 32] {
-        let content_type = crate::message::header(&self.headers, "content-type").unwrap_or_default();
+        let is_content_type = |name: &str| name.eq_ignore_ascii_case("content-type");
+        let content_types = self.headers.iter().filter(|(name, _)| is_content_type(name)).map(|(_, value)| value);
+        let parts: Vec<&String> = [&self.method, &self.path_and_query].into_iter().chain(content_types).collect();
         let mut hasher = Sha256::new();
-        for part in [&self.method, &self.path_and_query, content_type] {
+        hasher.update((parts.len() as u64).to_be_bytes());
+        for part in parts {
             hasher.update((part.len() as u64).to_be_bytes());
             hasher.update(part);
         }
@@ -76,5 +79,29 @@ impl RequestKey {
         }
         hasher.update(self.fingerprint);
         format!("{worker}:{}", hex::encode(hasher.finalize()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(content_types: &[&str], body: &'static str) -> HttpRequest {
+        HttpRequest {
+            method: "POST".to_owned(),
+            path_and_query: "/a".to_owned(),
+            authority: "localhost".to_owned(),
+            headers: content_types.iter().map(|value| ("Content-Type".to_owned(), (*value).to_owned())).collect(),
+            body: Bytes::from_static(body.as_bytes()),
+        }
+    }
+
+    #[test]
+    fn all_content_types_make_the_fingerprint() {
+        let of = |content_types: &[&str], body| request(content_types, body).fingerprint();
+        assert_eq!(of(&["text/plain"], "a"), of(&["text/plain"], "a"));
+        assert_ne!(of(&["text/plain"], "a"), of(&["text/plain", "text/html"], "a"));
+        assert_ne!(of(&["text/plain", "text/html"], "a"), of(&["text/plain", "text/css"], "a"));
+        assert_ne!(of(&[], "a"), of(&[""], "a"));
     }
 }

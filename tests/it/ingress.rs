@@ -12,9 +12,13 @@ use support::database::Kind;
 use support::guests;
 use support::nats::Stored;
 use support::world::{PATIENCE, World};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 
 mod cached;
+mod callers;
 mod crashes;
+mod heads;
 mod keys;
 mod routes;
 
@@ -91,6 +95,18 @@ async fn send(request: reqwest::RequestBuilder) -> Result<Answer> {
     let response = request.timeout(Duration::from_secs(30)).send().await?;
     let (status, headers) = (response.status(), response.headers().clone());
     Ok(Answer { status, headers, body: response.bytes().await?.to_vec() })
+}
+
+/// Sends bytes as they stand here, and returns the status and all that was answered until the host closed the connection.
+async fn send_raw(world: &World, request: &[u8]) -> Result<(u16, String)> {
+    let address = world.requests()?.replace("http://", "");
+    let mut stream = TcpStream::connect(address).await.context("connect to the host")?;
+    stream.write_all(request).await.context("send a request")?;
+    let mut answer = Vec::new();
+    tokio::time::timeout(PATIENCE, stream.read_to_end(&mut answer)).await?.context("read an answer")?;
+    let answer = String::from_utf8_lossy(&answer).into_owned();
+    let status = answer.split(' ').nth(1).and_then(|status| status.parse().ok());
+    Ok((status.with_context(|| format!("no status in `{answer}`"))?, answer))
 }
 
 /// Posts `what` with a key.

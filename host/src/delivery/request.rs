@@ -290,7 +290,8 @@ pub(crate) async fn claim(mut tx: Box<dyn Tx>, asked: &Asked) -> Result<Claim, S
 
 /// The message that stands for a request: outputs name its id as their cause, and theirs are made of it.
 fn stand_in(request: &HttpRequest) -> Arc<Message> {
-    let trace = message::header(&request.headers, "traceparent");
+    // A valid one is ASCII; the bytes of any other would not be those that came.
+    let trace = message::header(&request.headers, "traceparent").filter(|trace| trace.is_ascii());
     Arc::new(Message {
         event_id: Uuid::now_v7().to_string(),
         subject: format!("{} {}", request.method, request.path_and_query),

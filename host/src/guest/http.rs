@@ -1,5 +1,6 @@
 //! HTTP workers: any component that exports `wasi:http/incoming-handler` is called with one request and has to answer it.
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -27,6 +28,9 @@ pub struct RequestCall {
 
 /// How long the end of an answer may take after its handler has returned: all of it is in memory then.
 const END: Duration = Duration::from_millis(500);
+
+/// Statuses of an answer: below, the connection would go on waiting for one or change its protocol; above, there is no meaning.
+const FINAL_STATUSES: RangeInclusive<u16> = 200..=599;
 
 type Given = Result<hyper::Response<HyperOutgoingBody>, ErrorCode>;
 
@@ -83,13 +87,19 @@ async fn read(given: oneshot::Receiver<Given>, most: usize) -> Result<HttpAnswer
         Err(_) => return Err(failed("no-answer", "the handler returned without an answer".to_owned())),
     };
     let (parts, body) = response.into_parts();
+    let status = parts.status.as_u16();
+    if !FINAL_STATUSES.contains(&status) {
+        let (least, most) = (FINAL_STATUSES.start(), FINAL_STATUSES.end());
+        let why = format!("the handler answered with the status {status}; an answer has one of {least} to {most}");
+        return Err(failed("status-refused", why));
+    }
     let body = Limited::new(body, most).collect().await.map_err(|error| {
         failed("answer-too-large", format!(
             "the body of the answer could not be read: {error}; it may have {most} bytes (`answer_size` under [worker.limits])"
         ))
     })?;
     let headers = parts.headers.iter().map(|(name, value)| (name.to_string(), text_of(value.as_bytes())));
-    Ok(HttpAnswer { status: parts.status.as_u16(), headers: headers.collect(), body: body.to_bytes() })
+    Ok(HttpAnswer { status, headers: headers.collect(), body: body.to_bytes() })
 }
 
 fn hyper_request(request: &HttpRequest) -> wasmtime::Result<hyper::Request<Full<Bytes>>> {

@@ -14,9 +14,13 @@ pub(super) const REPLAYED: &str = "idempotent-replayed";
 const OF_THE_CONNECTION: [&str; 8] =
     ["connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "content-length"];
 
+/// Statuses whose answers end with their head (RFC 9110 sections 15.3.5, 15.3.6 and 15.4.5).
+const HAVE_NO_BODY: [u16; 3] = [204, 205, 304];
+
 /// The response that an answer is.
 pub(super) fn respond(answer: HttpAnswer, replayed: bool) -> Response {
-    let mut response = Response::new(Body::from(answer.body));
+    let body = if HAVE_NO_BODY.contains(&answer.status) { Body::empty() } else { Body::from(answer.body) };
+    let mut response = Response::new(body);
     *response.status_mut() = StatusCode::from_u16(answer.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let headers = response.headers_mut();
     for (name, value) in answer.headers {
@@ -24,6 +28,7 @@ pub(super) fn respond(answer: HttpAnswer, replayed: bool) -> Response {
         let value = HeaderValue::from_bytes(&bytes_of(&value));
         if let (Ok(name), Ok(value)) = (name, value)
             && !OF_THE_CONNECTION.contains(&name.as_str())
+            && name != REPLAYED
         {
             headers.append(name, value);
         }

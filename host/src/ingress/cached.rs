@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use axum::body::Body;
+use axum::body::{Body, HttpBody as _};
 use axum::http::request::Parts;
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::Response;
@@ -12,8 +12,9 @@ use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 
 use super::answer::respond;
+use super::key::Labelled;
 use super::problem::Problem;
-use super::{Ingress, Target, key};
+use super::{Ingress, Target, read_body};
 use crate::cache::{CacheKey, Cached, Layer, Loaded, Policy};
 use crate::manifest::{CacheFor, CacheTerms};
 use crate::message::{Headers, header};
@@ -26,7 +27,10 @@ const CONDITIONS: [&str; 6] =
     [IF_NONE_MATCH, "if-modified-since", "if-match", "if-unmodified-since", "if-range", "range"];
 
 /// Headers of a request that an answer may depend on, besides who asks.
-const VARY: [&str; 3] = ["accept", "accept-language", "host"];
+const KEYED: [&str; 3] = ["accept", "accept-language", "host"];
+
+/// Headers of a request that may say who asks, besides the one that the host is configured with.
+const CALLER: [&str; 2] = ["authorization", "cookie"];
 
 /// What stands before the body in a value of the cache.
 #[derive(Serialize, Deserialize)]
@@ -44,20 +48,24 @@ impl Ingress {
         mut parts: Parts,
         body: Body,
     ) -> Response {
+        if let Err(problem) = no_body(body).await {
+            return respond(problem.answer(), false);
+        }
         // What is kept is for those, too, who have nothing to compare it with.
         let known: Vec<HeaderValue> = parts.headers.get_all(IF_NONE_MATCH).iter().cloned().collect();
         CONDITIONS.iter().for_each(|name| drop(parts.headers.remove(*name)));
-        let place = CacheKey::response(target.name(), &self.cache_key(&target, terms, &parts));
+        let keyed = self.keyed_headers(terms);
+        let place = CacheKey::response(target.name(), &cache_key(&target, &keyed, &parts));
         let (policy, tags) = (Policy { ttl: terms.ttl, stale: terms.stale }, target.cache_tags(terms));
         let is_for_all = terms.cache_for == CacheFor::Everyone;
         let ingress = Arc::clone(&self);
         let load = move || async move {
-            let answer = match ingress.read(&target, parts, body).await {
+            let answer = match ingress.read(&target, parts, Body::empty()).await {
                 Ok(asked) => ingress.answer(&target, &asked).await.map(|(answer, _)| answer),
                 Err(problem) => Err(problem),
             };
             let answer = answer.unwrap_or_else(|problem| problem.answer());
-            let keep = may_be_kept(&answer, is_for_all).then_some(policy);
+            let keep = may_be_kept(&answer, is_for_all, &keyed).then_some(policy);
             anyhow::Ok(Loaded { value: packed(&answer)?, tags, keep })
         };
         let cached = match self.cache.get_or_load(&place, load).await {
@@ -76,30 +84,57 @@ impl Ingress {
         }
     }
 
-    /// Everything that an answer depends on.
-    fn cache_key(&self, target: &Target, terms: &CacheTerms, parts: &Parts) -> String {
-        let mut key = format!("{}\n", target.version());
-        if terms.cache_for == CacheFor::Caller {
-            key += &key::caller(&parts.headers, self.admission.caller.as_deref());
-            key += &key::caller(&parts.headers, Some("cookie"));
-        }
-        for name in VARY {
-            key.push('\n');
-            key += parts.headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
-        }
-        key.push('\n');
-        key += parts.uri.path_and_query().map_or("/", |path| path.as_str());
-        key
+    /// The headers of a request that are part of its key, in lower case.
+    fn keyed_headers(&self, terms: &CacheTerms) -> Vec<String> {
+        let callers = match terms.cache_for {
+            CacheFor::Everyone => Vec::new(),
+            CacheFor::Caller => CALLER.into_iter().chain(self.admission.caller.as_deref()).collect(),
+        };
+        KEYED.into_iter().chain(callers).map(str::to_owned).collect()
     }
 }
 
-/// Whether it may be given to others, or again: it worked, and the handler does not say otherwise.
-fn may_be_kept(answer: &HttpAnswer, is_for_all: bool) -> bool {
-    let control = header(&answer.headers, "cache-control").unwrap_or_default().to_ascii_lowercase();
-    let says = |word: &str| control.split(',').any(|part| part.trim() == word);
+/// Everything that an answer depends on, as a digest: all values of the keyed headers, byte by byte.
+fn cache_key(target: &Target, keyed: &[String], parts: &Parts) -> String {
+    let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
+    let mut digest = Labelled::default();
+    digest.add(":version", [target.version().to_be_bytes().as_slice()]);
+    digest.add(":path", [path.as_bytes()]);
+    keyed.iter().for_each(|name| digest.header(&parts.headers, name));
+    digest.hex()
+}
+
+/// Refuses a body: it would be part of the answer and not of its key.
+async fn no_body(body: Body) -> Result<(), Problem> {
+    if body.size_hint().lower() > 0 {
+        return Err(Problem::body_refused());
+    }
+    match read_body(body, 0).await {
+        Ok(_) => Ok(()),
+        Err(problem) if problem.status == 413 => Err(Problem::body_refused()),
+        Err(problem) => Err(problem),
+    }
+}
+
+/// Whether an answer may be given to others, or again: it worked, the handler does not say otherwise, and it depends on nothing that
+/// is not in its key.
+fn may_be_kept(answer: &HttpAnswer, is_for_all: bool, keyed: &[String]) -> bool {
+    let control = listed(&answer.headers, "cache-control");
+    // With an argument, as in `private="set-cookie"`, a directive is meant no less.
+    let says = |word: &str| control.iter().any(|part| part.split('=').next() == Some(word));
     let sets_cookie = header(&answer.headers, "set-cookie").is_some();
     let is_private = is_for_all && says("private");
-    answer.status == 200 && !sets_cookie && !is_private && !says("no-store")
+    let is_keyed = listed(&answer.headers, "vary").iter().all(|name| keyed.contains(name));
+    answer.status == 200 && !sets_cookie && !is_private && !says("no-store") && !says("no-cache") && is_keyed
+}
+
+/// The members of a header that is a list, over all its lines, in lower case and without quotes. A quoted comma separates, too: a
+/// member too many only keeps an answer from being kept.
+fn listed(headers: &Headers, name: &str) -> Vec<String> {
+    let lines = headers.iter().filter(|(key, _)| key.eq_ignore_ascii_case(name));
+    let members = lines.flat_map(|(_, line)| line.split(','));
+    let members = members.map(|member| member.trim().trim_matches('"').trim().to_ascii_lowercase());
+    members.filter(|member| !member.is_empty()).collect()
 }
 
 /// The length of the head, the head, and the body as it is.
@@ -172,13 +207,46 @@ mod tests {
         assert!(unpacked(&Bytes::from_static(b"\x00\x00\x00\x09{}")).is_err());
     }
 
+    fn keyed() -> Vec<String> {
+        KEYED.into_iter().chain(CALLER).map(str::to_owned).collect()
+    }
+
     #[test]
-    fn only_what_is_for_others_is_kept() {
-        assert!(may_be_kept(&answer(200, &[("cache-control", "max-age=3")]), true));
-        assert!(may_be_kept(&answer(200, &[("cache-control", "private")]), false));
-        assert!(!may_be_kept(&answer(200, &[("cache-control", "max-age=3, Private")]), true));
-        assert!(!may_be_kept(&answer(200, &[("cache-control", "no-store")]), false));
-        assert!(!may_be_kept(&answer(200, &[("Set-Cookie", "a=b")]), false));
-        assert!(!may_be_kept(&answer(404, &[]), true));
+    fn only_answers_that_are_for_others_are_kept() {
+        let kept =
+            |status, headers: &[(&str, &str)], is_for_all| may_be_kept(&answer(status, headers), is_for_all, &keyed());
+        assert!(kept(200, &[("cache-control", "max-age=3")], true));
+        assert!(kept(200, &[("cache-control", "private")], false));
+        assert!(!kept(404, &[], true));
+        for line in [
+            "max-age=3, Private",
+            "private=\"x-user\"",
+            "no-store",
+            "NO-STORE=1",
+            "no-cache",
+            "\"no-store\"",
+            "a,,no-store",
+        ] {
+            assert!(!kept(200, &[("cache-control", line)], true), "{line}");
+        }
+        // All lines count.
+        assert!(!kept(200, &[("cache-control", "max-age=60"), ("Cache-Control", "no-store")], false));
+        assert!(!kept(200, &[("cache-control", "max-age=60"), ("cache-control", "private")], true));
+        assert!(!kept(200, &[("x", "y"), ("Set-Cookie", "a=b")], false));
+    }
+
+    #[test]
+    fn answers_that_vary_by_more_than_the_key_are_not_kept() {
+        let kept = |lines: &[&str]| {
+            let headers: Vec<(&str, &str)> = lines.iter().map(|line| ("Vary", *line)).collect();
+            may_be_kept(&answer(200, &headers), false, &keyed())
+        };
+        assert!(kept(&["Accept, Accept-Language", "cookie", ""]));
+        for lines in [&["*"][..], &["X-Tenant"], &["accept, x-tenant"], &["accept", "origin"], &["accept,*"]] {
+            assert!(!kept(lines), "{lines:?}");
+        }
+        // For everyone, not even by who asks.
+        let for_all: Vec<String> = KEYED.into_iter().map(str::to_owned).collect();
+        assert!(!may_be_kept(&answer(200, &[("vary", "authorization")]), true, &for_all));
     }
 }

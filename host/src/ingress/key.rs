@@ -1,6 +1,6 @@
 //! The idempotency key of a request, and who sent it.
 
-use axum::http::HeaderMap;
+use axum::http::{HeaderMap, HeaderValue};
 use sha2::{Digest, Sha256};
 
 use super::problem::Problem;
@@ -46,16 +46,45 @@ fn unquoted(text: &str) -> Option<String> {
 
 /// Who asks: a digest of the header that says so, empty when it is not there. A key is the caller's own.
 pub(super) fn caller(headers: &HeaderMap, header: Option<&str>) -> String {
-    match headers.get(header.unwrap_or("authorization")) {
-        Some(value) => hex::encode(Sha256::digest(value.as_bytes())),
-        None => String::new(),
+    let name = header.unwrap_or("authorization");
+    if !headers.contains_key(name) {
+        return String::new();
+    }
+    let mut digest = Labelled::default();
+    digest.header(headers, name);
+    digest.hex()
+}
+
+/// A digest over named lists of values. Every name and value is preceded by its length and every list by its count, so that no two
+/// different inputs are the same sequence of bytes.
+#[derive(Default)]
+pub(super) struct Labelled(Sha256);
+
+impl Labelled {
+    pub fn add<'v>(&mut self, name: &str, values: impl IntoIterator<Item = &'v [u8]>) {
+        let values: Vec<&[u8]> = values.into_iter().collect();
+        self.put(name.as_bytes());
+        self.0.update((values.len() as u64).to_be_bytes());
+        values.into_iter().for_each(|value| self.put(value));
+    }
+
+    /// All values of a header, in order.
+    pub fn header(&mut self, headers: &HeaderMap, name: &str) {
+        self.add(name, headers.get_all(name).iter().map(HeaderValue::as_bytes));
+    }
+
+    pub fn hex(self) -> String {
+        hex::encode(self.0.finalize())
+    }
+
+    fn put(&mut self, bytes: &[u8]) {
+        self.0.update((bytes.len() as u64).to_be_bytes());
+        self.0.update(bytes);
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use axum::http::HeaderValue;
-
     use super::*;
 
     fn of(values: &[&str]) -> Result<Option<String>, String> {
@@ -73,6 +102,40 @@ mod tests {
             assert_eq!(of(&[same]), Ok(Some("8e03".to_owned())), "{same}");
         }
         assert_eq!(of(&[r#""a\"b\\c""#]), Ok(Some(r#"a"b\c"#.to_owned())));
+    }
+
+    #[test]
+    fn a_digest_tells_names_counts_and_bounds_apart() {
+        let digest = |lists: &[(&str, &[&str])]| {
+            let mut digest = Labelled::default();
+            lists.iter().for_each(|(name, values)| digest.add(name, values.iter().map(|value| value.as_bytes())));
+            digest.hex()
+        };
+        let all = [
+            digest(&[("authorization", &["x"]), ("cookie", &[])]),
+            digest(&[("authorization", &[]), ("cookie", &["x"])]),
+            digest(&[("authorization", &["x"]), ("cookie", &[""])]),
+            digest(&[("authorization", &["x", "y"]), ("cookie", &[])]),
+            digest(&[("authorization", &["xy"]), ("cookie", &[])]),
+            digest(&[("authorization", &["x", "cookie"])]),
+        ];
+        let different: std::collections::BTreeSet<&String> = all.iter().collect();
+        assert_eq!(different.len(), all.len());
+    }
+
+    #[test]
+    fn all_values_of_a_header_make_the_caller() {
+        let of = |header: &str, values: &[&str]| {
+            let mut headers = HeaderMap::new();
+            for value in values {
+                headers.append("x-user", HeaderValue::from_str(value).unwrap());
+            }
+            caller(&headers, Some(header))
+        };
+        assert_eq!(of("x-user", &[]), "");
+        assert_ne!(of("x-user", &[""]), "");
+        assert_ne!(of("x-user", &["proxy", "alice"]), of("x-user", &["proxy", "bob"]));
+        assert_ne!(of("x-user", &["alice"]), of("x-user", &["alice", "bob"]));
     }
 
     #[test]

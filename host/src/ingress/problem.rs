@@ -70,6 +70,27 @@ impl Problem {
         Problem::new(status, "subject-refused", "The subject cannot be published to", why)
     }
 
+    /// A request whose authority is missing, doubled or contradictory.
+    pub(super) fn host_refused(why: &str) -> Self {
+        Problem::new(400, "host-refused", "The request does not name one host", why)
+    }
+
+    pub(super) fn caller_ambiguous(header: &str) -> Self {
+        let detail = format!("the header `{header}` is there twice, and it says who asks; send it once");
+        Problem::new(400, "caller-ambiguous", "The caller is ambiguous", detail)
+    }
+
+    /// `header` cannot be a header of the message.
+    pub(super) fn header_refused(header: &str, why: &str) -> Self {
+        let detail = format!("the header `{header}` cannot go with the message: {why}");
+        Problem::new(400, "header-refused", "A header cannot be published", detail)
+    }
+
+    pub(super) fn body_refused() -> Self {
+        let detail = "answers of this path are cached by its path, query and headers; send the request without a body";
+        Problem::new(400, "body-refused", "This path takes no body", detail)
+    }
+
     pub(super) fn body_too_large(most: usize) -> Self {
         let detail = format!("the body may have {most} bytes");
         Problem::new(413, "body-too-large", "The body is too large", detail)

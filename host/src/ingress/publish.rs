@@ -3,13 +3,14 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use axum::http::{HeaderMap, HeaderValue};
 use serde_json::json;
 use uuid::Uuid;
 
 use super::problem::Problem;
 use crate::delivery::HAND_OVER_LEASE;
 use crate::delivery::request::{Asked, Claim, Handled, claim, commit};
-use crate::message::Output;
+use crate::message::{Headers, Output};
 use crate::metrics::Metrics;
 use crate::request::HttpAnswer;
 use crate::store::{Store, StoreError, Tx};
@@ -40,9 +41,25 @@ pub(super) struct Publishing {
     pub metrics: Arc<Metrics>,
 }
 
+/// A message that is to be published, but for its body.
+pub(super) struct Publication {
+    pub subject: String,
+    pub headers: Headers,
+}
+
+impl Publication {
+    /// Reads the path behind [`PATH`] and the headers of a request. `granted` are the patterns of subjects that may be published to.
+    pub(super) fn read(path: &str, headers: &HeaderMap, granted: &[String]) -> Result<Self, Problem> {
+        Ok(Publication { subject: subject(path, granted)?, headers: message_headers(headers)? })
+    }
+}
+
 /// The subject of a path, if it may be published to.
-pub(super) fn subject(path: &str, granted: &[String]) -> Result<String, Problem> {
-    let subject = percent_encoding::percent_decode_str(path).decode_utf8_lossy().into_owned();
+fn subject(path: &str, granted: &[String]) -> Result<String, Problem> {
+    let subject = percent_encoding::percent_decode_str(path)
+        .decode_utf8()
+        .map_err(|_| Problem::subject_refused(400, "the subject is not UTF-8"))?
+        .into_owned();
     subject::check_subject(&subject).map_err(|why| Problem::subject_refused(400, why.to_string()))?;
     if subject::is_reserved(&subject) || !granted.iter().any(|pattern| subject::matches(pattern, &subject)) {
         let why = "this host does not let it be published over HTTP (its setting `http_publish` says what it lets)";
@@ -51,15 +68,36 @@ pub(super) fn subject(path: &str, granted: &[String]) -> Result<String, Problem>
     Ok(subject)
 }
 
+/// The headers of the message, in the order of the request.
+fn message_headers(headers: &HeaderMap) -> Result<Headers, Problem> {
+    headers.iter().filter_map(|(name, value)| message_header(name.as_str(), value).transpose()).collect()
+}
+
+/// The header of the message that a header of the request stands for, if it stands for one. A value goes on byte by byte: headers
+/// of messages are UTF-8, so another value is refused.
+fn message_header(name: &str, value: &HeaderValue) -> Result<Option<(String, String)>, Problem> {
+    let own = match name.strip_prefix(HEADER_PREFIX) {
+        Some(own) => own,
+        None if KEPT_HEADERS.contains(&name) => name,
+        None => return Ok(None),
+    };
+    if own.is_empty() || own.starts_with("nats-") || own.starts_with("oncely-") {
+        return Err(Problem::header_refused(name, "names that begin with `Nats-` or `Oncely-` are the platform's own"));
+    }
+    let value =
+        std::str::from_utf8(value.as_bytes()).map_err(|_| Problem::header_refused(name, "its value is not UTF-8"))?;
+    Ok(Some((own.to_owned(), value.to_owned())))
+}
+
 impl Publishing {
     /// Publishes the body of a request, once for each key. An error means that nothing happened.
-    pub(super) async fn publish(&self, subject: &str, asked: &Asked) -> Result<Handled, StoreError> {
+    pub(super) async fn publish(&self, publication: &Publication, asked: &Asked) -> Result<Handled, StoreError> {
         let tx = self.store.begin(PUBLISHER, TIME).await?;
         let mut tx = match claim(tx, asked).await? {
             Claim::Ours(tx) => tx,
             Claim::Settled(settled) => return Ok(settled),
         };
-        match self.write(subject, asked, tx.as_mut()).await {
+        match self.write(publication, asked, tx.as_mut()).await {
             Ok(handled) => commit(tx, handled, &self.metrics, PUBLISHER).await,
             Err(error) => {
                 tx.rollback().await;
@@ -68,14 +106,14 @@ impl Publishing {
         }
     }
 
-    async fn write(&self, subject: &str, asked: &Asked, tx: &mut dyn Tx) -> Result<Handled, StoreError> {
+    async fn write(&self, publication: &Publication, asked: &Asked, tx: &mut dyn Tx) -> Result<Handled, StoreError> {
         let id = Uuid::now_v7().to_string();
         let since = Instant::now();
-        let outputs = tx.append_outputs(&[output(&id, subject, asked)], HAND_OVER_LEASE).await?;
+        let outputs = tx.append_outputs(&[output(&id, publication, asked)], HAND_OVER_LEASE).await?;
         let answer = HttpAnswer {
             status: 202,
             headers: vec![("content-type".to_owned(), "application/json".to_owned())],
-            body: json!({"id": id, "subject": subject}).to_string().into(),
+            body: json!({"id": id, "subject": publication.subject}).to_string().into(),
         };
         if let Some((key, keep)) = &asked.key {
             tx.answer_request(key, &answer, *keep).await?;
@@ -84,22 +122,57 @@ impl Publishing {
     }
 }
 
-fn output(id: &str, subject: &str, asked: &Asked) -> Output {
-    let kept = |name: &str| KEPT_HEADERS.contains(&name).then(|| name.to_owned());
-    let own = |name: &str| name.strip_prefix(HEADER_PREFIX).map(str::to_owned);
-    let headers = asked.request.headers.iter().filter_map(|(name, value)| {
-        let name = own(name).or_else(|| kept(name))?;
-        let is_ours = name.starts_with("nats-") || name.starts_with("oncely-") || name.is_empty();
-        (!is_ours).then(|| (name, value.clone()))
-    });
+fn output(id: &str, publication: &Publication, asked: &Asked) -> Output {
     Output {
         id: id.to_owned(),
         event_id: id.to_owned(),
         ordinal: 0,
-        subject: subject.to_owned(),
-        headers: headers.collect(),
+        subject: publication.subject.clone(),
+        headers: publication.headers.clone(),
         body: asked.request.body.clone(),
         ordering_key: None,
         delay: Duration::ZERO,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn published(name: &str, value: &[u8]) -> Result<Headers, String> {
+        let mut headers = HeaderMap::new();
+        headers.insert(
+            axum::http::HeaderName::from_bytes(name.as_bytes()).unwrap(),
+            HeaderValue::from_bytes(value).unwrap(),
+        );
+        message_headers(&headers).map_err(|problem| problem.detail)
+    }
+
+    #[test]
+    fn header_values_are_published_byte_by_byte_or_refused() {
+        let customer = "J\u{fc}rgen M\u{fc}ller \u{20ac}";
+        let expected = vec![("customer".to_owned(), customer.to_owned())];
+        assert_eq!(published("x-message-customer", customer.as_bytes()), Ok(expected));
+        assert!(published("x-message-customer", b"J\xfcrgen").unwrap_err().contains("UTF-8"));
+        assert!(published("content-type", b"text/\xff").is_err());
+        // Other headers are not the message's.
+        assert_eq!(published("user-agent", b"J\xfcrgen"), Ok(Vec::new()));
+    }
+
+    #[test]
+    fn platform_headers_are_refused() {
+        for name in ["x-message-nats-msg-id", "x-message-Nats-Expected-Stream", "x-message-oncely-letter", "x-message-"]
+        {
+            assert!(published(name, b"1").is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn subjects_that_are_not_utf_8_are_refused() {
+        let granted = ["in.>".to_owned()];
+        assert_eq!(subject("in.%61", &granted).unwrap(), "in.a");
+        assert_eq!(subject("in.%C3%BC", &granted).unwrap_err().status, 400);
+        assert!(subject("in.%FF", &granted).unwrap_err().detail.contains("not UTF-8"));
+        assert_eq!(subject("out.a", &granted).unwrap_err().status, 403);
     }
 }

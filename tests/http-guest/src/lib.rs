@@ -5,7 +5,8 @@
 //! statement that fails, swallowed), `swallow` (the same, and the answer says it worked), `trap`, `spin`, `slow` (waits in the
 //! database for `ms`) and `huge` (a body of `ms` MiB) and `invalidate` (the tag
 //! `event:` and the event). A GET answers with the number of effects of the event in its query;
-//! with `write` in the query it tries to write.
+//! with `write` in the query it tries to write. Further parts of its query: `echo` adds the request's headers (escaped) and body to the
+//! answer, `status=NUMBER` sets its status, and each `h=NAME:VALUE` adds a header.
 
 use oncely_guest::http::{Request, Response};
 use oncely_guest::prelude::*;
@@ -98,7 +99,19 @@ fn read(request: &Request) -> Result<Response, Response> {
     let event = request.query("event").or(of_path).unwrap_or_default().to_owned();
     let row = sql::query_one("select count(*) from effect where event_id = $1", params![event])?;
     let count: i64 = row.get(0)?;
-    Ok(Response::json(200, &json!({ "rows": count })))
+    let status = request.query("status").and_then(|status| status.parse().ok()).unwrap_or(200);
+    let mut body = json!({ "rows": count });
+    if request.path_and_query.contains("echo") {
+        let headers = request.headers.iter().map(|(name, value)| (name, value.escape_ascii().to_string()));
+        body = json!({
+            "rows": count,
+            "headers": headers.collect::<Vec<_>>(),
+            "body": String::from_utf8_lossy(&request.body),
+        });
+    }
+    let query = request.path_and_query.split_once('?').map(|(_, query)| query).unwrap_or_default();
+    let wanted = query.split('&').filter_map(|part| part.strip_prefix("h=")?.split_once(':'));
+    Ok(wanted.fold(Response::json(status, &body), |answer, (name, value)| answer.header(name, value)))
 }
 
 /// Another one for each run.

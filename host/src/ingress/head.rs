@@ -1,0 +1,141 @@
+//! The head of a request, settled before anything is derived from it: one authority, one caller, one line of cookies.
+//!
+//! Keys of kept and of cached answers are made of these headers, and the handler sees the very same ones. Where a head can be read
+//! in two ways, the key could be made of one reading and the answer of the other; such a head is refused.
+
+use axum::http::header::{AUTHORIZATION, COOKIE, HOST};
+use axum::http::request::Parts;
+use axum::http::uri::Authority;
+use axum::http::{HeaderMap, HeaderValue, Version};
+
+use super::problem::Problem;
+
+/// The authority of a request that names none, which only HTTP/1.0 allows.
+const NO_AUTHORITY: &str = "localhost";
+
+/// The port of an authority that names none: the host itself speaks no TLS.
+const DEFAULT_PORT: u16 = 80;
+
+/// Refuses an ambiguous head. Afterwards `Host` is the request's one authority, and `Cookie` is one line at most.
+///
+/// `caller` is the header that says who asks, if the host is configured with one.
+pub(super) fn settle(parts: &mut Parts, caller: Option<&str>) -> Result<(), Problem> {
+    let authority = authority(parts)?;
+    parts.headers.insert(HOST, authority);
+    join_cookies(&mut parts.headers);
+    for name in [AUTHORIZATION.as_str(), caller.unwrap_or(AUTHORIZATION.as_str())] {
+        if parts.headers.get_all(name).iter().nth(1).is_some() {
+            return Err(Problem::caller_ambiguous(name));
+        }
+    }
+    Ok(())
+}
+
+/// The authority of the target where that has one, else of `Host` (RFC 9112 section 3.2). Both must name the same place.
+fn authority(parts: &Parts) -> Result<HeaderValue, Problem> {
+    let hosts: Vec<&HeaderValue> = parts.headers.get_all(HOST).iter().collect();
+    let host = match hosts.as_slice() {
+        [] if parts.version >= Version::HTTP_11 => return Err(Problem::host_refused("there is no Host header")),
+        [] => None,
+        [host] => Some(read(host.as_bytes())?),
+        _ => return Err(Problem::host_refused("there are several Host headers")),
+    };
+    let target = parts.uri.authority().map(|authority| read(authority.as_str().as_bytes())).transpose()?;
+    let authority = match (target, host) {
+        (Some(target), Some(host)) if !is_same(&target, &host) => {
+            return Err(Problem::host_refused("the request target and the Host header name different hosts"));
+        }
+        (Some(authority), _) | (None, Some(authority)) => authority,
+        (None, None) => return Ok(HeaderValue::from_static(NO_AUTHORITY)),
+    };
+    HeaderValue::from_str(authority.as_str()).map_err(|_| Problem::host_refused("the host is not a valid authority"))
+}
+
+fn read(bytes: &[u8]) -> Result<Authority, Problem> {
+    let authority =
+        Authority::try_from(bytes).map_err(|_| Problem::host_refused("the host is not a valid authority"))?;
+    if authority.host().is_empty() || authority.as_str().contains('@') {
+        return Err(Problem::host_refused("the host is not a valid authority"));
+    }
+    Ok(authority)
+}
+
+fn is_same(one: &Authority, other: &Authority) -> bool {
+    let port = |authority: &Authority| authority.port_u16().unwrap_or(DEFAULT_PORT);
+    one.host().eq_ignore_ascii_case(other.host()) && port(one) == port(other)
+}
+
+/// Front ends that speak HTTP/2 split cookies over several lines, and may do so differently for each attempt; this is how RFC 9113
+/// section 8.2.3 puts them together again.
+fn join_cookies(headers: &mut HeaderMap) {
+    let lines: Vec<&[u8]> = headers.get_all(COOKIE).iter().map(HeaderValue::as_bytes).collect();
+    if lines.len() < 2 {
+        return;
+    }
+    // The parts of one are all valid, and so is the separator.
+    if let Ok(joined) = HeaderValue::from_bytes(&lines.join(b"; ".as_slice())) {
+        headers.insert(COOKIE, joined);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::http::Request;
+
+    use super::*;
+
+    fn settled(uri: &str, headers: &[(&str, &str)], caller: Option<&str>) -> Result<HeaderMap, String> {
+        let mut builder = Request::builder().uri(uri);
+        for (name, value) in headers {
+            builder = builder.header(*name, *value);
+        }
+        let (mut parts, ()) = builder.body(()).unwrap().into_parts();
+        settle(&mut parts, caller).map_err(|problem| problem.detail)?;
+        Ok(parts.headers)
+    }
+
+    #[test]
+    fn a_request_has_one_authority() {
+        let host = |uri: &str, hosts: &[&str]| {
+            let headers: Vec<(&str, &str)> = hosts.iter().map(|host| ("host", *host)).collect();
+            settled(uri, &headers, None).map(|headers| headers[HOST].to_str().unwrap().to_owned())
+        };
+        assert_eq!(host("/a", &["good.example"]), Ok("good.example".to_owned()));
+        assert_eq!(host("/a", &["[::1]:7480"]), Ok("[::1]:7480".to_owned()));
+        assert_eq!(host("http://good.example/a", &["good.example"]), Ok("good.example".to_owned()));
+        assert_eq!(host("http://GOOD.example:80/a", &["good.example"]), Ok("GOOD.example:80".to_owned()));
+        for (uri, hosts) in [
+            ("/a", &[][..]),
+            ("/a", &["good.example", "evil.example"]),
+            ("/a", &["good.example", "good.example"]),
+            ("/a", &[""]),
+            ("/a", &["good.example/evil"]),
+            ("/a", &["user@good.example"]),
+            ("http://evil.example/a", &["good.example"]),
+            ("http://good.example:81/a", &["good.example"]),
+            ("http://user@good.example/a", &["good.example"]),
+            ("http://good.example/a", &[]),
+        ] {
+            assert!(host(uri, hosts).is_err(), "{uri} {hosts:?}");
+        }
+    }
+
+    #[test]
+    fn http_1_0_needs_no_host() {
+        let request = Request::builder().uri("/a").version(Version::HTTP_10).body(()).unwrap();
+        let (mut parts, ()) = request.into_parts();
+        settle(&mut parts, None).unwrap();
+        assert_eq!(parts.headers[HOST], NO_AUTHORITY);
+    }
+
+    #[test]
+    fn cookies_are_one_line_and_callers_are_one() {
+        let host = ("host", "a");
+        let headers = settled("/", &[host, ("cookie", "a=1"), ("cookie", "b=2")], Some("cookie")).unwrap();
+        assert_eq!(headers.get_all(COOKIE).iter().collect::<Vec<_>>(), ["a=1; b=2"]);
+        let doubled = |name| settled("/", &[host, (name, "a"), (name, "a")], Some("x-user"));
+        assert!(doubled("authorization").unwrap_err().contains("authorization"));
+        assert!(doubled("x-user").unwrap_err().contains("x-user"));
+        assert!(doubled("x-other").is_ok());
+    }
+}
