@@ -22,6 +22,7 @@ use crate::deploy::{self, Plan, Proposal};
 use crate::guest::COMPONENT_SIZE_MAX;
 use crate::hint::{self, WithHint};
 use crate::host::{Host, WorkerState};
+use crate::message;
 use crate::redrive;
 use crate::relay::BreakerState;
 use crate::sql::Dialect;
@@ -284,6 +285,7 @@ async fn publish(State(host): State<Arc<Host>>, Json(message): Json<Publish>) ->
         let error = anyhow!("`{}` is the host's own: it says that a dead letter was put back", message.subject);
         return Err(error.hint("oncely dlq redrive ID").into());
     }
+    message::check_sent_id(&message.id).map_err(|why| anyhow!(why)).context("read the event id")?;
     let body = base64::engine::general_purpose::STANDARD.decode(&message.body).context("read the body")?;
     let outgoing = Outgoing { subject: message.subject, headers: message.headers, id: message.id, body: body.into() };
     let mut answers = host.bus.publish(vec![outgoing]).await;

@@ -142,6 +142,8 @@ pub const CHARGE_WHOLE_BATCH: &str = "charge_whole_batch";
 pub const DROP_PAYLOAD_HASH: &str = "drop_payload_hash";
 /// Guests may set the platform's headers.
 pub const ALLOW_RESERVED_HEADERS: &str = "allow_reserved_headers";
+/// A worker handles the dead letter that a pointer names, whichever worker it belongs to.
+pub const POINTER_WITHOUT_WORKER: &str = "pointer_without_worker";
 
 /// Every mutant.
 pub const MUTANTS: &[&str] = &[
@@ -161,6 +163,7 @@ pub const MUTANTS: &[&str] = &[
     CHARGE_WHOLE_BATCH,
     DROP_PAYLOAD_HASH,
     ALLOW_RESERVED_HEADERS,
+    POINTER_WITHOUT_WORKER,
 ];
 
 #[cfg(feature = "faults")]

@@ -109,6 +109,7 @@ pub struct InvalidEventId {
 /// The event id of a message: CloudEvents `ce-source` and `ce-id` as `source|id`, else `Nats-Msg-Id`,
 /// else the stream's name, creation time (microseconds since the epoch) and sequence as
 /// `stream@created:sequence`, so that a stream that was deleted and made again never repeats one.
+/// A header without a value counts as absent, so the next source decides.
 pub fn event_id(
     headers: &Headers,
     stream: &str,
@@ -116,32 +117,67 @@ pub fn event_id(
     sequence: u64,
 ) -> Result<String, InvalidEventId> {
     let derived = place_id(stream, stream_created, sequence);
-    let sent = match (header(headers, "ce-id"), header(headers, "ce-source")) {
+    let Some(sent) = sent_id(headers) else { return Ok(derived) };
+    match check_sent_id(&sent) {
+        Ok(()) => Ok(sent),
+        Err(why) => Err(InvalidEventId { stand_in: derived, why }),
+    }
+}
+
+/// The id that the publisher of a message chose; none when its headers carry none.
+fn sent_id(headers: &Headers) -> Option<String> {
+    match (filled_header(headers, "ce-id"), filled_header(headers, "ce-source")) {
         // `|` cannot stand in a URI reference, so a well-formed source has none; percent-encoding it in
         // the others keeps two different pairs from ever giving the same id.
-        (Some(id), Some(source)) => format!("{}|{id}", source.replace('|', "%7C")),
-        (Some(id), None) => id.to_owned(),
-        (None, _) => match header(headers, "Nats-Msg-Id") {
-            Some(id) => id.to_owned(),
-            None => return Ok(derived),
-        },
-    };
-    if sent.is_empty() {
-        return Ok(derived);
+        (Some(id), Some(source)) => Some(format!("{}|{id}", source.replace('|', "%7C"))),
+        (Some(id), None) => Some(id.to_owned()),
+        (None, _) => filled_header(headers, "Nats-Msg-Id").map(str::to_owned),
     }
-    let why = if sent.len() > EVENT_ID_MAX {
-        format!("the event id has {} bytes; at most {EVENT_ID_MAX} are allowed", sent.len())
-    } else if sent.contains('\0') {
-        "the event id contains a NUL character".to_owned()
-    } else {
-        return Ok(sent);
-    };
-    Err(InvalidEventId { stand_in: derived, why })
+}
+
+/// The first value of `name` that is more than white space.
+fn filled_header<'h>(headers: &'h Headers, name: &str) -> Option<&'h str> {
+    let values = headers.iter().filter(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str());
+    values.into_iter().find(|value| !value.trim().is_empty())
+}
+
+/// Refuses an id that a publisher cannot use: one that is too long for the inbox, or that has the form of an id made from a
+/// place on a stream, which belongs to the message that stands there. The error is a sentence without an end.
+pub fn check_sent_id(id: &str) -> Result<(), String> {
+    if id.trim().is_empty() {
+        return Err("the event id is empty".to_owned());
+    }
+    if id.len() > EVENT_ID_MAX {
+        return Err(format!("the event id has {} bytes; at most {EVENT_ID_MAX} are allowed", id.len()));
+    }
+    if id.contains('\0') {
+        return Err("the event id contains a NUL character".to_owned());
+    }
+    if is_place_id(id) {
+        return Err(
+            "the event id has the form `STREAM@created:sequence`, which is reserved for messages without an id"
+                .to_owned(),
+        );
+    }
+    Ok(())
 }
 
 /// The id of a message that brings none: its place, `stream@created:sequence`.
 pub fn place_id(stream: &str, stream_created: Timestamp, sequence: u64) -> String {
-    format!("{stream}@{}:{sequence}", stream_created.as_microsecond())
+    format!("{}{}:{sequence}", place_id_prefix(stream), stream_created.as_microsecond())
+}
+
+/// What the ids of all places on a stream begin with. Never a `|`, which marks an id that has a `ce-source`.
+pub fn place_id_prefix(stream: &str) -> String {
+    format!("{}@", stream.replace('%', "%25").replace('|', "%7C"))
+}
+
+/// Whether an id could be that of a place on some stream.
+fn is_place_id(id: &str) -> bool {
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let Some((stream, place)) = id.rsplit_once('@') else { return false };
+    let Some((created, sequence)) = place.split_once(':') else { return false };
+    !stream.contains('|') && is_number(created.strip_prefix('-').unwrap_or(created)) && is_number(sequence)
 }
 
 /// The id of the output number `ordinal` (from 0) of one delivery: the same input always yields the same.
@@ -172,8 +208,44 @@ mod tests {
     }
 
     #[test]
-    fn event_id_is_never_empty_and_an_unusable_one_gets_a_stand_in() {
-        assert_eq!(id_of(&[("Nats-Msg-Id", "")]), Ok("ORDERS@0:7".into()));
+    fn event_id_skips_headers_that_are_empty() {
+        let derived = "ORDERS@0:7";
+        for (headers, expected) in [
+            (vec![("Nats-Msg-Id", "")], derived),
+            (vec![("Nats-Msg-Id", " \t")], derived),
+            (vec![("ce-id", "")], derived),
+            (vec![("ce-id", ""), ("ce-source", "/shop")], derived),
+            (vec![("ce-id", ""), ("ce-source", "/shop"), ("Nats-Msg-Id", "x")], "x"),
+            (vec![("ce-id", "  "), ("Nats-Msg-Id", "x")], "x"),
+            (vec![("ce-source", "/shop"), ("Nats-Msg-Id", "x")], "x"),
+            (vec![("ce-id", "1"), ("ce-source", ""), ("Nats-Msg-Id", "x")], "1"),
+            (vec![("ce-id", ""), ("CE-ID", "2"), ("ce-source", " "), ("ce-source", "/shop")], "/shop|2"),
+            (vec![("nats-msg-id", ""), ("Nats-Msg-Id", "y")], "y"),
+        ] {
+            assert_eq!(id_of(&headers), Ok(expected.into()), "{headers:?}");
+        }
+    }
+
+    #[test]
+    fn sent_ids_of_the_derived_form_are_refused() {
+        for id in ["ORDERS@0:7", "ORDERS@0:8", "OTHER@1795915819192864:1231", "a@b@1:2", "@1:2", "ORDERS@-5:7"] {
+            for headers in [vec![("Nats-Msg-Id", id)], vec![("ce-id", id)], vec![("ce-id", id), ("ce-source", "")]] {
+                let invalid = id_of(&headers).unwrap_err();
+                assert_eq!(invalid.stand_in, "ORDERS@0:7");
+                assert!(invalid.why.contains("reserved"), "{}", invalid.why);
+            }
+        }
+        for id in ["ORDERS@0", "ORDERS@0:", "ORDERS@:7", "ORDERS@x:7", "ORDERS@0:7a", "ada@example.com", "0:7"] {
+            assert_eq!(id_of(&[("ce-id", id)]), Ok(id.into()));
+        }
+        // With a source it is another id than that of any place, whatever the stream is called.
+        let sourced = id_of(&[("ce-id", "ORDERS@0:7"), ("ce-source", "/shop")]);
+        assert_eq!(sourced, Ok("/shop|ORDERS@0:7".into()));
+        assert_eq!(place_id("/shop|ORDERS", Timestamp::UNIX_EPOCH, 7), "/shop%7CORDERS@0:7");
+    }
+
+    #[test]
+    fn event_id_that_is_unusable_gets_a_stand_in() {
         let long = "x".repeat(256);
         let invalid = id_of(&[("Nats-Msg-Id", &long)]).unwrap_err();
         assert_eq!(invalid.stand_in, "ORDERS@0:7");

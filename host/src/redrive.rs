@@ -1,8 +1,8 @@
 //! Putting a dead letter back: the message that sends a worker to it.
 //!
-//! It holds no copy of the letter, only which one and the how-manieth time. The worker reads the letter itself from the
-//! database, so that any letter can be put back however large it is, a message that is out of date finds nothing to do, and
-//! whoever publishes to the subject can at most have a worker look.
+//! It holds no copy of the dead letter, only its number and its generation. The worker reads the dead letter from the
+//! database, so that one of any size can be redriven, and a pointer that is out of date finds nothing to do. A forged pointer
+//! can only make a worker look at a dead letter of its own.
 
 use std::time::Duration;
 

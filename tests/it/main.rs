@@ -34,6 +34,7 @@ mod delivery;
 mod deploy;
 mod docs;
 mod hostile;
+mod ids;
 mod ingress;
 mod ledger;
 mod metrics;

@@ -22,7 +22,7 @@ use tokio::time::Instant;
 use super::Bus;
 use super::streams::timestamp;
 use crate::fault;
-use crate::message::{Headers, InvalidEventId, Message, Origin, event_id, place_id};
+use crate::message::{Headers, InvalidEventId, Message, Origin, event_id, place_id, place_id_prefix};
 use crate::retry::Backoff;
 use crate::verdict::{Reason, Settled};
 
@@ -407,7 +407,7 @@ impl Pull {
     /// the stream was not deleted and made again since: with the old time it would meet another message's inbox record.
     /// A request ends with its consumer, so that the first such message of each request vouches for the others.
     async fn id_is_right(&mut self) -> bool {
-        let derived = format!("{}@", self.subscription.stream);
+        let derived = place_id_prefix(&self.subscription.stream);
         let is_derived = self.held.as_ref().is_some_and(|held| held.message.event_id.starts_with(&derived));
         if !is_derived || self.created_confirmed {
             return true;

@@ -464,8 +464,9 @@ pub trait Store: Send + Sync + 'static {
     /// and returns the messages that are to be published now.
     async fn redrive(&self, letters: &[Redrive], by: &By) -> Result<(Vec<Moved>, Vec<OutboxRow>)>;
 
-    /// What a worker that was pointed to a letter is to handle; or, when that is out of date, the proof that it need not.
-    async fn put_back(&self, id: i64, generation: u32) -> Result<PutBack>;
+    /// The message that `worker` is to handle after a pointer to the dead letter `id`; or, when that pointer is out of date or
+    /// names a dead letter of another worker, the proof that there is nothing to do.
+    async fn put_back(&self, worker: &str, id: i64, generation: u32) -> Result<PutBack>;
 
     /// Which of these events of a worker took effect.
     async fn done_events(&self, worker: &str, event_ids: &[String]) -> Result<Vec<String>>;

@@ -117,7 +117,7 @@ async fn read_for(lanes: &Lanes, pointer: Pointer, stopping: &Stopping) -> Optio
 async fn read(store: &dyn Store, pointer: Pointer, worker: &str, stopping: &Stopping) -> Option<PutBack> {
     let mut backoff = Backoff::default();
     loop {
-        match store.put_back(pointer.letter, pointer.generation).await {
+        match store.put_back(worker, pointer.letter, pointer.generation).await {
             Ok(put_back) => return Some(put_back),
             Err(error) => {
                 tracing::warn!(worker, "read a letter again soon: {:#}", anyhow::Error::from(error));

@@ -19,6 +19,7 @@ on_every_database!(
     letters_are_listed_newest_first_by_worker_and_reason,
     a_letter_is_put_back_once_by_two_who_try,
     what_was_put_back_is_read_until_it_is_out_of_date,
+    a_dead_letter_is_read_for_its_own_worker_alone,
     a_letter_that_dies_again_is_the_same_letter,
     what_was_put_back_keeps_its_event_id_from_other_bodies,
     a_letter_under_way_is_closed_only_if_it_did_not_take_effect,
@@ -173,10 +174,11 @@ async fn what_was_put_back_is_read_until_it_is_out_of_date(world: World) {
         record: None,
     };
     world.store.count_attempts(WORKER, &[attempt.clone(), attempt]).await.unwrap();
-    assert!(matches!(world.store.put_back(id, 0).await.unwrap(), PutBack::OutOfDate(_)));
+    assert!(matches!(world.store.put_back(WORKER, id, 0).await.unwrap(), PutBack::OutOfDate(_)));
     world.store.move_letters(&[id], &Move::Edit(Bytes::from_static(b"better")), &ada()).await.unwrap();
     world.store.redrive(&[back(id)], &ada()).await.unwrap();
-    let PutBack::Message(message, _) = world.store.put_back(id, 1).await.unwrap() else { panic!("it is out of date") };
+    let found = world.store.put_back(WORKER, id, 1).await.unwrap();
+    let PutBack::Message(message, _) = found else { panic!("it is out of date") };
     assert_eq!((message.event_id.as_str(), message.body.as_ref()), ("e1", &b"better"[..]));
     assert_eq!(message.payload_sha256(), claim.payload_sha256);
     assert_eq!(message.attempts_before(), 2);
@@ -184,8 +186,17 @@ async fn what_was_put_back_is_read_until_it_is_out_of_date(world: World) {
     let edit = world.store.move_letters(&[id], &Move::Edit(Bytes::new()), &ada()).await.unwrap();
     assert_eq!(edit[0].refused.as_deref(), Some("it was put back and is under way"));
     world.store.redrive(&[Redrive { again: true, ..back(id) }], &ada()).await.unwrap();
-    assert!(matches!(world.store.put_back(id, 1).await.unwrap(), PutBack::OutOfDate(_)));
-    assert!(matches!(world.store.put_back(id, 2).await.unwrap(), PutBack::Message(..)));
+    assert!(matches!(world.store.put_back(WORKER, id, 1).await.unwrap(), PutBack::OutOfDate(_)));
+    assert!(matches!(world.store.put_back(WORKER, id, 2).await.unwrap(), PutBack::Message(..)));
+}
+
+async fn a_dead_letter_is_read_for_its_own_worker_alone(world: World) {
+    let (id, _) = buried(&world).await;
+    world.store.redrive(&[back(id)], &ada()).await.unwrap();
+    for other in ["other", "payment", "payments ", "PAYMENTS", "%", ""] {
+        assert!(matches!(world.store.put_back(other, id, 1).await.unwrap(), PutBack::OutOfDate(_)), "{other}");
+    }
+    assert!(matches!(world.store.put_back(WORKER, id, 1).await.unwrap(), PutBack::Message(..)));
 }
 
 async fn a_letter_that_dies_again_is_the_same_letter(world: World) {
@@ -203,7 +214,7 @@ async fn a_letter_that_dies_again_is_the_same_letter(world: World) {
     assert_eq!((letter.reason.as_str(), letter.attempts), ("attempts-exhausted", 4));
     assert!(world.store.letter(id).await.unwrap().unwrap().first_died_at.unwrap() <= letter.died_at);
     // What still points to it is out of date, and burying it again adds nothing.
-    assert!(matches!(world.store.put_back(id, 1).await.unwrap(), PutBack::OutOfDate(_)));
+    assert!(matches!(world.store.put_back(WORKER, id, 1).await.unwrap(), PutBack::OutOfDate(_)));
     assert_eq!(world.bury(&[again]).await.unwrap().1.len(), 0);
 }
 
@@ -280,7 +291,7 @@ async fn a_letter_under_way_is_closed_only_if_it_did_not_take_effect(world: Worl
     world.store.redrive(&[back(id)], &ada()).await.unwrap();
     assert_eq!(world.store.move_letters(&[id], &Move::Resolve, &ada()).await.unwrap()[0].refused, None);
     assert_eq!(state(&world, id).await, LetterState::Resolved);
-    assert!(matches!(world.store.put_back(id, 1).await.unwrap(), PutBack::OutOfDate(_)));
+    assert!(matches!(world.store.put_back(WORKER, id, 1).await.unwrap(), PutBack::OutOfDate(_)));
     let mut tx = world.begin().await;
     let claim = Claim { event_id: "e2".to_owned(), ..claim };
     assert!(matches!(tx.claim(&[claim]).await.unwrap()[0], Claimed::Settled(_)));

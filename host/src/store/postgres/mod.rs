@@ -409,9 +409,9 @@ impl Store for PostgresStore {
         Ok(moved)
     }
 
-    async fn put_back(&self, id: i64, generation: u32) -> Result<PutBack> {
+    async fn put_back(&self, worker: &str, id: i64, generation: u32) -> Result<PutBack> {
         let mut session = self.house.begin(Purpose::Read).await?;
-        let put_back = redrive::put_back(&mut session, id, generation).await?;
+        let put_back = redrive::put_back(&mut session, worker, id, generation).await?;
         session.commit().await?;
         Ok(put_back)
     }

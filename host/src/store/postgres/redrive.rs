@@ -9,6 +9,7 @@ use sqlx::postgres::PgRow;
 
 use super::session::Session;
 use super::{attempts, errors, outbox};
+use crate::fault;
 use crate::redrive::Pointer;
 use crate::store::letters::{self, Standing};
 use crate::store::{
@@ -71,19 +72,21 @@ pub(super) async fn move_letters(session: &mut Session, ids: &[i64], what: &Move
     Ok(letters::moved(ids.iter().copied(), &refused, &done))
 }
 
-/// The message of a letter that was put back, unless that is out of date.
-pub(super) async fn put_back(session: &mut Session, id: i64, generation: u32) -> Result<PutBack> {
+/// The message of a redriven dead letter of `worker`; nothing when the pointer to it is out of date.
+pub(super) async fn put_back(session: &mut Session, worker: &str, id: i64, generation: u32) -> Result<PutBack> {
     let query = session.query(
         "select event_id, subject, headers, payload_sha256, attempts_before, stream, stream_sequence,
              (extract(epoch from coalesce(stored_at, first_died_at, died_at)) * 1000000)::bigint as stored_at,
              coalesce((select edited.body from oncely.letter_edit as edited
                        where edited.letter = dead_letter.id order by edit desc limit 1), body) as body,
              coalesce((select version from oncely.worker where name = dead_letter.worker), 0) as active
-         from oncely.dead_letter where id = $1 and generation = $2 and state = 'redriven'",
+         from oncely.dead_letter where id = $1 and generation = $2 and state = 'redriven' and (worker = $3 or $4)",
     );
     let row = query
         .bind(id)
         .bind(generation.cast_signed())
+        .bind(worker)
+        .bind(fault::mutant(fault::POINTER_WITHOUT_WORKER))
         .fetch_optional(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "read a letter that was put back"))?;

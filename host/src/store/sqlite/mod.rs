@@ -284,8 +284,8 @@ impl Store for SqliteStore {
         Ok(moved)
     }
 
-    async fn put_back(&self, id: i64, generation: u32) -> Result<PutBack> {
-        redrive::put_back(&self.readers, id, generation).await
+    async fn put_back(&self, worker: &str, id: i64, generation: u32) -> Result<PutBack> {
+        redrive::put_back(&self.readers, worker, id, generation).await
     }
 
     async fn done_events(&self, worker: &str, event_ids: &[String]) -> Result<Vec<String>> {

@@ -7,6 +7,7 @@ use sqlx::sqlite::{SqlitePool, SqliteRow};
 
 use super::session::Session;
 use super::{attempts, errors, outbox};
+use crate::fault;
 use crate::redrive::Pointer;
 use crate::store::letters::{self, Standing};
 use crate::store::{
@@ -68,18 +69,21 @@ pub(super) async fn move_letters(session: &mut Session, ids: &[i64], what: &Move
     Ok(letters::moved(ids.iter().copied(), &refused, &done))
 }
 
-/// The message of a letter that was put back, unless that is out of date.
-pub(super) async fn put_back(readers: &SqlitePool, id: i64, generation: u32) -> Result<PutBack> {
+/// The message of a redriven dead letter of `worker`; nothing when the pointer to it is out of date.
+pub(super) async fn put_back(readers: &SqlitePool, worker: &str, id: i64, generation: u32) -> Result<PutBack> {
     let row = sqlx::query(
         "select event_id, subject, headers, payload_sha256, attempts_before, stream, stream_sequence,
              coalesce(stored_at, first_died_at, died_at) as stored_at,
              coalesce((select edited.body from oncely_letter_edit as edited
                        where edited.letter = dead.id order by edit desc limit 1), body) as body,
              coalesce((select version from oncely_worker where name = dead.worker), 0) as active
-         from oncely_dead_letter as dead where id = $1 and generation = $2 and state = 'redriven'",
+         from oncely_dead_letter as dead
+         where id = $1 and generation = $2 and state = 'redriven' and (worker = $3 or $4)",
     )
     .bind(id)
     .bind(generation)
+    .bind(worker)
+    .bind(fault::mutant(fault::POINTER_WITHOUT_WORKER))
     .fetch_optional(readers)
     .await
     .map_err(|error| errors::of_statement(error, "read a letter that was put back"))?;
