@@ -1,43 +1,74 @@
 //! Turns a Rust crate into a component with whichever WebAssembly toolchain this machine has.
 //!
-//! Three ways, the best first: `wasm32-wasip2` of rustup yields a component; `wasm32-unknown-unknown` yields a core
+//! There are three, the best first: `wasm32-wasip2` of rustup yields a component; `wasm32-unknown-unknown` yields a core
 //! module that is wrapped here; and where neither can be installed but the standard library's source is there (as with
-//! Debian's `rustc-web`, `cargo-web` and `rust-web-src`), that library is built along, once.
+//! Debian's `rustc-web`, `cargo-web` and `rust-web-src`), that library is compiled as well, once.
 
-use std::collections::VecDeque;
 use std::ffi::OsString;
+use std::fmt;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{ChildStderr, Command, Stdio};
 
 use anyhow::{Context, Result, anyhow, bail};
+use clap::ValueEnum;
 use serde_json::Value;
+
+use crate::hint::WithHint;
 
 /// Compiles the crate in `crate_dir` to a component and writes it to `out`.
 ///
-/// The crate is a library with `crate-type = ["cdylib"]`. What cargo says meanwhile is handed to `progress` line by
-/// line. Everything built lies in `oncely-guests` under the crate's target folder, apart from native builds, so a
-/// second build of an unchanged crate takes about as long as asking cargo.
+/// The crate is a library with `crate-type = ["cdylib"]`. Without `target`, the best toolchain that is installed builds
+/// it. Cargo's output is handed to `progress` line by line. Everything built lies in `oncely-guests` under the crate's
+/// target folder, apart from native builds, so a second build of an unchanged crate takes about as long as asking cargo.
 ///
 /// # Errors
-/// When there is no toolchain for WebAssembly, the crate does not compile or is not a `cdylib`, or what it exports is
-/// no component.
-pub fn build_component(crate_dir: &Path, out: &Path, progress: &mut dyn FnMut(&str)) -> Result<()> {
+/// No toolchain for WebAssembly is installed, the crate does not compile or is not a `cdylib`, or its exports make no
+/// component. The hint names the other toolchains that are installed.
+pub fn build_component(
+    crate_dir: &Path,
+    out: &Path,
+    target: Option<Target>,
+    progress: &mut dyn FnMut(&str),
+) -> Result<()> {
     let crate_dir = crate_dir.canonicalize().with_context(|| format!("find the crate in {}", crate_dir.display()))?;
     let manifest = crate_dir.join("Cargo.toml");
     if !manifest.is_file() {
         bail!("there is no Cargo.toml in {}", crate_dir.display());
     }
-    let toolchain = Toolchain::find(&crate_dir)?;
-    let target_dir = target_dir(&toolchain, &manifest)?;
-    let artifact = run_cargo(&toolchain, &manifest, &target_dir, progress)?;
-    let wasm = std::fs::read(&artifact).with_context(|| format!("read {}", artifact.display()))?;
-    let component = match toolchain.target {
-        Target::Wasip2 => wasm,
-        Target::Unknown | Target::UnknownWithStd => encode_component(&wasm)?,
-    };
+    let toolchain = Toolchain::find(&crate_dir, target)?;
+    let component =
+        compile(&toolchain, &manifest, progress).or_else(|error| hint_at_others(error, &toolchain, &crate_dir))?;
     replace(out, &component)
 }
+
+/// The bytes of the component that a toolchain makes of a crate.
+fn compile(toolchain: &Toolchain, manifest: &Path, progress: &mut dyn FnMut(&str)) -> Result<Vec<u8>> {
+    let target_dir = target_dir(toolchain, manifest)?;
+    let artifact = run_cargo(toolchain, manifest, &target_dir, progress)?;
+    let wasm = std::fs::read(&artifact).with_context(|| format!("read {}", artifact.display()))?;
+    match toolchain.target {
+        Target::Wasip2 => Ok(wasm),
+        Target::Unknown | Target::StdFromSource => encode_component(&wasm),
+    }
+}
+
+/// A build that failed may be the toolchain's doing, so the hint names the others that are installed.
+fn hint_at_others<T>(error: anyhow::Error, failed: &Toolchain, crate_dir: &Path) -> Result<T> {
+    let others: Vec<String> = Target::installed(crate_dir)
+        .into_iter()
+        .filter(|target| *target != failed.target)
+        .map(|target| format!("`{TARGET_VARIABLE}={target} oncely build`"))
+        .collect();
+    let error = Err(error.context(format!("build with the toolchain {}", failed.target)));
+    match others.as_slice() {
+        [] => error.hint(format!("if the toolchain is at fault, install another: {}", failed.target.alternative())),
+        _ => error.hint(format!("if the toolchain is at fault, others are installed: {}", others.join(", "))),
+    }
+}
+
+/// The environment variable that names a toolchain for every command that builds crates.
+pub const TARGET_VARIABLE: &str = "ONCELY_TOOLCHAIN";
 
 /// A cargo and a rustc that can build for a WebAssembly target.
 #[derive(Debug)]
@@ -47,40 +78,84 @@ struct Toolchain {
     target: Target,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Target {
-    /// `wasm32-wasip2` is installed.
+/// A toolchain for WebAssembly, by the name that commands take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Target {
+    /// The target wasm32-wasip2, as rustup installs it.
+    #[value(name = "wasm32-wasip2")]
     Wasip2,
-    /// `wasm32-unknown-unknown` is installed.
+    /// The target wasm32-unknown-unknown, as rustup installs it.
+    #[value(name = "wasm32-unknown-unknown")]
     Unknown,
-    /// `wasm32-unknown-unknown`, its standard library built from source.
-    UnknownWithStd,
+    /// The target wasm32-unknown-unknown, with a standard library compiled from its source.
+    #[value(name = "std-from-source")]
+    StdFromSource,
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Target::Wasip2 => "wasm32-wasip2",
+            Target::Unknown => "wasm32-unknown-unknown",
+            Target::StdFromSource => "std-from-source",
+        })
+    }
 }
 
 impl Target {
-    const BEST_FIRST: [Target; 3] = [Target::Wasip2, Target::Unknown, Target::UnknownWithStd];
+    const BEST_FIRST: [Target; 3] = [Target::Wasip2, Target::Unknown, Target::StdFromSource];
+
+    /// The toolchains that can build the crate on this machine, the best first.
+    pub fn installed(crate_dir: &Path) -> Vec<Target> {
+        Self::BEST_FIRST.into_iter().filter(|target| Toolchain::of(*target, crate_dir).is_some()).collect()
+    }
 
     fn triple(self) -> &'static str {
         match self {
             Target::Wasip2 => "wasm32-wasip2",
-            Target::Unknown | Target::UnknownWithStd => "wasm32-unknown-unknown",
+            Target::Unknown | Target::StdFromSource => "wasm32-unknown-unknown",
+        }
+    }
+
+    /// The command that installs it.
+    fn installation(self) -> &'static str {
+        match self {
+            Target::Wasip2 => "rustup target add wasm32-wasip2",
+            Target::Unknown => "rustup target add wasm32-unknown-unknown",
+            Target::StdFromSource => "apt-get install rustc-web cargo-web rust-web-src lld",
+        }
+    }
+
+    /// The command that installs another.
+    fn alternative(self) -> &'static str {
+        match self {
+            Target::Wasip2 => Target::Unknown.installation(),
+            Target::Unknown | Target::StdFromSource => Target::Wasip2.installation(),
         }
     }
 }
 
 impl Toolchain {
-    /// The first that works: for each target, what is on the PATH before what the distribution installed.
-    fn find(crate_dir: &Path) -> Result<Self> {
-        let places = [("cargo", "rustc"), ("/usr/bin/cargo", "/usr/bin/rustc")];
-        for target in Target::BEST_FIRST {
-            for (cargo, rustc) in places {
-                let toolchain = Self { cargo: cargo.into(), rustc: rustc.into(), target };
-                if toolchain.is_there(crate_dir) {
-                    return Ok(toolchain);
-                }
-            }
+    /// The toolchain that was asked for, or else the best that is installed.
+    fn find(crate_dir: &Path, wanted: Option<Target>) -> Result<Self> {
+        if let Some(target) = wanted {
+            return Self::of(target, crate_dir)
+                .ok_or_else(|| anyhow!("the toolchain {target} is not installed"))
+                .hint(target.installation());
         }
-        Err(anyhow!("no Rust toolchain for WebAssembly is installed\nhint: rustup target add wasm32-wasip2"))
+        let found = Target::BEST_FIRST.into_iter().find_map(|target| Self::of(target, crate_dir));
+        found.ok_or_else(|| anyhow!("no Rust toolchain for WebAssembly is installed")).hint(format!(
+            "{}; or without rustup: {}",
+            Target::Wasip2.installation(),
+            Target::StdFromSource.installation()
+        ))
+    }
+
+    /// The installed toolchain for a target: the cargo on the PATH before the distribution's.
+    fn of(target: Target, crate_dir: &Path) -> Option<Self> {
+        let places = [("cargo", "rustc"), ("/usr/bin/cargo", "/usr/bin/rustc")];
+        let toolchains = places.map(|(cargo, rustc)| Self { cargo: cargo.into(), rustc: rustc.into(), target });
+        toolchains.into_iter().find(|toolchain| toolchain.is_there(crate_dir))
     }
 
     fn is_there(&self, crate_dir: &Path) -> bool {
@@ -89,7 +164,7 @@ impl Toolchain {
             Target::Wasip2 | Target::Unknown => self
                 .ask_rustc(crate_dir, &["--print", "target-libdir", "--target", triple])
                 .is_some_and(|libdir| Path::new(&libdir).is_dir()),
-            Target::UnknownWithStd => self.ask_rustc(crate_dir, &["--print", "sysroot"]).is_some_and(|sysroot| {
+            Target::StdFromSource => self.ask_rustc(crate_dir, &["--print", "sysroot"]).is_some_and(|sysroot| {
                 Path::new(&sysroot).join("lib/rustlib/src/rust/library/std").is_dir() && wasm_linker().is_some()
             }),
         }
@@ -101,13 +176,21 @@ impl Toolchain {
         output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
     }
 
+    /// Compilers of two versions would undo each other's work in one folder.
+    fn under(&self, folder: &Path) -> PathBuf {
+        match self.target {
+            Target::Wasip2 | Target::Unknown => folder.to_owned(),
+            Target::StdFromSource => folder.join("std-from-source"),
+        }
+    }
+
     /// Cargo of this toolchain, set up for the target.
     fn cargo(&self) -> Command {
         let mut cargo = without_leaks(&self.cargo);
         if self.rustc.is_absolute() {
             cargo.env("RUSTC", &self.rustc);
         }
-        if self.target == Target::UnknownWithStd {
+        if self.target == Target::StdFromSource {
             // Building the standard library is for nightly compilers only, unless one insists.
             cargo.env("RUSTC_BOOTSTRAP", "1");
             if let Some(linker) = wasm_linker() {
@@ -155,7 +238,7 @@ fn is_leak(name: &OsString) -> bool {
 fn target_dir(toolchain: &Toolchain, manifest: &Path) -> Result<PathBuf> {
     if let Some(dir) = std::env::var_os("CARGO_TARGET_DIR").filter(|dir| !dir.is_empty()) {
         let dir = std::path::absolute(dir).context("find the folder that CARGO_TARGET_DIR names")?;
-        return Ok(dir.join("oncely-guests"));
+        return Ok(toolchain.under(&dir.join("oncely-guests")));
     }
     let output = toolchain
         .cargo()
@@ -169,7 +252,7 @@ fn target_dir(toolchain: &Toolchain, manifest: &Path) -> Result<PathBuf> {
     let metadata: Value = serde_json::from_slice(&output.stdout).context("read what cargo metadata prints")?;
     let dir =
         metadata.get("target_directory").and_then(Value::as_str).context("find target_directory in cargo metadata")?;
-    Ok(Path::new(dir).join("oncely-guests"))
+    Ok(toolchain.under(&Path::new(dir).join("oncely-guests")))
 }
 
 /// Builds the crate and returns the path of its `.wasm`.
@@ -186,7 +269,7 @@ fn run_cargo(
     // Components are stored in the database and compiled by every host: small is fast here.
     cargo.args(["--config", "profile.release.opt-level='s'", "--config", "profile.release.lto=true"]);
     cargo.args(["--config", "profile.release.codegen-units=1", "--config", "profile.release.panic='abort'"]);
-    if toolchain.target == Target::UnknownWithStd {
+    if toolchain.target == Target::StdFromSource {
         cargo.arg("-Zbuild-std=std,panic_abort");
     }
     let mut child = cargo
@@ -200,11 +283,11 @@ fn run_cargo(
 
     // Both pipes are read at once: cargo would stop at a full one.
     let messages = std::thread::spawn(move || read_all(stdout));
-    let complaints = follow(stderr, progress)?;
+    follow(stderr, progress)?;
     let messages = messages.join().map_err(|_| anyhow!("reading what cargo prints failed"))??;
     let status = child.wait().context("wait for cargo")?;
     if !status.success() {
-        bail!("cargo cannot build {}:\n{complaints}", manifest.display());
+        bail!("cargo cannot build {}; its messages stand above", manifest.display());
     }
     find_artifact(&messages, manifest)
 }
@@ -215,25 +298,15 @@ fn read_all(mut pipe: impl Read) -> Result<String> {
     Ok(text)
 }
 
-/// Hands every line to `progress` and returns those that are not about progress, the last hundred of them.
-fn follow(stderr: ChildStderr, progress: &mut dyn FnMut(&str)) -> Result<String> {
-    const STEPS: [&str; 9] =
-        ["Compiling", "Checking", "Fresh", "Downloading", "Downloaded", "Updating", "Locking", "Blocking", "Finished"];
-    let mut complaints = VecDeque::new();
+/// Hands every line to `progress`.
+fn follow(stderr: ChildStderr, progress: &mut dyn FnMut(&str)) -> Result<()> {
     for line in BufReader::new(stderr).lines() {
-        let line = line.context("read what cargo says")?;
+        let line = line.context("read cargo's messages")?;
         if !line.trim().is_empty() {
             progress(line.trim_end());
         }
-        let is_step = STEPS.iter().any(|step| line.trim_start().starts_with(step));
-        if !is_step {
-            complaints.push_back(line);
-        }
-        if complaints.len() > 100 {
-            complaints.pop_front();
-        }
     }
-    Ok(complaints.make_contiguous().join("\n").trim_end().to_owned())
+    Ok(())
 }
 
 /// The `.wasm` among the artifacts cargo reports, that of this crate and not of one it depends on.

@@ -50,4 +50,5 @@ mod redrive;
 mod replay;
 mod store;
 mod tidy;
+mod toolchains;
 mod wal;

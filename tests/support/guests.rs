@@ -5,6 +5,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result};
+use oncely::crate_build::{Target, build_component};
 
 /// The path of the component that holds every behaviour of `tests/guests`.
 pub fn component() -> Result<PathBuf> {
@@ -93,11 +94,15 @@ fn built(once: &Built, folder: &str) -> Result<PathBuf> {
 
 fn build(folder: &str) -> Result<PathBuf> {
     let out = target_dir()?.join(format!("{}.wasm", folder.replace('/', "-")));
-    let mut last_lines = Vec::new();
-    let crate_dir = repository().join(folder);
-    oncely::crate_build::build_component(&crate_dir, &out, &mut |line| last_lines.push(line.to_owned()))
-        .with_context(|| format!("build the crate in {folder}:\n{}", last_lines.join("\n")))?;
+    build_with(folder, &out, None)?;
     Ok(out)
+}
+
+/// Builds the crate in a folder of the repository with a certain toolchain, or the best that is installed.
+pub fn build_with(folder: &str, out: &Path, toolchain: Option<Target>) -> Result<()> {
+    let mut lines = Vec::new();
+    build_component(&repository().join(folder), out, toolchain, &mut |line| lines.push(line.to_owned()))
+        .with_context(|| format!("build the crate in {folder}:\n{}", lines.join("\n")))
 }
 
 /// The top folder of the repository.

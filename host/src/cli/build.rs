@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use super::term;
-use crate::crate_build::build_component;
+use crate::crate_build::{TARGET_VARIABLE, Target, build_component};
 use crate::hint::WithHint;
 use crate::manifest::{Manifest, Source, WorkerEntry};
 
@@ -16,13 +16,23 @@ pub struct Build {
     /// Manifests, or folders that hold an oncely.toml.
     #[arg(default_value = ".")]
     manifests: Vec<PathBuf>,
+    #[command(flatten)]
+    toolchain: ToolchainArg,
+}
+
+/// Which toolchain builds the crates of a manifest.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct ToolchainArg {
+    /// Build crates with this toolchain. Default: the best that is installed.
+    #[arg(long, env = TARGET_VARIABLE, value_name = "NAME")]
+    toolchain: Option<Target>,
 }
 
 impl Build {
     pub fn run(self) -> Result<()> {
         for path in &self.manifests {
             for entry in &Manifest::load(path)?.workers {
-                let component = component_of(entry)?;
+                let component = component_of(entry, self.toolchain)?;
                 term::data(component.display())?;
             }
         }
@@ -31,13 +41,13 @@ impl Build {
 }
 
 /// Builds a worker's component where the manifest says how, and returns where it is.
-pub fn component_of(entry: &WorkerEntry) -> Result<PathBuf> {
+pub fn component_of(entry: &WorkerEntry, with: ToolchainArg) -> Result<PathBuf> {
     let name = &entry.worker.name;
     match &entry.source {
         Source::Crate(folder) => {
             let out = entry.folder.join("target").join("oncely").join(format!("{name}.wasm"));
             let mut progress = |line: &str| term::note(line);
-            build_component(folder, &out, &mut progress)
+            build_component(folder, &out, with.toolchain, &mut progress)
                 .with_context(|| format!("build the crate of worker {name} in {}", folder.display()))?;
             Ok(out)
         }

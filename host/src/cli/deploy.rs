@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::Args;
 
-use super::build::component_of;
+use super::build::{ToolchainArg, component_of};
 use super::client::{Client, HostArgs};
 use super::term;
 use crate::api::{Activated, Rollback as RollbackRequest, Uploaded};
@@ -24,6 +24,8 @@ pub struct Deploy {
     #[arg(long)]
     plan: bool,
     #[command(flatten)]
+    toolchain: ToolchainArg,
+    #[command(flatten)]
     host: HostArgs,
 }
 
@@ -41,7 +43,7 @@ impl Deploy {
     }
 
     async fn deploy(&self, client: &Client, manifest: &Manifest, entry: &WorkerEntry) -> Result<()> {
-        let component = component_of(entry)?;
+        let component = component_of(entry, self.toolchain)?;
         let wasm = std::fs::read(&component).with_context(|| format!("read {}", component.display()))?;
         let dialect: Dialect = client.get("/dialect").await?;
         let uploaded: Uploaded = client

@@ -8,7 +8,7 @@ use clap::Args;
 use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
 
-use super::build::component_of;
+use super::build::{ToolchainArg, component_of};
 use super::client::{DATA_DIR, make_data_dir};
 use super::deploy::{propose, show_plan};
 use super::serve::{Ended, Served, listen, listen_for_requests, start_log};
@@ -47,6 +47,8 @@ pub struct Dev {
     /// Subjects that POST /publish/SUBJECT may publish to, separated by commas.
     #[arg(long, value_name = "SUBJECTS")]
     http_publish: Option<String>,
+    #[command(flatten)]
+    toolchain: ToolchainArg,
 }
 
 impl Dev {
@@ -73,7 +75,7 @@ impl Dev {
         let requests = self.requests(config).await?;
         let served = Served::start(config, listener, requests).await?;
         for manifest in manifests {
-            deploy_here(&served, manifest).await?;
+            deploy_here(&served, manifest, self.toolchain).await?;
         }
         served.host.reconcile().await?;
         served.ready(READY_WITHIN).await?;
@@ -133,11 +135,11 @@ impl Dev {
 }
 
 /// Builds and deploys the workers of a manifest in this very process.
-async fn deploy_here(served: &Served, manifest: &Manifest) -> Result<()> {
+async fn deploy_here(served: &Served, manifest: &Manifest, toolchain: ToolchainArg) -> Result<()> {
     manifest.warnings().iter().for_each(term::warning);
     let host = &served.host;
     for entry in &manifest.workers {
-        let component = component_of(entry)?;
+        let component = component_of(entry, toolchain)?;
         let wasm = std::fs::read(&component).with_context(|| format!("read {}", component.display()))?;
         let digest = hex::encode(Sha256::digest(&wasm));
         host.load(wasm.clone())
