@@ -10,7 +10,8 @@ help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: demo-tools build ## Show it: payments over HTTP, duplicates, lost answers, a kill in the middle, and then the books
-	cargo run --quiet --locked -p oncely-tests --bin demo
+	cargo build --locked -p oncely-tests --bin demo || { $(CANNOT_BUILD); }
+	@cargo run --quiet --locked -p oncely-tests --bin demo
 
 test: install-tools ## Check links, format, lints and docs, then run all tests
 	$(MAKE) links
@@ -19,6 +20,7 @@ test: install-tools ## Check links, format, lints and docs, then run all tests
 	$(MAKE) docs
 	$(MAKE) chaos-short
 	$(MAKE) run-tests
+	$(MAKE) demo
 
 chaos: install-tools chaos-host ## Kill, pause and cut a host under load on both databases, then check the books: a quarter of an hour
 	$(CHAOS) $(ARGS)
@@ -63,7 +65,10 @@ bindings: ## Generate the guest SDK's bindings again, after a change in wit/
 	ONCELY_WRITE_BINDINGS=1 cargo test --locked -p oncely-tests --test it -- bindings::
 
 build: ## Build the binary
-	cargo build --locked --bin oncely
+	cargo build --locked --bin oncely || { $(CANNOT_BUILD); }
+
+# The usual reason on a machine that never built this: the crates of Cargo.lock are not there, and neither is a network.
+CANNOT_BUILD = echo "error: cargo could not build; its messages stand above. Without a network: run \`cargo fetch --locked\` once where there is one." >&2; exit 1
 
 install-tools: ## Install what the tests need and this machine lacks
 	@scripts/install-tools test

@@ -617,7 +617,7 @@ impl Campaign {
             Cut::CommitAnswerHeld => "host killed between commit and answer",
             Cut::OutputsNotForwarded => "outputs cut before they arrived",
             Cut::OutputAnswersLost => "outputs cut after they were stored",
-            Cut::HttpAnswerLost | Cut::HttpAnswerTorn => "answer to a request cut",
+            Cut::HttpAnswerLost | Cut::HttpAnswerTorn | Cut::HttpFirstAnswerLost => "answer to a request cut",
         });
         Ok(())
     }
@@ -781,7 +781,9 @@ impl Campaign {
                 Act::Cut(Cut::CommitAnswerHeld) => "host killed between commit and answer".to_owned(),
                 Act::Cut(Cut::OutputsNotForwarded) => "outputs cut before they arrived".to_owned(),
                 Act::Cut(Cut::OutputAnswersLost) => "outputs cut after they were stored".to_owned(),
-                Act::Cut(Cut::HttpAnswerLost | Cut::HttpAnswerTorn) => "answer to a request cut".to_owned(),
+                Act::Cut(Cut::HttpAnswerLost | Cut::HttpAnswerTorn | Cut::HttpFirstAnswerLost) => {
+                    "answer to a request cut".to_owned()
+                }
                 Act::Deploy => "deployed under load".to_owned(),
                 Act::ChangeRelay => "relay changed".to_owned(),
                 Act::BrokerAway => "broker away for long".to_owned(),

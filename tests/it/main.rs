@@ -33,6 +33,7 @@ mod crash;
 mod delivery;
 mod deploy;
 mod docs;
+mod first_run;
 mod hostile;
 mod ids;
 mod ingress;

@@ -27,7 +27,9 @@ pub enum Cut {
     OutputAnswersLost,
     /// An HTTP server carried a request out, and nothing of its answer arrives.
     HttpAnswerLost,
-    /// The same, but all of the answer arrives except its last byte.
+    /// The same, for a request that this very try carried out: a success that is no replay.
+    HttpFirstAnswerLost,
+    /// The same as `HttpAnswerLost`, but all of the answer arrives except its last byte.
     HttpAnswerTorn,
 }
 
@@ -200,7 +202,7 @@ impl Connection {
             return Ok(true);
         }
         if bytes.starts_with(b"HTTP/1.1 ")
-            && let Some(cut) = self.shared.take(HTTP_CUTS)
+            && let Some(cut) = self.shared.take(http_cuts(bytes))
         {
             let arrives = if cut == Cut::HttpAnswerTorn { bytes.len() - 1 } else { 0 };
             self.client.write_all(bytes.get(..arrives).unwrap_or_default()).await?;
@@ -212,7 +214,14 @@ impl Connection {
     }
 }
 
-const HTTP_CUTS: &[Cut] = &[Cut::HttpAnswerLost, Cut::HttpAnswerTorn];
+/// The places where the connection may be cut when this response passes.
+fn http_cuts(response: &[u8]) -> &'static [Cut] {
+    let is_first = response.starts_with(b"HTTP/1.1 2") && !contains(response, b"idempotent-replayed");
+    match is_first {
+        true => &[Cut::HttpAnswerLost, Cut::HttpAnswerTorn, Cut::HttpFirstAnswerLost],
+        false => &[Cut::HttpAnswerLost, Cut::HttpAnswerTorn],
+    }
+}
 
 const COMMIT_CUTS: &[Cut] =
     &[Cut::CommitNotForwarded, Cut::CommitAnswerLost, Cut::CommitAnswerHeld, Cut::CommitDelayed];
