@@ -49,15 +49,33 @@ fn check(world: &str, options: Opts) -> Result<()> {
     let mut files = Files::default();
     options.build().generate(&mut resolve, id, &mut files)?;
     let (_, generated) = files.iter().next().context("find the generated file")?;
+    let headline = format!("//! The bindings of the world `{world}` of `wit/`: `make bindings` writes this file.\n\n");
+    let generated = [headline.as_bytes(), generated].concat();
 
     let path = repository().join("guest-sdk/src/generated").join(format!("{}.rs", world.replace('-', "_")));
     if std::env::var_os(WRITE).is_some() {
         return Ok(std::fs::write(path, generated)?);
     }
-    ensure!(same(&path, generated)?, "{} is not the bindings of wit/ any longer: run `make bindings`", path.display());
+    ensure!(same(&path, &generated)?, "{} is not the bindings of wit/ any longer: run `make bindings`", path.display());
     Ok(())
 }
 
 fn same(path: &Path, generated: &[u8]) -> Result<bool> {
     Ok(std::fs::read(path).with_context(|| format!("read {}", path.display()))? == generated)
+}
+
+/// Toolchains link the whole of these packages into every worker, and a part of one does not merge with the whole.
+#[test]
+fn wit_holds_no_package_that_toolchains_link() -> Result<()> {
+    let linked = ["cli", "clocks", "filesystem", "http", "io", "random", "sockets"];
+    for folder in std::fs::read_dir(repository().join("wit/deps"))? {
+        for file in std::fs::read_dir(folder?.path())? {
+            let path = file?.path();
+            let text = std::fs::read_to_string(&path)?;
+            for package in linked {
+                ensure!(!text.contains(&format!("package wasi:{package}")), "{} is a copy", path.display());
+            }
+        }
+    }
+    Ok(())
 }
