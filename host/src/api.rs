@@ -24,7 +24,7 @@ use crate::hint::{self, WithHint};
 use crate::host::{Host, WorkerState};
 use crate::message;
 use crate::redrive;
-use crate::relay::BreakerState;
+use crate::relay::{BreakerState, RefusedSubject};
 use crate::sql::Dialect;
 use crate::store::{LogState, StateRecord, StoreError, WorkerTotals};
 use crate::subject;
@@ -151,6 +151,8 @@ pub struct Status {
     pub workers: Vec<WorkerState>,
     /// Of this host's relay, by stream.
     pub breakers: Vec<BreakerState>,
+    /// Subjects that outputs of this host's relay wait for, at most 20 of them.
+    pub refused_subjects: Vec<RefusedSubject>,
     /// How outputs go; none where there is no other way than polling.
     pub log: Option<LogState>,
     /// Whether this host is the one that reads the log.
@@ -170,6 +172,7 @@ async fn status(State(host): State<Arc<Host>>) -> Answer<Status> {
         nats_connected: host.bus.is_connected(),
         workers: host.workers_with_backlog().await,
         breakers: host.relay_state.breakers(),
+        refused_subjects: host.relay_state.refused_subjects(),
         log: host.relay_state.log(),
         reads_log: host.relay_state.reads_log(),
         totals: host.store.totals().await.ok(),

@@ -83,6 +83,11 @@ impl Breaker {
         Permit::Yes
     }
 
+    /// For how long nothing is let through from now on.
+    pub fn open_for(&self, now: Instant) -> Duration {
+        if self.state == State::Closed { Duration::ZERO } else { self.until.saturating_duration_since(now) }
+    }
+
     /// Something worked. Returns whether that closed it.
     pub fn succeeded(&mut self) -> bool {
         let was_closed = self.state == State::Closed;

@@ -28,6 +28,7 @@ mod lines;
 mod log;
 mod repair;
 mod state;
+mod subjects;
 mod sweep;
 
 use breakers::Breakers;
@@ -36,7 +37,8 @@ use lines::{Held, Lines};
 use log::{Fate, FromLog};
 pub use log::{LogEnds, LogKeeper, LogRelay};
 pub use repair::Repair;
-pub use state::{BreakerState, RelayState};
+pub use state::{BreakerState, RefusedSubject, RelayState};
+use subjects::{FULL_FOR, NO_PLACE_FOR, Subjects};
 use sweep::Swept;
 
 /// Batches of outputs that wait for the relay; lanes wait when it is full, so effects and publishing cannot drift apart.
@@ -72,9 +74,6 @@ const RETRY_FIRST: Duration = Duration::from_millis(250);
 
 /// Where that doubling ends.
 const RETRY_MAX: Duration = Duration::from_secs(15);
-
-/// For how long no stream takes a subject before outputs to it are set aside. Streams may be on their way back.
-const NO_PLACE_FOR: Duration = Duration::from_secs(20);
 
 /// What lanes hold of the relay. Cheap to clone.
 #[derive(Clone)]
@@ -115,6 +114,7 @@ pub struct Relay {
     /// An output goes to a stream that is not among these.
     knows_too_little: bool,
     breakers: Breakers,
+    subjects: Subjects,
     /// The highest sequence each stream answered with.
     tops: HashMap<String, u64>,
     /// How many losses were found, and after which connection somebody looked, when it began with what it has now.
@@ -124,8 +124,6 @@ pub struct Relay {
     disconnected: Instant,
     /// Since when nothing is sent because the streams are yet to be looked at.
     waits_since: Option<Instant>,
-    /// Subjects that no stream takes: since when, and when that was seen last.
-    without_place: HashMap<String, (Instant, Instant)>,
     /// Something that others may wait for was published: there may be more to do than the next tick would find in time. The
     /// sweep finds it once that is in the database.
     others_wait: bool,
@@ -161,6 +159,7 @@ impl Relay {
             bus,
             metrics,
             breakers: Breakers::new(Arc::clone(&state)),
+            subjects: Subjects::new(Arc::clone(&state), Instant::now()),
             state,
             handed_over,
             from_log,
@@ -171,7 +170,6 @@ impl Relay {
             losses_seen: (0, 0),
             disconnected: Instant::now(),
             waits_since: None,
-            without_place: HashMap::new(),
             others_wait: false,
         };
         (relay, HandOver { sender, gate }, LogEnds { to_relay, outcomes, gate: opens })
@@ -318,7 +316,7 @@ impl Relay {
             }
             let stream = stream_of(&self.streams, &held.row.subject).map(|stream| stream.name.clone());
             self.knows_too_little |= stream.is_none();
-            if let Some(after) = self.breakers.wait(stream.as_deref(), now) {
+            if let Some(after) = self.wait(&held.row.subject, stream.as_deref(), now) {
                 self.give_up(&held.row, Unpublished::Later { after, error: None });
                 continue;
             }
@@ -336,40 +334,78 @@ impl Relay {
         }
     }
 
-    /// Records what became of an output that was sent.
+    /// How long an output has to wait because its subject or its stream is refused at present; none to go on.
+    fn wait(&mut self, subject: &str, stream: Option<&str>, now: Instant) -> Option<Duration> {
+        if let Some(after) = self.subjects.wait(subject, now) {
+            return Some(after);
+        }
+        let after = self.breakers.wait(stream, now)?;
+        self.subjects.undecided(subject, now);
+        Some(after)
+    }
+
+    /// Records what became of an output that was sent. A failure is charged to what it is about and to nothing larger: the
+    /// output, its subject, its stream, or the connection.
     fn hear(&mut self, answered: Answered) {
         let Answered { held: Held { row, .. }, stream, top, answer } = answered;
-        match answer {
-            Ok(place) => self.published(&row, place, top),
-            Err(PublishError::Unavailable(why)) => {
+        let now = Instant::now();
+        let error = match answer {
+            Ok(place) => return self.published(&row, place, top),
+            Err(error) => error,
+        };
+        let after = retry_after(row.failures);
+        match error {
+            PublishError::Refused(reason) => {
+                self.breakers.undecided(stream.as_deref());
+                self.subjects.undecided(&row.subject, now);
+                self.set_aside(&row, reason);
+            }
+            PublishError::NotNow(why) | PublishError::NoConnection(why) => {
+                self.breakers.undecided(stream.as_deref());
+                self.subjects.undecided(&row.subject, now);
+                self.try_again(&row, after, why);
+            }
+            PublishError::NoPlace(why) => self.subject_refused(&row, stream.as_deref(), NO_PLACE_FOR, why),
+            PublishError::SubjectFull(why) => self.subject_refused(&row, stream.as_deref(), FULL_FOR, why),
+            PublishError::Unavailable(why) => {
                 self.breakers.failed(stream.as_deref(), &why);
-                self.metrics.output(&row.worker, OutputOutcome::Failed);
-                let after = retry_after(row.failures);
-                self.give_up(&row, Unpublished::Later { after, error: Some(why) });
-            }
-            Err(PublishError::NoPlace(why)) if !self.has_no_place_for_long(&row.subject) => {
-                self.breakers.undecided(stream.as_deref());
-                self.metrics.output(&row.worker, OutputOutcome::Failed);
-                let after = retry_after(row.failures);
-                self.give_up(&row, Unpublished::Later { after, error: Some(why) });
-            }
-            Err(PublishError::Refused(reason) | PublishError::NoPlace(reason)) => {
-                self.breakers.undecided(stream.as_deref());
-                self.metrics.output(&row.worker, OutputOutcome::SetAside);
-                tracing::error!(
-                    worker = row.worker,
-                    number = row.seq,
-                    "an output to {} is set aside until somebody retries or drops it (oncely outbox): {reason}",
-                    row.subject
-                );
-                self.give_up(&row, Unpublished::Aside { reason });
+                self.subjects.undecided(&row.subject, now);
+                // Others probe the stream before this one does again: the fault may be its own after all.
+                let others = self.breakers.open_for(stream.as_deref(), now).mul_f64(1.5);
+                self.try_again(&row, after.max(others), why);
             }
         }
     }
 
+    /// A stream does not take a subject, and may take all others. After `patience` the output waits for a person.
+    fn subject_refused(&mut self, row: &OutboxRow, stream: Option<&str>, patience: Duration, why: String) {
+        self.breakers.undecided(stream);
+        if self.subjects.refused(&row.subject, &why, Instant::now()) >= patience {
+            self.set_aside(row, why);
+        } else {
+            self.try_again(row, retry_after(row.failures), why);
+        }
+    }
+
+    fn try_again(&mut self, row: &OutboxRow, after: Duration, why: String) {
+        self.metrics.output(&row.worker, OutputOutcome::Failed);
+        self.give_up(row, Unpublished::Later { after, error: Some(why) });
+    }
+
+    fn set_aside(&mut self, row: &OutboxRow, reason: String) {
+        self.metrics.output(&row.worker, OutputOutcome::SetAside);
+        tracing::error!(
+            worker = row.worker,
+            number = row.seq,
+            "an output to {} is set aside until somebody retries or drops it (oncely outbox): {reason}",
+            row.subject
+        );
+        self.give_up(row, Unpublished::Aside { reason });
+    }
+
     fn published(&mut self, row: &OutboxRow, place: PublishedAt, top: u64) {
         self.breakers.succeeded(&place.stream);
-        self.without_place.remove(&row.subject);
+        self.subjects.took(&row.subject);
         if place.duplicate {
             fault::witness(fault::DUPLICATE_OUTPUT);
             self.metrics.output(&row.worker, OutputOutcome::Duplicate);
@@ -435,15 +471,6 @@ impl Relay {
         self.ledger.put_back(swept.back);
         self.take(swept.rows, swept.since);
         swept.is_full
-    }
-
-    /// Whether a subject has had no stream that takes it for so long that it will not pass.
-    fn has_no_place_for_long(&mut self, subject: &str) -> bool {
-        let now = Instant::now();
-        self.without_place.retain(|_, (_, last)| now.duration_since(*last) < NO_PLACE_FOR * 2);
-        let (first, last) = self.without_place.entry(subject.to_owned()).or_insert((now, now));
-        *last = now;
-        now.duration_since(*first) >= NO_PLACE_FOR
     }
 
     async fn be_a_mutant(&self, row: &OutboxRow) {

@@ -300,6 +300,42 @@ async fn a_full_stream_is_waited_for() -> Result<()> {
 }
 
 #[tokio::test]
+async fn publish_errors_of_a_server_say_how_far_they_reach() -> Result<()> {
+    let (nats, bus) = world().await?;
+    nats.make_one_per_subject_stream("ONE", "one.>").await?;
+    nats.make_narrow_stream("NARROW", "narrow.>", 100).await?;
+    nats.make_stream("SEALED", "sealed.>", Duration::from_secs(120)).await?;
+    let context = context(&nats).await?;
+    let mut sealed = context.get_stream("SEALED").await?.cached_info().config.clone();
+    sealed.sealed = true;
+    context.update_stream(sealed).await?;
+    let with_header = |name: &str, value: &str| Outgoing {
+        headers: vec![(name.to_owned(), value.to_owned())],
+        ..outgoing("in.a", name)
+    };
+    let answers = bus
+        .publish(vec![
+            outgoing("one.a", "first"),
+            outgoing("one.a", "second"),
+            outgoing("one.b", "third"),
+            Outgoing { body: vec![0; 200].into(), ..outgoing("narrow.a", "large") },
+            outgoing("sealed.a", "sealed"),
+            with_header("Nats-Expected-Last-Sequence", "99"),
+            with_header("Nats-Expected-Stream", "ELSE"),
+            with_header("Nats-TTL", "10s"),
+            with_header("Nats-Rollup", "all"),
+        ])
+        .await;
+    assert!(answers[0].is_ok() && answers[2].is_ok(), "{answers:?}");
+    assert!(matches!(answers[1], Err(PublishError::SubjectFull(_))), "{answers:?}");
+    assert!(matches!(answers[4], Err(PublishError::NoPlace(_))), "{answers:?}");
+    for answer in [3, 5, 6, 7, 8].map(|place| &answers[place]) {
+        assert!(matches!(answer, Err(PublishError::Refused(_))), "{answer:?}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_stream_is_found_by_what_it_holds() -> Result<()> {
     let (_nats, bus) = world().await?;
     assert_eq!(bus.stream_of_subject("in.a.b").await?.as_deref(), Some("IN"));
@@ -336,7 +372,7 @@ async fn a_killed_broker_is_waited_for() -> Result<()> {
     })
     .await?;
     let answers = bus.publish(vec![outgoing("in.a", "1"), outgoing("in.a", "2")]).await;
-    assert!(answers.iter().all(|answer| matches!(answer, Err(PublishError::Unavailable(_)))), "{answers:?}");
+    assert!(answers.iter().all(|answer| matches!(answer, Err(PublishError::NoConnection(_)))), "{answers:?}");
     nats.restart().await?;
     nats.publish_all(vec![message("in.a", &[("Nats-Msg-Id", "back")])]).await?;
     let published = Instant::now();

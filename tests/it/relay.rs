@@ -1,7 +1,7 @@
 //! Publishing: the order of keys whatever fails, outputs that wait for a person, and delays.
 
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use async_nats::jetstream;
@@ -176,6 +176,32 @@ both!(a_breaker_opens_when_a_stream_does_not_answer_and_closes_by_itself, |kind:
     until_status(&world, "closed").await?;
     assert_eq!(world.database.number("select count(*) from oncely.outbox where set_aside_at is not null").await?, 0);
     check_order(&world, 60).await
+});
+
+both!(a_full_subject_waits_alone_and_the_others_of_its_stream_go_on, |kind: Kind| async move {
+    let mut world = World::without_host(kind, &manifest("concurrency = 1")?).await?;
+    world.nats.make_one_per_subject_stream("OUT", "out.>").await?;
+    world.start_host().await?;
+    let emit = |event: &str, subject: &str, count: u32| {
+        ToPublish::new("in.x", event, "emit", &format!(r#"{{"subject": "{subject}", "n": {count}}}"#))
+    };
+    // One fits; the others are refused, many times over what opens a breaker.
+    world.nats.publish_all(vec![emit("fill", "out.full", 60)]).await?;
+    world.until("select count(*) from oncely.outbox where failures > 0", 59).await?;
+    let began = Instant::now();
+    for n in 0..8 {
+        world.nats.publish_all(vec![emit(&format!("free{n}"), &format!("out.free{n}"), 1)]).await?;
+        let free = "select count(*) from oncely.outbox where subject like 'out.free%' and published_at is not null";
+        world.until(free, n + 1).await?;
+    }
+    ensure!(began.elapsed() < Duration::from_secs(10), "other subjects waited: {:?} for eight", began.elapsed());
+    let shown = world.oncely(&["status"]).await?;
+    assert!(shown.contains("not to out.full for the moment: ") && !shown.contains("not to OUT"), "{shown}");
+    // Its consumers make room for one more, and one more goes.
+    world.nats.purge_subject("OUT", "out.full").await?;
+    world.until("select count(*) from oncely.outbox where published_at is not null", 10).await?;
+    assert_eq!(world.database.number("select count(*) from oncely.outbox where set_aside_at is not null").await?, 0);
+    Ok(())
 });
 
 /// Waits until the breaker of OUT is in a state, and returns why.

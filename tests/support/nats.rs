@@ -162,6 +162,29 @@ impl NatsServer {
         Ok(())
     }
 
+    /// Makes a stream that refuses a message to a subject that it holds one of.
+    pub async fn make_one_per_subject_stream(&self, name: &str, subject: &str) -> Result<()> {
+        let config = jetstream::stream::Config {
+            name: name.to_owned(),
+            subjects: vec![subject.to_owned()],
+            max_messages_per_subject: 1,
+            discard: jetstream::stream::DiscardPolicy::New,
+            discard_new_per_subject: true,
+            allow_direct: true,
+            ..Default::default()
+        };
+        jetstream::new(self.client().await?).create_stream(config).await.context("make a stream of one per subject")?;
+        Ok(())
+    }
+
+    /// Removes all messages to a subject from a stream.
+    pub async fn purge_subject(&self, stream: &str, subject: &str) -> Result<()> {
+        let context = jetstream::new(self.client().await?);
+        let stream = context.get_stream(stream).await.context("open the stream")?;
+        stream.purge().filter(subject).await.context("remove the messages to a subject")?;
+        Ok(())
+    }
+
     /// Makes a stream that forgets message ids after `window`.
     pub async fn make_stream(&self, name: &str, subject: &str, window: Duration) -> Result<()> {
         let config = jetstream::stream::Config {

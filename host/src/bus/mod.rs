@@ -60,8 +60,9 @@ type Known = (Instant, Arc<Vec<StreamInfo>>);
 /// Subjects the server did not let us publish to, and when it said so.
 type Denied = Arc<Mutex<HashMap<String, Instant>>>;
 
-/// How many of them are remembered, and for how long.
-const DENIED_MAX: usize = 1_000;
+/// How many of them are remembered, and for how long: more than can be under way in that time, so that none counts as
+/// its stream's trouble.
+const DENIED_MAX: usize = 1 << 16;
 const DENIED_FOR: Duration = Duration::from_secs(30);
 
 impl Bus {
@@ -193,7 +194,9 @@ fn remember_denial(event: &Event, denied: &Denied) {
     let Some((_, rest)) = text.split_once("Permissions Violation for Publish to \"") else { return };
     let Some((subject, _)) = rest.split_once('"') else { return };
     let mut denied = denied.lock().unwrap_or_else(PoisonError::into_inner);
-    denied.retain(|_, since| since.elapsed() < DENIED_FOR);
+    if denied.len() >= DENIED_MAX {
+        denied.retain(|_, since| since.elapsed() < DENIED_FOR);
+    }
     if denied.len() < DENIED_MAX {
         denied.insert(subject.to_owned(), Instant::now());
     }

@@ -41,21 +41,39 @@ pub struct PublishedAt {
     pub duplicate: bool,
 }
 
-/// Why a message was not published, or not known to be.
+/// Why a message was not published, or not known to be. Each says how far the trouble reaches.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PublishError {
-    /// No answer, or a passing refusal: it may or may not be there; publish it again with the same id.
-    Unavailable(String),
-    /// It was not published, and will never be: the fault is its own.
+    /// This message, for good: it was not published, and will never be; the fault is its own.
     Refused(String),
-    /// It was not published, and will not be as long as the streams are as they are.
+    /// This message, for the moment: publish it again with the same id.
+    NotNow(String),
+    /// Its subject, for the moment: the stream holds as many messages of it as it may, and takes others.
+    SubjectFull(String),
+    /// Its subject, as long as streams and permissions are as they are.
     NoPlace(String),
+    /// Its stream: no answer, or a passing refusal. The message may or may not be there; publish it again with the same id.
+    Unavailable(String),
+    /// The connection: nothing was sent.
+    NoConnection(String),
+}
+
+impl PublishError {
+    fn text(&self) -> &str {
+        match self {
+            PublishError::Refused(text)
+            | PublishError::NotNow(text)
+            | PublishError::SubjectFull(text)
+            | PublishError::NoPlace(text)
+            | PublishError::Unavailable(text)
+            | PublishError::NoConnection(text) => text,
+        }
+    }
 }
 
 impl std::fmt::Display for PublishError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let (PublishError::Unavailable(text) | PublishError::Refused(text) | PublishError::NoPlace(text)) = self;
-        f.write_str(text)
+        f.write_str(self.text())
     }
 }
 
@@ -110,7 +128,7 @@ impl Bus {
         let headers = headers(&message)?;
         // While disconnected the client would keep it and send it at some later time.
         if !self.is_connected() {
-            return Err(PublishError::Unavailable("there is no connection to NATS".to_owned()));
+            return Err(PublishError::NoConnection("there is no connection to NATS".to_owned()));
         }
         let size = message.body.len() + headers_size(&message);
         let publish = PublishMessage::build().payload(message.body).headers(headers);
@@ -165,18 +183,92 @@ fn headers_size(message: &Outgoing) -> usize {
     lines + "NATS/1.0\r\nNats-Msg-Id: \r\n\r\n".len() + message.id.len()
 }
 
-/// A client error (4xx) of the stream is about this message and stays; anything else may pass. A stream that is full
-/// counts as passing (503): messages wait until there is room.
+/// How far an error reaches. A client error (4xx) is about the message, but for those listed here; any other is about the
+/// stream and may pass: a stream that is full answers 503, and messages wait until there is room.
 fn classify(error: &jetstream::context::PublishError) -> PublishError {
-    let answer = error.source().and_then(|source| source.downcast_ref::<jetstream::Error>());
-    match answer {
-        Some(answer) if answer.error_code() == ErrorCode::STREAM_SEALED => PublishError::NoPlace(error.to_string()),
-        Some(answer) if (400..500).contains(&answer.code()) && answer.code() != TOO_MANY_REQUESTS => {
-            PublishError::Refused(error.to_string())
-        }
-        _ => PublishError::Unavailable(error.to_string()),
+    let text = error.to_string();
+    let Some(answer) = error.source().and_then(|source| source.downcast_ref::<jetstream::Error>()) else {
+        return PublishError::Unavailable(text);
+    };
+    match (answer.error_code(), answer.code()) {
+        (ErrorCode::STREAM_STORE_FAILED, _) => not_stored(text),
+        (DUPLICATE_UNDER_WAY, _) => PublishError::NotNow(text),
+        (ErrorCode::STREAM_SEALED | ErrorCode::MESSAGE_COUNTER_BROKEN, _) => PublishError::NoPlace(text),
+        // The account has used up what it may: the stream takes nothing until something is removed.
+        (ErrorCode::ACCOUNT_RESOURCES_EXCEEDED, _) | (_, TOO_MANY_REQUESTS) => PublishError::Unavailable(text),
+        (ErrorCode::STREAM_ROLLUP_FAILED, _) | (_, 400..500) => PublishError::Refused(text),
+        _ => PublishError::Unavailable(text),
+    }
+}
+
+/// One code stands for all that can go wrong when a stream stores a message; its text alone says which. A text that a newer
+/// server words otherwise counts as the stream's trouble.
+fn not_stored(text: String) -> PublishError {
+    if text.contains("per subject exceeded") {
+        PublishError::SubjectFull(text)
+    } else if text.contains("message to large") || text.contains("message too large") {
+        PublishError::Refused(text)
+    } else {
+        PublishError::Unavailable(text)
     }
 }
 
 /// The stream's queue is full for the moment.
 const TOO_MANY_REQUESTS: usize = 429;
+
+/// A message with the same id is being stored right now, which may yet fail; not among the client's constants.
+const DUPLICATE_UNDER_WAY: ErrorCode = ErrorCode(10_158);
+
+#[cfg(test)]
+mod tests {
+    use async_nats::jetstream::context::PublishError as Failed;
+
+    use super::*;
+
+    /// As the client makes of a server's answer.
+    fn answered(code: usize, err_code: u64, description: &str) -> PublishError {
+        let answer = serde_json::json!({ "code": code, "err_code": err_code, "description": description });
+        let answer: jetstream::Error = serde_json::from_value(answer).unwrap();
+        classify(&Failed::with_source(PublishErrorKind::Other, answer))
+    }
+
+    #[test]
+    fn publish_errors_are_charged_to_what_they_are_about() {
+        use PublishError::{NoPlace, NotNow, Refused, SubjectFull, Unavailable};
+        for (code, err_code, description) in [
+            (503, 10_077, "maximum messages exceeded"),
+            (503, 10_077, "maximum bytes exceeded"),
+            (503, 10_077, "no space left on device"),
+            (503, 10_008, "JetStream system temporarily unavailable"),
+            (503, 10_023, "insufficient resources"),
+            (500, 10_047, "insufficient storage resources available"),
+            (500, 10_028, "insufficient memory resources available"),
+            (400, 10_002, "resource limits exceeded for account"),
+            (429, 10_167, "too many requests"),
+            (500, 10_118, "stream is offline"),
+            (503, 99_999, "an error of a newer server"),
+        ] {
+            assert!(matches!(answered(code, err_code, description), Unavailable(_)), "{description}");
+        }
+        let full = answered(503, 10_077, "maximum messages per subject exceeded");
+        assert!(matches!(&full, SubjectFull(why) if why.contains("per subject")), "{full:?}");
+        assert!(matches!(answered(400, 10_109, "invalid operation on sealed stream"), NoPlace(_)));
+        assert!(matches!(answered(500, 10_172, "message counter is broken"), NoPlace(_)));
+        assert!(matches!(answered(409, 10_158, "duplicate message id is in process"), NotNow(_)));
+        for (code, err_code, description) in [
+            (400, 10_054, "message size exceeds maximum allowed"),
+            (400, 10_097, "header size exceeds maximum allowed of 64k"),
+            (503, 10_077, "message to large"),
+            (400, 10_060, "expected stream does not match"),
+            (400, 10_070, "wrong last msg ID: 1"),
+            (400, 10_071, "wrong last sequence: 7"),
+            (400, 10_164, "wrong last sequence"),
+            (400, 10_165, "invalid per-message TTL"),
+            (400, 10_166, "per-message TTL is disabled"),
+            (400, 10_188, "message schedules is disabled"),
+            (500, 10_111, "rollup not permitted"),
+        ] {
+            assert!(matches!(answered(code, err_code, description), Refused(_)), "{description}");
+        }
+    }
+}

@@ -98,12 +98,11 @@ fn by_log(log: &LogState, reads: bool) -> String {
 }
 
 fn to_streams(status: &HostStatus) -> String {
-    let broken: Vec<String> = status
-        .breakers
-        .iter()
-        .filter(|breaker| breaker.state != breaker::State::Closed)
-        .map(|breaker| format!("not to {} for the moment: {}", breaker.stream, breaker.why))
-        .collect();
+    let streams = status.breakers.iter().filter(|breaker| breaker.state != breaker::State::Closed);
+    let streams = streams.map(|breaker| (&breaker.stream, &breaker.why));
+    let subjects = status.refused_subjects.iter().map(|refused| (&refused.subject, &refused.why));
+    let broken: Vec<String> =
+        streams.chain(subjects).map(|(place, why)| format!("not to {place} for the moment: {why}")).collect();
     if broken.is_empty() { "yes".to_owned() } else { broken.join("; ") }
 }
 

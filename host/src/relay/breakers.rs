@@ -47,6 +47,11 @@ impl Breakers {
         self.with(stream, |breaker| breaker.undecided(Instant::now()));
     }
 
+    /// For how long nothing goes to a stream from now on; zero when it is closed or the stream is not known.
+    pub fn open_for(&self, stream: Option<&str>, now: Instant) -> Duration {
+        stream.and_then(|stream| self.by_stream.get(stream)).map_or(Duration::ZERO, |breaker| breaker.open_for(now))
+    }
+
     fn with<T>(&mut self, stream: Option<&str>, tell: impl FnOnce(&mut Breaker) -> T) -> Option<T> {
         let stream = stream?;
         if !self.by_stream.contains_key(stream) {

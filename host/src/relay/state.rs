@@ -20,10 +20,23 @@ pub struct BreakerState {
     pub why: String,
 }
 
+/// A subject that its stream refuses while it may take others.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RefusedSubject {
+    pub subject: String,
+    /// The last refusal that opened its breaker.
+    pub why: String,
+}
+
+/// How many refused subjects are shown.
+const REFUSED_SHOWN_MAX: usize = 20;
+
 /// What the relay's parts tell each other, and people.
 #[derive(Default)]
 pub struct RelayState {
     breakers: Mutex<BTreeMap<String, BreakerState>>,
+    /// By subject, with why.
+    refused: Mutex<BTreeMap<String, String>>,
     /// When the streams were looked at for losses the last time, and after which connection to NATS.
     looked: Mutex<Option<Look>>,
     /// Streams that answered with a sequence they had given before.
@@ -59,6 +72,23 @@ impl RelayState {
             let (stream, state, why) = (stream.to_owned(), breaker.state(), breaker.why().to_owned());
             shown.insert(stream.clone(), BreakerState { stream, state, why });
         }
+    }
+
+    /// Subjects that outputs wait for at present, the first few of them.
+    pub fn refused_subjects(&self) -> Vec<RefusedSubject> {
+        let refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        refused.iter().map(|(subject, why)| RefusedSubject { subject: subject.clone(), why: why.clone() }).collect()
+    }
+
+    pub(super) fn show_refused(&self, subject: &str, why: &str) {
+        let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        if refused.len() < REFUSED_SHOWN_MAX || refused.contains_key(subject) {
+            refused.insert(subject.to_owned(), why.to_owned());
+        }
+    }
+
+    pub(super) fn show_taken(&self, subject: &str) {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner).remove(subject);
     }
 
     pub(super) fn looked(&self, look: Look) {
