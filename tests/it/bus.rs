@@ -14,6 +14,8 @@ use oncely::verdict::Settled;
 use support::nats::{NatsServer, ToPublish};
 use tokio::time::timeout;
 
+mod logins;
+
 /// Until when a test waits for what must come.
 const PATIENCE: Duration = Duration::from_secs(30);
 

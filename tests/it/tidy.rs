@@ -43,7 +43,8 @@ fn each_outside_library_has_one_room() -> Result<()> {
         ("prometheus_client", &["metrics"]),
         // What wasmtime-wasi-http takes and gives.
         ("hyper", &["webhook", "guest"]),
-        ("tokio_rustls", &["webhook"]),
+        ("tokio_rustls", &["webhook", "bus"]),
+        ("nkeys", &["bus"]),
         ("moka", &["cache"]),
         ("redis", &["cache"]),
     ];

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use async_nats::HeaderMap;
 use async_nats::jetstream;
 use async_nats::jetstream::stream::DirectGetErrorKind;
+use async_nats::{ConnectOptions, HeaderMap};
 use futures::StreamExt;
 use tempfile::TempDir;
 
@@ -18,6 +18,8 @@ pub struct NatsServer {
     port: u16,
     folder: TempDir,
     server: Option<Server>,
+    /// How a test's own clients connect.
+    options: ConnectOptions,
 }
 
 /// A message to publish.
@@ -60,11 +62,16 @@ impl NatsServer {
 
     /// Starts a server with further lines of configuration.
     pub async fn start_with(configuration: &str) -> Result<Self> {
+        Self::start_secured(configuration, ConnectOptions::new()).await
+    }
+
+    /// Starts a server that wants a proof of its clients, which the test's own give with these options.
+    pub async fn start_secured(configuration: &str, options: ConnectOptions) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("oncely-nats-").tempdir().context("make a folder")?;
         if !configuration.is_empty() {
             std::fs::write(folder.path().join("configuration"), configuration).context("write the configuration")?;
         }
-        let mut nats = NatsServer { port: free_port()?, folder, server: None };
+        let mut nats = NatsServer { port: free_port()?, folder, server: None, options };
         nats.restart().await?;
         Ok(nats)
     }
@@ -137,7 +144,7 @@ impl NatsServer {
     pub async fn client(&self) -> Result<async_nats::Client> {
         let end = Instant::now() + Duration::from_secs(20);
         loop {
-            match async_nats::connect(self.url()).await {
+            match self.options.clone().connect(self.url()).await {
                 Ok(client) => return Ok(client),
                 Err(error) if Instant::now() > end => {
                     let log = std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default();
@@ -245,14 +252,17 @@ impl NatsServer {
         Ok(())
     }
 
-    /// Publishes a header block as it is, which no client would.
-    pub fn publish_raw(&self, subject: &str, headers: &[u8], body: &[u8]) -> Result<()> {
+    /// Publishes a subject and a header block as they are, which no client would; an empty block is none.
+    pub fn publish_raw(&self, subject: &[u8], headers: &[u8], body: &[u8]) -> Result<()> {
         use std::io::{BufRead, BufReader, Write};
         let mut stream = std::net::TcpStream::connect(("127.0.0.1", self.port)).context("connect")?;
-        let total = headers.len() + body.len();
-        let text =
-            format!("CONNECT {{\"headers\":true,\"verbose\":false}}\r\nHPUB {subject} {} {total}\r\n", headers.len());
-        let bytes = [text.as_bytes(), headers, body, b"\r\nPING\r\n"].concat();
+        let connect = b"CONNECT {\"headers\":true,\"verbose\":false}\r\n";
+        let sizes = match headers.len() {
+            0 => format!(" {}\r\n", body.len()),
+            length => format!(" {length} {}\r\n", length + body.len()),
+        };
+        let verb: &[u8] = if headers.is_empty() { b"PUB " } else { b"HPUB " };
+        let bytes = [connect, verb, subject, sizes.as_bytes(), headers, body, b"\r\nPING\r\n"].concat();
         stream.write_all(&bytes).context("publish raw")?;
         for line in BufReader::new(stream).lines() {
             match line.context("wait for the server")?.as_str() {

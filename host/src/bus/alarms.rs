@@ -5,14 +5,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Error, Result};
 use async_nats::jetstream::consumer::pull::Config;
-use async_nats::jetstream::consumer::{AckPolicy, Consumer, DeliverPolicy};
+use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy};
 use async_nats::jetstream::{self, AckKind};
 use bytes::Bytes;
-use futures::StreamExt;
 use jiff::Timestamp;
 
 use super::Bus;
-use super::streams::timestamp;
 use crate::alarm::ALARM_STREAM;
 
 /// How long one request for the next alarm stays open.
@@ -23,7 +21,8 @@ const ACK_WAIT: Duration = Duration::from_secs(30);
 
 /// The place up to which alarms were told, shared by all hosts.
 pub struct Alarms {
-    consumer: Consumer<Config>,
+    bus: Bus,
+    durable: String,
 }
 
 /// An alarm to tell of.
@@ -52,31 +51,23 @@ impl Bus {
             max_ack_pending: 1,
             ..Config::default()
         };
-        let consumer = stream.create_consumer(config).await.context("make the consumer of alarms")?;
-        Ok(Alarms { consumer })
+        stream.create_consumer(config).await.context("make the consumer of alarms")?;
+        Ok(Alarms { bus: self.clone(), durable: durable.to_owned() })
     }
 }
 
 impl Alarms {
     /// The next alarm; none when there is none for a while.
     pub async fn next(&self) -> Result<Option<AlarmMessage>> {
-        let mut messages = self
-            .consumer
-            .fetch()
-            .max_messages(1)
-            .expires(REQUEST_OPEN)
-            .messages()
-            .await
-            .context("ask for the next alarm")?;
-        let next = tokio::time::timeout(REQUEST_OPEN * 2, messages.next()).await.context("wait for the next alarm")?;
-        let Some(message) = next else { return Ok(None) };
-        let message = message.map_err(Error::from_boxed).context("take an alarm")?;
-        let info = message.info().map_err(Error::from_boxed).context("read the place of an alarm")?;
-        let (stored_at, sequence) = (timestamp(info.published)?, info.stream_sequence);
-        let delivered = u32::try_from(info.delivered).unwrap_or(u32::MAX);
-        let id = message.headers.as_ref().and_then(|headers| headers.get(async_nats::header::NATS_MESSAGE_ID));
-        let id = id.map_or_else(|| format!("{ALARM_STREAM}:{sequence}"), ToString::to_string);
-        Ok(Some(AlarmMessage { id, body: message.payload.clone(), stored_at, delivered, message }))
+        let mut requests = self.bus.requests(ALARM_STREAM, &self.durable).await?;
+        requests.ask(1, REQUEST_OPEN, false).context("ask for the next alarm")?;
+        let taken = requests.next(&self.bus).await.context("take an alarm")?;
+        let Some(taken) = taken else { return Ok(None) };
+        let id = taken.headers.get(async_nats::header::NATS_MESSAGE_ID);
+        let id = id.map_or_else(|| format!("{ALARM_STREAM}:{}", taken.place.sequence), ToString::to_string);
+        let delivered = u32::try_from(taken.place.delivered).unwrap_or(u32::MAX);
+        let message = self.bus.acknowledgeable(&taken.place.reply);
+        Ok(Some(AlarmMessage { id, body: taken.body, stored_at: taken.place.stored_at, delivered, message }))
     }
 }
 

@@ -3,24 +3,19 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Error, Result};
-use async_nats::jetstream::consumer::pull::{Batch, Config};
-use async_nats::jetstream::consumer::{AckPolicy, Consumer, DeliverPolicy};
+use anyhow::{Context, Result};
+use async_nats::jetstream::consumer::pull::Config;
+use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy};
 use bytes::Bytes;
-use futures::StreamExt;
 use jiff::Timestamp;
-use tokio::sync::watch;
-use tokio::time::Instant;
 
 use super::Bus;
+use super::requests::Requests;
 use super::streams::timestamp;
 
 /// How long one request for messages stays open, and how many it brings.
 const REQUEST_OPEN: Duration = Duration::from_secs(10);
 const REQUEST_MAX: usize = 1_000;
-
-/// After how long a request that ended without a word counts as lost.
-const SILENCE_MAX: Duration = Duration::from_secs(12);
 
 /// After how long the server forgets about a listener that is gone.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(60);
@@ -32,9 +27,8 @@ pub struct Feed {
     /// When the stream was made, and the last sequence that was heard, or that stood there at the start.
     created: Timestamp,
     last: u64,
-    consumer: Option<Consumer<Config>>,
-    request: Option<(Batch, Instant)>,
-    connections: watch::Receiver<u64>,
+    /// To the consumer that is there for this listener; none when it is to be made.
+    requests: Option<Requests>,
 }
 
 /// What a feed tells.
@@ -48,16 +42,13 @@ pub enum Heard {
 impl Bus {
     /// Listens to a stream, from now on.
     pub async fn feed(&self, stream: &str) -> Result<Feed> {
-        let connections = self.connections();
         let info = self.stream(stream).await?.with_context(|| format!("there is no stream {stream}"))?;
         Ok(Feed {
             bus: self.clone(),
             stream: stream.to_owned(),
             created: info.created,
             last: info.last_sequence,
-            consumer: None,
-            request: None,
-            connections,
+            requests: None,
         })
     }
 }
@@ -67,54 +58,42 @@ impl Feed {
     pub async fn next(&mut self) -> Result<Heard> {
         let heard = self.listen().await;
         if heard.is_err() {
-            (self.consumer, self.request) = (None, None);
+            self.requests = None;
         }
         heard
     }
 
     async fn listen(&mut self) -> Result<Heard> {
         loop {
-            let Some(consumer) = &self.consumer else {
+            let Some(requests) = &mut self.requests else {
                 if self.resume().await? {
                     return Ok(Heard::Gap);
                 }
                 continue;
             };
-            let Some((batch, silent_at)) = &mut self.request else {
-                let batch = consumer.batch().max_messages(REQUEST_MAX).expires(REQUEST_OPEN).messages();
-                let batch = batch.await.context("ask for what is told to all hosts")?;
-                self.request = Some((batch, Instant::now() + SILENCE_MAX));
-                continue;
-            };
-            let message = tokio::select! {
-                message = batch.next() => message,
-                // The server knows nothing of requests made on a connection that is gone.
-                Ok(()) = self.connections.changed() => {
-                    (self.consumer, self.request) = (None, None);
-                    continue;
-                }
-                () = tokio::time::sleep_until(*silent_at) => {
-                    (self.consumer, self.request) = (None, None);
+            if !requests.is_open() {
+                requests.ask(REQUEST_MAX, REQUEST_OPEN, false).context("ask for what is told to all hosts")?;
+            }
+            let message = match requests.next(&self.bus).await {
+                Ok(Some(message)) => message,
+                Ok(None) => continue,
+                // The server knows nothing of requests made on a connection that is gone, and may have lost the consumer.
+                Err(error) => {
+                    tracing::debug!("listen anew to what is told to all hosts: {error:#}");
+                    self.requests = None;
                     continue;
                 }
             };
-            let Some(message) = message else {
-                self.request = None;
-                continue;
-            };
-            let message = message.map_err(Error::from_boxed).context("hear what is told to all hosts")?;
-            let sequence =
-                message.info().map_err(Error::from_boxed).context("read the place of a message")?.stream_sequence;
+            let sequence = message.place.sequence;
             let is_next = sequence == self.last + 1;
             self.last = sequence;
             // Of what is forgotten nobody has to know what came after it.
-            return Ok(if is_next { Heard::Message(message.payload.clone()) } else { Heard::Gap });
+            return Ok(if is_next { Heard::Message(message.body) } else { Heard::Gap });
         }
     }
 
     /// Makes a consumer that goes on where this one was; true when that is not possible any more, or the stream is another.
     async fn resume(&mut self) -> Result<bool> {
-        self.connections.mark_unchanged();
         let name = &self.stream;
         let stream = self.bus.context.get_stream(name).await.with_context(|| format!("open the stream {name}"))?;
         let info = stream.cached_info();
@@ -131,7 +110,8 @@ impl Feed {
             memory_storage: true,
             ..Config::default()
         };
-        self.consumer = Some(stream.create_consumer(config).await.context("listen to what is told to all hosts")?);
+        let consumer = stream.create_consumer(config).await.context("listen to what is told to all hosts")?;
+        self.requests = Some(self.bus.requests(name, &consumer.cached_info().name).await?);
         Ok(is_another || is_gone)
     }
 }

@@ -1,7 +1,7 @@
 //! NATS JetStream: streams, durable pull consumers, and publishing that waits for the stream's answer.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -12,15 +12,19 @@ use tokio::sync::watch;
 
 use crate::config::{Login, Nats};
 use crate::hint::WithHint;
+use reader::Reader;
 
 mod alarms;
 mod feed;
 mod publish;
 mod pull;
 mod raw;
+mod readable;
+mod reader;
+mod requests;
 mod server;
 mod streams;
-mod unreadable;
+mod wire;
 
 pub use alarms::{AlarmMessage, Alarms};
 pub use feed::{Feed, Heard};
@@ -52,6 +56,9 @@ pub struct Bus {
     connections: watch::Receiver<u64>,
     known_streams: Arc<tokio::sync::Mutex<Option<Known>>>,
     denied: Denied,
+    /// How to reach NATS, and the connection that messages come by, once one is listened for.
+    nats: Arc<Nats>,
+    reader: Arc<OnceLock<Reader>>,
 }
 
 /// All streams, and as of when.
@@ -102,7 +109,8 @@ impl Bus {
             .await
             .with_context(|| format!("ask NATS at {} for JetStream", nats.shown()))
             .hint("start the server with JetStream: nats-server --jetstream")?;
-        Ok(Bus { client, context, connections, known_streams: Arc::default(), denied })
+        let (nats, reader) = (Arc::new(nats.clone()), Arc::default());
+        Ok(Bus { client, context, connections, known_streams: Arc::default(), denied, nats, reader })
     }
 
     /// The largest message the server takes, headers included, in bytes.
@@ -121,14 +129,21 @@ impl Bus {
         self.connections.clone()
     }
 
+    /// The connection that messages come by, opened at the first call.
+    async fn reader(&self) -> Result<Reader> {
+        let reader = self.reader.get_or_init(|| Reader::start(Nats::clone(&self.nats)));
+        reader.ready().await?;
+        Ok(reader.clone())
+    }
+
     /// Whether the server denied a message to this subject just now. It says so in words for people, and not to whom.
     fn is_denied(&self, subject: &str) -> bool {
         let denied = self.denied.lock().unwrap_or_else(PoisonError::into_inner);
         denied.get(subject).is_some_and(|since| since.elapsed() < DENIED_FOR)
     }
 
-    /// Returns when the client has ended: it reads the server's words in tasks of its own, and a message whose headers it
-    /// chokes on can end them. It does not come back; connect anew.
+    /// Returns when the client has ended: it reads the server's words in tasks of its own, and ends with them. It does not
+    /// come back; connect anew.
     pub async fn ended(&self) {
         let mut connections = self.connections.clone();
         while connections.changed().await.is_ok() {}

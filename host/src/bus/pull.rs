@@ -8,19 +8,21 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Error, Result};
+use anyhow::{Context, Result};
+use async_nats::jetstream::AckKind;
 use async_nats::jetstream::consumer::pull::{BatchConfig, Config};
-use async_nats::jetstream::consumer::{AckPolicy, Consumer, DeliverPolicy};
-use async_nats::jetstream::{self, AckKind};
-use async_nats::{StatusCode, Subject, Subscriber};
-use bytes::Bytes;
-use futures::StreamExt;
+use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy};
+use async_nats::{StatusCode, Subject};
 use jiff::Timestamp;
 use tokio::sync::{Mutex, watch};
 use tokio::time::Instant;
 
 use super::Bus;
+use super::readable::{read_block, read_subject};
+use super::reader::{Listener, Reader};
+use super::requests::{Place, next_subject};
 use super::streams::timestamp;
+use super::wire::Arrived;
 use crate::fault;
 use crate::message::{Headers, InvalidEventId, Message, Origin, event_id, place_id, place_id_prefix};
 use crate::retry::Backoff;
@@ -66,7 +68,7 @@ const REST_WITHIN: Duration = Duration::from_secs(1);
 pub struct Pull {
     bus: Bus,
     subscription: Subscription,
-    consumer: Consumer<Config>,
+    reader: Reader,
     stream_created: Timestamp,
     /// The same for receipts, in microseconds since the epoch.
     stream_now: Arc<AtomicI64>,
@@ -74,11 +76,9 @@ pub struct Pull {
     created_confirmed: bool,
     /// Requests are numbered; request 7 is answered at `{inbox}.7`.
     inbox: String,
-    answers: Subscriber,
+    answers: Listener,
     requests: u64,
     request: Option<Request>,
-    /// Messages that cannot be read, yet to be returned.
-    unreadable: Vec<Unread>,
     /// A message that was taken and is yet to be returned.
     held: Option<Pulled>,
     /// Whether the consumer has to be looked after before the next request.
@@ -93,7 +93,7 @@ pub struct Pull {
 
 /// An open pull request.
 struct Request {
-    answered_at: Subject,
+    answered_at: String,
     /// How many messages it can still bring.
     left: usize,
     last_word: Instant,
@@ -107,19 +107,6 @@ pub struct Pulled {
     /// How often it was delivered, this time included.
     pub delivered: u64,
     pub receipt: Receipt,
-}
-
-/// A message whose headers cannot be read; see [`super::unreadable`].
-pub(super) struct Unread {
-    pub sequence: u64,
-    pub stored_at: Timestamp,
-    pub subject: String,
-    /// The header block as far as it is text.
-    pub headers: String,
-    pub body: Bytes,
-    pub why: String,
-    /// Where to acknowledge it.
-    pub reply: Subject,
 }
 
 /// The right to settle one delivered message.
@@ -157,15 +144,16 @@ pub struct Backlog {
 impl Bus {
     /// Makes or updates the durable consumer. It is never deleted: it holds the place on the stream.
     pub async fn subscribe(&self, subscription: &Subscription) -> Result<Pull> {
-        let mut connections = self.connections.clone();
+        let reader = self.reader().await?;
+        let mut connections = reader.connections();
         connections.mark_unchanged();
-        let (consumer, stream_created) = self.ensure_consumer(subscription).await?;
+        let stream_created = self.ensure_consumer(subscription).await?;
         let inbox = self.client.new_inbox();
-        let answers = self.client.subscribe(format!("{inbox}.*")).await.context("listen for messages")?;
+        let answers = reader.listen(&format!("{inbox}.*"));
         Ok(Pull {
             bus: self.clone(),
             subscription: subscription.clone(),
-            consumer,
+            reader,
             stream_created,
             stream_now: Arc::new(AtomicI64::new(stream_created.as_microsecond())),
             created_confirmed: false,
@@ -173,10 +161,8 @@ impl Bus {
             answers,
             requests: 0,
             request: None,
-            unreadable: Vec::new(),
             held: None,
-            // The host before may have met a message that it could not read.
-            in_doubt: true,
+            in_doubt: false,
             resting: false,
             backoff: Backoff::default(),
             heard: Arc::default(),
@@ -195,18 +181,19 @@ impl Bus {
         }
     }
 
-    async fn ensure_consumer(&self, subscription: &Subscription) -> Result<(Consumer<Config>, Timestamp)> {
+    /// Makes or updates the consumer; returns when its stream was made.
+    async fn ensure_consumer(&self, subscription: &Subscription) -> Result<Timestamp> {
         let stream = self
             .context
             .get_stream(&subscription.stream)
             .await
             .with_context(|| format!("open the stream {}", subscription.stream))?;
         let created = timestamp(stream.cached_info().created)?;
-        let consumer = stream
+        stream
             .create_consumer(config(subscription))
             .await
             .with_context(|| format!("make the consumer {} on {}", subscription.durable, subscription.stream))?;
-        Ok((consumer, created))
+        Ok(created)
     }
 }
 
@@ -240,9 +227,6 @@ impl Pull {
             if self.in_doubt {
                 self.renew().await;
             }
-            if let Some(unread) = self.unreadable.pop() {
-                return Ok(self.unread(unread));
-            }
             if self.held.is_none() {
                 self.step(room).await?;
             }
@@ -265,7 +249,7 @@ impl Pull {
             self.resting = true;
             self.request = None;
             // Ends `answers` once what is on its way has arrived.
-            let _ = self.answers.drain().await;
+            self.answers.drain();
         }
         loop {
             if self.held.is_some() && self.id_is_right().await {
@@ -282,7 +266,7 @@ impl Pull {
     async fn step(&mut self, room: usize) -> Result<()> {
         let silent_from = match &self.request {
             Some(request) => request.last_word + SILENCE_MAX,
-            None => self.ask(room).await? + SILENCE_MAX,
+            None => self.ask(room)? + SILENCE_MAX,
         };
         tokio::select! {
             // What has arrived comes first: it tells that the request is alive.
@@ -296,10 +280,10 @@ impl Pull {
     }
 
     /// Opens a request, now.
-    async fn ask(&mut self, room: usize) -> Result<Instant> {
+    fn ask(&mut self, room: usize) -> Result<Instant> {
         let now = Instant::now();
         let left = room.max(1);
-        let answered_at = Subject::from(format!("{}.{}", self.inbox, self.requests));
+        let answered_at = format!("{}.{}", self.inbox, self.requests);
         let batch = BatchConfig {
             batch: left,
             expires: Some(REQUEST_OPEN),
@@ -307,96 +291,75 @@ impl Pull {
             max_bytes: REQUEST_BYTES.max(self.bus.max_payload() * 2),
             ..BatchConfig::default()
         };
-        self.consumer.request_batch(batch, answered_at.clone()).await.context("ask for messages")?;
+        let body = serde_json::to_vec(&batch).context("write a request for messages")?;
+        let subject = next_subject(&self.subscription.stream, &self.subscription.durable);
+        self.reader.publish(subject, answered_at.clone(), body);
         self.requests += 1;
         self.created_confirmed = false;
         self.request = Some(Request { answered_at, left, last_word: now });
         Ok(now)
     }
 
-    fn hear(&mut self, answer: async_nats::Message) {
+    fn hear(&mut self, answer: Arrived) {
         // A publisher may have stored a status of its own: what has a place on a stream is a message.
-        if answer.reply.as_ref().is_some_and(|reply| reply.starts_with("$JS.ACK.")) {
-            self.take(answer);
-        } else if let (Some(status), Some(request)) = (answer.status, &mut self.request)
-            && request.answered_at == answer.subject
+        match self.bus.place(answer.reply.as_deref()) {
+            Ok(Some(place)) => self.take(answer, place),
+            Ok(None) => self.hear_of_request(&answer),
+            // It stays unacknowledged and comes again.
+            Err(error) => tracing::warn!("a message from {} makes no sense: {error:#}", self.subscription.stream),
+        }
+    }
+
+    fn hear_of_request(&mut self, answer: &Arrived) {
+        let Ok(block) = read_block(&answer.headers) else { return };
+        if let (Some(status), Some(request)) = (block.status, &mut self.request)
+            && request.answered_at.as_bytes() == answer.subject.as_ref()
         {
             request.last_word = Instant::now();
             match status {
                 StatusCode::IDLE_HEARTBEAT => self.sound(),
                 StatusCode::TIMEOUT | StatusCode::NOT_FOUND => self.request = None,
                 // The next message is larger than what this request has left.
-                StatusCode::REQUEST_TERMINATED if is_full(answer.description.as_deref()) => self.request = None,
-                status => self.doubt(&format!("{status} {}", answer.description.as_deref().unwrap_or_default())),
+                StatusCode::REQUEST_TERMINATED if is_full(&block.description) => self.request = None,
+                status => self.doubt(&format!("{status} {}", block.description)),
             }
         }
     }
 
-    fn take(&mut self, message: async_nats::Message) {
+    fn take(&mut self, message: Arrived, place: Place) {
         self.sound();
         if let Some(request) = &mut self.request {
             request.last_word = Instant::now();
             request.left = request.left.saturating_sub(1);
         }
         self.request.take_if(|request| request.left == 0);
-        match self.open(message) {
-            Ok(pulled) => self.held = Some(pulled),
-            // It stays unacknowledged and comes again.
-            Err(error) => tracing::warn!("a message from {} makes no sense: {error:#}", self.subscription.stream),
-        }
+        self.held = Some(self.open(message, place));
     }
 
-    fn open(&self, message: async_nats::Message) -> Result<Pulled> {
-        let message = jetstream::Message { message, context: self.bus.context.clone() };
-        let info = message.info().map_err(Error::from_boxed).context("read its place")?;
-        let origin = Origin {
-            stream: info.stream.to_owned(),
-            sequence: info.stream_sequence,
-            stored_at: timestamp(info.published)?,
+    fn open(&self, message: Arrived, place: Place) -> Pulled {
+        let origin = Origin { stream: place.stream, sequence: place.sequence, stored_at: place.stored_at };
+        let readable = readable(&message);
+        let place_id = || place_id(&origin.stream, self.stream_created, origin.sequence);
+        let (event_id, unusable) = match readable.why {
+            Some(why) => (place_id(), Some((Reason::Unreadable, why))),
+            None => match event_id(&readable.headers, &origin.stream, self.stream_created, origin.sequence) {
+                Ok(id) => (id, None),
+                Err(InvalidEventId { stand_in, why }) => (stand_in, Some((Reason::InvalidId, why))),
+            },
         };
-        let delivered = u64::try_from(info.delivered).unwrap_or(1);
-        let message = message.message;
-        let headers = headers(message.headers.as_ref());
-        let (event_id, unusable) = match event_id(&headers, &origin.stream, self.stream_created, origin.sequence) {
-            Ok(id) => (id, None),
-            Err(InvalidEventId { stand_in, why }) => (stand_in, Some((Reason::InvalidId, why))),
-        };
-        let reply = message.reply.context("read where to acknowledge it")?;
-        Ok(Pulled {
+        Pulled {
             message: Message {
                 event_id,
-                subject: message.subject.into_string(),
-                headers,
-                body: message.payload,
+                subject: readable.subject,
+                headers: readable.headers,
+                body: message.body,
                 origin: Some(origin),
                 redriven: None,
             },
             unusable,
-            delivered,
+            delivered: place.delivered,
             receipt: Receipt {
-                reply: Progress::new(&self.bus.client, reply),
-                stream_created: self.stream_created.as_microsecond(),
-                stream_now: Arc::clone(&self.stream_now),
-            },
-        })
-    }
-
-    fn unread(&self, unread: Unread) -> Pulled {
-        let origin =
-            Origin { stream: self.subscription.stream.clone(), sequence: unread.sequence, stored_at: unread.stored_at };
-        Pulled {
-            message: Message {
-                event_id: place_id(&origin.stream, self.stream_created, origin.sequence),
-                subject: unread.subject,
-                headers: vec![("Oncely-Unreadable-Headers".to_owned(), unread.headers.escape_debug().to_string())],
-                body: unread.body,
-                origin: Some(origin),
-                redriven: None,
-            },
-            unusable: Some((Reason::Unreadable, unread.why)),
-            delivered: 1,
-            receipt: Receipt {
-                reply: Progress::new(&self.bus.client, unread.reply),
+                reply: Progress::new(&self.bus.client, Subject::from(place.reply)),
                 stream_created: self.stream_created.as_microsecond(),
                 stream_now: Arc::clone(&self.stream_now),
             },
@@ -449,18 +412,9 @@ impl Pull {
             let _ = self.backoff.next(0.0);
             self.connections.mark_unchanged();
             match self.bus.ensure_consumer(&self.subscription).await {
-                Ok((consumer, created)) => {
-                    self.consumer = consumer;
+                Ok(created) => {
                     self.stream_created = created;
                     self.stream_now.store(created.as_microsecond(), Ordering::Relaxed);
-                    // A message that broke the connection would break it again.
-                    match self.bus.find_unreadable(&self.subscription).await {
-                        Ok(unreadable) => self.unreadable = unreadable,
-                        Err(error) => {
-                            tracing::debug!("no messages for {} yet: {error:#}", self.subscription.durable);
-                            continue;
-                        }
-                    }
                     self.in_doubt = false;
                     return;
                 }
@@ -491,9 +445,36 @@ impl Pull {
     }
 }
 
+/// What a handler could be given of a message.
+struct Readable {
+    subject: String,
+    headers: Headers,
+    /// Why it cannot be given to one; the bytes that cannot be read are then in headers of their own.
+    why: Option<String>,
+}
+
+fn readable(message: &Arrived) -> Readable {
+    let (subject, bad_subject) = match read_subject(&message.subject) {
+        Ok(subject) => (subject, None),
+        Err((shown, why)) => (shown, Some(why)),
+    };
+    let (mut headers, bad_headers) = match read_block(&message.headers) {
+        Ok(block) => (headers(Some(&block.headers)), None),
+        Err(why) => (Headers::new(), Some(why)),
+    };
+    let mut keep = |name: &str, bytes: &[u8]| headers.push((name.to_owned(), bytes.escape_ascii().to_string()));
+    if bad_headers.is_some() {
+        keep("Oncely-Unreadable-Headers", &message.headers);
+    }
+    if bad_subject.is_some() {
+        keep("Oncely-Unreadable-Subject", &message.subject);
+    }
+    let why: Vec<String> = bad_subject.into_iter().chain(bad_headers).collect();
+    Readable { subject, headers, why: Some(why.join("; ")).filter(|why| !why.is_empty()) }
+}
+
 /// Whether a request ended because it brought as much as it could.
-fn is_full(description: Option<&str>) -> bool {
-    let description = description.unwrap_or_default();
+fn is_full(description: &str) -> bool {
     description.contains("MaxBytes") || description.starts_with("Batch Completed")
 }
 

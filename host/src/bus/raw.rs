@@ -28,14 +28,11 @@ const NO_MESSAGE: u64 = 10037;
 
 /// A message as JSON.
 #[derive(Deserialize)]
-pub(super) struct Raw {
-    pub subject: String,
+struct Raw {
     /// The header block, in Base64.
     #[serde(default)]
-    pub hdrs: String,
-    #[serde(default)]
-    pub data: String,
-    pub time: jiff::Timestamp,
+    hdrs: String,
+    time: jiff::Timestamp,
 }
 
 impl Bus {
@@ -66,7 +63,7 @@ impl Bus {
         Ok(first)
     }
 
-    pub(super) async fn raw_message(&self, stream: &str, sequence: u64) -> Result<Option<Raw>> {
+    async fn raw_message(&self, stream: &str, sequence: u64) -> Result<Option<Raw>> {
         let wanted = json!({ "seq": sequence });
         self.raw(stream, wanted).await.with_context(|| format!("read message {sequence} of {stream}"))
     }

@@ -15,6 +15,7 @@ use jiff::Timestamp;
 
 use super::Bus;
 use super::pull::headers;
+use super::requests::Taken;
 use crate::message::Headers;
 use crate::subject;
 
@@ -149,7 +150,7 @@ impl Bus {
             ..passing()
         };
         let consumer = stream.create_consumer(config).await.context("look through the stream")?;
-        let found = scan(&consumer, ids).await.context("look through the stream");
+        let found = scan(self, &consumer, ids).await.context("look through the stream");
         let _ = stream.delete_consumer(&consumer.cached_info().name).await;
         found
     }
@@ -174,7 +175,7 @@ impl Bus {
         };
         let config = pull::Config { deliver_policy, filter_subjects: subjects.to_vec(), ..passing() };
         let consumer = stream.create_consumer(config).await.context("look through the stream")?;
-        let is_cut = pass(&consumer, most, each).await.context("look through the stream");
+        let is_cut = pass(self, &consumer, most, each).await.context("look through the stream");
         let _ = stream.delete_consumer(&consumer.cached_info().name).await;
         is_cut
     }
@@ -215,48 +216,55 @@ pub fn stream_of<'s>(streams: &'s [StreamInfo], wanted: &str) -> Option<&'s Stre
     streams.iter().find(|stream| stream.subjects.iter().any(|pattern| subject::covers(pattern, wanted)))
 }
 
+/// How many messages one request of a look through a stream brings, and how long it stays open.
+const REQUEST_MAX: usize = 1_000;
+const REQUEST_OPEN: Duration = Duration::from_secs(5);
+
 /// The sequences of those `ids` that come by before the consumer has seen everything.
-async fn scan(consumer: &Consumer<pull::Config>, ids: &HashSet<String>) -> Result<HashMap<String, u64>> {
-    let mut left = consumer.cached_info().num_pending;
+async fn scan(bus: &Bus, consumer: &Consumer<pull::Config>, ids: &HashSet<String>) -> Result<HashMap<String, u64>> {
     let mut found = HashMap::new();
-    while left > 0 && found.len() < ids.len() {
-        let mut messages = consumer.fetch().max_messages(1_000).expires(Duration::from_secs(5)).messages().await?;
+    let look = |taken: Taken| {
+        let id = taken.headers.get(async_nats::header::NATS_MESSAGE_ID);
+        if let Some(id) = id.map(|id| id.as_str()).filter(|id| ids.contains(*id)) {
+            found.entry(id.to_owned()).or_insert(taken.place.sequence);
+        }
+        found.len() < ids.len()
+    };
+    walk(bus, consumer, look).await?;
+    Ok(found)
+}
+
+/// Tells of what comes by before the consumer has seen everything, or `most` of it; true when that was not all.
+async fn pass(bus: &Bus, consumer: &Consumer<pull::Config>, most: usize, mut each: impl FnMut(Passed)) -> Result<bool> {
+    let mut told = 0;
+    let tell = |taken: Taken| {
+        told += 1;
+        let headers = headers(Some(&taken.headers));
+        each(Passed { sequence: taken.place.sequence, subject: taken.subject, headers });
+        told < most
+    };
+    Ok(walk(bus, consumer, tell).await? > 0)
+}
+
+/// Shows what a consumer has, until `goes_on` is false. Returns how much is left.
+async fn walk(bus: &Bus, consumer: &Consumer<pull::Config>, mut goes_on: impl FnMut(Taken) -> bool) -> Result<u64> {
+    let info = consumer.cached_info();
+    let mut left = info.num_pending;
+    let mut requests = bus.requests(&info.stream_name, &info.name).await?;
+    while left > 0 {
+        requests.ask(REQUEST_MAX, REQUEST_OPEN, true)?;
         let mut heard = false;
-        while let Some(message) = messages.next().await {
-            let message = message.map_err(Error::from_boxed)?;
-            let place = message.info().map_err(Error::from_boxed)?;
-            (heard, left) = (true, place.pending);
-            let id = message.headers.as_ref().and_then(|headers| headers.get(async_nats::header::NATS_MESSAGE_ID));
-            if let Some(id) = id.map(|id| id.as_str()).filter(|id| ids.contains(*id)) {
-                found.entry(id.to_owned()).or_insert(place.stream_sequence);
+        while let Some(taken) = requests.next(bus).await? {
+            (heard, left) = (true, taken.place.pending);
+            if !goes_on(taken) {
+                return Ok(left);
             }
         }
         if !heard {
             bail!("the server stopped answering with {left} messages to go");
         }
     }
-    Ok(found)
-}
-
-/// Tells of what comes by before the consumer has seen everything, or `most` of it; true when that was not all.
-async fn pass(consumer: &Consumer<pull::Config>, most: usize, mut each: impl FnMut(Passed)) -> Result<bool> {
-    let mut left = consumer.cached_info().num_pending;
-    let mut told = 0;
-    while left > 0 && told < most {
-        let mut messages = consumer.fetch().max_messages(1_000).expires(Duration::from_secs(5)).messages().await?;
-        let mut heard = false;
-        while let Some(message) = messages.next().await {
-            let message = message.map_err(Error::from_boxed)?;
-            let place = message.info().map_err(Error::from_boxed)?;
-            (heard, left, told) = (true, place.pending, told + 1);
-            let headers = headers(message.headers.as_ref());
-            each(Passed { sequence: place.stream_sequence, subject: message.subject.to_string(), headers });
-        }
-        if !heard {
-            bail!("the server stopped answering with {left} messages to go");
-        }
-    }
-    Ok(left > 0)
+    Ok(left)
 }
 
 fn is_name_in_use(error: &async_nats::jetstream::context::CreateStreamError) -> bool {

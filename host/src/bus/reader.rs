@@ -1,0 +1,490 @@
+//! A second connection to NATS, which the messages of streams come by.
+//!
+//! Anyone who may publish to a stream can store a subject or headers that the client library breaks its connection at. This
+//! connection takes them as bytes, so such a message costs nothing but itself. It listens and asks; all else, such as
+//! acknowledgements and publications, goes by the client library.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use async_nats::ServerAddr;
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use bytes::BytesMut;
+use rand::seq::SliceRandom;
+use serde::Deserialize;
+use serde_json::json;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, timeout};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+
+use super::wire::{Arrived, Op, next_op};
+use crate::config::{Login, Nats};
+use crate::retry::Backoff;
+
+/// How long each step of connecting may take, and one write.
+const STEP_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How often a sign of life is asked of the server, and after how long without a word it counts as gone.
+const PING_EVERY: Duration = Duration::from_secs(5);
+const SILENCE_MAX: Duration = Duration::from_secs(12);
+
+/// How much room there is for what comes next.
+const READ_AT_ONCE: usize = 64 << 10;
+
+/// A connection that messages come by. It connects anew by itself, until all that hold it are gone. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Reader {
+    commands: mpsc::UnboundedSender<Command>,
+    sids: Arc<AtomicU64>,
+    /// Counts connections: when it moves, requests made before are unknown to the server.
+    connections: watch::Receiver<u64>,
+}
+
+/// One subscription of it; ends with it.
+pub(super) struct Listener {
+    sid: u64,
+    arrived: mpsc::UnboundedReceiver<Arrived>,
+    commands: mpsc::UnboundedSender<Command>,
+}
+
+enum Command {
+    Listen {
+        sid: u64,
+        subject: String,
+        arrived: mpsc::UnboundedSender<Arrived>,
+    },
+    /// Ends a subscription once what is on its way has arrived.
+    Drain(u64),
+    Leave(u64),
+    Publish {
+        subject: String,
+        reply: String,
+        body: Vec<u8>,
+    },
+}
+
+impl Reader {
+    /// Connects in a task of its own.
+    pub fn start(nats: Nats) -> Self {
+        let (commands, received) = mpsc::unbounded_channel();
+        let (counter, connections) = watch::channel(0);
+        let task = Task {
+            nats,
+            discovered: Vec::new(),
+            commands: received,
+            subscribers: BTreeMap::new(),
+            pongs: VecDeque::new(),
+            counter,
+        };
+        tokio::spawn(task.run());
+        Reader { commands, sids: Arc::new(AtomicU64::new(1)), connections }
+    }
+
+    /// Returns once there is, or was, a connection.
+    pub async fn ready(&self) -> Result<()> {
+        let mut connections = self.connections.clone();
+        timeout(STEP_TIMEOUT * 2, connections.wait_for(|count| *count > 0))
+            .await
+            .context("open the connection that messages come by: NATS does not answer in time")?
+            .context("open the connection that messages come by")?;
+        Ok(())
+    }
+
+    /// Changes with each new connection.
+    pub fn connections(&self) -> watch::Receiver<u64> {
+        self.connections.clone()
+    }
+
+    /// Listens to a subject or a pattern, on this connection and all that follow.
+    pub fn listen(&self, subject: &str) -> Listener {
+        let sid = self.sids.fetch_add(1, Ordering::Relaxed);
+        let (sender, arrived) = mpsc::unbounded_channel();
+        let _ = self.commands.send(Command::Listen { sid, subject: subject.to_owned(), arrived: sender });
+        Listener { sid, arrived, commands: self.commands.clone() }
+    }
+
+    /// Sends a request whose answers come to `reply`; it is lost if there is no connection.
+    pub fn publish(&self, subject: String, reply: String, body: Vec<u8>) {
+        let _ = self.commands.send(Command::Publish { subject, reply, body });
+    }
+}
+
+impl Listener {
+    /// What comes next; none once it is drained.
+    pub async fn next(&mut self) -> Option<Arrived> {
+        self.arrived.recv().await
+    }
+
+    /// Ends it once what is on its way has arrived.
+    pub fn drain(&self) {
+        let _ = self.commands.send(Command::Drain(self.sid));
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let _ = self.commands.send(Command::Leave(self.sid));
+    }
+}
+
+/// Keeps the connection.
+struct Task {
+    nats: Nats,
+    /// Servers that other servers told of.
+    discovered: Vec<String>,
+    commands: mpsc::UnboundedReceiver<Command>,
+    subscribers: BTreeMap<u64, Subscriber>,
+    /// For each answer to a ping that is still to come: the subscription that it ends.
+    pongs: VecDeque<Option<u64>>,
+    counter: watch::Sender<u64>,
+}
+
+struct Subscriber {
+    subject: String,
+    arrived: mpsc::UnboundedSender<Arrived>,
+    is_draining: bool,
+}
+
+/// All reading ends are gone.
+struct Abandoned;
+
+impl Task {
+    async fn run(mut self) {
+        let mut backoff = Backoff::default();
+        loop {
+            match self.connect_while_listening().await {
+                Ok(Some(connection)) => {
+                    backoff.reset();
+                    match self.serve(connection).await {
+                        Ok(Abandoned) => return,
+                        Err(error) => tracing::debug!("the connection that messages come by is gone: {error:#}"),
+                    }
+                }
+                Ok(None) => return,
+                Err(error) => tracing::debug!("the connection that messages come by cannot be opened: {error:#}"),
+            }
+            if self.rest(backoff.next(rand::random())).await.is_some() {
+                return;
+            }
+        }
+    }
+
+    /// Connects; what is asked of it meanwhile is remembered, but for requests. None when nobody listens any more.
+    async fn connect_while_listening(&mut self) -> Result<Option<Connection>> {
+        let (nats, discovered) = (self.nats.clone(), self.discovered.clone());
+        let connecting = connect(&nats, discovered);
+        tokio::pin!(connecting);
+        loop {
+            tokio::select! {
+                connection = &mut connecting => return connection.map(Some),
+                command = self.commands.recv() => match command {
+                    Some(command) => drop(self.obey(command)),
+                    None => return Ok(None),
+                },
+            }
+        }
+    }
+
+    /// Waits between two attempts.
+    async fn rest(&mut self, wait: Duration) -> Option<Abandoned> {
+        let until = Instant::now() + wait;
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep_until(until) => return None,
+                command = self.commands.recv() => match command {
+                    Some(command) => drop(self.obey(command)),
+                    None => return Some(Abandoned),
+                },
+            }
+        }
+    }
+
+    /// Serves one connection until it breaks.
+    async fn serve(&mut self, mut connection: Connection) -> Result<Abandoned> {
+        self.discovered.clone_from(&connection.discovered);
+        self.pongs.clear();
+        self.subscribers.retain(|_, subscriber| !subscriber.is_draining);
+        // Requests of before would be answered twice: they are made again for the new connection.
+        while let Ok(command) = self.commands.try_recv() {
+            self.obey(command);
+        }
+        let listen = |(sid, subscriber): (&u64, &Subscriber)| format!("SUB {} {sid}\r\n", subscriber.subject);
+        let listening: String = self.subscribers.iter().map(listen).collect();
+        connection.write(listening.as_bytes()).await?;
+        self.counter.send_modify(|count| *count += 1);
+        let mut heard = Instant::now();
+        let mut ping = tokio::time::interval(PING_EVERY);
+        ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let mut reply = Vec::new();
+            while let Some(op) = next_op(&mut connection.buffer)? {
+                self.hear(op, &mut reply)?;
+            }
+            if !reply.is_empty() {
+                connection.write(&reply).await?;
+            }
+            connection.buffer.reserve(READ_AT_ONCE);
+            tokio::select! {
+                read = connection.stream.read_buf(&mut connection.buffer) => match read.context("read")? {
+                    0 => bail!("the server closed it"),
+                    _ => heard = Instant::now(),
+                },
+                command = self.commands.recv() => {
+                    let Some(command) = command else { return Ok(Abandoned) };
+                    let mut bytes = self.obey(command);
+                    while let Ok(command) = self.commands.try_recv() {
+                        bytes.extend(self.obey(command));
+                    }
+                    connection.write(&bytes).await?;
+                }
+                _ = ping.tick() => {
+                    if heard.elapsed() > SILENCE_MAX {
+                        bail!("the server is silent");
+                    }
+                    self.pongs.push_back(None);
+                    connection.write(b"PING\r\n").await?;
+                }
+            }
+        }
+    }
+
+    /// Takes in what the server says; `reply` is what it is to be told.
+    fn hear(&mut self, op: Op, reply: &mut Vec<u8>) -> Result<()> {
+        match op {
+            Op::Ping => reply.extend(b"PONG\r\n"),
+            Op::Pong => {
+                if let Some(Some(sid)) = self.pongs.pop_front() {
+                    self.subscribers.remove(&sid);
+                }
+            }
+            Op::Message(arrived) => {
+                if let Some(subscriber) = self.subscribers.get(&arrived.sid) {
+                    let _ = subscriber.arrived.send(arrived);
+                }
+            }
+            // The server goes on after this one, and closes the connection after any other.
+            Op::Error(error) if error.starts_with("Permissions Violation") => {
+                tracing::warn!("NATS complains about the connection that messages come by: {error}");
+            }
+            Op::Error(error) => bail!("the server says: {error}"),
+            Op::Info(info) => {
+                if let Ok(info) = serde_json::from_slice::<Info>(&info) {
+                    self.discovered = info.connect_urls;
+                }
+            }
+            Op::Ok => {}
+        }
+        Ok(())
+    }
+
+    /// Does as it is told; returns what to tell the server.
+    fn obey(&mut self, command: Command) -> Vec<u8> {
+        match command {
+            Command::Listen { sid, subject, arrived } => {
+                let bytes = format!("SUB {subject} {sid}\r\n");
+                self.subscribers.insert(sid, Subscriber { subject, arrived, is_draining: false });
+                bytes.into_bytes()
+            }
+            Command::Drain(sid) => {
+                let Some(subscriber) = self.subscribers.get_mut(&sid) else { return Vec::new() };
+                subscriber.is_draining = true;
+                self.pongs.push_back(Some(sid));
+                format!("UNSUB {sid}\r\nPING\r\n").into_bytes()
+            }
+            Command::Leave(sid) => {
+                let is_known = self.subscribers.remove(&sid).is_some();
+                if is_known { format!("UNSUB {sid}\r\n").into_bytes() } else { Vec::new() }
+            }
+            Command::Publish { subject, reply, body } => {
+                let head = format!("PUB {subject} {reply} {}\r\n", body.len());
+                [head.as_bytes(), &body, b"\r\n"].concat()
+            }
+        }
+    }
+}
+
+/// A connection with which the server agreed.
+struct Connection {
+    stream: Box<dyn Stream>,
+    buffer: BytesMut,
+    discovered: Vec<String>,
+}
+
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+/// What a server says of itself, as far as it matters here.
+#[derive(Deserialize, Default)]
+#[serde(default)]
+struct Info {
+    nonce: String,
+    tls_required: bool,
+    connect_urls: Vec<String>,
+}
+
+/// Connects to one of the servers, in random order.
+async fn connect(nats: &Nats, discovered: Vec<String>) -> Result<Connection> {
+    let mut servers: Vec<String> = nats.servers.clone();
+    servers.extend(discovered);
+    servers.sort_unstable();
+    servers.dedup();
+    servers.shuffle(&mut rand::rng());
+    let mut last = None;
+    for server in servers {
+        match connect_to(nats, &server).await {
+            Ok(connection) => return Ok(connection),
+            Err(error) => last = Some(error),
+        }
+    }
+    Err(last.context("there is no server to connect to")?)
+}
+
+async fn connect_to(nats: &Nats, server: &str) -> Result<Connection> {
+    let address: ServerAddr = server.parse().context("read the address of a server")?;
+    let place = (address.host().to_owned(), address.port());
+    let tcp = timeout(STEP_TIMEOUT, TcpStream::connect(place)).await.context("connect in time")?.context("connect")?;
+    tcp.set_nodelay(true).context("set up the connection")?;
+    let mut connection = Connection { stream: Box::new(tcp), buffer: BytesMut::new(), discovered: Vec::new() };
+    let Op::Info(info) = connection.hear().await? else { bail!("the server does not introduce itself") };
+    let info: Info = serde_json::from_slice(&info).context("understand the server's introduction")?;
+    if info.tls_required || address.tls_required() {
+        let name = ServerName::try_from(address.host().to_owned()).context("read the name of a server")?;
+        let connector = TlsConnector::from(Arc::new(tls(nats)?));
+        let encrypted = timeout(STEP_TIMEOUT, connector.connect(name, connection.stream));
+        connection.stream = Box::new(encrypted.await.context("agree on TLS in time")?.context("agree on TLS")?);
+    }
+    let hello = hello(nats, &info.nonce, address.tls_required()).await?;
+    connection.write(format!("CONNECT {hello}\r\nPING\r\n").as_bytes()).await?;
+    loop {
+        match connection.hear().await? {
+            Op::Pong => break,
+            Op::Error(error) => bail!("the server says: {error}"),
+            _ => {}
+        }
+    }
+    connection.discovered = info.connect_urls;
+    Ok(connection)
+}
+
+impl Connection {
+    async fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        let written = async {
+            self.stream.write_all(bytes).await?;
+            self.stream.flush().await
+        };
+        timeout(STEP_TIMEOUT, written).await.context("write in time")?.context("write")
+    }
+
+    /// The next operation, while nothing else is to be done.
+    async fn hear(&mut self) -> Result<Op> {
+        let next = async {
+            loop {
+                if let Some(op) = next_op(&mut self.buffer)? {
+                    return Ok(op);
+                }
+                if self.stream.read_buf(&mut self.buffer).await.context("read")? == 0 {
+                    bail!("the server closed it");
+                }
+            }
+        };
+        timeout(STEP_TIMEOUT, next).await.context("hear from the server in time")?
+    }
+}
+
+/// Who we are, with the answer to the server's `nonce` where that takes a key.
+async fn hello(nats: &Nats, nonce: &str, tls_required: bool) -> Result<serde_json::Value> {
+    let mut hello = json!({
+        "verbose": false, "pedantic": false, "tls_required": tls_required, "name": "oncely reader", "lang": "rust",
+        "version": env!("CARGO_PKG_VERSION"), "protocol": 1, "echo": true, "headers": true, "no_responders": true,
+    });
+    let proof = match &nats.login {
+        Login::None => json!({}),
+        Login::Password { user, password } => json!({ "user": user, "pass": password.reveal() }),
+        Login::Token(token) => json!({ "auth_token": token.reveal() }),
+        Login::Nkey(path) => {
+            let seed = tokio::fs::read_to_string(path).await;
+            let key = key(seed.with_context(|| format!("read the nkey {}", path.display()))?.trim())?;
+            json!({ "nkey": key.public_key(), "sig": signature(&key, nonce)? })
+        }
+        Login::Credentials(path) => {
+            let text = tokio::fs::read_to_string(path).await;
+            let text = text.with_context(|| format!("read the credentials {}", path.display()))?;
+            let mut sections = sections(&text);
+            let (jwt, seed) = (sections.next(), sections.next());
+            let (Some(jwt), Some(seed)) = (jwt, seed) else { bail!("{} lacks a JWT or a seed", path.display()) };
+            json!({ "jwt": jwt, "sig": signature(&key(seed)?, nonce)? })
+        }
+    };
+    if let (Some(hello), serde_json::Value::Object(proof)) = (hello.as_object_mut(), proof) {
+        hello.extend(proof);
+    }
+    Ok(hello)
+}
+
+/// What stands between the lines of dashes of a credentials file: the JWT, then the seed.
+fn sections(text: &str) -> impl Iterator<Item = &str> {
+    let lines = text.lines().map(str::trim);
+    lines
+        .scan(false, |inside, line| {
+            let is_mark = line.starts_with("---");
+            *inside = if is_mark { line.contains("BEGIN ") } else { *inside };
+            Some((*inside && !is_mark && !line.is_empty()).then_some(line))
+        })
+        .flatten()
+}
+
+fn key(seed: &str) -> Result<nkeys::KeyPair> {
+    nkeys::KeyPair::from_seed(seed).map_err(|error| anyhow::anyhow!("read the seed of an nkey: {error}"))
+}
+
+fn signature(key: &nkeys::KeyPair, nonce: &str) -> Result<String> {
+    let signed = key.sign(nonce.as_bytes()).map_err(|error| anyhow::anyhow!("sign with an nkey: {error}"))?;
+    Ok(URL_SAFE_NO_PAD.encode(signed))
+}
+
+/// TLS as the client library sets it up: the given authority alone, or those that the operating system trusts.
+fn tls(nats: &Nats) -> Result<ClientConfig> {
+    let mut roots = RootCertStore::empty();
+    match &nats.root_certificate {
+        Some(path) => {
+            let certificates = CertificateDer::pem_file_iter(path).context("read the authority's certificate")?;
+            for certificate in certificates {
+                roots.add(certificate.context("read the authority's certificate")?).context("trust an authority")?;
+            }
+        }
+        None => drop(roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs)),
+    }
+    let provider = Arc::new(tokio_rustls::rustls::crypto::ring::default_provider());
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .context("choose versions of TLS")?
+        .with_root_certificates(roots);
+    let Some((certificate, key)) = &nats.client_certificate else { return Ok(config.with_no_client_auth()) };
+    let chain = CertificateDer::pem_file_iter(certificate).context("read the client's certificate")?;
+    let chain = chain.collect::<Result<Vec<_>, _>>().context("read the client's certificate")?;
+    let key = PrivateKeyDer::from_pem_file(key).context("read the client's key")?;
+    config.with_client_auth_cert(chain, key).context("use the client's certificate")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_credentials_file_holds_a_jwt_and_a_seed() {
+        let text = "-----BEGIN NATS USER JWT-----\neyJ0.abc\n------END NATS USER JWT------\n\n\
+            ************************* IMPORTANT *************************\n  NKEY Seed printed below\n\n\
+            -----BEGIN USER NKEY SEED-----\nSUABC\n------END USER NKEY SEED------\n\n****\n";
+        assert_eq!(sections(text).collect::<Vec<_>>(), ["eyJ0.abc", "SUABC"]);
+    }
+}
