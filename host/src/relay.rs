@@ -38,7 +38,7 @@ use log::{Fate, FromLog};
 pub use log::{LogEnds, LogKeeper, LogRelay};
 pub use repair::Repair;
 pub use state::{BreakerState, RefusedSubject, RelayState};
-use subjects::{FULL_FOR, NO_PLACE_FOR, Subjects};
+use subjects::{Refusal, Subjects};
 use sweep::Swept;
 
 /// Batches of outputs that wait for the relay; lanes wait when it is full, so effects and publishing cannot drift apart.
@@ -344,8 +344,8 @@ impl Relay {
         Some(after)
     }
 
-    /// Records what became of an output that was sent. A failure is charged to what it is about and to nothing larger: the
-    /// output, its subject, its stream, or the connection.
+    /// Records the answer to an output. A failure counts against the output, its subject, its stream or the connection:
+    /// whichever it is about, and nothing larger.
     fn hear(&mut self, answered: Answered) {
         let Answered { held: Held { row, .. }, stream, top, answer } = answered;
         let now = Instant::now();
@@ -365,8 +365,8 @@ impl Relay {
                 self.subjects.undecided(&row.subject, now);
                 self.try_again(&row, after, why);
             }
-            PublishError::NoPlace(why) => self.subject_refused(&row, stream.as_deref(), NO_PLACE_FOR, why),
-            PublishError::SubjectFull(why) => self.subject_refused(&row, stream.as_deref(), FULL_FOR, why),
+            PublishError::NoPlace(why) => self.subject_refused(&row, stream.as_deref(), Refusal::NoPlace, why),
+            PublishError::SubjectFull(why) => self.subject_refused(&row, stream.as_deref(), Refusal::Full, why),
             PublishError::Unavailable(why) => {
                 self.breakers.failed(stream.as_deref(), &why);
                 self.subjects.undecided(&row.subject, now);
@@ -377,10 +377,10 @@ impl Relay {
         }
     }
 
-    /// A stream does not take a subject, and may take all others. After `patience` the output waits for a person.
-    fn subject_refused(&mut self, row: &OutboxRow, stream: Option<&str>, patience: Duration, why: String) {
+    /// A stream does not take a subject, and may take all others. After a while the output waits for a person.
+    fn subject_refused(&mut self, row: &OutboxRow, stream: Option<&str>, reason: Refusal, why: String) {
         self.breakers.undecided(stream);
-        if self.subjects.refused(&row.subject, &why, Instant::now()) >= patience {
+        if self.subjects.refused(&row.subject, reason, &why, Instant::now()) {
             self.set_aside(row, why);
         } else {
             self.try_again(row, retry_after(row.failures), why);

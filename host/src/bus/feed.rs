@@ -77,7 +77,7 @@ impl Feed {
             let message = match requests.next(&self.bus).await {
                 Ok(Some(message)) => message,
                 Ok(None) => continue,
-                // The server knows nothing of requests made on a connection that is gone, and may have lost the consumer.
+                // Requests end with their connection, and the consumer may be gone.
                 Err(error) => {
                     tracing::debug!("listen anew to what is told to all hosts: {error:#}");
                     self.requests = None;

@@ -56,7 +56,7 @@ pub struct Bus {
     connections: watch::Receiver<u64>,
     known_streams: Arc<tokio::sync::Mutex<Option<Known>>>,
     denied: Denied,
-    /// How to reach NATS, and the connection that messages come by, once one is listened for.
+    /// How to reach NATS, and the connection for delivered messages, once there is a subscription.
     nats: Arc<Nats>,
     reader: Arc<OnceLock<Reader>>,
 }
@@ -129,7 +129,7 @@ impl Bus {
         self.connections.clone()
     }
 
-    /// The connection that messages come by, opened at the first call.
+    /// The connection for messages that streams deliver, opened at the first call.
     async fn reader(&self) -> Result<Reader> {
         let reader = self.reader.get_or_init(|| Reader::start(Nats::clone(&self.nats)));
         reader.ready().await?;
@@ -143,7 +143,7 @@ impl Bus {
     }
 
     /// Returns when the client has ended: it reads the server's words in tasks of its own, and ends with them. It does not
-    /// come back; connect anew.
+    /// come back: make another.
     pub async fn ended(&self) {
         let mut connections = self.connections.clone();
         while connections.changed().await.is_ok() {}

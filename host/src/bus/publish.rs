@@ -184,7 +184,7 @@ fn headers_size(message: &Outgoing) -> usize {
 }
 
 /// How far an error reaches. A client error (4xx) is about the message, but for those listed here; any other is about the
-/// stream and may pass: a stream that is full answers 503, and messages wait until there is room.
+/// stream and may pass: a stream that is full answers 503, and messages wait until it takes more.
 fn classify(error: &jetstream::context::PublishError) -> PublishError {
     let text = error.to_string();
     let Some(answer) = error.source().and_then(|source| source.downcast_ref::<jetstream::Error>()) else {
@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn publish_errors_are_charged_to_what_they_are_about() {
+    fn publish_errors_have_the_scope_of_their_cause() {
         use PublishError::{NoPlace, NotNow, Refused, SubjectFull, Unavailable};
         for (code, err_code, description) in [
             (503, 10_077, "maximum messages exceeded"),

@@ -445,7 +445,7 @@ impl Pull {
     }
 }
 
-/// What a handler could be given of a message.
+/// A message in the form that handlers are given.
 struct Readable {
     subject: String,
     headers: Headers,

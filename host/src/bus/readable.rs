@@ -13,7 +13,7 @@ pub(super) struct Block {
     pub headers: HeaderMap,
 }
 
-/// Reads a header block; an empty one is none. An error says what is wrong with it, for a person.
+/// Reads a header block; an empty one is none. An error gives the reason, for a person.
 pub(super) fn read_block(block: &[u8]) -> Result<Block, String> {
     if block.is_empty() {
         return Ok(Block::default());
@@ -45,7 +45,7 @@ pub(super) fn read_block(block: &[u8]) -> Result<Block, String> {
     Ok(Block { status, description: description.trim().to_owned(), headers })
 }
 
-/// A subject as text. An error is what can be shown of one that no handler could be given, and what is wrong with it.
+/// A subject as text. For one that no handler can be given, the error holds the printable part and the reason.
 pub(super) fn read_subject(subject: &[u8]) -> Result<String, (String, String)> {
     let text = String::from_utf8_lossy(subject);
     let shown = || text.replace(char::is_control, "\u{fffd}");

@@ -1,4 +1,4 @@
-//! A second connection to NATS, which the messages of streams come by.
+//! A second connection to NATS, for messages that streams deliver.
 //!
 //! Anyone who may publish to a stream can store a subject or headers that the client library breaks its connection at. This
 //! connection takes them as bytes, so such a message costs nothing but itself. It listens and asks; all else, such as
@@ -37,10 +37,10 @@ const STEP_TIMEOUT: Duration = Duration::from_secs(5);
 const PING_EVERY: Duration = Duration::from_secs(5);
 const SILENCE_MAX: Duration = Duration::from_secs(12);
 
-/// How much room there is for what comes next.
+/// How many bytes one read may bring.
 const READ_AT_ONCE: usize = 64 << 10;
 
-/// A connection that messages come by. It connects anew by itself, until all that hold it are gone. Cheap to clone.
+/// A connection for delivered messages. It reconnects by itself until all its handles are dropped. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct Reader {
     commands: mpsc::UnboundedSender<Command>,
@@ -62,7 +62,7 @@ enum Command {
         subject: String,
         arrived: mpsc::UnboundedSender<Arrived>,
     },
-    /// Ends a subscription once what is on its way has arrived.
+    /// Ends a subscription after the messages in transit have arrived.
     Drain(u64),
     Leave(u64),
     Publish {
@@ -94,8 +94,8 @@ impl Reader {
         let mut connections = self.connections.clone();
         timeout(STEP_TIMEOUT * 2, connections.wait_for(|count| *count > 0))
             .await
-            .context("open the connection that messages come by: NATS does not answer in time")?
-            .context("open the connection that messages come by")?;
+            .context("open the connection for messages: NATS does not answer in time")?
+            .context("open the connection for messages")?;
         Ok(())
     }
 
@@ -119,12 +119,12 @@ impl Reader {
 }
 
 impl Listener {
-    /// What comes next; none once it is drained.
+    /// The next message; none once it is drained.
     pub async fn next(&mut self) -> Option<Arrived> {
         self.arrived.recv().await
     }
 
-    /// Ends it once what is on its way has arrived.
+    /// Ends the subscription after the messages in transit have arrived.
     pub fn drain(&self) {
         let _ = self.commands.send(Command::Drain(self.sid));
     }
@@ -139,7 +139,7 @@ impl Drop for Listener {
 /// Keeps the connection.
 struct Task {
     nats: Nats,
-    /// Servers that other servers told of.
+    /// Servers that another server listed.
     discovered: Vec<String>,
     commands: mpsc::UnboundedReceiver<Command>,
     subscribers: BTreeMap<u64, Subscriber>,
@@ -154,7 +154,7 @@ struct Subscriber {
     is_draining: bool,
 }
 
-/// All reading ends are gone.
+/// All handles are gone.
 struct Abandoned;
 
 impl Task {
@@ -166,11 +166,11 @@ impl Task {
                     backoff.reset();
                     match self.serve(connection).await {
                         Ok(Abandoned) => return,
-                        Err(error) => tracing::debug!("the connection that messages come by is gone: {error:#}"),
+                        Err(error) => tracing::debug!("the connection for messages is gone: {error:#}"),
                     }
                 }
                 Ok(None) => return,
-                Err(error) => tracing::debug!("the connection that messages come by cannot be opened: {error:#}"),
+                Err(error) => tracing::debug!("the connection for messages cannot be opened: {error:#}"),
             }
             if self.rest(backoff.next(rand::random())).await.is_some() {
                 return;
@@ -178,7 +178,7 @@ impl Task {
         }
     }
 
-    /// Connects; what is asked of it meanwhile is remembered, but for requests. None when nobody listens any more.
+    /// Connects. Subscriptions made meanwhile are remembered, requests are dropped. None when all handles are gone.
     async fn connect_while_listening(&mut self) -> Result<Option<Connection>> {
         let (nats, discovered) = (self.nats.clone(), self.discovered.clone());
         let connecting = connect(&nats, discovered);
@@ -257,7 +257,7 @@ impl Task {
         }
     }
 
-    /// Takes in what the server says; `reply` is what it is to be told.
+    /// Handles one operation of the server; the answer to it goes to `reply`.
     fn hear(&mut self, op: Op, reply: &mut Vec<u8>) -> Result<()> {
         match op {
             Op::Ping => reply.extend(b"PONG\r\n"),
@@ -273,7 +273,7 @@ impl Task {
             }
             // The server goes on after this one, and closes the connection after any other.
             Op::Error(error) if error.starts_with("Permissions Violation") => {
-                tracing::warn!("NATS complains about the connection that messages come by: {error}");
+                tracing::warn!("NATS complains about the connection for messages: {error}");
             }
             Op::Error(error) => bail!("the server says: {error}"),
             Op::Info(info) => {
@@ -286,7 +286,7 @@ impl Task {
         Ok(())
     }
 
-    /// Does as it is told; returns what to tell the server.
+    /// Carries out a command; returns the bytes for the server.
     fn obey(&mut self, command: Command) -> Vec<u8> {
         match command {
             Command::Listen { sid, subject, arrived } => {
@@ -323,7 +323,7 @@ trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
-/// What a server says of itself, as far as it matters here.
+/// A server's description of itself, as far as it matters here.
 #[derive(Deserialize, Default)]
 #[serde(default)]
 struct Info {
@@ -385,7 +385,7 @@ impl Connection {
         timeout(STEP_TIMEOUT, written).await.context("write in time")?.context("write")
     }
 
-    /// The next operation, while nothing else is to be done.
+    /// The next operation.
     async fn hear(&mut self) -> Result<Op> {
         let next = async {
             loop {
@@ -401,7 +401,7 @@ impl Connection {
     }
 }
 
-/// Who we are, with the answer to the server's `nonce` where that takes a key.
+/// The content of `CONNECT`, with a signature of the server's `nonce` where the login is a key.
 async fn hello(nats: &Nats, nonce: &str, tls_required: bool) -> Result<serde_json::Value> {
     let mut hello = json!({
         "verbose": false, "pedantic": false, "tls_required": tls_required, "name": "oncely reader", "lang": "rust",
@@ -431,7 +431,7 @@ async fn hello(nats: &Nats, nonce: &str, tls_required: bool) -> Result<serde_jso
     Ok(hello)
 }
 
-/// What stands between the lines of dashes of a credentials file: the JWT, then the seed.
+/// The text between the marks of a credentials file: the JWT, then the seed.
 fn sections(text: &str) -> impl Iterator<Item = &str> {
     let lines = text.lines().map(str::trim);
     lines

@@ -56,7 +56,7 @@ struct Open {
     until: Instant,
 }
 
-/// A message that was asked for. What cannot be read of it is empty, or shown as far as it is text.
+/// A requested message. Headers that cannot be read are left out, and such a subject is given as far as it is text.
 pub(super) struct Taken {
     pub place: Place,
     pub subject: String,
@@ -80,7 +80,7 @@ impl Bus {
         })
     }
 
-    /// Where a message stands, by where it is to be acknowledged; none for what is no message of a stream.
+    /// The place of a message, read from its reply subject; none for anything but a message of a stream.
     pub(super) fn place(&self, reply: Option<&str>) -> Result<Option<Place>> {
         let Some(reply) = reply.filter(|reply| reply.starts_with(ACKNOWLEDGED_AT)) else { return Ok(None) };
         let message = self.acknowledgeable(reply);
@@ -116,7 +116,7 @@ pub(super) fn next_subject(stream: &str, consumer: &str) -> String {
 }
 
 impl Requests {
-    /// Asks for so many messages; what there is not within `expires` does not come.
+    /// Opens a request for at most `batch` messages, which ends after `expires`.
     pub fn ask(&mut self, batch: usize, expires: Duration, no_wait: bool) -> Result<()> {
         let answered_at = format!("{}.{}", self.inbox, self.made);
         self.made += 1;

@@ -1,6 +1,6 @@
-//! Subjects that their stream refuses while it takes others: a subject that is full, denied, or in no stream.
+//! Subjects that are refused while others of their stream are taken: a subject that is full, denied, or in no stream.
 //!
-//! Each has a breaker of its own, so that outputs to it neither wait for each other's refusals nor hold up the stream.
+//! A full subject has a breaker of its own, so that its outputs are not all tried again and again.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -10,11 +10,11 @@ use super::RelayState;
 use crate::breaker::{Breaker, Permit};
 
 /// For how long no stream takes a subject before outputs to it are set aside. Streams may be on their way back.
-pub const NO_PLACE_FOR: Duration = Duration::from_secs(20);
+const NO_PLACE_FOR: Duration = Duration::from_secs(20);
 
 /// For how long a subject is full, without one message less, before outputs to it are set aside. Until then its consumers
 /// may make room.
-pub const FULL_FOR: Duration = Duration::from_secs(15 * 60);
+const FULL_FOR: Duration = Duration::from_secs(15 * 60);
 
 /// After how long without another refusal a subject is in trouble no more. Outputs are tried more often than this.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(60);
@@ -27,11 +27,38 @@ pub struct Subjects {
     state: Arc<RelayState>,
 }
 
-/// What is known of one subject.
+/// Why a subject is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// No stream takes it, as streams and permissions are.
+    NoPlace,
+    /// Its stream holds as many messages of it as it may.
+    Full,
+}
+
+impl Refusal {
+    /// For how long outputs are tried again before they are set aside.
+    fn patience(self) -> Duration {
+        match self {
+            Refusal::NoPlace => NO_PLACE_FOR,
+            Refusal::Full => FULL_FOR,
+        }
+    }
+}
+
+/// The refusals of one subject.
 struct Refusals {
+    last_reason: Refusal,
     breaker: Breaker,
     since: Instant,
     last: Instant,
+}
+
+impl Refusals {
+    /// Whether outputs to the subject are to be set aside.
+    fn is_hopeless(&self, now: Instant) -> bool {
+        now.duration_since(self.since) >= self.last_reason.patience()
+    }
 }
 
 impl Subjects {
@@ -39,25 +66,30 @@ impl Subjects {
         Subjects { refused: HashMap::new(), tidied: now, state }
     }
 
-    /// How long not to publish to a subject; none to go on.
+    /// How long not to publish to a subject; none to go on. A hopeless one is tried with each output, which is then set aside.
     pub fn wait(&mut self, subject: &str, now: Instant) -> Option<Duration> {
-        match self.refused.get_mut(subject)?.breaker.permit(now) {
+        let refusals = self.refused.get_mut(subject)?;
+        if refusals.last_reason == Refusal::NoPlace || refusals.is_hopeless(now) {
+            return None;
+        }
+        match refusals.breaker.permit(now) {
             Permit::Yes => None,
             // Not all of them at the same moment.
             Permit::NotFor(wait) => Some(wait + wait.mul_f64(rand::random::<f64>() / 4.0)),
         }
     }
 
-    /// A subject was refused. Returns for how long it has been, without a message that was taken.
-    pub fn refused(&mut self, subject: &str, why: &str, now: Instant) -> Duration {
+    /// An output was refused because of its subject. Returns whether it is to be set aside: the subject took nothing for so
+    /// long.
+    pub fn refused(&mut self, subject: &str, reason: Refusal, why: &str, now: Instant) -> bool {
         self.tidy(now);
-        let new = || Refusals { breaker: Breaker::new(now), since: now, last: now };
+        let new = || Refusals { last_reason: reason, breaker: Breaker::new(now), since: now, last: now };
         let refusals = self.refused.entry(subject.to_owned()).or_insert_with(new);
-        refusals.last = now;
+        (refusals.last_reason, refusals.last) = (reason, now);
         if refusals.breaker.failed(now, rand::random(), why) {
             self.state.show_refused(subject, why);
         }
-        now.duration_since(refusals.since)
+        refusals.is_hopeless(now)
     }
 
     /// A message to a subject was stored.
@@ -101,12 +133,12 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_subject_waits_and_others_go_on() {
+    fn a_full_subject_waits_and_others_go_on() {
         let now = Instant::now();
         let (mut subjects, state) = subjects(now);
         for _ in 0..5 {
             assert_eq!(subjects.wait("out.full", now), None);
-            subjects.refused("out.full", "it is full", now);
+            assert!(!subjects.refused("out.full", Refusal::Full, "it is full", now));
         }
         assert!(subjects.wait("out.full", now).is_some());
         assert_eq!(subjects.wait("out.free", now), None);
@@ -117,11 +149,11 @@ mod tests {
     }
 
     #[test]
-    fn one_output_at_a_time_probes_a_refused_subject() {
+    fn one_output_at_a_time_probes_a_full_subject() {
         let mut now = Instant::now();
         let (mut subjects, _) = subjects(now);
         for _ in 0..5 {
-            subjects.refused("out.full", "it is full", now);
+            subjects.refused("out.full", Refusal::Full, "it is full", now);
         }
         now += Duration::from_secs(1);
         assert_eq!(subjects.wait("out.full", now), None);
@@ -132,26 +164,32 @@ mod tests {
     }
 
     #[test]
-    fn a_subject_that_takes_nothing_is_refused_since_its_first_refusal() {
-        let mut now = Instant::now();
-        let (mut subjects, _) = subjects(now);
-        for second in 0..30_u64 {
-            assert_eq!(subjects.refused("out.full", "it is full", now), Duration::from_secs(second));
-            now += Duration::from_secs(1);
+    fn outputs_are_set_aside_once_their_subject_took_nothing_for_long() {
+        for (reason, patience) in [(Refusal::NoPlace, NO_PLACE_FOR), (Refusal::Full, FULL_FOR)] {
+            let mut now = Instant::now();
+            let (mut subjects, _) = subjects(now);
+            let end = now + patience;
+            while now < end {
+                assert!(!subjects.refused("out.x", reason, "it is refused", now));
+                now += Duration::from_secs(5);
+            }
+            assert!(subjects.refused("out.x", reason, "it is refused", now));
+            // The others follow without waiting for each other.
+            assert_eq!(subjects.wait("out.x", now), None);
+            subjects.took("out.x");
+            assert!(!subjects.refused("out.x", reason, "it is refused", now));
         }
-        subjects.took("out.full");
-        assert_eq!(subjects.refused("out.full", "it is full", now), Duration::ZERO);
     }
 
     #[test]
-    fn subjects_that_nothing_goes_to_are_forgotten() {
+    fn subjects_without_outputs_are_forgotten() {
         let mut now = Instant::now();
         let (mut subjects, state) = subjects(now);
         for _ in 0..5 {
-            subjects.refused("out.full", "it is full", now);
+            subjects.refused("out.full", Refusal::Full, "it is full", now);
         }
         now += FORGOTTEN_AFTER;
-        subjects.refused("out.other", "it is full", now);
+        subjects.refused("out.other", Refusal::NoPlace, "no stream takes it", now);
         assert_eq!((subjects.refused.len(), state.refused_subjects().len()), (1, 0));
     }
 }
