@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 export PATH := $(CURDIR)/target/tools/bin:$(PATH)
 
-.PHONY: help demo test chaos chaos-short mutants bench saturation saturation-short bench-http bench-retention chaos-host bindings build install-tools demo-tools links format lint docs run-tests
+.PHONY: help demo test chaos chaos-short mutants bench saturation saturation-short bench-http bench-retention chaos-host bindings build install-tools demo-tools links format lint docs deny advisories dist run-tests
 
 help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -13,11 +13,12 @@ demo: demo-tools build ## Show it: payments over HTTP, duplicates, lost answers,
 	cargo build --locked -p oncely-tests --bin demo || { $(CANNOT_BUILD); }
 	@cargo run --quiet --locked -p oncely-tests --bin demo
 
-test: install-tools ## Check links, format, lints and docs, then run all tests
+test: install-tools ## Check links, format, lints, docs and dependencies, then run all tests and the demo
 	$(MAKE) links
 	$(MAKE) format
 	$(MAKE) lint
 	$(MAKE) docs
+	$(MAKE) deny
 	$(MAKE) chaos-short
 	$(MAKE) run-tests
 	$(MAKE) demo
@@ -87,6 +88,15 @@ lint: ## Run clippy; warnings are errors
 
 docs: ## Build the API docs; warnings are errors
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps
+
+deny: ## Check licences, sources and bans of dependencies; see deny.toml
+	cargo deny check bans licenses sources
+
+advisories: ## Check dependencies against the advisory database, which is fetched
+	cargo deny check advisories
+
+dist: ## Make what people install, in dist/: program, completions, unit, licences, checksums
+	scripts/dist
 
 # The end-to-end tests run the binary, so it is built first; they compile the guests themselves, once.
 run-tests: build ## Run all tests

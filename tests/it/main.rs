@@ -46,6 +46,7 @@ mod repair;
 
 mod hosts;
 mod outage;
+mod packaging;
 mod reconcile;
 mod redrive;
 mod replay;

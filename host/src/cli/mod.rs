@@ -4,6 +4,7 @@ use clap::{Parser, Subcommand};
 
 mod build;
 mod client;
+mod completions;
 mod deploy;
 mod dev;
 mod dlq;
@@ -17,9 +18,12 @@ mod state;
 mod status;
 pub mod term;
 
+/// The version and the commit, such as `0.1.0 (1a2b3c4d5e6f)`.
+const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("ONCELY_COMMIT"), ")");
+
 /// Oncely runs WebAssembly message handlers whose effects happen once.
 #[derive(Debug, Parser)]
-#[command(name = "oncely", version, max_term_width = 100)]
+#[command(name = "oncely", version = VERSION, max_term_width = 100)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -39,6 +43,7 @@ enum Command {
     Outbox(outbox::Outbox),
     State(state::State),
     Status(status::Status),
+    Completions(completions::Completions),
 }
 
 impl Cli {
@@ -57,6 +62,7 @@ impl Cli {
             Command::Outbox(outbox) => outbox.run().await,
             Command::State(state) => state.run().await,
             Command::Status(status) => status.run().await,
+            Command::Completions(completions) => completions.run(),
         }
     }
 }
