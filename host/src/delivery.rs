@@ -456,7 +456,12 @@ impl<'b> Run<'b> {
         for (&member, claimed) in group.iter().zip(claimed) {
             match claimed {
                 _ if fault::mutant(fault::SKIP_CLAIM) => fresh.push((member, 0)),
-                _ if self.is_distrusted(member) => fresh.push((member, 0)),
+                _ if self.is_distrusted(member) => {
+                    if let Claimed::Settled(_) = claimed {
+                        fault::witness(fault::MUTANT_ACTED);
+                    }
+                    fresh.push((member, 0));
+                }
                 Claimed::Fresh { attempts } => {
                     if attempts > 0 {
                         self.failed_before.insert(member);

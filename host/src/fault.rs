@@ -110,6 +110,9 @@ pub const DUPLICATE_SKIPPED: &str = "duplicate_skipped";
 /// Seen, not a place to die: the broker knew an output already.
 pub const DUPLICATE_OUTPUT: &str = "duplicate_output";
 
+/// Seen, not a place to die: a mutant did harm that it can know of.
+pub const MUTANT_ACTED: &str = "mutant_acted";
+
 /// Messages are acknowledged as they arrive.
 pub const ACK_BEFORE_COMMIT: &str = "ack_before_commit";
 /// What the inbox says about an event is ignored.

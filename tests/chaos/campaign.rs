@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use oncely::fault;
 use rand::rngs::StdRng;
-use rand::seq::SliceRandom;
+use rand::seq::{IndexedRandom, SliceRandom};
 use rand::{Rng, SeedableRng};
 use support::database::Kind;
 use support::guests;
@@ -18,12 +18,13 @@ use support::proxy::{Cut, Proxy};
 use support::world::{World, manifest, signal};
 
 use crate::checker::{self, Counted, Violation};
+use crate::exposure::Exposure;
 use crate::observed::{self, Observed};
 use crate::publisher::{self, Progress};
 use crate::redriver::{self, Redriver};
 use crate::under_fire::UnderFire;
 use crate::watcher::{self, Looked};
-use crate::workload::{Workload, passes_until_death};
+use crate::workload::{Often, Workload, passes_until_death};
 
 /// After how long without a word of the host the broker delivers a message again.
 const ACK_WAIT: Duration = Duration::from_secs(2);
@@ -62,6 +63,8 @@ pub struct Plan {
     pub harm_max: Duration,
     pub harm: Harm,
     pub mutant: Option<String>,
+    /// What has to happen before the mutant may count as not caught.
+    pub exposure: Exposure,
     /// What else is set in the host's environment.
     pub env: Vec<(String, String)>,
 }
@@ -130,17 +133,17 @@ impl Harm {
         dlq_outage: Duration::from_secs(4),
     };
 
-    /// What it takes to catch every mutant.
+    /// What is done to every mutant, beside what exposes it.
     pub const FOR_MUTANTS: Harm = Harm {
         each_point: 0,
-        kills: 4,
+        kills: 2,
         pauses: 1,
-        terminations: 4,
-        database_stops: 4,
-        broker_kills: 2,
+        terminations: 2,
+        database_stops: 1,
+        broker_kills: 1,
         rollbacks: 1,
-        commit_cuts: 4,
-        output_cuts: 4,
+        commit_cuts: 0,
+        output_cuts: 1,
         deployments: 1,
         relay_changes: 2,
         outages: 0,
@@ -149,9 +152,12 @@ impl Harm {
     };
 }
 
+/// How long a campaign goes on at most until its mutant is exposed.
+const EXPOSED_WITHIN: Duration = Duration::from_secs(240);
+
 /// One thing to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Act {
+pub enum Act {
     DieAt(&'static str),
     Kill,
     Pause,
@@ -167,6 +173,34 @@ enum Act {
     DlqGone,
 }
 
+impl Act {
+    /// What is counted once it happened.
+    fn happened(self) -> String {
+        let name = match self {
+            Act::DieAt(point) => return format!("died at {point}"),
+            Act::Kill => "host killed",
+            Act::Pause => "host paused",
+            Act::Terminate => "database connection terminated",
+            Act::StopDatabase => "database stopped",
+            Act::KillBroker => "broker killed",
+            Act::RollBack => "streams rolled back",
+            Act::Cut(Cut::CommitNotForwarded) => "commit cut before it arrived",
+            Act::Cut(Cut::CommitAnswerLost) => "commit cut after it took effect",
+            Act::Cut(Cut::CommitDelayed) => "commit cut, and arrived later",
+            Act::Cut(Cut::CommitAnswerHeld) => "host killed between commit and answer",
+            Act::Cut(Cut::OutputsNotForwarded) => "outputs cut before they arrived",
+            Act::Cut(Cut::OutputAnswersLost) => "outputs cut after they were stored",
+            Act::Cut(Cut::HttpAnswerLost | Cut::HttpAnswerTorn | Cut::HttpFirstAnswerLost) => "answer to a request cut",
+            Act::Deploy => "deployed under load",
+            Act::ChangeRelay => "relay changed",
+            Act::BrokerAway => "broker away for long",
+            Act::DlqFull => "stream of dead letters full",
+            Act::DlqGone => "stream of dead letters gone",
+        };
+        name.to_owned()
+    }
+}
+
 /// What came of a campaign.
 #[derive(Debug)]
 pub struct Outcome {
@@ -177,6 +211,8 @@ pub struct Outcome {
     pub seen: BTreeMap<String, u64>,
     pub counted: Counted,
     pub violations: Vec<Violation>,
+    /// What had to happen to expose a mutant and did not, in words.
+    pub unexposed: Vec<String>,
     pub seconds: u64,
     /// Where the host's log and everything else is kept when a rule does not hold.
     pub kept: Option<std::path::PathBuf>,
@@ -188,7 +224,7 @@ pub async fn run(plan: Plan) -> Result<Outcome> {
     let mut campaign = Campaign::start(plan).await?;
     let url = campaign.world.nats.url();
     let watchers = campaign.watch();
-    let workload = Workload::new(campaign.plan.seed);
+    let workload = Workload::new(campaign.plan.seed, campaign.plan.exposure.often.map(|(often, _)| often));
     // Slow enough that there is still something to do while the last harm is done.
     let rate = (campaign.plan.inputs as f64 / campaign.plan.harm_max.as_secs_f64() * 1.5).max(40.0);
     let publishing =
@@ -230,6 +266,10 @@ impl Campaign {
         world.nats_url = format!("nats://127.0.0.1:{}", to_nats.port());
         let under_fire = UnderFire::put(&mut world, plan.kind).await?;
         let UnderFire { cluster, to_database } = under_fire;
+        if let (Some(_), Some(proxy)) = (&plan.mutant, &to_database) {
+            // Other commits hold nothing that a mutant of commits could lose or do twice.
+            proxy.cut_guests_alone();
+        }
         let rivals = plan.kind == Kind::Postgres;
         let mut campaign = Campaign {
             random: StdRng::seed_from_u64(plan.seed ^ 0x0ddb_a115),
@@ -336,6 +376,7 @@ impl Campaign {
     }
 
     async fn do_harm(&mut self) -> Result<()> {
+        self.expose().await?;
         let mut end = Instant::now() + self.plan.harm_max;
         for act in self.acts() {
             if Instant::now() > end {
@@ -349,6 +390,47 @@ impl Campaign {
             }
         }
         self.kill()
+    }
+
+    /// Does what exposes a mutant until it happened as often as it has to.
+    async fn expose(&mut self) -> Result<()> {
+        let end = Instant::now() + EXPOSED_WITHIN;
+        while let Some(act) = self.lacking()
+            && Instant::now() < end
+        {
+            self.act(act).await.with_context(|| format!("{act:?}"))?;
+        }
+        Ok(())
+    }
+
+    /// One of the acts that are still missing to expose a mutant.
+    fn lacking(&mut self) -> Option<Act> {
+        let times = |act: Act| self.injected.get(&act.happened()).copied().unwrap_or_default();
+        let acts = &self.plan.exposure.acts;
+        let lacking: Vec<Act> = acts.iter().filter(|(act, least)| times(*act) < *least).map(|(act, _)| *act).collect();
+        if lacking.is_empty() && self.passes(fault::MUTANT_ACTED) < self.plan.exposure.harm {
+            return acts.first().map(|(act, _)| *act);
+        }
+        lacking.choose(&mut self.random).copied()
+    }
+
+    /// What was to expose a mutant and did not happen often enough.
+    fn unexposed(&mut self, observed: &Observed) -> Vec<String> {
+        let mut unexposed: Vec<String> = Vec::new();
+        if let Some(act) = self.lacking() {
+            let acted = self.passes(fault::MUTANT_ACTED);
+            unexposed.push(format!("{} not often enough, or the harm ({acted} times)", act.happened()));
+        }
+        if let Some((often, least)) = self.plan.exposure.often {
+            let published = match often {
+                Often::Nature(nature) => observed.published_as(&format!("{nature:?}")),
+                Often::IdReuse => observed.id_reuses(),
+            };
+            if published < least {
+                unexposed.push(format!("{often:?} was published {published} times, at least {least} wanted"));
+            }
+        }
+        unexposed
     }
 
     async fn act(&mut self, act: Act) -> Result<()> {
@@ -610,15 +692,7 @@ impl Campaign {
         if cut == Cut::CommitAnswerHeld {
             self.world.kill_host()?;
         }
-        self.did(match cut {
-            Cut::CommitNotForwarded => "commit cut before it arrived",
-            Cut::CommitAnswerLost => "commit cut after it took effect",
-            Cut::CommitDelayed => "commit cut, and arrived later",
-            Cut::CommitAnswerHeld => "host killed between commit and answer",
-            Cut::OutputsNotForwarded => "outputs cut before they arrived",
-            Cut::OutputAnswersLost => "outputs cut after they were stored",
-            Cut::HttpAnswerLost | Cut::HttpAnswerTorn | Cut::HttpFirstAnswerLost => "answer to a request cut",
-        });
+        self.did(Act::Cut(cut).happened());
         Ok(())
     }
 
@@ -728,6 +802,7 @@ impl Campaign {
         observed.deaths = self.injected.iter().filter(|(what, _)| is_death(what)).map(|(_, count)| count).sum();
         observed.lanes = self.plan.lanes.into();
         let (counted, mut violations) = checker::check(&observed);
+        let unexposed = self.unexposed(&observed);
         let seen = self.seen();
         if self.plan.mutant.is_none() {
             violations.extend(self.vacuous(&seen, &counted));
@@ -741,6 +816,7 @@ impl Campaign {
             seen,
             counted,
             violations,
+            unexposed,
             seconds,
             kept,
         })
@@ -767,30 +843,7 @@ impl Campaign {
     fn vacuous(&mut self, seen: &BTreeMap<String, u64>, counted: &Counted) -> Vec<Violation> {
         let mut floors: BTreeMap<String, u64> = BTreeMap::new();
         for act in self.acts() {
-            let name = match act {
-                Act::DieAt(point) => format!("died at {point}"),
-                Act::Kill => "host killed".to_owned(),
-                Act::Pause => "host paused".to_owned(),
-                Act::Terminate => "database connection terminated".to_owned(),
-                Act::StopDatabase => "database stopped".to_owned(),
-                Act::KillBroker => "broker killed".to_owned(),
-                Act::RollBack => "streams rolled back".to_owned(),
-                Act::Cut(Cut::CommitNotForwarded) => "commit cut before it arrived".to_owned(),
-                Act::Cut(Cut::CommitAnswerLost) => "commit cut after it took effect".to_owned(),
-                Act::Cut(Cut::CommitDelayed) => "commit cut, and arrived later".to_owned(),
-                Act::Cut(Cut::CommitAnswerHeld) => "host killed between commit and answer".to_owned(),
-                Act::Cut(Cut::OutputsNotForwarded) => "outputs cut before they arrived".to_owned(),
-                Act::Cut(Cut::OutputAnswersLost) => "outputs cut after they were stored".to_owned(),
-                Act::Cut(Cut::HttpAnswerLost | Cut::HttpAnswerTorn | Cut::HttpFirstAnswerLost) => {
-                    "answer to a request cut".to_owned()
-                }
-                Act::Deploy => "deployed under load".to_owned(),
-                Act::ChangeRelay => "relay changed".to_owned(),
-                Act::BrokerAway => "broker away for long".to_owned(),
-                Act::DlqFull => "stream of dead letters full".to_owned(),
-                Act::DlqGone => "stream of dead letters gone".to_owned(),
-            };
-            *floors.entry(name).or_default() += 1;
+            *floors.entry(act.happened()).or_default() += 1;
         }
         let mut found = self.injected.clone();
         // A few of many may find no connection to end.

@@ -13,10 +13,12 @@ use support::database::Kind;
 use support::guests;
 
 use crate::campaign::{Harm, Outcome, Plan};
+use crate::exposure::Exposure;
 use crate::storm::{Storm, Weathered};
 
 mod campaign;
 mod checker;
+mod exposure;
 mod observed;
 mod publisher;
 mod redriver;
@@ -62,6 +64,9 @@ struct Options {
     /// This mutant alone.
     #[arg(long, requires = "mutants")]
     mutant: Option<String>,
+    /// How often each mutant runs, with a seed of its own each time. It must be caught every time.
+    #[arg(long, default_value_t = 1, requires = "mutants")]
+    times: u64,
 }
 
 fn variable(text: &str) -> Result<(String, String), String> {
@@ -110,6 +115,7 @@ async fn run_campaigns(options: &Options) -> Result<bool> {
         harm_max: Duration::from_secs_f64(options.minutes * 60.0),
         harm: if options.short { Harm::SHORT } else { Harm::FULL },
         mutant: None,
+        exposure: Exposure::default(),
         env: options.env.clone(),
     };
     let storms = kinds.clone();
@@ -159,50 +165,98 @@ async fn run_storms(options: &Options, seed: u64, kinds: Vec<Kind>) -> Result<Ve
     Ok(reports)
 }
 
-/// Runs the mutants, a few at a time, and the host as it is among them; true when exactly the mutants are caught.
+/// How often one mutant was caught.
+#[derive(Default)]
+struct Tally {
+    runs: u64,
+    caught: u64,
+    rules: BTreeSet<&'static str>,
+    first: String,
+    unexposed: Vec<String>,
+    seconds: u64,
+}
+
+impl Tally {
+    fn count(&mut self, outcome: Outcome) {
+        self.runs += 1;
+        self.seconds += outcome.seconds;
+        self.rules.extend(outcome.violations.iter().map(|violation| violation.rule));
+        if let Some(first) = outcome.violations.into_iter().next() {
+            self.caught += 1;
+            self.first = first.what;
+        }
+        self.unexposed.extend(outcome.unexposed);
+    }
+
+    /// Whether a mutant was caught each time, and the host as it is never; and whether either means anything.
+    fn is_as_wanted(&self, mutant: &str) -> bool {
+        let wanted = if mutant == NO_MUTANT { 0 } else { self.runs };
+        self.caught == wanted && self.unexposed.is_empty()
+    }
+}
+
+/// The host as it is, among the mutants.
+const NO_MUTANT: &str = "none";
+
+/// Runs the mutants, a few at a time, and the host as it is among them; true when exactly the mutants are caught, each of
+/// them in each run, after everything happened that exposes it.
 async fn run_mutants(options: &Options) -> Result<bool> {
     let seed = options.seed.unwrap_or(7);
     let chosen = |name: &&&str| options.mutant.as_deref().is_none_or(|mutant| mutant == **name);
-    let mutants = fault::MUTANTS.iter().filter(chosen).map(|name| Some((*name).to_owned()));
-    let plan = |mutant: Option<String>| Plan {
-        kind: Kind::Postgres,
-        seed,
-        inputs: 1_500,
-        batch: options.batch.or(Some(32)),
-        lanes: options.lanes,
-        harm_max: Duration::from_secs(40),
-        harm: Harm::FOR_MUTANTS,
-        mutant: mutant.or(Some("none".to_owned())),
-        env: options.env.clone(),
+    let mutants: Vec<&str> = std::iter::once(NO_MUTANT).chain(fault::MUTANTS.iter().filter(chosen).copied()).collect();
+    let plan = |mutant: &str, seed: u64| {
+        let exposure = Exposure::of(mutant).with_context(|| format!("no campaign is made to expose {mutant}"))?;
+        anyhow::Ok(Plan {
+            kind: Kind::Postgres,
+            seed,
+            inputs: 1_500,
+            batch: options.batch.or(Some(32)),
+            lanes: options.lanes,
+            harm_max: Duration::from_secs(25),
+            harm: Harm::FOR_MUTANTS,
+            mutant: Some(mutant.to_owned()),
+            exposure,
+            env: options.env.clone(),
+        })
     };
-    let campaigns = std::iter::once(None).chain(mutants).map(|mutant| campaign::run(plan(mutant)));
-    let mut running = futures::stream::iter(campaigns).buffer_unordered(MUTANTS_AT_ONCE);
-    let mut rows = Vec::new();
-    let mut holds = true;
+    let mut plans = Vec::new();
+    for time in 0..options.times {
+        for mutant in &mutants {
+            plans.push(plan(mutant, seed + time)?);
+        }
+    }
+    let mut running = futures::stream::iter(plans.into_iter().map(campaign::run)).buffer_unordered(MUTANTS_AT_ONCE);
+    let mut tallies: BTreeMap<String, Tally> = BTreeMap::new();
     while let Some(outcome) = running.next().await {
         let outcome = outcome.context("run a campaign")?;
         let mutant = outcome.plan.mutant.clone().unwrap_or_default();
-        let rules: BTreeSet<&str> = outcome.violations.iter().map(|violation| violation.rule).collect();
-        let caught = !rules.is_empty();
-        let is_as_wanted = caught == (mutant != "none");
-        holds &= is_as_wanted;
+        let (seed, found) = (outcome.plan.seed, outcome.violations.len());
+        let verdict = if found > 0 { "caught" } else { "not caught" };
         let first = outcome.violations.first().map(|violation| violation.what.clone()).unwrap_or_default();
-        let verdict = if caught { "caught" } else { "not caught" };
-        println!("{mutant:<26} {verdict:<11} {:>4} violations  {first}", outcome.violations.len());
-        rows.push(json!({ "name": mutant, "caught": caught, "by": rules, "violations": outcome.violations.len(),
-            "first": first, "seconds": outcome.seconds }));
+        println!("{mutant:<26} {verdict:<11} {found:>4} violations  seed {seed}  {first}");
+        outcome.unexposed.iter().for_each(|what| println!("{mutant:<26} not exposed: {what}"));
+        tallies.entry(mutant).or_default().count(outcome);
     }
-    let caught = rows.iter().filter(|row| row["caught"] == true && row["name"] != "none").count();
-    let all = rows.len() - 1;
-    println!("{caught} of {all} mutants caught");
+    let rows: Vec<Value> = tallies
+        .iter()
+        .map(|(mutant, tally)| {
+            json!({ "name": mutant, "runs": tally.runs, "caught": tally.caught, "by": tally.rules,
+                "first": tally.first, "unexposed": tally.unexposed, "seconds": tally.seconds })
+        })
+        .collect();
+    let caught = tallies.iter().filter(|(mutant, tally)| *mutant != NO_MUTANT && tally.is_as_wanted(mutant)).count();
+    println!("{caught} of {} mutants caught, each in all of {} runs", mutants.len() - 1, options.times);
     let file = options.mutant.as_ref().map_or("mutants.json".to_owned(), |mutant| format!("mutant-{mutant}.json"));
-    write(&file, &json!({ "seed": seed, "caught": caught, "mutants": all, "rows": rows }))?;
-    Ok(holds)
+    write(
+        &file,
+        &json!({ "seed": seed, "times": options.times, "caught": caught, "mutants": mutants.len() - 1, "rows": rows }),
+    )?;
+    Ok(tallies.iter().all(|(mutant, tally)| tally.is_as_wanted(mutant)))
 }
 
 /// What was done, seen, checked and found, for a person.
 fn show(outcome: &Outcome) {
-    let Outcome { plan, injected, seen, counted, violations, seconds, kept } = outcome;
+    let Outcome { plan, injected, seen, counted, violations, seconds, kept, .. } = outcome;
     println!("\n{}: {}, {} lanes, {seconds} s", name(plan.kind), batches(plan), plan.lanes);
     println!("  injected");
     injected.iter().for_each(|(what, count)| println!("    {count:>7}  {what}"));

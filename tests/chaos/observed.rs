@@ -1,6 +1,6 @@
 //! Everything that can be seen from outside once all is quiet: rows as they stand, streams as they stand.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -90,6 +90,23 @@ impl Observed {
         observed.read_rows(database).await.context("read the tables")?;
         observed.restless = restless(database, nats).await?;
         Ok(observed)
+    }
+
+    /// How many inputs of a nature there are.
+    pub fn published_as(&self, nature: &str) -> u64 {
+        let is_one = |stored: &&Stored| stored.headers.get("nature").is_some_and(|own| own == nature);
+        self.inputs.iter().filter(is_one).count() as u64
+    }
+
+    /// How many ids were used for more than one body.
+    pub fn id_reuses(&self) -> u64 {
+        let mut bodies: BTreeMap<&str, BTreeSet<&[u8]>> = BTreeMap::new();
+        for stored in &self.inputs {
+            if let Some(id) = stored.headers.get("ce-id") {
+                bodies.entry(id).or_default().insert(&stored.body);
+            }
+        }
+        bodies.values().filter(|bodies| bodies.len() > 1).count() as u64
     }
 
     async fn read_rows(&mut self, database: &Database) -> Result<()> {

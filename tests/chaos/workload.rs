@@ -125,10 +125,22 @@ pub struct Workload {
     sequence_of_key: Vec<u64>,
     pub duplicates: u64,
     pub id_reuses: u64,
+    often: Option<Often>,
 }
 
+/// What is published far more often than usual.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Often {
+    Nature(Nature),
+    /// An id that was used before, with another body.
+    IdReuse,
+}
+
+/// How often then, in ten thousand.
+const OFTEN: u32 = 300;
+
 impl Workload {
-    pub fn new(seed: u64) -> Self {
+    pub fn new(seed: u64, often: Option<Often>) -> Self {
         Workload {
             random: StdRng::seed_from_u64(seed),
             made: 0,
@@ -136,6 +148,7 @@ impl Workload {
             sequence_of_key: vec![0; KEYS as usize],
             duplicates: 0,
             id_reuses: 0,
+            often,
         }
     }
 
@@ -143,6 +156,7 @@ impl Workload {
     pub fn next_message(&mut self) -> ToPublish {
         self.made += 1;
         let draw = self.random.random_range(0..10_000);
+        let reuses = if self.often == Some(Often::IdReuse) { OFTEN } else { 50 };
         let message = match draw {
             0..1_000 if !self.recent.is_empty() => {
                 self.duplicates += 1;
@@ -151,7 +165,7 @@ impl Workload {
                 let message = self.recent[self.recent.len() - back].clone();
                 with_new_broker_id(message)
             }
-            1_000..1_050 if !self.recent.is_empty() => {
+            1_000.. if draw < 1_000 + reuses && !self.recent.is_empty() => {
                 self.id_reuses += 1;
                 let earlier = &self.recent[self.random.random_range(0..self.recent.len())];
                 let event_id = header(earlier, "ce-id").to_owned();
@@ -170,10 +184,11 @@ impl Workload {
     fn nature(&mut self) -> Nature {
         let mut draw = self.random.random_range(0..10_000);
         for nature in Nature::ALL {
-            if draw < nature.rate() {
+            let rate = if self.often == Some(Often::Nature(nature)) { OFTEN.max(nature.rate()) } else { nature.rate() };
+            if draw < rate {
                 return nature;
             }
-            draw -= nature.rate();
+            draw -= rate;
         }
         Nature::Plain
     }

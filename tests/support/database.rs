@@ -78,6 +78,14 @@ impl Database {
         }
     }
 
+    /// The same, past whatever stands before the database for the host.
+    pub fn direct_url(&self) -> String {
+        match self {
+            Database::Sqlite(path) => path.display().to_string(),
+            Database::Postgres { direct, .. } => direct.clone(),
+        }
+    }
+
     /// Runs a query and returns its rows as text, an empty string for null. Platform tables are written `oncely.x` and
     /// workers' tables `app.x`, whichever database it is.
     pub async fn rows(&self, sql: &str) -> Result<Vec<Vec<String>>> {

@@ -1,13 +1,14 @@
 //! A TCP proxy that knows a little PostgreSQL, NATS and HTTP, and cuts connections where it hurts most.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
 /// Where to cut, once.
@@ -46,6 +47,10 @@ struct Shared {
     armed: Mutex<Option<Cut>>,
     done: Mutex<HashMap<Cut, u64>>,
     changed: Notify,
+    /// Whether commits of guests' transactions alone are cut.
+    guests_alone: AtomicBool,
+    /// Whether nothing gets through, either way.
+    swallows: watch::Sender<bool>,
 }
 
 impl Proxy {
@@ -65,6 +70,17 @@ impl Proxy {
     /// How often it was cut there.
     pub fn count(&self, cut: Cut) -> u64 {
         self.shared.done.lock().unwrap_or_else(PoisonError::into_inner).get(&cut).copied().unwrap_or_default()
+    }
+
+    /// From now on only commits of guests' transactions are cut, and those that are late are late by more.
+    pub fn cut_guests_alone(&self) {
+        self.shared.guests_alone.store(true, Ordering::Relaxed);
+    }
+
+    /// Lets nothing through, either way, on connections that are there and on new ones; or lets all go on. Neither end
+    /// finds a connection closed.
+    pub fn swallow(&self, swallows: bool) {
+        self.shared.swallows.send_replace(swallows);
     }
 
     /// Cuts at the next chance and returns true once that happened, or false after `limit` without a chance.
@@ -136,8 +152,11 @@ impl Connection {
     async fn run(mut self) -> std::io::Result<()> {
         let mut up = vec![0; 1 << 16];
         let mut down = vec![0; 1 << 16];
+        let mut swallows = self.shared.swallows.subscribe();
         loop {
+            let Ok(_) = swallows.wait_for(|swallows| !swallows).await else { return Ok(()) };
             tokio::select! {
+                Ok(()) = swallows.changed() => {}
                 read = self.client.read(&mut up) => match read? {
                     0 => return Ok(()),
                     length => if self.pass_up(up.get(..length).unwrap_or_default()).await? { return Ok(()) },
@@ -152,7 +171,8 @@ impl Connection {
 
     /// Forwards what the client said; true when the connection is cut.
     async fn pass_up(&mut self, bytes: &[u8]) -> std::io::Result<bool> {
-        let commits = self.messages.hold_commit(bytes);
+        let guests_alone = self.shared.guests_alone.load(Ordering::Relaxed);
+        let commits = self.messages.hold_commit(bytes, guests_alone);
         if commits && let Some(cut) = self.shared.take(COMMIT_CUTS) {
             if cut == Cut::CommitNotForwarded {
                 self.shared.done(cut);
@@ -160,7 +180,7 @@ impl Connection {
             }
             if cut == Cut::CommitDelayed {
                 self.client.shutdown().await?;
-                tokio::time::sleep(COMMIT_DELAY).await;
+                tokio::time::sleep(if guests_alone { COMMIT_DELAY * 3 } else { COMMIT_DELAY }).await;
             }
             self.server.write_all(bytes).await?;
             return self.keep_answer(cut).await;
@@ -239,8 +259,9 @@ struct Messages {
 }
 
 impl Messages {
-    /// Whether one of the messages that end in `bytes` is a simple query whose text ends in `commit`.
-    fn hold_commit(&mut self, bytes: &[u8]) -> bool {
+    /// Whether one of the messages that end in `bytes` is a simple query whose text ends in `commit`; with `guests_alone`,
+    /// one that a guest's transaction ends with.
+    fn hold_commit(&mut self, bytes: &[u8], guests_alone: bool) -> bool {
         const NEGOTIATIONS: [&[u8]; 2] = [&80_877_103_u32.to_be_bytes(), &80_877_104_u32.to_be_bytes()];
         if self.foreign {
             return false;
@@ -262,7 +283,10 @@ impl Messages {
             let rest = self.rest.split_off(length);
             let message = std::mem::replace(&mut self.rest, rest);
             match self.started {
-                true => commits |= message.starts_with(b"Q") && message.ends_with(b"commit\0"),
+                true => {
+                    let is_commit = message.starts_with(b"Q") && message.ends_with(b"commit\0");
+                    commits |= is_commit && (!guests_alone || contains(&message, b".finish = '"));
+                }
                 false => self.started = !NEGOTIATIONS.contains(&message.get(4..8).unwrap_or_default()),
             }
         }

@@ -111,16 +111,26 @@ impl World {
     /// Starts the host process.
     pub fn spawn_host(&mut self) -> Result<()> {
         let _ = std::fs::remove_file(self.host_file());
-        self.host = Some(self.spawn(&self.data_dir())?);
+        self.host = Some(self.spawn(&self.data_dir(), &self.nats_url, &self.database.url())?);
         Ok(())
     }
 
     /// Starts a second host beside the first one, for whoever asks to look after.
     pub fn spawn_rival(&self) -> Result<Child> {
-        self.spawn(&self.folder.path().join(".rival"))
+        self.spawn(&self.folder.path().join(".rival"), &self.nats_url, &self.database.url())
     }
 
-    fn spawn(&self, data_dir: &Path) -> Result<Child> {
+    /// Like [`World::spawn_rival`], but it reaches its servers directly, whatever stands before them for the first host.
+    pub fn spawn_rival_directly(&self) -> Result<Child> {
+        self.spawn(&self.folder.path().join(".rival"), &self.nats.url(), &self.database.direct_url())
+    }
+
+    /// Starts a host of another installation: on the same NATS server, with a database of its own in this file.
+    pub fn spawn_other_installation(&self, database: &Path) -> Result<Child> {
+        self.spawn(&self.folder.path().join(".other"), &self.nats.url(), &database.display().to_string())
+    }
+
+    fn spawn(&self, data_dir: &Path, nats_url: &str, database_url: &str) -> Result<Child> {
         let log = std::fs::File::options()
             .create(true)
             .append(true)
@@ -135,9 +145,9 @@ impl World {
                 "--http-publish",
                 "in.>,out.>",
                 "--nats",
-                &self.nats_url,
+                nats_url,
                 "--database",
-                &self.database.url(),
+                database_url,
             ])
             .arg("--data-dir")
             .arg(data_dir)
