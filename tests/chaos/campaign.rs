@@ -10,7 +10,7 @@ use oncely::fault;
 use rand::rngs::StdRng;
 use rand::seq::{IndexedRandom, SliceRandom};
 use rand::{Rng, SeedableRng};
-use support::database::Kind;
+use support::database::{Database, Kind};
 use support::guests;
 use support::metrics::unpublished_age;
 use support::postgres::Cluster;
@@ -22,6 +22,7 @@ use crate::exposure::Exposure;
 use crate::observed::{self, Observed};
 use crate::publisher::{self, Progress};
 use crate::redriver::{self, Redriver};
+use crate::stranger::{self, Meddling};
 use crate::under_fire::UnderFire;
 use crate::watcher::{self, Looked};
 use crate::workload::{Often, Workload, passes_until_death};
@@ -94,6 +95,13 @@ pub struct Harm {
     pub outage: Duration,
     /// How long that stream takes nothing.
     pub dlq_outage: Duration,
+    /// How often the host freezes for as long as `frozen`, and how often it vanishes from the network for as long.
+    pub freezes: u32,
+    pub frozen: Duration,
+    /// How often a host of another installation tries to join.
+    pub joins: u32,
+    /// How often a host dies with leased outputs and is back at once.
+    pub leases: u32,
 }
 
 impl Harm {
@@ -113,6 +121,10 @@ impl Harm {
         outages: 1,
         outage: Duration::from_secs(120),
         dlq_outage: Duration::from_secs(40),
+        freezes: 0,
+        frozen: Duration::from_secs(20),
+        joins: 0,
+        leases: 0,
     };
 
     /// What fits into two minutes.
@@ -131,6 +143,10 @@ impl Harm {
         outages: 1,
         outage: Duration::from_secs(4),
         dlq_outage: Duration::from_secs(4),
+        freezes: 0,
+        frozen: Duration::from_secs(5),
+        joins: 0,
+        leases: 0,
     };
 
     /// What is done to every mutant, beside what exposes it.
@@ -149,8 +165,15 @@ impl Harm {
         outages: 0,
         outage: Duration::ZERO,
         dlq_outage: Duration::ZERO,
+        freezes: 0,
+        frozen: Duration::ZERO,
+        joins: 0,
+        leases: 0,
     };
 }
+
+/// How long outputs that a host had leased when it died may wait once it is back.
+const LEASES_TAKEN_WITHIN: Duration = Duration::from_secs(12);
 
 /// How long a campaign goes on at most until its mutant is exposed.
 const EXPOSED_WITHIN: Duration = Duration::from_secs(240);
@@ -171,6 +194,10 @@ pub enum Act {
     BrokerAway,
     DlqFull,
     DlqGone,
+    Freeze,
+    Vanish,
+    Join,
+    DieWithLeases,
 }
 
 impl Act {
@@ -196,6 +223,10 @@ impl Act {
             Act::BrokerAway => "broker away for long",
             Act::DlqFull => "stream of dead letters full",
             Act::DlqGone => "stream of dead letters gone",
+            Act::Freeze => "host frozen",
+            Act::Vanish => "host vanished from the network",
+            Act::Join => "second installation refused",
+            Act::DieWithLeases => "host died with leased outputs, and came back",
         };
         name.to_owned()
     }
@@ -230,11 +261,17 @@ pub async fn run(plan: Plan) -> Result<Outcome> {
     let publishing =
         tokio::spawn(publisher::publish(url, workload, campaign.plan.inputs, rate, Arc::clone(&campaign.progress)));
     let redriving = tokio::spawn(redriver::redrive(campaign.redriver()?));
+    let meddling = tokio::spawn(stranger::meddle(
+        campaign.world.nats.url(),
+        Arc::clone(&campaign.progress),
+        Arc::clone(&campaign.meddling),
+    ));
     campaign.do_harm().await?;
     campaign.progress.enough.store(true, Ordering::Relaxed);
     campaign.stay_alive_until(|| publishing.is_finished()).await?;
     let workload = publishing.await.context("publish")??;
     redriving.abort();
+    meddling.abort();
     let stuck = campaign.heal(workload).await?;
     watchers.iter().for_each(tokio::task::JoinHandle::abort);
     campaign.conclude(stuck, began).await
@@ -249,6 +286,7 @@ struct Campaign {
     random: StdRng,
     progress: Arc<Progress>,
     looked: Arc<Looked>,
+    meddling: Arc<Meddling>,
     injected: BTreeMap<String, u64>,
     /// How many versions of the worker were written so far.
     versions: u32,
@@ -280,6 +318,7 @@ impl Campaign {
             to_database,
             progress: Arc::default(),
             looked: Arc::default(),
+            meddling: Arc::default(),
             injected: BTreeMap::new(),
             caught_up: BTreeMap::new(),
             lagging: Vec::new(),
@@ -327,7 +366,16 @@ impl Campaign {
             checker::ATTEMPTS,
             self.versions
         );
-        self.world.write_manifest(&manifest(&settings)?)
+        let component = guests::component()?;
+        // Takes no message, and has no dead letter: whoever is sent to it with another's finds nothing.
+        let bystander = format!(
+            "\n[[worker]]\nname = \"{}\"\ncomponent = \"{}\"\nstream = \"IN\"\nsubjects = [\"in.never\"]\n\
+             outputs = [\"out.>\"]\nconcurrency = 1\n[worker.config]\nlabel = \"{}\"\n",
+            stranger::BYSTANDER,
+            component.display(),
+            self.versions
+        );
+        self.world.write_manifest(&(manifest(&settings)? + &bystander))
     }
 
     /// Decides what the next host is to die of.
@@ -348,6 +396,7 @@ impl Campaign {
         let Harm { each_point, kills, pauses, terminations, database_stops, .. } = self.plan.harm;
         let Harm { broker_kills, rollbacks, commit_cuts, output_cuts, deployments, relay_changes, outages, .. } =
             self.plan.harm;
+        let Harm { freezes, joins, leases, .. } = self.plan.harm;
         let mut acts = Vec::new();
         let mut add = |act, times: u32| acts.extend((0..times).map(|_| act));
         fault::POINTS.iter().for_each(|point| add(Act::DieAt(point), each_point));
@@ -361,6 +410,10 @@ impl Campaign {
         add(Act::BrokerAway, outages);
         add(Act::DlqFull, outages);
         add(Act::DlqGone, outages);
+        add(Act::Freeze, freezes);
+        add(Act::Vanish, freezes);
+        add(Act::Join, joins);
+        add(Act::DieWithLeases, leases);
         if self.plan.kind == Kind::Postgres {
             fault::LOG_POINTS.iter().for_each(|point| add(Act::DieAt(point), each_point));
             add(Act::ChangeRelay, relay_changes);
@@ -385,7 +438,16 @@ impl Campaign {
             let began = Instant::now();
             self.act(act).await.with_context(|| format!("{act:?}"))?;
             // Outages take their time, and leave the rest its own.
-            if matches!(act, Act::BrokerAway | Act::DlqFull | Act::DlqGone) {
+            if matches!(
+                act,
+                Act::BrokerAway
+                    | Act::DlqFull
+                    | Act::DlqGone
+                    | Act::Freeze
+                    | Act::Vanish
+                    | Act::Join
+                    | Act::DieWithLeases
+            ) {
                 end += began.elapsed();
             }
         }
@@ -473,6 +535,10 @@ impl Campaign {
             Act::BrokerAway => self.broker_away().await?,
             Act::DlqFull => self.dlq_full().await?,
             Act::DlqGone => self.dlq_gone().await?,
+            Act::Freeze => self.freeze().await?,
+            Act::Vanish => self.vanish().await?,
+            Act::Join => self.join().await?,
+            Act::DieWithLeases => self.die_with_leases().await?,
             Act::Cut(cut) => self.cut(cut).await?,
             Act::Deploy => {
                 self.running().await?;
@@ -585,6 +651,103 @@ impl Campaign {
             rival.kill().context("kill the rival")?;
             rival.wait().context("wait for the rival")?;
             self.did("rival host killed");
+        }
+        Ok(())
+    }
+
+    /// The host stops for long, wherever it is, with another one beside it where several can run; then it goes on.
+    async fn freeze(&mut self) -> Result<()> {
+        self.running().await?;
+        let rival = self.rival().await?;
+        let pid = self.world.host_pid().context("find the host")?;
+        signal(pid, "STOP")?;
+        tokio::time::sleep(self.plan.harm.frozen).await;
+        signal(pid, "CONT")?;
+        self.did(Act::Freeze.happened());
+        self.end_rival(rival).await
+    }
+
+    /// Nothing that the host sends or is sent arrives for long, and no connection ends; then all goes on.
+    async fn vanish(&mut self) -> Result<()> {
+        self.running().await?;
+        let rival = self.rival().await?;
+        self.swallow(true);
+        tokio::time::sleep(self.plan.harm.frozen).await;
+        self.swallow(false);
+        self.did(Act::Vanish.happened());
+        self.end_rival(rival).await
+    }
+
+    fn swallow(&self, swallows: bool) {
+        self.to_nats.swallow(swallows);
+        self.to_database.iter().for_each(|proxy| proxy.swallow(swallows));
+    }
+
+    /// A second host that reaches its servers whatever becomes of the first one's connections, where several can run.
+    async fn rival(&mut self) -> Result<Option<std::process::Child>> {
+        let rival = if self.rivals { Some(self.world.spawn_rival_directly()?) } else { None };
+        self.some_time(1_500, 3_000).await;
+        Ok(rival)
+    }
+
+    async fn end_rival(&mut self, rival: Option<std::process::Child>) -> Result<()> {
+        self.some_time(200, 600).await;
+        let Some(mut rival) = rival else { return Ok(()) };
+        rival.kill().context("kill the rival")?;
+        rival.wait().context("wait for the rival")?;
+        self.did("rival host killed");
+        Ok(())
+    }
+
+    /// The host dies with committed outputs in hand, and is back at once: they do not wait until their leases run out.
+    async fn die_with_leases(&mut self) -> Result<()> {
+        self.die_at(fault::BEFORE_PUBLISH).await?;
+        if self.world.host_lives() {
+            return Ok(());
+        }
+        let last = self.world.database.number("select coalesce(max(seq), 0) from oncely.outbox").await?;
+        let by_polling = if self.plan.kind == Kind::Postgres { " and via = 'poll'" } else { "" };
+        let waiting = format!(
+            "select count(*) from oncely.outbox where seq <= {last} and published_at is null and failures = 0
+             and behind is null and set_aside_at is null{by_polling}"
+        );
+        let left = self.world.database.number(&waiting).await?;
+        self.arm(None);
+        self.world.start_host().await?;
+        let back = Instant::now();
+        while self.world.database.number(&waiting).await.unwrap_or(left) > 0 {
+            if back.elapsed() > LEASES_TAKEN_WITHIN {
+                let what = format!("{left} outputs of a host that died wait {LEASES_TAKEN_WITHIN:?} after it is back");
+                self.lagging.push(Violation { rule: "takeover", what });
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        if left > 0 {
+            self.did(Act::DieWithLeases.happened());
+        }
+        Ok(())
+    }
+
+    /// A host with a database of its own comes to the same NATS server: it must not take a message.
+    async fn join(&mut self) -> Result<()> {
+        self.running().await?;
+        let file = self.world.folder.path().join("other.db");
+        let mut other = self.world.spawn_other_installation(&file)?;
+        let end = Instant::now() + CHANCE;
+        while Instant::now() < end && other.try_wait().context("look at the other host")?.is_none() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let is_refused = other.try_wait().context("look at the other host")?.is_some_and(|status| !status.success());
+        other.kill().context("kill the other host")?;
+        other.wait().context("wait for the other host")?;
+        let taken = Database::Sqlite(file).number("select count(*) from oncely.inbox").await.unwrap_or_default();
+        if is_refused && taken == 0 {
+            self.did(Act::Join.happened());
+        } else {
+            let ending = if is_refused { "was refused" } else { "was not refused" };
+            let what = format!("a second installation {ending} and settled {taken} messages");
+            self.lagging.push(Violation { rule: "one installation", what });
         }
         Ok(())
     }
@@ -833,6 +996,7 @@ impl Campaign {
             ("batches run again".to_owned(), passes(fault::BEFORE_RERUN)),
             ("outputs compared with their effect".to_owned(), self.looked.outputs.load(Ordering::Relaxed)),
             ("snapshots of the ledger".to_owned(), self.looked.snapshots.load(Ordering::Relaxed)),
+            ("pointers that a stranger forged".to_owned(), self.meddling.pointers.load(Ordering::Relaxed)),
             ("aborts".to_owned(), noted.iter().filter(|(line, _)| line.starts_with("abort")).map(|(_, n)| n).sum()),
         ]);
         seen.extend(caught_up);
@@ -852,6 +1016,9 @@ impl Campaign {
             floors.insert(name.to_owned(), 1);
             found.insert(name.to_owned(), seen.get(name).copied().unwrap_or_default());
         }
+        let forged = "pointers that a stranger forged";
+        floors.insert(forged.to_owned(), 100);
+        found.insert(forged.to_owned(), seen.get(forged).copied().unwrap_or_default());
         floors.insert("letters put back that took effect".to_owned(), 1);
         found.insert("letters put back that took effect".to_owned(), counted.redriven as u64);
         floors.insert("inputs".to_owned(), self.plan.inputs);

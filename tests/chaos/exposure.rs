@@ -46,6 +46,8 @@ impl Exposure {
             fault::REUSE_AFTER_TRAP => often(Often::Nature(Nature::Trap), 15),
             fault::BURY_NOTHING => often(Often::Nature(Nature::Malformed), 15),
             fault::ALLOW_RESERVED_HEADERS => often(Often::Nature(Nature::ReservedHeader), 15),
+            // The stranger sends each pointer to another worker, too.
+            fault::POINTER_WITHOUT_WORKER => often(Often::Nature(Nature::Redriven), 20),
             fault::DROP_PAYLOAD_HASH => often(Often::IdReuse, 15),
             "none" => acts(&[
                 (Act::Kill, 3),

@@ -15,6 +15,7 @@ use support::guests;
 use crate::campaign::{Harm, Outcome, Plan};
 use crate::exposure::Exposure;
 use crate::storm::{Storm, Weathered};
+use crate::takeover::TakenOver;
 
 mod campaign;
 mod checker;
@@ -23,6 +24,8 @@ mod observed;
 mod publisher;
 mod redriver;
 mod storm;
+mod stranger;
+mod takeover;
 mod under_fire;
 mod watcher;
 mod workload;
@@ -44,6 +47,9 @@ struct Options {
     /// The storm alone.
     #[arg(long)]
     storm: bool,
+    /// The takeovers alone (PostgreSQL).
+    #[arg(long, conflicts_with = "storm")]
+    takeover: bool,
     /// For how long harm is done at most.
     #[arg(long, default_value_t = 11.0)]
     minutes: f64,
@@ -119,7 +125,7 @@ async fn run_campaigns(options: &Options) -> Result<bool> {
         env: options.env.clone(),
     };
     let storms = kinds.clone();
-    let kinds = if options.storm { Vec::new() } else { kinds };
+    let kinds = if options.storm || options.takeover { Vec::new() } else { kinds };
     let campaigns = kinds.into_iter().map(|kind| tokio::spawn(campaign::run(plan(kind))));
     let mut running: futures::stream::FuturesUnordered<_> = campaigns.collect();
     let mut outcomes = Vec::new();
@@ -128,17 +134,37 @@ async fn run_campaigns(options: &Options) -> Result<bool> {
         show(&outcome);
         outcomes.push(outcome);
     }
+    let taken_over =
+        if options.takeover && storms.contains(&Kind::Postgres) { Some(take_over(options).await?) } else { None };
+    let storms = if options.takeover { Vec::new() } else { storms };
     let storms = run_storms(options, seed, storms).await?;
     let violations: usize = outcomes.iter().map(|outcome| outcome.violations.len()).sum();
+    let violations = violations + taken_over.as_ref().map_or(0, |taken_over| taken_over.violations.len());
     let violations =
         violations + storms.iter().map(|(_, storm)| storm["violations"].as_array().map_or(0, Vec::len)).sum::<usize>();
     let storms: BTreeMap<String, Value> = storms.into_iter().collect();
     let databases: BTreeMap<String, Value> =
         outcomes.iter().map(|outcome| (name(outcome.plan.kind), report(outcome))).collect();
     let name = if options.short { "short.json" } else { "report.json" };
-    write(name, &json!({ "seed": seed, "violations": violations, "databases": databases, "storms": storms }))?;
+    let takeover_ms = taken_over.map(|taken_over| taken_over.ms);
+    let report = json!({
+        "seed": seed, "violations": violations, "databases": databases, "storms": storms, "takeover_ms": takeover_ms,
+    });
+    write(name, &report)?;
     println!("{violations} violations");
     Ok(violations == 0)
+}
+
+/// Has hosts freeze and vanish, and shows how long it took until another one had taken over.
+async fn take_over(options: &Options) -> Result<TakenOver> {
+    let taken_over = takeover::run(if options.short { 1 } else { 3 }, &options.env).await.context("lose hosts")?;
+    println!("\ntakeover from a host with a guest that may take an hour");
+    for (loss, ms) in &taken_over.ms {
+        println!("    {ms:?} ms, {loss}");
+    }
+    println!("    {:>7}  violations", taken_over.violations.len());
+    taken_over.violations.iter().for_each(|violation| println!("    {}: {}", violation.rule, violation.what));
+    Ok(taken_over)
 }
 
 /// Runs the storms side by side; reports by database.

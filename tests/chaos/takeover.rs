@@ -1,0 +1,172 @@
+//! The takeover: a host freezes, or vanishes from the network, in the middle of a transaction on hot rows, and how long the
+//! other host takes to settle what is published to these rows from then on.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+use support::database::Kind;
+use support::nats::ToPublish;
+use support::proxy::Proxy;
+use support::world::{World, manifest, signal};
+
+use crate::checker::Violation;
+use crate::under_fire::UnderFire;
+
+/// How long a takeover may take, whatever a guest may.
+const WITHIN: Duration = Duration::from_secs(15);
+
+/// After how long it is given up.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Rows that all messages meet at.
+const ACCOUNTS: [(&str, &str); 2] = [("a", "b"), ("c", "d")];
+
+/// How many messages keep both hosts busy.
+const BUSY_WITH: usize = 120;
+
+/// How a host goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Loss {
+    Frozen,
+    Vanished,
+}
+
+/// How long each takeover took, by what happened to the host before, and what was wrong.
+#[derive(Debug, Default)]
+pub struct TakenOver {
+    pub ms: BTreeMap<&'static str, Vec<u64>>,
+    pub violations: Vec<Violation>,
+}
+
+/// Has hosts freeze and vanish so many times each.
+pub async fn run(times: u32, env: &[(String, String)]) -> Result<TakenOver> {
+    let mut scene = Scene::start(env).await?;
+    let mut taken_over = TakenOver::default();
+    for _ in 0..times {
+        for loss in [Loss::Frozen, Loss::Vanished] {
+            let took = scene.lose(loss).await?;
+            let name = if loss == Loss::Frozen { "frozen" } else { "vanished" };
+            taken_over.ms.entry(name).or_default().push(u64::try_from(took.as_millis())?);
+            if took > WITHIN {
+                let what = format!("{took:?} until another host settled what met the rows of a {name} host");
+                taken_over.violations.push(Violation { rule: "takeover", what });
+            }
+        }
+    }
+    taken_over.violations.extend(scene.check().await?);
+    Ok(taken_over)
+}
+
+struct Scene {
+    world: World,
+    to_nats: Proxy,
+    to_database: Proxy,
+    // Stops the server when it is dropped.
+    _cluster: support::postgres::Cluster,
+    published: usize,
+}
+
+impl Scene {
+    async fn start(env: &[(String, String)]) -> Result<Self> {
+        let settings = "batch = 8\nconcurrency = 2\nack_wait = \"2s\"\n[worker.limits]\ntime = \"1h\"";
+        let mut world = World::without_host(Kind::Sqlite, &manifest(settings)?).await?;
+        let UnderFire { cluster, to_database } = UnderFire::put(&mut world, Kind::Postgres).await?;
+        let to_nats = Proxy::start(world.nats.port()).await?;
+        world.nats_url = format!("nats://127.0.0.1:{}", to_nats.port());
+        world.host_env = env.to_vec();
+        world.start_host().await?;
+        let to_database = to_database.context("have a proxy to the database")?;
+        Ok(Scene { world, to_nats, to_database, _cluster: cluster.context("have a cluster")?, published: 0 })
+    }
+
+    /// Takes the first host away while both are busy, and returns how long the second one takes for what comes after.
+    async fn lose(&mut self, loss: Loss) -> Result<Duration> {
+        let mut rival = self.world.spawn_rival_directly()?;
+        self.publish(BUSY_WITH, 150).await?;
+        let began = self.settled().await?;
+        // Both are in the middle of it.
+        self.until(began + BUSY_WITH as i64 / 3).await?;
+        let pid = self.world.host_pid().context("find the host")?;
+        match loss {
+            Loss::Frozen => signal(pid, "STOP")?,
+            Loss::Vanished => self.swallow(true),
+        }
+        let lost = Instant::now();
+        self.publish(ACCOUNTS.len() * 4, 0).await?;
+        self.until(self.published as i64).await?;
+        let took = lost.elapsed();
+        match loss {
+            Loss::Frozen => signal(pid, "CONT")?,
+            Loss::Vanished => self.swallow(false),
+        }
+        // It goes on as if nothing had happened, or finds out.
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        rival.kill().context("kill the second host")?;
+        rival.wait().context("wait for the second host")?;
+        self.publish(ACCOUNTS.len(), 0).await?;
+        self.until(self.published as i64).await?;
+        Ok(took)
+    }
+
+    fn swallow(&self, swallows: bool) {
+        self.to_nats.swallow(swallows);
+        self.to_database.swallow(swallows);
+    }
+
+    /// Publishes messages that all meet at a few rows, and hold them for so many milliseconds.
+    async fn publish(&mut self, count: usize, ms: u64) -> Result<()> {
+        let message = |n: usize| {
+            let (from, to) = ACCOUNTS[n % ACCOUNTS.len()];
+            let options = json!({
+                "from": from, "to": to, "delta": 1, "n": 1, "key": from, "seq": n, "ms": ms, "sql": true,
+            });
+            ToPublish::new("in.ledger", &format!("e{n}"), "ledger,slow", &options.to_string())
+        };
+        let messages = (self.published..self.published + count).map(message).collect();
+        self.published += count;
+        self.world.nats.publish_all(messages).await
+    }
+
+    async fn settled(&self) -> Result<i64> {
+        self.world.database.number("select count(*) from oncely.inbox").await
+    }
+
+    /// Waits until so many messages are settled.
+    async fn until(&self, wanted: i64) -> Result<()> {
+        let end = Instant::now() + PATIENCE;
+        while self.settled().await? < wanted {
+            ensure!(
+                Instant::now() < end,
+                "{} of {wanted} messages are settled after {PATIENCE:?}:\n{}",
+                self.settled().await?,
+                self.world.host_log()
+            );
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Ok(())
+    }
+
+    /// Each message has its two rows, and all of them sum to zero.
+    async fn check(&mut self) -> Result<Vec<Violation>> {
+        let mut violations = Vec::new();
+        let odd = "select event_id from app.effect group by event_id
+            having count(*) <> 2 or sum(delta) <> 0 or count(distinct attempt_nonce) <> 1";
+        for row in self.world.database.rows(odd).await? {
+            let what = format!("event {} has other than two rows of one attempt", row.concat());
+            violations.push(Violation { rule: "effect once", what });
+        }
+        let events = self.world.database.number("select count(distinct event_id) from app.effect").await?;
+        if events != self.published as i64 {
+            let what = format!("{events} of {} events took effect", self.published);
+            violations.push(Violation { rule: "effect once", what });
+        }
+        let dead = self.world.database.number("select count(*) from oncely.dead_letter").await?;
+        if dead > 0 {
+            violations.push(Violation { rule: "dead letters", what: format!("{dead} messages died") });
+        }
+        self.world.kill_host()?;
+        Ok(violations)
+    }
+}
