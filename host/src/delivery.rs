@@ -23,11 +23,13 @@ use crate::state::{BatchState, StateEntry};
 use crate::store::{Claim, Claimed, CountedAttempt, FailedAttempt, OutboxRow, Store, StoreError, Tx};
 use crate::verdict::{Letter, Reason, Verdict};
 
+mod breaks;
 mod lent;
 mod members;
 mod rehearsal;
 pub mod request;
 
+pub use breaks::Breaks;
 use lent::Lent;
 use members::{Failed, Members, Ran};
 pub use rehearsal::Rehearsal;
@@ -52,6 +54,7 @@ pub struct Delivery {
     pub payload_max: usize,
     pub metrics: Arc<Metrics>,
     pub cache: Cache,
+    pub breaks: Breaks,
 }
 
 /// What a batch came to.
@@ -76,11 +79,14 @@ impl Delivery {
     pub async fn deliver(&self, batch: &[Arc<Message>], careful: bool) -> Result<Delivered, StoreError> {
         let mut run = Run::new(batch, &self.worker);
         run.careful = careful;
-        let mut groups = VecDeque::from([run.first_of_each_id()]);
+        let mut groups = self.groups_of(&run, run.first_of_each_id());
         let mut conflicts = 0;
         while let Some(group) = groups.pop_front() {
             let group = run.without_those_out(group);
-            let round = self.attempt(&mut run, &group).await?;
+            let round = match self.attempt(&mut run, &group).await {
+                Err(error) if error.broke_in_statement() => self.broken(&mut run, &group, error)?,
+                attempted => attempted?,
+            };
             run.reruns += u32::from(!matches!(round, Round::Committed));
             match round {
                 Round::Committed => {}
@@ -107,6 +113,7 @@ impl Delivery {
             }
         }
         self.judge_failures(&mut run).await?;
+        self.breaks.forget(batch.iter().map(|message| message.event_id.as_str()));
         self.forget_records(&run).await;
         self.metrics.batch(&self.worker.name, run.reruns);
         Ok(run.finish(&self.worker.name, self.version))

@@ -147,6 +147,8 @@ pub const DROP_PAYLOAD_HASH: &str = "drop_payload_hash";
 pub const ALLOW_RESERVED_HEADERS: &str = "allow_reserved_headers";
 /// A worker handles the dead letter that a pointer names, whichever worker it belongs to.
 pub const POINTER_WITHOUT_WORKER: &str = "pointer_without_worker";
+/// A transaction begins with its session as the one before left it (PostgreSQL).
+pub const NO_SESSION_RESET: &str = "no_session_reset";
 
 /// Every mutant.
 pub const MUTANTS: &[&str] = &[
@@ -167,6 +169,7 @@ pub const MUTANTS: &[&str] = &[
     DROP_PAYLOAD_HASH,
     ALLOW_RESERVED_HEADERS,
     POINTER_WITHOUT_WORKER,
+    NO_SESSION_RESET,
 ];
 
 #[cfg(feature = "faults")]

@@ -16,7 +16,7 @@ use crate::cache::Cache;
 use crate::cache_feed;
 use crate::config::CacheSettings;
 use crate::dead_letter::{DLQ_STREAM, DLQ_SUBJECTS};
-use crate::delivery::Delivery;
+use crate::delivery::{Breaks, Delivery};
 use crate::deploy;
 use crate::drain::{Stop, Stopping};
 use crate::fault;
@@ -260,6 +260,7 @@ impl Host {
             payload_max: self.bus.max_payload(),
             metrics: Arc::clone(&self.metrics),
             cache: self.cache.clone(),
+            breaks: Breaks::default(),
         })
     }
 

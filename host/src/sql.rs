@@ -1,12 +1,15 @@
-//! Guest SQL as plain values: parameters, rows, errors, and the gate every statement passes.
+//! Guest SQL as plain values: parameters, rows, errors, and the filter that every statement passes.
 
-mod gate;
+mod filter;
+mod functions;
+mod lexer;
 
 use serde::{Deserialize, Serialize};
 
 use crate::base64_text;
 
-pub use gate::{changes_rows, check_platform_names, check_statement, highest_placeholder};
+pub use filter::{Facts, STATEMENT_BYTES_MAX, check_length, check_statement};
+pub use functions::{Function, Functions};
 
 /// Which database stands behind a store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,6 +54,14 @@ impl Value {
             | Value::Time(text) => text.len() + 8,
         }
     }
+}
+
+/// How large parameters may be together, in bytes, to be checked and copied on an async thread.
+const LARGE: usize = 256 << 10;
+
+/// Whether checking and copying these parameters takes longer than an async thread has.
+pub fn are_large(params: &[Value]) -> bool {
+    params.iter().map(Value::size).sum::<usize>() > LARGE
 }
 
 /// Rows and the names of their columns; the names are only known when there is a row.

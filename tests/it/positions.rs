@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use bytes::Bytes;
 use oncely::cache::Cache;
 use oncely::config::CacheSettings;
-use oncely::delivery::{Delivered, Delivery};
+use oncely::delivery::{Breaks, Delivered, Delivery};
 use oncely::guest::{Guest, GuestEngine};
 use oncely::manifest::Manifest;
 use oncely::message::Message;
@@ -49,6 +49,7 @@ impl Heart {
             version: 1,
             payload_max: 1 << 20,
             cache: Cache::open(&CacheSettings::default(), Arc::clone(&metrics))?,
+            breaks: Breaks::default(),
             metrics,
         };
         Ok(Heart { delivery, database, _folder: folder })
@@ -140,6 +141,42 @@ both!(many_poisons_cost_the_others_one_more_run_and_a_careful_batch_none, |kind:
     assert_eq!(number("select count(*) from oncely.attempt").await?, 2 * 24);
     Ok(())
 });
+
+/// A statement that ends its own session would break the connection for ever: it is an attempt that failed in the end, and its
+/// neighbours take effect.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_whose_statement_ends_its_session_fails_alone() -> Result<()> {
+    let heart = Heart::of(Kind::Postgres, "[worker.retry]\nattempts = 1\n").await?;
+    // As a superuser: guests have no right to that function.
+    let leave = "create function app_default.leave() returns void language sql security definer
+        as 'select pg_catalog.pg_terminate_backend(pg_catalog.pg_backend_pid())'";
+    heart.database.execute(leave).await?;
+    let member = |n: usize| match n {
+        3 => message("leaves", "insert,sql_text", r#"{"n": 1, "sql": "select leave()"}"#),
+        n => message(&format!("stays{n}"), "insert", r#"{"n": 1}"#),
+    };
+    let batch: Vec<_> = (0..8).map(member).collect();
+    let mut tries = 0;
+    let delivered = loop {
+        tries += 1;
+        match heart.deliver(&batch).await {
+            Ok(delivered) => break delivered,
+            Err(error) => assert!(tries < 5, "{error:#}"),
+        }
+    };
+    // Once with the others, once alone, and once more: an outage would have been over by then.
+    assert_eq!(tries, 2);
+    for (n, verdict) in delivered.verdicts.iter().enumerate() {
+        let right = match verdict {
+            Verdict::Done(_) | Verdict::Duplicate(_) => n != 3,
+            Verdict::Dead(letter) => n == 3 && letter.code.as_deref() == Some("connection-broken"),
+            _ => false,
+        };
+        assert!(right, "{n} came to {verdict:?}");
+    }
+    assert_eq!(heart.database.number("select count(distinct event_id) from app.effect").await?, 7);
+    Ok(())
+}
 
 /// The server itself counts how often the function of the door that reads state was called.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -45,6 +45,7 @@ mod records;
 mod requests;
 mod retention;
 mod savepoints;
+mod sessions;
 mod state;
 mod totals;
 mod wall;
@@ -88,12 +89,12 @@ impl World {
         World { store: Arc::new(store), store_url: Some(url.to_owned()), url: Some(direct.to_owned()), folder }
     }
 
-    /// The same database with the gate open, so that the wall stands alone.
-    async fn without_gate(self) -> Self {
+    /// The same database without the filter, so that the database's privileges stand alone.
+    async fn without_filter(self) -> Self {
         self.store.close().await;
         let store: Arc<dyn Store> = match &self.store_url {
-            Some(url) => Arc::new(PostgresStore::connect(url, 8).await.unwrap().without_gate()),
-            None => Arc::new(SqliteStore::open(&self.folder.path().join("oncely.db")).await.unwrap().without_gate()),
+            Some(url) => Arc::new(PostgresStore::connect(url, 8).await.unwrap().without_filter()),
+            None => Arc::new(SqliteStore::open(&self.folder.path().join("oncely.db")).await.unwrap().without_filter()),
         };
         World { store, ..self }
     }

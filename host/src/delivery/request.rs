@@ -87,7 +87,10 @@ impl Delivery {
         };
         if let Err(error) = tx.answer_request(key, &answer, *keep).await {
             tx.rollback().await;
-            return Err(error);
+            return match error {
+                StoreError::Refused(cause) => Ok(refused(&cause)),
+                error => Err(error),
+            };
         }
         commit(tx, Handled::answered(answer, false), &self.metrics, &self.worker.name).await
     }

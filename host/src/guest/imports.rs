@@ -4,9 +4,11 @@
 //! returned to the guest *and* remembered: swallowing it changes nothing.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use wasmtime::Trap;
 
 use super::bindings::oncely::worker::{invocation, types};
 use super::bindings::wasi::config::store as config;
@@ -58,6 +60,11 @@ impl CallState {
         self.doomed.get_or_insert_with(|| CallFailure::new(kind, code, why));
     }
 
+    /// Ends the call when its time is over: the time that the host spends on what a guest asks is the guest's, too.
+    fn in_time(&self) -> wasmtime::Result<()> {
+        if Instant::now() < self.deadline { Ok(()) } else { Err(Trap::Interrupt.into()) }
+    }
+
     /// Ends the call for an error of the house.
     fn house<T>(&mut self, error: anyhow::Error) -> wasmtime::Result<T> {
         self.house.get_or_insert(error);
@@ -104,7 +111,7 @@ impl invocation::Host for CallState {
             Some(Saw::Number(left)) => Ok(left),
             Some(_) => self.call.tape.foreign(),
             None => {
-                let left = self.deadline.saturating_duration_since(std::time::Instant::now());
+                let left = self.deadline.saturating_duration_since(Instant::now());
                 let left = units::milliseconds(left);
                 self.call.tape.saw(0, || Saw::Number(left));
                 Ok(left)
@@ -119,6 +126,7 @@ impl invocation::Host for CallState {
 
 impl logging::Host for CallState {
     async fn log(&mut self, level: logging::Level, context: String, message: String) -> wasmtime::Result<()> {
+        self.in_time()?;
         let level = match level {
             logging::Level::Trace => "trace",
             logging::Level::Debug => "debug",

@@ -34,12 +34,26 @@ impl Logs {
 
     /// Adds one line; line breaks within it are escaped so that one entry cannot pose as two.
     pub fn line(&self, level: &str, context: &str, message: &str) {
+        // A line beyond the limit is not even read.
+        if self.drops(context.len() + message.len()) {
+            return;
+        }
         let message = message.trim_end_matches('\n').replace('\n', "\\n");
         if context.is_empty() {
             self.append(&format!("{level}: {message}\n"));
         } else {
             self.append(&format!("{level} {}: {message}\n", context.escape_debug()));
         }
+    }
+
+    /// Whether a text of this length exceeds the limit, and is dropped.
+    fn drops(&self, length: usize) -> bool {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let drops = length > inner.room;
+        if drops {
+            inner.dropped += length;
+        }
+        drops
     }
 
     fn append(&self, text: &str) {
@@ -78,7 +92,9 @@ impl StdoutStream for Logs {
 
 impl AsyncWrite for Logs {
     fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.append(&String::from_utf8_lossy(bytes));
+        if !self.drops(bytes.len()) {
+            self.append(&String::from_utf8_lossy(bytes));
+        }
         Poll::Ready(Ok(bytes.len()))
     }
 

@@ -58,6 +58,23 @@ pub enum StoreError {
     Refused(anyhow::Error),
 }
 
+impl StoreError {
+    /// Whether the connection broke while a guest's statement ran, which may be that statement's doing.
+    pub fn broke_in_statement(&self) -> bool {
+        matches!(self, StoreError::Unavailable(cause) if cause.is::<BrokenStatement>())
+    }
+}
+
+/// The context of an error of the connection that ended a guest's statement.
+#[derive(Debug)]
+pub(crate) struct BrokenStatement;
+
+impl std::fmt::Display for BrokenStatement {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the connection broke during a worker's statement")
+    }
+}
+
 impl std::fmt::Display for StoreError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {

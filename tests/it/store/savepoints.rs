@@ -73,7 +73,7 @@ async fn a_later_savepoint_takes_the_place_of_an_earlier_one(world: World) {
 }
 
 async fn a_transaction_that_is_gone_cannot_be_undone(world: World) {
-    let world = world.without_gate().await;
+    let world = world.without_filter().await;
     world.migrate("1.sql", TABLE).await;
     let mut tx = world.begin().await;
     let never_made = tx.undo().await;

@@ -12,6 +12,7 @@ use crate::guest::record::{Asked, Saw};
 
 impl cache::Host for CallState {
     async fn get(&mut self, key: String) -> wasmtime::Result<Result<Option<Vec<u8>>, cache::Error>> {
+        self.in_time()?;
         if let Err(why) = check_name("key", &key) {
             return Ok(Err(cache::Error::InvalidKey(why)));
         }
@@ -34,6 +35,7 @@ impl cache::Host for CallState {
         ttl_ms: u64,
         tags: Vec<String>,
     ) -> wasmtime::Result<Result<(), cache::Error>> {
+        self.in_time()?;
         let ttl = Duration::from_millis(ttl_ms);
         if let Err(error) = self.check_put(&key, value.len(), ttl, &tags) {
             return Ok(Err(error));
@@ -46,6 +48,7 @@ impl cache::Host for CallState {
     }
 
     async fn invalidate(&mut self, tags: Vec<String>) -> wasmtime::Result<Result<(), cache::Error>> {
+        self.in_time()?;
         if !self.may_write() {
             return Ok(Err(cache::Error::Other(CHANGES_NOTHING.to_owned())));
         }

@@ -14,6 +14,7 @@ use crate::subject;
 
 impl outbox::Host for CallState {
     async fn send(&mut self, outgoing: outbox::Outgoing) -> wasmtime::Result<Result<String, outbox::Error>> {
+        self.in_time()?;
         let outbox::Outgoing { subject, headers, body, id, ordering_key, delay: delay_ms, caused_by } = outgoing;
         let body = Bytes::from(body);
         let sending = Sending { subject, headers, body, id, ordering_key, delay_ms, caused_by };

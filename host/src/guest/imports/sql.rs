@@ -5,31 +5,35 @@ use crate::fault;
 use crate::guest::bindings::oncely::worker::sql;
 use crate::guest::call::{CallState, FailureKind};
 use crate::guest::record::{Asked, Saw};
-use crate::sql::{self as sql_text, DatabaseError, Dialect, Rows, SqlError, Value};
+use crate::sql::{self as sql_text, DatabaseError, Dialect, Facts, Rows, SqlError, Value};
+
+/// How many parameters a statement may have.
+const PARAMETERS_MAX: usize = 10_000;
 
 impl CallState {
-    /// Counts a statement against the limits.
+    /// Checks a statement against the limits, its length before anything that reads it, and counts it.
     fn count_statement(&mut self, statement: &str, params: &[Value]) -> Result<(), SqlError> {
         let limits = &self.call.worker.limits;
+        sql_text::check_length(statement)?;
+        let size = statement_size(statement, params);
+        if size as u64 > limits.sql_size || params.len() > PARAMETERS_MAX {
+            return Err(SqlError::TooLarge(format!(
+                "the statement has {size} bytes and {} parameters; at most {} bytes (`sql_size` under [worker.limits]) and \
+                 {PARAMETERS_MAX} parameters are allowed",
+                params.len(),
+                limits.sql_size
+            )));
+        }
         if self.statements >= limits.sql_statements {
             return Err(SqlError::TooLarge(format!(
                 "a delivery may run {} statements (`sql_statements` under [worker.limits])",
                 limits.sql_statements
             )));
         }
-        if !self.may_write() && sql_text::changes_rows(statement, self.call.database.dialect()) {
+        if !self.may_write() && Facts::of(statement, self.call.database.dialect()).changes_rows {
             return Err(SqlError::NotAllowed(CHANGES_NOTHING.to_owned()));
         }
         self.statements += 1;
-        let size = statement_size(statement, params);
-        if size as u64 > limits.sql_size || params.len() > 10_000 {
-            return Err(SqlError::TooLarge(format!(
-                "the statement has {size} bytes and {} parameters; at most {} bytes (`sql_size` under [worker.limits]) and \
-                 10000 parameters are allowed",
-                params.len(),
-                limits.sql_size
-            )));
-        }
         Ok(())
     }
 
@@ -88,6 +92,7 @@ impl sql::Host for CallState {
         statement: String,
         params: Vec<sql::Value>,
     ) -> wasmtime::Result<Result<sql::RowSet, sql::Error>> {
+        self.in_time()?;
         let params: Vec<Value> = params.into_iter().map(value_from_wit).collect();
         let asked = || Asked::Query { statement: statement.clone(), params: params.clone() };
         let answer = match self.call.tape.ask(statement_size(&statement, &params), asked)? {
@@ -109,6 +114,7 @@ impl sql::Host for CallState {
         statement: String,
         params: Vec<sql::Value>,
     ) -> wasmtime::Result<Result<u64, sql::Error>> {
+        self.in_time()?;
         let params: Vec<Value> = params.into_iter().map(value_from_wit).collect();
         let asked = || Asked::Execute { statement: statement.clone(), params: params.clone() };
         let answer = match self.call.tape.ask(statement_size(&statement, &params), asked)? {

@@ -17,6 +17,7 @@ impl CallState {
         value: &[u8],
         asked: impl FnOnce() -> Asked,
     ) -> wasmtime::Result<Result<Option<u64>, state::Error>> {
+        self.in_time()?;
         if !self.may_write() {
             return Ok(Err(state::Error::Other(CHANGES_NOTHING.to_owned())));
         }
@@ -87,6 +88,7 @@ macro_rules! version_before {
 
 impl state::Host for CallState {
     async fn get(&mut self, key: String) -> wasmtime::Result<Result<Option<state::Entry>, state::Error>> {
+        self.in_time()?;
         if let Err(error) = check_key(&key) {
             return Ok(Err(error));
         }

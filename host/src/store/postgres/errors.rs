@@ -18,6 +18,9 @@ const INSUFFICIENT_PRIVILEGE: &str = "42501";
 const NAMED_BY_US: &str = "sqlx_s_";
 /// Our own, from the migrations: the token does not fit the transaction, or somebody else commits it.
 const NOT_THE_HOST: [&str; 2] = ["ONC01", "ONC02"];
+/// Our own, too: a statement changed the session's encoding; the host holds a key of the door that was renewed.
+const OTHER_ENCODING: &str = "ONC03";
+const RENEWED_KEY: &str = "ONC04";
 
 /// The error of a statement of our own.
 pub(super) fn of_statement(error: Error, doing: &'static str) -> StoreError {
@@ -27,6 +30,18 @@ pub(super) fn of_statement(error: Error, doing: &'static str) -> StoreError {
         code if is_conflict(code) => StoreError::Conflict(cause),
         IN_FAILED_TRANSACTION => StoreError::Refused(cause),
         code if NOT_THE_HOST.contains(&code) => StoreError::Refused(cause.context("a statement ended the transaction")),
+        OTHER_ENCODING => StoreError::Refused(cause),
+        _ => StoreError::Unavailable(cause),
+    }
+}
+
+/// The error of a statement of our own that writes what a guest gave: a value that our tables refuse is the guest's doing.
+pub(super) fn of_guests_values(error: StoreError) -> StoreError {
+    let StoreError::Unavailable(cause) = error else { return error };
+    // Values that are no values of their type, violated constraints, and values that are too large for an index.
+    let is_of_value = |error: &Error| ["22", "23", "54"].iter().any(|class| code(error).starts_with(class));
+    match cause.downcast_ref::<Error>() {
+        Some(error) if is_of_value(error) => StoreError::Refused(cause),
         _ => StoreError::Unavailable(cause),
     }
 }
@@ -88,6 +103,12 @@ pub(super) fn of_guest(error: Error) -> Result<SqlError, StoreError> {
         code if code.starts_with("23") => SqlError::ConstraintViolation(said),
         _ => SqlError::QueryFailed(said),
     })
+}
+
+/// Whether the host holds a key of the door that was renewed.
+pub(super) fn is_renewed_key(error: &StoreError) -> bool {
+    let StoreError::Unavailable(cause) = error else { return false };
+    cause.downcast_ref::<Error>().is_some_and(|error| code(error) == RENEWED_KEY)
 }
 
 /// Whether the connection, not the statement, is what failed: nothing was begun, another connection may do.

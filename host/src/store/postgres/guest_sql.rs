@@ -1,5 +1,6 @@
 //! Guest statements: checked, bound by type, read by type, stopped at their limits.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::TryStreamExt;
@@ -9,8 +10,8 @@ use sqlx::{Arguments, Column, Either, Executor, Row};
 use super::errors;
 use super::guest_values::{self, Parameter};
 use super::session::{Purpose, Session, Sessions};
-use crate::sql::{self, Dialect, Rows, SqlError, SqlLimits, Value};
-use crate::store::Result;
+use crate::sql::{self, Dialect, Facts, Functions, Rows, SqlError, SqlLimits, Value};
+use crate::store::{BrokenStatement, Result, StoreError};
 
 /// How long after its time a statement that the server did not end is ended by the host.
 const GRACE: Duration = Duration::from_secs(1);
@@ -18,12 +19,19 @@ const GRACE: Duration = Duration::from_secs(1);
 /// Under which terms guests' statements run.
 #[derive(Clone)]
 pub(super) struct Guests {
-    /// Whether the gate reads them first.
-    pub has_gate: bool,
+    /// The functions that the filter lets them call; none when they are not filtered.
+    pub functions: Option<Arc<Functions>>,
     /// Where the platform's own transactions come from.
     pub house: Sessions,
     /// Where guests' own come from.
     pub sessions: Sessions,
+}
+
+/// A statement that may run.
+struct Prepared {
+    text: String,
+    arguments: PgArguments,
+    facts: Facts,
 }
 
 /// How a guest's statement ended.
@@ -45,11 +53,11 @@ pub(super) async fn query(
     params: &[Value],
     limits: SqlLimits,
 ) -> Result<Outcome<Rows>> {
-    let (statement, arguments) = match prepare(guests, statement, params) {
+    let Prepared { text, arguments, .. } = match prepare(guests, statement, params).await {
         Ok(prepared) => prepared,
         Err(error) => return Ok(Outcome::NotRun(error)),
     };
-    watched(session, guests, async |session| fetch(session, statement, arguments, limits).await).await
+    watched(session, guests, async |session| fetch(session, text, arguments, limits).await).await
 }
 
 pub(super) async fn execute(
@@ -58,20 +66,16 @@ pub(super) async fn execute(
     statement: &str,
     params: &[Value],
 ) -> Result<Outcome<u64>> {
-    let changes_rows = sql::changes_rows(statement, Dialect::Postgres);
-    let (statement, arguments) = match prepare(guests, statement, params) {
+    let Prepared { text, arguments, facts } = match prepare(guests, statement, params).await {
         Ok(prepared) => prepared,
         Err(error) => return Ok(Outcome::NotRun(error)),
     };
-    let run = async |session: &mut Session| match session
-        .guest_query(statement, arguments)
-        .execute(session.connection())
-        .await
-    {
-        Ok(result) if changes_rows => Ok(Outcome::Done(result.rows_affected())),
-        Ok(_) => Ok(Outcome::Done(0)),
-        Err(error) => failed(error),
-    };
+    let run =
+        async |session: &mut Session| match session.guest_query(text, arguments).execute(session.connection()).await {
+            Ok(result) if facts.changes_rows => Ok(Outcome::Done(result.rows_affected())),
+            Ok(_) => Ok(Outcome::Done(0)),
+            Err(error) => failed(error),
+        };
     watched(session, guests, run).await
 }
 
@@ -136,17 +140,35 @@ async fn fetch(
 
 fn failed<T>(error: sqlx::Error) -> Result<Outcome<T>> {
     let is_stale_plan = errors::is_stale_plan(&error);
-    let error = errors::of_guest(error)?;
+    let is_loss = errors::is_connection_loss(&error);
+    let error = errors::of_guest(error).map_err(|error| match error {
+        StoreError::Unavailable(cause) if is_loss => StoreError::Unavailable(cause.context(BrokenStatement)),
+        error => error,
+    })?;
     Ok(if is_stale_plan { Outcome::Spoilt(error) } else { Outcome::Failed(error) })
+}
+
+/// Checks a statement and binds its parameters, large ones off the async threads.
+async fn prepare(guests: &Guests, statement: &str, params: &[Value]) -> std::result::Result<Prepared, SqlError> {
+    if !sql::are_large(params) {
+        return prepare_here(guests.functions.as_deref(), statement, params);
+    }
+    let (functions, statement, params) = (guests.functions.clone(), statement.to_owned(), params.to_vec());
+    let prepared = tokio::task::spawn_blocking(move || prepare_here(functions.as_deref(), &statement, &params));
+    prepared.await.unwrap_or_else(|error| Err(SqlError::InvalidParameter(error.to_string())))
 }
 
 /// Checks a statement and binds its parameters. A comment with the parameters' types ends its text: a connection keeps
 /// prepared statements by their text, and one that was prepared for other types would misread these.
-fn prepare(guests: &Guests, statement: &str, params: &[Value]) -> std::result::Result<(String, PgArguments), SqlError> {
-    if guests.has_gate {
-        sql::check_statement(statement, Dialect::Postgres)?;
-        sql::check_platform_names(statement, Dialect::Postgres)?;
-    }
+fn prepare_here(
+    functions: Option<&Functions>,
+    statement: &str,
+    params: &[Value],
+) -> std::result::Result<Prepared, SqlError> {
+    let facts = match functions {
+        Some(functions) => sql::check_statement(statement, Dialect::Postgres, Some(functions))?,
+        None => Facts::of(statement, Dialect::Postgres),
+    };
     if params.len() > usize::from(u16::MAX) {
         return Err(SqlError::InvalidParameter(format!("a statement takes at most {} parameters", u16::MAX)));
     }
@@ -157,7 +179,7 @@ fn prepare(guests: &Guests, statement: &str, params: &[Value]) -> std::result::R
         text.push(parameter.letter());
         arguments.add(parameter).map_err(|error| SqlError::InvalidParameter(error.to_string()))?;
     }
-    Ok((text, arguments))
+    Ok(Prepared { text, arguments, facts })
 }
 
 fn add_row(rows: &mut Rows, bytes: &mut usize, row: &PgRow, limits: SqlLimits) -> std::result::Result<(), SqlError> {

@@ -5,8 +5,10 @@ use std::collections::HashMap;
 use anyhow::Context;
 use sqlx::{Row, raw_sql};
 
+use super::errors;
 use super::session::{Purpose, Session, Sessions};
 use crate::fault;
+use crate::store::Result;
 use crate::store::migrations::{self, Migration, migrations};
 
 /// A new file of `migrations/postgres` gets its line here.
@@ -22,6 +24,7 @@ pub(in crate::store) const MIGRATIONS: &[Migration] = migrations![
     "0009_requests",
     "0010_wal",
     "0011_under_way",
+    "0013_sessions",
 ];
 
 /// Runs the migrations that have not run, in one transaction. Hosts that start together wait for each other on a lock
@@ -37,12 +40,23 @@ pub(super) async fn run(sessions: &Sessions) -> anyhow::Result<()> {
     session.commit().await.context("commit the migrations")
 }
 
-/// The key that opens the door to the platform's tables.
-pub(super) async fn door_key(sessions: &Sessions) -> anyhow::Result<Vec<u8>> {
-    let mut session = sessions.begin(Purpose::Read).await?;
-    let row = session.query("select key from oncely.door_key").fetch_one(session.connection()).await?;
+/// Reads the key that opens the door to the platform's tables. With `exposed` it is noted that workers' statements can read
+/// it, too, from now on.
+pub(super) async fn take_door_key(sessions: &Sessions, exposed: bool) -> Result<()> {
+    let mut session = sessions.begin(Purpose::House).await?;
+    let key = door_key(&mut session, exposed).await;
+    let key = key.map_err(|error| errors::of_statement(error, "read the key of the door"))?;
     session.commit().await?;
-    Ok(row.try_get(0)?)
+    sessions.take_key(key);
+    Ok(())
+}
+
+async fn door_key(session: &mut Session, exposed: bool) -> sqlx::Result<Vec<u8>> {
+    if exposed {
+        let query = session.query("update oncely.door_key set exposed = true where not exposed");
+        query.execute(session.connection()).await?;
+    }
+    session.query("select key from oncely.door_key").fetch_one(session.connection()).await?.try_get(0)
 }
 
 async fn prepare(session: &mut Session) -> sqlx::Result<()> {

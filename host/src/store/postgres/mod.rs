@@ -9,6 +9,7 @@ mod burial;
 mod changes;
 mod deployments;
 mod errors;
+mod functions;
 mod guest_sql;
 mod guest_values;
 mod inbox;
@@ -37,6 +38,7 @@ use bytes::Bytes;
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 use sqlx::{ConnectOptions, Row};
 
+use self::functions::Catalog;
 use self::guest_sql::Guests;
 use self::log::{PostgresLog, Replication};
 use self::parts::Of;
@@ -52,7 +54,7 @@ use super::{
 use crate::alarm::{self, Alarm};
 use crate::fault;
 use crate::hint::WithHint;
-use crate::sql::Dialect;
+use crate::sql::{Dialect, Functions};
 use crate::verdict::{Letter, Settled};
 
 /// How long an operation waits for a connection before it answers that the database is unavailable.
@@ -64,7 +66,9 @@ pub struct PostgresStore {
     guests: Sessions,
     /// The app's roles; none when guests' SQL is trusted.
     login: Option<Login>,
-    has_gate: bool,
+    functions: Catalog,
+    /// Whether guests' statements are filtered.
+    has_filter: bool,
     log: Option<PostgresLog>,
 }
 
@@ -79,25 +83,37 @@ impl PostgresStore {
         let house = open_house(options.clone(), for_house).await?;
         let for_guests = connections.saturating_sub(for_house).max(1);
         let mut login = wall::build(&house, false).await.context("build the wall around guests' SQL")?;
+        migrate::take_door_key(&house, false).await?;
         let mut pool = guest_pool(&options, &login, for_guests);
-        if let Err(error) = check_login(&pool, &login.role).await {
+        let mut checked = check_login(&pool, &login.role).await;
+        if let Err(error) = checked {
             if !errors::is_login_refused(&error) {
                 return Err(anyhow::Error::new(error).context("connect as the app's role"));
             }
             // The role may have been made for another copy of this database.
             login = wall::build(&house, true).await.context("build the wall around guests' SQL")?;
             pool = guest_pool(&options, &login, for_guests);
-            let checked = check_login(&pool, &login.role).await;
-            checked.with_context(|| format!("connect as the app's role {}", login.role)).hint(LOGIN_HINT)?;
+            checked = check_login(&pool, &login.role).await;
         }
-        Ok(PostgresStore { guests: house.on(pool), house, login: Some(login), has_gate: true, log: None })
+        let unlocks = checked.with_context(|| format!("connect as the app's role {}", login.role)).hint(LOGIN_HINT)?;
+        let functions = Catalog::new(house.clone());
+        Ok(PostgresStore {
+            guests: house.on(pool, unlocks),
+            house,
+            login: Some(login),
+            functions,
+            has_filter: true,
+            log: None,
+        })
     }
 
     /// Like [`PostgresStore::connect`] for a database that lets nobody make roles: guests' SQL runs as the URL's user, and
-    /// only the gate keeps it from the platform's tables.
+    /// only the statement filter keeps it from the platform's tables.
     pub async fn connect_trusted(url: &str, connections: u32) -> anyhow::Result<Self> {
-        let house = open_house(options(url)?, connections).await?;
-        Ok(PostgresStore { guests: house.clone(), house, login: None, has_gate: true, log: None })
+        let house = open_house(options(url)?, connections).await?.shared_with_guests();
+        migrate::take_door_key(&house, true).await?;
+        let functions = Catalog::new(house.clone());
+        Ok(PostgresStore { guests: house.clone(), house, login: None, functions, has_filter: true, log: None })
     }
 
     /// Can read the log of its database, through a connection to the server itself by a URL of its own. The slot is given up
@@ -107,15 +123,30 @@ impl PostgresStore {
         Ok(PostgresStore { log: Some(log), ..self })
     }
 
-    /// Lets guests' statements past the gate unread, so that a test can show what the wall behind it holds.
+    /// The functions that the filter lets guests call, so that a test can use the filter as this store does.
+    #[doc(hidden)]
+    pub async fn functions(&self) -> Result<Arc<Functions>> {
+        self.functions.current().await
+    }
+
+    /// Lets guests' statements past the filter unread, so that a test can show what the privileges behind it hold.
     #[doc(hidden)]
     #[must_use]
-    pub fn without_gate(self) -> Self {
-        PostgresStore { has_gate: false, ..self }
+    pub fn without_filter(self) -> Self {
+        PostgresStore { has_filter: false, ..self }
     }
 }
 
 impl PostgresStore {
+    /// Under which terms the statements of the guests of one transaction run.
+    async fn guests(&self) -> Result<Guests> {
+        if self.house.has_stale_key() {
+            migrate::take_door_key(&self.house, self.login.is_none()).await?;
+        }
+        let functions = if self.has_filter { Some(self.functions.current().await?) } else { None };
+        Ok(Guests { functions, house: self.house.clone(), sessions: self.guests.clone() })
+    }
+
     /// Does what is due next with the parts of a table, in a transaction of its own.
     async fn turn(&self, of: Of, keep: Duration, what: &Retire) -> Result<bool> {
         let mut session = self.house.begin(Purpose::House).await?;
@@ -149,21 +180,25 @@ async fn open_house(options: PgConnectOptions, connections: u32) -> anyhow::Resu
         !options.to_url_lossy().query_pairs().any(|(key, value)| key == "statement-cache-capacity" && value == "0");
     let sessions = Sessions::new(pool(options, connections), named_statements);
     migrate::run(&sessions).await.context("bring the PostgreSQL schema up to date")?;
-    let door_key = migrate::door_key(&sessions).await.context("read the key of the door")?;
-    Ok(sessions.with_key(door_key))
+    Ok(sessions)
 }
 
 fn guest_pool(options: &PgConnectOptions, login: &Login, connections: u32) -> PgPool {
     pool(options.clone().username(&login.role).password(&login.password).application_name("oncely guests"), connections)
 }
 
-/// Whether a session of guests is really the role's: a pooler may log everybody in as one and the same user.
-async fn check_login(pool: &PgPool, role: &str) -> sqlx::Result<()> {
+/// Whether a session of guests is really the role's: a pooler may log everybody in as one and the same user. Returns whether
+/// the role may release the advisory locks of its session; if not, it may not take any.
+async fn check_login(pool: &PgPool, role: &str) -> sqlx::Result<bool> {
     // One message: behind a pooler a statement may be prepared on one connection and run on another.
-    let row = sqlx::raw_sql("select session_user::text").fetch_one(pool).await?;
-    let user: String = row.try_get(0)?;
+    let row = sqlx::raw_sql(
+        "select session_user::text, has_function_privilege('pg_catalog.pg_advisory_unlock_all()', 'execute')::text",
+    )
+    .fetch_one(pool)
+    .await?;
+    let (user, unlocks): (String, String) = (row.try_get(0)?, row.try_get(1)?);
     if user == role {
-        return Ok(());
+        return Ok(unlocks == "true");
     }
     Err(sqlx::Error::Configuration(format!("the connection for {role} is one of {user}: {LOGIN_HINT}").into()))
 }
@@ -183,14 +218,14 @@ impl Store for PostgresStore {
     }
 
     async fn begin(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>> {
+        let guests = self.guests().await?;
         let session = self.guests.begin(Purpose::Guest(time)).await?;
-        let guests = Guests { has_gate: self.has_gate, house: self.house.clone(), sessions: self.guests.clone() };
         Ok(Box::new(PostgresTx::new(session, worker, guests)))
     }
 
     async fn begin_reading(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>> {
+        let guests = self.guests().await?;
         let session = self.guests.begin(Purpose::Reader(time)).await?;
-        let guests = Guests { has_gate: self.has_gate, house: self.house.clone(), sessions: self.guests.clone() };
         Ok(Box::new(PostgresTx::new(session, worker, guests)))
     }
 

@@ -1,5 +1,7 @@
 //! One transaction on one pooled connection, begun in one round trip and committed with proof.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
@@ -30,7 +32,7 @@ pub(super) enum Purpose {
 
 impl Purpose {
     /// The statements that begin the transaction; the last one returns the transaction's id, if it may write.
-    fn begin(self) -> String {
+    fn begin(self, name: &str, unlocks: bool) -> String {
         let (search_path, time) = match self {
             // Zero would mean for ever.
             Purpose::Guest(time) | Purpose::Reader(time) => {
@@ -57,14 +59,25 @@ impl Purpose {
             Purpose::Read => (NOT_COMPILED, ""),
             Purpose::Guest(_) | Purpose::Reader(_) | Purpose::Deploy => ("", ""),
         };
+        let (reset, pinned) = if fault::mutant(fault::NO_SESSION_RESET) { ("", "") } else { (RESET, PINNED) };
+        let name = name.replace('\'', "''");
+        let unlock = if unlocks { ", pg_catalog.pg_advisory_unlock_all()" } else { "" };
         format!(
-            "begin isolation level read committed {access}; set local search_path = {search_path}; \
+            "begin isolation level read committed {access}; {reset}{pinned}set local application_name = '{name}'; \
+             set local search_path = {search_path}; \
              set local statement_timeout = {statement_ms}; set local lock_timeout = {lock_ms}; \
              set local idle_in_transaction_session_timeout = {idle_ms}; set local synchronous_commit = {durable}; \
-             set local standard_conforming_strings = on; {compiling}{planning}select {id}"
+             set local standard_conforming_strings = on; {compiling}{planning}select {id}{unlock}"
         )
     }
 }
+
+/// A session begins as a new one would, whatever the transaction before left in it: a worker's own function may set anything. Prepared statements stay; one that was taken away costs the connection.
+const RESET: &str = "close all; unlisten *; reset session authorization; reset all; discard temp; discard sequences; ";
+
+/// What a new session of ours is given by its first message, which a pooler may not pass on after `reset all`.
+const PINNED: &str =
+    "set local client_encoding = 'UTF8'; set local timezone = 'UTC'; set local datestyle = 'ISO, MDY'; ";
 
 /// The server compiles a statement that looks expensive, which takes seconds when it is busy. Those of ours only look so: where
 /// nothing is known of a table that was never analyzed, or where no index holds what is looked for in one of a single row.
@@ -92,28 +105,54 @@ fn milliseconds(duration: Duration) -> i32 {
 pub(super) struct Sessions {
     pool: PgPool,
     named_statements: bool,
-    /// Opens the door to the platform's tables; empty until the schema is up to date.
-    door_key: Vec<u8>,
+    /// Whether advisory locks that a transaction left are released before the next one: the role may do so.
+    unlocks: bool,
+    door_key: Arc<DoorKey>,
+}
+
+/// What opens the door to the platform's tables.
+#[derive(Default)]
+struct DoorKey {
+    /// Empty until the schema is up to date.
+    key: RwLock<Vec<u8>>,
+    /// Whether the database has another one by now.
+    is_stale: AtomicBool,
 }
 
 impl Sessions {
     pub(super) fn new(pool: PgPool, named_statements: bool) -> Self {
-        Sessions { pool, named_statements, door_key: Vec::new() }
+        Sessions { pool, named_statements, unlocks: false, door_key: Arc::default() }
     }
 
-    /// The same, with the key of the door.
-    pub(super) fn with_key(self, door_key: Vec<u8>) -> Self {
-        Sessions { door_key, ..self }
+    /// Takes the key of the door, for all sessions that share it.
+    pub(super) fn take_key(&self, key: Vec<u8>) {
+        *self.door_key.key.write().unwrap_or_else(PoisonError::into_inner) = key;
+        self.door_key.is_stale.store(false, Ordering::Release);
     }
 
-    /// Transactions on the connections of another role.
-    pub(super) fn on(&self, pool: PgPool) -> Self {
-        Sessions { pool, ..self.clone() }
+    /// Notes that the database has another key by now.
+    pub(super) fn key_is_stale(&self) {
+        self.door_key.is_stale.store(true, Ordering::Release);
+    }
+
+    pub(super) fn has_stale_key(&self) -> bool {
+        self.door_key.is_stale.load(Ordering::Acquire)
+    }
+
+    /// Transactions on the connections of another role, which may release its advisory locks or not.
+    pub(super) fn on(&self, pool: PgPool, unlocks: bool) -> Self {
+        Sessions { pool, unlocks, ..self.clone() }
+    }
+
+    /// The same connections, for the host and for guests.
+    pub(super) fn shared_with_guests(self) -> Self {
+        Sessions { unlocks: true, ..self }
     }
 
     /// Begins a transaction. Pooled connections that turn out to be dead are dropped on the way.
     pub(super) async fn begin(&self, purpose: Purpose) -> Result<Session> {
-        let begin = purpose.begin();
+        let options = self.pool.connect_options();
+        let begin = purpose.begin(options.get_application_name().unwrap_or("oncely"), self.unlocks);
         let mut dead = 0;
         loop {
             let connection =
@@ -122,7 +161,7 @@ impl Sessions {
                 connection,
                 named_statements: self.named_statements,
                 purpose,
-                door_key: self.door_key.clone(),
+                door_key: self.door_key.key.read().unwrap_or_else(PoisonError::into_inner).clone(),
                 id: String::new(),
                 process: 0,
                 finished: false,

@@ -8,7 +8,7 @@ use sqlx::Row;
 
 use super::guest_sql::{self, Guests, Outcome};
 use super::session::{Purpose, Session, Sessions};
-use super::{changes, inbox, outbox, requests, state};
+use super::{changes, errors, inbox, outbox, requests, state};
 use crate::fault;
 use crate::request::{HttpAnswer, RequestKey};
 use crate::sql::{Rows, SqlError, SqlLimits, Value};
@@ -55,14 +55,22 @@ impl PostgresTx {
     }
 
     /// Remembers that an operation of our own failed. A connection that could not serve it is not used again: a guest
-    /// that got past the gate may have taken our prepared statements from it.
+    /// that got past the filter may have taken our prepared statements from it.
     fn remember<T>(&mut self, result: Result<T>) -> Result<T> {
         if let Err(error) = &result {
             self.doomed = Some(error.to_string());
             self.undoable = false;
+            self.look_at_key(error);
             self.spoilt |= matches!(error, StoreError::Unavailable(_));
         }
         result
+    }
+
+    /// The next transaction reads the key of the door again if it was renewed.
+    fn look_at_key(&self, error: &StoreError) {
+        if errors::is_renewed_key(error) {
+            self.guests.house.key_is_stale();
+        }
     }
 
     /// Remembers that a guest's statement reached the database and failed.
@@ -107,7 +115,7 @@ impl Tx for PostgresTx {
     async fn answer_request(&mut self, request: &RequestKey, answer: &HttpAnswer, keep: Duration) -> Result<()> {
         self.check()?;
         let kept = requests::keep(&mut self.session, &self.worker, request, answer, keep).await;
-        self.remember(kept)
+        self.remember(kept.map_err(errors::of_guests_values))
     }
 
     async fn load_state(&mut self, keys: &[String]) -> Result<Vec<(String, StateEntry)>> {
@@ -119,7 +127,7 @@ impl Tx for PostgresTx {
     async fn save_state(&mut self, writes: &[StateWrite]) -> Result<()> {
         self.check()?;
         let saved = state::save(&mut self.session, &self.worker, writes).await;
-        self.remember(saved)
+        self.remember(saved.map_err(errors::of_guests_values))
     }
 
     async fn savepoint(&mut self) -> Result<()> {
@@ -165,7 +173,7 @@ impl Tx for PostgresTx {
     async fn append_outputs(&mut self, outputs: &[Output], lease: Duration) -> Result<Vec<OutboxRow>> {
         self.check()?;
         let appended = outbox::append(&mut self.session, &self.worker, outputs, lease).await;
-        self.remember(appended)
+        self.remember(appended.map_err(errors::of_guests_values))
     }
 
     async fn watch(&mut self) -> Result<()> {
@@ -190,9 +198,14 @@ impl Tx for PostgresTx {
             return Err(refused);
         }
         let xid = self.session.id().to_owned();
+        let house = self.guests.house.clone();
         match self.session.commit().await {
             Err(StoreError::Unavailable(_)) if fault::mutant(fault::RESOLVE_BY_SELECT) => {
-                resolve_by_select(&self.guests.house, &xid).await?;
+                resolve_by_select(&house, &xid).await?;
+            }
+            Err(error) if errors::is_renewed_key(&error) => {
+                house.key_is_stale();
+                return Err(error);
             }
             committed => committed?,
         }

@@ -36,6 +36,7 @@ pub(super) async fn build(sessions: &Sessions, again: bool) -> anyhow::Result<Lo
     let mut session = sessions.begin(Purpose::House).await?;
     let database = lock(&mut session).await.context("wait for other hosts")?;
     let (role, owner) = (role_name("oncely_app_default_", &database), role_name("oncely_own_default_", &database));
+    let again = again || renew_key(&mut session).await.context("renew what workers' SQL could read")?;
     let password = keep_login(&mut session, &role, again).await?;
     keep_owner(&mut session, &owner).await?;
     check_role(&mut session, &role).await?;
@@ -51,7 +52,7 @@ pub(super) async fn build(sessions: &Sessions, again: bool) -> anyhow::Result<Lo
     session.commit().await.context("commit the roles")?;
     if !left.is_empty() {
         tracing::warn!(
-            "guests' SQL keeps some rights that only a superuser can take away, and the text gate alone refuses to use: {}; \
+            "guests' SQL keeps some rights that only a superuser can take away, and the statement filter alone refuses to use: {}; \
              see docs/configuration.md",
             left.join(", ")
         );
@@ -83,6 +84,15 @@ fn role_name(prefix: &str, database: &str) -> String {
     let short: String = database.chars().filter(char::is_ascii_alphanumeric).take(20).collect();
     let digest = digest.get(..16).unwrap_or_default();
     format!("{prefix}{short}_{digest}")
+}
+
+/// Makes a new key of the door and a new password if workers' SQL, running as the host's own role, could read the old ones.
+async fn renew_key(session: &mut Session) -> sqlx::Result<bool> {
+    let renewed = session.query("select oncely.renew_door_key()").fetch_one(session.connection()).await?.try_get(0)?;
+    if renewed {
+        tracing::info!("renewed the key of the platform's functions, which workers' SQL could read before");
+    }
+    Ok(renewed)
 }
 
 async fn keep_login(session: &mut Session, role: &str, again: bool) -> anyhow::Result<String> {
@@ -147,7 +157,7 @@ fn grants(role: &str, owner: &str, database: &str) -> Vec<String> {
     for maker in [format!("for role {owner} "), String::new()] {
         let default = format!("alter default privileges {maker}in schema app_default grant");
         grants.push(format!("{default} select, insert, update, delete on tables to {role}"));
-        grants.push(format!("{default} usage, select, update on sequences to {role}"));
+        grants.push(format!("{default} usage, select on sequences to {role}"));
     }
     grants
 }
@@ -189,12 +199,12 @@ async fn hand_over(session: &mut Session, owner: &str) -> anyhow::Result<()> {
 /// Lets the login role read and write the tables that were there before it; later ones come with these rights.
 async fn open_tables(session: &mut Session, role: &str) -> anyhow::Result<()> {
     let query = session.query(
-        "select format('grant %s %s to ', case relkind when 'S' then 'usage, select, update on sequence'
+        "select format('grant %s %s to ', case relkind when 'S' then 'usage, select on sequence'
                  else 'select, insert, update, delete on table' end, oid::regclass)
          from pg_class
          where relnamespace = 'app_default'::regnamespace and pg_has_role(relowner, 'usage')
              and case when relkind in ('r', 'p', 'v', 'm', 'f') then not has_table_privilege($1, oid, 'insert')
-                 when relkind = 'S' then not has_sequence_privilege($1, oid, 'update') else false end",
+                 when relkind = 'S' then not has_sequence_privilege($1, oid, 'usage') else false end",
     );
     for row in query.bind(role).fetch_all(session.connection()).await? {
         let statement = row.try_get::<String, _>(0)? + &quoted(role);

@@ -1,6 +1,6 @@
 //! The wall around guests' statements: what SQLite itself refuses while one of them is prepared or runs.
 //!
-//! The gate reads a statement's text; this does not depend on what it made of it. SQLite asks the authorizer about each
+//! The statement filter reads a statement's text; this does not depend on its verdict. SQLite asks the authorizer about each
 //! thing a statement would do, also through views and triggers, and only reading and writing workers' own tables is
 //! granted. Limits keep a single value, statement or expression from growing without bound.
 

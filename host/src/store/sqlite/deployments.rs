@@ -64,7 +64,7 @@ async fn run_migration(session: &mut Session, worker: &str, migration: &WorkerMi
     session.forget_statements().await.map_err(doing)?;
     let text = AssertSqlSafe(migration.sql.as_str());
     if let Err(error) = raw_sql(text).execute(session.connection().map_err(doing)?).await {
-        return Err(match errors::of_guest(error)? {
+        return Err(match errors::of_guest(error, false)? {
             error @ SqlError::Conflict(_) => StoreError::Conflict(anyhow!("{error}")),
             error => shared::migration_failed(migration, anyhow!("{error}")),
         });

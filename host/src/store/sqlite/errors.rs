@@ -19,6 +19,7 @@ const CANTOPEN: i32 = 14;
 const PROTOCOL: i32 = 15;
 const TOOBIG: i32 = 18;
 const CONSTRAINT: i32 = 19;
+const MISMATCH: i32 = 20;
 const AUTH: i32 = 23;
 const NOTADB: i32 = 26;
 
@@ -31,6 +32,17 @@ pub(super) fn of_statement(error: Error, doing: &'static str) -> StoreError {
     let is_conflict = matches!(primary(&error), BUSY | LOCKED);
     let cause = anyhow::Error::new(error).context(doing);
     if is_conflict { StoreError::Conflict(cause) } else { StoreError::Unavailable(cause) }
+}
+
+/// The error of a statement of our own that writes what a guest gave: a value that our tables refuse is the guest's doing.
+pub(super) fn of_guests_values(error: StoreError) -> StoreError {
+    let StoreError::Unavailable(cause) = error else { return error };
+    let is_of_value =
+        |error: &Error| matches!(primary(error), TOOBIG | CONSTRAINT | MISMATCH) && !is_commit_hook(error);
+    match cause.downcast_ref::<Error>() {
+        Some(error) if is_of_value(error) => StoreError::Refused(cause),
+        _ => StoreError::Unavailable(cause),
+    }
 }
 
 /// The error of a savepoint: one that is not there went with the transaction that a guest's statement ended.
@@ -51,8 +63,9 @@ pub(super) fn of_commit(error: Error) -> StoreError {
     StoreError::Refused(anyhow::Error::new(error).context(refusal))
 }
 
-/// The error of a guest's statement: the outer one is the house's, the inner one the guest's to see.
-pub(super) fn of_guest(error: Error) -> Result<SqlError, StoreError> {
+/// The error of a guest's statement: the outer one is the host's, the inner one the guest's to see. To a guest that can
+/// but read (`reads_only`) a write is refused; to any other it is trouble with the file.
+pub(super) fn of_guest(error: Error, reads_only: bool) -> Result<SqlError, StoreError> {
     let (code, primary) = (extended(&error), primary(&error));
     let Some(database) = error.as_database_error() else {
         return match error {
@@ -69,6 +82,7 @@ pub(super) fn of_guest(error: Error) -> Result<SqlError, StoreError> {
         TOOBIG => SqlError::TooLarge(said.message),
         NOMEM => SqlError::TooLarge("the statement needs more memory than there is".to_owned()),
         BUSY | LOCKED => SqlError::Conflict(said),
+        READONLY if reads_only && code == READONLY => SqlError::NotAllowed("this transaction can but read".to_owned()),
         READONLY | IOERR | CORRUPT | FULL | CANTOPEN | PROTOCOL | NOTADB => {
             return Err(of_statement(error, "run a guest's statement"));
         }

@@ -8,16 +8,25 @@ use sqlx::{AssertSqlSafe, Column, Either, Executor, Row};
 
 use super::session::Session;
 use super::{errors, guest_values};
-use crate::sql::{self, Dialect, Rows, SqlError, SqlLimits, Value};
+use crate::sql::{self, Dialect, Facts, Rows, SqlError, SqlLimits, Value};
 use crate::store::Result;
 
 /// Under which terms guests' statements run.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Guests {
-    /// Whether the gate reads them first.
-    pub has_gate: bool,
+    /// Whether they are filtered.
+    pub has_filter: bool,
     /// How long one may take.
     pub time: Duration,
+    /// Whether their transaction can but read.
+    pub reads_only: bool,
+}
+
+/// A statement that may run.
+struct Prepared {
+    text: String,
+    arguments: SqliteArguments,
+    facts: Facts,
 }
 
 /// How a guest's statement ended.
@@ -36,12 +45,12 @@ pub(super) async fn query(
     params: &[Value],
     limits: SqlLimits,
 ) -> Result<Outcome<Rows>> {
-    let (statement, arguments) = match prepare(guests, statement, params) {
+    let Prepared { text, arguments, .. } = match prepare(guests, statement, params).await {
         Ok(prepared) => prepared,
         Err(error) => return Ok(Outcome::NotRun(error)),
     };
     session.admit_guest(guests.time).await?;
-    let outcome = fetch(session, statement, arguments, limits).await;
+    let outcome = fetch(session, text, arguments, limits, guests.reads_only).await;
     dismiss(session, outcome).await
 }
 
@@ -51,18 +60,17 @@ pub(super) async fn execute(
     statement: &str,
     params: &[Value],
 ) -> Result<Outcome<u64>> {
-    let changes_rows = sql::changes_rows(statement, Dialect::Sqlite);
-    let (statement, arguments) = match prepare(guests, statement, params) {
+    let Prepared { text, arguments, facts } = match prepare(guests, statement, params).await {
         Ok(prepared) => prepared,
         Err(error) => return Ok(Outcome::NotRun(error)),
     };
     session.admit_guest(guests.time).await?;
-    let query = sqlx::query_with(AssertSqlSafe(statement), arguments);
+    let query = sqlx::query_with(AssertSqlSafe(text), arguments);
     let connection = session.connection().map_err(|error| errors::of_statement(error, "run a guest's statement"))?;
     let outcome = match query.execute(connection).await {
-        Ok(result) if changes_rows => Ok(Outcome::Done(result.rows_affected())),
+        Ok(result) if facts.changes_rows => Ok(Outcome::Done(result.rows_affected())),
         Ok(_) => Ok(Outcome::Done(0)),
-        Err(error) => errors::of_guest(error).map(Outcome::Failed),
+        Err(error) => errors::of_guest(error, guests.reads_only).map(Outcome::Failed),
     };
     dismiss(session, outcome).await
 }
@@ -72,6 +80,7 @@ async fn fetch(
     statement: String,
     arguments: SqliteArguments,
     limits: SqlLimits,
+    reads_only: bool,
 ) -> Result<Outcome<Rows>> {
     let query = sqlx::query_with(AssertSqlSafe(statement), arguments);
     let connection = session.connection().map_err(|error| errors::of_statement(error, "run a guest's statement"))?;
@@ -87,7 +96,7 @@ async fn fetch(
                 }
             }
             Ok(None) => return Ok(Outcome::Done(rows)),
-            Err(error) => return errors::of_guest(error).map(Outcome::Failed),
+            Err(error) => return errors::of_guest(error, reads_only).map(Outcome::Failed),
         }
     }
 }
@@ -103,26 +112,32 @@ async fn dismiss<T>(session: &mut Session, outcome: Result<Outcome<T>>) -> Resul
     })
 }
 
+/// Checks a statement and binds its parameters, large ones off the async threads.
+async fn prepare(guests: Guests, statement: &str, params: &[Value]) -> std::result::Result<Prepared, SqlError> {
+    if !sql::are_large(params) {
+        return prepare_here(guests, statement, params);
+    }
+    let (statement, params) = (statement.to_owned(), params.to_vec());
+    let prepared = tokio::task::spawn_blocking(move || prepare_here(guests, &statement, &params));
+    prepared.await.unwrap_or_else(|error| Err(SqlError::InvalidParameter(error.to_string())))
+}
+
 /// Checks a statement and binds its parameters. A comment opens its text: a connection keeps prepared statements by
 /// their text, and those of the house were prepared with no wall around them.
-fn prepare(
-    guests: Guests,
-    statement: &str,
-    params: &[Value],
-) -> std::result::Result<(String, SqliteArguments), SqlError> {
-    if guests.has_gate {
-        sql::check_statement(statement, Dialect::Sqlite)?;
-        sql::check_platform_names(statement, Dialect::Sqlite)?;
-    }
+fn prepare_here(guests: Guests, statement: &str, params: &[Value]) -> std::result::Result<Prepared, SqlError> {
+    let facts = match guests.has_filter {
+        true => sql::check_statement(statement, Dialect::Sqlite, None)?,
+        false => Facts::of(statement, Dialect::Sqlite),
+    };
     // SQLite would take what is missing for null.
-    let highest = sql::highest_placeholder(statement, Dialect::Sqlite);
-    if highest > params.len() {
+    if facts.highest_placeholder > params.len() {
         return Err(SqlError::InvalidParameter(format!(
-            "the statement has a placeholder ${highest}, but {} parameters came with it",
+            "the statement has a placeholder ${}, but {} parameters came with it",
+            facts.highest_placeholder,
             params.len()
         )));
     }
-    Ok((format!("/* a worker's */ {statement}"), guest_values::bind(params)?))
+    Ok(Prepared { text: format!("/* a worker's */ {statement}"), arguments: guest_values::bind(params)?, facts })
 }
 
 fn add_row(

@@ -22,6 +22,7 @@ pub(in crate::store) const MIGRATIONS: &[Migration] = migrations![
     "0009_requests",
     "0010_wal",
     "0011_under_way",
+    "0013_sessions",
 ];
 
 /// Runs the migrations that have not run, in one transaction.

@@ -60,7 +60,7 @@ pub struct SqliteStore {
     guest_readers: [Sessions; GUEST_READERS],
     next_reader: AtomicUsize,
     readers: SqlitePool,
-    has_gate: bool,
+    has_filter: bool,
 }
 
 impl SqliteStore {
@@ -75,14 +75,14 @@ impl SqliteStore {
             .test_before_acquire(false)
             .connect_lazy_with(session::options(path).read_only(true));
         let guest_readers = std::array::from_fn(|_| Sessions::reading(session::options(path)));
-        Ok(SqliteStore { sessions, guest_readers, next_reader: AtomicUsize::new(0), readers, has_gate: true })
+        Ok(SqliteStore { sessions, guest_readers, next_reader: AtomicUsize::new(0), readers, has_filter: true })
     }
 
-    /// Lets guests' statements past the gate unread, so that a test can show what the wall behind it holds.
+    /// Lets guests' statements past the filter unread, so that a test can show what the authorizer behind it holds.
     #[doc(hidden)]
     #[must_use]
-    pub fn without_gate(self) -> Self {
-        SqliteStore { has_gate: false, ..self }
+    pub fn without_filter(self) -> Self {
+        SqliteStore { has_filter: false, ..self }
     }
 }
 
@@ -99,7 +99,7 @@ impl Store for SqliteStore {
 
     async fn begin(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>> {
         let session = self.sessions.begin().await?;
-        let guests = Guests { has_gate: self.has_gate, time };
+        let guests = Guests { has_filter: self.has_filter, time, reads_only: false };
         Ok(Box::new(SqliteTx::new(session, worker, guests, self.readers.clone())))
     }
 
@@ -107,7 +107,7 @@ impl Store for SqliteStore {
         let place = self.next_reader.fetch_add(1, Ordering::Relaxed) % GUEST_READERS;
         let sessions = self.guest_readers.get(place).unwrap_or(&self.sessions);
         let session = sessions.begin().await?;
-        let guests = Guests { has_gate: self.has_gate, time };
+        let guests = Guests { has_filter: self.has_filter, time, reads_only: true };
         Ok(Box::new(SqliteTx::new(session, worker, guests, self.readers.clone())))
     }
 

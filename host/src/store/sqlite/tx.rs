@@ -9,7 +9,7 @@ use sqlx::sqlite::SqlitePool;
 use super::changes::{self, Watch};
 use super::guest_sql::{self, Guests, Outcome};
 use super::session::Session;
-use super::{inbox, outbox, requests, state};
+use super::{errors, inbox, outbox, requests, state};
 use crate::request::{HttpAnswer, RequestKey};
 use crate::sql::{Rows, SqlError, SqlLimits, Value};
 use crate::store::shared::Savepoint;
@@ -104,7 +104,7 @@ impl Tx for SqliteTx {
     async fn answer_request(&mut self, request: &RequestKey, answer: &HttpAnswer, keep: Duration) -> Result<()> {
         self.check()?;
         let kept = requests::keep(&mut self.session, &self.worker, request, answer, keep).await;
-        self.remember(kept)
+        self.remember(kept.map_err(errors::of_guests_values))
     }
 
     async fn load_state(&mut self, keys: &[String]) -> Result<Vec<(String, StateEntry)>> {
@@ -116,7 +116,7 @@ impl Tx for SqliteTx {
     async fn save_state(&mut self, writes: &[StateWrite]) -> Result<()> {
         self.check()?;
         let saved = state::save(&mut self.session, &self.worker, writes).await;
-        self.remember(saved)
+        self.remember(saved.map_err(errors::of_guests_values))
     }
 
     async fn savepoint(&mut self) -> Result<()> {
@@ -162,7 +162,7 @@ impl Tx for SqliteTx {
     async fn append_outputs(&mut self, outputs: &[Output], lease: Duration) -> Result<Vec<OutboxRow>> {
         self.check()?;
         let appended = outbox::append(&mut self.session, &self.worker, outputs, lease).await;
-        self.remember(appended)
+        self.remember(appended.map_err(errors::of_guests_values))
     }
 
     async fn watch(&mut self) -> Result<()> {

@@ -1,0 +1,111 @@
+//! The server's functions as the statement filter needs them: read when the first transaction of a guest begins, and
+//! again from time to time, because an extension may be installed while the host runs.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use sqlx::Row;
+use sqlx::postgres::PgRow;
+use tokio::sync::{Mutex, RwLock};
+use tokio::time::Instant;
+
+use super::errors;
+use super::session::{Purpose, Session, Sessions};
+use crate::sql::{Function, Functions};
+use crate::store::Result;
+
+/// For how long the functions are not read again.
+const FRESH: Duration = Duration::from_secs(30);
+
+/// For how long they are used when they cannot be read again.
+const USABLE: Duration = Duration::from_secs(300);
+
+/// The functions, and when they were read.
+type Held = Option<(Arc<Functions>, Instant)>;
+
+#[derive(Clone)]
+pub(super) struct Catalog {
+    house: Sessions,
+    held: Arc<RwLock<Held>>,
+    /// Held by the one that reads them again.
+    reading: Arc<Mutex<()>>,
+}
+
+impl Catalog {
+    pub(super) fn new(house: Sessions) -> Self {
+        Catalog { house, held: Arc::default(), reading: Arc::default() }
+    }
+
+    /// The functions as they were half a minute ago at the most, or a moment longer while they are read again.
+    pub(super) async fn current(&self) -> Result<Arc<Functions>> {
+        let held = self.held.read().await.clone();
+        let Some((functions, read_at)) = held else { return self.first().await };
+        if read_at.elapsed() < FRESH {
+            return Ok(functions);
+        }
+        let Ok(_reading) = self.reading.try_lock() else { return Ok(functions) };
+        match self.read().await {
+            Err(error) if read_at.elapsed() < USABLE => {
+                tracing::debug!(error = %format!("{:#}", anyhow::Error::from(error)), "failed to read the functions again");
+                Ok(functions)
+            }
+            read => read,
+        }
+    }
+
+    async fn first(&self) -> Result<Arc<Functions>> {
+        let _reading = self.reading.lock().await;
+        let held = self.held.read().await.clone();
+        match held {
+            Some((functions, _)) => Ok(functions),
+            None => self.read().await,
+        }
+    }
+
+    async fn read(&self) -> Result<Arc<Functions>> {
+        let mut session = self.house.begin(Purpose::Read).await?;
+        let functions = read(&mut session).await;
+        let functions = functions.map_err(|error| errors::of_statement(error, "read the server's functions"));
+        let functions = Arc::new(functions?);
+        session.commit().await?;
+        *self.held.write().await = Some((Arc::clone(&functions), Instant::now()));
+        Ok(functions)
+    }
+}
+
+async fn read(session: &mut Session) -> sqlx::Result<Functions> {
+    // `takes_row` is true of what could be written like a column: it takes a row, or anything, and nothing else.
+    let query = session.query(
+        "select distinct nspname::text as schema, proname::text as name, provolatile = 'v' as is_volatile,
+             extname::text as extension, lanname in ('c', 'internal') as is_native,
+             pronargs > 0 and pronargs - pronargdefaults <= 1
+                 and (typtype = 'c' or typname in ('record', 'any', 'anyelement', 'anynonarray', 'anycompatible',
+                     'anycompatiblenonarray')) as takes_row
+         from pg_proc join pg_namespace on pg_namespace.oid = pronamespace join pg_language on pg_language.oid = prolang
+             left join pg_type on pg_type.oid = proargtypes[0]
+             left join pg_depend on classid = 'pg_proc'::regclass and objid = pg_proc.oid and deptype = 'e'
+                 and refclassid = 'pg_extension'::regclass
+             left join pg_extension on pg_extension.oid = refobjid",
+    );
+    let functions: Vec<Function> =
+        query.fetch_all(session.connection()).await?.iter().map(function).collect::<sqlx::Result<_>>()?;
+    let query = session.query(
+        "select distinct oprname::text from pg_operator join pg_proc on pg_proc.oid = oprcode
+             join pg_language on pg_language.oid = prolang join pg_namespace on pg_namespace.oid = oprnamespace
+         where provolatile = 'v' and nspname in ('pg_catalog', 'app_default') and lanname in ('c', 'internal')",
+    );
+    let operators = query.fetch_all(session.connection()).await?;
+    let operators = operators.iter().map(|row| row.try_get(0)).collect::<sqlx::Result<_>>()?;
+    Ok(Functions::new(&functions, operators))
+}
+
+fn function(row: &PgRow) -> sqlx::Result<Function> {
+    Ok(Function {
+        schema: row.try_get("schema")?,
+        name: row.try_get("name")?,
+        is_volatile: row.try_get("is_volatile")?,
+        extension: row.try_get("extension")?,
+        is_native: row.try_get("is_native")?,
+        takes_row: row.try_get::<Option<bool>, _>("takes_row")?.unwrap_or_default(),
+    })
+}

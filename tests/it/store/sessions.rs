@@ -1,0 +1,254 @@
+//! The functions that guests may call, the session they share with the host, and the key of the door.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use oncely::request::{HttpAnswer, RequestKey};
+use oncely::sql::{SqlError, Value};
+use oncely::state::{StateEntry, StateWrite};
+use oncely::store::{Claimed, PostgresStore, StoreError};
+use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, Row};
+
+use super::wall::{database_of_a_role, world_on};
+use super::{LEASE, LIMITS, WORKER, World, an_output, claim, execute, query, text};
+
+on_every_database!(
+    a_long_text_is_refused_unread,
+    a_value_that_the_platforms_tables_refuse_is_the_guests_failure,
+    a_write_of_a_guest_that_can_but_read_is_its_own_failure,
+);
+
+/// Volatile functions of PostgreSQL that guests may call; all others may not be reached.
+const VOLATILE: [&str; 8] =
+    ["bernoulli", "clock_timestamp", "currval", "gen_random_uuid", "lastval", "nextval", "random", "system"];
+
+/// Functions that are not volatile, and run text as a statement or read any table by its name.
+const RUN_TEXT: &str = "^(ts_rewrite|(query|cursor|table|schema|database)_to_xml.*|fmgr_.*_validator)$";
+
+/// A host that is no superuser, as on a managed database: functions that are `PUBLIC`'s stay so.
+async fn managed() -> World {
+    let (url, direct) = database_of_a_role("createrole").await;
+    world_on(PostgresStore::connect(&url, 2).await.unwrap(), url, direct)
+}
+
+/// What the server's own catalog says is volatile or runs text is refused by every spelling of its name.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_function_of_the_catalog_that_is_not_allowed_is_refused() {
+    let world = managed().await;
+    let mut around = world.connect().await;
+    // Those with an argument `internal` cannot be called at all.
+    let functions = sqlx::query(
+        "select distinct proname::text from pg_proc
+         where pronamespace = 'pg_catalog'::regnamespace and proname ~ '^[a-z0-9_]+$' and (provolatile = 'v' or proname ~ $1)",
+    );
+    let rows = functions.bind(RUN_TEXT).fetch_all(&mut around).await.unwrap();
+    let names: BTreeSet<String> = rows.iter().map(|row| row.get(0)).collect();
+    assert!(names.len() > 150 && names.contains("set_config") && names.contains("ts_stat"), "{names:?}");
+    let mut tx = world.begin().await;
+    for name in names.iter().filter(|name| !VOLATILE.contains(&name.as_str()) && *name != "timeofday") {
+        for statement in [
+            format!("select {name}($1)"),
+            format!("select pg_catalog.\"{name}\"()"),
+            format!("select * from {} /* */ (1, $1)", name.to_uppercase()),
+        ] {
+            let result = tx.query(&statement, &[], LIMITS).await.unwrap();
+            assert!(matches!(result, Err(SqlError::NotAllowed(_))), "{statement}: {result:?}");
+        }
+    }
+    assert_eq!(query(&mut tx, "select random() < 1, gen_random_uuid() is not null", &[]).await.rows.len(), 1);
+    tx.rollback().await;
+}
+
+/// Every extension that the server has: its functions that are volatile, or that run a query, are refused.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn functions_of_extensions_are_refused_unless_the_extension_is_known() {
+    let world = managed().await;
+    for extension in ["dblink", "tablefunc", "xml2", "pg_trgm", "pgcrypto", "hstore", "postgres_fdw"] {
+        world.run_around(&format!("create extension if not exists \"{extension}\" schema app_default")).await;
+    }
+    let mut tx = world.begin().await;
+    for statement in [
+        "select * from dblink($1, $2) as t (a integer)",
+        "select dblink_exec('', $1)",
+        "select * from app_default.crosstab($1) as t (a integer, b integer)",
+        "select * from connectby($1, 'a', 'b', 'c', 0) as t (a integer, b integer, c integer)",
+        "select * from xpath_table('a', 'b', $1, 'c', 'd') as t (a integer)",
+        "select set_limit(0.1)",
+        "select postgres_fdw_disconnect_all()",
+    ] {
+        let result = tx.query(statement, &[], LIMITS).await.unwrap();
+        assert!(matches!(result, Err(SqlError::NotAllowed(_))), "{statement}: {result:?}");
+    }
+    let known = "select similarity('a', 'a') = 1, encode(digest('a', 'sha256'), 'hex') <> '', gen_salt('bf') <> ''";
+    assert_eq!(query(&mut tx, known, &[]).await.rows, [[const { Value::Boolean(true) }; 3]]);
+    tx.rollback().await;
+}
+
+/// The statements by which one event took effect twice: a SELECT given as a parameter changed the session's encoding.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_statement_given_as_a_parameter_is_not_run() {
+    let world = managed().await;
+    let inner = "select to_tsvector(set_config('client_encoding', 'LATIN1', false))";
+    for statement in [
+        "select * from ts_stat($1)",
+        "select pg_catalog.ts_stat($1)",
+        "select ts_rewrite('a'::tsquery, $1)",
+        "select query_to_xml($1, true, true, '')",
+    ] {
+        let mut tx = world.begin().await;
+        claim(&mut tx, "é", 1).await;
+        let result = tx.query(statement, &[text(inner)], LIMITS).await.unwrap();
+        assert!(matches!(result, Err(SqlError::NotAllowed(_))), "{statement}: {result:?}");
+        tx.rollback().await;
+        assert_eq!(world.rows("select current_setting('client_encoding')").await, [[text("UTF8")]]);
+    }
+}
+
+/// A worker's own function may do anything to its session: the next transaction begins with a clean one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_transaction_leaves_in_its_session_is_gone_before_the_next() {
+    let world = managed().await;
+    world
+        .migrate(
+            "1.sql",
+            "create sequence number;
+             create function spoil() returns void language plpgsql as $$
+             begin
+                 set client_encoding = 'LATIN1';
+                 set timezone = 'Asia/Tokyo';
+                 set search_path = pg_catalog;
+                 set bytea_output = 'escape';
+                 set extra_float_digits = -10;
+                 set default_text_search_config = 'german';
+                 perform pg_advisory_lock(42), nextval('app_default.number');
+                 listen oncely;
+             end $$",
+        )
+        .await;
+    let seen =
+        "select current_setting('client_encoding'), current_setting('timezone'), current_setting('bytea_output'),
+        current_setting('extra_float_digits'), current_setting('default_text_search_config')";
+    let before = world.rows(seen).await;
+    let mut tx = world.begin().await;
+    assert!(matches!(claim(&mut tx, "é", 1).await, Claimed::Fresh { .. }));
+    tx.commit().await.unwrap();
+
+    let mut tx = world.begin().await;
+    claim(&mut tx, "spoils", 1).await;
+    tx.execute("select spoil()", &[]).await.unwrap().unwrap();
+    // The host's own statements are refused from there on.
+    let appended = tx.append_outputs(&[an_output("spoils", 0, Duration::ZERO)], LEASE).await;
+    assert!(matches!(appended, Err(StoreError::Refused(_))), "{appended:?}");
+    tx.rollback().await;
+
+    let mut tx = world.begin().await;
+    claim(&mut tx, "spoils", 1).await;
+    tx.execute("select spoil()", &[]).await.unwrap().unwrap();
+    tx.commit().await.unwrap();
+    assert_eq!(world.rows(seen).await, before);
+    assert!(matches!(world.look("é", 1).await, Claimed::Settled(_)));
+    let locks: i64 = world
+        .connect()
+        .await
+        .fetch_one("select count(*) from pg_locks where locktype = 'advisory'")
+        .await
+        .unwrap()
+        .get(0);
+    assert_eq!(locks, 0);
+    let mut tx = world.begin().await;
+    let result = tx.query("select lastval()", &[], LIMITS).await.unwrap();
+    assert!(matches!(result, Err(SqlError::QueryFailed(_))), "{result:?}");
+    tx.rollback().await;
+}
+
+async fn door_key(world: &World) -> (Vec<u8>, String) {
+    let mut around = world.connect().await;
+    let row = around.fetch_one("select key, (select min(password) from oncely.app_login) from oncely.door_key").await;
+    let row = row.unwrap();
+    (row.get(0), row.try_get(1).unwrap_or_default())
+}
+
+/// While guests' SQL is trusted it can read the key: the first host that builds the wall makes another one, and hosts that
+/// still run take that up.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_key_of_the_door_is_renewed_when_the_wall_is_built() {
+    let (url, direct) = database_of_a_role("createrole").await;
+    let walled = world_on(PostgresStore::connect(&url, 4).await.unwrap(), url.clone(), direct.clone());
+    let (first, password) = door_key(&walled).await;
+    walled.store.close().await;
+    let walled = world_on(PostgresStore::connect(&url, 4).await.unwrap(), url.clone(), direct.clone());
+    assert_eq!(door_key(&walled).await, (first.clone(), password.clone()), "a restart alone renewed it");
+    walled.store.close().await;
+
+    let trusted = world_on(PostgresStore::connect_trusted(&url, 4).await.unwrap(), url.clone(), direct.clone());
+    let mut tx = trusted.begin().await;
+    claim(&mut tx, "e1", 1).await;
+    let walled = world_on(PostgresStore::connect(&url, 4).await.unwrap(), url.clone(), direct.clone());
+    let (renewed, other_password) = door_key(&walled).await;
+    assert!(renewed != first && other_password != password);
+    // Neither host takes the change for a guest's doing.
+    assert!(matches!(tx.commit().await, Err(StoreError::Unavailable(_))));
+    for world in [&trusted, &walled] {
+        let mut tx = world.begin().await;
+        assert!(matches!(claim(&mut tx, "e2", 1).await, Claimed::Fresh { .. }));
+        tx.rollback().await;
+    }
+    // A token of the old key opens nothing.
+    let mut around = PgConnection::connect(&direct).await.unwrap();
+    let mut forged = around.begin().await.unwrap();
+    let sql = format!(
+        "select oncely_door.unclaim(sha256('\\x{0}'::bytea || sha256('\\x{0}'::bytea ||
+             convert_to('door:' || pg_current_xact_id()::text, 'UTF8'))), 'payments', array['e1'])",
+        hex::encode(&first)
+    );
+    let refused = forged.execute(AssertSqlSafe(sql)).await.unwrap_err().to_string();
+    assert!(refused.contains("the key of the door was renewed"), "{refused}");
+}
+
+async fn a_long_text_is_refused_unread(world: World) {
+    let mut tx = world.begin().await;
+    for statement in [format!("select 1{}", ";".repeat(8 << 20)), format!("select '{}'", "x".repeat(1 << 20))] {
+        let began = Instant::now();
+        let result = tx.query(&statement, &[], LIMITS).await.unwrap();
+        assert!(matches!(result, Err(SqlError::TooLarge(_))), "{result:?}");
+        assert!(began.elapsed() < Duration::from_millis(100), "{:?}", began.elapsed());
+    }
+    tx.rollback().await;
+}
+
+async fn a_value_that_the_platforms_tables_refuse_is_the_guests_failure(world: World) {
+    let (route, key) = ("/transfers".to_owned(), "k1".to_owned());
+    let request = RequestKey { route, caller: String::new(), key, fingerprint: [1; 32] };
+    for status in [199, 600, 999] {
+        let mut tx = world.begin().await;
+        tx.claim_request(&request).await.unwrap();
+        let answer = HttpAnswer { status, headers: Vec::new(), body: bytes::Bytes::new() };
+        let kept = tx.answer_request(&request, &answer, Duration::from_secs(60)).await;
+        assert!(matches!(kept, Err(StoreError::Refused(_))), "{status}: {kept:?}");
+        tx.rollback().await;
+    }
+    let mut tx = world.begin().await;
+    let entry = StateEntry { value: bytes::Bytes::new(), version: 1 };
+    let write = StateWrite { key: "k".repeat(300), expected: None, entry: Some(entry) };
+    let saved = tx.save_state(&[write]).await;
+    assert!(matches!(saved, Err(StoreError::Refused(_))), "{saved:?}");
+    tx.rollback().await;
+}
+
+async fn a_write_of_a_guest_that_can_but_read_is_its_own_failure(world: World) {
+    world.migrate("1.sql", "create table t (a integer primary key)").await;
+    let mut statements = vec!["insert into t values (1)", "with a as (select 1) insert into t select * from a"];
+    if !world.is_postgres() {
+        statements.push("with a as (select 1) replace into t select * from a");
+        statements.push("with a (a) as (select 1) insert or replace into t select a from a");
+    }
+    for statement in statements {
+        let mut tx = world.store.begin_reading(WORKER, Duration::from_secs(5)).await.unwrap();
+        let result = tx.execute(statement, &[]).await.unwrap();
+        assert!(result.is_err(), "{statement}: {result:?}");
+        tx.rollback().await;
+    }
+    let mut tx = world.begin().await;
+    assert_eq!(execute(&mut tx, "insert into t values (1)", &[]).await, 1);
+    tx.rollback().await;
+}
