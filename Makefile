@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 export PATH := $(CURDIR)/target/tools/bin:$(PATH)
 
-.PHONY: help demo test chaos chaos-short mutants bench saturation saturation-short bench-http bench-retention chaos-host bindings build install-tools demo-tools links format lint docs deny advisories dist run-tests
+.PHONY: help demo test chaos chaos-short mutants bench saturation saturation-short bench-http bench-retention fuzz-sql fuzz-sql-short chaos-host bindings build install-tools demo-tools links format lint docs deny advisories dist run-tests
 
 help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -19,6 +19,7 @@ test: install-tools ## Check links, format, lints, docs and dependencies, then r
 	$(MAKE) lint
 	$(MAKE) docs
 	$(MAKE) deny
+	$(MAKE) fuzz-sql-short
 	$(MAKE) chaos-short
 	$(MAKE) run-tests
 	$(MAKE) demo
@@ -31,6 +32,15 @@ chaos-short: chaos-host ## The same in two minutes
 
 mutants: install-tools chaos-host ## Break the host on purpose, promise by promise; the books must notice each time
 	$(CHAOS) --mutants $(ARGS)
+
+fuzz-sql: install-tools ## Hold ten million generated statements against the statement filter and PostgreSQL: a quarter of an hour
+	$(FUZZ_SQL) $(ARGS)
+
+fuzz-sql-short: ## The same for a minute
+	$(FUZZ_SQL) --seconds 60 $(ARGS)
+
+# ARGS may be, for example, `--seed 7 --show 1000`.
+FUZZ_SQL = cargo run --quiet --locked -p oncely-tests --bin fuzz-sql --
 
 bench: install-tools ## Measure a release build against a hand-written loop: a quarter of an hour
 	cargo build --locked --release -p oncely -p oncely-tests

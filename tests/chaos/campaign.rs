@@ -297,6 +297,22 @@ struct Campaign {
     rivals: bool,
 }
 
+/// Each transaction that writes effects leaves a setting in its session, and fails in a session that another one left so.
+const LEAVE_TRACE: &str = "
+    create function app_default.leave_trace() returns trigger language plpgsql as $$
+    declare
+        left_by text := pg_catalog.current_setting('trace.left_by', true);
+        own text := pg_catalog.pg_current_xact_id()::text;
+    begin
+        if left_by not in ('', own) then
+            raise exception 'the session is as transaction % left it', left_by;
+        end if;
+        execute pg_catalog.format('set trace.left_by = %L', own);
+        return null;
+    end $$;
+    create trigger leave_trace before insert on app_default.effect
+        for each statement execute function app_default.leave_trace()";
+
 impl Campaign {
     async fn start(plan: Plan) -> Result<Self> {
         let mut world = World::without_host(Kind::Sqlite, "").await?;
@@ -328,6 +344,9 @@ impl Campaign {
         campaign.new_version()?;
         campaign.arm(None);
         campaign.world.start_host().await?;
+        if campaign.plan.kind == Kind::Postgres {
+            campaign.world.database.execute(LEAVE_TRACE).await.context("have transactions leave traces")?;
+        }
         Ok(campaign)
     }
 

@@ -150,7 +150,7 @@ async fn what_a_transaction_leaves_in_its_session_is_gone_before_the_next() {
     let locks: i64 = world
         .connect()
         .await
-        .fetch_one("select count(*) from pg_locks where locktype = 'advisory'")
+        .fetch_one("select count(*) from pg_locks where locktype = 'advisory' and objid = 42")
         .await
         .unwrap()
         .get(0);

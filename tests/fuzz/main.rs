@@ -1,0 +1,219 @@
+//! `make fuzz-sql`: generated statements against the statement filter and a real PostgreSQL.
+//!
+//! The server is the judge. The host's role is no superuser, and behind its back the right to everything that guests must not reach is
+//! revoked from PUBLIC: functions that are volatile and not allowed, functions that run text, the catalog, the platform's
+//! schemas. A statement that passes the filter is run there in a transaction; if the server says that a right is missing, or
+//! names a command other than `select`, `insert`, `update`, `delete` and `merge`, the filter let through a statement that it must refuse.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Parser;
+use oncely::sql::{Dialect, Functions, check_statement};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use support::postgres::Cluster;
+
+use crate::generate::{Generator, Vocabulary};
+use crate::session::{Ended, Session};
+
+mod generate;
+mod server;
+mod session;
+
+/// How many statements are under way in one session.
+const PIPELINE: usize = 64;
+
+#[derive(Debug, Parser)]
+struct Options {
+    /// Statements to generate.
+    #[arg(long, default_value_t = 10_000_000)]
+    statements: u64,
+    /// Stop after so many seconds even if there are statements left.
+    #[arg(long)]
+    seconds: Option<u64>,
+    /// The statements that are generated; the same seed makes the same ones.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Sessions at a time.
+    #[arg(long, default_value_t = 2)]
+    sessions: u64,
+    /// Print one statement in so many that the server ran.
+    #[arg(long)]
+    show: Option<u64>,
+}
+
+/// What became of the statements.
+#[derive(Default)]
+struct Counts {
+    generated: AtomicU64,
+    /// Passed the filter and were sent.
+    passed: AtomicU64,
+    /// Run by the server.
+    ran: AtomicU64,
+    /// Read by the server as a permitted statement, which then failed.
+    failed: AtomicU64,
+}
+
+impl Counts {
+    fn get(counter: &AtomicU64) -> u64 {
+        counter.load(Ordering::Relaxed)
+    }
+}
+
+struct Run {
+    options: Options,
+    seed: u64,
+    functions: Arc<Functions>,
+    vocabulary: Vocabulary,
+    socket: std::path::PathBuf,
+    role: String,
+    database: String,
+    deadline: Option<Instant>,
+    counts: Counts,
+    /// Another session found something.
+    over: AtomicBool,
+}
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let options = Options::parse();
+    let seed = options.seed.unwrap_or_else(rand::random);
+    let cluster = Cluster::start()?;
+    let server::Ready { functions, vocabulary, role, database } = server::prepare(&cluster).await?;
+    let began = Instant::now();
+    let deadline = options.seconds.map(|seconds| began + Duration::from_secs(seconds));
+    let run = Arc::new(Run {
+        seed,
+        functions,
+        vocabulary,
+        socket: cluster.socket(),
+        role,
+        database,
+        deadline,
+        counts: Counts::default(),
+        over: AtomicBool::new(false),
+        options,
+    });
+    println!("seed {seed}");
+    server::check_the_judge(&run.socket, &run.role, &run.database)?;
+    let sessions: Vec<_> = (0..run.options.sessions)
+        .map(|number| {
+            let run = Arc::clone(&run);
+            std::thread::spawn(move || {
+                let ended = run.fuzz(number);
+                run.over.fetch_or(ended.is_err(), Ordering::Relaxed);
+                ended
+            })
+        })
+        .collect();
+    let mut ended = Ok(());
+    for session in sessions {
+        let one = session.join().map_err(|_| anyhow::anyhow!("a session panicked"))?;
+        ended = ended.and(one);
+    }
+    run.report(began.elapsed());
+    ended?;
+    let (passed, ran) = (Counts::get(&run.counts.passed), Counts::get(&run.counts.ran));
+    ensure!(ran * 20 > passed && ran > 0, "the server ran only {ran} of {passed} statements: they show too little");
+    println!("nothing that the filter let through was anything but one permitted statement");
+    Ok(())
+}
+
+impl Run {
+    fn report(&self, took: Duration) {
+        let counts = &self.counts;
+        let generated = Counts::get(&counts.generated);
+        println!(
+            "{generated} statements in {} s ({} in a second): {} passed the filter, of which the server ran {} and read, but \
+             could not run, {}",
+            took.as_secs(),
+            generated / took.as_secs().max(1),
+            Counts::get(&counts.passed),
+            Counts::get(&counts.ran),
+            Counts::get(&counts.failed),
+        );
+    }
+
+    fn fuzz(&self, number: u64) -> Result<()> {
+        let mut session = Session::open(&self.socket, &self.role, &self.database)?;
+        let mut generator = Generator::new(&self.vocabulary, StdRng::seed_from_u64(self.seed.wrapping_add(number)));
+        let mine = self.options.statements.div_ceil(self.options.sessions);
+        let mut left = mine;
+        while left > 0 && !self.over.load(Ordering::Relaxed) && self.deadline.is_none_or(|end| Instant::now() < end) {
+            let mut sent = Vec::with_capacity(PIPELINE);
+            while sent.len() < PIPELINE && left > 0 {
+                left -= 1;
+                self.counts.generated.fetch_add(1, Ordering::Relaxed);
+                let statement = generator.statement();
+                if let Ok(facts) = check_statement(&statement, Dialect::Postgres, Some(self.functions.as_ref())) {
+                    session.send(&statement, facts.highest_placeholder);
+                    sent.push(statement);
+                }
+            }
+            let answers = session.answers(sent.len()).with_context(|| format!("run {sent:#?}"))?;
+            for (statement, ended) in sent.iter().zip(answers) {
+                self.judge(statement, &ended)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn judge(&self, statement: &str, ended: &Ended) -> Result<()> {
+        self.counts.passed.fetch_add(1, Ordering::Relaxed);
+        if let Err(why) = verdict(ended) {
+            bail!(
+                "{why}, and the filter let it through (seed {}):\n{statement}\n\n{statement:?}\n{ended:?}",
+                self.seed
+            );
+        }
+        match &ended.error {
+            None => {
+                let ran = self.counts.ran.fetch_add(1, Ordering::Relaxed);
+                if self.options.show.is_some_and(|each| ran.is_multiple_of(each)) {
+                    println!("{}: {statement}", ended.tag.as_deref().unwrap_or_default());
+                }
+            }
+            Some((code, _)) if code != "42601" => {
+                self.counts.failed.fetch_add(1, Ordering::Relaxed);
+            }
+            Some(_) => {}
+        }
+        Ok(())
+    }
+}
+
+/// Commands that are permitted.
+const COMMANDS: [&str; 5] = ["SELECT", "INSERT", "UPDATE", "DELETE", "MERGE"];
+
+/// Classes of errors of statements that are permitted: not read, unknown names, wrong types and values, constraints, limits,
+/// states of sequences, time, functions that do not take their arguments.
+const ERRORS: [&str; 18] = [
+    "42", "22", "21", "23", "0A", "54", "55000", "57014", "08P01", "34", "24", "3F", "P0", "40", "44", "XX000", "38",
+    "39",
+];
+
+pub(crate) fn verdict(ended: &Ended) -> Result<(), String> {
+    if let Some(setting) = &ended.setting {
+        return Err(format!("it changed the setting {setting}"));
+    }
+    if ended.status != b'T' && ended.status != b'E' {
+        return Err("it left the transaction".to_owned());
+    }
+    match (&ended.tag, &ended.error) {
+        (_, Some((code, message))) if code == "42501" => Err(format!("it reached what is not for guests: {message}")),
+        (_, Some((code, message))) if !ERRORS.iter().any(|class| code.starts_with(class)) => {
+            Err(format!("it failed in another way than a permitted statement: {code} {message}"))
+        }
+        (_, Some(_)) => Ok(()),
+        (Some(tag), None) if COMMANDS.iter().any(|command| tag.split(' ').next() == Some(command)) => Ok(()),
+        (tag, None) => Err(format!("it was the command {tag:?}")),
+    }
+}
+
+/// Whether this is so often.
+pub(crate) fn one_in(rng: &mut impl Rng, times: u32) -> bool {
+    rng.random_ratio(1, times)
+}
