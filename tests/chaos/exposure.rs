@@ -30,7 +30,7 @@ impl Exposure {
             fault::RESEND_COMMIT => acts(&[(Act::Cut(Cut::CommitNotForwarded), 6)]),
             // The commit happens after the look for it.
             fault::RESOLVE_BY_SELECT => Exposure { harm: 2, ..acts(&[(Act::Cut(Cut::CommitDelayed), 4)]) },
-            // What was confirmed last is gone with the server.
+            // What was confirmed last is gone with the server, which writes seconds later where it is not waited for.
             fault::SYNCHRONOUS_COMMIT_OFF => acts(&[(Act::StopDatabase, 6)]),
             // Outputs are left behind, to be swept up.
             fault::CURSOR_BY_SEQ => acts(&[(Act::Cut(Cut::OutputsNotForwarded), 4), (Act::Kill, 2)]),
@@ -38,8 +38,8 @@ impl Exposure {
             fault::MARK_BEFORE_PUBACK | fault::MARK_WITHOUT_FILTER => {
                 acts(&[(Act::Cut(Cut::OutputsNotForwarded), 5), (Act::KillBroker, 2)])
             }
-            // Copies are common enough.
-            fault::SKIP_CLAIM => Exposure::default(),
+            // Copies are common enough, and every effect leaves a trace in its session.
+            fault::SKIP_CLAIM | fault::NO_SESSION_RESET => Exposure::default(),
             fault::SKIP_UNCLAIM => often(Often::Nature(Nature::FailsOnce), 20),
             fault::CHARGE_WHOLE_BATCH => often(Often::Nature(Nature::FailsOnceLate), 20),
             fault::IGNORE_COMMIT_TAG => often(Often::Nature(Nature::Swallows), 15),

@@ -22,7 +22,7 @@ impl UnderFire {
         if kind != Kind::Postgres {
             return Ok(UnderFire { cluster: None, to_database: None });
         }
-        let cluster = tokio::task::spawn_blocking(Cluster::start).await??;
+        let cluster = tokio::task::spawn_blocking(Cluster::start_with_late_writer).await??;
         let proxy = Proxy::start(cluster.port()).await?;
         let Database::Postgres { direct, .. } = Database::on(&cluster).await? else { unreachable!() };
         let host = direct.replace(&format!(":{}/", cluster.port()), &format!(":{}/", proxy.port()));

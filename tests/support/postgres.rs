@@ -15,6 +15,12 @@ use crate::server::{Server, free_port};
 const SETTINGS: &str = "-c fsync=off -c deadlock_timeout=200ms -c max_connections=300 -c shared_buffers=64MB \
     -c wal_level=logical -c max_replication_slots=100 -c max_wal_senders=100";
 
+/// The same, but commits that are not waited for reach the disk seconds later: those of the last moments are lost when the
+/// server is stopped.
+const LATE_WRITER: &str = "-c fsync=off -c deadlock_timeout=200ms -c max_connections=300 -c shared_buffers=64MB \
+    -c wal_level=logical -c max_replication_slots=100 -c max_wal_senders=100 \
+    -c wal_writer_delay=10s -c wal_writer_flush_after=64MB -c wal_buffers=16MB";
+
 /// What a server has where it matters: durable against a crash of the machine.
 const DURABLE: &str = "-c max_connections=300 -c shared_buffers=512MB -c max_wal_size=4GB -c wal_level=logical";
 
@@ -36,6 +42,11 @@ impl Cluster {
     /// Makes a cluster and starts it.
     pub fn start() -> anyhow::Result<Self> {
         Self::start_with(SETTINGS)
+    }
+
+    /// Like [`Cluster::start`], but a commit that is not waited for is lost with the server for seconds.
+    pub fn start_with_late_writer() -> anyhow::Result<Self> {
+        Self::start_with(LATE_WRITER)
     }
 
     /// Like [`Cluster::start`], with the settings of production.
