@@ -214,6 +214,12 @@ impl Tally {
         self.unexposed.extend(outcome.unexposed);
     }
 
+    /// A run that did not come to its end.
+    fn fail(&mut self, error: &anyhow::Error) {
+        self.runs += 1;
+        self.unexposed.push(format!("a run failed: {error:#}"));
+    }
+
     /// Whether a mutant was caught each time, and the host as it is never; and whether either means anything.
     fn is_as_wanted(&self, mutant: &str) -> bool {
         let wanted = if mutant == NO_MUTANT { 0 } else { self.runs };
@@ -251,11 +257,22 @@ async fn run_mutants(options: &Options) -> Result<bool> {
             plans.push(plan(mutant, seed + time)?);
         }
     }
-    let mut running = futures::stream::iter(plans.into_iter().map(campaign::run)).buffer_unordered(MUTANTS_AT_ONCE);
+    let run = |plan: Plan| async move {
+        let mutant = plan.mutant.clone().unwrap_or_default();
+        (mutant, campaign::run(plan).await)
+    };
+    let mut running = futures::stream::iter(plans.into_iter().map(run)).buffer_unordered(MUTANTS_AT_ONCE);
     let mut tallies: BTreeMap<String, Tally> = BTreeMap::new();
-    while let Some(outcome) = running.next().await {
-        let outcome = outcome.context("run a campaign")?;
-        let mutant = outcome.plan.mutant.clone().unwrap_or_default();
+    while let Some((mutant, outcome)) = running.next().await {
+        let outcome = match outcome {
+            Ok(outcome) => outcome,
+            // The others go on: it counts as a run that shows nothing.
+            Err(error) => {
+                println!("{mutant:<26} did not run to its end: {error:#}");
+                tallies.entry(mutant).or_default().fail(&error);
+                continue;
+            }
+        };
         let (seed, found) = (outcome.plan.seed, outcome.violations.len());
         let verdict = if found > 0 { "caught" } else { "not caught" };
         let first = outcome.violations.first().map(|violation| violation.what.clone()).unwrap_or_default();
