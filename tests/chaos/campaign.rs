@@ -318,7 +318,7 @@ impl Campaign {
         let mut world = World::without_host(Kind::Sqlite, "").await?;
         let to_nats = Proxy::start(world.nats.port()).await?;
         world.nats_url = format!("nats://127.0.0.1:{}", to_nats.port());
-        let under_fire = UnderFire::put(&mut world, plan.kind).await?;
+        let under_fire = UnderFire::put(&mut world, plan.kind, plan.mutant.is_some()).await?;
         let UnderFire { cluster, to_database } = under_fire;
         if let (Some(_), Some(proxy)) = (&plan.mutant, &to_database) {
             // Other commits hold nothing that a mutant of commits could lose or do twice.

@@ -154,7 +154,7 @@ struct Sky {
 impl Sky {
     async fn start(storm: Storm) -> Result<Self> {
         let mut world = World::without_host(Kind::Sqlite, &manifest()?).await?;
-        let under_fire = UnderFire::put(&mut world, storm.kind).await?;
+        let under_fire = UnderFire::put(&mut world, storm.kind, false).await?;
         let port = free_port()?;
         world.http = format!("127.0.0.1:{port}");
         world.host_env = storm.env.clone();

@@ -72,7 +72,7 @@ impl Scene {
     async fn start(env: &[(String, String)]) -> Result<Self> {
         let settings = "batch = 8\nconcurrency = 2\nack_wait = \"2s\"\n[worker.limits]\ntime = \"1h\"";
         let mut world = World::without_host(Kind::Sqlite, &manifest(settings)?).await?;
-        let UnderFire { cluster, to_database } = UnderFire::put(&mut world, Kind::Postgres).await?;
+        let UnderFire { cluster, to_database } = UnderFire::put(&mut world, Kind::Postgres, false).await?;
         let to_nats = Proxy::start(world.nats.port()).await?;
         world.nats_url = format!("nats://127.0.0.1:{}", to_nats.port());
         world.host_env = env.to_vec();

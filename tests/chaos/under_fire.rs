@@ -14,15 +14,17 @@ pub struct UnderFire {
 }
 
 impl UnderFire {
-    /// Gives a world its database, and the build of the host that has points to die at.
-    pub async fn put(world: &mut World, kind: Kind) -> Result<Self> {
+    /// Gives a world its database, and the build of the host that has points to die at. A PostgreSQL with a late writer
+    /// loses what is not waited for with the server.
+    pub async fn put(world: &mut World, kind: Kind, late_writer: bool) -> Result<Self> {
         let program = guests::target_dir()?.parent().context("find the target folder")?.join("chaos/oncely");
         ensure!(program.exists(), "{} is not there; `make chaos` builds it", program.display());
         world.program = Some(program);
         if kind != Kind::Postgres {
             return Ok(UnderFire { cluster: None, to_database: None });
         }
-        let cluster = tokio::task::spawn_blocking(Cluster::start_with_late_writer).await??;
+        let start = if late_writer { Cluster::start_with_late_writer } else { Cluster::start };
+        let cluster = tokio::task::spawn_blocking(start).await??;
         let proxy = Proxy::start(cluster.port()).await?;
         let Database::Postgres { direct, .. } = Database::on(&cluster).await? else { unreachable!() };
         let host = direct.replace(&format!(":{}/", cluster.port()), &format!(":{}/", proxy.port()));
