@@ -1,9 +1,8 @@
 //! The control API: what the CLI speaks to. JSON over HTTP on the loopback interface, behind a token.
 
-use std::future::Future;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, anyhow};
 use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
 use axum::http::{StatusCode, header};
@@ -14,7 +13,6 @@ use axum::{Json, Router};
 use base64::Engine as _;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use tokio::net::TcpListener;
 
 use crate::alarm::Alarm;
 use crate::bus::Outgoing;
@@ -36,17 +34,8 @@ pub mod outbox;
 /// Requests other than component uploads may be this large, in bytes.
 const BODY_MAX: usize = 16 << 20;
 
-/// Serves the control API until `shutdown` completes. Everything below `/v1` asks for `Authorization: Bearer {token}`.
-pub async fn serve(
-    host: Arc<Host>,
-    listener: TcpListener,
-    token: &str,
-    shutdown: impl Future<Output = ()> + Send + 'static,
-) -> Result<()> {
-    axum::serve(listener, router(host, token)).with_graceful_shutdown(shutdown).await.context("serve the control API")
-}
-
-fn router(host: Arc<Host>, token: &str) -> Router {
+/// The control API. Everything below `/v1` asks for `Authorization: Bearer {token}`.
+pub fn router(host: Arc<Host>, token: &str) -> Router {
     let expected = Arc::new(Sha256::digest(token.as_bytes()).to_vec());
     let guarded = Router::new()
         .route("/dialect", get(dialect))

@@ -19,6 +19,7 @@ mod token;
 mod webhook;
 
 pub use cache::{CacheSettings, CacheUrl};
+pub use http::HttpLimits;
 pub use nats::{Login, Nats};
 pub use token::{keep_token, read_token};
 pub use webhook::{Webhook, key as webhook_key};
@@ -35,7 +36,7 @@ pub const LISTEN: &str = "127.0.0.1:7420";
 pub const HTTP: &str = "127.0.0.1:7480";
 
 /// Every knob, by its key in the file. Its flag is `--key` with hyphens, its variable `ONCELY_KEY`.
-pub(crate) const KNOBS: [&str; 25] = [
+pub(crate) const KNOBS: [&str; 30] = [
     "database",
     "pool_size",
     "guest_sql",
@@ -47,6 +48,11 @@ pub(crate) const KNOBS: [&str; 25] = [
     "http",
     "http_caller",
     "http_publish",
+    "http_connections",
+    "http_memory",
+    "http_head_timeout",
+    "http_body_timeout",
+    "http_idle_timeout",
     "data_dir",
     "log",
     "log_level",
@@ -102,6 +108,21 @@ pub struct HostFlags {
     /// Subjects that POST /publish/SUBJECT may publish to, separated by commas [default: none] [env: ONCELY_HTTP_PUBLISH]
     #[arg(long, value_name = "SUBJECTS")]
     pub http_publish: Option<String>,
+    /// The most connections open for requests; fewer if the process may not open so many files [default: 1024] [env: ONCELY_HTTP_CONNECTIONS]
+    #[arg(long, value_name = "COUNT")]
+    pub http_connections: Option<String>,
+    /// How much memory the bodies of requests and answers may take [default: 128MiB] [env: ONCELY_HTTP_MEMORY]
+    #[arg(long, value_name = "SIZE")]
+    pub http_memory: Option<String>,
+    /// How long the head of a request may take [default: 10s] [env: ONCELY_HTTP_HEAD_TIMEOUT]
+    #[arg(long, value_name = "TIME")]
+    pub http_head_timeout: Option<String>,
+    /// How long a body may take to come or go, and a second more for every 16 KiB [default: 30s] [env: ONCELY_HTTP_BODY_TIMEOUT]
+    #[arg(long, value_name = "TIME")]
+    pub http_body_timeout: Option<String>,
+    /// How long a connection stays open between two requests [default: 75s] [env: ONCELY_HTTP_IDLE_TIMEOUT]
+    #[arg(long, value_name = "TIME")]
+    pub http_idle_timeout: Option<String>,
     /// The folder for everything the host keeps on this machine [default: .oncely] [env: ONCELY_DATA_DIR]
     #[arg(long, value_name = "FOLDER")]
     pub data_dir: Option<String>,
@@ -161,6 +182,7 @@ pub struct HostConfig {
     /// Where requests over HTTP are taken; none for nowhere.
     pub http: Option<SocketAddr>,
     pub admission: Admission,
+    pub http_limits: HttpLimits,
     /// Holds the token, compiled components, and the SQLite file unless `database` says otherwise.
     pub data_dir: PathBuf,
     pub log: LogFormat,
@@ -257,6 +279,7 @@ impl HostConfig {
             token,
             http: http::address(&sources)?,
             admission: http::admission(&sources)?,
+            http_limits: http::limits(&sources)?,
             log: sources.get("log").map_or(Ok(LogFormat::Text), |given| log(&given))?,
             log_level: sources.get("log_level").map_or_else(|| Ok("info".to_owned()), |given| log_level(&given))?,
             drain: sources.get("drain").map_or(Ok(Duration::from_secs(30)), |given| drain(&given))?,

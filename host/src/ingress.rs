@@ -5,25 +5,23 @@
 //! answer. The key is that of the IETF draft `draft-ietf-httpapi-idempotency-key-header`, errors are those of RFC 9457;
 //! `docs/http.md` has the table.
 
-use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::request::Parts;
 use axum::response::Response;
 use bytes::Bytes;
-use tokio::net::TcpListener;
 use tokio::sync::{RwLock, Semaphore};
 
 use crate::cache::Cache;
 use crate::delivery::Delivery;
 use crate::delivery::request::{Asked, Handled};
 use crate::guest::text_of;
+use crate::http_server::{BodyError, BodyMemory};
 use crate::manifest::{CacheTerms, StoreFailures};
 use crate::metrics::Metrics;
 use crate::relay::HandOver;
@@ -140,14 +138,9 @@ impl Ingress {
         self.relay.write().await.take();
     }
 
-    /// Serves requests until `shutdown` completes, and those that came before it to their end.
-    pub async fn serve(
-        self: Arc<Self>,
-        listener: TcpListener,
-        shutdown: impl Future<Output = ()> + Send + 'static,
-    ) -> Result<()> {
-        let router = Router::new().fallback(take).with_state(self);
-        axum::serve(listener, router).with_graceful_shutdown(shutdown).await.context("serve requests")
+    /// Takes all requests, whatever their path.
+    pub fn router(self: Arc<Self>) -> Router {
+        Router::new().fallback(take).with_state(self)
     }
 
     /// Who handles a request with this method and path.
@@ -155,7 +148,7 @@ impl Ingress {
         let (method, path) = (parts.method.as_str(), parts.uri.path());
         if let Some(rest) = path.strip_prefix(publish::PATH) {
             return match method {
-                "POST" => Publication::read(rest, &parts.headers, &self.admission.publish).map(Target::Publish),
+                "POST" => Publication::read(rest, parts, &self.admission.publish).await.map(Target::Publish),
                 _ => Err(Problem::method_not_allowed(&["POST".to_owned()])),
             };
         }
@@ -339,6 +332,7 @@ async fn take(State(ingress): State<Arc<Ingress>>, request: Request) -> Response
         metrics.request(target.name(), target.route(), response.status().as_u16(), false, began.elapsed());
         return response;
     }
+    let memory = parts.extensions.get::<BodyMemory>().cloned();
     let asked = match ingress.read(&target, parts, body).await {
         Ok(asked) => asked,
         Err(problem) => {
@@ -351,6 +345,8 @@ async fn take(State(ingress): State<Arc<Ingress>>, request: Request) -> Response
         let (answer, replayed) =
             ingress.answer(&target, &asked).await.unwrap_or_else(|problem| (problem.answer(), false));
         ingress.metrics.request(target.name(), target.route(), answer.status, replayed, began.elapsed());
+        // Until here the body was in memory.
+        drop(memory);
         (answer, replayed)
     });
     match answering.await {
@@ -360,22 +356,22 @@ async fn take(State(ingress): State<Arc<Ingress>>, request: Request) -> Response
 }
 
 async fn read_body(body: Body, most: usize) -> Result<Bytes, Problem> {
-    match axum::body::to_bytes(body, most).await {
-        Ok(body) => Ok(body),
-        Err(error) if is_too_large(&error) => Err(Problem::body_too_large(most)),
-        Err(_) => Err(Problem::torn()),
-    }
+    axum::body::to_bytes(body, most).await.map_err(|error| {
+        if cause::<http_body_util::LengthLimitError>(&error).is_some() {
+            return Problem::body_too_large(most);
+        }
+        match cause(&error) {
+            Some(BodyError::TooSlow) => Problem::too_slow(),
+            Some(BodyError::NoMemory) => Problem::no_memory(),
+            Some(BodyError::Torn(_)) | None => Problem::torn(),
+        }
+    })
 }
 
-fn is_too_large(error: &axum::Error) -> bool {
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        if error.is::<http_body_util::LengthLimitError>() {
-            return true;
-        }
-        cause = error.source();
-    }
-    false
+/// The cause of this kind behind an error.
+fn cause<E: std::error::Error + 'static>(error: &axum::Error) -> Option<&E> {
+    let causes = std::iter::successors(std::error::Error::source(error), |error| error.source());
+    causes.into_iter().find_map(|error| error.downcast_ref())
 }
 
 fn whole(target: &Target, parts: Parts, body: Bytes) -> HttpRequest {

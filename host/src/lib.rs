@@ -7,7 +7,7 @@
 //!   `cache_feed`, `drain`
 //! - the heart: `delivery`
 //! - one room per outside thing: `guest` (wasmtime), `store` (sqlx), `bus` (async-nats), `cache` (moka,
-//!   redis), `crate_build` (cargo)
+//!   redis), `http_server` (hyper), `crate_build` (cargo)
 //! - plain values, no IO: `message`, `request`, `sql`, `state`, `verdict`, `dead_letter`, `redrive`, `manifest`, `config`, `retry`,
 //!   `subject`, `units`, `toml_text`, `base64_text`, `hint`, `breaker`, `metrics`, `alarm`,
 //!   `failure_group`, `cached`, `invalidation`; and `fault`, named points and mutants for tests
@@ -32,6 +32,7 @@ pub mod fault;
 pub mod guest;
 pub mod hint;
 pub mod host;
+pub mod http_server;
 pub mod ingress;
 pub mod invalidation;
 pub mod lane;

@@ -21,6 +21,7 @@ mod crashes;
 mod heads;
 mod keys;
 mod routes;
+mod slow;
 
 /// A worker that does as each request says, below `/do`.
 fn manifest(route: &str) -> Result<String> {

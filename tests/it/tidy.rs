@@ -42,7 +42,8 @@ fn each_outside_library_has_one_room() -> Result<()> {
         ("async_nats", &["bus"]),
         ("prometheus_client", &["metrics"]),
         // What wasmtime-wasi-http takes and gives.
-        ("hyper", &["webhook", "guest"]),
+        ("hyper", &["webhook", "guest", "http_server"]),
+        ("rustix", &["http_server"]),
         ("tokio_rustls", &["webhook", "bus"]),
         ("nkeys", &["bus"]),
         ("moka", &["cache"]),
@@ -73,7 +74,7 @@ fn imports_run_downwards_only() -> Result<()> {
         &["worker", "lane", "ingress"],
         &["relay", "webhook", "cache_feed"],
         &["delivery"],
-        &["guest", "store", "bus", "cache", "crate_build"],
+        &["guest", "store", "bus", "cache", "http_server", "crate_build"],
         &[
             "message",
             "request",

@@ -17,10 +17,11 @@ use super::client::{HOST_FILE, HostFile};
 use super::exit::Exit;
 use crate::api;
 use crate::bus::Bus;
-use crate::config::{Database, GuestSql, HostConfig, HowRelayed, LogFormat};
+use crate::config::{Database, GuestSql, HostConfig, HowRelayed, HttpLimits, LogFormat};
 use crate::drain::Stop;
 use crate::hint::WithHint;
 use crate::host::{Host, Retention, Running};
+use crate::http_server;
 use crate::store::{PostgresStore, SqliteStore, Store};
 use crate::webhook::Poster;
 
@@ -41,9 +42,9 @@ pub struct Served {
     pub http: Option<SocketAddr>,
     running: Running,
     stop_ingress: Stop,
-    ingress: Option<tokio::task::JoinHandle<Result<()>>>,
+    ingress: Option<tokio::task::JoinHandle<()>>,
     stop_api: Stop,
-    api: tokio::task::JoinHandle<Result<()>>,
+    api: tokio::task::JoinHandle<()>,
     data_dir: PathBuf,
     drain: Duration,
     terminate: Signal,
@@ -65,17 +66,16 @@ impl Served {
         let (host, running) = Host::start(store, bus, &compiled, retention, admission, webhook, &config.cache).await?;
         let address = listener.local_addr().context("read the address of the control API")?;
         let stop_api = Stop::new();
-        let mut stopping = stop_api.stopping();
-        let (served_host, served_token) = (Arc::clone(&host), token.clone());
-        let api = tokio::spawn(async move {
-            api::serve(served_host, listener, served_token.reveal(), async move { stopping.stopped().await }).await
-        });
+        let (for_requests, for_control) =
+            http_server::within_file_limit(config.http_limits, HttpLimits::CONTROL, config.pool_size);
+        let router = api::router(Arc::clone(&host), token.reveal());
+        let api = tokio::spawn(http_server::serve("control API", listener, router, for_control, stop_api.stopping()));
         let stop_ingress = Stop::new();
         let http =
             requests.as_ref().map(TcpListener::local_addr).transpose().context("read the address for requests")?;
         let ingress = requests.map(|requests| {
-            let (ingress, mut stopping) = (Arc::clone(&host.ingress), stop_ingress.stopping());
-            tokio::spawn(ingress.serve(requests, async move { stopping.stopped().await }))
+            let router = Arc::clone(&host.ingress).router();
+            tokio::spawn(http_server::serve("requests", requests, router, for_requests, stop_ingress.stopping()))
         });
         // Whoever reads the file may send a signal.
         let terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;

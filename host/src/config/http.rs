@@ -1,11 +1,96 @@
-//! Who may send requests over HTTP, and where.
+//! Who may send requests over HTTP, where, and how much of this process they may take.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use super::HTTP;
 use super::sources::{Given, Sources};
 use crate::request::Admission;
 use crate::subject;
+use crate::units;
+
+/// How many connections one listener may be told to keep open.
+const CONNECTIONS_MAX: usize = 1_000_000;
+
+/// The most memory for bodies that can be configured, in bytes.
+const MEMORY_MAX: u64 = 1 << 40;
+
+/// The largest body that a host takes without further configuration must fit.
+const MEMORY_MIN: u64 = 1 << 20;
+
+/// Between these limits are all timeouts.
+const TIMEOUT_MIN: Duration = Duration::from_millis(100);
+const TIMEOUT_MAX: Duration = Duration::from_secs(60 * 60);
+
+/// How much one listener grants its clients.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HttpLimits {
+    /// The most open connections.
+    pub connections: usize,
+    /// The most bytes of bodies in memory.
+    pub memory: usize,
+    /// How long the head of a request may take.
+    pub head_timeout: Duration,
+    /// How long a body may take, and a second more for every 16 KiB.
+    pub body_timeout: Duration,
+    /// How long a connection stays open between two requests.
+    pub idle_timeout: Duration,
+}
+
+impl Default for HttpLimits {
+    fn default() -> Self {
+        HttpLimits {
+            connections: 1024,
+            memory: 128 << 20,
+            head_timeout: Duration::from_secs(10),
+            body_timeout: Duration::from_secs(30),
+            idle_timeout: Duration::from_secs(75),
+        }
+    }
+}
+
+impl HttpLimits {
+    /// Those of the control API, which serves commands, probes and scrapes: enough for four uploads of the largest component.
+    pub const CONTROL: HttpLimits = HttpLimits {
+        connections: 64,
+        memory: 256 << 20,
+        head_timeout: Duration::from_secs(10),
+        body_timeout: Duration::from_secs(30),
+        idle_timeout: Duration::from_secs(75),
+    };
+}
+
+pub(super) fn limits(sources: &Sources<'_>) -> anyhow::Result<HttpLimits> {
+    let default = HttpLimits::default();
+    let timeout_or = |knob, default| sources.get(knob).map_or(Ok(default), |given| timeout(&given));
+    Ok(HttpLimits {
+        connections: sources.get("http_connections").map_or(Ok(default.connections), |given| connections(&given))?,
+        memory: sources.get("http_memory").map_or(Ok(default.memory), |given| memory(&given))?,
+        head_timeout: timeout_or("http_head_timeout", default.head_timeout)?,
+        body_timeout: timeout_or("http_body_timeout", default.body_timeout)?,
+        idle_timeout: timeout_or("http_idle_timeout", default.idle_timeout)?,
+    })
+}
+
+fn connections(given: &Given) -> anyhow::Result<usize> {
+    match given.value.parse() {
+        Ok(connections @ 1..=CONNECTIONS_MAX) => Ok(connections),
+        _ => Err(given.refuse_value("is not a whole number between 1 and 1000000", "1024")),
+    }
+}
+
+fn memory(given: &Given) -> anyhow::Result<usize> {
+    let size = units::parse_size(&given.value).ok().filter(|size| (MEMORY_MIN..=MEMORY_MAX).contains(size));
+    size.and_then(|size| usize::try_from(size).ok())
+        .ok_or_else(|| given.refuse_value("is not a size between 1 MiB and 1 TiB", "128MiB"))
+}
+
+fn timeout(given: &Given) -> anyhow::Result<Duration> {
+    match units::parse_duration(&given.value) {
+        Ok(timeout) if (TIMEOUT_MIN..=TIMEOUT_MAX).contains(&timeout) => Ok(timeout),
+        _ => Err(given.refuse_value("is not a length of time between 100ms and 1h", "30s")),
+    }
+}
 
 /// Where requests are taken; none for nowhere.
 pub(super) fn address(sources: &Sources<'_>) -> anyhow::Result<Option<SocketAddr>> {

@@ -40,6 +40,7 @@ fn with_nothing_given_a_host_runs_from_one_folder_on_this_machine() {
         token: None,
         http: Some(HTTP.parse().unwrap()),
         admission: Admission::default(),
+        http_limits: HttpLimits::default(),
         data_dir: ".oncely".into(),
         log: LogFormat::Text,
         log_level: "info".into(),
@@ -93,6 +94,9 @@ fn every_knob_is_read_from_every_source() {
         "http" => "off".to_owned(),
         "http_caller" => "x-account".to_owned(),
         "http_publish" => "a.>, b".to_owned(),
+        "http_connections" => "7".to_owned(),
+        "http_memory" => "2MiB".to_owned(),
+        "http_head_timeout" | "http_body_timeout" | "http_idle_timeout" => "9s".to_owned(),
         "data_dir" => "/elsewhere".to_owned(),
         "log" => "json".to_owned(),
         "log_level" => "debug".to_owned(),
@@ -127,13 +131,18 @@ fn every_knob_is_read_from_every_source() {
 #[test]
 fn a_bad_value_is_named_with_the_place_it_came_from_and_one_that_would_do() {
     type Case = (&'static [&'static str], &'static [(&'static str, &'static str)], &'static str, &'static str);
-    let cases: [Case; 20] = [
+    let cases: [Case; 25] = [
         (&["--relay", "push"], &[], "`relay` (from --relay) cannot be used: `push` is neither", "--relay wal"),
         (&[], &[("ONCELY_RELAY", "wal")], "`relay` (from ONCELY_RELAY) cannot be used: `wal` reads", "postgres://"),
         (&["--relay-slot-max", "1MiB"], &[], "`1MiB` is not a size of 64 MiB or more", "--relay-slot-max 4GiB"),
         (&["--http", "here"], &[], "`here` is neither an address with a port nor `off`", "--http 127.0.0.1:7480"),
         (&["--http-caller", "a b"], &[], "`a b` is no name of a header", "--http-caller X-Account"),
         (&["--http-publish", "a..b"], &[], "is no subject", "--http-publish payments.requested"),
+        (&["--http-connections", "0"], &[], "`0` is not a whole number between 1", "--http-connections 1024"),
+        (&["--http-memory", "1KiB"], &[], "`1KiB` is not a size between 1 MiB", "--http-memory 128MiB"),
+        (&["--http-head-timeout", "0s"], &[], "`0s` is not a length of time between 100ms", "--http-head-timeout 30s"),
+        (&["--http-body-timeout", "2h"], &[], "`2h` is not a length of time between 100ms", "--http-body-timeout 30s"),
+        (&["--http-idle-timeout", "x"], &[], "`x` is not a length of time between 100ms", "--http-idle-timeout 30s"),
         (&["--drain", "soon"], &[], "`drain` (from --drain) cannot be used: `soon` is not a length", "--drain 30s"),
         (&["--archive", "/proc/none"], &[], "nothing can be written to /proc/none", "--archive /var/lib"),
         (&["--keep-inbox", "ever"], &[], "`ever` is neither `auto` nor a length of time", "--keep-inbox auto"),

@@ -105,6 +105,17 @@ impl Problem {
         Problem::new(400, "request-torn", "The request is not whole", "the body ended before its end")
     }
 
+    pub(super) fn too_slow() -> Self {
+        let detail = "the body came too slowly; nothing was done";
+        Problem::new(408, "request-timeout", "The request took too long", detail)
+    }
+
+    /// Bodies of other requests take all the memory that there is for them.
+    pub(super) fn no_memory() -> Self {
+        let detail = "the bodies of other requests take all the memory there is for them; nothing was done";
+        Problem::new(503, "busy", "Too busy", detail).retry_after(1)
+    }
+
     pub(super) fn busy() -> Self {
         let detail = "too many requests wait for this worker; nothing was done";
         Problem::new(503, "busy", "Too busy", detail).retry_after(1)

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue};
 use serde_json::json;
 use uuid::Uuid;
@@ -10,6 +11,7 @@ use uuid::Uuid;
 use super::problem::Problem;
 use crate::delivery::HAND_OVER_LEASE;
 use crate::delivery::request::{Asked, Claim, Handled, claim, commit};
+use crate::http_server::written_names;
 use crate::message::{Headers, Output};
 use crate::metrics::Metrics;
 use crate::request::HttpAnswer;
@@ -49,8 +51,10 @@ pub(super) struct Publication {
 
 impl Publication {
     /// Reads the path behind [`PATH`] and the headers of a request. `granted` are the patterns of subjects that may be published to.
-    pub(super) fn read(path: &str, headers: &HeaderMap, granted: &[String]) -> Result<Self, Problem> {
-        Ok(Publication { subject: subject(path, granted)?, headers: message_headers(headers)? })
+    pub(super) async fn read(path: &str, parts: &Parts, granted: &[String]) -> Result<Self, Problem> {
+        let subject = subject(path, granted)?;
+        let written = written_names(parts, HEADER_PREFIX).await;
+        Ok(Publication { subject, headers: message_headers(&parts.headers, &written)? })
     }
 }
 
@@ -68,25 +72,32 @@ fn subject(path: &str, granted: &[String]) -> Result<String, Problem> {
     Ok(subject)
 }
 
-/// The headers of the message, in the order of the request.
-fn message_headers(headers: &HeaderMap) -> Result<Headers, Problem> {
-    headers.iter().filter_map(|(name, value)| message_header(name.as_str(), value).transpose()).collect()
+/// The headers of the message, in the order of the request. `written` are the names of those with [`HEADER_PREFIX`] as the client
+/// wrote them.
+fn message_headers(headers: &HeaderMap, written: &[String]) -> Result<Headers, Problem> {
+    let mut written = written.iter();
+    let mut of_the_message = Headers::new();
+    for (name, value) in headers {
+        let name = name.as_str();
+        let own = match name.strip_prefix(HEADER_PREFIX) {
+            Some(own) => written.next().and_then(|written| written.get(HEADER_PREFIX.len()..)).unwrap_or(own),
+            None if KEPT_HEADERS.contains(&name) => name,
+            None => continue,
+        };
+        of_the_message.push((own.to_owned(), message_value(name, value)?));
+    }
+    Ok(of_the_message)
 }
 
-/// The header of the message that a header of the request stands for, if it stands for one. A value goes on byte by byte: headers
-/// of messages are UTF-8, so another value is refused.
-fn message_header(name: &str, value: &HeaderValue) -> Result<Option<(String, String)>, Problem> {
-    let own = match name.strip_prefix(HEADER_PREFIX) {
-        Some(own) => own,
-        None if KEPT_HEADERS.contains(&name) => name,
-        None => return Ok(None),
-    };
+/// A value goes on byte by byte. Headers of messages are UTF-8, so another value is refused.
+fn message_value(name: &str, value: &HeaderValue) -> Result<String, Problem> {
+    let own = name.strip_prefix(HEADER_PREFIX).unwrap_or(name);
     if own.is_empty() || own.starts_with("nats-") || own.starts_with("oncely-") {
         return Err(Problem::header_refused(name, "names that begin with `Nats-` or `Oncely-` are the platform's own"));
     }
     let value =
         std::str::from_utf8(value.as_bytes()).map_err(|_| Problem::header_refused(name, "its value is not UTF-8"))?;
-    Ok(Some((own.to_owned(), value.to_owned())))
+    Ok(value.to_owned())
 }
 
 impl Publishing {
@@ -145,14 +156,14 @@ mod tests {
             axum::http::HeaderName::from_bytes(name.as_bytes()).unwrap(),
             HeaderValue::from_bytes(value).unwrap(),
         );
-        message_headers(&headers).map_err(|problem| problem.detail)
+        message_headers(&headers, &[name.to_owned()]).map_err(|problem| problem.detail)
     }
 
     #[test]
     fn header_values_are_published_byte_by_byte_or_refused() {
         let customer = "J\u{fc}rgen M\u{fc}ller \u{20ac}";
-        let expected = vec![("customer".to_owned(), customer.to_owned())];
-        assert_eq!(published("x-message-customer", customer.as_bytes()), Ok(expected));
+        let expected = vec![("Customer".to_owned(), customer.to_owned())];
+        assert_eq!(published("X-Message-Customer", customer.as_bytes()), Ok(expected));
         assert!(published("x-message-customer", b"J\xfcrgen").unwrap_err().contains("UTF-8"));
         assert!(published("content-type", b"text/\xff").is_err());
         // Other headers are not the message's.

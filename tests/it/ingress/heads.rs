@@ -107,6 +107,21 @@ both!(a_status_below_200_or_above_599_is_the_handlers_failure, |kind: Kind| asyn
 });
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn names_of_message_headers_keep_their_case() -> Result<()> {
+    let world = World::start(Kind::Sqlite, &manifest("")?).await?;
+    let head = "POST /publish/out.a HTTP/1.1\r\nHost: a\r\nIdempotency-Key: k\r\nConnection: close\r\nContent-Length: 2\r\n\
+        X-Message-CustomerName: a\r\nX-MESSAGE-ce-ID: \u{e9}\r\nx-message-Twice: 1\r\nX-Message-twice: 2\r\n\r\nhi";
+    let (status, answer) = send_raw(&world, head.as_bytes()).await?;
+    assert_eq!(status, 202, "{answer}");
+    let stored = stored(&world, 1).await?;
+    let mut names: Vec<&str> = stored[0].headers.keys().map(String::as_str).collect();
+    names.retain(|name| !name.starts_with("Nats-") && !name.starts_with("Oncely-"));
+    names.sort_unstable();
+    assert_eq!(names, ["CustomerName", "Twice", "ce-ID", "twice"], "{stored:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn answers_without_content_end_with_their_head() -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("")?).await?;
     for status in [204, 205, 304] {

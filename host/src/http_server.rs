@@ -1,0 +1,147 @@
+//! Serves HTTP/1.1 to clients that may be slow, silent or too many.
+//!
+//! Each listener has bounds of its own: on connections, on time, and on the bytes of bodies in memory. At the bound of connections,
+//! the one that has waited longest for a request is closed for the next client; a connection whose request is being handled stays.
+//! The control API and the requests to workers have a listener each, so neither can use up the connections of the other.
+
+use std::convert::Infallible;
+use std::future::{Future, poll_fn};
+use std::io;
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::{Service as _, service_fn};
+use hyper::{Request, Response};
+use hyper_util::rt::TokioIo;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::config::HttpLimits;
+use crate::drain::Stopping;
+
+mod body;
+mod connections;
+mod files;
+mod names;
+mod watched;
+
+pub use body::{BodyError, BodyMemory};
+pub use files::within_file_limit;
+pub use names::written_names;
+
+use body::{Memory, RequestBody, ResponseBody};
+use connections::{Connection, Connections, Place, Watch};
+use watched::Watched;
+
+/// The longest head of a request, in bytes.
+const HEAD_MAX: usize = 64 << 10;
+
+/// How long a listener waits after an accept failed, mostly because the process has too many files open.
+const ACCEPT_AGAIN_AFTER: Duration = Duration::from_millis(100);
+
+/// One listener and its bounds.
+struct Server {
+    http: http1::Builder,
+    router: Router,
+    limits: HttpLimits,
+    memory: Arc<Memory>,
+}
+
+/// Serves requests until it is time to stop, and then finishes those that have begun. `name` is the listener's in the log.
+pub async fn serve(name: &'static str, listener: TcpListener, router: Router, limits: HttpLimits, stopping: Stopping) {
+    let mut http = http1::Builder::new();
+    // The time limits are those of `Watch`: hyper's own does not tell an idle connection from a slow head.
+    http.max_buf_size(HEAD_MAX).header_read_timeout(None).preserve_header_case(true);
+    let connections = Arc::new(Connections::new(name, limits));
+    let server = Arc::new(Server { http, router, limits, memory: Memory::new(limits.memory) });
+    let mut stop = stopping.clone();
+    loop {
+        let accepted = async {
+            let stream = accept(&listener, &connections).await;
+            (stream, connections.enter().await)
+        };
+        tokio::select! {
+            biased;
+            () = stop.stopped() => break,
+            (stream, place) = accepted => {
+                tokio::spawn(serve_connection(Arc::clone(&server), stream, place, stopping.clone()));
+            }
+        }
+    }
+    drop(listener);
+    connections.ended().await;
+}
+
+/// The next connection. A failure here is not the end of the listener.
+async fn accept(listener: &TcpListener, connections: &Connections) -> TcpStream {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => return stream,
+            Err(error) if is_of_one_client(&error) => {}
+            Err(error) => {
+                connections.accept_failed(&error);
+                tokio::time::sleep(ACCEPT_AGAIN_AFTER).await;
+            }
+        }
+    }
+}
+
+fn is_of_one_client(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
+    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
+}
+
+/// Serves one connection until its client, a time limit or the end of the host closes it.
+async fn serve_connection(server: Arc<Server>, stream: TcpStream, place: Place, mut stopping: Stopping) {
+    // Answers are written whole; delaying them in the hope for more to send saves nothing.
+    let _ = stream.set_nodelay(true);
+    let connection = Arc::clone(place.connection());
+    let io = TokioIo::new(Watched::new(stream, Arc::clone(&connection)));
+    let (http, answering) = (server.http.clone(), Arc::clone(&connection));
+    let service = service_fn(move |request| server.answer(&answering, request));
+    let mut serving = pin!(http.serve_connection(io, service));
+    let mut stopped = pin!(stopping.stopped());
+    let mut is_stopping = false;
+    let mut watch = Watch::new(&connection);
+    poll_fn(|cx| {
+        if serving.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(());
+        }
+        if !is_stopping && stopped.as_mut().poll(cx).is_ready() {
+            is_stopping = true;
+            serving.as_mut().graceful_shutdown();
+            if serving.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(());
+            }
+        }
+        // Last, as it looks at the state in which the connection now is.
+        watch.poll_over(cx)
+    })
+    .await;
+}
+
+impl Server {
+    /// Answers one request. The connection counts as busy until the answer is written.
+    fn answer(
+        &self,
+        connection: &Arc<Connection>,
+        request: Request<Incoming>,
+    ) -> impl Future<Output = Result<Response<ResponseBody>, Infallible>> + Send + use<> {
+        let busy = connection.begin_request();
+        let memory = Arc::clone(&self.memory);
+        let held = BodyMemory::new(&memory);
+        let mut request = request.map(|body| Body::new(RequestBody::new(body, held.clone(), self.limits.body_timeout)));
+        request.extensions_mut().insert(held);
+        let answering = TowerToHyperService::new(self.router.clone()).call(request);
+        async move { Ok(answering.await?.map(|body| ResponseBody::new(body, &memory, busy))) }
+    }
+}
+
+#[cfg(test)]
+mod tests;

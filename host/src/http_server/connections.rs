@@ -1,0 +1,333 @@
+//! The open connections of one listener: how many there may be, what each of them is doing, and for how long it may.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::sync::futures::Notified;
+use tokio::time::{Instant, Sleep};
+
+use super::body::extended;
+use crate::config::HttpLimits;
+
+/// How often the log repeats that a listener is at its bound.
+const WARN_EVERY: Duration = Duration::from_secs(60);
+
+/// The open connections of one listener.
+pub(super) struct Connections {
+    name: &'static str,
+    limits: HttpLimits,
+    open: Mutex<Vec<Arc<Connection>>>,
+    /// A connection has ended, or has begun to wait for a request.
+    changed: Arc<Notify>,
+    warned: Mutex<Option<Instant>>,
+}
+
+/// The place of one connection among those that are open, until this is dropped.
+pub(super) struct Place {
+    connections: Arc<Connections>,
+    connection: Arc<Connection>,
+}
+
+/// One connection, as its parts report on it.
+pub(super) struct Connection {
+    limits: HttpLimits,
+    state: Mutex<State>,
+    /// It is to be closed, if it still waits for a request.
+    close: Notify,
+    changed: Arc<Notify>,
+}
+
+struct State {
+    phase: Phase,
+    /// When that began.
+    since: Instant,
+    /// When the bytes that are being written must have gone; none when there are none.
+    written_by: Option<Instant>,
+    is_told_to_close: bool,
+}
+
+/// A connection's phases, in the order in which they follow each other; after `Busy` comes `Idle`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// Nothing has come yet.
+    New,
+    /// Between two requests.
+    Idle,
+    /// A part of a head has come.
+    Head,
+    /// A request is being handled, or its answer is being written.
+    Busy,
+}
+
+/// The time from the head of a request to the last piece of its answer.
+pub(super) struct Busy(Arc<Connection>);
+
+impl Connections {
+    pub fn new(name: &'static str, limits: HttpLimits) -> Self {
+        Connections { name, limits, open: Mutex::default(), changed: Arc::new(Notify::new()), warned: Mutex::new(None) }
+    }
+
+    /// A place for one more connection. At the bound, the one that has waited longest for a request is closed for it; while all are
+    /// busy, this waits.
+    pub async fn enter(self: &Arc<Self>) -> Place {
+        loop {
+            if let Some(place) = self.try_enter() {
+                return place;
+            }
+            self.changed.notified().await;
+        }
+    }
+
+    /// Returns when the last connection has ended.
+    pub async fn ended(&self) {
+        while !self.lock().is_empty() {
+            self.changed.notified().await;
+        }
+    }
+
+    /// Closes a connection: a file less may be what the next one needs.
+    pub fn accept_failed(&self, error: &io::Error) {
+        if self.may_warn() {
+            tracing::warn!(listener = self.name, %error, "accept failed, retrying");
+        }
+        close_longest_waiting(&self.lock());
+    }
+
+    fn try_enter(self: &Arc<Self>) -> Option<Place> {
+        let mut open = self.lock();
+        if open.len() < self.limits.connections {
+            let connection = Arc::new(Connection::new(self.limits, Arc::clone(&self.changed)));
+            open.push(Arc::clone(&connection));
+            return Some(Place { connections: Arc::clone(self), connection });
+        }
+        if self.may_warn() {
+            let connections = self.limits.connections;
+            tracing::warn!(listener = self.name, connections, "connection limit reached, closing idle connections");
+        }
+        close_longest_waiting(&open);
+        None
+    }
+
+    fn may_warn(&self) -> bool {
+        let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_due = warned.is_none_or(|warned| warned.elapsed() >= WARN_EVERY);
+        if is_due {
+            *warned = Some(Instant::now());
+        }
+        is_due
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Arc<Connection>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn close_longest_waiting(open: &[Arc<Connection>]) {
+    let waiting = open.iter().filter_map(|connection| Some((connection.waits_since()?, connection)));
+    if let Some((_, connection)) = waiting.min_by_key(|(since, _)| *since) {
+        connection.tell_to_close();
+    }
+}
+
+impl Place {
+    pub fn connection(&self) -> &Arc<Connection> {
+        &self.connection
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.connections.lock().retain(|open| !Arc::ptr_eq(open, &self.connection));
+        self.connections.changed.notify_one();
+    }
+}
+
+impl Connection {
+    fn new(limits: HttpLimits, changed: Arc<Notify>) -> Self {
+        let state = State { phase: Phase::New, since: Instant::now(), written_by: None, is_told_to_close: false };
+        Connection { limits, state: Mutex::new(state), close: Notify::new(), changed }
+    }
+
+    /// Bytes have come.
+    pub fn received(&self) {
+        let mut state = self.lock();
+        match state.phase {
+            // The time since the connection was opened counts.
+            Phase::New => state.phase = Phase::Head,
+            Phase::Idle => state.enter(Phase::Head),
+            Phase::Head | Phase::Busy => {}
+        }
+    }
+
+    /// The head of a request is complete.
+    pub fn begin_request(self: &Arc<Self>) -> Busy {
+        self.lock().enter(Phase::Busy);
+        Busy(Arc::clone(self))
+    }
+
+    /// Bytes are to be written.
+    pub fn writing(&self) {
+        let timeout = self.limits.body_timeout;
+        self.lock().written_by.get_or_insert_with(|| Instant::now() + timeout);
+    }
+
+    /// So many of them have gone.
+    pub fn wrote(&self, bytes: usize) {
+        if let Some(written_by) = &mut self.lock().written_by {
+            *written_by = extended(*written_by, bytes, self.limits.body_timeout);
+        }
+    }
+
+    /// All of them have gone.
+    pub fn flushed(&self) {
+        self.lock().written_by = None;
+    }
+
+    /// When it is to be closed unless it goes on before.
+    fn deadline(&self) -> Option<Instant> {
+        let state = self.lock();
+        let phase_ends = match state.phase {
+            Phase::New | Phase::Head => Some(state.since + self.limits.head_timeout),
+            Phase::Idle => Some(state.since + self.limits.idle_timeout),
+            Phase::Busy => None,
+        };
+        phase_ends.into_iter().chain(state.written_by).min()
+    }
+
+    /// Since when it has waited for a request, if it does and has not been told to close.
+    fn waits_since(&self) -> Option<Instant> {
+        let state = self.lock();
+        (state.waits() && !state.is_told_to_close).then_some(state.since)
+    }
+
+    fn tell_to_close(&self) {
+        self.lock().is_told_to_close = true;
+        self.close.notify_one();
+    }
+
+    /// Whether it still waits for a request after it was told to close. If a request has come, another connection must close.
+    fn may_close(&self) -> bool {
+        let mut state = self.lock();
+        state.is_told_to_close = false;
+        let may_close = state.waits();
+        if !may_close {
+            self.changed.notify_one();
+        }
+        may_close
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn enter(&mut self, phase: Phase) {
+        (self.phase, self.since) = (phase, Instant::now());
+    }
+
+    fn waits(&self) -> bool {
+        self.phase != Phase::Busy && self.written_by.is_none()
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.lock().enter(Phase::Idle);
+        self.0.changed.notify_one();
+    }
+}
+
+/// Says when a connection is over: it was too slow, or it has to make way for another.
+pub(super) struct Watch<'c> {
+    connection: &'c Connection,
+    told: Pin<Box<Notified<'c>>>,
+    timer: Pin<Box<Sleep>>,
+}
+
+impl<'c> Watch<'c> {
+    pub fn new(connection: &'c Connection) -> Self {
+        let told = Box::pin(connection.close.notified());
+        let timer = Box::pin(tokio::time::sleep(connection.limits.head_timeout));
+        Watch { connection, told, timer }
+    }
+
+    /// To be polled after everything that may change the state of the connection.
+    pub fn poll_over(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        while self.told.as_mut().poll(cx).is_ready() {
+            self.told.set(self.connection.close.notified());
+            if self.connection.may_close() {
+                return Poll::Ready(());
+            }
+        }
+        let Some(deadline) = self.connection.deadline() else { return Poll::Pending };
+        if self.timer.deadline() != deadline {
+            self.timer.as_mut().reset(deadline);
+        }
+        self.timer.as_mut().poll(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: HttpLimits = HttpLimits {
+        connections: 2,
+        memory: 0,
+        head_timeout: Duration::from_secs(10),
+        body_timeout: Duration::from_secs(30),
+        idle_timeout: Duration::from_secs(75),
+    };
+
+    /// In whole seconds.
+    fn left(connection: &Connection) -> Option<f64> {
+        connection.deadline().map(|deadline| (deadline - Instant::now()).as_secs_f64().round())
+    }
+
+    #[test]
+    fn each_phase_has_its_deadline() {
+        let connection = Arc::new(Connection::new(LIMITS, Arc::default()));
+        connection.lock().since -= Duration::from_secs(4);
+        // A client that sends its head byte by byte gains nothing.
+        for _ in 0..2 {
+            connection.received();
+            assert_eq!(left(&connection), Some(6.0));
+        }
+        let busy = connection.begin_request();
+        assert_eq!(left(&connection), None);
+        connection.writing();
+        connection.wrote(32 << 10);
+        assert_eq!(left(&connection), Some(30.0));
+        drop(busy);
+        assert_eq!((left(&connection), connection.waits_since()), (Some(30.0), None));
+        connection.flushed();
+        assert_eq!(left(&connection), Some(75.0));
+        assert!(connection.waits_since().is_some());
+        connection.received();
+        assert_eq!(left(&connection), Some(10.0));
+    }
+
+    #[tokio::test]
+    async fn at_the_bound_the_connection_that_waits_longest_makes_way() {
+        let connections = Arc::new(Connections::new("test", LIMITS));
+        let (first, second) = (connections.enter().await, connections.enter().await);
+        let busy = first.connection().begin_request();
+        assert!(connections.try_enter().is_none());
+        assert!(second.connection().lock().is_told_to_close && !first.connection().lock().is_told_to_close);
+        // A request that came in the meantime keeps its connection.
+        let other = second.connection().begin_request();
+        assert!(!second.connection().may_close());
+        assert!(connections.try_enter().is_none());
+        drop(busy);
+        assert!(connections.try_enter().is_none());
+        assert!(first.connection().may_close());
+        drop(first);
+        assert!(connections.try_enter().is_some());
+        drop(other);
+    }
+}
