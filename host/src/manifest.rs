@@ -196,7 +196,7 @@ impl Manifest {
     pub fn load(path: &Path) -> anyhow::Result<Manifest> {
         let file = if path.is_dir() { path.join(FILE_NAME) } else { path.to_owned() };
         if !file.exists() {
-            let hint = "name a folder that holds an oncely.toml, or begin one with: oncely new NAME";
+            let hint = "name a folder that holds an oncely.toml, or begin one as docs/first-worker.md shows";
             return Err(anyhow::anyhow!("there is no manifest at {}", file.display()).hint(hint));
         }
         let text = std::fs::read_to_string(&file).with_context(|| format!("read the manifest {}", file.display()))?;

@@ -211,7 +211,10 @@ impl Retry {
         if self.json {
             return term::json(&Decided { outputs });
         }
-        term::data(format!("{} tried again; oncely outbox list shows what is set aside once more", counted(outputs)))?;
+        term::data(format!(
+            "{} tried again; `oncely outbox list` shows the outputs that are set aside once more",
+            counted(outputs)
+        ))?;
         all_met(outputs, &numbers)
     }
 }
@@ -231,7 +234,7 @@ impl Drop {
         if self.json {
             return term::json(&Decided { outputs });
         }
-        term::data(format!("{} dropped; oncely outbox list --dropped has the record", counted(outputs)))?;
+        term::data(format!("{} dropped; `oncely outbox list --dropped` has the record", counted(outputs)))?;
         all_met(outputs, &numbers)
     }
 }
