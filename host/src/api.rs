@@ -16,8 +16,8 @@ use sha2::{Digest, Sha256};
 
 use crate::alarm::Alarm;
 use crate::bus::Outgoing;
+use crate::component;
 use crate::deploy::{self, Plan, Proposal};
-use crate::guest::COMPONENT_SIZE_MAX;
 use crate::hint::{self, WithHint};
 use crate::host::{Host, WorkerState};
 use crate::message;
@@ -52,7 +52,7 @@ pub fn router(host: Arc<Host>, token: &str) -> Router {
         .route("/workers/{worker}/state/entry", get(state_get))
         .merge(outbox::routes())
         .layer(DefaultBodyLimit::max(BODY_MAX))
-        .route("/components", post(upload).layer(DefaultBodyLimit::max(COMPONENT_SIZE_MAX)))
+        .route("/components", post(upload).layer(DefaultBodyLimit::max(component::SIZE_MAX)))
         .layer(middleware::from_fn_with_state(expected, check_token));
     Router::new()
         .route("/livez", get(|| async { "alive\n" }))
@@ -211,7 +211,7 @@ pub struct Uploaded {
 
 /// Keeps a component, after a look whether it is a worker at all.
 async fn upload(State(host): State<Arc<Host>>, wasm: Bytes) -> Answer<Uploaded> {
-    host.load(wasm.to_vec()).await?;
+    host.load(wasm.clone()).await?;
     let digest = hex::encode(Sha256::digest(&wasm));
     host.store.put_component(&digest, &wasm).await?;
     Ok(Json(Uploaded { digest }))

@@ -12,6 +12,7 @@ use crate::request::Admission;
 use crate::units;
 
 mod cache;
+mod compile;
 mod http;
 mod nats;
 mod sources;
@@ -20,6 +21,7 @@ mod webhook;
 
 pub use cache::{CacheSettings, CacheUrl};
 pub use http::HttpLimits;
+pub use compile::CompileSettings;
 pub use nats::{Login, Nats};
 pub use token::{keep_token, read_token};
 pub use webhook::{Webhook, key as webhook_key};
@@ -36,7 +38,7 @@ pub const LISTEN: &str = "127.0.0.1:7420";
 pub const HTTP: &str = "127.0.0.1:7480";
 
 /// Every knob, by its key in the file. Its flag is `--key` with hyphens, its variable `ONCELY_KEY`.
-pub(crate) const KNOBS: [&str; 30] = [
+pub(crate) const KNOBS: [&str; 32] = [
     "database",
     "pool_size",
     "guest_sql",
@@ -67,6 +69,8 @@ pub(crate) const KNOBS: [&str; 30] = [
     "webhook_secret",
     "cache_size",
     "cache_url",
+    "compile_time",
+    "compile_memory",
 ];
 
 /// The knobs as flags. They are texts here: [`HostConfig::resolve`] reads them, whichever source they came from.
@@ -165,6 +169,12 @@ pub struct HostFlags {
     /// A Redis or Valkey that all hosts share as a cache [default: none] [env: ONCELY_CACHE_URL]
     #[arg(long, value_name = "URL")]
     pub cache_url: Option<String>,
+    /// Processor time that compiling one component may take [default: 2m] [env: ONCELY_COMPILE_TIME]
+    #[arg(long, value_name = "TIME")]
+    pub compile_time: Option<String>,
+    /// Memory that compiling one component may take [default: 2GiB] [env: ONCELY_COMPILE_MEMORY]
+    #[arg(long, value_name = "SIZE")]
+    pub compile_memory: Option<String>,
 }
 
 /// Everything a host needs to know, checked.
@@ -206,6 +216,7 @@ pub struct HostConfig {
     /// What these posts are signed with.
     pub webhook_secret: Option<Secret>,
     pub cache: CacheSettings,
+    pub compile: CompileSettings,
 }
 
 /// How outputs are published.
@@ -291,6 +302,7 @@ impl HostConfig {
             webhook: sources.get("webhook").map(|given| webhook::webhook(&given)).transpose()?,
             webhook_secret: sources.get("webhook_secret").map(|given| webhook::secret(&given)).transpose()?,
             cache: cache::resolve(&sources)?,
+            compile: compile::resolve(&sources)?,
             data_dir,
         })
     }

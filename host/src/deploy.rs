@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::bus::StreamSpec;
-use crate::guest::Guest;
+use crate::component::{self, Handler};
 use crate::hint::WithHint;
 use crate::host::Host;
 use crate::ingress::check_routes;
@@ -43,8 +43,8 @@ pub async fn plan(host: &Host, proposal: &Proposal) -> Result<Plan> {
         .component(&proposal.digest)
         .await?
         .with_context(|| format!("the component {} was not uploaded", proposal.digest))?;
-    let guest = host.load(wasm).await?;
-    check_kind(&proposal.worker, &guest)?;
+    let guest = host.load(wasm.into()).await?;
+    check_kind(&proposal.worker, guest.handler())?;
     check_routes(&proposal.worker, host.deployed_workers().await?.iter())?;
     let mut changes = check_streams(host, proposal).await?;
     let active = active(host, &proposal.worker.name).await?;
@@ -110,9 +110,9 @@ fn spec(stream: &Stream) -> StreamSpec {
 }
 
 /// Checks that a component is of the kind that its manifest says.
-pub fn check_kind(worker: &Worker, guest: &Guest) -> Result<()> {
+pub fn check_kind(worker: &Worker, handler: Handler) -> Result<()> {
     let name = &worker.name;
-    match (worker.routes.is_empty(), guest.takes_requests()) {
+    match (worker.routes.is_empty(), handler == Handler::Http) {
         (true, true) => {
             Err(anyhow!("the component of worker {name} answers requests, and the manifest gives it a stream"))
                 .hint("put a [[worker.route]] with a path in the place of `stream`")
@@ -209,8 +209,8 @@ fn describe(worker: &Worker, digest: &str, imports: Vec<Value>) -> Result<Value>
 async fn described(host: &Host, deployment: &DeploymentRecord) -> Result<Value> {
     let worker: Worker = serde_json::from_str(&deployment.manifest).context("read the active manifest")?;
     let wasm = host.store.component(&deployment.digest).await?.unwrap_or_default();
-    let imports = match host.load(wasm).await {
-        Ok(guest) => guest.surface().imports.iter().map(|name| Value::from(name.as_str())).collect(),
+    let imports = match component::inspect(&wasm) {
+        Ok(surface) => surface.imports.into_iter().map(Value::from).collect(),
         Err(_) => Vec::new(),
     };
     describe(&worker, &deployment.digest, imports)

@@ -1,14 +1,14 @@
 //! A host: keeps the workers that are deployed running, and the relay; swaps versions without losing a message.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use bytes::Bytes;
 use tokio::sync::{Mutex, Notify};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 
 use crate::alarm::{ALARM_KEPT, ALARM_STREAM, ALARM_SUBJECTS, Alarm, Kind};
 use crate::bus::{Bus, StreamSpec, Unhandled};
@@ -60,6 +60,10 @@ pub struct Host {
     /// None once the host drains: the relay ends when nobody can hand anything over.
     relay: Mutex<Option<HandOver>>,
     workers: Mutex<BTreeMap<String, Slot>>,
+    /// Workers whose active version is being prepared or swapped in.
+    being_brought_up: std::sync::Mutex<BTreeSet<String>>,
+    /// No worker is begun any more.
+    stopping: Stopping,
     deployed: Notify,
     /// Whether everything that is to be deployed at the start has been.
     started: AtomicBool,
@@ -106,18 +110,16 @@ pub struct Running {
 }
 
 impl Host {
-    /// Starts the relay and all workers that are deployed. Compiled components are kept in the folder `compiled`. Alarms are
-    /// told to the webhook, if there is one.
+    /// Starts the relay and all workers that are deployed. Alarms are told to the webhook, if there is one.
     pub async fn start(
         store: Arc<dyn Store>,
         bus: Bus,
-        compiled: &Path,
+        engine: GuestEngine,
         retention: Retention,
         admission: Admission,
         webhook: Option<Poster>,
         cache: &CacheSettings,
     ) -> Result<(Arc<Host>, Running)> {
-        let engine = GuestEngine::new(compiled)?;
         bus.ensure_stream(&StreamSpec::new(DLQ_STREAM, &[DLQ_SUBJECTS]))
             .await
             .context("make the dead-letter stream")?;
@@ -144,6 +146,7 @@ impl Host {
         let cache = Cache::open(cache, Arc::clone(&metrics))?;
         let (payload_max, told) = (bus.max_payload(), Arc::clone(&metrics));
         let ingress = Ingress::new(Arc::clone(&store), hand_over.clone(), told, payload_max, admission, cache.clone());
+        let (stop, stop_log) = (Stop::new(), Stop::new());
         let host = Arc::new(Host {
             ingress: Arc::new(ingress),
             store,
@@ -155,10 +158,11 @@ impl Host {
             retention,
             relay: Mutex::new(Some(hand_over)),
             workers: Mutex::new(BTreeMap::new()),
+            being_brought_up: std::sync::Mutex::default(),
+            stopping: stop.stopping(),
             deployed: Notify::new(),
             started: AtomicBool::new(false),
         });
-        let (stop, stop_log) = (Stop::new(), Stop::new());
         let log = log.into_iter().flat_map(|(keeper, relay)| {
             [tokio::spawn(keeper.run(stop.stopping())), tokio::spawn(relay.run(stop_log.stopping()))]
         });
@@ -178,12 +182,11 @@ impl Host {
         Ok((host, Running { stop, supervisor, watch, webhook, relay, repair, feed, stop_log, log }))
     }
 
-    /// Brings what runs in line with what is deployed.
+    /// Brings the running workers in line with the active deployments. Workers do not wait for each other's components to be compiled; those
+    /// that are being brought up already are left to that.
     pub async fn reconcile(&self) -> Result<()> {
         let deployments = self.store.active_deployments().await?;
-        for deployment in deployments {
-            self.bring_up(&deployment).await;
-        }
+        futures::future::join_all(deployments.iter().map(|deployment| self.bring_up(deployment))).await;
         Ok(())
     }
 
@@ -195,13 +198,26 @@ impl Host {
     /// Runs `deployment` here unless it runs already. The version before it goes on until the new one is ready to
     /// start; then it is drained, and the same durable consumer goes on with the new one.
     async fn bring_up(&self, deployment: &DeploymentRecord) {
-        let mut workers = self.workers.lock().await;
-        let slot = workers.entry(deployment.worker.clone()).or_default();
-        if slot.running.as_ref().is_some_and(|running| running.version() == deployment.version) {
-            slot.broken = None;
+        let Some(_turn) = BroughtUp::begin(&self.being_brought_up, &deployment.worker) else { return };
+        if self.runs(deployment).await {
             return;
         }
-        if let Err(error) = self.swap(slot, deployment).await {
+
+        // Without the lock: compiling takes its time. A host that stops does not wait for it.
+        let mut stopping = self.stopping.clone();
+        let prepared = tokio::select! {
+            biased;
+            () = stopping.stopped() => return,
+            prepared = self.prepare(deployment) => prepared,
+        };
+
+        let mut workers = self.workers.lock().await;
+        let slot = workers.entry(deployment.worker.clone()).or_default();
+        let swapped = match prepared {
+            Ok(delivery) => self.swap(slot, deployment, delivery).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = swapped {
             let told = slot.broken.as_ref().is_some_and(|(version, _)| *version == deployment.version);
             if !told {
                 tracing::error!("worker {} version {} cannot run: {error:#}", deployment.worker, deployment.version);
@@ -212,8 +228,18 @@ impl Host {
         self.ingress.turn_to(Table::of(requests)).await;
     }
 
-    async fn swap(&self, slot: &mut Slot, deployment: &DeploymentRecord) -> Result<()> {
-        let delivery = self.prepare(deployment).await?;
+    /// Whether this very deployment runs here.
+    async fn runs(&self, deployment: &DeploymentRecord) -> bool {
+        let mut workers = self.workers.lock().await;
+        let slot = workers.entry(deployment.worker.clone()).or_default();
+        let runs = slot.running.as_ref().is_some_and(|running| running.version() == deployment.version);
+        if runs {
+            slot.broken = None;
+        }
+        runs
+    }
+
+    async fn swap(&self, slot: &mut Slot, deployment: &DeploymentRecord, delivery: Delivery) -> Result<()> {
         self.check_retention(&delivery.worker).await?;
         let relay = self.relay.lock().await.clone().context("start a worker in a host that is stopping")?;
         let is_http = !delivery.worker.routes.is_empty();
@@ -250,8 +276,8 @@ impl Host {
             .component(&deployment.digest)
             .await?
             .with_context(|| format!("component {} is not in the database", deployment.digest))?;
-        let guest = self.load(wasm).await?;
-        deploy::check_kind(&worker, &guest)?;
+        let guest = self.load(wasm.into()).await?;
+        deploy::check_kind(&worker, guest.handler())?;
         Ok(Delivery {
             store: Arc::clone(&self.store),
             guest,
@@ -264,10 +290,9 @@ impl Host {
         })
     }
 
-    /// Compiles and checks a component, off the async threads.
-    pub async fn load(&self, wasm: Vec<u8>) -> Result<Guest> {
-        let engine = self.engine.clone();
-        tokio::task::spawn_blocking(move || Guest::load(&engine, &wasm)).await.context("compile a component")?
+    /// Checks and compiles a component; dropping the future ends that.
+    pub async fn load(&self, wasm: Bytes) -> Result<Guest> {
+        Guest::load(&self.engine, wasm).await
     }
 
     /// Hands committed messages to the relay, whose leases began at `since` or later; while the host stops they are left to
@@ -401,6 +426,26 @@ impl Host {
     }
 }
 
+/// A worker that is being brought up, until this is dropped.
+struct BroughtUp<'h> {
+    all: &'h std::sync::Mutex<BTreeSet<String>>,
+    worker: String,
+}
+
+impl<'h> BroughtUp<'h> {
+    /// None while the worker is being brought up already.
+    fn begin(all: &'h std::sync::Mutex<BTreeSet<String>>, worker: &str) -> Option<Self> {
+        let is_first = all.lock().unwrap_or_else(PoisonError::into_inner).insert(worker.to_owned());
+        is_first.then(|| BroughtUp { all, worker: worker.to_owned() })
+    }
+}
+
+impl Drop for BroughtUp<'_> {
+    fn drop(&mut self) {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.worker);
+    }
+}
+
 /// How long ago the oldest message that waits was stored.
 fn age(unhandled: Unhandled) -> Option<Duration> {
     let stored = unhandled.oldest?;
@@ -450,18 +495,23 @@ impl Running {
 async fn supervise(host: Arc<Host>, mut stopping: Stopping) {
     let mut retire = tokio::time::interval(RETIRE_EVERY);
     let mut removal = Removal::default();
+    // A look may last for as long as a component compiles; the next ones go on with the other workers.
+    let mut looks = JoinSet::new();
     loop {
         tokio::select! {
             biased;
-            () = stopping.stopped() => return,
-            () = host.deployed.notified() => look(&host).await,
-            _ = tokio::time::sleep(LOOK_FOR_DEPLOYMENTS_EVERY) => look(&host).await,
+            () = stopping.stopped() => break,
+            () = host.deployed.notified() => { looks.spawn(look(Arc::clone(&host))); }
+            _ = tokio::time::sleep(LOOK_FOR_DEPLOYMENTS_EVERY) => { looks.spawn(look(Arc::clone(&host))); }
             _ = retire.tick() => removal.run(&host, &stopping).await,
         }
+        while looks.try_join_next().is_some() {}
     }
+    // A version that is swapped in gets there; one that is prepared is given up.
+    while looks.join_next().await.is_some() {}
 }
 
-async fn look(host: &Host) {
+async fn look(host: Arc<Host>) {
     if let Err(error) = host.reconcile().await {
         tracing::debug!("looking for deployments again soon: {error:#}");
     }

@@ -10,7 +10,7 @@
 //!   redis), `http_server` (hyper), `crate_build` (cargo)
 //! - plain values, no IO: `message`, `request`, `sql`, `state`, `verdict`, `dead_letter`, `redrive`, `manifest`, `config`, `retry`,
 //!   `subject`, `units`, `toml_text`, `base64_text`, `hint`, `breaker`, `metrics`, `alarm`,
-//!   `failure_group`, `cached`, `invalidation`; and `fault`, named points and mutants for tests
+//!   `failure_group`, `cached`, `invalidation`, `component`; and `fault`, named points and mutants for tests
 
 pub mod alarm;
 pub mod api;
@@ -21,6 +21,7 @@ pub mod cache;
 pub mod cache_feed;
 pub mod cached;
 pub mod cli;
+pub mod component;
 pub mod config;
 pub mod crate_build;
 pub mod dead_letter;

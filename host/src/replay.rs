@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use async_trait::async_trait;
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+use crate::config::CompileSettings;
 use crate::guest::{
     CachedValue, CachedValues, Call, CallFailure, Database, Ended, Guest, GuestEngine, Outcome, RECORD_FORM, Record,
     Tape,
@@ -84,7 +86,7 @@ pub async fn replayable(store: &dyn Store, letter: &LetterRecord) -> Result<Opti
 pub async fn replay(
     attempt: &Replayable,
     event_id: &str,
-    wasm: &[u8],
+    wasm: Bytes,
     is_changed: bool,
     cache: &Path,
 ) -> Result<Report> {
@@ -96,7 +98,8 @@ pub async fn replay(
     let expected = record.failure.as_ref().context("the record does not say how the attempt failed")?;
     let member = record.messages.iter().position(|message| message.event_id == event_id);
     let member = member.with_context(|| format!("the record is not about the event `{event_id}`"))?;
-    let guest = Guest::load(&GuestEngine::new(cache)?, wasm).context("load the component")?;
+    let engine = GuestEngine::new(cache, CompileSettings::default())?;
+    let guest = Guest::load(&engine, wasm).await.context("load the component")?;
     ensure!(
         guest.takes_batches() || record.messages.len() == 1,
         "the attempt was made by a batch handler with {} messages, and this component handles one at a time",

@@ -85,7 +85,7 @@ async fn what_cannot_work_is_refused_with_the_line_that_would_mend_it() -> Resul
 
     std::fs::write(world.folder.path().join("text.wasm"), "not wasm").context("write a file")?;
     let text = refused(&world, &good.replace(&component.display().to_string(), "text.wasm")).await?;
-    assert!(text.contains("compile the component"), "{text}");
+    assert!(text.contains("the file is text, not a WebAssembly component"), "{text}");
 
     let workers = world.oncely_json(&["workers", "--json"]).await?;
     assert_eq!(workers.as_array().map(Vec::len), Some(1));

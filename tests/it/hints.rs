@@ -10,8 +10,16 @@ use oncely::cli::Cli;
 use support::guests::repository;
 
 /// Texts that begin like a command and are none: names of sessions and locks, and the program itself.
-const NO_COMMANDS: [&str; 7] =
-    ["oncely from", "oncely migrates", "oncely deploys", "oncely guests", "oncely relay", "oncely wall", "oncely that"];
+const NO_COMMANDS: [&str; 8] = [
+    "oncely from",
+    "oncely reader",
+    "oncely migrates",
+    "oncely deploys",
+    "oncely guests",
+    "oncely relay",
+    "oncely wall",
+    "oncely that",
+];
 
 /// All files below a folder whose name ends like this.
 fn files(folder: &Path, extension: &str) -> Result<Vec<PathBuf>> {
@@ -110,8 +118,8 @@ fn commands_in_message(text: &str) -> Vec<String> {
         if is_none || !names_subcommand {
             continue;
         }
-        let end = command.find(['`', '(', ')', '|', ';', '\n', ',', '"']).unwrap_or(command.len());
-        commands.push(command.split_at(end).0.trim().to_owned());
+        let end = command.find(['`', '(', ')', '|', ';', '\n', ',']).unwrap_or(command.len());
+        commands.push(command.split_at(end).0.trim_end_matches(['.', '"', ' ']).to_owned());
     }
     commands
 }

@@ -35,6 +35,7 @@ fn each_outside_library_has_one_room() -> Result<()> {
     let host = repository().join("host/src");
     let owners = [
         ("wasmtime", &["guest"][..]),
+        ("wasmparser", &["component"]),
         ("wasmtime_wasi", &["guest"]),
         ("wasmtime_wasi_http", &["guest"]),
         ("sqlx", &["store"]),
@@ -97,6 +98,7 @@ fn imports_run_downwards_only() -> Result<()> {
             "failure_group",
             "cached",
             "invalidation",
+            "component",
             "fault",
             "drain",
         ],

@@ -1,4 +1,4 @@
-//! `oncely build`: make the components of a manifest.
+//! `oncely build`: make the components of a manifest, and check all of a deployment that needs no host.
 
 use std::path::{Path, PathBuf};
 
@@ -6,11 +6,14 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use super::term;
+use crate::component;
 use crate::crate_build::{TARGET_VARIABLE, Target, build_component};
+use crate::deploy::check_kind;
 use crate::hint::WithHint;
-use crate::manifest::{Manifest, Source, WorkerEntry};
+use crate::ingress::check_routes;
+use crate::manifest::{Manifest, Source, Worker, WorkerEntry};
 
-/// Builds the components of a manifest without deploying them.
+/// Builds the components of a manifest without deploying them, and checks them as a deployment would.
 #[derive(Debug, Args)]
 pub struct Build {
     /// Manifests, or folders that hold an oncely.toml.
@@ -31,17 +34,46 @@ pub struct ToolchainArg {
 impl Build {
     pub fn run(self) -> Result<()> {
         for path in &self.manifests {
-            for entry in &Manifest::load(path)?.workers {
-                let component = component_of(entry, self.toolchain)?;
-                term::data(component.display())?;
+            let manifest = Manifest::load(path)?;
+            manifest.warnings().iter().for_each(term::warning);
+            let mut before: Vec<&Worker> = Vec::new();
+            for entry in &manifest.workers {
+                let built = Built::of(entry, self.toolchain)?;
+                component::check_code(&built.wasm).with_context(|| built.refused(entry))?;
+                entry.check_migrations()?;
+                check_routes(&entry.worker, before.iter().copied())?;
+                before.push(&entry.worker);
+                term::data(built.path.display())?;
             }
         }
         Ok(())
     }
 }
 
+/// A component on this machine that a host would look at further.
+pub struct Built {
+    pub path: PathBuf,
+    pub wasm: Vec<u8>,
+}
+
+impl Built {
+    /// Builds a worker's component where the manifest says how, reads it, and checks its form, its handler and its imports.
+    pub fn of(entry: &WorkerEntry, with: ToolchainArg) -> Result<Built> {
+        let path = component_of(entry, with)?;
+        let built = Built { wasm: component::read(&path)?, path };
+        let surface = component::inspect(&built.wasm).with_context(|| built.refused(entry))?;
+        check_kind(&entry.worker, surface.handler()?)?;
+        Ok(built)
+    }
+
+    /// The first sentence of an error about the component.
+    pub fn refused(&self, entry: &WorkerEntry) -> String {
+        format!("the component of worker {}, {}, cannot be deployed", entry.worker.name, self.path.display())
+    }
+}
+
 /// Builds a worker's component where the manifest says how, and returns where it is.
-pub fn component_of(entry: &WorkerEntry, with: ToolchainArg) -> Result<PathBuf> {
+fn component_of(entry: &WorkerEntry, with: ToolchainArg) -> Result<PathBuf> {
     let name = &entry.worker.name;
     match &entry.source {
         Source::Crate(folder) => {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::Args;
 
-use super::build::{ToolchainArg, component_of};
+use super::build::{Built, ToolchainArg};
 use super::client::{Client, HostArgs};
 use super::term;
 use crate::api::{Activated, Rollback as RollbackRequest, Uploaded};
@@ -43,13 +43,10 @@ impl Deploy {
     }
 
     async fn deploy(&self, client: &Client, manifest: &Manifest, entry: &WorkerEntry) -> Result<()> {
-        let component = component_of(entry, self.toolchain)?;
-        let wasm = std::fs::read(&component).with_context(|| format!("read {}", component.display()))?;
+        let built = Built::of(entry, self.toolchain)?;
+        let refused = built.refused(entry);
         let dialect: Dialect = client.get("/dialect").await?;
-        let uploaded: Uploaded = client
-            .upload("/components", wasm)
-            .await
-            .with_context(|| format!("check the component of worker {}", entry.worker.name))?;
+        let uploaded: Uploaded = client.upload("/components", built.wasm).await.context(refused)?;
         let proposal = propose(manifest, entry, uploaded.digest, dialect)?;
         let plan: Plan = client.post("/plan", &proposal).await?;
         show_plan(&plan);

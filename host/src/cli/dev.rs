@@ -8,7 +8,7 @@ use clap::Args;
 use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
 
-use super::build::{ToolchainArg, component_of};
+use super::build::{Built, ToolchainArg};
 use super::client::{DATA_DIR, make_data_dir};
 use super::deploy::{propose, show_plan};
 use super::serve::{Ended, Served, listen, listen_for_requests, start_log};
@@ -139,13 +139,10 @@ async fn deploy_here(served: &Served, manifest: &Manifest, toolchain: ToolchainA
     manifest.warnings().iter().for_each(term::warning);
     let host = &served.host;
     for entry in &manifest.workers {
-        let component = component_of(entry, toolchain)?;
-        let wasm = std::fs::read(&component).with_context(|| format!("read {}", component.display()))?;
-        let digest = hex::encode(Sha256::digest(&wasm));
-        host.load(wasm.clone())
-            .await
-            .with_context(|| format!("check the component of worker {}", entry.worker.name))?;
-        host.store.put_component(&digest, &wasm).await?;
+        let built = Built::of(entry, toolchain)?;
+        let digest = hex::encode(Sha256::digest(&built.wasm));
+        host.load(built.wasm.clone().into()).await.with_context(|| built.refused(entry))?;
+        host.store.put_component(&digest, &built.wasm).await?;
         let proposal = propose(manifest, entry, digest, host.store.dialect())?;
         let (plan, _) = deploy::deploy(host, &proposal).await?;
         show_plan(&plan);

@@ -4,6 +4,7 @@ use clap::{Parser, Subcommand};
 
 mod build;
 mod client;
+mod compile;
 mod completions;
 mod deploy;
 mod dev;
@@ -44,6 +45,8 @@ enum Command {
     State(state::State),
     Status(status::Status),
     Completions(completions::Completions),
+    #[command(hide = true)]
+    CompileComponent(compile::CompileComponent),
 }
 
 impl Cli {
@@ -63,6 +66,7 @@ impl Cli {
             Command::State(state) => state.run().await,
             Command::Status(status) => status.run().await,
             Command::Completions(completions) => completions.run(),
+            Command::CompileComponent(compile) => compile.run(),
         }
     }
 }

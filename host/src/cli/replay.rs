@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 use super::exit::Exit;
 use super::term;
 use crate::base64_text;
+use crate::component;
 use crate::guest::Step;
 use crate::hint::WithHint;
 use crate::replay::{self, CameTo, Replayable, Report};
@@ -79,7 +80,7 @@ impl Replay {
         };
         let recorded = component_in(&lines, &found.attempt.digest);
         let wasm = match (&self.component, recorded) {
-            (Some(path), _) => std::fs::read(path).with_context(|| format!("read {}", path.display()))?,
+            (Some(path), _) => component::read(path)?,
             (None, Some(wasm)) => wasm.to_vec(),
             (None, None) => {
                 return Err(Exit::Usage.because("the file does not hold the component"))
@@ -88,7 +89,7 @@ impl Replay {
         };
         let is_changed = hex::encode(Sha256::digest(&wasm)) != found.attempt.digest;
         let cache = tempfile::tempdir().context("make a folder")?;
-        let report = replay::replay(&found.attempt, &line.event_id, &wasm, is_changed, cache.path()).await?;
+        let report = replay::replay(&found.attempt, &line.event_id, wasm.into(), is_changed, cache.path()).await?;
         if self.json {
             term::json(&Printed { letter: line.id, report: &report, record: &found.attempt.record.steps })?;
         } else {

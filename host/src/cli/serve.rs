@@ -19,6 +19,7 @@ use crate::api;
 use crate::bus::Bus;
 use crate::config::{Database, GuestSql, HostConfig, HowRelayed, HttpLimits, LogFormat};
 use crate::drain::Stop;
+use crate::guest::GuestEngine;
 use crate::hint::WithHint;
 use crate::host::{Host, Retention, Running};
 use crate::http_server;
@@ -63,7 +64,8 @@ impl Served {
         let poster = |webhook| Poster::new(webhook, config.webhook_secret.as_ref());
         let webhook = config.webhook.clone().map(poster).transpose().context("get ready to post alarms")?;
         let admission = config.admission.clone();
-        let (host, running) = Host::start(store, bus, &compiled, retention, admission, webhook, &config.cache).await?;
+        let engine = GuestEngine::new(&compiled, config.compile.clone())?;
+        let (host, running) = Host::start(store, bus, engine, retention, admission, webhook, &config.cache).await?;
         let address = listener.local_addr().context("read the address of the control API")?;
         let stop_api = Stop::new();
         let (for_requests, for_control) =

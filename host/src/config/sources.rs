@@ -87,6 +87,8 @@ fn by_knob(flags: &HostFlags) -> [(&'static str, &Option<String>); KNOBS.len()] 
         ("webhook_secret", &flags.webhook_secret),
         ("cache_size", &flags.cache_size),
         ("cache_url", &flags.cache_url),
+        ("compile_time", &flags.compile_time),
+        ("compile_memory", &flags.compile_memory),
     ]
 }
 

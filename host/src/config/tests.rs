@@ -54,6 +54,7 @@ fn with_nothing_given_a_host_runs_from_one_folder_on_this_machine() {
         webhook: None,
         webhook_secret: None,
         cache: CacheSettings { size: 64 << 20, shared: None },
+        compile: CompileSettings::default(),
     };
     assert_eq!(config, expected);
 }
@@ -110,6 +111,8 @@ fn every_knob_is_read_from_every_source() {
         "webhook" => "https://a/b".to_owned(),
         "cache_size" => "1MiB".to_owned(),
         "cache_url" => "redis://a:1/2".to_owned(),
+        "compile_time" => "9s".to_owned(),
+        "compile_memory" => "3GiB".to_owned(),
         "webhook_secret" => format!("whsec_{}", "c2VjcmV0".repeat(4)),
         _ => panic!("no value for {knob}"),
     };
@@ -131,7 +134,9 @@ fn every_knob_is_read_from_every_source() {
 #[test]
 fn a_bad_value_is_named_with_the_place_it_came_from_and_one_that_would_do() {
     type Case = (&'static [&'static str], &'static [(&'static str, &'static str)], &'static str, &'static str);
-    let cases: [Case; 25] = [
+    let cases: [Case; 27] = [
+        (&["--compile-time", "0s"], &[], "`0s` is not a length of time between 1s and 1h", "--compile-time 2m"),
+        (&["--compile-memory", "1MiB"], &[], "`1MiB` is not a size of 1 GiB or more", "--compile-memory 2GiB"),
         (&["--relay", "push"], &[], "`relay` (from --relay) cannot be used: `push` is neither", "--relay wal"),
         (&[], &[("ONCELY_RELAY", "wal")], "`relay` (from ONCELY_RELAY) cannot be used: `wal` reads", "postgres://"),
         (&["--relay-slot-max", "1MiB"], &[], "`1MiB` is not a size of 64 MiB or more", "--relay-slot-max 4GiB"),

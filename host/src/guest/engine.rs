@@ -1,19 +1,22 @@
 //! The wasmtime engine: pooled instances, epoch deadlines, and compiled components kept on disk.
 
 use std::hash::{Hash, Hasher};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use bytes::Bytes;
 use sha2::{Digest, Sha256};
 use wasmtime::component::Component;
 use wasmtime::{Config, Enabled, Engine, InstanceAllocationStrategy, PoolingAllocationConfig};
 
+use super::compile::{Compiler, ComponentDigest, Failed};
+use crate::component;
+use crate::config::CompileSettings;
+
 /// How often running guests look at the clock.
 pub const EPOCH: Duration = Duration::from_millis(10);
-
-/// A component may be this large, in bytes. Those of Python and JavaScript have 12 to 20 MB.
-pub const COMPONENT_SIZE_MAX: usize = 64 << 20;
 
 /// How much memory one guest instance can be given at most, in bytes; a manifest's limit may be lower.
 pub const MEMORY_MAX: usize = 512 << 20;
@@ -26,80 +29,118 @@ const INSTANCES: u32 = 256;
 pub struct GuestEngine {
     engine: Engine,
     cache: PathBuf,
+    compiler: Compiler,
 }
 
 impl GuestEngine {
     /// Makes an engine that keeps compiled components in `cache`, a folder only this user can enter.
-    pub fn new(cache: &Path) -> Result<Self> {
+    pub fn new(cache: &Path, compile: CompileSettings) -> Result<Self> {
         make_private_folder(cache)?;
         let engine = pooled_engine().context("start the WebAssembly engine")?;
         tick(&engine)?;
-        Ok(GuestEngine { engine, cache: cache.to_owned() })
+        Ok(GuestEngine { engine, cache: cache.to_owned(), compiler: Compiler::new(compile) })
     }
 
     pub(super) fn engine(&self) -> &Engine {
         &self.engine
     }
 
-    /// Compiles a component, or loads what an earlier run compiled for this very engine. Takes seconds for
-    /// large components: call it where blocking is fine.
-    pub(super) fn compile(&self, wasm: &[u8]) -> Result<Component> {
-        if Engine::detect_precompiled(wasm).is_some() {
-            bail!("this is a precompiled component, which would run as native code; give the .wasm file instead");
-        }
-        if wasm.len() > COMPONENT_SIZE_MAX {
-            bail!("the component has {} bytes; at most {COMPONENT_SIZE_MAX} are allowed", wasm.len());
-        }
-        let path = self.cached_path(wasm);
-        if let Some(component) = self.load_compiled(&path) {
+    /// Compiles a component that was inspected, or loads the machine code that an earlier run made for this very
+    /// engine. Takes seconds for large components. When the future is dropped, compiling ends.
+    pub(super) async fn component(&self, wasm: &Bytes) -> Result<Component> {
+        let hashed = wasm.clone();
+        let digest: ComponentDigest = blocking(move || Ok(Sha256::digest(&hashed).into())).await?;
+        let path = self.cached_path(&digest);
+        if let Some(component) = self.load_compiled(&path).await? {
             return Ok(component);
         }
-        let component = Component::new(&self.engine, wasm)
-            .map_err(anyhow::Error::from)
-            .context("compile the component (is it a component, not a core module?)")?;
-        if let Err(error) = keep_compiled(&component, &path) {
-            tracing::warn!("compiled component not kept, so the next start compiles it again: {error:#}");
+        self.compiler.check_refusals(&digest)?;
+
+        let turn = self.compiler.turn().await?;
+        // Another load may have compiled it meanwhile.
+        if let Some(component) = self.load_compiled(&path).await? {
+            return Ok(component);
         }
-        Ok(component)
+        self.compiler.check_refusals(&digest)?;
+        let checked = wasm.clone();
+        if let Err(error) = blocking(move || component::check_code(&checked)).await {
+            return Err(self.compiler.refuse(digest, error));
+        }
+        let code = match self.compiler.compile(wasm).await {
+            Ok(code) => code,
+            Err(Failed::Refused(error)) => return Err(self.compiler.refuse(digest, error)),
+            Err(Failed::Other(error)) => return Err(error),
+        };
+        drop(turn);
+
+        let engine = self.engine.clone();
+        blocking(move || {
+            if let Err(error) = keep_compiled(&code, &path) {
+                tracing::warn!("compiled component not kept, so the next start compiles it again: {error:#}");
+            }
+            machine_code(&engine, &code).context("the component does not fit into an instance of this host")
+        })
+        .await
     }
 
     /// Named by the bytes of the component and everything of the engine that the machine code depends on.
-    fn cached_path(&self, wasm: &[u8]) -> PathBuf {
+    fn cached_path(&self, digest: &ComponentDigest) -> PathBuf {
         let mut hasher = std::hash::DefaultHasher::new();
         self.engine.precompile_compatibility_hash().hash(&mut hasher);
-        self.cache.join(format!("{}-{:016x}.cwasm", hex::encode(Sha256::digest(wasm)), hasher.finish()))
+        self.cache.join(format!("{}-{:016x}.cwasm", hex::encode(digest), hasher.finish()))
     }
 
-    /// A compiled component from disk. The file ends with the SHA-256 of what stands before it: a torn or damaged
-    /// one is compiled again.
-    #[allow(unsafe_code)]
-    fn load_compiled(&self, path: &Path) -> Option<Component> {
-        let bytes = std::fs::read(path).ok()?;
-        let (code, sum) = bytes.split_at_checked(bytes.len().checked_sub(32)?)?;
-        if Sha256::digest(code).as_slice() != sum {
-            tracing::warn!("compiled component {} is damaged; compiling it again", path.display());
-            return None;
-        }
-        // SAFETY: the bytes are those that `keep_compiled` wrote: they lie in a folder that only this user can
-        // write to (checked when the engine was made), and they are whole. Whoever can write there runs as us.
-        match unsafe { Component::deserialize(&self.engine, code) } {
-            Ok(component) => Some(component),
-            Err(error) => {
-                tracing::warn!("compiled component {} cannot be used; compiling it again: {error:#}", path.display());
-                None
-            }
+    async fn load_compiled(&self, path: &Path) -> Result<Option<Component>> {
+        let (engine, path) = (self.engine.clone(), path.to_owned());
+        blocking(move || Ok(load_compiled(&engine, &path))).await
+    }
+}
+
+/// Runs long work off the async threads. A panic in it is an error.
+pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.context("a check of the component ended with a panic")?
+}
+
+/// A compiled component from disk. The file ends with the SHA-256 of what stands before it: a torn or damaged
+/// one is compiled again.
+fn load_compiled(engine: &Engine, path: &Path) -> Option<Component> {
+    let bytes = std::fs::read(path).ok()?;
+    let (code, sum) = bytes.split_at_checked(bytes.len().checked_sub(32)?)?;
+    if Sha256::digest(code).as_slice() != sum {
+        tracing::warn!("compiled component {} is damaged; compiling it again", path.display());
+        return None;
+    }
+    match machine_code(engine, code) {
+        Ok(component) => Some(component),
+        Err(error) => {
+            tracing::warn!("compiled component {} cannot be used; compiling it again: {error:#}", path.display());
+            None
         }
     }
 }
 
+/// A component from the machine code that [`precompile`] made.
+#[allow(unsafe_code)]
+fn machine_code(engine: &Engine, code: &[u8]) -> Result<Component> {
+    // SAFETY: the bytes are those that `precompile` made of a component. They come straight from this very program, run as
+    // our own child, through its standard output, or whole (their sum was checked) from a folder that only this user can
+    // write to (checked when the engine was made). A process that can change either runs as our own user. The engine checks that they were
+    // made for its version and its settings.
+    unsafe { Component::deserialize(engine, code) }.map_err(anyhow::Error::from)
+}
+
+/// Compiles a component in this very process, for engines like [`GuestEngine`]'s.
+pub(super) fn precompile(wasm: &[u8]) -> Result<Vec<u8>> {
+    let engine = Engine::new(&code_config()).map_err(anyhow::Error::from).context("start the compiler")?;
+    engine.precompile_component(wasm).map_err(anyhow::Error::from)
+}
+
 /// Writes a compiled component whole or not at all.
-fn keep_compiled(component: &Component, path: &Path) -> Result<()> {
-    let mut code = component.serialize().map_err(anyhow::Error::from).context("serialize the component")?;
-    let sum = Sha256::digest(&code);
-    code.extend_from_slice(&sum);
+fn keep_compiled(code: &[u8], path: &Path) -> Result<()> {
+    let sum = Sha256::digest(code);
     let folder = path.parent().context("find the cache folder")?;
     let mut file = tempfile::NamedTempFile::new_in(folder).context("make a file in the cache folder")?;
-    std::io::Write::write_all(&mut file, &code).context("write the compiled component")?;
+    file.write_all(code).and_then(|()| file.write_all(&sum)).context("write the compiled component")?;
     file.persist(path).context("put the compiled component in place")?;
     Ok(())
 }
@@ -116,16 +157,22 @@ fn pooled_engine() -> Result<Engine> {
         .max_component_instance_size(10 << 20)
         .max_core_instance_size(10 << 20)
         .max_core_instances_per_component(32)
-        .max_memories_per_component(4)
+        .max_memories_per_component(16)
         .max_tables_per_component(32)
         .max_tables_per_module(4)
         .table_elements(100_000)
         .linear_memory_keep_resident(2 << 20)
         .table_keep_resident(512 << 10)
         .pagemap_scan(Enabled::Auto);
+    let mut config = code_config();
+    config.allocation_strategy(InstanceAllocationStrategy::Pooling(pool));
+    Engine::new(&config).map_err(anyhow::Error::from)
+}
+
+/// Everything that machine code depends on: the same for the process that compiles and the host that runs.
+fn code_config() -> Config {
     let mut config = Config::new();
     config
-        .allocation_strategy(InstanceAllocationStrategy::Pooling(pool))
         .memory_init_cow(true)
         // A snapshot of an interpreter is about 12 MB of mostly data: map it, do not copy it for each message.
         .memory_guaranteed_dense_image_size(64 << 20)
@@ -135,9 +182,10 @@ fn pooled_engine() -> Result<Engine> {
         .max_wasm_stack(512 << 10)
         .async_stack_size(2 << 20)
         .wasm_memory64(false)
-        .wasm_multi_memory(false)
+        // Components composed of others copy from one's memory to the other's.
+        .wasm_multi_memory(true)
         .concurrency_support(false);
-    Engine::new(&config).map_err(anyhow::Error::from)
+    config
 }
 
 /// Advances the engine's epoch for as long as the engine lives.

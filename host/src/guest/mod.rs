@@ -6,6 +6,7 @@
 
 mod bindings;
 mod call;
+mod compile;
 mod component;
 mod engine;
 mod http;
@@ -17,8 +18,9 @@ mod tape;
 mod wasi;
 
 pub use call::{Answer, Call, CallFailure, FailureKind, Outcome, Replayed, Warm};
-pub use component::{Guest, Surface};
-pub use engine::{COMPONENT_SIZE_MAX, GuestEngine};
+pub use compile::{COMMAND as COMPILE_COMMAND, compile_component};
+pub use component::Guest;
+pub use engine::GuestEngine;
 pub use http::{RequestCall, bytes_of, text_of};
 pub use imports::{CachedValue, CachedValues, Database};
 pub use record::{Asked, RECORD_FORM, Record, Saw, Step};

@@ -18,6 +18,18 @@ pub struct WorkerMigration {
 }
 
 impl WorkerEntry {
+    /// Checks that the migrations can be read, of each database that the folder has some for.
+    pub fn check_migrations(&self) -> anyhow::Result<()> {
+        let Some(folder) = &self.migrations else { return Ok(()) };
+        let has_own = |dialect: &Dialect| own_folder(folder, *dialect).is_dir();
+        let dialects = [Dialect::Sqlite, Dialect::Postgres];
+        let is_for_both = !dialects.iter().any(has_own);
+        for dialect in dialects.into_iter().filter(|dialect| is_for_both || has_own(dialect)) {
+            self.migrations_for(dialect)?;
+        }
+        Ok(())
+    }
+
     /// Reads the migrations that are meant for a database, in order: the `*.sql` files of its own folder (`sqlite`,
     /// `postgres`), or of the folder itself when they are meant for both.
     pub fn migrations_for(&self, dialect: Dialect) -> anyhow::Result<Vec<WorkerMigration>> {
@@ -34,13 +46,7 @@ impl WorkerEntry {
 }
 
 fn folder_for(folder: &Path, dialect: Dialect) -> anyhow::Result<PathBuf> {
-    let own = |dialect| {
-        folder.join(match dialect {
-            Dialect::Sqlite => "sqlite",
-            Dialect::Postgres => "postgres",
-        })
-    };
-    let by_database = [Dialect::Sqlite, Dialect::Postgres].into_iter().any(|dialect| own(dialect).is_dir());
+    let by_database = [Dialect::Sqlite, Dialect::Postgres].iter().any(|dialect| own_folder(folder, *dialect).is_dir());
     if !by_database {
         return Ok(folder.to_owned());
     }
@@ -48,12 +54,20 @@ fn folder_for(folder: &Path, dialect: Dialect) -> anyhow::Result<PathBuf> {
         return Err(anyhow!("{} holds *.sql files beside a folder for one database", folder.display())
             .hint("move them into `sqlite/` and `postgres/`"));
     }
-    let own = own(dialect);
+    let own = own_folder(folder, dialect);
     if !own.is_dir() {
         return Err(anyhow!("there are no migrations for this database at {}", own.display())
             .hint(format!("write them, or make an empty folder if none are needed: mkdir {}", own.display())));
     }
     Ok(own)
+}
+
+/// The folder of the migrations for one database alone.
+fn own_folder(folder: &Path, dialect: Dialect) -> PathBuf {
+    folder.join(match dialect {
+        Dialect::Sqlite => "sqlite",
+        Dialect::Postgres => "postgres",
+    })
 }
 
 fn sql_files(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {

@@ -1,0 +1,216 @@
+//! The code of a component: whether it is valid, and whether it asks more of the compiler than any component needs.
+//!
+//! A compiler's time and memory grow faster than the bytes it is given: with the locals of a function times its branches
+//! above all. The limits here refuse the extreme before anything is compiled; the limits of the compiling process bound
+//! the rest.
+
+use anyhow::{Result, anyhow};
+use wasmparser::{
+    FuncValidatorAllocations, FunctionBody, Operator, Parser, Payload, ValidPayload, Validator, WasmFeatures,
+};
+
+use super::form;
+use crate::hint::WithHint;
+
+/// Functions of all modules together, those that are imported included.
+const FUNCTIONS_MAX: u64 = 100_000;
+
+/// Types of all modules and components together.
+const TYPES_MAX: u64 = 100_000;
+
+/// Imports, exports, aliases, instances and the like of all modules and components together.
+const ITEMS_MAX: u64 = 500_000;
+
+/// The body of one function, in bytes.
+const BODY_MAX: u64 = 2 << 20;
+
+/// Parameters and locals of one function.
+const LOCALS_MAX: u64 = 20_000;
+
+/// Blocks, loops and branches of one function.
+const BRANCHES_MAX: u64 = 100_000;
+
+/// Loops of one function: the compiler's time grows with their square.
+const LOOPS_MAX: u64 = 5_000;
+
+/// Locals of one function times its blocks, loops and branches: the compiler follows each local along each of them.
+const LOCALS_BY_BRANCHES_MAX: u64 = 4_000_000;
+
+/// Blocks of one function within each other.
+const NESTING_MAX: u64 = 10_000;
+
+/// What the engine of a host runs: WebAssembly 3.0 without threads, exceptions, 64-bit memories and garbage collection,
+/// and components without WASI 0.3's async functions.
+fn features() -> WasmFeatures {
+    let absent = WasmFeatures::THREADS | WasmFeatures::EXCEPTIONS | WasmFeatures::MEMORY64 | WasmFeatures::GC_TYPES;
+    (WasmFeatures::WASM3 | WasmFeatures::COMPONENT_MODEL).difference(absent)
+}
+
+/// Checks that all code of a component is valid, and within the limits.
+pub fn check_code(wasm: &[u8]) -> Result<()> {
+    let mut checked = Checked::default();
+    let refused = |error| refused(&error, wasm);
+    let mut validator = Validator::new_with_features(features());
+    let mut allocations = FuncValidatorAllocations::default();
+    let mut parser = Parser::new(0);
+    parser.set_features(features());
+    for payload in parser.parse_all(wasm) {
+        let payload = payload.map_err(refused)?;
+        // Before the validator, which keeps all types in memory.
+        checked.count(&payload)?;
+        if let ValidPayload::Func(function, body) = validator.payload(&payload).map_err(refused)? {
+            let mut function = function.into_validator(allocations);
+            let params = function.len_locals();
+            checked.check_body(&body, params)?.map_err(refused)?;
+            function.validate(&body).map_err(refused)?;
+            allocations = function.into_allocations();
+        }
+    }
+    Ok(())
+}
+
+/// What was counted so far, over all modules and components.
+#[derive(Default)]
+struct Checked {
+    functions: u64,
+    types: u64,
+    items: u64,
+}
+
+impl Checked {
+    /// Counts a section by the number it begins with, not by what it holds.
+    fn count(&mut self, payload: &Payload<'_>) -> Result<()> {
+        let (functions, types, items) = match payload {
+            Payload::FunctionSection(section) => (section.count(), 0, 0),
+            Payload::TypeSection(section) => (0, section.count(), 0),
+            Payload::CoreTypeSection(section) => (0, section.count(), 0),
+            Payload::ComponentTypeSection(section) => (0, section.count(), 0),
+            Payload::ImportSection(section) => (0, 0, section.count()),
+            Payload::ExportSection(section) => (0, 0, section.count()),
+            Payload::InstanceSection(section) => (0, 0, section.count()),
+            Payload::ComponentInstanceSection(section) => (0, 0, section.count()),
+            Payload::ComponentAliasSection(section) => (0, 0, section.count()),
+            Payload::ComponentCanonicalSection(section) => (section.count(), 0, 0),
+            Payload::ComponentImportSection(section) => (0, 0, section.count()),
+            Payload::ComponentExportSection(section) => (0, 0, section.count()),
+            Payload::GlobalSection(section) => (0, 0, section.count()),
+            Payload::ElementSection(section) => (0, 0, section.count()),
+            Payload::DataSection(section) => (0, 0, section.count()),
+            Payload::ModuleSection { .. } | Payload::ComponentSection { .. } => (0, 0, 1),
+            _ => (0, 0, 0),
+        };
+        self.functions += u64::from(functions);
+        self.types += u64::from(types);
+        self.items += u64::from(items);
+        within("it has {} functions", self.functions, FUNCTIONS_MAX)?;
+        within("it declares {} types", self.types, TYPES_MAX)?;
+        within("it has {} imports, exports, aliases, instances and segments", self.items, ITEMS_MAX)
+    }
+
+    /// Checks the body of one function with `params` parameters; the inner error is one of its bytes.
+    fn check_body(&self, body: &FunctionBody<'_>, params: u32) -> Result<wasmparser::Result<()>> {
+        let at = body.range().start;
+        within("a function has {} bytes", body.range().len() as u64, BODY_MAX).map_err(|error| found_at(error, at))?;
+        let weight = match Weight::of(body, params) {
+            Ok(weight) => weight,
+            Err(error) => return Ok(Err(error)),
+        };
+        weight.check().map_err(|error| found_at(error, at))?;
+        Ok(Ok(()))
+    }
+}
+
+/// What the compiler's work on one function grows with.
+#[derive(Debug, Default, Clone, Copy)]
+struct Weight {
+    locals: u64,
+    branches: u64,
+    loops: u64,
+    nesting: u64,
+}
+
+impl Weight {
+    fn of(body: &FunctionBody<'_>, params: u32) -> wasmparser::Result<Weight> {
+        let mut weight = Weight { locals: u64::from(params), ..Weight::default() };
+        for local in body.get_locals_reader()? {
+            let (count, _) = local?;
+            weight.locals += u64::from(count);
+        }
+        let mut depth = 0_u64;
+        let mut operators = body.get_operators_reader()?;
+        while !operators.eof() {
+            let operator = operators.read()?;
+            weight.loops += u64::from(matches!(operator, Operator::Loop { .. }));
+            match operator {
+                Operator::Block { .. } | Operator::Loop { .. } | Operator::If { .. } | Operator::TryTable { .. } => {
+                    weight.branches += 1;
+                    depth += 1;
+                    weight.nesting = weight.nesting.max(depth);
+                }
+                Operator::Else | Operator::BrIf { .. } | Operator::BrOnNull { .. } | Operator::BrOnNonNull { .. } => {
+                    weight.branches += 1;
+                }
+                Operator::BrTable { targets } => weight.branches += 1 + u64::from(targets.len()),
+                Operator::End => depth = depth.saturating_sub(1),
+                _ => {}
+            }
+        }
+        Ok(weight)
+    }
+
+    fn check(self) -> Result<()> {
+        within("a function has {} locals", self.locals, LOCALS_MAX)?;
+        within("a function has {} branches", self.branches, BRANCHES_MAX)?;
+        within("a function has {} loops", self.loops, LOOPS_MAX)?;
+        within("a function nests {} blocks in each other", self.nesting, NESTING_MAX)?;
+        let product = self.locals.saturating_mul(self.branches);
+        within("the locals of a function times its branches are {}", product, LOCALS_BY_BRANCHES_MAX)
+    }
+}
+
+/// Refuses what is beyond a limit; `sentence` says what, with `{}` for how much.
+fn within(sentence: &str, found: u64, most: u64) -> Result<()> {
+    if found <= most {
+        return Ok(());
+    }
+    let found = sentence.replace("{}", &found.to_string());
+    Err(anyhow!("the component asks too much of the compiler: {found}, and {most} are allowed"))
+        .hint("build it with optimisation, and split generated code into smaller functions or several workers")
+}
+
+/// Says where a function that is beyond a limit begins.
+fn found_at(error: anyhow::Error, at: usize) -> anyhow::Error {
+    error.context(format!("the function at byte {at} is too large"))
+}
+
+/// Why bytes are refused: something this host does not run, or damage.
+fn refused(error: &wasmparser::Error, wasm: &[u8]) -> anyhow::Error {
+    let Some(missing) = error.missing_wasm_feature() else { return form::damaged(error, wasm) };
+    if missing
+        .intersects(WasmFeatures::CM_ASYNC | WasmFeatures::CM_ASYNC_STACKFUL | WasmFeatures::CM_MORE_ASYNC_BUILTINS)
+    {
+        return form::wasi_3("it has async functions, streams or futures");
+    }
+    let named: Vec<String> = missing.iter_names().map(|(name, _)| name.to_lowercase().replace('_', "-")).collect();
+    anyhow!("{} (byte {})", form::first_line(error.message()), error.offset())
+        .context(format!("the component uses a feature of WebAssembly that hosts do not run: {}", named.join(", ")))
+        .hint("build it without that feature; threads, exceptions, 64-bit memories and garbage collection are not run")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(locals: u64, branches: u64) -> Result<()> {
+        Weight { locals, branches, loops: 1, nesting: 1 }.check()
+    }
+
+    #[test]
+    fn locals_and_branches_are_limited_alone_and_together() {
+        assert!(check(300, 10_000).is_ok());
+        assert!(check(LOCALS_MAX + 1, 1).is_err());
+        assert!(check(1, BRANCHES_MAX + 1).is_err());
+        let error = format!("{:#}", check(2_000, 5_000).unwrap_err());
+        assert!(error.contains("times its branches are 10000000, and 4000000 are allowed"), "{error}");
+    }
+}

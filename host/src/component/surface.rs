@@ -1,0 +1,212 @@
+//! The exports and imports of a component, and whether a host can run it with them.
+
+use anyhow::{Result, anyhow, bail};
+use wasmparser::{ComponentExternalKind, Parser, Payload};
+
+use super::{form, list, shown};
+use crate::hint::WithHint;
+
+/// A component exports one of these to be a worker.
+const HANDLER: &str = "oncely:worker/handler@0.1.0";
+const BATCH_HANDLER: &str = "oncely:worker/batch-handler@0.1.0";
+/// Of any patch version.
+const HTTP_HANDLER: &str = "wasi:http/incoming-handler@0.2.";
+
+/// A package of interfaces that a component may import.
+struct Package {
+    name: &'static str,
+    /// The whole version of one that is not stable yet; of a stable one its beginning, as any patch version will do.
+    version: &'static str,
+    interfaces: &'static [&'static str],
+}
+
+/// All that a component may import: our own, and the parts of WASI that language runtimes ask for. Behind the latter
+/// there is nothing but a clock, random numbers and the log; each call to files, sockets or other servers is denied.
+const IMPORTABLE: [Package; 10] = [
+    Package {
+        name: "oncely:worker",
+        version: "0.1.",
+        interfaces: &["types", "invocation", "outbox", "state", "sql", "cache"],
+    },
+    Package { name: "wasi:logging", version: "0.1.0-draft", interfaces: &["logging"] },
+    Package { name: "wasi:config", version: "0.2.0-rc.1", interfaces: &["store"] },
+    Package {
+        name: "wasi:cli",
+        version: "0.2.",
+        interfaces: &[
+            "environment",
+            "exit",
+            "stdin",
+            "stdout",
+            "stderr",
+            "terminal-input",
+            "terminal-output",
+            "terminal-stdin",
+            "terminal-stdout",
+            "terminal-stderr",
+        ],
+    },
+    Package { name: "wasi:io", version: "0.2.", interfaces: &["error", "poll", "streams"] },
+    Package { name: "wasi:clocks", version: "0.2.", interfaces: &["wall-clock", "monotonic-clock"] },
+    Package { name: "wasi:random", version: "0.2.", interfaces: &["random", "insecure", "insecure-seed"] },
+    Package { name: "wasi:http", version: "0.2.", interfaces: &["types", "outgoing-handler"] },
+    Package { name: "wasi:filesystem", version: "0.2.", interfaces: &["types", "preopens"] },
+    Package {
+        name: "wasi:sockets",
+        version: "0.2.",
+        interfaces: &[
+            "network",
+            "instance-network",
+            "ip-name-lookup",
+            "tcp",
+            "tcp-create-socket",
+            "udp",
+            "udp-create-socket",
+        ],
+    },
+];
+
+/// The handler of a component: the kind of worker it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Handler {
+    /// Called with one message at a time.
+    Message,
+    /// Called with the messages of a batch together.
+    Batch,
+    /// Answers requests over HTTP, and handles no messages.
+    Http,
+}
+
+/// What a component exports and imports, types apart, in alphabetical order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Surface {
+    pub exports: Vec<String>,
+    pub imports: Vec<String>,
+}
+
+impl Surface {
+    /// Reads the outermost imports and exports of a component.
+    pub(super) fn of(wasm: &[u8]) -> Result<Surface> {
+        let mut surface = Surface { exports: Vec::new(), imports: Vec::new() };
+        let damaged = |error| form::damaged(&error, wasm);
+        let mut depth = 0_usize;
+        for payload in Parser::new(0).parse_all(wasm) {
+            match payload.map_err(damaged)? {
+                Payload::ModuleSection { .. } | Payload::ComponentSection { .. } => depth += 1,
+                Payload::End(_) => depth = depth.saturating_sub(1),
+                Payload::ComponentImportSection(section) if depth == 0 => {
+                    for import in section {
+                        let import = import.map_err(damaged)?;
+                        if import.ty.kind() != ComponentExternalKind::Type {
+                            surface.imports.push(import.name.name.to_owned());
+                        }
+                    }
+                }
+                Payload::ComponentExportSection(section) if depth == 0 => {
+                    for export in section {
+                        let export = export.map_err(damaged)?;
+                        if export.kind != ComponentExternalKind::Type {
+                            surface.exports.push(export.name.name.to_owned());
+                        }
+                    }
+                }
+                _ => {}
+            }
+        }
+        surface.exports.sort();
+        surface.imports.sort();
+        Ok(surface)
+    }
+
+    /// Refuses what a host cannot run or will not give.
+    pub(super) fn check(&self) -> Result<()> {
+        self.check_wasi()?;
+        self.handler()?;
+        self.check_imports()
+    }
+
+    /// The one handler of the component, of a kind that this host can call.
+    pub fn handler(&self) -> Result<Handler> {
+        let kinds = ["worker/handler", "worker/batch-handler", "wasi:http/incoming-handler", "wasi:http/handler"];
+        let is_handler = |name: &&str| kinds.iter().any(|kind| name.contains(kind));
+        let handlers: Vec<&str> = self.exports.iter().map(String::as_str).filter(is_handler).collect();
+        match handlers.as_slice() {
+            [HANDLER] => Ok(Handler::Message),
+            [BATCH_HANDLER] => Ok(Handler::Batch),
+            [http] if http.starts_with(HTTP_HANDLER) => Ok(Handler::Http),
+            [] => Err(self.no_handler()),
+            [other] => Err(anyhow!(
+                "the component exports {}, and this host runs `{HANDLER}`, `{BATCH_HANDLER}` and `{HTTP_HANDLER}x`",
+                shown(other)
+            )
+            .hint("build it with the interfaces of this version of Oncely: wit/worker.wit has them")),
+            several => {
+                let several: Vec<String> = several.iter().copied().map(str::to_owned).collect();
+                bail!("the component exports {} handlers ({}); it must export one", several.len(), list(&several))
+            }
+        }
+    }
+
+    fn no_handler(&self) -> anyhow::Error {
+        let hint = if self.exports.iter().any(|name| name.starts_with("wasi:cli/run@")) {
+            "it is a program with a `main`: export a handler from a library, as docs/handlers.md shows"
+        } else if self.exports.is_empty() {
+            "it may be a description of interfaces without code: name the component that was built with it"
+        } else {
+            "export one, as docs/handlers.md shows"
+        };
+        anyhow!(
+            "the component exports no handler: it must export `{HANDLER}`, `{BATCH_HANDLER}` or `{HTTP_HANDLER}x`, and it \
+             exports {}",
+            list(&self.exports)
+        )
+        .hint(hint)
+    }
+
+    /// Refuses a component for another version of WASI than 0.2 by that name.
+    fn check_wasi(&self) -> Result<()> {
+        let is_wasi_3 = |name: &&String| name.starts_with("wasi:") && name.contains("@0.3.");
+        if let Some(name) = self.imports.iter().find(is_wasi_3) {
+            return Err(form::wasi_3(&format!("it imports {}", shown(name))));
+        }
+        if let Some(name) = self.exports.iter().find(is_wasi_3) {
+            return Err(form::wasi_3(&format!("it exports {}", shown(name))));
+        }
+        Ok(())
+    }
+
+    fn check_imports(&self) -> Result<()> {
+        let refused: Vec<String> = self.imports.iter().filter(|name| !is_importable(name)).cloned().collect();
+        let Some(first) = refused.first() else { return Ok(()) };
+        let hint = match package_of(first) {
+            Some(package) if first.contains('@') => {
+                let version = package.version.trim_end_matches('.');
+                format!("this host has {} of version {version}: {}", package.name, package.interfaces.join(", "))
+            }
+            _ => "a worker may import oncely:worker, wasi:logging, wasi:config and WASI 0.2; build another import into it, as \
+                  with `wac plug`"
+                .to_owned(),
+        };
+        Err(anyhow!("the component imports {}, which a worker is not given", list(&refused))).hint(hint)
+    }
+}
+
+/// Whether an import, such as `wasi:io/poll@0.2.3`, is one that hosts provide.
+fn is_importable(import: &str) -> bool {
+    let Some(package) = package_of(import) else { return false };
+    let Some((interface, version)) = import.split_once('/').and_then(|(_, rest)| rest.split_once('@')) else {
+        return false;
+    };
+    let fits = match version.strip_prefix(package.version) {
+        Some("") => true,
+        Some(patch) => package.version.ends_with('.') && patch.bytes().all(|byte| byte.is_ascii_digit()),
+        None => false,
+    };
+    fits && package.interfaces.contains(&interface)
+}
+
+/// The package of an import, if hosts have one of that name.
+fn package_of(import: &str) -> Option<&'static Package> {
+    let (name, _) = import.split_once('/')?;
+    IMPORTABLE.iter().find(|package| package.name == name)
+}

@@ -1,0 +1,148 @@
+//! `oncely build` finds what `oncely deploy` would refuse, without a host.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use support::guests;
+use support::world::manifest_of;
+
+/// Words of compilers and of this program's insides, which no author of a worker should have to know.
+const JARGON: [&str; 9] =
+    ["backtrace", "panicked", "wasmtime", "wasmparser", "cranelift", "magic", "leb128", ".rs:", "unwrap"];
+
+/// What `oncely build` prints about a manifest: its standard error, and whether it was content.
+fn build(folder: &Path, manifest: &str) -> Result<(bool, String)> {
+    std::fs::write(folder.join("oncely.toml"), manifest).context("write a manifest")?;
+    let output = Command::new(guests::oncely()?)
+        .args(["build", "."])
+        .current_dir(folder)
+        .env("NO_COLOR", "1")
+        .env("RUST_BACKTRACE", "1")
+        .output()
+        .context("run oncely build")?;
+    Ok((output.status.success(), String::from_utf8(output.stderr)?))
+}
+
+/// A manifest with this component, and its file.
+fn with_component(folder: &Path, bytes: &[u8]) -> Result<String> {
+    let path = folder.join("given.wasm");
+    std::fs::write(&path, bytes).context("write a component")?;
+    Ok(manifest_of(&path, ""))
+}
+
+/// The message of a refusal; it is short, plain, and says what to do.
+fn refusal(folder: &Path, manifest: &str) -> Result<String> {
+    let (built, said) = build(folder, manifest)?;
+    ensure!(!built, "it was built:\n{manifest}");
+    ensure!(said.lines().count() <= 5, "too long:\n{said}");
+    ensure!(said.starts_with("error: ") && said.contains("\nhint: "), "no hint:\n{said}");
+    for word in JARGON {
+        ensure!(!said.contains(word), "`{word}` stands in:\n{said}");
+    }
+    Ok(said)
+}
+
+#[test]
+fn a_component_that_can_be_deployed_is_built() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    for component in [guests::component()?, guests::batch_component()?] {
+        let (built, said) = build(folder.path(), &manifest_of(&component, ""))?;
+        ensure!(built, "{said}");
+    }
+    Ok(())
+}
+
+#[test]
+fn each_file_that_is_no_component_is_called_by_its_name() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let folder = folder.path();
+    let good = std::fs::read(guests::component()?)?;
+    let wasi_3 = r#"(component
+        (import "wasi:clocks/monotonic-clock@0.3.0" (instance))
+        (instance $none) (export "wasi:http/handler@0.3.0" (instance $none)))"#;
+    let core_module = r#"(module (import "wasi_snapshot_preview1" "fd_write" (func)))"#;
+    let cases: [(&[u8], &str); 7] = [
+        (b"", "the file is empty"),
+        (b"PK\x03\x04and so on", "the file is a zip archive"),
+        (b"(component)", "the file is the text form of a component"),
+        (&good[..good.len() / 2], "the file is cut off"),
+        (&wat::parse_str(core_module)?, "the file is a core module, not a component (made for WASI 0.1"),
+        (&wat::parse_str(wasi_3)?, "the component is made for WASI 0.3, and this host runs components for WASI 0.2"),
+        (&wat::parse_str("(component)")?, "the component exports no handler"),
+    ];
+    for (bytes, sentence) in cases {
+        let said = refusal(folder, &with_component(folder, bytes)?)?;
+        assert!(said.contains(sentence), "{said}");
+        assert!(said.starts_with("error: the component of worker test, "), "{said}");
+    }
+
+    let said = refusal(folder, &manifest_of(folder, ""))?;
+    assert!(said.contains("is a folder, not a WebAssembly component"), "{said}");
+
+    std::fs::File::create(folder.join("large.wasm"))?.set_len((64 << 20) + 1)?;
+    let said = refusal(folder, &manifest_of(&folder.join("large.wasm"), ""))?;
+    assert!(said.contains("the file has 67108865 bytes; a component may have 64.0 MiB"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn a_component_that_does_not_fit_its_manifest_is_refused() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let folder = folder.path();
+
+    let said = refusal(folder, &manifest_of(&guests::http_component()?, ""))?;
+    assert!(
+        said.contains("the component of worker test answers requests, and the manifest gives it a stream"),
+        "{said}"
+    );
+
+    let importing = r#"(component
+        (import "acme:ledger/book@1.0.0" (instance))
+        (instance $none) (export "oncely:worker/handler@0.1.0" (instance $none)))"#;
+    let said = refusal(folder, &with_component(folder, &wat::parse_str(importing)?)?)?;
+    assert!(said.contains("imports `acme:ledger/book@1.0.0`, which a worker is not given"), "{said}");
+
+    let bomb = format!(
+        r#"(component (core module (func (param i32) {} {}))
+            (instance $none) (export "oncely:worker/handler@0.1.0" (instance $none)))"#,
+        "(local i64)".repeat(2_000),
+        "(block (br_if 0 (local.get 0)) (local.set 1 (i64.const 1)))".repeat(5_000)
+    );
+    let said = refusal(folder, &with_component(folder, &wat::parse_str(&bomb)?)?)?;
+    assert!(said.contains("the component asks too much of the compiler"), "{said}");
+
+    let mut damaged = std::fs::read(guests::component()?)?;
+    let middle = damaged.len() / 2;
+    damaged[middle..middle + 64].fill(0xff);
+    let said = refusal(folder, &with_component(folder, &damaged)?)?;
+    assert!(said.contains("the component is damaged"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn migrations_are_read_for_each_database_they_are_for() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let folder = folder.path();
+    let migrations = |path: &str| -> Result<String> {
+        let own = guests::repository().join("tests/guests/migrations").display().to_string();
+        Ok(manifest_of(&guests::component()?, "").replace(&own, path))
+    };
+    let said = refusal(folder, &migrations("absent")?)?;
+    assert!(said.contains("the migrations folder of worker `test`"), "{said}");
+
+    std::fs::create_dir_all(folder.join("both/postgres"))?;
+    std::fs::write(folder.join("both/1.sql"), "create table t (x int)")?;
+    let said = refusal(folder, &migrations("both")?)?;
+    assert!(said.contains("holds *.sql files beside a folder for one database"), "{said}");
+
+    std::fs::create_dir_all(folder.join("one/postgres"))?;
+    std::fs::write(folder.join("one/postgres/1.sql"), "create table t (x int)")?;
+    let (built, said) = build(folder, &migrations("one")?)?;
+    ensure!(built, "{said}");
+
+    std::fs::write(folder.join("one/postgres/2.sql"), b"-- \xff")?;
+    let (built, said) = build(folder, &migrations("one")?)?;
+    ensure!(!built && said.contains("2.sql"), "{said}");
+    Ok(())
+}
