@@ -96,8 +96,8 @@ pub struct Function {
     pub extension: Option<String>,
     /// Whether it is machine code, which only a superuser can make.
     pub is_native: bool,
-    /// Whether it takes one row or anything else alone, and so can be written like a column: `t.function`.
-    pub takes_row: bool,
+    /// Whether it can be called with one argument, and so can be written like a column: `(x).function`.
+    pub takes_one: bool,
 }
 
 impl Function {
@@ -146,7 +146,7 @@ impl Functions {
             }
             if [CATALOG, APP].contains(&function.schema.as_str()) {
                 verdicts.refused.insert(function.name.clone());
-                if function.takes_row {
+                if function.takes_one {
                     verdicts.refused_columns.insert(function.name.clone());
                 }
             }
@@ -175,7 +175,7 @@ impl Functions {
 
     /// A name before a parenthesis that is no function at all, such as that of a table before its columns, passes.
     fn check_call(&self, tokens: &[Token], at: usize, name: &str) -> Result<(), SqlError> {
-        if takes_rows(tokens, at, 1) {
+        if takes_ones(tokens, at, 1) {
             return Ok(());
         }
         // `treat(x as name)` is another way to write `name(x)`.
@@ -191,7 +191,7 @@ impl Functions {
         if self.allowed.get(schema).is_some_and(|names| names.contains(name)) {
             return check_sequence(tokens, at, name);
         }
-        let is_table = takes_rows(tokens, at, 3) || takes_rows(tokens, at, 5);
+        let is_table = takes_ones(tokens, at, 3) || takes_ones(tokens, at, 5);
         if is_table { Ok(()) } else { refuse(not_for_workers(&format!("{schema}.{name}"))) }
     }
 
@@ -208,7 +208,7 @@ fn before(tokens: &[Token], at: usize, back: usize) -> Option<&Token> {
 }
 
 /// Whether `insert into` ends `back` places before.
-fn takes_rows(tokens: &[Token], at: usize, back: usize) -> bool {
+fn takes_ones(tokens: &[Token], at: usize, back: usize) -> bool {
     let is = |back, word: &str| before(tokens, at, back).is_some_and(|before| before.is(word));
     is(back, "into") && is(back + 1, "insert")
 }
@@ -243,7 +243,7 @@ mod tests {
 
     fn function(schema: &str, name: &str, is_volatile: bool) -> Function {
         let (schema, name) = (schema.to_owned(), name.to_owned());
-        Function { schema, name, is_volatile, extension: None, is_native: false, takes_row: false }
+        Function { schema, name, is_volatile, extension: None, is_native: false, takes_one: false }
     }
 
     fn of_extension(schema: &str, name: &str, is_volatile: bool, extension: &str) -> Function {
@@ -261,7 +261,7 @@ mod tests {
             function(CATALOG, "random", true),
             function(CATALOG, "nextval", true),
             function(CATALOG, "later_version_does_harm", true),
-            Function { takes_row: true, ..function(CATALOG, "harm_of_row", true) },
+            Function { takes_one: true, ..function(CATALOG, "lo_create", true) },
             function(APP, "own", true),
             Function { is_native: true, ..function(APP, "native", false) },
             function("public", "shared", false),
@@ -292,8 +292,9 @@ mod tests {
             "select * from rows from (set_config($1, $2, false))",
             "insert into t values (1) returning set_config($1, $2, false)",
             "select treat(x as set_config) from t",
-            "select (t).harm_of_row from t",
-            "select t.\"harm_of_row\" from t",
+            "select (1).lo_create",
+            "select t.\"lo_create\" from t",
+            "select (x).LO_CREATE is null from t",
             "select later_version_does_harm()",
             "select 1 @!2",
             "select 1 operator(pg_catalog.@!) 2",

@@ -74,15 +74,12 @@ impl Catalog {
 }
 
 async fn read(session: &mut Session) -> sqlx::Result<Functions> {
-    // `takes_row` is true of what could be written like a column: it takes a row, or anything, and nothing else.
+    // `takes_one`: PostgreSQL takes `(x).function` for a call, whatever type `x` has.
     let query = session.query(
         "select distinct nspname::text as schema, proname::text as name, provolatile = 'v' as is_volatile,
              extname::text as extension, lanname in ('c', 'internal') as is_native,
-             pronargs > 0 and pronargs - pronargdefaults <= 1
-                 and (typtype = 'c' or typname in ('record', 'any', 'anyelement', 'anynonarray', 'anycompatible',
-                     'anycompatiblenonarray')) as takes_row
+             pronargs > 0 and pronargs - pronargdefaults <= 1 as takes_one
          from pg_proc join pg_namespace on pg_namespace.oid = pronamespace join pg_language on pg_language.oid = prolang
-             left join pg_type on pg_type.oid = proargtypes[0]
              left join pg_depend on classid = 'pg_proc'::regclass and objid = pg_proc.oid and deptype = 'e'
                  and refclassid = 'pg_extension'::regclass
              left join pg_extension on pg_extension.oid = refobjid",
@@ -106,6 +103,6 @@ fn function(row: &PgRow) -> sqlx::Result<Function> {
         is_volatile: row.try_get("is_volatile")?,
         extension: row.try_get("extension")?,
         is_native: row.try_get("is_native")?,
-        takes_row: row.try_get::<Option<bool>, _>("takes_row")?.unwrap_or_default(),
+        takes_one: row.try_get("takes_one")?,
     })
 }
