@@ -67,7 +67,8 @@ impl Outgoing {
         self
     }
 
-    /// Sets the id consumers dedupe by. Without it the id is `{worker}:{event id}:{ordinal}`, which the same input
+    /// Sets the id of the message, which travels in the header `Oncely-Output-Id` and is the worker's own: the same id of
+    /// another worker is another message. Without it the id is `{worker}:{event id}:{ordinal}`, which the same input
     /// always yields.
     #[must_use]
     pub fn id(mut self, id: impl Into<String>) -> Self {

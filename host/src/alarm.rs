@@ -7,7 +7,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use crate::failure_group::FailureGroup;
-use crate::message::Output;
+use crate::message::{Output, OutputKind};
 use crate::units;
 
 /// The stream all alarms go to.
@@ -39,6 +39,8 @@ pub enum Kind {
     UnpublishedAge,
     /// Outputs wait for a person.
     SetAside,
+    /// A stream held messages of others under the ids of outputs, which were published under other ids.
+    IdTaken,
     /// Messages die of something they did not die of before.
     NewFailure,
 }
@@ -60,6 +62,8 @@ pub struct Thresholds {
     pub unpublished_age: Duration,
     /// Outputs that are set aside.
     pub set_aside: u32,
+    /// Outputs whose ids were taken, of those in the outbox.
+    pub id_taken: u32,
     /// How many new failures raise an alarm within an hour; those beyond do not.
     pub new_failures: u32,
     /// How long a value stays at half of its threshold or below before the alarm is cleared.
@@ -75,6 +79,7 @@ impl Default for Thresholds {
             unhandled_age: Duration::from_secs(5 * 60),
             unpublished_age: Duration::from_secs(60),
             set_aside: 1,
+            id_taken: 1,
             new_failures: 20,
             clear_after: Duration::from_secs(60),
         }
@@ -82,8 +87,15 @@ impl Default for Thresholds {
 }
 
 impl Kind {
-    pub const ALL: [Kind; 6] =
-        [Kind::Letters, Kind::LetterAge, Kind::UnhandledAge, Kind::UnpublishedAge, Kind::SetAside, Kind::NewFailure];
+    pub const ALL: [Kind; 7] = [
+        Kind::Letters,
+        Kind::LetterAge,
+        Kind::UnhandledAge,
+        Kind::UnpublishedAge,
+        Kind::SetAside,
+        Kind::IdTaken,
+        Kind::NewFailure,
+    ];
 
     pub fn as_str(self) -> &'static str {
         match self {
@@ -92,6 +104,7 @@ impl Kind {
             Kind::UnhandledAge => "unhandled-age",
             Kind::UnpublishedAge => "unpublished-age",
             Kind::SetAside => "set-aside",
+            Kind::IdTaken => "id-taken",
             Kind::NewFailure => "new-failure",
         }
     }
@@ -104,7 +117,7 @@ impl Kind {
     pub fn unit(self) -> &'static str {
         match self {
             Kind::Letters | Kind::NewFailure => "letters",
-            Kind::SetAside => "outputs",
+            Kind::SetAside | Kind::IdTaken => "outputs",
             Kind::LetterAge | Kind::UnhandledAge | Kind::UnpublishedAge => "ms",
         }
     }
@@ -127,6 +140,7 @@ impl Kind {
                 format!("oncely dlq list --groups --worker {worker}")
             }
             (Kind::UnhandledAge | Kind::UnpublishedAge, _) => "oncely status".to_owned(),
+            (Kind::IdTaken, _) => "look for `id taken` in the logs, and for who may publish to that stream".to_owned(),
             (Kind::SetAside, _) => format!("oncely outbox list --worker {worker}"),
         }
     }
@@ -141,6 +155,7 @@ impl Thresholds {
             Kind::UnhandledAge => units::milliseconds(self.unhandled_age),
             Kind::UnpublishedAge => units::milliseconds(self.unpublished_age),
             Kind::SetAside => self.set_aside.into(),
+            Kind::IdTaken => self.id_taken.into(),
             Kind::NewFailure => u64::from(self.new_failures > 0),
         }
     }
@@ -265,7 +280,7 @@ impl Notice {
         if self.is_raised() { "raised" } else { "cleared" }
     }
 
-    /// Travels as `Nats-Msg-Id` and as the id of the webhook. The same change has the same id, whoever tells of it.
+    /// The readable id of its message, and the id of the webhook. The same change has the same id, whichever host sends it.
     pub fn id(&self) -> String {
         let group = self.group.as_ref().map(|group| format!(":{}", group.id)).unwrap_or_default();
         format!("alarm:{}:{}{group}:{}:{}", self.worker, self.kind.as_str(), self.times, self.state())
@@ -286,6 +301,10 @@ impl Notice {
             Kind::UnhandledAge => format!("a message for worker {worker} has waited for {value}"),
             Kind::UnpublishedAge => format!("an output of worker {worker} has not been published for {value}"),
             Kind::SetAside => format!("{value} outputs of worker {worker} are set aside and hold their keys"),
+            Kind::IdTaken => format!(
+                "a stream held other messages under the ids of {value} outputs of worker {worker}; these were published \
+                 under other ids"
+            ),
             Kind::NewFailure => {
                 let again = if self.times > 1 { " again" } else { "" };
                 format!("messages die{again} at worker {worker}: {}", self.failure())
@@ -328,6 +347,7 @@ impl Notice {
             ("Oncely-State", self.state()),
         ];
         Output {
+            kind: OutputKind::Alarm,
             event_id: id.clone(),
             id,
             ordinal: 0,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::message::{Headers, Output, output_id};
+use crate::message::{Headers, Output, OutputKind, output_id};
 use crate::verdict::Letter;
 
 /// The stream all dead letters go to.
@@ -48,6 +48,7 @@ pub fn notice(letter: &Letter) -> Output {
     let ordinal_free = format!("dlq:{}", digest.get(..16).unwrap_or_default());
     let id = output_id(&letter.worker, &message.event_id, 0);
     Output {
+        kind: OutputKind::DeadLetter,
         id: format!("{ordinal_free}:{}", id.strip_suffix(":0").unwrap_or(&id)),
         event_id: message.event_id.clone(),
         ordinal: 0,

@@ -245,7 +245,7 @@ impl Delivery {
     /// The message that tells other hosts what the transaction that handles an event invalidates, if it does.
     fn told(&self, event_id: Option<&str>, cache: &CacheWrites) -> Result<Option<Output>, StoreError> {
         let Some(event_id) = event_id.filter(|_| !cache.tags().is_empty()) else { return Ok(None) };
-        let told = Invalidation::new(&self.worker.name, event_id, cache.tags().clone(), Timestamp::now());
+        let told = Invalidation::new(&self.worker.name, cache.tags().clone(), Timestamp::now());
         let output = told.output(event_id, self.payload_max).context("write what is to be forgotten");
         output.map(Some).map_err(StoreError::Unavailable)
     }

@@ -109,6 +109,8 @@ pub const LOG_POINTS: &[&str] = &[LOG_READ, BEFORE_LOG_RECORD, AFTER_LOG_RECORD,
 pub const DUPLICATE_SKIPPED: &str = "duplicate_skipped";
 /// Seen, not a place to die: the broker knew an output already.
 pub const DUPLICATE_OUTPUT: &str = "duplicate_output";
+/// Seen, not a place to die: a stream held another message under the id of an output.
+pub const ID_TAKEN: &str = "id_taken";
 
 /// Seen, not a place to die: a mutant did harm that it can know of.
 pub const MUTANT_ACTED: &str = "mutant_acted";
@@ -145,6 +147,8 @@ pub const CHARGE_WHOLE_BATCH: &str = "charge_whole_batch";
 pub const DROP_PAYLOAD_HASH: &str = "drop_payload_hash";
 /// Guests may set the platform's headers.
 pub const ALLOW_RESERVED_HEADERS: &str = "allow_reserved_headers";
+/// A stream that knows the id of an output is believed to hold that output.
+pub const BELIEVE_DUPLICATE: &str = "believe_duplicate";
 /// A worker handles the dead letter that a pointer names, whichever worker it belongs to.
 pub const POINTER_WITHOUT_WORKER: &str = "pointer_without_worker";
 /// A transaction begins with its session as the one before left it (PostgreSQL).
@@ -168,6 +172,7 @@ pub const MUTANTS: &[&str] = &[
     CHARGE_WHOLE_BATCH,
     DROP_PAYLOAD_HASH,
     ALLOW_RESERVED_HEADERS,
+    BELIEVE_DUPLICATE,
     POINTER_WITHOUT_WORKER,
     NO_SESSION_RESET,
 ];

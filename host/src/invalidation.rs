@@ -9,9 +9,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use crate::cached::EVERYTHING;
-use crate::message::{Output, output_id};
+use crate::message::{Output, OutputKind};
 
 /// The stream of what is to be forgotten.
 pub const CACHE_STREAM: &str = "ONCELY_CACHE";
@@ -28,7 +29,7 @@ const HEADERS: usize = 1024;
 /// Which tags of a worker are invalid. Written as JSON.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Invalidation {
-    /// The same wherever it is heard of.
+    /// The same on every host. Random, so that a forged message cannot have the id of one to come.
     pub id: String,
     pub worker: String,
     pub tags: BTreeSet<String>,
@@ -37,10 +38,9 @@ pub struct Invalidation {
 }
 
 impl Invalidation {
-    /// What the transaction that handles `event_id`, among others, invalidates.
-    pub fn new(worker: &str, event_id: &str, tags: BTreeSet<String>, at: Timestamp) -> Self {
-        // On a stream of its own, so no output that somebody sends can have the same.
-        let id = output_id(worker, &format!("{event_id}:cache"), 0);
+    /// The tags that one transaction invalidates.
+    pub fn new(worker: &str, tags: BTreeSet<String>, at: Timestamp) -> Self {
+        let id = format!("cache:{worker}:{}", Uuid::new_v4());
         Invalidation { id, worker: worker.to_owned(), tags, at }
     }
 
@@ -51,6 +51,7 @@ impl Invalidation {
             body = serde_json::to_vec(&Invalidation { tags: [EVERYTHING.to_owned()].into(), ..self.clone() })?;
         }
         Ok(Output {
+            kind: OutputKind::Invalidation,
             id: self.id.clone(),
             event_id: event_id.to_owned(),
             ordinal: 0,
@@ -75,9 +76,10 @@ mod tests {
     #[test]
     fn it_reads_back_and_what_is_too_long_to_tell_is_everything() {
         let tags: BTreeSet<String> = (0..100).map(|n| format!("tag {n}")).collect();
-        let told = Invalidation::new("shop", "e1", tags, Timestamp::UNIX_EPOCH);
+        let told = Invalidation::new("shop", tags, Timestamp::UNIX_EPOCH);
         let output = told.output("e1", 1 << 20).unwrap();
-        assert_eq!((output.id.as_str(), output.subject.as_str()), ("shop:e1:cache:0", "oncely.cache.shop"));
+        assert_eq!((output.id.as_str(), output.subject.as_str()), (told.id.as_str(), "oncely.cache.shop"));
+        assert_ne!(Invalidation::new("shop", told.tags.clone(), told.at).id, told.id);
         assert_eq!(Invalidation::read(&output.body).unwrap(), told);
         let cut = Invalidation::read(&told.output("e1", 1_500).unwrap().body).unwrap();
         assert_eq!(cut.tags, BTreeSet::from([EVERYTHING.to_owned()]));

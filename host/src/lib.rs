@@ -8,7 +8,7 @@
 //! - the heart: `delivery`
 //! - one room per outside thing: `guest` (wasmtime), `store` (sqlx), `bus` (async-nats), `cache` (moka,
 //!   redis), `http_server` (hyper), `crate_build` (cargo)
-//! - plain values, no IO: `message`, `request`, `sql`, `state`, `verdict`, `dead_letter`, `redrive`, `manifest`, `config`, `retry`,
+//! - plain values, no IO: `message`, `output_ids`, `request`, `sql`, `state`, `verdict`, `dead_letter`, `redrive`, `manifest`, `config`, `retry`,
 //!   `subject`, `units`, `toml_text`, `base64_text`, `hint`, `breaker`, `metrics`, `alarm`,
 //!   `failure_group`, `cached`, `invalidation`, `component`; and `fault`, named points and mutants for tests
 
@@ -40,6 +40,7 @@ pub mod lane;
 pub mod manifest;
 pub mod message;
 pub mod metrics;
+pub mod output_ids;
 pub mod reconcile;
 pub mod redrive;
 pub mod relay;

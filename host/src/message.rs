@@ -83,7 +83,10 @@ pub fn header<'h>(headers: &'h Headers, name: &str) -> Option<&'h str> {
 /// A message a delivery emitted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Output {
-    /// Travels as `Nats-Msg-Id`.
+    /// What decides under which id it travels.
+    pub kind: OutputKind,
+    /// For people and for other systems: travels in the header `Oncely-Output-Id`. What travels as `Nats-Msg-Id` is made of it
+    /// and of the fields around it by [`crate::output_ids`].
     pub id: String,
     /// The event that caused it.
     pub event_id: String,
@@ -95,6 +98,25 @@ pub struct Output {
     pub ordering_key: Option<String>,
     /// Zero to publish at once.
     pub delay: Duration,
+}
+
+/// What an output is; ids of different kinds never meet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OutputKind {
+    /// Of a handler, with the id that follows from event and ordinal.
+    Derived,
+    /// Of a handler, with an id that it chose among its worker's own.
+    Chosen,
+    /// Over HTTP, without a worker; its id is random.
+    Published,
+    /// The notice of a dead letter.
+    DeadLetter,
+    /// Sends a worker to a dead letter that is redriven.
+    Pointer,
+    /// Says which tags of the cache are invalid.
+    Invalidation,
+    /// Says that an alarm was raised or cleared.
+    Alarm,
 }
 
 /// An id that a publisher sent and that cannot be used.

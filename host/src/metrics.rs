@@ -210,6 +210,8 @@ pub enum OutputOutcome {
     Found,
     Failed,
     SetAside,
+    /// Its stream holds another message under its id; it is published under another one.
+    IdTaken,
 }
 
 impl OutputOutcome {
@@ -220,6 +222,7 @@ impl OutputOutcome {
             OutputOutcome::Found => "found",
             OutputOutcome::Failed => "failed",
             OutputOutcome::SetAside => "set-aside",
+            OutputOutcome::IdTaken => "id-taken",
         }
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use crate::message::{Message, Output, output_id};
+use crate::message::{Message, Output, OutputKind, output_id};
 
 /// The stream of what is put back: a work queue, from which what is acknowledged goes away.
 pub const REDRIVE_STREAM: &str = "ONCELY_REDRIVE";
@@ -42,6 +42,7 @@ impl Pointer {
     pub fn output(self, worker: &str, event_id: &str) -> Output {
         let id = output_id(worker, event_id, 0);
         Output {
+            kind: OutputKind::Pointer,
             id: format!("{}:r{}", id.strip_suffix(":0").unwrap_or(&id), self.generation),
             event_id: event_id.to_owned(),
             ordinal: 0,

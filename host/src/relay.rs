@@ -23,6 +23,7 @@ use crate::metrics::{Metrics, OutputOutcome};
 use crate::store::{OutboxRow, Published, RelayMode, Store, StoreError, Unpublished};
 
 mod breakers;
+mod duplicates;
 mod ledger;
 mod lines;
 mod log;
@@ -32,6 +33,7 @@ mod subjects;
 mod sweep;
 
 use breakers::Breakers;
+use duplicates::Duplicates;
 use ledger::Ledger;
 use lines::{Held, Lines};
 use log::{Fate, FromLog};
@@ -115,6 +117,7 @@ pub struct Relay {
     knows_too_little: bool,
     breakers: Breakers,
     subjects: Subjects,
+    duplicates: Duplicates,
     /// The highest sequence each stream answered with.
     tops: HashMap<String, u64>,
     /// How many losses were found, and after which connection somebody looked, when it began with what it has now.
@@ -155,6 +158,7 @@ impl Relay {
         let relay = Relay {
             ledger: Ledger::new(Arc::clone(&store), heard),
             connections: bus.connections(),
+            duplicates: Duplicates::new(bus.clone()),
             store,
             bus,
             metrics,
@@ -327,7 +331,11 @@ impl Relay {
             self.be_a_mutant(&held.row).await;
             let top = stream.as_ref().and_then(|stream| self.tops.get(stream)).copied().unwrap_or_default();
             let answer = self.bus.begin_publish(outgoing(&held.row)).await;
-            under_way.push(Box::pin(async move { Answered { held, stream, top, answer: answer.await } }));
+            let duplicates = self.duplicates.clone();
+            under_way.push(Box::pin(async move {
+                let answer = duplicates.confirm(&held.row, answer.await).await;
+                Answered { held, stream, top, answer }
+            }));
         }
         if has_sent {
             fault::point(fault::PUBLISH_SENT);
@@ -373,6 +381,12 @@ impl Relay {
                 // Others probe the stream before this one does again: the fault may be its own after all.
                 let others = self.breakers.open_for(stream.as_deref(), now).mul_f64(1.5);
                 self.try_again(&row, after.max(others), why);
+            }
+            PublishError::IdTaken(why) => {
+                self.breakers.undecided(stream.as_deref());
+                self.subjects.undecided(&row.subject, now);
+                let how = duplicates::under_next_id(&row, why, &self.metrics);
+                self.give_up(&row, how);
             }
         }
     }

@@ -1,6 +1,7 @@
 //! Looks at depths and ages every few seconds, and raises and clears alarms. It needs the database alone: without a broker the
 //! log, the metrics and the rows still tell, and the messages follow.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -35,6 +36,7 @@ async fn look(host: &Host) -> Result<()> {
         standing: host.store.alarms().await?,
         letters: host.store.letter_depths().await?,
         outputs: host.store.outbox_lag().await?,
+        taken: host.store.taken_ids().await?,
     };
     let ages = futures::future::join_all(workers.iter().map(|worker| host.unhandled_age(worker))).await;
     let moves: Vec<Move> =
@@ -55,6 +57,8 @@ struct Measured {
     standing: Vec<Alarm>,
     letters: Vec<LetterDepth>,
     outputs: Vec<OutboxLag>,
+    /// By worker, how many outputs had to change their id.
+    taken: BTreeMap<String, u64>,
 }
 
 impl Measured {
@@ -69,6 +73,7 @@ impl Measured {
             Kind::UnhandledAge => unhandled.map(units::milliseconds),
             Kind::UnpublishedAge => Some(outputs.and_then(|lag| lag.oldest_ms).unwrap_or_default()),
             Kind::SetAside => Some(outputs.map_or(0, |lag| lag.set_aside)),
+            Kind::IdTaken => Some(self.taken.get(&worker.name).copied().unwrap_or_default()),
             Kind::NewFailure => None,
         };
         let by_value = Kind::ALL.into_iter().filter(|kind| *kind != Kind::NewFailure).filter_map(|kind| {

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
+use oncely::message::OutputKind;
 use oncely::store::{Claim, Output, PostgresStore, Published, Retire, SqliteStore, Store, StoreError};
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
@@ -150,6 +151,7 @@ async fn lane(store: Arc<dyn Store>, next: Arc<AtomicUsize>, rows: usize) -> Res
 
 fn output(event: &String) -> Output {
     Output {
+        kind: OutputKind::Derived,
         id: format!("{WORKER}:{event}:0"),
         event_id: event.clone(),
         ordinal: 0,

@@ -337,7 +337,7 @@ impl Checker<'_> {
         }
         let mut found = BTreeSet::new();
         for stored in &self.observed.outputs {
-            let id = stored.headers.get("Nats-Msg-Id").cloned().unwrap_or_default();
+            let id = stored.headers.get("Oncely-Output-Id").cloned().unwrap_or_default();
             if !wanted.contains_key(&id) {
                 self.fail("outputs", format!("output {id} is on the stream and belongs to no effect"));
             } else if !found.insert(id.clone()) {

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use jiff::Timestamp;
+use oncely::message::output_id;
 use support::database::Database;
 use support::nats::{NatsServer, Stored};
 
@@ -142,9 +143,9 @@ impl Observed {
         for [key, count] in columns(database, &format!("select key, {text} from oncely.state")).await? {
             self.counters.insert(key, count.parse()?);
         }
-        let outbox = "select id, count(*) from oncely.outbox where subject not like 'oncely%' group by id";
-        for [id, count] in columns(database, outbox).await? {
-            self.outbox.insert(id, count.parse()?);
+        let outbox = "select worker, event_id, ordinal from oncely.outbox where subject not like 'oncely%'";
+        for [worker, event_id, ordinal] in columns(database, outbox).await? {
+            *self.outbox.entry(output_id(&worker, &event_id, ordinal.parse()?)).or_default() += 1;
         }
         Ok(())
     }
@@ -159,14 +160,14 @@ async fn read_alarms(database: &Database) -> Result<Vec<(String, u64, bool)>> {
 
 /// What is told of alarms, once all of it is told.
 async fn told_alarms(database: &Database, nats: &NatsServer) -> Result<BTreeMap<String, usize>> {
-    let untold = "select count(*) from oncely.outbox where published_at is null and id like 'alarm:%'";
+    let untold = "select count(*) from oncely.outbox where published_at is null and subject like 'oncely.alarm.%'";
     let end = Instant::now() + TOLD_WITHIN;
     while database.number(untold).await? > 0 && Instant::now() < end {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     let mut told = BTreeMap::new();
     for stored in nats.read_stream("ONCELY_ALARM").await? {
-        *told.entry(stored.headers.get("Nats-Msg-Id").cloned().unwrap_or_default()).or_default() += 1;
+        *told.entry(stored.headers.get("Oncely-Output-Id").cloned().unwrap_or_default()).or_default() += 1;
     }
     Ok(told)
 }

@@ -36,7 +36,7 @@ both!(a_batch_handler_takes_effect_once_for_each_message_and_names_its_outputs_b
     assert_eq!((books.effects.len(), books.outputs), (100, 100));
     let stored = world.nats.read_stream("OUT").await?;
     let ids: BTreeSet<&str> =
-        stored.iter().filter_map(|message| message.headers.get("Nats-Msg-Id").map(String::as_str)).collect();
+        stored.iter().filter_map(|message| message.headers.get("Oncely-Output-Id").map(String::as_str)).collect();
     assert!(ids.contains("test:e000:0") && ids.contains("test:e099:0"), "{ids:?}");
     let together = |message: &support::nats::Stored| {
         serde_json::from_slice::<serde_json::Value>(&message.body).ok().and_then(|told| told["batch"].as_u64())
@@ -87,7 +87,7 @@ both!(with_isolation_by_batch_an_instance_lives_until_a_member_fails, |kind: Kin
     let stored = world.nats.read_stream("OUT").await?;
     let call_of = |message: &support::nats::Stored| -> Option<(String, u64)> {
         let call = serde_json::from_slice(&message.body).ok().filter(|_| message.subject == "out.calls")?;
-        Some((message.headers.get("Nats-Msg-Id")?.clone(), call))
+        Some((message.headers.get("Oncely-Output-Id")?.clone(), call))
     };
     let calls: Vec<(String, u64)> = stored.iter().filter_map(call_of).collect();
     assert_eq!(calls.len(), 40);

@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use async_nats::jetstream;
 use jiff::Timestamp;
-use oncely::bus::{Bus, EmbeddedServer, Ensured, Outgoing, PublishError, Pull, Pulled, StreamSpec, Subscription};
+use oncely::bus::{
+    Bus, Compared, EmbeddedServer, Ensured, Outgoing, PublishError, Pull, Pulled, StreamSpec, Subscription,
+};
 use oncely::config::{Login, Nats};
 use oncely::store::{Claim, SqliteStore, Store};
 use oncely::verdict::Settled;
@@ -360,6 +362,41 @@ async fn what_was_published_is_found_by_its_id() -> Result<()> {
     assert_eq!(found, HashMap::from([("a0".to_owned(), 1), ("a2499".to_owned(), 2_500)]));
     let later = Timestamp::now() + Duration::from_secs(5);
     assert!(bus.find_published("IN", &["in.a".to_owned()], later, &ids).await?.is_empty());
+    Ok(())
+}
+
+#[tokio::test]
+async fn compare_tells_the_same_message_from_another_and_from_none() -> Result<()> {
+    let (nats, bus) = world().await?;
+    let sent = Outgoing { body: "body".into(), ..outgoing("in.a", "id") };
+    assert!(bus.publish(vec![sent.clone()]).await[0].is_ok());
+    let compare = async |stream: &str, sequence: u64, message: &Outgoing| bus.compare(stream, sequence, message).await;
+    assert_eq!(compare("IN", 1, &sent).await?, Compared::Same);
+    for other in [
+        Outgoing { body: "bodY".into(), ..sent.clone() },
+        Outgoing { body: "".into(), ..sent.clone() },
+        Outgoing { subject: "in.b".to_owned(), ..sent.clone() },
+        Outgoing { id: "other".to_owned(), ..sent.clone() },
+    ] {
+        assert_eq!(compare("IN", 1, &other).await?, Compared::Different, "{other:?}");
+    }
+    assert_eq!(compare("IN", 2, &sent).await?, Compared::Gone);
+    assert!(compare("NOWHERE", 1, &sent).await.is_err());
+    // A stream that stores under other subjects: id and body decide.
+    let config = jetstream::stream::Config {
+        name: "MOVED".to_owned(),
+        subjects: vec!["from.>".to_owned()],
+        subject_transform: Some(jetstream::stream::SubjectTransform {
+            source: "from.>".to_owned(),
+            destination: "to.>".to_owned(),
+        }),
+        ..Default::default()
+    };
+    jetstream::new(nats.client().await?).create_stream(config).await?;
+    let moved = Outgoing { subject: "from.a".to_owned(), ..sent };
+    assert!(bus.publish(vec![moved.clone()]).await[0].is_ok());
+    assert_eq!(compare("MOVED", 1, &moved).await?, Compared::Same);
+    assert_eq!(compare("MOVED", 1, &Outgoing { body: "x".into(), ..moved }).await?, Compared::Different);
     Ok(())
 }
 

@@ -2,10 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use bytes::Bytes;
+use oncely::message::{Output, OutputKind, output_id};
+use oncely::output_ids::{OUTPUT_ID, OutputIds};
 use support::database::Kind;
 use support::guests;
-use support::nats::ToPublish;
+use support::nats::{Stored, ToPublish};
 use support::world::{PATIENCE, QUICK_RETRIES, World, manifest};
 
 /// A second worker `other`, which takes `in.other` only and publishes to the same stream.
@@ -115,3 +118,196 @@ both!(the_id_of_a_place_cannot_be_taken_in_advance, |kind: Kind| async move {
     assert!(world.oncely(&["publish", "in.x", "{}", "--id", ""]).await.is_err());
     Ok(())
 });
+
+/// A message of a stranger under an id, with a body of its own.
+fn stranger(subject: &str, id: &str) -> ToPublish {
+    ToPublish {
+        subject: subject.to_owned(),
+        headers: vec![("Nats-Msg-Id".to_owned(), id.to_owned()), (OUTPUT_ID.to_owned(), id.to_owned())],
+        body: b"of a stranger".to_vec(),
+    }
+}
+
+fn header<'s>(stored: &'s Stored, name: &str) -> &'s str {
+    stored.headers.get(name).map(String::as_str).unwrap_or_default()
+}
+
+/// The messages of the host itself on a stream, with their readable ids.
+async fn of_the_host(world: &World, stream: &str) -> Result<Vec<(String, Stored)>> {
+    let stored = world.nats.read_stream(stream).await?;
+    let own = stored.into_iter().filter(|stored| stored.body != b"of a stranger");
+    Ok(own.map(|stored| (header(&stored, OUTPUT_ID).to_owned(), stored)).collect())
+}
+
+both!(outputs_reach_their_stream_whatever_ids_others_chose, |kind: Kind| async move {
+    let downstream = format!(
+        "[[worker]]\nname = \"downstream\"\ncomponent = \"{}\"\nstream = \"OUT\"\nsubjects = [\"out.x\"]\n\
+         [worker.retry]\nattempts = 1",
+        guests::component()?.display()
+    );
+    let world = World::start(kind, &format!("{}\n{downstream}", with_other(QUICK_RETRIES)?)).await?;
+    let published = "select count(*) from oncely.outbox where published_at is not null and worker <> 'downstream'";
+    // A publisher, another worker and the worker itself, the last two through `outbox.send`.
+    let emit = |subject: &str, event: &str, id: &str| {
+        ToPublish::new(subject, event, "emit", &format!(r#"{{"subject": "out.y", "exact_id": "{id}"}}"#))
+    };
+    world.nats.publish_all(vec![stranger("out.x", "test:EVT-9:0")]).await?;
+    let taken = vec![
+        emit("in.other", "o1", "test:EVT-9:0"),
+        emit("in.x", "t1", "test:EVT-9:0"),
+        emit("in.other", "o2", "chosen"),
+    ];
+    world.nats.publish_all(taken).await?;
+    world.until(published, 3).await?;
+    world.nats.publish_all(vec![ToPublish::new("in.x", "EVT-9", "emit", "{}"), emit("in.x", "t2", "chosen")]).await?;
+    world.until(published, 5).await?;
+    let own = of_the_host(&world, "OUT").await?;
+    let mut readable: Vec<&str> = own.iter().map(|(id, _)| id.as_str()).collect();
+    readable.sort_unstable();
+    assert_eq!(readable, ["chosen", "chosen", "test:EVT-9:0", "test:EVT-9:0", "test:EVT-9:0"]);
+    // Downstream each has the id it travelled with, and no other; the stranger's has what the stranger chose.
+    let (_, output) = own.iter().find(|(_, stored)| stored.subject == "out.x").context("the output is not there")?;
+    let events = "select event_id from oncely.inbox where worker = 'downstream' order by stream_sequence";
+    world.until("select count(*) from oncely.inbox where worker = 'downstream'", 2).await?;
+    assert_eq!(world.database.rows(events).await?, [["test:EVT-9:0"], [header(output, "Nats-Msg-Id")]]);
+    // An author's own id is still the same message wherever it comes from.
+    world.nats.publish_all(vec![emit("in.other", "o3", "chosen")]).await?;
+    world.until(published, 6).await?;
+    assert_eq!(of_the_host(&world, "OUT").await?.len(), 5);
+    Ok(())
+});
+
+both!(the_hosts_own_messages_cannot_be_kept_from_their_streams, |kind: Kind| async move {
+    let settings = "[worker.retry]\nattempts = 1\n[worker.alarm]\nletters = 1";
+    let world = World::start(kind, &manifest(settings)?).await?;
+    let dying = ToPublish::new("in.x", "e1", "fail", "{}");
+    let digest = {
+        let message = oncely::message::Message {
+            event_id: "e1".to_owned(),
+            subject: dying.subject.clone(),
+            headers: Vec::new(),
+            body: dying.body.clone().into(),
+            origin: None,
+            redriven: None,
+        };
+        hex::encode(message.payload_sha256())
+    };
+    let taken = vec![
+        stranger("oncely.dlq.test", &format!("dlq:{}:test:e1", &digest[..16])),
+        stranger("oncely.dlq.test", &format!("dlq:{}:test:e1:r1", &digest[..16])),
+        stranger("oncely.redrive.test", "test:e1:r1"),
+        stranger("oncely.alarm.test", "alarm:test:letters:1:raised"),
+    ];
+    world.nats.publish_all(taken).await?;
+    world.nats.publish_all(vec![dying]).await?;
+    world.until("select count(*) from oncely.dead_letter where state = 'open'", 1).await?;
+    assert_eq!(world.oncely(&["dlq", "redrive", "1"]).await?.trim(), "put back: 1; took effect: 0; died again: 1");
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let notices: Vec<String> = of_the_host(&world, "ONCELY_DLQ").await?.into_iter().map(|(id, _)| id).collect();
+        let alarms: Vec<String> = of_the_host(&world, "ONCELY_ALARM").await?.into_iter().map(|(id, _)| id).collect();
+        if notices.len() == 2 && alarms.iter().any(|id| id == "alarm:test:letters:1:raised") {
+            return Ok(());
+        }
+        ensure!(Instant::now() < end, "{notices:?} {alarms:?}:\n{}", world.host_log());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+});
+
+/// The ids of this installation, for a stranger that is better informed than any can be.
+async fn ids_of(world: &World, kind: Kind) -> Result<OutputIds> {
+    let sql = match kind {
+        Kind::Sqlite => "select lower(hex(key)) from oncely_output_key",
+        _ => "select encode(key, 'hex') from oncely.output_key",
+    };
+    let rows = world.database.rows(sql).await?;
+    let key = rows.first().and_then(|row| row.first()).context("there is no key")?;
+    Ok(OutputIds::new(&hex::decode(key)?))
+}
+
+/// The id with which the first output of an event travels.
+fn id_of(ids: &OutputIds, event_id: &str) -> String {
+    let output = Output {
+        kind: OutputKind::Derived,
+        id: output_id("test", event_id, 0),
+        event_id: event_id.to_owned(),
+        ordinal: 0,
+        subject: String::new(),
+        headers: Vec::new(),
+        body: Bytes::new(),
+        ordering_key: None,
+        delay: Duration::ZERO,
+    };
+    ids.of("test", &output)
+}
+
+/// Publishes under the ids of outputs to come, has the events handled, and checks that each output is on the stream.
+async fn outputs_whose_ids_are_known(world: &World, kind: Kind) -> Result<()> {
+    let ids = ids_of(world, kind).await?;
+    let with_body = |subject: &str, id: &str, body: &str| ToPublish {
+        headers: vec![("Nats-Msg-Id".to_owned(), id.to_owned())],
+        body: body.as_bytes().to_vec(),
+        ..stranger(subject, id)
+    };
+    let second = ids.after(&id_of(&ids, "twice"));
+    let taken = vec![
+        with_body("out.x", &id_of(&ids, "body"), "of a stranger"),
+        with_body("out.other", &id_of(&ids, "subject"), "0"),
+        with_body("out.x", &id_of(&ids, "twice"), "of a stranger"),
+        with_body("out.x", &second, "of a stranger"),
+        // What the output itself will be: there is nothing to tell them apart by, and nothing is lost.
+        with_body("out.x", &id_of(&ids, "same"), "0"),
+    ];
+    let strangers = taken.len();
+    world.nats.publish_all(taken).await?;
+    let events = ["body", "subject", "twice", "same", "free"];
+    let emit = |event: &&str| ToPublish::new("in.x", event, "emit", r#"{"ordering_key": "k"}"#);
+    world.nats.publish_all(events.iter().map(emit).collect()).await?;
+    until_stored(world, "OUT", strangers + 4).await?;
+    world.until(world.database.unpublished_but_alarms(), 0).await?;
+    let stored = world.nats.read_stream("OUT").await?;
+    let mut own = Vec::new();
+    for stored in &stored[strangers..] {
+        assert_eq!((stored.subject.as_str(), stored.body.as_slice()), ("out.x", &b"0"[..]));
+        own.push((header(stored, OUTPUT_ID), header(stored, "Nats-Msg-Id")));
+    }
+    // In the order of their key, each once.
+    let after = |event: &str| ids.after(&id_of(&ids, event));
+    assert_eq!(
+        own,
+        [
+            ("test:body:0", after("body").as_str()),
+            ("test:subject:0", after("subject").as_str()),
+            ("test:twice:0", ids.after(&second).as_str()),
+            ("test:free:0", id_of(&ids, "free").as_str()),
+        ]
+    );
+    let changed =
+        world.database.rows("select ids_taken from oncely.outbox where subject = 'out.x' order by seq").await?;
+    assert_eq!(changed.concat(), ["1", "1", "2", "0", "0"]);
+    Ok(())
+}
+
+both!(a_duplicate_is_believed_only_if_the_stream_holds_that_output, |kind: Kind| async move {
+    let world = World::start(kind, &manifest("concurrency = 1\n[worker.alarm]\nclear_after = \"0s\"")?).await?;
+    outputs_whose_ids_are_known(&world, kind).await?;
+    let end = Instant::now() + PATIENCE;
+    while !of_the_host(&world, "ONCELY_ALARM").await?.iter().any(|(id, _)| id == "alarm:test:id-taken:1:raised") {
+        ensure!(Instant::now() < end, "there is no alarm:\n{}", world.host_log());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let log = world.host_log();
+    assert!(log.contains("id taken, publishing under another one"), "{log}");
+    Ok(())
+});
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_duplicate_is_compared_where_outputs_come_from_the_log() -> Result<()> {
+    let mut world = World::without_host(Kind::Postgres, &manifest("concurrency = 1")?).await?;
+    world.host_env = vec![("ONCELY_RELAY".to_owned(), "wal".to_owned())];
+    world.start_host().await?;
+    world.until("select count(*) from oncely.relay where mode = 'wal'", 1).await?;
+    outputs_whose_ids_are_known(&world, Kind::Postgres).await?;
+    assert!(world.database.number("select count(*) from oncely.outbox where via = 'wal'").await? > 0);
+    Ok(())
+}

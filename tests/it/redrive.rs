@@ -85,7 +85,7 @@ both!(a_message_that_dies_again_is_one_letter_with_a_longer_story, |kind: Kind| 
     let header = |at: usize, name: &str| notices[at].headers.get(name).cloned().unwrap_or_default();
     assert_eq!(notices.len(), 3);
     assert_eq!([header(0, "Oncely-Redriven"), header(2, "Oncely-Redriven")], ["", "2"]);
-    assert!(header(2, "Nats-Msg-Id").ends_with(":test:e1:r2"), "{}", header(2, "Nats-Msg-Id"));
+    assert!(header(2, "Oncely-Output-Id").ends_with(":test:e1:r2"), "{}", header(2, "Oncely-Output-Id"));
     assert_eq!(header(2, "Oncely-Letter"), "1");
     // What was put back has left the queue.
     assert_eq!(world.nats.read_stream("ONCELY_REDRIVE").await?.len(), 0);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use oncely::message::{Message, Origin};
+use oncely::message::{Message, Origin, OutputKind};
 use oncely::sql::{Dialect, Rows, SqlLimits, Value};
 use oncely::store::{Claim, Claimed, OutboxRow, Output, PostgresStore, SqliteStore, Store, Tx, WorkerMigration};
 use oncely::verdict::{Letter, Reason, Settled};
@@ -187,6 +187,7 @@ fn text(text: &str) -> Value {
 
 fn an_output(event_id: &str, ordinal: u32, delay: Duration) -> Output {
     Output {
+        kind: OutputKind::Derived,
         id: format!("{WORKER}:{event_id}:{ordinal}"),
         event_id: event_id.to_owned(),
         ordinal,

@@ -78,6 +78,7 @@ fn imports_run_downwards_only() -> Result<()> {
         &["guest", "store", "bus", "cache", "http_server", "crate_build"],
         &[
             "message",
+            "output_ids",
             "request",
             "sql",
             "state",

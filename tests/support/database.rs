@@ -60,12 +60,12 @@ impl Database {
     pub fn unpublished_but_alarms(&self) -> &'static str {
         match self {
             Database::Sqlite(_) => {
-                "select count(*) from oncely.outbox where published_at is null and id not like 'alarm:%'"
+                "select count(*) from oncely.outbox where published_at is null and subject not like 'oncely.alarm.%'"
             }
             Database::Postgres { .. } => {
                 "select (select count(*) from oncely.outbox
-                         where published_at is null and via = 'poll' and id not like 'alarm:%')
-                      + (select count(*) from oncely.in_log() join oncely.outbox using (seq) where id not like 'alarm:%')"
+                         where published_at is null and via = 'poll' and subject not like 'oncely.alarm.%')
+                      + (select count(*) from oncely.in_log() join oncely.outbox using (seq) where subject not like 'oncely.alarm.%')"
             }
         }
     }

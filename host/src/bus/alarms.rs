@@ -12,6 +12,7 @@ use jiff::Timestamp;
 
 use super::Bus;
 use crate::alarm::ALARM_STREAM;
+use crate::output_ids::OUTPUT_ID;
 
 /// How long one request for the next alarm stays open.
 const REQUEST_OPEN: Duration = Duration::from_secs(5);
@@ -63,7 +64,7 @@ impl Alarms {
         requests.ask(1, REQUEST_OPEN, false).context("ask for the next alarm")?;
         let taken = requests.next(&self.bus).await.context("take an alarm")?;
         let Some(taken) = taken else { return Ok(None) };
-        let id = taken.headers.get(async_nats::header::NATS_MESSAGE_ID);
+        let id = taken.headers.get(OUTPUT_ID);
         let id = id.map_or_else(|| format!("{ALARM_STREAM}:{}", taken.place.sequence), ToString::to_string);
         let delivered = u32::try_from(taken.place.delivered).unwrap_or(u32::MAX);
         let message = self.bus.acknowledgeable(&taken.place.reply);

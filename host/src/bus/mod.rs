@@ -30,6 +30,7 @@ pub use alarms::{AlarmMessage, Alarms};
 pub use feed::{Feed, Heard};
 pub use publish::{Answer, Outgoing, PublishError, PublishedAt};
 pub use pull::{Backlog, Probe, Progress, Pull, Pulled, Receipt, Subscription, Unhandled};
+pub use raw::Compared;
 pub use server::EmbeddedServer;
 pub use streams::{Ensured, From, Passed, StreamInfo, StreamSpec, stream_of};
 

@@ -56,6 +56,8 @@ pub enum PublishError {
     Unavailable(String),
     /// The connection: nothing was sent.
     NoConnection(String),
+    /// This message, under its id: it was not published, and the stream holds another message under that id.
+    IdTaken(String),
 }
 
 impl PublishError {
@@ -66,7 +68,8 @@ impl PublishError {
             | PublishError::SubjectFull(text)
             | PublishError::NoPlace(text)
             | PublishError::Unavailable(text)
-            | PublishError::NoConnection(text) => text,
+            | PublishError::NoConnection(text)
+            | PublishError::IdTaken(text) => text,
         }
     }
 }

@@ -6,7 +6,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
 use serde_json::json;
 
-use super::Bus;
+use super::{Bus, Outgoing};
 
 /// The server's answer to a request for one message.
 #[derive(Deserialize)]
@@ -29,20 +29,54 @@ const NO_MESSAGE: u64 = 10037;
 /// A message as JSON.
 #[derive(Deserialize)]
 struct Raw {
+    subject: String,
     /// The header block, in Base64.
     #[serde(default)]
     hdrs: String,
+    /// The body, in Base64.
+    #[serde(default)]
+    data: String,
     time: jiff::Timestamp,
 }
 
-impl Bus {
-    /// The id under which the message at a place was published; empty when it has none, none when there is no message.
-    pub async fn message_id_at(&self, stream: &str, sequence: u64) -> Result<Option<String>> {
-        let Some(raw) = self.raw_message(stream, sequence).await? else { return Ok(None) };
-        let block = STANDARD.decode(&raw.hdrs).context("decode a message's headers")?;
+impl Raw {
+    /// The id under which it was published; empty when it has none.
+    fn message_id(&self) -> Result<String> {
+        let block = STANDARD.decode(&self.hdrs).context("decode a message's headers")?;
         let block = String::from_utf8_lossy(&block);
         let id = block.lines().find_map(|line| line.split_once(':').filter(|(name, _)| *name == "Nats-Msg-Id"));
-        Ok(Some(id.map(|(_, id)| id.trim().to_owned()).unwrap_or_default()))
+        Ok(id.map(|(_, id)| id.trim().to_owned()).unwrap_or_default())
+    }
+}
+
+/// How a message that should stand at a place compares with the one that does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compared {
+    Same,
+    Different,
+    /// No message stands there any more.
+    Gone,
+}
+
+impl Bus {
+    /// Compares a message with the one at a place: id, body and subject. A stream may give messages other subjects as it
+    /// stores them; there id and body decide.
+    pub async fn compare(&self, stream: &str, sequence: u64, message: &Outgoing) -> Result<Compared> {
+        let Some(raw) = self.raw_message(stream, sequence).await? else { return Ok(Compared::Gone) };
+        let body = STANDARD.decode(&raw.data).context("decode a message's body")?;
+        let is_same = raw.message_id()? == message.id
+            && body == message.body
+            && (raw.subject == message.subject || self.renames_subjects(stream).await?);
+        Ok(if is_same { Compared::Same } else { Compared::Different })
+    }
+
+    async fn renames_subjects(&self, stream: &str) -> Result<bool> {
+        Ok(self.stream(stream).await?.is_some_and(|stream| stream.renames_subjects))
+    }
+
+    /// The id under which the message at a place was published; empty when it has none, none when there is no message.
+    pub async fn message_id_at(&self, stream: &str, sequence: u64) -> Result<Option<String>> {
+        self.raw_message(stream, sequence).await?.map(|raw| raw.message_id()).transpose()
     }
 
     /// When the first message to one of `subjects` (patterns; all when empty) from a sequence on was stored.

@@ -62,6 +62,8 @@ pub struct StreamInfo {
     pub duplicate_window: Duration,
     /// How long it keeps a message; none for ever.
     pub max_age: Option<Duration>,
+    /// Whether it stores messages under other subjects than they were published to.
+    pub renames_subjects: bool,
     /// Whether messages go away once they are acknowledged: a work queue, or a stream kept by interest. What is not there any
     /// more may well have been there, and nobody can look through it without taking from it.
     pub is_queue: bool,
@@ -282,6 +284,7 @@ pub(super) fn stream_info(info: &async_nats::jetstream::stream::Info) -> Result<
         last_sequence: info.state.last_sequence,
         duplicate_window: info.config.duplicate_window,
         max_age: Some(info.config.max_age).filter(|age| !age.is_zero()),
+        renames_subjects: info.config.subject_transform.is_some(),
         is_queue: info.config.retention != RetentionPolicy::Limits,
     })
 }

@@ -175,6 +175,7 @@ fn show(output: &Output) -> Result<()> {
     let mut details = vec![
         ("output", summary.number.to_string()),
         ("id", summary.id.clone()),
+        ("message id", summary.message_id.clone()),
         ("worker", summary.worker.clone()),
         ("event id", summary.event_id.clone()),
         ("subject", summary.subject.clone()),

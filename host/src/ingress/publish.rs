@@ -12,7 +12,7 @@ use super::problem::Problem;
 use crate::delivery::HAND_OVER_LEASE;
 use crate::delivery::request::{Asked, Claim, Handled, claim, commit};
 use crate::http_server::written_names;
-use crate::message::{Headers, Output};
+use crate::message::{Headers, Output, OutputKind};
 use crate::metrics::Metrics;
 use crate::request::HttpAnswer;
 use crate::store::{Store, StoreError, Tx};
@@ -118,7 +118,8 @@ impl Publishing {
     }
 
     async fn write(&self, publication: &Publication, asked: &Asked, tx: &mut dyn Tx) -> Result<Handled, StoreError> {
-        let id = Uuid::now_v7().to_string();
+        // Random in all of its digits: it travels as it is, and must not follow from that of another message.
+        let id = Uuid::new_v4().to_string();
         let since = Instant::now();
         let outputs = tx.append_outputs(&[output(&id, publication, asked)], HAND_OVER_LEASE).await?;
         let answer = HttpAnswer {
@@ -135,6 +136,7 @@ impl Publishing {
 
 fn output(id: &str, publication: &Publication, asked: &Asked) -> Output {
     Output {
+        kind: OutputKind::Published,
         id: id.to_owned(),
         event_id: id.to_owned(),
         ordinal: 0,

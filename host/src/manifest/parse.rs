@@ -37,8 +37,16 @@ pub(super) const WORKER_KEYS: [&str; 20] = [
     "alarm",
     "config",
 ];
-pub(super) const ALARM_KEYS: [&str; 7] =
-    ["letters", "letter_age", "unhandled_age", "unpublished_age", "set_aside", "new_failures", "clear_after"];
+pub(super) const ALARM_KEYS: [&str; 8] = [
+    "letters",
+    "letter_age",
+    "unhandled_age",
+    "unpublished_age",
+    "set_aside",
+    "id_taken",
+    "new_failures",
+    "clear_after",
+];
 pub(super) const RETRY_KEYS: [&str; 4] = ["attempts", "backoff", "backoff_max", "proved_poison"];
 pub(super) const LIMITS_KEYS: [&str; 11] = [
     "time",
@@ -321,6 +329,7 @@ fn alarm(section: &Section<'_>) -> anyhow::Result<Thresholds> {
         unhandled_age: age("unhandled_age", "\"5m\"", default.unhandled_age)?,
         unpublished_age: age("unpublished_age", "\"1m\"", default.unpublished_age)?,
         set_aside: count("set_aside", "1", default.set_aside)?,
+        id_taken: count("id_taken", "1", default.id_taken)?,
         new_failures: count("new_failures", "20", default.new_failures)?,
         clear_after: age("clear_after", "\"1m\"", default.clear_after)?,
     })

@@ -54,6 +54,7 @@ letter_age = "11h"
 unhandled_age = "12m"
 unpublished_age = "13s"
 set_aside = 14
+id_taken = 16
 new_failures = 0
 clear_after = "15s"
 [worker.config]
@@ -118,6 +119,7 @@ fn every_key_of_a_manifest_is_read() {
             unhandled_age: Duration::from_secs(12 * 60),
             unpublished_age: Duration::from_secs(13),
             set_aside: 14,
+            id_taken: 16,
             new_failures: 0,
             clear_after: Duration::from_secs(15),
         },
@@ -265,7 +267,7 @@ fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
             "name = \"settle\"",
         ),
         ("name = \"settle\"", "", "7: [[worker]] needs `name`", "add the line: name = \"settle\""),
-        ("name = \"other\"", "name = \"settle\"", "50: there are two workers called `settle`", "name = \"settle-2\""),
+        ("name = \"other\"", "name = \"settle\"", "51: there are two workers called `settle`", "name = \"settle-2\""),
         ("crate = \".\"", "", "7: [[worker]] needs `crate` or `component`", "crate = \".\""),
         (
             "crate = \".\"",
@@ -330,7 +332,7 @@ fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
             "25: `proved_poison` in [worker.retry] is wrong",
             "proved_poison = \"retry\"",
         ),
-        ("\"EUR\"", "978", "47: `config.currency` must be text in quotes", "write: currency = \"978\""),
+        ("\"EUR\"", "978", "48: `config.currency` must be text in quotes", "write: currency = \"978\""),
         ("batch = 16", "batch = 16\nbatch = 17", "20: this is not TOML: duplicate key", "remove: batch = 17"),
         ("name = \"settle\"", "name = settle", "8: this is not TOML", "name = \"settle\""),
         ("[[stream]]", "[stream]", "2: `stream` must be a list of tables", "[[stream]]"),

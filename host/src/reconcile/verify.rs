@@ -10,7 +10,8 @@ use crate::bus::From;
 use crate::host::Host;
 use crate::manifest::Worker;
 use crate::message::{header, output_id};
-use crate::store::{LetterRecord, LetterState};
+use crate::output_ids::{self, OUTPUT_ID};
+use crate::store::{LetterRecord, LetterState, LetterSummary};
 use crate::verdict::Reason;
 
 /// How many messages of each stream are looked at.
@@ -86,16 +87,26 @@ async fn count_outputs(
     letters: &[LetterRecord],
     found: &mut HashMap<String, BTreeMap<String, u64>>,
 ) -> Result<bool> {
-    let prefixes: BTreeSet<String> = letters.iter().map(prefix).collect();
-    let chosen: HashMap<&str, String> = letters
+    let events: HashMap<String, &LetterSummary> =
+        letters.iter().map(|letter| (prefix(letter), &letter.summary)).collect();
+    let kept: HashMap<&str, String> = letters
         .iter()
-        .flat_map(|letter| letter.outputs.iter().map(|output| (output.id.as_str(), prefix(letter))))
+        .flat_map(|letter| letter.outputs.iter().map(|output| (output.message_id.as_str(), prefix(letter))))
         .collect();
+    let ids = host.store.output_ids();
     let count = |passed: crate::bus::Passed| {
-        let Some(id) = header(&passed.headers, "Nats-Msg-Id") else { return };
-        let own = id.rfind(':').and_then(|colon| id.get(..=colon)).filter(|own| prefixes.contains(*own));
-        if let Some(letter) = own.or_else(|| chosen.get(id).map(String::as_str)) {
-            *found.entry(letter.to_owned()).or_default().entry(id.to_owned()).or_default() += 1;
+        let (Some(id), Some(readable)) = (header(&passed.headers, "Nats-Msg-Id"), header(&passed.headers, OUTPUT_ID))
+        else {
+            return;
+        };
+        // A readable id can be forged; the keyed one says whose message it is.
+        let is_derived = |event: &str, ordinal: &str| {
+            events.get(event).is_some_and(|event| ids.is_of(id, &event.worker, &event.event_id, ordinal))
+        };
+        let colon = readable.rfind(':').map_or(0, |colon| colon + 1);
+        let own = readable.split_at_checked(colon).filter(|(event, ordinal)| is_derived(event, ordinal));
+        if let Some(event) = kept.get(id).map(String::as_str).or(own.map(|(event, _)| event)) {
+            *found.entry(event.to_owned()).or_default().entry(readable.to_owned()).or_default() += 1;
         }
     };
     host.bus.passed(stream, From::Time(since), &[], LOOK_MAX, count).await.context("look for outputs")
@@ -103,7 +114,7 @@ async fn count_outputs(
 
 /// What the ids of an event's outputs begin with.
 fn prefix(letter: &LetterRecord) -> String {
-    let first = output_id(&letter.summary.worker, &letter.summary.event_id, 0);
+    let first = output_ids::one_line(&output_id(&letter.summary.worker, &letter.summary.event_id, 0));
     first.strip_suffix('0').unwrap_or(&first).to_owned()
 }
 

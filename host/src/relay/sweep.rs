@@ -5,8 +5,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use futures::StreamExt;
 use jiff::{SignedDuration, Timestamp};
 
+use super::duplicates;
 use super::lines::SEND_WITHIN;
 use crate::bus::{Bus, StreamInfo, stream_of};
 use crate::delivery::HAND_OVER_LEASE;
@@ -71,23 +73,48 @@ impl Swept {
         }
         for (stream, rows) in by_stream {
             match look_up(bus, &stream, &rows).await {
-                Ok(places) => {
-                    for row in rows {
-                        match places.get(&row.id) {
-                            Some(sequence) => {
-                                metrics.output(&row.worker, OutputOutcome::Found);
-                                let place =
-                                    Published { seq: row.seq, stream: stream.clone(), stream_sequence: *sequence };
-                                self.there.push(place);
-                            }
-                            None => self.rows.push(row),
-                        }
-                    }
-                }
+                Ok(places) => self.sort_out(bus, &stream, rows, &places, metrics).await,
                 Err(error) => self.put_back_unseen(&stream, &rows, &error, metrics),
             }
         }
         self.rows.sort_by_key(|row| row.seq);
+    }
+
+    /// Rows that are not on the stream are sent; those whose id was found there are compared first.
+    async fn sort_out(
+        &mut self,
+        bus: &Bus,
+        stream: &str,
+        rows: Vec<OutboxRow>,
+        places: &HashMap<String, u64>,
+        metrics: &Metrics,
+    ) {
+        let (found, missing): (Vec<_>, Vec<_>) =
+            rows.into_iter().map(|row| (places.get(&row.id).copied(), row)).partition(|(place, _)| place.is_some());
+        self.rows.extend(missing.into_iter().map(|(_, row)| row));
+        let compared = futures::stream::iter(found).map(|(place, row)| async move {
+            let sequence = place.unwrap_or_default();
+            let stands = match fault::mutant(fault::BELIEVE_DUPLICATE) {
+                true => Ok(true),
+                false => duplicates::stands(bus, &row, stream, sequence).await,
+            };
+            (row, sequence, stands)
+        });
+        let compared: Vec<_> = compared.buffered(duplicates::COMPARED_AT_A_TIME).collect().await;
+        for (row, sequence, stands) in compared {
+            match stands {
+                Ok(true) => {
+                    metrics.output(&row.worker, OutputOutcome::Found);
+                    let place = Published { seq: row.seq, stream: stream.to_owned(), stream_sequence: sequence };
+                    self.there.push(place);
+                }
+                Ok(false) => {
+                    let why = duplicates::taken_at(stream, sequence);
+                    self.back.push((row.seq, duplicates::under_next_id(&row, why, metrics)));
+                }
+                Err(error) => self.put_back_unseen(stream, &[row], &error, metrics),
+            }
+        }
     }
 
     fn put_back_unseen(&mut self, stream: &str, rows: &[OutboxRow], error: &anyhow::Error, metrics: &Metrics) {

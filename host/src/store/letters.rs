@@ -112,7 +112,10 @@ pub struct AuditRecord {
 /// An output of the event of a letter, after it took effect.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LetterOutput {
+    /// The readable id.
     pub id: String,
+    /// What travels as `Nats-Msg-Id`.
+    pub message_id: String,
     pub subject: String,
     /// None until it is published.
     pub stream: Option<String>,

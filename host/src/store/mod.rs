@@ -4,7 +4,7 @@
 //! go into one transaction, and [`Tx::commit`] says `Ok` only for a commit it has verified. No future of this
 //! surface may be dropped before it is done: callers run deliveries in tasks of their own that are never aborted.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -16,6 +16,7 @@ use crate::alarm::{self, Alarm};
 pub use crate::manifest::WorkerMigration;
 use crate::message::Headers;
 pub use crate::message::Output;
+use crate::output_ids::{self, OutputIds};
 use crate::request::{HttpAnswer, RequestKey};
 use crate::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
 pub use crate::state::{StateEntry, StateWrite};
@@ -120,6 +121,7 @@ pub enum Claimed {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OutboxRow {
     pub seq: i64,
+    /// What travels as `Nats-Msg-Id`; see [`crate::output_ids`].
     pub id: String,
     pub worker: String,
     pub subject: String,
@@ -138,6 +140,11 @@ pub struct OutboxRow {
 }
 
 impl OutboxRow {
+    /// The readable id, which travels in a header.
+    pub fn output_id(&self) -> &str {
+        output_ids::readable(&self.headers, &self.id)
+    }
+
     /// Adds to what is ahead of each of these rows the one of its key that comes before it among them.
     pub fn chain(rows: &mut [OutboxRow]) {
         let mut last: HashMap<(String, String), i64> = HashMap::new();
@@ -157,6 +164,9 @@ pub enum Unpublished {
     Behind(i64),
     /// It waits for a person to retry or drop it.
     Aside { reason: String },
+    /// It is due at once under another id, because its stream holds another message under the id `taken`. Nothing becomes of
+    /// it when it has another id by now.
+    IdTaken { taken: String, error: String },
 }
 
 /// An output where it was published.
@@ -244,8 +254,10 @@ pub struct OutputFilter {
 pub struct OutputSummary {
     /// The number of its row.
     pub number: i64,
-    /// What travels as `Nats-Msg-Id`.
+    /// The readable id, which travels as `Oncely-Output-Id`.
     pub id: String,
+    /// What travels as `Nats-Msg-Id`.
+    pub message_id: String,
     pub worker: String,
     /// The event that caused it.
     pub event_id: String,
@@ -407,6 +419,12 @@ pub trait Store: Send + Sync + 'static {
 
     /// Gives up the lease of outputs that were not published; those that are published by now stay so.
     async fn put_back_outputs(&self, rows: &[(i64, Unpublished)]) -> Result<()>;
+
+    /// By worker, how many outputs in the outbox had to change their id because it was taken.
+    async fn taken_ids(&self) -> Result<BTreeMap<String, u64>>;
+
+    /// The ids under which outputs of this installation travel.
+    fn output_ids(&self) -> &OutputIds;
 
     /// For each stream the last output on it, of those published `within` this time.
     async fn last_published(&self, within: Duration) -> Result<Vec<OnStream>>;

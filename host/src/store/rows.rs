@@ -233,13 +233,21 @@ pub(super) fn settled(row: &impl Columns) -> Result<(String, Timestamp)> {
 
 pub(super) fn letter_output(row: &impl Columns) -> Result<LetterOutput> {
     read("an output", || {
+        let (id, message_id) = output_ids(row)?;
         Ok(LetterOutput {
-            id: row.get("id")?,
+            id,
+            message_id,
             subject: row.get("subject")?,
             stream: row.get("stream")?,
             stream_sequence: row.number_if_any("stream_sequence")?,
         })
     })
+}
+
+/// The readable id of an output, and the one it travels with.
+fn output_ids(row: &impl Columns) -> anyhow::Result<(String, String)> {
+    let (headers, id) = (shared::headers_from_text(&row.text("headers")?)?, row.text("id")?);
+    Ok((crate::output_ids::readable(&headers, &id).to_owned(), id))
 }
 
 /// The message of a letter that was put back.
@@ -291,11 +299,18 @@ pub(super) fn lag(row: &impl Columns) -> Result<OutboxLag> {
     })
 }
 
+/// A worker, and how many of its outputs had to change their id.
+pub(super) fn taken_ids(row: &impl Columns) -> Result<(String, u64)> {
+    read("how many ids were taken", || Ok((row.text("worker")?, row.number("taken")?)))
+}
+
 pub(super) fn output_summary(row: &impl Columns) -> Result<OutputSummary> {
     read("an output", || {
+        let (id, message_id) = output_ids(row)?;
         Ok(OutputSummary {
             number: row.get("seq")?,
-            id: row.get("id")?,
+            id,
+            message_id,
             worker: row.get("worker")?,
             event_id: row.get("event_id")?,
             subject: row.get("subject")?,

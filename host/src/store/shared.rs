@@ -13,6 +13,7 @@ use crate::alarm::{self, Kind};
 use crate::failure_group::FailureGroup;
 use crate::fault;
 use crate::message::Headers;
+use crate::output_ids::OutputIds;
 use crate::request::HttpAnswer;
 use crate::verdict::{Letter, Settled};
 
@@ -275,11 +276,23 @@ pub(super) struct PutBackColumns<'a> {
     pub behind: Option<i64>,
     pub aside: bool,
     pub error: Option<Cow<'a, str>>,
+    /// The id that was found taken, and the one that comes after it.
+    pub taken: Option<&'a str>,
+    pub next: Option<String>,
 }
 
 impl<'a> PutBackColumns<'a> {
-    pub fn of((seq, how): &'a (i64, Unpublished)) -> Self {
-        let nothing = PutBackColumns { seq: *seq, after: None, failed: false, behind: None, aside: false, error: None };
+    pub fn of((seq, how): &'a (i64, Unpublished), ids: &OutputIds) -> Self {
+        let nothing = PutBackColumns {
+            seq: *seq,
+            after: None,
+            failed: false,
+            behind: None,
+            aside: false,
+            error: None,
+            taken: None,
+            next: None,
+        };
         match how {
             Unpublished::Later { after, error } => PutBackColumns {
                 after: Some(micros(*after)),
@@ -291,6 +304,14 @@ impl<'a> PutBackColumns<'a> {
             Unpublished::Aside { reason } => {
                 PutBackColumns { failed: true, aside: true, error: Some(printable(reason)), ..nothing }
             }
+            Unpublished::IdTaken { taken, error } => PutBackColumns {
+                after: Some(0),
+                failed: true,
+                error: Some(printable(error)),
+                taken: Some(taken.as_str()),
+                next: Some(ids.after(taken)),
+                ..nothing
+            },
         }
     }
 }

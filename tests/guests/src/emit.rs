@@ -1,7 +1,7 @@
 //! Sends `n` messages to `subject`, each with its number as the body.
 //!
-//! Options: `{"n": 1, "subject": "out.x", "id": null, "ordering_key": null, "delay_ms": null}`. With an `id`, the number
-//! is appended to it.
+//! Options: `{"n": 1, "subject": "out.x", "id": null, "ordering_key": null, "delay_ms": null, "exact_id": null}`. With an
+//! `id`, the number is appended to it; an `exact_id` is used as it is.
 
 use std::time::Duration;
 
@@ -16,11 +16,12 @@ struct Options {
     id: Option<String>,
     ordering_key: Option<String>,
     delay_ms: Option<u64>,
+    exact_id: Option<String>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { n: 1, subject: "out.x".to_owned(), id: None, ordering_key: None, delay_ms: None }
+        Self { n: 1, subject: "out.x".to_owned(), id: None, ordering_key: None, delay_ms: None, exact_id: None }
     }
 }
 
@@ -30,6 +31,9 @@ pub fn run(message: &Message) -> Result<(), Failure> {
         let mut outgoing = Outgoing::new(&options.subject, number.to_string());
         if let Some(id) = &options.id {
             outgoing = outgoing.id(format!("{id}-{number}"));
+        }
+        if let Some(id) = &options.exact_id {
+            outgoing = outgoing.id(id);
         }
         if let Some(key) = &options.ordering_key {
             outgoing = outgoing.ordering_key(key);

@@ -132,7 +132,7 @@ async fn an_invalidation_that_redis_did_not_take_from_one_host_it_takes_from_ano
     let (writer, other) = (host(None)?, host(Some(&redis))?);
     read(&other, "k", "old").await?;
     // The writer cannot reach Redis; the other hears of it, and twice.
-    let told = Invalidation::new("shop", "e1", tags(&["t"]).into_iter().collect(), jiff::Timestamp::now());
+    let told = Invalidation::new("shop", tags(&["t"]).into_iter().collect(), jiff::Timestamp::now());
     writer.invalidate("shop", tags(&["t"])).await;
     other.hear(&told).await;
     let third = host(Some(&redis))?;

@@ -59,8 +59,7 @@ impl Shop {
         self.heart.database.execute(&sql).await?;
         let tag = format!("a{article}");
         self.hosts[host].invalidate("shop", [tag.clone()]).await;
-        let event = format!("{article}-{amount}");
-        let told = Invalidation::new("shop", &event, [tag].into(), jiff::Timestamp::now());
+        let told = Invalidation::new("shop", [tag].into(), jiff::Timestamp::now());
         self.hosts[1 - host].hear(&told).await;
         self.committed.lock().unwrap()[article] = amount;
         Ok(())

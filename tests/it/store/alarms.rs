@@ -50,7 +50,7 @@ async fn messages(world: &World) -> Vec<(String, String)> {
     world.execute_around(&format!("update oncely.outbox set leased_until = {past}")).await;
     let rows = world.store.lease_outputs(100, LEASE).await.unwrap();
     let alarms = rows.into_iter().filter(|row| row.subject.starts_with("oncely.alarm."));
-    alarms.map(|row| (row.id, row.subject)).collect()
+    alarms.map(|row| (row.output_id().to_owned(), row.subject)).collect()
 }
 
 async fn an_alarm_is_raised_once_by_two_who_try_and_cleared_once(world: World) {

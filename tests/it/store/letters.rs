@@ -34,7 +34,7 @@ async fn a_letter_is_buried_once_with_its_notice(world: World) {
     let letters = [a_letter("e1", b"body", Reason::Rejected), a_letter("e2", b"body", Reason::Rejected)];
     let (settled, notices) = world.bury(&letters).await.unwrap();
     assert_eq!((settled.len(), notices.len()), (2, 2));
-    assert_eq!(notices[0].id, letters[0].1.id);
+    assert_eq!(notices[0].output_id(), letters[0].1.id);
     let (settled, notices) = world.bury(&[letters[0].clone(), letters[0].clone()]).await.unwrap();
     assert_eq!((settled.len(), notices.len()), (2, 0));
     let (_, notices) = world.bury(&vec![a_letter("e3", b"body", Reason::Rejected); 2]).await.unwrap();
@@ -151,7 +151,7 @@ async fn a_letter_is_put_back_once_by_two_who_try(world: World) {
     assert_eq!(refused, [None, Some("it was put back and is under way".to_owned())]);
     let rows: Vec<_> = one.1.into_iter().chain(other.1).collect();
     assert_eq!(rows.len(), 1);
-    assert_eq!((rows[0].id.as_str(), rows[0].subject.as_str()), ("payments:e1:r1", "oncely.redrive.payments"));
+    assert_eq!((rows[0].output_id(), rows[0].subject.as_str()), ("payments:e1:r1", "oncely.redrive.payments"));
     let mut tx = world.begin().await;
     assert!(matches!(tx.claim(&[claim]).await.unwrap()[0], Claimed::Fresh { .. }));
     tx.rollback().await;
@@ -206,7 +206,7 @@ async fn a_letter_that_dies_again_is_the_same_letter(world: World) {
     again.0.attempts = 4;
     again.0.message.redriven = put_back(&again.0);
     let (_, notices) = world.bury(&[again.clone()]).await.unwrap();
-    assert_eq!(notices[0].id, format!("{}:r1", again.1.id));
+    assert_eq!(notices[0].output_id(), format!("{}:r1", again.1.id));
     let letters = world.store.letters(&all()).await.unwrap();
     assert_eq!(letters.len(), 1);
     let letter = &letters[0];

@@ -11,6 +11,7 @@ const LONG: Duration = Duration::from_secs(3600);
 const SHORT: Duration = Duration::from_millis(1);
 
 on_every_database!(
+    an_output_whose_id_was_taken_goes_under_the_next_one,
     outputs_are_returned_in_order_and_left_to_the_host_that_committed_them,
     an_output_whose_lease_ran_out_is_leased_again_with_its_first_attempt,
     delayed_outputs_are_left_to_the_sweep,
@@ -52,7 +53,9 @@ async fn outputs_are_returned_in_order_and_left_to_the_host_that_committed_them(
     let rows = append(&world, &outputs, LEASE).await;
     assert_eq!(rows.len(), 20);
     for (row, output) in rows.iter().zip(&outputs) {
-        assert_eq!((&row.id, &row.headers, &row.body), (&output.id, &output.headers, &output.body));
+        assert_eq!((row.output_id(), &row.body), (output.id.as_str(), &output.body));
+        assert_eq!(row.headers[..output.headers.len()], output.headers);
+        assert_eq!(row.id, world.store.output_ids().of(super::WORKER, output));
         assert_eq!((row.worker.as_str(), row.failures), (super::WORKER, 0));
         assert!(row.first_attempt_at.duration_since(before).abs() < jiff::SignedDuration::from_secs(10));
     }
@@ -71,10 +74,10 @@ async fn an_output_whose_lease_ran_out_is_leased_again_with_its_first_attempt(wo
 async fn delayed_outputs_are_left_to_the_sweep(world: World) {
     let outputs = [an_output("e1", 0, LONG), an_output("e1", 1, NOW), an_output("e1", 2, Duration::from_millis(300))];
     let due = append(&world, &outputs, LEASE).await;
-    assert_eq!(due.iter().map(|row| row.id.as_str()).collect::<Vec<_>>(), [outputs[1].id.as_str()]);
+    assert_eq!(due.iter().map(OutboxRow::output_id).collect::<Vec<_>>(), [outputs[1].id.as_str()]);
     assert!(world.store.lease_outputs(100, LEASE).await.unwrap().is_empty());
     let leased = lease(&world, LEASE).await;
-    assert_eq!(leased.iter().map(|row| row.id.as_str()).collect::<Vec<_>>(), [outputs[2].id.as_str()]);
+    assert_eq!(leased.iter().map(OutboxRow::output_id).collect::<Vec<_>>(), [outputs[2].id.as_str()]);
     assert!(leased[0].first_attempt_at > due[0].first_attempt_at);
 }
 
@@ -129,4 +132,24 @@ async fn two_sweeps_never_lease_the_same_output(world: World) {
     seqs.sort_unstable();
     seqs.dedup();
     assert_eq!(seqs.len(), 60);
+}
+
+async fn an_output_whose_id_was_taken_goes_under_the_next_one(world: World) {
+    let row = append(&world, &[an_output("e1", 0, NOW)], LEASE).await.remove(0);
+    let taken = |id: &str| (row.seq, Unpublished::IdTaken { taken: id.to_owned(), error: "taken".to_owned() });
+    world.store.put_back_outputs(&[taken(&row.id)]).await.unwrap();
+    let second = lease(&world, LEASE).await.remove(0);
+    let ids = world.store.output_ids();
+    assert_eq!((second.id.as_str(), second.output_id()), (ids.after(&row.id).as_str(), "payments:e1:0"));
+    assert_eq!((second.seq, second.failures), (row.seq, 1));
+    // A host that is late to find out changes nothing.
+    world.store.put_back_outputs(&[taken(&row.id)]).await.unwrap();
+    assert!(world.store.lease_outputs(100, LEASE).await.unwrap().is_empty());
+    let listed = world.store.output(row.seq).await.unwrap().unwrap().summary;
+    assert_eq!((listed.id.as_str(), listed.message_id), ("payments:e1:0", second.id.clone()));
+    assert_eq!(world.store.taken_ids().await.unwrap(), [(super::WORKER.to_owned(), 1)].into());
+    let place = Published { seq: row.seq, stream: "OUT".to_owned(), stream_sequence: 1 };
+    world.store.mark_published(&[place]).await.unwrap();
+    world.store.put_back_outputs(&[taken(&second.id)]).await.unwrap();
+    assert_eq!(world.store.output(row.seq).await.unwrap().unwrap().summary.message_id, second.id);
 }

@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use oncely::message::Headers;
-use oncely::store::{By, Claim, Claimed, FailedAttempt, LetterFilter, Published, Redrive, Retire, StoreError};
+use oncely::store::{
+    By, Claim, Claimed, FailedAttempt, LetterFilter, OutboxRow, Published, Redrive, Retire, StoreError,
+};
 use oncely::verdict::Reason;
 
 use super::{LEASE, TIME, WORKER, World, a_claim, a_letter, an_output, claim};
@@ -168,7 +170,7 @@ async fn what_is_settled_in_an_earlier_part_stays_so(world: World) {
         assert_eq!(world.store.done_events(WORKER, &["e1".to_owned()]).await.unwrap(), ["e1"]);
         // Burying what is done, or what is dead, adds nothing.
         let again = [a_letter("e1", b"body", Reason::Rejected), letter.clone()];
-        assert!(world.bury(&again).await.unwrap().1.iter().all(|notice| notice.id != letter.1.id));
+        assert!(world.bury(&again).await.unwrap().1.iter().all(|notice| notice.output_id() != letter.1.id));
     }
     let mut tx = world.begin().await;
     tx.claim(&[a_claim("e1", 1), a_claim("new", 1)]).await.unwrap();
@@ -197,10 +199,10 @@ async fn outputs_that_are_not_published_outlast_their_part(world: World) {
     retire_everything(&world).await;
     assert_eq!(world.store.totals().await.unwrap()[0].outputs, 2);
     let leased = world.store.lease_outputs(10, LEASE).await.unwrap();
-    let ids: Vec<&str> = leased.iter().map(|row| row.id.as_str()).collect();
+    let ids: Vec<&str> = leased.iter().map(OutboxRow::output_id).collect();
     assert_eq!(ids, ["payments:e1:2", "payments:e1:3"]);
     let expected: Headers = an_output("e1", 2, Duration::ZERO).headers;
-    assert_eq!(leased[0].headers, expected);
+    assert_eq!(leased[0].headers[..expected.len()], expected);
     world.store.mark_published(&[place(leased[0].seq), place(leased[1].seq)]).await.unwrap();
     retire_everything(&world).await;
     assert_eq!(world.store.totals().await.unwrap().iter().map(|totals| totals.outputs).sum::<u64>(), 0);
@@ -257,10 +259,10 @@ async fn what_leaves_is_in_the_archive_and_what_stays_is_not(world: World) {
     assert_eq!((records.len(), outputs.len()), (1, 1), "{records:?} {outputs:?}");
     let payload = format!("\\x{}", "01".repeat(32));
     assert_eq!((&records[0]["event_id"], &records[0]["payload_sha256"]), (&"e1".into(), &payload.into()));
-    assert_eq!((&outputs[0]["id"], &outputs[0]["stream_sequence"]), (&"payments:e1:0".into(), &41.into()));
+    assert_eq!((outputs[0]["id"].as_str().map(str::len), &outputs[0]["stream_sequence"]), (Some(32), &41.into()));
     assert_eq!(outputs[0]["body"], "\\x00ff626f6479");
     let headers = outputs[0]["headers"].as_str().unwrap();
-    assert!(headers.contains("Ce-Type"), "{headers}");
+    assert!(headers.contains("Ce-Type") && headers.contains("\"payments:e1:0\""), "{headers}");
     assert!(matches!(world.look("e1", 1).await, Claimed::Fresh { .. }));
 }
 

@@ -9,7 +9,7 @@ use crate::fault;
 use crate::guest::bindings::oncely::worker::outbox;
 use crate::guest::call::{CallState, FailureKind};
 use crate::guest::record::{Asked, Sending};
-use crate::message::{self, EVENT_ID_MAX, Headers, Message, Output, output_id};
+use crate::message::{self, EVENT_ID_MAX, Headers, Message, Output, OutputKind, output_id};
 use crate::subject;
 
 impl outbox::Host for CallState {
@@ -56,6 +56,7 @@ impl CallState {
         // Counted by event: the same message yields the same ids in whichever company it is handled.
         let ordinal = self.outputs.iter().filter(|output| output.event_id == cause.event_id).count();
         let output = Output {
+            kind: if outgoing.id.is_some() { OutputKind::Chosen } else { OutputKind::Derived },
             id: self.id_for(outgoing.id, cause, ordinal)?,
             event_id: cause.event_id.clone(),
             ordinal: u32::try_from(ordinal).unwrap_or(u32::MAX),

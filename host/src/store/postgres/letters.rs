@@ -172,7 +172,7 @@ async fn settled(session: &mut Session, worker: &str, event_id: &str) -> Result<
 
 async fn outputs(session: &mut Session, worker: &str, event_id: &str) -> Result<Vec<LetterOutput>> {
     let query = session.query(
-        "select id, subject, coalesce(outbox.stream, recorded.stream) as stream,
+        "select id, headers, subject, coalesce(outbox.stream, recorded.stream) as stream,
              coalesce(outbox.stream_sequence, recorded.stream_sequence) as stream_sequence
          from oncely.outbox left join lateral oncely.recorded(seq) as recorded on via = 'wal'
          where worker = $1 and event_id = $2 and subject not like 'oncely.%' order by seq",

@@ -8,6 +8,7 @@ use sqlx::{Row, raw_sql};
 use super::errors;
 use super::session::{Purpose, Session, Sessions};
 use crate::fault;
+use crate::output_ids::OutputIds;
 use crate::store::Result;
 use crate::store::migrations::{self, Migration, migrations};
 
@@ -24,6 +25,7 @@ pub(in crate::store) const MIGRATIONS: &[Migration] = migrations![
     "0009_requests",
     "0010_wal",
     "0011_under_way",
+    "0012_output_ids",
     "0013_sessions",
 ];
 
@@ -57,6 +59,14 @@ async fn door_key(session: &mut Session, exposed: bool) -> sqlx::Result<Vec<u8>>
         query.execute(session.connection()).await?;
     }
     session.query("select key from oncely.door_key").fetch_one(session.connection()).await?.try_get(0)
+}
+
+/// The ids under which outputs travel.
+pub(super) async fn output_ids(sessions: &Sessions) -> anyhow::Result<OutputIds> {
+    let mut session = sessions.begin(Purpose::Read).await?;
+    let row = session.query("select key from oncely.output_key").fetch_one(session.connection()).await?;
+    session.commit().await?;
+    Ok(OutputIds::new(row.try_get(0)?))
 }
 
 async fn prepare(session: &mut Session) -> sqlx::Result<()> {

@@ -28,6 +28,7 @@ mod totals;
 mod tx;
 mod wall;
 
+use std::collections::BTreeMap;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -54,6 +55,7 @@ use super::{
 use crate::alarm::{self, Alarm};
 use crate::fault;
 use crate::hint::WithHint;
+use crate::output_ids::OutputIds;
 use crate::sql::{Dialect, Functions};
 use crate::verdict::{Letter, Settled};
 
@@ -180,7 +182,8 @@ async fn open_house(options: PgConnectOptions, connections: u32) -> anyhow::Resu
         !options.to_url_lossy().query_pairs().any(|(key, value)| key == "statement-cache-capacity" && value == "0");
     let sessions = Sessions::new(pool(options, connections), named_statements);
     migrate::run(&sessions).await.context("bring the PostgreSQL schema up to date")?;
-    Ok(sessions)
+    let output_ids = migrate::output_ids(&sessions).await.context("read the key of the outputs' ids")?;
+    Ok(sessions.with_output_ids(output_ids))
 }
 
 fn guest_pool(options: &PgConnectOptions, login: &Login, connections: u32) -> PgPool {
@@ -287,6 +290,17 @@ impl Store for PostgresStore {
         let mut session = self.house.begin(Purpose::House).await?;
         outbox::put_back(&mut session, rows).await?;
         session.commit().await
+    }
+
+    async fn taken_ids(&self) -> Result<BTreeMap<String, u64>> {
+        let mut session = self.house.begin(Purpose::Read).await?;
+        let taken = outputs::taken_ids(&mut session).await?;
+        session.commit().await?;
+        Ok(taken)
+    }
+
+    fn output_ids(&self) -> &OutputIds {
+        self.house.output_ids()
     }
 
     async fn last_published(&self, within: Duration) -> Result<Vec<OnStream>> {

@@ -35,9 +35,12 @@ pub(super) async fn append_for(
     if outputs.is_empty() {
         return Ok(Vec::new());
     }
-    let rows = insert(session, outputs, lease).await?;
+    let ids = session.output_ids();
+    let outputs: Vec<(&str, Output)> =
+        outputs.iter().map(|(worker, output)| (*worker, ids.seal(worker, output))).collect();
+    let rows = insert(session, &outputs, lease).await?;
     let mut appended = Vec::with_capacity(rows.len());
-    for (row, (worker, output)) in rows.into_iter().zip(outputs) {
+    for (row, (worker, output)) in rows.into_iter().zip(&outputs) {
         if let Some(first_attempt_at) = row.first_attempt_at {
             appended.push(shared::handed_over(row.seq, worker, output, first_attempt_at, row.ahead));
         }
@@ -55,10 +58,10 @@ struct Appended {
 }
 
 /// Inserts outputs and returns, in their order, what became of each.
-async fn insert(session: &mut Session, outputs: &[(&str, &Output)], lease: Duration) -> Result<Vec<Appended>> {
+async fn insert(session: &mut Session, outputs: &[(&str, Output)], lease: Duration) -> Result<Vec<Appended>> {
     let headers: Vec<String> =
         outputs.iter().map(|(_, output)| shared::headers_to_text(&output.headers)).collect::<Result<_>>()?;
-    let all = || outputs.iter().map(|(_, output)| *output);
+    let all = || outputs.iter().map(|(_, output)| output);
     let query = session.query("select * from oncely_door.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)");
     let rows = query
         .bind(session.token())
@@ -192,16 +195,18 @@ pub(super) async fn mark_published(session: &mut Session, published: &[Published
 
 /// Gives leases up.
 pub(super) async fn put_back(session: &mut Session, rows: &[(i64, Unpublished)]) -> Result<()> {
-    let rows: Vec<_> = rows.iter().map(PutBackColumns::of).collect();
+    let ids = session.output_ids();
+    let rows: Vec<_> = rows.iter().map(|row| PutBackColumns::of(row, &ids)).collect();
     let query = session.query(
         "update oncely.outbox
          set leased_until = coalesce(pg_catalog.now() + given.after * interval '1 microsecond', 'infinity'),
              failures = failures + given.failed::int, behind = given.behind,
              set_aside_at = case when given.aside then pg_catalog.now() end,
-             last_error = coalesce(given.error, last_error)
-         from unnest($1::bigint[], $2::bigint[], $3::bool[], $4::bigint[], $5::bool[], $6::text[])
-             as given (seq, after, failed, behind, aside, error)
-         where outbox.seq = given.seq and published_at is null",
+             last_error = coalesce(given.error, last_error),
+             id = coalesce(given.next, id), ids_taken = ids_taken + (given.next is not null)::int
+         from unnest($1::bigint[], $2::bigint[], $3::bool[], $4::bigint[], $5::bool[], $6::text[], $7::text[], $8::text[])
+             as given (seq, after, failed, behind, aside, error, taken, next)
+         where outbox.seq = given.seq and published_at is null and coalesce(outbox.id = given.taken, true)",
     );
     query
         .bind(rows.iter().map(|row| row.seq).collect::<Vec<_>>())
@@ -210,6 +215,8 @@ pub(super) async fn put_back(session: &mut Session, rows: &[(i64, Unpublished)])
         .bind(rows.iter().map(|row| row.behind).collect::<Vec<_>>())
         .bind(rows.iter().map(|row| row.aside).collect::<Vec<_>>())
         .bind(rows.iter().map(|row| row.error.as_deref()).collect::<Vec<_>>())
+        .bind(rows.iter().map(|row| row.taken).collect::<Vec<_>>())
+        .bind(rows.iter().map(|row| row.next.as_deref()).collect::<Vec<_>>())
         .execute(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "put outputs back"))?;

@@ -1,5 +1,7 @@
 //! Outputs as people see them: what waits for a person, and what becomes of it.
 
+use std::collections::BTreeMap;
+
 use super::errors;
 use super::session::Session;
 use crate::store::{OutboxLag, OutputFilter, OutputRecord, OutputSummary, Result, rows, shared};
@@ -122,4 +124,15 @@ pub(super) async fn lag(session: &mut Session) -> Result<Vec<OutboxLag>> {
         .await
         .map_err(|error| errors::of_statement(error, "measure how far publishing is behind"))?;
     rows.iter().map(rows::lag).collect()
+}
+
+/// By worker, how many outputs had to change their id.
+pub(super) async fn taken_ids(session: &mut Session) -> Result<BTreeMap<String, u64>> {
+    let query = session
+        .query("select worker, pg_catalog.count(*) as taken from oncely.outbox where ids_taken > 0 group by worker");
+    let rows = query
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "count the ids that were taken"))?;
+    rows.iter().map(rows::taken_ids).collect()
 }

@@ -12,6 +12,7 @@ use sqlx::{AssertSqlSafe, Postgres, Row, raw_sql};
 
 use super::errors;
 use crate::fault;
+use crate::output_ids::OutputIds;
 use crate::store::Result;
 use crate::store::shared::HOUSE_TIME;
 
@@ -108,6 +109,7 @@ pub(super) struct Sessions {
     /// Whether advisory locks that a transaction left are released before the next one: the role may do so.
     unlocks: bool,
     door_key: Arc<DoorKey>,
+    output_ids: Arc<OutputIds>,
 }
 
 /// What opens the door to the platform's tables.
@@ -121,7 +123,18 @@ struct DoorKey {
 
 impl Sessions {
     pub(super) fn new(pool: PgPool, named_statements: bool) -> Self {
-        Sessions { pool, named_statements, unlocks: false, door_key: Arc::default() }
+        let output_ids = Arc::new(OutputIds::under_random_key());
+        Sessions { pool, named_statements, unlocks: false, door_key: Arc::default(), output_ids }
+    }
+
+    /// The same, with the ids of the installation.
+    pub(super) fn with_output_ids(self, output_ids: OutputIds) -> Self {
+        Sessions { output_ids: Arc::new(output_ids), ..self }
+    }
+
+    /// The ids under which outputs travel.
+    pub(super) fn output_ids(&self) -> &Arc<OutputIds> {
+        &self.output_ids
     }
 
     /// Takes the key of the door, for all sessions that share it.
@@ -162,6 +175,7 @@ impl Sessions {
                 named_statements: self.named_statements,
                 purpose,
                 door_key: self.door_key.key.read().unwrap_or_else(PoisonError::into_inner).clone(),
+                output_ids: Arc::clone(&self.output_ids),
                 id: String::new(),
                 process: 0,
                 finished: false,
@@ -189,6 +203,7 @@ pub(super) struct Session {
     named_statements: bool,
     purpose: Purpose,
     door_key: Vec<u8>,
+    output_ids: Arc<OutputIds>,
     /// The transaction's id; empty for one that only reads.
     id: String,
     /// The server's process; zero but for guests.
@@ -204,6 +219,11 @@ impl Session {
             self.process = row.try_get("process")?;
         }
         Ok(())
+    }
+
+    /// The ids under which outputs travel.
+    pub(super) fn output_ids(&self) -> Arc<OutputIds> {
+        Arc::clone(&self.output_ids)
     }
 
     /// What a function of the door wants to see: it fits this transaction alone.

@@ -173,7 +173,7 @@ async fn settled(readers: &SqlitePool, worker: &str, event_id: &str) -> Result<O
 
 async fn outputs(readers: &SqlitePool, worker: &str, event_id: &str) -> Result<Vec<LetterOutput>> {
     let query = sqlx::query(
-        "select id, subject, stream, stream_sequence from oncely_outbox
+        "select id, headers, subject, stream, stream_sequence from oncely_outbox
          where worker = $1 and event_id = $2 and subject not like 'oncely.%' order by seq",
     );
     let rows = query

@@ -7,6 +7,7 @@ use sqlx::{Row, raw_sql};
 
 use super::session::{Session, Sessions};
 use crate::fault;
+use crate::output_ids::OutputIds;
 use crate::store::migrations::{self, Migration, migrations};
 
 /// A new file of `migrations/sqlite` gets its line here.
@@ -22,6 +23,7 @@ pub(in crate::store) const MIGRATIONS: &[Migration] = migrations![
     "0009_requests",
     "0010_wal",
     "0011_under_way",
+    "0012_output_ids",
     "0013_sessions",
 ];
 
@@ -35,6 +37,14 @@ pub(super) async fn run(sessions: &Sessions) -> anyhow::Result<()> {
     }
     fault::point(fault::MIGRATING);
     session.commit().await.context("commit the migrations")
+}
+
+/// The ids under which outputs travel.
+pub(super) async fn output_ids(sessions: &Sessions) -> anyhow::Result<OutputIds> {
+    let mut session = sessions.begin().await?;
+    let row = sqlx::query("select key from oncely_output_key").fetch_one(session.connection()?).await?;
+    session.commit().await?;
+    Ok(OutputIds::new(row.try_get(0)?))
 }
 
 async fn prepare(session: &mut Session) -> sqlx::Result<()> {

@@ -25,7 +25,9 @@ mod state;
 mod totals;
 mod tx;
 
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -45,6 +47,7 @@ use super::{
 };
 use crate::alarm::{self, Alarm};
 use crate::fault;
+use crate::output_ids::OutputIds;
 use crate::sql::Dialect;
 use crate::verdict::{Letter, Settled};
 
@@ -60,6 +63,7 @@ pub struct SqliteStore {
     guest_readers: [Sessions; GUEST_READERS],
     next_reader: AtomicUsize,
     readers: SqlitePool,
+    output_ids: Arc<OutputIds>,
     has_filter: bool,
 }
 
@@ -70,12 +74,16 @@ impl SqliteStore {
         migrate::run(&sessions)
             .await
             .with_context(|| format!("bring the SQLite schema up to date: {}", path.display()))?;
+        let output_ids = migrate::output_ids(&sessions).await.context("read the key of the outputs' ids")?;
+        let output_ids = Arc::new(output_ids);
+        let sessions = sessions.with_output_ids(Arc::clone(&output_ids));
         let readers = SqlitePoolOptions::new()
             .max_connections(READERS)
             .test_before_acquire(false)
             .connect_lazy_with(session::options(path).read_only(true));
         let guest_readers = std::array::from_fn(|_| Sessions::reading(session::options(path)));
-        Ok(SqliteStore { sessions, guest_readers, next_reader: AtomicUsize::new(0), readers, has_filter: true })
+        let next_reader = AtomicUsize::new(0);
+        Ok(SqliteStore { sessions, guest_readers, next_reader, readers, output_ids, has_filter: true })
     }
 
     /// Lets guests' statements past the filter unread, so that a test can show what the authorizer behind it holds.
@@ -167,6 +175,14 @@ impl Store for SqliteStore {
         let mut session = self.sessions.begin().await?;
         outbox::put_back(&mut session, rows).await?;
         session.commit().await
+    }
+
+    async fn taken_ids(&self) -> Result<BTreeMap<String, u64>> {
+        outputs::taken_ids(&self.readers).await
+    }
+
+    fn output_ids(&self) -> &OutputIds {
+        &self.output_ids
     }
 
     async fn last_published(&self, within: Duration) -> Result<Vec<OnStream>> {

@@ -32,6 +32,7 @@ pub(super) async fn append_for(
     outputs: &[(&str, &Output)],
     lease: Duration,
 ) -> Result<Vec<OutboxRow>> {
+    let ids = session.output_ids();
     let mut appended: Vec<OutboxRow> = Vec::new();
     let mut lines: HashMap<(&str, &str), Line> = HashMap::new();
     for (worker, output) in outputs {
@@ -44,14 +45,15 @@ pub(super) async fn append_for(
             // Only the first output of a key needs to know who is before it.
             line = Line { ahead: std::mem::take(&mut known.ahead), in_trouble: known.in_trouble };
         }
-        let row = insert(session, worker, output, line.in_trouble, lease).await?;
+        let sealed = ids.seal(worker, output);
+        let row = insert(session, worker, &sealed, line.in_trouble, lease).await?;
         let read = || -> anyhow::Result<_> {
             let first_attempt_at: Option<i64> = row.try_get(1)?;
             Ok((row.try_get(0)?, first_attempt_at.map(shared::timestamp).transpose()?))
         };
         let (seq, first_attempt_at) = read().context("read an appended output").map_err(StoreError::Unavailable)?;
         if let Some(first_attempt_at) = first_attempt_at {
-            appended.push(shared::handed_over(seq, worker, output, first_attempt_at, line.ahead));
+            appended.push(shared::handed_over(seq, worker, &sealed, first_attempt_at, line.ahead));
         }
     }
     OutboxRow::chain(&mut appended);
@@ -241,23 +243,27 @@ pub(super) async fn put_back(session: &mut Session, rows: &[(i64, Unpublished)])
         return Ok(());
     }
     let doing = |error| errors::of_statement(error, "put outputs back");
-    let given = rows.iter().map(PutBackColumns::of).map(|row| {
+    let ids = session.output_ids();
+    let given = rows.iter().map(|row| PutBackColumns::of(row, &ids)).map(|row| {
         serde_json::json!({
             "seq": row.seq, "after": row.after, "failed": row.failed, "behind": row.behind, "aside": row.aside, "error": row.error,
+            "taken": row.taken, "next": row.next,
         })
     });
     sqlx::query(
         "with clock as (select cast(unixepoch('subsec') * 1000000 as integer) as now),
          given as (
              select value ->> 'seq' as seq, value ->> 'after' as after, value ->> 'failed' as failed,
-                 value ->> 'behind' as behind, value ->> 'aside' as aside, value ->> 'error' as error
+                 value ->> 'behind' as behind, value ->> 'aside' as aside, value ->> 'error' as error,
+                 value ->> 'taken' as taken, value ->> 'next' as next
              from json_each($1))
          update oncely_outbox
          set leased_until = coalesce(now + given.after, 9223372036854775807), failures = failures + given.failed,
              behind = given.behind, set_aside_at = iif(given.aside, now, null),
-             last_error = coalesce(given.error, last_error)
+             last_error = coalesce(given.error, last_error),
+             id = coalesce(given.next, id), ids_taken = ids_taken + (given.next is not null)
          from given, clock
-         where oncely_outbox.seq = given.seq and published_at is null",
+         where oncely_outbox.seq = given.seq and published_at is null and coalesce(id = given.taken, true)",
     )
     .bind(serde_json::Value::Array(given.collect()).to_string())
     .execute(session.connection().map_err(doing)?)

@@ -1,5 +1,7 @@
 //! Outputs as people see them: what waits for a person, and what becomes of it.
 
+use std::collections::BTreeMap;
+
 use sqlx::sqlite::SqlitePool;
 
 use super::errors;
@@ -127,4 +129,13 @@ pub(super) async fn lag(readers: &SqlitePool) -> Result<Vec<OutboxLag>> {
     .await
     .map_err(|error| errors::of_statement(error, "measure how far publishing is behind"))?;
     rows.iter().map(rows::lag).collect()
+}
+
+/// By worker, how many outputs had to change their id.
+pub(super) async fn taken_ids(readers: &SqlitePool) -> Result<BTreeMap<String, u64>> {
+    let rows = sqlx::query("select worker, count(*) as taken from oncely_outbox where ids_taken > 0 group by worker")
+        .fetch_all(readers)
+        .await
+        .map_err(|error| errors::of_statement(error, "count the ids that were taken"))?;
+    rows.iter().map(rows::taken_ids).collect()
 }

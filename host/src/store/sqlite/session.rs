@@ -11,6 +11,7 @@ use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use super::authorizer::Wall;
 use super::errors;
+use crate::output_ids::OutputIds;
 use crate::store::Result;
 
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -39,16 +40,23 @@ pub(super) struct Sessions {
     options: SqliteConnectOptions,
     begin: &'static str,
     writer: Arc<Mutex<Option<Writer>>>,
+    output_ids: Arc<OutputIds>,
 }
 
 impl Sessions {
     pub(super) fn new(options: SqliteConnectOptions) -> Self {
-        Sessions { options, begin: "begin immediate", writer: Arc::default() }
+        let output_ids = Arc::new(OutputIds::under_random_key());
+        Sessions { options, begin: "begin immediate", writer: Arc::default(), output_ids }
+    }
+
+    /// The same, with the ids of the installation.
+    pub(super) fn with_output_ids(self, output_ids: Arc<OutputIds>) -> Self {
+        Sessions { output_ids, ..self }
     }
 
     /// For transactions that can but read; they do not wait for those that write.
     pub(super) fn reading(options: SqliteConnectOptions) -> Self {
-        Sessions { options: options.read_only(true), begin: "begin", writer: Arc::default() }
+        Sessions { begin: "begin", ..Sessions::new(options.read_only(true)) }
     }
 
     /// Waits for the transaction before and begins one.
@@ -58,7 +66,7 @@ impl Sessions {
             let writer = Writer::open(&self.options).await;
             *slot = Some(writer.map_err(|error| errors::of_statement(error, "open SQLite"))?);
         }
-        let mut session = Session { slot, finished: false };
+        let mut session = Session { slot, output_ids: Arc::clone(&self.output_ids), finished: false };
         session.begin(self.begin).await.map_err(|error| errors::of_statement(error, "begin a transaction"))?;
         Ok(session)
     }
@@ -120,10 +128,16 @@ impl Reins {
 /// An open transaction. Dropped before it is finished, it closes the connection, and with it the transaction.
 pub(super) struct Session {
     slot: OwnedMutexGuard<Option<Writer>>,
+    output_ids: Arc<OutputIds>,
     finished: bool,
 }
 
 impl Session {
+    /// The ids under which outputs travel.
+    pub(super) fn output_ids(&self) -> Arc<OutputIds> {
+        Arc::clone(&self.output_ids)
+    }
+
     async fn begin(&mut self, begin: &'static str) -> sqlx::Result<()> {
         raw_sql(begin).execute(self.connection()?).await?;
         Ok(())
