@@ -19,7 +19,7 @@ use crate::manifest::Worker;
 use crate::message::{Message, Output};
 use crate::metrics::Metrics;
 use crate::retry::make_way;
-use crate::state::{BatchState, StateEntry};
+use crate::state::{BatchState, StateSlot};
 use crate::store::{Claim, Claimed, CountedAttempt, FailedAttempt, OutboxRow, Store, StoreError, Tx};
 use crate::verdict::{Letter, Reason, Verdict};
 
@@ -173,10 +173,9 @@ impl Delivery {
         if keys.is_empty() {
             return Ok(state);
         }
-        let mut found: HashMap<String, StateEntry> = tx.load_state(&keys).await?.into_iter().collect();
-        for key in keys {
-            let entry = found.remove(&key);
-            state.remember(key, entry);
+        let found: Vec<(String, StateSlot)> = tx.load_state(&keys).await?;
+        for (key, slot) in found {
+            state.remember(key, slot);
         }
         Ok(state)
     }

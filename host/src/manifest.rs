@@ -139,6 +139,10 @@ pub struct Limits {
     pub answer_size: u64,
     /// One value of keyed state, in bytes.
     pub state_size: u64,
+    /// Keys of keyed state that it may read or change.
+    pub state_entries: u32,
+    /// Those keys and the values read and written, together, in bytes.
+    pub state_entries_size: u64,
     /// Log lines together, in bytes; the rest is cut off, which fails nothing.
     pub log_size: u64,
 }
@@ -156,6 +160,8 @@ impl Default for Limits {
             sql_size: 16 << 20,
             answer_size: 4 << 20,
             state_size: 1 << 20,
+            state_entries: 10_000,
+            state_entries_size: 16 << 20,
             log_size: 64 << 10,
         }
     }

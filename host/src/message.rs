@@ -15,6 +15,9 @@ pub type Headers = Vec<(String, String)>;
 /// The longest event id, in bytes of UTF-8.
 pub const EVENT_ID_MAX: usize = 255;
 
+/// The longest an output may be delayed.
+pub const DELAY_MAX: Duration = Duration::from_secs(366 * 24 * 60 * 60);
+
 /// One message for one worker.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Message {

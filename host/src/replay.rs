@@ -17,7 +17,7 @@ use crate::guest::{
 use crate::hint::WithHint;
 use crate::manifest::Worker;
 use crate::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
-use crate::state::{BatchState, StateEntry};
+use crate::state::{BatchState, StateSlot};
 use crate::store::{LetterRecord, Store};
 
 /// How long a replay may take, unless the attempt itself ran out of its time: a laptop may be slower than a host.
@@ -229,7 +229,7 @@ impl Database for Nowhere {
         bail!(NOWHERE)
     }
 
-    async fn load_state(&self, _: String) -> Result<Option<StateEntry>> {
+    async fn load_state(&self, _: String) -> Result<StateSlot> {
         bail!(NOWHERE)
     }
 }

@@ -25,6 +25,10 @@ const HOSTILE: &[(&str, &str, &str, &str, &str)] = &[
     ("swallow-unique", "swallow_error", r#"{"what": "unique"}"#, "attempts-exhausted", "a statement failed"),
     ("reject-unique", "swallow_error", r#"{"what": "reject_unique"}"#, "rejected", "it was there before"),
     ("insert-trap", "insert,trap", "{}", "attempts-exhausted", "panicked"),
+    ("late", "emit", r#"{"delay_ms": 1735689600000000}"#, "output-refused", "may be delayed by 366 days at most"),
+    ("state-keys", "state_many", r#"{"keys": 21}"#, "attempts-exhausted", "may read and change 20 keys"),
+    ("state-reads", "state_many", r#"{"reads": 20, "keys": 1}"#, "attempts-exhausted", "may read and change 20 keys"),
+    ("state-size", "state_many", r#"{"keys": 20, "size": 6000}"#, "attempts-exhausted", "more than 102400 bytes"),
     ("unknown", "no-such-behaviour", "{}", "rejected", "no-such-behaviour"),
 ];
 
@@ -38,6 +42,8 @@ backoff_max = "50ms"
 
 [worker.limits]
 time = "1s"
+state_entries = 20
+state_entries_size = "100KiB"
 "#;
 
 both!(each_is_a_dead_letter_with_a_reason_and_its_neighbours_do_not_notice, |kind: Kind| async move {

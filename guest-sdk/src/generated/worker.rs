@@ -165,7 +165,7 @@ pub mod oncely {
                 /// one of them cannot be published, those behind it wait, and those of other keys go on. One with a
                 /// delay takes its place when it is due.
                 pub ordering_key: ::core::option::Option<_rt::String>,
-                /// Publish this long after the commit, not at once.
+                /// Publish this long after the commit, not at once; 366 days at most.
                 pub delay: ::core::option::Option<Milliseconds>,
                 /// The event id of the message that caused it. A `batch-handler` says it for each output, because the usual id
                 /// is made of it and counts the outputs of that message alone; for a `handler` none means the one message there is.
@@ -585,7 +585,7 @@ pub mod oncely {
             pub struct Entry {
                 /// The value.
                 pub value: _rt::Vec<u8>,
-                /// 1 when the key was first set, one more with each change.
+                /// It grows with each change of the key, and goes on growing when the key is deleted and set again.
                 pub version: u64,
             }
             impl ::core::fmt::Debug for Entry {
@@ -604,7 +604,7 @@ pub mod oncely {
             pub enum Error {
                 /// The key is empty or longer than 255 bytes.
                 InvalidKey(_rt::String),
-                /// The value is larger than the limits allow.
+                /// The value is larger than the limits allow, or this delivery reads and writes more keys or bytes than they do.
                 TooLarge(_rt::String),
                 /// `compare-and-set` found another version: this one, or none when the key is not there.
                 VersionMismatch(::core::option::Option<u64>),

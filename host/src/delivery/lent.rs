@@ -10,7 +10,7 @@ use tokio::sync::Mutex;
 use crate::fault;
 use crate::guest::Database;
 use crate::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
-use crate::state::StateEntry;
+use crate::state::StateSlot;
 use crate::store::{StoreError, Tx};
 
 /// The transaction, lent to the guests of a batch.
@@ -116,10 +116,10 @@ impl Database for Lent {
         executed
     }
 
-    async fn load_state(&self, key: String) -> anyhow::Result<Option<StateEntry>> {
+    async fn load_state(&self, key: String) -> anyhow::Result<StateSlot> {
         let found =
             self.with_desk(move |desk| Box::pin(async move { Ok(desk.tx()?.load_state(&[key]).await?) })).await?;
-        Ok(found.into_iter().next().map(|(_, entry)| entry))
+        Ok(found.into_iter().next().map(|(_, slot)| slot).unwrap_or_default())
     }
 }
 

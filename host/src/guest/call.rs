@@ -1,5 +1,6 @@
 //! One call of a guest: its instance, its limits, its deadline, and what became of it.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -147,6 +148,7 @@ pub(super) struct CallState {
     pub in_batch: bool,
     pub outputs: Vec<Output>,
     pub output_bytes: usize,
+    pub state_used: StateUsed,
     pub cache: CacheWrites,
     pub statements: u32,
     /// The first thing that dooms this delivery, whatever the handler returns.
@@ -167,6 +169,14 @@ pub(super) struct CallState {
     http: WasiHttpCtx,
     hooks: NothingGoesOut,
     table: ResourceTable,
+}
+
+/// What a call has used of the limits of keyed state.
+#[derive(Default)]
+pub(super) struct StateUsed {
+    /// The keys it read or changed.
+    pub keys: HashSet<String>,
+    pub bytes: usize,
 }
 
 impl WasiView for CallState {
@@ -292,6 +302,7 @@ impl CallState {
             in_batch,
             outputs: Vec::new(),
             output_bytes: 0,
+            state_used: StateUsed::default(),
             cache: CacheWrites::default(),
             statements: 0,
             doomed: None,
@@ -316,6 +327,7 @@ impl CallState {
         self.logs.begin(usize::try_from(call.worker.limits.log_size).unwrap_or(usize::MAX));
         self.outputs.clear();
         self.output_bytes = 0;
+        self.state_used = StateUsed::default();
         self.cache = CacheWrites::default();
         self.statements = 0;
         self.deadline = deadline;

@@ -17,7 +17,7 @@ use super::call::{CallFailure, CallState, FailureKind};
 use super::record::{Asked, Saw};
 use crate::message::Message;
 use crate::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
-use crate::state::StateEntry;
+use crate::state::StateSlot;
 use crate::units;
 
 mod cache;
@@ -35,7 +35,7 @@ pub trait Database: Send + Sync {
     fn dialect(&self) -> Dialect;
     async fn query(&self, statement: String, params: Vec<Value>, limits: SqlLimits) -> Result2<Rows>;
     async fn execute(&self, statement: String, params: Vec<Value>) -> Result2<u64>;
-    async fn load_state(&self, key: String) -> anyhow::Result<Option<StateEntry>>;
+    async fn load_state(&self, key: String) -> anyhow::Result<StateSlot>;
 }
 
 /// What a guest's `cache` reads. Never an error: what cannot be had is not there.

@@ -17,7 +17,7 @@ use crate::sql::{Dialect, Rows, SqlError, Value};
 use crate::state::StateEntry;
 
 /// The form in which records are written; a host reads those of its own form alone.
-pub const RECORD_FORM: u32 = 1;
+pub const RECORD_FORM: u32 = 2;
 
 /// How much of what a call asks and sees is kept, in bytes. From the first thing on that has no more room the record is cut.
 pub const RECORD_MAX: usize = 1 << 20;
@@ -157,8 +157,12 @@ pub enum Saw {
     /// What it was told follows from the call itself.
     Nothing,
     Entry(Option<StateEntry>),
-    /// The version the key had before it was changed.
-    Version(Option<u64>),
+    /// The key before it was changed: the version of its value, the last version it was given, and the value's size.
+    Before {
+        version: Option<u64>,
+        last: u64,
+        size: usize,
+    },
     Rows(Rows),
     /// How many rows changed.
     Changed(u64),
@@ -239,8 +243,8 @@ impl fmt::Display for Saw {
         match self {
             Saw::Nothing => f.write_str("done"),
             Saw::Entry(Some(entry)) => write!(f, "version {}: {}", entry.version, Body(&entry.value)),
-            Saw::Entry(None) | Saw::Version(None) => f.write_str("not there before"),
-            Saw::Version(Some(version)) => write!(f, "was version {version}"),
+            Saw::Entry(None) | Saw::Before { version: None, .. } => f.write_str("not there before"),
+            Saw::Before { version: Some(version), .. } => write!(f, "was version {version}"),
             Saw::Rows(rows) => {
                 write!(f, "{} rows of ({})", rows.rows.len(), rows.columns.join(", "))?;
                 rows.rows.first().map_or(Ok(()), |first| write!(f, ", the first {}", Params(first)))

@@ -48,7 +48,7 @@ pub(super) const ALARM_KEYS: [&str; 8] = [
     "clear_after",
 ];
 pub(super) const RETRY_KEYS: [&str; 4] = ["attempts", "backoff", "backoff_max", "proved_poison"];
-pub(super) const LIMITS_KEYS: [&str; 11] = [
+pub(super) const LIMITS_KEYS: [&str; 13] = [
     "time",
     "memory",
     "outputs",
@@ -59,6 +59,8 @@ pub(super) const LIMITS_KEYS: [&str; 11] = [
     "sql_size",
     "answer_size",
     "state_size",
+    "state_entries",
+    "state_entries_size",
     "log_size",
 ];
 
@@ -310,6 +312,8 @@ fn limits(section: &Section<'_>) -> anyhow::Result<Limits> {
         sql_size: size("sql_size", "\"16MiB\"", 1..=GIB, default.sql_size)?,
         answer_size: size("answer_size", "\"4MiB\"", 1..=64 << 20, default.answer_size)?,
         state_size: size("state_size", "\"1MiB\"", 1..=64 << 20, default.state_size)?,
+        state_entries: count("state_entries", "10000", 0..=1_000_000, default.state_entries)?,
+        state_entries_size: size("state_entries_size", "\"16MiB\"", 1..=GIB, default.state_entries_size)?,
         log_size: size("log_size", "\"64KiB\"", 0..=64 << 20, default.log_size)?,
     })
 }

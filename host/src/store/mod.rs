@@ -19,7 +19,7 @@ pub use crate::message::Output;
 use crate::output_ids::{self, OutputIds};
 use crate::request::{HttpAnswer, RequestKey};
 use crate::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
-pub use crate::state::{StateEntry, StateWrite};
+pub use crate::state::{StateEntry, StateSlot, StateWrite};
 use crate::verdict::{Letter, Settled};
 
 mod archive;
@@ -546,8 +546,8 @@ pub trait Tx: Send {
     /// Keeps the answer to a key that this transaction claimed, for at least so long.
     async fn answer_request(&mut self, request: &RequestKey, answer: &HttpAnswer, keep: Duration) -> Result<()>;
 
-    /// The entries of those `keys` that are there.
-    async fn load_state(&mut self, keys: &[String]) -> Result<Vec<(String, StateEntry)>>;
+    /// Each of these keys as it stands, also those that are not there.
+    async fn load_state(&mut self, keys: &[String]) -> Result<Vec<(String, StateSlot)>>;
 
     /// Applies all changes, each key once, or fails with [`StoreError::Conflict`] when a key moved.
     async fn save_state(&mut self, writes: &[StateWrite]) -> Result<()>;

@@ -10,7 +10,7 @@ use sqlx::{Decode, Row, Type};
 use super::{
     AttemptRecord, AuditRecord, DeploymentRecord, EditRecord, LetterGroup, LetterOutput, LetterRecord, LetterState,
     LetterSummary, OnStream, OutboxLag, OutboxRow, OutputRecord, OutputSummary, Result, StateRecord, StoreError,
-    WorkerTotals, shared,
+    Unpublished, WorkerTotals, shared,
 };
 use crate::alarm::{Alarm, Kind, Move, Notice};
 use crate::message::{Message, Origin, Redriven};
@@ -45,12 +45,12 @@ pub(super) trait Columns {
         self.get(column).map(i32::cast_unsigned)
     }
 
-    fn time(&self, column: &str) -> anyhow::Result<Timestamp> {
-        Ok(shared::timestamp(self.get(column)?)?)
+    fn time(&self, column: &str) -> sqlx::Result<Timestamp> {
+        self.get(column).map(shown_time)
     }
 
-    fn time_if_any(&self, column: &str) -> anyhow::Result<Option<Timestamp>> {
-        Ok(self.get::<Option<i64>>(column)?.map(shared::timestamp).transpose()?)
+    fn time_if_any(&self, column: &str) -> sqlx::Result<Option<Timestamp>> {
+        Ok(self.get::<Option<i64>>(column)?.map(shown_time))
     }
 
     fn bytes(&self, column: &str) -> sqlx::Result<Vec<u8>> {
@@ -68,6 +68,24 @@ impl Columns for SqliteRow {
     fn get<T: Plain>(&self, column: &str) -> sqlx::Result<T> {
         self.try_get(column)
     }
+}
+
+/// A time from a column. The databases keep times of years that cannot be shown: such a time is the first or last that can.
+fn shown_time(micros: i64) -> Timestamp {
+    Timestamp::from_microsecond(micros).unwrap_or(if micros < 0 { Timestamp::MIN } else { Timestamp::MAX })
+}
+
+/// The rows of a list, for people. One that cannot be read is logged and left out: it does not hide the others.
+pub(super) fn list<R: Columns, T>(rows: &[R], read: impl Fn(&R) -> Result<T>) -> Vec<T> {
+    let readable = |row: &R| match read(row) {
+        Ok(read) => Some(read),
+        Err(error) => {
+            let error = format!("{:#}", anyhow::Error::from(error));
+            tracing::error!(error, "row of a list not readable, left out");
+            None
+        }
+    };
+    rows.iter().filter_map(readable).collect()
 }
 
 /// What was read, or which thing could not be.
@@ -269,8 +287,29 @@ pub(super) fn redriven(row: &impl Columns) -> Result<Message> {
     })
 }
 
+/// An output by its number, and why it is set aside.
+type SetAside = (i64, Unpublished);
+
+/// Outputs that were leased, and those that cannot be read: these are set aside and hold up no others.
+pub(super) fn all_leased<R: Columns>(rows: &[R]) -> Result<(Vec<OutboxRow>, Vec<SetAside>)> {
+    let (mut leased, mut unreadable) = (Vec::with_capacity(rows.len()), Vec::new());
+    for row in rows {
+        match self::leased(row) {
+            Ok(output) => leased.push(output),
+            Err(error) => {
+                let seq = read("the number of a leased output", || Ok(row.get("seq")?))?;
+                let reason = format!("the row cannot be read: {:#}", anyhow::Error::from(error));
+                tracing::error!(number = seq, reason, "output set aside until a person retries or drops it");
+                unreadable.push((seq, Unpublished::Aside { reason }));
+            }
+        }
+    }
+    leased.sort_unstable_by_key(|row| row.seq);
+    Ok((leased, unreadable))
+}
+
 /// An output that was leased.
-pub(super) fn leased(row: &impl Columns) -> Result<OutboxRow> {
+fn leased(row: &impl Columns) -> Result<OutboxRow> {
     read("a leased output", || {
         Ok(OutboxRow {
             seq: row.get("seq")?,

@@ -8,7 +8,9 @@ use anyhow::{Context, anyhow};
 use jiff::Timestamp;
 use sha2::{Digest, Sha256};
 
-use super::{Claim, Claimed, OutboxRow, Output, Result, StoreError, Unpublished, WorkerMigration};
+use super::{
+    Claim, Claimed, OutboxRow, Output, Result, StateEntry, StateSlot, StoreError, Unpublished, WorkerMigration,
+};
 use crate::alarm::{self, Kind};
 use crate::failure_group::FailureGroup;
 use crate::fault;
@@ -22,6 +24,9 @@ pub(super) const HOUSE_TIME: Duration = Duration::from_secs(60);
 
 /// How long the notices of dead letters are left to the host that buried them before a sweep takes them.
 pub(super) const NOTICE_LEASE: Duration = Duration::from_secs(30);
+
+/// How long the version of a deleted key of keyed state is kept in a row of its own.
+pub(super) const DELETED_STATE_KEPT: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// To within what time it is written down when a failure was last seen: not each death writes it.
 pub(super) const SEEN_TO_WITHIN: Duration = Duration::from_secs(60);
@@ -77,6 +82,13 @@ pub(super) fn timestamp(micros: i64) -> Result<Timestamp> {
 /// A duration in whole microseconds.
 pub(super) fn micros(duration: Duration) -> i64 {
     i64::try_from(duration.as_micros()).unwrap_or(i64::MAX / 4)
+}
+
+/// A key of keyed state from its columns. `last` is the version of its row, or for a key without one the number that its
+/// next version has to follow.
+pub(super) fn state_slot(value: Option<Vec<u8>>, last: i64, has_row: bool) -> StateSlot {
+    let version = unsigned(last);
+    StateSlot { entry: value.map(|value| StateEntry { value: value.into(), version }), version, has_row }
 }
 
 /// A number as the database keeps it.

@@ -34,6 +34,7 @@ mod sql_text;
 mod state_append;
 mod state_cas;
 mod state_counter;
+mod state_many;
 mod swallow_error;
 mod trap;
 mod version;
@@ -76,6 +77,7 @@ fn run(behaviour: &str, message: &Message) -> Result<(), Failure> {
         "state_append" => state_append::run(message),
         "state_cas" => state_cas::run(message),
         "state_counter" => state_counter::run(message),
+        "state_many" => state_many::run(message),
         "swallow_error" => swallow_error::run(message),
         "trap" => trap::run(),
         "version" => version::run(),

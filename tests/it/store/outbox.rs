@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use oncely::store::{OutboxRow, Output, Published, Unpublished};
+use oncely::store::{OutboxRow, Output, OutputFilter, Published, Unpublished};
 
 use super::{LEASE, World, a_claim, an_output};
 
@@ -19,6 +19,8 @@ on_every_database!(
     outputs_that_are_not_there_cannot_be_marked,
     a_deferred_output_is_due_after_its_delay_with_one_more_failure,
     two_sweeps_never_lease_the_same_output,
+    a_row_that_cannot_be_read_spoils_no_list,
+    a_row_that_cannot_be_read_holds_up_no_output,
 );
 
 async fn append(world: &World, outputs: &[Output], lease: Duration) -> Vec<OutboxRow> {
@@ -105,6 +107,34 @@ async fn a_deferred_output_is_due_after_its_delay_with_one_more_failure(world: W
     world.store.put_back_outputs(&back).await.unwrap();
     let leased = lease(&world, LEASE).await;
     assert_eq!(leased, [OutboxRow { failures: 1, ..rows[0].clone() }]);
+}
+
+fn unpublished() -> OutputFilter {
+    OutputFilter { unpublished: true, limit: 100, ..OutputFilter::default() }
+}
+
+async fn a_row_that_cannot_be_read_spoils_no_list(world: World) {
+    let years = Duration::from_secs(55_000 * 366 * 24 * 60 * 60);
+    let outputs = [an_output("e1", 0, LONG), an_output("e1", 1, years), an_output("e1", 2, LONG)];
+    append(&world, &outputs, LEASE).await;
+    let listed = world.store.outputs(&unpublished()).await.unwrap();
+    assert_eq!(listed.iter().map(|output| output.state.as_str()).collect::<Vec<_>>(), ["delayed"; 3]);
+    assert_eq!(listed[1].due_at, jiff::Timestamp::MAX);
+    let record = world.store.output(listed[1].number).await.unwrap().unwrap();
+    assert_eq!((record.summary.id, record.summary.due_at), (outputs[1].id.clone(), jiff::Timestamp::MAX));
+}
+
+async fn a_row_that_cannot_be_read_holds_up_no_output(world: World) {
+    let rows =
+        append(&world, &[an_output("e1", 0, NOW), an_output("e1", 1, NOW), an_output("e1", 2, NOW)], SHORT).await;
+    world.execute_around(&format!("update oncely.outbox set headers = '[[1]]' where seq = {}", rows[1].seq)).await;
+    let leased = lease(&world, LEASE).await;
+    assert_eq!(leased, [rows[0].clone(), rows[2].clone()]);
+    let listed = world.store.outputs(&OutputFilter { limit: 100, ..OutputFilter::default() }).await.unwrap();
+    let aside: Vec<_> = listed.iter().map(|output| (output.number, output.state.as_str())).collect();
+    assert_eq!(aside, [(rows[1].seq, "set-aside")]);
+    let error = listed[0].error.clone().unwrap_or_default();
+    assert!(error.contains("the row cannot be read"), "{error}");
 }
 
 async fn two_sweeps_never_lease_the_same_output(world: World) {

@@ -1,33 +1,49 @@
 //! Keyed state is written where nobody was faster.
 
 use bytes::Bytes;
-use oncely::store::{STATE_PREVIEW, StateEntry, StateWrite, StoreError};
+use oncely::store::{Retire, STATE_PREVIEW, StateSlot, StateWrite, StoreError};
 
 use super::{TIME, World};
 
 on_every_database!(
     state_is_kept_changed_and_deleted,
+    versions_of_a_key_grow_over_deletions,
+    versions_grow_when_a_deletion_was_forgotten,
+    a_key_that_was_deleted_meanwhile_is_a_conflict,
     a_key_that_moved_is_a_conflict_and_nothing_is_written,
     of_two_batches_that_change_a_key_at_once_one_is_a_conflict,
     people_read_one_value_whole_and_lists_by_prefix,
 );
 
 fn set(key: &str, expected: Option<u64>, value: &str) -> StateWrite {
-    let entry = StateEntry { value: Bytes::copy_from_slice(value.as_bytes()), version: expected.unwrap_or(0) + 1 };
-    StateWrite { key: key.to_owned(), expected, entry: Some(entry) }
+    let value = Some(Bytes::copy_from_slice(value.as_bytes()));
+    StateWrite { key: key.to_owned(), expected, version: expected.unwrap_or(0) + 1, value }
 }
 
 fn delete(key: &str, expected: Option<u64>) -> StateWrite {
-    StateWrite { key: key.to_owned(), expected, entry: None }
+    StateWrite { key: key.to_owned(), expected, version: expected.unwrap_or(0) + 1, value: None }
+}
+
+async fn slots(world: &World, keys: &[&str]) -> Vec<(String, StateSlot)> {
+    let mut tx = world.begin().await;
+    let keys: Vec<String> = keys.iter().map(|key| (*key).to_owned()).collect();
+    let mut slots = tx.load_state(&keys).await.unwrap();
+    tx.rollback().await;
+    slots.sort_by(|a, b| a.0.cmp(&b.0));
+    slots
+}
+
+/// The version, whether there is a value, and whether there is a row.
+async fn slot(world: &World, key: &str) -> (u64, bool, bool) {
+    let (_, slot) = slots(world, &[key]).await.remove(0);
+    (slot.version, slot.entry.is_some(), slot.has_row)
 }
 
 async fn load(world: &World) -> Vec<(String, String, u64)> {
-    let mut tx = world.begin().await;
-    let keys = ["a", "b", "c", "é\"'"].map(str::to_owned);
-    let mut entries = tx.load_state(&keys).await.unwrap();
-    tx.rollback().await;
-    entries.sort_by(|a, b| a.0.cmp(&b.0));
-    entries.into_iter().map(|(key, e)| (key, String::from_utf8(e.value.to_vec()).unwrap(), e.version)).collect()
+    let slots = slots(world, &["a", "b", "c", "é\"'"]).await;
+    let entry = |(key, slot): (String, StateSlot)| Some((key, slot.entry?));
+    let entries = slots.into_iter().filter_map(entry);
+    entries.map(|(key, e)| (key, String::from_utf8(e.value.to_vec()).unwrap(), e.version)).collect()
 }
 
 async fn save(world: &World, writes: &[StateWrite]) -> Result<(), StoreError> {
@@ -45,14 +61,72 @@ async fn state_is_kept_changed_and_deleted(world: World) {
     save(&world, &[set("b", None, "1"), set("a", None, "1"), set("é\"'", None, "")]).await.unwrap();
     let expected = [("a", "1", 1), ("b", "1", 1), ("é\"'", "", 1)];
     assert_eq!(load(&world).await, expected.map(|(key, value, version)| (key.to_owned(), value.to_owned(), version)));
-    save(&world, &[set("a", Some(1), "2"), delete("b", Some(1)), set("c", None, "1"), delete("x", None)])
-        .await
-        .unwrap();
+    save(&world, &[set("a", Some(1), "2"), delete("b", Some(1)), set("c", None, "1")]).await.unwrap();
     let expected = [("a", "2", 2), ("c", "1", 1), ("é\"'", "", 1)];
     assert_eq!(load(&world).await, expected.map(|(key, value, version)| (key.to_owned(), value.to_owned(), version)));
     let mut other = world.store.begin("another", TIME).await.unwrap();
-    assert!(other.load_state(&["a".to_owned()]).await.unwrap().is_empty());
+    let slots = other.load_state(&["a".to_owned()]).await.unwrap();
+    assert_eq!(slots, [("a".to_owned(), StateSlot::default())]);
     other.rollback().await;
+}
+
+async fn versions_of_a_key_grow_over_deletions(world: World) {
+    assert_eq!(slot(&world, "a").await, (0, false, false));
+    save(&world, &[set("a", None, "1")]).await.unwrap();
+    save(&world, &[delete("a", Some(1))]).await.unwrap();
+    assert_eq!(slot(&world, "a").await, (2, false, true));
+    assert_eq!(load(&world).await, []);
+    assert_eq!(world.store.state_entry(super::WORKER, "a").await.unwrap(), None);
+    assert!(world.store.state_entries(super::WORKER, "", 9).await.unwrap().is_empty());
+    for stale in [set("a", None, "x"), set("a", Some(1), "x"), delete("a", Some(1))] {
+        let result = save(&world, std::slice::from_ref(&stale)).await;
+        assert!(matches!(result, Err(StoreError::Conflict(_))), "{stale:?}: {result:?}");
+    }
+    save(&world, &[set("a", Some(2), "3")]).await.unwrap();
+    assert_eq!(slot(&world, "a").await, (3, true, true));
+
+    // Set and deleted by members of one batch.
+    save(&world, &[StateWrite { version: 2, ..delete("b", None) }]).await.unwrap();
+    assert_eq!(slot(&world, "b").await, (2, false, true));
+}
+
+async fn versions_grow_when_a_deletion_was_forgotten(world: World) {
+    let kept = std::time::Duration::from_secs(3600);
+    let what = Retire {
+        outputs: kept,
+        inbox: None,
+        requests: kept,
+        limit: 1,
+        patience: std::time::Duration::from_secs(1),
+        archive: None,
+    };
+    save(&world, &[set("a", None, "1"), set("b", None, "1"), set("c", None, "1")]).await.unwrap();
+    save(&world, &[set("a", Some(1), "2"), delete("b", Some(1))]).await.unwrap();
+    save(&world, &[delete("a", Some(2))]).await.unwrap();
+    while world.store.retire(&what).await.unwrap() {}
+    assert_eq!(slot(&world, "a").await, (3, false, true), "it was forgotten before its time");
+
+    let long_ago = if world.is_postgres() { "now() - interval '25 hours'" } else { "0" };
+    world.execute_around(&format!("update oncely.state set updated_at = {long_ago}")).await;
+    while world.store.retire(&what).await.unwrap() {}
+    assert_eq!(world.count_around("oncely.state").await, 1, "a value was removed, or a deletion is left");
+    for key in ["a", "b", "new"] {
+        assert_eq!(slot(&world, key).await, (3, false, false), "{key}");
+    }
+    let mut other = world.store.begin("another", TIME).await.unwrap();
+    assert_eq!(other.load_state(&["a".to_owned()]).await.unwrap(), [("a".to_owned(), StateSlot::default())]);
+    other.rollback().await;
+}
+
+async fn a_key_that_was_deleted_meanwhile_is_a_conflict(world: World) {
+    save(&world, &[set("a", None, "1")]).await.unwrap();
+    let read = slot(&world, "a").await;
+    save(&world, &[delete("a", Some(1))]).await.unwrap();
+    save(&world, &[set("a", Some(2), "3")]).await.unwrap();
+    save(&world, &[delete("a", Some(3))]).await.unwrap();
+    assert_eq!(read, (1, true, true));
+    let result = save(&world, &[set("a", Some(1), "x")]).await;
+    assert!(matches!(result, Err(StoreError::Conflict(_))), "{result:?}");
 }
 
 async fn a_key_that_moved_is_a_conflict_and_nothing_is_written(world: World) {

@@ -9,7 +9,7 @@ use crate::fault;
 use crate::guest::bindings::oncely::worker::outbox;
 use crate::guest::call::{CallState, FailureKind};
 use crate::guest::record::{Asked, Sending};
-use crate::message::{self, EVENT_ID_MAX, Headers, Message, Output, OutputKind, output_id};
+use crate::message::{self, DELAY_MAX, EVENT_ID_MAX, Headers, Message, Output, OutputKind, output_id};
 use crate::subject;
 
 impl outbox::Host for CallState {
@@ -52,6 +52,7 @@ impl CallState {
         }
         check_headers(&outgoing.headers)?;
         check_ordering_key(outgoing.ordering_key.as_deref())?;
+        let delay = checked_delay(outgoing.delay_ms.unwrap_or_default())?;
         let cause = self.cause(outgoing.caused_by.as_deref())?;
         // Counted by event: the same message yields the same ids in whichever company it is handled.
         let ordinal = self.outputs.iter().filter(|output| output.event_id == cause.event_id).count();
@@ -64,7 +65,7 @@ impl CallState {
             headers: with_trace(outgoing.headers, cause),
             body: outgoing.body,
             ordering_key: outgoing.ordering_key,
-            delay: Duration::from_millis(outgoing.delay_ms.unwrap_or_default()),
+            delay,
         };
         self.check_size(&output)?;
         Ok(output)
@@ -144,6 +145,18 @@ fn check_ordering_key(key: Option<&str>) -> Result<(), outbox::Error> {
         }
         _ => Ok(()),
     }
+}
+
+/// Beyond it a time of publication could not even be written down.
+fn checked_delay(delay_ms: u64) -> Result<Duration, outbox::Error> {
+    let delay = Duration::from_millis(delay_ms);
+    if delay > DELAY_MAX {
+        return Err(outbox::Error::Other(format!(
+            "a delay of {delay_ms} ms is too long: an output may be delayed by {} days at most",
+            DELAY_MAX.as_secs() / (24 * 60 * 60)
+        )));
+    }
+    Ok(delay)
 }
 
 /// Room for the headers the platform adds itself.

@@ -7,7 +7,7 @@ use crate::guest::bindings::oncely::worker::state;
 use crate::guest::call::CallState;
 use crate::guest::record::{Asked, Saw};
 use crate::message::EVENT_ID_MAX;
-use crate::state::StateEntry;
+use crate::state::{StateEntry, StateSlot};
 
 impl CallState {
     /// The version of `key` before it is changed, or what is wrong with the change.
@@ -24,33 +24,62 @@ impl CallState {
         if let Err(error) = check_key(key).and_then(|()| self.check_value(value)) {
             return Ok(Err(error));
         }
-        match self.call.tape.ask(key.len() + value.len(), asked)? {
-            Some(Saw::Version(version)) => {
+        let (version, size) = match self.call.tape.ask(key.len() + value.len(), asked)? {
+            Some(Saw::Before { version, last, size }) => {
                 // Of the value before it the record needs to know nothing.
                 let entry = version.map(|version| StateEntry { value: Bytes::new(), version });
-                if self.call.state.get(key).is_none() {
-                    self.call.state.remember(key.to_owned(), entry);
+                if self.call.state.slot(key).is_none() {
+                    self.call.state.remember(key.to_owned(), StateSlot { entry, version: last, has_row: false });
                 }
-                Ok(Ok(version))
+                (version, size)
             }
-            Some(_) => self.call.tape.foreign(),
+            Some(_) => return self.call.tape.foreign(),
             None => {
                 self.load(key).await?;
-                let version = self.call.state.get(key).flatten().map(|entry| entry.version);
-                self.call.tape.saw(0, || Saw::Version(version));
-                Ok(Ok(version))
+                let slot = self.call.state.slot(key).cloned().unwrap_or_default();
+                let (version, last) = (slot.entry.as_ref().map(|entry| entry.version), slot.version);
+                let size = slot.entry.map_or(0, |entry| entry.value.len());
+                self.call.tape.saw(0, || Saw::Before { version, last, size });
+                (version, size)
             }
+        };
+        Ok(self.count_state(key, size, value.len()).map(|()| version))
+    }
+
+    /// Counts a key and a value against what one delivery may use: the key and the value it has with their first use, and
+    /// each value that is written.
+    fn count_state(&mut self, key: &str, has: usize, written: usize) -> Result<(), state::Error> {
+        let limits = &self.call.worker.limits;
+        let is_new = !self.state_used.keys.contains(key);
+        if is_new && self.state_used.keys.len() >= limits.state_entries as usize {
+            return Err(state::Error::TooLarge(format!(
+                "a delivery may read and change {} keys (`state_entries` under [worker.limits])",
+                limits.state_entries
+            )));
         }
+        if is_new {
+            self.state_used.keys.insert(key.to_owned());
+            self.state_used.bytes += key.len() + has;
+        }
+        self.state_used.bytes += written;
+        if self.state_used.bytes as u64 > limits.state_entries_size {
+            return Err(state::Error::TooLarge(format!(
+                "the keys and values that this delivery reads and writes have more than {} bytes together \
+                 (`state_entries_size` under [worker.limits])",
+                limits.state_entries_size
+            )));
+        }
+        Ok(())
     }
 
     /// Reads `key` into the batch's state unless it is there already.
     async fn load(&mut self, key: &str) -> wasmtime::Result<()> {
-        if self.call.state.get(key).is_some() {
+        if self.call.state.slot(key).is_some() {
             return Ok(());
         }
         match self.call.database.load_state(key.to_owned()).await {
-            Ok(entry) => {
-                self.call.state.remember(key.to_owned(), entry);
+            Ok(slot) => {
+                self.call.state.remember(key.to_owned(), slot);
                 Ok(())
             }
             Err(error) => self.house(error),
@@ -103,6 +132,10 @@ impl state::Host for CallState {
                 entry
             }
         };
+        let size = entry.as_ref().map_or(0, |entry| entry.value.len());
+        if let Err(error) = self.count_state(&key, size, 0) {
+            return Ok(Err(error));
+        }
         Ok(Ok(entry.map(|entry| state::Entry { value: entry.value.into(), version: entry.version })))
     }
 

@@ -152,5 +152,5 @@ pub(super) async fn of_event(session: &mut Session, worker: &str, event_id: &str
         .fetch_all(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "read attempts"))?;
-    rows.iter().map(rows::attempt).collect()
+    Ok(rows::list(&rows, rows::attempt))
 }

@@ -74,7 +74,7 @@ pub(super) async fn list(session: &mut Session, filter: &LetterFilter) -> Result
         .fetch_all(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "list dead letters"))?;
-    rows.iter().map(rows::letter_summary).collect()
+    Ok(rows::list(&rows, rows::letter_summary))
 }
 
 /// How many letters fit, and when they died, by group and subject.
@@ -104,7 +104,7 @@ pub(super) async fn groups(session: &mut Session, filter: &LetterFilter) -> Resu
         .fetch_all(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "group dead letters"))?;
-    rows.iter().map(rows::letter_group).collect()
+    Ok(rows::list(&rows, rows::letter_group))
 }
 
 /// One letter, with everything that is known of it.
@@ -140,7 +140,7 @@ async fn edits(session: &mut Session, id: i64) -> Result<Vec<EditRecord>> {
         .fetch_all(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "read corrected bodies"))?;
-    rows.iter().map(rows::letter_edit).collect()
+    Ok(rows::list(&rows, rows::letter_edit))
 }
 
 async fn audit(session: &mut Session, id: i64) -> Result<Vec<AuditRecord>> {
@@ -153,7 +153,7 @@ async fn audit(session: &mut Session, id: i64) -> Result<Vec<AuditRecord>> {
         .fetch_all(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "read what was done to a dead letter"))?;
-    rows.iter().map(rows::letter_audit).collect()
+    Ok(rows::list(&rows, rows::letter_audit))
 }
 
 async fn settled(session: &mut Session, worker: &str, event_id: &str) -> Result<Option<(String, Timestamp)>> {
@@ -183,5 +183,5 @@ async fn outputs(session: &mut Session, worker: &str, event_id: &str) -> Result<
         .fetch_all(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "look up an event's outputs"))?;
-    rows.iter().map(rows::letter_output).collect()
+    Ok(rows::list(&rows, rows::letter_output))
 }

@@ -506,6 +506,7 @@ impl Store for PostgresStore {
         let mut session = self.house.begin(Purpose::House).await?;
         totals::write_done(&mut session).await?;
         done |= parts::remove_log_records(&mut session, what.outputs, what.limit).await?;
+        done |= parts::remove_deleted_state(&mut session, what.limit).await?;
         if let Some(keep) = what.inbox {
             done |= parts::remove_attempts(&mut session, keep, what.limit).await?;
         }

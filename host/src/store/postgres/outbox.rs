@@ -141,8 +141,8 @@ pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) ->
         .fetch_all(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "lease outputs"))?;
-    let mut leased: Vec<_> = rows.iter().map(rows::leased).collect::<Result<_>>()?;
-    leased.sort_unstable_by_key(|row| row.seq);
+    let (leased, unreadable) = rows::all_leased(&rows)?;
+    put_back(session, &unreadable).await?;
     Ok(leased)
 }
 
@@ -195,6 +195,9 @@ pub(super) async fn mark_published(session: &mut Session, published: &[Published
 
 /// Gives leases up.
 pub(super) async fn put_back(session: &mut Session, rows: &[(i64, Unpublished)]) -> Result<()> {
+    if rows.is_empty() {
+        return Ok(());
+    }
     let ids = session.output_ids();
     let rows: Vec<_> = rows.iter().map(|row| PutBackColumns::of(row, &ids)).collect();
     let query = session.query(

@@ -62,7 +62,7 @@ pub(super) async fn list(session: &mut Session, filter: &OutputFilter) -> Result
         .fetch_all(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "list outputs"))?;
-    rows.iter().map(rows::output_summary).collect()
+    Ok(rows::list(&rows, rows::output_summary))
 }
 
 /// One output by its number.

@@ -290,6 +290,33 @@ pub(super) async fn remove_attempts(session: &mut Session, keep: Duration, limit
     Ok(result.rows_affected() == u64::from(limit))
 }
 
+/// Removes the rows of keys of keyed state that were deleted a while ago. New keys of their workers begin above their
+/// versions. Returns whether there may be more.
+pub(super) async fn remove_deleted_state(session: &mut Session, limit: u32) -> Result<bool> {
+    let query = session.query(
+        "with gone as (
+             delete from oncely.state where (worker, key) in (
+                 select worker, key from oncely.state
+                 where value is null and updated_at < pg_catalog.now() - $1 * interval '1 microsecond'
+                 order by updated_at limit $2 for update skip locked)
+             returning worker, version
+         ), raised as (
+             insert into oncely.state_floor (worker, version)
+             select worker, pg_catalog.max(version) from gone group by worker order by worker
+             on conflict (worker) do update set version = greatest(state_floor.version, excluded.version)
+         )
+         select pg_catalog.count(*) from gone",
+    );
+    let row = query
+        .bind(shared::micros(shared::DELETED_STATE_KEPT))
+        .bind(i64::from(limit))
+        .fetch_one(session.connection())
+        .await
+        .map_err(|error| errors::of_statement(error, "remove deleted keys of state"))?;
+    let gone: i64 = row.try_get(0).map_err(|error| errors::of_statement(error, "count deleted keys of state"))?;
+    Ok(gone == i64::from(limit))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

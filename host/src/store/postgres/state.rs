@@ -6,10 +6,10 @@ use sqlx::postgres::PgRow;
 
 use super::errors;
 use super::session::Session;
-use crate::store::{Result, STATE_PREVIEW, StateEntry, StateRecord, StateWrite, StoreError, rows, shared};
+use crate::store::{Result, STATE_PREVIEW, StateRecord, StateSlot, StateWrite, StoreError, rows, shared};
 
-/// The entries of those keys that are there.
-pub(super) async fn load(session: &mut Session, worker: &str, keys: &[String]) -> Result<Vec<(String, StateEntry)>> {
+/// The keys as they stand.
+pub(super) async fn load(session: &mut Session, worker: &str, keys: &[String]) -> Result<Vec<(String, StateSlot)>> {
     let query = session.query("select * from oncely_door.load_state($1, $2, $3)");
     let rows = query
         .bind(session.token())
@@ -18,26 +18,21 @@ pub(super) async fn load(session: &mut Session, worker: &str, keys: &[String]) -
         .fetch_all(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "load state"))?;
-    let read = |row: &PgRow| {
-        let entry =
-            StateEntry { value: row.try_get::<Vec<u8>, _>(1)?.into(), version: shared::unsigned(row.try_get(2)?) };
-        Ok((row.try_get(0)?, entry))
-    };
-    let entries: sqlx::Result<Vec<_>> = rows.iter().map(read).collect();
-    entries.context("read state").map_err(StoreError::Unavailable)
+    let read =
+        |row: &PgRow| Ok((row.try_get(0)?, shared::state_slot(row.try_get(1)?, row.try_get(2)?, row.try_get(3)?)));
+    let slots: sqlx::Result<Vec<_>> = rows.iter().map(read).collect();
+    slots.context("read state").map_err(StoreError::Unavailable)
 }
 
 /// Writes each key that still has the version that was read, with one statement.
 pub(super) async fn save(session: &mut Session, worker: &str, writes: &[StateWrite]) -> Result<()> {
-    let writes: Vec<_> = writes.iter().filter(|write| write.expected.is_some() || write.entry.is_some()).collect();
     let mut expected = Vec::with_capacity(writes.len());
     let mut versions = Vec::with_capacity(writes.len());
-    for write in &writes {
+    for write in writes {
         expected.push(write.expected.map(shared::signed).transpose()?);
-        versions.push(write.entry.as_ref().map(|entry| shared::signed(entry.version)).transpose()?);
+        versions.push(shared::signed(write.version)?);
     }
-    let values: Vec<Option<&[u8]>> =
-        writes.iter().map(|write| write.entry.as_ref().map(|entry| entry.value.as_ref())).collect();
+    let values: Vec<Option<&[u8]>> = writes.iter().map(|write| write.value.as_deref()).collect();
     let query = session.query("select oncely_door.save_state($1, $2, $3, $4, $5, $6)");
     let row = query
         .bind(session.token())
@@ -61,7 +56,7 @@ pub(super) async fn entry(session: &mut Session, worker: &str, key: &str) -> Res
     let query = session.query(
         "select key, version, octet_length(value)::bigint as size, value,
              (extract(epoch from updated_at) * 1000000)::bigint as updated_at
-         from oncely.state where worker = $1 and key = $2",
+         from oncely.state where worker = $1 and key = $2 and value is not null",
     );
     let row = query
         .bind(worker)
@@ -77,7 +72,7 @@ pub(super) async fn entries(session: &mut Session, worker: &str, prefix: &str, l
     let query = session.query(
         "select key, version, octet_length(value)::bigint as size, substring(value from 1 for $4) as value,
              (extract(epoch from updated_at) * 1000000)::bigint as updated_at
-         from oncely.state where worker = $1 and pg_catalog.starts_with(key, $2)
+         from oncely.state where worker = $1 and pg_catalog.starts_with(key, $2) and value is not null
          order by key collate pg_catalog.\"C\" limit $3",
     );
     let rows = query
@@ -88,5 +83,5 @@ pub(super) async fn entries(session: &mut Session, worker: &str, prefix: &str, l
         .fetch_all(session.connection())
         .await
         .map_err(|error| errors::of_statement(error, "list state"))?;
-    rows.iter().map(rows::state).collect()
+    Ok(rows::list(&rows, rows::state))
 }

@@ -14,7 +14,7 @@ use crate::request::{HttpAnswer, RequestKey};
 use crate::sql::{Rows, SqlError, SqlLimits, Value};
 use crate::store::shared::Savepoint;
 use crate::store::{
-    Changes, Claim, Claimed, ClaimedRequest, OutboxRow, Output, Result, StateEntry, StateWrite, StoreError, Tx, shared,
+    Changes, Claim, Claimed, ClaimedRequest, OutboxRow, Output, Result, StateSlot, StateWrite, StoreError, Tx, shared,
 };
 use crate::verdict::Settled;
 
@@ -118,7 +118,7 @@ impl Tx for PostgresTx {
         self.remember(kept.map_err(errors::of_guests_values))
     }
 
-    async fn load_state(&mut self, keys: &[String]) -> Result<Vec<(String, StateEntry)>> {
+    async fn load_state(&mut self, keys: &[String]) -> Result<Vec<(String, StateSlot)>> {
         self.check()?;
         let entries = state::load(&mut self.session, &self.worker, keys).await;
         self.remember(entries)

@@ -138,5 +138,5 @@ pub(super) async fn of_event(readers: &SqlitePool, worker: &str, event_id: &str)
     .fetch_all(readers)
     .await
     .map_err(|error| errors::of_statement(error, "read attempts"))?;
-    rows.iter().map(rows::attempt).collect()
+    Ok(rows::list(&rows, rows::attempt))
 }

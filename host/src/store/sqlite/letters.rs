@@ -76,7 +76,7 @@ pub(super) async fn list(readers: &SqlitePool, filter: &LetterFilter) -> Result<
         .fetch_all(readers)
         .await
         .map_err(|error| errors::of_statement(error, "list dead letters"))?;
-    rows.iter().map(rows::letter_summary).collect()
+    Ok(rows::list(&rows, rows::letter_summary))
 }
 
 /// How many letters fit, and when they died, by group and subject.
@@ -106,7 +106,7 @@ pub(super) async fn groups(readers: &SqlitePool, filter: &LetterFilter) -> Resul
         .fetch_all(readers)
         .await
         .map_err(|error| errors::of_statement(error, "group dead letters"))?;
-    rows.iter().map(rows::letter_group).collect()
+    Ok(rows::list(&rows, rows::letter_group))
 }
 
 /// One letter, with everything that is known of it.
@@ -141,7 +141,7 @@ async fn edits(readers: &SqlitePool, id: i64) -> Result<Vec<EditRecord>> {
         .fetch_all(readers)
         .await
         .map_err(|error| errors::of_statement(error, "read corrected bodies"))?;
-    rows.iter().map(rows::letter_edit).collect()
+    Ok(rows::list(&rows, rows::letter_edit))
 }
 
 async fn audit(readers: &SqlitePool, id: i64) -> Result<Vec<AuditRecord>> {
@@ -154,7 +154,7 @@ async fn audit(readers: &SqlitePool, id: i64) -> Result<Vec<AuditRecord>> {
         .fetch_all(readers)
         .await
         .map_err(|error| errors::of_statement(error, "read what was done to a dead letter"))?;
-    rows.iter().map(rows::letter_audit).collect()
+    Ok(rows::list(&rows, rows::letter_audit))
 }
 
 async fn settled(readers: &SqlitePool, worker: &str, event_id: &str) -> Result<Option<(String, Timestamp)>> {
@@ -182,5 +182,5 @@ async fn outputs(readers: &SqlitePool, worker: &str, event_id: &str) -> Result<V
         .fetch_all(readers)
         .await
         .map_err(|error| errors::of_statement(error, "look up an event's outputs"))?;
-    rows.iter().map(rows::letter_output).collect()
+    Ok(rows::list(&rows, rows::letter_output))
 }

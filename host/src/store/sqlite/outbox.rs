@@ -188,8 +188,8 @@ pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) ->
     .fetch_all(session.connection().map_err(doing)?)
     .await
     .map_err(doing)?;
-    let mut leased: Vec<_> = rows.iter().map(rows::leased).collect::<Result<_>>()?;
-    leased.sort_unstable_by_key(|row| row.seq);
+    let (leased, unreadable) = rows::all_leased(&rows)?;
+    put_back(session, &unreadable).await?;
     Ok(leased)
 }
 

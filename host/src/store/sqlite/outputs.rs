@@ -59,7 +59,7 @@ pub(super) async fn list(readers: &SqlitePool, filter: &OutputFilter) -> Result<
         .fetch_all(readers)
         .await
         .map_err(|error| errors::of_statement(error, "list outputs"))?;
-    rows.iter().map(rows::output_summary).collect()
+    Ok(rows::list(&rows, rows::output_summary))
 }
 
 /// One output by its number.

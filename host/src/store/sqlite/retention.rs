@@ -11,6 +11,7 @@ use sqlx::Row;
 use super::errors;
 use super::session::Session;
 use crate::store::archive::ArchiveFile;
+use crate::store::shared::DELETED_STATE_KEPT;
 use crate::store::{Result, Retire, shared};
 
 /// The published outputs that had their time: at most $2, published before $1.
@@ -42,6 +43,22 @@ const DELETE_ATTEMPTS: &str = "delete from oncely_attempt where (worker, event_i
         where letter.worker = attempt.worker and letter.event_id = attempt.event_id)
     order by at limit $2)";
 
+/// The deleted keys of keyed state that had their time.
+macro_rules! old_deletions {
+    () => {
+        "select worker, key from oncely_state where value is null and updated_at < $1 order by updated_at limit $2"
+    };
+}
+
+/// New keys of their workers begin above the versions of those.
+const RAISE_FLOORS: &str = concat!(
+    "insert into oncely_state_floor (worker, version)
+     select worker, max(version) from oncely_state where (worker, key) in (",
+    old_deletions!(),
+    ") group by worker on conflict (worker) do update set version = max(version, excluded.version)"
+);
+const DELETE_DELETIONS: &str = concat!("delete from oncely_state where (worker, key) in (", old_deletions!(), ")");
+
 const OUTPUTS_AS_JSON: &str = concat!(
     "select json_object('seq', seq, 'id', id, 'worker', worker, 'event_id', event_id, 'ordinal', ordinal,
          'subject', subject, 'headers', headers, 'body', '\\x' || lower(hex(body)), 'ordering_key', ordering_key,
@@ -59,7 +76,7 @@ const RECORDS_AS_JSON: &str = concat!(
     ")"
 );
 
-/// Removes some of the published outputs, inbox records and attempts that had their time. Returns whether there may be more.
+/// Removes some of the published outputs, inbox records, attempts and deleted keys that had their time. Returns whether there may be more.
 pub(super) async fn retire(session: &mut Session, what: &Retire) -> Result<bool> {
     let now = Timestamp::now();
     let before = |keep: Duration| now.as_microsecond() - shared::micros(keep);
@@ -69,6 +86,9 @@ pub(super) async fn retire(session: &mut Session, what: &Retire) -> Result<bool>
     }
     let mut most = delete(session, DELETE_OUTPUTS, outputs, what.limit).await?;
     most = most.max(delete(session, DELETE_ANSWERS, now.as_microsecond(), what.limit).await?);
+    let deletions = before(DELETED_STATE_KEPT);
+    delete(session, RAISE_FLOORS, deletions, what.limit).await?;
+    most = most.max(delete(session, DELETE_DELETIONS, deletions, what.limit).await?);
     write_done(session).await?;
     if let Some(records) = what.inbox.map(before) {
         if let Some(folder) = &what.archive {

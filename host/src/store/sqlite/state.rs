@@ -6,27 +6,26 @@ use sqlx::sqlite::{SqlitePool, SqliteRow};
 
 use super::errors;
 use super::session::Session;
-use crate::store::{Result, STATE_PREVIEW, StateEntry, StateRecord, StateWrite, StoreError, rows, shared};
+use crate::store::{Result, STATE_PREVIEW, StateRecord, StateSlot, StateWrite, StoreError, rows, shared};
 
-/// The entries of those keys that are there.
-pub(super) async fn load(session: &mut Session, worker: &str, keys: &[String]) -> Result<Vec<(String, StateEntry)>> {
+/// The keys as they stand.
+pub(super) async fn load(session: &mut Session, worker: &str, keys: &[String]) -> Result<Vec<(String, StateSlot)>> {
     let doing = |error| errors::of_statement(error, "load state");
     let rows = sqlx::query(
-        "select key, value, version from oncely_state
-         where worker = $1 and key in (select value from json_each($2))",
+        "select given.value, held.value,
+             coalesce(held.version, (select version from oncely_state_floor where worker = $1), 0),
+             held.version is not null
+         from json_each($2) as given left join oncely_state as held on held.worker = $1 and held.key = given.value",
     )
     .bind(worker)
     .bind(serde_json::json!(keys).to_string())
     .fetch_all(session.connection().map_err(doing)?)
     .await
     .map_err(doing)?;
-    let read = |row: &SqliteRow| {
-        let entry =
-            StateEntry { value: row.try_get::<Vec<u8>, _>(1)?.into(), version: shared::unsigned(row.try_get(2)?) };
-        Ok((row.try_get(0)?, entry))
-    };
-    let entries: sqlx::Result<Vec<_>> = rows.iter().map(read).collect();
-    entries.context("read state").map_err(StoreError::Unavailable)
+    let read =
+        |row: &SqliteRow| Ok((row.try_get(0)?, shared::state_slot(row.try_get(1)?, row.try_get(2)?, row.try_get(3)?)));
+    let slots: sqlx::Result<Vec<_>> = rows.iter().map(read).collect();
+    slots.context("read state").map_err(StoreError::Unavailable)
 }
 
 /// Writes each key that still has the version that was read.
@@ -43,10 +42,8 @@ pub(super) async fn save(session: &mut Session, worker: &str, writes: &[StateWri
 async fn save_one(session: &mut Session, worker: &str, write: &StateWrite) -> Result<bool> {
     let doing = |error| errors::of_statement(error, "save state");
     let expected = write.expected.map(shared::signed).transpose()?;
-    let query = match &write.entry {
-        None if expected.is_none() => return Ok(true),
-        None => sqlx::query("delete from oncely_state where worker = $1 and key = $2 and version = $3"),
-        Some(_) if expected.is_none() => sqlx::query(
+    let query = match expected {
+        None => sqlx::query(
             "insert into oncely_state (worker, key, value, version) values ($1, $2, $4, $5) on conflict do nothing",
         ),
         Some(_) => sqlx::query(
@@ -59,8 +56,8 @@ async fn save_one(session: &mut Session, worker: &str, write: &StateWrite) -> Re
         .bind(worker)
         .bind(&write.key)
         .bind(expected)
-        .bind(write.entry.as_ref().map(|entry| entry.value.as_ref()))
-        .bind(write.entry.as_ref().map(|entry| shared::signed(entry.version)).transpose()?)
+        .bind(write.value.as_deref())
+        .bind(shared::signed(write.version)?)
         .execute(session.connection().map_err(doing)?)
         .await
         .map_err(doing)?;
@@ -71,7 +68,7 @@ async fn save_one(session: &mut Session, worker: &str, write: &StateWrite) -> Re
 pub(super) async fn entry(readers: &SqlitePool, worker: &str, key: &str) -> Result<Option<StateRecord>> {
     let row = sqlx::query(
         "select key, version, length(value) as size, updated_at, value from oncely_state
-         where worker = $1 and key = $2",
+         where worker = $1 and key = $2 and value is not null",
     )
     .bind(worker)
     .bind(key)
@@ -85,7 +82,7 @@ pub(super) async fn entry(readers: &SqlitePool, worker: &str, key: &str) -> Resu
 pub(super) async fn entries(readers: &SqlitePool, worker: &str, prefix: &str, limit: u32) -> Result<Vec<StateRecord>> {
     let rows = sqlx::query(
         "select key, version, length(value) as size, updated_at, substr(value, 1, $4) as value from oncely_state
-         where worker = $1 and substr(key, 1, length($2)) = $2 order by key limit $3",
+         where worker = $1 and substr(key, 1, length($2)) = $2 and value is not null order by key limit $3",
     )
     .bind(worker)
     .bind(prefix)
@@ -94,5 +91,5 @@ pub(super) async fn entries(readers: &SqlitePool, worker: &str, prefix: &str, li
     .fetch_all(readers)
     .await
     .map_err(|error| errors::of_statement(error, "list state"))?;
-    rows.iter().map(rows::state).collect()
+    Ok(rows::list(&rows, rows::state))
 }
