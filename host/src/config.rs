@@ -20,8 +20,8 @@ mod token;
 mod webhook;
 
 pub use cache::{CacheSettings, CacheUrl};
-pub use http::HttpLimits;
 pub use compile::CompileSettings;
+pub use http::HttpLimits;
 pub use nats::{Login, Nats};
 pub use token::{keep_token, read_token};
 pub use webhook::{Webhook, key as webhook_key};

@@ -263,6 +263,7 @@ pub async fn run(plan: Plan) -> Result<Outcome> {
     let redriving = tokio::spawn(redriver::redrive(campaign.redriver()?));
     let meddling = tokio::spawn(stranger::meddle(
         campaign.world.nats.url(),
+        campaign.world.database.clone(),
         Arc::clone(&campaign.progress),
         Arc::clone(&campaign.meddling),
     ));
@@ -501,6 +502,11 @@ impl Campaign {
         if let Some(act) = self.lacking() {
             let acted = self.passes(fault::MUTANT_ACTED);
             unexposed.push(format!("{} not often enough, or the harm ({acted} times)", act.happened()));
+        }
+        let taken = self.meddling.ids.load(Ordering::Relaxed);
+        if taken < self.plan.exposure.taken_ids {
+            let least = self.plan.exposure.taken_ids;
+            unexposed.push(format!("a stranger took {taken} ids of outputs, at least {least} wanted"));
         }
         if let Some((often, least)) = self.plan.exposure.often {
             let published = match often {
@@ -1015,6 +1021,8 @@ impl Campaign {
             ("batches run again".to_owned(), passes(fault::BEFORE_RERUN)),
             ("outputs compared with their effect".to_owned(), self.looked.outputs.load(Ordering::Relaxed)),
             ("snapshots of the ledger".to_owned(), self.looked.snapshots.load(Ordering::Relaxed)),
+            ("ids that a stranger guessed".to_owned(), self.meddling.guesses.load(Ordering::Relaxed)),
+            ("ids that a stranger took".to_owned(), self.meddling.ids.load(Ordering::Relaxed)),
             ("pointers that a stranger forged".to_owned(), self.meddling.pointers.load(Ordering::Relaxed)),
             ("aborts".to_owned(), noted.iter().filter(|(line, _)| line.starts_with("abort")).map(|(_, n)| n).sum()),
         ]);
@@ -1034,6 +1042,10 @@ impl Campaign {
         for name in ["duplicates skipped", "outputs the broker had already", "batches run again"] {
             floors.insert(name.to_owned(), 1);
             found.insert(name.to_owned(), seen.get(name).copied().unwrap_or_default());
+        }
+        for (what, least) in [("ids that a stranger guessed", 1_000), ("ids that a stranger took", 20)] {
+            floors.insert(what.to_owned(), least);
+            found.insert(what.to_owned(), seen.get(what).copied().unwrap_or_default());
         }
         let forged = "pointers that a stranger forged";
         floors.insert(forged.to_owned(), 100);

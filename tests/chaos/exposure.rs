@@ -13,6 +13,8 @@ pub struct Exposure {
     pub acts: Vec<(Act, u64)>,
     /// What is published far more often than usual, and how often at least.
     pub often: Option<(Often, u64)>,
+    /// How often ids of outputs are taken by a stranger before these are published.
+    pub taken_ids: u64,
     /// How often the mutant has to have done harm that it knows of. The acts go on until then.
     pub harm: u64,
 }
@@ -46,6 +48,7 @@ impl Exposure {
             fault::REUSE_AFTER_TRAP => often(Often::Nature(Nature::Trap), 15),
             fault::BURY_NOTHING => often(Often::Nature(Nature::Malformed), 15),
             fault::ALLOW_RESERVED_HEADERS => often(Often::Nature(Nature::ReservedHeader), 15),
+            fault::BELIEVE_DUPLICATE => Exposure { taken_ids: 20, ..Exposure::default() },
             // The stranger sends each pointer to another worker, too.
             fault::POINTER_WITHOUT_WORKER => often(Often::Nature(Nature::Redriven), 20),
             fault::DROP_PAYLOAD_HASH => often(Often::IdReuse, 15),

@@ -9,6 +9,8 @@ use oncely::message::output_id;
 use support::database::Database;
 use support::nats::{NatsServer, Stored};
 
+use crate::stranger::is_from_stranger;
+
 /// A row of `effect`.
 #[derive(Debug, Clone)]
 pub struct Effect {
@@ -84,6 +86,8 @@ impl Observed {
             notices: nats.read_stream("ONCELY_DLQ").await.context("read the dead letters")?,
             ..Observed::default()
         };
+        observed.outputs.retain(|stored| !is_from_stranger(&stored.subject));
+        observed.notices.retain(|stored| !is_from_stranger(&stored.subject));
         let context = async_nats::jetstream::new(nats.client().await?);
         let stream = context.get_stream("IN").await.context("open the stream of inputs")?;
         let created = stream.cached_info().created;
@@ -166,7 +170,8 @@ async fn told_alarms(database: &Database, nats: &NatsServer) -> Result<BTreeMap<
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     let mut told = BTreeMap::new();
-    for stored in nats.read_stream("ONCELY_ALARM").await? {
+    let all = nats.read_stream("ONCELY_ALARM").await?;
+    for stored in all.into_iter().filter(|stored| !is_from_stranger(&stored.subject)) {
         *told.entry(stored.headers.get("Oncely-Output-Id").cloned().unwrap_or_default()).or_default() += 1;
     }
     Ok(told)

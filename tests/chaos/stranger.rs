@@ -1,4 +1,5 @@
-//! A stranger who may publish everywhere, and forges pointers to dead letters all along.
+//! A stranger who may publish everywhere. All along it guesses the ids that outputs and the platform's own messages will have,
+//! takes some that it could not know, and forges pointers to dead letters.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,23 +9,44 @@ use anyhow::{Context, Result};
 use async_nats::HeaderMap;
 use futures::StreamExt;
 
+use support::database::Database;
+
 use crate::publisher::Progress;
 
-/// The worker whose dead letters are pointed at, and another one to which they do not belong.
+/// The worker whose ids are guessed, and another one to which its dead letters do not belong.
 const WORKER: &str = "test";
 pub const BYSTANDER: &str = "bystander";
+
+/// Where it publishes on streams that others read: what is not the host's there is told apart by this.
+pub const SUBJECT: &str = "stranger";
 
 /// How often it tries.
 const EVERY: Duration = Duration::from_millis(100);
 
+/// How far ahead it guesses.
+const AHEAD: u64 = 40;
+
+/// Outputs that are yet to be due, and so for certain not on their stream.
+const UNPUBLISHED: &str = "select id from oncely.outbox
+    where published_at is null and subject like 'out.%' and first_attempt_at is null limit 3";
+
 /// What it did.
 #[derive(Default)]
 pub struct Meddling {
+    /// Readable ids that were guessed.
+    pub guesses: AtomicU64,
+    /// Ids of outputs that were taken before these were published.
+    pub ids: AtomicU64,
     pub pointers: AtomicU64,
 }
 
+/// Whether a message on a stream is the stranger's.
+pub fn is_from_stranger(subject: &str) -> bool {
+    subject.ends_with(&format!(".{SUBJECT}"))
+}
+
 /// Meddles until it is aborted.
-pub async fn meddle(url: String, progress: Arc<Progress>, meddling: Arc<Meddling>) -> Result<()> {
+pub async fn meddle(url: String, database: Database, progress: Arc<Progress>, meddling: Arc<Meddling>) -> Result<()> {
     let client = async_nats::ConnectOptions::new()
         .retry_on_initial_connect()
         .max_reconnects(None)
@@ -35,6 +57,7 @@ pub async fn meddle(url: String, progress: Arc<Progress>, meddling: Arc<Meddling
     let mut pointers = client.subscribe(format!("oncely.redrive.{WORKER}")).await.context("watch redrives")?;
     let mut tick = tokio::time::interval(EVERY);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut guessed = 0;
     loop {
         tokio::select! {
             // The same pointer, for a worker that it is not meant for.
@@ -45,7 +68,18 @@ pub async fn meddle(url: String, progress: Arc<Progress>, meddling: Arc<Meddling
                 meddling.pointers.fetch_add(u64::from(sent.await.is_ok()), Ordering::Relaxed);
             }
             _ = tick.tick() => {
+                // Ids of events that are yet to be published: workloads count them.
                 let next = progress.published.load(Ordering::Relaxed);
+                for event in next.max(guessed)..next + AHEAD {
+                    for id in guesses(event) {
+                        meddling.guesses.fetch_add(take(&client, &id).await, Ordering::Relaxed);
+                    }
+                }
+                guessed = guessed.max(next + AHEAD);
+                // No stranger could know these, but one who had the key. The database may be down just now.
+                for id in database.rows(UNPUBLISHED).await.unwrap_or_default().concat() {
+                    meddling.ids.fetch_add(take(&client, &id).await, Ordering::Relaxed);
+                }
                 // And one that points at whatever there is.
                 let mut headers = HeaderMap::new();
                 headers.insert("Oncely-Letter", (next % 50 + 1).to_string());
@@ -55,4 +89,22 @@ pub async fn meddle(url: String, progress: Arc<Progress>, meddling: Arc<Meddling
             }
         }
     }
+}
+
+/// Ids that the outputs of an event, its redrive and the notice of its death may be expected to have.
+fn guesses(event: u64) -> Vec<String> {
+    let outputs = (0..3).map(|ordinal| format!("{WORKER}:e{event}:{ordinal}"));
+    outputs.chain([format!("{WORKER}:e{event}:r1"), format!("dlq:{event}:0"), format!("dlq:{event}")]).collect()
+}
+
+/// Stores something under an id on each of the streams that the host publishes to. Returns how often that was sent.
+async fn take(client: &async_nats::Client, id: &str) -> u64 {
+    let mut taken = 0;
+    for subject in ["out", "oncely.dlq", "oncely.alarm", "oncely.cache"] {
+        let mut headers = HeaderMap::new();
+        headers.insert("Nats-Msg-Id", id);
+        let sent = client.publish_with_headers(format!("{subject}.{SUBJECT}"), headers, "taken".into()).await;
+        taken += u64::from(sent.is_ok());
+    }
+    taken
 }

@@ -11,6 +11,7 @@ use serde_json::Value;
 use support::database::Database;
 
 use crate::publisher::Progress;
+use crate::stranger::is_from_stranger;
 
 /// What was looked at, and what was wrong.
 #[derive(Default)]
@@ -31,6 +32,9 @@ pub async fn watch_outputs(url: String, database: Database, looked: Arc<Looked>)
     let client = connect(url).await?;
     let mut outputs = client.subscribe("out.>").await.context("listen to outputs")?;
     while let Some(message) = outputs.next().await {
+        if is_from_stranger(&message.subject) {
+            continue;
+        }
         let told: Value = serde_json::from_slice(&message.payload).unwrap_or_default();
         let text = |name: &str| told.get(name).and_then(Value::as_str).unwrap_or_default().replace('\'', "");
         let (event, nonce) = (text("event_id"), text("attempt_nonce"));

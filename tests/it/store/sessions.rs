@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use oncely::request::{HttpAnswer, RequestKey};
 use oncely::sql::{SqlError, Value};
-use oncely::state::{StateEntry, StateWrite};
+use oncely::state::StateWrite;
 use oncely::store::{Claimed, PostgresStore, StoreError};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, Row};
 
@@ -237,8 +237,7 @@ async fn a_value_that_the_platforms_tables_refuse_is_the_guests_failure(world: W
         tx.rollback().await;
     }
     let mut tx = world.begin().await;
-    let entry = StateEntry { value: bytes::Bytes::new(), version: 1 };
-    let write = StateWrite { key: "k".repeat(300), expected: None, entry: Some(entry) };
+    let write = StateWrite { key: "k".repeat(300), expected: None, version: 1, value: Some(bytes::Bytes::new()) };
     let saved = tx.save_state(&[write]).await;
     assert!(matches!(saved, Err(StoreError::Refused(_))), "{saved:?}");
     tx.rollback().await;
