@@ -50,7 +50,8 @@ pub mod oncely {
             pub struct Message {
                 /// The event id: what makes this message the same message when it arrives again. From the
                 /// CloudEvents headers `ce-source` and `ce-id` (joined as `source|id`), else from `Nats-Msg-Id`,
-                /// else derived from the place on the stream. Never empty, 255 bytes at most.
+                /// else derived from the place on the stream. A header without a value counts as absent. Never empty,
+                /// 255 bytes at most.
                 pub id: _rt::String,
                 /// The subject it was published to.
                 pub subject: _rt::String,
@@ -158,8 +159,10 @@ pub mod oncely {
                 pub headers: Headers,
                 /// The body.
                 pub body: _rt::Vec<u8>,
-                /// The id consumers dedupe by; it travels as `Nats-Msg-Id`. None for the usual one,
-                /// `{worker}:{event id}:{ordinal}`, which the same input always yields.
+                /// The id of the message; it travels in the header `Oncely-Output-Id`. None for the usual one,
+                /// `{worker}:{event id}:{ordinal}`, which the same input always yields. The stream and consumers dedupe by
+                /// `Nats-Msg-Id`, a keyed hash that follows from the worker and this id, and that only the host can compute:
+                /// the same id of another worker is another message.
                 pub id: ::core::option::Option<_rt::String>,
                 /// A worker's messages with the same ordering key are published in the order they were committed. When
                 /// one of them cannot be published, those behind it wait, and those of other keys go on. One with a
