@@ -262,9 +262,10 @@ pub(super) fn letter_output(row: &impl Columns) -> Result<LetterOutput> {
     })
 }
 
-/// The readable id of an output, and the one it travels with.
+/// The readable id of an output, and the one it travels with. Where the headers cannot be read, it is the same: a list shows
+/// such a row, too.
 fn output_ids(row: &impl Columns) -> anyhow::Result<(String, String)> {
-    let (headers, id) = (shared::headers_from_text(&row.text("headers")?)?, row.text("id")?);
+    let (headers, id) = (shared::headers_from_text(&row.text("headers")?).unwrap_or_default(), row.text("id")?);
     Ok((crate::output_ids::readable(&headers, &id).to_owned(), id))
 }
 
