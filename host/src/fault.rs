@@ -153,6 +153,8 @@ pub const BELIEVE_DUPLICATE: &str = "believe_duplicate";
 pub const POINTER_WITHOUT_WORKER: &str = "pointer_without_worker";
 /// A transaction begins with its session as the one before left it (PostgreSQL).
 pub const NO_SESSION_RESET: &str = "no_session_reset";
+/// Leases of outputs and sessions do not say which instance of a host they are of, so nothing is taken over before its time.
+pub const LEASES_WITHOUT_INSTANCE: &str = "leases_without_instance";
 
 /// Every mutant.
 pub const MUTANTS: &[&str] = &[
@@ -175,6 +177,7 @@ pub const MUTANTS: &[&str] = &[
     BELIEVE_DUPLICATE,
     POINTER_WITHOUT_WORKER,
     NO_SESSION_RESET,
+    LEASES_WITHOUT_INSTANCE,
 ];
 
 #[cfg(feature = "faults")]

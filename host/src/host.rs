@@ -33,6 +33,7 @@ use crate::watch;
 use crate::webhook::{self, Poster};
 use crate::worker::RunningWorker;
 
+mod lease;
 mod retention;
 mod slot;
 
@@ -107,6 +108,9 @@ pub struct Running {
     stop_log: Stop,
     log: Vec<JoinHandle<()>>,
     feed: JoinHandle<()>,
+    /// The lease is kept until all others have ended.
+    stop_lease: Stop,
+    lease: JoinHandle<()>,
 }
 
 impl Host {
@@ -130,6 +134,10 @@ impl Host {
         let told = StreamSpec { max_age: Some(CACHE_KEPT), ..StreamSpec::new(CACHE_STREAM, &[CACHE_SUBJECTS]) };
         bus.ensure_stream(&told).await.context("make the stream of what is to be forgotten")?;
         let (metrics, relay_state) = (Arc::<Metrics>::default(), Arc::<RelayState>::default());
+        lease::renew(store.as_ref(), &relay_state).await.context("begin the host's lease in the database")?;
+        let stop_lease = Stop::new();
+        let lease = lease::keep(Arc::clone(&store), Arc::clone(&relay_state), stop_lease.stopping());
+        let lease = tokio::spawn(lease);
         let (relay, hand_over, log_ends) =
             Relay::new(Arc::clone(&store), bus.clone(), Arc::clone(&metrics), Arc::clone(&relay_state));
         let log = store.log().map(|log| {
@@ -179,7 +187,7 @@ impl Host {
         let webhook = webhook.map(|webhook| {
             tokio::spawn(webhook::tell(host.bus.clone(), webhook, Arc::clone(&host.metrics), stop.stopping()))
         });
-        Ok((host, Running { stop, supervisor, watch, webhook, relay, repair, feed, stop_log, log }))
+        Ok((host, Running { stop, supervisor, watch, webhook, relay, repair, feed, stop_log, log, stop_lease, lease }))
     }
 
     /// Brings the running workers in line with the active deployments. Workers do not wait for each other's components to be compiled; those
@@ -408,7 +416,13 @@ impl Host {
             .filter(|deployment| !runs(deployment))
             .map(|deployment| format!("worker {} version {} does not run yet", deployment.worker, deployment.version))
             .collect();
-        if missing.is_empty() { Ok(()) } else { Err(missing.join(", ")) }
+        if !missing.is_empty() {
+            return Err(missing.join(", "));
+        }
+        match self.relay_state.lease_since(Instant::now()) {
+            Some(_) => Ok(()),
+            None => Err("the host's lease in the database is not renewed in time".to_owned()),
+        }
     }
 
     /// From now on the host may call itself ready.
@@ -486,6 +500,8 @@ impl Running {
             }
         };
         let in_time = tokio::time::timeout(limit, drained).await;
+        self.stop_lease.now();
+        let _ = self.lease.await;
         host.store.close().await;
         in_time.with_context(|| format!("drain within {limit:?}; what was left is taken up at the next start"))
     }

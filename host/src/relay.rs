@@ -197,7 +197,7 @@ impl Relay {
             {
                 return;
             }
-            let waits_for_repair = self.waits_for_repair();
+            let waits = self.waits_for_repair() || (!self.has_lease() && !self.lines.is_empty());
             let is_time_to_sweep = sweeping.is_none() && !stopping.is_stopping();
             // Whichever is ready: none of them may starve another.
             tokio::select! {
@@ -224,7 +224,7 @@ impl Relay {
                     let is_full = self.take_swept(swept);
                     sweep_at = Instant::now() + if is_full { Duration::ZERO } else { SWEEP_EVERY };
                 }
-                () = tokio::time::sleep(LOOKED_AT_YET), if waits_for_repair => {}
+                () = tokio::time::sleep(LOOKED_AT_YET), if waits => {}
                 () = tokio::time::sleep_until(sweep_at.into()), if is_time_to_sweep => {
                     sweeping = self.begin_sweep();
                     swept_at = Instant::now();
@@ -306,9 +306,15 @@ impl Relay {
         }
         self.mind_losses();
         while under_way.len() < UNDER_WAY_MAX
+            && let Some(leased_since) = self.state.lease_since(Instant::now())
             && let Some(held) = self.lines.next()
         {
             let now = Instant::now();
+            if held.since < leased_since {
+                // The host's own lease had run out since: another host may have this one, and if not, the next sweep has.
+                self.give_up(&held.row, Unpublished::Later { after: Duration::ZERO, error: None });
+                continue;
+            }
             if held.is_late(now) {
                 // Its lease runs out by itself; what is behind it has to wait for whoever has it next.
                 self.ledger.put_back(self.lines.not_published(&held.row));
@@ -450,9 +456,14 @@ impl Relay {
         self.ledger.put_back(behind);
     }
 
+    /// Whether no other host can have taken over what this one leases now.
+    fn has_lease(&self) -> bool {
+        self.state.lease_since(Instant::now()).is_some()
+    }
+
     fn begin_sweep(&mut self) -> Option<BoxFuture<'static, Result<Swept, StoreError>>> {
         let room = HELD_MAX.saturating_sub(self.lines.len()).min(SWEEP_MAX);
-        if room == 0 || !self.bus.is_connected() {
+        if room == 0 || !self.bus.is_connected() || !self.has_lease() {
             return None;
         }
         let (store, bus, metrics) = (Arc::clone(&self.store), self.bus.clone(), Arc::clone(&self.metrics));

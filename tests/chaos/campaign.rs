@@ -124,7 +124,7 @@ impl Harm {
         freezes: 2,
         frozen: Duration::from_secs(20),
         joins: 0,
-        leases: 0,
+        leases: 2,
     };
 
     /// What fits into two minutes.
@@ -146,7 +146,7 @@ impl Harm {
         freezes: 1,
         frozen: Duration::from_secs(5),
         joins: 0,
-        leases: 0,
+        leases: 1,
     };
 
     /// What is done to every mutant, beside what exposes it.
@@ -532,8 +532,8 @@ impl Campaign {
             Act::Pause => self.pause().await?,
             Act::Terminate => {
                 self.running().await?;
-                let end_one = "select pg_terminate_backend(pid) from pg_stat_activity where application_name in ('oncely', 'oncely relay') \
-                               and datname = current_database() order by random() limit 1";
+                let end_one = "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'oncely%' \
+                               and application_name not like 'oncely guests%' and datname = current_database() order by random() limit 1";
                 if self.world.database.rows(end_one).await.is_ok_and(|rows| !rows.is_empty()) {
                     self.did("database connection terminated");
                 }

@@ -51,6 +51,8 @@ impl Exposure {
             fault::BELIEVE_DUPLICATE => Exposure { taken_ids: 20, ..Exposure::default() },
             // The stranger sends each pointer to another worker, too.
             fault::POINTER_WITHOUT_WORKER => often(Often::Nature(Nature::Redriven), 20),
+            // What a host leaves waits until its leases run out.
+            fault::LEASES_WITHOUT_INSTANCE => acts(&[(Act::DieWithLeases, 3)]),
             fault::DROP_PAYLOAD_HASH => often(Often::IdReuse, 15),
             "none" => acts(&[
                 (Act::Kill, 3),

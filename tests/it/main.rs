@@ -54,6 +54,7 @@ mod reconcile;
 mod redrive;
 mod replay;
 mod store;
+mod takeover;
 mod tidy;
 mod toolchains;
 mod wal;

@@ -47,6 +47,7 @@ mod retention;
 mod savepoints;
 mod sessions;
 mod state;
+mod takeover;
 mod totals;
 mod wall;
 

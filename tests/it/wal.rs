@@ -313,7 +313,7 @@ async fn the_log_is_left_only_when_nobody_can_append_to_it_any_more() -> Result<
     start(&mut world).await?;
     let slow = ToPublish::new("in.x", "slow", "insert,slow", r#"{"n": 1, "ms": 2500}"#);
     world.nats.publish_all(vec![slow]).await?;
-    let open = "select count(*) from pg_stat_activity where application_name = 'oncely guests' \
+    let open = "select count(*) from pg_stat_activity where application_name like 'oncely guests%' \
                 and state = 'idle in transaction' and datname = current_database()";
     world.until(open, 1).await?;
     want(&world, "poll").await?;

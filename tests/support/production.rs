@@ -42,6 +42,11 @@ impl RunningHost {
         Ok(host)
     }
 
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Waits until it runs all that is deployed.
     pub async fn ready(&mut self) -> Result<()> {
         let end = Instant::now() + PATIENCE;

@@ -28,11 +28,12 @@ use crate::message::{Headers, InvalidEventId, Message, Origin, event_id, place_i
 use crate::retry::Backoff;
 use crate::verdict::{Reason, Settled};
 
-/// How long one pull request stays open on the server.
-const REQUEST_OPEN: Duration = Duration::from_secs(30);
+/// How long one pull request stays open on the server. A host that froze is sent messages until then, each of which comes
+/// again to another one only after `ack_wait`.
+const REQUEST_OPEN: Duration = Duration::from_secs(4);
 
 /// How often the server says that an open request is still open while it has no message for it.
-const HEARTBEAT: Duration = Duration::from_secs(5);
+const HEARTBEAT: Duration = Duration::from_millis(1500);
 
 /// After how long without a word about an open request it counts as lost.
 const SILENCE_MAX: Duration = Duration::from_secs(11);

@@ -137,7 +137,7 @@ fn worker(text: Text<'_>, section: &Section<'_>, folder: &Path, manifest: &Manif
         isolation: isolation(section)?,
         concurrency: section.count("concurrency", "4", 1..=256)?.unwrap_or(lanes),
         batch: section.count("batch", "100", 1..=1000)?.unwrap_or(100),
-        ack_wait: section.duration("ack_wait", "\"30s\"", ack_wait)?.unwrap_or(Duration::from_secs(30)),
+        ack_wait: section.duration("ack_wait", "\"10s\"", ack_wait)?.unwrap_or(Duration::from_secs(10)),
         retry: retry(section)?,
         limits: limits(section)?,
         alarm: alarm(section)?,

@@ -191,7 +191,7 @@ fn what_is_left_out_gets_its_default() {
     let build = Some("make x.wasm".to_owned());
     assert_eq!(other.source, Source::Component { path: "app/x.wasm".into(), build });
     assert_eq!((other.worker.concurrency, other.worker.batch), (4, 100));
-    assert_eq!(other.worker.ack_wait, Duration::from_secs(30));
+    assert_eq!(other.worker.ack_wait, Duration::from_secs(10));
     assert_eq!(other.worker.retry, RetryPolicy::default());
     assert_eq!(other.worker.limits, Limits::default());
     assert_eq!(other.worker.alarm, Thresholds::default());
@@ -237,7 +237,7 @@ fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
             "\"45s\"",
             "\"45 parsecs\"",
             "20: `ack_wait` in [[worker]] is wrong: `45 parsecs` is not a length of time",
-            "ack_wait = \"30s\"",
+            "ack_wait = \"10s\"",
         ),
         (
             "\"hold\"",
@@ -257,7 +257,7 @@ fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
             "15: `on_failure` is `hold`, but without an ordering key no message follows another",
             "ordering_key = \"header:Account\"",
         ),
-        ("\"45s\"", "45", "20: `ack_wait` in [[worker]] must be a length of time in quotes", "ack_wait = \"30s\""),
+        ("\"45s\"", "45", "20: `ack_wait` in [[worker]] must be a length of time in quotes", "ack_wait = \"10s\""),
         (
             "\"32MiB\"",
             "\"1KiB\"",

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
 use crate::breaker::{Breaker, State};
-use crate::store::{LogState, RelayMode};
+use crate::store::{LogState, RelayMode, SURE_FOR};
 
 /// What people see of the breaker of one stream.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,6 +51,16 @@ pub struct RelayState {
     /// Whether this host reads the log, and whether it writes down just now what was published from it.
     pub(super) reads: AtomicBool,
     pub(super) records: AtomicBool,
+    lease: Mutex<Option<Lease>>,
+}
+
+/// The host's lease in the database: before its end no other host takes over what this one leased.
+#[derive(Debug, Clone, Copy)]
+struct Lease {
+    /// Since when it was never in doubt.
+    since: Instant,
+    /// When its last renewal began.
+    renewed: Instant,
 }
 
 /// A look at the streams that found all of them well, or mended.
@@ -89,6 +99,23 @@ impl RelayState {
 
     pub(super) fn show_taken(&self, subject: &str) {
         self.refused.lock().unwrap_or_else(PoisonError::into_inner).remove(subject);
+    }
+
+    /// The host's lease was renewed, by an operation that began then.
+    pub fn lease_renewed(&self, began: Instant) {
+        let mut lease = self.lease.lock().unwrap_or_else(PoisonError::into_inner);
+        let since = match *lease {
+            Some(lease) if began.duration_since(lease.renewed) < SURE_FOR => lease.since,
+            _ => began,
+        };
+        *lease = Some(Lease { since, renewed: began });
+    }
+
+    /// Since when the host has had its lease without a gap; none while it may have run out: others may be sending what was
+    /// leased to this host.
+    pub fn lease_since(&self, now: Instant) -> Option<Instant> {
+        let lease = *self.lease.lock().unwrap_or_else(PoisonError::into_inner);
+        lease.filter(|lease| now.duration_since(lease.renewed) < SURE_FOR).map(|lease| lease.since)
     }
 
     pub(super) fn looked(&self, look: Look) {
@@ -146,5 +173,25 @@ impl RelayState {
 
     pub(super) fn clear(&self, stream: &str) {
         self.suspects.lock().unwrap_or_else(PoisonError::into_inner).remove(stream);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lease_in_doubt_sends_nothing_and_begins_anew_with_its_next_renewal() {
+        let state = RelayState::default();
+        let start = Instant::now();
+        assert_eq!(state.lease_since(start), None);
+        state.lease_renewed(start);
+        let soon = start + SURE_FOR / 2;
+        state.lease_renewed(soon);
+        assert_eq!(state.lease_since(soon + SURE_FOR / 2), Some(start));
+        let late = soon + SURE_FOR;
+        assert_eq!(state.lease_since(late), None);
+        state.lease_renewed(late);
+        assert_eq!(state.lease_since(late), Some(late));
     }
 }

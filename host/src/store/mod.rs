@@ -24,6 +24,7 @@ use crate::verdict::{Letter, Settled};
 
 mod archive;
 mod changes;
+mod instance;
 mod letters;
 mod log;
 mod migrations;
@@ -35,6 +36,7 @@ mod sqlite;
 mod values;
 
 pub use changes::{Changes, RowChange};
+pub use instance::{HOST_LEASE, RENEW_EVERY, RENEW_WITHIN, SURE_FOR, TakenOver};
 pub use letters::{
     AttemptRecord, AuditRecord, By, EditRecord, LetterDepth, LetterFilter, LetterGroup, LetterOutput, LetterRecord,
     LetterState, LetterSummary, Move, Moved, PutBack, Redrive, all_letters, groups_of,
@@ -379,6 +381,10 @@ pub trait Store: Send + Sync + 'static {
     /// Answers once the database does.
     async fn ping(&self) -> Result<()>;
 
+    /// Says that this host is alive, for [`HOST_LEASE`], and takes over from those that no longer say so: ends their sessions,
+    /// and then releases the outputs they had leased. May be dropped half-way, unlike everything else here.
+    async fn renew_lease(&self) -> Result<Vec<TakenOver>>;
+
     /// Begins the one transaction of a batch of `worker`. The database itself ends statements that run longer
     /// than `time`.
     async fn begin(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>>;
@@ -417,7 +423,8 @@ pub trait Store: Send + Sync + 'static {
     /// Records that exactly these outputs are on their streams.
     async fn mark_published(&self, published: &[Published]) -> Result<()>;
 
-    /// Gives up the lease of outputs that were not published; those that are published by now stay so.
+    /// Gives up the lease of outputs that were not published; those that are published by now, or that another host has
+    /// taken over, stay as they are.
     async fn put_back_outputs(&self, rows: &[(i64, Unpublished)]) -> Result<()>;
 
     /// By worker, how many outputs in the outbox had to change their id because it was taken.
@@ -524,7 +531,7 @@ pub trait Store: Send + Sync + 'static {
     /// a conflict: try again later.
     async fn retire(&self, what: &Retire) -> Result<bool>;
 
-    /// Closes all connections once their work is done.
+    /// Gives the host's lease up and closes all connections once their work is done.
     async fn close(&self);
 }
 

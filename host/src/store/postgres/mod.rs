@@ -13,6 +13,7 @@ mod functions;
 mod guest_sql;
 mod guest_values;
 mod inbox;
+mod instance;
 mod letters;
 mod log;
 pub(super) mod migrate;
@@ -41,15 +42,17 @@ use sqlx::{ConnectOptions, Row};
 
 use self::functions::Catalog;
 use self::guest_sql::Guests;
+use self::instance::HostLease;
 use self::log::{PostgresLog, Replication};
 use self::parts::Of;
 use self::session::{Purpose, Sessions};
 use self::tx::PostgresTx;
 use self::wall::Login;
+use super::instance::Instance;
 use super::{
     Buried, By, CountedAttempt, DeploymentRecord, FailedAttempt, LetterDepth, LetterFilter, LetterGroup, LetterRecord,
     LetterSummary, Move, Moved, OnStream, OutboxLag, OutboxRow, Output, OutputFilter, OutputLog, OutputRecord,
-    OutputSummary, Published, PutBack, Redrive, Result, Retire, StateRecord, Store, Told, Tx, Unpublished,
+    OutputSummary, Published, PutBack, Redrive, Result, Retire, StateRecord, Store, TakenOver, Told, Tx, Unpublished,
     WorkerMigration, WorkerTotals,
 };
 use crate::alarm::{self, Alarm};
@@ -72,6 +75,8 @@ pub struct PostgresStore {
     /// Whether guests' statements are filtered.
     has_filter: bool,
     log: Option<PostgresLog>,
+    instance: Instance,
+    lease: HostLease,
 }
 
 impl PostgresStore {
@@ -79,14 +84,15 @@ impl PostgresStore {
     /// least, brings its schema up to date, and gives guests' SQL a role of its own.
     /// Behind a pooler that does not know prepared statements the URL ends in `?statement-cache-capacity=0`.
     pub async fn connect(url: &str, connections: u32) -> anyhow::Result<Self> {
-        let options = options(url)?;
+        let instance = Instance::new();
+        let options = options(url, instance)?;
         // Deliveries hold a connection for as long as their guests run; the house's own transactions are short.
         let for_house = (connections / 4).max(1);
-        let house = open_house(options.clone(), for_house).await?;
+        let house = open_house(options.clone(), for_house, instance).await?;
         let for_guests = connections.saturating_sub(for_house).max(1);
         let mut login = wall::build(&house, false).await.context("build the wall around guests' SQL")?;
         migrate::take_door_key(&house, false).await?;
-        let mut pool = guest_pool(&options, &login, for_guests);
+        let mut pool = guest_pool(&options, &login, for_guests, instance);
         let mut checked = check_login(&pool, &login.role).await;
         if let Err(error) = checked {
             if !errors::is_login_refused(&error) {
@@ -94,11 +100,12 @@ impl PostgresStore {
             }
             // The role may have been made for another copy of this database.
             login = wall::build(&house, true).await.context("build the wall around guests' SQL")?;
-            pool = guest_pool(&options, &login, for_guests);
+            pool = guest_pool(&options, &login, for_guests, instance);
             checked = check_login(&pool, &login.role).await;
         }
         let unlocks = checked.with_context(|| format!("connect as the app's role {}", login.role)).hint(LOGIN_HINT)?;
         let functions = Catalog::new(house.clone());
+        let lease = HostLease::new(instance, options.application_name(&instance.name("oncely lease")));
         Ok(PostgresStore {
             guests: house.on(pool, unlocks),
             house,
@@ -106,22 +113,28 @@ impl PostgresStore {
             functions,
             has_filter: true,
             log: None,
+            instance,
+            lease,
         })
     }
 
     /// Like [`PostgresStore::connect`] for a database that lets nobody make roles: guests' SQL runs as the URL's user, and
     /// only the statement filter keeps it from the platform's tables.
     pub async fn connect_trusted(url: &str, connections: u32) -> anyhow::Result<Self> {
-        let house = open_house(options(url)?, connections).await?.shared_with_guests();
+        let instance = Instance::new();
+        let options = options(url, instance)?;
+        let house = open_house(options.clone(), connections, instance).await?.shared_with_guests();
         migrate::take_door_key(&house, true).await?;
         let functions = Catalog::new(house.clone());
-        Ok(PostgresStore { guests: house.clone(), house, login: None, functions, has_filter: true, log: None })
+        let lease = HostLease::new(instance, options.application_name(&instance.name("oncely lease")));
+        let guests = house.clone();
+        Ok(PostgresStore { guests, house, login: None, functions, has_filter: true, log: None, instance, lease })
     }
 
     /// Can read the log of its database, through a connection to the server itself by a URL of its own. The slot is given up
     /// when the server keeps more than `retained_max` bytes for it.
     pub fn with_log(self, url: &str, retained_max: u64) -> anyhow::Result<Self> {
-        let log = PostgresLog::new(self.house.clone(), Replication::of(url)?, retained_max);
+        let log = PostgresLog::new(self.house.clone(), Replication::of(url, self.instance)?, retained_max);
         Ok(PostgresStore { log: Some(log), ..self })
     }
 
@@ -163,9 +176,9 @@ const LOGIN_HINT: &str = "the server (pg_hba.conf) and a pooler before it (PgBou
     with its password; or set guest_sql = \"trusted\", and only the check of its text keeps guests' SQL from the platform's \
     tables";
 
-fn options(url: &str) -> anyhow::Result<PgConnectOptions> {
+fn options(url: &str, instance: Instance) -> anyhow::Result<PgConnectOptions> {
     let options = PgConnectOptions::from_str(url).context("read the PostgreSQL URL")?;
-    Ok(options.extra_float_digits(None).application_name("oncely").disable_statement_logging())
+    Ok(options.extra_float_digits(None).application_name(&instance.name("oncely")).disable_statement_logging())
 }
 
 /// Connections are not tested when they are taken: `begin` finds out, and takes another.
@@ -177,17 +190,18 @@ fn pool(options: PgConnectOptions, connections: u32) -> PgPool {
         .connect_lazy_with(options)
 }
 
-async fn open_house(options: PgConnectOptions, connections: u32) -> anyhow::Result<Sessions> {
+async fn open_house(options: PgConnectOptions, connections: u32, instance: Instance) -> anyhow::Result<Sessions> {
     let named_statements =
         !options.to_url_lossy().query_pairs().any(|(key, value)| key == "statement-cache-capacity" && value == "0");
-    let sessions = Sessions::new(pool(options, connections), named_statements);
+    let sessions = Sessions::new(pool(options, connections), named_statements, instance);
     migrate::run(&sessions).await.context("bring the PostgreSQL schema up to date")?;
     let output_ids = migrate::output_ids(&sessions).await.context("read the key of the outputs' ids")?;
-    Ok(sessions.with_output_ids(output_ids))
+    Ok(sessions.with_output_ids(output_ids).with_checks_of_clients().await)
 }
 
-fn guest_pool(options: &PgConnectOptions, login: &Login, connections: u32) -> PgPool {
-    pool(options.clone().username(&login.role).password(&login.password).application_name("oncely guests"), connections)
+fn guest_pool(options: &PgConnectOptions, login: &Login, connections: u32, instance: Instance) -> PgPool {
+    let name = instance.name("oncely guests");
+    pool(options.clone().username(&login.role).password(&login.password).application_name(&name), connections)
 }
 
 /// Whether a session of guests is really the role's: a pooler may log everybody in as one and the same user. Returns whether
@@ -218,6 +232,10 @@ impl Store for PostgresStore {
 
     async fn ping(&self) -> Result<()> {
         self.house.begin(Purpose::Read).await?.commit().await
+    }
+
+    async fn renew_lease(&self) -> Result<Vec<TakenOver>> {
+        self.lease.renew().await
     }
 
     async fn begin(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>> {
@@ -518,6 +536,7 @@ impl Store for PostgresStore {
     }
 
     async fn close(&self) {
+        self.lease.end().await;
         self.guests.close().await;
         self.house.close().await;
     }

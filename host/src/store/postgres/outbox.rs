@@ -130,6 +130,7 @@ pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) ->
          )
          update oncely.outbox
          set leased_until = pg_catalog.now() + $2 * interval '1 microsecond',
+             leased_by = nullif(pg_catalog.current_setting('oncely.instance', true), '')::bigint,
              first_attempt_at = coalesce(first_attempt_at, pg_catalog.now())
          from judged where outbox.seq = judged.seq and is_due and judged.before is null
          returning outbox.seq, id, worker, subject, headers, body, ordering_key, failures,
@@ -193,7 +194,7 @@ pub(super) async fn mark_published(session: &mut Session, published: &[Published
     shared::check_count(result.rows_affected(), published.len())
 }
 
-/// Gives leases up.
+/// Gives leases up, as far as this host still has them: another one may have taken over meanwhile.
 pub(super) async fn put_back(session: &mut Session, rows: &[(i64, Unpublished)]) -> Result<()> {
     if rows.is_empty() {
         return Ok(());
@@ -203,13 +204,15 @@ pub(super) async fn put_back(session: &mut Session, rows: &[(i64, Unpublished)])
     let query = session.query(
         "update oncely.outbox
          set leased_until = coalesce(pg_catalog.now() + given.after * interval '1 microsecond', 'infinity'),
-             failures = failures + given.failed::int, behind = given.behind,
+             leased_by = null, failures = failures + given.failed::int, behind = given.behind,
              set_aside_at = case when given.aside then pg_catalog.now() end,
              last_error = coalesce(given.error, last_error),
              id = coalesce(given.next, id), ids_taken = ids_taken + (given.next is not null)::int
          from unnest($1::bigint[], $2::bigint[], $3::bool[], $4::bigint[], $5::bool[], $6::text[], $7::text[], $8::text[])
              as given (seq, after, failed, behind, aside, error, taken, next)
-         where outbox.seq = given.seq and published_at is null and coalesce(outbox.id = given.taken, true)",
+         where outbox.seq = given.seq and published_at is null and coalesce(outbox.id = given.taken, true)
+             and (leased_by is null
+                 or leased_by = nullif(pg_catalog.current_setting('oncely.instance', true), '')::bigint)",
     );
     query
         .bind(rows.iter().map(|row| row.seq).collect::<Vec<_>>())
@@ -231,7 +234,8 @@ pub(super) async fn leave_log(session: &mut Session, rows: &[(i64, Unpublished)]
     if rows.is_empty() {
         return Ok(());
     }
-    let query = session.query("update oncely.outbox set via = 'poll' where seq = any($1) and via = 'wal'");
+    let query =
+        session.query("update oncely.outbox set via = 'poll', leased_by = null where seq = any($1) and via = 'wal'");
     query
         .bind(rows.iter().map(|(seq, _)| *seq).collect::<Vec<_>>())
         .execute(session.connection())

@@ -14,6 +14,7 @@ use super::errors;
 use crate::fault;
 use crate::output_ids::OutputIds;
 use crate::store::Result;
+use crate::store::instance::Instance;
 use crate::store::shared::HOUSE_TIME;
 
 /// What a transaction is for; it decides on its settings.
@@ -33,7 +34,7 @@ pub(super) enum Purpose {
 
 impl Purpose {
     /// The statements that begin the transaction; the last one returns the transaction's id, if it may write.
-    fn begin(self, name: &str, unlocks: bool) -> String {
+    fn begin(self, host: &HostSide, name: &str, unlocks: bool) -> String {
         let (search_path, time) = match self {
             // Zero would mean for ever.
             Purpose::Guest(time) | Purpose::Reader(time) => {
@@ -51,10 +52,17 @@ impl Purpose {
         let statement_ms = milliseconds(time);
         // Waiting for a lock ends before the statement's time does: it is a conflict then, not a slow statement.
         let lock_ms = milliseconds(if time.is_zero() { HOUSE_TIME } else { time / 2 });
-        // A host that hangs lets go of its locks; one that runs a long batch of guests does not come near this.
         let waits = !matches!(self, Purpose::Note) && !fault::mutant(fault::SYNCHRONOUS_COMMIT_OFF);
         let durable = if waits { "on" } else { "off" };
-        let idle_ms = milliseconds(time.saturating_mul(10).max(HOUSE_TIME));
+        // Guests may think for long, batch after batch: a host that froze meanwhile is known by its lease, see `instance`.
+        let idle_ms = milliseconds(match self {
+            Purpose::Guest(time) | Purpose::Reader(time) => time.saturating_mul(10).max(HOUSE_TIME),
+            _ => HOUSE_IDLE,
+        });
+        let connection = match self {
+            Purpose::Guest(_) | Purpose::Reader(_) => host.guest_settings(),
+            _ => host.settings(),
+        };
         let (compiling, planning) = match self {
             Purpose::House | Purpose::Note => (NOT_COMPILED, PLANNED_ANEW),
             Purpose::Read => (NOT_COMPILED, ""),
@@ -68,7 +76,7 @@ impl Purpose {
              set local search_path = {search_path}; \
              set local statement_timeout = {statement_ms}; set local lock_timeout = {lock_ms}; \
              set local idle_in_transaction_session_timeout = {idle_ms}; set local synchronous_commit = {durable}; \
-             set local standard_conforming_strings = on; {compiling}{planning}select {id}{unlock}"
+             set local standard_conforming_strings = on; {connection}{compiling}{planning}select {id}{unlock}"
         )
     }
 }
@@ -79,6 +87,41 @@ const RESET: &str = "close all; unlisten *; reset session authorization; reset a
 /// What a new session of ours is given by its first message, which a pooler may not pass on after `reset all`.
 const PINNED: &str =
     "set local client_encoding = 'UTF8'; set local timezone = 'UTC'; set local datestyle = 'ISO, MDY'; ";
+
+/// How long a transaction of our own may do nothing between two statements.
+const HOUSE_IDLE: Duration = Duration::from_secs(10);
+
+/// How often the server looks whether the client is still there while a statement runs, in milliseconds.
+const CHECK_CLIENT_MS: u32 = 2000;
+
+/// After about ten seconds without a sign of the client's machine the server closes the connection.
+const KEEPALIVE: &str = "set local tcp_keepalives_idle = 4; set local tcp_keepalives_interval = 2; \
+    set local tcp_keepalives_count = 3; set local tcp_user_timeout = 10000; ";
+
+/// What the server is to know of the host in each transaction.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct HostSide {
+    pub instance: Instance,
+    /// Whether the server can look whether a client is still there, which depends on its operating system.
+    pub checks_client: bool,
+}
+
+impl HostSide {
+    /// Settings of a transaction.
+    fn settings(self) -> String {
+        let instance =
+            self.instance.id().map_or_else(String::new, |id| format!("set local oncely.instance = '{id}'; "));
+        match self.checks_client {
+            true => format!("{instance}set local client_connection_check_interval = {CHECK_CLIENT_MS}; "),
+            false => instance,
+        }
+    }
+
+    /// The same for one in which guests run, which may take its time.
+    fn guest_settings(self) -> String {
+        self.settings() + KEEPALIVE
+    }
+}
 
 /// The server compiles a statement that looks expensive, which takes seconds when it is busy. Those of ours only look so: where
 /// nothing is known of a table that was never analyzed, or where no index holds what is looked for in one of a single row.
@@ -108,6 +151,7 @@ pub(super) struct Sessions {
     named_statements: bool,
     /// Whether advisory locks that a transaction left are released before the next one: the role may do so.
     unlocks: bool,
+    host: HostSide,
     door_key: Arc<DoorKey>,
     output_ids: Arc<OutputIds>,
 }
@@ -122,9 +166,10 @@ struct DoorKey {
 }
 
 impl Sessions {
-    pub(super) fn new(pool: PgPool, named_statements: bool) -> Self {
+    pub(super) fn new(pool: PgPool, named_statements: bool, instance: Instance) -> Self {
         let output_ids = Arc::new(OutputIds::under_random_key());
-        Sessions { pool, named_statements, unlocks: false, door_key: Arc::default(), output_ids }
+        let host = HostSide { instance, checks_client: false };
+        Sessions { pool, named_statements, unlocks: false, host, door_key: Arc::default(), output_ids }
     }
 
     /// The same, with the ids of the installation.
@@ -135,6 +180,18 @@ impl Sessions {
     /// The ids under which outputs travel.
     pub(super) fn output_ids(&self) -> &Arc<OutputIds> {
         &self.output_ids
+    }
+
+    /// The same, for a server that looks whether its clients are still there, if it can.
+    pub(super) async fn with_checks_of_clients(mut self) -> Self {
+        self.host.checks_client = true;
+        // Refused at the beginning of a transaction where the operating system offers no way.
+        if let Ok(session) = self.begin(Purpose::Read).await {
+            session.rollback().await;
+            return self;
+        }
+        self.host.checks_client = false;
+        self
     }
 
     /// Takes the key of the door, for all sessions that share it.
@@ -165,7 +222,7 @@ impl Sessions {
     /// Begins a transaction. Pooled connections that turn out to be dead are dropped on the way.
     pub(super) async fn begin(&self, purpose: Purpose) -> Result<Session> {
         let options = self.pool.connect_options();
-        let begin = purpose.begin(options.get_application_name().unwrap_or("oncely"), self.unlocks);
+        let begin = purpose.begin(&self.host, options.get_application_name().unwrap_or("oncely"), self.unlocks);
         let mut dead = 0;
         loop {
             let connection =

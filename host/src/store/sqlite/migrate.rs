@@ -26,6 +26,7 @@ pub(in crate::store) const MIGRATIONS: &[Migration] = migrations![
     "0012_output_ids",
     "0013_sessions",
     "0016_state_versions",
+    "0017_host_instances",
 ];
 
 /// Runs the migrations that have not run, in one transaction.

@@ -28,7 +28,7 @@ mod tx;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -42,7 +42,7 @@ use self::tx::SqliteTx;
 use super::{
     Buried, By, CountedAttempt, DeploymentRecord, FailedAttempt, LetterDepth, LetterFilter, LetterGroup, LetterRecord,
     LetterSummary, Move, Moved, OnStream, OutboxLag, OutboxRow, Output, OutputFilter, OutputRecord, OutputSummary,
-    Published, PutBack, Redrive, Result, Retire, StateRecord, Store, Told, Tx, Unpublished, WorkerMigration,
+    Published, PutBack, Redrive, Result, Retire, StateRecord, Store, TakenOver, Told, Tx, Unpublished, WorkerMigration,
     WorkerTotals,
 };
 use crate::alarm::{self, Alarm};
@@ -65,6 +65,8 @@ pub struct SqliteStore {
     readers: SqlitePool,
     output_ids: Arc<OutputIds>,
     has_filter: bool,
+    /// Whether the leases of the host before this one are yet to be released.
+    has_to_take_over: AtomicBool,
 }
 
 impl SqliteStore {
@@ -82,8 +84,9 @@ impl SqliteStore {
             .test_before_acquire(false)
             .connect_lazy_with(session::options(path).read_only(true));
         let guest_readers = std::array::from_fn(|_| Sessions::reading(session::options(path)));
-        let next_reader = AtomicUsize::new(0);
-        Ok(SqliteStore { sessions, guest_readers, next_reader, readers, output_ids, has_filter: true })
+        let (next_reader, has_to_take_over) = (AtomicUsize::new(0), AtomicBool::new(true));
+        let has_filter = true;
+        Ok(SqliteStore { sessions, guest_readers, next_reader, readers, output_ids, has_filter, has_to_take_over })
     }
 
     /// Lets guests' statements past the filter unread, so that a test can show what the authorizer behind it holds.
@@ -103,6 +106,18 @@ impl Store for SqliteStore {
     async fn ping(&self) -> Result<()> {
         let answer = sqlx::query("select 1 from oncely_migration").fetch_optional(&self.readers).await;
         answer.map(|_| ()).map_err(|error| errors::of_statement(error, "read from SQLite"))
+    }
+
+    async fn renew_lease(&self) -> Result<Vec<TakenOver>> {
+        if !self.has_to_take_over.load(Ordering::Relaxed) {
+            return Ok(Vec::new());
+        }
+        let mut session = self.sessions.begin().await?;
+        let outputs = outbox::release_leases(&mut session).await?;
+        session.commit().await?;
+        self.has_to_take_over.store(false, Ordering::Relaxed);
+        let before = TakenOver { instance: "before".to_owned(), sessions: 0, outputs: Some(outputs) };
+        Ok(if outputs > 0 { vec![before] } else { Vec::new() })
     }
 
     async fn begin(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>> {

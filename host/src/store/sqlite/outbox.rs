@@ -110,10 +110,10 @@ async fn insert(
     sqlx::query(
         "with clock as (select cast(unixepoch('subsec') * 1000000 as integer) as now)
          insert into oncely_outbox (worker, id, event_id, ordinal, subject, headers, body, ordering_key, due_at, behind,
-             leased_until, first_attempt_at)
+             leased_until, first_attempt_at, leased_by)
          select $1, $2, $3, $4, $5, $6, $7, $8, now + $9, $11,
              case when $9 > 0 then now + $9 when $11 is null then now + $10 else 9223372036854775807 end,
-             iif($9 = 0 and $11 is null, now, null)
+             iif($9 = 0 and $11 is null, now, null), $12
          from clock
          returning seq, first_attempt_at",
     )
@@ -128,6 +128,7 @@ async fn insert(
     .bind(shared::micros(output.delay))
     .bind(shared::micros(lease))
     .bind(behind)
+    .bind(session.instance())
     .fetch_one(session.connection().map_err(doing)?)
     .await
     .map_err(doing)
@@ -178,13 +179,14 @@ pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) ->
     let rows = sqlx::query(
         "with clock as (select cast(unixepoch('subsec') * 1000000 as integer) as now)
          update oncely_outbox
-         set leased_until = now + $2, first_attempt_at = coalesce(first_attempt_at, now)
+         set leased_until = now + $2, leased_by = $3, first_attempt_at = coalesce(first_attempt_at, now)
          from clock
          where seq in (select value from json_each($1))
          returning seq, id, worker, subject, headers, body, ordering_key, failures, first_attempt_at",
     )
     .bind(serde_json::json!(next.iter().map(|(seq, _)| *seq).collect::<Vec<_>>()).to_string())
     .bind(shared::micros(lease))
+    .bind(session.instance())
     .fetch_all(session.connection().map_err(doing)?)
     .await
     .map_err(doing)?;
@@ -237,6 +239,22 @@ pub(super) async fn mark_published(session: &mut Session, published: &[Published
     shared::check_count(result.rows_affected(), published.len())
 }
 
+/// Releases what instances before this one had leased: there is one host. Returns how many outputs that were.
+pub(super) async fn release_leases(session: &mut Session) -> Result<u64> {
+    let doing = |error| errors::of_statement(error, "release the leases of the host before this one");
+    let released = sqlx::query(
+        "with clock as (select cast(unixepoch('subsec') * 1000000 as integer) as now)
+         update oncely_outbox set leased_until = now, leased_by = null from clock
+         where published_at is null and leased_until > now and leased_by <> $1
+             and due_at <= now and behind is null and set_aside_at is null",
+    )
+    .bind(session.instance())
+    .execute(session.connection().map_err(doing)?)
+    .await
+    .map_err(doing)?;
+    Ok(released.rows_affected())
+}
+
 /// Gives leases up.
 pub(super) async fn put_back(session: &mut Session, rows: &[(i64, Unpublished)]) -> Result<()> {
     if rows.is_empty() {
@@ -258,8 +276,8 @@ pub(super) async fn put_back(session: &mut Session, rows: &[(i64, Unpublished)])
                  value ->> 'taken' as taken, value ->> 'next' as next
              from json_each($1))
          update oncely_outbox
-         set leased_until = coalesce(now + given.after, 9223372036854775807), failures = failures + given.failed,
-             behind = given.behind, set_aside_at = iif(given.aside, now, null),
+         set leased_until = coalesce(now + given.after, 9223372036854775807), leased_by = null,
+             failures = failures + given.failed, behind = given.behind, set_aside_at = iif(given.aside, now, null),
              last_error = coalesce(given.error, last_error),
              id = coalesce(given.next, id), ids_taken = ids_taken + (given.next is not null)
          from given, clock

@@ -13,6 +13,7 @@ use super::authorizer::Wall;
 use super::errors;
 use crate::output_ids::OutputIds;
 use crate::store::Result;
+use crate::store::instance::Instance;
 
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -39,6 +40,7 @@ pub(super) fn options(path: &Path) -> SqliteConnectOptions {
 pub(super) struct Sessions {
     options: SqliteConnectOptions,
     begin: &'static str,
+    instance: Instance,
     writer: Arc<Mutex<Option<Writer>>>,
     output_ids: Arc<OutputIds>,
 }
@@ -46,7 +48,7 @@ pub(super) struct Sessions {
 impl Sessions {
     pub(super) fn new(options: SqliteConnectOptions) -> Self {
         let output_ids = Arc::new(OutputIds::under_random_key());
-        Sessions { options, begin: "begin immediate", writer: Arc::default(), output_ids }
+        Sessions { options, begin: "begin immediate", instance: Instance::new(), writer: Arc::default(), output_ids }
     }
 
     /// The same, with the ids of the installation.
@@ -66,7 +68,8 @@ impl Sessions {
             let writer = Writer::open(&self.options).await;
             *slot = Some(writer.map_err(|error| errors::of_statement(error, "open SQLite"))?);
         }
-        let mut session = Session { slot, output_ids: Arc::clone(&self.output_ids), finished: false };
+        let output_ids = Arc::clone(&self.output_ids);
+        let mut session = Session { slot, instance: self.instance, output_ids, finished: false };
         session.begin(self.begin).await.map_err(|error| errors::of_statement(error, "begin a transaction"))?;
         Ok(session)
     }
@@ -128,6 +131,7 @@ impl Reins {
 /// An open transaction. Dropped before it is finished, it closes the connection, and with it the transaction.
 pub(super) struct Session {
     slot: OwnedMutexGuard<Option<Writer>>,
+    instance: Instance,
     output_ids: Arc<OutputIds>,
     finished: bool,
 }
@@ -141,6 +145,11 @@ impl Session {
     async fn begin(&mut self, begin: &'static str) -> sqlx::Result<()> {
         raw_sql(begin).execute(self.connection()?).await?;
         Ok(())
+    }
+
+    /// The instance that leases what is appended.
+    pub(super) fn instance(&self) -> Option<i64> {
+        self.instance.id()
     }
 
     pub(super) fn connection(&mut self) -> sqlx::Result<&mut SqliteConnection> {

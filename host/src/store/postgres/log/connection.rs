@@ -12,6 +12,7 @@ use sqlx::postgres::{PgConnectOptions, PgSslMode};
 use super::slot::PUBLICATION;
 use crate::hint::WithHint;
 use crate::store::Lsn;
+use crate::store::instance::Instance;
 
 /// How long the server may take to let the reader in.
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
@@ -38,7 +39,7 @@ pub(super) enum NoStream {
 
 impl Replication {
     /// From the URL of the server itself.
-    pub(in crate::store::postgres) fn of(url: &str) -> Result<Self> {
+    pub(in crate::store::postgres) fn of(url: &str, instance: Instance) -> Result<Self> {
         let options = PgConnectOptions::from_str(url).context("read the PostgreSQL URL of the relay")?;
         let wants_tls =
             matches!(options.get_ssl_mode(), PgSslMode::Require | PgSslMode::VerifyCa | PgSslMode::VerifyFull);
@@ -52,7 +53,7 @@ impl Replication {
             .with_binary(true)
             .with_buffer_size(WAITING_MAX)
             .with_status_interval(CONFIRM_EVERY)
-            .with_application_name("oncely relay");
+            .with_application_name(instance.name("oncely relay"));
         Ok(Replication { config, wants_tls })
     }
 

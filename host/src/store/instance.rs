@@ -1,0 +1,49 @@
+//! Instances of hosts: each start of a host is one. Leases and sessions bear its id, so that another host can take over from
+//! one that froze, vanished or was killed.
+
+use std::time::Duration;
+
+use crate::fault;
+
+/// How long an instance counts as alive after it last said so, on the database's clock.
+pub const HOST_LEASE: Duration = Duration::from_secs(6);
+
+/// How often an instance says so.
+pub const RENEW_EVERY: Duration = Duration::from_millis(1500);
+
+/// How long it may take to say so.
+pub const RENEW_WITHIN: Duration = Duration::from_secs(4);
+
+/// For how long after it began to say so an instance may send what it leased. Shorter than [`HOST_LEASE`] by the time that
+/// something may be on its way to the broker.
+pub const SURE_FOR: Duration = Duration::from_secs(4);
+
+/// The id of an instance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Instance(Option<i64>);
+
+impl Instance {
+    pub(super) fn new() -> Self {
+        Instance((!fault::mutant(fault::LEASES_WITHOUT_INSTANCE)).then(|| rand::random::<i64>() & i64::MAX))
+    }
+
+    /// As it stands in columns; none for the mutant that has no instance.
+    pub(super) fn id(self) -> Option<i64> {
+        self.0
+    }
+
+    /// The name of sessions of this instance: `oncely guests 00ab…`.
+    pub(super) fn name(self, of: &str) -> String {
+        self.0.map_or_else(|| of.to_owned(), |id| format!("{of} {id:016x}"))
+    }
+}
+
+/// An instance that another one took over from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TakenOver {
+    pub instance: String,
+    /// Its sessions that were ended just now.
+    pub sessions: u64,
+    /// Its leases of outputs that were released; none as long as sessions of it are about to end.
+    pub outputs: Option<u64>,
+}

@@ -1,0 +1,101 @@
+//! What a host leased is another's once its own lease has run out, and not before.
+
+use std::time::{Duration, Instant};
+
+use oncely::store::{HOST_LEASE, OutboxRow, PostgresStore, SqliteStore, Store, TakenOver, Unpublished};
+
+use super::{LEASE, World, a_claim, an_output};
+
+on_every_database!(leases_of_a_host_that_is_gone_are_released, a_host_that_ends_releases_what_it_leased);
+
+/// Another host on the same database.
+async fn another(world: &World) -> Box<dyn Store> {
+    match &world.store_url {
+        Some(url) => Box::new(PostgresStore::connect(url, 4).await.unwrap()),
+        None => Box::new(SqliteStore::open(&world.folder.path().join("oncely.db")).await.unwrap()),
+    }
+}
+
+async fn append(world: &World) -> Vec<OutboxRow> {
+    let mut tx = world.begin().await;
+    tx.claim(&[a_claim("e1", 1)]).await.unwrap();
+    let outputs = [Duration::ZERO, Duration::ZERO, Duration::from_secs(20)];
+    let outputs: Vec<_> = (0..).zip(outputs).map(|(ordinal, delay)| an_output("e1", ordinal, delay)).collect();
+    let rows = tx.append_outputs(&outputs, LEASE).await.unwrap();
+    tx.commit().await.unwrap();
+    rows
+}
+
+/// Renews the lease of a host until it took over from another one.
+async fn take_over(store: &dyn Store) -> TakenOver {
+    loop {
+        let taken_over = store.renew_lease().await.unwrap();
+        if let Some(taken_over) = taken_over.into_iter().find(|taken_over| taken_over.outputs.is_some()) {
+            return taken_over;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+async fn leases_of_a_host_that_is_gone_are_released(world: World) {
+    world.store.renew_lease().await.unwrap();
+    let rows = append(&world).await;
+    let gone_at = Instant::now();
+    let other = another(&world).await;
+    if world.is_postgres() {
+        assert!(other.renew_lease().await.unwrap().is_empty());
+        assert!(other.lease_outputs(100, LEASE).await.unwrap().is_empty());
+    }
+    assert_eq!(take_over(other.as_ref()).await.outputs, Some(2));
+    let took = gone_at.elapsed();
+    assert!(took < HOST_LEASE + Duration::from_secs(4), "{took:?}");
+    assert_eq!(other.lease_outputs(100, LEASE).await.unwrap(), rows);
+    if world.is_postgres() {
+        // The host is back, and gives up what is not its own any more.
+        assert!(world.store.renew_lease().await.unwrap().is_empty());
+        let back = Unpublished::Later { after: Duration::ZERO, error: None };
+        world.store.put_back_outputs(&[(rows[0].seq, back.clone())]).await.unwrap();
+        assert!(world.store.lease_outputs(100, LEASE).await.unwrap().is_empty());
+        other.put_back_outputs(&[(rows[0].seq, back)]).await.unwrap();
+        assert_eq!(world.store.lease_outputs(100, LEASE).await.unwrap(), rows[..1]);
+    }
+    other.close().await;
+}
+
+async fn a_host_that_ends_releases_what_it_leased(world: World) {
+    world.store.renew_lease().await.unwrap();
+    let rows = append(&world).await;
+    world.store.close().await;
+    let other = another(&world).await;
+    other.renew_lease().await.unwrap();
+    assert_eq!(other.lease_outputs(100, LEASE).await.unwrap(), rows);
+    other.close().await;
+}
+
+/// On PostgreSQL: a transaction of a host that is gone ends, and with it its locks; one of a host that is alive stays.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn transactions_of_a_host_that_is_gone_are_ended() {
+    for world in [World::postgres().await, World::pgbouncer().await] {
+        let other = another(&world).await;
+        world.store.renew_lease().await.unwrap();
+        other.renew_lease().await.unwrap();
+        let mut frozen = world.begin().await;
+        frozen.claim(&[a_claim("e1", 1)]).await.unwrap();
+        let began = Instant::now();
+        while began.elapsed() < HOST_LEASE + Duration::from_secs(1) {
+            other.renew_lease().await.unwrap();
+            world.store.renew_lease().await.unwrap();
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+        frozen.load_state(&["a".to_owned()]).await.expect("a transaction of a host that is alive was ended");
+
+        let taken_over = take_over(other.as_ref());
+        let mut tx = other.begin(super::WORKER, Duration::from_secs(30)).await.unwrap();
+        let claims = [a_claim("e1", 1)];
+        let (_, claimed) = tokio::join!(taken_over, tx.claim(&claims));
+        claimed.expect("the claim is free");
+        tx.commit().await.unwrap();
+        assert!(frozen.commit().await.is_err(), "a transaction went on after it was taken over");
+        other.close().await;
+    }
+}
