@@ -108,6 +108,7 @@ advisories: ## Check dependencies against the advisory database, which is fetche
 dist: ## Make what people install, in dist/: program, completions, unit, licences, checksums
 	scripts/dist
 
-# The end-to-end tests run the binary, so it is built first; they compile the guests themselves, once.
+# The end-to-end tests run the binary, so it is built first; they compile the guests themselves, once. They wait more than
+# they compute, so there are more of them at once than cores.
 run-tests: build ## Run all tests
-	cargo test --locked --workspace
+	RUST_TEST_THREADS=$${RUST_TEST_THREADS:-4} cargo test --locked --workspace

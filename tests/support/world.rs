@@ -15,6 +15,9 @@ use crate::nats::NatsServer;
 /// Until when a test waits for what must come.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Until when a host must be ready: the first one compiles its components, an interpreter of 18 MB among them.
+const START_PATIENCE: Duration = Duration::from_secs(240);
+
 /// A database, a nats-server, and the program under test as a process.
 pub struct World {
     pub database: Database,
@@ -167,7 +170,7 @@ impl World {
 
     /// Waits until the host answers that it is ready.
     pub async fn ready(&mut self) -> Result<()> {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + START_PATIENCE;
         loop {
             if let Some(status) = self.host.as_mut().and_then(|host| host.try_wait().ok()).flatten() {
                 bail!("the host ended with {status}:\n{}", self.host_log());
