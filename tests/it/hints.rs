@@ -10,11 +10,12 @@ use oncely::cli::Cli;
 use support::guests::repository;
 
 /// Texts that begin like a command and are none: names of sessions and locks, and the program itself.
-const NO_COMMANDS: [&str; 8] = [
+const NO_COMMANDS: [&str; 9] = [
     "oncely from",
     "oncely reader",
     "oncely migrates",
     "oncely deploys",
+    "oncely lease",
     "oncely guests",
     "oncely relay",
     "oncely wall",
