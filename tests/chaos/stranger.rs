@@ -21,10 +21,10 @@ pub const BYSTANDER: &str = "bystander";
 pub const SUBJECT: &str = "stranger";
 
 /// How often it tries.
-const EVERY: Duration = Duration::from_millis(100);
+const EVERY: Duration = Duration::from_millis(200);
 
 /// How far ahead it guesses.
-const AHEAD: u64 = 40;
+const AHEAD: u64 = 20;
 
 /// Outputs that are yet to be due, and so for certain not on their stream.
 const UNPUBLISHED: &str = "select id from oncely.outbox
