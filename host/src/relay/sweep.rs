@@ -50,11 +50,12 @@ pub(super) async fn sweep(
         fault::point(fault::RELAY_LEASED);
     }
     rows.retain(|row| !(fault::mutant(fault::CURSOR_BY_SEQ) && fault::is_behind(row.seq)));
+    // Before the look-up: a row that it puts back, as its id is taken, still holds those of its key behind it.
+    OutboxRow::chain(&mut rows);
     // Without a list of streams hardly anything will be sent; whatever is sent was first sent a short while ago.
     let streams = bus.streams(streams_as_of).await.unwrap_or_default();
     let mut swept = Swept { rows, since, there: Vec::new(), back: Vec::new(), is_full, streams };
     swept.look_up_the_old(&bus, &metrics).await;
-    OutboxRow::chain(&mut swept.rows);
     Ok(swept)
 }
 
