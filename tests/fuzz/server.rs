@@ -168,6 +168,7 @@ pub fn check_the_judge(socket: &Path, role: &str, database: &str) -> Result<()> 
         "insert into t values (2)",
         "update t set b = 'y' where a = 1",
         "delete from t",
+        "delete from number",
         "merge into t using (select 1 as x) s on a = x when matched then delete",
         "with a as (insert into t values (3) returning a) select * from a",
         "select * from nowhere",
