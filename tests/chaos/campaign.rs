@@ -175,6 +175,9 @@ impl Harm {
 /// How long outputs that a host had leased when it died may wait once it is back.
 const LEASES_TAKEN_WITHIN: Duration = Duration::from_secs(12);
 
+/// How long a campaign goes on at most to make up for what found no chance to happen.
+const MADE_UP_WITHIN: Duration = Duration::from_secs(90);
+
 /// How long a campaign goes on at most until its mutant is exposed.
 const EXPOSED_WITHIN: Duration = Duration::from_secs(240);
 
@@ -253,29 +256,13 @@ pub struct Outcome {
 pub async fn run(plan: Plan) -> Result<Outcome> {
     let began = Instant::now();
     let mut campaign = Campaign::start(plan).await?;
-    let url = campaign.world.nats.url();
-    let watchers = campaign.watch();
-    let workload = Workload::new(campaign.plan.seed, campaign.plan.exposure.often.map(|(often, _)| often));
-    // Slow enough that there is still something to do while the last harm is done.
-    let rate = (campaign.plan.inputs as f64 / campaign.plan.harm_max.as_secs_f64() * 1.5).max(40.0);
-    let publishing =
-        tokio::spawn(publisher::publish(url, workload, campaign.plan.inputs, rate, Arc::clone(&campaign.progress)));
-    let redriving = tokio::spawn(redriver::redrive(campaign.redriver()?));
-    let meddling = tokio::spawn(stranger::meddle(
-        campaign.world.nats.url(),
-        campaign.world.database.clone(),
-        Arc::clone(&campaign.progress),
-        Arc::clone(&campaign.meddling),
-    ));
-    campaign.do_harm().await?;
-    campaign.progress.enough.store(true, Ordering::Relaxed);
-    campaign.stay_alive_until(|| publishing.is_finished()).await?;
-    let workload = publishing.await.context("publish")??;
-    redriving.abort();
-    meddling.abort();
-    let stuck = campaign.heal(workload).await?;
-    watchers.iter().for_each(tokio::task::JoinHandle::abort);
-    campaign.conclude(stuck, began).await
+    match campaign.go_through().await {
+        Ok(stuck) => campaign.conclude(stuck, began).await,
+        Err(error) => {
+            let (kind, log) = (campaign.plan.kind, tail(&campaign.world.host_log()));
+            Err(error.context(format!("a campaign on {kind:?} did not come to its end; the host said:\n{log}")))
+        }
+    }
 }
 
 struct Campaign {
@@ -448,15 +435,43 @@ impl Campaign {
         acts
     }
 
+    /// Everything from the first message to the last one settled. What keeps it from coming to rest is the answer.
+    async fn go_through(&mut self) -> Result<Option<String>> {
+        let url = self.world.nats.url();
+        let watchers = self.watch();
+        let workload = Workload::new(self.plan.seed, self.plan.exposure.often.map(|(often, _)| often));
+        // Slow enough that there is still something to do while the last harm is done.
+        let rate = (self.plan.inputs as f64 / self.plan.harm_max.as_secs_f64() * 1.5).max(40.0);
+        let publishing =
+            tokio::spawn(publisher::publish(url, workload, self.plan.inputs, rate, Arc::clone(&self.progress)));
+        let redriving = tokio::spawn(redriver::redrive(self.redriver()?));
+        let meddling = tokio::spawn(stranger::meddle(
+            self.world.nats.url(),
+            self.world.database.clone(),
+            Arc::clone(&self.progress),
+            Arc::clone(&self.meddling),
+        ));
+        self.do_harm().await?;
+        self.progress.enough.store(true, Ordering::Relaxed);
+        self.stay_alive_until(|| publishing.is_finished()).await?;
+        let workload = publishing.await.context("publish")??;
+        redriving.abort();
+        meddling.abort();
+        let stuck = self.heal(workload).await?;
+        watchers.iter().for_each(tokio::task::JoinHandle::abort);
+        Ok(stuck)
+    }
+
     async fn do_harm(&mut self) -> Result<()> {
         self.expose().await?;
         let mut end = Instant::now() + self.plan.harm_max;
-        for act in self.acts() {
+        let acts = self.acts();
+        for act in &acts {
             if Instant::now() > end {
                 break;
             }
             let began = Instant::now();
-            self.act(act).await.with_context(|| format!("{act:?}"))?;
+            self.act(*act).await.with_context(|| format!("{act:?}"))?;
             // Outages take their time, and leave the rest its own.
             if matches!(
                 act,
@@ -471,7 +486,24 @@ impl Campaign {
                 end += began.elapsed();
             }
         }
+        if self.plan.mutant.is_none() {
+            self.make_up_for(&acts).await?;
+        }
         self.kill()
+    }
+
+    /// Does once more what found no chance to happen: there was nothing to cut just then, or no time left.
+    async fn make_up_for(&mut self, acts: &[Act]) -> Result<()> {
+        let end = Instant::now() + MADE_UP_WITHIN;
+        loop {
+            let wanted = |act: &Act| acts.iter().filter(|other| *other == act).count() as u64;
+            let times = |act: &Act| self.injected.get(&act.happened()).copied().unwrap_or_default();
+            let Some(act) = acts.iter().copied().find(|act| times(act) < wanted(act)) else { return Ok(()) };
+            if Instant::now() > end {
+                return Ok(());
+            }
+            self.act(act).await.with_context(|| format!("{act:?}"))?;
+        }
     }
 
     /// Does what exposes a mutant until it happened as often as it has to.

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -88,16 +89,23 @@ enum Databases {
 }
 
 #[tokio::main]
-async fn main() -> Result<()> {
-    let options = Options::parse();
+async fn main() -> ExitCode {
+    // Without a backtrace, whatever the environment says: what went wrong is to be the last thing that is read.
+    match run(Options::parse()).await {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(options: Options) -> Result<ExitCode> {
     // Built once, before several campaigns want it at the same time.
     tokio::task::spawn_blocking(guests::component).await??;
     tokio::task::spawn_blocking(guests::http_component).await??;
     let holds = if options.mutants { run_mutants(&options).await? } else { run_campaigns(&options).await? };
-    if !holds {
-        std::process::exit(1);
-    }
-    Ok(())
+    Ok(if holds { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// How many mutants run at the same time: most of it is waiting.

@@ -5,6 +5,7 @@
 //! schemas. A statement that passes the filter is run there in a transaction; if the server says that a right is missing, or
 //! names a command other than `select`, `insert`, `update`, `delete` and `merge`, the filter let through a statement that it must refuse.
 
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -78,8 +79,18 @@ struct Run {
 }
 
 #[tokio::main]
-async fn main() -> Result<()> {
-    let options = Options::parse();
+async fn main() -> ExitCode {
+    // Without a backtrace, whatever the environment says: what went wrong is to be the last thing that is read.
+    match run(Options::parse()).await {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(options: Options) -> Result<ExitCode> {
     let seed = options.seed.unwrap_or_else(rand::random);
     let cluster = Cluster::start()?;
     let server::Ready { functions, vocabulary, role, database } = server::prepare(&cluster).await?;
@@ -119,7 +130,7 @@ async fn main() -> Result<()> {
     let (passed, ran) = (Counts::get(&run.counts.passed), Counts::get(&run.counts.ran));
     ensure!(ran * 20 > passed && ran > 0, "the server ran only {ran} of {passed} statements: they show too little");
     println!("nothing that the filter let through was anything but one permitted statement");
-    Ok(())
+    Ok(ExitCode::SUCCESS)
 }
 
 impl Run {
