@@ -30,6 +30,9 @@ use crate::workload::{Often, Workload, passes_until_death};
 /// After how long without a word of the host the broker delivers a message again.
 const ACK_WAIT: Duration = Duration::from_secs(2);
 
+/// How often a host is started again whose start met a cut.
+const STARTS: u32 = 3;
+
 /// How long it waits for a host to reach a point, or for a chance to cut.
 const CHANCE: Duration = Duration::from_secs(12);
 
@@ -769,8 +772,7 @@ impl Campaign {
              and behind is null and set_aside_at is null{by_polling}"
         );
         let left = self.world.database.number(&waiting).await?;
-        self.arm(None);
-        self.world.start_host().await?;
+        self.ready().await?;
         let back = Instant::now();
         while self.world.database.number(&waiting).await.unwrap_or(left) > 0 {
             if back.elapsed() > LEASES_TAKEN_WITHIN {
@@ -871,8 +873,7 @@ impl Campaign {
 
     /// A host that answers, and that messages are on their way through.
     async fn working(&mut self) -> Result<()> {
-        self.running().await?;
-        self.world.ready().await?;
+        self.ready().await?;
         // What hosts that died before this had leased is not to be counted.
         let end = Instant::now() + CATCH_UP_WITHIN;
         while Instant::now() < end && unpublished_age(&self.world).await.is_none_or(|age| age >= 1.0) {
@@ -914,6 +915,18 @@ impl Campaign {
         }
         self.did(Act::Cut(cut).happened());
         Ok(())
+    }
+
+    /// A host that is ready. One whose start met a cut has ended, and is started again, as whoever runs it would.
+    async fn ready(&mut self) -> Result<()> {
+        for _ in 0..STARTS {
+            self.running().await?;
+            match self.world.ready().await {
+                Err(_) if !self.world.host_lives() => {}
+                ready => return ready,
+            }
+        }
+        self.world.ready().await
     }
 
     /// A host that works: it lives, and has settled something since it was looked at.
