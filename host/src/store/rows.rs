@@ -1,6 +1,8 @@
 //! What the rows of either database say: both name their columns the same, count time in microseconds since the epoch, and
 //! have 64-bit integers, but for counts and versions of 32 bits.
 
+use std::collections::HashMap;
+
 use anyhow::Context;
 use jiff::Timestamp;
 use sqlx::postgres::{PgRow, Postgres};
@@ -288,25 +290,38 @@ pub(super) fn redriven(row: &impl Columns) -> Result<Message> {
     })
 }
 
-/// An output by its number, and why it is set aside.
-type SetAside = (i64, Unpublished);
+/// An output by its number, and what becomes of it.
+type NotSent = (i64, Unpublished);
 
-/// Outputs that were leased, and those that cannot be read: these are set aside and hold up no others.
-pub(super) fn all_leased<R: Columns>(rows: &[R]) -> Result<(Vec<OutboxRow>, Vec<SetAside>)> {
-    let (mut leased, mut unreadable) = (Vec::with_capacity(rows.len()), Vec::new());
+/// Outputs that were leased. Those that cannot be read are set aside; the later ones of their keys wait for them, and nothing
+/// else does.
+pub(super) fn all_leased<R: Columns>(rows: &[R]) -> Result<(Vec<OutboxRow>, Vec<NotSent>)> {
+    let (mut leased, mut not_sent) = (Vec::with_capacity(rows.len()), Vec::new());
+    let mut first_of_key: HashMap<(String, String), i64> = HashMap::new();
     for row in rows {
         match self::leased(row) {
             Ok(output) => leased.push(output),
             Err(error) => {
-                let seq = read("the number of a leased output", || Ok(row.get("seq")?))?;
+                let seq: i64 = read("the number of a leased output", || Ok(row.get("seq")?))?;
                 let reason = format!("the row cannot be read: {:#}", anyhow::Error::from(error));
                 tracing::error!(number = seq, reason, "output set aside until a person retries or drops it");
-                unreadable.push((seq, Unpublished::Aside { reason }));
+                not_sent.push((seq, Unpublished::Aside { reason }));
+                if let (Ok(worker), Ok(Some(key))) = (row.text("worker"), row.get::<Option<String>>("ordering_key")) {
+                    first_of_key.entry((worker, key)).and_modify(|first| *first = seq.min(*first)).or_insert(seq);
+                }
             }
         }
     }
     leased.sort_unstable_by_key(|row| row.seq);
-    Ok((leased, unreadable))
+    if !first_of_key.is_empty() {
+        leased.retain(|row| {
+            let key = row.ordering_key.clone().map(|key| (row.worker.clone(), key));
+            let before = key.and_then(|key| first_of_key.get(&key)).filter(|before| **before < row.seq);
+            not_sent.extend(before.map(|before| (row.seq, Unpublished::Behind(*before))));
+            before.is_none()
+        });
+    }
+    Ok((leased, not_sent))
 }
 
 /// An output that was leased.

@@ -21,6 +21,7 @@ on_every_database!(
     two_sweeps_never_lease_the_same_output,
     a_row_that_cannot_be_read_spoils_no_list,
     a_row_that_cannot_be_read_holds_up_no_output,
+    a_row_that_cannot_be_read_holds_the_later_ones_of_its_key,
 );
 
 async fn append(world: &World, outputs: &[Output], lease: Duration) -> Vec<OutboxRow> {
@@ -135,6 +136,25 @@ async fn a_row_that_cannot_be_read_holds_up_no_output(world: World) {
     assert_eq!(aside, [(rows[1].seq, "set-aside")]);
     let error = listed[0].error.clone().unwrap_or_default();
     assert!(error.contains("the row cannot be read"), "{error}");
+}
+
+async fn a_row_that_cannot_be_read_holds_the_later_ones_of_its_key(world: World) {
+    let keyed = |ordinal, key: &str| Output {
+        ordering_key: Some(key.to_owned()),
+        ..an_output("e1", ordinal, Duration::from_millis(100))
+    };
+    append(&world, &[keyed(0, "k"), keyed(1, "k"), keyed(2, "other"), keyed(3, "k")], SHORT).await;
+    let mut numbers: Vec<i64> =
+        world.store.outputs(&unpublished()).await.unwrap().iter().map(|output| output.number).collect();
+    numbers.sort_unstable();
+    world.execute_around(&format!("update oncely.outbox set headers = '[[1]]' where seq = {}", numbers[1])).await;
+    // All of them are due, and leased at once.
+    tokio::time::sleep(Duration::from_millis(150)).await;
+    let leased: Vec<i64> = lease(&world, LEASE).await.iter().map(|row| row.seq).collect();
+    assert_eq!(leased, [numbers[0], numbers[2]]);
+    let listed = world.store.outputs(&unpublished()).await.unwrap();
+    let last = listed.iter().find(|output| output.number == numbers[3]).unwrap();
+    assert_eq!((last.state.as_str(), last.behind), ("behind", Some(numbers[1])));
 }
 
 async fn two_sweeps_never_lease_the_same_output(world: World) {
