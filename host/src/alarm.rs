@@ -41,6 +41,8 @@ pub enum Kind {
     SetAside,
     /// A stream held messages of others under the ids of outputs, which were published under other ids.
     IdTaken,
+    /// Database and broker disagree: one of them was restored to an earlier time.
+    Restored,
     /// Messages die of something they did not die of before.
     NewFailure,
 }
@@ -87,13 +89,14 @@ impl Default for Thresholds {
 }
 
 impl Kind {
-    pub const ALL: [Kind; 7] = [
+    pub const ALL: [Kind; 8] = [
         Kind::Letters,
         Kind::LetterAge,
         Kind::UnhandledAge,
         Kind::UnpublishedAge,
         Kind::SetAside,
         Kind::IdTaken,
+        Kind::Restored,
         Kind::NewFailure,
     ];
 
@@ -105,6 +108,7 @@ impl Kind {
             Kind::UnpublishedAge => "unpublished-age",
             Kind::SetAside => "set-aside",
             Kind::IdTaken => "id-taken",
+            Kind::Restored => "restored",
             Kind::NewFailure => "new-failure",
         }
     }
@@ -118,6 +122,7 @@ impl Kind {
         match self {
             Kind::Letters | Kind::NewFailure => "letters",
             Kind::SetAside | Kind::IdTaken => "outputs",
+            Kind::Restored => "hosts",
             Kind::LetterAge | Kind::UnhandledAge | Kind::UnpublishedAge => "ms",
         }
     }
@@ -141,6 +146,7 @@ impl Kind {
             }
             (Kind::UnhandledAge | Kind::UnpublishedAge, _) => "oncely status".to_owned(),
             (Kind::IdTaken, _) => "look for `id taken` in the logs, and for who may publish to that stream".to_owned(),
+            (Kind::Restored, _) => "oncely recover --dry-run".to_owned(),
             (Kind::SetAside, _) => format!("oncely outbox list --worker {worker}"),
         }
     }
@@ -156,6 +162,8 @@ impl Thresholds {
             Kind::UnpublishedAge => units::milliseconds(self.unpublished_age),
             Kind::SetAside => self.set_aside.into(),
             Kind::IdTaken => self.id_taken.into(),
+            // Nobody wants to go without.
+            Kind::Restored => 1,
             Kind::NewFailure => u64::from(self.new_failures > 0),
         }
     }
@@ -304,6 +312,10 @@ impl Notice {
             Kind::IdTaken => format!(
                 "a stream held other messages under the ids of {value} outputs of worker {worker}; these were published \
                  under other ids"
+            ),
+            Kind::Restored => format!(
+                "database and broker disagree, as after a restore of one of them: worker {worker} takes no messages, and its \
+                 outputs wait"
             ),
             Kind::NewFailure => {
                 let again = if self.times > 1 { " again" } else { "" };

@@ -19,12 +19,12 @@ use crate::bus::Outgoing;
 use crate::component;
 use crate::deploy::{self, Plan, Proposal};
 use crate::hint::{self, WithHint};
-use crate::host::{Host, WorkerState};
+use crate::host::{Host, Recovery, WorkerState};
 use crate::message;
 use crate::redrive;
 use crate::relay::{BreakerState, RefusedSubject};
 use crate::sql::Dialect;
-use crate::store::{LogState, StateRecord, StoreError, WorkerTotals};
+use crate::store::{By, LogState, StateRecord, StoreError, WorkerTotals};
 use crate::subject;
 
 pub mod letters;
@@ -45,6 +45,7 @@ pub fn router(host: Arc<Host>, token: &str) -> Router {
         .route("/plan", post(plan))
         .route("/deploy", post(deploy))
         .route("/rollback", post(rollback))
+        .route("/recover", post(recover))
         .route("/publish", post(publish))
         .route("/components/{digest}", get(component))
         .merge(letters::routes())
@@ -249,6 +250,20 @@ pub struct Rollback {
 async fn rollback(State(host): State<Arc<Host>>, Json(wanted): Json<Rollback>) -> Answer<Activated> {
     let record = deploy::rollback(&host, &wanted.worker, wanted.to).await?;
     Ok(Json(Activated { worker: record.worker, version: record.version }))
+}
+
+/// What to do about a restore, and who asks for it.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Recover {
+    /// Only say what would be done.
+    pub dry_run: bool,
+    pub by: By,
+}
+
+async fn recover(State(host): State<Arc<Host>>, Json(wanted): Json<Recover>) -> Answer<Recovery> {
+    // In a task of its own: a client that goes away does not leave it half done.
+    let task = tokio::spawn(async move { host.recover(wanted.dry_run, &wanted.by).await });
+    Ok(Json(task.await.context("recover")??))
 }
 
 /// A message to publish.

@@ -1,6 +1,6 @@
 //! Hears of what other hosts invalidated, and applies it to the cache of this one.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::bus::{Feed, Heard};
 use crate::cache::Cache;
@@ -10,10 +10,14 @@ use crate::invalidation::Invalidation;
 /// How soon it asks again when it could not.
 const AGAIN_AFTER: Duration = Duration::from_millis(250);
 
+/// How often it is logged that an invalidation cannot be read.
+const WARN_EVERY: Duration = Duration::from_secs(30);
+
 /// Listens until the host stops. While nobody can be heard, cached values last for their time to live; when something went by
 /// unheard, everything in this process is forgotten.
 pub async fn listen(mut feed: Feed, cache: Cache, mut stopping: Stopping) {
     let mut told = String::new();
+    let mut warned = None;
     loop {
         let heard = tokio::select! {
             biased;
@@ -23,7 +27,7 @@ pub async fn listen(mut feed: Feed, cache: Cache, mut stopping: Stopping) {
         match heard {
             Ok(heard) => {
                 told.clear();
-                apply(&cache, heard).await;
+                apply(&cache, heard, &mut warned).await;
             }
             Err(error) => {
                 let why = format!("{error:#}");
@@ -40,12 +44,16 @@ pub async fn listen(mut feed: Feed, cache: Cache, mut stopping: Stopping) {
     }
 }
 
-async fn apply(cache: &Cache, heard: Heard) {
+/// `warned` is when the last warning was logged of a message that cannot be read: whoever publishes many of them fills no log.
+async fn apply(cache: &Cache, heard: Heard, warned: &mut Option<Instant>) {
     match heard {
         Heard::Message(body) => match Invalidation::read(&body) {
             Ok(invalidation) => cache.hear(&invalidation).await,
             Err(error) => {
-                tracing::warn!("forgetting all that is cached here: an invalidation cannot be read: {error}");
+                if warned.is_none_or(|last| last.elapsed() >= WARN_EVERY) {
+                    tracing::warn!(%error, "an invalidation cannot be read, forgetting all that is cached here");
+                    *warned = Some(Instant::now());
+                }
                 cache.forget_local();
             }
         },

@@ -38,13 +38,14 @@ pub const LISTEN: &str = "127.0.0.1:7420";
 pub const HTTP: &str = "127.0.0.1:7480";
 
 /// Every knob, by its key in the file. Its flag is `--key` with hyphens, its variable `ONCELY_KEY`.
-pub(crate) const KNOBS: [&str; 32] = [
+pub(crate) const KNOBS: [&str; 33] = [
     "database",
     "pool_size",
     "guest_sql",
     "nats",
     "nats_context",
     "nats_creds",
+    "take_over",
     "listen",
     "token",
     "http",
@@ -97,6 +98,9 @@ pub struct HostFlags {
     /// A NATS credentials file [env: ONCELY_NATS_CREDS]
     #[arg(long, value_name = "FILE")]
     pub nats_creds: Option<String>,
+    /// Make the streams and consumers of this other installation, which is gone for good, this one's [default: none] [env: ONCELY_TAKE_OVER]
+    #[arg(long, value_name = "ID")]
+    pub take_over: Option<String>,
     /// Where the control API listens [default: 127.0.0.1:7420] [env: ONCELY_LISTEN]
     #[arg(long, value_name = "ADDRESS")]
     pub listen: Option<String>,
@@ -185,6 +189,8 @@ pub struct HostConfig {
     pub pool_size: u32,
     pub guest_sql: GuestSql,
     pub nats: Nats,
+    /// The id of another installation on this NATS whose streams and consumers become this one's.
+    pub take_over: Option<String>,
     /// Where the control API listens.
     pub listen: SocketAddr,
     /// The control API's token, if one was given; else see [`HostConfig::keep_token`].
@@ -286,6 +292,7 @@ impl HostConfig {
             pool_size: sources.get("pool_size").map_or(Ok(16), |given| pool_size(&given))?,
             guest_sql: sources.get("guest_sql").map_or(Ok(GuestSql::Walled), |given| guest_sql(&given))?,
             nats: nats::resolve(&sources, env)?,
+            take_over: sources.get("take_over").map(|given| take_over(&given)).transpose()?,
             listen: listen(&sources, token.is_some())?,
             token,
             http: http::address(&sources)?,
@@ -352,6 +359,14 @@ fn guest_sql(given: &Given) -> anyhow::Result<GuestSql> {
         "trusted" => Ok(GuestSql::Trusted),
         _ => Err(given.refuse_value("is neither `walled` nor `trusted`", "walled")),
     }
+}
+
+fn take_over(given: &Given) -> anyhow::Result<String> {
+    let id = given.value.as_str();
+    if id.len() == 16 && id.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte)) {
+        return Ok(id.to_owned());
+    }
+    Err(given.refuse_value("is not the id of an installation, 16 hex digits", "0123456789abcdef"))
 }
 
 fn relay(given: &Given, database: &Database) -> anyhow::Result<HowRelayed> {

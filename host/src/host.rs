@@ -11,7 +11,7 @@ use tokio::sync::{Mutex, Notify};
 use tokio::task::{JoinHandle, JoinSet};
 
 use crate::alarm::{ALARM_KEPT, ALARM_STREAM, ALARM_SUBJECTS, Alarm, Kind};
-use crate::bus::{Bus, StreamSpec, Unhandled};
+use crate::bus::{Bus, StreamSpec, Unhandled, mark_stream};
 use crate::cache::Cache;
 use crate::cache_feed;
 use crate::config::CacheSettings;
@@ -33,10 +33,14 @@ use crate::watch;
 use crate::webhook::{self, Poster};
 use crate::worker::RunningWorker;
 
+mod agreement;
 mod lease;
+mod recovery;
 mod retention;
 mod slot;
 
+pub use agreement::Hold;
+pub use recovery::Recovery;
 use retention::Removal;
 pub use retention::Retention;
 use slot::{Slot, Work};
@@ -61,6 +65,10 @@ pub struct Host {
     /// None once the host drains: the relay ends when nobody can hand anything over.
     relay: Mutex<Option<HandOver>>,
     workers: Mutex<BTreeMap<String, Slot>>,
+    /// Why workers and relay wait; none when they do not.
+    hold: std::sync::Mutex<Option<Hold>>,
+    /// One comparison of database and broker, or one recovery, at a time.
+    recovering: Mutex<()>,
     /// Workers whose active version is being prepared or swapped in.
     being_brought_up: std::sync::Mutex<BTreeSet<String>>,
     /// No worker is begun any more.
@@ -82,7 +90,7 @@ pub struct WorkerState {
     /// Of one that answers requests, such as `POST /transfers`.
     #[serde(default)]
     pub routes: Vec<String>,
-    /// `running`, `starting` or `broken`.
+    /// `running`, `starting`, `broken`, or `held` while database and broker disagree.
     pub state: String,
     /// Why it is broken.
     pub error: Option<String>,
@@ -101,6 +109,7 @@ pub struct Running {
     stop: Stop,
     supervisor: JoinHandle<()>,
     watch: JoinHandle<()>,
+    agreement: JoinHandle<()>,
     webhook: Option<JoinHandle<()>>,
     relay: JoinHandle<()>,
     repair: JoinHandle<()>,
@@ -124,15 +133,16 @@ impl Host {
         webhook: Option<Poster>,
         cache: &CacheSettings,
     ) -> Result<(Arc<Host>, Running)> {
-        bus.ensure_stream(&StreamSpec::new(DLQ_STREAM, &[DLQ_SUBJECTS]))
+        bus.ensure_own_stream(&StreamSpec::new(DLQ_STREAM, &[DLQ_SUBJECTS]))
             .await
             .context("make the dead-letter stream")?;
         let queue = StreamSpec { is_queue: true, ..StreamSpec::new(REDRIVE_STREAM, &[REDRIVE_SUBJECTS]) };
-        bus.ensure_stream(&queue).await.context("make the stream of what is put back")?;
+        bus.ensure_own_stream(&queue).await.context("make the stream of what is put back")?;
         let alarms = StreamSpec { max_age: Some(ALARM_KEPT), ..StreamSpec::new(ALARM_STREAM, &[ALARM_SUBJECTS]) };
-        bus.ensure_stream(&alarms).await.context("make the stream of alarms")?;
+        bus.ensure_own_stream(&alarms).await.context("make the stream of alarms")?;
         let told = StreamSpec { max_age: Some(CACHE_KEPT), ..StreamSpec::new(CACHE_STREAM, &[CACHE_SUBJECTS]) };
-        bus.ensure_stream(&told).await.context("make the stream of what is to be forgotten")?;
+        bus.ensure_own_stream(&told).await.context("make the stream of what is to be forgotten")?;
+        bus.ensure_own_stream(&mark_stream()).await.context("make the stream of marks")?;
         let (metrics, relay_state) = (Arc::<Metrics>::default(), Arc::<RelayState>::default());
         lease::renew(store.as_ref(), &relay_state).await.context("begin the host's lease in the database")?;
         let stop_lease = Stop::new();
@@ -142,7 +152,8 @@ impl Host {
             Relay::new(Arc::clone(&store), bus.clone(), Arc::clone(&metrics), Arc::clone(&relay_state));
         let log = store.log().map(|log| {
             let keeper = LogKeeper::new(Arc::clone(&log), Arc::clone(&relay_state), &log_ends);
-            (keeper, LogRelay::new(log, bus.clone(), Arc::clone(&metrics), Arc::clone(&relay_state), log_ends))
+            let (store, metrics, state) = (Arc::clone(&store), Arc::clone(&metrics), Arc::clone(&relay_state));
+            (keeper, LogRelay::new(store, log, bus.clone(), metrics, state, log_ends))
         });
         let repair = Repair::new(
             Arc::clone(&store),
@@ -166,11 +177,16 @@ impl Host {
             retention,
             relay: Mutex::new(Some(hand_over)),
             workers: Mutex::new(BTreeMap::new()),
+            hold: std::sync::Mutex::default(),
+            recovering: Mutex::new(()),
             being_brought_up: std::sync::Mutex::default(),
             stopping: stop.stopping(),
             deployed: Notify::new(),
             started: AtomicBool::new(false),
         });
+        // Before anything is published or taken.
+        let look = host.compare().await.context("compare database and broker")?;
+        host.set_hold(look.hold).await;
         let log = log.into_iter().flat_map(|(keeper, relay)| {
             [tokio::spawn(keeper.run(stop.stopping())), tokio::spawn(relay.run(stop_log.stopping()))]
         });
@@ -184,10 +200,27 @@ impl Host {
         fault::point(fault::STARTED);
         let supervisor = tokio::spawn(supervise(Arc::clone(&host), stop.stopping()));
         let watch = tokio::spawn(watch::watch(Arc::clone(&host), stop.stopping()));
+        let agreement = tokio::spawn(agreement::watch(Arc::clone(&host), stop.stopping()));
         let webhook = webhook.map(|webhook| {
             tokio::spawn(webhook::tell(host.bus.clone(), webhook, Arc::clone(&host.metrics), stop.stopping()))
         });
-        Ok((host, Running { stop, supervisor, watch, webhook, relay, repair, feed, stop_log, log, stop_lease, lease }))
+        Ok((
+            host,
+            Running {
+                stop,
+                supervisor,
+                watch,
+                agreement,
+                webhook,
+                relay,
+                repair,
+                feed,
+                stop_log,
+                log,
+                stop_lease,
+                lease,
+            },
+        ))
     }
 
     /// Brings the running workers in line with the active deployments. Workers do not wait for each other's components to be compiled; those
@@ -211,6 +244,12 @@ impl Host {
             return;
         }
 
+        // Messages wait while database and broker disagree; requests do not depend on the broker.
+        let is_held = || self.hold().is_some() && takes_messages(deployment);
+        if is_held() {
+            return;
+        }
+
         // Without the lock: compiling takes its time. A host that stops does not wait for it.
         let mut stopping = self.stopping.clone();
         let prepared = tokio::select! {
@@ -220,6 +259,9 @@ impl Host {
         };
 
         let mut workers = self.workers.lock().await;
+        if is_held() {
+            return;
+        }
         let slot = workers.entry(deployment.worker.clone()).or_default();
         let swapped = match prepared {
             Ok(delivery) => self.swap(slot, deployment, delivery).await,
@@ -312,17 +354,26 @@ impl Host {
         }
     }
 
+    /// Lets the workers that take messages settle what they have; they take nothing more.
+    async fn stop_taking_messages(&self) {
+        let mut workers = self.workers.lock().await;
+        let taken = workers.values_mut().filter_map(|slot| slot.running.take_if(|work| work.requests().is_none()));
+        futures::future::join_all(taken.map(Work::drain)).await;
+    }
+
     /// The workers of this host, by name.
     pub async fn workers(&self) -> Vec<WorkerState> {
-        self.workers.lock().await.iter().map(|(name, slot)| slot.tell(name)).collect()
+        let is_held = self.hold().is_some();
+        self.workers.lock().await.iter().map(|(name, slot)| slot.tell(name, is_held)).collect()
     }
 
     /// Like [`Host::workers`], with what waits on their streams.
     pub async fn workers_with_backlog(&self) -> Vec<WorkerState> {
+        let is_held = self.hold().is_some();
         let workers = self.workers.lock().await;
         let mut states = Vec::new();
         for (name, slot) in workers.iter() {
-            let mut state = slot.tell(name);
+            let mut state = slot.tell(name, is_held);
             if let Some(running) = &slot.running {
                 let unhandled = running.unhandled().await;
                 state.pending = unhandled.map(|unhandled| unhandled.messages);
@@ -401,6 +452,9 @@ impl Host {
         if !self.bus.is_connected() {
             return Err("no connection to NATS".to_owned());
         }
+        if let Some(hold) = self.hold() {
+            return Err(hold.to_string());
+        }
         let deployments =
             self.store.active_deployments().await.map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
         let states = self.workers().await;
@@ -438,6 +492,12 @@ impl Host {
         let draining = std::mem::take(&mut *workers).into_values().filter_map(|slot| slot.running);
         futures::future::join_all(draining.map(Work::drain)).await;
     }
+}
+
+/// Whether a deployment is one of a worker that takes messages.
+fn takes_messages(deployment: &DeploymentRecord) -> bool {
+    let worker: serde_json::Result<Worker> = serde_json::from_str(&deployment.manifest);
+    worker.is_ok_and(|worker| worker.routes.is_empty())
 }
 
 /// A worker that is being brought up, until this is dropped.
@@ -485,6 +545,7 @@ impl Running {
         let drained = async {
             let _ = self.supervisor.await;
             let _ = self.watch.await;
+            let _ = self.agreement.await;
             if let Some(webhook) = self.webhook {
                 let _ = webhook.await;
             }
@@ -519,7 +580,8 @@ async fn supervise(host: Arc<Host>, mut stopping: Stopping) {
             () = stopping.stopped() => break,
             () = host.deployed.notified() => { looks.spawn(look(Arc::clone(&host))); }
             _ = tokio::time::sleep(LOOK_FOR_DEPLOYMENTS_EVERY) => { looks.spawn(look(Arc::clone(&host))); }
-            _ = retire.tick() => removal.run(&host, &stopping).await,
+            // What a recovery may need stays.
+            _ = retire.tick(), if host.hold().is_none() => removal.run(&host, &stopping).await,
         }
         while looks.try_join_next().is_some() {}
     }

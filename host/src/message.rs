@@ -132,16 +132,16 @@ pub struct InvalidEventId {
 }
 
 /// The event id of a message: CloudEvents `ce-source` and `ce-id` as `source|id`, else `Nats-Msg-Id`,
-/// else the stream's name, creation time (microseconds since the epoch) and sequence as
-/// `stream@created:sequence`, so that a stream that was deleted and made again never repeats one.
+/// else the name of the stream, the time at which it stored the message (microseconds since the epoch) and the sequence as
+/// `stream@stored:sequence`, so that a stream that was made again, or restored from an older copy, never repeats one.
 /// A header without a value counts as absent, so the next source decides.
 pub fn event_id(
     headers: &Headers,
     stream: &str,
-    stream_created: Timestamp,
+    stored_at: Timestamp,
     sequence: u64,
 ) -> Result<String, InvalidEventId> {
-    let derived = place_id(stream, stream_created, sequence);
+    let derived = place_id(stream, stored_at, sequence);
     let Some(sent) = sent_id(headers) else { return Ok(derived) };
     match check_sent_id(&sent) {
         Ok(()) => Ok(sent),
@@ -179,30 +179,24 @@ pub fn check_sent_id(id: &str) -> Result<(), String> {
         return Err("the event id contains a NUL character".to_owned());
     }
     if is_place_id(id) {
-        return Err(
-            "the event id has the form `STREAM@created:sequence`, which is reserved for messages without an id"
-                .to_owned(),
-        );
+        return Err("the event id has the form `STREAM@stored:sequence`, which is reserved for messages without an id"
+            .to_owned());
     }
     Ok(())
 }
 
-/// The id of a message that brings none: its place, `stream@created:sequence`.
-pub fn place_id(stream: &str, stream_created: Timestamp, sequence: u64) -> String {
-    format!("{}{}:{sequence}", place_id_prefix(stream), stream_created.as_microsecond())
-}
-
-/// What the ids of all places on a stream begin with. Never a `|`, which marks an id that has a `ce-source`.
-pub fn place_id_prefix(stream: &str) -> String {
-    format!("{}@", stream.replace('%', "%25").replace('|', "%7C"))
+/// The id of a message that brings none: where and when it was stored, `stream@stored:sequence`. Never with a `|`, which marks
+/// an id that has a `ce-source`.
+pub fn place_id(stream: &str, stored_at: Timestamp, sequence: u64) -> String {
+    format!("{}@{}:{sequence}", stream.replace('%', "%25").replace('|', "%7C"), stored_at.as_microsecond())
 }
 
 /// Whether an id could be that of a place on some stream.
 fn is_place_id(id: &str) -> bool {
     let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     let Some((stream, place)) = id.rsplit_once('@') else { return false };
-    let Some((created, sequence)) = place.split_once(':') else { return false };
-    !stream.contains('|') && is_number(created.strip_prefix('-').unwrap_or(created)) && is_number(sequence)
+    let Some((stored, sequence)) = place.split_once(':') else { return false };
+    !stream.contains('|') && is_number(stored.strip_prefix('-').unwrap_or(stored)) && is_number(sequence)
 }
 
 /// The id of the output number `ordinal` (from 0) of one delivery: the same input always yields the same.

@@ -68,6 +68,22 @@ impl OutputIds {
         Output { id: self.of(worker, output), headers, ..output.clone() }
     }
 
+    /// The subject of the installation's marks, which nobody can guess.
+    pub fn mark_subject(&self) -> String {
+        format!("oncely.mark.{}", self.hash(&["subject of marks"]))
+    }
+
+    /// The text of a mark on the broker: its name, and the proof that it is the installation's.
+    pub fn seal_mark(&self, name: &str) -> String {
+        format!("{name} {}", self.hash(&["mark", name]))
+    }
+
+    /// The name of a mark that stands on the broker; none when the text is not one of this installation.
+    pub fn open_mark<'t>(&self, text: &'t str) -> Option<&'t str> {
+        let (name, proof) = text.split_once(' ')?;
+        (proof == self.hash(&["mark", name])).then_some(name)
+    }
+
     /// Each part with its length before it, so that no two lists of parts are the same text.
     fn hash(&self, parts: &[&str]) -> String {
         let mut context = hmac::Context::with_key(&self.key);
@@ -155,6 +171,17 @@ mod tests {
         assert_eq!(sealed.id, ids.of("pay", &plain));
         assert_eq!(readable(&sealed.headers, &sealed.id), "pay:a b:0");
         assert_eq!(readable(&Vec::new(), "x"), "x");
+    }
+
+    #[test]
+    fn a_mark_opens_under_the_key_that_sealed_it_alone() {
+        let ids = OutputIds::new(&[7; 32]);
+        let text = ids.seal_mark("a1");
+        assert_eq!(ids.open_mark(&text), Some("a1"));
+        for forged in [text.replace("a1", "a2"), "a1".to_owned(), "a1 ".to_owned(), String::new()] {
+            assert_eq!(ids.open_mark(&forged), None, "{forged}");
+        }
+        assert_eq!(OutputIds::new(&[8; 32]).open_mark(&text), None);
     }
 
     #[test]

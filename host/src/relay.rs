@@ -27,6 +27,7 @@ mod duplicates;
 mod ledger;
 mod lines;
 mod log;
+mod recovered;
 mod repair;
 mod state;
 mod subjects;
@@ -71,6 +72,9 @@ const LOOKED_AT_YET: Duration = Duration::from_millis(5);
 const STREAMS_AS_OF: Duration = Duration::from_secs(10);
 const STREAMS_AS_OF_AT_LEAST: Duration = Duration::from_secs(1);
 
+/// When it is looked again whether outputs may be sent that wait until database and broker agree.
+const HELD_FOR: Duration = Duration::from_secs(1);
+
 /// How long an output waits after its first failure; twice that after the second, and so on.
 const RETRY_FIRST: Duration = Duration::from_millis(250);
 
@@ -80,6 +84,8 @@ const RETRY_MAX: Duration = Duration::from_secs(15);
 /// What lanes hold of the relay. Cheap to clone.
 #[derive(Clone)]
 pub struct HandOver {
+    store: Arc<dyn Store>,
+    state: Arc<RelayState>,
     sender: mpsc::Sender<Leased>,
     /// Closed while the reader of the database's log is far behind.
     gate: watch::Receiver<bool>,
@@ -88,6 +94,8 @@ pub struct HandOver {
 /// Outputs that this host committed, and a time before which their leases did not begin.
 struct Leased {
     rows: Vec<OutboxRow>,
+    /// On their streams already.
+    there: Vec<Published>,
     since: Instant,
 }
 
@@ -96,8 +104,13 @@ impl HandOver {
     /// is gone, a sweep finds them.
     pub async fn hand_over(&self, rows: Vec<OutboxRow>, since: Instant) {
         let _ = self.gate.clone().wait_for(|is_open| *is_open).await;
-        if !rows.is_empty() {
-            let _ = self.sender.send(Leased { rows, since }).await;
+        if rows.is_empty() {
+            return;
+        }
+        match recovered::sort_out(&*self.store, &self.state, rows).await {
+            Ok((rows, there)) => drop(self.sender.send(Leased { rows, there, since }).await),
+            // A sweep finds them once their lease is over.
+            Err(error) => tracing::debug!("outputs are left to a sweep: {:#}", anyhow::Error::from(error)),
         }
     }
 }
@@ -155,6 +168,7 @@ impl Relay {
         let (to_relay, from_log) = mpsc::channel(1);
         let (heard, outcomes) = mpsc::unbounded_channel();
         let (opens, gate) = watch::channel(true);
+        let (for_lanes, state_for_lanes) = (Arc::clone(&store), Arc::clone(&state));
         let relay = Relay {
             ledger: Ledger::new(Arc::clone(&store), heard),
             connections: bus.connections(),
@@ -176,7 +190,11 @@ impl Relay {
             waits_since: None,
             others_wait: false,
         };
-        (relay, HandOver { sender, gate }, LogEnds { to_relay, outcomes, gate: opens })
+        (
+            relay,
+            HandOver { store: for_lanes, state: state_for_lanes, sender, gate },
+            LogEnds { to_relay, outcomes, gate: opens },
+        )
     }
 
     /// Runs until all lanes and the reader of the log are gone and what they handed over is published. After `stopping` there are no more sweeps:
@@ -213,7 +231,10 @@ impl Relay {
                     }
                 }
                 leased = self.handed_over.recv(), if !lanes_are_gone && self.lines.len() < HELD_MAX => match leased {
-                    Some(Leased { rows, since }) => self.take(rows, since),
+                    Some(Leased { rows, there, since }) => {
+                        self.take_there(there);
+                        self.take(rows, since);
+                    }
                     None => lanes_are_gone = true,
                 },
                 from_log = self.from_log.recv(), if !reader_is_gone && self.lines.len() < HELD_MAX => match from_log {
@@ -240,6 +261,15 @@ impl Relay {
         self.mind_losses();
         let back = self.lines.take(rows, since);
         self.ledger.put_back(back);
+    }
+
+    /// Takes note of outputs that are on their streams already.
+    fn take_there(&mut self, there: Vec<Published>) {
+        for place in there {
+            self.lines.remember(place.seq);
+            self.others_wait = true;
+            self.ledger.published(place);
+        }
     }
 
     /// Takes outputs from the database's log. They are in the order of their commits, and whoever goes by polling and is in
@@ -322,6 +352,10 @@ impl Relay {
                     let due = Unpublished::Later { after: Duration::ZERO, error: None };
                     self.ledger.put_back([(held.row.seq, due)]);
                 }
+                continue;
+            }
+            if self.state.is_held(&held.row.subject) {
+                self.give_up(&held.row, Unpublished::Later { after: HELD_FOR, error: None });
                 continue;
             }
             let stream = stream_of(&self.streams, &held.row.subject).map(|stream| stream.name.clone());
@@ -426,6 +460,7 @@ impl Relay {
     fn published(&mut self, row: &OutboxRow, place: PublishedAt, top: u64) {
         self.breakers.succeeded(&place.stream);
         self.subjects.took(&row.subject);
+        self.state.published.fetch_add(1, Ordering::Relaxed);
         if place.duplicate {
             fault::witness(fault::DUPLICATE_OUTPUT);
             self.metrics.output(&row.worker, OutputOutcome::Duplicate);
@@ -467,11 +502,12 @@ impl Relay {
             return None;
         }
         let (store, bus, metrics) = (Arc::clone(&self.store), self.bus.clone(), Arc::clone(&self.metrics));
+        let state = Arc::clone(&self.state);
         let streams_as_of =
             if std::mem::take(&mut self.knows_too_little) { STREAMS_AS_OF_AT_LEAST } else { STREAMS_AS_OF };
         Some(Box::pin(async move {
             // No operation of the database is dropped half-way, not even when this host ends.
-            let swept = tokio::spawn(sweep::sweep(store, bus, metrics, room as u32, streams_as_of)).await;
+            let swept = tokio::spawn(sweep::sweep(store, bus, metrics, state, room as u32, streams_as_of)).await;
             swept.unwrap_or_else(|error| Err(StoreError::Unavailable(error.into())))
         }))
     }
@@ -488,11 +524,7 @@ impl Relay {
         if !swept.streams.is_empty() {
             self.streams = swept.streams;
         }
-        for place in swept.there {
-            self.lines.remember(place.seq);
-            self.others_wait = true;
-            self.ledger.published(place);
-        }
+        self.take_there(swept.there);
         self.ledger.put_back(swept.back);
         self.take(swept.rows, swept.since);
         swept.is_full

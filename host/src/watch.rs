@@ -9,7 +9,7 @@ use anyhow::Result;
 
 use crate::alarm::{self, Alarm, Kind, Move, judge};
 use crate::drain::Stopping;
-use crate::host::Host;
+use crate::host::{Hold, Host};
 use crate::manifest::Worker;
 use crate::store::{LetterDepth, OutboxLag};
 use crate::units;
@@ -37,6 +37,7 @@ async fn look(host: &Host) -> Result<()> {
         letters: host.store.letter_depths().await?,
         outputs: host.store.outbox_lag().await?,
         taken: host.store.taken_ids().await?,
+        is_restored: matches!(host.hold(), Some(Hold::Restored(_))),
     };
     let ages = futures::future::join_all(workers.iter().map(|worker| host.unhandled_age(worker))).await;
     let moves: Vec<Move> =
@@ -59,6 +60,8 @@ struct Measured {
     outputs: Vec<OutboxLag>,
     /// By worker, how many outputs had to change their id.
     taken: BTreeMap<String, u64>,
+    /// Whether database and broker disagree.
+    is_restored: bool,
 }
 
 impl Measured {
@@ -74,6 +77,7 @@ impl Measured {
             Kind::UnpublishedAge => Some(outputs.and_then(|lag| lag.oldest_ms).unwrap_or_default()),
             Kind::SetAside => Some(outputs.map_or(0, |lag| lag.set_aside)),
             Kind::IdTaken => Some(self.taken.get(&worker.name).copied().unwrap_or_default()),
+            Kind::Restored => Some(self.is_restored.into()),
             Kind::NewFailure => None,
         };
         let by_value = Kind::ALL.into_iter().filter(|kind| *kind != Kind::NewFailure).filter_map(|kind| {

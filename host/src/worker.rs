@@ -77,7 +77,7 @@ impl RunningWorker {
         let stream = worker.stream.as_deref().context("start a worker that takes no messages")?;
         let version = delivery.version;
         let pull = bus
-            .subscribe(&subscription(&worker, stream, version))
+            .subscribe(&versioned(subscription(&worker, stream), version))
             .await
             .with_context(|| format!("subscribe worker {} to stream {}", worker.name, stream))?;
         let redriven = bus
@@ -127,7 +127,8 @@ impl RunningWorker {
     }
 }
 
-fn subscription(worker: &Worker, stream: &str, version: u32) -> Subscription {
+/// What a worker takes from its stream.
+pub fn subscription(worker: &Worker, stream: &str) -> Subscription {
     Subscription {
         stream: stream.to_owned(),
         durable: worker.durable(),
@@ -135,11 +136,13 @@ fn subscription(worker: &Worker, stream: &str, version: u32) -> Subscription {
         ack_wait: worker.ack_wait,
         // Room for several hosts.
         max_ack_pending: i64::try_from(capacity(worker) * 4).unwrap_or(i64::MAX).max(1_000),
-        metadata: HashMap::from([
-            ("oncely.worker".to_owned(), worker.name.clone()),
-            ("oncely.version".to_owned(), version.to_string()),
-        ]),
+        metadata: HashMap::from([("oncely.worker".to_owned(), worker.name.clone())]),
     }
+}
+
+fn versioned(mut subscription: Subscription, version: u32) -> Subscription {
+    subscription.metadata.insert("oncely.version".to_owned(), version.to_string());
+    subscription
 }
 
 /// How many messages of a worker one host holds at most.

@@ -126,7 +126,7 @@ impl Harm {
         dlq_outage: Duration::from_secs(40),
         freezes: 2,
         frozen: Duration::from_secs(20),
-        joins: 0,
+        joins: 2,
         leases: 2,
     };
 
@@ -148,7 +148,7 @@ impl Harm {
         dlq_outage: Duration::from_secs(4),
         freezes: 1,
         frozen: Duration::from_secs(5),
-        joins: 0,
+        joins: 1,
         leases: 1,
     };
 

@@ -15,6 +15,7 @@ use support::guests;
 
 use crate::campaign::{Harm, Outcome, Plan};
 use crate::exposure::Exposure;
+use crate::restore::Restored;
 use crate::storm::{Storm, Weathered};
 use crate::takeover::TakenOver;
 
@@ -24,6 +25,7 @@ mod exposure;
 mod observed;
 mod publisher;
 mod redriver;
+mod restore;
 mod storm;
 mod stranger;
 mod takeover;
@@ -51,6 +53,9 @@ struct Options {
     /// The takeovers alone (PostgreSQL).
     #[arg(long, conflicts_with = "storm")]
     takeover: bool,
+    /// The restores alone.
+    #[arg(long, conflicts_with_all = ["storm", "takeover"])]
+    restore: bool,
     /// For how long harm is done at most.
     #[arg(long, default_value_t = 11.0)]
     minutes: f64,
@@ -133,7 +138,8 @@ async fn run_campaigns(options: &Options) -> Result<bool> {
         env: options.env.clone(),
     };
     let storms = kinds.clone();
-    let kinds = if options.storm || options.takeover { Vec::new() } else { kinds };
+    let alone = options.storm || options.takeover || options.restore;
+    let kinds = if alone { Vec::new() } else { kinds };
     let campaigns = kinds.into_iter().map(|kind| tokio::spawn(campaign::run(plan(kind))));
     let mut running: futures::stream::FuturesUnordered<_> = campaigns.collect();
     let mut outcomes = Vec::new();
@@ -144,19 +150,25 @@ async fn run_campaigns(options: &Options) -> Result<bool> {
     }
     let taken_over =
         if options.takeover && storms.contains(&Kind::Postgres) { Some(take_over(options).await?) } else { None };
-    let storms = if options.takeover { Vec::new() } else { storms };
+    let restored = if options.storm || options.takeover { Vec::new() } else { storms.clone() };
+    let restored = run_restores(options, seed, restored).await?;
+    let storms = if options.takeover || options.restore { Vec::new() } else { storms };
     let storms = run_storms(options, seed, storms).await?;
     let violations: usize = outcomes.iter().map(|outcome| outcome.violations.len()).sum();
     let violations = violations + taken_over.as_ref().map_or(0, |taken_over| taken_over.violations.len());
     let violations =
         violations + storms.iter().map(|(_, storm)| storm["violations"].as_array().map_or(0, Vec::len)).sum::<usize>();
+    let violations = violations + restored.iter().map(|(_, restored)| restored.violations.len()).sum::<usize>();
+    let restores: BTreeMap<String, Value> =
+        restored.iter().map(|(name, restored)| (name.clone(), json!({ "seen": restored.seen }))).collect();
     let storms: BTreeMap<String, Value> = storms.into_iter().collect();
     let databases: BTreeMap<String, Value> =
         outcomes.iter().map(|outcome| (name(outcome.plan.kind), report(outcome))).collect();
     let name = if options.short { "short.json" } else { "report.json" };
     let takeover_ms = taken_over.map(|taken_over| taken_over.ms);
     let report = json!({
-        "seed": seed, "violations": violations, "databases": databases, "storms": storms, "takeover_ms": takeover_ms,
+        "seed": seed, "violations": violations, "databases": databases, "storms": storms, "restores": restores,
+        "takeover_ms": takeover_ms,
     });
     write(name, &report)?;
     println!("{violations} violations");
@@ -173,6 +185,22 @@ async fn take_over(options: &Options) -> Result<TakenOver> {
     println!("    {:>7}  violations", taken_over.violations.len());
     taken_over.violations.iter().for_each(|violation| println!("    {}: {}", violation.rule, violation.what));
     Ok(taken_over)
+}
+
+/// Restores databases under load, side by side.
+async fn run_restores(options: &Options, seed: u64, kinds: Vec<Kind>) -> Result<Vec<(String, Restored)>> {
+    let times = if options.short { 1 } else { 3 };
+    let restores = kinds.into_iter().map(async |kind| (name(kind), restore::run(kind, times, seed).await));
+    let mut all = Vec::new();
+    for (name, restored) in futures::future::join_all(restores).await {
+        let restored = restored.with_context(|| format!("restore {name}"))?;
+        println!("\nrestore of {name}");
+        restored.seen.iter().for_each(|(what, count)| println!("    {count:>7}  {what}"));
+        println!("    {:>7}  violations", restored.violations.len());
+        restored.violations.iter().for_each(|violation| println!("    {}: {}", violation.rule, violation.what));
+        all.push((name, restored));
+    }
+    Ok(all)
 }
 
 /// Runs the storms side by side; reports by database.

@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use jiff::Timestamp;
 use oncely::message::output_id;
 use support::database::Database;
 use support::nats::{NatsServer, Stored};
@@ -38,8 +37,6 @@ const TOLD_WITHIN: Duration = Duration::from_secs(10);
 pub struct Observed {
     /// The stream of inputs, raw.
     pub inputs: Vec<Stored>,
-    /// When that stream was made, for ids made of places.
-    pub inputs_created: Timestamp,
     /// The stream of outputs, raw.
     pub outputs: Vec<Stored>,
     /// The stream of dead letters, raw.
@@ -88,10 +85,6 @@ impl Observed {
         };
         observed.outputs.retain(|stored| !is_from_stranger(&stored.subject));
         observed.notices.retain(|stored| !is_from_stranger(&stored.subject));
-        let context = async_nats::jetstream::new(nats.client().await?);
-        let stream = context.get_stream("IN").await.context("open the stream of inputs")?;
-        let created = stream.cached_info().created;
-        observed.inputs_created = Timestamp::from_nanosecond(created.unix_timestamp_nanos()).context("read a time")?;
         observed.read_rows(database).await.context("read the tables")?;
         observed.restless = restless(database, nats).await?;
         Ok(observed)

@@ -48,11 +48,13 @@ mod relay;
 mod repair;
 
 mod hosts;
+mod installations;
 mod outage;
 mod packaging;
 mod reconcile;
 mod redrive;
 mod replay;
+mod restores;
 mod store;
 mod takeover;
 mod tidy;

@@ -39,6 +39,7 @@ mod hostile_sql;
 mod inbox;
 mod letters;
 mod line;
+mod marks;
 mod outages;
 mod outbox;
 mod records;

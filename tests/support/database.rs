@@ -86,6 +86,33 @@ impl Database {
         }
     }
 
+    /// A copy of the database as it is now, in `folder` if it is a file. No host may run on it meanwhile.
+    pub async fn copy(&self, folder: &Path) -> Result<Database> {
+        match self {
+            Database::Sqlite(path) => {
+                let copy = folder.join(format!("copy-{}.db", uuid::Uuid::new_v4()));
+                self.execute(&format!("vacuum into '{}'", copy.display())).await.context("copy the database")?;
+                anyhow::ensure!(copy.exists(), "there is no copy of {}", path.display());
+                Ok(Database::Sqlite(copy))
+            }
+            Database::Postgres { direct, .. } => {
+                let (server, name) = direct.rsplit_once('/').context("find the database's name")?;
+                let copy = format!("copy_{}", uuid::Uuid::new_v4().simple());
+                let mut connection = sqlx::PgConnection::connect(&format!("{server}/postgres")).await?;
+                // Of a host that was killed the server may not know yet.
+                let end = format!(
+                    "select pg_terminate_backend(pid, 10000) from pg_stat_activity
+                     where datname = '{name}' and backend_type = 'client backend'"
+                );
+                sqlx::raw_sql(AssertSqlSafe(end)).execute(&mut connection).await.context("end what is left")?;
+                let make = format!("create database {copy} template {name}");
+                sqlx::raw_sql(AssertSqlSafe(make)).execute(&mut connection).await.context("copy the database")?;
+                let url = format!("{server}/{copy}");
+                Ok(Database::Postgres { host: url.clone(), direct: url })
+            }
+        }
+    }
+
     /// Runs a query and returns its rows as text, an empty string for null. Platform tables are written `oncely.x` and
     /// workers' tables `app.x`, whichever database it is.
     pub async fn rows(&self, sql: &str) -> Result<Vec<Vec<String>>> {

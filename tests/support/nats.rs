@@ -34,6 +34,7 @@ pub struct ToPublish {
 #[derive(Debug, Clone)]
 pub struct Stored {
     pub sequence: u64,
+    pub stored_at: jiff::Timestamp,
     pub subject: String,
     pub headers: HashMap<String, String>,
     pub body: Vec<u8>,
@@ -302,8 +303,10 @@ impl NatsServer {
                 .iter()
                 .filter_map(|(name, values)| Some((name.to_string(), values.first()?.to_string())))
                 .collect();
+            let stored_at = jiff::Timestamp::from_nanosecond(message.time.unix_timestamp_nanos());
             stored.push(Stored {
                 sequence: message.sequence,
+                stored_at: stored_at.context("read a time")?,
                 subject: message.subject.to_string(),
                 headers,
                 body: message.payload.to_vec(),

@@ -215,6 +215,22 @@ impl World {
         self.host.as_mut().is_some_and(|host| matches!(host.try_wait(), Ok(None)))
     }
 
+    /// Waits until the host says why it is not ready, with this text in it; returns what it says.
+    pub async fn not_ready(&self, why: &str) -> Result<String> {
+        let end = Instant::now() + PATIENCE;
+        let mut last = String::new();
+        while Instant::now() < end {
+            if let Ok(status) = self.oncely_json(&["status", "--json"]).await {
+                last = status["not_ready"].as_str().unwrap_or("ready").to_owned();
+                if last.contains(why) {
+                    return Ok(last);
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        bail!("the host does not say `{why}`, but `{last}`:\n{}", self.host_log())
+    }
+
     /// Runs `oncely` with these arguments against the host, and returns what it printed.
     pub async fn oncely(&self, args: &[&str]) -> Result<String> {
         let mut command = self.command(args.first().copied().unwrap_or_default())?;

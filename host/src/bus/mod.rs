@@ -12,10 +12,13 @@ use tokio::sync::watch;
 
 use crate::config::{Login, Nats};
 use crate::hint::WithHint;
+use installation::Owner;
 use reader::Reader;
 
 mod alarms;
 mod feed;
+mod installation;
+mod marks;
 mod publish;
 mod pull;
 mod raw;
@@ -28,6 +31,8 @@ mod wire;
 
 pub use alarms::{AlarmMessage, Alarms};
 pub use feed::{Feed, Heard};
+pub use installation::Foreign;
+pub use marks::{MARK_STREAM, StoredMark, mark_stream};
 pub use publish::{Answer, Outgoing, PublishError, PublishedAt};
 pub use pull::{Backlog, Probe, Progress, Pull, Pulled, Receipt, Subscription, Unhandled};
 pub use raw::Compared;
@@ -60,6 +65,8 @@ pub struct Bus {
     /// How to reach NATS, and the connection for delivered messages, once there is a subscription.
     nats: Arc<Nats>,
     reader: Arc<OnceLock<Reader>>,
+    /// None for a bus that asks nobody whose something is.
+    owner: Option<Arc<Owner>>,
 }
 
 /// All streams, and as of when.
@@ -111,7 +118,7 @@ impl Bus {
             .with_context(|| format!("ask NATS at {} for JetStream", nats.shown()))
             .hint("start the server with JetStream: nats-server --jetstream")?;
         let (nats, reader) = (Arc::new(nats.clone()), Arc::default());
-        Ok(Bus { client, context, connections, known_streams: Arc::default(), denied, nats, reader })
+        Ok(Bus { client, context, connections, known_streams: Arc::default(), denied, nats, reader, owner: None })
     }
 
     /// The largest message the server takes, headers included, in bytes.

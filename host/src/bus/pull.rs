@@ -12,6 +12,7 @@ use anyhow::{Context, Result};
 use async_nats::jetstream::AckKind;
 use async_nats::jetstream::consumer::pull::{BatchConfig, Config};
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy};
+use async_nats::jetstream::context::ConsumerInfoErrorKind;
 use async_nats::{StatusCode, Subject};
 use jiff::Timestamp;
 use tokio::sync::{Mutex, watch};
@@ -24,7 +25,7 @@ use super::requests::{Place, next_subject};
 use super::streams::timestamp;
 use super::wire::Arrived;
 use crate::fault;
-use crate::message::{Headers, InvalidEventId, Message, Origin, event_id, place_id, place_id_prefix};
+use crate::message::{Headers, InvalidEventId, Message, Origin, event_id, place_id};
 use crate::retry::Backoff;
 use crate::verdict::{Reason, Settled};
 
@@ -40,9 +41,6 @@ const SILENCE_MAX: Duration = Duration::from_secs(11);
 
 /// How many bytes one pull request may bring; more when the server takes larger messages.
 const REQUEST_BYTES: usize = 16 << 20;
-
-/// When a message comes again whose event id could not be made out.
-const TAKE_AGAIN_AFTER: Duration = Duration::from_millis(500);
 
 /// How long an acknowledgement may take to find room in the client's buffer, which is full only in an outage.
 const SEND_TIMEOUT: Duration = Duration::from_secs(2);
@@ -73,8 +71,6 @@ pub struct Pull {
     stream_created: Timestamp,
     /// The same for receipts, in microseconds since the epoch.
     stream_now: Arc<AtomicI64>,
-    /// Whether `stream_created` is known to be that of the stream the open request takes from.
-    created_confirmed: bool,
     /// Requests are numbered; request 7 is answered at `{inbox}.7`.
     inbox: String,
     answers: Listener,
@@ -157,7 +153,6 @@ impl Bus {
             reader,
             stream_created,
             stream_now: Arc::new(AtomicI64::new(stream_created.as_microsecond())),
-            created_confirmed: false,
             inbox,
             answers,
             requests: 0,
@@ -190,11 +185,35 @@ impl Bus {
             .await
             .with_context(|| format!("open the stream {}", subscription.stream))?;
         let created = timestamp(stream.cached_info().created)?;
-        stream
-            .create_consumer(config(subscription))
-            .await
-            .with_context(|| format!("make the consumer {} on {}", subscription.durable, subscription.stream))?;
+        // From where a consumer began cannot be changed.
+        let began = self.own_consumer(subscription).await?.unwrap_or(DeliverPolicy::All);
+        self.make_consumer(subscription, began).await?;
         Ok(created)
+    }
+
+    /// Gives a subscription another place on its stream: what stands from this sequence on comes again.
+    pub async fn rewind(&self, subscription: &Subscription, from: u64) -> Result<()> {
+        let Subscription { stream, durable, .. } = subscription;
+        if self.own_consumer(subscription).await?.is_some() {
+            let of_stream = self.context.get_stream_no_info(stream).await;
+            let of_stream = of_stream.with_context(|| format!("open the stream {stream}"))?;
+            of_stream.delete_consumer(durable).await.with_context(|| format!("remove the consumer {durable}"))?;
+        }
+        let from = match from {
+            0 | 1 => DeliverPolicy::All,
+            start_sequence => DeliverPolicy::ByStartSequence { start_sequence },
+        };
+        self.make_consumer(subscription, from).await
+    }
+
+    async fn make_consumer(&self, subscription: &Subscription, from: DeliverPolicy) -> Result<()> {
+        let mut config = Config { deliver_policy: from, ..config(subscription) };
+        self.mark_owner(&mut config.metadata);
+        let stream = self.context.get_stream_no_info(&subscription.stream).await;
+        let stream = stream.with_context(|| format!("open the stream {}", subscription.stream))?;
+        let made = stream.create_consumer(config).await;
+        made.with_context(|| format!("make the consumer {} on {}", subscription.durable, subscription.stream))?;
+        Ok(())
     }
 }
 
@@ -231,10 +250,7 @@ impl Pull {
             if self.held.is_none() {
                 self.step(room).await?;
             }
-            if self.held.is_some()
-                && self.id_is_right().await
-                && let Some(pulled) = self.held.take()
-            {
+            if let Some(pulled) = self.held.take() {
                 if fault::mutant(fault::ACK_BEFORE_COMMIT) {
                     pulled.receipt.reply.reply(AckKind::Ack).await?;
                 }
@@ -253,8 +269,8 @@ impl Pull {
             self.answers.drain();
         }
         loop {
-            if self.held.is_some() && self.id_is_right().await {
-                return self.held.take();
+            if let Some(held) = self.held.take() {
+                return Some(held);
             }
             match tokio::time::timeout(REST_WITHIN, self.answers.next()).await {
                 Ok(Some(answer)) => self.hear(answer),
@@ -296,7 +312,6 @@ impl Pull {
         let subject = next_subject(&self.subscription.stream, &self.subscription.durable);
         self.reader.publish(subject, answered_at.clone(), body);
         self.requests += 1;
-        self.created_confirmed = false;
         self.request = Some(Request { answered_at, left, last_word: now });
         Ok(now)
     }
@@ -340,10 +355,10 @@ impl Pull {
     fn open(&self, message: Arrived, place: Place) -> Pulled {
         let origin = Origin { stream: place.stream, sequence: place.sequence, stored_at: place.stored_at };
         let readable = readable(&message);
-        let place_id = || place_id(&origin.stream, self.stream_created, origin.sequence);
+        let place_id = || place_id(&origin.stream, origin.stored_at, origin.sequence);
         let (event_id, unusable) = match readable.why {
             Some(why) => (place_id(), Some((Reason::Unreadable, why))),
-            None => match event_id(&readable.headers, &origin.stream, self.stream_created, origin.sequence) {
+            None => match event_id(&readable.headers, &origin.stream, origin.stored_at, origin.sequence) {
                 Ok(id) => (id, None),
                 Err(InvalidEventId { stand_in, why }) => (stand_in, Some((Reason::InvalidId, why))),
             },
@@ -365,29 +380,6 @@ impl Pull {
                 stream_now: Arc::clone(&self.stream_now),
             },
         }
-    }
-
-    /// Whether the held message has the right event id. One that is made of the stream's creation time is right only if
-    /// the stream was not deleted and made again since: with the old time it would meet another message's inbox record.
-    /// A request ends with its consumer, so that the first such message of each request vouches for the others.
-    async fn id_is_right(&mut self) -> bool {
-        let derived = place_id_prefix(&self.subscription.stream);
-        let is_derived = self.held.as_ref().is_some_and(|held| held.message.event_id.starts_with(&derived));
-        if !is_derived || self.created_confirmed {
-            return true;
-        }
-        match self.bus.stream(&self.subscription.stream).await {
-            Ok(Some(stream)) if stream.created == self.stream_created => self.created_confirmed = true,
-            Ok(_) => self.doubt("the stream is another one than before"),
-            Err(error) => self.doubt(&format!("{error:#}")),
-        }
-        if self.in_doubt
-            && let Some(held) = self.held.take()
-        {
-            // By then we know which stream it is from.
-            let _ = held.receipt.nak(TAKE_AGAIN_AFTER).await;
-        }
-        !self.in_doubt
     }
 
     fn sound(&mut self) {
@@ -513,6 +505,20 @@ impl Probe {
             _ => self.bus.first_stored_at(&self.stream, &self.subjects, info.ack_floor.stream_sequence + 1).await?,
         };
         Ok(Unhandled { messages, oldest })
+    }
+
+    /// Up to where everything is acknowledged; none when there is no consumer.
+    pub async fn floor(&self) -> Result<Option<u64>> {
+        let stream = self.bus.context.get_stream_no_info(&self.stream).await.context("open the stream")?;
+        match stream.consumer_info(&self.durable).await {
+            Ok(info) => Ok(Some(info.ack_floor.stream_sequence)),
+            Err(error)
+                if matches!(error.kind(), ConsumerInfoErrorKind::NotFound | ConsumerInfoErrorKind::StreamNotFound) =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(error).context("look at the consumer"),
+        }
     }
 
     async fn info(&self) -> Result<async_nats::jetstream::consumer::Info> {

@@ -6,7 +6,10 @@ use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
 use serde_json::json;
 
+use super::pull::headers;
+use super::readable::read_block;
 use super::{Bus, Outgoing};
+use crate::message::{InvalidEventId, event_id};
 
 /// The server's answer to a request for one message.
 #[derive(Deserialize)]
@@ -28,14 +31,15 @@ const NO_MESSAGE: u64 = 10037;
 
 /// A message as JSON.
 #[derive(Deserialize)]
-struct Raw {
+pub(super) struct Raw {
+    pub seq: u64,
     subject: String,
     /// The header block, in Base64.
     #[serde(default)]
     hdrs: String,
     /// The body, in Base64.
     #[serde(default)]
-    data: String,
+    pub data: String,
     time: jiff::Timestamp,
 }
 
@@ -79,6 +83,23 @@ impl Bus {
         self.raw_message(stream, sequence).await?.map(|raw| raw.message_id()).transpose()
     }
 
+    /// When the message at a place was stored; none when there is no message.
+    pub async fn stored_at(&self, stream: &str, sequence: u64) -> Result<Option<jiff::Timestamp>> {
+        Ok(self.raw_message(stream, sequence).await?.map(|raw| raw.time))
+    }
+
+    /// The subject and the event id of the message at a place; none when there is no message, or one that cannot be read.
+    pub async fn event_at(&self, stream: &str, sequence: u64) -> Result<Option<(String, String)>> {
+        let Some(raw) = self.raw_message(stream, sequence).await? else { return Ok(None) };
+        let block = STANDARD.decode(&raw.hdrs).context("decode a message's headers")?;
+        let Ok(block) = read_block(&block) else { return Ok(None) };
+        let id = match event_id(&headers(Some(&block.headers)), stream, raw.time, sequence) {
+            Ok(id) => id,
+            Err(InvalidEventId { stand_in, .. }) => stand_in,
+        };
+        Ok(Some((raw.subject, id)))
+    }
+
     /// When the first message to one of `subjects` (patterns; all when empty) from a sequence on was stored.
     pub(super) async fn first_stored_at(
         &self,
@@ -102,7 +123,7 @@ impl Bus {
         self.raw(stream, wanted).await.with_context(|| format!("read message {sequence} of {stream}"))
     }
 
-    async fn raw(&self, stream: &str, wanted: serde_json::Value) -> Result<Option<Raw>> {
+    pub(super) async fn raw(&self, stream: &str, wanted: serde_json::Value) -> Result<Option<Raw>> {
         let answer: Answer = self.context.request(format!("STREAM.MSG.GET.{stream}"), &wanted).await?;
         match answer.error {
             Some(refusal) if refusal.err_code != NO_MESSAGE => bail!("{}", refusal.description),

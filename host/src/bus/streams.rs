@@ -32,6 +32,8 @@ pub struct StreamSpec {
     pub duplicate_window: Option<Duration>,
     /// Whether what is acknowledged leaves it.
     pub is_queue: bool,
+    /// How many messages of each subject it keeps, the newest ones; none for all.
+    pub kept_per_subject: Option<i64>,
 }
 
 impl StreamSpec {
@@ -76,18 +78,8 @@ impl Bus {
         if self.stream(&spec.name).await?.is_some() {
             return Ok(Ensured::AlreadyThere);
         }
-        let config = Config {
-            name: spec.name.clone(),
-            subjects: spec.subjects.clone(),
-            retention: if spec.is_queue { RetentionPolicy::WorkQueue } else { RetentionPolicy::Limits },
-            storage: StorageType::File,
-            discard: DiscardPolicy::New,
-            max_age: spec.max_age.unwrap_or_default(),
-            max_bytes: spec.max_bytes.map_or(-1, |bytes| i64::try_from(bytes).unwrap_or(i64::MAX)),
-            duplicate_window: spec.duplicate_window.unwrap_or_default(),
-            allow_direct: true,
-            ..Config::default()
-        };
+        let mut config = stream_config(spec);
+        self.mark_owner(&mut config.metadata);
         match self.context.create_stream(config).await {
             Ok(_) => Ok(Ensured::Created),
             // Another host was faster.
@@ -269,7 +261,23 @@ async fn walk(bus: &Bus, consumer: &Consumer<pull::Config>, mut goes_on: impl Fn
     Ok(left)
 }
 
-fn is_name_in_use(error: &async_nats::jetstream::context::CreateStreamError) -> bool {
+pub(super) fn stream_config(spec: &StreamSpec) -> Config {
+    Config {
+        name: spec.name.clone(),
+        subjects: spec.subjects.clone(),
+        retention: if spec.is_queue { RetentionPolicy::WorkQueue } else { RetentionPolicy::Limits },
+        storage: StorageType::File,
+        discard: DiscardPolicy::New,
+        max_age: spec.max_age.unwrap_or_default(),
+        max_bytes: spec.max_bytes.map_or(-1, |bytes| i64::try_from(bytes).unwrap_or(i64::MAX)),
+        max_messages_per_subject: spec.kept_per_subject.unwrap_or(-1),
+        duplicate_window: spec.duplicate_window.unwrap_or_default(),
+        allow_direct: true,
+        ..Config::default()
+    }
+}
+
+pub(super) fn is_name_in_use(error: &async_nats::jetstream::context::CreateStreamError) -> bool {
     matches!(error.kind(), CreateStreamErrorKind::JetStream(answer)
         if answer.error_code() == ErrorCode::STREAM_NAME_EXIST)
 }

@@ -32,6 +32,9 @@ pub struct Dev {
     /// Use this NATS server rather than a child.
     #[arg(long, value_name = "URL", conflicts_with = "nats_port")]
     nats: Option<String>,
+    /// Make the streams and consumers of this other installation, which is gone for good, this one's.
+    #[arg(long, value_name = "ID")]
+    take_over: Option<String>,
     /// The port of the nats-server child. Default: the one it had before, else a free one.
     #[arg(long, value_name = "PORT")]
     nats_port: Option<u16>,
@@ -79,6 +82,9 @@ impl Dev {
         }
         served.host.reconcile().await?;
         served.ready(READY_WITHIN).await?;
+        if let Some(hold) = served.host.hold() {
+            term::warning(hold);
+        }
         announce(&served, config).await?;
         served.until_it_ends().await
     }
@@ -106,6 +112,7 @@ impl Dev {
         HostConfig::load(&HostFlags {
             database: self.database.clone(),
             nats: self.nats.clone().or_else(|| server.map(EmbeddedServer::url)),
+            take_over: self.take_over.clone(),
             listen: self.listen.clone(),
             http: self.http.clone(),
             http_publish: self.http_publish.clone(),

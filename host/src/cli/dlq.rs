@@ -13,6 +13,8 @@ mod select;
 mod show;
 mod verify;
 
+pub(super) use select::Actor;
+
 /// Shows messages that could not be handled, and why; corrects them, puts them back, closes them.
 #[derive(Debug, Args)]
 pub struct Dlq {

@@ -12,6 +12,7 @@ mod dlq;
 pub mod exit;
 mod outbox;
 mod publish;
+mod recover;
 mod replay;
 mod run;
 mod serve;
@@ -42,6 +43,7 @@ enum Command {
     Dlq(dlq::Dlq),
     Replay(replay::Replay),
     Outbox(outbox::Outbox),
+    Recover(recover::Recover),
     State(state::State),
     Status(status::Status),
     Completions(completions::Completions),
@@ -63,6 +65,7 @@ impl Cli {
             Command::Dlq(dlq) => dlq.run().await,
             Command::Replay(replay) => replay.run().await,
             Command::Outbox(outbox) => outbox.run().await,
+            Command::Recover(recover) => recover.run().await,
             Command::State(state) => state.run().await,
             Command::Status(status) => status.run().await,
             Command::Completions(completions) => completions.run(),

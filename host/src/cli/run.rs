@@ -40,6 +40,8 @@ async fn serve(config: &HostConfig) -> Result<Ended> {
         config.database.shown()
     );
     match served.ready(READY_WITHIN).await {
+        // Why not was logged when it was found.
+        Ok(()) if served.host.hold().is_some() => tracing::error!("not ready: workers and relay wait"),
         Ok(()) => tracing::info!("ready"),
         Err(error) => tracing::error!("{error:#}"),
     }

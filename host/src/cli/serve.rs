@@ -57,6 +57,7 @@ impl Served {
     pub async fn start(config: &HostConfig, listener: TcpListener, requests: Option<TcpListener>) -> Result<Served> {
         let store = open_store(config).await?;
         let bus = Bus::connect(&config.nats).await.map_err(unreachable)?;
+        let bus = bus.for_installation(store.installation(), config.take_over.clone());
         let token = config.keep_token()?;
         let compiled = config.data_dir.join("components");
         let retention =
@@ -108,11 +109,15 @@ impl Served {
         })
     }
 
-    /// Says that the start is over, and waits until the workers' subscriptions are seen on the server.
+    /// Says that the start is over, and waits until the workers' subscriptions are seen on the server, or it is clear that they
+    /// wait for a person.
     pub async fn ready(&self, limit: Duration) -> Result<()> {
         self.host.started();
         let ready = async {
             while let Err(why) = self.host.ready().await {
+                if self.host.hold().is_some() {
+                    return;
+                }
                 tracing::debug!("not ready: {why}");
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }

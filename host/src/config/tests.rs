@@ -30,6 +30,7 @@ fn with_nothing_given_a_host_runs_from_one_folder_on_this_machine() {
         database: Database::Sqlite(".oncely/oncely.db".into()),
         pool_size: 16,
         guest_sql: GuestSql::Walled,
+        take_over: None,
         nats: Nats {
             servers: vec!["nats://127.0.0.1:4222".into()],
             login: Login::None,
@@ -90,6 +91,7 @@ fn every_knob_is_read_from_every_source() {
         "nats" => "nats://b:2".to_owned(),
         "nats_context" => "prod".to_owned(),
         "nats_creds" => creds.to_string_lossy().into_owned(),
+        "take_over" => "0123456789abcdef".to_owned(),
         "listen" => "127.0.0.1:1".to_owned(),
         "token" => "0123456789abcdef".to_owned(),
         "http" => "off".to_owned(),
@@ -134,7 +136,8 @@ fn every_knob_is_read_from_every_source() {
 #[test]
 fn a_bad_value_is_named_with_the_place_it_came_from_and_one_that_would_do() {
     type Case = (&'static [&'static str], &'static [(&'static str, &'static str)], &'static str, &'static str);
-    let cases: [Case; 27] = [
+    let cases: [Case; 28] = [
+        (&["--take-over", "me"], &[], "`me` is not the id of an installation", "--take-over 0123456789abcdef"),
         (&["--compile-time", "0s"], &[], "`0s` is not a length of time between 1s and 1h", "--compile-time 2m"),
         (&["--compile-memory", "1MiB"], &[], "`1MiB` is not a size of 1 GiB or more", "--compile-memory 2GiB"),
         (&["--relay", "push"], &[], "`relay` (from --relay) cannot be used: `push` is neither", "--relay wal"),

@@ -86,11 +86,12 @@ impl Work {
 }
 
 impl Slot {
-    pub(super) fn tell(&self, name: &str) -> WorkerState {
+    pub(super) fn tell(&self, name: &str, is_held: bool) -> WorkerState {
         let running = self.running.as_ref();
         let state = match (running, &self.broken) {
             (_, Some(_)) => "broken",
             (Some(running), None) if running.is_seen() => "running",
+            (None, None) if is_held => "held",
             _ => "starting",
         };
         let counters = running.and_then(|running| match running {

@@ -13,14 +13,15 @@ use std::time::{Duration, Instant};
 use futures::future::BoxFuture;
 use tokio::sync::{mpsc, watch};
 
-use super::RelayState;
 use super::sweep::Swept;
+use super::{RelayState, recovered};
 use crate::bus::Bus;
 use crate::drain::Stopping;
 use crate::fault;
 use crate::metrics::Metrics;
 use crate::store::{
-    LogEvent, LogReader, LogState, Lsn, OutboxRow, OutputLog, Published, RelayMode, Step, StoreError, Unpublished,
+    LogEvent, LogReader, LogState, Lsn, OutboxRow, OutputLog, Published, RelayMode, Step, Store, StoreError,
+    Unpublished,
 };
 
 mod tracker;
@@ -170,6 +171,7 @@ impl LogKeeper {
 
 /// Reads the log when no other host does.
 pub struct LogRelay {
+    store: Arc<dyn Store>,
     log: Arc<dyn OutputLog>,
     bus: Bus,
     metrics: Arc<Metrics>,
@@ -179,13 +181,14 @@ pub struct LogRelay {
 
 impl LogRelay {
     pub fn new(
+        store: Arc<dyn Store>,
         log: Arc<dyn OutputLog>,
         bus: Bus,
         metrics: Arc<Metrics>,
         state: Arc<RelayState>,
         ends: LogEnds,
     ) -> Self {
-        LogRelay { log, bus, metrics, state, ends }
+        LogRelay { store, log, bus, metrics, state, ends }
     }
 
     /// Runs until the lanes are gone, and a little longer: what they committed is published first.
@@ -231,7 +234,7 @@ impl LogRelay {
     /// Looks who is before outputs and which of them are on their streams already, and hands them to the relay.
     fn hand(&self, told: Told, is_first: bool, recorded: u64) -> BoxFuture<'static, Result<(), StoreError>> {
         let (log, bus, metrics) = (Arc::clone(&self.log), self.bus.clone(), Arc::clone(&self.metrics));
-        let (state, to_relay) = (Arc::clone(&self.state), self.ends.to_relay.clone());
+        let (store, state, to_relay) = (Arc::clone(&self.store), Arc::clone(&self.state), self.ends.to_relay.clone());
         let task = async move {
             // The relay may be full.
             let Ok(room) = to_relay.reserve().await else { return Ok(()) };
@@ -239,8 +242,8 @@ impl LogRelay {
             let rows = told.rows;
             let streams = bus.streams(STREAMS_AS_OF).await.unwrap_or_default();
             let free = rows.iter().zip(&behind).filter(|(_, behind)| behind.is_none()).map(|(row, _)| row.clone());
-            let (there, back) = (Vec::new(), Vec::new());
-            let mut swept = Swept { rows: free.collect(), since, there, back, is_full: false, streams };
+            let (free, there) = recovered::sort_out(&*store, &state, free.collect()).await?;
+            let mut swept = Swept { rows: free, since, there, back: Vec::new(), is_full: false, streams };
             swept.look_up_the_old(&bus, &metrics).await;
             let rows = with_fates(rows, &behind, swept);
             fault::point(fault::LOG_READ);

@@ -52,6 +52,12 @@ pub struct RelayState {
     pub(super) reads: AtomicBool,
     pub(super) records: AtomicBool,
     lease: Mutex<Option<Lease>>,
+    /// Whether nothing but alarms is sent, because database and broker disagree.
+    held: AtomicBool,
+    /// Whether a recovery found outputs on their streams, which are not to be sent again.
+    recovered: AtomicBool,
+    /// How many outputs this host has published.
+    pub(super) published: AtomicU64,
 }
 
 /// The host's lease in the database: before its end no other host takes over what this one leased.
@@ -116,6 +122,30 @@ impl RelayState {
     pub fn lease_since(&self, now: Instant) -> Option<Instant> {
         let lease = *self.lease.lock().unwrap_or_else(PoisonError::into_inner);
         lease.filter(|lease| now.duration_since(lease.renewed) < SURE_FOR).map(|lease| lease.since)
+    }
+
+    /// Has the relay send nothing but alarms, or everything.
+    pub fn hold(&self, is_held: bool) {
+        self.held.store(is_held, Ordering::SeqCst);
+    }
+
+    /// Whether an output to a subject has to wait until database and broker agree. That they do not has to be told.
+    pub(super) fn is_held(&self, subject: &str) -> bool {
+        self.held.load(Ordering::SeqCst) && !subject.starts_with("oncely.alarm.")
+    }
+
+    /// Has the relay look up every output among those that a recovery found, or none.
+    pub fn look_up_recovered(&self, looks: bool) {
+        self.recovered.store(looks, Ordering::SeqCst);
+    }
+
+    pub(super) fn looks_up_recovered(&self) -> bool {
+        self.recovered.load(Ordering::SeqCst)
+    }
+
+    /// How many outputs this host has published since it started.
+    pub fn published(&self) -> u64 {
+        self.published.load(Ordering::Relaxed)
     }
 
     pub(super) fn looked(&self, look: Look) {

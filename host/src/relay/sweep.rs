@@ -8,8 +8,8 @@ use anyhow::Result;
 use futures::StreamExt;
 use jiff::{SignedDuration, Timestamp};
 
-use super::duplicates;
 use super::lines::SEND_WITHIN;
+use super::{RelayState, duplicates, recovered};
 use crate::bus::{Bus, StreamInfo, stream_of};
 use crate::delivery::HAND_OVER_LEASE;
 use crate::fault;
@@ -40,6 +40,7 @@ pub(super) async fn sweep(
     store: Arc<dyn Store>,
     bus: Bus,
     metrics: Arc<Metrics>,
+    state: Arc<RelayState>,
     limit: u32,
     streams_as_of: Duration,
 ) -> Result<Swept, StoreError> {
@@ -54,7 +55,8 @@ pub(super) async fn sweep(
     OutboxRow::chain(&mut rows);
     // Without a list of streams hardly anything will be sent; whatever is sent was first sent a short while ago.
     let streams = bus.streams(streams_as_of).await.unwrap_or_default();
-    let mut swept = Swept { rows, since, there: Vec::new(), back: Vec::new(), is_full, streams };
+    let (rows, there) = recovered::sort_out(&*store, &state, rows).await?;
+    let mut swept = Swept { rows, since, there, back: Vec::new(), is_full, streams };
     swept.look_up_the_old(&bus, &metrics).await;
     Ok(swept)
 }

@@ -27,6 +27,7 @@ mod changes;
 mod instance;
 mod letters;
 mod log;
+mod marks;
 mod migrations;
 mod postgres;
 mod requests;
@@ -43,6 +44,7 @@ pub use letters::{
 };
 
 pub use log::{LogEvent, LogMark, LogReader, LogRecord, LogState, Lsn, OutputLog, RelayMode, SlotState, Step};
+pub use marks::{Floor, Mark, Marks, RecoveredOutput, Seen, StreamEnd};
 pub use postgres::PostgresStore;
 pub use requests::ClaimedRequest;
 pub use sqlite::SqliteStore;
@@ -432,6 +434,27 @@ pub trait Store: Send + Sync + 'static {
 
     /// The ids under which outputs of this installation travel.
     fn output_ids(&self) -> &OutputIds;
+
+    /// The id of this installation: of this database and the hosts on it. 16 hex digits.
+    fn installation(&self) -> &str;
+
+    /// The marks, and whether the one that stands on the broker is among them.
+    async fn marks(&self, on_broker: Option<&str>) -> Result<Marks>;
+
+    /// Writes a mark. Once this has returned it outlives a crash of the database.
+    async fn write_mark(&self, name: &str, seen: &Seen) -> Result<()>;
+
+    /// Notes that the broker has a mark, at this sequence on the stream of marks.
+    async fn acknowledge_mark(&self, name: &str, sequence: u64) -> Result<()>;
+
+    /// Which of these events of a worker are in the inbox: handled, or dead.
+    async fn known_events(&self, worker: &str, event_ids: &[&str]) -> Result<Vec<String>>;
+
+    /// Remembers outputs that a recovery found on their streams. Of an id the first place counts.
+    async fn keep_recovered(&self, outputs: &[RecoveredOutput]) -> Result<()>;
+
+    /// Which of these ids a recovery found, each with its stream and sequence.
+    async fn recovered(&self, ids: &[&str]) -> Result<HashMap<String, (String, u64)>>;
 
     /// For each stream the last output on it, of those published `within` this time.
     async fn last_published(&self, within: Duration) -> Result<Vec<OnStream>>;

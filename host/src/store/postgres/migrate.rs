@@ -29,6 +29,7 @@ pub(in crate::store) const MIGRATIONS: &[Migration] = migrations![
     "0013_sessions",
     "0016_state_versions",
     "0017_host_instances",
+    "0018_installation",
 ];
 
 /// Runs the migrations that have not run, in one transaction. Hosts that start together wait for each other on a lock
@@ -69,6 +70,14 @@ pub(super) async fn output_ids(sessions: &Sessions) -> anyhow::Result<OutputIds>
     let row = session.query("select key from oncely.output_key").fetch_one(session.connection()).await?;
     session.commit().await?;
     Ok(OutputIds::new(row.try_get(0)?))
+}
+
+/// The id of this installation.
+pub(super) async fn installation(sessions: &Sessions) -> anyhow::Result<String> {
+    let mut session = sessions.begin(Purpose::Read).await?;
+    let row = session.query("select id from oncely.installation").fetch_one(session.connection()).await?;
+    session.commit().await?;
+    Ok(row.try_get(0)?)
 }
 
 async fn prepare(session: &mut Session) -> sqlx::Result<()> {

@@ -16,6 +16,7 @@ mod inbox;
 mod instance;
 mod letters;
 mod log;
+mod marks;
 pub(super) mod migrate;
 mod outbox;
 mod outputs;
@@ -29,7 +30,7 @@ mod totals;
 mod tx;
 mod wall;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -51,9 +52,9 @@ use self::wall::Login;
 use super::instance::Instance;
 use super::{
     Buried, By, CountedAttempt, DeploymentRecord, FailedAttempt, LetterDepth, LetterFilter, LetterGroup, LetterRecord,
-    LetterSummary, Move, Moved, OnStream, OutboxLag, OutboxRow, Output, OutputFilter, OutputLog, OutputRecord,
-    OutputSummary, Published, PutBack, Redrive, Result, Retire, StateRecord, Store, TakenOver, Told, Tx, Unpublished,
-    WorkerMigration, WorkerTotals,
+    LetterSummary, Marks, Move, Moved, OnStream, OutboxLag, OutboxRow, Output, OutputFilter, OutputLog, OutputRecord,
+    OutputSummary, Published, PutBack, RecoveredOutput, Redrive, Result, Retire, Seen, StateRecord, Store, TakenOver,
+    Told, Tx, Unpublished, WorkerMigration, WorkerTotals,
 };
 use crate::alarm::{self, Alarm};
 use crate::fault;
@@ -77,6 +78,7 @@ pub struct PostgresStore {
     log: Option<PostgresLog>,
     instance: Instance,
     lease: HostLease,
+    installation: String,
 }
 
 impl PostgresStore {
@@ -105,6 +107,7 @@ impl PostgresStore {
         }
         let unlocks = checked.with_context(|| format!("connect as the app's role {}", login.role)).hint(LOGIN_HINT)?;
         let functions = Catalog::new(house.clone());
+        let installation = migrate::installation(&house).await.context("read the installation's id")?;
         let lease = HostLease::new(instance, options.application_name(&instance.name("oncely lease")));
         Ok(PostgresStore {
             guests: house.on(pool, unlocks),
@@ -115,6 +118,7 @@ impl PostgresStore {
             log: None,
             instance,
             lease,
+            installation,
         })
     }
 
@@ -126,9 +130,20 @@ impl PostgresStore {
         let house = open_house(options.clone(), connections, instance).await?.shared_with_guests();
         migrate::take_door_key(&house, true).await?;
         let functions = Catalog::new(house.clone());
+        let installation = migrate::installation(&house).await.context("read the installation's id")?;
         let lease = HostLease::new(instance, options.application_name(&instance.name("oncely lease")));
         let guests = house.clone();
-        Ok(PostgresStore { guests, house, login: None, functions, has_filter: true, log: None, instance, lease })
+        Ok(PostgresStore {
+            guests,
+            house,
+            login: None,
+            functions,
+            has_filter: true,
+            log: None,
+            instance,
+            lease,
+            installation,
+        })
     }
 
     /// Can read the log of its database, through a connection to the server itself by a URL of its own. The slot is given up
@@ -319,6 +334,49 @@ impl Store for PostgresStore {
 
     fn output_ids(&self) -> &OutputIds {
         self.house.output_ids()
+    }
+
+    fn installation(&self) -> &str {
+        &self.installation
+    }
+
+    async fn marks(&self, on_broker: Option<&str>) -> Result<Marks> {
+        let mut session = self.house.begin(Purpose::Read).await?;
+        let marks = marks::read(&mut session, on_broker).await?;
+        session.commit().await?;
+        Ok(marks)
+    }
+
+    async fn write_mark(&self, name: &str, seen: &Seen) -> Result<()> {
+        let mut session = self.house.begin(Purpose::House).await?;
+        marks::write(&mut session, name, seen).await?;
+        session.commit().await
+    }
+
+    async fn acknowledge_mark(&self, name: &str, sequence: u64) -> Result<()> {
+        let mut session = self.house.begin(Purpose::Note).await?;
+        marks::acknowledge(&mut session, name, sequence).await?;
+        session.commit().await
+    }
+
+    async fn known_events(&self, worker: &str, event_ids: &[&str]) -> Result<Vec<String>> {
+        let mut session = self.house.begin(Purpose::Read).await?;
+        let known = marks::known_events(&mut session, worker, event_ids).await?;
+        session.commit().await?;
+        Ok(known)
+    }
+
+    async fn keep_recovered(&self, outputs: &[RecoveredOutput]) -> Result<()> {
+        let mut session = self.house.begin(Purpose::House).await?;
+        marks::keep_recovered(&mut session, outputs).await?;
+        session.commit().await
+    }
+
+    async fn recovered(&self, ids: &[&str]) -> Result<HashMap<String, (String, u64)>> {
+        let mut session = self.house.begin(Purpose::Read).await?;
+        let found = marks::recovered(&mut session, ids).await?;
+        session.commit().await?;
+        Ok(found)
     }
 
     async fn last_published(&self, within: Duration) -> Result<Vec<OnStream>> {

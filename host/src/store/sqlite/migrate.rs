@@ -27,6 +27,7 @@ pub(in crate::store) const MIGRATIONS: &[Migration] = migrations![
     "0013_sessions",
     "0016_state_versions",
     "0017_host_instances",
+    "0018_installation",
 ];
 
 /// Runs the migrations that have not run, in one transaction.
@@ -47,6 +48,14 @@ pub(super) async fn output_ids(sessions: &Sessions) -> anyhow::Result<OutputIds>
     let row = sqlx::query("select key from oncely_output_key").fetch_one(session.connection()?).await?;
     session.commit().await?;
     Ok(OutputIds::new(row.try_get(0)?))
+}
+
+/// The id of this installation.
+pub(super) async fn installation(sessions: &Sessions) -> anyhow::Result<String> {
+    let mut session = sessions.begin().await?;
+    let row = sqlx::query("select id from oncely_installation").fetch_one(session.connection()?).await?;
+    session.commit().await?;
+    Ok(row.try_get(0)?)
 }
 
 async fn prepare(session: &mut Session) -> sqlx::Result<()> {

@@ -13,6 +13,7 @@ mod guest_sql;
 mod guest_values;
 mod inbox;
 mod letters;
+mod marks;
 pub(super) mod migrate;
 mod outbox;
 mod outputs;
@@ -25,7 +26,7 @@ mod state;
 mod totals;
 mod tx;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -41,9 +42,9 @@ use self::session::Sessions;
 use self::tx::SqliteTx;
 use super::{
     Buried, By, CountedAttempt, DeploymentRecord, FailedAttempt, LetterDepth, LetterFilter, LetterGroup, LetterRecord,
-    LetterSummary, Move, Moved, OnStream, OutboxLag, OutboxRow, Output, OutputFilter, OutputRecord, OutputSummary,
-    Published, PutBack, Redrive, Result, Retire, StateRecord, Store, TakenOver, Told, Tx, Unpublished, WorkerMigration,
-    WorkerTotals,
+    LetterSummary, Marks, Move, Moved, OnStream, OutboxLag, OutboxRow, Output, OutputFilter, OutputRecord,
+    OutputSummary, Published, PutBack, RecoveredOutput, Redrive, Result, Retire, Seen, StateRecord, Store, TakenOver,
+    Told, Tx, Unpublished, WorkerMigration, WorkerTotals,
 };
 use crate::alarm::{self, Alarm};
 use crate::fault;
@@ -64,6 +65,7 @@ pub struct SqliteStore {
     next_reader: AtomicUsize,
     readers: SqlitePool,
     output_ids: Arc<OutputIds>,
+    installation: String,
     has_filter: bool,
     /// Whether the leases of the host before this one are yet to be released.
     has_to_take_over: AtomicBool,
@@ -78,6 +80,7 @@ impl SqliteStore {
             .with_context(|| format!("bring the SQLite schema up to date: {}", path.display()))?;
         let output_ids = migrate::output_ids(&sessions).await.context("read the key of the outputs' ids")?;
         let output_ids = Arc::new(output_ids);
+        let installation = migrate::installation(&sessions).await.context("read the installation's id")?;
         let sessions = sessions.with_output_ids(Arc::clone(&output_ids));
         let readers = SqlitePoolOptions::new()
             .max_connections(READERS)
@@ -86,7 +89,16 @@ impl SqliteStore {
         let guest_readers = std::array::from_fn(|_| Sessions::reading(session::options(path)));
         let (next_reader, has_to_take_over) = (AtomicUsize::new(0), AtomicBool::new(true));
         let has_filter = true;
-        Ok(SqliteStore { sessions, guest_readers, next_reader, readers, output_ids, has_filter, has_to_take_over })
+        Ok(SqliteStore {
+            sessions,
+            guest_readers,
+            next_reader,
+            readers,
+            output_ids,
+            installation,
+            has_filter,
+            has_to_take_over,
+        })
     }
 
     /// Lets guests' statements past the filter unread, so that a test can show what the authorizer behind it holds.
@@ -198,6 +210,40 @@ impl Store for SqliteStore {
 
     fn output_ids(&self) -> &OutputIds {
         &self.output_ids
+    }
+
+    fn installation(&self) -> &str {
+        &self.installation
+    }
+
+    async fn marks(&self, on_broker: Option<&str>) -> Result<Marks> {
+        marks::read(&self.readers, on_broker).await
+    }
+
+    async fn write_mark(&self, name: &str, seen: &Seen) -> Result<()> {
+        let mut session = self.sessions.begin().await?;
+        marks::write(&mut session, name, seen).await?;
+        session.commit().await
+    }
+
+    async fn acknowledge_mark(&self, name: &str, sequence: u64) -> Result<()> {
+        let mut session = self.sessions.begin().await?;
+        marks::acknowledge(&mut session, name, sequence).await?;
+        session.commit().await
+    }
+
+    async fn known_events(&self, worker: &str, event_ids: &[&str]) -> Result<Vec<String>> {
+        marks::known_events(&self.readers, worker, event_ids).await
+    }
+
+    async fn keep_recovered(&self, outputs: &[RecoveredOutput]) -> Result<()> {
+        let mut session = self.sessions.begin().await?;
+        marks::keep_recovered(&mut session, outputs).await?;
+        session.commit().await
+    }
+
+    async fn recovered(&self, ids: &[&str]) -> Result<HashMap<String, (String, u64)>> {
+        marks::recovered(&self.readers, ids).await
     }
 
     async fn last_published(&self, within: Duration) -> Result<Vec<OnStream>> {

@@ -190,8 +190,8 @@ pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) ->
     .fetch_all(session.connection().map_err(doing)?)
     .await
     .map_err(doing)?;
-    let (leased, unreadable) = rows::all_leased(&rows)?;
-    put_back(session, &unreadable).await?;
+    let (leased, not_sent) = rows::all_leased(&rows)?;
+    put_back(session, &not_sent).await?;
     Ok(leased)
 }
 

@@ -1,0 +1,141 @@
+//! Which installation streams and consumers belong to: its id stands in their metadata, so that two databases on one NATS
+//! never share what is meant for one of them.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use anyhow::{Context, Error, Result};
+use async_nats::jetstream::consumer::DeliverPolicy;
+use async_nats::jetstream::context::ConsumerInfoErrorKind;
+use async_nats::jetstream::stream::Config;
+
+use super::streams::{Ensured, StreamSpec, is_name_in_use, stream_config};
+use super::{Bus, Subscription};
+use crate::hint::WithHint;
+
+/// The key of the metadata.
+const INSTALLATION: &str = "oncely.installation";
+
+/// The installation that a bus works for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Owner {
+    id: String,
+    /// Another one whose streams and consumers become this one's.
+    take_over: Option<String>,
+}
+
+/// Something belongs to another installation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Foreign {
+    /// `the stream ONCELY_DLQ`, for a person.
+    pub what: String,
+    /// The id of that installation.
+    pub theirs: String,
+    pub ours: String,
+}
+
+impl std::fmt::Display for Foreign {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Foreign { what, theirs, ours } = self;
+        write!(f, "{what} belongs to another installation, {theirs}; this database is the one of {ours}")
+    }
+}
+
+impl std::error::Error for Foreign {}
+
+impl Foreign {
+    fn error(self) -> Error {
+        let hint = format!(
+            "give each installation a NATS account of its own; or, if {0} is gone for good: oncely run --take-over {0}",
+            self.theirs
+        );
+        Error::new(self).hint(hint)
+    }
+}
+
+/// Whose something is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Claim {
+    Ours,
+    /// Nobody's, or that of an installation that is taken over.
+    Free,
+}
+
+impl Bus {
+    /// A bus that works for an installation, and takes over from another one if it meets it.
+    #[must_use]
+    pub fn for_installation(self, id: &str, take_over: Option<String>) -> Bus {
+        Bus { owner: Some(Arc::new(Owner { id: id.to_owned(), take_over })), ..self }
+    }
+
+    /// Adds whose a stream or a consumer is.
+    pub(super) fn mark_owner(&self, metadata: &mut HashMap<String, String>) {
+        if let Some(owner) = &self.owner {
+            metadata.insert(INSTALLATION.to_owned(), owner.id.clone());
+        }
+    }
+
+    /// Whose something with such metadata is; an error when it is that of an installation which is not to be taken over.
+    pub(super) fn claim(&self, what: impl FnOnce() -> String, metadata: &HashMap<String, String>) -> Result<Claim> {
+        let Some(owner) = &self.owner else { return Ok(Claim::Ours) };
+        match metadata.get(INSTALLATION) {
+            None => Ok(Claim::Free),
+            Some(theirs) if *theirs == owner.id => Ok(Claim::Ours),
+            Some(theirs) if owner.take_over.as_ref() == Some(theirs) => Ok(Claim::Free),
+            Some(theirs) => Err(Foreign { what: what(), theirs: theirs.clone(), ours: owner.id.clone() }.error()),
+        }
+    }
+
+    /// Makes a stream of the installation's own, or makes the one that is there its own.
+    ///
+    /// # Errors
+    /// [`Foreign`], with a hint, when it is that of another installation.
+    pub async fn ensure_own_stream(&self, spec: &StreamSpec) -> Result<Ensured> {
+        let mut config = stream_config(spec);
+        self.mark_owner(&mut config.metadata);
+        match self.context.create_stream(config).await {
+            Ok(_) => return Ok(Ensured::Created),
+            Err(error) if is_name_in_use(&error) => {}
+            Err(error) => return Err(error).with_context(|| format!("make the stream {}", spec.name)),
+        }
+        if let Some(mut config) = self.free_stream(&spec.name).await? {
+            self.mark_owner(&mut config.metadata);
+            let updated = self.context.update_stream(config).await;
+            updated.with_context(|| format!("note whose the stream {} is", spec.name))?;
+        }
+        Ok(Ensured::AlreadyThere)
+    }
+
+    /// Looks whether a stream is still this installation's.
+    ///
+    /// # Errors
+    /// [`Foreign`] when another one has taken over.
+    pub async fn check_owner(&self, stream: &str) -> Result<()> {
+        self.free_stream(stream).await.map(drop)
+    }
+
+    /// The configuration of a stream that is nobody's yet; none when it is this installation's.
+    async fn free_stream(&self, name: &str) -> Result<Option<Config>> {
+        let stream = self.context.get_stream(name).await.with_context(|| format!("ask NATS for the stream {name}"))?;
+        let config = &stream.cached_info().config;
+        let claim = self.claim(|| format!("the stream {name}"), &config.metadata)?;
+        Ok((claim == Claim::Free).then(|| config.clone()))
+    }
+
+    /// From where the consumer of a subscription began; none when there is none yet.
+    ///
+    /// # Errors
+    /// [`Foreign`], with a hint, when it is that of another installation.
+    pub(super) async fn own_consumer(&self, subscription: &Subscription) -> Result<Option<DeliverPolicy>> {
+        let Subscription { stream, durable, .. } = subscription;
+        let doing = || format!("look at the consumer {durable} on {stream}");
+        let of_stream = self.context.get_stream_no_info(stream).await.with_context(doing)?;
+        let info = match of_stream.consumer_info(durable).await {
+            Ok(info) => info,
+            Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).with_context(doing),
+        };
+        self.claim(|| format!("the consumer {durable} on the stream {stream}"), &info.config.metadata)?;
+        Ok(Some(info.config.deliver_policy))
+    }
+}

@@ -1,0 +1,78 @@
+//! `oncely recover`: after a restore of the database, or of NATS.
+
+use anyhow::Result;
+use clap::Args;
+
+use super::client::{Client, HostArgs};
+use super::dlq::Actor;
+use super::term::{self, Table};
+use crate::api::Recover as Request;
+use crate::host::Recovery;
+use crate::units;
+
+/// Brings database and NATS together again after one of them was restored to an earlier time: workers take again what the
+/// database does not know, and outputs that stand on their streams are not published again.
+#[derive(Debug, Args)]
+pub struct Recover {
+    /// Only say what would be done.
+    #[arg(long)]
+    dry_run: bool,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    actor: Actor,
+    #[command(flatten)]
+    host: HostArgs,
+}
+
+impl Recover {
+    pub async fn run(self) -> Result<()> {
+        let client = Client::find(&self.host)?;
+        let request = Request { dry_run: self.dry_run, by: self.actor.by(Some("recovery".to_owned())) };
+        let recovery: Recovery = client.post("/recover", &request).await?;
+        if self.json {
+            return term::json(&recovery);
+        }
+        show(&recovery)
+    }
+}
+
+fn show(recovery: &Recovery) -> Result<()> {
+    if recovery.reasons.is_empty() {
+        return term::data("database and NATS agree: nothing is to be recovered");
+    }
+    term::data("database and NATS disagree:")?;
+    recovery.reasons.iter().try_for_each(|reason| term::data(format!("  {reason}")))?;
+    let agreed = recovery.agreed_at.map_or("never, as far as the database knows".to_owned(), units::show_time);
+    term::data(format!("they last agreed: {agreed}\n"))?;
+    let mut table = Table::new(&["worker", "stream", "acknowledged", "taken again from", "to"]);
+    for place in &recovery.consumers {
+        table.row([
+            place.worker.clone(),
+            place.stream.clone(),
+            place.acknowledged.to_string(),
+            place.from.to_string(),
+            place.last.map_or("-".to_owned(), |last| last.to_string()),
+        ]);
+    }
+    term::data(table.to_string().trim_end())?;
+    let mut table = Table::new(&["stream", "outputs not to be sent again"]);
+    recovery.streams.iter().for_each(|stream| table.row([stream.stream.clone(), stream.outputs.to_string()]));
+    term::data(format!("\n{table}").trim_end())?;
+    term::data(format!("\ndead letters sent to their workers once more: {}", recovery.letters))?;
+    for (name, note) in notes(recovery) {
+        term::warning(format!("{name}: {note}"));
+    }
+    match recovery.done {
+        true => term::data("done: workers and relay go on"),
+        false => term::data("nothing was changed; without --dry-run this is done"),
+    }
+}
+
+/// What cannot be had again, or looked at, each with its stream.
+fn notes(recovery: &Recovery) -> impl Iterator<Item = (&String, &String)> {
+    let consumers = recovery.consumers.iter().map(|place| (&place.stream, &place.note));
+    let streams = recovery.streams.iter().map(|stream| (&stream.stream, &stream.note));
+    consumers.chain(streams).filter_map(|(name, note)| Some((name, note.as_ref()?)))
+}

@@ -1,0 +1,273 @@
+//! Whether database and broker agree. A database that was restored to an earlier time does not know what workers acknowledged
+//! since; a stream that was restored lacks what the database has handled. Either would lose messages, or do them twice, in
+//! silence. So hosts compare the two every two seconds, and when they disagree workers and relay wait for `oncely recover`.
+//!
+//! While something moves, a host writes a *mark*: where the streams end and up to where the consumers have acknowledged
+//! everything, first into the database and then, as a name, on the stream of marks.
+
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use anyhow::Result;
+use jiff::{SignedDuration, Timestamp};
+
+use super::Host;
+use crate::bus::{Foreign, MARK_STREAM, StoredMark, mark_stream};
+use crate::drain::Stopping;
+use crate::hint;
+use crate::manifest::Worker;
+use crate::store::{Floor, Marks, Seen, StreamEnd};
+use crate::subject;
+use crate::units;
+
+/// How often it looks.
+pub(super) const LOOK_EVERY: Duration = Duration::from_secs(2);
+
+/// Why the workers of a host and its relay wait.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Hold {
+    /// Database and broker disagree; each of these is a reason, for a person.
+    Restored(Vec<String>),
+    /// Another installation has taken over.
+    TakenOver(String),
+}
+
+impl std::fmt::Display for Hold {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Hold::Restored(why) => write!(
+                f,
+                "database and broker disagree, so workers and relay wait: {}; see `oncely recover --dry-run`",
+                why.join("; ")
+            ),
+            Hold::TakenOver(why) => write!(f, "workers and relay wait: {why}"),
+        }
+    }
+}
+
+/// What a look at database and broker found.
+pub(super) struct Look {
+    pub hold: Option<Hold>,
+    pub seen: Seen,
+    /// The sequence of the last mark on the broker, 0 for none.
+    pub after: u64,
+    pub marks: Marks,
+}
+
+/// What the last mark of this host says, and how many outputs it had published then.
+#[derive(Default)]
+pub(super) struct LastMark(Option<(Seen, u64)>);
+
+impl Host {
+    /// Why workers and relay wait; none when they do not.
+    pub fn hold(&self) -> Option<Hold> {
+        self.hold.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Compares database and broker.
+    pub(super) async fn compare(&self) -> Result<Look> {
+        if let Some(foreign) = self.other_owner().await? {
+            let hold = Some(Hold::TakenOver(foreign.to_string()));
+            return Ok(Look { hold, seen: Seen::default(), after: 0, marks: Marks::default() });
+        }
+        // The broker first: whatever stands there was in the database before.
+        let stored = self.last_mark().await?;
+        let name = stored.as_ref().and_then(|stored| self.store.output_ids().open_mark(&stored.text));
+        let marks = self.store.marks(name).await?;
+        self.relay_state.look_up_recovered(marks.has_recovered);
+        let mut why = Vec::new();
+        if name.is_some() && marks.known.is_none() {
+            why.push("the database is older than the broker: it does not know the last mark there".to_owned());
+        }
+        why.extend(self.older_broker(&marks).await?);
+        let workers = self.deployed_workers().await?;
+        let seen = self.see(&workers).await?;
+        if let Some(last) = &marks.last {
+            for (name, end) in &last.seen.streams {
+                why.extend(self.changed_stream(name, end, seen.streams.get(name)).await?);
+            }
+            for worker in &workers {
+                why.extend(self.unknown_event(worker, &last.seen, &seen).await?);
+            }
+        }
+        let after = stored.map_or(0, |stored| stored.sequence);
+        let hold = (!why.is_empty()).then_some(Hold::Restored(why));
+        Ok(Look { hold, seen, after, marks })
+    }
+
+    /// Another installation that the stream of marks belongs to by now. One that was deleted is made again.
+    async fn other_owner(&self) -> Result<Option<Foreign>> {
+        let owned = match self.bus.stream(MARK_STREAM).await? {
+            Some(_) => self.bus.check_owner(MARK_STREAM).await,
+            None => self.bus.ensure_own_stream(&mark_stream()).await.map(drop),
+        };
+        let Err(error) = owned else { return Ok(None) };
+        hint::find::<Foreign>(&error).cloned().map_or(Err(error), |foreign| Ok(Some(foreign)))
+    }
+
+    async fn last_mark(&self) -> Result<Option<StoredMark>> {
+        self.bus.last_mark(&self.store.output_ids().mark_subject()).await
+    }
+
+    /// Whether the broker has lost so many marks that the outbox cannot make up for what streams lost with them. What they lost
+    /// of the last minutes, in a power cut, is published again without asking anybody.
+    async fn older_broker(&self, marks: &Marks) -> Result<Option<String>> {
+        let Some((written_at, sequence)) = marks.acknowledged else { return Ok(None) };
+        // Read again: another host may have written one since.
+        let stored = self.last_mark().await?;
+        if stored.as_ref().is_some_and(|stored| stored.sequence >= sequence) {
+            return Ok(None);
+        }
+        let why = |text: String| Ok(Some(format!("the broker is older than the database, or another one: {text}")));
+        let Some(stored) = stored else { return why("there is no mark on it".to_owned()) };
+        let Some(name) = self.store.output_ids().open_mark(&stored.text) else { return Ok(None) };
+        let Some(lost_since) = self.store.marks(Some(name)).await?.known else { return Ok(None) };
+        let lost = written_at.duration_since(lost_since).unsigned_abs();
+        if lost <= self.retention.outputs {
+            return Ok(None);
+        }
+        why(format!("it has lost what happened in {}", units::show_duration(Duration::from_secs(lost.as_secs()))))
+    }
+
+    /// What is to be noted of the broker.
+    pub(super) async fn see(&self, workers: &[Worker]) -> Result<Seen> {
+        let mut seen = Seen::default();
+        for worker in workers {
+            let Some(name) = &worker.stream else { continue };
+            if let Some(sequence) = self.bus.probe(name, &worker.subjects, &worker.durable()).floor().await? {
+                seen.consumers.insert(worker.name.clone(), Floor { stream: name.clone(), sequence });
+            }
+        }
+        // After the consumers: a stream ends behind what was acknowledged.
+        for worker in workers {
+            let Some(name) = worker.stream.as_ref().filter(|name| !seen.streams.contains_key(*name)) else { continue };
+            let Some(stream) = self.bus.stream(name).await? else { continue };
+            let (created, last_sequence) = (stream.created, stream.last_sequence);
+            let stored_at = match last_sequence {
+                0 => None,
+                _ => self.bus.stored_at(name, last_sequence).await?,
+            };
+            seen.streams.insert(name.clone(), StreamEnd { created, last_sequence, stored_at });
+        }
+        Ok(seen)
+    }
+
+    /// Whether a stream ends before where it once ended, or holds something else there. One that was made again is another.
+    async fn changed_stream(&self, name: &str, before: &StreamEnd, now: Option<&StreamEnd>) -> Result<Option<String>> {
+        let Some(now) = now.filter(|now| now.created == before.created) else { return Ok(None) };
+        if now.last_sequence < before.last_sequence {
+            return Ok(Some(format!(
+                "the stream {name} is older than the database: it ends at {}, and ended at {} before",
+                now.last_sequence, before.last_sequence
+            )));
+        }
+        let Some(stored_at) = before.stored_at else { return Ok(None) };
+        let found = self.bus.stored_at(name, before.last_sequence).await?;
+        Ok(found
+            .filter(|found| *found != stored_at)
+            .map(|_| format!("the stream {name} holds another message at {} than it did before", before.last_sequence)))
+    }
+
+    /// Whether the newest message below which a worker has acknowledged everything is unknown to the inbox.
+    async fn unknown_event(&self, worker: &Worker, before: &Seen, now: &Seen) -> Result<Option<String>> {
+        let (Some(floor), Some(noted)) = (now.consumers.get(&worker.name), before.consumers.get(&worker.name)) else {
+            return Ok(None);
+        };
+        // What the worker was not asked to handle then, it may be by now: it tells nothing.
+        if floor.sequence <= noted.sequence || floor.stream != noted.stream {
+            return Ok(None);
+        }
+        let Some((subject, event_id)) = self.bus.event_at(&floor.stream, floor.sequence).await? else {
+            return Ok(None);
+        };
+        let is_its_own =
+            worker.subjects.is_empty() || worker.subjects.iter().any(|pattern| subject::covers(pattern, &subject));
+        if !is_its_own || !self.store.known_events(&worker.name, &[&event_id]).await?.is_empty() {
+            return Ok(None);
+        }
+        Ok(Some(format!(
+            "the database is older than the broker: worker {} has acknowledged message {} of {}, and the inbox does not \
+             know it",
+            worker.name, floor.sequence, floor.stream
+        )))
+    }
+
+    /// Notes what was seen, in the database and then on the broker. False when another host was faster there.
+    pub(super) async fn write_mark(&self, seen: &Seen, after: u64) -> Result<bool> {
+        let name = format!("{:032x}", rand::random::<u128>());
+        self.store.write_mark(&name, seen).await?;
+        let ids = self.store.output_ids();
+        let written = self.bus.write_mark(&ids.mark_subject(), ids.seal_mark(&name), after).await?;
+        if let Some(sequence) = written {
+            self.store.acknowledge_mark(&name, sequence).await?;
+        }
+        Ok(written.is_some())
+    }
+
+    /// Has workers and relay wait, or go on.
+    pub(super) async fn set_hold(&self, hold: Option<Hold>) {
+        let before = std::mem::replace(&mut *self.hold.lock().unwrap_or_else(PoisonError::into_inner), hold.clone());
+        self.relay_state.hold(hold.is_some());
+        match (&before, &hold) {
+            (None, Some(hold)) => {
+                tracing::error!("{hold}");
+                self.stop_taking_messages().await;
+            }
+            (Some(_), None) => {
+                tracing::info!("database and broker agree: workers and relay go on");
+                self.look_for_deployments();
+            }
+            _ => {}
+        }
+    }
+
+    /// One look, and what follows from it.
+    async fn agree(&self, last: &mut LastMark) -> Result<()> {
+        // Not while a recovery is under way, which ends with a mark.
+        let Ok(_turn) = self.recovering.try_lock() else { return Ok(()) };
+        let look = self.compare().await?;
+        let is_held = look.hold.is_some();
+        self.set_hold(look.hold).await;
+        if is_held {
+            return Ok(());
+        }
+        let published = self.relay_state.published();
+        let is_new = last.0.as_ref().is_none_or(|(seen, before)| *seen != look.seen || *before != published);
+        if is_new || look.marks.last.is_none() {
+            self.write_mark(&look.seen, look.after).await?;
+            last.0 = Some((look.seen, published));
+        }
+        Ok(())
+    }
+}
+
+/// Looks every now and then, and after each new connection to NATS, until the host stops.
+pub(super) async fn watch(host: Arc<Host>, mut stopping: Stopping) {
+    let mut connections = host.bus.connections();
+    let mut last = LastMark::default();
+    let mut told = String::new();
+    loop {
+        match host.agree(&mut last).await {
+            Ok(()) => told.clear(),
+            Err(error) => {
+                let why = format!("{error:#}");
+                // It is tried again at once; the same trouble is logged once.
+                if why != told && host.bus.is_connected() {
+                    tracing::warn!(error = why, "failed to compare database and broker, retrying");
+                    told = why;
+                }
+            }
+        }
+        tokio::select! {
+            biased;
+            () = stopping.stopped() => return,
+            Ok(()) = connections.changed() => {}
+            () = tokio::time::sleep(LOOK_EVERY) => {}
+        }
+    }
+}
+
+/// How far before its last mark a restored database may lack the publication of outputs, and clocks may be apart.
+pub(super) fn outputs_since(written_at: Timestamp) -> Timestamp {
+    written_at.checked_sub(SignedDuration::from_mins(10)).unwrap_or(Timestamp::UNIX_EPOCH)
+}

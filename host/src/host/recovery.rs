@@ -1,0 +1,208 @@
+//! After a restore: what is acknowledged and not known is taken again, and what stands on streams is not published again.
+//!
+//! Each step can be taken twice. The last one is a new mark; until that is written every host waits, and a recovery that was
+//! cut off is begun again.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::Host;
+use super::agreement::{Hold, LOOK_EVERY, outputs_since};
+use crate::alarm::ALARM_STREAM;
+use crate::bus::{From, MARK_STREAM, Passed, StreamInfo};
+use crate::hint::WithHint;
+use crate::invalidation::CACHE_STREAM;
+use crate::manifest::Worker;
+use crate::message::header;
+use crate::output_ids::OUTPUT_ID;
+use crate::redrive::REDRIVE_STREAM;
+use crate::store::{By, LetterFilter, LetterState, RecoveredOutput, Redrive, Seen, all_letters};
+use crate::worker;
+
+/// Until when every other host has noticed, too.
+const NOTICED_WITHIN: Duration = LOOK_EVERY.saturating_mul(2);
+
+/// How many outputs are written down at a time.
+const KEPT_AT_A_TIME: usize = 5_000;
+
+/// How often the new mark is tried: another host may write one at the same moment.
+const MARK_TRIES: u32 = 5;
+
+/// What a recovery does, or would do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Recovery {
+    /// What was found; nothing when there is nothing to recover from.
+    pub reasons: Vec<String>,
+    /// When database and broker last agreed, as far as the database knows.
+    pub agreed_at: Option<Timestamp>,
+    pub consumers: Vec<Rewound>,
+    pub streams: Vec<LookedThrough>,
+    /// Dead letters that were put back and are sent to their workers once more.
+    pub letters: u64,
+    /// Whether it was done, not only planned.
+    pub done: bool,
+}
+
+/// The place of a worker on its stream.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rewound {
+    pub worker: String,
+    pub stream: String,
+    /// Everything up to here was acknowledged.
+    pub acknowledged: u64,
+    /// From here on messages come again; those that took effect are skipped.
+    pub from: u64,
+    /// Where the stream ends; none when the stream is gone.
+    pub last: Option<u64>,
+    /// What cannot be had again, for a person.
+    pub note: Option<String>,
+}
+
+/// A stream that outputs go to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LookedThrough {
+    pub stream: String,
+    /// Outputs stored since shortly before database and broker last agreed.
+    pub outputs: u64,
+    /// Why it was not looked through, for a person.
+    pub note: Option<String>,
+}
+
+impl Host {
+    /// Brings database and broker together again after one of them was restored; with `dry_run`, says what that would do.
+    pub async fn recover(&self, dry_run: bool, by: &By) -> Result<Recovery> {
+        let _turn = self.recovering.lock().await;
+        let look = self.compare().await.context("compare database and broker")?;
+        let reasons = match look.hold.clone() {
+            None => Vec::new(),
+            Some(Hold::Restored(why)) => why,
+            Some(Hold::TakenOver(why)) => {
+                return Err(anyhow!(why)).hint("to take it back: oncely run --take-over ID, with the other one's id");
+            }
+        };
+        let agreed = look.marks.last.as_ref().map(|mark| (mark.written_at, mark.seen.clone()));
+        let (agreed_at, before) = agreed.map_or((None, Seen::default()), |(at, seen)| (Some(at), seen));
+        let mut recovery =
+            Recovery { reasons, agreed_at, consumers: Vec::new(), streams: Vec::new(), letters: 0, done: false };
+        if recovery.reasons.is_empty() {
+            return Ok(recovery);
+        }
+        if !dry_run {
+            self.set_hold(look.hold).await;
+            tracing::warn!(reasons = recovery.reasons.join("; "), "recovering");
+            tokio::time::sleep(NOTICED_WITHIN).await;
+        }
+
+        let workers = self.deployed_workers().await?;
+        for worker in &workers {
+            recovery.consumers.extend(self.place_of(worker, &before).await?);
+        }
+        let under_way = self.letters_under_way().await?;
+        recovery.letters = under_way.len() as u64;
+        let since = agreed_at.map_or(Timestamp::UNIX_EPOCH, outputs_since);
+        let streams = self.bus.streams(Duration::ZERO).await?;
+        for stream in streams.iter().filter(|stream| may_hold_outputs(stream)) {
+            recovery.streams.push(self.look_through(stream, since, !dry_run).await?);
+        }
+        if dry_run {
+            return Ok(recovery);
+        }
+
+        self.relay_state.look_up_recovered(true);
+        for place in &recovery.consumers {
+            let worker = workers.iter().find(|worker| worker.name == place.worker);
+            if let (Some(worker), Some(_)) = (worker, place.last) {
+                self.bus.rewind(&worker::subscription(worker, &place.stream), place.from).await?;
+            }
+        }
+        if !under_way.is_empty() {
+            // Their messages wait in the outbox like all others.
+            self.store.redrive(&under_way, by).await.context("put dead letters back once more")?;
+        }
+        self.agree_anew(&workers).await?;
+        self.set_hold(None).await;
+        recovery.done = true;
+        Ok(recovery)
+    }
+
+    /// From where on a worker takes its messages again.
+    async fn place_of(&self, worker: &Worker, before: &Seen) -> Result<Option<Rewound>> {
+        let Some(name) = &worker.stream else { return Ok(None) };
+        let (worker_name, stream_name) = (worker.name.clone(), name.clone());
+        let Some(stream) = self.bus.stream(name).await? else {
+            let note = Some("the stream is gone".to_owned());
+            let (acknowledged, from, last) = (0, 0, None);
+            return Ok(Some(Rewound { worker: worker_name, stream: stream_name, acknowledged, from, last, note }));
+        };
+        let acknowledged = self.bus.probe(name, &worker.subjects, &worker.durable()).floor().await?.unwrap_or_default();
+        let is_as_it_was = match before.streams.get(name) {
+            Some(end) if end.created != stream.created || end.last_sequence > stream.last_sequence => false,
+            Some(end) => {
+                let found = self.bus.stored_at(name, end.last_sequence).await?;
+                end.stored_at.is_none() || found.is_none() || found == end.stored_at
+            }
+            None => false,
+        };
+        let floor = before.consumers.get(&worker.name).filter(|floor| floor.stream == *name && is_as_it_was);
+        // What is below was settled in the database before it was noted there.
+        let from = floor.map_or(1, |floor| floor.sequence.min(acknowledged) + 1).max(stream.first_sequence).max(1);
+        let note = (stream.is_queue && acknowledged >= from).then(|| {
+            "what is acknowledged leaves this stream at once: what the database does not know of it is gone".to_owned()
+        });
+        let last = Some(stream.last_sequence);
+        Ok(Some(Rewound { worker: worker_name, stream: stream_name, acknowledged, from, last, note }))
+    }
+
+    async fn letters_under_way(&self) -> Result<Vec<Redrive>> {
+        let filter = LetterFilter { limit: u32::MAX, ..LetterFilter::default() };
+        let letters = all_letters(self.store.as_ref(), &filter).await?;
+        let under_way = letters.into_iter().filter(|letter| letter.state == LetterState::Redriven);
+        Ok(under_way.map(|letter| Redrive { id: letter.id, generation: None, again: true }).collect())
+    }
+
+    /// Looks for outputs on a stream, among what was stored since; remembers where they are if they are to be kept.
+    async fn look_through(&self, stream: &StreamInfo, since: Timestamp, keeps: bool) -> Result<LookedThrough> {
+        let name = stream.name.clone();
+        if stream.is_queue {
+            let note =
+                "what is acknowledged leaves this stream at once: outputs on it may be published twice".to_owned();
+            return Ok(LookedThrough { stream: name, outputs: 0, note: Some(note) });
+        }
+        let mut found = Vec::new();
+        let each = |passed: Passed| {
+            let is_output = header(&passed.headers, OUTPUT_ID).is_some();
+            if let Some(id) = header(&passed.headers, "Nats-Msg-Id").filter(|_| is_output) {
+                let (id, stream, stream_sequence) = (id.to_owned(), stream.name.clone(), passed.sequence);
+                found.push(RecoveredOutput { id, stream, stream_sequence });
+            }
+        };
+        self.bus.passed(&name, From::Time(since), &[], usize::MAX, each).await?;
+        if keeps {
+            for some in found.chunks(KEPT_AT_A_TIME) {
+                self.store.keep_recovered(some).await?;
+            }
+        }
+        Ok(LookedThrough { stream: name, outputs: found.len() as u64, note: None })
+    }
+
+    /// Writes the mark with which every host goes on.
+    async fn agree_anew(&self, workers: &[Worker]) -> Result<()> {
+        for _ in 0..MARK_TRIES {
+            let after = self.bus.last_mark(&self.store.output_ids().mark_subject()).await?;
+            let seen = self.see(workers).await?;
+            if self.write_mark(&seen, after.map_or(0, |mark| mark.sequence)).await? {
+                return Ok(());
+            }
+        }
+        Err(anyhow!("write a mark: other hosts write marks of their own all the time")).hint("oncely recover")
+    }
+}
+
+/// Whether outputs may stand on a stream that must not be published twice. Invalidations may; an alarm that is raised again
+/// after a restore is another one.
+fn may_hold_outputs(stream: &StreamInfo) -> bool {
+    ![ALARM_STREAM, CACHE_STREAM, MARK_STREAM, REDRIVE_STREAM].contains(&stream.name.as_str())
+}

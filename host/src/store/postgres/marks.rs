@@ -1,0 +1,113 @@
+//! Marks and what a recovery found; see [`crate::store::marks`].
+
+use std::collections::HashMap;
+
+use sqlx::Row;
+use sqlx::postgres::PgRow;
+
+use super::errors;
+use super::session::Session;
+use crate::store::marks::{self, MARKS_KEPT, Mark, Marks, RECOVERED_KEPT_DAYS, RecoveredOutput, Seen};
+use crate::store::{Result, shared};
+
+pub(super) async fn read(session: &mut Session, on_broker: Option<&str>) -> Result<Marks> {
+    let doing = |error| errors::of_statement(error, "read the marks");
+    let query = session.query(
+        "select name, seen, (extract(epoch from written_at) * 1000000)::bigint as written_at
+         from oncely.watermark order by number desc limit 1",
+    );
+    let last = query.fetch_optional(session.connection()).await.map_err(doing)?;
+    let query = session.query(
+        "select stream_sequence, (extract(epoch from written_at) * 1000000)::bigint as written_at
+         from oncely.watermark where stream_sequence is not null order by number desc limit 1",
+    );
+    let acknowledged = query.fetch_optional(session.connection()).await.map_err(doing)?;
+    let query = session.query(
+        "select (select (extract(epoch from written_at) * 1000000)::bigint from oncely.watermark where name = $1),
+             exists (select from oncely.recovered_output)",
+    );
+    let row = query.bind(on_broker.unwrap_or_default()).fetch_one(session.connection()).await.map_err(doing)?;
+    Ok(Marks {
+        last: last.as_ref().map(read_mark).transpose()?,
+        acknowledged: acknowledged.as_ref().map(read_acknowledged).transpose()?,
+        known: row.try_get::<Option<i64>, _>(0).map_err(doing)?.map(shared::timestamp).transpose()?,
+        has_recovered: row.try_get(1).map_err(doing)?,
+    })
+}
+
+fn read_mark(row: &PgRow) -> Result<Mark> {
+    let doing = |error| errors::of_statement(error, "read a mark");
+    Ok(Mark {
+        name: row.try_get("name").map_err(doing)?,
+        written_at: shared::timestamp(row.try_get("written_at").map_err(doing)?)?,
+        seen: marks::seen_from_text(row.try_get("seen").map_err(doing)?)?,
+    })
+}
+
+fn read_acknowledged(row: &PgRow) -> Result<(jiff::Timestamp, u64)> {
+    let doing = |error| errors::of_statement(error, "read a mark");
+    let written_at = shared::timestamp(row.try_get("written_at").map_err(doing)?)?;
+    Ok((written_at, shared::unsigned(row.try_get("stream_sequence").map_err(doing)?)))
+}
+
+/// Writes a mark, and forgets what had its time.
+pub(super) async fn write(session: &mut Session, name: &str, seen: &Seen) -> Result<()> {
+    let doing = |error| errors::of_statement(error, "write a mark");
+    let query = session.query("insert into oncely.watermark (name, seen) values ($1, $2)");
+    query.bind(name).bind(marks::seen_to_text(seen)?).execute(session.connection()).await.map_err(doing)?;
+    let query = session.query(
+        "delete from oncely.watermark where number <= (
+             select number from oncely.watermark order by number desc offset $1 limit 1)",
+    );
+    query.bind(i64::from(MARKS_KEPT)).execute(session.connection()).await.map_err(doing)?;
+    let query = session.query(
+        "delete from oncely.recovered_output where id in (
+             select id from oncely.recovered_output
+             where recovered_at < pg_catalog.now() - $1 * interval '1 day' limit 1000)",
+    );
+    query.bind(RECOVERED_KEPT_DAYS).execute(session.connection()).await.map_err(doing)?;
+    Ok(())
+}
+
+/// The broker has a mark at this place.
+pub(super) async fn acknowledge(session: &mut Session, name: &str, sequence: u64) -> Result<()> {
+    let query = session.query("update oncely.watermark set stream_sequence = $2 where name = $1");
+    let done = query.bind(name).bind(shared::signed(sequence)?).execute(session.connection()).await;
+    done.map(drop).map_err(|error| errors::of_statement(error, "acknowledge a mark"))
+}
+
+/// Remembers where outputs were found; the first place of an id counts.
+pub(super) async fn keep_recovered(session: &mut Session, outputs: &[RecoveredOutput]) -> Result<()> {
+    let sequences: Vec<i64> =
+        outputs.iter().map(|output| shared::signed(output.stream_sequence)).collect::<Result<_>>()?;
+    let query = session.query(
+        "insert into oncely.recovered_output (id, stream, stream_sequence)
+         select distinct on (id) id, stream, sequence
+         from unnest($1::text[], $2::text[], $3::bigint[]) as given (id, stream, sequence) order by id, sequence
+         on conflict (id) do nothing",
+    );
+    let done = query
+        .bind(outputs.iter().map(|output| output.id.as_str()).collect::<Vec<_>>())
+        .bind(outputs.iter().map(|output| output.stream.as_str()).collect::<Vec<_>>())
+        .bind(sequences)
+        .execute(session.connection())
+        .await;
+    done.map(drop).map_err(|error| errors::of_statement(error, "remember what was found on streams"))
+}
+
+/// Which of these ids a recovery found, and where.
+pub(super) async fn recovered(session: &mut Session, ids: &[&str]) -> Result<HashMap<String, (String, u64)>> {
+    let doing = |error| errors::of_statement(error, "look up what was found on streams");
+    let query = session.query("select id, stream, stream_sequence from oncely.recovered_output where id = any($1)");
+    let rows = query.bind(ids).fetch_all(session.connection()).await.map_err(doing)?;
+    let place = |row: &PgRow| Ok((row.try_get(0)?, (row.try_get(1)?, shared::unsigned(row.try_get(2)?))));
+    rows.iter().map(place).collect::<sqlx::Result<_>>().map_err(doing)
+}
+
+/// Which of these events of a worker the inbox knows.
+pub(super) async fn known_events(session: &mut Session, worker: &str, event_ids: &[&str]) -> Result<Vec<String>> {
+    let doing = |error| errors::of_statement(error, "look up events");
+    let query = session.query("select event_id from oncely.inbox where worker = $1 and event_id = any($2)");
+    let rows = query.bind(worker).bind(event_ids).fetch_all(session.connection()).await.map_err(doing)?;
+    rows.iter().map(|row| row.try_get(0)).collect::<sqlx::Result<_>>().map_err(doing)
+}

@@ -1,0 +1,248 @@
+//! A database or a stream that was restored to an earlier time: the host notices, waits, and goes on after `oncely recover`
+//! with nothing lost and nothing doubled.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use anyhow::Result;
+use serde_json::Value;
+use support::books;
+use support::database::Kind;
+use support::nats::{NatsServer, ToPublish};
+use support::world::{World, manifest};
+
+fn event(n: u64) -> ToPublish {
+    ToPublish::new("in.x", &format!("e{n}"), "insert", r#"{"n": 1}"#)
+}
+
+/// A message whose publisher gave it no id: it has the one of its place.
+fn without_id() -> ToPublish {
+    let headers = vec![("do".to_owned(), "insert".to_owned())];
+    ToPublish { subject: "in.x".to_owned(), headers, body: br#"{"n": 1}"#.to_vec() }
+}
+
+/// Waits until the database knows that everything up to a sequence is acknowledged.
+async fn noted(world: &World, floor: u64) -> Result<()> {
+    let sql = format!(
+        "select min(1) from oncely.watermark where stream_sequence is not null and seen like '%\"sequence\":{floor}}}%'"
+    );
+    world.until(&sql, 1).await
+}
+
+/// The ids under which outputs stand on a stream, each as often as it does.
+async fn outputs(world: &World, stream: &str) -> Result<Vec<String>> {
+    let stored = world.nats.read_stream(stream).await?;
+    Ok(stored.iter().map(|message| message.headers["Nats-Msg-Id"].clone()).collect())
+}
+
+/// So many events took effect, each once, and each has its one output on its stream: that of its first life, if it had one.
+async fn balances(world: &World, events: i64) -> Result<()> {
+    // Each leaves two rows.
+    assert_eq!(world.database.number("select count(*) from app.effect").await?, 2 * events);
+    assert_eq!(world.database.number("select count(distinct event_id) from app.effect").await?, events);
+    let outputs = outputs(world, "OUT").await?;
+    assert_eq!(outputs.len() as i64, events, "outputs were published twice, or not at all");
+    assert_eq!(outputs.iter().collect::<BTreeSet<_>>().len(), outputs.len());
+    Ok(())
+}
+
+/// A world whose output stream forgets ids at once, so that only Oncely itself can know what stands there.
+async fn world(kind: Kind) -> Result<World> {
+    let mut world = World::without_host(kind, &manifest("ack_wait = \"2s\"\nbatch = 4")?).await?;
+    world.nats.make_stream("OUT", "out.>", Duration::from_millis(100)).await?;
+    world.start_host().await?;
+    Ok(world)
+}
+
+both!(a_restored_database_is_noticed_and_recovered_from, |kind: Kind| async move {
+    let mut world = world(kind).await?;
+    world.nats.publish_all((0..20).map(event).collect()).await?;
+    // One that died and was put back when the copy was made: its pointer is gone by the time of the restore.
+    world.nats.publish_all(vec![ToPublish::new("in.x", "poison", "reject", "{}")]).await?;
+    world.quiet(21).await?;
+    noted(&world, 21).await?;
+    world.stop_host().await?;
+    let letter = world.database.number("select id from oncely.dead_letter").await?;
+    world.database.execute("update oncely.dead_letter set state = 'redriven', generation = generation + 1").await?;
+    let backup = world.database.copy(world.folder.path()).await?;
+    world.database.execute("update oncely.dead_letter set state = 'open', generation = generation - 1").await?;
+
+    world.start_host().await?;
+    world.nats.publish_all((20..40).map(event).collect()).await?;
+    world.quiet(41).await?;
+    noted(&world, 41).await?;
+    world.stop_host().await?;
+
+    world.database = backup;
+    world.spawn_host()?;
+    let why = world.not_ready("the database is older than the broker").await?;
+    assert!(why.contains("oncely recover --dry-run"), "{why}");
+    let workers = world.oncely_json(&["workers", "--json"]).await?;
+    assert_eq!(workers[0]["state"], "held", "{workers}");
+    world.nats.publish_all((40..45).map(event).collect()).await?;
+    let alarm = "select count(*) from oncely.alarm where kind = 'restored' and cleared_at is null";
+    world.until(alarm, 1).await?;
+    let told = "select count(*) from oncely.outbox where subject like 'oncely.alarm.%' and published_at is not null
+        and event_id like '%restored%'";
+    world.until(told, 1).await?;
+    assert_eq!(world.database.number("select count(*) from oncely.inbox").await?, 21);
+    let before = outputs(&world, "OUT").await?;
+    assert_eq!(before.len(), 40);
+
+    let plan = world.oncely_json(&["recover", "--dry-run", "--json"]).await?;
+    assert_eq!((&plan["done"], &plan["letters"]), (&Value::Bool(false), &Value::from(1)), "{plan}");
+    let place = &plan["consumers"][0];
+    assert_eq!((&place["worker"], &place["from"]), (&Value::from("test"), &Value::from(22)), "{plan}");
+    assert_eq!(place["acknowledged"], 41, "{plan}");
+    world.not_ready("the database is older than the broker").await?;
+    let shown = world.oncely(&["recover", "--dry-run"]).await?;
+    assert!(shown.contains("nothing was changed"), "{shown}");
+
+    let done = world.oncely_json(&["recover", "--json"]).await?;
+    assert_eq!(done["done"], true, "{done}");
+    world.ready().await?;
+    world.quiet(46).await?;
+    world.until(&format!("select count(*) from oncely.dead_letter where id = {letter} and state = 'open'"), 1).await?;
+    balances(&world, 45).await?;
+
+    // Nothing is left to recover from, also after another start.
+    let again = world.oncely(&["recover"]).await?;
+    assert!(again.contains("nothing is to be recovered"), "{again}");
+    noted(&world, 46).await?;
+    world.stop_host().await?;
+    world.start_host().await
+});
+
+both!(a_restored_database_is_noticed_by_the_last_acknowledged_message_alone, |kind: Kind| async move {
+    let mut world = world(kind).await?;
+    world.nats.publish_all((0..10).map(event).collect()).await?;
+    world.quiet(10).await?;
+    noted(&world, 10).await?;
+    world.stop_host().await?;
+    // As if the last moments before a failover were lost: less than it takes until the next mark.
+    world
+        .database
+        .execute("update oncely.watermark set seen = replace(seen, '\"sequence\":10', '\"sequence\":9')")
+        .await?;
+    world.database.execute("delete from oncely.inbox where event_id = 'e9'").await?;
+    world.database.execute("delete from app.effect where event_id = 'e9'").await?;
+    world.database.execute("delete from oncely.outbox where event_id = 'e9'").await?;
+    world.spawn_host()?;
+    world.not_ready("has acknowledged message 10 of IN").await?;
+    world.oncely(&["recover"]).await?;
+    world.ready().await?;
+    world.quiet(10).await?;
+    balances(&world, 10).await
+});
+
+both!(a_restored_stream_is_noticed_and_recovered_from, |kind: Kind| async move {
+    let mut world = world(kind).await?;
+    world.nats.publish_all((0..10).map(|_| without_id()).collect()).await?;
+    world.quiet(10).await?;
+    world.nats.kill()?;
+    world.nats.copy_stream("IN")?;
+    world.nats.restart().await?;
+    world.nats.publish_all((0..10).map(|_| without_id()).collect()).await?;
+    world.quiet(20).await?;
+    noted(&world, 20).await?;
+    world.nats.kill()?;
+    world.nats.roll_back_stream("IN")?;
+    world.nats.restart().await?;
+    world.not_ready("the stream IN is older than the database: it ends at 10, and ended at 20 before").await?;
+    // Some stand where others stood that were handled.
+    world.nats.publish_all((0..15).map(|_| without_id()).collect()).await?;
+    world.oncely(&["recover"]).await?;
+    world.ready().await?;
+    world.quiet(35).await?;
+    let books = books::check(&world).await?;
+    assert_eq!((books.effects.len(), books.outputs, books.dead.len()), (35, 35, 0));
+    assert_eq!(outputs(&world, "OUT").await?.len(), 35);
+    Ok(())
+});
+
+both!(a_stream_that_went_on_after_its_restore_is_noticed, |kind: Kind| async move {
+    let mut world = world(kind).await?;
+    world.nats.publish_all((0..5).map(|_| without_id()).collect()).await?;
+    world.quiet(5).await?;
+    world.nats.kill()?;
+    world.nats.copy_stream("IN")?;
+    world.nats.restart().await?;
+    world.nats.publish_all((0..5).map(|_| without_id()).collect()).await?;
+    world.quiet(10).await?;
+    noted(&world, 10).await?;
+    world.stop_host().await?;
+    world.nats.kill()?;
+    world.nats.roll_back_stream("IN")?;
+    world.nats.restart().await?;
+    world.nats.publish_all((0..9).map(|_| without_id()).collect()).await?;
+    world.spawn_host()?;
+    world.not_ready("the stream IN holds another message at 10 than it did before").await?;
+    world.oncely(&["recover"]).await?;
+    world.ready().await?;
+    world.quiet(19).await?;
+    assert_eq!(books::check(&world).await?.effects.len(), 19);
+    Ok(())
+});
+
+both!(a_broker_that_knows_nothing_of_the_database_is_noticed, |kind: Kind| async move {
+    let mut world = world(kind).await?;
+    world.nats.publish_all((0..5).map(event).collect()).await?;
+    world.quiet(5).await?;
+    noted(&world, 5).await?;
+    world.stop_host().await?;
+    world.nats = NatsServer::start().await?;
+    world.nats_url = world.nats.url();
+    world.spawn_host()?;
+    world.not_ready("the broker is older than the database, or another one: there is no mark on it").await?;
+    world.nats.publish_all((5..8).map(event).collect()).await?;
+    world.oncely(&["recover"]).await?;
+    world.ready().await?;
+    world.until("select count(*) from oncely.inbox", 8).await?;
+    Ok(())
+});
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_host_waits_and_goes_on() -> Result<()> {
+    let mut world = world(Kind::Postgres).await?;
+    world.nats.publish_all((0..10).map(event).collect()).await?;
+    world.quiet(10).await?;
+    noted(&world, 10).await?;
+    world.stop_host().await?;
+    let backup = world.database.copy(world.folder.path()).await?;
+    world.start_host().await?;
+    world.nats.publish_all((10..20).map(event).collect()).await?;
+    world.quiet(20).await?;
+    noted(&world, 20).await?;
+    world.stop_host().await?;
+    world.database = backup;
+    world.spawn_host()?;
+    let mut rival = world.spawn_rival()?;
+    world.not_ready("older than the broker").await?;
+    world.nats.publish_all((20..60).map(event).collect()).await?;
+    world.oncely(&["recover"]).await?;
+    world.ready().await?;
+    world.quiet(60).await?;
+    rival.kill()?;
+    rival.wait()?;
+    balances(&world, 60).await
+}
+
+both!(marks_of_strangers_hold_nobody_up, |kind: Kind| async move {
+    let mut world = world(kind).await?;
+    world.nats.publish_all((0..3).map(event).collect()).await?;
+    world.quiet(3).await?;
+    noted(&world, 3).await?;
+    let marks = world.nats.read_stream("ONCELY_MARK").await?;
+    let own = marks.last().map(|mark| mark.subject.clone()).unwrap_or_default();
+    for subject in [own.as_str(), "oncely.mark.0", "oncely.mark.a.b"] {
+        for text in ["x", "x y", "00112233445566778899aabbccddeeff 00112233445566778899aabbccddeeff"] {
+            let (headers, body) = (Vec::new(), text.as_bytes().to_vec());
+            world.nats.publish_all(vec![ToPublish { subject: subject.to_owned(), headers, body }]).await?;
+        }
+    }
+    world.nats.publish_all((3..6).map(event).collect()).await?;
+    world.quiet(6).await?;
+    noted(&world, 6).await?;
+    world.stop_host().await?;
+    world.start_host().await
+});

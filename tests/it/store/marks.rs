@@ -1,0 +1,73 @@
+//! Watermarks are known once they are written, and what a recovery found is found again.
+
+use oncely::store::{Floor, RecoveredOutput, Seen, StreamEnd};
+
+use super::{WORKER, World, a_claim};
+
+on_every_database!(
+    an_installation_has_one_id_for_good,
+    a_mark_is_known_once_it_is_written,
+    old_marks_leave,
+    recovered_outputs_are_found_where_they_stood_first,
+    events_are_known_once_they_are_settled,
+);
+
+fn seen(sequence: u64) -> Seen {
+    let mut seen = Seen::default();
+    let stored_at = Some(jiff::Timestamp::from_nanosecond(1_795_915_819_192_864_123).unwrap());
+    let end = StreamEnd { created: jiff::Timestamp::UNIX_EPOCH, last_sequence: sequence, stored_at };
+    seen.streams.insert("IN".to_owned(), end);
+    seen.consumers.insert("worker".to_owned(), Floor { stream: "IN".to_owned(), sequence });
+    seen
+}
+
+async fn an_installation_has_one_id_for_good(world: World) {
+    let id = world.store.installation().to_owned();
+    assert!(id.len() == 16 && id.bytes().all(|byte| byte.is_ascii_hexdigit()), "{id}");
+    let world = world.without_filter().await;
+    assert_eq!(world.store.installation(), id);
+}
+
+async fn a_mark_is_known_once_it_is_written(world: World) {
+    let marks = world.store.marks(Some("a")).await.unwrap();
+    assert_eq!((marks.last, marks.acknowledged, marks.known, marks.has_recovered), (None, None, None, false));
+    world.store.write_mark("a", &seen(1)).await.unwrap();
+    world.store.acknowledge_mark("a", 7).await.unwrap();
+    world.store.write_mark("b", &seen(2)).await.unwrap();
+    let marks = world.store.marks(Some("a")).await.unwrap();
+    let last = marks.last.unwrap();
+    assert_eq!((last.name.as_str(), last.seen), ("b", seen(2)));
+    assert_eq!(marks.acknowledged.map(|(_, sequence)| sequence), Some(7));
+    assert!(marks.known.is_some_and(|known| known <= last.written_at));
+    assert!(world.store.marks(Some("c")).await.unwrap().known.is_none());
+    assert!(world.store.marks(None).await.unwrap().known.is_none());
+}
+
+async fn old_marks_leave(world: World) {
+    for n in 0..105 {
+        world.store.write_mark(&n.to_string(), &seen(n)).await.unwrap();
+    }
+    assert!(world.store.marks(Some("4")).await.unwrap().known.is_none());
+    assert!(world.store.marks(Some("5")).await.unwrap().known.is_some());
+}
+
+async fn recovered_outputs_are_found_where_they_stood_first(world: World) {
+    let output =
+        |id: &str, stream_sequence| RecoveredOutput { id: id.to_owned(), stream: "OUT".to_owned(), stream_sequence };
+    let found = [output("a", 5), output("b", 6), output("a", 3)];
+    world.store.keep_recovered(&found).await.unwrap();
+    world.store.keep_recovered(&[output("a", 1), output("c", 9)]).await.unwrap();
+    assert!(world.store.marks(None).await.unwrap().has_recovered);
+    let places = world.store.recovered(&["a", "c", "d"]).await.unwrap();
+    assert_eq!(places.len(), 2);
+    assert_eq!((&places["a"], &places["c"]), (&("OUT".to_owned(), 3), &("OUT".to_owned(), 9)));
+    assert!(world.store.recovered(&[]).await.unwrap().is_empty());
+}
+
+async fn events_are_known_once_they_are_settled(world: World) {
+    let mut tx = world.begin().await;
+    tx.claim(&[a_claim("e1", 1)]).await.unwrap();
+    tx.commit().await.unwrap();
+    assert_eq!(world.store.known_events(WORKER, &["e1", "e2"]).await.unwrap(), ["e1"]);
+    assert!(world.store.known_events("other", &["e1"]).await.unwrap().is_empty());
+}
