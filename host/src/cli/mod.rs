@@ -10,6 +10,7 @@ mod deploy;
 mod dev;
 mod dlq;
 pub mod exit;
+mod json_text;
 mod outbox;
 mod publish;
 mod recover;

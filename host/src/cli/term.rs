@@ -12,6 +12,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use unicode_width::UnicodeWidthStr;
 
+use super::json_text;
 use crate::hint;
 
 /// Prints data: one or more lines on standard output.
@@ -65,9 +66,7 @@ pub fn confirm(question: &str) -> bool {
 /// Bytes for a person: text as it is, JSON indented, anything else as hex.
 pub fn readable(bytes: &[u8]) -> String {
     const SHOWN_MAX: usize = 4096;
-    if let Ok(json) = serde_json::from_slice::<serde_json::Value>(bytes)
-        && let Ok(text) = serde_json::to_string_pretty(&json)
-    {
+    if let Some(text) = json_text::indented(bytes) {
         return visible_text(&text);
     }
     let shown = bytes.get(..SHOWN_MAX).unwrap_or(bytes);

@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 
 use crate::api::letters::Letter;
 use crate::cli::client::{Client, HostArgs};
-use crate::cli::term;
+use crate::cli::{json_text, term};
 use crate::units;
 
 /// Shows one dead letter: its story, headers and body, and what became of it.
@@ -134,8 +134,8 @@ fn show_body(title: &str, body: &[u8], form: Option<Form>) -> Result<()> {
         Some(Form::Text) => term::visible_text(&String::from_utf8_lossy(body)),
         Some(Form::Hex) => body.chunks(16).map(hex::encode_upper).collect::<Vec<_>>().join("\n"),
         Some(Form::Json) => {
-            let json: serde_json::Value = serde_json::from_slice(body).context("read the body as JSON")?;
-            term::visible_text(&serde_json::to_string_pretty(&json).context("write JSON")?)
+            let text = json_text::indented(body).context("read the body as JSON: it is none")?;
+            term::visible_text(&text)
         }
         None => term::readable(body),
     })
