@@ -47,6 +47,8 @@ pub async fn plan(host: &Host, proposal: &Proposal) -> Result<Plan> {
     check_kind(&proposal.worker, guest.handler())?;
     check_routes(&proposal.worker, host.deployed_workers().await?.iter())?;
     let mut changes = check_streams(host, proposal).await?;
+    let due = host.store.due_migrations(&proposal.worker.name, &proposal.migrations).await?;
+    changes.extend(due.into_iter().map(|name| format!("+ migration {name}")));
     let active = active(host, &proposal.worker.name).await?;
     let imports: Vec<Value> = guest.surface().imports.iter().map(|name| Value::from(name.as_str())).collect();
     let before = match &active {

@@ -73,7 +73,7 @@ const STREAMS_AS_OF: Duration = Duration::from_secs(10);
 const STREAMS_AS_OF_AT_LEAST: Duration = Duration::from_secs(1);
 
 /// When it is looked again whether outputs may be sent that wait until database and broker agree.
-const HELD_FOR: Duration = Duration::from_secs(1);
+const HELD_FOR: Duration = Duration::from_secs(5);
 
 /// How long an output waits after its first failure; twice that after the second, and so on.
 const RETRY_FIRST: Duration = Duration::from_millis(250);
@@ -243,7 +243,12 @@ impl Relay {
                 },
                 swept = finished(&mut sweeping), if sweeping.is_some() => {
                     let is_full = self.take_swept(swept);
-                    sweep_at = Instant::now() + if is_full { Duration::ZERO } else { SWEEP_EVERY };
+                    sweep_at = Instant::now()
+                        + match is_full {
+                            _ if self.state.is_held("") => HELD_FOR,
+                            true => Duration::ZERO,
+                            false => SWEEP_EVERY,
+                        };
                 }
                 () = tokio::time::sleep(LOOKED_AT_YET), if waits => {}
                 () = tokio::time::sleep_until(sweep_at.into()), if is_time_to_sweep => {

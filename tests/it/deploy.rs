@@ -91,3 +91,62 @@ async fn what_cannot_work_is_refused_with_the_line_that_would_mend_it() -> Resul
     assert_eq!(workers.as_array().map(Vec::len), Some(1));
     Ok(())
 }
+
+both!(a_migration_alone_is_a_change, |kind: Kind| async move {
+    let mut world = World::without_host(kind, "").await?;
+    let folder = world.folder.path().join("migrations");
+    let shared = support::guests::repository().join("tests/guests/migrations");
+    for database in ["postgres", "sqlite"] {
+        std::fs::create_dir_all(folder.join(database))?;
+        for file in std::fs::read_dir(shared.join(database))? {
+            let file = file?;
+            std::fs::copy(file.path(), folder.join(database).join(file.file_name()))?;
+        }
+    }
+    let own = folder.join(if kind == Kind::Sqlite { "sqlite" } else { "postgres" });
+    let manifest = manifest("")?.replace(&shared.display().to_string(), &folder.display().to_string());
+    world.write_manifest(&manifest)?;
+    world.start_host().await?;
+    let write = |text: &str| std::fs::write(own.join("9_later.sql"), text);
+
+    write("create table later (\n    a integer primary key\n);\n")?;
+    let plan = plan_of(&world)?;
+    assert!(plan.contains("+ migration 9_later.sql"), "{plan}");
+    let deployed = world.oncely(&["deploy", "oncely.toml"]).await?;
+    assert_eq!(deployed.trim(), "worker test version 2 is active");
+    assert_eq!(world.database.number("select count(*) from app.later").await?, 0);
+
+    // The same text as other systems check it out.
+    for same in [
+        "create table later (\r\n    a integer primary key\r\n);\r\n",
+        "create table later (\r    a integer primary key\r);\r",
+        "\u{feff}create table later (\n    a integer primary key\n);\n",
+    ] {
+        write(same)?;
+        let deployed = world.oncely(&["deploy", "oncely.toml"]).await?;
+        assert_eq!(deployed.trim(), "worker test version 2 is active", "{same:?}");
+    }
+    write("create table later (a text primary key);\n")?;
+    let refused = world.oncely(&["deploy", "oncely.toml"]).await.unwrap_err().to_string();
+    assert!(refused.contains("9_later.sql of worker test changed since it ran"), "{refused}");
+    std::fs::remove_file(own.join("9_later.sql"))?;
+
+    // One that begins as editors of one system have it, and one that cannot run.
+    std::fs::write(own.join("91_marked.sql"), "\u{feff}create table marked (a integer);\r\n")?;
+    assert_eq!(world.oncely(&["deploy", "oncely.toml"]).await?.trim(), "worker test version 3 is active");
+    std::fs::write(own.join("92_broken.sql"), "create tabel broken (a integer);")?;
+    let refused = world.oncely(&["deploy", "oncely.toml"]).await.unwrap_err().to_string();
+    assert!(refused.contains("run the migration 92_broken.sql"), "{refused}");
+    until_version(&world, 3).await
+});
+
+/// What `oncely deploy --plan` says to a person.
+fn plan_of(world: &World) -> Result<String> {
+    let output = std::process::Command::new(support::guests::oncely()?)
+        .args(["deploy", "--plan", "oncely.toml"])
+        .current_dir(world.folder.path())
+        .env_remove("ONCELY_HOST")
+        .output()
+        .context("run oncely deploy --plan")?;
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr))
+}

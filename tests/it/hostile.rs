@@ -218,3 +218,29 @@ both!(an_unreadable_message_on_a_stream_of_outputs_holds_up_no_output, |kind: Ki
     assert_eq!(connections(&world), 2, "{}", world.host_log());
     Ok(())
 });
+
+// Texts that take a reader of statements for ever, each as long as a handler's memory allows: four at a time, while it is asked
+// whether the host lives.
+both!(statements_of_megabytes_leave_the_host_answerable, |kind: Kind| async move {
+    let mut world =
+        World::start(kind, &manifest("concurrency = 4\nbatch = 1\n[worker.limits]\nmemory = \"256MiB\"")?).await?;
+    let fillers = [";", " ", "(", "'a' ", "/* */", "--\n", "$a$ $a$", "\"a\".", "1+", "e'\\n'", "\u{e9}", "a,"];
+    let message = |(n, filler): (usize, &&str)| {
+        let options = serde_json::json!({ "filler": filler }).to_string();
+        ToPublish::new("in.x", &format!("long{n}"), "long_sql", &options)
+    };
+    let alive = world.control()? + "/livez";
+    let client = reqwest::Client::new();
+    world.nats.publish_all(fillers.iter().enumerate().map(message).collect()).await?;
+    let mut slowest = Duration::ZERO;
+    while world.database.number("select count(*) from oncely.inbox").await? < fillers.len() as i64 {
+        let asked = Instant::now();
+        assert!(client.get(&alive).send().await.context("ask whether it lives")?.status().is_success());
+        slowest = slowest.max(asked.elapsed());
+        anyhow::ensure!(slowest < Duration::from_secs(3), "it took {slowest:?} to answer:\n{}", world.host_log());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let refused = "select count(*) from oncely.dead_letter where reason = 'rejected' and detail like '%at most 262144 are allowed%'";
+    assert_eq!(world.database.number(refused).await?, fillers.len() as i64, "{}", world.host_log());
+    world.ready().await
+});

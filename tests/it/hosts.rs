@@ -61,3 +61,36 @@ async fn share_the_work_on_postgres() -> Result<()> {
 async fn share_the_work_behind_a_transaction_pooler() -> Result<()> {
     two_hosts(Kind::Pgbouncer).await
 }
+
+/// A host that may do no more than the documents say it must be allowed to.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_documented_permissions_are_enough() -> Result<()> {
+    let document = std::fs::read_to_string(support::guests::repository().join("docs/operations.md"))?;
+    let (_, rest) = document.split_once("\npermissions: {").context("find the permissions in docs/operations.md")?;
+    let (permissions, _) = rest.split_once("\n```").context("find their end")?;
+    let permissions = permissions.replace("\"payments.>\"", "\"in.>\", \"out.>\"");
+    let users = format!(
+        "authorization {{ users: [ {{ user: admin, password: secret }}
+           {{ user: host, password: secret, permissions: {{{permissions} }} ] }}"
+    );
+    let admin = async_nats::ConnectOptions::with_user_and_password("admin".to_owned(), "secret".to_owned());
+    let mut world = World::without_host(Kind::Sqlite, &manifest("")?).await?;
+    world.nats = support::nats::NatsServer::start_secured(&users, admin).await?;
+    world.nats_url = world.nats.url().replace("nats://", "nats://host:secret@");
+    world.start_host().await?;
+    let events = (0..5).map(|n| ToPublish::new("in.x", &format!("e{n}"), "insert", r#"{"n": 1}"#)).collect();
+    world.nats.publish_all(events).await?;
+    world.nats.publish_all(vec![ToPublish::new("in.x", "dead", "reject", "{}")]).await?;
+    world.quiet(6).await?;
+    let id = world.database.number("select id from oncely.dead_letter").await?;
+    world.oncely(&["dlq", "redrive", &id.to_string()]).await?;
+    world.until("select count(*) from oncely.dead_letter where state = 'open' and generation = 1", 1).await?;
+    world
+        .until("select min(1) from oncely.watermark where stream_sequence is not null and seen like '%test%'", 1)
+        .await?;
+    world.stop_host().await?;
+    world.start_host().await?;
+    let log = world.host_log();
+    anyhow::ensure!(!log.contains("Permissions Violation"), "{log}");
+    Ok(())
+}

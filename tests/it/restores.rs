@@ -2,14 +2,16 @@
 //! with nothing lost and nothing doubled.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
+use async_nats::jetstream::stream::{Config, RetentionPolicy};
 use serde_json::Value;
 use support::books;
 use support::database::Kind;
 use support::nats::{NatsServer, ToPublish};
-use support::world::{World, manifest};
+use support::production::RunningHost;
+use support::world::{PATIENCE, World, manifest};
 
 fn event(n: u64) -> ToPublish {
     ToPublish::new("in.x", &format!("e{n}"), "insert", r#"{"n": 1}"#)
@@ -24,7 +26,7 @@ fn without_id() -> ToPublish {
 /// Waits until the database knows that everything up to a sequence is acknowledged.
 async fn noted(world: &World, floor: u64) -> Result<()> {
     let sql = format!(
-        "select min(1) from oncely.watermark where stream_sequence is not null and seen like '%\"sequence\":{floor}}}%'"
+        "select min(1) from oncely.watermark where stream_sequence is not null and seen like '%\"sequence\":{floor},%'"
     );
     world.until(&sql, 1).await
 }
@@ -245,4 +247,122 @@ both!(marks_of_strangers_hold_nobody_up, |kind: Kind| async move {
     noted(&world, 6).await?;
     world.stop_host().await?;
     world.start_host().await
+});
+
+/// Streams from which what is acknowledged goes away: it cannot come again, and what waits there must not be lost.
+async fn what_waits_on_a_queue_survives(kind: Kind, retention: RetentionPolicy) -> Result<()> {
+    let mut world = World::without_host(kind, &manifest("ack_wait = \"2s\"\nbatch = 4")?).await?;
+    let context = async_nats::jetstream::new(world.nats.client().await?);
+    let queue = Config {
+        name: "IN".to_owned(),
+        subjects: vec!["in.>".to_owned()],
+        retention,
+        allow_direct: true,
+        ..Config::default()
+    };
+    context.create_stream(queue).await?;
+    world.nats.make_stream("OUT", "out.>", Duration::from_millis(100)).await?;
+    world.start_host().await?;
+    world.nats.publish_all((0..10).map(event).collect()).await?;
+    world.quiet(10).await?;
+    noted(&world, 10).await?;
+    world.stop_host().await?;
+    let backup = world.database.copy(world.folder.path()).await?;
+    world.start_host().await?;
+    world.nats.publish_all((10..20).map(event).collect()).await?;
+    world.quiet(20).await?;
+    noted(&world, 20).await?;
+    world.stop_host().await?;
+    world.nats.publish_all((20..25).map(event).collect()).await?;
+    world.database = backup;
+    world.spawn_host()?;
+    world.not_ready("older than the broker").await?;
+    let done = world.oncely_json(&["recover", "--json"]).await?;
+    let place = &done["consumers"][0];
+    assert_eq!((&place["from"], place["note"].is_string()), (&Value::Null, true), "{done}");
+    world.ready().await?;
+    world.quiet(15).await?;
+    assert_eq!(world.database.number("select count(distinct event_id) from app.effect").await?, 15);
+    assert_eq!(outputs(&world, "OUT").await?.len(), 25);
+    Ok(())
+}
+
+both!(what_waits_on_a_work_queue_survives_a_recovery, |kind: Kind| async move {
+    what_waits_on_a_queue_survives(kind, RetentionPolicy::WorkQueue).await
+});
+
+both!(what_waits_on_a_stream_kept_by_interest_survives_a_recovery, |kind: Kind| async move {
+    what_waits_on_a_queue_survives(kind, RetentionPolicy::Interest).await
+});
+
+/// The restored database is older than the worker's deployment: once the worker is deployed anew, everything comes again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_is_deployed_after_a_recovery_begins_anew() -> Result<()> {
+    let mut world = World::without_host(Kind::Postgres, &manifest("batch = 4")?).await?;
+    world.nats.make_stream("OUT", "out.>", Duration::from_millis(100)).await?;
+    let path = world.folder.path().join("oncely.toml");
+    let host = RunningHost::start(&world, "first").await?;
+    world.until("select min(1) from oncely.watermark where stream_sequence is not null", 1).await?;
+    drop(host);
+    let backup = world.database.copy(world.folder.path()).await?;
+    let host = RunningHost::start(&world, "first").await?;
+    host.oncely(&["deploy", &path.display().to_string()])?;
+    world.nats.publish_all((0..10).map(event).collect()).await?;
+    world.quiet(10).await?;
+    noted(&world, 10).await?;
+    drop(host);
+    world.database = backup;
+    let mut host = RunningHost::spawn(&world, "second")?;
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let status = host.oncely(&["status", "--json"]).unwrap_or_default();
+        if status.contains("older than the broker") {
+            break;
+        }
+        ensure!(Instant::now() < end, "the restore is not noticed: {status}\n{}", host.log());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    host.oncely(&["recover"])?;
+    host.ready().await?;
+    host.oncely(&["deploy", &path.display().to_string()])?;
+    world.quiet(10).await?;
+    balances(&world, 10).await
+}
+
+// A worker that takes more subjects than before is no sign of a restore, whatever stands below the place it got to.
+both!(a_worker_that_takes_more_subjects_holds_nothing_up, |kind: Kind| async move {
+    let of = |subjects: &str| manifest(&format!("batch = 4\nsubjects = [{subjects}]"));
+    let mut world = World::without_host(kind, &of("\"in.a\"")?).await?;
+    world.start_host().await?;
+    let to = |subject: &str, n: u64| ToPublish { subject: subject.to_owned(), ..event(n) };
+    for n in 0..6 {
+        world.nats.publish_all(vec![to("in.a", 2 * n), to("in.b", 2 * n + 1)]).await?;
+    }
+    world.quiet(6).await?;
+    world.write_manifest(&of("\"in.a\", \"in.b\"")?)?;
+    world.oncely(&["deploy", "oncely.toml"]).await?;
+    let end = Instant::now() + Duration::from_secs(8);
+    let mut n = 20;
+    while Instant::now() < end {
+        world.nats.publish_all(vec![to("in.b", n), to("in.a", n + 1)]).await?;
+        n += 2;
+        let status = world.oncely_json(&["status", "--json"]).await?;
+        let why = status["not_ready"].as_str().unwrap_or_default();
+        ensure!(!why.contains("disagree"), "{why}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    world.ready().await
+});
+
+// A message whose subject no handler can be given is a dead letter, and no sign of a restore.
+both!(a_subject_that_is_no_text_holds_nothing_up, |kind: Kind| async move {
+    let mut world = world(kind).await?;
+    world.nats.publish_all((0..3).map(event).collect()).await?;
+    world.quiet(3).await?;
+    noted(&world, 3).await?;
+    let headers = b"NATS/1.0\r\nNats-Msg-Id: odd\r\n\r\n";
+    world.nats.publish_raw(b"in.\xff\xfe", headers, b"{}")?;
+    world.quiet(4).await?;
+    noted(&world, 4).await?;
+    world.ready().await
 });

@@ -1,14 +1,12 @@
 //! What a host measures, read as Prometheus would.
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
 
 use crate::world::World;
 
 /// What a host answers to `/metrics`, without a token.
 pub async fn scrape(world: &World) -> Result<String> {
-    let file: Value = serde_json::from_str(&std::fs::read_to_string(world.folder.path().join(".oncely/host.json"))?)?;
-    let url = format!("{}/metrics", file["url"].as_str().context("the host has no address")?);
+    let url = format!("{}/metrics", world.control()?);
     let response = reqwest::get(url).await?;
     ensure!(response.status().is_success(), "{}", response.status());
     let form = response.headers().get("content-type").context("it has no type")?.to_str()?.to_owned();

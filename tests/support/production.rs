@@ -20,6 +20,13 @@ impl RunningHost {
     /// Starts a host on the database and the NATS server of a world, and waits until it is ready. It gets what a world's own
     /// host would have in its environment.
     pub async fn start(world: &World, name: &str) -> Result<Self> {
+        let mut host = Self::spawn(world, name)?;
+        host.ready().await?;
+        Ok(host)
+    }
+
+    /// Like [`RunningHost::start`], without waiting.
+    pub fn spawn(world: &World, name: &str) -> Result<Self> {
         let folder = world.folder.path().join(name);
         std::fs::create_dir_all(&folder).context("make the host's folder")?;
         let log = std::fs::File::create(folder.join("log")).context("make the host's log")?;
@@ -37,9 +44,7 @@ impl RunningHost {
             .stderr(log)
             .spawn()
             .context("start a host")?;
-        let mut host = RunningHost { folder, child };
-        host.ready().await?;
-        Ok(host)
+        Ok(RunningHost { folder, child })
     }
 
     /// Its process.

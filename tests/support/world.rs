@@ -265,6 +265,13 @@ impl World {
         file.get("http").and_then(|url| url.as_str()).map(str::to_owned).context("the host takes no requests")
     }
 
+    /// Where the host's control API is now.
+    pub fn control(&self) -> Result<String> {
+        let text = std::fs::read_to_string(self.host_file()).context("read how to reach the host")?;
+        let file: serde_json::Value = serde_json::from_str(&text)?;
+        file.get("url").and_then(|url| url.as_str()).map(str::to_owned).context("the host has no address")
+    }
+
     fn host_file(&self) -> PathBuf {
         self.data_dir().join("host.json")
     }

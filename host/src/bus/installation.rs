@@ -8,6 +8,7 @@ use anyhow::{Context, Error, Result};
 use async_nats::jetstream::consumer::DeliverPolicy;
 use async_nats::jetstream::context::ConsumerInfoErrorKind;
 use async_nats::jetstream::stream::Config;
+use futures::StreamExt;
 
 use super::streams::{Ensured, StreamSpec, is_name_in_use, stream_config};
 use super::{Bus, Subscription};
@@ -137,5 +138,29 @@ impl Bus {
         };
         self.claim(|| format!("the consumer {durable} on the stream {stream}"), &info.config.metadata)?;
         Ok(Some(info.config.deliver_policy))
+    }
+
+    /// The names of this installation's consumers on a stream.
+    pub async fn own_consumers(&self, stream: &str) -> Result<Vec<String>> {
+        let Some(owner) = &self.owner else { return Ok(Vec::new()) };
+        let doing = || format!("list the consumers of {stream}");
+        let of_stream = self.context.get_stream_no_info(stream).await.with_context(doing)?;
+        let mut names = Vec::new();
+        let mut consumers = of_stream.consumers();
+        while let Some(consumer) = consumers.next().await {
+            let consumer = consumer.with_context(doing)?;
+            if consumer.config.metadata.get(INSTALLATION) == Some(&owner.id) {
+                names.push(consumer.name);
+            }
+        }
+        Ok(names)
+    }
+
+    /// Removes a consumer, and with it its place on the stream.
+    pub async fn remove_consumer(&self, stream: &str, consumer: &str) -> Result<()> {
+        let of_stream = self.context.get_stream_no_info(stream).await;
+        let of_stream = of_stream.with_context(|| format!("open the stream {stream}"))?;
+        let removed = of_stream.delete_consumer(consumer).await;
+        removed.map(drop).with_context(|| format!("remove the consumer {consumer} of {stream}"))
     }
 }

@@ -34,7 +34,7 @@ pub use feed::{Feed, Heard};
 pub use installation::Foreign;
 pub use marks::{MARK_STREAM, StoredMark, mark_stream};
 pub use publish::{Answer, Outgoing, PublishError, PublishedAt};
-pub use pull::{Backlog, Probe, Progress, Pull, Pulled, Receipt, Subscription, Unhandled};
+pub use pull::{Acknowledged, Backlog, Probe, Progress, Pull, Pulled, Receipt, Subscription, Unhandled};
 pub use raw::Compared;
 pub use server::EmbeddedServer;
 pub use streams::{Ensured, From, Passed, StreamInfo, StreamSpec, stream_of};

@@ -195,9 +195,7 @@ impl Bus {
     pub async fn rewind(&self, subscription: &Subscription, from: u64) -> Result<()> {
         let Subscription { stream, durable, .. } = subscription;
         if self.own_consumer(subscription).await?.is_some() {
-            let of_stream = self.context.get_stream_no_info(stream).await;
-            let of_stream = of_stream.with_context(|| format!("open the stream {stream}"))?;
-            of_stream.delete_consumer(durable).await.with_context(|| format!("remove the consumer {durable}"))?;
+            self.remove_consumer(stream, durable).await?;
         }
         let from = match from {
             0 | 1 => DeliverPolicy::All,
@@ -489,6 +487,15 @@ pub struct Unhandled {
     pub oldest: Option<Timestamp>,
 }
 
+/// What a consumer has acknowledged.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Acknowledged {
+    /// Everything up to here.
+    pub sequence: u64,
+    /// The subjects the consumer takes now; empty for all of the stream.
+    pub subjects: Vec<String>,
+}
+
 impl Probe {
     /// Whether the server knows that somebody takes messages here: it answered our request, or holds one open.
     pub async fn seen_by_server(&self) -> Result<bool> {
@@ -508,17 +515,22 @@ impl Probe {
     }
 
     /// Up to where everything is acknowledged; none when there is no consumer.
-    pub async fn floor(&self) -> Result<Option<u64>> {
+    pub async fn acknowledged(&self) -> Result<Option<Acknowledged>> {
         let stream = self.bus.context.get_stream_no_info(&self.stream).await.context("open the stream")?;
-        match stream.consumer_info(&self.durable).await {
-            Ok(info) => Ok(Some(info.ack_floor.stream_sequence)),
+        let info = match stream.consumer_info(&self.durable).await {
+            Ok(info) => info,
             Err(error)
                 if matches!(error.kind(), ConsumerInfoErrorKind::NotFound | ConsumerInfoErrorKind::StreamNotFound) =>
             {
-                Ok(None)
+                return Ok(None);
             }
-            Err(error) => Err(error).context("look at the consumer"),
+            Err(error) => return Err(error).context("look at the consumer"),
+        };
+        let mut subjects = info.config.filter_subjects;
+        if !info.config.filter_subject.is_empty() {
+            subjects.push(info.config.filter_subject);
         }
+        Ok(Some(Acknowledged { sequence: info.ack_floor.stream_sequence, subjects }))
     }
 
     async fn info(&self) -> Result<async_nats::jetstream::consumer::Info> {

@@ -91,6 +91,10 @@ impl Bus {
     /// The subject and the event id of the message at a place; none when there is no message, or one that cannot be read.
     pub async fn event_at(&self, stream: &str, sequence: u64) -> Result<Option<(String, String)>> {
         let Some(raw) = self.raw_message(stream, sequence).await? else { return Ok(None) };
+        // As JSON it has a stand-in for what is not UTF-8.
+        if raw.subject.contains(|c: char| c.is_control() || c == char::REPLACEMENT_CHARACTER) {
+            return Ok(None);
+        }
         let block = STANDARD.decode(&raw.hdrs).context("decode a message's headers")?;
         let Ok(block) = read_block(&block) else { return Ok(None) };
         let id = match event_id(&headers(Some(&block.headers)), stream, raw.time, sequence) {

@@ -66,6 +66,8 @@ pub struct StreamInfo {
     pub max_age: Option<Duration>,
     /// Whether it stores messages under other subjects than they were published to.
     pub renames_subjects: bool,
+    /// Whether it takes messages over from other streams.
+    pub is_copy: bool,
     /// Whether messages go away once they are acknowledged: a work queue, or a stream kept by interest. What is not there any
     /// more may well have been there, and nobody can look through it without taking from it.
     pub is_queue: bool,
@@ -293,6 +295,8 @@ pub(super) fn stream_info(info: &async_nats::jetstream::stream::Info) -> Result<
         duplicate_window: info.config.duplicate_window,
         max_age: Some(info.config.max_age).filter(|age| !age.is_zero()),
         renames_subjects: info.config.subject_transform.is_some(),
+        is_copy: info.config.mirror.is_some()
+            || info.config.sources.as_ref().is_some_and(|sources| !sources.is_empty()),
         is_queue: info.config.retention != RetentionPolicy::Limits,
     })
 }

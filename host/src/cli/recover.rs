@@ -52,8 +52,8 @@ fn show(recovery: &Recovery) -> Result<()> {
             place.worker.clone(),
             place.stream.clone(),
             place.acknowledged.to_string(),
-            place.from.to_string(),
-            place.last.map_or("-".to_owned(), |last| last.to_string()),
+            place.from.map_or("-".to_owned(), |from| from.to_string()),
+            place.last.to_string(),
         ]);
     }
     term::data(table.to_string().trim_end())?;

@@ -9,10 +9,11 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use anyhow::Result;
+use futures::StreamExt;
 use jiff::{SignedDuration, Timestamp};
 
 use super::Host;
-use crate::bus::{Foreign, MARK_STREAM, StoredMark, mark_stream};
+use crate::bus::{Acknowledged, Foreign, MARK_STREAM, StoredMark, mark_stream};
 use crate::drain::Stopping;
 use crate::hint;
 use crate::manifest::Worker;
@@ -22,6 +23,10 @@ use crate::units;
 
 /// How often it looks.
 pub(super) const LOOK_EVERY: Duration = Duration::from_secs(2);
+
+/// How many of the newest acknowledged messages of a worker are looked up in the inbox, and how many at a time are read.
+const LOOKED_UP: u64 = 16;
+const LOOKED_UP_AT_ONCE: usize = 8;
 
 /// Why the workers of a host and its relay wait.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,8 +85,12 @@ impl Host {
             why.push("the database is older than the broker: it does not know the last mark there".to_owned());
         }
         why.extend(self.older_broker(&marks).await?);
+        if !why.is_empty() {
+            // At once: what follows takes its time.
+            self.set_hold(Some(Hold::Restored(why.clone()))).await;
+        }
         let workers = self.deployed_workers().await?;
-        let seen = self.see(&workers).await?;
+        let seen = self.see(&workers, marks.last.as_ref().map(|last| &last.seen)).await?;
         if let Some(last) = &marks.last {
             for (name, end) in &last.seen.streams {
                 why.extend(self.changed_stream(name, end, seen.streams.get(name)).await?);
@@ -129,27 +138,48 @@ impl Host {
         why(format!("it has lost what happened in {}", units::show_duration(Duration::from_secs(lost.as_secs()))))
     }
 
-    /// What is to be noted of the broker.
-    pub(super) async fn see(&self, workers: &[Worker]) -> Result<Seen> {
+    /// What is to be noted of the broker. Of what does not answer for now, what was noted `before` stands.
+    pub(super) async fn see(&self, workers: &[Worker], before: Option<&Seen>) -> Result<Seen> {
         let mut seen = Seen::default();
         for worker in workers {
-            let Some(name) = &worker.stream else { continue };
-            if let Some(sequence) = self.bus.probe(name, &worker.subjects, &worker.durable()).floor().await? {
-                seen.consumers.insert(worker.name.clone(), Floor { stream: name.clone(), sequence });
-            }
+            let Some(stream) = &worker.stream else { continue };
+            let probe = self.bus.probe(stream, &worker.subjects, &worker.durable());
+            let floor = match probe.acknowledged().await {
+                Ok(acknowledged) => acknowledged.map(|Acknowledged { sequence, subjects }| Floor {
+                    stream: stream.clone(),
+                    sequence,
+                    subjects,
+                }),
+                Err(error) => {
+                    tracing::debug!("worker {} is not looked at: {error:#}", worker.name);
+                    before.and_then(|before| before.consumers.get(&worker.name).cloned())
+                }
+            };
+            seen.consumers.extend(floor.map(|floor| (worker.name.clone(), floor)));
         }
         // After the consumers: a stream ends behind what was acknowledged.
         for worker in workers {
             let Some(name) = worker.stream.as_ref().filter(|name| !seen.streams.contains_key(*name)) else { continue };
-            let Some(stream) = self.bus.stream(name).await? else { continue };
-            let (created, last_sequence) = (stream.created, stream.last_sequence);
-            let stored_at = match last_sequence {
-                0 => None,
-                _ => self.bus.stored_at(name, last_sequence).await?,
+            let end = match self.end_of(name).await {
+                Ok(end) => end,
+                Err(error) => {
+                    tracing::debug!("the stream {name} is not looked at: {error:#}");
+                    before.and_then(|before| before.streams.get(name).cloned())
+                }
             };
-            seen.streams.insert(name.clone(), StreamEnd { created, last_sequence, stored_at });
+            seen.streams.extend(end.map(|end| (name.clone(), end)));
         }
         Ok(seen)
+    }
+
+    async fn end_of(&self, name: &str) -> Result<Option<StreamEnd>> {
+        let Some(stream) = self.bus.stream(name).await? else { return Ok(None) };
+        let (created, last_sequence) = (stream.created, stream.last_sequence);
+        let stored_at = match last_sequence {
+            0 => None,
+            _ => self.bus.stored_at(name, last_sequence).await?,
+        };
+        Ok(Some(StreamEnd { created, last_sequence, stored_at }))
     }
 
     /// Whether a stream ends before where it once ended, or holds something else there. One that was made again is another.
@@ -168,28 +198,40 @@ impl Host {
             .map(|_| format!("the stream {name} holds another message at {} than it did before", before.last_sequence)))
     }
 
-    /// Whether the newest message below which a worker has acknowledged everything is unknown to the inbox.
+    /// Whether one of the newest messages that a worker has acknowledged is unknown to the inbox.
     async fn unknown_event(&self, worker: &Worker, before: &Seen, now: &Seen) -> Result<Option<String>> {
         let (Some(floor), Some(noted)) = (now.consumers.get(&worker.name), before.consumers.get(&worker.name)) else {
             return Ok(None);
         };
-        // What the worker was not asked to handle then, it may be by now: it tells nothing.
-        if floor.sequence <= noted.sequence || floor.stream != noted.stream {
+        // What the consumer was not to take then it may be by now, and was never given: that tells nothing.
+        if floor.sequence <= noted.sequence || floor.stream != noted.stream || floor.subjects != noted.subjects {
             return Ok(None);
         }
-        let Some((subject, event_id)) = self.bus.event_at(&floor.stream, floor.sequence).await? else {
-            return Ok(None);
-        };
-        let is_its_own =
-            worker.subjects.is_empty() || worker.subjects.iter().any(|pattern| subject::covers(pattern, &subject));
-        if !is_its_own || !self.store.known_events(&worker.name, &[&event_id]).await?.is_empty() {
-            return Ok(None);
+        let from = floor.sequence.saturating_sub(LOOKED_UP).max(noted.sequence) + 1;
+        let found = futures::stream::iter(from..=floor.sequence)
+            .map(|sequence| async move { (sequence, self.bus.event_at(&floor.stream, sequence).await) })
+            .buffered(LOOKED_UP_AT_ONCE);
+        let found: Vec<_> = found.collect().await;
+        let mut events = Vec::new();
+        for (sequence, event) in found {
+            let is_taken = |subject: &str| {
+                floor.subjects.is_empty() || floor.subjects.iter().any(|pattern| subject::covers(pattern, subject))
+            };
+            // What cannot be read for now tells nothing.
+            if let Ok(Some((_, event_id))) = event.map(|event| event.filter(|(subject, _)| is_taken(subject))) {
+                events.push((sequence, event_id));
+            }
         }
-        Ok(Some(format!(
-            "the database is older than the broker: worker {} has acknowledged message {} of {}, and the inbox does not \
-             know it",
-            worker.name, floor.sequence, floor.stream
-        )))
+        let ids: Vec<&str> = events.iter().map(|(_, event_id)| event_id.as_str()).collect();
+        let known = self.store.known_events(&worker.name, &ids).await?;
+        let unknown = events.iter().find(|(_, event_id)| !known.contains(event_id));
+        Ok(unknown.map(|(sequence, _)| {
+            format!(
+                "the database is older than the broker: worker {} has acknowledged message {sequence} of {}, and the \
+                 inbox does not know it",
+                worker.name, floor.stream
+            )
+        }))
     }
 
     /// Notes what was seen, in the database and then on the broker. False when another host was faster there.

@@ -23,10 +23,10 @@ use crate::store::{By, LetterFilter, LetterState, RecoveredOutput, Redrive, Seen
 use crate::worker;
 
 /// Until when every other host has noticed, too.
-const NOTICED_WITHIN: Duration = LOOK_EVERY.saturating_mul(2);
+const NOTICED_WITHIN: Duration = LOOK_EVERY.saturating_mul(3);
 
-/// How many outputs are written down at a time.
-const KEPT_AT_A_TIME: usize = 5_000;
+/// How many messages of a stream are looked at, and outputs among them written down, at a time.
+const LOOKED_AT_A_TIME: usize = 5_000;
 
 /// How often the new mark is tried: another host may write one at the same moment.
 const MARK_TRIES: u32 = 5;
@@ -53,10 +53,10 @@ pub struct Rewound {
     pub stream: String,
     /// Everything up to here was acknowledged.
     pub acknowledged: u64,
-    /// From here on messages come again; those that took effect are skipped.
-    pub from: u64,
-    /// Where the stream ends; none when the stream is gone.
-    pub last: Option<u64>,
+    /// From here on messages come again; those that took effect are skipped. None where nothing can come again.
+    pub from: Option<u64>,
+    /// Where the stream ends.
+    pub last: u64,
     /// What cannot be had again, for a person.
     pub note: Option<String>,
 }
@@ -114,10 +114,11 @@ impl Host {
         self.relay_state.look_up_recovered(true);
         for place in &recovery.consumers {
             let worker = workers.iter().find(|worker| worker.name == place.worker);
-            if let (Some(worker), Some(_)) = (worker, place.last) {
-                self.bus.rewind(&worker::subscription(worker, &place.stream), place.from).await?;
+            if let (Some(worker), Some(from)) = (worker, place.from) {
+                self.bus.rewind(&worker::subscription(worker, &place.stream), from).await?;
             }
         }
+        self.forget_strays(&workers, &streams).await?;
         if !under_way.is_empty() {
             // Their messages wait in the outbox like all others.
             self.store.redrive(&under_way, by).await.context("put dead letters back once more")?;
@@ -134,10 +135,18 @@ impl Host {
         let (worker_name, stream_name) = (worker.name.clone(), name.clone());
         let Some(stream) = self.bus.stream(name).await? else {
             let note = Some("the stream is gone".to_owned());
-            let (acknowledged, from, last) = (0, 0, None);
+            let (acknowledged, from, last) = (0, None, 0);
             return Ok(Some(Rewound { worker: worker_name, stream: stream_name, acknowledged, from, last, note }));
         };
-        let acknowledged = self.bus.probe(name, &worker.subjects, &worker.durable()).floor().await?.unwrap_or_default();
+        let probe = self.bus.probe(name, &worker.subjects, &worker.durable());
+        let acknowledged = probe.acknowledged().await?.map_or(0, |acknowledged| acknowledged.sequence);
+        let last = stream.last_sequence;
+        if stream.is_queue {
+            // What is still there was never acknowledged. Without its consumer a stream kept by interest would lose it.
+            let note = "what is acknowledged leaves this stream at once: what the database does not know of it is gone";
+            let (from, note) = (None, Some(note.to_owned()));
+            return Ok(Some(Rewound { worker: worker_name, stream: stream_name, acknowledged, from, last, note }));
+        }
         let is_as_it_was = match before.streams.get(name) {
             Some(end) if end.created != stream.created || end.last_sequence > stream.last_sequence => false,
             Some(end) => {
@@ -149,11 +158,29 @@ impl Host {
         let floor = before.consumers.get(&worker.name).filter(|floor| floor.stream == *name && is_as_it_was);
         // What is below was settled in the database before it was noted there.
         let from = floor.map_or(1, |floor| floor.sequence.min(acknowledged) + 1).max(stream.first_sequence).max(1);
-        let note = (stream.is_queue && acknowledged >= from).then(|| {
-            "what is acknowledged leaves this stream at once: what the database does not know of it is gone".to_owned()
-        });
-        let last = Some(stream.last_sequence);
+        let (from, note) = (Some(from), None);
         Ok(Some(Rewound { worker: worker_name, stream: stream_name, acknowledged, from, last, note }))
+    }
+
+    /// Removes consumers of workers that this database does not have deployed: should one be, its messages come again from the
+    /// beginning. What the other life of the database acknowledged for it is not known here.
+    async fn forget_strays(&self, workers: &[Worker], streams: &[StreamInfo]) -> Result<()> {
+        for stream in streams.iter().filter(|stream| !stream.is_queue) {
+            let is_deployed = |durable: &String| {
+                workers.iter().any(|worker| {
+                    worker.durable() == *durable && worker.stream.as_deref() == Some(stream.name.as_str())
+                })
+            };
+            for stray in self.bus.own_consumers(&stream.name).await?.iter().filter(|durable| !is_deployed(durable)) {
+                tracing::warn!(
+                    consumer = stray,
+                    stream = stream.name,
+                    "removing the consumer of a worker not deployed"
+                );
+                self.bus.remove_consumer(&stream.name, stray).await?;
+            }
+        }
+        Ok(())
     }
 
     async fn letters_under_way(&self) -> Result<Vec<Redrive>> {
@@ -171,28 +198,35 @@ impl Host {
                 "what is acknowledged leaves this stream at once: outputs on it may be published twice".to_owned();
             return Ok(LookedThrough { stream: name, outputs: 0, note: Some(note) });
         }
-        let mut found = Vec::new();
-        let each = |passed: Passed| {
-            let is_output = header(&passed.headers, OUTPUT_ID).is_some();
-            if let Some(id) = header(&passed.headers, "Nats-Msg-Id").filter(|_| is_output) {
-                let (id, stream, stream_sequence) = (id.to_owned(), stream.name.clone(), passed.sequence);
-                found.push(RecoveredOutput { id, stream, stream_sequence });
+        let (mut outputs, mut from) = (0, From::Time(since));
+        // Page by page: there may be millions.
+        loop {
+            let (mut found, mut last) = (Vec::new(), 0);
+            let each = |passed: Passed| {
+                last = passed.sequence;
+                let is_output = header(&passed.headers, OUTPUT_ID).is_some();
+                if let Some(id) = header(&passed.headers, "Nats-Msg-Id").filter(|_| is_output) {
+                    let (id, stream, stream_sequence) = (id.to_owned(), stream.name.clone(), passed.sequence);
+                    found.push(RecoveredOutput { id, stream, stream_sequence });
+                }
+            };
+            let has_more = self.bus.passed(&name, from, &[], LOOKED_AT_A_TIME, each).await?;
+            outputs += found.len() as u64;
+            if keeps {
+                self.store.keep_recovered(&found).await?;
             }
-        };
-        self.bus.passed(&name, From::Time(since), &[], usize::MAX, each).await?;
-        if keeps {
-            for some in found.chunks(KEPT_AT_A_TIME) {
-                self.store.keep_recovered(some).await?;
+            if !has_more {
+                return Ok(LookedThrough { stream: name, outputs, note: None });
             }
+            from = From::Sequence(last + 1);
         }
-        Ok(LookedThrough { stream: name, outputs: found.len() as u64, note: None })
     }
 
     /// Writes the mark with which every host goes on.
     async fn agree_anew(&self, workers: &[Worker]) -> Result<()> {
         for _ in 0..MARK_TRIES {
             let after = self.bus.last_mark(&self.store.output_ids().mark_subject()).await?;
-            let seen = self.see(workers).await?;
+            let seen = self.see(workers, None).await?;
             if self.write_mark(&seen, after.map_or(0, |mark| mark.sequence)).await? {
                 return Ok(());
             }
@@ -202,7 +236,7 @@ impl Host {
 }
 
 /// Whether outputs may stand on a stream that must not be published twice. Invalidations may; an alarm that is raised again
-/// after a restore is another one.
+/// after a restore is another one. What stands on a copy of a stream says nothing of the stream itself.
 fn may_hold_outputs(stream: &StreamInfo) -> bool {
-    ![ALARM_STREAM, CACHE_STREAM, MARK_STREAM, REDRIVE_STREAM].contains(&stream.name.as_str())
+    !stream.is_copy && ![ALARM_STREAM, CACHE_STREAM, MARK_STREAM, REDRIVE_STREAM].contains(&stream.name.as_str())
 }

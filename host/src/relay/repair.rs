@@ -66,8 +66,11 @@ impl Repair {
         let mut back = self.keep;
         let mut told = String::new();
         loop {
-            self.until_written().await;
+            let is_written = self.until_written().await;
             let look = Look { connection: *connections.borrow_and_update(), began: Instant::now() };
+            let is_first = self.state.last_look().is_none_or(|last| last.connection < look.connection);
+            // What is written down only now would not be missed, and what comes after it would go first.
+            let looks_again = is_first && !is_written;
             let suspects = self.state.suspects();
             let looked = self.look(back).await;
             if let Err(error) = &looked {
@@ -81,27 +84,30 @@ impl Repair {
                 told.clear();
                 // Of some of them the database knows nothing.
                 suspects.iter().for_each(|stream| self.state.clear(stream));
-                self.state.looked(look);
+                if !looks_again {
+                    self.state.looked(look);
+                }
             }
             tokio::select! {
                 biased;
                 () = stopping.stopped() => return,
                 Ok(()) = connections.changed() => back = self.keep,
                 () = self.state.suspicion.notified() => back = self.keep,
-                () = tokio::time::sleep(LOOK_AGAIN_AFTER), if looked.is_err() => {}
-                () = tokio::time::sleep(LOOK_EVERY), if looked.is_ok() => back = LOOK_BACK,
+                () = tokio::time::sleep(LOOK_AGAIN_AFTER), if looked.is_err() || looks_again => {}
+                () = tokio::time::sleep(LOOK_EVERY), if looked.is_ok() && !looks_again => back = LOOK_BACK,
             }
         }
     }
 
-    /// Lets the relay write down what was published before: what the database does not know of, nobody would miss.
-    async fn until_written(&self) {
+    /// Lets the relay write down what was published before: what the database does not know of, nobody would miss. False when
+    /// that takes too long.
+    async fn until_written(&self) -> bool {
         let written = async {
             while self.state.is_writing() {
                 tokio::time::sleep(WRITTEN_YET).await;
             }
         };
-        let _ = tokio::time::timeout(WRITTEN_WITHIN, written).await;
+        tokio::time::timeout(WRITTEN_WITHIN, written).await.is_ok()
     }
 
     /// Compares the last output published to each stream within some time with what stands there. A stream that was made
@@ -133,6 +139,9 @@ impl Repair {
         let Some(first) = lost.first() else { return Ok(()) };
         let mut count = 0;
         for some in lost.chunks(TAKE_BACK_MAX) {
+            // It is not where a recovery found it.
+            let ids: Vec<&str> = some.iter().map(|output| output.id.as_str()).collect();
+            self.store.forget_recovered(&ids).await?;
             count += self.store.publish_again(some).await?;
             fault::point(fault::PUBLISH_AGAIN);
         }

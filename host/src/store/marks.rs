@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{Result, StoreError};
 
-/// How many marks are kept. A host whose turn comes later than so many others leaves its mark to the next turn.
+/// How many marks are kept, beside all since the newest one that the broker has acknowledged. A host whose turn comes later
+/// than so many others leaves its mark to the next turn.
 pub(super) const MARKS_KEPT: u32 = 100;
 
 /// For how long it is known which outputs were found on their streams by a recovery, in days: their events may be handled
@@ -39,6 +40,8 @@ pub struct StreamEnd {
 pub struct Floor {
     pub stream: String,
     pub sequence: u64,
+    /// The subjects that the consumer took then; empty for all of the stream.
+    pub subjects: Vec<String>,
 }
 
 /// A mark.

@@ -450,8 +450,11 @@ pub trait Store: Send + Sync + 'static {
     /// Which of these events of a worker are in the inbox: handled, or dead.
     async fn known_events(&self, worker: &str, event_ids: &[&str]) -> Result<Vec<String>>;
 
-    /// Remembers outputs that a recovery found on their streams. Of an id the first place counts.
+    /// Remembers outputs that a recovery found on their streams: of an id the first place, of what was found last.
     async fn keep_recovered(&self, outputs: &[RecoveredOutput]) -> Result<()>;
+
+    /// Forgets what a recovery found under these ids: it is not there any more.
+    async fn forget_recovered(&self, ids: &[&str]) -> Result<()>;
 
     /// Which of these ids a recovery found, each with its stream and sequence.
     async fn recovered(&self, ids: &[&str]) -> Result<HashMap<String, (String, u64)>>;
@@ -495,6 +498,9 @@ pub trait Store: Send + Sync + 'static {
         manifest: &str,
         migrations: &[WorkerMigration],
     ) -> Result<DeploymentRecord>;
+
+    /// The names of those of a worker's migrations that have not run, in their order. One that changed since it ran is refused.
+    async fn due_migrations(&self, worker: &str, migrations: &[WorkerMigration]) -> Result<Vec<String>>;
 
     /// Activates an earlier deployment; none when there is no such version.
     async fn activate(&self, worker: &str, version: u32) -> Result<Option<DeploymentRecord>>;

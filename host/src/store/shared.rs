@@ -338,7 +338,7 @@ pub(super) fn due_worker_migrations<'m>(
     sorted.sort_by(|a, b| a.name.cmp(&b.name));
     let mut due = Vec::new();
     for migration in sorted {
-        let sha256 = Sha256::digest(migration.sql.as_bytes()).to_vec();
+        let sha256 = migration_checksum(&migration.sql);
         match applied.get(&migration.name) {
             None => due.push((migration, sha256)),
             Some(ran) if *ran == sha256 => {}
@@ -352,6 +352,11 @@ pub(super) fn due_worker_migrations<'m>(
         }
     }
     Ok(due)
+}
+
+/// The SHA-256 of a migration, whichever line ends the checkout gave it.
+fn migration_checksum(sql: &str) -> Vec<u8> {
+    Sha256::digest(sql.replace("\r\n", "\n").replace('\r', "\n")).to_vec()
 }
 
 pub(super) fn migration_failed(migration: &WorkerMigration, cause: anyhow::Error) -> StoreError {

@@ -23,6 +23,7 @@ mod global_counter;
 mod insert;
 mod ledger;
 mod log;
+mod long_sql;
 mod look;
 mod panic;
 mod recurse;
@@ -66,6 +67,7 @@ fn run(behaviour: &str, message: &Message) -> Result<(), Failure> {
         "insert" => insert::run(message),
         "ledger" => ledger::run(message),
         "log" => log::run(message),
+        "long_sql" => long_sql::run(message),
         "look" => look::run(message),
         "panic" => panic::run(),
         "recurse" => recurse::run(),

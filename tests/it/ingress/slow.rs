@@ -17,13 +17,6 @@ async fn connect(url: &str, bytes: &[u8]) -> Result<TcpStream> {
     Ok(stream)
 }
 
-/// Where the control API of the host is.
-fn control(world: &World) -> Result<String> {
-    let text = std::fs::read_to_string(world.folder.path().join(".oncely/host.json")).context("read host.json")?;
-    let file: Value = serde_json::from_str(&text)?;
-    file["url"].as_str().map(str::to_owned).context("the host has no control API")
-}
-
 /// The head of a request with a key and a body of this length.
 fn head(key: &str, length: usize) -> String {
     format!("POST /do/it HTTP/1.1\r\nHost: a\r\nIdempotency-Key: {key}\r\nContent-Length: {length}\r\n\r\n")
@@ -104,7 +97,7 @@ async fn idle_connections_beyond_the_file_limit_leave_the_host_answerable() -> R
     std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
     world.program = Some(script);
     world.start_host().await?;
-    let (requests, control) = (world.requests()?, control(&world)?);
+    let (requests, control) = (world.requests()?, world.control()?);
     let mut open = Vec::new();
     for url in [&requests, &control] {
         for number in 0..140 {

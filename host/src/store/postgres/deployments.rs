@@ -57,6 +57,17 @@ pub(super) async fn deploy(
     Ok(row)
 }
 
+/// The names of the migrations that have not run.
+pub(super) async fn due_migrations(
+    session: &mut Session,
+    worker: &str,
+    migrations: &[WorkerMigration],
+) -> Result<Vec<String>> {
+    let applied = applied_migrations(session, worker).await?;
+    let due = shared::due_worker_migrations(worker, migrations, &applied)?;
+    Ok(due.into_iter().map(|(migration, _)| migration.name.clone()).collect())
+}
+
 async fn applied_migrations(session: &mut Session, worker: &str) -> Result<HashMap<String, Vec<u8>>> {
     let query = session.query("select name, sha256 from oncely.worker_migration where worker = $1");
     let rows = query

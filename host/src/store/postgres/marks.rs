@@ -57,7 +57,8 @@ pub(super) async fn write(session: &mut Session, name: &str, seen: &Seen) -> Res
     query.bind(name).bind(marks::seen_to_text(seen)?).execute(session.connection()).await.map_err(doing)?;
     let query = session.query(
         "delete from oncely.watermark where number <= (
-             select number from oncely.watermark order by number desc offset $1 limit 1)",
+             select number from oncely.watermark order by number desc offset $1 limit 1)
+             and number < (select pg_catalog.max(number) from oncely.watermark where stream_sequence is not null)",
     );
     query.bind(i64::from(MARKS_KEPT)).execute(session.connection()).await.map_err(doing)?;
     let query = session.query(
@@ -76,7 +77,7 @@ pub(super) async fn acknowledge(session: &mut Session, name: &str, sequence: u64
     done.map(drop).map_err(|error| errors::of_statement(error, "acknowledge a mark"))
 }
 
-/// Remembers where outputs were found; the first place of an id counts.
+/// Remembers where outputs were found: of an id the first place, of what was found last.
 pub(super) async fn keep_recovered(session: &mut Session, outputs: &[RecoveredOutput]) -> Result<()> {
     let sequences: Vec<i64> =
         outputs.iter().map(|output| shared::signed(output.stream_sequence)).collect::<Result<_>>()?;
@@ -84,7 +85,8 @@ pub(super) async fn keep_recovered(session: &mut Session, outputs: &[RecoveredOu
         "insert into oncely.recovered_output (id, stream, stream_sequence)
          select distinct on (id) id, stream, sequence
          from unnest($1::text[], $2::text[], $3::bigint[]) as given (id, stream, sequence) order by id, sequence
-         on conflict (id) do nothing",
+         on conflict (id) do update set stream = excluded.stream, stream_sequence = excluded.stream_sequence,
+             recovered_at = excluded.recovered_at",
     );
     let done = query
         .bind(outputs.iter().map(|output| output.id.as_str()).collect::<Vec<_>>())
@@ -93,6 +95,13 @@ pub(super) async fn keep_recovered(session: &mut Session, outputs: &[RecoveredOu
         .execute(session.connection())
         .await;
     done.map(drop).map_err(|error| errors::of_statement(error, "remember what was found on streams"))
+}
+
+/// Forgets what a recovery found under these ids.
+pub(super) async fn forget_recovered(session: &mut Session, ids: &[&str]) -> Result<()> {
+    let query = session.query("delete from oncely.recovered_output where id = any($1)");
+    let done = query.bind(ids).execute(session.connection()).await;
+    done.map(drop).map_err(|error| errors::of_statement(error, "forget what was found on streams"))
 }
 
 /// Which of these ids a recovery found, and where.

@@ -372,6 +372,12 @@ impl Store for PostgresStore {
         session.commit().await
     }
 
+    async fn forget_recovered(&self, ids: &[&str]) -> Result<()> {
+        let mut session = self.house.begin(Purpose::House).await?;
+        marks::forget_recovered(&mut session, ids).await?;
+        session.commit().await
+    }
+
     async fn recovered(&self, ids: &[&str]) -> Result<HashMap<String, (String, u64)>> {
         let mut session = self.house.begin(Purpose::Read).await?;
         let found = marks::recovered(&mut session, ids).await?;
@@ -460,6 +466,13 @@ impl Store for PostgresStore {
             deployments::deploy(&mut session, self.login.as_ref(), worker, digest, manifest, migrations).await?;
         session.commit().await?;
         Ok(deployment)
+    }
+
+    async fn due_migrations(&self, worker: &str, migrations: &[WorkerMigration]) -> Result<Vec<String>> {
+        let mut session = self.house.begin(Purpose::Read).await?;
+        let due = deployments::due_migrations(&mut session, worker, migrations).await?;
+        session.commit().await?;
+        Ok(due)
     }
 
     async fn activate(&self, worker: &str, version: u32) -> Result<Option<DeploymentRecord>> {

@@ -48,6 +48,17 @@ pub(super) async fn deploy(
     Ok(row)
 }
 
+/// The names of the migrations that have not run.
+pub(super) async fn due_migrations(
+    session: &mut Session,
+    worker: &str,
+    migrations: &[WorkerMigration],
+) -> Result<Vec<String>> {
+    let applied = applied_migrations(session, worker).await?;
+    let due = shared::due_worker_migrations(worker, migrations, &applied)?;
+    Ok(due.into_iter().map(|(migration, _)| migration.name.clone()).collect())
+}
+
 async fn applied_migrations(session: &mut Session, worker: &str) -> Result<HashMap<String, Vec<u8>>> {
     let doing = |error| errors::of_statement(error, "read which migrations ran");
     let rows = sqlx::query("select name, sha256 from oncely_worker_migration where worker = $1")

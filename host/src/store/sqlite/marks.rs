@@ -62,7 +62,8 @@ pub(super) async fn write(session: &mut Session, name: &str, seen: &Seen) -> Res
         .map_err(doing)?;
     sqlx::query(
         "delete from oncely_watermark where number <= (
-             select number from oncely_watermark order by number desc limit 1 offset $1)",
+             select number from oncely_watermark order by number desc limit 1 offset $1)
+             and number < (select max(number) from oncely_watermark where stream_sequence is not null)",
     )
     .bind(MARKS_KEPT)
     .execute(session.connection().map_err(doing)?)
@@ -92,7 +93,7 @@ pub(super) async fn acknowledge(session: &mut Session, name: &str, sequence: u64
         .map_err(doing)
 }
 
-/// Remembers where outputs were found; the first place of an id counts.
+/// Remembers where outputs were found: of an id the first place, of what was found last.
 pub(super) async fn keep_recovered(session: &mut Session, outputs: &[RecoveredOutput]) -> Result<()> {
     let doing = |error| errors::of_statement(error, "remember what was found on streams");
     let given = outputs.iter().map(
@@ -102,13 +103,25 @@ pub(super) async fn keep_recovered(session: &mut Session, outputs: &[RecoveredOu
         "insert into oncely_recovered_output (id, stream, stream_sequence)
          select value ->> 'id', value ->> 'stream', min(value ->> 'sequence') from json_each($1)
          where true group by value ->> 'id'
-         on conflict (id) do nothing",
+         on conflict (id) do update set stream = excluded.stream, stream_sequence = excluded.stream_sequence,
+             recovered_at = excluded.recovered_at",
     )
     .bind(serde_json::Value::Array(given.collect()).to_string())
     .execute(session.connection().map_err(doing)?)
     .await
     .map(drop)
     .map_err(doing)
+}
+
+/// Forgets what a recovery found under these ids.
+pub(super) async fn forget_recovered(session: &mut Session, ids: &[&str]) -> Result<()> {
+    let doing = |error| errors::of_statement(error, "forget what was found on streams");
+    sqlx::query("delete from oncely_recovered_output where id in (select value from json_each($1))")
+        .bind(serde_json::json!(ids).to_string())
+        .execute(session.connection().map_err(doing)?)
+        .await
+        .map(drop)
+        .map_err(doing)
 }
 
 /// Which of these ids a recovery found, and where.

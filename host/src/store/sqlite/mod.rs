@@ -242,6 +242,12 @@ impl Store for SqliteStore {
         session.commit().await
     }
 
+    async fn forget_recovered(&self, ids: &[&str]) -> Result<()> {
+        let mut session = self.sessions.begin().await?;
+        marks::forget_recovered(&mut session, ids).await?;
+        session.commit().await
+    }
+
     async fn recovered(&self, ids: &[&str]) -> Result<HashMap<String, (String, u64)>> {
         marks::recovered(&self.readers, ids).await
     }
@@ -308,6 +314,13 @@ impl Store for SqliteStore {
         let deployment = deployments::deploy(&mut session, worker, digest, manifest, migrations).await?;
         session.commit().await?;
         Ok(deployment)
+    }
+
+    async fn due_migrations(&self, worker: &str, migrations: &[WorkerMigration]) -> Result<Vec<String>> {
+        let mut session = self.sessions.begin().await?;
+        let due = deployments::due_migrations(&mut session, worker, migrations).await?;
+        session.commit().await?;
+        Ok(due)
     }
 
     async fn activate(&self, worker: &str, version: u32) -> Result<Option<DeploymentRecord>> {
