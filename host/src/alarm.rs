@@ -162,7 +162,7 @@ impl Thresholds {
             Kind::UnpublishedAge => units::milliseconds(self.unpublished_age),
             Kind::SetAside => self.set_aside.into(),
             Kind::IdTaken => self.id_taken.into(),
-            // Nobody wants to go without.
+            // There is nothing to set: one host that waits is one too many.
             Kind::Restored => 1,
             Kind::NewFailure => u64::from(self.new_failures > 0),
         }

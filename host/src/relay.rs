@@ -168,7 +168,7 @@ impl Relay {
         let (to_relay, from_log) = mpsc::channel(1);
         let (heard, outcomes) = mpsc::unbounded_channel();
         let (opens, gate) = watch::channel(true);
-        let (for_lanes, state_for_lanes) = (Arc::clone(&store), Arc::clone(&state));
+        let hand_over = HandOver { store: Arc::clone(&store), state: Arc::clone(&state), sender, gate };
         let relay = Relay {
             ledger: Ledger::new(Arc::clone(&store), heard),
             connections: bus.connections(),
@@ -190,11 +190,7 @@ impl Relay {
             waits_since: None,
             others_wait: false,
         };
-        (
-            relay,
-            HandOver { store: for_lanes, state: state_for_lanes, sender, gate },
-            LogEnds { to_relay, outcomes, gate: opens },
-        )
+        (relay, hand_over, LogEnds { to_relay, outcomes, gate: opens })
     }
 
     /// Runs until all lanes and the reader of the log are gone and what they handed over is published. After `stopping` there are no more sweeps:
@@ -245,7 +241,7 @@ impl Relay {
                     let is_full = self.take_swept(swept);
                     sweep_at = Instant::now()
                         + match is_full {
-                            _ if self.state.is_held("") => HELD_FOR,
+                            _ if self.state.holds() => HELD_FOR,
                             true => Duration::ZERO,
                             false => SWEEP_EVERY,
                         };

@@ -95,22 +95,15 @@ enum Databases {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    // Without a backtrace, whatever the environment says: what went wrong is to be the last thing that is read.
-    match run(Options::parse()).await {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    support::ended(run(Options::parse()).await)
 }
 
-async fn run(options: Options) -> Result<ExitCode> {
+async fn run(options: Options) -> Result<bool> {
     // Built once, before several campaigns want it at the same time.
     tokio::task::spawn_blocking(guests::component).await??;
     tokio::task::spawn_blocking(guests::http_component).await??;
     let holds = if options.mutants { run_mutants(&options).await? } else { run_campaigns(&options).await? };
-    Ok(if holds { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(holds)
 }
 
 /// How many mutants run at the same time: most of it is waiting.

@@ -78,8 +78,7 @@ async fn the_documented_permissions_are_enough() -> Result<()> {
     world.nats = support::nats::NatsServer::start_secured(&users, admin).await?;
     world.nats_url = world.nats.url().replace("nats://", "nats://host:secret@");
     world.start_host().await?;
-    let events = (0..5).map(|n| ToPublish::new("in.x", &format!("e{n}"), "insert", r#"{"n": 1}"#)).collect();
-    world.nats.publish_all(events).await?;
+    world.nats.publish_all((0..5).map(ToPublish::insert).collect()).await?;
     world.nats.publish_all(vec![ToPublish::new("in.x", "dead", "reject", "{}")]).await?;
     world.quiet(6).await?;
     let id = world.database.number("select id from oncely.dead_letter").await?;

@@ -8,10 +8,6 @@ use support::database::Kind;
 use support::nats::ToPublish;
 use support::world::{PATIENCE, World, manifest};
 
-fn event(n: u64) -> ToPublish {
-    ToPublish::new("in.x", &format!("e{n}"), "insert", r#"{"n": 1}"#)
-}
-
 /// Waits for a process to end.
 async fn ended(child: &mut Child) -> Result<ExitStatus> {
     let end = Instant::now() + PATIENCE;
@@ -32,7 +28,7 @@ async fn installation(world: &World) -> Result<String> {
 
 both!(a_second_installation_is_refused_and_takes_no_message, |kind: Kind| async move {
     let mut world = World::start(kind, &manifest("batch = 4")?).await?;
-    world.nats.publish_all((0..10).map(event).collect()).await?;
+    world.nats.publish_all((0..10).map(ToPublish::insert).collect()).await?;
     world.quiet(10).await?;
     let id = installation(&world).await?;
     let mut other = world.spawn_other_installation(&world.folder.path().join("other.db"))?;
@@ -41,7 +37,7 @@ both!(a_second_installation_is_refused_and_takes_no_message, |kind: Kind| async 
     assert!(said.contains(&format!("belongs to another installation, {id}")), "{said}");
     assert!(said.contains("give each installation a NATS account of its own"), "{said}");
     assert!(said.contains(&format!("oncely run --take-over {id}")), "{said}");
-    world.nats.publish_all((10..30).map(event).collect()).await?;
+    world.nats.publish_all((10..30).map(ToPublish::insert).collect()).await?;
     world.quiet(30).await?;
     world.ready().await
 });
@@ -62,7 +58,7 @@ both!(a_consumer_of_another_installation_is_refused, |kind: Kind| async move {
     };
     stream.create_consumer(consumer).await?;
     world.spawn_host()?;
-    world.nats.publish_all(vec![event(0)]).await?;
+    world.nats.publish_all(vec![ToPublish::insert(0)]).await?;
     world.not_ready("worker test version 1 does not run yet").await?;
     let workers = world.oncely_json(&["workers", "--json"]).await?;
     let why = workers[0]["error"].as_str().unwrap_or_default();
@@ -77,7 +73,7 @@ both!(a_consumer_of_another_installation_is_refused, |kind: Kind| async move {
 
 both!(who_is_taken_over_from_stops, |kind: Kind| async move {
     let mut world = World::start(kind, &manifest("batch = 4")?).await?;
-    world.nats.publish_all((0..10).map(event).collect()).await?;
+    world.nats.publish_all((0..10).map(ToPublish::insert).collect()).await?;
     world.quiet(10).await?;
     let id = installation(&world).await?;
     world.host_env.push(("ONCELY_TAKE_OVER".to_owned(), id));
@@ -86,7 +82,7 @@ both!(who_is_taken_over_from_stops, |kind: Kind| async move {
     world.not_ready("belongs to another installation").await?;
     let workers = world.oncely_json(&["workers", "--json"]).await?;
     assert_eq!(workers[0]["state"], "held", "{workers}");
-    world.nats.publish_all((10..30).map(event).collect()).await?;
+    world.nats.publish_all((10..30).map(ToPublish::insert).collect()).await?;
     let taken = support::database::Database::Sqlite(path);
     let end = Instant::now() + PATIENCE;
     while taken.number("select count(*) from oncely.inbox").await.unwrap_or_default() < 20 {

@@ -2,20 +2,17 @@
 //! with nothing lost and nothing doubled.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use async_nats::jetstream::stream::{Config, RetentionPolicy};
 use serde_json::Value;
 use support::books;
-use support::database::Kind;
+use support::database::{Database, Kind};
 use support::nats::{NatsServer, ToPublish};
 use support::production::RunningHost;
 use support::world::{PATIENCE, World, manifest};
-
-fn event(n: u64) -> ToPublish {
-    ToPublish::new("in.x", &format!("e{n}"), "insert", r#"{"n": 1}"#)
-}
 
 /// A message whose publisher gave it no id: it has the one of its place.
 fn without_id() -> ToPublish {
@@ -29,6 +26,41 @@ async fn noted(world: &World, floor: u64) -> Result<()> {
         "select min(1) from oncely.watermark where stream_sequence is not null and seen like '%\"sequence\":{floor},%'"
     );
     world.until(&sql, 1).await
+}
+
+/// Has events handled, until so many messages are settled in all and the database knows that they are acknowledged.
+async fn live_on(world: &World, events: Range<u64>, settled: u64) -> Result<()> {
+    world.nats.publish_all(events.map(ToPublish::insert).collect()).await?;
+    world.quiet(i64::try_from(settled)?).await?;
+    noted(world, settled).await
+}
+
+/// A copy of the database as it is now; the host goes on.
+async fn back_up(world: &mut World) -> Result<Database> {
+    world.stop_host().await?;
+    let backup = world.database.copy(world.folder.path()).await?;
+    world.start_host().await?;
+    Ok(backup)
+}
+
+/// Handles so many messages without ids, keeps a copy of their stream, and handles as many more.
+async fn outlive_a_copy_of_the_stream(world: &mut World, messages: u64) -> Result<()> {
+    let publish = async |world: &World| world.nats.publish_all((0..messages).map(|_| without_id()).collect()).await;
+    publish(world).await?;
+    world.quiet(i64::try_from(messages)?).await?;
+    world.nats.kill()?;
+    world.nats.copy_stream("IN")?;
+    world.nats.restart().await?;
+    publish(world).await?;
+    world.quiet(i64::try_from(2 * messages)?).await?;
+    noted(world, 2 * messages).await
+}
+
+/// Brings the stream back to that copy.
+async fn restore_the_stream(world: &mut World) -> Result<()> {
+    world.nats.kill()?;
+    world.nats.roll_back_stream("IN")?;
+    world.nats.restart().await
 }
 
 /// The ids under which outputs stand on a stream, each as often as it does.
@@ -58,7 +90,7 @@ async fn world(kind: Kind) -> Result<World> {
 
 both!(a_restored_database_is_noticed_and_recovered_from, |kind: Kind| async move {
     let mut world = world(kind).await?;
-    world.nats.publish_all((0..20).map(event).collect()).await?;
+    world.nats.publish_all((0..20).map(ToPublish::insert).collect()).await?;
     // One that died and was put back when the copy was made: its pointer is gone by the time of the restore.
     world.nats.publish_all(vec![ToPublish::new("in.x", "poison", "reject", "{}")]).await?;
     world.quiet(21).await?;
@@ -70,9 +102,7 @@ both!(a_restored_database_is_noticed_and_recovered_from, |kind: Kind| async move
     world.database.execute("update oncely.dead_letter set state = 'open', generation = generation - 1").await?;
 
     world.start_host().await?;
-    world.nats.publish_all((20..40).map(event).collect()).await?;
-    world.quiet(41).await?;
-    noted(&world, 41).await?;
+    live_on(&world, 20..40, 41).await?;
     world.stop_host().await?;
 
     world.database = backup;
@@ -81,7 +111,7 @@ both!(a_restored_database_is_noticed_and_recovered_from, |kind: Kind| async move
     assert!(why.contains("oncely recover --dry-run"), "{why}");
     let workers = world.oncely_json(&["workers", "--json"]).await?;
     assert_eq!(workers[0]["state"], "held", "{workers}");
-    world.nats.publish_all((40..45).map(event).collect()).await?;
+    world.nats.publish_all((40..45).map(ToPublish::insert).collect()).await?;
     let alarm = "select count(*) from oncely.alarm where kind = 'restored' and cleared_at is null";
     world.until(alarm, 1).await?;
     let told = "select count(*) from oncely.outbox where subject like 'oncely.alarm.%' and published_at is not null
@@ -117,9 +147,7 @@ both!(a_restored_database_is_noticed_and_recovered_from, |kind: Kind| async move
 
 both!(a_restored_database_is_noticed_by_the_last_acknowledged_message_alone, |kind: Kind| async move {
     let mut world = world(kind).await?;
-    world.nats.publish_all((0..10).map(event).collect()).await?;
-    world.quiet(10).await?;
-    noted(&world, 10).await?;
+    live_on(&world, 0..10, 10).await?;
     world.stop_host().await?;
     // As if the last moments before a failover were lost: less than it takes until the next mark.
     world
@@ -139,17 +167,8 @@ both!(a_restored_database_is_noticed_by_the_last_acknowledged_message_alone, |ki
 
 both!(a_restored_stream_is_noticed_and_recovered_from, |kind: Kind| async move {
     let mut world = world(kind).await?;
-    world.nats.publish_all((0..10).map(|_| without_id()).collect()).await?;
-    world.quiet(10).await?;
-    world.nats.kill()?;
-    world.nats.copy_stream("IN")?;
-    world.nats.restart().await?;
-    world.nats.publish_all((0..10).map(|_| without_id()).collect()).await?;
-    world.quiet(20).await?;
-    noted(&world, 20).await?;
-    world.nats.kill()?;
-    world.nats.roll_back_stream("IN")?;
-    world.nats.restart().await?;
+    outlive_a_copy_of_the_stream(&mut world, 10).await?;
+    restore_the_stream(&mut world).await?;
     world.not_ready("the stream IN is older than the database: it ends at 10, and ended at 20 before").await?;
     // Some stand where others stood that were handled.
     world.nats.publish_all((0..15).map(|_| without_id()).collect()).await?;
@@ -164,18 +183,9 @@ both!(a_restored_stream_is_noticed_and_recovered_from, |kind: Kind| async move {
 
 both!(a_stream_that_went_on_after_its_restore_is_noticed, |kind: Kind| async move {
     let mut world = world(kind).await?;
-    world.nats.publish_all((0..5).map(|_| without_id()).collect()).await?;
-    world.quiet(5).await?;
-    world.nats.kill()?;
-    world.nats.copy_stream("IN")?;
-    world.nats.restart().await?;
-    world.nats.publish_all((0..5).map(|_| without_id()).collect()).await?;
-    world.quiet(10).await?;
-    noted(&world, 10).await?;
+    outlive_a_copy_of_the_stream(&mut world, 5).await?;
     world.stop_host().await?;
-    world.nats.kill()?;
-    world.nats.roll_back_stream("IN")?;
-    world.nats.restart().await?;
+    restore_the_stream(&mut world).await?;
     world.nats.publish_all((0..9).map(|_| without_id()).collect()).await?;
     world.spawn_host()?;
     world.not_ready("the stream IN holds another message at 10 than it did before").await?;
@@ -188,15 +198,13 @@ both!(a_stream_that_went_on_after_its_restore_is_noticed, |kind: Kind| async mov
 
 both!(a_broker_that_knows_nothing_of_the_database_is_noticed, |kind: Kind| async move {
     let mut world = world(kind).await?;
-    world.nats.publish_all((0..5).map(event).collect()).await?;
-    world.quiet(5).await?;
-    noted(&world, 5).await?;
+    live_on(&world, 0..5, 5).await?;
     world.stop_host().await?;
     world.nats = NatsServer::start().await?;
     world.nats_url = world.nats.url();
     world.spawn_host()?;
     world.not_ready("the broker is older than the database, or another one: there is no mark on it").await?;
-    world.nats.publish_all((5..8).map(event).collect()).await?;
+    world.nats.publish_all((5..8).map(ToPublish::insert).collect()).await?;
     world.oncely(&["recover"]).await?;
     world.ready().await?;
     world.until("select count(*) from oncely.inbox", 8).await?;
@@ -206,21 +214,15 @@ both!(a_broker_that_knows_nothing_of_the_database_is_noticed, |kind: Kind| async
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_host_waits_and_goes_on() -> Result<()> {
     let mut world = world(Kind::Postgres).await?;
-    world.nats.publish_all((0..10).map(event).collect()).await?;
-    world.quiet(10).await?;
-    noted(&world, 10).await?;
-    world.stop_host().await?;
-    let backup = world.database.copy(world.folder.path()).await?;
-    world.start_host().await?;
-    world.nats.publish_all((10..20).map(event).collect()).await?;
-    world.quiet(20).await?;
-    noted(&world, 20).await?;
+    live_on(&world, 0..10, 10).await?;
+    let backup = back_up(&mut world).await?;
+    live_on(&world, 10..20, 20).await?;
     world.stop_host().await?;
     world.database = backup;
     world.spawn_host()?;
     let mut rival = world.spawn_rival()?;
     world.not_ready("older than the broker").await?;
-    world.nats.publish_all((20..60).map(event).collect()).await?;
+    world.nats.publish_all((20..60).map(ToPublish::insert).collect()).await?;
     world.oncely(&["recover"]).await?;
     world.ready().await?;
     world.quiet(60).await?;
@@ -231,9 +233,7 @@ async fn every_host_waits_and_goes_on() -> Result<()> {
 
 both!(marks_of_strangers_hold_nobody_up, |kind: Kind| async move {
     let mut world = world(kind).await?;
-    world.nats.publish_all((0..3).map(event).collect()).await?;
-    world.quiet(3).await?;
-    noted(&world, 3).await?;
+    live_on(&world, 0..3, 3).await?;
     let marks = world.nats.read_stream("ONCELY_MARK").await?;
     let own = marks.last().map(|mark| mark.subject.clone()).unwrap_or_default();
     for subject in [own.as_str(), "oncely.mark.0", "oncely.mark.a.b"] {
@@ -242,7 +242,7 @@ both!(marks_of_strangers_hold_nobody_up, |kind: Kind| async move {
             world.nats.publish_all(vec![ToPublish { subject: subject.to_owned(), headers, body }]).await?;
         }
     }
-    world.nats.publish_all((3..6).map(event).collect()).await?;
+    world.nats.publish_all((3..6).map(ToPublish::insert).collect()).await?;
     world.quiet(6).await?;
     noted(&world, 6).await?;
     world.stop_host().await?;
@@ -263,17 +263,11 @@ async fn what_waits_on_a_queue_survives(kind: Kind, retention: RetentionPolicy) 
     context.create_stream(queue).await?;
     world.nats.make_stream("OUT", "out.>", Duration::from_millis(100)).await?;
     world.start_host().await?;
-    world.nats.publish_all((0..10).map(event).collect()).await?;
-    world.quiet(10).await?;
-    noted(&world, 10).await?;
+    live_on(&world, 0..10, 10).await?;
+    let backup = back_up(&mut world).await?;
+    live_on(&world, 10..20, 20).await?;
     world.stop_host().await?;
-    let backup = world.database.copy(world.folder.path()).await?;
-    world.start_host().await?;
-    world.nats.publish_all((10..20).map(event).collect()).await?;
-    world.quiet(20).await?;
-    noted(&world, 20).await?;
-    world.stop_host().await?;
-    world.nats.publish_all((20..25).map(event).collect()).await?;
+    world.nats.publish_all((20..25).map(ToPublish::insert).collect()).await?;
     world.database = backup;
     world.spawn_host()?;
     world.not_ready("older than the broker").await?;
@@ -307,9 +301,7 @@ async fn a_worker_that_is_deployed_after_a_recovery_begins_anew() -> Result<()> 
     let backup = world.database.copy(world.folder.path()).await?;
     let host = RunningHost::start(&world, "first").await?;
     host.oncely(&["deploy", &path.display().to_string()])?;
-    world.nats.publish_all((0..10).map(event).collect()).await?;
-    world.quiet(10).await?;
-    noted(&world, 10).await?;
+    live_on(&world, 0..10, 10).await?;
     drop(host);
     world.database = backup;
     let mut host = RunningHost::spawn(&world, "second")?;
@@ -334,7 +326,7 @@ both!(a_worker_that_takes_more_subjects_holds_nothing_up, |kind: Kind| async mov
     let of = |subjects: &str| manifest(&format!("batch = 4\nsubjects = [{subjects}]"));
     let mut world = World::without_host(kind, &of("\"in.a\"")?).await?;
     world.start_host().await?;
-    let to = |subject: &str, n: u64| ToPublish { subject: subject.to_owned(), ..event(n) };
+    let to = |subject: &str, n: u64| ToPublish { subject: subject.to_owned(), ..ToPublish::insert(n) };
     for n in 0..6 {
         world.nats.publish_all(vec![to("in.a", 2 * n), to("in.b", 2 * n + 1)]).await?;
     }
@@ -357,9 +349,7 @@ both!(a_worker_that_takes_more_subjects_holds_nothing_up, |kind: Kind| async mov
 // A message whose subject no handler can be given is a dead letter, and no sign of a restore.
 both!(a_subject_that_is_no_text_holds_nothing_up, |kind: Kind| async move {
     let mut world = world(kind).await?;
-    world.nats.publish_all((0..3).map(event).collect()).await?;
-    world.quiet(3).await?;
-    noted(&world, 3).await?;
+    live_on(&world, 0..3, 3).await?;
     let headers = b"NATS/1.0\r\nNats-Msg-Id: odd\r\n\r\n";
     world.nats.publish_raw(b"in.\xff\xfe", headers, b"{}")?;
     world.quiet(4).await?;

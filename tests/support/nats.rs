@@ -56,6 +56,13 @@ impl ToPublish {
     }
 }
 
+impl ToPublish {
+    /// Event number `n` for the test guests: one effect, and one output that tells of it.
+    pub fn insert(n: u64) -> Self {
+        ToPublish::new("in.x", &format!("e{n}"), "insert", r#"{"n": 1}"#)
+    }
+}
+
 impl NatsServer {
     pub async fn start() -> Result<Self> {
         Self::start_with("").await

@@ -260,16 +260,22 @@ impl World {
 
     /// Where the host takes requests now.
     pub fn requests(&self) -> Result<String> {
-        let text = std::fs::read_to_string(self.host_file()).context("read how to reach the host")?;
-        let file: serde_json::Value = serde_json::from_str(&text)?;
-        file.get("http").and_then(|url| url.as_str()).map(str::to_owned).context("the host takes no requests")
+        self.said_of_itself("http").context("the host takes no requests")
     }
 
     /// Where the host's control API is now.
     pub fn control(&self) -> Result<String> {
+        self.said_of_itself("url").context("the host has no address")
+    }
+
+    /// A field of the file that the host leaves.
+    fn said_of_itself(&self, field: &str) -> Result<String> {
         let text = std::fs::read_to_string(self.host_file()).context("read how to reach the host")?;
         let file: serde_json::Value = serde_json::from_str(&text)?;
-        file.get("url").and_then(|url| url.as_str()).map(str::to_owned).context("the host has no address")
+        file.get(field)
+            .and_then(|value| value.as_str())
+            .map(str::to_owned)
+            .with_context(|| format!("it has no {field}"))
     }
 
     fn host_file(&self) -> PathBuf {

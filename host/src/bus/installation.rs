@@ -6,11 +6,10 @@ use std::sync::Arc;
 
 use anyhow::{Context, Error, Result};
 use async_nats::jetstream::consumer::DeliverPolicy;
-use async_nats::jetstream::context::ConsumerInfoErrorKind;
 use async_nats::jetstream::stream::Config;
 use futures::StreamExt;
 
-use super::streams::{Ensured, StreamSpec, is_name_in_use, stream_config};
+use super::streams::{Ensured, StreamSpec};
 use super::{Bus, Subscription};
 use crate::hint::WithHint;
 
@@ -92,12 +91,8 @@ impl Bus {
     /// # Errors
     /// [`Foreign`], with a hint, when it is that of another installation.
     pub async fn ensure_own_stream(&self, spec: &StreamSpec) -> Result<Ensured> {
-        let mut config = stream_config(spec);
-        self.mark_owner(&mut config.metadata);
-        match self.context.create_stream(config).await {
-            Ok(_) => return Ok(Ensured::Created),
-            Err(error) if is_name_in_use(&error) => {}
-            Err(error) => return Err(error).with_context(|| format!("make the stream {}", spec.name)),
+        if self.make_stream(spec).await? == Ensured::Created {
+            return Ok(Ensured::Created);
         }
         if let Some(mut config) = self.free_stream(&spec.name).await? {
             self.mark_owner(&mut config.metadata);
@@ -129,13 +124,7 @@ impl Bus {
     /// [`Foreign`], with a hint, when it is that of another installation.
     pub(super) async fn own_consumer(&self, subscription: &Subscription) -> Result<Option<DeliverPolicy>> {
         let Subscription { stream, durable, .. } = subscription;
-        let doing = || format!("look at the consumer {durable} on {stream}");
-        let of_stream = self.context.get_stream_no_info(stream).await.with_context(doing)?;
-        let info = match of_stream.consumer_info(durable).await {
-            Ok(info) => info,
-            Err(error) if error.kind() == ConsumerInfoErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error).with_context(doing),
-        };
+        let Some(info) = self.consumer_info(stream, durable).await? else { return Ok(None) };
         self.claim(|| format!("the consumer {durable} on the stream {stream}"), &info.config.metadata)?;
         Ok(Some(info.config.deliver_policy))
     }

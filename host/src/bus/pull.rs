@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use async_nats::jetstream::AckKind;
 use async_nats::jetstream::consumer::pull::{BatchConfig, Config};
-use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy};
+use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, Info};
 use async_nats::jetstream::context::ConsumerInfoErrorKind;
 use async_nats::{StatusCode, Subject};
 use jiff::Timestamp;
@@ -202,6 +202,19 @@ impl Bus {
             start_sequence => DeliverPolicy::ByStartSequence { start_sequence },
         };
         self.make_consumer(subscription, from).await
+    }
+
+    /// What the server says of a consumer; none when it, or its stream, is not there.
+    pub(super) async fn consumer_info(&self, stream: &str, durable: &str) -> Result<Option<Info>> {
+        let doing = || format!("look at the consumer {durable} on {stream}");
+        let of_stream = self.context.get_stream_no_info(stream).await.with_context(doing)?;
+        match of_stream.consumer_info(durable).await {
+            Ok(info) => Ok(Some(info)),
+            Err(error) => match error.kind() {
+                ConsumerInfoErrorKind::NotFound | ConsumerInfoErrorKind::StreamNotFound => Ok(None),
+                _ => Err(error).with_context(doing),
+            },
+        }
     }
 
     async fn make_consumer(&self, subscription: &Subscription, from: DeliverPolicy) -> Result<()> {
@@ -516,16 +529,7 @@ impl Probe {
 
     /// Up to where everything is acknowledged; none when there is no consumer.
     pub async fn acknowledged(&self) -> Result<Option<Acknowledged>> {
-        let stream = self.bus.context.get_stream_no_info(&self.stream).await.context("open the stream")?;
-        let info = match stream.consumer_info(&self.durable).await {
-            Ok(info) => info,
-            Err(error)
-                if matches!(error.kind(), ConsumerInfoErrorKind::NotFound | ConsumerInfoErrorKind::StreamNotFound) =>
-            {
-                return Ok(None);
-            }
-            Err(error) => return Err(error).context("look at the consumer"),
-        };
+        let Some(info) = self.bus.consumer_info(&self.stream, &self.durable).await? else { return Ok(None) };
         let mut subjects = info.config.filter_subjects;
         if !info.config.filter_subject.is_empty() {
             subjects.push(info.config.filter_subject);
@@ -533,9 +537,8 @@ impl Probe {
         Ok(Some(Acknowledged { sequence: info.ack_floor.stream_sequence, subjects }))
     }
 
-    async fn info(&self) -> Result<async_nats::jetstream::consumer::Info> {
-        let stream = self.bus.context.get_stream_no_info(&self.stream).await.context("open the stream")?;
-        stream.consumer_info(&self.durable).await.context("look at the consumer")
+    async fn info(&self) -> Result<Info> {
+        self.bus.consumer_info(&self.stream, &self.durable).await?.context("look at the consumer: there is none")
     }
 
     pub async fn backlog(&self) -> Result<Backlog> {

@@ -80,6 +80,11 @@ impl Bus {
         if self.stream(&spec.name).await?.is_some() {
             return Ok(Ensured::AlreadyThere);
         }
+        self.make_stream(spec).await
+    }
+
+    /// Makes a stream; one of this name that is there stays as it is.
+    pub(super) async fn make_stream(&self, spec: &StreamSpec) -> Result<Ensured> {
         let mut config = stream_config(spec);
         self.mark_owner(&mut config.metadata);
         match self.context.create_stream(config).await {
@@ -263,7 +268,7 @@ async fn walk(bus: &Bus, consumer: &Consumer<pull::Config>, mut goes_on: impl Fn
     Ok(left)
 }
 
-pub(super) fn stream_config(spec: &StreamSpec) -> Config {
+fn stream_config(spec: &StreamSpec) -> Config {
     Config {
         name: spec.name.clone(),
         subjects: spec.subjects.clone(),
@@ -279,7 +284,7 @@ pub(super) fn stream_config(spec: &StreamSpec) -> Config {
     }
 }
 
-pub(super) fn is_name_in_use(error: &async_nats::jetstream::context::CreateStreamError) -> bool {
+fn is_name_in_use(error: &async_nats::jetstream::context::CreateStreamError) -> bool {
     matches!(error.kind(), CreateStreamErrorKind::JetStream(answer)
         if answer.error_code() == ErrorCode::STREAM_NAME_EXIST)
 }

@@ -132,20 +132,25 @@ impl Host {
     /// From where on a worker takes its messages again.
     async fn place_of(&self, worker: &Worker, before: &Seen) -> Result<Option<Rewound>> {
         let Some(name) = &worker.stream else { return Ok(None) };
-        let (worker_name, stream_name) = (worker.name.clone(), name.clone());
-        let Some(stream) = self.bus.stream(name).await? else {
-            let note = Some("the stream is gone".to_owned());
-            let (acknowledged, from, last) = (0, None, 0);
-            return Ok(Some(Rewound { worker: worker_name, stream: stream_name, acknowledged, from, last, note }));
-        };
         let probe = self.bus.probe(name, &worker.subjects, &worker.durable());
-        let acknowledged = probe.acknowledged().await?.map_or(0, |acknowledged| acknowledged.sequence);
-        let last = stream.last_sequence;
+        let mut place = Rewound {
+            worker: worker.name.clone(),
+            stream: name.clone(),
+            acknowledged: probe.acknowledged().await?.map_or(0, |acknowledged| acknowledged.sequence),
+            from: None,
+            last: 0,
+            note: None,
+        };
+        let Some(stream) = self.bus.stream(name).await? else {
+            place.note = Some("the stream is gone".to_owned());
+            return Ok(Some(place));
+        };
+        place.last = stream.last_sequence;
         if stream.is_queue {
             // What is still there was never acknowledged. Without its consumer a stream kept by interest would lose it.
             let note = "what is acknowledged leaves this stream at once: what the database does not know of it is gone";
-            let (from, note) = (None, Some(note.to_owned()));
-            return Ok(Some(Rewound { worker: worker_name, stream: stream_name, acknowledged, from, last, note }));
+            place.note = Some(note.to_owned());
+            return Ok(Some(place));
         }
         let is_as_it_was = match before.streams.get(name) {
             Some(end) if end.created != stream.created || end.last_sequence > stream.last_sequence => false,
@@ -157,9 +162,9 @@ impl Host {
         };
         let floor = before.consumers.get(&worker.name).filter(|floor| floor.stream == *name && is_as_it_was);
         // What is below was settled in the database before it was noted there.
-        let from = floor.map_or(1, |floor| floor.sequence.min(acknowledged) + 1).max(stream.first_sequence).max(1);
-        let (from, note) = (Some(from), None);
-        Ok(Some(Rewound { worker: worker_name, stream: stream_name, acknowledged, from, last, note }))
+        let from = floor.map_or(1, |floor| floor.sequence.min(place.acknowledged) + 1);
+        place.from = Some(from.max(stream.first_sequence).max(1));
+        Ok(Some(place))
     }
 
     /// Removes consumers of workers that this database does not have deployed: should one be, its messages come again from the
@@ -225,7 +230,7 @@ impl Host {
     /// Writes the mark with which every host goes on.
     async fn agree_anew(&self, workers: &[Worker]) -> Result<()> {
         for _ in 0..MARK_TRIES {
-            let after = self.bus.last_mark(&self.store.output_ids().mark_subject()).await?;
+            let after = self.last_mark().await?;
             let seen = self.see(workers, None).await?;
             if self.write_mark(&seen, after.map_or(0, |mark| mark.sequence)).await? {
                 return Ok(());

@@ -86,6 +86,6 @@ fn read(file: &Path) -> anyhow::Result<WorkerMigration> {
     let sql = std::fs::read_to_string(file).with_context(|| format!("read the migration {}", file.display()))?;
     let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
     // What some editors begin a file with is no SQL.
-    let sql = sql.strip_prefix('\u{feff}').map_or_else(|| sql.clone(), str::to_owned);
+    let sql = sql.strip_prefix('\u{feff}').unwrap_or(&sql).to_owned();
     Ok(WorkerMigration { name, sql })
 }

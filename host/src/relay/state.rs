@@ -129,9 +129,14 @@ impl RelayState {
         self.held.store(is_held, Ordering::SeqCst);
     }
 
+    /// Whether nothing but alarms is sent.
+    pub(super) fn holds(&self) -> bool {
+        self.held.load(Ordering::SeqCst)
+    }
+
     /// Whether an output to a subject has to wait until database and broker agree. That they do not has to be told.
     pub(super) fn is_held(&self, subject: &str) -> bool {
-        self.held.load(Ordering::SeqCst) && !subject.starts_with("oncely.alarm.")
+        self.holds() && !subject.starts_with("oncely.alarm.")
     }
 
     /// Has the relay look up every output among those that a recovery found, or none.

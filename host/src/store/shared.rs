@@ -354,6 +354,16 @@ pub(super) fn due_worker_migrations<'m>(
     Ok(due)
 }
 
+/// The names of those migrations.
+pub(super) fn due_migration_names(
+    worker: &str,
+    migrations: &[WorkerMigration],
+    applied: &HashMap<String, Vec<u8>>,
+) -> Result<Vec<String>> {
+    let due = due_worker_migrations(worker, migrations, applied)?;
+    Ok(due.into_iter().map(|(migration, _)| migration.name.clone()).collect())
+}
+
 /// The SHA-256 of a migration, whichever line ends the checkout gave it.
 fn migration_checksum(sql: &str) -> Vec<u8> {
     Sha256::digest(sql.replace("\r\n", "\n").replace('\r', "\n")).to_vec()

@@ -54,9 +54,7 @@ pub(super) async fn due_migrations(
     worker: &str,
     migrations: &[WorkerMigration],
 ) -> Result<Vec<String>> {
-    let applied = applied_migrations(session, worker).await?;
-    let due = shared::due_worker_migrations(worker, migrations, &applied)?;
-    Ok(due.into_iter().map(|(migration, _)| migration.name.clone()).collect())
+    shared::due_migration_names(worker, migrations, &applied_migrations(session, worker).await?)
 }
 
 async fn applied_migrations(session: &mut Session, worker: &str) -> Result<HashMap<String, Vec<u8>>> {
