@@ -109,8 +109,6 @@ dist: ## Make what people install, in dist/: program, completions, unit, licence
 	scripts/dist
 
 # The end-to-end tests run the binary, so it is built first; they compile the guests themselves, once. They wait more than
-# they compute, so there are more of them at once than cores. Those that bring a stream back to an older copy while outputs are
-# under way run alone: see "Not there yet" in ARCHITECTURE.md.
+# they compute, so there are more of them at once than cores.
 run-tests: build ## Run all tests
-	RUST_TEST_THREADS=$${RUST_TEST_THREADS:-4} cargo test --locked --workspace -- --skip what_the_broker_forgot
-	RUST_TEST_THREADS=1 cargo test --locked -p oncely-tests --test it -- what_the_broker_forgot
+	RUST_TEST_THREADS=$${RUST_TEST_THREADS:-4} cargo test --locked --workspace

@@ -133,11 +133,10 @@ pub struct Relay {
     duplicates: Duplicates,
     /// The highest sequence each stream answered with.
     tops: HashMap<String, u64>,
-    /// How many losses were found, and after which connection somebody looked, when it began with what it has now.
-    losses_seen: (u64, u64),
-    connections: watch::Receiver<u64>,
-    /// When there was no connection to NATS the last time that somebody looked.
-    disconnected: Instant,
+    /// Since when the database's word on who goes before whom holds for all that is in memory.
+    decided: Option<Instant>,
+    /// The number of the connection that outputs go over.
+    over: watch::Receiver<u64>,
     /// Since when nothing is sent because the streams are yet to be looked at.
     waits_since: Option<Instant>,
     /// Something that others may wait for was published: there may be more to do than the next tick would find in time. The
@@ -171,7 +170,7 @@ impl Relay {
         let hand_over = HandOver { store: Arc::clone(&store), state: Arc::clone(&state), sender, gate };
         let relay = Relay {
             ledger: Ledger::new(Arc::clone(&store), heard),
-            connections: bus.connections(),
+            over: bus.publishing_over(),
             duplicates: Duplicates::new(bus.clone()),
             store,
             bus,
@@ -185,8 +184,7 @@ impl Relay {
             streams: Arc::default(),
             knows_too_little: false,
             tops: HashMap::new(),
-            losses_seen: (0, 0),
-            disconnected: Instant::now(),
+            decided: None,
             waits_since: None,
             others_wait: false,
         };
@@ -260,6 +258,9 @@ impl Relay {
     /// Takes outputs into memory. Those that have to wait for others that are not here go back at once.
     fn take(&mut self, rows: Vec<OutboxRow>, since: Instant) {
         self.mind_losses();
+        if self.is_outdated(since) {
+            return self.ledger.put_back(rows.iter().map(|row| (row.seq, due())));
+        }
         let back = self.lines.take(rows, since);
         self.ledger.put_back(back);
     }
@@ -278,7 +279,7 @@ impl Relay {
     fn take_from_log(&mut self, from_log: FromLog) {
         self.mind_losses();
         self.ledger.knows(from_log.recorded, from_log.is_first);
-        let is_up_to_date = from_log.losses == self.losses_seen;
+        let is_outdated = self.is_outdated(from_log.since);
         for (row, fate) in from_log.rows {
             if self.lines.holds(row.seq) {
                 // An earlier reader here was told of it. What becomes of it the new one will hear.
@@ -292,9 +293,7 @@ impl Relay {
                 (Fate::ToSend, Some(before)) => {
                     self.ledger.put_back([(row.seq, lines::wait_for(row.seq, before))]);
                 }
-                (Fate::ToSend, None) if !is_up_to_date => {
-                    self.ledger.put_back([(row.seq, Unpublished::Later { after: Duration::ZERO, error: None })]);
-                }
+                (Fate::ToSend, None) if is_outdated => self.ledger.put_back([(row.seq, due())]),
                 (Fate::ToSend, None) => drop(self.lines.take(vec![row], from_log.since)),
             }
         }
@@ -303,18 +302,13 @@ impl Relay {
     /// After a new connection a stream may have lost its tail. What is published again goes before what is new, so that
     /// keys keep their order.
     fn waits_for_repair(&mut self) -> bool {
-        let now = Instant::now();
-        // Seen here before the client tells of its next connection. Without one, outputs fail at once and are put back.
-        if !self.bus.is_connected() {
-            (self.disconnected, self.waits_since) = (now, None);
-            return false;
-        }
-        let connection = *self.connections.borrow();
-        let look = self.state.last_look();
-        if look.is_some_and(|look| look.connection >= connection && look.began >= self.disconnected) {
+        let over = *self.over.borrow();
+        // Without a connection outputs fail at once and are put back.
+        if !self.bus.can_publish() || self.state.looked_after() >= over {
             self.waits_since = None;
             return false;
         }
+        let now = Instant::now();
         let since = *self.waits_since.get_or_insert(now);
         now.duration_since(since) < REPAIR_WITHIN
     }
@@ -322,16 +316,22 @@ impl Relay {
     /// When a stream has lost something, the database says anew who goes first. After a new connection another host may
     /// have been the one to find it.
     fn mind_losses(&mut self) {
-        let losses = self.state.losses_known();
-        if std::mem::replace(&mut self.losses_seen, losses) != losses {
-            let due = Unpublished::Later { after: Duration::ZERO, error: None };
-            self.ledger.put_back(self.lines.start_over().into_iter().map(|seq| (seq, due.clone())));
+        let decided = self.state.decided();
+        if std::mem::replace(&mut self.decided, decided) != decided {
+            self.ledger.put_back(self.lines.start_over().into_iter().map(|seq| (seq, due())));
         }
+    }
+
+    /// Whether what the database said at this time of who goes before whom may hold no more.
+    fn is_outdated(&self, since: Instant) -> bool {
+        Some(since) < self.decided
     }
 
     /// Sends what may be sent now.
     async fn send(&mut self, under_way: &mut UnderWay) {
         let mut has_sent = false;
+        // Should there be another connection by now, nothing of this goes over it.
+        let over = *self.over.borrow();
         if self.waits_for_repair() {
             return;
         }
@@ -343,15 +343,14 @@ impl Relay {
             let now = Instant::now();
             if held.since < leased_since {
                 // The host's own lease had run out since: another host may have this one, and if not, the next sweep has.
-                self.give_up(&held.row, Unpublished::Later { after: Duration::ZERO, error: None });
+                self.give_up(&held.row, due());
                 continue;
             }
             if held.is_late(now) {
                 // Its lease runs out by itself; what is behind it has to wait for whoever has it next.
                 self.ledger.put_back(self.lines.not_published(&held.row));
                 if self.ledger.is_from_log(held.row.seq) {
-                    let due = Unpublished::Later { after: Duration::ZERO, error: None };
-                    self.ledger.put_back([(held.row.seq, due)]);
+                    self.ledger.put_back([(held.row.seq, due())]);
                 }
                 continue;
             }
@@ -371,7 +370,7 @@ impl Relay {
             has_sent = true;
             self.be_a_mutant(&held.row).await;
             let top = stream.as_ref().and_then(|stream| self.tops.get(stream)).copied().unwrap_or_default();
-            let answer = self.bus.begin_publish(outgoing(&held.row)).await;
+            let answer = self.bus.begin_publish(outgoing(&held.row), over);
             let duplicates = self.duplicates.clone();
             under_way.push(Box::pin(async move {
                 let answer = duplicates.confirm(&held.row, answer.await).await;
@@ -499,7 +498,7 @@ impl Relay {
 
     fn begin_sweep(&mut self) -> Option<BoxFuture<'static, Result<Swept, StoreError>>> {
         let room = HELD_MAX.saturating_sub(self.lines.len()).min(SWEEP_MAX);
-        if room == 0 || !self.bus.is_connected() || !self.has_lease() {
+        if room == 0 || !self.bus.can_publish() || !self.has_lease() {
             return None;
         }
         let (store, bus, metrics) = (Arc::clone(&self.store), self.bus.clone(), Arc::clone(&self.metrics));
@@ -550,6 +549,11 @@ async fn finished<T>(under_way: &mut Option<BoxFuture<'static, T>>) -> T {
     };
     *under_way = None;
     done
+}
+
+/// It may go at once, as far as the database allows.
+fn due() -> Unpublished {
+    Unpublished::Later { after: Duration::ZERO, error: None }
 }
 
 /// How long an output waits after one more failure; the upper half is random.

@@ -1,7 +1,6 @@
 //! NATS JetStream: streams, durable pull consumers, and publishing that waits for the stream's answer.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -12,18 +11,21 @@ use tokio::sync::watch;
 
 use crate::config::{Login, Nats};
 use crate::hint::WithHint;
+use connection::Connection;
 use installation::Owner;
-use reader::Reader;
+use publisher::Publisher;
 
 mod alarms;
+mod connection;
+mod denials;
 mod feed;
 mod installation;
 mod marks;
 mod publish;
+mod publisher;
 mod pull;
 mod raw;
 mod readable;
-mod reader;
 mod requests;
 mod server;
 mod streams;
@@ -42,9 +44,6 @@ pub use streams::{Ensured, From, Passed, StreamInfo, StreamSpec, stream_of};
 /// How long one request to JetStream may take, and the answer to one publication.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How many publications of all callers together may wait for their answers; far more than callers send.
-const PUBLICATIONS_IN_FLIGHT: usize = 1 << 16;
-
 /// The most it waits between two attempts to connect again.
 const RECONNECT_DELAY_MAX: Duration = Duration::from_secs(2);
 
@@ -61,10 +60,10 @@ pub struct Bus {
     /// Counts connections: when it moves, whatever waited on the old one has to ask again.
     connections: watch::Receiver<u64>,
     known_streams: Arc<tokio::sync::Mutex<Option<Known>>>,
-    denied: Denied,
-    /// How to reach NATS, and the connection for delivered messages, once there is a subscription.
+    /// How to reach NATS, and further connections to it as soon as they are needed.
     nats: Arc<Nats>,
-    reader: Arc<OnceLock<Reader>>,
+    deliveries: Arc<OnceLock<Connection>>,
+    publisher: Arc<OnceLock<Publisher>>,
     /// None for a bus that asks nobody whose something is.
     owner: Option<Arc<Owner>>,
 }
@@ -72,20 +71,10 @@ pub struct Bus {
 /// All streams, and as of when.
 type Known = (Instant, Arc<Vec<StreamInfo>>);
 
-/// Subjects the server did not let us publish to, and when it said so.
-type Denied = Arc<Mutex<HashMap<String, Instant>>>;
-
-/// How many of them are remembered, and for how long: more than can be under way in that time, so that none counts as
-/// its stream's trouble.
-const DENIED_MAX: usize = 1 << 16;
-const DENIED_FOR: Duration = Duration::from_secs(30);
-
 impl Bus {
     /// Connects; an error when no server answers, or one without JetStream.
     pub async fn connect(nats: &Nats) -> Result<Bus> {
         let (sender, connections) = watch::channel(0_u64);
-        let denied = Denied::default();
-        let denials = Arc::clone(&denied);
         let client = login(ConnectOptions::new(), nats)
             .await?
             .name("oncely")
@@ -94,7 +83,6 @@ impl Bus {
             .connection_timeout(Duration::from_secs(5))
             .event_callback(move |event| {
                 tell(&event, &sender);
-                remember_denial(&event, &denials);
                 std::future::ready(())
             })
             .connect(nats.servers.clone())
@@ -107,18 +95,22 @@ impl Bus {
                 anyhow::Error::from(error).hint(hint)
             })
             .with_context(|| format!("connect to NATS at {}", nats.shown()))?;
-        let context = ContextBuilder::new()
-            .timeout(REQUEST_TIMEOUT)
-            .ack_timeout(REQUEST_TIMEOUT)
-            .max_ack_inflight(PUBLICATIONS_IN_FLIGHT)
-            .build(client.clone());
+        let context = ContextBuilder::new().timeout(REQUEST_TIMEOUT).ack_timeout(REQUEST_TIMEOUT).build(client.clone());
         context
             .query_account()
             .await
             .with_context(|| format!("ask NATS at {} for JetStream", nats.shown()))
             .hint("start the server with JetStream: nats-server --jetstream")?;
-        let (nats, reader) = (Arc::new(nats.clone()), Arc::default());
-        Ok(Bus { client, context, connections, known_streams: Arc::default(), denied, nats, reader, owner: None })
+        Ok(Bus {
+            client,
+            context,
+            connections,
+            known_streams: Arc::default(),
+            nats: Arc::new(nats.clone()),
+            deliveries: Arc::default(),
+            publisher: Arc::default(),
+            owner: None,
+        })
     }
 
     /// The largest message the server takes, headers included, in bytes.
@@ -138,16 +130,17 @@ impl Bus {
     }
 
     /// The connection for messages that streams deliver, opened at the first call.
-    async fn reader(&self) -> Result<Reader> {
-        let reader = self.reader.get_or_init(|| Reader::start(Nats::clone(&self.nats)));
-        reader.ready().await?;
-        Ok(reader.clone())
+    async fn deliveries(&self) -> Result<Connection> {
+        let open = || Connection::start(Nats::clone(&self.nats), "oncely deliveries");
+        let connection = self.deliveries.get_or_init(open);
+        connection.ready().await?;
+        Ok(connection.clone())
     }
 
-    /// Whether the server denied a message to this subject just now. It says so in words for people, and not to whom.
-    fn is_denied(&self, subject: &str) -> bool {
-        let denied = self.denied.lock().unwrap_or_else(PoisonError::into_inner);
-        denied.get(subject).is_some_and(|since| since.elapsed() < DENIED_FOR)
+    /// Publications have a connection of their own, opened at the first call.
+    fn publisher(&self) -> &Publisher {
+        let open = || Connection::start(Nats::clone(&self.nats), "oncely publications");
+        self.publisher.get_or_init(|| Publisher::new(open(), self.client.new_inbox()))
     }
 
     /// Returns when the client has ended: it reads the server's words in tasks of its own, and ends with them. It does not
@@ -208,19 +201,5 @@ fn tell(event: &Event, connections: &watch::Sender<u64>) {
         Event::Disconnected => tracing::warn!("the connection to NATS is gone; connecting again"),
         Event::ServerError(error) => tracing::warn!("NATS complains: {error}"),
         other => tracing::debug!("nats: {other}"),
-    }
-}
-
-fn remember_denial(event: &Event, denied: &Denied) {
-    let Event::ServerError(error) = event else { return };
-    let text = error.to_string();
-    let Some((_, rest)) = text.split_once("Permissions Violation for Publish to \"") else { return };
-    let Some((subject, _)) = rest.split_once('"') else { return };
-    let mut denied = denied.lock().unwrap_or_else(PoisonError::into_inner);
-    if denied.len() >= DENIED_MAX {
-        denied.retain(|_, since| since.elapsed() < DENIED_FOR);
-    }
-    if denied.len() < DENIED_MAX {
-        denied.insert(subject.to_owned(), Instant::now());
     }
 }

@@ -4,16 +4,16 @@ use std::error::Error;
 use std::str::FromStr;
 use std::time::Duration;
 
-use async_nats::header::{HeaderMap, HeaderName, HeaderValue, NATS_MESSAGE_ID};
-use async_nats::jetstream::context::{PublishAckFuture, PublishErrorKind};
-use async_nats::jetstream::message::PublishMessage;
-use async_nats::jetstream::{self, ErrorCode};
+use async_nats::header::{HeaderName, HeaderValue};
+use async_nats::jetstream::ErrorCode;
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::future::BoxFuture;
 use futures::stream::FuturesOrdered;
+use tokio::sync::watch;
 
 use super::Bus;
+use super::publisher::{Publication, Refusal, Unanswered};
 use super::streams::stream_of;
 use crate::message::Headers;
 use crate::subject::check_subject;
@@ -93,8 +93,13 @@ impl Bus {
     pub async fn publish(&self, messages: Vec<Outgoing>) -> Vec<Answer> {
         let mut answers = Vec::with_capacity(messages.len());
         let mut open = FuturesOrdered::new();
+        let over = match self.publisher().ready().await {
+            Ok(()) => *self.publishing_over().borrow(),
+            // What is sent over it is not sent.
+            Err(_) => 0,
+        };
         for message in messages {
-            open.push_back(self.begin_publish(message).await);
+            open.push_back(self.begin_publish(message, over));
             if open.len() >= WINDOW {
                 answers.extend(open.next().await);
             }
@@ -103,46 +108,58 @@ impl Bus {
         answers
     }
 
-    /// Sends a message; the future it returns ends with the stream's answer. Messages are stored in the order in which
-    /// they were sent, as long as none of them fails.
-    pub async fn begin_publish(&self, message: Outgoing) -> BoxFuture<'static, Answer> {
-        let subject = message.subject.clone();
-        match self.send(message).await {
-            Ok(sent) => Box::pin(self.clone().answer(subject, sent)),
-            Err(error) => Box::pin(std::future::ready(Err(error))),
-        }
+    /// The number of the connection that publications go over, 0 for none yet. It changes with each new one.
+    pub fn publishing_over(&self) -> watch::Receiver<u64> {
+        self.publisher().connections()
     }
 
-    async fn answer(self, subject: String, sent: PublishAckFuture) -> Answer {
-        match sent.await {
-            Ok(ack) => Ok(PublishedAt { stream: ack.stream, sequence: ack.sequence, duplicate: ack.duplicate }),
-            Err(error) if error.kind() == PublishErrorKind::StreamNotFound => Err(self.why_unheard(&subject).await),
-            // The server does not answer what it does not let through.
-            Err(error) if error.kind() == PublishErrorKind::TimedOut && self.is_denied(&subject) => {
-                Err(PublishError::NoPlace(format!("this login may not publish to {subject}: the server denies it")))
+    /// Whether something can be published now, as far as it is known.
+    pub fn can_publish(&self) -> bool {
+        self.publisher().is_connected()
+    }
+
+    /// Sends a message over the connection of this number, or not at all; the future it returns ends with the stream's answer.
+    /// Messages are stored in the order in which they were sent, as long as none of them fails.
+    pub fn begin_publish(&self, message: Outgoing, over: u64) -> BoxFuture<'static, Answer> {
+        let (subject, size) = (message.subject.clone(), message.body.len() + headers_size(&message));
+        if let Err(why) = self.check(&message, size) {
+            return Box::pin(std::future::ready(Err(PublishError::Refused(why))));
+        }
+        let headers = header_block(&message);
+        let publication = Publication { subject: message.subject, headers, body: message.body };
+        let answer = self.publisher().send(over, publication);
+        let bus = self.clone();
+        Box::pin(async move {
+            match answer.await {
+                Ok(ack) => match ack.error {
+                    None => Ok(PublishedAt { stream: ack.stream, sequence: ack.seq, duplicate: ack.duplicate }),
+                    Some(refusal) => Err(classify(refusal)),
+                },
+                Err(Unanswered::NotSent) => {
+                    Err(PublishError::NoConnection("there is no connection to NATS".to_owned()))
+                }
+                Err(Unanswered::Unheard) => Err(bus.why_unheard(&subject).await),
+                // The server does not answer what it does not let through.
+                Err(Unanswered::Lost(_)) if bus.publisher().is_denied(&subject) => {
+                    Err(PublishError::NoPlace(format!("this login may not publish to {subject}: the server denies it")))
+                }
+                Err(Unanswered::Lost(why)) => Err(PublishError::Unavailable(why)),
             }
-            Err(error) => Err(classify(&error)),
-        }
+        })
     }
 
-    /// Sends one message; the answer is yet to come.
-    async fn send(&self, message: Outgoing) -> Result<PublishAckFuture, PublishError> {
-        check_subject(&message.subject).map_err(PublishError::Refused)?;
-        let headers = headers(&message)?;
-        // While disconnected the client would keep it and send it at some later time.
-        if !self.is_connected() {
-            return Err(PublishError::NoConnection("there is no connection to NATS".to_owned()));
+    /// Why a server would not take a message, or close the connection over it.
+    fn check(&self, message: &Outgoing, size: usize) -> Result<(), String> {
+        check_subject(&message.subject)?;
+        message.headers.iter().try_for_each(|(name, value)| check_header(name, value))?;
+        check_header(MESSAGE_ID, &message.id)?;
+        let most = self.max_payload();
+        if size > most {
+            return Err(format!(
+                "the message has {size} bytes with its headers, and the NATS server takes {most} (max_payload)"
+            ));
         }
-        let size = message.body.len() + headers_size(&message);
-        let publish = PublishMessage::build().payload(message.body).headers(headers);
-        self.context.send_publish(message.subject, publish).await.map_err(|error| match error.kind() {
-            // The server would close the connection over it.
-            PublishErrorKind::MaxPayloadExceeded => PublishError::Refused(format!(
-                "the message has {size} bytes with its headers, and the NATS server takes {} (max_payload)",
-                self.max_payload()
-            )),
-            _ => classify(&error),
-        })
+        Ok(())
     }
 
     /// Nobody listens to a subject: because no stream takes it, or because JetStream is starting.
@@ -156,44 +173,50 @@ impl Bus {
     }
 }
 
-/// Headers by the fallible constructors alone: the others panic on a line break.
-fn headers(message: &Outgoing) -> Result<HeaderMap, PublishError> {
-    let mut map = HeaderMap::new();
-    for (name, value) in &message.headers {
-        map.append(header_name(name)?, header_value(name, value)?);
-    }
-    map.insert(NATS_MESSAGE_ID, header_value("Nats-Msg-Id", &message.id)?);
-    Ok(map)
-}
+/// Carries the id of a message.
+const MESSAGE_ID: &str = "Nats-Msg-Id";
 
-fn header_name(name: &str) -> Result<HeaderName, PublishError> {
+/// What a header block begins with.
+const HEADERS_BEGIN: &str = "NATS/1.0\r\n";
+
+fn check_header(name: &str, value: &str) -> Result<(), String> {
     let shown = name.escape_debug();
     if name.is_empty() {
-        return Err(PublishError::Refused("a header has no name".to_owned()));
+        return Err("a header has no name".to_owned());
     }
-    HeaderName::from_str(name)
-        .map_err(|error| PublishError::Refused(format!("`{shown}` cannot be a header's name: {error}")))
+    HeaderName::from_str(name).map_err(|error| format!("`{shown}` cannot be a header's name: {error}"))?;
+    HeaderValue::from_str(value)
+        .map_err(|error| format!("the value of the header `{name}` cannot be sent: {error}"))?;
+    Ok(())
 }
 
-fn header_value(name: &str, value: &str) -> Result<HeaderValue, PublishError> {
-    HeaderValue::from_str(value)
-        .map_err(|error| PublishError::Refused(format!("the value of the header `{name}` cannot be sent: {error}")))
+/// All headers of a message, with its id in place of any other.
+fn sent_headers(message: &Outgoing) -> impl Iterator<Item = (&str, &str)> {
+    let others = message.headers.iter().filter(|(name, _)| name != MESSAGE_ID);
+    others.map(|(name, value)| (name.as_str(), value.as_str())).chain([(MESSAGE_ID, message.id.as_str())])
+}
+
+fn header_block(message: &Outgoing) -> Vec<u8> {
+    let mut block = Vec::with_capacity(headers_size(message));
+    block.extend_from_slice(HEADERS_BEGIN.as_bytes());
+    for part in sent_headers(message).flat_map(|(name, value)| [name, ": ", value, "\r\n"]) {
+        block.extend_from_slice(part.as_bytes());
+    }
+    block.extend_from_slice(b"\r\n");
+    block
 }
 
 /// As the server counts it.
 fn headers_size(message: &Outgoing) -> usize {
-    let lines: usize = message.headers.iter().map(|(name, value)| name.len() + value.len() + 4).sum();
-    lines + "NATS/1.0\r\nNats-Msg-Id: \r\n\r\n".len() + message.id.len()
+    let lines: usize = sent_headers(message).map(|(name, value)| name.len() + value.len() + 4).sum();
+    HEADERS_BEGIN.len() + lines + 2
 }
 
-/// How far an error reaches. A client error (4xx) is about the message, but for those listed here; any other is about the
+/// How far a refusal reaches. A client error (4xx) is about the message, but for those listed here; any other is about the
 /// stream and may pass: a stream that is full answers 503, and messages wait until it takes more.
-fn classify(error: &jetstream::context::PublishError) -> PublishError {
-    let text = error.to_string();
-    let Some(answer) = error.source().and_then(|source| source.downcast_ref::<jetstream::Error>()) else {
-        return PublishError::Unavailable(text);
-    };
-    match (answer.error_code(), answer.code()) {
+fn classify(refusal: Refusal) -> PublishError {
+    let Refusal { code, err_code, description: text } = refusal;
+    match (ErrorCode(err_code), code) {
         (ErrorCode::STREAM_STORE_FAILED, _) => not_stored(text),
         (DUPLICATE_UNDER_WAY, _) => PublishError::NotNow(text),
         (ErrorCode::STREAM_SEALED | ErrorCode::MESSAGE_COUNTER_BROKEN, _) => PublishError::NoPlace(text),
@@ -217,22 +240,17 @@ fn not_stored(text: String) -> PublishError {
 }
 
 /// The stream's queue is full for the moment.
-const TOO_MANY_REQUESTS: usize = 429;
+const TOO_MANY_REQUESTS: u64 = 429;
 
 /// A message with the same id is being stored right now, which may yet fail; not among the client's constants.
 const DUPLICATE_UNDER_WAY: ErrorCode = ErrorCode(10_158);
 
 #[cfg(test)]
 mod tests {
-    use async_nats::jetstream::context::PublishError as Failed;
-
     use super::*;
 
-    /// As the client makes of a server's answer.
-    fn answered(code: usize, err_code: u64, description: &str) -> PublishError {
-        let answer = serde_json::json!({ "code": code, "err_code": err_code, "description": description });
-        let answer: jetstream::Error = serde_json::from_value(answer).unwrap();
-        classify(&Failed::with_source(PublishErrorKind::Other, answer))
+    fn answered(code: u64, err_code: u64, description: &str) -> PublishError {
+        classify(Refusal { code, err_code, description: description.to_owned() })
     }
 
     #[test]

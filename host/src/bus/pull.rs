@@ -19,8 +19,8 @@ use tokio::sync::{Mutex, watch};
 use tokio::time::Instant;
 
 use super::Bus;
+use super::connection::{Connection, Listener, Message as Sent};
 use super::readable::{read_block, read_subject};
-use super::reader::{Listener, Reader};
 use super::requests::{Place, next_subject};
 use super::streams::timestamp;
 use super::wire::Arrived;
@@ -67,7 +67,7 @@ const REST_WITHIN: Duration = Duration::from_secs(1);
 pub struct Pull {
     bus: Bus,
     subscription: Subscription,
-    reader: Reader,
+    deliveries: Connection,
     stream_created: Timestamp,
     /// The same for receipts, in microseconds since the epoch.
     stream_now: Arc<AtomicI64>,
@@ -141,16 +141,16 @@ pub struct Backlog {
 impl Bus {
     /// Makes or updates the durable consumer. It is never deleted: it holds the place on the stream.
     pub async fn subscribe(&self, subscription: &Subscription) -> Result<Pull> {
-        let reader = self.reader().await?;
-        let mut connections = reader.connections();
+        let deliveries = self.deliveries().await?;
+        let mut connections = deliveries.connections();
         connections.mark_unchanged();
         let stream_created = self.ensure_consumer(subscription).await?;
         let inbox = self.client.new_inbox();
-        let answers = reader.listen(&format!("{inbox}.*"));
+        let answers = deliveries.listen(&format!("{inbox}.*"));
         Ok(Pull {
             bus: self.clone(),
             subscription: subscription.clone(),
-            reader,
+            deliveries,
             stream_created,
             stream_now: Arc::new(AtomicI64::new(stream_created.as_microsecond())),
             inbox,
@@ -320,8 +320,13 @@ impl Pull {
             ..BatchConfig::default()
         };
         let body = serde_json::to_vec(&batch).context("write a request for messages")?;
-        let subject = next_subject(&self.subscription.stream, &self.subscription.durable);
-        self.reader.publish(subject, answered_at.clone(), body);
+        self.deliveries.publish(Sent {
+            over: *self.connections.borrow(),
+            subject: next_subject(&self.subscription.stream, &self.subscription.durable),
+            reply: answered_at.clone(),
+            headers: Vec::new(),
+            body: body.into(),
+        });
         self.requests += 1;
         self.request = Some(Request { answered_at, left, last_word: now });
         Ok(now)

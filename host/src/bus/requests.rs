@@ -12,8 +12,8 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::Bus;
+use super::connection::{Connection, Listener, Message as Sent};
 use super::readable::{read_block, read_subject};
-use super::reader::{Listener, Reader};
 use super::streams::timestamp;
 use super::wire::Arrived;
 
@@ -39,7 +39,7 @@ pub(super) struct Place {
 
 /// Pull requests to one consumer.
 pub(super) struct Requests {
-    reader: Reader,
+    deliveries: Connection,
     listener: Listener,
     connections: watch::Receiver<u64>,
     inbox: String,
@@ -67,12 +67,12 @@ pub(super) struct Taken {
 impl Bus {
     /// A way to ask a consumer for messages.
     pub(super) async fn requests(&self, stream: &str, consumer: &str) -> Result<Requests> {
-        let reader = self.reader().await?;
+        let deliveries = self.deliveries().await?;
         let inbox = self.client.new_inbox();
         Ok(Requests {
-            listener: reader.listen(&format!("{inbox}.*")),
-            connections: reader.connections(),
-            reader,
+            listener: deliveries.listen(&format!("{inbox}.*")),
+            connections: deliveries.connections(),
+            deliveries,
             inbox,
             subject: next_subject(stream, consumer),
             made: 0,
@@ -120,10 +120,16 @@ impl Requests {
     pub fn ask(&mut self, batch: usize, expires: Duration, no_wait: bool) -> Result<()> {
         let answered_at = format!("{}.{}", self.inbox, self.made);
         self.made += 1;
-        self.connections.mark_unchanged();
+        let over = *self.connections.borrow_and_update();
         let config = BatchConfig { batch, expires: Some(expires), no_wait, ..BatchConfig::default() };
         let body = serde_json::to_vec(&config).context("write a request for messages")?;
-        self.reader.publish(self.subject.clone(), answered_at.clone(), body);
+        self.deliveries.publish(Sent {
+            over,
+            subject: self.subject.clone(),
+            reply: answered_at.clone(),
+            headers: Vec::new(),
+            body: body.into(),
+        });
         self.open = Some(Open { answered_at, left: batch, until: Instant::now() + expires + END_WITHIN });
         Ok(())
     }

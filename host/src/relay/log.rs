@@ -69,8 +69,6 @@ pub struct FromLog {
     pub since: Instant,
     /// Which of the relay's wishes for polling were in the database by then.
     pub recorded: u64,
-    /// What losses were known by then.
-    pub losses: (u64, u64),
 }
 
 /// What is to become of an output from the log.
@@ -228,7 +226,7 @@ impl LogRelay {
     }
 
     fn broker(&self) -> Broker {
-        Broker { connection: *self.bus.connections().borrow(), losses: self.state.losses.load(Ordering::SeqCst) }
+        Broker { connection: *self.bus.publishing_over().borrow(), losses: self.state.losses.load(Ordering::SeqCst) }
     }
 
     /// Looks who is before outputs and which of them are on their streams already, and hands them to the relay.
@@ -238,7 +236,7 @@ impl LogRelay {
         let task = async move {
             // The relay may be full.
             let Ok(room) = to_relay.reserve().await else { return Ok(()) };
-            let Look { since, losses, behind } = told.look_once_seen(&*log, &state).await?;
+            let Look { since, behind } = told.look_once_seen(&*log).await?;
             let rows = told.rows;
             let streams = bus.streams(STREAMS_AS_OF).await.unwrap_or_default();
             let free = rows.iter().zip(&behind).filter(|(_, behind)| behind.is_none()).map(|(row, _)| row.clone());
@@ -247,7 +245,7 @@ impl LogRelay {
             swept.look_up_the_old(&bus, &metrics).await;
             let rows = with_fates(rows, &behind, swept);
             fault::point(fault::LOG_READ);
-            room.send(FromLog { is_first, rows, since, recorded, losses });
+            room.send(FromLog { is_first, rows, since, recorded });
             Ok(())
         };
         // A task of its own: no operation of the database is dropped half-way.
@@ -274,12 +272,12 @@ impl Told {
 
     /// Looks who is before these outputs, once everybody can see their effects: the server sends a transaction as soon as it
     /// is in the log, a moment before others can see it, or long before if it waits for a standby then.
-    async fn look_once_seen(&self, log: &dyn OutputLog, state: &RelayState) -> Result<Look, StoreError> {
+    async fn look_once_seen(&self, log: &dyn OutputLog) -> Result<Look, StoreError> {
         let mut pause = SEEN_AGAIN_AFTER;
         loop {
-            let (since, losses) = (Instant::now(), state.losses_known());
+            let since = Instant::now();
             if let Some(behind) = log.in_line(&self.rows, &self.transactions).await? {
-                return Ok(Look { since, losses, behind });
+                return Ok(Look { since, behind });
             }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(SEEN_AGAIN_AFTER_MAX);
@@ -287,10 +285,9 @@ impl Told {
     }
 }
 
-/// Who is before each of some outputs; when that was looked, at the earliest, and what losses were known by then.
+/// Who is before each of some outputs, and when that was looked, at the earliest.
 struct Look {
     since: Instant,
-    losses: (u64, u64),
     behind: Vec<Option<i64>>,
 }
 
@@ -352,7 +349,7 @@ impl Reading {
                 return Ok(());
             }
             // Without a connection nothing could be sent.
-            let takes_more = self.gathered.rows.len() < HAND_MAX && relay.bus.is_connected();
+            let takes_more = self.gathered.rows.len() < HAND_MAX && relay.bus.can_publish();
             let has_outcomes = self.tracker.has_outcomes();
             let record_at = self.recorded_at + if has_outcomes { RECORD_EVERY } else { BEAT_EVERY };
             // Whichever is ready: none of them may starve another.

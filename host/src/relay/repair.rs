@@ -7,14 +7,13 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Result;
 use futures::{StreamExt, TryStreamExt};
 use jiff::{SignedDuration, Timestamp};
 
-use super::state::{Look, RelayState};
+use super::state::RelayState;
 use crate::bus::{Bus, StreamInfo};
 use crate::drain::Stopping;
 use crate::fault;
@@ -62,13 +61,13 @@ impl Repair {
 
     /// Looks at the start, after each new connection, when an answer is suspicious, and every now and then.
     pub async fn run(mut self, mut stopping: Stopping) {
-        let mut connections = self.bus.connections();
+        let mut connections = self.bus.publishing_over();
         let mut back = self.keep;
         let mut told = String::new();
         loop {
             let is_written = self.until_written().await;
-            let look = Look { connection: *connections.borrow_and_update(), began: Instant::now() };
-            let is_first = self.state.last_look().is_none_or(|last| last.connection < look.connection);
+            let connection = *connections.borrow_and_update();
+            let is_first = self.state.looked_after() < connection;
             // What is written down only now would not be missed, and what comes after it would go first.
             let looks_again = is_first && !is_written;
             let suspects = self.state.suspects();
@@ -85,7 +84,7 @@ impl Repair {
                 // Of some of them the database knows nothing.
                 suspects.iter().for_each(|stream| self.state.clear(stream));
                 if !looks_again {
-                    self.state.looked(look);
+                    self.state.looked(connection);
                 }
             }
             tokio::select! {
@@ -147,7 +146,7 @@ impl Repair {
         }
         // Else another host was faster.
         if count > 0 {
-            self.state.losses.fetch_add(1, Ordering::SeqCst);
+            self.state.lost();
             self.metrics.regression(&stream.name, count);
             tracing::error!(
                 stream = stream.name,

@@ -37,8 +37,10 @@ pub struct RelayState {
     breakers: Mutex<BTreeMap<String, BreakerState>>,
     /// By subject, with why.
     refused: Mutex<BTreeMap<String, String>>,
-    /// When the streams were looked at for losses the last time, and after which connection to NATS.
-    looked: Mutex<Option<Look>>,
+    /// The number of the connection after which all streams were found well, or mended; 0 before that.
+    looked: AtomicU64,
+    /// Who goes before whom was decided anew then.
+    decided: Mutex<Option<Instant>>,
     /// Streams that answered with a sequence they had given before.
     suspects: Mutex<BTreeSet<String>>,
     pub(super) suspicion: Notify,
@@ -67,13 +69,6 @@ struct Lease {
     since: Instant,
     /// When its last renewal began.
     renewed: Instant,
-}
-
-/// A look at the streams that found all of them well, or mended.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Look {
-    pub connection: u64,
-    pub began: Instant,
 }
 
 impl RelayState {
@@ -153,12 +148,33 @@ impl RelayState {
         self.published.load(Ordering::Relaxed)
     }
 
-    pub(super) fn looked(&self, look: Look) {
-        *self.looked.lock().unwrap_or_else(PoisonError::into_inner) = Some(look);
+    /// All streams were found well, or mended, after the connection of this number.
+    pub(super) fn looked(&self, connection: u64) {
+        // Another host may have been the one to mend them.
+        if self.looked_after() != connection {
+            self.decide_anew();
+        }
+        self.looked.store(connection, Ordering::SeqCst);
     }
 
-    pub(super) fn last_look(&self) -> Option<Look> {
-        *self.looked.lock().unwrap_or_else(PoisonError::into_inner)
+    /// What a stream had lost is to be published again, before all that comes after it.
+    pub(super) fn lost(&self) {
+        self.losses.fetch_add(1, Ordering::SeqCst);
+        self.decide_anew();
+    }
+
+    fn decide_anew(&self) {
+        *self.decided.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
+    /// Since when the database's word holds on who goes before whom; none when it always did.
+    pub(super) fn decided(&self) -> Option<Instant> {
+        *self.decided.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// After which connection the streams were looked at the last time; 0 for never.
+    pub(super) fn looked_after(&self) -> u64 {
+        self.looked.load(Ordering::SeqCst)
     }
 
     /// How outputs go and how far the reader of the log is; none where there is no log to read.
@@ -177,11 +193,6 @@ impl RelayState {
 
     pub(super) fn log_mode(&self) -> Option<RelayMode> {
         self.log.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|log| log.mode)
-    }
-
-    /// How many losses were found, and after which connection somebody looked.
-    pub(super) fn losses_known(&self) -> (u64, u64) {
-        (self.losses.load(Ordering::Relaxed), self.last_look().map_or(0, |look| look.connection))
     }
 
     pub(super) fn suspect(&self, stream: &str) {

@@ -1,19 +1,20 @@
-//! A second connection to NATS, for messages that streams deliver.
+//! Connections to NATS beside the client library's, for what that one cannot do.
 //!
 //! Anyone who may publish to a stream can store a subject or headers that the client library breaks its connection at. This
-//! connection takes them as bytes, so such a message costs nothing but itself. It listens and asks; all else, such as
-//! acknowledgements and publications, goes by the client library.
+//! one takes them as bytes, so such a message costs nothing but itself. And what the client library has not sent when its
+//! connection breaks, it sends over the next one, whatever the server forgot in between. Here a message is sent over the
+//! connection that it was meant for, or not at all.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use async_nats::ServerAddr;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use rand::seq::SliceRandom;
 use serde::Deserialize;
 use serde_json::json;
@@ -26,6 +27,7 @@ use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
+use super::denials::Denials;
 use super::wire::{Arrived, Op, next_op};
 use crate::config::{Login, Nats};
 use crate::retry::Backoff;
@@ -40,13 +42,18 @@ const SILENCE_MAX: Duration = Duration::from_secs(12);
 /// How many bytes one read may bring.
 const READ_AT_ONCE: usize = 64 << 10;
 
-/// A connection for delivered messages. It reconnects by itself until all its handles are dropped. Cheap to clone.
+/// How many bytes are gathered for one write, but for the last message of them.
+const WRITE_AT_ONCE: usize = 256 << 10;
+
+/// A connection that is made again by itself until all its handles are dropped. Cheap to clone.
 #[derive(Clone)]
-pub(super) struct Reader {
+pub(super) struct Connection {
     commands: mpsc::UnboundedSender<Command>,
     sids: Arc<AtomicU64>,
     /// Counts connections: when it moves, requests made before are unknown to the server.
     connections: watch::Receiver<u64>,
+    is_up: Arc<AtomicBool>,
+    denials: Denials,
 }
 
 /// One subscription of it; ends with it.
@@ -65,28 +72,56 @@ enum Command {
     /// Ends a subscription after the messages in transit have arrived.
     Drain(u64),
     Leave(u64),
-    Publish {
-        subject: String,
-        reply: String,
-        body: Vec<u8>,
-    },
+    Publish(Message),
 }
 
-impl Reader {
-    /// Connects in a task of its own.
-    pub fn start(nats: Nats) -> Self {
+/// A message to publish, with where its answer goes.
+pub(super) struct Message {
+    /// The number of the connection that it goes over; it is dropped when that one is gone.
+    pub over: u64,
+    pub subject: String,
+    pub reply: String,
+    /// The header block; empty when there is none.
+    pub headers: Vec<u8>,
+    pub body: Bytes,
+}
+
+impl Message {
+    /// As the server reads it.
+    fn write(&self, to: &mut Vec<u8>) {
+        let Message { subject, reply, headers, body, .. } = self;
+        let size = headers.len() + body.len();
+        let head = match headers.len() {
+            0 => format!("PUB {subject} {reply} {size}\r\n"),
+            header_size => format!("HPUB {subject} {reply} {header_size} {size}\r\n"),
+        };
+        to.reserve(head.len() + size + 2);
+        to.extend_from_slice(head.as_bytes());
+        to.extend_from_slice(headers);
+        to.extend_from_slice(body);
+        to.extend_from_slice(b"\r\n");
+    }
+}
+
+impl Connection {
+    /// Connects in a task of its own, under a name that the server shows.
+    pub fn start(nats: Nats, name: &'static str) -> Self {
         let (commands, received) = mpsc::unbounded_channel();
         let (counter, connections) = watch::channel(0);
+        let (is_up, denials) = (Arc::new(AtomicBool::new(false)), Denials::default());
         let task = Task {
             nats,
+            name,
+            denials: denials.clone(),
             discovered: Vec::new(),
             commands: received,
             subscribers: BTreeMap::new(),
             pongs: VecDeque::new(),
             counter,
+            is_up: Arc::clone(&is_up),
         };
         tokio::spawn(task.run());
-        Reader { commands, sids: Arc::new(AtomicU64::new(1)), connections }
+        Connection { commands, sids: Arc::new(AtomicU64::new(1)), connections, is_up, denials }
     }
 
     /// Returns once there is, or was, a connection.
@@ -94,14 +129,25 @@ impl Reader {
         let mut connections = self.connections.clone();
         timeout(STEP_TIMEOUT * 2, connections.wait_for(|count| *count > 0))
             .await
-            .context("open the connection for messages: NATS does not answer in time")?
-            .context("open the connection for messages")?;
+            .context("open another connection to NATS: it does not answer in time")?
+            .context("open another connection to NATS")?;
         Ok(())
     }
 
     /// Changes with each new connection.
     pub fn connections(&self) -> watch::Receiver<u64> {
         self.connections.clone()
+    }
+
+    /// Whether there is a connection, as far as it is known.
+    pub fn is_up(&self) -> bool {
+        // The count's sender lives as long as the connection's task does.
+        self.is_up.load(Ordering::SeqCst) && self.connections.has_changed().is_ok()
+    }
+
+    /// Whether the server denied a message to this subject just now.
+    pub fn is_denied(&self, subject: &str) -> bool {
+        self.denials.holds(subject)
     }
 
     /// Listens to a subject or a pattern, on this connection and all that follow.
@@ -112,9 +158,9 @@ impl Reader {
         Listener { sid, arrived, commands: self.commands.clone() }
     }
 
-    /// Sends a request whose answers come to `reply`; it is lost if there is no connection.
-    pub fn publish(&self, subject: String, reply: String, body: Vec<u8>) {
-        let _ = self.commands.send(Command::Publish { subject, reply, body });
+    /// Sends a message over the connection that it is meant for, or not at all.
+    pub fn publish(&self, message: Message) {
+        let _ = self.commands.send(Command::Publish(message));
     }
 }
 
@@ -139,6 +185,8 @@ impl Drop for Listener {
 /// Keeps the connection.
 struct Task {
     nats: Nats,
+    name: &'static str,
+    denials: Denials,
     /// Servers that another server listed.
     discovered: Vec<String>,
     commands: mpsc::UnboundedReceiver<Command>,
@@ -146,6 +194,7 @@ struct Task {
     /// For each answer to a ping that is still to come: the subscription that it ends.
     pongs: VecDeque<Option<u64>>,
     counter: watch::Sender<u64>,
+    is_up: Arc<AtomicBool>,
 }
 
 struct Subscriber {
@@ -162,15 +211,17 @@ impl Task {
         let mut backoff = Backoff::default();
         loop {
             match self.connect_while_listening().await {
-                Ok(Some(connection)) => {
+                Ok(Some(socket)) => {
                     backoff.reset();
-                    match self.serve(connection).await {
+                    let served = self.serve(socket).await;
+                    self.is_up.store(false, Ordering::SeqCst);
+                    match served {
                         Ok(Abandoned) => return,
-                        Err(error) => tracing::debug!("the connection for messages is gone: {error:#}"),
+                        Err(error) => tracing::debug!("{} has lost its connection: {error:#}", self.name),
                     }
                 }
                 Ok(None) => return,
-                Err(error) => tracing::debug!("the connection for messages cannot be opened: {error:#}"),
+                Err(error) => tracing::debug!("{} finds no connection: {error:#}", self.name),
             }
             if self.rest(backoff.next(rand::random())).await.is_some() {
                 return;
@@ -178,16 +229,16 @@ impl Task {
         }
     }
 
-    /// Connects. Subscriptions made meanwhile are remembered, requests are dropped. None when all handles are gone.
-    async fn connect_while_listening(&mut self) -> Result<Option<Connection>> {
+    /// Connects. Subscriptions made meanwhile are remembered, messages are dropped. None when all handles are gone.
+    async fn connect_while_listening(&mut self) -> Result<Option<Socket>> {
         let (nats, discovered) = (self.nats.clone(), self.discovered.clone());
-        let connecting = connect(&nats, discovered);
+        let connecting = connect(&nats, self.name, discovered);
         tokio::pin!(connecting);
         loop {
             tokio::select! {
-                connection = &mut connecting => return connection.map(Some),
+                socket = &mut connecting => return socket.map(Some),
                 command = self.commands.recv() => match command {
-                    Some(command) => drop(self.obey(command)),
+                    Some(command) => self.obey(command, &mut Vec::new()),
                     None => return Ok(None),
                 },
             }
@@ -201,7 +252,7 @@ impl Task {
             tokio::select! {
                 () = tokio::time::sleep_until(until) => return None,
                 command = self.commands.recv() => match command {
-                    Some(command) => drop(self.obey(command)),
+                    Some(command) => self.obey(command, &mut Vec::new()),
                     None => return Some(Abandoned),
                 },
             }
@@ -209,49 +260,49 @@ impl Task {
     }
 
     /// Serves one connection until it breaks.
-    async fn serve(&mut self, mut connection: Connection) -> Result<Abandoned> {
-        self.discovered.clone_from(&connection.discovered);
+    async fn serve(&mut self, mut socket: Socket) -> Result<Abandoned> {
+        self.discovered.clone_from(&socket.discovered);
         self.pongs.clear();
         self.subscribers.retain(|_, subscriber| !subscriber.is_draining);
-        // Requests of before would be answered twice: they are made again for the new connection.
-        while let Ok(command) = self.commands.try_recv() {
-            self.obey(command);
-        }
         let listen = |(sid, subscriber): (&u64, &Subscriber)| format!("SUB {} {sid}\r\n", subscriber.subject);
         let listening: String = self.subscribers.iter().map(listen).collect();
-        connection.write(listening.as_bytes()).await?;
+        socket.write(listening.as_bytes()).await?;
+        self.is_up.store(true, Ordering::SeqCst);
         self.counter.send_modify(|count| *count += 1);
         let mut heard = Instant::now();
         let mut ping = tokio::time::interval(PING_EVERY);
         ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let mut reply = Vec::new();
-            while let Some(op) = next_op(&mut connection.buffer)? {
+            while let Some(op) = next_op(&mut socket.buffer)? {
                 self.hear(op, &mut reply)?;
             }
             if !reply.is_empty() {
-                connection.write(&reply).await?;
+                socket.write(&reply).await?;
             }
-            connection.buffer.reserve(READ_AT_ONCE);
+            socket.buffer.reserve(READ_AT_ONCE);
             tokio::select! {
-                read = connection.stream.read_buf(&mut connection.buffer) => match read.context("read")? {
+                read = socket.stream.read_buf(&mut socket.buffer) => match read.context("read")? {
                     0 => bail!("the server closed it"),
                     _ => heard = Instant::now(),
                 },
                 command = self.commands.recv() => {
                     let Some(command) = command else { return Ok(Abandoned) };
-                    let mut bytes = self.obey(command);
-                    while let Ok(command) = self.commands.try_recv() {
-                        bytes.extend(self.obey(command));
+                    let mut bytes = Vec::new();
+                    self.obey(command, &mut bytes);
+                    while bytes.len() < WRITE_AT_ONCE
+                        && let Ok(command) = self.commands.try_recv()
+                    {
+                        self.obey(command, &mut bytes);
                     }
-                    connection.write(&bytes).await?;
+                    socket.write(&bytes).await?;
                 }
                 _ = ping.tick() => {
                     if heard.elapsed() > SILENCE_MAX {
                         bail!("the server is silent");
                     }
                     self.pongs.push_back(None);
-                    connection.write(b"PING\r\n").await?;
+                    socket.write(b"PING\r\n").await?;
                 }
             }
         }
@@ -273,7 +324,8 @@ impl Task {
             }
             // The server goes on after this one, and closes the connection after any other.
             Op::Error(error) if error.starts_with("Permissions Violation") => {
-                tracing::warn!("NATS complains about the connection for messages: {error}");
+                tracing::warn!("NATS complains about {}: {error}", self.name);
+                self.denials.note(&error);
             }
             Op::Error(error) => bail!("the server says: {error}"),
             Op::Info(info) => {
@@ -286,34 +338,32 @@ impl Task {
         Ok(())
     }
 
-    /// Carries out a command; returns the bytes for the server.
-    fn obey(&mut self, command: Command) -> Vec<u8> {
+    /// Carries out a command; what the server is to hear of it goes to `bytes`.
+    fn obey(&mut self, command: Command, bytes: &mut Vec<u8>) {
         match command {
             Command::Listen { sid, subject, arrived } => {
-                let bytes = format!("SUB {subject} {sid}\r\n");
+                bytes.extend(format!("SUB {subject} {sid}\r\n").into_bytes());
                 self.subscribers.insert(sid, Subscriber { subject, arrived, is_draining: false });
-                bytes.into_bytes()
             }
             Command::Drain(sid) => {
-                let Some(subscriber) = self.subscribers.get_mut(&sid) else { return Vec::new() };
+                let Some(subscriber) = self.subscribers.get_mut(&sid) else { return };
                 subscriber.is_draining = true;
                 self.pongs.push_back(Some(sid));
-                format!("UNSUB {sid}\r\nPING\r\n").into_bytes()
+                bytes.extend(format!("UNSUB {sid}\r\nPING\r\n").into_bytes());
             }
             Command::Leave(sid) => {
-                let is_known = self.subscribers.remove(&sid).is_some();
-                if is_known { format!("UNSUB {sid}\r\n").into_bytes() } else { Vec::new() }
+                if self.subscribers.remove(&sid).is_some() {
+                    bytes.extend(format!("UNSUB {sid}\r\n").into_bytes());
+                }
             }
-            Command::Publish { subject, reply, body } => {
-                let head = format!("PUB {subject} {reply} {}\r\n", body.len());
-                [head.as_bytes(), &body, b"\r\n"].concat()
-            }
+            Command::Publish(message) if message.over == *self.counter.borrow() => message.write(bytes),
+            Command::Publish(_) => {}
         }
     }
 }
 
 /// A connection with which the server agreed.
-struct Connection {
+struct Socket {
     stream: Box<dyn Stream>,
     buffer: BytesMut,
     discovered: Vec<String>,
@@ -333,7 +383,7 @@ struct Info {
 }
 
 /// Connects to one of the servers, in random order.
-async fn connect(nats: &Nats, discovered: Vec<String>) -> Result<Connection> {
+async fn connect(nats: &Nats, name: &str, discovered: Vec<String>) -> Result<Socket> {
     let mut servers: Vec<String> = nats.servers.clone();
     servers.extend(discovered);
     servers.sort_unstable();
@@ -341,42 +391,42 @@ async fn connect(nats: &Nats, discovered: Vec<String>) -> Result<Connection> {
     servers.shuffle(&mut rand::rng());
     let mut last = None;
     for server in servers {
-        match connect_to(nats, &server).await {
-            Ok(connection) => return Ok(connection),
+        match connect_to(nats, name, &server).await {
+            Ok(socket) => return Ok(socket),
             Err(error) => last = Some(error),
         }
     }
     Err(last.context("there is no server to connect to")?)
 }
 
-async fn connect_to(nats: &Nats, server: &str) -> Result<Connection> {
+async fn connect_to(nats: &Nats, name: &str, server: &str) -> Result<Socket> {
     let address: ServerAddr = server.parse().context("read the address of a server")?;
     let place = (address.host().to_owned(), address.port());
     let tcp = timeout(STEP_TIMEOUT, TcpStream::connect(place)).await.context("connect in time")?.context("connect")?;
     tcp.set_nodelay(true).context("set up the connection")?;
-    let mut connection = Connection { stream: Box::new(tcp), buffer: BytesMut::new(), discovered: Vec::new() };
-    let Op::Info(info) = connection.hear().await? else { bail!("the server does not introduce itself") };
+    let mut socket = Socket { stream: Box::new(tcp), buffer: BytesMut::new(), discovered: Vec::new() };
+    let Op::Info(info) = socket.hear().await? else { bail!("the server does not introduce itself") };
     let info: Info = serde_json::from_slice(&info).context("understand the server's introduction")?;
     if info.tls_required || address.tls_required() {
         let name = ServerName::try_from(address.host().to_owned()).context("read the name of a server")?;
         let connector = TlsConnector::from(Arc::new(tls(nats)?));
-        let encrypted = timeout(STEP_TIMEOUT, connector.connect(name, connection.stream));
-        connection.stream = Box::new(encrypted.await.context("agree on TLS in time")?.context("agree on TLS")?);
+        let encrypted = timeout(STEP_TIMEOUT, connector.connect(name, socket.stream));
+        socket.stream = Box::new(encrypted.await.context("agree on TLS in time")?.context("agree on TLS")?);
     }
-    let hello = hello(nats, &info.nonce, address.tls_required()).await?;
-    connection.write(format!("CONNECT {hello}\r\nPING\r\n").as_bytes()).await?;
+    let hello = hello(nats, name, &info.nonce, address.tls_required()).await?;
+    socket.write(format!("CONNECT {hello}\r\nPING\r\n").as_bytes()).await?;
     loop {
-        match connection.hear().await? {
+        match socket.hear().await? {
             Op::Pong => break,
             Op::Error(error) => bail!("the server says: {error}"),
             _ => {}
         }
     }
-    connection.discovered = info.connect_urls;
-    Ok(connection)
+    socket.discovered = info.connect_urls;
+    Ok(socket)
 }
 
-impl Connection {
+impl Socket {
     async fn write(&mut self, bytes: &[u8]) -> Result<()> {
         let written = async {
             self.stream.write_all(bytes).await?;
@@ -402,9 +452,9 @@ impl Connection {
 }
 
 /// The content of `CONNECT`, with a signature of the server's `nonce` where the login is a key.
-async fn hello(nats: &Nats, nonce: &str, tls_required: bool) -> Result<serde_json::Value> {
+async fn hello(nats: &Nats, name: &str, nonce: &str, tls_required: bool) -> Result<serde_json::Value> {
     let mut hello = json!({
-        "verbose": false, "pedantic": false, "tls_required": tls_required, "name": "oncely reader", "lang": "rust",
+        "verbose": false, "pedantic": false, "tls_required": tls_required, "name": name, "lang": "rust",
         "version": env!("CARGO_PKG_VERSION"), "protocol": 1, "echo": true, "headers": true, "no_responders": true,
     });
     let proof = match &nats.login {
