@@ -43,9 +43,16 @@ pub enum Kind {
     IdTaken,
     /// Database and broker disagree: one of them was restored to an earlier time.
     Restored,
+    /// A worker that is deployed does not run, or gets no messages.
+    CannotRun,
+    /// The database takes no writes. This one is a host's own, and told around the database.
+    Database,
     /// Messages die of something they did not die of before.
     NewFailure,
 }
+
+/// In the place of a worker's name for what is a host's own. No worker can be called so.
+pub const HOST: &str = "_host";
 
 /// `[worker.alarm]`: what raises an alarm. Each of these is off when it is zero.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -89,7 +96,7 @@ impl Default for Thresholds {
 }
 
 impl Kind {
-    pub const ALL: [Kind; 8] = [
+    pub const ALL: [Kind; 10] = [
         Kind::Letters,
         Kind::LetterAge,
         Kind::UnhandledAge,
@@ -97,6 +104,8 @@ impl Kind {
         Kind::SetAside,
         Kind::IdTaken,
         Kind::Restored,
+        Kind::CannotRun,
+        Kind::Database,
         Kind::NewFailure,
     ];
 
@@ -109,6 +118,8 @@ impl Kind {
             Kind::SetAside => "set-aside",
             Kind::IdTaken => "id-taken",
             Kind::Restored => "restored",
+            Kind::CannotRun => "cannot-run",
+            Kind::Database => "database",
             Kind::NewFailure => "new-failure",
         }
     }
@@ -122,7 +133,7 @@ impl Kind {
         match self {
             Kind::Letters | Kind::NewFailure => "letters",
             Kind::SetAside | Kind::IdTaken => "outputs",
-            Kind::Restored => "hosts",
+            Kind::Restored | Kind::CannotRun | Kind::Database => "hosts",
             Kind::LetterAge | Kind::UnhandledAge | Kind::UnpublishedAge => "ms",
         }
     }
@@ -144,7 +155,9 @@ impl Kind {
             (Kind::Letters | Kind::LetterAge | Kind::NewFailure, _) => {
                 format!("oncely dlq list --groups --worker {worker}")
             }
-            (Kind::UnhandledAge | Kind::UnpublishedAge, _) => "oncely status".to_owned(),
+            (Kind::UnhandledAge | Kind::UnpublishedAge | Kind::CannotRun | Kind::Database, _) => {
+                "oncely status".to_owned()
+            }
             (Kind::IdTaken, _) => "look for `id taken` in the logs, and for who may publish to that stream".to_owned(),
             (Kind::Restored, _) => "oncely recover --dry-run".to_owned(),
             (Kind::SetAside, _) => format!("oncely outbox list --worker {worker}"),
@@ -163,7 +176,7 @@ impl Thresholds {
             Kind::SetAside => self.set_aside.into(),
             Kind::IdTaken => self.id_taken.into(),
             // There is nothing to set: one host that waits is one too many.
-            Kind::Restored => 1,
+            Kind::Restored | Kind::CannotRun | Kind::Database => 1,
             Kind::NewFailure => u64::from(self.new_failures > 0),
         }
     }
@@ -242,6 +255,8 @@ pub struct Move {
     pub step: Step,
     pub value: u64,
     pub threshold: u64,
+    /// What is wrong, where the kind does not say it.
+    pub why: Option<String>,
 }
 
 /// An alarm that was just raised or cleared, to be told.
@@ -258,6 +273,8 @@ pub struct Notice {
     pub raised_at: Timestamp,
     /// None when it was raised.
     pub cleared_at: Option<Timestamp>,
+    /// What is wrong, where the kind does not say it.
+    pub why: Option<String>,
 }
 
 /// The body of the message that tells of an alarm.
@@ -279,6 +296,28 @@ struct Body<'n> {
 }
 
 impl Notice {
+    /// The database takes nothing that this host writes.
+    pub fn of_database(host: &str, why: &str) -> Notice {
+        Notice {
+            worker: HOST.to_owned(),
+            kind: Kind::Database,
+            group: None,
+            // Nobody counts them: the database is away.
+            times: rand::random(),
+            value: 1,
+            threshold: 1,
+            raised_at: Timestamp::now(),
+            cleared_at: None,
+            why: Some(format!("on {host}: {why}")),
+        }
+    }
+
+    /// The same alarm, over.
+    #[must_use]
+    pub fn over(self) -> Notice {
+        Notice { value: 0, cleared_at: Some(Timestamp::now()), ..self }
+    }
+
     pub fn is_raised(&self) -> bool {
         self.cleared_at.is_none()
     }
@@ -301,7 +340,8 @@ impl Notice {
         if let Some(cleared_at) = self.cleared_at {
             let lasted = cleared_at.duration_since(self.raised_at).max(SignedDuration::ZERO);
             let lasted = units::show_duration(Duration::from_secs(lasted.as_secs().unsigned_abs()));
-            return format!("worker {worker}: the alarm `{}` is over after {lasted}", self.kind.as_str());
+            let whose = if worker == HOST { "the host".to_owned() } else { format!("worker {worker}") };
+            return format!("{whose}: the alarm `{}` is over after {lasted}", self.kind.as_str());
         }
         match self.kind {
             Kind::Letters => format!("worker {worker} has {value} open dead letters; {threshold} raise an alarm"),
@@ -317,11 +357,17 @@ impl Notice {
                 "database and broker disagree, as after a restore of one of them: worker {worker} takes no messages, and its \
                  outputs wait"
             ),
+            Kind::CannotRun => format!("worker {worker} cannot run{}", self.because()),
+            Kind::Database => format!("the database takes no writes{}", self.because()),
             Kind::NewFailure => {
                 let again = if self.times > 1 { " again" } else { "" };
                 format!("messages die{again} at worker {worker}: {}", self.failure())
             }
         }
+    }
+
+    fn because(&self) -> String {
+        self.why.as_ref().map_or_else(String::new, |why| format!(": {why}"))
     }
 
     fn failure(&self) -> String {
@@ -461,6 +507,7 @@ mod tests {
             threshold: 60_000,
             raised_at: Timestamp::UNIX_EPOCH,
             cleared_at: None,
+            why: None,
         };
         let output = notice.output();
         assert_eq!(

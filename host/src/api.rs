@@ -19,7 +19,7 @@ use crate::bus::Outgoing;
 use crate::component;
 use crate::deploy::{self, Plan, Proposal};
 use crate::hint::{self, WithHint};
-use crate::host::{Host, Recovery, WorkerState};
+use crate::host::{Host, HostReport, Recovery, Retired, RunsHere, WorkerState};
 use crate::message;
 use crate::redrive;
 use crate::relay::{BreakerState, RefusedSubject};
@@ -45,6 +45,8 @@ pub fn router(host: Arc<Host>, token: &str) -> Router {
         .route("/plan", post(plan))
         .route("/deploy", post(deploy))
         .route("/rollback", post(rollback))
+        .route("/retire", post(retire))
+        .route("/workers/{worker}/hosts", get(hosts))
         .route("/recover", post(recover))
         .route("/publish", post(publish))
         .route("/components/{digest}", get(component))
@@ -114,7 +116,10 @@ impl IntoResponse for Failure {
 
 async fn readyz(State(host): State<Arc<Host>>) -> Response {
     match host.ready().await {
-        Ok(()) => "ready\n".into_response(),
+        Ok(broken) => {
+            let broken: String = broken.iter().map(|why| format!("{why}\n")).collect();
+            format!("ready\n{broken}").into_response()
+        }
         Err(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {why}\n")).into_response(),
     }
 }
@@ -137,6 +142,12 @@ pub struct Status {
     pub ready: bool,
     /// Why it is not.
     pub not_ready: Option<String>,
+    /// The workers that cannot run although the host is ready, each with why.
+    #[serde(default)]
+    pub broken: Vec<String>,
+    /// Why the database takes no writes; none when it does.
+    #[serde(default)]
+    pub database_error: Option<String>,
     pub nats_connected: bool,
     pub workers: Vec<WorkerState>,
     /// Of this host's relay, by stream.
@@ -154,11 +165,16 @@ pub struct Status {
 }
 
 async fn status(State(host): State<Arc<Host>>) -> Answer<Status> {
-    let not_ready = host.ready().await.err();
+    let (not_ready, broken) = match host.ready().await {
+        Ok(broken) => (None, broken),
+        Err(why) => (Some(why), Vec::new()),
+    };
     Ok(Json(Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         ready: not_ready.is_none(),
         not_ready,
+        broken,
+        database_error: host.health.database(),
         nats_connected: host.bus.is_connected(),
         workers: host.workers_with_backlog().await,
         breakers: host.relay_state.breakers(),
@@ -250,6 +266,34 @@ pub struct Rollback {
 async fn rollback(State(host): State<Arc<Host>>, Json(wanted): Json<Rollback>) -> Answer<Activated> {
     let record = deploy::rollback(&host, &wanted.worker, wanted.to).await?;
     Ok(Json(Activated { worker: record.worker, version: record.version }))
+}
+
+/// Which worker to retire.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Retire {
+    pub worker: String,
+    /// Whether its consumers stay.
+    pub keeps_place: bool,
+}
+
+async fn retire(State(host): State<Arc<Host>>, Json(wanted): Json<Retire>) -> Answer<Retired> {
+    // In a task of its own: a client that goes away does not leave it half done.
+    let task = tokio::spawn(async move { host.retire(&wanted.worker, wanted.keeps_place).await });
+    Ok(Json(task.await.context("retire a worker")??))
+}
+
+/// How a worker stands on one of the hosts that are alive.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct OnHost {
+    pub host: String,
+    /// None when that host has not heard of the worker.
+    pub runs: Option<RunsHere>,
+}
+
+async fn hosts(State(host): State<Arc<Host>>, Path(worker): Path<String>) -> Answer<Vec<OnHost>> {
+    let reports = host.reports().await?;
+    let on_host = |mut report: HostReport| OnHost { runs: report.workers.remove(&worker), host: report.host };
+    Ok(Json(reports.into_iter().map(on_host).collect()))
 }
 
 /// What to do about a restore, and who asks for it.

@@ -38,13 +38,14 @@ pub const LISTEN: &str = "127.0.0.1:7420";
 pub const HTTP: &str = "127.0.0.1:7480";
 
 /// Every knob, by its key in the file. Its flag is `--key` with hyphens, its variable `ONCELY_KEY`.
-pub(crate) const KNOBS: [&str; 33] = [
+pub(crate) const KNOBS: [&str; 34] = [
     "database",
     "pool_size",
     "guest_sql",
     "nats",
     "nats_context",
     "nats_creds",
+    "stream_replicas",
     "take_over",
     "listen",
     "token",
@@ -98,6 +99,9 @@ pub struct HostFlags {
     /// A NATS credentials file [env: ONCELY_NATS_CREDS]
     #[arg(long, value_name = "FILE")]
     pub nats_creds: Option<String>,
+    /// How many servers of a NATS cluster keep each stream that hosts make: 1, 3, 5, or auto for 3 where there are as many [default: auto] [env: ONCELY_STREAM_REPLICAS]
+    #[arg(long, value_name = "COUNT")]
+    pub stream_replicas: Option<String>,
     /// Make the streams and consumers of this other installation, which is gone for good, this one's [default: none] [env: ONCELY_TAKE_OVER]
     #[arg(long, value_name = "ID")]
     pub take_over: Option<String>,
@@ -189,6 +193,8 @@ pub struct HostConfig {
     pub pool_size: u32,
     pub guest_sql: GuestSql,
     pub nats: Nats,
+    /// How many servers of a cluster keep each stream that hosts make; none for as many as there are, up to three.
+    pub stream_replicas: Option<usize>,
     /// The id of another installation on this NATS whose streams and consumers become this one's.
     pub take_over: Option<String>,
     /// Where the control API listens.
@@ -292,6 +298,7 @@ impl HostConfig {
             pool_size: sources.get("pool_size").map_or(Ok(16), |given| pool_size(&given))?,
             guest_sql: sources.get("guest_sql").map_or(Ok(GuestSql::Walled), |given| guest_sql(&given))?,
             nats: nats::resolve(&sources, env)?,
+            stream_replicas: sources.get("stream_replicas").map_or(Ok(None), |given| stream_replicas(&given))?,
             take_over: sources.get("take_over").map(|given| take_over(&given)).transpose()?,
             listen: listen(&sources, token.is_some())?,
             token,
@@ -358,6 +365,16 @@ fn guest_sql(given: &Given) -> anyhow::Result<GuestSql> {
         "walled" => Ok(GuestSql::Walled),
         "trusted" => Ok(GuestSql::Trusted),
         _ => Err(given.refuse_value("is neither `walled` nor `trusted`", "walled")),
+    }
+}
+
+fn stream_replicas(given: &Given) -> anyhow::Result<Option<usize>> {
+    match given.value.as_str() {
+        "auto" => Ok(None),
+        "1" => Ok(Some(1)),
+        "3" => Ok(Some(3)),
+        "5" => Ok(Some(5)),
+        _ => Err(given.refuse_value("is none of 1, 3, 5 and `auto`", "3")),
     }
 }
 

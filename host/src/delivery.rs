@@ -14,13 +14,14 @@ use crate::cache::{Began, Cache};
 use crate::cached::CacheWrites;
 use crate::fault;
 use crate::guest::{CallFailure, FailureKind, Guest};
+use crate::health::{Health, Part};
 use crate::invalidation::Invalidation;
 use crate::manifest::Worker;
 use crate::message::{Message, Output};
 use crate::metrics::Metrics;
 use crate::retry::make_way;
 use crate::state::{BatchState, StateSlot};
-use crate::store::{Claim, Claimed, CountedAttempt, FailedAttempt, OutboxRow, Store, StoreError, Tx};
+use crate::store::{BrokenStatement, Claim, Claimed, CountedAttempt, FailedAttempt, OutboxRow, Store, StoreError, Tx};
 use crate::verdict::{Letter, Reason, Verdict};
 
 mod breaks;
@@ -55,6 +56,7 @@ pub struct Delivery {
     pub metrics: Arc<Metrics>,
     pub cache: Cache,
     pub breaks: Breaks,
+    pub health: Arc<Health>,
 }
 
 /// What a batch came to.
@@ -73,6 +75,17 @@ pub struct Delivered {
 }
 
 impl Delivery {
+    /// Takes note of how an operation of the database went. A conflict, or what a guest did, says nothing of the database.
+    pub fn note<T>(&self, outcome: &Result<T, StoreError>) {
+        match outcome {
+            Ok(_) => self.health.note(Part::Transactions, Ok(())),
+            Err(StoreError::Unavailable(cause)) if !cause.is::<BrokenStatement>() => {
+                self.health.note(Part::Transactions, Err(format!("{cause:#}")));
+            }
+            Err(_) => {}
+        }
+    }
+
     /// Delivers a batch. A `careful` one makes a savepoint before each member that runs SQL, which costs a round trip, so
     /// that one that fails costs its neighbours nothing; others become careful when they have to. An error means that nothing is known and nothing is lost: call it again with the same batch.
     /// The future must run to its end; drop it, and a database operation is left half-way.

@@ -14,6 +14,7 @@ use crate::ingress::check_routes;
 use crate::manifest::{Stream, Worker, WorkerMigration};
 use crate::store::DeploymentRecord;
 use crate::subject;
+use crate::worker::subscription;
 
 /// What is to be deployed. The component travels before it, under its digest.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -47,6 +48,7 @@ pub async fn plan(host: &Host, proposal: &Proposal) -> Result<Plan> {
     check_kind(&proposal.worker, guest.handler())?;
     check_routes(&proposal.worker, host.deployed_workers().await?.iter())?;
     let mut changes = check_streams(host, proposal).await?;
+    try_consumer(host, &proposal.worker).await?;
     let due = host.store.due_migrations(&proposal.worker.name, &proposal.migrations).await?;
     changes.extend(due.into_iter().map(|name| format!("+ migration {name}")));
     let active = active(host, &proposal.worker.name).await?;
@@ -71,6 +73,8 @@ pub async fn deploy(host: &Host, proposal: &Proposal) -> Result<(Plan, Deploymen
     for stream in &proposal.streams {
         host.bus.ensure_stream(&spec(stream)).await.with_context(|| format!("make the stream {}", stream.name))?;
     }
+    // Its stream may have been made just now.
+    try_consumer(host, &proposal.worker).await?;
     let manifest = serde_json::to_string(&proposal.worker).context("write the manifest")?;
     let record = host.store.deploy(&proposal.worker.name, &proposal.digest, &manifest, &proposal.migrations).await?;
     host.look_for_deployments();
@@ -100,6 +104,13 @@ pub async fn rollback(host: &Host, worker: &str, to: Option<u32>) -> Result<Depl
 
 async fn active(host: &Host, worker: &str) -> Result<Option<DeploymentRecord>> {
     Ok(host.store.active_deployments().await?.into_iter().find(|deployment| deployment.worker == worker))
+}
+
+/// Tries whether the worker could take messages from its stream: a version that never can is not made active.
+async fn try_consumer(host: &Host, worker: &Worker) -> Result<()> {
+    let Some(stream) = &worker.stream else { return Ok(()) };
+    let tried = host.bus.try_subscription(&subscription(worker, stream)).await;
+    tried.with_context(|| format!("worker {} could not take messages from the stream {stream}", worker.name))
 }
 
 fn spec(stream: &Stream) -> StreamSpec {

@@ -1,6 +1,6 @@
 //! A host: keeps the workers that are deployed running, and the relay; swaps versions without losing a message.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -10,22 +10,21 @@ use bytes::Bytes;
 use tokio::sync::{Mutex, Notify};
 use tokio::task::{JoinHandle, JoinSet};
 
-use crate::alarm::{ALARM_KEPT, ALARM_STREAM, ALARM_SUBJECTS, Alarm, Kind};
-use crate::bus::{Bus, StreamSpec, Unhandled, mark_stream};
+use crate::alarm::{Alarm, Kind};
+use crate::bus::{Bus, Standing, Unhandled};
 use crate::cache::Cache;
 use crate::cache_feed;
 use crate::config::CacheSettings;
-use crate::dead_letter::{DLQ_STREAM, DLQ_SUBJECTS};
 use crate::delivery::{Breaks, Delivery};
 use crate::deploy;
 use crate::drain::{Stop, Stopping};
 use crate::fault;
 use crate::guest::{Guest, GuestEngine};
+use crate::health::Health;
 use crate::ingress::{HttpWorker, Ingress, Table};
-use crate::invalidation::{CACHE_KEPT, CACHE_STREAM, CACHE_SUBJECTS};
+use crate::invalidation::CACHE_STREAM;
 use crate::manifest::Worker;
 use crate::metrics::{Measured, MeasuredLog, MeasuredOutbox, MeasuredWorker, Metrics};
-use crate::redrive::{REDRIVE_STREAM, REDRIVE_SUBJECTS};
 use crate::relay::{HandOver, LogKeeper, LogRelay, Relay, RelayState, Repair};
 use crate::request::Admission;
 use crate::store::{DeploymentRecord, OutboxLag, OutboxRow, RelayMode, Store};
@@ -34,15 +33,19 @@ use crate::webhook::{self, Poster};
 use crate::worker::RunningWorker;
 
 mod agreement;
+mod health_checks;
 mod lease;
 mod recovery;
 mod retention;
+mod retirement;
 mod slot;
 
 pub use agreement::Hold;
+pub use health_checks::{HostReport, RunsHere};
 pub use recovery::Recovery;
 use retention::Removal;
 pub use retention::Retention;
+pub use retirement::Retired;
 use slot::{Slot, Work};
 
 /// How often a host looks whether another one deployed something.
@@ -57,6 +60,7 @@ pub struct Host {
     pub bus: Bus,
     pub engine: GuestEngine,
     pub metrics: Arc<Metrics>,
+    pub health: Arc<Health>,
     pub cache: Cache,
     pub relay_state: Arc<RelayState>,
     pub retention: Retention,
@@ -74,6 +78,8 @@ pub struct Host {
     /// No worker is begun any more.
     stopping: Stopping,
     deployed: Notify,
+    /// Something about the workers changed that other hosts may wait to hear.
+    reported: Notify,
     /// Whether everything that is to be deployed at the start has been.
     started: AtomicBool,
 }
@@ -90,10 +96,13 @@ pub struct WorkerState {
     /// Of one that answers requests, such as `POST /transfers`.
     #[serde(default)]
     pub routes: Vec<String>,
-    /// `running`, `starting`, `broken`, or `held` while database and broker disagree.
+    /// `running`, `starting`, `broken`, `paused`, or `held` while database and broker disagree.
     pub state: String,
-    /// Why it is broken.
+    /// Why it is broken or paused.
     pub error: Option<String>,
+    /// The version that should run and cannot.
+    #[serde(default)]
+    pub broken_version: Option<u32>,
     /// Messages on the stream that wait for it or are being handled; none when the server does not answer.
     pub pending: Option<u64>,
     /// Age of the oldest of them, in milliseconds; none when there is none.
@@ -110,6 +119,7 @@ pub struct Running {
     supervisor: JoinHandle<()>,
     watch: JoinHandle<()>,
     agreement: JoinHandle<()>,
+    health_checks: JoinHandle<()>,
     webhook: Option<JoinHandle<()>>,
     relay: JoinHandle<()>,
     repair: JoinHandle<()>,
@@ -133,16 +143,7 @@ impl Host {
         webhook: Option<Poster>,
         cache: &CacheSettings,
     ) -> Result<(Arc<Host>, Running)> {
-        bus.ensure_own_stream(&StreamSpec::new(DLQ_STREAM, &[DLQ_SUBJECTS]))
-            .await
-            .context("make the dead-letter stream")?;
-        let queue = StreamSpec { is_queue: true, ..StreamSpec::new(REDRIVE_STREAM, &[REDRIVE_SUBJECTS]) };
-        bus.ensure_own_stream(&queue).await.context("make the stream of what is put back")?;
-        let alarms = StreamSpec { max_age: Some(ALARM_KEPT), ..StreamSpec::new(ALARM_STREAM, &[ALARM_SUBJECTS]) };
-        bus.ensure_own_stream(&alarms).await.context("make the stream of alarms")?;
-        let told = StreamSpec { max_age: Some(CACHE_KEPT), ..StreamSpec::new(CACHE_STREAM, &[CACHE_SUBJECTS]) };
-        bus.ensure_own_stream(&told).await.context("make the stream of what is to be forgotten")?;
-        bus.ensure_own_stream(&mark_stream()).await.context("make the stream of marks")?;
+        health_checks::make_own_streams(&bus).await?;
         let (metrics, relay_state) = (Arc::<Metrics>::default(), Arc::<RelayState>::default());
         lease::renew(store.as_ref(), &relay_state).await.context("begin the host's lease in the database")?;
         let stop_lease = Stop::new();
@@ -172,6 +173,7 @@ impl Host {
             bus,
             engine,
             metrics,
+            health: Arc::default(),
             cache,
             relay_state,
             retention,
@@ -182,6 +184,7 @@ impl Host {
             being_brought_up: std::sync::Mutex::default(),
             stopping: stop.stopping(),
             deployed: Notify::new(),
+            reported: Notify::new(),
             started: AtomicBool::new(false),
         });
         // Before anything is published or taken.
@@ -201,6 +204,7 @@ impl Host {
         let supervisor = tokio::spawn(supervise(Arc::clone(&host), stop.stopping()));
         let watch = tokio::spawn(watch::watch(Arc::clone(&host), stop.stopping()));
         let agreement = tokio::spawn(agreement::watch(Arc::clone(&host), stop.stopping()));
+        let health_checks = tokio::spawn(health_checks::watch(Arc::clone(&host), stop.stopping()));
         let webhook = webhook.map(|webhook| {
             tokio::spawn(webhook::tell(host.bus.clone(), webhook, Arc::clone(&host.metrics), stop.stopping()))
         });
@@ -211,6 +215,7 @@ impl Host {
                 supervisor,
                 watch,
                 agreement,
+                health_checks,
                 webhook,
                 relay,
                 repair,
@@ -227,6 +232,7 @@ impl Host {
     /// that are being brought up already are left to that.
     pub async fn reconcile(&self) -> Result<()> {
         let deployments = self.store.active_deployments().await?;
+        self.take_down_retired(&deployments).await;
         futures::future::join_all(deployments.iter().map(|deployment| self.bring_up(deployment))).await;
         Ok(())
     }
@@ -274,6 +280,12 @@ impl Host {
             }
             slot.broken = Some((deployment.version, format!("{error:#}")));
         }
+        self.turn_ingress(&workers).await;
+        self.reported.notify_one();
+    }
+
+    /// Has the ingress answer for the workers that run here now.
+    async fn turn_ingress(&self, workers: &BTreeMap<String, Slot>) {
         let requests = workers.values().filter_map(|slot| slot.running.as_ref()?.requests());
         self.ingress.turn_to(Table::of(requests)).await;
     }
@@ -305,7 +317,7 @@ impl Host {
         };
         tracing::info!("worker {} runs version {}", deployment.worker, deployment.version);
         slot.running = Some(running);
-        slot.broken = None;
+        (slot.broken, slot.standing) = (None, Standing::default());
         Ok(())
     }
 
@@ -337,6 +349,7 @@ impl Host {
             metrics: Arc::clone(&self.metrics),
             cache: self.cache.clone(),
             breaks: Breaks::default(),
+            health: Arc::clone(&self.health),
         })
     }
 
@@ -389,6 +402,7 @@ impl Host {
         let outbox = self.store.outbox_lag().await.ok();
         let alarms = self.store.alarms().await.unwrap_or_default();
         let measured = Measured {
+            takes_writes: outbox.is_some() && self.health.database().is_none(),
             nats_connected: self.bus.is_connected(),
             outbox: outbox.map(|lags| lags.into_iter().map(measured_outbox).collect()),
             workers: self.measure_workers().await,
@@ -410,7 +424,8 @@ impl Host {
         let workers = self.workers.lock().await;
         let names: BTreeSet<&str> =
             workers.keys().map(String::as_str).chain(standing.iter().map(|alarm| alarm.worker.as_str())).collect();
-        let none = names.into_iter().flat_map(|worker| Kind::ALL.map(|kind| (worker.to_owned(), kind, false)));
+        let kinds = || Kind::ALL.into_iter().filter(|kind| *kind != Kind::Database);
+        let none = names.into_iter().flat_map(|worker| kinds().map(|kind| (worker.to_owned(), kind, false)));
         let raised = standing.iter().filter(|alarm| alarm.is_raised());
         none.chain(raised.map(|alarm| (alarm.worker.clone(), alarm.kind, true))).collect()
     }
@@ -444,8 +459,19 @@ impl Host {
         futures::future::join_all(measured).await
     }
 
-    /// Whether everything that is deployed runs here and has been seen on the server; if not, what is missing.
-    pub async fn ready(&self) -> std::result::Result<(), String> {
+    /// The workers that do not run here though they should, or get no messages; with why.
+    pub async fn broken_workers(&self) -> HashMap<String, String> {
+        let states = self.workers().await.into_iter();
+        let broken = states.filter(|state| state.state == "broken");
+        broken.map(|state| (state.worker, state.error.unwrap_or_default())).collect()
+    }
+
+    /// Whether the host can do its work: everything that is deployed runs here and has been seen on the server, and what it
+    /// writes is committed. Returns the workers that are broken while others work, each with why.
+    ///
+    /// # Errors
+    /// What is missing.
+    pub async fn ready(&self) -> std::result::Result<Vec<String>, String> {
         if !self.started.load(Ordering::Relaxed) {
             return Err("the host is starting".to_owned());
         }
@@ -455,28 +481,43 @@ impl Host {
         if let Some(hold) = self.hold() {
             return Err(hold.to_string());
         }
+        if let Some(why) = self.health.database() {
+            return Err(format!("the database takes no writes: {why}"));
+        }
+        if let Some(why) = self.health.own_streams() {
+            return Err(format!("the host's own streams: {why}"));
+        }
         let deployments =
             self.store.active_deployments().await.map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
+        let broken = self.all_but_broken_run(&deployments).await?;
+        match self.relay_state.lease_since(Instant::now()) {
+            Some(_) => Ok(broken),
+            None => Err("the host's lease in the database is not renewed in time".to_owned()),
+        }
+    }
+
+    /// What does not work for good, unless nothing works; an error while something is still to begin.
+    async fn all_but_broken_run(&self, deployments: &[DeploymentRecord]) -> std::result::Result<Vec<String>, String> {
         let states = self.workers().await;
-        let runs = |deployment: &DeploymentRecord| {
-            states.iter().any(|state| {
-                state.worker == deployment.worker
-                    && state.version == Some(deployment.version)
-                    && state.state == "running"
-            })
-        };
-        let missing: Vec<String> = deployments
-            .iter()
-            .filter(|deployment| !runs(deployment))
-            .map(|deployment| format!("worker {} version {} does not run yet", deployment.worker, deployment.version))
-            .collect();
+        let (mut broken, mut missing) = (Vec::new(), Vec::new());
+        for DeploymentRecord { worker, version, .. } in deployments {
+            let state = states.iter().find(|state| state.worker == *worker);
+            let is_at = |state: &WorkerState| state.broken_version.or(state.version) == Some(*version);
+            match state.filter(|state| is_at(state)).map(|state| (state.state.as_str(), &state.error)) {
+                Some(("running" | "paused", _)) => {}
+                Some(("broken", why)) => {
+                    broken.push(format!("worker {worker} cannot run: {}", why.as_deref().unwrap_or_default()));
+                }
+                _ => missing.push(format!("worker {worker} version {version} does not run yet")),
+            }
+        }
         if !missing.is_empty() {
             return Err(missing.join(", "));
         }
-        match self.relay_state.lease_since(Instant::now()) {
-            Some(_) => Ok(()),
-            None => Err("the host's lease in the database is not renewed in time".to_owned()),
+        if !broken.is_empty() && broken.len() == deployments.len() {
+            return Err(broken.join("; "));
         }
+        Ok(broken)
     }
 
     /// From now on the host may call itself ready.
@@ -546,6 +587,7 @@ impl Running {
             let _ = self.supervisor.await;
             let _ = self.watch.await;
             let _ = self.agreement.await;
+            let _ = self.health_checks.await;
             if let Some(webhook) = self.webhook {
                 let _ = webhook.await;
             }

@@ -215,7 +215,11 @@ impl Ingress {
         let began = Instant::now();
         loop {
             let handled = match target {
-                Target::Worker(found) => found.worker.delivery.handle(asked).await,
+                Target::Worker(found) => {
+                    let handled = found.worker.delivery.handle(asked).await;
+                    found.worker.delivery.note(&handled);
+                    handled
+                }
                 Target::Publish(publication) => self.publishing.publish(publication, asked).await,
             };
             let waited = began.elapsed();

@@ -165,7 +165,9 @@ impl Lane {
     {
         let mut backoff = Backoff::default();
         loop {
-            match operation().await {
+            let outcome = operation().await;
+            self.delivery.note(&outcome);
+            match outcome {
                 Ok(answer) => return Some(answer),
                 Err(error) => {
                     let worker = self.delivery.worker.name.as_str();

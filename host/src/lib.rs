@@ -9,7 +9,7 @@
 //! - one room per outside thing: `guest` (wasmtime), `store` (sqlx), `bus` (async-nats), `cache` (moka,
 //!   redis), `http_server` (hyper), `crate_build` (cargo)
 //! - plain values, no IO: `message`, `output_ids`, `request`, `sql`, `state`, `verdict`, `dead_letter`, `redrive`, `manifest`, `config`, `retry`,
-//!   `subject`, `units`, `toml_text`, `base64_text`, `hint`, `breaker`, `metrics`, `alarm`,
+//!   `subject`, `units`, `toml_text`, `base64_text`, `hint`, `breaker`, `metrics`, `alarm`, `health`,
 //!   `failure_group`, `cached`, `invalidation`, `component`; and `fault`, named points and mutants for tests
 
 pub mod alarm;
@@ -31,6 +31,7 @@ pub mod drain;
 pub mod failure_group;
 pub mod fault;
 pub mod guest;
+pub mod health;
 pub mod hint;
 pub mod host;
 pub mod http_server;

@@ -97,6 +97,8 @@ pub struct Measured {
     pub nats_connected: bool,
     /// None when the database is out of reach.
     pub outbox: Option<Vec<MeasuredOutbox>>,
+    /// Whether the database answers and commits what the host writes.
+    pub takes_writes: bool,
     pub workers: Vec<MeasuredWorker>,
     pub breakers: Vec<(String, breaker::State)>,
     /// None where outputs can go by polling alone.
@@ -299,7 +301,7 @@ impl Default for Metrics {
                 .add("oncely_stream_regressions", "How often a stream came back without what it had stored"),
             published_again: book.add("oncely_outputs_published_again", "Outputs that a stream had lost"),
             nats_connected: book.add("oncely_nats_connected", "Whether there is a connection to NATS"),
-            database_answers: book.add("oncely_database_answers", "Whether the database answers"),
+            database_answers: book.add("oncely_database_answers", "Whether the database answers and takes writes"),
             in_flight: book.add("oncely_in_flight_messages", "Messages this host holds"),
             unhandled: book.add("oncely_unhandled_messages", "Messages on the stream that wait or are being handled"),
             unhandled_age: book.add_seconds("oncely_unhandled_age", "Age of the oldest of them", Family::default()),
@@ -419,7 +421,7 @@ impl Metrics {
     /// Everything as text in the OpenMetrics form that Prometheus reads, with what was measured just now.
     pub fn text(&self, measured: &Measured) -> Result<String, std::fmt::Error> {
         self.nats_connected.set(measured.nats_connected.into());
-        self.database_answers.set(measured.outbox.is_some().into());
+        self.database_answers.set(measured.takes_writes.into());
         self.measure_workers(&measured.workers);
         self.measure_outbox(measured.outbox.as_deref().unwrap_or_default());
         self.breaker.clear();

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::base64_text;
 
-pub use filter::{Facts, STATEMENT_BYTES_MAX, check_length, check_statement};
+pub use filter::{Facts, STATEMENT_BYTES_MAX, check_count, check_length, check_statement};
 pub use functions::{Function, Functions};
 
 /// Which database stands behind a store.

@@ -1,7 +1,7 @@
 //! Looks at depths and ages every few seconds, and raises and clears alarms. It needs the database alone: without a broker the
 //! log, the metrics and the rows still tell, and the messages follow.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -38,6 +38,7 @@ async fn look(host: &Host) -> Result<()> {
         outputs: host.store.outbox_lag().await?,
         taken: host.store.taken_ids().await?,
         is_restored: matches!(host.hold(), Some(Hold::Restored(_))),
+        broken: host.broken_workers().await,
     };
     let ages = futures::future::join_all(workers.iter().map(|worker| host.unhandled_age(worker))).await;
     let moves: Vec<Move> =
@@ -62,6 +63,8 @@ struct Measured {
     taken: BTreeMap<String, u64>,
     /// Whether database and broker disagree.
     is_restored: bool,
+    /// The workers that do not run here, with why.
+    broken: HashMap<String, String>,
 }
 
 impl Measured {
@@ -78,11 +81,14 @@ impl Measured {
             Kind::SetAside => Some(outputs.map_or(0, |lag| lag.set_aside)),
             Kind::IdTaken => Some(self.taken.get(&worker.name).copied().unwrap_or_default()),
             Kind::Restored => Some(self.is_restored.into()),
-            Kind::NewFailure => None,
+            Kind::CannotRun => Some(self.broken.contains_key(&worker.name).into()),
+            Kind::Database | Kind::NewFailure => None,
         };
         let by_value = Kind::ALL.into_iter().filter(|kind| *kind != Kind::NewFailure).filter_map(|kind| {
             let standing = self.standing.iter().find(|alarm| alarm.worker == worker.name && alarm.kind == kind);
-            step(worker, kind, standing, of_kind(kind))
+            let why = self.broken.get(&worker.name).filter(|_| kind == Kind::CannotRun);
+            let step = step(worker, kind, standing, of_kind(kind))?;
+            Some(Move { why: why.cloned(), ..step })
         });
         // Raised by the first letter of a failure, over once none of its letters is left to do.
         let failures =
@@ -103,5 +109,6 @@ fn step(worker: &Worker, kind: Kind, standing: Option<&Alarm>, value: Option<u64
         step,
         value: value.unwrap_or_default(),
         threshold,
+        why: None,
     })
 }

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinHandle;
 
-use crate::bus::{Bus, Probe, Progress, Pull, Pulled, Subscription, Unhandled};
+use crate::bus::{Bus, Probe, Progress, Pull, Pulled, Standing, Subscription, Unhandled};
 use crate::delivery::Delivery;
 use crate::drain::{Stop, Stopping};
 use crate::fault;
@@ -111,6 +111,11 @@ impl RunningWorker {
     pub async fn unhandled(&self) -> Option<Unhandled> {
         let asked = tokio::time::timeout(Duration::from_secs(1), self.probe.unhandled()).await;
         asked.ok()?.ok()
+    }
+
+    /// How its consumer stands.
+    pub async fn standing(&self) -> Result<Standing> {
+        self.probe.standing().await
     }
 
     /// How many messages this host holds for it.

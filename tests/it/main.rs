@@ -42,6 +42,7 @@ mod ids;
 mod ingress;
 mod ledger;
 mod metrics;
+mod operating;
 mod order;
 mod positions;
 mod relay;

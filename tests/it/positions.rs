@@ -52,6 +52,7 @@ impl Heart {
             payload_max: 1 << 20,
             cache: Cache::open(&CacheSettings::default(), Arc::clone(&metrics))?,
             breaks: Breaks::default(),
+            health: Arc::default(),
             metrics,
         };
         Ok(Heart { delivery, database, _folder: folder })

@@ -37,6 +37,7 @@ mod deployments;
 mod guest_sql;
 mod hostile_sql;
 mod inbox;
+mod languages;
 mod letters;
 mod line;
 mod marks;

@@ -97,6 +97,7 @@ fn imports_run_downwards_only() -> Result<()> {
             "breaker",
             "metrics",
             "alarm",
+            "health",
             "failure_group",
             "cached",
             "invalidation",

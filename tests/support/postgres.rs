@@ -21,6 +21,9 @@ const LATE_WRITER: &str = "-c fsync=off -c deadlock_timeout=200ms -c max_connect
     -c wal_level=logical -c max_replication_slots=100 -c max_wal_senders=100 \
     -c wal_writer_delay=10s -c wal_writer_flush_after=64MB -c wal_buffers=16MB";
 
+/// The same, in German.
+const IN_GERMAN: &str = "-c fsync=off -c max_connections=50 -c shared_buffers=64MB -c lc_messages=de_DE.UTF-8";
+
 /// What a server has where it matters: durable against a crash of the machine.
 const DURABLE: &str = "-c max_connections=300 -c shared_buffers=512MB -c max_wal_size=4GB -c wal_level=logical";
 
@@ -34,6 +37,8 @@ pub struct Cluster {
     folder: PathBuf,
     port: u16,
     settings: &'static str,
+    /// Where the server finds locales that the system does not have.
+    locales: Option<PathBuf>,
     /// The servers that ran, the last one last.
     servers: Vec<Server>,
 }
@@ -56,6 +61,24 @@ impl Cluster {
 
     /// Like [`Cluster::start`], with these settings alone, as arguments of the server.
     pub fn start_with(settings: &'static str) -> anyhow::Result<Self> {
+        let mut cluster = Self::make(settings)?;
+        cluster.start_again()?;
+        Ok(cluster)
+    }
+
+    /// Like [`Cluster::start`], with a server that speaks German.
+    pub fn start_in_german() -> anyhow::Result<Self> {
+        let mut cluster = Self::make(IN_GERMAN)?;
+        let locales = cluster.folder.join("locales");
+        std::fs::create_dir(&locales).context("make a folder for a locale")?;
+        let compiled = locales.join("de_DE.UTF-8").to_string_lossy().into_owned();
+        run("localedef", &["-i", "de_DE", "-f", "UTF-8", &compiled]).context("compile a locale (Debian: locales)")?;
+        cluster.locales = Some(locales);
+        cluster.start_again()?;
+        Ok(cluster)
+    }
+
+    fn make(settings: &'static str) -> anyhow::Result<Self> {
         let folder = tempfile::Builder::new().prefix("oncely-postgres-").tempdir().context("make a folder")?.keep();
         if !as_postgres().is_empty() {
             run("chown", &["postgres", &folder.to_string_lossy()])?;
@@ -68,16 +91,15 @@ impl Cluster {
         std::fs::write(&rules, RULES).context("write who is let in")?;
         run("chmod", &["a+r", &rules])?;
         run_as_postgres(&["cp", &rules, &format!("{data}/pg_hba.conf")])?;
-        let mut cluster = Cluster { folder, port: free_port()?, settings, servers: Vec::new() };
-        cluster.start_again()?;
-        Ok(cluster)
+        Ok(Cluster { folder, port: free_port()?, settings, locales: None, servers: Vec::new() })
     }
 
     /// Starts the server, after [`Cluster::stop`].
     pub fn start_again(&mut self) -> anyhow::Result<()> {
         let (folder, port, settings) = (self.folder.display(), self.port, self.settings);
+        let locales = self.locales.as_ref().map_or_else(String::new, |path| format!("env LOCPATH={} ", path.display()));
         let command = format!(
-            "{} {} -D {folder}/data -p {port} -k {folder} -c listen_addresses=127.0.0.1 {settings}",
+            "{locales}{} {} -D {folder}/data -p {port} -k {folder} -c listen_addresses=127.0.0.1 {settings}",
             as_postgres().join(" "),
             tool("postgres").display()
         );

@@ -99,6 +99,7 @@ impl Bus {
             let updated = self.context.update_stream(config).await;
             updated.with_context(|| format!("note whose the stream {} is", spec.name))?;
         }
+        self.raise_replicas(&spec.name).await?;
         Ok(Ensured::AlreadyThere)
     }
 
@@ -143,6 +144,14 @@ impl Bus {
             }
         }
         Ok(names)
+    }
+
+    /// Removes a consumer if it is there and the installation's own. Returns whether it was.
+    pub async fn retire_consumer(&self, stream: &str, consumer: &str) -> Result<bool> {
+        let Some(info) = self.consumer_info(stream, consumer).await? else { return Ok(false) };
+        self.claim(|| format!("the consumer {consumer} on {stream}"), &info.config.metadata)?;
+        self.remove_consumer(stream, consumer).await?;
+        Ok(true)
     }
 
     /// Removes a consumer, and with it its place on the stream.

@@ -36,7 +36,7 @@ pub use feed::{Feed, Heard};
 pub use installation::Foreign;
 pub use marks::{MARK_STREAM, StoredMark, mark_stream};
 pub use publish::{Answer, Outgoing, PublishError, PublishedAt};
-pub use pull::{Acknowledged, Backlog, Probe, Progress, Pull, Pulled, Receipt, Subscription, Unhandled};
+pub use pull::{Acknowledged, Backlog, Probe, Progress, Pull, Pulled, Receipt, Standing, Subscription, Unhandled};
 pub use raw::Compared;
 pub use server::EmbeddedServer;
 pub use streams::{Ensured, From, Passed, StreamInfo, StreamSpec, stream_of};
@@ -66,6 +66,8 @@ pub struct Bus {
     publisher: Arc<OnceLock<Publisher>>,
     /// None for a bus that asks nobody whose something is.
     owner: Option<Arc<Owner>>,
+    /// How many servers keep each stream that is made; none for as many as there are, up to three.
+    replicas: Option<usize>,
 }
 
 /// All streams, and as of when.
@@ -110,6 +112,7 @@ impl Bus {
             deliveries: Arc::default(),
             publisher: Arc::default(),
             owner: None,
+            replicas: None,
         })
     }
 
@@ -131,7 +134,7 @@ impl Bus {
 
     /// The connection for messages that streams deliver, opened at the first call.
     async fn deliveries(&self) -> Result<Connection> {
-        let open = || Connection::start(Nats::clone(&self.nats), "oncely deliveries");
+        let open = || Connection::start(Nats::clone(&self.nats), "oncely-deliveries");
         let connection = self.deliveries.get_or_init(open);
         connection.ready().await?;
         Ok(connection.clone())
@@ -139,7 +142,7 @@ impl Bus {
 
     /// Publications have a connection of their own, opened at the first call.
     fn publisher(&self) -> &Publisher {
-        let open = || Connection::start(Nats::clone(&self.nats), "oncely publications");
+        let open = || Connection::start(Nats::clone(&self.nats), "oncely-publications");
         self.publisher.get_or_init(|| Publisher::new(open(), self.client.new_inbox()))
     }
 

@@ -4,16 +4,18 @@
 //! handle within `ack_wait`, or sleep through what follows a heartbeat.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use async_nats::jetstream::AckKind;
 use async_nats::jetstream::consumer::pull::{BatchConfig, Config};
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, Info};
 use async_nats::jetstream::context::ConsumerInfoErrorKind;
+use async_nats::jetstream::stream::{ConsumerError, ConsumerErrorKind, RetentionPolicy};
+use async_nats::jetstream::{AckKind, ErrorCode};
 use async_nats::{StatusCode, Subject};
+use futures::StreamExt;
 use jiff::Timestamp;
 use tokio::sync::{Mutex, watch};
 use tokio::time::Instant;
@@ -25,8 +27,10 @@ use super::requests::{Place, next_subject};
 use super::streams::timestamp;
 use super::wire::Arrived;
 use crate::fault;
+use crate::hint::WithHint;
 use crate::message::{Headers, InvalidEventId, Message, Origin, event_id, place_id};
 use crate::retry::Backoff;
+use crate::subject;
 use crate::verdict::{Reason, Settled};
 
 /// How long one pull request stays open on the server. A host that froze is sent messages until then, each of which comes
@@ -86,6 +90,7 @@ pub struct Pull {
     /// Whether the server said anything about a request since there was last a doubt.
     heard: Arc<AtomicBool>,
     connections: watch::Receiver<u64>,
+    trouble: Trouble,
 }
 
 /// An open pull request.
@@ -138,6 +143,20 @@ pub struct Backlog {
     pub delivered: u64,
 }
 
+/// How a consumer stands.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Standing {
+    #[default]
+    Serving,
+    /// Somebody has paused it, for so long.
+    Paused(Option<Duration>),
+    /// It is not there, or its stream is not, for this reason.
+    Gone(String),
+}
+
+/// Why a consumer is not there, as long as it is not.
+type Trouble = Arc<std::sync::Mutex<Option<String>>>;
+
 impl Bus {
     /// Makes or updates the durable consumer. It is never deleted: it holds the place on the stream.
     pub async fn subscribe(&self, subscription: &Subscription) -> Result<Pull> {
@@ -162,6 +181,7 @@ impl Bus {
             resting: false,
             backoff: Backoff::default(),
             heard: Arc::default(),
+            trouble: Arc::default(),
             connections,
         })
     }
@@ -174,6 +194,7 @@ impl Bus {
             subjects: subjects.to_vec(),
             durable: durable.to_owned(),
             heard: Arc::default(),
+            trouble: Arc::default(),
         }
     }
 
@@ -222,10 +243,129 @@ impl Bus {
         self.mark_owner(&mut config.metadata);
         let stream = self.context.get_stream_no_info(&subscription.stream).await;
         let stream = stream.with_context(|| format!("open the stream {}", subscription.stream))?;
-        let made = stream.create_consumer(config).await;
-        made.with_context(|| format!("make the consumer {} on {}", subscription.durable, subscription.stream))?;
+        create_within_limits(&stream, config)
+            .await
+            .with_context(|| format!("make the consumer {} on {}", subscription.durable, subscription.stream))?;
         Ok(())
     }
+
+    /// Tries whether the server would make, or change, the consumer of a subscription. Nothing is changed.
+    ///
+    /// # Errors
+    /// Why the worker could never run. No error when the stream is not there.
+    pub async fn try_subscription(&self, subscription: &Subscription) -> Result<()> {
+        let Subscription { stream: name, durable, .. } = subscription;
+        if self.stream(name).await?.is_none() {
+            return Ok(());
+        }
+        let mut stream = self.context.get_stream(name).await.with_context(|| format!("open the stream {name}"))?;
+        let of_stream = stream.info().await.with_context(|| format!("look at the stream {name}"))?.config.clone();
+        let limits = of_stream.consumer_limits.unwrap_or_default();
+        if !limits.inactive_threshold.is_zero() {
+            return Err(anyhow::anyhow!(
+                "the stream {name} removes consumers that are not used for a while: a worker that is stopped would lose its \
+                 place"
+            ))
+            .hint(format!("take `inactive_threshold` out of the consumer limits of {name}: nats stream edit {name}"));
+        }
+        let own = self.own_consumer_filters(subscription).await?;
+        if own.as_ref() == Some(&subscription.subjects) {
+            return Ok(());
+        }
+        if of_stream.retention == RetentionPolicy::WorkQueue {
+            return self.find_rival(subscription).await;
+        }
+        // One that goes away by itself, with all that the server may object to.
+        let trial = Config {
+            durable_name: None,
+            metadata: HashMap::new(),
+            inactive_threshold: TRIAL_KEPT,
+            memory_storage: true,
+            ..config(subscription)
+        };
+        match create_within_limits(&stream, trial).await {
+            Ok(trial) => {
+                let _ = stream.delete_consumer(&trial).await;
+                Ok(())
+            }
+            // There is room for the one that is there.
+            Err(error) if own.is_some() && is_full_of_consumers(&error) => Ok(()),
+            Err(error) => Err(error).with_context(|| format!("try the consumer {durable} on {name}")),
+        }
+    }
+
+    async fn own_consumer_filters(&self, subscription: &Subscription) -> Result<Option<Vec<String>>> {
+        let Some(info) = self.consumer_info(&subscription.stream, &subscription.durable).await? else {
+            return Ok(None);
+        };
+        self.claim(
+            || format!("the consumer {} on {}", subscription.durable, subscription.stream),
+            &info.config.metadata,
+        )?;
+        Ok(Some(filters(&info)))
+    }
+
+    /// A work queue gives each message to one consumer: looks for another one that takes some of the same.
+    async fn find_rival(&self, subscription: &Subscription) -> Result<()> {
+        let Subscription { stream: name, durable, subjects, .. } = subscription;
+        let stream = self.context.get_stream_no_info(name).await.with_context(|| format!("open the stream {name}"))?;
+        let mut consumers = stream.consumers();
+        while let Some(info) = consumers.next().await {
+            let info = info.with_context(|| format!("list the consumers of {name}"))?;
+            let theirs = filters(&info);
+            let meets = |one: &String| subjects.iter().any(|other| subject::overlaps(one, other));
+            let is_rival = theirs.is_empty() || subjects.is_empty() || theirs.iter().any(meets);
+            if info.name != *durable && is_rival {
+                let takes = if theirs.is_empty() { "everything".to_owned() } else { theirs.join(", ") };
+                return Err(anyhow::anyhow!(
+                    "the stream {name} is a work queue, which gives each message to one consumer, and its consumer {} takes \
+                     {takes}",
+                    info.name
+                ))
+                .hint("give the worker subjects that no other consumer takes, or read another stream");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// For how long a consumer that was made to try it stays, should this process die meanwhile.
+const TRIAL_KEPT: Duration = Duration::from_secs(10);
+
+/// Makes or updates a consumer, with fewer messages under way if stream, account or server allow no more. Returns its name.
+async fn create_within_limits<I>(
+    stream: &async_nats::jetstream::stream::Stream<I>,
+    mut config: Config,
+) -> Result<String, ConsumerError> {
+    loop {
+        match stream.create_consumer(config.clone()).await {
+            Ok(made) => return Ok(made.cached_info().name.clone()),
+            // The limit itself stands in the text of the error alone.
+            Err(error) if is_beyond_ack_pending(&error) && config.max_ack_pending > 1 => config.max_ack_pending /= 2,
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn is_beyond_ack_pending(error: &ConsumerError) -> bool {
+    has_code(error, ErrorCode::CONSUMER_MAX_PENDING_ACK_EXCESS)
+}
+
+fn is_full_of_consumers(error: &ConsumerError) -> bool {
+    has_code(error, ErrorCode::MAXIMUM_CONSUMERS_LIMIT)
+}
+
+fn has_code(error: &ConsumerError, code: ErrorCode) -> bool {
+    matches!(error.kind(), ConsumerErrorKind::JetStream(answer) if answer.error_code() == code)
+}
+
+/// The subjects that a consumer takes; empty for all of its stream.
+fn filters(info: &Info) -> Vec<String> {
+    let mut subjects = info.config.filter_subjects.clone();
+    if !info.config.filter_subject.is_empty() {
+        subjects.push(info.config.filter_subject.clone());
+    }
+    subjects
 }
 
 fn config(subscription: &Subscription) -> Config {
@@ -425,10 +565,16 @@ impl Pull {
                     self.stream_created = created;
                     self.stream_now.store(created.as_microsecond(), Ordering::Relaxed);
                     self.in_doubt = false;
+                    *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = None;
                     return;
                 }
-                Err(error) if first => tracing::warn!("no messages for {} yet: {error:#}", self.subscription.durable),
-                Err(error) => tracing::debug!("no messages for {} yet: {error:#}", self.subscription.durable),
+                Err(error) => {
+                    let why = format!("{error:#}");
+                    if first {
+                        tracing::warn!("no messages for {} yet: {why}", self.subscription.durable);
+                    }
+                    *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
+                }
             }
         }
     }
@@ -450,6 +596,7 @@ impl Pull {
             subjects: self.subscription.subjects.clone(),
             durable: self.subscription.durable.clone(),
             heard: Arc::clone(&self.heard),
+            trouble: Arc::clone(&self.trouble),
         }
     }
 }
@@ -495,6 +642,7 @@ pub struct Probe {
     subjects: Vec<String>,
     durable: String,
     heard: Arc<AtomicBool>,
+    trouble: Trouble,
 }
 
 /// Messages on the stream that wait for a consumer or are being handled.
@@ -520,6 +668,18 @@ impl Probe {
         Ok(self.heard.load(Ordering::Relaxed) || self.backlog().await?.waiting > 0)
     }
 
+    /// How the consumer stands.
+    pub async fn standing(&self) -> Result<Standing> {
+        if let Some(info) = self.bus.consumer_info(&self.stream, &self.durable).await? {
+            return Ok(if info.paused { Standing::Paused(info.pause_remaining) } else { Standing::Serving });
+        }
+        if self.bus.stream(&self.stream).await?.is_none() {
+            return Ok(Standing::Gone(format!("the stream {} does not exist", self.stream)));
+        }
+        let trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        Ok(Standing::Gone(trouble.unwrap_or_else(|| format!("its consumer {} is gone", self.durable))))
+    }
+
     /// What is not acknowledged. The oldest of it is the first message for this consumer above the place up to which
     /// everything is.
     pub async fn unhandled(&self) -> Result<Unhandled> {
@@ -535,11 +695,7 @@ impl Probe {
     /// Up to where everything is acknowledged; none when there is no consumer.
     pub async fn acknowledged(&self) -> Result<Option<Acknowledged>> {
         let Some(info) = self.bus.consumer_info(&self.stream, &self.durable).await? else { return Ok(None) };
-        let mut subjects = info.config.filter_subjects;
-        if !info.config.filter_subject.is_empty() {
-            subjects.push(info.config.filter_subject);
-        }
-        Ok(Some(Acknowledged { sequence: info.ack_floor.stream_sequence, subjects }))
+        Ok(Some(Acknowledged { sequence: info.ack_floor.stream_sequence, subjects: filters(&info) }))
     }
 
     async fn info(&self) -> Result<Info> {

@@ -83,11 +83,29 @@ impl Bus {
         self.make_stream(spec).await
     }
 
+    /// The same bus, which makes streams of so many replicas; none for as many as there are servers, up to three.
+    #[must_use]
+    pub fn with_replicas(self, replicas: Option<usize>) -> Bus {
+        Bus { replicas, ..self }
+    }
+
     /// Makes a stream; one of this name that is there stays as it is.
     pub(super) async fn make_stream(&self, spec: &StreamSpec) -> Result<Ensured> {
         let mut config = stream_config(spec);
         self.mark_owner(&mut config.metadata);
-        match self.context.create_stream(config).await {
+        config.num_replicas = self.replicas.unwrap_or(REPLICAS_AUTO);
+        let mut made = self.context.create_stream(config.clone()).await;
+        if let Err(error) = &made
+            && self.replicas.is_none()
+            && let Some(why) = lacks_servers(error)
+        {
+            if why == Lacking::Servers {
+                tracing::warn!(stream = spec.name, "made with one replica, because the cluster lacks servers: {error}");
+            }
+            config.num_replicas = 1;
+            made = self.context.create_stream(config).await;
+        }
+        match made {
             Ok(_) => Ok(Ensured::Created),
             // Another host was faster.
             Err(error) if is_name_in_use(&error) => Ok(Ensured::AlreadyThere),
@@ -95,6 +113,27 @@ impl Bus {
                 Err(error).with_context(|| format!("make the stream {} for {}", spec.name, spec.subjects.join(", ")))
             }
         }
+    }
+
+    /// Raises a stream of the installation's own to as many replicas as are wanted. One that lacks them works as it is.
+    pub(super) async fn raise_replicas(&self, name: &str) -> Result<()> {
+        let stream = self.context.get_stream(name).await.with_context(|| format!("ask NATS for the stream {name}"))?;
+        let mut config = stream.cached_info().config.clone();
+        let (wanted, has) = (self.replicas.unwrap_or(REPLICAS_AUTO), config.num_replicas);
+        // A single server has nothing to raise it to.
+        if has >= wanted || stream.cached_info().cluster.as_ref().is_none_or(|cluster| cluster.name.is_none()) {
+            return Ok(());
+        }
+        config.num_replicas = wanted;
+        match self.context.update_stream(config).await {
+            Ok(_) => tracing::info!(stream = name, "kept by {wanted} servers of the cluster from now on"),
+            Err(error) => tracing::warn!(
+                stream = name,
+                "the cluster keeps {has} of {wanted} wanted replicas; while the server that has it is away, no host \
+                 starts: {error}"
+            ),
+        }
+        Ok(())
     }
 
     /// A stream; none when there is none of this name.
@@ -281,6 +320,26 @@ fn stream_config(spec: &StreamSpec) -> Config {
         duplicate_window: spec.duplicate_window.unwrap_or_default(),
         allow_direct: true,
         ..Config::default()
+    }
+}
+
+/// What `auto` asks for.
+const REPLICAS_AUTO: usize = 3;
+
+/// Why a stream cannot have as many replicas as were asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lacking {
+    /// There is no cluster.
+    Cluster,
+    Servers,
+}
+
+fn lacks_servers(error: &async_nats::jetstream::context::CreateStreamError) -> Option<Lacking> {
+    let CreateStreamErrorKind::JetStream(answer) = error.kind() else { return None };
+    match answer.error_code() {
+        ErrorCode::STREAM_REPLICAS_NOT_SUPPORTED => Some(Lacking::Cluster),
+        ErrorCode::CLUSTER_NO_PEERS | ErrorCode::INSUFFICIENT_RESOURCES => Some(Lacking::Servers),
+        _ => None,
     }
 }
 

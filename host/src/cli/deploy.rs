@@ -7,9 +7,10 @@ use clap::Args;
 
 use super::build::{Built, ToolchainArg};
 use super::client::{Client, HostArgs};
-use super::term;
-use crate::api::{Activated, Rollback as RollbackRequest, Uploaded};
+use super::{rollout, term};
+use crate::api::{Activated, Retire as RetireRequest, Rollback as RollbackRequest, Uploaded};
 use crate::deploy::{Plan, Proposal};
+use crate::host::Retired;
 use crate::manifest::{Manifest, WorkerEntry};
 use crate::sql::Dialect;
 use crate::store::WorkerMigration;
@@ -23,6 +24,9 @@ pub struct Deploy {
     /// Show the plan and stop there.
     #[arg(long)]
     plan: bool,
+    /// Do not wait until the hosts run the new version.
+    #[arg(long)]
+    no_wait: bool,
     #[command(flatten)]
     toolchain: ToolchainArg,
     #[command(flatten)]
@@ -54,8 +58,7 @@ impl Deploy {
             return Ok(());
         }
         let activated: Activated = client.post("/deploy", &proposal).await?;
-        term::data(format!("worker {} version {} is active", activated.worker, activated.version))?;
-        Ok(())
+        rollout::follow(client, &activated, self.no_wait).await
     }
 }
 
@@ -84,6 +87,9 @@ pub struct Rollback {
     /// The version; the one before the active one when not given.
     #[arg(long)]
     to: Option<u32>,
+    /// Do not wait until the hosts run that version.
+    #[arg(long)]
+    no_wait: bool,
     #[command(flatten)]
     host: HostArgs,
 }
@@ -93,7 +99,29 @@ impl Rollback {
         let client = Client::find(&self.host)?;
         let wanted = RollbackRequest { worker: self.worker, to: self.to };
         let activated: Activated = client.post("/rollback", &wanted).await?;
-        term::data(format!("worker {} version {} is active", activated.worker, activated.version))?;
+        rollout::follow(&client, &activated, self.no_wait).await
+    }
+}
+
+/// Retires a worker: no host runs it any more, and its consumers leave their streams. What it did stays on record, as do its
+/// dead letters. Deployed again it begins with the oldest message that its stream still has; what it handled before it skips.
+#[derive(Debug, Args)]
+pub struct Retire {
+    worker: String,
+    /// Keep the consumers, and with them the place on the stream: messages go on to wait there.
+    #[arg(long)]
+    keep_place: bool,
+    #[command(flatten)]
+    host: HostArgs,
+}
+
+impl Retire {
+    pub async fn run(self) -> Result<()> {
+        let client = Client::find(&self.host)?;
+        let wanted = RetireRequest { worker: self.worker, keeps_place: self.keep_place };
+        let retired: Retired = client.post("/retire", &wanted).await?;
+        term::data(format!("worker {} is retired; version {} was active", retired.worker, retired.version))?;
+        retired.removed.iter().for_each(|consumer| term::note(format!("  removed the consumer {consumer}")));
         Ok(())
     }
 }

@@ -12,6 +12,7 @@ use super::build::{Built, ToolchainArg};
 use super::client::{DATA_DIR, make_data_dir};
 use super::deploy::{propose, show_plan};
 use super::serve::{Ended, Served, listen, listen_for_requests, start_log};
+use super::signals::Signals;
 use super::term;
 use crate::bus::EmbeddedServer;
 use crate::config::{HostConfig, HostFlags};
@@ -69,24 +70,38 @@ impl Dev {
     async fn serve(self, data_dir: &Path, manifests: &[Manifest], server: Option<&EmbeddedServer>) -> Result<()> {
         let config = self.config(data_dir, server)?;
         start_log(&config)?;
-        while self.serve_once(&config, manifests).await? == Ended::WithoutNats {}
+        let mut signals = Signals::listen()?;
+        while self.serve_once(&config, manifests, &mut signals).await? == Ended::WithoutNats {}
         Ok(())
     }
 
-    async fn serve_once(&self, config: &HostConfig, manifests: &[Manifest]) -> Result<Ended> {
+    async fn serve_once(&self, config: &HostConfig, manifests: &[Manifest], signals: &mut Signals) -> Result<Ended> {
         let listener = self.listener(config).await?;
         let requests = self.requests(config).await?;
-        let served = Served::start(config, listener, requests).await?;
+        let served = tokio::select! {
+            biased;
+            _ = signals.received() => return Ok(Ended::ByASignal),
+            served = Served::start(config, listener, requests) => served?,
+        };
+        tokio::select! {
+            biased;
+            _ = signals.received() => {}
+            begun = self.begin(&served, config, manifests) => begun?,
+        }
+        served.until_it_ends(signals).await
+    }
+
+    /// Deploys what the manifests say, waits until it runs, and tells where.
+    async fn begin(&self, served: &Served, config: &HostConfig, manifests: &[Manifest]) -> Result<()> {
         for manifest in manifests {
-            deploy_here(&served, manifest, self.toolchain).await?;
+            deploy_here(served, manifest, self.toolchain).await?;
         }
         served.host.reconcile().await?;
         served.ready(READY_WITHIN).await?;
         if let Some(hold) = served.host.hold() {
             term::warning(hold);
         }
-        announce(&served, config).await?;
-        served.until_it_ends().await
+        announce(served, config).await
     }
 
     /// The manifests named, or the one of this folder.

@@ -15,8 +15,10 @@ mod outbox;
 mod publish;
 mod recover;
 mod replay;
+mod rollout;
 mod run;
 mod serve;
+mod signals;
 mod state;
 mod status;
 pub mod term;
@@ -39,6 +41,7 @@ enum Command {
     Build(build::Build),
     Deploy(deploy::Deploy),
     Rollback(deploy::Rollback),
+    Retire(deploy::Retire),
     Workers(status::Workers),
     Publish(publish::Publish),
     Dlq(dlq::Dlq),
@@ -61,6 +64,7 @@ impl Cli {
             Command::Build(build) => build.run(),
             Command::Deploy(deploy) => deploy.run().await,
             Command::Rollback(rollback) => rollback.run().await,
+            Command::Retire(retire) => retire.run().await,
             Command::Workers(workers) => workers.run().await,
             Command::Publish(publish) => publish.run().await,
             Command::Dlq(dlq) => dlq.run().await,

@@ -7,6 +7,7 @@ use clap::Args;
 
 use super::client::make_data_dir;
 use super::serve::{Ended, Served, listen, listen_for_requests, start_log};
+use super::signals::Signals;
 use crate::config::{HostConfig, HostFlags};
 
 /// How long the workers may take until their subscriptions are seen; the host goes on trying after that.
@@ -24,14 +25,23 @@ impl Run {
         let mut config = HostConfig::load(&self.flags)?;
         start_log(&config)?;
         config.data_dir = make_data_dir(&config.data_dir)?;
-        while serve(&config).await? == Ended::WithoutNats {}
+        let mut signals = Signals::listen()?;
+        while serve(&config, &mut signals).await? == Ended::WithoutNats {}
         Ok(())
     }
 }
 
-async fn serve(config: &HostConfig) -> Result<Ended> {
+async fn serve(config: &HostConfig, signals: &mut Signals) -> Result<Ended> {
     let listener = listen(config).await?;
-    let served = Served::start(config, listener, listen_for_requests(config).await?).await?;
+    let requests = listen_for_requests(config).await?;
+    let served = tokio::select! {
+        biased;
+        signal = signals.received() => {
+            tracing::info!("{signal}: giving up the start");
+            return Ok(Ended::ByASignal);
+        }
+        served = Served::start(config, listener, requests) => served?,
+    };
     tracing::info!(
         "control API at http://{}, requests at {}, NATS {}, database {}",
         served.address,
@@ -39,11 +49,15 @@ async fn serve(config: &HostConfig) -> Result<Ended> {
         config.nats.shown(),
         config.database.shown()
     );
-    match served.ready(READY_WITHIN).await {
-        // Why not was logged when it was found.
-        Ok(()) if served.host.hold().is_some() => tracing::error!("not ready: workers and relay wait"),
-        Ok(()) => tracing::info!("ready"),
-        Err(error) => tracing::error!("{error:#}"),
+    tokio::select! {
+        biased;
+        _ = signals.received() => {}
+        ready = served.ready(READY_WITHIN) => match ready {
+            // Why not was logged when it was found.
+            Ok(()) if served.host.hold().is_some() => tracing::error!("not ready: workers and relay wait"),
+            Ok(()) => tracing::info!("ready"),
+            Err(error) => tracing::error!("{error:#}"),
+        },
     }
-    served.until_it_ends().await
+    served.until_it_ends(signals).await
 }

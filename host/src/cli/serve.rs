@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use tokio::net::TcpListener;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::Layer;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
@@ -15,6 +14,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use super::client::{HOST_FILE, HostFile};
 use super::exit::Exit;
+use super::signals::Signals;
 use crate::api;
 use crate::bus::Bus;
 use crate::config::{Database, GuestSql, HostConfig, HowRelayed, HttpLimits, LogFormat};
@@ -48,8 +48,6 @@ pub struct Served {
     api: tokio::task::JoinHandle<()>,
     data_dir: PathBuf,
     drain: Duration,
-    terminate: Signal,
-    interrupt: Signal,
 }
 
 impl Served {
@@ -57,7 +55,8 @@ impl Served {
     pub async fn start(config: &HostConfig, listener: TcpListener, requests: Option<TcpListener>) -> Result<Served> {
         let store = open_store(config).await?;
         let bus = Bus::connect(&config.nats).await.map_err(unreachable)?;
-        let bus = bus.for_installation(store.installation(), config.take_over.clone());
+        let bus =
+            bus.for_installation(store.installation(), config.take_over.clone()).with_replicas(config.stream_replicas);
         let token = config.keep_token()?;
         let compiled = config.data_dir.join("components");
         let retention =
@@ -80,9 +79,6 @@ impl Served {
             let router = Arc::clone(&host.ingress).router();
             tokio::spawn(http_server::serve("requests", requests, router, for_requests, stop_ingress.stopping()))
         });
-        // Whoever reads the file may send a signal.
-        let terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
-        let interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
         HostFile {
             url: format!("http://{address}"),
             token: token.reveal().to_owned(),
@@ -93,20 +89,7 @@ impl Served {
         }
         .write(&config.data_dir)?;
         let (data_dir, drain) = (config.data_dir.clone(), config.drain);
-        Ok(Served {
-            host,
-            address,
-            http,
-            running,
-            stop_ingress,
-            ingress,
-            stop_api,
-            api,
-            data_dir,
-            drain,
-            terminate,
-            interrupt,
-        })
+        Ok(Served { host, address, http, running, stop_ingress, ingress, stop_api, api, data_dir, drain })
     }
 
     /// Says that the start is over, and waits until the workers' subscriptions are seen on the server, or it is clear that they
@@ -131,15 +114,11 @@ impl Served {
         }
     }
 
-    /// Waits for SIGTERM or SIGINT, or until the NATS client has ended, then stops in good order.
-    pub async fn until_it_ends(mut self) -> Result<Ended> {
+    /// Waits for a signal, or until the NATS client has ended, then stops in good order.
+    pub async fn until_it_ends(self, signals: &mut Signals) -> Result<Ended> {
         let ended = tokio::select! {
-            _ = self.terminate.recv() => {
-                tracing::info!("SIGTERM: draining");
-                Ended::ByASignal
-            }
-            _ = self.interrupt.recv() => {
-                tracing::info!("SIGINT: draining");
+            signal = signals.received() => {
+                tracing::info!("{signal}: draining");
                 Ended::ByASignal
             }
             () = self.host.bus.ended() => {

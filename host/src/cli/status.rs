@@ -30,9 +30,9 @@ impl Status {
         }
         term::data(term::details([
             ("host", format!("oncely {}", status.version)),
-            ("ready", status.not_ready.clone().map_or("yes".to_owned(), |why| format!("no: {why}"))),
+            ("ready", ready(&status)),
             ("nats", if status.nats_connected { "connected" } else { "not connected" }.to_owned()),
-            ("database", if status.totals.is_some() { "answers" } else { "out of reach" }.to_owned()),
+            ("database", database(&status)),
             ("publishing", publishing(&status)),
             ("oldest waiting", shown_age(status.workers.iter().filter_map(|worker| worker.oldest_pending_ms).max())),
             ("oldest unpublished", shown_age(oldest_unpublished(&status))),
@@ -51,6 +51,22 @@ impl Status {
             Some(totals) => show_totals(&status.workers, totals),
             None => Ok(()),
         }
+    }
+}
+
+fn ready(status: &HostStatus) -> String {
+    match (&status.not_ready, status.broken.as_slice()) {
+        (Some(why), _) => format!("no: {why}"),
+        (None, []) => "yes".to_owned(),
+        (None, broken) => format!("yes, but {}", broken.join("; ")),
+    }
+}
+
+fn database(status: &HostStatus) -> String {
+    match (&status.database_error, &status.totals) {
+        (Some(why), _) => format!("takes no writes: {why}"),
+        (None, Some(_)) => "takes writes".to_owned(),
+        (None, None) => "out of reach".to_owned(),
     }
 }
 
@@ -211,7 +227,7 @@ impl Workers {
         let mut table = Table::new(&["worker", "version", "state", "stream", "subjects", "component"]);
         workers.iter().map(row).for_each(|row| table.row(row));
         for error in workers.iter().filter_map(|state| state.error.as_ref()) {
-            term::warning(format!("a worker is broken: {error}"));
+            term::warning(format!("a worker does not work: {error}"));
         }
         term::data(table.to_string().trim_end())
     }

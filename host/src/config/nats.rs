@@ -12,7 +12,7 @@ use crate::config::{Secret, without_password};
 /// How to reach NATS.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Nats {
-    /// At least one; each `nats://…`, `tls://…`, `ws://…`, `wss://…` or `host:port`. They may hold a password.
+    /// At least one; each `nats://…`, `tls://…` or `host:port`. They may hold a password.
     pub servers: Vec<String>,
     pub login: Login,
     /// A certificate authority's certificate, in PEM.
@@ -121,8 +121,8 @@ fn servers(given: &Given) -> anyhow::Result<Vec<String>> {
     let servers: Vec<String> = given.value.split(',').map(|server| server.trim().to_owned()).collect();
     for server in &servers {
         let (scheme, place) = server.split_once("://").unwrap_or(("nats", server));
-        if !["nats", "tls", "ws", "wss"].contains(&scheme) {
-            let what = format!("`{scheme}://` is no way to NATS; there are nats, tls, ws and wss");
+        if !["nats", "tls"].contains(&scheme) {
+            let what = format!("`{scheme}://` is no way to NATS here; there are nats and tls");
             return Err(given.refuse(what, "nats://127.0.0.1:4222"));
         }
         if place.is_empty() || place.contains(char::is_whitespace) {

@@ -63,6 +63,7 @@ fn by_knob(flags: &HostFlags) -> [(&'static str, &Option<String>); KNOBS.len()] 
         ("nats", &flags.nats),
         ("nats_context", &flags.nats_context),
         ("nats_creds", &flags.nats_creds),
+        ("stream_replicas", &flags.stream_replicas),
         ("take_over", &flags.take_over),
         ("listen", &flags.listen),
         ("token", &flags.token),

@@ -30,6 +30,7 @@ fn with_nothing_given_a_host_runs_from_one_folder_on_this_machine() {
         database: Database::Sqlite(".oncely/oncely.db".into()),
         pool_size: 16,
         guest_sql: GuestSql::Walled,
+        stream_replicas: None,
         take_over: None,
         nats: Nats {
             servers: vec!["nats://127.0.0.1:4222".into()],
@@ -91,6 +92,7 @@ fn every_knob_is_read_from_every_source() {
         "nats" => "nats://b:2".to_owned(),
         "nats_context" => "prod".to_owned(),
         "nats_creds" => creds.to_string_lossy().into_owned(),
+        "stream_replicas" => "5".to_owned(),
         "take_over" => "0123456789abcdef".to_owned(),
         "listen" => "127.0.0.1:1".to_owned(),
         "token" => "0123456789abcdef".to_owned(),

@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use super::WorkerState;
-use crate::bus::Unhandled;
+use crate::bus::{Standing, Unhandled};
 use crate::ingress::HttpWorker;
 use crate::manifest::Worker;
+use crate::units;
 use crate::worker::RunningWorker;
 
 /// The place of one worker in a host.
@@ -15,6 +17,8 @@ pub(super) struct Slot {
     pub running: Option<Work>,
     /// The version that should run here but cannot, and why.
     pub broken: Option<(u32, String)>,
+    /// How the consumer of what runs stands, as it was seen last.
+    pub standing: Standing,
 }
 
 /// What a worker does here.
@@ -86,12 +90,30 @@ impl Work {
 }
 
 impl Slot {
+    /// Why it does not work here.
+    fn error(&self) -> Option<String> {
+        if let Some((version, error)) = &self.broken {
+            return Some(format!("version {version}: {error}"));
+        }
+        self.running.as_ref()?;
+        match &self.standing {
+            Standing::Serving => None,
+            Standing::Gone(why) => Some(why.clone()),
+            Standing::Paused(None) => Some("its consumer is paused".to_owned()),
+            Standing::Paused(Some(left)) => {
+                let left = units::show_duration(Duration::from_secs(left.as_secs()));
+                Some(format!("its consumer is paused for another {left}"))
+            }
+        }
+    }
+
     pub(super) fn tell(&self, name: &str, is_held: bool) -> WorkerState {
         let running = self.running.as_ref();
-        let state = match (running, &self.broken) {
-            (_, Some(_)) => "broken",
-            (Some(running), None) if running.is_seen() => "running",
-            (None, None) if is_held => "held",
+        let state = match (running, &self.broken, &self.standing) {
+            (_, Some(_), _) | (Some(_), None, Standing::Gone(_)) => "broken",
+            (Some(_), None, Standing::Paused(_)) => "paused",
+            (Some(running), None, Standing::Serving) if running.is_seen() => "running",
+            (None, None, _) if is_held => "held",
             _ => "starting",
         };
         let counters = running.and_then(|running| match running {
@@ -109,7 +131,8 @@ impl Slot {
             state: state.to_owned(),
             pending: None,
             oldest_pending_ms: None,
-            error: self.broken.as_ref().map(|(version, error)| format!("version {version}: {error}")),
+            error: self.error(),
+            broken_version: self.broken.as_ref().map(|(version, _)| *version),
             done: count(counters.map(|counters| &counters.done)),
             duplicates: count(counters.map(|counters| &counters.duplicates)),
             retries: count(counters.map(|counters| &counters.retries)),

@@ -68,6 +68,17 @@ pub fn check_statement(statement: &str, dialect: Dialect, functions: Option<&Fun
     Ok(Facts::of_tokens(&tokens, dialect))
 }
 
+/// Refuses a statement that comes with fewer or more parameters than it has placeholders for.
+pub fn check_count(facts: &Facts, parameters: usize) -> Result<(), SqlError> {
+    if facts.highest_placeholder == parameters {
+        return Ok(());
+    }
+    Err(SqlError::InvalidParameter(format!(
+        "the statement has placeholders up to ${}, and {parameters} parameters came with it",
+        facts.highest_placeholder
+    )))
+}
+
 /// Refuses a text that is too long, before anything else is done with it.
 pub fn check_length(statement: &str) -> Result<(), SqlError> {
     if statement.len() <= STATEMENT_BYTES_MAX {

@@ -6,7 +6,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -501,6 +502,16 @@ pub trait Store: Send + Sync + 'static {
 
     /// The names of those of a worker's migrations that have not run, in their order. One that changed since it ran is refused.
     async fn due_migrations(&self, worker: &str, migrations: &[WorkerMigration]) -> Result<Vec<String>>;
+
+    /// Deactivates a worker: no deployment of it is active any more. Its history stays.
+    async fn retire_worker(&self, worker: &str) -> Result<()>;
+
+    /// Notes what this host runs, for others to read. Once this has returned it outlives a crash of the database. `began` is set
+    /// when the transaction has its turn among those of this host: what comes after that is the database's time.
+    async fn write_report(&self, report: &str, began: &OnceLock<Instant>) -> Result<()>;
+
+    /// What the hosts that are alive noted last.
+    async fn reports(&self) -> Result<Vec<String>>;
 
     /// Activates an earlier deployment; none when there is no such version.
     async fn activate(&self, worker: &str, version: u32) -> Result<Option<DeploymentRecord>>;

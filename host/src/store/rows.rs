@@ -132,6 +132,7 @@ pub(super) fn notice(row: &impl Columns, step: &Move) -> Result<Notice> {
             threshold: step.threshold,
             raised_at: row.time("raised_at")?,
             cleared_at: row.time_if_any("cleared_at")?,
+            why: step.why.clone(),
         })
     })
 }

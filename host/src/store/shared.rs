@@ -150,7 +150,7 @@ pub(super) fn newcomers(burials: &[&Burial<'_>]) -> Newcomers {
 pub(super) fn new_failure(worker: &str, group: &FailureGroup) -> alarm::Move {
     let (worker, group) = (worker.to_owned(), Some(group.clone()));
     let step = alarm::Step::Raise;
-    alarm::Move { worker, kind: Kind::NewFailure, group, times: 0, step, value: 1, threshold: 1 }
+    alarm::Move { worker, kind: Kind::NewFailure, group, times: 0, step, value: 1, threshold: 1, why: None }
 }
 
 /// Groups that were not seen for longer than it is written down to.

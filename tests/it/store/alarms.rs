@@ -23,6 +23,7 @@ on_every_database!(
 
 fn a_move(standing: Option<&Alarm>, step: Step, value: u64) -> Move {
     Move {
+        why: None,
         worker: WORKER.to_owned(),
         kind: Kind::Letters,
         group: standing.and_then(|alarm| alarm.group.clone()),

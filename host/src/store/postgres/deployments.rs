@@ -143,6 +143,13 @@ async fn activate_version(session: &mut Session, worker: &str, version: u32) -> 
     Ok(())
 }
 
+/// Leaves a worker without an active version.
+pub(super) async fn retire(session: &mut Session, worker: &str) -> Result<()> {
+    let query = session.query("delete from oncely.worker where name = $1");
+    let retired = query.bind(worker).execute(session.connection()).await;
+    retired.map(|_| ()).map_err(|error| errors::of_statement(error, "retire a worker"))
+}
+
 pub(super) async fn activate(session: &mut Session, worker: &str, version: u32) -> Result<Option<DeploymentRecord>> {
     let query = session.query(
         "select worker, version, digest, manifest, (extract(epoch from created_at) * 1000000)::bigint as created_at

@@ -1,11 +1,12 @@
-//! What PostgreSQL's errors mean for us.
+//! What PostgreSQL's errors mean for us. They are told apart by their codes and by the server's function that raised them, never
+//! by their texts, which come in the server's language.
 
 use anyhow::anyhow;
 use sqlx::Error;
 use sqlx::postgres::{PgDatabaseError, PgSeverity};
 
 use crate::sql::{DatabaseError, SqlError};
-use crate::store::StoreError;
+use crate::store::{BrokenStatement, StoreError};
 
 /// The fence of a commit divides by zero when the transaction is not ours any more.
 const DIVISION_BY_ZERO: &str = "22012";
@@ -14,6 +15,17 @@ const NO_TRANSACTION: &str = "25P01";
 const NO_SAVEPOINT: &str = "3B001";
 const READ_ONLY: &str = "25006";
 const INSUFFICIENT_PRIVILEGE: &str = "42501";
+const QUERY_CANCELED: &str = "57014";
+const FEATURE_NOT_SUPPORTED: &str = "0A000";
+const PROTOCOL_VIOLATION: &str = "08P01";
+const NO_PREPARED_STATEMENT: &str = "26000";
+/// The server's function that finds that a prepared statement does not fit the tables any more.
+const CHECKS_PLANS: &str = "RevalidateCachedQuery";
+/// The one that binds parameters to a prepared statement.
+const BINDS: &str = "exec_bind_message";
+/// Those with which the procedural languages raise what their functions ask for, with any code.
+const RAISES: [&str; 7] =
+    ["exec_stmt_raise", "PLy_output", "PLy_elog", "PLy_elog_impl", "do_util_elog", "croak_cstr", "throw_tcl_error"];
 /// How the names of our prepared statements begin.
 const NAMED_BY_US: &str = "sqlx_s_";
 /// Our own, from the migrations: the token does not fit the transaction, or somebody else commits it.
@@ -54,13 +66,23 @@ pub(super) fn of_savepoint(error: Error, doing: &'static str) -> StoreError {
     }
 }
 
-/// The error of a commit: what the server refused for the guest's doing took no effect, anything else may have.
-pub(super) fn of_commit(error: Error) -> StoreError {
+/// The error of a commit of what guests did: what the server refused for their doing took no effect, anything else may have.
+/// A deferred trigger may fail with any code.
+pub(super) fn of_guests_commit(error: Error) -> StoreError {
     let refusal = match code(&error) {
-        DIVISION_BY_ZERO => "a statement ended the transaction",
+        // A trigger may say so, too.
+        RENEWED_KEY => {
+            return StoreError::Unavailable(anyhow::Error::new(error).context("commit").context(BrokenStatement));
+        }
+        code if NOT_THE_HOST.contains(&code) => "a statement ended the transaction",
+        _ if is_raised(&error) => "a deferred trigger failed",
+        QUERY_CANCELED if !is_fatal(&error) => "its deferred triggers took too long",
+        code if is_conflict(code) || is_house(&error) => return of_statement(error, "commit"),
+        DIVISION_BY_ZERO if !is_in_function(&error) => "a statement ended the transaction",
         IN_FAILED_TRANSACTION => "a statement of the transaction failed",
+        "" => return of_statement(error, "commit"),
         code if code.starts_with("23") => "a deferred constraint is violated",
-        _ => return of_statement(error, "commit"),
+        _ => "a deferred trigger failed",
     };
     StoreError::Refused(anyhow::Error::new(error).context(refusal))
 }
@@ -81,15 +103,17 @@ pub(super) fn of_guest(error: Error) -> Result<SqlError, StoreError> {
         message: database.message().to_owned(),
         constraint: database.constraint().map(str::to_owned),
     };
-    let is_wrong_count = said.code == "08P01" && said.message.starts_with("bind message");
+    let binds = database.routine() == Some(BINDS);
     Ok(match said.code.as_str() {
-        "08P01" if is_wrong_count => SqlError::InvalidParameter(said.message),
-        _ if is_stale_plan(&error) => SqlError::Conflict(said),
-        "57014" => SqlError::Timeout,
-        INSUFFICIENT_PRIVILEGE => SqlError::NotAllowed(format!("this is not for workers: {}", said.message)),
         code if NOT_THE_HOST.contains(&code) => SqlError::NotAllowed(said.message),
+        code if is_raised(&error) && code.starts_with("23") => SqlError::ConstraintViolation(said),
+        _ if is_raised(&error) => SqlError::QueryFailed(said),
+        PROTOCOL_VIOLATION if binds => SqlError::InvalidParameter(said.message),
+        _ if is_stale_plan(&error) => SqlError::Conflict(said),
+        QUERY_CANCELED => SqlError::Timeout,
+        INSUFFICIENT_PRIVILEGE => SqlError::NotAllowed(format!("this is not for workers: {}", said.message)),
         // A type that the connection has to ask the server about takes the place of the statement that had no name.
-        "26000" if said.message.starts_with("unnamed") => SqlError::UnsupportedType(
+        NO_PREPARED_STATEMENT if binds => SqlError::UnsupportedType(
             "a column of the result has a type that cannot be passed on; read it as text, as in `x::text`".to_owned(),
         ),
         // So does the session outside of the transaction that the host began.
@@ -98,8 +122,11 @@ pub(super) fn of_guest(error: Error) -> Result<SqlError, StoreError> {
         }
         IN_FAILED_TRANSACTION => SqlError::TransactionFailed(said.message),
         code if is_conflict(code) => SqlError::Conflict(said),
-        code if is_pooler_trouble(code) && !said.message.contains(NAMED_BY_US) => SqlError::QueryFailed(said),
-        code if is_house(code) || is_fatal(&error) => return Err(of_statement(error, "run a guest's statement")),
+        // The name is the same in every language.
+        code if is_pooler_trouble(code) && !is_in_function(&error) && said.message.contains(NAMED_BY_US) => {
+            return Err(of_statement(error, "run a guest's statement"));
+        }
+        _ if is_house(&error) => return Err(of_statement(error, "run a guest's statement")),
         code if code.starts_with("23") => SqlError::ConstraintViolation(said),
         _ => SqlError::QueryFailed(said),
     })
@@ -122,7 +149,7 @@ pub(super) fn is_connection_loss(error: &Error) -> bool {
 /// Whether the server, or a pooler before it, does not let a role in.
 pub(super) fn is_login_refused(error: &Error) -> bool {
     // PgBouncer answers 08P01 to a login it knows nothing of.
-    code(error).starts_with("28") || code(error) == "08P01"
+    code(error).starts_with("28") || code(error) == PROTOCOL_VIOLATION
 }
 
 pub(super) fn is_insufficient_privilege(error: &Error) -> bool {
@@ -137,23 +164,37 @@ pub(super) fn is_foreign_key_violation(error: &Error) -> bool {
     code(error) == "23503"
 }
 
-/// Whether a connection keeps a prepared statement that does not fit the tables any more.
+/// Whether a connection keeps a prepared statement that does not fit the tables any more. Where nobody says which function found
+/// it, it may be another feature that is not supported: then the connection is made anew for nothing.
 pub(super) fn is_stale_plan(error: &Error) -> bool {
-    database_error(error).is_some_and(|error| error.code() == "0A000" && error.message().starts_with("cached plan"))
+    database_error(error).is_some_and(|error| {
+        error.code() == FEATURE_NOT_SUPPORTED && error.routine().is_none_or(|routine| routine == CHECKS_PLANS)
+    })
+}
+
+/// Whether a function that a worker may have written raised it: then its code says nothing.
+fn is_raised(error: &Error) -> bool {
+    !is_fatal(error) && database_error(error).and_then(PgDatabaseError::routine).is_some_and(|by| RAISES.contains(&by))
+}
+
+/// Whether it came up inside a function, and not in the statement itself.
+fn is_in_function(error: &Error) -> bool {
+    database_error(error).is_some_and(|error| error.r#where().is_some())
 }
 
 fn is_conflict(code: &str) -> bool {
     matches!(code, "40001" | "40P01" | "55P03")
 }
 
-/// Connection loss, too few resources, shutdown, trouble with the disk, or prepared statements behind a pooler.
-fn is_house(code: &str) -> bool {
-    let class = ["08", "53", "57P", "58"].iter().any(|class| code.starts_with(class)) && code != "53400";
-    class || is_pooler_trouble(code)
+/// Whether the server is in trouble: it ends the connection, or has too few resources or a broken disk. All other codes can be a
+/// statement's own doing.
+fn is_house(error: &Error) -> bool {
+    let code = code(error);
+    is_fatal(error) || (code.starts_with("53") && code != "53400") || code.starts_with("58")
 }
 
 fn is_pooler_trouble(code: &str) -> bool {
-    matches!(code, "26000" | "42P05")
+    matches!(code, NO_PREPARED_STATEMENT | "42P05")
 }
 
 fn advise(cause: anyhow::Error, code: &str) -> anyhow::Error {

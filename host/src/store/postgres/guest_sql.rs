@@ -166,7 +166,12 @@ fn prepare_here(
     params: &[Value],
 ) -> std::result::Result<Prepared, SqlError> {
     let facts = match functions {
-        Some(functions) => sql::check_statement(statement, Dialect::Postgres, Some(functions))?,
+        Some(functions) => {
+            let facts = sql::check_statement(statement, Dialect::Postgres, Some(functions))?;
+            sql::check_count(&facts, params.len())?;
+            facts
+        }
+        // What it may be, the server alone knows.
         None => Facts::of(statement, Dialect::Postgres),
     };
     if params.len() > usize::from(u16::MAX) {

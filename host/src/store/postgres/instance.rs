@@ -125,6 +125,8 @@ async fn forget(connection: &mut PgConnection, id: i64) -> Result<Option<u64>> {
     let forget = transaction(&format!(
         "with gone as (
              delete from oncely.host_instance where id = {id} returning id
+         ), reported as (
+             delete from oncely.host_report where instance = {id}
          ), leased as materialized (
              select seq from oncely.outbox
              where published_at is null and via = 'poll' and leased_until > now()

@@ -30,6 +30,7 @@ pub(in crate::store) const MIGRATIONS: &[Migration] = migrations![
     "0016_state_versions",
     "0017_host_instances",
     "0018_installation",
+    "0019_host_reports",
 ];
 
 /// Runs the migrations that have not run, in one transaction. Hosts that start together wait for each other on a lock

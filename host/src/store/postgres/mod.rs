@@ -23,6 +23,7 @@ mod outputs;
 mod parts;
 mod redrive;
 mod repair;
+mod reports;
 mod requests;
 mod session;
 mod state;
@@ -32,8 +33,8 @@ mod wall;
 
 use std::collections::{BTreeMap, HashMap};
 use std::str::FromStr;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use async_trait::async_trait;
@@ -247,6 +248,27 @@ impl Store for PostgresStore {
 
     async fn ping(&self) -> Result<()> {
         self.house.begin(Purpose::Read).await?.commit().await
+    }
+
+    async fn retire_worker(&self, worker: &str) -> Result<()> {
+        let mut session = self.house.begin(Purpose::House).await?;
+        deployments::retire(&mut session, worker).await?;
+        session.commit().await
+    }
+
+    async fn write_report(&self, report: &str, began: &OnceLock<Instant>) -> Result<()> {
+        let Some(id) = self.instance.id() else { return Ok(()) };
+        let mut session = self.house.begin(Purpose::House).await?;
+        let _ = began.set(Instant::now());
+        reports::write(&mut session, id, report).await?;
+        session.commit().await
+    }
+
+    async fn reports(&self) -> Result<Vec<String>> {
+        let mut session = self.house.begin(Purpose::Read).await?;
+        let reports = reports::read(&mut session).await?;
+        session.commit().await?;
+        Ok(reports)
     }
 
     async fn renew_lease(&self) -> Result<Vec<TakenOver>> {

@@ -368,7 +368,10 @@ impl Session {
         };
         match raw_sql(AssertSqlSafe(commit)).execute(&mut *self.connection).await {
             Err(error) if fault::mutant(fault::RESEND_COMMIT) && errors::is_connection_loss(&error) => return Ok(()),
-            committed => committed.map_err(errors::of_commit)?,
+            committed => committed.map_err(|error| match self.purpose {
+                Purpose::Guest(_) | Purpose::Reader(_) | Purpose::Deploy => errors::of_guests_commit(error),
+                Purpose::House | Purpose::Note | Purpose::Read => errors::of_statement(error, "commit"),
+            })?,
         };
         self.finished = true;
         Ok(())

@@ -126,6 +126,13 @@ async fn activate_version(session: &mut Session, worker: &str, version: u32) -> 
     Ok(())
 }
 
+/// Leaves a worker without an active version.
+pub(super) async fn retire(session: &mut Session, worker: &str) -> Result<()> {
+    let doing = |error| errors::of_statement(error, "retire a worker");
+    let query = sqlx::query("delete from oncely_worker where name = $1").bind(worker);
+    query.execute(session.connection().map_err(doing)?).await.map(|_| ()).map_err(doing)
+}
+
 pub(super) async fn activate(session: &mut Session, worker: &str, version: u32) -> Result<Option<DeploymentRecord>> {
     let doing = |error| errors::of_statement(error, "find a deployment");
     let row = sqlx::query(

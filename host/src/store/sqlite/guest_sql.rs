@@ -130,12 +130,8 @@ fn prepare_here(guests: Guests, statement: &str, params: &[Value]) -> std::resul
         false => Facts::of(statement, Dialect::Sqlite),
     };
     // SQLite would take what is missing for null.
-    if facts.highest_placeholder > params.len() {
-        return Err(SqlError::InvalidParameter(format!(
-            "the statement has a placeholder ${}, but {} parameters came with it",
-            facts.highest_placeholder,
-            params.len()
-        )));
+    if guests.has_filter || facts.highest_placeholder > params.len() {
+        sql::check_count(&facts, params.len())?;
     }
     Ok(Prepared { text: format!("/* a worker's */ {statement}"), arguments: guest_values::bind(params)?, facts })
 }

@@ -19,6 +19,7 @@ mod outbox;
 mod outputs;
 mod redrive;
 mod repair;
+mod reports;
 mod requests;
 mod retention;
 mod session;
@@ -28,9 +29,9 @@ mod tx;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use async_trait::async_trait;
@@ -118,6 +119,22 @@ impl Store for SqliteStore {
     async fn ping(&self) -> Result<()> {
         let answer = sqlx::query("select 1 from oncely_migration").fetch_optional(&self.readers).await;
         answer.map(|_| ()).map_err(|error| errors::of_statement(error, "read from SQLite"))
+    }
+
+    async fn retire_worker(&self, worker: &str) -> Result<()> {
+        let mut session = self.sessions.begin().await?;
+        deployments::retire(&mut session, worker).await?;
+        session.commit().await
+    }
+
+    async fn write_report(&self, report: &str, began: &OnceLock<Instant>) -> Result<()> {
+        let mut session = self.sessions.begin_in_turn(|| began.get_or_init(Instant::now)).await?;
+        reports::write(&mut session, report).await?;
+        session.commit().await
+    }
+
+    async fn reports(&self) -> Result<Vec<String>> {
+        reports::read(&self.readers).await
     }
 
     async fn renew_lease(&self) -> Result<Vec<TakenOver>> {

@@ -63,7 +63,13 @@ impl Sessions {
 
     /// Waits for the transaction before and begins one.
     pub(super) async fn begin(&self) -> Result<Session> {
+        self.begin_in_turn(|| ()).await
+    }
+
+    /// Like [`Sessions::begin`]; tells when the transactions before are over.
+    pub(super) async fn begin_in_turn<T>(&self, has_turn: impl FnOnce() -> T) -> Result<Session> {
         let mut slot = Arc::clone(&self.writer).lock_owned().await;
+        has_turn();
         if slot.is_none() {
             let writer = Writer::open(&self.options).await;
             *slot = Some(writer.map_err(|error| errors::of_statement(error, "open SQLite"))?);

@@ -14,6 +14,9 @@ use crate::hint::WithHint;
 use crate::store::Lsn;
 use crate::store::instance::Instance;
 
+/// How the server's answer ends when somebody reads the slot already; the client library gives nothing but the text.
+const IN_USE: &str = "(SQLSTATE 55006)";
+
 /// How long the server may take to let the reader in.
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 
@@ -98,7 +101,7 @@ impl Replication {
         };
         match tokio::time::timeout(CONNECT_WITHIN, started).await {
             Ok(Ok(client)) => Ok(client),
-            Ok(Err(PgWireError::Server(why))) if why.contains("is active for PID") => Err(NoStream::Taken),
+            Ok(Err(PgWireError::Server(why))) if why.ends_with(IN_USE) => Err(NoStream::Taken),
             Ok(Err(error)) => Err(NoStream::Failed(anyhow::Error::new(error).context("read the database's log"))),
             Err(_) => Err(NoStream::Failed(anyhow!("reading the database's log does not begin in {CONNECT_WITHIN:?}"))),
         }

@@ -1,0 +1,256 @@
+//! What the host looks at every second or two, so that it never calls itself ready while nothing can get through: whether the
+//! database takes a commit, whether its own streams are there, and whether its workers' consumers are.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+use tokio::task::JoinHandle;
+
+use super::slot::Work;
+use super::{Host, WorkerState};
+use crate::alarm::{self, ALARM_KEPT, ALARM_STREAM, ALARM_SUBJECTS, Notice};
+use crate::bus::{Bus, Foreign, Outgoing, Standing, StreamSpec, mark_stream};
+use crate::dead_letter::{DLQ_STREAM, DLQ_SUBJECTS};
+use crate::drain::Stopping;
+use crate::health::Part;
+use crate::hint;
+use crate::invalidation::{CACHE_KEPT, CACHE_STREAM, CACHE_SUBJECTS};
+use crate::message::Output;
+use crate::redrive::{REDRIVE_STREAM, REDRIVE_SUBJECTS};
+use crate::store::Store;
+
+/// How often it looks.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// How long a commit may take.
+const COMMIT_WITHIN: Duration = Duration::from_secs(4);
+
+/// How long a look waits for the trial before it looks at the rest.
+const ANSWERS_SOON: Duration = Duration::from_secs(1);
+
+/// How long the broker may take to answer all that is asked in one look.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(4);
+
+/// How long the database may fail before an alarm tells.
+const ALARM_AFTER: Duration = Duration::from_secs(2);
+
+/// How often a start looks again for the streams that it cannot make.
+const START_AGAIN_AFTER: Duration = Duration::from_secs(1);
+
+/// What a host says that it runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostReport {
+    /// The machine's name and the process.
+    pub host: String,
+    pub workers: BTreeMap<String, RunsHere>,
+}
+
+/// How a worker stands on a host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunsHere {
+    /// The version that runs.
+    pub version: Option<u32>,
+    pub state: String,
+    /// Why it does not work, and which version that is about.
+    pub error: Option<String>,
+    pub broken_version: Option<u32>,
+}
+
+/// The streams that are the installation's own.
+fn own_streams() -> [StreamSpec; 5] {
+    [
+        StreamSpec::new(DLQ_STREAM, &[DLQ_SUBJECTS]),
+        StreamSpec { is_queue: true, ..StreamSpec::new(REDRIVE_STREAM, &[REDRIVE_SUBJECTS]) },
+        StreamSpec { max_age: Some(ALARM_KEPT), ..StreamSpec::new(ALARM_STREAM, &[ALARM_SUBJECTS]) },
+        StreamSpec { max_age: Some(CACHE_KEPT), ..StreamSpec::new(CACHE_STREAM, &[CACHE_SUBJECTS]) },
+        mark_stream(),
+    ]
+}
+
+/// Makes the installation's own streams. What keeps them away, such as a server of the cluster that is gone, is waited for.
+///
+/// # Errors
+/// When a stream belongs to another installation.
+pub(super) async fn make_own_streams(bus: &Bus) -> Result<()> {
+    for spec in own_streams() {
+        let mut told = String::new();
+        while let Err(error) = bus.ensure_own_stream(&spec).await {
+            if hint::find::<Foreign>(&error).is_some() {
+                return Err(error);
+            }
+            let why = format!("{error:#}");
+            if why != told {
+                tracing::warn!(stream = spec.name, "the start waits for a stream of the host's own: {why}");
+                told = why;
+            }
+            tokio::time::sleep(START_AGAIN_AFTER).await;
+        }
+    }
+    Ok(())
+}
+
+impl Host {
+    /// What this host runs.
+    pub(super) async fn report(&self) -> HostReport {
+        let runs = |state: WorkerState| {
+            let runs = RunsHere {
+                version: state.version,
+                state: state.state,
+                error: state.error,
+                broken_version: state.broken_version,
+            };
+            (state.worker, runs)
+        };
+        HostReport { host: name(), workers: self.workers().await.into_iter().map(runs).collect() }
+    }
+
+    /// What all hosts that are alive say that they run.
+    pub async fn reports(&self) -> Result<Vec<HostReport>> {
+        let reports = self.store.reports().await?;
+        reports.iter().map(|text| serde_json::from_str(text).context("read what a host runs")).collect()
+    }
+
+    /// Makes own streams that are gone.
+    async fn look_at_own_streams(&self) -> Result<()> {
+        for spec in own_streams() {
+            if self.bus.stream(&spec.name).await?.is_none() {
+                tracing::error!(stream = spec.name, "a stream of the host's own is gone; making it again");
+                self.bus.ensure_own_stream(&spec).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes how the consumers of the workers stand. What the server does not say changes nothing.
+    async fn look_at_consumers(&self) {
+        let mut workers = self.workers.lock().await;
+        for slot in workers.values_mut() {
+            let Some(Work::Messages(running)) = &slot.running else { continue };
+            let standing = match running.standing().await {
+                Ok(standing) => standing,
+                Err(error) => {
+                    tracing::debug!("worker {} is not looked at: {error:#}", running.worker.name);
+                    continue;
+                }
+            };
+            if standing != slot.standing {
+                match &standing {
+                    Standing::Serving => tracing::info!(worker = running.worker.name, "its consumer serves it again"),
+                    Standing::Paused(_) => tracing::warn!(worker = running.worker.name, "its consumer is paused"),
+                    Standing::Gone(why) => tracing::error!(worker = running.worker.name, "it gets no messages: {why}"),
+                }
+            }
+            slot.standing = standing;
+        }
+    }
+
+    /// Tells that the database fails, or that it does no more, around the database.
+    async fn tell_of_database(&self, told: &mut Option<Notice>) {
+        match (told.take(), self.health.database()) {
+            (None, Some(why)) if self.health.database_since().is_some_and(|since| since.elapsed() >= ALARM_AFTER) => {
+                let notice = Notice::of_database(&name(), &why);
+                self.publish_notice(&notice).await;
+                *told = Some(notice);
+            }
+            (Some(notice), None) => self.publish_notice(&notice.over()).await,
+            (before, _) => *told = before,
+        }
+    }
+
+    async fn publish_notice(&self, notice: &Notice) {
+        alarm::log(notice);
+        let Output { id, subject, headers, body, .. } = self.store.output_ids().seal(&notice.worker, &notice.output());
+        let message = Outgoing { subject, headers, id, body };
+        let answers = tokio::time::timeout(ANSWERS_WITHIN, self.bus.publish(vec![message])).await;
+        if let Some(Err(error)) = answers.ok().and_then(|mut answers| answers.pop()) {
+            tracing::warn!("an alarm of the host was not published: {error}");
+        }
+    }
+}
+
+/// Looks until the host stops.
+pub(super) async fn watch(host: Arc<Host>, mut stopping: Stopping) {
+    let mut trial = Trial::default();
+    let mut told = None;
+    loop {
+        trial.turn(&host).await;
+        let asked = async {
+            host.look_at_consumers().await;
+            host.look_at_own_streams().await
+        };
+        match tokio::time::timeout(ANSWERS_WITHIN, asked).await {
+            Ok(looked) => host.health.note(Part::OwnStreams, looked.map_err(|error| format!("{error:#}"))),
+            Err(_) => host.health.note(Part::OwnStreams, Err("JetStream does not answer".to_owned())),
+        }
+        host.tell_of_database(&mut told).await;
+        tokio::select! {
+            biased;
+            () = stopping.stopped() => return,
+            () = host.reported.notified() => {}
+            () = tokio::time::sleep(LOOK_EVERY) => {}
+        }
+    }
+}
+
+/// The small transaction in which a host says what it runs. One at a time: a server that lets a commit wait lets a second one
+/// wait, too.
+#[derive(Default)]
+struct Trial {
+    running: Option<Write>,
+}
+
+struct Write {
+    /// When it had its turn.
+    began: Arc<OnceLock<Instant>>,
+    task: JoinHandle<Result<()>>,
+}
+
+impl Trial {
+    /// Hears of the one that runs, and begins the next one if that is over.
+    async fn turn(&mut self, host: &Host) {
+        if self.running.is_none() {
+            let (report, began) = (host.report().await, Arc::<OnceLock<Instant>>::default());
+            let write = write(Arc::clone(&host.store), report, Arc::clone(&began));
+            self.running = Some(Write { began, task: tokio::spawn(write) });
+        }
+        let Some(Write { began, task }) = &mut self.running else { return };
+        let written = tokio::time::timeout(ANSWERS_SOON, &mut *task).await;
+        // Not while it waits for its turn among the host's own transactions.
+        let lasted = began.get().map(Instant::elapsed).unwrap_or_default();
+        let outcome = match &written {
+            Ok(Ok(Err(error))) => Some(Err(format!("{error:#}"))),
+            Ok(Err(error)) => Some(Err(format!("{error:#}"))),
+            _ if lasted >= COMMIT_WITHIN => Some(Err(does_not_confirm(lasted))),
+            Ok(Ok(Ok(()))) => Some(Ok(())),
+            Err(_) => None,
+        };
+        if written.is_ok() {
+            self.running = None;
+        }
+        if let Some(outcome) = outcome {
+            host.health.note(Part::Trial, outcome);
+        }
+    }
+}
+
+async fn write(store: Arc<dyn Store>, report: HostReport, began: Arc<OnceLock<Instant>>) -> Result<()> {
+    let text = serde_json::to_string(&report).context("write what the host runs")?;
+    Ok(store.write_report(&text, &began).await?)
+}
+
+fn does_not_confirm(since: Duration) -> String {
+    format!(
+        "the database does not confirm commits (one has waited for {} s): is a synchronous standby away, or a lock in the way?",
+        since.as_secs()
+    )
+}
+
+/// The machine and the process.
+fn name() -> String {
+    let machine = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let machine = machine.trim();
+    format!("{}:{}", if machine.is_empty() { "host" } else { machine }, std::process::id())
+}

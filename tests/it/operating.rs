@@ -1,0 +1,290 @@
+//! What an operator is told is what is so: a version that is active runs, a host that is ready works, a worker that cannot
+//! run says why and leaves the others alone, and a retired one is gone.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use async_nats::jetstream;
+use async_nats::jetstream::stream::{Config, ConsumerLimits, RetentionPolicy};
+use support::database::Kind;
+use support::nats::ToPublish;
+use support::postgres::Cluster;
+use support::world::{PATIENCE, World, manifest};
+
+/// The manifest of a worker `other` beside `test`, on a stream of its own.
+fn other(stream: &str) -> Result<String> {
+    let text = manifest("")?.replace("name = \"test\"", "name = \"other\"");
+    let (_, worker) = text.split_once("[[worker]]").context("find the worker")?;
+    // The tables are those of the first one.
+    let lines: Vec<&str> = worker.lines().filter(|line| !line.starts_with("migrations")).collect();
+    let worker = lines.join("\n");
+    Ok(format!("[[worker]]{}", worker.replace("stream = \"IN\"", &format!("stream = \"{stream}\""))))
+}
+
+async fn jetstream_of(world: &World) -> Result<jetstream::Context> {
+    Ok(jetstream::new(world.nats.client().await?))
+}
+
+async fn deploy(world: &World, manifest: &str) -> Result<String> {
+    std::fs::write(world.folder.path().join("other.toml"), manifest).context("write a manifest")?;
+    world.oncely(&["deploy", "other.toml"]).await
+}
+
+/// Waits until the status holds this text, and returns how long that took.
+async fn until_status(world: &World, wanted: &str) -> Result<Duration> {
+    let began = Instant::now();
+    loop {
+        let status = world.oncely(&["status"]).await?;
+        if status.contains(wanted) {
+            return Ok(began.elapsed());
+        }
+        ensure!(began.elapsed() < PATIENCE, "no `{wanted}` in:\n{status}\n{}", world.host_log());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// How soon an operator is told of trouble.
+const TOLD_WITHIN: Duration = Duration::from_secs(10);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_consumer_that_the_server_refuses_is_no_active_version() -> Result<()> {
+    let world = World::start(Kind::Sqlite, &manifest("")?).await?;
+    let jetstream = jetstream_of(&world).await?;
+    let stream = |name: &str, subject: &str| Config {
+        name: name.to_owned(),
+        subjects: vec![subject.to_owned()],
+        ..Config::default()
+    };
+    let queue = Config { retention: RetentionPolicy::WorkQueue, ..stream("QUEUE", "queue.>") };
+    let queue = jetstream.create_stream(queue).await?;
+    let rival = jetstream::consumer::pull::Config {
+        durable_name: Some("rival".to_owned()),
+        filter_subject: "queue.a.>".to_owned(),
+        ..Default::default()
+    };
+    queue.create_consumer(rival).await?;
+    let limits = ConsumerLimits { inactive_threshold: Duration::from_secs(60), ..ConsumerLimits::default() };
+    let forgetful = Config { consumer_limits: Some(limits), ..stream("FORGETFUL", "forgetful.>") };
+    jetstream.create_stream(forgetful).await?;
+
+    let refused = deploy(&world, &other("QUEUE")?).await.unwrap_err().to_string();
+    ensure!(refused.contains("work queue") && refused.contains("rival takes queue.a.>"), "{refused}");
+    ensure!(refused.contains("hint: give the worker subjects"), "{refused}");
+    let refused = deploy(&world, &other("FORGETFUL")?).await.unwrap_err().to_string();
+    ensure!(refused.contains("removes consumers that are not used"), "{refused}");
+    let workers = world.oncely(&["workers"]).await?;
+    ensure!(!workers.contains("other"), "it is there all the same: {workers}");
+    ensure!(world.oncely(&["status"]).await?.contains("ready: yes"), "the host is not ready");
+
+    // Beside the rival there is room.
+    let beside = other("QUEUE")?.replace("stream = \"QUEUE\"", "stream = \"QUEUE\"\nsubjects = [\"queue.b\"]");
+    assert_eq!(deploy(&world, &beside).await?.trim(), "worker other version 1 is active");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_keeps_to_the_limits_of_its_stream() -> Result<()> {
+    let world = World::start(Kind::Sqlite, &manifest("")?).await?;
+    let jetstream = jetstream_of(&world).await?;
+    let limits = ConsumerLimits { max_ack_pending: 100, ..ConsumerLimits::default() };
+    let config = Config {
+        name: "NARROW".to_owned(),
+        subjects: vec!["narrow.>".to_owned()],
+        consumer_limits: Some(limits),
+        ..Config::default()
+    };
+    let stream = jetstream.create_stream(config).await?;
+    assert_eq!(deploy(&world, &other("NARROW")?).await?.trim(), "worker other version 1 is active");
+    let info = stream.consumer_info("oncely-other").await?;
+    ensure!((1..=100).contains(&info.config.max_ack_pending), "{}", info.config.max_ack_pending);
+    let messages = (0..150).map(|n| ToPublish::new("narrow.x", &format!("n{n}"), "insert", r#"{"n": 1}"#)).collect();
+    world.nats.publish_all(messages).await?;
+    world.quiet(150).await
+}
+
+/// The version that an output of `version` tells, if its event's id begins like this.
+fn version_of(body: &[u8], prefix: &str) -> Option<u64> {
+    let told: serde_json::Value = serde_json::from_slice(body).ok()?;
+    told["id"].as_str().filter(|id| id.starts_with(prefix))?;
+    told["version"].as_u64()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_deploy_calls_active_handles_the_next_message() -> Result<()> {
+    let labelled = |label: &str| manifest(&format!("[worker.config]\nlabel = \"{label}\""));
+    let mut world = World::start(Kind::Postgres, &labelled("0")?).await?;
+    let mut rival = world.spawn_rival_directly()?;
+    world.until("select count(*) from oncely.host_report", 2).await?;
+    for n in 1..=3_u64 {
+        let printed = deploy(&world, &labelled(&n.to_string())?).await?;
+        ensure!(printed.contains(&format!("worker test version {} is active on 2 hosts", n + 1)), "{printed}");
+        let messages = (0..20).map(|m| ToPublish::new("in.x", &format!("e{n}-{m}"), "insert,version", r#"{"n": 1}"#));
+        world.nats.publish_all(messages.collect()).await?;
+        world.quiet(n as i64 * 20).await?;
+        let outputs = world.nats.read_stream("OUT").await?;
+        let by: Vec<u64> =
+            outputs.iter().filter_map(|output| version_of(&output.body, &format!("test:e{n}-"))).collect();
+        assert_eq!(by, [n + 1; 20], "an older version handled what came after");
+    }
+    rival.kill()?;
+    rival.wait()?;
+    world.stop_host().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_without_its_stream_says_so_and_the_others_go_on() -> Result<()> {
+    let world = World::start(Kind::Sqlite, &manifest("")?).await?;
+    let jetstream = jetstream_of(&world).await?;
+    let config = Config { name: "THEIRS".to_owned(), subjects: vec!["theirs.>".to_owned()], ..Config::default() };
+    jetstream.create_stream(config.clone()).await?;
+    deploy(&world, &other("THEIRS")?).await?;
+    jetstream.delete_stream("THEIRS").await?;
+    let told = until_status(&world, "yes, but worker other cannot run: the stream THEIRS does not exist").await?;
+    ensure!(told < TOLD_WITHIN, "{told:?}");
+    let told = until_status(&world, "cannot-run").await?;
+    ensure!(told < TOLD_WITHIN, "{told:?}");
+    world.nats.publish_all(vec![ToPublish::insert(1)]).await?;
+    world.until("select count(*) from oncely.inbox", 1).await?;
+
+    // Without the other one's stream nothing works.
+    jetstream.delete_stream("IN").await?;
+    let why = world.not_ready("the stream IN does not exist").await?;
+    ensure!(why.contains("the stream THEIRS does not exist"), "{why}");
+    jetstream.create_stream(config).await?;
+    let printed = until_status(&world, "yes, but worker test cannot run").await?;
+    ensure!(printed < PATIENCE, "{printed:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_paused_consumer_is_shown_as_paused() -> Result<()> {
+    let world = World::start(Kind::Sqlite, &manifest("")?).await?;
+    let client = world.nats.client().await?;
+    let pause = |until: String| client.request("$JS.API.CONSUMER.PAUSE.IN.oncely-test", until.into());
+    let until = jiff::Timestamp::now() + Duration::from_secs(3600);
+    pause(format!("{{\"pause_until\": \"{until}\"}}")).await?;
+    let told = until_status(&world, "paused").await?;
+    ensure!(told < TOLD_WITHIN, "{told:?}");
+    let workers = world.oncely_json(&["workers", "--json"]).await?;
+    let error = workers.pointer("/0/error").and_then(serde_json::Value::as_str).unwrap_or_default().to_owned();
+    ensure!(error.contains("its consumer is paused for another 59m"), "{error}");
+    pause("{}".to_owned()).await?;
+    until_status(&world, "running").await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_hosts_own_streams_are_made_again() -> Result<()> {
+    let world = World::start(Kind::Sqlite, &manifest("")?).await?;
+    let jetstream = jetstream_of(&world).await?;
+    for name in ["ONCELY_DLQ", "ONCELY_REDRIVE", "ONCELY_ALARM", "ONCELY_CACHE"] {
+        jetstream.delete_stream(name).await?;
+        let end = Instant::now() + TOLD_WITHIN;
+        while jetstream.get_stream(name).await.is_err() {
+            ensure!(Instant::now() < end, "{name} is not made again:\n{}", world.host_log());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+    until_status(&world, "ready: yes").await?;
+    // What is put back finds its way again.
+    world.nats.publish_all(vec![ToPublish::new("in.x", "bad", "reject", "{}")]).await?;
+    world.until("select count(*) from oncely.dead_letter", 1).await?;
+    world.oncely(&["dlq", "redrive", "1"]).await?;
+    world.until("select count(*) from oncely.dead_letter where generation = 1 and state = 'open'", 1).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_database_that_does_not_confirm_commits_is_not_called_ready() -> Result<()> {
+    let mut world = World::without_host(Kind::Sqlite, &manifest("")?).await?;
+    let cluster = Cluster::start()?;
+    world.database = support::database::Database::on(&cluster).await?;
+    world.start_host().await?;
+    let set = |names: &str| format!("alter system set synchronous_standby_names = '{names}'");
+    world.database.execute(&set("nobody")).await?;
+    world.database.execute("select pg_reload_conf()").await?;
+    let began = Instant::now();
+    let why = world.not_ready("does not confirm commits").await?;
+    ensure!(began.elapsed() < TOLD_WITHIN && why.contains("synchronous standby"), "{:?}: {why}", began.elapsed());
+    // The alarm goes around the database.
+    let end = began + TOLD_WITHIN;
+    loop {
+        let alarms = world.nats.read_stream("ONCELY_ALARM").await?;
+        let told = |alarm: &&support::nats::Stored| alarm.subject == "oncely.alarm._host";
+        if alarms.iter().find(told).is_some_and(|alarm| {
+            let body = String::from_utf8_lossy(&alarm.body);
+            body.contains("does not confirm commits") && body.contains("\"raised\"")
+        }) {
+            break;
+        }
+        ensure!(Instant::now() < end, "no alarm:\n{}", world.host_log());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    // A setting needs no commit of its own.
+    world.database.execute(&set("")).await?;
+    world.database.execute("select pg_reload_conf()").await?;
+    world.ready().await?;
+    world.nats.publish_all(vec![ToPublish::insert(1)]).await?;
+    world.until("select count(*) from oncely.inbox", 1).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sqlite_file_that_is_locked_is_not_called_ready() -> Result<()> {
+    use sqlx::{Connection, Executor};
+    let mut world = World::start(Kind::Sqlite, &manifest("")?).await?;
+    let file = world.folder.path().join("test.db");
+    let options = sqlx::sqlite::SqliteConnectOptions::new().filename(file);
+    let mut other = sqlx::SqliteConnection::connect_with(&options).await?;
+    other.execute("begin immediate").await?;
+    let began = Instant::now();
+    let why = world.not_ready("the database takes no writes").await?;
+    ensure!(began.elapsed() < TOLD_WITHIN + Duration::from_secs(2), "{:?}: {why}", began.elapsed());
+    other.execute("rollback").await?;
+    world.ready().await
+}
+
+both!(a_retired_worker_is_gone_and_comes_back_where_the_stream_begins, |kind: Kind| async move {
+    let mut world = World::start(kind, &manifest("")?).await?;
+    world.nats.publish_all((0..20).map(ToPublish::insert).collect()).await?;
+    world.quiet(20).await?;
+    let printed = world.oncely(&["retire", "test"]).await?;
+    assert_eq!(printed.trim(), "worker test is retired; version 1 was active");
+    let jetstream = jetstream_of(&world).await?;
+    for stream in ["IN", "ONCELY_REDRIVE"] {
+        let consumer = jetstream.get_stream(stream).await?.consumer_info("oncely-test").await;
+        ensure!(consumer.is_err(), "the consumer of {stream} is still there");
+    }
+    let error = world.oncely(&["retire", "test"]).await.unwrap_err().to_string();
+    ensure!(error.contains("there is no worker `test`") && error.contains("hint: oncely workers"), "{error}");
+    ensure!(!world.oncely(&["workers"]).await?.contains("test"), "it is still listed");
+    world.ready().await?;
+    world.nats.publish_all((20..30).map(ToPublish::insert).collect()).await?;
+
+    // What it handled before it meets again, and skips.
+    assert_eq!(deploy(&world, &manifest("")?).await?.trim(), "worker test version 2 is active");
+    world.quiet(30).await?;
+    assert_eq!(world.database.number("select count(distinct event_id) from app.effect").await?, 30);
+    assert_eq!(world.database.number("select count(*) from app.effect").await?, 60);
+
+    world.oncely(&["retire", "test", "--keep-place"]).await?;
+    let place = jetstream.get_stream("IN").await?.consumer_info("oncely-test").await?;
+    assert_eq!(place.ack_floor.stream_sequence, 30);
+    Ok(())
+});
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_host_that_is_not_ready_hears_a_signal() -> Result<()> {
+    let mut world = World::start(Kind::Sqlite, &manifest("")?).await?;
+    world.kill_host()?;
+    // A server that says nothing keeps the host from its start.
+    world.nats.pause()?;
+    world.spawn_host()?;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let began = Instant::now();
+    let pid = world.host_pid().context("find the host")?;
+    support::world::signal(pid, "TERM")?;
+    while world.host_lives() {
+        ensure!(began.elapsed() < Duration::from_secs(5), "it still waits:\n{}", world.host_log());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    world.nats.resume()
+}
