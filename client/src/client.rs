@@ -169,7 +169,7 @@ impl Builder {
         let base = base(&self.base, self.http.is_some())?;
         let http = match self.http {
             Some(http) => http,
-            None => connections()?,
+            None => connections(&base)?,
         };
         let retrier = Retrier {
             policy: self.policy,
@@ -202,14 +202,22 @@ fn base(text: &str, own_http: bool) -> Result<Url, Error> {
 }
 
 /// Connections that follow no redirects and do not retry by themselves, so that tries are counted in one place.
-fn connections() -> Result<reqwest::Client, Error> {
+fn connections(base: &Url) -> Result<reqwest::Client, Error> {
     #[cfg(feature = "tls")]
     {
         // The first one to choose decides; if the program has, so be it.
         let _ = rustls::crypto::ring::default_provider().install_default();
     }
     let http = reqwest::Client::builder().redirect(reqwest::redirect::Policy::none()).retry(reqwest::retry::never());
+    let http = if is_on_this_machine(base) { http.no_proxy() } else { http };
     http.build().map_err(|error| Error::Invalid(format!("connections cannot be set up: {error}")))
+}
+
+/// No proxy of the environment stands before this machine.
+fn is_on_this_machine(base: &Url) -> bool {
+    let host = base.host_str().unwrap_or_default();
+    let address = host.trim_start_matches('[').trim_end_matches(']').parse::<std::net::IpAddr>();
+    host == "localhost" || host.ends_with(".localhost") || address.is_ok_and(|address| address.is_loopback())
 }
 
 /// A header, unless it is the one that [`Request::key`] is for.

@@ -22,7 +22,7 @@ mod webhook;
 pub use cache::{CacheSettings, CacheUrl};
 pub use compile::CompileSettings;
 pub use http::HttpLimits;
-pub use nats::{Login, Nats};
+pub use nats::{JetStreamAt, Login, Nats};
 pub use token::{keep_token, read_token};
 pub use webhook::{Webhook, key as webhook_key};
 

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use crate::message::{Headers, Output, OutputKind, output_id};
+use bytes::Bytes;
+
+use crate::message::{self, Headers, Output, OutputKind, output_id};
 use crate::verdict::Letter;
 
 /// The stream all dead letters go to.
@@ -17,7 +19,25 @@ const DETAIL_MAX: usize = 1_000;
 /// The message to `oncely.dlq.{worker}`. Its headers: all of the original's, but those of the transport (`Nats-*`), and
 /// `Oncely-Worker`, `Oncely-Version`, `Oncely-Event-Id`, `Oncely-Reason`, `Oncely-Code`, `Oncely-Detail`,
 /// `Oncely-Attempts`, `Oncely-Subject` (the original's), `Oncely-Stream` and `Oncely-Stream-Sequence`.
-pub fn notice(letter: &Letter) -> Output {
+///
+/// One that would be larger than `payload_max` goes without its body, and then without the original's headers, and says so in
+/// `Oncely-Left-Out`: the letter in the database has all of it.
+pub fn notice(letter: &Letter, payload_max: usize) -> Output {
+    let whole = whole_notice(letter);
+    if message::size_on_its_way(&whole.headers, &whole.id, whole.body.len()) <= payload_max {
+        return whole;
+    }
+    let left_out = |parts: &str| ("Oncely-Left-Out".to_owned(), parts.to_owned());
+    let mut without = Output { body: Bytes::new(), ..whole };
+    without.headers.push(left_out("body"));
+    if message::size_on_its_way(&without.headers, &without.id, 0) > payload_max {
+        without.headers.retain(|(name, _)| name.starts_with("Oncely-") && name != "Oncely-Left-Out");
+        without.headers.push(left_out("body, headers"));
+    }
+    without
+}
+
+fn whole_notice(letter: &Letter) -> Output {
     let message = &letter.message;
     let mut headers: Headers = message
         .headers

@@ -175,6 +175,10 @@ async fn check_source(host: &Host, proposal: &Proposal, stream: &str, mut source
     match host.bus.stream(stream).await? {
         Some(existing) => {
             host.retention.check(worker, existing.max_age)?;
+            // Its subjects do not say what it takes over from other streams, or under which names it stores what it takes.
+            if existing.is_copy || existing.renames_subjects {
+                return Ok(());
+            }
             source = Some(existing.subjects);
         }
         None => {

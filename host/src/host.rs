@@ -164,8 +164,8 @@ impl Host {
             retention.outputs,
         );
         let cache = Cache::open(cache, Arc::clone(&metrics))?;
-        let (payload_max, told) = (bus.max_payload(), Arc::clone(&metrics));
-        let ingress = Ingress::new(Arc::clone(&store), hand_over.clone(), told, payload_max, admission, cache.clone());
+        let (store_of_ingress, told) = (Arc::clone(&store), Arc::clone(&metrics));
+        let ingress = Ingress::new(store_of_ingress, hand_over.clone(), told, bus.clone(), admission, cache.clone());
         let (stop, stop_log) = (Stop::new(), Stop::new());
         let host = Arc::new(Host {
             ingress: Arc::new(ingress),

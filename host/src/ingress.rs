@@ -17,6 +17,7 @@ use axum::response::Response;
 use bytes::Bytes;
 use tokio::sync::{RwLock, Semaphore};
 
+use crate::bus::Bus;
 use crate::cache::Cache;
 use crate::delivery::Delivery;
 use crate::delivery::request::{Asked, Handled};
@@ -107,12 +108,12 @@ impl Ingress {
         store: Arc<dyn Store>,
         relay: HandOver,
         metrics: Arc<Metrics>,
-        payload_max: usize,
+        bus: Bus,
         admission: Admission,
         cache: Cache,
     ) -> Self {
         Ingress {
-            publishing: Publishing { store, payload_max, metrics: Arc::clone(&metrics) },
+            publishing: Publishing { store, bus, metrics: Arc::clone(&metrics) },
             admission,
             cache,
             metrics,
@@ -165,9 +166,10 @@ impl Ingress {
             Target::Worker(Found { route, .. }) => {
                 (route.body_size, route.needs_key(parts.method.as_str()), route.window)
             }
-            Target::Publish(_) => (self.publishing.payload_max as u64, true, PUBLISH_WINDOW),
+            Target::Publish(_) => (self.publishing.bus.max_payload() as u64, true, PUBLISH_WINDOW),
         };
-        let key = key::key(&parts.headers)?;
+        // What changes nothing needs no key, and one that is there says nothing.
+        let key = if parts.method.is_safe() { None } else { key::key(&parts.headers)? };
         if key.is_none() && needs_key {
             return Err(Problem::key_missing());
         }
@@ -200,6 +202,9 @@ impl Ingress {
             },
             None => None,
         };
+        if let Target::Publish(publication) = target {
+            self.publishing.check(publication, asked).await?;
+        }
         let _room = match target {
             Target::Worker(found) => {
                 let room = tokio::time::timeout(ROOM_WAIT, found.worker.room.acquire()).await;

@@ -8,6 +8,7 @@ use tokio::time::Instant;
 
 use crate::alarm;
 use crate::bus::Receipt;
+use crate::dead_letter::notice;
 use crate::delivery::{Delivered, Delivery};
 use crate::drain::Stopping;
 use crate::fault;
@@ -212,7 +213,7 @@ impl Lane {
     /// Dead letters in a transaction of their own, then the acks.
     async fn bury(&self, dead: Vec<(Parcel, Letter)>, queue: &mut Queue<Parcel>) -> Result<(), Stopped> {
         let letters: Vec<(Letter, Output)> =
-            dead.iter().map(|(_, letter)| (letter.clone(), crate::dead_letter::notice(letter))).collect();
+            dead.iter().map(|(_, letter)| (letter.clone(), notice(letter, self.delivery.payload_max))).collect();
         let leased_at = std::time::Instant::now();
         let new_failures = self.delivery.worker.alarm.new_failures;
         let bury = || self.delivery.store.bury(&letters, new_failures);

@@ -131,18 +131,47 @@ pub struct InvalidEventId {
     pub why: String,
 }
 
+/// Whether a text is a `traceparent` (W3C Trace Context, section 3.2): two, 32, 16 and two hex digits, neither id all zeros.
+pub fn is_traceparent(text: &str) -> bool {
+    let is_hex = |part: &str, length: usize| {
+        part.len() == length && part.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+    };
+    let is_id = |part: &str, length: usize| is_hex(part, length) && part.bytes().any(|byte| byte != b'0');
+    let mut parts = text.split('-');
+    let (Some(version), Some(trace), Some(span), Some(flags)) =
+        (parts.next(), parts.next(), parts.next(), parts.next())
+    else {
+        return false;
+    };
+    let is_whole = version != "00" || parts.next().is_none();
+    is_hex(version, 2) && version != "ff" && is_id(trace, 32) && is_id(span, 16) && is_hex(flags, 2) && is_whole
+}
+
+/// How many bytes a message of the platform has on its way to its stream, as the server counts them: its headers with its id and
+/// the readable one, and its body.
+pub fn size_on_its_way(headers: &Headers, id: &str, body: usize) -> usize {
+    let lines: usize = headers.iter().map(|(name, value)| name.len() + value.len() + 4).sum();
+    let own = "NATS/1.0\r\nNats-Msg-Id: \r\nOncely-Output-Id: \r\n\r\n".len();
+    lines + own + id.len().max(SENT_ID) + id.len() + body
+}
+
+/// The length of an id as it travels: a keyed hash, or a UUID.
+const SENT_ID: usize = 36;
+
 /// The event id of a message: CloudEvents `ce-source` and `ce-id` as `source|id`, else `Nats-Msg-Id`,
 /// else the name of the stream, the time at which it stored the message (microseconds since the epoch) and the sequence as
 /// `stream@stored:sequence`, so that a stream that was made again, or restored from an older copy, never repeats one.
-/// A header without a value counts as absent, so the next source decides.
+/// A header without a value counts as absent, so the next source decides. An event in structured mode has its id and source in
+/// its `body`; where that is not at hand, such an event counts as one without an id.
 pub fn event_id(
     headers: &Headers,
+    body: Option<&[u8]>,
     stream: &str,
     stored_at: Timestamp,
     sequence: u64,
 ) -> Result<String, InvalidEventId> {
     let derived = place_id(stream, stored_at, sequence);
-    let Some(sent) = sent_id(headers) else { return Ok(derived) };
+    let Some(sent) = sent_id(headers, body) else { return Ok(derived) };
     match check_sent_id(&sent) {
         Ok(()) => Ok(sent),
         Err(why) => Err(InvalidEventId { stand_in: derived, why }),
@@ -150,14 +179,42 @@ pub fn event_id(
 }
 
 /// The id that the publisher of a message chose; none when its headers carry none.
-fn sent_id(headers: &Headers) -> Option<String> {
+fn sent_id(headers: &Headers, body: Option<&[u8]>) -> Option<String> {
     match (filled_header(headers, "ce-id"), filled_header(headers, "ce-source")) {
+        (Some(id), source) => Some(of_cloud_event(&decoded(id), source.map(decoded).as_deref())),
+        (None, _) => body
+            .and_then(|body| structured_id(headers, body))
+            .or_else(|| filled_header(headers, "Nats-Msg-Id").map(str::to_owned)),
+    }
+}
+
+/// The id of an event whose envelope is its body: `application/cloudevents+json`.
+fn structured_id(headers: &Headers, body: &[u8]) -> Option<String> {
+    #[derive(serde::Deserialize)]
+    struct Envelope {
+        id: String,
+        source: Option<String>,
+    }
+    let kind = filled_header(headers, "content-type")?.split(';').next()?.trim().to_ascii_lowercase();
+    let envelope: Envelope = (kind == "application/cloudevents+json").then(|| serde_json::from_slice(body).ok())??;
+    let is_filled = |text: &String| !text.trim().is_empty();
+    let source = envelope.source.filter(is_filled);
+    Some(envelope.id).filter(is_filled).map(|id| of_cloud_event(&id, source.as_deref()))
+}
+
+fn of_cloud_event(id: &str, source: Option<&str>) -> String {
+    match source {
         // `|` cannot stand in a URI reference, so a well-formed source has none; percent-encoding it in
         // the others keeps two different pairs from ever giving the same id.
-        (Some(id), Some(source)) => Some(format!("{}|{id}", source.replace('|', "%7C"))),
-        (Some(id), None) => Some(id.to_owned()),
-        (None, _) => filled_header(headers, "Nats-Msg-Id").map(str::to_owned),
+        Some(source) => format!("{}|{id}", source.replace('|', "%7C")),
+        None => id.to_owned(),
     }
+}
+
+/// The value of a header of a CloudEvent: publishers may percent-encode what is not plain ASCII, spaces, quotes and percent
+/// signs (CloudEvents HTTP binding, section 3.1.3.2). A text that is not UTF-8 then stays as it is.
+fn decoded(value: &str) -> String {
+    percent_encoding::percent_decode_str(value).decode_utf8().map_or_else(|_| value.to_owned(), String::from)
 }
 
 /// The first value of `name` that is more than white space.
@@ -215,7 +272,7 @@ mod tests {
 
     fn id_of(headers: &[(&str, &str)]) -> Result<String, InvalidEventId> {
         let headers = headers.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        event_id(&headers, "ORDERS", Timestamp::UNIX_EPOCH, 7)
+        event_id(&headers, None, "ORDERS", Timestamp::UNIX_EPOCH, 7)
     }
 
     #[test]
@@ -224,6 +281,47 @@ mod tests {
         assert_eq!(id_of(&[("Ce-Id", "1"), ("Nats-Msg-Id", "x")]), Ok("1".into()));
         assert_eq!(id_of(&[("Nats-Msg-Id", "x")]), Ok("x".into()));
         assert_eq!(id_of(&[]), Ok("ORDERS@0:7".into()));
+    }
+
+    #[test]
+    fn an_event_has_one_id_in_every_form() {
+        let structured = |kind: &str, body: &str| {
+            let headers =
+                vec![("Content-Type".to_owned(), kind.to_owned()), ("Nats-Msg-Id".to_owned(), "n".to_owned())];
+            event_id(&headers, Some(body.as_bytes()), "ORDERS", Timestamp::UNIX_EPOCH, 7).unwrap()
+        };
+        let body = r#"{"specversion": "1.0", "id": "évènement 1", "source": "/shop", "type": "t", "data": {}}"#;
+        let binary = id_of(&[("ce-id", "évènement 1"), ("ce-source", "/shop")]).unwrap();
+        assert_eq!(id_of(&[("ce-id", "%C3%A9v%C3%A8nement%201"), ("ce-source", "/shop")]).unwrap(), binary);
+        for kind in ["application/cloudevents+json", "Application/CloudEvents+JSON; charset=UTF-8"] {
+            assert_eq!(structured(kind, body), binary);
+        }
+        assert_eq!(structured("application/json", body), "n");
+        for broken in ["{", "{}", r#"{"id": 1}"#, r#"{"id": " "}"#] {
+            assert_eq!(structured("application/cloudevents+json", broken), "n");
+        }
+        // What is no escape stays as it is.
+        for id in ["100%", "%zz", "%ff", "a+b"] {
+            assert_eq!(id_of(&[("ce-id", id)]), Ok(id.to_owned()));
+        }
+    }
+
+    #[test]
+    fn a_traceparent_is_one_or_is_none() {
+        let good = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        assert!(is_traceparent(good));
+        for bad in [
+            "garbage",
+            "",
+            "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331",
+            "00-00000000000000000000000000000000-b7ad6b7169203331-01",
+            "00-0af7651916cd43dd8448eb211c80319c-0000000000000000-01",
+            "ff-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+            "00-0AF7651916CD43DD8448EB211C80319C-b7ad6b7169203331-01",
+            "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-x",
+        ] {
+            assert!(!is_traceparent(bad), "{bad}");
+        }
     }
 
     #[test]

@@ -307,7 +307,7 @@ fn by_key(
 ) -> HashMap<String, Vec<(u64, String)>> {
     let mut by_key: HashMap<String, Vec<(u64, String)>> = HashMap::new();
     for Passed { sequence, subject, headers } in messages {
-        let event_id = event_id(&headers, stream, created, sequence).unwrap_or_else(|invalid| invalid.stand_in);
+        let event_id = event_id(&headers, None, stream, created, sequence).unwrap_or_else(|invalid| invalid.stand_in);
         let body = bytes::Bytes::new();
         let message = Message { event_id, subject, headers, body, origin: None, redriven: None };
         if let Some(key) = ordering_key.key_of(&message) {

@@ -120,7 +120,7 @@ impl Checker<'_> {
         let mut events: BTreeMap<String, Event> = BTreeMap::new();
         for stored in &self.observed.inputs {
             let headers: Headers = stored.headers.iter().map(|(name, value)| (name.clone(), value.clone())).collect();
-            let id = event_id(&headers, "IN", stored.stored_at, stored.sequence);
+            let id = event_id(&headers, None, "IN", stored.stored_at, stored.sequence);
             let id = id.unwrap_or_else(|invalid| invalid.stand_in);
             let Some(nature) = stored.headers.get("nature").and_then(|nature| Nature::from_header(nature)) else {
                 self.fail("inputs", format!("input {} has no nature", stored.sequence));

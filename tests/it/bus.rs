@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use oncely::bus::{
     Bus, Compared, EmbeddedServer, Ensured, Outgoing, PublishError, Pull, Pulled, StreamSpec, Subscription,
 };
-use oncely::config::{Login, Nats};
+use oncely::config::Nats;
 use oncely::store::{Claim, SqliteStore, Store};
 use oncely::verdict::Settled;
 use support::nats::{NatsServer, ToPublish};
@@ -33,7 +33,7 @@ async fn world() -> Result<(NatsServer, Bus)> {
 }
 
 fn at(url: &str) -> Nats {
-    Nats { servers: vec![url.to_owned()], login: Login::None, root_certificate: None, client_certificate: None }
+    Nats { servers: vec![url.to_owned()], ..Nats::default() }
 }
 
 fn subscription(ack_wait: Duration) -> Subscription {

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use async_nats::jetstream;
 use async_nats::jetstream::stream::{Config, ConsumerLimits, RetentionPolicy};
 use support::database::Kind;
-use support::nats::ToPublish;
+use support::nats::{NatsServer, ToPublish};
 use support::postgres::Cluster;
 use support::world::{PATIENCE, World, manifest};
 
@@ -287,4 +287,99 @@ async fn a_host_that_is_not_ready_hears_a_signal() -> Result<()> {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     world.nats.resume()
+}
+
+/// One server of three is away: hosts start and work, because their own streams have three replicas.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_host_starts_while_a_server_of_the_cluster_is_away() -> Result<()> {
+    let mut servers = NatsServer::start_cluster().await?;
+    let mut world = World::without_host(Kind::Sqlite, &manifest("")?).await?;
+    // One of these was made by an earlier host, without replicas.
+    let jetstream = jetstream::new(servers[0].client().await?);
+    let old = Config { name: "ONCELY_DLQ".to_owned(), subjects: vec!["oncely.dlq.>".to_owned()], ..Config::default() };
+    jetstream.create_stream(old).await?;
+    world.nats_url = servers.iter().map(NatsServer::url).collect::<Vec<_>>().join(",");
+    world.start_host().await?;
+    for name in ["ONCELY_DLQ", "ONCELY_REDRIVE", "ONCELY_ALARM", "ONCELY_CACHE", "ONCELY_MARK", "IN", "OUT"] {
+        let replicas = jetstream.get_stream(name).await?.cached_info().config.num_replicas;
+        assert_eq!(replicas, 3, "{name}");
+    }
+    world.stop_host().await?;
+    servers[2].kill()?;
+    world.start_host().await?;
+    let client = servers[0].client().await?;
+    let jetstream = jetstream::new(client);
+    let mut headers = async_nats::HeaderMap::new();
+    headers.insert("do", "insert");
+    let sent = jetstream.publish_with_headers("in.x", headers, r#"{"n": 1}"#.into()).await?;
+    sent.await?;
+    world.until("select count(*) from oncely.inbox", 1).await?;
+    world.stop_host().await?;
+
+    // With two away nothing can be stored: the start waits, says for what, and goes on by itself.
+    servers[1].kill()?;
+    world.spawn_host()?;
+    let end = Instant::now() + PATIENCE;
+    while !world.host_log().contains("waits for a stream of the host's own") && world.host_lives() {
+        ensure!(Instant::now() < end, "it does not say what it waits for:\n{}", world.host_log());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    Ok(())
+}
+
+/// Runs the program until it ends, which must be soon. Returns what it printed to standard error.
+async fn fails(world: &World, args: &[&str]) -> Result<String> {
+    let mut command = std::process::Command::new(support::guests::oncely()?);
+    command.args(args).current_dir(world.folder.path()).env("RUST_BACKTRACE", "0");
+    command.args(["--nats", &world.nats.url(), "--listen", "127.0.0.1:0", "--http", "off"]);
+    let output = tokio::task::spawn_blocking(move || command.output());
+    let output = tokio::time::timeout(Duration::from_secs(30), output).await.context("it does not end")???;
+    ensure!(!output.status.success(), "it ran: {}", String::from_utf8_lossy(&output.stdout));
+    Ok(String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_folder_and_one_sqlite_file_have_one_host() -> Result<()> {
+    let world = World::start(Kind::Sqlite, &manifest("")?).await?;
+    let database = world.database.url();
+    let pid = world.host_pid().context("find the host")?;
+    for command in ["run", "dev"] {
+        let same_folder = fails(&world, &[command, "--database", "other.db", "--data-dir", ".oncely"]).await?;
+        ensure!(
+            same_folder.contains("use the data folder") && same_folder.contains(&format!("process {pid}")),
+            "{same_folder}"
+        );
+        ensure!(same_folder.contains("hint: stop the host that runs there"), "{same_folder}");
+        let same_file = fails(&world, &[command, "--database", &database, "--data-dir", ".second"]).await?;
+        ensure!(same_file.contains("use the database") && same_file.contains(&format!("process {pid}")), "{same_file}");
+    }
+    ensure!(world.oncely(&["status"]).await?.contains("ready: yes"), "the host was disturbed");
+    Ok(())
+}
+
+both!(a_program_that_is_older_than_the_schema_does_not_start, |kind: Kind| async move {
+    let mut world = World::start(kind, &manifest("")?).await?;
+    world.stop_host().await?;
+    let newer = "insert into oncely.migration (version, name, checksum) values (9999, 'newer', 'x')";
+    let newer = if kind == Kind::Sqlite { newer.replace("'x'", "x'00'") } else { newer.replace("'x'", "'\\x00'") };
+    world.database.execute(&newer).await?;
+    let error = fails(&world, &["run", "--database", &world.database.url(), "--data-dir", ".second"]).await?;
+    ensure!(error.contains("made by a newer oncely: its schema is at 9999"), "{error}");
+    ensure!(error.contains("hint: run the newer version"), "{error}");
+    Ok(())
+});
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_proxy_of_the_environment_does_not_stand_before_this_machine() -> Result<()> {
+    let world = World::start(Kind::Sqlite, &manifest("")?).await?;
+    for variable in ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"] {
+        for args in [&["status"][..], &["workers"], &["publish", "in.x", "{}", "--http"]] {
+            let mut command = std::process::Command::new(support::guests::oncely()?);
+            command.args(args).current_dir(world.folder.path()).env(variable, "http://127.0.0.1:9");
+            let output = tokio::task::spawn_blocking(move || command.output()).await??;
+            let said = String::from_utf8_lossy(&output.stderr);
+            ensure!(output.status.success(), "{variable} {args:?}: {said}");
+        }
+    }
+    Ok(())
 }

@@ -84,6 +84,40 @@ impl NatsServer {
         Ok(nats)
     }
 
+    /// Starts a cluster of three servers, and waits until it has a leader.
+    pub async fn start_cluster() -> Result<Vec<Self>> {
+        let routes: Vec<u16> = (0..3).map(|_| free_port()).collect::<Result<_>>()?;
+        let all: Vec<String> = routes.iter().map(|port| format!("nats://127.0.0.1:{port}")).collect();
+        let configuration = |n: usize, port: u16| {
+            format!(
+                "server_name: n{n}\ncluster {{ name: c, listen: \"127.0.0.1:{port}\", routes: [{}] }}\n",
+                all.iter().map(|url| format!("\"{url}\"")).collect::<Vec<_>>().join(", ")
+            )
+        };
+        let start = |(n, port): (usize, &u16)| {
+            let text = configuration(n, *port);
+            async move { Self::start_with(&text).await }
+        };
+        let servers = futures::future::try_join_all(routes.iter().enumerate().map(start)).await?;
+        for server in &servers {
+            server.until_it_has_a_leader().await?;
+        }
+        Ok(servers)
+    }
+
+    /// Waits until JetStream answers.
+    pub async fn until_it_has_a_leader(&self) -> Result<()> {
+        let end = Instant::now() + Duration::from_secs(60);
+        let context = jetstream::new(self.client().await?);
+        while let Err(error) = context.query_account().await {
+            if Instant::now() > end {
+                bail!("the cluster has no leader: {error}");
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Ok(())
+    }
+
     pub fn port(&self) -> u16 {
         self.port
     }
@@ -106,6 +140,14 @@ impl NatsServer {
         );
         self.server = Some(Server::start(&format!("( {command} )"), &folder.join("no-such-folder"))?);
         self.client().await.map(|_| ())
+    }
+
+    /// Kills the server and starts it with another configuration, to which the test's own clients log in with these options.
+    pub async fn restart_secured(&mut self, configuration: &str, options: ConnectOptions) -> Result<()> {
+        self.kill()?;
+        std::fs::write(self.folder.path().join("configuration"), configuration).context("write the configuration")?;
+        self.options = options;
+        self.restart().await
     }
 
     /// Kills the server as a power cut would.

@@ -28,8 +28,9 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName}
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use super::denials::Denials;
+use super::login::{self, Proof};
 use super::wire::{Arrived, Op, next_op};
-use crate::config::{Login, Nats};
+use crate::config::Nats;
 use crate::retry::Backoff;
 
 /// How long each step of connecting may take, and one write.
@@ -405,15 +406,15 @@ async fn connect_to(nats: &Nats, name: &str, server: &str) -> Result<Socket> {
     let tcp = timeout(STEP_TIMEOUT, TcpStream::connect(place)).await.context("connect in time")?.context("connect")?;
     tcp.set_nodelay(true).context("set up the connection")?;
     let mut socket = Socket { stream: Box::new(tcp), buffer: BytesMut::new(), discovered: Vec::new() };
+    if nats.tls_first {
+        socket.encrypt(nats, address.host()).await?;
+    }
     let Op::Info(info) = socket.hear().await? else { bail!("the server does not introduce itself") };
     let info: Info = serde_json::from_slice(&info).context("understand the server's introduction")?;
-    if info.tls_required || address.tls_required() {
-        let name = ServerName::try_from(address.host().to_owned()).context("read the name of a server")?;
-        let connector = TlsConnector::from(Arc::new(tls(nats)?));
-        let encrypted = timeout(STEP_TIMEOUT, connector.connect(name, socket.stream));
-        socket.stream = Box::new(encrypted.await.context("agree on TLS in time")?.context("agree on TLS")?);
+    if !nats.tls_first && (info.tls_required || address.tls_required()) {
+        socket.encrypt(nats, address.host()).await?;
     }
-    let hello = hello(nats, name, &info.nonce, address.tls_required()).await?;
+    let hello = hello(nats, name, &info.nonce, nats.tls_first || address.tls_required()).await?;
     socket.write(format!("CONNECT {hello}\r\nPING\r\n").as_bytes()).await?;
     loop {
         match socket.hear().await? {
@@ -427,6 +428,16 @@ async fn connect_to(nats: &Nats, name: &str, server: &str) -> Result<Socket> {
 }
 
 impl Socket {
+    /// Agrees on TLS with the server of this name.
+    async fn encrypt(&mut self, nats: &Nats, host: &str) -> Result<()> {
+        let name = ServerName::try_from(host.to_owned()).context("read the name of a server")?;
+        let connector = TlsConnector::from(Arc::new(tls(nats)?));
+        let plain = std::mem::replace(&mut self.stream, Box::new(tokio::io::empty()));
+        let encrypted = timeout(STEP_TIMEOUT, connector.connect(name, plain));
+        self.stream = Box::new(encrypted.await.context("agree on TLS in time")?.context("agree on TLS")?);
+        Ok(())
+    }
+
     async fn write(&mut self, bytes: &[u8]) -> Result<()> {
         let written = async {
             self.stream.write_all(bytes).await?;
@@ -457,49 +468,14 @@ async fn hello(nats: &Nats, name: &str, nonce: &str, tls_required: bool) -> Resu
         "verbose": false, "pedantic": false, "tls_required": tls_required, "name": name, "lang": "rust",
         "version": env!("CARGO_PKG_VERSION"), "protocol": 1, "echo": true, "headers": true, "no_responders": true,
     });
-    let proof = match &nats.login {
-        Login::None => json!({}),
-        Login::Password { user, password } => json!({ "user": user, "pass": password.reveal() }),
-        Login::Token(token) => json!({ "auth_token": token.reveal() }),
-        Login::Nkey(path) => {
-            let seed = tokio::fs::read_to_string(path).await;
-            let key = key(seed.with_context(|| format!("read the nkey {}", path.display()))?.trim())?;
-            json!({ "nkey": key.public_key(), "sig": signature(&key, nonce)? })
-        }
-        Login::Credentials(path) => {
-            let text = tokio::fs::read_to_string(path).await;
-            let text = text.with_context(|| format!("read the credentials {}", path.display()))?;
-            let mut sections = sections(&text);
-            let (jwt, seed) = (sections.next(), sections.next());
-            let (Some(jwt), Some(seed)) = (jwt, seed) else { bail!("{} lacks a JWT or a seed", path.display()) };
-            json!({ "jwt": jwt, "sig": signature(&key(seed)?, nonce)? })
-        }
-    };
-    if let (Some(hello), serde_json::Value::Object(proof)) = (hello.as_object_mut(), proof) {
-        hello.extend(proof);
+    let Proof { user, password, token, jwt, nkey, signature } = login::prove(nats, nonce.as_bytes()).await?;
+    let signature = signature.map(|signature| URL_SAFE_NO_PAD.encode(signature));
+    let proof =
+        [("user", user), ("pass", password), ("auth_token", token), ("jwt", jwt), ("nkey", nkey), ("sig", signature)];
+    if let Some(hello) = hello.as_object_mut() {
+        hello.extend(proof.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?.into()))));
     }
     Ok(hello)
-}
-
-/// The text between the marks of a credentials file: the JWT, then the seed.
-fn sections(text: &str) -> impl Iterator<Item = &str> {
-    let lines = text.lines().map(str::trim);
-    lines
-        .scan(false, |inside, line| {
-            let is_mark = line.starts_with("---");
-            *inside = if is_mark { line.contains("BEGIN ") } else { *inside };
-            Some((*inside && !is_mark && !line.is_empty()).then_some(line))
-        })
-        .flatten()
-}
-
-fn key(seed: &str) -> Result<nkeys::KeyPair> {
-    nkeys::KeyPair::from_seed(seed).map_err(|error| anyhow::anyhow!("read the seed of an nkey: {error}"))
-}
-
-fn signature(key: &nkeys::KeyPair, nonce: &str) -> Result<String> {
-    let signed = key.sign(nonce.as_bytes()).map_err(|error| anyhow::anyhow!("sign with an nkey: {error}"))?;
-    Ok(URL_SAFE_NO_PAD.encode(signed))
 }
 
 /// TLS as the client library sets it up: the given authority alone, or those that the operating system trusts.
@@ -524,17 +500,4 @@ fn tls(nats: &Nats) -> Result<ClientConfig> {
     let chain = chain.collect::<Result<Vec<_>, _>>().context("read the client's certificate")?;
     let key = PrivateKeyDer::from_pem_file(key).context("read the client's key")?;
     config.with_client_auth_cert(chain, key).context("use the client's certificate")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_credentials_file_holds_a_jwt_and_a_seed() {
-        let text = "-----BEGIN NATS USER JWT-----\neyJ0.abc\n------END NATS USER JWT------\n\n\
-            ************************* IMPORTANT *************************\n  NKEY Seed printed below\n\n\
-            -----BEGIN USER NKEY SEED-----\nSUABC\n------END USER NKEY SEED------\n\n****\n";
-        assert_eq!(sections(text).collect::<Vec<_>>(), ["eyJ0.abc", "SUABC"]);
-    }
 }

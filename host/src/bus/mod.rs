@@ -6,13 +6,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use async_nats::connection::State;
 use async_nats::jetstream::{self, context::ContextBuilder};
-use async_nats::{ConnectErrorKind, ConnectOptions, Event};
+use async_nats::{Auth, AuthError, ConnectErrorKind, ConnectOptions, Event};
 use tokio::sync::watch;
 
-use crate::config::{Login, Nats};
+use crate::config::Nats;
 use crate::hint::WithHint;
 use connection::Connection;
 use installation::Owner;
+use login::Proof;
 use publisher::Publisher;
 
 mod alarms;
@@ -20,6 +21,7 @@ mod connection;
 mod denials;
 mod feed;
 mod installation;
+mod login;
 mod marks;
 mod publish;
 mod publisher;
@@ -77,8 +79,7 @@ impl Bus {
     /// Connects; an error when no server answers, or one without JetStream.
     pub async fn connect(nats: &Nats) -> Result<Bus> {
         let (sender, connections) = watch::channel(0_u64);
-        let client = login(ConnectOptions::new(), nats)
-            .await?
+        let client = options(nats)
             .name("oncely")
             .max_reconnects(None)
             .reconnect_delay_callback(reconnect_delay)
@@ -97,7 +98,11 @@ impl Bus {
                 anyhow::Error::from(error).hint(hint)
             })
             .with_context(|| format!("connect to NATS at {}", nats.shown()))?;
-        let context = ContextBuilder::new().timeout(REQUEST_TIMEOUT).ack_timeout(REQUEST_TIMEOUT).build(client.clone());
+        let context = ContextBuilder::new()
+            .api_prefix(nats.api_prefix())
+            .timeout(REQUEST_TIMEOUT)
+            .ack_timeout(REQUEST_TIMEOUT)
+            .build(client.clone());
         context
             .query_account()
             .await
@@ -162,27 +167,33 @@ impl Bus {
     }
 }
 
-/// Adds what proves who we are.
-async fn login(options: ConnectOptions, nats: &Nats) -> Result<ConnectOptions> {
-    let mut options = match &nats.login {
-        Login::None => options,
-        Login::Password { user, password } => options.user_and_password(user.clone(), password.reveal().to_owned()),
-        Login::Token(token) => options.token(token.reveal().to_owned()),
-        Login::Nkey(path) => {
-            let seed = std::fs::read_to_string(path).with_context(|| format!("read the nkey {}", path.display()))?;
-            options.nkey(seed.trim().to_owned())
+/// How the client library connects. What proves who we are is read anew each time.
+fn options(nats: &Nats) -> ConnectOptions {
+    let of_login = nats.clone();
+    let mut options = ConnectOptions::with_auth_callback(move |nonce| {
+        let nats = of_login.clone();
+        async move {
+            let Proof { user, password, token, jwt, nkey, signature } =
+                login::prove(&nats, &nonce).await.map_err(|error| AuthError::new(format!("{error:#}")))?;
+            let mut auth = Auth::new();
+            (auth.username, auth.password, auth.token) = (user, password, token);
+            (auth.jwt, auth.nkey, auth.signature) = (jwt, nkey, signature);
+            Ok(auth)
         }
-        Login::Credentials(path) => {
-            options.credentials_file(path).await.with_context(|| format!("read the credentials {}", path.display()))?
-        }
-    };
+    });
+    if nats.tls_first {
+        options = options.tls_first();
+    }
+    if let Some(prefix) = &nats.inbox_prefix {
+        options = options.custom_inbox_prefix(prefix);
+    }
     if let Some(path) = &nats.root_certificate {
         options = options.add_root_certificates(path.clone());
     }
     if let Some((certificate, key)) = &nats.client_certificate {
         options = options.add_client_certificate(certificate.clone(), key.clone());
     }
-    Ok(options)
+    options
 }
 
 /// The first attempt at once, the next ones 50 ms, 100 ms and so on apart.

@@ -462,7 +462,7 @@ impl Pull {
         let body = serde_json::to_vec(&batch).context("write a request for messages")?;
         self.deliveries.publish(Sent {
             over: *self.connections.borrow(),
-            subject: next_subject(&self.subscription.stream, &self.subscription.durable),
+            subject: next_subject(&self.bus, &self.subscription.stream, &self.subscription.durable),
             reply: answered_at.clone(),
             headers: Vec::new(),
             body: body.into(),
@@ -475,6 +475,7 @@ impl Pull {
     fn hear(&mut self, answer: Arrived) {
         // A publisher may have stored a status of its own: what has a place on a stream is a message.
         match self.bus.place(answer.reply.as_deref()) {
+            Ok(Some(place)) if is_marker(&answer) => self.pass_over(place),
             Ok(Some(place)) => self.take(answer, place),
             Ok(None) => self.hear_of_request(&answer),
             // It stays unacknowledged and comes again.
@@ -508,13 +509,34 @@ impl Pull {
         self.held = Some(self.open(message, place));
     }
 
+    /// The server says by it that messages of a subject are gone. It is no event: nobody published it.
+    fn pass_over(&mut self, place: Place) {
+        self.sound();
+        if let Some(request) = &mut self.request {
+            request.last_word = Instant::now();
+            request.left = request.left.saturating_sub(1);
+        }
+        self.request.take_if(|request| request.left == 0);
+        let progress = Progress::new(&self.bus.client, Subject::from(place.reply));
+        tokio::spawn(async move {
+            // If it gets lost, the marker comes again.
+            let _ = progress.end(AckKind::Term).await;
+        });
+    }
+
     fn open(&self, message: Arrived, place: Place) -> Pulled {
         let origin = Origin { stream: place.stream, sequence: place.sequence, stored_at: place.stored_at };
         let readable = readable(&message);
         let place_id = || place_id(&origin.stream, origin.stored_at, origin.sequence);
         let (event_id, unusable) = match readable.why {
             Some(why) => (place_id(), Some((Reason::Unreadable, why))),
-            None => match event_id(&readable.headers, &origin.stream, origin.stored_at, origin.sequence) {
+            None => match event_id(
+                &readable.headers,
+                Some(&message.body),
+                &origin.stream,
+                origin.stored_at,
+                origin.sequence,
+            ) {
                 Ok(id) => (id, None),
                 Err(InvalidEventId { stand_in, why }) => (stand_in, Some((Reason::InvalidId, why))),
             },
@@ -627,6 +649,13 @@ fn readable(message: &Arrived) -> Readable {
     }
     let why: Vec<String> = bad_subject.into_iter().chain(bad_headers).collect();
     Readable { subject, headers, why: Some(why.join("; ")).filter(|why| !why.is_empty()) }
+}
+
+/// Whether the server has put a message in the place of others that it removed.
+fn is_marker(message: &Arrived) -> bool {
+    let has_body = !message.body.is_empty();
+    let block = if has_body { None } else { read_block(&message.headers).ok() };
+    block.is_some_and(|block| block.headers.get("Nats-Marker-Reason").is_some())
 }
 
 /// Whether a request ended because it brought as much as it could.

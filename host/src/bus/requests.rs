@@ -74,7 +74,7 @@ impl Bus {
             connections: deliveries.connections(),
             deliveries,
             inbox,
-            subject: next_subject(stream, consumer),
+            subject: next_subject(self, stream, consumer),
             made: 0,
             open: None,
         })
@@ -111,8 +111,8 @@ impl Bus {
 }
 
 /// Where a consumer is asked for messages.
-pub(super) fn next_subject(stream: &str, consumer: &str) -> String {
-    format!("$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}")
+pub(super) fn next_subject(bus: &Bus, stream: &str, consumer: &str) -> String {
+    format!("{}.CONSUMER.MSG.NEXT.{stream}.{consumer}", bus.nats.api_prefix())
 }
 
 impl Requests {

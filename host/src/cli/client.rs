@@ -57,6 +57,15 @@ impl HostFile {
         Ok(())
     }
 
+    /// Removes the file of this process; that of another one stays.
+    pub fn remove(data_dir: &Path) {
+        let path = data_dir.join(HOST_FILE);
+        let own = std::fs::read_to_string(&path).ok().and_then(|text| serde_json::from_str::<HostFile>(&text).ok());
+        if own.is_some_and(|file| file.pid == std::process::id()) {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+
     /// The file of the nearest host: in `.oncely` of this folder or of one above it.
     pub fn nearest() -> Option<HostFile> {
         let here = std::env::current_dir().ok()?;
@@ -83,7 +92,10 @@ impl Client {
                 .hint("start one with: oncely dev   (or name one with --host and --token)");
         };
         let token = args.token.clone().or_else(|| nearest.map(|file| file.token)).unwrap_or_default();
-        Ok(Client { base: base.trim_end_matches('/').to_owned(), token, http: reqwest::Client::new() })
+        let http =
+            if is_on_this_machine(&base) { reqwest::Client::builder().no_proxy() } else { reqwest::Client::builder() };
+        let http = http.build().context("set up connections")?;
+        Ok(Client { base: base.trim_end_matches('/').to_owned(), token, http })
     }
 
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
@@ -149,6 +161,13 @@ fn from_problem(problem: Problem, exit: Exit) -> anyhow::Error {
         None => exit.because(problem.error).into(),
     };
     problem.hints.into_iter().rev().fold(error, |error, hint| error.hint(hint))
+}
+
+/// Whether a URL leads to this machine: no proxy of the environment stands before that.
+pub fn is_on_this_machine(url: &str) -> bool {
+    let host = reqwest::Url::parse(url).ok().and_then(|url| url.host_str().map(str::to_owned)).unwrap_or_default();
+    let address = host.trim_start_matches('[').trim_end_matches(']').parse::<std::net::IpAddr>();
+    host == "localhost" || host.ends_with(".localhost") || address.is_ok_and(|address| address.is_loopback())
 }
 
 /// The data folder, made when it is absent, open to this user alone.

@@ -11,11 +11,12 @@ use tokio::net::TcpListener;
 use super::build::{Built, ToolchainArg};
 use super::client::{DATA_DIR, make_data_dir};
 use super::deploy::{propose, show_plan};
+use super::lock::Lock;
 use super::serve::{Ended, Served, listen, listen_for_requests, start_log};
 use super::signals::Signals;
 use super::term;
 use crate::bus::EmbeddedServer;
-use crate::config::{HostConfig, HostFlags};
+use crate::config::{HTTP, HostConfig, HostFlags, LISTEN};
 use crate::deploy;
 use crate::manifest::{FILE_NAME, Manifest};
 
@@ -59,6 +60,7 @@ impl Dev {
     pub async fn run(self) -> Result<()> {
         let manifests = self.manifests()?;
         let data_dir = make_data_dir(&self.data_dir)?;
+        let _folder = Lock::folder(&data_dir).await?;
         let server = self.nats_server(&data_dir).await?;
         let ended = self.serve(&data_dir, &manifests, server.as_ref()).await;
         if let Some(server) = server {
@@ -70,6 +72,7 @@ impl Dev {
     async fn serve(self, data_dir: &Path, manifests: &[Manifest], server: Option<&EmbeddedServer>) -> Result<()> {
         let config = self.config(data_dir, server)?;
         start_log(&config)?;
+        let _database = Lock::database(&config.database).await?;
         let mut signals = Signals::listen()?;
         while self.serve_once(&config, manifests, &mut signals).await? == Ended::WithoutNats {}
         Ok(())
@@ -138,8 +141,8 @@ impl Dev {
 
     async fn listener(&self, config: &HostConfig) -> Result<TcpListener> {
         match listen(config).await {
-            // Another `oncely dev` runs: two are no problem.
-            Err(_) if self.listen.is_none() => {
+            // Another `oncely dev` runs, in another folder: two are no problem.
+            Err(_) if config.listen == LISTEN.parse()? => {
                 TcpListener::bind((config.listen.ip(), 0)).await.context("listen on a free port")
             }
             listener => listener,
@@ -148,7 +151,7 @@ impl Dev {
 
     async fn requests(&self, config: &HostConfig) -> Result<Option<TcpListener>> {
         match (listen_for_requests(config).await, config.http) {
-            (Err(_), Some(address)) if self.http.is_none() => {
+            (Err(_), Some(address)) if address == HTTP.parse()? => {
                 TcpListener::bind((address.ip(), 0)).await.map(Some).context("listen for requests on a free port")
             }
             (listener, _) => listener,

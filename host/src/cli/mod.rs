@@ -11,6 +11,8 @@ mod dev;
 mod dlq;
 pub mod exit;
 mod json_text;
+mod lock;
+mod log_line;
 mod outbox;
 mod publish;
 mod recover;

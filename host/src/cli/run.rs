@@ -6,6 +6,7 @@ use anyhow::Result;
 use clap::Args;
 
 use super::client::make_data_dir;
+use super::lock::Lock;
 use super::serve::{Ended, Served, listen, listen_for_requests, start_log};
 use super::signals::Signals;
 use crate::config::{HostConfig, HostFlags};
@@ -25,6 +26,8 @@ impl Run {
         let mut config = HostConfig::load(&self.flags)?;
         start_log(&config)?;
         config.data_dir = make_data_dir(&config.data_dir)?;
+        let _folder = Lock::folder(&config.data_dir).await?;
+        let _database = Lock::database(&config.database).await?;
         let mut signals = Signals::listen()?;
         while serve(&config, &mut signals).await? == Ended::WithoutNats {}
         Ok(())

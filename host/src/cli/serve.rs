@@ -1,5 +1,6 @@
 //! What `dev` and `run` share: start a host and its control API, wait for a signal, drain.
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -12,8 +13,9 @@ use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
-use super::client::{HOST_FILE, HostFile};
+use super::client::HostFile;
 use super::exit::Exit;
+use super::log_line::OneLine;
 use super::signals::Signals;
 use crate::api;
 use crate::bus::Bus;
@@ -135,7 +137,7 @@ impl Served {
         self.stop_api.now();
         // Clients that hold a connection open do not hold up the end.
         let _ = tokio::time::timeout(Duration::from_secs(1), self.api).await;
-        let _ = std::fs::remove_file(self.data_dir.join(HOST_FILE));
+        HostFile::remove(&self.data_dir);
         // Without NATS nothing can be acknowledged or published; all of it comes again.
         if ended == Ended::ByASignal {
             drained?;
@@ -150,16 +152,31 @@ const INGRESS_DRAIN: Duration = Duration::from_secs(5);
 /// Listens for requests where the configuration says.
 pub async fn listen_for_requests(config: &HostConfig) -> Result<Option<TcpListener>> {
     let Some(address) = config.http else { return Ok(None) };
-    let listener = TcpListener::bind(address).await.with_context(|| format!("listen for requests on {address}"));
+    let listener = bind(address).await.with_context(|| format!("listen for requests on {address}"));
     listener.map(Some).hint("does another host run here? name another address with --http, or --http off")
 }
 
 /// Listens where the configuration says.
 pub async fn listen(config: &HostConfig) -> Result<TcpListener> {
-    TcpListener::bind(config.listen)
+    bind(config.listen)
         .await
         .with_context(|| format!("listen on {}", config.listen))
         .hint("does another host run here? name another address with --listen")
+}
+
+/// For how long an address is tried: the host before may be on its way out.
+const BOUND_WITHIN: Duration = Duration::from_secs(1);
+
+async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let end = tokio::time::Instant::now() + BOUND_WITHIN;
+    loop {
+        match TcpListener::bind(address).await {
+            Err(error) if error.kind() == ErrorKind::AddrInUse && tokio::time::Instant::now() < end => {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            bound => return bound,
+        }
+    }
 }
 
 async fn open_store(config: &HostConfig) -> Result<Arc<dyn Store>> {
@@ -211,7 +228,7 @@ const QUIET: &str = "async_nats=warn,sqlx=error,pgwire_replication=off";
 /// Sends log lines to standard error, in the form the configuration asks for.
 pub fn start_log(config: &HostConfig) -> Result<()> {
     let filter: Targets = format!("{QUIET},{}", config.log_level).parse().context("read log_level")?;
-    let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let log = tracing_subscriber::fmt::layer().with_writer(|| OneLine(std::io::stderr()));
     let log = match config.log {
         LogFormat::Text => log.with_ansi(false).with_target(false).boxed(),
         LogFormat::Json => log.json().flatten_event(true).boxed(),

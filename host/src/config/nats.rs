@@ -1,8 +1,9 @@
 //! Where NATS is and as whom to connect: a URL, a context of the `nats` tool, a credentials file.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use anyhow::Context as _;
 use percent_encoding::percent_decode_str;
 use serde::Deserialize;
 
@@ -10,21 +11,47 @@ use crate::config::sources::{Given, Sources};
 use crate::config::{Secret, without_password};
 
 /// How to reach NATS.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq)]
 pub struct Nats {
     /// At least one; each `nats://…`, `tls://…` or `host:port`. They may hold a password.
     pub servers: Vec<String>,
     pub login: Login,
+    /// The file that the login stands in, if that is a context: it is read again for each connection.
+    pub context: Option<Context>,
+    /// Whether TLS comes before the server's first word.
+    pub tls_first: bool,
+    /// What subjects for answers begin with; none for `_INBOX`.
+    pub inbox_prefix: Option<String>,
+    pub jetstream: JetStreamAt,
     /// A certificate authority's certificate, in PEM.
     pub root_certificate: Option<PathBuf>,
     /// The client's own certificate and key, in PEM.
     pub client_certificate: Option<(PathBuf, PathBuf)>,
 }
 
-/// As whom to connect.
+/// A context of the `nats` tool.
 #[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Context {
+    file: PathBuf,
+    /// What `~` stands for.
+    home: PathBuf,
+}
+
+/// Which JetStream of the servers that can be reached.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum JetStreamAt {
+    #[default]
+    Here,
+    Domain(String),
+    /// Its API has other subjects, as where it is imported from another account.
+    Prefix(String),
+}
+
+/// As whom to connect.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Login {
     /// As nobody.
+    #[default]
     None,
     Password {
         user: String,
@@ -35,6 +62,11 @@ pub enum Login {
     Nkey(PathBuf),
     /// A credentials file: a JWT and the seed of its nkey.
     Credentials(PathBuf),
+    /// A JWT, and a file with the seed of its nkey unless it is a bearer's.
+    Jwt {
+        jwt: Secret,
+        seed: Option<PathBuf>,
+    },
 }
 
 /// A context as the `nats` tool keeps it; what is empty there is not set.
@@ -50,14 +82,30 @@ struct ContextFile {
     ca: String,
     cert: String,
     key: String,
+    user_jwt: String,
+    tls_first: bool,
+    inbox_prefix: String,
+    jetstream_domain: String,
+    jetstream_api_prefix: String,
+    /// All others.
+    #[serde(flatten)]
+    others: BTreeMap<String, serde_json::Value>,
 }
+
+/// What a context may say that changes nothing here.
+const HARMLESS: [&str; 3] = ["description", "color_scheme", "jetstream_event_prefix"];
 
 /// The context first; `nats` and `nats_creds` take the place of what it says.
 pub(super) fn resolve(sources: &Sources<'_>, env: &dyn Fn(&str) -> Option<String>) -> anyhow::Result<Nats> {
     let home = env("HOME").map(PathBuf::from).unwrap_or_default();
     let given = sources.get("nats_context");
-    let context = given.as_ref().map(|given| read_context(given, &home, env)).transpose()?.unwrap_or_default();
-    let path = |text: &str| text.strip_prefix("~/").map_or_else(|| PathBuf::from(text), |rest| home.join(rest));
+    let file = given.as_ref().map(|given| context_file(given, &home, env)).transpose()?;
+    let context = file.as_deref().map(read_context).transpose()?.unwrap_or_default();
+    if let (Some(given), Some(other)) = (&given, context.unsupported()) {
+        let what = format!("names a context with `{other}`, which a host cannot do");
+        return Err(given.refuse_value(&what, "a context without it"));
+    }
+    let path = |text: &str| in_home(&home, text);
     let present = |text: &String| Some(text.clone()).filter(|text| !text.is_empty());
 
     let url = sources.get("nats").or_else(|| {
@@ -69,9 +117,18 @@ pub(super) fn resolve(sources: &Sources<'_>, env: &dyn Fn(&str) -> Option<String
         Some(given) => Login::Credentials(existing_file(&given, given.path())?),
         None => login_in_url(&servers).unwrap_or_else(|| login(&context, path)),
     };
+    let is_of_context = login != Login::None && login == self::login(&context, path);
     Ok(Nats {
         servers,
         login,
+        context: file.filter(|_| is_of_context).map(|file| Context { file, home: home.clone() }),
+        tls_first: context.tls_first,
+        inbox_prefix: present(&context.inbox_prefix),
+        jetstream: match (present(&context.jetstream_domain), present(&context.jetstream_api_prefix)) {
+            (_, Some(prefix)) => JetStreamAt::Prefix(prefix.trim_end_matches('.').to_owned()),
+            (Some(domain), None) => JetStreamAt::Domain(domain),
+            (None, None) => JetStreamAt::Here,
+        },
         root_certificate: present(&context.ca).map(|text| path(&text)),
         client_certificate: present(&context.cert).zip(present(&context.key)).map(|(c, k)| (path(&c), path(&k))),
     })
@@ -89,7 +146,10 @@ fn login_in_url(servers: &[String]) -> Option<Login> {
 }
 
 fn login(context: &ContextFile, path: impl Fn(&str) -> PathBuf) -> Login {
-    if !context.creds.is_empty() {
+    if !context.user_jwt.is_empty() {
+        let seed = Some(&context.nkey).filter(|seed| !seed.is_empty()).map(|seed| path(seed));
+        Login::Jwt { jwt: Secret::new(&context.user_jwt), seed }
+    } else if !context.creds.is_empty() {
         Login::Credentials(path(&context.creds))
     } else if !context.nkey.is_empty() {
         Login::Nkey(path(&context.nkey))
@@ -102,7 +162,42 @@ fn login(context: &ContextFile, path: impl Fn(&str) -> PathBuf) -> Login {
     }
 }
 
-fn read_context(given: &Given, home: &Path, env: &dyn Fn(&str) -> Option<String>) -> anyhow::Result<ContextFile> {
+fn in_home(home: &Path, text: &str) -> PathBuf {
+    text.strip_prefix("~/").map_or_else(|| PathBuf::from(text), |rest| home.join(rest))
+}
+
+impl ContextFile {
+    /// A setting that changes the meaning of the others and is not known here.
+    fn unsupported(&self) -> Option<&str> {
+        let says_nothing = |value: &serde_json::Value| match value {
+            serde_json::Value::Null | serde_json::Value::Bool(false) => true,
+            serde_json::Value::String(text) => text.is_empty(),
+            serde_json::Value::Array(items) => items.is_empty(),
+            _ => false,
+        };
+        let others = self.others.iter().filter(|(_, value)| !says_nothing(value));
+        others.map(|(name, _)| name.as_str()).find(|name| !HARMLESS.contains(name))
+    }
+}
+
+impl Nats {
+    /// The login as it is now: a context is read again, so that a login that was rotated there counts.
+    pub fn login_now(&self) -> anyhow::Result<Login> {
+        let Some(Context { file, home }) = &self.context else { return Ok(self.login.clone()) };
+        Ok(login(&read_context(file)?, |text: &str| in_home(home, text)))
+    }
+
+    /// What subjects of the JetStream API begin with.
+    pub fn api_prefix(&self) -> String {
+        match &self.jetstream {
+            JetStreamAt::Here => "$JS.API".to_owned(),
+            JetStreamAt::Domain(domain) => format!("$JS.{domain}.API"),
+            JetStreamAt::Prefix(prefix) => prefix.clone(),
+        }
+    }
+}
+
+fn context_file(given: &Given, home: &Path, env: &dyn Fn(&str) -> Option<String>) -> anyhow::Result<PathBuf> {
     let name = &given.value;
     if name.starts_with('.') || name.contains(['/', '\\']) {
         return Err(given.refuse_value("is not the name of a context", "production"));
@@ -113,7 +208,11 @@ fn read_context(given: &Given, home: &Path, env: &dyn Fn(&str) -> Option<String>
         let what = format!("there is no NATS context `{name}` at {}", file.display());
         return Err(given.refuse_with_hint(what, "list those there are: nats context ls".to_owned()));
     }
-    let text = std::fs::read(&file).with_context(|| format!("read the NATS context {}", file.display()))?;
+    Ok(file)
+}
+
+fn read_context(file: &Path) -> anyhow::Result<ContextFile> {
+    let text = std::fs::read(file).with_context(|| format!("read the NATS context {}", file.display()))?;
     serde_json::from_slice(&text).with_context(|| format!("understand the NATS context {}", file.display()))
 }
 

@@ -32,12 +32,7 @@ fn with_nothing_given_a_host_runs_from_one_folder_on_this_machine() {
         guest_sql: GuestSql::Walled,
         stream_replicas: None,
         take_over: None,
-        nats: Nats {
-            servers: vec!["nats://127.0.0.1:4222".into()],
-            login: Login::None,
-            root_certificate: None,
-            client_certificate: None,
-        },
+        nats: Nats { servers: vec!["nats://127.0.0.1:4222".into()], ..Nats::default() },
         listen: LISTEN.parse().unwrap(),
         token: None,
         http: Some(HTTP.parse().unwrap()),

@@ -78,6 +78,9 @@ pub(super) async fn serve(
     })
 }
 
+/// Headers of an answer with which the host tells what it did: a handler's own are left out.
+const OF_THE_HOST: [&str; 5] = ["idempotent-replayed", "cache-status", "age", "date", "server"];
+
 /// Reads an answer to its end.
 async fn read(given: oneshot::Receiver<Given>, most: usize) -> Result<HttpAnswer, CallFailure> {
     let failed = |code: &str, why: String| CallFailure::new(FailureKind::Retry, code, why);
@@ -98,7 +101,8 @@ async fn read(given: oneshot::Receiver<Given>, most: usize) -> Result<HttpAnswer
             "the body of the answer could not be read: {error}; it may have {most} bytes (`answer_size` under [worker.limits])"
         ))
     })?;
-    let headers = parts.headers.iter().map(|(name, value)| (name.to_string(), text_of(value.as_bytes())));
+    let own = parts.headers.iter().filter(|(name, _)| !OF_THE_HOST.contains(&name.as_str()));
+    let headers = own.map(|(name, value)| (name.to_string(), text_of(value.as_bytes())));
     Ok(HttpAnswer { status, headers: headers.collect(), body: body.to_bytes() })
 }
 

@@ -15,7 +15,7 @@ use super::bindings::wasi::config::store as config;
 use super::bindings::wasi::logging::logging;
 use super::call::{CallFailure, CallState, FailureKind};
 use super::record::{Asked, Saw};
-use crate::message::Message;
+use crate::message::{self, Message};
 use crate::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
 use crate::state::StateSlot;
 use crate::units;
@@ -120,7 +120,11 @@ impl invocation::Host for CallState {
     }
 
     async fn traceparent(&mut self) -> wasmtime::Result<Option<String>> {
-        Ok(self.message().and_then(|message| message.header("traceparent")).map(str::to_owned))
+        Ok(self
+            .message()
+            .and_then(|message| message.header("traceparent"))
+            .filter(|parent| message::is_traceparent(parent))
+            .map(str::to_owned))
     }
 }
 

@@ -6,7 +6,7 @@
 use axum::http::header::{AUTHORIZATION, COOKIE, HOST};
 use axum::http::request::Parts;
 use axum::http::uri::Authority;
-use axum::http::{HeaderMap, HeaderValue, Version};
+use axum::http::{HeaderMap, HeaderValue, Uri, Version};
 
 use super::problem::Problem;
 
@@ -21,6 +21,9 @@ const DEFAULT_PORT: u16 = 80;
 /// `caller` is the header that says who asks, if the host is configured with one.
 pub(super) fn settle(parts: &mut Parts, caller: Option<&str>) -> Result<(), Problem> {
     let authority = authority(parts)?;
+    if let Some(uri) = normal(&parts.uri) {
+        parts.uri = uri;
+    }
     parts.headers.insert(HOST, authority);
     join_cookies(&mut parts.headers);
     for name in [AUTHORIZATION.as_str(), caller.unwrap_or(AUTHORIZATION.as_str())] {
@@ -29,6 +32,33 @@ pub(super) fn settle(parts: &mut Parts, caller: Option<&str>) -> Result<(), Prob
         }
     }
     Ok(())
+}
+
+/// The same target with one spelling: what may stand as it is does not stand as `%37`, and other escapes have capitals (RFC 3986
+/// sections 6.2.2.1 and 6.2.2.2). None when it has that already.
+fn normal(uri: &Uri) -> Option<Uri> {
+    let target = uri.path_and_query().filter(|target| target.as_str().contains('%'))?.as_str();
+    let mut normal = String::with_capacity(target.len());
+    let mut rest = target;
+    while let Some((before, after)) = rest.split_once('%') {
+        normal.push_str(before);
+        let escape = after.get(..2).filter(|digits| digits.bytes().all(|digit| digit.is_ascii_hexdigit()));
+        let byte = escape.and_then(|digits| u8::from_str_radix(digits, 16).ok());
+        rest = after;
+        match byte {
+            Some(byte) if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) => normal.push(char::from(byte)),
+            Some(byte) => normal.push_str(&format!("%{byte:02X}")),
+            None => {
+                normal.push('%');
+                continue;
+            }
+        }
+        rest = after.get(2..).unwrap_or_default();
+    }
+    normal.push_str(rest);
+    let mut parts = uri.clone().into_parts();
+    parts.path_and_query = Some(normal.parse().ok()?);
+    Uri::from_parts(parts).ok()
 }
 
 /// The authority of the target where that has one, else of `Host` (RFC 9112 section 3.2). Both must name the same place.
@@ -118,6 +148,16 @@ mod tests {
         ] {
             assert!(host(uri, hosts).is_err(), "{uri} {hosts:?}");
         }
+    }
+
+    #[test]
+    fn a_target_has_one_spelling() {
+        let target = |uri: &str| normal(&uri.parse().unwrap()).map_or_else(|| uri.to_owned(), |uri| uri.to_string());
+        assert_eq!(target("/a/%37?q=%7e"), "/a/7?q=~");
+        assert_eq!(target("/a%2fb/%C3%bc%20"), "/a%2Fb/%C3%BC%20");
+        assert_eq!(target("/a/7"), "/a/7");
+        assert_eq!(target("/100%"), "/100%");
+        assert_eq!(target("/%zz%41"), "/%zzA");
     }
 
     #[test]

@@ -96,6 +96,18 @@ impl Problem {
         Problem::new(413, "body-too-large", "The body is too large", detail)
     }
 
+    /// A message that no server would take.
+    pub(super) fn message_too_large(size: usize, most: usize) -> Self {
+        let detail =
+            format!("the message has {size} bytes with its headers, and the NATS server takes {most} (max_payload)");
+        Problem::new(413, "body-too-large", "The message is too large", detail)
+    }
+
+    pub(super) fn no_stream(subject: &str) -> Self {
+        let detail = format!("no stream takes the subject `{subject}`: the message would have no place to go");
+        Problem::new(404, "no-stream", "No stream takes this subject", detail)
+    }
+
     pub(super) fn headers_too_large(size: usize, most: usize) -> Self {
         let detail = format!("the headers have {size} bytes together, and may have {most}");
         Problem::new(431, "headers-too-large", "The headers are too large", detail)

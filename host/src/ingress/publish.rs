@@ -9,10 +9,11 @@ use serde_json::json;
 use uuid::Uuid;
 
 use super::problem::Problem;
+use crate::bus::{Bus, stream_of};
 use crate::delivery::HAND_OVER_LEASE;
 use crate::delivery::request::{Asked, Claim, Handled, claim, commit};
 use crate::http_server::written_names;
-use crate::message::{Headers, Output, OutputKind};
+use crate::message::{self, Headers, Output, OutputKind};
 use crate::metrics::Metrics;
 use crate::request::HttpAnswer;
 use crate::store::{Store, StoreError, Tx};
@@ -38,8 +39,7 @@ const HEADER_PREFIX: &str = "x-message-";
 
 pub(super) struct Publishing {
     pub store: Arc<dyn Store>,
-    /// The largest payload the broker takes, in bytes.
-    pub payload_max: usize,
+    pub bus: Bus,
     pub metrics: Arc<Metrics>,
 }
 
@@ -100,7 +100,29 @@ fn message_value(name: &str, value: &HeaderValue) -> Result<String, Problem> {
     Ok(value.to_owned())
 }
 
+/// How old the list of streams may be in which a subject is looked for, and how old when it is not found there.
+const STREAMS_AS_OF: Duration = Duration::from_secs(10);
+const STREAMS_AS_OF_AT_LEAST: Duration = Duration::from_secs(1);
+
 impl Publishing {
+    /// Refuses what could never be published, before anything is done: a message that is too large with its headers, and one to
+    /// a subject of no stream. While the broker does not answer, the outbox has to do without knowing.
+    pub(super) async fn check(&self, publication: &Publication, asked: &Asked) -> Result<(), Problem> {
+        let most = self.bus.max_payload();
+        let id = Uuid::nil().to_string();
+        let size = message::size_on_its_way(&publication.headers, &id, asked.request.body.len());
+        if size > most {
+            return Err(Problem::message_too_large(size, most));
+        }
+        for as_of in [STREAMS_AS_OF, STREAMS_AS_OF_AT_LEAST] {
+            match self.bus.streams(as_of).await {
+                Ok(streams) if stream_of(&streams, &publication.subject).is_none() => {}
+                _ => return Ok(()),
+            }
+        }
+        Err(Problem::no_stream(&publication.subject))
+    }
+
     /// Publishes the body of a request, once for each key. An error means that nothing happened.
     pub(super) async fn publish(&self, publication: &Publication, asked: &Asked) -> Result<Handled, StoreError> {
         let tx = self.store.begin(PUBLISHER, TIME).await?;

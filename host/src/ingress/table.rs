@@ -39,10 +39,19 @@ impl Table {
             }
         }
         let mut paths = matchit::Router::new();
+        // A rest may be empty: `/a/{*rest}` answers `/a/` too, unless that is a route of its own.
+        let rests: Vec<(String, Answering)> = by_path
+            .iter()
+            .filter_map(|(path, entries)| Some((before_rest(path)?.to_owned(), entries.clone())))
+            .collect();
+        let own: Vec<String> = by_path.iter().map(|(path, _)| path.clone()).collect();
         for (path, entries) in by_path {
             if let Err(error) = paths.insert(&path, entries) {
                 tracing::error!("the route `{path}` is not served: {error}");
             }
+        }
+        for (path, entries) in rests.into_iter().filter(|(path, _)| !own.contains(path)) {
+            let _ = paths.insert(path, entries);
         }
         Table { paths }
     }
@@ -53,13 +62,18 @@ impl Table {
         let taking = |method: &str| found.value.iter().find(|(_, route)| route.takes(method));
         let or_get = || if method == "HEAD" { taking("GET") } else { None };
         let (worker, route) = taking(method).or_else(or_get).ok_or_else(|| {
-            let allowed: Vec<String> = found.value.iter().flat_map(|(_, route)| route.methods.clone()).collect();
+            let allowed: Vec<String> = found.value.iter().flat_map(|(_, route)| route.allowed()).collect();
             Problem::method_not_allowed(&allowed)
         })?;
         let tagged = route.cache.as_ref().map(|_| found.params.iter());
         let params = tagged.into_iter().flatten().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
         Ok(Found { worker: Arc::clone(worker), route: Arc::clone(route), params })
     }
+}
+
+/// What stands before a rest of any length, as `/a/` in `/a/{*rest}`.
+fn before_rest(path: &str) -> Option<&str> {
+    path.ends_with('}').then(|| path.rfind("{*"))?.and_then(|at| path.get(..at))
 }
 
 /// Refuses a worker whose routes are another one's: two could answer the same request.

@@ -103,7 +103,16 @@ pub enum StoreFailures {
 impl Route {
     /// Whether it takes requests with this method.
     pub fn takes(&self, method: &str) -> bool {
-        self.methods.is_empty() || self.methods.iter().any(|one| one == method)
+        let all = if self.methods.is_empty() { METHODS.as_slice() } else { &[] };
+        all.contains(&method) || self.methods.iter().any(|one| one == method)
+    }
+
+    /// The methods that it takes.
+    pub fn allowed(&self) -> Vec<String> {
+        match self.methods.is_empty() {
+            true => METHODS.map(str::to_owned).to_vec(),
+            false => self.methods.clone(),
+        }
     }
 
     /// Whether such a request must bring a key.

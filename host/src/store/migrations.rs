@@ -4,6 +4,8 @@ use std::collections::HashMap;
 
 use sha2::{Digest, Sha256};
 
+use crate::hint::WithHint;
+
 /// One step of the schema. Steps run in the order of their list, each once.
 #[derive(Debug)]
 pub(super) struct Migration {
@@ -45,11 +47,18 @@ impl Migration {
 /// The migrations that have not run. `applied`: checksums by version.
 ///
 /// # Errors
-/// A migration changed after it ran.
+/// A migration changed after it ran, or one ran that is not known here.
 pub(super) fn due(
     migrations: &'static [Migration],
     applied: &HashMap<i64, Vec<u8>>,
 ) -> anyhow::Result<Vec<&'static Migration>> {
+    let newest = migrations.iter().map(Migration::version).max().unwrap_or_default();
+    if let Some(unknown) = applied.keys().filter(|version| **version > newest).max() {
+        return Err(anyhow::anyhow!(
+            "the database was made by a newer oncely: its schema is at {unknown}, and this program knows it up to {newest}"
+        ))
+        .hint("run the newer version, or restore a copy of the database from before the update");
+    }
     let mut due = Vec::new();
     for migration in migrations {
         match applied.get(&migration.version()) {

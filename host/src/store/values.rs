@@ -53,6 +53,12 @@ pub(super) fn date(text: &str) -> Result<Date, SqlError> {
 
 /// Reads a time of day such as `13:05:59.25`, as microseconds since midnight.
 pub(super) fn time(text: &str) -> Result<i64, SqlError> {
+    // SQL's name for the end of a day.
+    if let Some(zeros) = text.strip_prefix("24:00:00")
+        && (zeros.is_empty() || zeros.strip_prefix('.').is_some_and(|zeros| zeros.bytes().all(|digit| digit == b'0')))
+    {
+        return Ok(24 * 60 * 60 * MICROS_PER_SECOND);
+    }
     let time = Time::strptime("%H:%M:%S%.f", text).map_err(|_| unreadable(text, "a time such as 13:05:59.25"))?;
     let seconds = (i64::from(time.hour()) * 60 + i64::from(time.minute())) * 60 + i64::from(time.second());
     Ok(seconds * MICROS_PER_SECOND + i64::from(time.subsec_nanosecond()) / 1000)
@@ -88,7 +94,7 @@ mod tests {
 
     #[test]
     fn times_of_day_round_trip() {
-        for text in ["00:00:00", "13:05:59.25", "23:59:59.999999"] {
+        for text in ["00:00:00", "13:05:59.25", "23:59:59.999999", "24:00:00"] {
             assert_eq!(time(text).map(time_text), Ok(text.to_owned()));
         }
     }

@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use async_nats::ConnectOptions;
 use oncely::bus::{Bus, StreamSpec};
-use oncely::config::{Login, Nats, Secret};
+use oncely::config::{HostConfig, HostFlags, Login, Nats, Secret};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use support::nats::NatsServer;
 
-use super::{message, next, outgoing, proof, pull_from};
+use super::{message, next, outgoing, proof, pull_from, until};
 
 /// Takes a message from a server with this configuration, and acknowledges it.
 async fn takes_a_message(configuration: &str, options: ConnectOptions, nats: Nats) -> Result<()> {
@@ -26,7 +26,7 @@ async fn takes_a_message(configuration: &str, options: ConnectOptions, nats: Nat
 }
 
 fn nats(login: Login) -> Nats {
-    Nats { servers: Vec::new(), login, root_certificate: None, client_certificate: None }
+    Nats { login, ..Nats::default() }
 }
 
 #[tokio::test]
@@ -104,5 +104,119 @@ async fn both_connections_use_tls_with_the_clients_certificate() -> Result<()> {
         client_certificate: Some(certificates.client.clone()),
         ..nats(Login::None)
     };
-    takes_a_message(&certificates.configuration(), options, secured).await.context("with a certificate")
+    takes_a_message(&certificates.configuration(), options.clone(), secured.clone())
+        .await
+        .context("with a certificate")?;
+    let first = certificates.configuration().replace("tls {", "tls { handshake_first: true,");
+    let secured = Nats { tls_first: true, ..secured };
+    takes_a_message(&first, options.tls_first(), secured).await.context("with TLS first")
+}
+
+/// How a host would connect with a context of the `nats` tool.
+fn of_context(folder: &Path, context: &serde_json::Value) -> Result<Nats> {
+    let contexts = folder.join("nats/context");
+    std::fs::create_dir_all(&contexts)?;
+    std::fs::write(contexts.join("c.json"), context.to_string())?;
+    let folder = folder.display().to_string();
+    let env = |name: &str| match name {
+        "XDG_CONFIG_HOME" => Some(folder.clone()),
+        "ONCELY_NATS_CONTEXT" => Some("c".to_owned()),
+        _ => None,
+    };
+    Ok(HostConfig::resolve(&HostFlags::default(), &env)?.nats)
+}
+
+fn password(password: &str) -> (String, ConnectOptions) {
+    let configuration = format!("authorization {{ user: me, password: {password} }}");
+    (configuration, ConnectOptions::with_user_and_password("me".to_owned(), password.to_owned()))
+}
+
+/// Takes messages over and over, whatever login the server wants by now.
+async fn survives_a_rotation(
+    (first, first_options): (String, ConnectOptions),
+    (second, second_options): (String, ConnectOptions),
+    nats: impl FnOnce(&NatsServer) -> Result<Nats>,
+    rotate: impl FnOnce(&NatsServer) -> Result<()>,
+) -> Result<()> {
+    let mut server = NatsServer::start_secured(&first, first_options).await?;
+    let bus = Bus::connect(&nats(&server)?).await?;
+    bus.ensure_stream(&StreamSpec::new("IN", &["in.>"])).await?;
+    let mut pull = pull_from(&bus).await?;
+    server.publish_all(vec![message("in.a", &[("Nats-Msg-Id", "1")])]).await?;
+    next(&mut pull).await?.receipt.ack(&proof().await?).await?;
+    rotate(&server)?;
+    server.restart_secured(&second, second_options).await?;
+    server.publish_all(vec![message("in.a", &[("Nats-Msg-Id", "2")])]).await?;
+    let pulled = next(&mut pull).await?;
+    assert_eq!(pulled.message.event_id, "2");
+    pulled.receipt.ack(&proof().await?).await?;
+    until("publishing works again", || async { Ok(bus.publish(vec![outgoing("in.b", "3")]).await[0].is_ok()) }).await
+}
+
+#[tokio::test]
+async fn a_login_that_was_rotated_in_a_context_is_read_for_the_next_connection() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let context = |server: &NatsServer, password: &str| serde_json::json!({ "url": server.url(), "user": "me", "password": password });
+    survives_a_rotation(
+        password("first"),
+        password("second"),
+        |server| of_context(folder.path(), &context(server, "first")),
+        |server| of_context(folder.path(), &context(server, "second")).map(drop),
+    )
+    .await
+}
+
+#[tokio::test]
+async fn an_nkey_that_was_rotated_is_read_for_the_next_connection() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("user.nk");
+    let key = || -> Result<(String, String)> {
+        let key = nkeys::KeyPair::new_user();
+        let seed = key.seed().map_err(|error| anyhow::anyhow!("{error}"))?;
+        Ok((format!("authorization {{ users: [{{ nkey: {} }}] }}", key.public_key()), seed))
+    };
+    let ((first, first_seed), (second, second_seed)) = (key()?, key()?);
+    std::fs::write(&file, &first_seed)?;
+    let login = Login::Nkey(file.clone());
+    survives_a_rotation(
+        (first, ConnectOptions::with_nkey(first_seed)),
+        (second, ConnectOptions::with_nkey(second_seed.clone())),
+        |server| Ok(Nats { servers: vec![server.url()], ..nats(login) }),
+        |_| Ok(std::fs::write(&file, second_seed)?),
+    )
+    .await
+}
+
+#[tokio::test]
+async fn a_context_says_which_jetstream_and_where_answers_go() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let server = NatsServer::start_with("jetstream { domain: hub }").await?;
+    for (domain, prefix) in [("hub", ""), ("", "$JS.hub.API."), ("", "")] {
+        let context = serde_json::json!({
+            "url": server.url(), "jetstream_domain": domain, "jetstream_api_prefix": prefix, "inbox_prefix": "_MINE.a",
+        });
+        let bus = Bus::connect(&of_context(folder.path(), &context)?).await?;
+        bus.ensure_stream(&StreamSpec::new("IN", &["in.>"])).await?;
+        let mut pull = pull_from(&bus).await?;
+        let id = format!("{domain}{prefix}");
+        server.publish_all(vec![message("in.a", &[("Nats-Msg-Id", &format!("m{id}"))])]).await?;
+        let pulled = next(&mut pull).await?;
+        assert_eq!(pulled.message.event_id, format!("m{id}"));
+        pulled.receipt.ack(&proof().await?).await?;
+    }
+    let elsewhere = serde_json::json!({ "url": server.url(), "jetstream_domain": "leaf" });
+    let error = Bus::connect(&of_context(folder.path(), &elsewhere)?).await.map(drop).unwrap_err();
+    assert!(format!("{error:#}").contains("JetStream"), "{error:#}");
+    Ok(())
+}
+
+#[test]
+fn a_context_that_wants_what_a_host_cannot_do_is_refused() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    for setting in ["socks_proxy", "nsc", "windows_cert_store", "something_new"] {
+        let context = serde_json::json!({ "url": "nats://a", setting: "x", "description": "d" });
+        let error = of_context(folder.path(), &context).unwrap_err();
+        assert!(format!("{error:#}").contains(&format!("`{setting}`")), "{error:#}");
+    }
+    Ok(())
 }

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use oncely::bus::{Bus, Heard, StreamSpec};
 use oncely::cache_feed;
-use oncely::config::{Login, Nats};
+use oncely::config::Nats;
 use oncely::drain::Stop;
 use oncely::invalidation::{CACHE_STREAM, CACHE_SUBJECTS};
 use support::database::Kind;
@@ -18,7 +18,7 @@ const BOUND: Duration = Duration::from_secs(2);
 
 async fn bus(nats: &NatsServer) -> Result<Bus> {
     let servers = vec![nats.url()];
-    Bus::connect(&Nats { servers, login: Login::None, root_certificate: None, client_certificate: None }).await
+    Bus::connect(&Nats { servers, ..Nats::default() }).await
 }
 
 /// The cache of a second host in the test's own process, which listens as hosts do.

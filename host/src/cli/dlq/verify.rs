@@ -61,9 +61,10 @@ fn show(verification: &Verification) -> Result<()> {
     term::data(table.to_string().trim_end())?;
     let count = |fits: fn(&Verified) -> bool| verification.letters.iter().filter(|letter| fits(letter)).count();
     let done = count(|letter| letter.state == LetterState::Done && letter.wrong.is_none());
-    let wait = count(|letter| matches!(letter.state, LetterState::Open | LetterState::Redriven));
+    let open = count(|letter| letter.state == LetterState::Open);
+    let under_way = count(|letter| letter.state == LetterState::Redriven);
     let wrong = count(|letter| letter.wrong.is_some());
-    term::data(format!("\ntook effect once: {done}; wait: {wait}; wrong: {wrong}"))?;
+    term::data(format!("\ntook effect once: {done}; open: {open}; under way: {under_way}; wrong: {wrong}"))?;
     for stream in &verification.cut {
         term::warning(format!("the stream {stream} holds more than was looked at"));
     }

@@ -128,12 +128,16 @@ impl CallState {
 
 /// Carries the trace of the message on, unless the author set one.
 fn with_trace(mut headers: Headers, cause: &Message) -> Headers {
-    for name in ["traceparent", "tracestate"] {
-        if message::header(&headers, name).is_none()
-            && let Some(value) = cause.header(name)
-        {
-            headers.push((name.to_owned(), value.to_owned()));
-        }
+    // A state belongs to its parent: beside another one it would be a lie.
+    if ["traceparent", "tracestate"].into_iter().any(|name| message::header(&headers, name).is_some()) {
+        return headers;
+    }
+    let Some(parent) = cause.header("traceparent").filter(|parent| message::is_traceparent(parent)) else {
+        return headers;
+    };
+    headers.push(("traceparent".to_owned(), parent.to_owned()));
+    if let Some(state) = cause.header("tracestate") {
+        headers.push(("tracestate".to_owned(), state.to_owned()));
     }
     headers
 }

@@ -58,6 +58,15 @@ const READERS: u32 = 4;
 /// How many guests that can but read run at the same time.
 const GUEST_READERS: usize = 4;
 
+/// Makes the file of a new database, for this user's eyes only; SQLite gives the files beside it the same rights.
+fn make_private(path: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::OpenOptionsExt;
+    match std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
+    }
+}
+
 /// A SQLite database in a file of its own.
 pub struct SqliteStore {
     sessions: Sessions,
@@ -75,6 +84,7 @@ pub struct SqliteStore {
 impl SqliteStore {
     /// Opens a database file, makes it if it is not there, and brings its schema up to date.
     pub async fn open(path: &Path) -> anyhow::Result<Self> {
+        make_private(path).with_context(|| format!("make the file {}", path.display()))?;
         let sessions = Sessions::new(session::options(path));
         migrate::run(&sessions)
             .await

@@ -1,0 +1,62 @@
+//! Log lines: one event is one line, whatever stands in it. What workers and publishers wrote may hold line breaks and the
+//! terminal's control characters, and must not look like lines of the host.
+
+use std::io::{Result, Write};
+
+/// Writes each event as one line; control characters in it are shown as escapes.
+pub struct OneLine<W>(pub W);
+
+impl<W: Write> Write for OneLine<W> {
+    /// Takes a whole event, as the subscriber writes it, with the line break at its end.
+    fn write(&mut self, event: &[u8]) -> Result<usize> {
+        let (line, end) = match event.strip_suffix(b"\n") {
+            Some(line) => (line, "\n"),
+            None => (event, ""),
+        };
+        let line = String::from_utf8_lossy(line);
+        match line.contains(is_unsafe) {
+            false => self.0.write_all(event)?,
+            true => self.0.write_all(format!("{}{end}", escaped(&line)).as_bytes())?,
+        }
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        self.0.flush()
+    }
+}
+
+/// Characters that end a line somewhere, move the cursor or turn the direction of what follows.
+fn is_unsafe(c: char) -> bool {
+    let turns = matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    (c.is_control() && c != '\t') || matches!(c, '\u{2028}' | '\u{2029}') || turns
+}
+
+fn escaped(line: &str) -> String {
+    let mut escaped = String::with_capacity(line.len() + 16);
+    for c in line.chars() {
+        match is_unsafe(c) {
+            true => escaped.extend(c.escape_default()),
+            false => escaped.push(c),
+        }
+    }
+    escaped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_is_one_line_whatever_it_holds() {
+        let mut written = Vec::new();
+        let event = "WARN it failed: a\nINFO paid\r\u{1b}[2J\u{2028}\u{85}é\ttab\n";
+        let mut line = OneLine(&mut written);
+        line.write_all(event.as_bytes()).unwrap();
+        line.write_all(b"plain\n").unwrap();
+        assert_eq!(
+            String::from_utf8(written).unwrap(),
+            "WARN it failed: a\\nINFO paid\\r\\u{1b}[2J\\u{2028}\\u{85}é\ttab\nplain\n"
+        );
+    }
+}
