@@ -423,6 +423,10 @@ impl Notice {
 pub fn log(notice: &Notice) {
     let (worker, alarm, group) = (&notice.worker, notice.kind.as_str(), notice.group.as_ref().map(|group| &group.id));
     match notice.is_raised() {
+        // The first bad message of a kind is news, and nothing to wake a person for.
+        true if notice.kind == Kind::NewFailure => {
+            tracing::warn!(worker, alarm, group, "alarm raised: {}", notice.text())
+        }
         true => tracing::error!(worker, alarm, group, "alarm raised: {}", notice.text()),
         false => tracing::info!(worker, alarm, group, "alarm cleared: {}", notice.text()),
     }

@@ -16,6 +16,9 @@ pub const DLQ_SUBJECTS: &str = "oncely.dlq.>";
 /// How much of the detail travels in a header, in characters.
 const DETAIL_MAX: usize = 1_000;
 
+/// Room for the headers that are added when the letter has its number: `Oncely-Letter`, `Oncely-Group`, `Oncely-Redriven`.
+const ADDED_LATER: usize = 128;
+
 /// The message to `oncely.dlq.{worker}`. Its headers: all of the original's, but those of the transport (`Nats-*`), and
 /// `Oncely-Worker`, `Oncely-Version`, `Oncely-Event-Id`, `Oncely-Reason`, `Oncely-Code`, `Oncely-Detail`,
 /// `Oncely-Attempts`, `Oncely-Subject` (the original's), `Oncely-Stream` and `Oncely-Stream-Sequence`.
@@ -23,7 +26,7 @@ const DETAIL_MAX: usize = 1_000;
 /// One that would be larger than `payload_max` goes without its body, and then without the original's headers, and says so in
 /// `Oncely-Left-Out`: the letter in the database has all of it.
 pub fn notice(letter: &Letter, payload_max: usize) -> Output {
-    let whole = whole_notice(letter);
+    let (whole, payload_max) = (whole_notice(letter), payload_max.saturating_sub(ADDED_LATER));
     if message::size_on_its_way(&whole.headers, &whole.id, whole.body.len()) <= payload_max {
         return whole;
     }

@@ -297,6 +297,16 @@ impl Delivery {
             self.metrics.attempt_failed(&self.worker.name, failed.failure.code.as_deref());
         });
         for (failed, counted) in failed.into_iter().zip(counted) {
+            let (logs, code) = (failed.logs.trim_end(), failed.failure.code.as_deref());
+            tracing::warn!(
+                worker = self.worker.name,
+                event_id = run.event_id(failed.member),
+                attempt = counted.attempt,
+                code,
+                logs = (!logs.is_empty()).then_some(logs),
+                "attempt failed: {}",
+                failed.failure.message
+            );
             let verdict = self.judge(run, failed.member, failed.failure, counted);
             run.verdict(failed.member, verdict);
         }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::verdict::{Letter, Reason};
+use crate::verdict::{Letter, PANICKED, Reason};
 
 /// How much of a shape is kept, in characters.
 const SHAPE_MAX: usize = 300;
@@ -30,7 +30,11 @@ impl FailureGroup {
     pub fn of(letter: &Letter) -> Self {
         let shape = match letter.reason {
             Reason::Rejected | Reason::AttemptsExhausted | Reason::ProvedPoison | Reason::OutputRefused => {
-                shape_of(&letter.detail)
+                // A panic is told by its place; its words may hold anything.
+                match letter.detail.starts_with(PANICKED) {
+                    true => shape_of(PANICKED.trim_end_matches(": ")),
+                    false => shape_of(&letter.detail),
+                }
             }
             // The host found these details, and all of one reason are one failure.
             Reason::IdReuse | Reason::InvalidId | Reason::Unreadable | Reason::CrashedHost => String::new(),

@@ -4,6 +4,9 @@ use std::time::Duration;
 
 use crate::message::Message;
 
+/// What a panic's own words stand behind in the detail of a failure.
+pub const PANICKED: &str = "the handler panicked: ";
+
 /// What one delivery of one message came to.
 #[derive(Debug)]
 pub enum Verdict {

@@ -20,6 +20,7 @@ mod callers;
 mod crashes;
 mod heads;
 mod keys;
+mod refused;
 mod routes;
 mod slow;
 

@@ -383,3 +383,84 @@ async fn a_proxy_of_the_environment_does_not_stand_before_this_machine() -> Resu
     }
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dead_letter_that_is_as_large_as_messages_may_be_is_told_without_its_body() -> Result<()> {
+    let world = World::start(Kind::Sqlite, &manifest("")?).await?;
+    let large = |id: &str, size: usize| {
+        let body = format!("{{\"padding\": \"{}\"}}", "x".repeat(size));
+        ToPublish::new("in.x", id, "reject", &body)
+    };
+    world.nats.publish_all(vec![large("small", 100), large("large", (1 << 20) - 400)]).await?;
+    world.until("select count(*) from oncely.dead_letter", 2).await?;
+    world.until(world.database.unpublished_but_alarms(), 0).await?;
+    let notices = world.nats.read_stream("ONCELY_DLQ").await?;
+    let of = |id: &str| notices.iter().find(|one| one.headers.get("Oncely-Event-Id").map(String::as_str) == Some(id));
+    let (small, large) = (of("small").context("no notice")?, of("large").context("no notice of the large one")?);
+    ensure!(!small.body.is_empty() && !small.headers.contains_key("Oncely-Left-Out"), "{:?}", small.headers);
+    ensure!(large.body.is_empty(), "{} bytes", large.body.len());
+    assert_eq!(large.headers.get("Oncely-Left-Out").map(String::as_str), Some("body"));
+    assert_eq!(world.database.number("select count(*) from oncely.outbox where set_aside_at is not null").await?, 0);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_failed_attempt_is_a_line_with_its_logs_and_the_handlers_own_words() -> Result<()> {
+    let settings =
+        "[worker.retry]\nattempts = 2\nbackoff = \"50ms\"\nbackoff_max = \"50ms\"\nproved_poison = \"retry\"";
+    let world = World::start(Kind::Sqlite, &manifest(settings)?).await?;
+    world.nats.publish_all(vec![ToPublish::new("in.x", "bad", "panic", "{}")]).await?;
+    world.until("select count(*) from oncely.dead_letter", 1).await?;
+    let log = world.host_log();
+    let attempts: Vec<&str> = log.lines().filter(|line| line.contains("attempt failed")).collect();
+    assert_eq!(attempts.len(), 2, "{log}");
+    for (n, line) in attempts.iter().enumerate() {
+        ensure!(line.contains("WARN") && line.contains(&format!("attempt={}", n + 1)), "{line}");
+        ensure!(line.contains("the handler panicked: ") && line.contains("logs="), "{line}");
+    }
+    let shown = world.oncely(&["dlq", "show", "1"]).await?;
+    ensure!(shown.contains("the handler panicked: "), "{shown}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_may_filter_a_mirror_and_a_stream_that_renames() -> Result<()> {
+    use async_nats::jetstream::stream::{Source, SubjectTransform};
+    let world = World::start(Kind::Sqlite, &manifest("")?).await?;
+    let jetstream = jetstream_of(&world).await?;
+    let named = |name: &str, subjects: &[&str]| Config {
+        name: name.to_owned(),
+        subjects: subjects.iter().map(|&subject| subject.to_owned()).collect(),
+        ..Config::default()
+    };
+    let source = Source { name: "P".to_owned(), ..Source::default() };
+    jetstream.create_stream(named("P", &["p.>"])).await?;
+    jetstream.create_stream(Config { mirror: Some(source.clone()), ..named("MIRROR", &[]) }).await?;
+    jetstream.create_stream(Config { sources: Some(vec![source]), ..named("SOURCED", &[]) }).await?;
+    let transform = SubjectTransform { source: "tr.>".to_owned(), destination: "stored.>".to_owned() };
+    jetstream.create_stream(Config { subject_transform: Some(transform), ..named("RENAMED", &["tr.>"]) }).await?;
+    for (n, (stream, filter)) in [("MIRROR", "p.msg"), ("SOURCED", "p.msg"), ("RENAMED", "stored.a")].iter().enumerate()
+    {
+        let text = other(stream)?
+            .replace(&format!("stream = \"{stream}\""), &format!("stream = \"{stream}\"\nsubjects = [\"{filter}\"]"));
+        deploy(&world, &text.replace("name = \"other\"", &format!("name = \"w{n}\""))).await?;
+    }
+    let message = |subject: &str, id: &str| ToPublish::new(subject, id, "insert", r#"{"n": 1}"#);
+    world
+        .nats
+        .publish_all(vec![message("p.msg", "a"), message("p.no", "b"), message("tr.a", "c"), message("tr.b", "d")])
+        .await?;
+    world.until("select count(*) from oncely.inbox", 3).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_delete_marker_is_no_event() -> Result<()> {
+    let world = World::start(Kind::Sqlite, &manifest("")?).await?;
+    world.nats.publish_raw(b"in.x", b"NATS/1.0\r\nNats-Marker-Reason: MaxAge\r\nNats-TTL: 1s\r\n\r\n", b"")?;
+    world.nats.publish_all(vec![ToPublish::insert(1)]).await?;
+    world.until("select count(*) from oncely.inbox", 1).await?;
+    let info = jetstream_of(&world).await?.get_stream("IN").await?.consumer_info("oncely-test").await?;
+    ensure!(info.num_ack_pending == 0 && info.num_redelivered == 0, "{info:?}");
+    assert_eq!(world.database.number("select count(*) from oncely.dead_letter").await?, 0);
+    Ok(())
+}

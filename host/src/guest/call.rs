@@ -26,6 +26,7 @@ use crate::manifest::Worker;
 use crate::message::{Message, Output};
 use crate::request::HttpAnswer;
 use crate::state::BatchState;
+use crate::verdict::PANICKED;
 
 /// How long a call may overrun its time before the host stops waiting for it. Guest code is stopped at the deadline
 /// itself; this is for a host call, such as a statement that the database is just ending for the same reason.
@@ -125,6 +126,14 @@ impl CallFailure {
     /// The same, with the source file of a Rust panic, which it says on its standard error, as the innermost place: the
     /// function itself has often become part of another.
     fn at_panic(mut self, logs: &str) -> Self {
+        if self.code.as_deref() == Some("trap")
+            && let Some(words) = last_words(logs)
+        {
+            self.message = match self.message.split_once(UNREACHABLE) {
+                Some((_, place)) => format!("{PANICKED}{words}{place}"),
+                None => format!("{}; it said: {words}", self.message),
+            };
+        }
         let said = logs.lines().rev().find_map(|line| line.split_once(" panicked at "));
         if let (Some((_, place)), false) = (said, self.frames.is_empty()) {
             let file = place.split(':').next().unwrap_or_default();
@@ -448,11 +457,9 @@ fn trapped(error: &wasmtime::Error, state: &CallState) -> CallFailure {
         Some(Trap::StackOverflow) => {
             CallFailure::new(FailureKind::Trap, "stack-overflow", format!("the handler recursed too deep{place}"))
         }
-        Some(Trap::UnreachableCodeReached) => CallFailure::new(
-            FailureKind::Trap,
-            "trap",
-            format!("the handler panicked or reached code that cannot be reached{place}"),
-        ),
+        Some(Trap::UnreachableCodeReached) => {
+            CallFailure::new(FailureKind::Trap, "trap", format!("{UNREACHABLE}{place}"))
+        }
         Some(trap) => CallFailure::new(FailureKind::Trap, "trap", format!("the handler trapped{place}: {trap}")),
         // An exit, or a host call that broke a limit; perhaps the machine.
         None => {
@@ -460,6 +467,35 @@ fn trapped(error: &wasmtime::Error, state: &CallState) -> CallFailure {
         }
     };
     CallFailure { frames, ..failure }
+}
+
+/// What is said of a handler that ended itself without a word.
+const UNREACHABLE: &str = "the handler panicked or reached code that cannot be reached";
+
+/// How much of its words is kept, in characters.
+const WORDS_MAX: usize = 500;
+
+/// What a handler that ended itself said last: the message of a Rust or Go panic, or the exception of another language.
+fn last_words(logs: &str) -> Option<String> {
+    let lines: Vec<&str> = logs.lines().collect();
+    let said = |at: usize| lines.get(at).map(|line| line.trim()).filter(|line| !line.is_empty());
+    let begins = |line: &&str, what: &str| line.trim_start().starts_with(what);
+    let after = |at: usize| lines.len().checked_sub(at).map(|_| at + 1).and_then(said);
+    let rust = lines.iter().rposition(|line| line.contains(" panicked at ")).and_then(after);
+    let go = || lines.iter().rev().find_map(|line| line.trim().strip_prefix("panic: "));
+    let python = || {
+        let at = lines.iter().rposition(|line| begins(line, "Traceback (most recent call last):"))?;
+        lines.get(at + 1..)?.iter().rev().find(|line| !line.trim().is_empty() && !line.starts_with(' ')).copied()
+    };
+    let other = || {
+        let is_error = |line: &&&str| {
+            let name = line.split(':').next().unwrap_or_default().trim_start_matches("Uncaught ");
+            line.contains(": ") && (name.ends_with("Error") || name.ends_with("Exception")) && !name.contains(' ')
+        };
+        lines.iter().rev().find(is_error).copied()
+    };
+    let words = rust.or_else(go).or_else(python).or_else(other)?;
+    Some(words.trim().chars().take(WORDS_MAX).collect())
 }
 
 /// How many frames of a trap are remembered, those of the language's own panics included.
@@ -472,4 +508,31 @@ fn frames(error: &wasmtime::Error) -> Vec<String> {
     let names = frames.iter().filter_map(|frame| frame.func_name());
     // The short form leaves out what differs from build to build.
     names.take(FRAMES_MAX).map(|name| format!("{:#}", rustc_demangle::demangle(name))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_words_of_a_handler_are_found_in_every_language() {
+        let words = |logs: &str| last_words(logs).unwrap_or_default();
+        let rust =
+            "charging\n\nthread '<unnamed>' panicked at src/lib.rs:7:9:\nthe amount is negative\nnote: run with `X`\n";
+        assert_eq!(words(rust), "the amount is negative");
+        let python = "x\nTraceback (most recent call last):\n  File \"app.py\", line 3, in handle\n    raise ValueError(\"no\")\n\
+            ValueError: no\n";
+        assert_eq!(words(python), "ValueError: no");
+        assert_eq!(
+            words("Uncaught TypeError: x is undefined\n    at handle (app.js:3)\n"),
+            "Uncaught TypeError: x is undefined"
+        );
+        assert_eq!(
+            words("panic: runtime error: index out of range [3]\n\ngoroutine 1 [running]:\n"),
+            "runtime error: index out of range [3]"
+        );
+        for none in ["", "charging card 7\n", "an Error happened: no\n", "thread 'x' panicked at src/lib.rs:7:9:"] {
+            assert_eq!(last_words(none), None, "{none}");
+        }
+    }
 }

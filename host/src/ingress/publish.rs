@@ -102,7 +102,7 @@ fn message_value(name: &str, value: &HeaderValue) -> Result<String, Problem> {
 
 /// How old the list of streams may be in which a subject is looked for, and how old when it is not found there.
 const STREAMS_AS_OF: Duration = Duration::from_secs(10);
-const STREAMS_AS_OF_AT_LEAST: Duration = Duration::from_secs(1);
+const STREAMS_AS_OF_AT_LEAST: Duration = Duration::from_millis(100);
 
 impl Publishing {
     /// Refuses what could never be published, before anything is done: a message that is too large with its headers, and one to
