@@ -477,6 +477,8 @@ const WORDS_MAX: usize = 500;
 
 /// What a handler that ended itself said last: the message of a Rust or Go panic, or the exception of another language.
 fn last_words(logs: &str) -> Option<String> {
+    // What a handler logs is one line each; a panic that the SDK logs has its line breaks as `\\n`.
+    let logs = logs.replace("\\n", "\n");
     let lines: Vec<&str> = logs.lines().collect();
     let said = |at: usize| lines.get(at).map(|line| line.trim()).filter(|line| !line.is_empty());
     let begins = |line: &&str, what: &str| line.trim_start().starts_with(what);
@@ -517,6 +519,7 @@ mod tests {
     #[test]
     fn the_last_words_of_a_handler_are_found_in_every_language() {
         let words = |logs: &str| last_words(logs).unwrap_or_default();
+        assert_eq!(words("critical panic: panicked at src/panic.rs:7:5:\\ntold to panic\n"), "told to panic");
         let rust =
             "charging\n\nthread '<unnamed>' panicked at src/lib.rs:7:9:\nthe amount is negative\nnote: run with `X`\n";
         assert_eq!(words(rust), "the amount is negative");
