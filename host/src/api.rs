@@ -328,6 +328,9 @@ pub struct PublishedAt {
     pub sequence: u64,
     /// The broker had a message with this id already.
     pub duplicate: bool,
+    /// The workers that take messages of this subject from the stream.
+    #[serde(default)]
+    pub readers: Vec<String>,
 }
 
 async fn publish(State(host): State<Arc<Host>>, Json(message): Json<Publish>) -> Answer<PublishedAt> {
@@ -338,11 +341,18 @@ async fn publish(State(host): State<Arc<Host>>, Json(message): Json<Publish>) ->
     }
     message::check_sent_id(&message.id).map_err(|why| anyhow!(why)).context("read the event id")?;
     let body = base64::engine::general_purpose::STANDARD.decode(&message.body).context("read the body")?;
+    let at = message.subject.clone();
     let outgoing = Outgoing { subject: message.subject, headers: message.headers, id: message.id, body: body.into() };
     let mut answers = host.bus.publish(vec![outgoing]).await;
     let place =
         answers.pop().context("publish the message")?.map_err(|error| anyhow!(error)).context("publish the message")?;
-    Ok(Json(PublishedAt { stream: place.stream, sequence: place.sequence, duplicate: place.duplicate }))
+    let takes = |worker: &crate::manifest::Worker| {
+        let wants = worker.subjects.iter().any(|pattern| subject::matches(pattern, &at));
+        worker.stream.as_ref() == Some(&place.stream) && (wants || worker.subjects.is_empty())
+    };
+    let workers = host.deployed_workers().await.unwrap_or_default();
+    let readers = workers.into_iter().filter(takes).map(|worker| worker.name).collect();
+    Ok(Json(PublishedAt { stream: place.stream, sequence: place.sequence, duplicate: place.duplicate, readers }))
 }
 
 /// One value of keyed state.

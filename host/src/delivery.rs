@@ -72,6 +72,8 @@ pub struct Delivered {
     pub reruns: u32,
     /// How many members were taken back to a savepoint, so that nobody had to run again.
     pub undone: u32,
+    /// How often another transaction stood in the way.
+    pub conflicts: u32,
 }
 
 impl Delivery {
@@ -93,7 +95,6 @@ impl Delivery {
         let mut run = Run::new(batch, &self.worker);
         run.careful = careful;
         let mut groups = self.groups_of(&run, run.first_of_each_id());
-        let mut conflicts = 0;
         while let Some(group) = groups.pop_front() {
             let group = run.without_those_out(group);
             let round = match self.attempt(&mut run, &group).await {
@@ -110,11 +111,11 @@ impl Delivery {
                 }
                 Round::Conflict(cause) => {
                     self.metrics.conflict(&self.worker.name);
-                    conflicts += 1;
-                    if conflicts > CONFLICTS_MAX {
+                    run.conflicts += 1;
+                    if run.conflicts > CONFLICTS_MAX {
                         return Err(StoreError::Conflict(cause));
                     }
-                    make_way(conflicts).await;
+                    make_way(run.conflicts).await;
                     split(group, &mut groups);
                 }
                 Round::Halves => split(group, &mut groups),
@@ -388,6 +389,7 @@ struct Run<'b> {
     leased_at: Option<Instant>,
     reruns: u32,
     undone: u32,
+    conflicts: u32,
     /// Whether members that run SQL get a savepoint.
     careful: bool,
 }
@@ -419,6 +421,7 @@ impl<'b> Run<'b> {
             leased_at: None,
             reruns: 0,
             undone: 0,
+            conflicts: 0,
             careful: false,
         }
     }
@@ -549,6 +552,7 @@ impl<'b> Run<'b> {
             leased_at: self.leased_at.unwrap_or_else(Instant::now),
             reruns: self.reruns,
             undone: self.undone,
+            conflicts: self.conflicts,
         }
     }
 

@@ -58,7 +58,10 @@ pub async fn plan(host: &Host, proposal: &Proposal) -> Result<Plan> {
         None => Value::Null,
     };
     let after = describe(&proposal.worker, &proposal.digest, imports)?;
-    changes.extend(differences(&before, &after));
+    changes.extend(match &active {
+        Some(_) => differences(&before, &after),
+        None => what_it_says(&proposal.worker, &after)?,
+    });
     Ok(Plan { worker: proposal.worker.name.clone(), from: active.map(|active| active.version), changes })
 }
 
@@ -233,6 +236,20 @@ async fn described(host: &Host, deployment: &DeploymentRecord) -> Result<Value> 
     describe(&worker, &deployment.digest, imports)
 }
 
+/// What the manifest of a new worker says: what is as it is anyway is left out.
+fn what_it_says(worker: &Worker, described: &Value) -> Result<Vec<String>> {
+    let anyway = leaves(&serde_json::to_value(worker.by_default()).context("describe the defaults")?);
+    let is_said = |path: &str, value: &String| {
+        let is_asked = ["component", "stream", "routes.path", "routes.methods"].contains(&path);
+        is_asked || (path != "imports" && !anyway.get(path).is_some_and(|values| values.contains(value)))
+    };
+    let said = leaves(described).into_iter().flat_map(|(path, values)| {
+        let values: Vec<String> = values.into_iter().filter(|value| is_said(&path, value)).collect();
+        values.into_iter().map(move |value| format!("+ {path}: {value}"))
+    });
+    Ok(said.collect())
+}
+
 /// The differences of two trees, one line each. Lists are compared as sets.
 fn differences(before: &Value, after: &Value) -> Vec<String> {
     let (before, after) = (leaves(before), leaves(after));
@@ -275,7 +292,25 @@ fn leaves(tree: &Value) -> BTreeMap<String, Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::manifest::Manifest;
     use serde_json::json;
+
+    #[test]
+    fn a_new_worker_is_shown_by_what_its_manifest_says() {
+        let said = |text: &str| {
+            let worker = Manifest::parse(text, "oncely.toml").unwrap().workers.remove(0).worker;
+            let described = describe(&worker, "d1", vec!["wasi:io/poll".into()]).unwrap();
+            what_it_says(&worker, &described).unwrap()
+        };
+        let worker = "[[worker]]\nname = \"a\"\ncomponent = \"a.wasm\"\n";
+        let taking =
+            said(&format!("{worker}stream = \"S\"\noutputs = [\"o.>\"]\nbatch = 7\n[worker.limits]\ntime = \"3s\""));
+        assert_eq!(taking, ["+ batch: 7", "+ component: d1", "+ limits.time: 3s", "+ outputs: o.>", "+ stream: S"]);
+        let route = "[[worker.route]]\npath = \"/a\"\nmethods = [\"POST\"]\nwindow = \"48h\"\n";
+        let answering = said(&format!("{worker}{route}"));
+        assert_eq!(answering[..3], ["+ component: d1", "+ routes.methods: POST", "+ routes.path: /a"]);
+        assert_eq!(answering.len(), 4, "{answering:?}");
+    }
 
     #[test]
     fn a_plan_names_what_is_added_removed_and_changed() {

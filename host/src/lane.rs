@@ -20,9 +20,11 @@ use crate::store::{Buried, StoreError};
 use crate::verdict::{Letter, Reason, Settled, Verdict};
 use crate::worker::{InFlight, WorkerCounters};
 
+mod crowd;
 mod pace;
 mod queue;
 
+pub use crowd::Crowd;
 use pace::Pace;
 pub use queue::InOrder;
 use queue::Queue;
@@ -56,6 +58,8 @@ pub struct Parcel {
 pub struct Lane {
     pub delivery: Delivery,
     pub relay: HandOver,
+    /// Shared by the lanes of a worker.
+    pub crowd: Arc<Crowd>,
     pub counters: Arc<WorkerCounters>,
     pub stopping: Stopping,
 }
@@ -114,13 +118,16 @@ impl Lane {
 
     async fn deliver(&self, parcels: Vec<Parcel>, queue: &mut Queue<Parcel>, pace: &mut Pace) -> Result<(), Stopped> {
         let messages: Vec<Arc<Message>> = parcels.iter().map(|parcel| Arc::clone(&parcel.message)).collect();
+        let turn = self.crowd.enter().await;
         let began = Instant::now();
         let Some(delivered) = self.insist("deliver", || self.delivery.deliver(&messages, pace.is_careful())).await
         else {
             queue.put_back(parcels);
             return Err(Stopped);
         };
-        let Delivered { verdicts, outputs, leased_at, reruns, undone } = delivered;
+        let Delivered { verdicts, outputs, leased_at, reruns, undone, conflicts } = delivered;
+        self.crowd.learn(conflicts);
+        drop(turn);
         pace.learn(reruns, undone);
         pace.took(parcels.len(), began.elapsed());
         self.relay.hand_over(outputs, leased_at).await;

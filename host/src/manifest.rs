@@ -221,6 +221,19 @@ impl Manifest {
 }
 
 impl Worker {
+    /// A worker of this name and place of whose settings nobody said anything.
+    pub fn by_default(&self) -> Worker {
+        let of_stream = self.stream.as_ref().map(|stream| format!("stream = {stream:?}\n")).unwrap_or_default();
+        let routes = self.routes.iter().map(|route| format!("[[worker.route]]\npath = {:?}\n", route.path));
+        let text = format!(
+            "[[worker]]\nname = {:?}\ncomponent = \"worker.wasm\"\n{of_stream}{}",
+            self.name,
+            routes.collect::<String>()
+        );
+        let manifest = Manifest::parse(&text, FILE_NAME).ok();
+        manifest.and_then(|mut manifest| manifest.workers.pop()).map_or_else(|| self.clone(), |entry| entry.worker)
+    }
+
     /// The name of its durable consumer on the stream.
     pub fn durable(&self) -> String {
         format!("oncely-{}", self.name)

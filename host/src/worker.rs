@@ -14,7 +14,7 @@ use crate::bus::{Bus, Probe, Progress, Pull, Pulled, Standing, Subscription, Unh
 use crate::delivery::Delivery;
 use crate::drain::{Stop, Stopping};
 use crate::fault;
-use crate::lane::{Lane, Parcel, give_back};
+use crate::lane::{Crowd, Lane, Parcel, give_back};
 use crate::manifest::{OnFailure, Worker};
 use crate::metrics::Metrics;
 use crate::relay::HandOver;
@@ -248,12 +248,14 @@ impl Lanes {
         let capacity = capacity(&worker);
         let mut senders = Vec::new();
         let mut tasks = Vec::new();
+        let crowd = Arc::new(Crowd::new(worker.concurrency as usize));
         for _ in 0..worker.concurrency {
             // Room is counted over all lanes, so dealing to one lane never waits behind another.
             let (sender, receiver) = mpsc::channel(capacity + redrive::ROOM);
             let lane = Lane {
                 delivery: delivery.clone(),
                 relay: relay.clone(),
+                crowd: Arc::clone(&crowd),
                 counters: Arc::clone(counters),
                 stopping: stop.stopping(),
             };

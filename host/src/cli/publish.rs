@@ -59,6 +59,10 @@ impl Publish {
         }
         let again = if place.duplicate { " (it was there already)" } else { "" };
         term::data(format!("{} {} id {id}{again}", place.stream, place.sequence))?;
+        if place.readers.is_empty() {
+            let subject = &self.subject;
+            term::warning(format!("no worker takes messages of `{subject}` from the stream {}", place.stream));
+        }
         Ok(())
     }
 }
