@@ -334,6 +334,12 @@ fn database(given: &Given) -> anyhow::Result<Database> {
     let wrong = |what: &str| Err(given.refuse(what, "postgres://user:password@host/name, or a path such as oncely.db"));
     let value = given.value.as_str();
     if value.starts_with("postgres://") || value.starts_with("postgresql://") {
+        if names_several_servers(value) {
+            return Err(given.refuse_with_hint(
+                "it names several PostgreSQL servers, and a host connects to one address",
+                "name a virtual address that follows the primary, or a pooler before the servers".to_owned(),
+            ));
+        }
         return Ok(Database::Postgres(value.to_owned()));
     }
     let path = match value.split_once(':') {
@@ -351,6 +357,16 @@ fn database(given: &Given) -> anyhow::Result<Database> {
         return wrong("options behind `?` are not supported for SQLite");
     }
     Ok(Database::Sqlite(given.relative(path)))
+}
+
+/// Whether the place of a `postgres://` URL is a list, as libpq takes it: behind a login, before the name of the database.
+fn names_several_servers(url: &str) -> bool {
+    let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
+    let place = rest.split(['/', '?']).next().unwrap_or_default();
+    let place = place.rsplit_once('@').map_or(place, |(_, place)| place);
+    let host_parameter =
+        |part: &str| part.strip_prefix("host=").is_some_and(|hosts| hosts.contains(',') || hosts.contains("%2C"));
+    place.contains(',') || rest.split(['?', '&']).skip(1).any(host_parameter)
 }
 
 fn pool_size(given: &Given) -> anyhow::Result<u32> {

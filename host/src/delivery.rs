@@ -81,7 +81,8 @@ impl Delivery {
     pub fn note<T>(&self, outcome: &Result<T, StoreError>) {
         match outcome {
             Ok(_) => self.health.note(Part::Transactions, Ok(())),
-            Err(StoreError::Unavailable(cause)) if !cause.is::<BrokenStatement>() => {
+            // A pool that is full is the host's own matter.
+            Err(StoreError::Unavailable(cause)) if !cause.is::<BrokenStatement>() && !crate::store::is_busy(cause) => {
                 self.health.note(Part::Transactions, Err(format!("{cause:#}")));
             }
             Err(_) => {}

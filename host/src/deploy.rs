@@ -58,10 +58,15 @@ pub async fn plan(host: &Host, proposal: &Proposal) -> Result<Plan> {
         None => Value::Null,
     };
     let after = describe(&proposal.worker, &proposal.digest, imports)?;
-    changes.extend(match &active {
+    let differing = match &active {
         Some(_) => differences(&before, &after),
         None => what_it_says(&proposal.worker, &after)?,
-    });
+    };
+    // Nothing that differs is ever left undeployed.
+    if differing.is_empty() && before != after {
+        changes.push("~ the order of lists".to_owned());
+    }
+    changes.extend(differing);
     Ok(Plan { worker: proposal.worker.name.clone(), from: active.map(|active| active.version), changes })
 }
 
@@ -95,6 +100,11 @@ pub async fn rollback(host: &Host, worker: &str, to: Option<u32>) -> Result<Depl
                 anyhow!("worker {worker} runs version {}; there is no version before it", active.version)
             })?,
         };
+    if let Some(earlier) = host.store.deployments(worker).await?.iter().find(|one| one.version == version) {
+        let earlier: Worker = serde_json::from_str(&earlier.manifest).context("read the earlier manifest")?;
+        check_routes(&earlier, host.deployed_workers().await?.iter())?;
+        try_consumer(host, &earlier).await?;
+    }
     let record = host
         .store
         .activate(worker, version)
@@ -240,7 +250,7 @@ async fn described(host: &Host, deployment: &DeploymentRecord) -> Result<Value> 
 fn what_it_says(worker: &Worker, described: &Value) -> Result<Vec<String>> {
     let anyway = leaves(&serde_json::to_value(worker.by_default()).context("describe the defaults")?);
     let is_said = |path: &str, value: &String| {
-        let is_asked = ["component", "stream", "routes.path", "routes.methods"].contains(&path);
+        let is_asked = ["component", "stream", "routes"].contains(&path);
         is_asked || (path != "imports" && !anyway.get(path).is_some_and(|values| values.contains(value)))
     };
     let said = leaves(described).into_iter().flat_map(|(path, values)| {
@@ -279,10 +289,23 @@ fn leaves(tree: &Value) -> BTreeMap<String, Vec<String>> {
         match tree {
             Value::Null => {}
             Value::Object(members) => members.iter().for_each(|(key, value)| walk(&below(key), value, into)),
-            Value::Array(items) => items.iter().for_each(|item| walk(path, item, into)),
+            Value::Array(items) => items.iter().for_each(|item| match label(item) {
+                // A route is told by its path and methods, so that what moves from one to another is a change.
+                Some(label) => {
+                    into.entry(path.to_owned()).or_default().push(label.clone());
+                    walk(&format!("{path}[{label}]"), item, into);
+                }
+                None => walk(path, item, into),
+            }),
             Value::String(text) => into.entry(path.to_owned()).or_default().push(text.clone()),
             other => into.entry(path.to_owned()).or_default().push(other.to_string()),
         }
+    }
+    /// `POST /a` for a route; none for anything else.
+    fn label(item: &Value) -> Option<String> {
+        let path = item.get("path")?.as_str()?;
+        let methods: Vec<&str> = item.get("methods")?.as_array()?.iter().filter_map(Value::as_str).collect();
+        Some(if methods.is_empty() { path.to_owned() } else { format!("{} {path}", methods.join(",")) })
     }
     let mut into = BTreeMap::new();
     walk("", tree, &mut into);
@@ -308,8 +331,29 @@ mod tests {
         assert_eq!(taking, ["+ batch: 7", "+ component: d1", "+ limits.time: 3s", "+ outputs: o.>", "+ stream: S"]);
         let route = "[[worker.route]]\npath = \"/a\"\nmethods = [\"POST\"]\nwindow = \"48h\"\n";
         let answering = said(&format!("{worker}{route}"));
-        assert_eq!(answering[..3], ["+ component: d1", "+ routes.methods: POST", "+ routes.path: /a"]);
-        assert_eq!(answering.len(), 4, "{answering:?}");
+        assert_eq!(answering, ["+ component: d1", "+ routes: POST /a", "+ routes[POST /a].window: 2d"]);
+        // Two routes of one path hide nothing.
+        let other = "[[worker.route]]\npath = \"/a\"\nmethods = [\"GET\"]\n";
+        let both = said(&format!("{worker}outputs = [\"o.>\"]\n{route}{other}"));
+        assert!(both.contains(&"+ outputs: o.>".to_owned()) && both.len() == 5, "{both:?}");
+    }
+
+    #[test]
+    fn what_moves_from_one_route_to_another_is_a_change() {
+        let tree = |first: &str, second: &str| {
+            json!({"routes": [
+                {"path": "/a", "methods": [], "idempotency_key": first},
+                {"path": "/b", "methods": ["GET"], "idempotency_key": second},
+            ]})
+        };
+        let changes = differences(&tree("required", "optional"), &tree("optional", "required"));
+        assert_eq!(
+            changes,
+            [
+                "~ routes[/a].idempotency_key: required -> optional",
+                "~ routes[GET /b].idempotency_key: optional -> required",
+            ]
+        );
     }
 
     #[test]

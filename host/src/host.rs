@@ -1,6 +1,6 @@
 //! A host: keeps the workers that are deployed running, and the relay; swaps versions without losing a message.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -53,6 +53,12 @@ const LOOK_FOR_DEPLOYMENTS_EVERY: Duration = Duration::from_secs(1);
 
 /// How often old rows are removed.
 const RETIRE_EVERY: Duration = Duration::from_secs(60);
+
+/// How long the connections to the database may take to close at the end.
+const CLOSED_WITHIN: Duration = Duration::from_secs(5);
+
+/// How often compiled components are removed that are no deployment's, and how old these have to be.
+const TIDY_EVERY: Duration = Duration::from_secs(60 * 60);
 
 /// One running host.
 pub struct Host {
@@ -268,6 +274,16 @@ impl Host {
         if is_held() {
             return;
         }
+        // It may have been retired, or another version activated, while this one was prepared.
+        let is_active =
+            |active: &DeploymentRecord| active.worker == deployment.worker && active.version == deployment.version;
+        match self.store.active_deployments().await {
+            Ok(active) if active.iter().any(is_active) => {}
+            _ => {
+                workers.retain(|name, slot| *name != deployment.worker || slot.running.is_some());
+                return;
+            }
+        }
         let slot = workers.entry(deployment.worker.clone()).or_default();
         let swapped = match prepared {
             Ok(delivery) => self.swap(slot, deployment, delivery).await,
@@ -351,6 +367,20 @@ impl Host {
             breaks: Breaks::default(),
             health: Arc::clone(&self.health),
         })
+    }
+
+    /// Removes compiled components that are of no deployment, now or ever.
+    async fn tidy_compiled(&self) -> Result<()> {
+        let mut deployed = HashSet::new();
+        for active in self.store.active_deployments().await? {
+            let all = self.store.deployments(&active.worker).await?;
+            deployed.extend(all.into_iter().map(|deployment| deployment.digest));
+        }
+        let removed = self.engine.remove_compiled(deployed, TIDY_EVERY).await?;
+        if removed > 0 {
+            tracing::info!(removed, "removed compiled components that were never deployed");
+        }
+        Ok(())
     }
 
     /// Checks and compiles a component; dropping the future ends that.
@@ -477,6 +507,9 @@ impl Host {
         }
         if !self.bus.is_connected() {
             return Err("no connection to NATS".to_owned());
+        }
+        if !self.bus.can_publish() {
+            return Err("no connection to NATS for outputs".to_owned());
         }
         if let Some(hold) = self.hold() {
             return Err(hold.to_string());
@@ -605,7 +638,8 @@ impl Running {
         let in_time = tokio::time::timeout(limit, drained).await;
         self.stop_lease.now();
         let _ = self.lease.await;
-        host.store.close().await;
+        // A server that lets a commit wait would have this wait, too.
+        let _ = tokio::time::timeout(CLOSED_WITHIN, host.store.close()).await;
         in_time.with_context(|| format!("drain within {limit:?}; what was left is taken up at the next start"))
     }
 }
@@ -614,6 +648,7 @@ impl Running {
 async fn supervise(host: Arc<Host>, mut stopping: Stopping) {
     let mut retire = tokio::time::interval(RETIRE_EVERY);
     let mut removal = Removal::default();
+    let mut tidy = tokio::time::interval(TIDY_EVERY);
     // A look may last for as long as a component compiles; the next ones go on with the other workers.
     let mut looks = JoinSet::new();
     loop {
@@ -624,6 +659,11 @@ async fn supervise(host: Arc<Host>, mut stopping: Stopping) {
             _ = tokio::time::sleep(LOOK_FOR_DEPLOYMENTS_EVERY) => { looks.spawn(look(Arc::clone(&host))); }
             // What a recovery may need stays.
             _ = retire.tick(), if host.hold().is_none() => removal.run(&host, &stopping).await,
+            _ = tidy.tick() => {
+                if let Err(error) = host.tidy_compiled().await {
+                    tracing::debug!("compiled components not removed: {error:#}");
+                }
+            }
         }
         while looks.try_join_next().is_some() {}
     }

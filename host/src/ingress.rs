@@ -202,9 +202,6 @@ impl Ingress {
             },
             None => None,
         };
-        if let Target::Publish(publication) = target {
-            self.publishing.check(publication, asked).await?;
-        }
         let _room = match target {
             Target::Worker(found) => {
                 let room = tokio::time::timeout(ROOM_WAIT, found.worker.room.acquire()).await;
@@ -225,7 +222,11 @@ impl Ingress {
                     found.worker.delivery.note(&handled);
                     handled
                 }
-                Target::Publish(publication) => self.publishing.publish(publication, asked).await,
+                Target::Publish(publication) => match self.publishing.publish(publication, asked).await {
+                    Ok(Err(problem)) => return Err(problem),
+                    Ok(Ok(handled)) => Ok(handled),
+                    Err(error) => Err(error),
+                },
             };
             let waited = began.elapsed();
             match handled {

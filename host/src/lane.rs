@@ -118,7 +118,15 @@ impl Lane {
 
     async fn deliver(&self, parcels: Vec<Parcel>, queue: &mut Queue<Parcel>, pace: &mut Pace) -> Result<(), Stopped> {
         let messages: Vec<Arc<Message>> = parcels.iter().map(|parcel| Arc::clone(&parcel.message)).collect();
-        let turn = self.crowd.enter().await;
+        let mut stopping = self.stopping.clone();
+        let turn = tokio::select! {
+            turn = self.crowd.enter() => turn,
+            // Whoever has the turn may wait for the database: what is here is given back.
+            () = stopping.stopped(), if !self.crowd.has_room() => {
+                queue.put_back(parcels);
+                return Err(Stopped);
+            }
+        };
         let began = Instant::now();
         let Some(delivered) = self.insist("deliver", || self.delivery.deliver(&messages, pace.is_careful())).await
         else {
@@ -175,6 +183,9 @@ impl Lane {
         loop {
             let outcome = operation().await;
             self.delivery.note(&outcome);
+            if let Err(StoreError::Conflict(_)) = &outcome {
+                self.crowd.learn(1);
+            }
             match outcome {
                 Ok(answer) => return Some(answer),
                 Err(error) => {

@@ -223,15 +223,20 @@ impl Manifest {
 impl Worker {
     /// A worker of this name and place of whose settings nobody said anything.
     pub fn by_default(&self) -> Worker {
-        let of_stream = self.stream.as_ref().map(|stream| format!("stream = {stream:?}\n")).unwrap_or_default();
-        let routes = self.routes.iter().map(|route| format!("[[worker.route]]\npath = {:?}\n", route.path));
-        let text = format!(
-            "[[worker]]\nname = {:?}\ncomponent = \"worker.wasm\"\n{of_stream}{}",
-            self.name,
-            routes.collect::<String>()
-        );
-        let manifest = Manifest::parse(&text, FILE_NAME).ok();
-        manifest.and_then(|mut manifest| manifest.workers.pop()).map_or_else(|| self.clone(), |entry| entry.worker)
+        let default = |place: &str| {
+            let text = format!("[[worker]]\nname = \"w\"\ncomponent = \"w.wasm\"\n{place}\n");
+            Manifest::parse(&text, FILE_NAME).ok()?.workers.pop().map(|entry| entry.worker)
+        };
+        let (of_stream, of_route) = (default("stream = \"S\""), default("[[worker.route]]\npath = \"/r\""));
+        let route = of_route.as_ref().and_then(|worker| worker.routes.first().cloned());
+        let mut worker = if self.routes.is_empty() { of_stream } else { of_route }.unwrap_or_else(|| self.clone());
+        (worker.name, worker.stream) = (self.name.clone(), self.stream.clone());
+        let of = |own: &Route| {
+            let route = route.clone().unwrap_or_else(|| own.clone());
+            Route { path: own.path.clone(), methods: own.methods.clone(), ..route }
+        };
+        worker.routes = self.routes.iter().map(of).collect();
+        worker
     }
 
     /// The name of its durable consumer on the stream.

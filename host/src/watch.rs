@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use crate::alarm::{self, Alarm, Kind, Move, judge};
+use crate::alarm::{self, Alarm, Kind, Move, Step, judge};
 use crate::drain::Stopping;
 use crate::host::{Hold, Host};
 use crate::manifest::Worker;
@@ -41,8 +41,8 @@ async fn look(host: &Host) -> Result<()> {
         broken: host.broken_workers().await,
     };
     let ages = futures::future::join_all(workers.iter().map(|worker| host.unhandled_age(worker))).await;
-    let moves: Vec<Move> =
-        workers.iter().zip(ages).flat_map(|(worker, unhandled)| measured.moves(worker, unhandled)).collect();
+    let of_workers = workers.iter().zip(ages).flat_map(|(worker, unhandled)| measured.moves(worker, unhandled));
+    let moves: Vec<Move> = of_workers.chain(measured.of_retired(&workers)).collect();
     if moves.is_empty() {
         return Ok(());
     }
@@ -68,6 +68,26 @@ struct Measured {
 }
 
 impl Measured {
+    /// A worker that is retired neither runs nor waits: alarms about that are over.
+    fn of_retired(&self, workers: &[Worker]) -> Vec<Move> {
+        let is_over = |alarm: &&Alarm| {
+            matches!(alarm.kind, Kind::CannotRun | Kind::UnhandledAge | Kind::Restored)
+                && alarm.is_raised()
+                && !workers.iter().any(|worker| worker.name == alarm.worker)
+        };
+        let clear = |alarm: &Alarm| Move {
+            worker: alarm.worker.clone(),
+            kind: alarm.kind,
+            group: None,
+            times: alarm.times,
+            step: Step::Clear,
+            value: 0,
+            threshold: alarm.threshold,
+            why: None,
+        };
+        self.standing.iter().filter(is_over).map(clear).collect()
+    }
+
     /// What follows for the alarms of a worker. `unhandled` is the age of the oldest message that waits for it, if that could
     /// be asked.
     fn moves(&self, worker: &Worker, unhandled: Option<Duration>) -> Vec<Move> {

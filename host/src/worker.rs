@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinHandle;
 
-use crate::bus::{Bus, Probe, Progress, Pull, Pulled, Standing, Subscription, Unhandled};
+use crate::bus::{Bus, Probe, Progress, Pull, Pulled, Subscription, Unhandled};
 use crate::delivery::Delivery;
 use crate::drain::{Stop, Stopping};
 use crate::fault;
@@ -113,9 +113,9 @@ impl RunningWorker {
         asked.ok()?.ok()
     }
 
-    /// How its consumer stands.
-    pub async fn standing(&self) -> Result<Standing> {
-        self.probe.standing().await
+    /// A way to look at its consumer.
+    pub fn probe(&self) -> Probe {
+        self.probe.clone()
     }
 
     /// How many messages this host holds for it.

@@ -3,5 +3,7 @@
 create table oncely.host_report (
     instance   bigint      constraint host_report_pk primary key,
     written_at timestamptz not null default now(),
+    -- Counts the reports of the instance.
+    number     bigint      not null default 1,
     report     text        not null
 ) with (fillfactor = 50);

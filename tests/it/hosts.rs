@@ -30,7 +30,7 @@ async fn two_hosts(kind: Kind) -> Result<()> {
     let path = world.folder.path().join("oncely.toml");
     let path = path.to_str().context("name the manifest")?;
 
-    assert_eq!(one.oncely(&["deploy", path])?.trim(), "worker test version 1 is active");
+    assert_eq!(one.oncely(&["deploy", path])?.trim(), "worker test version 1 is active on 2 hosts");
     one.until_version(1).await?;
     two.until_version(1).await?;
     two.ready().await?;

@@ -41,7 +41,7 @@ pub use publish::{Answer, Outgoing, PublishError, PublishedAt};
 pub use pull::{Acknowledged, Backlog, Probe, Progress, Pull, Pulled, Receipt, Standing, Subscription, Unhandled};
 pub use raw::Compared;
 pub use server::EmbeddedServer;
-pub use streams::{Ensured, From, Passed, StreamInfo, StreamSpec, stream_of};
+pub use streams::{Ensured, From, Passed, StreamInfo, StreamSpec, is_refused_for_good, stream_of};
 
 /// How long one request to JetStream may take, and the answer to one publication.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);

@@ -22,7 +22,7 @@ use tokio::time::Instant;
 
 use super::Bus;
 use super::connection::{Connection, Listener, Message as Sent};
-use super::readable::{read_block, read_subject};
+use super::readable::{is_marker, read_block, read_subject};
 use super::requests::{Place, next_subject};
 use super::streams::timestamp;
 use super::wire::Arrived;
@@ -475,7 +475,9 @@ impl Pull {
     fn hear(&mut self, answer: Arrived) {
         // A publisher may have stored a status of its own: what has a place on a stream is a message.
         match self.bus.place(answer.reply.as_deref()) {
-            Ok(Some(place)) if is_marker(&answer) => self.pass_over(place),
+            Ok(Some(place)) if read_block(&answer.headers).is_ok_and(|block| is_marker(&block, &answer.body)) => {
+                self.pass_over(place);
+            }
             Ok(Some(place)) => self.take(answer, place),
             Ok(None) => self.hear_of_request(&answer),
             // It stays unacknowledged and comes again.
@@ -649,13 +651,6 @@ fn readable(message: &Arrived) -> Readable {
     }
     let why: Vec<String> = bad_subject.into_iter().chain(bad_headers).collect();
     Readable { subject, headers, why: Some(why.join("; ")).filter(|why| !why.is_empty()) }
-}
-
-/// Whether the server has put a message in the place of others that it removed.
-fn is_marker(message: &Arrived) -> bool {
-    let has_body = !message.body.is_empty();
-    let block = if has_body { None } else { read_block(&message.headers).ok() };
-    block.is_some_and(|block| block.headers.get("Nats-Marker-Reason").is_some())
 }
 
 /// Whether a request ended because it brought as much as it could.

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::pull::headers;
-use super::readable::read_block;
+use super::readable::{is_marker, read_block};
 use super::{Bus, Outgoing};
 use crate::message::{InvalidEventId, event_id};
 
@@ -88,7 +88,7 @@ impl Bus {
         Ok(self.raw_message(stream, sequence).await?.map(|raw| raw.time))
     }
 
-    /// The subject and the event id of the message at a place; none when there is no message, or one that cannot be read.
+    /// The subject and the event id of the message at a place; none when there is no message, or one that cannot be read or is no event.
     pub async fn event_at(&self, stream: &str, sequence: u64) -> Result<Option<(String, String)>> {
         let Some(raw) = self.raw_message(stream, sequence).await? else { return Ok(None) };
         // As JSON it has a stand-in for what is not UTF-8.
@@ -98,6 +98,9 @@ impl Bus {
         let block = STANDARD.decode(&raw.hdrs).context("decode a message's headers")?;
         let Ok(block) = read_block(&block) else { return Ok(None) };
         let body = STANDARD.decode(&raw.data).context("decode a message's body")?;
+        if is_marker(&block, &body) {
+            return Ok(None);
+        }
         let id = match event_id(&headers(Some(&block.headers)), Some(&body), stream, raw.time, sequence) {
             Ok(id) => id,
             Err(InvalidEventId { stand_in, .. }) => stand_in,

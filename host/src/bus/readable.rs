@@ -45,6 +45,11 @@ pub(super) fn read_block(block: &[u8]) -> Result<Block, String> {
     Ok(Block { status, description: description.trim().to_owned(), headers })
 }
 
+/// Whether a message was put by the server in the place of others that it removed. It is no event: nobody published it.
+pub(super) fn is_marker(block: &Block, body: &[u8]) -> bool {
+    body.is_empty() && block.headers.get("Nats-Marker-Reason").is_some()
+}
+
 /// A subject as text. For one that no handler can be given, the error holds the printable part and the reason.
 pub(super) fn read_subject(subject: &[u8]) -> Result<String, (String, String)> {
     let text = String::from_utf8_lossy(subject);

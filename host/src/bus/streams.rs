@@ -8,7 +8,7 @@ use anyhow::{Context, Error, Result, bail};
 use async_nats::datetime::{DateTime, from_nanos};
 use async_nats::jetstream::ErrorCode;
 use async_nats::jetstream::consumer::{AckPolicy, Consumer, DeliverPolicy, pull};
-use async_nats::jetstream::context::{CreateStreamErrorKind, GetStreamErrorKind};
+use async_nats::jetstream::context::{CreateStreamErrorKind, GetStreamByNameErrorKind, GetStreamErrorKind};
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType};
 use futures::StreamExt;
 use jiff::Timestamp;
@@ -16,6 +16,7 @@ use jiff::Timestamp;
 use super::Bus;
 use super::pull::headers;
 use super::requests::Taken;
+use crate::hint;
 use crate::message::Headers;
 use crate::subject;
 
@@ -164,6 +165,15 @@ impl Bus {
         let found = Arc::new(found);
         *known = Some((as_of, Arc::clone(&found)));
         Ok(found)
+    }
+
+    /// Whether any stream takes a subject, also one that has no leader for now.
+    pub async fn takes_subject(&self, subject: &str) -> Result<bool> {
+        match self.context.stream_by_subject(subject).await {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == GetStreamByNameErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error).with_context(|| format!("ask NATS which stream takes {subject}")),
+        }
     }
 
     /// The name of the stream that holds all of `wanted`, a subject or a pattern; none when there is none.
@@ -341,6 +351,14 @@ fn lacks_servers(error: &async_nats::jetstream::context::CreateStreamError) -> O
         ErrorCode::CLUSTER_NO_PEERS | ErrorCode::INSUFFICIENT_RESOURCES => Some(Lacking::Servers),
         _ => None,
     }
+}
+
+/// Whether a stream could not be made for a reason that does not pass by itself: what it asks for is refused.
+pub fn is_refused_for_good(error: &Error) -> bool {
+    let refused = hint::find::<async_nats::jetstream::context::CreateStreamError>(error).map(|error| error.kind());
+    let Some(CreateStreamErrorKind::JetStream(answer)) = refused else { return false };
+    let passes = [ErrorCode::CLUSTER_NO_PEERS, ErrorCode::INSUFFICIENT_RESOURCES];
+    (400..500).contains(&answer.code()) && !passes.contains(&answer.error_code())
 }
 
 fn is_name_in_use(error: &async_nats::jetstream::context::CreateStreamError) -> bool {

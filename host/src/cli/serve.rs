@@ -228,10 +228,11 @@ const QUIET: &str = "async_nats=warn,sqlx=error,pgwire_replication=off";
 /// Sends log lines to standard error, in the form the configuration asks for.
 pub fn start_log(config: &HostConfig) -> Result<()> {
     let filter: Targets = format!("{QUIET},{}", config.log_level).parse().context("read log_level")?;
-    let log = tracing_subscriber::fmt::layer().with_writer(|| OneLine(std::io::stderr()));
+    let log = tracing_subscriber::fmt::layer();
     let log = match config.log {
-        LogFormat::Text => log.with_ansi(false).with_target(false).boxed(),
-        LogFormat::Json => log.json().flatten_event(true).boxed(),
+        LogFormat::Text => log.with_writer(|| OneLine(std::io::stderr())).with_ansi(false).with_target(false).boxed(),
+        // JSON escapes what would end its line.
+        LogFormat::Json => log.with_writer(std::io::stderr).json().flatten_event(true).boxed(),
     };
     let started = tracing_subscriber::registry().with(log.with_filter(filter)).try_init();
     started.context("start the log")

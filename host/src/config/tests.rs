@@ -226,6 +226,23 @@ fn a_context_says_where_and_as_whom_and_a_flag_takes_its_place() {
 }
 
 #[test]
+fn a_database_is_at_one_address() {
+    for several in [
+        "postgres://u:p,w@a,b/db",
+        "postgresql://a:5432,b:5433/db?target_session_attrs=read-write",
+        "postgres:///db?host=a,b",
+        "postgres:///db?sslmode=require&host=a%2Cb",
+    ] {
+        let error = resolve(&["--database", several], &[]).unwrap_err();
+        assert!(format!("{error:#}").contains("names several PostgreSQL servers"), "{error:#}");
+        assert!(hints(&error)[0].contains("virtual address"), "{:?}", hints(&error));
+    }
+    for one in ["postgres://u:p,w@a/db", "postgres://a/d,b?application_name=x,y", "postgres:///db?host=/run/a"] {
+        assert!(resolve(&["--database", one], &[]).is_ok(), "{one}");
+    }
+}
+
+#[test]
 fn a_login_in_the_url_is_used() {
     let login = |url: &str| resolve(&["--nats", url], &[]).unwrap().nats.login;
     let ada = Login::Password { user: "ada".into(), password: Secret::new("p@ss:word") };

@@ -1,5 +1,6 @@
 //! The wasmtime engine: pooled instances, epoch deadlines, and compiled components kept on disk.
 
+use std::collections::HashSet;
 use std::hash::{Hash, Hasher};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -90,6 +91,13 @@ impl GuestEngine {
         self.cache.join(format!("{}-{:016x}.cwasm", hex::encode(digest), hasher.finish()))
     }
 
+    /// Removes compiled components that are not among these (SHA-256, lower-case hex) and were compiled longer ago than `kept`:
+    /// those of uploads that were refused or never deployed. Returns how many.
+    pub async fn remove_compiled(&self, deployed: HashSet<String>, kept: Duration) -> Result<usize> {
+        let folder = self.cache.clone();
+        blocking(move || remove_compiled(&folder, &deployed, kept)).await
+    }
+
     async fn load_compiled(&self, path: &Path) -> Result<Option<Component>> {
         let (engine, path) = (self.engine.clone(), path.to_owned());
         blocking(move || Ok(load_compiled(&engine, &path))).await
@@ -99,6 +107,21 @@ impl GuestEngine {
 /// Runs long work off the async threads. A panic in it is an error.
 pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     tokio::task::spawn_blocking(work).await.context("a check of the component ended with a panic")?
+}
+
+fn remove_compiled(folder: &Path, deployed: &HashSet<String>, kept: Duration) -> Result<usize> {
+    let mut removed = 0;
+    for entry in std::fs::read_dir(folder).with_context(|| format!("list {}", folder.display()))? {
+        let entry = entry.with_context(|| format!("list {}", folder.display()))?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let Some((digest, _)) = name.strip_suffix(".cwasm").and_then(|name| name.split_once('-')) else { continue };
+        let age = entry.metadata().and_then(|about| about.modified()).ok().and_then(|at| at.elapsed().ok());
+        if !deployed.contains(digest) && age.is_some_and(|age| age > kept) {
+            // Another host of this folder may have been faster.
+            removed += usize::from(std::fs::remove_file(entry.path()).is_ok());
+        }
+    }
+    Ok(removed)
 }
 
 /// A compiled component from disk. The file ends with the SHA-256 of what stands before it: a torn or damaged
@@ -221,4 +244,21 @@ fn make_private_folder(folder: &Path) -> Result<()> {
         );
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_never_deployed_leaves_the_disk_after_a_while() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["aa-1.cwasm", "aa-2.cwasm", "bb-1.cwasm", "other", "bb-1.cwasm.new"] {
+            std::fs::write(folder.path().join(name), "").unwrap();
+        }
+        let deployed = HashSet::from(["aa".to_owned()]);
+        assert_eq!(remove_compiled(folder.path(), &deployed, Duration::from_secs(60)).unwrap(), 0);
+        assert_eq!(remove_compiled(folder.path(), &deployed, Duration::ZERO).unwrap(), 1);
+        assert!(!folder.path().join("bb-1.cwasm").exists() && folder.path().join("aa-2.cwasm").exists());
+    }
 }

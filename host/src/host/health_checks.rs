@@ -6,13 +6,14 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use futures::StreamExt;
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
 
 use super::slot::Work;
 use super::{Host, WorkerState};
 use crate::alarm::{self, ALARM_KEPT, ALARM_STREAM, ALARM_SUBJECTS, Notice};
-use crate::bus::{Bus, Foreign, Outgoing, Standing, StreamSpec, mark_stream};
+use crate::bus::{Bus, Foreign, Outgoing, Probe, Standing, StreamSpec, is_refused_for_good, mark_stream};
 use crate::dead_letter::{DLQ_STREAM, DLQ_SUBJECTS};
 use crate::drain::Stopping;
 use crate::health::Part;
@@ -20,7 +21,7 @@ use crate::hint;
 use crate::invalidation::{CACHE_KEPT, CACHE_STREAM, CACHE_SUBJECTS};
 use crate::message::Output;
 use crate::redrive::{REDRIVE_STREAM, REDRIVE_SUBJECTS};
-use crate::store::Store;
+use crate::store::{Store, StoredReport, is_busy};
 
 /// How often it looks.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -33,6 +34,9 @@ const ANSWERS_SOON: Duration = Duration::from_secs(1);
 
 /// How long the broker may take to answer all that is asked in one look.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(4);
+
+/// How many consumers are asked for at the same time.
+const ASKED_AT_ONCE: usize = 16;
 
 /// How long the database may fail before an alarm tells.
 const ALARM_AFTER: Duration = Duration::from_secs(2);
@@ -70,6 +74,13 @@ fn own_streams() -> [StreamSpec; 5] {
     ]
 }
 
+impl StoredReport {
+    /// What it says; none when the host has said nothing yet.
+    pub(super) fn read(&self) -> Result<Option<HostReport>> {
+        self.text.as_deref().map(serde_json::from_str).transpose().context("read what a host runs")
+    }
+}
+
 /// Makes the installation's own streams. What keeps them away, such as a server of the cluster that is gone, is waited for.
 ///
 /// # Errors
@@ -78,7 +89,7 @@ pub(super) async fn make_own_streams(bus: &Bus) -> Result<()> {
     for spec in own_streams() {
         let mut told = String::new();
         while let Err(error) = bus.ensure_own_stream(&spec).await {
-            if hint::find::<Foreign>(&error).is_some() {
+            if hint::find::<Foreign>(&error).is_some() || is_refused_for_good(&error) {
                 return Err(error);
             }
             let why = format!("{error:#}");
@@ -110,7 +121,14 @@ impl Host {
     /// What all hosts that are alive say that they run.
     pub async fn reports(&self) -> Result<Vec<HostReport>> {
         let reports = self.store.reports().await?;
-        reports.iter().map(|text| serde_json::from_str(text).context("read what a host runs")).collect()
+        let read = |report: &StoredReport| {
+            let starting = || HostReport {
+                host: format!("a host that is starting ({})", report.instance),
+                workers: BTreeMap::new(),
+            };
+            Ok(report.read()?.unwrap_or_else(starting))
+        };
+        reports.iter().map(read).collect()
     }
 
     /// Makes own streams that are gone.
@@ -124,23 +142,41 @@ impl Host {
         Ok(())
     }
 
-    /// Notes how the consumers of the workers stand. What the server does not say changes nothing.
+    /// Notes how the consumers of the workers stand. What the server does not say in time changes nothing.
     async fn look_at_consumers(&self) {
+        let probes: Vec<(String, u32, Probe)> = {
+            let workers = self.workers.lock().await;
+            let running = workers.iter().filter_map(|(name, slot)| match &slot.running {
+                Some(Work::Messages(running)) => Some((name.clone(), running.version, running.probe())),
+                _ => None,
+            });
+            running.collect()
+        };
+        let asked = probes.into_iter().map(|(name, version, probe)| async move {
+            let standing = tokio::time::timeout(ANSWERS_WITHIN, probe.standing()).await;
+            (name, version, standing)
+        });
+        let stand: Vec<_> = futures::stream::iter(asked).buffer_unordered(ASKED_AT_ONCE).collect().await;
         let mut workers = self.workers.lock().await;
-        for slot in workers.values_mut() {
-            let Some(Work::Messages(running)) = &slot.running else { continue };
-            let standing = match running.standing().await {
-                Ok(standing) => standing,
-                Err(error) => {
-                    tracing::debug!("worker {} is not looked at: {error:#}", running.worker.name);
+        for (name, version, standing) in stand {
+            let Some(slot) = workers.get_mut(&name) else { continue };
+            let standing = match standing {
+                Ok(Ok(standing)) => standing,
+                Ok(Err(error)) => {
+                    tracing::debug!("worker {name} is not looked at: {error:#}");
                     continue;
                 }
+                Err(_) => continue,
             };
+            if slot.running.as_ref().is_none_or(|running| running.version() != version) {
+                continue;
+            }
             if standing != slot.standing {
                 match &standing {
-                    Standing::Serving => tracing::info!(worker = running.worker.name, "its consumer serves it again"),
-                    Standing::Paused(_) => tracing::warn!(worker = running.worker.name, "its consumer is paused"),
-                    Standing::Gone(why) => tracing::error!(worker = running.worker.name, "it gets no messages: {why}"),
+                    Standing::Serving => tracing::info!(worker = name, "its consumer serves it again"),
+                    Standing::Paused(_) if matches!(slot.standing, Standing::Paused(_)) => {}
+                    Standing::Paused(_) => tracing::warn!(worker = name, "its consumer is paused"),
+                    Standing::Gone(why) => tracing::error!(worker = name, "it gets no messages: {why}"),
                 }
             }
             slot.standing = standing;
@@ -148,27 +184,44 @@ impl Host {
     }
 
     /// Tells that the database fails, or that it does no more, around the database.
-    async fn tell_of_database(&self, told: &mut Option<Notice>) {
-        match (told.take(), self.health.database()) {
-            (None, Some(why)) if self.health.database_since().is_some_and(|since| since.elapsed() >= ALARM_AFTER) => {
+    async fn tell_of_database(&self, alarm: &mut Option<DatabaseAlarm>) {
+        let is_due = || self.health.database_since().is_some_and(|since| since.elapsed() >= ALARM_AFTER);
+        match (alarm.take(), self.health.database()) {
+            (None, Some(why)) if is_due() => {
                 let notice = Notice::of_database(&name(), &why);
-                self.publish_notice(&notice).await;
-                *told = Some(notice);
+                alarm::log(&notice);
+                *alarm = Some(DatabaseAlarm { is_told: self.publish_notice(&notice).await, notice });
             }
-            (Some(notice), None) => self.publish_notice(&notice.over()).await,
-            (before, _) => *told = before,
+            // The broker may have been away, too.
+            (Some(DatabaseAlarm { notice, is_told: false }), Some(_)) => {
+                *alarm = Some(DatabaseAlarm { is_told: self.publish_notice(&notice).await, notice });
+            }
+            (Some(DatabaseAlarm { notice, is_told }), None) => {
+                let over = notice.clone().over();
+                if notice.is_raised() {
+                    alarm::log(&over);
+                }
+                if is_told && !self.publish_notice(&over).await {
+                    *alarm = Some(DatabaseAlarm { notice: over, is_told });
+                }
+            }
+            (before, _) => *alarm = before,
         }
     }
 
-    async fn publish_notice(&self, notice: &Notice) {
-        alarm::log(notice);
+    /// Returns whether the broker has it.
+    async fn publish_notice(&self, notice: &Notice) -> bool {
         let Output { id, subject, headers, body, .. } = self.store.output_ids().seal(&notice.worker, &notice.output());
         let message = Outgoing { subject, headers, id, body };
         let answers = tokio::time::timeout(ANSWERS_WITHIN, self.bus.publish(vec![message])).await;
-        if let Some(Err(error)) = answers.ok().and_then(|mut answers| answers.pop()) {
-            tracing::warn!("an alarm of the host was not published: {error}");
-        }
+        matches!(answers.ok().and_then(|mut answers| answers.pop()), Some(Ok(_)))
     }
+}
+
+/// The alarm that the database takes no writes, and whether the broker has it.
+struct DatabaseAlarm {
+    notice: Notice,
+    is_told: bool,
 }
 
 /// Looks until the host stops.
@@ -177,11 +230,8 @@ pub(super) async fn watch(host: Arc<Host>, mut stopping: Stopping) {
     let mut told = None;
     loop {
         trial.turn(&host).await;
-        let asked = async {
-            host.look_at_consumers().await;
-            host.look_at_own_streams().await
-        };
-        match tokio::time::timeout(ANSWERS_WITHIN, asked).await {
+        host.look_at_consumers().await;
+        match tokio::time::timeout(ANSWERS_WITHIN, host.look_at_own_streams()).await {
             Ok(looked) => host.health.note(Part::OwnStreams, looked.map_err(|error| format!("{error:#}"))),
             Err(_) => host.health.note(Part::OwnStreams, Err("JetStream does not answer".to_owned())),
         }
@@ -205,7 +255,8 @@ struct Trial {
 struct Write {
     /// When it had its turn.
     began: Arc<OnceLock<Instant>>,
-    task: JoinHandle<Result<()>>,
+    /// Ends with how long it took from its turn on.
+    task: JoinHandle<Result<Duration>>,
 }
 
 impl Trial {
@@ -221,11 +272,13 @@ impl Trial {
         // Not while it waits for its turn among the host's own transactions.
         let lasted = began.get().map(Instant::elapsed).unwrap_or_default();
         let outcome = match &written {
+            // All connections of this host are in use: that says nothing.
+            Ok(Ok(Err(error))) if is_busy(error) => None,
             Ok(Ok(Err(error))) => Some(Err(format!("{error:#}"))),
             Ok(Err(error)) => Some(Err(format!("{error:#}"))),
-            _ if lasted >= COMMIT_WITHIN => Some(Err(does_not_confirm(lasted))),
-            Ok(Ok(Ok(()))) => Some(Ok(())),
-            Err(_) => None,
+            Ok(Ok(Ok(lasted))) if *lasted >= COMMIT_WITHIN => Some(Err(does_not_confirm(*lasted))),
+            Ok(Ok(Ok(_))) => Some(Ok(())),
+            Err(_) => (lasted >= COMMIT_WITHIN).then(|| Err(does_not_confirm(lasted))),
         };
         if written.is_ok() {
             self.running = None;
@@ -236,9 +289,10 @@ impl Trial {
     }
 }
 
-async fn write(store: Arc<dyn Store>, report: HostReport, began: Arc<OnceLock<Instant>>) -> Result<()> {
+async fn write(store: Arc<dyn Store>, report: HostReport, began: Arc<OnceLock<Instant>>) -> Result<Duration> {
     let text = serde_json::to_string(&report).context("write what the host runs")?;
-    Ok(store.write_report(&text, &began).await?)
+    store.write_report(&text, &began).await?;
+    Ok(began.get().map(Instant::elapsed).unwrap_or_default())
 }
 
 fn does_not_confirm(since: Duration) -> String {

@@ -92,7 +92,8 @@ impl Host {
     /// For how long inbox records are kept now; none for ever.
     async fn keep_inbox(&self) -> Result<Option<Duration>> {
         let mut ages = Vec::new();
-        for deployment in self.store.active_deployments().await? {
+        // Also of retired ones: deployed again, they meet what their streams still have.
+        for deployment in self.store.newest_deployments().await? {
             let worker: Worker =
                 serde_json::from_str(&deployment.manifest).context("read the deployment's manifest")?;
             let Some(stream) = &worker.stream else { continue };

@@ -16,6 +16,9 @@ use crate::store::DeploymentRecord;
 const LET_GO_WITHIN: Duration = Duration::from_secs(30);
 const LET_GO_YET: Duration = Duration::from_millis(250);
 
+/// How many reports later a host has certainly heard: the first one may have been on its way.
+const NEWER: u64 = 2;
+
 /// What retiring a worker did.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Retired {
@@ -49,7 +52,12 @@ impl Host {
     pub async fn retire(&self, worker: &str, keeps_place: bool) -> Result<Retired> {
         let active = self.store.active_deployments().await?;
         let active = active.into_iter().find(|deployment| deployment.worker == worker);
-        let active = active.ok_or_else(|| anyhow!("there is no worker `{worker}`")).hint("oncely workers")?;
+        // One that is retired already may have left its consumers behind.
+        let newest = match active {
+            Some(active) => Some(active),
+            None => self.store.deployments(worker).await?.into_iter().next(),
+        };
+        let active = newest.ok_or_else(|| anyhow!("there is no worker `{worker}`")).hint("oncely workers")?;
         self.store.retire_worker(worker).await?;
         self.look_for_deployments();
         self.until_no_host_runs(worker).await?;
@@ -59,15 +67,23 @@ impl Host {
 
     async fn until_no_host_runs(&self, worker: &str) -> Result<()> {
         let end = Instant::now() + LET_GO_WITHIN;
+        // What a host said before it could hear of this is no answer: it would make the consumers again.
+        let asked = self.store.reports().await?;
         loop {
-            // A host that has not heard of it yet would make the consumer again.
-            let reports = self.reports().await?;
-            let here = self.workers.lock().await.contains_key(worker);
-            let others: Vec<&str> = reports
-                .iter()
-                .filter(|report| report.workers.contains_key(worker))
-                .map(|report| report.host.as_str())
-                .collect();
+            let here = match tokio::time::timeout(LET_GO_WITHIN, self.workers.lock()).await {
+                Ok(workers) => workers.contains_key(worker),
+                Err(_) => true,
+            };
+            let mut others = Vec::new();
+            for report in self.store.reports().await? {
+                let was = asked.iter().find(|was| was.instance == report.instance);
+                let is_news = was.is_none_or(|was| report.number >= was.number.saturating_add(NEWER));
+                match report.read()? {
+                    Some(read) if is_news && !read.workers.contains_key(worker) => {}
+                    Some(read) => others.push(read.host),
+                    None => others.push(format!("a host that is starting ({})", report.instance)),
+                }
+            }
             if !here && others.is_empty() {
                 return Ok(());
             }

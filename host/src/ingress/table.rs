@@ -66,7 +66,11 @@ impl Table {
             Problem::method_not_allowed(&allowed)
         })?;
         let tagged = route.cache.as_ref().map(|_| found.params.iter());
-        let params = tagged.into_iter().flatten().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+        let mut params: Vec<(String, String)> =
+            tagged.into_iter().flatten().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+        if let Some(rest) = rest_of(&route.path).filter(|rest| !params.iter().any(|(name, _)| name == rest)) {
+            params.push((rest.to_owned(), String::new()));
+        }
         Ok(Found { worker: Arc::clone(worker), route: Arc::clone(route), params })
     }
 }
@@ -74,6 +78,11 @@ impl Table {
 /// What stands before a rest of any length, as `/a/` in `/a/{*rest}`.
 fn before_rest(path: &str) -> Option<&str> {
     path.ends_with('}').then(|| path.rfind("{*"))?.and_then(|at| path.get(..at))
+}
+
+/// The name of a rest, as `rest` in `/a/{*rest}`.
+fn rest_of(path: &str) -> Option<&str> {
+    path.strip_suffix('}')?.rsplit_once("{*").map(|(_, name)| name)
 }
 
 /// Refuses a worker whose routes are another one's: two could answer the same request.

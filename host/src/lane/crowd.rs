@@ -47,6 +47,11 @@ impl Crowd {
         Turn { crowd: self, permit: Arc::clone(&self.permits).acquire_owned().await.ok() }
     }
 
+    /// Whether a lane could enter at once.
+    pub fn has_room(&self) -> bool {
+        self.permits.available_permits() > 0
+    }
+
     /// Learns how often other transactions stood in the way of a batch.
     pub fn learn(&self, conflicts: u32) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);

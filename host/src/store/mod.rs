@@ -71,6 +71,24 @@ impl StoreError {
     }
 }
 
+/// What a host that is alive noted last of what it runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredReport {
+    pub instance: String,
+    /// How often it did so; 0 for never.
+    pub number: u64,
+    /// None when it never did.
+    pub text: Option<String>,
+}
+
+/// Whether an operation failed because all connections of this host were in use.
+pub(crate) fn is_busy(cause: &anyhow::Error) -> bool {
+    let is_full = |cause: &(dyn std::error::Error + 'static)| {
+        matches!(cause.downcast_ref::<sqlx::Error>(), Some(sqlx::Error::PoolTimedOut))
+    };
+    cause.chain().any(is_full)
+}
+
 /// The context of an error of the connection that ended a guest's statement.
 #[derive(Debug)]
 pub(crate) struct BrokenStatement;
@@ -511,13 +529,16 @@ pub trait Store: Send + Sync + 'static {
     async fn write_report(&self, report: &str, began: &OnceLock<Instant>) -> Result<()>;
 
     /// What the hosts that are alive noted last.
-    async fn reports(&self) -> Result<Vec<String>>;
+    async fn reports(&self) -> Result<Vec<StoredReport>>;
 
     /// Activates an earlier deployment; none when there is no such version.
     async fn activate(&self, worker: &str, version: u32) -> Result<Option<DeploymentRecord>>;
 
     /// The active deployment of every worker, by name.
     async fn active_deployments(&self) -> Result<Vec<DeploymentRecord>>;
+
+    /// The newest deployment of every worker that ever had one, by name.
+    async fn newest_deployments(&self) -> Result<Vec<DeploymentRecord>>;
 
     /// All deployments of a worker, newest first.
     async fn deployments(&self, worker: &str) -> Result<Vec<DeploymentRecord>>;

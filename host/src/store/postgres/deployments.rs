@@ -182,6 +182,20 @@ pub(super) async fn active(session: &mut Session) -> Result<Vec<DeploymentRecord
     rows.iter().map(rows::deployment).collect()
 }
 
+/// The newest deployment of every worker that ever had one, by name.
+pub(super) async fn newest(session: &mut Session) -> Result<Vec<DeploymentRecord>> {
+    let query = session.query(
+        "select distinct on (worker) worker, version, digest, manifest,
+             (extract(epoch from created_at) * 1000000)::bigint as created_at
+         from oncely.deployment order by worker, version desc",
+    );
+    let rows = query.fetch_all(session.connection()).await;
+    rows.map_err(|error| errors::of_statement(error, "read the newest deployments"))?
+        .iter()
+        .map(rows::deployment)
+        .collect()
+}
+
 /// All deployments of a worker, newest first.
 pub(super) async fn of_worker(session: &mut Session, worker: &str) -> Result<Vec<DeploymentRecord>> {
     let query = session.query(

@@ -190,7 +190,9 @@ fn is_conflict(code: &str) -> bool {
 /// statement's own doing.
 fn is_house(error: &Error) -> bool {
     let code = code(error);
-    is_fatal(error) || (code.starts_with("53") && code != "53400") || code.starts_with("58")
+    // A pooler names no function of the server; the server always does.
+    let is_poolers = code.starts_with("08") && database_error(error).is_some_and(|error| error.routine().is_none());
+    is_fatal(error) || is_poolers || (code.starts_with("53") && code != "53400") || code.starts_with("58")
 }
 
 fn is_pooler_trouble(code: &str) -> bool {

@@ -54,8 +54,8 @@ use super::instance::Instance;
 use super::{
     Buried, By, CountedAttempt, DeploymentRecord, FailedAttempt, LetterDepth, LetterFilter, LetterGroup, LetterRecord,
     LetterSummary, Marks, Move, Moved, OnStream, OutboxLag, OutboxRow, Output, OutputFilter, OutputLog, OutputRecord,
-    OutputSummary, Published, PutBack, RecoveredOutput, Redrive, Result, Retire, Seen, StateRecord, Store, TakenOver,
-    Told, Tx, Unpublished, WorkerMigration, WorkerTotals,
+    OutputSummary, Published, PutBack, RecoveredOutput, Redrive, Result, Retire, Seen, StateRecord, Store,
+    StoredReport, TakenOver, Told, Tx, Unpublished, WorkerMigration, WorkerTotals,
 };
 use crate::alarm::{self, Alarm};
 use crate::fault;
@@ -264,7 +264,7 @@ impl Store for PostgresStore {
         session.commit().await
     }
 
-    async fn reports(&self) -> Result<Vec<String>> {
+    async fn reports(&self) -> Result<Vec<StoredReport>> {
         let mut session = self.house.begin(Purpose::Read).await?;
         let reports = reports::read(&mut session).await?;
         session.commit().await?;
@@ -502,6 +502,13 @@ impl Store for PostgresStore {
         let deployment = deployments::activate(&mut session, worker, version).await?;
         session.commit().await?;
         Ok(deployment)
+    }
+
+    async fn newest_deployments(&self) -> Result<Vec<DeploymentRecord>> {
+        let mut session = self.house.begin(Purpose::Read).await?;
+        let deployments = deployments::newest(&mut session).await?;
+        session.commit().await?;
+        Ok(deployments)
     }
 
     async fn active_deployments(&self) -> Result<Vec<DeploymentRecord>> {

@@ -163,6 +163,20 @@ pub(super) async fn active(readers: &SqlitePool) -> Result<Vec<DeploymentRecord>
     rows.iter().map(rows::deployment).collect()
 }
 
+/// The newest deployment of every worker that ever had one, by name.
+pub(super) async fn newest(readers: &SqlitePool) -> Result<Vec<DeploymentRecord>> {
+    let rows = sqlx::query(
+        "select worker, version, digest, manifest, created_at from oncely_deployment as one
+         where version = (select max(version) from oncely_deployment where worker = one.worker) order by worker",
+    )
+    .fetch_all(readers)
+    .await;
+    rows.map_err(|error| errors::of_statement(error, "read the newest deployments"))?
+        .iter()
+        .map(rows::deployment)
+        .collect()
+}
+
 /// All deployments of a worker, newest first.
 pub(super) async fn of_worker(readers: &SqlitePool, worker: &str) -> Result<Vec<DeploymentRecord>> {
     let rows = sqlx::query(

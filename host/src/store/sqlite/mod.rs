@@ -44,8 +44,8 @@ use self::tx::SqliteTx;
 use super::{
     Buried, By, CountedAttempt, DeploymentRecord, FailedAttempt, LetterDepth, LetterFilter, LetterGroup, LetterRecord,
     LetterSummary, Marks, Move, Moved, OnStream, OutboxLag, OutboxRow, Output, OutputFilter, OutputRecord,
-    OutputSummary, Published, PutBack, RecoveredOutput, Redrive, Result, Retire, Seen, StateRecord, Store, TakenOver,
-    Told, Tx, Unpublished, WorkerMigration, WorkerTotals,
+    OutputSummary, Published, PutBack, RecoveredOutput, Redrive, Result, Retire, Seen, StateRecord, Store,
+    StoredReport, TakenOver, Told, Tx, Unpublished, WorkerMigration, WorkerTotals,
 };
 use crate::alarm::{self, Alarm};
 use crate::fault;
@@ -143,7 +143,7 @@ impl Store for SqliteStore {
         session.commit().await
     }
 
-    async fn reports(&self) -> Result<Vec<String>> {
+    async fn reports(&self) -> Result<Vec<StoredReport>> {
         reports::read(&self.readers).await
     }
 
@@ -355,6 +355,10 @@ impl Store for SqliteStore {
         let deployment = deployments::activate(&mut session, worker, version).await?;
         session.commit().await?;
         Ok(deployment)
+    }
+
+    async fn newest_deployments(&self) -> Result<Vec<DeploymentRecord>> {
+        deployments::newest(&self.readers).await
     }
 
     async fn active_deployments(&self) -> Result<Vec<DeploymentRecord>> {
