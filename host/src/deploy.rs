@@ -331,7 +331,7 @@ mod tests {
         assert_eq!(taking, ["+ batch: 7", "+ component: d1", "+ limits.time: 3s", "+ outputs: o.>", "+ stream: S"]);
         let route = "[[worker.route]]\npath = \"/a\"\nmethods = [\"POST\"]\nwindow = \"48h\"\n";
         let answering = said(&format!("{worker}{route}"));
-        assert_eq!(answering, ["+ component: d1", "+ routes: POST /a", "+ routes[POST /a].window: 2d"]);
+        assert_eq!(answering, ["+ component: d1", "+ routes: POST /a", "+ routes[POST /a].window: 48h"]);
         // Two routes of one path hide nothing.
         let other = "[[worker.route]]\npath = \"/a\"\nmethods = [\"GET\"]\n";
         let both = said(&format!("{worker}outputs = [\"o.>\"]\n{route}{other}"));

@@ -38,7 +38,7 @@ async fn two_hosts(kind: Kind) -> Result<()> {
     world.nats.publish_all(workload(0, 600)).await?;
     world.until("select min(1) from oncely.inbox", 1).await?;
     std::fs::write(path, manifest(&format!("{settings}\n[worker.config]\nlabel = \"two\""))?)?;
-    assert_eq!(two.oncely(&["deploy", path])?.trim(), "worker test version 2 is active");
+    assert_eq!(two.oncely(&["deploy", path])?.trim(), "worker test version 2 is active on 2 hosts");
     one.until_version(2).await?;
     two.until_version(2).await?;
     world.quiet(600).await?;

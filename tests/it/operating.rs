@@ -237,7 +237,7 @@ async fn a_sqlite_file_that_is_locked_is_not_called_ready() -> Result<()> {
     other.execute("begin immediate").await?;
     let began = Instant::now();
     let why = world.not_ready("the database takes no writes").await?;
-    ensure!(began.elapsed() < TOLD_WITHIN + Duration::from_secs(2), "{:?}: {why}", began.elapsed());
+    ensure!(began.elapsed() < TOLD_WITHIN * 2, "{:?}: {why}", began.elapsed());
     other.execute("rollback").await?;
     world.ready().await
 }
@@ -253,8 +253,10 @@ both!(a_retired_worker_is_gone_and_comes_back_where_the_stream_begins, |kind: Ki
         let consumer = jetstream.get_stream(stream).await?.consumer_info("oncely-test").await;
         ensure!(consumer.is_err(), "the consumer of {stream} is still there");
     }
-    let error = world.oncely(&["retire", "test"]).await.unwrap_err().to_string();
-    ensure!(error.contains("there is no worker `test`") && error.contains("hint: oncely workers"), "{error}");
+    let error = world.oncely(&["retire", "nobody"]).await.unwrap_err().to_string();
+    ensure!(error.contains("there is no worker `nobody`") && error.contains("hint: oncely workers"), "{error}");
+    // Once more is no mistake: it may have been cut off.
+    world.oncely(&["retire", "test"]).await?;
     ensure!(!world.oncely(&["workers"]).await?.contains("test"), "it is still listed");
     world.ready().await?;
     world.nats.publish_all((20..30).map(ToPublish::insert).collect()).await?;
@@ -320,7 +322,7 @@ async fn a_host_starts_while_a_server_of_the_cluster_is_away() -> Result<()> {
     servers[1].kill()?;
     world.spawn_host()?;
     let end = Instant::now() + PATIENCE;
-    while !world.host_log().contains("waits for a stream of the host's own") && world.host_lives() {
+    while !world.host_log().contains("the start waits for") && world.host_lives() {
         ensure!(Instant::now() < end, "it does not say what it waits for:\n{}", world.host_log());
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
@@ -462,5 +464,10 @@ async fn a_delete_marker_is_no_event() -> Result<()> {
     let info = jetstream_of(&world).await?.get_stream("IN").await?.consumer_info("oncely-test").await?;
     ensure!(info.num_ack_pending == 0 && info.num_redelivered == 0, "{info:?}");
     assert_eq!(world.database.number("select count(*) from oncely.dead_letter").await?, 0);
+    // Nor is it taken for a message that a restored database has forgotten.
+    let marks = world.database.number("select max(number) from oncely.watermark").await?;
+    world.nats.publish_all(vec![ToPublish::insert(2)]).await?;
+    world.until(&format!("select case when max(number) > {marks} then 1 else 0 end from oncely.watermark"), 1).await?;
+    ensure!(world.oncely(&["status"]).await?.contains("ready: yes"), "the host waits:\n{}", world.host_log());
     Ok(())
 }

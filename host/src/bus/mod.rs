@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use async_nats::connection::State;
-use async_nats::jetstream::{self, context::ContextBuilder};
+use async_nats::jetstream;
+use async_nats::jetstream::context::{AccountError, AccountErrorKind, ContextBuilder};
 use async_nats::{Auth, AuthError, ConnectErrorKind, ConnectOptions, Event};
 use tokio::sync::watch;
 
@@ -103,8 +104,7 @@ impl Bus {
             .timeout(REQUEST_TIMEOUT)
             .ack_timeout(REQUEST_TIMEOUT)
             .build(client.clone());
-        context
-            .query_account()
+        until_jetstream_answers(&context)
             .await
             .with_context(|| format!("ask NATS at {} for JetStream", nats.shown()))
             .hint("start the server with JetStream: nats-server --jetstream")?;
@@ -164,6 +164,26 @@ impl Bus {
             .await
             .context("send what is buffered for NATS in time")?
             .context("send what is buffered for NATS")
+    }
+}
+
+/// How long JetStream may be without a leader when a host starts.
+const LEADER_WITHIN: Duration = Duration::from_secs(60);
+
+/// Waits for a leader of a cluster that chooses one; a server without JetStream says so at once.
+async fn until_jetstream_answers(context: &jetstream::Context) -> Result<(), AccountError> {
+    let end = Instant::now() + LEADER_WITHIN;
+    let mut is_told = false;
+    loop {
+        match context.query_account().await {
+            Err(error) if error.kind() == AccountErrorKind::TimedOut && Instant::now() < end => {
+                if !is_told {
+                    tracing::warn!("the start waits for JetStream: it does not answer");
+                }
+                is_told = true;
+            }
+            answer => return answer.map(drop),
+        }
     }
 }
 
