@@ -308,6 +308,13 @@ async fn a_host_starts_while_a_server_of_the_cluster_is_away() -> Result<()> {
     }
     world.stop_host().await?;
     servers[2].kill()?;
+    // What is deployed at the start asks for these; the start itself waits for its own streams.
+    for name in ["IN", "OUT"] {
+        let end = Instant::now() + PATIENCE;
+        while jetstream.get_stream(name).await.is_err() {
+            ensure!(Instant::now() < end, "{name} has no leader");
+        }
+    }
     world.start_host().await?;
     let client = servers[0].client().await?;
     let jetstream = jetstream::new(client);
