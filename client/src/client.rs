@@ -213,9 +213,9 @@ fn connections(base: &Url) -> Result<reqwest::Client, Error> {
     http.build().map_err(|error| Error::Invalid(format!("connections cannot be set up: {error}")))
 }
 
-/// No proxy of the environment stands before this machine.
-fn is_on_this_machine(base: &Url) -> bool {
-    let host = base.host_str().unwrap_or_default();
+/// Whether a URL leads to this machine, before which no proxy of the environment stands.
+pub fn is_on_this_machine(url: &Url) -> bool {
+    let host = url.host_str().unwrap_or_default();
     let address = host.trim_start_matches('[').trim_end_matches(']').parse::<std::net::IpAddr>();
     host == "localhost"
         || host.ends_with(".localhost")

@@ -43,7 +43,7 @@ mod retry;
 mod herd;
 
 pub use answer::{Answer, Problem};
-pub use client::{Builder, Client};
+pub use client::{Builder, Client, is_on_this_machine};
 pub use error::{Error, Failure, GaveUp, Refused, Why};
 pub use request::Request;
 // What the public functions take and give.

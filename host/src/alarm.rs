@@ -51,7 +51,7 @@ pub enum Kind {
     NewFailure,
 }
 
-/// In the place of a worker's name for what is a host's own. No worker can be called so.
+/// In the place of a worker's name in alarms of a host itself. No worker can have this name.
 pub const HOST: &str = "_host";
 
 /// `[worker.alarm]`: what raises an alarm. Each of these is off when it is zero.
@@ -255,7 +255,7 @@ pub struct Move {
     pub step: Step,
     pub value: u64,
     pub threshold: u64,
-    /// What is wrong, where the kind does not say it.
+    /// The trouble, where the kind does not say it.
     pub why: Option<String>,
 }
 
@@ -273,7 +273,7 @@ pub struct Notice {
     pub raised_at: Timestamp,
     /// None when it was raised.
     pub cleared_at: Option<Timestamp>,
-    /// What is wrong, where the kind does not say it.
+    /// The trouble, where the kind does not say it.
     pub why: Option<String>,
 }
 
@@ -302,7 +302,7 @@ impl Notice {
             worker: HOST.to_owned(),
             kind: Kind::Database,
             group: None,
-            // Nobody counts them: the database is away.
+            // No counter can be kept: the database is away.
             times: rand::random(),
             value: 1,
             threshold: 1,

@@ -6,6 +6,7 @@ use crate::bus::{Feed, Heard};
 use crate::cache::Cache;
 use crate::drain::Stopping;
 use crate::invalidation::Invalidation;
+use crate::retry::Trouble;
 
 /// How soon it asks again when it could not.
 const AGAIN_AFTER: Duration = Duration::from_millis(250);
@@ -16,7 +17,7 @@ const WARN_EVERY: Duration = Duration::from_secs(30);
 /// Listens until the host stops. While nobody can be heard, cached values last for their time to live; when something went by
 /// unheard, everything in this process is forgotten.
 pub async fn listen(mut feed: Feed, cache: Cache, mut stopping: Stopping) {
-    let mut told = String::new();
+    let mut trouble = Trouble::default();
     let mut warned = None;
     loop {
         let heard = tokio::select! {
@@ -26,15 +27,13 @@ pub async fn listen(mut feed: Feed, cache: Cache, mut stopping: Stopping) {
         };
         match heard {
             Ok(heard) => {
-                told.clear();
+                trouble.over();
                 apply(&cache, heard, &mut warned).await;
             }
             Err(error) => {
                 let why = format!("{error:#}");
-                // It is tried again at once; the same trouble is told of once.
-                if why != told {
+                if trouble.is_new(&why) {
                     tracing::warn!("listening for invalidations of the cache again soon: {why}");
-                    told = why;
                 }
                 if stopping.wait(AGAIN_AFTER).await {
                     return;

@@ -21,7 +21,7 @@ use crate::message::{Message, Output};
 use crate::metrics::Metrics;
 use crate::retry::make_way;
 use crate::state::{BatchState, StateSlot};
-use crate::store::{BrokenStatement, Claim, Claimed, CountedAttempt, FailedAttempt, OutboxRow, Store, StoreError, Tx};
+use crate::store::{Claim, Claimed, CountedAttempt, FailedAttempt, OutboxRow, Store, StoreError, Tx, is_busy};
 use crate::verdict::{Letter, Reason, Verdict};
 
 mod breaks;
@@ -82,7 +82,7 @@ impl Delivery {
         match outcome {
             Ok(_) => self.health.note(Part::Transactions, Ok(())),
             // A pool that is full is the host's own matter.
-            Err(StoreError::Unavailable(cause)) if !cause.is::<BrokenStatement>() && !crate::store::is_busy(cause) => {
+            Err(error @ StoreError::Unavailable(cause)) if !error.broke_in_statement() && !is_busy(cause) => {
                 self.health.note(Part::Transactions, Err(format!("{cause:#}")));
             }
             Err(_) => {}

@@ -115,7 +115,8 @@ pub async fn rollback(host: &Host, worker: &str, to: Option<u32>) -> Result<Depl
     Ok(record)
 }
 
-async fn active(host: &Host, worker: &str) -> Result<Option<DeploymentRecord>> {
+/// The active deployment of a worker; none when it has none.
+pub(crate) async fn active(host: &Host, worker: &str) -> Result<Option<DeploymentRecord>> {
     Ok(host.store.active_deployments().await?.into_iter().find(|deployment| deployment.worker == worker))
 }
 
@@ -188,7 +189,7 @@ async fn check_source(host: &Host, proposal: &Proposal, stream: &str, mut source
     match host.bus.stream(stream).await? {
         Some(existing) => {
             host.retention.check(worker, existing.max_age)?;
-            // Its subjects do not say what it takes over from other streams, or under which names it stores what it takes.
+            // Its subjects do not name the messages of its sources, or the subjects that it stores renamed messages under.
             if existing.is_copy || existing.renames_subjects {
                 return Ok(());
             }
@@ -246,7 +247,7 @@ async fn described(host: &Host, deployment: &DeploymentRecord) -> Result<Value> 
     describe(&worker, &deployment.digest, imports)
 }
 
-/// What the manifest of a new worker says: what is as it is anyway is left out.
+/// The settings in the manifest of a new worker, without those that equal their default.
 fn what_it_says(worker: &Worker, described: &Value) -> Result<Vec<String>> {
     let anyway = leaves(&serde_json::to_value(worker.by_default()).context("describe the defaults")?);
     let is_said = |path: &str, value: &String| {

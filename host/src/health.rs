@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 /// A failure that no success and no other failure has followed for so long says nothing any more.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(10);
 
-/// What is known to fail at present.
+/// The failures of the present.
 #[derive(Debug, Default)]
 pub struct Health {
     /// Of the transactions of deliveries, requests and burials.

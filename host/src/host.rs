@@ -339,9 +339,8 @@ impl Host {
 
     /// The deployment of a worker that is active now, ready to run; none when it has none.
     pub async fn current(&self, worker: &str) -> Result<Option<Delivery>> {
-        let active = self.store.active_deployments().await?;
-        match active.iter().find(|deployment| deployment.worker == worker) {
-            Some(deployment) => Ok(Some(self.prepare(deployment).await?)),
+        match deploy::active(self, worker).await? {
+            Some(deployment) => Ok(Some(self.prepare(&deployment).await?)),
             None => Ok(None),
         }
     }
@@ -496,11 +495,11 @@ impl Host {
         broken.map(|state| (state.worker, state.error.unwrap_or_default())).collect()
     }
 
-    /// Whether the host can do its work: everything that is deployed runs here and has been seen on the server, and what it
-    /// writes is committed. Returns the workers that are broken while others work, each with why.
+    /// Whether the host can do its work: every deployed worker runs here and has been seen on the server, and its writes
+    /// are committed. Returns the workers that are broken while others work, each with why.
     ///
     /// # Errors
-    /// What is missing.
+    /// The missing parts, as text.
     pub async fn ready(&self) -> std::result::Result<Vec<String>, String> {
         if !self.started.load(Ordering::Relaxed) {
             return Err("the host is starting".to_owned());

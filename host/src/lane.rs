@@ -121,7 +121,7 @@ impl Lane {
         let mut stopping = self.stopping.clone();
         let turn = tokio::select! {
             turn = self.crowd.enter() => turn,
-            // Whoever has the turn may wait for the database: what is here is given back.
+            // The lane that has the turn may wait for the database: these messages are given back.
             () = stopping.stopped(), if !self.crowd.has_room() => {
                 queue.put_back(parcels);
                 return Err(Stopped);

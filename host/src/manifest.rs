@@ -221,7 +221,7 @@ impl Manifest {
 }
 
 impl Worker {
-    /// A worker of this name and place of whose settings nobody said anything.
+    /// A worker of this name and place with the default of every setting.
     pub fn by_default(&self) -> Worker {
         let default = |place: &str| {
             let text = format!("[[worker]]\nname = \"w\"\ncomponent = \"w.wasm\"\n{place}\n");

@@ -211,7 +211,7 @@ fn of_cloud_event(id: &str, source: Option<&str>) -> String {
     }
 }
 
-/// The value of a header of a CloudEvent: publishers may percent-encode what is not plain ASCII, spaces, quotes and percent
+/// The value of a header of a CloudEvent: publishers may percent-encode non-ASCII text, spaces, quotes and percent
 /// signs (CloudEvents HTTP binding, section 3.1.3.2). A text that is not UTF-8 then stays as it is.
 fn decoded(value: &str) -> String {
     percent_encoding::percent_decode_str(value).decode_utf8().map_or_else(|_| value.to_owned(), String::from)
@@ -300,7 +300,7 @@ mod tests {
         for broken in ["{", "{}", r#"{"id": 1}"#, r#"{"id": " "}"#] {
             assert_eq!(structured("application/cloudevents+json", broken), "n");
         }
-        // What is no escape stays as it is.
+        // Text that is no escape stays as it is.
         for id in ["100%", "%zz", "%ff", "a+b"] {
             assert_eq!(id_of(&[("ce-id", id)]), Ok(id.to_owned()));
         }

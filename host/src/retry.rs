@@ -116,6 +116,28 @@ fn scale(duration: Duration, random: f64) -> Duration {
     duration.mul_f64(random)
 }
 
+/// Tells a new trouble from one that was logged already, for loops that try again at once.
+#[derive(Debug, Default)]
+pub struct Trouble {
+    logged: String,
+}
+
+impl Trouble {
+    /// Whether this was not the last trouble; it is from now on.
+    pub fn is_new(&mut self, why: &str) -> bool {
+        let is_new = self.logged != why;
+        if is_new {
+            why.clone_into(&mut self.logged);
+        }
+        is_new
+    }
+
+    /// It worked: the same trouble is new again.
+    pub fn over(&mut self) {
+        self.logged.clear();
+    }
+}
+
 /// Waits for a random moment, longer after more conflicts, so that transactions that met do not meet again.
 pub async fn make_way(conflicts: u32) {
     tokio::time::sleep(Duration::from_millis(5).mul_f64(f64::from(conflicts) * rand::random::<f64>())).await;
@@ -126,6 +148,14 @@ mod tests {
     use rand::Rng;
 
     use super::*;
+
+    #[test]
+    fn a_trouble_is_new_once_and_again_after_a_success() {
+        let mut trouble = Trouble::default();
+        assert!(trouble.is_new("a") && !trouble.is_new("a") && trouble.is_new("b"));
+        trouble.over();
+        assert!(trouble.is_new("b"));
+    }
 
     fn policy(backoff_ms: u64, backoff_max_ms: u64) -> RetryPolicy {
         RetryPolicy {

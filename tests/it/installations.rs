@@ -64,7 +64,7 @@ both!(a_consumer_of_another_installation_is_refused, |kind: Kind| async move {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     let log = world.host_log();
-    assert!(log.contains("the consumer oncely-test on IN belongs to another installation"), "{log}");
+    assert!(log.contains("the consumer oncely-test on the stream IN belongs to another installation"), "{log}");
     assert_eq!(world.database.number("select count(*) from oncely.inbox").await?, 0);
     // Once a person says that the other one is gone, it is this one's.
     world.kill_host()?;

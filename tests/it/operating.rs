@@ -1,4 +1,4 @@
-//! What an operator is told is what is so: a version that is active runs, a host that is ready works, a worker that cannot
+//! An operator sees the true state: a version that is active runs, a host that is ready works, a worker that cannot
 //! run says why and leaves the others alone, and a retired one is gone.
 
 use std::time::{Duration, Instant};
@@ -43,7 +43,7 @@ async fn until_status(world: &World, wanted: &str) -> Result<Duration> {
     }
 }
 
-/// How soon an operator is told of trouble.
+/// How soon trouble shows.
 const TOLD_WITHIN: Duration = Duration::from_secs(10);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -76,7 +76,7 @@ async fn a_consumer_that_the_server_refuses_is_no_active_version() -> Result<()>
     ensure!(!workers.contains("other"), "it is there all the same: {workers}");
     ensure!(world.oncely(&["status"]).await?.contains("ready: yes"), "the host is not ready");
 
-    // Beside the rival there is room.
+    // The rival takes one port; others are free.
     let beside = other("QUEUE")?.replace("stream = \"QUEUE\"", "stream = \"QUEUE\"\nsubjects = [\"queue.b\"]");
     assert_eq!(deploy(&world, &beside).await?.trim(), "worker other version 1 is active");
     Ok(())
@@ -186,7 +186,7 @@ async fn the_hosts_own_streams_are_made_again() -> Result<()> {
         }
     }
     until_status(&world, "ready: yes").await?;
-    // What is put back finds its way again.
+    // Requeued messages are handled again.
     world.nats.publish_all(vec![ToPublish::new("in.x", "bad", "reject", "{}")]).await?;
     world.until("select count(*) from oncely.dead_letter", 1).await?;
     world.oncely(&["dlq", "redrive", "1"]).await?;
@@ -261,7 +261,7 @@ both!(a_retired_worker_is_gone_and_comes_back_where_the_stream_begins, |kind: Ki
     world.ready().await?;
     world.nats.publish_all((20..30).map(ToPublish::insert).collect()).await?;
 
-    // What it handled before it meets again, and skips.
+    // The handled messages come again, and are skipped.
     assert_eq!(deploy(&world, &manifest("")?).await?.trim(), "worker test version 2 is active");
     world.quiet(30).await?;
     assert_eq!(world.database.number("select count(distinct event_id) from app.effect").await?, 30);
@@ -308,7 +308,7 @@ async fn a_host_starts_while_a_server_of_the_cluster_is_away() -> Result<()> {
     }
     world.stop_host().await?;
     servers[2].kill()?;
-    // What is deployed at the start asks for these; the start itself waits for its own streams.
+    // The deployment at the start needs these; the start itself waits for its own streams.
     for name in ["IN", "OUT"] {
         let end = Instant::now() + PATIENCE;
         while jetstream.get_stream(name).await.is_err() {

@@ -140,6 +140,11 @@ impl Connection {
         self.connections.clone()
     }
 
+    /// The number of the last connection; 0 before the first.
+    pub fn number(&self) -> u64 {
+        *self.connections.borrow()
+    }
+
     /// Whether there is a connection, as far as it is known.
     pub fn is_up(&self) -> bool {
         // The count's sender lives as long as the connection's task does.

@@ -1,4 +1,4 @@
-//! Subjects that a server does not let this login publish to. It says so in words for people, and answers no such message.
+//! Subjects that a server does not let this login publish to. Its error text is the only sign: such a message gets no answer.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 const DENIALS_MAX: usize = 1 << 16;
 const DENIED_FOR: Duration = Duration::from_secs(30);
 
-/// What was denied just now, with when. Cheap to clone.
+/// The subjects denied lately, each with when. Cheap to clone.
 #[derive(Clone, Default)]
 pub(super) struct Denials(Arc<Mutex<HashMap<String, Instant>>>);
 

@@ -5,12 +5,12 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use anyhow::{Context, Error, Result};
-use async_nats::jetstream::consumer::DeliverPolicy;
+use async_nats::jetstream::consumer::Info;
 use async_nats::jetstream::stream::Config;
 use futures::StreamExt;
 
+use super::Bus;
 use super::streams::{Ensured, StreamSpec};
-use super::{Bus, Subscription};
 use crate::hint::WithHint;
 
 /// The key of the metadata.
@@ -119,15 +119,14 @@ impl Bus {
         Ok((claim == Claim::Free).then(|| config.clone()))
     }
 
-    /// From where the consumer of a subscription began; none when there is none yet.
+    /// The consumer of this name; none when there is none yet.
     ///
     /// # Errors
     /// [`Foreign`], with a hint, when it is that of another installation.
-    pub(super) async fn own_consumer(&self, subscription: &Subscription) -> Result<Option<DeliverPolicy>> {
-        let Subscription { stream, durable, .. } = subscription;
+    pub(super) async fn own_consumer(&self, stream: &str, durable: &str) -> Result<Option<Info>> {
         let Some(info) = self.consumer_info(stream, durable).await? else { return Ok(None) };
         self.claim(|| format!("the consumer {durable} on the stream {stream}"), &info.config.metadata)?;
-        Ok(Some(info.config.deliver_policy))
+        Ok(Some(info))
     }
 
     /// The names of this installation's consumers on a stream.
@@ -148,10 +147,11 @@ impl Bus {
 
     /// Removes a consumer if it is there and the installation's own. Returns whether it was.
     pub async fn retire_consumer(&self, stream: &str, consumer: &str) -> Result<bool> {
-        let Some(info) = self.consumer_info(stream, consumer).await? else { return Ok(false) };
-        self.claim(|| format!("the consumer {consumer} on {stream}"), &info.config.metadata)?;
-        self.remove_consumer(stream, consumer).await?;
-        Ok(true)
+        let is_there = self.own_consumer(stream, consumer).await?.is_some();
+        if is_there {
+            self.remove_consumer(stream, consumer).await?;
+        }
+        Ok(is_there)
     }
 
     /// Removes a consumer, and with it its place on the stream.

@@ -1,4 +1,4 @@
-//! What proves to a server who we are. It is read anew for each connection: what was rotated on disk since then counts.
+//! Credentials for a NATS server. They are read again for each connection, so a rotated file needs no restart.
 
 use std::path::Path;
 
@@ -18,7 +18,7 @@ pub(super) struct Proof {
     pub signature: Option<Vec<u8>>,
 }
 
-/// Proves who we are to a server that gave this nonce.
+/// The proof for a server that gave this nonce.
 pub(super) async fn prove(nats: &Nats, nonce: &[u8]) -> Result<Proof> {
     let (nats, nonce) = (nats.clone(), nonce.to_vec());
     tokio::task::spawn_blocking(move || proof(&nats, &nonce)).await.context("read the login")?

@@ -187,7 +187,7 @@ async fn until_jetstream_answers(context: &jetstream::Context) -> Result<(), Acc
     }
 }
 
-/// How the client library connects. What proves who we are is read anew each time.
+/// How the client library connects. It reads the credentials again for each connection.
 fn options(nats: &Nats) -> ConnectOptions {
     let of_login = nats.clone();
     let mut options = ConnectOptions::with_auth_callback(move |nonce| {

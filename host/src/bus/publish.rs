@@ -95,7 +95,7 @@ impl Bus {
         let mut open = FuturesOrdered::new();
         let over = match self.publisher().ready().await {
             Ok(()) => *self.publishing_over().borrow(),
-            // What is sent over it is not sent.
+            // No connection has this number: the messages are not sent.
             Err(_) => 0,
         };
         for message in messages {
@@ -139,7 +139,7 @@ impl Bus {
                     Err(PublishError::NoConnection("there is no connection to NATS".to_owned()))
                 }
                 Err(Unanswered::Unheard) => Err(bus.why_unheard(&subject).await),
-                // The server does not answer what it does not let through.
+                // The server gives a denied message no answer.
                 Err(Unanswered::Lost(_)) if bus.publisher().is_denied(&subject) => {
                     Err(PublishError::NoPlace(format!("this login may not publish to {subject}: the server denies it")))
                 }

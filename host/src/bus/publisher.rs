@@ -1,5 +1,5 @@
 //! The connection for publications. A message goes over the connection that it was meant for, or is not sent: a stream that
-//! lost its tail while nobody was connected is looked at before anything new follows.
+//! lost its tail between two connections is looked at before anything new follows.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -51,7 +51,7 @@ pub(super) struct Refusal {
 pub(super) enum Unanswered {
     /// It was not sent.
     NotSent,
-    /// Nobody listens to the subject.
+    /// The subject has no subscriber.
     Unheard,
     /// The message may or may not be stored.
     Lost(String),
@@ -63,7 +63,6 @@ type Answer = Result<Ack, Unanswered>;
 #[derive(Clone)]
 pub(super) struct Publisher {
     connection: Connection,
-    connections: watch::Receiver<u64>,
     inbox: Arc<str>,
     waiting: Arc<Mutex<Waiting>>,
     /// Ends with the last clone.
@@ -90,8 +89,7 @@ impl Publisher {
         let listener = connection.listen(&format!("{inbox}.*"));
         let mut hearing = JoinSet::new();
         hearing.spawn(hear(listener, connection.connections(), Arc::clone(&waiting)));
-        let connections = connection.connections();
-        Publisher { connection, connections, inbox: inbox.into(), waiting, _hearing: Arc::new(hearing) }
+        Publisher { connection, inbox: inbox.into(), waiting, _hearing: Arc::new(hearing) }
     }
 
     /// Returns once there is, or was, a connection.
@@ -132,9 +130,9 @@ impl Publisher {
     }
 
     fn begin(&self, over: u64, publication: Publication) -> Option<(u64, oneshot::Receiver<Answer>)> {
-        // The number is read under the lock: who it belongs to no more is taken out under it too.
+        // The number is read under the lock under which messages of earlier connections are taken out.
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        if !self.is_connected() || *self.connections.borrow() != over {
+        if !self.is_connected() || self.connection.number() != over {
             return None;
         }
         let token = waiting.next;
@@ -147,7 +145,7 @@ impl Publisher {
     }
 }
 
-/// Passes answers on until the connection is given up. Who waits on a connection that is gone waits no more.
+/// Passes answers on until the connection is given up. Messages sent over a connection that is gone get no answer any more.
 async fn hear(mut listener: Listener, mut connections: watch::Receiver<u64>, waiting: Arc<Mutex<Waiting>>) {
     loop {
         tokio::select! {

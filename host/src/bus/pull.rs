@@ -148,7 +148,7 @@ pub struct Backlog {
 pub enum Standing {
     #[default]
     Serving,
-    /// Somebody has paused it, for so long.
+    /// An operator paused it, for so long.
     Paused(Option<Duration>),
     /// It is not there, or its stream is not, for this reason.
     Gone(String),
@@ -207,17 +207,15 @@ impl Bus {
             .with_context(|| format!("open the stream {}", subscription.stream))?;
         let created = timestamp(stream.cached_info().created)?;
         // From where a consumer began cannot be changed.
-        let began = self.own_consumer(subscription).await?.unwrap_or(DeliverPolicy::All);
+        let own = self.own_consumer(&subscription.stream, &subscription.durable).await?;
+        let began = own.map_or(DeliverPolicy::All, |info| info.config.deliver_policy);
         self.make_consumer(subscription, began).await?;
         Ok(created)
     }
 
     /// Gives a subscription another place on its stream: what stands from this sequence on comes again.
     pub async fn rewind(&self, subscription: &Subscription, from: u64) -> Result<()> {
-        let Subscription { stream, durable, .. } = subscription;
-        if self.own_consumer(subscription).await?.is_some() {
-            self.remove_consumer(stream, durable).await?;
-        }
+        self.retire_consumer(&subscription.stream, &subscription.durable).await?;
         let from = match from {
             0 | 1 => DeliverPolicy::All,
             start_sequence => DeliverPolicy::ByStartSequence { start_sequence },
@@ -258,17 +256,16 @@ impl Bus {
         if self.stream(name).await?.is_none() {
             return Ok(());
         }
-        let mut stream = self.context.get_stream(name).await.with_context(|| format!("open the stream {name}"))?;
-        let of_stream = stream.info().await.with_context(|| format!("look at the stream {name}"))?.config.clone();
-        let limits = of_stream.consumer_limits.unwrap_or_default();
-        if !limits.inactive_threshold.is_zero() {
+        let stream = self.context.get_stream(name).await.with_context(|| format!("open the stream {name}"))?;
+        let of_stream = &stream.cached_info().config;
+        if of_stream.consumer_limits.as_ref().is_some_and(|limits| !limits.inactive_threshold.is_zero()) {
             return Err(anyhow::anyhow!(
                 "the stream {name} removes consumers that are not used for a while: a worker that is stopped would lose its \
                  place"
             ))
             .hint(format!("take `inactive_threshold` out of the consumer limits of {name}: nats stream edit {name}"));
         }
-        let own = self.own_consumer_filters(subscription).await?;
+        let own = self.own_consumer(name, durable).await?.map(|info| filters(&info));
         if own.as_ref() == Some(&subscription.subjects) {
             return Ok(());
         }
@@ -288,21 +285,10 @@ impl Bus {
                 let _ = stream.delete_consumer(&trial).await;
                 Ok(())
             }
-            // There is room for the one that is there.
+            // The consumer that is there needs no further place.
             Err(error) if own.is_some() && is_full_of_consumers(&error) => Ok(()),
             Err(error) => Err(error).with_context(|| format!("try the consumer {durable} on {name}")),
         }
-    }
-
-    async fn own_consumer_filters(&self, subscription: &Subscription) -> Result<Option<Vec<String>>> {
-        let Some(info) = self.consumer_info(&subscription.stream, &subscription.durable).await? else {
-            return Ok(None);
-        };
-        self.claim(
-            || format!("the consumer {} on {}", subscription.durable, subscription.stream),
-            &info.config.metadata,
-        )?;
-        Ok(Some(filters(&info)))
     }
 
     /// A work queue gives each message to one consumer: looks for another one that takes some of the same.
@@ -475,9 +461,7 @@ impl Pull {
     fn hear(&mut self, answer: Arrived) {
         // A publisher may have stored a status of its own: what has a place on a stream is a message.
         match self.bus.place(answer.reply.as_deref()) {
-            Ok(Some(place)) if read_block(&answer.headers).is_ok_and(|block| is_marker(&block, &answer.body)) => {
-                self.pass_over(place);
-            }
+            Ok(Some(place)) if is_marker(&answer.headers, &answer.body) => self.pass_over(place),
             Ok(Some(place)) => self.take(answer, place),
             Ok(None) => self.hear_of_request(&answer),
             // It stays unacknowledged and comes again.
@@ -501,24 +485,24 @@ impl Pull {
         }
     }
 
-    fn take(&mut self, message: Arrived, place: Place) {
+    /// The request brought one message.
+    fn count_one(&mut self) {
         self.sound();
         if let Some(request) = &mut self.request {
             request.last_word = Instant::now();
             request.left = request.left.saturating_sub(1);
         }
         self.request.take_if(|request| request.left == 0);
+    }
+
+    fn take(&mut self, message: Arrived, place: Place) {
+        self.count_one();
         self.held = Some(self.open(message, place));
     }
 
-    /// The server says by it that messages of a subject are gone. It is no event: nobody published it.
+    /// Ends a delete marker, which is no event: the server wrote it, no publisher did.
     fn pass_over(&mut self, place: Place) {
-        self.sound();
-        if let Some(request) = &mut self.request {
-            request.last_word = Instant::now();
-            request.left = request.left.saturating_sub(1);
-        }
-        self.request.take_if(|request| request.left == 0);
+        self.count_one();
         let progress = Progress::new(&self.bus.client, Subject::from(place.reply));
         tokio::spawn(async move {
             // If it gets lost, the marker comes again.

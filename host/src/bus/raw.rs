@@ -96,11 +96,11 @@ impl Bus {
             return Ok(None);
         }
         let block = STANDARD.decode(&raw.hdrs).context("decode a message's headers")?;
-        let Ok(block) = read_block(&block) else { return Ok(None) };
         let body = STANDARD.decode(&raw.data).context("decode a message's body")?;
         if is_marker(&block, &body) {
             return Ok(None);
         }
+        let Ok(block) = read_block(&block) else { return Ok(None) };
         let id = match event_id(&headers(Some(&block.headers)), Some(&body), stream, raw.time, sequence) {
             Ok(id) => id,
             Err(InvalidEventId { stand_in, .. }) => stand_in,

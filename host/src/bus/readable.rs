@@ -45,9 +45,11 @@ pub(super) fn read_block(block: &[u8]) -> Result<Block, String> {
     Ok(Block { status, description: description.trim().to_owned(), headers })
 }
 
-/// Whether a message was put by the server in the place of others that it removed. It is no event: nobody published it.
-pub(super) fn is_marker(block: &Block, body: &[u8]) -> bool {
-    body.is_empty() && block.headers.get("Nats-Marker-Reason").is_some()
+/// Whether a message, by its header block and body, is a delete marker: the server put it in the place of messages that it
+/// removed.
+pub(super) fn is_marker(block: &[u8], body: &[u8]) -> bool {
+    // Hardly any message is empty, so headers are hardly ever read twice.
+    body.is_empty() && read_block(block).is_ok_and(|block| block.headers.get("Nats-Marker-Reason").is_some())
 }
 
 /// A subject as text. For one that no handler can be given, the error holds the printable part and the reason.

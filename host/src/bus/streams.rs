@@ -353,7 +353,7 @@ fn lacks_servers(error: &async_nats::jetstream::context::CreateStreamError) -> O
     }
 }
 
-/// Whether a stream could not be made for a reason that does not pass by itself: what it asks for is refused.
+/// Whether a stream could not be made for a reason that does not pass by itself: the server refuses its configuration.
 pub fn is_refused_for_good(error: &Error) -> bool {
     let refused = hint::find::<async_nats::jetstream::context::CreateStreamError>(error).map(|error| error.kind());
     let Some(CreateStreamErrorKind::JetStream(answer)) = refused else { return false };

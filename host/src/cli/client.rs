@@ -92,8 +92,9 @@ impl Client {
                 .hint("start one with: oncely dev   (or name one with --host and --token)");
         };
         let token = args.token.clone().or_else(|| nearest.map(|file| file.token)).unwrap_or_default();
-        let http =
-            if is_on_this_machine(&base) { reqwest::Client::builder().no_proxy() } else { reqwest::Client::builder() };
+        let is_here = reqwest::Url::parse(&base).is_ok_and(|url| oncely_client::is_on_this_machine(&url));
+        let http = reqwest::Client::builder();
+        let http = if is_here { http.no_proxy() } else { http };
         let http = http.build().context("set up connections")?;
         Ok(Client { base: base.trim_end_matches('/').to_owned(), token, http })
     }
@@ -161,15 +162,6 @@ fn from_problem(problem: Problem, exit: Exit) -> anyhow::Error {
         None => exit.because(problem.error).into(),
     };
     problem.hints.into_iter().rev().fold(error, |error, hint| error.hint(hint))
-}
-
-/// Whether a URL leads to this machine: no proxy of the environment stands before that.
-pub fn is_on_this_machine(url: &str) -> bool {
-    let host = reqwest::Url::parse(url).ok().and_then(|url| url.host_str().map(str::to_owned)).unwrap_or_default();
-    let address = host.trim_start_matches('[').trim_end_matches(']').parse::<std::net::IpAddr>();
-    host == "localhost"
-        || host.ends_with(".localhost")
-        || address.is_ok_and(|address| address.is_loopback() || address.is_unspecified())
 }
 
 /// The data folder, made when it is absent, open to this user alone.

@@ -103,8 +103,8 @@ impl Rollback {
     }
 }
 
-/// Retires a worker: no host runs it any more, and its consumers leave their streams. What it did stays on record, as do its
-/// dead letters. Deployed again it begins with the oldest message that its stream still has; what it handled before it skips.
+/// Retires a worker: no host runs it any more, and its consumers leave their streams. Its versions, inbox and dead letters stay.
+/// Deployed again it begins with the oldest message that its stream still has, and skips the messages it has handled.
 #[derive(Debug, Args)]
 pub struct Retire {
     worker: String,

@@ -469,7 +469,7 @@ fn trapped(error: &wasmtime::Error, state: &CallState) -> CallFailure {
     CallFailure { frames, ..failure }
 }
 
-/// What is said of a handler that ended itself without a word.
+/// The message for a handler that ended itself without one.
 const UNREACHABLE: &str = "the handler panicked or reached code that cannot be reached";
 
 /// How much of its words is kept, in characters.

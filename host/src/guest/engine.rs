@@ -117,7 +117,7 @@ fn remove_compiled(folder: &Path, deployed: &HashSet<String>, kept: Duration) ->
         let Some((digest, _)) = name.strip_suffix(".cwasm").and_then(|name| name.split_once('-')) else { continue };
         let age = entry.metadata().and_then(|about| about.modified()).ok().and_then(|at| at.elapsed().ok());
         if !deployed.contains(digest) && age.is_some_and(|age| age > kept) {
-            // Another host of this folder may have been faster.
+            // What cannot be removed now is tried again in an hour.
             removed += usize::from(std::fs::remove_file(entry.path()).is_ok());
         }
     }

@@ -78,7 +78,7 @@ pub(super) async fn serve(
     })
 }
 
-/// Headers of an answer with which the host tells what it did: a handler's own are left out.
+/// Headers of an answer that the host alone sets: a handler's own are left out.
 const OF_THE_HOST: [&str; 5] = ["idempotent-replayed", "cache-status", "age", "date", "server"];
 
 /// Reads an answer to its end.

@@ -17,6 +17,7 @@ use crate::bus::{Acknowledged, Foreign, MARK_STREAM, StoredMark, mark_stream};
 use crate::drain::Stopping;
 use crate::hint;
 use crate::manifest::Worker;
+use crate::retry::Trouble;
 use crate::store::{Floor, Marks, Seen, StreamEnd};
 use crate::subject;
 use crate::units;
@@ -294,16 +295,14 @@ impl Host {
 pub(super) async fn watch(host: Arc<Host>, mut stopping: Stopping) {
     let mut connections = host.bus.connections();
     let mut last = LastMark::default();
-    let mut told = String::new();
+    let mut trouble = Trouble::default();
     loop {
         match host.agree(&mut last).await {
-            Ok(()) => told.clear(),
+            Ok(()) => trouble.over(),
             Err(error) => {
                 let why = format!("{error:#}");
-                // It is tried again at once; the same trouble is logged once.
-                if why != told && host.bus.is_connected() {
+                if host.bus.is_connected() && trouble.is_new(&why) {
                     tracing::warn!(error = why, "failed to compare database and broker, retrying");
-                    told = why;
                 }
             }
         }

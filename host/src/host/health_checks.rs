@@ -21,6 +21,7 @@ use crate::hint;
 use crate::invalidation::{CACHE_KEPT, CACHE_STREAM, CACHE_SUBJECTS};
 use crate::message::Output;
 use crate::redrive::{REDRIVE_STREAM, REDRIVE_SUBJECTS};
+use crate::retry::Trouble;
 use crate::store::{Store, StoredReport, is_busy};
 
 /// How often it looks.
@@ -75,7 +76,7 @@ fn own_streams() -> [StreamSpec; 5] {
 }
 
 impl StoredReport {
-    /// What it says; none when the host has said nothing yet.
+    /// The report itself; none when the host has written none yet.
     pub(super) fn read(&self) -> Result<Option<HostReport>> {
         self.text.as_deref().map(serde_json::from_str).transpose().context("read what a host runs")
     }
@@ -87,15 +88,14 @@ impl StoredReport {
 /// When a stream belongs to another installation.
 pub(super) async fn make_own_streams(bus: &Bus) -> Result<()> {
     for spec in own_streams() {
-        let mut told = String::new();
+        let mut trouble = Trouble::default();
         while let Err(error) = bus.ensure_own_stream(&spec).await {
             if hint::find::<Foreign>(&error).is_some() || is_refused_for_good(&error) {
                 return Err(error);
             }
             let why = format!("{error:#}");
-            if why != told {
+            if trouble.is_new(&why) {
                 tracing::warn!(stream = spec.name, "the start waits for a stream of the host's own: {why}");
-                told = why;
             }
             tokio::time::sleep(START_AGAIN_AFTER).await;
         }
@@ -183,7 +183,7 @@ impl Host {
         }
     }
 
-    /// Tells that the database fails, or that it does no more, around the database.
+    /// Publishes that the database fails, or works again, without the database.
     async fn tell_of_database(&self, alarm: &mut Option<DatabaseAlarm>) {
         let is_due = || self.health.database_since().is_some_and(|since| since.elapsed() >= ALARM_AFTER);
         match (alarm.take(), self.health.database()) {
@@ -227,7 +227,7 @@ struct DatabaseAlarm {
 /// Looks until the host stops.
 pub(super) async fn watch(host: Arc<Host>, mut stopping: Stopping) {
     let mut trial = Trial::default();
-    let mut told = None;
+    let mut alarm = None;
     loop {
         trial.turn(&host).await;
         host.look_at_consumers().await;
@@ -235,7 +235,7 @@ pub(super) async fn watch(host: Arc<Host>, mut stopping: Stopping) {
             Ok(looked) => host.health.note(Part::OwnStreams, looked.map_err(|error| format!("{error:#}"))),
             Err(_) => host.health.note(Part::OwnStreams, Err("JetStream does not answer".to_owned())),
         }
-        host.tell_of_database(&mut told).await;
+        host.tell_of_database(&mut alarm).await;
         tokio::select! {
             biased;
             () = stopping.stopped() => return,
@@ -245,7 +245,7 @@ pub(super) async fn watch(host: Arc<Host>, mut stopping: Stopping) {
     }
 }
 
-/// The small transaction in which a host says what it runs. One at a time: a server that lets a commit wait lets a second one
+/// The small transaction in which a host writes its report. One at a time: a server that lets a commit wait lets a second one
 /// wait, too.
 #[derive(Default)]
 struct Trial {

@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 
 use crate::drain::Stopping;
 use crate::relay::RelayState;
+use crate::retry::Trouble;
 use crate::store::{RENEW_EVERY, RENEW_WITHIN, Store, TakenOver};
 
 /// How soon it is looked again whether the sessions of a host that is gone have ended.
@@ -14,19 +15,17 @@ const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(200);
 
 /// Renews the lease until the host has stopped: also while it drains.
 pub(super) async fn keep(store: Arc<dyn Store>, state: Arc<RelayState>, mut stopping: Stopping) {
-    let mut told = String::new();
+    let mut trouble = Trouble::default();
     loop {
         let after = match renew(store.as_ref(), &state).await {
             Ok(after) => {
-                told.clear();
+                trouble.over();
                 after
             }
             Err(error) => {
                 let why = format!("{error:#}");
-                // It is tried again at once; the same trouble is logged once.
-                if why != told {
+                if trouble.is_new(&why) {
                     tracing::warn!(error = why, "failed to renew the host's lease in the database, retrying");
-                    told = why;
                 }
                 LOOK_AGAIN_AFTER
             }

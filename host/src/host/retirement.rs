@@ -1,4 +1,4 @@
-//! Retiring a worker: no host runs it any more, and its consumers leave their streams. What it did stays on record.
+//! Retiring a worker: no host runs it any more, and its consumers leave their streams. Its versions, inbox and dead letters stay.
 
 use std::time::Duration;
 
@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use super::Host;
+use crate::deploy;
 use crate::hint::WithHint;
 use crate::manifest::Worker;
 use crate::redrive::REDRIVE_STREAM;
@@ -50,10 +51,8 @@ impl Host {
 
     /// Retires a worker. Its consumers are removed, unless its place on the stream is to be kept, once no host runs it.
     pub async fn retire(&self, worker: &str, keeps_place: bool) -> Result<Retired> {
-        let active = self.store.active_deployments().await?;
-        let active = active.into_iter().find(|deployment| deployment.worker == worker);
         // One that is retired already may have left its consumers behind.
-        let newest = match active {
+        let newest = match deploy::active(self, worker).await? {
             Some(active) => Some(active),
             None => self.store.deployments(worker).await?.into_iter().next(),
         };

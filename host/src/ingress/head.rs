@@ -34,8 +34,8 @@ pub(super) fn settle(parts: &mut Parts, caller: Option<&str>) -> Result<(), Prob
     Ok(())
 }
 
-/// The same target with one spelling: what may stand as it is does not stand as `%37`, and other escapes have capitals (RFC 3986
-/// sections 6.2.2.1 and 6.2.2.2). But for dots, which could make a step up of what was none. None when it has that already.
+/// The same target with one spelling: unreserved characters are not escaped (`7`, not `%37`), and other escapes have capitals (RFC 3986
+/// sections 6.2.2.1 and 6.2.2.2). Escaped dots stay, or a plain segment could become a step up. None when it has that spelling already.
 fn normal(uri: &Uri) -> Option<Uri> {
     let target = uri.path_and_query().filter(|target| target.as_str().contains('%'))?.as_str();
     let mut normal = String::with_capacity(target.len());

@@ -133,7 +133,7 @@ impl Publishing {
         publication: &Publication,
         asked: &Asked,
     ) -> Result<Result<Handled, Problem>, StoreError> {
-        // Asked for before there is a transaction that others would wait for; what was accepted before has its answer.
+        // Checked before the transaction, which others would wait for. A refusal does not replace the answer of an accepted request.
         let refusal = self.check(publication, asked).await.err();
         let tx = self.store.begin(PUBLISHER, TIME).await?;
         let mut tx = match claim(tx, asked).await? {

@@ -40,10 +40,8 @@ impl Table {
         }
         let mut paths = matchit::Router::new();
         // A rest may be empty: `/a/{*rest}` answers `/a/` too, unless that is a route of its own.
-        let rests: Vec<(String, Answering)> = by_path
-            .iter()
-            .filter_map(|(path, entries)| Some((before_rest(path)?.to_owned(), entries.clone())))
-            .collect();
+        let rests: Vec<(String, Answering)> =
+            by_path.iter().filter_map(|(path, entries)| Some((rest_of(path)?.0.to_owned(), entries.clone()))).collect();
         let own: Vec<String> = by_path.iter().map(|(path, _)| path.clone()).collect();
         for (path, entries) in by_path {
             if let Err(error) = paths.insert(&path, entries) {
@@ -68,21 +66,18 @@ impl Table {
         let tagged = route.cache.as_ref().map(|_| found.params.iter());
         let mut params: Vec<(String, String)> =
             tagged.into_iter().flatten().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
-        if let Some(rest) = rest_of(&route.path).filter(|rest| !params.iter().any(|(name, _)| name == rest)) {
+        if let Some((_, rest)) = rest_of(&route.path)
+            && !params.iter().any(|(name, _)| name == rest)
+        {
             params.push((rest.to_owned(), String::new()));
         }
         Ok(Found { worker: Arc::clone(worker), route: Arc::clone(route), params })
     }
 }
 
-/// What stands before a rest of any length, as `/a/` in `/a/{*rest}`.
-fn before_rest(path: &str) -> Option<&str> {
-    path.ends_with('}').then(|| path.rfind("{*"))?.and_then(|at| path.get(..at))
-}
-
-/// The name of a rest, as `rest` in `/a/{*rest}`.
-fn rest_of(path: &str) -> Option<&str> {
-    path.strip_suffix('}')?.rsplit_once("{*").map(|(_, name)| name)
+/// The path before a rest of any length, and the name of the rest: `/a/` and `rest` in `/a/{*rest}`.
+fn rest_of(path: &str) -> Option<(&str, &str)> {
+    path.strip_suffix('}')?.rsplit_once("{*")
 }
 
 /// Refuses a worker whose routes are another one's: two could answer the same request.

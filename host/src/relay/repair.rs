@@ -18,6 +18,7 @@ use crate::bus::{Bus, StreamInfo};
 use crate::drain::Stopping;
 use crate::fault;
 use crate::metrics::Metrics;
+use crate::retry::Trouble;
 use crate::store::{OnStream, Store};
 
 /// How often the streams are looked at without a reason. Each look is one message read for each stream.
@@ -63,7 +64,7 @@ impl Repair {
     pub async fn run(mut self, mut stopping: Stopping) {
         let mut connections = self.bus.publishing_over();
         let mut back = self.keep;
-        let mut told = String::new();
+        let mut trouble = Trouble::default();
         loop {
             let is_written = self.until_written().await;
             let connection = *connections.borrow_and_update();
@@ -74,13 +75,11 @@ impl Repair {
             let looked = self.look(back).await;
             if let Err(error) = &looked {
                 let why = format!("{error:#}");
-                // It is tried again at once; the same trouble is told of once.
-                if why != told {
+                if trouble.is_new(&why) {
                     tracing::warn!("looking for what streams have lost again soon: {why}");
-                    told = why;
                 }
             } else {
-                told.clear();
+                trouble.over();
                 // Of some of them the database knows nothing.
                 suspects.iter().for_each(|stream| self.state.clear(stream));
                 if !looks_again {

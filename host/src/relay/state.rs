@@ -39,7 +39,7 @@ pub struct RelayState {
     refused: Mutex<BTreeMap<String, String>>,
     /// The number of the connection after which all streams were found well, or mended; 0 before that.
     looked: AtomicU64,
-    /// Who goes before whom was decided anew then.
+    /// When the order of the outputs was last read from the database again.
     decided: Mutex<Option<Instant>>,
     /// Streams that answered with a sequence they had given before.
     suspects: Mutex<BTreeSet<String>>,

@@ -71,13 +71,13 @@ impl StoreError {
     }
 }
 
-/// What a host that is alive noted last of what it runs.
+/// The last report of a live host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredReport {
     pub instance: String,
-    /// How often it did so; 0 for never.
+    /// How many it has written; 0 for none.
     pub number: u64,
-    /// None when it never did.
+    /// None when it has written none.
     pub text: Option<String>,
 }
 

@@ -1,4 +1,4 @@
-//! What is refused at the door: messages that could never be published, methods nobody asked for; and what is let through.
+//! Requests that the ingress refuses (messages that could never be published, methods of no route), and those that it accepts.
 
 use support::world;
 

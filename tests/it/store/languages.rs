@@ -40,7 +40,7 @@ async fn a_server_that_speaks_german_is_understood() {
     }
     changes_under_a_prepared_statement(&world).await;
 
-    // Nobody counts what the filter does not read, but the server.
+    // The server alone counts parameters of a statement that the filter does not read.
     let unfiltered = PostgresStore::connect(&cluster.url("postgres"), 8).await.unwrap().without_filter();
     for (statement, count) in
         MISCOUNTED.into_iter().filter(|(statement, count)| *count < statement.matches('$').count())
@@ -52,7 +52,7 @@ async fn a_server_that_speaks_german_is_understood() {
     }
 }
 
-/// A column is added: the statement of each connection fails once, as a conflict, and is prepared anew.
+/// A column is added: the statement of each connection fails once, as a conflict, and is prepared again.
 async fn changes_under_a_prepared_statement(world: &World) {
     let mut open = Vec::new();
     for _ in 0..4 {

@@ -164,8 +164,8 @@ pub(super) fn is_foreign_key_violation(error: &Error) -> bool {
     code(error) == "23503"
 }
 
-/// Whether a connection keeps a prepared statement that does not fit the tables any more. Where nobody says which function found
-/// it, it may be another feature that is not supported: then the connection is made anew for nothing.
+/// Whether a connection keeps a prepared statement that does not fit the tables any more. A server that does not name
+/// the function that raised it may mean another unsupported feature: then the connection is replaced for nothing.
 pub(super) fn is_stale_plan(error: &Error) -> bool {
     database_error(error).is_some_and(|error| {
         error.code() == FEATURE_NOT_SUPPORTED && error.routine().is_none_or(|routine| routine == CHECKS_PLANS)

@@ -171,7 +171,7 @@ fn prepare_here(
             sql::check_count(&facts, params.len())?;
             facts
         }
-        // What it may be, the server alone knows.
+        // The server alone checks the statement.
         None => Facts::of(statement, Dialect::Postgres),
     };
     if params.len() > usize::from(u16::MAX) {

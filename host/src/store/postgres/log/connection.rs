@@ -14,7 +14,7 @@ use crate::hint::WithHint;
 use crate::store::Lsn;
 use crate::store::instance::Instance;
 
-/// How the server's answer ends when somebody reads the slot already; the client library gives nothing but the text.
+/// How the server's answer ends when the slot has a reader already; the client library gives nothing but the text.
 const IN_USE: &str = "(SQLSTATE 55006)";
 
 /// How long the server may take to let the reader in.
