@@ -664,6 +664,8 @@ pub struct Unhandled {
 /// What a consumer has acknowledged.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Acknowledged {
+    /// When the consumer was created.
+    pub created: Timestamp,
     /// Everything up to here.
     pub sequence: u64,
     /// The subjects the consumer takes now; empty for all of the stream.
@@ -703,7 +705,8 @@ impl Probe {
     /// Up to where everything is acknowledged; none when there is no consumer.
     pub async fn acknowledged(&self) -> Result<Option<Acknowledged>> {
         let Some(info) = self.bus.consumer_info(&self.stream, &self.durable).await? else { return Ok(None) };
-        Ok(Some(Acknowledged { sequence: info.ack_floor.stream_sequence, subjects: filters(&info) }))
+        let (created, sequence) = (timestamp(info.created)?, info.ack_floor.stream_sequence);
+        Ok(Some(Acknowledged { created, sequence, subjects: filters(&info) }))
     }
 
     async fn info(&self) -> Result<Info> {

@@ -5,6 +5,7 @@
 //! While something moves, a host writes a *mark*: where the streams end and up to where the consumers have acknowledged
 //! everything, first into the database and then, as a name, on the stream of marks.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -18,7 +19,7 @@ use crate::drain::Stopping;
 use crate::hint;
 use crate::manifest::Worker;
 use crate::retry::Trouble;
-use crate::store::{Floor, Marks, Seen, StreamEnd};
+use crate::store::{Floor, Mark, Marks, Seen, StreamEnd};
 use crate::subject;
 use crate::units;
 
@@ -64,6 +65,12 @@ pub(super) struct Look {
 #[derive(Default)]
 pub(super) struct LastMark(Option<(Seen, u64)>);
 
+/// The broker did not answer about a consumer or a stream; the reason is logged.
+struct Unanswered;
+
+/// A worker, its stream, and what its consumer has acknowledged; none when there is no consumer.
+type Probed<'w> = (&'w Worker, &'w String, Result<Option<Acknowledged>, Unanswered>);
+
 impl Host {
     /// Why workers and relay wait; none when they do not.
     pub fn hold(&self) -> Option<Hold> {
@@ -91,7 +98,7 @@ impl Host {
             self.set_hold(Some(Hold::Restored(why.clone()))).await;
         }
         let workers = self.deployed_workers().await?;
-        let seen = self.see(&workers, marks.last.as_ref().map(|last| &last.seen)).await?;
+        let seen = self.see(&workers, marks.last.as_ref()).await?;
         if let Some(last) = &marks.last {
             for (name, end) in &last.seen.streams {
                 why.extend(self.changed_stream(name, end, seen.streams.get(name)).await);
@@ -145,38 +152,68 @@ impl Host {
         why(format!("it has lost what happened in {}", units::show_duration(Duration::from_secs(lost.as_secs()))))
     }
 
-    /// What is to be noted of the broker. Of what does not answer for now, what was noted `before` stands.
-    pub(super) async fn see(&self, workers: &[Worker], before: Option<&Seen>) -> Result<Seen> {
+    /// Reads the state of consumers and streams for the next watermark. Where the broker does not answer, the entry of the
+    /// watermark `before` stands.
+    pub(super) async fn see(&self, workers: &[Worker], before: Option<&Mark>) -> Result<Seen> {
+        let probed = self.probe_consumers(workers).await;
+        // Streams after consumers: a stream ends at or above every ack floor read before.
+        let ends = self.stream_ends(workers).await;
         let mut seen = Seen::default();
-        for worker in workers {
-            let Some(stream) = &worker.stream else { continue };
-            let probe = self.bus.probe(stream, &worker.subjects, &worker.durable());
-            let floor = match probe.acknowledged().await {
-                Ok(acknowledged) => acknowledged.map(|Acknowledged { sequence, subjects }| Floor {
-                    stream: stream.clone(),
-                    sequence,
-                    subjects,
-                }),
-                Err(error) => {
-                    tracing::debug!("worker {} is not looked at: {error:#}", worker.name);
-                    before.and_then(|before| before.consumers.get(&worker.name).cloned())
-                }
-            };
-            seen.consumers.extend(floor.map(|floor| (worker.name.clone(), floor)));
-        }
-        // After the consumers: a stream ends behind what was acknowledged.
-        for worker in workers {
-            let Some(name) = worker.stream.as_ref().filter(|name| !seen.streams.contains_key(*name)) else { continue };
-            let end = match self.end_of(name).await {
-                Ok(end) => end,
-                Err(error) => {
-                    tracing::debug!("the stream {name} is not looked at: {error:#}");
-                    before.and_then(|before| before.streams.get(name).cloned())
-                }
+        for (name, end) in &ends {
+            let end = match end {
+                Ok(end) => end.clone(),
+                Err(Unanswered) => before.and_then(|before| before.seen.streams.get(name).cloned()),
             };
             seen.streams.extend(end.map(|end| (name.clone(), end)));
         }
+        for (worker, stream, acknowledged) in probed {
+            let noted = before.and_then(|before| before.seen.consumers.get(&worker.name));
+            let floor = match acknowledged {
+                Ok(None) => None,
+                Ok(Some(now)) => {
+                    let end = match ends.get(stream) {
+                        Some(Ok(Some(end))) => end.last_sequence,
+                        _ => now.sequence,
+                    };
+                    let passed_over = passed_over(&now, stream, before, noted, end);
+                    Some(Floor { stream: stream.clone(), sequence: now.sequence, subjects: now.subjects, passed_over })
+                }
+                Err(Unanswered) => noted.cloned(),
+            };
+            seen.consumers.extend(floor.map(|floor| (worker.name.clone(), floor)));
+        }
         Ok(seen)
+    }
+
+    /// The ack floors of the workers that read a stream.
+    async fn probe_consumers<'w>(&self, workers: &'w [Worker]) -> Vec<Probed<'w>> {
+        let mut probed = Vec::new();
+        for worker in workers {
+            let Some(stream) = &worker.stream else { continue };
+            let probe = self.bus.probe(stream, &worker.subjects, &worker.durable());
+            let acknowledged = probe.acknowledged().await.map_err(|error| {
+                tracing::debug!(worker = worker.name, error = format!("{error:#}"), "consumer not readable");
+                Unanswered
+            });
+            probed.push((worker, stream, acknowledged));
+        }
+        probed
+    }
+
+    /// The ends of the streams that the workers read, by name.
+    async fn stream_ends(&self, workers: &[Worker]) -> BTreeMap<String, Result<Option<StreamEnd>, Unanswered>> {
+        let mut ends = BTreeMap::new();
+        for name in workers.iter().filter_map(|worker| worker.stream.as_ref()) {
+            if ends.contains_key(name) {
+                continue;
+            }
+            let end = self.end_of(name).await.map_err(|error| {
+                tracing::debug!(stream = name, error = format!("{error:#}"), "stream not readable");
+                Unanswered
+            });
+            ends.insert(name.clone(), end);
+        }
+        ends
     }
 
     async fn end_of(&self, name: &str) -> Result<Option<StreamEnd>> {
@@ -211,11 +248,12 @@ impl Host {
         let (Some(floor), Some(noted)) = (now.consumers.get(&worker.name), before.consumers.get(&worker.name)) else {
             return Ok(None);
         };
-        // What the consumer was not to take then it may be by now, and was never given: that tells nothing.
-        if floor.sequence <= noted.sequence || floor.stream != noted.stream || floor.subjects != noted.subjects {
+        // A message passed over under other subjects was never delivered, so the inbox need not know it.
+        let known_to = noted.sequence.max(floor.passed_over);
+        if floor.sequence <= known_to || floor.stream != noted.stream {
             return Ok(None);
         }
-        let from = floor.sequence.saturating_sub(LOOKED_UP).max(noted.sequence) + 1;
+        let from = floor.sequence.saturating_sub(LOOKED_UP).max(known_to) + 1;
         let found = futures::stream::iter(from..=floor.sequence)
             .map(|sequence| async move { (sequence, self.bus.event_at(&floor.stream, sequence).await) })
             .buffered(LOOKED_UP_AT_ONCE);
@@ -312,6 +350,17 @@ pub(super) async fn watch(host: Arc<Host>, mut stopping: Stopping) {
             Ok(()) = connections.changed() => {}
             () = tokio::time::sleep(LOOK_EVERY) => {}
         }
+    }
+}
+
+/// Up to which sequence a consumer may have passed messages over while it took other subjects: the end of the stream when
+/// its subjects changed since the watermark `before`, and as that watermark has it when they did not.
+fn passed_over(now: &Acknowledged, stream: &str, before: Option<&Mark>, noted: Option<&Floor>, end: u64) -> u64 {
+    match (before, noted) {
+        (Some(before), _) if now.created > before.written_at => 0,
+        (None, _) => 0,
+        (_, Some(noted)) if noted.stream == stream && noted.subjects == now.subjects => noted.passed_over,
+        _ => end,
     }
 }
 

@@ -42,6 +42,9 @@ pub struct Floor {
     pub sequence: u64,
     /// The subjects that the consumer took then; empty for all of the stream.
     pub subjects: Vec<String>,
+    /// Messages up to this sequence may have been passed over while the consumer took other subjects; 0 for none.
+    #[serde(default)]
+    pub passed_over: u64,
 }
 
 /// A mark.

@@ -17,8 +17,8 @@ fn seen(sequence: u64) -> Seen {
     let stored_at = Some(jiff::Timestamp::from_nanosecond(1_795_915_819_192_864_123).unwrap());
     let end = StreamEnd { created: jiff::Timestamp::UNIX_EPOCH, last_sequence: sequence, stored_at };
     seen.streams.insert("IN".to_owned(), end);
-    seen.consumers
-        .insert("worker".to_owned(), Floor { stream: "IN".to_owned(), sequence, subjects: vec!["in.>".to_owned()] });
+    let subjects = vec!["in.>".to_owned()];
+    seen.consumers.insert("worker".to_owned(), Floor { stream: "IN".to_owned(), sequence, subjects, passed_over: 1 });
     seen
 }
 
