@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 
 /// Tells the loops that hold its [`Stopping`]s to stop.
 #[derive(Debug)]
@@ -47,5 +48,36 @@ impl Stopping {
     pub async fn wait(&self, time: Duration) -> bool {
         let mut stopping = self.clone();
         tokio::time::timeout(time, stopping.stopped()).await.is_ok()
+    }
+}
+
+/// Tasks that end together: one signal stops them, and each is awaited in the order it was spawned.
+#[derive(Debug, Default)]
+pub struct TaskGroup {
+    stop: Stop,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl TaskGroup {
+    pub fn stopping(&self) -> Stopping {
+        self.stop.stopping()
+    }
+
+    /// Spawns a task that ends when `stopping` says so: of this group, or of one that ends earlier.
+    pub fn spawn(&mut self, task: impl Future<Output = ()> + Send + 'static) {
+        self.tasks.push(tokio::spawn(task));
+    }
+
+    /// Signals the tasks to stop, without waiting for them.
+    pub fn stop(&self) {
+        self.stop.now();
+    }
+
+    /// Stops the tasks and waits until they have ended. One that panicked has ended, too.
+    pub async fn drain(self) {
+        self.stop();
+        for task in self.tasks {
+            let _ = task.await;
+        }
     }
 }

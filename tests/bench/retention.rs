@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
-use oncely::message::OutputKind;
+use oncely::model::message::OutputKind;
 use oncely::store::{Claim, Output, PostgresStore, Published, Retire, SqliteStore, Store, StoreError};
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};

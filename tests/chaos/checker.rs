@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use oncely::message::{Headers, Message, event_id, output_id};
+use oncely::model::message::{Headers, Message, event_id, output_id};
 use serde_json::Value;
 use support::nats::Stored;
 

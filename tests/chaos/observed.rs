@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use oncely::message::output_id;
+use oncely::model::message::output_id;
 use support::database::Database;
 use support::nats::{NatsServer, Stored};
 

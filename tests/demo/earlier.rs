@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
-use oncely::hint::WithHint;
+use oncely::model::hint::WithHint;
 use serde_json::Value;
 
 /// How long a nats-server may take to end.

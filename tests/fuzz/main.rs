@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
-use oncely::sql::{Dialect, Functions, check_statement};
+use oncely::model::sql::{Dialect, Functions, check_statement};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use support::postgres::Cluster;

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use oncely::sql::Functions;
+use oncely::model::sql::Functions;
 use oncely::store::{PostgresStore, Store, WorkerMigration};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, Row, raw_sql};
 use support::postgres::Cluster;

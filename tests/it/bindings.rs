@@ -17,7 +17,7 @@ fn the_sdks_bindings_are_those_of_the_wit() -> Result<()> {
     let mut with: Vec<(String, WithOption)> = shared
         .iter()
         .map(|interface| {
-            let path = format!("crate::bindings::oncely::worker::{interface}");
+            let path = format!("crate::bindings::oncely::consumer::{interface}");
             (format!("oncely:worker/{interface}@0.1.0"), WithOption::Path(path))
         })
         .collect();

@@ -11,8 +11,8 @@ use oncely::bus::{
     Bus, Compared, EmbeddedServer, Ensured, Outgoing, PublishError, Pull, Pulled, StreamSpec, Subscription,
 };
 use oncely::config::Nats;
+use oncely::model::verdict::Settled;
 use oncely::store::{Claim, SqliteStore, Store};
-use oncely::verdict::Settled;
 use support::nats::{NatsServer, ToPublish};
 use tokio::time::timeout;
 
@@ -486,7 +486,7 @@ async fn a_broker_out_of_reach_is_said_with_what_to_do() -> Result<()> {
     };
     let text = format!("{error:#}");
     assert!(text.contains("connect to NATS at") && !text.contains("secret"), "{text}");
-    assert!(!oncely::hint::hints(&error).is_empty());
+    assert!(!oncely::model::hint::hints(&error).is_empty());
     Ok(())
 }
 

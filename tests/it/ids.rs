@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
-use oncely::message::{Output, OutputKind, output_id};
-use oncely::output_ids::{OUTPUT_ID, OutputIds};
+use oncely::model::message::{Output, OutputKind, output_id};
+use oncely::model::output_ids::{OUTPUT_ID, OutputIds};
 use support::database::Kind;
 use support::guests;
 use support::nats::{Stored, ToPublish};
@@ -183,7 +183,7 @@ both!(the_hosts_own_messages_cannot_be_kept_from_their_streams, |kind: Kind| asy
     let world = World::start(kind, &manifest(settings)?).await?;
     let dying = ToPublish::new("in.x", "e1", "fail", "{}");
     let digest = {
-        let message = oncely::message::Message {
+        let message = oncely::model::message::Message {
             event_id: "e1".to_owned(),
             subject: dying.subject.clone(),
             headers: Vec::new(),

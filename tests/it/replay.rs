@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use oncely::cache::{CacheKey, Loaded, Policy};
-use oncely::message::Message;
-use oncely::verdict::{Letter, Reason, Verdict};
+use oncely::model::message::Message;
+use oncely::model::verdict::{Letter, Reason, Verdict};
 use serde_json::{Value, json};
 use support::database::Kind;
 use support::guests;

@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use oncely::message::{Message, Origin, OutputKind};
-use oncely::sql::{Dialect, Rows, SqlLimits, Value};
+use oncely::model::message::{Message, Origin, OutputKind};
+use oncely::model::sql::{Dialect, Rows, SqlLimits, Value};
+use oncely::model::verdict::{Letter, Reason, Settled};
 use oncely::store::{Claim, Claimed, OutboxRow, Output, PostgresStore, SqliteStore, Store, Tx, WorkerMigration};
-use oncely::verdict::{Letter, Reason, Settled};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 use support::database::Database;
 use support::{pgbouncer, postgres};

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use oncely::crate_build::Target;
+use oncely::cli::cargo::Target;
 use serde_json::json;
 use support::database::Kind;
 use support::guests::{self, repository};

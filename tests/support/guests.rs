@@ -5,7 +5,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result};
-use oncely::crate_build::{Target, build_component};
+use oncely::cli::cargo::{Target, build_component};
 
 /// The path of the component that holds every behaviour of `tests/guests`.
 pub fn component() -> Result<PathBuf> {

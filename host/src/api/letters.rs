@@ -15,12 +15,13 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::{Answer, Failure};
-use crate::hint::WithHint;
-use crate::host::Host;
-use crate::message;
-use crate::reconcile::{self, Basis, Rehearsed, Verification};
-use crate::replay::{self, Replayable};
-use crate::retry::make_way;
+use crate::dlq::dry_run::{self, Basis, Rehearsed};
+use crate::dlq::replay::{self, Replayable};
+use crate::dlq::verify::{self, Verification};
+use crate::model::hint::WithHint;
+use crate::model::message;
+use crate::runtime::Host;
+use crate::store::conflict::pause_after;
 use crate::store::{
     self, AttemptRecord, AuditRecord, By, LetterFilter, LetterGroup, LetterOutput, LetterRecord, LetterSummary, Move,
     Moved, Redrive, StoreError,
@@ -47,11 +48,11 @@ pub(super) fn routes() -> Router<Arc<Host>> {
 }
 
 async fn find(State(host): State<Arc<Host>>, Json(filter): Json<LetterFilter>) -> Answer<Vec<LetterSummary>> {
-    Ok(Json(store::all_letters(&*host.store, &filter).await?))
+    Ok(Json(store::all_letters(&*host.services.store, &filter).await?))
 }
 
 async fn groups(State(host): State<Arc<Host>>, Json(filter): Json<LetterFilter>) -> Answer<Vec<LetterGroup>> {
-    Ok(Json(store::groups_of(&*host.store, &filter).await?))
+    Ok(Json(store::groups_of(&*host.services.store, &filter).await?))
 }
 
 /// One dead letter, whole.
@@ -126,14 +127,14 @@ fn trace_id(traceparent: &str) -> Option<String> {
 }
 
 async fn letter(State(host): State<Arc<Host>>, Path(id): Path<i64>) -> Answer<Letter> {
-    let record = host.store.letter(id).await?.ok_or_else(|| no_such_letter(id))?;
+    let record = host.services.store.letter(id).await?.ok_or_else(|| no_such_letter(id))?;
     Ok(Json(record.into()))
 }
 
 /// What a replay of its last attempt needs, but for the component.
 async fn replayable(State(host): State<Arc<Host>>, Path(id): Path<i64>) -> Answer<Option<Replayable>> {
-    let letter = host.store.letter(id).await?.ok_or_else(|| no_such_letter(id))?;
-    Ok(Json(replay::replayable(&*host.store, &letter).await?))
+    let letter = host.services.store.letter(id).await?.ok_or_else(|| no_such_letter(id))?;
+    Ok(Json(replay::replayable(&*host.services.store, &letter).await?))
 }
 
 fn no_such_letter(id: i64) -> Failure {
@@ -150,8 +151,8 @@ pub struct RedriveRequest {
 async fn redrive(State(host): State<Arc<Host>>, Json(request): Json<RedriveRequest>) -> Answer<Vec<Moved>> {
     check_count(request.letters.len())?;
     let since = Instant::now();
-    let (moved, rows) = insisting(|| host.store.redrive(&request.letters, &request.by)).await?;
-    host.publish_soon(rows, since).await;
+    let (moved, rows) = insisting(|| host.services.store.redrive(&request.letters, &request.by)).await?;
+    host.services.publish_soon(rows, since).await;
     Ok(Json(moved))
 }
 
@@ -163,11 +164,11 @@ pub struct LettersRequest {
 
 async fn rehearse(State(host): State<Arc<Host>>, Json(request): Json<LettersRequest>) -> Answer<Vec<Rehearsed>> {
     check_count(request.ids.len())?;
-    Ok(Json(reconcile::rehearse(&host, &request.ids).await?))
+    Ok(Json(dry_run::rehearse(&host.services, &request.ids).await?))
 }
 
 async fn verify(State(host): State<Arc<Host>>, Json(request): Json<LettersRequest>) -> Answer<Verification> {
-    Ok(Json(reconcile::verify(&host, &request.ids).await?))
+    Ok(Json(verify::verify(&host.services, &request.ids).await?))
 }
 
 /// Letters to put back if they would still come to what was planned.
@@ -188,7 +189,7 @@ pub struct Planned {
 async fn redrive_planned(State(host): State<Arc<Host>>, Json(request): Json<PlannedRequest>) -> Answer<Vec<Moved>> {
     check_count(request.letters.len())?;
     let ids: Vec<i64> = request.letters.iter().map(|planned| planned.id).collect();
-    let now = reconcile::rehearse(&host, &ids).await?;
+    let now = dry_run::rehearse(&host.services, &ids).await?;
     let mut answers = Vec::new();
     let mut letters = Vec::new();
     for planned in &request.letters {
@@ -202,8 +203,8 @@ async fn redrive_planned(State(host): State<Arc<Host>>, Json(request): Json<Plan
         }
     }
     let since = Instant::now();
-    let (moved, rows) = insisting(|| host.store.redrive(&letters, &request.by)).await?;
-    host.publish_soon(rows, since).await;
+    let (moved, rows) = insisting(|| host.services.store.redrive(&letters, &request.by)).await?;
+    host.services.publish_soon(rows, since).await;
     answers.extend(moved);
     Ok(Json(answers))
 }
@@ -247,7 +248,7 @@ async fn close(State(host): State<Arc<Host>>, Json(request): Json<CloseRequest>)
         Closing::Resolve => Move::Resolve,
         Closing::Drop => Move::Drop,
     };
-    Ok(Json(insisting(|| host.store.move_letters(&request.ids, &what, &request.by)).await?))
+    Ok(Json(insisting(|| host.services.store.move_letters(&request.ids, &what, &request.by)).await?))
 }
 
 /// A corrected body for one letter.
@@ -266,12 +267,12 @@ async fn edit(
     if request.by.note.as_deref().is_none_or(|note| note.trim().is_empty()) {
         return Err(anyhow!("a corrected body needs a note that says why").hint("--note 'what was wrong'").into());
     }
-    if host.store.letter(id).await?.is_none() {
+    if host.services.store.letter(id).await?.is_none() {
         return Err(no_such_letter(id));
     }
     let what = Move::Edit(STANDARD.decode(&request.body).context("read the body")?.into());
     let ids = [id];
-    Ok(Json(insisting(|| host.store.move_letters(&ids, &what, &request.by)).await?))
+    Ok(Json(insisting(|| host.services.store.move_letters(&ids, &what, &request.by)).await?))
 }
 
 fn check_count(count: usize) -> anyhow::Result<()> {
@@ -289,7 +290,7 @@ where
         match operation().await {
             Err(StoreError::Conflict(_)) if conflicts < CONFLICTS_MAX => {
                 conflicts += 1;
-                make_way(conflicts).await;
+                pause_after(conflicts).await;
             }
             answer => return answer,
         }

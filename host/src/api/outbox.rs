@@ -11,8 +11,8 @@ use base64::Engine as _;
 use serde::{Deserialize, Serialize};
 
 use super::{Answer, Failure};
-use crate::hint::WithHint;
-use crate::host::Host;
+use crate::model::hint::WithHint;
+use crate::runtime::Host;
 use crate::store::{OutputFilter, OutputSummary};
 
 pub(super) fn routes() -> Router<Arc<Host>> {
@@ -24,7 +24,7 @@ pub(super) fn routes() -> Router<Arc<Host>> {
 }
 
 async fn list(State(host): State<Arc<Host>>, Query(filter): Query<OutputFilter>) -> Answer<Vec<OutputSummary>> {
-    Ok(Json(host.store.outputs(&filter).await?))
+    Ok(Json(host.services.store.outputs(&filter).await?))
 }
 
 /// One output, whole.
@@ -40,7 +40,7 @@ pub struct Output {
 }
 
 async fn show(State(host): State<Arc<Host>>, Path(number): Path<i64>) -> Answer<Output> {
-    let Some(record) = host.store.output(number).await? else {
+    let Some(record) = host.services.store.output(number).await? else {
         let error = anyhow!("there is no output {number} any more; published ones stay for a while only");
         return Err(Failure(StatusCode::NOT_FOUND, error.hint("oncely outbox list")));
     };
@@ -68,13 +68,13 @@ pub struct Decided {
 }
 
 async fn retry(State(host): State<Arc<Host>>, Json(decision): Json<Decision>) -> Answer<Decided> {
-    let outputs = host.store.retry_outputs(&decision.numbers).await?;
+    let outputs = host.services.store.retry_outputs(&decision.numbers).await?;
     tracing::info!("{outputs} outputs that were set aside are tried again");
     Ok(Json(Decided { outputs }))
 }
 
 async fn drop(State(host): State<Arc<Host>>, Json(decision): Json<Decision>) -> Answer<Decided> {
-    let outputs = host.store.drop_outputs(&decision.numbers, &decision.note).await?;
+    let outputs = host.services.store.drop_outputs(&decision.numbers, &decision.note).await?;
     tracing::warn!("{outputs} outputs that were set aside are dropped: {:?} ({})", decision.numbers, decision.note);
     Ok(Json(Decided { outputs }))
 }

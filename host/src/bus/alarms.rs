@@ -11,8 +11,8 @@ use bytes::Bytes;
 use jiff::Timestamp;
 
 use super::Bus;
-use crate::alarm::ALARM_STREAM;
-use crate::output_ids::OUTPUT_ID;
+use crate::model::alarm::ALARM_STREAM;
+use crate::model::output_ids::OUTPUT_ID;
 
 /// How long one request for the next alarm stays open.
 const REQUEST_OPEN: Duration = Duration::from_secs(5);

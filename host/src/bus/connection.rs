@@ -31,7 +31,7 @@ use super::denials::Denials;
 use super::login::{self, Proof};
 use super::wire::{Arrived, Op, next_op};
 use crate::config::Nats;
-use crate::retry::Backoff;
+use crate::model::retry::Backoff;
 
 /// How long each step of connecting may take, and one write.
 const STEP_TIMEOUT: Duration = Duration::from_secs(5);

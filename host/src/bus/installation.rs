@@ -11,7 +11,7 @@ use futures::StreamExt;
 
 use super::Bus;
 use super::streams::{Ensured, StreamSpec};
-use crate::hint::WithHint;
+use crate::model::hint::WithHint;
 
 /// The key of the metadata.
 const INSTALLATION: &str = "oncely.installation";

@@ -11,7 +11,7 @@ use async_nats::{Auth, AuthError, ConnectErrorKind, ConnectOptions, Event};
 use tokio::sync::watch;
 
 use crate::config::Nats;
-use crate::hint::WithHint;
+use crate::model::hint::WithHint;
 use connection::Connection;
 use installation::Owner;
 use login::Proof;

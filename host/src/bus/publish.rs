@@ -15,8 +15,8 @@ use tokio::sync::watch;
 use super::Bus;
 use super::publisher::{Publication, Refusal, Unanswered};
 use super::streams::stream_of;
-use crate::message::Headers;
-use crate::subject::check_subject;
+use crate::model::message::Headers;
+use crate::model::subject::check_subject;
 
 /// How many messages of one call wait for their answers at the same time. A server queues 10,000 for one stream and
 /// refuses more.

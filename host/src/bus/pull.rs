@@ -27,11 +27,11 @@ use super::requests::{Place, next_subject};
 use super::streams::timestamp;
 use super::wire::Arrived;
 use crate::fault;
-use crate::hint::WithHint;
-use crate::message::{Headers, InvalidEventId, Message, Origin, event_id, place_id};
-use crate::retry::Backoff;
-use crate::subject;
-use crate::verdict::{Reason, Settled};
+use crate::model::hint::WithHint;
+use crate::model::message::{Headers, InvalidEventId, Message, Origin, event_id, place_id};
+use crate::model::retry::Backoff;
+use crate::model::subject;
+use crate::model::verdict::{Reason, Settled};
 
 /// How long one pull request stays open on the server. A host that froze is sent messages until then, each of which comes
 /// again to another one only after `ack_wait`.

@@ -9,7 +9,7 @@ use serde_json::json;
 use super::pull::headers;
 use super::readable::{is_marker, read_block};
 use super::{Bus, Outgoing};
-use crate::message::{InvalidEventId, event_id};
+use crate::model::message::{InvalidEventId, event_id};
 
 /// The server's answer to a request for one message.
 #[derive(Deserialize)]

@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 use tokio::process::Child;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::hint::WithHint;
+use crate::model::hint::WithHint;
 
 /// How long the server may take to answer after it was started; it reads its streams first.
 const START_WITHIN: Duration = Duration::from_secs(60);

@@ -16,9 +16,9 @@ use jiff::Timestamp;
 use super::Bus;
 use super::pull::headers;
 use super::requests::Taken;
-use crate::hint;
-use crate::message::Headers;
-use crate::subject;
+use crate::model::hint;
+use crate::model::message::Headers;
+use crate::model::subject;
 
 /// A stream to make.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

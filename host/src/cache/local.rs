@@ -10,7 +10,7 @@ use moka::sync::Cache as Moka;
 
 use super::marks::Marks;
 use super::{CacheKey, Cached, Layer, Policy};
-use crate::cached::{CachePut, TTL_MAX};
+use crate::model::cache_writes::{CachePut, TTL_MAX};
 
 /// What an entry takes besides its text, in bytes: about.
 const ENTRY_SIZE: usize = 300;

@@ -8,7 +8,7 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::CacheKey;
 use super::local::Entry;
-use crate::cached::EVERYTHING;
+use crate::model::cache_writes::EVERYTHING;
 
 /// How many tags are remembered. With more, the older half is forgotten, and with it everything that is as old.
 const MARKS_MAX: usize = 200_000;

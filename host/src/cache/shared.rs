@@ -19,10 +19,10 @@ use redis::{Script, ScriptInvocation};
 
 use super::CacheKey;
 use super::local::{Entry, jittered};
-use crate::breaker::{Breaker, Permit, State};
-use crate::cached::EVERYTHING;
 use crate::config::CacheUrl;
 use crate::metrics::Metrics;
+use crate::model::breaker::{Breaker, Permit, State};
+use crate::model::cache_writes::EVERYTHING;
 
 /// How long anybody waits for an answer.
 const ANSWER_WITHIN: Duration = Duration::from_millis(100);

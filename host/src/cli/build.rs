@@ -6,12 +6,12 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use super::term;
+use crate::cli::cargo::{TARGET_VARIABLE, Target, build_component};
 use crate::component;
-use crate::crate_build::{TARGET_VARIABLE, Target, build_component};
-use crate::deploy::check_kind;
-use crate::hint::WithHint;
+use crate::config::manifest::{Manifest, Source, Worker, WorkerEntry};
+use crate::guest::check_kind;
 use crate::ingress::check_routes;
-use crate::manifest::{Manifest, Source, Worker, WorkerEntry};
+use crate::model::hint::WithHint;
 
 /// Builds the components of a manifest without deploying them, and checks them as a deployment would.
 #[derive(Debug, Args)]

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::exit::Exit;
 use crate::api::Problem;
-use crate::hint::WithHint;
+use crate::model::hint::WithHint;
 
 /// The file in a host's data folder that says how to reach it.
 pub const HOST_FILE: &str = "host.json";

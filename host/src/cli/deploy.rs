@@ -9,10 +9,10 @@ use super::build::{Built, ToolchainArg};
 use super::client::{Client, HostArgs};
 use super::{rollout, term};
 use crate::api::{Activated, Retire as RetireRequest, Rollback as RollbackRequest, Uploaded};
-use crate::deploy::{Plan, Proposal};
-use crate::host::Retired;
-use crate::manifest::{Manifest, WorkerEntry};
-use crate::sql::Dialect;
+use crate::config::manifest::{Manifest, WorkerEntry};
+use crate::model::sql::Dialect;
+use crate::runtime::Retired;
+use crate::runtime::deploy::{Plan, Proposal};
 use crate::store::WorkerMigration;
 
 /// Builds, checks and deploys the workers of a manifest. Running hosts pick the new version up without a restart.

@@ -16,9 +16,9 @@ use super::serve::{Ended, Served, listen, listen_for_requests, start_log};
 use super::signals::Signals;
 use super::term;
 use crate::bus::EmbeddedServer;
+use crate::config::manifest::{FILE_NAME, Manifest};
 use crate::config::{HTTP, HostConfig, HostFlags, LISTEN};
-use crate::deploy;
-use crate::manifest::{FILE_NAME, Manifest};
+use crate::runtime::deploy;
 
 /// How long the workers may take until their subscriptions are seen.
 const READY_WITHIN: Duration = Duration::from_secs(30);
@@ -166,9 +166,9 @@ async fn deploy_here(served: &Served, manifest: &Manifest, toolchain: ToolchainA
     for entry in &manifest.workers {
         let built = Built::of(entry, toolchain)?;
         let digest = hex::encode(Sha256::digest(&built.wasm));
-        host.load(built.wasm.clone().into()).await.with_context(|| built.refused(entry))?;
-        host.store.put_component(&digest, &built.wasm).await?;
-        let proposal = propose(manifest, entry, digest, host.store.dialect())?;
+        host.services.load(built.wasm.clone().into()).await.with_context(|| built.refused(entry))?;
+        host.services.store.put_component(&digest, &built.wasm).await?;
+        let proposal = propose(manifest, entry, digest, host.services.store.dialect())?;
         let (plan, _) = deploy::deploy(host, &proposal).await?;
         show_plan(&plan);
     }

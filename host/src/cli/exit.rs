@@ -3,7 +3,7 @@
 use std::fmt;
 use std::process::ExitCode;
 
-use crate::hint;
+use crate::model::hint;
 
 /// How a command ended; scripts can rely on the numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,7 +64,7 @@ mod tests {
     use anyhow::{Context, anyhow};
 
     use super::*;
-    use crate::hint::WithHint;
+    use crate::model::hint::WithHint;
 
     #[test]
     fn an_error_ends_with_its_code_wherever_it_stands() {

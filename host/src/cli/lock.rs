@@ -9,7 +9,7 @@ use anyhow::{Context, Result, anyhow};
 use tokio::time::Instant;
 
 use crate::config::Database;
-use crate::hint::WithHint;
+use crate::model::hint::WithHint;
 
 /// For how long a lock is tried: a process that was killed a moment ago may still be on its way out.
 const TRIED_FOR: Duration = Duration::from_secs(2);

@@ -3,6 +3,7 @@
 use clap::{Parser, Subcommand};
 
 mod build;
+pub mod cargo;
 mod client;
 mod compile;
 mod completions;

@@ -8,9 +8,9 @@ use super::client::{Client, HostArgs};
 use super::exit::Exit;
 use super::term::{self, Table};
 use crate::api::outbox::{Decided, Decision, Output};
-use crate::hint::WithHint;
+use crate::model::hint::WithHint;
+use crate::model::units;
 use crate::store::{OutputFilter, OutputSummary};
-use crate::units;
 
 /// How many outputs one request decides about.
 const AT_A_TIME: usize = 1_000;

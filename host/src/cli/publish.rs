@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::client::{Client, HostArgs, HostFile};
 use super::term;
 use crate::api;
-use crate::hint::WithHint;
+use crate::model::hint::WithHint;
 
 /// Publishes one message and waits until its stream has stored it.
 #[derive(Debug, Args)]

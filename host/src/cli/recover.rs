@@ -7,8 +7,8 @@ use super::client::{Client, HostArgs};
 use super::dlq::Actor;
 use super::term::{self, Table};
 use crate::api::Recover as Request;
-use crate::host::Recovery;
-use crate::units;
+use crate::model::units;
+use crate::runtime::Recovery;
 
 /// Brings database and NATS together again after one of them was restored to an earlier time: workers take again what the
 /// database does not know, and outputs that stand on their streams are not published again.

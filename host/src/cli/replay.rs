@@ -9,12 +9,12 @@ use sha2::{Digest, Sha256};
 
 use super::exit::Exit;
 use super::term;
-use crate::base64_text;
 use crate::component;
+use crate::dlq::replay::{self, CameTo, Replayable, Report};
 use crate::guest::Step;
-use crate::hint::WithHint;
-use crate::replay::{self, CameTo, Replayable, Report};
-use crate::units;
+use crate::model::base64_text;
+use crate::model::hint::WithHint;
+use crate::model::units;
 
 /// Runs the last failed attempt at a dead letter again, from a file that `oncely dlq export` wrote: with no database and no broker.
 ///

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use super::client::Client;
 use super::term;
 use crate::api::{Activated, OnHost};
-use crate::hint::WithHint;
+use crate::model::hint::WithHint;
 
 /// How long hosts may take, and how often they are asked.
 const RUNS_WITHIN: Duration = Duration::from_secs(120);

@@ -17,16 +17,16 @@ use super::client::HostFile;
 use super::exit::Exit;
 use super::log_line::OneLine;
 use super::signals::Signals;
+use crate::alarms::Poster;
 use crate::api;
 use crate::bus::Bus;
 use crate::config::{Database, GuestSql, HostConfig, HowRelayed, HttpLimits, LogFormat};
 use crate::drain::Stop;
 use crate::guest::GuestEngine;
-use crate::hint::WithHint;
-use crate::host::{Host, Retention, Running};
 use crate::http_server;
+use crate::model::hint::WithHint;
+use crate::runtime::{Host, Retention, Running};
 use crate::store::{PostgresStore, SqliteStore, Store};
-use crate::webhook::Poster;
 
 /// Why a host stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,7 +123,7 @@ impl Served {
                 tracing::info!("{signal}: draining");
                 Ended::ByASignal
             }
-            () = self.host.bus.ended() => {
+            () = self.host.services.bus.ended() => {
                 tracing::error!("the NATS client has ended, probably over a message it cannot read; starting again");
                 Ended::WithoutNats
             }

@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use super::client::{Client, HostArgs};
 use super::term::{self, Table};
 use crate::api::{StateFilter, StateKey, StateValue};
-use crate::units;
+use crate::model::units;
 
 /// Shows the keyed state of a worker.
 #[derive(Debug, Args)]

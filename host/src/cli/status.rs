@@ -5,12 +5,12 @@ use clap::Args;
 
 use super::client::{Client, HostArgs};
 use super::term::{self, Table};
-use crate::alarm::Alarm;
 use crate::api::{Deployment, Status as HostStatus};
-use crate::breaker;
-use crate::host::WorkerState;
+use crate::model::alarm::Alarm;
+use crate::model::breaker;
+use crate::model::units;
+use crate::runtime::WorkerState;
 use crate::store::{LogState, RelayMode, WorkerTotals};
-use crate::units;
 
 /// Shows whether the host is ready, and counts and lags by worker.
 #[derive(Debug, Args)]

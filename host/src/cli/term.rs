@@ -13,7 +13,7 @@ use serde::Serialize;
 use unicode_width::UnicodeWidthStr;
 
 use super::json_text;
-use crate::hint;
+use crate::model::hint;
 
 /// Prints data: one or more lines on standard output.
 pub fn data(text: impl Display) -> anyhow::Result<()> {
@@ -282,7 +282,7 @@ mod tests {
     use anyhow::anyhow;
 
     use super::*;
-    use crate::hint::WithHint;
+    use crate::model::hint::WithHint;
 
     #[test]
     fn a_table_is_as_wide_as_its_content_and_has_no_borders() {

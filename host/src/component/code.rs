@@ -10,7 +10,7 @@ use wasmparser::{
 };
 
 use super::form;
-use crate::hint::WithHint;
+use crate::model::hint::WithHint;
 
 /// Functions of all modules together, those that are imported included.
 const FUNCTIONS_MAX: u64 = 100_000;

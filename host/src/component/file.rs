@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow};
 
 use super::{SIZE_MAX, form};
-use crate::hint::WithHint;
+use crate::model::hint::WithHint;
 
 /// Reads the file of a component. A folder, a file of another kind and one that is too large are errors; the latter is not
 /// read.

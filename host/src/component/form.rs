@@ -6,7 +6,7 @@ use bytesize::ByteSize;
 use wasmparser::{BinaryReader, Parser, Payload};
 
 use super::{SIZE_MAX, shown};
-use crate::hint::WithHint;
+use crate::model::hint::WithHint;
 
 /// What each WebAssembly file begins with.
 const MAGIC: &[u8] = b"\0asm";

@@ -4,7 +4,7 @@ use anyhow::{Result, anyhow, bail};
 use wasmparser::{ComponentExternalKind, Parser, Payload};
 
 use super::{form, list, shown};
-use crate::hint::WithHint;
+use crate::model::hint::WithHint;
 
 /// A component exports one of these to be a worker.
 const HANDLER: &str = "oncely:worker/handler@0.1.0";

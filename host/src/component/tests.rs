@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use super::*;
-use crate::hint::hints;
+use crate::model::hint::hints;
 
 /// A component that exports an instance, or imports one, under each of these names.
 fn component(imports: &[&str], exports: &[&str]) -> Vec<u8> {

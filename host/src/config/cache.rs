@@ -4,7 +4,7 @@ use std::fmt;
 
 use super::sources::{Given, Sources};
 use super::without_password;
-use crate::units;
+use crate::model::units;
 
 /// What the cache of a process may take unless told otherwise, in bytes.
 const SIZE: u64 = 64 << 20;

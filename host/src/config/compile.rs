@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::sources::{Given, Sources};
-use crate::units;
+use crate::model::units;
 
 /// Processor time for one component unless told otherwise.
 const TIME: Duration = Duration::from_secs(120);

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use super::HTTP;
 use super::sources::{Given, Sources};
-use crate::request::Admission;
-use crate::subject;
-use crate::units;
+use crate::model::request::Admission;
+use crate::model::subject;
+use crate::model::units;
 
 /// How many connections one listener may be told to keep open.
 const CONNECTIONS_MAX: usize = 1_000_000;

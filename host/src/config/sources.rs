@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow};
 
+use crate::config::toml_text::Text;
 use crate::config::{FILE_NAME, HostFlags, KNOBS};
-use crate::hint::WithHint;
-use crate::toml_text::Text;
+use crate::model::hint::WithHint;
 
 /// All sources, in the order they are asked.
 pub(super) struct Sources<'a> {

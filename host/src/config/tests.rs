@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use clap::{Args as _, Command, FromArgMatches};
 
 use super::*;
-use crate::hint::hints;
+use crate::model::hint::hints;
 
 fn flags(arguments: &[&str]) -> HostFlags {
     let command = HostFlags::augment_args(Command::new("run").no_binary_name(true));

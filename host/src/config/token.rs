@@ -8,7 +8,7 @@ use anyhow::{Context, anyhow};
 
 use crate::config::Secret;
 use crate::config::sources::Given;
-use crate::hint::WithHint;
+use crate::model::hint::WithHint;
 
 /// The name of the token's file in the data folder.
 const FILE_NAME: &str = "token";

@@ -11,14 +11,14 @@ use uuid::Uuid;
 
 use super::{CONFLICTS_MAX, Delivery, HAND_OVER_LEASE, Lent, house_error, tell};
 use crate::cache::Began;
-use crate::cached::CacheWrites;
 use crate::fault;
 use crate::guest::{CallFailure, FailureKind, Outcome, RequestCall};
-use crate::message::{self, Message};
 use crate::metrics::Metrics;
-use crate::request::{HttpAnswer, HttpRequest, RequestKey};
-use crate::retry::make_way;
-use crate::state::BatchState;
+use crate::model::cache_writes::CacheWrites;
+use crate::model::keyed_state::BatchState;
+use crate::model::message::{self, Message};
+use crate::model::request::{HttpAnswer, HttpRequest, RequestKey};
+use crate::store::conflict::pause_after;
 use crate::store::{ClaimedRequest, OutboxRow, StoreError, Tx};
 
 /// A request and what is known of it.
@@ -73,7 +73,7 @@ impl Delivery {
             if conflicts > CONFLICTS_MAX {
                 return Err(StoreError::Conflict(cause));
             }
-            make_way(conflicts).await;
+            pause_after(conflicts).await;
         }
     }
 

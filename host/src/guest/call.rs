@@ -20,13 +20,13 @@ use super::limiter::Limiter;
 use super::logs::Logs;
 use super::record::{Asked, RECORD_FORM, Record};
 use super::tape::{Ended, Tape};
-use crate::cached::CacheWrites;
+use crate::config::manifest::Worker;
 use crate::fault;
-use crate::manifest::Worker;
-use crate::message::{Message, Output};
-use crate::request::HttpAnswer;
-use crate::state::BatchState;
-use crate::verdict::PANICKED;
+use crate::model::cache_writes::CacheWrites;
+use crate::model::keyed_state::BatchState;
+use crate::model::message::{Message, Output};
+use crate::model::request::HttpAnswer;
+use crate::model::verdict::PANICKED;
 
 /// How long a call may overrun its time before the host stops waiting for it. Guest code is stopped at the deadline
 /// itself; this is for a host call, such as a statement that the database is just ending for the same reason.

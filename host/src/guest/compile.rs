@@ -22,8 +22,8 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::engine;
 use crate::config::CompileSettings;
-use crate::hint::{WithHint, hints};
-use crate::units;
+use crate::model::hint::{WithHint, hints};
+use crate::model::units;
 
 /// The command of this program that compiles.
 pub const COMMAND: &str = "compile-component";

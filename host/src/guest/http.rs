@@ -14,8 +14,8 @@ use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
 use wasmtime_wasi_http::{Error, RequestOptions, WasiBody, WasiHttpCtxView, WasiHttpHooks, WasiHttpView};
 
 use super::call::{Answer, CallFailure, CallState, FailureKind};
-use crate::message::Headers;
-use crate::request::{HttpAnswer, HttpRequest};
+use crate::model::message::Headers;
+use crate::model::request::{HttpAnswer, HttpRequest};
 
 /// What an HTTP worker is called with.
 pub struct RequestCall {

@@ -11,10 +11,10 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::call::{CallFailure, FailureKind};
-use crate::base64_text;
-use crate::message::{Headers, Message};
-use crate::sql::{Dialect, Rows, SqlError, Value};
-use crate::state::StateEntry;
+use crate::model::base64_text;
+use crate::model::keyed_state::StateEntry;
+use crate::model::message::{Headers, Message};
+use crate::model::sql::{Dialect, Rows, SqlError, Value};
 
 /// The form in which records are written; a host reads those of its own form alone.
 pub const RECORD_FORM: u32 = 2;

@@ -5,7 +5,7 @@ use axum::http::{HeaderName, HeaderValue, StatusCode};
 use axum::response::Response;
 
 use crate::guest::bytes_of;
-use crate::request::HttpAnswer;
+use crate::model::request::HttpAnswer;
 
 /// Says that an answer was given before, as at Stripe.
 pub(super) const REPLAYED: &str = "idempotent-replayed";

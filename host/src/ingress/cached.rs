@@ -16,9 +16,9 @@ use super::key::Labelled;
 use super::problem::Problem;
 use super::{Ingress, Target, read_body};
 use crate::cache::{CacheKey, Cached, Layer, Loaded, Policy};
-use crate::manifest::{CacheFor, CacheTerms};
-use crate::message::{Headers, header};
-use crate::request::HttpAnswer;
+use crate::config::manifest::{CacheFor, CacheTerms};
+use crate::model::message::{Headers, header};
+use crate::model::request::HttpAnswer;
 
 const IF_NONE_MATCH: &str = "if-none-match";
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::request::RequestKey;
+use crate::model::request::RequestKey;
 
 /// Worker, route, caller and key.
 type Name = (String, String, String, String);

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use serde_json::json;
 
-use crate::request::HttpAnswer;
+use crate::model::request::HttpAnswer;
 
 /// Why a request is not answered by a handler.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -13,11 +13,11 @@ use crate::bus::{Bus, stream_of};
 use crate::delivery::HAND_OVER_LEASE;
 use crate::delivery::request::{Asked, Claim, Handled, claim, commit};
 use crate::http_server::written_names;
-use crate::message::{self, Headers, Output, OutputKind};
 use crate::metrics::Metrics;
-use crate::request::HttpAnswer;
+use crate::model::message::{self, Headers, Output, OutputKind};
+use crate::model::request::HttpAnswer;
+use crate::model::subject;
 use crate::store::{Store, StoreError, Tx};
-use crate::subject;
 
 /// What paths begin with.
 pub(super) const PATH: &str = "/publish/";

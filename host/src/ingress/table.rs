@@ -6,8 +6,8 @@ use anyhow::{Result, anyhow};
 
 use super::HttpWorker;
 use super::problem::Problem;
-use crate::hint::WithHint as _;
-use crate::manifest::{Route, Worker};
+use crate::config::manifest::{Route, Worker};
+use crate::model::hint::WithHint as _;
 
 /// Who answers a path, each with the terms of the route.
 type Answering = Vec<(Arc<HttpWorker>, Arc<Route>)>;

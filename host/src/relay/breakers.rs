@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::RelayState;
-use crate::breaker::{Breaker, Permit};
+use crate::model::breaker::{Breaker, Permit};
 
 /// The breakers of the streams that outputs go to. An output whose stream is not known is always tried.
 pub struct Breakers {

@@ -18,7 +18,7 @@ use crate::bus::{Bus, StreamInfo};
 use crate::drain::Stopping;
 use crate::fault;
 use crate::metrics::Metrics;
-use crate::retry::Trouble;
+use crate::model::retry::Trouble;
 use crate::store::{OnStream, Store};
 
 /// How often the streams are looked at without a reason. Each look is one message read for each stream.

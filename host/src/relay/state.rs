@@ -8,7 +8,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
-use crate::breaker::{Breaker, State};
+use crate::model::breaker::{Breaker, State};
 use crate::store::{LogState, RelayMode, SURE_FOR};
 
 /// What people see of the breaker of one stream.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::RelayState;
-use crate::breaker::{Breaker, Permit};
+use crate::model::breaker::{Breaker, Permit};
 
 /// For how long no stream takes a subject before outputs to it are set aside. Streams may be on their way back.
 const NO_PLACE_FOR: Duration = Duration::from_secs(20);

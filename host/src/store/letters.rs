@@ -5,10 +5,10 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::{Result, Store};
-use crate::failure_group::FailureGroup;
-use crate::message::{Headers, Message};
-use crate::subject;
-use crate::verdict::{Reason, Settled};
+use crate::model::failure_group::FailureGroup;
+use crate::model::message::{Headers, Message};
+use crate::model::subject;
+use crate::model::verdict::{Reason, Settled};
 
 /// How many letters are read at a time.
 const PAGE: u32 = 500;

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use sha2::{Digest, Sha256};
 
-use crate::hint::WithHint;
+use crate::model::hint::WithHint;
 
 /// One step of the schema. Steps run in the order of their list, each once.
 #[derive(Debug)]

@@ -13,18 +13,19 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use jiff::Timestamp;
 
-use crate::alarm::{self, Alarm};
-pub use crate::manifest::WorkerMigration;
-use crate::message::Headers;
-pub use crate::message::Output;
-use crate::output_ids::{self, OutputIds};
-use crate::request::{HttpAnswer, RequestKey};
-use crate::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
-pub use crate::state::{StateEntry, StateSlot, StateWrite};
-use crate::verdict::{Letter, Settled};
+pub use crate::config::manifest::WorkerMigration;
+use crate::model::alarm::{self, Alarm};
+pub use crate::model::keyed_state::{StateEntry, StateSlot, StateWrite};
+use crate::model::message::Headers;
+pub use crate::model::message::Output;
+use crate::model::output_ids::{self, OutputIds};
+use crate::model::request::{HttpAnswer, RequestKey};
+use crate::model::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
+use crate::model::verdict::{Letter, Settled};
 
 mod archive;
 mod changes;
+pub mod conflict;
 mod instance;
 mod letters;
 mod log;
@@ -144,7 +145,7 @@ pub enum Claimed {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OutboxRow {
     pub seq: i64,
-    /// What travels as `Nats-Msg-Id`; see [`crate::output_ids`].
+    /// What travels as `Nats-Msg-Id`; see [`crate::model::output_ids`].
     pub id: String,
     pub worker: String,
     pub subject: String,

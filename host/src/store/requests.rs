@@ -1,6 +1,6 @@
 //! What became of a request's key in the database.
 
-use crate::request::HttpAnswer;
+use crate::model::request::HttpAnswer;
 
 /// What became of the attempt to claim an idempotency key.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -14,8 +14,8 @@ use super::{
     LetterSummary, OnStream, OutboxLag, OutboxRow, OutputRecord, OutputSummary, Result, StateRecord, StoreError,
     Unpublished, WorkerTotals, shared,
 };
-use crate::alarm::{Alarm, Kind, Move, Notice};
-use crate::message::{Message, Origin, Redriven};
+use crate::model::alarm::{Alarm, Kind, Move, Notice};
+use crate::model::message::{Message, Origin, Redriven};
 
 /// A value that both databases can give.
 pub(super) trait Plain:
@@ -269,7 +269,7 @@ pub(super) fn letter_output(row: &impl Columns) -> Result<LetterOutput> {
 /// such a row, too.
 fn output_ids(row: &impl Columns) -> anyhow::Result<(String, String)> {
     let (headers, id) = (shared::headers_from_text(&row.text("headers")?).unwrap_or_default(), row.text("id")?);
-    Ok((crate::output_ids::readable(&headers, &id).to_owned(), id))
+    Ok((crate::model::output_ids::readable(&headers, &id).to_owned(), id))
 }
 
 /// The message of a letter that was put back.

@@ -11,13 +11,13 @@ use sha2::{Digest, Sha256};
 use super::{
     Claim, Claimed, OutboxRow, Output, Result, StateEntry, StateSlot, StoreError, Unpublished, WorkerMigration,
 };
-use crate::alarm::{self, Kind};
-use crate::failure_group::FailureGroup;
 use crate::fault;
-use crate::message::Headers;
-use crate::output_ids::OutputIds;
-use crate::request::HttpAnswer;
-use crate::verdict::{Letter, Settled};
+use crate::model::alarm::{self, Kind};
+use crate::model::failure_group::FailureGroup;
+use crate::model::message::Headers;
+use crate::model::output_ids::OutputIds;
+use crate::model::request::HttpAnswer;
+use crate::model::verdict::{Letter, Settled};
 
 /// How long a house transaction, one without a guest, may take over one statement.
 pub(super) const HOUSE_TIME: Duration = Duration::from_secs(60);

@@ -3,7 +3,7 @@
 use jiff::civil::{Date, Time};
 use uuid::Uuid;
 
-use crate::sql::SqlError;
+use crate::model::sql::SqlError;
 
 const MICROS_PER_SECOND: i64 = 1_000_000;
 

@@ -3,10 +3,10 @@
 use std::time::Instant;
 
 use oncely::bus::{Bus, Heard, StreamSpec};
-use oncely::cache_feed;
+use oncely::cache::feed as cache_feed;
 use oncely::config::Nats;
 use oncely::drain::Stop;
-use oncely::invalidation::{CACHE_STREAM, CACHE_SUBJECTS};
+use oncely::model::invalidation::{CACHE_STREAM, CACHE_SUBJECTS};
 use support::database::Kind;
 use support::nats::{NatsServer, ToPublish};
 use support::world::{PATIENCE, World, manifest};

@@ -1,9 +1,9 @@
 //! The cache as handlers have it: what they leave takes effect with their commit, and not at all without.
 
 use oncely::delivery::{Delivered, Delivery};
-use oncely::message::Message;
+use oncely::model::message::Message;
+use oncely::model::verdict::Verdict;
 use oncely::store::OutboxRow;
-use oncely::verdict::Verdict;
 use support::database::Kind;
 
 use super::*;

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use oncely::invalidation::Invalidation;
+use oncely::model::invalidation::Invalidation;
 
 use super::*;
 

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use oncely::alarm::{Alarm, Kind, Move, Step};
-use oncely::message::Redriven;
+use oncely::model::alarm::{Alarm, Kind, Move, Step};
+use oncely::model::message::Redriven;
+use oncely::model::verdict::{Letter, Reason};
 use oncely::store::{By, LetterFilter, Redrive, Store, groups_of};
-use oncely::verdict::{Letter, Reason};
 
 use super::{LEASE, Output, WORKER, World, a_letter};
 

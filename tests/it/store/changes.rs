@@ -92,8 +92,8 @@ async fn changed_rows_are_told_before_and_after(world: World) {
     assert_eq!(world.rows("select count(*) from item where note = 'newer' or id = 4").await, [[0_i64]].map(number));
 }
 
-fn number(row: [i64; 1]) -> Vec<oncely::sql::Value> {
-    row.map(oncely::sql::Value::Int64).to_vec()
+fn number(row: [i64; 1]) -> Vec<oncely::model::sql::Value> {
+    row.map(oncely::model::sql::Value::Int64).to_vec()
 }
 
 async fn what_was_only_read_or_put_back_is_no_change(world: World) {

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use oncely::sql::{SqlError, SqlLimits, Value};
+use oncely::model::sql::{SqlError, SqlLimits, Value};
 use oncely::store::{Claimed, StoreError};
 
 use super::{LIMITS, WORKER, World, claim, execute, query, text};

@@ -1,6 +1,6 @@
 //! No statement of a guest leaves its transaction or reaches the platform's tables.
 
-use oncely::sql::SqlError;
+use oncely::model::sql::SqlError;
 use oncely::store::{Claimed, StoreError};
 
 use super::{LIMITS, World, claim, execute, query};

@@ -1,13 +1,13 @@
 //! Errors are told apart by their codes: not by their texts, which come in the server's language, and not by a code that a
 //! worker's own function may raise.
 
-use oncely::sql::SqlError;
+use oncely::model::sql::SqlError;
 use oncely::store::{PostgresStore, Store, StoreError, Tx};
 use support::postgres::Cluster;
 
 use super::{World, claim, execute, query, text};
 
-async fn fails(tx: &mut Box<dyn Tx>, statement: &str, params: &[oncely::sql::Value]) -> SqlError {
+async fn fails(tx: &mut Box<dyn Tx>, statement: &str, params: &[oncely::model::sql::Value]) -> SqlError {
     tx.execute(statement, params).await.unwrap().unwrap_err()
 }
 

@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use oncely::message::Redriven;
+use oncely::model::message::Redriven;
+use oncely::model::verdict::{Letter, Reason};
 use oncely::store::{By, Claim, Claimed, FailedAttempt, LetterFilter, LetterState, Move, PutBack, Redrive};
-use oncely::verdict::{Letter, Reason};
 
 use super::retention::retire_everything;
 use super::{WORKER, World, a_claim, a_letter};

@@ -1,8 +1,8 @@
 //! Of each event the record of the last failed attempt is kept, and compared with that of the one before.
 
 use bytes::Bytes;
+use oncely::model::verdict::Reason;
 use oncely::store::{By, Claim, CountedAttempt, FailedAttempt, KeptRecord, LetterFilter, LetterState, Move, Redrive};
-use oncely::verdict::Reason;
 
 use super::retention::retire_everything;
 use super::{WORKER, World, a_claim, a_letter};

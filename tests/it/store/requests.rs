@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use oncely::request::{HttpAnswer, RequestKey};
+use oncely::model::request::{HttpAnswer, RequestKey};
 use oncely::store::{ClaimedRequest, Retire};
 
 use super::{TIME, WORKER, World};

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use oncely::message::Headers;
+use oncely::model::message::Headers;
+use oncely::model::verdict::Reason;
 use oncely::store::{
     By, Claim, Claimed, FailedAttempt, LetterFilter, OutboxRow, Published, Redrive, Retire, StoreError,
 };
-use oncely::verdict::Reason;
 
 use super::{LEASE, TIME, WORKER, World, a_claim, a_letter, an_output, claim};
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use oncely::sql::{SqlError, Value};
+use oncely::model::sql::{SqlError, Value};
 use oncely::store::{Claimed, StoreError};
 
 use super::{LIMITS, World, a_claim, an_output, execute, text};

@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use oncely::request::{HttpAnswer, RequestKey};
-use oncely::sql::{SqlError, Value};
-use oncely::state::StateWrite;
+use oncely::model::keyed_state::StateWrite;
+use oncely::model::request::{HttpAnswer, RequestKey};
+use oncely::model::sql::{SqlError, Value};
 use oncely::store::{Claimed, PostgresStore, StoreError};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, Row};
 

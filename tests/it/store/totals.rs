@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
+use oncely::model::verdict::Reason;
 use oncely::store::WorkerTotals;
-use oncely::verdict::Reason;
 
 use super::{LEASE, WORKER, World, a_claim, a_letter, an_output};
 

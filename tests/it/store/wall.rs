@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use oncely::sql::{SqlError, SqlLimits, Value};
+use oncely::model::sql::{SqlError, SqlLimits, Value};
 use oncely::store::{Claimed, PostgresStore, StoreError};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, Row};
 
@@ -486,7 +486,7 @@ async fn a_statement_that_lifted_the_servers_limit_is_ended_by_the_host() {
 async fn a_database_user_that_may_not_make_roles_is_told_of_the_switch_and_what_it_gives_up() {
     let (url, direct) = database_of_a_role("").await;
     let error = PostgresStore::connect(&url, 4).await.err().unwrap();
-    let hints = oncely::hint::hints(&error).join(" ");
+    let hints = oncely::model::hint::hints(&error).join(" ");
     assert!(hints.contains("guest_sql = \"trusted\"") && hints.contains("only the check of its text"), "{error:?}");
     let store = PostgresStore::connect_trusted(&url, 4).await.unwrap();
     let world = world_on(store, url, direct);

@@ -8,7 +8,7 @@ use crate::api::letters::{CloseRequest, Closing};
 use crate::cli::client::{Client, HostArgs};
 use crate::cli::exit::Exit;
 use crate::cli::term;
-use crate::hint::WithHint;
+use crate::model::hint::WithHint;
 use crate::store::{By, LetterSummary, Moved};
 
 /// How many letters one request closes.

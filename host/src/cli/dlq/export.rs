@@ -13,7 +13,7 @@ use crate::api::letters::Letter;
 use crate::cli::client::{Client, HostArgs};
 use crate::cli::replay::{Attempt, Wasm};
 use crate::cli::term;
-use crate::replay::Replayable;
+use crate::dlq::replay::Replayable;
 
 /// Writes dead letters as JSON, whole, one on each line: what `show --json` prints, and what `oncely replay` needs to run the
 /// last attempt again.

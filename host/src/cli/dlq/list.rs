@@ -6,8 +6,8 @@ use clap::Args;
 use super::select::Filters;
 use crate::cli::client::{Client, HostArgs};
 use crate::cli::term::{self, Table};
+use crate::model::units;
 use crate::store::{LetterFilter, LetterGroup, LetterSummary};
-use crate::units;
 
 /// Lists dead letters, newest first, or the failures they died of.
 #[derive(Debug, Args)]

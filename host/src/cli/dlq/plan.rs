@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 use crate::api::letters::LettersRequest;
 use crate::cli::client::Client;
 use crate::cli::term::{self, Progress, Table};
-use crate::hint::WithHint;
-use crate::reconcile::{Class, Rehearsed, StateValue};
+use crate::dlq::dry_run::{Class, Rehearsed, StateValue};
+use crate::model::hint::WithHint;
 use crate::store::{LetterSummary, RowChange};
 
 /// How many letters one request rehearses.

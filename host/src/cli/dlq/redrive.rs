@@ -14,9 +14,9 @@ use super::select::{Actor, Selection, check_all_moved};
 use crate::api::letters::{Planned, PlannedRequest, RedriveRequest};
 use crate::cli::client::{Client, HostArgs};
 use crate::cli::term::{self, Progress};
-use crate::hint::WithHint;
+use crate::model::hint::WithHint;
+use crate::model::units;
 use crate::store::{self, LetterFilter, LetterState, LetterSummary, Moved};
-use crate::units;
 
 /// The most letters in one request, and in one that rehearses them first.
 const CHUNK_MAX: u32 = 100;
@@ -107,7 +107,7 @@ impl Redrive {
 
     async fn put_back_planned(self, client: &Client, path: &Path) -> Result<()> {
         let plan = Plan::read(path)?;
-        let planned = |one: &crate::reconcile::Rehearsed| Planned { id: one.letter, basis: one.basis.clone() };
+        let planned = |one: &crate::dlq::dry_run::Rehearsed| Planned { id: one.letter, basis: one.basis.clone() };
         let wanted: Vec<Planned> = plan.would_succeed().map(planned).collect();
         term::note(format!("{} of {} dead letters of the plan would succeed", wanted.len(), plan.letters.len()));
         let by = self.actor.clone().by(self.note.clone());

@@ -7,9 +7,9 @@ use jiff::Timestamp;
 use crate::cli::client::Client;
 use crate::cli::exit::Exit;
 use crate::cli::term;
-use crate::hint::WithHint;
+use crate::model::hint::WithHint;
+use crate::model::units;
 use crate::store::{By, LetterFilter, LetterSummary, Moved};
-use crate::units;
 
 /// What dead letters have in common.
 #[derive(Debug, Clone, Args)]

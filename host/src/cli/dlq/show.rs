@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use crate::api::letters::Letter;
 use crate::cli::client::{Client, HostArgs};
 use crate::cli::{json_text, term};
-use crate::units;
+use crate::model::units;
 
 /// Shows one dead letter: its story, headers and body, and what became of it.
 #[derive(Debug, Args)]

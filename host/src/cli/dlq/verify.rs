@@ -8,7 +8,7 @@ use crate::api::letters::LettersRequest;
 use crate::cli::client::{Client, HostArgs};
 use crate::cli::exit::Exit;
 use crate::cli::term::{self, Table};
-use crate::reconcile::{Verification, Verified};
+use crate::dlq::verify::{Verification, Verified};
 use crate::store::LetterState;
 
 /// Looks at the inbox and on the streams whether the events of dead letters, those that were put back above all, took effect

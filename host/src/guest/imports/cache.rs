@@ -5,10 +5,10 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::CHANGES_NOTHING;
-use crate::cached::{CachePut, PUTS_SIZE_MAX, TAGS_MAX, TTL_MAX, VALUE_MAX, WRITES_MAX, check_name};
 use crate::guest::bindings::oncely::worker::cache;
 use crate::guest::call::CallState;
 use crate::guest::record::{Asked, Saw};
+use crate::model::cache_writes::{CachePut, PUTS_SIZE_MAX, TAGS_MAX, TTL_MAX, VALUE_MAX, WRITES_MAX, check_name};
 
 impl cache::Host for CallState {
     async fn get(&mut self, key: String) -> wasmtime::Result<Result<Option<Vec<u8>>, cache::Error>> {

@@ -9,8 +9,8 @@ use crate::fault;
 use crate::guest::bindings::oncely::worker::outbox;
 use crate::guest::call::{CallState, FailureKind};
 use crate::guest::record::{Asked, Sending};
-use crate::message::{self, DELAY_MAX, EVENT_ID_MAX, Headers, Message, Output, OutputKind, output_id};
-use crate::subject;
+use crate::model::message::{self, DELAY_MAX, EVENT_ID_MAX, Headers, Message, Output, OutputKind, output_id};
+use crate::model::subject;
 
 impl outbox::Host for CallState {
     async fn send(&mut self, outgoing: outbox::Outgoing) -> wasmtime::Result<Result<String, outbox::Error>> {

@@ -5,7 +5,7 @@ use crate::fault;
 use crate::guest::bindings::oncely::worker::sql;
 use crate::guest::call::{CallState, FailureKind};
 use crate::guest::record::{Asked, Saw};
-use crate::sql::{self as sql_text, DatabaseError, Dialect, Facts, Rows, SqlError, Value};
+use crate::model::sql::{self as sql_text, DatabaseError, Dialect, Facts, Rows, SqlError, Value};
 
 /// How many parameters a statement may have.
 const PARAMETERS_MAX: usize = 10_000;

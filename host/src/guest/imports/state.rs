@@ -6,8 +6,8 @@ use super::CHANGES_NOTHING;
 use crate::guest::bindings::oncely::worker::state;
 use crate::guest::call::CallState;
 use crate::guest::record::{Asked, Saw};
-use crate::message::EVENT_ID_MAX;
-use crate::state::{StateEntry, StateSlot};
+use crate::model::keyed_state::{StateEntry, StateSlot};
+use crate::model::message::EVENT_ID_MAX;
 
 impl CallState {
     /// The version of `key` before it is changed, or what is wrong with the change.

@@ -6,7 +6,7 @@ use sqlx::postgres::PgRow;
 
 use super::session::Session;
 use super::{errors, outbox};
-use crate::alarm::{Alarm, Move, NEW_AGAIN_AFTER, NEW_FAILURES_WITHIN, Notice, Step};
+use crate::model::alarm::{Alarm, Move, NEW_AGAIN_AFTER, NEW_FAILURES_WITHIN, Notice, Step};
 use crate::store::shared::{self, Newcomers};
 use crate::store::{LetterDepth, Result, StoreError, Told, rows};
 

@@ -5,7 +5,7 @@ use anyhow::anyhow;
 use sqlx::Error;
 use sqlx::postgres::{PgDatabaseError, PgSeverity};
 
-use crate::sql::{DatabaseError, SqlError};
+use crate::model::sql::{DatabaseError, SqlError};
 use crate::store::{BrokenStatement, StoreError};
 
 /// The fence of a commit divides by zero when the transaction is not ours any more.

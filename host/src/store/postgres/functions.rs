@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use super::errors;
 use super::session::{Purpose, Session, Sessions};
-use crate::sql::{Function, Functions};
+use crate::model::sql::{Function, Functions};
 use crate::store::Result;
 
 /// For how long the functions are not read again.

@@ -10,7 +10,7 @@ use sqlx::{Arguments, Column, Either, Executor, Row};
 use super::errors;
 use super::guest_values::{self, Parameter};
 use super::session::{Purpose, Session, Sessions};
-use crate::sql::{self, Dialect, Facts, Functions, Rows, SqlError, SqlLimits, Value};
+use crate::model::sql::{self, Dialect, Facts, Functions, Rows, SqlError, SqlLimits, Value};
 use crate::store::{BrokenStatement, Result, StoreError};
 
 /// How long after its time a statement that the server did not end is ended by the host.

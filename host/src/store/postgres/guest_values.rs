@@ -8,7 +8,7 @@ use sqlx::postgres::{PgArgumentBuffer, PgRow, PgTypeInfo};
 use sqlx::{Column, Encode, Postgres, Row, Type, TypeInfo, ValueRef};
 use uuid::Uuid;
 
-use crate::sql::{SqlError, Value};
+use crate::model::sql::{SqlError, Value};
 use crate::store::values::{self, Decimal};
 
 /// The microseconds from the Unix epoch to PostgreSQL's, the year 2000.

@@ -8,7 +8,7 @@ use sqlx::{Row, raw_sql};
 use super::errors;
 use super::session::{Purpose, Session, Sessions};
 use crate::fault;
-use crate::output_ids::OutputIds;
+use crate::model::output_ids::OutputIds;
 use crate::store::Result;
 use crate::store::migrations::{self, Migration, migrations};
 

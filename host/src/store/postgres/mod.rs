@@ -57,12 +57,12 @@ use super::{
     OutputSummary, Published, PutBack, RecoveredOutput, Redrive, Result, Retire, Seen, StateRecord, Store,
     StoredReport, TakenOver, Told, Tx, Unpublished, WorkerMigration, WorkerTotals,
 };
-use crate::alarm::{self, Alarm};
 use crate::fault;
-use crate::hint::WithHint;
-use crate::output_ids::OutputIds;
-use crate::sql::{Dialect, Functions};
-use crate::verdict::{Letter, Settled};
+use crate::model::alarm::{self, Alarm};
+use crate::model::hint::WithHint;
+use crate::model::output_ids::OutputIds;
+use crate::model::sql::{Dialect, Functions};
+use crate::model::verdict::{Letter, Settled};
 
 /// How long an operation waits for a connection before it answers that the database is unavailable.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);

@@ -10,12 +10,12 @@ use sqlx::postgres::PgRow;
 use super::session::Session;
 use super::{attempts, errors, outbox};
 use crate::fault;
-use crate::redrive::Pointer;
+use crate::model::redrive::Pointer;
+use crate::model::verdict::Settled;
 use crate::store::letters::{self, Standing};
 use crate::store::{
     By, LetterState, Move, Moved, OutboxRow, Output, PutBack, Redrive, Result, StoreError, rows, shared,
 };
-use crate::verdict::Settled;
 
 /// Puts letters back. Their rows are locked first, so that of two who do so at the same time one comes too late.
 pub(super) async fn redrive(

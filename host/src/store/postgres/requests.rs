@@ -8,7 +8,7 @@ use sqlx::postgres::PgRow;
 
 use super::errors;
 use super::session::Session;
-use crate::request::{HttpAnswer, RequestKey};
+use crate::model::request::{HttpAnswer, RequestKey};
 use crate::store::{ClaimedRequest, Result, StoreError, shared};
 
 /// Claims a key for the transaction, without waiting for another one that has it.

@@ -12,7 +12,7 @@ use sqlx::{AssertSqlSafe, Postgres, Row, raw_sql};
 
 use super::errors;
 use crate::fault;
-use crate::output_ids::OutputIds;
+use crate::model::output_ids::OutputIds;
 use crate::store::Result;
 use crate::store::instance::Instance;
 use crate::store::shared::HOUSE_TIME;

@@ -10,13 +10,13 @@ use super::guest_sql::{self, Guests, Outcome};
 use super::session::{Purpose, Session, Sessions};
 use super::{changes, errors, inbox, outbox, requests, state};
 use crate::fault;
-use crate::request::{HttpAnswer, RequestKey};
-use crate::sql::{Rows, SqlError, SqlLimits, Value};
+use crate::model::request::{HttpAnswer, RequestKey};
+use crate::model::sql::{Rows, SqlError, SqlLimits, Value};
+use crate::model::verdict::Settled;
 use crate::store::shared::Savepoint;
 use crate::store::{
     Changes, Claim, Claimed, ClaimedRequest, OutboxRow, Output, Result, StateSlot, StateWrite, StoreError, Tx, shared,
 };
-use crate::verdict::Settled;
 
 pub(super) struct PostgresTx {
     session: Session,

@@ -12,7 +12,7 @@ use sqlx::{AssertSqlSafe, Row, raw_sql};
 
 use super::errors;
 use super::session::{Purpose, Session, Sessions};
-use crate::hint::WithHint;
+use crate::model::hint::WithHint;
 
 /// PostgreSQL cuts longer names.
 const NAME_BYTES_MAX: usize = 63;

@@ -6,8 +6,8 @@ use sqlx::sqlite::{SqlitePool, SqliteRow};
 
 use super::session::Session;
 use super::{errors, outbox};
-use crate::alarm::{Alarm, Move, NEW_AGAIN_AFTER, NEW_FAILURES_WITHIN, Notice, Step};
-use crate::failure_group::FailureGroup;
+use crate::model::alarm::{Alarm, Move, NEW_AGAIN_AFTER, NEW_FAILURES_WITHIN, Notice, Step};
+use crate::model::failure_group::FailureGroup;
 use crate::store::shared::{self, Newcomers};
 use crate::store::{LetterDepth, Result, StoreError, Told, rows};
 

@@ -6,9 +6,9 @@ use sqlx::Row;
 
 use super::session::Session;
 use super::{alarms, errors, outbox};
+use crate::model::verdict::Letter;
 use crate::store::shared::{self, Burial, Held};
 use crate::store::{OutboxRow, Output, Result, Told};
-use crate::verdict::Letter;
 
 /// Writes letters, their inbox records and their notices, and raises an alarm for failures that are new. What is settled
 /// already adds nothing.

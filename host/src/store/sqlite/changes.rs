@@ -10,7 +10,7 @@ use sqlx::{AssertSqlSafe, Column, Row};
 
 use super::session::Session;
 use super::{errors, guest_values};
-use crate::sql::Value;
+use crate::model::sql::Value;
 use crate::store::{Changes, Result, RowChange};
 
 /// How many rows are remembered.

@@ -8,7 +8,7 @@ use sqlx::{AssertSqlSafe, Row, raw_sql};
 
 use super::errors;
 use super::session::Session;
-use crate::sql::SqlError;
+use crate::model::sql::SqlError;
 use crate::store::{DeploymentRecord, Result, StoreError, WorkerMigration, rows, shared};
 
 pub(super) async fn put_component(session: &mut Session, digest: &str, wasm: &[u8]) -> Result<()> {

@@ -2,7 +2,7 @@
 
 use sqlx::Error;
 
-use crate::sql::{DatabaseError, SqlError};
+use crate::model::sql::{DatabaseError, SqlError};
 use crate::store::StoreError;
 
 // Primary result codes; see https://www.sqlite.org/rescode.html.

@@ -8,7 +8,7 @@ use sqlx::{AssertSqlSafe, Column, Either, Executor, Row};
 
 use super::session::Session;
 use super::{errors, guest_values};
-use crate::sql::{self, Dialect, Facts, Rows, SqlError, SqlLimits, Value};
+use crate::model::sql::{self, Dialect, Facts, Rows, SqlError, SqlLimits, Value};
 use crate::store::Result;
 
 /// Under which terms guests' statements run.

@@ -3,7 +3,7 @@
 use sqlx::sqlite::{SqliteArguments, SqliteRow};
 use sqlx::{Arguments, Column, Row, TypeInfo, ValueRef};
 
-use crate::sql::{SqlError, Value};
+use crate::model::sql::{SqlError, Value};
 use crate::store::values;
 
 /// Binds a guest's parameters. Dates, times and UUIDs are kept in the one text form that compares and sorts right.

@@ -7,7 +7,7 @@ use sqlx::{Row, raw_sql};
 
 use super::session::{Session, Sessions};
 use crate::fault;
-use crate::output_ids::OutputIds;
+use crate::model::output_ids::OutputIds;
 use crate::store::migrations::{self, Migration, migrations};
 
 /// A new file of `migrations/sqlite` gets its line here.

@@ -47,11 +47,11 @@ use super::{
     OutputSummary, Published, PutBack, RecoveredOutput, Redrive, Result, Retire, Seen, StateRecord, Store,
     StoredReport, TakenOver, Told, Tx, Unpublished, WorkerMigration, WorkerTotals,
 };
-use crate::alarm::{self, Alarm};
 use crate::fault;
-use crate::output_ids::OutputIds;
-use crate::sql::Dialect;
-use crate::verdict::{Letter, Settled};
+use crate::model::alarm::{self, Alarm};
+use crate::model::output_ids::OutputIds;
+use crate::model::sql::Dialect;
+use crate::model::verdict::{Letter, Settled};
 
 const READERS: u32 = 4;
 

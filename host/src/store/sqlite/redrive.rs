@@ -8,12 +8,12 @@ use sqlx::sqlite::{SqlitePool, SqliteRow};
 use super::session::Session;
 use super::{attempts, errors, outbox};
 use crate::fault;
-use crate::redrive::Pointer;
+use crate::model::redrive::Pointer;
+use crate::model::verdict::Settled;
 use crate::store::letters::{self, Standing};
 use crate::store::{
     By, LetterState, Move, Moved, OutboxRow, Output, PutBack, Redrive, Result, StoreError, rows, shared,
 };
-use crate::verdict::Settled;
 
 /// Puts letters back. One transaction writes at a time, so of two who do so at the same time one comes too late.
 pub(super) async fn redrive(

@@ -9,7 +9,7 @@ use sqlx::sqlite::SqliteRow;
 
 use super::errors;
 use super::session::Session;
-use crate::request::{HttpAnswer, RequestKey};
+use crate::model::request::{HttpAnswer, RequestKey};
 use crate::store::{ClaimedRequest, Result, StoreError, shared};
 
 /// What was answered to a key before.

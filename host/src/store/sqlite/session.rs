@@ -11,7 +11,7 @@ use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use super::authorizer::Wall;
 use super::errors;
-use crate::output_ids::OutputIds;
+use crate::model::output_ids::OutputIds;
 use crate::store::Result;
 use crate::store::instance::Instance;
 

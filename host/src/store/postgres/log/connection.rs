@@ -10,7 +10,7 @@ use sqlx::ConnectOptions;
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
 
 use super::slot::PUBLICATION;
-use crate::hint::WithHint;
+use crate::model::hint::WithHint;
 use crate::store::Lsn;
 use crate::store::instance::Instance;
 

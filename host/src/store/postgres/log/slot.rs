@@ -6,7 +6,7 @@ use sqlx::Row;
 
 use super::super::errors;
 use super::super::session::{Purpose, Session, Sessions};
-use crate::hint::WithHint;
+use crate::model::hint::WithHint;
 use crate::store::Result;
 
 /// The name of the publication, which belongs to the database.

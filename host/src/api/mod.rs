@@ -1,0 +1,432 @@
+//! The control API: what the CLI speaks to. JSON over HTTP on the loopback interface, behind a token.
+
+use std::sync::Arc;
+
+use anyhow::{Context, anyhow};
+use axum::body::Bytes;
+use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
+use axum::http::{StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use base64::Engine as _;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::bus::Outgoing;
+use crate::component;
+use crate::model::alarm::Alarm;
+use crate::model::hint::{self, WithHint};
+use crate::model::message;
+use crate::model::redrive;
+use crate::model::sql::Dialect;
+use crate::model::subject;
+use crate::relay::{BreakerState, RefusedSubject};
+use crate::runtime::deploy::{self, Plan, Proposal};
+use crate::runtime::{Host, HostReport, Recovery, Retired, RunsHere, WorkerState};
+use crate::store::{By, LogState, StateRecord, StoreError, WorkerTotals};
+
+pub mod letters;
+
+pub mod outbox;
+
+/// Requests other than component uploads may be this large, in bytes.
+const BODY_MAX: usize = 16 << 20;
+
+/// The control API. Everything below `/v1` asks for `Authorization: Bearer {token}`.
+pub fn router(host: Arc<Host>, token: &str) -> Router {
+    let expected = Arc::new(Sha256::digest(token.as_bytes()).to_vec());
+    let guarded = Router::new()
+        .route("/dialect", get(dialect))
+        .route("/status", get(status))
+        .route("/workers", get(workers))
+        .route("/workers/{worker}/deployments", get(deployments))
+        .route("/plan", post(plan))
+        .route("/deploy", post(deploy))
+        .route("/rollback", post(rollback))
+        .route("/retire", post(retire))
+        .route("/workers/{worker}/hosts", get(hosts))
+        .route("/recover", post(recover))
+        .route("/publish", post(publish))
+        .route("/components/{digest}", get(component))
+        .merge(letters::routes())
+        .route("/workers/{worker}/state", get(state_list))
+        .route("/workers/{worker}/state/entry", get(state_get))
+        .merge(outbox::routes())
+        .layer(DefaultBodyLimit::max(BODY_MAX))
+        .route("/components", post(upload).layer(DefaultBodyLimit::max(component::SIZE_MAX)))
+        .layer(middleware::from_fn_with_state(expected, check_token));
+    Router::new()
+        .route("/livez", get(|| async { "alive\n" }))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics))
+        .nest("/v1", guarded)
+        .with_state(host)
+}
+
+/// Lets a request through that carries the token. Digests are compared, so the time it takes says nothing of the token.
+async fn check_token(State(expected): State<Arc<Vec<u8>>>, request: Request, next: Next) -> Response {
+    let given = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+    let given = given.and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default();
+    if Sha256::digest(given.as_bytes()).as_slice() == expected.as_slice() {
+        return next.run(request).await;
+    }
+    let problem = Problem {
+        error: "the token is missing or wrong".to_owned(),
+        causes: Vec::new(),
+        hints: vec!["give the host's token with --token or ONCELY_TOKEN".to_owned()],
+    };
+    (StatusCode::UNAUTHORIZED, Json(problem)).into_response()
+}
+
+/// An error on its way to the CLI, which shows it as if it were its own.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Problem {
+    pub error: String,
+    pub causes: Vec<String>,
+    pub hints: Vec<String>,
+}
+
+struct Failure(StatusCode, anyhow::Error);
+
+type Answer<T> = std::result::Result<Json<T>, Failure>;
+
+impl<E: Into<anyhow::Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        let error = error.into();
+        let unavailable =
+            hint::find::<StoreError>(&error).is_some_and(|error| matches!(error, StoreError::Unavailable(_)));
+        Failure(if unavailable { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::BAD_REQUEST }, error)
+    }
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        let Failure(status, error) = self;
+        let mut chain = error.chain().map(ToString::to_string);
+        let problem = Problem {
+            error: chain.next().unwrap_or_default(),
+            causes: chain.collect(),
+            hints: hint::hints(&error).into_iter().map(str::to_owned).collect(),
+        };
+        (status, Json(problem)).into_response()
+    }
+}
+
+async fn readyz(State(host): State<Arc<Host>>) -> Response {
+    match host.ready().await {
+        Ok(broken) => {
+            let broken: String = broken.iter().map(|why| format!("{why}\n")).collect();
+            format!("ready\n{broken}").into_response()
+        }
+        Err(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {why}\n")).into_response(),
+    }
+}
+
+/// In the form that Prometheus asks for. Without a token, as there are neither ids nor subjects in it.
+async fn metrics(State(host): State<Arc<Host>>) -> Response {
+    match host.metrics_text().await {
+        Ok(text) => ([(header::CONTENT_TYPE, METRICS_TYPE)], text).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}\n")).into_response(),
+    }
+}
+
+const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// What a host says of itself.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Status {
+    /// Of the host program.
+    pub version: String,
+    pub ready: bool,
+    /// Why it is not.
+    pub not_ready: Option<String>,
+    /// The workers that cannot run although the host is ready, each with why.
+    #[serde(default)]
+    pub broken: Vec<String>,
+    /// Why the database takes no writes; none when it does.
+    #[serde(default)]
+    pub database_error: Option<String>,
+    pub nats_connected: bool,
+    pub workers: Vec<WorkerState>,
+    /// Of this host's relay, by stream.
+    pub breakers: Vec<BreakerState>,
+    /// Subjects that outputs of this host's relay wait for, at most 20 of them.
+    pub refused_subjects: Vec<RefusedSubject>,
+    /// How outputs go; none where there is no other way than polling.
+    pub log: Option<LogState>,
+    /// Whether this host is the one that reads the log.
+    pub reads_log: bool,
+    /// Of all hosts on this database; none when it is out of reach.
+    pub totals: Option<Vec<WorkerTotals>>,
+    /// Those that are raised; none when the database is out of reach.
+    pub alarms: Option<Vec<Alarm>>,
+}
+
+async fn status(State(host): State<Arc<Host>>) -> Answer<Status> {
+    let (not_ready, broken) = match host.ready().await {
+        Ok(broken) => (None, broken),
+        Err(why) => (Some(why), Vec::new()),
+    };
+    Ok(Json(Status {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        ready: not_ready.is_none(),
+        not_ready,
+        broken,
+        database_error: host.services.health.database(),
+        nats_connected: host.services.bus.is_connected(),
+        workers: host.workers_with_backlog().await,
+        breakers: host.services.relay_state.breakers(),
+        refused_subjects: host.services.relay_state.refused_subjects(),
+        log: host.services.relay_state.log(),
+        reads_log: host.services.relay_state.reads_log(),
+        totals: host.services.store.totals().await.ok(),
+        alarms: host
+            .services
+            .store
+            .alarms()
+            .await
+            .ok()
+            .map(|alarms| alarms.into_iter().filter(Alarm::is_raised).collect()),
+    }))
+}
+
+/// Which database is behind the host: migrations are chosen by it.
+async fn dialect(State(host): State<Arc<Host>>) -> Json<Dialect> {
+    Json(host.services.store.dialect())
+}
+
+async fn workers(State(host): State<Arc<Host>>) -> Answer<Vec<WorkerState>> {
+    Ok(Json(host.workers().await))
+}
+
+/// One deployment in the history of a worker.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Deployment {
+    pub version: u32,
+    pub digest: String,
+    pub created_at: jiff::Timestamp,
+    pub active: bool,
+}
+
+async fn deployments(State(host): State<Arc<Host>>, Path(worker): Path<String>) -> Answer<Vec<Deployment>> {
+    let active = host.services.store.active_deployments().await?;
+    let is_active = |version| active.iter().any(|record| record.worker == worker && record.version == version);
+    let records = host.services.store.deployments(&worker).await?;
+    if records.is_empty() {
+        return Err(no_such_worker(&worker));
+    }
+    let shown = records.into_iter().map(|record| Deployment {
+        active: is_active(record.version),
+        version: record.version,
+        digest: record.digest,
+        created_at: record.created_at,
+    });
+    Ok(Json(shown.collect()))
+}
+
+/// The digest of an uploaded component.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Uploaded {
+    pub digest: String,
+}
+
+/// Keeps a component, after a look whether it is a worker at all.
+async fn upload(State(host): State<Arc<Host>>, wasm: Bytes) -> Answer<Uploaded> {
+    host.services.load(wasm.clone()).await?;
+    let digest = hex::encode(Sha256::digest(&wasm));
+    host.services.store.put_component(&digest, &wasm).await?;
+    Ok(Json(Uploaded { digest }))
+}
+
+/// A component that was kept, byte for byte.
+async fn component(State(host): State<Arc<Host>>, Path(digest): Path<String>) -> std::result::Result<Vec<u8>, Failure> {
+    let found = host.services.store.component(&digest).await?;
+    found.ok_or_else(|| Failure(StatusCode::NOT_FOUND, anyhow!("there is no component {digest}")))
+}
+
+async fn plan(State(host): State<Arc<Host>>, Json(proposal): Json<Proposal>) -> Answer<Plan> {
+    Ok(Json(deploy::plan(&host, &proposal).await?))
+}
+
+/// A deployment that is now the active one.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Activated {
+    pub worker: String,
+    pub version: u32,
+}
+
+async fn deploy(State(host): State<Arc<Host>>, Json(proposal): Json<Proposal>) -> Answer<Activated> {
+    let (_, record) = deploy::deploy(&host, &proposal).await?;
+    Ok(Json(Activated { worker: record.worker, version: record.version }))
+}
+
+/// Which worker to roll back, and to which version; the one before the active one when none is given.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Rollback {
+    pub worker: String,
+    pub to: Option<u32>,
+}
+
+async fn rollback(State(host): State<Arc<Host>>, Json(wanted): Json<Rollback>) -> Answer<Activated> {
+    let record = deploy::rollback(&host, &wanted.worker, wanted.to).await?;
+    Ok(Json(Activated { worker: record.worker, version: record.version }))
+}
+
+/// Which worker to retire.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Retire {
+    pub worker: String,
+    /// Whether its consumers stay.
+    pub keeps_place: bool,
+}
+
+async fn retire(State(host): State<Arc<Host>>, Json(wanted): Json<Retire>) -> Answer<Retired> {
+    // In a task of its own: a client that goes away does not leave it half done.
+    let task = tokio::spawn(async move { host.retire(&wanted.worker, wanted.keeps_place).await });
+    Ok(Json(task.await.context("retire a worker")??))
+}
+
+/// How a worker stands on one of the hosts that are alive.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct OnHost {
+    pub host: String,
+    /// None when that host has not heard of the worker.
+    pub runs: Option<RunsHere>,
+}
+
+async fn hosts(State(host): State<Arc<Host>>, Path(worker): Path<String>) -> Answer<Vec<OnHost>> {
+    let reports = host.reports().await?;
+    let on_host = |mut report: HostReport| OnHost { runs: report.workers.remove(&worker), host: report.host };
+    Ok(Json(reports.into_iter().map(on_host).collect()))
+}
+
+/// What to do about a restore, and who asks for it.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Recover {
+    /// Only say what would be done.
+    pub dry_run: bool,
+    pub by: By,
+}
+
+async fn recover(State(host): State<Arc<Host>>, Json(wanted): Json<Recover>) -> Answer<Recovery> {
+    // In a task of its own: a client that goes away does not leave it half done.
+    let task = tokio::spawn(async move { host.recover(wanted.dry_run, &wanted.by).await });
+    Ok(Json(task.await.context("recover")??))
+}
+
+/// A message to publish.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Publish {
+    pub subject: String,
+    pub headers: Vec<(String, String)>,
+    /// Travels as `Nats-Msg-Id`.
+    pub id: String,
+    /// Base64.
+    pub body: String,
+}
+
+/// Where a message now stands.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct PublishedAt {
+    pub stream: String,
+    pub sequence: u64,
+    /// The broker had a message with this id already.
+    pub duplicate: bool,
+    /// The workers that take messages of this subject from the stream.
+    #[serde(default)]
+    pub readers: Vec<String>,
+}
+
+async fn publish(State(host): State<Arc<Host>>, Json(message): Json<Publish>) -> Answer<PublishedAt> {
+    subject::check_subject(&message.subject).map_err(|why| anyhow!(why)).context("read the subject")?;
+    if redrive::is_pointer(&message.subject) {
+        let error = anyhow!("`{}` is the host's own: it says that a dead letter was put back", message.subject);
+        return Err(error.hint("oncely dlq redrive ID").into());
+    }
+    message::check_sent_id(&message.id).map_err(|why| anyhow!(why)).context("read the event id")?;
+    let body = base64::engine::general_purpose::STANDARD.decode(&message.body).context("read the body")?;
+    let at = message.subject.clone();
+    let outgoing = Outgoing { subject: message.subject, headers: message.headers, id: message.id, body: body.into() };
+    let mut answers = host.services.bus.publish(vec![outgoing]).await;
+    let place =
+        answers.pop().context("publish the message")?.map_err(|error| anyhow!(error)).context("publish the message")?;
+    let takes = |worker: &crate::config::manifest::Worker| {
+        let wants = worker.subjects.iter().any(|pattern| subject::matches(pattern, &at));
+        worker.stream.as_ref() == Some(&place.stream) && (wants || worker.subjects.is_empty())
+    };
+    let workers = host.services.deployed_workers().await.unwrap_or_default();
+    let readers = workers.into_iter().filter(takes).map(|worker| worker.name).collect();
+    Ok(Json(PublishedAt { stream: place.stream, sequence: place.sequence, duplicate: place.duplicate, readers }))
+}
+
+/// One value of keyed state.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct StateValue {
+    pub key: String,
+    pub version: u64,
+    /// Of the value, in bytes.
+    pub size: u64,
+    pub updated_at: jiff::Timestamp,
+    /// Base64; in a list of the first bytes only.
+    pub value: String,
+}
+
+impl From<StateRecord> for StateValue {
+    fn from(record: StateRecord) -> Self {
+        StateValue {
+            key: record.key,
+            version: record.version,
+            size: record.size,
+            updated_at: record.updated_at,
+            value: base64::engine::general_purpose::STANDARD.encode(&record.value),
+        }
+    }
+}
+
+/// Which values of keyed state to list.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct StateFilter {
+    /// What their keys begin with.
+    #[serde(default)]
+    pub prefix: String,
+    pub limit: u32,
+}
+
+async fn state_list(
+    State(host): State<Arc<Host>>,
+    Path(worker): Path<String>,
+    Query(filter): Query<StateFilter>,
+) -> Answer<Vec<StateValue>> {
+    let records = host.services.store.state_entries(&worker, &filter.prefix, filter.limit).await?;
+    if records.is_empty() && host.services.store.deployments(&worker).await?.is_empty() {
+        return Err(no_such_worker(&worker));
+    }
+    Ok(Json(records.into_iter().map(StateValue::from).collect()))
+}
+
+/// Which value of keyed state to get. Keys may hold any character, so they do not stand in the path.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct StateKey {
+    pub key: String,
+}
+
+async fn state_get(
+    State(host): State<Arc<Host>>,
+    Path(worker): Path<String>,
+    Query(StateKey { key }): Query<StateKey>,
+) -> Answer<StateValue> {
+    if let Some(record) = host.services.store.state_entry(&worker, &key).await? {
+        return Ok(Json(record.into()));
+    }
+    if host.services.store.deployments(&worker).await?.is_empty() {
+        return Err(no_such_worker(&worker));
+    }
+    let error = anyhow!("worker {worker} has no state under `{key}`").hint(format!("oncely state list {worker}"));
+    Err(Failure(StatusCode::NOT_FOUND, error))
+}
+
+fn no_such_worker(worker: &str) -> Failure {
+    Failure(StatusCode::NOT_FOUND, anyhow!("there is no worker `{worker}`").hint("oncely workers"))
+}

@@ -1,0 +1,242 @@
+//! A failed attempt, run again from its record: on the engine that ran it, without a database and without a broker.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use async_trait::async_trait;
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::config::CompileSettings;
+use crate::config::manifest::Worker;
+use crate::guest::{
+    CachedValue, CachedValues, Call, CallFailure, Database, Ended, Guest, GuestEngine, Outcome, RECORD_FORM, Record,
+    Tape,
+};
+use crate::model::hint::WithHint;
+use crate::model::keyed_state::{BatchState, StateSlot};
+use crate::model::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
+use crate::store::{LetterRecord, Store};
+
+/// How long a replay may take, unless the attempt itself ran out of its time: a laptop may be slower than a host.
+const TIME: Duration = Duration::from_secs(10 * 60);
+
+/// What a replay of a letter's last attempt needs, but for the component itself.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Replayable {
+    /// The version of the worker that made the attempt.
+    pub version: u32,
+    /// SHA-256 of its component, lower-case hex.
+    pub digest: String,
+    /// Its manifest, with all defaults filled in.
+    pub manifest: Worker,
+    pub record: Record,
+}
+
+/// What a replay came to.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Report {
+    pub outcome: CameTo,
+    /// How many things the guest asked that the record has, too.
+    pub steps: usize,
+    pub departure: Option<Departure>,
+    /// What the guest's run ended with; none when it succeeded, or when the replay ended before.
+    pub failure: Option<CallFailure>,
+    pub logs: String,
+}
+
+/// What a replay came to, in a word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CameTo {
+    /// It asked the same, and failed the same.
+    Same,
+    /// It asked or ended otherwise.
+    Departed,
+    /// It asked the same as long as there is a record of it, which was cut.
+    Cut,
+}
+
+/// Where a replay is not as the record has it.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Departure {
+    /// Which thing the guest asked, from 1; none when only its log differs.
+    pub step: Option<usize>,
+    pub expected: String,
+    pub instead: String,
+}
+
+/// What is needed to replay the last attempt at the event of a letter; none when there is no record of it.
+pub async fn replayable(store: &dyn Store, letter: &LetterRecord) -> Result<Option<Replayable>> {
+    let (worker, event_id) = (&letter.summary.worker, &letter.summary.event_id);
+    let Some(json) = store.attempt_record(worker, event_id).await? else { return Ok(None) };
+    let record: Record = serde_json::from_slice(&json).context("read the record of an attempt")?;
+    let deployments = store.deployments(worker).await?;
+    let Some(deployment) = deployments.into_iter().find(|deployment| deployment.version == record.version) else {
+        return Ok(None);
+    };
+    let manifest = serde_json::from_str(&deployment.manifest).context("read the manifest of a deployment")?;
+    Ok(Some(Replayable { version: deployment.version, digest: deployment.digest, manifest, record }))
+}
+
+/// Runs the attempt at an event again, with `wasm`: its own component or, if it `is_changed`, another one, whose log may differ.
+/// Compiled components are kept in the folder `cache`.
+pub async fn replay(
+    attempt: &Replayable,
+    event_id: &str,
+    wasm: Bytes,
+    is_changed: bool,
+    cache: &Path,
+) -> Result<Report> {
+    let record = &attempt.record;
+    if record.form != RECORD_FORM {
+        let why = format!("the record is of form {}, and this program reads form {RECORD_FORM}", record.form);
+        return Err(anyhow!(why)).hint("replay it with the version of oncely that exported it");
+    }
+    let expected = record.failure.as_ref().context("the record does not say how the attempt failed")?;
+    let member = record.messages.iter().position(|message| message.event_id == event_id);
+    let member = member.with_context(|| format!("the record is not about the event `{event_id}`"))?;
+    let engine = GuestEngine::new(cache, CompileSettings::default())?;
+    let guest = Guest::load(&engine, wasm).await.context("load the component")?;
+    ensure!(
+        guest.takes_batches() || record.messages.len() == 1,
+        "the attempt was made by a batch handler with {} messages, and this component handles one at a time",
+        record.messages.len()
+    );
+    let outcome = guest.call(call(attempt, expected), None).await?;
+    compare(record, expected, member, outcome, is_changed)
+}
+
+/// The call as it was made.
+fn call(attempt: &Replayable, expected: &CallFailure) -> Call {
+    let record = &attempt.record;
+    let mut worker = attempt.manifest.clone();
+    if expected.code.as_deref() != Some("timeout") {
+        worker.limits.time = worker.limits.time.max(TIME);
+    }
+    Call {
+        messages: record.messages.iter().cloned().map(Arc::new).collect(),
+        worker: Arc::new(worker),
+        version: record.version,
+        attempt: record.attempt,
+        now: record.now,
+        payload_max: record.payload_max,
+        database: Arc::new(Nowhere(record.dialect)),
+        cache: Arc::new(Nowhere(record.dialect)),
+        state: BatchState::default(),
+        request: None,
+        tape: Tape::replaying(record),
+    }
+}
+
+fn compare(
+    record: &Record,
+    expected: &CallFailure,
+    member: usize,
+    outcome: Outcome,
+    is_changed: bool,
+) -> Result<Report> {
+    let replayed = outcome.replayed.context("the guest did not run from the record")?;
+    let came_to = match outcome.result {
+        Ok(answers) => answers.into_iter().nth(member).and_then(Result::err),
+        Err(failure) => Some(failure),
+    };
+    let steps = replayed.steps;
+    let departed = |expected: String, instead: String| Some(Departure { step: Some(steps + 1), expected, instead });
+    let (departure, failure) = match replayed.ended {
+        Some(Ended::Foreign(asked)) => bail!("the record does not fit: its answer {} is none to `{asked}`", steps),
+        Some(Ended::Cut) => (None, None),
+        Some(Ended::Stopped) => (None, Some(expected.clone())),
+        Some(Ended::Departed { expected: next, instead }) => {
+            let next = next.map_or_else(|| in_words(Some(expected)), |next| next.to_string());
+            (departed(next, instead.to_string()), None)
+        }
+        None => {
+            let departure = match replayed.next {
+                Some(next) => departed(next.to_string(), in_words(came_to.as_ref())),
+                None if record.cut => {
+                    departed("more than the record had room for".to_owned(), in_words(came_to.as_ref()))
+                }
+                None if is_same(expected, came_to.as_ref(), is_changed) => None,
+                None => departed(in_words(Some(expected)), in_words(came_to.as_ref())),
+            };
+            (departure, came_to)
+        }
+    };
+    let is_cut = departure.is_none() && failure.is_none();
+    let departure =
+        departure.or_else(|| if is_cut || is_changed { None } else { other_log(&record.logs, &outcome.logs) });
+    let came_to = match &departure {
+        Some(_) => CameTo::Departed,
+        None if is_cut => CameTo::Cut,
+        None => CameTo::Same,
+    };
+    Ok(Report { outcome: came_to, steps, departure, failure, logs: outcome.logs })
+}
+
+/// Another build calls its functions otherwise, so of its failure the kind and the code must be the same.
+fn is_same(expected: &CallFailure, came_to: Option<&CallFailure>, is_changed: bool) -> bool {
+    came_to.is_some_and(|failure| match is_changed {
+        true => (failure.kind, &failure.code) == (expected.kind, &expected.code),
+        false => failure == expected,
+    })
+}
+
+/// How a run ended, for a person.
+fn in_words(failure: Option<&CallFailure>) -> String {
+    match failure {
+        None => "success".to_owned(),
+        Some(CallFailure { code: Some(code), message, .. }) => format!("failure ({code}): {message}"),
+        Some(CallFailure { message, .. }) => format!("failure: {message}"),
+    }
+}
+
+/// The first line of the log that is another.
+fn other_log(expected: &str, instead: &str) -> Option<Departure> {
+    let (mut expected, mut instead) = (expected.lines(), instead.lines());
+    loop {
+        match (expected.next(), instead.next()) {
+            (None, None) => return None,
+            (one, two) if one == two => {}
+            (one, two) => {
+                let line = |line: Option<&str>| {
+                    line.map_or("the end of the log".to_owned(), |line| format!("log line: {line}"))
+                };
+                return Some(Departure { step: None, expected: line(one), instead: line(two) });
+            }
+        }
+    }
+}
+
+/// The database of a replay: everything the guest asks of it is answered from the record.
+struct Nowhere(Dialect);
+
+const NOWHERE: &str = "a replay has no database";
+
+#[async_trait]
+impl Database for Nowhere {
+    fn dialect(&self) -> Dialect {
+        self.0
+    }
+
+    async fn query(&self, _: String, _: Vec<Value>, _: SqlLimits) -> Result<Result<Rows, SqlError>> {
+        bail!(NOWHERE)
+    }
+
+    async fn execute(&self, _: String, _: Vec<Value>) -> Result<Result<u64, SqlError>> {
+        bail!(NOWHERE)
+    }
+
+    async fn load_state(&self, _: String) -> Result<StateSlot> {
+        bail!(NOWHERE)
+    }
+}
+
+#[async_trait]
+impl CachedValues for Nowhere {
+    async fn get(&self, _: &str) -> Option<CachedValue> {
+        None
+    }
+}

@@ -1,0 +1,155 @@
+//! What a guest may call: outbox, state, sql and cache, and here invocation, log and config.
+//!
+//! An error of the house ends the call at once, as a trap the guest cannot catch. An error that dooms the delivery is
+//! returned to the guest *and* remembered: swallowing it changes nothing.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use wasmtime::Trap;
+
+use super::bindings::oncely::worker::{invocation, types};
+use super::bindings::wasi::config::store as config;
+use super::bindings::wasi::logging::logging;
+use super::call::{CallFailure, CallState, FailureKind};
+use super::record::{Asked, Saw};
+use crate::model::keyed_state::StateSlot;
+use crate::model::message::{self, Message};
+use crate::model::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
+use crate::model::units;
+
+mod cache;
+mod outbox;
+mod sql;
+mod state;
+
+/// What a handler of a request that only reads is told when it would change something.
+const CHANGES_NOTHING: &str = "a GET, HEAD or OPTIONS changes nothing";
+
+/// The transaction a guest's `sql` and `state` reach. The outer error is the house's. A call that was begun runs to its
+/// end even when its future is dropped: guests are stopped, transactions are not left half-way.
+#[async_trait]
+pub trait Database: Send + Sync {
+    fn dialect(&self) -> Dialect;
+    async fn query(&self, statement: String, params: Vec<Value>, limits: SqlLimits) -> Result2<Rows>;
+    async fn execute(&self, statement: String, params: Vec<Value>) -> Result2<u64>;
+    async fn load_state(&self, key: String) -> anyhow::Result<StateSlot>;
+}
+
+/// What a guest's `cache` reads. Never an error: what cannot be had is not there.
+#[async_trait]
+pub trait CachedValues: Send + Sync {
+    async fn get(&self, key: &str) -> Option<CachedValue>;
+}
+
+/// A value that was cached.
+#[derive(Debug, Clone)]
+pub struct CachedValue {
+    pub value: Bytes,
+    pub tags: Arc<[String]>,
+}
+
+/// The house's error outside, the guest's inside.
+pub type Result2<T> = anyhow::Result<Result<T, SqlError>>;
+
+impl CallState {
+    /// Remembers what dooms the delivery; the first one counts.
+    fn doom(&mut self, kind: FailureKind, code: &str, why: &str) {
+        self.doomed.get_or_insert_with(|| CallFailure::new(kind, code, why));
+    }
+
+    /// Ends the call when its time is over: the time that the host spends on what a guest asks is the guest's, too.
+    fn in_time(&self) -> wasmtime::Result<()> {
+        if Instant::now() < self.deadline { Ok(()) } else { Err(Trap::Interrupt.into()) }
+    }
+
+    /// Ends the call for an error of the house.
+    fn house<T>(&mut self, error: anyhow::Error) -> wasmtime::Result<T> {
+        self.house.get_or_insert(error);
+        Err(wasmtime::Error::msg("the host ended the call"))
+    }
+}
+
+impl types::Host for CallState {}
+
+impl invocation::Host for CallState {
+    async fn id(&mut self) -> wasmtime::Result<String> {
+        if let Some(id) = self.call.request.as_ref().and_then(|asked| asked.id.clone()) {
+            return Ok(id);
+        }
+        let event_id = self.message().map(|message| message.event_id.as_str());
+        Ok(format!("{}:{}", self.call.worker.name, event_id.unwrap_or_default()))
+    }
+
+    async fn worker(&mut self) -> wasmtime::Result<String> {
+        Ok(self.call.worker.name.clone())
+    }
+
+    async fn version(&mut self) -> wasmtime::Result<u32> {
+        Ok(self.call.version)
+    }
+
+    async fn attempt(&mut self) -> wasmtime::Result<u32> {
+        self.call.tape.looks.at_attempt = true;
+        Ok(self.call.attempt)
+    }
+
+    async fn max_attempts(&mut self) -> wasmtime::Result<u32> {
+        let before = self.message().map_or(0, Message::attempts_before);
+        Ok(before.saturating_add(self.call.worker.retry.attempts))
+    }
+
+    async fn now(&mut self) -> wasmtime::Result<u64> {
+        self.call.tape.looks.at_now = true;
+        Ok(u64::try_from(self.call.now.as_microsecond()).unwrap_or_default())
+    }
+
+    async fn remaining(&mut self) -> wasmtime::Result<u64> {
+        match self.call.tape.ask(0, || Asked::Remaining)? {
+            Some(Saw::Number(left)) => Ok(left),
+            Some(_) => self.call.tape.foreign(),
+            None => {
+                let left = self.deadline.saturating_duration_since(Instant::now());
+                let left = units::milliseconds(left);
+                self.call.tape.saw(0, || Saw::Number(left));
+                Ok(left)
+            }
+        }
+    }
+
+    async fn traceparent(&mut self) -> wasmtime::Result<Option<String>> {
+        Ok(self
+            .message()
+            .and_then(|message| message.header("traceparent"))
+            .filter(|parent| message::is_traceparent(parent))
+            .map(str::to_owned))
+    }
+}
+
+impl logging::Host for CallState {
+    async fn log(&mut self, level: logging::Level, context: String, message: String) -> wasmtime::Result<()> {
+        self.in_time()?;
+        let level = match level {
+            logging::Level::Trace => "trace",
+            logging::Level::Debug => "debug",
+            logging::Level::Info => "info",
+            logging::Level::Warn => "warn",
+            logging::Level::Error => "error",
+            logging::Level::Critical => "critical",
+        };
+        self.logs.line(level, &context, &message);
+        Ok(())
+    }
+}
+
+impl config::Host for CallState {
+    async fn get(&mut self, key: String) -> wasmtime::Result<Result<Option<String>, config::Error>> {
+        Ok(Ok(self.call.worker.config.get(&key).cloned()))
+    }
+
+    async fn get_all(&mut self) -> wasmtime::Result<Result<Vec<(String, String)>, config::Error>> {
+        Ok(Ok(self.call.worker.config.iter().map(|(key, value)| (key.clone(), value.clone())).collect()))
+    }
+}

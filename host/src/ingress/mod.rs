@@ -1,0 +1,405 @@
+//! The ingress: requests over HTTP that are safe to retry.
+//!
+//! `POST /publish/{subject}` puts a message on a stream, all other paths belong to routes of HTTP workers. A request with an
+//! `Idempotency-Key` is handled once: its effects, its outputs and its answer are one transaction, and who asks again gets that
+//! answer. The key is that of the IETF draft `draft-ietf-httpapi-idempotency-key-header`, errors are those of RFC 9457;
+//! `docs/http.md` has the table.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::http::request::Parts;
+use axum::response::Response;
+use bytes::Bytes;
+use tokio::sync::{RwLock, Semaphore};
+
+use crate::bus::Bus;
+use crate::cache::Cache;
+use crate::config::manifest::{CacheTerms, StoreFailures};
+use crate::delivery::Delivery;
+use crate::delivery::request::{Asked, Handled};
+use crate::guest::text_of;
+use crate::http_server::{BodyError, BodyMemory};
+use crate::metrics::Metrics;
+use crate::model::request::{Admission, HttpAnswer, HttpRequest, RequestKey};
+use crate::relay::HandOver;
+use crate::store::{Store, StoreError};
+
+mod answer;
+mod cached;
+mod flights;
+mod head;
+mod key;
+mod problem;
+mod publish;
+mod table;
+
+use answer::respond;
+use flights::{Flights, Meeting};
+use problem::Problem;
+pub use publish::{PUBLISH_WINDOW, PUBLISHER};
+use publish::{Publication, Publishing};
+use table::Found;
+pub use table::{Table, check_routes};
+
+/// Names and values of a request's headers may have so many bytes together.
+const HEADERS_MAX: usize = 32 << 10;
+
+/// How long a request waits for a place among those of its worker.
+const ROOM_WAIT: Duration = Duration::from_secs(10);
+
+/// How long the host goes on when nobody says what became of a commit, or the database is away.
+const UNCLEAR_WAIT: Duration = Duration::from_secs(3);
+
+/// Between two looks whether another host is done with a key.
+const LOOK_EVERY: Duration = Duration::from_millis(40);
+
+/// A version of an HTTP worker that runs in this host.
+pub struct HttpWorker {
+    pub delivery: Delivery,
+    pub digest: String,
+    /// A place for each request at a time.
+    room: Semaphore,
+}
+
+impl HttpWorker {
+    pub fn new(delivery: Delivery, digest: String) -> Self {
+        let room = Semaphore::new(delivery.worker.concurrency as usize);
+        HttpWorker { delivery, digest, room }
+    }
+
+    /// How many requests are being handled.
+    pub fn in_flight(&self) -> usize {
+        (self.delivery.worker.concurrency as usize).saturating_sub(self.room.available_permits())
+    }
+
+    /// Waits for those that are being handled; the next ones are another version's.
+    pub async fn drain(&self) {
+        let _ = self.room.acquire_many(self.delivery.worker.concurrency).await;
+    }
+}
+
+/// What answers requests in this host.
+pub struct Ingress {
+    publishing: Publishing,
+    admission: Admission,
+    cache: Cache,
+    metrics: Arc<Metrics>,
+    /// None once the host drains.
+    relay: RwLock<Option<HandOver>>,
+    table: RwLock<Arc<Table>>,
+    /// Set once the workers that are deployed run here.
+    has_started: AtomicBool,
+    flights: Flights,
+}
+
+/// Who handles a request.
+enum Target {
+    Worker(Found),
+    Publish(Publication),
+}
+
+impl Ingress {
+    pub fn new(
+        store: Arc<dyn Store>,
+        relay: HandOver,
+        metrics: Arc<Metrics>,
+        bus: Bus,
+        admission: Admission,
+        cache: Cache,
+    ) -> Self {
+        Ingress {
+            publishing: Publishing { store, bus, metrics: Arc::clone(&metrics) },
+            admission,
+            cache,
+            metrics,
+            relay: RwLock::new(Some(relay)),
+            table: RwLock::default(),
+            has_started: AtomicBool::new(false),
+            flights: Flights::default(),
+        }
+    }
+
+    /// Serves these workers from now on.
+    pub async fn turn_to(&self, table: Table) {
+        *self.table.write().await = Arc::new(table);
+    }
+
+    /// From now on a path that no worker here answers is nobody's. Before, its worker may only be on its way.
+    pub fn started(&self) {
+        self.has_started.store(true, Ordering::Relaxed);
+    }
+
+    /// Lets go of the relay: the host ends.
+    pub async fn close(&self) {
+        self.relay.write().await.take();
+    }
+
+    /// Takes all requests, whatever their path.
+    pub fn router(self: Arc<Self>) -> Router {
+        Router::new().fallback(take).with_state(self)
+    }
+
+    /// Who handles a request with this method and path.
+    async fn target(&self, parts: &Parts) -> Result<Target, Problem> {
+        let (method, path) = (parts.method.as_str(), parts.uri.path());
+        if let Some(rest) = path.strip_prefix(publish::PATH) {
+            return match method {
+                "POST" => Publication::read(rest, parts, &self.admission.publish).await.map(Target::Publish),
+                _ => Err(Problem::method_not_allowed(&["POST".to_owned()])),
+            };
+        }
+        let table = Arc::clone(&*self.table.read().await);
+        match table.find(method, path) {
+            Err(_) if !self.has_started.load(Ordering::Relaxed) => Err(Problem::starting()),
+            found => found.map(Target::Worker),
+        }
+    }
+
+    /// Reads a request whole, and what makes it the same when it comes again.
+    async fn read(&self, target: &Target, parts: Parts, body: Body) -> Result<Asked, Problem> {
+        let (body_max, needs_key, window) = match target {
+            Target::Worker(Found { route, .. }) => {
+                (route.body_size, route.needs_key(parts.method.as_str()), route.window)
+            }
+            Target::Publish(_) => (self.publishing.bus.max_payload() as u64, true, PUBLISH_WINDOW),
+        };
+        // What changes nothing needs no key, and one that is there says nothing.
+        let key = if parts.method.is_safe() { None } else { key::key(&parts.headers)? };
+        if key.is_none() && needs_key {
+            return Err(Problem::key_missing());
+        }
+        let size = parts.headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum::<usize>();
+        if size > HEADERS_MAX {
+            return Err(Problem::headers_too_large(size, HEADERS_MAX));
+        }
+        let body = read_body(body, usize::try_from(body_max).unwrap_or(usize::MAX)).await?;
+        let caller = key::caller(&parts.headers, self.admission.caller.as_deref());
+        let request = whole(target, parts, body);
+        // What changes nothing needs no key, whoever sends one.
+        let key = key.filter(|_| !request.is_safe()).map(|key| {
+            let (route, fingerprint) = (target.route().to_owned(), request.fingerprint());
+            (RequestKey { route, caller, key, fingerprint }, window)
+        });
+        Ok(Asked { request, key })
+    }
+
+    /// Handles a request that was read, and hands over what it publishes.
+    async fn answer(&self, target: &Target, asked: &Asked) -> Result<(HttpAnswer, bool), Problem> {
+        let wait = match target {
+            Target::Worker(found) => found.route.wait,
+            Target::Publish(_) => Duration::from_secs(1),
+        };
+        let _flight = match &asked.key {
+            Some((key, _)) => match self.flights.enter(target.name(), key, wait).await {
+                Meeting::Alone(flight) => Some(flight),
+                Meeting::Same => return Err(Problem::in_progress()),
+                Meeting::Other => return Err(Problem::key_reused()),
+            },
+            None => None,
+        };
+        let _room = match target {
+            Target::Worker(found) => {
+                let room = tokio::time::timeout(ROOM_WAIT, found.worker.room.acquire()).await;
+                Some(room.map_err(|_| Problem::busy())?)
+            }
+            Target::Publish(_) => None,
+        };
+        self.insist(target, asked, wait).await
+    }
+
+    /// Handles a request until it is clear what became of it, as far as that can be known in time.
+    async fn insist(&self, target: &Target, asked: &Asked, wait: Duration) -> Result<(HttpAnswer, bool), Problem> {
+        let began = Instant::now();
+        loop {
+            let handled = match target {
+                Target::Worker(found) => {
+                    let handled = found.worker.delivery.handle(asked).await;
+                    found.worker.delivery.note(&handled);
+                    handled
+                }
+                Target::Publish(publication) => match self.publishing.publish(publication, asked).await {
+                    Ok(Err(problem)) => return Err(problem),
+                    Ok(Ok(handled)) => Ok(handled),
+                    Err(error) => Err(error),
+                },
+            };
+            let waited = began.elapsed();
+            match handled {
+                Ok(Handled::Answered { answer, replayed, outputs, since }) => {
+                    if let Some(relay) = self.relay.read().await.clone() {
+                        relay.hand_over(outputs, since).await;
+                    }
+                    return Ok((answer, replayed));
+                }
+                Ok(Handled::OtherRequest) => return Err(Problem::key_reused()),
+                Ok(Handled::InFlight) if waited < wait => {}
+                Ok(Handled::InFlight) => return Err(Problem::in_progress()),
+                Ok(Handled::Failed(failure)) => {
+                    tracing::warn!(
+                        worker = target.name(),
+                        "a request was not answered: {} ({})",
+                        failure.message,
+                        failure.code.as_deref().unwrap_or("no code")
+                    );
+                    return self.failed(target, asked, Problem::failed(failure.code.as_deref())).await;
+                }
+                // Asking again with the same key tells what became of it.
+                Ok(Handled::Unclear(_)) if asked.key.is_some() && waited < UNCLEAR_WAIT => {}
+                Ok(Handled::Unclear(error)) => {
+                    tracing::warn!(worker = target.name(), "nobody knows whether a request took effect: {error:#}");
+                    return Err(Problem::unclear(asked.key.is_some()));
+                }
+                Err(StoreError::Unavailable(_) | StoreError::Conflict(_)) if waited < UNCLEAR_WAIT => {}
+                Err(error) => {
+                    let error = anyhow::Error::from(error);
+                    tracing::warn!(worker = target.name(), "a request was not handled: {error:#}");
+                    return Err(Problem::unavailable());
+                }
+            }
+            tokio::time::sleep(LOOK_EVERY.mul_f64(0.5 + rand::random::<f64>())).await;
+        }
+    }
+
+    /// Where the route says so, a request whose handler was cut off keeps the answer that it was.
+    async fn failed(&self, target: &Target, asked: &Asked, problem: Problem) -> Result<(HttpAnswer, bool), Problem> {
+        let Target::Worker(Found { worker, route, .. }) = target else { return Err(problem) };
+        if route.store_failures == StoreFailures::Answered || asked.key.is_none() {
+            return Err(problem);
+        }
+        match worker.delivery.keep_answer(asked, problem.for_good().answer()).await {
+            Ok(Handled::Answered { answer, replayed, .. }) => Ok((answer, replayed)),
+            Ok(_) => Err(problem),
+            Err(error) => {
+                tracing::warn!(worker = target.name(), "an answer was not kept: {:#}", anyhow::Error::from(error));
+                Err(problem)
+            }
+        }
+    }
+}
+
+impl Target {
+    /// The worker whose key it is.
+    fn name(&self) -> &str {
+        match self {
+            Target::Worker(found) => &found.worker.delivery.worker.name,
+            Target::Publish(_) => PUBLISHER,
+        }
+    }
+
+    /// The route that it came by.
+    fn route(&self) -> &str {
+        match self {
+            Target::Worker(found) => &found.route.path,
+            Target::Publish(_) => publish::PATH,
+        }
+    }
+
+    /// How its answer to such a request may be cached.
+    fn cache_terms(&self, parts: &Parts) -> Option<&CacheTerms> {
+        match self {
+            Target::Worker(found) if matches!(parts.method.as_str(), "GET" | "HEAD") => found.route.cache.as_ref(),
+            _ => None,
+        }
+    }
+
+    /// The tags of an answer, with the parts of the path that they name.
+    fn cache_tags(&self, terms: &CacheTerms) -> Vec<String> {
+        let Target::Worker(Found { params, .. }) = self else { return Vec::new() };
+        let fill = |tag: &String| {
+            params.iter().fold(tag.clone(), |tag, (name, value)| tag.replace(&format!("{{{name}}}"), value))
+        };
+        terms.tags.iter().map(fill).collect()
+    }
+
+    /// The version that answers.
+    fn version(&self) -> u32 {
+        match self {
+            Target::Worker(found) => found.worker.delivery.version,
+            Target::Publish(_) => 0,
+        }
+    }
+}
+
+/// One request, from its first byte to its answer.
+async fn take(State(ingress): State<Arc<Ingress>>, request: Request) -> Response {
+    let (mut parts, body) = request.into_parts();
+    let began = Instant::now();
+    if let Err(problem) = head::settle(&mut parts, ingress.admission.caller.as_deref()) {
+        return respond(problem.answer(), false);
+    }
+    let target = match ingress.target(&parts).await {
+        Ok(target) => Arc::new(target),
+        Err(problem) => return respond(problem.answer(), false),
+    };
+    if let Some(terms) = target.cache_terms(&parts) {
+        let metrics = Arc::clone(&ingress.metrics);
+        let response = ingress.answer_cached(Arc::clone(&target), terms, parts, body).await;
+        metrics.request(target.name(), target.route(), response.status().as_u16(), false, began.elapsed());
+        return response;
+    }
+    let memory = parts.extensions.get::<BodyMemory>().cloned();
+    let asked = match ingress.read(&target, parts, body).await {
+        Ok(asked) => asked,
+        Err(problem) => {
+            ingress.metrics.request(target.name(), target.route(), problem.status, false, began.elapsed());
+            return respond(problem.answer(), false);
+        }
+    };
+    // A caller that goes away stops nothing half-way.
+    let answering = tokio::spawn(async move {
+        let (answer, replayed) =
+            ingress.answer(&target, &asked).await.unwrap_or_else(|problem| (problem.answer(), false));
+        ingress.metrics.request(target.name(), target.route(), answer.status, replayed, began.elapsed());
+        // Until here the body was in memory.
+        drop(memory);
+        (answer, replayed)
+    });
+    match answering.await {
+        Ok((answer, replayed)) => respond(answer, replayed),
+        Err(_) => respond(Problem::unavailable().answer(), false),
+    }
+}
+
+async fn read_body(body: Body, most: usize) -> Result<Bytes, Problem> {
+    axum::body::to_bytes(body, most).await.map_err(|error| {
+        if cause::<http_body_util::LengthLimitError>(&error).is_some() {
+            return Problem::body_too_large(most);
+        }
+        match cause(&error) {
+            Some(BodyError::TooSlow) => Problem::too_slow(),
+            Some(BodyError::NoMemory) => Problem::no_memory(),
+            Some(BodyError::Torn(_)) | None => Problem::torn(),
+        }
+    })
+}
+
+/// The cause of this kind behind an error.
+fn cause<E: std::error::Error + 'static>(error: &axum::Error) -> Option<&E> {
+    let causes = std::iter::successors(std::error::Error::source(error), |error| error.source());
+    causes.into_iter().find_map(|error| error.downcast_ref())
+}
+
+fn whole(target: &Target, parts: Parts, body: Bytes) -> HttpRequest {
+    let mut method = parts.method.as_str().to_owned();
+    // Where nobody says otherwise, HEAD is GET without a body (RFC 9110 section 9.3.2).
+    if let Target::Worker(found) = target
+        && method == "HEAD"
+        && (found.route.cache.is_some() || !found.route.takes("HEAD"))
+    {
+        method = "GET".to_owned();
+    }
+    let authority = parts.headers.get("host").map(|host| text_of(host.as_bytes())).unwrap_or_default();
+    let headers = parts.headers.iter().map(|(name, value)| (name.to_string(), text_of(value.as_bytes())));
+    HttpRequest {
+        method,
+        path_and_query: parts.uri.path_and_query().map_or_else(|| "/".to_owned(), ToString::to_string),
+        authority,
+        headers: headers.collect(),
+        body,
+    }
+}

@@ -1,0 +1,198 @@
+//! Letters that died of the same failure: a fingerprint that leaves out what differs from message to message.
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::model::verdict::{Letter, PANICKED, Reason};
+
+/// How much of a shape is kept, in characters.
+const SHAPE_MAX: usize = 300;
+
+/// How many frames tell where a handler trapped.
+const FRAMES_MAX: usize = 3;
+
+/// What letters have in common that died of the same failure.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct FailureGroup {
+    /// 16 hex digits, made of the worker and of everything below.
+    pub id: String,
+    pub reason: String,
+    /// The handler's own name for the failure, if it gave one.
+    pub code: Option<String>,
+    /// The detail with `#` in place of numbers and ids, and `"…"` in place of quoted text.
+    pub shape: String,
+    /// The innermost functions of the handler where it trapped, innermost first, as far as the component has their names.
+    pub place: Option<String>,
+}
+
+impl FailureGroup {
+    /// The group that a letter belongs to.
+    pub fn of(letter: &Letter) -> Self {
+        let shape = match letter.reason {
+            Reason::Rejected | Reason::AttemptsExhausted | Reason::ProvedPoison | Reason::OutputRefused => {
+                // A panic is told by its place; its words may hold anything.
+                match letter.detail.starts_with(PANICKED) {
+                    true => shape_of(PANICKED.trim_end_matches(": ")),
+                    false => shape_of(&letter.detail),
+                }
+            }
+            // The host found these details, and all of one reason are one failure.
+            Reason::IdReuse | Reason::InvalidId | Reason::Unreadable | Reason::CrashedHost => String::new(),
+        };
+        let place = place_of(&letter.frames);
+        let mut digest = Sha256::new();
+        let parts = [letter.worker.as_str(), letter.reason.as_str(), letter.code.as_deref().unwrap_or_default()];
+        for part in parts.into_iter().chain([shape.as_str(), place.as_deref().unwrap_or_default()]) {
+            digest.update(part.as_bytes());
+            digest.update([0]);
+        }
+        let digest = hex::encode(digest.finalize());
+        FailureGroup {
+            id: digest.get(..16).unwrap_or_default().to_owned(),
+            reason: letter.reason.as_str().to_owned(),
+            code: letter.code.clone(),
+            shape,
+            place,
+        }
+    }
+}
+
+/// A detail without what differs from message to message: text between quotes, and words with a digit in them. What stands
+/// between backticks is a name more often than a value, so it is treated like other words.
+fn shape_of(detail: &str) -> String {
+    let mut shape = String::new();
+    let mut rest = detail;
+    while let Some(first) = rest.chars().next() {
+        if let Some(after) = after_quoted(rest, first, shape.chars().last()) {
+            shape.push_str("\"…\"");
+            rest = after;
+        } else if is_of_word(first) {
+            let end = rest.find(|c| !is_of_word(c)).unwrap_or(rest.len());
+            let (word, after) = rest.split_at(end);
+            shape.push_str(if is_value(word) { "#" } else { word });
+            rest = after;
+        } else {
+            shape.push(if first.is_control() { ' ' } else { first });
+            rest = rest.get(first.len_utf8()..).unwrap_or_default();
+        }
+        if shape.len() > SHAPE_MAX * 4 {
+            break;
+        }
+    }
+    shape.chars().take(SHAPE_MAX).collect()
+}
+
+/// What follows a quoted text that begins here; none when none does. An apostrophe within a word is no quote.
+fn after_quoted(text: &str, quote: char, before: Option<char>) -> Option<&str> {
+    let is_quote = quote == '"' || (quote == '\'' && !before.is_some_and(char::is_alphanumeric));
+    if !is_quote {
+        return None;
+    }
+    let mut escaped = false;
+    for (at, c) in text.char_indices().skip(1) {
+        match c {
+            _ if escaped => escaped = false,
+            '\\' => escaped = true,
+            c if c == quote => return text.get(at + c.len_utf8()..),
+            _ => {}
+        }
+    }
+    None
+}
+
+/// Ids hang together by these.
+fn is_of_word(c: char) -> bool {
+    c.is_alphanumeric() || matches!(c, '_' | '-' | '.' | ':' | '@')
+}
+
+fn is_value(word: &str) -> bool {
+    word.chars().any(|c| c.is_ascii_digit())
+}
+
+/// Where a handler trapped: its own functions, without those that every panic goes through.
+fn place_of(frames: &[String]) -> Option<String> {
+    const EVERY_PANIC: [&str; 9] =
+        ["std::", "core::", "alloc::", "<std::", "<core::", "<alloc::", "__rust", "rust_", "abort"];
+    let names = frames.iter().map(|frame| without_hash(frame));
+    let own = names.filter(|name| !EVERY_PANIC.iter().any(|prefix| name.starts_with(prefix)));
+    let own: Vec<&str> = own.take(FRAMES_MAX).collect();
+    if own.is_empty() { None } else { Some(own.join(" < ")) }
+}
+
+/// A function's name without the hash that Rust appends, which is another one for each build.
+fn without_hash(name: &str) -> &str {
+    match name.rsplit_once("::h") {
+        Some((name, hash)) if hash.len() == 16 && hash.bytes().all(|byte| byte.is_ascii_hexdigit()) => name,
+        _ => name,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::message::Message;
+
+    fn letter(reason: Reason, detail: &str) -> Letter {
+        Letter {
+            worker: "settle".to_owned(),
+            version: 1,
+            reason,
+            code: Some("malformed".to_owned()),
+            detail: detail.to_owned(),
+            frames: Vec::new(),
+            attempts: 1,
+            message: Message {
+                event_id: "e1".to_owned(),
+                subject: "in.x".to_owned(),
+                headers: Vec::new(),
+                body: bytes::Bytes::new(),
+                origin: None,
+                redriven: None,
+            },
+        }
+    }
+
+    #[test]
+    fn values_are_left_out_and_names_are_kept() {
+        for (detail, shape) in [
+            ("missing field `id` at line 1 column 17", "missing field `id` at line # column #"),
+            ("invalid type: string \"a \\\" b\", expected u64", "invalid type: string \"…\", expected u64"),
+            ("account acc-17 is 3.50 short", "account # is # short"),
+            ("event 0190f3c4-2b6a-7def-8abc-0123456789ab of 2026-01-31T12:00:00Z", "event # of #"),
+            ("can't open 'it' at 0xdeadbeef0", "can't open \"…\" at #"),
+            ("ends in a \"quote", "ends in a \"quote"),
+            ("two\nlines", "two lines"),
+            ("", ""),
+        ] {
+            assert_eq!(shape_of(detail), shape.replace("u64", "#"), "{detail}");
+        }
+        assert_eq!(shape_of(&"ä".repeat(5_000)).chars().count(), SHAPE_MAX);
+    }
+
+    #[test]
+    fn the_same_failure_is_one_group_and_another_is_another() {
+        let group = |detail: &str| FailureGroup::of(&letter(Reason::Rejected, detail)).id;
+        assert_eq!(group("line 1 column 17"), group("line 3 column 4"));
+        assert_ne!(group("missing field `id`"), group("missing field `name`"));
+        assert_eq!(group("x").len(), 16);
+        let other = Letter { worker: "other".to_owned(), ..letter(Reason::Rejected, "x") };
+        assert_ne!(FailureGroup::of(&other).id, group("x"));
+        let reuse = |detail: &str| FailureGroup::of(&letter(Reason::IdReuse, detail)).id;
+        assert_eq!(reuse("the event id `abc` was used"), reuse("the event id `def` was used"));
+    }
+
+    #[test]
+    fn the_place_of_a_trap_is_told_by_the_handlers_own_functions_whatever_the_build() {
+        let trapped = |frames: &[&str]| Letter {
+            frames: frames.iter().map(|&frame| frame.to_owned()).collect(),
+            ..letter(Reason::AttemptsExhausted, "the handler panicked")
+        };
+        let one =
+            trapped(&["abort", "std::process::abort::h0123456789abcdef", "app::pay::h0123456789abcdef", "app::handle"]);
+        let group = FailureGroup::of(&one);
+        assert_eq!(group.place.as_deref(), Some("app::pay < app::handle"));
+        let next_build = trapped(&["core::panicking::panic", "app::pay::hfedcba9876543210", "app::handle"]);
+        assert_eq!(FailureGroup::of(&next_build).id, group.id);
+        assert_ne!(FailureGroup::of(&trapped(&["app::refund", "app::handle"])).id, group.id);
+    }
+}

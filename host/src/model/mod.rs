@@ -1,0 +1,20 @@
+//! Plain values: parsed, compared and shown without IO. Time and randomness are arguments.
+
+pub mod alarm;
+pub mod base64_text;
+pub mod breaker;
+pub mod cache_writes;
+pub mod dead_letter;
+pub mod failure_group;
+pub mod hint;
+pub mod invalidation;
+pub mod keyed_state;
+pub mod message;
+pub mod output_ids;
+pub mod redrive;
+pub mod request;
+pub mod retry;
+pub mod sql;
+pub mod subject;
+pub mod units;
+pub mod verdict;

@@ -1,0 +1,199 @@
+//! The ids under which outputs travel: keyed hashes, so that neither a publisher nor a worker can choose or compute one.
+//!
+//! A stream stores a message whose `Nats-Msg-Id` it has seen only once. With ids that can be guessed, a message of a stranger
+//! under the id of an output to come would keep that output from its stream. So the id is an HMAC-SHA256 over what the output
+//! is, with a key that only hosts of this database know; the readable id travels in a header of its own.
+
+use ring::hmac;
+
+use crate::model::message::{Headers, Output, OutputKind, header};
+
+/// The header with the readable id of an output, such as `settle:p-1:0`.
+pub const OUTPUT_ID: &str = "Oncely-Output-Id";
+
+/// How many bytes of the hash travel, in hex.
+const LENGTH: usize = 16;
+
+/// How many ids of one output [`OutputIds::is_of`] looks at: more were never found taken.
+const TAKEN_MAX: usize = 8;
+
+/// Makes the ids of one installation. `Debug` does not show the key.
+#[derive(Debug)]
+pub struct OutputIds {
+    key: hmac::Key,
+}
+
+impl OutputIds {
+    pub fn new(key: &[u8]) -> Self {
+        OutputIds { key: hmac::Key::new(hmac::HMAC_SHA256, key) }
+    }
+
+    /// Ids under a key that nothing else knows: for as long as the installation's own key is not read.
+    pub fn under_random_key() -> Self {
+        OutputIds::new(&rand::random::<[u8; 32]>())
+    }
+
+    /// The id under which an output of `worker` travels: the same for the same output, another one for any other.
+    pub fn of(&self, worker: &str, output: &Output) -> String {
+        let Output { id, event_id, ordinal, .. } = output;
+        let ordinal = ordinal.to_string();
+        match output.kind {
+            // The host has made it up, at random, and the publisher was told.
+            OutputKind::Published => id.clone(),
+            // The same id of the same worker is the same message, whichever event caused it.
+            OutputKind::Chosen => self.hash(&["chosen", worker, id]),
+            OutputKind::Derived => self.hash(&["derived", worker, event_id, &ordinal]),
+            OutputKind::DeadLetter => self.hash(&["dead letter", worker, event_id, id]),
+            OutputKind::Pointer => self.hash(&["pointer", worker, event_id, id]),
+            OutputKind::Invalidation => self.hash(&["invalidation", worker, event_id, id]),
+            OutputKind::Alarm => self.hash(&["alarm", worker, id]),
+        }
+    }
+
+    /// The id of an output whose stream holds another message under the id `taken`.
+    pub fn after(&self, taken: &str) -> String {
+        self.hash(&["after", taken])
+    }
+
+    /// Whether `id` is that of the derived output `ordinal` of an event, or one that it was given later.
+    pub fn is_of(&self, id: &str, worker: &str, event_id: &str, ordinal: &str) -> bool {
+        let first = self.hash(&["derived", worker, event_id, ordinal]);
+        std::iter::successors(Some(first), |taken| Some(self.after(taken))).take(TAKEN_MAX).any(|own| own == id)
+    }
+
+    /// An output as it is stored and published: under its id, with the readable one in its header.
+    pub fn seal(&self, worker: &str, output: &Output) -> Output {
+        let mut headers = output.headers.clone();
+        headers.push((OUTPUT_ID.to_owned(), one_line(&output.id)));
+        Output { id: self.of(worker, output), headers, ..output.clone() }
+    }
+
+    /// The subject of the installation's marks, which nobody can guess.
+    pub fn mark_subject(&self) -> String {
+        format!("oncely.mark.{}", self.hash(&["subject of marks"]))
+    }
+
+    /// The text of a mark on the broker: its name, and the proof that it is the installation's.
+    pub fn seal_mark(&self, name: &str) -> String {
+        format!("{name} {}", self.hash(&["mark", name]))
+    }
+
+    /// The name of a mark that stands on the broker; none when the text is not one of this installation.
+    pub fn open_mark<'t>(&self, text: &'t str) -> Option<&'t str> {
+        let (name, proof) = text.split_once(' ')?;
+        (proof == self.hash(&["mark", name])).then_some(name)
+    }
+
+    /// Each part with its length before it, so that no two lists of parts are the same text.
+    fn hash(&self, parts: &[&str]) -> String {
+        let mut context = hmac::Context::with_key(&self.key);
+        for part in parts {
+            context.update(&(part.len() as u64).to_be_bytes());
+            context.update(part.as_bytes());
+        }
+        let hash = context.sign();
+        hex::encode(hash.as_ref().get(..LENGTH).unwrap_or(hash.as_ref()))
+    }
+}
+
+/// The readable id of an output with these headers, which travels under `id`.
+pub fn readable<'o>(headers: &'o Headers, id: &'o str) -> &'o str {
+    header(headers, OUTPUT_ID).unwrap_or(id)
+}
+
+/// Fit for a header: an event id may have control characters.
+pub fn one_line(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::time::Duration;
+
+    use bytes::Bytes;
+
+    use super::*;
+
+    fn output(kind: OutputKind, id: &str, event_id: &str, ordinal: u32) -> Output {
+        Output {
+            kind,
+            id: id.to_owned(),
+            event_id: event_id.to_owned(),
+            ordinal,
+            subject: "out.x".to_owned(),
+            headers: Vec::new(),
+            body: Bytes::new(),
+            ordering_key: None,
+            delay: Duration::ZERO,
+        }
+    }
+
+    #[test]
+    fn an_id_is_the_same_for_the_same_output_under_the_same_key_alone() {
+        let ids = OutputIds::new(&[7; 32]);
+        let one = output(OutputKind::Derived, "victim:EVT-9:0", "EVT-9", 0);
+        assert_eq!(ids.of("victim", &one), OutputIds::new(&[7; 32]).of("victim", &one));
+        assert_ne!(ids.of("victim", &one), OutputIds::new(&[8; 32]).of("victim", &one));
+        assert_ne!(OutputIds::under_random_key().of("w", &one), OutputIds::under_random_key().of("w", &one));
+        assert_eq!(ids.of("victim", &one).len(), 32);
+    }
+
+    #[test]
+    fn ids_that_read_the_same_are_different_where_worker_or_kind_is() {
+        use OutputKind::{Alarm, Chosen, DeadLetter, Derived, Invalidation, Pointer};
+        let ids = OutputIds::new(&[7; 32]);
+        let readable = "victim:EVT-9:0";
+        let of_kinds = [Chosen, Derived, DeadLetter, Pointer, Invalidation, Alarm]
+            .map(|kind| ids.of("victim", &output(kind, readable, "EVT-9", 0)));
+        let others = [
+            ids.of("other", &output(Chosen, readable, "EVT-9", 0)),
+            ids.of("other", &output(Derived, "other:EVT-9:0", "EVT-9", 0)),
+            ids.of("victim", &output(Derived, "victim:EVT-9:1", "EVT-9", 1)),
+            // What long event ids are shortened to, and parts that are joined elsewhere.
+            ids.of("victim", &output(Derived, readable, "EVT-9:0", 0)),
+            ids.of("victimEVT", &output(Derived, readable, "-9", 0)),
+            ids.of("victim:EVT-9", &output(Derived, readable, "", 0)),
+            ids.after(&ids.of("victim", &output(Derived, readable, "EVT-9", 0))),
+        ];
+        let all: BTreeSet<String> = of_kinds.into_iter().chain(others).collect();
+        assert_eq!(all.len(), 13);
+        // An author's own id is the worker's, whichever event it comes from.
+        let chosen = |event_id, ordinal| ids.of("victim", &output(Chosen, "order-1", event_id, ordinal));
+        assert_eq!(chosen("a", 0), chosen("b", 3));
+    }
+
+    #[test]
+    fn a_sealed_output_keeps_its_readable_id_in_a_header() {
+        let ids = OutputIds::new(&[7; 32]);
+        let plain = output(OutputKind::Derived, "pay:a\nb:0", "a\nb", 0);
+        let sealed = ids.seal("pay", &plain);
+        assert_eq!(sealed.id, ids.of("pay", &plain));
+        assert_eq!(readable(&sealed.headers, &sealed.id), "pay:a b:0");
+        assert_eq!(readable(&Vec::new(), "x"), "x");
+    }
+
+    #[test]
+    fn a_mark_opens_under_the_key_that_sealed_it_alone() {
+        let ids = OutputIds::new(&[7; 32]);
+        let text = ids.seal_mark("a1");
+        assert_eq!(ids.open_mark(&text), Some("a1"));
+        for forged in [text.replace("a1", "a2"), "a1".to_owned(), "a1 ".to_owned(), String::new()] {
+            assert_eq!(ids.open_mark(&forged), None, "{forged}");
+        }
+        assert_eq!(OutputIds::new(&[8; 32]).open_mark(&text), None);
+    }
+
+    #[test]
+    fn later_ids_of_an_output_are_known_as_its_own() {
+        let ids = OutputIds::new(&[7; 32]);
+        let first = ids.of("pay", &output(OutputKind::Derived, "pay:e1:0", "e1", 0));
+        for own in [&first, &ids.after(&first), &ids.after(&ids.after(&first))] {
+            assert!(ids.is_of(own, "pay", "e1", "0"));
+        }
+        for other in ["pay:e1:0", "", &ids.after("pay:e1:0")] {
+            assert!(!ids.is_of(other, "pay", "e1", "0"));
+        }
+        assert!(!ids.is_of(&first, "pay", "e1", "1"));
+    }
+}

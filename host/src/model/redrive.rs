@@ -1,0 +1,90 @@
+//! Putting a dead letter back: the message that sends a worker to it.
+//!
+//! It holds no copy of the dead letter, only its number and its generation. The worker reads the dead letter from the
+//! database, so that one of any size can be redriven, and a pointer that is out of date finds nothing to do. A forged pointer
+//! can only make a worker look at a dead letter of its own.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use crate::model::message::{Message, Output, OutputKind, output_id};
+
+/// The stream of what is put back: a work queue, from which what is acknowledged goes away.
+pub const REDRIVE_STREAM: &str = "ONCELY_REDRIVE";
+
+/// What that stream holds.
+pub const REDRIVE_SUBJECTS: &str = "oncely.redrive.>";
+
+const LETTER: &str = "Oncely-Letter";
+const GENERATION: &str = "Oncely-Generation";
+
+/// Which letter a worker is sent to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pointer {
+    pub letter: i64,
+    /// How often it was put back, this time included.
+    pub generation: u32,
+}
+
+/// Where the worker listens for what is put back to it alone.
+pub fn subject_of(worker: &str) -> String {
+    format!("oncely.redrive.{worker}")
+}
+
+/// Whether a subject is one of those: what is published there may be published twice without harm.
+pub fn is_pointer(subject: &str) -> bool {
+    subject.starts_with("oncely.redrive.")
+}
+
+impl Pointer {
+    /// The message that sends `worker` to the letter of `event_id`.
+    pub fn output(self, worker: &str, event_id: &str) -> Output {
+        let id = output_id(worker, event_id, 0);
+        Output {
+            kind: OutputKind::Pointer,
+            id: format!("{}:r{}", id.strip_suffix(":0").unwrap_or(&id), self.generation),
+            event_id: event_id.to_owned(),
+            ordinal: 0,
+            subject: subject_of(worker),
+            headers: vec![
+                (LETTER.to_owned(), self.letter.to_string()),
+                (GENERATION.to_owned(), self.generation.to_string()),
+            ],
+            body: Bytes::new(),
+            ordering_key: None,
+            delay: Duration::ZERO,
+        }
+    }
+
+    /// What a message of the redrive stream points to; none when it is no such message.
+    pub fn read(message: &Message) -> Option<Pointer> {
+        Some(Pointer {
+            letter: message.header(LETTER)?.parse().ok()?,
+            generation: message.header(GENERATION)?.parse().ok()?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pointer_reads_back_and_each_generation_has_an_id_of_its_own() {
+        let pointer = Pointer { letter: 17, generation: 2 };
+        let output = pointer.output("settle", "p-1");
+        assert_eq!((output.id.as_str(), output.subject.as_str()), ("settle:p-1:r2", "oncely.redrive.settle"));
+        let message = Message {
+            event_id: output.id,
+            subject: output.subject,
+            headers: output.headers,
+            body: output.body,
+            origin: None,
+            redriven: None,
+        };
+        assert_eq!(Pointer::read(&message), Some(pointer));
+        assert_eq!(Pointer::read(&Message { headers: Vec::new(), ..message }), None);
+        assert!(pointer.output("settle", &"e".repeat(255)).id.ends_with(":r2"));
+    }
+}

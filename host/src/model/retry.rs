@@ -1,0 +1,229 @@
+//! When to try again: exponential backoff with full jitter. Randomness is an argument, between 0 and 1.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::units;
+
+/// The longest a message ever waits for its next attempt, whatever the handler asks for.
+pub const WAIT_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// `[worker.retry]`: how often a message is tried, and how long it waits in between.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RetryPolicy {
+    /// Attempts before a message becomes a dead letter; 1 means that it is never tried again.
+    pub attempts: u32,
+    /// The most a message waits after its first failed attempt; twice that after the second, and so on.
+    #[serde(with = "units::duration")]
+    pub backoff: Duration,
+    /// Where that doubling ends.
+    #[serde(with = "units::duration")]
+    pub backoff_max: Duration,
+    /// What becomes of a message whose handler traps again after it asked and saw the very same.
+    pub proved_poison: ProvedPoison,
+}
+
+/// What follows when two attempts prove that a third comes to the same.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ProvedPoison {
+    /// It is a dead letter at once.
+    #[default]
+    Bury,
+    /// It has all of its attempts.
+    Retry,
+}
+
+impl Default for RetryPolicy {
+    fn default() -> Self {
+        RetryPolicy {
+            attempts: 5,
+            backoff: Duration::from_secs(1),
+            backoff_max: Duration::from_secs(5 * 60),
+            proved_poison: ProvedPoison::Bury,
+        }
+    }
+}
+
+impl RetryPolicy {
+    /// How long to wait once attempt number `attempt` (from 1) failed: full jitter, that is evenly spread between
+    /// nothing and the doubled backoff, so that messages that failed together do not come back together. A time the
+    /// handler `asked` for is never undercut (but capped at [`WAIT_MAX`]) and spread by a tenth of itself.
+    pub fn after(&self, attempt: u32, asked: Option<Duration>, random: f64) -> Duration {
+        let jittered = scale(doubled(self.backoff, attempt.saturating_sub(1), self.backoff_max), random);
+        let least = asked.unwrap_or_default().min(WAIT_MAX);
+        let spread = scale(least / 10, random);
+        jittered.max(least + spread).min(WAIT_MAX)
+    }
+
+    /// Whether a message that is proved poison is not tried again.
+    pub fn buries_proved_poison(&self) -> bool {
+        self.proved_poison == ProvedPoison::Bury
+    }
+
+    /// For how long a message is tried at most, as long as its handler asks for no other times.
+    pub fn longest(&self) -> Duration {
+        // Beyond the doubling all waits are the same.
+        let waits = self.attempts.saturating_sub(1);
+        let doubling = (0..waits.min(32)).map(|wait| doubled(self.backoff, wait, self.backoff_max));
+        doubling.sum::<Duration>().saturating_add(self.backoff_max.saturating_mul(waits.saturating_sub(32)))
+    }
+
+    /// Whether a message that failed `attempts` times is to be tried again.
+    pub fn allows_another(&self, attempts: u32) -> bool {
+        attempts < self.attempts
+    }
+}
+
+/// Waits between tries of something the host itself needs, such as a connection: 100 ms, doubled up to 5 s, of which
+/// the upper half is random. Infrastructure is tried for ever.
+#[derive(Debug, Clone, Default)]
+pub struct Backoff {
+    failures: u32,
+}
+
+impl Backoff {
+    const FIRST: Duration = Duration::from_millis(100);
+    const MOST: Duration = Duration::from_secs(5);
+
+    /// How long to wait after one more failure.
+    pub fn next(&mut self, random: f64) -> Duration {
+        let most = doubled(Self::FIRST, self.failures, Self::MOST);
+        self.failures = self.failures.saturating_add(1);
+        most / 2 + scale(most / 2, random)
+    }
+
+    /// How many failures there were since the last success.
+    pub fn failures(&self) -> u32 {
+        self.failures
+    }
+
+    /// It worked: the next wait is a short one again.
+    pub fn reset(&mut self) {
+        self.failures = 0;
+    }
+}
+
+fn doubled(first: Duration, times: u32, most: Duration) -> Duration {
+    2_u32.checked_pow(times).and_then(|factor| first.checked_mul(factor)).map_or(most, |wait| wait.min(most))
+}
+
+/// `duration` times `random`, which is taken as 0 when it is no number at all.
+fn scale(duration: Duration, random: f64) -> Duration {
+    let random = if random.is_nan() { 0.0 } else { random.clamp(0.0, 1.0) };
+    duration.mul_f64(random)
+}
+
+/// Tells a new trouble from one that was logged already, for loops that try again at once.
+#[derive(Debug, Default)]
+pub struct Trouble {
+    logged: String,
+}
+
+impl Trouble {
+    /// Whether this was not the last trouble; it is from now on.
+    pub fn is_new(&mut self, why: &str) -> bool {
+        let is_new = self.logged != why;
+        if is_new {
+            why.clone_into(&mut self.logged);
+        }
+        is_new
+    }
+
+    /// It worked: the same trouble is new again.
+    pub fn over(&mut self) {
+        self.logged.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::Rng;
+
+    use super::*;
+
+    #[test]
+    fn a_trouble_is_new_once_and_again_after_a_success() {
+        let mut trouble = Trouble::default();
+        assert!(trouble.is_new("a") && !trouble.is_new("a") && trouble.is_new("b"));
+        trouble.over();
+        assert!(trouble.is_new("b"));
+    }
+
+    fn policy(backoff_ms: u64, backoff_max_ms: u64) -> RetryPolicy {
+        RetryPolicy {
+            attempts: 5,
+            backoff: Duration::from_millis(backoff_ms),
+            backoff_max: Duration::from_millis(backoff_max_ms),
+            proved_poison: ProvedPoison::Bury,
+        }
+    }
+
+    #[test]
+    fn the_longest_wait_doubles_until_the_cap() {
+        let policy = policy(1000, 6000);
+        let longest: Vec<_> = (1..=5).map(|attempt| policy.after(attempt, None, 1.0).as_secs()).collect();
+        assert_eq!(longest, [1, 2, 4, 6, 6]);
+        assert_eq!(policy.after(3, None, 0.0), Duration::ZERO);
+        assert_eq!(policy.after(3, None, 0.25), Duration::from_secs(1));
+    }
+
+    #[test]
+    fn a_wait_stays_within_its_bounds_whatever_goes_in() {
+        let mut rng = rand::rng();
+        for _ in 0..10_000 {
+            let policy = policy(rng.random_range(1..100_000), rng.random_range(1..1_000_000_000));
+            let asked = rng.random_bool(0.5).then(|| Duration::from_millis(rng.random()));
+            let random = [0.0, 1.0, f64::NAN, -1.0, 7.0, f64::INFINITY, rng.random()][rng.random_range(0..7)];
+            let wait = policy.after(rng.random(), asked, random);
+            assert!(wait <= WAIT_MAX);
+            match asked {
+                Some(asked) => assert!(wait >= asked.min(WAIT_MAX)),
+                None => assert!(wait <= policy.backoff_max),
+            }
+        }
+    }
+
+    #[test]
+    fn waits_are_spread_evenly_and_not_bunched() {
+        let mut rng = rand::rng();
+        let policy = policy(1000, 60_000);
+        let mut buckets = [0_u32; 10];
+        for _ in 0..10_000 {
+            let wait = policy.after(4, None, rng.random());
+            buckets[usize::try_from(wait.as_millis() / 800).unwrap().min(9)] += 1;
+        }
+        assert!(buckets.iter().all(|count| (800..1200).contains(count)), "{buckets:?}");
+    }
+
+    #[test]
+    fn what_the_handler_asks_for_is_honoured_and_capped() {
+        let policy = policy(1000, 60_000);
+        assert_eq!(policy.after(1, Some(Duration::from_secs(600)), 0.0), Duration::from_secs(600));
+        assert_eq!(policy.after(1, Some(Duration::from_secs(600)), 1.0), Duration::from_secs(660));
+        assert_eq!(policy.after(1, Some(Duration::MAX), 1.0), WAIT_MAX);
+        // A short request does not undercut the backoff that the other failures of this message earned.
+        assert_eq!(policy.after(5, Some(Duration::from_secs(1)), 1.0), Duration::from_secs(16));
+    }
+
+    #[test]
+    fn attempts_count_the_first_one() {
+        assert!(policy(1, 1).allows_another(4));
+        assert!(!policy(1, 1).allows_another(5));
+    }
+
+    #[test]
+    fn infrastructure_waits_grow_to_five_seconds_and_start_again_after_a_success() {
+        let mut backoff = Backoff::default();
+        let waits: Vec<_> = (0..8).map(|_| backoff.next(1.0).as_millis()).collect();
+        assert_eq!(waits, [100, 200, 400, 800, 1600, 3200, 5000, 5000]);
+        assert_eq!(backoff.next(0.0), Duration::from_millis(2500));
+        backoff.reset();
+        assert_eq!(backoff.next(0.0), Duration::from_millis(50));
+        for _ in 0..1000 {
+            assert!(backoff.next(1.0) <= Duration::from_secs(5));
+        }
+    }
+}

@@ -1,0 +1,351 @@
+//! Which functions of PostgreSQL a guest's statement may call.
+//!
+//! The rule allows; a function that it does not name is refused. Of PostgreSQL's own functions those are allowed that the server
+//! declares immutable or stable, but for the few of them that run text as a statement, and a short list of volatile ones
+//! that neither outlive the transaction nor touch another session. A worker's own functions, made by its migrations, are
+//! allowed. Functions of extensions are allowed by the extension.
+
+use std::collections::{HashMap, HashSet};
+
+use super::SqlError;
+use super::lexer::{Token, refuse};
+
+/// Where a name without a schema is looked up, in a guest's transaction.
+const CATALOG: &str = "pg_catalog";
+const APP: &str = "app_default";
+
+/// Volatile functions of PostgreSQL that are allowed.
+const VOLATILE: [&str; 14] = [
+    "array_sample",
+    "array_shuffle",
+    // Methods of `tablesample`, which cannot be called.
+    "bernoulli",
+    "system",
+    "clock_timestamp",
+    // Each for one sequence, which has to stand in the statement; see `check_sequence`.
+    "currval",
+    "nextval",
+    "gen_random_uuid",
+    "lastval",
+    "random",
+    "random_normal",
+    "timeofday",
+    "uuidv4",
+    "uuidv7",
+];
+
+/// Beginnings of the names of PostgreSQL's functions that run text as a statement, read a table by its name, change a
+/// setting, or outlive the transaction, however they are declared.
+const REFUSED: [&str; 14] = [
+    "query_to_xml",
+    "cursor_to_xml",
+    "table_to_xml",
+    "schema_to_xml",
+    "database_to_xml",
+    "ts_stat",
+    "ts_rewrite",
+    "fmgr_",
+    "lo_",
+    "loread",
+    "lowrite",
+    "set_config",
+    "setseed",
+    "setval",
+];
+
+/// Extensions whose immutable and stable functions run no text and change no setting.
+const EXTENSIONS: [&str; 15] = [
+    "btree_gin",
+    "btree_gist",
+    "citext",
+    "cube",
+    "earthdistance",
+    "fuzzystrmatch",
+    "hstore",
+    "intarray",
+    "ltree",
+    "pg_trgm",
+    "pgcrypto",
+    "seg",
+    "unaccent",
+    "uuid-ossp",
+    "vector",
+];
+
+/// Volatile functions of those extensions that are allowed.
+const EXTENSIONS_VOLATILE: [&str; 10] = [
+    "gen_random_bytes",
+    "gen_random_uuid",
+    "gen_salt",
+    "pgp_pub_encrypt",
+    "pgp_pub_encrypt_bytea",
+    "pgp_sym_encrypt",
+    "pgp_sym_encrypt_bytea",
+    "uuid_generate_v1",
+    "uuid_generate_v1mc",
+    "uuid_generate_v4",
+];
+
+/// A function as the server's catalog describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Function {
+    pub schema: String,
+    pub name: String,
+    pub is_volatile: bool,
+    /// The extension it belongs to.
+    pub extension: Option<String>,
+    /// Whether it is machine code, which only a superuser can make.
+    pub is_native: bool,
+    /// Whether it can be called with one argument, and so can be written like a column: `(x).function`.
+    pub takes_one: bool,
+}
+
+impl Function {
+    pub fn is_allowed(&self) -> bool {
+        let name = self.name.as_str();
+        match (&self.extension, self.schema.as_str()) {
+            (Some(extension), _) => {
+                EXTENSIONS.contains(&extension.as_str()) && (!self.is_volatile || EXTENSIONS_VOLATILE.contains(&name))
+            }
+            (None, CATALOG) => {
+                let is_refused = REFUSED.iter().any(|beginning| name.starts_with(beginning));
+                !is_refused && (!self.is_volatile || VOLATILE.contains(&name))
+            }
+            (None, APP) => !self.is_native,
+            _ => false,
+        }
+    }
+}
+
+/// The verdict on each name of a function.
+#[derive(Debug, Default)]
+pub struct Functions {
+    /// Names of the catalog or the app that stand for a function that is not allowed.
+    refused: HashSet<String>,
+    /// Those of them that can be written like a column.
+    refused_columns: HashSet<String>,
+    /// By schema the names that stand for allowed functions alone.
+    allowed: HashMap<String, HashSet<String>>,
+    /// Operators of the catalog or the app that call a volatile function.
+    refused_operators: Vec<String>,
+}
+
+impl Functions {
+    /// The verdicts on all functions of a server, and on the operators of the catalog and the app that call a volatile one.
+    pub fn new(functions: &[Function], volatile_operators: Vec<String>) -> Self {
+        let mut verdicts = Functions { refused_operators: volatile_operators, ..Functions::default() };
+        let (allowed, refused): (Vec<&Function>, Vec<&Function>) =
+            functions.iter().partition(|function| function.is_allowed());
+        for function in allowed {
+            verdicts.allowed.entry(function.schema.clone()).or_default().insert(function.name.clone());
+        }
+        for function in refused {
+            // One that is refused taints all of its name.
+            if let Some(names) = verdicts.allowed.get_mut(&function.schema) {
+                names.remove(&function.name);
+            }
+            if [CATALOG, APP].contains(&function.schema.as_str()) {
+                verdicts.refused.insert(function.name.clone());
+                if function.takes_one {
+                    verdicts.refused_columns.insert(function.name.clone());
+                }
+            }
+        }
+        verdicts
+    }
+
+    /// Refuses a statement that may call a function that is not allowed.
+    pub(super) fn check(&self, tokens: &[Token]) -> Result<(), SqlError> {
+        for (at, token) in tokens.iter().enumerate() {
+            if let Token::Operator(operator) = token {
+                self.check_operator(operator)?;
+            }
+            let Some(name) = token.name() else { continue };
+            let called = tokens.get(at + 1) == Some(&Token::Symbol('('));
+            let qualified = before(tokens, at, 1) == Some(&Token::Symbol('.'));
+            match (called, qualified) {
+                (true, false) => self.check_call(tokens, at, name)?,
+                (true, true) => self.check_qualified_call(tokens, at, name)?,
+                (false, true) if self.refused_columns.contains(name) => return refuse(not_for_workers(name)),
+                (false, _) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// A name before a parenthesis that is no function at all, such as that of a table before its columns, passes.
+    fn check_call(&self, tokens: &[Token], at: usize, name: &str) -> Result<(), SqlError> {
+        if takes_ones(tokens, at, 1) {
+            return Ok(());
+        }
+        // `treat(x as name)` is another way to write `name(x)`.
+        if self.refused.contains(name) || tokens.get(at).is_some_and(|token| token.is("treat")) {
+            return refuse(not_for_workers(name));
+        }
+        check_sequence(tokens, at, name)
+    }
+
+    /// A name with a schema has to be that of an allowed function, or of a table into which rows go.
+    fn check_qualified_call(&self, tokens: &[Token], at: usize, name: &str) -> Result<(), SqlError> {
+        let schema = before(tokens, at, 2).and_then(Token::name).unwrap_or_default();
+        if self.allowed.get(schema).is_some_and(|names| names.contains(name)) {
+            return check_sequence(tokens, at, name);
+        }
+        let is_table = takes_ones(tokens, at, 3) || takes_ones(tokens, at, 5);
+        if is_table { Ok(()) } else { refuse(not_for_workers(&format!("{schema}.{name}"))) }
+    }
+
+    fn check_operator(&self, operator: &str) -> Result<(), SqlError> {
+        match self.refused_operators.iter().find(|refused| operator.contains(refused.as_str())) {
+            Some(refused) => refuse(format!("the operator {refused} is not for workers: its function is volatile")),
+            None => Ok(()),
+        }
+    }
+}
+
+fn before(tokens: &[Token], at: usize, back: usize) -> Option<&Token> {
+    at.checked_sub(back).and_then(|before| tokens.get(before))
+}
+
+/// Whether `insert into` ends `back` places before.
+fn takes_ones(tokens: &[Token], at: usize, back: usize) -> bool {
+    let is = |back, word: &str| before(tokens, at, back).is_some_and(|before| before.is(word));
+    is(back, "into") && is(back + 1, "insert")
+}
+
+fn not_for_workers(name: &str) -> String {
+    format!(
+        "the function `{name}` is not for workers: they may call functions of PostgreSQL that are immutable or stable and \
+         run no statement, {}, and those of their own migrations; see docs/handlers.md",
+        VOLATILE.join(", ")
+    )
+}
+
+/// The sequence of `nextval` and `currval` has to stand in the statement, where its name was read: a parameter could name
+/// one of the platform's.
+fn check_sequence(tokens: &[Token], at: usize, name: &str) -> Result<(), SqlError> {
+    if !["nextval", "currval"].contains(&name) {
+        return Ok(());
+    }
+    let symbol = |ahead: usize, symbol| tokens.get(at + ahead) == Some(&Token::Symbol(symbol));
+    let is_text = matches!(tokens.get(at + 2), Some(Token::Text(_)));
+    let is_cast = symbol(3, ':') && symbol(4, ':') && tokens.get(at + 5).is_some_and(|token| token.is("regclass"));
+    if is_text && (symbol(3, ')') || is_cast && symbol(6, ')')) {
+        return Ok(());
+    }
+    refuse(format!("`{name}` takes the name of its sequence as a plain string in the statement: {name}('number')"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::sql::{Dialect, check_statement};
+
+    fn function(schema: &str, name: &str, is_volatile: bool) -> Function {
+        let (schema, name) = (schema.to_owned(), name.to_owned());
+        Function { schema, name, is_volatile, extension: None, is_native: false, takes_one: false }
+    }
+
+    fn of_extension(schema: &str, name: &str, is_volatile: bool, extension: &str) -> Function {
+        Function { extension: Some(extension.to_owned()), is_native: true, ..function(schema, name, is_volatile) }
+    }
+
+    fn functions() -> Functions {
+        let functions = [
+            function(CATALOG, "lower", false),
+            function(CATALOG, "set_config", true),
+            function(CATALOG, "ts_stat", true),
+            // Declared immutable in one of its forms.
+            function(CATALOG, "ts_rewrite", false),
+            function(CATALOG, "table_to_xml", false),
+            function(CATALOG, "random", true),
+            function(CATALOG, "nextval", true),
+            function(CATALOG, "later_version_does_harm", true),
+            Function { takes_one: true, ..function(CATALOG, "lo_create", true) },
+            function(APP, "own", true),
+            Function { is_native: true, ..function(APP, "native", false) },
+            function("public", "shared", false),
+            of_extension("public", "crosstab", false, "tablefunc"),
+            of_extension("public", "similarity", false, "pg_trgm"),
+            of_extension("public", "set_limit", true, "pg_trgm"),
+            of_extension("public", "gen_salt", true, "pgcrypto"),
+            of_extension(APP, "dblink", true, "dblink"),
+        ];
+        Functions::new(&functions, vec!["@!".to_owned()])
+    }
+
+    fn check(statement: &str) -> Result<(), SqlError> {
+        check_statement(statement, Dialect::Postgres, Some(&functions())).map(|_| ())
+    }
+
+    #[test]
+    fn functions_that_run_text_or_outlive_the_transaction_are_refused() {
+        for statement in [
+            "select set_config('role', 'none', true)",
+            "select pg_catalog . set_config ('role', 'none', true)",
+            "select db.pg_catalog.set_config('role', 'none', true)",
+            "select \"set_config\"('role', 'none', true)",
+            "select SET_CONFIG/**/('role', 'none', true)",
+            "select * from ts_stat($1)",
+            "select ts_rewrite(q, $1) from q",
+            "select table_to_xml($1, true, true, '')",
+            "select * from rows from (set_config($1, $2, false))",
+            "insert into t values (1) returning set_config($1, $2, false)",
+            "select treat(x as set_config) from t",
+            "select (1).lo_create",
+            "select t.\"lo_create\" from t",
+            "select (x).LO_CREATE is null from t",
+            "select later_version_does_harm()",
+            "select 1 @!2",
+            "select 1 operator(pg_catalog.@!) 2",
+            // `into` makes no table of them.
+            "select t.into set_config($1)",
+            "select nextval($1)",
+            "select nextval('a' || $1)",
+            "select nextval('a'::text || $1)",
+            "select nextval('onc' \n 'ely.x')",
+            "select nextval(E'\\x6f')",
+            "select nextval('oncely.outbox_number')",
+            "select nextval(('a'))",
+        ] {
+            let checked = check(statement);
+            assert!(matches!(checked, Err(SqlError::NotAllowed(_))), "{statement}: {checked:?}");
+        }
+    }
+
+    #[test]
+    fn functions_of_extensions_and_other_schemas_are_refused_unless_they_are_known() {
+        for statement in [
+            "select * from public.crosstab($1)",
+            "select * from dblink($1, $2)",
+            "select public.set_limit(0.1)",
+            "select public.shared()",
+            "select public.unknown()",
+            "select native()",
+            "select app_default.native()",
+        ] {
+            let checked = check(statement);
+            assert!(matches!(checked, Err(SqlError::NotAllowed(_))), "{statement}: {checked:?}");
+        }
+        for statement in ["select public.similarity($1, $2)", "select public.gen_salt('bf')"] {
+            assert_eq!(check(statement), Ok(()), "{statement}");
+        }
+    }
+
+    #[test]
+    fn data_statements_call_what_is_allowed() {
+        for statement in [
+            "select lower(a), pg_catalog.lower(b) from t",
+            "select random(), own(), app_default.own()",
+            "insert into t (a, b) values ($1, $2) on conflict (a) do update set b = excluded.b",
+            "insert into app_default.t (a) values (1)",
+            "insert into db.app_default.t (a) values (1)",
+            "with n (i) as (select 1) select count(*) from n where i in (1, 2)",
+            "select nextval('number'), nextval('number'::regclass), currval('app_default.number')",
+            "select a.set_config, b.ts_stat from a, b",
+            "select 'set_config(', \"set_config\" from t",
+        ] {
+            assert_eq!(check(statement), Ok(()), "{statement}");
+        }
+    }
+}

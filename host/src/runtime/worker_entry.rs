@@ -1,0 +1,151 @@
+//! The place of one worker in a host: lanes that take messages, or routes that take requests.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use super::WorkerState;
+use crate::bus::{Standing, Unhandled};
+use crate::config::manifest::Worker;
+use crate::consumer::RunningWorker;
+use crate::ingress::HttpWorker;
+use crate::model::units;
+
+/// The place of one worker in a host.
+#[derive(Default)]
+pub(super) struct Slot {
+    pub running: Option<Work>,
+    /// The version that should run here but cannot, and why.
+    pub broken: Option<(u32, String)>,
+    /// How the consumer of what runs stands, as it was seen last.
+    pub standing: Standing,
+}
+
+/// What a worker does here.
+pub(super) enum Work {
+    Messages(Box<RunningWorker>),
+    Requests(Arc<HttpWorker>),
+}
+
+impl Work {
+    pub(super) fn worker(&self) -> &Worker {
+        match self {
+            Work::Messages(running) => &running.worker,
+            Work::Requests(worker) => &worker.delivery.worker,
+        }
+    }
+
+    pub(super) fn version(&self) -> u32 {
+        match self {
+            Work::Messages(running) => running.version,
+            Work::Requests(worker) => worker.delivery.version,
+        }
+    }
+
+    fn digest(&self) -> &str {
+        match self {
+            Work::Messages(running) => &running.digest,
+            Work::Requests(worker) => &worker.digest,
+        }
+    }
+
+    /// Whether it is ready for work.
+    fn is_seen(&self) -> bool {
+        match self {
+            Work::Messages(running) => running.is_seen(),
+            Work::Requests(_) => true,
+        }
+    }
+
+    /// What waits on its stream; none when that is not known, or there is none.
+    pub(super) async fn unhandled(&self) -> Option<Unhandled> {
+        match self {
+            Work::Messages(running) => running.unhandled().await,
+            Work::Requests(_) => None,
+        }
+    }
+
+    /// Messages or requests that this host handles for it.
+    pub(super) fn in_flight(&self) -> usize {
+        match self {
+            Work::Messages(running) => running.in_flight(),
+            Work::Requests(worker) => worker.in_flight(),
+        }
+    }
+
+    /// Lets it settle what it has.
+    pub(super) async fn drain(self) {
+        match self {
+            Work::Messages(running) => running.drain().await,
+            Work::Requests(worker) => worker.drain().await,
+        }
+    }
+
+    pub(super) fn requests(&self) -> Option<Arc<HttpWorker>> {
+        match self {
+            Work::Requests(worker) => Some(Arc::clone(worker)),
+            Work::Messages(_) => None,
+        }
+    }
+}
+
+impl Slot {
+    /// Why it does not work here.
+    fn error(&self) -> Option<String> {
+        if let Some((version, error)) = &self.broken {
+            return Some(format!("version {version}: {error}"));
+        }
+        self.running.as_ref()?;
+        match &self.standing {
+            Standing::Serving => None,
+            Standing::Gone(why) => Some(why.clone()),
+            Standing::Paused(None) => Some("its consumer is paused".to_owned()),
+            Standing::Paused(Some(left)) => {
+                let left = units::show_duration(Duration::from_secs(left.as_secs()));
+                Some(format!("its consumer is paused for another {left}"))
+            }
+        }
+    }
+
+    pub(super) fn tell(&self, name: &str, is_held: bool) -> WorkerState {
+        let running = self.running.as_ref();
+        let state = match (running, &self.broken, &self.standing) {
+            (_, Some(_), _) | (Some(_), None, Standing::Gone(_)) => "broken",
+            (Some(_), None, Standing::Paused(_)) => "paused",
+            (Some(running), None, Standing::Serving) if running.is_seen() => "running",
+            (None, None, _) if is_held => "held",
+            _ => "starting",
+        };
+        let counters = running.and_then(|running| match running {
+            Work::Messages(running) => Some(&running.counters),
+            Work::Requests(_) => None,
+        });
+        let count = |counter: Option<&AtomicU64>| counter.map_or(0, |counter| counter.load(Ordering::Relaxed));
+        WorkerState {
+            worker: name.to_owned(),
+            version: running.map(Work::version),
+            digest: running.map(|running| running.digest().to_owned()),
+            stream: running.and_then(|running| running.worker().stream.clone()),
+            subjects: running.map(|running| running.worker().subjects.clone()).unwrap_or_default(),
+            routes: running.map(|running| routes(running.worker())).unwrap_or_default(),
+            state: state.to_owned(),
+            pending: None,
+            oldest_pending_ms: None,
+            error: self.error(),
+            broken_version: self.broken.as_ref().map(|(version, _)| *version),
+            done: count(counters.map(|counters| &counters.done)),
+            duplicates: count(counters.map(|counters| &counters.duplicates)),
+            retries: count(counters.map(|counters| &counters.retries)),
+            dead: count(counters.map(|counters| &counters.dead)),
+        }
+    }
+}
+
+/// Such as `POST /accounts/{id}/transfers`.
+fn routes(worker: &Worker) -> Vec<String> {
+    let shown = |route: &crate::config::manifest::Route| match route.methods.as_slice() {
+        [] => route.path.clone(),
+        methods => format!("{} {}", methods.join(","), route.path),
+    };
+    worker.routes.iter().map(shown).collect()
+}
