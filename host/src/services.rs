@@ -30,15 +30,15 @@ pub struct Services {
     pub health: Arc<Health>,
     pub relay_state: Arc<RelayState>,
     /// None once the host drains: the relay ends when no sender is left.
-    pub relay: RelayHandle,
+    pub relay: RelayLink,
 }
 
 /// The way to the relay, until the host drains.
-pub struct RelayHandle(Mutex<Option<HandOver>>);
+pub struct RelayLink(Mutex<Option<HandOver>>);
 
-impl RelayHandle {
+impl RelayLink {
     pub fn new(hand_over: HandOver) -> Self {
-        RelayHandle(Mutex::new(Some(hand_over)))
+        RelayLink(Mutex::new(Some(hand_over)))
     }
 
     /// None once the host drains.

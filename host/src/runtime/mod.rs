@@ -27,7 +27,7 @@ use crate::model::alarm::{Alarm, Kind};
 use crate::model::invalidation::CACHE_STREAM;
 use crate::model::request::Admission;
 use crate::relay::{LogKeeper, LogRelay, Relay, RelayState, Repair};
-use crate::services::{RelayHandle, Services, age};
+use crate::services::{RelayLink, Services, age};
 use crate::store::{DeploymentRecord, OutboxLag, RelayMode, Store};
 
 mod agreement;
@@ -525,7 +525,7 @@ impl Parts {
             metrics,
             health: Arc::default(),
             relay_state,
-            relay: RelayHandle::new(hand_over),
+            relay: RelayLink::new(hand_over),
         };
         let host = Arc::new(Host {
             services: Arc::new(services),
