@@ -13,7 +13,7 @@ USER 65532:65532
 WORKDIR /var/lib/oncely
 VOLUME /var/lib/oncely
 # In a container other machines are other containers: set ONCELY_TOKEN, and publish ports with care.
-ENV ONCELY_DATA_DIR=/var/lib/oncely ONCELY_LISTEN=0.0.0.0:7420 ONCELY_HTTP=0.0.0.0:7480 ONCELY_LOG=json
+ENV ONCELY_DATA_DIR=/var/lib/oncely ONCELY_LISTEN=0.0.0.0:7420 ONCELY_HTTP=0.0.0.0:7480 ONCELY_LOG_FORMAT=json
 EXPOSE 7420 7480
 ENTRYPOINT ["/usr/bin/oncely"]
 CMD ["run"]

@@ -5,13 +5,22 @@ use std::process::Command;
 fn main() {
     println!("cargo::rerun-if-env-changed=ONCELY_COMMIT");
     // The log of HEAD changes with every commit and checkout; where there is none, as in an archive, nothing is watched.
-    if let Some(log) = git(&["rev-parse", "--path-format=absolute", "--git-path", "logs/HEAD"]) {
+    if let Some(log) = git(&[
+        "rev-parse",
+        "--path-format=absolute",
+        "--git-path",
+        "logs/HEAD",
+    ]) {
         println!("cargo::rerun-if-changed={log}");
     }
     println!("cargo::rerun-if-changed=build.rs");
     // Builds without the repository, as in an image, are given the commit in the environment.
-    let given = std::env::var("ONCELY_COMMIT").ok().filter(|commit| !commit.is_empty());
-    let commit = given.or_else(|| git(&["rev-parse", "--short=12", "HEAD"])).unwrap_or_else(|| "unknown".to_owned());
+    let given = std::env::var("ONCELY_COMMIT")
+        .ok()
+        .filter(|commit| !commit.is_empty());
+    let commit = given
+        .or_else(|| git(&["rev-parse", "--short=12", "HEAD"]))
+        .unwrap_or_else(|| "unknown".to_owned());
     println!("cargo::rustc-env=ONCELY_COMMIT={commit}");
 }
 

@@ -36,14 +36,14 @@ def broken_links(file: Path) -> list[str]:
     broken = []
     for match in LINK.finditer(text):
         link = match.group(1) or match.group(2)
-        why = what_is_wrong(file, link)
+        why = link_error(file, link)
         if why:
             line = text.count("\n", 0, match.start()) + 1
             broken.append(f"{file.relative_to(ROOT)}:{line}: {link}: {why}")
     return broken
 
 
-def what_is_wrong(file: Path, link: str) -> str | None:
+def link_error(file: Path, link: str) -> str | None:
     if re.match(r"[a-z][a-z0-9+.-]*:", link, re.IGNORECASE):
         return None
     path, _, anchor = unquote(link).partition("#")

@@ -30,25 +30,33 @@ impl Budget {
     pub const RESERVE: u32 = 30;
 
     pub fn new(share: f64, reserve: u32) -> Self {
-        Budget { share, reserve, seconds: VecDeque::new() }
+        Budget {
+            share,
+            reserve,
+            seconds: VecDeque::new(),
+        }
     }
 
     /// An operation begins, and earns a share of a retry.
-    pub fn earn(&mut self, now: Instant) {
+    pub fn deposit(&mut self, now: Instant) {
         if let Some(second) = self.second(now) {
             second.operations += 1;
         }
     }
 
     /// Takes a retry, if there is one left.
-    pub fn take(&mut self, now: Instant) -> bool {
+    pub fn withdraw(&mut self, now: Instant) -> bool {
         let (share, reserve) = (self.share, f64::from(self.reserve));
-        let Some(second) = self.second(now) else { return false };
+        let Some(second) = self.second(now) else {
+            return false;
+        };
         second.retries += 1;
-        let (operations, retries) = self
-            .seconds
-            .iter()
-            .fold((0, 0), |(operations, retries), second| (operations + second.operations, retries + second.retries));
+        let (operations, retries) =
+            self.seconds
+                .iter()
+                .fold((0, 0), |(operations, retries), second| {
+                    (operations + second.operations, retries + second.retries)
+                });
         // A thousandth is for sums such as 0.2 × 15, which miss whole numbers by a hair.
         let within = retries as f64 <= share * operations as f64 + reserve + 0.001;
         if let (false, Some(second)) = (within, self.seconds.back_mut()) {
@@ -59,13 +67,23 @@ impl Budget {
 
     /// The current second; those that left the window are forgotten.
     fn second(&mut self, now: Instant) -> Option<&mut Second> {
-        while self.seconds.front().is_some_and(|second| now.saturating_duration_since(second.began) >= WINDOW) {
+        while self
+            .seconds
+            .front()
+            .is_some_and(|second| now.saturating_duration_since(second.began) >= WINDOW)
+        {
             self.seconds.pop_front();
         }
-        let current =
-            self.seconds.back().is_some_and(|second| now.saturating_duration_since(second.began) < WINDOW / 10);
+        let current = self
+            .seconds
+            .back()
+            .is_some_and(|second| now.saturating_duration_since(second.began) < WINDOW / 10);
         if !current {
-            self.seconds.push_back(Second { began: now, operations: 0, retries: 0 });
+            self.seconds.push_back(Second {
+                began: now,
+                operations: 0,
+                retries: 0,
+            });
         }
         self.seconds.back_mut()
     }
@@ -77,49 +95,61 @@ mod tests {
 
     /// How many of `wanted` retries are granted.
     fn granted(budget: &mut Budget, wanted: u32, now: Instant) -> usize {
-        (0..wanted).filter(|_| budget.take(now)).count()
+        (0..wanted).filter(|_| budget.withdraw(now)).count()
     }
 
     #[test]
-    fn a_thousand_operations_earn_a_share_of_retries_and_the_reserve() {
+    fn operations_add_a_share_of_retries_to_the_reserve() {
         let now = Instant::now();
         let mut budget = Budget::new(0.2, 30);
-        (0..1000).for_each(|_| budget.earn(now));
+        (0..1000).for_each(|_| budget.deposit(now));
         assert_eq!(granted(&mut budget, 5000, now), 230);
         assert_eq!(granted(&mut budget, 5000, now), 0);
     }
 
     #[test]
-    fn what_was_earned_and_spent_is_forgotten_after_ten_seconds() {
+    fn deposits_and_withdrawals_expire_after_ten_seconds() {
         let now = Instant::now();
         let mut budget = Budget::new(0.2, 3);
-        (0..10).for_each(|_| budget.earn(now));
+        (0..10).for_each(|_| budget.deposit(now));
         assert_eq!(granted(&mut budget, 100, now + Duration::from_secs(9)), 5);
-        assert_eq!(granted(&mut budget, 100, now + Duration::from_secs(11)), 0, "what was earned is gone");
-        assert_eq!(granted(&mut budget, 100, now + Duration::from_secs(19)), 3, "what was spent is gone, too");
+        assert_eq!(
+            granted(&mut budget, 100, now + Duration::from_secs(11)),
+            0,
+            "what was earned is gone"
+        );
+        assert_eq!(
+            granted(&mut budget, 100, now + Duration::from_secs(19)),
+            3,
+            "what was spent is gone, too"
+        );
     }
 
     #[test]
-    fn no_ten_seconds_of_a_long_outage_see_more_than_the_share() {
+    fn retries_stay_below_the_share_in_any_ten_seconds() {
         let start = Instant::now();
         let mut budget = Budget::new(0.1, 5);
         let mut taken = Vec::new();
         for tick in 0..600_u32 {
             let now = start + Duration::from_millis(100) * tick;
-            (0..10).for_each(|_| budget.earn(now));
+            (0..10).for_each(|_| budget.deposit(now));
             taken.push(granted(&mut budget, 10, now));
         }
         // A hundred ticks are ten seconds; the window of the count is up to a second shorter.
-        let most = taken.windows(90).map(|ten| ten.iter().sum::<usize>()).max().unwrap();
+        let most = taken
+            .windows(90)
+            .map(|ten| ten.iter().sum::<usize>())
+            .max()
+            .unwrap();
         assert!(most <= 100 + 5, "{most}");
         assert!(taken.iter().sum::<usize>() >= 500, "{taken:?}");
     }
 
     #[test]
-    fn without_a_budget_nothing_is_retried_and_a_stored_second_counts_once() {
+    fn a_zero_budget_grants_no_retry() {
         let now = Instant::now();
         let mut budget = Budget::new(0.0, 0);
-        (0..1000).for_each(|_| budget.earn(now));
+        (0..1000).for_each(|_| budget.deposit(now));
         assert_eq!(granted(&mut budget, 10, now), 0);
         assert_eq!(budget.seconds.len(), 1);
     }

@@ -44,7 +44,7 @@ impl Client {
             headers: HeaderMap::new(),
             http: None,
             random: None,
-            wrong: None,
+            error: None,
         }
     }
 
@@ -74,23 +74,32 @@ impl Client {
         let mut url = self.inner.base.clone();
         match url.path_segments_mut() {
             Ok(mut segments) => segments.pop_if_empty().push("publish").push(subject),
-            Err(()) => return Err(Error::Invalid("the base has no path to publish below".to_owned())),
+            Err(()) => {
+                return Err(Error::Invalid(
+                    "the base has no path to publish below".to_owned(),
+                ));
+            }
         };
         Ok(url)
     }
 
     fn path_url(&self, path: &str) -> Result<Url, Error> {
         if !path.starts_with('/') {
-            return Err(Error::Invalid(format!("the path {path:?} does not begin with a slash")));
+            return Err(Error::Invalid(format!(
+                "the path {path:?} does not begin with a slash"
+            )));
         }
         let whole = format!("{}{path}", self.inner.base.as_str().trim_end_matches('/'));
-        Url::parse(&whole).map_err(|error| Error::Invalid(format!("the path {path:?} makes no address: {error}")))
+        Url::parse(&whole)
+            .map_err(|error| Error::Invalid(format!("the path {path:?} makes no address: {error}")))
     }
 }
 
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Client").field("host", &self.inner.base.host_str()).finish_non_exhaustive()
+        f.debug_struct("Client")
+            .field("host", &self.inner.base.host_str())
+            .finish_non_exhaustive()
     }
 }
 
@@ -102,7 +111,7 @@ pub struct Builder {
     headers: HeaderMap,
     http: Option<reqwest::Client>,
     random: Option<Box<dyn Fn() -> f64 + Send + Sync>>,
-    wrong: Option<Error>,
+    error: Option<Error>,
 }
 
 impl Builder {
@@ -113,7 +122,7 @@ impl Builder {
         self
     }
 
-    /// How long one try may take, from connecting to the last byte of the answer: 10 s. The deadline cuts it, too.
+    /// How long one try may take, from connecting to the last byte of the response: 10 s. The deadline cuts it, too.
     pub fn try_timeout(mut self, timeout: Duration) -> Self {
         self.policy.try_timeout = timeout;
         self
@@ -137,7 +146,7 @@ impl Builder {
     pub fn header(mut self, name: &str, value: &str) -> Self {
         match header(name, value) {
             Ok((name, value)) => _ = self.headers.insert(name, value),
-            Err(error) => _ = self.wrong.get_or_insert(error),
+            Err(error) => _ = self.error.get_or_insert(error),
         }
         self
     }
@@ -158,65 +167,94 @@ impl Builder {
     /// Fails with [`Error::Invalid`] if the base is not an `http` address (or `https`, with the feature `tls` or
     /// [`Builder::http`]) without query and fragment, or if a number makes no sense.
     pub fn build(self) -> Result<Client, Error> {
-        if let Some(wrong) = self.wrong {
-            return Err(wrong);
+        if let Some(error) = self.error {
+            return Err(error);
         }
         self.policy.check()?;
         let (share, reserve) = self.budget;
         if !share.is_finite() || share < 0.0 {
-            return Err(Error::Invalid(format!("a budget is a share of 0 or more, not {share}")));
+            return Err(Error::Invalid(format!(
+                "a budget is a share of 0 or more, not {share}"
+            )));
         }
-        let base = base(&self.base, self.http.is_some())?;
+        let base = parse_base(&self.base, self.http.is_some())?;
         let http = match self.http {
             Some(http) => http,
-            None => connections(&base)?,
+            None => http_client(&base)?,
         };
         let retrier = Retrier {
             policy: self.policy,
             budget: Mutex::new(Budget::new(share, reserve)),
             random: self.random.unwrap_or_else(|| Box::new(rand::random::<f64>)),
         };
-        Ok(Client { inner: Arc::new(Inner { base, headers: self.headers, http, retrier }) })
+        Ok(Client {
+            inner: Arc::new(Inner {
+                base,
+                headers: self.headers,
+                http,
+                retrier,
+            }),
+        })
     }
 }
 
 impl fmt::Debug for Builder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Builder").field("policy", &self.policy).field("budget", &self.budget).finish_non_exhaustive()
+        f.debug_struct("Builder")
+            .field("policy", &self.policy)
+            .field("budget", &self.budget)
+            .finish_non_exhaustive()
     }
 }
 
-fn base(text: &str, own_http: bool) -> Result<Url, Error> {
-    let url = Url::parse(text).map_err(|error| Error::Invalid(format!("{text:?} is no address: {error}")))?;
+fn parse_base(text: &str, own_http: bool) -> Result<Url, Error> {
+    let url = Url::parse(text)
+        .map_err(|error| Error::Invalid(format!("{text:?} is no address: {error}")))?;
     let wrong = match url.scheme() {
         "http" if url.has_host() => None,
         "https" if own_http || cfg!(feature = "tls") => None,
-        "https" => Some("needs the feature `tls` of oncely-client, or connections of your own (`Builder::http`)"),
+        "https" => Some(
+            "needs the feature `tls` of oncely-client, or connections of your own (`Builder::http`)",
+        ),
         _ => Some("is no address of a server, such as http://127.0.0.1:8080"),
     };
     let wrong = match url.query().or(url.fragment()) {
-        Some(_) => wrong.or(Some("has a query or a fragment; the base is what stands before all paths")),
+        Some(_) => wrong.or(Some(
+            "has a query or a fragment; the base is what stands before all paths",
+        )),
         None => wrong,
     };
-    wrong.map_or(Ok(url), |wrong| Err(Error::Invalid(format!("{text} {wrong}"))))
+    wrong.map_or(Ok(url), |wrong| {
+        Err(Error::Invalid(format!("{text} {wrong}")))
+    })
 }
 
 /// Connections that follow no redirects and do not retry by themselves, so that tries are counted in one place.
-fn connections(base: &Url) -> Result<reqwest::Client, Error> {
+fn http_client(base: &Url) -> Result<reqwest::Client, Error> {
     #[cfg(feature = "tls")]
     {
         // The first one to choose decides; if the program has, so be it.
         let _ = rustls::crypto::ring::default_provider().install_default();
     }
-    let http = reqwest::Client::builder().redirect(reqwest::redirect::Policy::none()).retry(reqwest::retry::never());
-    let http = if is_on_this_machine(base) { http.no_proxy() } else { http };
-    http.build().map_err(|error| Error::Invalid(format!("connections cannot be set up: {error}")))
+    let http = reqwest::Client::builder()
+        .redirect(reqwest::redirect::Policy::none())
+        .retry(reqwest::retry::never());
+    let http = if is_on_this_machine(base) {
+        http.no_proxy()
+    } else {
+        http
+    };
+    http.build()
+        .map_err(|error| Error::Invalid(format!("connections cannot be set up: {error}")))
 }
 
 /// Whether a URL leads to this machine, before which no proxy of the environment stands.
 pub fn is_on_this_machine(url: &Url) -> bool {
     let host = url.host_str().unwrap_or_default();
-    let address = host.trim_start_matches('[').trim_end_matches(']').parse::<std::net::IpAddr>();
+    let address = host
+        .trim_start_matches('[')
+        .trim_end_matches(']')
+        .parse::<std::net::IpAddr>();
     host == "localhost"
         || host.ends_with(".localhost")
         || address.is_ok_and(|address| address.is_loopback() || address.is_unspecified())
@@ -225,11 +263,13 @@ pub fn is_on_this_machine(url: &Url) -> bool {
 /// A header, unless it is the one that [`Request::key`] is for.
 pub(crate) fn header(name: &str, value: &str) -> Result<(HeaderName, HeaderValue), Error> {
     let invalid = |what: &str| Error::Invalid(format!("the header {name:?} {what}"));
-    let header = HeaderName::try_from(name).map_err(|_| invalid("has a name that HTTP does not allow"))?;
+    let header =
+        HeaderName::try_from(name).map_err(|_| invalid("has a name that HTTP does not allow"))?;
     if header == key::HEADER {
         return Err(invalid("is set by `Request::key`"));
     }
-    let value = HeaderValue::try_from(value).map_err(|_| invalid("has a value that HTTP does not allow"))?;
+    let value = HeaderValue::try_from(value)
+        .map_err(|_| invalid("has a value that HTTP does not allow"))?;
     Ok((header, value))
 }
 
@@ -238,15 +278,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn https_is_for_those_who_asked_for_it() {
+    fn https_needs_the_tls_feature_or_an_http_client() {
         let base = "https://example.com";
         assert_eq!(Client::new(base).is_ok(), cfg!(feature = "tls"));
-        assert!(Client::builder(base).http(reqwest::Client::new()).build().is_ok());
+        assert!(
+            Client::builder(base)
+                .http(reqwest::Client::new())
+                .build()
+                .is_ok()
+        );
     }
 
     #[test]
-    fn what_is_written_down_of_a_request_holds_no_secrets() {
-        let client = Client::builder("http://user:secret@127.0.0.1:9").header("authorization", "secret").build();
+    fn debug_of_a_request_holds_no_secrets() {
+        let client = Client::builder("http://user:secret@127.0.0.1:9")
+            .header("authorization", "secret")
+            .build();
         let request = client.unwrap().call(Method::GET, "/x").body("secret");
         assert!(!format!("{request:?}").contains("secret"), "{request:?}");
     }

@@ -3,9 +3,9 @@
 use std::fmt;
 use std::time::Duration;
 
-use crate::Answer;
+use crate::Response;
 
-/// Why an operation has no good answer.
+/// Why an operation has no good response.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {
@@ -20,14 +20,14 @@ pub enum Error {
     GaveUp(Box<GaveUp>),
 }
 
-/// An answer that says no.
+/// A response that says no.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Refused {
     /// Method and path.
     pub operation: String,
-    /// What the server said; [`Answer::problem`] has the details if there are any.
-    pub answer: Answer,
+    /// What the server said; [`Response::problem`] has the details if there are any.
+    pub response: Response,
     /// See [`Error::is_unclear`].
     pub unclear: bool,
 }
@@ -39,7 +39,7 @@ pub struct GaveUp {
     /// Method and path.
     pub operation: String,
     /// Why there was no further try.
-    pub why: Why,
+    pub reason: GiveUpReason,
     /// How often the request was sent.
     pub tries: u32,
     /// The last failure.
@@ -53,7 +53,7 @@ pub struct GaveUp {
 /// Why there was no further try.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Why {
+pub enum GiveUpReason {
     /// The next one would have come after the deadline, which is this long.
     Deadline(Duration),
     /// The retry budget is used up: most of what this client sends fails.
@@ -66,16 +66,16 @@ pub enum Why {
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Failure {
-    /// An answer that may be another next time.
-    Answer(Box<Answer>),
-    /// No whole answer within this time.
+    /// A response that may be another next time.
+    Response(Box<Response>),
+    /// No whole response within this time.
     TimedOut(Duration),
-    /// No connection, or one that broke before the answer was whole.
-    Broken(reqwest::Error),
+    /// No connection, or one that broke before the response was whole.
+    Connection(reqwest::Error),
 }
 
 impl Error {
-    /// Whether nobody knows if the operation was carried out: a try may have been, and there was no answer that settles
+    /// Whether nobody knows if the operation was carried out: a try may have been, and there was no response that settles
     /// it. Requests that only read are never unclear. Sending it again under [`Error::key`] finds out, for as long as
     /// the server remembers keys.
     pub fn is_unclear(&self) -> bool {
@@ -90,7 +90,7 @@ impl Error {
     pub fn key(&self) -> Option<&str> {
         match self {
             Error::Invalid(_) => None,
-            Error::Refused(refused) | Error::KeyReused(refused) => refused.answer.key.as_deref(),
+            Error::Refused(refused) | Error::KeyReused(refused) => refused.response.key.as_deref(),
             Error::GaveUp(gave_up) => gave_up.key.as_deref(),
         }
     }
@@ -99,18 +99,18 @@ impl Error {
     pub fn tries(&self) -> u32 {
         match self {
             Error::Invalid(_) => 0,
-            Error::Refused(refused) | Error::KeyReused(refused) => refused.answer.tries,
+            Error::Refused(refused) | Error::KeyReused(refused) => refused.response.tries,
             Error::GaveUp(gave_up) => gave_up.tries,
         }
     }
 
-    /// The last answer, if there was one.
-    pub fn answer(&self) -> Option<&Answer> {
+    /// The last response, if there was one.
+    pub fn response(&self) -> Option<&Response> {
         match self {
-            Error::Refused(refused) | Error::KeyReused(refused) => Some(&refused.answer),
+            Error::Refused(refused) | Error::KeyReused(refused) => Some(&refused.response),
             Error::GaveUp(gave_up) => match &gave_up.last {
-                Failure::Answer(answer) => Some(answer),
-                Failure::TimedOut(_) | Failure::Broken(_) => None,
+                Failure::Response(response) => Some(response),
+                Failure::TimedOut(_) | Failure::Connection(_) => None,
             },
             Error::Invalid(_) => None,
         }
@@ -121,8 +121,8 @@ impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             Error::GaveUp(gave_up) => match &gave_up.last {
-                Failure::Broken(error) => Some(error),
-                Failure::Answer(_) | Failure::TimedOut(_) => None,
+                Failure::Connection(error) => Some(error),
+                Failure::Response(_) | Failure::TimedOut(_) => None,
             },
             _ => None,
         }
@@ -135,11 +135,15 @@ impl fmt::Display for Error {
             Error::Invalid(what) => write!(f, "nothing was sent: {what}"),
             Error::Refused(refused) => write!(f, "{refused}"),
             Error::KeyReused(refused) => {
-                let Refused { operation, answer, .. } = &**refused;
-                let key = answer.key.as_deref().unwrap_or_default();
+                let Refused {
+                    operation,
+                    response,
+                    ..
+                } = &**refused;
+                let key = response.key.as_deref().unwrap_or_default();
                 write!(
                     f,
-                    "{operation} was refused, as the key {key:?} was used before with another request ({answer}); "
+                    "{operation} was refused, as the key {key:?} was used before with another request ({response}); "
                 )?;
                 write!(f, "another operation needs another key")
             }
@@ -150,11 +154,22 @@ impl fmt::Display for Error {
 
 impl fmt::Display for Refused {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Refused { operation, answer, unclear } = self;
-        write!(f, "{operation} was refused {}: {answer}", times(answer.tries))?;
-        match &answer.key {
-            Some(key) if answer.replayed => {
-                write!(f, "; that is stored under the key {key:?}, and only another key runs it again")
+        let Refused {
+            operation,
+            response,
+            unclear,
+        } = self;
+        write!(
+            f,
+            "{operation} was refused {}: {response}",
+            times(response.tries)
+        )?;
+        match &response.key {
+            Some(key) if response.replayed => {
+                write!(
+                    f,
+                    "; that is stored under the key {key:?}, and only another key runs it again"
+                )
             }
             _ if *unclear => write!(f, "; an earlier try may have been carried out"),
             _ => Ok(()),
@@ -164,24 +179,44 @@ impl fmt::Display for Refused {
 
 impl fmt::Display for GaveUp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let GaveUp { operation, why, tries, last, key, unclear } = self;
-        write!(f, "{operation} did not succeed {}, and {why}; at last: {last}", times(*tries))?;
+        let GaveUp {
+            operation,
+            reason,
+            tries,
+            last,
+            key,
+            unclear,
+        } = self;
+        write!(
+            f,
+            "{operation} did not succeed {}, and {reason}; at last: {last}",
+            times(*tries)
+        )?;
         match (unclear, key) {
             (true, Some(key)) => {
-                write!(f, "; it may have been carried out, so send it again under the same key, {key:?}")
+                write!(
+                    f,
+                    "; it may have been carried out, so send it again under the same key, {key:?}"
+                )
             }
-            (true, None) => write!(f, "; it may have been carried out, so look before you send it again"),
+            (true, None) => write!(
+                f,
+                "; it may have been carried out, so look before you send it again"
+            ),
             (false, _) => Ok(()),
         }
     }
 }
 
-impl fmt::Display for Why {
+impl fmt::Display for GiveUpReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Why::Deadline(deadline) => write!(f, "its deadline of {deadline:?} leaves no time for another try"),
-            Why::Budget => write!(f, "the client's budget for retries is used up"),
-            Why::NotSafe => write!(f, "without a key another try might do it twice"),
+            GiveUpReason::Deadline(deadline) => write!(
+                f,
+                "its deadline of {deadline:?} leaves no time for another try"
+            ),
+            GiveUpReason::Budget => write!(f, "the client's budget for retries is used up"),
+            GiveUpReason::NotSafe => write!(f, "without a key another try might do it twice"),
         }
     }
 }
@@ -189,16 +224,20 @@ impl fmt::Display for Why {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Failure::Answer(answer) => {
-                write!(f, "{answer}")?;
-                match answer.retry_after() {
+            Failure::Response(response) => {
+                write!(f, "{response}")?;
+                match response.retry_after() {
                     Some(wait) => write!(f, " (asks to wait {wait:?})"),
                     None => Ok(()),
                 }
             }
-            Failure::TimedOut(limit) => write!(f, "no answer within {limit:?}"),
-            Failure::Broken(error) if error.is_connect() => write!(f, "no connection to the server"),
-            Failure::Broken(_) => write!(f, "the connection broke before the answer was there"),
+            Failure::TimedOut(limit) => write!(f, "no response within {limit:?}"),
+            Failure::Connection(error) if error.is_connect() => {
+                write!(f, "no connection to the server")
+            }
+            Failure::Connection(_) => {
+                write!(f, "the connection broke before the response was there")
+            }
         }
     }
 }

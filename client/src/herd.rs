@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep};
 use crate::budget::Budget;
 use crate::policy::Policy;
 use crate::retry::{Operation, Retrier};
-use crate::{Answer, Error, Failure, Method, StatusCode, Why};
+use crate::{Error, Failure, GiveUpReason, Method, Response, StatusCode};
 
 const CLIENTS: u64 = 1000;
 /// All clients lose their server in the same instant, and it is back after this time.
@@ -39,18 +39,23 @@ fn random_from(seed: u64) -> impl Fn() -> f64 {
     }
 }
 
-fn answer(status: StatusCode) -> Answer {
-    Answer::new(status, HeaderMap::new(), Bytes::new())
+fn response(status: StatusCode) -> Response {
+    Response::new(status, HeaderMap::new(), Bytes::new())
 }
 
 fn post() -> Operation {
-    let key = crate::key::Key::made_for(&Method::POST);
-    Operation { method: Method::POST, path: "/payments".to_owned(), key, deadline: None }
+    let key = crate::key::Key::generate_for(&Method::POST);
+    Operation {
+        method: Method::POST,
+        path: "/payments".to_owned(),
+        key,
+        deadline: None,
+    }
 }
 
 /// Each client is a program of its own, with one operation that begins when the outage does.
 async fn herd(jitter: bool) -> Arrivals {
-    let begun = Instant::now();
+    let started_at = Instant::now();
     let buckets = (SHOWN.as_millis() / BUCKET.as_millis()) as usize;
     let arrivals = Arc::new(Mutex::new(vec![0; buckets]));
     let mut clients = tokio::task::JoinSet::new();
@@ -64,12 +69,19 @@ async fn herd(jitter: bool) -> Arrivals {
         let arrivals = Arc::clone(&arrivals);
         clients.spawn(async move {
             let once = || async {
-                let now = begun.elapsed();
-                if let Some(bucket) = arrivals.lock().unwrap().get_mut((now.as_millis() / BUCKET.as_millis()) as usize)
+                let now = started_at.elapsed();
+                if let Some(bucket) = arrivals
+                    .lock()
+                    .unwrap()
+                    .get_mut((now.as_millis() / BUCKET.as_millis()) as usize)
                 {
                     *bucket += 1;
                 }
-                Ok(answer(if now < OUTAGE { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::CREATED }))
+                Ok(response(if now < OUTAGE {
+                    StatusCode::SERVICE_UNAVAILABLE
+                } else {
+                    StatusCode::CREATED
+                }))
             };
             retrier.run(&post(), once).await
         });
@@ -83,30 +95,47 @@ async fn herd(jitter: bool) -> Arrivals {
 /// The fullest of some buckets, and what they hold on average.
 fn fullest_and_mean(buckets: &[u64]) -> (f64, f64) {
     let fullest = buckets.iter().max().copied().unwrap_or_default();
-    (fullest as f64, buckets.iter().sum::<u64>() as f64 / buckets.len() as f64)
+    (
+        fullest as f64,
+        buckets.iter().sum::<u64>() as f64 / buckets.len() as f64,
+    )
 }
 
 /// The buckets of the last ten seconds of the outage, and those after it.
 fn late_and_after(arrivals: &Arrivals) -> (&[u64], &[u64]) {
-    let (outage, after) = arrivals.buckets.split_at((OUTAGE.as_millis() / BUCKET.as_millis()) as usize);
+    let (outage, after) = arrivals
+        .buckets
+        .split_at((OUTAGE.as_millis() / BUCKET.as_millis()) as usize);
     (&outage[outage.len() - 100..], after)
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_thousand_clients_do_not_come_back_in_the_same_tick() {
+async fn a_thousand_clients_do_not_retry_in_the_same_tick() {
     let without = herd(false).await;
     let (late, after) = late_and_after(&without);
     let (fullest, mean) = fullest_and_mean(late);
-    assert!(fullest >= CLIENTS as f64 && fullest > 20.0 * mean, "all at once: {fullest}, on average {mean}");
-    assert!(after.contains(&CLIENTS), "the server comes back to all of them in one tenth of a second");
+    assert!(
+        fullest >= CLIENTS as f64 && fullest > 20.0 * mean,
+        "all at once: {fullest}, on average {mean}"
+    );
+    assert!(
+        after.contains(&CLIENTS),
+        "the server comes back to all of them in one tenth of a second"
+    );
 
     let with = herd(true).await;
     let (late, after) = late_and_after(&with);
     let (fullest, mean) = fullest_and_mean(late);
-    assert!(fullest < 1.8 * mean, "the fullest tenth of a second has {fullest}, the average one {mean}");
+    assert!(
+        fullest < 1.8 * mean,
+        "the fullest tenth of a second has {fullest}, the average one {mean}"
+    );
     // Whoever waits for the server is spread over the whole of the last wait; nobody comes in a wave after it.
     let most = after.iter().max().copied().unwrap_or_default() as f64;
-    assert!(most < 1.8 * mean, "after the outage the fullest has {most}, the average one during it {mean}");
+    assert!(
+        most < 1.8 * mean,
+        "after the outage the fullest has {most}, the average one during it {mean}"
+    );
     assert_eq!((without.succeeded, with.succeeded), (CLIENTS, CLIENTS));
 
     let plot = plot(&without, &with);
@@ -115,39 +144,69 @@ async fn a_thousand_clients_do_not_come_back_in_the_same_tick() {
         std::fs::write(&file, &plot).unwrap();
     }
     let committed = std::fs::read_to_string(&file).unwrap_or_default();
-    assert!(committed == plot, "docs/retry-herd.svg is not what happens; write it with ONCELY_WRITE_DOCS=1");
+    assert!(
+        committed == plot,
+        "docs/retry-herd.svg is not what happens; write it with ONCELY_WRITE_DOCS=1"
+    );
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_outage_longer_than_the_deadline_ends_with_it() {
+async fn an_outage_longer_than_the_deadline_gives_up_at_it() {
     let retrier = retrier(Policy::default());
-    let begun = Instant::now();
-    let failed = retrier.run(&post(), || async { Ok(answer(StatusCode::BAD_GATEWAY)) }).await;
-    let Err(Error::GaveUp(gave_up)) = failed else { panic!("{failed:?}") };
-    assert_eq!(gave_up.why, Why::Deadline(Duration::from_secs(30)));
+    let started_at = Instant::now();
+    let failed = retrier
+        .run(&post(), || async { Ok(response(StatusCode::BAD_GATEWAY)) })
+        .await;
+    let Err(Error::GaveUp(gave_up)) = failed else {
+        panic!("{failed:?}")
+    };
+    assert_eq!(
+        gave_up.reason,
+        GiveUpReason::Deadline(Duration::from_secs(30))
+    );
     assert!(gave_up.unclear && gave_up.tries > 5, "{gave_up:?}");
-    assert!(begun.elapsed() <= Duration::from_secs(30), "{:?}", begun.elapsed());
+    assert!(
+        started_at.elapsed() <= Duration::from_secs(30),
+        "{:?}",
+        started_at.elapsed()
+    );
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_try_without_an_answer_ends_in_its_time_and_the_last_one_at_the_deadline() {
-    let retrier = retrier(Policy { deadline: Duration::from_secs(25), ..Policy::default() });
-    let begun = Instant::now();
+async fn a_try_times_out_and_the_last_one_ends_at_the_deadline() {
+    let retrier = retrier(Policy {
+        deadline: Duration::from_secs(25),
+        ..Policy::default()
+    });
+    let started_at = Instant::now();
     let failed = retrier
         .run(&post(), || async {
             sleep(Duration::from_secs(3600)).await;
-            Ok(answer(StatusCode::OK))
+            Ok(response(StatusCode::OK))
         })
         .await;
-    let Err(Error::GaveUp(gave_up)) = failed else { panic!("{failed:?}") };
+    let Err(Error::GaveUp(gave_up)) = failed else {
+        panic!("{failed:?}")
+    };
     // Ten seconds, ten seconds, and what is left.
     assert_eq!(gave_up.tries, 3);
-    assert!(matches!(gave_up.last, Failure::TimedOut(limit) if limit < Duration::from_secs(5)), "{gave_up:?}");
-    assert!(begun.elapsed() < Duration::from_secs(26), "{:?}", begun.elapsed());
+    assert!(
+        matches!(gave_up.last, Failure::TimedOut(limit) if limit < Duration::from_secs(5)),
+        "{gave_up:?}"
+    );
+    assert!(
+        started_at.elapsed() < Duration::from_secs(26),
+        "{:?}",
+        started_at.elapsed()
+    );
 }
 
 fn retrier(policy: Policy) -> Retrier {
-    Retrier { policy, budget: Mutex::new(Budget::new(0.2, 30)), random: Box::new(random_from(7)) }
+    Retrier {
+        policy,
+        budget: Mutex::new(Budget::new(0.2, 30)),
+        random: Box::new(random_from(7)),
+    }
 }
 
 /// Both histograms, one above the other, on their own scales.
@@ -171,14 +230,27 @@ fn panel(svg: &mut String, top: usize, title: &str, arrivals: &Arrivals, colour:
     // The first tries come at the same time whatever the policy; they are cut off where the scale ends.
     let scale = fullest * 1.5;
     let bottom = top + 160;
-    let _ = writeln!(svg, "<rect x=\"640\" y=\"{}\" width=\"200\" height=\"140\" fill=\"#eef5ea\"/>", bottom - 140);
-    let _ = writeln!(svg, "<text x=\"646\" y=\"{}\" fill=\"#3c6b2f\">the server is back</text>", bottom - 124);
+    let _ = writeln!(
+        svg,
+        "<rect x=\"640\" y=\"{}\" width=\"200\" height=\"140\" fill=\"#eef5ea\"/>",
+        bottom - 140
+    );
+    let _ = writeln!(
+        svg,
+        "<text x=\"646\" y=\"{}\" fill=\"#3c6b2f\">the server is back</text>",
+        bottom - 124
+    );
     let _ = writeln!(
         svg,
         "<text x=\"40\" y=\"{}\" fill=\"#222\">{title}: from the fifth second to the end of the outage, at most {fullest} tries in a tenth of a second</text>",
         top + 8
     );
-    for (at, count) in arrivals.buckets.iter().enumerate().filter(|(_, count)| **count > 0) {
+    for (at, count) in arrivals
+        .buckets
+        .iter()
+        .enumerate()
+        .filter(|(_, count)| **count > 0)
+    {
         let height = (*count as f64 / scale).min(1.0) * 140.0;
         let _ = writeln!(
             svg,
@@ -189,6 +261,11 @@ fn panel(svg: &mut String, top: usize, title: &str, arrivals: &Arrivals, colour:
     }
     let _ = writeln!(svg, "<path d=\"M40 {bottom}H840\" stroke=\"#444\"/>");
     for second in (0..=20).step_by(5) {
-        let _ = writeln!(svg, "<text x=\"{}\" y=\"{}\" fill=\"#444\">{second}</text>", 37 + 40 * second, bottom + 15);
+        let _ = writeln!(
+            svg,
+            "<text x=\"{}\" y=\"{}\" fill=\"#444\">{second}</text>",
+            37 + 40 * second,
+            bottom + 15
+        );
     }
 }

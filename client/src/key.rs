@@ -14,26 +14,26 @@ const LENGTH_MAX: usize = 255;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Key {
     /// Made for this operation, so that nobody can have used it before.
-    Made(String),
+    Generated(String),
     /// Brought by the caller.
-    Brought(String),
+    Provided(String),
 }
 
 impl Key {
     /// The key an operation has if its caller brings none: methods that are idempotent by themselves need none.
-    pub fn made_for(method: &Method) -> Option<Self> {
-        (!method.is_idempotent()).then(|| Key::Made(uuid::Uuid::new_v4().to_string()))
+    pub fn generate_for(method: &Method) -> Option<Self> {
+        (!method.is_idempotent()).then(|| Key::Generated(uuid::Uuid::new_v4().to_string()))
     }
 
-    pub fn text(&self) -> &str {
+    pub fn as_str(&self) -> &str {
         match self {
-            Key::Made(text) | Key::Brought(text) => text,
+            Key::Generated(text) | Key::Provided(text) => text,
         }
     }
 
     /// The key as the draft has it: a string of RFC 9651, in quotes.
     pub fn header(&self) -> Result<HeaderValue, Error> {
-        let text = self.text();
+        let text = self.as_str();
         let printable = text.chars().all(|c| c == ' ' || c.is_ascii_graphic());
         if text.is_empty() || text.len() > LENGTH_MAX || !printable {
             return Err(Error::Invalid(format!(
@@ -41,7 +41,8 @@ impl Key {
             )));
         }
         let quoted = format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""));
-        HeaderValue::try_from(quoted).map_err(|_| Error::Invalid(format!("{text:?} cannot be a key")))
+        HeaderValue::try_from(quoted)
+            .map_err(|_| Error::Invalid(format!("{text:?} cannot be a key")))
     }
 }
 
@@ -50,8 +51,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_key_goes_out_as_a_quoted_string() {
-        let header = |text: &str| Key::Brought(text.to_owned()).header();
+    fn a_key_is_sent_as_a_quoted_string() {
+        let header = |text: &str| Key::Provided(text.to_owned()).header();
         assert_eq!(header("order 4711").unwrap(), "\"order 4711\"");
         assert_eq!(header(r#"a"b\c"#).unwrap(), r#""a\"b\\c""#);
         for wrong in ["", "naïve", "two\nlines", &"x".repeat(256)] {
@@ -60,13 +61,19 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_idempotent_gets_a_key_of_its_own() {
-        let key = Key::made_for(&Method::POST).unwrap();
-        assert_ne!(Some(key), Key::made_for(&Method::POST));
-        assert!(Key::made_for(&Method::PATCH).is_some());
-        assert!(Key::made_for(&Method::from_bytes(b"LOCK").unwrap()).is_some());
-        for method in [Method::GET, Method::HEAD, Method::PUT, Method::DELETE, Method::OPTIONS] {
-            assert_eq!(Key::made_for(&method), None);
+    fn only_methods_that_are_not_idempotent_get_a_key() {
+        let key = Key::generate_for(&Method::POST).unwrap();
+        assert_ne!(Some(key), Key::generate_for(&Method::POST));
+        assert!(Key::generate_for(&Method::PATCH).is_some());
+        assert!(Key::generate_for(&Method::from_bytes(b"LOCK").unwrap()).is_some());
+        for method in [
+            Method::GET,
+            Method::HEAD,
+            Method::PUT,
+            Method::DELETE,
+            Method::OPTIONS,
+        ] {
+            assert_eq!(Key::generate_for(&method), None);
         }
     }
 }

@@ -15,12 +15,12 @@
 //! let client = Client::new("http://127.0.0.1:8080")?;
 //!
 //! // POST /publish/orders.placed, under a key of ours: if the program dies here, the next one goes on.
-//! let answer = client.publish("orders.placed", r#"{"id":"o-1","cents":1250}"#).key("order-o-1").send().await?;
-//! println!("{} in {} tries, replayed: {}", answer.status, answer.tries, answer.replayed);
+//! let response = client.publish("orders.placed", r#"{"id":"o-1","cents":1250}"#).key("order-o-1").send().await?;
+//! println!("{} in {} tries, replayed: {}", response.status, response.tries, response.replayed);
 //!
 //! // Any other request. A POST without a key of ours gets one of its own; a GET needs none.
 //! match client.call(Method::POST, "/transfers").json(&("alice", "bob", 1250)).send().await {
-//!     Ok(answer) => println!("{}", answer.text()),
+//!     Ok(response) => println!("{}", response.text()),
 //!     Err(error) if error.is_unclear() => println!("{error}\nmay have been done, under the key {:?}", error.key()),
 //!     Err(error) => println!("{error}"),
 //! }
@@ -29,23 +29,23 @@
 //!
 //! How it retries: [`Builder`] has the numbers, `docs/client.md` the table and the reasons.
 
-mod answer;
 mod budget;
 mod client;
 mod error;
-mod judge;
 mod key;
 mod policy;
 mod request;
+mod response;
 mod retry;
+mod verdict;
 
 #[cfg(test)]
 mod herd;
 
-pub use answer::{Answer, Problem};
 pub use client::{Builder, Client, is_on_this_machine};
-pub use error::{Error, Failure, GaveUp, Refused, Why};
+pub use error::{Error, Failure, GaveUp, GiveUpReason, Refused};
 pub use request::Request;
+pub use response::{Problem, Response};
 // What the public functions take and give.
 pub use reqwest;
 pub use reqwest::{Method, StatusCode, header::HeaderMap};

@@ -27,20 +27,38 @@ impl Default for Policy {
 impl Policy {
     /// How long to wait once try number `tries` (from 1) failed, or `None` if the deadline, which is `left` away, comes
     /// first. Evenly spread between nothing and the doubled backoff, so that those who failed together do not come back
-    /// together. What the server `asked` for is never undercut; as it may have told everybody the same, the spread
+    /// together. What the server demands with `Retry-After` is never undercut; as it may have told everybody the same, the spread
     /// behind it is half of it at least, but not beyond the deadline.
-    pub fn wait(&self, tries: u32, asked: Option<Duration>, left: Duration, random: f64) -> Option<Duration> {
+    pub fn wait(
+        &self,
+        tries: u32,
+        retry_after: Option<Duration>,
+        left: Duration,
+        random: f64,
+    ) -> Option<Duration> {
         let window = doubled(self.backoff, tries.saturating_sub(1), self.backoff_max);
-        let wait = match asked {
+        let wait = match retry_after {
             None => scale(window, random),
-            Some(asked) => asked.saturating_add(scale(window.max(asked / 2).min(left.saturating_sub(asked)), random)),
+            Some(retry_after) => retry_after.saturating_add(scale(
+                window
+                    .max(retry_after / 2)
+                    .min(left.saturating_sub(retry_after)),
+                random,
+            )),
         };
         (wait < left).then_some(wait)
     }
 
     pub fn check(&self) -> Result<(), Error> {
-        let times = [self.deadline, self.try_timeout, self.backoff, self.backoff_max];
-        match times.iter().all(|time| *time >= Duration::from_millis(1)) && self.backoff <= self.backoff_max {
+        let times = [
+            self.deadline,
+            self.try_timeout,
+            self.backoff,
+            self.backoff_max,
+        ];
+        match times.iter().all(|time| *time >= Duration::from_millis(1))
+            && self.backoff <= self.backoff_max
+        {
             true => Ok(()),
             false => Err(Error::Invalid(format!(
                 "deadline {:?}, try_timeout {:?} and backoff {:?} up to {:?} make no policy: each is a millisecond or \
@@ -52,14 +70,23 @@ impl Policy {
 }
 
 fn doubled(first: Duration, times: u32, most: Duration) -> Duration {
-    2_u32.checked_pow(times).and_then(|factor| first.checked_mul(factor)).map_or(most, |wait| wait.min(most))
+    2_u32
+        .checked_pow(times)
+        .and_then(|factor| first.checked_mul(factor))
+        .map_or(most, |wait| wait.min(most))
 }
 
 /// `duration` times `random`, which is taken as 0 when it is no number at all.
 fn scale(duration: Duration, random: f64) -> Duration {
-    let random = if random.is_nan() { 0.0 } else { random.clamp(0.0, 1.0) };
+    let random = if random.is_nan() {
+        0.0
+    } else {
+        random.clamp(0.0, 1.0)
+    };
     // A product that rounds up to more than there is would end the program.
-    Duration::try_from_secs_f64(duration.as_secs_f64() * random).unwrap_or(duration).min(duration)
+    Duration::try_from_secs_f64(duration.as_secs_f64() * random)
+        .unwrap_or(duration)
+        .min(duration)
 }
 
 #[cfg(test)]
@@ -75,39 +102,48 @@ mod tests {
     #[test]
     fn the_longest_wait_doubles_until_the_cap() {
         let policy = Policy::default();
-        let most: Vec<_> = (1..=8).map(|tries| policy.wait(tries, None, LONG, 1.0).unwrap().as_millis()).collect();
+        let most: Vec<_> = (1..=8)
+            .map(|tries| policy.wait(tries, None, LONG, 1.0).unwrap().as_millis())
+            .collect();
         assert_eq!(most, [100, 200, 400, 800, 1600, 3200, 5000, 5000]);
         assert_eq!(policy.wait(3, None, LONG, 0.0), Some(Duration::ZERO));
         assert_eq!(policy.wait(u32::MAX, None, LONG, 0.5), Some(ms(2500)));
     }
 
     #[test]
-    fn what_the_server_asks_for_is_waited_and_spread_behind() {
+    fn retry_after_is_honoured_and_jitter_added_after_it() {
         let policy = Policy::default();
         let second = Some(ms(1000));
         assert_eq!(policy.wait(1, second, LONG, 0.0), Some(ms(1000)));
         assert_eq!(policy.wait(1, second, LONG, 1.0), Some(ms(1500)));
         assert_eq!(policy.wait(6, second, LONG, 1.0), Some(ms(4200)));
-        // The spread gives way to the deadline, what was asked for does not.
+        // The spread gives way to the deadline, `Retry-After` does not.
         assert_eq!(policy.wait(1, second, ms(1200), 0.5), Some(ms(1100)));
         assert_eq!(policy.wait(1, second, ms(1000), 0.0), None);
-        assert_eq!(policy.wait(1, Some(Duration::MAX), Duration::MAX, 0.5), None);
+        assert_eq!(
+            policy.wait(1, Some(Duration::MAX), Duration::MAX, 0.5),
+            None
+        );
     }
 
     #[test]
-    fn a_wait_that_would_outlast_the_deadline_is_not_begun() {
+    fn a_wait_beyond_the_deadline_is_not_started() {
         let policy = Policy::default();
         assert_eq!(policy.wait(8, None, ms(2000), 0.5), None);
         assert_eq!(policy.wait(8, None, ms(2000), 0.25), Some(ms(1250)));
     }
 
     #[test]
-    fn no_numbers_break_it() {
-        let policy = Policy { backoff: Duration::MAX, backoff_max: Duration::MAX, ..Policy::default() };
+    fn wait_accepts_any_numbers() {
+        let policy = Policy {
+            backoff: Duration::MAX,
+            backoff_max: Duration::MAX,
+            ..Policy::default()
+        };
         for random in [f64::NAN, f64::INFINITY, -1.0, 0.0, 0.999, 1.0, 7.0] {
-            for asked in [None, Some(Duration::ZERO), Some(Duration::MAX)] {
+            for retry_after in [None, Some(Duration::ZERO), Some(Duration::MAX)] {
                 for left in [Duration::ZERO, ms(1), Duration::MAX] {
-                    let wait = policy.wait(u32::MAX, asked, left, random);
+                    let wait = policy.wait(u32::MAX, retry_after, left, random);
                     assert!(wait.is_none_or(|wait| wait < left));
                 }
             }
@@ -115,10 +151,31 @@ mod tests {
     }
 
     #[test]
-    fn times_that_make_no_sense_are_refused() {
+    fn check_refuses_invalid_times() {
         assert!(Policy::default().check().is_ok());
-        assert!(Policy { backoff: Duration::ZERO, ..Policy::default() }.check().is_err());
-        assert!(Policy { backoff: LONG, ..Policy::default() }.check().is_err());
-        assert!(Policy { deadline: Duration::ZERO, ..Policy::default() }.check().is_err());
+        assert!(
+            Policy {
+                backoff: Duration::ZERO,
+                ..Policy::default()
+            }
+            .check()
+            .is_err()
+        );
+        assert!(
+            Policy {
+                backoff: LONG,
+                ..Policy::default()
+            }
+            .check()
+            .is_err()
+        );
+        assert!(
+            Policy {
+                deadline: Duration::ZERO,
+                ..Policy::default()
+            }
+            .check()
+            .is_err()
+        );
     }
 }

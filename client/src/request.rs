@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::client::{Client, header};
 use crate::key::{self, Key};
 use crate::retry::Operation;
-use crate::{Answer, Error, Failure};
+use crate::{Error, Failure, Response};
 
 /// One operation, which is sent under one key however often it is tried. Made by [`Client::publish`] and
 /// [`Client::call`]; mistakes in it come out of [`Request::send`].
@@ -24,19 +24,28 @@ pub struct Request {
     body: Bytes,
     key: Option<Key>,
     deadline: Option<Duration>,
-    wrong: Option<Error>,
+    error: Option<Error>,
 }
 
 impl Request {
     pub(crate) fn new(client: &Client, method: Method, url: Result<Url, Error>) -> Self {
-        let key = Key::made_for(&method);
+        let key = Key::generate_for(&method);
         let client = client.clone();
         let headers = client.inner.headers.clone();
-        let (url, wrong) = match url {
+        let (url, error) = match url {
             Ok(url) => (url, None),
             Err(error) => (client.base().clone(), Some(error)),
         };
-        Request { client, method, url, headers, body: Bytes::new(), key, deadline: None, wrong }
+        Request {
+            client,
+            method,
+            url,
+            headers,
+            body: Bytes::new(),
+            key,
+            deadline: None,
+            error,
+        }
     }
 
     /// The operation's `Idempotency-Key`, 1 to 255 printable ASCII characters that no other operation has: an order
@@ -45,7 +54,7 @@ impl Request {
     ///
     /// Without this, requests whose method is not idempotent (POST, PATCH) get a random UUID, the others none.
     pub fn key(mut self, key: impl Into<String>) -> Self {
-        self.key = Some(Key::Brought(key.into()));
+        self.key = Some(Key::Provided(key.into()));
         self
     }
 
@@ -65,9 +74,12 @@ impl Request {
     pub fn json(mut self, body: &impl Serialize) -> Self {
         match serde_json::to_vec(body) {
             Ok(body) => self.body = body.into(),
-            Err(error) => self.is_wrong(Error::Invalid(format!("the body cannot be written as JSON: {error}"))),
+            Err(error) => self.set_error(Error::Invalid(format!(
+                "the body cannot be written as JSON: {error}"
+            ))),
         }
-        self.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        self.headers
+            .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         self
     }
 
@@ -75,7 +87,7 @@ impl Request {
     pub fn header(mut self, name: &str, value: &str) -> Self {
         match header(name, value) {
             Ok((name, value)) => _ = self.headers.insert(name, value),
-            Err(error) => self.is_wrong(error),
+            Err(error) => self.set_error(error),
         }
         self
     }
@@ -86,11 +98,11 @@ impl Request {
         self
     }
 
-    /// Sends it, and again if that is safe and worth it, until there is a good answer (2xx or 304). It needs a tokio
+    /// Sends it, and again if that is safe and worth it, until there is a good response (2xx or 304). It needs a tokio
     /// runtime with time. Dropping the future stops it: what was sent may still be carried out.
-    pub async fn send(mut self) -> Result<Answer, Error> {
-        if let Some(wrong) = self.wrong.take() {
-            return Err(wrong);
+    pub async fn send(mut self) -> Result<Response, Error> {
+        if let Some(error) = self.error.take() {
+            return Err(error);
         }
         if let Some(key) = &self.key {
             self.headers.insert(key::HEADER, key.header()?);
@@ -101,27 +113,33 @@ impl Request {
             key: self.key.clone(),
             deadline: self.deadline,
         };
-        self.client.inner.retrier.run(&operation, || self.once()).await
+        self.client
+            .inner
+            .retrier
+            .run(&operation, || self.send_once())
+            .await
     }
 
-    /// One try: sends, and reads the answer to its end.
-    async fn once(&self) -> Result<Answer, Failure> {
+    /// One try: sends, and reads the response to its end.
+    async fn send_once(&self) -> Result<Response, Failure> {
         let http = &self.client.inner.http;
-        let mut request = http.request(self.method.clone(), self.url.clone()).headers(self.headers.clone());
+        let mut request = http
+            .request(self.method.clone(), self.url.clone())
+            .headers(self.headers.clone());
         if !self.body.is_empty() || !self.method.is_safe() {
             request = request.body(self.body.clone());
         }
         // Addresses may hold passwords, and errors are written down.
-        let broken = |error: reqwest::Error| Failure::Broken(error.without_url());
-        let mut response = request.send().await.map_err(broken)?;
+        let connection_error = |error: reqwest::Error| Failure::Connection(error.without_url());
+        let mut response = request.send().await.map_err(connection_error)?;
         let (status, headers) = (response.status(), std::mem::take(response.headers_mut()));
-        let body = response.bytes().await.map_err(broken)?;
-        Ok(Answer::new(status, headers, body))
+        let body = response.bytes().await.map_err(connection_error)?;
+        Ok(Response::new(status, headers, body))
     }
 
     /// The first mistake is the one to tell of.
-    fn is_wrong(&mut self, error: Error) {
-        self.wrong.get_or_insert(error);
+    fn set_error(&mut self, error: Error) {
+        self.error.get_or_insert(error);
     }
 }
 
@@ -129,7 +147,10 @@ impl Request {
 impl fmt::Debug for Request {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut request = f.debug_struct("Request");
-        request.field("method", &self.method).field("path", &self.url.path()).field("key", &self.key);
+        request
+            .field("method", &self.method)
+            .field("path", &self.url.path())
+            .field("key", &self.key);
         request.finish_non_exhaustive()
     }
 }

@@ -7,11 +7,11 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::budget::Budget;
-use crate::error::{Error, Failure, GaveUp, Refused, Why};
-use crate::judge::{Verdict, may_have_run, verdict};
+use crate::error::{Error, Failure, GaveUp, GiveUpReason, Refused};
 use crate::key::Key;
 use crate::policy::Policy;
-use crate::{Answer, Method};
+use crate::verdict::{Verdict, may_have_run, verdict};
+use crate::{Method, Response};
 
 /// What decides about retries; a client and its clones have one.
 pub(crate) struct Retrier {
@@ -30,30 +30,36 @@ pub(crate) struct Operation {
 }
 
 impl Retrier {
-    /// Tries until there is an answer that will not change, or no further try is safe, affordable or in time.
-    pub async fn run<T>(&self, operation: &Operation, once: impl Fn() -> T) -> Result<Answer, Error>
+    /// Tries until there is a response that will not change, or no further try is safe, affordable or in time.
+    pub async fn run<T>(
+        &self,
+        operation: &Operation,
+        once: impl Fn() -> T,
+    ) -> Result<Response, Error>
     where
-        T: Future<Output = Result<Answer, Failure>>,
+        T: Future<Output = Result<Response, Failure>>,
     {
-        let begun = Instant::now();
+        let started_at = Instant::now();
         let deadline = operation.deadline.unwrap_or(self.policy.deadline);
-        let left = || deadline.saturating_sub(begun.elapsed());
+        let left = || deadline.saturating_sub(started_at.elapsed());
         let mut tries = 0;
         let mut unclear = false;
-        self.budget().earn(begun);
+        self.budget().deposit(started_at);
         loop {
             tries += 1;
             let limit = self.policy.try_timeout.min(left());
-            let outcome = timeout(limit, once()).await.unwrap_or(Err(Failure::TimedOut(limit)));
+            let outcome = timeout(limit, once())
+                .await
+                .unwrap_or(Err(Failure::TimedOut(limit)));
             let failure = operation.settle(outcome, tries, unclear)?;
             let failure = match failure {
-                Settled::Done(answer) => return Ok(answer),
-                Settled::Failed(failure) => failure,
+                TryResult::Done(response) => return Ok(response),
+                TryResult::Failed(failure) => failure,
             };
             unclear |= operation.has_effects() && may_have_run(&failure);
             match self.next(operation, &failure, tries, deadline, left()) {
                 Ok(wait) => sleep(wait).await,
-                Err(why) => return Err(operation.give_up(why, tries, failure, unclear)),
+                Err(reason) => return Err(operation.give_up(reason, tries, failure, unclear)),
             }
         }
     }
@@ -66,16 +72,23 @@ impl Retrier {
         tries: u32,
         deadline: Duration,
         left: Duration,
-    ) -> Result<Duration, Why> {
+    ) -> Result<Duration, GiveUpReason> {
         if !operation.may_be_repeated() {
-            return Err(Why::NotSafe);
+            return Err(GiveUpReason::NotSafe);
         }
-        let asked = match failure {
-            Failure::Answer(answer) => answer.retry_after(),
-            Failure::TimedOut(_) | Failure::Broken(_) => None,
+        let retry_after = match failure {
+            Failure::Response(response) => response.retry_after(),
+            Failure::TimedOut(_) | Failure::Connection(_) => None,
         };
-        let wait = self.policy.wait(tries, asked, left, (self.random)()).ok_or(Why::Deadline(deadline))?;
-        if self.budget().take(Instant::now()) { Ok(wait) } else { Err(Why::Budget) }
+        let wait = self
+            .policy
+            .wait(tries, retry_after, left, (self.random)())
+            .ok_or(GiveUpReason::Deadline(deadline))?;
+        if self.budget().withdraw(Instant::now()) {
+            Ok(wait)
+        } else {
+            Err(GiveUpReason::Budget)
+        }
     }
 
     /// Counting cannot leave it half-changed, so a panic elsewhere is no reason to stop counting.
@@ -84,39 +97,59 @@ impl Retrier {
     }
 }
 
-enum Settled {
-    Done(Answer),
+enum TryResult {
+    Done(Response),
     Failed(Failure),
 }
 
 impl Operation {
     /// Ends the operation if the outcome of a try ends it.
-    fn settle(&self, outcome: Result<Answer, Failure>, tries: u32, unclear: bool) -> Result<Settled, Error> {
-        let mut answer = match outcome {
-            Ok(answer) => answer,
-            Err(Failure::Broken(error)) if error.is_builder() => return Err(Error::Invalid(error.to_string())),
-            Err(failure) => return Ok(Settled::Failed(failure)),
+    fn settle(
+        &self,
+        outcome: Result<Response, Failure>,
+        tries: u32,
+        unclear: bool,
+    ) -> Result<TryResult, Error> {
+        let mut response = match outcome {
+            Ok(response) => response,
+            Err(Failure::Connection(error)) if error.is_builder() => {
+                return Err(Error::Invalid(error.to_string()));
+            }
+            Err(failure) => return Ok(TryResult::Failed(failure)),
         };
-        answer.tries = tries;
-        answer.key = self.key_text();
-        match verdict(&answer, self.key.as_ref()) {
-            Verdict::Done => Ok(Settled::Done(answer)),
-            Verdict::Again => Ok(Settled::Failed(Failure::Answer(Box::new(answer)))),
+        response.tries = tries;
+        response.key = self.key_string();
+        match verdict(&response, self.key.as_ref()) {
+            Verdict::Done => Ok(TryResult::Done(response)),
+            Verdict::Retry => Ok(TryResult::Failed(Failure::Response(Box::new(response)))),
             Verdict::Refused => {
                 // What is stored under the key is what became of the earlier tries, too.
-                let unclear = unclear && !answer.replayed;
-                Err(Error::Refused(Box::new(Refused { operation: self.name(), answer, unclear })))
+                let unclear = unclear && !response.replayed;
+                Err(Error::Refused(Box::new(Refused {
+                    operation: self.name(),
+                    response,
+                    unclear,
+                })))
             }
             // The key is another operation's, so none of these tries was carried out.
-            Verdict::KeyReused => {
-                Err(Error::KeyReused(Box::new(Refused { operation: self.name(), answer, unclear: false })))
-            }
+            Verdict::KeyReused => Err(Error::KeyReused(Box::new(Refused {
+                operation: self.name(),
+                response,
+                unclear: false,
+            }))),
         }
     }
 
-    fn give_up(&self, why: Why, tries: u32, last: Failure, unclear: bool) -> Error {
-        let (operation, key) = (self.name(), self.key_text());
-        Error::GaveUp(Box::new(GaveUp { operation, why, tries, last, key, unclear }))
+    fn give_up(&self, reason: GiveUpReason, tries: u32, last: Failure, unclear: bool) -> Error {
+        let (operation, key) = (self.name(), self.key_string());
+        Error::GaveUp(Box::new(GaveUp {
+            operation,
+            reason,
+            tries,
+            last,
+            key,
+            unclear,
+        }))
     }
 
     fn may_be_repeated(&self) -> bool {
@@ -131,7 +164,7 @@ impl Operation {
         format!("{} {}", self.method, self.path)
     }
 
-    fn key_text(&self) -> Option<String> {
-        self.key.as_ref().map(|key| key.text().to_owned())
+    fn key_string(&self) -> Option<String> {
+        self.key.as_ref().map(|key| key.as_str().to_owned())
     }
 }

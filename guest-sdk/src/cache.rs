@@ -69,7 +69,12 @@ pub fn put<T: AsRef<str>>(key: &str, value: &[u8], ttl: Duration, tags: &[T]) ->
 ///
 /// # Errors
 /// A retry when it was refused, or when `value` has no JSON form.
-pub fn put_json<T: AsRef<str>>(key: &str, value: &impl Serialize, ttl: Duration, tags: &[T]) -> Result<(), Failure> {
+pub fn put_json<T: AsRef<str>>(
+    key: &str,
+    value: &impl Serialize,
+    ttl: Duration,
+    tags: &[T],
+) -> Result<(), Failure> {
     Ok(put(key, &serde_json::to_vec(value)?, ttl, tags)?)
 }
 

@@ -19,8 +19,10 @@ pub fn get(key: &str) -> Result<Option<String>, Error> {
 /// A retry, with the line that the manifest lacks, when the key is not set: deploying it mends the message too.
 pub fn require(key: &str) -> Result<String, Failure> {
     get(key)?.ok_or_else(|| {
-        Failure::retry(format!("the config value `{key}` is not set; add `{key} = \"...\"` under [worker.config]"))
-            .code("config-missing")
+        Failure::retry(format!(
+            "the config value `{key}` is not set; add `{key} = \"...\"` under [worker.config]"
+        ))
+        .code("config-missing")
     })
 }
 

@@ -64,11 +64,18 @@ impl Failure {
     /// Gives the failure a short, stable name such as `card-declined`.
     #[must_use]
     pub fn code(self, code: impl Into<String>) -> Self {
-        Self { code: Some(code.into()), ..self }
+        Self {
+            code: Some(code.into()),
+            ..self
+        }
     }
 
     fn new(kind: FailureKind, message: impl fmt::Display) -> Self {
-        Self { kind, code: None, message: message.to_string() }
+        Self {
+            kind,
+            code: None,
+            message: message.to_string(),
+        }
     }
 
     pub(crate) fn into_wit(self) -> types::Failure {
@@ -77,7 +84,11 @@ impl Failure {
             FailureKind::RetryAfter(delay) => types::FailureKind::RetryAfter(milliseconds(delay)),
             FailureKind::Reject => types::FailureKind::Reject,
         };
-        types::Failure { kind, code: self.code, message: self.message }
+        types::Failure {
+            kind,
+            code: self.code,
+            message: self.message,
+        }
     }
 }
 
@@ -125,7 +136,10 @@ mod tests {
         }
 
         let failure = Failure::from(Outer("x".parse::<i64>().unwrap_err()));
-        assert_eq!(failure, Failure::retry("cannot read the amount: invalid digit found in string"));
+        assert_eq!(
+            failure,
+            Failure::retry("cannot read the amount: invalid digit found in string")
+        );
     }
 
     #[test]

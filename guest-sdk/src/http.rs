@@ -4,7 +4,9 @@ use std::fmt;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use wasip2::http::types::{Fields, IncomingRequest, Method, OutgoingBody, OutgoingResponse, ResponseOutparam};
+use wasip2::http::types::{
+    Fields, IncomingRequest, Method, OutgoingBody, OutgoingResponse, ResponseOutparam,
+};
 use wasip2::io::streams::StreamError;
 
 use crate::failure::Failure;
@@ -49,13 +51,18 @@ impl Request {
     #[must_use]
     pub fn query(&self, name: &str) -> Option<&str> {
         let (_, query) = self.path_and_query.split_once('?')?;
-        query.split('&').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))
+        query
+            .split('&')
+            .find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))
     }
 
     /// The first value of a header, its name compared without regard to case; none when it is not there, or not UTF-8.
     #[must_use]
     pub fn header(&self, name: &str) -> Option<&str> {
-        let (_, value) = self.headers.iter().find(|(key, _)| key.eq_ignore_ascii_case(name))?;
+        let (_, value) = self
+            .headers
+            .iter()
+            .find(|(key, _)| key.eq_ignore_ascii_case(name))?;
         std::str::from_utf8(value).ok()
     }
 
@@ -64,8 +71,13 @@ impl Request {
     /// # Errors
     /// An answer of 400 that says what is wrong with it.
     pub fn json<T: DeserializeOwned>(&self) -> Result<T, Response> {
-        serde_json::from_slice(&self.body)
-            .map_err(|error| Response::problem(400, "malformed-body", &format!("the body cannot be read: {error}")))
+        serde_json::from_slice(&self.body).map_err(|error| {
+            Response::problem(
+                400,
+                "malformed-body",
+                &format!("the body cannot be read: {error}"),
+            )
+        })
     }
 }
 
@@ -73,14 +85,21 @@ impl Response {
     /// An answer without a body.
     #[must_use]
     pub fn new(status: u16) -> Self {
-        Response { status, headers: Vec::new(), body: Vec::new() }
+        Response {
+            status,
+            headers: Vec::new(),
+            body: Vec::new(),
+        }
     }
 
     /// An answer whose body is `value` as JSON; a value that has no such form is answered with 500.
     #[must_use]
     pub fn json(status: u16, value: &impl Serialize) -> Self {
         match serde_json::to_vec(value) {
-            Ok(body) => Response { body, ..Response::new(status).header("content-type", "application/json") },
+            Ok(body) => Response {
+                body,
+                ..Response::new(status).header("content-type", "application/json")
+            },
             Err(error) => Response::problem(500, "not-serializable", &error.to_string()),
         }
     }
@@ -90,7 +109,10 @@ impl Response {
     pub fn problem(status: u16, code: &str, detail: &str) -> Self {
         let body = serde_json::json!({ "type": "about:blank", "status": status, "code": code, "detail": detail });
         let answer = Response::new(status).header("content-type", "application/problem+json");
-        Response { body: body.to_string().into_bytes(), ..answer }
+        Response {
+            body: body.to_string().into_bytes(),
+            ..answer
+        }
     }
 
     /// Adds a header.
@@ -105,7 +127,11 @@ impl Response {
 impl From<Failure> for Response {
     fn from(failure: Failure) -> Self {
         crate::log::error!("{failure}");
-        Response::problem(500, failure.code.as_deref().unwrap_or("failed"), "the request could not be handled")
+        Response::problem(
+            500,
+            failure.code.as_deref().unwrap_or("failed"),
+            "the request could not be handled",
+        )
     }
 }
 
@@ -118,7 +144,13 @@ macro_rules! from_error {
         }
     )*};
 }
-from_error!(crate::cache::Error, crate::sql::Error, crate::sql::ColumnError, crate::state::Error, crate::outbox::Error);
+from_error!(
+    crate::cache::Error,
+    crate::sql::Error,
+    crate::sql::ColumnError,
+    crate::state::Error,
+    crate::outbox::Error
+);
 
 impl fmt::Display for Response {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -133,7 +165,7 @@ pub fn run(
     out: ResponseOutparam,
     handle: impl FnOnce(Request) -> Result<Response, Response>,
 ) {
-    crate::log::report_panics();
+    crate::log::install_panic_hook();
     let answer = handle(read(request)).unwrap_or_else(|answer| answer);
     write(answer, out);
 }
@@ -147,7 +179,9 @@ fn read(request: &IncomingRequest) -> Request {
             match stream.blocking_read(64 << 10) {
                 Ok(bytes) => body.extend(bytes),
                 Err(StreamError::Closed) => break,
-                Err(StreamError::LastOperationFailed(_)) => failed("read the body of the request"),
+                Err(StreamError::LastOperationFailed(_)) => {
+                    host_error("read the body of the request")
+                }
             }
         }
     }
@@ -176,29 +210,38 @@ fn method(method: Method) -> String {
 }
 
 /// What `wasi:io` takes at once, in bytes.
-const AT_ONCE: usize = 4096;
+const CHUNK_SIZE: usize = 4096;
 
 fn write(answer: Response, out: ResponseOutparam) {
-    let Ok(headers) = Fields::from_list(&answer.headers) else { failed("make the headers of the answer") };
+    let Ok(headers) = Fields::from_list(&answer.headers) else {
+        host_error("make the headers of the answer")
+    };
     let response = OutgoingResponse::new(headers);
     if response.set_status_code(answer.status).is_err() {
-        failed("set the status of the answer");
+        host_error("set the status of the answer");
     }
-    let Ok(body) = response.body() else { failed("begin the body of the answer") };
+    let Ok(body) = response.body() else {
+        host_error("begin the body of the answer")
+    };
     ResponseOutparam::set(out, Ok(response));
-    let Ok(stream) = body.write() else { failed("write the body of the answer") };
-    for bytes in answer.body.chunks(AT_ONCE) {
+    let Ok(stream) = body.write() else {
+        host_error("write the body of the answer")
+    };
+    for bytes in answer.body.chunks(CHUNK_SIZE) {
         if stream.blocking_write_and_flush(bytes).is_err() {
-            failed("write the body of the answer");
+            host_error("write the body of the answer");
         }
     }
     drop(stream);
     if OutgoingBody::finish(body, None).is_err() {
-        failed("finish the body of the answer");
+        host_error("finish the body of the answer");
     }
 }
 
-#[allow(clippy::panic, reason = "there is nobody to answer; the host rolls back")]
-fn failed(doing: &str) -> ! {
+#[allow(
+    clippy::panic,
+    reason = "there is nobody to answer; the host rolls back"
+)]
+fn host_error(doing: &str) -> ! {
     panic!("the host did not let the handler {doing}");
 }

@@ -97,14 +97,18 @@ pub mod prelude {
 #[macro_export]
 macro_rules! handler {
     ($handle:expr) => {
-        #[allow(unsafe_code, reason = "exporting a function by name is unsafe to the compiler")]
+        #[allow(
+            unsafe_code,
+            reason = "exporting a function by name is unsafe to the compiler"
+        )]
         const _: () = {
             struct Worker;
 
             impl $crate::bindings::exports::oncely::worker::handler::Guest for Worker {
                 fn handle(
                     message: $crate::Message,
-                ) -> ::core::result::Result<(), $crate::bindings::oncely::worker::types::Failure> {
+                ) -> ::core::result::Result<(), $crate::bindings::oncely::worker::types::Failure>
+                {
                     $crate::run(message, $handle)
                 }
             }
@@ -126,7 +130,7 @@ pub fn run(
     message: Message,
     handle: impl FnOnce(Message) -> Result<(), Failure>,
 ) -> Result<(), bindings::oncely::worker::types::Failure> {
-    log::report_panics();
+    log::install_panic_hook();
     handle(message).map_err(Failure::into_wit)
 }
 
@@ -207,8 +211,11 @@ pub fn run_batch(
     messages: &[Message],
     handle: impl FnOnce(&[Message]) -> Vec<Result<(), Failure>>,
 ) -> Vec<Result<(), bindings::oncely::worker::types::Failure>> {
-    log::report_panics();
-    handle(messages).into_iter().map(|answer| answer.map_err(Failure::into_wit)).collect()
+    log::install_panic_hook();
+    handle(messages)
+        .into_iter()
+        .map(|answer| answer.map_err(Failure::into_wit))
+        .collect()
 }
 
 /// Makes a function the handler of requests over HTTP of this component, in place of a [`handler!`]. Once in a crate.
@@ -242,7 +249,10 @@ pub fn run_batch(
 #[macro_export]
 macro_rules! http_handler {
     ($handle:expr) => {
-        #[allow(unsafe_code, reason = "exporting a function by name is unsafe to the compiler")]
+        #[allow(
+            unsafe_code,
+            reason = "exporting a function by name is unsafe to the compiler"
+        )]
         const _: () = {
             struct Worker;
 
@@ -263,7 +273,8 @@ macro_rules! http_handler {
             #[cfg(not(target_family = "wasm"))]
             const _: fn(
                 $crate::http::Request,
-            ) -> ::core::result::Result<$crate::http::Response, $crate::http::Response> = $handle;
+            )
+                -> ::core::result::Result<$crate::http::Response, $crate::http::Response> = $handle;
         };
     };
 }

@@ -12,7 +12,8 @@ pub use crate::bindings::wasi::logging::logging::Level;
 use crate::bindings::wasi::logging::logging::log;
 #[doc(inline)]
 pub use crate::{
-    __critical as critical, __debug as debug, __error as error, __info as info, __trace as trace, __warn as warn,
+    __critical as critical, __debug as debug, __error as error, __info as info, __trace as trace,
+    __warn as warn,
 };
 
 /// Writes one line. `context` groups lines by topic and may be empty.
@@ -21,8 +22,10 @@ pub fn write(level: Level, context: &str, message: &str) {
 }
 
 /// Has a panic logged before it traps: a trap alone says nothing to the person who reads the dead letter.
-pub(crate) fn report_panics() {
-    std::panic::set_hook(Box::new(|panic| write(Level::Critical, "panic", &panic.to_string())));
+pub(crate) fn install_panic_hook() {
+    std::panic::set_hook(Box::new(|panic| {
+        write(Level::Critical, "panic", &panic.to_string())
+    }));
 }
 
 /// One line of a level, with or without a context; what the six below share.

@@ -33,17 +33,21 @@ impl Message {
     /// # Errors
     /// A reject with the code `malformed` when it is not UTF-8.
     pub fn text(&self) -> Result<&str, Failure> {
-        std::str::from_utf8(&self.body).map_err(|error| malformed(format!("the body is not UTF-8 text: {error}")))
+        std::str::from_utf8(&self.body)
+            .map_err(|error| malformed(format!("the body is not UTF-8 text: {error}")))
     }
 
     /// The first value of a header, its name compared without regard to case.
     pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
+        self.headers
+            .iter()
+            .find(|(key, _)| key.eq_ignore_ascii_case(name))
+            .map(|(_, value)| value.as_str())
     }
 }
 
-fn malformed(sentence: String) -> Failure {
-    Failure::reject(sentence).code("malformed")
+fn malformed(message: String) -> Failure {
+    Failure::reject(message).code("malformed")
 }
 
 #[cfg(test)]
@@ -62,7 +66,10 @@ mod tests {
         Message {
             id: "e1".to_owned(),
             subject: "orders.new".to_owned(),
-            headers: vec![("Account".to_owned(), "a".to_owned()), ("account".to_owned(), "b".to_owned())],
+            headers: vec![
+                ("Account".to_owned(), "a".to_owned()),
+                ("account".to_owned(), "b".to_owned()),
+            ],
             body: body.into(),
             origin: None,
         }
@@ -78,7 +85,10 @@ mod tests {
         let failure = message(r#"{"cent":7}"#).json::<Order>().unwrap_err();
         assert_eq!(failure.kind, FailureKind::Reject);
         assert_eq!(failure.code.as_deref(), Some("malformed"));
-        assert_eq!(failure.message, "the body is not the expected JSON: missing field `cents` at line 1 column 10");
+        assert_eq!(
+            failure.message,
+            "the body is not the expected JSON: missing field `cents` at line 1 column 10"
+        );
     }
 
     #[test]

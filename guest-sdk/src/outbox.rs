@@ -53,10 +53,10 @@ impl Outgoing {
         let subject = subject.into();
         match serde_json::to_vec(value) {
             Ok(body) => Ok(Self::new(subject, body).header("Content-Type", "application/json")),
-            Err(error) => {
-                Err(Failure::reject(format!("the message for `{subject}` cannot be written as JSON: {error}"))
-                    .code("not-serializable"))
-            }
+            Err(error) => Err(Failure::reject(format!(
+                "the message for `{subject}` cannot be written as JSON: {error}"
+            ))
+            .code("not-serializable")),
         }
     }
 

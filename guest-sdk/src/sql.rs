@@ -46,7 +46,9 @@ pub use crate::bindings::oncely::worker::sql::{DatabaseError, Dialect, Value};
 /// # Errors
 /// See [`ErrorKind`].
 pub fn query(statement: &str, params: &[Value]) -> Result<Vec<Row>, Error> {
-    wit::query(statement, params).map(Row::all_of).map_err(Error::new)
+    wit::query(statement, params)
+        .map(Row::from_row_set)
+        .map_err(Error::new)
 }
 
 /// Runs a statement and returns its only row, or none.
@@ -57,7 +59,9 @@ pub fn query_optional(statement: &str, params: &[Value]) -> Result<Option<Row>, 
     let mut rows = query(statement, params)?;
     match rows.len() {
         0 | 1 => Ok(rows.pop()),
-        several => Err(Error::other(format!("the statement returned {several} rows where at most one was expected"))),
+        several => Err(Error::other(format!(
+            "the statement returned {several} rows where at most one was expected"
+        ))),
     }
 }
 
@@ -66,8 +70,9 @@ pub fn query_optional(statement: &str, params: &[Value]) -> Result<Option<Row>, 
 /// # Errors
 /// See [`ErrorKind`]; also when there is no row, or more than one.
 pub fn query_one(statement: &str, params: &[Value]) -> Result<Row, Error> {
-    query_optional(statement, params)?
-        .ok_or_else(|| Error::other("the statement returned no row where one was expected".to_owned()))
+    query_optional(statement, params)?.ok_or_else(|| {
+        Error::other("the statement returned no row where one was expected".to_owned())
+    })
 }
 
 /// Runs a statement and returns how many rows it changed.

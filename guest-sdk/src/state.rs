@@ -31,11 +31,14 @@ pub fn get(key: &str) -> Result<Option<Entry>, Error> {
 /// # Errors
 /// A retry when the state cannot be reached or holds something else than the JSON that `T` expects.
 pub fn get_json<T: DeserializeOwned>(key: &str) -> Result<Option<T>, Failure> {
-    let Some(entry) = get(key)? else { return Ok(None) };
-    entry
-        .json()
-        .map(Some)
-        .map_err(|error| Failure::retry(format!("the state under `{key}` is not as expected: {error}")))
+    let Some(entry) = get(key)? else {
+        return Ok(None);
+    };
+    entry.json().map(Some).map_err(|error| {
+        Failure::retry(format!(
+            "the state under `{key}` is not as expected: {error}"
+        ))
+    })
 }
 
 /// Sets a value and returns its new version.
@@ -114,8 +117,12 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
-            ErrorKind::VersionMismatch(Some(found)) => write!(f, "the key has changed: it is at version {found} now"),
-            ErrorKind::VersionMismatch(None) => f.write_str("the key has changed: it is not there any more"),
+            ErrorKind::VersionMismatch(Some(found)) => {
+                write!(f, "the key has changed: it is at version {found} now")
+            }
+            ErrorKind::VersionMismatch(None) => {
+                f.write_str("the key has changed: it is not there any more")
+            }
             ErrorKind::InvalidKey(why)
             | ErrorKind::TooLarge(why)
             | ErrorKind::TransactionFailed(why)

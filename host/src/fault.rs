@@ -22,15 +22,15 @@ pub const BEFORE_COMMIT: &str = "before_commit";
 /// The commit is confirmed, nothing is acknowledged.
 pub const AFTER_COMMIT: &str = "after_commit_before_ack";
 /// One message is acknowledged, its neighbours may not be; the acknowledgement may not have left.
-pub const AFTER_ACK: &str = "some_of_batch_acked";
+pub const AFTER_ACK: &str = "batch_partly_acked";
 /// It is noted that a message is about to be handled alone.
-pub const NOTED_UNFINISHED: &str = "noted_unfinished";
+pub const CRASH_MARKER_SET: &str = "crash_marker_set";
 /// A batch is about to run again without the member that spoiled it.
 pub const BEFORE_RERUN: &str = "before_rerun";
 /// Failed attempts are counted; the message is neither given back nor buried.
 pub const AFTER_COUNT: &str = "after_attempts_counted";
 /// Dead letters are committed, their messages not acknowledged.
-pub const AFTER_BURIAL: &str = "dead_letter_committed_not_acked";
+pub const AFTER_DEAD_LETTER: &str = "dead_letter_committed_not_acked";
 /// Dead letters are put back, which is not committed.
 pub const BEFORE_REDRIVE: &str = "redrive_not_committed";
 /// Dead letters are put back, the messages that say so are not handed over.
@@ -48,21 +48,21 @@ pub const BEFORE_MARK: &str = "relay_acknowledged_not_marked";
 /// Outputs are marked as published.
 pub const AFTER_MARK: &str = "relay_marked";
 /// Outputs that were not published are about to be put back.
-pub const BEFORE_PUT_BACK: &str = "relay_before_put_back";
+pub const BEFORE_RELEASE: &str = "relay_before_release";
 /// Outputs that a stream has lost are no longer marked as published.
-pub const PUBLISH_AGAIN: &str = "relay_publishes_again";
+pub const REPUBLISH: &str = "relay_republish";
 /// Outputs were read from the log and are about to be sent.
-pub const LOG_READ: &str = "log_outputs_read";
+pub const WAL_READ: &str = "wal_outputs_read";
 /// What became of outputs from the log is about to be recorded.
-pub const BEFORE_LOG_RECORD: &str = "log_before_record";
+pub const BEFORE_WAL_RECORD: &str = "wal_before_record";
 /// It is recorded; the server may not know.
-pub const AFTER_LOG_RECORD: &str = "log_recorded";
+pub const AFTER_WAL_RECORD: &str = "wal_recorded";
 /// The replication slot is made; outputs still go by polling.
-pub const SLOT_MADE: &str = "log_slot_made";
+pub const SLOT_CREATED: &str = "wal_slot_created";
 /// Outputs go by polling again; some are in the log.
-pub const LOG_LEFT: &str = "log_left";
+pub const WAL_LEFT: &str = "wal_left";
 /// Some outputs were brought over from the log to polling.
-pub const BROUGHT_OVER: &str = "log_brought_over";
+pub const WAL_OUTPUTS_MOVED: &str = "wal_outputs_moved";
 /// Old rows were removed.
 pub const AFTER_PRUNE: &str = "after_prune";
 /// The old version of a worker is drained, the new one is yet to start.
@@ -82,10 +82,10 @@ pub const POINTS: &[&str] = &[
     BEFORE_COMMIT,
     AFTER_COMMIT,
     AFTER_ACK,
-    NOTED_UNFINISHED,
+    CRASH_MARKER_SET,
     BEFORE_RERUN,
     AFTER_COUNT,
-    AFTER_BURIAL,
+    AFTER_DEAD_LETTER,
     BEFORE_REDRIVE,
     AFTER_REDRIVE,
     REDRIVE_READ,
@@ -94,8 +94,8 @@ pub const POINTS: &[&str] = &[
     PUBLISH_SENT,
     BEFORE_MARK,
     AFTER_MARK,
-    BEFORE_PUT_BACK,
-    PUBLISH_AGAIN,
+    BEFORE_RELEASE,
+    REPUBLISH,
     AFTER_PRUNE,
     DEPLOY_SWAP,
     MIGRATING,
@@ -103,7 +103,14 @@ pub const POINTS: &[&str] = &[
 ];
 
 /// The points that only a host passes whose outputs go by the log, or just did (PostgreSQL).
-pub const LOG_POINTS: &[&str] = &[LOG_READ, BEFORE_LOG_RECORD, AFTER_LOG_RECORD, SLOT_MADE, LOG_LEFT, BROUGHT_OVER];
+pub const WAL_POINTS: &[&str] = &[
+    WAL_READ,
+    BEFORE_WAL_RECORD,
+    AFTER_WAL_RECORD,
+    SLOT_CREATED,
+    WAL_LEFT,
+    WAL_OUTPUTS_MOVED,
+];
 
 /// Seen, not a place to die: the inbox knew a message already.
 pub const DUPLICATE_SKIPPED: &str = "duplicate_skipped";
@@ -120,9 +127,9 @@ pub const ACK_BEFORE_COMMIT: &str = "ack_before_commit";
 /// What the inbox says about an event is ignored.
 pub const SKIP_CLAIM: &str = "skip_claim";
 /// The inbox is committed before the guests run.
-pub const INBOX_IN_ITS_OWN_TX: &str = "inbox_in_its_own_tx";
+pub const INBOX_IN_OWN_TX: &str = "inbox_in_own_tx";
 /// Members that failed keep their claim.
-pub const SKIP_UNCLAIM: &str = "skip_unclaim";
+pub const SKIP_RELEASE: &str = "skip_release";
 /// Nobody remembers that a statement failed, and a commit without its fence is believed, whatever it did (PostgreSQL).
 pub const IGNORE_COMMIT_TAG: &str = "ignore_commit_tag";
 /// A commit whose answer was lost is sent again on another connection, where it does nothing and succeeds (PostgreSQL).
@@ -140,7 +147,7 @@ pub const MARK_BEFORE_PUBACK: &str = "mark_before_puback";
 /// Marking one output marks all.
 pub const MARK_WITHOUT_FILTER: &str = "mark_without_filter";
 /// Dead messages are settled without a letter.
-pub const BURY_NOTHING: &str = "bury_nothing";
+pub const SKIP_DEAD_LETTER: &str = "skip_dead_letter";
 /// A failure is counted for every member of its batch.
 pub const CHARGE_WHOLE_BATCH: &str = "charge_whole_batch";
 /// Two payloads under one event id look the same.
@@ -148,7 +155,7 @@ pub const DROP_PAYLOAD_HASH: &str = "drop_payload_hash";
 /// Guests may set the platform's headers.
 pub const ALLOW_RESERVED_HEADERS: &str = "allow_reserved_headers";
 /// A stream that knows the id of an output is believed to hold that output.
-pub const BELIEVE_DUPLICATE: &str = "believe_duplicate";
+pub const TRUST_DUPLICATE: &str = "trust_duplicate";
 /// A worker handles the dead letter that a pointer names, whichever worker it belongs to.
 pub const POINTER_WITHOUT_WORKER: &str = "pointer_without_worker";
 /// A transaction begins with its session as the one before left it (PostgreSQL).
@@ -160,8 +167,8 @@ pub const LEASES_WITHOUT_INSTANCE: &str = "leases_without_instance";
 pub const MUTANTS: &[&str] = &[
     ACK_BEFORE_COMMIT,
     SKIP_CLAIM,
-    INBOX_IN_ITS_OWN_TX,
-    SKIP_UNCLAIM,
+    INBOX_IN_OWN_TX,
+    SKIP_RELEASE,
     IGNORE_COMMIT_TAG,
     RESEND_COMMIT,
     RESOLVE_BY_SELECT,
@@ -170,18 +177,18 @@ pub const MUTANTS: &[&str] = &[
     CURSOR_BY_SEQ,
     MARK_BEFORE_PUBACK,
     MARK_WITHOUT_FILTER,
-    BURY_NOTHING,
+    SKIP_DEAD_LETTER,
     CHARGE_WHOLE_BATCH,
     DROP_PAYLOAD_HASH,
     ALLOW_RESERVED_HEADERS,
-    BELIEVE_DUPLICATE,
+    TRUST_DUPLICATE,
     POINTER_WITHOUT_WORKER,
     NO_SESSION_RESET,
     LEASES_WITHOUT_INSTANCE,
 ];
 
 #[cfg(feature = "faults")]
-pub use armed::{distrust_inbox, distrusts_inbox, is_behind, mutant, point, witness};
+pub use armed::{ignore_inbox, ignores_inbox, is_past_cursor, mutant, point, witness};
 
 /// Passes a point, and dies there if that is what the test wants.
 #[cfg(not(feature = "faults"))]
@@ -203,19 +210,19 @@ pub fn mutant(_name: &str) -> bool {
 /// Whether a cursor over the outbox would have gone past `seq`.
 #[cfg(not(feature = "faults"))]
 #[inline(always)]
-pub fn is_behind(_seq: i64) -> bool {
+pub fn is_past_cursor(_seq: i64) -> bool {
     false
 }
 
 /// Ignores what the inbox will say about an event.
 #[cfg(not(feature = "faults"))]
 #[inline(always)]
-pub fn distrust_inbox(_event_id: &str) {}
+pub fn ignore_inbox(_event_id: &str) {}
 
 /// Whether what the inbox says about an event is ignored.
 #[cfg(not(feature = "faults"))]
 #[inline(always)]
-pub fn distrusts_inbox(_event_id: &str) -> bool {
+pub fn ignores_inbox(_event_id: &str) -> bool {
     false
 }
 
@@ -253,7 +260,7 @@ mod armed {
         }
 
         /// One write for each line, so that lines of several hosts do not mix.
-        fn note(&self, what: &str, name: &str) {
+        fn append(&self, what: &str, name: &str) {
             if let Some(mut log) = self.log.as_ref() {
                 let _ = log.write_all(format!("{what} {name}\n").as_bytes());
             }
@@ -269,17 +276,21 @@ mod armed {
 
     /// Passes a point, and dies there if that is what the test wants.
     pub fn point(name: &str) {
-        ARMED.note("pass", name);
+        ARMED.append("pass", name);
         let pass = ARMED.pass(name);
-        if ARMED.fault.as_ref().is_some_and(|(wanted, nth)| wanted == name && *nth == pass) {
-            ARMED.note("abort", name);
+        if ARMED
+            .fault
+            .as_ref()
+            .is_some_and(|(wanted, nth)| wanted == name && *nth == pass)
+        {
+            ARMED.append("abort", name);
             std::process::abort();
         }
     }
 
     /// Notes that something was seen that a test must not miss.
     pub fn witness(name: &str) {
-        ARMED.note("pass", name);
+        ARMED.append("pass", name);
     }
 
     /// Whether this host is that mutant.
@@ -290,19 +301,23 @@ mod armed {
     static DISTRUSTED: Mutex<Option<HashSet<String>>> = Mutex::new(None);
 
     /// Ignores what the inbox will say about an event.
-    pub fn distrust_inbox(event_id: &str) {
+    pub fn ignore_inbox(event_id: &str) {
         let mut distrusted = DISTRUSTED.lock().unwrap_or_else(PoisonError::into_inner);
-        distrusted.get_or_insert_default().insert(event_id.to_owned());
+        distrusted
+            .get_or_insert_default()
+            .insert(event_id.to_owned());
     }
 
     /// Whether what the inbox says about an event is ignored.
-    pub fn distrusts_inbox(event_id: &str) -> bool {
+    pub fn ignores_inbox(event_id: &str) -> bool {
         let distrusted = DISTRUSTED.lock().unwrap_or_else(PoisonError::into_inner);
-        distrusted.as_ref().is_some_and(|distrusted| distrusted.contains(event_id))
+        distrusted
+            .as_ref()
+            .is_some_and(|distrusted| distrusted.contains(event_id))
     }
 
     /// Whether a cursor over the outbox would have gone past `seq`.
-    pub fn is_behind(seq: i64) -> bool {
+    pub fn is_past_cursor(seq: i64) -> bool {
         static HIGHEST: AtomicI64 = AtomicI64::new(i64::MIN);
         HIGHEST.fetch_max(seq, Ordering::Relaxed) > seq
     }

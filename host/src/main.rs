@@ -19,10 +19,10 @@ fn main() -> ExitCode {
         }
     };
     match runtime.block_on(cli.run()) {
-        Ok(()) => exit::Exit::Done.into(),
+        Ok(()) => exit::Exit::Success.into(),
         Err(error) => {
             term::error(&error);
-            exit::Exit::of(&error).into()
+            exit::Exit::from_error(&error).into()
         }
     }
 }

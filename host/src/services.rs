@@ -7,14 +7,14 @@ use anyhow::{Context, Result};
 use bytes::Bytes;
 use jiff::Timestamp;
 
-use crate::bus::{Bus, Unhandled};
+use crate::bus::{Bus, UnhandledMessages};
 use crate::cache::Cache;
 use crate::config::manifest::Worker;
-use crate::delivery::{Breaks, Delivery};
+use crate::delivery::{ConnectionBreaks, Delivery};
 use crate::guest::{Guest, GuestEngine, check_kind};
 use crate::metrics::Metrics;
 use crate::metrics::health::Health;
-use crate::relay::{HandOver, RelayState};
+use crate::relay::{RelayHandle, RelayState};
 use crate::store::{DeploymentRecord, OutboxRow, Store};
 
 /// How long the server may take to answer for the age of a worker's oldest message.
@@ -34,16 +34,19 @@ pub struct Services {
 }
 
 /// The way to the relay, until the host drains.
-pub struct RelayLink(Mutex<Option<HandOver>>);
+pub struct RelayLink(Mutex<Option<RelayHandle>>);
 
 impl RelayLink {
-    pub fn new(hand_over: HandOver) -> Self {
+    pub fn new(hand_over: RelayHandle) -> Self {
         RelayLink(Mutex::new(Some(hand_over)))
     }
 
     /// None once the host drains.
-    pub fn get(&self) -> Option<HandOver> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    pub fn get(&self) -> Option<RelayHandle> {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     pub fn close(&self) {
@@ -54,13 +57,21 @@ impl RelayLink {
 impl Services {
     /// The active deployment of a worker; none when it has none.
     pub async fn active_deployment(&self, worker: &str) -> Result<Option<DeploymentRecord>> {
-        Ok(self.store.active_deployments().await?.into_iter().find(|deployment| deployment.worker == worker))
+        Ok(self
+            .store
+            .active_deployments()
+            .await?
+            .into_iter()
+            .find(|deployment| deployment.worker == worker))
     }
 
     /// The manifests of the active deployments; unreadable ones are left out.
     pub async fn deployed_workers(&self) -> Result<Vec<Worker>> {
         let deployments = self.store.active_deployments().await?;
-        Ok(deployments.iter().filter_map(|deployment| serde_json::from_str(&deployment.manifest).ok()).collect())
+        Ok(deployments
+            .iter()
+            .filter_map(|deployment| serde_json::from_str(&deployment.manifest).ok())
+            .collect())
     }
 
     /// Checks and compiles a component; dropping the future ends that.
@@ -70,7 +81,8 @@ impl Services {
 
     /// Compiles the component of a deployment and reads its manifest: everything that can fail before it starts.
     pub async fn prepare(&self, deployment: &DeploymentRecord) -> Result<Delivery> {
-        let worker: Worker = serde_json::from_str(&deployment.manifest).context("read the deployment's manifest")?;
+        let worker: Worker =
+            serde_json::from_str(&deployment.manifest).context("read the deployment's manifest")?;
         let wasm = self
             .store
             .component(&deployment.digest)
@@ -86,13 +98,13 @@ impl Services {
             payload_max: self.bus.max_payload(),
             metrics: Arc::clone(&self.metrics),
             cache: self.cache.clone(),
-            breaks: Breaks::default(),
+            connection_breaks: ConnectionBreaks::default(),
             health: Arc::clone(&self.health),
         })
     }
 
     /// The active deployment of a worker, ready to run; none when it has none.
-    pub async fn current(&self, worker: &str) -> Result<Option<Delivery>> {
+    pub async fn active_delivery(&self, worker: &str) -> Result<Option<Delivery>> {
         match self.active_deployment(worker).await? {
             Some(deployment) => Ok(Some(self.prepare(&deployment).await?)),
             None => Ok(None),
@@ -101,7 +113,7 @@ impl Services {
 
     /// Hands committed outputs to the relay, whose leases began at `since` or later. A host that drains leaves them to the
     /// poller of another one.
-    pub async fn publish_soon(&self, rows: Vec<OutboxRow>, since: Instant) {
+    pub async fn publish_outputs(&self, rows: Vec<OutboxRow>, since: Instant) {
         if let Some(relay) = self.relay.get() {
             relay.hand_over(rows, since).await;
         }
@@ -110,14 +122,19 @@ impl Services {
     /// The age of the oldest message on the stream that waits for a worker on any host: zero when none waits, none when the
     /// server does not answer in time.
     pub async fn unhandled_age(&self, worker: &Worker) -> Option<Duration> {
-        let probe = self.bus.probe(worker.stream.as_ref()?, &worker.subjects, &worker.durable());
-        let unhandled = tokio::time::timeout(AGE_WITHIN, probe.unhandled()).await.ok()?.ok()?;
+        let probe = self
+            .bus
+            .probe(worker.stream.as_ref()?, &worker.subjects, &worker.durable());
+        let unhandled = tokio::time::timeout(AGE_WITHIN, probe.unhandled())
+            .await
+            .ok()?
+            .ok()?;
         Some(age(unhandled).unwrap_or_default())
     }
 }
 
 /// The age of the oldest waiting message; none when none waits.
-pub fn age(unhandled: Unhandled) -> Option<Duration> {
+pub fn age(unhandled: UnhandledMessages) -> Option<Duration> {
     let stored = unhandled.oldest?;
     // The broker's clock may be ahead of the host's.
     Some(Duration::try_from(Timestamp::now().duration_since(stored)).unwrap_or_default())

@@ -13,19 +13,19 @@ pub enum Work {
 
 /// Who does it.
 #[derive(Debug, Clone, Copy)]
-pub enum Who {
+pub enum Implementation {
     /// A loop written by hand: one transaction for each message, 32 at a time.
     HandWritten,
     /// A host, with these settings of its worker.
     Host { settings: &'static str },
     /// The same, whose outputs are published from the database's log.
-    HostByLog { settings: &'static str },
+    HostInWalMode { settings: &'static str },
 }
 
 pub struct Contender {
     pub name: &'static str,
-    pub what: &'static str,
-    pub who: Who,
+    pub description: &'static str,
+    pub implementation: Implementation,
     pub work: Work,
     /// How many in a hundred messages fail for good, and whether they run SQL before that.
     pub poison: Option<(usize, bool)>,
@@ -38,56 +38,127 @@ pub struct Contender {
 const SQL: &str = "[worker.retry]\nattempts = 1";
 const SQL_BATCH: &str = "isolation = \"batch\"\n[worker.retry]\nattempts = 1";
 /// Messages of a key go to one lane: two lanes that changed the same state at the same time would stand in each other's way.
-const STATE: &str = "ordering_key = \"header:Key\"\nstate_keys = [\"{header:Key}\"]\n[worker.retry]\nattempts = 1";
+const STATE: &str =
+    "ordering_key = \"header:Key\"\nstate_keys = [\"{header:Key}\"]\n[worker.retry]\nattempts = 1";
 const STATE_BATCH: &str = "isolation = \"batch\"\nordering_key = \"header:Key\"\nstate_keys = [\"{header:Key}\"]\n[worker.retry]\nattempts = 1";
-const STATE_SMALL: &str =
-    "batch = 32\nordering_key = \"header:Key\"\nstate_keys = [\"{header:Key}\"]\n[worker.retry]\nattempts = 1";
+const STATE_SMALL: &str = "batch = 32\nordering_key = \"header:Key\"\nstate_keys = [\"{header:Key}\"]\n[worker.retry]\nattempts = 1";
 const STATE_KEY_BY_KEY: &str = "ordering_key = \"header:Key\"\n[worker.retry]\nattempts = 1";
 
-const fn host(name: &'static str, what: &'static str, settings: &'static str, work: Work) -> Contender {
+const fn host(
+    name: &'static str,
+    description: &'static str,
+    settings: &'static str,
+    work: Work,
+) -> Contender {
     let baseline = Some(match work {
         Work::State | Work::StateInOrder => "state, by hand",
         Work::Sql => "sql, by hand",
     });
-    Contender { name, what, who: Who::Host { settings }, work, poison: None, baseline, wanted: None }
+    Contender {
+        name,
+        description,
+        implementation: Implementation::Host { settings },
+        work,
+        poison: None,
+        baseline,
+        wanted: None,
+    }
 }
 
 const fn by_hand(name: &'static str, work: Work) -> Contender {
-    let what = "async-nats and sqlx: one transaction for each message, 32 at a time, and a relay beside it";
-    Contender { name, what, who: Who::HandWritten, work, poison: None, baseline: None, wanted: None }
+    let description = "async-nats and sqlx: one transaction for each message, 32 at a time, and a relay beside it";
+    Contender {
+        name,
+        description,
+        implementation: Implementation::HandWritten,
+        work,
+        poison: None,
+        baseline: None,
+        wanted: None,
+    }
 }
 
 pub const CONTENDERS: &[Contender] = &[
     by_hand("state, by hand", Work::State),
     Contender {
         wanted: Some(4.0),
-        ..host("state", "keyed state, a fresh instance for each message, state_keys", STATE, Work::State)
+        ..host(
+            "state",
+            "keyed state, a fresh instance for each message, state_keys",
+            STATE,
+            Work::State,
+        )
     },
-    host("state, key by key", "the same without state_keys", STATE_KEY_BY_KEY, Work::State),
-    host("state, batch = 32", "at most 32 messages in a transaction", STATE_SMALL, Work::State),
-    host("state, outputs in order", "outputs of a key are published one after the other", STATE, Work::StateInOrder),
-    host("state, isolation = batch", "an instance for each batch", STATE_BATCH, Work::State),
+    host(
+        "state, key by key",
+        "the same without state_keys",
+        STATE_KEY_BY_KEY,
+        Work::State,
+    ),
+    host(
+        "state, batch = 32",
+        "at most 32 messages in a transaction",
+        STATE_SMALL,
+        Work::State,
+    ),
+    host(
+        "state, outputs in order",
+        "outputs of a key are published one after the other",
+        STATE,
+        Work::StateInOrder,
+    ),
+    host(
+        "state, isolation = batch",
+        "an instance for each batch",
+        STATE_BATCH,
+        Work::State,
+    ),
     Contender {
-        who: Who::HostByLog { settings: STATE },
+        implementation: Implementation::HostInWalMode { settings: STATE },
         baseline: Some("state"),
-        ..host("state, relay = wal", "outputs are published from the database's log", STATE, Work::State)
+        ..host(
+            "state, relay = wal",
+            "outputs are published from the database's log",
+            STATE,
+            Work::State,
+        )
     },
     by_hand("sql, by hand", Work::Sql),
     Contender {
         wanted: Some(1.5),
-        ..host("sql", "one statement for each message, a fresh instance for each", SQL, Work::Sql)
+        ..host(
+            "sql",
+            "one statement for each message, a fresh instance for each",
+            SQL,
+            Work::Sql,
+        )
     },
-    host("sql, isolation = batch", "an instance for each batch", SQL_BATCH, Work::Sql),
+    host(
+        "sql, isolation = batch",
+        "an instance for each batch",
+        SQL_BATCH,
+        Work::Sql,
+    ),
     Contender {
         poison: Some((10, false)),
         baseline: Some("state"),
         wanted: Some(0.4),
-        ..host("state, 10 % poison", "one in ten is rejected", STATE, Work::State)
+        ..host(
+            "state, 10 % poison",
+            "one in ten is rejected",
+            STATE,
+            Work::State,
+        )
     },
     Contender {
         poison: Some((10, true)),
         baseline: Some("sql"),
         wanted: Some(0.4),
-        ..host("sql, 10 % poison after sql", "one in ten is rejected after its statement", SQL, Work::Sql)
+        ..host(
+            "sql, 10 % poison after sql",
+            "one in ten is rejected after its statement",
+            SQL,
+            Work::Sql,
+        )
     },
 ];

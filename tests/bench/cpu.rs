@@ -5,12 +5,17 @@ use std::fs;
 
 /// Seconds of processor time by program, so far; empty where there is no `/proc`.
 pub fn seconds() -> BTreeMap<String, f64> {
-    let processes: HashMap<u32, Process> =
-        fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(|entry| read(&entry.path())).collect();
+    let processes: HashMap<u32, Process> = fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| read(&entry.path()))
+        .collect();
     let mut seconds = BTreeMap::new();
     for (pid, process) in &processes {
         if is_ours(*pid, &processes) {
-            *seconds.entry(process.name.clone()).or_default() += process.ticks as f64 / TICKS_PER_SECOND;
+            *seconds.entry(process.name.clone()).or_default() +=
+                process.ticks as f64 / TICKS_PER_SECOND;
         }
     }
     seconds
@@ -34,7 +39,14 @@ fn read(folder: &std::path::Path) -> Option<(u32, Process)> {
     let fields: Vec<&str> = after.split(' ').collect();
     let number = |at: usize| fields.get(at).and_then(|field| field.parse::<u64>().ok());
     let ticks = (11..15).filter_map(number).sum();
-    Some((pid, Process { name, parent: u32::try_from(number(1)?).ok()?, ticks }))
+    Some((
+        pid,
+        Process {
+            name,
+            parent: u32::try_from(number(1)?).ok()?,
+            ticks,
+        },
+    ))
 }
 
 fn is_ours(pid: u32, processes: &HashMap<u32, Process>) -> bool {

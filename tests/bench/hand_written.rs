@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use async_nats::HeaderMap;
-use async_nats::jetstream::{self, consumer::PullConsumer, consumer::pull, context::Context as JetStream};
+use async_nats::jetstream::{
+    self, consumer::PullConsumer, consumer::pull, context::Context as JetStream,
+};
 use futures::TryStreamExt;
 use serde_json::{Value, json};
 use sqlx::Row;
@@ -43,21 +45,36 @@ impl HandWritten {
 
 /// Starts the consumer and the relay.
 pub async fn start(world: &World, work: Work) -> Result<HandWritten> {
-    let Database::Postgres { direct, .. } = &world.database else { unreachable!() };
+    let Database::Postgres { direct, .. } = &world.database else {
+        unreachable!()
+    };
     // One more for the relay.
-    let pool = PgPoolOptions::new().max_connections(IN_FLIGHT as u32 + 1).connect(direct).await?;
+    let pool = PgPoolOptions::new()
+        .max_connections(IN_FLIGHT as u32 + 1)
+        .connect(direct)
+        .await?;
     sqlx::raw_sql(TABLES).execute(&pool).await?;
     let context = jetstream::new(world.nats.client().await?);
     let stream = context.get_stream("IN").await?;
-    let config = pull::Config { durable_name: Some("hand".into()), max_ack_pending: 10_000, ..Default::default() };
+    let config = pull::Config {
+        durable_name: Some("hand".into()),
+        max_ack_pending: 10_000,
+        ..Default::default()
+    };
     let consumer: PullConsumer = stream.create_consumer(config).await?;
     let relay = tokio::spawn(relay(pool.clone(), context));
     let consume = tokio::spawn(consume(pool, consumer, work));
-    Ok(HandWritten { tasks: vec![relay, consume] })
+    Ok(HandWritten {
+        tasks: vec![relay, consume],
+    })
 }
 
 async fn consume(pool: PgPool, consumer: PullConsumer, work: Work) -> Result<()> {
-    let messages = consumer.stream().max_messages_per_batch(500).messages().await?;
+    let messages = consumer
+        .stream()
+        .max_messages_per_batch(500)
+        .messages()
+        .await?;
     let handle = |message: jetstream::Message| {
         let pool = pool.clone();
         async move {
@@ -65,23 +82,32 @@ async fn consume(pool: PgPool, consumer: PullConsumer, work: Work) -> Result<()>
             message.ack().await.map_err(anyhow::Error::from_boxed)
         }
     };
-    messages.map_err(anyhow::Error::from).try_for_each_concurrent(IN_FLIGHT, handle).await
+    messages
+        .map_err(anyhow::Error::from)
+        .try_for_each_concurrent(IN_FLIGHT, handle)
+        .await
 }
 
 async fn handle(pool: &PgPool, message: &jetstream::Message, work: Work) -> Result<()> {
-    let header =
-        |name: &str| message.headers.as_ref().and_then(|headers| headers.get(name)).map(|value| value.as_str());
+    let header = |name: &str| {
+        message
+            .headers
+            .as_ref()
+            .and_then(|headers| headers.get(name))
+            .map(|value| value.as_str())
+    };
     let event_id = header("ce-id").context("find the event id")?;
     let mut tx = pool.begin().await?;
-    let claimed = sqlx::query("insert into hand.inbox (event_id) values ($1) on conflict do nothing")
-        .bind(event_id)
-        .execute(&mut *tx)
-        .await?;
+    let claimed =
+        sqlx::query("insert into hand.inbox (event_id) values ($1) on conflict do nothing")
+            .bind(event_id)
+            .execute(&mut *tx)
+            .await?;
     if claimed.rows_affected() == 0 {
         return Ok(());
     }
     let options: Value = serde_json::from_slice(&message.payload)?;
-    let (subject, told) = match work {
+    let (subject, body) = match work {
         Work::State | Work::StateInOrder => {
             let key = options["key"].as_str().context("find the key")?;
             let row = sqlx::query(
@@ -92,7 +118,10 @@ async fn handle(pool: &PgPool, message: &jetstream::Message, work: Work) -> Resu
             .fetch_one(&mut *tx)
             .await?;
             let value: i64 = row.try_get(0)?;
-            ("out.state", json!({ "key": key, "value": value, "version": value }))
+            (
+                "out.state",
+                json!({ "key": key, "value": value, "version": value }),
+            )
         }
         Work::Sql => {
             let nonce = uuid::Uuid::new_v4().simple().to_string();
@@ -105,13 +134,16 @@ async fn handle(pool: &PgPool, message: &jetstream::Message, work: Work) -> Resu
                 .bind(&nonce)
                 .execute(&mut *tx)
                 .await?;
-            ("out.effect", json!({ "event_id": event_id, "ordinal": 0, "delta": 1, "attempt_nonce": nonce }))
+            (
+                "out.effect",
+                json!({ "event_id": event_id, "ordinal": 0, "delta": 1, "attempt_nonce": nonce }),
+            )
         }
     };
     sqlx::query("insert into hand.outbox (id, subject, body) values ($1, $2, $3)")
         .bind(format!("hand:{event_id}:0"))
         .bind(subject)
-        .bind(serde_json::to_vec(&told)?)
+        .bind(serde_json::to_vec(&body)?)
         .execute(&mut *tx)
         .await?;
     tx.commit().await?;
@@ -121,10 +153,11 @@ async fn handle(pool: &PgPool, message: &jetstream::Message, work: Work) -> Resu
 /// Pages, publishes, deletes.
 async fn relay(pool: PgPool, context: JetStream) -> Result<()> {
     loop {
-        let rows = sqlx::query("select seq, id, subject, body from hand.outbox order by seq limit $1")
-            .bind(PAGE)
-            .fetch_all(&pool)
-            .await?;
+        let rows =
+            sqlx::query("select seq, id, subject, body from hand.outbox order by seq limit $1")
+                .bind(PAGE)
+                .fetch_all(&pool)
+                .await?;
         if rows.is_empty() {
             tokio::time::sleep(Duration::from_millis(10)).await;
             continue;
@@ -134,13 +167,21 @@ async fn relay(pool: PgPool, context: JetStream) -> Result<()> {
         for row in &rows {
             let mut headers = HeaderMap::new();
             headers.insert("Nats-Msg-Id", row.try_get::<&str, _>("id")?);
-            let (subject, body): (String, Vec<u8>) = (row.try_get("subject")?, row.try_get("body")?);
-            answers.push(context.publish_with_headers(subject, headers, body.into()).await?);
+            let (subject, body): (String, Vec<u8>) =
+                (row.try_get("subject")?, row.try_get("body")?);
+            answers.push(
+                context
+                    .publish_with_headers(subject, headers, body.into())
+                    .await?,
+            );
             seqs.push(row.try_get("seq")?);
         }
         for answer in answers {
             answer.await?;
         }
-        sqlx::query("delete from hand.outbox where seq = any($1)").bind(&seqs).execute(&pool).await?;
+        sqlx::query("delete from hand.outbox where seq = any($1)")
+            .bind(&seqs)
+            .execute(&pool)
+            .await?;
     }
 }

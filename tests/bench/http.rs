@@ -26,21 +26,31 @@ pub async fn measure(time: Duration) -> Result<(bool, Value)> {
     let migrations = guests::repository().join("tests/guests/migrations");
     let manifest = format!(
         "[[worker]]\nname = \"test\"\ncomponent = \"{}\"\nmigrations = \"{}\"\n[[worker.route]]\npath = \"/events/{{event}}\"\n\
-         methods = [\"GET\"]\ncache = \"1h\"\ncache_for = \"everyone\"\n",
-        tokio::task::spawn_blocking(guests::http_component).await??.display(),
+         methods = [\"GET\"]\ncache = \"1h\"\ncache_scope = \"shared\"\n",
+        tokio::task::spawn_blocking(guests::http_component)
+            .await??
+            .display(),
         migrations.display()
     );
     let world = World::start(Kind::Sqlite, &manifest).await?;
-    let host = world.requests()?.trim_start_matches("http://").to_owned();
+    let host = world
+        .ingress_url()?
+        .trim_start_matches("http://")
+        .to_owned();
     let constant = serve_a_constant().await?;
     let mut medians = Vec::new();
     for (name, address) in [("constant", &constant), ("cached", &host)] {
-        ask_once(address).await.with_context(|| format!("ask for the {name} answer"))?;
+        request_once(address)
+            .await
+            .with_context(|| format!("ask for the {name} answer"))?;
     }
     let mut rates = [Vec::new(), Vec::new()];
     for round in 1..=ROUNDS {
-        for (rates, (name, address)) in rates.iter_mut().zip([("constant", &constant), ("cached", &host)]) {
-            let rate = ask(address, time).await?;
+        for (rates, (name, address)) in rates
+            .iter_mut()
+            .zip([("constant", &constant), ("cached", &host)])
+        {
+            let rate = measure_rate(address, time).await?;
             println!("round {round}  {name:<10} {rate:>8.0} requests/s");
             rates.push(rate);
         }
@@ -49,14 +59,23 @@ pub async fn measure(time: Duration) -> Result<(bool, Value)> {
         rates.sort_by(f64::total_cmp);
         medians.push(rates.get(ROUNDS / 2).copied().unwrap_or_default());
     }
-    let [constant, cached] = medians[..] else { anyhow::bail!("nothing was measured") };
+    let [constant, cached] = medians[..] else {
+        anyhow::bail!("nothing was measured")
+    };
     let ratio = constant / cached;
-    println!("a cached read takes {ratio:.2} times as long as a constant; at most {WANTED} are wanted");
-    Ok((ratio <= WANTED, json!({ "constant": constant, "cached": cached, "ratio": ratio, "wanted": WANTED })))
+    println!(
+        "a cached read takes {ratio:.2} times as long as a constant; at most {WANTED} are wanted"
+    );
+    Ok((
+        ratio <= WANTED,
+        json!({ "constant": constant, "cached": cached, "ratio": ratio, "wanted": WANTED }),
+    ))
 }
 
 async fn serve_a_constant() -> Result<String> {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).await.context("listen")?;
+    let listener = TcpListener::bind(("127.0.0.1", 0))
+        .await
+        .context("listen")?;
     let address = listener.local_addr()?.to_string();
     let answer = || async { ([("content-type", "application/json")], r#"{"rows":0}"#) };
     let router = Router::new().route("/events/{event}", get(answer));
@@ -65,10 +84,10 @@ async fn serve_a_constant() -> Result<String> {
 }
 
 /// Requests in a second.
-async fn ask(address: &str, time: Duration) -> Result<f64> {
+async fn measure_rate(address: &str, time: Duration) -> Result<f64> {
     let count = Arc::new(AtomicU64::new(0));
     let began = Instant::now();
-    let asking = (0..CONNECTIONS).map(|_| {
+    let clients = (0..CONNECTIONS).map(|_| {
         let (count, address) = (Arc::clone(&count), address.to_owned());
         tokio::spawn(async move {
             let mut connection = TcpStream::connect(&address).await.context("connect")?;
@@ -80,28 +99,38 @@ async fn ask(address: &str, time: Duration) -> Result<f64> {
             anyhow::Ok(())
         })
     });
-    for asked in futures::future::join_all(asking).await {
-        asked??;
+    for client in futures::future::join_all(clients).await {
+        client??;
     }
     Ok(count.load(Ordering::Relaxed) as f64 / began.elapsed().as_secs_f64())
 }
 
-async fn ask_once(address: &str) -> Result<()> {
+async fn request_once(address: &str) -> Result<()> {
     let mut connection = TcpStream::connect(address).await.context("connect")?;
     exchange(&mut connection, &mut vec![0; 4096]).await
 }
 
 /// One request and its answer, which is short and has a length.
 async fn exchange(connection: &mut TcpStream, buffer: &mut [u8]) -> Result<()> {
-    connection.write_all(b"GET /events/e HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").await.context("ask")?;
+    connection
+        .write_all(b"GET /events/e HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        .await
+        .context("ask")?;
     let mut read = 0;
     loop {
-        let more = connection.read(buffer.get_mut(read..).context("the answer is too long")?).await.context("read")?;
+        let more = connection
+            .read(buffer.get_mut(read..).context("the answer is too long")?)
+            .await
+            .context("read")?;
         ensure!(more > 0, "the connection was closed");
         read += more;
         let answer = buffer.get(..read).unwrap_or_default();
         if answer.ends_with(b"{\"rows\":0}") {
-            ensure!(answer.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(answer));
+            ensure!(
+                answer.starts_with(b"HTTP/1.1 200"),
+                "{}",
+                String::from_utf8_lossy(answer)
+            );
             return Ok(());
         }
     }

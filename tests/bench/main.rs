@@ -74,47 +74,75 @@ async fn main() -> Result<()> {
         ensure!(holds, "a cached read takes longer than it may");
         return Ok(());
     }
-    ensure!(!cfg!(debug_assertions) || options.retention.is_some(), "measure a release build: make bench");
+    ensure!(
+        !cfg!(debug_assertions) || options.retention.is_some(),
+        "measure a release build: make bench"
+    );
     if let Some(rows) = options.retention {
         let report = retention::measure(rows).await?;
         write("retention.json", &report)?;
         let holds = |database: &str| report[database]["holds"] == true;
-        ensure!(holds("postgres") && holds("sqlite"), "tables grew, or the last rows were slower than the first");
+        ensure!(
+            holds("postgres") && holds("sqlite"),
+            "tables grew, or the last rows were slower than the first"
+        );
         return Ok(());
     }
     tokio::task::spawn_blocking(guests::component).await??;
     let cluster = tokio::task::spawn_blocking(Cluster::start_durable).await??;
-    let chosen = chosen(options.only.as_deref());
+    let selected = selected(options.only.as_deref());
     let mut rates: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
     let mut cpu: BTreeMap<&str, BTreeMap<String, f64>> = BTreeMap::new();
     for round in 1..=options.rounds {
-        for contender in &chosen {
+        for contender in &selected {
             let measured = stage::measure(contender, &cluster, options.messages)
                 .await
                 .with_context(|| format!("measure {}", contender.name))?;
-            let programs: Vec<String> =
-                measured.cpu_micros.iter().map(|(program, micros)| format!("{program} {micros:.0}")).collect();
+            let programs: Vec<String> = measured
+                .cpu_micros
+                .iter()
+                .map(|(program, micros)| format!("{program} {micros:.0}"))
+                .collect();
             let (rate, name) = (measured.rate, contender.name);
-            println!("round {round}  {name:<28} {rate:>8.0} messages/s; µs of CPU each: {}", programs.join(", "));
+            println!(
+                "round {round}  {name:<28} {rate:>8.0} messages/s; µs of CPU each: {}",
+                programs.join(", ")
+            );
             rates.entry(name).or_default().push(rate);
             cpu.insert(name, measured.cpu_micros);
         }
     }
-    let medians: BTreeMap<&str, f64> = rates.iter().map(|(name, rates)| (*name, median(rates))).collect();
-    println!("\n{:<28} {:>10} {:>8}  compared with", "", "messages/s", "ratio");
+    let medians: BTreeMap<&str, f64> = rates
+        .iter()
+        .map(|(name, rates)| (*name, median(rates)))
+        .collect();
+    println!(
+        "\n{:<28} {:>10} {:>8}  compared with",
+        "", "messages/s", "ratio"
+    );
     let mut rows = Vec::new();
-    for contender in &chosen {
+    for contender in &selected {
         let rate = medians.get(contender.name).copied().unwrap_or_default();
-        let ratio = contender.baseline.and_then(|baseline| medians.get(baseline)).map(|baseline| rate / baseline);
+        let ratio = contender
+            .baseline
+            .and_then(|baseline| medians.get(baseline))
+            .map(|baseline| rate / baseline);
         let shown = ratio.map_or_else(String::new, |ratio| format!("{ratio:.2}"));
-        println!("{:<28} {rate:>10.0} {shown:>8}  {}", contender.name, contender.baseline.unwrap_or_default());
+        println!(
+            "{:<28} {rate:>10.0} {shown:>8}  {}",
+            contender.name,
+            contender.baseline.unwrap_or_default()
+        );
         rows.push(json!({
-            "name": contender.name, "what": contender.what, "rates": rates.get(contender.name), "median": rate,
+            "name": contender.name, "description": contender.description, "rates": rates.get(contender.name), "median": rate,
             "cpu_micros_per_message": cpu.get(contender.name),
             "baseline": contender.baseline, "ratio": ratio, "wanted": contender.wanted,
         }));
     }
-    write("throughput.json", &json!({ "messages": options.messages, "rounds": options.rounds, "contenders": rows }))
+    write(
+        "throughput.json",
+        &json!({ "messages": options.messages, "rounds": options.rounds, "contenders": rows }),
+    )
 }
 
 /// How old outputs get while a host is saturated.
@@ -125,16 +153,27 @@ async fn saturate(options: &Options, time: Duration) -> Result<()> {
         Database::Postgres => Kind::Postgres,
     };
     let (holds, report) = saturation::run(kind, time, options.env.clone()).await?;
-    write(&format!("saturation-{}.json", format!("{kind:?}").to_lowercase()), &report)?;
+    write(
+        &format!("saturation-{}.json", format!("{kind:?}").to_lowercase()),
+        &report,
+    )?;
     ensure!(holds, "outputs waited longer than they may");
     Ok(())
 }
 
 /// The contenders to measure, with their baselines, in the order of the table.
-fn chosen(only: Option<&str>) -> Vec<&'static Contender> {
-    let is_meant = |contender: &Contender| only.is_none_or(|part| contender.name.contains(part));
-    let baselines: Vec<&str> = CONTENDERS.iter().filter(|c| is_meant(c)).filter_map(|c| c.baseline).collect();
-    CONTENDERS.iter().filter(|contender| is_meant(contender) || baselines.contains(&contender.name)).collect()
+fn selected(only: Option<&str>) -> Vec<&'static Contender> {
+    let matches_only =
+        |contender: &Contender| only.is_none_or(|part| contender.name.contains(part));
+    let baselines: Vec<&str> = CONTENDERS
+        .iter()
+        .filter(|c| matches_only(c))
+        .filter_map(|c| c.baseline)
+        .collect();
+    CONTENDERS
+        .iter()
+        .filter(|contender| matches_only(contender) || baselines.contains(&contender.name))
+        .collect()
 }
 
 fn median(rates: &[f64]) -> f64 {
@@ -144,10 +183,14 @@ fn median(rates: &[f64]) -> f64 {
 }
 
 fn write(file: &str, report: &serde_json::Value) -> Result<()> {
-    let folder = guests::target_dir()?.parent().context("find the target folder")?.join("bench");
+    let folder = guests::target_dir()?
+        .parent()
+        .context("find the target folder")?
+        .join("bench");
     std::fs::create_dir_all(&folder).context("make a folder for the report")?;
     let path = folder.join(file);
-    std::fs::write(&path, serde_json::to_string_pretty(report)? + "\n").context("write the report")?;
+    std::fs::write(&path, serde_json::to_string_pretty(report)? + "\n")
+        .context("write the report")?;
     println!("written to {}", path.display());
     Ok(())
 }

@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use oncely::model::message::OutputKind;
-use oncely::store::{Claim, Output, PostgresStore, Published, Retire, SqliteStore, Store, StoreError};
+use oncely::store::{
+    Claim, Output, PostgresStore, Published, RetentionPolicy, SqliteStore, Store, StoreError,
+};
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
 use support::postgres::Cluster;
@@ -59,21 +61,30 @@ pub async fn measure(rows: usize) -> Result<Value> {
     let postgres: Arc<dyn Store> = Arc::new(PostgresStore::connect(&url, 16).await?);
     let on_postgres = run("postgres", postgres, Place::Postgres(url), rows).await?;
     let folder = tempfile::tempdir()?;
-    let sqlite: Arc<dyn Store> = Arc::new(SqliteStore::open(&folder.path().join("oncely.db")).await?);
+    let sqlite: Arc<dyn Store> =
+        Arc::new(SqliteStore::open(&folder.path().join("oncely.db")).await?);
     let on_sqlite = run("sqlite", sqlite, Place::Sqlite(folder), rows).await?;
-    Ok(json!({ "rows": rows, "keep_seconds": KEEP.as_secs(), "postgres": on_postgres, "sqlite": on_sqlite }))
+    Ok(
+        json!({ "rows": rows, "keep_seconds": KEEP.as_secs(), "postgres": on_postgres, "sqlite": on_sqlite }),
+    )
 }
 
 async fn run(name: &str, store: Arc<dyn Store>, place: Place, rows: usize) -> Result<Value> {
     let next = Arc::new(AtomicUsize::new(0));
-    let lanes: Vec<_> = (0..LANES).map(|_| tokio::spawn(lane(Arc::clone(&store), Arc::clone(&next), rows))).collect();
+    let lanes: Vec<_> = (0..LANES)
+        .map(|_| tokio::spawn(lane(Arc::clone(&store), Arc::clone(&next), rows)))
+        .collect();
     let removal = tokio::spawn(remove(Arc::clone(&store)));
     let mut tenths: Vec<Tenth> = Vec::new();
     for tenth in 1..=10 {
-        let (began, before, cpu_before) = (Instant::now(), next.load(Ordering::Relaxed), cpu_seconds());
+        let (began, before, cpu_before) =
+            (Instant::now(), next.load(Ordering::Relaxed), cpu_seconds());
         let mut largest = 0;
         while next.load(Ordering::Relaxed) < rows * tenth / 10 {
-            ensure!(!lanes.iter().any(|lane| lane.is_finished()) || tenth == 10, "a lane ended early");
+            ensure!(
+                !lanes.iter().any(|lane| lane.is_finished()) || tenth == 10,
+                "a lane ended early"
+            );
             largest = largest.max(place.size().await?);
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
@@ -86,7 +97,12 @@ async fn run(name: &str, store: Arc<dyn Store>, place: Place, rows: usize) -> Re
             "{name:<9} {tenth:>2}/10 {rate:>8.0} rows/s, {cpu_micros:>5.1} µs of CPU each, {:>6.1} MB at most, {left} rows there",
             largest as f64 / 1e6
         );
-        tenths.push(Tenth { rate, largest, removed, cpu_micros });
+        tenths.push(Tenth {
+            rate,
+            largest,
+            removed,
+            cpu_micros,
+        });
     }
     for lane in lanes {
         lane.await??;
@@ -96,11 +112,24 @@ async fn run(name: &str, store: Arc<dyn Store>, place: Place, rows: usize) -> Re
 }
 
 fn report(name: &str, tenths: &[Tenth]) -> Result<Value> {
-    let (Some(first), Some(last)) = (tenths.first(), tenths.last()) else { anyhow::bail!("nothing was measured") };
+    let (Some(first), Some(last)) = (tenths.first(), tenths.last()) else {
+        anyhow::bail!("nothing was measured")
+    };
     let speed = last.rate / first.rate;
     // What is kept depends on the rate, too.
-    let settled = tenths.iter().skip(1).take(3).map(|tenth| tenth.largest).max().unwrap_or_default();
-    let later = tenths.iter().skip(4).map(|tenth| tenth.largest).max().unwrap_or_default();
+    let settled = tenths
+        .iter()
+        .skip(1)
+        .take(3)
+        .map(|tenth| tenth.largest)
+        .max()
+        .unwrap_or_default();
+    let later = tenths
+        .iter()
+        .skip(4)
+        .map(|tenth| tenth.largest)
+        .max()
+        .unwrap_or_default();
     let size = later as f64 / settled as f64;
     println!(
         "{name:<9} last tenth {speed:.2} as fast as the first; largest {size:.2} of what it was in the 2nd to 4th tenth\n"
@@ -129,7 +158,9 @@ async fn lane(store: Arc<dyn Store>, next: Arc<AtomicUsize>, rows: usize) -> Res
         if first >= rows {
             return Ok(());
         }
-        let events: Vec<String> = (first..first + BATCH).map(|n| format!("order-{n}")).collect();
+        let events: Vec<String> = (first..first + BATCH)
+            .map(|n| format!("order-{n}"))
+            .collect();
         let claim = |event: &String| Claim {
             event_id: event.clone(),
             payload_sha256: [7; 32],
@@ -137,14 +168,22 @@ async fn lane(store: Arc<dyn Store>, next: Arc<AtomicUsize>, rows: usize) -> Res
             redriven: false,
         };
         let mut tx = store.begin(WORKER, TIME).await?;
-        tx.claim(&events.iter().map(claim).collect::<Vec<_>>()).await?;
+        tx.claim(&events.iter().map(claim).collect::<Vec<_>>())
+            .await?;
         let outputs: Vec<Output> = events.iter().map(output).collect();
         let appended = tx.append_outputs(&outputs, TIME).await?;
         tx.commit().await?;
-        let place = |seq| Published { seq, stream: "PAYMENTS".to_owned(), stream_sequence: seq as u64 };
+        let place = |seq| Published {
+            seq,
+            stream: "PAYMENTS".to_owned(),
+            stream_sequence: seq as u64,
+        };
         let published: Vec<Published> = appended.iter().map(|row| place(row.seq)).collect();
         while let Err(error) = store.mark_published(&published).await {
-            ensure!(matches!(error, StoreError::Conflict(_)), "mark outputs: {error:?}");
+            ensure!(
+                matches!(error, StoreError::Conflict(_)),
+                "mark outputs: {error:?}"
+            );
         }
     }
 }
@@ -164,16 +203,16 @@ fn output(event: &String) -> Output {
 }
 
 async fn remove(store: Arc<dyn Store>) {
-    let what = Retire {
+    let what = RetentionPolicy {
         outputs: KEEP,
         inbox: Some(KEEP),
         requests: KEEP,
         limit: 10_000,
-        patience: Duration::from_secs(2),
+        lock_timeout: Duration::from_secs(2),
         archive: None,
     };
     loop {
-        match store.retire(&what).await {
+        match store.delete_expired(&what).await {
             Ok(true) => {}
             _ => tokio::time::sleep(RETIRE_EVERY).await,
         }
@@ -189,7 +228,10 @@ impl Place {
                 self.number(size).await
             }
             Place::Sqlite(_) => {
-                self.number("select page_count * page_size from pragma_page_count, pragma_page_size").await
+                self.number(
+                    "select page_count * page_size from pragma_page_count, pragma_page_size",
+                )
+                .await
             }
         }
     }
@@ -206,12 +248,21 @@ impl Place {
         match self {
             Place::Postgres(url) => {
                 let mut connection = PgConnection::connect(url).await?;
-                sqlx::query_scalar(query).fetch_one(&mut connection).await.context("ask PostgreSQL")
+                sqlx::query_scalar(query)
+                    .fetch_one(&mut connection)
+                    .await
+                    .context("ask PostgreSQL")
             }
             Place::Sqlite(folder) => {
-                let url = format!("sqlite:{}?mode=ro", folder.path().join("oncely.db").display());
+                let url = format!(
+                    "sqlite:{}?mode=ro",
+                    folder.path().join("oncely.db").display()
+                );
                 let mut connection = sqlx::SqliteConnection::connect(&url).await?;
-                sqlx::query_scalar(query).fetch_one(&mut connection).await.context("ask SQLite")
+                sqlx::query_scalar(query)
+                    .fetch_one(&mut connection)
+                    .await
+                    .context("ask SQLite")
             }
         }
     }

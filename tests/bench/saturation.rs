@@ -8,12 +8,12 @@ use async_nats::jetstream;
 use serde_json::{Value, json};
 use support::database::{Database, Kind};
 use support::metrics::{scrape, value};
-use support::nats::{NatsServer, ToPublish};
+use support::nats::{NatsServer, NewMessage};
 use support::postgres::Cluster;
 use support::world::{World, manifest};
 
 /// How often it looks.
-const LOOK_EVERY: Duration = Duration::from_millis(200);
+const SAMPLE_EVERY: Duration = Duration::from_millis(200);
 
 /// The publisher keeps at least so many messages waiting.
 const BACKLOG: u64 = 4_000;
@@ -37,7 +37,9 @@ pub async fn run(kind: Kind, time: Duration, env: Vec<(String, String)>) -> Resu
     // Kept until the end.
     let cluster = match kind {
         Kind::Sqlite => None,
-        Kind::Postgres | Kind::Pgbouncer => Some(tokio::task::spawn_blocking(Cluster::start_durable).await??),
+        Kind::Postgres | Kind::Pgbouncer => {
+            Some(tokio::task::spawn_blocking(Cluster::start_durable).await??)
+        }
     };
     if let Some(cluster) = &cluster {
         world.database = Database::on(cluster).await?;
@@ -45,25 +47,37 @@ pub async fn run(kind: Kind, time: Duration, env: Vec<(String, String)>) -> Resu
     world.host_env = env.clone();
     world.start_host().await?;
     let load = Load::default();
-    let (looked, published) = tokio::join!(look(&world, time, &load), publish(&world.nats, &load));
-    let (mut looked, ()) = (looked?, published?);
+    let (samples, published) =
+        tokio::join!(sample(&world, time, &load), publish(&world.nats, &load));
+    let (mut samples, ()) = (samples?, published?);
     let published = load.published.load(Ordering::Relaxed);
     let ended = Instant::now();
-    world.quiet(i64::try_from(published)?).await.context("wait until all is done")?;
+    world
+        .quiet(i64::try_from(published)?)
+        .await
+        .context("wait until all is done")?;
     let drained = ended.elapsed();
-    let stored = jetstream::new(world.nats.client().await?).get_stream("OUT").await?.cached_info().state.messages;
-    ensure!(stored == published, "{stored} outputs of {published} messages are on the stream");
-    looked.ages.sort_by(f64::total_cmp);
-    let p99 = looked.age(0.99);
+    let stored = jetstream::new(world.nats.client().await?)
+        .get_stream("OUT")
+        .await?
+        .cached_info()
+        .state
+        .messages;
+    ensure!(
+        stored == published,
+        "{stored} outputs of {published} messages are on the stream"
+    );
+    samples.ages.sort_by(f64::total_cmp);
+    let p99 = samples.age(0.99);
     let holds = p99 < AGE_MAX;
-    let saturated = looked.saturated as f64 / looked.ages.len().max(1) as f64;
+    let saturated = samples.saturated as f64 / samples.ages.len().max(1) as f64;
     println!(
         "{kind:?}: {published} messages in {:?}, backlog in {:.0} % of the looks; age of the oldest unpublished output: \
          median {:.3} s, p99 {p99:.3} s, most {:.3} s",
         time,
         saturated * 100.0,
-        looked.age(0.5),
-        looked.age(1.0)
+        samples.age(0.5),
+        samples.age(1.0)
     );
     ensure!(
         saturated > 0.9,
@@ -73,8 +87,8 @@ pub async fn run(kind: Kind, time: Duration, env: Vec<(String, String)>) -> Resu
     let report = json!({
         "database": format!("{kind:?}").to_lowercase(), "seconds": time.as_secs_f64(), "env": env, "messages": published,
         "build": if cfg!(debug_assertions) { "debug" } else { "release" },
-        "messages_per_second": looked.handled as f64 / time.as_secs_f64(), "saturated": saturated,
-        "looks": looked.ages.len(), "age_seconds": { "p50": looked.age(0.5), "p99": p99, "max": looked.age(1.0) },
+        "messages_per_second": samples.handled as f64 / time.as_secs_f64(), "saturated": saturated,
+        "samples": samples.ages.len(), "age_seconds": { "p50": samples.age(0.5), "p99": p99, "max": samples.age(1.0) },
         "wanted_p99_below": AGE_MAX, "seconds_to_drain": drained.as_secs_f64(), "holds": holds,
     });
     Ok((holds, report))
@@ -82,14 +96,14 @@ pub async fn run(kind: Kind, time: Duration, env: Vec<(String, String)>) -> Resu
 
 /// What was seen.
 #[derive(Default)]
-struct Looked {
+struct Samples {
     ages: Vec<f64>,
     /// In how many looks messages waited.
     saturated: usize,
     handled: u64,
 }
 
-impl Looked {
+impl Samples {
     /// Of sorted ages.
     fn age(&self, share: f64) -> f64 {
         let last = self.ages.len().saturating_sub(1);
@@ -98,32 +112,49 @@ impl Looked {
     }
 }
 
-async fn look(world: &World, time: Duration, load: &Load) -> Result<Looked> {
-    let mut looked = Looked::default();
-    let (began, mut tick) = (Instant::now(), tokio::time::interval(LOOK_EVERY));
+async fn sample(world: &World, time: Duration, load: &Load) -> Result<Samples> {
+    let mut samples = Samples::default();
+    let (began, mut tick) = (Instant::now(), tokio::time::interval(SAMPLE_EVERY));
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     while began.elapsed() < time {
         tick.tick().await;
         let text = scrape(world).await.context("look at the metrics")?;
-        let Some(unhandled) = value(&text, r#"oncely_unhandled_messages{worker="test"}"#) else { continue };
-        looked.ages.push(value(&text, "oncely_unpublished_age_max_seconds").context("the age is not measured")?);
-        looked.saturated += usize::from(unhandled > 0.0);
+        let Some(unhandled) = value(&text, r#"oncely_unhandled_messages{worker="test"}"#) else {
+            continue;
+        };
+        samples.ages.push(
+            value(&text, "oncely_unpublished_age_max_seconds")
+                .context("the age is not measured")?,
+        );
+        samples.saturated += usize::from(unhandled > 0.0);
     }
     load.is_over.store(true, Ordering::Relaxed);
-    looked.handled = u64::try_from(world.database.number("select count(*) from oncely.inbox").await?)?;
-    Ok(looked)
+    samples.handled = u64::try_from(
+        world
+            .database
+            .number("select count(*) from oncely.inbox")
+            .await?,
+    )?;
+    Ok(samples)
 }
 
 /// Publishes whenever there is not enough to do.
 async fn publish(nats: &NatsServer, load: &Load) -> Result<()> {
-    let stream = jetstream::new(nats.client().await?).get_stream_no_info("IN").await.context("open the stream")?;
+    let stream = jetstream::new(nats.client().await?)
+        .get_stream_no_info("IN")
+        .await
+        .context("open the stream")?;
     let mut next = 0_u64;
     while !load.is_over.load(Ordering::Relaxed) {
-        let consumer = stream.consumer_info("oncely-test").await.context("look at the consumer")?;
+        let consumer = stream
+            .consumer_info("oncely-test")
+            .await
+            .context("look at the consumer")?;
         if consumer.num_pending < BACKLOG {
             let chunk = next..next + BACKLOG / 2;
-            let message = |n| ToPublish::new("in.x", &format!("e{n}"), "insert", r#"{"n": 1}"#);
-            nats.publish_all(chunk.clone().map(message).collect()).await?;
+            let message = |n| NewMessage::new("in.x", &format!("e{n}"), "insert", r#"{"n": 1}"#);
+            nats.publish_all(chunk.clone().map(message).collect())
+                .await?;
             next = chunk.end;
             load.published.store(next, Ordering::Relaxed);
         } else {

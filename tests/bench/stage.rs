@@ -8,11 +8,11 @@ use async_nats::datetime::DateTime;
 use async_nats::jetstream::{self, stream::Stream};
 use serde_json::json;
 use support::database::{Database, Kind};
-use support::nats::ToPublish;
+use support::nats::NewMessage;
 use support::postgres::Cluster;
 use support::world::{World, manifest};
 
-use crate::contenders::{Contender, Who, Work};
+use crate::contenders::{Contender, Implementation, Work};
 use crate::{PATIENCE, cpu, hand_written};
 
 const KEYS: usize = 1_000;
@@ -26,35 +26,52 @@ pub struct Measured {
     pub cpu_micros: BTreeMap<String, f64>,
 }
 
-pub async fn measure(contender: &Contender, cluster: &Cluster, messages: usize) -> Result<Measured> {
-    let settings = match contender.who {
-        Who::HandWritten => "",
-        Who::Host { settings } | Who::HostByLog { settings } => settings,
+pub async fn measure(
+    contender: &Contender,
+    cluster: &Cluster,
+    messages: usize,
+) -> Result<Measured> {
+    let settings = match contender.implementation {
+        Implementation::HandWritten => "",
+        Implementation::Host { settings } | Implementation::HostInWalMode { settings } => settings,
     };
     let mut world = World::without_host(Kind::Sqlite, &manifest(settings)?).await?;
     world.database = Database::on(cluster).await?;
-    let by_log = matches!(contender.who, Who::HostByLog { .. });
-    if by_log {
+    let is_wal = matches!(
+        contender.implementation,
+        Implementation::HostInWalMode { .. }
+    );
+    if is_wal {
         world.host_env = vec![("ONCELY_RELAY".to_owned(), "wal".to_owned())];
     }
     // Makes the streams, the tables and the compiled component.
     world.start_host().await?;
-    if by_log {
-        world.until("select count(*) from oncely.relay where mode = 'wal'", 1).await?;
+    if is_wal {
+        world
+            .until("select count(*) from oncely.relay where mode = 'wal'", 1)
+            .await?;
     }
     world.stop_host().await?;
-    world.nats.publish_all((0..messages).map(|n| message(contender, n)).collect()).await?;
+    world
+        .nats
+        .publish_all((0..messages).map(|n| message(contender, n)).collect())
+        .await?;
     let context = jetstream::new(world.nats.client().await?);
     let cpu_before = cpu::seconds();
-    let by_hand = match contender.who {
-        Who::HandWritten => Some(hand_written::start(&world, contender.work).await?),
-        Who::Host { .. } | Who::HostByLog { .. } => {
+    let by_hand = match contender.implementation {
+        Implementation::HandWritten => Some(hand_written::start(&world, contender.work).await?),
+        Implementation::Host { .. } | Implementation::HostInWalMode { .. } => {
             world.spawn_host()?;
             None
         }
     };
-    let poison = contender.poison.map_or(0, |(percent, _)| messages * percent / 100);
-    let (out, dlq) = (context.get_stream("OUT").await?, context.get_stream("ONCELY_DLQ").await?);
+    let poison = contender
+        .poison
+        .map_or(0, |(percent, _)| messages * percent / 100);
+    let (out, dlq) = (
+        context.get_stream("OUT").await?,
+        context.get_stream("ONCELY_DLQ").await?,
+    );
     wait_for(&out, messages - poison)
         .await
         .with_context(|| format!("outputs; the host said:\n{}", world.host_log()))?;
@@ -63,24 +80,30 @@ pub async fn measure(contender: &Contender, cluster: &Cluster, messages: usize) 
     if let Some(by_hand) = by_hand {
         by_hand.stop();
     }
-    let mut told = told(&out).await?;
-    told.extend(told_if_any(&dlq).await?);
-    let first = told.iter().min().context("find the first output")?;
-    let last = told.iter().max().context("find the last output")?;
+    let mut times = stored_times(&out).await?;
+    times.extend(stored_times_if_any(&dlq).await?);
+    let first = times.iter().min().context("find the first output")?;
+    let last = times.iter().max().context("find the last output")?;
     let spent = |(program, after): (&String, &f64)| {
         let spent = after - cpu_before.get(program).copied().unwrap_or_default();
         (program.clone(), spent * 1e6 / messages as f64)
     };
     Ok(Measured {
         rate: messages as f64 / (*last - *first).as_seconds_f64(),
-        cpu_micros: cpu_after.iter().map(spent).filter(|(_, micros)| *micros >= 1.0).collect(),
+        cpu_micros: cpu_after
+            .iter()
+            .map(spent)
+            .filter(|(_, micros)| *micros >= 1.0)
+            .collect(),
     })
 }
 
-fn message(contender: &Contender, n: usize) -> ToPublish {
+fn message(contender: &Contender, n: usize) -> NewMessage {
     let key = format!("k{}", n % KEYS);
     // Spread evenly over the stream.
-    let fails = contender.poison.is_some_and(|(percent, _)| n * percent % 100 < percent);
+    let fails = contender
+        .poison
+        .is_some_and(|(percent, _)| n * percent % 100 < percent);
     let behaviour = match (contender.work, fails, contender.poison) {
         (_, true, Some((_, false))) => "reject",
         (_, true, _) => "insert,reject",
@@ -88,7 +111,7 @@ fn message(contender: &Contender, n: usize) -> ToPublish {
         (Work::Sql, ..) => "insert",
     };
     let body = json!({ "key": key, "ordered": contender.work == Work::StateInOrder });
-    let mut message = ToPublish::new("in.x", &format!("e{n}"), behaviour, &body.to_string());
+    let mut message = NewMessage::new("in.x", &format!("e{n}"), behaviour, &body.to_string());
     message.headers.push(("Key".to_owned(), key));
     message
 }
@@ -108,11 +131,15 @@ async fn wait_for(stream: &Stream, messages: usize) -> Result<()> {
 }
 
 /// When the first and the last message of a stream were stored.
-async fn told(stream: &Stream) -> Result<Vec<DateTime>> {
+async fn stored_times(stream: &Stream) -> Result<Vec<DateTime>> {
     let state = stream.get_info().await?.state;
     Ok(vec![state.first_timestamp, state.last_timestamp])
 }
 
-async fn told_if_any(stream: &Stream) -> Result<Vec<DateTime>> {
-    if stream.get_info().await?.state.messages == 0 { Ok(Vec::new()) } else { told(stream).await }
+async fn stored_times_if_any(stream: &Stream) -> Result<Vec<DateTime>> {
+    if stream.get_info().await?.state.messages == 0 {
+        Ok(Vec::new())
+    } else {
+        stored_times(stream).await
+    }
 }

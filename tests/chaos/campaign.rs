@@ -20,11 +20,11 @@ use support::world::{World, manifest, signal};
 use crate::checker::{self, Counted, Violation};
 use crate::exposure::Exposure;
 use crate::observed::{self, Observed};
+use crate::proxied_database::ProxiedDatabase;
 use crate::publisher::{self, Progress};
 use crate::redriver::{self, Redriver};
-use crate::stranger::{self, Meddling};
-use crate::under_fire::UnderFire;
-use crate::watcher::{self, Looked};
+use crate::stranger::{self, AttackCounts};
+use crate::watcher::{self, WatcherReport};
 use crate::workload::{Often, Workload, passes_until_death};
 
 /// After how long without a word of the host the broker delivers a message again.
@@ -37,8 +37,7 @@ const STARTS: u32 = 3;
 const CHANCE: Duration = Duration::from_secs(12);
 
 /// Alarms that come and go all the time.
-const ALARM: &str =
-    "[worker.alarm]\nletters = 10\nunpublished_age = \"1s\"\nunhandled_age = \"2s\"\nclear_after = \"1s\"";
+const ALARM: &str = "[worker.alarm]\ndead_letters = 10\nunpublished_age = \"1s\"\nunhandled_age = \"2s\"\nclear_after = \"1s\"";
 
 /// The stream of dead letters.
 const DLQ: &str = "ONCELY_DLQ";
@@ -47,7 +46,12 @@ const DLQ: &str = "ONCELY_DLQ";
 const ROLLED_BACK: [&str; 2] = ["OUT", DLQ];
 
 /// Points that a host passes rarely while outputs go by the log.
-const BY_POLLING: [&str; 4] = [fault::RELAY_LEASED, fault::BEFORE_MARK, fault::AFTER_MARK, fault::BEFORE_PUT_BACK];
+const POLL_MODE_POINTS: [&str; 4] = [
+    fault::RELAY_LEASED,
+    fault::BEFORE_MARK,
+    fault::AFTER_MARK,
+    fault::BEFORE_RELEASE,
+];
 
 /// How long it may take after an outage until outputs are published within a second again, and how many looks in a row have to
 /// say so.
@@ -179,7 +183,7 @@ impl Harm {
 const LEASES_TAKEN_WITHIN: Duration = Duration::from_secs(12);
 
 /// How long a campaign goes on at most to make up for what found no chance to happen.
-const MADE_UP_WITHIN: Duration = Duration::from_secs(90);
+const REPEATED_WITHIN: Duration = Duration::from_secs(90);
 
 /// How long a campaign goes on at most until its mutant is exposed.
 const EXPOSED_WITHIN: Duration = Duration::from_secs(240);
@@ -208,7 +212,7 @@ pub enum Act {
 
 impl Act {
     /// What is counted once it happened.
-    fn happened(self) -> String {
+    fn label(self) -> String {
         let name = match self {
             Act::DieAt(point) => return format!("died at {point}"),
             Act::Kill => "host killed",
@@ -223,7 +227,9 @@ impl Act {
             Act::Cut(Cut::CommitAnswerHeld) => "host killed between commit and answer",
             Act::Cut(Cut::OutputsNotForwarded) => "outputs cut before they arrived",
             Act::Cut(Cut::OutputAnswersLost) => "outputs cut after they were stored",
-            Act::Cut(Cut::HttpAnswerLost | Cut::HttpAnswerTorn | Cut::HttpFirstAnswerLost) => "answer to a request cut",
+            Act::Cut(Cut::HttpAnswerLost | Cut::HttpAnswerTorn | Cut::HttpFirstAnswerLost) => {
+                "answer to a request cut"
+            }
             Act::Deploy => "deployed under load",
             Act::ChangeRelay => "relay changed",
             Act::BrokerAway => "broker away for long",
@@ -240,7 +246,7 @@ impl Act {
 
 /// What came of a campaign.
 #[derive(Debug)]
-pub struct Outcome {
+pub struct CampaignReport {
     pub plan: Plan,
     /// What was done to the host, by name.
     pub injected: BTreeMap<String, u64>,
@@ -256,14 +262,16 @@ pub struct Outcome {
 }
 
 /// Runs a campaign.
-pub async fn run(plan: Plan) -> Result<Outcome> {
+pub async fn run(plan: Plan) -> Result<CampaignReport> {
     let began = Instant::now();
     let mut campaign = Campaign::start(plan).await?;
-    match campaign.go_through().await {
+    match campaign.run_load().await {
         Ok(stuck) => campaign.conclude(stuck, began).await,
         Err(error) => {
             let (kind, log) = (campaign.plan.kind, tail(&campaign.world.host_log()));
-            Err(error.context(format!("a campaign on {kind:?} did not come to its end; the host said:\n{log}")))
+            Err(error.context(format!(
+                "a campaign on {kind:?} did not come to its end; the host said:\n{log}"
+            )))
         }
     }
 }
@@ -276,8 +284,8 @@ struct Campaign {
     to_database: Option<Proxy>,
     random: StdRng,
     progress: Arc<Progress>,
-    looked: Arc<Looked>,
-    meddling: Arc<Meddling>,
+    watcher_report: Arc<WatcherReport>,
+    attack_counts: Arc<AttackCounts>,
     injected: BTreeMap<String, u64>,
     /// How many versions of the worker were written so far.
     versions: u32,
@@ -309,11 +317,15 @@ impl Campaign {
         let mut world = World::without_host(Kind::Sqlite, "").await?;
         let to_nats = Proxy::start(world.nats.port()).await?;
         world.nats_url = format!("nats://127.0.0.1:{}", to_nats.port());
-        let under_fire = UnderFire::put(&mut world, plan.kind, plan.mutant.is_some()).await?;
-        let UnderFire { cluster, to_database } = under_fire;
+        let proxied_database =
+            ProxiedDatabase::install(&mut world, plan.kind, plan.mutant.is_some()).await?;
+        let ProxiedDatabase {
+            cluster,
+            to_database,
+        } = proxied_database;
         if let (Some(_), Some(proxy)) = (&plan.mutant, &to_database) {
             // Other commits hold nothing that a mutant of commits could lose or do twice.
-            proxy.cut_guests_alone();
+            proxy.cut_guests_only();
         }
         let rivals = plan.kind == Kind::Postgres;
         let mut campaign = Campaign {
@@ -324,8 +336,8 @@ impl Campaign {
             to_nats,
             to_database,
             progress: Arc::default(),
-            looked: Arc::default(),
-            meddling: Arc::default(),
+            watcher_report: Arc::default(),
+            attack_counts: Arc::default(),
             injected: BTreeMap::new(),
             caught_up: BTreeMap::new(),
             lagging: Vec::new(),
@@ -336,7 +348,12 @@ impl Campaign {
         campaign.arm(None);
         campaign.world.start_host().await?;
         if campaign.plan.kind == Kind::Postgres {
-            campaign.world.database.execute(LEAVE_TRACE).await.context("have transactions leave traces")?;
+            campaign
+                .world
+                .database
+                .execute(LEAVE_TRACE)
+                .await
+                .context("have transactions leave traces")?;
         }
         Ok(campaign)
     }
@@ -353,13 +370,20 @@ impl Campaign {
     fn watch(&self) -> Vec<tokio::task::JoinHandle<()>> {
         let (url, database) = (self.world.nats.url(), self.world.database.clone());
         let (outputs, backlog) = (
-            watcher::watch_outputs(url.clone(), database.clone(), Arc::clone(&self.looked)),
+            watcher::watch_outputs(
+                url.clone(),
+                database.clone(),
+                Arc::clone(&self.watcher_report),
+            ),
             watcher::watch_backlog(url, Arc::clone(&self.progress)),
         );
         vec![
             tokio::spawn(async { drop(outputs.await) }),
             tokio::spawn(async { drop(backlog.await) }),
-            tokio::spawn(watcher::watch_ledger(database, Arc::clone(&self.looked))),
+            tokio::spawn(watcher::watch_ledger(
+                database,
+                Arc::clone(&self.watcher_report),
+            )),
         ]
     }
 
@@ -367,7 +391,14 @@ impl Campaign {
     fn new_version(&mut self) -> Result<()> {
         self.versions += 1;
         let lanes = self.plan.lanes;
-        let batch = self.plan.batch.unwrap_or(if self.versions.is_multiple_of(2) { 1 } else { 32 });
+        let batch = self
+            .plan
+            .batch
+            .unwrap_or(if self.versions.is_multiple_of(2) {
+                1
+            } else {
+                32
+            });
         let settings = format!(
             "batch = {batch}\nconcurrency = {lanes}\nordering_key = \"header:key\"\nack_wait = \"{}s\"\n\
              [worker.retry]\nattempts = {}\nbackoff = \"50ms\"\nbackoff_max = \"200ms\"\n\
@@ -385,31 +416,67 @@ impl Campaign {
             component.display(),
             self.versions
         );
-        self.world.write_manifest(&(manifest(&settings)? + &bystander))
+        self.world
+            .write_manifest(&(manifest(&settings)? + &bystander))
     }
 
     /// Decides what the next host is to die of.
     fn arm(&mut self, fault: Option<String>) {
-        let log = self.world.folder.path().join("faults.log").display().to_string();
+        let log = self
+            .world
+            .folder
+            .path()
+            .join("faults.log")
+            .display()
+            .to_string();
         self.world.host_env = vec![("ONCELY_FAULT_LOG".to_owned(), log)];
         self.world.host_env.extend(self.plan.env.iter().cloned());
-        self.world.host_env.extend(fault.map(|fault| ("ONCELY_FAULT".to_owned(), fault)));
-        self.world.host_env.extend(self.plan.mutant.clone().map(|mutant| ("ONCELY_MUTANT".to_owned(), mutant)));
+        self.world
+            .host_env
+            .extend(fault.map(|fault| ("ONCELY_FAULT".to_owned(), fault)));
+        self.world.host_env.extend(
+            self.plan
+                .mutant
+                .clone()
+                .map(|mutant| ("ONCELY_MUTANT".to_owned(), mutant)),
+        );
     }
 
-    fn did(&mut self, what: impl Into<String>) {
+    fn record(&mut self, what: impl Into<String>) {
         *self.injected.entry(what.into()).or_default() += 1;
     }
 
     /// All acts of the plan, in an order that the seed decides.
     fn acts(&mut self) -> Vec<Act> {
-        let Harm { each_point, kills, pauses, terminations, database_stops, .. } = self.plan.harm;
-        let Harm { broker_kills, rollbacks, commit_cuts, output_cuts, deployments, relay_changes, outages, .. } =
-            self.plan.harm;
-        let Harm { freezes, joins, leases, .. } = self.plan.harm;
+        let Harm {
+            each_point,
+            kills,
+            pauses,
+            terminations,
+            database_stops,
+            ..
+        } = self.plan.harm;
+        let Harm {
+            broker_kills,
+            rollbacks,
+            commit_cuts,
+            output_cuts,
+            deployments,
+            relay_changes,
+            outages,
+            ..
+        } = self.plan.harm;
+        let Harm {
+            freezes,
+            joins,
+            leases,
+            ..
+        } = self.plan.harm;
         let mut acts = Vec::new();
         let mut add = |act, times: u32| acts.extend((0..times).map(|_| act));
-        fault::POINTS.iter().for_each(|point| add(Act::DieAt(point), each_point));
+        fault::POINTS
+            .iter()
+            .for_each(|point| add(Act::DieAt(point), each_point));
         add(Act::Kill, kills);
         add(Act::Pause, pauses);
         add(Act::KillBroker, broker_kills);
@@ -425,7 +492,9 @@ impl Campaign {
         add(Act::Join, joins);
         add(Act::DieWithLeases, leases);
         if self.plan.kind == Kind::Postgres {
-            fault::LOG_POINTS.iter().for_each(|point| add(Act::DieAt(point), each_point));
+            fault::WAL_POINTS
+                .iter()
+                .for_each(|point| add(Act::DieAt(point), each_point));
             add(Act::ChangeRelay, relay_changes);
             add(Act::Terminate, terminations);
             add(Act::StopDatabase, database_stops);
@@ -439,33 +508,41 @@ impl Campaign {
     }
 
     /// Everything from the first message to the last one settled. What keeps it from coming to rest is the answer.
-    async fn go_through(&mut self) -> Result<Option<String>> {
+    async fn run_load(&mut self) -> Result<Option<String>> {
         let url = self.world.nats.url();
         let watchers = self.watch();
-        let workload = Workload::new(self.plan.seed, self.plan.exposure.often.map(|(often, _)| often));
+        let workload = Workload::new(
+            self.plan.seed,
+            self.plan.exposure.often.map(|(often, _)| often),
+        );
         // Slow enough that there is still something to do while the last harm is done.
         let rate = (self.plan.inputs as f64 / self.plan.harm_max.as_secs_f64() * 1.5).max(40.0);
-        let publishing =
-            tokio::spawn(publisher::publish(url, workload, self.plan.inputs, rate, Arc::clone(&self.progress)));
+        let publishing = tokio::spawn(publisher::publish(
+            url,
+            workload,
+            self.plan.inputs,
+            rate,
+            Arc::clone(&self.progress),
+        ));
         let redriving = tokio::spawn(redriver::redrive(self.redriver()?));
-        let meddling = tokio::spawn(stranger::meddle(
+        let attacking = tokio::spawn(stranger::attack(
             self.world.nats.url(),
             self.world.database.clone(),
             Arc::clone(&self.progress),
-            Arc::clone(&self.meddling),
+            Arc::clone(&self.attack_counts),
         ));
-        self.do_harm().await?;
+        self.inject_faults().await?;
         self.progress.enough.store(true, Ordering::Relaxed);
         self.stay_alive_until(|| publishing.is_finished()).await?;
         let workload = publishing.await.context("publish")??;
         redriving.abort();
-        meddling.abort();
+        attacking.abort();
         let stuck = self.heal(workload).await?;
         watchers.iter().for_each(tokio::task::JoinHandle::abort);
         Ok(stuck)
     }
 
-    async fn do_harm(&mut self) -> Result<()> {
+    async fn inject_faults(&mut self) -> Result<()> {
         self.expose().await?;
         let mut end = Instant::now() + self.plan.harm_max;
         let acts = self.acts();
@@ -490,18 +567,20 @@ impl Campaign {
             }
         }
         if self.plan.mutant.is_none() {
-            self.make_up_for(&acts).await?;
+            self.repeat_missing(&acts).await?;
         }
         self.kill()
     }
 
     /// Does once more what found no chance to happen: there was nothing to cut just then, or no time left.
-    async fn make_up_for(&mut self, acts: &[Act]) -> Result<()> {
-        let end = Instant::now() + MADE_UP_WITHIN;
+    async fn repeat_missing(&mut self, acts: &[Act]) -> Result<()> {
+        let end = Instant::now() + REPEATED_WITHIN;
         loop {
             let wanted = |act: &Act| acts.iter().filter(|other| *other == act).count() as u64;
-            let times = |act: &Act| self.injected.get(&act.happened()).copied().unwrap_or_default();
-            let Some(act) = acts.iter().copied().find(|act| times(act) < wanted(act)) else { return Ok(()) };
+            let times = |act: &Act| self.injected.get(&act.label()).copied().unwrap_or_default();
+            let Some(act) = acts.iter().copied().find(|act| times(act) < wanted(act)) else {
+                return Ok(());
+            };
             if Instant::now() > end {
                 return Ok(());
             }
@@ -512,7 +591,7 @@ impl Campaign {
     /// Does what exposes a mutant until it happened as often as it has to.
     async fn expose(&mut self) -> Result<()> {
         let end = Instant::now() + EXPOSED_WITHIN;
-        while let Some(act) = self.lacking()
+        while let Some(act) = self.next_missing()
             && Instant::now() < end
         {
             self.act(act).await.with_context(|| format!("{act:?}"))?;
@@ -521,27 +600,36 @@ impl Campaign {
     }
 
     /// One of the acts that are still missing to expose a mutant.
-    fn lacking(&mut self) -> Option<Act> {
-        let times = |act: Act| self.injected.get(&act.happened()).copied().unwrap_or_default();
+    fn next_missing(&mut self) -> Option<Act> {
+        let times = |act: Act| self.injected.get(&act.label()).copied().unwrap_or_default();
         let acts = &self.plan.exposure.acts;
-        let lacking: Vec<Act> = acts.iter().filter(|(act, least)| times(*act) < *least).map(|(act, _)| *act).collect();
-        if lacking.is_empty() && self.passes(fault::MUTANT_ACTED) < self.plan.exposure.harm {
+        let missing: Vec<Act> = acts
+            .iter()
+            .filter(|(act, least)| times(*act) < *least)
+            .map(|(act, _)| *act)
+            .collect();
+        if missing.is_empty() && self.passes(fault::MUTANT_ACTED) < self.plan.exposure.harm {
             return acts.first().map(|(act, _)| *act);
         }
-        lacking.choose(&mut self.random).copied()
+        missing.choose(&mut self.random).copied()
     }
 
     /// What was to expose a mutant and did not happen often enough.
     fn unexposed(&mut self, observed: &Observed) -> Vec<String> {
         let mut unexposed: Vec<String> = Vec::new();
-        if let Some(act) = self.lacking() {
+        if let Some(act) = self.next_missing() {
             let acted = self.passes(fault::MUTANT_ACTED);
-            unexposed.push(format!("{} not often enough, or the harm ({acted} times)", act.happened()));
+            unexposed.push(format!(
+                "{} not often enough, or the harm ({acted} times)",
+                act.label()
+            ));
         }
-        let taken = self.meddling.ids.load(Ordering::Relaxed);
+        let taken = self.attack_counts.ids.load(Ordering::Relaxed);
         if taken < self.plan.exposure.taken_ids {
             let least = self.plan.exposure.taken_ids;
-            unexposed.push(format!("a stranger took {taken} ids of outputs, at least {least} wanted"));
+            unexposed.push(format!(
+                "a stranger took {taken} ids of outputs, at least {least} wanted"
+            ));
         }
         if let Some((often, least)) = self.plan.exposure.often {
             let published = match often {
@@ -549,7 +637,9 @@ impl Campaign {
                 Often::IdReuse => observed.id_reuses(),
             };
             if published < least {
-                unexposed.push(format!("{often:?} was published {published} times, at least {least} wanted"));
+                unexposed.push(format!(
+                    "{often:?} was published {published} times, at least {least} wanted"
+                ));
             }
         }
         unexposed
@@ -560,35 +650,41 @@ impl Campaign {
             Act::DieAt(point) => return self.die_at(point).await,
             Act::Kill => {
                 self.running().await?;
-                self.some_time(20, 600).await;
+                self.sleep_randomly(20, 600).await;
                 self.world.kill_host()?;
-                self.did("host killed");
+                self.record("host killed");
             }
             Act::Pause => self.pause().await?,
             Act::Terminate => {
                 self.running().await?;
                 let end_one = "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'oncely%' \
                                and application_name not like 'oncely guests%' and datname = current_database() order by random() limit 1";
-                if self.world.database.rows(end_one).await.is_ok_and(|rows| !rows.is_empty()) {
-                    self.did("database connection terminated");
+                if self
+                    .world
+                    .database
+                    .rows(end_one)
+                    .await
+                    .is_ok_and(|rows| !rows.is_empty())
+                {
+                    self.record("database connection terminated");
                 }
-                self.some_time(20, 150).await;
+                self.sleep_randomly(20, 150).await;
             }
             Act::StopDatabase => {
                 self.running().await?;
-                self.some_time(50, 300).await;
+                self.sleep_randomly(50, 300).await;
                 let cluster = self.cluster.as_mut().context("have a cluster")?;
                 cluster.stop()?;
                 tokio::time::sleep(Duration::from_millis(self.random.random_range(0..800))).await;
                 cluster.start_again()?;
-                self.did("database stopped");
+                self.record("database stopped");
             }
             Act::KillBroker => {
                 self.running().await?;
                 self.world.nats.kill()?;
-                self.some_time(0, 1_000).await;
+                self.sleep_randomly(0, 1_000).await;
                 self.world.nats.restart().await?;
-                self.did("broker killed");
+                self.record("broker killed");
             }
             Act::RollBack => self.roll_back().await?,
             Act::ChangeRelay => self.change_relay().await?,
@@ -605,7 +701,7 @@ impl Campaign {
                 self.new_version()?;
                 // The host may be out of reach just now; the next start deploys it.
                 if self.world.oncely(&["deploy", "oncely.toml"]).await.is_ok() {
-                    self.did("deployed under load");
+                    self.record("deployed under load");
                 }
             }
         }
@@ -615,68 +711,77 @@ impl Campaign {
     /// Outputs go by the log, or by polling again, while everything runs.
     async fn change_relay(&mut self) -> Result<()> {
         self.running().await?;
-        let by_log = self.relay_is("wal").await?;
-        let wanted = if by_log { "poll" } else { "wal" };
-        self.want_relay(wanted).await?;
+        let is_wal = self.is_relay_mode("wal").await?;
+        let wanted = if is_wal { "poll" } else { "wal" };
+        self.request_relay_mode(wanted).await?;
         let end = Instant::now() + CHANCE;
-        while !self.relay_is(wanted).await.unwrap_or_default() {
+        while !self.is_relay_mode(wanted).await.unwrap_or_default() {
             if Instant::now() > end {
                 return Ok(());
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        self.some_time(100, 900).await;
-        self.did("relay changed");
+        self.sleep_randomly(100, 900).await;
+        self.record("relay changed");
         Ok(())
     }
 
-    async fn relay_is(&self, mode: &str) -> Result<bool> {
+    async fn is_relay_mode(&self, mode: &str) -> Result<bool> {
         let sql = format!("select count(*) from oncely.relay where mode = '{mode}'");
         Ok(self.world.database.number(&sql).await? == 1)
     }
 
     /// As a host does that starts with a way in its settings.
-    async fn want_relay(&self, wanted: &str) -> Result<()> {
-        let sql = format!("update oncely.relay set wanted = '{wanted}', why = null");
+    async fn request_relay_mode(&self, wanted: &str) -> Result<()> {
+        let sql = format!("update oncely.relay set requested_mode = '{wanted}', reason = null");
         self.world.database.execute(&sql).await
     }
 
     /// Some points are passed only where something led there: points around the log on the way into it, in it, or on the way
     /// out; and nothing is published again but what a stream has lost.
-    async fn lead_to(&mut self, point: &'static str) -> Result<()> {
-        if point == fault::PUBLISH_AGAIN {
+    async fn prepare_point(&mut self, point: &'static str) -> Result<()> {
+        if point == fault::REPUBLISH {
             self.copy_streams().await?;
             self.kill()?;
             return self.lose_tails().await;
         }
-        let is_by_polling = self.plan.kind == Kind::Postgres && BY_POLLING.contains(&point);
-        if !is_by_polling && !fault::LOG_POINTS.contains(&point) {
+        let needs_poll_mode = self.plan.kind == Kind::Postgres && POLL_MODE_POINTS.contains(&point);
+        if !needs_poll_mode && !fault::WAL_POINTS.contains(&point) {
             return Ok(());
         }
-        let leaves = point == fault::LOG_LEFT || point == fault::BROUGHT_OVER;
-        let first = if is_by_polling || point == fault::SLOT_MADE { "poll" } else { "wal" };
+        let leaves = point == fault::WAL_LEFT || point == fault::WAL_OUTPUTS_MOVED;
+        let first = if needs_poll_mode || point == fault::SLOT_CREATED {
+            "poll"
+        } else {
+            "wal"
+        };
         self.running().await?;
-        self.want_relay(first).await?;
+        self.request_relay_mode(first).await?;
         let end = Instant::now() + CHANCE;
-        while !self.relay_is(first).await.unwrap_or_default() && Instant::now() < end {
+        while !self.is_relay_mode(first).await.unwrap_or_default() && Instant::now() < end {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        if is_by_polling {
+        if needs_poll_mode {
             return Ok(());
         }
         if leaves {
             // Something is to be left behind in the log.
-            self.some_time(100, 400).await;
+            self.sleep_randomly(100, 400).await;
         }
         self.kill()?;
-        self.want_relay(if leaves { "poll" } else { "wal" }).await
+        self.request_relay_mode(if leaves { "poll" } else { "wal" })
+            .await
     }
 
     /// Starts hosts that die at a point until one did.
     async fn die_at(&mut self, point: &'static str) -> Result<()> {
         for attempt in 0..3 {
-            self.lead_to(point).await?;
-            let nth = if attempt == 0 { self.random.random_range(1..=passes_until_death(point)) } else { 1 };
+            self.prepare_point(point).await?;
+            let nth = if attempt == 0 {
+                self.random.random_range(1..=passes_until_death(point))
+            } else {
+                1
+            };
             self.kill()?;
             if point == fault::DEPLOY_SWAP {
                 self.new_version()?;
@@ -684,12 +789,12 @@ impl Campaign {
             self.arm(Some(format!("{point}:{nth}")));
             self.world.spawn_host()?;
             let end = Instant::now() + CHANCE;
-            while Instant::now() < end && self.world.host_lives() {
+            while Instant::now() < end && self.world.is_host_running() {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
             self.arm(None);
-            if !self.world.host_lives() {
-                self.did(format!("died at {point}"));
+            if !self.world.is_host_running() {
+                self.record(format!("died at {point}"));
                 return Ok(());
             }
         }
@@ -699,18 +804,22 @@ impl Campaign {
     /// The host hangs for longer than the broker waits. Where several hosts can run, another one takes over meanwhile.
     async fn pause(&mut self) -> Result<()> {
         self.running().await?;
-        let rival = if self.rivals { Some(self.world.spawn_rival()?) } else { None };
-        self.some_time(300, 900).await;
+        let rival = if self.rivals {
+            Some(self.world.spawn_rival()?)
+        } else {
+            None
+        };
+        self.sleep_randomly(300, 900).await;
         let pid = self.world.host_pid().context("find the host")?;
         signal(pid, "STOP")?;
         tokio::time::sleep(ACK_WAIT + Duration::from_millis(1_500)).await;
         signal(pid, "CONT")?;
-        self.did("host paused");
+        self.record("host paused");
         if let Some(mut rival) = rival {
-            self.some_time(200, 600).await;
+            self.sleep_randomly(200, 600).await;
             rival.kill().context("kill the rival")?;
             rival.wait().context("wait for the rival")?;
-            self.did("rival host killed");
+            self.record("rival host killed");
         }
         Ok(())
     }
@@ -723,7 +832,7 @@ impl Campaign {
         signal(pid, "STOP")?;
         tokio::time::sleep(self.plan.harm.frozen).await;
         signal(pid, "CONT")?;
-        self.did(Act::Freeze.happened());
+        self.record(Act::Freeze.label());
         self.end_rival(rival).await
     }
 
@@ -731,59 +840,80 @@ impl Campaign {
     async fn vanish(&mut self) -> Result<()> {
         self.running().await?;
         let rival = self.rival().await?;
-        self.swallow(true);
+        self.set_blackhole(true);
         tokio::time::sleep(self.plan.harm.frozen).await;
-        self.swallow(false);
-        self.did(Act::Vanish.happened());
+        self.set_blackhole(false);
+        self.record(Act::Vanish.label());
         self.end_rival(rival).await
     }
 
-    fn swallow(&self, swallows: bool) {
-        self.to_nats.swallow(swallows);
-        self.to_database.iter().for_each(|proxy| proxy.swallow(swallows));
+    fn set_blackhole(&self, is_blackhole: bool) {
+        self.to_nats.set_blackhole(is_blackhole);
+        self.to_database
+            .iter()
+            .for_each(|proxy| proxy.set_blackhole(is_blackhole));
     }
 
     /// A second host that reaches its servers whatever becomes of the first one's connections, where several can run.
     async fn rival(&mut self) -> Result<Option<std::process::Child>> {
-        let rival = if self.rivals { Some(self.world.spawn_rival_directly()?) } else { None };
-        self.some_time(1_500, 3_000).await;
+        let rival = if self.rivals {
+            Some(self.world.spawn_rival_directly()?)
+        } else {
+            None
+        };
+        self.sleep_randomly(1_500, 3_000).await;
         Ok(rival)
     }
 
     async fn end_rival(&mut self, rival: Option<std::process::Child>) -> Result<()> {
-        self.some_time(200, 600).await;
-        let Some(mut rival) = rival else { return Ok(()) };
+        self.sleep_randomly(200, 600).await;
+        let Some(mut rival) = rival else {
+            return Ok(());
+        };
         rival.kill().context("kill the rival")?;
         rival.wait().context("wait for the rival")?;
-        self.did("rival host killed");
+        self.record("rival host killed");
         Ok(())
     }
 
     /// The host dies with committed outputs in hand, and is back at once: they do not wait until their leases run out.
     async fn die_with_leases(&mut self) -> Result<()> {
         self.die_at(fault::BEFORE_PUBLISH).await?;
-        if self.world.host_lives() {
+        if self.world.is_host_running() {
             return Ok(());
         }
-        let last = self.world.database.number("select coalesce(max(seq), 0) from oncely.outbox").await?;
-        let by_polling = if self.plan.kind == Kind::Postgres { " and via = 'poll'" } else { "" };
+        let last = self
+            .world
+            .database
+            .number("select coalesce(max(seq), 0) from oncely.outbox")
+            .await?;
+        let poll_condition = if self.plan.kind == Kind::Postgres {
+            " and via = 'poll'"
+        } else {
+            ""
+        };
         let waiting = format!(
             "select count(*) from oncely.outbox where seq <= {last} and published_at is null and failures = 0
-             and behind is null and set_aside_at is null{by_polling}"
+             and blocked_by is null and parked_at is null{poll_condition}"
         );
         let left = self.world.database.number(&waiting).await?;
         self.ready().await?;
         let back = Instant::now();
         while self.world.database.number(&waiting).await.unwrap_or(left) > 0 {
             if back.elapsed() > LEASES_TAKEN_WITHIN {
-                let what = format!("{left} outputs of a host that died wait {LEASES_TAKEN_WITHIN:?} after it is back");
-                self.lagging.push(Violation { rule: "takeover", what });
+                let what = format!(
+                    "{left} outputs of a host that died wait {LEASES_TAKEN_WITHIN:?} after it is back"
+                );
+                self.lagging.push(Violation {
+                    rule: "takeover",
+                    what,
+                });
                 break;
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         if left > 0 {
-            self.did(Act::DieWithLeases.happened());
+            self.record(Act::DieWithLeases.label());
         }
         Ok(())
     }
@@ -794,19 +924,37 @@ impl Campaign {
         let file = self.world.folder.path().join("other.db");
         let mut other = self.world.spawn_other_installation(&file)?;
         let end = Instant::now() + CHANCE;
-        while Instant::now() < end && other.try_wait().context("look at the other host")?.is_none() {
+        while Instant::now() < end
+            && other
+                .try_wait()
+                .context("look at the other host")?
+                .is_none()
+        {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        let is_refused = other.try_wait().context("look at the other host")?.is_some_and(|status| !status.success());
+        let is_refused = other
+            .try_wait()
+            .context("look at the other host")?
+            .is_some_and(|status| !status.success());
         other.kill().context("kill the other host")?;
         other.wait().context("wait for the other host")?;
-        let taken = Database::Sqlite(file).number("select count(*) from oncely.inbox").await.unwrap_or_default();
+        let taken = Database::Sqlite(file)
+            .number("select count(*) from oncely.inbox")
+            .await
+            .unwrap_or_default();
         if is_refused && taken == 0 {
-            self.did(Act::Join.happened());
+            self.record(Act::Join.label());
         } else {
-            let ending = if is_refused { "was refused" } else { "was not refused" };
+            let ending = if is_refused {
+                "was refused"
+            } else {
+                "was not refused"
+            };
             let what = format!("a second installation {ending} and settled {taken} messages");
-            self.lagging.push(Violation { rule: "one installation", what });
+            self.lagging.push(Violation {
+                rule: "one installation",
+                what,
+            });
         }
         Ok(())
     }
@@ -821,17 +969,21 @@ impl Campaign {
     async fn copy_streams(&mut self) -> Result<()> {
         self.running().await?;
         self.world.nats.kill()?;
-        ROLLED_BACK.iter().try_for_each(|stream| self.world.nats.copy_stream(stream))?;
+        ROLLED_BACK
+            .iter()
+            .try_for_each(|stream| self.world.nats.copy_stream(stream))?;
         self.world.nats.restart().await?;
-        self.some_time(500, 3_000).await;
+        self.sleep_randomly(500, 3_000).await;
         Ok(())
     }
 
     async fn lose_tails(&mut self) -> Result<()> {
         self.world.nats.kill()?;
-        ROLLED_BACK.iter().try_for_each(|stream| self.world.nats.roll_back_stream(stream))?;
+        ROLLED_BACK
+            .iter()
+            .try_for_each(|stream| self.world.nats.roll_back_stream(stream))?;
         self.world.nats.restart().await?;
-        self.did("streams rolled back");
+        self.record("streams rolled back");
         Ok(())
     }
 
@@ -840,9 +992,13 @@ impl Campaign {
         self.working().await?;
         self.world.nats.kill()?;
         tokio::time::sleep(self.plan.harm.outage).await;
-        ensure!(self.world.host_lives(), "the host ended without a broker:\n{}", tail(&self.world.host_log()));
+        ensure!(
+            self.world.is_host_running(),
+            "the host ended without a broker:\n{}",
+            tail(&self.world.host_log())
+        );
         self.world.nats.restart().await?;
-        self.did("broker away for long");
+        self.record("broker away for long");
         self.catch_up("the broker was away").await
     }
 
@@ -852,7 +1008,7 @@ impl Campaign {
         self.world.nats.fill_stream(DLQ, true).await?;
         tokio::time::sleep(self.plan.harm.dlq_outage).await;
         self.world.nats.fill_stream(DLQ, false).await?;
-        self.did("stream of dead letters full");
+        self.record("stream of dead letters full");
         self.catch_up("the stream of dead letters was full").await
     }
 
@@ -862,8 +1018,8 @@ impl Campaign {
         self.working().await?;
         let config = self.world.nats.delete_stream(DLQ).await?;
         tokio::time::sleep(self.plan.harm.dlq_outage).await;
-        self.world.nats.make_stream_again(config).await?;
-        self.did("stream of dead letters gone");
+        self.world.nats.recreate_stream(config).await?;
+        self.record("stream of dead letters gone");
         self.world.oncely(&["outbox", "retry", "--all"]).await?;
         // One more may have been given up just when the stream came back.
         tokio::time::sleep(Duration::from_secs(2)).await;
@@ -876,10 +1032,14 @@ impl Campaign {
         self.ready().await?;
         // What hosts that died before this had leased is not to be counted.
         let end = Instant::now() + CATCH_UP_WITHIN;
-        while Instant::now() < end && unpublished_age(&self.world).await.is_none_or(|age| age >= 1.0) {
+        while Instant::now() < end
+            && unpublished_age(&self.world)
+                .await
+                .is_none_or(|age| age >= 1.0)
+        {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
-        self.some_time(500, 1_500).await;
+        self.sleep_randomly(500, 1_500).await;
         Ok(())
     }
 
@@ -888,12 +1048,18 @@ impl Campaign {
         let (began, mut last, mut below) = (Instant::now(), None, 0);
         while below < CAUGHT_UP_SAMPLES {
             if began.elapsed() > CATCH_UP_WITHIN {
-                let what = format!("{CATCH_UP_WITHIN:?} after {after} the oldest unpublished output is {last:?} s old");
+                let what = format!(
+                    "{CATCH_UP_WITHIN:?} after {after} the oldest unpublished output is {last:?} s old"
+                );
                 self.lagging.push(Violation { rule: "lag", what });
                 return Ok(());
             }
             last = unpublished_age(&self.world).await;
-            below = if last.is_some_and(|age| age < 1.0) { below + 1 } else { 0 };
+            below = if last.is_some_and(|age| age < 1.0) {
+                below + 1
+            } else {
+                0
+            };
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
         let took = began.elapsed().as_millis();
@@ -905,7 +1071,10 @@ impl Campaign {
         self.running().await?;
         let proxy = match cut {
             Cut::OutputsNotForwarded | Cut::OutputAnswersLost => &self.to_nats,
-            _ => self.to_database.as_ref().context("have a proxy to the database")?,
+            _ => self
+                .to_database
+                .as_ref()
+                .context("have a proxy to the database")?,
         };
         if !proxy.cut(cut, CHANCE).await {
             return Ok(());
@@ -913,7 +1082,7 @@ impl Campaign {
         if cut == Cut::CommitAnswerHeld {
             self.world.kill_host()?;
         }
-        self.did(Act::Cut(cut).happened());
+        self.record(Act::Cut(cut).label());
         Ok(())
     }
 
@@ -922,7 +1091,7 @@ impl Campaign {
         for _ in 0..STARTS {
             self.running().await?;
             match self.world.ready().await {
-                Err(_) if !self.world.host_lives() => {}
+                Err(_) if !self.world.is_host_running() => {}
                 ready => return ready,
             }
         }
@@ -931,43 +1100,50 @@ impl Campaign {
 
     /// A host that works: it lives, and has settled something since it was looked at.
     async fn running(&mut self) -> Result<()> {
-        if self.world.host_lives() {
+        if self.world.is_host_running() {
             return Ok(());
         }
         let passes = self.passes(fault::AFTER_ACK);
         self.arm(None);
         self.world.spawn_host()?;
         let end = Instant::now() + CHANCE;
-        while Instant::now() < end && self.world.host_lives() && self.passes(fault::AFTER_ACK) == passes {
+        while Instant::now() < end
+            && self.world.is_host_running()
+            && self.passes(fault::AFTER_ACK) == passes
+        {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         Ok(())
     }
 
     fn kill(&mut self) -> Result<()> {
-        if self.world.host_lives() {
-            self.did("host killed in passing");
+        if self.world.is_host_running() {
+            self.record("host killed in passing");
         }
         self.world.kill_host()
     }
 
-    async fn some_time(&mut self, from_ms: u64, to_ms: u64) {
+    async fn sleep_randomly(&mut self, from_ms: u64, to_ms: u64) {
         let time = self.random.random_range(from_ms..=to_ms);
         tokio::time::sleep(Duration::from_millis(time)).await;
     }
 
-    /// What hosts noted so far, by `pass name` and `abort name`.
-    fn noted(&self) -> BTreeMap<String, u64> {
-        let mut noted = BTreeMap::new();
-        let log = std::fs::read_to_string(self.world.folder.path().join("faults.log")).unwrap_or_default();
+    /// The counts in the fault log so far, by `pass name` and `abort name`.
+    fn fault_log_counts(&self) -> BTreeMap<String, u64> {
+        let mut counts = BTreeMap::new();
+        let log = std::fs::read_to_string(self.world.folder.path().join("faults.log"))
+            .unwrap_or_default();
         for line in log.lines() {
-            *noted.entry(line.to_owned()).or_default() += 1;
+            *counts.entry(line.to_owned()).or_default() += 1;
         }
-        noted
+        counts
     }
 
     fn passes(&self, name: &str) -> u64 {
-        self.noted().get(&format!("pass {name}")).copied().unwrap_or_default()
+        self.fault_log_counts()
+            .get(&format!("pass {name}"))
+            .copied()
+            .unwrap_or_default()
     }
 
     async fn stay_alive_until(&mut self, done: impl Fn() -> bool) -> Result<()> {
@@ -985,23 +1161,33 @@ impl Campaign {
         if let Some(stuck) = self.until_quiet().await? {
             return Ok(Some(stuck));
         }
-        self.redriver()?.put_the_rest_back().await?;
+        self.redriver()?.redrive_the_rest().await?;
         if let Some(stuck) = self.until_quiet().await? {
             return Ok(Some(format!("after dead letters were put back: {stuck}")));
         }
-        let settled = self.world.database.number("select count(*) from oncely.inbox").await?;
+        let settled = self
+            .world
+            .database
+            .number("select count(*) from oncely.inbox")
+            .await?;
         let more = (0..10).map(|_| workload.next_message()).collect();
         let context = async_nats::jetstream::new(self.world.nats.client().await?);
-        publisher::insist(&context, more, &self.progress).await?;
+        publisher::publish_until_acked(&context, more, &self.progress).await?;
         if let Some(stuck) = self.until_quiet().await? {
             return Ok(Some(format!("after all was healed: {stuck}")));
         }
         // What was published last may have died, too.
-        self.redriver()?.put_the_rest_back().await?;
+        self.redriver()?.redrive_the_rest().await?;
         if let Some(stuck) = self.until_quiet().await? {
-            return Ok(Some(format!("after the last dead letters were put back: {stuck}")));
+            return Ok(Some(format!(
+                "after the last dead letters were put back: {stuck}"
+            )));
         }
-        let after = self.world.database.number("select count(*) from oncely.inbox").await?;
+        let after = self
+            .world
+            .database
+            .number("select count(*) from oncely.inbox")
+            .await?;
         Ok((after <= settled).then(|| "nothing of what was published last was settled".to_owned()))
     }
 
@@ -1010,16 +1196,20 @@ impl Campaign {
         let patience = Duration::from_secs(if self.plan.mutant.is_some() { 38 } else { 60 });
         let mut last = (Instant::now(), String::new());
         loop {
-            if !self.world.host_lives() {
-                return Ok(Some(format!("the host ended:\n{}", tail(&self.world.host_log()))));
+            if !self.world.is_host_running() {
+                return Ok(Some(format!(
+                    "the host ended:\n{}",
+                    tail(&self.world.host_log())
+                )));
             }
-            let restless = match observed::restless(&self.world.database, &self.world.nats).await {
-                Ok(restless) if restless.is_empty() => return Ok(None),
-                Ok(restless) => restless.join(", "),
+            let unsettled = match observed::unsettled(&self.world.database, &self.world.nats).await
+            {
+                Ok(unsettled) if unsettled.is_empty() => return Ok(None),
+                Ok(unsettled) => unsettled.join(", "),
                 Err(error) => format!("{error:#}"),
             };
-            if restless != last.1 {
-                last = (Instant::now(), restless);
+            if unsettled != last.1 {
+                last = (Instant::now(), unsettled);
             } else if last.0.elapsed() > patience {
                 return Ok(Some(format!("no progress for {patience:?}: {}", last.1)));
             }
@@ -1027,23 +1217,32 @@ impl Campaign {
         }
     }
 
-    async fn conclude(mut self, stuck: Option<String>, began: Instant) -> Result<Outcome> {
+    async fn conclude(mut self, stuck: Option<String>, began: Instant) -> Result<CampaignReport> {
         let mut observed = Observed::read(&self.world.database, &self.world.nats).await?;
-        observed.restless.extend(stuck);
+        observed.unsettled.extend(stuck);
         observed.acked = std::mem::take(&mut *self.progress.acked.lock().unwrap());
-        observed.too_early = std::mem::take(&mut *self.looked.too_early.lock().unwrap());
-        observed.deaths = self.injected.iter().filter(|(what, _)| is_death(what)).map(|(_, count)| count).sum();
+        observed.too_early = std::mem::take(&mut *self.watcher_report.too_early.lock().unwrap());
+        observed.deaths = self
+            .injected
+            .iter()
+            .filter(|(what, _)| is_death(what))
+            .map(|(_, count)| count)
+            .sum();
         observed.lanes = self.plan.lanes.into();
         let (counted, mut violations) = checker::check(&observed);
         let unexposed = self.unexposed(&observed);
         let seen = self.seen();
         if self.plan.mutant.is_none() {
-            violations.extend(self.vacuous(&seen, &counted));
+            violations.extend(self.missing_coverage(&seen, &counted));
         }
         violations.append(&mut self.lagging);
-        let kept = if violations.is_empty() { None } else { Some(self.keep(&violations).await?) };
+        let kept = if violations.is_empty() {
+            None
+        } else {
+            Some(self.keep(&violations).await?)
+        };
         let seconds = began.elapsed().as_secs();
-        Ok(Outcome {
+        Ok(CampaignReport {
             plan: self.plan.clone(),
             injected: self.injected.clone(),
             seen,
@@ -1056,75 +1255,155 @@ impl Campaign {
     }
 
     fn seen(&self) -> BTreeMap<String, u64> {
-        let noted = self.noted();
-        let passes = |name: &str| noted.get(&format!("pass {name}")).copied().unwrap_or_default();
+        let counts = self.fault_log_counts();
+        let passes = |name: &str| {
+            counts
+                .get(&format!("pass {name}"))
+                .copied()
+                .unwrap_or_default()
+        };
         let caught_up = self.caught_up.iter();
         let caught_up = caught_up.map(|(after, ms)| (format!("ms to catch up after {after}"), *ms));
         let mut seen = BTreeMap::from([
-            ("duplicates skipped".to_owned(), passes(fault::DUPLICATE_SKIPPED)),
-            ("outputs the broker had already".to_owned(), passes(fault::DUPLICATE_OUTPUT)),
+            (
+                "duplicates skipped".to_owned(),
+                passes(fault::DUPLICATE_SKIPPED),
+            ),
+            (
+                "outputs the broker had already".to_owned(),
+                passes(fault::DUPLICATE_OUTPUT),
+            ),
             ("batches run again".to_owned(), passes(fault::BEFORE_RERUN)),
-            ("outputs compared with their effect".to_owned(), self.looked.outputs.load(Ordering::Relaxed)),
-            ("snapshots of the ledger".to_owned(), self.looked.snapshots.load(Ordering::Relaxed)),
-            ("ids that a stranger guessed".to_owned(), self.meddling.guesses.load(Ordering::Relaxed)),
-            ("ids that a stranger took".to_owned(), self.meddling.ids.load(Ordering::Relaxed)),
-            ("pointers that a stranger forged".to_owned(), self.meddling.pointers.load(Ordering::Relaxed)),
-            ("aborts".to_owned(), noted.iter().filter(|(line, _)| line.starts_with("abort")).map(|(_, n)| n).sum()),
+            (
+                "outputs compared with their effect".to_owned(),
+                self.watcher_report.outputs.load(Ordering::Relaxed),
+            ),
+            (
+                "snapshots of the ledger".to_owned(),
+                self.watcher_report.snapshots.load(Ordering::Relaxed),
+            ),
+            (
+                "ids that a stranger guessed".to_owned(),
+                self.attack_counts.guesses.load(Ordering::Relaxed),
+            ),
+            (
+                "ids that a stranger took".to_owned(),
+                self.attack_counts.ids.load(Ordering::Relaxed),
+            ),
+            (
+                "pointers that a stranger forged".to_owned(),
+                self.attack_counts.pointers.load(Ordering::Relaxed),
+            ),
+            (
+                "aborts".to_owned(),
+                counts
+                    .iter()
+                    .filter(|(line, _)| line.starts_with("abort"))
+                    .map(|(_, n)| n)
+                    .sum(),
+            ),
         ]);
         seen.extend(caught_up);
         seen
     }
 
     /// What should have happened and did not: a run without it proves little.
-    fn vacuous(&mut self, seen: &BTreeMap<String, u64>, counted: &Counted) -> Vec<Violation> {
+    fn missing_coverage(
+        &mut self,
+        seen: &BTreeMap<String, u64>,
+        counted: &Counted,
+    ) -> Vec<Violation> {
         let mut floors: BTreeMap<String, u64> = BTreeMap::new();
         for act in self.acts() {
-            *floors.entry(act.happened()).or_default() += 1;
+            *floors.entry(act.label()).or_default() += 1;
         }
         let mut found = self.injected.clone();
         // A few of many may find no connection to end.
-        floors.entry("database connection terminated".to_owned()).and_modify(|floor| *floor = floor.div_ceil(2));
-        for name in ["duplicates skipped", "outputs the broker had already", "batches run again"] {
+        floors
+            .entry("database connection terminated".to_owned())
+            .and_modify(|floor| *floor = floor.div_ceil(2));
+        for name in [
+            "duplicates skipped",
+            "outputs the broker had already",
+            "batches run again",
+        ] {
             floors.insert(name.to_owned(), 1);
             found.insert(name.to_owned(), seen.get(name).copied().unwrap_or_default());
         }
-        for (what, least) in [("ids that a stranger guessed", 1_000), ("ids that a stranger took", 20)] {
+        for (what, least) in [
+            ("ids that a stranger guessed", 1_000),
+            ("ids that a stranger took", 20),
+        ] {
             floors.insert(what.to_owned(), least);
             found.insert(what.to_owned(), seen.get(what).copied().unwrap_or_default());
         }
         let forged = "pointers that a stranger forged";
         floors.insert(forged.to_owned(), 100);
-        found.insert(forged.to_owned(), seen.get(forged).copied().unwrap_or_default());
+        found.insert(
+            forged.to_owned(),
+            seen.get(forged).copied().unwrap_or_default(),
+        );
         floors.insert("letters put back that took effect".to_owned(), 1);
-        found.insert("letters put back that took effect".to_owned(), counted.redriven as u64);
+        found.insert(
+            "letters put back that took effect".to_owned(),
+            counted.redriven as u64,
+        );
         floors.insert("inputs".to_owned(), self.plan.inputs);
         found.insert("inputs".to_owned(), counted.inputs as u64);
         floors.insert("events with an effect, of a hundred".to_owned(), 95);
         let share = counted.effects * 100 / counted.events.max(1);
-        found.insert("events with an effect, of a hundred".to_owned(), share as u64);
+        found.insert(
+            "events with an effect, of a hundred".to_owned(),
+            share as u64,
+        );
         let short = |(name, floor): (String, u64)| {
             let found = found.get(&name).copied().unwrap_or_default();
             let what = format!("{name}: {found}, at least {floor} wanted");
-            (found < floor).then_some(Violation { rule: "not vacuous", what })
+            (found < floor).then_some(Violation {
+                rule: "not vacuous",
+                what,
+            })
         };
         floors.into_iter().filter_map(short).collect()
     }
 
     /// Moves what a person wants to look at out of the folder that is about to be removed.
     async fn keep(&self, violations: &[Violation]) -> Result<std::path::PathBuf> {
-        let target = guests::target_dir()?.parent().context("find the target folder")?.join("chaos");
-        let name = format!("{:?}-{}{}", self.plan.kind, self.plan.seed, self.plan.mutant.clone().unwrap_or_default());
+        let target = guests::target_dir()?
+            .parent()
+            .context("find the target folder")?
+            .join("chaos");
+        let name = format!(
+            "{:?}-{}{}",
+            self.plan.kind,
+            self.plan.seed,
+            self.plan.mutant.clone().unwrap_or_default()
+        );
         let folder = target.join("kept").join(name.to_lowercase());
         std::fs::create_dir_all(&folder).context("make a folder for what is kept")?;
-        let list: Vec<String> = violations.iter().map(|found| format!("{}: {}\n", found.rule, found.what)).collect();
-        std::fs::write(folder.join("violations.txt"), list.concat()).context("write the violations")?;
+        let list: Vec<String> = violations
+            .iter()
+            .map(|found| format!("{}: {}\n", found.rule, found.what))
+            .collect();
+        std::fs::write(folder.join("violations.txt"), list.concat())
+            .context("write the violations")?;
         let rows =
-            "select seq, id, subject, ordering_key, due_at, leased_until, behind, set_aside_at, failures, last_error
+            "select seq, id, subject, ordering_key, due_at, leased_until, blocked_by, parked_at, failures, last_error
             from oncely.outbox where published_at is null order by seq";
         let unpublished = self.world.database.rows(rows).await.unwrap_or_default();
-        let unpublished: String = unpublished.iter().map(|row| row.join(" | ") + "\n").collect();
-        std::fs::write(folder.join("unpublished.txt"), unpublished).context("write down what is not published")?;
-        for file in ["host.log", "faults.log", "oncely.toml", "test.db", "test.db-wal"] {
+        let unpublished: String = unpublished
+            .iter()
+            .map(|row| row.join(" | ") + "\n")
+            .collect();
+        std::fs::write(folder.join("unpublished.txt"), unpublished)
+            .context("write down what is not published")?;
+        for file in [
+            "host.log",
+            "faults.log",
+            "oncely.toml",
+            "test.db",
+            "test.db-wal",
+        ] {
             // Not all of them are there on each database.
             let _ = std::fs::copy(self.world.folder.path().join(file), folder.join(file));
         }

@@ -40,9 +40,9 @@ pub struct Counted {
     /// Events that were buried because hosts died while they handled them alone.
     pub crashed_host: usize,
     /// Those that trapped twice in the very same way, and were buried for it.
-    pub proved_poison: usize,
+    pub deterministic_failures: usize,
     /// Changes of alarms on their stream.
-    pub alarms_told: usize,
+    pub alarms_published: usize,
     /// Outputs of one key whose sequence is lower than that of one before them on the stream.
     pub out_of_order: usize,
 }
@@ -51,7 +51,7 @@ pub struct Counted {
 const CRASHED_HOST: &str = "crashed-host";
 
 /// The reason of a letter whose handler trapped twice after it had asked and seen the very same.
-const PROVED_POISON: &str = "proved-poison";
+const DETERMINISTIC_FAILURE: &str = "deterministic-failure";
 
 /// The name of the worker.
 const WORKER: &str = "test";
@@ -61,20 +61,24 @@ pub const ATTEMPTS: i64 = 4;
 
 /// Checks everything.
 pub fn check(observed: &Observed) -> (Counted, Vec<Violation>) {
-    let mut checker = Checker { observed, counted: Counted::default(), violations: Vec::new() };
+    let mut checker = Checker {
+        observed,
+        counted: Counted::default(),
+        violations: Vec::new(),
+    };
     let events = checker.events();
     checker.ledger();
     checker.acked();
     for (id, event) in &events {
         checker.event(id, event);
     }
-    checker.nothing_else(&events);
-    checker.letters(&events);
+    checker.only_published_events(&events);
+    checker.dead_letters(&events);
     checker.outputs(&events);
     checker.order();
     checker.state(&events);
     checker.alarms();
-    checker.rest();
+    checker.settled_and_visible();
     checker.count(&events);
     (checker.counted, checker.violations)
 }
@@ -96,11 +100,17 @@ struct Body {
 
 impl Body {
     fn number(&self, name: &str) -> i64 {
-        self.options.get(name).and_then(Value::as_i64).unwrap_or_default()
+        self.options
+            .get(name)
+            .and_then(Value::as_i64)
+            .unwrap_or_default()
     }
 
     fn text(&self, name: &str) -> &str {
-        self.options.get(name).and_then(Value::as_str).unwrap_or_default()
+        self.options
+            .get(name)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
     }
 }
 
@@ -119,10 +129,18 @@ impl Checker<'_> {
     fn events(&mut self) -> BTreeMap<String, Event> {
         let mut events: BTreeMap<String, Event> = BTreeMap::new();
         for stored in &self.observed.inputs {
-            let headers: Headers = stored.headers.iter().map(|(name, value)| (name.clone(), value.clone())).collect();
+            let headers: Headers = stored
+                .headers
+                .iter()
+                .map(|(name, value)| (name.clone(), value.clone()))
+                .collect();
             let id = event_id(&headers, None, "IN", stored.stored_at, stored.sequence);
-            let id = id.unwrap_or_else(|invalid| invalid.stand_in);
-            let Some(nature) = stored.headers.get("nature").and_then(|nature| Nature::from_header(nature)) else {
+            let id = id.unwrap_or_else(|invalid| invalid.fallback_id);
+            let Some(nature) = stored
+                .headers
+                .get("nature")
+                .and_then(|nature| Nature::from_header(nature))
+            else {
                 self.fail("inputs", format!("input {} has no nature", stored.sequence));
                 continue;
             };
@@ -132,7 +150,13 @@ impl Checker<'_> {
                 options: serde_json::from_slice(&stored.body).unwrap_or_default(),
                 copies: 0,
             };
-            events.entry(id).or_default().bodies.entry(payload(stored)).or_insert(body).copies += 1;
+            events
+                .entry(id)
+                .or_default()
+                .bodies
+                .entry(payload(stored))
+                .or_insert(body)
+                .copies += 1;
         }
         events
     }
@@ -151,21 +175,37 @@ impl Checker<'_> {
         for (account, amount) in &self.observed.balances {
             let moved = balances.remove(account.as_str()).unwrap_or_default();
             if moved != *amount {
-                self.fail("ledger", format!("account {account} has {amount}, its effects sum to {moved}"));
+                self.fail(
+                    "ledger",
+                    format!("account {account} has {amount}, its effects sum to {moved}"),
+                );
             }
         }
         for (account, moved) in balances {
-            self.fail("ledger", format!("account {account} has no balance, its effects sum to {moved}"));
+            self.fail(
+                "ledger",
+                format!("account {account} has no balance, its effects sum to {moved}"),
+            );
         }
     }
 
     /// What the broker acknowledged to the publisher is on the stream.
     fn acked(&mut self) {
-        let stored: HashMap<u64, &Stored> =
-            self.observed.inputs.iter().map(|stored| (stored.sequence, stored)).collect();
+        let stored: HashMap<u64, &Stored> = self
+            .observed
+            .inputs
+            .iter()
+            .map(|stored| (stored.sequence, stored))
+            .collect();
         for (sequence, body) in &self.observed.acked {
-            if stored.get(sequence).is_none_or(|stored| stored.body != *body) {
-                self.fail("inputs", format!("input {sequence} was acknowledged and is not on the stream"));
+            if stored
+                .get(sequence)
+                .is_none_or(|stored| stored.body != *body)
+            {
+                self.fail(
+                    "inputs",
+                    format!("input {sequence} was acknowledged and is not on the stream"),
+                );
             }
         }
     }
@@ -173,82 +213,133 @@ impl Checker<'_> {
     /// Effect exactly once, or dead: never both, never neither.
     fn event(&mut self, id: &str, event: &Event) {
         let Some((state, payload)) = self.observed.inbox.get(id) else {
-            return self.fail("effect once", format!("event {id} has neither an effect nor a dead letter"));
+            return self.fail(
+                "effect once",
+                format!("event {id} has neither an effect nor a dead letter"),
+            );
         };
         // The stand-in of an event without a usable id holds for one body alone.
         let Some(first) = event.bodies.get(payload) else {
-            return self.fail("effect once", format!("the inbox holds event {id} for a body that was never published"));
+            return self.fail(
+                "effect once",
+                format!("the inbox holds event {id} for a body that was never published"),
+            );
         };
-        let effects = self.observed.effects.get(id).map(Vec::as_slice).unwrap_or_default();
+        let effects = self
+            .observed
+            .effects
+            .get(id)
+            .map(Vec::as_slice)
+            .unwrap_or_default();
         match (first.nature.death(), state.as_str()) {
             (None, "done") => self.effect(id, first, effects),
             (Some(_), "dead") => {
                 if !effects.is_empty() {
-                    self.fail("effect once", format!("event {id} is dead and has {} rows", effects.len()));
+                    self.fail(
+                        "effect once",
+                        format!("event {id} is dead and has {} rows", effects.len()),
+                    );
                 }
             }
             // Whoever dies often enough with a message in hand makes it look guilty.
             (None, "dead") if effects.is_empty() && self.died_of(CRASHED_HOST, id, payload) => {}
-            (_, state) => self.fail("effect once", format!("event {id} ({:?}) is {state}", first.nature)),
+            (_, state) => self.fail(
+                "effect once",
+                format!("event {id} ({:?}) is {state}", first.nature),
+            ),
         }
         self.attempts(id, event, first);
     }
 
     fn died_of(&self, reason: &str, id: &str, payload: &str) -> bool {
-        let letters = &self.observed.letters;
-        letters.iter().any(|letter| letter.event_id == id && letter.payload == payload && letter.reason == reason)
+        let dead_letters = &self.observed.dead_letters;
+        dead_letters.iter().any(|letter| {
+            letter.event_id == id && letter.payload == payload && letter.reason == reason
+        })
     }
 
     fn effect(&mut self, id: &str, first: &Body, effects: &[Effect]) {
         let nonces: BTreeSet<&str> = effects.iter().map(|effect| effect.nonce.as_str()).collect();
         if effects.len() != 2 || nonces.len() != 1 {
             let (rows, attempts) = (effects.len(), nonces.len());
-            return self.fail("effect once", format!("event {id} has {rows} rows of {attempts} attempts"));
+            return self.fail(
+                "effect once",
+                format!("event {id} has {rows} rows of {attempts} attempts"),
+            );
         }
-        let mut found: Vec<(&str, i64)> =
-            effects.iter().map(|effect| (effect.account.as_str(), effect.delta)).collect();
+        let mut found: Vec<(&str, i64)> = effects
+            .iter()
+            .map(|effect| (effect.account.as_str(), effect.delta))
+            .collect();
         let delta = first.number("delta");
         let mut wanted = vec![(first.text("from"), -delta), (first.text("to"), delta)];
         found.sort_unstable();
         wanted.sort_unstable();
         if found != wanted {
-            self.fail("effect once", format!("event {id} moved {found:?} rather than {wanted:?}"));
+            self.fail(
+                "effect once",
+                format!("event {id} moved {found:?} rather than {wanted:?}"),
+            );
         }
     }
 
     /// Only what failed has failed attempts: no neighbour and no outage ever costs one.
     fn attempts(&mut self, id: &str, event: &Event, first: &Body) {
-        let codes = self.observed.attempts.get(id).map(Vec::as_slice).unwrap_or_default();
+        let codes = self
+            .observed
+            .attempts
+            .get(id)
+            .map(Vec::as_slice)
+            .unwrap_or_default();
         if event.bodies.values().all(|body| body.nature.never_fails()) {
             // On a busy or paused machine a guest may run out of its time.
-            let (timeouts, others): (Vec<_>, Vec<_>) = codes.iter().partition(|code| is_timeout(code));
+            let (timeouts, others): (Vec<_>, Vec<_>) =
+                codes.iter().partition(|code| is_timeout(code));
             self.counted.timeouts_of_plain_messages += timeouts.len();
             if let Some(code) = others.first() {
-                self.fail("attempts", format!("event {id} never fails and was charged with `{code}`"));
+                self.fail(
+                    "attempts",
+                    format!("event {id} never fails and was charged with `{code}`"),
+                );
             }
         }
         let fails_once = matches!(first.nature, Nature::FailsOnce | Nature::FailsOnceLate);
         if fails_once && event.bodies.len() == 1 && codes.is_empty() {
-            self.fail("attempts", format!("event {id} failed once and no attempt is counted"));
+            self.fail(
+                "attempts",
+                format!("event {id} failed once and no attempt is counted"),
+            );
         }
     }
 
     /// Nothing took effect, or died, that was not published.
-    fn nothing_else(&mut self, events: &BTreeMap<String, Event>) {
+    fn only_published_events(&mut self, events: &BTreeMap<String, Event>) {
         let observed = self.observed;
-        for id in observed.effects.keys().filter(|id| !events.contains_key(*id)) {
-            self.fail("effect once", format!("event {id} took effect and was never published"));
+        for id in observed
+            .effects
+            .keys()
+            .filter(|id| !events.contains_key(*id))
+        {
+            self.fail(
+                "effect once",
+                format!("event {id} took effect and was never published"),
+            );
         }
         for id in observed.inbox.keys().filter(|id| !events.contains_key(*id)) {
-            self.fail("quiet", format!("the inbox holds event {id}, which was never published"));
+            self.fail(
+                "quiet",
+                format!("the inbox holds event {id}, which was never published"),
+            );
         }
     }
 
     /// One letter for each body that must die, one notice for each letter, with the original bytes.
-    fn letters(&mut self, events: &BTreeMap<String, Event>) {
+    fn dead_letters(&mut self, events: &BTreeMap<String, Event>) {
         let mut wanted: BTreeMap<(&str, &str, &str), &Body> = BTreeMap::new();
         for (id, event) in events {
-            let Some((_, held)) = self.observed.inbox.get(id) else { continue };
+            let Some((_, held)) = self.observed.inbox.get(id) else {
+                continue;
+            };
             for (payload, body) in &event.bodies {
                 match (payload == held, body.nature.death()) {
                     (true, _) if self.died_of(CRASHED_HOST, id, payload) => {
@@ -256,8 +347,11 @@ impl Checker<'_> {
                     }
                     (true, None) => continue,
                     // Whether two attempts in a row were made by one version is up to the deployments.
-                    (true, _) if body.nature == Nature::OutOfMemory && self.died_of(PROVED_POISON, id, payload) => {
-                        wanted.insert((id, payload, PROVED_POISON), body)
+                    (true, _)
+                        if body.nature == Nature::OutOfMemory
+                            && self.died_of(DETERMINISTIC_FAILURE, id, payload) =>
+                    {
+                        wanted.insert((id, payload, DETERMINISTIC_FAILURE), body)
                     }
                     (true, Some(reason)) => wanted.insert((id, payload, reason), body),
                     (false, _) => wanted.insert((id, payload, "id-reuse"), body),
@@ -265,34 +359,68 @@ impl Checker<'_> {
             }
         }
         let mut found: BTreeSet<(&str, &str, &str)> = BTreeSet::new();
-        for letter in &self.observed.letters {
-            let is_done = || self.observed.inbox.get(&letter.event_id).is_some_and(|(state, _)| state == "done");
+        for letter in &self.observed.dead_letters {
+            let is_done = || {
+                self.observed
+                    .inbox
+                    .get(&letter.event_id)
+                    .is_some_and(|(state, _)| state == "done")
+            };
             if letter.is_redriven && is_done() {
                 self.counted.redriven += 1;
                 continue;
             }
-            let key = (letter.event_id.as_str(), letter.payload.as_str(), letter.reason.as_str());
+            let key = (
+                letter.event_id.as_str(),
+                letter.payload.as_str(),
+                letter.reason.as_str(),
+            );
             if !wanted.contains_key(&key) || !found.insert(key) {
-                self.fail("dead letters", format!("event {} has a letter `{}` too many", key.0, key.2));
+                self.fail(
+                    "dead letters",
+                    format!("event {} has a letter `{}` too many", key.0, key.2),
+                );
             }
-            if letter.reason == PROVED_POISON && letter.attempts < 2 {
-                self.fail("dead letters", format!("event {} was proved poison by a single attempt", letter.event_id));
+            if letter.reason == DETERMINISTIC_FAILURE && letter.attempts < 2 {
+                self.fail(
+                    "dead letters",
+                    format!(
+                        "event {} was proved poison by a single attempt",
+                        letter.event_id
+                    ),
+                );
             }
             if letter.reason == "attempts-exhausted" && letter.attempts < ATTEMPTS {
                 let (id, attempts) = (&letter.event_id, letter.attempts);
-                self.fail("dead letters", format!("event {id} died after {attempts} of {ATTEMPTS} attempts"));
+                self.fail(
+                    "dead letters",
+                    format!("event {id} died after {attempts} of {ATTEMPTS} attempts"),
+                );
             }
         }
-        self.counted.proved_poison = found.iter().filter(|(_, _, reason)| *reason == PROVED_POISON).count();
+        self.counted.deterministic_failures = found
+            .iter()
+            .filter(|(_, _, reason)| *reason == DETERMINISTIC_FAILURE)
+            .count();
         for key in wanted.keys().filter(|key| !found.contains(*key)) {
-            self.fail("dead letters", format!("event {} has no letter `{}`", key.0, key.2));
+            self.fail(
+                "dead letters",
+                format!("event {} has no letter `{}`", key.0, key.2),
+            );
         }
-        self.counted.crashed_host = found.iter().filter(|(_, _, reason)| *reason == CRASHED_HOST).count();
+        self.counted.crashed_host = found
+            .iter()
+            .filter(|(_, _, reason)| *reason == CRASHED_HOST)
+            .count();
         // It takes two deaths for one, and a host handles one message alone in each lane.
-        let most = usize::try_from(self.observed.deaths * self.observed.lanes / 2).unwrap_or_default();
+        let most =
+            usize::try_from(self.observed.deaths * self.observed.lanes / 2).unwrap_or_default();
         if self.counted.crashed_host > most {
             let (count, deaths) = (self.counted.crashed_host, self.observed.deaths);
-            self.fail("dead letters", format!("{count} events are said to have crashed hosts, of which {deaths} died"));
+            self.fail(
+                "dead letters",
+                format!("{count} events are said to have crashed hosts, of which {deaths} died"),
+            );
         }
         self.notices(&wanted);
     }
@@ -306,21 +434,36 @@ impl Checker<'_> {
         let redriven: BTreeSet<&str> = self.observed.redriven.iter().map(String::as_str).collect();
         let mut ids = BTreeSet::new();
         for notice in &self.observed.notices {
-            let header = |name: &str| notice.headers.get(name).map(String::as_str).unwrap_or_default();
+            let header = |name: &str| {
+                notice
+                    .headers
+                    .get(name)
+                    .map(String::as_str)
+                    .unwrap_or_default()
+            };
             if !ids.insert(header("Nats-Msg-Id")) {
-                self.fail("dead letters", format!("the notice {} is there twice", header("Nats-Msg-Id")));
+                self.fail(
+                    "dead letters",
+                    format!("the notice {} is there twice", header("Nats-Msg-Id")),
+                );
             }
             let key = (header("Oncely-Event-Id"), header("Oncely-Reason"));
             let bodies = missing.entry(key).or_default();
             match bodies.iter().position(|body| body.bytes == notice.body) {
                 Some(place) => drop(bodies.remove(place)),
-                None if redriven.contains(header("Oncely-Letter")) => {}
-                None => self.fail("dead letters", format!("the DLQ stream tells once too often of event {}", key.0)),
+                None if redriven.contains(header("Oncely-Dead-Letter")) => {}
+                None => self.fail(
+                    "dead letters",
+                    format!("the DLQ stream tells once too often of event {}", key.0),
+                ),
             }
         }
         for ((id, reason), bodies) in missing {
             if !bodies.is_empty() {
-                self.fail("dead letters", format!("the DLQ stream does not tell of event {id} (`{reason}`)"));
+                self.fail(
+                    "dead letters",
+                    format!("the DLQ stream does not tell of event {id} (`{reason}`)"),
+                );
             }
         }
     }
@@ -329,17 +472,28 @@ impl Checker<'_> {
     fn outputs(&mut self, events: &BTreeMap<String, Event>) {
         let mut wanted: BTreeMap<String, &str> = BTreeMap::new();
         for (id, event) in events {
-            let Some((state, payload)) = self.observed.inbox.get(id) else { continue };
+            let Some((state, payload)) = self.observed.inbox.get(id) else {
+                continue;
+            };
             if let (Some(body), "done") = (event.bodies.get(payload), state.as_str()) {
                 let count = usize::try_from(body.number("n")).unwrap_or_default();
-                wanted.extend((0..count).map(|ordinal| (output_id(WORKER, id, ordinal), id.as_str())));
+                wanted.extend(
+                    (0..count).map(|ordinal| (output_id(WORKER, id, ordinal), id.as_str())),
+                );
             }
         }
         let mut found = BTreeSet::new();
         for stored in &self.observed.outputs {
-            let id = stored.headers.get("Oncely-Output-Id").cloned().unwrap_or_default();
+            let id = stored
+                .headers
+                .get("Oncely-Output-Id")
+                .cloned()
+                .unwrap_or_default();
             if !wanted.contains_key(&id) {
-                self.fail("outputs", format!("output {id} is on the stream and belongs to no effect"));
+                self.fail(
+                    "outputs",
+                    format!("output {id} is on the stream and belongs to no effect"),
+                );
             } else if !found.insert(id.clone()) {
                 self.fail("outputs", format!("output {id} is on the stream twice"));
             }
@@ -347,12 +501,22 @@ impl Checker<'_> {
         }
         for (id, event) in &wanted {
             if !found.contains(id) {
-                self.fail("outputs", format!("output {id} of event {event} is not on the stream"));
+                self.fail(
+                    "outputs",
+                    format!("output {id} of event {event} is not on the stream"),
+                );
             }
         }
         let observed = self.observed;
-        for (id, count) in observed.outbox.iter().filter(|(id, count)| **count != 1 || !wanted.contains_key(*id)) {
-            self.fail("outputs", format!("output {id} was committed {count} times"));
+        for (id, count) in observed
+            .outbox
+            .iter()
+            .filter(|(id, count)| **count != 1 || !wanted.contains_key(*id))
+        {
+            self.fail(
+                "outputs",
+                format!("output {id} was committed {count} times"),
+            );
         }
     }
 
@@ -360,36 +524,66 @@ impl Checker<'_> {
     fn order(&mut self) {
         let mut highest: HashMap<String, (u64, u64)> = HashMap::new();
         for stored in &self.observed.outputs {
-            let told: Value = serde_json::from_slice(&stored.body).unwrap_or_default();
-            let number = |name: &str| told.get(name).and_then(Value::as_u64).unwrap_or_default();
+            let body: Value = serde_json::from_slice(&stored.body).unwrap_or_default();
+            let number = |name: &str| body.get(name).and_then(Value::as_u64).unwrap_or_default();
             // What is delayed takes its place when it is due.
-            if told.get("delayed").and_then(Value::as_bool).unwrap_or_default() {
+            if body
+                .get("delayed")
+                .and_then(Value::as_bool)
+                .unwrap_or_default()
+            {
                 continue;
             }
-            let key = told.get("key").and_then(Value::as_str).unwrap_or_default().to_owned();
+            let key = body
+                .get("key")
+                .and_then(Value::as_str)
+                .unwrap_or_default()
+                .to_owned();
             let place = (number("count"), number("ordinal"));
             let before = highest.insert(key.clone(), place).unwrap_or_default();
             if before > place && before.0 > 0 {
                 let (sequence, before, place) = (stored.sequence, before.0, place.0);
                 self.fail(
                     "order",
-                    format!("output {sequence} tells of effect {place} of `{key}` after effect {before}"),
+                    format!(
+                        "output {sequence} tells of effect {place} of `{key}` after effect {before}"
+                    ),
                 );
             }
         }
     }
 
     fn output(&mut self, id: &str, stored: &Stored) {
-        let told: Value = serde_json::from_slice(&stored.body).unwrap_or_default();
-        let text = |name: &str| told.get(name).and_then(Value::as_str).unwrap_or_default();
-        let ordinal = told.get("ordinal").and_then(Value::as_u64).unwrap_or_default();
-        let summed = format!("{}/{ordinal}/{}/{}", text("event_id"), text("attempt_nonce"), text("padding"));
+        let body: Value = serde_json::from_slice(&stored.body).unwrap_or_default();
+        let text = |name: &str| body.get(name).and_then(Value::as_str).unwrap_or_default();
+        let ordinal = body
+            .get("ordinal")
+            .and_then(Value::as_u64)
+            .unwrap_or_default();
+        let summed = format!(
+            "{}/{ordinal}/{}/{}",
+            text("event_id"),
+            text("attempt_nonce"),
+            text("padding")
+        );
         if text("checksum") != format!("{:016x}", fnv(&summed)) {
             return self.fail("outputs", format!("output {id} has a wrong checksum"));
         }
-        let effects = self.observed.effects.get(text("event_id")).map(Vec::as_slice).unwrap_or_default();
-        if effects.iter().any(|effect| effect.nonce != text("attempt_nonce")) || effects.is_empty() {
-            self.fail("outputs", format!("output {id} tells of an attempt that did not commit"));
+        let effects = self
+            .observed
+            .effects
+            .get(text("event_id"))
+            .map(Vec::as_slice)
+            .unwrap_or_default();
+        if effects
+            .iter()
+            .any(|effect| effect.nonce != text("attempt_nonce"))
+            || effects.is_empty()
+        {
+            self.fail(
+                "outputs",
+                format!("output {id} tells of an attempt that did not commit"),
+            );
         }
     }
 
@@ -404,13 +598,19 @@ impl Checker<'_> {
                 *wanted.entry(body.text("key")).or_default() += 1;
             }
         }
-        let keys: BTreeSet<&str> =
-            wanted.keys().copied().chain(self.observed.counters.keys().map(String::as_str)).collect();
+        let keys: BTreeSet<&str> = wanted
+            .keys()
+            .copied()
+            .chain(self.observed.counters.keys().map(String::as_str))
+            .collect();
         for key in keys {
             let counted = self.observed.counters.get(key).copied().unwrap_or_default();
             let effects = wanted.get(key).copied().unwrap_or_default();
             if counted != effects {
-                self.fail("state", format!("state `{key}` counted {counted} of {effects} effects"));
+                self.fail(
+                    "state",
+                    format!("state `{key}` counted {counted} of {effects} effects"),
+                );
             }
         }
     }
@@ -421,24 +621,38 @@ impl Checker<'_> {
         for (alarm, times, is_raised) in &observed.alarms {
             for time in 1..=*times {
                 let is_over = time < *times || !is_raised;
-                for state in if is_over { &["raised", "cleared"][..] } else { &["raised"] } {
+                for state in if is_over {
+                    &["raised", "cleared"][..]
+                } else {
+                    &["raised"]
+                } {
                     let id = format!("alarm:{alarm}:{time}:{state}");
-                    if !observed.alarms_told.contains_key(&id) {
+                    if !observed.alarms_published.contains_key(&id) {
                         self.fail("alarms", format!("nobody was told of {id}"));
                     }
                 }
             }
         }
-        for (id, count) in observed.alarms_told.iter().filter(|(_, count)| **count > 1) {
+        for (id, count) in observed
+            .alarms_published
+            .iter()
+            .filter(|(_, count)| **count > 1)
+        {
             self.fail("alarms", format!("{id} is told {count} times"));
         }
-        self.counted.alarms_told = observed.alarms_told.len();
+        self.counted.alarms_published = observed.alarms_published.len();
     }
 
-    fn rest(&mut self) {
+    fn settled_and_visible(&mut self) {
         let observed = self.observed;
-        observed.restless.iter().for_each(|what| self.fail("quiet", what.clone()));
-        observed.too_early.iter().for_each(|what| self.fail("no early visibility", what.clone()));
+        observed
+            .unsettled
+            .iter()
+            .for_each(|what| self.fail("quiet", what.clone()));
+        observed
+            .too_early
+            .iter()
+            .for_each(|what| self.fail("no early visibility", what.clone()));
     }
 
     fn count(&mut self, events: &BTreeMap<String, Event>) {
@@ -447,16 +661,24 @@ impl Checker<'_> {
         self.counted.inputs = observed.inputs.len();
         self.counted.events = events.len();
         self.counted.effects = observed.effects.len();
-        self.counted.dead_letters = observed.letters.len();
-        self.counted.id_reuses = observed.letters.iter().filter(|letter| letter.reason == "id-reuse").count();
+        self.counted.dead_letters = observed.dead_letters.len();
+        self.counted.id_reuses = observed
+            .dead_letters
+            .iter()
+            .filter(|letter| letter.reason == "id-reuse")
+            .count();
         self.counted.outputs = observed.outputs.len();
         self.counted.copies = bodies().map(|body| body.copies - 1).sum();
         self.counted.counted_attempts = observed.attempts.values().map(Vec::len).sum();
         let mut highest: HashMap<String, u64> = HashMap::new();
         for stored in &observed.outputs {
-            let told: Value = serde_json::from_slice(&stored.body).unwrap_or_default();
-            let key = told.get("key").and_then(Value::as_str).unwrap_or_default().to_owned();
-            let sequence = told.get("seq").and_then(Value::as_u64).unwrap_or_default();
+            let body: Value = serde_json::from_slice(&stored.body).unwrap_or_default();
+            let key = body
+                .get("key")
+                .and_then(Value::as_str)
+                .unwrap_or_default()
+                .to_owned();
+            let sequence = body.get("seq").and_then(Value::as_u64).unwrap_or_default();
             let highest = highest.entry(key).or_default();
             self.counted.out_of_order += usize::from(sequence < *highest);
             *highest = sequence.max(*highest);
@@ -482,5 +704,7 @@ fn is_timeout(code: &str) -> bool {
 }
 
 fn fnv(text: &str) -> u64 {
-    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+    })
 }

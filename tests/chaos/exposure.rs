@@ -22,33 +22,48 @@ pub struct Exposure {
 impl Exposure {
     /// What exposes a mutant; none for one that no campaign is made for. The host as it is (`none`) goes through the acts
     /// of all of them.
-    pub fn of(mutant: &str) -> Option<Exposure> {
-        let acts = |acts: &[(Act, u64)]| Exposure { acts: acts.to_vec(), ..Exposure::default() };
-        let often = |often, times| Exposure { often: Some((often, times)), ..Exposure::default() };
+    pub fn for_mutant(mutant: &str) -> Option<Exposure> {
+        let acts = |acts: &[(Act, u64)]| Exposure {
+            acts: acts.to_vec(),
+            ..Exposure::default()
+        };
+        let often = |often, times| Exposure {
+            often: Some((often, times)),
+            ..Exposure::default()
+        };
         Some(match mutant {
             // What is in flight when a host dies is gone.
-            fault::ACK_BEFORE_COMMIT | fault::INBOX_IN_ITS_OWN_TX => acts(&[(Act::Kill, 6)]),
+            fault::ACK_BEFORE_COMMIT | fault::INBOX_IN_OWN_TX => acts(&[(Act::Kill, 6)]),
             // The commit did not happen, and succeeds on another connection.
             fault::RESEND_COMMIT => acts(&[(Act::Cut(Cut::CommitNotForwarded), 6)]),
             // The commit happens after the look for it.
-            fault::RESOLVE_BY_SELECT => Exposure { harm: 2, ..acts(&[(Act::Cut(Cut::CommitDelayed), 4)]) },
+            fault::RESOLVE_BY_SELECT => Exposure {
+                harm: 2,
+                ..acts(&[(Act::Cut(Cut::CommitDelayed), 4)])
+            },
             // What was confirmed last is gone with the server, which writes seconds later where it is not waited for.
             fault::SYNCHRONOUS_COMMIT_OFF => acts(&[(Act::StopDatabase, 6)]),
             // Outputs are left behind, to be swept up.
-            fault::CURSOR_BY_SEQ => acts(&[(Act::Cut(Cut::OutputsNotForwarded), 4), (Act::Kill, 2)]),
-            // Outputs are marked and did not arrive.
-            fault::MARK_BEFORE_PUBACK | fault::MARK_WITHOUT_FILTER => {
-                acts(&[(Act::Cut(Cut::OutputsNotForwarded), 5), (Act::KillBroker, 2)])
+            fault::CURSOR_BY_SEQ => {
+                acts(&[(Act::Cut(Cut::OutputsNotForwarded), 4), (Act::Kill, 2)])
             }
+            // Outputs are marked and did not arrive.
+            fault::MARK_BEFORE_PUBACK | fault::MARK_WITHOUT_FILTER => acts(&[
+                (Act::Cut(Cut::OutputsNotForwarded), 5),
+                (Act::KillBroker, 2),
+            ]),
             // Copies are common enough, and every effect leaves a trace in its session.
             fault::SKIP_CLAIM | fault::NO_SESSION_RESET => Exposure::default(),
-            fault::SKIP_UNCLAIM => often(Often::Nature(Nature::FailsOnce), 20),
+            fault::SKIP_RELEASE => often(Often::Nature(Nature::FailsOnce), 20),
             fault::CHARGE_WHOLE_BATCH => often(Often::Nature(Nature::FailsOnceLate), 20),
             fault::IGNORE_COMMIT_TAG => often(Often::Nature(Nature::Swallows), 15),
             fault::REUSE_AFTER_TRAP => often(Often::Nature(Nature::Trap), 15),
-            fault::BURY_NOTHING => often(Often::Nature(Nature::Malformed), 15),
+            fault::SKIP_DEAD_LETTER => often(Often::Nature(Nature::Malformed), 15),
             fault::ALLOW_RESERVED_HEADERS => often(Often::Nature(Nature::ReservedHeader), 15),
-            fault::BELIEVE_DUPLICATE => Exposure { taken_ids: 20, ..Exposure::default() },
+            fault::TRUST_DUPLICATE => Exposure {
+                taken_ids: 20,
+                ..Exposure::default()
+            },
             // The stranger sends each pointer to another worker, too.
             fault::POINTER_WITHOUT_WORKER => often(Often::Nature(Nature::Redriven), 20),
             // What a host leaves waits until its leases run out.

@@ -13,23 +13,23 @@ use serde_json::{Value, json};
 use support::database::Kind;
 use support::guests;
 
-use crate::campaign::{Harm, Outcome, Plan};
+use crate::campaign::{CampaignReport, Harm, Plan};
 use crate::exposure::Exposure;
-use crate::restore::Restored;
-use crate::storm::{Storm, Weathered};
-use crate::takeover::TakenOver;
+use crate::restore::RestoreReport;
+use crate::storm::{Storm, StormReport};
+use crate::takeover::TakeoverReport;
 
 mod campaign;
 mod checker;
 mod exposure;
 mod observed;
+mod proxied_database;
 mod publisher;
 mod redriver;
 mod restore;
 mod storm;
 mod stranger;
 mod takeover;
-mod under_fire;
 mod watcher;
 mod workload;
 
@@ -95,14 +95,18 @@ enum Databases {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    support::ended(run(Options::parse()).await)
+    support::exit_code(run(Options::parse()).await)
 }
 
 async fn run(options: Options) -> Result<bool> {
     // Built once, before several campaigns want it at the same time.
     tokio::task::spawn_blocking(guests::component).await??;
     tokio::task::spawn_blocking(guests::http_component).await??;
-    let holds = if options.mutants { run_mutants(&options).await? } else { run_campaigns(&options).await? };
+    let holds = if options.mutants {
+        run_mutants(&options).await?
+    } else {
+        run_campaigns(&options).await?
+    };
     Ok(holds)
 }
 
@@ -111,7 +115,9 @@ const MUTANTS_AT_ONCE: usize = 5;
 
 /// Runs the campaigns side by side; true when every rule holds.
 async fn run_campaigns(options: &Options) -> Result<bool> {
-    let seed = options.seed.unwrap_or_else(|| u64::from(rand::random::<u32>()));
+    let seed = options
+        .seed
+        .unwrap_or_else(|| u64::from(rand::random::<u32>()));
     println!("seed {seed}; the same faults again: --seed {seed}");
     let kinds = match options.database {
         Databases::Sqlite => vec![Kind::Sqlite],
@@ -125,7 +131,11 @@ async fn run_campaigns(options: &Options) -> Result<bool> {
         batch: options.batch,
         lanes: options.lanes,
         harm_max: Duration::from_secs_f64(options.minutes * 60.0),
-        harm: if options.short { Harm::SHORT } else { Harm::FULL },
+        harm: if options.short {
+            Harm::SHORT
+        } else {
+            Harm::FULL
+        },
         mutant: None,
         exposure: Exposure::default(),
         env: options.env.clone(),
@@ -133,7 +143,9 @@ async fn run_campaigns(options: &Options) -> Result<bool> {
     let storms = kinds.clone();
     let alone = options.storm || options.takeover || options.restore;
     let kinds = if alone { Vec::new() } else { kinds };
-    let campaigns = kinds.into_iter().map(|kind| tokio::spawn(campaign::run(plan(kind))));
+    let campaigns = kinds
+        .into_iter()
+        .map(|kind| tokio::spawn(campaign::run(plan(kind))));
     let mut running: futures::stream::FuturesUnordered<_> = campaigns.collect();
     let mut outcomes = Vec::new();
     while let Some(outcome) = running.next().await {
@@ -141,23 +153,55 @@ async fn run_campaigns(options: &Options) -> Result<bool> {
         show(&outcome);
         outcomes.push(outcome);
     }
-    let taken_over =
-        if options.takeover && storms.contains(&Kind::Postgres) { Some(take_over(options).await?) } else { None };
-    let restored = if options.storm || options.takeover { Vec::new() } else { storms.clone() };
+    let taken_over = if options.takeover && storms.contains(&Kind::Postgres) {
+        Some(run_takeovers(options).await?)
+    } else {
+        None
+    };
+    let restored = if options.storm || options.takeover {
+        Vec::new()
+    } else {
+        storms.clone()
+    };
     let restored = run_restores(options, seed, restored).await?;
-    let storms = if options.takeover || options.restore { Vec::new() } else { storms };
+    let storms = if options.takeover || options.restore {
+        Vec::new()
+    } else {
+        storms
+    };
     let storms = run_storms(options, seed, storms).await?;
-    let violations: usize = outcomes.iter().map(|outcome| outcome.violations.len()).sum();
-    let violations = violations + taken_over.as_ref().map_or(0, |taken_over| taken_over.violations.len());
-    let violations =
-        violations + storms.iter().map(|(_, storm)| storm["violations"].as_array().map_or(0, Vec::len)).sum::<usize>();
-    let violations = violations + restored.iter().map(|(_, restored)| restored.violations.len()).sum::<usize>();
-    let restores: BTreeMap<String, Value> =
-        restored.iter().map(|(name, restored)| (name.clone(), json!({ "seen": restored.seen }))).collect();
+    let violations: usize = outcomes
+        .iter()
+        .map(|outcome| outcome.violations.len())
+        .sum();
+    let violations = violations
+        + taken_over
+            .as_ref()
+            .map_or(0, |taken_over| taken_over.violations.len());
+    let violations = violations
+        + storms
+            .iter()
+            .map(|(_, storm)| storm["violations"].as_array().map_or(0, Vec::len))
+            .sum::<usize>();
+    let violations = violations
+        + restored
+            .iter()
+            .map(|(_, restored)| restored.violations.len())
+            .sum::<usize>();
+    let restores: BTreeMap<String, Value> = restored
+        .iter()
+        .map(|(name, restored)| (name.clone(), json!({ "seen": restored.seen })))
+        .collect();
     let storms: BTreeMap<String, Value> = storms.into_iter().collect();
-    let databases: BTreeMap<String, Value> =
-        outcomes.iter().map(|outcome| (name(outcome.plan.kind), report(outcome))).collect();
-    let name = if options.short { "short.json" } else { "report.json" };
+    let databases: BTreeMap<String, Value> = outcomes
+        .iter()
+        .map(|outcome| (name(outcome.plan.kind), report(outcome)))
+        .collect();
+    let name = if options.short {
+        "short.json"
+    } else {
+        "report.json"
+    };
     let takeover_ms = taken_over.map(|taken_over| taken_over.ms);
     let report = json!({
         "seed": seed, "violations": violations, "databases": databases, "storms": storms, "restores": restores,
@@ -169,52 +213,101 @@ async fn run_campaigns(options: &Options) -> Result<bool> {
 }
 
 /// Has hosts freeze and vanish, and shows how long it took until another one had taken over.
-async fn take_over(options: &Options) -> Result<TakenOver> {
-    let taken_over = takeover::run(if options.short { 1 } else { 3 }, &options.env).await.context("lose hosts")?;
+async fn run_takeovers(options: &Options) -> Result<TakeoverReport> {
+    let taken_over = takeover::run(if options.short { 1 } else { 3 }, &options.env)
+        .await
+        .context("lose hosts")?;
     println!("\ntakeover from a host with a guest that may take an hour");
     for (loss, ms) in &taken_over.ms {
         println!("    {ms:?} ms, {loss}");
     }
     println!("    {:>7}  violations", taken_over.violations.len());
-    taken_over.violations.iter().for_each(|violation| println!("    {}: {}", violation.rule, violation.what));
+    taken_over
+        .violations
+        .iter()
+        .for_each(|violation| println!("    {}: {}", violation.rule, violation.what));
     Ok(taken_over)
 }
 
 /// Restores databases under load, side by side.
-async fn run_restores(options: &Options, seed: u64, kinds: Vec<Kind>) -> Result<Vec<(String, Restored)>> {
+async fn run_restores(
+    options: &Options,
+    seed: u64,
+    kinds: Vec<Kind>,
+) -> Result<Vec<(String, RestoreReport)>> {
     let times = if options.short { 1 } else { 3 };
-    let restores = kinds.into_iter().map(async |kind| (name(kind), restore::run(kind, times, seed).await));
+    let restores = kinds
+        .into_iter()
+        .map(async |kind| (name(kind), restore::run(kind, times, seed).await));
     let mut all = Vec::new();
     for (name, restored) in futures::future::join_all(restores).await {
         let restored = restored.with_context(|| format!("restore {name}"))?;
         println!("\nrestore of {name}");
-        restored.seen.iter().for_each(|(what, count)| println!("    {count:>7}  {what}"));
+        restored
+            .seen
+            .iter()
+            .for_each(|(what, count)| println!("    {count:>7}  {what}"));
         println!("    {:>7}  violations", restored.violations.len());
-        restored.violations.iter().for_each(|violation| println!("    {}: {}", violation.rule, violation.what));
+        restored
+            .violations
+            .iter()
+            .for_each(|violation| println!("    {}: {}", violation.rule, violation.what));
         all.push((name, restored));
     }
     Ok(all)
 }
 
 /// Runs the storms side by side; reports by database.
-async fn run_storms(options: &Options, seed: u64, kinds: Vec<Kind>) -> Result<Vec<(String, Value)>> {
-    let (keys, posts) = if options.short { (60, 25) } else { (1_000, 100) };
+async fn run_storms(
+    options: &Options,
+    seed: u64,
+    kinds: Vec<Kind>,
+) -> Result<Vec<(String, Value)>> {
+    let (keys, posts) = if options.short {
+        (60, 25)
+    } else {
+        (1_000, 100)
+    };
     let keys = options.operations.unwrap_or(keys);
-    let storm = |kind| storm::run(Storm { kind, seed, keys, posts, env: options.env.clone() });
+    let storm = |kind| {
+        storm::run(Storm {
+            kind,
+            seed,
+            keys,
+            posts,
+            env: options.env.clone(),
+        })
+    };
     let mut reports = Vec::new();
     for weathered in futures::future::join_all(kinds.into_iter().map(storm)).await {
-        let Weathered { storm, injected, seen, violations, seconds } = weathered.context("run a storm")?;
+        let StormReport {
+            storm,
+            injected,
+            seen,
+            violations,
+            seconds,
+        } = weathered.context("run a storm")?;
         println!(
             "\nstorm on {}: {} operations, {} clients each, {seconds} s",
             name(storm.kind),
             storm.keys,
             storm.posts
         );
-        injected.iter().chain(&seen).for_each(|(what, count)| println!("    {count:>7}  {what}"));
+        injected
+            .iter()
+            .chain(&seen)
+            .for_each(|(what, count)| println!("    {count:>7}  {what}"));
         println!("    {:>7}  violations", violations.len());
-        violations.iter().take(20).for_each(|violation| println!("    {}: {}", violation.rule, violation.what));
-        let listed: Vec<String> = violations.iter().map(|found| format!("{}: {}", found.rule, found.what)).collect();
-        let report = json!({ "seconds": seconds, "injected": injected, "seen": seen, "violations": listed });
+        violations
+            .iter()
+            .take(20)
+            .for_each(|violation| println!("    {}: {}", violation.rule, violation.what));
+        let listed: Vec<String> = violations
+            .iter()
+            .map(|found| format!("{}: {}", found.rule, found.what))
+            .collect();
+        let report =
+            json!({ "seconds": seconds, "injected": injected, "seen": seen, "violations": listed });
         reports.push((name(storm.kind), report));
     }
     Ok(reports)
@@ -232,10 +325,11 @@ struct Tally {
 }
 
 impl Tally {
-    fn count(&mut self, outcome: Outcome) {
+    fn count(&mut self, outcome: CampaignReport) {
         self.runs += 1;
         self.seconds += outcome.seconds;
-        self.rules.extend(outcome.violations.iter().map(|violation| violation.rule));
+        self.rules
+            .extend(outcome.violations.iter().map(|violation| violation.rule));
         if let Some(first) = outcome.violations.into_iter().next() {
             self.caught += 1;
             self.first = first.what;
@@ -250,7 +344,7 @@ impl Tally {
     }
 
     /// Whether a mutant was caught each time, and the host as it is never; and whether either means anything.
-    fn is_as_wanted(&self, mutant: &str) -> bool {
+    fn is_as_expected(&self, mutant: &str) -> bool {
         let wanted = if mutant == NO_MUTANT { 0 } else { self.runs };
         self.caught == wanted && self.unexposed.is_empty()
     }
@@ -263,10 +357,18 @@ const NO_MUTANT: &str = "none";
 /// them in each run, after everything happened that exposes it.
 async fn run_mutants(options: &Options) -> Result<bool> {
     let seed = options.seed.unwrap_or(7);
-    let chosen = |name: &&&str| options.mutant.as_deref().is_none_or(|mutant| mutant == **name);
-    let mutants: Vec<&str> = std::iter::once(NO_MUTANT).chain(fault::MUTANTS.iter().filter(chosen).copied()).collect();
+    let chosen = |name: &&&str| {
+        options
+            .mutant
+            .as_deref()
+            .is_none_or(|mutant| mutant == **name)
+    };
+    let mutants: Vec<&str> = std::iter::once(NO_MUTANT)
+        .chain(fault::MUTANTS.iter().filter(chosen).copied())
+        .collect();
     let plan = |mutant: &str, seed: u64| {
-        let exposure = Exposure::of(mutant).with_context(|| format!("no campaign is made to expose {mutant}"))?;
+        let exposure = Exposure::for_mutant(mutant)
+            .with_context(|| format!("no campaign is made to expose {mutant}"))?;
         anyhow::Ok(Plan {
             kind: Kind::Postgres,
             seed,
@@ -290,7 +392,8 @@ async fn run_mutants(options: &Options) -> Result<bool> {
         let mutant = plan.mutant.clone().unwrap_or_default();
         (mutant, campaign::run(plan).await)
     };
-    let mut running = futures::stream::iter(plans.into_iter().map(run)).buffer_unordered(MUTANTS_AT_ONCE);
+    let mut running =
+        futures::stream::iter(plans.into_iter().map(run)).buffer_unordered(MUTANTS_AT_ONCE);
     let mut tallies: BTreeMap<String, Tally> = BTreeMap::new();
     while let Some((mutant, outcome)) = running.next().await {
         let outcome = match outcome {
@@ -304,9 +407,16 @@ async fn run_mutants(options: &Options) -> Result<bool> {
         };
         let (seed, found) = (outcome.plan.seed, outcome.violations.len());
         let verdict = if found > 0 { "caught" } else { "not caught" };
-        let first = outcome.violations.first().map(|violation| violation.what.clone()).unwrap_or_default();
+        let first = outcome
+            .violations
+            .first()
+            .map(|violation| violation.what.clone())
+            .unwrap_or_default();
         println!("{mutant:<26} {verdict:<11} {found:>4} violations  seed {seed}  {first}");
-        outcome.unexposed.iter().for_each(|what| println!("{mutant:<26} not exposed: {what}"));
+        outcome
+            .unexposed
+            .iter()
+            .for_each(|what| println!("{mutant:<26} not exposed: {what}"));
         tallies.entry(mutant).or_default().count(outcome);
     }
     let rows: Vec<Value> = tallies
@@ -316,39 +426,78 @@ async fn run_mutants(options: &Options) -> Result<bool> {
                 "first": tally.first, "unexposed": tally.unexposed, "seconds": tally.seconds })
         })
         .collect();
-    let caught = tallies.iter().filter(|(mutant, tally)| *mutant != NO_MUTANT && tally.is_as_wanted(mutant)).count();
-    println!("{caught} of {} mutants caught, each in all of {} runs", mutants.len() - 1, options.times);
-    let file = options.mutant.as_ref().map_or("mutants.json".to_owned(), |mutant| format!("mutant-{mutant}.json"));
+    let caught = tallies
+        .iter()
+        .filter(|(mutant, tally)| *mutant != NO_MUTANT && tally.is_as_expected(mutant))
+        .count();
+    println!(
+        "{caught} of {} mutants caught, each in all of {} runs",
+        mutants.len() - 1,
+        options.times
+    );
+    let file = options
+        .mutant
+        .as_ref()
+        .map_or("mutants.json".to_owned(), |mutant| {
+            format!("mutant-{mutant}.json")
+        });
     write(
         &file,
         &json!({ "seed": seed, "times": options.times, "caught": caught, "mutants": mutants.len() - 1, "rows": rows }),
     )?;
-    Ok(tallies.iter().all(|(mutant, tally)| tally.is_as_wanted(mutant)))
+    Ok(tallies
+        .iter()
+        .all(|(mutant, tally)| tally.is_as_expected(mutant)))
 }
 
 /// What was done, seen, checked and found, for a person.
-fn show(outcome: &Outcome) {
-    let Outcome { plan, injected, seen, counted, violations, seconds, kept, .. } = outcome;
-    println!("\n{}: {}, {} lanes, {seconds} s", name(plan.kind), batches(plan), plan.lanes);
+fn show(outcome: &CampaignReport) {
+    let CampaignReport {
+        plan,
+        injected,
+        seen,
+        counted,
+        violations,
+        seconds,
+        kept,
+        ..
+    } = outcome;
+    println!(
+        "\n{}: {}, {} lanes, {seconds} s",
+        name(plan.kind),
+        batches(plan),
+        plan.lanes
+    );
     println!("  injected");
-    injected.iter().for_each(|(what, count)| println!("    {count:>7}  {what}"));
+    injected
+        .iter()
+        .for_each(|(what, count)| println!("    {count:>7}  {what}"));
     println!("  seen");
-    seen.iter().for_each(|(what, count)| println!("    {count:>7}  {what}"));
+    seen.iter()
+        .for_each(|(what, count)| println!("    {count:>7}  {what}"));
     println!("  checked");
     if let Value::Object(counted) = json!(counted) {
-        counted.iter().for_each(|(what, count)| println!("    {:>7}  {}", count.to_string(), what.replace('_', " ")));
+        counted.iter().for_each(|(what, count)| {
+            println!("    {:>7}  {}", count.to_string(), what.replace('_', " "))
+        });
     }
     println!("  violations");
     println!("    {:>7}", violations.len());
-    violations.iter().take(20).for_each(|violation| println!("    {}: {}", violation.rule, violation.what));
+    violations
+        .iter()
+        .take(20)
+        .for_each(|violation| println!("    {}: {}", violation.rule, violation.what));
     if let Some(kept) = kept {
         println!("    see {}", kept.display());
     }
 }
 
-fn report(outcome: &Outcome) -> Value {
-    let violations: Vec<Value> =
-        outcome.violations.iter().map(|violation| json!({ "rule": violation.rule, "what": violation.what })).collect();
+fn report(outcome: &CampaignReport) -> Value {
+    let violations: Vec<Value> = outcome
+        .violations
+        .iter()
+        .map(|violation| json!({ "rule": violation.rule, "what": violation.what }))
+        .collect();
     json!({
         "batches": batches(&outcome.plan), "lanes": outcome.plan.lanes, "seconds": outcome.seconds,
         "injected": outcome.injected, "seen": outcome.seen, "checked": outcome.counted, "violations": violations,
@@ -356,7 +505,10 @@ fn report(outcome: &Outcome) -> Value {
 }
 
 fn batches(plan: &Plan) -> String {
-    plan.batch.map_or_else(|| "batches of 32 and of 1".to_owned(), |batch| format!("batches of {batch}"))
+    plan.batch.map_or_else(
+        || "batches of 32 and of 1".to_owned(),
+        |batch| format!("batches of {batch}"),
+    )
 }
 
 fn name(kind: Kind) -> String {
@@ -364,10 +516,14 @@ fn name(kind: Kind) -> String {
 }
 
 fn write(file: &str, value: &Value) -> Result<()> {
-    let folder: PathBuf = guests::target_dir()?.parent().context("find the target folder")?.join("chaos");
+    let folder: PathBuf = guests::target_dir()?
+        .parent()
+        .context("find the target folder")?
+        .join("chaos");
     std::fs::create_dir_all(&folder).context("make a folder for the report")?;
     let path = folder.join(file);
-    std::fs::write(&path, serde_json::to_string_pretty(value)? + "\n").context("write the report")?;
+    std::fs::write(&path, serde_json::to_string_pretty(value)? + "\n")
+        .context("write the report")?;
     println!("written to {}", path.display());
     Ok(())
 }

@@ -20,7 +20,7 @@ pub struct Effect {
 
 /// A row of `dead_letter`.
 #[derive(Debug, Clone)]
-pub struct Letter {
+pub struct DeadLetter {
     pub event_id: String,
     pub payload: String,
     pub reason: String,
@@ -30,7 +30,7 @@ pub struct Letter {
 }
 
 /// How long what is told of an alarm may take to its stream.
-const TOLD_WITHIN: Duration = Duration::from_secs(10);
+const PUBLISHED_WITHIN: Duration = Duration::from_secs(10);
 
 /// What was found.
 #[derive(Debug, Default)]
@@ -42,7 +42,7 @@ pub struct Observed {
     /// The stream of dead letters, raw.
     pub notices: Vec<Stored>,
     /// The stream of alarms: how often each id is there.
-    pub alarms_told: BTreeMap<String, usize>,
+    pub alarms_published: BTreeMap<String, usize>,
     /// Alarms as they stood before that stream was read: what identifies them, how often they were raised, whether they are.
     pub alarms: Vec<(String, u64, bool)>,
     /// By event id.
@@ -51,7 +51,7 @@ pub struct Observed {
     pub balances: BTreeMap<String, i64>,
     /// State and payload (hex) by event id.
     pub inbox: BTreeMap<String, (String, String)>,
-    pub letters: Vec<Letter>,
+    pub dead_letters: Vec<DeadLetter>,
     /// The numbers of letters that were put back.
     pub redriven: Vec<String>,
     /// The codes of counted attempts, by event id.
@@ -61,7 +61,7 @@ pub struct Observed {
     /// The output rows of the worker, by id: how many.
     pub outbox: BTreeMap<String, i64>,
     /// What is not at rest, in words.
-    pub restless: Vec<String>,
+    pub unsettled: Vec<String>,
     /// Where the broker stored what the publisher was told is stored: body by sequence.
     pub acked: BTreeMap<u64, Vec<u8>>,
     /// How often a host died, and how many lanes it had.
@@ -77,22 +77,39 @@ impl Observed {
         let alarms = read_alarms(database).await.context("read the alarms")?;
         let mut observed = Observed {
             alarms,
-            alarms_told: told_alarms(database, nats).await.context("read what was told of alarms")?,
+            alarms_published: published_alarms(database, nats)
+                .await
+                .context("read what was told of alarms")?,
             inputs: nats.read_stream("IN").await.context("read the inputs")?,
             outputs: nats.read_stream("OUT").await.context("read the outputs")?,
-            notices: nats.read_stream("ONCELY_DLQ").await.context("read the dead letters")?,
+            notices: nats
+                .read_stream("ONCELY_DLQ")
+                .await
+                .context("read the dead letters")?,
             ..Observed::default()
         };
-        observed.outputs.retain(|stored| !is_from_stranger(&stored.subject));
-        observed.notices.retain(|stored| !is_from_stranger(&stored.subject));
-        observed.read_rows(database).await.context("read the tables")?;
-        observed.restless = restless(database, nats).await?;
+        observed
+            .outputs
+            .retain(|stored| !is_from_stranger(&stored.subject));
+        observed
+            .notices
+            .retain(|stored| !is_from_stranger(&stored.subject));
+        observed
+            .read_rows(database)
+            .await
+            .context("read the tables")?;
+        observed.unsettled = unsettled(database, nats).await?;
         Ok(observed)
     }
 
     /// How many inputs of a nature there are.
     pub fn published_as(&self, nature: &str) -> u64 {
-        let is_one = |stored: &&Stored| stored.headers.get("nature").is_some_and(|own| own == nature);
+        let is_one = |stored: &&Stored| {
+            stored
+                .headers
+                .get("nature")
+                .is_some_and(|own| own == nature)
+        };
         self.inputs.iter().filter(is_one).count() as u64
     }
 
@@ -108,41 +125,80 @@ impl Observed {
     }
 
     async fn read_rows(&mut self, database: &Database) -> Result<()> {
-        for [event_id, account, delta, nonce] in
-            columns(database, "select event_id, account, delta, attempt_nonce from app.effect").await?
+        for [event_id, account, delta, nonce] in columns(
+            database,
+            "select event_id, account, delta, attempt_nonce from app.effect",
+        )
+        .await?
         {
-            let effect = Effect { account, delta: delta.parse()?, nonce };
+            let effect = Effect {
+                account,
+                delta: delta.parse()?,
+                nonce,
+            };
             self.effects.entry(event_id).or_default().push(effect);
         }
-        for [account, amount] in columns(database, "select account, amount from app.balance").await? {
+        for [account, amount] in
+            columns(database, "select account, amount from app.balance").await?
+        {
             self.balances.insert(account, amount.parse()?);
         }
         let (hex, text) = match database {
             Database::Sqlite(_) => ("lower(hex(payload_sha256))", "cast(value as text)"),
-            Database::Postgres { .. } => ("encode(payload_sha256, 'hex')", "convert_from(value, 'UTF8')"),
+            Database::Postgres { .. } => (
+                "encode(payload_sha256, 'hex')",
+                "convert_from(value, 'UTF8')",
+            ),
         };
-        for [event_id, state, payload] in
-            columns(database, &format!("select event_id, state, {hex} from oncely.inbox")).await?
+        for [event_id, state, payload] in columns(
+            database,
+            &format!("select event_id, state, {hex} from oncely.inbox"),
+        )
+        .await?
         {
             self.inbox.insert(event_id, (state, payload));
         }
-        let letters = format!("select event_id, {hex}, reason, attempts, state from oncely.dead_letter");
-        for [event_id, payload, reason, attempts, state] in columns(database, &letters).await? {
+        let dead_letters =
+            format!("select event_id, {hex}, reason, attempts, state from oncely.dead_letter");
+        for [event_id, payload, reason, attempts, state] in columns(database, &dead_letters).await?
+        {
             let is_redriven = state == "redriven" || state == "done";
-            self.letters.push(Letter { event_id, payload, reason, attempts: attempts.parse()?, is_redriven });
+            self.dead_letters.push(DeadLetter {
+                event_id,
+                payload,
+                reason,
+                attempts: attempts.parse()?,
+                is_redriven,
+            });
         }
-        for [id] in columns(database, "select id from oncely.dead_letter where generation > 0").await? {
+        for [id] in columns(
+            database,
+            "select id from oncely.dead_letter where generation > 0",
+        )
+        .await?
+        {
             self.redriven.push(id);
         }
-        for [event_id, code] in columns(database, "select event_id, coalesce(code, error) from oncely.attempt").await? {
+        for [event_id, code] in columns(
+            database,
+            "select event_id, coalesce(code, error) from oncely.attempt",
+        )
+        .await?
+        {
             self.attempts.entry(event_id).or_default().push(code);
         }
-        for [key, count] in columns(database, &format!("select key, {text} from oncely.state")).await? {
+        for [key, count] in
+            columns(database, &format!("select key, {text} from oncely.state")).await?
+        {
             self.counters.insert(key, count.parse()?);
         }
-        let outbox = "select worker, event_id, ordinal from oncely.outbox where subject not like 'oncely%'";
+        let outbox =
+            "select worker, event_id, ordinal from oncely.outbox where subject not like 'oncely%'";
         for [worker, event_id, ordinal] in columns(database, outbox).await? {
-            *self.outbox.entry(output_id(&worker, &event_id, ordinal.parse()?)).or_default() += 1;
+            *self
+                .outbox
+                .entry(output_id(&worker, &event_id, ordinal.parse()?))
+                .or_default() += 1;
         }
         Ok(())
     }
@@ -152,61 +208,102 @@ async fn read_alarms(database: &Database) -> Result<Vec<(String, u64, bool)>> {
     let sql = "select worker || ':' || kind || case when group_id = '' then '' else ':' || group_id end, times,
         case when cleared_at is null then 'raised' else 'cleared' end from oncely.alarm";
     let rows = columns(database, sql).await?;
-    rows.into_iter().map(|[id, times, state]| Ok((id, times.parse()?, state == "raised"))).collect()
+    rows.into_iter()
+        .map(|[id, times, state]| Ok((id, times.parse()?, state == "raised")))
+        .collect()
 }
 
 /// What is told of alarms, once all of it is told.
-async fn told_alarms(database: &Database, nats: &NatsServer) -> Result<BTreeMap<String, usize>> {
-    let untold = "select count(*) from oncely.outbox where published_at is null and subject like 'oncely.alarm.%'";
-    let end = Instant::now() + TOLD_WITHIN;
-    while database.number(untold).await? > 0 && Instant::now() < end {
+async fn published_alarms(
+    database: &Database,
+    nats: &NatsServer,
+) -> Result<BTreeMap<String, usize>> {
+    let unpublished_alarms = "select count(*) from oncely.outbox where published_at is null and subject like 'oncely.alarm.%'";
+    let end = Instant::now() + PUBLISHED_WITHIN;
+    while database.number(unpublished_alarms).await? > 0 && Instant::now() < end {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    let mut told = BTreeMap::new();
+    let mut published = BTreeMap::new();
     let all = nats.read_stream("ONCELY_ALARM").await?;
-    for stored in all.into_iter().filter(|stored| !is_from_stranger(&stored.subject)) {
-        *told.entry(stored.headers.get("Oncely-Output-Id").cloned().unwrap_or_default()).or_default() += 1;
+    for stored in all
+        .into_iter()
+        .filter(|stored| !is_from_stranger(&stored.subject))
+    {
+        *published
+            .entry(
+                stored
+                    .headers
+                    .get("Oncely-Output-Id")
+                    .cloned()
+                    .unwrap_or_default(),
+            )
+            .or_default() += 1;
     }
-    Ok(told)
+    Ok(published)
 }
 
 async fn columns<const N: usize>(database: &Database, sql: &str) -> Result<Vec<[String; N]>> {
     let rows = database.rows(sql).await.with_context(|| sql.to_owned())?;
-    rows.into_iter().map(|row| row.try_into().map_err(|row| anyhow::anyhow!("odd row {row:?}"))).collect()
+    rows.into_iter()
+        .map(|row| {
+            row.try_into()
+                .map_err(|row| anyhow::anyhow!("odd row {row:?}"))
+        })
+        .collect()
 }
 
 /// What still waits, is held or is open.
-pub async fn restless(database: &Database, nats: &NatsServer) -> Result<Vec<String>> {
-    let mut restless = Vec::new();
+pub async fn unsettled(database: &Database, nats: &NatsServer) -> Result<Vec<String>> {
+    let mut unsettled = Vec::new();
     let context = async_nats::jetstream::new(nats.client().await?);
-    let stream = context.get_stream_no_info("IN").await.context("open the stream of inputs")?;
-    let consumer = stream.consumer_info("oncely-test").await.context("look at the consumer")?;
-    for (what, count) in [("to come", consumer.num_pending), ("unacknowledged", consumer.num_ack_pending as u64)] {
+    let stream = context
+        .get_stream_no_info("IN")
+        .await
+        .context("open the stream of inputs")?;
+    let consumer = stream
+        .consumer_info("oncely-test")
+        .await
+        .context("look at the consumer")?;
+    for (what, count) in [
+        ("to come", consumer.num_pending),
+        ("unacknowledged", consumer.num_ack_pending as u64),
+    ] {
         if count > 0 {
-            restless.push(format!("{count} messages are {what}"));
+            unsettled.push(format!("{count} messages are {what}"));
         }
     }
-    let queue = context.get_stream_no_info("ONCELY_REDRIVE").await.context("open the stream of what is put back")?;
-    let consumer = queue.consumer_info("oncely-test").await.context("look at its consumer")?;
+    let queue = context
+        .get_stream_no_info("ONCELY_REDRIVE")
+        .await
+        .context("open the stream of what is put back")?;
+    let consumer = queue
+        .consumer_info("oncely-test")
+        .await
+        .context("look at its consumer")?;
     let under_way = consumer.num_pending + consumer.num_ack_pending as u64;
     if under_way > 0 {
-        restless.push(format!("{under_way} dead letters are under way"));
+        unsettled.push(format!("{under_way} dead letters are under way"));
     }
     // Alarms come and go when everything else is at rest.
-    let unpublished = database.number(database.unpublished_but_alarms()).await?;
+    let unpublished = database
+        .number(database.unpublished_except_alarms())
+        .await?;
     if unpublished > 0 {
-        restless.push(format!("{unpublished} outputs are not published"));
+        unsettled.push(format!("{unpublished} outputs are not published"));
     }
     if let Database::Postgres { .. } = database {
         let open = "select count(*) from pg_stat_activity where state like 'idle in transaction%' \
                     and datname = current_database() and state_change < now() - interval '2 seconds'";
         let locks = "select count(*) from pg_locks where locktype = 'advisory'";
-        for (what, sql) in [("transactions are open", open), ("advisory locks are held", locks)] {
+        for (what, sql) in [
+            ("transactions are open", open),
+            ("advisory locks are held", locks),
+        ] {
             let count = database.number(sql).await?;
             if count > 0 {
-                restless.push(format!("{count} {what}"));
+                unsettled.push(format!("{count} {what}"));
             }
         }
     }
-    Ok(restless)
+    Ok(unsettled)
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use async_nats::HeaderMap;
 use async_nats::jetstream;
-use support::nats::ToPublish;
+use support::nats::NewMessage;
 
 use crate::workload::Workload;
 
@@ -49,20 +49,26 @@ pub async fn publish(
         .timeout(Duration::from_secs(1))
         .ack_timeout(Duration::from_secs(1))
         .build(client);
-    let mut pace = tokio::time::interval(Duration::from_secs_f64(CHUNK as f64 / rate));
-    pace.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    while progress.published.load(Ordering::Relaxed) < least || !progress.enough.load(Ordering::Relaxed) {
-        pace.tick().await;
+    let mut interval = tokio::time::interval(Duration::from_secs_f64(CHUNK as f64 / rate));
+    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    while progress.published.load(Ordering::Relaxed) < least
+        || !progress.enough.load(Ordering::Relaxed)
+    {
+        interval.tick().await;
         if progress.backlog.load(Ordering::Relaxed) < BACKLOG_MAX {
-            let messages: Vec<ToPublish> = (0..CHUNK).map(|_| workload.next_message()).collect();
-            insist(&context, messages, &progress).await?;
+            let messages: Vec<NewMessage> = (0..CHUNK).map(|_| workload.next_message()).collect();
+            publish_until_acked(&context, messages, &progress).await?;
         }
     }
     Ok(workload)
 }
 
 /// Publishes until all is acknowledged. What was sent before under the same id for the broker is stored once.
-pub async fn insist(context: &jetstream::Context, mut messages: Vec<ToPublish>, progress: &Progress) -> Result<()> {
+pub async fn publish_until_acked(
+    context: &jetstream::Context,
+    mut messages: Vec<NewMessage>,
+    progress: &Progress,
+) -> Result<()> {
     while !messages.is_empty() {
         let mut sent = Vec::new();
         for message in messages {
@@ -71,7 +77,12 @@ pub async fn insist(context: &jetstream::Context, mut messages: Vec<ToPublish>, 
                 headers.append(name.as_str(), value.parse::<async_nats::HeaderValue>()?);
             }
             let body = message.body.clone().into();
-            sent.push((context.publish_with_headers(message.subject.clone(), headers, body).await, message));
+            sent.push((
+                context
+                    .publish_with_headers(message.subject.clone(), headers, body)
+                    .await,
+                message,
+            ));
         }
         messages = Vec::new();
         for (answer, message) in sent {
@@ -82,7 +93,10 @@ pub async fn insist(context: &jetstream::Context, mut messages: Vec<ToPublish>, 
             match acked {
                 Ok(ack) => {
                     progress.published.fetch_add(1, Ordering::Relaxed);
-                    let mut acked = progress.acked.lock().unwrap_or_else(PoisonError::into_inner);
+                    let mut acked = progress
+                        .acked
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner);
                     acked.insert(ack.sequence, message.body);
                 }
                 Err(_) => messages.push(message),

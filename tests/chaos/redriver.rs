@@ -8,10 +8,10 @@ use anyhow::{Context, Result};
 use support::database::Database;
 
 /// How often it looks for letters.
-const EVERY: Duration = Duration::from_millis(500);
+const INTERVAL: Duration = Duration::from_millis(500);
 
 /// How many it puts back at a time.
-const MOST: usize = 20;
+const BATCH_MAX: usize = 20;
 
 /// How often a letter is put back that dies again each time.
 const GENERATIONS: u32 = 2;
@@ -28,11 +28,13 @@ pub async fn redrive(redriver: Redriver) {
     let open = format!(
         "select id from oncely.dead_letter where state = 'open' and reason = 'attempts-exhausted'
              and generation < {GENERATIONS} and coalesce(code, '') not in ('timeout', 'out-of-memory')
-         order by id limit {MOST}"
+         order by id limit {BATCH_MAX}"
     );
     loop {
-        tokio::time::sleep(EVERY).await;
-        let Ok(ids) = redriver.database.rows(&open).await else { continue };
+        tokio::time::sleep(INTERVAL).await;
+        let Ok(ids) = redriver.database.rows(&open).await else {
+            continue;
+        };
         let ids = ids.concat();
         if !ids.is_empty() {
             // The host may be out of reach, and one of the two comes too late.
@@ -43,24 +45,40 @@ pub async fn redrive(redriver: Redriver) {
 
 impl Redriver {
     /// Puts back what has yet to take effect, also what seems to be under way.
-    pub async fn put_the_rest_back(&self) -> Result<()> {
+    pub async fn redrive_the_rest(&self) -> Result<()> {
         let rest =
             "select id from oncely.dead_letter where headers like '%\"Redriven\"%' and reason = 'attempts-exhausted'
             and state in ('open', 'redriven')";
-        let ids = self.database.rows(rest).await.context("look for dead letters")?.concat();
+        let ids = self
+            .database
+            .rows(rest)
+            .await
+            .context("look for dead letters")?
+            .concat();
         // Those that took effect are refused.
         for ids in ids.chunks(100) {
-            self.run(ids, &["--again"]).await?;
+            self.run(ids, &["--force"]).await?;
         }
         Ok(())
     }
 
     async fn run(&self, ids: &[String], flags: &[&str]) -> Result<()> {
         let mut command = Command::new(&self.program);
-        command.args(["dlq", "redrive", "--rate", "0", "--wait", "0s"]).args(flags).args(ids);
-        command.current_dir(&self.folder).env_remove("ONCELY_HOST").env_remove("ONCELY_TOKEN");
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        tokio::task::spawn_blocking(move || command.status()).await?.context("run oncely dlq redrive")?;
+        command
+            .args(["dlq", "redrive", "--rate", "0", "--wait", "0s"])
+            .args(flags)
+            .args(ids);
+        command
+            .current_dir(&self.folder)
+            .env_remove("ONCELY_HOST")
+            .env_remove("ONCELY_TOKEN");
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        tokio::task::spawn_blocking(move || command.status())
+            .await?
+            .context("run oncely dlq redrive")?;
         Ok(())
     }
 }

@@ -13,7 +13,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use support::database::Kind;
 use support::guests;
-use support::nats::ToPublish;
+use support::nats::NewMessage;
 use support::world::{World, manifest};
 
 use crate::checker::Violation;
@@ -29,37 +29,60 @@ const READY_WITHIN: Duration = Duration::from_secs(60);
 
 /// What came of it.
 #[derive(Debug, Default)]
-pub struct Restored {
+pub struct RestoreReport {
     /// What was done and seen, by name.
     pub seen: BTreeMap<&'static str, u64>,
     pub violations: Vec<Violation>,
 }
 
 /// Restores the database so many times, under load all along.
-pub async fn run(kind: Kind, times: u32, seed: u64) -> Result<Restored> {
+pub async fn run(kind: Kind, times: u32, seed: u64) -> Result<RestoreReport> {
     let mut scene = Scene::start(kind, seed).await?;
     let (published, enough) = (Arc::clone(&scene.published), Arc::clone(&scene.enough));
-    let nats = async_nats::connect(scene.world.nats.url()).await.context("connect a publisher")?;
+    let nats = async_nats::connect(scene.world.nats.url())
+        .await
+        .context("connect a publisher")?;
     let publishing = tokio::spawn(publish(nats, published, enough));
     for _ in 0..times {
-        scene.restore().await.with_context(|| format!("the host said:\n{}", tail(&scene.world.host_log())))?;
+        scene
+            .restore()
+            .await
+            .with_context(|| format!("the host said:\n{}", tail(&scene.world.host_log())))?;
     }
-    scene.some_time(1_000, 2_000).await;
+    scene.sleep_randomly(1_000, 2_000).await;
     scene.enough.store(true, Ordering::Relaxed);
     publishing.await.context("publish")??;
     scene.check().await
 }
 
 /// Publishes until it is enough; each message has an id of its own.
-async fn publish(nats: async_nats::Client, published: Arc<AtomicU64>, enough: Arc<AtomicBool>) -> Result<()> {
+async fn publish(
+    nats: async_nats::Client,
+    published: Arc<AtomicU64>,
+    enough: Arc<AtomicBool>,
+) -> Result<()> {
     let context = async_nats::jetstream::new(nats);
     while !enough.load(Ordering::Relaxed) {
         let n = published.load(Ordering::Relaxed);
-        let behaviour = if n.is_multiple_of(DIES) { "reject" } else { "insert" };
-        let ToPublish { subject, headers, body } = ToPublish::new("in.x", &format!("e{n}"), behaviour, r#"{"n": 1}"#);
+        let behaviour = if n.is_multiple_of(DIES) {
+            "reject"
+        } else {
+            "insert"
+        };
+        let NewMessage {
+            subject,
+            headers,
+            body,
+        } = NewMessage::new("in.x", &format!("e{n}"), behaviour, r#"{"n": 1}"#);
         let mut map = async_nats::HeaderMap::new();
-        headers.iter().for_each(|(name, value)| map.append(name.as_str(), value.as_str()));
-        context.publish_with_headers(subject, map, body.into()).await?.await.context("publish")?;
+        headers
+            .iter()
+            .for_each(|(name, value)| map.append(name.as_str(), value.as_str()));
+        context
+            .publish_with_headers(subject, map, body.into())
+            .await?
+            .await
+            .context("publish")?;
         published.store(n + 1, Ordering::Relaxed);
         tokio::time::sleep(Duration::from_millis(1_000 / RATE)).await;
     }
@@ -71,41 +94,50 @@ struct Scene {
     random: StdRng,
     published: Arc<AtomicU64>,
     enough: Arc<AtomicBool>,
-    restored: Restored,
+    restored: RestoreReport,
 }
 
 impl Scene {
     async fn start(kind: Kind, seed: u64) -> Result<Self> {
-        let mut world = World::without_host(kind, &manifest("batch = 8\nack_wait = \"2s\"")?).await?;
+        let mut world =
+            World::without_host(kind, &manifest("batch = 8\nack_wait = \"2s\"")?).await?;
         // It forgets ids at once: only the recovery can know what stands there.
-        world.nats.make_stream("OUT", "out.>", Duration::from_millis(100)).await?;
+        world
+            .nats
+            .make_stream("OUT", "out.>", Duration::from_millis(100))
+            .await?;
         world.start_host().await?;
         Ok(Scene {
             world,
             random: StdRng::seed_from_u64(seed ^ 0x0005_70e5),
             published: Arc::default(),
             enough: Arc::default(),
-            restored: Restored::default(),
+            restored: RestoreReport::default(),
         })
     }
 
     async fn restore(&mut self) -> Result<()> {
-        self.some_time(1_500, 4_000).await;
+        self.sleep_randomly(1_500, 4_000).await;
         self.world.kill_host()?;
         let backup = self.world.database.copy(self.world.folder.path()).await?;
         self.world.start_host().await?;
-        self.some_time(3_000, 5_000).await;
+        self.sleep_randomly(3_000, 5_000).await;
         self.world.kill_host()?;
         self.world.start_host().await?;
-        self.some_time(2_500, 4_000).await;
+        self.sleep_randomly(2_500, 4_000).await;
         self.world.kill_host()?;
         let lost = "select count(*) from oncely.inbox";
         let lost = self.world.database.number(lost).await? - backup.number(lost).await?;
-        self.did("events that the restored database did not know", u64::try_from(lost)?);
+        self.record(
+            "events that the restored database did not know",
+            u64::try_from(lost)?,
+        );
         self.world.database = backup;
         self.world.spawn_host()?;
-        self.world.not_ready("the database is older than the broker").await?;
-        self.did("databases restored, and noticed", 1);
+        self.world
+            .not_ready("the database is older than the broker")
+            .await?;
+        self.record("databases restored, and noticed", 1);
         self.recover().await
     }
 
@@ -119,37 +151,55 @@ impl Scene {
             .stderr(Stdio::null())
             .spawn()
             .context("run oncely recover")?;
-        self.some_time(3_500, 5_500).await;
+        self.sleep_randomly(3_500, 5_500).await;
         self.world.kill_host()?;
-        if !cut_off.wait().context("wait for a recovery that was cut off")?.success() {
-            self.did("recoveries cut off", 1);
+        if !cut_off
+            .wait()
+            .context("wait for a recovery that was cut off")?
+            .success()
+        {
+            self.record("recoveries cut off", 1);
         }
         self.world.spawn_host()?;
         let end = Instant::now() + READY_WITHIN;
         loop {
-            let status = self.world.oncely_json(&["status", "--json"]).await.unwrap_or_default();
+            let status = self
+                .world
+                .oncely_json(&["status", "--json"])
+                .await
+                .unwrap_or_default();
             if status["ready"] == true {
                 return Ok(());
             }
-            if status["not_ready"].as_str().is_some_and(|why| why.contains("oncely recover")) {
+            if status["not_ready"]
+                .as_str()
+                .is_some_and(|why| why.contains("oncely recover"))
+            {
                 self.world.oncely(&["recover"]).await?;
-                self.did("recoveries", 1);
+                self.record("recoveries", 1);
             }
-            ensure!(Instant::now() < end, "not ready {READY_WITHIN:?} after a recovery: {}", status["not_ready"]);
+            ensure!(
+                Instant::now() < end,
+                "not ready {READY_WITHIN:?} after a recovery: {}",
+                status["not_ready"]
+            );
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     }
 
     /// Waits until all is settled and published, and counts.
-    async fn check(mut self) -> Result<Restored> {
+    async fn check(mut self) -> Result<RestoreReport> {
         let events = self.published.load(Ordering::Relaxed);
-        self.did("events", events);
+        self.record("events", events);
         let dead = events.div_ceil(DIES);
         self.world.quiet(i64::try_from(events)?).await?;
         let mut violations = Vec::new();
         let mut expect = |rule, what: &str, found: u64, wanted: u64| {
             if found != wanted {
-                violations.push(Violation { rule, what: format!("{what}: {found}, and {wanted} wanted") });
+                violations.push(Violation {
+                    rule,
+                    what: format!("{what}: {found}, and {wanted} wanted"),
+                });
             }
         };
         let database = &self.world.database;
@@ -157,31 +207,49 @@ impl Scene {
         let live = events - dead;
         let odd = "select count(*) from (select event_id from app.effect group by event_id
             having count(*) <> 2 or sum(delta) <> 0 or count(distinct attempt_nonce) <> 1) as odd";
-        expect("effect once", "events with other than two rows of one attempt", number(odd).await?, 0);
+        expect(
+            "effect once",
+            "events with other than two rows of one attempt",
+            number(odd).await?,
+            0,
+        );
         let effects = number("select count(distinct event_id) from app.effect").await?;
         expect("effect once", "events that took effect", effects, live);
-        let letters = number("select count(*) from oncely.dead_letter where state = 'open'").await?;
+        let letters =
+            number("select count(*) from oncely.dead_letter where state = 'open'").await?;
         expect("dead letters", "letters", letters, dead);
         for (stream, wanted) in [("OUT", live), ("ONCELY_DLQ", dead)] {
             let stored = self.world.nats.read_stream(stream).await?;
-            let mut ids: Vec<&String> =
-                stored.iter().filter_map(|message| message.headers.get("Oncely-Output-Id")).collect();
-            expect("outputs", &format!("messages on {stream}"), stored.len() as u64, wanted);
+            let mut ids: Vec<&String> = stored
+                .iter()
+                .filter_map(|message| message.headers.get("Oncely-Output-Id"))
+                .collect();
+            expect(
+                "outputs",
+                &format!("messages on {stream}"),
+                stored.len() as u64,
+                wanted,
+            );
             ids.sort_unstable();
             ids.dedup();
-            expect("outputs", &format!("outputs on {stream}"), ids.len() as u64, wanted);
+            expect(
+                "outputs",
+                &format!("outputs on {stream}"),
+                ids.len() as u64,
+                wanted,
+            );
         }
         self.world.kill_host()?;
         self.restored.violations = violations;
         Ok(self.restored)
     }
 
-    async fn some_time(&mut self, from_ms: u64, to_ms: u64) {
+    async fn sleep_randomly(&mut self, from_ms: u64, to_ms: u64) {
         let time = self.random.random_range(from_ms..=to_ms);
         tokio::time::sleep(Duration::from_millis(time)).await;
     }
 
-    fn did(&mut self, what: &'static str, times: u64) {
+    fn record(&mut self, what: &'static str, times: u64) {
         *self.restored.seen.entry(what).or_default() += times;
     }
 }

@@ -20,7 +20,7 @@ use support::server::free_port;
 use support::world::World;
 
 use crate::checker::Violation;
-use crate::under_fire::UnderFire;
+use crate::proxied_database::ProxiedDatabase;
 
 /// Where hosts die while they handle a request.
 const POINTS: [&str; 6] = [
@@ -36,10 +36,10 @@ const POINTS: [&str; 6] = [
 const AT_ONCE: usize = 4;
 
 /// How long after one operation the next one is begun, so that there is time for harm.
-const PACE: Duration = Duration::from_millis(150);
+const OPERATION_INTERVAL: Duration = Duration::from_millis(150);
 
 /// How often at least hosts have to die; a storm without that proves little.
-const DEATHS: u64 = 3;
+const DEATHS_MIN: u64 = 3;
 
 /// How long a client goes on trying.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -59,7 +59,7 @@ pub struct Storm {
 
 /// What came of it.
 #[derive(Debug)]
-pub struct Weathered {
+pub struct StormReport {
     pub storm: Storm,
     pub injected: BTreeMap<String, u64>,
     pub seen: BTreeMap<String, u64>,
@@ -69,7 +69,7 @@ pub struct Weathered {
 
 /// Answers to one operation.
 #[derive(Default)]
-struct Heard {
+struct OperationResponses {
     /// Status, headers that last, and body.
     answers: BTreeSet<String>,
     gave_up: Vec<String>,
@@ -80,216 +80,328 @@ struct Heard {
 }
 
 /// Runs one storm.
-pub async fn run(storm: Storm) -> Result<Weathered> {
+pub async fn run(storm: Storm) -> Result<StormReport> {
     let began = Instant::now();
-    let mut sky = Sky::start(storm).await?;
-    let client = Client::builder(&format!("http://127.0.0.1:{}", sky.to_host.port()))
+    let mut storm_run = StormRun::start(storm).await?;
+    let client = Client::builder(&format!("http://127.0.0.1:{}", storm_run.to_host.port()))
         .deadline(PATIENCE)
         .try_timeout(Duration::from_secs(15))
         .backoff(Duration::from_millis(20), Duration::from_millis(500))
         .budget(1_000.0, u32::MAX / 4)
         .build()?;
-    let calm = Arc::new(AtomicBool::new(false));
+    let is_done = Arc::new(AtomicBool::new(false));
     let posting = tokio::spawn({
-        let (storm, calm) = (sky.storm.clone(), Arc::clone(&calm));
+        let (storm, is_done) = (storm_run.storm.clone(), Arc::clone(&is_done));
         async move {
             let waves = (0..storm.keys).map(|key| {
                 let client = client.clone();
                 async move {
-                    tokio::time::sleep(PACE * u32::try_from(AT_ONCE).unwrap_or(1)).await;
+                    tokio::time::sleep(OPERATION_INTERVAL * u32::try_from(AT_ONCE).unwrap_or(1))
+                        .await;
                     wave(client, key, storm.posts).await
                 }
             });
-            let heard: Vec<Heard> = futures::stream::iter(waves).buffered(AT_ONCE).collect().await;
-            calm.store(true, Ordering::Relaxed);
-            heard
+            let responses: Vec<OperationResponses> = futures::stream::iter(waves)
+                .buffered(AT_ONCE)
+                .collect()
+                .await;
+            is_done.store(true, Ordering::Relaxed);
+            responses
         }
     });
-    while !calm.load(Ordering::Relaxed) {
-        sky.strike().await?;
+    while !is_done.load(Ordering::Relaxed) {
+        storm_run.inject_fault().await?;
     }
-    let heard = posting.await.context("post")?;
-    sky.conclude(heard, began).await
+    let responses = posting.await.context("post")?;
+    storm_run.conclude(responses, began).await
 }
 
 /// One operation, posted by many clients at once, and then another one under its key.
-async fn wave(client: Client, key: u64, posts: usize) -> Heard {
-    let (name, what) =
-        (format!("op-{key}"), json!({ "event": event(key), "do": ["effect", "slow", "state", "send"], "ms": 5 }));
-    let post = |what: Value| client.call(Method::POST, "/do/it").key(&*name).json(&what).send();
+async fn wave(client: Client, key: u64, posts: usize) -> OperationResponses {
+    let (name, what) = (
+        format!("op-{key}"),
+        json!({ "event": event(key), "do": ["effect", "slow", "state", "send"], "ms": 5 }),
+    );
+    let post = |what: Value| {
+        client
+            .call(Method::POST, "/do/it")
+            .key(&*name)
+            .json(&what)
+            .send()
+    };
     let answers = futures::future::join_all((0..posts).map(|_| post(what.clone()))).await;
-    let mut heard = Heard::default();
+    let mut responses = OperationResponses::default();
     for answer in answers {
         match answer {
             Ok(answer) => {
-                let odd = answer.headers.get("x-odd").map(|value| value.as_bytes().to_vec());
+                let odd = answer
+                    .headers
+                    .get("x-odd")
+                    .map(|value| value.as_bytes().to_vec());
                 let nonce = answer.headers.get("x-nonce").cloned();
-                heard.answers.insert(format!("{} {nonce:?} {odd:?} {}", answer.status, answer.text()));
-                heard.tries += u64::from(answer.tries);
-                heard.replayed += u64::from(answer.replayed);
+                responses.answers.insert(format!(
+                    "{} {nonce:?} {odd:?} {}",
+                    answer.status,
+                    answer.text()
+                ));
+                responses.tries += u64::from(answer.tries);
+                responses.replayed += u64::from(answer.replayed);
             }
-            Err(error) => heard.gave_up.push(error.to_string()),
+            Err(error) => responses.gave_up.push(error.to_string()),
         }
     }
-    heard.other = match post(json!({ "event": "other" })).await {
+    responses.other = match post(json!({ "event": "other" })).await {
         Ok(answer) => answer.status.to_string(),
         Err(error) => error.to_string(),
     };
-    heard
+    responses
 }
 
 fn event(key: u64) -> String {
     format!("e{key}")
 }
 
-struct Sky {
+struct StormRun {
     storm: Storm,
     world: World,
     to_host: Proxy,
-    under_fire: UnderFire,
+    proxied_database: ProxiedDatabase,
     random: StdRng,
     injected: BTreeMap<String, u64>,
 }
 
-impl Sky {
+impl StormRun {
     async fn start(storm: Storm) -> Result<Self> {
         let mut world = World::without_host(Kind::Sqlite, &manifest()?).await?;
-        let under_fire = UnderFire::put(&mut world, storm.kind, false).await?;
+        let proxied_database = ProxiedDatabase::install(&mut world, storm.kind, false).await?;
         let port = free_port()?;
         world.http = format!("127.0.0.1:{port}");
         world.host_env = storm.env.clone();
         world.start_host().await?;
         let to_host = Proxy::start(port).await?;
         let random = StdRng::seed_from_u64(storm.seed);
-        Ok(Sky { storm, world, to_host, under_fire, random, injected: BTreeMap::new() })
+        Ok(StormRun {
+            storm,
+            world,
+            to_host,
+            proxied_database,
+            random,
+            injected: BTreeMap::new(),
+        })
     }
 
     /// Does one thing to the host, and sees to it that one runs.
-    async fn strike(&mut self) -> Result<()> {
+    async fn inject_fault(&mut self) -> Result<()> {
         // A short storm may be over before chance has killed enough.
-        let act = match self.deaths() < DEATHS {
+        let act = match self.deaths() < DEATHS_MIN {
             true => 0,
-            false => self.random.random_range(0..if self.under_fire.to_database.is_some() { 5 } else { 3 }),
+            false => self.random.random_range(
+                0..if self.proxied_database.to_database.is_some() {
+                    5
+                } else {
+                    3
+                },
+            ),
         };
         match act {
             0 => {
-                self.some_time(200, 1_200).await;
+                self.sleep_randomly(200, 1_200).await;
                 self.world.kill_host()?;
-                self.did("host killed");
+                self.record("host killed");
             }
             1 => {
                 let point = POINTS[self.random.random_range(0..POINTS.len())];
                 let passes = self.random.random_range(1..=20);
                 self.world.kill_host()?;
                 self.world.host_env = self.storm.env.clone();
-                self.world.host_env.push(("ONCELY_FAULT".to_owned(), format!("{point}:{passes}")));
+                self.world
+                    .host_env
+                    .push(("ONCELY_FAULT".to_owned(), format!("{point}:{passes}")));
                 self.world.spawn_host()?;
                 let end = Instant::now() + Duration::from_secs(6);
-                while Instant::now() < end && self.world.host_lives() {
+                while Instant::now() < end && self.world.is_host_running() {
                     tokio::time::sleep(Duration::from_millis(10)).await;
                 }
-                if !self.world.host_lives() {
-                    self.did(&format!("died at {point}"));
+                if !self.world.is_host_running() {
+                    self.record(&format!("died at {point}"));
                 }
                 self.world.host_env = self.storm.env.clone();
             }
             2 => {
-                let cut = if self.random.random_bool(0.5) { Cut::HttpAnswerLost } else { Cut::HttpAnswerTorn };
+                let cut = if self.random.random_bool(0.5) {
+                    Cut::HttpAnswerLost
+                } else {
+                    Cut::HttpAnswerTorn
+                };
                 if self.to_host.cut(cut, Duration::from_secs(3)).await {
-                    self.did("answer to a client cut");
+                    self.record("answer to a client cut");
                 }
             }
             _ => {
-                let cuts = [Cut::CommitNotForwarded, Cut::CommitAnswerLost, Cut::CommitDelayed];
+                let cuts = [
+                    Cut::CommitNotForwarded,
+                    Cut::CommitAnswerLost,
+                    Cut::CommitDelayed,
+                ];
                 let cut = cuts[self.random.random_range(0..cuts.len())];
-                let proxy = self.under_fire.to_database.as_ref().context("have a proxy to the database")?;
+                let proxy = self
+                    .proxied_database
+                    .to_database
+                    .as_ref()
+                    .context("have a proxy to the database")?;
                 if proxy.cut(cut, Duration::from_secs(3)).await {
-                    self.did(&format!("{cut:?}"));
+                    self.record(&format!("{cut:?}"));
                 }
             }
         }
-        if !self.world.host_lives() {
+        if !self.world.is_host_running() {
             self.world.start_host().await?;
         }
-        self.some_time(100, 600).await;
+        self.sleep_randomly(100, 600).await;
         Ok(())
     }
 
     /// How often hosts died so far.
     fn deaths(&self) -> u64 {
         let is_death = |what: &str| what.contains("host killed") || what.starts_with("died");
-        self.injected.iter().filter(|(what, _)| is_death(what)).map(|(_, count)| count).sum()
+        self.injected
+            .iter()
+            .filter(|(what, _)| is_death(what))
+            .map(|(_, count)| count)
+            .sum()
     }
 
-    async fn some_time(&mut self, from_ms: u64, to_ms: u64) {
+    async fn sleep_randomly(&mut self, from_ms: u64, to_ms: u64) {
         let time = self.random.random_range(from_ms..=to_ms);
         tokio::time::sleep(Duration::from_millis(time)).await;
     }
 
-    fn did(&mut self, what: &str) {
+    fn record(&mut self, what: &str) {
         *self.injected.entry(what.to_owned()).or_default() += 1;
     }
 
-    async fn conclude(mut self, heard: Vec<Heard>, began: Instant) -> Result<Weathered> {
+    async fn conclude(
+        mut self,
+        responses: Vec<OperationResponses>,
+        began: Instant,
+    ) -> Result<StormReport> {
         let keys = self.storm.keys;
         let mut violations = Vec::new();
         let mut fail = |rule: &'static str, what: String| violations.push(Violation { rule, what });
-        let rows = self.world.database.rows("select event_id, attempt_nonce, delta from app.effect").await?;
+        let rows = self
+            .world
+            .database
+            .rows("select event_id, attempt_nonce, delta from app.effect")
+            .await?;
         let mut effects: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for row in rows {
-            effects.entry(row[0].clone()).or_default().push(row[1].clone());
+            effects
+                .entry(row[0].clone())
+                .or_default()
+                .push(row[1].clone());
         }
-        for (key, heard) in (0..keys).zip(&heard) {
+        for (key, responses) in (0..keys).zip(&responses) {
             let event = event(key);
             let nonces = effects.remove(&event).unwrap_or_default();
             if nonces.len() != 2 || nonces[0] != nonces[1] {
-                fail("effect once", format!("operation {event} left {} rows: {nonces:?}", nonces.len()));
-            }
-            if heard.answers.len() != 1 {
-                fail("same answer", format!("the clients of {event} heard {:?}", heard.answers));
-            }
-            if !heard
-                .answers
-                .iter()
-                .all(|answer| answer.starts_with("200") && nonces.iter().all(|it| answer.contains(it)))
-            {
                 fail(
-                    "same answer",
-                    format!("{event} was answered with {:?}, and {nonces:?} took effect", heard.answers),
+                    "effect once",
+                    format!("operation {event} left {} rows: {nonces:?}", nonces.len()),
                 );
             }
-            if let Some(why) = heard.gave_up.first() {
-                fail("answered", format!("{} clients of {event} gave up: {why}", heard.gave_up.len()));
+            if responses.answers.len() != 1 {
+                fail(
+                    "same answer",
+                    format!("the clients of {event} received {:?}", responses.answers),
+                );
             }
-            if !heard.other.contains("422") {
-                fail("other body", format!("another body under the key of {event} was answered {}", heard.other));
+            if !responses.answers.iter().all(|answer| {
+                answer.starts_with("200") && nonces.iter().all(|it| answer.contains(it))
+            }) {
+                fail(
+                    "same answer",
+                    format!(
+                        "{event} was answered with {:?}, and {nonces:?} took effect",
+                        responses.answers
+                    ),
+                );
+            }
+            if let Some(why) = responses.gave_up.first() {
+                fail(
+                    "answered",
+                    format!(
+                        "{} clients of {event} gave up: {why}",
+                        responses.gave_up.len()
+                    ),
+                );
+            }
+            if !responses.other.contains("422") {
+                fail(
+                    "other body",
+                    format!(
+                        "another body under the key of {event} was answered {}",
+                        responses.other
+                    ),
+                );
             }
         }
         for event in effects.keys() {
-            fail("effect once", format!("{event} took effect and was never posted"));
+            fail(
+                "effect once",
+                format!("{event} took effect and was never posted"),
+            );
         }
-        let count = self.world.oncely(&["state", "get", "test", "count"]).await?;
-        if !count.lines().any(|line| line.trim_end().ends_with(&keys.to_string())) {
-            fail("state", format!("the count of {keys} operations is: {count}"));
+        let count = self
+            .world
+            .oncely(&["state", "get", "test", "count"])
+            .await?;
+        if !count
+            .lines()
+            .any(|line| line.trim_end().ends_with(&keys.to_string()))
+        {
+            fail(
+                "state",
+                format!("the count of {keys} operations is: {count}"),
+            );
         }
         let stored = self.outputs(keys).await?;
-        if stored.len() as u64 != keys || stored.iter().collect::<BTreeSet<_>>().len() as u64 != keys {
-            fail("outputs", format!("{} outputs are on the stream, for {keys} operations", stored.len()));
+        if stored.len() as u64 != keys
+            || stored.iter().collect::<BTreeSet<_>>().len() as u64 != keys
+        {
+            fail(
+                "outputs",
+                format!(
+                    "{} outputs are on the stream, for {keys} operations",
+                    stored.len()
+                ),
+            );
         }
         let deaths = self.deaths();
-        if deaths < DEATHS {
-            fail("not vacuous", format!("hosts died {deaths} times, at least {DEATHS} are wanted"));
+        if deaths < DEATHS_MIN {
+            fail(
+                "not vacuous",
+                format!("hosts died {deaths} times, at least {DEATHS_MIN} are wanted"),
+            );
         }
         self.world.kill_host()?;
-        let sum = |of: fn(&Heard) -> u64| heard.iter().map(of).sum::<u64>();
+        let sum = |of: fn(&OperationResponses) -> u64| responses.iter().map(of).sum::<u64>();
         let seen = BTreeMap::from([
             ("operations".to_owned(), keys),
             ("posts".to_owned(), keys * self.storm.posts as u64),
-            ("tries".to_owned(), sum(|heard| heard.tries)),
-            ("answers given again".to_owned(), sum(|heard| heard.replayed)),
+            ("tries".to_owned(), sum(|responses| responses.tries)),
+            (
+                "answers given again".to_owned(),
+                sum(|responses| responses.replayed),
+            ),
         ]);
         let seconds = began.elapsed().as_secs();
-        Ok(Weathered { storm: self.storm, injected: self.injected, seen, violations, seconds })
+        Ok(StormReport {
+            storm: self.storm,
+            injected: self.injected,
+            seen,
+            violations,
+            seconds,
+        })
     }
 
     /// The events that outputs tell of, once there are enough, or a minute later.
@@ -298,8 +410,9 @@ impl Sky {
         loop {
             let stored = self.world.nats.read_stream("OUT").await?;
             if stored.len() as u64 >= wanted || Instant::now() > end {
-                let event =
-                    |body: &[u8]| serde_json::from_slice::<Value>(body).unwrap_or_default()["event"].to_string();
+                let event = |body: &[u8]| {
+                    serde_json::from_slice::<Value>(body).unwrap_or_default()["event"].to_string()
+                };
                 return Ok(stored.iter().map(|stored| event(&stored.body)).collect());
             }
             tokio::time::sleep(Duration::from_millis(200)).await;

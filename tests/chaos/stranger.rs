@@ -21,7 +21,7 @@ pub const BYSTANDER: &str = "bystander";
 pub const SUBJECT: &str = "stranger";
 
 /// How often it tries.
-const EVERY: Duration = Duration::from_millis(200);
+const INTERVAL: Duration = Duration::from_millis(200);
 
 /// How far ahead it guesses.
 const AHEAD: u64 = 20;
@@ -32,7 +32,7 @@ const UNPUBLISHED: &str = "select id from oncely.outbox
 
 /// What it did.
 #[derive(Default)]
-pub struct Meddling {
+pub struct AttackCounts {
     /// Readable ids that were guessed.
     pub guesses: AtomicU64,
     /// Ids of outputs that were taken before these were published.
@@ -46,7 +46,12 @@ pub fn is_from_stranger(subject: &str) -> bool {
 }
 
 /// Meddles until it is aborted.
-pub async fn meddle(url: String, database: Database, progress: Arc<Progress>, meddling: Arc<Meddling>) -> Result<()> {
+pub async fn attack(
+    url: String,
+    database: Database,
+    progress: Arc<Progress>,
+    attack_counts: Arc<AttackCounts>,
+) -> Result<()> {
     let client = async_nats::ConnectOptions::new()
         .retry_on_initial_connect()
         .max_reconnects(None)
@@ -54,8 +59,11 @@ pub async fn meddle(url: String, database: Database, progress: Arc<Progress>, me
         .connect(url)
         .await
         .context("connect the stranger")?;
-    let mut pointers = client.subscribe(format!("oncely.redrive.{WORKER}")).await.context("watch redrives")?;
-    let mut tick = tokio::time::interval(EVERY);
+    let mut pointers = client
+        .subscribe(format!("oncely.redrive.{WORKER}"))
+        .await
+        .context("watch redrives")?;
+    let mut tick = tokio::time::interval(INTERVAL);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut guessed = 0;
     loop {
@@ -65,27 +73,27 @@ pub async fn meddle(url: String, database: Database, progress: Arc<Progress>, me
                 let mut headers = pointer.headers.unwrap_or_default();
                 headers.insert("Nats-Msg-Id", uuid::Uuid::new_v4().to_string());
                 let sent = client.publish_with_headers(format!("oncely.redrive.{BYSTANDER}"), headers, pointer.payload);
-                meddling.pointers.fetch_add(u64::from(sent.await.is_ok()), Ordering::Relaxed);
+                attack_counts.pointers.fetch_add(u64::from(sent.await.is_ok()), Ordering::Relaxed);
             }
             _ = tick.tick() => {
                 // Ids of events that are yet to be published: workloads count them.
                 let next = progress.published.load(Ordering::Relaxed);
                 for event in next.max(guessed)..next + AHEAD {
                     for id in guesses(event) {
-                        meddling.guesses.fetch_add(take(&client, &id).await, Ordering::Relaxed);
+                        attack_counts.guesses.fetch_add(take(&client, &id).await, Ordering::Relaxed);
                     }
                 }
                 guessed = guessed.max(next + AHEAD);
                 // No stranger could know these, but one who had the key. The database may be down just now.
                 for id in database.rows(UNPUBLISHED).await.unwrap_or_default().concat() {
-                    meddling.ids.fetch_add(take(&client, &id).await, Ordering::Relaxed);
+                    attack_counts.ids.fetch_add(take(&client, &id).await, Ordering::Relaxed);
                 }
                 // And one that points at whatever there is.
                 let mut headers = HeaderMap::new();
-                headers.insert("Oncely-Letter", (next % 50 + 1).to_string());
+                headers.insert("Oncely-Dead-Letter", (next % 50 + 1).to_string());
                 headers.insert("Oncely-Generation", (next % 3 + 1).to_string());
                 let sent = client.publish_with_headers(format!("oncely.redrive.{BYSTANDER}"), headers, "".into()).await;
-                meddling.pointers.fetch_add(u64::from(sent.is_ok()), Ordering::Relaxed);
+                attack_counts.pointers.fetch_add(u64::from(sent.is_ok()), Ordering::Relaxed);
             }
         }
     }
@@ -94,7 +102,13 @@ pub async fn meddle(url: String, database: Database, progress: Arc<Progress>, me
 /// Ids that the outputs of an event, its redrive and the notice of its death may be expected to have.
 fn guesses(event: u64) -> Vec<String> {
     let outputs = (0..3).map(|ordinal| format!("{WORKER}:e{event}:{ordinal}"));
-    outputs.chain([format!("{WORKER}:e{event}:r1"), format!("dlq:{event}:0"), format!("dlq:{event}")]).collect()
+    outputs
+        .chain([
+            format!("{WORKER}:e{event}:r1"),
+            format!("dlq:{event}:0"),
+            format!("dlq:{event}"),
+        ])
+        .collect()
 }
 
 /// Stores something under an id on each of the streams that the host publishes to. Returns how often that was sent.
@@ -103,7 +117,9 @@ async fn take(client: &async_nats::Client, id: &str) -> u64 {
     for subject in ["out", "oncely.dlq", "oncely.alarm", "oncely.cache"] {
         let mut headers = HeaderMap::new();
         headers.insert("Nats-Msg-Id", id);
-        let sent = client.publish_with_headers(format!("{subject}.{SUBJECT}"), headers, "taken".into()).await;
+        let sent = client
+            .publish_with_headers(format!("{subject}.{SUBJECT}"), headers, "taken".into())
+            .await;
         taken += u64::from(sent.is_ok());
     }
     taken

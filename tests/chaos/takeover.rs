@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
 use support::database::Kind;
-use support::nats::ToPublish;
+use support::nats::NewMessage;
 use support::proxy::Proxy;
 use support::world::{World, manifest, signal};
 
 use crate::checker::Violation;
-use crate::under_fire::UnderFire;
+use crate::proxied_database::ProxiedDatabase;
 
 /// How long a takeover may take, whatever a guest may.
 const WITHIN: Duration = Duration::from_secs(15);
@@ -35,23 +35,35 @@ enum Loss {
 
 /// How long each takeover took, by what happened to the host before, and what was wrong.
 #[derive(Debug, Default)]
-pub struct TakenOver {
+pub struct TakeoverReport {
     pub ms: BTreeMap<&'static str, Vec<u64>>,
     pub violations: Vec<Violation>,
 }
 
 /// Has hosts freeze and vanish so many times each.
-pub async fn run(times: u32, env: &[(String, String)]) -> Result<TakenOver> {
+pub async fn run(times: u32, env: &[(String, String)]) -> Result<TakeoverReport> {
     let mut scene = Scene::start(env).await?;
-    let mut taken_over = TakenOver::default();
+    let mut taken_over = TakeoverReport::default();
     for _ in 0..times {
         for loss in [Loss::Frozen, Loss::Vanished] {
             let took = scene.lose(loss).await?;
-            let name = if loss == Loss::Frozen { "frozen" } else { "vanished" };
-            taken_over.ms.entry(name).or_default().push(u64::try_from(took.as_millis())?);
+            let name = if loss == Loss::Frozen {
+                "frozen"
+            } else {
+                "vanished"
+            };
+            taken_over
+                .ms
+                .entry(name)
+                .or_default()
+                .push(u64::try_from(took.as_millis())?);
             if took > WITHIN {
-                let what = format!("{took:?} without anything settled that meets a row of a {name} host");
-                taken_over.violations.push(Violation { rule: "takeover", what });
+                let what =
+                    format!("{took:?} without anything settled that meets a row of a {name} host");
+                taken_over.violations.push(Violation {
+                    rule: "takeover",
+                    what,
+                });
             }
         }
     }
@@ -70,15 +82,25 @@ struct Scene {
 
 impl Scene {
     async fn start(env: &[(String, String)]) -> Result<Self> {
-        let settings = "batch = 8\nconcurrency = 2\nack_wait = \"2s\"\n[worker.limits]\ntime = \"1h\"";
+        let settings =
+            "batch = 8\nconcurrency = 2\nack_wait = \"2s\"\n[worker.limits]\ntime = \"1h\"";
         let mut world = World::without_host(Kind::Sqlite, &manifest(settings)?).await?;
-        let UnderFire { cluster, to_database } = UnderFire::put(&mut world, Kind::Postgres, false).await?;
+        let ProxiedDatabase {
+            cluster,
+            to_database,
+        } = ProxiedDatabase::install(&mut world, Kind::Postgres, false).await?;
         let to_nats = Proxy::start(world.nats.port()).await?;
         world.nats_url = format!("nats://127.0.0.1:{}", to_nats.port());
         world.host_env = env.to_vec();
         world.start_host().await?;
         let to_database = to_database.context("have a proxy to the database")?;
-        Ok(Scene { world, to_nats, to_database, _cluster: cluster.context("have a cluster")?, published: 0 })
+        Ok(Scene {
+            world,
+            to_nats,
+            to_database,
+            _cluster: cluster.context("have a cluster")?,
+            published: 0,
+        })
     }
 
     /// Takes the first host away while both are busy, and returns for how long one of the rows then rests at most.
@@ -91,13 +113,13 @@ impl Scene {
         let pid = self.world.host_pid().context("find the host")?;
         match loss {
             Loss::Frozen => signal(pid, "STOP")?,
-            Loss::Vanished => self.swallow(true),
+            Loss::Vanished => self.set_blackhole(true),
         }
         self.publish(ACCOUNTS.len() * 4, 0).await?;
-        let took = self.longest_rest(Instant::now()).await?;
+        let took = self.longest_stall(Instant::now()).await?;
         match loss {
             Loss::Frozen => signal(pid, "CONT")?,
-            Loss::Vanished => self.swallow(false),
+            Loss::Vanished => self.set_blackhole(false),
         }
         // It goes on as if nothing had happened, or finds out.
         tokio::time::sleep(Duration::from_secs(1)).await;
@@ -108,9 +130,9 @@ impl Scene {
         Ok(took)
     }
 
-    fn swallow(&self, swallows: bool) {
-        self.to_nats.swallow(swallows);
-        self.to_database.swallow(swallows);
+    fn set_blackhole(&self, is_blackhole: bool) {
+        self.to_nats.set_blackhole(is_blackhole);
+        self.to_database.set_blackhole(is_blackhole);
     }
 
     /// Publishes messages that all meet at a few rows, and hold them for so many milliseconds.
@@ -120,15 +142,25 @@ impl Scene {
             let options = json!({
                 "from": from, "to": to, "delta": 1, "n": 1, "key": from, "seq": n, "ms": ms, "sql": true,
             });
-            ToPublish::new("in.ledger", &format!("e{n}"), "ledger,slow", &options.to_string())
+            NewMessage::new(
+                "in.ledger",
+                &format!("e{n}"),
+                "ledger,slow",
+                &options.to_string(),
+            )
         };
-        let messages = (self.published..self.published + count).map(message).collect();
+        let messages = (self.published..self.published + count)
+            .map(message)
+            .collect();
         self.published += count;
         self.world.nats.publish_all(messages).await
     }
 
     async fn settled(&self) -> Result<i64> {
-        self.world.database.number("select count(*) from oncely.inbox").await
+        self.world
+            .database
+            .number("select count(*) from oncely.inbox")
+            .await
     }
 
     /// Waits until so many messages are settled.
@@ -148,14 +180,23 @@ impl Scene {
 
     /// Waits until everything is settled. Returns for how long, from `lost` on, nothing was settled that meets one of the rows
     /// while more was to come.
-    async fn longest_rest(&self, lost: Instant) -> Result<Duration> {
+    async fn longest_stall(&self, lost: Instant) -> Result<Duration> {
         let mut longest = Duration::ZERO;
         let mut seen = BTreeMap::new();
         loop {
             let is_over = self.settled().await? >= self.published as i64;
-            for row in self.world.database.rows("select account, count(*) from app.effect group by account").await? {
-                let [account, count] = row.as_slice() else { bail!("{row:?} is no account with a count") };
-                let (before, since) = seen.entry(account.clone()).or_insert_with(|| (count.clone(), lost));
+            for row in self
+                .world
+                .database
+                .rows("select account, count(*) from app.effect group by account")
+                .await?
+            {
+                let [account, count] = row.as_slice() else {
+                    bail!("{row:?} is no account with a count")
+                };
+                let (before, since) = seen
+                    .entry(account.clone())
+                    .or_insert_with(|| (count.clone(), lost));
                 if before != count {
                     longest = longest.max(since.elapsed());
                     (*before, *since) = (count.clone(), Instant::now());
@@ -164,7 +205,11 @@ impl Scene {
             if is_over {
                 return Ok(longest);
             }
-            ensure!(lost.elapsed() < PATIENCE, "not all is settled after {PATIENCE:?}:\n{}", self.world.host_log());
+            ensure!(
+                lost.elapsed() < PATIENCE,
+                "not all is settled after {PATIENCE:?}:\n{}",
+                self.world.host_log()
+            );
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
@@ -175,17 +220,37 @@ impl Scene {
         let odd = "select event_id from app.effect group by event_id
             having count(*) <> 2 or sum(delta) <> 0 or count(distinct attempt_nonce) <> 1";
         for row in self.world.database.rows(odd).await? {
-            let what = format!("event {} has other than two rows of one attempt", row.concat());
-            violations.push(Violation { rule: "effect once", what });
+            let what = format!(
+                "event {} has other than two rows of one attempt",
+                row.concat()
+            );
+            violations.push(Violation {
+                rule: "effect once",
+                what,
+            });
         }
-        let events = self.world.database.number("select count(distinct event_id) from app.effect").await?;
+        let events = self
+            .world
+            .database
+            .number("select count(distinct event_id) from app.effect")
+            .await?;
         if events != self.published as i64 {
             let what = format!("{events} of {} events took effect", self.published);
-            violations.push(Violation { rule: "effect once", what });
+            violations.push(Violation {
+                rule: "effect once",
+                what,
+            });
         }
-        let dead = self.world.database.number("select count(*) from oncely.dead_letter").await?;
+        let dead = self
+            .world
+            .database
+            .number("select count(*) from oncely.dead_letter")
+            .await?;
         if dead > 0 {
-            violations.push(Violation { rule: "dead letters", what: format!("{dead} messages died") });
+            violations.push(Violation {
+                rule: "dead letters",
+                what: format!("{dead} messages died"),
+            });
         }
         self.world.kill_host()?;
         Ok(violations)

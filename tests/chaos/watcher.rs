@@ -15,35 +15,54 @@ use crate::stranger::is_from_stranger;
 
 /// What was looked at, and what was wrong.
 #[derive(Default)]
-pub struct Looked {
+pub struct WatcherReport {
     pub outputs: AtomicU64,
     pub snapshots: AtomicU64,
     pub too_early: Mutex<Vec<String>>,
 }
 
-impl Looked {
+impl WatcherReport {
     fn fail(&self, what: String) {
-        self.too_early.lock().unwrap_or_else(PoisonError::into_inner).push(what);
+        self.too_early
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(what);
     }
 }
 
 /// For each output it has time for: the effect must be there when the output can be seen.
-pub async fn watch_outputs(url: String, database: Database, looked: Arc<Looked>) -> Result<()> {
+pub async fn watch_outputs(
+    url: String,
+    database: Database,
+    report: Arc<WatcherReport>,
+) -> Result<()> {
     let client = connect(url).await?;
-    let mut outputs = client.subscribe("out.>").await.context("listen to outputs")?;
+    let mut outputs = client
+        .subscribe("out.>")
+        .await
+        .context("listen to outputs")?;
     while let Some(message) = outputs.next().await {
         if is_from_stranger(&message.subject) {
             continue;
         }
-        let told: Value = serde_json::from_slice(&message.payload).unwrap_or_default();
-        let text = |name: &str| told.get(name).and_then(Value::as_str).unwrap_or_default().replace('\'', "");
+        let body: Value = serde_json::from_slice(&message.payload).unwrap_or_default();
+        let text = |name: &str| {
+            body.get(name)
+                .and_then(Value::as_str)
+                .unwrap_or_default()
+                .replace('\'', "")
+        };
         let (event, nonce) = (text("event_id"), text("attempt_nonce"));
-        let sql = format!("select count(*) from app.effect where event_id = '{event}' and attempt_nonce = '{nonce}'");
+        let sql = format!(
+            "select count(*) from app.effect where event_id = '{event}' and attempt_nonce = '{nonce}'"
+        );
         // The database may be down just now.
         if let Ok(rows) = database.number(&sql).await {
-            looked.outputs.fetch_add(1, Ordering::Relaxed);
+            report.outputs.fetch_add(1, Ordering::Relaxed);
             if rows != 2 {
-                looked.fail(format!("an output of event {event} was there with {rows} rows of its effect"));
+                report.fail(format!(
+                    "an output of event {event} was there with {rows} rows of its effect"
+                ));
             }
         }
         // Not those that queued up meanwhile: only a fresh one shows whether it was too early.
@@ -56,12 +75,15 @@ pub async fn watch_outputs(url: String, database: Database, looked: Arc<Looked>)
 }
 
 /// Every snapshot of the ledger sums to zero.
-pub async fn watch_ledger(database: Database, looked: Arc<Looked>) {
+pub async fn watch_ledger(database: Database, report: Arc<WatcherReport>) {
     loop {
-        if let Ok(sum) = database.number("select coalesce(sum(delta), 0) from app.effect").await {
-            looked.snapshots.fetch_add(1, Ordering::Relaxed);
+        if let Ok(sum) = database
+            .number("select coalesce(sum(delta), 0) from app.effect")
+            .await
+        {
+            report.snapshots.fetch_add(1, Ordering::Relaxed);
             if sum != 0 {
-                looked.fail(format!("a snapshot of all effects sums to {sum}"));
+                report.fail(format!("a snapshot of all effects sums to {sum}"));
             }
         }
         tokio::time::sleep(Duration::from_millis(500)).await;

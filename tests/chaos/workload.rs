@@ -4,7 +4,7 @@ use oncely::fault;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::json;
-use support::nats::ToPublish;
+use support::nats::NewMessage;
 
 use crate::checker::ATTEMPTS;
 
@@ -63,7 +63,9 @@ impl Nature {
     ];
 
     pub fn from_header(text: &str) -> Option<Nature> {
-        Nature::ALL.into_iter().find(|nature| format!("{nature:?}") == text)
+        Nature::ALL
+            .into_iter()
+            .find(|nature| format!("{nature:?}") == text)
     }
 
     /// The reason of its dead letter; none when it takes effect in the end.
@@ -80,12 +82,19 @@ impl Nature {
 
     /// Whether no attempt at it may ever be counted.
     pub fn never_fails(self) -> bool {
-        matches!(self, Nature::Plain | Nature::Slow | Nature::NoId | Nature::LongId)
+        matches!(
+            self,
+            Nature::Plain | Nature::Slow | Nature::NoId | Nature::LongId
+        )
     }
 
     fn behaviour(self) -> &'static str {
         match self {
-            Nature::Plain | Nature::NoId | Nature::ReservedHeader | Nature::Malformed | Nature::LongId => "ledger",
+            Nature::Plain
+            | Nature::NoId
+            | Nature::ReservedHeader
+            | Nature::Malformed
+            | Nature::LongId => "ledger",
             Nature::Slow => "ledger,slow",
             Nature::FailsOnce => "fail_once,ledger",
             Nature::FailsOnceLate => "ledger,fail_once",
@@ -121,7 +130,7 @@ impl Nature {
 pub struct Workload {
     random: StdRng,
     made: u64,
-    recent: Vec<ToPublish>,
+    recent: Vec<NewMessage>,
     sequence_of_key: Vec<u64>,
     pub duplicates: u64,
     pub id_reuses: u64,
@@ -153,15 +162,23 @@ impl Workload {
     }
 
     /// The next message: mostly a new event; sometimes an earlier one again, or its id with another body.
-    pub fn next_message(&mut self) -> ToPublish {
+    pub fn next_message(&mut self) -> NewMessage {
         self.made += 1;
         let draw = self.random.random_range(0..10_000);
-        let reuses = if self.often == Some(Often::IdReuse) { OFTEN } else { 50 };
+        let reuses = if self.often == Some(Often::IdReuse) {
+            OFTEN
+        } else {
+            50
+        };
         let message = match draw {
             0..1_000 if !self.recent.is_empty() => {
                 self.duplicates += 1;
                 // A third of them at once, so that both copies meet in one batch.
-                let back = if draw % 3 == 0 { 1 } else { self.random.random_range(1..=self.recent.len()) };
+                let back = if draw % 3 == 0 {
+                    1
+                } else {
+                    self.random.random_range(1..=self.recent.len())
+                };
                 let message = self.recent[self.recent.len() - back].clone();
                 with_new_broker_id(message)
             }
@@ -184,7 +201,11 @@ impl Workload {
     fn nature(&mut self) -> Nature {
         let mut draw = self.random.random_range(0..10_000);
         for nature in Nature::ALL {
-            let rate = if self.often == Some(Often::Nature(nature)) { OFTEN.max(nature.rate()) } else { nature.rate() };
+            let rate = if self.often == Some(Often::Nature(nature)) {
+                OFTEN.max(nature.rate())
+            } else {
+                nature.rate()
+            };
             if draw < rate {
                 return nature;
             }
@@ -193,7 +214,7 @@ impl Workload {
         Nature::Plain
     }
 
-    fn event(&mut self, nature: Nature, event_id: &str) -> ToPublish {
+    fn event(&mut self, nature: Nature, event_id: &str) -> NewMessage {
         // Few keys get most messages.
         let key = (f64::from(KEYS) * self.random.random::<f64>().powi(3)) as u32 % KEYS;
         let sequence = &mut self.sequence_of_key[key as usize];
@@ -201,7 +222,11 @@ impl Workload {
         let sequence = *sequence;
         let account = |key: u32, number: u32| format!("k{key}-{number}");
         let from = self.random.random_range(0..ACCOUNTS_OF_KEY);
-        let other_key = if self.random.random_bool(0.01) { self.random.random_range(0..KEYS) } else { key };
+        let other_key = if self.random.random_bool(0.01) {
+            self.random.random_range(0..KEYS)
+        } else {
+            key
+        };
         let options = json!({
             "from": account(key, from),
             "to": account(other_key, (from + 1) % ACCOUNTS_OF_KEY),
@@ -217,20 +242,35 @@ impl Workload {
         if nature == Nature::ReservedHeader {
             options["n"] = json!(1);
         }
-        let mut message = ToPublish::new("in.ledger", event_id, nature.behaviour(), &options.to_string());
+        let mut message = NewMessage::new(
+            "in.ledger",
+            event_id,
+            nature.behaviour(),
+            &options.to_string(),
+        );
         match nature {
-            Nature::Malformed if sequence.is_multiple_of(2) => message.body = vec![0xff, 0xfe, 0, b'{'],
+            Nature::Malformed if sequence.is_multiple_of(2) => {
+                message.body = vec![0xff, 0xfe, 0, b'{']
+            }
             Nature::Malformed => message.body.truncate(10),
-            Nature::LongId => set_header(&mut message, "ce-id", &format!("{event_id}-{}", "x".repeat(300))),
-            Nature::NoId => message.headers.retain(|(name, _)| name != "ce-id" && name != "Nats-Msg-Id"),
+            Nature::LongId => set_header(
+                &mut message,
+                "ce-id",
+                &format!("{event_id}-{}", "x".repeat(300)),
+            ),
+            Nature::NoId => message
+                .headers
+                .retain(|(name, _)| name != "ce-id" && name != "Nats-Msg-Id"),
             _ => {}
         }
-        message.headers.push(("nature".to_owned(), format!("{nature:?}")));
+        message
+            .headers
+            .push(("nature".to_owned(), format!("{nature:?}")));
         message.headers.push(("key".to_owned(), format!("k{key}")));
         message
     }
 
-    fn remember(&mut self, message: &ToPublish) {
+    fn remember(&mut self, message: &NewMessage) {
         // What has no id of its own would be another event each time.
         let natures = ["NoId", "LongId"];
         if natures.contains(&header(message, "nature")) {
@@ -244,18 +284,26 @@ impl Workload {
 }
 
 /// A new id for the broker: only the inbox knows that it is the same event.
-fn with_new_broker_id(mut message: ToPublish) -> ToPublish {
-    set_header(&mut message, "Nats-Msg-Id", &uuid::Uuid::new_v4().to_string());
+fn with_new_broker_id(mut message: NewMessage) -> NewMessage {
+    set_header(
+        &mut message,
+        "Nats-Msg-Id",
+        &uuid::Uuid::new_v4().to_string(),
+    );
     message
 }
 
-fn set_header(message: &mut ToPublish, name: &str, value: &str) {
+fn set_header(message: &mut NewMessage, name: &str, value: &str) {
     message.headers.retain(|(other, _)| other != name);
     message.headers.push((name.to_owned(), value.to_owned()));
 }
 
-fn header<'m>(message: &'m ToPublish, name: &str) -> &'m str {
-    message.headers.iter().find(|(other, _)| other == name).map_or("", |(_, value)| value)
+fn header<'m>(message: &'m NewMessage, name: &str) -> &'m str {
+    message
+        .headers
+        .iter()
+        .find(|(other, _)| other == name)
+        .map_or("", |(_, value)| value)
 }
 
 /// At how many passes of a point a host may be made to die, so that it does not always die at its first chance.
@@ -263,9 +311,13 @@ pub fn passes_until_death(point: &str) -> u64 {
     match point {
         fault::MIGRATING | fault::STARTED | fault::AFTER_PRUNE | fault::DEPLOY_SWAP => 1,
         fault::AFTER_FETCH | fault::MID_GUEST | fault::AFTER_ACK => 60,
-        fault::BEFORE_REDRIVE | fault::AFTER_REDRIVE | fault::PUBLISH_AGAIN => 1,
-        fault::SLOT_MADE | fault::LOG_LEFT | fault::BROUGHT_OVER => 1,
-        fault::BEFORE_RERUN | fault::AFTER_COUNT | fault::AFTER_BURIAL | fault::RELAY_LEASED | fault::REDRIVE_READ => 2,
+        fault::BEFORE_REDRIVE | fault::AFTER_REDRIVE | fault::REPUBLISH => 1,
+        fault::SLOT_CREATED | fault::WAL_LEFT | fault::WAL_OUTPUTS_MOVED => 1,
+        fault::BEFORE_RERUN
+        | fault::AFTER_COUNT
+        | fault::AFTER_DEAD_LETTER
+        | fault::RELAY_LEASED
+        | fault::REDRIVE_READ => 2,
         _ => 12,
     }
 }

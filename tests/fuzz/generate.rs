@@ -140,21 +140,33 @@ const BLANKS: [&str; 16] = [
 /// White space to some readers and not to others.
 const ODD_BLANKS: [&str; 6] = ["", "\u{feff}", "\x0b", "\u{a0}", "\u{2003}", "\u{85}"];
 
-const TAGS: [&str; 9] = ["", "a", "_", "a1", "\u{a0}", "\u{e9}", "\u{1f980}", "A", "a\u{feff}"];
+const TAGS: [&str; 9] = [
+    "",
+    "a",
+    "_",
+    "a1",
+    "\u{a0}",
+    "\u{e9}",
+    "\u{1f980}",
+    "A",
+    "a\u{feff}",
+];
 
 const OPERATORS: [&str; 24] = [
-    "+", "-", "*", "/", "<", ">", "=", "||", "->", "->>", "@>", "<@", "?", "~", "!~", "@@", "&&", "<>", "#", "%", "^",
-    "*/*", "+--\n", "/-",
+    "+", "-", "*", "/", "<", ">", "=", "||", "->", "->>", "@>", "<@", "?", "~", "!~", "@@", "&&",
+    "<>", "#", "%", "^", "*/*", "+--\n", "/-",
 ];
 
 const NUMBERS: [&str; 18] = [
-    "0", "1", "1.5", ".5", "1.", "1e5", "1e-5", "1E+1", "0x1f", "0b1", "0o7", "1_000", "1a", "1e", "0x", "1.e", "1..2",
-    "$1a",
+    "0", "1", "1.5", ".5", "1.", "1e5", "1e-5", "1E+1", "0x1f", "0b1", "0o7", "1_000", "1a", "1e",
+    "0x", "1.e", "1..2", "$1a",
 ];
 
 /// What strings hold: the ends of other strings, above all.
-const INSIDES: [&str; 16] =
-    ["", "x", "''", "\\", "\\\\", "\"", "$$", "--", "/*", "*/", ";", "commit", "into", "\n", "oncely", "\u{e9}"];
+const INSIDES: [&str; 16] = [
+    "", "x", "''", "\\", "\\\\", "\"", "$$", "--", "/*", "*/", ";", "commit", "into", "\n",
+    "oncely", "\u{e9}",
+];
 
 pub struct Generator<'v> {
     vocabulary: &'v Vocabulary,
@@ -168,19 +180,21 @@ impl<'v> Generator<'v> {
 
     pub fn statement(&mut self) -> String {
         let mut tokens = match self.rng.random_range(0..10) {
-            0 | 1 => self.heap(),
+            0 | 1 => self.random_tokens(),
             _ => self.permitted(2),
         };
         if self.rng.random_range(0..10) < 4 {
             for _ in 0..self.rng.random_range(1..4) {
-                self.disturb(&mut tokens);
+                self.mutate(&mut tokens);
             }
         }
-        self.written(&tokens)
+        self.render(&tokens)
     }
 
     fn pick<T: Copy>(&mut self, from: &[T]) -> T {
-        *from.choose(&mut self.rng).expect("something to choose from")
+        *from
+            .choose(&mut self.rng)
+            .expect("something to choose from")
     }
 
     fn one_in(&mut self, times: u32) -> bool {
@@ -243,7 +257,12 @@ impl<'v> Generator<'v> {
             if self.one_in(3) {
                 tokens.extend(words("( a )"));
             }
-            tokens.extend(words(self.pick(&["as (", "as (", "as materialized (", "as not materialized ("])));
+            tokens.extend(words(self.pick(&[
+                "as (",
+                "as (",
+                "as materialized (",
+                "as not materialized (",
+            ])));
             tokens.extend(self.permitted(depth - 1));
             tokens.push(")".to_owned());
             if self.one_in(10) {
@@ -347,7 +366,10 @@ impl<'v> Generator<'v> {
             0 => vec![self.name()],
             1 => vec![self.literal()],
             2 => vec![self.pick(&NUMBERS).to_owned()],
-            3 => vec![self.pick(&["$1", "$2", "null", "true", "t . a", "t . *"]).to_owned()],
+            3 => vec![
+                self.pick(&["$1", "$2", "null", "true", "t . a", "t . *"])
+                    .to_owned(),
+            ],
             4 if depth > 0 => {
                 let mut tokens = words("(");
                 tokens.extend(self.select(depth - 1));
@@ -363,7 +385,11 @@ impl<'v> Generator<'v> {
             6 => {
                 // Another way to write a call.
                 let routine = self.routine();
-                let given = routine.arguments.first().cloned().unwrap_or_else(|| "integer".to_owned());
+                let given = routine
+                    .arguments
+                    .first()
+                    .cloned()
+                    .unwrap_or_else(|| "integer".to_owned());
                 let mut tokens = words("treat ( null ::");
                 tokens.push(given);
                 tokens.push("as".to_owned());
@@ -381,13 +407,35 @@ impl<'v> Generator<'v> {
                 let mut tokens = vec![self.literal()];
                 tokens.push("::".to_owned());
                 tokens.push(
-                    self.pick(&["regclass", "text", "pg_catalog . regproc", "xml", "jsonb", "numeric(3)"]).to_owned(),
+                    self.pick(&[
+                        "regclass",
+                        "text",
+                        "pg_catalog . regproc",
+                        "xml",
+                        "jsonb",
+                        "numeric(3)",
+                    ])
+                    .to_owned(),
                 );
                 tokens
             }
             9 => {
-                let mut tokens = words(self.pick(&["nextval (", "currval (", "pg_catalog . nextval (", "setval ("]));
-                tokens.push(self.pick(&["'number'", "'number'::regclass", "$1", "$$number$$", "E'number'"]).to_owned());
+                let mut tokens = words(self.pick(&[
+                    "nextval (",
+                    "currval (",
+                    "pg_catalog . nextval (",
+                    "setval (",
+                ]));
+                tokens.push(
+                    self.pick(&[
+                        "'number'",
+                        "'number'::regclass",
+                        "$1",
+                        "$$number$$",
+                        "E'number'",
+                    ])
+                    .to_owned(),
+                );
                 tokens.push(")".to_owned());
                 tokens
             }
@@ -396,8 +444,14 @@ impl<'v> Generator<'v> {
     }
 
     fn routine(&mut self) -> Routine {
-        let from = if self.one_in(3) { &self.vocabulary.harmful } else { &self.vocabulary.routines };
-        from.choose(&mut self.rng).expect("the server has functions").clone()
+        let from = if self.one_in(3) {
+            &self.vocabulary.harmful
+        } else {
+            &self.vocabulary.routines
+        };
+        from.choose(&mut self.rng)
+            .expect("the server has functions")
+            .clone()
     }
 
     /// A call with arguments of the right types.
@@ -418,12 +472,17 @@ impl<'v> Generator<'v> {
             if n > 0 {
                 tokens.push(",".to_owned());
             }
-            let is_any = argument.starts_with('"') || argument.starts_with("any") || argument == "record";
+            let is_any =
+                argument.starts_with('"') || argument.starts_with("any") || argument == "record";
             match (is_any, argument.as_str()) {
-                (true, "anyarray" | "anycompatiblearray") => tokens.push("null :: integer [ ]".to_owned()),
+                (true, "anyarray" | "anycompatiblearray") => {
+                    tokens.push("null :: integer [ ]".to_owned())
+                }
                 (true, "record") => tokens.push("row ( 1 )".to_owned()),
                 (true, _) => tokens.push("null :: integer".to_owned()),
-                (false, argument) => tokens.extend(["null".to_owned(), "::".to_owned(), argument.to_owned()]),
+                (false, argument) => {
+                    tokens.extend(["null".to_owned(), "::".to_owned(), argument.to_owned()])
+                }
             }
         }
         tokens.push(")".to_owned());
@@ -434,8 +493,17 @@ impl<'v> Generator<'v> {
     }
 
     fn table(&mut self) -> String {
-        self.pick(&["t", "t", "t", "app_default . t", "\"insert\"", "oncely . inbox", "pg_stat_activity", "\"t\""])
-            .to_owned()
+        self.pick(&[
+            "t",
+            "t",
+            "t",
+            "app_default . t",
+            "\"insert\"",
+            "oncely . inbox",
+            "pg_stat_activity",
+            "\"t\"",
+        ])
+        .to_owned()
     }
 
     fn name(&mut self) -> String {
@@ -449,7 +517,10 @@ impl<'v> Generator<'v> {
             0 => name.to_uppercase(),
             1 | 2 => format!("\"{name}\""),
             3 if self.one_in(4) => {
-                let escaped: String = name.chars().map(|c| format!("\\{:04x}", u32::from(c))).collect();
+                let escaped: String = name
+                    .chars()
+                    .map(|c| format!("\\{:04x}", u32::from(c)))
+                    .collect();
                 format!("U&\"{escaped}\"")
             }
             4 if self.one_in(8) => format!("{name}{}", "x".repeat(70)),
@@ -459,12 +530,18 @@ impl<'v> Generator<'v> {
 
     fn operator(&mut self) -> String {
         let operator = self.pick(&OPERATORS);
-        if self.one_in(6) { format!("operator ( pg_catalog . {operator} )") } else { operator.to_owned() }
+        if self.one_in(6) {
+            format!("operator ( pg_catalog . {operator} )")
+        } else {
+            operator.to_owned()
+        }
     }
 
     /// A string in one of its notations.
     fn literal(&mut self) -> String {
-        let inside: String = (0..self.rng.random_range(0..4)).map(|_| self.pick(&INSIDES)).collect();
+        let inside: String = (0..self.rng.random_range(0..4))
+            .map(|_| self.pick(&INSIDES))
+            .collect();
         let doubled = inside.replace('\'', "''");
         match self.rng.random_range(0..9) {
             0 => format!("E'{doubled}'"),
@@ -484,7 +561,11 @@ impl<'v> Generator<'v> {
         match self.rng.random_range(0..12) {
             0..=3 => {
                 let word = self.pick(&WORDS);
-                if self.one_in(6) { word.to_uppercase() } else { word.to_owned() }
+                if self.one_in(6) {
+                    word.to_uppercase()
+                } else {
+                    word.to_owned()
+                }
             }
             4 | 5 => self.name(),
             6 => self.literal(),
@@ -494,12 +575,17 @@ impl<'v> Generator<'v> {
                 let routine = self.routine();
                 format!("{} (", self.spelled(&routine.name))
             }
-            _ => self.pick(&["(", ")", ",", ";", ".", "[", "]", "::", ":=", "$1", "*"]).to_owned(),
+            _ => self
+                .pick(&["(", ")", ",", ";", ".", "[", "]", "::", ":=", "$1", "*"])
+                .to_owned(),
         }
     }
 
-    fn heap(&mut self) -> Vec<String> {
-        let mut tokens = vec![self.pick(&["select", "insert", "with", "values", "(", "merge", "update"]).to_owned()];
+    fn random_tokens(&mut self) -> Vec<String> {
+        let mut tokens = vec![
+            self.pick(&["select", "insert", "with", "values", "(", "merge", "update"])
+                .to_owned(),
+        ];
         for _ in 0..self.rng.random_range(1..14) {
             tokens.push(self.token());
         }
@@ -507,7 +593,7 @@ impl<'v> Generator<'v> {
     }
 
     /// Changes a token, takes one away, or adds one.
-    fn disturb(&mut self, tokens: &mut Vec<String>) {
+    fn mutate(&mut self, tokens: &mut Vec<String>) {
         let at = self.rng.random_range(0..=tokens.len());
         match self.rng.random_range(0..5) {
             0 if at < tokens.len() => {
@@ -529,7 +615,7 @@ impl<'v> Generator<'v> {
         }
     }
 
-    fn written(&mut self, tokens: &[String]) -> String {
+    fn render(&mut self, tokens: &[String]) -> String {
         let mut text = String::new();
         let is_odd = self.one_in(4);
         for token in tokens {
@@ -549,5 +635,8 @@ impl<'v> Generator<'v> {
 }
 
 fn words(text: &str) -> Vec<String> {
-    text.split(' ').filter(|word| !word.is_empty()).map(str::to_owned).collect()
+    text.split(' ')
+        .filter(|word| !word.is_empty())
+        .map(str::to_owned)
+        .collect()
 }

@@ -18,7 +18,7 @@ use rand::{Rng, SeedableRng};
 use support::postgres::Cluster;
 
 use crate::generate::{Generator, Vocabulary};
-use crate::session::{Ended, Session};
+use crate::session::{Session, StatementResult};
 
 mod generate;
 mod server;
@@ -80,15 +80,22 @@ struct Run {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    support::ended(run(Options::parse()).await)
+    support::exit_code(run(Options::parse()).await)
 }
 
 async fn run(options: Options) -> Result<bool> {
     let seed = options.seed.unwrap_or_else(rand::random);
     let cluster = Cluster::start()?;
-    let server::Ready { functions, vocabulary, role, database } = server::prepare(&cluster).await?;
+    let server::PreparedServer {
+        functions,
+        vocabulary,
+        role,
+        database,
+    } = server::prepare(&cluster).await?;
     let began = Instant::now();
-    let deadline = options.seconds.map(|seconds| began + Duration::from_secs(seconds));
+    let deadline = options
+        .seconds
+        .map(|seconds| began + Duration::from_secs(seconds));
     let run = Arc::new(Run {
         seed,
         functions,
@@ -102,7 +109,7 @@ async fn run(options: Options) -> Result<bool> {
         options,
     });
     println!("seed {seed}");
-    server::check_the_judge(&run.socket, &run.role, &run.database)?;
+    server::check_oracle(&run.socket, &run.role, &run.database)?;
     let sessions: Vec<_> = (0..run.options.sessions)
         .map(|number| {
             let run = Arc::clone(&run);
@@ -115,13 +122,21 @@ async fn run(options: Options) -> Result<bool> {
         .collect();
     let mut ended = Ok(());
     for session in sessions {
-        let one = session.join().map_err(|_| anyhow::anyhow!("a session panicked"))?;
+        let one = session
+            .join()
+            .map_err(|_| anyhow::anyhow!("a session panicked"))?;
         ended = ended.and(one);
     }
     run.report(began.elapsed());
     ended?;
-    let (passed, ran) = (Counts::get(&run.counts.passed), Counts::get(&run.counts.ran));
-    ensure!(ran * 20 > passed && ran > 0, "the server ran only {ran} of {passed} statements: they show too little");
+    let (passed, ran) = (
+        Counts::get(&run.counts.passed),
+        Counts::get(&run.counts.ran),
+    );
+    ensure!(
+        ran * 20 > passed && ran > 0,
+        "the server ran only {ran} of {passed} statements: they show too little"
+    );
     println!("nothing that the filter let through was anything but one permitted statement");
     Ok(true)
 }
@@ -143,29 +158,39 @@ impl Run {
 
     fn fuzz(&self, number: u64) -> Result<()> {
         let mut session = Session::open(&self.socket, &self.role, &self.database)?;
-        let mut generator = Generator::new(&self.vocabulary, StdRng::seed_from_u64(self.seed.wrapping_add(number)));
+        let mut generator = Generator::new(
+            &self.vocabulary,
+            StdRng::seed_from_u64(self.seed.wrapping_add(number)),
+        );
         let mine = self.options.statements.div_ceil(self.options.sessions);
         let mut left = mine;
-        while left > 0 && !self.over.load(Ordering::Relaxed) && self.deadline.is_none_or(|end| Instant::now() < end) {
+        while left > 0
+            && !self.over.load(Ordering::Relaxed)
+            && self.deadline.is_none_or(|end| Instant::now() < end)
+        {
             let mut sent = Vec::with_capacity(PIPELINE);
             while sent.len() < PIPELINE && left > 0 {
                 left -= 1;
                 self.counts.generated.fetch_add(1, Ordering::Relaxed);
                 let statement = generator.statement();
-                if let Ok(facts) = check_statement(&statement, Dialect::Postgres, Some(self.functions.as_ref())) {
+                if let Ok(facts) =
+                    check_statement(&statement, Dialect::Postgres, Some(self.functions.as_ref()))
+                {
                     session.send(&statement, facts.highest_placeholder);
                     sent.push(statement);
                 }
             }
-            let answers = session.answers(sent.len()).with_context(|| format!("run {sent:#?}"))?;
+            let answers = session
+                .answers(sent.len())
+                .with_context(|| format!("run {sent:#?}"))?;
             for (statement, ended) in sent.iter().zip(answers) {
-                self.judge(statement, &ended)?;
+                self.check(statement, &ended)?;
             }
         }
         Ok(())
     }
 
-    fn judge(&self, statement: &str, ended: &Ended) -> Result<()> {
+    fn check(&self, statement: &str, ended: &StatementResult) -> Result<()> {
         self.counts.passed.fetch_add(1, Ordering::Relaxed);
         if let Err(why) = verdict(ended) {
             bail!(
@@ -176,7 +201,11 @@ impl Run {
         match &ended.error {
             None => {
                 let ran = self.counts.ran.fetch_add(1, Ordering::Relaxed);
-                if self.options.show.is_some_and(|each| ran.is_multiple_of(each)) {
+                if self
+                    .options
+                    .show
+                    .is_some_and(|each| ran.is_multiple_of(each))
+                {
                     println!("{}: {statement}", ended.tag.as_deref().unwrap_or_default());
                 }
             }
@@ -195,11 +224,11 @@ const COMMANDS: [&str; 5] = ["SELECT", "INSERT", "UPDATE", "DELETE", "MERGE"];
 /// Classes of errors of statements that are permitted: not read, unknown names, wrong types and values, constraints, limits,
 /// states of sequences, time, functions that do not take their arguments.
 const ERRORS: [&str; 18] = [
-    "42", "22", "21", "23", "0A", "54", "55000", "57014", "08P01", "34", "24", "3F", "P0", "40", "44", "XX000", "38",
-    "39",
+    "42", "22", "21", "23", "0A", "54", "55000", "57014", "08P01", "34", "24", "3F", "P0", "40",
+    "44", "XX000", "38", "39",
 ];
 
-pub(crate) fn verdict(ended: &Ended) -> Result<(), String> {
+pub(crate) fn verdict(ended: &StatementResult) -> Result<(), String> {
     if let Some(setting) = &ended.setting {
         return Err(format!("it changed the setting {setting}"));
     }
@@ -208,13 +237,25 @@ pub(crate) fn verdict(ended: &Ended) -> Result<(), String> {
     }
     match (&ended.tag, &ended.error) {
         // A worker may not write to its own sequence but by its functions.
-        (_, Some((code, message))) if code == "42501" && message == "permission denied for sequence number" => Ok(()),
-        (_, Some((code, message))) if code == "42501" => Err(format!("it reached what is not for guests: {message}")),
-        (_, Some((code, message))) if !ERRORS.iter().any(|class| code.starts_with(class)) => {
-            Err(format!("it failed in another way than a permitted statement: {code} {message}"))
+        (_, Some((code, message)))
+            if code == "42501" && message == "permission denied for sequence number" =>
+        {
+            Ok(())
         }
+        (_, Some((code, message))) if code == "42501" => {
+            Err(format!("it reached what is not for guests: {message}"))
+        }
+        (_, Some((code, message))) if !ERRORS.iter().any(|class| code.starts_with(class)) => Err(
+            format!("it failed in another way than a permitted statement: {code} {message}"),
+        ),
         (_, Some(_)) => Ok(()),
-        (Some(tag), None) if COMMANDS.iter().any(|command| tag.split(' ').next() == Some(command)) => Ok(()),
+        (Some(tag), None)
+            if COMMANDS
+                .iter()
+                .any(|command| tag.split(' ').next() == Some(command)) =>
+        {
+            Ok(())
+        }
         (tag, None) => Err(format!("it was the command {tag:?}")),
     }
 }

@@ -13,7 +13,7 @@ use crate::generate::{Routine, Vocabulary};
 use crate::session::Session;
 use crate::verdict;
 
-pub struct Ready {
+pub struct PreparedServer {
     pub functions: Arc<Functions>,
     pub vocabulary: Vocabulary,
     /// As whom guests' statements run.
@@ -45,7 +45,7 @@ const EXTENSIONS: [(&str, &str); 7] = [
     ("postgres_fdw", "public"),
 ];
 
-pub async fn prepare(cluster: &Cluster) -> Result<Ready> {
+pub async fn prepare(cluster: &Cluster) -> Result<PreparedServer> {
     let database = cluster.create_database().await?;
     let direct = cluster.url(&database);
     let mut around = PgConnection::connect(&direct).await?;
@@ -54,11 +54,17 @@ pub async fn prepare(cluster: &Cluster) -> Result<Ready> {
          alter database {database} owner to {database}_platform"
     );
     around.execute(raw_sql(AssertSqlSafe(platform))).await?;
-    let store =
-        PostgresStore::connect(&direct.replace("postgres@", &format!("{database}_platform:secret@")), 4).await?;
+    let store = PostgresStore::connect(
+        &direct.replace("postgres@", &format!("{database}_platform:secret@")),
+        4,
+    )
+    .await?;
     let digest = "a".repeat(64);
     store.put_component(&digest, b"component").await?;
-    let migration = WorkerMigration { name: "1.sql".to_owned(), sql: TABLES.to_owned() };
+    let migration = WorkerMigration {
+        name: "1.sql".to_owned(),
+        sql: TABLES.to_owned(),
+    };
     store.deploy("fuzz", &digest, "{}", &[migration]).await?;
     for (extension, schema) in EXTENSIONS {
         let create = format!("create extension if not exists {extension} schema {schema}");
@@ -67,11 +73,23 @@ pub async fn prepare(cluster: &Cluster) -> Result<Ready> {
         }
     }
     let functions = store.functions().await?;
-    let role: String = around.fetch_one("select role from oncely.app_login").await?.try_get(0)?;
-    let vocabulary = vocabulary(&mut around, &database).await.context("read the server's functions")?;
-    take_away(&mut around, &role, &database).await.context("take rights away")?;
+    let role: String = around
+        .fetch_one("select role from oncely.app_login")
+        .await?
+        .try_get(0)?;
+    let vocabulary = vocabulary(&mut around, &database)
+        .await
+        .context("read the server's functions")?;
+    revoke_rights(&mut around, &role, &database)
+        .await
+        .context("take rights away")?;
     store.close().await;
-    Ok(Ready { functions, vocabulary, role, database })
+    Ok(PreparedServer {
+        functions,
+        vocabulary,
+        role,
+        database,
+    })
 }
 
 async fn vocabulary(around: &mut PgConnection, database: &str) -> Result<Vocabulary> {
@@ -90,20 +108,50 @@ async fn vocabulary(around: &mut PgConnection, database: &str) -> Result<Vocabul
             kind: row.try_get(3)?,
         })
     };
-    let routines = query.fetch_all(around).await?.iter().map(routine).collect::<sqlx::Result<Vec<_>>>()?;
+    let routines = query
+        .fetch_all(around)
+        .await?
+        .iter()
+        .map(routine)
+        .collect::<sqlx::Result<Vec<_>>>()?;
     let harmful = |routine: &Routine| {
         let name = routine.name.as_str();
-        ["set_config", "ts_stat", "ts_rewrite", "setval", "setseed", "dblink", "crosstab", "xpath_table", "set_limit"]
-            .contains(&name)
-            || ["query_to_xml", "pg_advisory", "pg_sleep", "lo_", "pg_terminate", "pg_notify"]
-                .iter()
-                .any(|beginning| name.starts_with(beginning))
+        [
+            "set_config",
+            "ts_stat",
+            "ts_rewrite",
+            "setval",
+            "setseed",
+            "dblink",
+            "crosstab",
+            "xpath_table",
+            "set_limit",
+        ]
+        .contains(&name)
+            || [
+                "query_to_xml",
+                "pg_advisory",
+                "pg_sleep",
+                "lo_",
+                "pg_terminate",
+                "pg_notify",
+            ]
+            .iter()
+            .any(|beginning| name.starts_with(beginning))
     };
-    let harmful = routines.iter().filter(|routine| harmful(routine)).cloned().collect();
-    Ok(Vocabulary { routines, harmful, database: database.to_owned() })
+    let harmful = routines
+        .iter()
+        .filter(|routine| harmful(routine))
+        .cloned()
+        .collect();
+    Ok(Vocabulary {
+        routines,
+        harmful,
+        database: database.to_owned(),
+    })
 }
 
-async fn take_away(around: &mut PgConnection, role: &str, database: &str) -> Result<()> {
+async fn revoke_rights(around: &mut PgConnection, role: &str, database: &str) -> Result<()> {
     // What the syntax itself calls stays: `collation for`.
     let functions = format!(
         "select 'revoke execute on function ' || pg_proc.oid::regprocedure || ' from public, {role}'
@@ -114,7 +162,7 @@ async fn take_away(around: &mut PgConnection, role: &str, database: &str) -> Res
              (provolatile = 'v' and proname not in {ALLOWED})
              or proname ~ '^(ts_rewrite|fmgr_|lo_|(query|cursor|table|schema|database)_to_xml)'
              or (proname ~ '^pg_' and proname not in ('pg_typeof', 'pg_collation_for'))
-             or extname in ('dblink', 'tablefunc', 'xml2', 'adminpack', 'postgres_fdw') or nspname = 'oncely_door')"
+             or extname in ('dblink', 'tablefunc', 'xml2', 'adminpack', 'postgres_fdw') or nspname = 'oncely_definer')"
     );
     // Names of the catalog are refused; its tables are read without rights by the server itself.
     let tables = format!(
@@ -139,7 +187,7 @@ async fn take_away(around: &mut PgConnection, role: &str, database: &str) -> Res
 }
 
 /// Statements that the judge must find guilty, were they to pass the filter, and some that it must not.
-pub fn check_the_judge(socket: &Path, role: &str, database: &str) -> Result<()> {
+pub fn check_oracle(socket: &Path, role: &str, database: &str) -> Result<()> {
     let mut session = Session::open(socket, role, database)?;
     let guilty = [
         "commit",
@@ -155,7 +203,7 @@ pub fn check_the_judge(socket: &Path, role: &str, database: &str) -> Result<()> 
         "select pg_advisory_lock(1)",
         "select * from pg_stat_activity",
         "select * from oncely.inbox",
-        "select oncely_door.guard()",
+        "select oncely_definer.guard()",
         "set client_encoding = 'LATIN1'",
         "explain select 1",
         "create table hidden ()",
@@ -180,7 +228,10 @@ pub fn check_the_judge(socket: &Path, role: &str, database: &str) -> Result<()> 
     let answers = session.answers(guilty.len() + innocent.len())?;
     for (statement, ended) in guilty.iter().chain(&innocent).zip(&answers) {
         let is_guilty = verdict(ended).is_err();
-        ensure!(is_guilty == guilty.contains(statement), "the judge errs about `{statement}`: {ended:?}");
+        ensure!(
+            is_guilty == guilty.contains(statement),
+            "the judge errs about `{statement}`: {ended:?}"
+        );
     }
     Ok(())
 }

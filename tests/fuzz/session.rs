@@ -15,7 +15,7 @@ pub struct Session {
 
 /// How a statement ended.
 #[derive(Debug, Default)]
-pub struct Ended {
+pub struct StatementResult {
     /// The command, as the server names it.
     pub tag: Option<String>,
     /// SQLSTATE and message.
@@ -29,14 +29,28 @@ pub struct Ended {
 impl Session {
     pub fn open(socket: &Path, role: &str, database: &str) -> Result<Self> {
         let stream = UnixStream::connect(socket).context("connect to the server's socket")?;
-        let mut session = Session { stream, out: Vec::new(), incoming: Vec::new(), read: 0 };
+        let mut session = Session {
+            stream,
+            out: Vec::new(),
+            incoming: Vec::new(),
+            read: 0,
+        };
         let mut startup = 196_608_u32.to_be_bytes().to_vec();
-        for text in ["user", role, "database", database, "client_encoding", "UTF8"] {
+        for text in [
+            "user",
+            role,
+            "database",
+            database,
+            "client_encoding",
+            "UTF8",
+        ] {
             startup.extend_from_slice(text.as_bytes());
             startup.push(0);
         }
         startup.push(0);
-        session.out.extend_from_slice(&(u32::try_from(startup.len() + 4)?).to_be_bytes());
+        session
+            .out
+            .extend_from_slice(&(u32::try_from(startup.len() + 4)?).to_be_bytes());
         session.out.extend_from_slice(&startup);
         session.flush()?;
         session.cycle()?;
@@ -56,7 +70,10 @@ impl Session {
         self.message(b'P', &[&[0], statement.as_bytes(), &[0], &[0, 0]]);
         let count = u16::try_from(placeholders).unwrap_or_default();
         let nulls = (-1_i32).to_be_bytes().repeat(usize::from(count));
-        self.message(b'B', &[&[0, 0], &[0, 0], &count.to_be_bytes(), &nulls, &[0, 0]]);
+        self.message(
+            b'B',
+            &[&[0, 0], &[0, 0], &count.to_be_bytes(), &nulls, &[0, 0]],
+        );
         self.message(b'E', &[&[0], &[0, 0, 0, 0]]);
         self.message(b'S', &[]);
         self.execute(b"rollback\0");
@@ -64,7 +81,7 @@ impl Session {
     }
 
     /// Sends the queued statements, `count` of them, and returns how each ended.
-    pub fn answers(&mut self, count: usize) -> Result<Vec<Ended>> {
+    pub fn answers(&mut self, count: usize) -> Result<Vec<StatementResult>> {
         self.flush()?;
         let mut answers = Vec::with_capacity(count);
         for _ in 0..count {
@@ -82,19 +99,24 @@ impl Session {
     fn message(&mut self, kind: u8, parts: &[&[u8]]) {
         let length: usize = parts.iter().map(|part| part.len()).sum::<usize>() + 4;
         self.out.push(kind);
-        self.out.extend_from_slice(&u32::try_from(length).unwrap_or_default().to_be_bytes());
-        parts.iter().for_each(|part| self.out.extend_from_slice(part));
+        self.out
+            .extend_from_slice(&u32::try_from(length).unwrap_or_default().to_be_bytes());
+        parts
+            .iter()
+            .for_each(|part| self.out.extend_from_slice(part));
     }
 
     fn flush(&mut self) -> Result<()> {
-        self.stream.write_all(&self.out).context("send to the server")?;
+        self.stream
+            .write_all(&self.out)
+            .context("send to the server")?;
         self.out.clear();
         Ok(())
     }
 
     /// Reads to the next `ReadyForQuery`.
-    fn cycle(&mut self) -> Result<Ended> {
-        let mut ended = Ended::default();
+    fn cycle(&mut self) -> Result<StatementResult> {
+        let mut ended = StatementResult::default();
         loop {
             let (kind, body) = self.next()?;
             match kind {
@@ -126,7 +148,11 @@ impl Session {
             self.incoming.drain(..self.read);
             self.read = 0;
             let mut chunk = [0; 65_536];
-            match self.stream.read(&mut chunk).context("read from the server")? {
+            match self
+                .stream
+                .read(&mut chunk)
+                .context("read from the server")?
+            {
                 0 => bail!("the server closed the session"),
                 length => self.incoming.extend_from_slice(&chunk[..length]),
             }
@@ -135,7 +161,10 @@ impl Session {
 }
 
 fn text(body: &[u8]) -> String {
-    let end = body.iter().position(|byte| *byte == 0).unwrap_or(body.len());
+    let end = body
+        .iter()
+        .position(|byte| *byte == 0)
+        .unwrap_or(body.len());
     String::from_utf8_lossy(&body[..end]).into_owned()
 }
 
@@ -143,7 +172,9 @@ fn error(body: &[u8]) -> (String, String) {
     let mut fields = body.split(|byte| *byte == 0);
     let mut field = |kind: u8| {
         let found = fields.find(|field| field.first() == Some(&kind));
-        found.map(|field| String::from_utf8_lossy(&field[1..]).into_owned()).unwrap_or_default()
+        found
+            .map(|field| String::from_utf8_lossy(&field[1..]).into_owned())
+            .unwrap_or_default()
     };
     // In this order the server sends them.
     (field(b'C'), field(b'M'))

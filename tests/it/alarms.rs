@@ -15,32 +15,37 @@ use serde_json::Value;
 use support::books;
 use support::database::Kind;
 use support::metrics::{scrape, value};
-use support::nats::ToPublish;
+use support::nats::NewMessage;
 use support::production::RunningHost;
 use support::world::{PATIENCE, World, manifest};
 
 /// A webhook on this machine.
 #[derive(Clone, Default)]
 struct Receiver {
-    taken: Arc<Mutex<Vec<(HeaderMap, Bytes)>>>,
+    received: Arc<Mutex<Vec<(HeaderMap, Bytes)>>>,
     /// The status it answers; 0 for 204, 1 for no answer at all.
     mode: Arc<AtomicU16>,
-    asked: Arc<AtomicUsize>,
+    request_count: Arc<AtomicUsize>,
 }
 
-const TAKE: u16 = 0;
+const ACCEPT: u16 = 0;
 const HANG: u16 = 1;
 
 const SECRET: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
 
-async fn receive(State(receiver): State<Receiver>, uri: Uri, headers: HeaderMap, body: Bytes) -> StatusCode {
-    receiver.asked.fetch_add(1, Ordering::Relaxed);
+async fn receive(
+    State(receiver): State<Receiver>,
+    uri: Uri,
+    headers: HeaderMap,
+    body: Bytes,
+) -> StatusCode {
+    receiver.request_count.fetch_add(1, Ordering::Relaxed);
     match receiver.mode.load(Ordering::Relaxed) {
-        TAKE if uri == "/hook?token=t" => {
-            receiver.taken.lock().unwrap().push((headers, body));
+        ACCEPT if uri == "/hook?token=t" => {
+            receiver.received.lock().unwrap().push((headers, body));
             StatusCode::NO_CONTENT
         }
-        TAKE => StatusCode::NOT_FOUND,
+        ACCEPT => StatusCode::NOT_FOUND,
         HANG => std::future::pending().await,
         status => StatusCode::from_u16(status).unwrap(),
     }
@@ -48,9 +53,13 @@ async fn receive(State(receiver): State<Receiver>, uri: Uri, headers: HeaderMap,
 
 impl Receiver {
     async fn listen(&self, port: u16) -> Result<u16> {
-        let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await.context("listen for alarms")?;
+        let listener = tokio::net::TcpListener::bind(("127.0.0.1", port))
+            .await
+            .context("listen for alarms")?;
         let port = listener.local_addr()?.port();
-        let app = axum::Router::new().fallback(receive).with_state(self.clone());
+        let app = axum::Router::new()
+            .fallback(receive)
+            .with_state(self.clone());
         tokio::spawn(async move { axum::serve(listener, app).await });
         Ok(port)
     }
@@ -59,11 +68,19 @@ impl Receiver {
     async fn until(&self, count: usize, world: &World) -> Result<Vec<Value>> {
         let end = Instant::now() + PATIENCE;
         loop {
-            let taken = self.taken.lock().unwrap().clone();
+            let taken = self.received.lock().unwrap().clone();
             if taken.len() >= count {
-                return taken.iter().map(|(_, body)| Ok(serde_json::from_slice(body)?)).collect();
+                return taken
+                    .iter()
+                    .map(|(_, body)| Ok(serde_json::from_slice(body)?))
+                    .collect();
             }
-            ensure!(Instant::now() < end, "{} of {count} alarms; the host said:\n{}", taken.len(), world.host_log());
+            ensure!(
+                Instant::now() < end,
+                "{} of {count} alarms; the host said:\n{}",
+                taken.len(),
+                world.host_log()
+            );
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
@@ -71,8 +88,11 @@ impl Receiver {
     /// Answers like this from now on, and waits until it did `times`.
     async fn answer(&self, mode: u16, times: usize) -> Result<()> {
         self.mode.store(mode, Ordering::Relaxed);
-        let (before, end) = (self.asked.load(Ordering::Relaxed), Instant::now() + PATIENCE);
-        while self.asked.load(Ordering::Relaxed) < before + times {
+        let (before, end) = (
+            self.request_count.load(Ordering::Relaxed),
+            Instant::now() + PATIENCE,
+        );
+        while self.request_count.load(Ordering::Relaxed) < before + times {
             ensure!(Instant::now() < end, "nobody asked");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -89,35 +109,50 @@ async fn world(kind: Kind, settings: &str, webhook: Option<u16>) -> Result<World
     let mut world = World::without_host(kind, &manifest(settings)?).await?;
     if let Some(port) = webhook {
         world.host_env = vec![
-            ("ONCELY_WEBHOOK".to_owned(), format!("http://127.0.0.1:{port}/hook?token=t")),
+            (
+                "ONCELY_WEBHOOK".to_owned(),
+                format!("http://127.0.0.1:{port}/hook?token=t"),
+            ),
             ("ONCELY_WEBHOOK_SECRET".to_owned(), SECRET.to_owned()),
         ];
     }
     Ok(world)
 }
 
-fn poison(event: &str, code: &str) -> ToPublish {
-    ToPublish::new("in.x", event, "reject", &format!(r#"{{"code": "{code}"}}"#))
+fn poison(event: &str, code: &str) -> NewMessage {
+    NewMessage::new("in.x", event, "reject", &format!(r#"{{"code": "{code}"}}"#))
 }
 
 /// What the stream of alarms holds: alarm and state of each, in order.
-async fn on_stream(world: &World) -> Result<Vec<String>> {
+async fn alarms_on_stream(world: &World) -> Result<Vec<String>> {
     let stored = world.nats.read_stream("ONCELY_ALARM").await?;
-    let text = |headers: &HashMap<String, String>, name: &str| headers.get(name).cloned().unwrap_or_default();
+    let text = |headers: &HashMap<String, String>, name: &str| {
+        headers.get(name).cloned().unwrap_or_default()
+    };
     Ok(stored
         .iter()
-        .map(|stored| format!("{} {}", text(&stored.headers, "Oncely-Alarm"), text(&stored.headers, "Oncely-State")))
+        .map(|stored| {
+            format!(
+                "{} {}",
+                text(&stored.headers, "Oncely-Alarm"),
+                text(&stored.headers, "Oncely-State")
+            )
+        })
         .collect())
 }
 
-async fn until_on_stream(world: &World, expected: &[&str]) -> Result<()> {
+async fn until_alarms_on_stream(world: &World, expected: &[&str]) -> Result<()> {
     let end = Instant::now() + PATIENCE;
     loop {
-        let found = on_stream(world).await?;
+        let found = alarms_on_stream(world).await?;
         if found == expected {
             return Ok(());
         }
-        ensure!(Instant::now() < end, "{found:?}, not {expected:?}; the host said:\n{}", world.host_log());
+        ensure!(
+            Instant::now() < end,
+            "{found:?}, not {expected:?}; the host said:\n{}",
+            world.host_log()
+        );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
@@ -125,7 +160,11 @@ async fn until_on_stream(world: &World, expected: &[&str]) -> Result<()> {
 async fn until_metric(world: &World, series: &str, expected: f64) -> Result<()> {
     let end = Instant::now() + PATIENCE;
     while value(&scrape(world).await?, series) != Some(expected) {
-        ensure!(Instant::now() < end, "{series} is not {expected}:\n{}", scrape(world).await?);
+        ensure!(
+            Instant::now() < end,
+            "{series} is not {expected}:\n{}",
+            scrape(world).await?
+        );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     Ok(())
@@ -133,47 +172,90 @@ async fn until_metric(world: &World, series: &str, expected: f64) -> Result<()> 
 
 const RAISED: &str = r#"oncely_alarms{worker="test",alarm="new-failure"}"#;
 
-both!(a_new_failure_is_told_everywhere_once_and_is_over_when_its_letters_are_closed, |kind: Kind| async move {
-    let receiver = Receiver::default();
-    let port = receiver.listen(0).await?;
-    let mut world = world(kind, &settings(""), Some(port)).await?;
-    world.start_host().await?;
-    until_metric(&world, RAISED, 0.0).await?;
-    world.nats.publish_all((0..5).map(|n| poison(&format!("e{n}"), "red")).collect()).await?;
-    world.quiet(5).await?;
-    let told = receiver.until(1, &world).await?;
-    assert_eq!(
-        (&told[0]["alarm"], &told[0]["state"], &told[0]["group"]["code"]),
-        (&"new-failure".into(), &"raised".into(), &"red".into())
-    );
-    check_signature(&receiver.taken.lock().unwrap()[0])?;
-    until_metric(&world, RAISED, 1.0).await?;
-    until_on_stream(&world, &["new-failure raised"]).await?;
-    assert_eq!(world.host_log().matches("alarm raised").count(), 1);
-    let status = world.oncely_json(&["status", "--json"]).await?;
-    assert_eq!(status["alarms"][0]["group"]["code"], "red");
-    assert!(world.oncely(&["status"]).await?.contains("new-failure  test"));
-    // The command it names finds them.
-    let hint = told[0]["hint"].as_str().context("it has no hint")?;
-    let list = format!("{hint} --json");
-    let letters = world.oncely_json(&list.split(' ').skip(1).collect::<Vec<_>>()).await?;
-    assert_eq!(letters.as_array().map(Vec::len), Some(5));
-    let groups = world.oncely_json(&["dlq", "list", "--groups", "--json"]).await?;
-    assert_eq!((&groups[0]["letters"], &groups[0]["group"]["id"]), (&5.into(), &told[0]["group"]["id"]));
-    assert!(world.oncely(&["dlq", "list", "--groups"]).await?.contains("GROUP"));
-    let group = told[0]["group"]["id"].as_str().context("it has no group")?.to_owned();
-    let closed = world.oncely(&["dlq", "resolve", "--group", &group, "--note", "repaired"]).await?;
-    assert_eq!(closed.trim(), "resolved: 5 of 5");
-    let told = receiver.until(2, &world).await?;
-    assert_eq!((&told[1]["state"], &told[1]["group"]["id"]), (&"cleared".into(), &group.into()));
-    until_metric(&world, RAISED, 0.0).await?;
-    until_on_stream(&world, &["new-failure raised", "new-failure cleared"]).await
-});
+both!(
+    a_new_failure_is_announced_once_and_clears_when_closed,
+    |kind: Kind| async move {
+        let receiver = Receiver::default();
+        let port = receiver.listen(0).await?;
+        let mut world = world(kind, &settings(""), Some(port)).await?;
+        world.start_host().await?;
+        until_metric(&world, RAISED, 0.0).await?;
+        world
+            .nats
+            .publish_all((0..5).map(|n| poison(&format!("e{n}"), "red")).collect())
+            .await?;
+        world.quiet(5).await?;
+        let notices = receiver.until(1, &world).await?;
+        assert_eq!(
+            (
+                &notices[0]["alarm"],
+                &notices[0]["state"],
+                &notices[0]["group"]["code"]
+            ),
+            (&"new-failure".into(), &"raised".into(), &"red".into())
+        );
+        check_signature(&receiver.received.lock().unwrap()[0])?;
+        until_metric(&world, RAISED, 1.0).await?;
+        until_alarms_on_stream(&world, &["new-failure raised"]).await?;
+        assert_eq!(world.host_log().matches("alarm raised").count(), 1);
+        let status = world.oncely_json(&["status", "--json"]).await?;
+        assert_eq!(status["alarms"][0]["group"]["code"], "red");
+        assert!(
+            world
+                .oncely(&["status"])
+                .await?
+                .contains("new-failure  test")
+        );
+        // The command it names finds them.
+        let hint = notices[0]["hint"].as_str().context("it has no hint")?;
+        let list = format!("{hint} --json");
+        let letters = world
+            .oncely_json(&list.split(' ').skip(1).collect::<Vec<_>>())
+            .await?;
+        assert_eq!(letters.as_array().map(Vec::len), Some(5));
+        let groups = world
+            .oncely_json(&["dlq", "list", "--groups", "--json"])
+            .await?;
+        assert_eq!(
+            (&groups[0]["dead_letters"], &groups[0]["group"]["id"]),
+            (&5.into(), &notices[0]["group"]["id"])
+        );
+        assert!(
+            world
+                .oncely(&["dlq", "list", "--groups"])
+                .await?
+                .contains("GROUP")
+        );
+        let group = notices[0]["group"]["id"]
+            .as_str()
+            .context("it has no group")?
+            .to_owned();
+        let closed = world
+            .oncely(&["dlq", "resolve", "--group", &group, "--note", "repaired"])
+            .await?;
+        assert_eq!(closed.trim(), "resolved: 5 of 5");
+        let notices = receiver.until(2, &world).await?;
+        assert_eq!(
+            (&notices[1]["state"], &notices[1]["group"]["id"]),
+            (&"cleared".into(), &group.into())
+        );
+        until_metric(&world, RAISED, 0.0).await?;
+        until_alarms_on_stream(&world, &["new-failure raised", "new-failure cleared"]).await
+    }
+);
 
 fn check_signature((headers, body): &(HeaderMap, Bytes)) -> Result<()> {
-    let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let header = |name: &str| {
+        headers
+            .get(name)
+            .and_then(|value| value.to_str().ok())
+            .unwrap_or_default()
+    };
     let (id, timestamp) = (header("webhook-id"), header("webhook-timestamp"));
-    assert!(id.starts_with("alarm:test:new-failure:") && id.ends_with(":1:raised"), "{id}");
+    assert!(
+        id.starts_with("alarm:test:new-failure:") && id.ends_with(":1:raised"),
+        "{id}"
+    );
     let signed = format!("{id}.{timestamp}.{}", String::from_utf8_lossy(body));
     let folder = tempfile::tempdir()?;
     let file = folder.path().join("signed");
@@ -181,52 +263,93 @@ fn check_signature((headers, body): &(HeaderMap, Bytes)) -> Result<()> {
     let key = hex::encode(STANDARD.decode(SECRET.trim_start_matches("whsec_"))?);
     // Somebody else's code, as a receiver would have it.
     let output = std::process::Command::new("openssl")
-        .args(["dgst", "-sha256", "-mac", "HMAC", "-macopt", &format!("hexkey:{key}"), "-binary"])
+        .args([
+            "dgst",
+            "-sha256",
+            "-mac",
+            "HMAC",
+            "-macopt",
+            &format!("hexkey:{key}"),
+            "-binary",
+        ])
         .arg(&file)
         .output()
         .context("run openssl")?;
-    assert_eq!(header("webhook-signature"), format!("v1,{}", STANDARD.encode(output.stdout)));
+    assert_eq!(
+        header("webhook-signature"),
+        format!("v1,{}", STANDARD.encode(output.stdout))
+    );
     Ok(())
 }
 
-both!(a_broken_webhook_hurts_nobody_and_is_told_once_it_is_back, |kind: Kind| async move {
-    let receiver = Receiver::default();
-    // A port that nobody listens on.
-    let port = tokio::net::TcpListener::bind("127.0.0.1:0").await?.local_addr()?.port();
-    let mut world = world(kind, &settings(""), Some(port)).await?;
-    world.start_host().await?;
-    let good = |from: usize| {
-        (from..from + 100).map(move |n| ToPublish::new("in.x", &format!("g{n}"), "insert", r#"{"n": 1}"#))
-    };
-    world.nats.publish_all(good(0).chain([poison("e1", "red")]).collect()).await?;
-    world.quiet(101).await?;
-    until_metric(&world, r#"oncely_webhook_posts_total{outcome="failed"}"#, 1.0).await?;
-    receiver.mode.store(500, Ordering::Relaxed);
-    receiver.listen(port).await?;
-    receiver.answer(500, 1).await?;
-    world.nats.publish_all(good(100).chain([poison("e2", "blue")]).collect()).await?;
-    world.quiet(202).await?;
-    receiver.answer(HANG, 1).await?;
-    world.nats.publish_all(good(200).collect()).await?;
-    world.quiet(302).await?;
-    assert!(receiver.taken.lock().unwrap().is_empty());
-    receiver.mode.store(TAKE, Ordering::Relaxed);
-    let told = receiver.until(2, &world).await?;
-    let codes: Vec<&str> = told.iter().filter_map(|told| told["group"]["code"].as_str()).collect();
-    assert_eq!(codes, ["red", "blue"]);
-    let books = books::check(&world).await?;
-    assert_eq!((books.effects.len(), books.outputs, books.dead.len()), (300, 300, 2));
-    assert_eq!(world.database.number("select count(*) from oncely.attempt where code is null").await?, 0);
-    // An answer that was lost on its way comes again under its id; one that was heard does not.
-    assert_eq!(world.nats.read_stream("ONCELY_ALARM").await?.len(), 2);
-    world.stop_host().await
-});
+both!(
+    a_broken_webhook_delays_only_its_own_notices,
+    |kind: Kind| async move {
+        let receiver = Receiver::default();
+        // A port that nobody listens on.
+        let port = tokio::net::TcpListener::bind("127.0.0.1:0")
+            .await?
+            .local_addr()?
+            .port();
+        let mut world = world(kind, &settings(""), Some(port)).await?;
+        world.start_host().await?;
+        let good = |from: usize| {
+            (from..from + 100)
+                .map(move |n| NewMessage::new("in.x", &format!("g{n}"), "insert", r#"{"n": 1}"#))
+        };
+        world
+            .nats
+            .publish_all(good(0).chain([poison("e1", "red")]).collect())
+            .await?;
+        world.quiet(101).await?;
+        until_metric(
+            &world,
+            r#"oncely_webhook_posts_total{outcome="failed"}"#,
+            1.0,
+        )
+        .await?;
+        receiver.mode.store(500, Ordering::Relaxed);
+        receiver.listen(port).await?;
+        receiver.answer(500, 1).await?;
+        world
+            .nats
+            .publish_all(good(100).chain([poison("e2", "blue")]).collect())
+            .await?;
+        world.quiet(202).await?;
+        receiver.answer(HANG, 1).await?;
+        world.nats.publish_all(good(200).collect()).await?;
+        world.quiet(302).await?;
+        assert!(receiver.received.lock().unwrap().is_empty());
+        receiver.mode.store(ACCEPT, Ordering::Relaxed);
+        let notices = receiver.until(2, &world).await?;
+        let codes: Vec<&str> = notices
+            .iter()
+            .filter_map(|notice| notice["group"]["code"].as_str())
+            .collect();
+        assert_eq!(codes, ["red", "blue"]);
+        let books = books::check(&world).await?;
+        assert_eq!(
+            (books.effects.len(), books.outputs, books.dead.len()),
+            (300, 300, 2)
+        );
+        assert_eq!(
+            world
+                .database
+                .number("select count(*) from oncely.attempt where code is null")
+                .await?,
+            0
+        );
+        // An answer that was lost on its way comes again under its id; one that was heard does not.
+        assert_eq!(world.nats.read_stream("ONCELY_ALARM").await?.len(), 2);
+        world.stop_host().await
+    }
+);
 
 /// Two hosts look at the same numbers; each change is told once, by one of them.
 async fn two_hosts(kind: Kind) -> Result<()> {
     let receiver = Receiver::default();
     let port = receiver.listen(0).await?;
-    let settings = settings("letters = 4\nnew_failures = 1");
+    let settings = settings("dead_letters = 4\nnew_failures = 1");
     let world = world(kind, &settings, Some(port)).await?;
     let one = RunningHost::start(&world, "one").await?;
     let mut two = RunningHost::start(&world, "two").await?;
@@ -237,88 +360,166 @@ async fn two_hosts(kind: Kind) -> Result<()> {
     let letters = (0..40).map(|n| poison(&format!("e{n}"), "red")).collect();
     world.nats.publish_all(letters).await?;
     world.quiet(40).await?;
-    until_on_stream(&world, &["new-failure raised", "letters raised"]).await?;
+    until_alarms_on_stream(&world, &["new-failure raised", "letters raised"]).await?;
     // Both have looked again by then.
     tokio::time::sleep(Duration::from_secs(6)).await;
-    until_on_stream(&world, &["new-failure raised", "letters raised"]).await?;
+    until_alarms_on_stream(&world, &["new-failure raised", "letters raised"]).await?;
     one.oncely(&["dlq", "resolve", "--all", "--note", "repaired"])?;
-    let told = receiver.until(4, &world).await?;
-    let mut ids: Vec<&str> = told.iter().filter_map(|told| told["id"].as_str()).collect();
+    let notices = receiver.until(4, &world).await?;
+    let mut ids: Vec<&str> = notices
+        .iter()
+        .filter_map(|notice| notice["id"].as_str())
+        .collect();
     ids.sort_unstable();
     ids.dedup();
-    assert_eq!((told.len(), ids.len()), (4, 4));
-    assert_eq!((told[0]["state"].as_str(), told[3]["state"].as_str()), (Some("raised"), Some("cleared")));
+    assert_eq!((notices.len(), ids.len()), (4, 4));
+    assert_eq!(
+        (notices[0]["state"].as_str(), notices[3]["state"].as_str()),
+        (Some("raised"), Some("cleared"))
+    );
     let said = format!("{}{}", one.log(), two.log());
-    assert_eq!((said.matches("alarm raised").count(), said.matches("alarm cleared").count()), (2, 2), "{said}");
+    assert_eq!(
+        (
+            said.matches("alarm raised").count(),
+            said.matches("alarm cleared").count()
+        ),
+        (2, 2),
+        "{said}"
+    );
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_hosts_tell_of_a_change_once_on_postgres() -> Result<()> {
+async fn two_hosts_announce_a_change_once_on_postgres() -> Result<()> {
     two_hosts(Kind::Postgres).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_hosts_tell_of_a_change_once_behind_a_transaction_pooler() -> Result<()> {
+async fn two_hosts_announce_a_change_once_behind_pgbouncer() -> Result<()> {
     two_hosts(Kind::Pgbouncer).await
 }
 
-both!(without_a_broker_the_log_and_the_metrics_still_tell, |kind: Kind| async move {
-    let settings = format!("batch = 4\nack_wait = \"2s\"\n{}", settings("unpublished_age = \"1s\"\nunhandled_age = 0"));
-    let settings = settings.replace("unhandled_age = 0", "unhandled_age = \"0s\"");
-    let mut world = world(kind, &settings, None).await?;
-    world.start_host().await?;
-    let slow = |n| ToPublish::new("in.x", &format!("e{n}"), "insert,slow", r#"{"n": 1, "ms": 5}"#);
-    world.nats.publish_all((0..200).map(slow).collect()).await?;
-    world.until("select min(1) from oncely.inbox", 1).await?;
-    world.nats.kill()?;
-    until_metric(&world, r#"oncely_alarms{worker="test",alarm="unpublished-age"}"#, 1.0).await?;
-    assert!(world.host_log().contains("alarm raised: an output of worker test has not been published for"));
-    assert!(world.oncely(&["status"]).await?.contains("unpublished-age  test"));
-    world.nats.restart().await?;
-    until_on_stream(&world, &["unpublished-age raised", "unpublished-age cleared"]).await?;
-    world.quiet(200).await
-});
+both!(
+    without_a_broker_logs_and_metrics_still_show_alarms,
+    |kind: Kind| async move {
+        let settings = format!(
+            "batch = 4\nack_wait = \"2s\"\n{}",
+            settings("unpublished_age = \"1s\"\nunhandled_age = 0")
+        );
+        let settings = settings.replace("unhandled_age = 0", "unhandled_age = \"0s\"");
+        let mut world = world(kind, &settings, None).await?;
+        world.start_host().await?;
+        let slow = |n| {
+            NewMessage::new(
+                "in.x",
+                &format!("e{n}"),
+                "insert,slow",
+                r#"{"n": 1, "ms": 5}"#,
+            )
+        };
+        world.nats.publish_all((0..200).map(slow).collect()).await?;
+        world.until("select min(1) from oncely.inbox", 1).await?;
+        world.nats.kill()?;
+        until_metric(
+            &world,
+            r#"oncely_alarms{worker="test",alarm="unpublished-age"}"#,
+            1.0,
+        )
+        .await?;
+        assert!(
+            world
+                .host_log()
+                .contains("alarm raised: an output of worker test has not been published for")
+        );
+        assert!(
+            world
+                .oncely(&["status"])
+                .await?
+                .contains("unpublished-age  test")
+        );
+        world.nats.restart().await?;
+        until_alarms_on_stream(
+            &world,
+            &["unpublished-age raised", "unpublished-age cleared"],
+        )
+        .await?;
+        world.quiet(200).await
+    }
+);
 
-both!(what_waits_for_long_raises_an_alarm_and_is_over_when_it_is_done, |kind: Kind| async move {
-    let settings = "[worker.retry]\nattempts = 2\nbackoff = \"20s\"\n[worker.alarm]\nclear_after = \"0s\"\n\
-                    unhandled_age = \"1s\"\nletters = 0\nletter_age = \"1s\"\nnew_failures = 0";
-    let mut world = world(kind, settings, None).await?;
-    world.start_host().await?;
-    let slow = ToPublish::new("in.x", "e1", "sleep", r#"{"sleep_ms": 8000}"#);
-    world.nats.publish_all(vec![slow]).await?;
-    until_on_stream(&world, &["unhandled-age raised", "unhandled-age cleared"]).await?;
-    world.nats.publish_all(vec![poison("e2", "red")]).await?;
-    until_on_stream(&world, &["unhandled-age raised", "unhandled-age cleared", "letter-age raised"]).await?;
-    let raised = world.oncely_json(&["status", "--json"]).await?;
-    assert_eq!(raised["alarms"].as_array().map(Vec::len), Some(1));
-    // What a new version does not ask for any more is over.
-    let without = manifest(&settings.replace("letter_age = \"1s\"", "letter_age = \"0s\""))?;
-    world.write_manifest(&without)?;
-    world.oncely(&["deploy", "oncely.toml"]).await?;
-    let over = ["unhandled-age raised", "unhandled-age cleared", "letter-age raised", "letter-age cleared"];
-    until_on_stream(&world, &over).await
-});
+both!(
+    long_waits_raise_alarms_that_clear_when_handled,
+    |kind: Kind| async move {
+        let settings = "[worker.retry]\nattempts = 2\nbackoff = \"20s\"\n[worker.alarm]\nclear_after = \"0s\"\n\
+                    unhandled_age = \"1s\"\ndead_letters = 0\ndead_letter_age = \"1s\"\nnew_failures = 0";
+        let mut world = world(kind, settings, None).await?;
+        world.start_host().await?;
+        let slow = NewMessage::new("in.x", "e1", "sleep", r#"{"sleep_ms": 8000}"#);
+        world.nats.publish_all(vec![slow]).await?;
+        until_alarms_on_stream(&world, &["unhandled-age raised", "unhandled-age cleared"]).await?;
+        world.nats.publish_all(vec![poison("e2", "red")]).await?;
+        until_alarms_on_stream(
+            &world,
+            &[
+                "unhandled-age raised",
+                "unhandled-age cleared",
+                "dead-letter-age raised",
+            ],
+        )
+        .await?;
+        let raised = world.oncely_json(&["status", "--json"]).await?;
+        assert_eq!(raised["alarms"].as_array().map(Vec::len), Some(1));
+        // What a new version does not ask for any more is over.
+        let without =
+            manifest(&settings.replace("dead_letter_age = \"1s\"", "dead_letter_age = \"0s\""))?;
+        world.write_manifest(&without)?;
+        world.oncely(&["deploy", "oncely.toml"]).await?;
+        let over = [
+            "unhandled-age raised",
+            "unhandled-age cleared",
+            "dead-letter-age raised",
+            "dead-letter-age cleared",
+        ];
+        until_alarms_on_stream(&world, &over).await
+    }
+);
 
-both!(messages_that_trap_are_grouped_by_the_place, |kind: Kind| async move {
-    let mut world = world(kind, &settings(""), None).await?;
-    world.start_host().await?;
-    let dies = |event: &str, behaviour: &str| ToPublish::new("in.x", event, behaviour, "{}");
-    world.nats.publish_all(vec![dies("e1", "panic"), dies("e2", "trap"), dies("e3", "panic")]).await?;
-    world.quiet(3).await?;
-    let groups = world.oncely_json(&["dlq", "list", "--groups", "--json"]).await?;
-    let places: Vec<(u64, &str)> = groups
-        .as_array()
-        .context("there is no list")?
-        .iter()
-        .map(|found| {
-            (found["letters"].as_u64().unwrap_or_default(), found["group"]["place"].as_str().unwrap_or_default())
-        })
-        .collect();
-    assert!(
-        places.len() == 2 && places[0].0 == 2 && places[0].1.starts_with("panic in guests/src/panic.rs"),
-        "{places:?}"
-    );
-    assert!(!places[1].1.is_empty(), "{places:?}");
-    world.stop_host().await
-});
+both!(
+    messages_that_trap_are_grouped_by_trap_location,
+    |kind: Kind| async move {
+        let mut world = world(kind, &settings(""), None).await?;
+        world.start_host().await?;
+        let dies = |event: &str, behaviour: &str| NewMessage::new("in.x", event, behaviour, "{}");
+        world
+            .nats
+            .publish_all(vec![
+                dies("e1", "panic"),
+                dies("e2", "trap"),
+                dies("e3", "panic"),
+            ])
+            .await?;
+        world.quiet(3).await?;
+        let groups = world
+            .oncely_json(&["dlq", "list", "--groups", "--json"])
+            .await?;
+        let places: Vec<(u64, &str)> = groups
+            .as_array()
+            .context("there is no list")?
+            .iter()
+            .map(|found| {
+                (
+                    found["dead_letters"].as_u64().unwrap_or_default(),
+                    found["group"]["place"].as_str().unwrap_or_default(),
+                )
+            })
+            .collect();
+        assert!(
+            places.len() == 2
+                && places[0].0 == 2
+                && places[0].1.starts_with("panic in guests/src/panic.rs"),
+            "{places:?}"
+        );
+        assert!(!places[1].1.is_empty(), "{places:?}");
+        world.stop_host().await
+    }
+);

@@ -11,23 +11,44 @@ use wit_bindgen_rust::{Opts, WithOption};
 const WRITE: &str = "ONCELY_WRITE_BINDINGS";
 
 #[test]
-fn the_sdks_bindings_are_those_of_the_wit() -> Result<()> {
-    check("worker", Opts { generate_all: true, ..options("bindings", "export_worker") })?;
+fn sdk_bindings_match_the_wit() -> Result<()> {
+    check(
+        "worker",
+        Opts {
+            generate_all: true,
+            ..options("bindings", "export_worker")
+        },
+    )?;
     let shared = ["types", "outbox", "state", "sql", "cache", "invocation"];
     let mut with: Vec<(String, WithOption)> = shared
         .iter()
         .map(|interface| {
             let path = format!("crate::bindings::oncely::consumer::{interface}");
-            (format!("oncely:worker/{interface}@0.1.0"), WithOption::Path(path))
+            (
+                format!("oncely:worker/{interface}@0.1.0"),
+                WithOption::Path(path),
+            )
         })
         .collect();
     for (interface, path) in [
-        ("wasi:logging/logging@0.1.0-draft", "crate::bindings::wasi::logging::logging"),
-        ("wasi:config/store@0.2.0-rc.1", "crate::bindings::wasi::config::store"),
+        (
+            "wasi:logging/logging@0.1.0-draft",
+            "crate::bindings::wasi::logging::logging",
+        ),
+        (
+            "wasi:config/store@0.2.0-rc.1",
+            "crate::bindings::wasi::config::store",
+        ),
     ] {
         with.push((interface.to_owned(), WithOption::Path(path.to_owned())));
     }
-    check("batch-worker", Opts { with, ..options("batch_bindings", "export_batch_worker") })
+    check(
+        "batch-worker",
+        Opts {
+            with,
+            ..options("batch_bindings", "export_batch_worker")
+        },
+    )
 }
 
 fn options(module: &str, export_macro: &str) -> Opts {
@@ -44,19 +65,29 @@ fn options(module: &str, export_macro: &str) -> Opts {
 /// Compares the bindings of a world of `wit/` with the committed file.
 fn check(world: &str, options: Opts) -> Result<()> {
     let mut resolve = Resolve::default();
-    let (package, _) = resolve.push_dir(repository().join("wit")).context("read wit/")?;
+    let (package, _) = resolve
+        .push_dir(repository().join("wit"))
+        .context("read wit/")?;
     let id = resolve.select_world(&[package], Some(world))?;
     let mut files = Files::default();
     options.build().generate(&mut resolve, id, &mut files)?;
     let (_, generated) = files.iter().next().context("find the generated file")?;
-    let headline = format!("//! The bindings of the world `{world}` of `wit/`: `make bindings` writes this file.\n\n");
+    let headline = format!(
+        "//! The bindings of the world `{world}` of `wit/`: `make bindings` writes this file.\n\n"
+    );
     let generated = [headline.as_bytes(), generated].concat();
 
-    let path = repository().join("guest-sdk/src/generated").join(format!("{}.rs", world.replace('-', "_")));
+    let path = repository()
+        .join("guest-sdk/src/generated")
+        .join(format!("{}.rs", world.replace('-', "_")));
     if std::env::var_os(WRITE).is_some() {
         return Ok(std::fs::write(path, generated)?);
     }
-    ensure!(same(&path, &generated)?, "{} is not the bindings of wit/ any longer: run `make bindings`", path.display());
+    ensure!(
+        same(&path, &generated)?,
+        "{} is not the bindings of wit/ any longer: run `make bindings`",
+        path.display()
+    );
     Ok(())
 }
 
@@ -66,14 +97,26 @@ fn same(path: &Path, generated: &[u8]) -> Result<bool> {
 
 /// Toolchains link the whole of these packages into every worker, and a part of one does not merge with the whole.
 #[test]
-fn wit_holds_no_package_that_toolchains_link() -> Result<()> {
-    let linked = ["cli", "clocks", "filesystem", "http", "io", "random", "sockets"];
+fn wit_contains_no_package_that_toolchains_link() -> Result<()> {
+    let linked = [
+        "cli",
+        "clocks",
+        "filesystem",
+        "http",
+        "io",
+        "random",
+        "sockets",
+    ];
     for folder in std::fs::read_dir(repository().join("wit/deps"))? {
         for file in std::fs::read_dir(folder?.path())? {
             let path = file?.path();
             let text = std::fs::read_to_string(&path)?;
             for package in linked {
-                ensure!(!text.contains(&format!("package wasi:{package}")), "{} is a copy", path.display());
+                ensure!(
+                    !text.contains(&format!("package wasi:{package}")),
+                    "{} is a copy",
+                    path.display()
+                );
             }
         }
     }

@@ -8,8 +8,17 @@ use support::guests;
 use support::world::manifest_of;
 
 /// Words of compilers and of this program's insides, which no author of a worker should have to know.
-const JARGON: [&str; 9] =
-    ["backtrace", "panicked", "wasmtime", "wasmparser", "cranelift", "magic", "leb128", ".rs:", "unwrap"];
+const JARGON: [&str; 9] = [
+    "backtrace",
+    "panicked",
+    "wasmtime",
+    "wasmparser",
+    "cranelift",
+    "magic",
+    "leb128",
+    ".rs:",
+    "unwrap",
+];
 
 /// What `oncely build` prints about a manifest: its standard error, and whether it was content.
 fn build(folder: &Path, manifest: &str) -> Result<(bool, String)> {
@@ -36,7 +45,10 @@ fn refusal(folder: &Path, manifest: &str) -> Result<String> {
     let (built, said) = build(folder, manifest)?;
     ensure!(!built, "it was built:\n{manifest}");
     ensure!(said.lines().count() <= 5, "too long:\n{said}");
-    ensure!(said.starts_with("error: ") && said.contains("\nhint: "), "no hint:\n{said}");
+    ensure!(
+        said.starts_with("error: ") && said.contains("\nhint: "),
+        "no hint:\n{said}"
+    );
     for word in JARGON {
         ensure!(!said.contains(word), "`{word}` stands in:\n{said}");
     }
@@ -44,7 +56,7 @@ fn refusal(folder: &Path, manifest: &str) -> Result<String> {
 }
 
 #[test]
-fn a_component_that_can_be_deployed_is_built() -> Result<()> {
+fn build_accepts_a_deployable_component() -> Result<()> {
     let folder = tempfile::tempdir()?;
     for component in [guests::component()?, guests::batch_component()?] {
         let (built, said) = build(folder.path(), &manifest_of(&component, ""))?;
@@ -54,7 +66,7 @@ fn a_component_that_can_be_deployed_is_built() -> Result<()> {
 }
 
 #[test]
-fn each_file_that_is_no_component_is_called_by_its_name() -> Result<()> {
+fn files_that_are_no_component_are_named_in_the_error() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let folder = folder.path();
     let good = std::fs::read(guests::component()?)?;
@@ -67,22 +79,40 @@ fn each_file_that_is_no_component_is_called_by_its_name() -> Result<()> {
         (b"PK\x03\x04and so on", "the file is a zip archive"),
         (b"(component)", "the file is the text form of a component"),
         (&good[..good.len() / 2], "the file is cut off"),
-        (&wat::parse_str(core_module)?, "the file is a core module, not a component (made for WASI 0.1"),
-        (&wat::parse_str(wasi_3)?, "the component is made for WASI 0.3, and this host runs components for WASI 0.2"),
-        (&wat::parse_str("(component)")?, "the component exports no handler"),
+        (
+            &wat::parse_str(core_module)?,
+            "the file is a core module, not a component (made for WASI 0.1",
+        ),
+        (
+            &wat::parse_str(wasi_3)?,
+            "the component is made for WASI 0.3, and this host runs components for WASI 0.2",
+        ),
+        (
+            &wat::parse_str("(component)")?,
+            "the component exports no handler",
+        ),
     ];
     for (bytes, sentence) in cases {
         let said = refusal(folder, &with_component(folder, bytes)?)?;
         assert!(said.contains(sentence), "{said}");
-        assert!(said.starts_with("error: the component of worker test, "), "{said}");
+        assert!(
+            said.starts_with("error: the component of worker test, "),
+            "{said}"
+        );
     }
 
     let said = refusal(folder, &manifest_of(folder, ""))?;
-    assert!(said.contains("is a folder, not a WebAssembly component"), "{said}");
+    assert!(
+        said.contains("is a folder, not a WebAssembly component"),
+        "{said}"
+    );
 
     std::fs::File::create(folder.join("large.wasm"))?.set_len((64 << 20) + 1)?;
     let said = refusal(folder, &manifest_of(&folder.join("large.wasm"), ""))?;
-    assert!(said.contains("the file has 67108865 bytes; a component may have 64.0 MiB"), "{said}");
+    assert!(
+        said.contains("the file has 67108865 bytes; a component may have 64.0 MiB"),
+        "{said}"
+    );
     Ok(())
 }
 
@@ -93,15 +123,23 @@ fn a_component_that_does_not_fit_its_manifest_is_refused() -> Result<()> {
 
     let said = refusal(folder, &manifest_of(&guests::http_component()?, ""))?;
     assert!(
-        said.contains("the component of worker test answers requests, and the manifest gives it a stream"),
+        said.contains(
+            "the component of worker test answers requests, and the manifest gives it a stream"
+        ),
         "{said}"
     );
 
     let importing = r#"(component
         (import "acme:ledger/book@1.0.0" (instance))
         (instance $none) (export "oncely:worker/handler@0.1.0" (instance $none)))"#;
-    let said = refusal(folder, &with_component(folder, &wat::parse_str(importing)?)?)?;
-    assert!(said.contains("imports `acme:ledger/book@1.0.0`, which a worker is not given"), "{said}");
+    let said = refusal(
+        folder,
+        &with_component(folder, &wat::parse_str(importing)?)?,
+    )?;
+    assert!(
+        said.contains("imports `acme:ledger/book@1.0.0`, which a worker is not given"),
+        "{said}"
+    );
 
     let bomb = format!(
         r#"(component (core module (func (param i32) {} {}))
@@ -110,7 +148,10 @@ fn a_component_that_does_not_fit_its_manifest_is_refused() -> Result<()> {
         "(block (br_if 0 (local.get 0)) (local.set 1 (i64.const 1)))".repeat(5_000)
     );
     let said = refusal(folder, &with_component(folder, &wat::parse_str(&bomb)?)?)?;
-    assert!(said.contains("the component asks too much of the compiler"), "{said}");
+    assert!(
+        said.contains("the component asks too much of the compiler"),
+        "{said}"
+    );
 
     let mut damaged = std::fs::read(guests::component()?)?;
     let middle = damaged.len() / 2;
@@ -125,16 +166,25 @@ fn migrations_are_read_for_each_database_they_are_for() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let folder = folder.path();
     let migrations = |path: &str| -> Result<String> {
-        let own = guests::repository().join("tests/guests/migrations").display().to_string();
+        let own = guests::repository()
+            .join("tests/guests/migrations")
+            .display()
+            .to_string();
         Ok(manifest_of(&guests::component()?, "").replace(&own, path))
     };
     let said = refusal(folder, &migrations("absent")?)?;
-    assert!(said.contains("the migrations folder of worker `test`"), "{said}");
+    assert!(
+        said.contains("the migrations folder of worker `test`"),
+        "{said}"
+    );
 
     std::fs::create_dir_all(folder.join("both/postgres"))?;
     std::fs::write(folder.join("both/1.sql"), "create table t (x int)")?;
     let said = refusal(folder, &migrations("both")?)?;
-    assert!(said.contains("holds *.sql files beside a folder for one database"), "{said}");
+    assert!(
+        said.contains("holds *.sql files beside a folder for one database"),
+        "{said}"
+    );
 
     std::fs::create_dir_all(folder.join("one/postgres"))?;
     std::fs::write(folder.join("one/postgres/1.sql"), "create table t (x int)")?;

@@ -15,7 +15,10 @@ mod handlers;
 mod shared;
 mod zipf;
 
-const LONG: Policy = Policy { ttl: Duration::from_secs(600), stale: Duration::ZERO };
+const LONG: Policy = Policy {
+    ttl: Duration::from_secs(600),
+    stale: Duration::ZERO,
+};
 
 /// The cache of another host, on this Redis if there is one.
 fn host(redis: Option<&Redis>) -> Result<Cache> {
@@ -23,7 +26,10 @@ fn host(redis: Option<&Redis>) -> Result<Cache> {
 }
 
 fn settings(redis: Option<&Redis>) -> Result<CacheSettings> {
-    let flags = HostFlags { cache_url: redis.map(Redis::url), ..HostFlags::default() };
+    let flags = HostFlags {
+        cache_url: redis.map(Redis::url),
+        ..HostFlags::default()
+    };
     Ok(HostConfig::resolve(&flags, &|_| None)?.cache)
 }
 
@@ -41,48 +47,58 @@ fn text(cached: &Cached) -> &str {
 
 /// Reads a key whose value is `value` now and has the tag `t`.
 async fn read(cache: &Cache, name: &str, value: &str) -> Result<Cached> {
-    let loaded = Loaded::kept(Bytes::copy_from_slice(value.as_bytes()), tags(&["t"]), LONG);
-    Ok(cache.get_or_load(&key(name), move || async { Ok(loaded) }).await?)
+    let loaded = Loaded::cacheable(Bytes::copy_from_slice(value.as_bytes()), tags(&["t"]), LONG);
+    Ok(cache
+        .get_or_load(&key(name), move || async { Ok(loaded) })
+        .await?)
 }
 
 /// A load that stops before it returns what it read, until it is let go on.
-struct Parked {
+struct PausedLoad {
     read: tokio::sync::oneshot::Receiver<()>,
-    go_on: tokio::sync::oneshot::Sender<()>,
+    resume: tokio::sync::oneshot::Sender<()>,
     reader: tokio::task::JoinHandle<Result<Cached, oncely::cache::LoadError>>,
 }
 
-impl Parked {
+impl PausedLoad {
     /// A reader of `k` who finds this value in the database.
-    async fn with(cache: &Cache, value: &'static str) -> Result<Parked> {
+    async fn start(cache: &Cache, value: &'static str) -> Result<PausedLoad> {
         let (has_read, read) = tokio::sync::oneshot::channel();
-        let (go_on, parked) = tokio::sync::oneshot::channel::<()>();
+        let (resume, paused) = tokio::sync::oneshot::channel::<()>();
         let cache = cache.clone();
         let reader = tokio::spawn(async move {
             let load = move || async move {
                 let _ = has_read.send(());
-                let _ = parked.await;
-                Ok(Loaded::kept(Bytes::from_static(value.as_bytes()), tags(&["t"]), LONG))
+                let _ = paused.await;
+                Ok(Loaded::cacheable(
+                    Bytes::from_static(value.as_bytes()),
+                    tags(&["t"]),
+                    LONG,
+                ))
             };
             cache.get_or_load(&key("k"), load).await
         });
-        Ok(Parked { read, go_on, reader })
+        Ok(PausedLoad {
+            read,
+            resume,
+            reader,
+        })
     }
 
-    async fn until_it_read(mut self) -> Result<Parked> {
+    async fn until_loading(mut self) -> Result<PausedLoad> {
         (&mut self.read).await.context("the load began")?;
         Ok(self)
     }
 
     /// Lets it go on, and returns what the reader was answered.
-    async fn land(self) -> Result<String> {
-        let _ = self.go_on.send(());
+    async fn finish(self) -> Result<String> {
+        let _ = self.resume.send(());
         Ok(text(&self.reader.await??).to_owned())
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_all_who_ask_for_a_key_at_the_same_time_one_loads() -> Result<()> {
+async fn concurrent_readers_of_a_key_load_it_once() -> Result<()> {
     let cache = host(None)?;
     let loads = Arc::new(AtomicUsize::new(0));
     let readers = (0..200).map(|_| {
@@ -91,7 +107,11 @@ async fn of_all_who_ask_for_a_key_at_the_same_time_one_loads() -> Result<()> {
             let load = move || async move {
                 loads.fetch_add(1, Ordering::Relaxed);
                 tokio::time::sleep(Duration::from_millis(200)).await;
-                Ok(Loaded::kept(Bytes::from_static(b"v"), tags(&["t"]), LONG))
+                Ok(Loaded::cacheable(
+                    Bytes::from_static(b"v"),
+                    tags(&["t"]),
+                    LONG,
+                ))
             };
             cache.get_or_load(&key("k"), load).await
         })
@@ -105,12 +125,15 @@ async fn of_all_who_ask_for_a_key_at_the_same_time_one_loads() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn who_read_before_a_commit_does_not_leave_the_old_value_behind() -> Result<()> {
+async fn a_read_before_a_commit_does_not_cache_the_old_value() -> Result<()> {
     let redis = Redis::start().await?;
     for redis in [None, Some(&redis)] {
         let (cache, other) = (host(redis)?, host(redis)?);
         cache.invalidate("shop", tags(&["t"])).await;
-        let parked = Parked::with(&cache, "old").await?.until_it_read().await?;
+        let paused = PausedLoad::start(&cache, "old")
+            .await?
+            .until_loading()
+            .await?;
         // The writer commits, and invalidates.
         cache.invalidate("shop", tags(&["t"])).await;
         // Who comes after that does not wait for what was read before it.
@@ -120,8 +143,13 @@ async fn who_read_before_a_commit_does_not_leave_the_old_value_behind() -> Resul
         });
         tokio::time::sleep(Duration::from_millis(50)).await;
         // The first reader came before the commit: either answer is right.
-        assert_eq!(parked.land().await?, "old");
-        assert_eq!(text(&late.await??), "new", "with Redis: {}", redis.is_some());
+        assert_eq!(paused.finish().await?, "old");
+        assert_eq!(
+            text(&late.await??),
+            "new",
+            "with Redis: {}",
+            redis.is_some()
+        );
         assert_eq!(text(&read(&cache, "k", "newer").await?), "new");
         if redis.is_some() {
             let found = read(&other, "k", "wrong").await?;
@@ -132,21 +160,31 @@ async fn who_read_before_a_commit_does_not_leave_the_old_value_behind() -> Resul
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_old_value_is_not_left_behind_in_redis_by_a_host_that_has_not_heard_yet() -> Result<()> {
+async fn a_host_without_the_invalidation_caches_no_old_value() -> Result<()> {
     let redis = Redis::start().await?;
-    let (writer, reader, third) = (host(Some(&redis))?, host(Some(&redis))?, host(Some(&redis))?);
-    let parked = Parked::with(&reader, "old").await?.until_it_read().await?;
+    let (writer, reader, third) = (
+        host(Some(&redis))?,
+        host(Some(&redis))?,
+        host(Some(&redis))?,
+    );
+    let paused = PausedLoad::start(&reader, "old")
+        .await?
+        .until_loading()
+        .await?;
     writer.invalidate("shop", tags(&["t"])).await;
-    assert_eq!(parked.land().await?, "old");
+    assert_eq!(paused.finish().await?, "old");
     let found = read(&third, "k", "new").await?;
     assert_eq!((text(&found), found.layer), ("new", Layer::Loaded));
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_beyond_its_time_is_answered_at_once_and_loaded_once_in_the_background() -> Result<()> {
+async fn a_stale_value_is_served_while_one_reload_runs() -> Result<()> {
     let cache = host(None)?;
-    let policy = Policy { ttl: Duration::from_millis(300), stale: Duration::from_secs(600) };
+    let policy = Policy {
+        ttl: Duration::from_millis(300),
+        stale: Duration::from_secs(600),
+    };
     let loads = Arc::new(AtomicUsize::new(0));
     let ask = || {
         let loads = Arc::clone(&loads);
@@ -155,7 +193,11 @@ async fn what_is_beyond_its_time_is_answered_at_once_and_loaded_once_in_the_back
             if n == 2 {
                 anyhow::bail!("the database is away");
             }
-            Ok(Loaded::kept(Bytes::from(n.to_string()), tags(&["t"]), policy))
+            Ok(Loaded::cacheable(
+                Bytes::from(n.to_string()),
+                tags(&["t"]),
+                policy,
+            ))
         };
         let cache = cache.clone();
         async move { cache.get_or_load(&key("k"), load).await }
@@ -165,7 +207,10 @@ async fn what_is_beyond_its_time_is_answered_at_once_and_loaded_once_in_the_back
     // The first load in the background fails, and the value stays; the next one replaces it.
     for _ in 0..2 {
         let stale = ask().await?;
-        assert!(stale.is_stale && text(&stale) == "1" && stale.age >= Duration::from_millis(270), "{stale:?}");
+        assert!(
+            stale.is_stale && text(&stale) == "1" && stale.age >= Duration::from_millis(270),
+            "{stale:?}"
+        );
         let before = loads.load(Ordering::Relaxed);
         tokio::time::timeout(Duration::from_secs(10), async {
             while loads.load(Ordering::Relaxed) == before.min(1) {
@@ -176,7 +221,10 @@ async fn what_is_beyond_its_time_is_answered_at_once_and_loaded_once_in_the_back
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     let fresh = ask().await?;
-    assert_eq!((text(&fresh), fresh.is_stale, loads.load(Ordering::Relaxed)), ("3", false, 3));
+    assert_eq!(
+        (text(&fresh), fresh.is_stale, loads.load(Ordering::Relaxed)),
+        ("3", false, 3)
+    );
     // What is invalid is never an answer, however new.
     cache.invalidate("shop", tags(&["t"])).await;
     assert_eq!(text(&ask().await?), "4");
@@ -184,23 +232,32 @@ async fn what_is_beyond_its_time_is_answered_at_once_and_loaded_once_in_the_back
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_for_one_reader_is_given_to_nobody_else_and_an_error_is_not_kept() -> Result<()> {
+async fn per_reader_values_and_errors_are_not_shared() -> Result<()> {
     let cache = host(None)?;
     let readers = (0..20).map(|n: usize| {
         let cache = cache.clone();
         let load = move || async move {
             tokio::time::sleep(Duration::from_millis(50)).await;
-            Ok(Loaded::once(Bytes::from(n.to_string())))
+            Ok(Loaded::uncacheable(Bytes::from(n.to_string())))
         };
         async move { (n, cache.get_or_load(&key("k"), load).await) }
     });
     for (n, answer) in futures::future::join_all(readers).await {
         assert_eq!(text(&answer?), n.to_string());
     }
-    let failed = cache.get_or_load(&key("k"), || async { anyhow::bail!("the database is away") }).await;
-    assert_eq!(failed.err().context("it did not fail")?.to_string(), "the database is away");
+    let failed = cache
+        .get_or_load(&key("k"), || async {
+            anyhow::bail!("the database is away")
+        })
+        .await;
+    assert_eq!(
+        failed.err().context("it did not fail")?.to_string(),
+        "the database is away"
+    );
     assert_eq!(text(&read(&cache, "k", "v").await?), "v");
-    let panicked = cache.get_or_load(&key("other"), || async { panic!("a load that panics") }).await;
+    let panicked = cache
+        .get_or_load(&key("other"), || async { panic!("a load that panics") })
+        .await;
     assert!(panicked.is_err());
     assert_eq!(text(&read(&cache, "other", "v").await?), "v");
     Ok(())

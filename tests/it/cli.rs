@@ -2,41 +2,75 @@
 
 use anyhow::Result;
 use support::database::Kind;
-use support::nats::ToPublish;
+use support::nats::NewMessage;
 use support::world::{World, manifest};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_person_finds_a_dead_letter_and_its_story() -> Result<()> {
+async fn dlq_commands_show_a_dead_letter_and_its_attempts() -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("")?).await?;
-    world.nats.publish_all(vec![ToPublish::new("in.x", "bad", "reject", r#"{"code": "no-such-account"}"#)]).await?;
+    world
+        .nats
+        .publish_all(vec![NewMessage::new(
+            "in.x",
+            "bad",
+            "reject",
+            r#"{"code": "no-such-account"}"#,
+        )])
+        .await?;
     world.quiet(1).await?;
 
     let list = world.oncely(&["dlq", "list"]).await?;
     let lines: Vec<&str> = list.lines().collect();
     assert_eq!(lines.len(), 2, "{list}");
     assert!(lines[0].starts_with("ID  WORKER  REASON"), "{list}");
-    assert!(lines[1].contains("bad") && lines[1].contains("rejected"), "{list}");
+    assert!(
+        lines[1].contains("bad") && lines[1].contains("rejected"),
+        "{list}"
+    );
 
     let shown = world.oncely(&["dlq", "show", "1"]).await?;
-    for expected in ["reason: rejected", "event id: bad", "subject: in.x", "from: IN 1", "do: reject", "attempt 1 at "]
-    {
+    for expected in [
+        "reason: rejected",
+        "event id: bad",
+        "subject: in.x",
+        "from: IN 1",
+        "do: reject",
+        "attempt 1 at ",
+    ] {
         assert!(shown.contains(expected), "`{expected}` is not in:\n{shown}");
     }
     let json = world.oncely_json(&["dlq", "show", "1", "--json"]).await?;
     assert_eq!(json["event_id"], "bad");
-    assert_eq!(json["story"].as_array().map(Vec::len), Some(1));
+    assert_eq!(json["failure_history"].as_array().map(Vec::len), Some(1));
 
-    let missing = world.oncely(&["dlq", "show", "99"]).await.map_err(|error| error.to_string());
-    assert_eq!(missing, Err("error: there is no dead letter 99\nhint: oncely dlq list".to_owned()));
+    let missing = world
+        .oncely(&["dlq", "show", "99"])
+        .await
+        .map_err(|error| error.to_string());
+    assert_eq!(
+        missing,
+        Err("error: there is no dead letter 99\nhint: oncely dlq list".to_owned())
+    );
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_published_with_one_id_has_one_effect() -> Result<()> {
+async fn publishing_twice_with_one_id_has_one_effect() -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("")?).await?;
-    let publish = ["publish", "in.x", r#"{"n": 1}"#, "--id", "once", "-H", "do: insert"];
+    let publish = [
+        "publish",
+        "in.x",
+        r#"{"n": 1}"#,
+        "--id",
+        "once",
+        "-H",
+        "do: insert",
+    ];
     assert_eq!(world.oncely(&publish).await?.trim(), "IN 1 id once");
-    assert_eq!(world.oncely(&publish).await?.trim(), "IN 1 id once (it was there already)");
+    assert_eq!(
+        world.oncely(&publish).await?.trim(),
+        "IN 1 id once (it was there already)"
+    );
     world.quiet(1).await?;
 
     let status = world.oncely(&["status"]).await?;
@@ -49,34 +83,78 @@ async fn what_is_published_with_one_id_has_one_effect() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_person_reads_the_state_of_a_worker() -> Result<()> {
+async fn state_commands_show_the_state_of_a_worker() -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("")?).await?;
-    let count =
-        |event: &str, key: &str| ToPublish::new("in.x", event, "state_counter", &format!(r#"{{"key": "{key}"}}"#));
-    world.nats.publish_all(vec![count("a", "visits/home"), count("b", "visits/home"), count("c", "other")]).await?;
+    let count = |event: &str, key: &str| {
+        NewMessage::new(
+            "in.x",
+            event,
+            "state_counter",
+            &format!(r#"{{"key": "{key}"}}"#),
+        )
+    };
+    world
+        .nats
+        .publish_all(vec![
+            count("a", "visits/home"),
+            count("b", "visits/home"),
+            count("c", "other"),
+        ])
+        .await?;
     world.quiet(3).await?;
 
-    let list = world.oncely(&["state", "list", "test", "--prefix", "visits/"]).await?;
+    let list = world
+        .oncely(&["state", "list", "test", "--prefix", "visits/"])
+        .await?;
     let lines: Vec<&str> = list.lines().collect();
     assert_eq!(lines.len(), 2, "{list}");
-    assert!(lines[0].starts_with("KEY") && lines[1].starts_with("visits/home"), "{list}");
-    assert_eq!(world.oncely(&["state", "list", "test", "--limit", "1"]).await?.lines().count(), 2);
+    assert!(
+        lines[0].starts_with("KEY") && lines[1].starts_with("visits/home"),
+        "{list}"
+    );
+    assert_eq!(
+        world
+            .oncely(&["state", "list", "test", "--limit", "1"])
+            .await?
+            .lines()
+            .count(),
+        2
+    );
 
-    let shown = world.oncely(&["state", "get", "test", "visits/home"]).await?;
-    assert!(shown.contains("version: 2") && shown.ends_with("value (1 bytes)\n2\n"), "{shown}");
-    let json = world.oncely_json(&["state", "get", "test", "visits/home", "--json"]).await?;
-    assert_eq!((&json["version"], &json["value"]), (&2.into(), &"Mg==".into()));
+    let shown = world
+        .oncely(&["state", "get", "test", "visits/home"])
+        .await?;
+    assert!(
+        shown.contains("version: 2") && shown.ends_with("value (1 bytes)\n2\n"),
+        "{shown}"
+    );
+    let json = world
+        .oncely_json(&["state", "get", "test", "visits/home", "--json"])
+        .await?;
+    assert_eq!(
+        (&json["version"], &json["value"]),
+        (&2.into(), &"Mg==".into())
+    );
 
-    let missing = world.oncely(&["state", "get", "test", "nowhere"]).await.map_err(|error| error.to_string());
+    let missing = world
+        .oncely(&["state", "get", "test", "nowhere"])
+        .await
+        .map_err(|error| error.to_string());
     let expected = "error: worker test has no state under `nowhere`\nhint: oncely state list test";
     assert_eq!(missing, Err(expected.to_owned()));
-    let missing = world.oncely(&["state", "list", "nobody"]).await.map_err(|error| error.to_string());
-    assert_eq!(missing, Err("error: there is no worker `nobody`\nhint: oncely workers".to_owned()));
+    let missing = world
+        .oncely(&["state", "list", "nobody"])
+        .await
+        .map_err(|error| error.to_string());
+    assert_eq!(
+        missing,
+        Err("error: there is no worker `nobody`\nhint: oncely workers".to_owned())
+    );
     Ok(())
 }
 
 #[tokio::test]
-async fn without_a_host_the_commands_say_how_to_start_one() -> Result<()> {
+async fn without_a_host_commands_hint_how_to_start_one() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let output = std::process::Command::new(support::guests::oncely()?)
         .arg("status")
@@ -91,9 +169,12 @@ async fn without_a_host_the_commands_say_how_to_start_one() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_control_api_wants_the_token() -> Result<()> {
+async fn the_control_api_requires_the_token() -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("")?).await?;
-    let refused = world.oncely(&["workers", "--token", "wrong"]).await.map_err(|error| error.to_string());
+    let refused = world
+        .oncely(&["workers", "--token", "wrong"])
+        .await
+        .map_err(|error| error.to_string());
     assert_eq!(
         refused.map(|_| ()),
         Err("error: the token is missing or wrong\nhint: give the host's token with --token or ONCELY_TOKEN".to_owned())

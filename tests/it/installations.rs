@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use support::database::Kind;
-use support::nats::ToPublish;
+use support::nats::NewMessage;
 use support::world::{PATIENCE, World, manifest};
 
 /// Waits for a process to end.
@@ -22,79 +22,152 @@ async fn ended(child: &mut Child) -> Result<ExitStatus> {
 }
 
 async fn installation(world: &World) -> Result<String> {
-    let rows = world.database.rows("select id from oncely.installation").await?;
+    let rows = world
+        .database
+        .rows("select id from oncely.installation")
+        .await?;
     Ok(rows[0][0].clone())
 }
 
-both!(a_second_installation_is_refused_and_takes_no_message, |kind: Kind| async move {
-    let mut world = World::start(kind, &manifest("batch = 4")?).await?;
-    world.nats.publish_all((0..10).map(ToPublish::insert).collect()).await?;
-    world.quiet(10).await?;
-    let id = installation(&world).await?;
-    let mut other = world.spawn_other_installation(&world.folder.path().join("other.db"))?;
-    assert!(!ended(&mut other).await?.success());
-    let said = world.host_log();
-    assert!(said.contains(&format!("belongs to another installation, {id}")), "{said}");
-    assert!(said.contains("give each installation a NATS account of its own"), "{said}");
-    assert!(said.contains(&format!("oncely run --take-over {id}")), "{said}");
-    world.nats.publish_all((10..30).map(ToPublish::insert).collect()).await?;
-    world.quiet(30).await?;
-    world.ready().await
-});
-
-both!(a_consumer_of_another_installation_is_refused, |kind: Kind| async move {
-    let mut world = World::without_host(kind, &manifest("batch = 4")?).await?;
-    let context = async_nats::jetstream::new(world.nats.client().await?);
-    let stream = async_nats::jetstream::stream::Config {
-        name: "IN".to_owned(),
-        subjects: vec!["in.>".to_owned()],
-        ..Default::default()
-    };
-    let stream = context.create_stream(stream).await?;
-    let consumer = async_nats::jetstream::consumer::pull::Config {
-        durable_name: Some("oncely-test".to_owned()),
-        metadata: [("oncely.installation".to_owned(), "00000000000000aa".to_owned())].into(),
-        ..Default::default()
-    };
-    stream.create_consumer(consumer).await?;
-    world.spawn_host()?;
-    world.nats.publish_all(vec![ToPublish::insert(0)]).await?;
-    // It is not even deployed.
-    while world.host_lives() {
-        tokio::time::sleep(Duration::from_millis(50)).await;
+both!(
+    a_second_installation_is_refused_and_gets_no_message,
+    |kind: Kind| async move {
+        let mut world = World::start(kind, &manifest("batch = 4")?).await?;
+        world
+            .nats
+            .publish_all((0..10).map(NewMessage::insert).collect())
+            .await?;
+        world.quiet(10).await?;
+        let id = installation(&world).await?;
+        let mut other = world.spawn_other_installation(&world.folder.path().join("other.db"))?;
+        assert!(!ended(&mut other).await?.success());
+        let said = world.host_log();
+        assert!(
+            said.contains(&format!("belongs to another installation, {id}")),
+            "{said}"
+        );
+        assert!(
+            said.contains("give each installation a NATS account of its own"),
+            "{said}"
+        );
+        assert!(
+            said.contains(&format!("oncely run --take-over {id}")),
+            "{said}"
+        );
+        world
+            .nats
+            .publish_all((10..30).map(NewMessage::insert).collect())
+            .await?;
+        world.quiet(30).await?;
+        world.ready().await
     }
-    let log = world.host_log();
-    assert!(log.contains("the consumer oncely-test on the stream IN belongs to another installation"), "{log}");
-    assert_eq!(world.database.number("select count(*) from oncely.inbox").await?, 0);
-    // Once a person says that the other one is gone, it is this one's.
-    world.kill_host()?;
-    world.host_env.push(("ONCELY_TAKE_OVER".to_owned(), "00000000000000aa".to_owned()));
-    world.start_host().await?;
-    world.quiet(1).await
-});
+);
 
-both!(who_is_taken_over_from_stops, |kind: Kind| async move {
-    let mut world = World::start(kind, &manifest("batch = 4")?).await?;
-    world.nats.publish_all((0..10).map(ToPublish::insert).collect()).await?;
-    world.quiet(10).await?;
-    let id = installation(&world).await?;
-    world.host_env.push(("ONCELY_TAKE_OVER".to_owned(), id));
-    let path = world.folder.path().join("other.db");
-    let mut other = world.spawn_other_installation(&path)?;
-    world.not_ready("belongs to another installation").await?;
-    let workers = world.oncely_json(&["workers", "--json"]).await?;
-    assert_eq!(workers[0]["state"], "held", "{workers}");
-    world.nats.publish_all((10..30).map(ToPublish::insert).collect()).await?;
-    let taken = support::database::Database::Sqlite(path);
-    let end = Instant::now() + PATIENCE;
-    while taken.number("select count(*) from oncely.inbox").await.unwrap_or_default() < 20 {
-        anyhow::ensure!(Instant::now() < end, "the other one takes nothing:\n{}", world.host_log());
-        tokio::time::sleep(Duration::from_millis(50)).await;
+both!(
+    a_consumer_of_another_installation_is_refused,
+    |kind: Kind| async move {
+        let mut world = World::without_host(kind, &manifest("batch = 4")?).await?;
+        let context = async_nats::jetstream::new(world.nats.client().await?);
+        let stream = async_nats::jetstream::stream::Config {
+            name: "IN".to_owned(),
+            subjects: vec!["in.>".to_owned()],
+            ..Default::default()
+        };
+        let stream = context.create_stream(stream).await?;
+        let consumer = async_nats::jetstream::consumer::pull::Config {
+            durable_name: Some("oncely-test".to_owned()),
+            metadata: [(
+                "oncely.installation".to_owned(),
+                "00000000000000aa".to_owned(),
+            )]
+            .into(),
+            ..Default::default()
+        };
+        stream.create_consumer(consumer).await?;
+        world.spawn_host()?;
+        world.nats.publish_all(vec![NewMessage::insert(0)]).await?;
+        // It is not even deployed.
+        while world.is_host_running() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let log = world.host_log();
+        assert!(
+            log.contains(
+                "the consumer oncely-test on the stream IN belongs to another installation"
+            ),
+            "{log}"
+        );
+        assert_eq!(
+            world
+                .database
+                .number("select count(*) from oncely.inbox")
+                .await?,
+            0
+        );
+        // Once a person says that the other one is gone, it is this one's.
+        world.kill_host()?;
+        world
+            .host_env
+            .push(("ONCELY_TAKE_OVER".to_owned(), "00000000000000aa".to_owned()));
+        world.start_host().await?;
+        world.quiet(1).await
     }
-    assert_eq!(world.database.number("select count(*) from oncely.inbox").await?, 10);
-    let refused = world.oncely(&["recover"]).await.map(drop).unwrap_err().to_string();
-    assert!(refused.contains("belongs to another installation"), "{refused}");
-    other.kill()?;
-    other.wait()?;
-    Ok(())
-});
+);
+
+both!(
+    an_installation_that_was_taken_over_stops,
+    |kind: Kind| async move {
+        let mut world = World::start(kind, &manifest("batch = 4")?).await?;
+        world
+            .nats
+            .publish_all((0..10).map(NewMessage::insert).collect())
+            .await?;
+        world.quiet(10).await?;
+        let id = installation(&world).await?;
+        world.host_env.push(("ONCELY_TAKE_OVER".to_owned(), id));
+        let path = world.folder.path().join("other.db");
+        let mut other = world.spawn_other_installation(&path)?;
+        world.not_ready("belongs to another installation").await?;
+        let workers = world.oncely_json(&["workers", "--json"]).await?;
+        assert_eq!(workers[0]["state"], "held", "{workers}");
+        world
+            .nats
+            .publish_all((10..30).map(NewMessage::insert).collect())
+            .await?;
+        let taken = support::database::Database::Sqlite(path);
+        let end = Instant::now() + PATIENCE;
+        while taken
+            .number("select count(*) from oncely.inbox")
+            .await
+            .unwrap_or_default()
+            < 20
+        {
+            anyhow::ensure!(
+                Instant::now() < end,
+                "the other one takes nothing:\n{}",
+                world.host_log()
+            );
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        assert_eq!(
+            world
+                .database
+                .number("select count(*) from oncely.inbox")
+                .await?,
+            10
+        );
+        let refused = world
+            .oncely(&["recover"])
+            .await
+            .map(drop)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            refused.contains("belongs to another installation"),
+            "{refused}"
+        );
+        other.kill()?;
+        other.wait()?;
+        Ok(())
+    }
+);

@@ -9,17 +9,23 @@ use support::database::{Database, Kind};
 use support::guests;
 use support::world::{PATIENCE, World};
 
-mod behind_its_back;
+mod direct_sql;
 mod holds;
 
 /// The example as it stands, with its components built before.
 async fn start(kind: Kind) -> Result<World> {
     let folder = guests::repository().join("examples/ledger");
     let mut manifest = std::fs::read_to_string(folder.join("oncely.toml"))?;
-    for (name, component) in [("api", guests::ledger_component()?), ("totals", guests::totals_component()?)] {
+    for (name, component) in [
+        ("api", guests::ledger_component()?),
+        ("totals", guests::totals_component()?),
+    ] {
         let migrations = folder.join(name).join("migrations");
         manifest = manifest
-            .replace(&format!("crate = \"{name}\""), &format!("component = \"{}\"", component.display()))
+            .replace(
+                &format!("crate = \"{name}\""),
+                &format!("component = \"{}\"", component.display()),
+            )
             .replace(
                 &format!("migrations = \"{name}/migrations\""),
                 &format!("migrations = \"{}\"", migrations.display()),
@@ -31,23 +37,35 @@ async fn start(kind: Kind) -> Result<World> {
 /// Like [`start`], with an account `world` without limit, and accounts that have 10.00 EUR each.
 async fn start_with(kind: Kind, accounts: &[&str]) -> Result<World> {
     let world = start(kind).await?;
-    open(&world, json!({ "id": "world", "currency": "EUR", "overdraft_limit": null })).await?;
+    open(
+        &world,
+        json!({ "id": "world", "currency": "EUR", "overdraft_limit": null }),
+    )
+    .await?;
     for account in accounts {
         open(&world, json!({ "id": account, "currency": "EUR" })).await?;
-        transfer(&world, &format!("opening-{account}"), "world", account, 1000).await?.is(201)?;
+        transfer(
+            &world,
+            &format!("opening-{account}"),
+            "world",
+            account,
+            1000,
+        )
+        .await?
+        .is(201)?;
     }
     Ok(world)
 }
 
 /// An answer: its status and its body.
 #[derive(Debug, Clone, PartialEq)]
-struct Answer {
+struct TestResponse {
     status: u16,
     replayed: bool,
     body: Value,
 }
 
-impl Answer {
+impl TestResponse {
     /// The body, if the status is this one.
     fn is(self, status: u16) -> Result<Value> {
         ensure!(self.status == status, "expected {status}, not {self:?}");
@@ -60,19 +78,32 @@ impl Answer {
     }
 }
 
-async fn send(request: reqwest::RequestBuilder) -> Result<Answer> {
+async fn send(request: reqwest::RequestBuilder) -> Result<TestResponse> {
     let response = request.timeout(Duration::from_secs(30)).send().await?;
     let status = response.status().as_u16();
     let replayed = response.headers().contains_key("idempotent-replayed");
     let body = serde_json::from_slice(&response.bytes().await?).context("read an answer")?;
-    Ok(Answer { status, replayed, body })
+    Ok(TestResponse {
+        status,
+        replayed,
+        body,
+    })
 }
 
 /// Posts until somebody else with the same key is done.
-async fn post(world: &World, key: &str, path: &str, body: &Value, version: Option<i64>) -> Result<Answer> {
+async fn post(
+    world: &World,
+    key: &str,
+    path: &str,
+    body: &Value,
+    version: Option<i64>,
+) -> Result<TestResponse> {
     let client = reqwest::Client::new();
     loop {
-        let mut request = client.post(format!("{}{path}", world.requests()?)).header("Idempotency-Key", key).json(body);
+        let mut request = client
+            .post(format!("{}{path}", world.ingress_url()?))
+            .header("Idempotency-Key", key)
+            .json(body);
         if let Some(version) = version {
             request = request.header("If-Match", format!("\"{version}\""));
         }
@@ -84,25 +115,41 @@ async fn post(world: &World, key: &str, path: &str, body: &Value, version: Optio
     }
 }
 
-async fn get(world: &World, path: &str) -> Result<Answer> {
-    send(reqwest::Client::new().get(format!("{}{path}", world.requests()?))).await
+async fn get(world: &World, path: &str) -> Result<TestResponse> {
+    send(reqwest::Client::new().get(format!("{}{path}", world.ingress_url()?))).await
 }
 
 async fn open(world: &World, account: Value) -> Result<Value> {
-    post(world, &format!("open-{}", account["id"]).replace('"', ""), "/accounts", &account, None).await?.is(201)
+    post(
+        world,
+        &format!("open-{}", account["id"]).replace('"', ""),
+        "/accounts",
+        &account,
+        None,
+    )
+    .await?
+    .is(201)
 }
 
 fn order(from: &str, to: &str, amount: i64) -> Value {
     json!({ "from": from, "to": to, "amount": amount, "currency": "EUR" })
 }
 
-async fn transfer(world: &World, key: &str, from: &str, to: &str, amount: i64) -> Result<Answer> {
+async fn transfer(
+    world: &World,
+    key: &str,
+    from: &str,
+    to: &str,
+    amount: i64,
+) -> Result<TestResponse> {
     post(world, key, "/transfers", &order(from, to, amount), None).await
 }
 
 async fn balance(world: &World, account: &str) -> Result<i64> {
     let account = get(world, &format!("/accounts/{account}")).await?.is(200)?;
-    account["balance"].as_i64().context("an account has no balance")
+    account["balance"]
+        .as_i64()
+        .context("an account has no balance")
 }
 
 /// What must hold whatever was done.
@@ -124,25 +171,53 @@ async fn check_books(database: &Database) -> Result<()> {
 
 /// Waits until the consumer has heard of everything, and compares what it made of it.
 async fn check_totals(world: &World) -> Result<()> {
-    let entries = world.database.number("select count(*) from app.entry").await?;
-    world.until("select coalesce(sum(entries), 0) from app.daily_total", entries).await?;
-    let heard =
-        "select account, sum(received), sum(paid), sum(entries) from app.daily_total group by account order by 1";
+    let entries = world
+        .database
+        .number("select count(*) from app.entry")
+        .await?;
+    world
+        .until(
+            "select coalesce(sum(entries), 0) from app.daily_total",
+            entries,
+        )
+        .await?;
+    let totals = "select account, sum(received), sum(paid), sum(entries) from app.daily_total group by account order by 1";
     let written = "select account, sum(case when amount > 0 then amount else 0 end),
             sum(case when amount < 0 then -amount else 0 end), count(*)
         from app.entry group by account order by 1";
-    assert_eq!(world.database.rows(heard).await?, world.database.rows(written).await?);
+    assert_eq!(
+        world.database.rows(totals).await?,
+        world.database.rows(written).await?
+    );
     Ok(())
 }
 
 both!(money_moves_and_is_shown, |kind: Kind| async move {
     let world = start_with(kind, &["alice", "bob"]).await?;
-    let body = json!({ "from": "alice", "to": "bob", "amount": 250, "currency": "EUR", "note": "lunch" });
-    let made = post(&world, "lunch", "/transfers", &body, None).await?.is(201)?;
-    assert_eq!((&made["entries"][0]["amount"], &made["entries"][0]["balance"]), (&json!(-250), &json!(750)));
-    assert_eq!((&made["entries"][1]["amount"], &made["entries"][1]["balance"]), (&json!(250), &json!(1250)));
+    let body =
+        json!({ "from": "alice", "to": "bob", "amount": 250, "currency": "EUR", "note": "lunch" });
+    let made = post(&world, "lunch", "/transfers", &body, None)
+        .await?
+        .is(201)?;
+    assert_eq!(
+        (
+            &made["entries"][0]["amount"],
+            &made["entries"][0]["balance"]
+        ),
+        (&json!(-250), &json!(750))
+    );
+    assert_eq!(
+        (
+            &made["entries"][1]["amount"],
+            &made["entries"][1]["balance"]
+        ),
+        (&json!(250), &json!(1250))
+    );
     let id = made["id"].as_str().context("no id")?;
-    assert_eq!(get(&world, &format!("/transactions/{id}")).await?.is(200)?, made);
+    assert_eq!(
+        get(&world, &format!("/transactions/{id}")).await?.is(200)?,
+        made
+    );
     let statement = get(&world, "/accounts/bob/statement").await?.is(200)?;
     assert_eq!(statement["entries"].as_array().map(Vec::len), Some(2));
     let newest = &statement["entries"][0];
@@ -150,13 +225,18 @@ both!(money_moves_and_is_shown, |kind: Kind| async move {
         (&newest["counterpart"], &newest["note"], &newest["balance"]),
         (&json!("alice"), &json!("lunch"), &json!(1250))
     );
-    let earlier = get(&world, &format!("/accounts/bob/statement?before={}", newest["version"])).await?.is(200)?;
+    let earlier = get(
+        &world,
+        &format!("/accounts/bob/statement?before={}", newest["version"]),
+    )
+    .await?
+    .is(200)?;
     assert_eq!(earlier["entries"][0], statement["entries"][1]);
     check_books(&world.database).await?;
     check_totals(&world).await
 });
 
-both!(each_refusal_has_a_code_of_its_own, |kind: Kind| async move {
+both!(each_refusal_has_its_own_code, |kind: Kind| async move {
     let world = start_with(kind, &["alice", "bob"]).await?;
     open(&world, json!({ "id": "usd", "currency": "USD" })).await?;
     let with = |name: &str, value: Value| {
@@ -165,153 +245,301 @@ both!(each_refusal_has_a_code_of_its_own, |kind: Kind| async move {
         body
     };
     let refused = [
-        ("/transfers", order("alice", "bob", 1001), (422, "insufficient-funds")),
-        ("/transfers", order("alice", "nobody", 1), (404, "account-not-found")),
-        ("/transfers", order("nobody", "bob", 1), (404, "account-not-found")),
-        ("/transfers", order("alice", "alice", 1), (422, "same-account")),
-        ("/transfers", order("alice", "usd", 1), (422, "currency-mismatch")),
-        ("/transfers", order("usd", "alice", 1), (422, "currency-mismatch")),
-        ("/transfers", order("alice", "bob", 0), (422, "invalid-amount")),
-        ("/transfers", order("alice", "bob", -5), (422, "invalid-amount")),
-        ("/transfers", order("alice", "bob", i64::MAX), (422, "invalid-amount")),
-        ("/transfers", with("amount", json!(0.5)), (400, "malformed-body")),
-        ("/transfers", with("amout", json!(5)), (400, "malformed-body")),
-        ("/holds", order("alice", "bob", 1001), (422, "insufficient-funds")),
+        (
+            "/transfers",
+            order("alice", "bob", 1001),
+            (422, "insufficient-funds"),
+        ),
+        (
+            "/transfers",
+            order("alice", "nobody", 1),
+            (404, "account-not-found"),
+        ),
+        (
+            "/transfers",
+            order("nobody", "bob", 1),
+            (404, "account-not-found"),
+        ),
+        (
+            "/transfers",
+            order("alice", "alice", 1),
+            (422, "same-account"),
+        ),
+        (
+            "/transfers",
+            order("alice", "usd", 1),
+            (422, "currency-mismatch"),
+        ),
+        (
+            "/transfers",
+            order("usd", "alice", 1),
+            (422, "currency-mismatch"),
+        ),
+        (
+            "/transfers",
+            order("alice", "bob", 0),
+            (422, "invalid-amount"),
+        ),
+        (
+            "/transfers",
+            order("alice", "bob", -5),
+            (422, "invalid-amount"),
+        ),
+        (
+            "/transfers",
+            order("alice", "bob", i64::MAX),
+            (422, "invalid-amount"),
+        ),
+        (
+            "/transfers",
+            with("amount", json!(0.5)),
+            (400, "malformed-body"),
+        ),
+        (
+            "/transfers",
+            with("amout", json!(5)),
+            (400, "malformed-body"),
+        ),
+        (
+            "/holds",
+            order("alice", "bob", 1001),
+            (422, "insufficient-funds"),
+        ),
         ("/holds/none/capture", json!({}), (404, "hold-not-found")),
-        ("/transactions/none/reversal", json!({}), (404, "transaction-not-found")),
-        ("/accounts", json!({ "id": "alice", "currency": "EUR" }), (409, "account-exists")),
-        ("/accounts", json!({ "id": "Alice", "currency": "EUR" }), (422, "invalid-account")),
-        ("/accounts", json!({ "id": "carol", "currency": "eur" }), (422, "invalid-account")),
-        ("/accounts", json!({ "id": "carol", "currency": "EUR", "overdraft_limit": -1 }), (422, "invalid-account")),
+        (
+            "/transactions/none/reversal",
+            json!({}),
+            (404, "transaction-not-found"),
+        ),
+        (
+            "/accounts",
+            json!({ "id": "alice", "currency": "EUR" }),
+            (409, "account-exists"),
+        ),
+        (
+            "/accounts",
+            json!({ "id": "Alice", "currency": "EUR" }),
+            (422, "invalid-account"),
+        ),
+        (
+            "/accounts",
+            json!({ "id": "carol", "currency": "eur" }),
+            (422, "invalid-account"),
+        ),
+        (
+            "/accounts",
+            json!({ "id": "carol", "currency": "EUR", "overdraft_limit": -1 }),
+            (422, "invalid-account"),
+        ),
     ];
     for (index, (path, body, problem)) in refused.iter().enumerate() {
         let answer = post(&world, &format!("refused-{index}"), path, body, None).await?;
         assert_eq!(answer.problem(), *problem, "{path} {body}: {answer:?}");
     }
-    assert_eq!(get(&world, "/accounts/nobody").await?.problem(), (404, "account-not-found"));
+    assert_eq!(
+        get(&world, "/accounts/nobody").await?.problem(),
+        (404, "account-not-found")
+    );
     assert_eq!(balance(&world, "alice").await?, 1000);
     check_books(&world.database).await
 });
 
-both!(a_retry_moves_nothing_twice_even_when_its_key_is_forgotten, |kind: Kind| async move {
-    let world = start_with(kind, &["alice", "bob"]).await?;
-    let first = transfer(&world, "key", "alice", "bob", 10).await?;
-    let again = transfer(&world, "key", "alice", "bob", 10).await?;
-    assert!(again.replayed);
-    assert_eq!(again.body, first.is(201)?);
-    assert_eq!(transfer(&world, "key", "alice", "bob", 11).await?.problem(), (422, "idempotency-key-reused"));
-    // A refusal is the answer to its key, too.
-    assert_eq!(transfer(&world, "much", "alice", "bob", 5000).await?.problem(), (422, "insufficient-funds"));
-    transfer(&world, "more", "world", "alice", 5000).await?.is(201)?;
-    assert_eq!(transfer(&world, "much", "alice", "bob", 5000).await?.problem(), (422, "insufficient-funds"));
-    // The window of the key is over: now the journal itself knows.
-    world.database.execute("delete from oncely.request").await?;
-    assert_eq!(transfer(&world, "key", "alice", "bob", 10).await?.problem(), (409, "already-posted"));
-    assert_eq!(balance(&world, "bob").await?, 1010);
-    check_books(&world.database).await?;
-    check_totals(&world).await
-});
+both!(
+    a_retry_moves_nothing_twice_even_when_its_key_is_forgotten,
+    |kind: Kind| async move {
+        let world = start_with(kind, &["alice", "bob"]).await?;
+        let first = transfer(&world, "key", "alice", "bob", 10).await?;
+        let again = transfer(&world, "key", "alice", "bob", 10).await?;
+        assert!(again.replayed);
+        assert_eq!(again.body, first.is(201)?);
+        assert_eq!(
+            transfer(&world, "key", "alice", "bob", 11).await?.problem(),
+            (422, "idempotency-key-reused")
+        );
+        // A refusal is the answer to its key, too.
+        assert_eq!(
+            transfer(&world, "much", "alice", "bob", 5000)
+                .await?
+                .problem(),
+            (422, "insufficient-funds")
+        );
+        transfer(&world, "more", "world", "alice", 5000)
+            .await?
+            .is(201)?;
+        assert_eq!(
+            transfer(&world, "much", "alice", "bob", 5000)
+                .await?
+                .problem(),
+            (422, "insufficient-funds")
+        );
+        // The window of the key is over: now the journal itself knows.
+        world.database.execute("delete from oncely.request").await?;
+        assert_eq!(
+            transfer(&world, "key", "alice", "bob", 10).await?.problem(),
+            (409, "already-posted")
+        );
+        assert_eq!(balance(&world, "bob").await?, 1010);
+        check_books(&world.database).await?;
+        check_totals(&world).await
+    }
+);
 
-both!(the_books_balance_after_concurrent_transfers_that_are_retried, |kind: Kind| async move {
-    let accounts = ["alice", "bob", "carol", "dave"];
-    let world = start_with(kind, &accounts).await?;
-    let orders = (0..60).flat_map(|n| {
-        let (from, to) = (accounts[n % 4], accounts[(n + 1 + n / 4 % 3) % 4]);
-        // Each is sent three times, at about the same time.
-        [(n, from, to); 3]
-    });
-    let sent: Vec<(usize, Answer)> = stream::iter(orders)
-        .map(|(n, from, to)| {
-            let world = &world;
-            async move { anyhow::Ok((n, transfer(world, &format!("t-{n}"), from, to, 7).await?)) }
-        })
-        .buffer_unordered(12)
-        .try_collect()
-        .await?;
-    for (n, answer) in &sent {
-        assert_eq!(answer.status, 201, "{answer:?}");
-        let first = sent.iter().find(|(other, _)| other == n).map(|(_, answer)| &answer.body);
-        assert_eq!(Some(&answer.body), first);
+both!(
+    the_books_balance_after_concurrent_retried_transfers,
+    |kind: Kind| async move {
+        let accounts = ["alice", "bob", "carol", "dave"];
+        let world = start_with(kind, &accounts).await?;
+        let orders = (0..60).flat_map(|n| {
+            let (from, to) = (accounts[n % 4], accounts[(n + 1 + n / 4 % 3) % 4]);
+            // Each is sent three times, at about the same time.
+            [(n, from, to); 3]
+        });
+        let sent: Vec<(usize, TestResponse)> =
+            stream::iter(orders)
+                .map(|(n, from, to)| {
+                    let world = &world;
+                    async move {
+                        anyhow::Ok((n, transfer(world, &format!("t-{n}"), from, to, 7).await?))
+                    }
+                })
+                .buffer_unordered(12)
+                .try_collect()
+                .await?;
+        for (n, answer) in &sent {
+            assert_eq!(answer.status, 201, "{answer:?}");
+            let first = sent
+                .iter()
+                .find(|(other, _)| other == n)
+                .map(|(_, answer)| &answer.body);
+            assert_eq!(Some(&answer.body), first);
+        }
+        assert_eq!(
+            world
+                .database
+                .number("select count(*) from app.journal where amount = 7")
+                .await?,
+            60
+        );
+        check_books(&world.database).await?;
+        check_totals(&world).await
     }
-    assert_eq!(world.database.number("select count(*) from app.journal where amount = 7").await?, 60);
-    check_books(&world.database).await?;
-    check_totals(&world).await
-});
+);
 
-both!(the_books_balance_after_the_host_was_killed_in_the_middle, |kind: Kind| async move {
-    let mut world = start_with(kind, &["alice", "bob"]).await?;
-    // The next host takes requests where this one did.
-    world.http = world.requests()?.replace("http://", "");
-    let url = format!("{}/transfers", world.requests()?);
-    let orders = stream::iter((0..60).map(move |n| insist(url.clone(), n))).buffer_unordered(6).try_collect::<Vec<_>>();
-    let orders = tokio::spawn(orders);
-    for round in 1..=2 {
-        let some = "select case when count(*) >= 15 * {round} then 1 else 0 end from app.journal where amount = 7";
-        world.until(&some.replace("{round}", &round.to_string()), 1).await?;
-        world.kill_host()?;
-        world.start_host().await?;
+both!(
+    the_books_balance_after_the_host_was_killed_in_the_middle,
+    |kind: Kind| async move {
+        let mut world = start_with(kind, &["alice", "bob"]).await?;
+        // The next host takes requests where this one did.
+        world.http = world.ingress_url()?.replace("http://", "");
+        let url = format!("{}/transfers", world.ingress_url()?);
+        let orders = stream::iter((0..60).map(move |n| transfer_until_answered(url.clone(), n)))
+            .buffer_unordered(6)
+            .try_collect::<Vec<_>>();
+        let orders = tokio::spawn(orders);
+        for round in 1..=2 {
+            let some = "select case when count(*) >= 15 * {round} then 1 else 0 end from app.journal where amount = 7";
+            world
+                .until(&some.replace("{round}", &round.to_string()), 1)
+                .await?;
+            world.kill_host()?;
+            world.start_host().await?;
+        }
+        for answer in orders.await?? {
+            assert_eq!(answer.status, 201, "{answer:?}");
+        }
+        assert_eq!(
+            world
+                .database
+                .number("select count(*) from app.journal where amount = 7")
+                .await?,
+            60
+        );
+        check_books(&world.database).await?;
+        check_totals(&world).await
     }
-    for answer in orders.await?? {
-        assert_eq!(answer.status, 201, "{answer:?}");
-    }
-    assert_eq!(world.database.number("select count(*) from app.journal where amount = 7").await?, 60);
-    check_books(&world.database).await?;
-    check_totals(&world).await
-});
+);
 
 /// A client that tries one transfer until it has an answer.
-async fn insist(url: String, n: usize) -> Result<Answer> {
+async fn transfer_until_answered(url: String, n: usize) -> Result<TestResponse> {
     let client = reqwest::Client::new();
     let end = Instant::now() + PATIENCE;
     loop {
-        let request = client.post(&url).header("Idempotency-Key", format!("t-{n}")).json(&order("alice", "bob", 7));
+        let request = client
+            .post(&url)
+            .header("Idempotency-Key", format!("t-{n}"))
+            .json(&order("alice", "bob", 7));
         match send(request).await {
-            Ok(answer) if answer.status < 500 && answer.problem().1 != "request-in-progress" => return Ok(answer),
+            Ok(answer) if answer.status < 500 && answer.problem().1 != "request-in-progress" => {
+                return Ok(answer);
+            }
             _ if Instant::now() < end => tokio::time::sleep(Duration::from_millis(20)).await,
             other => return other,
         }
     }
 }
 
-both!(no_account_is_overdrawn_however_many_spend_from_it_at_once, |kind: Kind| async move {
-    let world = start_with(kind, &["alice", "bob"]).await?;
-    open(&world, json!({ "id": "shop", "currency": "EUR", "overdraft_limit": 500 })).await?;
-    for (payer, can_spend) in [("alice", 1000), ("shop", 500)] {
-        let answers: Vec<Answer> = stream::iter(0..30)
-            .map(|n| {
-                let world = &world;
-                async move { transfer(world, &format!("{payer}-{n}"), payer, "bob", 90).await }
-            })
-            .buffer_unordered(12)
-            .try_collect()
-            .await?;
-        let made = answers.iter().filter(|answer| answer.status == 201).count();
-        assert_eq!(made, can_spend / 90);
-        for answer in answers.iter().filter(|answer| answer.status != 201) {
-            assert_eq!(answer.problem(), (422, "insufficient-funds"));
+both!(
+    concurrent_spending_never_overdraws_an_account,
+    |kind: Kind| async move {
+        let world = start_with(kind, &["alice", "bob"]).await?;
+        open(
+            &world,
+            json!({ "id": "shop", "currency": "EUR", "overdraft_limit": 500 }),
+        )
+        .await?;
+        for (payer, can_spend) in [("alice", 1000), ("shop", 500)] {
+            let answers: Vec<TestResponse> = stream::iter(0..30)
+                .map(|n| {
+                    let world = &world;
+                    async move { transfer(world, &format!("{payer}-{n}"), payer, "bob", 90).await }
+                })
+                .buffer_unordered(12)
+                .try_collect()
+                .await?;
+            let made = answers.iter().filter(|answer| answer.status == 201).count();
+            assert_eq!(made, can_spend / 90);
+            for answer in answers.iter().filter(|answer| answer.status != 201) {
+                assert_eq!(answer.problem(), (422, "insufficient-funds"));
+            }
         }
+        assert_eq!(
+            (
+                balance(&world, "alice").await?,
+                balance(&world, "shop").await?
+            ),
+            (10, -450)
+        );
+        check_books(&world.database).await?;
+        check_totals(&world).await
     }
-    assert_eq!((balance(&world, "alice").await?, balance(&world, "shop").await?), (10, -450));
-    check_books(&world.database).await?;
-    check_totals(&world).await
-});
+);
 
-both!(a_client_that_says_which_version_it_saw_changes_no_other, |kind: Kind| async move {
-    let world = start_with(kind, &["alice", "bob"]).await?;
-    let seen = get(&world, "/accounts/alice").await?.is(200)?["version"].as_i64();
-    let body = order("alice", "bob", 10);
-    post(&world, "first", "/transfers", &body, seen).await?.is(201)?;
-    let late = post(&world, "second", "/transfers", &body, seen).await?;
-    assert_eq!(late.problem(), (412, "version-mismatch"));
-    assert_eq!(balance(&world, "alice").await?, 990);
-    check_books(&world.database).await
-});
+both!(
+    if_match_changes_only_the_given_version,
+    |kind: Kind| async move {
+        let world = start_with(kind, &["alice", "bob"]).await?;
+        let seen = get(&world, "/accounts/alice").await?.is(200)?["version"].as_i64();
+        let body = order("alice", "bob", 10);
+        post(&world, "first", "/transfers", &body, seen)
+            .await?
+            .is(201)?;
+        let late = post(&world, "second", "/transfers", &body, seen).await?;
+        assert_eq!(late.problem(), (412, "version-mismatch"));
+        assert_eq!(balance(&world, "alice").await?, 990);
+        check_books(&world.database).await
+    }
+);
 
 both!(a_transaction_is_reversed_once, |kind: Kind| async move {
     let world = start_with(kind, &["alice", "bob"]).await?;
-    let made = transfer(&world, "key", "alice", "bob", 300).await?.is(201)?;
-    let path = format!("/transactions/{}/reversal", made["id"].as_str().context("no id")?);
-    let answers: Vec<Answer> = stream::iter(0..6)
+    let made = transfer(&world, "key", "alice", "bob", 300)
+        .await?
+        .is(201)?;
+    let path = format!(
+        "/transactions/{}/reversal",
+        made["id"].as_str().context("no id")?
+    );
+    let answers: Vec<TestResponse> = stream::iter(0..6)
         .map(|n| {
             let (world, path) = (&world, &path);
             async move { post(world, &format!("back-{n}"), path, &json!({}), None).await }
@@ -319,40 +547,81 @@ both!(a_transaction_is_reversed_once, |kind: Kind| async move {
         .buffer_unordered(6)
         .try_collect()
         .await?;
-    let (back, refused): (Vec<_>, Vec<_>) = answers.into_iter().partition(|answer| answer.status == 201);
+    let (back, refused): (Vec<_>, Vec<_>) =
+        answers.into_iter().partition(|answer| answer.status == 201);
     assert_eq!((back.len(), refused.len()), (1, 5));
     for answer in refused {
         assert_eq!(answer.problem(), (409, "already-reversed"));
     }
     assert_eq!(back[0].body["reverses"], made["id"]);
-    assert_eq!((balance(&world, "alice").await?, balance(&world, "bob").await?), (1000, 1000));
-    let path = format!("/transactions/{}/reversal", back[0].body["id"].as_str().context("no id")?);
-    assert_eq!(post(&world, "forth", &path, &json!({}), None).await?.problem(), (409, "not-reversible"));
+    assert_eq!(
+        (
+            balance(&world, "alice").await?,
+            balance(&world, "bob").await?
+        ),
+        (1000, 1000)
+    );
+    let path = format!(
+        "/transactions/{}/reversal",
+        back[0].body["id"].as_str().context("no id")?
+    );
+    assert_eq!(
+        post(&world, "forth", &path, &json!({}), None)
+            .await?
+            .problem(),
+        (409, "not-reversible")
+    );
     // What was spent since cannot come back.
-    let spent = transfer(&world, "spent", "alice", "bob", 900).await?.is(201)?;
-    transfer(&world, "on", "bob", "world", 1900).await?.is(201)?;
-    let path = format!("/transactions/{}/reversal", spent["id"].as_str().context("no id")?);
-    assert_eq!(post(&world, "late", &path, &json!({}), None).await?.problem(), (422, "insufficient-funds"));
+    let spent = transfer(&world, "spent", "alice", "bob", 900)
+        .await?
+        .is(201)?;
+    transfer(&world, "on", "bob", "world", 1900)
+        .await?
+        .is(201)?;
+    let path = format!(
+        "/transactions/{}/reversal",
+        spent["id"].as_str().context("no id")?
+    );
+    assert_eq!(
+        post(&world, "late", &path, &json!({}), None)
+            .await?
+            .problem(),
+        (422, "insufficient-funds")
+    );
     check_books(&world.database).await?;
     check_totals(&world).await
 });
 
-both!(balances_are_cached_until_money_moves, |kind: Kind| async move {
-    let world = start_with(kind, &["alice", "bob"]).await?;
-    let url = format!("{}/accounts/alice", world.requests()?);
-    let read = async |known: &str| {
-        let response = reqwest::Client::new().get(&url).header("If-None-Match", known).send().await?;
-        let header = |name: &str| response.headers()[name].to_str().map(str::to_owned);
-        anyhow::Ok((response.status().as_u16(), header("cache-status")?, header("etag")?))
-    };
-    let (_, status, version) = read("").await?;
-    assert_eq!(status, "oncely; fwd=miss");
-    assert_eq!(read("\"0\"").await?, (200, "oncely; hit; detail=local".to_owned(), version.clone()));
-    assert_eq!(read(&version).await?.0, 304);
-    transfer(&world, "t", "alice", "bob", 1).await?.is(201)?;
-    let (again, status, now) = read(&version).await?;
-    assert_eq!((again, status.as_str()), (200, "oncely; fwd=miss"));
-    assert_ne!(now, version);
-    assert_eq!(balance(&world, "alice").await?, 999);
-    Ok(())
-});
+both!(
+    balances_are_cached_until_money_moves,
+    |kind: Kind| async move {
+        let world = start_with(kind, &["alice", "bob"]).await?;
+        let url = format!("{}/accounts/alice", world.ingress_url()?);
+        let read = async |known: &str| {
+            let response = reqwest::Client::new()
+                .get(&url)
+                .header("If-None-Match", known)
+                .send()
+                .await?;
+            let header = |name: &str| response.headers()[name].to_str().map(str::to_owned);
+            anyhow::Ok((
+                response.status().as_u16(),
+                header("cache-status")?,
+                header("etag")?,
+            ))
+        };
+        let (_, status, version) = read("").await?;
+        assert_eq!(status, "oncely; fwd=miss");
+        assert_eq!(
+            read("\"0\"").await?,
+            (200, "oncely; hit; detail=local".to_owned(), version.clone())
+        );
+        assert_eq!(read(&version).await?.0, 304);
+        transfer(&world, "t", "alice", "bob", 1).await?.is(201)?;
+        let (again, status, now) = read(&version).await?;
+        assert_eq!((again, status.as_str()), (200, "oncely; fwd=miss"));
+        assert_ne!(now, version);
+        assert_eq!(balance(&world, "alice").await?, 999);
+        Ok(())
+    }
+);

@@ -48,11 +48,11 @@ mod positions;
 mod relay;
 mod repair;
 
+mod dry_run;
 mod hosts;
 mod installations;
 mod outage;
 mod packaging;
-mod reconcile;
 mod redrive;
 mod replay;
 mod restores;

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use async_nats::jetstream;
 use async_nats::jetstream::stream::{Config, ConsumerLimits, RetentionPolicy};
 use support::database::Kind;
-use support::nats::{NatsServer, ToPublish};
+use support::nats::{NatsServer, NewMessage};
 use support::postgres::Cluster;
 use support::world::{PATIENCE, World, manifest};
 
@@ -16,9 +16,15 @@ fn other(stream: &str) -> Result<String> {
     let text = manifest("")?.replace("name = \"test\"", "name = \"other\"");
     let (_, worker) = text.split_once("[[worker]]").context("find the worker")?;
     // The tables are those of the first one.
-    let lines: Vec<&str> = worker.lines().filter(|line| !line.starts_with("migrations")).collect();
+    let lines: Vec<&str> = worker
+        .lines()
+        .filter(|line| !line.starts_with("migrations"))
+        .collect();
     let worker = lines.join("\n");
-    Ok(format!("[[worker]]{}", worker.replace("stream = \"IN\"", &format!("stream = \"{stream}\""))))
+    Ok(format!(
+        "[[worker]]{}",
+        worker.replace("stream = \"IN\"", &format!("stream = \"{stream}\""))
+    ))
 }
 
 async fn jetstream_of(world: &World) -> Result<jetstream::Context> {
@@ -38,16 +44,20 @@ async fn until_status(world: &World, wanted: &str) -> Result<Duration> {
         if status.contains(wanted) {
             return Ok(began.elapsed());
         }
-        ensure!(began.elapsed() < PATIENCE, "no `{wanted}` in:\n{status}\n{}", world.host_log());
+        ensure!(
+            began.elapsed() < PATIENCE,
+            "no `{wanted}` in:\n{status}\n{}",
+            world.host_log()
+        );
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
 
 /// How soon trouble shows.
-const TOLD_WITHIN: Duration = Duration::from_secs(10);
+const REPORTED_WITHIN: Duration = Duration::from_secs(10);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_consumer_that_the_server_refuses_is_no_active_version() -> Result<()> {
+async fn a_version_whose_consumer_is_refused_is_not_active() -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("")?).await?;
     let jetstream = jetstream_of(&world).await?;
     let stream = |name: &str, subject: &str| Config {
@@ -55,7 +65,10 @@ async fn a_consumer_that_the_server_refuses_is_no_active_version() -> Result<()>
         subjects: vec![subject.to_owned()],
         ..Config::default()
     };
-    let queue = Config { retention: RetentionPolicy::WorkQueue, ..stream("QUEUE", "queue.>") };
+    let queue = Config {
+        retention: RetentionPolicy::WorkQueue,
+        ..stream("QUEUE", "queue.>")
+    };
     let queue = jetstream.create_stream(queue).await?;
     let rival = jetstream::consumer::pull::Config {
         durable_name: Some("rival".to_owned()),
@@ -63,30 +76,66 @@ async fn a_consumer_that_the_server_refuses_is_no_active_version() -> Result<()>
         ..Default::default()
     };
     queue.create_consumer(rival).await?;
-    let limits = ConsumerLimits { inactive_threshold: Duration::from_secs(60), ..ConsumerLimits::default() };
-    let forgetful = Config { consumer_limits: Some(limits), ..stream("FORGETFUL", "forgetful.>") };
+    let limits = ConsumerLimits {
+        inactive_threshold: Duration::from_secs(60),
+        ..ConsumerLimits::default()
+    };
+    let forgetful = Config {
+        consumer_limits: Some(limits),
+        ..stream("FORGETFUL", "forgetful.>")
+    };
     jetstream.create_stream(forgetful).await?;
 
-    let refused = deploy(&world, &other("QUEUE")?).await.unwrap_err().to_string();
-    ensure!(refused.contains("work queue") && refused.contains("rival takes queue.a.>"), "{refused}");
-    ensure!(refused.contains("hint: give the worker subjects"), "{refused}");
-    let refused = deploy(&world, &other("FORGETFUL")?).await.unwrap_err().to_string();
-    ensure!(refused.contains("removes consumers that are not used"), "{refused}");
+    let refused = deploy(&world, &other("QUEUE")?)
+        .await
+        .unwrap_err()
+        .to_string();
+    ensure!(
+        refused.contains("work queue") && refused.contains("rival takes queue.a.>"),
+        "{refused}"
+    );
+    ensure!(
+        refused.contains("hint: give the worker subjects"),
+        "{refused}"
+    );
+    let refused = deploy(&world, &other("FORGETFUL")?)
+        .await
+        .unwrap_err()
+        .to_string();
+    ensure!(
+        refused.contains("removes consumers that are not used"),
+        "{refused}"
+    );
     let workers = world.oncely(&["workers"]).await?;
-    ensure!(!workers.contains("other"), "it is there all the same: {workers}");
-    ensure!(world.oncely(&["status"]).await?.contains("ready: yes"), "the host is not ready");
+    ensure!(
+        !workers.contains("other"),
+        "it is there all the same: {workers}"
+    );
+    ensure!(
+        world.oncely(&["status"]).await?.contains("ready: yes"),
+        "the host is not ready"
+    );
 
     // The rival takes one port; others are free.
-    let beside = other("QUEUE")?.replace("stream = \"QUEUE\"", "stream = \"QUEUE\"\nsubjects = [\"queue.b\"]");
-    assert_eq!(deploy(&world, &beside).await?.trim(), "worker other version 1 is active");
+    let beside = other("QUEUE")?.replace(
+        "stream = \"QUEUE\"",
+        "stream = \"QUEUE\"\nsubjects = [\"queue.b\"]",
+    );
+    assert_eq!(
+        deploy(&world, &beside).await?.trim(),
+        "worker other version 1 is active"
+    );
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_worker_keeps_to_the_limits_of_its_stream() -> Result<()> {
+async fn a_worker_respects_the_consumer_limits_of_its_stream() -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("")?).await?;
     let jetstream = jetstream_of(&world).await?;
-    let limits = ConsumerLimits { max_ack_pending: 100, ..ConsumerLimits::default() };
+    let limits = ConsumerLimits {
+        max_ack_pending: 100,
+        ..ConsumerLimits::default()
+    };
     let config = Config {
         name: "NARROW".to_owned(),
         subjects: vec!["narrow.>".to_owned()],
@@ -94,36 +143,62 @@ async fn a_worker_keeps_to_the_limits_of_its_stream() -> Result<()> {
         ..Config::default()
     };
     let stream = jetstream.create_stream(config).await?;
-    assert_eq!(deploy(&world, &other("NARROW")?).await?.trim(), "worker other version 1 is active");
+    assert_eq!(
+        deploy(&world, &other("NARROW")?).await?.trim(),
+        "worker other version 1 is active"
+    );
     let info = stream.consumer_info("oncely-other").await?;
-    ensure!((1..=100).contains(&info.config.max_ack_pending), "{}", info.config.max_ack_pending);
-    let messages = (0..150).map(|n| ToPublish::new("narrow.x", &format!("n{n}"), "insert", r#"{"n": 1}"#)).collect();
+    ensure!(
+        (1..=100).contains(&info.config.max_ack_pending),
+        "{}",
+        info.config.max_ack_pending
+    );
+    let messages = (0..150)
+        .map(|n| NewMessage::new("narrow.x", &format!("n{n}"), "insert", r#"{"n": 1}"#))
+        .collect();
     world.nats.publish_all(messages).await?;
     world.quiet(150).await
 }
 
 /// The version that an output of `version` tells, if its event's id begins like this.
 fn version_of(body: &[u8], prefix: &str) -> Option<u64> {
-    let told: serde_json::Value = serde_json::from_slice(body).ok()?;
-    told["id"].as_str().filter(|id| id.starts_with(prefix))?;
-    told["version"].as_u64()
+    let body: serde_json::Value = serde_json::from_slice(body).ok()?;
+    body["id"].as_str().filter(|id| id.starts_with(prefix))?;
+    body["version"].as_u64()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_deploy_calls_active_handles_the_next_message() -> Result<()> {
+async fn a_version_reported_active_handles_the_next_message() -> Result<()> {
     let labelled = |label: &str| manifest(&format!("[worker.config]\nlabel = \"{label}\""));
     let mut world = World::start(Kind::Postgres, &labelled("0")?).await?;
     let mut rival = world.spawn_rival_directly()?;
-    world.until("select count(*) from oncely.host_report", 2).await?;
+    world
+        .until("select count(*) from oncely.host_report", 2)
+        .await?;
     for n in 1..=3_u64 {
         let printed = deploy(&world, &labelled(&n.to_string())?).await?;
-        ensure!(printed.contains(&format!("worker test version {} is active on 2 hosts", n + 1)), "{printed}");
-        let messages = (0..20).map(|m| ToPublish::new("in.x", &format!("e{n}-{m}"), "insert,version", r#"{"n": 1}"#));
+        ensure!(
+            printed.contains(&format!(
+                "worker test version {} is active on 2 hosts",
+                n + 1
+            )),
+            "{printed}"
+        );
+        let messages = (0..20).map(|m| {
+            NewMessage::new(
+                "in.x",
+                &format!("e{n}-{m}"),
+                "insert,version",
+                r#"{"n": 1}"#,
+            )
+        });
         world.nats.publish_all(messages.collect()).await?;
         world.quiet(n as i64 * 20).await?;
         let outputs = world.nats.read_stream("OUT").await?;
-        let by: Vec<u64> =
-            outputs.iter().filter_map(|output| version_of(&output.body, &format!("test:e{n}-"))).collect();
+        let by: Vec<u64> = outputs
+            .iter()
+            .filter_map(|output| version_of(&output.body, &format!("test:e{n}-")))
+            .collect();
         assert_eq!(by, [n + 1; 20], "an older version handled what came after");
     }
     rival.kill()?;
@@ -132,18 +207,26 @@ async fn what_deploy_calls_active_handles_the_next_message() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_worker_without_its_stream_says_so_and_the_others_go_on() -> Result<()> {
+async fn a_missing_stream_is_reported_and_other_workers_continue() -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("")?).await?;
     let jetstream = jetstream_of(&world).await?;
-    let config = Config { name: "THEIRS".to_owned(), subjects: vec!["theirs.>".to_owned()], ..Config::default() };
+    let config = Config {
+        name: "THEIRS".to_owned(),
+        subjects: vec!["theirs.>".to_owned()],
+        ..Config::default()
+    };
     jetstream.create_stream(config.clone()).await?;
     deploy(&world, &other("THEIRS")?).await?;
     jetstream.delete_stream("THEIRS").await?;
-    let told = until_status(&world, "yes, but worker other cannot run: the stream THEIRS does not exist").await?;
-    ensure!(told < TOLD_WITHIN, "{told:?}");
-    let told = until_status(&world, "cannot-run").await?;
-    ensure!(told < TOLD_WITHIN, "{told:?}");
-    world.nats.publish_all(vec![ToPublish::insert(1)]).await?;
+    let elapsed = until_status(
+        &world,
+        "yes, but worker other cannot run: the stream THEIRS does not exist",
+    )
+    .await?;
+    ensure!(elapsed < REPORTED_WITHIN, "{elapsed:?}");
+    let elapsed = until_status(&world, "cannot-run").await?;
+    ensure!(elapsed < REPORTED_WITHIN, "{elapsed:?}");
+    world.nats.publish_all(vec![NewMessage::insert(1)]).await?;
     world.until("select count(*) from oncely.inbox", 1).await?;
 
     // Without the other one's stream nothing works.
@@ -160,41 +243,68 @@ async fn a_worker_without_its_stream_says_so_and_the_others_go_on() -> Result<()
 async fn a_paused_consumer_is_shown_as_paused() -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("")?).await?;
     let client = world.nats.client().await?;
-    let pause = |until: String| client.request("$JS.API.CONSUMER.PAUSE.IN.oncely-test", until.into());
+    let pause =
+        |until: String| client.request("$JS.API.CONSUMER.PAUSE.IN.oncely-test", until.into());
     let until = jiff::Timestamp::now() + Duration::from_secs(3600);
     pause(format!("{{\"pause_until\": \"{until}\"}}")).await?;
-    let told = until_status(&world, "paused").await?;
-    ensure!(told < TOLD_WITHIN, "{told:?}");
+    let elapsed = until_status(&world, "paused").await?;
+    ensure!(elapsed < REPORTED_WITHIN, "{elapsed:?}");
     let workers = world.oncely_json(&["workers", "--json"]).await?;
-    let error = workers.pointer("/0/error").and_then(serde_json::Value::as_str).unwrap_or_default().to_owned();
-    ensure!(error.contains("its consumer is paused for another 59m"), "{error}");
+    let error = workers
+        .pointer("/0/error")
+        .and_then(serde_json::Value::as_str)
+        .unwrap_or_default()
+        .to_owned();
+    ensure!(
+        error.contains("its consumer is paused for another 59m"),
+        "{error}"
+    );
     pause("{}".to_owned()).await?;
     until_status(&world, "running").await?;
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_hosts_own_streams_are_made_again() -> Result<()> {
+async fn the_hosts_own_streams_are_recreated() -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("")?).await?;
     let jetstream = jetstream_of(&world).await?;
-    for name in ["ONCELY_DLQ", "ONCELY_REDRIVE", "ONCELY_ALARM", "ONCELY_CACHE"] {
+    for name in [
+        "ONCELY_DLQ",
+        "ONCELY_REDRIVE",
+        "ONCELY_ALARM",
+        "ONCELY_CACHE",
+    ] {
         jetstream.delete_stream(name).await?;
-        let end = Instant::now() + TOLD_WITHIN;
+        let end = Instant::now() + REPORTED_WITHIN;
         while jetstream.get_stream(name).await.is_err() {
-            ensure!(Instant::now() < end, "{name} is not made again:\n{}", world.host_log());
+            ensure!(
+                Instant::now() < end,
+                "{name} is not made again:\n{}",
+                world.host_log()
+            );
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
     until_status(&world, "ready: yes").await?;
     // Requeued messages are handled again.
-    world.nats.publish_all(vec![ToPublish::new("in.x", "bad", "reject", "{}")]).await?;
-    world.until("select count(*) from oncely.dead_letter", 1).await?;
+    world
+        .nats
+        .publish_all(vec![NewMessage::new("in.x", "bad", "reject", "{}")])
+        .await?;
+    world
+        .until("select count(*) from oncely.dead_letter", 1)
+        .await?;
     world.oncely(&["dlq", "redrive", "1"]).await?;
-    world.until("select count(*) from oncely.dead_letter where generation = 1 and state = 'open'", 1).await
+    world
+        .until(
+            "select count(*) from oncely.dead_letter where generation = 1 and state = 'open'",
+            1,
+        )
+        .await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_database_that_does_not_confirm_commits_is_not_called_ready() -> Result<()> {
+async fn a_database_that_cannot_commit_makes_the_host_not_ready() -> Result<()> {
     let mut world = World::without_host(Kind::Sqlite, &manifest("")?).await?;
     let cluster = Cluster::start()?;
     world.database = support::database::Database::on(&cluster).await?;
@@ -204,13 +314,17 @@ async fn a_database_that_does_not_confirm_commits_is_not_called_ready() -> Resul
     world.database.execute("select pg_reload_conf()").await?;
     let began = Instant::now();
     let why = world.not_ready("does not confirm commits").await?;
-    ensure!(began.elapsed() < TOLD_WITHIN && why.contains("synchronous standby"), "{:?}: {why}", began.elapsed());
+    ensure!(
+        began.elapsed() < REPORTED_WITHIN && why.contains("synchronous standby"),
+        "{:?}: {why}",
+        began.elapsed()
+    );
     // The alarm goes around the database.
-    let end = began + TOLD_WITHIN;
+    let end = began + REPORTED_WITHIN;
     loop {
         let alarms = world.nats.read_stream("ONCELY_ALARM").await?;
-        let told = |alarm: &&support::nats::Stored| alarm.subject == "oncely.alarm._host";
-        if alarms.iter().find(told).is_some_and(|alarm| {
+        let is_host_alarm = |alarm: &&support::nats::Stored| alarm.subject == "oncely.alarm._host";
+        if alarms.iter().find(is_host_alarm).is_some_and(|alarm| {
             let body = String::from_utf8_lossy(&alarm.body);
             body.contains("does not confirm commits") && body.contains("\"raised\"")
         }) {
@@ -223,12 +337,12 @@ async fn a_database_that_does_not_confirm_commits_is_not_called_ready() -> Resul
     world.database.execute(&set("")).await?;
     world.database.execute("select pg_reload_conf()").await?;
     world.ready().await?;
-    world.nats.publish_all(vec![ToPublish::insert(1)]).await?;
+    world.nats.publish_all(vec![NewMessage::insert(1)]).await?;
     world.until("select count(*) from oncely.inbox", 1).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_sqlite_file_that_is_locked_is_not_called_ready() -> Result<()> {
+async fn a_locked_sqlite_file_makes_the_host_not_ready() -> Result<()> {
     use sqlx::{Connection, Executor};
     let mut world = World::start(Kind::Sqlite, &manifest("")?).await?;
     let file = world.folder.path().join("test.db");
@@ -237,44 +351,95 @@ async fn a_sqlite_file_that_is_locked_is_not_called_ready() -> Result<()> {
     other.execute("begin immediate").await?;
     let began = Instant::now();
     let why = world.not_ready("the database takes no writes").await?;
-    ensure!(began.elapsed() < TOLD_WITHIN * 2, "{:?}: {why}", began.elapsed());
+    ensure!(
+        began.elapsed() < REPORTED_WITHIN * 2,
+        "{:?}: {why}",
+        began.elapsed()
+    );
     other.execute("rollback").await?;
     world.ready().await
 }
 
-both!(a_retired_worker_is_gone_and_comes_back_where_the_stream_begins, |kind: Kind| async move {
-    let mut world = World::start(kind, &manifest("")?).await?;
-    world.nats.publish_all((0..20).map(ToPublish::insert).collect()).await?;
-    world.quiet(20).await?;
-    let printed = world.oncely(&["retire", "test"]).await?;
-    assert_eq!(printed.trim(), "worker test is retired; version 1 was active");
-    let jetstream = jetstream_of(&world).await?;
-    for stream in ["IN", "ONCELY_REDRIVE"] {
-        let consumer = jetstream.get_stream(stream).await?.consumer_info("oncely-test").await;
-        ensure!(consumer.is_err(), "the consumer of {stream} is still there");
+both!(
+    a_retired_worker_restarts_at_the_start_of_its_stream,
+    |kind: Kind| async move {
+        let mut world = World::start(kind, &manifest("")?).await?;
+        world
+            .nats
+            .publish_all((0..20).map(NewMessage::insert).collect())
+            .await?;
+        world.quiet(20).await?;
+        let printed = world.oncely(&["retire", "test"]).await?;
+        assert_eq!(
+            printed.trim(),
+            "worker test is retired; version 1 was active"
+        );
+        let jetstream = jetstream_of(&world).await?;
+        for stream in ["IN", "ONCELY_REDRIVE"] {
+            let consumer = jetstream
+                .get_stream(stream)
+                .await?
+                .consumer_info("oncely-test")
+                .await;
+            ensure!(consumer.is_err(), "the consumer of {stream} is still there");
+        }
+        let error = world
+            .oncely(&["retire", "nobody"])
+            .await
+            .unwrap_err()
+            .to_string();
+        ensure!(
+            error.contains("there is no worker `nobody`") && error.contains("hint: oncely workers"),
+            "{error}"
+        );
+        // Once more is no mistake: it may have been cut off.
+        world.oncely(&["retire", "test"]).await?;
+        ensure!(
+            !world.oncely(&["workers"]).await?.contains("test"),
+            "it is still listed"
+        );
+        world.ready().await?;
+        world
+            .nats
+            .publish_all((20..30).map(NewMessage::insert).collect())
+            .await?;
+
+        // The handled messages come again, and are skipped.
+        assert_eq!(
+            deploy(&world, &manifest("")?).await?.trim(),
+            "worker test version 2 is active"
+        );
+        world.quiet(30).await?;
+        assert_eq!(
+            world
+                .database
+                .number("select count(distinct event_id) from app.effect")
+                .await?,
+            30
+        );
+        assert_eq!(
+            world
+                .database
+                .number("select count(*) from app.effect")
+                .await?,
+            60
+        );
+
+        world
+            .oncely(&["retire", "test", "--keep-consumers"])
+            .await?;
+        let place = jetstream
+            .get_stream("IN")
+            .await?
+            .consumer_info("oncely-test")
+            .await?;
+        assert_eq!(place.ack_floor.stream_sequence, 30);
+        Ok(())
     }
-    let error = world.oncely(&["retire", "nobody"]).await.unwrap_err().to_string();
-    ensure!(error.contains("there is no worker `nobody`") && error.contains("hint: oncely workers"), "{error}");
-    // Once more is no mistake: it may have been cut off.
-    world.oncely(&["retire", "test"]).await?;
-    ensure!(!world.oncely(&["workers"]).await?.contains("test"), "it is still listed");
-    world.ready().await?;
-    world.nats.publish_all((20..30).map(ToPublish::insert).collect()).await?;
-
-    // The handled messages come again, and are skipped.
-    assert_eq!(deploy(&world, &manifest("")?).await?.trim(), "worker test version 2 is active");
-    world.quiet(30).await?;
-    assert_eq!(world.database.number("select count(distinct event_id) from app.effect").await?, 30);
-    assert_eq!(world.database.number("select count(*) from app.effect").await?, 60);
-
-    world.oncely(&["retire", "test", "--keep-place"]).await?;
-    let place = jetstream.get_stream("IN").await?.consumer_info("oncely-test").await?;
-    assert_eq!(place.ack_floor.stream_sequence, 30);
-    Ok(())
-});
+);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_host_that_is_not_ready_hears_a_signal() -> Result<()> {
+async fn a_host_that_is_not_ready_handles_signals() -> Result<()> {
     let mut world = World::start(Kind::Sqlite, &manifest("")?).await?;
     world.kill_host()?;
     // A server that says nothing keeps the host from its start.
@@ -284,8 +449,12 @@ async fn a_host_that_is_not_ready_hears_a_signal() -> Result<()> {
     let began = Instant::now();
     let pid = world.host_pid().context("find the host")?;
     support::world::signal(pid, "TERM")?;
-    while world.host_lives() {
-        ensure!(began.elapsed() < Duration::from_secs(5), "it still waits:\n{}", world.host_log());
+    while world.is_host_running() {
+        ensure!(
+            began.elapsed() < Duration::from_secs(5),
+            "it still waits:\n{}",
+            world.host_log()
+        );
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     world.nats.resume()
@@ -293,17 +462,38 @@ async fn a_host_that_is_not_ready_hears_a_signal() -> Result<()> {
 
 /// One server of three is away: hosts start and work, because their own streams have three replicas.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_host_starts_while_a_server_of_the_cluster_is_away() -> Result<()> {
+async fn a_host_starts_while_one_nats_server_is_down() -> Result<()> {
     let mut servers = NatsServer::start_cluster().await?;
     let mut world = World::without_host(Kind::Sqlite, &manifest("")?).await?;
     // One of these was made by an earlier host, without replicas.
     let jetstream = jetstream::new(servers[0].client().await?);
-    let old = Config { name: "ONCELY_DLQ".to_owned(), subjects: vec!["oncely.dlq.>".to_owned()], ..Config::default() };
+    let old = Config {
+        name: "ONCELY_DLQ".to_owned(),
+        subjects: vec!["oncely.dlq.>".to_owned()],
+        ..Config::default()
+    };
     jetstream.create_stream(old).await?;
-    world.nats_url = servers.iter().map(NatsServer::url).collect::<Vec<_>>().join(",");
+    world.nats_url = servers
+        .iter()
+        .map(NatsServer::url)
+        .collect::<Vec<_>>()
+        .join(",");
     world.start_host().await?;
-    for name in ["ONCELY_DLQ", "ONCELY_REDRIVE", "ONCELY_ALARM", "ONCELY_CACHE", "ONCELY_MARK", "IN", "OUT"] {
-        let replicas = jetstream.get_stream(name).await?.cached_info().config.num_replicas;
+    for name in [
+        "ONCELY_DLQ",
+        "ONCELY_REDRIVE",
+        "ONCELY_ALARM",
+        "ONCELY_CACHE",
+        "ONCELY_WATERMARKS",
+        "IN",
+        "OUT",
+    ] {
+        let replicas = jetstream
+            .get_stream(name)
+            .await?
+            .cached_info()
+            .config
+            .num_replicas;
         assert_eq!(replicas, 3, "{name}");
     }
     world.stop_host().await?;
@@ -320,7 +510,9 @@ async fn a_host_starts_while_a_server_of_the_cluster_is_away() -> Result<()> {
     let jetstream = jetstream::new(client);
     let mut headers = async_nats::HeaderMap::new();
     headers.insert("do", "insert");
-    let sent = jetstream.publish_with_headers("in.x", headers, r#"{"n": 1}"#.into()).await?;
+    let sent = jetstream
+        .publish_with_headers("in.x", headers, r#"{"n": 1}"#.into())
+        .await?;
     sent.await?;
     world.until("select count(*) from oncely.inbox", 1).await?;
     world.stop_host().await?;
@@ -329,8 +521,12 @@ async fn a_host_starts_while_a_server_of_the_cluster_is_away() -> Result<()> {
     servers[1].kill()?;
     world.spawn_host()?;
     let end = Instant::now() + PATIENCE;
-    while !world.host_log().contains("the start waits for") && world.host_lives() {
-        ensure!(Instant::now() < end, "it does not say what it waits for:\n{}", world.host_log());
+    while !world.host_log().contains("the start waits for") && world.is_host_running() {
+        ensure!(
+            Instant::now() < end,
+            "it does not say what it waits for:\n{}",
+            world.host_log()
+        );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     Ok(())
@@ -339,52 +535,114 @@ async fn a_host_starts_while_a_server_of_the_cluster_is_away() -> Result<()> {
 /// Runs the program until it ends, which must be soon. Returns what it printed to standard error.
 async fn fails(world: &World, args: &[&str]) -> Result<String> {
     let mut command = std::process::Command::new(support::guests::oncely()?);
-    command.args(args).current_dir(world.folder.path()).env("RUST_BACKTRACE", "0");
-    command.args(["--nats", &world.nats.url(), "--listen", "127.0.0.1:0", "--http", "off"]);
+    command
+        .args(args)
+        .current_dir(world.folder.path())
+        .env("RUST_BACKTRACE", "0");
+    command.args([
+        "--nats",
+        &world.nats.url(),
+        "--listen",
+        "127.0.0.1:0",
+        "--http",
+        "off",
+    ]);
     let output = tokio::task::spawn_blocking(move || command.output());
-    let output = tokio::time::timeout(Duration::from_secs(30), output).await.context("it does not end")???;
-    ensure!(!output.status.success(), "it ran: {}", String::from_utf8_lossy(&output.stdout));
+    let output = tokio::time::timeout(Duration::from_secs(30), output)
+        .await
+        .context("it does not end")???;
+    ensure!(
+        !output.status.success(),
+        "it ran: {}",
+        String::from_utf8_lossy(&output.stdout)
+    );
     Ok(String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_folder_and_one_sqlite_file_have_one_host() -> Result<()> {
+async fn a_data_dir_and_a_sqlite_file_allow_one_host_each() -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("")?).await?;
     let database = world.database.url();
     let pid = world.host_pid().context("find the host")?;
     for command in ["run", "dev"] {
-        let same_folder = fails(&world, &[command, "--database", "other.db", "--data-dir", ".oncely"]).await?;
+        let same_folder = fails(
+            &world,
+            &[command, "--database", "other.db", "--data-dir", ".oncely"],
+        )
+        .await?;
         ensure!(
-            same_folder.contains("use the data folder") && same_folder.contains(&format!("process {pid}")),
+            same_folder.contains("use the data folder")
+                && same_folder.contains(&format!("process {pid}")),
             "{same_folder}"
         );
-        ensure!(same_folder.contains("hint: stop the host that runs there"), "{same_folder}");
-        let same_file = fails(&world, &[command, "--database", &database, "--data-dir", ".second"]).await?;
-        ensure!(same_file.contains("use the database") && same_file.contains(&format!("process {pid}")), "{same_file}");
+        ensure!(
+            same_folder.contains("hint: stop the host that runs there"),
+            "{same_folder}"
+        );
+        let same_file = fails(
+            &world,
+            &[command, "--database", &database, "--data-dir", ".second"],
+        )
+        .await?;
+        ensure!(
+            same_file.contains("use the database") && same_file.contains(&format!("process {pid}")),
+            "{same_file}"
+        );
     }
-    ensure!(world.oncely(&["status"]).await?.contains("ready: yes"), "the host was disturbed");
+    ensure!(
+        world.oncely(&["status"]).await?.contains("ready: yes"),
+        "the host was disturbed"
+    );
     Ok(())
 }
 
-both!(a_program_that_is_older_than_the_schema_does_not_start, |kind: Kind| async move {
-    let mut world = World::start(kind, &manifest("")?).await?;
-    world.stop_host().await?;
-    let newer = "insert into oncely.migration (version, name, checksum) values (9999, 'newer', 'x')";
-    let newer = if kind == Kind::Sqlite { newer.replace("'x'", "x'00'") } else { newer.replace("'x'", "'\\x00'") };
-    world.database.execute(&newer).await?;
-    let error = fails(&world, &["run", "--database", &world.database.url(), "--data-dir", ".second"]).await?;
-    ensure!(error.contains("made by a newer oncely: its schema is at 9999"), "{error}");
-    ensure!(error.contains("hint: run the newer version"), "{error}");
-    Ok(())
-});
+both!(
+    a_program_that_is_older_than_the_schema_does_not_start,
+    |kind: Kind| async move {
+        let mut world = World::start(kind, &manifest("")?).await?;
+        world.stop_host().await?;
+        let newer =
+            "insert into oncely.migration (version, name, checksum) values (9999, 'newer', 'x')";
+        let newer = if kind == Kind::Sqlite {
+            newer.replace("'x'", "x'00'")
+        } else {
+            newer.replace("'x'", "'\\x00'")
+        };
+        world.database.execute(&newer).await?;
+        let error = fails(
+            &world,
+            &[
+                "run",
+                "--database",
+                &world.database.url(),
+                "--data-dir",
+                ".second",
+            ],
+        )
+        .await?;
+        ensure!(
+            error.contains("made by a newer oncely: its schema is at 9999"),
+            "{error}"
+        );
+        ensure!(error.contains("hint: run the newer version"), "{error}");
+        Ok(())
+    }
+);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_proxy_of_the_environment_does_not_stand_before_this_machine() -> Result<()> {
+async fn proxy_variables_do_not_apply_to_the_loopback_interface() -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("")?).await?;
     for variable in ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"] {
-        for args in [&["status"][..], &["workers"], &["publish", "in.x", "{}", "--http"]] {
+        for args in [
+            &["status"][..],
+            &["workers"],
+            &["publish", "in.x", "{}", "--http"],
+        ] {
             let mut command = std::process::Command::new(support::guests::oncely()?);
-            command.args(args).current_dir(world.folder.path()).env(variable, "http://127.0.0.1:9");
+            command
+                .args(args)
+                .current_dir(world.folder.path())
+                .env(variable, "http://127.0.0.1:9");
             let output = tokio::task::spawn_blocking(move || command.output()).await??;
             let said = String::from_utf8_lossy(&output.stderr);
             ensure!(output.status.success(), "{variable} {args:?}: {said}");
@@ -394,38 +652,78 @@ async fn a_proxy_of_the_environment_does_not_stand_before_this_machine() -> Resu
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_dead_letter_that_is_as_large_as_messages_may_be_is_told_without_its_body() -> Result<()> {
+async fn a_maximum_size_dead_letter_is_announced_without_its_body() -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("")?).await?;
     let large = |id: &str, size: usize| {
         let body = format!("{{\"padding\": \"{}\"}}", "x".repeat(size));
-        ToPublish::new("in.x", id, "reject", &body)
+        NewMessage::new("in.x", id, "reject", &body)
     };
-    world.nats.publish_all(vec![large("small", 100), large("large", (1 << 20) - 400)]).await?;
-    world.until("select count(*) from oncely.dead_letter", 2).await?;
-    world.until(world.database.unpublished_but_alarms(), 0).await?;
+    world
+        .nats
+        .publish_all(vec![large("small", 100), large("large", (1 << 20) - 400)])
+        .await?;
+    world
+        .until("select count(*) from oncely.dead_letter", 2)
+        .await?;
+    world
+        .until(world.database.unpublished_except_alarms(), 0)
+        .await?;
     let notices = world.nats.read_stream("ONCELY_DLQ").await?;
-    let of = |id: &str| notices.iter().find(|one| one.headers.get("Oncely-Event-Id").map(String::as_str) == Some(id));
-    let (small, large) = (of("small").context("no notice")?, of("large").context("no notice of the large one")?);
-    ensure!(!small.body.is_empty() && !small.headers.contains_key("Oncely-Left-Out"), "{:?}", small.headers);
+    let of = |id: &str| {
+        notices
+            .iter()
+            .find(|one| one.headers.get("Oncely-Event-Id").map(String::as_str) == Some(id))
+    };
+    let (small, large) = (
+        of("small").context("no notice")?,
+        of("large").context("no notice of the large one")?,
+    );
+    ensure!(
+        !small.body.is_empty() && !small.headers.contains_key("Oncely-Omitted"),
+        "{:?}",
+        small.headers
+    );
     ensure!(large.body.is_empty(), "{} bytes", large.body.len());
-    assert_eq!(large.headers.get("Oncely-Left-Out").map(String::as_str), Some("body"));
-    assert_eq!(world.database.number("select count(*) from oncely.outbox where set_aside_at is not null").await?, 0);
+    assert_eq!(
+        large.headers.get("Oncely-Omitted").map(String::as_str),
+        Some("body")
+    );
+    assert_eq!(
+        world
+            .database
+            .number("select count(*) from oncely.outbox where parked_at is not null")
+            .await?,
+        0
+    );
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn each_failed_attempt_is_a_line_with_its_logs_and_the_handlers_own_words() -> Result<()> {
-    let settings =
-        "[worker.retry]\nattempts = 2\nbackoff = \"50ms\"\nbackoff_max = \"50ms\"\nproved_poison = \"retry\"";
+async fn each_failed_attempt_is_logged_with_the_handlers_output() -> Result<()> {
+    let settings = "[worker.retry]\nattempts = 2\nbackoff = \"50ms\"\nbackoff_max = \"50ms\"\ndeterministic_failures = \"retry\"";
     let world = World::start(Kind::Sqlite, &manifest(settings)?).await?;
-    world.nats.publish_all(vec![ToPublish::new("in.x", "bad", "panic", "{}")]).await?;
-    world.until("select count(*) from oncely.dead_letter", 1).await?;
+    world
+        .nats
+        .publish_all(vec![NewMessage::new("in.x", "bad", "panic", "{}")])
+        .await?;
+    world
+        .until("select count(*) from oncely.dead_letter", 1)
+        .await?;
     let log = world.host_log();
-    let attempts: Vec<&str> = log.lines().filter(|line| line.contains("attempt failed")).collect();
+    let attempts: Vec<&str> = log
+        .lines()
+        .filter(|line| line.contains("attempt failed"))
+        .collect();
     assert_eq!(attempts.len(), 2, "{log}");
     for (n, line) in attempts.iter().enumerate() {
-        ensure!(line.contains("WARN") && line.contains(&format!("attempt={}", n + 1)), "{line}");
-        ensure!(line.contains("the handler panicked: ") && line.contains("logs="), "{line}");
+        ensure!(
+            line.contains("WARN") && line.contains(&format!("attempt={}", n + 1)),
+            "{line}"
+        );
+        ensure!(
+            line.contains("the handler panicked: ") && line.contains("logs="),
+            "{line}"
+        );
     }
     let shown = world.oncely(&["dlq", "show", "1"]).await?;
     ensure!(shown.contains("the handler panicked: "), "{shown}");
@@ -433,7 +731,7 @@ async fn each_failed_attempt_is_a_line_with_its_logs_and_the_handlers_own_words(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_worker_may_filter_a_mirror_and_a_stream_that_renames() -> Result<()> {
+async fn a_worker_may_filter_mirrors_and_transformed_subjects() -> Result<()> {
     use async_nats::jetstream::stream::{Source, SubjectTransform};
     let world = World::start(Kind::Sqlite, &manifest("")?).await?;
     let jetstream = jetstream_of(&world).await?;
@@ -442,22 +740,60 @@ async fn a_worker_may_filter_a_mirror_and_a_stream_that_renames() -> Result<()> 
         subjects: subjects.iter().map(|&subject| subject.to_owned()).collect(),
         ..Config::default()
     };
-    let source = Source { name: "P".to_owned(), ..Source::default() };
+    let source = Source {
+        name: "P".to_owned(),
+        ..Source::default()
+    };
     jetstream.create_stream(named("P", &["p.>"])).await?;
-    jetstream.create_stream(Config { mirror: Some(source.clone()), ..named("MIRROR", &[]) }).await?;
-    jetstream.create_stream(Config { sources: Some(vec![source]), ..named("SOURCED", &[]) }).await?;
-    let transform = SubjectTransform { source: "tr.>".to_owned(), destination: "stored.>".to_owned() };
-    jetstream.create_stream(Config { subject_transform: Some(transform), ..named("RENAMED", &["tr.>"]) }).await?;
-    for (n, (stream, filter)) in [("MIRROR", "p.msg"), ("SOURCED", "p.msg"), ("RENAMED", "stored.a")].iter().enumerate()
+    jetstream
+        .create_stream(Config {
+            mirror: Some(source.clone()),
+            ..named("MIRROR", &[])
+        })
+        .await?;
+    jetstream
+        .create_stream(Config {
+            sources: Some(vec![source]),
+            ..named("SOURCED", &[])
+        })
+        .await?;
+    let transform = SubjectTransform {
+        source: "tr.>".to_owned(),
+        destination: "stored.>".to_owned(),
+    };
+    jetstream
+        .create_stream(Config {
+            subject_transform: Some(transform),
+            ..named("RENAMED", &["tr.>"])
+        })
+        .await?;
+    for (n, (stream, filter)) in [
+        ("MIRROR", "p.msg"),
+        ("SOURCED", "p.msg"),
+        ("RENAMED", "stored.a"),
+    ]
+    .iter()
+    .enumerate()
     {
-        let text = other(stream)?
-            .replace(&format!("stream = \"{stream}\""), &format!("stream = \"{stream}\"\nsubjects = [\"{filter}\"]"));
-        deploy(&world, &text.replace("name = \"other\"", &format!("name = \"w{n}\""))).await?;
+        let text = other(stream)?.replace(
+            &format!("stream = \"{stream}\""),
+            &format!("stream = \"{stream}\"\nsubjects = [\"{filter}\"]"),
+        );
+        deploy(
+            &world,
+            &text.replace("name = \"other\"", &format!("name = \"w{n}\"")),
+        )
+        .await?;
     }
-    let message = |subject: &str, id: &str| ToPublish::new(subject, id, "insert", r#"{"n": 1}"#);
+    let message = |subject: &str, id: &str| NewMessage::new(subject, id, "insert", r#"{"n": 1}"#);
     world
         .nats
-        .publish_all(vec![message("p.msg", "a"), message("p.no", "b"), message("tr.a", "c"), message("tr.b", "d")])
+        .publish_all(vec![
+            message("p.msg", "a"),
+            message("p.no", "b"),
+            message("tr.a", "c"),
+            message("tr.b", "d"),
+        ])
         .await?;
     world.until("select count(*) from oncely.inbox", 3).await
 }
@@ -465,16 +801,48 @@ async fn a_worker_may_filter_a_mirror_and_a_stream_that_renames() -> Result<()> 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_delete_marker_is_no_event() -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("")?).await?;
-    world.nats.publish_raw(b"in.x", b"NATS/1.0\r\nNats-Marker-Reason: MaxAge\r\nNats-TTL: 1s\r\n\r\n", b"")?;
-    world.nats.publish_all(vec![ToPublish::insert(1)]).await?;
+    world.nats.publish_raw(
+        b"in.x",
+        b"NATS/1.0\r\nNats-Marker-Reason: MaxAge\r\nNats-TTL: 1s\r\n\r\n",
+        b"",
+    )?;
+    world.nats.publish_all(vec![NewMessage::insert(1)]).await?;
     world.until("select count(*) from oncely.inbox", 1).await?;
-    let info = jetstream_of(&world).await?.get_stream("IN").await?.consumer_info("oncely-test").await?;
-    ensure!(info.num_ack_pending == 0 && info.num_redelivered == 0, "{info:?}");
-    assert_eq!(world.database.number("select count(*) from oncely.dead_letter").await?, 0);
+    let info = jetstream_of(&world)
+        .await?
+        .get_stream("IN")
+        .await?
+        .consumer_info("oncely-test")
+        .await?;
+    ensure!(
+        info.num_ack_pending == 0 && info.num_redelivered == 0,
+        "{info:?}"
+    );
+    assert_eq!(
+        world
+            .database
+            .number("select count(*) from oncely.dead_letter")
+            .await?,
+        0
+    );
     // Nor is it taken for a message that a restored database has forgotten.
-    let marks = world.database.number("select max(number) from oncely.watermark").await?;
-    world.nats.publish_all(vec![ToPublish::insert(2)]).await?;
-    world.until(&format!("select case when max(number) > {marks} then 1 else 0 end from oncely.watermark"), 1).await?;
-    ensure!(world.oncely(&["status"]).await?.contains("ready: yes"), "the host waits:\n{}", world.host_log());
+    let marks = world
+        .database
+        .number("select max(number) from oncely.watermark")
+        .await?;
+    world.nats.publish_all(vec![NewMessage::insert(2)]).await?;
+    world
+        .until(
+            &format!(
+                "select case when max(number) > {marks} then 1 else 0 end from oncely.watermark"
+            ),
+            1,
+        )
+        .await?;
+    ensure!(
+        world.oncely(&["status"]).await?.contains("ready: yes"),
+        "the host waits:\n{}",
+        world.host_log()
+    );
     Ok(())
 }

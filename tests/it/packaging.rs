@@ -11,8 +11,11 @@ use support::server::free_port;
 use support::world::PATIENCE;
 
 fn output(command: &mut Command) -> Result<String> {
-    let output = command.output().with_context(|| format!("run {command:?}"))?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    let output = command
+        .output()
+        .with_context(|| format!("run {command:?}"))?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned()
+        + &String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{command:?} failed:\n{text}");
     Ok(text)
 }
@@ -24,7 +27,10 @@ fn is_there(program: &str) -> bool {
 #[test]
 fn the_version_names_the_commit() -> Result<()> {
     let version = output(Command::new(oncely()?).arg("--version"))?;
-    let commit = version.trim().strip_prefix("oncely 0.1.0 (").and_then(|rest| rest.strip_suffix(')'));
+    let commit = version
+        .trim()
+        .strip_prefix("oncely 0.1.0 (")
+        .and_then(|rest| rest.strip_suffix(')'));
     let commit = commit.with_context(|| format!("find the commit in `{version}`"))?;
     let is_hash = commit.len() == 12 && commit.chars().all(|digit| digit.is_ascii_hexdigit());
     assert!(is_hash || commit == "unknown", "{commit}");
@@ -36,14 +42,17 @@ fn each_shell_completes_every_command() -> Result<()> {
     for shell in ["bash", "zsh", "fish"] {
         let script = output(Command::new(oncely()?).args(["completions", shell]))?;
         for command in ["deploy", "rollback", "redrive", "--dry-run", "--toolchain"] {
-            assert!(script.contains(command.trim_start_matches("--")), "{shell} does not know {command}");
+            assert!(
+                script.contains(command.trim_start_matches("--")),
+                "{shell} does not know {command}"
+            );
         }
     }
     Ok(())
 }
 
 #[test]
-fn systemd_takes_the_unit_and_finds_it_hardened() -> Result<()> {
+fn the_systemd_unit_is_valid_and_hardened() -> Result<()> {
     if !is_there("systemd-analyze") {
         eprintln!("skipped: there is no systemd-analyze");
         return Ok(());
@@ -51,20 +60,31 @@ fn systemd_takes_the_unit_and_finds_it_hardened() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let unit = folder.path().join("oncely.service");
     let text = std::fs::read_to_string(repository().join("packaging/oncely.service"))?;
-    std::fs::write(&unit, text.replace("/usr/bin/oncely", &oncely()?.display().to_string()))?;
+    std::fs::write(
+        &unit,
+        text.replace("/usr/bin/oncely", &oncely()?.display().to_string()),
+    )?;
     let said = output(Command::new("systemd-analyze").arg("verify").arg(&unit))?;
     assert!(!said.contains("oncely.service"), "{said}");
     // Out of 100, the lower the better: 96 is a service without any protection.
-    output(Command::new("systemd-analyze").args(["security", "--offline=true", "--threshold=20"]).arg(&unit))?;
+    output(
+        Command::new("systemd-analyze")
+            .args(["security", "--offline=true", "--threshold=20"])
+            .arg(&unit),
+    )?;
     Ok(())
 }
 
 /// The files of the image are enough to run a host, as a user without rights, with nothing else of this machine.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_host_runs_from_the_images_files_alone() -> Result<()> {
+async fn a_host_runs_from_the_image_files_only() -> Result<()> {
     let folder = tempfile::Builder::new().prefix("oncely-image-").tempdir()?;
     let tree = folder.path().join("image");
-    output(Command::new(repository().join("scripts/image-tree")).arg(oncely()?).arg(&tree))?;
+    output(
+        Command::new(repository().join("scripts/image-tree"))
+            .arg(oncely()?)
+            .arg(&tree),
+    )?;
     assert!(!tree.join("bin/sh").exists(), "there is a shell");
     let Some(mut inside) = inside(&tree)? else {
         eprintln!("skipped: this user may neither call chroot nor make a user namespace");
@@ -89,7 +109,10 @@ async fn a_host_runs_from_the_images_files_alone() -> Result<()> {
     let mut host = Host(child);
     let end = Instant::now() + PATIENCE;
     let ready = format!("http://127.0.0.1:{control}/readyz");
-    while !reqwest::get(&ready).await.is_ok_and(|response| response.status().is_success()) {
+    while !reqwest::get(&ready)
+        .await
+        .is_ok_and(|response| response.status().is_success())
+    {
         let log = || std::fs::read_to_string(folder.path().join("log")).unwrap_or_default();
         ensure!(host.0.try_wait()?.is_none(), "the host ended:\n{}", log());
         ensure!(Instant::now() < end, "the host is not ready:\n{}", log());
@@ -124,7 +147,13 @@ fn inside(tree: &Path) -> Result<Option<Command>> {
         command.arg(tree);
         command
     };
-    let works = command().args(["/usr/bin/oncely", "--version"]).output().is_ok_and(|output| output.status.success());
-    ensure!(works || !is_root, "the program does not start in the image's files");
+    let works = command()
+        .args(["/usr/bin/oncely", "--version"])
+        .output()
+        .is_ok_and(|output| output.status.success());
+    ensure!(
+        works || !is_root,
+        "the program does not start in the image's files"
+    );
     Ok(works.then(command))
 }

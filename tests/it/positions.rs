@@ -1,4 +1,4 @@
-//! One batch given to the heart itself: who runs how often when one of its members fails, wherever it stands.
+//! One batch given to the harness itself: who runs how often when one of its items fails, wherever it stands.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use bytes::Bytes;
 use oncely::cache::Cache;
 use oncely::config::manifest::Manifest;
 use oncely::config::{CacheSettings, CompileSettings};
-use oncely::delivery::{Breaks, Delivered, Delivery};
+use oncely::delivery::{BatchResult, ConnectionBreaks, Delivery};
 use oncely::guest::{Guest, GuestEngine};
 use oncely::metrics::Metrics;
 use oncely::model::message::Message;
@@ -20,29 +20,41 @@ use support::world::manifest;
 
 const BATCH: usize = 32;
 
-/// The heart, with a real database and the test component, and no broker.
-pub struct Heart {
+/// The harness, with a real database and the test component, and no broker.
+pub struct DeliveryHarness {
     pub delivery: Delivery,
     pub database: Database,
     _folder: tempfile::TempDir,
 }
 
-impl Heart {
-    pub async fn of(kind: Kind, settings: &str) -> Result<Heart> {
+impl DeliveryHarness {
+    pub async fn new(kind: Kind, settings: &str) -> Result<DeliveryHarness> {
         let folder = tempfile::tempdir()?;
         let database = Database::fresh(kind, folder.path()).await?;
         let store: Arc<dyn Store> = match &database {
             Database::Sqlite(path) => Arc::new(SqliteStore::open(path).await?),
             Database::Postgres { host, .. } => Arc::new(PostgresStore::connect(host, 4).await?),
         };
-        let entry = Manifest::parse(&manifest(settings)?, "oncely.toml")?.workers.remove(0);
+        let entry = Manifest::parse(&manifest(settings)?, "oncely.toml")?
+            .workers
+            .remove(0);
         let wasm = std::fs::read(guests::component()?).context("read the test component")?;
-        let compile = CompileSettings { program: guests::oncely()?, ..CompileSettings::default() };
+        let compile = CompileSettings {
+            program: guests::oncely()?,
+            ..CompileSettings::default()
+        };
         let engine = GuestEngine::new(&folder.path().join("compiled"), compile)?;
         let guest = Guest::load(&engine, wasm.clone().into()).await?;
         let digest = "a".repeat(64);
         store.put_component(&digest, &wasm).await?;
-        store.deploy("test", &digest, "{}", &entry.migrations_for(store.dialect())?).await?;
+        store
+            .deploy(
+                "test",
+                &digest,
+                "{}",
+                &entry.migrations_for(store.dialect())?,
+            )
+            .await?;
         let metrics = Arc::<Metrics>::default();
         let delivery = Delivery {
             store,
@@ -51,14 +63,18 @@ impl Heart {
             version: 1,
             payload_max: 1 << 20,
             cache: Cache::open(&CacheSettings::default(), Arc::clone(&metrics))?,
-            breaks: Breaks::default(),
+            connection_breaks: ConnectionBreaks::default(),
             health: Arc::default(),
             metrics,
         };
-        Ok(Heart { delivery, database, _folder: folder })
+        Ok(DeliveryHarness {
+            delivery,
+            database,
+            _folder: folder,
+        })
     }
 
-    pub async fn deliver(&self, batch: &[Arc<Message>]) -> Result<Delivered> {
+    pub async fn deliver(&self, batch: &[Arc<Message>]) -> Result<BatchResult> {
         Ok(self.delivery.deliver(batch, false).await?)
     }
 }
@@ -67,28 +83,35 @@ pub fn message(event_id: &str, behaviour: &str, body: &str) -> Arc<Message> {
     Arc::new(Message {
         event_id: event_id.to_owned(),
         subject: "in.x".to_owned(),
-        headers: vec![("do".to_owned(), behaviour.to_owned()), ("Account".to_owned(), format!("a{event_id}"))],
+        headers: vec![
+            ("do".to_owned(), behaviour.to_owned()),
+            ("Account".to_owned(), format!("a{event_id}")),
+        ],
         body: Bytes::copy_from_slice(body.as_bytes()),
         origin: None,
         redriven: None,
     })
 }
 
-/// A batch of 32 whose member at `place` fails by `behaviour`.
+/// A batch of 32 whose item at `place` fails by `behaviour`.
 fn batch_with(behaviour: &str, place: usize) -> Vec<Arc<Message>> {
-    let member = |n: usize| {
+    let item = |n: usize| {
         let behaviour = if n == place { behaviour } else { "insert" };
         message(&format!("{place:02}-{n:02}"), behaviour, r#"{"n": 1}"#)
     };
-    (0..BATCH).map(member).collect()
+    (0..BATCH).map(item).collect()
 }
 
-async fn one_poison_at_each_position(kind: Kind, behaviour: &str, reruns: u32) -> Result<()> {
-    let heart = Heart::of(kind, "[worker.retry]\nattempts = 1\n").await?;
+async fn one_failing_item_at_each_position(kind: Kind, behaviour: &str, reruns: u32) -> Result<()> {
+    let harness = DeliveryHarness::new(kind, "[worker.retry]\nattempts = 1\n").await?;
     for place in 0..BATCH {
         let batch = batch_with(behaviour, place);
-        let delivered = heart.deliver(&batch).await?;
-        assert!(delivered.reruns <= reruns, "at {place} the others ran {} times more", delivered.reruns);
+        let delivered = harness.deliver(&batch).await?;
+        assert!(
+            delivered.reruns <= reruns,
+            "at {place} the others ran {} times more",
+            delivered.reruns
+        );
         for (n, verdict) in delivered.verdicts.iter().enumerate() {
             let right = match verdict {
                 Verdict::Done(_) => n != place,
@@ -97,72 +120,103 @@ async fn one_poison_at_each_position(kind: Kind, behaviour: &str, reruns: u32) -
             };
             assert!(right, "with the poison at {place}, {n} came to {verdict:?}");
         }
-        let told: BTreeSet<&str> = delivered.outputs.iter().map(|output| output.id.as_str()).collect();
-        assert_eq!((told.len(), delivered.outputs.len()), (BATCH - 1, BATCH - 1));
+        let output_ids: BTreeSet<&str> = delivered
+            .outputs
+            .iter()
+            .map(|output| output.id.as_str())
+            .collect();
+        assert_eq!(
+            (output_ids.len(), delivered.outputs.len()),
+            (BATCH - 1, BATCH - 1)
+        );
     }
-    let number = async |sql: &str| heart.database.number(sql).await;
+    let number = async |sql: &str| harness.database.number(sql).await;
     let (all, good) = (BATCH as i64, (BATCH * (BATCH - 1)) as i64);
     assert_eq!(number("select count(*) from oncely.attempt").await?, all);
-    assert_eq!(number("select count(*) from oncely.inbox where state = 'done'").await?, good);
-    assert_eq!(number("select count(distinct event_id) from app.effect").await?, good);
+    assert_eq!(
+        number("select count(*) from oncely.inbox where state = 'done'").await?,
+        good
+    );
+    assert_eq!(
+        number("select count(distinct event_id) from app.effect").await?,
+        good
+    );
     Ok(())
 }
 
-both!(a_poison_that_ran_no_sql_costs_the_others_nothing_wherever_it_stands, |kind: Kind| async move {
-    one_poison_at_each_position(kind, "reject", 0).await
-});
+both!(
+    a_failing_item_without_sql_costs_other_items_nothing,
+    |kind: Kind| async move { one_failing_item_at_each_position(kind, "reject", 0).await }
+);
 
-both!(a_poison_that_ran_sql_costs_the_others_one_more_run_wherever_it_stands, |kind: Kind| async move {
-    one_poison_at_each_position(kind, "insert,trap", 1).await
-});
+both!(
+    a_failing_item_that_ran_sql_costs_others_one_more_run,
+    |kind: Kind| async move { one_failing_item_at_each_position(kind, "insert,trap", 1).await }
+);
 
-both!(many_poisons_cost_the_others_one_more_run_and_a_careful_batch_none, |kind: Kind| async move {
-    let heart = Heart::of(kind, "[worker.retry]\nattempts = 1\n").await?;
-    for (round, careful) in [(0, false), (1, true)] {
-        let behaviour = |n: usize| match n % 4 {
-            1 => "insert,reject",
-            2 => "insert,trap",
-            3 => "sql_text",
-            _ => "insert",
-        };
-        let body = r#"{"n": 1, "sql": "insert into effect values (null, null, null, null)"}"#;
-        let member = |n: usize| message(&format!("{round}-{n:02}"), behaviour(n), body);
-        let batch: Vec<_> = (0..BATCH).map(member).collect();
-        let delivered = heart.delivery.deliver(&batch, careful).await?;
-        assert_eq!(delivered.reruns, u32::from(!careful));
-        assert_eq!(delivered.undone, if careful { 24 } else { 23 });
-        for (n, verdict) in delivered.verdicts.iter().enumerate() {
-            let right =
-                if n % 4 == 0 { matches!(verdict, Verdict::Done(_)) } else { matches!(verdict, Verdict::Dead(_)) };
-            assert!(right, "{n} came to {verdict:?}");
+both!(
+    many_failing_items_cost_one_more_run_or_none_with_savepoints,
+    |kind: Kind| async move {
+        let harness = DeliveryHarness::new(kind, "[worker.retry]\nattempts = 1\n").await?;
+        for (round, with_savepoints) in [(0, false), (1, true)] {
+            let behaviour = |n: usize| match n % 4 {
+                1 => "insert,reject",
+                2 => "insert,trap",
+                3 => "sql_text",
+                _ => "insert",
+            };
+            let body = r#"{"n": 1, "sql": "insert into effect values (null, null, null, null)"}"#;
+            let item = |n: usize| message(&format!("{round}-{n:02}"), behaviour(n), body);
+            let batch: Vec<_> = (0..BATCH).map(item).collect();
+            let delivered = harness.delivery.deliver(&batch, with_savepoints).await?;
+            assert_eq!(delivered.reruns, u32::from(!with_savepoints));
+            assert_eq!(
+                delivered.savepoint_rollbacks,
+                if with_savepoints { 24 } else { 23 }
+            );
+            for (n, verdict) in delivered.verdicts.iter().enumerate() {
+                let right = if n % 4 == 0 {
+                    matches!(verdict, Verdict::Done(_))
+                } else {
+                    matches!(verdict, Verdict::Dead(_))
+                };
+                assert!(right, "{n} came to {verdict:?}");
+            }
         }
+        let number = async |sql: &str| harness.database.number(sql).await;
+        assert_eq!(number("select count(*) from oncely.inbox").await?, 2 * 8);
+        assert_eq!(
+            number("select count(distinct event_id) from app.effect").await?,
+            2 * 8
+        );
+        assert_eq!(number("select count(*) from app.effect").await?, 2 * 8 * 2);
+        assert_eq!(number("select count(*) from oncely.attempt").await?, 2 * 24);
+        Ok(())
     }
-    let number = async |sql: &str| heart.database.number(sql).await;
-    assert_eq!(number("select count(*) from oncely.inbox").await?, 2 * 8);
-    assert_eq!(number("select count(distinct event_id) from app.effect").await?, 2 * 8);
-    assert_eq!(number("select count(*) from app.effect").await?, 2 * 8 * 2);
-    assert_eq!(number("select count(*) from oncely.attempt").await?, 2 * 24);
-    Ok(())
-});
+);
 
 /// A statement that ends its own session would break the connection for ever: it is an attempt that failed in the end, and its
 /// neighbours take effect.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_message_whose_statement_ends_its_session_fails_alone() -> Result<()> {
-    let heart = Heart::of(Kind::Postgres, "[worker.retry]\nattempts = 1\n").await?;
+    let harness = DeliveryHarness::new(Kind::Postgres, "[worker.retry]\nattempts = 1\n").await?;
     // As a superuser: guests have no right to that function.
     let leave = "create function app_default.leave() returns void language sql security definer
         as 'select pg_catalog.pg_terminate_backend(pg_catalog.pg_backend_pid())'";
-    heart.database.execute(leave).await?;
-    let member = |n: usize| match n {
-        3 => message("leaves", "insert,sql_text", r#"{"n": 1, "sql": "select leave()"}"#),
+    harness.database.execute(leave).await?;
+    let item = |n: usize| match n {
+        3 => message(
+            "leaves",
+            "insert,sql_text",
+            r#"{"n": 1, "sql": "select leave()"}"#,
+        ),
         n => message(&format!("stays{n}"), "insert", r#"{"n": 1}"#),
     };
-    let batch: Vec<_> = (0..8).map(member).collect();
+    let batch: Vec<_> = (0..8).map(item).collect();
     let mut tries = 0;
     let delivered = loop {
         tries += 1;
-        match heart.deliver(&batch).await {
+        match harness.deliver(&batch).await {
             Ok(delivered) => break delivered,
             Err(error) => assert!(tries < 5, "{error:#}"),
         }
@@ -177,48 +231,97 @@ async fn a_message_whose_statement_ends_its_session_fails_alone() -> Result<()> 
         };
         assert!(right, "{n} came to {verdict:?}");
     }
-    assert_eq!(heart.database.number("select count(distinct event_id) from app.effect").await?, 7);
+    assert_eq!(
+        harness
+            .database
+            .number("select count(distinct event_id) from app.effect")
+            .await?,
+        7
+    );
     Ok(())
 }
 
 /// The server itself counts how often the function of the door that reads state was called.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn state_that_the_manifest_names_is_read_for_a_batch_with_one_statement() -> Result<()> {
-    let heart = Heart::of(Kind::Postgres, "state_keys = [\"{header:Account}\", \"{header:Nobody}\"]").await?;
-    let Database::Postgres { direct, .. } = &heart.database else { unreachable!() };
-    let name = direct.rsplit('/').next().context("find the database's name")?;
-    heart.database.execute(&format!("alter database \"{name}\" set track_functions = 'pl'")).await?;
+async fn state_keys_are_read_for_a_batch_with_one_statement() -> Result<()> {
+    let harness = DeliveryHarness::new(
+        Kind::Postgres,
+        "state_keys = [\"{header:Account}\", \"{header:Nobody}\"]",
+    )
+    .await?;
+    let Database::Postgres { direct, .. } = &harness.database else {
+        unreachable!()
+    };
+    let name = direct
+        .rsplit('/')
+        .next()
+        .context("find the database's name")?;
+    harness
+        .database
+        .execute(&format!(
+            "alter database \"{name}\" set track_functions = 'pl'"
+        ))
+        .await?;
     // Connections made from now on count.
     let store = PostgresStore::connect(direct, 4).await?;
-    let delivery = Delivery { store: Arc::new(store), ..heart.delivery.clone() };
+    let delivery = Delivery {
+        store: Arc::new(store),
+        ..harness.delivery.clone()
+    };
     for round in 0..2 {
-        let count =
-            |n: usize| message(&format!("{round}-{n}"), "state_counter", &format!(r#"{{"key": "a{round}-{n}"}}"#));
+        let count = |n: usize| {
+            message(
+                &format!("{round}-{n}"),
+                "state_counter",
+                &format!(r#"{{"key": "a{round}-{n}"}}"#),
+            )
+        };
         let batch: Vec<_> = (0..BATCH).map(count).collect();
         let delivered = delivery.deliver(&batch, false).await?;
-        assert!(delivered.verdicts.iter().all(|verdict| matches!(verdict, Verdict::Done(_))));
+        assert!(
+            delivered
+                .verdicts
+                .iter()
+                .all(|verdict| matches!(verdict, Verdict::Done(_)))
+        );
     }
     // What a session counted is there for all to see when it ends.
     delivery.store.close().await;
-    let calls = "select coalesce(sum(calls), 0) from pg_stat_user_functions where funcname = 'load_state'";
+    let calls =
+        "select coalesce(sum(calls), 0) from pg_stat_user_functions where funcname = 'load_state'";
     let end = std::time::Instant::now() + support::world::PATIENCE;
-    while heart.database.number(calls).await? < 2 {
-        anyhow::ensure!(std::time::Instant::now() < end, "the server counted nothing");
+    while harness.database.number(calls).await? < 2 {
+        anyhow::ensure!(
+            std::time::Instant::now() < end,
+            "the server counted nothing"
+        );
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;
     }
-    assert_eq!(heart.database.number(calls).await?, 2);
-    assert_eq!(heart.database.number("select count(*) from oncely.state where version = 1").await?, 2 * BATCH as i64);
+    assert_eq!(harness.database.number(calls).await?, 2);
+    assert_eq!(
+        harness
+            .database
+            .number("select count(*) from oncely.state where version = 1")
+            .await?,
+        2 * BATCH as i64
+    );
     Ok(())
 }
 
-both!(state_that_was_read_ahead_is_what_members_see_and_leave, |kind: Kind| async move {
-    let heart = Heart::of(kind, "state_keys = [\"same\", \"never-used\"]").await?;
-    let count = |n: usize| message(&format!("e{n}"), "state_counter", r#"{"key": "same"}"#);
-    for round in 0..3 {
-        let batch: Vec<_> = (round * BATCH..(round + 1) * BATCH).map(count).collect();
-        heart.deliver(&batch).await?;
+both!(
+    prefetched_state_is_consistent_across_items,
+    |kind: Kind| async move {
+        let harness = DeliveryHarness::new(kind, "state_keys = [\"same\", \"never-used\"]").await?;
+        let count = |n: usize| message(&format!("e{n}"), "state_counter", r#"{"key": "same"}"#);
+        for round in 0..3 {
+            let batch: Vec<_> = (round * BATCH..(round + 1) * BATCH).map(count).collect();
+            harness.deliver(&batch).await?;
+        }
+        let rows = harness
+            .database
+            .rows("select key, version from oncely.state")
+            .await?;
+        assert_eq!(rows, [["same".to_owned(), (3 * BATCH).to_string()]]);
+        Ok(())
     }
-    let rows = heart.database.rows("select key, version from oncely.state").await?;
-    assert_eq!(rows, [["same".to_owned(), (3 * BATCH).to_string()]]);
-    Ok(())
-});
+);

@@ -7,287 +7,579 @@ use serde_json::Value;
 use support::books;
 use support::database::Kind;
 use support::guests;
-use support::nats::ToPublish;
+use support::nats::NewMessage;
 use support::world::{World, manifest};
 
 /// One attempt, so that `fail_once` dies and takes effect when it is put back.
-const ONE_ATTEMPT: &str = "[worker.retry]\nattempts = 1\nbackoff = \"10ms\"\nbackoff_max = \"50ms\"";
+const ONE_ATTEMPT: &str =
+    "[worker.retry]\nattempts = 1\nbackoff = \"10ms\"\nbackoff_max = \"50ms\"";
 
 const OPEN: &str = "select count(*) from oncely.dead_letter where state = 'open'";
 
-fn dies_once(event: &str) -> ToPublish {
-    ToPublish::new("in.x", event, "fail_once,insert", r#"{"n": 1}"#)
+fn failing_once(event: &str) -> NewMessage {
+    NewMessage::new("in.x", event, "fail_once,insert", r#"{"n": 1}"#)
 }
 
 /// The same event as a publisher sends it again who never heard the answer.
-fn again(mut message: ToPublish, event: &str) -> ToPublish {
+fn again(mut message: NewMessage, event: &str) -> NewMessage {
     message.headers.retain(|(name, _)| name != "Nats-Msg-Id");
-    message.headers.push(("Nats-Msg-Id".to_owned(), format!("again-{}", uuid::Uuid::new_v4())));
+    message.headers.push((
+        "Nats-Msg-Id".to_owned(),
+        format!("again-{}", uuid::Uuid::new_v4()),
+    ));
     message.headers.push(("ce-id".to_owned(), event.to_owned()));
     message
 }
 
-async fn the_letter(world: &World, id: i64) -> Result<Value> {
-    world.oncely_json(&["dlq", "show", &id.to_string(), "--json"]).await
+async fn dead_letter(world: &World, id: i64) -> Result<Value> {
+    world
+        .oncely_json(&["dlq", "show", &id.to_string(), "--json"])
+        .await
 }
 
-both!(what_is_put_back_goes_to_its_worker_alone_with_a_new_budget, |kind: Kind| async move {
-    let retries = "[worker.retry]\nattempts = 2\nbackoff = \"10ms\"\nbackoff_max = \"50ms\"";
-    let other = format!(
-        "[[worker]]\nname = \"other\"\ncomponent = \"{}\"\nstream = \"IN\"\noutputs = [\"out.>\"]\n{retries}",
-        guests::component()?.display()
-    );
-    let world = World::start(kind, &format!("{}\n{other}", manifest(retries)?)).await?;
-    // Dies at the second attempt, and would take effect at the fourth.
-    let message = ToPublish::new("in.x", "e1", "fail_until,insert", r#"{"attempt": 4, "n": 1}"#);
-    world.nats.publish_all(vec![message]).await?;
-    world.until(OPEN, 2).await?;
-    let said = world.oncely(&["dlq", "redrive", "--worker", "test", "--note", "fixed"]).await?;
-    assert_eq!(said.trim(), "put back: 1; took effect: 1");
-    let attempts =
-        world.database.rows("select worker, count(*) from oncely.attempt group by worker order by 1").await?;
-    assert_eq!(attempts, [["other", "2"], ["test", "3"]]);
-    assert_eq!(
-        world.database.rows("select event_id, count(*) from app.effect group by event_id").await?,
-        [["e1", "2"]]
-    );
-    let states = world.database.rows("select worker, state from oncely.inbox order by worker").await?;
-    assert_eq!(states, [["other", "dead"], ["test", "done"]]);
-    // It is closed: it is not listed, and cannot be put back once more.
-    assert_eq!(
-        world.oncely_json(&["dlq", "list", "--worker", "test", "--json"]).await?.as_array().map(Vec::len),
-        Some(0)
-    );
-    let id = world.oncely_json(&["dlq", "list", "--worker", "test", "--closed", "--json"]).await?[0]["id"].clone();
-    let letter = the_letter(&world, id.as_i64().unwrap_or_default()).await?;
-    assert_eq!((&letter["state"], &letter["settled"]["state"]), (&"done".into(), &"done".into()));
-    assert_eq!(letter["outputs"][0]["id"], "test:e1:0");
-    assert_eq!((&letter["audit"][0]["action"], &letter["audit"][0]["note"]), (&"redrive".into(), &"fixed".into()));
-    let refused = world.oncely(&["dlq", "redrive", &id.to_string(), "--again"]).await.unwrap_err().to_string();
-    assert!(refused.contains("it took effect since"), "{refused}");
-    Ok(())
-});
-
-both!(a_message_that_dies_again_is_one_letter_with_a_longer_story, |kind: Kind| async move {
-    let world = World::start(kind, &manifest(ONE_ATTEMPT)?).await?;
-    world.nats.publish_all(vec![ToPublish::new("in.x", "e1", "log,fail", "{}")]).await?;
-    world.until(OPEN, 1).await?;
-    for round in 1..=2 {
-        let said = world.oncely(&["dlq", "redrive", "--all"]).await?;
-        assert_eq!(said.trim(), "put back: 1; took effect: 0; died again: 1");
-        let letter = the_letter(&world, 1).await?;
-        assert_eq!((&letter["generation"], &letter["attempts"]), (&round.into(), &(round + 1).into()));
-        assert_eq!(letter["story"].as_array().map(Vec::len), Some(round + 1));
+both!(
+    a_redrive_goes_to_its_worker_only_with_new_attempts,
+    |kind: Kind| async move {
+        let retries = "[worker.retry]\nattempts = 2\nbackoff = \"10ms\"\nbackoff_max = \"50ms\"";
+        let other = format!(
+            "[[worker]]\nname = \"other\"\ncomponent = \"{}\"\nstream = \"IN\"\noutputs = [\"out.>\"]\n{retries}",
+            guests::component()?.display()
+        );
+        let world = World::start(kind, &format!("{}\n{other}", manifest(retries)?)).await?;
+        // Dies at the second attempt, and would take effect at the fourth.
+        let message = NewMessage::new(
+            "in.x",
+            "e1",
+            "fail_until,insert",
+            r#"{"attempt": 4, "n": 1}"#,
+        );
+        world.nats.publish_all(vec![message]).await?;
+        world.until(OPEN, 2).await?;
+        let said = world
+            .oncely(&["dlq", "redrive", "--worker", "test", "--note", "fixed"])
+            .await?;
+        assert_eq!(said.trim(), "redriven: 1; succeeded: 1");
+        let attempts = world
+            .database
+            .rows("select worker, count(*) from oncely.attempt group by worker order by 1")
+            .await?;
+        assert_eq!(attempts, [["other", "2"], ["test", "3"]]);
+        assert_eq!(
+            world
+                .database
+                .rows("select event_id, count(*) from app.effect group by event_id")
+                .await?,
+            [["e1", "2"]]
+        );
+        let states = world
+            .database
+            .rows("select worker, state from oncely.inbox order by worker")
+            .await?;
+        assert_eq!(states, [["other", "dead"], ["test", "done"]]);
+        // It is closed: it is not listed, and cannot be put back once more.
+        assert_eq!(
+            world
+                .oncely_json(&["dlq", "list", "--worker", "test", "--json"])
+                .await?
+                .as_array()
+                .map(Vec::len),
+            Some(0)
+        );
+        let id = world
+            .oncely_json(&["dlq", "list", "--worker", "test", "--closed", "--json"])
+            .await?[0]["id"]
+            .clone();
+        let letter = dead_letter(&world, id.as_i64().unwrap_or_default()).await?;
+        assert_eq!(
+            (&letter["state"], &letter["inbox"]["state"]),
+            (&"done".into(), &"done".into())
+        );
+        assert_eq!(letter["outputs"][0]["id"], "test:e1:0");
+        assert_eq!(
+            (&letter["audit"][0]["action"], &letter["audit"][0]["note"]),
+            (&"redrive".into(), &"fixed".into())
+        );
+        let refused = world
+            .oncely(&["dlq", "redrive", &id.to_string(), "--force"])
+            .await
+            .unwrap_err()
+            .to_string();
+        assert!(refused.contains("it took effect since"), "{refused}");
+        Ok(())
     }
-    assert_eq!(world.database.number("select count(*) from oncely.dead_letter").await?, 1);
-    world.quiet(1).await?;
-    let notices = world.nats.read_stream("ONCELY_DLQ").await?;
-    let header = |at: usize, name: &str| notices[at].headers.get(name).cloned().unwrap_or_default();
-    assert_eq!(notices.len(), 3);
-    assert_eq!([header(0, "Oncely-Redriven"), header(2, "Oncely-Redriven")], ["", "2"]);
-    assert!(header(2, "Oncely-Output-Id").ends_with(":test:e1:r2"), "{}", header(2, "Oncely-Output-Id"));
-    assert_eq!(header(2, "Oncely-Letter"), "1");
-    // What was put back has left the queue.
-    assert_eq!(world.nats.read_stream("ONCELY_REDRIVE").await?.len(), 0);
-    Ok(())
-});
+);
 
-both!(a_corrected_message_is_still_the_same_event, |kind: Kind| async move {
-    let world = World::start(kind, &manifest(ONE_ATTEMPT)?).await?;
-    let original = ToPublish::new("in.x", "e1", "insert", r#"{"n": "#);
-    world.nats.publish_all(vec![original.clone()]).await?;
-    world.until(OPEN, 1).await?;
-    let corrected = world.folder.path().join("corrected.json");
-    std::fs::write(&corrected, r#"{"n": 1}"#)?;
-    let path = corrected.display().to_string();
-    let edit = ["dlq", "edit", "1", "--body", &path, "--note", "it was cut", "--actor", "ada"];
-    assert_eq!(world.oncely(&edit).await?.trim(), "dead letter 1 has a corrected body of 8 bytes");
-    assert_eq!(world.oncely(&["dlq", "show", "1", "--raw"]).await?, r#"{"n": 1}"#);
-    assert_eq!(world.oncely(&["dlq", "redrive", "1"]).await?.trim(), "put back: 1; took effect: 1");
-    let letter = the_letter(&world, 1).await?;
-    // The original stands beside it.
-    assert_eq!((&letter["body"], &letter["edits"][0]["actor"]), (&"eyJuIjog".into(), &"ada".into()));
-    // Neither the original nor a copy of it is another event now.
-    world.nats.publish_all(vec![again(original, "e1"), dies_once("e2")]).await?;
-    world.until("select count(*) from oncely.dead_letter where event_id = 'e2'", 1).await?;
-    world.quiet(2).await?;
-    assert_eq!(world.database.number("select count(*) from oncely.dead_letter").await?, 2);
-    assert_eq!(books::check(&world).await?.effects.len(), 1);
-    let late = world.oncely(&edit).await.unwrap_err().to_string();
-    assert!(late.contains("dead letter 1 was not corrected") && late.contains("it took effect since"), "{late}");
-    Ok(())
-});
+both!(
+    dying_again_adds_attempts_to_the_same_dead_letter,
+    |kind: Kind| async move {
+        let world = World::start(kind, &manifest(ONE_ATTEMPT)?).await?;
+        world
+            .nats
+            .publish_all(vec![NewMessage::new("in.x", "e1", "log,fail", "{}")])
+            .await?;
+        world.until(OPEN, 1).await?;
+        for round in 1..=2 {
+            let said = world.oncely(&["dlq", "redrive", "--all"]).await?;
+            assert_eq!(said.trim(), "redriven: 1; succeeded: 0; failed again: 1");
+            let letter = dead_letter(&world, 1).await?;
+            assert_eq!(
+                (&letter["generation"], &letter["attempts"]),
+                (&round.into(), &(round + 1).into())
+            );
+            assert_eq!(
+                letter["failure_history"].as_array().map(Vec::len),
+                Some(round + 1)
+            );
+        }
+        assert_eq!(
+            world
+                .database
+                .number("select count(*) from oncely.dead_letter")
+                .await?,
+            1
+        );
+        world.quiet(1).await?;
+        let notices = world.nats.read_stream("ONCELY_DLQ").await?;
+        let header =
+            |at: usize, name: &str| notices[at].headers.get(name).cloned().unwrap_or_default();
+        assert_eq!(notices.len(), 3);
+        assert_eq!(
+            [header(0, "Oncely-Redriven"), header(2, "Oncely-Redriven")],
+            ["", "2"]
+        );
+        assert!(
+            header(2, "Oncely-Output-Id").ends_with(":test:e1:r2"),
+            "{}",
+            header(2, "Oncely-Output-Id")
+        );
+        assert_eq!(header(2, "Oncely-Dead-Letter"), "1");
+        // What was put back has left the queue.
+        assert_eq!(world.nats.read_stream("ONCELY_REDRIVE").await?.len(), 0);
+        Ok(())
+    }
+);
 
-both!(closed_letters_are_out_of_sight_and_on_record, |kind: Kind| async move {
-    let world = World::start(kind, &manifest(ONE_ATTEMPT)?).await?;
-    let messages = (1..=4).map(|n| dies_once(&format!("e{n}"))).collect();
-    world.nats.publish_all(messages).await?;
-    world.until(OPEN, 4).await?;
-    let ids: Vec<String> = world.database.rows("select id from oncely.dead_letter order by event_id").await?.concat();
-    assert_eq!(
-        world.oncely(&["dlq", "resolve", &ids[0], "--note", "repaired by hand"]).await?.trim(),
-        "resolved: 1 of 1"
-    );
-    let unasked = world.oncely(&["dlq", "drop", "--worker", "test"]).await.unwrap_err().to_string();
-    assert!(unasked.contains("none of the 3 dead letters was dropped") && unasked.contains("--yes"), "{unasked}");
-    assert_eq!(world.oncely(&["dlq", "drop", &ids[1], "--yes"]).await?.trim(), "dropped: 1 of 1");
-    assert_eq!(world.oncely_json(&["dlq", "list", "--json"]).await?.as_array().map(Vec::len), Some(2));
-    assert_eq!(world.oncely_json(&["dlq", "list", "--closed", "--json"]).await?.as_array().map(Vec::len), Some(4));
-    assert_eq!(world.oncely_json(&["status", "--json"]).await?.pointer("/totals/0/dead"), Some(&2.into()));
-    let refused = world.oncely(&["dlq", "redrive", &ids[0]]).await.unwrap_err().to_string();
-    assert!(refused.contains("it is closed (resolved)"), "{refused}");
-    let refused = world.oncely(&["dlq", "resolve", &ids[1], "--note", "x"]).await.unwrap_err().to_string();
-    assert!(refused.contains("it is closed already (dropped)"), "{refused}");
-    let said = world.oncely(&["dlq", "redrive", &ids[0], "--again"]).await?;
-    assert_eq!(said.trim(), "put back: 1; took effect: 1");
-    let acts = world.database.rows("select action from oncely.letter_audit order by seq").await?.concat();
-    assert_eq!(acts, ["resolve", "drop", "redrive"]);
-    let forged = world.database.execute("update oncely.letter_audit set actor = 'somebody else'").await;
-    assert!(format!("{:#}", forged.unwrap_err()).contains("only ever added"));
-    // The export has all of them, one on each line.
-    let export = world.oncely(&["dlq", "export", "--all", "--closed"]).await?;
-    assert_eq!(export.lines().filter(|line| serde_json::from_str::<Value>(line).is_ok()).count(), 4);
-    Ok(())
-});
+both!(
+    a_corrected_message_is_still_the_same_event,
+    |kind: Kind| async move {
+        let world = World::start(kind, &manifest(ONE_ATTEMPT)?).await?;
+        let original = NewMessage::new("in.x", "e1", "insert", r#"{"n": "#);
+        world.nats.publish_all(vec![original.clone()]).await?;
+        world.until(OPEN, 1).await?;
+        let corrected = world.folder.path().join("corrected.json");
+        std::fs::write(&corrected, r#"{"n": 1}"#)?;
+        let path = corrected.display().to_string();
+        let edit = [
+            "dlq",
+            "edit",
+            "1",
+            "--body",
+            &path,
+            "--note",
+            "it was cut",
+            "--actor",
+            "ada",
+        ];
+        assert_eq!(
+            world.oncely(&edit).await?.trim(),
+            "dead letter 1 has a corrected body of 8 bytes"
+        );
+        assert_eq!(
+            world.oncely(&["dlq", "show", "1", "--raw"]).await?,
+            r#"{"n": 1}"#
+        );
+        assert_eq!(
+            world.oncely(&["dlq", "redrive", "1"]).await?.trim(),
+            "redriven: 1; succeeded: 1"
+        );
+        let letter = dead_letter(&world, 1).await?;
+        // The original stands beside it.
+        assert_eq!(
+            (&letter["body"], &letter["edits"][0]["actor"]),
+            (&"eyJuIjog".into(), &"ada".into())
+        );
+        // Neither the original nor a copy of it is another event now.
+        world
+            .nats
+            .publish_all(vec![again(original, "e1"), failing_once("e2")])
+            .await?;
+        world
+            .until(
+                "select count(*) from oncely.dead_letter where event_id = 'e2'",
+                1,
+            )
+            .await?;
+        world.quiet(2).await?;
+        assert_eq!(
+            world
+                .database
+                .number("select count(*) from oncely.dead_letter")
+                .await?,
+            2
+        );
+        assert_eq!(books::check(&world).await?.effects.len(), 1);
+        let late = world.oncely(&edit).await.unwrap_err().to_string();
+        assert!(
+            late.contains("dead letter 1 was not corrected")
+                && late.contains("it took effect since"),
+            "{late}"
+        );
+        Ok(())
+    }
+);
 
-both!(what_cannot_be_put_back_says_what_to_do, |kind: Kind| async move {
+both!(
+    closed_dead_letters_are_hidden_and_audited,
+    |kind: Kind| async move {
+        let world = World::start(kind, &manifest(ONE_ATTEMPT)?).await?;
+        let messages = (1..=4).map(|n| failing_once(&format!("e{n}"))).collect();
+        world.nats.publish_all(messages).await?;
+        world.until(OPEN, 4).await?;
+        let ids: Vec<String> = world
+            .database
+            .rows("select id from oncely.dead_letter order by event_id")
+            .await?
+            .concat();
+        assert_eq!(
+            world
+                .oncely(&["dlq", "resolve", &ids[0], "--note", "repaired by hand"])
+                .await?
+                .trim(),
+            "resolved: 1 of 1"
+        );
+        let unasked = world
+            .oncely(&["dlq", "drop", "--worker", "test"])
+            .await
+            .unwrap_err()
+            .to_string();
+        assert!(
+            unasked.contains("none of the 3 dead letters was dropped") && unasked.contains("--yes"),
+            "{unasked}"
+        );
+        assert_eq!(
+            world
+                .oncely(&["dlq", "drop", &ids[1], "--yes"])
+                .await?
+                .trim(),
+            "dropped: 1 of 1"
+        );
+        assert_eq!(
+            world
+                .oncely_json(&["dlq", "list", "--json"])
+                .await?
+                .as_array()
+                .map(Vec::len),
+            Some(2)
+        );
+        assert_eq!(
+            world
+                .oncely_json(&["dlq", "list", "--closed", "--json"])
+                .await?
+                .as_array()
+                .map(Vec::len),
+            Some(4)
+        );
+        assert_eq!(
+            world
+                .oncely_json(&["status", "--json"])
+                .await?
+                .pointer("/totals/0/dead"),
+            Some(&2.into())
+        );
+        let refused = world
+            .oncely(&["dlq", "redrive", &ids[0]])
+            .await
+            .unwrap_err()
+            .to_string();
+        assert!(refused.contains("it is closed (resolved)"), "{refused}");
+        let refused = world
+            .oncely(&["dlq", "resolve", &ids[1], "--note", "x"])
+            .await
+            .unwrap_err()
+            .to_string();
+        assert!(
+            refused.contains("it is closed already (dropped)"),
+            "{refused}"
+        );
+        let said = world
+            .oncely(&["dlq", "redrive", &ids[0], "--force"])
+            .await?;
+        assert_eq!(said.trim(), "redriven: 1; succeeded: 1");
+        let acts = world
+            .database
+            .rows("select action from oncely.dead_letter_audit order by seq")
+            .await?
+            .concat();
+        assert_eq!(acts, ["resolve", "drop", "redrive"]);
+        let forged = world
+            .database
+            .execute("update oncely.dead_letter_audit set actor = 'somebody else'")
+            .await;
+        assert!(format!("{:#}", forged.unwrap_err()).contains("append-only"));
+        // The export has all of them, one on each line.
+        let export = world
+            .oncely(&["dlq", "export", "--all", "--closed"])
+            .await?;
+        assert_eq!(
+            export
+                .lines()
+                .filter(|line| serde_json::from_str::<Value>(line).is_ok())
+                .count(),
+            4
+        );
+        Ok(())
+    }
+);
+
+both!(a_refused_redrive_gives_a_hint, |kind: Kind| async move {
     let world = World::start(kind, &manifest(ONE_ATTEMPT)?).await?;
-    let first = ToPublish::new("in.x", "e1", "insert", r#"{"n": 1}"#);
-    let reuse = again(ToPublish::new("in.x", "e1", "insert", r#"{"n": 2}"#), "e1");
+    let first = NewMessage::new("in.x", "e1", "insert", r#"{"n": 1}"#);
+    let reuse = again(NewMessage::new("in.x", "e1", "insert", r#"{"n": 2}"#), "e1");
     world.nats.publish_all(vec![first]).await?;
     world.until("select count(*) from oncely.inbox", 1).await?;
     world.nats.publish_all(vec![reuse]).await?;
     world.until(OPEN, 1).await?;
-    let refused = world.oncely(&["dlq", "redrive", "1"]).await.unwrap_err().to_string();
-    assert!(refused.contains("its event id stands for another message"), "{refused}");
-    let nothing = world.oncely(&["dlq", "redrive"]).await.unwrap_err().to_string();
-    assert!(nothing.contains("it is not said which dead letters are meant"), "{nothing}");
-    let missing = world.oncely(&["dlq", "redrive", "7"]).await.unwrap_err().to_string();
+    let refused = world
+        .oncely(&["dlq", "redrive", "1"])
+        .await
+        .unwrap_err()
+        .to_string();
+    assert!(
+        refused.contains("its event id stands for another message"),
+        "{refused}"
+    );
+    let nothing = world
+        .oncely(&["dlq", "redrive"])
+        .await
+        .unwrap_err()
+        .to_string();
+    assert!(
+        nothing.contains("it is not said which dead letters are meant"),
+        "{nothing}"
+    );
+    let missing = world
+        .oncely(&["dlq", "redrive", "7"])
+        .await
+        .unwrap_err()
+        .to_string();
     assert!(missing.contains("there is no dead letter 7"), "{missing}");
-    let forged = world.oncely(&["publish", "oncely.redrive.test", "x"]).await.unwrap_err().to_string();
-    assert!(forged.contains("`oncely.redrive.test` is the host's own"), "{forged}");
-    assert_eq!(world.oncely(&["dlq", "resolve", "1", "--note", "sent anew"]).await?.trim(), "resolved: 1 of 1");
-    Ok(())
-});
-
-both!(letters_are_found_by_what_they_have_in_common, |kind: Kind| async move {
-    let world = World::start(kind, &manifest(ONE_ATTEMPT)?).await?;
-    let coded = |subject: &str, event: &str, code: &str| {
-        ToPublish::new(subject, event, "reject", &format!(r#"{{"code": "{code}"}}"#))
-    };
-    world
-        .nats
-        .publish_all(vec![coded("in.a.x", "e1", "red"), coded("in.a.y", "e2", "blue"), coded("in.b.x", "e3", "red")])
-        .await?;
-    world.until(OPEN, 3).await?;
-    for (filter, expected) in [
-        (&["--subject", "in.a.*"][..], 2),
-        (&["--subject", "in.*.x"], 2),
-        (&["--subject", "in.b.x"], 1),
-        (&["--code", "red"], 2),
-        (&["--code", "red", "--subject", "in.a.>"], 1),
-        (&["--reason", "attempts-exhausted"], 0),
-        (&["--since", "1h"], 3),
-        (&["--until", "1h"], 0),
-        (&["--limit", "2"], 2),
-    ] {
-        let list = world.oncely_json(&[&["dlq", "list", "--json"], filter].concat()).await?;
-        assert_eq!(list.as_array().map(Vec::len), Some(expected), "{filter:?}");
-    }
-    Ok(())
-});
-
-both!(what_nobody_may_publish_a_guest_may_not_publish_either, |kind: Kind| async move {
-    let granted = manifest(ONE_ATTEMPT)?.replace("outputs = [\"out.>\"]", "outputs = [\"out.>\", \"*.redrive.test\"]");
-    let refused = World::start(kind, &granted).await.map(|_| ()).unwrap_err().to_string();
-    assert!(refused.contains("*.redrive.test"), "{refused}");
-    let world = World::start(kind, &manifest(ONE_ATTEMPT)?).await?;
-    let forger = ToPublish::new("in.x", "forger", "emit", r#"{"subject": "oncely.redrive.test"}"#);
-    world.nats.publish_all(vec![forger]).await?;
-    world.until("select count(*) from oncely.dead_letter where reason = 'output-refused'", 1).await?;
+    let forged = world
+        .oncely(&["publish", "oncely.redrive.test", "x"])
+        .await
+        .unwrap_err()
+        .to_string();
+    assert!(
+        forged.contains("`oncely.redrive.test` is the host's own"),
+        "{forged}"
+    );
     assert_eq!(
-        world.database.number("select count(*) from oncely.outbox where subject like 'oncely.redrive.%'").await?,
-        0
+        world
+            .oncely(&["dlq", "resolve", "1", "--note", "sent anew"])
+            .await?
+            .trim(),
+        "resolved: 1 of 1"
     );
     Ok(())
 });
 
-both!(put_back_while_hosts_are_killed_and_copies_come_every_event_takes_effect_once, |kind: Kind| async move {
-    let count = 80;
-    let settings = format!("ack_wait = \"1s\"\nbatch = 8\n{ONE_ATTEMPT}");
-    let mut world = World::start(kind, &manifest(&settings)?).await?;
-    let messages: Vec<ToPublish> = (0..count).map(|n| dies_once(&format!("e{n}"))).collect();
-    world.nats.publish_all(messages.clone()).await?;
-    world.until(OPEN, count).await?;
-    let unsettled = "select count(*) from oncely.dead_letter left join oncely.inbox
+both!(
+    dead_letters_are_selected_by_common_properties,
+    |kind: Kind| async move {
+        let world = World::start(kind, &manifest(ONE_ATTEMPT)?).await?;
+        let coded = |subject: &str, event: &str, code: &str| {
+            NewMessage::new(
+                subject,
+                event,
+                "reject",
+                &format!(r#"{{"code": "{code}"}}"#),
+            )
+        };
+        world
+            .nats
+            .publish_all(vec![
+                coded("in.a.x", "e1", "red"),
+                coded("in.a.y", "e2", "blue"),
+                coded("in.b.x", "e3", "red"),
+            ])
+            .await?;
+        world.until(OPEN, 3).await?;
+        for (filter, expected) in [
+            (&["--subject", "in.a.*"][..], 2),
+            (&["--subject", "in.*.x"], 2),
+            (&["--subject", "in.b.x"], 1),
+            (&["--code", "red"], 2),
+            (&["--code", "red", "--subject", "in.a.>"], 1),
+            (&["--reason", "attempts-exhausted"], 0),
+            (&["--since", "1h"], 3),
+            (&["--until", "1h"], 0),
+            (&["--limit", "2"], 2),
+        ] {
+            let list = world
+                .oncely_json(&[&["dlq", "list", "--json"], filter].concat())
+                .await?;
+            assert_eq!(list.as_array().map(Vec::len), Some(expected), "{filter:?}");
+        }
+        Ok(())
+    }
+);
+
+both!(
+    a_guest_cannot_publish_to_reserved_subjects,
+    |kind: Kind| async move {
+        let granted = manifest(ONE_ATTEMPT)?.replace(
+            "outputs = [\"out.>\"]",
+            "outputs = [\"out.>\", \"*.redrive.test\"]",
+        );
+        let refused = World::start(kind, &granted)
+            .await
+            .map(|_| ())
+            .unwrap_err()
+            .to_string();
+        assert!(refused.contains("*.redrive.test"), "{refused}");
+        let world = World::start(kind, &manifest(ONE_ATTEMPT)?).await?;
+        let forger = NewMessage::new(
+            "in.x",
+            "forger",
+            "emit",
+            r#"{"subject": "oncely.redrive.test"}"#,
+        );
+        world.nats.publish_all(vec![forger]).await?;
+        world
+            .until(
+                "select count(*) from oncely.dead_letter where reason = 'output-refused'",
+                1,
+            )
+            .await?;
+        assert_eq!(
+            world
+                .database
+                .number("select count(*) from oncely.outbox where subject like 'oncely.redrive.%'")
+                .await?,
+            0
+        );
+        Ok(())
+    }
+);
+
+both!(
+    redrives_take_effect_once_under_kills_and_duplicates,
+    |kind: Kind| async move {
+        let count = 80;
+        let settings = format!("ack_wait = \"1s\"\nbatch = 8\n{ONE_ATTEMPT}");
+        let mut world = World::start(kind, &manifest(&settings)?).await?;
+        let messages: Vec<NewMessage> =
+            (0..count).map(|n| failing_once(&format!("e{n}"))).collect();
+        world.nats.publish_all(messages.clone()).await?;
+        world.until(OPEN, count).await?;
+        let unsettled = "select count(*) from oncely.dead_letter left join oncely.inbox
         on inbox.worker = dead_letter.worker and inbox.event_id = dead_letter.event_id
         where inbox.state is null or inbox.state <> 'done'";
-    let unsettled = match kind {
+        let unsettled = match kind {
         Kind::Sqlite => {
             "select count(*) from oncely_dead_letter as l where not exists (
             select 1 from oncely_inbox as i where i.worker = l.worker and i.event_id = l.event_id and i.state = 'done')"
         }
         _ => unsettled,
     };
-    for round in 0..8_u64 {
-        if world.database.number(unsettled).await? == 0 {
-            break;
+        for round in 0..8_u64 {
+            if world.database.number(unsettled).await? == 0 {
+                break;
+            }
+            // Two people at the same time, and the publisher once more.
+            let redrive = ["dlq", "redrive", "--all", "--rate", "300", "--wait", "0s"];
+            let copies = messages
+                .iter()
+                .enumerate()
+                .filter(|(n, _)| *n as u64 % 7 == round % 7);
+            let copies = copies
+                .map(|(n, message)| again(message.clone(), &format!("e{n}")))
+                .collect();
+            let late = async {
+                tokio::time::sleep(Duration::from_millis(30 + 23 * round)).await;
+                world.nats.publish_all(copies).await
+            };
+            let kill = async {
+                tokio::time::sleep(Duration::from_millis(60 + 37 * (round % 6))).await;
+                let pid = world.host_pid().unwrap_or_default();
+                support::world::signal(pid, "KILL")
+            };
+            let (_, _, copied, killed) =
+                tokio::join!(world.oncely(&redrive), world.oncely(&redrive), late, kill);
+            copied?;
+            killed?;
+            world.kill_host()?;
+            world.start_host().await?;
+            // What the dead host had in hand comes again once `ack_wait` is over; what died meanwhile is put back once more.
+            world
+                .until(
+                    "select count(*) from oncely.outbox where published_at is null",
+                    0,
+                )
+                .await?;
         }
-        // Two people at the same time, and the publisher once more.
-        let redrive = ["dlq", "redrive", "--all", "--rate", "300", "--wait", "0s"];
-        let copies = messages.iter().enumerate().filter(|(n, _)| *n as u64 % 7 == round % 7);
-        let copies = copies.map(|(n, message)| again(message.clone(), &format!("e{n}"))).collect();
-        let late = async {
-            tokio::time::sleep(Duration::from_millis(30 + 23 * round)).await;
-            world.nats.publish_all(copies).await
-        };
-        let kill = async {
-            tokio::time::sleep(Duration::from_millis(60 + 37 * (round % 6))).await;
-            let pid = world.host_pid().unwrap_or_default();
-            support::world::signal(pid, "KILL")
-        };
-        let (_, _, copied, killed) = tokio::join!(world.oncely(&redrive), world.oncely(&redrive), late, kill);
-        copied?;
-        killed?;
-        world.kill_host()?;
-        world.start_host().await?;
-        // What the dead host had in hand comes again once `ack_wait` is over; what died meanwhile is put back once more.
-        world.until("select count(*) from oncely.outbox where published_at is null", 0).await?;
+        world
+            .oncely(&["dlq", "redrive", "--all", "--force", "--wait", "20s"])
+            .await?;
+        world.until(unsettled, 0).await?;
+        world.quiet(count).await?;
+        let books = books::check(&world).await?;
+        assert_eq!(
+            (books.effects.len(), books.outputs),
+            (count as usize, count as usize)
+        );
+        assert_eq!(
+            world
+                .database
+                .number("select count(*) from oncely.dead_letter")
+                .await?,
+            count
+        );
+        Ok(())
     }
-    world.oncely(&["dlq", "redrive", "--all", "--again", "--wait", "20s"]).await?;
-    world.until(unsettled, 0).await?;
-    world.quiet(count).await?;
-    let books = books::check(&world).await?;
-    assert_eq!((books.effects.len(), books.outputs), (count as usize, count as usize));
-    assert_eq!(world.database.number("select count(*) from oncely.dead_letter").await?, count);
-    Ok(())
-});
+);
 
-both!(a_redrive_that_is_stopped_goes_on_where_it_was, |kind: Kind| async move {
-    let count = 30;
-    let world = World::start(kind, &manifest(ONE_ATTEMPT)?).await?;
-    world.nats.publish_all((0..count).map(|n| dies_once(&format!("e{n}"))).collect()).await?;
-    world.until(OPEN, count).await?;
-    let child = std::process::Command::new(guests::oncely()?)
-        .args(["dlq", "redrive", "--all", "--rate", "10"])
-        .current_dir(world.folder.path())
-        .env_remove("ONCELY_HOST")
-        .stdout(std::process::Stdio::piped())
-        .stderr(std::process::Stdio::piped())
-        .spawn()?;
-    world.until("select min(1) from oncely.inbox where state = 'done'", 1).await?;
-    support::world::signal(child.id(), "INT")?;
-    let output = tokio::task::spawn_blocking(move || child.wait_with_output()).await??;
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{said}");
-    assert!(said.contains("error: stopped after ") && said.contains("of 30 dead letters"), "{said}");
-    let (_, until) = said.split_once("--until ").context("it does not say how to go on")?;
-    let until = until.split([',', ' ']).next().unwrap_or_default();
-    let left = world.oncely_json(&["dlq", "list", "--json", "--until", until]).await?;
-    let left = left.as_array().map(Vec::len).unwrap_or_default();
-    assert!(left > 0 && left < count as usize, "{left} are left");
-    world.oncely(&["dlq", "redrive", "--all", "--rate", "0", "--until", until]).await?;
-    world.quiet(count).await?;
-    assert_eq!(books::check(&world).await?.effects.len(), count as usize);
-    Ok(())
-});
+both!(
+    an_interrupted_redrive_continues_where_it_stopped,
+    |kind: Kind| async move {
+        let count = 30;
+        let world = World::start(kind, &manifest(ONE_ATTEMPT)?).await?;
+        world
+            .nats
+            .publish_all((0..count).map(|n| failing_once(&format!("e{n}"))).collect())
+            .await?;
+        world.until(OPEN, count).await?;
+        let child = std::process::Command::new(guests::oncely()?)
+            .args(["dlq", "redrive", "--all", "--rate", "10"])
+            .current_dir(world.folder.path())
+            .env_remove("ONCELY_HOST")
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped())
+            .spawn()?;
+        world
+            .until("select min(1) from oncely.inbox where state = 'done'", 1)
+            .await?;
+        support::world::signal(child.id(), "INT")?;
+        let output = tokio::task::spawn_blocking(move || child.wait_with_output()).await??;
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(
+            said.contains("error: stopped after ") && said.contains("of 30 dead letters"),
+            "{said}"
+        );
+        let (_, until) = said
+            .split_once("--until ")
+            .context("it does not say how to go on")?;
+        let until = until.split([',', ' ']).next().unwrap_or_default();
+        let left = world
+            .oncely_json(&["dlq", "list", "--json", "--until", until])
+            .await?;
+        let left = left.as_array().map(Vec::len).unwrap_or_default();
+        assert!(left > 0 && left < count as usize, "{left} are left");
+        world
+            .oncely(&["dlq", "redrive", "--all", "--rate", "0", "--until", until])
+            .await?;
+        world.quiet(count).await?;
+        assert_eq!(books::check(&world).await?.effects.len(), count as usize);
+        Ok(())
+    }
+);

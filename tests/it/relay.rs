@@ -5,45 +5,64 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use async_nats::jetstream;
-use support::counting::{check_order, count, counting, told};
+use support::counting::{check_order, count, counting_messages, published_values};
 use support::database::Kind;
-use support::nats::ToPublish;
+use support::nats::NewMessage;
 use support::production::RunningHost;
 use support::proxy::{Cut, Proxy};
 use support::world::{QUICK_RETRIES, World, manifest};
 
-both!(outputs_of_a_key_keep_their_order_when_publications_are_cut_and_the_broker_dies, |kind: Kind| async move {
-    let settings = format!("batch = 8\nconcurrency = 4\nack_wait = \"2s\"\n{QUICK_RETRIES}");
-    let mut world = World::without_host(kind, &manifest(&settings)?).await?;
-    let proxy = Proxy::start(world.nats.port()).await?;
-    world.nats_url = format!("nats://127.0.0.1:{}", proxy.port());
-    world.start_host().await?;
-    let count = 900;
-    for part in 0..6 {
-        world.nats.publish_all(counting(part * count / 6, (part + 1) * count / 6)).await?;
-        let cut = if part % 2 == 0 { Cut::OutputsNotForwarded } else { Cut::OutputAnswersLost };
-        ensure!(proxy.cut(cut, Duration::from_secs(20)).await, "nothing was published to cut");
-    }
-    world.nats.kill()?;
-    world.nats.restart().await?;
-    world.quiet(count as i64).await?;
-    check_order(&world, count).await
-});
-
-both!(outputs_of_a_key_keep_their_order_when_their_host_is_killed, |kind: Kind| async move {
-    let settings = format!("batch = 8\nconcurrency = 4\nack_wait = \"1s\"\n{QUICK_RETRIES}");
-    let mut world = World::start(kind, &manifest(&settings)?).await?;
-    let count = 900;
-    world.nats.publish_all(counting(0, count)).await?;
-    for round in 1..=3_u64 {
-        let enough = format!("select case when count(*) > {} then 1 else 0 end from oncely.inbox", round * 150);
-        world.until(&enough, 1).await?;
-        world.kill_host()?;
+both!(
+    outputs_of_a_key_keep_their_order_when_the_broker_dies,
+    |kind: Kind| async move {
+        let settings = format!("batch = 8\nconcurrency = 4\nack_wait = \"2s\"\n{QUICK_RETRIES}");
+        let mut world = World::without_host(kind, &manifest(&settings)?).await?;
+        let proxy = Proxy::start(world.nats.port()).await?;
+        world.nats_url = format!("nats://127.0.0.1:{}", proxy.port());
         world.start_host().await?;
+        let count = 900;
+        for part in 0..6 {
+            world
+                .nats
+                .publish_all(counting_messages(part * count / 6, (part + 1) * count / 6))
+                .await?;
+            let cut = if part % 2 == 0 {
+                Cut::OutputsNotForwarded
+            } else {
+                Cut::OutputAnswersLost
+            };
+            ensure!(
+                proxy.cut(cut, Duration::from_secs(20)).await,
+                "nothing was published to cut"
+            );
+        }
+        world.nats.kill()?;
+        world.nats.restart().await?;
+        world.quiet(count as i64).await?;
+        check_order(&world, count).await
     }
-    world.quiet(count as i64).await?;
-    check_order(&world, count).await
-});
+);
+
+both!(
+    outputs_of_a_key_keep_their_order_when_their_host_is_killed,
+    |kind: Kind| async move {
+        let settings = format!("batch = 8\nconcurrency = 4\nack_wait = \"1s\"\n{QUICK_RETRIES}");
+        let mut world = World::start(kind, &manifest(&settings)?).await?;
+        let count = 900;
+        world.nats.publish_all(counting_messages(0, count)).await?;
+        for round in 1..=3_u64 {
+            let enough = format!(
+                "select case when count(*) > {} then 1 else 0 end from oncely.inbox",
+                round * 150
+            );
+            world.until(&enough, 1).await?;
+            world.kill_host()?;
+            world.start_host().await?;
+        }
+        world.quiet(count as i64).await?;
+        check_order(&world, count).await
+    }
+);
 
 /// Two hosts commit outputs of the same keys in turn; one is killed with outputs in hand.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -59,150 +78,316 @@ async fn outputs_of_a_key_keep_their_order_across_hosts() -> Result<()> {
     two.until_version(1).await?;
     two.ready().await?;
     let count = 600;
-    world.nats.publish_all(counting(0, count / 2)).await?;
+    world.nats.publish_all(counting_messages(0, count / 2)).await?;
     world.quiet(count as i64 / 2).await?;
-    assert!(one.done()? > 0 && two.done()? > 0, "only one host worked");
-    world.nats.publish_all(counting(count / 2, count)).await?;
+    assert!(
+        one.handled()? > 0 && two.handled()? > 0,
+        "only one host worked"
+    );
+    world.nats.publish_all(counting_messages(count / 2, count)).await?;
     drop(one);
     world.quiet(count as i64).await?;
     check_order(&world, count).await
 }
 
 /// A world whose stream of outputs takes no more than 300 bytes, and the number of the output that is too large for it.
-async fn with_one_too_large(kind: Kind) -> Result<(World, String)> {
+async fn world_with_oversized_output(kind: Kind) -> Result<(World, String)> {
     let mut world = World::without_host(kind, &manifest("concurrency = 1")?).await?;
     world.nats.make_narrow_stream("OUT", "out.>", 300).await?;
     world.start_host().await?;
-    let large = [count(0, "held", 0), count(1, "held", 600), count(2, "held", 0), count(3, "free", 0)];
+    let large = [
+        count(0, "held", 0),
+        count(1, "held", 600),
+        count(2, "held", 0),
+        count(3, "free", 0),
+    ];
     world.nats.publish_all(large.to_vec()).await?;
-    world.until("select count(*) from oncely.outbox where set_aside_at is not null", 1).await?;
-    world.nats.publish_all((4..8).map(|n| count(n, ["held", "free"][n % 2], 0)).collect()).await?;
-    world.until("select count(*) from oncely.outbox where published_at is not null", 4).await?;
-    let told = told(&world).await?;
-    assert_eq!((told["held"].clone(), told["free"].clone()), (vec![1], vec![1, 2, 3]));
+    world
+        .until(
+            "select count(*) from oncely.outbox where parked_at is not null",
+            1,
+        )
+        .await?;
+    world
+        .nats
+        .publish_all(
+            (4..8)
+                .map(|n| count(n, ["held", "free"][n % 2], 0))
+                .collect(),
+        )
+        .await?;
+    world
+        .until(
+            "select count(*) from oncely.outbox where published_at is not null",
+            4,
+        )
+        .await?;
+    let published = published_values(&world).await?;
+    assert_eq!(
+        (published["held"].clone(), published["free"].clone()),
+        (vec![1], vec![1, 2, 3])
+    );
     let list = world.oncely_json(&["outbox", "list", "--json"]).await?;
     let number = list[0]["number"].as_i64().context("nothing is set aside")?;
     Ok((world, number.to_string()))
 }
 
-both!(an_output_that_is_too_large_is_set_aside_and_published_when_it_is_retried, |kind: Kind| async move {
-    let (world, number) = with_one_too_large(kind).await?;
-    let list = world.oncely(&["outbox", "list"]).await?;
-    assert!(list.lines().count() == 2 && list.contains("set-aside") && list.contains("exceeds maximum"), "{list}");
-    assert_eq!(world.oncely(&["outbox", "list", "--unpublished"]).await?.lines().count(), 5);
-    let shown = world.oncely(&["outbox", "show", &number]).await?;
-    for expected in ["state: set-aside", "held behind it: 3", "ordering key: held", "last error: ", "body (6"] {
-        assert!(shown.contains(expected), "`{expected}` is not in:\n{shown}");
+both!(
+    an_oversized_output_is_parked_and_published_on_retry,
+    |kind: Kind| async move {
+        let (world, number) = world_with_oversized_output(kind).await?;
+        let list = world.oncely(&["outbox", "list"]).await?;
+        assert!(
+            list.lines().count() == 2
+                && list.contains("parked")
+                && list.contains("exceeds maximum"),
+            "{list}"
+        );
+        assert_eq!(
+            world
+                .oncely(&["outbox", "list", "--unpublished"])
+                .await?
+                .lines()
+                .count(),
+            5
+        );
+        let shown = world.oncely(&["outbox", "show", &number]).await?;
+        for expected in [
+            "state: parked",
+            "blocks: 3",
+            "ordering key: held",
+            "last error: ",
+            "body (6",
+        ] {
+            assert!(shown.contains(expected), "`{expected}` is not in:\n{shown}");
+        }
+        let status = world.oncely_json(&["status", "--json"]).await?;
+        assert_eq!(status.pointer("/totals/0/set_aside"), Some(&1.into()));
+        assert_eq!(status.pointer("/totals/0/unpublished"), Some(&4.into()));
+        // It still does not fit.
+        world.oncely(&["outbox", "retry", &number]).await?;
+        world
+            .until(
+                "select count(*) from oncely.outbox where failures = 2 and parked_at is not null",
+                1,
+            )
+            .await?;
+        world.nats.make_narrow_stream("OUT", "out.>", 3_000).await?;
+        world
+            .oncely(&["outbox", "retry", "--all", "--worker", "test"])
+            .await?;
+        world.quiet(8).await?;
+        check_order(&world, 8).await?;
+        let missing = world
+            .oncely(&["outbox", "show", "9999"])
+            .await
+            .map_err(|error| error.to_string());
+        assert!(missing.is_err_and(|error| error.contains("hint: oncely outbox list")));
+        Ok(())
     }
-    let status = world.oncely_json(&["status", "--json"]).await?;
-    assert_eq!(status.pointer("/totals/0/set_aside"), Some(&1.into()));
-    assert_eq!(status.pointer("/totals/0/unpublished"), Some(&4.into()));
-    // It still does not fit.
-    world.oncely(&["outbox", "retry", &number]).await?;
-    world.until("select count(*) from oncely.outbox where failures = 2 and set_aside_at is not null", 1).await?;
-    world.nats.make_narrow_stream("OUT", "out.>", 3_000).await?;
-    world.oncely(&["outbox", "retry", "--all", "--worker", "test"]).await?;
-    world.quiet(8).await?;
-    check_order(&world, 8).await?;
-    let missing = world.oncely(&["outbox", "show", "9999"]).await.map_err(|error| error.to_string());
-    assert!(missing.is_err_and(|error| error.contains("hint: oncely outbox list")));
-    Ok(())
-});
+);
 
-both!(dropping_an_output_asks_frees_its_key_and_is_recorded, |kind: Kind| async move {
-    let (world, number) = with_one_too_large(kind).await?;
-    let refused = world.oncely(&["outbox", "drop", "--all"]).await.map_err(|error| error.to_string());
-    assert_eq!(
-        refused.map(drop),
-        Err("error: 1 output is to be dropped, and nobody confirmed\nhint: confirm with --yes".to_owned())
-    );
-    world.oncely(&["outbox", "drop", &number, "--yes", "--note", "told them by hand"]).await?;
-    world.quiet(8).await?;
-    assert_eq!(told(&world).await?["held"], [1, 3, 4, 5]);
-    let dropped = world.oncely(&["outbox", "list", "--dropped"]).await?;
-    assert!(dropped.contains("told them by hand"), "{dropped}");
-    let again = world.oncely(&["outbox", "drop", &number, "--yes"]).await.map_err(|error| error.to_string());
-    assert_eq!(again.map(drop), Err("error: 1 output is not set aside".to_owned()));
-    assert_eq!(world.oncely_json(&["outbox", "list", "--json"]).await?, serde_json::json!([]));
-    Ok(())
-});
+both!(
+    outbox_drop_confirms_frees_the_key_and_is_recorded,
+    |kind: Kind| async move {
+        let (world, number) = world_with_oversized_output(kind).await?;
+        let refused = world
+            .oncely(&["outbox", "drop", "--all"])
+            .await
+            .map_err(|error| error.to_string());
+        assert_eq!(
+            refused.map(drop),
+            Err(
+                "error: 1 output is to be dropped, and nobody confirmed\nhint: confirm with --yes"
+                    .to_owned()
+            )
+        );
+        world
+            .oncely(&[
+                "outbox",
+                "drop",
+                &number,
+                "--yes",
+                "--note",
+                "told them by hand",
+            ])
+            .await?;
+        world.quiet(8).await?;
+        assert_eq!(published_values(&world).await?["held"], [1, 3, 4, 5]);
+        let dropped = world.oncely(&["outbox", "list", "--dropped"]).await?;
+        assert!(dropped.contains("told them by hand"), "{dropped}");
+        let again = world
+            .oncely(&["outbox", "drop", &number, "--yes"])
+            .await
+            .map_err(|error| error.to_string());
+        assert_eq!(
+            again.map(drop),
+            Err("error: 1 output is not parked".to_owned())
+        );
+        assert_eq!(
+            world.oncely_json(&["outbox", "list", "--json"]).await?,
+            serde_json::json!([])
+        );
+        Ok(())
+    }
+);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn outputs_wait_for_a_stream_that_is_gone_and_then_for_a_person() -> Result<()> {
+async fn outputs_of_a_missing_stream_are_retried_and_then_parked() -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("concurrency = 1")?).await?;
-    world.nats.publish_all(counting(0, 1)).await?;
+    world.nats.publish_all(counting_messages(0, 1)).await?;
     world.quiet(1).await?;
     let context = jetstream::new(world.nats.client().await?);
-    let config = context.get_stream("OUT").await?.cached_info().config.clone();
+    let config = context
+        .get_stream("OUT")
+        .await?
+        .cached_info()
+        .config
+        .clone();
     context.delete_stream("OUT").await?;
-    world.nats.publish_all(counting(1, 12)).await?;
+    world.nats.publish_all(counting_messages(1, 12)).await?;
     // It may come back by itself: nothing is set aside yet. What was there before the stream went may be among them by now.
-    world.until("select count(*) >= 5 from oncely.outbox where failures > 1 and set_aside_at is null", 1).await?;
+    world
+        .until(
+            "select count(*) >= 5 from oncely.outbox where failures > 1 and parked_at is null",
+            1,
+        )
+        .await?;
     // One for each key; the others wait behind those. What was there before the stream went is to be published again, too.
-    world.until("select count(*) from oncely.outbox where set_aside_at is not null", 6).await?;
+    world
+        .until(
+            "select count(*) from oncely.outbox where parked_at is not null",
+            6,
+        )
+        .await?;
     let shown = world.oncely(&["outbox", "list"]).await?;
-    assert!(shown.contains("no stream takes the subject out.state"), "{shown}");
+    assert!(
+        shown.contains("no stream takes the subject out.state"),
+        "{shown}"
+    );
     context.create_stream(config).await?;
     world.oncely(&["outbox", "retry", "--all"]).await?;
     world.quiet(12).await?;
     // What the first stream had comes again, too, if after what waited for the second one.
     let all = async {
-        while told(&world).await?.values().map(Vec::len).sum::<usize>() < 12 {
+        while published_values(&world)
+            .await?
+            .values()
+            .map(Vec::len)
+            .sum::<usize>()
+            < 12
+        {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         anyhow::Ok(())
     };
-    tokio::time::timeout(Duration::from_secs(40), all).await.context("the first output never comes again")?
+    tokio::time::timeout(Duration::from_secs(40), all)
+        .await
+        .context("the first output never comes again")?
 }
 
-both!(a_breaker_opens_when_a_stream_does_not_answer_and_closes_by_itself, |kind: Kind| async move {
-    let world = World::start(kind, &manifest("batch = 8\nconcurrency = 4")?).await?;
-    world.nats.publish_all(counting(0, 12)).await?;
-    world.quiet(12).await?;
-    // A full stream refuses everything, and lives.
-    let context = jetstream::new(world.nats.client().await?);
-    let mut config = context.get_stream("OUT").await?.cached_info().config.clone();
-    let max_messages = config.max_messages;
-    config.max_messages = 12;
-    context.update_stream(&config).await?;
-    world.nats.publish_all(counting(12, 60)).await?;
-    let open = until_status(&world, "open").await?;
-    assert!(open.contains("maximum messages exceeded"), "{open}");
-    let shown = world.oncely(&["status"]).await?;
-    assert!(shown.contains("publishing: not to OUT for the moment: "), "{shown}");
-    config.max_messages = max_messages;
-    context.update_stream(&config).await?;
-    world.quiet(60).await?;
-    until_status(&world, "closed").await?;
-    assert_eq!(world.database.number("select count(*) from oncely.outbox where set_aside_at is not null").await?, 0);
-    check_order(&world, 60).await
-});
-
-both!(a_full_subject_waits_alone_and_the_others_of_its_stream_go_on, |kind: Kind| async move {
-    let mut world = World::without_host(kind, &manifest("concurrency = 1")?).await?;
-    world.nats.make_one_per_subject_stream("OUT", "out.>").await?;
-    world.start_host().await?;
-    let emit = |event: &str, subject: &str, count: u32| {
-        ToPublish::new("in.x", event, "emit", &format!(r#"{{"subject": "{subject}", "n": {count}}}"#))
-    };
-    // One fits; the others are refused, many times over what opens a breaker.
-    world.nats.publish_all(vec![emit("fill", "out.full", 60)]).await?;
-    world.until("select count(*) from oncely.outbox where failures > 0", 59).await?;
-    let began = Instant::now();
-    for n in 0..8 {
-        world.nats.publish_all(vec![emit(&format!("free{n}"), &format!("out.free{n}"), 1)]).await?;
-        let free = "select count(*) from oncely.outbox where subject like 'out.free%' and published_at is not null";
-        world.until(free, n + 1).await?;
+both!(
+    a_breaker_opens_for_a_silent_stream_and_closes_by_itself,
+    |kind: Kind| async move {
+        let world = World::start(kind, &manifest("batch = 8\nconcurrency = 4")?).await?;
+        world.nats.publish_all(counting_messages(0, 12)).await?;
+        world.quiet(12).await?;
+        // A full stream refuses everything, and lives.
+        let context = jetstream::new(world.nats.client().await?);
+        let mut config = context
+            .get_stream("OUT")
+            .await?
+            .cached_info()
+            .config
+            .clone();
+        let max_messages = config.max_messages;
+        config.max_messages = 12;
+        context.update_stream(&config).await?;
+        world.nats.publish_all(counting_messages(12, 60)).await?;
+        let open = until_status(&world, "open").await?;
+        assert!(open.contains("maximum messages exceeded"), "{open}");
+        let shown = world.oncely(&["status"]).await?;
+        assert!(
+            shown.contains("publishing: not to OUT for the moment: "),
+            "{shown}"
+        );
+        config.max_messages = max_messages;
+        context.update_stream(&config).await?;
+        world.quiet(60).await?;
+        until_status(&world, "closed").await?;
+        assert_eq!(
+            world
+                .database
+                .number("select count(*) from oncely.outbox where parked_at is not null")
+                .await?,
+            0
+        );
+        check_order(&world, 60).await
     }
-    ensure!(began.elapsed() < Duration::from_secs(10), "other subjects waited: {:?} for eight", began.elapsed());
-    let shown = world.oncely(&["status"]).await?;
-    assert!(shown.contains("not to out.full for the moment: ") && !shown.contains("not to OUT"), "{shown}");
-    // Its consumers make room for one more, and one more goes.
-    world.nats.purge_subject("OUT", "out.full").await?;
-    world.until("select count(*) from oncely.outbox where published_at is not null", 10).await?;
-    assert_eq!(world.database.number("select count(*) from oncely.outbox where set_aside_at is not null").await?, 0);
-    Ok(())
-});
+);
+
+both!(
+    a_full_subject_does_not_block_others_of_its_stream,
+    |kind: Kind| async move {
+        let mut world = World::without_host(kind, &manifest("concurrency = 1")?).await?;
+        world
+            .nats
+            .make_one_per_subject_stream("OUT", "out.>")
+            .await?;
+        world.start_host().await?;
+        let emit = |event: &str, subject: &str, count: u32| {
+            NewMessage::new(
+                "in.x",
+                event,
+                "emit",
+                &format!(r#"{{"subject": "{subject}", "n": {count}}}"#),
+            )
+        };
+        // One fits; the others are refused, many times over what opens a breaker.
+        world
+            .nats
+            .publish_all(vec![emit("fill", "out.full", 60)])
+            .await?;
+        world
+            .until("select count(*) from oncely.outbox where failures > 0", 59)
+            .await?;
+        let began = Instant::now();
+        for n in 0..8 {
+            world
+                .nats
+                .publish_all(vec![emit(&format!("free{n}"), &format!("out.free{n}"), 1)])
+                .await?;
+            let free = "select count(*) from oncely.outbox where subject like 'out.free%' and published_at is not null";
+            world.until(free, n + 1).await?;
+        }
+        ensure!(
+            began.elapsed() < Duration::from_secs(10),
+            "other subjects waited: {:?} for eight",
+            began.elapsed()
+        );
+        let shown = world.oncely(&["status"]).await?;
+        assert!(
+            shown.contains("not to out.full for the moment: ") && !shown.contains("not to OUT"),
+            "{shown}"
+        );
+        // Its consumers make room for one more, and one more goes.
+        world.nats.purge_subject("OUT", "out.full").await?;
+        world
+            .until(
+                "select count(*) from oncely.outbox where published_at is not null",
+                10,
+            )
+            .await?;
+        assert_eq!(
+            world
+                .database
+                .number("select count(*) from oncely.outbox where parked_at is not null")
+                .await?,
+            0
+        );
+        Ok(())
+    }
+);
 
 /// Waits until the breaker of OUT is in a state, and returns why.
 async fn until_status(world: &World, state: &str) -> Result<String> {
@@ -210,9 +395,11 @@ async fn until_status(world: &World, state: &str) -> Result<String> {
         loop {
             let status = world.oncely_json(&["status", "--json"]).await?;
             let breakers = status["breakers"].as_array().cloned().unwrap_or_default();
-            let out = breakers.into_iter().find(|breaker| breaker["stream"] == "OUT");
+            let out = breakers
+                .into_iter()
+                .find(|breaker| breaker["stream"] == "OUT");
             if let Some(out) = out.filter(|out| out["state"] == state) {
-                return anyhow::Ok(out["why"].as_str().unwrap_or_default().to_owned());
+                return anyhow::Ok(out["error"].as_str().unwrap_or_default().to_owned());
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -222,28 +409,49 @@ async fn until_status(world: &World, state: &str) -> Result<String> {
         .with_context(|| format!("the breaker is never {state}"))?
 }
 
-both!(a_delay_is_honoured_within_a_second_whoever_dies_meanwhile, |kind: Kind| async move {
-    let mut world = World::start(kind, &manifest("batch = 8")?).await?;
-    let delayed = |n: u64| {
-        let options = format!(r#"{{"n": 2, "delay_ms": {}}}"#, 4_000 + n * 150);
-        ToPublish::new("in.x", &format!("e{n}"), "emit", &options)
-    };
-    world.nats.publish_all((0..20).map(delayed).collect()).await?;
-    world.until("select count(*) from oncely.inbox", 20).await?;
-    world.kill_host()?;
-    assert_eq!(world.database.number("select count(*) from oncely.outbox where published_at is not null").await?, 0);
-    world.start_host().await?;
-    world.quiet(20).await?;
-    let (early, late) = match kind {
-        Kind::Sqlite => ("min(published_at - due_at)", "max(published_at - due_at)"),
-        _ => (
-            "(extract(epoch from min(published_at - due_at)) * 1000000)::bigint",
-            "(extract(epoch from max(published_at - due_at)) * 1000000)::bigint",
-        ),
-    };
-    let early = world.database.number(&format!("select {early} from oncely.outbox")).await?;
-    let late = world.database.number(&format!("select {late} from oncely.outbox")).await?;
-    assert!(early >= 0 && late < 1_000_000, "published from {early} to {late} microseconds after they were due");
-    assert_eq!(world.nats.read_stream("OUT").await?.len(), 40);
-    Ok(())
-});
+both!(
+    a_delay_is_honoured_within_a_second_despite_kills,
+    |kind: Kind| async move {
+        let mut world = World::start(kind, &manifest("batch = 8")?).await?;
+        let delayed = |n: u64| {
+            let options = format!(r#"{{"n": 2, "delay_ms": {}}}"#, 4_000 + n * 150);
+            NewMessage::new("in.x", &format!("e{n}"), "emit", &options)
+        };
+        world
+            .nats
+            .publish_all((0..20).map(delayed).collect())
+            .await?;
+        world.until("select count(*) from oncely.inbox", 20).await?;
+        world.kill_host()?;
+        assert_eq!(
+            world
+                .database
+                .number("select count(*) from oncely.outbox where published_at is not null")
+                .await?,
+            0
+        );
+        world.start_host().await?;
+        world.quiet(20).await?;
+        let (early, late) = match kind {
+            Kind::Sqlite => ("min(published_at - due_at)", "max(published_at - due_at)"),
+            _ => (
+                "(extract(epoch from min(published_at - due_at)) * 1000000)::bigint",
+                "(extract(epoch from max(published_at - due_at)) * 1000000)::bigint",
+            ),
+        };
+        let early = world
+            .database
+            .number(&format!("select {early} from oncely.outbox"))
+            .await?;
+        let late = world
+            .database
+            .number(&format!("select {late} from oncely.outbox"))
+            .await?;
+        assert!(
+            early >= 0 && late < 1_000_000,
+            "published from {early} to {late} microseconds after they were due"
+        );
+        assert_eq!(world.nats.read_stream("OUT").await?.len(), 40);
+        Ok(())
+    }
+);

@@ -5,15 +5,18 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use async_nats::jetstream;
-use support::counting::{check_order, counting};
+use support::counting::{check_order, counting_messages};
 use support::database::Kind;
-use support::nats::ToPublish;
+use support::nats::NewMessage;
 use support::world::{PATIENCE, World, manifest};
 
 /// The ids on the stream of outputs, in order.
 async fn ids(world: &World) -> Result<Vec<String>> {
     let stored = world.nats.read_stream("OUT").await?;
-    stored.iter().map(|message| Ok(message.headers.get("Nats-Msg-Id").context("no id")?.clone())).collect()
+    stored
+        .iter()
+        .map(|message| Ok(message.headers.get("Nats-Msg-Id").context("no id")?.clone()))
+        .collect()
 }
 
 /// Waits until the stream of outputs holds so many messages, and nothing waits to be published.
@@ -22,84 +25,126 @@ async fn until_stored(world: &World, count: usize) -> Result<Vec<String>> {
     loop {
         let ids = ids(world).await?;
         if ids.len() == count {
-            world.until("select count(*) from oncely.outbox where published_at is null", 0).await?;
-            assert_eq!(ids.iter().collect::<BTreeSet<_>>().len(), count, "an output is there twice");
+            world
+                .until(
+                    "select count(*) from oncely.outbox where published_at is null",
+                    0,
+                )
+                .await?;
+            assert_eq!(
+                ids.iter().collect::<BTreeSet<_>>().len(),
+                count,
+                "an output is there twice"
+            );
             return Ok(ids);
         }
-        assert!(Instant::now() < end, "{} outputs, not {count}:\n{}", ids.len(), world.host_log());
+        assert!(
+            Instant::now() < end,
+            "{} outputs, not {count}:\n{}",
+            ids.len(),
+            world.host_log()
+        );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
 
-both!(what_a_broker_forgot_is_published_again_in_order, |kind: Kind| async move {
-    let mut world = World::start(kind, &manifest("concurrency = 1")?).await?;
-    world.nats.publish_all(counting(0, 100)).await?;
-    world.quiet(100).await?;
-    world.nats.kill()?;
-    world.nats.copy_stream("OUT")?;
-    world.nats.restart().await?;
-    world.nats.publish_all(counting(100, 250)).await?;
-    world.quiet(250).await?;
-    let before = ids(&world).await?;
-    assert_eq!(before.len(), 250);
-    // The store is an older one, as after a restore or a power cut.
-    world.nats.kill()?;
-    world.nats.roll_back_stream("OUT")?;
-    world.nats.restart().await?;
-    let after = until_stored(&world, 250).await?;
-    assert_eq!(after.iter().collect::<BTreeSet<_>>(), before.iter().collect());
-    check_order(&world, 250).await?;
-    assert!(
-        world.host_log().contains("the stream has lost what it had stored: it ends at 100"),
-        "{}",
-        world.host_log()
-    );
-    // And life goes on.
-    world.nats.publish_all(counting(250, 260)).await?;
-    world.quiet(260).await?;
-    until_stored(&world, 260).await?;
-    Ok(())
-});
+both!(
+    lost_outputs_are_published_again_in_order,
+    |kind: Kind| async move {
+        let mut world = World::start(kind, &manifest("concurrency = 1")?).await?;
+        world.nats.publish_all(counting_messages(0, 100)).await?;
+        world.quiet(100).await?;
+        world.nats.kill()?;
+        world.nats.copy_stream("OUT")?;
+        world.nats.restart().await?;
+        world.nats.publish_all(counting_messages(100, 250)).await?;
+        world.quiet(250).await?;
+        let before = ids(&world).await?;
+        assert_eq!(before.len(), 250);
+        // The store is an older one, as after a restore or a power cut.
+        world.nats.kill()?;
+        world.nats.roll_back_stream("OUT")?;
+        world.nats.restart().await?;
+        let after = until_stored(&world, 250).await?;
+        assert_eq!(
+            after.iter().collect::<BTreeSet<_>>(),
+            before.iter().collect()
+        );
+        check_order(&world, 250).await?;
+        assert!(
+            world
+                .host_log()
+                .contains("the stream has lost what it had stored: it ends at 100"),
+            "{}",
+            world.host_log()
+        );
+        // And life goes on.
+        world.nats.publish_all(counting_messages(250, 260)).await?;
+        world.quiet(260).await?;
+        until_stored(&world, 260).await?;
+        Ok(())
+    }
+);
 
-both!(a_loss_is_found_when_others_have_filled_the_gap_and_when_the_host_was_away, |kind: Kind| async move {
-    let mut world = World::start(kind, &manifest("concurrency = 1")?).await?;
-    world.nats.publish_all(vec![ToPublish::new("in.x", "bad", "reject", "{}")]).await?;
-    world.nats.publish_all(counting(0, 10)).await?;
-    world.quiet(11).await?;
-    // What was put back went over a queue, which cannot be looked through.
-    world.oncely(&["dlq", "redrive", "1", "--note", "once more"]).await?;
-    world.until("select count(*) from oncely.attempt where event_id = 'bad'", 2).await?;
-    world.quiet(11).await?;
-    world.nats.kill()?;
-    world.nats.copy_stream("OUT")?;
-    world.nats.restart().await?;
-    world.nats.publish_all(counting(10, 20)).await?;
-    world.quiet(21).await?;
-    let before: BTreeSet<String> = ids(&world).await?.into_iter().collect();
-    world.stop_host().await?;
-    world.nats.kill()?;
-    world.nats.roll_back_stream("OUT")?;
-    world.nats.restart().await?;
-    let others = (0..15).map(|n| ToPublish::new("out.others", &format!("o{n}"), "", "{}")).collect();
-    world.nats.publish_all(others).await?;
-    world.start_host().await?;
-    let after: BTreeSet<String> = until_stored(&world, 35).await?.into_iter().collect();
-    assert!(after.is_superset(&before));
-    Ok(())
-});
+both!(
+    a_loss_is_found_after_a_filled_gap_and_a_restart,
+    |kind: Kind| async move {
+        let mut world = World::start(kind, &manifest("concurrency = 1")?).await?;
+        world
+            .nats
+            .publish_all(vec![NewMessage::new("in.x", "bad", "reject", "{}")])
+            .await?;
+        world.nats.publish_all(counting_messages(0, 10)).await?;
+        world.quiet(11).await?;
+        // What was put back went over a queue, which cannot be looked through.
+        world
+            .oncely(&["dlq", "redrive", "1", "--note", "once more"])
+            .await?;
+        world
+            .until(
+                "select count(*) from oncely.attempt where event_id = 'bad'",
+                2,
+            )
+            .await?;
+        world.quiet(11).await?;
+        world.nats.kill()?;
+        world.nats.copy_stream("OUT")?;
+        world.nats.restart().await?;
+        world.nats.publish_all(counting_messages(10, 20)).await?;
+        world.quiet(21).await?;
+        let before: BTreeSet<String> = ids(&world).await?.into_iter().collect();
+        world.stop_host().await?;
+        world.nats.kill()?;
+        world.nats.roll_back_stream("OUT")?;
+        world.nats.restart().await?;
+        let others = (0..15)
+            .map(|n| NewMessage::new("out.others", &format!("o{n}"), "", "{}"))
+            .collect();
+        world.nats.publish_all(others).await?;
+        world.start_host().await?;
+        let after: BTreeSet<String> = until_stored(&world, 35).await?.into_iter().collect();
+        assert!(after.is_superset(&before));
+        Ok(())
+    }
+);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stream_that_is_made_again_gets_its_outputs_again() -> Result<()> {
+async fn a_recreated_stream_gets_its_outputs_again() -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("concurrency = 1")?).await?;
-    world.nats.publish_all(counting(0, 10)).await?;
+    world.nats.publish_all(counting_messages(0, 10)).await?;
     world.quiet(10).await?;
     let before = ids(&world).await?;
     let context = jetstream::new(world.nats.client().await?);
-    let config = context.get_stream("OUT").await?.cached_info().config.clone();
+    let config = context
+        .get_stream("OUT")
+        .await?
+        .cached_info()
+        .config
+        .clone();
     context.delete_stream("OUT").await?;
     context.create_stream(config).await?;
     // The next output shows it: the stream counts from one again.
-    world.nats.publish_all(counting(10, 11)).await?;
+    world.nats.publish_all(counting_messages(10, 11)).await?;
     let after = until_stored(&world, 11).await?;
     assert!(before.iter().all(|id| after.contains(id)));
     Ok(())
@@ -108,16 +153,20 @@ async fn a_stream_that_is_made_again_gets_its_outputs_again() -> Result<()> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_purge_is_no_loss() -> Result<()> {
     let mut world = World::start(Kind::Sqlite, &manifest("concurrency = 1")?).await?;
-    world.nats.publish_all(counting(0, 10)).await?;
+    world.nats.publish_all(counting_messages(0, 10)).await?;
     world.quiet(10).await?;
     let context = jetstream::new(world.nats.client().await?);
     context.get_stream("OUT").await?.purge().await?;
     // It looks at its start.
     world.stop_host().await?;
     world.start_host().await?;
-    world.nats.publish_all(counting(10, 12)).await?;
+    world.nats.publish_all(counting_messages(10, 12)).await?;
     world.quiet(12).await?;
     assert_eq!(until_stored(&world, 2).await?.len(), 2);
-    assert!(!world.host_log().contains("has lost"), "{}", world.host_log());
+    assert!(
+        !world.host_log().contains("has lost"),
+        "{}",
+        world.host_log()
+    );
     Ok(())
 }

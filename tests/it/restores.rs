@@ -10,33 +10,40 @@ use async_nats::jetstream::stream::{Config, RetentionPolicy};
 use serde_json::Value;
 use support::books;
 use support::database::{Database, Kind};
-use support::nats::{NatsServer, ToPublish};
+use support::nats::{NatsServer, NewMessage};
 use support::production::RunningHost;
 use support::world::{PATIENCE, World, manifest};
 
 /// A message whose publisher gave it no id: it has the one of its place.
-fn without_id() -> ToPublish {
+fn without_id() -> NewMessage {
     let headers = vec![("do".to_owned(), "insert".to_owned())];
-    ToPublish { subject: "in.x".to_owned(), headers, body: br#"{"n": 1}"#.to_vec() }
+    NewMessage {
+        subject: "in.x".to_owned(),
+        headers,
+        body: br#"{"n": 1}"#.to_vec(),
+    }
 }
 
 /// Waits until the database knows that everything up to a sequence is acknowledged.
-async fn noted(world: &World, floor: u64) -> Result<()> {
+async fn until_watermark(world: &World, floor: u64) -> Result<()> {
     let sql = format!(
-        "select min(1) from oncely.watermark where stream_sequence is not null and seen like '%\"sequence\":{floor},%'"
+        "select min(1) from oncely.watermark where stream_sequence is not null and broker_state like '%\"sequence\":{floor},%'"
     );
     world.until(&sql, 1).await
 }
 
 /// Has events handled, until so many messages are settled in all and the database knows that they are acknowledged.
-async fn live_on(world: &World, events: Range<u64>, settled: u64) -> Result<()> {
-    world.nats.publish_all(events.map(ToPublish::insert).collect()).await?;
+async fn settle_events(world: &World, events: Range<u64>, settled: u64) -> Result<()> {
+    world
+        .nats
+        .publish_all(events.map(NewMessage::insert).collect())
+        .await?;
     world.quiet(i64::try_from(settled)?).await?;
-    noted(world, settled).await
+    until_watermark(world, settled).await
 }
 
 /// A copy of the database as it is now; the host goes on.
-async fn back_up(world: &mut World) -> Result<Database> {
+async fn back_up_database(world: &mut World) -> Result<Database> {
     world.stop_host().await?;
     let backup = world.database.copy(world.folder.path()).await?;
     world.start_host().await?;
@@ -44,8 +51,13 @@ async fn back_up(world: &mut World) -> Result<Database> {
 }
 
 /// Handles so many messages without ids, keeps a copy of their stream, and handles as many more.
-async fn outlive_a_copy_of_the_stream(world: &mut World, messages: u64) -> Result<()> {
-    let publish = async |world: &World| world.nats.publish_all((0..messages).map(|_| without_id()).collect()).await;
+async fn publish_beyond_a_stream_copy(world: &mut World, messages: u64) -> Result<()> {
+    let publish = async |world: &World| {
+        world
+            .nats
+            .publish_all((0..messages).map(|_| without_id()).collect())
+            .await
+    };
     publish(world).await?;
     world.quiet(i64::try_from(messages)?).await?;
     world.nats.kill()?;
@@ -53,11 +65,11 @@ async fn outlive_a_copy_of_the_stream(world: &mut World, messages: u64) -> Resul
     world.nats.restart().await?;
     publish(world).await?;
     world.quiet(i64::try_from(2 * messages)?).await?;
-    noted(world, 2 * messages).await
+    until_watermark(world, 2 * messages).await
 }
 
 /// Brings the stream back to that copy.
-async fn restore_the_stream(world: &mut World) -> Result<()> {
+async fn restore_stream(world: &mut World) -> Result<()> {
     world.nats.kill()?;
     world.nats.roll_back_stream("IN")?;
     world.nats.restart().await
@@ -66,16 +78,35 @@ async fn restore_the_stream(world: &mut World) -> Result<()> {
 /// The ids under which outputs stand on a stream, each as often as it does.
 async fn outputs(world: &World, stream: &str) -> Result<Vec<String>> {
     let stored = world.nats.read_stream(stream).await?;
-    Ok(stored.iter().map(|message| message.headers["Nats-Msg-Id"].clone()).collect())
+    Ok(stored
+        .iter()
+        .map(|message| message.headers["Nats-Msg-Id"].clone())
+        .collect())
 }
 
 /// So many events took effect, each once, and each has its one output on its stream: that of its first life, if it had one.
-async fn balances(world: &World, events: i64) -> Result<()> {
+async fn check_effects_and_outputs(world: &World, events: i64) -> Result<()> {
     // Each leaves two rows.
-    assert_eq!(world.database.number("select count(*) from app.effect").await?, 2 * events);
-    assert_eq!(world.database.number("select count(distinct event_id) from app.effect").await?, events);
+    assert_eq!(
+        world
+            .database
+            .number("select count(*) from app.effect")
+            .await?,
+        2 * events
+    );
+    assert_eq!(
+        world
+            .database
+            .number("select count(distinct event_id) from app.effect")
+            .await?,
+        events
+    );
     let outputs = outputs(world, "OUT").await?;
-    assert_eq!(outputs.len() as i64, events, "outputs were published twice, or not at all");
+    assert_eq!(
+        outputs.len() as i64,
+        events,
+        "outputs were published twice, or not at all"
+    );
     assert_eq!(outputs.iter().collect::<BTreeSet<_>>().len(), outputs.len());
     Ok(())
 }
@@ -83,174 +114,291 @@ async fn balances(world: &World, events: i64) -> Result<()> {
 /// A world whose output stream forgets ids at once, so that only Oncely itself can know what stands there.
 async fn world(kind: Kind) -> Result<World> {
     let mut world = World::without_host(kind, &manifest("ack_wait = \"2s\"\nbatch = 4")?).await?;
-    world.nats.make_stream("OUT", "out.>", Duration::from_millis(100)).await?;
+    world
+        .nats
+        .make_stream("OUT", "out.>", Duration::from_millis(100))
+        .await?;
     world.start_host().await?;
     Ok(world)
 }
 
-both!(a_restored_database_is_noticed_and_recovered_from, |kind: Kind| async move {
-    let mut world = world(kind).await?;
-    world.nats.publish_all((0..20).map(ToPublish::insert).collect()).await?;
-    // One that died and was put back when the copy was made: its pointer is gone by the time of the restore.
-    world.nats.publish_all(vec![ToPublish::new("in.x", "poison", "reject", "{}")]).await?;
-    world.quiet(21).await?;
-    noted(&world, 21).await?;
-    world.stop_host().await?;
-    let letter = world.database.number("select id from oncely.dead_letter").await?;
-    world.database.execute("update oncely.dead_letter set state = 'redriven', generation = generation + 1").await?;
-    let backup = world.database.copy(world.folder.path()).await?;
-    world.database.execute("update oncely.dead_letter set state = 'open', generation = generation - 1").await?;
+both!(
+    a_restored_database_is_detected_and_recovered,
+    |kind: Kind| async move {
+        let mut world = world(kind).await?;
+        world
+            .nats
+            .publish_all((0..20).map(NewMessage::insert).collect())
+            .await?;
+        // One that died and was put back when the copy was made: its pointer is gone by the time of the restore.
+        world
+            .nats
+            .publish_all(vec![NewMessage::new("in.x", "poison", "reject", "{}")])
+            .await?;
+        world.quiet(21).await?;
+        until_watermark(&world, 21).await?;
+        world.stop_host().await?;
+        let letter = world
+            .database
+            .number("select id from oncely.dead_letter")
+            .await?;
+        world
+            .database
+            .execute(
+                "update oncely.dead_letter set state = 'redriven', generation = generation + 1",
+            )
+            .await?;
+        let backup = world.database.copy(world.folder.path()).await?;
+        world
+            .database
+            .execute("update oncely.dead_letter set state = 'open', generation = generation - 1")
+            .await?;
 
-    world.start_host().await?;
-    live_on(&world, 20..40, 41).await?;
-    world.stop_host().await?;
+        world.start_host().await?;
+        settle_events(&world, 20..40, 41).await?;
+        world.stop_host().await?;
 
-    world.database = backup;
-    world.spawn_host()?;
-    let why = world.not_ready("the database is older than the broker").await?;
-    assert!(why.contains("oncely recover --dry-run"), "{why}");
-    let workers = world.oncely_json(&["workers", "--json"]).await?;
-    assert_eq!(workers[0]["state"], "held", "{workers}");
-    world.nats.publish_all((40..45).map(ToPublish::insert).collect()).await?;
-    let alarm = "select count(*) from oncely.alarm where kind = 'restored' and cleared_at is null";
-    world.until(alarm, 1).await?;
-    let told = "select count(*) from oncely.outbox where subject like 'oncely.alarm.%' and published_at is not null
+        world.database = backup;
+        world.spawn_host()?;
+        let why = world
+            .not_ready("the database is older than the broker")
+            .await?;
+        assert!(why.contains("oncely recover --dry-run"), "{why}");
+        let workers = world.oncely_json(&["workers", "--json"]).await?;
+        assert_eq!(workers[0]["state"], "held", "{workers}");
+        world
+            .nats
+            .publish_all((40..45).map(NewMessage::insert).collect())
+            .await?;
+        let alarm =
+            "select count(*) from oncely.alarm where kind = 'restored' and cleared_at is null";
+        world.until(alarm, 1).await?;
+        let alarms = "select count(*) from oncely.outbox where subject like 'oncely.alarm.%' and published_at is not null
         and event_id like '%restored%'";
-    world.until(told, 1).await?;
-    assert_eq!(world.database.number("select count(*) from oncely.inbox").await?, 21);
-    let before = outputs(&world, "OUT").await?;
-    assert_eq!(before.len(), 40);
+        world.until(alarms, 1).await?;
+        assert_eq!(
+            world
+                .database
+                .number("select count(*) from oncely.inbox")
+                .await?,
+            21
+        );
+        let before = outputs(&world, "OUT").await?;
+        assert_eq!(before.len(), 40);
 
-    let plan = world.oncely_json(&["recover", "--dry-run", "--json"]).await?;
-    assert_eq!((&plan["done"], &plan["letters"]), (&Value::Bool(false), &Value::from(1)), "{plan}");
-    let place = &plan["consumers"][0];
-    assert_eq!((&place["worker"], &place["from"]), (&Value::from("test"), &Value::from(22)), "{plan}");
-    assert_eq!(place["acknowledged"], 41, "{plan}");
-    world.not_ready("the database is older than the broker").await?;
-    let shown = world.oncely(&["recover", "--dry-run"]).await?;
-    assert!(shown.contains("nothing was changed"), "{shown}");
+        let plan = world
+            .oncely_json(&["recover", "--dry-run", "--json"])
+            .await?;
+        assert_eq!(
+            (&plan["done"], &plan["letters"]),
+            (&Value::Bool(false), &Value::from(1)),
+            "{plan}"
+        );
+        let place = &plan["consumers"][0];
+        assert_eq!(
+            (&place["worker"], &place["from"]),
+            (&Value::from("test"), &Value::from(22)),
+            "{plan}"
+        );
+        assert_eq!(place["acknowledged"], 41, "{plan}");
+        world
+            .not_ready("the database is older than the broker")
+            .await?;
+        let shown = world.oncely(&["recover", "--dry-run"]).await?;
+        assert!(shown.contains("nothing was changed"), "{shown}");
 
-    let done = world.oncely_json(&["recover", "--json"]).await?;
-    assert_eq!(done["done"], true, "{done}");
-    world.ready().await?;
-    world.quiet(46).await?;
-    world.until(&format!("select count(*) from oncely.dead_letter where id = {letter} and state = 'open'"), 1).await?;
-    balances(&world, 45).await?;
+        let done = world.oncely_json(&["recover", "--json"]).await?;
+        assert_eq!(done["done"], true, "{done}");
+        world.ready().await?;
+        world.quiet(46).await?;
+        world
+            .until(
+                &format!(
+                    "select count(*) from oncely.dead_letter where id = {letter} and state = 'open'"
+                ),
+                1,
+            )
+            .await?;
+        check_effects_and_outputs(&world, 45).await?;
 
-    // Nothing is left to recover from, also after another start.
-    let again = world.oncely(&["recover"]).await?;
-    assert!(again.contains("nothing is to be recovered"), "{again}");
-    noted(&world, 46).await?;
-    world.stop_host().await?;
-    world.start_host().await
-});
+        // Nothing is left to recover from, also after another start.
+        let again = world.oncely(&["recover"]).await?;
+        assert!(again.contains("nothing is to be recovered"), "{again}");
+        until_watermark(&world, 46).await?;
+        world.stop_host().await?;
+        world.start_host().await
+    }
+);
 
-both!(a_restored_database_is_noticed_by_the_last_acknowledged_message_alone, |kind: Kind| async move {
-    let mut world = world(kind).await?;
-    live_on(&world, 0..10, 10).await?;
-    world.stop_host().await?;
-    // As if the last moments before a failover were lost: less than it takes until the next mark.
-    world
+both!(
+    a_restored_database_is_detected_by_the_ack_floor_alone,
+    |kind: Kind| async move {
+        let mut world = world(kind).await?;
+        settle_events(&world, 0..10, 10).await?;
+        world.stop_host().await?;
+        // As if the last moments before a failover were lost: less than it takes until the next mark.
+        world
         .database
-        .execute("update oncely.watermark set seen = replace(seen, '\"sequence\":10', '\"sequence\":9')")
+        .execute("update oncely.watermark set broker_state = replace(broker_state, '\"sequence\":10', '\"sequence\":9')")
         .await?;
-    world.database.execute("delete from oncely.inbox where event_id = 'e9'").await?;
-    world.database.execute("delete from app.effect where event_id = 'e9'").await?;
-    world.database.execute("delete from oncely.outbox where event_id = 'e9'").await?;
-    world.spawn_host()?;
-    world.not_ready("has acknowledged message 10 of IN").await?;
-    world.oncely(&["recover"]).await?;
-    world.ready().await?;
-    world.quiet(10).await?;
-    balances(&world, 10).await
-});
+        world
+            .database
+            .execute("delete from oncely.inbox where event_id = 'e9'")
+            .await?;
+        world
+            .database
+            .execute("delete from app.effect where event_id = 'e9'")
+            .await?;
+        world
+            .database
+            .execute("delete from oncely.outbox where event_id = 'e9'")
+            .await?;
+        world.spawn_host()?;
+        world.not_ready("has acknowledged message 10 of IN").await?;
+        world.oncely(&["recover"]).await?;
+        world.ready().await?;
+        world.quiet(10).await?;
+        check_effects_and_outputs(&world, 10).await
+    }
+);
 
-both!(a_restored_stream_is_noticed_and_recovered_from, |kind: Kind| async move {
-    let mut world = world(kind).await?;
-    outlive_a_copy_of_the_stream(&mut world, 10).await?;
-    restore_the_stream(&mut world).await?;
-    world.not_ready("the stream IN is older than the database: it ends at 10, and ended at 20 before").await?;
-    // Some stand where others stood that were handled.
-    world.nats.publish_all((0..15).map(|_| without_id()).collect()).await?;
-    world.oncely(&["recover"]).await?;
-    world.ready().await?;
-    world.quiet(35).await?;
-    let books = books::check(&world).await?;
-    assert_eq!((books.effects.len(), books.outputs, books.dead.len()), (35, 35, 0));
-    assert_eq!(outputs(&world, "OUT").await?.len(), 35);
-    Ok(())
-});
+both!(
+    a_restored_stream_is_detected_and_recovered,
+    |kind: Kind| async move {
+        let mut world = world(kind).await?;
+        publish_beyond_a_stream_copy(&mut world, 10).await?;
+        restore_stream(&mut world).await?;
+        world
+            .not_ready(
+                "the stream IN is older than the database: it ends at 10, and ended at 20 before",
+            )
+            .await?;
+        // Some stand where others stood that were handled.
+        world
+            .nats
+            .publish_all((0..15).map(|_| without_id()).collect())
+            .await?;
+        world.oncely(&["recover"]).await?;
+        world.ready().await?;
+        world.quiet(35).await?;
+        let books = books::check(&world).await?;
+        assert_eq!(
+            (books.effects.len(), books.outputs, books.dead.len()),
+            (35, 35, 0)
+        );
+        assert_eq!(outputs(&world, "OUT").await?.len(), 35);
+        Ok(())
+    }
+);
 
-both!(a_stream_that_went_on_after_its_restore_is_noticed, |kind: Kind| async move {
-    let mut world = world(kind).await?;
-    outlive_a_copy_of_the_stream(&mut world, 5).await?;
-    world.stop_host().await?;
-    restore_the_stream(&mut world).await?;
-    world.nats.publish_all((0..9).map(|_| without_id()).collect()).await?;
-    world.spawn_host()?;
-    world.not_ready("the stream IN holds another message at 10 than it did before").await?;
-    world.oncely(&["recover"]).await?;
-    world.ready().await?;
-    world.quiet(19).await?;
-    assert_eq!(books::check(&world).await?.effects.len(), 19);
-    Ok(())
-});
+both!(
+    a_restored_stream_with_new_messages_is_detected,
+    |kind: Kind| async move {
+        let mut world = world(kind).await?;
+        publish_beyond_a_stream_copy(&mut world, 5).await?;
+        world.stop_host().await?;
+        restore_stream(&mut world).await?;
+        world
+            .nats
+            .publish_all((0..9).map(|_| without_id()).collect())
+            .await?;
+        world.spawn_host()?;
+        world
+            .not_ready("the stream IN holds another message at 10 than it did before")
+            .await?;
+        world.oncely(&["recover"]).await?;
+        world.ready().await?;
+        world.quiet(19).await?;
+        assert_eq!(books::check(&world).await?.effects.len(), 19);
+        Ok(())
+    }
+);
 
-both!(a_broker_that_knows_nothing_of_the_database_is_noticed, |kind: Kind| async move {
-    let mut world = world(kind).await?;
-    live_on(&world, 0..5, 5).await?;
-    world.stop_host().await?;
-    world.nats = NatsServer::start().await?;
-    world.nats_url = world.nats.url();
-    world.spawn_host()?;
-    world.not_ready("the broker is older than the database, or another one: there is no mark on it").await?;
-    world.nats.publish_all((5..8).map(ToPublish::insert).collect()).await?;
-    world.oncely(&["recover"]).await?;
-    world.ready().await?;
-    world.until("select count(*) from oncely.inbox", 8).await?;
-    Ok(())
-});
+both!(
+    a_broker_without_a_watermark_is_detected,
+    |kind: Kind| async move {
+        let mut world = world(kind).await?;
+        settle_events(&world, 0..5, 5).await?;
+        world.stop_host().await?;
+        world.nats = NatsServer::start().await?;
+        world.nats_url = world.nats.url();
+        world.spawn_host()?;
+        world
+            .not_ready(
+                "the broker is older than the database, or another one: there is no mark on it",
+            )
+            .await?;
+        world
+            .nats
+            .publish_all((5..8).map(NewMessage::insert).collect())
+            .await?;
+        world.oncely(&["recover"]).await?;
+        world.ready().await?;
+        world.until("select count(*) from oncely.inbox", 8).await?;
+        Ok(())
+    }
+);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_host_waits_and_goes_on() -> Result<()> {
+async fn every_host_waits_for_the_recovery_and_resumes() -> Result<()> {
     let mut world = world(Kind::Postgres).await?;
-    live_on(&world, 0..10, 10).await?;
-    let backup = back_up(&mut world).await?;
-    live_on(&world, 10..20, 20).await?;
+    settle_events(&world, 0..10, 10).await?;
+    let backup = back_up_database(&mut world).await?;
+    settle_events(&world, 10..20, 20).await?;
     world.stop_host().await?;
     world.database = backup;
     world.spawn_host()?;
     let mut rival = world.spawn_rival()?;
     world.not_ready("older than the broker").await?;
-    world.nats.publish_all((20..60).map(ToPublish::insert).collect()).await?;
+    world
+        .nats
+        .publish_all((20..60).map(NewMessage::insert).collect())
+        .await?;
     world.oncely(&["recover"]).await?;
     world.ready().await?;
     world.quiet(60).await?;
     rival.kill()?;
     rival.wait()?;
-    balances(&world, 60).await
+    check_effects_and_outputs(&world, 60).await
 }
 
-both!(marks_of_strangers_hold_nobody_up, |kind: Kind| async move {
+both!(forged_watermarks_block_no_host, |kind: Kind| async move {
     let mut world = world(kind).await?;
-    live_on(&world, 0..3, 3).await?;
-    let marks = world.nats.read_stream("ONCELY_MARK").await?;
-    let own = marks.last().map(|mark| mark.subject.clone()).unwrap_or_default();
-    for subject in [own.as_str(), "oncely.mark.0", "oncely.mark.a.b"] {
-        for text in ["x", "x y", "00112233445566778899aabbccddeeff 00112233445566778899aabbccddeeff"] {
+    settle_events(&world, 0..3, 3).await?;
+    let watermarks = world.nats.read_stream("ONCELY_WATERMARKS").await?;
+    let own = watermarks
+        .last()
+        .map(|watermark| watermark.subject.clone())
+        .unwrap_or_default();
+    for subject in [own.as_str(), "oncely.watermark.0", "oncely.watermark.a.b"] {
+        for text in [
+            "x",
+            "x y",
+            "00112233445566778899aabbccddeeff 00112233445566778899aabbccddeeff",
+        ] {
             let (headers, body) = (Vec::new(), text.as_bytes().to_vec());
-            world.nats.publish_all(vec![ToPublish { subject: subject.to_owned(), headers, body }]).await?;
+            world
+                .nats
+                .publish_all(vec![NewMessage {
+                    subject: subject.to_owned(),
+                    headers,
+                    body,
+                }])
+                .await?;
         }
     }
-    world.nats.publish_all((3..6).map(ToPublish::insert).collect()).await?;
+    world
+        .nats
+        .publish_all((3..6).map(NewMessage::insert).collect())
+        .await?;
     world.quiet(6).await?;
-    noted(&world, 6).await?;
+    until_watermark(&world, 6).await?;
     world.stop_host().await?;
     world.start_host().await
 });
 
 /// Streams from which what is acknowledged goes away: it cannot come again, and what waits there must not be lost.
-async fn what_waits_on_a_queue_survives(kind: Kind, retention: RetentionPolicy) -> Result<()> {
+async fn check_recovery_with_retention(kind: Kind, retention: RetentionPolicy) -> Result<()> {
     let mut world = World::without_host(kind, &manifest("ack_wait = \"2s\"\nbatch = 4")?).await?;
     let context = async_nats::jetstream::new(world.nats.client().await?);
     let queue = Config {
@@ -261,47 +409,73 @@ async fn what_waits_on_a_queue_survives(kind: Kind, retention: RetentionPolicy) 
         ..Config::default()
     };
     context.create_stream(queue).await?;
-    world.nats.make_stream("OUT", "out.>", Duration::from_millis(100)).await?;
+    world
+        .nats
+        .make_stream("OUT", "out.>", Duration::from_millis(100))
+        .await?;
     world.start_host().await?;
-    live_on(&world, 0..10, 10).await?;
-    let backup = back_up(&mut world).await?;
-    live_on(&world, 10..20, 20).await?;
+    settle_events(&world, 0..10, 10).await?;
+    let backup = back_up_database(&mut world).await?;
+    settle_events(&world, 10..20, 20).await?;
     world.stop_host().await?;
-    world.nats.publish_all((20..25).map(ToPublish::insert).collect()).await?;
+    world
+        .nats
+        .publish_all((20..25).map(NewMessage::insert).collect())
+        .await?;
     world.database = backup;
     world.spawn_host()?;
     world.not_ready("older than the broker").await?;
     let done = world.oncely_json(&["recover", "--json"]).await?;
     let place = &done["consumers"][0];
-    assert_eq!((&place["from"], place["note"].is_string()), (&Value::Null, true), "{done}");
+    assert_eq!(
+        (&place["from"], place["note"].is_string()),
+        (&Value::Null, true),
+        "{done}"
+    );
     world.ready().await?;
     world.quiet(15).await?;
-    assert_eq!(world.database.number("select count(distinct event_id) from app.effect").await?, 15);
+    assert_eq!(
+        world
+            .database
+            .number("select count(distinct event_id) from app.effect")
+            .await?,
+        15
+    );
     assert_eq!(outputs(&world, "OUT").await?.len(), 25);
     Ok(())
 }
 
-both!(what_waits_on_a_work_queue_survives_a_recovery, |kind: Kind| async move {
-    what_waits_on_a_queue_survives(kind, RetentionPolicy::WorkQueue).await
-});
+both!(
+    messages_on_a_work_queue_survive_a_recovery,
+    |kind: Kind| async move { check_recovery_with_retention(kind, RetentionPolicy::WorkQueue).await }
+);
 
-both!(what_waits_on_a_stream_kept_by_interest_survives_a_recovery, |kind: Kind| async move {
-    what_waits_on_a_queue_survives(kind, RetentionPolicy::Interest).await
-});
+both!(
+    messages_on_an_interest_stream_survive_a_recovery,
+    |kind: Kind| async move { check_recovery_with_retention(kind, RetentionPolicy::Interest).await }
+);
 
 /// The restored database is older than the worker's deployment: once the worker is deployed anew, everything comes again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_worker_that_is_deployed_after_a_recovery_begins_anew() -> Result<()> {
+async fn a_worker_deployed_after_a_recovery_starts_from_scratch() -> Result<()> {
     let mut world = World::without_host(Kind::Postgres, &manifest("batch = 4")?).await?;
-    world.nats.make_stream("OUT", "out.>", Duration::from_millis(100)).await?;
+    world
+        .nats
+        .make_stream("OUT", "out.>", Duration::from_millis(100))
+        .await?;
     let path = world.folder.path().join("oncely.toml");
     let host = RunningHost::start(&world, "first").await?;
-    world.until("select min(1) from oncely.watermark where stream_sequence is not null", 1).await?;
+    world
+        .until(
+            "select min(1) from oncely.watermark where stream_sequence is not null",
+            1,
+        )
+        .await?;
     drop(host);
     let backup = world.database.copy(world.folder.path()).await?;
     let host = RunningHost::start(&world, "first").await?;
     host.oncely(&["deploy", &path.display().to_string()])?;
-    live_on(&world, 0..10, 10).await?;
+    settle_events(&world, 0..10, 10).await?;
     drop(host);
     world.database = backup;
     let mut host = RunningHost::spawn(&world, "second")?;
@@ -311,50 +485,74 @@ async fn a_worker_that_is_deployed_after_a_recovery_begins_anew() -> Result<()> 
         if status.contains("older than the broker") {
             break;
         }
-        ensure!(Instant::now() < end, "the restore is not noticed: {status}\n{}", host.log());
+        ensure!(
+            Instant::now() < end,
+            "the restore is not noticed: {status}\n{}",
+            host.log()
+        );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     host.oncely(&["recover"])?;
     host.ready().await?;
     host.oncely(&["deploy", &path.display().to_string()])?;
     world.quiet(10).await?;
-    balances(&world, 10).await
+    check_effects_and_outputs(&world, 10).await
 }
 
 // A worker that takes more subjects than before is no sign of a restore, whatever stands below the place it got to.
-both!(a_worker_that_takes_more_subjects_holds_nothing_up, |kind: Kind| async move {
-    let of = |subjects: &str| manifest(&format!("batch = 4\nsubjects = [{subjects}]"));
-    let mut world = World::without_host(kind, &of("\"in.a\"")?).await?;
-    world.start_host().await?;
-    let to = |subject: &str, n: u64| ToPublish { subject: subject.to_owned(), ..ToPublish::insert(n) };
-    for n in 0..6 {
-        world.nats.publish_all(vec![to("in.a", 2 * n), to("in.b", 2 * n + 1)]).await?;
+both!(
+    a_worker_with_added_subjects_is_no_sign_of_a_restore,
+    |kind: Kind| async move {
+        let of = |subjects: &str| manifest(&format!("batch = 4\nsubjects = [{subjects}]"));
+        let mut world = World::without_host(kind, &of("\"in.a\"")?).await?;
+        world.start_host().await?;
+        let to = |subject: &str, n: u64| NewMessage {
+            subject: subject.to_owned(),
+            ..NewMessage::insert(n)
+        };
+        for n in 0..6 {
+            world
+                .nats
+                .publish_all(vec![to("in.a", 2 * n), to("in.b", 2 * n + 1)])
+                .await?;
+        }
+        world.quiet(6).await?;
+        world.write_manifest(&of("\"in.a\", \"in.b\"")?)?;
+        world.oncely(&["deploy", "oncely.toml"]).await?;
+        // A watermark with the new subjects comes before the first message under them.
+        world
+            .until(
+                "select min(1) from oncely.watermark where broker_state like '%in.b%'",
+                1,
+            )
+            .await?;
+        let end = Instant::now() + Duration::from_secs(8);
+        let mut n = 20;
+        while Instant::now() < end {
+            world
+                .nats
+                .publish_all(vec![to("in.b", n), to("in.a", n + 1)])
+                .await?;
+            n += 2;
+            let status = world.oncely_json(&["status", "--json"]).await?;
+            let why = status["not_ready"].as_str().unwrap_or_default();
+            ensure!(!why.contains("disagree"), "{why}");
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        world.ready().await
     }
-    world.quiet(6).await?;
-    world.write_manifest(&of("\"in.a\", \"in.b\"")?)?;
-    world.oncely(&["deploy", "oncely.toml"]).await?;
-    // A watermark with the new subjects comes before the first message under them.
-    world.until("select min(1) from oncely.watermark where seen like '%in.b%'", 1).await?;
-    let end = Instant::now() + Duration::from_secs(8);
-    let mut n = 20;
-    while Instant::now() < end {
-        world.nats.publish_all(vec![to("in.b", n), to("in.a", n + 1)]).await?;
-        n += 2;
-        let status = world.oncely_json(&["status", "--json"]).await?;
-        let why = status["not_ready"].as_str().unwrap_or_default();
-        ensure!(!why.contains("disagree"), "{why}");
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    }
-    world.ready().await
-});
+);
 
 // A message whose subject no handler can be given is a dead letter, and no sign of a restore.
-both!(a_subject_that_is_no_text_holds_nothing_up, |kind: Kind| async move {
-    let mut world = world(kind).await?;
-    live_on(&world, 0..3, 3).await?;
-    let headers = b"NATS/1.0\r\nNats-Msg-Id: odd\r\n\r\n";
-    world.nats.publish_raw(b"in.\xff\xfe", headers, b"{}")?;
-    world.quiet(4).await?;
-    noted(&world, 4).await?;
-    world.ready().await
-});
+both!(
+    a_non_utf_8_subject_is_no_sign_of_a_restore,
+    |kind: Kind| async move {
+        let mut world = world(kind).await?;
+        settle_events(&world, 0..3, 3).await?;
+        let headers = b"NATS/1.0\r\nNats-Msg-Id: odd\r\n\r\n";
+        world.nats.publish_raw(b"in.\xff\xfe", headers, b"{}")?;
+        world.quiet(4).await?;
+        until_watermark(&world, 4).await?;
+        world.ready().await
+    }
+);

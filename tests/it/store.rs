@@ -6,8 +6,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use oncely::model::message::{Message, Origin, OutputKind};
 use oncely::model::sql::{Dialect, Rows, SqlLimits, Value};
-use oncely::model::verdict::{Letter, Reason, Settled};
-use oncely::store::{Claim, Claimed, OutboxRow, Output, PostgresStore, SqliteStore, Store, Tx, WorkerMigration};
+use oncely::model::verdict::{DeadLetter, Reason, Settled};
+use oncely::store::{
+    Claim, Claimed, OutboxRow, Output, PostgresStore, SqliteStore, Store, Tx, WorkerMigration,
+};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 use support::database::Database;
 use support::{pgbouncer, postgres};
@@ -33,17 +35,17 @@ macro_rules! on_every_database {
 
 mod alarms;
 mod changes;
+mod dead_letters;
 mod deployments;
 mod guest_sql;
 mod hostile_sql;
 mod inbox;
+mod key_queues;
 mod languages;
-mod letters;
-mod line;
-mod marks;
 mod outages;
 mod outbox;
-mod records;
+mod privileges;
+mod recordings;
 mod requests;
 mod retention;
 mod savepoints;
@@ -51,12 +53,15 @@ mod sessions;
 mod state;
 mod takeover;
 mod totals;
-mod wall;
+mod watermarks;
 
 const WORKER: &str = "payments";
 const TIME: Duration = Duration::from_secs(20);
 const LEASE: Duration = Duration::from_secs(30);
-const LIMITS: SqlLimits = SqlLimits { rows: 100, bytes: 100_000 };
+const LIMITS: SqlLimits = SqlLimits {
+    rows: 100,
+    bytes: 100_000,
+};
 
 /// A store on a fresh database.
 struct World {
@@ -71,8 +76,15 @@ struct World {
 impl World {
     async fn sqlite() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let store = SqliteStore::open(&folder.path().join("oncely.db")).await.unwrap();
-        World { store: Arc::new(store), store_url: None, url: None, folder }
+        let store = SqliteStore::open(&folder.path().join("oncely.db"))
+            .await
+            .unwrap();
+        World {
+            store: Arc::new(store),
+            store_url: None,
+            url: None,
+            folder,
+        }
     }
 
     async fn postgres() -> Self {
@@ -83,28 +95,53 @@ impl World {
 
     async fn pgbouncer() -> Self {
         let database = postgres::shared().create_database().await.unwrap();
-        World::on_postgres(&pgbouncer::shared().url(&database), &postgres::shared().url(&database)).await
+        World::on_postgres(
+            &pgbouncer::shared().url(&database),
+            &postgres::shared().url(&database),
+        )
+        .await
     }
 
     async fn on_postgres(url: &str, direct: &str) -> Self {
         let store = PostgresStore::connect(url, 8).await.unwrap();
         let folder = tempfile::tempdir().unwrap();
-        World { store: Arc::new(store), store_url: Some(url.to_owned()), url: Some(direct.to_owned()), folder }
+        World {
+            store: Arc::new(store),
+            store_url: Some(url.to_owned()),
+            url: Some(direct.to_owned()),
+            folder,
+        }
     }
 
     /// The same database without the filter, so that the database's privileges stand alone.
     async fn without_filter(self) -> Self {
         self.store.close().await;
         let store: Arc<dyn Store> = match &self.store_url {
-            Some(url) => Arc::new(PostgresStore::connect(url, 8).await.unwrap().without_filter()),
-            None => Arc::new(SqliteStore::open(&self.folder.path().join("oncely.db")).await.unwrap().without_filter()),
+            Some(url) => Arc::new(
+                PostgresStore::connect(url, 8)
+                    .await
+                    .unwrap()
+                    .without_filter(),
+            ),
+            None => Arc::new(
+                SqliteStore::open(&self.folder.path().join("oncely.db"))
+                    .await
+                    .unwrap()
+                    .without_filter(),
+            ),
         };
         World { store, ..self }
     }
 
     /// Buries letters, and raises no alarm. Returns the proofs and the notices.
-    async fn bury(&self, letters: &[(Letter, Output)]) -> oncely::store::Result<(Vec<Settled>, Vec<OutboxRow>)> {
-        self.store.bury(letters, 0).await.map(|buried| (buried.settled, buried.notices))
+    async fn dead_letter(
+        &self,
+        letters: &[(DeadLetter, Output)],
+    ) -> oncely::store::Result<(Vec<Settled>, Vec<OutboxRow>)> {
+        self.store
+            .dead_letter(letters, 0)
+            .await
+            .map(|dead_lettered| (dead_lettered.settled, dead_lettered.notices))
     }
 
     fn is_postgres(&self) -> bool {
@@ -117,37 +154,61 @@ impl World {
 
     /// A connection around the store, to PostgreSQL itself.
     async fn connect(&self) -> PgConnection {
-        PgConnection::connect(self.url.as_deref().unwrap()).await.unwrap()
+        PgConnection::connect(self.url.as_deref().unwrap())
+            .await
+            .unwrap()
     }
 
-    async fn run_around(&self, statement: &str) {
-        self.connect().await.execute(AssertSqlSafe(statement)).await.unwrap();
+    async fn run_directly(&self, statement: &str) {
+        self.connect()
+            .await
+            .execute(AssertSqlSafe(statement))
+            .await
+            .unwrap();
     }
 
     /// Changes something behind the store's back.
-    async fn execute_around(&self, statement: &str) {
+    async fn execute_directly(&self, statement: &str) {
         let database = match &self.url {
-            Some(url) => Database::Postgres { host: url.clone(), direct: url.clone() },
+            Some(url) => Database::Postgres {
+                host: url.clone(),
+                direct: url.clone(),
+            },
             None => Database::Sqlite(self.folder.path().join("oncely.db")),
         };
         database.execute(statement).await.unwrap();
     }
 
     /// How many rows a table has, seen from behind the store.
-    async fn count_around(&self, table: &str) -> i64 {
+    async fn count_directly(&self, table: &str) -> i64 {
         let database = match &self.url {
-            Some(url) => Database::Postgres { host: url.clone(), direct: url.clone() },
+            Some(url) => Database::Postgres {
+                host: url.clone(),
+                direct: url.clone(),
+            },
             None => Database::Sqlite(self.folder.path().join("oncely.db")),
         };
-        database.number(&format!("select count(*) from {table}")).await.unwrap()
+        database
+            .number(&format!("select count(*) from {table}"))
+            .await
+            .unwrap()
     }
 
     /// Deploys a version of the worker that makes these tables.
     async fn migrate(&self, name: &str, sql: &str) {
         let digest = "a".repeat(64);
-        self.store.put_component(&digest, b"component").await.unwrap();
-        let migration = WorkerMigration { name: name.to_owned(), sql: sql.to_owned() };
-        self.store.deploy(WORKER, &digest, "{}", &[migration]).await.unwrap();
+        self.store
+            .put_component(&digest, b"component")
+            .await
+            .unwrap();
+        let migration = WorkerMigration {
+            name: name.to_owned(),
+            sql: sql.to_owned(),
+        };
+        self.store
+            .deploy(WORKER, &digest, "{}", &[migration])
+            .await
+            .unwrap();
     }
 
     /// All rows of a statement, in a transaction of its own.
@@ -159,7 +220,7 @@ impl World {
     }
 
     /// Claims an event in a transaction of its own, which is rolled back.
-    async fn look(&self, event_id: &str, payload: u8) -> Claimed {
+    async fn claim_and_roll_back(&self, event_id: &str, payload: u8) -> Claimed {
         let mut tx = self.begin().await;
         let claimed = claim(&mut tx, event_id, payload).await;
         tx.rollback().await;
@@ -167,13 +228,21 @@ impl World {
     }
 }
 
-fn a_claim(event_id: &str, payload: u8) -> Claim {
+fn new_claim(event_id: &str, payload: u8) -> Claim {
     let origin = Some(("ORDERS".to_owned(), 7));
-    Claim { event_id: event_id.to_owned(), payload_sha256: [payload; 32], origin, redriven: false }
+    Claim {
+        event_id: event_id.to_owned(),
+        payload_sha256: [payload; 32],
+        origin,
+        redriven: false,
+    }
 }
 
 async fn claim(tx: &mut Box<dyn Tx>, event_id: &str, payload: u8) -> Claimed {
-    tx.claim(&[a_claim(event_id, payload)]).await.unwrap().remove(0)
+    tx.claim(&[new_claim(event_id, payload)])
+        .await
+        .unwrap()
+        .remove(0)
 }
 
 async fn query(tx: &mut Box<dyn Tx>, statement: &str, params: &[Value]) -> Rows {
@@ -188,30 +257,37 @@ fn text(text: &str) -> Value {
     Value::Text(text.to_owned())
 }
 
-fn an_output(event_id: &str, ordinal: u32, delay: Duration) -> Output {
+fn new_output(event_id: &str, ordinal: u32, delay: Duration) -> Output {
     Output {
         kind: OutputKind::Derived,
         id: format!("{WORKER}:{event_id}:{ordinal}"),
         event_id: event_id.to_owned(),
         ordinal,
         subject: "payments.settled".to_owned(),
-        headers: vec![("Ce-Type".to_owned(), "settled \"é\"\n".to_owned()), ("Ce-Type".to_owned(), "twice".to_owned())],
+        headers: vec![
+            ("Ce-Type".to_owned(), "settled \"é\"\n".to_owned()),
+            ("Ce-Type".to_owned(), "twice".to_owned()),
+        ],
         body: Bytes::from_static(b"\x00\xffbody"),
         ordering_key: None,
         delay,
     }
 }
 
-fn a_letter(event_id: &str, body: &'static [u8], reason: Reason) -> (Letter, Output) {
+fn new_dead_letter(event_id: &str, body: &'static [u8], reason: Reason) -> (DeadLetter, Output) {
     let message = Message {
         event_id: event_id.to_owned(),
         subject: "orders.new".to_owned(),
         headers: vec![("Nats-Msg-Id".to_owned(), event_id.to_owned())],
         body: Bytes::from_static(body),
-        origin: Some(Origin { stream: "ORDERS".to_owned(), sequence: 9, stored_at: jiff::Timestamp::UNIX_EPOCH }),
+        origin: Some(Origin {
+            stream: "ORDERS".to_owned(),
+            sequence: 9,
+            stored_at: jiff::Timestamp::UNIX_EPOCH,
+        }),
         redriven: None,
     };
-    let letter = Letter {
+    let letter = DeadLetter {
         worker: WORKER.to_owned(),
         version: 3,
         reason,
@@ -221,5 +297,5 @@ fn a_letter(event_id: &str, body: &'static [u8], reason: Reason) -> (Letter, Out
         attempts: 2,
         message,
     };
-    (letter, an_output(event_id, 0, Duration::ZERO))
+    (letter, new_output(event_id, 0, Duration::ZERO))
 }

@@ -11,7 +11,9 @@ fn sources(folder: &Path) -> Result<Vec<(PathBuf, String)>> {
     let mut found = Vec::new();
     let mut folders = vec![folder.to_owned()];
     while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(&folder).with_context(|| format!("list {}", folder.display()))? {
+        for entry in
+            std::fs::read_dir(&folder).with_context(|| format!("list {}", folder.display()))?
+        {
             let path = entry?.path();
             if path.is_dir() {
                 folders.push(path);
@@ -27,7 +29,10 @@ fn sources(folder: &Path) -> Result<Vec<(PathBuf, String)>> {
 /// The module of the host a file belongs to, such as `store` for `store/sqlite/tx.rs`.
 fn module(host: &Path, path: &Path) -> String {
     let below = path.strip_prefix(host).unwrap_or(path);
-    let first = below.components().next().map(|part| part.as_os_str().to_string_lossy().into_owned());
+    let first = below
+        .components()
+        .next()
+        .map(|part| part.as_os_str().to_string_lossy().into_owned());
     first.unwrap_or_default().trim_end_matches(".rs").to_owned()
 }
 
@@ -71,16 +76,28 @@ fn each_outside_library_has_one_module() -> Result<()> {
 fn layers(host: &Path) -> Result<Vec<Vec<String>>> {
     let map = std::fs::read_to_string(host.join("lib.rs"))?;
     let layers = map.split("\n\n").map(|layer| {
-        let names = layer.lines().filter_map(|line| line.strip_prefix("pub mod ").or(line.strip_prefix("mod ")));
-        names.map(|name| name.trim_end_matches(';').to_owned()).collect()
+        let names = layer
+            .lines()
+            .filter_map(|line| line.strip_prefix("pub mod ").or(line.strip_prefix("mod ")));
+        names
+            .map(|name| name.trim_end_matches(';').to_owned())
+            .collect()
     });
-    Ok(layers.filter(|layer: &Vec<String>| !layer.is_empty()).collect())
+    Ok(layers
+        .filter(|layer: &Vec<String>| !layer.is_empty())
+        .collect())
 }
 
 /// The names that follow `prefix` in a text, such as `store` for `crate::` in `use crate::store::Tx`.
 fn names_after<'t>(text: &'t str, prefix: &str) -> Vec<&'t str> {
-    let starts = text.match_indices(prefix).map(|(at, _)| text.split_at(at + prefix.len()).1);
-    let name = |rest: &'t str| rest.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap_or_default();
+    let starts = text
+        .match_indices(prefix)
+        .map(|(at, _)| text.split_at(at + prefix.len()).1);
+    let name = |rest: &'t str| {
+        rest.split(|c: char| !c.is_alphanumeric() && c != '_')
+            .next()
+            .unwrap_or_default()
+    };
     starts.map(name).collect()
 }
 
@@ -89,40 +106,67 @@ fn a_module_imports_modules_of_lower_layers_only() -> Result<()> {
     let host = repository().join("host/src");
     let layers = layers(&host)?;
     assert!(layers.len() > 10, "the map of lib.rs is read: {layers:?}");
-    let layer_of = |module: &str| layers.iter().position(|modules| modules.iter().any(|name| name == module));
+    let layer_of = |module: &str| {
+        layers
+            .iter()
+            .position(|modules| modules.iter().any(|name| name == module))
+    };
     let mut seen = BTreeSet::new();
     for (path, text) in sources(&host)? {
         let own = module(&host, &path);
         if ["main", "lib"].contains(&own.as_str()) {
             continue;
         }
-        let layer = layer_of(&own).with_context(|| format!("lib.rs does not list the module `{own}`"))?;
+        let layer =
+            layer_of(&own).with_context(|| format!("lib.rs does not list the module `{own}`"))?;
         seen.insert(own.clone());
-        assert!(!text.contains("use crate::{"), "{} imports several modules in one line", path.display());
+        assert!(
+            !text.contains("use crate::{"),
+            "{} imports several modules in one line",
+            path.display()
+        );
         for used in names_after(&text, "crate::") {
-            let Some(other) = layer_of(used) else { continue };
-            assert!(other > layer || used == own, "{} uses crate::{used}, which is not below it", path.display());
+            let Some(other) = layer_of(used) else {
+                continue;
+            };
+            assert!(
+                other > layer || used == own,
+                "{} uses crate::{used}, which is not below it",
+                path.display()
+            );
         }
     }
-    assert_eq!(seen.len(), layers.iter().flatten().count(), "lib.rs lists a module without files");
+    assert_eq!(
+        seen.len(),
+        layers.iter().flatten().count(),
+        "lib.rs lists a module without files"
+    );
     Ok(())
 }
 
 #[test]
-fn only_the_store_makes_the_proof_and_only_the_bus_takes_it() -> Result<()> {
+fn only_store_creates_settled_and_only_bus_consumes_it() -> Result<()> {
     let host = repository().join("host/src");
     for (path, text) in sources(&host)? {
         let module = module(&host, &path);
         let makes = text.contains("Settled::seen_by_store");
-        assert!(!makes || module == "store", "{} makes a proof of settlement", path.display());
+        assert!(
+            !makes || module == "store",
+            "{} makes a proof of settlement",
+            path.display()
+        );
         let acks = text.contains(".acker.ack(");
-        assert!(!acks || module == "bus", "{} acknowledges by itself", path.display());
+        assert!(
+            !acks || module == "bus",
+            "{} acknowledges by itself",
+            path.display()
+        );
     }
     Ok(())
 }
 
 #[test]
-fn unsafe_code_stands_where_a_component_is_loaded_and_where_sqlite_is_walled_and_nowhere_else() -> Result<()> {
+fn unsafe_code_is_limited_to_engine_and_sqlite_authorizer() -> Result<()> {
     let host = repository().join("host/src");
     let mut allowing: Vec<PathBuf> = sources(&host)?
         .into_iter()
@@ -130,21 +174,31 @@ fn unsafe_code_stands_where_a_component_is_loaded_and_where_sqlite_is_walled_and
         .map(|(path, _)| path)
         .collect();
     allowing.sort();
-    assert_eq!(allowing, [host.join("guest/engine.rs"), host.join("store/sqlite/authorizer.rs")]);
+    assert_eq!(
+        allowing,
+        [
+            host.join("guest/engine.rs"),
+            host.join("store/sqlite/authorizer.rs")
+        ]
+    );
     Ok(())
 }
 
 #[test]
-fn only_tests_leave_the_filter_out() -> Result<()> {
+fn only_tests_disable_the_statement_filter() -> Result<()> {
     let host = repository().join("host/src");
     for (path, text) in sources(&host)? {
-        assert!(!text.contains(".without_filter("), "{} leaves the statement filter out", path.display());
+        assert!(
+            !text.contains(".without_filter("),
+            "{} leaves the statement filter out",
+            path.display()
+        );
     }
     Ok(())
 }
 
 #[test]
-fn every_file_says_what_it_is_for() -> Result<()> {
+fn every_file_starts_with_a_doc_comment() -> Result<()> {
     for folder in [
         "host/src",
         "client/src",
@@ -157,7 +211,11 @@ fn every_file_says_what_it_is_for() -> Result<()> {
         "examples/payments/src",
     ] {
         for (path, text) in sources(&repository().join(folder))? {
-            assert!(text.starts_with("//!"), "{} does not open with a `//!` line", path.display());
+            assert!(
+                text.starts_with("//!"),
+                "{} does not open with a `//!` line",
+                path.display()
+            );
         }
     }
     Ok(())

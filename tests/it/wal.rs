@@ -5,21 +5,22 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use support::books;
-use support::counting::{check_order, count, counting};
+use support::counting::{check_order, count, counting_messages};
 use support::database::{Database, Kind};
-use support::nats::ToPublish;
+use support::nats::NewMessage;
 use support::postgres::Cluster;
 use support::production::RunningHost;
 use support::proxy::{Cut, Proxy};
 use support::world::{PATIENCE, QUICK_RETRIES, World, manifest, signal};
 
-const BY_LOG: &str = "select count(*) from oncely.relay where mode = 'wal'";
-const BY_POLLING: &str = "select count(*) from oncely.relay where mode = 'poll'";
+const IN_WAL_MODE: &str = "select count(*) from oncely.relay where mode = 'wal'";
+const IN_POLL_MODE: &str = "select count(*) from oncely.relay where mode = 'poll'";
 const SLOTS: &str = "select count(*) from pg_replication_slots where database = current_database()";
-const READERS: &str = "select count(*) from pg_replication_slots where database = current_database() and active";
+const READERS: &str =
+    "select count(*) from pg_replication_slots where database = current_database() and active";
 
 /// Four lanes, small batches, and hosts that ask for the log.
-async fn world_by_log(cluster: Option<&Cluster>) -> Result<World> {
+async fn world_in_wal_mode(cluster: Option<&Cluster>) -> Result<World> {
     let settings = format!("batch = 8\nconcurrency = 4\nack_wait = \"1s\"\n{QUICK_RETRIES}");
     let mut world = World::without_host(Kind::Postgres, &manifest(&settings)?).await?;
     if let Some(cluster) = cluster {
@@ -31,78 +32,153 @@ async fn world_by_log(cluster: Option<&Cluster>) -> Result<World> {
 
 async fn start(world: &mut World) -> Result<()> {
     world.start_host().await?;
-    world.until(BY_LOG, 1).await?;
+    world.until(IN_WAL_MODE, 1).await?;
     world.until(READERS, 1).await
 }
 
 /// Asks for another way, as a host that starts does.
-async fn want(world: &World, how: &str) -> Result<()> {
-    world.database.execute(&format!("update oncely.relay set wanted = '{how}', why = null")).await
+async fn request_relay_mode(world: &World, how: &str) -> Result<()> {
+    world
+        .database
+        .execute(&format!(
+            "update oncely.relay set requested_mode = '{how}', reason = null"
+        ))
+        .await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn outputs_come_from_the_log_in_order_and_no_row_is_written_twice() -> Result<()> {
-    let mut world = world_by_log(None).await?;
+async fn wal_outputs_come_in_order_and_rows_are_written_once() -> Result<()> {
+    let mut world = world_in_wal_mode(None).await?;
     start(&mut world).await?;
-    world.nats.publish_all(counting(0, 600)).await?;
+    world.nats.publish_all(counting_messages(0, 600)).await?;
     world.quiet(600).await?;
     check_order(&world, 600).await?;
-    assert_eq!(world.database.number("select count(*) from oncely.outbox where via = 'wal'").await?, 600);
-    assert_eq!(world.database.number("select sum(cardinality(seqs)) from oncely.relay_record").await?, 600);
+    assert_eq!(
+        world
+            .database
+            .number("select count(*) from oncely.outbox where via = 'wal'")
+            .await?,
+        600
+    );
+    assert_eq!(
+        world
+            .database
+            .number("select sum(cardinality(seqs)) from oncely.relay_record")
+            .await?,
+        600
+    );
     // What the server has counted it tells a second later.
     let counted = "select count(*) from pg_stat_user_tables where schemaname = 'oncely' and relname = 'outbox_0' \
                    and n_tup_ins = 600 and n_tup_upd = 0";
     world.until(counted, 1).await?;
-    let list = world.oncely_json(&["outbox", "list", "--unpublished", "--json"]).await?;
+    let list = world
+        .oncely_json(&["outbox", "list", "--unpublished", "--json"])
+        .await?;
     assert_eq!(list, serde_json::json!([]));
     let shown = world.oncely(&["outbox", "show", "5"]).await?;
-    assert!(shown.contains("state: published") && shown.contains("OUT"), "{shown}");
+    assert!(
+        shown.contains("state: published") && shown.contains("OUT"),
+        "{shown}"
+    );
     // All numbers are through soon after, and the age of what waits is none.
-    world.until("select count(*) from oncely.relay_position where through >= 600", 1).await?;
+    world
+        .until(
+            "select count(*) from oncely.relay_position where published_seq >= 600",
+            1,
+        )
+        .await?;
     let status = world.oncely_json(&["status", "--json"]).await?;
     assert_eq!(status.pointer("/totals/0/unpublished"), Some(&0.into()));
-    assert_eq!(status.pointer("/log/mode"), Some(&"wal".into()), "{status}");
+    assert_eq!(status.pointer("/wal/mode"), Some(&"wal".into()), "{status}");
     world.stop_host().await
 }
 
 /// The server sends a commit once it is in the log, when others need not see its rows yet. For as long as a commit waits for
 /// a standby, it is in between; a server process that is stopped there stays there, while all others go on.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_output_is_out_before_everybody_can_see_its_effects() -> Result<()> {
+async fn no_output_is_published_before_its_effects_are_visible() -> Result<()> {
     let cluster = Cluster::start()?;
-    let mut world = world_by_log(Some(&cluster)).await?;
+    let mut world = world_in_wal_mode(Some(&cluster)).await?;
     start(&mut world).await?;
-    world.nats.publish_all(counting(0, 20)).await?;
+    world.nats.publish_all(counting_messages(0, 20)).await?;
     world.quiet(20).await?;
     wait_for_standby(&world, "nobody").await?;
     world.nats.publish_all(vec![count(20, "late", 0)]).await?;
     let commits = "from pg_stat_activity join pg_locks using (pid) \
                    where wait_event = 'SyncRep' and relation = 'oncely.inbox'::regclass and mode = 'RowExclusiveLock'";
-    world.until(&format!("select count(*) {commits}"), 1).await?;
-    let between = Stopped::new(world.database.number(&format!("select pid {commits}")).await?)?;
-    let end = world.database.rows("select pg_current_wal_flush_lsn()").await?.concat().concat();
+    world
+        .until(&format!("select count(*) {commits}"), 1)
+        .await?;
+    let between = Stopped::new(
+        world
+            .database
+            .number(&format!("select pid {commits}"))
+            .await?,
+    )?;
+    let end = world
+        .database
+        .rows("select pg_current_wal_flush_lsn()")
+        .await?
+        .concat()
+        .concat();
     wait_for_standby(&world, "").await?;
-    world.until(&format!("select count(*) from pg_stat_replication where sent_lsn >= '{end}'"), 1).await?;
+    world
+        .until(
+            &format!("select count(*) from pg_stat_replication where sent_lsn >= '{end}'"),
+            1,
+        )
+        .await?;
     // The reader, which was told of it, goes on to write down how far it is.
     for _ in 0..4 {
-        let now = world.database.rows("select clock_timestamp()").await?.concat().concat();
-        world.until(&format!("select count(*) from oncely.relay_position where recorded_at > '{now}'"), 1).await?;
-        let told = world.nats.read_stream("OUT").await?.len();
-        assert_eq!((told, world.database.number("select count(*) from oncely.outbox").await?), (20, 20));
+        let now = world
+            .database
+            .rows("select clock_timestamp()")
+            .await?
+            .concat()
+            .concat();
+        world
+            .until(
+                &format!("select count(*) from oncely.relay_position where recorded_at > '{now}'"),
+                1,
+            )
+            .await?;
+        let published = world.nats.read_stream("OUT").await?.len();
+        assert_eq!(
+            (
+                published,
+                world
+                    .database
+                    .number("select count(*) from oncely.outbox")
+                    .await?
+            ),
+            (20, 20)
+        );
     }
     drop(between);
     world.quiet(21).await?;
-    let by_log = "select count(*) from oncely.outbox where via = 'wal'";
-    assert_eq!((world.nats.read_stream("OUT").await?.len(), world.database.number(by_log).await?), (21, 21));
+    let via_wal = "select count(*) from oncely.outbox where via = 'wal'";
+    assert_eq!(
+        (
+            world.nats.read_stream("OUT").await?.len(),
+            world.database.number(via_wal).await?
+        ),
+        (21, 21)
+    );
     check_order(&world, 21).await
 }
 
 /// From now on commits wait for this standby, or for none.
 async fn wait_for_standby(world: &World, name: &str) -> Result<()> {
-    world.database.execute(&format!("alter system set synchronous_standby_names = '{name}'")).await?;
+    world
+        .database
+        .execute(&format!(
+            "alter system set synchronous_standby_names = '{name}'"
+        ))
+        .await?;
     world.database.execute("select pg_reload_conf()").await?;
-    let is_set =
-        format!("select count(*) from pg_settings where name = 'synchronous_standby_names' and setting = '{name}'");
+    let is_set = format!(
+        "select count(*) from pg_settings where name = 'synchronous_standby_names' and setting = '{name}'"
+    );
     world.until(&is_set, 1).await
 }
 
@@ -124,25 +200,39 @@ impl Drop for Stopped {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_host_that_stops_has_published_what_its_lanes_committed() -> Result<()> {
-    let mut world = world_by_log(None).await?;
+async fn a_stopping_host_publishes_all_committed_outputs() -> Result<()> {
+    let mut world = world_in_wal_mode(None).await?;
     start(&mut world).await?;
-    world.nats.publish_all(counting(0, 200)).await?;
-    world.until("select case when count(*) > 50 then 1 else 0 end from oncely.inbox", 1).await?;
+    world.nats.publish_all(counting_messages(0, 200)).await?;
+    world
+        .until(
+            "select case when count(*) > 50 then 1 else 0 end from oncely.inbox",
+            1,
+        )
+        .await?;
     world.stop_host().await?;
-    assert_eq!(world.database.number(world.database.unpublished()).await?, 0);
-    let settled = world.database.number("select count(*) from oncely.inbox").await?;
+    assert_eq!(
+        world.database.number(world.database.unpublished()).await?,
+        0
+    );
+    let settled = world
+        .database
+        .number("select count(*) from oncely.inbox")
+        .await?;
     check_order(&world, settled as usize).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_reader_loses_and_repeats_nothing() -> Result<()> {
-    let mut world = world_by_log(None).await?;
+    let mut world = world_in_wal_mode(None).await?;
     start(&mut world).await?;
     let count = 900;
-    world.nats.publish_all(counting(0, count)).await?;
+    world.nats.publish_all(counting_messages(0, count)).await?;
     for round in 1..=3_u64 {
-        let enough = format!("select case when count(*) > {} then 1 else 0 end from oncely.inbox", round * 150);
+        let enough = format!(
+            "select case when count(*) > {} then 1 else 0 end from oncely.inbox",
+            round * 150
+        );
         world.until(&enough, 1).await?;
         world.kill_host()?;
         world.start_host().await?;
@@ -152,9 +242,9 @@ async fn a_killed_reader_loses_and_repeats_nothing() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn another_host_takes_over_within_seconds() -> Result<()> {
+async fn another_host_takes_over_the_slot_within_seconds() -> Result<()> {
     static COUNT: AtomicU32 = AtomicU32::new(0);
-    let world = world_by_log(None).await?;
+    let world = world_in_wal_mode(None).await?;
     let number = COUNT.fetch_add(1, Ordering::Relaxed);
     let one = RunningHost::start(&world, &format!("wal-one{number}")).await?;
     world.until(READERS, 1).await?;
@@ -163,30 +253,52 @@ async fn another_host_takes_over_within_seconds() -> Result<()> {
     one.oncely(&["deploy", path.to_str().context("name the manifest")?])?;
     two.until_version(1).await?;
     two.ready().await?;
-    world.nats.publish_all(counting(0, 300)).await?;
+    world.nats.publish_all(counting_messages(0, 300)).await?;
     world.quiet(300).await?;
-    assert!(one.done()? > 0 && two.done()? > 0, "only one host worked");
-    world.nats.publish_all(counting(300, 600)).await?;
-    world.until("select case when count(*) > 350 then 1 else 0 end from oncely.inbox", 1).await?;
+    assert!(
+        one.handled()? > 0 && two.handled()? > 0,
+        "only one host worked"
+    );
+    world.nats.publish_all(counting_messages(300, 600)).await?;
+    world
+        .until(
+            "select case when count(*) > 350 then 1 else 0 end from oncely.inbox",
+            1,
+        )
+        .await?;
     drop(one);
     let killed = Instant::now();
     world.until(READERS, 1).await?;
-    assert!(killed.elapsed() < Duration::from_secs(5), "taken over after {:?}", killed.elapsed());
+    assert!(
+        killed.elapsed() < Duration::from_secs(5),
+        "taken over after {:?}",
+        killed.elapsed()
+    );
     world.quiet(600).await?;
     check_order(&world, 600).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn outputs_keep_their_order_when_publications_are_cut_and_the_broker_goes() -> Result<()> {
-    let mut world = world_by_log(None).await?;
+async fn outputs_keep_their_order_when_the_broker_dies() -> Result<()> {
+    let mut world = world_in_wal_mode(None).await?;
     let proxy = Proxy::start(world.nats.port()).await?;
     world.nats_url = format!("nats://127.0.0.1:{}", proxy.port());
     start(&mut world).await?;
     let count = 900;
     for part in 0..6 {
-        world.nats.publish_all(counting(part * count / 6, (part + 1) * count / 6)).await?;
-        let cut = if part % 2 == 0 { Cut::OutputsNotForwarded } else { Cut::OutputAnswersLost };
-        ensure!(proxy.cut(cut, Duration::from_secs(20)).await, "nothing was published to cut");
+        world
+            .nats
+            .publish_all(counting_messages(part * count / 6, (part + 1) * count / 6))
+            .await?;
+        let cut = if part % 2 == 0 {
+            Cut::OutputsNotForwarded
+        } else {
+            Cut::OutputAnswersLost
+        };
+        ensure!(
+            proxy.cut(cut, Duration::from_secs(20)).await,
+            "nothing was published to cut"
+        );
     }
     world.nats.kill()?;
     tokio::time::sleep(Duration::from_secs(3)).await;
@@ -196,22 +308,26 @@ async fn outputs_keep_their_order_when_publications_are_cut_and_the_broker_goes(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_the_broker_forgot_is_published_again_in_order() -> Result<()> {
-    let mut world = world_by_log(None).await?;
+async fn lost_outputs_are_published_again_in_order() -> Result<()> {
+    let mut world = world_in_wal_mode(None).await?;
     start(&mut world).await?;
-    world.nats.publish_all(counting(0, 100)).await?;
+    world.nats.publish_all(counting_messages(0, 100)).await?;
     world.quiet(100).await?;
     world.nats.kill()?;
     world.nats.copy_stream("OUT")?;
     world.nats.restart().await?;
-    world.nats.publish_all(counting(100, 250)).await?;
+    world.nats.publish_all(counting_messages(100, 250)).await?;
     world.quiet(250).await?;
     world.nats.kill()?;
     world.nats.roll_back_stream("OUT")?;
     world.nats.restart().await?;
     let end = Instant::now() + PATIENCE;
     while world.nats.read_stream("OUT").await?.len() < 250 {
-        ensure!(Instant::now() < end, "the outputs do not come back:\n{}", world.host_log());
+        ensure!(
+            Instant::now() < end,
+            "the outputs do not come back:\n{}",
+            world.host_log()
+        );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     world.quiet(250).await?;
@@ -220,14 +336,18 @@ async fn what_the_broker_forgot_is_published_again_in_order() -> Result<()> {
 
 /// What the reader has not recorded yet when the stream loses it, nobody would miss.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_the_broker_forgot_of_what_is_not_recorded_yet_comes_in_order_too() -> Result<()> {
-    let mut world = world_by_log(None).await?;
+async fn lost_unrecorded_outputs_are_published_again_in_order() -> Result<()> {
+    let mut world = world_in_wal_mode(None).await?;
     start(&mut world).await?;
     let mut count = 0;
     for _ in 0..4 {
-        world.nats.publish_all(counting(count, count + 300)).await?;
-        let handled =
-            |part| format!("select case when count(*) > {} then 1 else 0 end from oncely.inbox", count + part);
+        world.nats.publish_all(counting_messages(count, count + 300)).await?;
+        let handled = |part| {
+            format!(
+                "select case when count(*) > {} then 1 else 0 end from oncely.inbox",
+                count + part
+            )
+        };
         world.until(&handled(60), 1).await?;
         world.nats.kill()?;
         world.nats.copy_stream("OUT")?;
@@ -244,15 +364,32 @@ async fn what_the_broker_forgot_of_what_is_not_recorded_yet_comes_in_order_too()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_output_that_is_set_aside_holds_its_key_and_nothing_else() -> Result<()> {
-    let mut world = world_by_log(None).await?;
+async fn a_parked_output_blocks_its_key_and_nothing_else() -> Result<()> {
+    let mut world = world_in_wal_mode(None).await?;
     world.write_manifest(&manifest("concurrency = 1")?)?;
     world.nats.make_narrow_stream("OUT", "out.>", 300).await?;
     start(&mut world).await?;
-    let large = [count(0, "held", 0), count(1, "held", 600), count(2, "held", 0), count(3, "free", 0)];
+    let large = [
+        count(0, "held", 0),
+        count(1, "held", 600),
+        count(2, "held", 0),
+        count(3, "free", 0),
+    ];
     world.nats.publish_all(large.to_vec()).await?;
-    world.until("select count(*) from oncely.outbox where set_aside_at is not null", 1).await?;
-    world.nats.publish_all((4..8).map(|n| count(n, ["held", "free"][n % 2], 0)).collect()).await?;
+    world
+        .until(
+            "select count(*) from oncely.outbox where parked_at is not null",
+            1,
+        )
+        .await?;
+    world
+        .nats
+        .publish_all(
+            (4..8)
+                .map(|n| count(n, ["held", "free"][n % 2], 0))
+                .collect(),
+        )
+        .await?;
     world.until("select count(*) from oncely.inbox", 8).await?;
     // The three of the other key, and the first of this one.
     world.until(world.database.unpublished(), 4).await?;
@@ -264,34 +401,45 @@ async fn an_output_that_is_set_aside_holds_its_key_and_nothing_else() -> Result<
     // The key goes by the log again.
     world.nats.publish_all(vec![count(8, "held", 0)]).await?;
     world.quiet(9).await?;
-    assert_eq!(world.database.number("select count(*) from oncely.outbox where via = 'wal' and seq = 9").await?, 1);
+    assert_eq!(
+        world
+            .database
+            .number("select count(*) from oncely.outbox where via = 'wal' and seq = 9")
+            .await?,
+        1
+    );
     check_order(&world, 9).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn there_and_back_under_load_and_kills_every_output_comes_once_and_in_order() -> Result<()> {
-    let mut world = world_by_log(None).await?;
+async fn relay_mode_changes_under_load_keep_outputs_once_in_order() -> Result<()> {
+    let mut world = world_in_wal_mode(None).await?;
     world.host_env.clear();
     world.start_host().await?;
     let count = 2_400;
     let (mut sent, mut rounds) = (0, 0);
     while sent < count {
-        world.nats.publish_all(counting(sent, sent + 200)).await?;
+        world.nats.publish_all(counting_messages(sent, sent + 200)).await?;
         sent += 200;
         rounds += 1;
-        let some = format!("select case when count(*) > {} then 1 else 0 end from oncely.inbox", sent - 150);
+        let some = format!(
+            "select case when count(*) > {} then 1 else 0 end from oncely.inbox",
+            sent - 150
+        );
         world.until(&some, 1).await?;
         if rounds == 2 {
             // Some of it is published before the log is left again.
-            world.until("select least(count(*), 1) from oncely.relay_record", 1).await?;
+            world
+                .until("select least(count(*), 1) from oncely.relay_record", 1)
+                .await?;
         }
-        want(&world, if rounds % 2 == 1 { "wal" } else { "poll" }).await?;
+        request_relay_mode(&world, if rounds % 2 == 1 { "wal" } else { "poll" }).await?;
         if rounds % 3 == 0 {
             world.kill_host()?;
             world.start_host().await?;
         }
         if rounds % 4 == 1 {
-            world.until(BY_LOG, 1).await?;
+            world.until(IN_WAL_MODE, 1).await?;
         }
         if rounds == 1 {
             // A line that polling has begun it also ends, and after a kill that takes as long as a lease. Now there is none,
@@ -299,57 +447,79 @@ async fn there_and_back_under_load_and_kills_every_output_comes_once_and_in_orde
             world.quiet(sent as i64).await?;
         }
     }
-    want(&world, "poll").await?;
+    request_relay_mode(&world, "poll").await?;
     world.quiet(count as i64).await?;
-    world.until(BY_POLLING, 1).await?;
+    world.until(IN_POLL_MODE, 1).await?;
     world.until(SLOTS, 0).await?;
     check_order(&world, count).await
 }
 
 /// A transaction that saw the old way may end long after the new one has begun.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_log_is_left_only_when_nobody_can_append_to_it_any_more() -> Result<()> {
-    let mut world = world_by_log(None).await?;
+async fn wal_mode_ends_only_after_its_last_writing_transaction() -> Result<()> {
+    let mut world = world_in_wal_mode(None).await?;
     start(&mut world).await?;
-    let slow = ToPublish::new("in.x", "slow", "insert,slow", r#"{"n": 1, "ms": 2500}"#);
+    let slow = NewMessage::new("in.x", "slow", "insert,slow", r#"{"n": 1, "ms": 2500}"#);
     world.nats.publish_all(vec![slow]).await?;
     let open = "select count(*) from pg_stat_activity where application_name like 'oncely guests%' \
                 and state = 'idle in transaction' and datname = current_database()";
     world.until(open, 1).await?;
-    want(&world, "poll").await?;
-    world.until("select count(*) from oncely.relay where mode = 'leaving'", 1).await?;
+    request_relay_mode(&world, "poll").await?;
+    world
+        .until(
+            "select count(*) from oncely.relay where mode = 'leaving'",
+            1,
+        )
+        .await?;
     world.quiet(1).await?;
-    world.until(BY_POLLING, 1).await?;
+    world.until(IN_POLL_MODE, 1).await?;
     assert_eq!(world.nats.read_stream("OUT").await?.len(), 1);
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_slot_that_the_server_gave_up_is_left_without_loss() -> Result<()> {
+async fn a_slot_invalidated_by_the_server_loses_nothing() -> Result<()> {
     let cluster = Cluster::start()?;
-    let mut world = world_by_log(Some(&cluster)).await?;
-    world.database.execute("alter system set max_slot_wal_keep_size = '1MB'").await?;
-    world.database.execute("alter system set min_wal_size = '32MB'").await?;
-    world.database.execute("alter system set max_wal_size = '32MB'").await?;
+    let mut world = world_in_wal_mode(Some(&cluster)).await?;
+    world
+        .database
+        .execute("alter system set max_slot_wal_keep_size = '1MB'")
+        .await?;
+    world
+        .database
+        .execute("alter system set min_wal_size = '32MB'")
+        .await?;
+    world
+        .database
+        .execute("alter system set max_wal_size = '32MB'")
+        .await?;
     world.database.execute("select pg_reload_conf()").await?;
     start(&mut world).await?;
-    world.nats.publish_all(counting(0, 100)).await?;
+    world.nats.publish_all(counting_messages(0, 100)).await?;
     world.quiet(100).await?;
-    world.nats.publish_all(counting(100, 400)).await?;
-    world.until("select case when count(*) > 150 then 1 else 0 end from oncely.inbox", 1).await?;
+    world.nats.publish_all(counting_messages(100, 400)).await?;
+    world
+        .until(
+            "select case when count(*) > 150 then 1 else 0 end from oncely.inbox",
+            1,
+        )
+        .await?;
     world.kill_host()?;
     // Nobody reads, and the log grows.
     let lost = "select count(*) from pg_replication_slots where database = current_database() and wal_status = 'lost'";
     let end = Instant::now() + PATIENCE;
     while world.database.number(lost).await? == 0 {
         ensure!(Instant::now() < end, "the server keeps the slot");
-        world.database.execute("create table junk as select generate_series(1, 300000); drop table junk").await?;
+        world
+            .database
+            .execute("create table junk as select generate_series(1, 300000); drop table junk")
+            .await?;
         world.database.execute("select pg_switch_wal()").await?;
         world.database.execute("checkpoint").await?;
     }
     world.host_env.clear();
     world.start_host().await?;
-    world.until(BY_POLLING, 1).await?;
+    world.until(IN_POLL_MODE, 1).await?;
     world.quiet(400).await?;
     check_order(&world, 400).await?;
     world.until(SLOTS, 0).await?;
@@ -359,23 +529,28 @@ async fn a_slot_that_the_server_gave_up_is_left_without_loss() -> Result<()> {
     world.kill_host()?;
     world.host_env = vec![("ONCELY_RELAY".to_owned(), "wal".to_owned())];
     start(&mut world).await?;
-    world.nats.publish_all(counting(400, 500)).await?;
+    world.nats.publish_all(counting_messages(400, 500)).await?;
     world.quiet(500).await?;
     check_order(&world, 500).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_slot_that_somebody_dropped_is_left_while_the_host_runs() -> Result<()> {
-    let mut world = world_by_log(None).await?;
+async fn a_dropped_slot_ends_wal_mode_while_the_host_runs() -> Result<()> {
+    let mut world = world_in_wal_mode(None).await?;
     start(&mut world).await?;
-    world.nats.publish_all(counting(0, 400)).await?;
-    world.until("select case when count(*) > 100 then 1 else 0 end from oncely.inbox", 1).await?;
+    world.nats.publish_all(counting_messages(0, 400)).await?;
+    world
+        .until(
+            "select case when count(*) > 100 then 1 else 0 end from oncely.inbox",
+            1,
+        )
+        .await?;
     let end_it = "select pg_terminate_backend(active_pid) from pg_replication_slots \
                   where database = current_database() and active_pid is not null";
     let drop_it = "select pg_drop_replication_slot(slot_name) from pg_replication_slots \
                    where database = current_database() and not active";
     let end = Instant::now() + PATIENCE;
-    while world.database.number(BY_LOG).await? == 1 {
+    while world.database.number(IN_WAL_MODE).await? == 1 {
         ensure!(Instant::now() < end, "the slot cannot be dropped");
         world.database.rows(end_it).await?;
         // The reader may have come back.
@@ -384,49 +559,72 @@ async fn a_slot_that_somebody_dropped_is_left_while_the_host_runs() -> Result<()
     }
     world.quiet(400).await?;
     check_order(&world, 400).await?;
-    world.until(BY_POLLING, 1).await
+    world.until(IN_POLL_MODE, 1).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn behind_a_pooler_the_log_is_read_from_the_server_itself() -> Result<()> {
+async fn behind_a_pooler_relay_database_reaches_the_server_directly() -> Result<()> {
     let settings = format!("batch = 8\nconcurrency = 2\nack_wait = \"1s\"\n{QUICK_RETRIES}");
     let mut world = World::without_host(Kind::Pgbouncer, &manifest(&settings)?).await?;
-    let Database::Postgres { direct, .. } = world.database.clone() else { unreachable!() };
+    let Database::Postgres { direct, .. } = world.database.clone() else {
+        unreachable!()
+    };
     world.host_env = vec![("ONCELY_RELAY".to_owned(), "wal".to_owned())];
-    let refused = world.start_host().await.map_err(|error| error.to_string()).unwrap_err();
+    let refused = world
+        .start_host()
+        .await
+        .map_err(|error| error.to_string())
+        .unwrap_err();
     assert!(refused.contains("relay_database"), "{refused}");
-    world.host_env.push(("ONCELY_RELAY_DATABASE".to_owned(), direct));
+    world
+        .host_env
+        .push(("ONCELY_RELAY_DATABASE".to_owned(), direct));
     start(&mut world).await?;
-    world.nats.publish_all(counting(0, 200)).await?;
+    world.nats.publish_all(counting_messages(0, 200)).await?;
     world.quiet(200).await?;
     check_order(&world, 200).await?;
-    assert_eq!(world.database.number("select count(*) from oncely.outbox where via = 'wal'").await?, 200);
+    assert_eq!(
+        world
+            .database
+            .number("select count(*) from oncely.outbox where via = 'wal'")
+            .await?,
+        200
+    );
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn where_the_log_cannot_be_read_a_host_says_why_and_what_to_do() -> Result<()> {
+async fn an_unreadable_wal_is_reported_with_a_hint() -> Result<()> {
     let cluster = Cluster::start_with("-c fsync=off -c wal_level=replica")?;
-    let mut world = world_by_log(Some(&cluster)).await?;
-    let refused = world.start_host().await.map_err(|error| error.to_string()).unwrap_err();
-    assert!(refused.contains("wal_level = replica") && refused.contains("alter system set wal_level"), "{refused}");
+    let mut world = world_in_wal_mode(Some(&cluster)).await?;
+    let refused = world
+        .start_host()
+        .await
+        .map_err(|error| error.to_string())
+        .unwrap_err();
+    assert!(
+        refused.contains("wal_level = replica") && refused.contains("alter system set wal_level"),
+        "{refused}"
+    );
     // Nothing was changed by that, and a host without the wish starts.
     world.host_env.clear();
     world.start_host().await?;
-    world.nats.publish_all(counting(0, 20)).await?;
+    world.nats.publish_all(counting_messages(0, 20)).await?;
     world.quiet(20).await?;
-    assert_eq!(world.database.number(BY_POLLING).await?, 1);
+    assert_eq!(world.database.number(IN_POLL_MODE).await?, 1);
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn old_outputs_of_the_log_leave_with_their_part() -> Result<()> {
-    let mut world = world_by_log(None).await?;
-    world.host_env.push(("ONCELY_KEEP_OUTPUTS".to_owned(), "1m".to_owned()));
+async fn old_wal_outputs_are_dropped_with_their_partition() -> Result<()> {
+    let mut world = world_in_wal_mode(None).await?;
+    world
+        .host_env
+        .push(("ONCELY_KEEP_OUTPUTS".to_owned(), "1m".to_owned()));
     start(&mut world).await?;
-    world.nats.publish_all(counting(0, 100)).await?;
+    world.nats.publish_all(counting_messages(0, 100)).await?;
     world.quiet(100).await?;
-    let passed = "select count(*) from oncely.relay_position where through >= 100";
+    let passed = "select count(*) from oncely.relay_position where published_seq >= 100";
     world.until(passed, 1).await?;
     world.kill_host()?;
     // Half of it was published long ago, and the part is closed.
@@ -437,18 +635,28 @@ async fn old_outputs_of_the_log_leave_with_their_part() -> Result<()> {
     world
         .database
         .execute(
-            "update oncely.turn set part = 1, earlier = array[0]::smallint[], closed_at = array[now() - interval '1 day'] \
-             where of = 'outbox'",
+            "update oncely.partition_rotation set partition = 1, earlier = array[0]::smallint[], closed_at = array[now() - interval '1 day'] \
+             where table_name = 'outbox'",
         )
         .await?;
     start(&mut world).await?;
-    world.until("select count(*) from oncely.turn where of = 'outbox' and not 0 = any (earlier)", 1).await?;
-    let left = world.database.number("select count(*) from oncely.outbox").await?;
-    let recorded = "select coalesce(sum(cardinality(seqs)), 0) from oncely.relay_record where last_seq >= 50";
+    world.until("select count(*) from oncely.partition_rotation where table_name = 'outbox' and not 0 = any (earlier)", 1).await?;
+    let left = world
+        .database
+        .number("select count(*) from oncely.outbox")
+        .await?;
+    let recorded =
+        "select coalesce(sum(cardinality(seqs)), 0) from oncely.relay_record where last_seq >= 50";
     assert_eq!(left, world.database.number(recorded).await?);
     assert!(left < 100 && left > 0, "{left} outputs are left");
-    assert_eq!(world.database.number("select count(*) from oncely.outbox where via = 'wal'").await?, 0);
-    world.nats.publish_all(counting(100, 160)).await?;
+    assert_eq!(
+        world
+            .database
+            .number("select count(*) from oncely.outbox where via = 'wal'")
+            .await?,
+        0
+    );
+    world.nats.publish_all(counting_messages(100, 160)).await?;
     world.quiet(160).await?;
     check_order(&world, 160).await
 }
@@ -456,14 +664,17 @@ async fn old_outputs_of_the_log_leave_with_their_part() -> Result<()> {
 /// Delayed outputs go by polling, whatever the others do.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn delays_are_honoured_and_the_books_balance() -> Result<()> {
-    let mut world = world_by_log(None).await?;
+    let mut world = world_in_wal_mode(None).await?;
     start(&mut world).await?;
     let delayed = |n: u64| {
         let options = format!(r#"{{"n": 2, "delay_ms": {}}}"#, 500 + n * 50);
-        ToPublish::new("in.x", &format!("d{n}"), "insert,emit", &options)
+        NewMessage::new("in.x", &format!("d{n}"), "insert,emit", &options)
     };
-    let plain = |n: u64| ToPublish::new("in.x", &format!("p{n}"), "insert", r#"{"n": 1}"#);
-    world.nats.publish_all((0..40).flat_map(|n| [delayed(n), plain(n)]).collect()).await?;
+    let plain = |n: u64| NewMessage::new("in.x", &format!("p{n}"), "insert", r#"{"n": 1}"#);
+    world
+        .nats
+        .publish_all((0..40).flat_map(|n| [delayed(n), plain(n)]).collect())
+        .await?;
     world.quiet(80).await?;
     let late = "select (extract(epoch from max(published_at - due_at)) * 1000)::bigint from oncely.outbox \
                 where via = 'poll'";

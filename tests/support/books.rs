@@ -21,21 +21,32 @@ pub struct Books {
 /// event both done and dead, every output on the stream once by id, and every output of an effect that is there.
 pub async fn check(world: &World) -> Result<Books> {
     let mut books = Books::default();
-    ensure!(world.database.number("select coalesce(sum(delta), 0) from app.effect").await? == 0, "the sum is not zero");
+    ensure!(
+        world
+            .database
+            .number("select coalesce(sum(delta), 0) from app.effect")
+            .await?
+            == 0,
+        "the sum is not zero"
+    );
     let effects = world
         .database
         .rows("select event_id, count(*), count(distinct attempt_nonce), min(attempt_nonce) from app.effect group by event_id")
         .await?;
     let mut nonces = BTreeMap::new();
     for row in effects {
-        let [event, rows, distinct, nonce] = row.as_slice() else { anyhow::bail!("odd row {row:?}") };
-        ensure!(rows == "2" && distinct == "1", "event {event} has {rows} rows of {distinct} attempts");
+        let [event, rows, distinct, nonce] = row.as_slice() else {
+            anyhow::bail!("odd row {row:?}")
+        };
+        ensure!(
+            rows == "2" && distinct == "1",
+            "event {event} has {rows} rows of {distinct} attempts"
+        );
         nonces.insert(event.clone(), nonce.clone());
         books.effects.insert(event.clone());
     }
     // What was put back is dead again, or it took effect: then the letter is no longer open.
-    let dead =
-        "select event_id from oncely.dead_letter where reason <> 'id-reuse' and state not in ('redriven', 'done')";
+    let dead = "select event_id from oncely.dead_letter where reason <> 'id-reuse' and state not in ('redriven', 'done')";
     for row in world.database.rows(dead).await? {
         books.dead.extend(row);
     }
@@ -46,15 +57,25 @@ pub async fn check(world: &World) -> Result<Books> {
     Ok(books)
 }
 
-async fn check_outputs(world: &World, nonces: &BTreeMap<String, String>, books: &mut Books) -> Result<()> {
+async fn check_outputs(
+    world: &World,
+    nonces: &BTreeMap<String, String>,
+    books: &mut Books,
+) -> Result<()> {
     let stored = world.nats.read_stream("OUT").await?;
     let mut ids = BTreeSet::new();
     for message in &stored {
-        let id = message.headers.get("Nats-Msg-Id").cloned().unwrap_or_default();
+        let id = message
+            .headers
+            .get("Nats-Msg-Id")
+            .cloned()
+            .unwrap_or_default();
         ensure!(!id.is_empty(), "output {} has no id", message.sequence);
         ensure!(ids.insert(id.clone()), "output {id} is on the stream twice");
-        let Ok(told) = serde_json::from_slice::<serde_json::Value>(&message.body) else { continue };
-        if let (Some(event), Some(nonce)) = (told.get("event_id"), told.get("attempt_nonce")) {
+        let Ok(body) = serde_json::from_slice::<serde_json::Value>(&message.body) else {
+            continue;
+        };
+        if let (Some(event), Some(nonce)) = (body.get("event_id"), body.get("attempt_nonce")) {
             let committed = nonces.get(event.as_str().unwrap_or_default());
             ensure!(
                 committed.map(String::as_str) == nonce.as_str(),

@@ -34,7 +34,10 @@ impl Database {
             Kind::Postgres => Database::on(postgres::shared()).await?,
             Kind::Pgbouncer => {
                 let name = postgres::shared().create_database().await?;
-                Database::Postgres { host: pgbouncer::shared().url(&name), direct: postgres::shared().url(&name) }
+                Database::Postgres {
+                    host: pgbouncer::shared().url(&name),
+                    direct: postgres::shared().url(&name),
+                }
             }
         })
     }
@@ -42,7 +45,10 @@ impl Database {
     /// A fresh database of this cluster.
     pub async fn on(cluster: &postgres::Cluster) -> Result<Self> {
         let direct = cluster.url(&cluster.create_database().await?);
-        Ok(Database::Postgres { host: direct.clone(), direct })
+        Ok(Database::Postgres {
+            host: direct.clone(),
+            direct,
+        })
     }
 
     /// The query for how many outputs are not published.
@@ -51,13 +57,13 @@ impl Database {
             Database::Sqlite(_) => "select count(*) from oncely.outbox where published_at is null",
             Database::Postgres { .. } => {
                 "select (select count(*) from oncely.outbox where published_at is null and via = 'poll') \
-                 + (select count(*) from oncely.in_log())"
+                 + (select count(*) from oncely.wal_backlog())"
             }
         }
     }
 
     /// The same without messages that tell of alarms.
-    pub fn unpublished_but_alarms(&self) -> &'static str {
+    pub fn unpublished_except_alarms(&self) -> &'static str {
         match self {
             Database::Sqlite(_) => {
                 "select count(*) from oncely.outbox where published_at is null and subject not like 'oncely.alarm.%'"
@@ -65,7 +71,7 @@ impl Database {
             Database::Postgres { .. } => {
                 "select (select count(*) from oncely.outbox
                          where published_at is null and via = 'poll' and subject not like 'oncely.alarm.%')
-                      + (select count(*) from oncely.in_log() join oncely.outbox using (seq) where subject not like 'oncely.alarm.%')"
+                      + (select count(*) from oncely.wal_backlog() join oncely.outbox using (seq) where subject not like 'oncely.alarm.%')"
             }
         }
     }
@@ -91,24 +97,38 @@ impl Database {
         match self {
             Database::Sqlite(path) => {
                 let copy = folder.join(format!("copy-{}.db", uuid::Uuid::new_v4()));
-                self.execute(&format!("vacuum into '{}'", copy.display())).await.context("copy the database")?;
+                self.execute(&format!("vacuum into '{}'", copy.display()))
+                    .await
+                    .context("copy the database")?;
                 anyhow::ensure!(copy.exists(), "there is no copy of {}", path.display());
                 Ok(Database::Sqlite(copy))
             }
             Database::Postgres { direct, .. } => {
-                let (server, name) = direct.rsplit_once('/').context("find the database's name")?;
+                let (server, name) = direct
+                    .rsplit_once('/')
+                    .context("find the database's name")?;
                 let copy = format!("copy_{}", uuid::Uuid::new_v4().simple());
-                let mut connection = sqlx::PgConnection::connect(&format!("{server}/postgres")).await?;
+                let mut connection =
+                    sqlx::PgConnection::connect(&format!("{server}/postgres")).await?;
                 // Of a host that was killed the server may not know yet.
                 let end = format!(
                     "select pg_terminate_backend(pid, 10000) from pg_stat_activity
                      where datname = '{name}' and backend_type = 'client backend'"
                 );
-                sqlx::raw_sql(AssertSqlSafe(end)).execute(&mut connection).await.context("end what is left")?;
+                sqlx::raw_sql(AssertSqlSafe(end))
+                    .execute(&mut connection)
+                    .await
+                    .context("end what is left")?;
                 let make = format!("create database {copy} template {name}");
-                sqlx::raw_sql(AssertSqlSafe(make)).execute(&mut connection).await.context("copy the database")?;
+                sqlx::raw_sql(AssertSqlSafe(make))
+                    .execute(&mut connection)
+                    .await
+                    .context("copy the database")?;
                 let url = format!("{server}/{copy}");
-                Ok(Database::Postgres { host: url.clone(), direct: url })
+                Ok(Database::Postgres {
+                    host: url.clone(),
+                    direct: url,
+                })
             }
         }
     }
@@ -119,22 +139,39 @@ impl Database {
         match self {
             Database::Sqlite(path) => {
                 let sql = sql.replace("oncely.", "oncely_").replace("app.", "");
-                let options = sqlx::sqlite::SqliteConnectOptions::new().filename(path).read_only(true);
-                let mut connection =
-                    sqlx::SqliteConnection::connect_with(&options).await.context("open the database")?;
-                let rows = sqlx::query(AssertSqlSafe(sql)).fetch_all(&mut connection).await?;
-                rows.iter().map(|row| (0..row.len()).map(|column| sqlite_text(row, column)).collect()).collect()
+                let options = sqlx::sqlite::SqliteConnectOptions::new()
+                    .filename(path)
+                    .read_only(true);
+                let mut connection = sqlx::SqliteConnection::connect_with(&options)
+                    .await
+                    .context("open the database")?;
+                let rows = sqlx::query(AssertSqlSafe(sql))
+                    .fetch_all(&mut connection)
+                    .await?;
+                rows.iter()
+                    .map(|row| {
+                        (0..row.len())
+                            .map(|column| sqlite_text(row, column))
+                            .collect()
+                    })
+                    .collect()
             }
             Database::Postgres { direct, .. } => {
                 let sql = sql.replace("app.", "app_default.");
-                let mut connection = sqlx::PgConnection::connect(direct).await.context("connect")?;
+                let mut connection = sqlx::PgConnection::connect(direct)
+                    .await
+                    .context("connect")?;
                 // The simple protocol brings every value as text.
-                let rows = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut connection).await?;
+                let rows = sqlx::raw_sql(AssertSqlSafe(sql))
+                    .fetch_all(&mut connection)
+                    .await?;
                 let text = |row: &sqlx::postgres::PgRow, column: usize| -> Result<String> {
                     let value = row.try_get_raw(column)?;
                     Ok(value.as_str().unwrap_or_default().to_owned())
                 };
-                rows.iter().map(|row| (0..row.len()).map(|column| text(row, column)).collect()).collect()
+                rows.iter()
+                    .map(|row| (0..row.len()).map(|column| text(row, column)).collect())
+                    .collect()
             }
         }
     }
@@ -145,14 +182,21 @@ impl Database {
             Database::Sqlite(path) => {
                 let sql = sql.replace("oncely.", "oncely_").replace("app.", "");
                 let options = sqlx::sqlite::SqliteConnectOptions::new().filename(path);
-                let mut connection =
-                    sqlx::SqliteConnection::connect_with(&options).await.context("open the database")?;
-                sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut connection).await?;
+                let mut connection = sqlx::SqliteConnection::connect_with(&options)
+                    .await
+                    .context("open the database")?;
+                sqlx::raw_sql(AssertSqlSafe(sql))
+                    .execute(&mut connection)
+                    .await?;
             }
             Database::Postgres { direct, .. } => {
                 let sql = sql.replace("app.", "app_default.");
-                let mut connection = sqlx::PgConnection::connect(direct).await.context("connect")?;
-                sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut connection).await?;
+                let mut connection = sqlx::PgConnection::connect(direct)
+                    .await
+                    .context("connect")?;
+                sqlx::raw_sql(AssertSqlSafe(sql))
+                    .execute(&mut connection)
+                    .await?;
             }
         }
         Ok(())
@@ -161,8 +205,13 @@ impl Database {
     /// The one number a query yields.
     pub async fn number(&self, sql: &str) -> Result<i64> {
         let rows = self.rows(sql).await?;
-        let value = rows.first().and_then(|row| row.first()).context("the query has no row")?;
-        value.parse().with_context(|| format!("`{value}` is not a number"))
+        let value = rows
+            .first()
+            .and_then(|row| row.first())
+            .context("the query has no row")?;
+        value
+            .parse()
+            .with_context(|| format!("`{value}` is not a number"))
     }
 }
 

@@ -10,31 +10,31 @@ use oncely::cli::cargo::{Target, build_component};
 /// The path of the component that holds every behaviour of `tests/guests`.
 pub fn component() -> Result<PathBuf> {
     static BUILT: Built = OnceLock::new();
-    built(&BUILT, "tests/guests")
+    build_once(&BUILT, "tests/guests")
 }
 
 /// The path of the component of `tests/batch-guest`, which handles batches.
 pub fn batch_component() -> Result<PathBuf> {
     static BUILT: Built = OnceLock::new();
-    built(&BUILT, "tests/batch-guest")
+    build_once(&BUILT, "tests/batch-guest")
 }
 
 /// The path of the component of `tests/http-guest`, which answers requests.
 pub fn http_component() -> Result<PathBuf> {
     static BUILT: Built = OnceLock::new();
-    built(&BUILT, "tests/http-guest")
+    build_once(&BUILT, "tests/http-guest")
 }
 
 /// The path of the component of `examples/ledger/api`.
 pub fn ledger_component() -> Result<PathBuf> {
     static BUILT: Built = OnceLock::new();
-    built(&BUILT, "examples/ledger/api")
+    build_once(&BUILT, "examples/ledger/api")
 }
 
 /// The path of the component of `examples/ledger/totals`.
 pub fn totals_component() -> Result<PathBuf> {
     static BUILT: Built = OnceLock::new();
-    built(&BUILT, "examples/ledger/totals")
+    build_once(&BUILT, "examples/ledger/totals")
 }
 
 /// The path of the component of `tests/python-http`, which knows nothing of Oncely: it is made for the world `wasi:http/proxy`.
@@ -48,24 +48,38 @@ fn build_python_http() -> Result<PathBuf> {
     let source = repository().join("tests/python-http");
     let out = target_dir()?.join("python-http.wasm");
     // The interpreter is large, and compiling for it takes half a minute.
-    let made = |path: &Path| std::fs::metadata(path).and_then(|file| file.modified()).ok();
-    if made(&out).is_some_and(|built| made(&source.join("app.py")).is_some_and(|written| written < built)) {
+    let made = |path: &Path| {
+        std::fs::metadata(path)
+            .and_then(|file| file.modified())
+            .ok()
+    };
+    if made(&out)
+        .is_some_and(|built| made(&source.join("app.py")).is_some_and(|written| written < built))
+    {
         return Ok(out);
     }
     let tools = repository().join("target/tools/bin/componentize-py");
-    let program = if tools.exists() { tools } else { PathBuf::from("componentize-py") };
-    let unfinished = out.with_extension("unfinished");
+    let program = if tools.exists() {
+        tools
+    } else {
+        PathBuf::from("componentize-py")
+    };
+    let partial = out.with_extension("partial");
     let output = Command::new(program)
         .arg("-d")
         .arg(wasi_http_wit()?)
         .args(["-w", "wasi:http/proxy@0.2.12", "componentize", "app", "-o"])
-        .arg(&unfinished)
+        .arg(&partial)
         .current_dir(&source)
         .env("PYTHONDONTWRITEBYTECODE", "1")
         .output()
         .context("run componentize-py; `make install-tools` installs it")?;
-    anyhow::ensure!(output.status.success(), "build a component: {}", String::from_utf8_lossy(&output.stderr));
-    std::fs::rename(&unfinished, &out).context("put the component in its place")?;
+    anyhow::ensure!(
+        output.status.success(),
+        "build a component: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    std::fs::rename(&partial, &out).context("put the component in its place")?;
     Ok(out)
 }
 
@@ -77,17 +91,24 @@ fn wasi_http_wit() -> Result<PathBuf> {
         .current_dir(repository())
         .output()
         .context("ask cargo where wasmtime-wasi-http is")?;
-    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).context("read what cargo says")?;
-    let packages = metadata["packages"].as_array().context("read the packages")?;
-    let package = packages.iter().find(|package| package["name"] == "wasmtime-wasi-http");
-    let manifest = package.and_then(|package| package["manifest_path"].as_str()).context("find wasmtime-wasi-http")?;
+    let metadata: serde_json::Value =
+        serde_json::from_slice(&output.stdout).context("read what cargo says")?;
+    let packages = metadata["packages"]
+        .as_array()
+        .context("read the packages")?;
+    let package = packages
+        .iter()
+        .find(|package| package["name"] == "wasmtime-wasi-http");
+    let manifest = package
+        .and_then(|package| package["manifest_path"].as_str())
+        .context("find wasmtime-wasi-http")?;
     Ok(Path::new(manifest).with_file_name("wit"))
 }
 
 type Built = OnceLock<std::result::Result<PathBuf, String>>;
 
 /// Builds the crate in a folder of the repository.
-fn built(once: &Built, folder: &str) -> Result<PathBuf> {
+fn build_once(once: &Built, folder: &str) -> Result<PathBuf> {
     let built = once.get_or_init(|| build(folder).map_err(|error| format!("{error:#}")));
     built.clone().map_err(anyhow::Error::msg)
 }
@@ -101,13 +122,18 @@ fn build(folder: &str) -> Result<PathBuf> {
 /// Builds the crate in a folder of the repository with a certain toolchain, or the best that is installed.
 pub fn build_with(folder: &str, out: &Path, toolchain: Option<Target>) -> Result<()> {
     let mut lines = Vec::new();
-    build_component(&repository().join(folder), out, toolchain, &mut |line| lines.push(line.to_owned()))
-        .with_context(|| format!("build the crate in {folder}:\n{}", lines.join("\n")))
+    build_component(&repository().join(folder), out, toolchain, &mut |line| {
+        lines.push(line.to_owned())
+    })
+    .with_context(|| format!("build the crate in {folder}:\n{}", lines.join("\n")))
 }
 
 /// The top folder of the repository.
 pub fn repository() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new(".")).to_owned()
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap_or(Path::new("."))
+        .to_owned()
 }
 
 /// The folder that holds the built binaries: tests run from `deps` below it.
@@ -123,6 +149,10 @@ pub fn target_dir() -> Result<PathBuf> {
 /// The `oncely` program under test.
 pub fn oncely() -> Result<PathBuf> {
     let path = target_dir()?.join("oncely");
-    anyhow::ensure!(path.exists(), "{} is not there; run `cargo build` first (`make test` does)", path.display());
+    anyhow::ensure!(
+        path.exists(),
+        "{} is not there; run `cargo build` first (`make test` does)",
+        path.display()
+    );
     Ok(path)
 }

@@ -16,7 +16,7 @@ pub mod world;
 
 /// How a program ends: well, or with a failure when something does not hold. What went wrong is the last thing that is printed,
 /// without a backtrace, whatever the environment says.
-pub fn ended(holds: anyhow::Result<bool>) -> std::process::ExitCode {
+pub fn exit_code(holds: anyhow::Result<bool>) -> std::process::ExitCode {
     match holds {
         Ok(true) => std::process::ExitCode::SUCCESS,
         Ok(false) => std::process::ExitCode::FAILURE,

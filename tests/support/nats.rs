@@ -24,7 +24,7 @@ pub struct NatsServer {
 
 /// A message to publish.
 #[derive(Debug, Clone)]
-pub struct ToPublish {
+pub struct NewMessage {
     pub subject: String,
     pub headers: Vec<(String, String)>,
     pub body: Vec<u8>,
@@ -40,10 +40,10 @@ pub struct Stored {
     pub body: Vec<u8>,
 }
 
-impl ToPublish {
+impl NewMessage {
     /// A message for the test guests: what they are to do, with which options, under which event id.
     pub fn new(subject: &str, event_id: &str, behaviour: &str, options: &str) -> Self {
-        ToPublish {
+        NewMessage {
             subject: subject.to_owned(),
             headers: vec![
                 // A new id for the broker each time: only the inbox knows that it is the same event.
@@ -56,10 +56,10 @@ impl ToPublish {
     }
 }
 
-impl ToPublish {
+impl NewMessage {
     /// Event number `n` for the test guests: one effect, and one output that tells of it.
     pub fn insert(n: u64) -> Self {
-        ToPublish::new("in.x", &format!("e{n}"), "insert", r#"{"n": 1}"#)
+        NewMessage::new("in.x", &format!("e{n}"), "insert", r#"{"n": 1}"#)
     }
 }
 
@@ -75,11 +75,20 @@ impl NatsServer {
 
     /// Starts a server that wants a proof of its clients, which the test's own give with these options.
     pub async fn start_secured(configuration: &str, options: ConnectOptions) -> Result<Self> {
-        let folder = tempfile::Builder::new().prefix("oncely-nats-").tempdir().context("make a folder")?;
+        let folder = tempfile::Builder::new()
+            .prefix("oncely-nats-")
+            .tempdir()
+            .context("make a folder")?;
         if !configuration.is_empty() {
-            std::fs::write(folder.path().join("configuration"), configuration).context("write the configuration")?;
+            std::fs::write(folder.path().join("configuration"), configuration)
+                .context("write the configuration")?;
         }
-        let mut nats = NatsServer { port: free_port()?, folder, server: None, options };
+        let mut nats = NatsServer {
+            port: free_port()?,
+            folder,
+            server: None,
+            options,
+        };
         nats.restart().await?;
         Ok(nats)
     }
@@ -87,11 +96,17 @@ impl NatsServer {
     /// Starts a cluster of three servers, and waits until it has a leader.
     pub async fn start_cluster() -> Result<Vec<Self>> {
         let routes: Vec<u16> = (0..3).map(|_| free_port()).collect::<Result<_>>()?;
-        let all: Vec<String> = routes.iter().map(|port| format!("nats://127.0.0.1:{port}")).collect();
+        let all: Vec<String> = routes
+            .iter()
+            .map(|port| format!("nats://127.0.0.1:{port}"))
+            .collect();
         let configuration = |n: usize, port: u16| {
             format!(
                 "server_name: n{n}\ncluster {{ name: c, listen: \"127.0.0.1:{port}\", routes: [{}] }}\n",
-                all.iter().map(|url| format!("\"{url}\"")).collect::<Vec<_>>().join(", ")
+                all.iter()
+                    .map(|url| format!("\"{url}\""))
+                    .collect::<Vec<_>>()
+                    .join(", ")
             )
         };
         let start = |(n, port): (usize, &u16)| {
@@ -100,13 +115,13 @@ impl NatsServer {
         };
         let servers = futures::future::try_join_all(routes.iter().enumerate().map(start)).await?;
         for server in &servers {
-            server.until_it_has_a_leader().await?;
+            server.until_leader_elected().await?;
         }
         Ok(servers)
     }
 
     /// Waits until JetStream answers.
-    pub async fn until_it_has_a_leader(&self) -> Result<()> {
+    pub async fn until_leader_elected(&self) -> Result<()> {
         let end = Instant::now() + Duration::from_secs(60);
         let context = jetstream::new(self.client().await?);
         while let Err(error) = context.query_account().await {
@@ -132,20 +147,32 @@ impl NatsServer {
         let configuration = folder.join("configuration");
         let command = format!(
             "exec nats-server {} -a 127.0.0.1 -p {} -js -sd '{}' -P '{}' >'{}' 2>&1",
-            if configuration.exists() { format!("-c '{}'", configuration.display()) } else { String::new() },
+            if configuration.exists() {
+                format!("-c '{}'", configuration.display())
+            } else {
+                String::new()
+            },
             self.port,
             folder.join("store").display(),
             folder.join("pid").display(),
             folder.join("log").display()
         );
-        self.server = Some(Server::start(&format!("( {command} )"), &folder.join("no-such-folder"))?);
+        self.server = Some(Server::start(
+            &format!("( {command} )"),
+            &folder.join("no-such-folder"),
+        )?);
         self.client().await.map(|_| ())
     }
 
     /// Kills the server and starts it with another configuration, to which the test's own clients log in with these options.
-    pub async fn restart_secured(&mut self, configuration: &str, options: ConnectOptions) -> Result<()> {
+    pub async fn restart_secured(
+        &mut self,
+        configuration: &str,
+        options: ConnectOptions,
+    ) -> Result<()> {
         self.kill()?;
-        std::fs::write(self.folder.path().join("configuration"), configuration).context("write the configuration")?;
+        std::fs::write(self.folder.path().join("configuration"), configuration)
+            .context("write the configuration")?;
         self.options = options;
         self.restart().await
     }
@@ -159,7 +186,10 @@ impl NatsServer {
 
     /// Where the server keeps a stream. Only to be touched while it is stopped.
     fn stream_folder(&self, stream: &str) -> PathBuf {
-        self.folder.path().join("store/jetstream/$G/streams").join(stream)
+        self.folder
+            .path()
+            .join("store/jetstream/$G/streams")
+            .join(stream)
     }
 
     /// Keeps a copy of a stream of a server that is stopped.
@@ -172,7 +202,10 @@ impl NatsServer {
     /// Brings a stream of a server that is stopped back to its copy.
     pub fn roll_back_stream(&self, stream: &str) -> Result<()> {
         std::fs::remove_dir_all(self.stream_folder(stream)).context("remove a stream")?;
-        copy_folder(&self.folder.path().join(format!("copy-{stream}")), &self.stream_folder(stream))
+        copy_folder(
+            &self.folder.path().join(format!("copy-{stream}")),
+            &self.stream_folder(stream),
+        )
     }
 
     /// Stops the server where it is: its connections stay, and nothing answers.
@@ -186,7 +219,8 @@ impl NatsServer {
     }
 
     fn signal(&self, name: &str) -> Result<()> {
-        let pid = std::fs::read_to_string(self.folder.path().join("pid")).context("read the server's pid")?;
+        let pid = std::fs::read_to_string(self.folder.path().join("pid"))
+            .context("read the server's pid")?;
         crate::world::signal(pid.trim().parse().context("read the server's pid")?, name)
     }
 
@@ -197,7 +231,8 @@ impl NatsServer {
             match self.options.clone().connect(self.url()).await {
                 Ok(client) => return Ok(client),
                 Err(error) if Instant::now() > end => {
-                    let log = std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default();
+                    let log =
+                        std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default();
                     bail!("the nats-server does not answer: {error}\n{log}");
                 }
                 Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
@@ -215,7 +250,10 @@ impl NatsServer {
             ..Default::default()
         };
         let context = jetstream::new(self.client().await?);
-        context.create_or_update_stream(config).await.context("make a narrow stream")?;
+        context
+            .create_or_update_stream(config)
+            .await
+            .context("make a narrow stream")?;
         Ok(())
     }
 
@@ -230,15 +268,25 @@ impl NatsServer {
             allow_direct: true,
             ..Default::default()
         };
-        jetstream::new(self.client().await?).create_stream(config).await.context("make a stream of one per subject")?;
+        jetstream::new(self.client().await?)
+            .create_stream(config)
+            .await
+            .context("make a stream of one per subject")?;
         Ok(())
     }
 
     /// Removes all messages to a subject from a stream.
     pub async fn purge_subject(&self, stream: &str, subject: &str) -> Result<()> {
         let context = jetstream::new(self.client().await?);
-        let stream = context.get_stream(stream).await.context("open the stream")?;
-        stream.purge().filter(subject).await.context("remove the messages to a subject")?;
+        let stream = context
+            .get_stream(stream)
+            .await
+            .context("open the stream")?;
+        stream
+            .purge()
+            .filter(subject)
+            .await
+            .context("remove the messages to a subject")?;
         Ok(())
     }
 
@@ -251,21 +299,36 @@ impl NatsServer {
             allow_direct: true,
             ..Default::default()
         };
-        jetstream::new(self.client().await?).create_stream(config).await.context("make a stream")?;
+        jetstream::new(self.client().await?)
+            .create_stream(config)
+            .await
+            .context("make a stream")?;
         Ok(())
     }
 
     /// Takes a stream away, with all that is on it.
     pub async fn delete_stream(&self, name: &str) -> Result<jetstream::stream::Config> {
         let context = jetstream::new(self.client().await?);
-        let config = context.get_stream(name).await.context("open the stream")?.cached_info().config.clone();
-        context.delete_stream(name).await.context("delete the stream")?;
+        let config = context
+            .get_stream(name)
+            .await
+            .context("open the stream")?
+            .cached_info()
+            .config
+            .clone();
+        context
+            .delete_stream(name)
+            .await
+            .context("delete the stream")?;
         Ok(config)
     }
 
     /// Makes a stream as another one was.
-    pub async fn make_stream_again(&self, config: jetstream::stream::Config) -> Result<()> {
-        jetstream::new(self.client().await?).create_stream(config).await.context("make the stream again")?;
+    pub async fn recreate_stream(&self, config: jetstream::stream::Config) -> Result<()> {
+        jetstream::new(self.client().await?)
+            .create_stream(config)
+            .await
+            .context("make the stream again")?;
         Ok(())
     }
 
@@ -274,15 +337,23 @@ impl NatsServer {
         let context = jetstream::new(self.client().await?);
         let stream = context.get_stream(name).await.context("open the stream")?;
         let info = stream.cached_info();
-        let full = i64::try_from(info.state.messages).unwrap_or(i64::MAX).max(1);
+        let full = i64::try_from(info.state.messages)
+            .unwrap_or(i64::MAX)
+            .max(1);
         let max_messages = if is_full { full } else { -1 };
-        let config = jetstream::stream::Config { max_messages, ..info.config.clone() };
-        context.update_stream(config).await.context("change how much the stream takes")?;
+        let config = jetstream::stream::Config {
+            max_messages,
+            ..info.config.clone()
+        };
+        context
+            .update_stream(config)
+            .await
+            .context("change how much the stream takes")?;
         Ok(())
     }
 
     /// Publishes messages in order and waits until the streams have stored all of them.
-    pub async fn publish_all(&self, messages: Vec<ToPublish>) -> Result<()> {
+    pub async fn publish_all(&self, messages: Vec<NewMessage>) -> Result<()> {
         let context = jetstream::new(self.client().await?);
         for chunk in messages.chunks(500) {
             let mut answers = Vec::new();
@@ -291,8 +362,11 @@ impl NatsServer {
                 for (name, value) in &message.headers {
                     headers.append(name.as_str(), value.parse::<async_nats::HeaderValue>()?);
                 }
-                let publish =
-                    context.publish_with_headers(message.subject.clone(), headers, message.body.clone().into());
+                let publish = context.publish_with_headers(
+                    message.subject.clone(),
+                    headers,
+                    message.body.clone().into(),
+                );
                 answers.push(publish.await.context("publish")?);
             }
             for answer in answers {
@@ -305,14 +379,28 @@ impl NatsServer {
     /// Publishes a subject and a header block as they are, which no client would; an empty block is none.
     pub fn publish_raw(&self, subject: &[u8], headers: &[u8], body: &[u8]) -> Result<()> {
         use std::io::{BufRead, BufReader, Write};
-        let mut stream = std::net::TcpStream::connect(("127.0.0.1", self.port)).context("connect")?;
+        let mut stream =
+            std::net::TcpStream::connect(("127.0.0.1", self.port)).context("connect")?;
         let connect = b"CONNECT {\"headers\":true,\"verbose\":false}\r\n";
         let sizes = match headers.len() {
             0 => format!(" {}\r\n", body.len()),
             length => format!(" {length} {}\r\n", length + body.len()),
         };
-        let verb: &[u8] = if headers.is_empty() { b"PUB " } else { b"HPUB " };
-        let bytes = [connect, verb, subject, sizes.as_bytes(), headers, body, b"\r\nPING\r\n"].concat();
+        let verb: &[u8] = if headers.is_empty() {
+            b"PUB "
+        } else {
+            b"HPUB "
+        };
+        let bytes = [
+            connect,
+            verb,
+            subject,
+            sizes.as_bytes(),
+            headers,
+            body,
+            b"\r\nPING\r\n",
+        ]
+        .concat();
         stream.write_all(&bytes).context("publish raw")?;
         for line in BufReader::new(stream).lines() {
             match line.context("wait for the server")?.as_str() {
@@ -327,7 +415,10 @@ impl NatsServer {
     /// All messages of a stream, raw, by sequence.
     pub async fn read_stream(&self, stream: &str) -> Result<Vec<Stored>> {
         let context = jetstream::new(self.client().await?);
-        let stream = context.get_stream(stream).await.context("open the stream")?;
+        let stream = context
+            .get_stream(stream)
+            .await
+            .context("open the stream")?;
         let state = &stream.cached_info().state;
         if state.messages == 0 {
             return Ok(Vec::new());
@@ -344,7 +435,9 @@ impl NatsServer {
             }
         };
         let mut stored = Vec::new();
-        let mut messages = futures::stream::iter(state.first_sequence..=state.last_sequence).map(read).buffered(64);
+        let mut messages = futures::stream::iter(state.first_sequence..=state.last_sequence)
+            .map(read)
+            .buffered(64);
         while let Some(message) = messages.next().await {
             let Some(message) = message? else { continue };
             let headers = message
@@ -373,7 +466,8 @@ fn copy_folder(from: &Path, to: &Path) -> Result<()> {
         if entry.file_type()?.is_dir() {
             copy_folder(&entry.path(), &target)?;
         } else {
-            std::fs::copy(entry.path(), &target).with_context(|| format!("copy {}", entry.path().display()))?;
+            std::fs::copy(entry.path(), &target)
+                .with_context(|| format!("copy {}", entry.path().display()))?;
         }
     }
     Ok(())

@@ -24,7 +24,11 @@ const KEPT_IDLE_SECONDS: u32 = 5;
 impl Bouncer {
     /// Starts a pooler in front of the shared cluster.
     fn start() -> anyhow::Result<Self> {
-        let folder = tempfile::Builder::new().prefix("oncely-pgbouncer-").tempdir().context("make a folder")?.keep();
+        let folder = tempfile::Builder::new()
+            .prefix("oncely-pgbouncer-")
+            .tempdir()
+            .context("make a folder")?
+            .keep();
         let (port, upstream) = (free_port()?, postgres::shared().port());
         let settings = folder.join("pgbouncer.ini");
         let (users, rules) = (folder.join("users.txt"), folder.join("hba.conf"));
@@ -41,21 +45,40 @@ impl Bouncer {
             users.display(),
         );
         std::fs::write(&settings, text).context("write the settings of PgBouncer")?;
-        let readable = Command::new("chmod").arg("-R").arg("a+rX").arg(&folder).status();
-        ensure!(readable.is_ok_and(|status| status.success()), "cannot make {} readable", folder.display());
-        let command = format!("{} {} {}", as_postgres().join(" "), program()?, settings.display());
+        let readable = Command::new("chmod")
+            .arg("-R")
+            .arg("a+rX")
+            .arg(&folder)
+            .status();
+        ensure!(
+            readable.is_ok_and(|status| status.success()),
+            "cannot make {} readable",
+            folder.display()
+        );
+        let command = format!(
+            "{} {} {}",
+            as_postgres().join(" "),
+            program()?,
+            settings.display()
+        );
         let server = Server::start(&command, &folder)?;
         let deadline = Instant::now() + Duration::from_secs(10);
         while TcpStream::connect(("127.0.0.1", port)).is_err() {
             ensure!(Instant::now() < deadline, "PgBouncer did not start in time");
             std::thread::sleep(Duration::from_millis(20));
         }
-        Ok(Bouncer { port, _server: server })
+        Ok(Bouncer {
+            port,
+            _server: server,
+        })
     }
 
     /// The URL of a database behind the pooler.
     pub fn url(&self, database: &str) -> String {
-        format!("postgres://postgres@127.0.0.1:{}/{database}?statement-cache-capacity=0", self.port)
+        format!(
+            "postgres://postgres@127.0.0.1:{}/{database}?statement-cache-capacity=0",
+            self.port
+        )
     }
 }
 
@@ -66,7 +89,11 @@ pub fn shared() -> &'static Bouncer {
 }
 
 fn program() -> anyhow::Result<&'static str> {
-    let places = ["/usr/sbin/pgbouncer", "/usr/bin/pgbouncer", "/usr/local/bin/pgbouncer"];
+    let places = [
+        "/usr/sbin/pgbouncer",
+        "/usr/bin/pgbouncer",
+        "/usr/local/bin/pgbouncer",
+    ];
     places
         .into_iter()
         .find(|place| std::path::Path::new(place).exists())

@@ -22,10 +22,12 @@ const LATE_WRITER: &str = "-c fsync=off -c deadlock_timeout=200ms -c max_connect
     -c wal_writer_delay=10s -c wal_writer_flush_after=64MB -c wal_buffers=16MB";
 
 /// The same, in German.
-const IN_GERMAN: &str = "-c fsync=off -c max_connections=50 -c shared_buffers=64MB -c lc_messages=de_DE.UTF-8";
+const IN_GERMAN: &str =
+    "-c fsync=off -c max_connections=50 -c shared_buffers=64MB -c lc_messages=de_DE.UTF-8";
 
 /// What a server has where it matters: durable against a crash of the machine.
-const DURABLE: &str = "-c max_connections=300 -c shared_buffers=512MB -c max_wal_size=4GB -c wal_level=logical";
+const DURABLE: &str =
+    "-c max_connections=300 -c shared_buffers=512MB -c max_wal_size=4GB -c wal_level=logical";
 
 /// Who is let in how: the roles that hosts make for apps need their passwords, others do not.
 pub const RULES: &str = "local all all trust\n\
@@ -72,32 +74,54 @@ impl Cluster {
         let locales = cluster.folder.join("locales");
         std::fs::create_dir(&locales).context("make a folder for a locale")?;
         let compiled = locales.join("de_DE.UTF-8").to_string_lossy().into_owned();
-        run("localedef", &["-i", "de_DE", "-f", "UTF-8", &compiled]).context("compile a locale (Debian: locales)")?;
+        run("localedef", &["-i", "de_DE", "-f", "UTF-8", &compiled])
+            .context("compile a locale (Debian: locales)")?;
         cluster.locales = Some(locales);
         cluster.start_again()?;
         Ok(cluster)
     }
 
     fn make(settings: &'static str) -> anyhow::Result<Self> {
-        let folder = tempfile::Builder::new().prefix("oncely-postgres-").tempdir().context("make a folder")?.keep();
+        let folder = tempfile::Builder::new()
+            .prefix("oncely-postgres-")
+            .tempdir()
+            .context("make a folder")?
+            .keep();
         if !as_postgres().is_empty() {
             run("chown", &["postgres", &folder.to_string_lossy()])?;
         }
         let data = folder.join("data").to_string_lossy().into_owned();
         let initdb = tool("initdb").to_string_lossy().into_owned();
-        let command = ["-D", &data, "-U", "postgres", "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C"];
+        let command = [
+            "-D",
+            &data,
+            "-U",
+            "postgres",
+            "--auth=trust",
+            "--no-sync",
+            "--encoding=UTF8",
+            "--locale=C",
+        ];
         run_as_postgres(&[&[initdb.as_str()], &command[..]].concat())?;
         let rules = folder.join("rules.conf").to_string_lossy().into_owned();
         std::fs::write(&rules, RULES).context("write who is let in")?;
         run("chmod", &["a+r", &rules])?;
         run_as_postgres(&["cp", &rules, &format!("{data}/pg_hba.conf")])?;
-        Ok(Cluster { folder, port: free_port()?, settings, locales: None, servers: Vec::new() })
+        Ok(Cluster {
+            folder,
+            port: free_port()?,
+            settings,
+            locales: None,
+            servers: Vec::new(),
+        })
     }
 
     /// Starts the server, after [`Cluster::stop`].
     pub fn start_again(&mut self) -> anyhow::Result<()> {
         let (folder, port, settings) = (self.folder.display(), self.port, self.settings);
-        let locales = self.locales.as_ref().map_or_else(String::new, |path| format!("env LOCPATH={} ", path.display()));
+        let locales = self.locales.as_ref().map_or_else(String::new, |path| {
+            format!("env LOCPATH={} ", path.display())
+        });
         let command = format!(
             "{locales}{} {} -D {folder}/data -p {port} -k {folder} -c listen_addresses=127.0.0.1 {settings}",
             as_postgres().join(" "),
@@ -107,7 +131,10 @@ impl Cluster {
         let deadline = Instant::now() + Duration::from_secs(30);
         let ready = tool("pg_isready").to_string_lossy().into_owned();
         while run(&ready, &["-q", "-h", "127.0.0.1", "-p", &port.to_string()]).is_err() {
-            ensure!(Instant::now() < deadline, "PostgreSQL did not start in time");
+            ensure!(
+                Instant::now() < deadline,
+                "PostgreSQL did not start in time"
+            );
             std::thread::sleep(Duration::from_millis(20));
         }
         Ok(())
@@ -117,7 +144,15 @@ impl Cluster {
     pub fn stop(&self) -> anyhow::Result<()> {
         let data = self.folder.join("data").to_string_lossy().into_owned();
         let pg_ctl = tool("pg_ctl").to_string_lossy().into_owned();
-        run_as_postgres(&[pg_ctl.as_str(), "-D", &data, "-m", "immediate", "-w", "stop"])
+        run_as_postgres(&[
+            pg_ctl.as_str(),
+            "-D",
+            &data,
+            "-m",
+            "immediate",
+            "-w",
+            "stop",
+        ])
     }
 
     pub fn port(&self) -> u16 {
@@ -138,8 +173,9 @@ impl Cluster {
     pub async fn create_database(&self) -> anyhow::Result<String> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!("test_{}", COUNT.fetch_add(1, Ordering::Relaxed));
-        let mut connection =
-            PgConnection::connect(&self.url("postgres")).await.context("connect to the test cluster")?;
+        let mut connection = PgConnection::connect(&self.url("postgres"))
+            .await
+            .context("connect to the test cluster")?;
         connection
             .execute(AssertSqlSafe(format!("create database {name}")))
             .await
@@ -166,18 +202,35 @@ pub fn shared() -> &'static Cluster {
 
 /// PostgreSQL's tools are not on PATH on Debian.
 fn tool(name: &str) -> PathBuf {
-    let installed = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
-    let mut tools: Vec<_> =
-        installed.map(|version| version.path().join("bin").join(name)).filter(|p| p.exists()).collect();
+    let installed = std::fs::read_dir("/usr/lib/postgresql")
+        .into_iter()
+        .flatten()
+        .flatten();
+    let mut tools: Vec<_> = installed
+        .map(|version| version.path().join("bin").join(name))
+        .filter(|p| p.exists())
+        .collect();
     tools.sort();
     tools.pop().unwrap_or_else(|| Path::new(name).to_owned())
 }
 
 /// The words to put before a command that refuses to run as root.
 pub fn as_postgres() -> Vec<&'static str> {
-    let is_root = Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout.trim_ascii() == b"0");
+    let is_root = Command::new("id")
+        .arg("-u")
+        .output()
+        .is_ok_and(|output| output.stdout.trim_ascii() == b"0");
     // It replaces itself by the command, so that signals reach the server.
-    if is_root { vec!["setpriv", "--reuid=postgres", "--regid=postgres", "--init-groups"] } else { Vec::new() }
+    if is_root {
+        vec![
+            "setpriv",
+            "--reuid=postgres",
+            "--regid=postgres",
+            "--init-groups",
+        ]
+    } else {
+        Vec::new()
+    }
 }
 
 fn run_as_postgres(command: &[&str]) -> anyhow::Result<()> {
@@ -187,8 +240,15 @@ fn run_as_postgres(command: &[&str]) -> anyhow::Result<()> {
 }
 
 fn run(program: &str, arguments: &[&str]) -> anyhow::Result<()> {
-    let output =
-        Command::new(program).args(arguments).current_dir("/").output().with_context(|| format!("run {program}"))?;
-    ensure!(output.status.success(), "{program} failed: {}", String::from_utf8_lossy(&output.stderr));
+    let output = Command::new(program)
+        .args(arguments)
+        .current_dir("/")
+        .output()
+        .with_context(|| format!("run {program}"))?;
+    ensure!(
+        output.status.success(),
+        "{program} failed: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     Ok(())
 }

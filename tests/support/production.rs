@@ -37,7 +37,7 @@ impl RunningHost {
             .env("ONCELY_NATS", world.nats.url())
             .env("ONCELY_LISTEN", "127.0.0.1:0")
             .env("ONCELY_HTTP", "127.0.0.1:0")
-            .env("ONCELY_LOG", "json")
+            .env("ONCELY_LOG_FORMAT", "json")
             .envs(world.host_env.iter().cloned())
             .stdin(Stdio::null())
             .stdout(log.try_clone().context("share the log")?)
@@ -73,16 +73,22 @@ impl RunningHost {
     }
 
     /// Where it takes requests.
-    pub fn requests(&self) -> Result<String> {
-        let text =
-            std::fs::read_to_string(self.folder.join(".oncely/host.json")).context("read how to reach the host")?;
+    pub fn ingress_url(&self) -> Result<String> {
+        let text = std::fs::read_to_string(self.folder.join(".oncely/host.json"))
+            .context("read how to reach the host")?;
         let file: Value = serde_json::from_str(&text)?;
-        file.get("http").and_then(Value::as_str).map(str::to_owned).context("the host takes no requests")
+        file.get("http")
+            .and_then(Value::as_str)
+            .map(str::to_owned)
+            .context("the host takes no requests")
     }
 
     /// Runs a command against this host.
     pub fn oncely(&self, args: &[&str]) -> Result<String> {
-        let output = Command::new(guests::oncely()?).args(args).current_dir(&self.folder).output()?;
+        let output = Command::new(guests::oncely()?)
+            .args(args)
+            .current_dir(&self.folder)
+            .output()?;
         if !output.status.success() {
             bail!("{}", String::from_utf8_lossy(&output.stderr).trim());
         }
@@ -99,16 +105,23 @@ impl RunningHost {
     pub async fn until_version(&self, version: u64) -> Result<()> {
         let end = Instant::now() + PATIENCE;
         while self.version()? != Some(version) {
-            anyhow::ensure!(Instant::now() < end, "version {version} does not run:\n{}", self.log());
+            anyhow::ensure!(
+                Instant::now() < end,
+                "version {version} does not run:\n{}",
+                self.log()
+            );
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
         }
         Ok(())
     }
 
     /// How many messages it handled since it started.
-    pub fn done(&self) -> Result<u64> {
+    pub fn handled(&self) -> Result<u64> {
         let workers: Value = serde_json::from_str(&self.oncely(&["workers", "--json"])?)?;
-        Ok(workers.pointer("/0/done").and_then(Value::as_u64).unwrap_or_default())
+        Ok(workers
+            .pointer("/0/done")
+            .and_then(Value::as_u64)
+            .unwrap_or_default())
     }
 
     /// Everything it said.

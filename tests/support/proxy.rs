@@ -48,19 +48,31 @@ struct Shared {
     done: Mutex<HashMap<Cut, u64>>,
     changed: Notify,
     /// Whether commits of guests' transactions alone are cut.
-    guests_alone: AtomicBool,
+    guests_only: AtomicBool,
     /// Whether nothing gets through, either way.
-    swallows: watch::Sender<bool>,
+    is_blackhole: watch::Sender<bool>,
 }
 
 impl Proxy {
     /// Starts a proxy to `upstream`, a port of the loopback interface.
     pub async fn start(upstream: u16) -> Result<Self> {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).await.context("listen for the proxy")?;
-        let port = listener.local_addr().context("read the proxy's port")?.port();
-        let shared = Arc::new(Shared { upstream, ..Shared::default() });
+        let listener = TcpListener::bind(("127.0.0.1", 0))
+            .await
+            .context("listen for the proxy")?;
+        let port = listener
+            .local_addr()
+            .context("read the proxy's port")?
+            .port();
+        let shared = Arc::new(Shared {
+            upstream,
+            ..Shared::default()
+        });
         let accepting = tokio::spawn(accept(listener, Arc::clone(&shared)));
-        Ok(Proxy { port, shared, accepting })
+        Ok(Proxy {
+            port,
+            shared,
+            accepting,
+        })
     }
 
     pub fn port(&self) -> u16 {
@@ -69,18 +81,24 @@ impl Proxy {
 
     /// How often it was cut there.
     pub fn count(&self, cut: Cut) -> u64 {
-        self.shared.done.lock().unwrap_or_else(PoisonError::into_inner).get(&cut).copied().unwrap_or_default()
+        self.shared
+            .done
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(&cut)
+            .copied()
+            .unwrap_or_default()
     }
 
     /// From now on only commits of guests' transactions are cut, and those that are late are late by more.
-    pub fn cut_guests_alone(&self) {
-        self.shared.guests_alone.store(true, Ordering::Relaxed);
+    pub fn cut_guests_only(&self) {
+        self.shared.guests_only.store(true, Ordering::Relaxed);
     }
 
     /// Lets nothing through, either way, on connections that are there and on new ones; or lets all go on. Neither end
     /// finds a connection closed.
-    pub fn swallow(&self, swallows: bool) {
-        self.shared.swallows.send_replace(swallows);
+    pub fn set_blackhole(&self, is_blackhole: bool) {
+        self.shared.is_blackhole.send_replace(is_blackhole);
     }
 
     /// Cuts at the next chance and returns true once that happened, or false after `limit` without a chance.
@@ -90,7 +108,9 @@ impl Proxy {
         let happened = async {
             while self.count(cut) == before {
                 // Looked at again now and then: a wake-up between look and wait would be missed.
-                let _ = tokio::time::timeout(Duration::from_millis(20), self.shared.changed.notified()).await;
+                let _ =
+                    tokio::time::timeout(Duration::from_millis(20), self.shared.changed.notified())
+                        .await;
             }
         };
         let in_time = tokio::time::timeout(limit, happened).await.is_ok();
@@ -121,7 +141,12 @@ impl Shared {
     }
 
     fn done(&self, cut: Cut) {
-        *self.done.lock().unwrap_or_else(PoisonError::into_inner).entry(cut).or_default() += 1;
+        *self
+            .done
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .entry(cut)
+            .or_default() += 1;
         self.changed.notify_waiters();
     }
 }
@@ -134,7 +159,14 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
             if let Ok(server) = TcpStream::connect(("127.0.0.1", shared.upstream)).await {
                 let _ = client.set_nodelay(true);
                 let _ = server.set_nodelay(true);
-                let _ = Connection { client, server, shared, messages: Messages::default() }.run().await;
+                let _ = Connection {
+                    client,
+                    server,
+                    shared,
+                    messages: Messages::default(),
+                }
+                .run()
+                .await;
             }
         });
     }
@@ -152,11 +184,13 @@ impl Connection {
     async fn run(mut self) -> std::io::Result<()> {
         let mut up = vec![0; 1 << 16];
         let mut down = vec![0; 1 << 16];
-        let mut swallows = self.shared.swallows.subscribe();
+        let mut is_blackhole = self.shared.is_blackhole.subscribe();
         loop {
-            let Ok(_) = swallows.wait_for(|swallows| !swallows).await else { return Ok(()) };
+            let Ok(_) = is_blackhole.wait_for(|is_blackhole| !is_blackhole).await else {
+                return Ok(());
+            };
             tokio::select! {
-                Ok(()) = swallows.changed() => {}
+                Ok(()) = is_blackhole.changed() => {}
                 read = self.client.read(&mut up) => match read? {
                     0 => return Ok(()),
                     length => if self.pass_up(up.get(..length).unwrap_or_default()).await? { return Ok(()) },
@@ -171,8 +205,8 @@ impl Connection {
 
     /// Forwards what the client said; true when the connection is cut.
     async fn pass_up(&mut self, bytes: &[u8]) -> std::io::Result<bool> {
-        let guests_alone = self.shared.guests_alone.load(Ordering::Relaxed);
-        let commits = self.messages.hold_commit(bytes, guests_alone);
+        let guests_only = self.shared.guests_only.load(Ordering::Relaxed);
+        let commits = self.messages.ends_with_commit(bytes, guests_only);
         if commits && let Some(cut) = self.shared.take(COMMIT_CUTS) {
             if cut == Cut::CommitNotForwarded {
                 self.shared.done(cut);
@@ -180,12 +214,18 @@ impl Connection {
             }
             if cut == Cut::CommitDelayed {
                 self.client.shutdown().await?;
-                tokio::time::sleep(if guests_alone { COMMIT_DELAY * 3 } else { COMMIT_DELAY }).await;
+                tokio::time::sleep(if guests_only {
+                    COMMIT_DELAY * 3
+                } else {
+                    COMMIT_DELAY
+                })
+                .await;
             }
             self.server.write_all(bytes).await?;
-            return self.keep_answer(cut).await;
+            return self.hold_answer(cut).await;
         }
-        let sends = matches!(self.shared.armed(), Some(Cut::OutputsNotForwarded)) && contains(bytes, b"PUB out.");
+        let sends = matches!(self.shared.armed(), Some(Cut::OutputsNotForwarded))
+            && contains(bytes, b"PUB out.");
         if sends && let Some(cut) = self.shared.take(&[Cut::OutputsNotForwarded]) {
             self.shared.done(cut);
             return Ok(true);
@@ -195,7 +235,7 @@ impl Connection {
     }
 
     /// Waits for the answer to a commit and keeps it to itself.
-    async fn keep_answer(&mut self, cut: Cut) -> std::io::Result<bool> {
+    async fn hold_answer(&mut self, cut: Cut) -> std::io::Result<bool> {
         let mut answer = Vec::new();
         // Until the server is ready for the next query, in no transaction.
         while !answer.ends_with(b"Z\0\0\0\x05I") {
@@ -215,8 +255,8 @@ impl Connection {
 
     /// Forwards what the server said; true when the connection is cut.
     async fn pass_down(&mut self, bytes: &[u8]) -> std::io::Result<bool> {
-        let answers =
-            matches!(self.shared.armed(), Some(Cut::OutputAnswersLost)) && contains(bytes, b"{\"stream\":\"OUT\"");
+        let answers = matches!(self.shared.armed(), Some(Cut::OutputAnswersLost))
+            && contains(bytes, b"{\"stream\":\"OUT\"");
         if answers && let Some(cut) = self.shared.take(&[Cut::OutputAnswersLost]) {
             self.shared.done(cut);
             return Ok(true);
@@ -224,8 +264,14 @@ impl Connection {
         if bytes.starts_with(b"HTTP/1.1 ")
             && let Some(cut) = self.shared.take(http_cuts(bytes))
         {
-            let arrives = if cut == Cut::HttpAnswerTorn { bytes.len() - 1 } else { 0 };
-            self.client.write_all(bytes.get(..arrives).unwrap_or_default()).await?;
+            let arrives = if cut == Cut::HttpAnswerTorn {
+                bytes.len() - 1
+            } else {
+                0
+            };
+            self.client
+                .write_all(bytes.get(..arrives).unwrap_or_default())
+                .await?;
             self.shared.done(cut);
             return Ok(true);
         }
@@ -236,15 +282,24 @@ impl Connection {
 
 /// The places where the connection may be cut when this response passes.
 fn http_cuts(response: &[u8]) -> &'static [Cut] {
-    let is_first = response.starts_with(b"HTTP/1.1 2") && !contains(response, b"idempotent-replayed");
+    let is_first =
+        response.starts_with(b"HTTP/1.1 2") && !contains(response, b"idempotent-replayed");
     match is_first {
-        true => &[Cut::HttpAnswerLost, Cut::HttpAnswerTorn, Cut::HttpFirstAnswerLost],
+        true => &[
+            Cut::HttpAnswerLost,
+            Cut::HttpAnswerTorn,
+            Cut::HttpFirstAnswerLost,
+        ],
         false => &[Cut::HttpAnswerLost, Cut::HttpAnswerTorn],
     }
 }
 
-const COMMIT_CUTS: &[Cut] =
-    &[Cut::CommitNotForwarded, Cut::CommitAnswerLost, Cut::CommitAnswerHeld, Cut::CommitDelayed];
+const COMMIT_CUTS: &[Cut] = &[
+    Cut::CommitNotForwarded,
+    Cut::CommitAnswerLost,
+    Cut::CommitAnswerHeld,
+    Cut::CommitDelayed,
+];
 
 /// Long enough for the client to ask what became of its commit.
 const COMMIT_DELAY: Duration = Duration::from_millis(400);
@@ -255,15 +310,16 @@ struct Messages {
     rest: Vec<u8>,
     started: bool,
     /// Not PostgreSQL at all.
-    foreign: bool,
+    is_other_protocol: bool,
 }
 
 impl Messages {
-    /// Whether one of the messages that end in `bytes` is a simple query whose text ends in `commit`; with `guests_alone`,
+    /// Whether one of the messages that end in `bytes` is a simple query whose text ends in `commit`; with `guests_only`,
     /// one that a guest's transaction ends with.
-    fn hold_commit(&mut self, bytes: &[u8], guests_alone: bool) -> bool {
-        const NEGOTIATIONS: [&[u8]; 2] = [&80_877_103_u32.to_be_bytes(), &80_877_104_u32.to_be_bytes()];
-        if self.foreign {
+    fn ends_with_commit(&mut self, bytes: &[u8], guests_only: bool) -> bool {
+        const NEGOTIATIONS: [&[u8]; 2] =
+            [&80_877_103_u32.to_be_bytes(), &80_877_104_u32.to_be_bytes()];
+        if self.is_other_protocol {
             return false;
         }
         self.rest.extend_from_slice(bytes);
@@ -271,10 +327,16 @@ impl Messages {
         loop {
             // The first messages have no type.
             let typed = usize::from(self.started);
-            let Some(length) = self.rest.get(typed..typed + 4).and_then(|length| length.try_into().ok()) else { break };
+            let Some(length) = self
+                .rest
+                .get(typed..typed + 4)
+                .and_then(|length| length.try_into().ok())
+            else {
+                break;
+            };
             let length = typed + u32::from_be_bytes(length) as usize;
             if !self.started && length > 10_000 {
-                self.foreign = true;
+                self.is_other_protocol = true;
                 return false;
             }
             if self.rest.len() < length {
@@ -285,9 +347,11 @@ impl Messages {
             match self.started {
                 true => {
                     let is_commit = message.starts_with(b"Q") && message.ends_with(b"commit\0");
-                    commits |= is_commit && (!guests_alone || contains(&message, b".finish = '"));
+                    commits |= is_commit && (!guests_only || contains(&message, b".finish = '"));
                 }
-                false => self.started = !NEGOTIATIONS.contains(&message.get(4..8).unwrap_or_default()),
+                false => {
+                    self.started = !NEGOTIATIONS.contains(&message.get(4..8).unwrap_or_default())
+                }
             }
         }
         commits

@@ -18,8 +18,15 @@ pub struct Redis {
 
 impl Redis {
     pub async fn start() -> Result<Self> {
-        let folder = tempfile::Builder::new().prefix("oncely-redis-").tempdir().context("make a folder")?;
-        let mut redis = Redis { port: free_port()?, folder, server: None };
+        let folder = tempfile::Builder::new()
+            .prefix("oncely-redis-")
+            .tempdir()
+            .context("make a folder")?;
+        let mut redis = Redis {
+            port: free_port()?,
+            folder,
+            server: None,
+        };
         redis.restart().await?;
         Ok(redis)
     }
@@ -39,9 +46,12 @@ impl Redis {
             folder.join("pid").display(),
             folder.join("log").display()
         );
-        self.server = Some(Server::start(&format!("( {command} )"), &folder.join("no-such-folder"))?);
+        self.server = Some(Server::start(
+            &format!("( {command} )"),
+            &folder.join("no-such-folder"),
+        )?);
         let end = Instant::now() + Duration::from_secs(20);
-        while self.ask(&["PING"]).await.is_err() {
+        while self.command(&["PING"]).await.is_err() {
             if Instant::now() > end {
                 let log = std::fs::read_to_string(folder.join("log")).unwrap_or_default();
                 bail!("the redis-server does not answer:\n{log}");
@@ -69,21 +79,28 @@ impl Redis {
     }
 
     fn signal(&self, name: &str) -> Result<()> {
-        let pid = std::fs::read_to_string(self.folder.path().join("pid")).context("read the server's pid")?;
+        let pid = std::fs::read_to_string(self.folder.path().join("pid"))
+            .context("read the server's pid")?;
         crate::world::signal(pid.trim().parse().context("read the server's pid")?, name)
     }
 
     /// Sends one command and returns the first kilobytes of the raw answer.
-    pub async fn ask(&self, command: &[&str]) -> Result<String> {
-        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).await.context("connect to Redis")?;
+    pub async fn command(&self, command: &[&str]) -> Result<String> {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.port))
+            .await
+            .context("connect to Redis")?;
         let mut request = format!("*{}\r\n", command.len());
         for part in command {
             request.push_str(&format!("${}\r\n{part}\r\n", part.len()));
         }
-        stream.write_all(request.as_bytes()).await.context("ask Redis")?;
+        stream
+            .write_all(request.as_bytes())
+            .await
+            .context("ask Redis")?;
         let mut answer = vec![0; 64 << 10];
-        let size =
-            tokio::time::timeout(Duration::from_secs(10), stream.read(&mut answer)).await.context("hear Redis")??;
+        let size = tokio::time::timeout(Duration::from_secs(10), stream.read(&mut answer))
+            .await
+            .context("hear Redis")??;
         let answer = String::from_utf8_lossy(answer.get(..size).unwrap_or_default()).into_owned();
         anyhow::ensure!(!answer.starts_with('-'), "{answer}");
         Ok(answer)
@@ -91,8 +108,12 @@ impl Redis {
 
     /// How many keys it holds that fit a pattern.
     pub async fn keys(&self, pattern: &str) -> Result<usize> {
-        let answer = self.ask(&["KEYS", pattern]).await?;
-        let count = answer.lines().next().and_then(|line| line.strip_prefix('*')).context("read the list of keys")?;
+        let answer = self.command(&["KEYS", pattern]).await?;
+        let count = answer
+            .lines()
+            .next()
+            .and_then(|line| line.strip_prefix('*'))
+            .context("read the list of keys")?;
         count.parse().context("read the number of keys")
     }
 }

@@ -85,7 +85,10 @@ impl World {
 
     /// Like [`World::start`], but the host is yet to be started.
     pub async fn without_host(kind: Kind, manifest: &str) -> Result<World> {
-        let folder = tempfile::Builder::new().prefix("oncely-test-").tempdir().context("make a folder")?;
+        let folder = tempfile::Builder::new()
+            .prefix("oncely-test-")
+            .tempdir()
+            .context("make a folder")?;
         let database = Database::fresh(kind, folder.path()).await?;
         let nats = NatsServer::start().await?;
         let path = folder.path().join("oncely.toml");
@@ -120,17 +123,29 @@ impl World {
 
     /// Starts a second host beside the first one, for whoever asks to look after.
     pub fn spawn_rival(&self) -> Result<Child> {
-        self.spawn(&self.folder.path().join(".rival"), &self.nats_url, &self.database.url())
+        self.spawn(
+            &self.folder.path().join(".rival"),
+            &self.nats_url,
+            &self.database.url(),
+        )
     }
 
     /// Like [`World::spawn_rival`], but it reaches its servers directly, whatever stands before them for the first host.
     pub fn spawn_rival_directly(&self) -> Result<Child> {
-        self.spawn(&self.folder.path().join(".rival"), &self.nats.url(), &self.database.direct_url())
+        self.spawn(
+            &self.folder.path().join(".rival"),
+            &self.nats.url(),
+            &self.database.direct_url(),
+        )
     }
 
     /// Starts a host of another installation: on the same NATS server, with a database of its own in this file.
     pub fn spawn_other_installation(&self, database: &Path) -> Result<Child> {
-        self.spawn(&self.folder.path().join(".other"), &self.nats.url(), &database.display().to_string())
+        self.spawn(
+            &self.folder.path().join(".other"),
+            &self.nats.url(),
+            &database.display().to_string(),
+        )
     }
 
     fn spawn(&self, data_dir: &Path, nats_url: &str, database_url: &str) -> Result<Child> {
@@ -172,7 +187,12 @@ impl World {
     pub async fn ready(&mut self) -> Result<()> {
         let end = Instant::now() + START_PATIENCE;
         loop {
-            if let Some(status) = self.host.as_mut().and_then(|host| host.try_wait().ok()).flatten() {
+            if let Some(status) = self
+                .host
+                .as_mut()
+                .and_then(|host| host.try_wait().ok())
+                .flatten()
+            {
                 bail!("the host ended with {status}:\n{}", self.host_log());
             }
             if let Ok(status) = self.oncely_json(&["status", "--json"]).await
@@ -198,10 +218,18 @@ impl World {
 
     /// Asks the host to stop and waits until it did; it must end well.
     pub async fn stop_host(&mut self) -> Result<()> {
-        let Some(mut host) = self.host.take() else { return Ok(()) };
+        let Some(mut host) = self.host.take() else {
+            return Ok(());
+        };
         signal(host.id(), "TERM")?;
-        let status = tokio::task::spawn_blocking(move || host.wait()).await.context("wait for the host")??;
-        anyhow::ensure!(status.success(), "the host ended with {status}:\n{}", self.host_log());
+        let status = tokio::task::spawn_blocking(move || host.wait())
+            .await
+            .context("wait for the host")??;
+        anyhow::ensure!(
+            status.success(),
+            "the host ended with {status}:\n{}",
+            self.host_log()
+        );
         Ok(())
     }
 
@@ -211,8 +239,10 @@ impl World {
     }
 
     /// Whether the host process is still there.
-    pub fn host_lives(&mut self) -> bool {
-        self.host.as_mut().is_some_and(|host| matches!(host.try_wait(), Ok(None)))
+    pub fn is_host_running(&mut self) -> bool {
+        self.host
+            .as_mut()
+            .is_some_and(|host| matches!(host.try_wait(), Ok(None)))
     }
 
     /// Waits until the host says why it is not ready, with this text in it; returns what it says.
@@ -228,7 +258,10 @@ impl World {
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        bail!("the host does not say `{why}`, but `{last}`:\n{}", self.host_log())
+        bail!(
+            "the host does not say `{why}`, but `{last}`:\n{}",
+            self.host_log()
+        )
     }
 
     /// Runs `oncely` with these arguments against the host, and returns what it printed.
@@ -249,8 +282,14 @@ impl World {
 
     fn command(&self, name: &str) -> Result<Command> {
         let mut command = Command::new(self.program.clone().map_or_else(guests::oncely, Ok)?);
-        command.arg(name).current_dir(self.folder.path()).env("NO_COLOR", "1");
-        command.env_remove("ONCELY_HOST").env_remove("ONCELY_TOKEN").env("RUST_BACKTRACE", "0");
+        command
+            .arg(name)
+            .current_dir(self.folder.path())
+            .env("NO_COLOR", "1");
+        command
+            .env_remove("ONCELY_HOST")
+            .env_remove("ONCELY_TOKEN")
+            .env("RUST_BACKTRACE", "0");
         Ok(command)
     }
 
@@ -259,18 +298,21 @@ impl World {
     }
 
     /// Where the host takes requests now.
-    pub fn requests(&self) -> Result<String> {
-        self.said_of_itself("http").context("the host takes no requests")
+    pub fn ingress_url(&self) -> Result<String> {
+        self.host_file_field("http")
+            .context("the host takes no requests")
     }
 
     /// Where the host's control API is now.
-    pub fn control(&self) -> Result<String> {
-        self.said_of_itself("url").context("the host has no address")
+    pub fn control_url(&self) -> Result<String> {
+        self.host_file_field("url")
+            .context("the host has no address")
     }
 
     /// A field of the file that the host leaves.
-    fn said_of_itself(&self, field: &str) -> Result<String> {
-        let text = std::fs::read_to_string(self.host_file()).context("read how to reach the host")?;
+    fn host_file_field(&self, field: &str) -> Result<String> {
+        let text =
+            std::fs::read_to_string(self.host_file()).context("read how to reach the host")?;
         let file: serde_json::Value = serde_json::from_str(&text)?;
         file.get(field)
             .and_then(|value| value.as_str())
@@ -298,12 +340,16 @@ impl World {
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        bail!("`{sql}` yields {last:?}, not {expected}; the host said:\n{}", self.host_log())
+        bail!(
+            "`{sql}` yields {last:?}, not {expected}; the host said:\n{}",
+            self.host_log()
+        )
     }
 
     /// Waits until nothing is waiting: every message is settled and every output is published.
     pub async fn quiet(&self, settled: i64) -> Result<()> {
-        self.until("select count(*) from oncely.inbox", settled).await?;
+        self.until("select count(*) from oncely.inbox", settled)
+            .await?;
         self.until(self.database.unpublished(), 0).await
     }
 }
@@ -316,7 +362,10 @@ impl Drop for World {
 
 /// Sends a signal to a process this test started.
 pub fn signal(pid: u32, name: &str) -> Result<()> {
-    let status = Command::new("kill").args([format!("-{name}"), pid.to_string()]).status().context("run kill")?;
+    let status = Command::new("kill")
+        .args([format!("-{name}"), pid.to_string()])
+        .status()
+        .context("run kill")?;
     anyhow::ensure!(status.success(), "kill -{name} {pid} failed");
     Ok(())
 }

@@ -42,14 +42,31 @@ fn handle(message: Message) -> Result<(), Failure> {
     // A payment that cannot be made is an answer, not a failure: it commits like any other.
     match settle(&request)? {
         Ok(balance) => {
-            let Request { payment, from, to, cents } = &request;
+            let Request {
+                payment,
+                from,
+                to,
+                cents,
+            } = &request;
             let currency = config::require("currency")?;
-            let settled = Settled { payment, from, to, cents: *cents, currency, balance };
+            let settled = Settled {
+                payment,
+                from,
+                to,
+                cents: *cents,
+                currency,
+                balance,
+            };
             outbox::send(Outgoing::json("payments.settled", &settled)?.ordering_key(from))?;
         }
         Err(why) => {
-            let declined = Declined { payment: &request.payment, why };
-            outbox::send(Outgoing::json("payments.declined", &declined)?.ordering_key(&request.from))?;
+            let declined = Declined {
+                payment: &request.payment,
+                why,
+            };
+            outbox::send(
+                Outgoing::json("payments.declined", &declined)?.ordering_key(&request.from),
+            )?;
         }
     }
     Ok(())
@@ -71,7 +88,12 @@ fn check(request: &Request) -> Result<(), Failure> {
 
 /// Moves the money and returns what the payer has left, or why it was declined.
 fn settle(request: &Request) -> Result<Result<i64, String>, Failure> {
-    let Request { payment, from, to, cents } = request;
+    let Request {
+        payment,
+        from,
+        to,
+        cents,
+    } = request;
 
     let known = lock_accounts(from, to)?;
     if let Some(unknown) = [from, to].into_iter().find(|name| !known.contains(name)) {
@@ -83,12 +105,14 @@ fn settle(request: &Request) -> Result<Result<i64, String>, Failure> {
     let Some(payer) = sql::query_optional(debit, params![from, cents])? else {
         return Ok(Err(format!("{from} has insufficient funds")));
     };
-    sql::execute("update account set balance = balance + $2 where name = $1", params![to, cents])?;
+    sql::execute(
+        "update account set balance = balance + $2 where name = $1",
+        params![to, cents],
+    )?;
 
     // Two entries that sum to zero. Their key is a second line of defence: a producer that sends one payment under
     // two event ids gets past the inbox, but not past this.
-    let entries =
-        "insert into entry (payment, account, cents) values ($1, $2, $3), ($1, $4, $5) on conflict do nothing";
+    let entries = "insert into entry (payment, account, cents) values ($1, $2, $3), ($1, $4, $5) on conflict do nothing";
     if sql::execute(entries, params![payment, from, -cents, to, cents])? != 2 {
         let sentence = format!("payment {payment} was already made under another event id");
         return Err(Failure::reject(sentence).code("payment-reused"));
@@ -107,5 +131,8 @@ fn lock_accounts(from: &str, to: &str) -> Result<Vec<String>, Failure> {
     };
     let statement = format!("select name from account where name in ($1, $2) order by name {lock}");
     let rows = sql::query(&statement, params![from, to])?;
-    Ok(rows.iter().map(|row| row.get("name")).collect::<Result<_, _>>()?)
+    Ok(rows
+        .iter()
+        .map(|row| row.get("name"))
+        .collect::<Result<_, _>>()?)
 }

@@ -15,8 +15,8 @@ impl Error {
         Self(kind)
     }
 
-    pub(super) fn other(sentence: String) -> Self {
-        Self(ErrorKind::Other(sentence))
+    pub(super) fn other(message: String) -> Self {
+        Self(ErrorKind::Other(message))
     }
 
     /// Which kind of error it was.
@@ -27,9 +27,9 @@ impl Error {
     /// What the database said, where it was the database that refused.
     pub fn database(&self) -> Option<&DatabaseError> {
         match &self.0 {
-            ErrorKind::ConstraintViolation(error) | ErrorKind::Conflict(error) | ErrorKind::QueryFailed(error) => {
-                Some(error)
-            }
+            ErrorKind::ConstraintViolation(error)
+            | ErrorKind::Conflict(error)
+            | ErrorKind::QueryFailed(error) => Some(error),
             _ => None,
         }
     }
@@ -48,19 +48,24 @@ impl Error {
     /// # }
     /// ```
     pub fn constraint(&self) -> Option<&str> {
-        self.database().and_then(|error| error.constraint.as_deref())
+        self.database()
+            .and_then(|error| error.constraint.as_deref())
     }
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
-            ErrorKind::ConstraintViolation(error) | ErrorKind::QueryFailed(error) => write_database_error(f, error),
+            ErrorKind::ConstraintViolation(error) | ErrorKind::QueryFailed(error) => {
+                write_database_error(f, error)
+            }
             ErrorKind::Conflict(error) => {
                 f.write_str("another transaction was in the way: ")?;
                 write_database_error(f, error)
             }
-            ErrorKind::Timeout => f.write_str("the time of this delivery ran out during a statement"),
+            ErrorKind::Timeout => {
+                f.write_str("the time of this delivery ran out during a statement")
+            }
             ErrorKind::NotAllowed(why)
             | ErrorKind::InvalidParameter(why)
             | ErrorKind::UnsupportedType(why)
@@ -77,7 +82,9 @@ impl std::error::Error for Error {}
 fn write_database_error(f: &mut fmt::Formatter<'_>, error: &DatabaseError) -> fmt::Result {
     f.write_str(&error.message)?;
     match &error.constraint {
-        Some(name) if !error.message.contains(name.as_str()) => write!(f, " (constraint {name}, code {})", error.code),
+        Some(name) if !error.message.contains(name.as_str()) => {
+            write!(f, " (constraint {name}, code {})", error.code)
+        }
         _ => write!(f, " (code {})", error.code),
     }
 }
@@ -96,8 +103,14 @@ mod tests {
 
     #[test]
     fn a_violated_constraint_is_named_exactly_once() {
-        assert_eq!(violation("duplicate key").to_string(), "duplicate key (constraint account_pk, code 23505)");
-        assert_eq!(violation("\"account_pk\" is violated").to_string(), "\"account_pk\" is violated (code 23505)");
+        assert_eq!(
+            violation("duplicate key").to_string(),
+            "duplicate key (constraint account_pk, code 23505)"
+        );
+        assert_eq!(
+            violation("\"account_pk\" is violated").to_string(),
+            "\"account_pk\" is violated (code 23505)"
+        );
         assert_eq!(violation("duplicate key").constraint(), Some("account_pk"));
     }
 }

@@ -16,9 +16,16 @@ pub struct Row {
 }
 
 impl Row {
-    pub(super) fn all_of(row_set: RowSet) -> Vec<Row> {
+    pub(super) fn from_row_set(row_set: RowSet) -> Vec<Row> {
         let columns: Rc<[String]> = row_set.columns.into();
-        row_set.rows.into_iter().map(|values| Row { columns: Rc::clone(&columns), values }).collect()
+        row_set
+            .rows
+            .into_iter()
+            .map(|values| Row {
+                columns: Rc::clone(&columns),
+                values,
+            })
+            .collect()
     }
 
     /// The value of a column, by name (`row.get("balance")`) or by place from 0 (`row.get(0)`).
@@ -37,8 +44,10 @@ impl Row {
     /// When there is no such column, it is null, or it does not hold the JSON that `T` expects.
     pub fn json<T: DeserializeOwned>(&self, column: impl Column) -> Result<T, ColumnError> {
         let value = self.value(&column)?;
-        let text = String::from_value(value).map_err(|why| ColumnError(format!("column {column}: {why}")))?;
-        serde_json::from_str(&text).map_err(|error| ColumnError(format!("column {column}: {error}")))
+        let text = String::from_value(value)
+            .map_err(|why| ColumnError(format!("column {column}: {why}")))?;
+        serde_json::from_str(&text)
+            .map_err(|error| ColumnError(format!("column {column}: {error}")))
     }
 
     /// The names of the columns, in order.
@@ -52,26 +61,32 @@ impl Row {
     }
 
     fn value(&self, column: &impl Column) -> Result<&Value, ColumnError> {
-        column.place(&self.columns).and_then(|place| self.values.get(place)).ok_or_else(|| {
-            ColumnError(format!("there is no column {column}; the row has: {}", self.columns.join(", ")))
-        })
+        column
+            .index(&self.columns)
+            .and_then(|index| self.values.get(index))
+            .ok_or_else(|| {
+                ColumnError(format!(
+                    "there is no column {column}; the row has: {}",
+                    self.columns.join(", ")
+                ))
+            })
     }
 }
 
 /// What names a column: its name or its place from 0.
 pub trait Column: fmt::Display {
     /// The column's place among `columns`, if it is there.
-    fn place(&self, columns: &[String]) -> Option<usize>;
+    fn index(&self, columns: &[String]) -> Option<usize>;
 }
 
 impl Column for &str {
-    fn place(&self, columns: &[String]) -> Option<usize> {
+    fn index(&self, columns: &[String]) -> Option<usize> {
         columns.iter().position(|name| name == self)
     }
 }
 
 impl Column for usize {
-    fn place(&self, columns: &[String]) -> Option<usize> {
+    fn index(&self, columns: &[String]) -> Option<usize> {
         (*self < columns.len()).then_some(*self)
     }
 }
@@ -95,13 +110,17 @@ mod tests {
     fn row() -> Row {
         let row_set = RowSet {
             columns: vec!["name".to_owned(), "balance".to_owned(), "tags".to_owned()],
-            rows: vec![vec![Value::Text("alice".to_owned()), Value::Int64(7), Value::Json("[\"a\"]".to_owned())]],
+            rows: vec![vec![
+                Value::Text("alice".to_owned()),
+                Value::Int64(7),
+                Value::Json("[\"a\"]".to_owned()),
+            ]],
         };
-        Row::all_of(row_set).remove(0)
+        Row::from_row_set(row_set).remove(0)
     }
 
     #[test]
-    fn columns_are_found_by_name_and_by_place() {
+    fn columns_are_found_by_name_and_by_index() {
         assert_eq!(row().get::<String>("name").unwrap(), "alice");
         assert_eq!(row().get::<i64>(1).unwrap(), 7);
         assert_eq!(row().json::<Vec<String>>("tags").unwrap(), ["a"]);
@@ -110,13 +129,19 @@ mod tests {
     #[test]
     fn a_missing_column_names_those_there_are() {
         let error = row().get::<i64>("amount").unwrap_err();
-        assert_eq!(error.to_string(), "there is no column amount; the row has: name, balance, tags");
+        assert_eq!(
+            error.to_string(),
+            "there is no column amount; the row has: name, balance, tags"
+        );
         assert!(row().get::<i64>(3).is_err());
     }
 
     #[test]
     fn a_value_of_another_type_says_which_it_is() {
         let error = row().get::<i64>("name").unwrap_err();
-        assert_eq!(error.to_string(), "column name: it holds text, which cannot be read as i64");
+        assert_eq!(
+            error.to_string(),
+            "column name: it holds text, which cannot be read as i64"
+        );
     }
 }

@@ -51,10 +51,13 @@ impl Value {
         }
     }
 
-    fn cannot_be<T>(&self, wanted: &str) -> Result<T, String> {
+    fn type_error<T>(&self, wanted: &str) -> Result<T, String> {
         Err(match self {
             Value::Null => format!("it is null; read it as Option<{wanted}>"),
-            _ => format!("it holds {}, which cannot be read as {wanted}", self.describe()),
+            _ => format!(
+                "it holds {}, which cannot be read as {wanted}",
+                self.describe()
+            ),
         })
     }
 }
@@ -162,7 +165,7 @@ macro_rules! integers {
                 match value {
                     Value::Int64(number) | Value::Timestamp(number) => $type::try_from(*number)
                         .map_err(|_| format!("{number} does not fit into {}", stringify!($type))),
-                    other => other.cannot_be(stringify!($type)),
+                    other => other.type_error(stringify!($type)),
                 }
             }
         }
@@ -177,7 +180,7 @@ impl FromValue for bool {
             Value::Boolean(truth) => Ok(*truth),
             Value::Int64(0) => Ok(false),
             Value::Int64(1) => Ok(true),
-            other => other.cannot_be("bool"),
+            other => other.type_error("bool"),
         }
     }
 }
@@ -186,7 +189,7 @@ impl FromValue for f64 {
     fn from_value(value: &Value) -> Result<Self, String> {
         match value {
             Value::Float64(number) => Ok(*number),
-            other => other.cannot_be("f64"),
+            other => other.type_error("f64"),
         }
     }
 }
@@ -200,7 +203,7 @@ impl FromValue for String {
             | Value::Json(text)
             | Value::Date(text)
             | Value::Time(text) => Ok(text.clone()),
-            other => other.cannot_be("String"),
+            other => other.type_error("String"),
         }
     }
 }
@@ -209,7 +212,7 @@ impl FromValue for Vec<u8> {
     fn from_value(value: &Value) -> Result<Self, String> {
         match value {
             Value::Bytes(bytes) => Ok(bytes.clone()),
-            other => other.cannot_be("Vec<u8>"),
+            other => other.type_error("Vec<u8>"),
         }
     }
 }
@@ -223,7 +226,16 @@ mod tests {
     fn parameters_are_borrowed_and_none_is_null() {
         let name = "alice".to_owned();
         assert_eq!(
-            params![name, &name, "x", 7_u8, true, None::<i64>, Some("y"), vec![1_u8]],
+            params![
+                name,
+                &name,
+                "x",
+                7_u8,
+                true,
+                None::<i64>,
+                Some("y"),
+                vec![1_u8]
+            ],
             &[
                 Value::from(name.as_str()),
                 Value::Text(name.clone()),
@@ -243,13 +255,22 @@ mod tests {
         assert_eq!(bool::from_value(&Value::Int64(1)), Ok(true));
         assert_eq!(bool::from_value(&Value::Boolean(true)), Ok(true));
         assert_eq!(i64::from_value(&Value::Timestamp(5)), Ok(5));
-        assert_eq!(String::from_value(&Value::Decimal("1.50".to_owned())), Ok("1.50".to_owned()));
+        assert_eq!(
+            String::from_value(&Value::Decimal("1.50".to_owned())),
+            Ok("1.50".to_owned())
+        );
     }
 
     #[test]
-    fn what_does_not_fit_is_an_error_never_a_wrong_number() {
-        assert_eq!(u8::from_value(&Value::Int64(256)), Err("256 does not fit into u8".to_owned()));
-        assert_eq!(i64::from_value(&Value::Null), Err("it is null; read it as Option<i64>".to_owned()));
+    fn a_number_out_of_range_is_an_error() {
+        assert_eq!(
+            u8::from_value(&Value::Int64(256)),
+            Err("256 does not fit into u8".to_owned())
+        );
+        assert_eq!(
+            i64::from_value(&Value::Null),
+            Err("it is null; read it as Option<i64>".to_owned())
+        );
         assert_eq!(Option::<i64>::from_value(&Value::Null), Ok(None));
     }
 }

@@ -4,4 +4,4 @@ pub mod monitor;
 mod post;
 pub mod webhook;
 
-pub use post::Poster;
+pub use post::WebhookClient;

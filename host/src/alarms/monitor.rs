@@ -9,16 +9,16 @@ use anyhow::Result;
 
 use crate::config::manifest::Worker;
 use crate::drain::Stopping;
-use crate::model::alarm::{self, Alarm, Kind, Move, Step, judge};
+use crate::model::alarm::{self, Alarm, AlarmStep, AlarmUpdate, Kind, next_step};
 use crate::model::units;
 use crate::services::Services;
-use crate::store::{LetterDepth, OutboxLag};
+use crate::store::{DeadLetterDepth, OutboxLag};
 
 /// How often it looks.
-const LOOK_EVERY: Duration = Duration::from_secs(5);
+const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 
 /// How long it waits for the relay to take the messages that tell of alarms.
-const HAND_OVER_WITHIN: Duration = Duration::from_secs(1);
+const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The state of a host that alarms are about, beside what the database knows.
 pub struct HostState {
@@ -33,110 +33,157 @@ pub async fn watch<F>(services: Arc<Services>, state: impl Fn() -> F, stopping: 
 where
     F: Future<Output = HostState>,
 {
-    while !stopping.wait(LOOK_EVERY).await {
-        if let Err(error) = look(&services, state().await).await {
+    while !stopping.wait(CHECK_INTERVAL).await {
+        if let Err(error) = check(&services, state().await).await {
             tracing::debug!("looking for what needs an alarm again soon: {error:#}");
         }
     }
 }
 
 /// Measures everything once, and raises and clears what follows from it.
-async fn look(services: &Services, host: HostState) -> Result<()> {
+async fn check(services: &Services, host: HostState) -> Result<()> {
     let workers = services.deployed_workers().await?;
-    let measured = Measured {
-        standing: services.store.alarms().await?,
-        letters: services.store.letter_depths().await?,
+    let measurements = Measurements {
+        existing: services.store.alarms().await?,
+        dead_letters: services.store.dead_letter_depths().await?,
         outputs: services.store.outbox_lag().await?,
-        taken: services.store.taken_ids().await?,
+        taken_ids: services.store.taken_ids().await?,
         is_restored: host.is_restored,
         broken: host.broken,
     };
-    let ages = futures::future::join_all(workers.iter().map(|worker| services.unhandled_age(worker))).await;
-    let of_workers = workers.iter().zip(ages).flat_map(|(worker, unhandled)| measured.moves(worker, unhandled));
-    let moves: Vec<Move> = of_workers.chain(measured.of_retired(&workers)).collect();
-    if moves.is_empty() {
+    let ages =
+        futures::future::join_all(workers.iter().map(|worker| services.unhandled_age(worker)))
+            .await;
+    let for_workers = workers
+        .iter()
+        .zip(ages)
+        .flat_map(|(worker, unhandled)| measurements.updates(worker, unhandled));
+    let updates: Vec<AlarmUpdate> = for_workers
+        .chain(measurements.clear_for_retired(&workers))
+        .collect();
+    if updates.is_empty() {
         return Ok(());
     }
     let since = Instant::now();
-    let told = services.store.move_alarms(&moves).await?;
-    told.notices.iter().for_each(alarm::log);
+    let changes = services.store.apply_alarm_updates(&updates).await?;
+    changes.notices.iter().for_each(alarm::log);
     // A relay that has its hands full does not hold up the next look: what it does not take now, a sweep finds.
-    let _ = tokio::time::timeout(HAND_OVER_WITHIN, services.publish_soon(told.rows, since)).await;
+    let _ = tokio::time::timeout(
+        HAND_OVER_TIMEOUT,
+        services.publish_outputs(changes.rows, since),
+    )
+    .await;
     Ok(())
 }
 
 /// What the database says.
-struct Measured {
-    standing: Vec<Alarm>,
-    letters: Vec<LetterDepth>,
+struct Measurements {
+    existing: Vec<Alarm>,
+    dead_letters: Vec<DeadLetterDepth>,
     outputs: Vec<OutboxLag>,
     /// By worker, how many outputs had to change their id.
-    taken: BTreeMap<String, u64>,
+    taken_ids: BTreeMap<String, u64>,
     /// Whether database and broker disagree.
     is_restored: bool,
     /// The workers that do not run here, with why.
     broken: HashMap<String, String>,
 }
 
-impl Measured {
+impl Measurements {
     /// A worker that is retired neither runs nor waits: alarms about that are over.
-    fn of_retired(&self, workers: &[Worker]) -> Vec<Move> {
+    fn clear_for_retired(&self, workers: &[Worker]) -> Vec<AlarmUpdate> {
         let is_over = |alarm: &&Alarm| {
-            matches!(alarm.kind, Kind::CannotRun | Kind::UnhandledAge | Kind::Restored)
-                && alarm.is_raised()
+            matches!(
+                alarm.kind,
+                Kind::CannotRun | Kind::UnhandledAge | Kind::Restored
+            ) && alarm.is_raised()
                 && !workers.iter().any(|worker| worker.name == alarm.worker)
         };
-        let clear = |alarm: &Alarm| Move {
+        let clear = |alarm: &Alarm| AlarmUpdate {
             worker: alarm.worker.clone(),
             kind: alarm.kind,
             group: None,
             times: alarm.times,
-            step: Step::Clear,
+            step: AlarmStep::Clear,
             value: 0,
             threshold: alarm.threshold,
             why: None,
         };
-        self.standing.iter().filter(is_over).map(clear).collect()
+        self.existing.iter().filter(is_over).map(clear).collect()
     }
 
     /// What follows for the alarms of a worker. `unhandled` is the age of the oldest message that waits for it, if that could
     /// be asked.
-    fn moves(&self, worker: &Worker, unhandled: Option<Duration>) -> Vec<Move> {
-        let letters = self.letters.iter().find(|depth| depth.worker == worker.name);
+    fn updates(&self, worker: &Worker, unhandled: Option<Duration>) -> Vec<AlarmUpdate> {
+        let dead_letters = self
+            .dead_letters
+            .iter()
+            .find(|depth| depth.worker == worker.name);
         let outputs = self.outputs.iter().find(|lag| lag.worker == worker.name);
-        let of_kind = |kind| match kind {
-            Kind::Letters => Some(letters.map_or(0, |depth| depth.open)),
-            Kind::LetterAge => Some(letters.map_or(0, |depth| depth.oldest_ms)),
+        let value_of = |kind| match kind {
+            Kind::DeadLetters => Some(dead_letters.map_or(0, |depth| depth.open)),
+            Kind::DeadLetterAge => Some(dead_letters.map_or(0, |depth| depth.oldest_ms)),
             Kind::UnhandledAge => unhandled.map(units::milliseconds),
             Kind::UnpublishedAge => Some(outputs.and_then(|lag| lag.oldest_ms).unwrap_or_default()),
-            Kind::SetAside => Some(outputs.map_or(0, |lag| lag.set_aside)),
-            Kind::IdTaken => Some(self.taken.get(&worker.name).copied().unwrap_or_default()),
+            Kind::Parked => Some(outputs.map_or(0, |lag| lag.parked)),
+            Kind::IdTaken => Some(
+                self.taken_ids
+                    .get(&worker.name)
+                    .copied()
+                    .unwrap_or_default(),
+            ),
             Kind::Restored => Some(self.is_restored.into()),
             Kind::CannotRun => Some(self.broken.contains_key(&worker.name).into()),
             Kind::Database | Kind::NewFailure => None,
         };
-        let by_value = Kind::ALL.into_iter().filter(|kind| *kind != Kind::NewFailure).filter_map(|kind| {
-            let standing = self.standing.iter().find(|alarm| alarm.worker == worker.name && alarm.kind == kind);
-            let why = self.broken.get(&worker.name).filter(|_| kind == Kind::CannotRun);
-            let step = step(worker, kind, standing, of_kind(kind))?;
-            Some(Move { why: why.cloned(), ..step })
+        let by_value = Kind::ALL
+            .into_iter()
+            .filter(|kind| *kind != Kind::NewFailure)
+            .filter_map(|kind| {
+                let existing = self
+                    .existing
+                    .iter()
+                    .find(|alarm| alarm.worker == worker.name && alarm.kind == kind);
+                let why = self
+                    .broken
+                    .get(&worker.name)
+                    .filter(|_| kind == Kind::CannotRun);
+                let step = alarm_update(worker, kind, existing, value_of(kind))?;
+                Some(AlarmUpdate {
+                    why: why.cloned(),
+                    ..step
+                })
+            });
+        // Raised by the first letter of a failure, over once no dead letter of it is open.
+        let failures = self
+            .existing
+            .iter()
+            .filter(|alarm| alarm.worker == worker.name && alarm.kind == Kind::NewFailure);
+        let by_failure = failures.filter_map(|alarm| {
+            alarm_update(
+                worker,
+                alarm.kind,
+                Some(alarm),
+                Some(alarm.open_dead_letters),
+            )
         });
-        // Raised by the first letter of a failure, over once none of its letters is left to do.
-        let failures =
-            self.standing.iter().filter(|alarm| alarm.worker == worker.name && alarm.kind == Kind::NewFailure);
-        let by_failure = failures.filter_map(|alarm| step(worker, alarm.kind, Some(alarm), Some(alarm.to_do)));
         by_value.chain(by_failure).collect()
     }
 }
 
-fn step(worker: &Worker, kind: Kind, standing: Option<&Alarm>, value: Option<u64>) -> Option<Move> {
-    let threshold = worker.alarm.of(kind);
-    let step = judge(standing, value, threshold, worker.alarm.clear_after)?;
-    Some(Move {
+fn alarm_update(
+    worker: &Worker,
+    kind: Kind,
+    existing: Option<&Alarm>,
+    value: Option<u64>,
+) -> Option<AlarmUpdate> {
+    let threshold = worker.alarm.threshold(kind);
+    let step = next_step(existing, value, threshold, worker.alarm.clear_after)?;
+    Some(AlarmUpdate {
         worker: worker.name.clone(),
         kind,
-        group: standing.and_then(|alarm| alarm.group.clone()),
-        times: standing.map_or(0, |alarm| alarm.times),
+        group: existing.and_then(|alarm| alarm.group.clone()),
+        times: existing.map_or(0, |alarm| alarm.times),
         step,
         value: value.unwrap_or_default(),
         threshold,

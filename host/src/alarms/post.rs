@@ -22,55 +22,66 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 use crate::config::{Secret, Webhook, webhook_key};
 
 /// How long one POST may take, from the look-up of the name to the answer.
-const TIME: Duration = Duration::from_secs(10);
+const POST_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What a webhook said.
-pub(super) enum Answer {
+/// How a webhook responded.
+pub(super) enum PostResult {
     /// 2xx.
-    Taken,
+    Accepted,
     /// 4xx, but for those that ask for patience.
-    Refused(String),
+    Rejected(String),
     /// Nothing, or anything else.
     Failed(String),
 }
 
 /// Posts to one webhook.
-pub struct Poster {
+pub struct WebhookClient {
     webhook: Webhook,
     key: Option<hmac::Key>,
     /// For https.
     tls: Option<TlsConnector>,
 }
 
-impl Poster {
+impl WebhookClient {
     /// Signs what it posts if there is a secret.
     pub fn new(webhook: Webhook, secret: Option<&Secret>) -> Result<Self> {
-        let key = secret.and_then(webhook_key).map(|key| hmac::Key::new(hmac::HMAC_SHA256, &key));
-        let tls = if webhook.is_tls { Some(tls().context("get ready for https")?) } else { None };
-        Ok(Poster { webhook, key, tls })
+        let key = secret
+            .and_then(webhook_key)
+            .map(|key| hmac::Key::new(hmac::HMAC_SHA256, &key));
+        let tls = if webhook.is_tls {
+            Some(tls().context("get ready for https")?)
+        } else {
+            None
+        };
+        Ok(WebhookClient { webhook, key, tls })
     }
 
     /// Sends `body` under an id that is the same for each attempt.
-    pub(super) async fn post(&self, id: &str, body: Bytes, now: Timestamp) -> Answer {
-        match tokio::time::timeout(TIME, self.send(id, body, now)).await {
-            Ok(Ok(status)) => judge(status),
-            Ok(Err(error)) => Answer::Failed(format!("{error:#}")),
-            Err(_) => Answer::Failed(format!("no answer within {TIME:?}")),
+    pub(super) async fn post(&self, id: &str, body: Bytes, now: Timestamp) -> PostResult {
+        match tokio::time::timeout(POST_TIMEOUT, self.send(id, body, now)).await {
+            Ok(Ok(status)) => classify(status),
+            Ok(Err(error)) => PostResult::Failed(format!("{error:#}")),
+            Err(_) => PostResult::Failed(format!("no answer within {POST_TIMEOUT:?}")),
         }
     }
 
     async fn send(&self, id: &str, body: Bytes, now: Timestamp) -> Result<StatusCode> {
         let Webhook { host, port, .. } = &self.webhook;
         let stream = TcpStream::connect((host.trim_matches(['[', ']']), *port)).await;
-        let stream = stream.with_context(|| format!("connect to {}", self.webhook.shown()))?;
+        let stream = stream.with_context(|| format!("connect to {}", self.webhook.redacted()))?;
         let request = self.request(id, body, now)?;
         match &self.tls {
-            None => exchange(stream, request).await,
+            None => send_request(stream, request).await,
             Some(tls) => {
                 let name = host.trim_matches(['[', ']']).to_owned();
                 let name = ServerName::try_from(name).context("read the webhook's name")?;
                 let stream = tls.connect(name, stream).await;
-                exchange(stream.with_context(|| format!("begin TLS with {}", self.webhook.shown()))?, request).await
+                send_request(
+                    stream
+                        .with_context(|| format!("begin TLS with {}", self.webhook.redacted()))?,
+                    request,
+                )
+                .await
             }
         }
     }
@@ -101,11 +112,12 @@ fn signature(key: &hmac::Key, id: &str, timestamp: i64, body: &[u8]) -> String {
 }
 
 /// Sends a request on a connection and waits for the status; the rest of the answer is of no interest.
-async fn exchange(
+async fn send_request(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     request: Request<Full<Bytes>>,
 ) -> Result<StatusCode> {
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     let answer = sender.send_request(request);
     tokio::pin!(answer);
     tokio::select! {
@@ -118,14 +130,17 @@ async fn exchange(
     }
 }
 
-fn judge(status: StatusCode) -> Answer {
-    const PATIENCE: [StatusCode; 3] =
-        [StatusCode::REQUEST_TIMEOUT, StatusCode::TOO_EARLY, StatusCode::TOO_MANY_REQUESTS];
+fn classify(status: StatusCode) -> PostResult {
+    const PATIENCE: [StatusCode; 3] = [
+        StatusCode::REQUEST_TIMEOUT,
+        StatusCode::TOO_EARLY,
+        StatusCode::TOO_MANY_REQUESTS,
+    ];
     let why = format!("it answers {status}");
     match status {
-        _ if status.is_success() => Answer::Taken,
-        _ if status.is_client_error() && !PATIENCE.contains(&status) => Answer::Refused(why),
-        _ => Answer::Failed(why),
+        _ if status.is_success() => PostResult::Accepted,
+        _ if status.is_client_error() && !PATIENCE.contains(&status) => PostResult::Rejected(why),
+        _ => PostResult::Failed(why),
     }
 }
 
@@ -135,7 +150,10 @@ fn tls() -> Result<TlsConnector> {
     let found = rustls_native_certs::load_native_certs();
     roots.add_parsable_certificates(found.certs);
     if roots.is_empty() {
-        bail!("the operating system trusts no certificates: {:?}", found.errors);
+        bail!(
+            "the operating system trusts no certificates: {:?}",
+            found.errors
+        );
     }
     let provider = Arc::new(tokio_rustls::rustls::crypto::ring::default_provider());
     let config = ClientConfig::builder_with_provider(provider)
@@ -152,30 +170,45 @@ mod tests {
 
     /// Checked against the example of the Standard Webhooks libraries.
     #[test]
-    fn a_signature_is_one_that_standard_webhooks_verify() {
+    fn signatures_verify_as_standard_webhooks() {
         let secret = STANDARD.decode("MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw").unwrap();
         let key = hmac::Key::new(hmac::HMAC_SHA256, &secret);
-        let signed = signature(&key, "msg_p5jXN8AQM9LWM0D4loKWxJek", 1_614_265_330, br#"{"test": 2432232314}"#);
+        let signed = signature(
+            &key,
+            "msg_p5jXN8AQM9LWM0D4loKWxJek",
+            1_614_265_330,
+            br#"{"test": 2432232314}"#,
+        );
         assert_eq!(signed, "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=");
     }
 
     #[test]
-    fn an_answer_is_taken_refused_or_tried_again() {
-        for (status, expected) in [(200, "taken"), (204, "taken"), (302, "failed"), (400, "refused"), (401, "refused")]
-        {
-            assert_eq!(said(status), expected, "{status}");
+    fn webhook_responses_are_classified() {
+        for (status, expected) in [
+            (200, "taken"),
+            (204, "taken"),
+            (302, "failed"),
+            (400, "refused"),
+            (401, "refused"),
+        ] {
+            assert_eq!(classified(status), expected, "{status}");
         }
-        for (status, expected) in [(408, "failed"), (425, "failed"), (429, "failed"), (500, "failed"), (503, "failed")]
-        {
-            assert_eq!(said(status), expected, "{status}");
+        for (status, expected) in [
+            (408, "failed"),
+            (425, "failed"),
+            (429, "failed"),
+            (500, "failed"),
+            (503, "failed"),
+        ] {
+            assert_eq!(classified(status), expected, "{status}");
         }
     }
 
-    fn said(status: u16) -> &'static str {
-        match judge(StatusCode::from_u16(status).unwrap()) {
-            Answer::Taken => "taken",
-            Answer::Refused(_) => "refused",
-            Answer::Failed(_) => "failed",
+    fn classified(status: u16) -> &'static str {
+        match classify(StatusCode::from_u16(status).unwrap()) {
+            PostResult::Accepted => "taken",
+            PostResult::Rejected(_) => "refused",
+            PostResult::Failed(_) => "failed",
         }
     }
 }

@@ -9,46 +9,46 @@ use std::time::Duration;
 use anyhow::Result;
 use jiff::Timestamp;
 
-use crate::bus::{AlarmMessage, Alarms, Bus};
+use crate::bus::{AlarmConsumer, AlarmMessage, Bus};
 use crate::drain::Stopping;
-use crate::metrics::{Metrics, Post};
-use crate::model::retry::{Backoff, ProvedPoison, RetryPolicy};
+use crate::metrics::{Metrics, PostOutcome};
+use crate::model::retry::{Backoff, OnDeterministicFailure, RetryPolicy};
 
-use super::post::{Answer, Poster};
+use super::post::{PostResult, WebhookClient};
 
 /// The durable consumer of all hosts.
-const DURABLE: &str = "oncely-webhook";
+const CONSUMER_NAME: &str = "oncely-webhook";
 
 /// How long an alarm is told again while nobody answers.
-const TOLD_FOR: Duration = Duration::from_secs(24 * 60 * 60);
+const RETRY_FOR: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// How long, while somebody answers that he will not have it (4xx): the settings may be wrong for a moment, and those that
 /// follow wait behind it.
-const REFUSED_FOR: Duration = Duration::from_secs(10 * 60);
+const RETRY_REFUSED_FOR: Duration = Duration::from_secs(10 * 60);
 
 /// The least and the most it waits between two attempts.
-const AGAIN_LEAST: Duration = Duration::from_millis(500);
-const AGAIN: RetryPolicy = RetryPolicy {
+const RETRY_DELAY_MIN: Duration = Duration::from_millis(500);
+const RETRY: RetryPolicy = RetryPolicy {
     attempts: u32::MAX,
     backoff: Duration::from_secs(1),
     backoff_max: Duration::from_secs(60),
-    proved_poison: ProvedPoison::Retry,
+    deterministic_failures: OnDeterministicFailure::Retry,
 };
 
 /// Tells of alarms until the host stops.
-pub async fn tell(bus: Bus, poster: Poster, metrics: Arc<Metrics>, mut stopping: Stopping) {
+pub async fn run(bus: Bus, client: WebhookClient, metrics: Arc<Metrics>, mut stopping: Stopping) {
     let mut backoff = Backoff::default();
     loop {
-        let told = async {
-            let alarms = bus.alarms(DURABLE).await?;
+        let delivering = async {
+            let alarms = bus.alarm_consumer(CONSUMER_NAME).await?;
             backoff.reset();
-            tell_all(&alarms, &poster, &metrics).await
+            deliver_all(&alarms, &client, &metrics).await
         };
         tokio::select! {
             biased;
             // What is under way comes again, at another host or at the next start, under the same id.
             () = stopping.stopped() => return,
-            Err(error) = told => tracing::debug!("no alarms for the webhook for the moment: {error:#}"),
+            Err(error) = delivering => tracing::debug!("no alarms for the webhook for the moment: {error:#}"),
         }
         if stopping.wait(backoff.next(rand::random())).await {
             return;
@@ -57,36 +57,49 @@ pub async fn tell(bus: Bus, poster: Poster, metrics: Arc<Metrics>, mut stopping:
 }
 
 /// Tells of one alarm after the other until the broker is gone.
-async fn tell_all(alarms: &Alarms, poster: &Poster, metrics: &Metrics) -> Result<()> {
+async fn deliver_all(
+    alarms: &AlarmConsumer,
+    client: &WebhookClient,
+    metrics: &Metrics,
+) -> Result<()> {
     loop {
         if let Some(alarm) = alarms.next().await? {
-            let answer = poster.post(&alarm.id, alarm.body.clone(), Timestamp::now()).await;
-            follow(alarm, answer, metrics).await?;
+            let answer = client
+                .post(&alarm.id, alarm.body.clone(), Timestamp::now())
+                .await;
+            handle_response(alarm, answer, metrics).await?;
         }
     }
 }
 
 /// What follows from an answer.
-async fn follow(alarm: AlarmMessage, answer: Answer, metrics: &Metrics) -> Result<()> {
-    let (why, told_for) = match answer {
-        Answer::Taken => {
-            metrics.webhook_post(Post::Taken);
+async fn handle_response(alarm: AlarmMessage, answer: PostResult, metrics: &Metrics) -> Result<()> {
+    let (why, retry_for) = match answer {
+        PostResult::Accepted => {
+            metrics.webhook_post(PostOutcome::Delivered);
             tracing::debug!("told the webhook of {}", alarm.id);
-            return alarm.is_told().await;
+            return alarm.ack().await;
         }
-        Answer::Refused(why) => (why, REFUSED_FOR),
-        Answer::Failed(why) => (why, TOLD_FOR),
+        PostResult::Rejected(why) => (why, RETRY_REFUSED_FOR),
+        PostResult::Failed(why) => (why, RETRY_FOR),
     };
-    let age = Duration::try_from(Timestamp::now().duration_since(alarm.stored_at)).unwrap_or_default();
-    if age > told_for {
-        metrics.webhook_post(Post::GivenUp);
-        tracing::error!("the webhook was not told of {}, and will not be: {why}", alarm.id);
-        return alarm.is_told().await;
+    let age =
+        Duration::try_from(Timestamp::now().duration_since(alarm.stored_at)).unwrap_or_default();
+    if age > retry_for {
+        metrics.webhook_post(PostOutcome::Abandoned);
+        tracing::error!(
+            "the webhook was not told of {}, and will not be: {why}",
+            alarm.id
+        );
+        return alarm.ack().await;
     }
-    metrics.webhook_post(Post::Failed);
+    metrics.webhook_post(PostOutcome::Failed);
     if alarm.delivered == 1 {
-        tracing::warn!("the webhook does not take {}; it is told again: {why}", alarm.id);
+        tracing::warn!(
+            "the webhook does not take {}; it is told again: {why}",
+            alarm.id
+        );
     }
-    let after = AGAIN.after(alarm.delivered, Some(AGAIN_LEAST), rand::random());
-    alarm.again(after).await
+    let after = RETRY.delay_after(alarm.delivered, Some(RETRY_DELAY_MIN), rand::random());
+    alarm.nack(after).await
 }

@@ -14,7 +14,7 @@ use base64::Engine as _;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::bus::Outgoing;
+use crate::bus::OutgoingMessage;
 use crate::component;
 use crate::model::alarm::Alarm;
 use crate::model::hint::{self, WithHint};
@@ -24,10 +24,10 @@ use crate::model::sql::Dialect;
 use crate::model::subject;
 use crate::relay::{BreakerState, RefusedSubject};
 use crate::runtime::deploy::{self, Plan, Proposal};
-use crate::runtime::{Host, HostReport, Recovery, Retired, RunsHere, WorkerState};
-use crate::store::{By, LogState, StateRecord, StoreError, WorkerTotals};
+use crate::runtime::{Host, HostReport, Recovery, RetiredWorker, WorkerReport, WorkerState};
+use crate::store::{Attribution, StateRecord, StoreError, WalState, WorkerTotals};
 
-pub mod letters;
+pub mod dead_letters;
 
 pub mod outbox;
 
@@ -37,7 +37,7 @@ const BODY_MAX: usize = 16 << 20;
 /// The control API. Everything below `/v1` asks for `Authorization: Bearer {token}`.
 pub fn router(host: Arc<Host>, token: &str) -> Router {
     let expected = Arc::new(Sha256::digest(token.as_bytes()).to_vec());
-    let guarded = Router::new()
+    let authenticated = Router::new()
         .route("/dialect", get(dialect))
         .route("/status", get(status))
         .route("/workers", get(workers))
@@ -50,77 +50,100 @@ pub fn router(host: Arc<Host>, token: &str) -> Router {
         .route("/recover", post(recover))
         .route("/publish", post(publish))
         .route("/components/{digest}", get(component))
-        .merge(letters::routes())
+        .merge(dead_letters::routes())
         .route("/workers/{worker}/state", get(state_list))
         .route("/workers/{worker}/state/entry", get(state_get))
         .merge(outbox::routes())
         .layer(DefaultBodyLimit::max(BODY_MAX))
-        .route("/components", post(upload).layer(DefaultBodyLimit::max(component::SIZE_MAX)))
+        .route(
+            "/components",
+            post(upload).layer(DefaultBodyLimit::max(component::SIZE_MAX)),
+        )
         .layer(middleware::from_fn_with_state(expected, check_token));
     Router::new()
         .route("/livez", get(|| async { "alive\n" }))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
-        .nest("/v1", guarded)
+        .nest("/v1", authenticated)
         .with_state(host)
 }
 
 /// Lets a request through that carries the token. Digests are compared, so the time it takes says nothing of the token.
-async fn check_token(State(expected): State<Arc<Vec<u8>>>, request: Request, next: Next) -> Response {
-    let given = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let given = given.and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default();
+async fn check_token(
+    State(expected): State<Arc<Vec<u8>>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let given = request
+        .headers()
+        .get(header::AUTHORIZATION)
+        .and_then(|value| value.to_str().ok());
+    let given = given
+        .and_then(|value| value.strip_prefix("Bearer "))
+        .unwrap_or_default();
     if Sha256::digest(given.as_bytes()).as_slice() == expected.as_slice() {
         return next.run(request).await;
     }
-    let problem = Problem {
+    let response = ErrorResponse {
         error: "the token is missing or wrong".to_owned(),
         causes: Vec::new(),
         hints: vec!["give the host's token with --token or ONCELY_TOKEN".to_owned()],
     };
-    (StatusCode::UNAUTHORIZED, Json(problem)).into_response()
+    (StatusCode::UNAUTHORIZED, Json(response)).into_response()
 }
 
 /// An error on its way to the CLI, which shows it as if it were its own.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Problem {
+pub struct ErrorResponse {
     pub error: String,
     pub causes: Vec<String>,
     pub hints: Vec<String>,
 }
 
-struct Failure(StatusCode, anyhow::Error);
+struct ApiError(StatusCode, anyhow::Error);
 
-type Answer<T> = std::result::Result<Json<T>, Failure>;
+type ApiResult<T> = std::result::Result<Json<T>, ApiError>;
 
-impl<E: Into<anyhow::Error>> From<E> for Failure {
+impl<E: Into<anyhow::Error>> From<E> for ApiError {
     fn from(error: E) -> Self {
         let error = error.into();
-        let unavailable =
-            hint::find::<StoreError>(&error).is_some_and(|error| matches!(error, StoreError::Unavailable(_)));
-        Failure(if unavailable { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::BAD_REQUEST }, error)
+        let unavailable = hint::find_cause::<StoreError>(&error)
+            .is_some_and(|error| matches!(error, StoreError::Unavailable(_)));
+        ApiError(
+            if unavailable {
+                StatusCode::SERVICE_UNAVAILABLE
+            } else {
+                StatusCode::BAD_REQUEST
+            },
+            error,
+        )
     }
 }
 
-impl IntoResponse for Failure {
+impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let Failure(status, error) = self;
+        let ApiError(status, error) = self;
         let mut chain = error.chain().map(ToString::to_string);
-        let problem = Problem {
+        let response = ErrorResponse {
             error: chain.next().unwrap_or_default(),
             causes: chain.collect(),
             hints: hint::hints(&error).into_iter().map(str::to_owned).collect(),
         };
-        (status, Json(problem)).into_response()
+        (status, Json(response)).into_response()
     }
 }
 
 async fn readyz(State(host): State<Arc<Host>>) -> Response {
-    match host.ready().await {
+    match host.readiness().await {
         Ok(broken) => {
             let broken: String = broken.iter().map(|why| format!("{why}\n")).collect();
             format!("ready\n{broken}").into_response()
         }
-        Err(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {why}\n")).into_response(),
+        Err(why) => (
+            StatusCode::SERVICE_UNAVAILABLE,
+            format!("not ready: {why}\n"),
+        )
+            .into_response(),
     }
 }
 
@@ -155,17 +178,17 @@ pub struct Status {
     /// Subjects that outputs of this host's relay wait for, at most 20 of them.
     pub refused_subjects: Vec<RefusedSubject>,
     /// How outputs go; none where there is no other way than polling.
-    pub log: Option<LogState>,
+    pub wal: Option<WalState>,
     /// Whether this host is the one that reads the log.
-    pub reads_log: bool,
+    pub is_wal_reader: bool,
     /// Of all hosts on this database; none when it is out of reach.
     pub totals: Option<Vec<WorkerTotals>>,
     /// Those that are raised; none when the database is out of reach.
     pub alarms: Option<Vec<Alarm>>,
 }
 
-async fn status(State(host): State<Arc<Host>>) -> Answer<Status> {
-    let (not_ready, broken) = match host.ready().await {
+async fn status(State(host): State<Arc<Host>>) -> ApiResult<Status> {
+    let (not_ready, broken) = match host.readiness().await {
         Ok(broken) => (None, broken),
         Err(why) => (Some(why), Vec::new()),
     };
@@ -174,13 +197,13 @@ async fn status(State(host): State<Arc<Host>>) -> Answer<Status> {
         ready: not_ready.is_none(),
         not_ready,
         broken,
-        database_error: host.services.health.database(),
+        database_error: host.services.health.database_error(),
         nats_connected: host.services.bus.is_connected(),
         workers: host.workers_with_backlog().await,
         breakers: host.services.relay_state.breakers(),
         refused_subjects: host.services.relay_state.refused_subjects(),
-        log: host.services.relay_state.log(),
-        reads_log: host.services.relay_state.reads_log(),
+        wal: host.services.relay_state.wal(),
+        is_wal_reader: host.services.relay_state.reads_wal(),
         totals: host.services.store.totals().await.ok(),
         alarms: host
             .services
@@ -197,7 +220,7 @@ async fn dialect(State(host): State<Arc<Host>>) -> Json<Dialect> {
     Json(host.services.store.dialect())
 }
 
-async fn workers(State(host): State<Arc<Host>>) -> Answer<Vec<WorkerState>> {
+async fn workers(State(host): State<Arc<Host>>) -> ApiResult<Vec<WorkerState>> {
     Ok(Json(host.workers().await))
 }
 
@@ -210,12 +233,19 @@ pub struct Deployment {
     pub active: bool,
 }
 
-async fn deployments(State(host): State<Arc<Host>>, Path(worker): Path<String>) -> Answer<Vec<Deployment>> {
+async fn deployments(
+    State(host): State<Arc<Host>>,
+    Path(worker): Path<String>,
+) -> ApiResult<Vec<Deployment>> {
     let active = host.services.store.active_deployments().await?;
-    let is_active = |version| active.iter().any(|record| record.worker == worker && record.version == version);
+    let is_active = |version| {
+        active
+            .iter()
+            .any(|record| record.worker == worker && record.version == version)
+    };
     let records = host.services.store.deployments(&worker).await?;
     if records.is_empty() {
-        return Err(no_such_worker(&worker));
+        return Err(worker_not_found(&worker));
     }
     let shown = records.into_iter().map(|record| Deployment {
         active: is_active(record.version),
@@ -233,7 +263,7 @@ pub struct Uploaded {
 }
 
 /// Keeps a component, after a look whether it is a worker at all.
-async fn upload(State(host): State<Arc<Host>>, wasm: Bytes) -> Answer<Uploaded> {
+async fn upload(State(host): State<Arc<Host>>, wasm: Bytes) -> ApiResult<Uploaded> {
     host.services.load(wasm.clone()).await?;
     let digest = hex::encode(Sha256::digest(&wasm));
     host.services.store.put_component(&digest, &wasm).await?;
@@ -241,12 +271,20 @@ async fn upload(State(host): State<Arc<Host>>, wasm: Bytes) -> Answer<Uploaded> 
 }
 
 /// A component that was kept, byte for byte.
-async fn component(State(host): State<Arc<Host>>, Path(digest): Path<String>) -> std::result::Result<Vec<u8>, Failure> {
+async fn component(
+    State(host): State<Arc<Host>>,
+    Path(digest): Path<String>,
+) -> std::result::Result<Vec<u8>, ApiError> {
     let found = host.services.store.component(&digest).await?;
-    found.ok_or_else(|| Failure(StatusCode::NOT_FOUND, anyhow!("there is no component {digest}")))
+    found.ok_or_else(|| {
+        ApiError(
+            StatusCode::NOT_FOUND,
+            anyhow!("there is no component {digest}"),
+        )
+    })
 }
 
-async fn plan(State(host): State<Arc<Host>>, Json(proposal): Json<Proposal>) -> Answer<Plan> {
+async fn plan(State(host): State<Arc<Host>>, Json(proposal): Json<Proposal>) -> ApiResult<Plan> {
     Ok(Json(deploy::plan(&host, &proposal).await?))
 }
 
@@ -257,68 +295,93 @@ pub struct Activated {
     pub version: u32,
 }
 
-async fn deploy(State(host): State<Arc<Host>>, Json(proposal): Json<Proposal>) -> Answer<Activated> {
+async fn deploy(
+    State(host): State<Arc<Host>>,
+    Json(proposal): Json<Proposal>,
+) -> ApiResult<Activated> {
     let (_, record) = deploy::deploy(&host, &proposal).await?;
-    Ok(Json(Activated { worker: record.worker, version: record.version }))
+    Ok(Json(Activated {
+        worker: record.worker,
+        version: record.version,
+    }))
 }
 
 /// Which worker to roll back, and to which version; the one before the active one when none is given.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Rollback {
+pub struct RollbackRequest {
     pub worker: String,
     pub to: Option<u32>,
 }
 
-async fn rollback(State(host): State<Arc<Host>>, Json(wanted): Json<Rollback>) -> Answer<Activated> {
-    let record = deploy::rollback(&host, &wanted.worker, wanted.to).await?;
-    Ok(Json(Activated { worker: record.worker, version: record.version }))
+async fn rollback(
+    State(host): State<Arc<Host>>,
+    Json(request): Json<RollbackRequest>,
+) -> ApiResult<Activated> {
+    let record = deploy::rollback(&host, &request.worker, request.to).await?;
+    Ok(Json(Activated {
+        worker: record.worker,
+        version: record.version,
+    }))
 }
 
 /// Which worker to retire.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Retire {
+pub struct RetireRequest {
     pub worker: String,
     /// Whether its consumers stay.
-    pub keeps_place: bool,
+    pub keep_consumers: bool,
 }
 
-async fn retire(State(host): State<Arc<Host>>, Json(wanted): Json<Retire>) -> Answer<Retired> {
+async fn retire(
+    State(host): State<Arc<Host>>,
+    Json(request): Json<RetireRequest>,
+) -> ApiResult<RetiredWorker> {
     // In a task of its own: a client that goes away does not leave it half done.
-    let task = tokio::spawn(async move { host.retire(&wanted.worker, wanted.keeps_place).await });
+    let task =
+        tokio::spawn(async move { host.retire(&request.worker, request.keep_consumers).await });
     Ok(Json(task.await.context("retire a worker")??))
 }
 
 /// How a worker stands on one of the hosts that are alive.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct OnHost {
+pub struct WorkerOnHost {
     pub host: String,
     /// None when that host has not heard of the worker.
-    pub runs: Option<RunsHere>,
+    pub status: Option<WorkerReport>,
 }
 
-async fn hosts(State(host): State<Arc<Host>>, Path(worker): Path<String>) -> Answer<Vec<OnHost>> {
+async fn hosts(
+    State(host): State<Arc<Host>>,
+    Path(worker): Path<String>,
+) -> ApiResult<Vec<WorkerOnHost>> {
     let reports = host.reports().await?;
-    let on_host = |mut report: HostReport| OnHost { runs: report.workers.remove(&worker), host: report.host };
+    let on_host = |mut report: HostReport| WorkerOnHost {
+        status: report.workers.remove(&worker),
+        host: report.host,
+    };
     Ok(Json(reports.into_iter().map(on_host).collect()))
 }
 
 /// What to do about a restore, and who asks for it.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Recover {
+pub struct RecoverRequest {
     /// Only say what would be done.
     pub dry_run: bool,
-    pub by: By,
+    pub by: Attribution,
 }
 
-async fn recover(State(host): State<Arc<Host>>, Json(wanted): Json<Recover>) -> Answer<Recovery> {
+async fn recover(
+    State(host): State<Arc<Host>>,
+    Json(request): Json<RecoverRequest>,
+) -> ApiResult<Recovery> {
     // In a task of its own: a client that goes away does not leave it half done.
-    let task = tokio::spawn(async move { host.recover(wanted.dry_run, &wanted.by).await });
+    let task = tokio::spawn(async move { host.recover(request.dry_run, &request.by).await });
     Ok(Json(task.await.context("recover")??))
 }
 
 /// A message to publish.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Publish {
+pub struct PublishRequest {
     pub subject: String,
     pub headers: Vec<(String, String)>,
     /// Travels as `Nats-Msg-Id`.
@@ -329,36 +392,68 @@ pub struct Publish {
 
 /// Where a message now stands.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct PublishedAt {
+pub struct PublishAck {
     pub stream: String,
     pub sequence: u64,
     /// The broker had a message with this id already.
     pub duplicate: bool,
     /// The workers that take messages of this subject from the stream.
     #[serde(default)]
-    pub readers: Vec<String>,
+    pub workers: Vec<String>,
 }
 
-async fn publish(State(host): State<Arc<Host>>, Json(message): Json<Publish>) -> Answer<PublishedAt> {
-    subject::check_subject(&message.subject).map_err(|why| anyhow!(why)).context("read the subject")?;
+async fn publish(
+    State(host): State<Arc<Host>>,
+    Json(message): Json<PublishRequest>,
+) -> ApiResult<PublishAck> {
+    subject::check_subject(&message.subject)
+        .map_err(|why| anyhow!(why))
+        .context("read the subject")?;
     if redrive::is_pointer(&message.subject) {
-        let error = anyhow!("`{}` is the host's own: it says that a dead letter was put back", message.subject);
+        let error = anyhow!(
+            "`{}` is the host's own: it says that a dead letter was put back",
+            message.subject
+        );
         return Err(error.hint("oncely dlq redrive ID").into());
     }
-    message::check_sent_id(&message.id).map_err(|why| anyhow!(why)).context("read the event id")?;
-    let body = base64::engine::general_purpose::STANDARD.decode(&message.body).context("read the body")?;
+    message::check_event_id(&message.id)
+        .map_err(|why| anyhow!(why))
+        .context("read the event id")?;
+    let body = base64::engine::general_purpose::STANDARD
+        .decode(&message.body)
+        .context("read the body")?;
     let at = message.subject.clone();
-    let outgoing = Outgoing { subject: message.subject, headers: message.headers, id: message.id, body: body.into() };
+    let outgoing = OutgoingMessage {
+        subject: message.subject,
+        headers: message.headers,
+        id: message.id,
+        body: body.into(),
+    };
     let mut answers = host.services.bus.publish(vec![outgoing]).await;
-    let place =
-        answers.pop().context("publish the message")?.map_err(|error| anyhow!(error)).context("publish the message")?;
-    let takes = |worker: &crate::config::manifest::Worker| {
-        let wants = worker.subjects.iter().any(|pattern| subject::matches(pattern, &at));
+    let place = answers
+        .pop()
+        .context("publish the message")?
+        .map_err(|error| anyhow!(error))
+        .context("publish the message")?;
+    let is_subscribed = |worker: &crate::config::manifest::Worker| {
+        let wants = worker
+            .subjects
+            .iter()
+            .any(|pattern| subject::matches(pattern, &at));
         worker.stream.as_ref() == Some(&place.stream) && (wants || worker.subjects.is_empty())
     };
     let workers = host.services.deployed_workers().await.unwrap_or_default();
-    let readers = workers.into_iter().filter(takes).map(|worker| worker.name).collect();
-    Ok(Json(PublishedAt { stream: place.stream, sequence: place.sequence, duplicate: place.duplicate, readers }))
+    let workers = workers
+        .into_iter()
+        .filter(is_subscribed)
+        .map(|worker| worker.name)
+        .collect();
+    Ok(Json(PublishAck {
+        stream: place.stream,
+        sequence: place.sequence,
+        duplicate: place.duplicate,
+        workers,
+    }))
 }
 
 /// One value of keyed state.
@@ -398,10 +493,14 @@ async fn state_list(
     State(host): State<Arc<Host>>,
     Path(worker): Path<String>,
     Query(filter): Query<StateFilter>,
-) -> Answer<Vec<StateValue>> {
-    let records = host.services.store.state_entries(&worker, &filter.prefix, filter.limit).await?;
+) -> ApiResult<Vec<StateValue>> {
+    let records = host
+        .services
+        .store
+        .state_entries(&worker, &filter.prefix, filter.limit)
+        .await?;
     if records.is_empty() && host.services.store.deployments(&worker).await?.is_empty() {
-        return Err(no_such_worker(&worker));
+        return Err(worker_not_found(&worker));
     }
     Ok(Json(records.into_iter().map(StateValue::from).collect()))
 }
@@ -416,17 +515,21 @@ async fn state_get(
     State(host): State<Arc<Host>>,
     Path(worker): Path<String>,
     Query(StateKey { key }): Query<StateKey>,
-) -> Answer<StateValue> {
+) -> ApiResult<StateValue> {
     if let Some(record) = host.services.store.state_entry(&worker, &key).await? {
         return Ok(Json(record.into()));
     }
     if host.services.store.deployments(&worker).await?.is_empty() {
-        return Err(no_such_worker(&worker));
+        return Err(worker_not_found(&worker));
     }
-    let error = anyhow!("worker {worker} has no state under `{key}`").hint(format!("oncely state list {worker}"));
-    Err(Failure(StatusCode::NOT_FOUND, error))
+    let error = anyhow!("worker {worker} has no state under `{key}`")
+        .hint(format!("oncely state list {worker}"));
+    Err(ApiError(StatusCode::NOT_FOUND, error))
 }
 
-fn no_such_worker(worker: &str) -> Failure {
-    Failure(StatusCode::NOT_FOUND, anyhow!("there is no worker `{worker}`").hint("oncely workers"))
+fn worker_not_found(worker: &str) -> ApiError {
+    ApiError(
+        StatusCode::NOT_FOUND,
+        anyhow!("there is no worker `{worker}`").hint("oncely workers"),
+    )
 }

@@ -10,7 +10,7 @@ use axum::{Json, Router};
 use base64::Engine as _;
 use serde::{Deserialize, Serialize};
 
-use super::{Answer, Failure};
+use super::{ApiError, ApiResult};
 use crate::model::hint::WithHint;
 use crate::runtime::Host;
 use crate::store::{OutputFilter, OutputSummary};
@@ -23,7 +23,10 @@ pub(super) fn routes() -> Router<Arc<Host>> {
         .route("/outbox/drop", post(drop))
 }
 
-async fn list(State(host): State<Arc<Host>>, Query(filter): Query<OutputFilter>) -> Answer<Vec<OutputSummary>> {
+async fn list(
+    State(host): State<Arc<Host>>,
+    Query(filter): Query<OutputFilter>,
+) -> ApiResult<Vec<OutputSummary>> {
     Ok(Json(host.services.store.outputs(&filter).await?))
 }
 
@@ -39,10 +42,14 @@ pub struct Output {
     pub stream_sequence: Option<u64>,
 }
 
-async fn show(State(host): State<Arc<Host>>, Path(number): Path<i64>) -> Answer<Output> {
+async fn show(State(host): State<Arc<Host>>, Path(number): Path<i64>) -> ApiResult<Output> {
     let Some(record) = host.services.store.output(number).await? else {
-        let error = anyhow!("there is no output {number} any more; published ones stay for a while only");
-        return Err(Failure(StatusCode::NOT_FOUND, error.hint("oncely outbox list")));
+        let error =
+            anyhow!("there is no output {number} any more; published ones stay for a while only");
+        return Err(ApiError(
+            StatusCode::NOT_FOUND,
+            error.hint("oncely outbox list"),
+        ));
     };
     Ok(Json(Output {
         summary: record.summary,
@@ -55,7 +62,7 @@ async fn show(State(host): State<Arc<Host>>, Path(number): Path<i64>) -> Answer<
 
 /// Outputs that are set aside, and what to say of the decision.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Decision {
+pub struct ParkedOutputsRequest {
     pub numbers: Vec<i64>,
     #[serde(default)]
     pub note: String,
@@ -63,18 +70,32 @@ pub struct Decision {
 
 /// How many outputs a decision met; the others were not set aside any more.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Decided {
+pub struct ParkedOutputsResponse {
     pub outputs: u64,
 }
 
-async fn retry(State(host): State<Arc<Host>>, Json(decision): Json<Decision>) -> Answer<Decided> {
-    let outputs = host.services.store.retry_outputs(&decision.numbers).await?;
+async fn retry(
+    State(host): State<Arc<Host>>,
+    Json(request): Json<ParkedOutputsRequest>,
+) -> ApiResult<ParkedOutputsResponse> {
+    let outputs = host.services.store.retry_outputs(&request.numbers).await?;
     tracing::info!("{outputs} outputs that were set aside are tried again");
-    Ok(Json(Decided { outputs }))
+    Ok(Json(ParkedOutputsResponse { outputs }))
 }
 
-async fn drop(State(host): State<Arc<Host>>, Json(decision): Json<Decision>) -> Answer<Decided> {
-    let outputs = host.services.store.drop_outputs(&decision.numbers, &decision.note).await?;
-    tracing::warn!("{outputs} outputs that were set aside are dropped: {:?} ({})", decision.numbers, decision.note);
-    Ok(Json(Decided { outputs }))
+async fn drop(
+    State(host): State<Arc<Host>>,
+    Json(request): Json<ParkedOutputsRequest>,
+) -> ApiResult<ParkedOutputsResponse> {
+    let outputs = host
+        .services
+        .store
+        .drop_outputs(&request.numbers, &request.note)
+        .await?;
+    tracing::warn!(
+        "{outputs} outputs that were set aside are dropped: {:?} ({})",
+        request.numbers,
+        request.note
+    );
+    Ok(Json(ParkedOutputsResponse { outputs }))
 }

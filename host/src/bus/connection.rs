@@ -28,8 +28,8 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName}
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use super::denials::Denials;
-use super::login::{self, Proof};
-use super::wire::{Arrived, Op, next_op};
+use super::login::{self, ConnectAuth};
+use super::wire::{IncomingMessage, Op, next_op};
 use crate::config::Nats;
 use crate::model::retry::Backoff;
 
@@ -37,14 +37,14 @@ use crate::model::retry::Backoff;
 const STEP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How often a sign of life is asked of the server, and after how long without a word it counts as gone.
-const PING_EVERY: Duration = Duration::from_secs(5);
+const PING_INTERVAL: Duration = Duration::from_secs(5);
 const SILENCE_MAX: Duration = Duration::from_secs(12);
 
 /// How many bytes one read may bring.
-const READ_AT_ONCE: usize = 64 << 10;
+const READ_SIZE: usize = 64 << 10;
 
 /// How many bytes are gathered for one write, but for the last message of them.
-const WRITE_AT_ONCE: usize = 256 << 10;
+const WRITE_BATCH_SIZE: usize = 256 << 10;
 
 /// A connection that is made again by itself until all its handles are dropped. Cheap to clone.
 #[derive(Clone)]
@@ -60,7 +60,7 @@ pub(super) struct Connection {
 /// One subscription of it; ends with it.
 pub(super) struct Listener {
     sid: u64,
-    arrived: mpsc::UnboundedReceiver<Arrived>,
+    incoming: mpsc::UnboundedReceiver<IncomingMessage>,
     commands: mpsc::UnboundedSender<Command>,
 }
 
@@ -68,18 +68,18 @@ enum Command {
     Listen {
         sid: u64,
         subject: String,
-        arrived: mpsc::UnboundedSender<Arrived>,
+        incoming: mpsc::UnboundedSender<IncomingMessage>,
     },
-    /// Ends a subscription after the messages in transit have arrived.
+    /// Ends a subscription after the messages in transit are received.
     Drain(u64),
-    Leave(u64),
+    Unlisten(u64),
     Publish(Message),
 }
 
 /// A message to publish, with where its answer goes.
 pub(super) struct Message {
     /// The number of the connection that it goes over; it is dropped when that one is gone.
-    pub over: u64,
+    pub connection_number: u64,
     pub subject: String,
     pub reply: String,
     /// The header block; empty when there is none.
@@ -90,7 +90,13 @@ pub(super) struct Message {
 impl Message {
     /// As the server reads it.
     fn write(&self, to: &mut Vec<u8>) {
-        let Message { subject, reply, headers, body, .. } = self;
+        let Message {
+            subject,
+            reply,
+            headers,
+            body,
+            ..
+        } = self;
         let size = headers.len() + body.len();
         let head = match headers.len() {
             0 => format!("PUB {subject} {reply} {size}\r\n"),
@@ -110,7 +116,7 @@ impl Connection {
         let (commands, received) = mpsc::unbounded_channel();
         let (counter, connections) = watch::channel(0);
         let (is_up, denials) = (Arc::new(AtomicBool::new(false)), Denials::default());
-        let task = Task {
+        let task = ConnectionTask {
             nats,
             name,
             denials: denials.clone(),
@@ -122,7 +128,13 @@ impl Connection {
             is_up: Arc::clone(&is_up),
         };
         tokio::spawn(task.run());
-        Connection { commands, sids: Arc::new(AtomicU64::new(1)), connections, is_up, denials }
+        Connection {
+            commands,
+            sids: Arc::new(AtomicU64::new(1)),
+            connections,
+            is_up,
+            denials,
+        }
     }
 
     /// Returns once there is, or was, a connection.
@@ -153,15 +165,23 @@ impl Connection {
 
     /// Whether the server denied a message to this subject just now.
     pub fn is_denied(&self, subject: &str) -> bool {
-        self.denials.holds(subject)
+        self.denials.contains(subject)
     }
 
     /// Listens to a subject or a pattern, on this connection and all that follow.
     pub fn listen(&self, subject: &str) -> Listener {
         let sid = self.sids.fetch_add(1, Ordering::Relaxed);
-        let (sender, arrived) = mpsc::unbounded_channel();
-        let _ = self.commands.send(Command::Listen { sid, subject: subject.to_owned(), arrived: sender });
-        Listener { sid, arrived, commands: self.commands.clone() }
+        let (sender, incoming) = mpsc::unbounded_channel();
+        let _ = self.commands.send(Command::Listen {
+            sid,
+            subject: subject.to_owned(),
+            incoming: sender,
+        });
+        Listener {
+            sid,
+            incoming,
+            commands: self.commands.clone(),
+        }
     }
 
     /// Sends a message over the connection that it is meant for, or not at all.
@@ -172,11 +192,11 @@ impl Connection {
 
 impl Listener {
     /// The next message; none once it is drained.
-    pub async fn next(&mut self) -> Option<Arrived> {
-        self.arrived.recv().await
+    pub async fn next(&mut self) -> Option<IncomingMessage> {
+        self.incoming.recv().await
     }
 
-    /// Ends the subscription after the messages in transit have arrived.
+    /// Ends the subscription after the messages in transit are received.
     pub fn drain(&self) {
         let _ = self.commands.send(Command::Drain(self.sid));
     }
@@ -184,12 +204,12 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        let _ = self.commands.send(Command::Leave(self.sid));
+        let _ = self.commands.send(Command::Unlisten(self.sid));
     }
 }
 
 /// Keeps the connection.
-struct Task {
+struct ConnectionTask {
     nats: Nats,
     name: &'static str,
     denials: Denials,
@@ -205,38 +225,44 @@ struct Task {
 
 struct Subscriber {
     subject: String,
-    arrived: mpsc::UnboundedSender<Arrived>,
+    incoming: mpsc::UnboundedSender<IncomingMessage>,
     is_draining: bool,
 }
 
 /// All handles are gone.
-struct Abandoned;
+struct HandlesDropped;
 
-impl Task {
+impl ConnectionTask {
     async fn run(mut self) {
         let mut backoff = Backoff::default();
         loop {
-            match self.connect_while_listening().await {
+            match self.connect_handling_commands().await {
                 Ok(Some(socket)) => {
                     backoff.reset();
                     let served = self.serve(socket).await;
                     self.is_up.store(false, Ordering::SeqCst);
                     match served {
-                        Ok(Abandoned) => return,
-                        Err(error) => tracing::debug!("{} has lost its connection: {error:#}", self.name),
+                        Ok(HandlesDropped) => return,
+                        Err(error) => {
+                            tracing::debug!("{} has lost its connection: {error:#}", self.name)
+                        }
                     }
                 }
                 Ok(None) => return,
                 Err(error) => tracing::debug!("{} finds no connection: {error:#}", self.name),
             }
-            if self.rest(backoff.next(rand::random())).await.is_some() {
+            if self
+                .wait_for_retry(backoff.next(rand::random()))
+                .await
+                .is_some()
+            {
                 return;
             }
         }
     }
 
     /// Connects. Subscriptions made meanwhile are remembered, messages are dropped. None when all handles are gone.
-    async fn connect_while_listening(&mut self) -> Result<Option<Socket>> {
+    async fn connect_handling_commands(&mut self) -> Result<Option<Socket>> {
         let (nats, discovered) = (self.nats.clone(), self.discovered.clone());
         let connecting = connect(&nats, self.name, discovered);
         tokio::pin!(connecting);
@@ -244,7 +270,7 @@ impl Task {
             tokio::select! {
                 socket = &mut connecting => return socket.map(Some),
                 command = self.commands.recv() => match command {
-                    Some(command) => self.obey(command, &mut Vec::new()),
+                    Some(command) => self.handle_command(command, &mut Vec::new()),
                     None => return Ok(None),
                 },
             }
@@ -252,59 +278,62 @@ impl Task {
     }
 
     /// Waits between two attempts.
-    async fn rest(&mut self, wait: Duration) -> Option<Abandoned> {
+    async fn wait_for_retry(&mut self, wait: Duration) -> Option<HandlesDropped> {
         let until = Instant::now() + wait;
         loop {
             tokio::select! {
                 () = tokio::time::sleep_until(until) => return None,
                 command = self.commands.recv() => match command {
-                    Some(command) => self.obey(command, &mut Vec::new()),
-                    None => return Some(Abandoned),
+                    Some(command) => self.handle_command(command, &mut Vec::new()),
+                    None => return Some(HandlesDropped),
                 },
             }
         }
     }
 
     /// Serves one connection until it breaks.
-    async fn serve(&mut self, mut socket: Socket) -> Result<Abandoned> {
+    async fn serve(&mut self, mut socket: Socket) -> Result<HandlesDropped> {
         self.discovered.clone_from(&socket.discovered);
         self.pongs.clear();
-        self.subscribers.retain(|_, subscriber| !subscriber.is_draining);
-        let listen = |(sid, subscriber): (&u64, &Subscriber)| format!("SUB {} {sid}\r\n", subscriber.subject);
+        self.subscribers
+            .retain(|_, subscriber| !subscriber.is_draining);
+        let listen = |(sid, subscriber): (&u64, &Subscriber)| {
+            format!("SUB {} {sid}\r\n", subscriber.subject)
+        };
         let listening: String = self.subscribers.iter().map(listen).collect();
         socket.write(listening.as_bytes()).await?;
         self.is_up.store(true, Ordering::SeqCst);
         self.counter.send_modify(|count| *count += 1);
-        let mut heard = Instant::now();
-        let mut ping = tokio::time::interval(PING_EVERY);
+        let mut last_received = Instant::now();
+        let mut ping = tokio::time::interval(PING_INTERVAL);
         ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let mut reply = Vec::new();
             while let Some(op) = next_op(&mut socket.buffer)? {
-                self.hear(op, &mut reply)?;
+                self.handle_op(op, &mut reply)?;
             }
             if !reply.is_empty() {
                 socket.write(&reply).await?;
             }
-            socket.buffer.reserve(READ_AT_ONCE);
+            socket.buffer.reserve(READ_SIZE);
             tokio::select! {
                 read = socket.stream.read_buf(&mut socket.buffer) => match read.context("read")? {
                     0 => bail!("the server closed it"),
-                    _ => heard = Instant::now(),
+                    _ => last_received = Instant::now(),
                 },
                 command = self.commands.recv() => {
-                    let Some(command) = command else { return Ok(Abandoned) };
+                    let Some(command) = command else { return Ok(HandlesDropped) };
                     let mut bytes = Vec::new();
-                    self.obey(command, &mut bytes);
-                    while bytes.len() < WRITE_AT_ONCE
+                    self.handle_command(command, &mut bytes);
+                    while bytes.len() < WRITE_BATCH_SIZE
                         && let Ok(command) = self.commands.try_recv()
                     {
-                        self.obey(command, &mut bytes);
+                        self.handle_command(command, &mut bytes);
                     }
                     socket.write(&bytes).await?;
                 }
                 _ = ping.tick() => {
-                    if heard.elapsed() > SILENCE_MAX {
+                    if last_received.elapsed() > SILENCE_MAX {
                         bail!("the server is silent");
                     }
                     self.pongs.push_back(None);
@@ -315,7 +344,7 @@ impl Task {
     }
 
     /// Handles one operation of the server; the answer to it goes to `reply`.
-    fn hear(&mut self, op: Op, reply: &mut Vec<u8>) -> Result<()> {
+    fn handle_op(&mut self, op: Op, reply: &mut Vec<u8>) -> Result<()> {
         match op {
             Op::Ping => reply.extend(b"PONG\r\n"),
             Op::Pong => {
@@ -323,15 +352,18 @@ impl Task {
                     self.subscribers.remove(&sid);
                 }
             }
-            Op::Message(arrived) => {
-                if let Some(subscriber) = self.subscribers.get(&arrived.sid) {
-                    let _ = subscriber.arrived.send(arrived);
+            Op::Message(incoming) => {
+                if let Some(subscriber) = self.subscribers.get(&incoming.sid) {
+                    let _ = subscriber.incoming.send(incoming);
                 }
             }
             // The server goes on after this one, and closes the connection after any other.
             Op::Error(error) if error.starts_with("Permissions Violation") => {
-                tracing::warn!("NATS complains about {}: {error}", self.name);
-                self.denials.note(&error);
+                tracing::warn!(
+                    "NATS refused a publication or subscription of {}: {error}",
+                    self.name
+                );
+                self.denials.record(&error);
             }
             Op::Error(error) => bail!("the server says: {error}"),
             Op::Info(info) => {
@@ -345,24 +377,39 @@ impl Task {
     }
 
     /// Carries out a command; what the server is to hear of it goes to `bytes`.
-    fn obey(&mut self, command: Command, bytes: &mut Vec<u8>) {
+    fn handle_command(&mut self, command: Command, bytes: &mut Vec<u8>) {
         match command {
-            Command::Listen { sid, subject, arrived } => {
+            Command::Listen {
+                sid,
+                subject,
+                incoming,
+            } => {
                 bytes.extend(format!("SUB {subject} {sid}\r\n").into_bytes());
-                self.subscribers.insert(sid, Subscriber { subject, arrived, is_draining: false });
+                self.subscribers.insert(
+                    sid,
+                    Subscriber {
+                        subject,
+                        incoming,
+                        is_draining: false,
+                    },
+                );
             }
             Command::Drain(sid) => {
-                let Some(subscriber) = self.subscribers.get_mut(&sid) else { return };
+                let Some(subscriber) = self.subscribers.get_mut(&sid) else {
+                    return;
+                };
                 subscriber.is_draining = true;
                 self.pongs.push_back(Some(sid));
                 bytes.extend(format!("UNSUB {sid}\r\nPING\r\n").into_bytes());
             }
-            Command::Leave(sid) => {
+            Command::Unlisten(sid) => {
                 if self.subscribers.remove(&sid).is_some() {
                     bytes.extend(format!("UNSUB {sid}\r\n").into_bytes());
                 }
             }
-            Command::Publish(message) if message.over == *self.counter.borrow() => message.write(bytes),
+            Command::Publish(message) if message.connection_number == *self.counter.borrow() => {
+                message.write(bytes)
+            }
             Command::Publish(_) => {}
         }
     }
@@ -407,22 +454,40 @@ async fn connect(nats: &Nats, name: &str, discovered: Vec<String>) -> Result<Soc
 
 async fn connect_to(nats: &Nats, name: &str, server: &str) -> Result<Socket> {
     let address: ServerAddr = server.parse().context("read the address of a server")?;
-    let place = (address.host().to_owned(), address.port());
-    let tcp = timeout(STEP_TIMEOUT, TcpStream::connect(place)).await.context("connect in time")?.context("connect")?;
+    let host_and_port = (address.host().to_owned(), address.port());
+    let tcp = timeout(STEP_TIMEOUT, TcpStream::connect(host_and_port))
+        .await
+        .context("connect in time")?
+        .context("connect")?;
     tcp.set_nodelay(true).context("set up the connection")?;
-    let mut socket = Socket { stream: Box::new(tcp), buffer: BytesMut::new(), discovered: Vec::new() };
+    let mut socket = Socket {
+        stream: Box::new(tcp),
+        buffer: BytesMut::new(),
+        discovered: Vec::new(),
+    };
     if nats.tls_first {
         socket.encrypt(nats, address.host()).await?;
     }
-    let Op::Info(info) = socket.hear().await? else { bail!("the server does not introduce itself") };
-    let info: Info = serde_json::from_slice(&info).context("understand the server's introduction")?;
+    let Op::Info(info) = socket.read_op().await? else {
+        bail!("the server does not introduce itself")
+    };
+    let info: Info =
+        serde_json::from_slice(&info).context("understand the server's introduction")?;
     if !nats.tls_first && (info.tls_required || address.tls_required()) {
         socket.encrypt(nats, address.host()).await?;
     }
-    let hello = hello(nats, name, &info.nonce, nats.tls_first || address.tls_required()).await?;
-    socket.write(format!("CONNECT {hello}\r\nPING\r\n").as_bytes()).await?;
+    let connect_options = connect_options(
+        nats,
+        name,
+        &info.nonce,
+        nats.tls_first || address.tls_required(),
+    )
+    .await?;
+    socket
+        .write(format!("CONNECT {connect_options}\r\nPING\r\n").as_bytes())
+        .await?;
     loop {
-        match socket.hear().await? {
+        match socket.read_op().await? {
             Op::Pong => break,
             Op::Error(error) => bail!("the server says: {error}"),
             _ => {}
@@ -439,7 +504,12 @@ impl Socket {
         let connector = TlsConnector::from(Arc::new(tls(nats)?));
         let plain = std::mem::replace(&mut self.stream, Box::new(tokio::io::empty()));
         let encrypted = timeout(STEP_TIMEOUT, connector.connect(name, plain));
-        self.stream = Box::new(encrypted.await.context("agree on TLS in time")?.context("agree on TLS")?);
+        self.stream = Box::new(
+            encrypted
+                .await
+                .context("agree on TLS in time")?
+                .context("agree on TLS")?,
+        );
         Ok(())
     }
 
@@ -448,39 +518,72 @@ impl Socket {
             self.stream.write_all(bytes).await?;
             self.stream.flush().await
         };
-        timeout(STEP_TIMEOUT, written).await.context("write in time")?.context("write")
+        timeout(STEP_TIMEOUT, written)
+            .await
+            .context("write in time")?
+            .context("write")
     }
 
     /// The next operation.
-    async fn hear(&mut self) -> Result<Op> {
+    async fn read_op(&mut self) -> Result<Op> {
         let next = async {
             loop {
                 if let Some(op) = next_op(&mut self.buffer)? {
                     return Ok(op);
                 }
-                if self.stream.read_buf(&mut self.buffer).await.context("read")? == 0 {
+                if self
+                    .stream
+                    .read_buf(&mut self.buffer)
+                    .await
+                    .context("read")?
+                    == 0
+                {
                     bail!("the server closed it");
                 }
             }
         };
-        timeout(STEP_TIMEOUT, next).await.context("hear from the server in time")?
+        timeout(STEP_TIMEOUT, next)
+            .await
+            .context("hear from the server in time")?
     }
 }
 
 /// The content of `CONNECT`, with a signature of the server's `nonce` where the login is a key.
-async fn hello(nats: &Nats, name: &str, nonce: &str, tls_required: bool) -> Result<serde_json::Value> {
-    let mut hello = json!({
+async fn connect_options(
+    nats: &Nats,
+    name: &str,
+    nonce: &str,
+    tls_required: bool,
+) -> Result<serde_json::Value> {
+    let mut connect_options = json!({
         "verbose": false, "pedantic": false, "tls_required": tls_required, "name": name, "lang": "rust",
         "version": env!("CARGO_PKG_VERSION"), "protocol": 1, "echo": true, "headers": true, "no_responders": true,
     });
-    let Proof { user, password, token, jwt, nkey, signature } = login::prove(nats, nonce.as_bytes()).await?;
+    let ConnectAuth {
+        user,
+        password,
+        token,
+        jwt,
+        nkey,
+        signature,
+    } = login::connect_auth(nats, nonce.as_bytes()).await?;
     let signature = signature.map(|signature| URL_SAFE_NO_PAD.encode(signature));
-    let proof =
-        [("user", user), ("pass", password), ("auth_token", token), ("jwt", jwt), ("nkey", nkey), ("sig", signature)];
-    if let Some(hello) = hello.as_object_mut() {
-        hello.extend(proof.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?.into()))));
+    let fields = [
+        ("user", user),
+        ("pass", password),
+        ("auth_token", token),
+        ("jwt", jwt),
+        ("nkey", nkey),
+        ("sig", signature),
+    ];
+    if let Some(connect_options) = connect_options.as_object_mut() {
+        connect_options.extend(
+            fields
+                .into_iter()
+                .filter_map(|(name, value)| Some((name.to_owned(), value?.into()))),
+        );
     }
-    Ok(hello)
+    Ok(connect_options)
 }
 
 /// TLS as the client library sets it up: the given authority alone, or those that the operating system trusts.
@@ -488,21 +591,33 @@ fn tls(nats: &Nats) -> Result<ClientConfig> {
     let mut roots = RootCertStore::empty();
     match &nats.root_certificate {
         Some(path) => {
-            let certificates = CertificateDer::pem_file_iter(path).context("read the authority's certificate")?;
+            let certificates =
+                CertificateDer::pem_file_iter(path).context("read the authority's certificate")?;
             for certificate in certificates {
-                roots.add(certificate.context("read the authority's certificate")?).context("trust an authority")?;
+                roots
+                    .add(certificate.context("read the authority's certificate")?)
+                    .context("trust an authority")?;
             }
         }
-        None => drop(roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs)),
+        None => {
+            let _ = roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        }
     }
     let provider = Arc::new(tokio_rustls::rustls::crypto::ring::default_provider());
     let config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .context("choose versions of TLS")?
         .with_root_certificates(roots);
-    let Some((certificate, key)) = &nats.client_certificate else { return Ok(config.with_no_client_auth()) };
-    let chain = CertificateDer::pem_file_iter(certificate).context("read the client's certificate")?;
-    let chain = chain.collect::<Result<Vec<_>, _>>().context("read the client's certificate")?;
+    let Some((certificate, key)) = &nats.client_certificate else {
+        return Ok(config.with_no_client_auth());
+    };
+    let chain =
+        CertificateDer::pem_file_iter(certificate).context("read the client's certificate")?;
+    let chain = chain
+        .collect::<Result<Vec<_>, _>>()
+        .context("read the client's certificate")?;
     let key = PrivateKeyDer::from_pem_file(key).context("read the client's key")?;
-    config.with_client_auth_cert(chain, key).context("use the client's certificate")
+    config
+        .with_client_auth_cert(chain, key)
+        .context("use the client's certificate")
 }

@@ -10,7 +10,7 @@ use async_nats::jetstream::stream::Config;
 use futures::StreamExt;
 
 use super::Bus;
-use super::streams::{Ensured, StreamSpec};
+use super::streams::{EnsuredStream, StreamSpec};
 use crate::model::hint::WithHint;
 
 /// The key of the metadata.
@@ -26,28 +26,35 @@ pub(super) struct Owner {
 
 /// Something belongs to another installation.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Foreign {
+pub struct OtherInstallation {
     /// `the stream ONCELY_DLQ`, for a person.
-    pub what: String,
+    pub resource: String,
     /// The id of that installation.
-    pub theirs: String,
-    pub ours: String,
+    pub owner_id: String,
+    pub own_id: String,
 }
 
-impl std::fmt::Display for Foreign {
+impl std::fmt::Display for OtherInstallation {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Foreign { what, theirs, ours } = self;
-        write!(f, "{what} belongs to another installation, {theirs}; this database is the one of {ours}")
+        let OtherInstallation {
+            resource,
+            owner_id,
+            own_id,
+        } = self;
+        write!(
+            f,
+            "{resource} belongs to another installation, {owner_id}; this database is the one of {own_id}"
+        )
     }
 }
 
-impl std::error::Error for Foreign {}
+impl std::error::Error for OtherInstallation {}
 
-impl Foreign {
-    fn error(self) -> Error {
+impl OtherInstallation {
+    fn into_error(self) -> Error {
         let hint = format!(
             "give each installation a NATS account of its own; or, if {0} is gone for good: oncely run --take-over {0}",
-            self.theirs
+            self.owner_id
         );
         Error::new(self).hint(hint)
     }
@@ -55,89 +62,121 @@ impl Foreign {
 
 /// Whose something is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Claim {
-    Ours,
+pub(super) enum Ownership {
+    Own,
     /// Nobody's, or that of an installation that is taken over.
-    Free,
+    Unowned,
 }
 
 impl Bus {
     /// A bus that works for an installation, and takes over from another one if it meets it.
     #[must_use]
     pub fn for_installation(self, id: &str, take_over: Option<String>) -> Bus {
-        Bus { owner: Some(Arc::new(Owner { id: id.to_owned(), take_over })), ..self }
+        Bus {
+            owner: Some(Arc::new(Owner {
+                id: id.to_owned(),
+                take_over,
+            })),
+            ..self
+        }
     }
 
     /// Adds whose a stream or a consumer is.
-    pub(super) fn mark_owner(&self, metadata: &mut HashMap<String, String>) {
+    pub(super) fn set_owner(&self, metadata: &mut HashMap<String, String>) {
         if let Some(owner) = &self.owner {
             metadata.insert(INSTALLATION.to_owned(), owner.id.clone());
         }
     }
 
     /// Whose something with such metadata is; an error when it is that of an installation which is not to be taken over.
-    pub(super) fn claim(&self, what: impl FnOnce() -> String, metadata: &HashMap<String, String>) -> Result<Claim> {
-        let Some(owner) = &self.owner else { return Ok(Claim::Ours) };
+    pub(super) fn ownership(
+        &self,
+        resource: impl FnOnce() -> String,
+        metadata: &HashMap<String, String>,
+    ) -> Result<Ownership> {
+        let Some(owner) = &self.owner else {
+            return Ok(Ownership::Own);
+        };
         match metadata.get(INSTALLATION) {
-            None => Ok(Claim::Free),
-            Some(theirs) if *theirs == owner.id => Ok(Claim::Ours),
-            Some(theirs) if owner.take_over.as_ref() == Some(theirs) => Ok(Claim::Free),
-            Some(theirs) => Err(Foreign { what: what(), theirs: theirs.clone(), ours: owner.id.clone() }.error()),
+            None => Ok(Ownership::Unowned),
+            Some(owner_id) if *owner_id == owner.id => Ok(Ownership::Own),
+            Some(owner_id) if owner.take_over.as_ref() == Some(owner_id) => Ok(Ownership::Unowned),
+            Some(owner_id) => Err(OtherInstallation {
+                resource: resource(),
+                owner_id: owner_id.clone(),
+                own_id: owner.id.clone(),
+            }
+            .into_error()),
         }
     }
 
     /// Makes a stream of the installation's own, or makes the one that is there its own.
     ///
     /// # Errors
-    /// [`Foreign`], with a hint, when it is that of another installation.
-    pub async fn ensure_own_stream(&self, spec: &StreamSpec) -> Result<Ensured> {
-        if self.make_stream(spec).await? == Ensured::Created {
-            return Ok(Ensured::Created);
+    /// [`OtherInstallation`], with a hint, when it is that of another installation.
+    pub async fn ensure_own_stream(&self, spec: &StreamSpec) -> Result<EnsuredStream> {
+        if self.create_stream(spec).await? == EnsuredStream::Created {
+            return Ok(EnsuredStream::Created);
         }
-        if let Some(mut config) = self.free_stream(&spec.name).await? {
-            self.mark_owner(&mut config.metadata);
+        if let Some(mut config) = self.unowned_stream_config(&spec.name).await? {
+            self.set_owner(&mut config.metadata);
             let updated = self.context.update_stream(config).await;
             updated.with_context(|| format!("note whose the stream {} is", spec.name))?;
         }
         self.raise_replicas(&spec.name).await?;
-        Ok(Ensured::AlreadyThere)
+        Ok(EnsuredStream::AlreadyExists)
     }
 
     /// Looks whether a stream is still this installation's.
     ///
     /// # Errors
-    /// [`Foreign`] when another one has taken over.
+    /// [`OtherInstallation`] when another one has taken over.
     pub async fn check_owner(&self, stream: &str) -> Result<()> {
-        self.free_stream(stream).await.map(drop)
+        self.unowned_stream_config(stream).await.map(drop)
     }
 
     /// The configuration of a stream that is nobody's yet; none when it is this installation's.
-    async fn free_stream(&self, name: &str) -> Result<Option<Config>> {
-        let stream = self.context.get_stream(name).await.with_context(|| format!("ask NATS for the stream {name}"))?;
+    async fn unowned_stream_config(&self, name: &str) -> Result<Option<Config>> {
+        let stream = self
+            .context
+            .get_stream(name)
+            .await
+            .with_context(|| format!("ask NATS for the stream {name}"))?;
         let config = &stream.cached_info().config;
-        let claim = self.claim(|| format!("the stream {name}"), &config.metadata)?;
-        Ok((claim == Claim::Free).then(|| config.clone()))
+        let ownership = self.ownership(|| format!("the stream {name}"), &config.metadata)?;
+        Ok((ownership == Ownership::Unowned).then(|| config.clone()))
     }
 
     /// The consumer of this name; none when there is none yet.
     ///
     /// # Errors
-    /// [`Foreign`], with a hint, when it is that of another installation.
+    /// [`OtherInstallation`], with a hint, when it is that of another installation.
     pub(super) async fn own_consumer(&self, stream: &str, durable: &str) -> Result<Option<Info>> {
-        let Some(info) = self.consumer_info(stream, durable).await? else { return Ok(None) };
-        self.claim(|| format!("the consumer {durable} on the stream {stream}"), &info.config.metadata)?;
+        let Some(info) = self.consumer_info(stream, durable).await? else {
+            return Ok(None);
+        };
+        self.ownership(
+            || format!("the consumer {durable} on the stream {stream}"),
+            &info.config.metadata,
+        )?;
         Ok(Some(info))
     }
 
     /// The names of this installation's consumers on a stream.
     pub async fn own_consumers(&self, stream: &str) -> Result<Vec<String>> {
-        let Some(owner) = &self.owner else { return Ok(Vec::new()) };
-        let doing = || format!("list the consumers of {stream}");
-        let of_stream = self.context.get_stream_no_info(stream).await.with_context(doing)?;
+        let Some(owner) = &self.owner else {
+            return Ok(Vec::new());
+        };
+        let context = || format!("list the consumers of {stream}");
+        let stream_handle = self
+            .context
+            .get_stream_no_info(stream)
+            .await
+            .with_context(context)?;
         let mut names = Vec::new();
-        let mut consumers = of_stream.consumers();
+        let mut consumers = stream_handle.consumers();
         while let Some(consumer) = consumers.next().await {
-            let consumer = consumer.with_context(doing)?;
+            let consumer = consumer.with_context(context)?;
             if consumer.config.metadata.get(INSTALLATION) == Some(&owner.id) {
                 names.push(consumer.name);
             }
@@ -156,9 +195,11 @@ impl Bus {
 
     /// Removes a consumer, and with it its place on the stream.
     pub async fn remove_consumer(&self, stream: &str, consumer: &str) -> Result<()> {
-        let of_stream = self.context.get_stream_no_info(stream).await;
-        let of_stream = of_stream.with_context(|| format!("open the stream {stream}"))?;
-        let removed = of_stream.delete_consumer(consumer).await;
-        removed.map(drop).with_context(|| format!("remove the consumer {consumer} of {stream}"))
+        let stream_handle = self.context.get_stream_no_info(stream).await;
+        let stream_handle = stream_handle.with_context(|| format!("open the stream {stream}"))?;
+        let removed = stream_handle.delete_consumer(consumer).await;
+        removed
+            .map(drop)
+            .with_context(|| format!("remove the consumer {consumer} of {stream}"))
     }
 }

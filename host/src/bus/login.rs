@@ -6,9 +6,9 @@ use anyhow::{Context, Result, bail};
 
 use crate::config::{Login, Nats};
 
-/// The proof for one connection.
+/// The authentication for one connection.
 #[derive(Default)]
-pub(super) struct Proof {
+pub(super) struct ConnectAuth {
     pub user: Option<String>,
     pub password: Option<String>,
     pub token: Option<String>,
@@ -18,61 +18,89 @@ pub(super) struct Proof {
     pub signature: Option<Vec<u8>>,
 }
 
-/// The proof for a server that gave this nonce.
-pub(super) async fn prove(nats: &Nats, nonce: &[u8]) -> Result<Proof> {
+/// The authentication for a server that gave this nonce.
+pub(super) async fn connect_auth(nats: &Nats, nonce: &[u8]) -> Result<ConnectAuth> {
     let (nats, nonce) = (nats.clone(), nonce.to_vec());
-    tokio::task::spawn_blocking(move || proof(&nats, &nonce)).await.context("read the login")?
+    tokio::task::spawn_blocking(move || connect_auth_blocking(&nats, &nonce))
+        .await
+        .context("read the login")?
 }
 
-fn proof(nats: &Nats, nonce: &[u8]) -> Result<Proof> {
-    Ok(match nats.login_now()? {
-        Login::None => Proof::default(),
-        Login::Password { user, password } => {
-            Proof { user: Some(user), password: Some(password.reveal().to_owned()), ..Proof::default() }
-        }
-        Login::Token(token) => Proof { token: Some(token.reveal().to_owned()), ..Proof::default() },
+fn connect_auth_blocking(nats: &Nats, nonce: &[u8]) -> Result<ConnectAuth> {
+    Ok(match nats.current_login()? {
+        Login::None => ConnectAuth::default(),
+        Login::Password { user, password } => ConnectAuth {
+            user: Some(user),
+            password: Some(password.reveal().to_owned()),
+            ..ConnectAuth::default()
+        },
+        Login::Token(token) => ConnectAuth {
+            token: Some(token.reveal().to_owned()),
+            ..ConnectAuth::default()
+        },
         Login::Nkey(path) => {
-            let key = key(&read(&path, "the nkey")?)?;
-            Proof { nkey: Some(key.public_key()), signature: Some(sign(&key, nonce)?), ..Proof::default() }
+            let key = key(&read_file(&path, "the nkey")?)?;
+            ConnectAuth {
+                nkey: Some(key.public_key()),
+                signature: Some(sign(&key, nonce)?),
+                ..ConnectAuth::default()
+            }
         }
         Login::Credentials(path) => {
-            let text = read(&path, "the credentials")?;
+            let text = read_file(&path, "the credentials")?;
             let mut sections = sections(&text);
             let (jwt, seed) = (sections.next(), sections.next());
-            let (Some(jwt), Some(seed)) = (jwt, seed) else { bail!("{} lacks a JWT or a seed", path.display()) };
-            Proof { jwt: Some(jwt.to_owned()), signature: Some(sign(&key(seed)?, nonce)?), ..Proof::default() }
+            let (Some(jwt), Some(seed)) = (jwt, seed) else {
+                bail!("{} lacks a JWT or a seed", path.display())
+            };
+            ConnectAuth {
+                jwt: Some(jwt.to_owned()),
+                signature: Some(sign(&key(seed)?, nonce)?),
+                ..ConnectAuth::default()
+            }
         }
         Login::Jwt { jwt, seed } => {
-            let seed = seed.map(|path| read(&path, "the nkey")).transpose()?;
+            let seed = seed.map(|path| read_file(&path, "the nkey")).transpose()?;
             let signature = seed.map(|seed| sign(&key(&seed)?, nonce)).transpose()?;
-            Proof { jwt: Some(jwt.reveal().to_owned()), signature, ..Proof::default() }
+            ConnectAuth {
+                jwt: Some(jwt.reveal().to_owned()),
+                signature,
+                ..ConnectAuth::default()
+            }
         }
     })
 }
 
-fn read(path: &Path, what: &str) -> Result<String> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("read {what} {}", path.display()))?;
+fn read_file(path: &Path, what: &str) -> Result<String> {
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("read {what} {}", path.display()))?;
     Ok(text)
 }
 
-/// The text between the marks of a credentials file: the JWT, then the seed.
+/// The text between the delimiters of a credentials file: the JWT, then the seed.
 fn sections(text: &str) -> impl Iterator<Item = &str> {
     let lines = text.lines().map(str::trim);
     lines
         .scan(false, |inside, line| {
-            let is_mark = line.starts_with("---");
-            *inside = if is_mark { line.contains("BEGIN ") } else { *inside };
-            Some((*inside && !is_mark && !line.is_empty()).then_some(line))
+            let is_delimiter = line.starts_with("---");
+            *inside = if is_delimiter {
+                line.contains("BEGIN ")
+            } else {
+                *inside
+            };
+            Some((*inside && !is_delimiter && !line.is_empty()).then_some(line))
         })
         .flatten()
 }
 
 fn key(seed: &str) -> Result<nkeys::KeyPair> {
-    nkeys::KeyPair::from_seed(seed.trim()).map_err(|error| anyhow::anyhow!("read the seed of an nkey: {error}"))
+    nkeys::KeyPair::from_seed(seed.trim())
+        .map_err(|error| anyhow::anyhow!("read the seed of an nkey: {error}"))
 }
 
 fn sign(key: &nkeys::KeyPair, nonce: &[u8]) -> Result<Vec<u8>> {
-    key.sign(nonce).map_err(|error| anyhow::anyhow!("sign with an nkey: {error}"))
+    key.sign(nonce)
+        .map_err(|error| anyhow::anyhow!("sign with an nkey: {error}"))
 }
 
 #[cfg(test)]

@@ -14,35 +14,41 @@ use crate::config::Nats;
 use crate::model::hint::WithHint;
 use connection::Connection;
 use installation::Owner;
-use login::Proof;
+use login::ConnectAuth;
 use publisher::Publisher;
 
 mod alarms;
 mod connection;
+mod decode;
 mod denials;
 mod feed;
 mod installation;
 mod login;
-mod marks;
 mod publish;
 mod publisher;
 mod pull;
+mod pull_requests;
 mod raw;
-mod readable;
-mod requests;
 mod server;
 mod streams;
+mod watermarks;
 mod wire;
 
-pub use alarms::{AlarmMessage, Alarms};
-pub use feed::{Feed, Heard};
-pub use installation::Foreign;
-pub use marks::{MARK_STREAM, StoredMark, mark_stream};
-pub use publish::{Answer, Outgoing, PublishError, PublishedAt};
-pub use pull::{Acknowledged, Backlog, Probe, Progress, Pull, Pulled, Receipt, Standing, Subscription, Unhandled};
-pub use raw::Compared;
+pub use alarms::{AlarmConsumer, AlarmMessage};
+pub use feed::{Feed, FeedEvent};
+pub use installation::OtherInstallation;
+pub use publish::{OutgoingMessage, PublishAck, PublishError, PublishResult};
+pub use pull::{
+    Backlog, ConsumerAckFloor, ConsumerState, DeliveredMessage, Probe, Progress, PullConsumer,
+    Receipt, Subscription, UnhandledMessages,
+};
+pub use raw::MessageComparison;
 pub use server::EmbeddedServer;
-pub use streams::{Ensured, From, Passed, StreamInfo, StreamSpec, is_refused_for_good, stream_of};
+pub use streams::{
+    EnsuredStream, ScannedMessage, StartPosition, StreamInfo, StreamSpec, is_permanent_error,
+    stream_for_subject,
+};
+pub use watermarks::{StoredWatermark, WATERMARK_STREAM, watermark_stream};
 
 /// How long one request to JetStream may take, and the answer to one publication.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
@@ -50,19 +56,20 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// The most it waits between two attempts to connect again.
 const RECONNECT_DELAY_MAX: Duration = Duration::from_secs(2);
 
-const NO_SERVER: &str = "is the server running? `oncely dev` starts one of its own; --nats names another";
+const NO_SERVER_HINT: &str =
+    "is the server running? `oncely dev` starts one of its own; --nats names another";
 
-const WRONG_LOGIN: &str =
+const WRONG_LOGIN_HINT: &str =
     "log in with --nats-creds FILE, --nats-context NAME, or ONCELY_NATS=nats://user:password@host";
 
-/// A connection to NATS. It reconnects by itself until [`Bus::ended`]. Cheap to clone.
+/// A connection to NATS. It reconnects by itself until [`Bus::closed`]. Cheap to clone.
 #[derive(Clone)]
 pub struct Bus {
     client: async_nats::Client,
     context: jetstream::Context,
     /// Counts connections: when it moves, whatever waited on the old one has to ask again.
     connections: watch::Receiver<u64>,
-    known_streams: Arc<tokio::sync::Mutex<Option<Known>>>,
+    stream_cache: Arc<tokio::sync::Mutex<Option<StreamCache>>>,
     /// How to reach NATS, and further connections to it as soon as they are needed.
     nats: Arc<Nats>,
     deliveries: Arc<OnceLock<Connection>>,
@@ -74,7 +81,7 @@ pub struct Bus {
 }
 
 /// All streams, and as of when.
-type Known = (Instant, Arc<Vec<StreamInfo>>);
+type StreamCache = (Instant, Arc<Vec<StreamInfo>>);
 
 impl Bus {
     /// Connects; an error when no server answers, or one without JetStream.
@@ -86,33 +93,35 @@ impl Bus {
             .reconnect_delay_callback(reconnect_delay)
             .connection_timeout(Duration::from_secs(5))
             .event_callback(move |event| {
-                tell(&event, &sender);
+                on_event(&event, &sender);
                 std::future::ready(())
             })
             .connect(nats.servers.clone())
             .await
             .map_err(|error| {
                 let hint = match error.kind() {
-                    ConnectErrorKind::AuthorizationViolation | ConnectErrorKind::Authentication => WRONG_LOGIN,
-                    _ => NO_SERVER,
+                    ConnectErrorKind::AuthorizationViolation | ConnectErrorKind::Authentication => {
+                        WRONG_LOGIN_HINT
+                    }
+                    _ => NO_SERVER_HINT,
                 };
                 anyhow::Error::from(error).hint(hint)
             })
-            .with_context(|| format!("connect to NATS at {}", nats.shown()))?;
+            .with_context(|| format!("connect to NATS at {}", nats.redacted()))?;
         let context = ContextBuilder::new()
             .api_prefix(nats.api_prefix())
             .timeout(REQUEST_TIMEOUT)
             .ack_timeout(REQUEST_TIMEOUT)
             .build(client.clone());
-        until_jetstream_answers(&context)
+        wait_for_jetstream(&context)
             .await
-            .with_context(|| format!("ask NATS at {} for JetStream", nats.shown()))
+            .with_context(|| format!("ask NATS at {} for JetStream", nats.redacted()))
             .hint("start the server with JetStream: nats-server --jetstream")?;
         Ok(Bus {
             client,
             context,
             connections,
-            known_streams: Arc::default(),
+            stream_cache: Arc::default(),
             nats: Arc::new(nats.clone()),
             deliveries: Arc::default(),
             publisher: Arc::default(),
@@ -148,12 +157,13 @@ impl Bus {
     /// Publications have a connection of their own, opened at the first call.
     fn publisher(&self) -> &Publisher {
         let open = || Connection::start(Nats::clone(&self.nats), "oncely-publications");
-        self.publisher.get_or_init(|| Publisher::new(open(), self.client.new_inbox()))
+        self.publisher
+            .get_or_init(|| Publisher::new(open(), self.client.new_inbox()))
     }
 
     /// Returns when the client has ended: it reads the server's words in tasks of its own, and ends with them. It does not
     /// come back: make another.
-    pub async fn ended(&self) {
+    pub async fn closed(&self) {
         let mut connections = self.connections.clone();
         while connections.changed().await.is_ok() {}
     }
@@ -168,19 +178,19 @@ impl Bus {
 }
 
 /// How long JetStream may be without a leader when a host starts.
-const LEADER_WITHIN: Duration = Duration::from_secs(60);
+const LEADER_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Waits for a leader of a cluster that chooses one; a server without JetStream says so at once.
-async fn until_jetstream_answers(context: &jetstream::Context) -> Result<(), AccountError> {
-    let end = Instant::now() + LEADER_WITHIN;
-    let mut is_told = false;
+async fn wait_for_jetstream(context: &jetstream::Context) -> Result<(), AccountError> {
+    let end = Instant::now() + LEADER_TIMEOUT;
+    let mut is_logged = false;
     loop {
         match context.query_account().await {
             Err(error) if error.kind() == AccountErrorKind::TimedOut && Instant::now() < end => {
-                if !is_told {
+                if !is_logged {
                     tracing::warn!("the start waits for JetStream: it does not answer");
                 }
-                is_told = true;
+                is_logged = true;
             }
             answer => return answer.map(drop),
         }
@@ -189,12 +199,20 @@ async fn until_jetstream_answers(context: &jetstream::Context) -> Result<(), Acc
 
 /// How the client library connects. It reads the credentials again for each connection.
 fn options(nats: &Nats) -> ConnectOptions {
-    let of_login = nats.clone();
+    let nats_config = nats.clone();
     let mut options = ConnectOptions::with_auth_callback(move |nonce| {
-        let nats = of_login.clone();
+        let nats = nats_config.clone();
         async move {
-            let Proof { user, password, token, jwt, nkey, signature } =
-                login::prove(&nats, &nonce).await.map_err(|error| AuthError::new(format!("{error:#}")))?;
+            let ConnectAuth {
+                user,
+                password,
+                token,
+                jwt,
+                nkey,
+                signature,
+            } = login::connect_auth(&nats, &nonce)
+                .await
+                .map_err(|error| AuthError::new(format!("{error:#}")))?;
             let mut auth = Auth::new();
             (auth.username, auth.password, auth.token) = (user, password, token);
             (auth.jwt, auth.nkey, auth.signature) = (jwt, nkey, signature);
@@ -220,13 +238,15 @@ fn options(nats: &Nats) -> ConnectOptions {
 fn reconnect_delay(attempt: usize) -> Duration {
     match u32::try_from(attempt) {
         Ok(0 | 1) => Duration::ZERO,
-        Ok(attempt) if attempt < 8 => (Duration::from_millis(25) * 2_u32.pow(attempt - 1)).min(RECONNECT_DELAY_MAX),
+        Ok(attempt) if attempt < 8 => {
+            (Duration::from_millis(25) * 2_u32.pow(attempt - 1)).min(RECONNECT_DELAY_MAX)
+        }
         _ => RECONNECT_DELAY_MAX,
     }
 }
 
 /// Passes on what happened to the connection.
-fn tell(event: &Event, connections: &watch::Sender<u64>) {
+fn on_event(event: &Event, connections: &watch::Sender<u64>) {
     match event {
         Event::Connected => {
             connections.send_modify(|count| *count += 1);

@@ -13,18 +13,18 @@ use futures::stream::FuturesOrdered;
 use tokio::sync::watch;
 
 use super::Bus;
-use super::publisher::{Publication, Refusal, Unanswered};
-use super::streams::stream_of;
+use super::publisher::{AckError, ApiError, Publication};
+use super::streams::stream_for_subject;
 use crate::model::message::Headers;
 use crate::model::subject::check_subject;
 
 /// How many messages of one call wait for their answers at the same time. A server queues 10,000 for one stream and
 /// refuses more.
-const WINDOW: usize = 1_000;
+const IN_FLIGHT_MAX: usize = 1_000;
 
 /// A message to publish.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Outgoing {
+pub struct OutgoingMessage {
     pub subject: String,
     pub headers: Headers,
     /// Travels as `Nats-Msg-Id`: the stream stores a message with an id it knows only once within its dedupe window.
@@ -34,7 +34,7 @@ pub struct Outgoing {
 
 /// Where a message now stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PublishedAt {
+pub struct PublishAck {
     pub stream: String,
     pub sequence: u64,
     /// It was there already.
@@ -47,11 +47,11 @@ pub enum PublishError {
     /// This message, for good: it was not published, and will never be; the fault is its own.
     Refused(String),
     /// This message, for the moment: publish it again with the same id.
-    NotNow(String),
+    RetryLater(String),
     /// Its subject, for the moment: the stream holds as many messages of it as it may, and takes others.
     SubjectFull(String),
     /// Its subject, as long as streams and permissions are as they are.
-    NoPlace(String),
+    Unroutable(String),
     /// Its stream: no answer, or a passing refusal. The message may or may not be there; publish it again with the same id.
     Unavailable(String),
     /// The connection: nothing was sent.
@@ -64,9 +64,9 @@ impl PublishError {
     fn text(&self) -> &str {
         match self {
             PublishError::Refused(text)
-            | PublishError::NotNow(text)
+            | PublishError::RetryLater(text)
             | PublishError::SubjectFull(text)
-            | PublishError::NoPlace(text)
+            | PublishError::Unroutable(text)
             | PublishError::Unavailable(text)
             | PublishError::NoConnection(text)
             | PublishError::IdTaken(text) => text,
@@ -82,25 +82,25 @@ impl std::fmt::Display for PublishError {
 
 impl Error for PublishError {}
 
-pub type Answer = Result<PublishedAt, PublishError>;
+pub type PublishResult = Result<PublishAck, PublishError>;
 
 /// The streams may be this old when a subject is looked up that nobody listens to.
-const STREAMS_AS_OF: Duration = Duration::from_secs(1);
+const STREAMS_AGE_MAX: Duration = Duration::from_secs(1);
 
 impl Bus {
     /// Publishes messages in order and waits for all answers; one answer for each message, in their order. What the
     /// broker takes is stored in this order too.
-    pub async fn publish(&self, messages: Vec<Outgoing>) -> Vec<Answer> {
+    pub async fn publish(&self, messages: Vec<OutgoingMessage>) -> Vec<PublishResult> {
         let mut answers = Vec::with_capacity(messages.len());
         let mut open = FuturesOrdered::new();
-        let over = match self.publisher().ready().await {
-            Ok(()) => *self.publishing_over().borrow(),
+        let connection_number = match self.publisher().ready().await {
+            Ok(()) => *self.publish_connection().borrow(),
             // No connection has this number: the messages are not sent.
             Err(_) => 0,
         };
         for message in messages {
-            open.push_back(self.begin_publish(message, over));
-            if open.len() >= WINDOW {
+            open.push_back(self.begin_publish(message, connection_number));
+            if open.len() >= IN_FLIGHT_MAX {
                 answers.extend(open.next().await);
             }
         }
@@ -109,7 +109,7 @@ impl Bus {
     }
 
     /// The number of the connection that publications go over, 0 for none yet. It changes with each new one.
-    pub fn publishing_over(&self) -> watch::Receiver<u64> {
+    pub fn publish_connection(&self) -> watch::Receiver<u64> {
         self.publisher().connections()
     }
 
@@ -120,39 +120,59 @@ impl Bus {
 
     /// Sends a message over the connection of this number, or not at all; the future it returns ends with the stream's answer.
     /// Messages are stored in the order in which they were sent, as long as none of them fails.
-    pub fn begin_publish(&self, message: Outgoing, over: u64) -> BoxFuture<'static, Answer> {
-        let (subject, size) = (message.subject.clone(), message.body.len() + headers_size(&message));
+    pub fn begin_publish(
+        &self,
+        message: OutgoingMessage,
+        connection_number: u64,
+    ) -> BoxFuture<'static, PublishResult> {
+        let (subject, size) = (
+            message.subject.clone(),
+            message.body.len() + headers_size(&message),
+        );
         if let Err(why) = self.check(&message, size) {
             return Box::pin(std::future::ready(Err(PublishError::Refused(why))));
         }
         let headers = header_block(&message);
-        let publication = Publication { subject: message.subject, headers, body: message.body };
-        let answer = self.publisher().send(over, publication);
+        let publication = Publication {
+            subject: message.subject,
+            headers,
+            body: message.body,
+        };
+        let answer = self.publisher().send(connection_number, publication);
         let bus = self.clone();
         Box::pin(async move {
             match answer.await {
                 Ok(ack) => match ack.error {
-                    None => Ok(PublishedAt { stream: ack.stream, sequence: ack.seq, duplicate: ack.duplicate }),
+                    None => Ok(PublishAck {
+                        stream: ack.stream,
+                        sequence: ack.seq,
+                        duplicate: ack.duplicate,
+                    }),
                     Some(refusal) => Err(classify(refusal)),
                 },
-                Err(Unanswered::NotSent) => {
-                    Err(PublishError::NoConnection("there is no connection to NATS".to_owned()))
-                }
-                Err(Unanswered::Unheard) => Err(bus.why_unheard(&subject).await),
+                Err(AckError::NotSent) => Err(PublishError::NoConnection(
+                    "there is no connection to NATS".to_owned(),
+                )),
+                Err(AckError::NoResponders) => Err(bus.no_responders_error(&subject).await),
                 // The server gives a denied message no answer.
-                Err(Unanswered::Lost(_)) if bus.publisher().is_denied(&subject) => {
-                    Err(PublishError::NoPlace(format!("this login may not publish to {subject}: the server denies it")))
+                Err(AckError::Unconfirmed(_)) if bus.publisher().is_denied(&subject) => {
+                    Err(PublishError::Unroutable(format!(
+                        "this login may not publish to {subject}: the server denies it"
+                    )))
                 }
-                Err(Unanswered::Lost(why)) => Err(PublishError::Unavailable(why)),
+                Err(AckError::Unconfirmed(why)) => Err(PublishError::Unavailable(why)),
             }
         })
     }
 
     /// Why a server would not take a message, or close the connection over it.
-    fn check(&self, message: &Outgoing, size: usize) -> Result<(), String> {
+    fn check(&self, message: &OutgoingMessage, size: usize) -> Result<(), String> {
         check_subject(&message.subject)?;
-        message.headers.iter().try_for_each(|(name, value)| check_header(name, value))?;
-        check_header(MESSAGE_ID, &message.id)?;
+        message
+            .headers
+            .iter()
+            .try_for_each(|(name, value)| check_header(name, value))?;
+        check_header(MESSAGE_ID_HEADER, &message.id)?;
         let most = self.max_payload();
         if size > most {
             return Err(format!(
@@ -163,43 +183,51 @@ impl Bus {
     }
 
     /// Nobody listens to a subject: because no stream takes it, or because JetStream is starting.
-    async fn why_unheard(&self, subject: &str) -> PublishError {
-        match self.streams(STREAMS_AS_OF).await {
-            Ok(streams) if stream_of(&streams, subject).is_none() => {
-                PublishError::NoPlace(format!("no stream takes the subject {subject}"))
+    async fn no_responders_error(&self, subject: &str) -> PublishError {
+        match self.streams(STREAMS_AGE_MAX).await {
+            Ok(streams) if stream_for_subject(&streams, subject).is_none() => {
+                PublishError::Unroutable(format!("no stream takes the subject {subject}"))
             }
-            _ => PublishError::Unavailable("nobody answers for the stream; JetStream may be starting".to_owned()),
+            _ => PublishError::Unavailable(
+                "nobody answers for the stream; JetStream may be starting".to_owned(),
+            ),
         }
     }
 }
 
 /// Carries the id of a message.
-const MESSAGE_ID: &str = "Nats-Msg-Id";
+const MESSAGE_ID_HEADER: &str = "Nats-Msg-Id";
 
 /// What a header block begins with.
-const HEADERS_BEGIN: &str = "NATS/1.0\r\n";
+const HEADER_BLOCK_PREFIX: &str = "NATS/1.0\r\n";
 
 fn check_header(name: &str, value: &str) -> Result<(), String> {
     let shown = name.escape_debug();
     if name.is_empty() {
         return Err("a header has no name".to_owned());
     }
-    HeaderName::from_str(name).map_err(|error| format!("`{shown}` cannot be a header's name: {error}"))?;
+    HeaderName::from_str(name)
+        .map_err(|error| format!("`{shown}` cannot be a header's name: {error}"))?;
     HeaderValue::from_str(value)
         .map_err(|error| format!("the value of the header `{name}` cannot be sent: {error}"))?;
     Ok(())
 }
 
 /// All headers of a message, with its id in place of any other.
-fn sent_headers(message: &Outgoing) -> impl Iterator<Item = (&str, &str)> {
-    let others = message.headers.iter().filter(|(name, _)| name != MESSAGE_ID);
-    others.map(|(name, value)| (name.as_str(), value.as_str())).chain([(MESSAGE_ID, message.id.as_str())])
+fn headers_with_id(message: &OutgoingMessage) -> impl Iterator<Item = (&str, &str)> {
+    let others = message
+        .headers
+        .iter()
+        .filter(|(name, _)| name != MESSAGE_ID_HEADER);
+    others
+        .map(|(name, value)| (name.as_str(), value.as_str()))
+        .chain([(MESSAGE_ID_HEADER, message.id.as_str())])
 }
 
-fn header_block(message: &Outgoing) -> Vec<u8> {
+fn header_block(message: &OutgoingMessage) -> Vec<u8> {
     let mut block = Vec::with_capacity(headers_size(message));
-    block.extend_from_slice(HEADERS_BEGIN.as_bytes());
-    for part in sent_headers(message).flat_map(|(name, value)| [name, ": ", value, "\r\n"]) {
+    block.extend_from_slice(HEADER_BLOCK_PREFIX.as_bytes());
+    for part in headers_with_id(message).flat_map(|(name, value)| [name, ": ", value, "\r\n"]) {
         block.extend_from_slice(part.as_bytes());
     }
     block.extend_from_slice(b"\r\n");
@@ -207,21 +235,31 @@ fn header_block(message: &Outgoing) -> Vec<u8> {
 }
 
 /// As the server counts it.
-fn headers_size(message: &Outgoing) -> usize {
-    let lines: usize = sent_headers(message).map(|(name, value)| name.len() + value.len() + 4).sum();
-    HEADERS_BEGIN.len() + lines + 2
+fn headers_size(message: &OutgoingMessage) -> usize {
+    let lines: usize = headers_with_id(message)
+        .map(|(name, value)| name.len() + value.len() + 4)
+        .sum();
+    HEADER_BLOCK_PREFIX.len() + lines + 2
 }
 
 /// How far a refusal reaches. A client error (4xx) is about the message, but for those listed here; any other is about the
 /// stream and may pass: a stream that is full answers 503, and messages wait until it takes more.
-fn classify(refusal: Refusal) -> PublishError {
-    let Refusal { code, err_code, description: text } = refusal;
+fn classify(refusal: ApiError) -> PublishError {
+    let ApiError {
+        code,
+        err_code,
+        description: text,
+    } = refusal;
     match (ErrorCode(err_code), code) {
-        (ErrorCode::STREAM_STORE_FAILED, _) => not_stored(text),
-        (DUPLICATE_UNDER_WAY, _) => PublishError::NotNow(text),
-        (ErrorCode::STREAM_SEALED | ErrorCode::MESSAGE_COUNTER_BROKEN, _) => PublishError::NoPlace(text),
+        (ErrorCode::STREAM_STORE_FAILED, _) => classify_store_failure(text),
+        (DUPLICATE_IN_PROCESS, _) => PublishError::RetryLater(text),
+        (ErrorCode::STREAM_SEALED | ErrorCode::MESSAGE_COUNTER_BROKEN, _) => {
+            PublishError::Unroutable(text)
+        }
         // The account has used up what it may: the stream takes nothing until something is removed.
-        (ErrorCode::ACCOUNT_RESOURCES_EXCEEDED, _) | (_, TOO_MANY_REQUESTS) => PublishError::Unavailable(text),
+        (ErrorCode::ACCOUNT_RESOURCES_EXCEEDED, _) | (_, TOO_MANY_REQUESTS) => {
+            PublishError::Unavailable(text)
+        }
         (ErrorCode::STREAM_ROLLUP_FAILED, _) | (_, 400..500) => PublishError::Refused(text),
         _ => PublishError::Unavailable(text),
     }
@@ -229,7 +267,7 @@ fn classify(refusal: Refusal) -> PublishError {
 
 /// One code stands for all that can go wrong when a stream stores a message; its text alone says which. A text that a newer
 /// server words otherwise counts as the stream's trouble.
-fn not_stored(text: String) -> PublishError {
+fn classify_store_failure(text: String) -> PublishError {
     if text.contains("per subject exceeded") {
         PublishError::SubjectFull(text)
     } else if text.contains("message to large") || text.contains("message too large") {
@@ -243,19 +281,23 @@ fn not_stored(text: String) -> PublishError {
 const TOO_MANY_REQUESTS: u64 = 429;
 
 /// A message with the same id is being stored right now, which may yet fail; not among the client's constants.
-const DUPLICATE_UNDER_WAY: ErrorCode = ErrorCode(10_158);
+const DUPLICATE_IN_PROCESS: ErrorCode = ErrorCode(10_158);
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn answered(code: u64, err_code: u64, description: &str) -> PublishError {
-        classify(Refusal { code, err_code, description: description.to_owned() })
+        classify(ApiError {
+            code,
+            err_code,
+            description: description.to_owned(),
+        })
     }
 
     #[test]
     fn publish_errors_have_the_scope_of_their_cause() {
-        use PublishError::{NoPlace, NotNow, Refused, SubjectFull, Unavailable};
+        use PublishError::{Refused, RetryLater, SubjectFull, Unavailable, Unroutable};
         for (code, err_code, description) in [
             (503, 10_077, "maximum messages exceeded"),
             (503, 10_077, "maximum bytes exceeded"),
@@ -269,13 +311,28 @@ mod tests {
             (500, 10_118, "stream is offline"),
             (503, 99_999, "an error of a newer server"),
         ] {
-            assert!(matches!(answered(code, err_code, description), Unavailable(_)), "{description}");
+            assert!(
+                matches!(answered(code, err_code, description), Unavailable(_)),
+                "{description}"
+            );
         }
         let full = answered(503, 10_077, "maximum messages per subject exceeded");
-        assert!(matches!(&full, SubjectFull(why) if why.contains("per subject")), "{full:?}");
-        assert!(matches!(answered(400, 10_109, "invalid operation on sealed stream"), NoPlace(_)));
-        assert!(matches!(answered(500, 10_172, "message counter is broken"), NoPlace(_)));
-        assert!(matches!(answered(409, 10_158, "duplicate message id is in process"), NotNow(_)));
+        assert!(
+            matches!(&full, SubjectFull(why) if why.contains("per subject")),
+            "{full:?}"
+        );
+        assert!(matches!(
+            answered(400, 10_109, "invalid operation on sealed stream"),
+            Unroutable(_)
+        ));
+        assert!(matches!(
+            answered(500, 10_172, "message counter is broken"),
+            Unroutable(_)
+        ));
+        assert!(matches!(
+            answered(409, 10_158, "duplicate message id is in process"),
+            RetryLater(_)
+        ));
         for (code, err_code, description) in [
             (400, 10_054, "message size exceeds maximum allowed"),
             (400, 10_097, "header size exceeds maximum allowed of 64k"),
@@ -289,7 +346,10 @@ mod tests {
             (400, 10_188, "message schedules is disabled"),
             (500, 10_111, "rollup not permitted"),
         ] {
-            assert!(matches!(answered(code, err_code, description), Refused(_)), "{description}");
+            assert!(
+                matches!(answered(code, err_code, description), Refused(_)),
+                "{description}"
+            );
         }
     }
 }

@@ -13,11 +13,11 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 
 use super::connection::{Connection, Listener, Message};
-use super::readable::read_block;
-use super::wire::Arrived;
+use super::decode::decode_headers;
+use super::wire::IncomingMessage;
 
 /// How long a stream may take to answer.
-const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+const ACK_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A message for a stream, as the server is told.
 pub(super) struct Publication {
@@ -33,13 +33,13 @@ pub(super) struct Ack {
     pub stream: String,
     pub seq: u64,
     pub duplicate: bool,
-    pub error: Option<Refusal>,
+    pub error: Option<ApiError>,
 }
 
 /// Why a stream did not store a message.
 #[derive(Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
-pub(super) struct Refusal {
+pub(super) struct ApiError {
     /// As in HTTP.
     pub code: u64,
     pub err_code: u64,
@@ -48,48 +48,57 @@ pub(super) struct Refusal {
 
 /// Why there is no answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Unanswered {
+pub(super) enum AckError {
     /// It was not sent.
     NotSent,
     /// The subject has no subscriber.
-    Unheard,
+    NoResponders,
     /// The message may or may not be stored.
-    Lost(String),
+    Unconfirmed(String),
 }
 
-type Answer = Result<Ack, Unanswered>;
+type AckResult = Result<Ack, AckError>;
 
 /// Sends messages and tells their answers apart. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct Publisher {
     connection: Connection,
     inbox: Arc<str>,
-    waiting: Arc<Mutex<Waiting>>,
+    pending: Arc<Mutex<PendingAcks>>,
     /// Ends with the last clone.
-    _hearing: Arc<JoinSet<()>>,
+    _ack_reader: Arc<JoinSet<()>>,
 }
 
 /// The messages that have no answer yet, by the last token of where it goes.
 #[derive(Default)]
-struct Waiting {
+struct PendingAcks {
     next: u64,
-    open: HashMap<u64, Open>,
+    open: HashMap<u64, PendingAck>,
 }
 
-struct Open {
+struct PendingAck {
     /// The number of the connection that it was sent over.
-    over: u64,
-    answer: oneshot::Sender<Answer>,
+    connection_number: u64,
+    answer: oneshot::Sender<AckResult>,
 }
 
 impl Publisher {
     /// Answers come to subjects below `inbox`.
     pub fn new(connection: Connection, inbox: String) -> Self {
-        let waiting = Arc::<Mutex<Waiting>>::default();
+        let pending = Arc::<Mutex<PendingAcks>>::default();
         let listener = connection.listen(&format!("{inbox}.*"));
-        let mut hearing = JoinSet::new();
-        hearing.spawn(hear(listener, connection.connections(), Arc::clone(&waiting)));
-        Publisher { connection, inbox: inbox.into(), waiting, _hearing: Arc::new(hearing) }
+        let mut ack_reader = JoinSet::new();
+        ack_reader.spawn(read_acks(
+            listener,
+            connection.connections(),
+            Arc::clone(&pending),
+        ));
+        Publisher {
+            connection,
+            inbox: inbox.into(),
+            pending,
+            _ack_reader: Arc::new(ack_reader),
+        }
     }
 
     /// Returns once there is, or was, a connection.
@@ -113,55 +122,89 @@ impl Publisher {
 
     /// Sends a message over the connection of this number, or not at all; the future ends with the answer. Messages leave in
     /// the order of these calls.
-    pub fn send(&self, over: u64, publication: Publication) -> impl Future<Output = Answer> + use<> {
-        let receiver = self.begin(over, publication);
-        let waiting = Arc::clone(&self.waiting);
+    pub fn send(
+        &self,
+        connection_number: u64,
+        publication: Publication,
+    ) -> impl Future<Output = AckResult> + use<> {
+        let receiver = self.begin(connection_number, publication);
+        let pending = Arc::clone(&self.pending);
         async move {
-            let (token, receiver) = receiver.ok_or(Unanswered::NotSent)?;
-            let answer = tokio::time::timeout(ANSWER_WITHIN, receiver).await;
+            let (token, receiver) = receiver.ok_or(AckError::NotSent)?;
+            let answer = tokio::time::timeout(ACK_TIMEOUT, receiver).await;
             answer.map_or_else(
                 |_| {
-                    waiting.lock().unwrap_or_else(PoisonError::into_inner).open.remove(&token);
-                    Err(Unanswered::Lost("the stream does not answer in time".to_owned()))
+                    pending
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .open
+                        .remove(&token);
+                    Err(AckError::Unconfirmed(
+                        "the stream does not answer in time".to_owned(),
+                    ))
                 },
-                |answer| answer.unwrap_or_else(|_| Err(lost())),
+                |answer| answer.unwrap_or_else(|_| Err(connection_lost())),
             )
         }
     }
 
-    fn begin(&self, over: u64, publication: Publication) -> Option<(u64, oneshot::Receiver<Answer>)> {
+    fn begin(
+        &self,
+        connection_number: u64,
+        publication: Publication,
+    ) -> Option<(u64, oneshot::Receiver<AckResult>)> {
         // The number is read under the lock under which messages of earlier connections are taken out.
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        if !self.is_connected() || self.connection.number() != over {
+        let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.is_connected() || self.connection.number() != connection_number {
             return None;
         }
-        let token = waiting.next;
-        waiting.next += 1;
+        let token = pending.next;
+        pending.next += 1;
         let (answer, receiver) = oneshot::channel();
-        waiting.open.insert(token, Open { over, answer });
-        let Publication { subject, headers, body } = publication;
-        self.connection.publish(Message { over, subject, reply: format!("{}.{token}", self.inbox), headers, body });
+        pending.open.insert(
+            token,
+            PendingAck {
+                connection_number,
+                answer,
+            },
+        );
+        let Publication {
+            subject,
+            headers,
+            body,
+        } = publication;
+        self.connection.publish(Message {
+            connection_number,
+            subject,
+            reply: format!("{}.{token}", self.inbox),
+            headers,
+            body,
+        });
         Some((token, receiver))
     }
 }
 
 /// Passes answers on until the connection is given up. Messages sent over a connection that is gone get no answer any more.
-async fn hear(mut listener: Listener, mut connections: watch::Receiver<u64>, waiting: Arc<Mutex<Waiting>>) {
+async fn read_acks(
+    mut listener: Listener,
+    mut connections: watch::Receiver<u64>,
+    pending: Arc<Mutex<PendingAcks>>,
+) {
     loop {
         tokio::select! {
-            // An answer that has arrived counts.
+            // An answer that was received counts.
             biased;
-            arrived = listener.next() => match arrived {
-                Some(arrived) => answer(&arrived, &waiting),
+            incoming = listener.next() => match incoming {
+                Some(incoming) => deliver_ack(&incoming, &pending),
                 None => return,
             },
             changed = connections.changed() => match changed {
                 Ok(()) => {
-                    let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
+                    let mut pending = pending.lock().unwrap_or_else(PoisonError::into_inner);
                     let now = *connections.borrow_and_update();
-                    let gone: Vec<Open> = waiting.open.extract_if(|_, open| open.over != now).map(|(_, open)| open).collect();
-                    drop(waiting);
-                    gone.into_iter().for_each(|open| drop(open.answer.send(Err(lost()))));
+                    let gone: Vec<PendingAck> = pending.open.extract_if(|_, open| open.connection_number != now).map(|(_, open)| open).collect();
+                    drop(pending);
+                    gone.into_iter().for_each(|open| drop(open.answer.send(Err(connection_lost()))));
                 }
                 Err(_) => return,
             },
@@ -169,22 +212,37 @@ async fn hear(mut listener: Listener, mut connections: watch::Receiver<u64>, wai
     }
 }
 
-fn answer(arrived: &Arrived, waiting: &Mutex<Waiting>) {
-    let token = arrived.subject.rsplit(|byte| *byte == b'.').next().and_then(|token| std::str::from_utf8(token).ok());
-    let Some(token) = token.and_then(|token| token.parse::<u64>().ok()) else { return };
-    let Some(open) = waiting.lock().unwrap_or_else(PoisonError::into_inner).open.remove(&token) else { return };
-    let _ = open.answer.send(read(arrived));
+fn deliver_ack(incoming: &IncomingMessage, pending: &Mutex<PendingAcks>) {
+    let token = incoming
+        .subject
+        .rsplit(|byte| *byte == b'.')
+        .next()
+        .and_then(|token| std::str::from_utf8(token).ok());
+    let Some(token) = token.and_then(|token| token.parse::<u64>().ok()) else {
+        return;
+    };
+    let Some(open) = pending
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .open
+        .remove(&token)
+    else {
+        return;
+    };
+    let _ = open.answer.send(parse_ack(incoming));
 }
 
-fn read(arrived: &Arrived) -> Answer {
-    let status = read_block(&arrived.headers).ok().and_then(|block| block.status);
+fn parse_ack(incoming: &IncomingMessage) -> AckResult {
+    let status = decode_headers(&incoming.headers)
+        .ok()
+        .and_then(|block| block.status);
     if status == Some(StatusCode::NO_RESPONDERS) {
-        return Err(Unanswered::Unheard);
+        return Err(AckError::NoResponders);
     }
-    serde_json::from_slice(&arrived.body)
-        .map_err(|error| Unanswered::Lost(format!("the answer makes no sense: {error}")))
+    serde_json::from_slice(&incoming.body)
+        .map_err(|error| AckError::Unconfirmed(format!("the answer makes no sense: {error}")))
 }
 
-fn lost() -> Unanswered {
-    Unanswered::Lost("the connection to NATS was lost before the stream answered".to_owned())
+fn connection_lost() -> AckError {
+    AckError::Unconfirmed("the connection to NATS was lost before the stream answered".to_owned())
 }

@@ -21,14 +21,14 @@ use tokio::sync::{Mutex, watch};
 use tokio::time::Instant;
 
 use super::Bus;
-use super::connection::{Connection, Listener, Message as Sent};
-use super::readable::{is_marker, read_block, read_subject};
-use super::requests::{Place, next_subject};
+use super::connection::{Connection, Listener, Message as ConnectionMessage};
+use super::decode::{decode_headers, decode_subject, is_delete_marker};
+use super::pull_requests::{MessagePosition, next_subject};
 use super::streams::timestamp;
-use super::wire::Arrived;
+use super::wire::IncomingMessage;
 use crate::fault;
 use crate::model::hint::WithHint;
-use crate::model::message::{Headers, InvalidEventId, Message, Origin, event_id, place_id};
+use crate::model::message::{Headers, InvalidEventId, Message, Origin, derived_event_id, event_id};
 use crate::model::retry::Backoff;
 use crate::model::subject;
 use crate::model::verdict::{Reason, Settled};
@@ -46,7 +46,7 @@ const SILENCE_MAX: Duration = Duration::from_secs(11);
 /// How many bytes one pull request may bring; more when the server takes larger messages.
 const REQUEST_BYTES: usize = 16 << 20;
 
-/// How long an acknowledgement may take to find room in the client's buffer, which is full only in an outage.
+/// How long an acknowledgement may take to find capacity in the client's buffer, which is full only in an outage.
 const SEND_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What to take, and under which name the server remembers how far it got.
@@ -64,45 +64,45 @@ pub struct Subscription {
     pub metadata: HashMap<String, String>,
 }
 
-/// How long it may take until what is on its way has arrived.
-const REST_WITHIN: Duration = Duration::from_secs(1);
+/// How long it may take until what is on its way is received.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The taking end of a subscription.
-pub struct Pull {
+pub struct PullConsumer {
     bus: Bus,
     subscription: Subscription,
     deliveries: Connection,
     stream_created: Timestamp,
     /// The same for receipts, in microseconds since the epoch.
-    stream_now: Arc<AtomicI64>,
-    /// Requests are numbered; request 7 is answered at `{inbox}.7`.
+    current_stream_created: Arc<AtomicI64>,
+    /// The requests are numbered; request 7 is answered at `{inbox}.7`.
     inbox: String,
     answers: Listener,
     requests: u64,
     request: Option<Request>,
     /// A message that was taken and is yet to be returned.
-    held: Option<Pulled>,
+    buffered: Option<DeliveredMessage>,
     /// Whether the consumer has to be looked after before the next request.
-    in_doubt: bool,
+    is_suspect: bool,
     /// Whether nothing more is asked for.
-    resting: bool,
+    is_draining: bool,
     backoff: Backoff,
     /// Whether the server said anything about a request since there was last a doubt.
-    heard: Arc<AtomicBool>,
+    is_responsive: Arc<AtomicBool>,
     connections: watch::Receiver<u64>,
-    trouble: Trouble,
+    failure: ConsumerFailure,
 }
 
 /// An open pull request.
 struct Request {
-    answered_at: String,
+    reply_subject: String,
     /// How many messages it can still bring.
-    left: usize,
-    last_word: Instant,
+    remaining: usize,
+    last_activity: Instant,
 }
 
 /// A message, and what to do with it.
-pub struct Pulled {
+pub struct DeliveredMessage {
     pub message: Message,
     /// Why it cannot be given to a worker as it is; its event id is then a stand-in.
     pub unusable: Option<(Reason, String)>,
@@ -117,7 +117,7 @@ pub struct Receipt {
     /// When the stream was made that the message stood on, and when the one was made that is there now, in microseconds
     /// since the epoch.
     stream_created: i64,
-    stream_now: Arc<AtomicI64>,
+    current_stream_created: Arc<AtomicI64>,
 }
 
 /// Tells the server that a message is being worked on. Cheap to clone.
@@ -127,7 +127,7 @@ pub struct Progress {
     reply: Subject,
     /// Whether the message was settled or given back. A sign of life after that would undo it: the server would wait anew
     /// before it delivers the message again, and later ones of its key would overtake it.
-    is_over: Arc<Mutex<bool>>,
+    is_settled: Arc<Mutex<bool>>,
 }
 
 /// What a consumer still has before it.
@@ -145,43 +145,43 @@ pub struct Backlog {
 
 /// How a consumer stands.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub enum Standing {
+pub enum ConsumerState {
     #[default]
-    Serving,
+    Active,
     /// An operator paused it, for so long.
     Paused(Option<Duration>),
     /// It is not there, or its stream is not, for this reason.
-    Gone(String),
+    Missing(String),
 }
 
 /// Why a consumer is not there, as long as it is not.
-type Trouble = Arc<std::sync::Mutex<Option<String>>>;
+type ConsumerFailure = Arc<std::sync::Mutex<Option<String>>>;
 
 impl Bus {
     /// Makes or updates the durable consumer. It is never deleted: it holds the place on the stream.
-    pub async fn subscribe(&self, subscription: &Subscription) -> Result<Pull> {
+    pub async fn subscribe(&self, subscription: &Subscription) -> Result<PullConsumer> {
         let deliveries = self.deliveries().await?;
         let mut connections = deliveries.connections();
         connections.mark_unchanged();
         let stream_created = self.ensure_consumer(subscription).await?;
         let inbox = self.client.new_inbox();
         let answers = deliveries.listen(&format!("{inbox}.*"));
-        Ok(Pull {
+        Ok(PullConsumer {
             bus: self.clone(),
             subscription: subscription.clone(),
             deliveries,
             stream_created,
-            stream_now: Arc::new(AtomicI64::new(stream_created.as_microsecond())),
+            current_stream_created: Arc::new(AtomicI64::new(stream_created.as_microsecond())),
             inbox,
             answers,
             requests: 0,
             request: None,
-            held: None,
-            in_doubt: false,
-            resting: false,
+            buffered: None,
+            is_suspect: false,
+            is_draining: false,
             backoff: Backoff::default(),
-            heard: Arc::default(),
-            trouble: Arc::default(),
+            is_responsive: Arc::default(),
+            failure: Arc::default(),
             connections,
         })
     }
@@ -193,8 +193,8 @@ impl Bus {
             stream: stream.to_owned(),
             subjects: subjects.to_vec(),
             durable: durable.to_owned(),
-            heard: Arc::default(),
-            trouble: Arc::default(),
+            is_responsive: Arc::default(),
+            failure: Arc::default(),
         }
     }
 
@@ -207,43 +207,62 @@ impl Bus {
             .with_context(|| format!("open the stream {}", subscription.stream))?;
         let created = timestamp(stream.cached_info().created)?;
         // From where a consumer began cannot be changed.
-        let own = self.own_consumer(&subscription.stream, &subscription.durable).await?;
+        let own = self
+            .own_consumer(&subscription.stream, &subscription.durable)
+            .await?;
         let began = own.map_or(DeliverPolicy::All, |info| info.config.deliver_policy);
-        self.make_consumer(subscription, began).await?;
+        self.create_consumer(subscription, began).await?;
         Ok(created)
     }
 
     /// Gives a subscription another place on its stream: what stands from this sequence on comes again.
     pub async fn rewind(&self, subscription: &Subscription, from: u64) -> Result<()> {
-        self.retire_consumer(&subscription.stream, &subscription.durable).await?;
+        self.retire_consumer(&subscription.stream, &subscription.durable)
+            .await?;
         let from = match from {
             0 | 1 => DeliverPolicy::All,
             start_sequence => DeliverPolicy::ByStartSequence { start_sequence },
         };
-        self.make_consumer(subscription, from).await
+        self.create_consumer(subscription, from).await
     }
 
     /// What the server says of a consumer; none when it, or its stream, is not there.
     pub(super) async fn consumer_info(&self, stream: &str, durable: &str) -> Result<Option<Info>> {
-        let doing = || format!("look at the consumer {durable} on {stream}");
-        let of_stream = self.context.get_stream_no_info(stream).await.with_context(doing)?;
-        match of_stream.consumer_info(durable).await {
+        let context = || format!("look at the consumer {durable} on {stream}");
+        let stream_handle = self
+            .context
+            .get_stream_no_info(stream)
+            .await
+            .with_context(context)?;
+        match stream_handle.consumer_info(durable).await {
             Ok(info) => Ok(Some(info)),
             Err(error) => match error.kind() {
                 ConsumerInfoErrorKind::NotFound | ConsumerInfoErrorKind::StreamNotFound => Ok(None),
-                _ => Err(error).with_context(doing),
+                _ => Err(error).with_context(context),
             },
         }
     }
 
-    async fn make_consumer(&self, subscription: &Subscription, from: DeliverPolicy) -> Result<()> {
-        let mut config = Config { deliver_policy: from, ..config(subscription) };
-        self.mark_owner(&mut config.metadata);
+    async fn create_consumer(
+        &self,
+        subscription: &Subscription,
+        from: DeliverPolicy,
+    ) -> Result<()> {
+        let mut config = Config {
+            deliver_policy: from,
+            ..config(subscription)
+        };
+        self.set_owner(&mut config.metadata);
         let stream = self.context.get_stream_no_info(&subscription.stream).await;
         let stream = stream.with_context(|| format!("open the stream {}", subscription.stream))?;
         create_within_limits(&stream, config)
             .await
-            .with_context(|| format!("make the consumer {} on {}", subscription.durable, subscription.stream))?;
+            .with_context(|| {
+                format!(
+                    "make the consumer {} on {}",
+                    subscription.durable, subscription.stream
+                )
+            })?;
         Ok(())
     }
 
@@ -251,32 +270,47 @@ impl Bus {
     ///
     /// # Errors
     /// Why the worker could never run. No error when the stream is not there.
-    pub async fn try_subscription(&self, subscription: &Subscription) -> Result<()> {
-        let Subscription { stream: name, durable, .. } = subscription;
+    pub async fn validate_subscription(&self, subscription: &Subscription) -> Result<()> {
+        let Subscription {
+            stream: name,
+            durable,
+            ..
+        } = subscription;
         if self.stream(name).await?.is_none() {
             return Ok(());
         }
-        let stream = self.context.get_stream(name).await.with_context(|| format!("open the stream {name}"))?;
-        let of_stream = &stream.cached_info().config;
-        if of_stream.consumer_limits.as_ref().is_some_and(|limits| !limits.inactive_threshold.is_zero()) {
+        let stream = self
+            .context
+            .get_stream(name)
+            .await
+            .with_context(|| format!("open the stream {name}"))?;
+        let stream_config = &stream.cached_info().config;
+        if stream_config
+            .consumer_limits
+            .as_ref()
+            .is_some_and(|limits| !limits.inactive_threshold.is_zero())
+        {
             return Err(anyhow::anyhow!(
                 "the stream {name} removes consumers that are not used for a while: a worker that is stopped would lose its \
                  place"
             ))
             .hint(format!("take `inactive_threshold` out of the consumer limits of {name}: nats stream edit {name}"));
         }
-        let own = self.own_consumer(name, durable).await?.map(|info| filters(&info));
+        let own = self
+            .own_consumer(name, durable)
+            .await?
+            .map(|info| filters(&info));
         if own.as_ref() == Some(&subscription.subjects) {
             return Ok(());
         }
-        if of_stream.retention == RetentionPolicy::WorkQueue {
-            return self.find_rival(subscription).await;
+        if stream_config.retention == RetentionPolicy::WorkQueue {
+            return self.check_queue_overlap(subscription).await;
         }
         // One that goes away by itself, with all that the server may object to.
         let trial = Config {
             durable_name: None,
             metadata: HashMap::new(),
-            inactive_threshold: TRIAL_KEPT,
+            inactive_threshold: TRIAL_INACTIVE_THRESHOLD,
             memory_storage: true,
             ..config(subscription)
         };
@@ -286,23 +320,40 @@ impl Bus {
                 Ok(())
             }
             // The consumer that is there needs no further place.
-            Err(error) if own.is_some() && is_full_of_consumers(&error) => Ok(()),
-            Err(error) => Err(error).with_context(|| format!("try the consumer {durable} on {name}")),
+            Err(error) if own.is_some() && exceeds_consumer_limit(&error) => Ok(()),
+            Err(error) => {
+                Err(error).with_context(|| format!("try the consumer {durable} on {name}"))
+            }
         }
     }
 
     /// A work queue gives each message to one consumer: looks for another one that takes some of the same.
-    async fn find_rival(&self, subscription: &Subscription) -> Result<()> {
-        let Subscription { stream: name, durable, subjects, .. } = subscription;
-        let stream = self.context.get_stream_no_info(name).await.with_context(|| format!("open the stream {name}"))?;
+    async fn check_queue_overlap(&self, subscription: &Subscription) -> Result<()> {
+        let Subscription {
+            stream: name,
+            durable,
+            subjects,
+            ..
+        } = subscription;
+        let stream = self
+            .context
+            .get_stream_no_info(name)
+            .await
+            .with_context(|| format!("open the stream {name}"))?;
         let mut consumers = stream.consumers();
         while let Some(info) = consumers.next().await {
             let info = info.with_context(|| format!("list the consumers of {name}"))?;
             let theirs = filters(&info);
-            let meets = |one: &String| subjects.iter().any(|other| subject::overlaps(one, other));
-            let is_rival = theirs.is_empty() || subjects.is_empty() || theirs.iter().any(meets);
-            if info.name != *durable && is_rival {
-                let takes = if theirs.is_empty() { "everything".to_owned() } else { theirs.join(", ") };
+            let overlaps_any =
+                |one: &String| subjects.iter().any(|other| subject::overlaps(one, other));
+            let is_overlapping =
+                theirs.is_empty() || subjects.is_empty() || theirs.iter().any(overlaps_any);
+            if info.name != *durable && is_overlapping {
+                let takes = if theirs.is_empty() {
+                    "everything".to_owned()
+                } else {
+                    theirs.join(", ")
+                };
                 return Err(anyhow::anyhow!(
                     "the stream {name} is a work queue, which gives each message to one consumer, and its consumer {} takes \
                      {takes}",
@@ -316,7 +367,7 @@ impl Bus {
 }
 
 /// For how long a consumer that was made to try it stays, should this process die meanwhile.
-const TRIAL_KEPT: Duration = Duration::from_secs(10);
+const TRIAL_INACTIVE_THRESHOLD: Duration = Duration::from_secs(10);
 
 /// Makes or updates a consumer, with fewer messages under way if stream, account or server allow no more. Returns its name.
 async fn create_within_limits<I>(
@@ -327,17 +378,19 @@ async fn create_within_limits<I>(
         match stream.create_consumer(config.clone()).await {
             Ok(made) => return Ok(made.cached_info().name.clone()),
             // The limit itself stands in the text of the error alone.
-            Err(error) if is_beyond_ack_pending(&error) && config.max_ack_pending > 1 => config.max_ack_pending /= 2,
+            Err(error) if exceeds_ack_pending_limit(&error) && config.max_ack_pending > 1 => {
+                config.max_ack_pending /= 2
+            }
             Err(error) => return Err(error),
         }
     }
 }
 
-fn is_beyond_ack_pending(error: &ConsumerError) -> bool {
+fn exceeds_ack_pending_limit(error: &ConsumerError) -> bool {
     has_code(error, ErrorCode::CONSUMER_MAX_PENDING_ACK_EXCESS)
 }
 
-fn is_full_of_consumers(error: &ConsumerError) -> bool {
+fn exceeds_consumer_limit(error: &ConsumerError) -> bool {
     has_code(error, ErrorCode::MAXIMUM_CONSUMERS_LIMIT)
 }
 
@@ -375,21 +428,21 @@ fn config(subscription: &Subscription) -> Config {
     }
 }
 
-impl Pull {
-    /// The next message. Keeps one request of at most `room` messages open. Trouble with the broker is waited out: after
+impl PullConsumer {
+    /// The next message. Keeps one request of at most `capacity` messages open. A failure of the broker is waited out: after
     /// a reconnect, a silence, or when consumer or stream are gone, it asks again by itself. An error only when the
     /// connection was given up. The future may be dropped at any time; no message is lost by that.
-    pub async fn next(&mut self, room: usize) -> Result<Pulled> {
+    pub async fn next(&mut self, capacity: usize) -> Result<DeliveredMessage> {
         loop {
-            if self.in_doubt {
-                self.renew().await;
+            if self.is_suspect {
+                self.restore_consumer().await;
             }
-            if self.held.is_none() {
-                self.step(room).await?;
+            if self.buffered.is_none() {
+                self.next_event(capacity).await?;
             }
-            if let Some(pulled) = self.held.take() {
+            if let Some(pulled) = self.buffered.take() {
                 if fault::mutant(fault::ACK_BEFORE_COMMIT) {
-                    pulled.receipt.reply.reply(AckKind::Ack).await?;
+                    pulled.receipt.reply.send_ack(AckKind::Ack).await?;
                 }
                 return Ok(pulled);
             }
@@ -398,171 +451,203 @@ impl Pull {
 
     /// Asks for no more, and returns what the server had sent before, one message at a time; none when that was all. Left
     /// there, those messages would come again only after `ack_wait`, behind others of their key.
-    pub async fn rest(&mut self) -> Option<Pulled> {
-        if !self.resting {
-            self.resting = true;
+    pub async fn drain(&mut self) -> Option<DeliveredMessage> {
+        if !self.is_draining {
+            self.is_draining = true;
             self.request = None;
-            // Ends `answers` once what is on its way has arrived.
+            // Ends `answers` once what is on its way is received.
             self.answers.drain();
         }
         loop {
-            if let Some(held) = self.held.take() {
-                return Some(held);
+            if let Some(buffered) = self.buffered.take() {
+                return Some(buffered);
             }
-            match tokio::time::timeout(REST_WITHIN, self.answers.next()).await {
-                Ok(Some(answer)) => self.hear(answer),
+            match tokio::time::timeout(DRAIN_TIMEOUT, self.answers.next()).await {
+                Ok(Some(answer)) => self.handle_incoming(answer),
                 Ok(None) | Err(_) => return None,
             }
         }
     }
 
     /// Waits for one event: a word of the server about the request, a new connection, or too long a silence.
-    async fn step(&mut self, room: usize) -> Result<()> {
-        let silent_from = match &self.request {
-            Some(request) => request.last_word + SILENCE_MAX,
-            None => self.ask(room)? + SILENCE_MAX,
+    async fn next_event(&mut self, capacity: usize) -> Result<()> {
+        let silence_deadline = match &self.request {
+            Some(request) => request.last_activity + SILENCE_MAX,
+            None => self.open_request(capacity)? + SILENCE_MAX,
         };
         tokio::select! {
-            // What has arrived comes first: it tells that the request is alive.
+            // What is received comes first: it tells that the request is alive.
             biased;
-            answer = self.answers.next() => self.hear(answer.context("take messages: the connection to NATS is closed")?),
+            answer = self.answers.next() => self.handle_incoming(answer.context("take messages: the connection to NATS is closed")?),
             // The server knows nothing of requests made on a connection that is gone.
-            Ok(()) = self.connections.changed() => self.doubt("there is a new connection to NATS"),
-            () = tokio::time::sleep_until(silent_from) => self.doubt("the server is silent about a pull request"),
+            Ok(()) = self.connections.changed() => self.mark_suspect("there is a new connection to NATS"),
+            () = tokio::time::sleep_until(silence_deadline) => self.mark_suspect("the server is silent about a pull request"),
         }
         Ok(())
     }
 
     /// Opens a request, now.
-    fn ask(&mut self, room: usize) -> Result<Instant> {
+    fn open_request(&mut self, capacity: usize) -> Result<Instant> {
         let now = Instant::now();
-        let left = room.max(1);
-        let answered_at = format!("{}.{}", self.inbox, self.requests);
+        let remaining = capacity.max(1);
+        let reply_subject = format!("{}.{}", self.inbox, self.requests);
         let batch = BatchConfig {
-            batch: left,
+            batch: remaining,
             expires: Some(REQUEST_OPEN),
             idle_heartbeat: HEARTBEAT,
             max_bytes: REQUEST_BYTES.max(self.bus.max_payload() * 2),
             ..BatchConfig::default()
         };
         let body = serde_json::to_vec(&batch).context("write a request for messages")?;
-        self.deliveries.publish(Sent {
-            over: *self.connections.borrow(),
-            subject: next_subject(&self.bus, &self.subscription.stream, &self.subscription.durable),
-            reply: answered_at.clone(),
+        self.deliveries.publish(ConnectionMessage {
+            connection_number: *self.connections.borrow(),
+            subject: next_subject(
+                &self.bus,
+                &self.subscription.stream,
+                &self.subscription.durable,
+            ),
+            reply: reply_subject.clone(),
             headers: Vec::new(),
             body: body.into(),
         });
         self.requests += 1;
-        self.request = Some(Request { answered_at, left, last_word: now });
+        self.request = Some(Request {
+            reply_subject,
+            remaining,
+            last_activity: now,
+        });
         Ok(now)
     }
 
-    fn hear(&mut self, answer: Arrived) {
+    fn handle_incoming(&mut self, answer: IncomingMessage) {
         // A publisher may have stored a status of its own: what has a place on a stream is a message.
-        match self.bus.place(answer.reply.as_deref()) {
-            Ok(Some(place)) if is_marker(&answer.headers, &answer.body) => self.pass_over(place),
-            Ok(Some(place)) => self.take(answer, place),
-            Ok(None) => self.hear_of_request(&answer),
+        match self.bus.position(answer.reply.as_deref()) {
+            Ok(Some(position)) if is_delete_marker(&answer.headers, &answer.body) => {
+                self.terminate_marker(position)
+            }
+            Ok(Some(position)) => self.buffer(answer, position),
+            Ok(None) => self.handle_request_status(&answer),
             // It stays unacknowledged and comes again.
-            Err(error) => tracing::warn!("a message from {} makes no sense: {error:#}", self.subscription.stream),
+            Err(error) => tracing::warn!(
+                "a message from {} makes no sense: {error:#}",
+                self.subscription.stream
+            ),
         }
     }
 
-    fn hear_of_request(&mut self, answer: &Arrived) {
-        let Ok(block) = read_block(&answer.headers) else { return };
+    fn handle_request_status(&mut self, answer: &IncomingMessage) {
+        let Ok(block) = decode_headers(&answer.headers) else {
+            return;
+        };
         if let (Some(status), Some(request)) = (block.status, &mut self.request)
-            && request.answered_at.as_bytes() == answer.subject.as_ref()
+            && request.reply_subject.as_bytes() == answer.subject.as_ref()
         {
-            request.last_word = Instant::now();
+            request.last_activity = Instant::now();
             match status {
-                StatusCode::IDLE_HEARTBEAT => self.sound(),
+                StatusCode::IDLE_HEARTBEAT => self.mark_responsive(),
                 StatusCode::TIMEOUT | StatusCode::NOT_FOUND => self.request = None,
-                // The next message is larger than what this request has left.
-                StatusCode::REQUEST_TERMINATED if is_full(&block.description) => self.request = None,
-                status => self.doubt(&format!("{status} {}", block.description)),
+                // The next message is larger than what this request has remaining.
+                StatusCode::REQUEST_TERMINATED if is_request_full(&block.description) => {
+                    self.request = None
+                }
+                status => self.mark_suspect(&format!("{status} {}", block.description)),
             }
         }
     }
 
     /// The request brought one message.
-    fn count_one(&mut self) {
-        self.sound();
+    fn count_message(&mut self) {
+        self.mark_responsive();
         if let Some(request) = &mut self.request {
-            request.last_word = Instant::now();
-            request.left = request.left.saturating_sub(1);
+            request.last_activity = Instant::now();
+            request.remaining = request.remaining.saturating_sub(1);
         }
-        self.request.take_if(|request| request.left == 0);
+        self.request.take_if(|request| request.remaining == 0);
     }
 
-    fn take(&mut self, message: Arrived, place: Place) {
-        self.count_one();
-        self.held = Some(self.open(message, place));
+    fn buffer(&mut self, message: IncomingMessage, position: MessagePosition) {
+        self.count_message();
+        self.buffered = Some(self.decode_delivery(message, position));
     }
 
     /// Ends a delete marker, which is no event: the server wrote it, no publisher did.
-    fn pass_over(&mut self, place: Place) {
-        self.count_one();
-        let progress = Progress::new(&self.bus.client, Subject::from(place.reply));
+    fn terminate_marker(&mut self, position: MessagePosition) {
+        self.count_message();
+        let progress = Progress::new(&self.bus.client, Subject::from(position.reply));
         tokio::spawn(async move {
             // If it gets lost, the marker comes again.
-            let _ = progress.end(AckKind::Term).await;
+            let _ = progress.settle(AckKind::Term).await;
         });
     }
 
-    fn open(&self, message: Arrived, place: Place) -> Pulled {
-        let origin = Origin { stream: place.stream, sequence: place.sequence, stored_at: place.stored_at };
-        let readable = readable(&message);
-        let place_id = || place_id(&origin.stream, origin.stored_at, origin.sequence);
-        let (event_id, unusable) = match readable.why {
-            Some(why) => (place_id(), Some((Reason::Unreadable, why))),
+    fn decode_delivery(
+        &self,
+        message: IncomingMessage,
+        position: MessagePosition,
+    ) -> DeliveredMessage {
+        let origin = Origin {
+            stream: position.stream,
+            sequence: position.sequence,
+            stored_at: position.stored_at,
+        };
+        let decoded = decode_message(&message);
+        let derived_event_id =
+            || derived_event_id(&origin.stream, origin.stored_at, origin.sequence);
+        let (event_id, unusable) = match decoded.why {
+            Some(why) => (derived_event_id(), Some((Reason::Unreadable, why))),
             None => match event_id(
-                &readable.headers,
+                &decoded.headers,
                 Some(&message.body),
                 &origin.stream,
                 origin.stored_at,
                 origin.sequence,
             ) {
                 Ok(id) => (id, None),
-                Err(InvalidEventId { stand_in, why }) => (stand_in, Some((Reason::InvalidId, why))),
+                Err(InvalidEventId { fallback_id, why }) => {
+                    (fallback_id, Some((Reason::InvalidId, why)))
+                }
             },
         };
-        Pulled {
+        DeliveredMessage {
             message: Message {
                 event_id,
-                subject: readable.subject,
-                headers: readable.headers,
+                subject: decoded.subject,
+                headers: decoded.headers,
                 body: message.body,
                 origin: Some(origin),
                 redriven: None,
             },
             unusable,
-            delivered: place.delivered,
+            delivered: position.delivered,
             receipt: Receipt {
-                reply: Progress::new(&self.bus.client, Subject::from(place.reply)),
+                reply: Progress::new(&self.bus.client, Subject::from(position.reply)),
                 stream_created: self.stream_created.as_microsecond(),
-                stream_now: Arc::clone(&self.stream_now),
+                current_stream_created: Arc::clone(&self.current_stream_created),
             },
         }
     }
 
-    fn sound(&mut self) {
-        self.heard.store(true, Ordering::Relaxed);
+    fn mark_responsive(&mut self) {
+        self.is_responsive.store(true, Ordering::Relaxed);
         self.backoff.reset();
     }
 
-    fn doubt(&mut self, why: &str) {
-        tracing::debug!("consumer {} on {}: {why}", self.subscription.durable, self.subscription.stream);
-        self.heard.store(false, Ordering::Relaxed);
+    fn mark_suspect(&mut self, why: &str) {
+        tracing::debug!(
+            "consumer {} on {}: {why}",
+            self.subscription.durable,
+            self.subscription.stream
+        );
+        self.is_responsive.store(false, Ordering::Relaxed);
         self.request = None;
-        self.in_doubt = true;
+        self.is_suspect = true;
     }
 
     /// Waits until the consumer is there, making it if need be, and learns anew when the stream was made.
-    async fn renew(&mut self) {
+    async fn restore_consumer(&mut self) {
         loop {
             if self.backoff.failures() > 0 {
-                self.wait().await;
+                self.back_off().await;
             }
             // Counted now: whatever comes of it, the next doubt must not find us in a tight loop.
             let first = self.backoff.failures() == 0;
@@ -571,9 +656,10 @@ impl Pull {
             match self.bus.ensure_consumer(&self.subscription).await {
                 Ok(created) => {
                     self.stream_created = created;
-                    self.stream_now.store(created.as_microsecond(), Ordering::Relaxed);
-                    self.in_doubt = false;
-                    *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = None;
+                    self.current_stream_created
+                        .store(created.as_microsecond(), Ordering::Relaxed);
+                    self.is_suspect = false;
+                    *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = None;
                     return;
                 }
                 Err(error) => {
@@ -581,14 +667,14 @@ impl Pull {
                     if first {
                         tracing::warn!("no messages for {} yet: {why}", self.subscription.durable);
                     }
-                    *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
+                    *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
                 }
             }
         }
     }
 
     /// Waits for a while, or until there is a new connection.
-    async fn wait(&mut self) {
+    async fn back_off(&mut self) {
         let mut backoff = self.backoff.clone();
         tokio::select! {
             Ok(()) = self.connections.changed() => {}
@@ -603,42 +689,48 @@ impl Pull {
             stream: self.subscription.stream.clone(),
             subjects: self.subscription.subjects.clone(),
             durable: self.subscription.durable.clone(),
-            heard: Arc::clone(&self.heard),
-            trouble: Arc::clone(&self.trouble),
+            is_responsive: Arc::clone(&self.is_responsive),
+            failure: Arc::clone(&self.failure),
         }
     }
 }
 
 /// A message in the form that handlers are given.
-struct Readable {
+struct DecodedMessage {
     subject: String,
     headers: Headers,
     /// Why it cannot be given to one; the bytes that cannot be read are then in headers of their own.
     why: Option<String>,
 }
 
-fn readable(message: &Arrived) -> Readable {
-    let (subject, bad_subject) = match read_subject(&message.subject) {
+fn decode_message(message: &IncomingMessage) -> DecodedMessage {
+    let (subject, subject_error) = match decode_subject(&message.subject) {
         Ok(subject) => (subject, None),
         Err((shown, why)) => (shown, Some(why)),
     };
-    let (mut headers, bad_headers) = match read_block(&message.headers) {
+    let (mut headers, headers_error) = match decode_headers(&message.headers) {
         Ok(block) => (headers(Some(&block.headers)), None),
         Err(why) => (Headers::new(), Some(why)),
     };
-    let mut keep = |name: &str, bytes: &[u8]| headers.push((name.to_owned(), bytes.escape_ascii().to_string()));
-    if bad_headers.is_some() {
+    let mut keep = |name: &str, bytes: &[u8]| {
+        headers.push((name.to_owned(), bytes.escape_ascii().to_string()))
+    };
+    if headers_error.is_some() {
         keep("Oncely-Unreadable-Headers", &message.headers);
     }
-    if bad_subject.is_some() {
+    if subject_error.is_some() {
         keep("Oncely-Unreadable-Subject", &message.subject);
     }
-    let why: Vec<String> = bad_subject.into_iter().chain(bad_headers).collect();
-    Readable { subject, headers, why: Some(why.join("; ")).filter(|why| !why.is_empty()) }
+    let why: Vec<String> = subject_error.into_iter().chain(headers_error).collect();
+    DecodedMessage {
+        subject,
+        headers,
+        why: Some(why.join("; ")).filter(|why| !why.is_empty()),
+    }
 }
 
 /// Whether a request ended because it brought as much as it could.
-fn is_full(description: &str) -> bool {
+fn is_request_full(description: &str) -> bool {
     description.contains("MaxBytes") || description.starts_with("Batch Completed")
 }
 
@@ -649,13 +741,13 @@ pub struct Probe {
     stream: String,
     subjects: Vec<String>,
     durable: String,
-    heard: Arc<AtomicBool>,
-    trouble: Trouble,
+    is_responsive: Arc<AtomicBool>,
+    failure: ConsumerFailure,
 }
 
 /// Messages on the stream that wait for a consumer or are being handled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Unhandled {
+pub struct UnhandledMessages {
     pub messages: u64,
     /// When the oldest of them was stored; none when there is none.
     pub oldest: Option<Timestamp>,
@@ -663,7 +755,7 @@ pub struct Unhandled {
 
 /// What a consumer has acknowledged.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Acknowledged {
+pub struct ConsumerAckFloor {
     /// When the consumer was created.
     pub created: Timestamp,
     /// Everything up to here.
@@ -674,43 +766,73 @@ pub struct Acknowledged {
 
 impl Probe {
     /// Whether the server knows that somebody takes messages here: it answered our request, or holds one open.
-    pub async fn seen_by_server(&self) -> Result<bool> {
-        Ok(self.heard.load(Ordering::Relaxed) || self.backlog().await?.waiting > 0)
+    pub async fn is_seen_by_server(&self) -> Result<bool> {
+        Ok(self.is_responsive.load(Ordering::Relaxed) || self.backlog().await?.waiting > 0)
     }
 
     /// How the consumer stands.
-    pub async fn standing(&self) -> Result<Standing> {
+    pub async fn consumer_state(&self) -> Result<ConsumerState> {
         if let Some(info) = self.bus.consumer_info(&self.stream, &self.durable).await? {
-            return Ok(if info.paused { Standing::Paused(info.pause_remaining) } else { Standing::Serving });
+            return Ok(if info.paused {
+                ConsumerState::Paused(info.pause_remaining)
+            } else {
+                ConsumerState::Active
+            });
         }
         if self.bus.stream(&self.stream).await?.is_none() {
-            return Ok(Standing::Gone(format!("the stream {} does not exist", self.stream)));
+            return Ok(ConsumerState::Missing(format!(
+                "the stream {} does not exist",
+                self.stream
+            )));
         }
-        let trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        Ok(Standing::Gone(trouble.unwrap_or_else(|| format!("its consumer {} is gone", self.durable))))
+        let failure = self
+            .failure
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        Ok(ConsumerState::Missing(failure.unwrap_or_else(|| {
+            format!("its consumer {} is gone", self.durable)
+        })))
     }
 
     /// What is not acknowledged. The oldest of it is the first message for this consumer above the place up to which
     /// everything is.
-    pub async fn unhandled(&self) -> Result<Unhandled> {
+    pub async fn unhandled(&self) -> Result<UnhandledMessages> {
         let info = self.info().await?;
         let messages = info.num_pending + info.num_ack_pending as u64;
         let oldest = match messages {
             0 => None,
-            _ => self.bus.first_stored_at(&self.stream, &self.subjects, info.ack_floor.stream_sequence + 1).await?,
+            _ => {
+                self.bus
+                    .first_stored_at(
+                        &self.stream,
+                        &self.subjects,
+                        info.ack_floor.stream_sequence + 1,
+                    )
+                    .await?
+            }
         };
-        Ok(Unhandled { messages, oldest })
+        Ok(UnhandledMessages { messages, oldest })
     }
 
     /// Up to where everything is acknowledged; none when there is no consumer.
-    pub async fn acknowledged(&self) -> Result<Option<Acknowledged>> {
-        let Some(info) = self.bus.consumer_info(&self.stream, &self.durable).await? else { return Ok(None) };
+    pub async fn ack_floor(&self) -> Result<Option<ConsumerAckFloor>> {
+        let Some(info) = self.bus.consumer_info(&self.stream, &self.durable).await? else {
+            return Ok(None);
+        };
         let (created, sequence) = (timestamp(info.created)?, info.ack_floor.stream_sequence);
-        Ok(Some(Acknowledged { created, sequence, subjects: filters(&info) }))
+        Ok(Some(ConsumerAckFloor {
+            created,
+            sequence,
+            subjects: filters(&info),
+        }))
     }
 
     async fn info(&self) -> Result<Info> {
-        self.bus.consumer_info(&self.stream, &self.durable).await?.context("look at the consumer: there is none")
+        self.bus
+            .consumer_info(&self.stream, &self.durable)
+            .await?
+            .context("look at the consumer: there is none")
     }
 
     pub async fn backlog(&self) -> Result<Backlog> {
@@ -729,16 +851,22 @@ impl Receipt {
     /// waited for: if it gets lost, the message comes again and meets the inbox.
     pub async fn ack(self, _proof: &Settled) -> Result<()> {
         // Acknowledgements go by name and sequence: this one would settle a message of the stream made since.
-        if self.stream_created != self.stream_now.load(Ordering::Relaxed) {
+        if self.stream_created != self.current_stream_created.load(Ordering::Relaxed) {
             return Ok(());
         }
-        self.reply.end(AckKind::Ack).await.context("acknowledge a message")
+        self.reply
+            .settle(AckKind::Ack)
+            .await
+            .context("acknowledge a message")
     }
 
     /// Asks for the message again after a while. Always with a delay: without one the server delivers it at once.
-    pub async fn nak(self, after: Duration) -> Result<()> {
+    pub async fn nack(self, after: Duration) -> Result<()> {
         let after = after.max(Duration::from_millis(1));
-        self.reply.end(AckKind::Nak(Some(after))).await.context("ask for a message again")
+        self.reply
+            .settle(AckKind::Nak(Some(after)))
+            .await
+            .context("ask for a message again")
     }
 
     pub fn progress(&self) -> Progress {
@@ -748,42 +876,62 @@ impl Receipt {
 
 impl Progress {
     fn new(client: &async_nats::Client, reply: Subject) -> Self {
-        Progress { client: client.clone(), reply, is_over: Arc::default() }
+        Progress {
+            client: client.clone(),
+            reply,
+            is_settled: Arc::default(),
+        }
     }
 
     /// Starts the wait for the acknowledgement anew, unless the message was settled or given back.
     pub async fn send(&self) -> Result<()> {
-        let is_over = self.is_over.lock().await;
-        if *is_over { Ok(()) } else { self.reply(AckKind::Progress).await.context("tell of progress") }
+        let is_settled = self.is_settled.lock().await;
+        if *is_settled {
+            Ok(())
+        } else {
+            self.send_ack(AckKind::Progress)
+                .await
+                .context("tell of progress")
+        }
     }
 
     /// The last word on this delivery.
-    async fn end(&self, kind: AckKind) -> Result<()> {
-        let mut is_over = self.is_over.lock().await;
-        *is_over = true;
-        self.reply(kind).await
+    async fn settle(&self, kind: AckKind) -> Result<()> {
+        let mut is_settled = self.is_settled.lock().await;
+        *is_settled = true;
+        self.send_ack(kind).await
     }
 
-    async fn reply(&self, kind: AckKind) -> Result<()> {
+    async fn send_ack(&self, kind: AckKind) -> Result<()> {
         let sent = self.client.publish(self.reply.clone(), kind.into());
-        Ok(tokio::time::timeout(SEND_TIMEOUT, sent).await.context("find room while NATS is out of reach")??)
+        Ok(tokio::time::timeout(SEND_TIMEOUT, sent)
+            .await
+            .context("find capacity while NATS is out of reach")??)
     }
 }
 
 /// Headers by name, without those that only concern the transport.
 pub(super) fn headers(map: Option<&async_nats::HeaderMap>) -> Headers {
-    let Some(map) = map else { return Headers::new() };
+    let Some(map) = map else {
+        return Headers::new();
+    };
     let mut headers: Headers = map
         .iter()
-        .filter(|(name, _)| !is_transport(name.as_ref()))
-        .flat_map(|(name, values)| values.iter().map(move |value| (name.to_string(), value.to_string())))
+        .filter(|(name, _)| !is_transport_header(name.as_ref()))
+        .flat_map(|(name, values)| {
+            values
+                .iter()
+                .map(move |value| (name.to_string(), value.to_string()))
+        })
         .collect();
     // The client keeps no order between names; ours is at least always the same.
     headers.sort_by(|(one, _), (other, _)| one.cmp(other));
     headers
 }
 
-fn is_transport(name: &str) -> bool {
+fn is_transport_header(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
-    ["nats-batch-", "nats-schedule", "nats-expected-"].iter().any(|prefix| name.starts_with(prefix))
+    ["nats-batch-", "nats-schedule", "nats-expected-"]
+        .iter()
+        .any(|prefix| name.starts_with(prefix))
 }

@@ -6,32 +6,32 @@ use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
 use serde_json::json;
 
+use super::decode::{decode_headers, is_delete_marker};
 use super::pull::headers;
-use super::readable::{is_marker, read_block};
-use super::{Bus, Outgoing};
+use super::{Bus, OutgoingMessage};
 use crate::model::message::{InvalidEventId, event_id};
 
 /// The server's answer to a request for one message.
 #[derive(Deserialize)]
-struct Answer {
-    message: Option<Raw>,
-    error: Option<Refusal>,
+struct GetMessageResponse {
+    message: Option<RawMessage>,
+    error: Option<ApiError>,
 }
 
 /// Why there is no message.
 #[derive(Deserialize)]
-struct Refusal {
+struct ApiError {
     err_code: u64,
     #[serde(default)]
     description: String,
 }
 
 /// There is no message at this sequence, or none like this from there on.
-const NO_MESSAGE: u64 = 10037;
+const MESSAGE_NOT_FOUND: u64 = 10037;
 
 /// A message as JSON.
 #[derive(Deserialize)]
-pub(super) struct Raw {
+pub(super) struct RawMessage {
     pub seq: u64,
     subject: String,
     /// The header block, in Base64.
@@ -43,19 +43,24 @@ pub(super) struct Raw {
     time: jiff::Timestamp,
 }
 
-impl Raw {
+impl RawMessage {
     /// The id under which it was published; empty when it has none.
     fn message_id(&self) -> Result<String> {
-        let block = STANDARD.decode(&self.hdrs).context("decode a message's headers")?;
+        let block = STANDARD
+            .decode(&self.hdrs)
+            .context("decode a message's headers")?;
         let block = String::from_utf8_lossy(&block);
-        let id = block.lines().find_map(|line| line.split_once(':').filter(|(name, _)| *name == "Nats-Msg-Id"));
+        let id = block.lines().find_map(|line| {
+            line.split_once(':')
+                .filter(|(name, _)| *name == "Nats-Msg-Id")
+        });
         Ok(id.map(|(_, id)| id.trim().to_owned()).unwrap_or_default())
     }
 }
 
 /// How a message that should stand at a place compares with the one that does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Compared {
+pub enum MessageComparison {
     Same,
     Different,
     /// No message stands there any more.
@@ -65,45 +70,84 @@ pub enum Compared {
 impl Bus {
     /// Compares a message with the one at a place: id, body and subject. A stream may give messages other subjects as it
     /// stores them; there id and body decide.
-    pub async fn compare(&self, stream: &str, sequence: u64, message: &Outgoing) -> Result<Compared> {
-        let Some(raw) = self.raw_message(stream, sequence).await? else { return Ok(Compared::Gone) };
-        let body = STANDARD.decode(&raw.data).context("decode a message's body")?;
+    pub async fn compare(
+        &self,
+        stream: &str,
+        sequence: u64,
+        message: &OutgoingMessage,
+    ) -> Result<MessageComparison> {
+        let Some(raw) = self.raw_message_at(stream, sequence).await? else {
+            return Ok(MessageComparison::Gone);
+        };
+        let body = STANDARD
+            .decode(&raw.data)
+            .context("decode a message's body")?;
         let is_same = raw.message_id()? == message.id
             && body == message.body
-            && (raw.subject == message.subject || self.renames_subjects(stream).await?);
-        Ok(if is_same { Compared::Same } else { Compared::Different })
+            && (raw.subject == message.subject || self.has_subject_transform(stream).await?);
+        Ok(if is_same {
+            MessageComparison::Same
+        } else {
+            MessageComparison::Different
+        })
     }
 
-    async fn renames_subjects(&self, stream: &str) -> Result<bool> {
-        Ok(self.stream(stream).await?.is_some_and(|stream| stream.renames_subjects))
+    async fn has_subject_transform(&self, stream: &str) -> Result<bool> {
+        Ok(self
+            .stream(stream)
+            .await?
+            .is_some_and(|stream| stream.has_subject_transform))
     }
 
     /// The id under which the message at a place was published; empty when it has none, none when there is no message.
     pub async fn message_id_at(&self, stream: &str, sequence: u64) -> Result<Option<String>> {
-        self.raw_message(stream, sequence).await?.map(|raw| raw.message_id()).transpose()
+        self.raw_message_at(stream, sequence)
+            .await?
+            .map(|raw| raw.message_id())
+            .transpose()
     }
 
     /// When the message at a place was stored; none when there is no message.
     pub async fn stored_at(&self, stream: &str, sequence: u64) -> Result<Option<jiff::Timestamp>> {
-        Ok(self.raw_message(stream, sequence).await?.map(|raw| raw.time))
+        Ok(self
+            .raw_message_at(stream, sequence)
+            .await?
+            .map(|raw| raw.time))
     }
 
     /// The subject and the event id of the message at a place; none when there is no message, or one that cannot be read or is no event.
     pub async fn event_at(&self, stream: &str, sequence: u64) -> Result<Option<(String, String)>> {
-        let Some(raw) = self.raw_message(stream, sequence).await? else { return Ok(None) };
+        let Some(raw) = self.raw_message_at(stream, sequence).await? else {
+            return Ok(None);
+        };
         // As JSON it has a stand-in for what is not UTF-8.
-        if raw.subject.contains(|c: char| c.is_control() || c == char::REPLACEMENT_CHARACTER) {
+        if raw
+            .subject
+            .contains(|c: char| c.is_control() || c == char::REPLACEMENT_CHARACTER)
+        {
             return Ok(None);
         }
-        let block = STANDARD.decode(&raw.hdrs).context("decode a message's headers")?;
-        let body = STANDARD.decode(&raw.data).context("decode a message's body")?;
-        if is_marker(&block, &body) {
+        let block = STANDARD
+            .decode(&raw.hdrs)
+            .context("decode a message's headers")?;
+        let body = STANDARD
+            .decode(&raw.data)
+            .context("decode a message's body")?;
+        if is_delete_marker(&block, &body) {
             return Ok(None);
         }
-        let Ok(block) = read_block(&block) else { return Ok(None) };
-        let id = match event_id(&headers(Some(&block.headers)), Some(&body), stream, raw.time, sequence) {
+        let Ok(block) = decode_headers(&block) else {
+            return Ok(None);
+        };
+        let id = match event_id(
+            &headers(Some(&block.headers)),
+            Some(&body),
+            stream,
+            raw.time,
+            sequence,
+        ) {
             Ok(id) => id,
-            Err(InvalidEventId { stand_in, .. }) => stand_in,
+            Err(InvalidEventId { fallback_id, .. }) => fallback_id,
         };
         Ok(Some((raw.subject, id)))
     }
@@ -117,24 +161,43 @@ impl Bus {
     ) -> Result<Option<jiff::Timestamp>> {
         let every = [">".to_owned()];
         let mut first: Option<jiff::Timestamp> = None;
-        for subject in if subjects.is_empty() { &every } else { subjects } {
-            let wanted = json!({ "seq": from, "next_by_subj": subject });
-            if let Some(raw) = self.raw(stream, wanted).await.context("look for the oldest message that waits")? {
+        for subject in if subjects.is_empty() {
+            &every
+        } else {
+            subjects
+        } {
+            let query = json!({ "seq": from, "next_by_subj": subject });
+            if let Some(raw) = self
+                .get_raw_message(stream, query)
+                .await
+                .context("look for the oldest message that waits")?
+            {
                 first = Some(first.map_or(raw.time, |first| first.min(raw.time)));
             }
         }
         Ok(first)
     }
 
-    async fn raw_message(&self, stream: &str, sequence: u64) -> Result<Option<Raw>> {
-        let wanted = json!({ "seq": sequence });
-        self.raw(stream, wanted).await.with_context(|| format!("read message {sequence} of {stream}"))
+    async fn raw_message_at(&self, stream: &str, sequence: u64) -> Result<Option<RawMessage>> {
+        let query = json!({ "seq": sequence });
+        self.get_raw_message(stream, query)
+            .await
+            .with_context(|| format!("read message {sequence} of {stream}"))
     }
 
-    pub(super) async fn raw(&self, stream: &str, wanted: serde_json::Value) -> Result<Option<Raw>> {
-        let answer: Answer = self.context.request(format!("STREAM.MSG.GET.{stream}"), &wanted).await?;
+    pub(super) async fn get_raw_message(
+        &self,
+        stream: &str,
+        query: serde_json::Value,
+    ) -> Result<Option<RawMessage>> {
+        let answer: GetMessageResponse = self
+            .context
+            .request(format!("STREAM.MSG.GET.{stream}"), &query)
+            .await?;
         match answer.error {
-            Some(refusal) if refusal.err_code != NO_MESSAGE => bail!("{}", refusal.description),
+            Some(refusal) if refusal.err_code != MESSAGE_NOT_FOUND => {
+                bail!("{}", refusal.description)
+            }
             _ => Ok(answer.message),
         }
     }

@@ -21,12 +21,12 @@ pub(super) enum Op {
     Pong,
     Ok,
     Error(String),
-    Message(Arrived),
+    Message(IncomingMessage),
 }
 
-/// A message as it arrived.
+/// A message as it was received.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Arrived {
+pub(super) struct IncomingMessage {
     /// Which subscription it is for.
     pub sid: u64,
     pub subject: Bytes,
@@ -36,11 +36,15 @@ pub(super) struct Arrived {
     pub body: Bytes,
 }
 
-/// Takes the first operation out of a buffer; none when it has not arrived as a whole. After an error the connection is
+/// Takes the first operation out of a buffer; none when it is not received as a whole. After an error the connection is
 /// of no use any more.
 pub(super) fn next_op(buffer: &mut BytesMut) -> Result<Option<Op>> {
     let Some(end) = buffer.windows(2).position(|two| two == b"\r\n") else {
-        ensure!(buffer.len() <= LINE_MAX, "the server sent a line of {} bytes", buffer.len());
+        ensure!(
+            buffer.len() <= LINE_MAX,
+            "the server sent a line of {} bytes",
+            buffer.len()
+        );
         return Ok(None);
     };
     let line = buffer.get(..end).unwrap_or_default();
@@ -66,16 +70,24 @@ fn message(buffer: &mut BytesMut, end: usize, has_headers: bool) -> Result<Optio
     let line = buffer.get(..end).unwrap_or_default();
     let malformed = || format!("read the line `{}`", line.escape_ascii());
     // Nothing but spaces parts them: a subject may hold any other byte.
-    let words: Vec<&[u8]> = line.split(|byte| *byte == b' ').filter(|word| !word.is_empty()).skip(1).collect();
+    let words: Vec<&[u8]> = line
+        .split(|byte| *byte == b' ')
+        .filter(|word| !word.is_empty())
+        .skip(1)
+        .collect();
     let (subject, sid, reply, header_size, size) = match (has_headers, words.as_slice()) {
         (false, [subject, sid, size]) => (subject, sid, None, None, size),
         (false, [subject, sid, reply, size]) => (subject, sid, Some(reply), None, size),
         (true, [subject, sid, header, size]) => (subject, sid, None, Some(header), size),
-        (true, [subject, sid, reply, header, size]) => (subject, sid, Some(reply), Some(header), size),
+        (true, [subject, sid, reply, header, size]) => {
+            (subject, sid, Some(reply), Some(header), size)
+        }
         _ => bail!(malformed()),
     };
     let size = number(size).with_context(malformed)?;
-    let header_size = header_size.map_or(Ok(0), |size| number(size)).with_context(malformed)?;
+    let header_size = header_size
+        .map_or(Ok(0), |size| number(size))
+        .with_context(malformed)?;
     ensure!(header_size <= size && size <= MESSAGE_MAX, malformed());
     let whole = end + 2 + size + 2;
     if buffer.len() < whole {
@@ -90,7 +102,13 @@ fn message(buffer: &mut BytesMut, end: usize, has_headers: bool) -> Result<Optio
     let headers = buffer.split_to(header_size).freeze();
     let body = buffer.split_to(size - header_size).freeze();
     buffer.advance(2);
-    Ok(Some(Op::Message(Arrived { sid, subject, reply, headers, body })))
+    Ok(Some(Op::Message(IncomingMessage {
+        sid,
+        subject,
+        reply,
+        headers,
+        body,
+    })))
 }
 
 fn number(word: &[u8]) -> Result<usize> {
@@ -114,14 +132,16 @@ mod tests {
     }
 
     #[test]
-    fn every_operation_is_read_and_what_is_not_whole_is_waited_for() {
+    fn every_operation_is_parsed_and_partial_input_waits() {
         let bytes = b"INFO {\"nonce\":\"n\"}\r\nPING\r\nPONG\r\n+OK\r\n-ERR 'Stale Connection'\r\n\
             MSG a.b 1 2\r\nhi\r\nMSG a.b 1 $JS.ACK.x 0\r\n\r\nHMSG a 7 12 14\r\nNATS/1.0\r\n\r\nhi\r\n";
         let seen = ops(bytes);
         assert_eq!(seen.len(), 8);
         assert_eq!(seen[0], Op::Info(Bytes::from_static(b"{\"nonce\":\"n\"}")));
         assert_eq!(seen[4], Op::Error("Stale Connection".to_owned()));
-        let Op::Message(last) = &seen[7] else { panic!("{seen:?}") };
+        let Op::Message(last) = &seen[7] else {
+            panic!("{seen:?}")
+        };
         assert_eq!(
             (last.sid, last.headers.as_ref(), last.body.as_ref()),
             (7, b"NATS/1.0\r\n\r\n".as_slice(), b"hi".as_slice())
@@ -136,22 +156,41 @@ mod tests {
     }
 
     #[test]
-    fn a_subject_may_hold_any_byte_that_a_server_lets_through() {
-        for hostile in
-            [&b"n.\xff\xfe"[..], b"n.caf\xe9", b"n.a\rb", b"n.\x0b\x0c", "n.\u{a0}\u{2003}".as_bytes(), b"n.\0"]
-        {
+    fn a_subject_may_contain_any_byte_that_a_server_accepts() {
+        for hostile in [
+            &b"n.\xff\xfe"[..],
+            b"n.caf\xe9",
+            b"n.a\rb",
+            b"n.\x0b\x0c",
+            "n.\u{a0}\u{2003}".as_bytes(),
+            b"n.\0",
+        ] {
             let message = [b"MSG ", hostile, b" 1 $JS.ACK.x 0\r\n\r\n"].concat();
             assert_eq!(subject(&message), hostile);
-            let message = [b"HMSG ", hostile, b" 1 $JS.ACK.x 12 12\r\nNATS/1.0\r\n\r\n\r\n"].concat();
+            let message = [
+                b"HMSG ",
+                hostile,
+                b" 1 $JS.ACK.x 12 12\r\nNATS/1.0\r\n\r\n\r\n",
+            ]
+            .concat();
             assert_eq!(subject(&message), hostile);
         }
     }
 
     #[test]
-    fn what_no_server_says_ends_the_connection() {
-        for bad in [&b"HELLO\r\n"[..], b"MSG a\r\n", b"MSG a 1 x\r\n", b"HMSG a 1 5 2\r\n", b"MSG a 1 999999999999\r\n"]
-        {
-            assert!(next_op(&mut BytesMut::from(bad)).is_err(), "{}", bad.escape_ascii());
+    fn malformed_operations_end_the_connection() {
+        for bad in [
+            &b"HELLO\r\n"[..],
+            b"MSG a\r\n",
+            b"MSG a 1 x\r\n",
+            b"HMSG a 1 5 2\r\n",
+            b"MSG a 1 999999999999\r\n",
+        ] {
+            assert!(
+                next_op(&mut BytesMut::from(bad)).is_err(),
+                "{}",
+                bad.escape_ascii()
+            );
         }
         assert!(next_op(&mut BytesMut::from(vec![b'x'; LINE_MAX + 1].as_slice())).is_err());
     }

@@ -8,7 +8,7 @@ use moka::Expiry;
 use moka::ops::compute::Op;
 use moka::sync::Cache as Moka;
 
-use super::marks::Marks;
+use super::tag_versions::TagVersions;
 use super::{CacheKey, Cached, Layer, Policy};
 use crate::model::cache_writes::{CachePut, TTL_MAX};
 
@@ -20,7 +20,7 @@ const JITTER: f64 = 0.1;
 
 pub(super) struct Local {
     values: Moka<CacheKey, Arc<Entry>>,
-    pub marks: Marks,
+    pub tag_versions: TagVersions,
 }
 
 /// A value with what it depends on.
@@ -29,44 +29,70 @@ pub(super) struct Entry {
     pub value: Bytes,
     pub tags: Arc<[String]>,
     /// The point in the order of invalidations of this process before it was read.
-    pub since: u64,
-    /// When its load began.
-    pub born: Instant,
+    pub read_version: u64,
+    /// When its load started.
+    pub loaded_at: Instant,
     pub fresh_until: Instant,
     /// From here on it is no answer any more.
-    pub ends: Instant,
+    pub expires_at: Instant,
 }
 
 impl Entry {
-    pub fn new(value: Bytes, tags: Vec<String>, policy: Policy, since: u64, born: Instant) -> Self {
-        let fresh_until = born + jittered(policy.ttl.min(TTL_MAX));
-        let ends = fresh_until + policy.stale.min(TTL_MAX);
-        Entry { value, tags: tags.into(), since, born, fresh_until, ends }
+    pub fn new(
+        value: Bytes,
+        tags: Vec<String>,
+        policy: Policy,
+        read_version: u64,
+        loaded_at: Instant,
+    ) -> Self {
+        let fresh_until = loaded_at + jittered(policy.ttl.min(TTL_MAX));
+        let expires_at = fresh_until + policy.stale.min(TTL_MAX);
+        Entry {
+            value,
+            tags: tags.into(),
+            read_version,
+            loaded_at,
+            fresh_until,
+            expires_at,
+        }
     }
 
     /// What a handler puts, which nobody can load anew.
-    pub fn put(put: &CachePut, since: u64) -> Self {
-        let policy = Policy { ttl: put.ttl, stale: Duration::ZERO };
-        Entry::new(put.value.clone(), put.tags.clone(), policy, since, Instant::now())
+    pub fn from_put(put: &CachePut, read_version: u64) -> Self {
+        let policy = Policy {
+            ttl: put.ttl,
+            stale: Duration::ZERO,
+        };
+        Entry::new(
+            put.value.clone(),
+            put.tags.clone(),
+            policy,
+            read_version,
+            Instant::now(),
+        )
     }
 
     pub fn is_stale(&self, now: Instant) -> bool {
         now >= self.fresh_until
     }
 
-    pub fn cached(&self, layer: Layer) -> Cached {
+    pub fn to_cached(&self, layer: Layer) -> Cached {
         let now = Instant::now();
         Cached {
             value: self.value.clone(),
             tags: Arc::clone(&self.tags),
-            age: now.saturating_duration_since(self.born),
+            age: now.saturating_duration_since(self.loaded_at),
             is_stale: self.is_stale(now),
             layer,
         }
     }
 
     fn size(&self, key: &CacheKey) -> usize {
-        let tags: usize = self.tags.iter().map(|tag| tag.len() + size_of::<String>()).sum();
+        let tags: usize = self
+            .tags
+            .iter()
+            .map(|tag| tag.len() + size_of::<String>())
+            .sum();
         ENTRY_SIZE + key.worker.len() + key.key.len() + self.value.len() + tags
     }
 }
@@ -77,11 +103,16 @@ pub(super) fn jittered(ttl: Duration) -> Duration {
 }
 
 /// Entries end by themselves.
-struct Ends;
+struct EntryExpiry;
 
-impl Expiry<CacheKey, Arc<Entry>> for Ends {
-    fn expire_after_create(&self, _: &CacheKey, entry: &Arc<Entry>, now: Instant) -> Option<Duration> {
-        Some(entry.ends.saturating_duration_since(now))
+impl Expiry<CacheKey, Arc<Entry>> for EntryExpiry {
+    fn expire_after_create(
+        &self,
+        _: &CacheKey,
+        entry: &Arc<Entry>,
+        now: Instant,
+    ) -> Option<Duration> {
+        Some(entry.expires_at.saturating_duration_since(now))
     }
 
     fn expire_after_update(
@@ -91,7 +122,7 @@ impl Expiry<CacheKey, Arc<Entry>> for Ends {
         now: Instant,
         _: Option<Duration>,
     ) -> Option<Duration> {
-        Some(entry.ends.saturating_duration_since(now))
+        Some(entry.expires_at.saturating_duration_since(now))
     }
 }
 
@@ -100,31 +131,39 @@ impl Local {
     pub fn new(size: u64) -> Self {
         let values = Moka::builder()
             .max_capacity(size)
-            .weigher(|key: &CacheKey, entry: &Arc<Entry>| u32::try_from(entry.size(key)).unwrap_or(u32::MAX))
-            .expire_after(Ends)
+            .weigher(|key: &CacheKey, entry: &Arc<Entry>| {
+                u32::try_from(entry.size(key)).unwrap_or(u32::MAX)
+            })
+            .expire_after(EntryExpiry)
             .build();
-        Local { values, marks: Marks::default() }
+        Local {
+            values,
+            tag_versions: TagVersions::default(),
+        }
     }
 
     /// The entry of a key, if it is valid.
     pub fn get(&self, key: &CacheKey) -> Option<Arc<Entry>> {
         let entry = self.values.get(key)?;
-        if entry.ends > Instant::now() && self.is_valid(key, &entry) {
+        if entry.expires_at > Instant::now() && self.is_valid(key, &entry) {
             return Some(entry);
         }
         None
     }
 
     pub fn is_valid(&self, key: &CacheKey, entry: &Entry) -> bool {
-        self.marks.is_valid(&key.worker, &entry.tags, entry.since)
+        self.tag_versions
+            .is_valid(&key.worker, &entry.tags, entry.read_version)
     }
 
     /// Keeps an entry, unless there is one that was read later.
     pub fn insert(&self, key: &CacheKey, entry: Arc<Entry>) {
-        self.values.entry_by_ref(key).and_compute_with(|there| match there {
-            Some(there) if there.value().since > entry.since => Op::Nop,
-            _ => Op::Put(entry),
-        });
+        self.values
+            .entry_by_ref(key)
+            .and_compute_with(|current| match current {
+                Some(current) if current.value().read_version > entry.read_version => Op::Nop,
+                _ => Op::Put(entry),
+            });
     }
 
     /// How many entries there are, and what they take in bytes: about.
@@ -139,27 +178,44 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_read_earlier_does_not_replace_what_was_read_later_and_the_size_is_bounded() {
+    fn insert_keeps_the_later_read_and_the_size_is_bounded() {
         let local = Local::new(100_000);
-        let policy = Policy { ttl: Duration::from_secs(60), stale: Duration::ZERO };
-        let entry = |text: &str, since| {
+        let policy = Policy {
+            ttl: Duration::from_secs(60),
+            stale: Duration::ZERO,
+        };
+        let entry = |text: &str, read_version| {
             let value = Bytes::copy_from_slice(text.as_bytes());
-            Arc::new(Entry::new(value, Vec::new(), policy, since, Instant::now()))
+            Arc::new(Entry::new(
+                value,
+                Vec::new(),
+                policy,
+                read_version,
+                Instant::now(),
+            ))
         };
         let key = CacheKey::value("shop", "a");
         local.insert(&key, entry("new", 2));
         local.insert(&key, entry("old", 1));
         assert_eq!(local.get(&key).unwrap().value, "new");
         for n in 0..1_000 {
-            local.insert(&CacheKey::value("shop", &n.to_string()), entry(&"x".repeat(1_000), 2));
+            local.insert(
+                &CacheKey::value("shop", &n.to_string()),
+                entry(&"x".repeat(1_000), 2),
+            );
         }
         let (entries, size) = local.measure();
-        assert!(entries < 80 && size <= 100_000, "{entries} entries take {size} bytes");
+        assert!(
+            entries < 80 && size <= 100_000,
+            "{entries} entries take {size} bytes"
+        );
     }
 
     #[test]
-    fn a_time_to_live_is_never_longer_than_it_was_promised_nor_the_same_for_all() {
-        let ttls: Vec<Duration> = (0..1_000).map(|_| jittered(Duration::from_secs(10))).collect();
+    fn jittered_ttl_varies_and_is_never_longer_than_asked() {
+        let ttls: Vec<Duration> = (0..1_000)
+            .map(|_| jittered(Duration::from_secs(10)))
+            .collect();
         let (least, most) = (ttls.iter().min().unwrap(), ttls.iter().max().unwrap());
         assert!(*least >= Duration::from_secs(9) && *most <= Duration::from_secs(10));
         assert!(*most - *least > Duration::from_millis(500));

@@ -1,11 +1,11 @@
 //! The cache that all hosts share: one Redis or Valkey.
 //!
-//! What is said of invalidations in `marks.rs` holds here, too, with a count of its own, kept there for each worker: the
+//! What is said of invalidations in `tag_versions.rs` holds here, too, with a version of its own, kept there for each worker: the
 //! number of an invalidation is one more than the last, or the time there if that is more, so that a Redis that lost
-//! everything never counts the same twice. A value is valid as long as a mark is there for each of its tags and is no higher
-//! than the count before it was read: marks that got lost cost a load, and nothing else.
+//! everything never counts the same twice. A value is valid as long as a version is there for each of its tags and is no higher
+//! than the version before it was read: versions that got lost cost a load, and nothing else.
 //!
-//! Whatever is slow or fails is given up. Invalidations that could not be applied are owed, and nothing is read until they are.
+//! Whatever is slow or fails is given up. Invalidations that could not be applied are pending, and nothing is read until they are.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,19 +25,19 @@ use crate::model::breaker::{Breaker, Permit, State};
 use crate::model::cache_writes::EVERYTHING;
 
 /// How long anybody waits for an answer.
-const ANSWER_WITHIN: Duration = Duration::from_millis(100);
+const RESPONSE_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// How long making a connection may take; nobody waits for that longer than for an answer.
-const CONNECT_WITHIN: Duration = Duration::from_secs(2);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// For how long a mark is kept of a tag that no value has: longer than any load takes, in milliseconds.
-const MARK_KEPT_MS: u64 = 60 * 60 * 1_000;
+/// For how long the version of a tag that no value has is kept: longer than any load takes, in milliseconds.
+const TAG_VERSION_TTL_MS: u64 = 60 * 60 * 1_000;
 
 /// For how long it is kept which invalidations were applied, in milliseconds.
-const APPLIED_KEPT_MS: u64 = 10 * 60 * 1_000;
+const APPLIED_TTL_MS: u64 = 10 * 60 * 1_000;
 
-/// How many tags of a worker are owed; beyond that it is everything of that worker.
-const OWED_MAX: usize = 10_000;
+/// How many tags of a worker are pending; beyond that it is everything of that worker.
+const PENDING_TAGS_MAX: usize = 10_000;
 
 /// How much is sent at once, in bytes.
 const STORE_SIZE_MAX: usize = 1 << 20;
@@ -45,238 +45,285 @@ const STORE_SIZE_MAX: usize = 1 << 20;
 pub(super) struct Shared {
     manager: ConnectionManager,
     breaker: Mutex<Breaker>,
-    /// The highest count that was seen, by worker.
-    seen: Mutex<HashMap<String, u64>>,
+    /// The last version that was read, by worker.
+    last_seen: Mutex<HashMap<String, u64>>,
     /// Tags that are yet to be invalidated, by worker.
-    owed: Mutex<HashMap<String, BTreeSet<String>>>,
-    is_in_debt: AtomicBool,
+    pending: Mutex<HashMap<String, BTreeSet<String>>>,
+    has_pending: AtomicBool,
     /// Whoever pays.
-    paying: tokio::sync::Mutex<()>,
+    flushing: tokio::sync::Mutex<()>,
     metrics: Arc<Metrics>,
 }
 
 static GET: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("get.lua")));
-static MARK: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("mark.lua")));
+static INVALIDATE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("invalidate.lua")));
 static STORE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("store.lua")));
 
 /// A value as it is kept there.
-pub(super) struct Found {
+pub(super) struct SharedEntry {
     value: Bytes,
     tags: Vec<String>,
     age: Duration,
     /// How long it goes on being as good as new, and being an answer.
-    fresh: Duration,
-    left: Duration,
+    fresh_for: Duration,
+    expires_in: Duration,
 }
 
 /// A value to be kept.
 #[derive(Clone)]
 pub(super) struct SharedPut {
-    name: String,
+    key: String,
     value: Bytes,
     /// One a line.
     tags: String,
-    born: Instant,
+    loaded_at: Instant,
     fresh_until: Instant,
-    ends: Instant,
+    expires_at: Instant,
 }
 
 impl SharedPut {
     pub fn new(key: &CacheKey, entry: &Entry) -> Self {
         SharedPut {
-            name: name(&key.worker, &key.key),
+            key: redis_key(&key.worker, &key.key),
             value: entry.value.clone(),
             tags: entry.tags.join("\n"),
-            born: entry.born,
+            loaded_at: entry.loaded_at,
             fresh_until: entry.fresh_until,
-            ends: entry.ends,
+            expires_at: entry.expires_at,
         }
     }
 }
 
-impl Found {
-    /// The same value in this process, read after the point `since`. Hosts do not all lose it at the same time.
-    pub fn entry(self, since: u64) -> Entry {
+impl SharedEntry {
+    /// The same value in this process, read after the point `read_version`. Hosts do not all lose it at the same time.
+    pub fn into_entry(self, read_version: u64) -> Entry {
         let now = Instant::now();
-        let fresh = jittered(self.fresh);
+        let fresh = jittered(self.fresh_for);
         Entry {
             value: self.value,
             tags: self.tags.into(),
-            since,
-            born: now.checked_sub(self.age).unwrap_or(now),
+            read_version,
+            loaded_at: now.checked_sub(self.age).unwrap_or(now),
             fresh_until: now + fresh,
-            ends: now + self.left,
+            expires_at: now + self.expires_in,
         }
     }
 }
 
 /// Everything of a worker has the same hash tag, so that it stands on one server of a cluster.
-fn name(worker: &str, rest: &str) -> String {
+fn redis_key(worker: &str, rest: &str) -> String {
     format!("oncely:{{{worker}}}:{rest}")
 }
 
 impl Shared {
     pub fn open(url: &CacheUrl, metrics: Arc<Metrics>) -> anyhow::Result<Self> {
-        let client = redis::Client::open(url.reveal()).with_context(|| format!("understand {}", url.shown()))?;
+        let client = redis::Client::open(url.reveal())
+            .with_context(|| format!("understand {}", url.redacted()))?;
         let config = ConnectionManagerConfig::new()
-            .set_connection_timeout(Some(CONNECT_WITHIN))
-            .set_response_timeout(Some(ANSWER_WITHIN))
+            .set_connection_timeout(Some(CONNECT_TIMEOUT))
+            .set_response_timeout(Some(RESPONSE_TIMEOUT))
             .set_number_of_retries(0);
-        let manager = client.get_connection_manager_lazy(config).with_context(|| format!("use {}", url.shown()))?;
+        let manager = client
+            .get_connection_manager_lazy(config)
+            .with_context(|| format!("use {}", url.redacted()))?;
         Ok(Shared {
             manager,
             breaker: Mutex::new(Breaker::new(Instant::now())),
-            seen: Mutex::default(),
-            owed: Mutex::default(),
-            is_in_debt: AtomicBool::new(false),
-            paying: tokio::sync::Mutex::default(),
+            last_seen: Mutex::default(),
+            pending: Mutex::default(),
+            has_pending: AtomicBool::new(false),
+            flushing: tokio::sync::Mutex::default(),
             metrics,
         })
     }
 
     /// Whether it is in use.
     pub fn is_up(&self) -> bool {
-        lock(&self.breaker).state() == State::Closed && !self.is_in_debt.load(Ordering::Acquire)
+        lock(&self.breaker).state() == State::Closed && !self.has_pending.load(Ordering::Acquire)
     }
 
-    /// A count that was seen some time ago.
-    pub fn seen(&self, worker: &str) -> u64 {
-        lock(&self.seen).get(worker).copied().unwrap_or_default()
+    /// The last version that was read; there may be a later one.
+    pub fn last_seen(&self, worker: &str) -> u64 {
+        lock(&self.last_seen)
+            .get(worker)
+            .copied()
+            .unwrap_or_default()
     }
 
-    /// The value of a key, if it is valid, and the count before anything else is read.
-    pub async fn get(&self, key: &CacheKey) -> (Option<Found>, u64) {
-        type Answer = (u64, Option<Vec<u8>>, Option<String>, Option<u64>, Option<u64>, Option<u64>);
+    /// The value of a key, if it is valid, and the version before anything else is read.
+    pub async fn get(&self, key: &CacheKey) -> (Option<SharedEntry>, u64) {
+        type Reply = (
+            u64,
+            Option<Vec<u8>>,
+            Option<String>,
+            Option<u64>,
+            Option<u64>,
+            Option<u64>,
+        );
         let worker = key.worker.as_str();
         if !self.is_ready().await {
-            return (None, self.seen(worker));
+            return (None, self.last_seen(worker));
         }
-        let mut get = GET.key(name(worker, &key.key));
-        get.key(name(worker, "count")).arg(name(worker, "t:"));
-        let Some((count, value, tags, left, life, stale)) = self.run::<Answer>(get).await else {
-            return (None, self.seen(worker));
+        let mut get = GET.key(redis_key(worker, &key.key));
+        get.key(redis_key(worker, "version"))
+            .arg(redis_key(worker, "t:"));
+        let Some((version, value, tags, left, ttl, stale)) = self.run::<Reply>(get).await else {
+            return (None, self.last_seen(worker));
         };
-        self.saw(worker, count);
-        let found = value.zip(left).map(|(value, left)| Found {
+        self.set_last_seen(worker, version);
+        let found = value.zip(left).map(|(value, left)| SharedEntry {
             value: Bytes::from(value),
-            tags: tags.unwrap_or_default().lines().map(str::to_owned).collect(),
-            age: Duration::from_millis(life.unwrap_or_default().saturating_sub(left)),
-            fresh: Duration::from_millis(left.saturating_sub(stale.unwrap_or_default())),
-            left: Duration::from_millis(left),
+            tags: tags
+                .unwrap_or_default()
+                .lines()
+                .map(str::to_owned)
+                .collect(),
+            age: Duration::from_millis(ttl.unwrap_or_default().saturating_sub(left)),
+            fresh_for: Duration::from_millis(left.saturating_sub(stale.unwrap_or_default())),
+            expires_in: Duration::from_millis(left),
         });
-        (found, count)
+        (found, version)
     }
 
-    /// Invalidates tags, then keeps values that a transaction put, which it read when the count was `began`. The invalidation
-    /// `id` is applied once. What cannot be done now is owed.
+    /// Invalidates tags, then keeps values that a transaction put, which it read when the version was `read_version`. The invalidation
+    /// `id` is applied once. What cannot be done now is pending.
     pub async fn commit(
         &self,
         worker: &str,
         id: Option<&str>,
         tags: &BTreeSet<String>,
         puts: Vec<SharedPut>,
-        began: u64,
+        read_version: u64,
     ) {
         if tags.is_empty() {
-            return self.store(worker, puts, began).await;
+            return self.store(worker, puts, read_version).await;
         }
         if !self.is_ready().await {
-            return self.owe(worker, tags);
+            return self.defer(worker, tags);
         }
-        let mark = Self::mark(worker, id, tags, &puts, began);
-        let Some(answer) = self.run::<Vec<u64>>(mark).await else { return self.owe(worker, tags) };
-        let Some((&count, may_stay)) = answer.split_first() else { return };
-        self.saw(worker, count);
-        let puts = puts.into_iter().zip(may_stay).filter(|(_, may_stay)| **may_stay == 1).map(|(put, _)| put).collect();
-        self.store(worker, puts, count).await;
+        let script = Self::invalidation_script(worker, id, tags, &puts, read_version);
+        let Some(answer) = self.run::<Vec<u64>>(script).await else {
+            return self.defer(worker, tags);
+        };
+        let Some((&version, is_valid)) = answer.split_first() else {
+            return;
+        };
+        self.set_last_seen(worker, version);
+        let puts = puts
+            .into_iter()
+            .zip(is_valid)
+            .filter(|(_, is_valid)| **is_valid == 1)
+            .map(|(put, _)| put)
+            .collect();
+        self.store(worker, puts, version).await;
     }
 
-    /// Keeps values that were read when the count was `began`, as far as they are still valid.
-    pub async fn store(&self, worker: &str, puts: Vec<SharedPut>, began: u64) {
+    /// Keeps values that were read when the version was `read_version`, as far as they are still valid.
+    pub async fn store(&self, worker: &str, puts: Vec<SharedPut>, read_version: u64) {
         let mut puts = puts.into_iter().peekable();
         while puts.peek().is_some() {
             if !self.is_ready().await {
                 return;
             }
-            let mut store = STORE.arg(name(worker, ""));
-            store.arg(began);
+            let mut store = STORE.arg(redis_key(worker, ""));
+            store.arg(read_version);
             let (mut size, now) = (0, Instant::now());
             while size < STORE_SIZE_MAX
                 && let Some(put) = puts.next()
             {
                 size += put.value.len();
-                let ms = |from: Instant, to: Instant| to.saturating_duration_since(from).as_millis() as u64;
-                store.arg(put.name).arg(ms(now, put.ends)).arg(ms(put.born, put.ends));
-                store.arg(ms(put.fresh_until, put.ends)).arg(put.tags).arg(put.value.as_ref());
+                let ms = |from: Instant, to: Instant| {
+                    to.saturating_duration_since(from).as_millis() as u64
+                };
+                store
+                    .arg(put.key)
+                    .arg(ms(now, put.expires_at))
+                    .arg(ms(put.loaded_at, put.expires_at));
+                store
+                    .arg(ms(put.fresh_until, put.expires_at))
+                    .arg(put.tags)
+                    .arg(put.value.as_ref());
             }
-            let Some(count) = self.run::<u64>(store).await else { return };
-            self.saw(worker, count);
+            let Some(version) = self.run::<u64>(store).await else {
+                return;
+            };
+            self.set_last_seen(worker, version);
         }
     }
 
-    fn mark(
+    fn invalidation_script(
         worker: &str,
         id: Option<&str>,
         tags: &BTreeSet<String>,
         puts: &[SharedPut],
-        began: u64,
+        read_version: u64,
     ) -> ScriptInvocation<'static> {
-        let mut mark = MARK.arg(name(worker, ""));
-        mark.arg(id.unwrap_or_default()).arg(MARK_KEPT_MS).arg(APPLIED_KEPT_MS).arg(began).arg(tags.len());
+        let mut script = INVALIDATE.arg(redis_key(worker, ""));
+        script
+            .arg(id.unwrap_or_default())
+            .arg(TAG_VERSION_TTL_MS)
+            .arg(APPLIED_TTL_MS)
+            .arg(read_version)
+            .arg(tags.len());
         for tag in tags {
-            mark.arg(tag);
+            script.arg(tag);
         }
         for put in puts {
-            mark.arg(put.tags.as_str());
+            script.arg(put.tags.as_str());
         }
-        mark
+        script
     }
 
-    /// Whether to try: it answers, as far as is known, and nothing is owed. Pays what is.
+    /// Whether to try: it answers, as far as is known, and nothing is pending. Pays what is.
     async fn is_ready(&self) -> bool {
         let permit = lock(&self.breaker).permit(Instant::now());
-        permit == Permit::Yes && (!self.is_in_debt.load(Ordering::Acquire) || self.pay().await)
+        permit == Permit::Granted
+            && (!self.has_pending.load(Ordering::Acquire) || self.flush_pending().await)
     }
 
-    fn owe(&self, worker: &str, tags: &BTreeSet<String>) {
-        let mut owed = lock(&self.owed);
-        let of_worker = owed.entry(worker.to_owned()).or_default();
-        of_worker.extend(tags.iter().cloned());
-        if of_worker.len() > OWED_MAX {
-            *of_worker = BTreeSet::from([EVERYTHING.to_owned()]);
+    fn defer(&self, worker: &str, tags: &BTreeSet<String>) {
+        let mut pending = lock(&self.pending);
+        let worker_tags = pending.entry(worker.to_owned()).or_default();
+        worker_tags.extend(tags.iter().cloned());
+        if worker_tags.len() > PENDING_TAGS_MAX {
+            *worker_tags = BTreeSet::from([EVERYTHING.to_owned()]);
         }
-        self.is_in_debt.store(true, Ordering::Release);
+        self.has_pending.store(true, Ordering::Release);
     }
 
-    /// Applies the invalidations that are owed; false when there are still some.
-    async fn pay(&self) -> bool {
-        let Ok(_paying) = self.paying.try_lock() else {
-            lock(&self.breaker).undecided(Instant::now());
+    /// Applies the invalidations that are pending; false when there are still some.
+    async fn flush_pending(&self) -> bool {
+        let Ok(_flushing) = self.flushing.try_lock() else {
+            lock(&self.breaker).inconclusive(Instant::now());
             return false;
         };
         loop {
-            let next = lock(&self.owed).iter().next().map(|(worker, tags)| (worker.clone(), tags.clone()));
+            let next = lock(&self.pending)
+                .iter()
+                .next()
+                .map(|(worker, tags)| (worker.clone(), tags.clone()));
             let Some((worker, tags)) = next else { break };
-            let mark = Self::mark(&worker, None, &tags, &[], 0);
-            if self.run::<Vec<u64>>(mark).await.is_none() {
+            let script = Self::invalidation_script(&worker, None, &tags, &[], 0);
+            if self.run::<Vec<u64>>(script).await.is_none() {
                 return false;
             }
-            let mut owed = lock(&self.owed);
-            if let Some(left) = owed.get_mut(&worker) {
+            let mut pending = lock(&self.pending);
+            if let Some(left) = pending.get_mut(&worker) {
                 left.retain(|tag| !tags.contains(tag));
             }
-            owed.retain(|_, tags| !tags.is_empty());
+            pending.retain(|_, tags| !tags.is_empty());
         }
-        let owed = lock(&self.owed);
-        self.is_in_debt.store(!owed.is_empty(), Ordering::Release);
-        owed.is_empty()
+        let pending = lock(&self.pending);
+        self.has_pending
+            .store(!pending.is_empty(), Ordering::Release);
+        pending.is_empty()
     }
 
-    fn saw(&self, worker: &str, count: u64) {
-        let mut seen = lock(&self.seen);
-        match seen.get_mut(worker) {
-            Some(seen) => *seen = count,
-            None => drop(seen.insert(worker.to_owned(), count)),
+    fn set_last_seen(&self, worker: &str, version: u64) {
+        let mut last_seen = lock(&self.last_seen);
+        match last_seen.get_mut(worker) {
+            Some(last_seen) => *last_seen = version,
+            None => drop(last_seen.insert(worker.to_owned(), version)),
         }
     }
 
@@ -288,7 +335,7 @@ impl Shared {
     {
         let mut manager = self.manager.clone();
         let task = tokio::spawn(async move { script.invoke_async::<T>(&mut manager).await });
-        let why = match tokio::time::timeout(ANSWER_WITHIN, task).await {
+        let why = match tokio::time::timeout(RESPONSE_TIMEOUT, task).await {
             Ok(Ok(Ok(answer))) => {
                 if lock(&self.breaker).succeeded() {
                     tracing::info!("the shared cache answers again");
@@ -297,7 +344,7 @@ impl Shared {
             }
             Ok(Ok(Err(error))) => error.to_string(),
             Ok(Err(error)) => error.to_string(),
-            Err(_) => format!("no answer within {ANSWER_WITHIN:?}"),
+            Err(_) => format!("no answer within {RESPONSE_TIMEOUT:?}"),
         };
         self.metrics.cache.shared_failed();
         let mut breaker = lock(&self.breaker);

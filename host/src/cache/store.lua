@@ -1,25 +1,25 @@
 -- Keeps values of a worker that are still valid.
--- ARGV: how its names begin, its count before they were read, and of each value: its name, in milliseconds what is left of
--- its life, its life, how much of that it is stale; its tags (one a line), and itself.
--- Answers: the count.
-local name, began = ARGV[1], tonumber(ARGV[2])
-local count = redis.call('GET', name .. 'count') or '0'
--- A count that is lower than it was is that of a store that lost everything, invalidations included.
-if began > tonumber(count) then
-    return count
+-- ARGV: how its names begin, its version before they were read, and of each value: its name, in milliseconds what is left of
+-- its ttl, its ttl, how much of that it is stale; its tags (one a line), and itself.
+-- Answers: the version.
+local name, read_version = ARGV[1], tonumber(ARGV[2])
+local version = redis.call('GET', name .. 'version') or '0'
+-- A version that is lower than it was is that of a store that lost everything, invalidations included.
+if read_version > tonumber(version) then
+    return version
 end
 
--- Sees to it that there is a mark for a tag, for as long as the value lives. False when the tag was invalidated.
+-- Sees to it that there is a version for a tag, for as long as the value lives. False when the tag was invalidated.
 local function is_valid(tag, ms)
-    local mark = name .. 't:' .. tag
-    local number = redis.call('GET', mark)
-    if number and tonumber(number) > began then
+    local tag_key = name .. 't:' .. tag
+    local number = redis.call('GET', tag_key)
+    if number and tonumber(number) > read_version then
         return false
     end
     if not number then
-        redis.call('SET', mark, '0', 'PX', ms)
-    elseif redis.call('PTTL', mark) < ms then
-        redis.call('PEXPIRE', mark, ms)
+        redis.call('SET', tag_key, '0', 'PX', ms)
+    elseif redis.call('PTTL', tag_key) < ms then
+        redis.call('PEXPIRE', tag_key, ms)
     end
     return true
 end
@@ -30,12 +30,12 @@ for n = 3, #ARGV, 6 do
     for tag in string.gmatch(tags, '[^\n]+') do
         valid = valid and is_valid(tag, left)
     end
-    local there = redis.call('HGET', key, 'began')
-    if valid and not (there and tonumber(there) > began) then
+    local there = redis.call('HGET', key, 'read_version')
+    if valid and not (there and tonumber(there) > read_version) then
         redis.call('DEL', key)
-        redis.call('HSET', key, 'value', ARGV[n + 5], 'tags', tags, 'began', ARGV[2],
-            'life', ARGV[n + 2], 'stale', ARGV[n + 3])
+        redis.call('HSET', key, 'value', ARGV[n + 5], 'tags', tags, 'read_version', ARGV[2],
+            'ttl', ARGV[n + 2], 'stale', ARGV[n + 3])
         redis.call('PEXPIRE', key, left)
     end
 end
-return count
+return version

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use super::term;
-use crate::cli::cargo::{TARGET_VARIABLE, Target, build_component};
+use crate::cli::cargo::{TOOLCHAIN_VARIABLE, Target, build_component};
 use crate::component;
 use crate::config::manifest::{Manifest, Source, Worker, WorkerEntry};
 use crate::guest::check_kind;
@@ -27,7 +27,7 @@ pub struct Build {
 #[derive(Debug, Clone, Copy, Args)]
 pub struct ToolchainArg {
     /// Build crates with this toolchain. Default: the best that is installed.
-    #[arg(long, env = TARGET_VARIABLE, value_name = "NAME")]
+    #[arg(long, env = TOOLCHAIN_VARIABLE, value_name = "NAME")]
     toolchain: Option<Target>,
 }
 
@@ -38,8 +38,8 @@ impl Build {
             manifest.warnings().iter().for_each(term::warning);
             let mut before: Vec<&Worker> = Vec::new();
             for entry in &manifest.workers {
-                let built = Built::of(entry, self.toolchain)?;
-                component::check_code(&built.wasm).with_context(|| built.refused(entry))?;
+                let built = BuiltComponent::build(entry, self.toolchain)?;
+                component::check_code(&built.wasm).with_context(|| built.error_context(entry))?;
                 entry.check_migrations()?;
                 check_routes(&entry.worker, before.iter().copied())?;
                 before.push(&entry.worker);
@@ -51,36 +51,49 @@ impl Build {
 }
 
 /// A component on this machine that a host would look at further.
-pub struct Built {
+pub struct BuiltComponent {
     pub path: PathBuf,
     pub wasm: Vec<u8>,
 }
 
-impl Built {
+impl BuiltComponent {
     /// Builds a worker's component where the manifest says how, reads it, and checks its form, its handler and its imports.
-    pub fn of(entry: &WorkerEntry, with: ToolchainArg) -> Result<Built> {
-        let path = component_of(entry, with)?;
-        let built = Built { wasm: component::read(&path)?, path };
-        let surface = component::inspect(&built.wasm).with_context(|| built.refused(entry))?;
+    pub fn build(entry: &WorkerEntry, with: ToolchainArg) -> Result<BuiltComponent> {
+        let path = build_or_locate(entry, with)?;
+        let built = BuiltComponent {
+            wasm: component::read(&path)?,
+            path,
+        };
+        let surface =
+            component::inspect(&built.wasm).with_context(|| built.error_context(entry))?;
         check_kind(&entry.worker, surface.handler()?)?;
         Ok(built)
     }
 
     /// The first sentence of an error about the component.
-    pub fn refused(&self, entry: &WorkerEntry) -> String {
-        format!("the component of worker {}, {}, cannot be deployed", entry.worker.name, self.path.display())
+    pub fn error_context(&self, entry: &WorkerEntry) -> String {
+        format!(
+            "the component of worker {}, {}, cannot be deployed",
+            entry.worker.name,
+            self.path.display()
+        )
     }
 }
 
 /// Builds a worker's component where the manifest says how, and returns where it is.
-fn component_of(entry: &WorkerEntry, with: ToolchainArg) -> Result<PathBuf> {
+fn build_or_locate(entry: &WorkerEntry, with: ToolchainArg) -> Result<PathBuf> {
     let name = &entry.worker.name;
     match &entry.source {
         Source::Crate(folder) => {
-            let out = entry.folder.join("target").join("oncely").join(format!("{name}.wasm"));
+            let out = entry
+                .folder
+                .join("target")
+                .join("oncely")
+                .join(format!("{name}.wasm"));
             let mut progress = |line: &str| term::note(line);
-            build_component(folder, &out, with.toolchain, &mut progress)
-                .with_context(|| format!("build the crate of worker {name} in {}", folder.display()))?;
+            build_component(folder, &out, with.toolchain, &mut progress).with_context(|| {
+                format!("build the crate of worker {name} in {}", folder.display())
+            })?;
             Ok(out)
         }
         Source::Component { path, build } => {
@@ -88,8 +101,11 @@ fn component_of(entry: &WorkerEntry, with: ToolchainArg) -> Result<PathBuf> {
                 run_command(command, &entry.folder, name)?;
             }
             if !path.exists() {
-                return Err(anyhow::anyhow!("the component of worker {name} is not at {}", path.display()))
-                    .hint("build it, or put the command that does into the manifest: build = \"...\"");
+                return Err(anyhow::anyhow!(
+                    "the component of worker {name} is not at {}",
+                    path.display()
+                ))
+                .hint("build it, or put the command that does into the manifest: build = \"...\"");
             }
             Ok(path.clone())
         }

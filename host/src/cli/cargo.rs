@@ -31,19 +31,25 @@ pub fn build_component(
     target: Option<Target>,
     progress: &mut dyn FnMut(&str),
 ) -> Result<()> {
-    let crate_dir = crate_dir.canonicalize().with_context(|| format!("find the crate in {}", crate_dir.display()))?;
+    let crate_dir = crate_dir
+        .canonicalize()
+        .with_context(|| format!("find the crate in {}", crate_dir.display()))?;
     let manifest = crate_dir.join("Cargo.toml");
     if !manifest.is_file() {
         bail!("there is no Cargo.toml in {}", crate_dir.display());
     }
     let toolchain = Toolchain::find(&crate_dir, target)?;
-    let component =
-        compile(&toolchain, &manifest, progress).or_else(|error| hint_at_others(error, &toolchain, &crate_dir))?;
-    replace(out, &component)
+    let component = compile(&toolchain, &manifest, progress)
+        .or_else(|error| with_alternatives_hint(error, &toolchain, &crate_dir))?;
+    write_if_changed(out, &component)
 }
 
 /// The bytes of the component that a toolchain makes of a crate.
-fn compile(toolchain: &Toolchain, manifest: &Path, progress: &mut dyn FnMut(&str)) -> Result<Vec<u8>> {
+fn compile(
+    toolchain: &Toolchain,
+    manifest: &Path,
+    progress: &mut dyn FnMut(&str),
+) -> Result<Vec<u8>> {
     let target_dir = target_dir(toolchain, manifest)?;
     let artifact = run_cargo(toolchain, manifest, &target_dir, progress)?;
     let wasm = std::fs::read(&artifact).with_context(|| format!("read {}", artifact.display()))?;
@@ -54,21 +60,31 @@ fn compile(toolchain: &Toolchain, manifest: &Path, progress: &mut dyn FnMut(&str
 }
 
 /// A build that failed may be the toolchain's doing, so the hint names the others that are installed.
-fn hint_at_others<T>(error: anyhow::Error, failed: &Toolchain, crate_dir: &Path) -> Result<T> {
+fn with_alternatives_hint<T>(
+    error: anyhow::Error,
+    failed: &Toolchain,
+    crate_dir: &Path,
+) -> Result<T> {
     let others: Vec<String> = Target::installed(crate_dir)
         .into_iter()
         .filter(|target| *target != failed.target)
-        .map(|target| format!("`{TARGET_VARIABLE}={target} oncely build`"))
+        .map(|target| format!("`{TOOLCHAIN_VARIABLE}={target} oncely build`"))
         .collect();
     let error = Err(error.context(format!("build with the toolchain {}", failed.target)));
     match others.as_slice() {
-        [] => error.hint(format!("if the toolchain is at fault, install another: {}", failed.target.alternative())),
-        _ => error.hint(format!("if the toolchain is at fault, others are installed: {}", others.join(", "))),
+        [] => error.hint(format!(
+            "if the toolchain is at fault, install another: {}",
+            failed.target.alternative_install_command()
+        )),
+        _ => error.hint(format!(
+            "if the toolchain is at fault, others are installed: {}",
+            others.join(", ")
+        )),
     }
 }
 
 /// The environment variable that names a toolchain for every command that builds crates.
-pub const TARGET_VARIABLE: &str = "ONCELY_TOOLCHAIN";
+pub const TOOLCHAIN_VARIABLE: &str = "ONCELY_TOOLCHAIN";
 
 /// A cargo and a rustc that can build for a WebAssembly target.
 #[derive(Debug)]
@@ -107,7 +123,10 @@ impl Target {
 
     /// The toolchains that can build the crate on this machine, the best first.
     pub fn installed(crate_dir: &Path) -> Vec<Target> {
-        Self::BEST_FIRST.into_iter().filter(|target| Toolchain::of(*target, crate_dir).is_some()).collect()
+        Self::BEST_FIRST
+            .into_iter()
+            .filter(|target| Toolchain::installed(*target, crate_dir).is_some())
+            .collect()
     }
 
     fn triple(self) -> &'static str {
@@ -118,7 +137,7 @@ impl Target {
     }
 
     /// The command that installs it.
-    fn installation(self) -> &'static str {
+    fn install_command(self) -> &'static str {
         match self {
             Target::Wasip2 => "rustup target add wasm32-wasip2",
             Target::Unknown => "rustup target add wasm32-unknown-unknown",
@@ -127,10 +146,10 @@ impl Target {
     }
 
     /// The command that installs another.
-    fn alternative(self) -> &'static str {
+    fn alternative_install_command(self) -> &'static str {
         match self {
-            Target::Wasip2 => Target::Unknown.installation(),
-            Target::Unknown | Target::StdFromSource => Target::Wasip2.installation(),
+            Target::Wasip2 => Target::Unknown.install_command(),
+            Target::Unknown | Target::StdFromSource => Target::Wasip2.install_command(),
         }
     }
 }
@@ -139,45 +158,67 @@ impl Toolchain {
     /// The toolchain that was asked for, or else the best that is installed.
     fn find(crate_dir: &Path, wanted: Option<Target>) -> Result<Self> {
         if let Some(target) = wanted {
-            return Self::of(target, crate_dir)
+            return Self::installed(target, crate_dir)
                 .ok_or_else(|| anyhow!("the toolchain {target} is not installed"))
-                .hint(target.installation());
+                .hint(target.install_command());
         }
-        let found = Target::BEST_FIRST.into_iter().find_map(|target| Self::of(target, crate_dir));
-        found.ok_or_else(|| anyhow!("no Rust toolchain for WebAssembly is installed")).hint(format!(
-            "{}; or without rustup: {}",
-            Target::Wasip2.installation(),
-            Target::StdFromSource.installation()
-        ))
+        let found = Target::BEST_FIRST
+            .into_iter()
+            .find_map(|target| Self::installed(target, crate_dir));
+        found
+            .ok_or_else(|| anyhow!("no Rust toolchain for WebAssembly is installed"))
+            .hint(format!(
+                "{}; or without rustup: {}",
+                Target::Wasip2.install_command(),
+                Target::StdFromSource.install_command()
+            ))
     }
 
     /// The installed toolchain for a target: the cargo on the PATH before the distribution's.
-    fn of(target: Target, crate_dir: &Path) -> Option<Self> {
+    fn installed(target: Target, crate_dir: &Path) -> Option<Self> {
         let places = [("cargo", "rustc"), ("/usr/bin/cargo", "/usr/bin/rustc")];
-        let toolchains = places.map(|(cargo, rustc)| Self { cargo: cargo.into(), rustc: rustc.into(), target });
-        toolchains.into_iter().find(|toolchain| toolchain.is_there(crate_dir))
+        let toolchains = places.map(|(cargo, rustc)| Self {
+            cargo: cargo.into(),
+            rustc: rustc.into(),
+            target,
+        });
+        toolchains
+            .into_iter()
+            .find(|toolchain| toolchain.is_installed(crate_dir))
     }
 
-    fn is_there(&self, crate_dir: &Path) -> bool {
+    fn is_installed(&self, crate_dir: &Path) -> bool {
         let triple = self.target.triple();
         match self.target {
             Target::Wasip2 | Target::Unknown => self
-                .ask_rustc(crate_dir, &["--print", "target-libdir", "--target", triple])
+                .rustc_output(crate_dir, &["--print", "target-libdir", "--target", triple])
                 .is_some_and(|libdir| Path::new(&libdir).is_dir()),
-            Target::StdFromSource => self.ask_rustc(crate_dir, &["--print", "sysroot"]).is_some_and(|sysroot| {
-                Path::new(&sysroot).join("lib/rustlib/src/rust/library/std").is_dir() && wasm_linker().is_some()
-            }),
+            Target::StdFromSource => self
+                .rustc_output(crate_dir, &["--print", "sysroot"])
+                .is_some_and(|sysroot| {
+                    Path::new(&sysroot)
+                        .join("lib/rustlib/src/rust/library/std")
+                        .is_dir()
+                        && wasm_linker().is_some()
+                }),
         }
     }
 
     /// What rustc prints, asked in the crate's folder so that its `rust-toolchain.toml` counts.
-    fn ask_rustc(&self, crate_dir: &Path, args: &[&str]) -> Option<String> {
-        let output = without_leaks(&self.rustc).args(args).current_dir(crate_dir).output().ok()?;
-        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    fn rustc_output(&self, crate_dir: &Path, args: &[&str]) -> Option<String> {
+        let output = clean_command(&self.rustc)
+            .args(args)
+            .current_dir(crate_dir)
+            .output()
+            .ok()?;
+        output
+            .status
+            .success()
+            .then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
     }
 
     /// Compilers of two versions would undo each other's work in one folder.
-    fn under(&self, folder: &Path) -> PathBuf {
+    fn target_subdir(&self, folder: &Path) -> PathBuf {
         match self.target {
             Target::Wasip2 | Target::Unknown => folder.to_owned(),
             Target::StdFromSource => folder.join("std-from-source"),
@@ -186,7 +227,7 @@ impl Toolchain {
 
     /// Cargo of this toolchain, set up for the target.
     fn cargo(&self) -> Command {
-        let mut cargo = without_leaks(&self.cargo);
+        let mut cargo = clean_command(&self.cargo);
         if self.rustc.is_absolute() {
             cargo.env("RUSTC", &self.rustc);
         }
@@ -210,49 +251,80 @@ fn wasm_linker() -> Option<PathBuf> {
         .flat_map(|name| std::env::split_paths(&path).map(move |folder| folder.join(name)))
         .find(|file| file.is_file());
     on_path.or_else(|| {
-        let output = without_leaks(Path::new("rustc")).args(["--print", "target-libdir"]).output().ok()?;
+        let output = clean_command(Path::new("rustc"))
+            .args(["--print", "target-libdir"])
+            .output()
+            .ok()?;
         let libdir = PathBuf::from(String::from_utf8_lossy(&output.stdout).trim());
         Some(libdir.parent()?.join("bin/rust-lld")).filter(|file| file.is_file())
     })
 }
 
 /// A command without what an outer `cargo run` or `cargo test` sets for its own crate and target.
-fn without_leaks(program: &Path) -> Command {
+fn clean_command(program: &Path) -> Command {
     let mut command = Command::new(program);
     for (name, _) in std::env::vars_os() {
-        if is_leak(&name) {
+        if is_outer_cargo_variable(&name) {
             command.env_remove(name);
         }
     }
     command
 }
 
-fn is_leak(name: &OsString) -> bool {
+fn is_outer_cargo_variable(name: &OsString) -> bool {
     let name = name.to_string_lossy();
-    let exact = ["CARGO", "CARGO_MAKEFLAGS", "MAKEFLAGS", "MFLAGS", "RUSTC", "RUSTDOC", "RUSTFLAGS", "RUSTC_BOOTSTRAP"];
-    let families = ["CARGO_ENCODED_", "CARGO_MANIFEST_", "CARGO_PKG_", "CARGO_PROFILE_", "CARGO_BUILD_"];
-    exact.contains(&name.as_ref()) || families.iter().any(|family| name.starts_with(family))
+    let exact = [
+        "CARGO",
+        "CARGO_MAKEFLAGS",
+        "MAKEFLAGS",
+        "MFLAGS",
+        "RUSTC",
+        "RUSTDOC",
+        "RUSTFLAGS",
+        "RUSTC_BOOTSTRAP",
+    ];
+    let prefixes = [
+        "CARGO_ENCODED_",
+        "CARGO_MANIFEST_",
+        "CARGO_PKG_",
+        "CARGO_PROFILE_",
+        "CARGO_BUILD_",
+    ];
+    exact.contains(&name.as_ref()) || prefixes.iter().any(|family| name.starts_with(family))
 }
 
 /// `oncely-guests` under the target folder that cargo would use for this crate.
 fn target_dir(toolchain: &Toolchain, manifest: &Path) -> Result<PathBuf> {
     if let Some(dir) = std::env::var_os("CARGO_TARGET_DIR").filter(|dir| !dir.is_empty()) {
-        let dir = std::path::absolute(dir).context("find the folder that CARGO_TARGET_DIR names")?;
-        return Ok(toolchain.under(&dir.join("oncely-guests")));
+        let dir =
+            std::path::absolute(dir).context("find the folder that CARGO_TARGET_DIR names")?;
+        return Ok(toolchain.target_subdir(&dir.join("oncely-guests")));
     }
     let output = toolchain
         .cargo()
-        .args(["metadata", "--no-deps", "--format-version=1", "--manifest-path"])
+        .args([
+            "metadata",
+            "--no-deps",
+            "--format-version=1",
+            "--manifest-path",
+        ])
         .arg(manifest)
         .output()
         .context("run cargo metadata")?;
     if !output.status.success() {
-        bail!("cargo cannot read {}:\n{}", manifest.display(), String::from_utf8_lossy(&output.stderr).trim_end());
+        bail!(
+            "cargo cannot read {}:\n{}",
+            manifest.display(),
+            String::from_utf8_lossy(&output.stderr).trim_end()
+        );
     }
-    let metadata: Value = serde_json::from_slice(&output.stdout).context("read what cargo metadata prints")?;
-    let dir =
-        metadata.get("target_directory").and_then(Value::as_str).context("find target_directory in cargo metadata")?;
-    Ok(toolchain.under(&Path::new(dir).join("oncely-guests")))
+    let metadata: Value =
+        serde_json::from_slice(&output.stdout).context("read what cargo metadata prints")?;
+    let dir = metadata
+        .get("target_directory")
+        .and_then(Value::as_str)
+        .context("find target_directory in cargo metadata")?;
+    Ok(toolchain.target_subdir(&Path::new(dir).join("oncely-guests")))
 }
 
 /// Builds the crate and returns the path of its `.wasm`.
@@ -263,12 +335,32 @@ fn run_cargo(
     progress: &mut dyn FnMut(&str),
 ) -> Result<PathBuf> {
     let mut cargo = toolchain.cargo();
-    cargo.args(["build", "--lib", "--release", "--message-format=json-render-diagnostics", "--color=never"]);
+    cargo.args([
+        "build",
+        "--lib",
+        "--release",
+        "--message-format=json-render-diagnostics",
+        "--color=never",
+    ]);
     cargo.args(["--target", toolchain.target.triple()]);
-    cargo.arg("--manifest-path").arg(manifest).arg("--target-dir").arg(target_dir);
+    cargo
+        .arg("--manifest-path")
+        .arg(manifest)
+        .arg("--target-dir")
+        .arg(target_dir);
     // Components are stored in the database and compiled by every host: small is fast here.
-    cargo.args(["--config", "profile.release.opt-level='s'", "--config", "profile.release.lto=true"]);
-    cargo.args(["--config", "profile.release.codegen-units=1", "--config", "profile.release.panic='abort'"]);
+    cargo.args([
+        "--config",
+        "profile.release.opt-level='s'",
+        "--config",
+        "profile.release.lto=true",
+    ]);
+    cargo.args([
+        "--config",
+        "profile.release.codegen-units=1",
+        "--config",
+        "profile.release.panic='abort'",
+    ]);
     if toolchain.target == Target::StdFromSource {
         cargo.arg("-Zbuild-std=std,panic_abort");
     }
@@ -278,28 +370,37 @@ fn run_cargo(
         .stderr(Stdio::piped())
         .spawn()
         .with_context(|| format!("start {}", toolchain.cargo.display()))?;
-    let stdout = child.stdout.take().context("take cargo's standard output")?;
+    let stdout = child
+        .stdout
+        .take()
+        .context("take cargo's standard output")?;
     let stderr = child.stderr.take().context("take cargo's standard error")?;
 
     // Both pipes are read at once: cargo would stop at a full one.
     let messages = std::thread::spawn(move || read_all(stdout));
-    follow(stderr, progress)?;
-    let messages = messages.join().map_err(|_| anyhow!("reading what cargo prints failed"))??;
+    forward_lines(stderr, progress)?;
+    let messages = messages
+        .join()
+        .map_err(|_| anyhow!("reading what cargo prints failed"))??;
     let status = child.wait().context("wait for cargo")?;
     if !status.success() {
-        bail!("cargo cannot build {}; its messages stand above", manifest.display());
+        bail!(
+            "cargo cannot build {}; its messages stand above",
+            manifest.display()
+        );
     }
     find_artifact(&messages, manifest)
 }
 
 fn read_all(mut pipe: impl Read) -> Result<String> {
     let mut text = String::new();
-    pipe.read_to_string(&mut text).context("read what cargo prints")?;
+    pipe.read_to_string(&mut text)
+        .context("read what cargo prints")?;
     Ok(text)
 }
 
 /// Hands every line to `progress`.
-fn follow(stderr: ChildStderr, progress: &mut dyn FnMut(&str)) -> Result<()> {
+fn forward_lines(stderr: ChildStderr, progress: &mut dyn FnMut(&str)) -> Result<()> {
     for line in BufReader::new(stderr).lines() {
         let line = line.context("read cargo's messages")?;
         if !line.trim().is_empty() {
@@ -339,15 +440,20 @@ fn encode_component(module: &[u8]) -> Result<Vec<u8>> {
         .validate(true)
         .module(module)
         .and_then(|mut encoder| encoder.encode())
-        .context("make a component of the compiled module; does the crate call oncely_guest::handler!?")
+        .context(
+            "make a component of the compiled module; does the crate call oncely_guest::handler!?",
+        )
 }
 
 /// Puts `bytes` at `path` in one step, and leaves the file alone when they are there already.
-fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+fn write_if_changed(path: &Path, bytes: &[u8]) -> Result<()> {
     if std::fs::read(path).is_ok_and(|there| there == bytes) {
         return Ok(());
     }
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
     std::fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
     let draft = path.with_extension(format!("{}.part", std::process::id()));
     std::fs::write(&draft, bytes).with_context(|| format!("write {}", draft.display()))?;
@@ -360,7 +466,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_artifact_is_the_crates_own_and_not_a_dependencys() {
+    fn find_artifact_ignores_dependencies() {
         let messages = [
             r#"{"reason":"compiler-artifact","manifest_path":"/w/dep/Cargo.toml","filenames":["/t/dep.wasm"]}"#,
             "not json",
@@ -368,22 +474,40 @@ mod tests {
             r#"{"reason":"build-finished","success":true}"#,
         ]
         .join("\n");
-        assert_eq!(find_artifact(&messages, Path::new("/w/a/Cargo.toml")).unwrap(), Path::new("/t/a.wasm"));
+        assert_eq!(
+            find_artifact(&messages, Path::new("/w/a/Cargo.toml")).unwrap(),
+            Path::new("/t/a.wasm")
+        );
     }
 
     #[test]
-    fn a_crate_that_builds_no_wasm_is_told_the_lines_it_lacks() {
+    fn find_artifact_error_shows_the_missing_crate_type() {
         let error = find_artifact("", Path::new("/w/a/Cargo.toml")).unwrap_err();
-        assert!(error.to_string().contains("crate-type = [\"cdylib\"]"), "{error}");
+        assert!(
+            error.to_string().contains("crate-type = [\"cdylib\"]"),
+            "{error}"
+        );
     }
 
     #[test]
-    fn an_outer_cargo_does_not_leak_into_the_guests_build() {
-        for leak in ["CARGO", "RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "CARGO_PKG_NAME", "CARGO_MANIFEST_DIR"] {
-            assert!(is_leak(&leak.into()), "{leak}");
+    fn variables_of_an_outer_cargo_are_removed() {
+        for leak in [
+            "CARGO",
+            "RUSTFLAGS",
+            "CARGO_ENCODED_RUSTFLAGS",
+            "CARGO_PKG_NAME",
+            "CARGO_MANIFEST_DIR",
+        ] {
+            assert!(is_outer_cargo_variable(&leak.into()), "{leak}");
         }
-        for wanted in ["CARGO_HOME", "CARGO_TARGET_DIR", "CARGO_NET_OFFLINE", "PATH", "RUSTUP_TOOLCHAIN"] {
-            assert!(!is_leak(&wanted.into()), "{wanted}");
+        for wanted in [
+            "CARGO_HOME",
+            "CARGO_TARGET_DIR",
+            "CARGO_NET_OFFLINE",
+            "PATH",
+            "RUSTUP_TOOLCHAIN",
+        ] {
+            assert!(!is_outer_cargo_variable(&wanted.into()), "{wanted}");
         }
     }
 }

@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::exit::Exit;
-use crate::api::Problem;
+use crate::api::ErrorResponse;
 use crate::model::hint::WithHint;
 
 /// The file in a host's data folder that says how to reach it.
@@ -25,7 +25,13 @@ pub struct HostArgs {
     #[arg(long, env = "ONCELY_HOST", value_name = "URL", global = true)]
     pub host: Option<String>,
     /// The host's token.
-    #[arg(long, env = "ONCELY_TOKEN", value_name = "TOKEN", hide_env_values = true, global = true)]
+    #[arg(
+        long,
+        env = "ONCELY_TOKEN",
+        value_name = "TOKEN",
+        hide_env_values = true,
+        global = true
+    )]
     pub token: Option<String>,
 }
 
@@ -49,18 +55,24 @@ impl HostFile {
     /// Writes the file for this user's eyes only.
     pub fn write(&self, data_dir: &Path) -> Result<()> {
         use std::os::unix::fs::PermissionsExt;
-        let text = serde_json::to_string_pretty(self).context("write down how to reach the host")?;
-        let file = tempfile::NamedTempFile::new_in(data_dir).context("make a file in the data folder")?;
-        std::fs::set_permissions(file.path(), std::fs::Permissions::from_mode(0o600)).context("protect the token")?;
+        let text =
+            serde_json::to_string_pretty(self).context("write down how to reach the host")?;
+        let file =
+            tempfile::NamedTempFile::new_in(data_dir).context("make a file in the data folder")?;
+        std::fs::set_permissions(file.path(), std::fs::Permissions::from_mode(0o600))
+            .context("protect the token")?;
         std::fs::write(file.path(), text).context("write down how to reach the host")?;
-        file.persist(data_dir.join(HOST_FILE)).context("write down how to reach the host")?;
+        file.persist(data_dir.join(HOST_FILE))
+            .context("write down how to reach the host")?;
         Ok(())
     }
 
     /// Removes the file of this process; that of another one stays.
     pub fn remove(data_dir: &Path) {
         let path = data_dir.join(HOST_FILE);
-        let own = std::fs::read_to_string(&path).ok().and_then(|text| serde_json::from_str::<HostFile>(&text).ok());
+        let own = std::fs::read_to_string(&path)
+            .ok()
+            .and_then(|text| serde_json::from_str::<HostFile>(&text).ok());
         if own.is_some_and(|file| file.pid == std::process::id()) {
             let _ = std::fs::remove_file(path);
         }
@@ -69,7 +81,10 @@ impl HostFile {
     /// The file of the nearest host: in `.oncely` of this folder or of one above it.
     pub fn nearest() -> Option<HostFile> {
         let here = std::env::current_dir().ok()?;
-        let found = here.ancestors().map(|folder| folder.join(DATA_DIR).join(HOST_FILE)).find(|path| path.exists())?;
+        let found = here
+            .ancestors()
+            .map(|folder| folder.join(DATA_DIR).join(HOST_FILE))
+            .find(|path| path.exists())?;
         serde_json::from_str(&std::fs::read_to_string(found).ok()?).ok()
     }
 }
@@ -85,31 +100,53 @@ impl Client {
     /// Finds the host; says what to do when there is none.
     pub fn find(args: &HostArgs) -> Result<Self> {
         let nearest = HostFile::nearest();
-        let base = args.host.clone().or_else(|| nearest.as_ref().map(|file| file.url.clone()));
+        let base = args
+            .host
+            .clone()
+            .or_else(|| nearest.as_ref().map(|file| file.url.clone()));
         let Some(base) = base else {
-            let why = format!("no host is known here: there is no {DATA_DIR}/{HOST_FILE} in this folder or above");
-            return Err(Exit::Unreachable.because(why))
+            let why = format!(
+                "no host is known here: there is no {DATA_DIR}/{HOST_FILE} in this folder or above"
+            );
+            return Err(Exit::Unreachable.with_message(why))
                 .hint("start one with: oncely dev   (or name one with --host and --token)");
         };
-        let token = args.token.clone().or_else(|| nearest.map(|file| file.token)).unwrap_or_default();
-        let is_here = reqwest::Url::parse(&base).is_ok_and(|url| oncely_client::is_on_this_machine(&url));
+        let token = args
+            .token
+            .clone()
+            .or_else(|| nearest.map(|file| file.token))
+            .unwrap_or_default();
+        let is_local =
+            reqwest::Url::parse(&base).is_ok_and(|url| oncely_client::is_on_this_machine(&url));
         let http = reqwest::Client::builder();
-        let http = if is_here { http.no_proxy() } else { http };
+        let http = if is_local { http.no_proxy() } else { http };
         let http = http.build().context("set up connections")?;
-        Ok(Client { base: base.trim_end_matches('/').to_owned(), token, http })
+        Ok(Client {
+            base: base.trim_end_matches('/').to_owned(),
+            token,
+            http,
+        })
     }
 
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
         self.send(self.request(Method::GET, path)).await
     }
 
-    pub async fn get_with<Q: Serialize, T: DeserializeOwned>(&self, path: &str, query: &Q) -> Result<T> {
-        self.send(self.request(Method::GET, path).query(query)).await
+    pub async fn get_with<Q: Serialize, T: DeserializeOwned>(
+        &self,
+        path: &str,
+        query: &Q,
+    ) -> Result<T> {
+        self.send(self.request(Method::GET, path).query(query))
+            .await
     }
 
     /// Bytes as they are.
     pub async fn download(&self, path: &str) -> Result<Vec<u8>> {
-        Ok(self.answer(self.request(Method::GET, path)).await?.into())
+        Ok(self
+            .response_body(self.request(Method::GET, path))
+            .await?
+            .into())
     }
 
     pub async fn post<B: Serialize, T: DeserializeOwned>(&self, path: &str, body: &B) -> Result<T> {
@@ -117,23 +154,29 @@ impl Client {
     }
 
     pub async fn upload<T: DeserializeOwned>(&self, path: &str, bytes: Vec<u8>) -> Result<T> {
-        self.send(self.request(Method::POST, path).body(bytes)).await
+        self.send(self.request(Method::POST, path).body(bytes))
+            .await
     }
 
     fn request(&self, method: Method, path: &str) -> reqwest::RequestBuilder {
-        self.http.request(method, format!("{}/v1{path}", self.base)).bearer_auth(&self.token)
+        self.http
+            .request(method, format!("{}/v1{path}", self.base))
+            .bearer_auth(&self.token)
     }
 
     async fn send<T: DeserializeOwned>(&self, request: reqwest::RequestBuilder) -> Result<T> {
-        let body = self.answer(request).await?;
-        serde_json::from_slice(&body).context("understand the host's answer (is it the same version?)")
+        let body = self.response_body(request).await?;
+        serde_json::from_slice(&body)
+            .context("understand the host's answer (is it the same version?)")
     }
 
-    async fn answer(&self, request: reqwest::RequestBuilder) -> Result<bytes::Bytes> {
+    async fn response_body(&self, request: reqwest::RequestBuilder) -> Result<bytes::Bytes> {
         let response = request
             .send()
             .await
-            .with_context(|| Exit::Unreachable.because(format!("reach the host at {}", self.base)))
+            .with_context(|| {
+                Exit::Unreachable.with_message(format!("reach the host at {}", self.base))
+            })
             .hint("start it with `oncely dev` or `oncely run`, or name another with --host")?;
         let status = response.status();
         let body = response.bytes().await.context("read the host's answer")?;
@@ -145,23 +188,30 @@ impl Client {
             StatusCode::SERVICE_UNAVAILABLE => Exit::Unreachable,
             _ => Exit::Failure,
         };
-        Err(match serde_json::from_slice::<Problem>(&body) {
-            Ok(problem) => from_problem(problem, exit),
-            Err(_) => anyhow!("the host answered {status}: {}", String::from_utf8_lossy(&body).trim()),
+        Err(match serde_json::from_slice::<ErrorResponse>(&body) {
+            Ok(error_response) => from_error_response(error_response, exit),
+            Err(_) => anyhow!(
+                "the host answered {status}: {}",
+                String::from_utf8_lossy(&body).trim()
+            ),
         })
     }
 }
 
 /// The host's error as it stood there: causes from the inside out, then the hints.
-fn from_problem(problem: Problem, exit: Exit) -> anyhow::Error {
-    let mut causes = problem.causes.into_iter().rev();
+fn from_error_response(error_response: ErrorResponse, exit: Exit) -> anyhow::Error {
+    let mut causes = error_response.causes.into_iter().rev();
     let error = match causes.next() {
-        Some(innermost) => {
-            causes.fold(anyhow!(innermost), |error, text| error.context(text)).context(exit.because(problem.error))
-        }
-        None => exit.because(problem.error).into(),
+        Some(innermost) => causes
+            .fold(anyhow!(innermost), |error, text| error.context(text))
+            .context(exit.with_message(error_response.error)),
+        None => exit.with_message(error_response.error).into(),
     };
-    problem.hints.into_iter().rev().fold(error, |error, hint| error.hint(hint))
+    error_response
+        .hints
+        .into_iter()
+        .rev()
+        .fold(error, |error, hint| error.hint(hint))
 }
 
 /// The data folder, made when it is absent, open to this user alone.
@@ -172,5 +222,6 @@ pub fn make_data_dir(path: &Path) -> Result<PathBuf> {
         .mode(0o700)
         .create(path)
         .with_context(|| format!("make the folder {}", path.display()))?;
-    path.canonicalize().with_context(|| format!("find the folder {}", path.display()))
+    path.canonicalize()
+        .with_context(|| format!("find the folder {}", path.display()))
 }

@@ -5,13 +5,13 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::Args;
 
-use super::build::{Built, ToolchainArg};
+use super::build::{BuiltComponent, ToolchainArg};
 use super::client::{Client, HostArgs};
 use super::{rollout, term};
-use crate::api::{Activated, Retire as RetireRequest, Rollback as RollbackRequest, Uploaded};
+use crate::api::{Activated, RetireRequest, RollbackRequest, Uploaded};
 use crate::config::manifest::{Manifest, WorkerEntry};
 use crate::model::sql::Dialect;
-use crate::runtime::Retired;
+use crate::runtime::RetiredWorker;
 use crate::runtime::deploy::{Plan, Proposal};
 use crate::store::WorkerMigration;
 
@@ -23,7 +23,7 @@ pub struct Deploy {
     manifests: Vec<PathBuf>,
     /// Show the plan and stop there.
     #[arg(long)]
-    plan: bool,
+    dry_run: bool,
     /// Do not wait until the hosts run the new version.
     #[arg(long)]
     no_wait: bool,
@@ -46,38 +46,62 @@ impl Deploy {
         Ok(())
     }
 
-    async fn deploy(&self, client: &Client, manifest: &Manifest, entry: &WorkerEntry) -> Result<()> {
-        let built = Built::of(entry, self.toolchain)?;
-        let refused = built.refused(entry);
+    async fn deploy(
+        &self,
+        client: &Client,
+        manifest: &Manifest,
+        entry: &WorkerEntry,
+    ) -> Result<()> {
+        let built = BuiltComponent::build(entry, self.toolchain)?;
+        let error_context = built.error_context(entry);
         let dialect: Dialect = client.get("/dialect").await?;
-        let uploaded: Uploaded = client.upload("/components", built.wasm).await.context(refused)?;
+        let uploaded: Uploaded = client
+            .upload("/components", built.wasm)
+            .await
+            .context(error_context)?;
         let proposal = propose(manifest, entry, uploaded.digest, dialect)?;
         let plan: Plan = client.post("/plan", &proposal).await?;
         show_plan(&plan);
-        if self.plan {
+        if self.dry_run {
             return Ok(());
         }
         let activated: Activated = client.post("/deploy", &proposal).await?;
-        rollout::follow(client, &activated, self.no_wait).await
+        rollout::wait(client, &activated, self.no_wait).await
     }
 }
 
 /// What goes to the host beside the component.
-pub fn propose(manifest: &Manifest, entry: &WorkerEntry, digest: String, dialect: Dialect) -> Result<Proposal> {
+pub fn propose(
+    manifest: &Manifest,
+    entry: &WorkerEntry,
+    digest: String,
+    dialect: Dialect,
+) -> Result<Proposal> {
     let migrations: Vec<WorkerMigration> = entry.migrations_for(dialect)?;
-    Ok(Proposal { worker: entry.worker.clone(), digest, streams: manifest.streams.clone(), migrations })
+    Ok(Proposal {
+        worker: entry.worker.clone(),
+        digest,
+        streams: manifest.streams.clone(),
+        migrations,
+    })
 }
 
 /// Shows what a deployment changes.
 pub fn show_plan(plan: &Plan) {
     match (plan.from, plan.changes.is_empty()) {
-        (Some(version), true) => {
-            term::note(format!("worker {}: nothing changes, version {version} stays", plan.worker))
-        }
-        (Some(version), false) => term::note(format!("worker {}: changes to version {version}", plan.worker)),
+        (Some(version), true) => term::note(format!(
+            "worker {}: nothing changes, version {version} stays",
+            plan.worker
+        )),
+        (Some(version), false) => term::note(format!(
+            "worker {}: changes to version {version}",
+            plan.worker
+        )),
         (None, _) => term::note(format!("worker {}: new", plan.worker)),
     }
-    plan.changes.iter().for_each(|line| term::note(format!("  {line}")));
+    plan.changes
+        .iter()
+        .for_each(|line| term::note(format!("  {line}")));
 }
 
 /// Activates an earlier version of a worker.
@@ -97,9 +121,12 @@ pub struct Rollback {
 impl Rollback {
     pub async fn run(self) -> Result<()> {
         let client = Client::find(&self.host)?;
-        let wanted = RollbackRequest { worker: self.worker, to: self.to };
-        let activated: Activated = client.post("/rollback", &wanted).await?;
-        rollout::follow(&client, &activated, self.no_wait).await
+        let request = RollbackRequest {
+            worker: self.worker,
+            to: self.to,
+        };
+        let activated: Activated = client.post("/rollback", &request).await?;
+        rollout::wait(&client, &activated, self.no_wait).await
     }
 }
 
@@ -110,7 +137,7 @@ pub struct Retire {
     worker: String,
     /// Keep the consumers, and with them the place on the stream: messages go on to wait there.
     #[arg(long)]
-    keep_place: bool,
+    keep_consumers: bool,
     #[command(flatten)]
     host: HostArgs,
 }
@@ -118,10 +145,19 @@ pub struct Retire {
 impl Retire {
     pub async fn run(self) -> Result<()> {
         let client = Client::find(&self.host)?;
-        let wanted = RetireRequest { worker: self.worker, keeps_place: self.keep_place };
-        let retired: Retired = client.post("/retire", &wanted).await?;
-        term::data(format!("worker {} is retired; version {} was active", retired.worker, retired.version))?;
-        retired.removed.iter().for_each(|consumer| term::note(format!("  removed the consumer {consumer}")));
+        let request = RetireRequest {
+            worker: self.worker,
+            keep_consumers: self.keep_consumers,
+        };
+        let retired: RetiredWorker = client.post("/retire", &request).await?;
+        term::data(format!(
+            "worker {} is retired; version {} was active",
+            retired.worker, retired.version
+        ))?;
+        retired
+            .removed
+            .iter()
+            .for_each(|consumer| term::note(format!("  removed the consumer {consumer}")));
         Ok(())
     }
 }

@@ -8,20 +8,20 @@ use clap::Args;
 use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
 
-use super::build::{Built, ToolchainArg};
+use super::build::{BuiltComponent, ToolchainArg};
 use super::client::{DATA_DIR, make_data_dir};
 use super::deploy::{propose, show_plan};
 use super::lock::Lock;
-use super::serve::{Ended, Served, listen, listen_for_requests, start_log};
+use super::serve::{HostProcess, StopReason, init_logging, listen, listen_for_http};
 use super::signals::Signals;
 use super::term;
 use crate::bus::EmbeddedServer;
 use crate::config::manifest::{FILE_NAME, Manifest};
-use crate::config::{HTTP, HostConfig, HostFlags, LISTEN};
+use crate::config::{HTTP_ADDRESS, HostConfig, HostFlags, LISTEN_ADDRESS};
 use crate::runtime::deploy;
 
 /// How long the workers may take until their subscriptions are seen.
-const READY_WITHIN: Duration = Duration::from_secs(30);
+const READY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Runs everything on this machine: SQLite in .oncely/, a nats-server of its own, and the workers of your manifests.
 #[derive(Debug, Args)]
@@ -69,49 +69,70 @@ impl Dev {
         ended
     }
 
-    async fn serve(self, data_dir: &Path, manifests: &[Manifest], server: Option<&EmbeddedServer>) -> Result<()> {
+    async fn serve(
+        self,
+        data_dir: &Path,
+        manifests: &[Manifest],
+        server: Option<&EmbeddedServer>,
+    ) -> Result<()> {
         let config = self.config(data_dir, server)?;
-        start_log(&config)?;
+        init_logging(&config)?;
         let _database = Lock::database(&config.database).await?;
         let mut signals = Signals::listen()?;
-        while self.serve_once(&config, manifests, &mut signals).await? == Ended::WithoutNats {}
+        while self.serve_once(&config, manifests, &mut signals).await?
+            == StopReason::NatsClientEnded
+        {}
         Ok(())
     }
 
-    async fn serve_once(&self, config: &HostConfig, manifests: &[Manifest], signals: &mut Signals) -> Result<Ended> {
+    async fn serve_once(
+        &self,
+        config: &HostConfig,
+        manifests: &[Manifest],
+        signals: &mut Signals,
+    ) -> Result<StopReason> {
         let listener = self.listener(config).await?;
         let requests = self.requests(config).await?;
-        let served = tokio::select! {
+        let host_process = tokio::select! {
             biased;
-            _ = signals.received() => return Ok(Ended::ByASignal),
-            served = Served::start(config, listener, requests) => served?,
+            _ = signals.received() => return Ok(StopReason::Signal),
+            host_process = HostProcess::start(config, listener, requests) => host_process?,
         };
         tokio::select! {
             biased;
             _ = signals.received() => {}
-            begun = self.begin(&served, config, manifests) => begun?,
+            deployed = self.deploy_all(&host_process, config, manifests) => deployed?,
         }
-        served.until_it_ends(signals).await
+        host_process.run_until_stopped(signals).await
     }
 
     /// Deploys what the manifests say, waits until it runs, and tells where.
-    async fn begin(&self, served: &Served, config: &HostConfig, manifests: &[Manifest]) -> Result<()> {
+    async fn deploy_all(
+        &self,
+        host_process: &HostProcess,
+        config: &HostConfig,
+        manifests: &[Manifest],
+    ) -> Result<()> {
         for manifest in manifests {
-            deploy_here(served, manifest, self.toolchain).await?;
+            deploy_in_process(host_process, manifest, self.toolchain).await?;
         }
-        served.host.reconcile().await?;
-        served.ready(READY_WITHIN).await?;
-        if let Some(hold) = served.host.hold() {
+        host_process.host.reconcile().await?;
+        host_process.ready(READY_TIMEOUT).await?;
+        if let Some(hold) = host_process.host.hold() {
             term::warning(hold);
         }
-        announce(served, config).await
+        print_addresses(host_process, config).await
     }
 
     /// The manifests named, or the one of this folder.
     fn manifests(&self) -> Result<Vec<Manifest>> {
-        let here = [PathBuf::from(".")];
-        let use_here = self.manifests.is_empty() && Path::new(FILE_NAME).exists();
-        let paths: &[PathBuf] = if use_here { &here } else { &self.manifests };
+        let current_dir = [PathBuf::from(".")];
+        let use_current_dir = self.manifests.is_empty() && Path::new(FILE_NAME).exists();
+        let paths: &[PathBuf] = if use_current_dir {
+            &current_dir
+        } else {
+            &self.manifests
+        };
         paths.iter().map(|path| Manifest::load(path)).collect()
     }
 
@@ -121,7 +142,10 @@ impl Dev {
         }
         let server = EmbeddedServer::start(data_dir, self.nats_port).await?;
         if server.was_running() {
-            term::note(format!("the nats-server of the run before is still there: {}", server.url()));
+            term::note(format!(
+                "the nats-server of the run before is still there: {}",
+                server.url()
+            ));
         }
         Ok(Some(server))
     }
@@ -129,7 +153,10 @@ impl Dev {
     fn config(&self, data_dir: &Path, server: Option<&EmbeddedServer>) -> Result<HostConfig> {
         HostConfig::load(&HostFlags {
             database: self.database.clone(),
-            nats: self.nats.clone().or_else(|| server.map(EmbeddedServer::url)),
+            nats: self
+                .nats
+                .clone()
+                .or_else(|| server.map(EmbeddedServer::url)),
             take_over: self.take_over.clone(),
             listen: self.listen.clone(),
             http: self.http.clone(),
@@ -142,17 +169,22 @@ impl Dev {
     async fn listener(&self, config: &HostConfig) -> Result<TcpListener> {
         match listen(config).await {
             // Another `oncely dev` runs, in another folder: two are no problem.
-            Err(_) if config.listen == LISTEN.parse()? => {
-                TcpListener::bind((config.listen.ip(), 0)).await.context("listen on a free port")
+            Err(_) if config.listen == LISTEN_ADDRESS.parse()? => {
+                TcpListener::bind((config.listen.ip(), 0))
+                    .await
+                    .context("listen on a free port")
             }
             listener => listener,
         }
     }
 
     async fn requests(&self, config: &HostConfig) -> Result<Option<TcpListener>> {
-        match (listen_for_requests(config).await, config.http) {
-            (Err(_), Some(address)) if address == HTTP.parse()? => {
-                TcpListener::bind((address.ip(), 0)).await.map(Some).context("listen for requests on a free port")
+        match (listen_for_http(config).await, config.http) {
+            (Err(_), Some(address)) if address == HTTP_ADDRESS.parse()? => {
+                TcpListener::bind((address.ip(), 0))
+                    .await
+                    .map(Some)
+                    .context("listen for requests on a free port")
             }
             (listener, _) => listener,
         }
@@ -160,14 +192,24 @@ impl Dev {
 }
 
 /// Builds and deploys the workers of a manifest in this very process.
-async fn deploy_here(served: &Served, manifest: &Manifest, toolchain: ToolchainArg) -> Result<()> {
+async fn deploy_in_process(
+    host_process: &HostProcess,
+    manifest: &Manifest,
+    toolchain: ToolchainArg,
+) -> Result<()> {
     manifest.warnings().iter().for_each(term::warning);
-    let host = &served.host;
+    let host = &host_process.host;
     for entry in &manifest.workers {
-        let built = Built::of(entry, toolchain)?;
+        let built = BuiltComponent::build(entry, toolchain)?;
         let digest = hex::encode(Sha256::digest(&built.wasm));
-        host.services.load(built.wasm.clone().into()).await.with_context(|| built.refused(entry))?;
-        host.services.store.put_component(&digest, &built.wasm).await?;
+        host.services
+            .load(built.wasm.clone().into())
+            .await
+            .with_context(|| built.error_context(entry))?;
+        host.services
+            .store
+            .put_component(&digest, &built.wasm)
+            .await?;
         let proposal = propose(manifest, entry, digest, host.services.store.dialect())?;
         let (plan, _) = deploy::deploy(host, &proposal).await?;
         show_plan(&plan);
@@ -176,21 +218,31 @@ async fn deploy_here(served: &Served, manifest: &Manifest, toolchain: ToolchainA
 }
 
 /// Says where everything is.
-async fn announce(served: &Served, config: &HostConfig) -> Result<()> {
+async fn print_addresses(host_process: &HostProcess, config: &HostConfig) -> Result<()> {
     term::data(term::details([
-        ("control API", format!("http://{}", served.address)),
-        ("requests", served.http.map_or_else(|| "none".to_owned(), |address| format!("http://{address}"))),
-        ("nats", config.nats.shown()),
-        ("database", config.database.shown()),
+        ("control API", format!("http://{}", host_process.address)),
+        (
+            "requests",
+            host_process
+                .http
+                .map_or_else(|| "none".to_owned(), |address| format!("http://{address}")),
+        ),
+        ("nats", config.nats.redacted()),
+        ("database", config.database.redacted()),
         ("data folder", config.data_dir.display().to_string()),
     ]))?;
-    for state in served.host.workers().await {
-        let version = state.version.map_or_else(String::new, |version| version.to_string());
+    for state in host_process.host.workers().await {
+        let version = state
+            .version
+            .map_or_else(String::new, |version| version.to_string());
         let takes = match &state.stream {
             Some(stream) => format!("{stream} {}", state.subjects.join(" ")),
             None => state.routes.join(" · "),
         };
-        term::data(format!("worker {} version {version} is {}: {takes}", state.worker, state.state))?;
+        term::data(format!(
+            "worker {} version {version} is {}: {takes}",
+            state.worker, state.state
+        ))?;
     }
     term::data("ready; stop with Ctrl-C")
 }

@@ -10,7 +10,7 @@ use crate::model::hint;
 #[repr(u8)]
 pub enum Exit {
     /// It did what was asked.
-    Done = 0,
+    Success = 0,
     /// It failed; the error says why.
     Failure = 1,
     /// The command line, the manifest or the configuration is wrong: nothing was tried.
@@ -20,28 +20,31 @@ pub enum Exit {
     /// The host, its database or NATS cannot be reached; the same command may work later.
     Unreachable = 4,
     /// What was replayed is not as it is on record.
-    Departed = 5,
+    Diverged = 5,
     /// The record of what was replayed ends before the failure: up to there it is the same.
-    Cut = 6,
+    Truncated = 6,
 }
 
 /// A sentence that ends a command with an exit code. It can be an error of its own, or the context of another:
-/// `Err(Exit::NotFound.because("no worker is called x").into())`, `.context(Exit::Unreachable.because("reach the host"))`.
+/// `Err(Exit::NotFound.with_message("no worker is called x").into())`, `.context(Exit::Unreachable.with_message("reach the host"))`.
 #[derive(Debug)]
-pub struct Ended {
+pub struct ExitError {
     exit: Exit,
-    sentence: String,
+    message: String,
 }
 
 impl Exit {
     /// Says why a command ends like this.
-    pub fn because(self, sentence: impl Into<String>) -> Ended {
-        Ended { exit: self, sentence: sentence.into() }
+    pub fn with_message(self, message: impl Into<String>) -> ExitError {
+        ExitError {
+            exit: self,
+            message: message.into(),
+        }
     }
 
     /// How a command ends that failed with `error`.
-    pub fn of(error: &anyhow::Error) -> Exit {
-        hint::find::<Ended>(error).map_or(Exit::Failure, |ended| ended.exit)
+    pub fn from_error(error: &anyhow::Error) -> Exit {
+        hint::find_cause::<ExitError>(error).map_or(Exit::Failure, |error| error.exit)
     }
 }
 
@@ -51,13 +54,13 @@ impl From<Exit> for ExitCode {
     }
 }
 
-impl fmt::Display for Ended {
+impl fmt::Display for ExitError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.sentence)
+        f.write_str(&self.message)
     }
 }
 
-impl std::error::Error for Ended {}
+impl std::error::Error for ExitError {}
 
 #[cfg(test)]
 mod tests {
@@ -67,13 +70,17 @@ mod tests {
     use crate::model::hint::WithHint;
 
     #[test]
-    fn an_error_ends_with_its_code_wherever_it_stands() {
-        assert_eq!(Exit::of(&anyhow!("x")), Exit::Failure);
-        let not_found = anyhow::Error::from(Exit::NotFound.because("no worker is called x"));
-        assert_eq!(Exit::of(&not_found.hint("run: oncely workers").context("roll back")), Exit::NotFound);
-        let refused = Err::<(), _>(anyhow!("connection refused")).context(Exit::Unreachable.because("reach the host"));
+    fn exit_code_is_found_anywhere_in_the_error_chain() {
+        assert_eq!(Exit::from_error(&anyhow!("x")), Exit::Failure);
+        let not_found = anyhow::Error::from(Exit::NotFound.with_message("no worker is called x"));
+        assert_eq!(
+            Exit::from_error(&not_found.hint("run: oncely workers").context("roll back")),
+            Exit::NotFound
+        );
+        let refused = Err::<(), _>(anyhow!("connection refused"))
+            .context(Exit::Unreachable.with_message("reach the host"));
         let refused = refused.hint("start it").unwrap_err();
-        assert_eq!(Exit::of(&refused), Exit::Unreachable);
+        assert_eq!(Exit::from_error(&refused), Exit::Unreachable);
         assert_eq!(format!("{refused:#}"), "reach the host: connection refused");
     }
 }

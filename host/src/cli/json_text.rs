@@ -65,7 +65,7 @@ mod tests {
     use super::indented;
 
     #[test]
-    fn what_was_received_is_shown_digit_by_digit() {
+    fn indented_json_keeps_digits_order_and_duplicates() {
         let text = br#"{"b":12345678901234567890123,"a":1.10,"a":1e400, "e" : [ ], "o":{ },"l":[1,{"x":"a\"b{,:\\"}], "u":"\u0041"}"#;
         let shown = indented(text).unwrap();
         let expected = r#"{
@@ -83,13 +83,18 @@ mod tests {
   "u": "\u0041"
 }"#;
         assert_eq!(shown, expected);
-        for (same, shown) in [("-0.0", "-0.0"), ("\"a b\"", "\"a b\""), (" [] ", "[]"), ("null", "null")] {
+        for (same, shown) in [
+            ("-0.0", "-0.0"),
+            ("\"a b\"", "\"a b\""),
+            (" [] ", "[]"),
+            ("null", "null"),
+        ] {
             assert_eq!(indented(same.as_bytes()).as_deref(), Some(shown));
         }
     }
 
     #[test]
-    fn what_is_no_json_is_not_indented() {
+    fn invalid_json_is_not_indented() {
         for text in ["", "{", "{'a': 1}", "[1,]", "a", "1 2", "{\"a\" 1}"] {
             assert_eq!(indented(text.as_bytes()), None, "{text}");
         }

@@ -12,8 +12,8 @@ use crate::config::Database;
 use crate::model::hint::WithHint;
 
 /// For how long a lock is tried: a process that was killed a moment ago may still be on its way out.
-const TRIED_FOR: Duration = Duration::from_secs(2);
-const TRIED_EVERY: Duration = Duration::from_millis(50);
+const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
+const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 
 /// A lock, held until it is dropped or the process ends.
 pub struct Lock(#[expect(dead_code, reason = "held, not read")] File);
@@ -21,7 +21,7 @@ pub struct Lock(#[expect(dead_code, reason = "held, not read")] File);
 impl Lock {
     /// Locks a data folder.
     pub async fn folder(path: &Path) -> Result<Lock> {
-        take(&path.join("lock"))
+        acquire(&path.join("lock"))
             .await
             .with_context(|| format!("use the data folder {}", path.display()))
             .hint("stop the host that runs there, or give this one a folder of its own with --data-dir")
@@ -29,8 +29,10 @@ impl Lock {
 
     /// Locks a database, if it is a file.
     pub async fn database(database: &Database) -> Result<Option<Lock>> {
-        let Database::Sqlite(path) = database else { return Ok(None) };
-        take(&path.with_added_extension("lock"))
+        let Database::Sqlite(path) = database else {
+            return Ok(None);
+        };
+        acquire(&path.with_added_extension("lock"))
             .await
             .map(Some)
             .with_context(|| format!("use the database {}", path.display()))
@@ -38,25 +40,34 @@ impl Lock {
     }
 }
 
-async fn take(path: &Path) -> Result<Lock> {
-    let doing = || format!("lock {}", path.display());
-    let opened = OpenOptions::new().create(true).truncate(false).read(true).write(true).open(path);
-    let mut file = opened.with_context(doing)?;
-    let end = Instant::now() + TRIED_FOR;
+async fn acquire(path: &Path) -> Result<Lock> {
+    let context = || format!("lock {}", path.display());
+    let opened = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
+        .open(path);
+    let mut file = opened.with_context(context)?;
+    let end = Instant::now() + LOCK_TIMEOUT;
     loop {
         match file.try_lock() {
             Ok(()) => break,
-            Err(TryLockError::WouldBlock) if Instant::now() < end => tokio::time::sleep(TRIED_EVERY).await,
+            Err(TryLockError::WouldBlock) if Instant::now() < end => {
+                tokio::time::sleep(RETRY_INTERVAL).await
+            }
             Err(TryLockError::WouldBlock) => {
                 let owner = std::fs::read_to_string(path).unwrap_or_default();
-                let owner =
-                    owner.trim().parse::<u32>().map_or_else(|_| String::new(), |pid| format!(", process {pid},"));
+                let owner = owner
+                    .trim()
+                    .parse::<u32>()
+                    .map_or_else(|_| String::new(), |pid| format!(", process {pid},"));
                 return Err(anyhow!("another host{owner} uses it"));
             }
-            Err(TryLockError::Error(error)) => return Err(error).with_context(doing),
+            Err(TryLockError::Error(error)) => return Err(error).with_context(context),
         }
     }
-    file.set_len(0).with_context(doing)?;
-    writeln!(file, "{}", std::process::id()).with_context(doing)?;
+    file.set_len(0).with_context(context)?;
+    writeln!(file, "{}", std::process::id()).with_context(context)?;
     Ok(Lock(file))
 }

@@ -4,9 +4,9 @@
 use std::io::{Result, Write};
 
 /// Writes each event as one line; control characters in it are shown as escapes.
-pub struct OneLine<W>(pub W);
+pub struct SingleLineWriter<W>(pub W);
 
-impl<W: Write> Write for OneLine<W> {
+impl<W: Write> Write for SingleLineWriter<W> {
     /// Takes a whole event, as the subscriber writes it, with the line break at its end.
     fn write(&mut self, event: &[u8]) -> Result<usize> {
         let (line, end) = match event.strip_suffix(b"\n") {
@@ -14,9 +14,11 @@ impl<W: Write> Write for OneLine<W> {
             None => (event, ""),
         };
         let line = String::from_utf8_lossy(line);
-        match line.contains(is_unsafe) {
+        match line.contains(needs_escape) {
             false => self.0.write_all(event)?,
-            true => self.0.write_all(format!("{}{end}", escaped(&line)).as_bytes())?,
+            true => self
+                .0
+                .write_all(format!("{}{end}", escaped(&line)).as_bytes())?,
         }
         Ok(event.len())
     }
@@ -27,15 +29,15 @@ impl<W: Write> Write for OneLine<W> {
 }
 
 /// Characters that end a line somewhere, move the cursor or turn the direction of what follows.
-fn is_unsafe(c: char) -> bool {
-    let turns = matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-    (c.is_control() && c != '\t') || matches!(c, '\u{2028}' | '\u{2029}') || turns
+fn needs_escape(c: char) -> bool {
+    let is_bidi_control = matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    (c.is_control() && c != '\t') || matches!(c, '\u{2028}' | '\u{2029}') || is_bidi_control
 }
 
 fn escaped(line: &str) -> String {
     let mut escaped = String::with_capacity(line.len() + 16);
     for c in line.chars() {
-        match is_unsafe(c) {
+        match needs_escape(c) {
             true => escaped.extend(c.escape_default()),
             false => escaped.push(c),
         }
@@ -48,10 +50,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_event_is_one_line_whatever_it_holds() {
+    fn log_event_with_control_characters_stays_on_one_line() {
         let mut written = Vec::new();
         let event = "WARN it failed: a\nINFO paid\r\u{1b}[2J\u{2028}\u{85}é\ttab\n";
-        let mut line = OneLine(&mut written);
+        let mut line = SingleLineWriter(&mut written);
         line.write_all(event.as_bytes()).unwrap();
         line.write_all(b"plain\n").unwrap();
         assert_eq!(

@@ -7,13 +7,13 @@ use clap::{Args, Subcommand};
 use super::client::{Client, HostArgs};
 use super::exit::Exit;
 use super::term::{self, Table};
-use crate::api::outbox::{Decided, Decision, Output};
+use crate::api::outbox::{Output, ParkedOutputsRequest, ParkedOutputsResponse};
 use crate::model::hint::WithHint;
 use crate::model::units;
 use crate::store::{OutputFilter, OutputSummary};
 
 /// How many outputs one request decides about.
-const AT_A_TIME: usize = 1_000;
+const CHUNK_SIZE: usize = 1_000;
 
 /// Shows outputs that could not be published, retries or drops them.
 #[derive(Debug, Args)]
@@ -67,7 +67,7 @@ struct Show {
 #[derive(Debug, Args)]
 struct Retry {
     #[command(flatten)]
-    which: Which,
+    selection: OutputSelection,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -79,7 +79,7 @@ struct Retry {
 #[derive(Debug, Args)]
 struct Drop {
     #[command(flatten)]
-    which: Which,
+    selection: OutputSelection,
     /// Why, for those who read the record.
     #[arg(long, default_value = "")]
     note: String,
@@ -95,7 +95,7 @@ struct Drop {
 
 /// Which outputs.
 #[derive(Debug, Args)]
-struct Which {
+struct OutputSelection {
     /// Their numbers.
     #[arg(required_unless_present = "all")]
     numbers: Vec<i64>,
@@ -122,7 +122,12 @@ impl List {
     async fn run(self) -> Result<()> {
         let client = Client::find(&self.host)?;
         let (unpublished, dropped) = (self.unpublished, self.dropped);
-        let filter = OutputFilter { worker: self.worker, unpublished, dropped, limit: self.limit };
+        let filter = OutputFilter {
+            worker: self.worker,
+            unpublished,
+            dropped,
+            limit: self.limit,
+        };
         let outputs: Vec<OutputSummary> = client.get_with("/outbox", &filter).await?;
         if self.json {
             return term::json(&outputs);
@@ -131,7 +136,7 @@ impl List {
             term::note(match (unpublished, dropped) {
                 (true, _) => "all outputs are published",
                 (_, true) => "no outputs were dropped",
-                _ => "no outputs are set aside",
+                _ => "no outputs are parked",
             });
             return Ok(());
         }
@@ -144,15 +149,25 @@ impl List {
                 output.ordering_key.clone().unwrap_or_default(),
                 output.waiting.to_string(),
                 output.failures.to_string(),
-                units::show_time(output.created_at),
-                match (&output.note, output.behind) {
+                units::format_time(output.created_at),
+                match (&output.note, output.blocked_by) {
                     (Some(note), _) if !note.is_empty() => note.clone(),
-                    (_, Some(behind)) => format!("waits for {behind}"),
+                    (_, Some(blocked_by)) => format!("blocked by {blocked_by}"),
                     _ => output.error.clone().unwrap_or_default(),
                 },
             ]
         };
-        let heads = ["number", "worker", "state", "subject", "key", "held", "failures", "created at", "why"];
+        let heads = [
+            "number",
+            "worker",
+            "state",
+            "subject",
+            "key",
+            "held",
+            "failures",
+            "created at",
+            "detail",
+        ];
         let mut table = Table::new(&heads);
         outputs.iter().map(row).for_each(|row| table.row(row));
         term::data(table.to_string().trim_end())
@@ -179,27 +194,45 @@ fn show(output: &Output) -> Result<()> {
         ("worker", summary.worker.clone()),
         ("event id", summary.event_id.clone()),
         ("subject", summary.subject.clone()),
-        ("ordering key", summary.ordering_key.clone().unwrap_or_default()),
+        (
+            "ordering key",
+            summary.ordering_key.clone().unwrap_or_default(),
+        ),
         ("state", summary.state.clone()),
     ];
     let mut add = |name, value: Option<String>| details.extend(value.map(|value| (name, value)));
-    add("waits for", summary.behind.map(|behind| behind.to_string()));
-    add("held behind it", Some(summary.waiting.to_string()).filter(|_| summary.waiting > 0));
-    add("created at", Some(units::show_time(summary.created_at)));
-    add("due at", Some(units::show_time(summary.due_at)));
-    add("set aside at", summary.set_aside_at.map(units::show_time));
+    add(
+        "blocked by",
+        summary.blocked_by.map(|number| number.to_string()),
+    );
+    add(
+        "blocks",
+        Some(summary.waiting.to_string()).filter(|_| summary.waiting > 0),
+    );
+    add("created at", Some(units::format_time(summary.created_at)));
+    add("due at", Some(units::format_time(summary.due_at)));
+    add("parked at", summary.parked_at.map(units::format_time));
     add("failures", Some(summary.failures.to_string()));
     add("last error", summary.error.clone());
-    add("dropped at", summary.dropped_at.map(units::show_time));
+    add("dropped at", summary.dropped_at.map(units::format_time));
     add("note", summary.note.clone().filter(|note| !note.is_empty()));
     let place = output.stream.as_ref().zip(output.stream_sequence);
-    add("published at", place.map(|(stream, sequence)| format!("{stream} {sequence}")));
+    add(
+        "published at",
+        place.map(|(stream, sequence)| format!("{stream} {sequence}")),
+    );
     term::data(term::details(details))?;
     term::data("\nheaders")?;
     for (name, value) in &output.headers {
-        term::data(format!("  {}: {}", term::visible(name), term::visible(value)))?;
+        term::data(format!(
+            "  {}: {}",
+            term::visible(name),
+            term::visible(value)
+        ))?;
     }
-    let body = base64::engine::general_purpose::STANDARD.decode(&output.body).context("read the body")?;
+    let body = base64::engine::general_purpose::STANDARD
+        .decode(&output.body)
+        .context("read the body")?;
     term::data(format!("\nbody ({} bytes)", body.len()))?;
     term::data(term::readable(&body))
 }
@@ -207,40 +240,47 @@ fn show(output: &Output) -> Result<()> {
 impl Retry {
     async fn run(self) -> Result<()> {
         let client = Client::find(&self.host)?;
-        let numbers = self.which.find(&client).await?;
-        let outputs = decide(&client, "/outbox/retry", &numbers, "").await?;
+        let numbers = self.selection.find(&client).await?;
+        let outputs = post_in_chunks(&client, "/outbox/retry", &numbers, "").await?;
         if self.json {
-            return term::json(&Decided { outputs });
+            return term::json(&ParkedOutputsResponse { outputs });
         }
         term::data(format!(
             "{} tried again; `oncely outbox list` shows the outputs that are set aside once more",
-            counted(outputs)
+            describe_count(outputs)
         ))?;
-        all_met(outputs, &numbers)
+        check_all_parked(outputs, &numbers)
     }
 }
 
 impl Drop {
     async fn run(self) -> Result<()> {
         let client = Client::find(&self.host)?;
-        let numbers = self.which.find(&client).await?;
-        let question = format!("{} to be dropped and never published. Go on?", counted(numbers.len() as u64));
+        let numbers = self.selection.find(&client).await?;
+        let question = format!(
+            "{} to be dropped and never published. Go on?",
+            describe_count(numbers.len() as u64)
+        );
         if !numbers.is_empty() && !self.yes && !term::confirm(&question) {
-            return Err(
-                Exit::Usage.because(format!("{} to be dropped, and nobody confirmed", counted(numbers.len() as u64)))
-            )
+            return Err(Exit::Usage.with_message(format!(
+                "{} to be dropped, and nobody confirmed",
+                describe_count(numbers.len() as u64)
+            )))
             .hint("confirm with --yes");
         }
-        let outputs = decide(&client, "/outbox/drop", &numbers, &self.note).await?;
+        let outputs = post_in_chunks(&client, "/outbox/drop", &numbers, &self.note).await?;
         if self.json {
-            return term::json(&Decided { outputs });
+            return term::json(&ParkedOutputsResponse { outputs });
         }
-        term::data(format!("{} dropped; `oncely outbox list --dropped` has the record", counted(outputs)))?;
-        all_met(outputs, &numbers)
+        term::data(format!(
+            "{} dropped; `oncely outbox list --dropped` has the record",
+            describe_count(outputs)
+        ))?;
+        check_all_parked(outputs, &numbers)
     }
 }
 
-impl Which {
+impl OutputSelection {
     async fn find(&self, client: &Client) -> Result<Vec<i64>> {
         if !self.all {
             let mut numbers = self.numbers.clone();
@@ -248,31 +288,42 @@ impl Which {
             numbers.dedup();
             return Ok(numbers);
         }
-        let filter = OutputFilter { worker: self.worker.clone(), limit: u32::MAX, ..OutputFilter::default() };
+        let filter = OutputFilter {
+            worker: self.worker.clone(),
+            limit: u32::MAX,
+            ..OutputFilter::default()
+        };
         let outputs: Vec<OutputSummary> = client.get_with("/outbox", &filter).await?;
         Ok(outputs.iter().map(|output| output.number).collect())
     }
 }
 
-async fn decide(client: &Client, path: &str, numbers: &[i64], note: &str) -> Result<u64> {
+async fn post_in_chunks(client: &Client, path: &str, numbers: &[i64], note: &str) -> Result<u64> {
     let mut outputs = 0;
-    for numbers in numbers.chunks(AT_A_TIME) {
-        let decision = Decision { numbers: numbers.to_vec(), note: note.to_owned() };
-        let decided: Decided = client.post(path, &decision).await?;
-        outputs += decided.outputs;
+    for numbers in numbers.chunks(CHUNK_SIZE) {
+        let request = ParkedOutputsRequest {
+            numbers: numbers.to_vec(),
+            note: note.to_owned(),
+        };
+        let response: ParkedOutputsResponse = client.post(path, &request).await?;
+        outputs += response.outputs;
     }
     Ok(outputs)
 }
 
 /// Fails when some of the outputs were not set aside (any more).
-fn all_met(outputs: u64, numbers: &[i64]) -> Result<()> {
-    let others = (numbers.len() as u64).saturating_sub(outputs);
-    if others > 0 {
-        bail!("{} not set aside", counted(others));
+fn check_all_parked(outputs: u64, numbers: &[i64]) -> Result<()> {
+    let skipped = (numbers.len() as u64).saturating_sub(outputs);
+    if skipped > 0 {
+        bail!("{} not parked", describe_count(skipped));
     }
     Ok(())
 }
 
-fn counted(outputs: u64) -> String {
-    if outputs == 1 { "1 output is".to_owned() } else { format!("{outputs} outputs are") }
+fn describe_count(outputs: u64) -> String {
+    if outputs == 1 {
+        "1 output is".to_owned()
+    } else {
+        format!("{outputs} outputs are")
+    }
 }

@@ -42,26 +42,43 @@ pub struct Publish {
 impl Publish {
     pub async fn run(self) -> Result<()> {
         if let Some(url) = &self.http {
-            return self.through_the_ingress(url).await;
+            return self.publish_over_http(url).await;
         }
         let client = Client::find(&self.host)?;
         let body = self.body()?;
-        let id = self.id.clone().unwrap_or_else(|| uuid::Uuid::now_v7().to_string());
-        let message = api::Publish {
+        let id = self
+            .id
+            .clone()
+            .unwrap_or_else(|| uuid::Uuid::now_v7().to_string());
+        let message = api::PublishRequest {
             subject: self.subject.clone(),
-            headers: self.headers.iter().map(|header| parse_header(header)).collect::<Result<_>>()?,
+            headers: self
+                .headers
+                .iter()
+                .map(|header| parse_header(header))
+                .collect::<Result<_>>()?,
             id: id.clone(),
             body: base64::engine::general_purpose::STANDARD.encode(body),
         };
-        let place: api::PublishedAt = client.post("/publish", &message).await?;
+        let place: api::PublishAck = client.post("/publish", &message).await?;
         if self.json {
             return term::json(&place);
         }
-        let again = if place.duplicate { " (it was there already)" } else { "" };
-        term::data(format!("{} {} id {id}{again}", place.stream, place.sequence))?;
-        if place.readers.is_empty() {
+        let suffix = if place.duplicate {
+            " (it was there already)"
+        } else {
+            ""
+        };
+        term::data(format!(
+            "{} {} id {id}{suffix}",
+            place.stream, place.sequence
+        ))?;
+        if place.workers.is_empty() {
             let subject = &self.subject;
-            term::warning(format!("no worker takes messages of `{subject}` from the stream {}", place.stream));
+            term::warning(format!(
+                "no worker takes messages of `{subject}` from the stream {}",
+                place.stream
+            ));
         }
         Ok(())
     }
@@ -69,12 +86,20 @@ impl Publish {
 
 impl Publish {
     fn body(&self) -> Result<Vec<u8>> {
-        if self.body == "-" { read_body() } else { Ok(self.body.clone().into_bytes()) }
+        if self.body == "-" {
+            read_body()
+        } else {
+            Ok(self.body.clone().into_bytes())
+        }
     }
 
     /// Publishes as programs do: under a key, and again until there is an answer.
-    async fn through_the_ingress(&self, url: &str) -> Result<()> {
-        let url = if url.is_empty() { ingress_here()? } else { url.to_owned() };
+    async fn publish_over_http(&self, url: &str) -> Result<()> {
+        let url = if url.is_empty() {
+            local_ingress_url()?
+        } else {
+            url.to_owned()
+        };
         let client = oncely_client::Client::new(&url)?;
         let mut request = client.publish(&self.subject, self.body()?);
         for header in &self.headers {
@@ -84,15 +109,26 @@ impl Publish {
         if let Some(key) = &self.key {
             request = request.key(key.as_str());
         }
-        let answer = request.send().await.map_err(explain)?;
+        let answer = request.send().await.map_err(with_retry_hint)?;
         let accepted: Accepted = answer.json().context("read what the ingress answered")?;
         if self.json {
             return term::json(&accepted);
         }
-        let again = if answer.replayed { " (it was accepted before)" } else { "" };
-        let tries = if answer.tries > 1 { format!(" after {} tries", answer.tries) } else { String::new() };
+        let suffix = if answer.replayed {
+            " (it was accepted before)"
+        } else {
+            ""
+        };
+        let tries = if answer.tries > 1 {
+            format!(" after {} tries", answer.tries)
+        } else {
+            String::new()
+        };
         let key = answer.key.unwrap_or_default();
-        term::data(format!("{} accepted, id {}, key {key}{tries}{again}", accepted.subject, accepted.id))
+        term::data(format!(
+            "{} accepted, id {}, key {key}{tries}{suffix}",
+            accepted.subject, accepted.id
+        ))
     }
 }
 
@@ -103,14 +139,14 @@ struct Accepted {
     subject: String,
 }
 
-fn ingress_here() -> Result<String> {
-    let here = HostFile::nearest().and_then(|file| file.http);
-    here.ok_or_else(|| anyhow!("no host that takes requests is known here"))
+fn local_ingress_url() -> Result<String> {
+    let url = HostFile::nearest().and_then(|file| file.http);
+    url.ok_or_else(|| anyhow!("no host that takes requests is known here"))
         .hint("name its address: --http http://127.0.0.1:7480")
 }
 
 /// Says under which key to go on, when nobody knows what became of it.
-fn explain(error: oncely_client::Error) -> anyhow::Error {
+fn with_retry_hint(error: oncely_client::Error) -> anyhow::Error {
     let key = error.key().map(str::to_owned);
     let is_unclear = error.is_unclear();
     let error = anyhow::Error::new(error);
@@ -122,7 +158,9 @@ fn explain(error: oncely_client::Error) -> anyhow::Error {
 
 fn read_body() -> Result<Vec<u8>> {
     let mut body = Vec::new();
-    std::io::stdin().read_to_end(&mut body).context("read the body from standard input")?;
+    std::io::stdin()
+        .read_to_end(&mut body)
+        .context("read the body from standard input")?;
     Ok(body)
 }
 

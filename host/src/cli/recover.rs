@@ -4,9 +4,9 @@ use anyhow::Result;
 use clap::Args;
 
 use super::client::{Client, HostArgs};
-use super::dlq::Actor;
+use super::dlq::ActorArgs;
 use super::term::{self, Table};
-use crate::api::Recover as Request;
+use crate::api::RecoverRequest;
 use crate::model::units;
 use crate::runtime::Recovery;
 
@@ -21,7 +21,7 @@ pub struct Recover {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
-    actor: Actor,
+    actor: ActorArgs,
     #[command(flatten)]
     host: HostArgs,
 }
@@ -29,7 +29,10 @@ pub struct Recover {
 impl Recover {
     pub async fn run(self) -> Result<()> {
         let client = Client::find(&self.host)?;
-        let request = Request { dry_run: self.dry_run, by: self.actor.by(Some("recovery".to_owned())) };
+        let request = RecoverRequest {
+            dry_run: self.dry_run,
+            by: self.actor.with_note(Some("recovery".to_owned())),
+        };
         let recovery: Recovery = client.post("/recover", &request).await?;
         if self.json {
             return term::json(&recovery);
@@ -43,10 +46,22 @@ fn show(recovery: &Recovery) -> Result<()> {
         return term::data("database and NATS agree: nothing is to be recovered");
     }
     term::data("database and NATS disagree:")?;
-    recovery.reasons.iter().try_for_each(|reason| term::data(format!("  {reason}")))?;
-    let agreed = recovery.agreed_at.map_or("never, as far as the database knows".to_owned(), units::show_time);
+    recovery
+        .reasons
+        .iter()
+        .try_for_each(|reason| term::data(format!("  {reason}")))?;
+    let agreed = recovery.agreed_at.map_or(
+        "never, as far as the database knows".to_owned(),
+        units::format_time,
+    );
     term::data(format!("they last agreed: {agreed}\n"))?;
-    let mut table = Table::new(&["worker", "stream", "acknowledged", "taken again from", "to"]);
+    let mut table = Table::new(&[
+        "worker",
+        "stream",
+        "acknowledged",
+        "redeliver from",
+        "redeliver to",
+    ]);
     for place in &recovery.consumers {
         table.row([
             place.worker.clone(),
@@ -57,10 +72,16 @@ fn show(recovery: &Recovery) -> Result<()> {
         ]);
     }
     term::data(table.to_string().trim_end())?;
-    let mut table = Table::new(&["stream", "outputs not to be sent again"]);
-    recovery.streams.iter().for_each(|stream| table.row([stream.stream.clone(), stream.outputs.to_string()]));
+    let mut table = Table::new(&["stream", "outputs already published"]);
+    recovery
+        .streams
+        .iter()
+        .for_each(|stream| table.row([stream.stream.clone(), stream.outputs.to_string()]));
     term::data(format!("\n{table}").trim_end())?;
-    term::data(format!("\ndead letters sent to their workers once more: {}", recovery.letters))?;
+    term::data(format!(
+        "\ndead letters sent to their workers once more: {}",
+        recovery.dead_letters
+    ))?;
     for (name, note) in notes(recovery) {
         term::warning(format!("{name}: {note}"));
     }
@@ -72,7 +93,15 @@ fn show(recovery: &Recovery) -> Result<()> {
 
 /// What cannot be had again, or looked at, each with its stream.
 fn notes(recovery: &Recovery) -> impl Iterator<Item = (&String, &String)> {
-    let consumers = recovery.consumers.iter().map(|place| (&place.stream, &place.note));
-    let streams = recovery.streams.iter().map(|stream| (&stream.stream, &stream.note));
-    consumers.chain(streams).filter_map(|(name, note)| Some((name, note.as_ref()?)))
+    let consumers = recovery
+        .consumers
+        .iter()
+        .map(|place| (&place.stream, &place.note));
+    let streams = recovery
+        .streams
+        .iter()
+        .map(|stream| (&stream.stream, &stream.note));
+    consumers
+        .chain(streams)
+        .filter_map(|(name, note)| Some((name, note.as_ref()?)))
 }

@@ -7,72 +7,93 @@ use tokio::time::Instant;
 
 use super::client::Client;
 use super::term;
-use crate::api::{Activated, OnHost};
+use crate::api::{Activated, WorkerOnHost};
 use crate::model::hint::WithHint;
 
 /// How long hosts may take, and how often they are asked.
-const RUNS_WITHIN: Duration = Duration::from_secs(120);
-const RUNS_YET: Duration = Duration::from_millis(200);
+const ROLLOUT_TIMEOUT: Duration = Duration::from_secs(120);
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// After how long it is told who is waited for.
-const TELL_AFTER: Duration = Duration::from_secs(2);
+const REPORT_AFTER: Duration = Duration::from_secs(2);
 
 /// How a version stands on one host.
-enum Stand {
-    Runs,
-    NotYet(String),
-    Cannot(String),
+enum RolloutState {
+    Running,
+    Pending(String),
+    Failed(String),
 }
 
 /// Waits until every host that is alive runs the version that was activated, and says so.
-pub async fn follow(client: &Client, activated: &Activated, no_wait: bool) -> Result<()> {
+pub async fn wait(client: &Client, activated: &Activated, no_wait: bool) -> Result<()> {
     let Activated { worker, version } = activated;
     if no_wait {
-        return term::data(format!("worker {worker} version {version} is active; hosts take it up now"));
+        return term::data(format!(
+            "worker {worker} version {version} is active; hosts take it up now"
+        ));
     }
-    let began = Instant::now();
-    let mut told = String::new();
+    let started_at = Instant::now();
+    let mut last_reported = String::new();
     loop {
-        let hosts: Vec<OnHost> = client.get(&format!("/workers/{worker}/hosts")).await?;
-        let (mut runs, mut waits, mut cannot) = (0, Vec::new(), Vec::new());
+        let hosts: Vec<WorkerOnHost> = client.get(&format!("/workers/{worker}/hosts")).await?;
+        let (mut running, mut pending, mut failed) = (0, Vec::new(), Vec::new());
         for on_host in &hosts {
-            match stand(on_host, *version) {
-                Stand::Runs => runs += 1,
-                Stand::NotYet(why) => waits.push(format!("{} {why}", on_host.host)),
-                Stand::Cannot(why) => cannot.push(format!("{}: {why}", on_host.host)),
+            match rollout_state(on_host, *version) {
+                RolloutState::Running => running += 1,
+                RolloutState::Pending(why) => pending.push(format!("{} {why}", on_host.host)),
+                RolloutState::Failed(why) => failed.push(format!("{}: {why}", on_host.host)),
             }
         }
-        if !cannot.is_empty() {
-            let why = anyhow!("{}", cannot.join("; "));
-            return Err(why.context(format!("worker {worker} version {version} is active and cannot run")))
-                .hint(format!("oncely rollback {worker}"));
+        if !failed.is_empty() {
+            let why = anyhow!("{}", failed.join("; "));
+            return Err(why.context(format!(
+                "worker {worker} version {version} is active and cannot run"
+            )))
+            .hint(format!("oncely rollback {worker}"));
         }
-        if waits.is_empty() && runs > 0 {
-            let hosts = if runs == 1 { String::new() } else { format!(" on {runs} hosts") };
-            return term::data(format!("worker {worker} version {version} is active{hosts}"));
+        if pending.is_empty() && running > 0 {
+            let hosts = if running == 1 {
+                String::new()
+            } else {
+                format!(" on {running} hosts")
+            };
+            return term::data(format!(
+                "worker {worker} version {version} is active{hosts}"
+            ));
         }
-        if began.elapsed() >= RUNS_WITHIN {
-            term::warning(format!("not every host runs it after {RUNS_WITHIN:?}: {}", waits.join("; ")));
-            return term::data(format!("worker {worker} version {version} is active; on {runs} hosts so far"));
+        if started_at.elapsed() >= ROLLOUT_TIMEOUT {
+            term::warning(format!(
+                "not every host runs it after {ROLLOUT_TIMEOUT:?}: {}",
+                pending.join("; ")
+            ));
+            return term::data(format!(
+                "worker {worker} version {version} is active; on {running} hosts so far"
+            ));
         }
-        let waits = waits.join("; ");
-        if began.elapsed() >= TELL_AFTER && waits != told {
-            term::note(format!("waiting for version {version} of {worker}: {waits}"));
-            told = waits;
+        let pending = pending.join("; ");
+        if started_at.elapsed() >= REPORT_AFTER && pending != last_reported {
+            term::note(format!(
+                "waiting for version {version} of {worker}: {pending}"
+            ));
+            last_reported = pending;
         }
-        tokio::time::sleep(RUNS_YET).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
 }
 
-fn stand(on_host: &OnHost, version: u32) -> Stand {
-    let Some(runs) = &on_host.runs else { return Stand::NotYet("has not heard of it yet".to_owned()) };
-    let why = || runs.error.clone().unwrap_or_default();
-    match (runs.state.as_str(), runs.broken_version, runs.version) {
-        ("broken", Some(broken), _) if broken == version => Stand::Cannot(why()),
-        ("broken", None, Some(runs)) if runs == version => Stand::Cannot(why()),
-        ("running" | "paused", None, Some(runs)) if runs == version => Stand::Runs,
-        ("held", _, _) => Stand::NotYet("waits until database and broker agree".to_owned()),
-        (_, _, Some(runs)) if runs != version => Stand::NotYet(format!("runs version {runs} yet")),
-        _ => Stand::NotYet("starts it".to_owned()),
+fn rollout_state(on_host: &WorkerOnHost, version: u32) -> RolloutState {
+    let Some(status) = &on_host.status else {
+        return RolloutState::Pending("has not heard of it yet".to_owned());
+    };
+    let why = || status.error.clone().unwrap_or_default();
+    match (status.state.as_str(), status.broken_version, status.version) {
+        ("broken", Some(broken), _) if broken == version => RolloutState::Failed(why()),
+        ("broken", None, Some(running)) if running == version => RolloutState::Failed(why()),
+        ("running" | "paused", None, Some(running)) if running == version => RolloutState::Running,
+        ("held", _, _) => RolloutState::Pending("waits until database and broker agree".to_owned()),
+        (_, _, Some(running)) if running != version => {
+            RolloutState::Pending(format!("runs version {running} yet"))
+        }
+        _ => RolloutState::Pending("starts it".to_owned()),
     }
 }

@@ -7,12 +7,12 @@ use clap::Args;
 
 use super::client::make_data_dir;
 use super::lock::Lock;
-use super::serve::{Ended, Served, listen, listen_for_requests, start_log};
+use super::serve::{HostProcess, StopReason, init_logging, listen, listen_for_http};
 use super::signals::Signals;
 use crate::config::{HostConfig, HostFlags};
 
 /// How long the workers may take until their subscriptions are seen; the host goes on trying after that.
-const READY_WITHIN: Duration = Duration::from_secs(60);
+const READY_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Runs a host on your database and your NATS: all that is deployed there, and what is deployed while it runs.
 #[derive(Debug, Args)]
@@ -24,43 +24,45 @@ pub struct Run {
 impl Run {
     pub async fn run(self) -> Result<()> {
         let mut config = HostConfig::load(&self.flags)?;
-        start_log(&config)?;
+        init_logging(&config)?;
         config.data_dir = make_data_dir(&config.data_dir)?;
         let _folder = Lock::folder(&config.data_dir).await?;
         let _database = Lock::database(&config.database).await?;
         let mut signals = Signals::listen()?;
-        while serve(&config, &mut signals).await? == Ended::WithoutNats {}
+        while serve(&config, &mut signals).await? == StopReason::NatsClientEnded {}
         Ok(())
     }
 }
 
-async fn serve(config: &HostConfig, signals: &mut Signals) -> Result<Ended> {
+async fn serve(config: &HostConfig, signals: &mut Signals) -> Result<StopReason> {
     let listener = listen(config).await?;
-    let requests = listen_for_requests(config).await?;
-    let served = tokio::select! {
+    let requests = listen_for_http(config).await?;
+    let host_process = tokio::select! {
         biased;
         signal = signals.received() => {
             tracing::info!("{signal}: giving up the start");
-            return Ok(Ended::ByASignal);
+            return Ok(StopReason::Signal);
         }
-        served = Served::start(config, listener, requests) => served?,
+        host_process = HostProcess::start(config, listener, requests) => host_process?,
     };
     tracing::info!(
         "control API at http://{}, requests at {}, NATS {}, database {}",
-        served.address,
-        served.http.map_or_else(|| "none".to_owned(), |address| format!("http://{address}")),
-        config.nats.shown(),
-        config.database.shown()
+        host_process.address,
+        host_process
+            .http
+            .map_or_else(|| "none".to_owned(), |address| format!("http://{address}")),
+        config.nats.redacted(),
+        config.database.redacted()
     );
     tokio::select! {
         biased;
         _ = signals.received() => {}
-        ready = served.ready(READY_WITHIN) => match ready {
+        ready = host_process.ready(READY_TIMEOUT) => match ready {
             // Why not was logged when it was found.
-            Ok(()) if served.host.hold().is_some() => tracing::error!("not ready: workers and relay wait"),
+            Ok(()) if host_process.host.hold().is_some() => tracing::error!("not ready: workers and relay wait"),
             Ok(()) => tracing::info!("ready"),
             Err(error) => tracing::error!("{error:#}"),
         },
     }
-    served.until_it_ends(signals).await
+    host_process.run_until_stopped(signals).await
 }

@@ -15,35 +15,35 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use super::client::HostFile;
 use super::exit::Exit;
-use super::log_line::OneLine;
+use super::log_line::SingleLineWriter;
 use super::signals::Signals;
-use crate::alarms::Poster;
+use crate::alarms::WebhookClient;
 use crate::api;
 use crate::bus::Bus;
-use crate::config::{Database, GuestSql, HostConfig, HowRelayed, HttpLimits, LogFormat};
+use crate::config::{Database, GuestSql, HostConfig, HttpLimits, LogFormat, RelayMode};
 use crate::drain::Stop;
 use crate::guest::GuestEngine;
 use crate::http_server;
 use crate::model::hint::WithHint;
-use crate::runtime::{Host, Retention, Running};
+use crate::runtime::{Host, HostTasks, Retention};
 use crate::store::{PostgresStore, SqliteStore, Store};
 
 /// Why a host stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ended {
-    ByASignal,
+pub enum StopReason {
+    Signal,
     /// It is to be started again.
-    WithoutNats,
+    NatsClientEnded,
 }
 
 /// A host that runs in this process.
-pub struct Served {
+pub struct HostProcess {
     pub host: Arc<Host>,
     /// Where the control API listens.
     pub address: SocketAddr,
     /// Where requests over HTTP are taken.
     pub http: Option<SocketAddr>,
-    running: Running,
+    running: HostTasks,
     stop_ingress: Stop,
     ingress: Option<tokio::task::JoinHandle<()>>,
     stop_api: Stop,
@@ -52,54 +52,107 @@ pub struct Served {
     drain: Duration,
 }
 
-impl Served {
+impl HostProcess {
     /// Starts the host, its workers and its control API.
-    pub async fn start(config: &HostConfig, listener: TcpListener, requests: Option<TcpListener>) -> Result<Served> {
+    pub async fn start(
+        config: &HostConfig,
+        listener: TcpListener,
+        requests: Option<TcpListener>,
+    ) -> Result<HostProcess> {
         let store = open_store(config).await?;
         let bus = Bus::connect(&config.nats).await.map_err(unreachable)?;
-        let bus =
-            bus.for_installation(store.installation(), config.take_over.clone()).with_replicas(config.stream_replicas);
-        let token = config.keep_token()?;
+        let bus = bus
+            .for_installation(store.installation(), config.take_over.clone())
+            .with_replicas(config.stream_replicas);
+        let token = config.load_or_create_token()?;
         let compiled = config.data_dir.join("components");
-        let retention =
-            Retention { outputs: config.keep_outputs, inbox: config.keep_inbox, archive: config.archive.clone() };
-        let poster = |webhook| Poster::new(webhook, config.webhook_secret.as_ref());
-        let webhook = config.webhook.clone().map(poster).transpose().context("get ready to post alarms")?;
+        let retention = Retention {
+            outputs: config.keep_outputs,
+            inbox: config.keep_inbox,
+            archive: config.archive.clone(),
+        };
+        let poster = |webhook| WebhookClient::new(webhook, config.webhook_secret.as_ref());
+        let webhook = config
+            .webhook
+            .clone()
+            .map(poster)
+            .transpose()
+            .context("get ready to post alarms")?;
         let admission = config.admission.clone();
         let engine = GuestEngine::new(&compiled, config.compile.clone())?;
-        let (host, running) = Host::start(store, bus, engine, retention, admission, webhook, &config.cache).await?;
-        let address = listener.local_addr().context("read the address of the control API")?;
+        let (host, running) = Host::start(
+            store,
+            bus,
+            engine,
+            retention,
+            admission,
+            webhook,
+            &config.cache,
+        )
+        .await?;
+        let address = listener
+            .local_addr()
+            .context("read the address of the control API")?;
         let stop_api = Stop::new();
-        let (for_requests, for_control) =
-            http_server::within_file_limit(config.http_limits, HttpLimits::CONTROL, config.pool_size);
+        let (for_requests, for_control) = http_server::within_file_limit(
+            config.http_limits,
+            HttpLimits::CONTROL,
+            config.pool_size,
+        );
         let router = api::router(Arc::clone(&host), token.reveal());
-        let api = tokio::spawn(http_server::serve("control API", listener, router, for_control, stop_api.stopping()));
+        let api = tokio::spawn(http_server::serve(
+            "control API",
+            listener,
+            router,
+            for_control,
+            stop_api.stopping(),
+        ));
         let stop_ingress = Stop::new();
-        let http =
-            requests.as_ref().map(TcpListener::local_addr).transpose().context("read the address for requests")?;
+        let http = requests
+            .as_ref()
+            .map(TcpListener::local_addr)
+            .transpose()
+            .context("read the address for requests")?;
         let ingress = requests.map(|requests| {
             let router = Arc::clone(&host.ingress).router();
-            tokio::spawn(http_server::serve("requests", requests, router, for_requests, stop_ingress.stopping()))
+            tokio::spawn(http_server::serve(
+                "requests",
+                requests,
+                router,
+                for_requests,
+                stop_ingress.stopping(),
+            ))
         });
         HostFile {
             url: format!("http://{address}"),
             token: token.reveal().to_owned(),
             http: http.map(|address| format!("http://{address}")),
-            nats: config.nats.shown(),
-            database: config.database.shown(),
+            nats: config.nats.redacted(),
+            database: config.database.redacted(),
             pid: std::process::id(),
         }
         .write(&config.data_dir)?;
         let (data_dir, drain) = (config.data_dir.clone(), config.drain);
-        Ok(Served { host, address, http, running, stop_ingress, ingress, stop_api, api, data_dir, drain })
+        Ok(HostProcess {
+            host,
+            address,
+            http,
+            running,
+            stop_ingress,
+            ingress,
+            stop_api,
+            api,
+            data_dir,
+            drain,
+        })
     }
 
     /// Says that the start is over, and waits until the workers' subscriptions are seen on the server, or it is clear that they
     /// wait for a person.
     pub async fn ready(&self, limit: Duration) -> Result<()> {
-        self.host.started();
+        self.host.set_started();
         let ready = async {
-            while let Err(why) = self.host.ready().await {
+            while let Err(why) = self.host.readiness().await {
                 if self.host.hold().is_some() {
                     return;
                 }
@@ -110,22 +163,22 @@ impl Served {
         match tokio::time::timeout(limit, ready).await {
             Ok(()) => Ok(()),
             Err(_) => {
-                let why = self.host.ready().await.err().unwrap_or_default();
+                let why = self.host.readiness().await.err().unwrap_or_default();
                 anyhow::bail!("the host is not ready after {limit:?}: {why}")
             }
         }
     }
 
     /// Waits for a signal, or until the NATS client has ended, then stops in good order.
-    pub async fn until_it_ends(self, signals: &mut Signals) -> Result<Ended> {
-        let ended = tokio::select! {
+    pub async fn run_until_stopped(self, signals: &mut Signals) -> Result<StopReason> {
+        let stop_reason = tokio::select! {
             signal = signals.received() => {
                 tracing::info!("{signal}: draining");
-                Ended::ByASignal
+                StopReason::Signal
             }
-            () = self.host.services.bus.ended() => {
+            () = self.host.services.bus.closed() => {
                 tracing::error!("the NATS client has ended, probably over a message it cannot read; starting again");
-                Ended::WithoutNats
+                StopReason::NatsClientEnded
             }
         };
         // What was asked before is answered; who asks now finds another host.
@@ -139,10 +192,10 @@ impl Served {
         let _ = tokio::time::timeout(Duration::from_secs(1), self.api).await;
         HostFile::remove(&self.data_dir);
         // Without NATS nothing can be acknowledged or published; all of it comes again.
-        if ended == Ended::ByASignal {
+        if stop_reason == StopReason::Signal {
             drained?;
         }
-        Ok(ended)
+        Ok(stop_reason)
     }
 }
 
@@ -150,10 +203,16 @@ impl Served {
 const INGRESS_DRAIN: Duration = Duration::from_secs(5);
 
 /// Listens for requests where the configuration says.
-pub async fn listen_for_requests(config: &HostConfig) -> Result<Option<TcpListener>> {
-    let Some(address) = config.http else { return Ok(None) };
-    let listener = bind(address).await.with_context(|| format!("listen for requests on {address}"));
-    listener.map(Some).hint("does another host run here? name another address with --http, or --http off")
+pub async fn listen_for_http(config: &HostConfig) -> Result<Option<TcpListener>> {
+    let Some(address) = config.http else {
+        return Ok(None);
+    };
+    let listener = bind(address)
+        .await
+        .with_context(|| format!("listen for requests on {address}"));
+    listener
+        .map(Some)
+        .hint("does another host run here? name another address with --http, or --http off")
 }
 
 /// Listens where the configuration says.
@@ -165,13 +224,15 @@ pub async fn listen(config: &HostConfig) -> Result<TcpListener> {
 }
 
 /// For how long an address is tried: the host before may be on its way out.
-const BOUND_WITHIN: Duration = Duration::from_secs(1);
+const BIND_TIMEOUT: Duration = Duration::from_secs(1);
 
 async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
-    let end = tokio::time::Instant::now() + BOUND_WITHIN;
+    let end = tokio::time::Instant::now() + BIND_TIMEOUT;
     loop {
         match TcpListener::bind(address).await {
-            Err(error) if error.kind() == ErrorKind::AddrInUse && tokio::time::Instant::now() < end => {
+            Err(error)
+                if error.kind() == ErrorKind::AddrInUse && tokio::time::Instant::now() < end =>
+            {
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
             bound => return bound,
@@ -183,57 +244,73 @@ async fn open_store(config: &HostConfig) -> Result<Arc<dyn Store>> {
     let opened: Result<Arc<dyn Store>> = match &config.database {
         Database::Postgres(url) => {
             let store = match config.guest_sql {
-                GuestSql::Walled => PostgresStore::connect(url, config.pool_size).await,
+                GuestSql::Restricted => PostgresStore::connect(url, config.pool_size).await,
                 GuestSql::Trusted => PostgresStore::connect_trusted(url, config.pool_size).await,
             };
             match store {
-                Ok(store) => with_log(store, url, config).await.map(|store| Arc::new(store) as Arc<dyn Store>),
+                Ok(store) => with_wal(store, url, config)
+                    .await
+                    .map(|store| Arc::new(store) as Arc<dyn Store>),
                 Err(error) => Err(error),
             }
         }
-        Database::Sqlite(path) => SqliteStore::open(path).await.map(|store| Arc::new(store) as Arc<dyn Store>),
+        Database::Sqlite(path) => SqliteStore::open(path)
+            .await
+            .map(|store| Arc::new(store) as Arc<dyn Store>),
     };
     opened
-        .with_context(|| format!("open the database {}", config.database.shown()))
+        .with_context(|| format!("open the database {}", config.database.redacted()))
         .hint("the database is named with --database or ONCELY_DATABASE")
         .map_err(unreachable)
 }
 
 /// Lets the host read the database's log, and asks for outputs to go as configured: by the log only if that can work.
-async fn with_log(store: PostgresStore, url: &str, config: &HostConfig) -> Result<PostgresStore> {
+async fn with_wal(store: PostgresStore, url: &str, config: &HostConfig) -> Result<PostgresStore> {
     let url = match &config.relay_database {
         Some(Database::Postgres(url)) => url,
         _ => url,
     };
-    let store = match store.with_log(url, config.relay_slot_max) {
-        Err(error) if config.relay == Some(HowRelayed::Wal) => return Err(error),
-        with_log => with_log?,
+    let store = match store.with_wal(url, config.relay_slot_max) {
+        Err(error) if config.relay == Some(RelayMode::Wal) => return Err(error),
+        with_wal => with_wal?,
     };
-    if let (Some(relay), Some(log)) = (config.relay, store.log()) {
-        if relay == HowRelayed::Wal {
+    if let (Some(relay), Some(log)) = (config.relay, store.wal()) {
+        if relay == RelayMode::Wal {
             log.check().await?;
         }
-        log.want(relay == HowRelayed::Wal).await?;
+        log.request_mode(relay == RelayMode::Wal).await?;
     }
     Ok(store)
 }
 
 fn unreachable(error: anyhow::Error) -> anyhow::Error {
-    error.context(Exit::Unreachable.because("start the host"))
+    error.context(Exit::Unreachable.with_message("start the host"))
 }
 
 /// Libraries whose lines say nothing to an operator that ours do not; directives in `log_level` overrule this.
-const QUIET: &str = "async_nats=warn,sqlx=error,pgwire_replication=off";
+const DEFAULT_DIRECTIVES: &str = "async_nats=warn,sqlx=error,pgwire_replication=off";
 
 /// Sends log lines to standard error, in the form the configuration asks for.
-pub fn start_log(config: &HostConfig) -> Result<()> {
-    let filter: Targets = format!("{QUIET},{}", config.log_level).parse().context("read log_level")?;
+pub fn init_logging(config: &HostConfig) -> Result<()> {
+    let filter: Targets = format!("{DEFAULT_DIRECTIVES},{}", config.log_level)
+        .parse()
+        .context("read log_level")?;
     let log = tracing_subscriber::fmt::layer();
-    let log = match config.log {
-        LogFormat::Text => log.with_writer(|| OneLine(std::io::stderr())).with_ansi(false).with_target(false).boxed(),
+    let log = match config.log_format {
+        LogFormat::Text => log
+            .with_writer(|| SingleLineWriter(std::io::stderr()))
+            .with_ansi(false)
+            .with_target(false)
+            .boxed(),
         // JSON escapes what would end its line.
-        LogFormat::Json => log.with_writer(std::io::stderr).json().flatten_event(true).boxed(),
+        LogFormat::Json => log
+            .with_writer(std::io::stderr)
+            .json()
+            .flatten_event(true)
+            .boxed(),
     };
-    let started = tracing_subscriber::registry().with(log.with_filter(filter)).try_init();
+    let started = tracing_subscriber::registry()
+        .with(log.with_filter(filter))
+        .try_init();
     started.context("start the log")
 }

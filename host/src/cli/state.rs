@@ -71,7 +71,7 @@ impl Get {
         term::data(term::details([
             ("key", entry.key.clone()),
             ("version", entry.version.to_string()),
-            ("changed at", units::show_time(entry.updated_at)),
+            ("changed at", units::format_time(entry.updated_at)),
         ]))?;
         term::data(format!("\nvalue ({} bytes)", entry.size))?;
         term::data(term::readable(&bytes(&entry)?))
@@ -82,7 +82,10 @@ impl List {
     async fn run(self) -> Result<()> {
         let client = Client::find(&self.host)?;
         let path = format!("/workers/{}/state", self.worker);
-        let filter = StateFilter { prefix: self.prefix, limit: self.limit };
+        let filter = StateFilter {
+            prefix: self.prefix,
+            limit: self.limit,
+        };
         let entries: Vec<StateValue> = client.get_with(&path, &filter).await?;
         if self.json {
             return term::json(&entries);
@@ -97,7 +100,7 @@ impl List {
                 entry.key.clone(),
                 entry.version.to_string(),
                 entry.size.to_string(),
-                units::show_time(entry.updated_at),
+                units::format_time(entry.updated_at),
                 beginning(&bytes(entry)?, entry.size),
             ]);
         }
@@ -106,7 +109,9 @@ impl List {
 }
 
 fn bytes(entry: &StateValue) -> Result<Vec<u8>> {
-    base64::engine::general_purpose::STANDARD.decode(&entry.value).context("understand the host's answer")
+    base64::engine::general_purpose::STANDARD
+        .decode(&entry.value)
+        .context("understand the host's answer")
 }
 
 /// The beginning of a value on one line: text as it is, anything else as hex.
@@ -115,17 +120,23 @@ fn beginning(value: &[u8], size: u64) -> String {
     // Where the value was cut, so may have been its last character.
     let valid = match std::str::from_utf8(value) {
         Ok(text) => Some(text),
-        Err(error) if error.error_len().is_none() && size > value.len() as u64 => {
-            value.get(..error.valid_up_to()).and_then(|valid| std::str::from_utf8(valid).ok())
-        }
+        Err(error) if error.error_len().is_none() && size > value.len() as u64 => value
+            .get(..error.valid_up_to())
+            .and_then(|valid| std::str::from_utf8(valid).ok()),
         Err(_) => None,
     };
     let text = match valid {
         Some(text) => text.chars().take(SHOWN_MAX).collect::<String>(),
         None => hex::encode_upper(value.get(..SHOWN_MAX / 2).unwrap_or(value)),
     };
-    let is_all = valid.map_or(value.len() <= SHOWN_MAX / 2, |valid| valid.chars().count() <= SHOWN_MAX);
-    if is_all && value.len() as u64 == size { text } else { format!("{text}…") }
+    let is_all = valid.map_or(value.len() <= SHOWN_MAX / 2, |valid| {
+        valid.chars().count() <= SHOWN_MAX
+    });
+    if is_all && value.len() as u64 == size {
+        text
+    } else {
+        format!("{text}…")
+    }
 }
 
 #[cfg(test)]
@@ -133,7 +144,7 @@ mod tests {
     use super::beginning;
 
     #[test]
-    fn values_are_shown_on_one_line_and_say_when_there_is_more() {
+    fn beginning_is_one_line_and_marks_truncation() {
         assert_eq!(beginning(b"42", 2), "42");
         assert_eq!(beginning("é".as_bytes().split_last().unwrap().1, 900), "…");
         assert_eq!(beginning(b"ab\xc3", 900), "ab…");

@@ -10,7 +10,7 @@ use crate::model::alarm::Alarm;
 use crate::model::breaker;
 use crate::model::units;
 use crate::runtime::WorkerState;
-use crate::store::{LogState, RelayMode, WorkerTotals};
+use crate::store::{RelayMode, WalState, WorkerTotals};
 
 /// Shows whether the host is ready, and counts and lags by worker.
 #[derive(Debug, Args)]
@@ -31,20 +31,51 @@ impl Status {
         term::data(term::details([
             ("host", format!("oncely {}", status.version)),
             ("ready", ready(&status)),
-            ("nats", if status.nats_connected { "connected" } else { "not connected" }.to_owned()),
+            (
+                "nats",
+                if status.nats_connected {
+                    "connected"
+                } else {
+                    "not connected"
+                }
+                .to_owned(),
+            ),
             ("database", database(&status)),
             ("publishing", publishing(&status)),
-            ("oldest waiting", shown_age(status.workers.iter().filter_map(|worker| worker.oldest_pending_ms).max())),
-            ("oldest unpublished", shown_age(oldest_unpublished(&status))),
-            ("alarms", status.alarms.as_ref().map_or("unknown".to_owned(), |alarms| alarms.len().to_string())),
+            (
+                "oldest pending",
+                format_age(
+                    status
+                        .workers
+                        .iter()
+                        .filter_map(|worker| worker.oldest_pending_ms)
+                        .max(),
+                ),
+            ),
+            (
+                "oldest unpublished",
+                format_age(oldest_unpublished(&status)),
+            ),
+            (
+                "alarms",
+                status
+                    .alarms
+                    .as_ref()
+                    .map_or("unknown".to_owned(), |alarms| alarms.len().to_string()),
+            ),
         ]))?;
         if let Some(alarms) = status.alarms.as_deref().filter(|alarms| !alarms.is_empty()) {
             show_alarms(alarms)?;
         }
-        let aside: u64 = status.totals.iter().flatten().map(|totals| totals.set_aside).sum();
-        if aside > 0 {
+        let parked: u64 = status
+            .totals
+            .iter()
+            .flatten()
+            .map(|totals| totals.parked)
+            .sum();
+        if parked > 0 {
             term::warning(format!(
-                "{aside} outputs are set aside and hold their keys; look at them with: oncely outbox list"
+                "{parked} outputs are parked and hold their keys; list them with: oncely outbox list"
             ));
         }
         match &status.totals {
@@ -73,12 +104,18 @@ fn database(status: &HostStatus) -> String {
 /// The alarms that are raised.
 fn show_alarms(alarms: &[Alarm]) -> Result<()> {
     let row = |alarm: &Alarm| {
-        let what = alarm.group.as_ref().map(|group| format!("{}: {} {}", group.id, group.reason, group.shape));
-        let (value, threshold) = (alarm.kind.shown(alarm.value), alarm.kind.shown(alarm.threshold));
+        let what = alarm
+            .group
+            .as_ref()
+            .map(|group| format!("{}: {} {}", group.id, group.reason, group.shape));
+        let (value, threshold) = (
+            alarm.kind.format_value(alarm.value),
+            alarm.kind.format_value(alarm.threshold),
+        );
         vec![
             alarm.kind.as_str().to_owned(),
             alarm.worker.clone(),
-            units::show_time(alarm.raised_at),
+            units::format_time(alarm.raised_at),
             what.unwrap_or_else(|| format!("{value} (threshold {threshold})")),
         ]
     };
@@ -89,44 +126,75 @@ fn show_alarms(alarms: &[Alarm]) -> Result<()> {
 
 /// How outputs go, and which streams nothing is published to for the moment, and why.
 fn publishing(status: &HostStatus) -> String {
-    match (to_streams(status), &status.log) {
+    match (blocked_destinations(status), &status.wal) {
         (streams, None) => streams,
-        (streams, Some(log)) => format!("{streams}; {}", by_log(log, status.reads_log)),
+        (streams, Some(wal)) => format!("{streams}; {}", relay_mode(wal, status.is_wal_reader)),
     }
 }
 
-fn by_log(log: &LogState, reads: bool) -> String {
-    let reader = if reads { ", which this host reads" } else { "" };
-    let way = match (log.mode, &log.why) {
+fn relay_mode(wal: &WalState, is_reader: bool) -> String {
+    let reader = if is_reader {
+        ", which this host reads"
+    } else {
+        ""
+    };
+    let mode = match (wal.mode, &wal.fallback_reason) {
         (RelayMode::Wal, _) => {
-            format!("from the database's log{reader}, {:.1} s behind", log.behind.as_secs_f64())
+            format!(
+                "from the database's log{reader}, {:.1} s behind",
+                wal.lag.as_secs_f64()
+            )
         }
         (RelayMode::Poll, None) => "by polling".to_owned(),
         (RelayMode::Poll, Some(why)) => format!("by polling, because {why}"),
         (RelayMode::Entering, _) => "by polling, soon from the database's log".to_owned(),
-        (RelayMode::Leaving, None) => "by polling, until just now from the database's log".to_owned(),
-        (RelayMode::Leaving, Some(why)) => format!("by polling, until just now from the database's log: {why}"),
+        (RelayMode::Leaving, None) => {
+            "by polling, until just now from the database's log".to_owned()
+        }
+        (RelayMode::Leaving, Some(why)) => {
+            format!("by polling, until just now from the database's log: {why}")
+        }
     };
-    match &log.slot {
-        Some(slot) => format!("{way}; the slot keeps {} of log", units::show_size(slot.retained)),
-        None => way,
+    match &wal.slot {
+        Some(slot) => format!(
+            "{mode}; the slot keeps {} of log",
+            units::format_size(slot.retained)
+        ),
+        None => mode,
     }
 }
 
-fn to_streams(status: &HostStatus) -> String {
-    let streams = status.breakers.iter().filter(|breaker| breaker.state != breaker::State::Closed);
-    let streams = streams.map(|breaker| (&breaker.stream, &breaker.why));
-    let subjects = status.refused_subjects.iter().map(|refused| (&refused.subject, &refused.why));
-    let broken: Vec<String> =
-        streams.chain(subjects).map(|(place, why)| format!("not to {place} for the moment: {why}")).collect();
-    if broken.is_empty() { "yes".to_owned() } else { broken.join("; ") }
+fn blocked_destinations(status: &HostStatus) -> String {
+    let streams = status
+        .breakers
+        .iter()
+        .filter(|breaker| breaker.state != breaker::State::Closed);
+    let streams = streams.map(|breaker| (&breaker.stream, &breaker.error));
+    let subjects = status
+        .refused_subjects
+        .iter()
+        .map(|refused| (&refused.subject, &refused.error));
+    let broken: Vec<String> = streams
+        .chain(subjects)
+        .map(|(place, why)| format!("not to {place} for the moment: {why}"))
+        .collect();
+    if broken.is_empty() {
+        "yes".to_owned()
+    } else {
+        broken.join("; ")
+    }
 }
 
 fn oldest_unpublished(status: &HostStatus) -> Option<u64> {
-    status.totals.iter().flatten().filter_map(|totals| totals.oldest_unpublished_ms).max()
+    status
+        .totals
+        .iter()
+        .flatten()
+        .filter_map(|totals| totals.oldest_unpublished_ms)
+        .max()
 }
 
-fn shown_age(ms: Option<u64>) -> String {
+fn format_age(ms: Option<u64>) -> String {
     ms.map_or("-".to_owned(), |ms| format!("{:.1} s", ms as f64 / 1000.0))
 }
 
@@ -140,27 +208,29 @@ fn show_totals(workers: &[WorkerState], totals: &[WorkerTotals]) -> Result<()> {
         vec![
             totals.worker.clone(),
             state.map_or("not here".to_owned(), |state| state.state.clone()),
-            state.and_then(|state| state.pending).map_or("-".to_owned(), |pending| pending.to_string()),
-            shown_age(state.and_then(|state| state.oldest_pending_ms)),
+            state
+                .and_then(|state| state.pending)
+                .map_or("-".to_owned(), |pending| pending.to_string()),
+            format_age(state.and_then(|state| state.oldest_pending_ms)),
             totals.done.to_string(),
             totals.dead.to_string(),
             totals.outputs.to_string(),
             totals.unpublished.to_string(),
-            shown_age(totals.oldest_unpublished_ms),
-            totals.set_aside.to_string(),
+            format_age(totals.oldest_unpublished_ms),
+            totals.parked.to_string(),
         ]
     };
     let mut table = Table::new(&[
         "worker",
         "state",
-        "waiting",
-        "oldest",
+        "pending",
+        "oldest pending",
         "done",
         "dead",
         "outputs",
         "unpublished",
-        "oldest",
-        "set aside",
+        "oldest unpublished",
+        "parked",
     ]);
     totals.iter().map(row).for_each(|row| table.row(row));
     term::data(format!("\n{table}").trim_end())
@@ -188,7 +258,9 @@ impl Workers {
     }
 
     async fn versions(&self, client: &Client, worker: &str) -> Result<()> {
-        let deployments: Vec<Deployment> = client.get(&format!("/workers/{worker}/deployments")).await?;
+        let deployments: Vec<Deployment> = client
+            .get(&format!("/workers/{worker}/deployments"))
+            .await?;
         if self.json {
             return term::json(&deployments);
         }
@@ -197,7 +269,7 @@ impl Workers {
                 deployment.version.to_string(),
                 if deployment.active { "active" } else { "" }.to_owned(),
                 deployment.digest.chars().take(12).collect(),
-                units::show_time(deployment.created_at),
+                units::format_time(deployment.created_at),
             ]
         };
         let mut table = Table::new(&["version", "state", "component", "deployed at"]);
@@ -217,14 +289,29 @@ impl Workers {
         let row = |state: &WorkerState| {
             vec![
                 state.worker.clone(),
-                state.version.map_or("-".to_owned(), |version| version.to_string()),
+                state
+                    .version
+                    .map_or("-".to_owned(), |version| version.to_string()),
                 state.state.clone(),
                 state.stream.clone().unwrap_or_default(),
                 state.subjects.join(" "),
-                state.digest.clone().unwrap_or_default().chars().take(12).collect(),
+                state
+                    .digest
+                    .clone()
+                    .unwrap_or_default()
+                    .chars()
+                    .take(12)
+                    .collect(),
             ]
         };
-        let mut table = Table::new(&["worker", "version", "state", "stream", "subjects", "component"]);
+        let mut table = Table::new(&[
+            "worker",
+            "version",
+            "state",
+            "stream",
+            "subjects",
+            "component",
+        ]);
         workers.iter().map(row).for_each(|row| table.row(row));
         for error in workers.iter().filter_map(|state| state.error.as_ref()) {
             term::warning(format!("a worker does not work: {error}"));

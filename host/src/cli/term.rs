@@ -23,7 +23,11 @@ pub fn data(text: impl Display) -> anyhow::Result<()> {
 /// Prints data as JSON: indented on a terminal, else on one line.
 pub fn json(value: &impl Serialize) -> anyhow::Result<()> {
     let terminal = io::stdout().is_terminal();
-    let text = if terminal { serde_json::to_string_pretty(value) } else { serde_json::to_string(value) };
+    let text = if terminal {
+        serde_json::to_string_pretty(value)
+    } else {
+        serde_json::to_string(value)
+    };
     data(text.context("write JSON")?)
 }
 
@@ -44,7 +48,10 @@ pub fn note(text: impl Display) {
 
 /// Prints a warning on standard error.
 pub fn warning(text: impl Display) {
-    note(format!("{} {text}", paint("warning:", YELLOW, stderr_has_color())));
+    note(format!(
+        "{} {text}",
+        paint("warning:", YELLOW, stderr_has_color())
+    ));
 }
 
 /// Prints an error with its causes and hints on standard error.
@@ -70,7 +77,11 @@ pub fn readable(bytes: &[u8]) -> String {
         return visible_text(&text);
     }
     let shown = bytes.get(..SHOWN_MAX).unwrap_or(bytes);
-    let more = if bytes.len() > shown.len() { "\n(cut; --json has all of it)" } else { "" };
+    let more = if bytes.len() > shown.len() {
+        "\n(cut; --json has all of it)"
+    } else {
+        ""
+    };
     match std::str::from_utf8(shown) {
         Ok(text) => format!("{}{more}", visible_text(text)),
         Err(_) => {
@@ -88,12 +99,20 @@ pub struct Table {
 
 impl Table {
     pub fn new(heads: &[&str]) -> Table {
-        Table { heads: heads.iter().map(|head| head.to_uppercase()).collect(), rows: Vec::new() }
+        Table {
+            heads: heads.iter().map(|head| head.to_uppercase()).collect(),
+            rows: Vec::new(),
+        }
     }
 
     /// Adds a row; cells that are missing stay empty.
     pub fn row<T: Display>(&mut self, cells: impl IntoIterator<Item = T>) {
-        self.rows.push(cells.into_iter().map(|cell| visible(&cell.to_string())).collect());
+        self.rows.push(
+            cells
+                .into_iter()
+                .map(|cell| visible(&cell.to_string()))
+                .collect(),
+        );
     }
 
     pub fn is_empty(&self) -> bool {
@@ -101,13 +120,23 @@ impl Table {
     }
 
     fn cells(&self, column: usize) -> impl Iterator<Item = &str> {
-        self.rows.iter().map(move |row| row.get(column).map_or("", String::as_str))
+        self.rows
+            .iter()
+            .map(move |row| row.get(column).map_or("", String::as_str))
     }
 
     fn layout(&self) -> Vec<(usize, Align)> {
         let column = |(index, head): (usize, &String)| {
-            let width = self.cells(index).map(UnicodeWidthStr::width).chain([head.width()]).max().unwrap_or(0);
-            let mut filled = self.cells(index).filter(|cell| !cell.is_empty() && *cell != "-").peekable();
+            let width = self
+                .cells(index)
+                .map(UnicodeWidthStr::width)
+                .chain([head.width()])
+                .max()
+                .unwrap_or(0);
+            let mut filled = self
+                .cells(index)
+                .filter(|cell| !cell.is_empty() && *cell != "-")
+                .peekable();
             let numbers = filled.peek().is_some() && filled.all(|cell| cell.parse::<f64>().is_ok());
             (width, if numbers { Align::Right } else { Align::Left })
         };
@@ -119,10 +148,9 @@ impl Display for Table {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let layout = self.layout();
         for row in std::iter::once(&self.heads).chain(&self.rows) {
-            let cells = layout
-                .iter()
-                .enumerate()
-                .map(|(index, (width, align))| pad(row.get(index).map_or("", String::as_str), *width, *align));
+            let cells = layout.iter().enumerate().map(|(index, (width, align))| {
+                pad(row.get(index).map_or("", String::as_str), *width, *align)
+            });
             writeln!(f, "{}", cells.collect::<Vec<_>>().join("  ").trim_end())?;
         }
         Ok(())
@@ -131,10 +159,17 @@ impl Display for Table {
 
 /// Names and values, one pair a line, aligned on the colon.
 pub fn details<K: Display, V: Display>(pairs: impl IntoIterator<Item = (K, V)>) -> String {
-    let pairs: Vec<_> =
-        pairs.into_iter().map(|(name, value)| (name.to_string(), visible(&value.to_string()))).collect();
-    let width = pairs.iter().map(|(name, _)| name.width()).max().unwrap_or(0);
-    let line = |(name, value): &(String, String)| format!("{}: {value}", pad(name, width, Align::Right));
+    let pairs: Vec<_> = pairs
+        .into_iter()
+        .map(|(name, value)| (name.to_string(), visible(&value.to_string())))
+        .collect();
+    let width = pairs
+        .iter()
+        .map(|(name, _)| name.width())
+        .max()
+        .unwrap_or(0);
+    let line =
+        |(name, value): &(String, String)| format!("{}: {value}", pad(name, width, Align::Right));
     pairs.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
@@ -144,7 +179,7 @@ pub struct Progress {
     label: String,
     total: Option<u64>,
     /// Quarters of the total that plain lines have told of; none on a terminal.
-    told: Option<u64>,
+    reported_quarter: Option<u64>,
 }
 
 impl Progress {
@@ -161,11 +196,16 @@ impl Progress {
     /// `done` steps of the work are done.
     pub fn set(&mut self, done: u64) {
         self.bar.set_position(done);
-        let (Some(told), Some(total)) = (self.told, self.total) else { return };
-        let quarter = done.saturating_mul(4).checked_div(total).unwrap_or_default();
-        if quarter > told && quarter < 4 {
+        let (Some(reported), Some(total)) = (self.reported_quarter, self.total) else {
+            return;
+        };
+        let quarter = done
+            .saturating_mul(4)
+            .checked_div(total)
+            .unwrap_or_default();
+        if quarter > reported && quarter < 4 {
             note(format!("{}: {done} of {total}", self.label));
-            self.told = Some(quarter);
+            self.reported_quarter = Some(quarter);
         }
     }
 
@@ -188,9 +228,16 @@ impl Progress {
     fn start(label: &str, total: Option<u64>) -> Progress {
         let terminal = io::stderr().is_terminal();
         let bar = total.map_or_else(ProgressBar::new_spinner, ProgressBar::new);
-        bar.set_draw_target(if terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() });
-        let template =
-            if total.is_some() { "{prefix}: [{bar:30}] {pos} of {len} {msg}" } else { "{prefix}: {elapsed} {msg}" };
+        bar.set_draw_target(if terminal {
+            ProgressDrawTarget::stderr()
+        } else {
+            ProgressDrawTarget::hidden()
+        });
+        let template = if total.is_some() {
+            "{prefix}: [{bar:30}] {pos} of {len} {msg}"
+        } else {
+            "{prefix}: {elapsed} {msg}"
+        };
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style.progress_chars("=> "));
         }
@@ -200,7 +247,12 @@ impl Progress {
         } else {
             note(format!("{label} ..."));
         }
-        Progress { bar, label: label.to_owned(), total, told: (!terminal).then_some(0) }
+        Progress {
+            bar,
+            label: label.to_owned(),
+            total,
+            reported_quarter: (!terminal).then_some(0),
+        }
     }
 }
 
@@ -215,19 +267,37 @@ impl Drop for Progress {
 pub fn render_error(error: &anyhow::Error, color: bool) -> String {
     let mut lines = Vec::new();
     for (index, part) in error.chain().enumerate() {
-        let label = if index == 0 { paint("error:", RED, color) } else { "cause:".to_owned() };
+        let label = if index == 0 {
+            paint("error:", RED, color)
+        } else {
+            "cause:".to_owned()
+        };
         lines.push(format!("{label} {}", visible_lines(&part.to_string())));
     }
     // A library that puts its cause into its own sentence would have it said twice.
-    lines.dedup_by(|later, earlier| later.strip_prefix("cause: ").is_some_and(|cause| earlier.ends_with(cause)));
-    lines.extend(hint::hints(error).iter().map(|hint| format!("{} {hint}", paint("hint:", CYAN, color))));
+    lines.dedup_by(|later, earlier| {
+        later
+            .strip_prefix("cause: ")
+            .is_some_and(|cause| earlier.ends_with(cause))
+    });
+    lines.extend(
+        hint::hints(error)
+            .iter()
+            .map(|hint| format!("{} {hint}", paint("hint:", CYAN, color))),
+    );
     lines.join("\n")
 }
 
 /// Text with its control characters spelled out.
 pub fn visible(text: &str) -> String {
-    let spelled = |c: char| if is_steering(c) { c.escape_default().to_string() } else { c.to_string() };
-    text.chars().map(spelled).collect()
+    let escape = |c: char| {
+        if needs_escape(c) {
+            c.escape_default().to_string()
+        } else {
+            c.to_string()
+        }
+    };
+    text.chars().map(escape).collect()
 }
 
 /// Like [`visible`], with line ends kept.
@@ -237,12 +307,17 @@ pub fn visible_text(text: &str) -> String {
 
 /// Like [`visible`], with line ends kept and later lines indented.
 fn visible_lines(text: &str) -> String {
-    text.trim_end().lines().map(visible).collect::<Vec<_>>().join("\n       ")
+    text.trim_end()
+        .lines()
+        .map(visible)
+        .collect::<Vec<_>>()
+        .join("\n       ")
 }
 
 /// Control characters, and those that turn the direction of writing.
-fn is_steering(c: char) -> bool {
-    c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+fn needs_escape(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 #[derive(Clone, Copy)]
@@ -264,12 +339,17 @@ const YELLOW: &str = "\u{1b}[1;33m";
 const CYAN: &str = "\u{1b}[36m";
 
 fn paint(text: &str, color: &str, on: bool) -> String {
-    if on { format!("{color}{text}\u{1b}[0m") } else { text.to_owned() }
+    if on {
+        format!("{color}{text}\u{1b}[0m")
+    } else {
+        text.to_owned()
+    }
 }
 
 fn stderr_has_color() -> bool {
-    allows_color(io::stderr().is_terminal(), &|name| std::env::var_os(name).is_some_and(|value| !value.is_empty()))
-        && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
+    allows_color(io::stderr().is_terminal(), &|name| {
+        std::env::var_os(name).is_some_and(|value| !value.is_empty())
+    }) && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
 }
 
 /// Colour is for terminals, and not where `NO_COLOR` is set to anything at all.
@@ -285,18 +365,24 @@ mod tests {
     use crate::model::hint::WithHint;
 
     #[test]
-    fn a_table_is_as_wide_as_its_content_and_has_no_borders() {
+    fn table_columns_are_as_wide_as_their_content() {
         let mut table = Table::new(&["worker", "done", "note"]);
         table.row(["settle", "12", "größer"]);
         table.row(["a-longer-name", "-", ""]);
         table.row(["x"]);
-        let lines = ["WORKER         DONE  NOTE", "settle           12  größer", "a-longer-name     -", "x", ""];
+        let lines = [
+            "WORKER         DONE  NOTE",
+            "settle           12  größer",
+            "a-longer-name     -",
+            "x",
+            "",
+        ];
         assert_eq!(table.to_string(), lines.join("\n"));
         assert!(Table::new(&["a"]).is_empty() && !table.is_empty());
     }
 
     #[test]
-    fn wide_characters_count_as_what_they_take() {
+    fn table_counts_wide_characters_by_display_width() {
         let mut table = Table::new(&["a", "b"]);
         table.row(["日本", "x"]);
         assert_eq!(table.to_string(), "A     B\n日本  x\n");
@@ -309,32 +395,45 @@ mod tests {
     }
 
     #[test]
-    fn an_error_shows_its_causes_and_then_its_hints() {
-        let error = anyhow!("connection refused").context("connect to NATS").hint("start it: nats-server -js");
+    fn render_error_shows_causes_and_then_hints() {
+        let error = anyhow!("connection refused")
+            .context("connect to NATS")
+            .hint("start it: nats-server -js");
         let error = error.context("start the host");
-        let text =
-            "error: start the host\ncause: connect to NATS\ncause: connection refused\nhint: start it: nats-server -js";
+        let text = "error: start the host\ncause: connect to NATS\ncause: connection refused\nhint: start it: nats-server -js";
         assert_eq!(render_error(&error, false), text);
-        assert_eq!(render_error(&error, true).replace(RED, "").replace(CYAN, "").replace("\u{1b}[0m", ""), text);
+        assert_eq!(
+            render_error(&error, true)
+                .replace(RED, "")
+                .replace(CYAN, "")
+                .replace("\u{1b}[0m", ""),
+            text
+        );
     }
 
     #[test]
-    fn a_cause_that_was_said_is_not_said_again() {
+    fn render_error_omits_a_repeated_cause() {
         let error = anyhow!("disk full").context("write x: disk full");
         assert_eq!(render_error(&error, false), "error: write x: disk full");
     }
 
     #[test]
-    fn foreign_text_cannot_steer_the_terminal() {
+    fn control_characters_are_escaped_in_tables_and_errors() {
         let mut table = Table::new(&["detail"]);
         table.row(["\u{1b}[2Jgone\nnext\u{202e}"]);
-        assert_eq!(table.to_string(), "DETAIL\n\\u{1b}[2Jgone\\nnext\\u{202e}\n");
+        assert_eq!(
+            table.to_string(),
+            "DETAIL\n\\u{1b}[2Jgone\\nnext\\u{202e}\n"
+        );
         let error = anyhow!("\u{7}one\ntwo").context("read");
-        assert_eq!(render_error(&error, false), "error: read\ncause: \\u{7}one\n       two");
+        assert_eq!(
+            render_error(&error, false),
+            "error: read\ncause: \\u{7}one\n       two"
+        );
     }
 
     #[test]
-    fn colour_needs_a_terminal_and_no_objection() {
+    fn color_needs_a_terminal_and_no_color_unset() {
         assert!(allows_color(true, &|_| false));
         assert!(!allows_color(true, &|name| name == "NO_COLOR"));
         assert!(!allows_color(false, &|_| false));

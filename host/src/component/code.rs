@@ -6,10 +6,11 @@
 
 use anyhow::{Result, anyhow};
 use wasmparser::{
-    FuncValidatorAllocations, FunctionBody, Operator, Parser, Payload, ValidPayload, Validator, WasmFeatures,
+    FuncValidatorAllocations, FunctionBody, Operator, Parser, Payload, ValidPayload, Validator,
+    WasmFeatures,
 };
 
-use super::form;
+use super::file_format;
 use crate::model::hint::WithHint;
 
 /// Functions of all modules together, those that are imported included.
@@ -42,14 +43,17 @@ const NESTING_MAX: u64 = 10_000;
 /// What the engine of a host runs: WebAssembly 3.0 without threads, exceptions, 64-bit memories and garbage collection,
 /// and components without WASI 0.3's async functions.
 fn features() -> WasmFeatures {
-    let absent = WasmFeatures::THREADS | WasmFeatures::EXCEPTIONS | WasmFeatures::MEMORY64 | WasmFeatures::GC_TYPES;
+    let absent = WasmFeatures::THREADS
+        | WasmFeatures::EXCEPTIONS
+        | WasmFeatures::MEMORY64
+        | WasmFeatures::GC_TYPES;
     (WasmFeatures::WASM3 | WasmFeatures::COMPONENT_MODEL).difference(absent)
 }
 
 /// Checks that all code of a component is valid, and within the limits.
 pub fn check_code(wasm: &[u8]) -> Result<()> {
-    let mut checked = Checked::default();
-    let refused = |error| refused(&error, wasm);
+    let mut totals = CodeTotals::default();
+    let refused = |error| invalid_code(&error, wasm);
     let mut validator = Validator::new_with_features(features());
     let mut allocations = FuncValidatorAllocations::default();
     let mut parser = Parser::new(0);
@@ -57,11 +61,11 @@ pub fn check_code(wasm: &[u8]) -> Result<()> {
     for payload in parser.parse_all(wasm) {
         let payload = payload.map_err(refused)?;
         // Before the validator, which keeps all types in memory.
-        checked.count(&payload)?;
+        totals.count(&payload)?;
         if let ValidPayload::Func(function, body) = validator.payload(&payload).map_err(refused)? {
             let mut function = function.into_validator(allocations);
             let params = function.len_locals();
-            checked.check_body(&body, params)?.map_err(refused)?;
+            totals.check_body(&body, params)?.map_err(refused)?;
             function.validate(&body).map_err(refused)?;
             allocations = function.into_allocations();
         }
@@ -71,13 +75,13 @@ pub fn check_code(wasm: &[u8]) -> Result<()> {
 
 /// What was counted so far, over all modules and components.
 #[derive(Default)]
-struct Checked {
+struct CodeTotals {
     functions: u64,
     types: u64,
     items: u64,
 }
 
-impl Checked {
+impl CodeTotals {
     /// Counts a section by the number it begins with, not by what it holds.
     fn count(&mut self, payload: &Payload<'_>) -> Result<()> {
         let (functions, types, items) = match payload {
@@ -102,74 +106,100 @@ impl Checked {
         self.functions += u64::from(functions);
         self.types += u64::from(types);
         self.items += u64::from(items);
-        within("it has {} functions", self.functions, FUNCTIONS_MAX)?;
-        within("it declares {} types", self.types, TYPES_MAX)?;
-        within("it has {} imports, exports, aliases, instances and segments", self.items, ITEMS_MAX)
+        check_limit("it has {} functions", self.functions, FUNCTIONS_MAX)?;
+        check_limit("it declares {} types", self.types, TYPES_MAX)?;
+        check_limit(
+            "it has {} imports, exports, aliases, instances and segments",
+            self.items,
+            ITEMS_MAX,
+        )
     }
 
     /// Checks the body of one function with `params` parameters; the inner error is one of its bytes.
     fn check_body(&self, body: &FunctionBody<'_>, params: u32) -> Result<wasmparser::Result<()>> {
         let at = body.range().start;
-        within("a function has {} bytes", body.range().len() as u64, BODY_MAX).map_err(|error| found_at(error, at))?;
-        let weight = match Weight::of(body, params) {
-            Ok(weight) => weight,
+        check_limit(
+            "a function has {} bytes",
+            body.range().len() as u64,
+            BODY_MAX,
+        )
+        .map_err(|error| at_function(error, at))?;
+        let cost = match FunctionCost::measure(body, params) {
+            Ok(cost) => cost,
             Err(error) => return Ok(Err(error)),
         };
-        weight.check().map_err(|error| found_at(error, at))?;
+        cost.check().map_err(|error| at_function(error, at))?;
         Ok(Ok(()))
     }
 }
 
 /// What the compiler's work on one function grows with.
 #[derive(Debug, Default, Clone, Copy)]
-struct Weight {
+struct FunctionCost {
     locals: u64,
     branches: u64,
     loops: u64,
     nesting: u64,
 }
 
-impl Weight {
-    fn of(body: &FunctionBody<'_>, params: u32) -> wasmparser::Result<Weight> {
-        let mut weight = Weight { locals: u64::from(params), ..Weight::default() };
+impl FunctionCost {
+    fn measure(body: &FunctionBody<'_>, params: u32) -> wasmparser::Result<FunctionCost> {
+        let mut cost = FunctionCost {
+            locals: u64::from(params),
+            ..FunctionCost::default()
+        };
         for local in body.get_locals_reader()? {
             let (count, _) = local?;
-            weight.locals += u64::from(count);
+            cost.locals += u64::from(count);
         }
         let mut depth = 0_u64;
         let mut operators = body.get_operators_reader()?;
         while !operators.eof() {
             let operator = operators.read()?;
-            weight.loops += u64::from(matches!(operator, Operator::Loop { .. }));
+            cost.loops += u64::from(matches!(operator, Operator::Loop { .. }));
             match operator {
-                Operator::Block { .. } | Operator::Loop { .. } | Operator::If { .. } | Operator::TryTable { .. } => {
-                    weight.branches += 1;
+                Operator::Block { .. }
+                | Operator::Loop { .. }
+                | Operator::If { .. }
+                | Operator::TryTable { .. } => {
+                    cost.branches += 1;
                     depth += 1;
-                    weight.nesting = weight.nesting.max(depth);
+                    cost.nesting = cost.nesting.max(depth);
                 }
-                Operator::Else | Operator::BrIf { .. } | Operator::BrOnNull { .. } | Operator::BrOnNonNull { .. } => {
-                    weight.branches += 1;
+                Operator::Else
+                | Operator::BrIf { .. }
+                | Operator::BrOnNull { .. }
+                | Operator::BrOnNonNull { .. } => {
+                    cost.branches += 1;
                 }
-                Operator::BrTable { targets } => weight.branches += 1 + u64::from(targets.len()),
+                Operator::BrTable { targets } => cost.branches += 1 + u64::from(targets.len()),
                 Operator::End => depth = depth.saturating_sub(1),
                 _ => {}
             }
         }
-        Ok(weight)
+        Ok(cost)
     }
 
     fn check(self) -> Result<()> {
-        within("a function has {} locals", self.locals, LOCALS_MAX)?;
-        within("a function has {} branches", self.branches, BRANCHES_MAX)?;
-        within("a function has {} loops", self.loops, LOOPS_MAX)?;
-        within("a function nests {} blocks in each other", self.nesting, NESTING_MAX)?;
+        check_limit("a function has {} locals", self.locals, LOCALS_MAX)?;
+        check_limit("a function has {} branches", self.branches, BRANCHES_MAX)?;
+        check_limit("a function has {} loops", self.loops, LOOPS_MAX)?;
+        check_limit(
+            "a function nests {} blocks in each other",
+            self.nesting,
+            NESTING_MAX,
+        )?;
         let product = self.locals.saturating_mul(self.branches);
-        within("the locals of a function times its branches are {}", product, LOCALS_BY_BRANCHES_MAX)
+        check_limit(
+            "the locals of a function times its branches are {}",
+            product,
+            LOCALS_BY_BRANCHES_MAX,
+        )
     }
 }
 
 /// Refuses what is beyond a limit; `sentence` says what, with `{}` for how much.
-fn within(sentence: &str, found: u64, most: u64) -> Result<()> {
+fn check_limit(sentence: &str, found: u64, most: u64) -> Result<()> {
     if found <= most {
         return Ok(());
     }
@@ -179,20 +209,27 @@ fn within(sentence: &str, found: u64, most: u64) -> Result<()> {
 }
 
 /// Says where a function that is beyond a limit begins.
-fn found_at(error: anyhow::Error, at: usize) -> anyhow::Error {
+fn at_function(error: anyhow::Error, at: usize) -> anyhow::Error {
     error.context(format!("the function at byte {at} is too large"))
 }
 
 /// Why bytes are refused: something this host does not run, or damage.
-fn refused(error: &wasmparser::Error, wasm: &[u8]) -> anyhow::Error {
-    let Some(missing) = error.missing_wasm_feature() else { return form::damaged(error, wasm) };
-    if missing
-        .intersects(WasmFeatures::CM_ASYNC | WasmFeatures::CM_ASYNC_STACKFUL | WasmFeatures::CM_MORE_ASYNC_BUILTINS)
-    {
-        return form::wasi_3("it has async functions, streams or futures");
+fn invalid_code(error: &wasmparser::Error, wasm: &[u8]) -> anyhow::Error {
+    let Some(missing) = error.missing_wasm_feature() else {
+        return file_format::damaged(error, wasm);
+    };
+    if missing.intersects(
+        WasmFeatures::CM_ASYNC
+            | WasmFeatures::CM_ASYNC_STACKFUL
+            | WasmFeatures::CM_MORE_ASYNC_BUILTINS,
+    ) {
+        return file_format::wasi_3("it has async functions, streams or futures");
     }
-    let named: Vec<String> = missing.iter_names().map(|(name, _)| name.to_lowercase().replace('_', "-")).collect();
-    anyhow!("{} (byte {})", form::first_line(error.message()), error.offset())
+    let named: Vec<String> = missing
+        .iter_names()
+        .map(|(name, _)| name.to_lowercase().replace('_', "-"))
+        .collect();
+    anyhow!("{} (byte {})", file_format::first_line(error.message()), error.offset())
         .context(format!("the component uses a feature of WebAssembly that hosts do not run: {}", named.join(", ")))
         .hint("build it without that feature; threads, exceptions, 64-bit memories and garbage collection are not run")
 }
@@ -202,7 +239,13 @@ mod tests {
     use super::*;
 
     fn check(locals: u64, branches: u64) -> Result<()> {
-        Weight { locals, branches, loops: 1, nesting: 1 }.check()
+        FunctionCost {
+            locals,
+            branches,
+            loops: 1,
+            nesting: 1,
+        }
+        .check()
     }
 
     #[test]
@@ -211,6 +254,9 @@ mod tests {
         assert!(check(LOCALS_MAX + 1, 1).is_err());
         assert!(check(1, BRANCHES_MAX + 1).is_err());
         let error = format!("{:#}", check(2_000, 5_000).unwrap_err());
-        assert!(error.contains("times its branches are 10000000, and 4000000 are allowed"), "{error}");
+        assert!(
+            error.contains("times its branches are 10000000, and 4000000 are allowed"),
+            "{error}"
+        );
     }
 }

@@ -4,24 +4,27 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
 
-use super::{SIZE_MAX, form};
+use super::{SIZE_MAX, file_format};
 use crate::model::hint::WithHint;
 
 /// Reads the file of a component. A folder, a file of another kind and one that is too large are errors; the latter is not
 /// read.
 pub fn read(path: &Path) -> Result<Vec<u8>> {
     let shown = path.display();
-    let about = std::fs::metadata(path).with_context(|| format!("read the component {shown}"))?;
-    if about.is_dir() {
+    let metadata =
+        std::fs::metadata(path).with_context(|| format!("read the component {shown}"))?;
+    if metadata.is_dir() {
         return Err(anyhow!("{shown} is a folder, not a WebAssembly component")).hint(
             "name the .wasm file in it, or let Oncely compile a Rust crate with `crate` in the place of `component`",
         );
     }
-    if !about.is_file() {
-        return Err(anyhow!("{shown} is not a regular file")).hint("name the .wasm file of the component");
+    if !metadata.is_file() {
+        return Err(anyhow!("{shown} is not a regular file"))
+            .hint("name the .wasm file of the component");
     }
-    if usize::try_from(about.len()).is_ok_and(|size| size > SIZE_MAX) {
-        return Err(form::too_large(about.len())).with_context(|| format!("read the component {shown}"));
+    if usize::try_from(metadata.len()).is_ok_and(|size| size > SIZE_MAX) {
+        return Err(file_format::too_large(metadata.len()))
+            .with_context(|| format!("read the component {shown}"));
     }
     std::fs::read(path).with_context(|| format!("read the component {shown}"))
 }

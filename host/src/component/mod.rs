@@ -6,7 +6,7 @@
 
 mod code;
 mod file;
-mod form;
+mod file_format;
 mod surface;
 
 pub use code::check_code;
@@ -20,14 +20,14 @@ pub const SIZE_MAX: usize = 64 << 20;
 
 /// Finds the handler and the imports of a component; an error says why these bytes are none that a host can run.
 pub fn inspect(wasm: &[u8]) -> Result<Surface> {
-    form::check_form(wasm)?;
-    let surface = Surface::of(wasm)?;
+    file_format::check_file_format(wasm)?;
+    let surface = Surface::parse(wasm)?;
     surface.check()?;
     Ok(surface)
 }
 
-/// A name from a component, cut to a length that can be shown.
-fn shown(name: &str) -> String {
+/// A name from a component, cut to a length that can be quoted.
+fn quoted(name: &str) -> String {
     const CHARS_MAX: usize = 100;
     match name.char_indices().nth(CHARS_MAX) {
         Some((end, _)) => format!("`{}…`", name.split_at(end).0),
@@ -41,7 +41,11 @@ fn list(names: &[String]) -> String {
     if names.is_empty() {
         return "nothing".to_owned();
     }
-    let first: Vec<String> = names.iter().take(NAMES_MAX).map(|name| shown(name)).collect();
+    let first: Vec<String> = names
+        .iter()
+        .take(NAMES_MAX)
+        .map(|name| quoted(name))
+        .collect();
     match names.len().checked_sub(NAMES_MAX) {
         None | Some(0) => first.join(", "),
         Some(more) => format!("{} and {more} more", first.join(", ")),

@@ -3,7 +3,7 @@
 use anyhow::{Result, anyhow, bail};
 use wasmparser::{ComponentExternalKind, Parser, Payload};
 
-use super::{form, list, shown};
+use super::{file_format, list, quoted};
 use crate::model::hint::WithHint;
 
 /// A component exports one of these to be a worker.
@@ -28,8 +28,16 @@ const IMPORTABLE: [Package; 10] = [
         version: "0.1.",
         interfaces: &["types", "invocation", "outbox", "state", "sql", "cache"],
     },
-    Package { name: "wasi:logging", version: "0.1.0-draft", interfaces: &["logging"] },
-    Package { name: "wasi:config", version: "0.2.0-rc.1", interfaces: &["store"] },
+    Package {
+        name: "wasi:logging",
+        version: "0.1.0-draft",
+        interfaces: &["logging"],
+    },
+    Package {
+        name: "wasi:config",
+        version: "0.2.0-rc.1",
+        interfaces: &["store"],
+    },
     Package {
         name: "wasi:cli",
         version: "0.2.",
@@ -46,11 +54,31 @@ const IMPORTABLE: [Package; 10] = [
             "terminal-stderr",
         ],
     },
-    Package { name: "wasi:io", version: "0.2.", interfaces: &["error", "poll", "streams"] },
-    Package { name: "wasi:clocks", version: "0.2.", interfaces: &["wall-clock", "monotonic-clock"] },
-    Package { name: "wasi:random", version: "0.2.", interfaces: &["random", "insecure", "insecure-seed"] },
-    Package { name: "wasi:http", version: "0.2.", interfaces: &["types", "outgoing-handler"] },
-    Package { name: "wasi:filesystem", version: "0.2.", interfaces: &["types", "preopens"] },
+    Package {
+        name: "wasi:io",
+        version: "0.2.",
+        interfaces: &["error", "poll", "streams"],
+    },
+    Package {
+        name: "wasi:clocks",
+        version: "0.2.",
+        interfaces: &["wall-clock", "monotonic-clock"],
+    },
+    Package {
+        name: "wasi:random",
+        version: "0.2.",
+        interfaces: &["random", "insecure", "insecure-seed"],
+    },
+    Package {
+        name: "wasi:http",
+        version: "0.2.",
+        interfaces: &["types", "outgoing-handler"],
+    },
+    Package {
+        name: "wasi:filesystem",
+        version: "0.2.",
+        interfaces: &["types", "preopens"],
+    },
     Package {
         name: "wasi:sockets",
         version: "0.2.",
@@ -86,9 +114,12 @@ pub struct Surface {
 
 impl Surface {
     /// Reads the outermost imports and exports of a component.
-    pub(super) fn of(wasm: &[u8]) -> Result<Surface> {
-        let mut surface = Surface { exports: Vec::new(), imports: Vec::new() };
-        let damaged = |error| form::damaged(&error, wasm);
+    pub(super) fn parse(wasm: &[u8]) -> Result<Surface> {
+        let mut surface = Surface {
+            exports: Vec::new(),
+            imports: Vec::new(),
+        };
+        let damaged = |error| file_format::damaged(&error, wasm);
         let mut depth = 0_usize;
         for payload in Parser::new(0).parse_all(wasm) {
             match payload.map_err(damaged)? {
@@ -127,17 +158,27 @@ impl Surface {
 
     /// The one handler of the component, of a kind that this host can call.
     pub fn handler(&self) -> Result<Handler> {
-        let kinds = ["worker/handler", "worker/batch-handler", "wasi:http/incoming-handler", "wasi:http/handler"];
+        let kinds = [
+            "worker/handler",
+            "worker/batch-handler",
+            "wasi:http/incoming-handler",
+            "wasi:http/handler",
+        ];
         let is_handler = |name: &&str| kinds.iter().any(|kind| name.contains(kind));
-        let handlers: Vec<&str> = self.exports.iter().map(String::as_str).filter(is_handler).collect();
+        let handlers: Vec<&str> = self
+            .exports
+            .iter()
+            .map(String::as_str)
+            .filter(is_handler)
+            .collect();
         match handlers.as_slice() {
             [HANDLER] => Ok(Handler::Message),
             [BATCH_HANDLER] => Ok(Handler::Batch),
             [http] if http.starts_with(HTTP_HANDLER) => Ok(Handler::Http),
-            [] => Err(self.no_handler()),
+            [] => Err(self.missing_handler()),
             [other] => Err(anyhow!(
                 "the component exports {}, and this host runs `{HANDLER}`, `{BATCH_HANDLER}` and `{HTTP_HANDLER}x`",
-                shown(other)
+                quoted(other)
             )
             .hint("build it with the interfaces of this version of Oncely: wit/worker.wit has them")),
             several => {
@@ -147,8 +188,12 @@ impl Surface {
         }
     }
 
-    fn no_handler(&self) -> anyhow::Error {
-        let hint = if self.exports.iter().any(|name| name.starts_with("wasi:cli/run@")) {
+    fn missing_handler(&self) -> anyhow::Error {
+        let hint = if self
+            .exports
+            .iter()
+            .any(|name| name.starts_with("wasi:cli/run@"))
+        {
             "it is a program with a `main`: export a handler from a library, as docs/handlers.md shows"
         } else if self.exports.is_empty() {
             "it may be a description of interfaces without code: name the component that was built with it"
@@ -167,17 +212,24 @@ impl Surface {
     fn check_wasi(&self) -> Result<()> {
         let is_wasi_3 = |name: &&String| name.starts_with("wasi:") && name.contains("@0.3.");
         if let Some(name) = self.imports.iter().find(is_wasi_3) {
-            return Err(form::wasi_3(&format!("it imports {}", shown(name))));
+            return Err(file_format::wasi_3(&format!("it imports {}", quoted(name))));
         }
         if let Some(name) = self.exports.iter().find(is_wasi_3) {
-            return Err(form::wasi_3(&format!("it exports {}", shown(name))));
+            return Err(file_format::wasi_3(&format!("it exports {}", quoted(name))));
         }
         Ok(())
     }
 
     fn check_imports(&self) -> Result<()> {
-        let refused: Vec<String> = self.imports.iter().filter(|name| !is_importable(name)).cloned().collect();
-        let Some(first) = refused.first() else { return Ok(()) };
+        let refused: Vec<String> = self
+            .imports
+            .iter()
+            .filter(|name| !is_importable(name))
+            .cloned()
+            .collect();
+        let Some(first) = refused.first() else {
+            return Ok(());
+        };
         let hint = match package_of(first) {
             Some(package) if first.contains('@') => {
                 let version = package.version.trim_end_matches('.');
@@ -187,19 +239,30 @@ impl Surface {
                   with `wac plug`"
                 .to_owned(),
         };
-        Err(anyhow!("the component imports {}, which a worker is not given", list(&refused))).hint(hint)
+        Err(anyhow!(
+            "the component imports {}, which a worker is not given",
+            list(&refused)
+        ))
+        .hint(hint)
     }
 }
 
 /// Whether an import, such as `wasi:io/poll@0.2.3`, is one that hosts provide.
 fn is_importable(import: &str) -> bool {
-    let Some(package) = package_of(import) else { return false };
-    let Some((interface, version)) = import.split_once('/').and_then(|(_, rest)| rest.split_once('@')) else {
+    let Some(package) = package_of(import) else {
+        return false;
+    };
+    let Some((interface, version)) = import
+        .split_once('/')
+        .and_then(|(_, rest)| rest.split_once('@'))
+    else {
         return false;
     };
     let fits = match version.strip_prefix(package.version) {
         Some("") => true,
-        Some(patch) => package.version.ends_with('.') && patch.bytes().all(|byte| byte.is_ascii_digit()),
+        Some(patch) => {
+            package.version.ends_with('.') && patch.bytes().all(|byte| byte.is_ascii_digit())
+        }
         None => false,
     };
     fits && package.interfaces.contains(&interface)

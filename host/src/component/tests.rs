@@ -28,33 +28,85 @@ fn refusal(wasm: &[u8]) -> (String, String) {
 }
 
 #[test]
-fn files_of_other_kinds_are_called_by_their_names() {
+fn other_file_kinds_are_identified_in_the_error() {
     let mut tar = vec![0_u8; 512];
     tar[257..262].copy_from_slice(b"ustar");
     let mut compiled = b"\x7fELF\x02\x01\x01\xc8".to_vec();
     compiled.resize(64, 0);
     let cases: [(&[u8], &str, &str); 22] = [
         (b"", "the file is empty", "build it again"),
-        (b"\0as", "cut off: it ends after 3 bytes", "copy or download it again"),
-        (b"\0asm\x0d\0", "cut off: it ends after 6 bytes", "copy or download it again"),
-        (b"\0asm\x0c\0\x01\0", "a version that this host does not know (0c 00 01 00)", "current release"),
-        (b"\0asm\x01\0\0\0", "a core module, not a component", "build a component"),
+        (
+            b"\0as",
+            "cut off: it ends after 3 bytes",
+            "copy or download it again",
+        ),
+        (
+            b"\0asm\x0d\0",
+            "cut off: it ends after 6 bytes",
+            "copy or download it again",
+        ),
+        (
+            b"\0asm\x0c\0\x01\0",
+            "a version that this host does not know (0c 00 01 00)",
+            "current release",
+        ),
+        (
+            b"\0asm\x01\0\0\0",
+            "a core module, not a component",
+            "build a component",
+        ),
         (b"PK\x03\x04....", "a zip archive", "unpack it"),
         (b"\x1f\x8b\x08\0", "compressed with gzip", "gunzip"),
         (b"\x28\xb5\x2f\xfd", "compressed with zstd", "unzstd"),
         (&tar, "a tar archive", "tar -xf"),
-        (b"\x7fELF\x02\x01\x01\0", "a native program or library", "wasm32-wasip2"),
-        (&compiled, "a precompiled component, which would run as native code", "compile components themselves"),
+        (
+            b"\x7fELF\x02\x01\x01\0",
+            "a native program or library",
+            "wasm32-wasip2",
+        ),
+        (
+            &compiled,
+            "a precompiled component, which would run as native code",
+            "compile components themselves",
+        ),
         (b"!<arch>\n", "a static library", "cdylib"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS", "git lfs pull"),
-        (b"(component)", "the text form of a component", "wasm-tools parse"),
-        (b";; mine\n(; long ;) (module (func))", "the text form of a core module", "wasm-tools component new"),
-        (b"package a:b;\nworld w {}", "a WIT file", "build a component"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "Git LFS",
+            "git lfs pull",
+        ),
+        (
+            b"(component)",
+            "the text form of a component",
+            "wasm-tools parse",
+        ),
+        (
+            b";; mine\n(; long ;) (module (func))",
+            "the text form of a core module",
+            "wasm-tools component new",
+        ),
+        (
+            b"package a:b;\nworld w {}",
+            "a WIT file",
+            "build a component",
+        ),
         (b"<!DOCTYPE html><html>", "a web page", "download"),
-        (b"{\"json\": true}", "text, not a WebAssembly component", "build a component"),
+        (
+            b"{\"json\": true}",
+            "text, not a WebAssembly component",
+            "build a component",
+        ),
         (b"#!/bin/sh\n", "a script", "build a component"),
-        (b"\xff\xfe\0\x01", "of a kind that is not known here", "build a component"),
-        (b"MZ\x90", "a native program of Windows", "build a component"),
+        (
+            b"\xff\xfe\0\x01",
+            "of a kind that is not known here",
+            "build a component",
+        ),
+        (
+            b"MZ\x90",
+            "a native program of Windows",
+            "build a component",
+        ),
         ("päckchen".as_bytes(), "text, not", "build a component"),
     ];
     for (bytes, sentence, hint) in cases {
@@ -65,7 +117,7 @@ fn files_of_other_kinds_are_called_by_their_names() {
 }
 
 #[test]
-fn a_core_module_is_told_by_the_tool_that_made_it() {
+fn a_core_module_is_identified_by_its_toolchain() {
     let module = |text: &str| wat::parse_str(text).unwrap();
     let cases = [
         (
@@ -73,21 +125,45 @@ fn a_core_module_is_told_by_the_tool_that_made_it() {
             "made for WASI 0.1; it imports from `wasi_snapshot_preview1`",
             "wasm32-wasip2 in the place of wasm32-wasip1",
         ),
-        (r#"(module (@custom "component-type:x" "") (func))"#, "not wrapped yet", "wasm-tools component new"),
-        (r#"(module (import "__wbindgen_placeholder__" "f" (func)))"#, "made by wasm-bindgen", "build a component"),
-        (r#"(module (import "gojs" "f" (func)))"#, "made by Go", "-target=wasip2"),
-        (r#"(module (func (export "add")))"#, "the inside of a component", "build a component"),
+        (
+            r#"(module (@custom "component-type:x" "") (func))"#,
+            "not wrapped yet",
+            "wasm-tools component new",
+        ),
+        (
+            r#"(module (import "__wbindgen_placeholder__" "f" (func)))"#,
+            "made by wasm-bindgen",
+            "build a component",
+        ),
+        (
+            r#"(module (import "gojs" "f" (func)))"#,
+            "made by Go",
+            "-target=wasip2",
+        ),
+        (
+            r#"(module (func (export "add")))"#,
+            "the inside of a component",
+            "build a component",
+        ),
     ];
     for (text, sentence, hint) in cases {
         let (error, hinted) = refusal(&module(text));
-        assert!(error.contains("a core module, not a component") && error.contains(sentence), "{error}");
+        assert!(
+            error.contains("a core module, not a component") && error.contains(sentence),
+            "{error}"
+        );
         assert!(hinted.contains(hint), "{hinted}");
     }
 }
 
 #[test]
-fn a_worker_of_each_kind_is_found_by_its_handler() {
-    let handler = |export: &str| inspect(&component(&[], &[export])).unwrap().handler().unwrap();
+fn the_worker_kind_is_detected_by_its_handler() {
+    let handler = |export: &str| {
+        inspect(&component(&[], &[export]))
+            .unwrap()
+            .handler()
+            .unwrap()
+    };
     assert_eq!(handler(HANDLER), Handler::Message);
     assert_eq!(handler("oncely:worker/batch-handler@0.1.0"), Handler::Batch);
     assert_eq!(handler("wasi:http/incoming-handler@0.2.0"), Handler::Http);
@@ -97,15 +173,27 @@ fn a_worker_of_each_kind_is_found_by_its_handler() {
 #[test]
 fn a_component_without_one_handler_of_this_version_is_refused() {
     let cases: [(&[&str], &str, &str); 5] = [
-        (&[], "must export `oncely:worker/handler@0.1.0`", "without code"),
-        (&["wasi:cli/run@0.2.3"], "it exports `wasi:cli/run@0.2.3`", "a program with a `main`"),
+        (
+            &[],
+            "must export `oncely:worker/handler@0.1.0`",
+            "without code",
+        ),
+        (
+            &["wasi:cli/run@0.2.3"],
+            "it exports `wasi:cli/run@0.2.3`",
+            "a program with a `main`",
+        ),
         (
             &["oncely:worker/handler@0.2.0"],
             "exports `oncely:worker/handler@0.2.0`, and this host runs",
             "wit/worker.wit",
         ),
         (&["a:b/c"], "it exports `a:b/c`", "docs/handlers.md"),
-        (&[HANDLER, "wasi:http/incoming-handler@0.2.0"], "2 handlers", ""),
+        (
+            &[HANDLER, "wasi:http/incoming-handler@0.2.0"],
+            "2 handlers",
+            "",
+        ),
     ];
     for (exports, sentence, hint) in cases {
         let (error, hinted) = refusal(&component(&[], exports));
@@ -115,7 +203,7 @@ fn a_component_without_one_handler_of_this_version_is_refused() {
 }
 
 #[test]
-fn imports_are_those_that_hosts_provide_and_no_others() {
+fn only_imports_that_hosts_provide_are_accepted() {
     let importing = |name: &str| inspect(&component(&[name], &[HANDLER]));
     for provided in [
         "oncely:worker/sql@0.1.0",
@@ -145,25 +233,40 @@ fn imports_are_those_that_hosts_provide_and_no_others() {
         "just-a-name",
     ] {
         let error = format!("{:#}", importing(refused).unwrap_err());
-        assert!(error.contains(refused) && error.contains("which a worker is not given"), "{error}");
+        assert!(
+            error.contains(refused) && error.contains("which a worker is not given"),
+            "{error}"
+        );
     }
     let (_, hint) = refusal(&component(&["wasi:config/store@0.2.0-draft"], &[HANDLER]));
-    assert!(hint.contains("this host has wasi:config of version 0.2.0-rc.1"), "{hint}");
+    assert!(
+        hint.contains("this host has wasi:config of version 0.2.0-rc.1"),
+        "{hint}"
+    );
 }
 
 #[test]
-fn a_component_for_wasi_3_is_called_one() {
+fn a_component_for_wasi_3_is_reported_as_such() {
     let imports = component(&["wasi:cli/stdout@0.3.0"], &[HANDLER]);
     let exports = component(&[], &["wasi:http/handler@0.3.0"]);
-    let candidate = component(&["wasi:clocks/types@0.3.0-rc-2026-02-09"], &["wasi:cli/run@0.3.0-rc-2026-02-09"]);
+    let candidate = component(
+        &["wasi:clocks/types@0.3.0-rc-2026-02-09"],
+        &["wasi:cli/run@0.3.0-rc-2026-02-09"],
+    );
     for wasm in [imports, exports, candidate] {
         let (error, hint) = refusal(&wasm);
-        assert!(error.contains("made for WASI 0.3, and this host runs components for WASI 0.2"), "{error}");
+        assert!(
+            error.contains("made for WASI 0.3, and this host runs components for WASI 0.2"),
+            "{error}"
+        );
         assert!(hint.contains("wasm32-wasip2"), "{hint}");
     }
     let asynchronous = r#"(component (type (future)))"#;
     let error = check_code(&wat::parse_str(asynchronous).unwrap()).unwrap_err();
-    assert!(format!("{error:#}").contains("made for WASI 0.3"), "{error:#}");
+    assert!(
+        format!("{error:#}").contains("made for WASI 0.3"),
+        "{error:#}"
+    );
 }
 
 /// A component with code in it.
@@ -188,7 +291,9 @@ fn a_file_that_is_cut_off_anywhere_is_refused() {
     let mut said_so = 0;
     for end in 0..wasm.len() {
         // Between two sections it looks like a component with fewer of them.
-        let Err(error) = inspect(&wasm[..end]) else { continue };
+        let Err(error) = inspect(&wasm[..end]) else {
+            continue;
+        };
         assert!(!hints(&error).is_empty(), "{error:#}");
         said_so += usize::from(error.to_string().contains("cut off"));
     }
@@ -196,7 +301,7 @@ fn a_file_that_is_cut_off_anywhere_is_refused() {
 }
 
 #[test]
-fn damage_is_an_error_and_never_a_panic() {
+fn a_damaged_component_is_an_error_and_never_a_panic() {
     let wasm = with_code();
     let mut refused = 0;
     for at in 8..wasm.len() {
@@ -211,16 +316,23 @@ fn damage_is_an_error_and_never_a_panic() {
 }
 
 #[test]
-fn a_function_that_compiles_for_minutes_is_refused_unseen() {
+fn a_function_that_compiles_for_minutes_is_refused_early() {
     let bomb = |locals: usize, blocks: usize| {
         let locals = "(local i64)".repeat(locals);
-        let block = "(block (br_if 0 (local.get 0)) (local.set 1 (i64.add (local.get 1) (local.get 2))))";
-        let text = format!("(component (core module (func (param i32) {locals} {})))", block.repeat(blocks));
+        let block =
+            "(block (br_if 0 (local.get 0)) (local.set 1 (i64.add (local.get 1) (local.get 2))))";
+        let text = format!(
+            "(component (core module (func (param i32) {locals} {})))",
+            block.repeat(blocks)
+        );
         check_code(&wat::parse_str(text).unwrap())
     };
     bomb(100, 1_000).unwrap();
     let error = bomb(2_000, 5_000).unwrap_err();
-    assert!(format!("{error:#}").contains("asks too much of the compiler"), "{error:#}");
+    assert!(
+        format!("{error:#}").contains("asks too much of the compiler"),
+        "{error:#}"
+    );
     assert_eq!(hints(&error).len(), 1);
 }
 
@@ -228,17 +340,30 @@ fn a_function_that_compiles_for_minutes_is_refused_unseen() {
 fn functions_types_and_nesting_are_limited() {
     let refused = |inside: &str| {
         let text = format!("(component (core module {inside}))");
-        format!("{:#}", check_code(&wat::parse_str(text).unwrap()).unwrap_err())
+        format!(
+            "{:#}",
+            check_code(&wat::parse_str(text).unwrap()).unwrap_err()
+        )
     };
     let error = refused(&"(func)".repeat(100_001));
-    assert!(error.contains("it has 100001 functions, and 100000 are allowed"), "{error}");
+    assert!(
+        error.contains("it has 100001 functions, and 100000 are allowed"),
+        "{error}"
+    );
     let error = refused(&"(type (func))".repeat(100_001));
     assert!(error.contains("it declares 100001 types"), "{error}");
-    let error = refused(&format!("(func {}{})", "block ".repeat(10_001), "end ".repeat(10_001)));
+    let error = refused(&format!(
+        "(func {}{})",
+        "block ".repeat(10_001),
+        "end ".repeat(10_001)
+    ));
     assert!(error.contains("nests 10001 blocks"), "{error}");
     let error = refused(&format!("(func {})", "(local i32)".repeat(20_001)));
     assert!(error.contains("20001 locals"), "{error}");
-    let error = refused(&format!("(func {})", "(drop (i64.const 0x7fffffffffffffff))".repeat(200_000)));
+    let error = refused(&format!(
+        "(func {})",
+        "(drop (i64.const 0x7fffffffffffffff))".repeat(200_000)
+    ));
     assert!(error.contains("a function has"), "{error}");
 }
 
@@ -246,12 +371,23 @@ fn functions_types_and_nesting_are_limited() {
 fn features_that_hosts_do_not_run_are_named() {
     let refused = |inside: &str| {
         let text = format!("(component (core module {inside}))");
-        format!("{:#}", check_code(&wat::parse_str(text).unwrap()).unwrap_err())
+        format!(
+            "{:#}",
+            check_code(&wat::parse_str(text).unwrap()).unwrap_err()
+        )
     };
-    assert!(refused("(memory 1 2 shared)").contains("do not run: threads"), "{}", refused("(memory 1 2 shared)"));
+    assert!(
+        refused("(memory 1 2 shared)").contains("do not run: threads"),
+        "{}",
+        refused("(memory 1 2 shared)")
+    );
     assert!(refused("(memory i64 1)").contains("do not run: memory64"));
     assert!(refused("(tag)").contains("do not run: exceptions"));
-    assert!(refused("(type (struct))").contains("do not run: gc-types"), "{}", refused("(type (struct))"));
+    assert!(
+        refused("(type (struct))").contains("do not run: gc-types"),
+        "{}",
+        refused("(type (struct))")
+    );
     let invalid = refused("(func (result i32) i64.const 0)");
     assert!(invalid.contains("the component is damaged"), "{invalid}");
 }
@@ -260,16 +396,27 @@ fn features_that_hosts_do_not_run_are_named() {
 fn a_folder_and_a_file_that_is_too_large_are_not_read() {
     let folder = tempfile::tempdir().unwrap();
     let error = read(folder.path()).unwrap_err();
-    assert!(error.to_string().ends_with("is a folder, not a WebAssembly component"), "{error:#}");
+    assert!(
+        error
+            .to_string()
+            .ends_with("is a folder, not a WebAssembly component"),
+        "{error:#}"
+    );
     let large = folder.path().join("large.wasm");
-    std::fs::File::create(&large).unwrap().set_len(SIZE_MAX as u64 + 1).unwrap();
+    std::fs::File::create(&large)
+        .unwrap()
+        .set_len(SIZE_MAX as u64 + 1)
+        .unwrap();
     let error = format!("{:#}", read(&large).unwrap_err());
-    assert!(error.contains("67108865 bytes; a component may have 64.0 MiB"), "{error}");
+    assert!(
+        error.contains("67108865 bytes; a component may have 64.0 MiB"),
+        "{error}"
+    );
     assert!(read(&folder.path().join("absent.wasm")).is_err());
 }
 
 #[test]
-fn names_in_a_sentence_are_few_and_short() {
+fn listed_names_are_few_and_short() {
     assert_eq!(list(&[]), "nothing");
     assert_eq!(list(&["a".into(), "b".into()]), "`a`, `b`");
     let many: Vec<String> = (0..100_000).map(|n| n.to_string()).collect();

@@ -2,12 +2,12 @@
 
 use std::fmt;
 
-use super::sources::{Given, Sources};
+use super::sources::{Setting, Sources};
 use super::without_password;
 use crate::model::units;
 
 /// What the cache of a process may take unless told otherwise, in bytes.
-const SIZE: u64 = 64 << 20;
+const SIZE_DEFAULT: u64 = 64 << 20;
 
 /// The most it can be told, in bytes.
 const SIZE_MAX: u64 = 1 << 40;
@@ -29,41 +29,55 @@ pub struct CacheUrl(String);
 
 impl Default for CacheSettings {
     fn default() -> Self {
-        CacheSettings { size: SIZE, shared: None }
+        CacheSettings {
+            size: SIZE_DEFAULT,
+            shared: None,
+        }
     }
 }
 
 pub(super) fn resolve(sources: &Sources<'_>) -> anyhow::Result<CacheSettings> {
     Ok(CacheSettings {
-        size: sources.get("cache_size").map_or(Ok(SIZE), |given| size(&given))?,
-        shared: sources.get("cache_url").map(|given| url(&given)).transpose()?,
+        size: sources
+            .get("cache_size")
+            .map_or(Ok(SIZE_DEFAULT), |setting| size(&setting))?,
+        shared: sources
+            .get("cache_url")
+            .map(|setting| url(&setting))
+            .transpose()?,
     })
 }
 
-fn size(given: &Given) -> anyhow::Result<u64> {
-    match units::parse_size(&given.value) {
+fn size(setting: &Setting) -> anyhow::Result<u64> {
+    match units::parse_size(&setting.value) {
         Ok(size) if size <= SIZE_MAX => Ok(size),
-        _ => Err(given.refuse_value("is not a size up to 1 TiB", "64MiB")),
+        _ => Err(setting.refuse_value("is not a size up to 1 TiB", "64MiB")),
     }
 }
 
 /// The value may hold a password, so it is not repeated.
-fn url(given: &Given) -> anyhow::Result<CacheUrl> {
-    let Some((scheme, rest)) = given.value.split_once("://") else {
-        return Err(given.refuse("it is no URL", EXAMPLE));
+fn url(setting: &Setting) -> anyhow::Result<CacheUrl> {
+    let Some((scheme, rest)) = setting.value.split_once("://") else {
+        return Err(setting.refuse("it is no URL", EXAMPLE));
     };
     if !["redis", "rediss", "valkey", "valkeys"].contains(&scheme) {
-        return Err(given.refuse(format!("`{scheme}://` is no way to a cache; there are redis and rediss"), EXAMPLE));
+        return Err(setting.refuse(
+            format!("`{scheme}://` is no way to a cache; there are redis and rediss"),
+            EXAMPLE,
+        ));
     }
     let (place, database) = rest.split_once('/').unwrap_or((rest, ""));
     let server = place.rsplit_once('@').map_or(place, |(_, server)| server);
-    if server.is_empty() || given.value.contains(char::is_whitespace) {
-        return Err(given.refuse("it names no server", EXAMPLE));
+    if server.is_empty() || setting.value.contains(char::is_whitespace) {
+        return Err(setting.refuse("it names no server", EXAMPLE));
     }
     if !database.is_empty() && database.parse::<u16>().is_err() {
-        return Err(given.refuse("behind the server there can only be the number of a database", EXAMPLE));
+        return Err(setting.refuse(
+            "behind the server there can only be the number of a database",
+            EXAMPLE,
+        ));
     }
-    Ok(CacheUrl(given.value.clone()))
+    Ok(CacheUrl(setting.value.clone()))
 }
 
 impl CacheUrl {
@@ -73,13 +87,13 @@ impl CacheUrl {
     }
 
     /// For people: without the password.
-    pub fn shown(&self) -> String {
+    pub fn redacted(&self) -> String {
         without_password(&self.0)
     }
 }
 
 impl fmt::Debug for CacheUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.shown())
+        f.write_str(&self.redacted())
     }
 }

@@ -3,17 +3,17 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::sources::{Given, Sources};
+use super::sources::{Setting, Sources};
 use crate::model::units;
 
 /// Processor time for one component unless told otherwise.
-const TIME: Duration = Duration::from_secs(120);
+const TIME_DEFAULT: Duration = Duration::from_secs(120);
 
 /// Memory for one component unless told otherwise, in bytes.
-const MEMORY: u64 = 2 << 30;
+const MEMORY_DEFAULT: u64 = 2 << 30;
 
 /// With less memory than this not even a small component compiles, in bytes.
-const MEMORY_LEAST: u64 = 1 << 30;
+const MEMORY_MIN: u64 = 1 << 30;
 
 /// How hosts compile components.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,12 +28,16 @@ pub struct CompileSettings {
 
 impl Default for CompileSettings {
     fn default() -> Self {
-        CompileSettings { time: TIME, memory: MEMORY, program: this_program() }
+        CompileSettings {
+            time: TIME_DEFAULT,
+            memory: MEMORY_DEFAULT,
+            program: current_program(),
+        }
     }
 }
 
 /// The running program, also when its file was replaced by another version since.
-fn this_program() -> PathBuf {
+fn current_program() -> PathBuf {
     let running = Path::new("/proc/self/exe");
     match std::env::current_exe() {
         Ok(file) if !running.exists() => file,
@@ -43,23 +47,27 @@ fn this_program() -> PathBuf {
 
 pub(super) fn resolve(sources: &Sources<'_>) -> anyhow::Result<CompileSettings> {
     Ok(CompileSettings {
-        time: sources.get("compile_time").map_or(Ok(TIME), |given| time(&given))?,
-        memory: sources.get("compile_memory").map_or(Ok(MEMORY), |given| memory(&given))?,
+        time: sources
+            .get("compile_time")
+            .map_or(Ok(TIME_DEFAULT), |setting| time(&setting))?,
+        memory: sources
+            .get("compile_memory")
+            .map_or(Ok(MEMORY_DEFAULT), |setting| memory(&setting))?,
         ..CompileSettings::default()
     })
 }
 
-fn time(given: &Given) -> anyhow::Result<Duration> {
+fn time(setting: &Setting) -> anyhow::Result<Duration> {
     let (least, most) = (Duration::from_secs(1), Duration::from_secs(60 * 60));
-    match units::parse_duration(&given.value) {
+    match units::parse_duration(&setting.value) {
         Ok(time) if (least..=most).contains(&time) => Ok(time),
-        _ => Err(given.refuse_value("is not a length of time between 1s and 1h", "2m")),
+        _ => Err(setting.refuse_value("is not a length of time between 1s and 1h", "2m")),
     }
 }
 
-fn memory(given: &Given) -> anyhow::Result<u64> {
-    match units::parse_size(&given.value) {
-        Ok(memory) if memory >= MEMORY_LEAST => Ok(memory),
-        _ => Err(given.refuse_value("is not a size of 1 GiB or more", "2GiB")),
+fn memory(setting: &Setting) -> anyhow::Result<u64> {
+    match units::parse_size(&setting.value) {
+        Ok(memory) if memory >= MEMORY_MIN => Ok(memory),
+        _ => Err(setting.refuse_value("is not a size of 1 GiB or more", "2GiB")),
     }
 }

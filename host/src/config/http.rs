@@ -3,8 +3,8 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use super::HTTP;
-use super::sources::{Given, Sources};
+use super::HTTP_ADDRESS;
+use super::sources::{Setting, Sources};
 use crate::model::request::Admission;
 use crate::model::subject;
 use crate::model::units;
@@ -62,68 +62,95 @@ impl HttpLimits {
 
 pub(super) fn limits(sources: &Sources<'_>) -> anyhow::Result<HttpLimits> {
     let default = HttpLimits::default();
-    let timeout_or = |knob, default| sources.get(knob).map_or(Ok(default), |given| timeout(&given));
+    let timeout_or = |key, default| {
+        sources
+            .get(key)
+            .map_or(Ok(default), |setting| timeout(&setting))
+    };
     Ok(HttpLimits {
-        connections: sources.get("http_connections").map_or(Ok(default.connections), |given| connections(&given))?,
-        memory: sources.get("http_memory").map_or(Ok(default.memory), |given| memory(&given))?,
+        connections: sources
+            .get("http_connections")
+            .map_or(Ok(default.connections), |setting| connections(&setting))?,
+        memory: sources
+            .get("http_memory")
+            .map_or(Ok(default.memory), |setting| memory(&setting))?,
         head_timeout: timeout_or("http_head_timeout", default.head_timeout)?,
         body_timeout: timeout_or("http_body_timeout", default.body_timeout)?,
         idle_timeout: timeout_or("http_idle_timeout", default.idle_timeout)?,
     })
 }
 
-fn connections(given: &Given) -> anyhow::Result<usize> {
-    match given.value.parse() {
+fn connections(setting: &Setting) -> anyhow::Result<usize> {
+    match setting.value.parse() {
         Ok(connections @ 1..=CONNECTIONS_MAX) => Ok(connections),
-        _ => Err(given.refuse_value("is not a whole number between 1 and 1000000", "1024")),
+        _ => Err(setting.refuse_value("is not a whole number between 1 and 1000000", "1024")),
     }
 }
 
-fn memory(given: &Given) -> anyhow::Result<usize> {
-    let size = units::parse_size(&given.value).ok().filter(|size| (MEMORY_MIN..=MEMORY_MAX).contains(size));
+fn memory(setting: &Setting) -> anyhow::Result<usize> {
+    let size = units::parse_size(&setting.value)
+        .ok()
+        .filter(|size| (MEMORY_MIN..=MEMORY_MAX).contains(size));
     size.and_then(|size| usize::try_from(size).ok())
-        .ok_or_else(|| given.refuse_value("is not a size between 1 MiB and 1 TiB", "128MiB"))
+        .ok_or_else(|| setting.refuse_value("is not a size between 1 MiB and 1 TiB", "128MiB"))
 }
 
-fn timeout(given: &Given) -> anyhow::Result<Duration> {
-    match units::parse_duration(&given.value) {
+fn timeout(setting: &Setting) -> anyhow::Result<Duration> {
+    match units::parse_duration(&setting.value) {
         Ok(timeout) if (TIMEOUT_MIN..=TIMEOUT_MAX).contains(&timeout) => Ok(timeout),
-        _ => Err(given.refuse_value("is not a length of time between 100ms and 1h", "30s")),
+        _ => Err(setting.refuse_value("is not a length of time between 100ms and 1h", "30s")),
     }
 }
 
 /// Where requests are taken; none for nowhere.
 pub(super) fn address(sources: &Sources<'_>) -> anyhow::Result<Option<SocketAddr>> {
-    let given = sources.get("http").unwrap_or_else(|| Given::default_of("http", HTTP));
-    if given.value == "off" {
+    let setting = sources
+        .get("http")
+        .unwrap_or_else(|| Setting::default_of("http", HTTP_ADDRESS));
+    if setting.value == "off" {
         return Ok(None);
     }
-    let address = given.value.replacen("localhost:", "127.0.0.1:", 1).parse();
-    address.map(Some).map_err(|_| given.refuse_value("is neither an address with a port nor `off`", HTTP))
+    let address = setting
+        .value
+        .replacen("localhost:", "127.0.0.1:", 1)
+        .parse();
+    address.map(Some).map_err(|_| {
+        setting.refuse_value("is neither an address with a port nor `off`", HTTP_ADDRESS)
+    })
 }
 
 pub(super) fn admission(sources: &Sources<'_>) -> anyhow::Result<Admission> {
     Ok(Admission {
-        caller: sources.get("http_caller").map(|given| caller(&given)).transpose()?,
-        publish: sources.get("http_publish").map_or(Ok(Vec::new()), |given| publish(&given))?,
+        caller: sources
+            .get("http_caller")
+            .map(|setting| caller(&setting))
+            .transpose()?,
+        publish: sources
+            .get("http_publish")
+            .map_or(Ok(Vec::new()), |setting| publish(&setting))?,
     })
 }
 
-fn caller(given: &Given) -> anyhow::Result<String> {
-    let name = given.value.to_ascii_lowercase();
+fn caller(setting: &Setting) -> anyhow::Result<String> {
+    let name = setting.value.to_ascii_lowercase();
     match axum::http::HeaderName::try_from(&name) {
         Ok(_) => Ok(name),
-        Err(_) => Err(given.refuse_value("is no name of a header", "X-Account")),
+        Err(_) => Err(setting.refuse_value("is no name of a header", "X-Account")),
     }
 }
 
-fn publish(given: &Given) -> anyhow::Result<Vec<String>> {
-    let patterns: Vec<String> = given.value.split(',').map(|pattern| pattern.trim().to_owned()).collect();
+fn publish(setting: &Setting) -> anyhow::Result<Vec<String>> {
+    let patterns: Vec<String> = setting
+        .value
+        .split(',')
+        .map(|pattern| pattern.trim().to_owned())
+        .collect();
     for pattern in &patterns {
         if let Err(why) = subject::check_pattern(pattern) {
-            return Err(
-                given.refuse(format!("`{}` is no subject: {why}", pattern.escape_debug()), "payments.requested")
-            );
+            return Err(setting.refuse(
+                format!("`{}` is no subject: {why}", pattern.escape_debug()),
+                "payments.requested",
+            ));
         }
     }
     Ok(patterns)

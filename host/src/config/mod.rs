@@ -1,5 +1,5 @@
 //! What a host needs to run, resolved before anything starts: flag, else variable, else file, else default.
-//! `docs/configuration.md` lists every knob.
+//! `docs/configuration.md` lists every setting.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -24,23 +24,23 @@ mod webhook;
 pub use cache::{CacheSettings, CacheUrl};
 pub use compile::CompileSettings;
 pub use http::HttpLimits;
-pub use nats::{JetStreamAt, Login, Nats};
-pub use token::{keep_token, read_token};
+pub use nats::{JetStreamApi, Login, Nats};
+pub use token::{load_or_create_token, read_token};
 pub use webhook::{Webhook, key as webhook_key};
 
-use sources::{Given, Sources};
+use sources::{Setting, Sources};
 
 /// The file that is read when there is one and `--config` names no other.
 pub const FILE_NAME: &str = "oncely-host.toml";
 
 /// Where the control API listens unless told otherwise.
-pub const LISTEN: &str = "127.0.0.1:7420";
+pub const LISTEN_ADDRESS: &str = "127.0.0.1:7420";
 
 /// Where requests over HTTP are taken unless told otherwise.
-pub const HTTP: &str = "127.0.0.1:7480";
+pub const HTTP_ADDRESS: &str = "127.0.0.1:7480";
 
-/// Every knob, by its key in the file. Its flag is `--key` with hyphens, its variable `ONCELY_KEY`.
-pub(crate) const KNOBS: [&str; 34] = [
+/// Every setting, by its key in the file. Its flag is `--key` with hyphens, its variable `ONCELY_KEY`.
+pub(crate) const SETTINGS: [&str; 34] = [
     "database",
     "pool_size",
     "guest_sql",
@@ -60,7 +60,7 @@ pub(crate) const KNOBS: [&str; 34] = [
     "http_body_timeout",
     "http_idle_timeout",
     "data_dir",
-    "log",
+    "log_format",
     "log_level",
     "drain",
     "keep_outputs",
@@ -77,7 +77,7 @@ pub(crate) const KNOBS: [&str; 34] = [
     "compile_memory",
 ];
 
-/// The knobs as flags. They are texts here: [`HostConfig::resolve`] reads them, whichever source they came from.
+/// The settings as flags. They are texts here: [`HostConfig::resolve`] reads them, whichever source they came from.
 #[derive(Debug, Clone, Default, Args)]
 pub struct HostFlags {
     /// Read further settings from this file [default: oncely-host.toml if there is one] [env: ONCELY_CONFIG]
@@ -89,8 +89,8 @@ pub struct HostFlags {
     /// The most database connections [default: 16] [env: ONCELY_POOL_SIZE]
     #[arg(long, value_name = "COUNT")]
     pub pool_size: Option<String>,
-    /// How workers' SQL is kept apart on PostgreSQL: walled, by a role of its own, or trusted [default: walled] [env: ONCELY_GUEST_SQL]
-    #[arg(long, value_name = "HOW")]
+    /// How workers' SQL is kept apart on PostgreSQL: restricted, by a role of its own, or trusted [default: restricted] [env: ONCELY_GUEST_SQL]
+    #[arg(long, value_name = "MODE")]
     pub guest_sql: Option<String>,
     /// NATS servers, separated by commas [default: nats://127.0.0.1:4222] [env: ONCELY_NATS]
     #[arg(long, value_name = "URL")]
@@ -140,9 +140,9 @@ pub struct HostFlags {
     /// The folder for everything the host keeps on this machine [default: .oncely] [env: ONCELY_DATA_DIR]
     #[arg(long, value_name = "FOLDER")]
     pub data_dir: Option<String>,
-    /// The form of log lines: text or json [default: text] [env: ONCELY_LOG]
+    /// The form of log lines: text or json [default: text] [env: ONCELY_LOG_FORMAT]
     #[arg(long, value_name = "FORMAT")]
-    pub log: Option<String>,
+    pub log_format: Option<String>,
     /// Which log lines: a level, or directives such as oncely=debug,info [default: info] [env: ONCELY_LOG_LEVEL]
     #[arg(long, value_name = "LEVEL")]
     pub log_level: Option<String>,
@@ -153,7 +153,7 @@ pub struct HostFlags {
     #[arg(long, value_name = "TIME")]
     pub keep_outputs: Option<String>,
     /// How outputs are published on PostgreSQL: poll, or wal, from the database's log; for all hosts of the database [default: as it was, poll at first] [env: ONCELY_RELAY]
-    #[arg(long, value_name = "HOW")]
+    #[arg(long, value_name = "MODE")]
     pub relay: Option<String>,
     /// postgres://… of the server itself, where the other URL names a pooler, to read its log [default: as for the database] [env: ONCELY_RELAY_DATABASE]
     #[arg(long, value_name = "URL")]
@@ -201,7 +201,7 @@ pub struct HostConfig {
     pub take_over: Option<String>,
     /// Where the control API listens.
     pub listen: SocketAddr,
-    /// The control API's token, if one was given; else see [`HostConfig::keep_token`].
+    /// The control API's token, if one was set; else see [`HostConfig::load_or_create_token`].
     pub token: Option<Secret>,
     /// Where requests over HTTP are taken; none for nowhere.
     pub http: Option<SocketAddr>,
@@ -209,7 +209,7 @@ pub struct HostConfig {
     pub http_limits: HttpLimits,
     /// Holds the token, compiled components, and the SQLite file unless `database` says otherwise.
     pub data_dir: PathBuf,
-    pub log: LogFormat,
+    pub log_format: LogFormat,
     /// Directives for `tracing_subscriber::filter::Targets`.
     pub log_level: String,
     /// How long a host that was asked to stop finishes its work.
@@ -217,7 +217,7 @@ pub struct HostConfig {
     /// How long published outputs are kept.
     pub keep_outputs: Duration,
     /// How outputs are published; none to leave it as it is.
-    pub relay: Option<HowRelayed>,
+    pub relay: Option<RelayMode>,
     /// A `postgres://` URL that no pooler stands behind.
     pub relay_database: Option<Database>,
     /// How much of its log the server may keep until it is read, in bytes.
@@ -235,7 +235,7 @@ pub struct HostConfig {
 
 /// How outputs are published.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum HowRelayed {
+pub enum RelayMode {
     /// Hosts hand them over from memory, and sweep for what is left.
     Poll,
     /// One host reads them from PostgreSQL's log.
@@ -263,7 +263,7 @@ pub enum Database {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GuestSql {
     /// A login role of the app's own, and the check of each statement's text before it.
-    Walled,
+    Restricted,
     /// The check of the text alone, for databases that let nobody make roles.
     Trusted,
 }
@@ -282,64 +282,118 @@ pub struct Secret(String);
 impl HostConfig {
     /// Resolves the configuration from flags, the environment and the file.
     pub fn load(flags: &HostFlags) -> anyhow::Result<HostConfig> {
-        Self::resolve(flags, &|name| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned()))
+        Self::resolve(flags, &|name| {
+            std::env::var_os(name).map(|value| value.to_string_lossy().into_owned())
+        })
     }
 
     /// Like [`HostConfig::load`], with the environment as an argument. An empty variable counts as unset.
-    pub fn resolve(flags: &HostFlags, env: &dyn Fn(&str) -> Option<String>) -> anyhow::Result<HostConfig> {
+    pub fn resolve(
+        flags: &HostFlags,
+        env: &dyn Fn(&str) -> Option<String>,
+    ) -> anyhow::Result<HostConfig> {
         let sources = Sources::open(flags, env)?;
-        let data_dir = sources.get("data_dir").map_or_else(|| PathBuf::from(".oncely"), |given| given.path());
+        let data_dir = sources
+            .get("data_dir")
+            .map_or_else(|| PathBuf::from(".oncely"), |setting| setting.path());
         let default_database = || Ok(Database::Sqlite(data_dir.join("oncely.db")));
-        let token = sources.get("token").map(|given| token::check(&given)).transpose()?;
-        let database = sources.get("database").map_or_else(default_database, |given| database(&given))?;
+        let token = sources
+            .get("token")
+            .map(|setting| token::check(&setting))
+            .transpose()?;
+        let database = sources
+            .get("database")
+            .map_or_else(default_database, |setting| database(&setting))?;
         Ok(HostConfig {
-            relay: sources.get("relay").map(|given| relay(&given, &database)).transpose()?,
-            relay_database: sources.get("relay_database").map(|given| relay_database(&given)).transpose()?,
-            relay_slot_max: sources.get("relay_slot_max").map_or(Ok(4 << 30), |given| relay_slot_max(&given))?,
+            relay: sources
+                .get("relay")
+                .map(|setting| relay(&setting, &database))
+                .transpose()?,
+            relay_database: sources
+                .get("relay_database")
+                .map(|setting| relay_database(&setting))
+                .transpose()?,
+            relay_slot_max: sources
+                .get("relay_slot_max")
+                .map_or(Ok(4 << 30), |setting| relay_slot_max(&setting))?,
             database,
-            pool_size: sources.get("pool_size").map_or(Ok(16), |given| pool_size(&given))?,
-            guest_sql: sources.get("guest_sql").map_or(Ok(GuestSql::Walled), |given| guest_sql(&given))?,
+            pool_size: sources
+                .get("pool_size")
+                .map_or(Ok(16), |setting| pool_size(&setting))?,
+            guest_sql: sources
+                .get("guest_sql")
+                .map_or(Ok(GuestSql::Restricted), |setting| guest_sql(&setting))?,
             nats: nats::resolve(&sources, env)?,
-            stream_replicas: sources.get("stream_replicas").map_or(Ok(None), |given| stream_replicas(&given))?,
-            take_over: sources.get("take_over").map(|given| take_over(&given)).transpose()?,
+            stream_replicas: sources
+                .get("stream_replicas")
+                .map_or(Ok(None), |setting| stream_replicas(&setting))?,
+            take_over: sources
+                .get("take_over")
+                .map(|setting| take_over(&setting))
+                .transpose()?,
             listen: listen(&sources, token.is_some())?,
             token,
             http: http::address(&sources)?,
             admission: http::admission(&sources)?,
             http_limits: http::limits(&sources)?,
-            log: sources.get("log").map_or(Ok(LogFormat::Text), |given| log(&given))?,
-            log_level: sources.get("log_level").map_or_else(|| Ok("info".to_owned()), |given| log_level(&given))?,
-            drain: sources.get("drain").map_or(Ok(Duration::from_secs(30)), |given| drain(&given))?,
+            log_format: sources
+                .get("log_format")
+                .map_or(Ok(LogFormat::Text), |setting| log_format(&setting))?,
+            log_level: sources
+                .get("log_level")
+                .map_or_else(|| Ok("info".to_owned()), |setting| log_level(&setting))?,
+            drain: sources
+                .get("drain")
+                .map_or(Ok(Duration::from_secs(30)), |setting| drain(&setting))?,
             keep_outputs: sources
                 .get("keep_outputs")
-                .map_or(Ok(Duration::from_secs(15 * 60)), |given| keep_outputs(&given))?,
-            keep_inbox: sources.get("keep_inbox").map_or(Ok(KeepInbox::Auto), |given| keep_inbox(&given))?,
-            archive: sources.get("archive").map(|given| archive(&given)).transpose()?,
-            webhook: sources.get("webhook").map(|given| webhook::webhook(&given)).transpose()?,
-            webhook_secret: sources.get("webhook_secret").map(|given| webhook::secret(&given)).transpose()?,
+                .map_or(Ok(Duration::from_secs(15 * 60)), |setting| {
+                    keep_outputs(&setting)
+                })?,
+            keep_inbox: sources
+                .get("keep_inbox")
+                .map_or(Ok(KeepInbox::Auto), |setting| keep_inbox(&setting))?,
+            archive: sources
+                .get("archive")
+                .map(|setting| archive(&setting))
+                .transpose()?,
+            webhook: sources
+                .get("webhook")
+                .map(|setting| webhook::webhook(&setting))
+                .transpose()?,
+            webhook_secret: sources
+                .get("webhook_secret")
+                .map(|setting| webhook::secret(&setting))
+                .transpose()?,
             cache: cache::resolve(&sources)?,
             compile: compile::resolve(&sources)?,
             data_dir,
         })
     }
 
-    /// The token that was given, else the one kept in the data folder, which is made if it is not there yet.
-    pub fn keep_token(&self) -> anyhow::Result<Secret> {
+    /// The token that was set, else the one kept in the data folder, which is made if it is not there yet.
+    pub fn load_or_create_token(&self) -> anyhow::Result<Secret> {
         match &self.token {
             Some(token) => Ok(token.clone()),
-            None => keep_token(&self.data_dir),
+            None => load_or_create_token(&self.data_dir),
         }
     }
 }
 
-fn database(given: &Given) -> anyhow::Result<Database> {
-    let wrong = |what: &str| Err(given.refuse(what, "postgres://user:password@host/name, or a path such as oncely.db"));
-    let value = given.value.as_str();
+fn database(setting: &Setting) -> anyhow::Result<Database> {
+    let wrong = |what: &str| {
+        Err(setting.refuse(
+            what,
+            "postgres://user:password@host/name, or a path such as oncely.db",
+        ))
+    };
+    let value = setting.value.as_str();
     if value.starts_with("postgres://") || value.starts_with("postgresql://") {
-        if names_several_servers(value) {
-            return Err(given.refuse_with_hint(
+        if has_multiple_hosts(value) {
+            return Err(setting.refuse_with_hint(
                 "it names several PostgreSQL servers, and a host connects to one address",
-                "name a virtual address that follows the primary, or a pooler before the servers".to_owned(),
+                "name a virtual address that follows the primary, or a pooler before the servers"
+                    .to_owned(),
             ));
         }
         return Ok(Database::Postgres(value.to_owned()));
@@ -358,148 +412,179 @@ fn database(given: &Given) -> anyhow::Result<Database> {
     if value.starts_with("sqlite:") && path.contains('?') {
         return wrong("options behind `?` are not supported for SQLite");
     }
-    Ok(Database::Sqlite(given.relative(path)))
+    Ok(Database::Sqlite(setting.resolve_path(path)))
 }
 
 /// Whether the place of a `postgres://` URL is a list, as libpq takes it: behind a login, before the name of the database.
-fn names_several_servers(url: &str) -> bool {
+fn has_multiple_hosts(url: &str) -> bool {
     let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
     let place = rest.split(['/', '?']).next().unwrap_or_default();
     let place = place.rsplit_once('@').map_or(place, |(_, place)| place);
-    let host_parameter =
-        |part: &str| part.strip_prefix("host=").is_some_and(|hosts| hosts.contains(',') || hosts.contains("%2C"));
+    let host_parameter = |part: &str| {
+        part.strip_prefix("host=")
+            .is_some_and(|hosts| hosts.contains(',') || hosts.contains("%2C"))
+    };
     place.contains(',') || rest.split(['?', '&']).skip(1).any(host_parameter)
 }
 
-fn pool_size(given: &Given) -> anyhow::Result<u32> {
-    match given.value.parse() {
+fn pool_size(setting: &Setting) -> anyhow::Result<u32> {
+    match setting.value.parse() {
         Ok(count @ 2..=1000) => Ok(count),
-        _ => Err(given.refuse_value("is not a whole number between 2 and 1000", "16")),
+        _ => Err(setting.refuse_value("is not a whole number between 2 and 1000", "16")),
     }
 }
 
-fn guest_sql(given: &Given) -> anyhow::Result<GuestSql> {
-    match given.value.as_str() {
-        "walled" => Ok(GuestSql::Walled),
+fn guest_sql(setting: &Setting) -> anyhow::Result<GuestSql> {
+    match setting.value.as_str() {
+        "restricted" => Ok(GuestSql::Restricted),
         "trusted" => Ok(GuestSql::Trusted),
-        _ => Err(given.refuse_value("is neither `walled` nor `trusted`", "walled")),
+        _ => Err(setting.refuse_value("is neither `restricted` nor `trusted`", "restricted")),
     }
 }
 
-fn stream_replicas(given: &Given) -> anyhow::Result<Option<usize>> {
-    match given.value.as_str() {
+fn stream_replicas(setting: &Setting) -> anyhow::Result<Option<usize>> {
+    match setting.value.as_str() {
         "auto" => Ok(None),
         "1" => Ok(Some(1)),
         "3" => Ok(Some(3)),
         "5" => Ok(Some(5)),
-        _ => Err(given.refuse_value("is none of 1, 3, 5 and `auto`", "3")),
+        _ => Err(setting.refuse_value("is none of 1, 3, 5 and `auto`", "3")),
     }
 }
 
-fn take_over(given: &Given) -> anyhow::Result<String> {
-    let id = given.value.as_str();
-    if id.len() == 16 && id.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte)) {
+fn take_over(setting: &Setting) -> anyhow::Result<String> {
+    let id = setting.value.as_str();
+    if id.len() == 16
+        && id
+            .bytes()
+            .all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
+    {
         return Ok(id.to_owned());
     }
-    Err(given.refuse_value("is not the id of an installation, 16 hex digits", "0123456789abcdef"))
+    Err(setting.refuse_value(
+        "is not the id of an installation, 16 hex digits",
+        "0123456789abcdef",
+    ))
 }
 
-fn relay(given: &Given, database: &Database) -> anyhow::Result<HowRelayed> {
-    match (given.value.as_str(), database) {
-        ("poll", _) => Ok(HowRelayed::Poll),
-        ("wal", Database::Postgres(_)) => Ok(HowRelayed::Wal),
-        ("wal", Database::Sqlite(_)) => Err(given.refuse_with_hint(
+fn relay(setting: &Setting, database: &Database) -> anyhow::Result<RelayMode> {
+    match (setting.value.as_str(), database) {
+        ("poll", _) => Ok(RelayMode::Poll),
+        ("wal", Database::Postgres(_)) => Ok(RelayMode::Wal),
+        ("wal", Database::Sqlite(_)) => Err(setting.refuse_with_hint(
             "`wal` reads the log of a PostgreSQL server, and the database is SQLite",
             "leave it out, or name a postgres:// URL in `database`".to_owned(),
         )),
-        _ => Err(given.refuse_value("is neither `poll` nor `wal`", "wal")),
+        _ => Err(setting.refuse_value("is neither `poll` nor `wal`", "wal")),
     }
 }
 
-fn relay_database(given: &Given) -> anyhow::Result<Database> {
-    match database(given)? {
+fn relay_database(setting: &Setting) -> anyhow::Result<Database> {
+    match database(setting)? {
         Database::Postgres(url) => Ok(Database::Postgres(url)),
-        Database::Sqlite(_) => {
-            Err(given.refuse("it is for a PostgreSQL server behind a pooler", "postgres://user:password@host/name"))
-        }
+        Database::Sqlite(_) => Err(setting.refuse(
+            "it is for a PostgreSQL server behind a pooler",
+            "postgres://user:password@host/name",
+        )),
     }
 }
 
-fn relay_slot_max(given: &Given) -> anyhow::Result<u64> {
-    match units::parse_size(&given.value) {
+fn relay_slot_max(setting: &Setting) -> anyhow::Result<u64> {
+    match units::parse_size(&setting.value) {
         Ok(most) if most >= 64 << 20 => Ok(most),
-        _ => Err(given.refuse_value("is not a size of 64 MiB or more", "4GiB")),
+        _ => Err(setting.refuse_value("is not a size of 64 MiB or more", "4GiB")),
     }
 }
 
 fn listen(sources: &Sources<'_>, has_token: bool) -> anyhow::Result<SocketAddr> {
-    let default = Given::default_of("listen", LISTEN);
-    let given = sources.get("listen").unwrap_or(default);
-    let address: SocketAddr = given
+    let default = Setting::default_of("listen", LISTEN_ADDRESS);
+    let setting = sources.get("listen").unwrap_or(default);
+    let address: SocketAddr = setting
         .value
         .replacen("localhost:", "127.0.0.1:", 1)
         .parse()
-        .map_err(|_| given.refuse_value("is not an address with a port", LISTEN))?;
+        .map_err(|_| setting.refuse_value("is not an address with a port", LISTEN_ADDRESS))?;
     if !address.ip().is_loopback() && !has_token {
         let what = format!("`{address}` can be reached from other machines, and no token is set");
-        return Err(given
-            .refuse_with_hint(what, format!("set one: ONCELY_TOKEN=$(openssl rand -hex 32), or listen on {LISTEN}")));
+        return Err(setting.refuse_with_hint(
+            what,
+            format!("set one: ONCELY_TOKEN=$(openssl rand -hex 32), or listen on {LISTEN_ADDRESS}"),
+        ));
     }
     Ok(address)
 }
 
-fn log(given: &Given) -> anyhow::Result<LogFormat> {
-    match given.value.as_str() {
+fn log_format(setting: &Setting) -> anyhow::Result<LogFormat> {
+    match setting.value.as_str() {
         "text" => Ok(LogFormat::Text),
         "json" => Ok(LogFormat::Json),
-        _ => Err(given.refuse_value("is neither `text` nor `json`", "json")),
+        _ => Err(setting.refuse_value("is neither `text` nor `json`", "json")),
     }
 }
 
-fn log_level(given: &Given) -> anyhow::Result<String> {
-    match given.value.parse::<tracing_subscriber::filter::Targets>() {
-        Ok(_) => Ok(given.value.clone()),
-        Err(_) => Err(given.refuse_value("is neither a level nor directives", "oncely=debug,info")),
+fn log_level(setting: &Setting) -> anyhow::Result<String> {
+    match setting.value.parse::<tracing_subscriber::filter::Targets>() {
+        Ok(_) => Ok(setting.value.clone()),
+        Err(_) => {
+            Err(setting.refuse_value("is neither a level nor directives", "oncely=debug,info"))
+        }
     }
 }
 
-fn drain(given: &Given) -> anyhow::Result<Duration> {
+fn drain(setting: &Setting) -> anyhow::Result<Duration> {
     let most = Duration::from_secs(60 * 60);
-    match units::parse_duration(&given.value) {
+    match units::parse_duration(&setting.value) {
         Ok(drain) if drain <= most => Ok(drain),
-        _ => Err(given.refuse_value("is not a length of time up to 1h", "30s")),
+        _ => Err(setting.refuse_value("is not a length of time up to 1h", "30s")),
     }
 }
 
-fn keep_outputs(given: &Given) -> anyhow::Result<Duration> {
-    let (least, most) = (Duration::from_secs(60), Duration::from_secs(30 * 24 * 60 * 60));
-    match units::parse_duration(&given.value) {
+fn keep_outputs(setting: &Setting) -> anyhow::Result<Duration> {
+    let (least, most) = (
+        Duration::from_secs(60),
+        Duration::from_secs(30 * 24 * 60 * 60),
+    );
+    match units::parse_duration(&setting.value) {
         Ok(keep) if (least..=most).contains(&keep) => Ok(keep),
-        _ => Err(given.refuse_value("is not a length of time between 1m and 30d", "15m")),
+        _ => Err(setting.refuse_value("is not a length of time between 1m and 30d", "15m")),
     }
 }
 
-fn keep_inbox(given: &Given) -> anyhow::Result<KeepInbox> {
-    let (least, most) = (Duration::from_secs(60), Duration::from_secs(10 * 365 * 24 * 60 * 60));
-    match (given.value.as_str(), units::parse_duration(&given.value)) {
+fn keep_inbox(setting: &Setting) -> anyhow::Result<KeepInbox> {
+    let (least, most) = (
+        Duration::from_secs(60),
+        Duration::from_secs(10 * 365 * 24 * 60 * 60),
+    );
+    match (
+        setting.value.as_str(),
+        units::parse_duration(&setting.value),
+    ) {
         ("auto", _) => Ok(KeepInbox::Auto),
         (_, Ok(keep)) if (least..=most).contains(&keep) => Ok(KeepInbox::For(keep)),
-        _ => Err(given.refuse_value("is neither `auto` nor a length of time between 1m and 3650d", "auto")),
+        _ => Err(setting.refuse_value(
+            "is neither `auto` nor a length of time between 1m and 3650d",
+            "auto",
+        )),
     }
 }
 
 /// The folder is made now: what is found out later has nobody to tell.
-fn archive(given: &Given) -> anyhow::Result<PathBuf> {
-    let folder = given.path();
-    std::fs::create_dir_all(&folder).and_then(|()| tempfile::tempfile_in(&folder)).map_err(|error| {
-        given.refuse(format!("nothing can be written to {}: {error}", folder.display()), "/var/lib/oncely/archive")
-    })?;
+fn archive(setting: &Setting) -> anyhow::Result<PathBuf> {
+    let folder = setting.path();
+    std::fs::create_dir_all(&folder)
+        .and_then(|()| tempfile::tempfile_in(&folder))
+        .map_err(|error| {
+            setting.refuse(
+                format!("nothing can be written to {}: {error}", folder.display()),
+                "/var/lib/oncely/archive",
+            )
+        })?;
     Ok(folder)
 }
 
 impl Database {
     /// For people: without the password.
-    pub fn shown(&self) -> String {
+    pub fn redacted(&self) -> String {
         match self {
             Database::Sqlite(path) => format!("sqlite:{}", path.display()),
             Database::Postgres(url) => without_password(url),
@@ -510,16 +595,21 @@ impl Database {
 /// A URL without its password and its parameters, which may hold one too.
 fn without_password(url: &str) -> String {
     let url = url.split('?').next().unwrap_or_default();
-    let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
+    let Some((scheme, rest)) = url.split_once("://") else {
+        return url.to_owned();
+    };
     match rest.rsplit_once('@') {
-        Some((user, place)) => format!("{scheme}://{}@{place}", user.split(':').next().unwrap_or_default()),
+        Some((user, place)) => format!(
+            "{scheme}://{}@{place}",
+            user.split(':').next().unwrap_or_default()
+        ),
         None => url.to_owned(),
     }
 }
 
 impl fmt::Debug for Database {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.shown())
+        f.write_str(&self.redacted())
     }
 }
 

@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use percent_encoding::percent_decode_str;
 use serde::Deserialize;
 
-use crate::config::sources::{Given, Sources};
+use crate::config::sources::{Setting, Sources};
 use crate::config::{Secret, without_password};
 
 /// How to reach NATS.
@@ -22,7 +22,7 @@ pub struct Nats {
     pub tls_first: bool,
     /// What subjects for answers begin with; none for `_INBOX`.
     pub inbox_prefix: Option<String>,
-    pub jetstream: JetStreamAt,
+    pub jetstream: JetStreamApi,
     /// A certificate authority's certificate, in PEM.
     pub root_certificate: Option<PathBuf>,
     /// The client's own certificate and key, in PEM.
@@ -39,9 +39,9 @@ pub struct Context {
 
 /// Which JetStream of the servers that can be reached.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub enum JetStreamAt {
+pub enum JetStreamApi {
     #[default]
-    Here,
+    Local,
     Domain(String),
     /// Its API has other subjects, as where it is imported from another account.
     Prefix(String),
@@ -93,62 +93,96 @@ struct ContextFile {
 }
 
 /// What a context may say that changes nothing here.
-const HARMLESS: [&str; 3] = ["description", "color_scheme", "jetstream_event_prefix"];
+const IGNORED_KEYS: [&str; 3] = ["description", "color_scheme", "jetstream_event_prefix"];
 
 /// The context first; `nats` and `nats_creds` take the place of what it says.
-pub(super) fn resolve(sources: &Sources<'_>, env: &dyn Fn(&str) -> Option<String>) -> anyhow::Result<Nats> {
+pub(super) fn resolve(
+    sources: &Sources<'_>,
+    env: &dyn Fn(&str) -> Option<String>,
+) -> anyhow::Result<Nats> {
     let home = env("HOME").map(PathBuf::from).unwrap_or_default();
-    let given = sources.get("nats_context");
-    let file = given.as_ref().map(|given| context_file(given, &home, env)).transpose()?;
-    let context = file.as_deref().map(read_context).transpose()?.unwrap_or_default();
-    if let (Some(given), Some(other)) = (&given, context.unsupported()) {
+    let setting = sources.get("nats_context");
+    let file = setting
+        .as_ref()
+        .map(|setting| context_file(setting, &home, env))
+        .transpose()?;
+    let context = file
+        .as_deref()
+        .map(read_context)
+        .transpose()?
+        .unwrap_or_default();
+    if let (Some(setting), Some(other)) = (&setting, context.unsupported()) {
         let what = format!("names a context with `{other}`, which a host cannot do");
-        return Err(given.refuse_value(&what, "a context without it"));
+        return Err(setting.refuse_value(&what, "a context without it"));
     }
-    let path = |text: &str| in_home(&home, text);
-    let present = |text: &String| Some(text.clone()).filter(|text| !text.is_empty());
+    let path = |text: &str| expand_home(&home, text);
+    let non_empty = |text: &String| Some(text.clone()).filter(|text| !text.is_empty());
 
     let url = sources.get("nats").or_else(|| {
-        let of_context = given.clone().zip(present(&context.url));
-        of_context.map(|(given, url)| given.holding(url))
+        let from_context = setting.clone().zip(non_empty(&context.url));
+        from_context.map(|(setting, url)| setting.with_value(url))
     });
-    let servers = servers(&url.unwrap_or_else(|| Given::default_of("nats", "nats://127.0.0.1:4222")))?;
+    let servers =
+        servers(&url.unwrap_or_else(|| Setting::default_of("nats", "nats://127.0.0.1:4222")))?;
     let login = match sources.get("nats_creds") {
-        Some(given) => Login::Credentials(existing_file(&given, given.path())?),
+        Some(setting) => Login::Credentials(existing_file(&setting, setting.path())?),
         None => login_in_url(&servers).unwrap_or_else(|| login(&context, path)),
     };
-    let is_of_context = login != Login::None && login == self::login(&context, path);
+    let is_from_context = login != Login::None && login == self::login(&context, path);
     Ok(Nats {
         servers,
         login,
-        context: file.filter(|_| is_of_context).map(|file| Context { file, home: home.clone() }),
+        context: file.filter(|_| is_from_context).map(|file| Context {
+            file,
+            home: home.clone(),
+        }),
         tls_first: context.tls_first,
-        inbox_prefix: present(&context.inbox_prefix),
-        jetstream: match (present(&context.jetstream_domain), present(&context.jetstream_api_prefix)) {
-            (_, Some(prefix)) => JetStreamAt::Prefix(prefix.trim_end_matches('.').to_owned()),
-            (Some(domain), None) => JetStreamAt::Domain(domain),
-            (None, None) => JetStreamAt::Here,
+        inbox_prefix: non_empty(&context.inbox_prefix),
+        jetstream: match (
+            non_empty(&context.jetstream_domain),
+            non_empty(&context.jetstream_api_prefix),
+        ) {
+            (_, Some(prefix)) => JetStreamApi::Prefix(prefix.trim_end_matches('.').to_owned()),
+            (Some(domain), None) => JetStreamApi::Domain(domain),
+            (None, None) => JetStreamApi::Local,
         },
-        root_certificate: present(&context.ca).map(|text| path(&text)),
-        client_certificate: present(&context.cert).zip(present(&context.key)).map(|(c, k)| (path(&c), path(&k))),
+        root_certificate: non_empty(&context.ca).map(|text| path(&text)),
+        client_certificate: non_empty(&context.cert)
+            .zip(non_empty(&context.key))
+            .map(|(c, k)| (path(&c), path(&k))),
     })
 }
 
 /// The first login that stands in a URL: `user:password@`, or a token alone. The NATS client itself looks at none.
 fn login_in_url(servers: &[String]) -> Option<Login> {
-    let place = |server: &str| server.split_once("://").map_or(server, |(_, place)| place).to_owned();
-    let login = servers.iter().find_map(|server| Some(place(server).rsplit_once('@')?.0.to_owned()))?;
+    let place = |server: &str| {
+        server
+            .split_once("://")
+            .map_or(server, |(_, place)| place)
+            .to_owned()
+    };
+    let login = servers
+        .iter()
+        .find_map(|server| Some(place(server).rsplit_once('@')?.0.to_owned()))?;
     let plain = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
     Some(match login.split_once(':') {
-        Some((user, password)) => Login::Password { user: plain(user), password: Secret::new(plain(password)) },
+        Some((user, password)) => Login::Password {
+            user: plain(user),
+            password: Secret::new(plain(password)),
+        },
         None => Login::Token(Secret::new(plain(&login))),
     })
 }
 
 fn login(context: &ContextFile, path: impl Fn(&str) -> PathBuf) -> Login {
     if !context.user_jwt.is_empty() {
-        let seed = Some(&context.nkey).filter(|seed| !seed.is_empty()).map(|seed| path(seed));
-        Login::Jwt { jwt: Secret::new(&context.user_jwt), seed }
+        let seed = Some(&context.nkey)
+            .filter(|seed| !seed.is_empty())
+            .map(|seed| path(seed));
+        Login::Jwt {
+            jwt: Secret::new(&context.user_jwt),
+            seed,
+        }
     } else if !context.creds.is_empty() {
         Login::Credentials(path(&context.creds))
     } else if !context.nkey.is_empty() {
@@ -156,101 +190,134 @@ fn login(context: &ContextFile, path: impl Fn(&str) -> PathBuf) -> Login {
     } else if !context.token.is_empty() {
         Login::Token(Secret::new(&context.token))
     } else if !context.user.is_empty() {
-        Login::Password { user: context.user.clone(), password: Secret::new(&context.password) }
+        Login::Password {
+            user: context.user.clone(),
+            password: Secret::new(&context.password),
+        }
     } else {
         Login::None
     }
 }
 
-fn in_home(home: &Path, text: &str) -> PathBuf {
-    text.strip_prefix("~/").map_or_else(|| PathBuf::from(text), |rest| home.join(rest))
+fn expand_home(home: &Path, text: &str) -> PathBuf {
+    text.strip_prefix("~/")
+        .map_or_else(|| PathBuf::from(text), |rest| home.join(rest))
 }
 
 impl ContextFile {
     /// A setting that changes the meaning of the others and is not known here.
     fn unsupported(&self) -> Option<&str> {
-        let says_nothing = |value: &serde_json::Value| match value {
+        let is_unset = |value: &serde_json::Value| match value {
             serde_json::Value::Null | serde_json::Value::Bool(false) => true,
             serde_json::Value::String(text) => text.is_empty(),
             serde_json::Value::Array(items) => items.is_empty(),
             _ => false,
         };
-        let others = self.others.iter().filter(|(_, value)| !says_nothing(value));
-        others.map(|(name, _)| name.as_str()).find(|name| !HARMLESS.contains(name))
+        let others = self.others.iter().filter(|(_, value)| !is_unset(value));
+        others
+            .map(|(name, _)| name.as_str())
+            .find(|name| !IGNORED_KEYS.contains(name))
     }
 }
 
 impl Nats {
     /// The login as it is now: a context is read again, so that a login that was rotated there counts.
-    pub fn login_now(&self) -> anyhow::Result<Login> {
-        let Some(Context { file, home }) = &self.context else { return Ok(self.login.clone()) };
-        Ok(login(&read_context(file)?, |text: &str| in_home(home, text)))
+    pub fn current_login(&self) -> anyhow::Result<Login> {
+        let Some(Context { file, home }) = &self.context else {
+            return Ok(self.login.clone());
+        };
+        Ok(login(&read_context(file)?, |text: &str| {
+            expand_home(home, text)
+        }))
     }
 
     /// What subjects of the JetStream API begin with.
     pub fn api_prefix(&self) -> String {
         match &self.jetstream {
-            JetStreamAt::Here => "$JS.API".to_owned(),
-            JetStreamAt::Domain(domain) => format!("$JS.{domain}.API"),
-            JetStreamAt::Prefix(prefix) => prefix.clone(),
+            JetStreamApi::Local => "$JS.API".to_owned(),
+            JetStreamApi::Domain(domain) => format!("$JS.{domain}.API"),
+            JetStreamApi::Prefix(prefix) => prefix.clone(),
         }
     }
 }
 
-fn context_file(given: &Given, home: &Path, env: &dyn Fn(&str) -> Option<String>) -> anyhow::Result<PathBuf> {
-    let name = &given.value;
+fn context_file(
+    setting: &Setting,
+    home: &Path,
+    env: &dyn Fn(&str) -> Option<String>,
+) -> anyhow::Result<PathBuf> {
+    let name = &setting.value;
     if name.starts_with('.') || name.contains(['/', '\\']) {
-        return Err(given.refuse_value("is not the name of a context", "production"));
+        return Err(setting.refuse_value("is not the name of a context", "production"));
     }
-    let base = env("XDG_CONFIG_HOME").filter(|base| !base.is_empty()).map(PathBuf::from);
-    let file = base.unwrap_or_else(|| home.join(".config")).join("nats/context").join(format!("{name}.json"));
+    let base = env("XDG_CONFIG_HOME")
+        .filter(|base| !base.is_empty())
+        .map(PathBuf::from);
+    let file = base
+        .unwrap_or_else(|| home.join(".config"))
+        .join("nats/context")
+        .join(format!("{name}.json"));
     if !file.is_file() {
         let what = format!("there is no NATS context `{name}` at {}", file.display());
-        return Err(given.refuse_with_hint(what, "list those there are: nats context ls".to_owned()));
+        return Err(
+            setting.refuse_with_hint(what, "list those there are: nats context ls".to_owned())
+        );
     }
     Ok(file)
 }
 
 fn read_context(file: &Path) -> anyhow::Result<ContextFile> {
-    let text = std::fs::read(file).with_context(|| format!("read the NATS context {}", file.display()))?;
-    serde_json::from_slice(&text).with_context(|| format!("understand the NATS context {}", file.display()))
+    let text =
+        std::fs::read(file).with_context(|| format!("read the NATS context {}", file.display()))?;
+    serde_json::from_slice(&text)
+        .with_context(|| format!("understand the NATS context {}", file.display()))
 }
 
-fn servers(given: &Given) -> anyhow::Result<Vec<String>> {
-    let servers: Vec<String> = given.value.split(',').map(|server| server.trim().to_owned()).collect();
+fn servers(setting: &Setting) -> anyhow::Result<Vec<String>> {
+    let servers: Vec<String> = setting
+        .value
+        .split(',')
+        .map(|server| server.trim().to_owned())
+        .collect();
     for server in &servers {
         let (scheme, place) = server.split_once("://").unwrap_or(("nats", server));
         if !["nats", "tls"].contains(&scheme) {
             let what = format!("`{scheme}://` is no way to NATS here; there are nats and tls");
-            return Err(given.refuse(what, "nats://127.0.0.1:4222"));
+            return Err(setting.refuse(what, "nats://127.0.0.1:4222"));
         }
         if place.is_empty() || place.contains(char::is_whitespace) {
-            return Err(given.refuse("it names no server", "nats://127.0.0.1:4222"));
+            return Err(setting.refuse("it names no server", "nats://127.0.0.1:4222"));
         }
     }
     Ok(servers)
 }
 
-fn existing_file(given: &Given, path: PathBuf) -> anyhow::Result<PathBuf> {
+fn existing_file(setting: &Setting, path: PathBuf) -> anyhow::Result<PathBuf> {
     if path.is_file() {
         return Ok(path);
     }
-    Err(given.refuse(format!("there is no file {}", path.display()), "host.creds"))
+    Err(setting.refuse(format!("there is no file {}", path.display()), "host.creds"))
 }
 
 impl Nats {
     /// For people: the servers, without passwords.
-    pub fn shown(&self) -> String {
-        let shown = self.servers.iter().map(|server| match server.split_once("://") {
-            Some(_) => without_password(server),
-            None => without_password(&format!("nats://{server}")),
-        });
+    pub fn redacted(&self) -> String {
+        let shown = self
+            .servers
+            .iter()
+            .map(|server| match server.split_once("://") {
+                Some(_) => without_password(server),
+                None => without_password(&format!("nats://{server}")),
+            });
         shown.collect::<Vec<_>>().join(",")
     }
 }
 
 impl std::fmt::Debug for Nats {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Nats").field("servers", &self.shown()).field("login", &self.login).finish_non_exhaustive()
+        f.debug_struct("Nats")
+            .field("servers", &self.redacted())
+            .field("login", &self.login)
+            .finish_non_exhaustive()
     }
 }

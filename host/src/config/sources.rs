@@ -1,4 +1,4 @@
-//! Where a knob's value comes from: a flag, else a variable, else the file; and how a bad one is refused.
+//! Where a setting's value comes from: a flag, else a variable, else the file; and how a bad one is refused.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -6,20 +6,20 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, anyhow};
 
 use crate::config::toml_text::Text;
-use crate::config::{FILE_NAME, HostFlags, KNOBS};
+use crate::config::{FILE_NAME, HostFlags, SETTINGS};
 use crate::model::hint::WithHint;
 
 /// All sources, in the order they are asked.
 pub(super) struct Sources<'a> {
-    flags: [(&'static str, &'a Option<String>); KNOBS.len()],
+    flags: [(&'static str, &'a Option<String>); SETTINGS.len()],
     env: &'a dyn Fn(&str) -> Option<String>,
-    file: BTreeMap<&'static str, Given>,
+    file: BTreeMap<&'static str, Setting>,
 }
 
-/// A value that was given for a knob.
+/// A value that was set for a setting.
 #[derive(Debug, Clone)]
-pub(super) struct Given {
-    pub knob: &'static str,
+pub(super) struct Setting {
+    pub key: &'static str,
     pub value: String,
     /// For people: a flag, a variable or `file:line`.
     from: String,
@@ -29,33 +29,56 @@ pub(super) struct Given {
 
 impl<'a> Sources<'a> {
     /// Reads the file, if there is one.
-    pub fn open(flags: &'a HostFlags, env: &'a dyn Fn(&str) -> Option<String>) -> anyhow::Result<Self> {
-        let named = flags.config.clone().map(|path| (path, "--config".to_owned()));
-        let named = named.or_else(|| variable(env, "config").map(|(path, from)| (path.into(), from)));
+    pub fn open(
+        flags: &'a HostFlags,
+        env: &'a dyn Fn(&str) -> Option<String>,
+    ) -> anyhow::Result<Self> {
+        let named = flags
+            .config
+            .clone()
+            .map(|path| (path, "--config".to_owned()));
+        let named =
+            named.or_else(|| variable(env, "config").map(|(path, from)| (path.into(), from)));
         let file = match named {
             Some((path, from)) if !path.is_file() => {
-                return Err(anyhow!("there is no configuration file {} (from {from})", path.display())
-                    .hint(format!("make the file, or leave {from} out")));
+                return Err(anyhow!(
+                    "there is no configuration file {} (from {from})",
+                    path.display()
+                )
+                .hint(format!("make the file, or leave {from} out")));
             }
             Some((path, _)) => read_file(&path)?,
             None if Path::new(FILE_NAME).is_file() => read_file(Path::new(FILE_NAME))?,
             None => BTreeMap::new(),
         };
-        Ok(Sources { flags: by_knob(flags), env, file })
+        Ok(Sources {
+            flags: flag_values(flags),
+            env,
+            file,
+        })
     }
 
-    /// What was given for a knob.
-    pub fn get(&self, knob: &'static str) -> Option<Given> {
-        let flag = self.flags.iter().find(|(name, _)| *name == knob).and_then(|(_, value)| (*value).clone());
-        let given = |(value, from)| Given { knob, value, from, folder: PathBuf::new() };
-        flag.map(|value| (value, format!("--{}", knob.replace('_', "-"))))
-            .or_else(|| variable(self.env, knob))
-            .map(given)
-            .or_else(|| self.file.get(knob).cloned())
+    /// What was set for a setting.
+    pub fn get(&self, key: &'static str) -> Option<Setting> {
+        let flag = self
+            .flags
+            .iter()
+            .find(|(name, _)| *name == key)
+            .and_then(|(_, value)| (*value).clone());
+        let setting = |(value, from)| Setting {
+            key,
+            value,
+            from,
+            folder: PathBuf::new(),
+        };
+        flag.map(|value| (value, format!("--{}", key.replace('_', "-"))))
+            .or_else(|| variable(self.env, key))
+            .map(setting)
+            .or_else(|| self.file.get(key).cloned())
     }
 }
 
-fn by_knob(flags: &HostFlags) -> [(&'static str, &Option<String>); KNOBS.len()] {
+fn flag_values(flags: &HostFlags) -> [(&'static str, &Option<String>); SETTINGS.len()] {
     [
         ("database", &flags.database),
         ("pool_size", &flags.pool_size),
@@ -76,7 +99,7 @@ fn by_knob(flags: &HostFlags) -> [(&'static str, &Option<String>); KNOBS.len()] 
         ("http_body_timeout", &flags.http_body_timeout),
         ("http_idle_timeout", &flags.http_idle_timeout),
         ("data_dir", &flags.data_dir),
-        ("log", &flags.log),
+        ("log_format", &flags.log_format),
         ("log_level", &flags.log_level),
         ("drain", &flags.drain),
         ("keep_outputs", &flags.keep_outputs),
@@ -94,46 +117,62 @@ fn by_knob(flags: &HostFlags) -> [(&'static str, &Option<String>); KNOBS.len()] 
     ]
 }
 
-/// The value of a knob's variable, unless it is empty, and the variable's name.
-fn variable(env: &dyn Fn(&str) -> Option<String>, knob: &str) -> Option<(String, String)> {
-    let name = format!("ONCELY_{}", knob.to_ascii_uppercase());
-    env(&name).filter(|value| !value.is_empty()).map(|value| (value, name))
+/// The value of a setting's variable, unless it is empty, and the variable's name.
+fn variable(env: &dyn Fn(&str) -> Option<String>, key: &str) -> Option<(String, String)> {
+    let name = format!("ONCELY_{}", key.to_ascii_uppercase());
+    env(&name)
+        .filter(|value| !value.is_empty())
+        .map(|value| (value, name))
 }
 
-fn read_file(path: &Path) -> anyhow::Result<BTreeMap<&'static str, Given>> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("read the configuration {}", path.display()))?;
+fn read_file(path: &Path) -> anyhow::Result<BTreeMap<&'static str, Setting>> {
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("read the configuration {}", path.display()))?;
     let name = path.to_string_lossy();
-    let text = Text { name: &name, text: &text };
-    let section = text.section("the configuration", &KNOBS)?;
+    let text = Text {
+        name: &name,
+        text: &text,
+    };
+    let section = text.section("the configuration", &SETTINGS)?;
     let folder = path.parent().unwrap_or(Path::new("")).to_owned();
     let mut values = BTreeMap::new();
-    for knob in KNOBS {
-        if let Some(found) = section.scalar(knob, "\"…\"")? {
-            let given = Given { knob, value: found.value, from: text.place(&found.span), folder: folder.clone() };
-            values.insert(knob, given);
+    for key in SETTINGS {
+        if let Some(found) = section.scalar(key, "\"…\"")? {
+            let setting = Setting {
+                key,
+                value: found.value,
+                from: text.location(&found.span),
+                folder: folder.clone(),
+            };
+            values.insert(key, setting);
         }
     }
     Ok(values)
 }
 
-impl Given {
-    /// A knob's default, where it needs the same checks.
-    pub fn default_of(knob: &'static str, value: &str) -> Given {
-        Given { knob, value: value.to_owned(), from: "its default".to_owned(), folder: PathBuf::new() }
+impl Setting {
+    /// A setting's default, where it needs the same checks.
+    pub fn default_of(key: &'static str, value: &str) -> Setting {
+        Setting {
+            key,
+            value: value.to_owned(),
+            from: "its default".to_owned(),
+            folder: PathBuf::new(),
+        }
     }
 
-    /// The same knob from the same place, with what its value led to.
-    pub fn holding(self, value: String) -> Given {
-        Given { value, ..self }
+    /// The same setting from the same place, with what its value led to.
+    pub fn with_value(self, value: String) -> Setting {
+        Setting { value, ..self }
     }
 
     /// The value as a path.
     pub fn path(&self) -> PathBuf {
-        self.relative(&self.value)
+        self.resolve_path(&self.value)
     }
 
     /// A path that stands in the value.
-    pub fn relative(&self, path: &str) -> PathBuf {
+    pub fn resolve_path(&self, path: &str) -> PathBuf {
         self.folder.join(path)
     }
 
@@ -149,15 +188,15 @@ impl Given {
 
     /// Refuses the value and says what to do.
     pub fn refuse_with_hint(&self, what: impl std::fmt::Display, hint: String) -> anyhow::Error {
-        anyhow!("`{}` (from {}) cannot be used: {what}", self.knob, self.from).hint(hint)
+        anyhow!("`{}` (from {}) cannot be used: {what}", self.key, self.from).hint(hint)
     }
 
-    /// How another value would be given in the same place.
+    /// How another value would be set in the same place.
     fn example(&self, value: &str) -> String {
         match self.from.as_str() {
             flag if flag.starts_with("--") => format!("{flag} {value}"),
             variable if variable.starts_with("ONCELY_") => format!("{variable}={value}"),
-            _ => format!("{} = \"{value}\"", self.knob),
+            _ => format!("{} = \"{value}\"", self.key),
         }
     }
 }

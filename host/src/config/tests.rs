@@ -13,7 +13,11 @@ fn flags(arguments: &[&str]) -> HostFlags {
 }
 
 fn resolve(arguments: &[&str], env: &[(&str, &str)]) -> anyhow::Result<HostConfig> {
-    let env = |name: &str| env.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
+    let env = |name: &str| {
+        env.iter()
+            .find(|(key, _)| *key == name)
+            .map(|(_, value)| (*value).to_owned())
+    };
     HostConfig::resolve(&flags(arguments), &env)
 }
 
@@ -24,22 +28,25 @@ fn file(text: &str) -> tempfile::TempDir {
 }
 
 #[test]
-fn with_nothing_given_a_host_runs_from_one_folder_on_this_machine() {
+fn defaults_run_a_host_from_one_local_folder() {
     let config = resolve(&[], &[]).unwrap();
     let expected = HostConfig {
         database: Database::Sqlite(".oncely/oncely.db".into()),
         pool_size: 16,
-        guest_sql: GuestSql::Walled,
+        guest_sql: GuestSql::Restricted,
         stream_replicas: None,
         take_over: None,
-        nats: Nats { servers: vec!["nats://127.0.0.1:4222".into()], ..Nats::default() },
-        listen: LISTEN.parse().unwrap(),
+        nats: Nats {
+            servers: vec!["nats://127.0.0.1:4222".into()],
+            ..Nats::default()
+        },
+        listen: LISTEN_ADDRESS.parse().unwrap(),
         token: None,
-        http: Some(HTTP.parse().unwrap()),
+        http: Some(HTTP_ADDRESS.parse().unwrap()),
         admission: Admission::default(),
         http_limits: HttpLimits::default(),
         data_dir: ".oncely".into(),
-        log: LogFormat::Text,
+        log_format: LogFormat::Text,
         log_level: "info".into(),
         drain: Duration::from_secs(30),
         keep_outputs: Duration::from_secs(15 * 60),
@@ -50,7 +57,10 @@ fn with_nothing_given_a_host_runs_from_one_folder_on_this_machine() {
         archive: None,
         webhook: None,
         webhook_secret: None,
-        cache: CacheSettings { size: 64 << 20, shared: None },
+        cache: CacheSettings {
+            size: 64 << 20,
+            shared: None,
+        },
         compile: CompileSettings::default(),
     };
     assert_eq!(config, expected);
@@ -58,29 +68,34 @@ fn with_nothing_given_a_host_runs_from_one_folder_on_this_machine() {
 
 #[test]
 fn a_flag_beats_a_variable_beats_the_file_beats_the_default() {
-    let folder = file("drain = \"1s\"\npool_size = 3\nlog = \"json\"");
+    let folder = file("drain = \"1s\"\npool_size = 3\nlog_format = \"json\"");
     let path = folder.path().join("host.toml");
     let path = path.to_str().unwrap();
-    let drain = |arguments: &[&str], env: &[(&str, &str)]| resolve(arguments, env).unwrap().drain.as_secs();
+    let drain =
+        |arguments: &[&str], env: &[(&str, &str)]| resolve(arguments, env).unwrap().drain.as_secs();
     let env = [("ONCELY_DRAIN", "2s"), ("ONCELY_CONFIG", path)];
     assert_eq!(drain(&["--drain", "3s"], &env), 3);
     assert_eq!(drain(&[], &env), 2);
     assert_eq!(drain(&["--config", path], &[("ONCELY_DRAIN", "")]), 1);
     assert_eq!(drain(&[], &[]), 30);
     let config = resolve(&[], &env).unwrap();
-    assert_eq!((config.pool_size, config.log), (3, LogFormat::Json));
+    assert_eq!((config.pool_size, config.log_format), (3, LogFormat::Json));
 }
 
-/// A value for every knob, so that a knob nobody reads is found.
+/// A value for every setting, so that a setting nobody reads is found.
 #[test]
-fn every_knob_is_read_from_every_source() {
+fn every_setting_is_read_from_every_source() {
     let folder = file("");
     let context = folder.path().join("nats/context");
     std::fs::create_dir_all(&context).unwrap();
-    std::fs::write(context.join("prod.json"), r#"{"url": "tls://a:1", "user": "u", "password": "p"}"#).unwrap();
+    std::fs::write(
+        context.join("prod.json"),
+        r#"{"url": "tls://a:1", "user": "u", "password": "p"}"#,
+    )
+    .unwrap();
     let creds = folder.path().join("a.creds");
     std::fs::write(&creds, "").unwrap();
-    let values = |knob: &str| match knob {
+    let values = |key: &str| match key {
         "database" => "postgres://a/b".to_owned(),
         "pool_size" => "7".to_owned(),
         "guest_sql" => "trusted".to_owned(),
@@ -98,7 +113,7 @@ fn every_knob_is_read_from_every_source() {
         "http_memory" => "2MiB".to_owned(),
         "http_head_timeout" | "http_body_timeout" | "http_idle_timeout" => "9s".to_owned(),
         "data_dir" => "/elsewhere".to_owned(),
-        "log" => "json".to_owned(),
+        "log_format" => "json".to_owned(),
         "log_level" => "debug".to_owned(),
         "drain" => "9s".to_owned(),
         "keep_outputs" => "9m".to_owned(),
@@ -106,82 +121,222 @@ fn every_knob_is_read_from_every_source() {
         "relay_database" => "postgres://c/d".to_owned(),
         "relay_slot_max" => "128MiB".to_owned(),
         "keep_inbox" => "9d".to_owned(),
-        "archive" => creds.with_file_name("archive").to_string_lossy().into_owned(),
+        "archive" => creds
+            .with_file_name("archive")
+            .to_string_lossy()
+            .into_owned(),
         "webhook" => "https://a/b".to_owned(),
         "cache_size" => "1MiB".to_owned(),
         "cache_url" => "redis://a:1/2".to_owned(),
         "compile_time" => "9s".to_owned(),
         "compile_memory" => "3GiB".to_owned(),
         "webhook_secret" => format!("whsec_{}", "c2VjcmV0".repeat(4)),
-        _ => panic!("no value for {knob}"),
+        _ => panic!("no value for {key}"),
     };
     let default = resolve(&[], &[]).unwrap();
     let home = ("XDG_CONFIG_HOME", folder.path().to_str().unwrap());
-    for knob in KNOBS {
-        let value = values(knob);
-        let by_flag = resolve(&[&format!("--{}", knob.replace('_', "-")), &value], &[home]).unwrap();
-        let by_variable = resolve(&[], &[home, (&format!("ONCELY_{}", knob.to_uppercase()), &value)]).unwrap();
+    for key in SETTINGS {
+        let value = values(key);
+        let by_flag = resolve(&[&format!("--{}", key.replace('_', "-")), &value], &[home]).unwrap();
+        let by_variable = resolve(
+            &[],
+            &[home, (&format!("ONCELY_{}", key.to_uppercase()), &value)],
+        )
+        .unwrap();
         let path = folder.path().join("host.toml");
-        std::fs::write(&path, format!("{knob} = {value:?}")).unwrap();
+        std::fs::write(&path, format!("{key} = {value:?}")).unwrap();
         let by_file = resolve(&["--config", path.to_str().unwrap()], &[home]).unwrap();
-        assert_ne!(by_flag, default, "{knob}");
-        assert_eq!(by_flag, by_variable, "{knob}");
-        assert_eq!(by_flag, by_file, "{knob}");
+        assert_ne!(by_flag, default, "{key}");
+        assert_eq!(by_flag, by_variable, "{key}");
+        assert_eq!(by_flag, by_file, "{key}");
     }
 }
 
 #[test]
-fn a_bad_value_is_named_with_the_place_it_came_from_and_one_that_would_do() {
-    type Case = (&'static [&'static str], &'static [(&'static str, &'static str)], &'static str, &'static str);
+fn an_invalid_setting_is_reported_with_its_source_and_an_example() {
+    type Case = (
+        &'static [&'static str],
+        &'static [(&'static str, &'static str)],
+        &'static str,
+        &'static str,
+    );
     let cases: [Case; 28] = [
-        (&["--take-over", "me"], &[], "`me` is not the id of an installation", "--take-over 0123456789abcdef"),
-        (&["--compile-time", "0s"], &[], "`0s` is not a length of time between 1s and 1h", "--compile-time 2m"),
-        (&["--compile-memory", "1MiB"], &[], "`1MiB` is not a size of 1 GiB or more", "--compile-memory 2GiB"),
-        (&["--relay", "push"], &[], "`relay` (from --relay) cannot be used: `push` is neither", "--relay wal"),
-        (&[], &[("ONCELY_RELAY", "wal")], "`relay` (from ONCELY_RELAY) cannot be used: `wal` reads", "postgres://"),
-        (&["--relay-slot-max", "1MiB"], &[], "`1MiB` is not a size of 64 MiB or more", "--relay-slot-max 4GiB"),
-        (&["--http", "here"], &[], "`here` is neither an address with a port nor `off`", "--http 127.0.0.1:7480"),
-        (&["--http-caller", "a b"], &[], "`a b` is no name of a header", "--http-caller X-Account"),
-        (&["--http-publish", "a..b"], &[], "is no subject", "--http-publish payments.requested"),
-        (&["--http-connections", "0"], &[], "`0` is not a whole number between 1", "--http-connections 1024"),
-        (&["--http-memory", "1KiB"], &[], "`1KiB` is not a size between 1 MiB", "--http-memory 128MiB"),
-        (&["--http-head-timeout", "0s"], &[], "`0s` is not a length of time between 100ms", "--http-head-timeout 30s"),
-        (&["--http-body-timeout", "2h"], &[], "`2h` is not a length of time between 100ms", "--http-body-timeout 30s"),
-        (&["--http-idle-timeout", "x"], &[], "`x` is not a length of time between 100ms", "--http-idle-timeout 30s"),
-        (&["--drain", "soon"], &[], "`drain` (from --drain) cannot be used: `soon` is not a length", "--drain 30s"),
-        (&["--archive", "/proc/none"], &[], "nothing can be written to /proc/none", "--archive /var/lib"),
-        (&["--keep-inbox", "ever"], &[], "`ever` is neither `auto` nor a length of time", "--keep-inbox auto"),
-        (&[], &[("ONCELY_LOG", "xml")], "`log` (from ONCELY_LOG) cannot be used: `xml` is neither", "ONCELY_LOG=json"),
+        (
+            &["--take-over", "me"],
+            &[],
+            "`me` is not the id of an installation",
+            "--take-over 0123456789abcdef",
+        ),
+        (
+            &["--compile-time", "0s"],
+            &[],
+            "`0s` is not a length of time between 1s and 1h",
+            "--compile-time 2m",
+        ),
+        (
+            &["--compile-memory", "1MiB"],
+            &[],
+            "`1MiB` is not a size of 1 GiB or more",
+            "--compile-memory 2GiB",
+        ),
+        (
+            &["--relay", "push"],
+            &[],
+            "`relay` (from --relay) cannot be used: `push` is neither",
+            "--relay wal",
+        ),
+        (
+            &[],
+            &[("ONCELY_RELAY", "wal")],
+            "`relay` (from ONCELY_RELAY) cannot be used: `wal` reads",
+            "postgres://",
+        ),
+        (
+            &["--relay-slot-max", "1MiB"],
+            &[],
+            "`1MiB` is not a size of 64 MiB or more",
+            "--relay-slot-max 4GiB",
+        ),
+        (
+            &["--http", "here"],
+            &[],
+            "`here` is neither an address with a port nor `off`",
+            "--http 127.0.0.1:7480",
+        ),
+        (
+            &["--http-caller", "a b"],
+            &[],
+            "`a b` is no name of a header",
+            "--http-caller X-Account",
+        ),
+        (
+            &["--http-publish", "a..b"],
+            &[],
+            "is no subject",
+            "--http-publish payments.requested",
+        ),
+        (
+            &["--http-connections", "0"],
+            &[],
+            "`0` is not a whole number between 1",
+            "--http-connections 1024",
+        ),
+        (
+            &["--http-memory", "1KiB"],
+            &[],
+            "`1KiB` is not a size between 1 MiB",
+            "--http-memory 128MiB",
+        ),
+        (
+            &["--http-head-timeout", "0s"],
+            &[],
+            "`0s` is not a length of time between 100ms",
+            "--http-head-timeout 30s",
+        ),
+        (
+            &["--http-body-timeout", "2h"],
+            &[],
+            "`2h` is not a length of time between 100ms",
+            "--http-body-timeout 30s",
+        ),
+        (
+            &["--http-idle-timeout", "x"],
+            &[],
+            "`x` is not a length of time between 100ms",
+            "--http-idle-timeout 30s",
+        ),
+        (
+            &["--drain", "soon"],
+            &[],
+            "`drain` (from --drain) cannot be used: `soon` is not a length",
+            "--drain 30s",
+        ),
+        (
+            &["--archive", "/proc/none"],
+            &[],
+            "nothing can be written to /proc/none",
+            "--archive /var/lib",
+        ),
+        (
+            &["--keep-inbox", "ever"],
+            &[],
+            "`ever` is neither `auto` nor a length of time",
+            "--keep-inbox auto",
+        ),
+        (
+            &[],
+            &[("ONCELY_LOG_FORMAT", "xml")],
+            "`log_format` (from ONCELY_LOG_FORMAT) cannot be used: `xml` is neither",
+            "ONCELY_LOG_FORMAT=json",
+        ),
         (
             &["--pool-size", "1"],
             &[],
             "`pool_size` (from --pool-size) cannot be used: `1` is not a whole",
             "--pool-size 16",
         ),
-        (&["--log-level", "a=b=c"], &[], "`log_level` (from --log-level) cannot be used", "oncely=debug,info"),
-        (&["--database", "mysql://u:hush@h/d"], &[], "`mysql://` is no database Oncely knows", "postgres://"),
-        (&["--database", ":memory:"], &[], "it must name a file", "oncely.db"),
-        (&["--nats", "http://u:hush@x"], &[], "`http://` is no way to NATS", "--nats nats://127.0.0.1:4222"),
+        (
+            &["--log-level", "a=b=c"],
+            &[],
+            "`log_level` (from --log-level) cannot be used",
+            "oncely=debug,info",
+        ),
+        (
+            &["--database", "mysql://u:hush@h/d"],
+            &[],
+            "`mysql://` is no database Oncely knows",
+            "postgres://",
+        ),
+        (
+            &["--database", ":memory:"],
+            &[],
+            "it must name a file",
+            "oncely.db",
+        ),
+        (
+            &["--nats", "http://u:hush@x"],
+            &[],
+            "`http://` is no way to NATS",
+            "--nats nats://127.0.0.1:4222",
+        ),
         (
             &["--nats-context", "nowhere"],
             &[("HOME", "/none")],
             "there is no NATS context `nowhere` at /none/.config/nats",
             "nats context ls",
         ),
-        (&["--nats-creds", "/none/a.creds"], &[], "there is no file /none/a.creds", "--nats-creds host.creds"),
-        (&["--listen", "everywhere"], &[], "`everywhere` is not an address with a port", "--listen 127.0.0.1:7420"),
+        (
+            &["--nats-creds", "/none/a.creds"],
+            &[],
+            "there is no file /none/a.creds",
+            "--nats-creds host.creds",
+        ),
+        (
+            &["--listen", "everywhere"],
+            &[],
+            "`everywhere` is not an address with a port",
+            "--listen 127.0.0.1:7420",
+        ),
         (
             &["--listen", "0.0.0.0:7420"],
             &[],
             "`0.0.0.0:7420` can be reached from other machines, and no token is set",
             "ONCELY_TOKEN=",
         ),
-        (&["--token", "hush"], &[], "a token has at least 16 characters", "openssl rand -hex 32"),
+        (
+            &["--token", "hush"],
+            &[],
+            "a token has at least 16 characters",
+            "openssl rand -hex 32",
+        ),
     ];
     for (arguments, env, what, hint) in cases {
         let error = resolve(arguments, env).unwrap_err();
         let (text, hints) = (error.to_string(), hints(&error).join("; "));
-        assert!(text.contains(what) && hints.contains(hint), "{text}\n{hints}");
+        assert!(
+            text.contains(what) && hints.contains(hint),
+            "{text}\n{hints}"
+        );
         assert!(!text.contains("hush"), "{text}");
     }
 }
@@ -193,40 +348,60 @@ fn the_file_is_read_strictly_and_its_paths_are_relative_to_it() {
     let path_text = path.to_str().unwrap();
     let config = resolve(&["--config", path_text], &[]).unwrap();
     assert_eq!(config.data_dir, folder.path().join("data"));
-    assert_eq!(config.database, Database::Sqlite(folder.path().join("a.db")));
+    assert_eq!(
+        config.database,
+        Database::Sqlite(folder.path().join("a.db"))
+    );
 
     std::fs::write(&path, "\ndatabse = \"a.db\"").unwrap();
     let error = resolve(&["--config", path_text], &[]).unwrap_err();
-    assert_eq!(error.to_string(), format!("{path_text}:2: the configuration has no key `databse`"));
+    assert_eq!(
+        error.to_string(),
+        format!("{path_text}:2: the configuration has no key `databse`")
+    );
     assert_eq!(hints(&error), ["did you mean: database = \"a.db\""]);
 
     std::fs::write(&path, "drain = 5").unwrap();
     let error = resolve(&["--config", path_text], &[]).unwrap_err();
-    assert!(error.to_string().starts_with(&format!("`drain` (from {path_text}:1) cannot be used")), "{error}");
+    assert!(
+        error
+            .to_string()
+            .starts_with(&format!("`drain` (from {path_text}:1) cannot be used")),
+        "{error}"
+    );
 
     let error = resolve(&["--config", "/none.toml"], &[]).unwrap_err();
-    assert_eq!(error.to_string(), "there is no configuration file /none.toml (from --config)");
+    assert_eq!(
+        error.to_string(),
+        "there is no configuration file /none.toml (from --config)"
+    );
 }
 
 #[test]
-fn a_context_says_where_and_as_whom_and_a_flag_takes_its_place() {
+fn a_nats_context_gives_servers_and_login_and_flags_override_it() {
     let folder = tempfile::tempdir().unwrap();
     let context = folder.path().join("nats/context");
     std::fs::create_dir_all(&context).unwrap();
-    let text =
-        r#"{"url": "nats://a,nats://b", "creds": "~/x.creds", "ca": "/ca.pem", "cert": "/c", "key": "/k", "nsc": ""}"#;
+    let text = r#"{"url": "nats://a,nats://b", "creds": "~/x.creds", "ca": "/ca.pem", "cert": "/c", "key": "/k", "nsc": ""}"#;
     std::fs::write(context.join("prod.json"), text).unwrap();
-    let env = [("XDG_CONFIG_HOME", folder.path().to_str().unwrap()), ("HOME", "/me"), ("ONCELY_NATS_CONTEXT", "prod")];
+    let env = [
+        ("XDG_CONFIG_HOME", folder.path().to_str().unwrap()),
+        ("HOME", "/me"),
+        ("ONCELY_NATS_CONTEXT", "prod"),
+    ];
     let nats = resolve(&[], &env).unwrap().nats;
     assert_eq!(nats.servers, ["nats://a", "nats://b"]);
     assert_eq!(nats.login, Login::Credentials("/me/x.creds".into()));
     assert_eq!(nats.root_certificate, Some("/ca.pem".into()));
     assert_eq!(nats.client_certificate, Some(("/c".into(), "/k".into())));
-    assert_eq!(resolve(&["--nats", "c:4222"], &env).unwrap().nats.servers, ["c:4222"]);
+    assert_eq!(
+        resolve(&["--nats", "c:4222"], &env).unwrap().nats.servers,
+        ["c:4222"]
+    );
 }
 
 #[test]
-fn a_database_is_at_one_address() {
+fn a_database_url_names_one_address() {
     for several in [
         "postgres://u:p,w@a,b/db",
         "postgresql://a:5432,b:5433/db?target_session_attrs=read-write",
@@ -234,10 +409,21 @@ fn a_database_is_at_one_address() {
         "postgres:///db?sslmode=require&host=a%2Cb",
     ] {
         let error = resolve(&["--database", several], &[]).unwrap_err();
-        assert!(format!("{error:#}").contains("names several PostgreSQL servers"), "{error:#}");
-        assert!(hints(&error)[0].contains("virtual address"), "{:?}", hints(&error));
+        assert!(
+            format!("{error:#}").contains("names several PostgreSQL servers"),
+            "{error:#}"
+        );
+        assert!(
+            hints(&error)[0].contains("virtual address"),
+            "{:?}",
+            hints(&error)
+        );
     }
-    for one in ["postgres://u:p,w@a/db", "postgres://a/d,b?application_name=x,y", "postgres:///db?host=/run/a"] {
+    for one in [
+        "postgres://u:p,w@a/db",
+        "postgres://a/d,b?application_name=x,y",
+        "postgres:///db?host=/run/a",
+    ] {
         assert!(resolve(&["--database", one], &[]).is_ok(), "{one}");
     }
 }
@@ -245,7 +431,10 @@ fn a_database_is_at_one_address() {
 #[test]
 fn a_login_in_the_url_is_used() {
     let login = |url: &str| resolve(&["--nats", url], &[]).unwrap().nats.login;
-    let ada = Login::Password { user: "ada".into(), password: Secret::new("p@ss:word") };
+    let ada = Login::Password {
+        user: "ada".into(),
+        password: Secret::new("p@ss:word"),
+    };
     assert_eq!(login("nats://ada:p%40ss%3Aword@127.0.0.1:4222"), ada);
     assert_eq!(login("nats://a,ada:p%40ss:word@b"), ada);
     assert_eq!(login("tls://t0ken@a"), Login::Token(Secret::new("t0ken")));
@@ -253,96 +442,193 @@ fn a_login_in_the_url_is_used() {
 }
 
 #[test]
-fn a_host_listens_beyond_this_machine_only_with_a_token() {
-    let config = resolve(&["--listen", "0.0.0.0:7420", "--token", "0123456789abcdef"], &[]).unwrap();
-    assert_eq!(config.keep_token().unwrap().reveal(), "0123456789abcdef");
-    assert!(resolve(&["--listen", "localhost:80"], &[]).is_ok() && resolve(&["--listen", "[::1]:80"], &[]).is_ok());
+fn a_public_listen_address_requires_a_token() {
+    let config = resolve(
+        &["--listen", "0.0.0.0:7420", "--token", "0123456789abcdef"],
+        &[],
+    )
+    .unwrap();
+    assert_eq!(
+        config.load_or_create_token().unwrap().reveal(),
+        "0123456789abcdef"
+    );
+    assert!(
+        resolve(&["--listen", "localhost:80"], &[]).is_ok()
+            && resolve(&["--listen", "[::1]:80"], &[]).is_ok()
+    );
 }
 
 #[test]
-fn a_token_is_made_once_for_this_user_alone() {
+fn a_token_is_generated_once_and_private_to_the_user() {
     let folder = tempfile::tempdir().unwrap();
     let data_dir = folder.path().join("data");
     assert!(read_token(&data_dir).unwrap().is_none());
-    let token = keep_token(&data_dir).unwrap();
+    let token = load_or_create_token(&data_dir).unwrap();
     assert_eq!(token.reveal().len(), 64);
-    assert_eq!(keep_token(&data_dir).unwrap(), token);
+    assert_eq!(load_or_create_token(&data_dir).unwrap(), token);
     assert_eq!(read_token(&data_dir).unwrap(), Some(token));
     let file = data_dir.join("token");
-    assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+    assert_eq!(
+        std::fs::metadata(&file).unwrap().permissions().mode() & 0o777,
+        0o600
+    );
     std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o644)).unwrap();
-    assert!(read_token(&data_dir).unwrap_err().to_string().contains("other users can read"));
+    assert!(
+        read_token(&data_dir)
+            .unwrap_err()
+            .to_string()
+            .contains("other users can read")
+    );
 }
 
 #[test]
 fn hosts_that_start_together_agree_on_one_token() {
     let folder = tempfile::tempdir().unwrap();
     let tokens = std::thread::scope(|scope| {
-        let started: Vec<_> = (0..8).map(|_| scope.spawn(|| keep_token(folder.path()).unwrap())).collect();
-        started.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+        let started: Vec<_> = (0..8)
+            .map(|_| scope.spawn(|| load_or_create_token(folder.path()).unwrap()))
+            .collect();
+        started
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .collect::<Vec<_>>()
     });
     assert!(tokens.iter().all(|token| *token == tokens[0]));
 }
 
 #[test]
-fn a_webhook_is_one_that_can_be_posted_to_and_its_secret_is_long_enough() {
-    let webhook = |url: &str| resolve(&["--webhook", url], &[]).map(|config| config.webhook.unwrap());
+fn webhook_urls_and_secrets_are_validated() {
+    let webhook =
+        |url: &str| resolve(&["--webhook", url], &[]).map(|config| config.webhook.unwrap());
     let told = webhook("https://alarms.example.com/a/b?c=d").unwrap();
-    assert_eq!((told.is_tls, told.host.as_str(), told.port), (true, "alarms.example.com", 443));
-    assert_eq!((told.authority.as_str(), told.path.as_str()), ("alarms.example.com", "/a/b?c=d"));
+    assert_eq!(
+        (told.is_tls, told.host.as_str(), told.port),
+        (true, "alarms.example.com", 443)
+    );
+    assert_eq!(
+        (told.authority.as_str(), told.path.as_str()),
+        ("alarms.example.com", "/a/b?c=d")
+    );
     let plain = webhook("http://[::1]:8080").unwrap();
-    assert_eq!((plain.is_tls, plain.host.as_str(), plain.port, plain.path.as_str()), (false, "[::1]", 8080, "/"));
-    for wrong in ["alarms.example.com", "ftp://h/x", "https://", "https://user:hush@h/x", "not a url"] {
+    assert_eq!(
+        (
+            plain.is_tls,
+            plain.host.as_str(),
+            plain.port,
+            plain.path.as_str()
+        ),
+        (false, "[::1]", 8080, "/")
+    );
+    for wrong in [
+        "alarms.example.com",
+        "ftp://h/x",
+        "https://",
+        "https://user:hush@h/x",
+        "not a url",
+    ] {
         let error = webhook(wrong).unwrap_err();
-        assert!(format!("{error:#}").contains("`webhook` (from --webhook) cannot be used"), "{error:#}");
+        assert!(
+            format!("{error:#}").contains("`webhook` (from --webhook) cannot be used"),
+            "{error:#}"
+        );
         assert!(!format!("{error:#}").contains("hush"), "{error:#}");
     }
     for wrong in ["hush", "whsec_hush", "whsec_!"] {
         let error = resolve(&["--webhook-secret", wrong], &[]).unwrap_err();
-        assert!(format!("{error:#}").contains("24 to 64 bytes") && !format!("{error:#}").contains("hush"), "{error:#}");
+        assert!(
+            format!("{error:#}").contains("24 to 64 bytes")
+                && !format!("{error:#}").contains("hush"),
+            "{error:#}"
+        );
     }
 }
 
 #[test]
-fn a_shared_cache_is_a_redis_and_its_password_is_never_shown() {
-    let url = |url: &str| resolve(&["--cache-url", url], &[]).map(|config| config.cache.shared.unwrap());
-    for right in ["redis://a", "redis://:hush@a:6379/3", "rediss://me:hush@a", "valkey://[::1]:6379"] {
+fn cache_url_is_validated_and_its_password_is_never_shown() {
+    let url =
+        |url: &str| resolve(&["--cache-url", url], &[]).map(|config| config.cache.shared.unwrap());
+    for right in [
+        "redis://a",
+        "redis://:hush@a:6379/3",
+        "rediss://me:hush@a",
+        "valkey://[::1]:6379",
+    ] {
         let url = url(right).unwrap();
         assert_eq!(url.reveal(), right);
-        assert!(!format!("{url:?} {}", url.shown()).contains("hush"), "{url:?}");
+        assert!(
+            !format!("{url:?} {}", url.redacted()).contains("hush"),
+            "{url:?}"
+        );
     }
-    for wrong in ["a:6379", "http://hush@a", "redis://", "redis://me:hush@", "redis://:hush@a/x", "redis://a b"] {
+    for wrong in [
+        "a:6379",
+        "http://hush@a",
+        "redis://",
+        "redis://me:hush@",
+        "redis://:hush@a/x",
+        "redis://a b",
+    ] {
         let error = format!("{:#}", url(wrong).unwrap_err());
-        assert!(error.contains("`cache_url` (from --cache-url) cannot be used") && !error.contains("hush"), "{error}");
+        assert!(
+            error.contains("`cache_url` (from --cache-url) cannot be used")
+                && !error.contains("hush"),
+            "{error}"
+        );
     }
     let error = resolve(&["--cache-size", "much"], &[]).unwrap_err();
-    assert!(format!("{error:#}").contains("`cache_size` (from --cache-size) cannot be used"), "{error:#}");
+    assert!(
+        format!("{error:#}").contains("`cache_size` (from --cache-size) cannot be used"),
+        "{error:#}"
+    );
 }
 
 #[test]
 fn secrets_are_never_shown() {
-    let arguments = ["--database", "postgres://me:hush@h/d?password=hush", "--nats", "nats://me:hush@h,me:hush@i"];
-    let token = ["--token", "hush-hush-hush-hush", "--webhook", "https://h/hush?hush", "--webhook-secret"];
+    let arguments = [
+        "--database",
+        "postgres://me:hush@h/d?password=hush",
+        "--nats",
+        "nats://me:hush@h,me:hush@i",
+    ];
+    let token = [
+        "--token",
+        "hush-hush-hush-hush",
+        "--webhook",
+        "https://h/hush?hush",
+        "--webhook-secret",
+    ];
     let secret = ["whsec_hushhushhushhushhushhushhushhush"];
     let config = resolve(&[&arguments[..], &token[..], &secret[..]].concat(), &[]).unwrap();
     assert!(!format!("{config:?}").contains("hush"), "{config:?}");
-    assert_eq!(config.database.shown(), "postgres://me@h/d");
-    assert_eq!(config.nats.shown(), "nats://me@h,nats://me@i");
+    assert_eq!(config.database.redacted(), "postgres://me@h/d");
+    assert_eq!(config.nats.redacted(), "nats://me@h,nats://me@i");
 }
 
 #[test]
-fn every_knob_stands_in_the_reference_and_in_the_help() {
+fn every_setting_is_in_the_reference_and_in_the_help() {
     let reference = include_str!("../../../docs/configuration.md");
     let command = HostFlags::augment_args(Command::new("run"));
-    for knob in KNOBS.into_iter().chain(["config"]) {
-        let flag = knob.replace('_', "-");
-        let variable = format!("ONCELY_{}", knob.to_uppercase());
-        let key = if knob == "config" { "".to_owned() } else { format!("`{knob}`") };
+    for key in SETTINGS.into_iter().chain(["config"]) {
+        let flag = key.replace('_', "-");
+        let variable = format!("ONCELY_{}", key.to_uppercase());
+        let key = if key == "config" {
+            "".to_owned()
+        } else {
+            format!("`{key}`")
+        };
         let row = format!("| `--{flag}` | `{variable}` | {key}");
-        assert!(reference.contains(&row), "docs/configuration.md has no row: {row}");
-        let argument = command.get_arguments().find(|argument| argument.get_long() == Some(&flag));
-        let help = argument.and_then(|argument| argument.get_help()).unwrap().to_string();
+        assert!(
+            reference.contains(&row),
+            "docs/configuration.md has no row: {row}"
+        );
+        let argument = command
+            .get_arguments()
+            .find(|argument| argument.get_long() == Some(&flag));
+        let help = argument
+            .and_then(|argument| argument.get_help())
+            .unwrap()
+            .to_string();
         assert!(help.contains(&format!("[env: {variable}]")), "{help}");
     }
-    assert_eq!(command.get_arguments().count(), KNOBS.len() + 1);
+    assert_eq!(command.get_arguments().count(), SETTINGS.len() + 1);
 }

@@ -1,4 +1,4 @@
-//! The control API's token: given, or made once and kept in the data folder for this user alone.
+//! The control API's token: configured, or made once and kept in the data folder for this user alone.
 
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, anyhow};
 
 use crate::config::Secret;
-use crate::config::sources::Given;
+use crate::config::sources::Setting;
 use crate::model::hint::WithHint;
 
 /// The name of the token's file in the data folder.
@@ -15,17 +15,19 @@ const FILE_NAME: &str = "token";
 const LENGTH_MIN: usize = 16;
 
 /// Refuses a token that could be guessed or cannot be sent in a header.
-pub(super) fn check(given: &Given) -> anyhow::Result<Secret> {
-    let fits = given.value.len() >= LENGTH_MIN && given.value.bytes().all(|byte| byte.is_ascii_graphic());
-    if fits {
-        return Ok(Secret::new(&given.value));
+pub(super) fn check(setting: &Setting) -> anyhow::Result<Secret> {
+    let is_valid = setting.value.len() >= LENGTH_MIN
+        && setting.value.bytes().all(|byte| byte.is_ascii_graphic());
+    if is_valid {
+        return Ok(Secret::new(&setting.value));
     }
-    let what = format!("a token has at least {LENGTH_MIN} characters, printable ASCII without space");
-    Err(given.refuse_with_hint(what, "make one: openssl rand -hex 32".to_owned()))
+    let what =
+        format!("a token has at least {LENGTH_MIN} characters, printable ASCII without space");
+    Err(setting.refuse_with_hint(what, "make one: openssl rand -hex 32".to_owned()))
 }
 
 /// The token kept in `data_dir`; makes both when they are not there yet. Hosts that start at the same moment agree.
-pub fn keep_token(data_dir: &Path) -> anyhow::Result<Secret> {
+pub fn load_or_create_token(data_dir: &Path) -> anyhow::Result<Secret> {
     if let Some(token) = read_token(data_dir)? {
         return Ok(token);
     }
@@ -35,7 +37,9 @@ pub fn keep_token(data_dir: &Path) -> anyhow::Result<Secret> {
     let token = hex::encode(rand::random::<[u8; 32]>());
     writeln!(file, "{token}").with_context(context)?;
     match file.persist_noclobber(data_dir.join(FILE_NAME)) {
-        Err(error) if error.error.kind() != std::io::ErrorKind::AlreadyExists => Err(error).with_context(context),
+        Err(error) if error.error.kind() != std::io::ErrorKind::AlreadyExists => {
+            Err(error).with_context(context)
+        }
         _ => read_token(data_dir)?.with_context(context),
     }
 }
@@ -52,9 +56,13 @@ pub fn read_token(data_dir: &Path) -> anyhow::Result<Option<Secret>> {
         return Err(anyhow!("other users can read the token {shown}")
             .hint(format!("if they may not know it, remove it and start the host again; else: chmod 600 {shown}")));
     }
-    let token = std::fs::read_to_string(&path).with_context(|| format!("read the token {shown}"))?;
+    let token =
+        std::fs::read_to_string(&path).with_context(|| format!("read the token {shown}"))?;
     match token.trim() {
-        "" => Err(anyhow!("the token {shown} is empty").hint(format!("have a new one made: rm {shown}"))),
+        "" => {
+            Err(anyhow!("the token {shown} is empty")
+                .hint(format!("have a new one made: rm {shown}")))
+        }
         token => Ok(Some(Secret::new(token))),
     }
 }

@@ -21,7 +21,7 @@ pub struct Text<'t> {
 
 /// A value and where it stands.
 #[derive(Debug, Clone)]
-pub struct Found<T> {
+pub struct Located<T> {
     pub value: T,
     pub span: Range<usize>,
 }
@@ -40,27 +40,45 @@ impl<'t> Text<'t> {
     pub fn section(self, title: &'static str, known: &[&str]) -> anyhow::Result<Section<'t>> {
         let parsed = DeTable::parse(self.text).map_err(|error| {
             let what = error.message().trim().replace('\n', "; ");
-            self.refuse(&error.span().unwrap_or_default(), format!("this is not TOML: {what}"), self.toml_hint(&error))
+            self.refuse(
+                &error.span().unwrap_or_default(),
+                format!("this is not TOML: {what}"),
+                self.toml_hint(&error),
+            )
         })?;
         Section::open(self, title, parsed.span(), parsed.into_inner(), known)
     }
 
     /// A refusal of what stands at `span`.
-    pub fn refuse(&self, span: &Range<usize>, what: impl Display, hint: impl Into<String>) -> anyhow::Error {
-        anyhow!("{}: {what}", self.place(span)).hint(hint)
+    pub fn refuse(
+        &self,
+        span: &Range<usize>,
+        what: impl Display,
+        hint: impl Into<String>,
+    ) -> anyhow::Error {
+        anyhow!("{}: {what}", self.location(span)).hint(hint)
     }
 
     /// `file:line`, counted from 1.
-    pub fn place(&self, span: &Range<usize>) -> String {
+    pub fn location(&self, span: &Range<usize>) -> String {
         format!("{}:{}", self.name, self.line_number(span))
     }
 
     fn line_number(&self, span: &Range<usize>) -> usize {
-        self.text.bytes().take(span.start).filter(|byte| *byte == b'\n').count() + 1
+        self.text
+            .bytes()
+            .take(span.start)
+            .filter(|byte| *byte == b'\n')
+            .count()
+            + 1
     }
 
     fn line(&self, span: &Range<usize>) -> &'t str {
-        self.text.lines().nth(self.line_number(span) - 1).unwrap_or_default().trim()
+        self.text
+            .lines()
+            .nth(self.line_number(span) - 1)
+            .unwrap_or_default()
+            .trim()
     }
 
     fn toml_hint(&self, error: &toml::de::Error) -> String {
@@ -69,10 +87,18 @@ impl<'t> Text<'t> {
             return format!("keep one of the lines that set it, and remove: {line}");
         }
         match line.split_once('=') {
-            Some((key, value)) if error.message().contains("quoted") || error.message().contains("string") => {
-                format!("text stands in quotes: {} = \"{}\"", key.trim(), value.trim().trim_matches(['"', '\'']))
+            Some((key, value))
+                if error.message().contains("quoted") || error.message().contains("string") =>
+            {
+                format!(
+                    "text stands in quotes: {} = \"{}\"",
+                    key.trim(),
+                    value.trim().trim_matches(['"', '\''])
+                )
             }
-            _ => format!("a line is `key = value` with text in quotes, or a [table]; this one reads: {line}"),
+            _ => format!(
+                "a line is `key = value` with text in quotes, or a [table]; this one reads: {line}"
+            ),
         }
     }
 }
@@ -85,16 +111,26 @@ impl<'t> Section<'t> {
         table: DeTable<'t>,
         known: &[&str],
     ) -> anyhow::Result<Self> {
-        let unknown = table.keys().filter(|key| !known.contains(&key.get_ref().as_ref()));
+        let unknown = table
+            .keys()
+            .filter(|key| !known.contains(&key.get_ref().as_ref()));
         if let Some(key) = unknown.min_by_key(|key| key.span().start) {
             let name = key.get_ref();
-            let hint = match nearest(name, known) {
-                Some(near) => format!("did you mean: {}", text.line(&key.span()).replacen(name.as_ref(), near, 1)),
+            let hint = match closest_key(name, known) {
+                Some(near) => format!(
+                    "did you mean: {}",
+                    text.line(&key.span()).replacen(name.as_ref(), near, 1)
+                ),
                 None => format!("remove it; the keys here are: {}", known.join(", ")),
             };
             return Err(text.refuse(&key.span(), format!("{title} has no key `{name}`"), hint));
         }
-        Ok(Section { text, title, span, table })
+        Ok(Section {
+            text,
+            title,
+            span,
+            table,
+        })
     }
 
     /// Where the section begins.
@@ -109,7 +145,9 @@ impl<'t> Section<'t> {
 
     /// Where the key stands, or else where the section begins.
     pub fn span_of(&self, key: &str) -> Range<usize> {
-        self.table.get_key_value(key).map_or_else(|| self.span(), |(name, _)| name.span())
+        self.table
+            .get_key_value(key)
+            .map_or_else(|| self.span(), |(name, _)| name.span())
     }
 
     /// Refuses the section for a key that is not there.
@@ -127,8 +165,10 @@ impl<'t> Section<'t> {
         key: &str,
         example: &str,
         check: impl Fn(&str) -> Result<(), String>,
-    ) -> anyhow::Result<Option<Found<String>>> {
-        let Some(value) = self.table.get(key) else { return Ok(None) };
+    ) -> anyhow::Result<Option<Located<String>>> {
+        let Some(value) = self.table.get(key) else {
+            return Ok(None);
+        };
         self.checked_text(value, key, example, &check).map(Some)
     }
 
@@ -138,12 +178,14 @@ impl<'t> Section<'t> {
         key: &str,
         example: &str,
         check: impl Fn(&str) -> Result<(), String>,
-    ) -> anyhow::Result<Vec<Found<String>>> {
-        let Some(value) = self.table.get(key) else { return Ok(Vec::new()) };
+    ) -> anyhow::Result<Vec<Located<String>>> {
+        let Some(value) = self.table.get(key) else {
+            return Ok(Vec::new());
+        };
         let DeValue::Array(items) = value.get_ref() else {
             return Err(self.wrong_type(value, key, "a list of texts", example));
         };
-        let mut texts: Vec<Found<String>> = Vec::new();
+        let mut texts: Vec<Located<String>> = Vec::new();
         for item in items.iter() {
             let found = self.checked_text(item, key, example, &check)?;
             if texts.iter().any(|earlier| earlier.value == found.value) {
@@ -156,13 +198,23 @@ impl<'t> Section<'t> {
     }
 
     /// A whole number within `range`.
-    pub fn count(&self, key: &str, example: &str, range: RangeInclusive<u32>) -> anyhow::Result<Option<u32>> {
-        let Some(value) = self.table.get(key) else { return Ok(None) };
+    pub fn count(
+        &self,
+        key: &str,
+        example: &str,
+        range: RangeInclusive<u32>,
+    ) -> anyhow::Result<Option<u32>> {
+        let Some(value) = self.table.get(key) else {
+            return Ok(None);
+        };
         let DeValue::Integer(integer) = value.get_ref() else {
             return Err(self.wrong_type(value, key, "a whole number", example));
         };
         let count = i128::from_str_radix(integer.as_str(), integer.radix()).ok();
-        match count.and_then(|count| u32::try_from(count).ok()).filter(|count| range.contains(count)) {
+        match count
+            .and_then(|count| u32::try_from(count).ok())
+            .filter(|count| range.contains(count))
+        {
             Some(count) => Ok(Some(count)),
             None => {
                 let what = format!("must lie between {} and {}", range.start(), range.end());
@@ -178,12 +230,31 @@ impl<'t> Section<'t> {
         example: &str,
         range: RangeInclusive<Duration>,
     ) -> anyhow::Result<Option<Duration>> {
-        self.measure(key, example, "a length of time", units::parse_duration, units::show_duration, range)
+        self.measure(
+            key,
+            example,
+            "a length of time",
+            units::parse_duration,
+            units::format_duration,
+            range,
+        )
     }
 
     /// A size in bytes within `range`.
-    pub fn size(&self, key: &str, example: &str, range: RangeInclusive<u64>) -> anyhow::Result<Option<u64>> {
-        self.measure(key, example, "a size", units::parse_size, units::show_size, range)
+    pub fn size(
+        &self,
+        key: &str,
+        example: &str,
+        range: RangeInclusive<u64>,
+    ) -> anyhow::Result<Option<u64>> {
+        self.measure(
+            key,
+            example,
+            "a size",
+            units::parse_size,
+            units::format_size,
+            range,
+        )
     }
 
     fn measure<T: PartialOrd + Copy>(
@@ -195,13 +266,20 @@ impl<'t> Section<'t> {
         show: impl Fn(T) -> String,
         range: RangeInclusive<T>,
     ) -> anyhow::Result<Option<T>> {
-        let Some(value) = self.table.get(key) else { return Ok(None) };
+        let Some(value) = self.table.get(key) else {
+            return Ok(None);
+        };
         let DeValue::String(text) = value.get_ref() else {
             return Err(self.wrong_type(value, key, &format!("{kind} in quotes"), example));
         };
-        let measure = parse(text).map_err(|why| self.wrong_value(value, key, &format!("is wrong: {why}"), example))?;
+        let measure = parse(text)
+            .map_err(|why| self.wrong_value(value, key, &format!("is wrong: {why}"), example))?;
         if !range.contains(&measure) {
-            let what = format!("must lie between {} and {}", show(*range.start()), show(*range.end()));
+            let what = format!(
+                "must lie between {} and {}",
+                show(*range.start()),
+                show(*range.end())
+            );
             return Err(self.wrong_value(value, key, &what, example));
         }
         Ok(Some(measure))
@@ -209,27 +287,43 @@ impl<'t> Section<'t> {
 
     /// A table of texts, such as `[worker.config]`, whatever its keys.
     pub fn pairs(&self, key: &str, example: &str) -> anyhow::Result<BTreeMap<String, String>> {
-        let Some(value) = self.table.get(key) else { return Ok(BTreeMap::new()) };
+        let Some(value) = self.table.get(key) else {
+            return Ok(BTreeMap::new());
+        };
         let DeValue::Table(table) = value.get_ref() else {
             return Err(self.wrong_type(value, key, "a table", example));
         };
         let pair = |(name, value): (&Spanned<_>, &Spanned<DeValue<'t>>)| match value.get_ref() {
-            DeValue::String(text) => Ok((AsRef::<str>::as_ref(name.get_ref()).to_owned(), text.to_string())),
+            DeValue::String(text) => Ok((
+                AsRef::<str>::as_ref(name.get_ref()).to_owned(),
+                text.to_string(),
+            )),
             other => {
                 let name: &str = AsRef::as_ref(name.get_ref());
-                let hint = match plain_text(other) {
+                let hint = match scalar_text(other) {
                     Some(text) => format!("write: {name} = \"{text}\""),
                     None => format!("write: {name} = \"…\""),
                 };
-                Err(self.text.refuse(&value.span(), format!("`{key}.{name}` must be text in quotes"), hint))
+                Err(self.text.refuse(
+                    &value.span(),
+                    format!("`{key}.{name}` must be text in quotes"),
+                    hint,
+                ))
             }
         };
         table.iter().map(pair).collect()
     }
 
     /// The table under a key.
-    pub fn table(&self, key: &str, title: &'static str, known: &[&str]) -> anyhow::Result<Option<Section<'t>>> {
-        let Some((name, value)) = self.table.get_key_value(key) else { return Ok(None) };
+    pub fn table(
+        &self,
+        key: &str,
+        title: &'static str,
+        known: &[&str],
+    ) -> anyhow::Result<Option<Section<'t>>> {
+        let Some((name, value)) = self.table.get_key_value(key) else {
+            return Ok(None);
+        };
         let DeValue::Table(table) = value.get_ref() else {
             return Err(self.wrong_type(value, key, "a table", title));
         };
@@ -237,25 +331,43 @@ impl<'t> Section<'t> {
     }
 
     /// The tables under a key, in the order of the text.
-    pub fn tables(&self, key: &str, title: &'static str, known: &[&str]) -> anyhow::Result<Vec<Section<'t>>> {
-        let Some(value) = self.table.get(key) else { return Ok(Vec::new()) };
+    pub fn tables(
+        &self,
+        key: &str,
+        title: &'static str,
+        known: &[&str],
+    ) -> anyhow::Result<Vec<Section<'t>>> {
+        let Some(value) = self.table.get(key) else {
+            return Ok(Vec::new());
+        };
         let refuse = || {
             let what = format!("`{key}` must be a list of tables");
-            self.text.refuse(&self.span_of(key), what, format!("write its heading with two brackets: {title}"))
+            self.text.refuse(
+                &self.span_of(key),
+                what,
+                format!("write its heading with two brackets: {title}"),
+            )
         };
         let items: &DeArray<'t> = value.get_ref().as_array().ok_or_else(refuse)?;
         let open = |item: &Spanned<DeValue<'t>>| match item.get_ref() {
-            DeValue::Table(table) => Section::open(self.text, title, item.span(), table.clone(), known),
+            DeValue::Table(table) => {
+                Section::open(self.text, title, item.span(), table.clone(), known)
+            }
             _ => Err(refuse()),
         };
         items.iter().map(open).collect()
     }
 
     /// The raw value of a key as text, whether it is in quotes or a number or truth value without.
-    pub fn scalar(&self, key: &str, example: &str) -> anyhow::Result<Option<Found<String>>> {
-        let Some(value) = self.table.get(key) else { return Ok(None) };
-        match plain_text(value.get_ref()) {
-            Some(text) => Ok(Some(Found { value: text, span: value.span() })),
+    pub fn scalar(&self, key: &str, example: &str) -> anyhow::Result<Option<Located<String>>> {
+        let Some(value) = self.table.get(key) else {
+            return Ok(None);
+        };
+        match scalar_text(value.get_ref()) {
+            Some(text) => Ok(Some(Located {
+                value: text,
+                span: value.span(),
+            })),
             None => Err(self.wrong_type(value, key, "one value", example)),
         }
     }
@@ -266,42 +378,70 @@ impl<'t> Section<'t> {
         key: &str,
         example: &str,
         check: &impl Fn(&str) -> Result<(), String>,
-    ) -> anyhow::Result<Found<String>> {
+    ) -> anyhow::Result<Located<String>> {
         let DeValue::String(text) = value.get_ref() else {
             return Err(self.wrong_type(value, key, "text in quotes", example));
         };
-        check(text).map_err(|why| self.wrong_value(value, key, &format!("is wrong: {why}"), example))?;
-        Ok(Found { value: text.to_string(), span: value.span() })
+        check(text)
+            .map_err(|why| self.wrong_value(value, key, &format!("is wrong: {why}"), example))?;
+        Ok(Located {
+            value: text.to_string(),
+            span: value.span(),
+        })
     }
 
-    fn wrong_type(&self, value: &Spanned<DeValue<'t>>, key: &str, wanted: &str, example: &str) -> anyhow::Error {
+    fn wrong_type(
+        &self,
+        value: &Spanned<DeValue<'t>>,
+        key: &str,
+        wanted: &str,
+        example: &str,
+    ) -> anyhow::Error {
         self.wrong_value(value, key, &format!("must be {wanted}"), example)
     }
 
     /// Refuses the value of a key: that `key` in this section must be something else.
-    fn wrong_value(&self, value: &Spanned<DeValue<'t>>, key: &str, what: &str, example: &str) -> anyhow::Error {
-        self.wrong(&value.span(), key, what, example)
+    fn wrong_value(
+        &self,
+        value: &Spanned<DeValue<'t>>,
+        key: &str,
+        what: &str,
+        example: &str,
+    ) -> anyhow::Error {
+        self.invalid(&value.span(), key, what, example)
     }
 
     /// Refuses the value at `span` of a key: that `key` in this section must be something else.
-    pub fn wrong(&self, span: &Range<usize>, key: &str, what: &str, example: &str) -> anyhow::Error {
+    pub fn invalid(
+        &self,
+        span: &Range<usize>,
+        key: &str,
+        what: &str,
+        example: &str,
+    ) -> anyhow::Error {
         let hint = if example.starts_with('[') && example.ends_with(']') && !example.contains('"') {
             format!("write it under the heading {example}")
         } else {
             format!("for example: {key} = {example}")
         };
-        self.text.refuse(span, format!("`{key}` in {} {what}", self.title), hint)
+        self.text
+            .refuse(span, format!("`{key}` in {} {what}", self.title), hint)
     }
 }
 
 /// The name among `known` that a person most likely meant.
-fn nearest<'k>(name: &str, known: &[&'k str]) -> Option<&'k str> {
-    let distance = |known: &str| strsim::damerau_levenshtein(&name.to_ascii_lowercase().replace('-', "_"), known);
-    let (near, edits) = known.iter().map(|known| (*known, distance(known))).min_by_key(|(_, edits)| *edits)?;
+fn closest_key<'k>(name: &str, known: &[&'k str]) -> Option<&'k str> {
+    let distance = |known: &str| {
+        strsim::damerau_levenshtein(&name.to_ascii_lowercase().replace('-', "_"), known)
+    };
+    let (near, edits) = known
+        .iter()
+        .map(|known| (*known, distance(known)))
+        .min_by_key(|(_, edits)| *edits)?;
     (edits <= (name.len() / 3).max(1)).then_some(near)
 }
 
-fn plain_text(value: &DeValue<'_>) -> Option<String> {
+fn scalar_text(value: &DeValue<'_>) -> Option<String> {
     match value {
         DeValue::String(text) => Some(text.to_string()),
         DeValue::Integer(integer) => Some(integer.to_string()),

@@ -7,7 +7,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 
 use super::Secret;
-use super::sources::Given;
+use super::sources::Setting;
 
 /// Where alarms are posted to. What stands behind the host is never shown: it is often a secret.
 #[derive(Clone, PartialEq, Eq)]
@@ -15,66 +15,90 @@ pub struct Webhook {
     pub is_tls: bool,
     pub host: String,
     pub port: u16,
-    /// Host and port as they were given.
+    /// Host and port as they were set.
     pub authority: String,
     /// Path and query.
     pub path: String,
 }
 
 /// How a secret begins, as Standard Webhooks have it.
-const SECRET: &str = "whsec_";
+const SECRET_PREFIX: &str = "whsec_";
 
 const EXAMPLE: &str = "https://alarms.example.com/oncely";
 
-pub(super) fn webhook(given: &Given) -> anyhow::Result<Webhook> {
+pub(super) fn webhook(setting: &Setting) -> anyhow::Result<Webhook> {
     // The value may hold a secret, so it is not repeated.
-    let uri: Uri = given.value.parse().map_err(|_| given.refuse("it is not a URL", EXAMPLE))?;
+    let uri: Uri = setting
+        .value
+        .parse()
+        .map_err(|_| setting.refuse("it is not a URL", EXAMPLE))?;
     let is_tls = match uri.scheme_str() {
         Some("https") => true,
         Some("http") => false,
-        _ => return Err(given.refuse("it begins neither with https:// nor with http://", EXAMPLE)),
+        _ => {
+            return Err(setting.refuse("it begins neither with https:// nor with http://", EXAMPLE));
+        }
     };
-    let Some(authority) = uri.authority().filter(|authority| !authority.host().is_empty()) else {
-        return Err(given.refuse("it names no host", EXAMPLE));
+    let Some(authority) = uri
+        .authority()
+        .filter(|authority| !authority.host().is_empty())
+    else {
+        return Err(setting.refuse("it names no host", EXAMPLE));
     };
     if authority.as_str().contains('@') {
-        return Err(given.refuse("it holds a user or a password; put a token into its path or its query", EXAMPLE));
+        return Err(setting.refuse(
+            "it holds a user or a password; put a token into its path or its query",
+            EXAMPLE,
+        ));
     }
     Ok(Webhook {
         is_tls,
         host: authority.host().to_owned(),
-        port: authority.port_u16().unwrap_or(if is_tls { 443 } else { 80 }),
+        port: authority
+            .port_u16()
+            .unwrap_or(if is_tls { 443 } else { 80 }),
         authority: authority.to_string(),
-        path: uri.path_and_query().map_or_else(|| "/".to_owned(), ToString::to_string),
+        path: uri
+            .path_and_query()
+            .map_or_else(|| "/".to_owned(), ToString::to_string),
     })
 }
 
 /// What posts are signed with; [`key`] is the key itself.
-pub(super) fn secret(given: &Given) -> anyhow::Result<Secret> {
-    let secret = Secret::new(given.value.as_str());
+pub(super) fn secret(setting: &Setting) -> anyhow::Result<Secret> {
+    let secret = Secret::new(setting.value.as_str());
     match key(&secret) {
         Some(key) if (24..=64).contains(&key.len()) => Ok(secret),
         _ => {
-            let hint = format!("make one: echo {SECRET}$(openssl rand -base64 32)");
-            Err(given.refuse_with_hint(format!("it is not `{SECRET}` and 24 to 64 bytes in Base64"), hint))
+            let hint = format!("make one: echo {SECRET_PREFIX}$(openssl rand -base64 32)");
+            Err(setting.refuse_with_hint(
+                format!("it is not `{SECRET_PREFIX}` and 24 to 64 bytes in Base64"),
+                hint,
+            ))
         }
     }
 }
 
 /// The bytes that a secret stands for.
 pub fn key(secret: &Secret) -> Option<Vec<u8>> {
-    STANDARD.decode(secret.reveal().strip_prefix(SECRET)?).ok()
+    STANDARD
+        .decode(secret.reveal().strip_prefix(SECRET_PREFIX)?)
+        .ok()
 }
 
 impl Webhook {
     /// For people: without path and query.
-    pub fn shown(&self) -> String {
-        format!("{}://{}", if self.is_tls { "https" } else { "http" }, self.authority)
+    pub fn redacted(&self) -> String {
+        format!(
+            "{}://{}",
+            if self.is_tls { "https" } else { "http" },
+            self.authority
+        )
     }
 }
 
 impl fmt::Debug for Webhook {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.shown())
+        f.write_str(&self.redacted())
     }
 }

@@ -10,36 +10,43 @@ use crate::bus::Progress;
 
 /// All messages that a worker holds. Cheap to clone.
 #[derive(Clone, Default)]
-pub(super) struct InFlightMessages(Arc<Mutex<Held>>);
+pub(super) struct InFlightMessages(Arc<Mutex<InFlightState>>);
 
 #[derive(Default)]
-struct Held {
+struct InFlightState {
     next: u64,
     /// In the order of their arrival, in which the broker would deliver them again.
     messages: BTreeMap<u64, Progress>,
 }
 
 /// Keeps one message from redelivery until dropped.
-pub(super) struct InFlight {
+pub(super) struct InFlightGuard {
     all: InFlightMessages,
     number: u64,
 }
 
 impl InFlightMessages {
-    pub(super) fn enter(&self, progress: Progress) -> InFlight {
+    pub(super) fn enter(&self, progress: Progress) -> InFlightGuard {
         let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let number = held.next;
         held.next += 1;
         held.messages.insert(number, progress);
-        InFlight { all: self.clone(), number }
+        InFlightGuard {
+            all: self.clone(),
+            number,
+        }
     }
 
     pub(super) fn len(&self) -> usize {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).messages.len()
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .messages
+            .len()
     }
 
     /// Reports progress with all of them to the broker every so often, until the task is aborted.
-    pub(super) async fn keep_from_redelivery(self, every: Duration) {
+    pub(super) async fn send_progress_acks(self, every: Duration) {
         let mut tick = tokio::time::interval(every.max(Duration::from_millis(10)));
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         tick.tick().await;
@@ -55,12 +62,23 @@ impl InFlightMessages {
     }
 
     fn all(&self) -> Vec<Progress> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).messages.values().cloned().collect()
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .messages
+            .values()
+            .cloned()
+            .collect()
     }
 }
 
-impl Drop for InFlight {
+impl Drop for InFlightGuard {
     fn drop(&mut self) {
-        self.all.0.lock().unwrap_or_else(PoisonError::into_inner).messages.remove(&self.number);
+        self.all
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .messages
+            .remove(&self.number);
     }
 }

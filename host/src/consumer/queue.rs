@@ -5,7 +5,7 @@ use std::collections::{HashMap, VecDeque};
 use tokio::time::Instant;
 
 /// What a queue has to know of the things in it.
-pub trait InOrder {
+pub trait Sequenced {
     /// Those with the same key are handled in order; none leaves the order open.
     fn key(&self) -> Option<&str>;
     /// The place in that order.
@@ -17,34 +17,43 @@ pub struct Queue<T> {
     /// What can run now, but for what has a key that is held.
     ready: VecDeque<T>,
     /// By key: the failed one and those behind it, until it is due again.
-    held: HashMap<String, Held<T>>,
+    held: HashMap<String, HeldKey<T>>,
     /// The highest sequence that came in so far.
-    newest: u64,
+    highest_sequence: u64,
 }
 
-struct Held<T> {
+struct HeldKey<T> {
     due: Instant,
     items: Vec<T>,
 }
 
-impl<T: InOrder> Queue<T> {
+impl<T: Sequenced> Queue<T> {
     pub fn new() -> Self {
-        Queue { ready: VecDeque::new(), held: HashMap::new(), newest: 0 }
+        Queue {
+            ready: VecDeque::new(),
+            held: HashMap::new(),
+            highest_sequence: 0,
+        }
     }
 
     /// Takes something in, before those of its key that come after it. What is delivered a second time may arrive late.
     pub fn push(&mut self, item: T) {
-        let is_late = item.sequence() < self.newest;
-        self.newest = self.newest.max(item.sequence());
+        let is_late = item.sequence() < self.highest_sequence;
+        self.highest_sequence = self.highest_sequence.max(item.sequence());
         let overtaken = |other: &T| other.key() == item.key() && other.sequence() > item.sequence();
-        match self.ready.iter().position(overtaken).filter(|_| is_late && item.key().is_some()) {
+        match self
+            .ready
+            .iter()
+            .position(overtaken)
+            .filter(|_| is_late && item.key().is_some())
+        {
             Some(place) => self.ready.insert(place, item),
             None => self.ready.push_back(item),
         }
     }
 
     /// Puts things back that were taken and did not run, in their order.
-    pub fn put_back(&mut self, items: Vec<T>) {
+    pub fn requeue(&mut self, items: Vec<T>) {
         for item in items.into_iter().rev() {
             self.ready.push_front(item);
         }
@@ -52,17 +61,22 @@ impl<T: InOrder> Queue<T> {
 
     /// Holds the key of something that failed until `due`: nothing of that key is taken before.
     pub fn hold(&mut self, item: T, due: Instant) {
-        let Some(key) = item.key().map(str::to_owned) else { return self.push(item) };
-        let held = self.held.entry(key).or_insert_with(|| Held { due, items: Vec::new() });
+        let Some(key) = item.key().map(str::to_owned) else {
+            return self.push(item);
+        };
+        let held = self.held.entry(key).or_insert_with(|| HeldKey {
+            due,
+            items: Vec::new(),
+        });
         held.due = held.due.max(due);
         held.items.push(item);
     }
 
-    /// Takes at most `most` that can run now, in order.
-    pub fn take(&mut self, most: usize, now: Instant) -> Vec<T> {
+    /// Takes at most `max` that can run now, in order.
+    pub fn take(&mut self, max: usize, now: Instant) -> Vec<T> {
         self.release(now);
         let mut taken = Vec::new();
-        while taken.len() < most
+        while taken.len() < max
             && let Some(item) = self.ready.pop_front()
         {
             match item.key().and_then(|key| self.held.get_mut(key)) {
@@ -81,7 +95,7 @@ impl<T: InOrder> Queue<T> {
     /// Lets go of the keys that are due. They come first: whatever else is there of them, is behind them.
     fn release(&mut self, now: Instant) {
         for (_, mut held) in self.held.extract_if(|_, held| held.due <= now) {
-            held.items.sort_by_key(InOrder::sequence);
+            held.items.sort_by_key(Sequenced::sequence);
             for item in held.items.into_iter().rev() {
                 self.ready.push_front(item);
             }
@@ -89,10 +103,10 @@ impl<T: InOrder> Queue<T> {
     }
 
     /// All that is left, in stream order.
-    pub fn into_rest(self) -> Vec<T> {
+    pub fn into_remaining(self) -> Vec<T> {
         let held = self.held.into_values().flat_map(|held| held.items);
         let mut rest: Vec<T> = self.ready.into_iter().chain(held).collect();
-        rest.sort_by_key(InOrder::sequence);
+        rest.sort_by_key(Sequenced::sequence);
         rest
     }
 }
@@ -106,7 +120,7 @@ mod tests {
     #[derive(Debug, PartialEq, Clone, Copy)]
     struct Item(&'static str, u64);
 
-    impl InOrder for Item {
+    impl Sequenced for Item {
         fn key(&self) -> Option<&str> {
             Some(self.0).filter(|key| !key.is_empty())
         }
@@ -123,35 +137,71 @@ mod tests {
     }
 
     #[test]
-    fn a_held_key_waits_in_order_and_others_go_on() {
+    fn a_held_key_waits_in_order_and_others_continue() {
         let now = Instant::now();
         let later = now + Duration::from_secs(1);
-        let mut queue = queue(&[Item("a", 1), Item("b", 2), Item("a", 3), Item("", 4), Item("a", 5)]);
-        assert_eq!(queue.take(3, now), [Item("a", 1), Item("b", 2), Item("a", 3)]);
+        let mut queue = queue(&[
+            Item("a", 1),
+            Item("b", 2),
+            Item("a", 3),
+            Item("", 4),
+            Item("a", 5),
+        ]);
+        assert_eq!(
+            queue.take(3, now),
+            [Item("a", 1), Item("b", 2), Item("a", 3)]
+        );
         // 1 failed, 3 is behind it.
         queue.hold(Item("a", 1), later);
-        queue.put_back(vec![Item("a", 3)]);
+        queue.requeue(vec![Item("a", 3)]);
         queue.push(Item("b", 6));
         assert_eq!(queue.take(9, now), [Item("", 4), Item("b", 6)]);
         queue.push(Item("a", 7));
         assert_eq!(queue.take(9, now), []);
         assert_eq!(queue.next_due(), Some(later));
         queue.push(Item("b", 8));
-        assert_eq!(queue.take(9, later), [Item("a", 1), Item("a", 3), Item("a", 5), Item("a", 7), Item("b", 8)]);
+        assert_eq!(
+            queue.take(9, later),
+            [
+                Item("a", 1),
+                Item("a", 3),
+                Item("a", 5),
+                Item("a", 7),
+                Item("b", 8)
+            ]
+        );
         assert_eq!(queue.next_due(), None);
     }
 
     #[test]
-    fn what_arrives_late_is_put_before_what_follows_it_in_its_key() {
+    fn late_items_are_inserted_in_the_order_of_their_key() {
         let now = Instant::now();
-        let mut queue = queue(&[Item("a", 5), Item("b", 2), Item("a", 7), Item("a", 6), Item("", 1)]);
-        assert_eq!(queue.take(9, now), [Item("a", 5), Item("b", 2), Item("a", 6), Item("a", 7), Item("", 1)]);
+        let mut queue = queue(&[
+            Item("a", 5),
+            Item("b", 2),
+            Item("a", 7),
+            Item("a", 6),
+            Item("", 1),
+        ]);
+        assert_eq!(
+            queue.take(9, now),
+            [
+                Item("a", 5),
+                Item("b", 2),
+                Item("a", 6),
+                Item("a", 7),
+                Item("", 1)
+            ]
+        );
         queue.push(Item("a", 9));
         queue.push(Item("a", 8));
         queue.hold(Item("a", 7), now + Duration::from_secs(1));
         assert_eq!(queue.take(9, now), []);
         queue.push(Item("a", 4));
         assert_eq!(queue.take(9, now), []);
-        assert_eq!(queue.into_rest(), [Item("a", 4), Item("a", 7), Item("a", 8), Item("a", 9)]);
+        assert_eq!(
+            queue.into_remaining(),
+            [Item("a", 4), Item("a", 7), Item("a", 8), Item("a", 9)]
+        );
     }
 }

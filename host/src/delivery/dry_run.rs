@@ -1,9 +1,9 @@
-//! A rehearsal: a message is handled as it would be, and nothing of that takes effect.
+//! A dry run: a message is handled as it would be, and nothing of that takes effect.
 
 use std::sync::Arc;
 
-use super::{CONFLICTS_MAX, Delivery, Lent, house_error};
-use crate::guest::{CallFailure, FailureKind, Outcome};
+use super::{CONFLICTS_MAX, Delivery, SharedTx, store_error};
+use crate::guest::{CallFailure, CallOutcome, FailureKind};
 use crate::model::keyed_state::{BatchState, StateEntry};
 use crate::model::message::{Message, Output};
 use crate::model::verdict::Reason;
@@ -12,7 +12,7 @@ use crate::store::{Changes, StoreError, Tx};
 
 /// What a delivery would have come to.
 #[derive(Debug, Default)]
-pub struct Rehearsal {
+pub struct DryRunOutcome {
     /// Why it would fail, and with what reason it would end as a dead letter.
     pub failure: Option<(Reason, CallFailure)>,
     pub outputs: Vec<Output>,
@@ -25,11 +25,15 @@ pub struct Rehearsal {
 impl Delivery {
     /// Handles a message in a transaction that is rolled back. Its outputs are never published and no attempt is counted;
     /// at most `limit` changed rows of each table are told of.
-    pub async fn rehearse(&self, message: Arc<Message>, limit: usize) -> Result<Rehearsal, StoreError> {
+    pub async fn dry_run(
+        &self,
+        message: Arc<Message>,
+        limit: usize,
+    ) -> Result<DryRunOutcome, StoreError> {
         let mut conflicts = 0;
         loop {
-            match self.rehearse_once(Arc::clone(&message), limit).await {
-                Ok(Some(rehearsal)) => return Ok(rehearsal),
+            match self.dry_run_once(Arc::clone(&message), limit).await {
+                Ok(Some(dry_run)) => return Ok(dry_run),
                 Ok(None) | Err(StoreError::Conflict(_)) if conflicts < CONFLICTS_MAX => {
                     conflicts += 1;
                     pause_after(conflicts).await;
@@ -45,27 +49,54 @@ impl Delivery {
     }
 
     /// None when another transaction stood in the way.
-    async fn rehearse_once(&self, message: Arc<Message>, limit: usize) -> Result<Option<Rehearsal>, StoreError> {
-        let mut tx = self.store.begin(&self.worker.name, self.worker.limits.time).await?;
-        if let Err(error) = tx.watch().await {
+    async fn dry_run_once(
+        &self,
+        message: Arc<Message>,
+        limit: usize,
+    ) -> Result<Option<DryRunOutcome>, StoreError> {
+        let mut tx = self
+            .store
+            .begin(&self.worker.name, self.worker.limits.time)
+            .await?;
+        if let Err(error) = tx.track_changes().await {
             tx.rollback().await;
             return Err(error);
         }
-        let lent = Lent::new(self.store.dialect(), tx);
+        let shared_tx = SharedTx::new(self.store.dialect(), tx);
         let attempt = message.attempts_before() + 1;
-        let outcome = self.call(vec![message], attempt, &lent, BatchState::default(), None, None).await;
-        let mut tx = lent.take_back().await?;
-        let rehearsal = match outcome {
-            Ok(outcome) => self.look(outcome, tx.as_mut(), limit).await,
-            Err(error) => Err(house_error(error)),
+        let outcome = self
+            .call(
+                vec![message],
+                attempt,
+                &shared_tx,
+                BatchState::default(),
+                None,
+                None,
+            )
+            .await;
+        let mut tx = shared_tx.take_tx().await?;
+        let dry_run = match outcome {
+            Ok(outcome) => self.inspect(outcome, tx.as_mut(), limit).await,
+            Err(error) => Err(store_error(error)),
         };
         tx.rollback().await;
-        rehearsal
+        dry_run
     }
 
     /// What the call left.
-    async fn look(&self, outcome: Outcome, tx: &mut dyn Tx, limit: usize) -> Result<Option<Rehearsal>, StoreError> {
-        let Outcome { result, outputs, mut state, logs, .. } = outcome;
+    async fn inspect(
+        &self,
+        outcome: CallOutcome,
+        tx: &mut dyn Tx,
+        limit: usize,
+    ) -> Result<Option<DryRunOutcome>, StoreError> {
+        let CallOutcome {
+            result,
+            outputs,
+            mut state,
+            logs,
+            ..
+        } = outcome;
         let failure = match result.map(|answers| answers.into_iter().find_map(Result::err)) {
             Ok(failure) => failure,
             Err(failure) => Some(failure),
@@ -74,21 +105,32 @@ impl Delivery {
             if failure.kind == FailureKind::Conflict {
                 return Ok(None);
             }
-            return Ok(Some(Rehearsal {
-                failure: Some((self.end_of(&failure), failure)),
+            return Ok(Some(DryRunOutcome {
+                failure: Some((self.dead_letter_reason(&failure), failure)),
                 logs,
-                ..Rehearsal::default()
+                ..DryRunOutcome::default()
             }));
         }
         state.keep();
         let changes = tx.changes(limit).await?;
-        let refused = |why: &String| CallFailure::new(FailureKind::Retry, "commit-refused", why.as_str());
-        let failure = changes.refused.as_ref().map(refused).map(|failure| (self.end_of(&failure), failure));
-        Ok(Some(Rehearsal { failure, outputs, state: state.changes(), changes, logs }))
+        let refused =
+            |why: &String| CallFailure::new(FailureKind::Retry, "commit-refused", why.as_str());
+        let failure = changes
+            .refused
+            .as_ref()
+            .map(refused)
+            .map(|failure| (self.dead_letter_reason(&failure), failure));
+        Ok(Some(DryRunOutcome {
+            failure,
+            outputs,
+            state: state.changes(),
+            changes,
+            logs,
+        }))
     }
 
     /// The reason of the dead letter that a failure ends as.
-    fn end_of(&self, failure: &CallFailure) -> Reason {
+    fn dead_letter_reason(&self, failure: &CallFailure) -> Reason {
         match failure.kind {
             FailureKind::Reject => Reason::Rejected,
             FailureKind::OutputRefused => Reason::OutputRefused,

@@ -1,7 +1,7 @@
-//! One request over HTTP becomes one transaction: its key, the effects, the outputs and the answer, all or none.
+//! One request over HTTP becomes one transaction: its key, the effects, the outputs and the response, all or none.
 //!
-//! An answer of 400 and above says that it did not work: what the handler wrote is taken back, and the answer is kept. A
-//! handler that was cut off answered nothing: its transaction is rolled back, and whoever asks again runs it again.
+//! A response of 400 and above says that it did not work: what the handler wrote is taken back, and the response is kept. A
+//! handler that was cut off answered nothing: its transaction is rolled back, and whoever sends it again runs it again.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,36 +9,36 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use uuid::Uuid;
 
-use super::{CONFLICTS_MAX, Delivery, HAND_OVER_LEASE, Lent, house_error, tell};
-use crate::cache::Began;
+use super::{CONFLICTS_MAX, Delivery, HAND_OVER_LEASE, SharedTx, log_guest_output, store_error};
+use crate::cache::ReadVersion;
 use crate::fault;
-use crate::guest::{CallFailure, FailureKind, Outcome, RequestCall};
+use crate::guest::{CallFailure, CallOutcome, FailureKind, RequestCall};
 use crate::metrics::Metrics;
 use crate::model::cache_writes::CacheWrites;
 use crate::model::keyed_state::BatchState;
 use crate::model::message::{self, Message};
-use crate::model::request::{HttpAnswer, HttpRequest, RequestKey};
+use crate::model::request::{HttpRequest, HttpResponse, RequestKey};
 use crate::store::conflict::pause_after;
 use crate::store::{ClaimedRequest, OutboxRow, StoreError, Tx};
 
 /// A request and what is known of it.
 #[derive(Debug, Clone)]
-pub struct Asked {
+pub struct IncomingRequest {
     pub request: HttpRequest,
-    /// Its key, and for how long the answer is kept; none for a request that may be handled again.
+    /// Its key, and for how long the response is kept; none for a request that may be handled again.
     pub key: Option<(RequestKey, Duration)>,
 }
 
 /// What a request came to.
 #[derive(Debug)]
-pub enum Handled {
-    Answered {
-        answer: HttpAnswer,
+pub enum RequestOutcome {
+    Responded {
+        response: HttpResponse,
         /// Whether it was given before.
         replayed: bool,
-        /// Committed outputs that are to be published now, in order; their leases began at `since` or later.
+        /// Committed outputs that are to be published now, in order; their leases started at `leased_at` or later.
         outputs: Vec<OutboxRow>,
-        since: Instant,
+        leased_at: Instant,
     },
     /// Its key belongs to another request.
     OtherRequest,
@@ -46,23 +46,28 @@ pub enum Handled {
     InFlight,
     /// The handler was cut off, or broke a rule. Nothing took effect.
     Failed(CallFailure),
-    /// The commit was sent, and nobody said what became of it: asking again with the same key tells.
+    /// The commit was sent, and nobody said what became of it: sending it again with the same key tells.
     Unclear(anyhow::Error),
 }
 
-impl Handled {
-    fn answered(answer: HttpAnswer, replayed: bool) -> Self {
-        Handled::Answered { answer, replayed, outputs: Vec::new(), since: Instant::now() }
+impl RequestOutcome {
+    fn responded(response: HttpResponse, replayed: bool) -> Self {
+        RequestOutcome::Responded {
+            response,
+            replayed,
+            outputs: Vec::new(),
+            leased_at: Instant::now(),
+        }
     }
 }
 
 impl Delivery {
     /// Handles a request. An error means that nothing happened. The future must run to its end, as that of
     /// [`Delivery::deliver`].
-    pub async fn handle(&self, asked: &Asked) -> Result<Handled, StoreError> {
+    pub async fn handle(&self, incoming: &IncomingRequest) -> Result<RequestOutcome, StoreError> {
         let mut conflicts = 0;
         loop {
-            let cause = match self.handle_once(asked).await {
+            let cause = match self.handle_once(incoming).await {
                 Ok(Ok(handled)) => return Ok(handled),
                 Ok(Err(why)) => anyhow::anyhow!(why),
                 Err(StoreError::Conflict(cause)) => cause,
@@ -77,104 +82,166 @@ impl Delivery {
         }
     }
 
-    /// Keeps `answer` for a request that has no other one, in a transaction of its own.
-    pub async fn keep_answer(&self, asked: &Asked, answer: HttpAnswer) -> Result<Handled, StoreError> {
-        let Some((key, keep)) = &asked.key else { return Ok(Handled::answered(answer, false)) };
-        let tx = self.store.begin(&self.worker.name, self.worker.limits.time).await?;
-        let mut tx = match claim(tx, asked).await? {
-            Claim::Ours(tx) => tx,
-            Claim::Settled(settled) => return Ok(settled),
+    /// Keeps `response` for a request that has no other one, in a transaction of its own.
+    pub async fn store_response(
+        &self,
+        incoming: &IncomingRequest,
+        response: HttpResponse,
+    ) -> Result<RequestOutcome, StoreError> {
+        let Some((key, keep)) = &incoming.key else {
+            return Ok(RequestOutcome::responded(response, false));
         };
-        if let Err(error) = tx.answer_request(key, &answer, *keep).await {
+        let tx = self
+            .store
+            .begin(&self.worker.name, self.worker.limits.time)
+            .await?;
+        let mut tx = match claim(tx, incoming).await? {
+            RequestClaim::Acquired(tx) => tx,
+            RequestClaim::Settled(settled) => return Ok(settled),
+        };
+        if let Err(error) = tx.answer_request(key, &response, *keep).await {
             tx.rollback().await;
             return match error {
-                StoreError::Refused(cause) => Ok(refused(&cause)),
+                StoreError::Refused(cause) => Ok(commit_refused(&cause)),
                 error => Err(error),
             };
         }
-        commit(tx, Handled::answered(answer, false), &self.metrics, &self.worker.name).await
+        commit(
+            tx,
+            RequestOutcome::responded(response, false),
+            &self.metrics,
+            &self.worker.name,
+        )
+        .await
     }
 
     /// The inner error says what stood in its way.
-    async fn handle_once(&self, asked: &Asked) -> Result<Result<Handled, String>, StoreError> {
-        let may_write = !asked.request.is_safe();
+    async fn handle_once(
+        &self,
+        incoming: &IncomingRequest,
+    ) -> Result<Result<RequestOutcome, String>, StoreError> {
+        let may_write = !incoming.request.is_safe();
         let (name, time) = (&self.worker.name, self.worker.limits.time);
-        let began = self.cache.begin(name);
+        let read_version = self.cache.read_version(name);
         let tx = match may_write {
             true => self.store.begin(name, time).await?,
-            false => self.store.begin_reading(name, time).await?,
+            false => self.store.begin_read_only(name, time).await?,
         };
         fault::point(fault::AFTER_BEGIN);
-        let tx = match claim(tx, asked).await? {
-            Claim::Ours(tx) => tx,
-            Claim::Settled(settled) => return Ok(Ok(settled)),
+        let tx = match claim(tx, incoming).await? {
+            RequestClaim::Acquired(tx) => tx,
+            RequestClaim::Settled(settled) => return Ok(Ok(settled)),
         };
         fault::point(fault::AFTER_CLAIM);
-        let lent = Lent::new(self.store.dialect(), tx);
-        lent.begin_member().await;
-        let message = stand_in(&asked.request);
-        let id = asked.key.as_ref().map(|(key, _)| key.invocation_id(name));
-        let call = RequestCall { request: asked.request.clone(), id, may_write };
-        let outcome = self.call(vec![Arc::clone(&message)], 1, &lent, BatchState::default(), None, Some(call)).await;
+        let shared_tx = SharedTx::new(self.store.dialect(), tx);
+        shared_tx.begin_item().await;
+        let message = request_message(&incoming.request);
+        let id = incoming
+            .key
+            .as_ref()
+            .map(|(key, _)| key.invocation_id(name));
+        let call = RequestCall {
+            request: incoming.request.clone(),
+            id,
+            may_write,
+        };
+        let outcome = self
+            .call(
+                vec![Arc::clone(&message)],
+                1,
+                &shared_tx,
+                BatchState::default(),
+                None,
+                Some(call),
+            )
+            .await;
         fault::point(fault::AFTER_GUEST);
         let outcome = match outcome {
             Ok(outcome) => outcome,
             Err(error) => {
-                lent.take_back().await?.rollback().await;
-                return Err(house_error(error));
+                shared_tx.take_tx().await?.rollback().await;
+                return Err(store_error(error));
             }
         };
-        tell(name, &message.event_id, &outcome.logs);
-        self.conclude_request(asked, &message.event_id, outcome, lent, began).await
+        log_guest_output(name, &message.event_id, &outcome.logs);
+        self.commit_request(
+            incoming,
+            &message.event_id,
+            outcome,
+            shared_tx,
+            read_version,
+        )
+        .await
     }
 
-    /// Writes what the handler left, and its answer, and commits.
-    async fn conclude_request(
+    /// Writes what the handler left, and its response, and commits.
+    async fn commit_request(
         &self,
-        asked: &Asked,
+        incoming: &IncomingRequest,
         event_id: &str,
-        mut outcome: Outcome,
-        lent: Lent,
-        began: Began,
-    ) -> Result<Result<Handled, String>, StoreError> {
-        let answer = match what_it_said(&mut outcome) {
-            Said::Answer(answer) => answer,
-            Said::Conflict(why) => {
-                lent.take_back().await?.rollback().await;
+        mut outcome: CallOutcome,
+        shared_tx: SharedTx,
+        read_version: ReadVersion,
+    ) -> Result<Result<RequestOutcome, String>, StoreError> {
+        let response = match handler_outcome(&mut outcome) {
+            HandlerOutcome::Response(response) => response,
+            HandlerOutcome::Conflict(why) => {
+                shared_tx.take_tx().await?.rollback().await;
                 return Ok(Err(why));
             }
-            Said::Nothing(failure) => {
-                lent.take_back().await?.rollback().await;
-                return Ok(Ok(Handled::Failed(failure)));
+            HandlerOutcome::Failure(failure) => {
+                shared_tx.take_tx().await?.rollback().await;
+                return Ok(Ok(RequestOutcome::Failed(failure)));
             }
         };
-        let has_worked = answer.status < 400;
-        let is_undone = has_worked || !outcome.ran_sql || lent.undo_member().await.map_err(house_error)?;
-        let mut tx = lent.take_back().await?;
-        let cache = if has_worked { std::mem::take(&mut outcome.cache) } else { CacheWrites::default() };
-        if asked.request.is_safe() || (!has_worked && asked.key.is_none()) {
+        let is_success = response.status < 400;
+        let can_commit =
+            is_success || !outcome.ran_sql || shared_tx.undo_item().await.map_err(store_error)?;
+        let mut tx = shared_tx.take_tx().await?;
+        let cache = if is_success {
+            std::mem::take(&mut outcome.cache)
+        } else {
+            CacheWrites::default()
+        };
+        if incoming.request.is_safe() || (!is_success && incoming.key.is_none()) {
             tx.rollback().await;
             // Whoever only reads may leave what it read.
-            self.cache.commit(&self.worker.name, &cache, began, None).await;
-            return Ok(Ok(Handled::answered(answer, false)));
+            self.cache
+                .commit(&self.worker.name, &cache, read_version, None)
+                .await;
+            return Ok(Ok(RequestOutcome::responded(response, false)));
         }
-        if !is_undone {
+        if !can_commit {
             tx.rollback().await;
-            return self.keep_answer(asked, answer).await.map(Ok);
+            return self.store_response(incoming, response).await.map(Ok);
         }
-        let told = self.told(Some(event_id), &cache)?;
-        let id = told.as_ref().map(|told| told.id.clone());
-        outcome.outputs.extend(told);
-        let since = Instant::now();
-        match self.write(asked, &answer, outcome, has_worked, tx.as_mut()).await {
+        let invalidation = self.invalidation_output(Some(event_id), &cache)?;
+        let id = invalidation
+            .as_ref()
+            .map(|invalidation| invalidation.id.clone());
+        outcome.outputs.extend(invalidation);
+        let leased_at = Instant::now();
+        match self
+            .write(incoming, &response, outcome, is_success, tx.as_mut())
+            .await
+        {
             Ok(outputs) => {
-                let handled = Handled::Answered { answer, replayed: false, outputs, since };
+                let handled = RequestOutcome::Responded {
+                    response,
+                    replayed: false,
+                    outputs,
+                    leased_at,
+                };
                 let handled = commit(tx, handled, &self.metrics, &self.worker.name).await?;
                 match &handled {
-                    Handled::Answered { .. } => {
-                        self.cache.commit(&self.worker.name, &cache, began, id.as_deref()).await;
+                    RequestOutcome::Responded { .. } => {
+                        self.cache
+                            .commit(&self.worker.name, &cache, read_version, id.as_deref())
+                            .await;
                     }
-                    Handled::Unclear(_) => self.doubt(&cache).await,
+                    RequestOutcome::Unclear(_) => {
+                        self.invalidate_after_unclear_commit(&cache).await
+                    }
                     _ => {}
                 }
                 Ok(Ok(handled))
@@ -182,7 +249,7 @@ impl Delivery {
             Err(error) => {
                 tx.rollback().await;
                 match error {
-                    StoreError::Refused(cause) => Ok(Ok(refused(&cause))),
+                    StoreError::Refused(cause) => Ok(Ok(commit_refused(&cause))),
                     error => Err(error),
                 }
             }
@@ -191,14 +258,14 @@ impl Delivery {
 
     async fn write(
         &self,
-        asked: &Asked,
-        answer: &HttpAnswer,
-        mut outcome: Outcome,
-        has_worked: bool,
+        incoming: &IncomingRequest,
+        response: &HttpResponse,
+        mut outcome: CallOutcome,
+        is_success: bool,
         tx: &mut dyn Tx,
     ) -> Result<Vec<OutboxRow>, StoreError> {
         let mut rows = Vec::new();
-        if has_worked {
+        if is_success {
             outcome.state.keep();
             let writes = outcome.state.writes();
             if !writes.is_empty() {
@@ -208,20 +275,20 @@ impl Delivery {
                 rows = tx.append_outputs(&outcome.outputs, HAND_OVER_LEASE).await?;
             }
         }
-        if let Some((key, keep)) = &asked.key {
-            tx.answer_request(key, answer, *keep).await?;
+        if let Some((key, keep)) = &incoming.key {
+            tx.answer_request(key, response, *keep).await?;
         }
         Ok(rows)
     }
 }
 
-/// Commits, and only then believes in the answer. The error says that nothing happened.
+/// Commits, and only then believes in the response. The error says that nothing happened.
 pub(crate) async fn commit(
     tx: Box<dyn Tx>,
-    handled: Handled,
+    handled: RequestOutcome,
     metrics: &Metrics,
     worker: &str,
-) -> Result<Handled, StoreError> {
+) -> Result<RequestOutcome, StoreError> {
     fault::point(fault::BEFORE_COMMIT);
     match tx.commit().await {
         Ok(_) => {
@@ -230,61 +297,78 @@ pub(crate) async fn commit(
         }
         Err(StoreError::Unavailable(cause)) => {
             metrics.commit_unclear(worker);
-            Ok(Handled::Unclear(cause))
+            Ok(RequestOutcome::Unclear(cause))
         }
-        Err(StoreError::Refused(cause)) => Ok(refused(&cause)),
+        Err(StoreError::Refused(cause)) => Ok(commit_refused(&cause)),
         Err(error) => Err(error),
     }
 }
 
 /// What the handler came to.
-enum Said {
-    Answer(HttpAnswer),
+enum HandlerOutcome {
+    Response(HttpResponse),
     /// Another transaction stood in its way.
     Conflict(String),
-    Nothing(CallFailure),
+    Failure(CallFailure),
 }
 
-/// A handler that was told of a failed statement and answers that it did not work has its answer: nothing of it takes effect.
-fn what_it_said(outcome: &mut Outcome) -> Said {
+/// A handler that was told of a failed statement and answers that it did not work has its response: nothing of it takes effect.
+fn handler_outcome(outcome: &mut CallOutcome) -> HandlerOutcome {
     let result = std::mem::replace(&mut outcome.result, Ok(Vec::new()));
     let failure = match result.map(|answers| answers.into_iter().find_map(Result::err)) {
         Ok(failure) => failure,
         Err(failure) => Some(failure),
     };
-    match (failure, outcome.answer.take()) {
-        (Some(failure), _) if failure.kind == FailureKind::Conflict => Said::Conflict(failure.message),
-        (Some(failure), Some(answer)) if answer.status >= 400 && failure.kind == FailureKind::Retry => {
-            Said::Answer(answer)
+    match (failure, outcome.response.take()) {
+        (Some(failure), _) if failure.kind == FailureKind::Conflict => {
+            HandlerOutcome::Conflict(failure.message)
         }
-        (Some(failure), _) => Said::Nothing(failure),
-        (None, Some(answer)) => Said::Answer(answer),
-        (None, None) => {
-            Said::Nothing(CallFailure::new(FailureKind::Retry, "no-answer", "the handler returned without an answer"))
+        (Some(failure), Some(response))
+            if response.status >= 400 && failure.kind == FailureKind::Retry =>
+        {
+            HandlerOutcome::Response(response)
         }
+        (Some(failure), _) => HandlerOutcome::Failure(failure),
+        (None, Some(response)) => HandlerOutcome::Response(response),
+        (None, None) => HandlerOutcome::Failure(CallFailure::new(
+            FailureKind::Retry,
+            "no-response",
+            "the handler returned without a response",
+        )),
     }
 }
 
-fn refused(cause: &anyhow::Error) -> Handled {
-    Handled::Failed(CallFailure::new(FailureKind::Retry, "commit-refused", format!("{cause:#}")))
+fn commit_refused(cause: &anyhow::Error) -> RequestOutcome {
+    RequestOutcome::Failed(CallFailure::new(
+        FailureKind::Retry,
+        "commit-refused",
+        format!("{cause:#}"),
+    ))
 }
 
 /// Who handles a request.
-pub(crate) enum Claim {
+pub(crate) enum RequestClaim {
     /// This transaction, which has the key, if there is one.
-    Ours(Box<dyn Tx>),
+    Acquired(Box<dyn Tx>),
     /// Somebody did, or does; the transaction is over.
-    Settled(Handled),
+    Settled(RequestOutcome),
 }
 
 /// Takes the key of a request, if it has one. After an error the transaction is over, too.
-pub(crate) async fn claim(mut tx: Box<dyn Tx>, asked: &Asked) -> Result<Claim, StoreError> {
-    let Some((key, _)) = &asked.key else { return Ok(Claim::Ours(tx)) };
+pub(crate) async fn claim(
+    mut tx: Box<dyn Tx>,
+    incoming: &IncomingRequest,
+) -> Result<RequestClaim, StoreError> {
+    let Some((key, _)) = &incoming.key else {
+        return Ok(RequestClaim::Acquired(tx));
+    };
     let settled = match tx.claim_request(key).await {
-        Ok(ClaimedRequest::Fresh) => return Ok(Claim::Ours(tx)),
-        Ok(ClaimedRequest::Answered(answer)) => Ok(Claim::Settled(Handled::answered(answer, true))),
-        Ok(ClaimedRequest::OtherRequest) => Ok(Claim::Settled(Handled::OtherRequest)),
-        Ok(ClaimedRequest::InFlight) => Ok(Claim::Settled(Handled::InFlight)),
+        Ok(ClaimedRequest::Fresh) => return Ok(RequestClaim::Acquired(tx)),
+        Ok(ClaimedRequest::Answered(response)) => Ok(RequestClaim::Settled(
+            RequestOutcome::responded(response, true),
+        )),
+        Ok(ClaimedRequest::OtherRequest) => Ok(RequestClaim::Settled(RequestOutcome::OtherRequest)),
+        Ok(ClaimedRequest::InFlight) => Ok(RequestClaim::Settled(RequestOutcome::InFlight)),
         Err(error) => Err(error),
     };
     tx.rollback().await;
@@ -292,13 +376,16 @@ pub(crate) async fn claim(mut tx: Box<dyn Tx>, asked: &Asked) -> Result<Claim, S
 }
 
 /// The message that stands for a request: outputs name its id as their cause, and theirs are made of it.
-fn stand_in(request: &HttpRequest) -> Arc<Message> {
+fn request_message(request: &HttpRequest) -> Arc<Message> {
     // A valid one is ASCII; the bytes of any other would not be those that came.
     let trace = message::header(&request.headers, "traceparent").filter(|trace| trace.is_ascii());
     Arc::new(Message {
         event_id: Uuid::now_v7().to_string(),
         subject: format!("{} {}", request.method, request.path_and_query),
-        headers: trace.map(|trace| ("traceparent".to_owned(), trace.to_owned())).into_iter().collect(),
+        headers: trace
+            .map(|trace| ("traceparent".to_owned(), trace.to_owned()))
+            .into_iter()
+            .collect(),
         body: Bytes::new(),
         origin: None,
         redriven: None,

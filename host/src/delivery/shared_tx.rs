@@ -13,62 +13,72 @@ use crate::model::keyed_state::StateSlot;
 use crate::model::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
 use crate::store::{StoreError, Tx};
 
-/// The transaction, lent to the guests of a batch.
+/// The transaction, shared by the guests of a batch.
 #[derive(Clone)]
-pub(super) struct Lent {
+pub(super) struct SharedTx {
     dialect: Dialect,
     /// Whoever has the lock is alone with the transaction. An operation takes it before it begins and has it until it is
-    /// done, so that nothing of a guest that was stopped can come after its member was undone.
-    desk: Arc<Mutex<Desk>>,
+    /// done, so that nothing of a guest that was stopped can come after its item was undone.
+    slot: Arc<Mutex<TxSlot>>,
 }
 
-/// The transaction, and where its present member stands.
-struct Desk {
+/// The transaction, and where its present item stands.
+struct TxSlot {
     /// None once it was taken back.
     tx: Option<Box<dyn Tx>>,
     /// Whether the next statement needs a savepoint before it.
-    wants_savepoint: bool,
+    needs_savepoint: bool,
 }
 
-impl Desk {
+impl TxSlot {
     fn tx(&mut self) -> anyhow::Result<&mut dyn Tx> {
-        Ok(self.tx.as_mut().context("the transaction is over")?.as_mut())
+        Ok(self
+            .tx
+            .as_mut()
+            .context("the transaction is over")?
+            .as_mut())
     }
 
-    /// The transaction, with a savepoint if this is the first statement of a member that wants one.
-    async fn tx_of_member(&mut self) -> anyhow::Result<&mut dyn Tx> {
-        if self.wants_savepoint {
+    /// The transaction, with a savepoint if this is the first statement of an item that wants one.
+    async fn item_tx(&mut self) -> anyhow::Result<&mut dyn Tx> {
+        if self.needs_savepoint {
             self.tx()?.savepoint().await?;
-            self.wants_savepoint = false;
+            self.needs_savepoint = false;
         }
         self.tx()
     }
 }
 
-impl Lent {
+impl SharedTx {
     pub(super) fn new(dialect: Dialect, tx: Box<dyn Tx>) -> Self {
-        Lent { dialect, desk: Arc::new(Mutex::new(Desk { tx: Some(tx), wants_savepoint: false })) }
+        SharedTx {
+            dialect,
+            slot: Arc::new(Mutex::new(TxSlot {
+                tx: Some(tx),
+                needs_savepoint: false,
+            })),
+        }
     }
 
     /// Takes the transaction back, once a statement that outlived its guest has ended.
-    pub(super) async fn take_back(&self) -> Result<Box<dyn Tx>, StoreError> {
+    pub(super) async fn take_tx(&self) -> Result<Box<dyn Tx>, StoreError> {
         let missing = || StoreError::Unavailable(anyhow::anyhow!("the transaction went missing"));
-        self.desk.lock().await.tx.take().ok_or_else(missing)
+        self.slot.lock().await.tx.take().ok_or_else(missing)
     }
 
-    /// From here on statements are the next member's: it gets a savepoint when it runs the first.
-    pub(super) async fn begin_member(&self) {
-        self.desk.lock().await.wants_savepoint = true;
+    /// From here on statements are the next item's: it gets a savepoint when it runs the first.
+    pub(super) async fn begin_item(&self) {
+        self.slot.lock().await.needs_savepoint = true;
     }
 
-    /// Takes back what the member did since [`Lent::begin_member`], once a statement that outlived its guest has ended;
+    /// Takes back what the item did since [`SharedTx::begin_item`], once a statement that outlived its guest has ended;
     /// false when only the whole transaction can be.
-    pub(super) async fn undo_member(&self) -> anyhow::Result<bool> {
-        let mut desk = self.desk.lock().await;
-        if desk.wants_savepoint {
+    pub(super) async fn undo_item(&self) -> anyhow::Result<bool> {
+        let mut slot = self.slot.lock().await;
+        if slot.needs_savepoint {
             return Ok(true);
         }
-        match desk.tx()?.undo().await {
+        match slot.tx()?.rollback_to_savepoint().await {
             Ok(()) => Ok(true),
             Err(StoreError::Refused(_)) => Ok(false),
             Err(error) => Err(error.into()),
@@ -78,19 +88,19 @@ impl Lent {
     /// Runs one operation of a guest in a task of its own: if the guest is stopped while it waits for the transaction, it
     /// never begins; if it is stopped later, the operation still ends properly, and whoever wants the transaction next
     /// waits for that.
-    async fn with_desk<T, F>(&self, operation: F) -> anyhow::Result<T>
+    async fn with_tx<T, F>(&self, operation: F) -> anyhow::Result<T>
     where
         T: Send + 'static,
-        F: for<'d> FnOnce(&'d mut Desk) -> BoxFuture<'d, anyhow::Result<T>> + Send + 'static,
+        F: for<'d> FnOnce(&'d mut TxSlot) -> BoxFuture<'d, anyhow::Result<T>> + Send + 'static,
     {
-        let mut desk = Arc::clone(&self.desk).lock_owned().await;
-        let task = tokio::spawn(async move { operation(&mut desk).await });
+        let mut slot = Arc::clone(&self.slot).lock_owned().await;
+        let task = tokio::spawn(async move { operation(&mut slot).await });
         task.await.context("run a database operation")?
     }
 }
 
 #[async_trait]
-impl Database for Lent {
+impl Database for SharedTx {
     fn dialect(&self) -> Dialect {
         self.dialect
     }
@@ -101,15 +111,25 @@ impl Database for Lent {
         params: Vec<Value>,
         limits: SqlLimits,
     ) -> anyhow::Result<Result<Rows, SqlError>> {
-        self.with_desk(move |desk| {
-            Box::pin(async move { Ok(desk.tx_of_member().await?.query(&statement, &params, limits).await?) })
+        self.with_tx(move |slot| {
+            Box::pin(async move {
+                Ok(slot
+                    .item_tx()
+                    .await?
+                    .query(&statement, &params, limits)
+                    .await?)
+            })
         })
         .await
     }
 
-    async fn execute(&self, statement: String, params: Vec<Value>) -> anyhow::Result<Result<u64, SqlError>> {
-        let executed = self.with_desk(move |desk| {
-            Box::pin(async move { Ok(desk.tx_of_member().await?.execute(&statement, &params).await?) })
+    async fn execute(
+        &self,
+        statement: String,
+        params: Vec<Value>,
+    ) -> anyhow::Result<Result<u64, SqlError>> {
+        let executed = self.with_tx(move |slot| {
+            Box::pin(async move { Ok(slot.item_tx().await?.execute(&statement, &params).await?) })
         });
         let executed = executed.await;
         fault::point(fault::MID_GUEST);
@@ -117,9 +137,14 @@ impl Database for Lent {
     }
 
     async fn load_state(&self, key: String) -> anyhow::Result<StateSlot> {
-        let found =
-            self.with_desk(move |desk| Box::pin(async move { Ok(desk.tx()?.load_state(&[key]).await?) })).await?;
-        Ok(found.into_iter().next().map(|(_, slot)| slot).unwrap_or_default())
+        let found = self
+            .with_tx(move |slot| Box::pin(async move { Ok(slot.tx()?.load_state(&[key]).await?) }))
+            .await?;
+        Ok(found
+            .into_iter()
+            .next()
+            .map(|(_, slot)| slot)
+            .unwrap_or_default())
     }
 }
 
@@ -129,47 +154,89 @@ mod tests {
     use crate::store::{SqliteStore, Store as _, WorkerMigration};
     use futures::FutureExt as _;
 
-    const LIMITS: SqlLimits = SqlLimits { rows: 10, bytes: 1_000 };
+    const LIMITS: SqlLimits = SqlLimits {
+        rows: 10,
+        bytes: 1_000,
+    };
 
-    async fn insert(lent: &Lent, text: &str) -> anyhow::Result<Result<u64, SqlError>> {
-        lent.execute("insert into effect values ($1)".to_owned(), vec![Value::Text(text.to_owned())]).await
+    async fn insert(shared_tx: &SharedTx, text: &str) -> anyhow::Result<Result<u64, SqlError>> {
+        shared_tx
+            .execute(
+                "insert into effect values ($1)".to_owned(),
+                vec![Value::Text(text.to_owned())],
+            )
+            .await
     }
 
-    /// A member that takes effect, then one that is stopped just when it asks for its statement after `before` others, and
+    /// An item that takes effect, then one that is stopped just when it asks for its statement after `before` others, and
     /// is undone, then a third one: what the transaction holds in the end.
     async fn effects_around_a_stop(before: usize) -> Vec<Value> {
         let folder = tempfile::tempdir().unwrap();
-        let store = SqliteStore::open(&folder.path().join("test.db")).await.unwrap();
+        let store = SqliteStore::open(&folder.path().join("test.db"))
+            .await
+            .unwrap();
         let digest = "0".repeat(64);
         store.put_component(&digest, b"").await.unwrap();
-        let tables = WorkerMigration { name: "0001.sql".to_owned(), sql: "create table effect (what text)".to_owned() };
-        store.deploy("test", &digest, "{}", &[tables]).await.unwrap();
-        let lent = Lent::new(Dialect::Sqlite, store.begin("test", std::time::Duration::from_secs(10)).await.unwrap());
+        let tables = WorkerMigration {
+            name: "0001.sql".to_owned(),
+            sql: "create table effect (what text)".to_owned(),
+        };
+        store
+            .deploy("test", &digest, "{}", &[tables])
+            .await
+            .unwrap();
+        let shared_tx = SharedTx::new(
+            Dialect::Sqlite,
+            store
+                .begin("test", std::time::Duration::from_secs(10))
+                .await
+                .unwrap(),
+        );
 
-        lent.begin_member().await;
-        insert(&lent, "first").await.unwrap().unwrap();
+        shared_tx.begin_item().await;
+        insert(&shared_tx, "first").await.unwrap().unwrap();
 
-        lent.begin_member().await;
+        shared_tx.begin_item().await;
         for _ in 0..before {
-            insert(&lent, "stopped").await.unwrap().unwrap();
+            insert(&shared_tx, "stopped").await.unwrap().unwrap();
         }
-        assert!(insert(&lent, "stopped").now_or_never().is_none(), "it was done before it could be stopped");
-        assert!(lent.undo_member().await.unwrap(), "it could not be undone");
+        assert!(
+            insert(&shared_tx, "stopped").now_or_never().is_none(),
+            "it was done before it could be stopped"
+        );
+        assert!(
+            shared_tx.undo_item().await.unwrap(),
+            "it could not be undone"
+        );
 
-        lent.begin_member().await;
-        insert(&lent, "third").await.unwrap().unwrap();
-        let rows = lent.query("select what from effect".to_owned(), Vec::new(), LIMITS).await.unwrap().unwrap();
-        lent.take_back().await.unwrap().rollback().await;
+        shared_tx.begin_item().await;
+        insert(&shared_tx, "third").await.unwrap().unwrap();
+        let rows = shared_tx
+            .query("select what from effect".to_owned(), Vec::new(), LIMITS)
+            .await
+            .unwrap()
+            .unwrap();
+        shared_tx.take_tx().await.unwrap().rollback().await;
         rows.rows.into_iter().flatten().collect()
     }
 
     /// On a task of a runtime with one thread, where what is spawned last runs first.
     #[test]
-    fn a_statement_whose_guest_is_stopped_as_it_asks_goes_with_its_member() {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    fn a_statement_of_a_stopped_guest_is_undone_with_its_item() {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
         for before in [0, 1, 2] {
-            let effects = runtime.block_on(runtime.spawn(effects_around_a_stop(before))).unwrap();
-            assert_eq!(effects, ["first", "third"].map(|what| Value::Text(what.to_owned())), "after {before}");
+            let effects = runtime
+                .block_on(runtime.spawn(effects_around_a_stop(before)))
+                .unwrap();
+            assert_eq!(
+                effects,
+                ["first", "third"].map(|what| Value::Text(what.to_owned())),
+                "after {before}"
+            );
         }
     }
 }

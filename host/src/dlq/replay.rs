@@ -12,16 +12,16 @@ use serde::{Deserialize, Serialize};
 use crate::config::CompileSettings;
 use crate::config::manifest::Worker;
 use crate::guest::{
-    CachedValue, CachedValues, Call, CallFailure, Database, Ended, Guest, GuestEngine, Outcome, RECORD_FORM, Record,
-    Tape,
+    CacheReader, CachedValue, Call, CallFailure, CallOutcome, Database, Guest, GuestEngine,
+    PlaybackEnd, RECORD_FORMAT, Record, Recorder,
 };
 use crate::model::hint::WithHint;
 use crate::model::keyed_state::{BatchState, StateSlot};
 use crate::model::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
-use crate::store::{LetterRecord, Store};
+use crate::store::{DeadLetterRecord, Store};
 
 /// How long a replay may take, unless the attempt itself ran out of its time: a laptop may be slower than a host.
-const TIME: Duration = Duration::from_secs(10 * 60);
+const TIME_LIMIT: Duration = Duration::from_secs(10 * 60);
 
 /// What a replay of a letter's last attempt needs, but for the component itself.
 #[derive(Debug, Serialize, Deserialize)]
@@ -38,10 +38,10 @@ pub struct Replayable {
 /// What a replay came to.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Report {
-    pub outcome: CameTo,
+    pub outcome: ReplayOutcome,
     /// How many things the guest asked that the record has, too.
-    pub steps: usize,
-    pub departure: Option<Departure>,
+    pub calls: usize,
+    pub divergence: Option<Divergence>,
     /// What the guest's run ended with; none when it succeeded, or when the replay ended before.
     pub failure: Option<CallFailure>,
     pub logs: String,
@@ -50,35 +50,49 @@ pub struct Report {
 /// What a replay came to, in a word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum CameTo {
+pub enum ReplayOutcome {
     /// It asked the same, and failed the same.
-    Same,
+    Reproduced,
     /// It asked or ended otherwise.
-    Departed,
+    Diverged,
     /// It asked the same as long as there is a record of it, which was cut.
-    Cut,
+    Truncated,
 }
 
 /// Where a replay is not as the record has it.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Departure {
+pub struct Divergence {
     /// Which thing the guest asked, from 1; none when only its log differs.
-    pub step: Option<usize>,
+    pub call: Option<usize>,
     pub expected: String,
-    pub instead: String,
+    pub actual: String,
 }
 
 /// What is needed to replay the last attempt at the event of a letter; none when there is no record of it.
-pub async fn replayable(store: &dyn Store, letter: &LetterRecord) -> Result<Option<Replayable>> {
-    let (worker, event_id) = (&letter.summary.worker, &letter.summary.event_id);
-    let Some(json) = store.attempt_record(worker, event_id).await? else { return Ok(None) };
-    let record: Record = serde_json::from_slice(&json).context("read the record of an attempt")?;
-    let deployments = store.deployments(worker).await?;
-    let Some(deployment) = deployments.into_iter().find(|deployment| deployment.version == record.version) else {
+pub async fn replayable(
+    store: &dyn Store,
+    dead_letter: &DeadLetterRecord,
+) -> Result<Option<Replayable>> {
+    let (worker, event_id) = (&dead_letter.summary.worker, &dead_letter.summary.event_id);
+    let Some(json) = store.attempt_recording(worker, event_id).await? else {
         return Ok(None);
     };
-    let manifest = serde_json::from_str(&deployment.manifest).context("read the manifest of a deployment")?;
-    Ok(Some(Replayable { version: deployment.version, digest: deployment.digest, manifest, record }))
+    let record: Record = serde_json::from_slice(&json).context("read the record of an attempt")?;
+    let deployments = store.deployments(worker).await?;
+    let Some(deployment) = deployments
+        .into_iter()
+        .find(|deployment| deployment.version == record.version)
+    else {
+        return Ok(None);
+    };
+    let manifest =
+        serde_json::from_str(&deployment.manifest).context("read the manifest of a deployment")?;
+    Ok(Some(Replayable {
+        version: deployment.version,
+        digest: deployment.digest,
+        manifest,
+        record,
+    }))
 }
 
 /// Runs the attempt at an event again, with `wasm`: its own component or, if it `is_changed`, another one, whose log may differ.
@@ -91,22 +105,33 @@ pub async fn replay(
     cache: &Path,
 ) -> Result<Report> {
     let record = &attempt.record;
-    if record.form != RECORD_FORM {
-        let why = format!("the record is of form {}, and this program reads form {RECORD_FORM}", record.form);
+    if record.format != RECORD_FORMAT {
+        let why = format!(
+            "the record is of form {}, and this program reads form {RECORD_FORMAT}",
+            record.format
+        );
         return Err(anyhow!(why)).hint("replay it with the version of oncely that exported it");
     }
-    let expected = record.failure.as_ref().context("the record does not say how the attempt failed")?;
-    let member = record.messages.iter().position(|message| message.event_id == event_id);
-    let member = member.with_context(|| format!("the record is not about the event `{event_id}`"))?;
+    let expected = record
+        .failure
+        .as_ref()
+        .context("the record does not say how the attempt failed")?;
+    let item = record
+        .messages
+        .iter()
+        .position(|message| message.event_id == event_id);
+    let item = item.with_context(|| format!("the record is not about the event `{event_id}`"))?;
     let engine = GuestEngine::new(cache, CompileSettings::default())?;
-    let guest = Guest::load(&engine, wasm).await.context("load the component")?;
+    let guest = Guest::load(&engine, wasm)
+        .await
+        .context("load the component")?;
     ensure!(
-        guest.takes_batches() || record.messages.len() == 1,
+        guest.is_batch_handler() || record.messages.len() == 1,
         "the attempt was made by a batch handler with {} messages, and this component handles one at a time",
         record.messages.len()
     );
     let outcome = guest.call(call(attempt, expected), None).await?;
-    compare(record, expected, member, outcome, is_changed)
+    compare(record, expected, item, outcome, is_changed)
 }
 
 /// The call as it was made.
@@ -114,7 +139,7 @@ fn call(attempt: &Replayable, expected: &CallFailure) -> Call {
     let record = &attempt.record;
     let mut worker = attempt.manifest.clone();
     if expected.code.as_deref() != Some("timeout") {
-        worker.limits.time = worker.limits.time.max(TIME);
+        worker.limits.time = worker.limits.time.max(TIME_LIMIT);
     }
     Call {
         messages: record.messages.iter().cloned().map(Arc::new).collect(),
@@ -123,119 +148,160 @@ fn call(attempt: &Replayable, expected: &CallFailure) -> Call {
         attempt: record.attempt,
         now: record.now,
         payload_max: record.payload_max,
-        database: Arc::new(Nowhere(record.dialect)),
-        cache: Arc::new(Nowhere(record.dialect)),
+        database: Arc::new(NoDatabase(record.dialect)),
+        cache: Arc::new(NoDatabase(record.dialect)),
         state: BatchState::default(),
         request: None,
-        tape: Tape::replaying(record),
+        recorder: Recorder::playback(record),
     }
 }
 
 fn compare(
     record: &Record,
     expected: &CallFailure,
-    member: usize,
-    outcome: Outcome,
+    item: usize,
+    outcome: CallOutcome,
     is_changed: bool,
 ) -> Result<Report> {
-    let replayed = outcome.replayed.context("the guest did not run from the record")?;
-    let came_to = match outcome.result {
-        Ok(answers) => answers.into_iter().nth(member).and_then(Result::err),
+    let replayed = outcome
+        .replay_progress
+        .context("the guest did not run from the record")?;
+    let actual = match outcome.result {
+        Ok(answers) => answers.into_iter().nth(item).and_then(Result::err),
         Err(failure) => Some(failure),
     };
-    let steps = replayed.steps;
-    let departed = |expected: String, instead: String| Some(Departure { step: Some(steps + 1), expected, instead });
-    let (departure, failure) = match replayed.ended {
-        Some(Ended::Foreign(asked)) => bail!("the record does not fit: its answer {} is none to `{asked}`", steps),
-        Some(Ended::Cut) => (None, None),
-        Some(Ended::Stopped) => (None, Some(expected.clone())),
-        Some(Ended::Departed { expected: next, instead }) => {
-            let next = next.map_or_else(|| in_words(Some(expected)), |next| next.to_string());
-            (departed(next, instead.to_string()), None)
+    let calls = replayed.steps;
+    let diverged = |expected: String, actual: String| {
+        Some(Divergence {
+            call: Some(calls + 1),
+            expected,
+            actual,
+        })
+    };
+    let (divergence, failure) = match replayed.ended {
+        Some(PlaybackEnd::Mismatched(asked)) => bail!(
+            "the record does not fit: its answer {} is none to `{asked}`",
+            calls
+        ),
+        Some(PlaybackEnd::Truncated) => (None, None),
+        Some(PlaybackEnd::Stopped) => (None, Some(expected.clone())),
+        Some(PlaybackEnd::Diverged {
+            expected: next,
+            instead,
+        }) => {
+            let next = next.map_or_else(|| describe(Some(expected)), |next| next.to_string());
+            (diverged(next, instead.to_string()), None)
         }
         None => {
-            let departure = match replayed.next {
-                Some(next) => departed(next.to_string(), in_words(came_to.as_ref())),
-                None if record.cut => {
-                    departed("more than the record had room for".to_owned(), in_words(came_to.as_ref()))
-                }
-                None if is_same(expected, came_to.as_ref(), is_changed) => None,
-                None => departed(in_words(Some(expected)), in_words(came_to.as_ref())),
+            let divergence = match replayed.next {
+                Some(next) => diverged(next.to_string(), describe(actual.as_ref())),
+                None if record.truncated => diverged(
+                    "more than the record had room for".to_owned(),
+                    describe(actual.as_ref()),
+                ),
+                None if is_reproduced(expected, actual.as_ref(), is_changed) => None,
+                None => diverged(describe(Some(expected)), describe(actual.as_ref())),
             };
-            (departure, came_to)
+            (divergence, actual)
         }
     };
-    let is_cut = departure.is_none() && failure.is_none();
-    let departure =
-        departure.or_else(|| if is_cut || is_changed { None } else { other_log(&record.logs, &outcome.logs) });
-    let came_to = match &departure {
-        Some(_) => CameTo::Departed,
-        None if is_cut => CameTo::Cut,
-        None => CameTo::Same,
+    let is_cut = divergence.is_none() && failure.is_none();
+    let divergence = divergence.or_else(|| {
+        if is_cut || is_changed {
+            None
+        } else {
+            log_divergence(&record.logs, &outcome.logs)
+        }
+    });
+    let replay_outcome = match &divergence {
+        Some(_) => ReplayOutcome::Diverged,
+        None if is_cut => ReplayOutcome::Truncated,
+        None => ReplayOutcome::Reproduced,
     };
-    Ok(Report { outcome: came_to, steps, departure, failure, logs: outcome.logs })
+    Ok(Report {
+        outcome: replay_outcome,
+        calls,
+        divergence,
+        failure,
+        logs: outcome.logs,
+    })
 }
 
 /// Another build calls its functions otherwise, so of its failure the kind and the code must be the same.
-fn is_same(expected: &CallFailure, came_to: Option<&CallFailure>, is_changed: bool) -> bool {
-    came_to.is_some_and(|failure| match is_changed {
+fn is_reproduced(expected: &CallFailure, actual: Option<&CallFailure>, is_changed: bool) -> bool {
+    actual.is_some_and(|failure| match is_changed {
         true => (failure.kind, &failure.code) == (expected.kind, &expected.code),
         false => failure == expected,
     })
 }
 
 /// How a run ended, for a person.
-fn in_words(failure: Option<&CallFailure>) -> String {
+fn describe(failure: Option<&CallFailure>) -> String {
     match failure {
         None => "success".to_owned(),
-        Some(CallFailure { code: Some(code), message, .. }) => format!("failure ({code}): {message}"),
+        Some(CallFailure {
+            code: Some(code),
+            message,
+            ..
+        }) => format!("failure ({code}): {message}"),
         Some(CallFailure { message, .. }) => format!("failure: {message}"),
     }
 }
 
 /// The first line of the log that is another.
-fn other_log(expected: &str, instead: &str) -> Option<Departure> {
-    let (mut expected, mut instead) = (expected.lines(), instead.lines());
+fn log_divergence(expected: &str, actual: &str) -> Option<Divergence> {
+    let (mut expected, mut actual) = (expected.lines(), actual.lines());
     loop {
-        match (expected.next(), instead.next()) {
+        match (expected.next(), actual.next()) {
             (None, None) => return None,
             (one, two) if one == two => {}
             (one, two) => {
                 let line = |line: Option<&str>| {
-                    line.map_or("the end of the log".to_owned(), |line| format!("log line: {line}"))
+                    line.map_or("the end of the log".to_owned(), |line| {
+                        format!("log line: {line}")
+                    })
                 };
-                return Some(Departure { step: None, expected: line(one), instead: line(two) });
+                return Some(Divergence {
+                    call: None,
+                    expected: line(one),
+                    actual: line(two),
+                });
             }
         }
     }
 }
 
 /// The database of a replay: everything the guest asks of it is answered from the record.
-struct Nowhere(Dialect);
+struct NoDatabase(Dialect);
 
-const NOWHERE: &str = "a replay has no database";
+const NO_DATABASE: &str = "a replay has no database";
 
 #[async_trait]
-impl Database for Nowhere {
+impl Database for NoDatabase {
     fn dialect(&self) -> Dialect {
         self.0
     }
 
-    async fn query(&self, _: String, _: Vec<Value>, _: SqlLimits) -> Result<Result<Rows, SqlError>> {
-        bail!(NOWHERE)
+    async fn query(
+        &self,
+        _: String,
+        _: Vec<Value>,
+        _: SqlLimits,
+    ) -> Result<Result<Rows, SqlError>> {
+        bail!(NO_DATABASE)
     }
 
     async fn execute(&self, _: String, _: Vec<Value>) -> Result<Result<u64, SqlError>> {
-        bail!(NOWHERE)
+        bail!(NO_DATABASE)
     }
 
     async fn load_state(&self, _: String) -> Result<StateSlot> {
-        bail!(NOWHERE)
+        bail!(NO_DATABASE)
     }
 }
 
 #[async_trait]
-impl CachedValues for Nowhere {
+impl CacheReader for NoDatabase {
     async fn get(&self, _: &str) -> Option<CachedValue> {
         None
     }

@@ -29,18 +29,21 @@ use crate::model::units;
 pub const COMMAND: &str = "compile-component";
 
 /// How much longer than its processor time a compilation may take by the clock: other processes want the processor, too.
-const PATIENCE: u32 = 5;
+const WALL_TIME_FACTOR: u32 = 5;
 
 /// Variables of the process that keep its part of the address space small and the same on every machine: two threads
 /// that compile, one for all else, and an allocator that reserves 64 MiB at a time.
-const SMALL: [(&str, &str); 3] =
-    [("RAYON_NUM_THREADS", "2"), ("TOKIO_WORKER_THREADS", "1"), ("MIMALLOC_ARENA_RESERVE", "65536")];
+const COMPILER_ENV: [(&str, &str); 3] = [
+    ("RAYON_NUM_THREADS", "2"),
+    ("TOKIO_WORKER_THREADS", "1"),
+    ("MIMALLOC_ARENA_RESERVE", "65536"),
+];
 
 /// How many bytes of machine code are read from the process at most.
 const CODE_MAX: u64 = 1 << 30;
 
-/// How many bytes of complaints are read from it.
-const COMPLAINTS_MAX: u64 = 16 << 10;
+/// How many bytes of its standard error are read.
+const STDERR_MAX: u64 = 16 << 10;
 
 /// How many refusals are remembered.
 const REFUSALS_MAX: usize = 1000;
@@ -57,18 +60,25 @@ pub type ComponentDigest = [u8; 32];
 #[derive(Clone)]
 pub(super) struct Compiler {
     settings: Arc<CompileSettings>,
-    turn: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
     refusals: Arc<Mutex<Refusals>>,
 }
 
 impl Compiler {
     pub fn new(settings: CompileSettings) -> Self {
-        Compiler { settings: Arc::new(settings), turn: Arc::new(Semaphore::new(1)), refusals: Arc::default() }
+        Compiler {
+            settings: Arc::new(settings),
+            permits: Arc::new(Semaphore::new(1)),
+            refusals: Arc::default(),
+        }
     }
 
     /// Waits until no other component is compiled. Whoever waits was first is next.
-    pub async fn turn(&self) -> Result<SemaphorePermit<'_>> {
-        self.turn.acquire().await.context("wait for the compiler")
+    pub async fn acquire(&self) -> Result<SemaphorePermit<'_>> {
+        self.permits
+            .acquire()
+            .await
+            .context("wait for the compiler")
     }
 
     /// The refusal of this component, if it was refused before.
@@ -82,84 +92,129 @@ impl Compiler {
 
     /// Remembers that a component is refused, so that it costs no time again.
     pub fn refuse(&self, digest: ComponentDigest, error: anyhow::Error) -> anyhow::Error {
-        tracing::warn!(digest = hex::encode(digest), error = format!("{error:#}"), "component refused");
-        let refusal = Refusal { sentence: format!("{error:#}"), hints: hints(&error).join("; ") };
-        self.refusals.lock().unwrap_or_else(PoisonError::into_inner).remember(digest, refusal);
+        tracing::warn!(
+            digest = hex::encode(digest),
+            error = format!("{error:#}"),
+            "component refused"
+        );
+        let refusal = Refusal {
+            message: format!("{error:#}"),
+            hints: hints(&error).join("; "),
+        };
+        self.refusals
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remember(digest, refusal);
         error
     }
 
     /// Compiles a component; the caller has the turn. When the future is dropped the process is killed.
     ///
     /// # Errors
-    /// [`Failed::Refused`] if the component is to blame; it would fail again.
-    pub async fn compile(&self, wasm: &Bytes) -> Result<Vec<u8>, Failed> {
-        let limit = self.settings.time.saturating_mul(PATIENCE);
+    /// [`CompileError::Refused`] if the component is to blame; it would fail again.
+    pub async fn compile(&self, wasm: &Bytes) -> Result<Vec<u8>, CompileError> {
+        let limit = self.settings.time.saturating_mul(WALL_TIME_FACTOR);
         match tokio::time::timeout(limit, self.run(wasm)).await {
-            Ok(answer) => self.judge(answer?),
-            Err(_) => Err(Failed::Other(
-                anyhow!("compiling the component was not done after {}", units::show_duration(limit))
+            Ok(answer) => self.parse_output(answer?),
+            Err(_) => Err(CompileError::Other(
+                anyhow!("compiling the component was not done after {}", units::format_duration(limit))
                     .hint("try again when this machine has less to do, or give the host a larger `compile_time`"),
             )),
         }
     }
 
-    async fn run(&self, wasm: &Bytes) -> Result<Answer> {
+    async fn run(&self, wasm: &Bytes) -> Result<CompilerOutput> {
         let settings = &self.settings;
         let mut child = Command::new(&settings.program)
             .arg0("oncely")
-            .args([COMMAND, "--time", &settings.time.as_secs().max(1).to_string()])
+            .args([
+                COMMAND,
+                "--time",
+                &settings.time.as_secs().max(1).to_string(),
+            ])
             .args(["--memory", &settings.memory.to_string()])
             // Passwords of the host are none of its business.
             .env_clear()
-            .envs(SMALL)
+            .envs(COMPILER_ENV)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .kill_on_drop(true)
             .spawn()
-            .with_context(|| format!("start {} to compile a component", settings.program.display()))?;
-        let mut stdin = child.stdin.take().context("write to the compiling process")?;
-        let stdout = child.stdout.take().context("read from the compiling process")?;
-        let stderr = child.stderr.take().context("read from the compiling process")?;
-        let give = async {
+            .with_context(|| {
+                format!(
+                    "start {} to compile a component",
+                    settings.program.display()
+                )
+            })?;
+        let mut stdin = child
+            .stdin
+            .take()
+            .context("write to the compiling process")?;
+        let stdout = child
+            .stdout
+            .take()
+            .context("read from the compiling process")?;
+        let stderr = child
+            .stderr
+            .take()
+            .context("read from the compiling process")?;
+        let write = async {
             // Its end may come before it has read everything; its status says why.
             let _ = stdin.write_all(&(wasm.len() as u64).to_le_bytes()).await;
             let _ = stdin.write_all(wasm).await;
             let _ = stdin.flush().await;
         };
-        let ((), output, complaints) = tokio::join!(give, read(stdout, CODE_MAX), read(stderr, COMPLAINTS_MAX));
-        let status = child.wait().await.context("wait for the compiling process")?;
+        let ((), output, stderr) = tokio::join!(
+            write,
+            read_limited(stdout, CODE_MAX),
+            read_limited(stderr, STDERR_MAX)
+        );
+        let status = child
+            .wait()
+            .await
+            .context("wait for the compiling process")?;
         drop(stdin);
-        let complaints = String::from_utf8_lossy(&complaints?).into_owned();
-        Ok(Answer { status, output: output?, complaints })
+        let stderr = String::from_utf8_lossy(&stderr?).into_owned();
+        Ok(CompilerOutput {
+            status,
+            output: output?,
+            stderr,
+        })
     }
 
     /// What an answer means.
-    fn judge(&self, answer: Answer) -> Result<Vec<u8>, Failed> {
-        let Answer { status, mut output, complaints } = answer;
-        let text = |output: &[u8]| String::from_utf8_lossy(output.get(1..).unwrap_or_default()).into_owned();
-        let is_done = status.success();
-        if is_done && output.first() != Some(&COMPILED) && is_short_of_memory(&text(&output)) {
+    fn parse_output(&self, answer: CompilerOutput) -> Result<Vec<u8>, CompileError> {
+        let CompilerOutput {
+            status,
+            mut output,
+            stderr,
+        } = answer;
+        let text = |output: &[u8]| {
+            String::from_utf8_lossy(output.get(1..).unwrap_or_default()).into_owned()
+        };
+        let is_success = status.success();
+        if is_success && output.first() != Some(&COMPILED) && is_out_of_memory(&text(&output)) {
             return Err(self.out_of_memory());
         }
         match output.first() {
-            Some(&COMPILED) if is_done => {
+            Some(&COMPILED) if is_success => {
                 output.remove(0);
                 Ok(output)
             }
-            Some(&INVALID) if is_done => Err(Failed::Refused(
+            Some(&INVALID) if is_success => Err(CompileError::Refused(
                 anyhow!(text(&output))
                     .context("the component cannot be compiled")
                     .hint("build it again, with a release of its tool that makes components for WASI 0.2"),
             )),
-            Some(&PANICKED) if is_done => Err(Failed::Refused(compiler_fault(&text(&output)))),
-            _ => Err(self.ended(status, &complaints)),
+            Some(&PANICKED) if is_success => Err(CompileError::Refused(compiler_crash(&text(&output)))),
+            _ => Err(self.exit_failure(status, &stderr)),
         }
     }
 
-    fn out_of_memory(&self) -> Failed {
-        let memory = units::show_size(self.settings.memory);
-        Failed::Refused(
+    fn out_of_memory(&self) -> CompileError {
+        let memory = units::format_size(self.settings.memory);
+        CompileError::Refused(
             anyhow!("compiling the component takes more than {memory} of memory").hint(
                 "build it with optimisation and split large functions, or give the host a larger `compile_memory`",
             ),
@@ -167,68 +222,85 @@ impl Compiler {
     }
 
     /// Why the process ended without an answer.
-    fn ended(&self, status: ExitStatus, complaints: &str) -> Failed {
+    fn exit_failure(&self, status: ExitStatus, stderr: &str) -> CompileError {
         let is_signal = |signal: rustix::process::Signal| status.signal() == Some(signal.as_raw());
         if is_signal(rustix::process::Signal::XCPU) {
-            let time = units::show_duration(self.settings.time);
-            return Failed::Refused(anyhow!("compiling the component takes more than {time} of processor time").hint(
+            let time = units::format_duration(self.settings.time);
+            return CompileError::Refused(anyhow!("compiling the component takes more than {time} of processor time").hint(
                 "build it with optimisation and split large functions, or give the host a larger `compile_time`",
             ));
         }
-        if is_short_of_memory(complaints) {
+        if is_out_of_memory(stderr) {
             return self.out_of_memory();
         }
-        let complaint = complaints.lines().find(|line| !line.trim().is_empty()).unwrap_or_default();
+        let first_line = stderr
+            .lines()
+            .find(|line| !line.trim().is_empty())
+            .unwrap_or_default();
         // Killed by hand or by a machine that is short of memory: another time it may go well.
         if is_signal(rustix::process::Signal::KILL) || is_signal(rustix::process::Signal::TERM) {
-            return Failed::Other(anyhow!("the process that compiled the component was killed ({status})"));
+            return CompileError::Other(anyhow!(
+                "the process that compiled the component was killed ({status})"
+            ));
         }
         match status.signal() {
-            Some(_) => Failed::Refused(compiler_fault(&format!("{status} {complaint}"))),
-            None => Failed::Other(anyhow!("the process that compiles components failed ({status}): {complaint}")),
+            Some(_) => CompileError::Refused(compiler_crash(&format!("{status} {first_line}"))),
+            None => CompileError::Other(anyhow!(
+                "the process that compiles components failed ({status}): {first_line}"
+            )),
         }
     }
 }
 
-/// Whether a complaint of the process is that it got no more memory.
-fn is_short_of_memory(complaint: &str) -> bool {
-    ["memory allocation of", "annot allocate memory", "Resource temporarily unavailable"]
-        .iter()
-        .any(|words| complaint.contains(words))
+/// Whether its standard error says that it got no more memory.
+fn is_out_of_memory(stderr: &str) -> bool {
+    [
+        "memory allocation of",
+        "annot allocate memory",
+        "Resource temporarily unavailable",
+    ]
+    .iter()
+    .any(|words| stderr.contains(words))
 }
 
 /// The component meets a fault of the compiler.
-fn compiler_fault(detail: &str) -> anyhow::Error {
+fn compiler_crash(detail: &str) -> anyhow::Error {
     anyhow!(detail.trim().to_owned())
         .context("the compiler fails on this component")
         .hint("build it with another release of its tool, and report the component as a fault of Oncely")
 }
 
 /// Why a component was not compiled.
-pub(super) enum Failed {
+pub(super) enum CompileError {
     /// The component is to blame.
     Refused(anyhow::Error),
     /// Something else; it may go well another time.
     Other(anyhow::Error),
 }
 
-impl From<anyhow::Error> for Failed {
+impl From<anyhow::Error> for CompileError {
     fn from(error: anyhow::Error) -> Self {
-        Failed::Other(error)
+        CompileError::Other(error)
     }
 }
 
-struct Answer {
+struct CompilerOutput {
     status: ExitStatus,
     output: Vec<u8>,
-    complaints: String,
+    stderr: String,
 }
 
 /// Reads up to `most` bytes, and the rest without keeping it.
-async fn read(mut pipe: impl AsyncRead + Unpin, most: u64) -> Result<Vec<u8>> {
+async fn read_limited(mut pipe: impl AsyncRead + Unpin, most: u64) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    (&mut pipe).take(most).read_to_end(&mut bytes).await.context("read from the compiling process")?;
-    tokio::io::copy(&mut pipe, &mut tokio::io::sink()).await.context("read from the compiling process")?;
+    (&mut pipe)
+        .take(most)
+        .read_to_end(&mut bytes)
+        .await
+        .context("read from the compiling process")?;
+    tokio::io::copy(&mut pipe, &mut tokio::io::sink())
+        .await
+        .context("read from the compiling process")?;
     Ok(bytes)
 }
 
@@ -240,7 +312,7 @@ struct Refusals {
 }
 
 struct Refusal {
-    sentence: String,
+    message: String,
     hints: String,
 }
 
@@ -259,8 +331,12 @@ impl Refusals {
 
 impl Refusal {
     fn error(&self) -> anyhow::Error {
-        let error = anyhow!("{} (it was refused before)", self.sentence);
-        if self.hints.is_empty() { error } else { error.hint(self.hints.clone()) }
+        let error = anyhow!("{} (it was refused before)", self.message);
+        if self.hints.is_empty() {
+            error
+        } else {
+            error.hint(self.hints.clone())
+        }
     }
 }
 
@@ -269,26 +345,40 @@ impl Refusal {
 /// # Errors
 /// When the limits cannot be set or the pipes break. That a component is not valid is an answer, not an error.
 pub fn compile_component(time: Duration, memory: u64) -> Result<()> {
-    limit(time, memory)?;
-    let wasm = component_from_stdin()?;
-    end_with_stdin()?;
-    let (first, rest) = match compile_here(&wasm) {
+    set_limits(time, memory)?;
+    let wasm = read_component()?;
+    exit_when_stdin_closes()?;
+    let (first, rest) = match compile_in_process(&wasm) {
         Ok(Ok(code)) => (COMPILED, code),
         Ok(Err(invalid)) => (INVALID, invalid.into_bytes()),
         Err(panicked) => (PANICKED, panicked.into_bytes()),
     };
     let mut stdout = std::io::stdout().lock();
-    stdout.write_all(&[first]).and_then(|()| stdout.write_all(&rest)).context("write the answer")?;
+    stdout
+        .write_all(&[first])
+        .and_then(|()| stdout.write_all(&rest))
+        .context("write the answer")?;
     stdout.flush().context("write the answer")
 }
 
-fn limit(time: Duration, memory: u64) -> Result<()> {
-    let limits =
-        [(Resource::As, memory), (Resource::Cpu, time.as_secs().max(1)), (Resource::Core, 0), (Resource::Fsize, 0)];
+fn set_limits(time: Duration, memory: u64) -> Result<()> {
+    let limits = [
+        (Resource::As, memory),
+        (Resource::Cpu, time.as_secs().max(1)),
+        (Resource::Core, 0),
+        (Resource::Fsize, 0),
+    ];
     for (resource, most) in limits {
         // At both limits of its time at once, a process is killed with the signal of the upper one, which says nothing.
-        let maximum = if resource == Resource::Cpu { most.saturating_add(1) } else { most };
-        let limit = Rlimit { current: Some(most), maximum: Some(maximum) };
+        let maximum = if resource == Resource::Cpu {
+            most.saturating_add(1)
+        } else {
+            most
+        };
+        let limit = Rlimit {
+            current: Some(most),
+            maximum: Some(maximum),
+        };
         setrlimit(resource, limit).with_context(|| format!("limit {resource:?} to {most}"))?;
     }
     // Messages come first. Where that is not allowed it is compiled all the same.
@@ -297,13 +387,18 @@ fn limit(time: Duration, memory: u64) -> Result<()> {
 }
 
 /// A component behind its length in eight bytes, little-endian.
-fn component_from_stdin() -> Result<Vec<u8>> {
+fn read_component() -> Result<Vec<u8>> {
     let mut stdin = std::io::stdin().lock();
     let mut length = [0; 8];
-    stdin.read_exact(&mut length).context("read the length of the component")?;
+    stdin
+        .read_exact(&mut length)
+        .context("read the length of the component")?;
     let length = u64::from_le_bytes(length);
     let mut wasm = Vec::new();
-    stdin.take(length).read_to_end(&mut wasm).context("read the component")?;
+    stdin
+        .take(length)
+        .read_to_end(&mut wasm)
+        .context("read the component")?;
     if wasm.len() as u64 != length {
         bail!("the component ends after {} of {length} bytes", wasm.len());
     }
@@ -311,17 +406,20 @@ fn component_from_stdin() -> Result<Vec<u8>> {
 }
 
 /// Ends this process when standard input is closed: the host has ended.
-fn end_with_stdin() -> Result<()> {
+fn exit_when_stdin_closes() -> Result<()> {
     let wait = || {
         let _ = std::io::stdin().lock().read(&mut [0]);
         std::process::exit(1);
     };
-    std::thread::Builder::new().name("host".to_owned()).spawn(wait).context("watch the host")?;
+    std::thread::Builder::new()
+        .name("host".to_owned())
+        .spawn(wait)
+        .context("watch the host")?;
     Ok(())
 }
 
 /// Machine code; or why the component is not valid; or the panic of the compiler.
-fn compile_here(wasm: &[u8]) -> Result<Result<Vec<u8>, String>, String> {
+fn compile_in_process(wasm: &[u8]) -> Result<Result<Vec<u8>, String>, String> {
     panic::set_hook(Box::new(|_| {}));
     let compiled = panic::catch_unwind(AssertUnwindSafe(|| engine::precompile(wasm)));
     match compiled {
@@ -330,7 +428,12 @@ fn compile_here(wasm: &[u8]) -> Result<Result<Vec<u8>, String>, String> {
         Err(panic) => {
             let text = panic.downcast_ref::<String>().map(String::as_str);
             let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
-            Err(text.unwrap_or("a panic").lines().next().unwrap_or_default().to_owned())
+            Err(text
+                .unwrap_or("a panic")
+                .lines()
+                .next()
+                .unwrap_or_default()
+                .to_owned())
         }
     }
 }
@@ -343,21 +446,33 @@ mod tests {
         Compiler::new(CompileSettings::default())
     }
 
-    fn ended(raw_status: i32, complaints: &str) -> (bool, String) {
-        match compiler().ended(ExitStatus::from_raw(raw_status), complaints) {
-            Failed::Refused(error) => (true, format!("{error:#}")),
-            Failed::Other(error) => (false, format!("{error:#}")),
+    fn ended(raw_status: i32, stderr: &str) -> (bool, String) {
+        match compiler().exit_failure(ExitStatus::from_raw(raw_status), stderr) {
+            CompileError::Refused(error) => (true, format!("{error:#}")),
+            CompileError::Other(error) => (false, format!("{error:#}")),
         }
     }
 
     #[test]
-    fn a_component_is_to_blame_for_its_time_its_memory_and_a_crash_of_the_compiler_alone() {
+    fn compile_refuses_a_component_for_time_memory_or_a_crash() {
         let (cpu, abort, killed, exit_1) = (24, 6, 9, 1 << 8);
-        assert_eq!(ended(cpu, ""), (true, "compiling the component takes more than 2m of processor time".to_owned()));
+        assert_eq!(
+            ended(cpu, ""),
+            (
+                true,
+                "compiling the component takes more than 2m of processor time".to_owned()
+            )
+        );
         let (refused, said) = ended(abort, "memory allocation of 123 bytes failed\n");
-        assert!(refused && said.starts_with("compiling the component takes more than 2"), "{said}");
+        assert!(
+            refused && said.starts_with("compiling the component takes more than 2"),
+            "{said}"
+        );
         let (refused, said) = ended(abort, "\nthread 'main' has overflowed its stack\n");
-        assert!(refused && said.starts_with("the compiler fails on this component: "), "{said}");
+        assert!(
+            refused && said.starts_with("the compiler fails on this component: "),
+            "{said}"
+        );
         assert!(!ended(killed, "").0);
         assert_eq!(
             ended(exit_1, "error: x"),
@@ -369,21 +484,35 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_is_code_or_a_refusal() {
-        let judge = |output: &[u8]| {
+    fn compiler_output_is_code_or_a_refusal() {
+        let parse = |output: &[u8]| {
             let status = ExitStatus::from_raw(0);
-            compiler().judge(Answer { status, output: output.to_vec(), complaints: String::new() })
+            compiler().parse_output(CompilerOutput {
+                status,
+                output: output.to_vec(),
+                stderr: String::new(),
+            })
         };
-        assert_eq!(judge(b"+code").ok(), Some(b"code".to_vec()));
-        let Err(Failed::Refused(error)) = judge(b"-type mismatch") else { panic!("not refused") };
-        assert_eq!(format!("{error:#}"), "the component cannot be compiled: type mismatch");
-        let Err(Failed::Refused(error)) = judge(b"!multiple memories") else { panic!("not refused") };
-        assert_eq!(format!("{error:#}"), "the compiler fails on this component: multiple memories");
-        assert!(matches!(judge(b""), Err(Failed::Other(_))));
+        assert_eq!(parse(b"+code").ok(), Some(b"code".to_vec()));
+        let Err(CompileError::Refused(error)) = parse(b"-type mismatch") else {
+            panic!("not refused")
+        };
+        assert_eq!(
+            format!("{error:#}"),
+            "the component cannot be compiled: type mismatch"
+        );
+        let Err(CompileError::Refused(error)) = parse(b"!multiple memories") else {
+            panic!("not refused")
+        };
+        assert_eq!(
+            format!("{error:#}"),
+            "the compiler fails on this component: multiple memories"
+        );
+        assert!(matches!(parse(b""), Err(CompileError::Other(_))));
     }
 
     #[test]
-    fn refusals_are_remembered_with_their_hints_and_the_oldest_forgotten() {
+    fn refusals_keep_their_hints_and_the_oldest_are_evicted() {
         let compiler = compiler();
         let digest = |number: usize| {
             let mut digest = ComponentDigest::default();

@@ -40,19 +40,28 @@ impl Guest {
     }
 
     fn link(engine: GuestEngine, component: &Component, surface: Surface) -> Result<Guest> {
-        let pre =
-            linker(&engine)?.instantiate_pre(component).map_err(anyhow::Error::from).context("link the component")?;
+        let pre = linker(&engine)?
+            .instantiate_pre(component)
+            .map_err(anyhow::Error::from)
+            .context("link the component")?;
         let entry = match surface.handler()? {
             Handler::Message => handler::GuestIndices::new(&pre).map(Entry::Handler),
             Handler::Batch => batch_handler::GuestIndices::new(&pre).map(Entry::BatchHandler),
             Handler::Http => incoming_handler::GuestIndices::new(&pre).map(Entry::Http),
         };
-        let entry = entry.map_err(anyhow::Error::from).context("link the handler")?;
-        Ok(Guest { engine, pre, entry, surface })
+        let entry = entry
+            .map_err(anyhow::Error::from)
+            .context("link the handler")?;
+        Ok(Guest {
+            engine,
+            pre,
+            entry,
+            surface,
+        })
     }
 
     /// Whether it handles the messages of a batch together.
-    pub fn takes_batches(&self) -> bool {
+    pub fn is_batch_handler(&self) -> bool {
         matches!(self.entry, Entry::BatchHandler(_))
     }
 

@@ -12,18 +12,18 @@ use sha2::{Digest, Sha256};
 use wasmtime::component::Component;
 use wasmtime::{Config, Enabled, Engine, InstanceAllocationStrategy, PoolingAllocationConfig};
 
-use super::compile::{Compiler, ComponentDigest, Failed};
+use super::compile::{CompileError, Compiler, ComponentDigest};
 use crate::component;
 use crate::config::CompileSettings;
 
 /// How often running guests look at the clock.
-pub const EPOCH: Duration = Duration::from_millis(10);
+pub const EPOCH_INTERVAL: Duration = Duration::from_millis(10);
 
 /// How much memory one guest instance can be given at most, in bytes; a manifest's limit may be lower.
 pub const MEMORY_MAX: usize = 512 << 20;
 
 /// How many guests can run at the same time in one host.
-const INSTANCES: u32 = 256;
+const INSTANCES_MAX: u32 = 256;
 
 /// An engine with its folder of compiled components. Cheap to clone.
 #[derive(Clone)]
@@ -38,8 +38,12 @@ impl GuestEngine {
     pub fn new(cache: &Path, compile: CompileSettings) -> Result<Self> {
         make_private_folder(cache)?;
         let engine = pooled_engine().context("start the WebAssembly engine")?;
-        tick(&engine)?;
-        Ok(GuestEngine { engine, cache: cache.to_owned(), compiler: Compiler::new(compile) })
+        spawn_epoch_thread(&engine)?;
+        Ok(GuestEngine {
+            engine,
+            cache: cache.to_owned(),
+            compiler: Compiler::new(compile),
+        })
     }
 
     pub(super) fn engine(&self) -> &Engine {
@@ -57,7 +61,7 @@ impl GuestEngine {
         }
         self.compiler.check_refusals(&digest)?;
 
-        let turn = self.compiler.turn().await?;
+        let permit = self.compiler.acquire().await?;
         // Another load may have compiled it meanwhile.
         if let Some(component) = self.load_compiled(&path).await? {
             return Ok(component);
@@ -69,17 +73,20 @@ impl GuestEngine {
         }
         let code = match self.compiler.compile(wasm).await {
             Ok(code) => code,
-            Err(Failed::Refused(error)) => return Err(self.compiler.refuse(digest, error)),
-            Err(Failed::Other(error)) => return Err(error),
+            Err(CompileError::Refused(error)) => return Err(self.compiler.refuse(digest, error)),
+            Err(CompileError::Other(error)) => return Err(error),
         };
-        drop(turn);
+        drop(permit);
 
         let engine = self.engine.clone();
         blocking(move || {
-            if let Err(error) = keep_compiled(&code, &path) {
-                tracing::warn!("compiled component not kept, so the next start compiles it again: {error:#}");
+            if let Err(error) = write_compiled(&code, &path) {
+                tracing::warn!(
+                    "compiled component not kept, so the next start compiles it again: {error:#}"
+                );
             }
-            machine_code(&engine, &code).context("the component does not fit into an instance of this host")
+            deserialize(&engine, &code)
+                .context("the component does not fit into an instance of this host")
         })
         .await
     }
@@ -87,15 +94,25 @@ impl GuestEngine {
     /// Named by the bytes of the component and everything of the engine that the machine code depends on.
     fn cached_path(&self, digest: &ComponentDigest) -> PathBuf {
         let mut hasher = std::hash::DefaultHasher::new();
-        self.engine.precompile_compatibility_hash().hash(&mut hasher);
-        self.cache.join(format!("{}-{:016x}.cwasm", hex::encode(digest), hasher.finish()))
+        self.engine
+            .precompile_compatibility_hash()
+            .hash(&mut hasher);
+        self.cache.join(format!(
+            "{}-{:016x}.cwasm",
+            hex::encode(digest),
+            hasher.finish()
+        ))
     }
 
-    /// Removes compiled components that are not among these (SHA-256, lower-case hex) and were compiled longer ago than `kept`:
+    /// Removes compiled components that are not among these (SHA-256, lower-case hex) and were compiled longer ago than `min_age`:
     /// those of uploads that were refused or never deployed. Returns how many.
-    pub async fn remove_compiled(&self, deployed: HashSet<String>, kept: Duration) -> Result<usize> {
+    pub async fn remove_compiled(
+        &self,
+        deployed: HashSet<String>,
+        min_age: Duration,
+    ) -> Result<usize> {
         let folder = self.cache.clone();
-        blocking(move || remove_compiled(&folder, &deployed, kept)).await
+        blocking(move || remove_compiled(&folder, &deployed, min_age)).await
     }
 
     async fn load_compiled(&self, path: &Path) -> Result<Option<Component>> {
@@ -105,18 +122,31 @@ impl GuestEngine {
 }
 
 /// Runs long work off the async threads. A panic in it is an error.
-pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.context("a check of the component ended with a panic")?
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .context("a check of the component ended with a panic")?
 }
 
-fn remove_compiled(folder: &Path, deployed: &HashSet<String>, kept: Duration) -> Result<usize> {
+fn remove_compiled(folder: &Path, deployed: &HashSet<String>, min_age: Duration) -> Result<usize> {
     let mut removed = 0;
     for entry in std::fs::read_dir(folder).with_context(|| format!("list {}", folder.display()))? {
         let entry = entry.with_context(|| format!("list {}", folder.display()))?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        let Some((digest, _)) = name.strip_suffix(".cwasm").and_then(|name| name.split_once('-')) else { continue };
-        let age = entry.metadata().and_then(|about| about.modified()).ok().and_then(|at| at.elapsed().ok());
-        if !deployed.contains(digest) && age.is_some_and(|age| age > kept) {
+        let Some((digest, _)) = name
+            .strip_suffix(".cwasm")
+            .and_then(|name| name.split_once('-'))
+        else {
+            continue;
+        };
+        let age = entry
+            .metadata()
+            .and_then(|metadata| metadata.modified())
+            .ok()
+            .and_then(|at| at.elapsed().ok());
+        if !deployed.contains(digest) && age.is_some_and(|age| age > min_age) {
             // What cannot be removed now is tried again in an hour.
             removed += usize::from(std::fs::remove_file(entry.path()).is_ok());
         }
@@ -130,13 +160,19 @@ fn load_compiled(engine: &Engine, path: &Path) -> Option<Component> {
     let bytes = std::fs::read(path).ok()?;
     let (code, sum) = bytes.split_at_checked(bytes.len().checked_sub(32)?)?;
     if Sha256::digest(code).as_slice() != sum {
-        tracing::warn!("compiled component {} is damaged; compiling it again", path.display());
+        tracing::warn!(
+            "compiled component {} is damaged; compiling it again",
+            path.display()
+        );
         return None;
     }
-    match machine_code(engine, code) {
+    match deserialize(engine, code) {
         Ok(component) => Some(component),
         Err(error) => {
-            tracing::warn!("compiled component {} cannot be used; compiling it again: {error:#}", path.display());
+            tracing::warn!(
+                "compiled component {} cannot be used; compiling it again: {error:#}",
+                path.display()
+            );
             None
         }
     }
@@ -144,7 +180,7 @@ fn load_compiled(engine: &Engine, path: &Path) -> Option<Component> {
 
 /// A component from the machine code that [`precompile`] made.
 #[allow(unsafe_code)]
-fn machine_code(engine: &Engine, code: &[u8]) -> Result<Component> {
+fn deserialize(engine: &Engine, code: &[u8]) -> Result<Component> {
     // SAFETY: the bytes are those that `precompile` made of a component. They come straight from this very program, run as
     // our own child, through its standard output, or whole (their sum was checked) from a folder that only this user can
     // write to (checked when the engine was made). A process that can change either runs as our own user. The engine checks that they were
@@ -154,27 +190,35 @@ fn machine_code(engine: &Engine, code: &[u8]) -> Result<Component> {
 
 /// Compiles a component in this very process, for engines like [`GuestEngine`]'s.
 pub(super) fn precompile(wasm: &[u8]) -> Result<Vec<u8>> {
-    let engine = Engine::new(&code_config()).map_err(anyhow::Error::from).context("start the compiler")?;
-    engine.precompile_component(wasm).map_err(anyhow::Error::from)
+    let engine = Engine::new(&code_config())
+        .map_err(anyhow::Error::from)
+        .context("start the compiler")?;
+    engine
+        .precompile_component(wasm)
+        .map_err(anyhow::Error::from)
 }
 
 /// Writes a compiled component whole or not at all.
-fn keep_compiled(code: &[u8], path: &Path) -> Result<()> {
+fn write_compiled(code: &[u8], path: &Path) -> Result<()> {
     let sum = Sha256::digest(code);
     let folder = path.parent().context("find the cache folder")?;
-    let mut file = tempfile::NamedTempFile::new_in(folder).context("make a file in the cache folder")?;
-    file.write_all(code).and_then(|()| file.write_all(&sum)).context("write the compiled component")?;
-    file.persist(path).context("put the compiled component in place")?;
+    let mut file =
+        tempfile::NamedTempFile::new_in(folder).context("make a file in the cache folder")?;
+    file.write_all(code)
+        .and_then(|()| file.write_all(&sum))
+        .context("write the compiled component")?;
+    file.persist(path)
+        .context("put the compiled component in place")?;
     Ok(())
 }
 
 fn pooled_engine() -> Result<Engine> {
     let mut pool = PoolingAllocationConfig::new();
-    pool.total_component_instances(INSTANCES)
-        .total_core_instances(4 * INSTANCES)
-        .total_memories(INSTANCES)
-        .total_tables(4 * INSTANCES)
-        .total_stacks(INSTANCES)
+    pool.total_component_instances(INSTANCES_MAX)
+        .total_core_instances(4 * INSTANCES_MAX)
+        .total_memories(INSTANCES_MAX)
+        .total_tables(4 * INSTANCES_MAX)
+        .total_stacks(INSTANCES_MAX)
         .max_memory_size(MEMORY_MAX)
         // Interpreters in a component need more than the defaults.
         .max_component_instance_size(10 << 20)
@@ -212,7 +256,7 @@ fn code_config() -> Config {
 }
 
 /// Advances the engine's epoch for as long as the engine lives.
-fn tick(engine: &Engine) -> Result<()> {
+fn spawn_epoch_thread(engine: &Engine) -> Result<()> {
     let weak = engine.weak();
     std::thread::Builder::new()
         .name("epoch".to_owned())
@@ -220,7 +264,7 @@ fn tick(engine: &Engine) -> Result<()> {
             while let Some(engine) = weak.upgrade() {
                 engine.increment_epoch();
                 drop(engine);
-                std::thread::sleep(EPOCH);
+                std::thread::sleep(EPOCH_INTERVAL);
             }
         })
         .context("start the epoch thread")?;
@@ -235,7 +279,10 @@ fn make_private_folder(folder: &Path) -> Result<()> {
         .mode(0o700)
         .create(folder)
         .with_context(|| format!("make the folder {}", folder.display()))?;
-    let mode = std::fs::metadata(folder).with_context(|| format!("look at {}", folder.display()))?.permissions().mode();
+    let mode = std::fs::metadata(folder)
+        .with_context(|| format!("look at {}", folder.display()))?
+        .permissions()
+        .mode();
     if mode & 0o022 != 0 {
         bail!(
             "others can write to {}, which holds compiled components that run as native code; run: chmod 700 {}",
@@ -251,14 +298,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_never_deployed_leaves_the_disk_after_a_while() {
+    fn remove_compiled_deletes_old_components_never_deployed() {
         let folder = tempfile::tempdir().unwrap();
-        for name in ["aa-1.cwasm", "aa-2.cwasm", "bb-1.cwasm", "other", "bb-1.cwasm.new"] {
+        for name in [
+            "aa-1.cwasm",
+            "aa-2.cwasm",
+            "bb-1.cwasm",
+            "other",
+            "bb-1.cwasm.new",
+        ] {
             std::fs::write(folder.path().join(name), "").unwrap();
         }
         let deployed = HashSet::from(["aa".to_owned()]);
-        assert_eq!(remove_compiled(folder.path(), &deployed, Duration::from_secs(60)).unwrap(), 0);
-        assert_eq!(remove_compiled(folder.path(), &deployed, Duration::ZERO).unwrap(), 1);
-        assert!(!folder.path().join("bb-1.cwasm").exists() && folder.path().join("aa-2.cwasm").exists());
+        assert_eq!(
+            remove_compiled(folder.path(), &deployed, Duration::from_secs(60)).unwrap(),
+            0
+        );
+        assert_eq!(
+            remove_compiled(folder.path(), &deployed, Duration::ZERO).unwrap(),
+            1
+        );
+        assert!(
+            !folder.path().join("bb-1.cwasm").exists() && folder.path().join("aa-2.cwasm").exists()
+        );
     }
 }

@@ -1,4 +1,4 @@
-//! HTTP workers: any component that exports `wasi:http/incoming-handler` is called with one request and has to answer it.
+//! HTTP workers: any component that exports `wasi:http/incoming-handler` is called with one request and has to respond to it.
 
 use std::ops::RangeInclusive;
 use std::time::Duration;
@@ -11,11 +11,13 @@ use wasmtime::component::Instance;
 use wasmtime_wasi_http::p2::bindings::exports::wasi::http::incoming_handler;
 use wasmtime_wasi_http::p2::bindings::http::types::{ErrorCode, Scheme};
 use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
-use wasmtime_wasi_http::{Error, RequestOptions, WasiBody, WasiHttpCtxView, WasiHttpHooks, WasiHttpView};
+use wasmtime_wasi_http::{
+    Error, RequestOptions, WasiBody, WasiHttpCtxView, WasiHttpHooks, WasiHttpView,
+};
 
-use super::call::{Answer, CallFailure, CallState, FailureKind};
+use super::call::{CallFailure, CallState, FailureKind, HandlerResult};
 use crate::model::message::Headers;
-use crate::model::request::{HttpAnswer, HttpRequest};
+use crate::model::request::{HttpRequest, HttpResponse};
 
 /// What an HTTP worker is called with.
 pub struct RequestCall {
@@ -26,108 +28,155 @@ pub struct RequestCall {
     pub may_write: bool,
 }
 
-/// How long the end of an answer may take after its handler has returned: all of it is in memory then.
-const END: Duration = Duration::from_millis(500);
+/// How long the end of a response may take after its handler has returned: all of it is in memory then.
+const BODY_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Statuses of an answer: below, the connection would go on waiting for one or change its protocol; above, there is no meaning.
+/// Statuses of a response: below, the connection would go on waiting for one or change its protocol; above, there is no meaning.
 const FINAL_STATUSES: RangeInclusive<u16> = 200..=599;
 
-type Given = Result<hyper::Response<HyperOutgoingBody>, ErrorCode>;
+type HandlerResponse = Result<hyper::Response<HyperOutgoingBody>, ErrorCode>;
 
-/// Calls the handler and waits for both: that it returns, and that its answer is whole.
+/// Calls the handler and waits for both: that it returns, and that its response is whole.
 pub(super) async fn serve(
     store: &mut Store<CallState>,
     instance: &Instance,
     indices: &incoming_handler::GuestIndices,
-) -> wasmtime::Result<(Answer, Option<HttpAnswer>)> {
+) -> wasmtime::Result<(HandlerResult, Option<HttpResponse>)> {
     let most = usize::try_from(store.data().call.worker.limits.answer_size).unwrap_or(usize::MAX);
-    let Some(asked) = &store.data().call.request else {
+    let Some(call) = &store.data().call.request else {
         let why = "an HTTP worker handles requests, and no messages";
-        return Ok((Err(CallFailure::new(FailureKind::Retry, "no-request", why)), None));
+        return Ok((
+            Err(CallFailure::new(FailureKind::Retry, "no-request", why)),
+            None,
+        ));
     };
-    let request = hyper_request(&asked.request)?;
-    let (give, given) = oneshot::channel();
+    let request = hyper_request(&call.request)?;
+    let (sender, receiver) = oneshot::channel();
     let mut view = store.data_mut().http();
     let request = view.new_incoming_request(Scheme::Http, request)?;
-    let outparam = view.new_response_outparam(give)?;
+    let outparam = view.new_response_outparam(sender)?;
     let handler = indices.load(&mut *store, instance)?;
-    let mut called = std::pin::pin!(handler.call_handle(&mut *store, request, outparam));
-    let mut read = std::pin::pin!(read(given, most));
-    let mut answer = None;
+    let mut handler_call = std::pin::pin!(handler.call_handle(&mut *store, request, outparam));
+    let mut read = std::pin::pin!(read_response(receiver, most));
+    let mut response = None;
     loop {
         tokio::select! {
             biased;
-            returned = &mut called => {
+            returned = &mut handler_call => {
                 returned?;
                 break;
             }
-            whole = &mut read, if answer.is_none() => answer = Some(whole),
+            whole = &mut read, if response.is_none() => response = Some(whole),
         }
     }
     let unfinished = || {
-        let why = "the handler returned and did not finish the body of its answer";
-        Err(CallFailure::new(FailureKind::Retry, "unfinished-answer", why))
+        let why = "the handler returned and did not finish the body of its response";
+        Err(CallFailure::new(
+            FailureKind::Retry,
+            "unfinished-response",
+            why,
+        ))
     };
-    let answer = match answer {
-        Some(answer) => answer,
-        None => tokio::time::timeout(END, read).await.unwrap_or_else(|_| unfinished()),
+    let response = match response {
+        Some(response) => response,
+        None => tokio::time::timeout(BODY_TIMEOUT, read)
+            .await
+            .unwrap_or_else(|_| unfinished()),
     };
-    Ok(match answer {
-        Ok(answer) => (Ok(()), Some(answer)),
+    Ok(match response {
+        Ok(response) => (Ok(()), Some(response)),
         Err(failure) => (Err(failure), None),
     })
 }
 
-/// Headers of an answer that the host alone sets: a handler's own are left out.
-const OF_THE_HOST: [&str; 5] = ["idempotent-replayed", "cache-status", "age", "date", "server"];
+/// Headers of a response that the host alone sets: a handler's own are left out.
+const HOST_HEADERS: [&str; 5] = [
+    "idempotent-replayed",
+    "cache-status",
+    "age",
+    "date",
+    "server",
+];
 
-/// Reads an answer to its end.
-async fn read(given: oneshot::Receiver<Given>, most: usize) -> Result<HttpAnswer, CallFailure> {
+/// Reads a response to its end.
+async fn read_response(
+    receiver: oneshot::Receiver<HandlerResponse>,
+    most: usize,
+) -> Result<HttpResponse, CallFailure> {
     let failed = |code: &str, why: String| CallFailure::new(FailureKind::Retry, code, why);
-    let response = match given.await {
+    let response = match receiver.await {
         Ok(Ok(response)) => response,
-        Ok(Err(code)) => return Err(failed("error-answer", format!("the handler answered with an error: {code:?}"))),
-        Err(_) => return Err(failed("no-answer", "the handler returned without an answer".to_owned())),
+        Ok(Err(code)) => {
+            return Err(failed(
+                "error-response",
+                format!("the handler answered with an error: {code:?}"),
+            ));
+        }
+        Err(_) => {
+            return Err(failed(
+                "no-response",
+                "the handler returned without a response".to_owned(),
+            ));
+        }
     };
     let (parts, body) = response.into_parts();
     let status = parts.status.as_u16();
     if !FINAL_STATUSES.contains(&status) {
         let (least, most) = (FINAL_STATUSES.start(), FINAL_STATUSES.end());
-        let why = format!("the handler answered with the status {status}; an answer has one of {least} to {most}");
+        let why = format!(
+            "the handler answered with the status {status}; a response has one of {least} to {most}"
+        );
         return Err(failed("status-refused", why));
     }
     let body = Limited::new(body, most).collect().await.map_err(|error| {
-        failed("answer-too-large", format!(
-            "the body of the answer could not be read: {error}; it may have {most} bytes (`answer_size` under [worker.limits])"
+        failed("response-too-large", format!(
+            "the body of the response could not be read: {error}; it may have {most} bytes (`answer_size` under [worker.limits])"
         ))
     })?;
-    let own = parts.headers.iter().filter(|(name, _)| !OF_THE_HOST.contains(&name.as_str()));
-    let headers = own.map(|(name, value)| (name.to_string(), text_of(value.as_bytes())));
-    Ok(HttpAnswer { status, headers: headers.collect(), body: body.to_bytes() })
+    let own = parts
+        .headers
+        .iter()
+        .filter(|(name, _)| !HOST_HEADERS.contains(&name.as_str()));
+    let headers = own.map(|(name, value)| (name.to_string(), header_to_text(value.as_bytes())));
+    Ok(HttpResponse {
+        status,
+        headers: headers.collect(),
+        body: body.to_bytes(),
+    })
 }
 
 fn hyper_request(request: &HttpRequest) -> wasmtime::Result<hyper::Request<Full<Bytes>>> {
-    let mut builder = hyper::Request::builder().method(request.method.as_str()).uri(&request.path_and_query);
+    let mut builder = hyper::Request::builder()
+        .method(request.method.as_str())
+        .uri(&request.path_and_query);
     for (name, value) in with_host(request) {
-        builder = builder.header(name, bytes_of(&value));
+        builder = builder.header(name, header_to_bytes(&value));
     }
     Ok(builder.body(Full::new(request.body.clone()))?)
 }
 
 /// Its headers, with the authority where wasmtime looks for it.
 fn with_host(request: &HttpRequest) -> Headers {
-    let others = request.headers.iter().filter(|(name, _)| !name.eq_ignore_ascii_case("host")).cloned();
-    std::iter::once(("host".to_owned(), request.authority.clone())).chain(others).collect()
+    let others = request
+        .headers
+        .iter()
+        .filter(|(name, _)| !name.eq_ignore_ascii_case("host"))
+        .cloned();
+    std::iter::once(("host".to_owned(), request.authority.clone()))
+        .chain(others)
+        .collect()
 }
 
 /// Bytes of a header as text, one character for each.
-pub fn text_of(bytes: &[u8]) -> String {
+pub fn header_to_text(bytes: &[u8]) -> String {
     bytes.iter().copied().map(char::from).collect()
 }
 
-/// What [`text_of`] was made of; what cannot be is left out.
-pub fn bytes_of(text: &str) -> Vec<u8> {
-    text.chars().filter_map(|char| u8::try_from(u32::from(char)).ok()).collect()
+/// What [`header_to_text`] was made of; what cannot be is left out.
+pub fn header_to_bytes(text: &str) -> Vec<u8> {
+    text.chars()
+        .filter_map(|char| u8::try_from(u32::from(char)).ok())
+        .collect()
 }
 
 impl WasiHttpView for CallState {
@@ -139,9 +188,9 @@ impl WasiHttpView for CallState {
 
 /// Nothing goes out but through the outbox.
 #[derive(Debug, Default)]
-pub(super) struct NothingGoesOut;
+pub(super) struct DenyOutgoingHttp;
 
-impl WasiHttpHooks for NothingGoesOut {
+impl WasiHttpHooks for DenyOutgoingHttp {
     fn send_request(
         &mut self,
         _: hyper::Request<WasiBody>,
@@ -149,7 +198,13 @@ impl WasiHttpHooks for NothingGoesOut {
         _: Box<dyn Future<Output = Result<(), Error>> + Send>,
     ) -> Box<
         dyn Future<
-                Output = Result<(hyper::Response<WasiBody>, Box<dyn Future<Output = Result<(), Error>> + Send>), Error>,
+                Output = Result<
+                    (
+                        hyper::Response<WasiBody>,
+                        Box<dyn Future<Output = Result<(), Error>> + Send>,
+                    ),
+                    Error,
+                >,
             > + Send,
     > {
         Box::new(std::future::ready(Err(Error::HttpRequestDenied)))

@@ -10,14 +10,16 @@ use crate::model::hint::WithHint;
 pub fn check_kind(worker: &Worker, handler: Handler) -> Result<()> {
     let name = &worker.name;
     match (worker.routes.is_empty(), handler == Handler::Http) {
-        (true, true) => {
-            Err(anyhow!("the component of worker {name} answers requests, and the manifest gives it a stream"))
-                .hint("put a [[worker.route]] with a path in the place of `stream`")
-        }
-        (false, false) => {
-            Err(anyhow!("the component of worker {name} handles messages, and the manifest gives it routes"))
-                .hint("put a `stream` in the place of [[worker.route]], or export wasi:http/incoming-handler")
-        }
+        (true, true) => Err(anyhow!(
+            "the component of worker {name} answers requests, and the manifest gives it a stream"
+        ))
+        .hint("put a [[worker.route]] with a path in the place of `stream`"),
+        (false, false) => Err(anyhow!(
+            "the component of worker {name} handles messages, and the manifest gives it routes"
+        ))
+        .hint(
+            "put a `stream` in the place of [[worker.route]], or export wasi:http/incoming-handler",
+        ),
         _ => Ok(()),
     }
 }

@@ -14,12 +14,18 @@ pub(super) struct Limiter {
     table_elements: usize,
     pub refused_memory: bool,
     /// Whether the machine had less memory than the limit allows.
-    pub starved: bool,
+    pub out_of_memory: bool,
 }
 
 impl Limiter {
     pub fn new(memory_limit: usize) -> Self {
-        Limiter { memory_limit, memory: 0, table_elements: 0, refused_memory: false, starved: false }
+        Limiter {
+            memory_limit,
+            memory: 0,
+            table_elements: 0,
+            refused_memory: false,
+            out_of_memory: false,
+        }
     }
 
     pub fn memory_limit(&self) -> usize {
@@ -28,7 +34,12 @@ impl Limiter {
 }
 
 impl ResourceLimiter for Limiter {
-    fn memory_growing(&mut self, current: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
+    fn memory_growing(
+        &mut self,
+        current: usize,
+        desired: usize,
+        _: Option<usize>,
+    ) -> wasmtime::Result<bool> {
         let total = self.memory.saturating_add(desired.saturating_sub(current));
         let allowed = total <= self.memory_limit;
         if allowed {
@@ -40,12 +51,19 @@ impl ResourceLimiter for Limiter {
     }
 
     fn memory_grow_failed(&mut self, _: wasmtime::Error) -> wasmtime::Result<()> {
-        self.starved = true;
+        self.out_of_memory = true;
         Ok(())
     }
 
-    fn table_growing(&mut self, current: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
-        let total = self.table_elements.saturating_add(desired.saturating_sub(current));
+    fn table_growing(
+        &mut self,
+        current: usize,
+        desired: usize,
+        _: Option<usize>,
+    ) -> wasmtime::Result<bool> {
+        let total = self
+            .table_elements
+            .saturating_add(desired.saturating_sub(current));
         let allowed = total <= TABLE_ELEMENTS_MAX;
         if allowed {
             self.table_elements = total;

@@ -17,25 +17,34 @@ pub(super) struct Logs {
 
 struct Inner {
     text: String,
-    room: usize,
+    remaining: usize,
     dropped: usize,
 }
 
 impl Logs {
     pub fn new(limit: usize) -> Self {
-        Logs { inner: Arc::new(Mutex::new(Inner { text: String::new(), room: limit, dropped: 0 })) }
+        Logs {
+            inner: Arc::new(Mutex::new(Inner {
+                text: String::new(),
+                remaining: limit,
+                dropped: 0,
+            })),
+        }
     }
 
     /// Begins anew, for another call of the same instance.
-    pub fn begin(&self, limit: usize) {
-        *self.inner.lock().unwrap_or_else(PoisonError::into_inner) =
-            Inner { text: String::new(), room: limit, dropped: 0 };
+    pub fn reset(&self, limit: usize) {
+        *self.inner.lock().unwrap_or_else(PoisonError::into_inner) = Inner {
+            text: String::new(),
+            remaining: limit,
+            dropped: 0,
+        };
     }
 
     /// Adds one line; line breaks within it are escaped so that one entry cannot pose as two.
-    pub fn line(&self, level: &str, context: &str, message: &str) {
+    pub fn append_line(&self, level: &str, context: &str, message: &str) {
         // A line beyond the limit is not even read.
-        if self.drops(context.len() + message.len()) {
+        if self.drop_if_over_limit(context.len() + message.len()) {
             return;
         }
         let message = message.trim_end_matches('\n').replace('\n', "\\n");
@@ -47,9 +56,9 @@ impl Logs {
     }
 
     /// Whether a text of this length exceeds the limit, and is dropped.
-    fn drops(&self, length: usize) -> bool {
+    fn drop_if_over_limit(&self, length: usize) -> bool {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        let drops = length > inner.room;
+        let drops = length > inner.remaining;
         if drops {
             inner.dropped += length;
         }
@@ -58,11 +67,11 @@ impl Logs {
 
     fn append(&self, text: &str) {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        if text.len() > inner.room {
+        if text.len() > inner.remaining {
             inner.dropped += text.len();
             return;
         }
-        inner.room -= text.len();
+        inner.remaining -= text.len();
         inner.text.push_str(text);
     }
 
@@ -74,7 +83,9 @@ impl Logs {
             text.push_str(&format!("({} bytes more were dropped)\n", inner.dropped));
         }
         // Only printable text reaches terminals and databases.
-        text.chars().filter(|c| *c == '\n' || *c == '\t' || !c.is_control()).collect()
+        text.chars()
+            .filter(|c| *c == '\n' || *c == '\t' || !c.is_control())
+            .collect()
     }
 }
 
@@ -91,8 +102,12 @@ impl StdoutStream for Logs {
 }
 
 impl AsyncWrite for Logs {
-    fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        if !self.drops(bytes.len()) {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        if !self.drop_if_over_limit(bytes.len()) {
             self.append(&String::from_utf8_lossy(bytes));
         }
         Poll::Ready(Ok(bytes.len()))

@@ -2,7 +2,7 @@
 //! unless its worker asks for less isolation.
 //!
 //! A guest has no effect of its own. Outputs and state changes are buffered in the host, SQL goes through the
-//! [`Database`] it is lent; what comes back is an [`Outcome`] that the delivery keeps or throws away.
+//! [`Database`] it is lent; what comes back is a [`CallOutcome`] that the delivery keeps or throws away.
 
 mod bindings;
 mod call;
@@ -15,15 +15,17 @@ mod kind;
 mod limiter;
 mod logs;
 mod record;
-mod tape;
+mod recorder;
 mod wasi;
 
-pub use call::{Answer, Call, CallFailure, FailureKind, Outcome, Replayed, Warm};
+pub use call::{
+    Call, CallFailure, CallOutcome, FailureKind, HandlerResult, ReplayProgress, WarmInstance,
+};
 pub use compile::{COMMAND as COMPILE_COMMAND, compile_component};
 pub use component::Guest;
 pub use engine::GuestEngine;
-pub use http::{RequestCall, bytes_of, text_of};
-pub use imports::{CachedValue, CachedValues, Database};
+pub use http::{RequestCall, header_to_bytes, header_to_text};
+pub use imports::{CacheReader, CachedValue, Database};
 pub use kind::check_kind;
-pub use record::{Asked, RECORD_FORM, Record, Saw, Step};
-pub use tape::{Ended, Tape};
+pub use record::{HostCall, HostResult, RECORD_FORMAT, Record, Step};
+pub use recorder::{PlaybackEnd, Recorder};

@@ -17,15 +17,15 @@ use crate::model::message::{Headers, Message};
 use crate::model::sql::{Dialect, Rows, SqlError, Value};
 
 /// The form in which records are written; a host reads those of its own form alone.
-pub const RECORD_FORM: u32 = 2;
+pub const RECORD_FORMAT: u32 = 2;
 
-/// How much of what a call asks and sees is kept, in bytes. From the first thing on that has no more room the record is cut.
+/// How much of what a call asks and sees is kept, in bytes. From the first thing on that has no more room the record is truncated.
 pub const RECORD_MAX: usize = 1 << 20;
 
 /// What is known of a call that failed. Written as JSON.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Record {
-    pub form: u32,
+    pub format: u32,
     /// Of the worker.
     pub version: u32,
     pub attempt: u32,
@@ -38,13 +38,13 @@ pub struct Record {
     pub messages: Vec<Message>,
     pub steps: Vec<Step>,
     /// Whether the guest asked for more than there was room for, in this record or in those of its batch.
-    pub cut: bool,
+    pub truncated: bool,
     #[serde(flatten)]
-    pub looks: Looks,
+    pub inputs: AttemptInputs,
     /// Whether the instance had handled other messages before, so that its memory may remember them.
     pub warm: bool,
     /// Whether the machine had no memory left for the guest.
-    pub starved: bool,
+    pub out_of_memory: bool,
     pub logs: String,
     pub failure: Option<CallFailure>,
 }
@@ -52,27 +52,27 @@ pub struct Record {
 /// One thing the guest asked of the host, and what it saw.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Step {
-    pub asked: Asked,
+    pub call: HostCall,
     /// None when the call ended before there was an answer, or when there was no room for it.
-    pub saw: Option<Saw>,
+    pub result: Option<HostResult>,
 }
 
-/// What the guest looked at besides its steps: the same whenever it looks, but another for each attempt or host.
+/// Inputs of a call that differ for each attempt or host, and do not change during the call.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub struct Looks {
+pub struct AttemptInputs {
     /// At the time the attempt began.
-    pub at_now: bool,
+    pub has_read_now: bool,
     /// At the number of the attempt.
-    pub at_attempt: bool,
+    pub has_read_attempt: bool,
     /// At the seed of its hash maps, which was this one.
-    pub at_seed: Option<(u64, u64)>,
+    pub hash_seed: Option<(u64, u64)>,
 }
 
 /// What a guest can ask of the host.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Asked {
-    Send(Box<Sending>),
+pub enum HostCall {
+    Send(Box<OutgoingMessage>),
     Get {
         key: String,
     },
@@ -121,7 +121,7 @@ pub enum Asked {
     },
     /// Which of so many things it waits for are ready.
     Poll {
-        waits: usize,
+        pollables: usize,
     },
     /// Whether one is.
     IsReady,
@@ -131,7 +131,7 @@ pub enum Asked {
 
 /// A message to publish, as the guest asked for it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Sending {
+pub struct OutgoingMessage {
     pub subject: String,
     pub headers: Headers,
     #[serde(with = "base64_text")]
@@ -142,10 +142,14 @@ pub struct Sending {
     pub caused_by: Option<String>,
 }
 
-impl Sending {
+impl OutgoingMessage {
     /// About how many bytes this holds.
     pub fn size(&self) -> usize {
-        let headers: usize = self.headers.iter().map(|(name, value)| name.len() + value.len() + 8).sum();
+        let headers: usize = self
+            .headers
+            .iter()
+            .map(|(name, value)| name.len() + value.len() + 8)
+            .sum();
         self.subject.len() + headers + self.body.len()
     }
 }
@@ -153,12 +157,12 @@ impl Sending {
 /// What a guest was told from outside its call.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Saw {
+pub enum HostResult {
     /// What it was told follows from the call itself.
     Nothing,
     Entry(Option<StateEntry>),
     /// The key before it was changed: the version of its value, the last version it was given, and the value's size.
-    Before {
+    PreviousEntry {
         version: Option<u64>,
         last: u64,
         size: usize,
@@ -168,7 +172,7 @@ pub enum Saw {
     Changed(u64),
     Refused(SqlError),
     /// What was cached.
-    Cached(#[serde(with = "base64_text::maybe")] Option<Bytes>),
+    Cached(#[serde(with = "base64_text::optional")] Option<Bytes>),
     Number(u64),
     Time {
         seconds: u64,
@@ -187,76 +191,139 @@ impl Record {
 
     /// A digest of everything the guest saw and did up to its trap. Two attempts with the same one prove that a third does
     /// the same as long as the data stay as they are. None where that would prove nothing: another failure than a trap, a
-    /// record that is cut, an instance or a machine that is not as fresh as the next one, a cached value that goes away by itself.
-    pub fn proof(&self) -> Option<[u8; 32]> {
-        let traps = self.failure.as_ref().is_some_and(|failure| failure.kind == FailureKind::Trap);
-        let whole = !self.cut && self.steps.iter().all(|step| step.saw.is_some());
-        let is_cached = |step: &Step| matches!(step.saw, Some(Saw::Cached(Some(_))));
-        if !traps || !whole || self.warm || self.starved || self.steps.iter().any(is_cached) {
+    /// record that is truncated, an instance or a machine that is not as fresh as the next one, a cached value that goes away by itself.
+    pub fn trap_digest(&self) -> Option<[u8; 32]> {
+        let traps = self
+            .failure
+            .as_ref()
+            .is_some_and(|failure| failure.kind == FailureKind::Trap);
+        let is_complete = !self.truncated && self.steps.iter().all(|step| step.result.is_some());
+        let is_cached = |step: &Step| matches!(step.result, Some(HostResult::Cached(Some(_))));
+        if !traps
+            || !is_complete
+            || self.warm
+            || self.out_of_memory
+            || self.steps.iter().any(is_cached)
+        {
             return None;
         }
-        let now = self.looks.at_now.then_some(self.now);
-        let attempt = self.looks.at_attempt.then_some(self.attempt);
-        let seen = (self.version, &self.messages, &self.steps, now, attempt, self.looks.at_seed, &self.failure);
-        serde_json::to_vec(&seen).ok().map(|seen| Sha256::digest(seen).into())
+        let now = self.inputs.has_read_now.then_some(self.now);
+        let attempt = self.inputs.has_read_attempt.then_some(self.attempt);
+        let seen = (
+            self.version,
+            &self.messages,
+            &self.steps,
+            now,
+            attempt,
+            self.inputs.hash_seed,
+            &self.failure,
+        );
+        serde_json::to_vec(&seen)
+            .ok()
+            .map(|seen| Sha256::digest(seen).into())
     }
 }
 
-impl Asked {
+impl HostCall {
     /// Whether the guest asked the very same. By their text, because some numbers do not equal themselves.
-    pub fn is_same(&self, other: &Asked) -> bool {
+    pub fn is_same(&self, other: &HostCall) -> bool {
         matches!((serde_json::to_string(self), serde_json::to_string(other)), (Ok(one), Ok(two)) if one == two)
     }
 }
 
-impl fmt::Display for Asked {
+impl fmt::Display for HostCall {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Asked::Send(sending) => write!(f, "outbox.send to {}: {}", sending.subject, Body(&sending.body)),
-            Asked::Get { key } => write!(f, "state.get {key:?}"),
-            Asked::Set { key, value } => write!(f, "state.set {key:?} to {}", Body(value)),
-            Asked::Delete { key } => write!(f, "state.delete {key:?}"),
-            Asked::CompareAndSet { key, expected, value } => {
-                let expected = expected.map_or("no version".to_owned(), |version| format!("version {version}"));
-                write!(f, "state.compare-and-set {key:?} from {expected} to {}", Body(value))
+            HostCall::Send(outgoing) => write!(
+                f,
+                "outbox.send to {}: {}",
+                outgoing.subject,
+                Body(&outgoing.body)
+            ),
+            HostCall::Get { key } => write!(f, "state.get {key:?}"),
+            HostCall::Set { key, value } => write!(f, "state.set {key:?} to {}", Body(value)),
+            HostCall::Delete { key } => write!(f, "state.delete {key:?}"),
+            HostCall::CompareAndSet {
+                key,
+                expected,
+                value,
+            } => {
+                let expected = expected.map_or("no version".to_owned(), |version| {
+                    format!("version {version}")
+                });
+                write!(
+                    f,
+                    "state.compare-and-set {key:?} from {expected} to {}",
+                    Body(value)
+                )
             }
-            Asked::Query { statement, params } => write!(f, "sql.query {statement:?} {}", Params(params)),
-            Asked::Execute { statement, params } => write!(f, "sql.execute {statement:?} {}", Params(params)),
-            Asked::CacheGet { key } => write!(f, "cache.get {key:?}"),
-            Asked::CachePut { key, value, ttl_ms, tags } => {
-                write!(f, "cache.put {key:?} for {ttl_ms} ms with the tags {tags:?}: {}", Body(value))
+            HostCall::Query { statement, params } => {
+                write!(f, "sql.query {statement:?} {}", Params(params))
             }
-            Asked::CacheInvalidate { tags } => write!(f, "cache.invalidate {tags:?}"),
-            Asked::Remaining => f.write_str("invocation.remaining"),
-            Asked::WallClock => f.write_str("the wall clock"),
-            Asked::MonotonicClock => f.write_str("the monotonic clock"),
-            Asked::Random { bytes } => write!(f, "{bytes} random bytes"),
-            Asked::Poll { waits } => write!(f, "which of {waits} are ready"),
-            Asked::IsReady => f.write_str("whether it is ready"),
-            Asked::Wait => f.write_str("to wait until it is ready"),
+            HostCall::Execute { statement, params } => {
+                write!(f, "sql.execute {statement:?} {}", Params(params))
+            }
+            HostCall::CacheGet { key } => write!(f, "cache.get {key:?}"),
+            HostCall::CachePut {
+                key,
+                value,
+                ttl_ms,
+                tags,
+            } => {
+                write!(
+                    f,
+                    "cache.put {key:?} for {ttl_ms} ms with the tags {tags:?}: {}",
+                    Body(value)
+                )
+            }
+            HostCall::CacheInvalidate { tags } => write!(f, "cache.invalidate {tags:?}"),
+            HostCall::Remaining => f.write_str("invocation.remaining"),
+            HostCall::WallClock => f.write_str("the wall clock"),
+            HostCall::MonotonicClock => f.write_str("the monotonic clock"),
+            HostCall::Random { bytes } => write!(f, "{bytes} random bytes"),
+            HostCall::Poll { pollables } => write!(f, "which of {pollables} are ready"),
+            HostCall::IsReady => f.write_str("whether it is ready"),
+            HostCall::Wait => f.write_str("to wait until it is ready"),
         }
     }
 }
 
-impl fmt::Display for Saw {
+impl fmt::Display for HostResult {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Saw::Nothing => f.write_str("done"),
-            Saw::Entry(Some(entry)) => write!(f, "version {}: {}", entry.version, Body(&entry.value)),
-            Saw::Entry(None) | Saw::Before { version: None, .. } => f.write_str("not there before"),
-            Saw::Before { version: Some(version), .. } => write!(f, "was version {version}"),
-            Saw::Rows(rows) => {
-                write!(f, "{} rows of ({})", rows.rows.len(), rows.columns.join(", "))?;
-                rows.rows.first().map_or(Ok(()), |first| write!(f, ", the first {}", Params(first)))
+            HostResult::Nothing => f.write_str("done"),
+            HostResult::Entry(Some(entry)) => {
+                write!(f, "version {}: {}", entry.version, Body(&entry.value))
             }
-            Saw::Changed(rows) => write!(f, "{rows} rows changed"),
-            Saw::Refused(error) => write!(f, "refused: {error}"),
-            Saw::Cached(Some(value)) => write!(f, "{}", Body(value)),
-            Saw::Cached(None) => f.write_str("not cached"),
-            Saw::Number(number) => write!(f, "{number}"),
-            Saw::Time { seconds, nanoseconds } => write!(f, "{seconds}.{nanoseconds:09} s"),
-            Saw::Bytes(bytes) => write!(f, "{} bytes: {}", bytes.len(), hex::encode(bytes)),
-            Saw::Ready(ready) => write!(f, "{ready:?}"),
+            HostResult::Entry(None) | HostResult::PreviousEntry { version: None, .. } => {
+                f.write_str("not there before")
+            }
+            HostResult::PreviousEntry {
+                version: Some(version),
+                ..
+            } => write!(f, "was version {version}"),
+            HostResult::Rows(rows) => {
+                write!(
+                    f,
+                    "{} rows of ({})",
+                    rows.rows.len(),
+                    rows.columns.join(", ")
+                )?;
+                rows.rows
+                    .first()
+                    .map_or(Ok(()), |first| write!(f, ", the first {}", Params(first)))
+            }
+            HostResult::Changed(rows) => write!(f, "{rows} rows changed"),
+            HostResult::Refused(error) => write!(f, "refused: {error}"),
+            HostResult::Cached(Some(value)) => write!(f, "{}", Body(value)),
+            HostResult::Cached(None) => f.write_str("not cached"),
+            HostResult::Number(number) => write!(f, "{number}"),
+            HostResult::Time {
+                seconds,
+                nanoseconds,
+            } => write!(f, "{seconds}.{nanoseconds:09} s"),
+            HostResult::Bytes(bytes) => write!(f, "{} bytes: {}", bytes.len(), hex::encode(bytes)),
+            HostResult::Ready(ready) => write!(f, "{ready:?}"),
         }
     }
 }
@@ -275,7 +342,11 @@ impl fmt::Display for Params<'_> {
             Value::Text(it) | Value::Json(it) => format!("{it:?}"),
             Value::Decimal(it) | Value::Uuid(it) | Value::Date(it) | Value::Time(it) => it.clone(),
         };
-        write!(f, "[{}]", self.0.iter().map(text).collect::<Vec<_>>().join(", "))
+        write!(
+            f,
+            "[{}]",
+            self.0.iter().map(text).collect::<Vec<_>>().join(", ")
+        )
     }
 }
 

@@ -17,7 +17,7 @@ use wasmtime_wasi::p2::bindings::io::poll;
 use wasmtime_wasi::p2::bindings::random::{insecure, insecure_seed, random};
 
 use super::call::CallState;
-use super::record::{Asked, Saw};
+use super::record::{HostCall, HostResult};
 
 /// The most random bytes a guest may ask for at once.
 const RANDOM_MAX: u64 = 64 << 10;
@@ -42,40 +42,57 @@ pub(super) fn add_to_linker(linker: &mut Linker<CallState>) -> Result<()> {
 
 impl wall_clock::Host for CallState {
     fn now(&mut self) -> Result<wall_clock::Datetime> {
-        let tape = &mut self.call.tape;
-        match tape.ask(0, || Asked::WallClock)? {
-            Some(Saw::Time { seconds, nanoseconds }) => Ok(wall_clock::Datetime { seconds, nanoseconds }),
-            Some(_) => tape.foreign(),
+        let recorder = &mut self.call.recorder;
+        match recorder.begin_call(0, || HostCall::WallClock)? {
+            Some(HostResult::Time {
+                seconds,
+                nanoseconds,
+            }) => Ok(wall_clock::Datetime {
+                seconds,
+                nanoseconds,
+            }),
+            Some(_) => recorder.mismatch(),
             None => {
-                let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+                let now = SystemTime::now()
+                    .duration_since(SystemTime::UNIX_EPOCH)
+                    .unwrap_or_default();
                 let (seconds, nanoseconds) = (now.as_secs(), now.subsec_nanos());
-                tape.saw(0, || Saw::Time { seconds, nanoseconds });
-                Ok(wall_clock::Datetime { seconds, nanoseconds })
+                recorder.finish_call(0, || HostResult::Time {
+                    seconds,
+                    nanoseconds,
+                });
+                Ok(wall_clock::Datetime {
+                    seconds,
+                    nanoseconds,
+                })
             }
         }
     }
 
     fn resolution(&mut self) -> Result<wall_clock::Datetime> {
-        Ok(wall_clock::Datetime { seconds: 0, nanoseconds: TICK })
+        Ok(wall_clock::Datetime {
+            seconds: 0,
+            nanoseconds: TICK,
+        })
     }
 }
 
 impl CallState {
     /// Nanoseconds since the instance was made.
     fn elapsed(&self) -> u64 {
-        u64::try_from(self.born.elapsed().as_nanos()).unwrap_or(u64::MAX)
+        u64::try_from(self.instantiated_at.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 }
 
 impl monotonic_clock::Host for CallState {
     fn now(&mut self) -> Result<u64> {
         let elapsed = self.elapsed();
-        let tape = &mut self.call.tape;
-        match tape.ask(0, || Asked::MonotonicClock)? {
-            Some(Saw::Number(now)) => Ok(now),
-            Some(_) => tape.foreign(),
+        let recorder = &mut self.call.recorder;
+        match recorder.begin_call(0, || HostCall::MonotonicClock)? {
+            Some(HostResult::Number(now)) => Ok(now),
+            Some(_) => recorder.mismatch(),
             None => {
-                tape.saw(0, || Saw::Number(elapsed));
+                recorder.finish_call(0, || HostResult::Number(elapsed));
                 Ok(elapsed)
             }
         }
@@ -102,15 +119,15 @@ impl CallState {
         if bytes > RANDOM_MAX {
             wasmtime::bail!("{bytes} random bytes are too many at once; {RANDOM_MAX} are allowed");
         }
-        let tape = &mut self.call.tape;
-        match tape.ask(0, || Asked::Random { bytes })? {
-            Some(Saw::Bytes(random)) if random.len() as u64 == bytes => Ok(random),
-            Some(_) => tape.foreign(),
+        let recorder = &mut self.call.recorder;
+        match recorder.begin_call(0, || HostCall::Random { bytes })? {
+            Some(HostResult::Bytes(random)) if random.len() as u64 == bytes => Ok(random),
+            Some(_) => recorder.mismatch(),
             None => {
                 let mut random = vec![0; usize::try_from(bytes)?];
                 rand::rng().fill_bytes(&mut random);
                 let random = Bytes::from(random);
-                tape.saw(random.len(), || Saw::Bytes(random.clone()));
+                recorder.finish_call(random.len(), || HostResult::Bytes(random.clone()));
                 Ok(random)
             }
         }
@@ -118,7 +135,9 @@ impl CallState {
 
     fn random_number(&mut self) -> Result<u64> {
         let random = self.random(8)?;
-        Ok(random.iter().fold(0, |number, byte| number << 8 | u64::from(*byte)))
+        Ok(random
+            .iter()
+            .fold(0, |number, byte| number << 8 | u64::from(*byte)))
     }
 }
 
@@ -146,23 +165,31 @@ impl insecure_seed::Host for CallState {
     /// What language runtimes stir into their hash maps: the same for every attempt at an event, as far as it is this host
     /// that makes it, and nothing that a publisher could guess.
     fn insecure_seed(&mut self) -> Result<(u64, u64)> {
-        if let Some(seed) = self.call.tape.looks.at_seed {
+        if let Some(seed) = self.call.recorder.inputs.hash_seed {
             return Ok(seed);
         }
-        let event_id = self.message().map(|message| message.event_id.as_str()).unwrap_or_default();
-        let seed = seed_of(event_id);
-        self.call.tape.looks.at_seed = Some(seed);
+        let event_id = self
+            .message()
+            .map(|message| message.event_id.as_str())
+            .unwrap_or_default();
+        let seed = derive_hash_seed(event_id);
+        self.call.recorder.inputs.hash_seed = Some(seed);
         Ok(seed)
     }
 }
 
-fn seed_of(event_id: &str) -> (u64, u64) {
+fn derive_hash_seed(event_id: &str) -> (u64, u64) {
     static KEY: OnceLock<[u8; 32]> = OnceLock::new();
     let mut hasher = Sha256::new();
     hasher.update(KEY.get_or_init(rand::random));
     hasher.update(event_id);
     let digest = hasher.finalize();
-    let half = |bytes: &[u8]| bytes.iter().take(8).fold(0, |number, byte| number << 8 | u64::from(*byte));
+    let half = |bytes: &[u8]| {
+        bytes
+            .iter()
+            .take(8)
+            .fold(0, |number, byte| number << 8 | u64::from(*byte))
+    };
     let (low, high) = digest.split_at(8);
     (half(low), half(high))
 }
@@ -171,12 +198,16 @@ fn seed_of(event_id: &str) -> (u64, u64) {
 
 impl poll::Host for CallState {
     async fn poll(&mut self, pollables: Vec<Resource<DynPollable>>) -> Result<Vec<u32>> {
-        match self.call.tape.ask(0, || Asked::Poll { waits: pollables.len() })? {
-            Some(Saw::Ready(ready)) => Ok(ready),
-            Some(_) => self.call.tape.foreign(),
+        match self.call.recorder.begin_call(0, || HostCall::Poll {
+            pollables: pollables.len(),
+        })? {
+            Some(HostResult::Ready(ready)) => Ok(ready),
+            Some(_) => self.call.recorder.mismatch(),
             None => {
                 let ready = poll::Host::poll(self.ctx().table, pollables).await?;
-                self.call.tape.saw(4 * ready.len(), || Saw::Ready(ready.clone()));
+                self.call
+                    .recorder
+                    .finish_call(4 * ready.len(), || HostResult::Ready(ready.clone()));
                 Ok(ready)
             }
         }
@@ -185,12 +216,14 @@ impl poll::Host for CallState {
 
 impl poll::HostPollable for CallState {
     async fn ready(&mut self, pollable: Resource<DynPollable>) -> Result<bool> {
-        match self.call.tape.ask(0, || Asked::IsReady)? {
-            Some(Saw::Number(ready)) => Ok(ready > 0),
-            Some(_) => self.call.tape.foreign(),
+        match self.call.recorder.begin_call(0, || HostCall::IsReady)? {
+            Some(HostResult::Number(ready)) => Ok(ready > 0),
+            Some(_) => self.call.recorder.mismatch(),
             None => {
                 let ready = poll::HostPollable::ready(self.ctx().table, pollable).await?;
-                self.call.tape.saw(0, || Saw::Number(ready.into()));
+                self.call
+                    .recorder
+                    .finish_call(0, || HostResult::Number(ready.into()));
                 Ok(ready)
             }
         }
@@ -198,9 +231,14 @@ impl poll::HostPollable for CallState {
 
     /// A replay does not wait.
     async fn block(&mut self, pollable: Resource<DynPollable>) -> Result<()> {
-        if self.call.tape.ask(0, || Asked::Wait)?.is_none() {
+        if self
+            .call
+            .recorder
+            .begin_call(0, || HostCall::Wait)?
+            .is_none()
+        {
             poll::HostPollable::block(self.ctx().table, pollable).await?;
-            self.call.tape.saw(0, || Saw::Nothing);
+            self.call.recorder.finish_call(0, || HostResult::Nothing);
         }
         Ok(())
     }

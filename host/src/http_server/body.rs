@@ -12,17 +12,17 @@ use bytes::Bytes;
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use tokio::time::{Instant, Sleep};
 
-use super::connections::Busy;
+use super::connections::BusyGuard;
 
 /// The slowest rate at which a body may come or go in the long run, in bytes per second.
 const RATE_MIN: u32 = 16 << 10;
 
 /// How much of an answer is given to the connection at once, in bytes: the rest counts as held here.
-const PIECE: usize = 64 << 10;
+const CHUNK_MAX: usize = 64 << 10;
 
 /// The time by which the next bytes must come or go, after so many have and where that time was `deadline`. A body that is slower than
 /// the lowest rate uses up its timeout, and no pause is longer than it.
-pub(super) fn extended(deadline: Instant, bytes: usize, timeout: Duration) -> Instant {
+pub(super) fn extend_deadline(deadline: Instant, bytes: usize, timeout: Duration) -> Instant {
     let earned = Duration::from_secs(bytes as u64) / RATE_MIN;
     (deadline + earned).min(Instant::now() + timeout)
 }
@@ -30,15 +30,15 @@ pub(super) fn extended(deadline: Instant, bytes: usize, timeout: Duration) -> In
 /// The bytes of bodies that one listener may hold.
 pub(super) struct Memory {
     used: AtomicUsize,
-    most: usize,
+    max: usize,
 }
 
 /// The bytes of one request's body. They count until the last clone is dropped, so a clone goes wherever the body goes.
 #[derive(Clone)]
-pub struct BodyMemory(Arc<Held>);
+pub struct BodyMemory(Arc<HeldBytes>);
 
 /// Bytes that count as in memory until this is dropped.
-struct Held {
+struct HeldBytes {
     memory: Arc<Memory>,
     bytes: AtomicUsize,
 }
@@ -50,15 +50,17 @@ pub enum BodyError {
     TooSlow,
     /// Other bodies take all the memory for bodies.
     NoMemory,
-    Torn(hyper::Error),
+    Incomplete(hyper::Error),
 }
 
 impl fmt::Display for BodyError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             BodyError::TooSlow => f.write_str("the body came too slowly (`http_body_timeout`)"),
-            BodyError::NoMemory => f.write_str("the bodies of other requests take all the memory (`http_memory`)"),
-            BodyError::Torn(_) => f.write_str("the body ended before its end"),
+            BodyError::NoMemory => {
+                f.write_str("the bodies of other requests take all the memory (`http_memory`)")
+            }
+            BodyError::Incomplete(_) => f.write_str("the body ended before its end"),
         }
     }
 }
@@ -66,27 +68,40 @@ impl fmt::Display for BodyError {
 impl std::error::Error for BodyError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            BodyError::Torn(error) => Some(error),
+            BodyError::Incomplete(error) => Some(error),
             BodyError::TooSlow | BodyError::NoMemory => None,
         }
     }
 }
 
 impl Memory {
-    pub fn new(most: usize) -> Arc<Self> {
-        Arc::new(Memory { used: AtomicUsize::new(0), most })
+    pub fn new(max: usize) -> Arc<Self> {
+        Arc::new(Memory {
+            used: AtomicUsize::new(0),
+            max,
+        })
     }
 }
 
-impl Held {
+impl HeldBytes {
     fn new(memory: &Arc<Memory>) -> Self {
-        Held { memory: Arc::clone(memory), bytes: AtomicUsize::new(0) }
+        HeldBytes {
+            memory: Arc::clone(memory),
+            bytes: AtomicUsize::new(0),
+        }
     }
 
     /// Counts further bytes, if they fit.
     fn try_add(&self, bytes: usize) -> bool {
-        let with = |used: usize| used.checked_add(bytes).filter(|used| *used <= self.memory.most);
-        let is_added = self.memory.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, with).is_ok();
+        let with = |used: usize| {
+            used.checked_add(bytes)
+                .filter(|used| *used <= self.memory.max)
+        };
+        let is_added = self
+            .memory
+            .used
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, with)
+            .is_ok();
         if is_added {
             self.bytes.fetch_add(bytes, Ordering::Relaxed);
         }
@@ -100,15 +115,17 @@ impl Held {
     }
 }
 
-impl Drop for Held {
+impl Drop for HeldBytes {
     fn drop(&mut self) {
-        self.memory.used.fetch_sub(*self.bytes.get_mut(), Ordering::Relaxed);
+        self.memory
+            .used
+            .fetch_sub(*self.bytes.get_mut(), Ordering::Relaxed);
     }
 }
 
 impl BodyMemory {
     pub(super) fn new(memory: &Arc<Memory>) -> Self {
-        BodyMemory(Arc::new(Held::new(memory)))
+        BodyMemory(Arc::new(HeldBytes::new(memory)))
     }
 }
 
@@ -124,12 +141,20 @@ pub(super) struct RequestBody {
 
 impl RequestBody {
     pub fn new(incoming: Incoming, memory: BodyMemory, timeout: Duration) -> Self {
-        RequestBody { incoming, memory, timeout, deadline: Instant::now() + timeout, timer: None }
+        RequestBody {
+            incoming,
+            memory,
+            timeout,
+            deadline: Instant::now() + timeout,
+            timer: None,
+        }
     }
 
     fn poll_too_slow(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let deadline = self.deadline;
-        let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
+        let timer = self
+            .timer
+            .get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
         if timer.deadline() != deadline {
             timer.as_mut().reset(deadline);
         }
@@ -141,20 +166,27 @@ impl HttpBody for RequestBody {
     type Data = Bytes;
     type Error = BodyError;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let Poll::Ready(frame) = Pin::new(&mut self.incoming).poll_frame(cx) else {
             ready!(self.poll_too_slow(cx));
             return Poll::Ready(Some(Err(BodyError::TooSlow)));
         };
         let frame = match frame {
             Some(Ok(frame)) => frame,
-            Some(Err(error)) => return Poll::Ready(Some(Err(BodyError::Torn(error)))),
+            Some(Err(error)) => return Poll::Ready(Some(Err(BodyError::Incomplete(error)))),
             None => return Poll::Ready(None),
         };
         let bytes = frame.data_ref().map_or(0, Bytes::len);
-        self.deadline = extended(self.deadline, bytes, self.timeout);
+        self.deadline = extend_deadline(self.deadline, bytes, self.timeout);
         let has_room = self.memory.0.try_add(bytes);
-        Poll::Ready(Some(if has_room { Ok(frame) } else { Err(BodyError::NoMemory) }))
+        Poll::Ready(Some(if has_room {
+            Ok(frame)
+        } else {
+            Err(BodyError::NoMemory)
+        }))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -171,20 +203,25 @@ pub(super) struct ResponseBody {
     body: Body,
     /// The rest of the last frame.
     rest: Bytes,
-    _held: Held,
-    _busy: Busy,
+    _held: HeldBytes,
+    _busy: BusyGuard,
 }
 
 impl ResponseBody {
-    pub fn new(body: Body, memory: &Arc<Memory>, busy: Busy) -> Self {
-        let held = Held::new(memory);
+    pub fn new(body: Body, memory: &Arc<Memory>, busy: BusyGuard) -> Self {
+        let held = HeldBytes::new(memory);
         // The answer is there, and its effects are committed: it cannot be refused any more.
         held.add(usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX));
-        ResponseBody { body, rest: Bytes::new(), _held: held, _busy: busy }
+        ResponseBody {
+            body,
+            rest: Bytes::new(),
+            _held: held,
+            _busy: busy,
+        }
     }
 
-    fn next_piece(&mut self) -> Frame<Bytes> {
-        let length = self.rest.len().min(PIECE);
+    fn next_chunk(&mut self) -> Frame<Bytes> {
+        let length = self.rest.len().min(CHUNK_MAX);
         Frame::data(self.rest.split_to(length))
     }
 }
@@ -193,15 +230,21 @@ impl HttpBody for ResponseBody {
     type Data = Bytes;
     type Error = axum::Error;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         if self.rest.is_empty() {
-            match ready!(Pin::new(&mut self.body).poll_frame(cx)).transpose()?.map(Frame::into_data) {
+            match ready!(Pin::new(&mut self.body).poll_frame(cx))
+                .transpose()?
+                .map(Frame::into_data)
+            {
                 Some(Ok(data)) => self.rest = data,
                 Some(Err(other)) => return Poll::Ready(Some(Ok(other))),
                 None => return Poll::Ready(None),
             }
         }
-        Poll::Ready(Some(Ok(self.next_piece())))
+        Poll::Ready(Some(Ok(self.next_chunk())))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -242,8 +285,8 @@ mod tests {
         let timeout = Duration::from_secs(30);
         let left = |deadline: Instant| (deadline - Instant::now()).as_secs_f64().round();
         let soon = Instant::now() + Duration::from_secs(10);
-        assert_eq!(left(extended(soon, 16 << 10, timeout)), 11.0);
-        assert_eq!(left(extended(soon, 0, timeout)), 10.0);
-        assert_eq!(left(extended(soon, 64 << 20, timeout)), 30.0);
+        assert_eq!(left(extend_deadline(soon, 16 << 10, timeout)), 11.0);
+        assert_eq!(left(extend_deadline(soon, 0, timeout)), 10.0);
+        assert_eq!(left(extend_deadline(soon, 64 << 20, timeout)), 30.0);
     }
 }

@@ -10,11 +10,11 @@ use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
 use tokio::time::{Instant, Sleep};
 
-use super::body::extended;
+use super::body::extend_deadline;
 use crate::config::HttpLimits;
 
 /// How often the log repeats that a listener is at its bound.
-const WARN_EVERY: Duration = Duration::from_secs(60);
+const WARN_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The open connections of one listener.
 pub(super) struct Connections {
@@ -23,11 +23,11 @@ pub(super) struct Connections {
     open: Mutex<Vec<Arc<Connection>>>,
     /// A connection has ended, or has begun to wait for a request.
     changed: Arc<Notify>,
-    warned: Mutex<Option<Instant>>,
+    warned_at: Mutex<Option<Instant>>,
 }
 
 /// The place of one connection among those that are open, until this is dropped.
-pub(super) struct Place {
+pub(super) struct ConnectionSlot {
     connections: Arc<Connections>,
     connection: Arc<Connection>,
 }
@@ -46,8 +46,8 @@ struct State {
     /// When that began.
     since: Instant,
     /// When the bytes that are being written must have gone; none when there are none.
-    written_by: Option<Instant>,
-    is_told_to_close: bool,
+    write_deadline: Option<Instant>,
+    is_closing: bool,
 }
 
 /// A connection's phases, in the order in which they follow each other; after `Busy` comes `Idle`.
@@ -64,26 +64,32 @@ enum Phase {
 }
 
 /// The time from the head of a request to the last piece of its answer.
-pub(super) struct Busy(Arc<Connection>);
+pub(super) struct BusyGuard(Arc<Connection>);
 
 impl Connections {
     pub fn new(name: &'static str, limits: HttpLimits) -> Self {
-        Connections { name, limits, open: Mutex::default(), changed: Arc::new(Notify::new()), warned: Mutex::new(None) }
+        Connections {
+            name,
+            limits,
+            open: Mutex::default(),
+            changed: Arc::new(Notify::new()),
+            warned_at: Mutex::new(None),
+        }
     }
 
     /// A place for one more connection. At the bound, the one that has waited longest for a request is closed for it; while all are
     /// busy, this waits.
-    pub async fn enter(self: &Arc<Self>) -> Place {
+    pub async fn acquire_slot(self: &Arc<Self>) -> ConnectionSlot {
         loop {
-            if let Some(place) = self.try_enter() {
-                return place;
+            if let Some(slot) = self.try_acquire_slot() {
+                return slot;
             }
             self.changed.notified().await;
         }
     }
 
     /// Returns when the last connection has ended.
-    pub async fn ended(&self) {
+    pub async fn wait_until_closed(&self) {
         while !self.lock().is_empty() {
             self.changed.notified().await;
         }
@@ -97,26 +103,36 @@ impl Connections {
         close_longest_waiting(&self.lock());
     }
 
-    fn try_enter(self: &Arc<Self>) -> Option<Place> {
+    fn try_acquire_slot(self: &Arc<Self>) -> Option<ConnectionSlot> {
         let mut open = self.lock();
         if open.len() < self.limits.connections {
             let connection = Arc::new(Connection::new(self.limits, Arc::clone(&self.changed)));
             open.push(Arc::clone(&connection));
-            return Some(Place { connections: Arc::clone(self), connection });
+            return Some(ConnectionSlot {
+                connections: Arc::clone(self),
+                connection,
+            });
         }
         if self.may_warn() {
             let connections = self.limits.connections;
-            tracing::warn!(listener = self.name, connections, "connection limit reached, closing idle connections");
+            tracing::warn!(
+                listener = self.name,
+                connections,
+                "connection limit reached, closing idle connections"
+            );
         }
         close_longest_waiting(&open);
         None
     }
 
     fn may_warn(&self) -> bool {
-        let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_due = warned.is_none_or(|warned| warned.elapsed() >= WARN_EVERY);
+        let mut warned_at = self
+            .warned_at
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let is_due = warned_at.is_none_or(|warned_at| warned_at.elapsed() >= WARN_INTERVAL);
         if is_due {
-            *warned = Some(Instant::now());
+            *warned_at = Some(Instant::now());
         }
         is_due
     }
@@ -127,29 +143,43 @@ impl Connections {
 }
 
 fn close_longest_waiting(open: &[Arc<Connection>]) {
-    let waiting = open.iter().filter_map(|connection| Some((connection.waits_since()?, connection)));
+    let waiting = open
+        .iter()
+        .filter_map(|connection| Some((connection.waiting_since()?, connection)));
     if let Some((_, connection)) = waiting.min_by_key(|(since, _)| *since) {
-        connection.tell_to_close();
+        connection.request_close();
     }
 }
 
-impl Place {
+impl ConnectionSlot {
     pub fn connection(&self) -> &Arc<Connection> {
         &self.connection
     }
 }
 
-impl Drop for Place {
+impl Drop for ConnectionSlot {
     fn drop(&mut self) {
-        self.connections.lock().retain(|open| !Arc::ptr_eq(open, &self.connection));
+        self.connections
+            .lock()
+            .retain(|open| !Arc::ptr_eq(open, &self.connection));
         self.connections.changed.notify_one();
     }
 }
 
 impl Connection {
     fn new(limits: HttpLimits, changed: Arc<Notify>) -> Self {
-        let state = State { phase: Phase::New, since: Instant::now(), written_by: None, is_told_to_close: false };
-        Connection { limits, state: Mutex::new(state), close: Notify::new(), changed }
+        let state = State {
+            phase: Phase::New,
+            since: Instant::now(),
+            write_deadline: None,
+            is_closing: false,
+        };
+        Connection {
+            limits,
+            state: Mutex::new(state),
+            close: Notify::new(),
+            changed,
+        }
     }
 
     /// Bytes have come.
@@ -164,27 +194,29 @@ impl Connection {
     }
 
     /// The head of a request is complete.
-    pub fn begin_request(self: &Arc<Self>) -> Busy {
+    pub fn begin_request(self: &Arc<Self>) -> BusyGuard {
         self.lock().enter(Phase::Busy);
-        Busy(Arc::clone(self))
+        BusyGuard(Arc::clone(self))
     }
 
     /// Bytes are to be written.
     pub fn writing(&self) {
         let timeout = self.limits.body_timeout;
-        self.lock().written_by.get_or_insert_with(|| Instant::now() + timeout);
+        self.lock()
+            .write_deadline
+            .get_or_insert_with(|| Instant::now() + timeout);
     }
 
     /// So many of them have gone.
     pub fn wrote(&self, bytes: usize) {
-        if let Some(written_by) = &mut self.lock().written_by {
-            *written_by = extended(*written_by, bytes, self.limits.body_timeout);
+        if let Some(write_deadline) = &mut self.lock().write_deadline {
+            *write_deadline = extend_deadline(*write_deadline, bytes, self.limits.body_timeout);
         }
     }
 
     /// All of them have gone.
     pub fn flushed(&self) {
-        self.lock().written_by = None;
+        self.lock().write_deadline = None;
     }
 
     /// When it is to be closed unless it goes on before.
@@ -195,25 +227,25 @@ impl Connection {
             Phase::Idle => Some(state.since + self.limits.idle_timeout),
             Phase::Busy => None,
         };
-        phase_ends.into_iter().chain(state.written_by).min()
+        phase_ends.into_iter().chain(state.write_deadline).min()
     }
 
     /// Since when it has waited for a request, if it does and has not been told to close.
-    fn waits_since(&self) -> Option<Instant> {
+    fn waiting_since(&self) -> Option<Instant> {
         let state = self.lock();
-        (state.waits() && !state.is_told_to_close).then_some(state.since)
+        (state.is_waiting() && !state.is_closing).then_some(state.since)
     }
 
-    fn tell_to_close(&self) {
-        self.lock().is_told_to_close = true;
+    fn request_close(&self) {
+        self.lock().is_closing = true;
         self.close.notify_one();
     }
 
     /// Whether it still waits for a request after it was told to close. If a request has come, another connection must close.
     fn may_close(&self) -> bool {
         let mut state = self.lock();
-        state.is_told_to_close = false;
-        let may_close = state.waits();
+        state.is_closing = false;
+        let may_close = state.is_waiting();
         if !may_close {
             self.changed.notify_one();
         }
@@ -230,12 +262,12 @@ impl State {
         (self.phase, self.since) = (phase, Instant::now());
     }
 
-    fn waits(&self) -> bool {
-        self.phase != Phase::Busy && self.written_by.is_none()
+    fn is_waiting(&self) -> bool {
+        self.phase != Phase::Busy && self.write_deadline.is_none()
     }
 }
 
-impl Drop for Busy {
+impl Drop for BusyGuard {
     fn drop(&mut self) {
         self.0.lock().enter(Phase::Idle);
         self.0.changed.notify_one();
@@ -243,28 +275,34 @@ impl Drop for Busy {
 }
 
 /// Says when a connection is over: it was too slow, or it has to make way for another.
-pub(super) struct Watch<'c> {
+pub(super) struct Watchdog<'c> {
     connection: &'c Connection,
-    told: Pin<Box<Notified<'c>>>,
+    close_requested: Pin<Box<Notified<'c>>>,
     timer: Pin<Box<Sleep>>,
 }
 
-impl<'c> Watch<'c> {
+impl<'c> Watchdog<'c> {
     pub fn new(connection: &'c Connection) -> Self {
-        let told = Box::pin(connection.close.notified());
+        let close_requested = Box::pin(connection.close.notified());
         let timer = Box::pin(tokio::time::sleep(connection.limits.head_timeout));
-        Watch { connection, told, timer }
+        Watchdog {
+            connection,
+            close_requested,
+            timer,
+        }
     }
 
     /// To be polled after everything that may change the state of the connection.
-    pub fn poll_over(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        while self.told.as_mut().poll(cx).is_ready() {
-            self.told.set(self.connection.close.notified());
+    pub fn poll_expired(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        while self.close_requested.as_mut().poll(cx).is_ready() {
+            self.close_requested.set(self.connection.close.notified());
             if self.connection.may_close() {
                 return Poll::Ready(());
             }
         }
-        let Some(deadline) = self.connection.deadline() else { return Poll::Pending };
+        let Some(deadline) = self.connection.deadline() else {
+            return Poll::Pending;
+        };
         if self.timer.deadline() != deadline {
             self.timer.as_mut().reset(deadline);
         }
@@ -286,11 +324,13 @@ mod tests {
 
     /// In whole seconds.
     fn left(connection: &Connection) -> Option<f64> {
-        connection.deadline().map(|deadline| (deadline - Instant::now()).as_secs_f64().round())
+        connection
+            .deadline()
+            .map(|deadline| (deadline - Instant::now()).as_secs_f64().round())
     }
 
     #[test]
-    fn each_phase_has_its_deadline() {
+    fn each_connection_phase_has_a_deadline() {
         let connection = Arc::new(Connection::new(LIMITS, Arc::default()));
         connection.lock().since -= Duration::from_secs(4);
         // A client that sends its head byte by byte gains nothing.
@@ -304,30 +344,36 @@ mod tests {
         connection.wrote(32 << 10);
         assert_eq!(left(&connection), Some(30.0));
         drop(busy);
-        assert_eq!((left(&connection), connection.waits_since()), (Some(30.0), None));
+        assert_eq!(
+            (left(&connection), connection.waiting_since()),
+            (Some(30.0), None)
+        );
         connection.flushed();
         assert_eq!(left(&connection), Some(75.0));
-        assert!(connection.waits_since().is_some());
+        assert!(connection.waiting_since().is_some());
         connection.received();
         assert_eq!(left(&connection), Some(10.0));
     }
 
     #[tokio::test]
-    async fn at_the_bound_the_connection_that_waits_longest_makes_way() {
+    async fn the_longest_waiting_connection_is_closed_at_the_limit() {
         let connections = Arc::new(Connections::new("test", LIMITS));
-        let (first, second) = (connections.enter().await, connections.enter().await);
+        let (first, second) = (
+            connections.acquire_slot().await,
+            connections.acquire_slot().await,
+        );
         let busy = first.connection().begin_request();
-        assert!(connections.try_enter().is_none());
-        assert!(second.connection().lock().is_told_to_close && !first.connection().lock().is_told_to_close);
+        assert!(connections.try_acquire_slot().is_none());
+        assert!(second.connection().lock().is_closing && !first.connection().lock().is_closing);
         // A request that came in the meantime keeps its connection.
         let other = second.connection().begin_request();
         assert!(!second.connection().may_close());
-        assert!(connections.try_enter().is_none());
+        assert!(connections.try_acquire_slot().is_none());
         drop(busy);
-        assert!(connections.try_enter().is_none());
+        assert!(connections.try_acquire_slot().is_none());
         assert!(first.connection().may_close());
         drop(first);
-        assert!(connections.try_enter().is_some());
+        assert!(connections.try_acquire_slot().is_some());
         drop(other);
     }
 }

@@ -27,23 +27,23 @@ use crate::drain::Stopping;
 
 mod body;
 mod connections;
-mod files;
-mod names;
-mod watched;
+mod file_limit;
+mod header_names;
+mod watched_stream;
 
 pub use body::{BodyError, BodyMemory};
-pub use files::within_file_limit;
-pub use names::written_names;
+pub use file_limit::within_file_limit;
+pub use header_names::original_header_names;
 
 use body::{Memory, RequestBody, ResponseBody};
-use connections::{Connection, Connections, Place, Watch};
-use watched::Watched;
+use connections::{Connection, ConnectionSlot, Connections, Watchdog};
+use watched_stream::WatchedStream;
 
 /// The longest head of a request, in bytes.
 const HEAD_MAX: usize = 64 << 10;
 
 /// How long a listener waits after an accept failed, mostly because the process has too many files open.
-const ACCEPT_AGAIN_AFTER: Duration = Duration::from_millis(100);
+const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 
 /// One listener and its bounds.
 struct Server {
@@ -54,28 +54,41 @@ struct Server {
 }
 
 /// Serves requests until it is time to stop, and then finishes those that have begun. `name` is the listener's in the log.
-pub async fn serve(name: &'static str, listener: TcpListener, router: Router, limits: HttpLimits, stopping: Stopping) {
+pub async fn serve(
+    name: &'static str,
+    listener: TcpListener,
+    router: Router,
+    limits: HttpLimits,
+    stopping: Stopping,
+) {
     let mut http = http1::Builder::new();
-    // The time limits are those of `Watch`: hyper's own does not tell an idle connection from a slow head.
-    http.max_buf_size(HEAD_MAX).header_read_timeout(None).preserve_header_case(true);
+    // The time limits are those of `Watchdog`: hyper's own does not tell an idle connection from a slow head.
+    http.max_buf_size(HEAD_MAX)
+        .header_read_timeout(None)
+        .preserve_header_case(true);
     let connections = Arc::new(Connections::new(name, limits));
-    let server = Arc::new(Server { http, router, limits, memory: Memory::new(limits.memory) });
+    let server = Arc::new(Server {
+        http,
+        router,
+        limits,
+        memory: Memory::new(limits.memory),
+    });
     let mut stop = stopping.clone();
     loop {
         let accepted = async {
             let stream = accept(&listener, &connections).await;
-            (stream, connections.enter().await)
+            (stream, connections.acquire_slot().await)
         };
         tokio::select! {
             biased;
             () = stop.stopped() => break,
-            (stream, place) = accepted => {
-                tokio::spawn(serve_connection(Arc::clone(&server), stream, place, stopping.clone()));
+            (stream, slot) = accepted => {
+                tokio::spawn(serve_connection(Arc::clone(&server), stream, slot, stopping.clone()));
             }
         }
     }
     drop(listener);
-    connections.ended().await;
+    connections.wait_until_closed().await;
 }
 
 /// The next connection. A failure here is not the end of the listener.
@@ -83,32 +96,40 @@ async fn accept(listener: &TcpListener, connections: &Connections) -> TcpStream 
     loop {
         match listener.accept().await {
             Ok((stream, _)) => return stream,
-            Err(error) if is_of_one_client(&error) => {}
+            Err(error) if is_client_error(&error) => {}
             Err(error) => {
                 connections.accept_failed(&error);
-                tokio::time::sleep(ACCEPT_AGAIN_AFTER).await;
+                tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
             }
         }
     }
 }
 
-fn is_of_one_client(error: &io::Error) -> bool {
+fn is_client_error(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
-    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
+    matches!(
+        error.kind(),
+        ConnectionAborted | ConnectionRefused | ConnectionReset
+    )
 }
 
 /// Serves one connection until its client, a time limit or the end of the host closes it.
-async fn serve_connection(server: Arc<Server>, stream: TcpStream, place: Place, mut stopping: Stopping) {
+async fn serve_connection(
+    server: Arc<Server>,
+    stream: TcpStream,
+    slot: ConnectionSlot,
+    mut stopping: Stopping,
+) {
     // Answers are written whole; delaying them in the hope for more to send saves nothing.
     let _ = stream.set_nodelay(true);
-    let connection = Arc::clone(place.connection());
-    let io = TokioIo::new(Watched::new(stream, Arc::clone(&connection)));
+    let connection = Arc::clone(slot.connection());
+    let io = TokioIo::new(WatchedStream::new(stream, Arc::clone(&connection)));
     let (http, answering) = (server.http.clone(), Arc::clone(&connection));
     let service = service_fn(move |request| server.answer(&answering, request));
     let mut serving = pin!(http.serve_connection(io, service));
     let mut stopped = pin!(stopping.stopped());
     let mut is_stopping = false;
-    let mut watch = Watch::new(&connection);
+    let mut watchdog = Watchdog::new(&connection);
     poll_fn(|cx| {
         if serving.as_mut().poll(cx).is_ready() {
             return Poll::Ready(());
@@ -121,7 +142,7 @@ async fn serve_connection(server: Arc<Server>, stream: TcpStream, place: Place, 
             }
         }
         // Last, as it looks at the state in which the connection now is.
-        watch.poll_over(cx)
+        watchdog.poll_expired(cx)
     })
     .await;
 }
@@ -136,10 +157,20 @@ impl Server {
         let busy = connection.begin_request();
         let memory = Arc::clone(&self.memory);
         let held = BodyMemory::new(&memory);
-        let mut request = request.map(|body| Body::new(RequestBody::new(body, held.clone(), self.limits.body_timeout)));
+        let mut request = request.map(|body| {
+            Body::new(RequestBody::new(
+                body,
+                held.clone(),
+                self.limits.body_timeout,
+            ))
+        });
         request.extensions_mut().insert(held);
         let answering = TowerToHyperService::new(self.router.clone()).call(request);
-        async move { Ok(answering.await?.map(|body| ResponseBody::new(body, &memory, busy))) }
+        async move {
+            Ok(answering
+                .await?
+                .map(|body| ResponseBody::new(body, &memory, busy)))
+        }
     }
 }
 

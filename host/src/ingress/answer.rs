@@ -4,37 +4,50 @@ use axum::body::Body;
 use axum::http::{HeaderName, HeaderValue, StatusCode};
 use axum::response::Response;
 
-use crate::guest::bytes_of;
-use crate::model::request::HttpAnswer;
+use crate::guest::header_to_bytes;
+use crate::model::request::HttpResponse;
 
 /// Says that an answer was given before, as at Stripe.
-pub(super) const REPLAYED: &str = "idempotent-replayed";
+pub(super) const REPLAYED_HEADER: &str = "idempotent-replayed";
 
 /// What concerns one connection (RFC 9110 section 7.6.1), and what the server says itself.
-const OF_THE_CONNECTION: [&str; 8] =
-    ["connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "content-length"];
+const HOP_BY_HOP_HEADERS: [&str; 8] = [
+    "connection",
+    "keep-alive",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+    "content-length",
+];
 
 /// Statuses whose answers end with their head (RFC 9110 sections 15.3.5, 15.3.6 and 15.4.5).
-const HAVE_NO_BODY: [u16; 3] = [204, 205, 304];
+const STATUSES_WITHOUT_BODY: [u16; 3] = [204, 205, 304];
 
 /// The response that an answer is.
-pub(super) fn respond(answer: HttpAnswer, replayed: bool) -> Response {
-    let body = if HAVE_NO_BODY.contains(&answer.status) { Body::empty() } else { Body::from(answer.body) };
+pub(super) fn respond(answer: HttpResponse, replayed: bool) -> Response {
+    let body = if STATUSES_WITHOUT_BODY.contains(&answer.status) {
+        Body::empty()
+    } else {
+        Body::from(answer.body)
+    };
     let mut response = Response::new(body);
-    *response.status_mut() = StatusCode::from_u16(answer.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    *response.status_mut() =
+        StatusCode::from_u16(answer.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let headers = response.headers_mut();
     for (name, value) in answer.headers {
         let name = HeaderName::try_from(name);
-        let value = HeaderValue::from_bytes(&bytes_of(&value));
+        let value = HeaderValue::from_bytes(&header_to_bytes(&value));
         if let (Ok(name), Ok(value)) = (name, value)
-            && !OF_THE_CONNECTION.contains(&name.as_str())
-            && name != REPLAYED
+            && !HOP_BY_HOP_HEADERS.contains(&name.as_str())
+            && name != REPLAYED_HEADER
         {
             headers.append(name, value);
         }
     }
     if replayed {
-        headers.insert(REPLAYED, HeaderValue::from_static("true"));
+        headers.insert(REPLAYED_HEADER, HeaderValue::from_static("true"));
     }
     response
 }

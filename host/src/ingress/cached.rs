@@ -12,29 +12,35 @@ use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 
 use super::answer::respond;
-use super::key::Labelled;
+use super::key::LabelledDigest;
 use super::problem::Problem;
 use super::{Ingress, Target, read_body};
 use crate::cache::{CacheKey, Cached, Layer, Loaded, Policy};
-use crate::config::manifest::{CacheFor, CacheTerms};
+use crate::config::manifest::{CachePolicy, CacheScope};
 use crate::model::message::{Headers, header};
-use crate::model::request::HttpAnswer;
+use crate::model::request::HttpResponse;
 
 const IF_NONE_MATCH: &str = "if-none-match";
 
 /// Headers that ask for less than the whole answer.
-const CONDITIONS: [&str; 6] =
-    [IF_NONE_MATCH, "if-modified-since", "if-match", "if-unmodified-since", "if-range", "range"];
+const CONDITIONAL_HEADERS: [&str; 6] = [
+    IF_NONE_MATCH,
+    "if-modified-since",
+    "if-match",
+    "if-unmodified-since",
+    "if-range",
+    "range",
+];
 
 /// Headers of a request that an answer may depend on, besides who asks.
-const KEYED: [&str; 3] = ["accept", "accept-language", "host"];
+const KEYED_HEADERS: [&str; 3] = ["accept", "accept-language", "host"];
 
 /// Headers of a request that may say who asks, besides the one that the host is configured with.
-const CALLER: [&str; 2] = ["authorization", "cookie"];
+const CALLER_HEADERS: [&str; 2] = ["authorization", "cookie"];
 
 /// What stands before the body in a value of the cache.
 #[derive(Serialize, Deserialize)]
-struct Head {
+struct CachedHead {
     status: u16,
     headers: Headers,
 }
@@ -44,39 +50,62 @@ impl Ingress {
     pub(super) async fn answer_cached(
         self: Arc<Self>,
         target: Arc<Target>,
-        terms: &CacheTerms,
+        terms: &CachePolicy,
         mut parts: Parts,
         body: Body,
     ) -> Response {
-        if let Err(problem) = no_body(body).await {
+        if let Err(problem) = reject_body(body).await {
             return respond(problem.answer(), false);
         }
         // What is kept is for those, too, who have nothing to compare it with.
-        let known: Vec<HeaderValue> = parts.headers.get_all(IF_NONE_MATCH).iter().cloned().collect();
-        CONDITIONS.iter().for_each(|name| drop(parts.headers.remove(*name)));
+        let if_none_match: Vec<HeaderValue> = parts
+            .headers
+            .get_all(IF_NONE_MATCH)
+            .iter()
+            .cloned()
+            .collect();
+        CONDITIONAL_HEADERS
+            .iter()
+            .for_each(|name| drop(parts.headers.remove(*name)));
         let keyed = self.keyed_headers(terms);
-        let place = CacheKey::response(target.name(), &cache_key(&target, &keyed, &parts));
-        let (policy, tags) = (Policy { ttl: terms.ttl, stale: terms.stale }, target.cache_tags(terms));
-        let is_for_all = terms.cache_for == CacheFor::Everyone;
+        let cache_key = CacheKey::response(target.name(), &cache_key(&target, &keyed, &parts));
+        let (policy, tags) = (
+            Policy {
+                ttl: terms.ttl,
+                stale: terms.stale,
+            },
+            target.cache_tags(terms),
+        );
+        let is_for_all = terms.cache_scope == CacheScope::Shared;
         let ingress = Arc::clone(&self);
         let load = move || async move {
             let answer = match ingress.read(&target, parts, Body::empty()).await {
-                Ok(asked) => ingress.answer(&target, &asked).await.map(|(answer, _)| answer),
+                Ok(asked) => ingress
+                    .answer(&target, &asked)
+                    .await
+                    .map(|(answer, _)| answer),
                 Err(problem) => Err(problem),
             };
             let answer = answer.unwrap_or_else(|problem| problem.answer());
-            let keep = may_be_kept(&answer, is_for_all, &keyed).then_some(policy);
-            anyhow::Ok(Loaded { value: packed(&answer)?, tags, keep })
+            let keep = is_cacheable(&answer, is_for_all, &keyed).then_some(policy);
+            anyhow::Ok(Loaded {
+                value: encode(&answer)?,
+                tags,
+                policy: keep,
+            })
         };
-        let cached = match self.cache.get_or_load(&place, load).await {
+        let cached = match self.cache.get_or_load(&cache_key, load).await {
             Ok(cached) => cached,
             Err(error) => {
                 tracing::warn!("a request was not answered: {:#}", error.cause());
                 return respond(Problem::unavailable().answer(), false);
             }
         };
-        match unpacked(&cached.value) {
-            Ok(answer) => unless_known(with_age(respond(answer, false), &cached), &known),
+        match decode(&cached.value) {
+            Ok(answer) => not_modified_if_matched(
+                with_cache_headers(respond(answer, false), &cached),
+                &if_none_match,
+            ),
             Err(error) => {
                 tracing::warn!("what the cache holds cannot be read: {error:#}");
                 respond(Problem::unavailable().answer(), false)
@@ -85,27 +114,36 @@ impl Ingress {
     }
 
     /// The headers of a request that are part of its key, in lower case.
-    fn keyed_headers(&self, terms: &CacheTerms) -> Vec<String> {
-        let callers = match terms.cache_for {
-            CacheFor::Everyone => Vec::new(),
-            CacheFor::Caller => CALLER.into_iter().chain(self.admission.caller.as_deref()).collect(),
+    fn keyed_headers(&self, terms: &CachePolicy) -> Vec<String> {
+        let callers = match terms.cache_scope {
+            CacheScope::Shared => Vec::new(),
+            CacheScope::Caller => CALLER_HEADERS
+                .into_iter()
+                .chain(self.admission.caller.as_deref())
+                .collect(),
         };
-        KEYED.into_iter().chain(callers).map(str::to_owned).collect()
+        KEYED_HEADERS
+            .into_iter()
+            .chain(callers)
+            .map(str::to_owned)
+            .collect()
     }
 }
 
 /// Everything that an answer depends on, as a digest: all values of the keyed headers, byte by byte.
 fn cache_key(target: &Target, keyed: &[String], parts: &Parts) -> String {
     let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
-    let mut digest = Labelled::default();
+    let mut digest = LabelledDigest::default();
     digest.add(":version", [target.version().to_be_bytes().as_slice()]);
     digest.add(":path", [path.as_bytes()]);
-    keyed.iter().for_each(|name| digest.header(&parts.headers, name));
+    keyed
+        .iter()
+        .for_each(|name| digest.header(&parts.headers, name));
     digest.hex()
 }
 
 /// Refuses a body: it would be part of the answer and not of its key.
-async fn no_body(body: Body) -> Result<(), Problem> {
+async fn reject_body(body: Body) -> Result<(), Problem> {
     if body.size_hint().lower() > 0 {
         return Err(Problem::body_refused());
     }
@@ -118,52 +156,82 @@ async fn no_body(body: Body) -> Result<(), Problem> {
 
 /// Whether an answer may be given to others, or again: it worked, the handler does not say otherwise, and it depends on nothing that
 /// is not in its key.
-fn may_be_kept(answer: &HttpAnswer, is_for_all: bool, keyed: &[String]) -> bool {
-    let control = listed(&answer.headers, "cache-control");
+fn is_cacheable(answer: &HttpResponse, is_for_all: bool, keyed: &[String]) -> bool {
+    let control = header_list(&answer.headers, "cache-control");
     // With an argument, as in `private="set-cookie"`, a directive is meant no less.
-    let says = |word: &str| control.iter().any(|part| part.split('=').next() == Some(word));
+    let says = |word: &str| {
+        control
+            .iter()
+            .any(|part| part.split('=').next() == Some(word))
+    };
     let sets_cookie = header(&answer.headers, "set-cookie").is_some();
     let is_private = is_for_all && says("private");
-    let is_keyed = listed(&answer.headers, "vary").iter().all(|name| keyed.contains(name));
-    answer.status == 200 && !sets_cookie && !is_private && !says("no-store") && !says("no-cache") && is_keyed
+    let is_keyed = header_list(&answer.headers, "vary")
+        .iter()
+        .all(|name| keyed.contains(name));
+    answer.status == 200
+        && !sets_cookie
+        && !is_private
+        && !says("no-store")
+        && !says("no-cache")
+        && is_keyed
 }
 
 /// The members of a header that is a list, over all its lines, in lower case and without quotes. A quoted comma separates, too: a
 /// member too many only keeps an answer from being kept.
-fn listed(headers: &Headers, name: &str) -> Vec<String> {
-    let lines = headers.iter().filter(|(key, _)| key.eq_ignore_ascii_case(name));
+fn header_list(headers: &Headers, name: &str) -> Vec<String> {
+    let lines = headers
+        .iter()
+        .filter(|(key, _)| key.eq_ignore_ascii_case(name));
     let members = lines.flat_map(|(_, line)| line.split(','));
     let members = members.map(|member| member.trim().trim_matches('"').trim().to_ascii_lowercase());
     members.filter(|member| !member.is_empty()).collect()
 }
 
 /// The length of the head, the head, and the body as it is.
-fn packed(answer: &HttpAnswer) -> anyhow::Result<Bytes> {
-    let head = Head { status: answer.status, headers: answer.headers.clone() };
+fn encode(answer: &HttpResponse) -> anyhow::Result<Bytes> {
+    let head = CachedHead {
+        status: answer.status,
+        headers: answer.headers.clone(),
+    };
     let head = serde_json::to_vec(&head).context("write the head of an answer")?;
-    let mut packed = BytesMut::with_capacity(4 + head.len() + answer.body.len());
-    packed.put_u32(u32::try_from(head.len()).context("count the head of an answer")?);
-    packed.put_slice(&head);
-    packed.put_slice(&answer.body);
-    Ok(packed.freeze())
+    let mut encoded = BytesMut::with_capacity(4 + head.len() + answer.body.len());
+    encoded.put_u32(u32::try_from(head.len()).context("count the head of an answer")?);
+    encoded.put_slice(&head);
+    encoded.put_slice(&answer.body);
+    Ok(encoded.freeze())
 }
 
-fn unpacked(value: &Bytes) -> anyhow::Result<HttpAnswer> {
-    let (length, rest) = value.split_first_chunk::<4>().context("read the length of the head")?;
-    let length = usize::try_from(u32::from_be_bytes(*length)).context("read the length of the head")?;
+fn decode(value: &Bytes) -> anyhow::Result<HttpResponse> {
+    let (length, rest) = value
+        .split_first_chunk::<4>()
+        .context("read the length of the head")?;
+    let length =
+        usize::try_from(u32::from_be_bytes(*length)).context("read the length of the head")?;
     let head = rest.get(..length).context("find the head of an answer")?;
-    let Head { status, headers } = serde_json::from_slice(head).context("read the head of an answer")?;
-    Ok(HttpAnswer { status, headers, body: value.slice(4 + length..) })
+    let CachedHead { status, headers } =
+        serde_json::from_slice(head).context("read the head of an answer")?;
+    Ok(HttpResponse {
+        status,
+        headers,
+        body: value.slice(4 + length..),
+    })
 }
 
 /// Says that an answer is the one that the caller has, if it is (RFC 9110 section 13.1.2).
-fn unless_known(mut response: Response, known: &[HeaderValue]) -> Response {
-    let tag = response.headers().get("etag").and_then(|tag| tag.to_str().ok()).map(opaque);
+fn not_modified_if_matched(mut response: Response, if_none_match: &[HeaderValue]) -> Response {
+    let tag = response
+        .headers()
+        .get("etag")
+        .and_then(|tag| tag.to_str().ok())
+        .map(opaque_tag);
     let names = |value: &HeaderValue| {
         let value = value.to_str().unwrap_or_default();
-        value.split(',').any(|one| one.trim() == "*" || tag.is_some_and(|tag| opaque(one.trim()) == tag))
+        value
+            .split(',')
+            .any(|one| one.trim() == "*" || tag.is_some_and(|tag| opaque_tag(one.trim()) == tag))
     };
-    if tag.is_some() && response.status() == StatusCode::OK && known.iter().any(names) {
+    if tag.is_some() && response.status() == StatusCode::OK && if_none_match.iter().any(names) {
         *response.status_mut() = StatusCode::NOT_MODIFIED;
         *response.body_mut() = Body::empty();
     }
@@ -171,12 +239,12 @@ fn unless_known(mut response: Response, known: &[HeaderValue]) -> Response {
 }
 
 /// A tag without the mark of a weak one, which makes no difference here.
-fn opaque(tag: &str) -> &str {
+fn opaque_tag(tag: &str) -> &str {
     tag.strip_prefix("W/").unwrap_or(tag)
 }
 
 /// Says how old an answer is (RFC 9111), and where it comes from (RFC 9211).
-fn with_age(mut response: Response, cached: &Cached) -> Response {
+fn with_cache_headers(mut response: Response, cached: &Cached) -> Response {
     let status = match (cached.layer, cached.is_stale) {
         (Layer::Loaded, _) => "oncely; fwd=miss",
         (Layer::Local, false) => "oncely; hit; detail=local",
@@ -195,26 +263,38 @@ fn with_age(mut response: Response, cached: &Cached) -> Response {
 mod tests {
     use super::*;
 
-    fn answer(status: u16, headers: &[(&str, &str)]) -> HttpAnswer {
-        let headers = headers.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-        HttpAnswer { status, headers, body: Bytes::from_static(b"\x00body") }
+    fn answer(status: u16, headers: &[(&str, &str)]) -> HttpResponse {
+        let headers = headers
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect();
+        HttpResponse {
+            status,
+            headers,
+            body: Bytes::from_static(b"\x00body"),
+        }
     }
 
     #[test]
-    fn an_answer_comes_out_as_it_went_in() {
+    fn a_decoded_answer_equals_the_encoded_one() {
         let answer = answer(200, &[("x", "caf\u{e9}"), ("x", "2")]);
-        assert_eq!(unpacked(&packed(&answer).unwrap()).unwrap(), answer);
-        assert!(unpacked(&Bytes::from_static(b"\x00\x00\x00\x09{}")).is_err());
+        assert_eq!(decode(&encode(&answer).unwrap()).unwrap(), answer);
+        assert!(decode(&Bytes::from_static(b"\x00\x00\x00\x09{}")).is_err());
     }
 
     fn keyed() -> Vec<String> {
-        KEYED.into_iter().chain(CALLER).map(str::to_owned).collect()
+        KEYED_HEADERS
+            .into_iter()
+            .chain(CALLER_HEADERS)
+            .map(str::to_owned)
+            .collect()
     }
 
     #[test]
-    fn only_answers_that_are_for_others_are_kept() {
-        let kept =
-            |status, headers: &[(&str, &str)], is_for_all| may_be_kept(&answer(status, headers), is_for_all, &keyed());
+    fn only_shareable_answers_are_cacheable() {
+        let kept = |status, headers: &[(&str, &str)], is_for_all| {
+            is_cacheable(&answer(status, headers), is_for_all, &keyed())
+        };
         assert!(kept(200, &[("cache-control", "max-age=3")], true));
         assert!(kept(200, &[("cache-control", "private")], false));
         assert!(!kept(404, &[], true));
@@ -230,23 +310,47 @@ mod tests {
             assert!(!kept(200, &[("cache-control", line)], true), "{line}");
         }
         // All lines count.
-        assert!(!kept(200, &[("cache-control", "max-age=60"), ("Cache-Control", "no-store")], false));
-        assert!(!kept(200, &[("cache-control", "max-age=60"), ("cache-control", "private")], true));
+        assert!(!kept(
+            200,
+            &[
+                ("cache-control", "max-age=60"),
+                ("Cache-Control", "no-store")
+            ],
+            false
+        ));
+        assert!(!kept(
+            200,
+            &[
+                ("cache-control", "max-age=60"),
+                ("cache-control", "private")
+            ],
+            true
+        ));
         assert!(!kept(200, &[("x", "y"), ("Set-Cookie", "a=b")], false));
     }
 
     #[test]
-    fn answers_that_vary_by_more_than_the_key_are_not_kept() {
+    fn answers_with_an_unkeyed_vary_are_not_cacheable() {
         let kept = |lines: &[&str]| {
             let headers: Vec<(&str, &str)> = lines.iter().map(|line| ("Vary", *line)).collect();
-            may_be_kept(&answer(200, &headers), false, &keyed())
+            is_cacheable(&answer(200, &headers), false, &keyed())
         };
         assert!(kept(&["Accept, Accept-Language", "cookie", ""]));
-        for lines in [&["*"][..], &["X-Tenant"], &["accept, x-tenant"], &["accept", "origin"], &["accept,*"]] {
+        for lines in [
+            &["*"][..],
+            &["X-Tenant"],
+            &["accept, x-tenant"],
+            &["accept", "origin"],
+            &["accept,*"],
+        ] {
             assert!(!kept(lines), "{lines:?}");
         }
         // For everyone, not even by who asks.
-        let for_all: Vec<String> = KEYED.into_iter().map(str::to_owned).collect();
-        assert!(!may_be_kept(&answer(200, &[("vary", "authorization")]), true, &for_all));
+        let for_all: Vec<String> = KEYED_HEADERS.into_iter().map(str::to_owned).collect();
+        assert!(!is_cacheable(
+            &answer(200, &[("vary", "authorization")]),
+            true,
+            &for_all
+        ));
     }
 }

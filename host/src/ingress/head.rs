@@ -19,14 +19,17 @@ const DEFAULT_PORT: u16 = 80;
 /// Refuses an ambiguous head. Afterwards `Host` is the request's one authority, and `Cookie` is one line at most.
 ///
 /// `caller` is the header that says who asks, if the host is configured with one.
-pub(super) fn settle(parts: &mut Parts, caller: Option<&str>) -> Result<(), Problem> {
+pub(super) fn normalize(parts: &mut Parts, caller: Option<&str>) -> Result<(), Problem> {
     let authority = authority(parts)?;
-    if let Some(uri) = normal(&parts.uri) {
+    if let Some(uri) = normalize_uri(&parts.uri) {
         parts.uri = uri;
     }
     parts.headers.insert(HOST, authority);
     join_cookies(&mut parts.headers);
-    for name in [AUTHORIZATION.as_str(), caller.unwrap_or(AUTHORIZATION.as_str())] {
+    for name in [
+        AUTHORIZATION.as_str(),
+        caller.unwrap_or(AUTHORIZATION.as_str()),
+    ] {
         if parts.headers.get_all(name).iter().nth(1).is_some() {
             return Err(Problem::caller_ambiguous(name));
         }
@@ -36,28 +39,35 @@ pub(super) fn settle(parts: &mut Parts, caller: Option<&str>) -> Result<(), Prob
 
 /// The same target with one spelling: unreserved characters are not escaped (`7`, not `%37`), and other escapes have capitals (RFC 3986
 /// sections 6.2.2.1 and 6.2.2.2). Escaped dots stay, or a plain segment could become a step up. None when it has that spelling already.
-fn normal(uri: &Uri) -> Option<Uri> {
-    let target = uri.path_and_query().filter(|target| target.as_str().contains('%'))?.as_str();
-    let mut normal = String::with_capacity(target.len());
+fn normalize_uri(uri: &Uri) -> Option<Uri> {
+    let target = uri
+        .path_and_query()
+        .filter(|target| target.as_str().contains('%'))?
+        .as_str();
+    let mut normalized = String::with_capacity(target.len());
     let mut rest = target;
     while let Some((before, after)) = rest.split_once('%') {
-        normal.push_str(before);
-        let escape = after.get(..2).filter(|digits| digits.bytes().all(|digit| digit.is_ascii_hexdigit()));
+        normalized.push_str(before);
+        let escape = after
+            .get(..2)
+            .filter(|digits| digits.bytes().all(|digit| digit.is_ascii_hexdigit()));
         let byte = escape.and_then(|digits| u8::from_str_radix(digits, 16).ok());
         rest = after;
         match byte {
-            Some(byte) if byte.is_ascii_alphanumeric() || b"-_~".contains(&byte) => normal.push(char::from(byte)),
-            Some(byte) => normal.push_str(&format!("%{byte:02X}")),
+            Some(byte) if byte.is_ascii_alphanumeric() || b"-_~".contains(&byte) => {
+                normalized.push(char::from(byte))
+            }
+            Some(byte) => normalized.push_str(&format!("%{byte:02X}")),
             None => {
-                normal.push('%');
+                normalized.push('%');
                 continue;
             }
         }
         rest = after.get(2..).unwrap_or_default();
     }
-    normal.push_str(rest);
+    normalized.push_str(rest);
     let mut parts = uri.clone().into_parts();
-    parts.path_and_query = Some(normal.parse().ok()?);
+    parts.path_and_query = Some(normalized.parse().ok()?);
     Uri::from_parts(parts).ok()
 }
 
@@ -65,25 +75,34 @@ fn normal(uri: &Uri) -> Option<Uri> {
 fn authority(parts: &Parts) -> Result<HeaderValue, Problem> {
     let hosts: Vec<&HeaderValue> = parts.headers.get_all(HOST).iter().collect();
     let host = match hosts.as_slice() {
-        [] if parts.version >= Version::HTTP_11 => return Err(Problem::host_refused("there is no Host header")),
+        [] if parts.version >= Version::HTTP_11 => {
+            return Err(Problem::host_refused("there is no Host header"));
+        }
         [] => None,
-        [host] => Some(read(host.as_bytes())?),
+        [host] => Some(parse_authority(host.as_bytes())?),
         _ => return Err(Problem::host_refused("there are several Host headers")),
     };
-    let target = parts.uri.authority().map(|authority| read(authority.as_str().as_bytes())).transpose()?;
+    let target = parts
+        .uri
+        .authority()
+        .map(|authority| parse_authority(authority.as_str().as_bytes()))
+        .transpose()?;
     let authority = match (target, host) {
         (Some(target), Some(host)) if !is_same(&target, &host) => {
-            return Err(Problem::host_refused("the request target and the Host header name different hosts"));
+            return Err(Problem::host_refused(
+                "the request target and the Host header name different hosts",
+            ));
         }
         (Some(authority), _) | (None, Some(authority)) => authority,
         (None, None) => return Ok(HeaderValue::from_static(NO_AUTHORITY)),
     };
-    HeaderValue::from_str(authority.as_str()).map_err(|_| Problem::host_refused("the host is not a valid authority"))
+    HeaderValue::from_str(authority.as_str())
+        .map_err(|_| Problem::host_refused("the host is not a valid authority"))
 }
 
-fn read(bytes: &[u8]) -> Result<Authority, Problem> {
-    let authority =
-        Authority::try_from(bytes).map_err(|_| Problem::host_refused("the host is not a valid authority"))?;
+fn parse_authority(bytes: &[u8]) -> Result<Authority, Problem> {
+    let authority = Authority::try_from(bytes)
+        .map_err(|_| Problem::host_refused("the host is not a valid authority"))?;
     if authority.host().is_empty() || authority.as_str().contains('@') {
         return Err(Problem::host_refused("the host is not a valid authority"));
     }
@@ -98,7 +117,11 @@ fn is_same(one: &Authority, other: &Authority) -> bool {
 /// Front ends that speak HTTP/2 split cookies over several lines, and may do so differently for each attempt; this is how RFC 9113
 /// section 8.2.3 puts them together again.
 fn join_cookies(headers: &mut HeaderMap) {
-    let lines: Vec<&[u8]> = headers.get_all(COOKIE).iter().map(HeaderValue::as_bytes).collect();
+    let lines: Vec<&[u8]> = headers
+        .get_all(COOKIE)
+        .iter()
+        .map(HeaderValue::as_bytes)
+        .collect();
     if lines.len() < 2 {
         return;
     }
@@ -114,13 +137,17 @@ mod tests {
 
     use super::*;
 
-    fn settled(uri: &str, headers: &[(&str, &str)], caller: Option<&str>) -> Result<HeaderMap, String> {
+    fn normalized_headers(
+        uri: &str,
+        headers: &[(&str, &str)],
+        caller: Option<&str>,
+    ) -> Result<HeaderMap, String> {
         let mut builder = Request::builder().uri(uri);
         for (name, value) in headers {
             builder = builder.header(*name, *value);
         }
         let (mut parts, ()) = builder.body(()).unwrap().into_parts();
-        settle(&mut parts, caller).map_err(|problem| problem.detail)?;
+        normalize(&mut parts, caller).map_err(|problem| problem.detail)?;
         Ok(parts.headers)
     }
 
@@ -128,12 +155,19 @@ mod tests {
     fn a_request_has_one_authority() {
         let host = |uri: &str, hosts: &[&str]| {
             let headers: Vec<(&str, &str)> = hosts.iter().map(|host| ("host", *host)).collect();
-            settled(uri, &headers, None).map(|headers| headers[HOST].to_str().unwrap().to_owned())
+            normalized_headers(uri, &headers, None)
+                .map(|headers| headers[HOST].to_str().unwrap().to_owned())
         };
         assert_eq!(host("/a", &["good.example"]), Ok("good.example".to_owned()));
         assert_eq!(host("/a", &["[::1]:7480"]), Ok("[::1]:7480".to_owned()));
-        assert_eq!(host("http://good.example/a", &["good.example"]), Ok("good.example".to_owned()));
-        assert_eq!(host("http://GOOD.example:80/a", &["good.example"]), Ok("GOOD.example:80".to_owned()));
+        assert_eq!(
+            host("http://good.example/a", &["good.example"]),
+            Ok("good.example".to_owned())
+        );
+        assert_eq!(
+            host("http://GOOD.example:80/a", &["good.example"]),
+            Ok("GOOD.example:80".to_owned())
+        );
         for (uri, hosts) in [
             ("/a", &[][..]),
             ("/a", &["good.example", "evil.example"]),
@@ -152,7 +186,10 @@ mod tests {
 
     #[test]
     fn a_target_has_one_spelling() {
-        let target = |uri: &str| normal(&uri.parse().unwrap()).map_or_else(|| uri.to_owned(), |uri| uri.to_string());
+        let target = |uri: &str| {
+            normalize_uri(&uri.parse().unwrap())
+                .map_or_else(|| uri.to_owned(), |uri| uri.to_string())
+        };
         assert_eq!(target("/a/%37?q=%7e"), "/a/7?q=~");
         assert_eq!(target("/a/%2e%2e/b"), "/a/%2E%2E/b");
         assert_eq!(target("/a%2fb/%C3%bc%20"), "/a%2Fb/%C3%BC%20");
@@ -163,19 +200,36 @@ mod tests {
 
     #[test]
     fn http_1_0_needs_no_host() {
-        let request = Request::builder().uri("/a").version(Version::HTTP_10).body(()).unwrap();
+        let request = Request::builder()
+            .uri("/a")
+            .version(Version::HTTP_10)
+            .body(())
+            .unwrap();
         let (mut parts, ()) = request.into_parts();
-        settle(&mut parts, None).unwrap();
+        normalize(&mut parts, None).unwrap();
         assert_eq!(parts.headers[HOST], NO_AUTHORITY);
     }
 
     #[test]
-    fn cookies_are_one_line_and_callers_are_one() {
+    fn cookie_lines_are_joined_and_caller_headers_are_single() {
         let host = ("host", "a");
-        let headers = settled("/", &[host, ("cookie", "a=1"), ("cookie", "b=2")], Some("cookie")).unwrap();
-        assert_eq!(headers.get_all(COOKIE).iter().collect::<Vec<_>>(), ["a=1; b=2"]);
-        let doubled = |name| settled("/", &[host, (name, "a"), (name, "a")], Some("x-user"));
-        assert!(doubled("authorization").unwrap_err().contains("authorization"));
+        let headers = normalized_headers(
+            "/",
+            &[host, ("cookie", "a=1"), ("cookie", "b=2")],
+            Some("cookie"),
+        )
+        .unwrap();
+        assert_eq!(
+            headers.get_all(COOKIE).iter().collect::<Vec<_>>(),
+            ["a=1; b=2"]
+        );
+        let doubled =
+            |name| normalized_headers("/", &[host, (name, "a"), (name, "a")], Some("x-user"));
+        assert!(
+            doubled("authorization")
+                .unwrap_err()
+                .contains("authorization")
+        );
         assert!(doubled("x-user").unwrap_err().contains("x-user"));
         assert!(doubled("x-other").is_ok());
     }

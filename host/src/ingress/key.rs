@@ -13,13 +13,19 @@ const HEADER: &str = "idempotency-key";
 /// The key: a structured-field string (RFC 8941), as the draft has it, or the same without quotes, as most clients send it.
 pub(super) fn key(headers: &HeaderMap) -> Result<Option<String>, Problem> {
     let mut values = headers.get_all(HEADER).iter();
-    let Some(value) = values.next() else { return Ok(None) };
+    let Some(value) = values.next() else {
+        return Ok(None);
+    };
     if values.next().is_some() {
         return Err(Problem::key_invalid("the header is there twice"));
     }
-    let text = value.to_str().map_err(|_| Problem::key_invalid("it has characters that are not printable ASCII"))?;
+    let text = value
+        .to_str()
+        .map_err(|_| Problem::key_invalid("it has characters that are not printable ASCII"))?;
     let key = match text.trim().strip_prefix('"') {
-        Some(quoted) => unquoted(quoted).ok_or_else(|| Problem::key_invalid("its quotes do not match"))?,
+        Some(quoted) => {
+            unquoted(quoted).ok_or_else(|| Problem::key_invalid("its quotes do not match"))?
+        }
         None => text.trim().to_owned(),
     };
     match key.len() {
@@ -36,7 +42,11 @@ fn unquoted(text: &str) -> Option<String> {
     loop {
         match chars.next()? {
             '"' => break,
-            '\\' => key.push(chars.next().filter(|escaped| matches!(escaped, '"' | '\\'))?),
+            '\\' => key.push(
+                chars
+                    .next()
+                    .filter(|escaped| matches!(escaped, '"' | '\\'))?,
+            ),
             other => key.push(other),
         }
     }
@@ -50,7 +60,7 @@ pub(super) fn caller(headers: &HeaderMap, header: Option<&str>) -> String {
     if !headers.contains_key(name) {
         return String::new();
     }
-    let mut digest = Labelled::default();
+    let mut digest = LabelledDigest::default();
     digest.header(headers, name);
     digest.hex()
 }
@@ -58,9 +68,9 @@ pub(super) fn caller(headers: &HeaderMap, header: Option<&str>) -> String {
 /// A digest over named lists of values. Every name and value is preceded by its length and every list by its count, so that no two
 /// different inputs are the same sequence of bytes.
 #[derive(Default)]
-pub(super) struct Labelled(Sha256);
+pub(super) struct LabelledDigest(Sha256);
 
-impl Labelled {
+impl LabelledDigest {
     pub fn add<'v>(&mut self, name: &str, values: impl IntoIterator<Item = &'v [u8]>) {
         let values: Vec<&[u8]> = values.into_iter().collect();
         self.put(name.as_bytes());
@@ -70,7 +80,10 @@ impl Labelled {
 
     /// All values of a header, in order.
     pub fn header(&mut self, headers: &HeaderMap, name: &str) {
-        self.add(name, headers.get_all(name).iter().map(HeaderValue::as_bytes));
+        self.add(
+            name,
+            headers.get_all(name).iter().map(HeaderValue::as_bytes),
+        );
     }
 
     pub fn hex(self) -> String {
@@ -87,7 +100,7 @@ impl Labelled {
 mod tests {
     use super::*;
 
-    fn of(values: &[&str]) -> Result<Option<String>, String> {
+    fn parse(values: &[&str]) -> Result<Option<String>, String> {
         let mut headers = HeaderMap::new();
         for value in values {
             headers.append(HEADER, HeaderValue::from_str(value).unwrap());
@@ -97,18 +110,20 @@ mod tests {
 
     #[test]
     fn quoted_and_bare_keys_are_the_same() {
-        assert_eq!(of(&[]), Ok(None));
+        assert_eq!(parse(&[]), Ok(None));
         for same in ["8e03", "\"8e03\"", " \"8e03\" ", "\"8e03\"; v=1"] {
-            assert_eq!(of(&[same]), Ok(Some("8e03".to_owned())), "{same}");
+            assert_eq!(parse(&[same]), Ok(Some("8e03".to_owned())), "{same}");
         }
-        assert_eq!(of(&[r#""a\"b\\c""#]), Ok(Some(r#"a"b\c"#.to_owned())));
+        assert_eq!(parse(&[r#""a\"b\\c""#]), Ok(Some(r#"a"b\c"#.to_owned())));
     }
 
     #[test]
-    fn a_digest_tells_names_counts_and_bounds_apart() {
+    fn a_digest_distinguishes_names_counts_and_bounds() {
         let digest = |lists: &[(&str, &[&str])]| {
-            let mut digest = Labelled::default();
-            lists.iter().for_each(|(name, values)| digest.add(name, values.iter().map(|value| value.as_bytes())));
+            let mut digest = LabelledDigest::default();
+            lists.iter().for_each(|(name, values)| {
+                digest.add(name, values.iter().map(|value| value.as_bytes()))
+            });
             digest.hex()
         };
         let all = [
@@ -124,27 +139,33 @@ mod tests {
     }
 
     #[test]
-    fn all_values_of_a_header_make_the_caller() {
-        let of = |header: &str, values: &[&str]| {
+    fn the_caller_includes_all_values_of_a_header() {
+        let caller_of = |header: &str, values: &[&str]| {
             let mut headers = HeaderMap::new();
             for value in values {
                 headers.append("x-user", HeaderValue::from_str(value).unwrap());
             }
             caller(&headers, Some(header))
         };
-        assert_eq!(of("x-user", &[]), "");
-        assert_ne!(of("x-user", &[""]), "");
-        assert_ne!(of("x-user", &["proxy", "alice"]), of("x-user", &["proxy", "bob"]));
-        assert_ne!(of("x-user", &["alice"]), of("x-user", &["alice", "bob"]));
+        assert_eq!(caller_of("x-user", &[]), "");
+        assert_ne!(caller_of("x-user", &[""]), "");
+        assert_ne!(
+            caller_of("x-user", &["proxy", "alice"]),
+            caller_of("x-user", &["proxy", "bob"])
+        );
+        assert_ne!(
+            caller_of("x-user", &["alice"]),
+            caller_of("x-user", &["alice", "bob"])
+        );
     }
 
     #[test]
-    fn what_is_no_key_is_refused() {
+    fn invalid_keys_are_refused() {
         let long = "x".repeat(KEY_MAX + 1);
         for odd in ["", "\"\"", "\"8e03", r#""8e03\x""#, "\"8e03\" rest", &long] {
-            assert!(of(&[odd]).is_err(), "{odd}");
+            assert!(parse(&[odd]).is_err(), "{odd}");
         }
-        assert!(of(&["a", "b"]).is_err());
-        assert!(of(&["x".repeat(KEY_MAX).as_str()]).is_ok());
+        assert!(parse(&["a", "b"]).is_err());
+        assert!(parse(&["x".repeat(KEY_MAX).as_str()]).is_ok());
     }
 }

@@ -19,44 +19,44 @@ use tokio::sync::{RwLock, Semaphore};
 
 use crate::bus::Bus;
 use crate::cache::Cache;
-use crate::config::manifest::{CacheTerms, StoreFailures};
+use crate::config::manifest::{CachePolicy, StoreFailures};
 use crate::delivery::Delivery;
-use crate::delivery::request::{Asked, Handled};
-use crate::guest::text_of;
+use crate::delivery::request::{IncomingRequest, RequestOutcome};
+use crate::guest::header_to_text;
 use crate::http_server::{BodyError, BodyMemory};
 use crate::metrics::Metrics;
-use crate::model::request::{Admission, HttpAnswer, HttpRequest, RequestKey};
-use crate::relay::HandOver;
+use crate::model::request::{Admission, HttpRequest, HttpResponse, RequestKey};
+use crate::relay::RelayHandle;
 use crate::store::{Store, StoreError};
 
 mod answer;
 mod cached;
-mod flights;
 mod head;
 mod key;
 mod problem;
 mod publish;
-mod table;
+mod route_table;
+mod single_flight;
 
 use answer::respond;
-use flights::{Flights, Meeting};
 use problem::Problem;
 pub use publish::{PUBLISH_WINDOW, PUBLISHER};
-use publish::{Publication, Publishing};
-use table::Found;
-pub use table::{Table, check_routes};
+use publish::{Publication, Publisher};
+use route_table::MatchedRoute;
+pub use route_table::{RouteTable, check_routes};
+use single_flight::{SingleFlight, SingleFlightEntry};
 
 /// Names and values of a request's headers may have so many bytes together.
 const HEADERS_MAX: usize = 32 << 10;
 
 /// How long a request waits for a place among those of its worker.
-const ROOM_WAIT: Duration = Duration::from_secs(10);
+const CAPACITY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long the host goes on when nobody says what became of a commit, or the database is away.
-const UNCLEAR_WAIT: Duration = Duration::from_secs(3);
+const UNCLEAR_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Between two looks whether another host is done with a key.
-const LOOK_EVERY: Duration = Duration::from_millis(40);
+const POLL_INTERVAL: Duration = Duration::from_millis(40);
 
 /// A version of an HTTP worker that runs in this host.
 pub struct HttpWorker {
@@ -69,7 +69,11 @@ pub struct HttpWorker {
 impl HttpWorker {
     pub fn new(delivery: Delivery, digest: String) -> Self {
         let room = Semaphore::new(delivery.worker.concurrency as usize);
-        HttpWorker { delivery, digest, room }
+        HttpWorker {
+            delivery,
+            digest,
+            room,
+        }
     }
 
     /// How many requests are being handled.
@@ -79,58 +83,65 @@ impl HttpWorker {
 
     /// Waits for those that are being handled; the next ones are another version's.
     pub async fn drain(&self) {
-        let _ = self.room.acquire_many(self.delivery.worker.concurrency).await;
+        let _ = self
+            .room
+            .acquire_many(self.delivery.worker.concurrency)
+            .await;
     }
 }
 
 /// What answers requests in this host.
 pub struct Ingress {
-    publishing: Publishing,
+    publisher: Publisher,
     admission: Admission,
     cache: Cache,
     metrics: Arc<Metrics>,
     /// None once the host drains.
-    relay: RwLock<Option<HandOver>>,
-    table: RwLock<Arc<Table>>,
+    relay: RwLock<Option<RelayHandle>>,
+    table: RwLock<Arc<RouteTable>>,
     /// Set once the workers that are deployed run here.
     has_started: AtomicBool,
-    flights: Flights,
+    single_flight: SingleFlight,
 }
 
 /// Who handles a request.
 enum Target {
-    Worker(Found),
+    Worker(MatchedRoute),
     Publish(Publication),
 }
 
 impl Ingress {
     pub fn new(
         store: Arc<dyn Store>,
-        relay: HandOver,
+        relay: RelayHandle,
         metrics: Arc<Metrics>,
         bus: Bus,
         admission: Admission,
         cache: Cache,
     ) -> Self {
         Ingress {
-            publishing: Publishing { store, bus, metrics: Arc::clone(&metrics) },
+            publisher: Publisher {
+                store,
+                bus,
+                metrics: Arc::clone(&metrics),
+            },
             admission,
             cache,
             metrics,
             relay: RwLock::new(Some(relay)),
             table: RwLock::default(),
             has_started: AtomicBool::new(false),
-            flights: Flights::default(),
+            single_flight: SingleFlight::default(),
         }
     }
 
     /// Serves these workers from now on.
-    pub async fn turn_to(&self, table: Table) {
+    pub async fn set_routes(&self, table: RouteTable) {
         *self.table.write().await = Arc::new(table);
     }
 
     /// From now on a path that no worker here answers is nobody's. Before, its worker may only be on its way.
-    pub fn started(&self) {
+    pub fn set_started(&self) {
         self.has_started.store(true, Ordering::Relaxed);
     }
 
@@ -141,7 +152,7 @@ impl Ingress {
 
     /// Takes all requests, whatever their path.
     pub fn router(self: Arc<Self>) -> Router {
-        Router::new().fallback(take).with_state(self)
+        Router::new().fallback(handle).with_state(self)
     }
 
     /// Who handles a request with this method and path.
@@ -149,7 +160,9 @@ impl Ingress {
         let (method, path) = (parts.method.as_str(), parts.uri.path());
         if let Some(rest) = path.strip_prefix(publish::PATH) {
             return match method {
-                "POST" => Publication::read(rest, parts, &self.admission.publish).await.map(Target::Publish),
+                "POST" => Publication::read(rest, parts, &self.admission.publish)
+                    .await
+                    .map(Target::Publish),
                 _ => Err(Problem::method_not_allowed(&["POST".to_owned()])),
             };
         }
@@ -161,121 +174,194 @@ impl Ingress {
     }
 
     /// Reads a request whole, and what makes it the same when it comes again.
-    async fn read(&self, target: &Target, parts: Parts, body: Body) -> Result<Asked, Problem> {
-        let (body_max, needs_key, window) = match target {
-            Target::Worker(Found { route, .. }) => {
-                (route.body_size, route.needs_key(parts.method.as_str()), route.window)
-            }
-            Target::Publish(_) => (self.publishing.bus.max_payload() as u64, true, PUBLISH_WINDOW),
+    async fn read(
+        &self,
+        target: &Target,
+        parts: Parts,
+        body: Body,
+    ) -> Result<IncomingRequest, Problem> {
+        let (body_max, requires_key, window) = match target {
+            Target::Worker(MatchedRoute { route, .. }) => (
+                route.body_size,
+                route.requires_key(parts.method.as_str()),
+                route.window,
+            ),
+            Target::Publish(_) => (
+                self.publisher.bus.max_payload() as u64,
+                true,
+                PUBLISH_WINDOW,
+            ),
         };
         // What changes nothing needs no key, and one that is there says nothing.
-        let key = if parts.method.is_safe() { None } else { key::key(&parts.headers)? };
-        if key.is_none() && needs_key {
+        let key = if parts.method.is_safe() {
+            None
+        } else {
+            key::key(&parts.headers)?
+        };
+        if key.is_none() && requires_key {
             return Err(Problem::key_missing());
         }
-        let size = parts.headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum::<usize>();
+        let size = parts
+            .headers
+            .iter()
+            .map(|(name, value)| name.as_str().len() + value.len())
+            .sum::<usize>();
         if size > HEADERS_MAX {
             return Err(Problem::headers_too_large(size, HEADERS_MAX));
         }
         let body = read_body(body, usize::try_from(body_max).unwrap_or(usize::MAX)).await?;
         let caller = key::caller(&parts.headers, self.admission.caller.as_deref());
-        let request = whole(target, parts, body);
+        let request = into_http_request(target, parts, body);
         // What changes nothing needs no key, whoever sends one.
         let key = key.filter(|_| !request.is_safe()).map(|key| {
             let (route, fingerprint) = (target.route().to_owned(), request.fingerprint());
-            (RequestKey { route, caller, key, fingerprint }, window)
+            (
+                RequestKey {
+                    route,
+                    caller,
+                    key,
+                    fingerprint,
+                },
+                window,
+            )
         });
-        Ok(Asked { request, key })
+        Ok(IncomingRequest { request, key })
     }
 
     /// Handles a request that was read, and hands over what it publishes.
-    async fn answer(&self, target: &Target, asked: &Asked) -> Result<(HttpAnswer, bool), Problem> {
+    async fn answer(
+        &self,
+        target: &Target,
+        asked: &IncomingRequest,
+    ) -> Result<(HttpResponse, bool), Problem> {
         let wait = match target {
             Target::Worker(found) => found.route.wait,
             Target::Publish(_) => Duration::from_secs(1),
         };
-        let _flight = match &asked.key {
-            Some((key, _)) => match self.flights.enter(target.name(), key, wait).await {
-                Meeting::Alone(flight) => Some(flight),
-                Meeting::Same => return Err(Problem::in_progress()),
-                Meeting::Other => return Err(Problem::key_reused()),
+        let _guard = match &asked.key {
+            Some((key, _)) => match self.single_flight.acquire(target.name(), key, wait).await {
+                SingleFlightEntry::Acquired(guard) => Some(guard),
+                SingleFlightEntry::InProgress => return Err(Problem::in_progress()),
+                SingleFlightEntry::OtherRequest => return Err(Problem::key_reused()),
             },
             None => None,
         };
         let _room = match target {
             Target::Worker(found) => {
-                let room = tokio::time::timeout(ROOM_WAIT, found.worker.room.acquire()).await;
+                let room =
+                    tokio::time::timeout(CAPACITY_TIMEOUT, found.worker.room.acquire()).await;
                 Some(room.map_err(|_| Problem::busy())?)
             }
             Target::Publish(_) => None,
         };
-        self.insist(target, asked, wait).await
+        self.handle_until_settled(target, asked, wait).await
     }
 
     /// Handles a request until it is clear what became of it, as far as that can be known in time.
-    async fn insist(&self, target: &Target, asked: &Asked, wait: Duration) -> Result<(HttpAnswer, bool), Problem> {
+    async fn handle_until_settled(
+        &self,
+        target: &Target,
+        asked: &IncomingRequest,
+        wait: Duration,
+    ) -> Result<(HttpResponse, bool), Problem> {
         let began = Instant::now();
         loop {
             let handled = match target {
                 Target::Worker(found) => {
                     let handled = found.worker.delivery.handle(asked).await;
-                    found.worker.delivery.note(&handled);
+                    found.worker.delivery.report_health(&handled);
                     handled
                 }
-                Target::Publish(publication) => match self.publishing.publish(publication, asked).await {
-                    Ok(Err(problem)) => return Err(problem),
-                    Ok(Ok(handled)) => Ok(handled),
-                    Err(error) => Err(error),
-                },
+                Target::Publish(publication) => {
+                    match self.publisher.publish(publication, asked).await {
+                        Ok(Err(problem)) => return Err(problem),
+                        Ok(Ok(handled)) => Ok(handled),
+                        Err(error) => Err(error),
+                    }
+                }
             };
             let waited = began.elapsed();
             match handled {
-                Ok(Handled::Answered { answer, replayed, outputs, since }) => {
+                Ok(RequestOutcome::Responded {
+                    response: answer,
+                    replayed,
+                    outputs,
+                    leased_at: since,
+                }) => {
                     if let Some(relay) = self.relay.read().await.clone() {
                         relay.hand_over(outputs, since).await;
                     }
                     return Ok((answer, replayed));
                 }
-                Ok(Handled::OtherRequest) => return Err(Problem::key_reused()),
-                Ok(Handled::InFlight) if waited < wait => {}
-                Ok(Handled::InFlight) => return Err(Problem::in_progress()),
-                Ok(Handled::Failed(failure)) => {
+                Ok(RequestOutcome::OtherRequest) => return Err(Problem::key_reused()),
+                Ok(RequestOutcome::InFlight) if waited < wait => {}
+                Ok(RequestOutcome::InFlight) => return Err(Problem::in_progress()),
+                Ok(RequestOutcome::Failed(failure)) => {
                     tracing::warn!(
                         worker = target.name(),
                         "a request was not answered: {} ({})",
                         failure.message,
                         failure.code.as_deref().unwrap_or("no code")
                     );
-                    return self.failed(target, asked, Problem::failed(failure.code.as_deref())).await;
+                    return self
+                        .failed(target, asked, Problem::failed(failure.code.as_deref()))
+                        .await;
                 }
                 // Asking again with the same key tells what became of it.
-                Ok(Handled::Unclear(_)) if asked.key.is_some() && waited < UNCLEAR_WAIT => {}
-                Ok(Handled::Unclear(error)) => {
-                    tracing::warn!(worker = target.name(), "nobody knows whether a request took effect: {error:#}");
-                    return Err(Problem::unclear(asked.key.is_some()));
+                Ok(RequestOutcome::Unclear(_))
+                    if asked.key.is_some() && waited < UNCLEAR_TIMEOUT => {}
+                Ok(RequestOutcome::Unclear(error)) => {
+                    tracing::warn!(
+                        worker = target.name(),
+                        "nobody knows whether a request took effect: {error:#}"
+                    );
+                    return Err(Problem::outcome_unknown(asked.key.is_some()));
                 }
-                Err(StoreError::Unavailable(_) | StoreError::Conflict(_)) if waited < UNCLEAR_WAIT => {}
+                Err(StoreError::Unavailable(_) | StoreError::Conflict(_))
+                    if waited < UNCLEAR_TIMEOUT => {}
                 Err(error) => {
                     let error = anyhow::Error::from(error);
-                    tracing::warn!(worker = target.name(), "a request was not handled: {error:#}");
+                    tracing::warn!(
+                        worker = target.name(),
+                        "a request was not handled: {error:#}"
+                    );
                     return Err(Problem::unavailable());
                 }
             }
-            tokio::time::sleep(LOOK_EVERY.mul_f64(0.5 + rand::random::<f64>())).await;
+            tokio::time::sleep(POLL_INTERVAL.mul_f64(0.5 + rand::random::<f64>())).await;
         }
     }
 
     /// Where the route says so, a request whose handler was cut off keeps the answer that it was.
-    async fn failed(&self, target: &Target, asked: &Asked, problem: Problem) -> Result<(HttpAnswer, bool), Problem> {
-        let Target::Worker(Found { worker, route, .. }) = target else { return Err(problem) };
+    async fn failed(
+        &self,
+        target: &Target,
+        asked: &IncomingRequest,
+        problem: Problem,
+    ) -> Result<(HttpResponse, bool), Problem> {
+        let Target::Worker(MatchedRoute { worker, route, .. }) = target else {
+            return Err(problem);
+        };
         if route.store_failures == StoreFailures::Answered || asked.key.is_none() {
             return Err(problem);
         }
-        match worker.delivery.keep_answer(asked, problem.for_good().answer()).await {
-            Ok(Handled::Answered { answer, replayed, .. }) => Ok((answer, replayed)),
+        match worker
+            .delivery
+            .store_response(asked, problem.as_permanent().answer())
+            .await
+        {
+            Ok(RequestOutcome::Responded {
+                response: answer,
+                replayed,
+                ..
+            }) => Ok((answer, replayed)),
             Ok(_) => Err(problem),
             Err(error) => {
-                tracing::warn!(worker = target.name(), "an answer was not kept: {:#}", anyhow::Error::from(error));
+                tracing::warn!(
+                    worker = target.name(),
+                    "an answer was not kept: {:#}",
+                    anyhow::Error::from(error)
+                );
                 Err(problem)
             }
         }
@@ -300,18 +386,24 @@ impl Target {
     }
 
     /// How its answer to such a request may be cached.
-    fn cache_terms(&self, parts: &Parts) -> Option<&CacheTerms> {
+    fn cache_terms(&self, parts: &Parts) -> Option<&CachePolicy> {
         match self {
-            Target::Worker(found) if matches!(parts.method.as_str(), "GET" | "HEAD") => found.route.cache.as_ref(),
+            Target::Worker(found) if matches!(parts.method.as_str(), "GET" | "HEAD") => {
+                found.route.cache.as_ref()
+            }
             _ => None,
         }
     }
 
     /// The tags of an answer, with the parts of the path that they name.
-    fn cache_tags(&self, terms: &CacheTerms) -> Vec<String> {
-        let Target::Worker(Found { params, .. }) = self else { return Vec::new() };
+    fn cache_tags(&self, terms: &CachePolicy) -> Vec<String> {
+        let Target::Worker(MatchedRoute { params, .. }) = self else {
+            return Vec::new();
+        };
         let fill = |tag: &String| {
-            params.iter().fold(tag.clone(), |tag, (name, value)| tag.replace(&format!("{{{name}}}"), value))
+            params.iter().fold(tag.clone(), |tag, (name, value)| {
+                tag.replace(&format!("{{{name}}}"), value)
+            })
         };
         terms.tags.iter().map(fill).collect()
     }
@@ -326,10 +418,10 @@ impl Target {
 }
 
 /// One request, from its first byte to its answer.
-async fn take(State(ingress): State<Arc<Ingress>>, request: Request) -> Response {
+async fn handle(State(ingress): State<Arc<Ingress>>, request: Request) -> Response {
     let (mut parts, body) = request.into_parts();
     let began = Instant::now();
-    if let Err(problem) = head::settle(&mut parts, ingress.admission.caller.as_deref()) {
+    if let Err(problem) = head::normalize(&mut parts, ingress.admission.caller.as_deref()) {
         return respond(problem.answer(), false);
     }
     let target = match ingress.target(&parts).await {
@@ -338,23 +430,45 @@ async fn take(State(ingress): State<Arc<Ingress>>, request: Request) -> Response
     };
     if let Some(terms) = target.cache_terms(&parts) {
         let metrics = Arc::clone(&ingress.metrics);
-        let response = ingress.answer_cached(Arc::clone(&target), terms, parts, body).await;
-        metrics.request(target.name(), target.route(), response.status().as_u16(), false, began.elapsed());
+        let response = ingress
+            .answer_cached(Arc::clone(&target), terms, parts, body)
+            .await;
+        metrics.request(
+            target.name(),
+            target.route(),
+            response.status().as_u16(),
+            false,
+            began.elapsed(),
+        );
         return response;
     }
     let memory = parts.extensions.get::<BodyMemory>().cloned();
     let asked = match ingress.read(&target, parts, body).await {
         Ok(asked) => asked,
         Err(problem) => {
-            ingress.metrics.request(target.name(), target.route(), problem.status, false, began.elapsed());
+            ingress.metrics.request(
+                target.name(),
+                target.route(),
+                problem.status,
+                false,
+                began.elapsed(),
+            );
             return respond(problem.answer(), false);
         }
     };
     // A caller that goes away stops nothing half-way.
     let answering = tokio::spawn(async move {
-        let (answer, replayed) =
-            ingress.answer(&target, &asked).await.unwrap_or_else(|problem| (problem.answer(), false));
-        ingress.metrics.request(target.name(), target.route(), answer.status, replayed, began.elapsed());
+        let (answer, replayed) = ingress
+            .answer(&target, &asked)
+            .await
+            .unwrap_or_else(|problem| (problem.answer(), false));
+        ingress.metrics.request(
+            target.name(),
+            target.route(),
+            answer.status,
+            replayed,
+            began.elapsed(),
+        );
         // Until here the body was in memory.
         drop(memory);
         (answer, replayed)
@@ -365,15 +479,15 @@ async fn take(State(ingress): State<Arc<Ingress>>, request: Request) -> Response
     }
 }
 
-async fn read_body(body: Body, most: usize) -> Result<Bytes, Problem> {
-    axum::body::to_bytes(body, most).await.map_err(|error| {
+async fn read_body(body: Body, max: usize) -> Result<Bytes, Problem> {
+    axum::body::to_bytes(body, max).await.map_err(|error| {
         if cause::<http_body_util::LengthLimitError>(&error).is_some() {
-            return Problem::body_too_large(most);
+            return Problem::body_too_large(max);
         }
         match cause(&error) {
             Some(BodyError::TooSlow) => Problem::too_slow(),
             Some(BodyError::NoMemory) => Problem::no_memory(),
-            Some(BodyError::Torn(_)) | None => Problem::torn(),
+            Some(BodyError::Incomplete(_)) | None => Problem::body_incomplete(),
         }
     })
 }
@@ -384,20 +498,30 @@ fn cause<E: std::error::Error + 'static>(error: &axum::Error) -> Option<&E> {
     causes.into_iter().find_map(|error| error.downcast_ref())
 }
 
-fn whole(target: &Target, parts: Parts, body: Bytes) -> HttpRequest {
+fn into_http_request(target: &Target, parts: Parts, body: Bytes) -> HttpRequest {
     let mut method = parts.method.as_str().to_owned();
     // Where nobody says otherwise, HEAD is GET without a body (RFC 9110 section 9.3.2).
     if let Target::Worker(found) = target
         && method == "HEAD"
-        && (found.route.cache.is_some() || !found.route.takes("HEAD"))
+        && (found.route.cache.is_some() || !found.route.accepts_method("HEAD"))
     {
         method = "GET".to_owned();
     }
-    let authority = parts.headers.get("host").map(|host| text_of(host.as_bytes())).unwrap_or_default();
-    let headers = parts.headers.iter().map(|(name, value)| (name.to_string(), text_of(value.as_bytes())));
+    let authority = parts
+        .headers
+        .get("host")
+        .map(|host| header_to_text(host.as_bytes()))
+        .unwrap_or_default();
+    let headers = parts
+        .headers
+        .iter()
+        .map(|(name, value)| (name.to_string(), header_to_text(value.as_bytes())));
     HttpRequest {
         method,
-        path_and_query: parts.uri.path_and_query().map_or_else(|| "/".to_owned(), ToString::to_string),
+        path_and_query: parts
+            .uri
+            .path_and_query()
+            .map_or_else(|| "/".to_owned(), ToString::to_string),
         authority,
         headers: headers.collect(),
         body,

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use serde_json::json;
 
-use crate::model::request::HttpAnswer;
+use crate::model::request::HttpResponse;
 
 /// Why a request is not answered by a handler.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,69 +21,126 @@ pub(super) struct Problem {
 
 impl Problem {
     fn new(status: u16, code: &str, title: &'static str, detail: impl Into<String>) -> Self {
-        Problem { status, code: code.to_owned(), title, detail: detail.into(), retry_after: None, allow: None }
+        Problem {
+            status,
+            code: code.to_owned(),
+            title,
+            detail: detail.into(),
+            retry_after: None,
+            allow: None,
+        }
     }
 
     fn retry_after(self, seconds: u32) -> Self {
-        Problem { retry_after: Some(seconds), ..self }
+        Problem {
+            retry_after: Some(seconds),
+            ..self
+        }
     }
 
     pub(super) fn key_missing() -> Self {
-        let detail =
-            "this operation needs an Idempotency-Key header: one key for each operation, the same for each retry";
-        Problem::new(400, "idempotency-key-missing", "Idempotency-Key is missing", detail)
+        let detail = "this operation needs an Idempotency-Key header: one key for each operation, the same for each retry";
+        Problem::new(
+            400,
+            "idempotency-key-missing",
+            "Idempotency-Key is missing",
+            detail,
+        )
     }
 
     pub(super) fn key_invalid(why: &str) -> Self {
         let detail = format!("the Idempotency-Key cannot be used: {why}");
-        Problem::new(400, "idempotency-key-invalid", "Idempotency-Key is invalid", detail)
+        Problem::new(
+            400,
+            "idempotency-key-invalid",
+            "Idempotency-Key is invalid",
+            detail,
+        )
     }
 
     pub(super) fn key_reused() -> Self {
-        let detail =
-            "this Idempotency-Key was used for a request with another method, path, query, content type or body";
-        Problem::new(422, "idempotency-key-reused", "Idempotency-Key is already used", detail)
+        let detail = "this Idempotency-Key was used for a request with another method, path, query, content type or body";
+        Problem::new(
+            422,
+            "idempotency-key-reused",
+            "Idempotency-Key is already used",
+            detail,
+        )
     }
 
     pub(super) fn in_progress() -> Self {
         let detail = "a request with this Idempotency-Key is being handled; ask again soon with the same key";
-        Problem::new(409, "request-in-progress", "A request is outstanding for this Idempotency-Key", detail)
-            .retry_after(1)
+        Problem::new(
+            409,
+            "request-in-progress",
+            "A request is outstanding for this Idempotency-Key",
+            detail,
+        )
+        .retry_after(1)
     }
 
     pub(super) fn not_found() -> Self {
-        Problem::new(404, "no-such-route", "Not found", "no worker here answers this path")
+        Problem::new(
+            404,
+            "no-such-route",
+            "Not found",
+            "no worker here answers this path",
+        )
     }
 
     pub(super) fn starting() -> Self {
-        Problem::new(503, "starting", "Starting", "the host starts, and so do its workers; ask again soon")
-            .retry_after(1)
+        Problem::new(
+            503,
+            "starting",
+            "Starting",
+            "the host starts, and so do its workers; ask again soon",
+        )
+        .retry_after(1)
     }
 
     pub(super) fn method_not_allowed(allowed: &[String]) -> Self {
         let allowed = allowed.join(", ");
         let detail = format!("this path takes {allowed}");
-        Problem { allow: Some(allowed), ..Problem::new(405, "method-not-allowed", "Method not allowed", detail) }
+        Problem {
+            allow: Some(allowed),
+            ..Problem::new(405, "method-not-allowed", "Method not allowed", detail)
+        }
     }
 
     pub(super) fn subject_refused(status: u16, why: impl Into<String>) -> Self {
-        Problem::new(status, "subject-refused", "The subject cannot be published to", why)
+        Problem::new(
+            status,
+            "subject-refused",
+            "The subject cannot be published to",
+            why,
+        )
     }
 
     /// A request whose authority is missing, doubled or contradictory.
     pub(super) fn host_refused(why: &str) -> Self {
-        Problem::new(400, "host-refused", "The request does not name one host", why)
+        Problem::new(
+            400,
+            "host-refused",
+            "The request does not name one host",
+            why,
+        )
     }
 
     pub(super) fn caller_ambiguous(header: &str) -> Self {
-        let detail = format!("the header `{header}` is there twice, and it says who asks; send it once");
+        let detail =
+            format!("the header `{header}` is there twice, and it says who asks; send it once");
         Problem::new(400, "caller-ambiguous", "The caller is ambiguous", detail)
     }
 
     /// `header` cannot be a header of the message.
     pub(super) fn header_refused(header: &str, why: &str) -> Self {
         let detail = format!("the header `{header}` cannot go with the message: {why}");
-        Problem::new(400, "header-refused", "A header cannot be published", detail)
+        Problem::new(
+            400,
+            "header-refused",
+            "A header cannot be published",
+            detail,
+        )
     }
 
     pub(super) fn body_refused() -> Self {
@@ -91,30 +148,43 @@ impl Problem {
         Problem::new(400, "body-refused", "This path takes no body", detail)
     }
 
-    pub(super) fn body_too_large(most: usize) -> Self {
-        let detail = format!("the body may have {most} bytes");
+    pub(super) fn body_too_large(max: usize) -> Self {
+        let detail = format!("the body may have {max} bytes");
         Problem::new(413, "body-too-large", "The body is too large", detail)
     }
 
     /// A message that no server would take.
-    pub(super) fn message_too_large(size: usize, most: usize) -> Self {
-        let detail =
-            format!("the message has {size} bytes with its headers, and the NATS server takes {most} (max_payload)");
+    pub(super) fn message_too_large(size: usize, max: usize) -> Self {
+        let detail = format!(
+            "the message has {size} bytes with its headers, and the NATS server takes {max} (max_payload)"
+        );
         Problem::new(413, "body-too-large", "The message is too large", detail)
     }
 
     pub(super) fn no_stream(subject: &str) -> Self {
-        let detail = format!("no stream takes the subject `{subject}`: the message would have no place to go");
+        let detail = format!(
+            "no stream takes the subject `{subject}`: the message would have no place to go"
+        );
         Problem::new(404, "no-stream", "No stream takes this subject", detail)
     }
 
-    pub(super) fn headers_too_large(size: usize, most: usize) -> Self {
-        let detail = format!("the headers have {size} bytes together, and may have {most}");
-        Problem::new(431, "headers-too-large", "The headers are too large", detail)
+    pub(super) fn headers_too_large(size: usize, max: usize) -> Self {
+        let detail = format!("the headers have {size} bytes together, and may have {max}");
+        Problem::new(
+            431,
+            "headers-too-large",
+            "The headers are too large",
+            detail,
+        )
     }
 
-    pub(super) fn torn() -> Self {
-        Problem::new(400, "request-torn", "The request is not whole", "the body ended before its end")
+    pub(super) fn body_incomplete() -> Self {
+        Problem::new(
+            400,
+            "request-torn",
+            "The request is not whole",
+            "the body ended before its end",
+        )
     }
 
     pub(super) fn too_slow() -> Self {
@@ -124,7 +194,8 @@ impl Problem {
 
     /// Bodies of other requests take all the memory that there is for them.
     pub(super) fn no_memory() -> Self {
-        let detail = "the bodies of other requests take all the memory there is for them; nothing was done";
+        let detail =
+            "the bodies of other requests take all the memory there is for them; nothing was done";
         Problem::new(503, "busy", "Too busy", detail).retry_after(1)
     }
 
@@ -139,14 +210,23 @@ impl Problem {
     }
 
     /// Nobody knows whether the request took effect.
-    pub(super) fn unclear(has_key: bool) -> Self {
-        let (code, title) = ("outcome-unknown", "Nobody knows yet whether this took effect");
+    pub(super) fn outcome_unknown(has_key: bool) -> Self {
+        let (code, title) = (
+            "outcome-unknown",
+            "Nobody knows yet whether this took effect",
+        );
         match has_key {
             true => {
-                let detail = "ask again with the same Idempotency-Key: the answer will be the one and only";
+                let detail =
+                    "ask again with the same Idempotency-Key: the answer will be the one and only";
                 Problem::new(503, code, title, detail).retry_after(1)
             }
-            false => Problem::new(500, code, title, "without an Idempotency-Key it is not safe to ask again"),
+            false => Problem::new(
+                500,
+                code,
+                title,
+                "without an Idempotency-Key it is not safe to ask again",
+            ),
         }
     }
 
@@ -156,20 +236,21 @@ impl Problem {
             Some("timeout") => (504, "handler-timeout"),
             _ => (500, "handler-failed"),
         };
-        let detail =
-            "the handler of this request failed, and nothing of it took effect; the same request may be sent again";
+        let detail = "the handler of this request failed, and nothing of it took effect; the same request may be sent again";
         Problem::new(status, code, "The handler failed", detail)
     }
 
     /// The same, for one that is kept: asking again brings nothing else.
-    pub(super) fn for_good(&self) -> Self {
-        let detail =
-            "the handler of this request failed, and nothing of it took effect; with this key the answer stays so";
-        Problem { detail: detail.to_owned(), ..self.clone() }
+    pub(super) fn as_permanent(&self) -> Self {
+        let detail = "the handler of this request failed, and nothing of it took effect; with this key the answer stays so";
+        Problem {
+            detail: detail.to_owned(),
+            ..self.clone()
+        }
     }
 
     /// As it goes out.
-    pub(super) fn answer(&self) -> HttpAnswer {
+    pub(super) fn answer(&self) -> HttpResponse {
         let body = json!({
             "type": format!("urn:oncely:problem:{}", self.code),
             "title": self.title,
@@ -178,11 +259,21 @@ impl Problem {
             "code": self.code,
         });
         let mut headers = vec![
-            ("content-type".to_owned(), "application/problem+json".to_owned()),
+            (
+                "content-type".to_owned(),
+                "application/problem+json".to_owned(),
+            ),
             ("cache-control".to_owned(), "no-store".to_owned()),
         ];
-        headers.extend(self.retry_after.map(|seconds| ("retry-after".to_owned(), seconds.to_string())));
+        headers.extend(
+            self.retry_after
+                .map(|seconds| ("retry-after".to_owned(), seconds.to_string())),
+        );
         headers.extend(self.allow.clone().map(|allow| ("allow".to_owned(), allow)));
-        HttpAnswer { status: self.status, headers, body: Bytes::from(body.to_string()) }
+        HttpResponse {
+            status: self.status,
+            headers,
+            body: Bytes::from(body.to_string()),
+        }
     }
 }

@@ -9,13 +9,13 @@ use serde_json::json;
 use uuid::Uuid;
 
 use super::problem::Problem;
-use crate::bus::{Bus, stream_of};
+use crate::bus::{Bus, stream_for_subject};
 use crate::delivery::HAND_OVER_LEASE;
-use crate::delivery::request::{Asked, Claim, Handled, claim, commit};
-use crate::http_server::written_names;
+use crate::delivery::request::{IncomingRequest, RequestClaim, RequestOutcome, claim, commit};
+use crate::http_server::original_header_names;
 use crate::metrics::Metrics;
 use crate::model::message::{self, Headers, Output, OutputKind};
-use crate::model::request::HttpAnswer;
+use crate::model::request::HttpResponse;
 use crate::model::subject;
 use crate::store::{Store, StoreError, Tx};
 
@@ -29,15 +29,15 @@ pub const PUBLISHER: &str = "oncely:publish";
 pub const PUBLISH_WINDOW: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// How long one statement may take.
-const TIME: Duration = Duration::from_secs(10);
+const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Headers of the request that go with the message.
-const KEPT_HEADERS: [&str; 3] = ["content-type", "traceparent", "tracestate"];
+const FORWARDED_HEADERS: [&str; 3] = ["content-type", "traceparent", "tracestate"];
 
 /// What precedes the name of a header that is to be the message's.
 const HEADER_PREFIX: &str = "x-message-";
 
-pub(super) struct Publishing {
+pub(super) struct Publisher {
     pub store: Arc<dyn Store>,
     pub bus: Bus,
     pub metrics: Arc<Metrics>,
@@ -51,10 +51,17 @@ pub(super) struct Publication {
 
 impl Publication {
     /// Reads the path behind [`PATH`] and the headers of a request. `granted` are the patterns of subjects that may be published to.
-    pub(super) async fn read(path: &str, parts: &Parts, granted: &[String]) -> Result<Self, Problem> {
+    pub(super) async fn read(
+        path: &str,
+        parts: &Parts,
+        granted: &[String],
+    ) -> Result<Self, Problem> {
         let subject = subject(path, granted)?;
-        let written = written_names(parts, HEADER_PREFIX).await;
-        Ok(Publication { subject, headers: message_headers(&parts.headers, &written)? })
+        let written = original_header_names(parts, HEADER_PREFIX).await;
+        Ok(Publication {
+            subject,
+            headers: message_headers(&parts.headers, &written)?,
+        })
     }
 }
 
@@ -64,8 +71,13 @@ fn subject(path: &str, granted: &[String]) -> Result<String, Problem> {
         .decode_utf8()
         .map_err(|_| Problem::subject_refused(400, "the subject is not UTF-8"))?
         .into_owned();
-    subject::check_subject(&subject).map_err(|why| Problem::subject_refused(400, why.to_string()))?;
-    if subject::is_reserved(&subject) || !granted.iter().any(|pattern| subject::matches(pattern, &subject)) {
+    subject::check_subject(&subject)
+        .map_err(|why| Problem::subject_refused(400, why.to_string()))?;
+    if subject::is_reserved(&subject)
+        || !granted
+            .iter()
+            .any(|pattern| subject::matches(pattern, &subject))
+    {
         let why = "this host does not let it be published over HTTP (its setting `http_publish` says what it lets)";
         return Err(Problem::subject_refused(403, why));
     }
@@ -76,49 +88,59 @@ fn subject(path: &str, granted: &[String]) -> Result<String, Problem> {
 /// wrote them.
 fn message_headers(headers: &HeaderMap, written: &[String]) -> Result<Headers, Problem> {
     let mut written = written.iter();
-    let mut of_the_message = Headers::new();
+    let mut message_headers = Headers::new();
     for (name, value) in headers {
         let name = name.as_str();
         let own = match name.strip_prefix(HEADER_PREFIX) {
-            Some(own) => written.next().and_then(|written| written.get(HEADER_PREFIX.len()..)).unwrap_or(own),
-            None if KEPT_HEADERS.contains(&name) => name,
+            Some(own) => written
+                .next()
+                .and_then(|written| written.get(HEADER_PREFIX.len()..))
+                .unwrap_or(own),
+            None if FORWARDED_HEADERS.contains(&name) => name,
             None => continue,
         };
-        of_the_message.push((own.to_owned(), message_value(name, value)?));
+        message_headers.push((own.to_owned(), message_value(name, value)?));
     }
-    Ok(of_the_message)
+    Ok(message_headers)
 }
 
 /// A value goes on byte by byte. Headers of messages are UTF-8, so another value is refused.
 fn message_value(name: &str, value: &HeaderValue) -> Result<String, Problem> {
     let own = name.strip_prefix(HEADER_PREFIX).unwrap_or(name);
     if own.is_empty() || own.starts_with("nats-") || own.starts_with("oncely-") {
-        return Err(Problem::header_refused(name, "names that begin with `Nats-` or `Oncely-` are the platform's own"));
+        return Err(Problem::header_refused(
+            name,
+            "names that begin with `Nats-` or `Oncely-` are the platform's own",
+        ));
     }
-    let value =
-        std::str::from_utf8(value.as_bytes()).map_err(|_| Problem::header_refused(name, "its value is not UTF-8"))?;
+    let value = std::str::from_utf8(value.as_bytes())
+        .map_err(|_| Problem::header_refused(name, "its value is not UTF-8"))?;
     Ok(value.to_owned())
 }
 
 /// How old the list of streams may be in which a subject is looked for first.
-const STREAMS_AS_OF: Duration = Duration::from_secs(10);
+const STREAMS_MAX_AGE: Duration = Duration::from_secs(10);
 
-impl Publishing {
+impl Publisher {
     /// Refuses what could never be published, before anything is done: a message that is too large with its headers, and one to
     /// a subject of no stream. While the broker does not answer, the outbox has to do without knowing.
-    async fn check(&self, publication: &Publication, asked: &Asked) -> Result<(), Problem> {
-        let most = self.bus.max_payload();
+    async fn check(
+        &self,
+        publication: &Publication,
+        asked: &IncomingRequest,
+    ) -> Result<(), Problem> {
+        let max = self.bus.max_payload();
         let id = Uuid::nil().to_string();
-        let size = message::size_on_its_way(&publication.headers, &id, asked.request.body.len());
-        if size > most {
-            return Err(Problem::message_too_large(size, most));
+        let size = message::wire_size(&publication.headers, &id, asked.request.body.len());
+        if size > max {
+            return Err(Problem::message_too_large(size, max));
         }
         if !self.bus.is_connected() {
             return Ok(());
         }
-        match self.bus.streams(STREAMS_AS_OF).await {
+        match self.bus.streams(STREAMS_MAX_AGE).await {
             // The list may lack one that has no leader for now, or that was made since.
-            Ok(streams) if stream_of(&streams, &publication.subject).is_none() => {}
+            Ok(streams) if stream_for_subject(&streams, &publication.subject).is_none() => {}
             _ => return Ok(()),
         }
         match self.bus.takes_subject(&publication.subject).await {
@@ -131,14 +153,14 @@ impl Publishing {
     pub(super) async fn publish(
         &self,
         publication: &Publication,
-        asked: &Asked,
-    ) -> Result<Result<Handled, Problem>, StoreError> {
+        asked: &IncomingRequest,
+    ) -> Result<Result<RequestOutcome, Problem>, StoreError> {
         // Checked before the transaction, which others would wait for. A refusal does not replace the answer of an accepted request.
         let refusal = self.check(publication, asked).await.err();
-        let tx = self.store.begin(PUBLISHER, TIME).await?;
+        let tx = self.store.begin(PUBLISHER, STATEMENT_TIMEOUT).await?;
         let mut tx = match claim(tx, asked).await? {
-            Claim::Ours(tx) => tx,
-            Claim::Settled(settled) => return Ok(Ok(settled)),
+            RequestClaim::Acquired(tx) => tx,
+            RequestClaim::Settled(settled) => return Ok(Ok(settled)),
         };
         if let Some(problem) = refusal {
             tx.rollback().await;
@@ -153,24 +175,38 @@ impl Publishing {
         }
     }
 
-    async fn write(&self, publication: &Publication, asked: &Asked, tx: &mut dyn Tx) -> Result<Handled, StoreError> {
+    async fn write(
+        &self,
+        publication: &Publication,
+        asked: &IncomingRequest,
+        tx: &mut dyn Tx,
+    ) -> Result<RequestOutcome, StoreError> {
         // Random in all of its digits: it travels as it is, and must not follow from that of another message.
         let id = Uuid::new_v4().to_string();
         let since = Instant::now();
-        let outputs = tx.append_outputs(&[output(&id, publication, asked)], HAND_OVER_LEASE).await?;
-        let answer = HttpAnswer {
+        let outputs = tx
+            .append_outputs(&[output(&id, publication, asked)], HAND_OVER_LEASE)
+            .await?;
+        let answer = HttpResponse {
             status: 202,
             headers: vec![("content-type".to_owned(), "application/json".to_owned())],
-            body: json!({"id": id, "subject": publication.subject}).to_string().into(),
+            body: json!({"id": id, "subject": publication.subject})
+                .to_string()
+                .into(),
         };
         if let Some((key, keep)) = &asked.key {
             tx.answer_request(key, &answer, *keep).await?;
         }
-        Ok(Handled::Answered { answer, replayed: false, outputs, since })
+        Ok(RequestOutcome::Responded {
+            response: answer,
+            replayed: false,
+            outputs,
+            leased_at: since,
+        })
     }
 }
 
-fn output(id: &str, publication: &Publication, asked: &Asked) -> Output {
+fn output(id: &str, publication: &Publication, asked: &IncomingRequest) -> Output {
     Output {
         kind: OutputKind::Published,
         id: id.to_owned(),
@@ -201,8 +237,15 @@ mod tests {
     fn header_values_are_published_byte_by_byte_or_refused() {
         let customer = "J\u{fc}rgen M\u{fc}ller \u{20ac}";
         let expected = vec![("Customer".to_owned(), customer.to_owned())];
-        assert_eq!(published("X-Message-Customer", customer.as_bytes()), Ok(expected));
-        assert!(published("x-message-customer", b"J\xfcrgen").unwrap_err().contains("UTF-8"));
+        assert_eq!(
+            published("X-Message-Customer", customer.as_bytes()),
+            Ok(expected)
+        );
+        assert!(
+            published("x-message-customer", b"J\xfcrgen")
+                .unwrap_err()
+                .contains("UTF-8")
+        );
         assert!(published("content-type", b"text/\xff").is_err());
         // Other headers are not the message's.
         assert_eq!(published("user-agent", b"J\xfcrgen"), Ok(Vec::new()));
@@ -210,8 +253,12 @@ mod tests {
 
     #[test]
     fn platform_headers_are_refused() {
-        for name in ["x-message-nats-msg-id", "x-message-Nats-Expected-Stream", "x-message-oncely-letter", "x-message-"]
-        {
+        for name in [
+            "x-message-nats-msg-id",
+            "x-message-Nats-Expected-Stream",
+            "x-message-oncely-letter",
+            "x-message-",
+        ] {
             assert!(published(name, b"1").is_err(), "{name}");
         }
     }
@@ -221,7 +268,12 @@ mod tests {
         let granted = ["in.>".to_owned()];
         assert_eq!(subject("in.%61", &granted).unwrap(), "in.a");
         assert_eq!(subject("in.%C3%BC", &granted).unwrap_err().status, 400);
-        assert!(subject("in.%FF", &granted).unwrap_err().detail.contains("not UTF-8"));
+        assert!(
+            subject("in.%FF", &granted)
+                .unwrap_err()
+                .detail
+                .contains("not UTF-8")
+        );
         assert_eq!(subject("out.a", &granted).unwrap_err().status, 403);
     }
 }

@@ -1,24 +1,24 @@
-//! Whether the host can do its work, as far as it has found out: what every part may report to, and readiness follows.
+//! Whether the host can do its work, as far as it has found out: what every check may report to, and readiness follows.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A failure that no success and no other failure has followed for so long says nothing any more.
-const FORGOTTEN_AFTER: Duration = Duration::from_secs(10);
+const STALE_AFTER: Duration = Duration::from_secs(10);
 
 /// The failures of the present.
 #[derive(Debug, Default)]
 pub struct Health {
     /// Of the transactions of deliveries, requests and burials.
-    transactions: Mutex<Option<Failing>>,
+    transactions: Mutex<Option<Failure>>,
     /// Of the small transaction that the host tries every other second.
-    trial: Mutex<Option<Failing>>,
+    write_probe: Mutex<Option<Failure>>,
     /// Of the streams that are the installation's own.
-    own_streams: Mutex<Option<Failing>>,
+    own_streams: Mutex<Option<Failure>>,
 }
 
 #[derive(Debug)]
-struct Failing {
+struct Failure {
     why: String,
     since: Instant,
     last: Instant,
@@ -26,51 +26,65 @@ struct Failing {
 
 /// What may fail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Part {
+pub enum HealthCheck {
     Transactions,
-    Trial,
+    WriteProbe,
     OwnStreams,
 }
 
 impl Health {
     /// Something worked, or failed for this reason.
-    pub fn note(&self, part: Part, outcome: Result<(), String>) {
-        let mut failing = self.of(part).lock().unwrap_or_else(PoisonError::into_inner);
+    pub fn record(&self, check: HealthCheck, outcome: Result<(), String>) {
+        let mut failure = self
+            .slot(check)
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
-        *failing =
-            outcome.err().map(|why| Failing { why, since: failing.as_ref().map_or(now, |f| f.since), last: now });
+        *failure = outcome.err().map(|why| Failure {
+            why,
+            since: failure.as_ref().map_or(now, |f| f.since),
+            last: now,
+        });
     }
 
     /// Why the database does not take what the host writes; none when it does.
-    pub fn database(&self) -> Option<String> {
-        self.why(Part::Trial).or_else(|| self.why(Part::Transactions))
+    pub fn database_error(&self) -> Option<String> {
+        self.why(HealthCheck::WriteProbe)
+            .or_else(|| self.why(HealthCheck::Transactions))
     }
 
     /// Why the host's own streams are not there; none when they are.
-    pub fn own_streams(&self) -> Option<String> {
-        self.why(Part::OwnStreams)
+    pub fn own_streams_error(&self) -> Option<String> {
+        self.why(HealthCheck::OwnStreams)
     }
 
     /// Since when the database has not taken what the host writes.
-    pub fn database_since(&self) -> Option<Instant> {
-        [Part::Trial, Part::Transactions].into_iter().find_map(|part| self.current(part, |failing| failing.since))
+    pub fn database_failing_since(&self) -> Option<Instant> {
+        [HealthCheck::WriteProbe, HealthCheck::Transactions]
+            .into_iter()
+            .find_map(|check| self.current(check, |failure| failure.since))
     }
 
-    fn why(&self, part: Part) -> Option<String> {
-        self.current(part, |failing| failing.why.clone())
+    fn why(&self, check: HealthCheck) -> Option<String> {
+        self.current(check, |failure| failure.why.clone())
     }
 
-    fn current<T>(&self, part: Part, read: impl FnOnce(&Failing) -> T) -> Option<T> {
-        let failing = self.of(part).lock().unwrap_or_else(PoisonError::into_inner);
-        let is_current = |failing: &&Failing| part == Part::OwnStreams || failing.last.elapsed() < FORGOTTEN_AFTER;
-        failing.as_ref().filter(is_current).map(read)
+    fn current<T>(&self, check: HealthCheck, read: impl FnOnce(&Failure) -> T) -> Option<T> {
+        let failure = self
+            .slot(check)
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let is_current = |failure: &&Failure| {
+            check == HealthCheck::OwnStreams || failure.last.elapsed() < STALE_AFTER
+        };
+        failure.as_ref().filter(is_current).map(read)
     }
 
-    fn of(&self, part: Part) -> &Mutex<Option<Failing>> {
-        match part {
-            Part::Transactions => &self.transactions,
-            Part::Trial => &self.trial,
-            Part::OwnStreams => &self.own_streams,
+    fn slot(&self, check: HealthCheck) -> &Mutex<Option<Failure>> {
+        match check {
+            HealthCheck::Transactions => &self.transactions,
+            HealthCheck::WriteProbe => &self.write_probe,
+            HealthCheck::OwnStreams => &self.own_streams,
         }
     }
 }
@@ -82,13 +96,22 @@ mod tests {
     #[test]
     fn a_failure_lasts_until_the_next_success() {
         let health = Health::default();
-        assert_eq!(health.database(), None);
-        health.note(Part::Transactions, Err("the disk is full".to_owned()));
-        health.note(Part::Trial, Ok(()));
-        assert_eq!(health.database().as_deref(), Some("the disk is full"));
-        health.note(Part::Transactions, Ok(()));
-        assert_eq!((health.database(), health.database_since()), (None, None));
-        health.note(Part::OwnStreams, Err("gone".to_owned()));
-        assert_eq!((health.database(), health.own_streams()), (None, Some("gone".to_owned())));
+        assert_eq!(health.database_error(), None);
+        health.record(
+            HealthCheck::Transactions,
+            Err("the disk is full".to_owned()),
+        );
+        health.record(HealthCheck::WriteProbe, Ok(()));
+        assert_eq!(health.database_error().as_deref(), Some("the disk is full"));
+        health.record(HealthCheck::Transactions, Ok(()));
+        assert_eq!(
+            (health.database_error(), health.database_failing_since()),
+            (None, None)
+        );
+        health.record(HealthCheck::OwnStreams, Err("gone".to_owned()));
+        assert_eq!(
+            (health.database_error(), health.own_streams_error()),
+            (None, Some("gone".to_owned()))
+        );
     }
 }

@@ -4,28 +4,47 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Deserializer, Serializer};
 
-pub fn serialize<T: AsRef<[u8]>, S: Serializer>(bytes: &T, serializer: S) -> Result<S::Ok, S::Error> {
+pub fn serialize<T: AsRef<[u8]>, S: Serializer>(
+    bytes: &T,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(&STANDARD.encode(bytes))
 }
 
-pub fn deserialize<'de, T: From<Vec<u8>>, D: Deserializer<'de>>(deserializer: D) -> Result<T, D::Error> {
+pub fn deserialize<'de, T: From<Vec<u8>>, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<T, D::Error> {
     let text = String::deserialize(deserializer)?;
-    STANDARD.decode(text).map(T::from).map_err(serde::de::Error::custom)
+    STANDARD
+        .decode(text)
+        .map(T::from)
+        .map_err(serde::de::Error::custom)
 }
 
-/// The same for bytes that may be missing: `#[serde(with = "base64_text::maybe")]`.
-pub mod maybe {
+/// The same for bytes that may be missing: `#[serde(with = "base64_text::optional")]`.
+pub mod optional {
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
     #[derive(Serialize, Deserialize)]
-    #[serde(transparent, bound(serialize = "T: AsRef<[u8]>", deserialize = "T: From<Vec<u8>>"))]
+    #[serde(
+        transparent,
+        bound(serialize = "T: AsRef<[u8]>", deserialize = "T: From<Vec<u8>>")
+    )]
     struct Text<T>(#[serde(with = "super")] T);
 
-    pub fn serialize<T: AsRef<[u8]>, S: Serializer>(bytes: &Option<T>, serializer: S) -> Result<S::Ok, S::Error> {
-        bytes.as_ref().map(|bytes| Text(bytes.as_ref())).serialize(serializer)
+    pub fn serialize<T: AsRef<[u8]>, S: Serializer>(
+        bytes: &Option<T>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        bytes
+            .as_ref()
+            .map(|bytes| Text(bytes.as_ref()))
+            .serialize(serializer)
     }
 
-    pub fn deserialize<'de, T: From<Vec<u8>>, D: Deserializer<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
+    pub fn deserialize<'de, T: From<Vec<u8>>, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<T>, D::Error> {
         Ok(Option::<Text<T>>::deserialize(deserializer)?.map(|Text(bytes)| bytes))
     }
 }

@@ -7,27 +7,27 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 /// How many failures in a row open it.
-const TRIPS_AT: u32 = 5;
+const FAILURE_THRESHOLD: u32 = 5;
 
 /// How long it stays open the first time; twice that after each probe that fails.
-const OPEN_FIRST: Duration = Duration::from_millis(500);
+const OPEN_MIN: Duration = Duration::from_millis(500);
 
 /// Where that doubling ends. Recovery is noticed within this time.
 const OPEN_MAX: Duration = Duration::from_secs(8);
 
 /// How long an answer to a probe may take before another probe is let through.
-const PROBE_WITHIN: Duration = Duration::from_secs(10);
+const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// When to ask again while a probe is under way.
-const ASK_AGAIN: Duration = Duration::from_millis(500);
+const PROBE_RETRY_AFTER: Duration = Duration::from_millis(500);
 
 /// What a breaker says to whoever wants to try.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Permit {
     /// Go on.
-    Yes,
+    Granted,
     /// Not before this long.
-    NotFor(Duration),
+    Denied(Duration),
 }
 
 /// What people see of a breaker.
@@ -52,12 +52,18 @@ pub struct Breaker {
     opened: u32,
     /// Until when it is open, or its probe may take.
     until: Instant,
-    why: String,
+    last_error: String,
 }
 
 impl Breaker {
     pub fn new(now: Instant) -> Self {
-        Breaker { state: State::Closed, failures: 0, opened: 0, until: now, why: String::new() }
+        Breaker {
+            state: State::Closed,
+            failures: 0,
+            opened: 0,
+            until: now,
+            last_error: String::new(),
+        }
     }
 
     pub fn state(&self) -> State {
@@ -65,27 +71,35 @@ impl Breaker {
     }
 
     /// The last failure, for a person.
-    pub fn why(&self) -> &str {
-        &self.why
+    pub fn last_error(&self) -> &str {
+        &self.last_error
     }
 
     /// Whether to try now. Once it was open long enough, the first one who asks is the probe.
     pub fn permit(&mut self, now: Instant) -> Permit {
         if self.state == State::Closed {
-            return Permit::Yes;
+            return Permit::Granted;
         }
         if now < self.until {
             let left = self.until - now;
-            return Permit::NotFor(if self.state == State::HalfOpen { left.min(ASK_AGAIN) } else { left });
+            return Permit::Denied(if self.state == State::HalfOpen {
+                left.min(PROBE_RETRY_AFTER)
+            } else {
+                left
+            });
         }
         self.state = State::HalfOpen;
-        self.until = now + PROBE_WITHIN;
-        Permit::Yes
+        self.until = now + PROBE_TIMEOUT;
+        Permit::Granted
     }
 
     /// For how long nothing is let through from now on.
     pub fn open_for(&self, now: Instant) -> Duration {
-        if self.state == State::Closed { Duration::ZERO } else { self.until.saturating_duration_since(now) }
+        if self.state == State::Closed {
+            Duration::ZERO
+        } else {
+            self.until.saturating_duration_since(now)
+        }
     }
 
     /// Something worked. Returns whether that closed it.
@@ -96,16 +110,18 @@ impl Breaker {
     }
 
     /// Something failed. Returns whether that opened it. What was tried before it opened and fails now says nothing new.
-    pub fn failed(&mut self, now: Instant, random: f64, why: &str) -> bool {
+    pub fn failed(&mut self, now: Instant, random: f64, last_error: &str) -> bool {
         self.failures = self.failures.saturating_add(1);
-        why.clone_into(&mut self.why);
+        last_error.clone_into(&mut self.last_error);
         let opens = match self.state {
-            State::Closed => self.failures >= TRIPS_AT,
+            State::Closed => self.failures >= FAILURE_THRESHOLD,
             State::HalfOpen => true,
             State::Open => false,
         };
         if opens {
-            let most = OPEN_FIRST.saturating_mul(2_u32.saturating_pow(self.opened)).min(OPEN_MAX);
+            let most = OPEN_MIN
+                .saturating_mul(2_u32.saturating_pow(self.opened))
+                .min(OPEN_MAX);
             self.state = State::Open;
             self.opened = self.opened.saturating_add(1);
             // The upper half is random, so that hosts do not all probe at the same time.
@@ -115,7 +131,7 @@ impl Breaker {
     }
 
     /// What was tried failed for a reason of its own. If it was the probe, the next one who asks is another.
-    pub fn undecided(&mut self, now: Instant) {
+    pub fn inconclusive(&mut self, now: Instant) {
         if self.state == State::HalfOpen {
             (self.state, self.until) = (State::Open, now);
         }
@@ -127,53 +143,64 @@ mod tests {
     use super::*;
 
     fn trip(breaker: &mut Breaker, now: Instant, random: f64) {
-        for failure in 1..=TRIPS_AT {
-            assert_eq!(breaker.failed(now, random, "x"), failure == TRIPS_AT);
+        for failure in 1..=FAILURE_THRESHOLD {
+            assert_eq!(
+                breaker.failed(now, random, "x"),
+                failure == FAILURE_THRESHOLD
+            );
         }
     }
 
     #[test]
-    fn it_opens_after_failures_in_a_row_and_one_probe_closes_it() {
+    fn consecutive_failures_open_it_and_one_probe_closes_it() {
         let now = Instant::now();
         let mut breaker = Breaker::new(now);
-        for _ in 1..TRIPS_AT {
+        for _ in 1..FAILURE_THRESHOLD {
             assert!(!breaker.failed(now, 0.0, "no answer"));
         }
         // A success in between starts the count anew.
         breaker.succeeded();
-        for _ in 1..TRIPS_AT {
+        for _ in 1..FAILURE_THRESHOLD {
             assert!(!breaker.failed(now, 0.0, "no answer"));
         }
-        assert_eq!(breaker.permit(now), Permit::Yes);
+        assert_eq!(breaker.permit(now), Permit::Granted);
         assert!(breaker.failed(now, 1.0, "no answer"));
-        assert_eq!((breaker.state(), breaker.why()), (State::Open, "no answer"));
-        assert_eq!(breaker.permit(now), Permit::NotFor(OPEN_FIRST));
-        let later = now + OPEN_FIRST;
-        assert_eq!(breaker.permit(later), Permit::Yes);
+        assert_eq!(
+            (breaker.state(), breaker.last_error()),
+            (State::Open, "no answer")
+        );
+        assert_eq!(breaker.permit(now), Permit::Denied(OPEN_MIN));
+        let later = now + OPEN_MIN;
+        assert_eq!(breaker.permit(later), Permit::Granted);
         assert_eq!(breaker.state(), State::HalfOpen);
-        assert!(matches!(breaker.permit(later), Permit::NotFor(_)), "two probes at a time");
+        assert!(
+            matches!(breaker.permit(later), Permit::Denied(_)),
+            "two probes at a time"
+        );
         assert!(breaker.succeeded());
-        assert_eq!(breaker.permit(later), Permit::Yes);
+        assert_eq!(breaker.permit(later), Permit::Granted);
     }
 
     #[test]
-    fn each_probe_that_fails_doubles_the_time_up_to_a_limit() {
+    fn each_failed_probe_doubles_the_open_time_up_to_a_limit() {
         let mut now = Instant::now();
         let mut breaker = Breaker::new(now);
         trip(&mut breaker, now, 1.0);
         let mut waited = Vec::new();
         for _ in 0..6 {
-            let Permit::NotFor(wait) = breaker.permit(now) else { panic!("it is not open") };
+            let Permit::Denied(wait) = breaker.permit(now) else {
+                panic!("it is not open")
+            };
             waited.push(wait.as_millis());
             now += wait;
-            assert_eq!(breaker.permit(now), Permit::Yes);
+            assert_eq!(breaker.permit(now), Permit::Granted);
             assert!(breaker.failed(now, 1.0, "x"));
         }
         assert_eq!(waited, [500, 1_000, 2_000, 4_000, 8_000, 8_000]);
     }
 
     #[test]
-    fn what_was_under_way_when_it_opened_does_not_keep_it_open_longer() {
+    fn in_flight_failures_do_not_extend_the_open_state() {
         let now = Instant::now();
         let mut breaker = Breaker::new(now);
         trip(&mut breaker, now, 0.5);
@@ -183,16 +210,19 @@ mod tests {
     }
 
     #[test]
-    fn a_probe_that_never_answers_is_followed_by_another() {
+    fn an_unanswered_probe_is_followed_by_another() {
         let mut now = Instant::now();
         let mut breaker = Breaker::new(now);
         trip(&mut breaker, now, 0.0);
-        now += OPEN_FIRST;
-        assert_eq!(breaker.permit(now), Permit::Yes);
-        assert_eq!(breaker.permit(now), Permit::NotFor(ASK_AGAIN));
-        now += PROBE_WITHIN;
-        assert_eq!(breaker.permit(now), Permit::Yes);
-        breaker.undecided(now);
-        assert_eq!((breaker.state(), breaker.permit(now)), (State::Open, Permit::Yes));
+        now += OPEN_MIN;
+        assert_eq!(breaker.permit(now), Permit::Granted);
+        assert_eq!(breaker.permit(now), Permit::Denied(PROBE_RETRY_AFTER));
+        now += PROBE_TIMEOUT;
+        assert_eq!(breaker.permit(now), Permit::Granted);
+        breaker.inconclusive(now);
+        assert_eq!(
+            (breaker.state(), breaker.permit(now)),
+            (State::Open, Permit::Granted)
+        );
     }
 }

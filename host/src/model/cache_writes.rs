@@ -34,7 +34,7 @@ pub struct CachePut {
     pub tags: Vec<String>,
 }
 
-/// What one call, or the members of a batch one after the other, put and invalidate.
+/// What one call, or the items of a batch one after the other, put and invalidate.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct CacheWrites {
     puts: BTreeMap<String, CachePut>,
@@ -60,7 +60,7 @@ impl CacheWrites {
     }
 
     /// The value that was put here under a key.
-    pub fn put_here(&self, key: &str) -> Option<&CachePut> {
+    pub fn pending_put(&self, key: &str) -> Option<&CachePut> {
         self.puts.get(key)
     }
 
@@ -89,14 +89,21 @@ impl CacheWrites {
     pub fn invalidate(&mut self, tags: impl IntoIterator<Item = String>) {
         self.tags.extend(tags);
         let invalid = &self.tags;
-        self.puts.retain(|_, put| !put.tags.iter().any(|tag| invalid.contains(tag)));
+        self.puts
+            .retain(|_, put| !put.tags.iter().any(|tag| invalid.contains(tag)));
     }
 
-    /// What a later member left comes after this.
+    /// What a later item left comes after this.
     pub fn extend(&mut self, later: CacheWrites) {
-        let CacheWrites { puts, tags, puts_size, puts_count } = later;
-        // Of those tags alone: a value that was put after an earlier member invalidated its tag stays.
-        self.puts.retain(|_, put| !put.tags.iter().any(|tag| tags.contains(tag)));
+        let CacheWrites {
+            puts,
+            tags,
+            puts_size,
+            puts_count,
+        } = later;
+        // Of those tags alone: a value that was put after an earlier item invalidated its tag stays.
+        self.puts
+            .retain(|_, put| !put.tags.iter().any(|tag| tags.contains(tag)));
         self.tags.extend(tags);
         self.puts.extend(puts);
         self.puts_size += puts_size;
@@ -107,7 +114,9 @@ impl CacheWrites {
 /// Refuses what is no key or tag: 1 to [`NAME_MAX`] bytes without control characters. The error is a sentence without an end.
 pub fn check_name(what: &str, name: &str) -> Result<(), String> {
     if name.is_empty() || name.len() > NAME_MAX || name.chars().any(char::is_control) {
-        return Err(format!("a {what} has 1 to {NAME_MAX} bytes and no control characters"));
+        return Err(format!(
+            "a {what} has 1 to {NAME_MAX} bytes and no control characters"
+        ));
     }
     Ok(())
 }
@@ -118,7 +127,11 @@ mod tests {
 
     fn put(text: &'static str, tags: &[&str]) -> CachePut {
         let tags = tags.iter().map(|&tag| tag.to_owned()).collect();
-        CachePut { value: Bytes::from_static(text.as_bytes()), ttl: Duration::from_secs(1), tags }
+        CachePut {
+            value: Bytes::from_static(text.as_bytes()),
+            ttl: Duration::from_secs(1),
+            tags,
+        }
     }
 
     fn invalidate(writes: &mut CacheWrites, tag: &str) {
@@ -126,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_put_after_its_tag_was_invalidated_stays_and_what_was_put_before_does_not() {
+    fn invalidate_drops_earlier_puts_and_keeps_later_ones() {
         let mut writes = CacheWrites::default();
         writes.put("before".to_owned(), put("1", &["t"]));
         writes.put("other".to_owned(), put("2", &["u"]));
@@ -137,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn a_later_member_invalidates_what_earlier_ones_put() {
+    fn extend_invalidates_earlier_puts() {
         let (mut first, mut second) = (CacheWrites::default(), CacheWrites::default());
         invalidate(&mut first, "t");
         first.put("a".to_owned(), put("1", &["t"]));
@@ -145,18 +158,28 @@ mod tests {
         invalidate(&mut second, "u");
         second.put("a".to_owned(), put("2", &["t", "u"]));
         first.extend(second);
-        let values: Vec<_> = first.puts().map(|(key, put)| (key, put.value.clone())).collect();
+        let values: Vec<_> = first
+            .puts()
+            .map(|(key, put)| (key, put.value.clone()))
+            .collect();
         assert_eq!(values, [("a", Bytes::from_static(b"2"))]);
         assert_eq!(first.tags().len(), 2);
     }
 
     #[test]
-    fn what_was_put_counts_even_when_it_is_gone() {
+    fn puts_count_includes_invalidated_puts() {
         let mut writes = CacheWrites::default();
         for _ in 0..3 {
             writes.put("same".to_owned(), put("abcd", &["t"]));
         }
         invalidate(&mut writes, "t");
-        assert_eq!((writes.puts().count(), writes.puts_count(), writes.puts_size()), (0, 3, 12));
+        assert_eq!(
+            (
+                writes.puts().count(),
+                writes.puts_count(),
+                writes.puts_size()
+            ),
+            (0, 3, 12)
+        );
     }
 }

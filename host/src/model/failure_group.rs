@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::model::verdict::{Letter, PANICKED, Reason};
+use crate::model::verdict::{DeadLetter, PANIC_PREFIX, Reason};
 
 /// How much of a shape is kept, in characters.
 const SHAPE_MAX: usize = 300;
@@ -27,30 +27,42 @@ pub struct FailureGroup {
 
 impl FailureGroup {
     /// The group that a letter belongs to.
-    pub fn of(letter: &Letter) -> Self {
-        let shape = match letter.reason {
-            Reason::Rejected | Reason::AttemptsExhausted | Reason::ProvedPoison | Reason::OutputRefused => {
+    pub fn of(dead_letter: &DeadLetter) -> Self {
+        let shape = match dead_letter.reason {
+            Reason::Rejected
+            | Reason::AttemptsExhausted
+            | Reason::DeterministicFailure
+            | Reason::OutputRefused => {
                 // A panic is told by its place; its words may hold anything.
-                match letter.detail.starts_with(PANICKED) {
-                    true => shape_of(PANICKED.trim_end_matches(": ")),
-                    false => shape_of(&letter.detail),
+                match dead_letter.detail.starts_with(PANIC_PREFIX) {
+                    true => detail_shape(PANIC_PREFIX.trim_end_matches(": ")),
+                    false => detail_shape(&dead_letter.detail),
                 }
             }
             // The host found these details, and all of one reason are one failure.
-            Reason::IdReuse | Reason::InvalidId | Reason::Unreadable | Reason::CrashedHost => String::new(),
+            Reason::IdReuse | Reason::InvalidId | Reason::Unreadable | Reason::CrashedHost => {
+                String::new()
+            }
         };
-        let place = place_of(&letter.frames);
+        let place = trap_place(&dead_letter.frames);
         let mut digest = Sha256::new();
-        let parts = [letter.worker.as_str(), letter.reason.as_str(), letter.code.as_deref().unwrap_or_default()];
-        for part in parts.into_iter().chain([shape.as_str(), place.as_deref().unwrap_or_default()]) {
+        let parts = [
+            dead_letter.worker.as_str(),
+            dead_letter.reason.as_str(),
+            dead_letter.code.as_deref().unwrap_or_default(),
+        ];
+        for part in parts
+            .into_iter()
+            .chain([shape.as_str(), place.as_deref().unwrap_or_default()])
+        {
             digest.update(part.as_bytes());
             digest.update([0]);
         }
         let digest = hex::encode(digest.finalize());
         FailureGroup {
             id: digest.get(..16).unwrap_or_default().to_owned(),
-            reason: letter.reason.as_str().to_owned(),
-            code: letter.code.clone(),
+            reason: dead_letter.reason.as_str().to_owned(),
+            code: dead_letter.code.clone(),
             shape,
             place,
         }
@@ -59,15 +71,15 @@ impl FailureGroup {
 
 /// A detail without what differs from message to message: text between quotes, and words with a digit in them. What stands
 /// between backticks is a name more often than a value, so it is treated like other words.
-fn shape_of(detail: &str) -> String {
+fn detail_shape(detail: &str) -> String {
     let mut shape = String::new();
     let mut rest = detail;
     while let Some(first) = rest.chars().next() {
-        if let Some(after) = after_quoted(rest, first, shape.chars().last()) {
+        if let Some(after) = skip_quoted(rest, first, shape.chars().last()) {
             shape.push_str("\"…\"");
             rest = after;
-        } else if is_of_word(first) {
-            let end = rest.find(|c| !is_of_word(c)).unwrap_or(rest.len());
+        } else if is_word_char(first) {
+            let end = rest.find(|c| !is_word_char(c)).unwrap_or(rest.len());
             let (word, after) = rest.split_at(end);
             shape.push_str(if is_value(word) { "#" } else { word });
             rest = after;
@@ -83,7 +95,7 @@ fn shape_of(detail: &str) -> String {
 }
 
 /// What follows a quoted text that begins here; none when none does. An apostrophe within a word is no quote.
-fn after_quoted(text: &str, quote: char, before: Option<char>) -> Option<&str> {
+fn skip_quoted(text: &str, quote: char, before: Option<char>) -> Option<&str> {
     let is_quote = quote == '"' || (quote == '\'' && !before.is_some_and(char::is_alphanumeric));
     if !is_quote {
         return None;
@@ -101,7 +113,7 @@ fn after_quoted(text: &str, quote: char, before: Option<char>) -> Option<&str> {
 }
 
 /// Ids hang together by these.
-fn is_of_word(c: char) -> bool {
+fn is_word_char(c: char) -> bool {
     c.is_alphanumeric() || matches!(c, '_' | '-' | '.' | ':' | '@')
 }
 
@@ -110,19 +122,28 @@ fn is_value(word: &str) -> bool {
 }
 
 /// Where a handler trapped: its own functions, without those that every panic goes through.
-fn place_of(frames: &[String]) -> Option<String> {
-    const EVERY_PANIC: [&str; 9] =
-        ["std::", "core::", "alloc::", "<std::", "<core::", "<alloc::", "__rust", "rust_", "abort"];
+fn trap_place(frames: &[String]) -> Option<String> {
+    const PANIC_PREFIXES: [&str; 9] = [
+        "std::", "core::", "alloc::", "<std::", "<core::", "<alloc::", "__rust", "rust_", "abort",
+    ];
     let names = frames.iter().map(|frame| without_hash(frame));
-    let own = names.filter(|name| !EVERY_PANIC.iter().any(|prefix| name.starts_with(prefix)));
+    let own = names.filter(|name| !PANIC_PREFIXES.iter().any(|prefix| name.starts_with(prefix)));
     let own: Vec<&str> = own.take(FRAMES_MAX).collect();
-    if own.is_empty() { None } else { Some(own.join(" < ")) }
+    if own.is_empty() {
+        None
+    } else {
+        Some(own.join(" < "))
+    }
 }
 
 /// A function's name without the hash that Rust appends, which is another one for each build.
 fn without_hash(name: &str) -> &str {
     match name.rsplit_once("::h") {
-        Some((name, hash)) if hash.len() == 16 && hash.bytes().all(|byte| byte.is_ascii_hexdigit()) => name,
+        Some((name, hash))
+            if hash.len() == 16 && hash.bytes().all(|byte| byte.is_ascii_hexdigit()) =>
+        {
+            name
+        }
         _ => name,
     }
 }
@@ -132,8 +153,8 @@ mod tests {
     use super::*;
     use crate::model::message::Message;
 
-    fn letter(reason: Reason, detail: &str) -> Letter {
-        Letter {
+    fn dead_letter(reason: Reason, detail: &str) -> DeadLetter {
+        DeadLetter {
             worker: "settle".to_owned(),
             version: 1,
             reason,
@@ -153,46 +174,72 @@ mod tests {
     }
 
     #[test]
-    fn values_are_left_out_and_names_are_kept() {
+    fn a_shape_omits_values_and_keeps_names() {
         for (detail, shape) in [
-            ("missing field `id` at line 1 column 17", "missing field `id` at line # column #"),
-            ("invalid type: string \"a \\\" b\", expected u64", "invalid type: string \"…\", expected u64"),
+            (
+                "missing field `id` at line 1 column 17",
+                "missing field `id` at line # column #",
+            ),
+            (
+                "invalid type: string \"a \\\" b\", expected u64",
+                "invalid type: string \"…\", expected u64",
+            ),
             ("account acc-17 is 3.50 short", "account # is # short"),
-            ("event 0190f3c4-2b6a-7def-8abc-0123456789ab of 2026-01-31T12:00:00Z", "event # of #"),
+            (
+                "event 0190f3c4-2b6a-7def-8abc-0123456789ab of 2026-01-31T12:00:00Z",
+                "event # of #",
+            ),
             ("can't open 'it' at 0xdeadbeef0", "can't open \"…\" at #"),
             ("ends in a \"quote", "ends in a \"quote"),
             ("two\nlines", "two lines"),
             ("", ""),
         ] {
-            assert_eq!(shape_of(detail), shape.replace("u64", "#"), "{detail}");
+            assert_eq!(detail_shape(detail), shape.replace("u64", "#"), "{detail}");
         }
-        assert_eq!(shape_of(&"ä".repeat(5_000)).chars().count(), SHAPE_MAX);
+        assert_eq!(detail_shape(&"ä".repeat(5_000)).chars().count(), SHAPE_MAX);
     }
 
     #[test]
-    fn the_same_failure_is_one_group_and_another_is_another() {
-        let group = |detail: &str| FailureGroup::of(&letter(Reason::Rejected, detail)).id;
+    fn equal_failures_share_a_group_and_others_do_not() {
+        let group = |detail: &str| FailureGroup::of(&dead_letter(Reason::Rejected, detail)).id;
         assert_eq!(group("line 1 column 17"), group("line 3 column 4"));
         assert_ne!(group("missing field `id`"), group("missing field `name`"));
         assert_eq!(group("x").len(), 16);
-        let other = Letter { worker: "other".to_owned(), ..letter(Reason::Rejected, "x") };
+        let other = DeadLetter {
+            worker: "other".to_owned(),
+            ..dead_letter(Reason::Rejected, "x")
+        };
         assert_ne!(FailureGroup::of(&other).id, group("x"));
-        let reuse = |detail: &str| FailureGroup::of(&letter(Reason::IdReuse, detail)).id;
-        assert_eq!(reuse("the event id `abc` was used"), reuse("the event id `def` was used"));
+        let reuse = |detail: &str| FailureGroup::of(&dead_letter(Reason::IdReuse, detail)).id;
+        assert_eq!(
+            reuse("the event id `abc` was used"),
+            reuse("the event id `def` was used")
+        );
     }
 
     #[test]
-    fn the_place_of_a_trap_is_told_by_the_handlers_own_functions_whatever_the_build() {
-        let trapped = |frames: &[&str]| Letter {
+    fn a_trap_is_grouped_by_the_handlers_own_frames_in_any_build() {
+        let trapped = |frames: &[&str]| DeadLetter {
             frames: frames.iter().map(|&frame| frame.to_owned()).collect(),
-            ..letter(Reason::AttemptsExhausted, "the handler panicked")
+            ..dead_letter(Reason::AttemptsExhausted, "the handler panicked")
         };
-        let one =
-            trapped(&["abort", "std::process::abort::h0123456789abcdef", "app::pay::h0123456789abcdef", "app::handle"]);
+        let one = trapped(&[
+            "abort",
+            "std::process::abort::h0123456789abcdef",
+            "app::pay::h0123456789abcdef",
+            "app::handle",
+        ]);
         let group = FailureGroup::of(&one);
         assert_eq!(group.place.as_deref(), Some("app::pay < app::handle"));
-        let next_build = trapped(&["core::panicking::panic", "app::pay::hfedcba9876543210", "app::handle"]);
+        let next_build = trapped(&[
+            "core::panicking::panic",
+            "app::pay::hfedcba9876543210",
+            "app::handle",
+        ]);
         assert_eq!(FailureGroup::of(&next_build).id, group.id);
-        assert_ne!(FailureGroup::of(&trapped(&["app::refund", "app::handle"])).id, group.id);
+        assert_ne!(
+            FailureGroup::of(&trapped(&["app::refund", "app::handle"])).id,
+            group.id
+        );
     }
 }

@@ -23,7 +23,10 @@ impl WithHint for anyhow::Error {
     type Hinted = anyhow::Error;
 
     fn hint(self, hint: impl Into<String>) -> anyhow::Error {
-        anyhow::Error::new(Hinted { hint: hint.into(), error: self })
+        anyhow::Error::new(Hinted {
+            hint: hint.into(),
+            error: self,
+        })
     }
 }
 
@@ -41,8 +44,12 @@ pub fn hints(error: &anyhow::Error) -> Vec<&str> {
 }
 
 /// The first `T` among an error, its contexts and its causes, also behind hints.
-pub fn find<T: fmt::Display + fmt::Debug + Send + Sync + 'static>(error: &anyhow::Error) -> Option<&T> {
-    error.downcast_ref::<T>().or_else(|| wrapped(error).find_map(|hinted| hinted.error.downcast_ref::<T>()))
+pub fn find_cause<T: fmt::Display + fmt::Debug + Send + Sync + 'static>(
+    error: &anyhow::Error,
+) -> Option<&T> {
+    error
+        .downcast_ref::<T>()
+        .or_else(|| wrapped(error).find_map(|hinted| hinted.error.downcast_ref::<T>()))
 }
 
 /// The errors that carry the hints of `error`, outermost first.
@@ -77,18 +84,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_hint_leaves_the_chain_as_it_was() {
-        let error = anyhow!("no route").context("connect to NATS").hint("start it").context("start the host");
+    fn a_hint_leaves_the_error_chain_unchanged() {
+        let error = anyhow!("no route")
+            .context("connect to NATS")
+            .hint("start it")
+            .context("start the host");
         let texts: Vec<_> = error.chain().map(ToString::to_string).collect();
         assert_eq!(texts, ["start the host", "connect to NATS", "no route"]);
-        assert_eq!(format!("{error:#}"), "start the host: connect to NATS: no route");
+        assert_eq!(
+            format!("{error:#}"),
+            "start the host: connect to NATS: no route"
+        );
     }
 
     #[test]
-    fn hints_are_found_outermost_first_and_hide_nothing() {
-        let parse = "x".parse::<u32>().hint("inner").context("read").hint("outer").unwrap_err();
+    fn hints_are_listed_outermost_first_and_hide_nothing() {
+        let parse = "x"
+            .parse::<u32>()
+            .hint("inner")
+            .context("read")
+            .hint("outer")
+            .unwrap_err();
         assert_eq!(hints(&parse), ["outer", "inner"]);
-        assert!(find::<std::num::ParseIntError>(&parse).is_some());
-        assert!(find::<std::io::Error>(&parse).is_none());
+        assert!(find_cause::<std::num::ParseIntError>(&parse).is_some());
+        assert!(find_cause::<std::io::Error>(&parse).is_none());
     }
 }

@@ -21,10 +21,10 @@ pub const CACHE_STREAM: &str = "ONCELY_CACHE";
 pub const CACHE_SUBJECTS: &str = "oncely.cache.>";
 
 /// How long that stream keeps a message, unless somebody made it otherwise; whoever was away for longer forgets everything.
-pub const CACHE_KEPT: Duration = Duration::from_secs(60 * 60);
+pub const CACHE_STREAM_MAX_AGE: Duration = Duration::from_secs(60 * 60);
 
 /// How much the headers of such a message may take of what the broker lets through, in bytes.
-const HEADERS: usize = 1024;
+const HEADERS_SIZE: usize = 1024;
 
 /// Which tags of a worker are invalid. Written as JSON.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,14 +41,22 @@ impl Invalidation {
     /// The tags that one transaction invalidates.
     pub fn new(worker: &str, tags: BTreeSet<String>, at: Timestamp) -> Self {
         let id = format!("cache:{worker}:{}", Uuid::new_v4());
-        Invalidation { id, worker: worker.to_owned(), tags, at }
+        Invalidation {
+            id,
+            worker: worker.to_owned(),
+            tags,
+            at,
+        }
     }
 
     /// The message to `oncely.cache.{worker}`. Where the broker takes no message of that size it says to forget everything.
     pub fn output(&self, event_id: &str, payload_max: usize) -> serde_json::Result<Output> {
         let mut body = serde_json::to_vec(self)?;
-        if body.len() + HEADERS > payload_max {
-            body = serde_json::to_vec(&Invalidation { tags: [EVERYTHING.to_owned()].into(), ..self.clone() })?;
+        if body.len() + HEADERS_SIZE > payload_max {
+            body = serde_json::to_vec(&Invalidation {
+                tags: [EVERYTHING.to_owned()].into(),
+                ..self.clone()
+            })?;
         }
         Ok(Output {
             kind: OutputKind::Invalidation,
@@ -74,14 +82,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_reads_back_and_what_is_too_long_to_tell_is_everything() {
+    fn an_oversized_invalidation_covers_everything() {
         let tags: BTreeSet<String> = (0..100).map(|n| format!("tag {n}")).collect();
-        let told = Invalidation::new("shop", tags, Timestamp::UNIX_EPOCH);
-        let output = told.output("e1", 1 << 20).unwrap();
-        assert_eq!((output.id.as_str(), output.subject.as_str()), (told.id.as_str(), "oncely.cache.shop"));
-        assert_ne!(Invalidation::new("shop", told.tags.clone(), told.at).id, told.id);
-        assert_eq!(Invalidation::read(&output.body).unwrap(), told);
-        let cut = Invalidation::read(&told.output("e1", 1_500).unwrap().body).unwrap();
+        let invalidation = Invalidation::new("shop", tags, Timestamp::UNIX_EPOCH);
+        let output = invalidation.output("e1", 1 << 20).unwrap();
+        assert_eq!(
+            (output.id.as_str(), output.subject.as_str()),
+            (invalidation.id.as_str(), "oncely.cache.shop")
+        );
+        assert_ne!(
+            Invalidation::new("shop", invalidation.tags.clone(), invalidation.at).id,
+            invalidation.id
+        );
+        assert_eq!(Invalidation::read(&output.body).unwrap(), invalidation);
+        let cut = Invalidation::read(&invalidation.output("e1", 1_500).unwrap().body).unwrap();
         assert_eq!(cut.tags, BTreeSet::from([EVERYTHING.to_owned()]));
     }
 }

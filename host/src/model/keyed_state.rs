@@ -45,7 +45,7 @@ pub struct BatchState {
     /// What the transaction read, or found absent.
     read: HashMap<String, StateSlot>,
     /// What members that succeeded left.
-    left: BTreeMap<String, StateSlot>,
+    kept: BTreeMap<String, StateSlot>,
     /// What the running member changed.
     changed: BTreeMap<String, StateSlot>,
 }
@@ -53,7 +53,10 @@ pub struct BatchState {
 impl BatchState {
     /// The key as the running member sees it; none means it has not been read yet.
     pub fn slot(&self, key: &str) -> Option<&StateSlot> {
-        self.changed.get(key).or_else(|| self.left.get(key)).or_else(|| self.read.get(key))
+        self.changed
+            .get(key)
+            .or_else(|| self.kept.get(key))
+            .or_else(|| self.read.get(key))
     }
 
     /// The entry of `key` as the running member sees it; the outer none means it has not been read yet.
@@ -62,7 +65,7 @@ impl BatchState {
     }
 
     /// Keeps what the transaction read.
-    pub fn remember(&mut self, key: String, slot: StateSlot) {
+    pub fn record_read(&mut self, key: String, slot: StateSlot) {
         self.read.insert(key, slot);
     }
 
@@ -84,18 +87,26 @@ impl BatchState {
     }
 
     fn next_version(&self, key: &str) -> u64 {
-        self.slot(key).map_or(1, |slot| slot.version.saturating_add(1))
+        self.slot(key)
+            .map_or(1, |slot| slot.version.saturating_add(1))
     }
 
     fn change(&mut self, key: String, entry: Option<StateEntry>, version: u64) {
         let has_row = self.slot(&key).is_some_and(|slot| slot.has_row);
-        self.changed.insert(key, StateSlot { entry, version, has_row });
+        self.changed.insert(
+            key,
+            StateSlot {
+                entry,
+                version,
+                has_row,
+            },
+        );
     }
 
     /// Keeps what the running member changed: it succeeded.
     pub fn keep(&mut self) {
         // Not `append`, which rebuilds the whole map for each member.
-        self.left.extend(std::mem::take(&mut self.changed));
+        self.kept.extend(std::mem::take(&mut self.changed));
     }
 
     /// Forgets what the running member changed: it failed.
@@ -106,21 +117,31 @@ impl BatchState {
     /// Keys that members that succeeded changed, with their entries as the transaction read them and as they are now.
     pub fn changes(&self) -> Vec<(String, Option<StateEntry>, Option<StateEntry>)> {
         let read = |key: &String| self.read.get(key).and_then(|slot| slot.entry.clone());
-        let change = |(key, slot): (&String, &StateSlot)| (key.clone(), read(key), slot.entry.clone());
-        self.left.iter().map(change).filter(|(_, before, after)| before != after).collect()
+        let change =
+            |(key, slot): (&String, &StateSlot)| (key.clone(), read(key), slot.entry.clone());
+        self.kept
+            .iter()
+            .map(change)
+            .filter(|(_, before, after)| before != after)
+            .collect()
     }
 
     /// All changes of the members that succeeded, each against the version the transaction read. A key that was set and is
     /// gone again is written too: a member knows its version.
     pub fn writes(&self) -> Vec<StateWrite> {
-        let version_read = |key: &str| self.read.get(key).filter(|slot| slot.has_row).map(|slot| slot.version);
+        let version_read = |key: &str| {
+            self.read
+                .get(key)
+                .filter(|slot| slot.has_row)
+                .map(|slot| slot.version)
+        };
         let write = |(key, slot): (&String, &StateSlot)| StateWrite {
             key: key.clone(),
             expected: version_read(key),
             version: slot.version,
             value: slot.entry.as_ref().map(|entry| entry.value.clone()),
         };
-        self.left.iter().map(write).collect()
+        self.kept.iter().map(write).collect()
     }
 }
 
@@ -129,48 +150,73 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_member_sees_what_the_one_before_it_left_and_not_what_a_failed_one_changed() {
+    fn an_item_sees_earlier_items_changes_but_not_a_failed_ones() {
         let mut state = BatchState::default();
         assert_eq!(state.get("a"), None);
-        state.remember("a".into(), StateSlot::default());
+        state.record_read("a".into(), StateSlot::default());
         assert_eq!(state.set("a".into(), Bytes::from_static(b"1")), 1);
         state.keep();
         assert_eq!(state.set("a".into(), Bytes::from_static(b"2")), 2);
         state.discard();
-        assert_eq!(state.get("a").flatten().map(|entry| entry.value.clone()), Some(Bytes::from_static(b"1")));
+        assert_eq!(
+            state.get("a").flatten().map(|entry| entry.value.clone()),
+            Some(Bytes::from_static(b"1"))
+        );
         assert_eq!(
             state.writes(),
-            vec![StateWrite { key: "a".into(), expected: None, version: 1, value: Some(Bytes::from_static(b"1")) }]
+            vec![StateWrite {
+                key: "a".into(),
+                expected: None,
+                version: 1,
+                value: Some(Bytes::from_static(b"1"))
+            }]
         );
     }
 
     #[test]
     fn versions_grow_over_deletions_within_a_batch() {
         let mut state = BatchState::default();
-        state.remember("a".into(), StateSlot::default());
+        state.record_read("a".into(), StateSlot::default());
         assert_eq!(state.set("a".into(), Bytes::new()), 1);
         assert!(state.delete("a".into()));
         assert!(!state.delete("a".into()));
         state.keep();
-        let deleted = StateWrite { key: "a".into(), expected: None, version: 2, value: None };
+        let deleted = StateWrite {
+            key: "a".into(),
+            expected: None,
+            version: 2,
+            value: None,
+        };
         assert_eq!(state.writes(), [deleted]);
         assert_eq!(state.set("a".into(), Bytes::new()), 3);
     }
 
     #[test]
-    fn a_deleted_key_goes_on_from_the_version_of_its_deletion() {
+    fn a_recreated_key_continues_from_its_deletion_version() {
         let mut state = BatchState::default();
-        state.remember("a".into(), StateSlot { entry: None, version: 7, has_row: true });
+        state.record_read(
+            "a".into(),
+            StateSlot {
+                entry: None,
+                version: 7,
+                has_row: true,
+            },
+        );
         assert_eq!(state.set("a".into(), Bytes::new()), 8);
         state.keep();
-        let set = StateWrite { key: "a".into(), expected: Some(7), version: 8, value: Some(Bytes::new()) };
+        let set = StateWrite {
+            key: "a".into(),
+            expected: Some(7),
+            version: 8,
+            value: Some(Bytes::new()),
+        };
         assert_eq!(state.writes(), [set]);
     }
 
     #[test]
-    fn deleting_a_key_that_is_not_there_needs_no_write() {
+    fn deleting_a_missing_key_needs_no_write() {
         let mut state = BatchState::default();
-        state.remember("a".into(), StateSlot::default());
+        state.record_read("a".into(), StateSlot::default());
         assert!(!state.delete("a".into()));
         state.keep();
         assert!(state.writes().is_empty());

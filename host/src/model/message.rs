@@ -70,7 +70,9 @@ impl Message {
 
     /// How many attempts failed before its present budget began.
     pub fn attempts_before(&self) -> u32 {
-        self.redriven.as_ref().map_or(0, |redriven| redriven.attempts_before)
+        self.redriven
+            .as_ref()
+            .map_or(0, |redriven| redriven.attempts_before)
     }
 
     /// The first value of a header, its name compared without regard to case.
@@ -81,7 +83,10 @@ impl Message {
 
 /// The first value of `name` in `headers`, compared without regard to case.
 pub fn header<'h>(headers: &'h Headers, name: &str) -> Option<&'h str> {
-    headers.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
+    headers
+        .iter()
+        .find(|(key, _)| key.eq_ignore_ascii_case(name))
+        .map(|(_, value)| value.as_str())
 }
 
 /// A message a delivery emitted.
@@ -127,7 +132,7 @@ pub enum OutputKind {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InvalidEventId {
     /// What stands in for it in the inbox and the dead letter.
-    pub stand_in: String,
+    pub fallback_id: String,
     /// What is wrong with the one that was sent, for a person.
     pub why: String,
 }
@@ -135,9 +140,13 @@ pub struct InvalidEventId {
 /// Whether a text is a `traceparent` (W3C Trace Context, section 3.2): two, 32, 16 and two hex digits, neither id all zeros.
 pub fn is_traceparent(text: &str) -> bool {
     let is_hex = |part: &str, length: usize| {
-        part.len() == length && part.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+        part.len() == length
+            && part
+                .bytes()
+                .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
     };
-    let is_id = |part: &str, length: usize| is_hex(part, length) && part.bytes().any(|byte| byte != b'0');
+    let is_id =
+        |part: &str, length: usize| is_hex(part, length) && part.bytes().any(|byte| byte != b'0');
     let mut parts = text.split('-');
     let (Some(version), Some(trace), Some(span), Some(flags)) =
         (parts.next(), parts.next(), parts.next(), parts.next())
@@ -145,19 +154,27 @@ pub fn is_traceparent(text: &str) -> bool {
         return false;
     };
     let is_whole = version != "00" || parts.next().is_none();
-    is_hex(version, 2) && version != "ff" && is_id(trace, 32) && is_id(span, 16) && is_hex(flags, 2) && is_whole
+    is_hex(version, 2)
+        && version != "ff"
+        && is_id(trace, 32)
+        && is_id(span, 16)
+        && is_hex(flags, 2)
+        && is_whole
 }
 
 /// How many bytes a message of the platform has on its way to its stream, as the server counts them: its headers with its id and
 /// the readable one, and its body.
-pub fn size_on_its_way(headers: &Headers, id: &str, body: usize) -> usize {
-    let lines: usize = headers.iter().map(|(name, value)| name.len() + value.len() + 4).sum();
+pub fn wire_size(headers: &Headers, id: &str, body: usize) -> usize {
+    let lines: usize = headers
+        .iter()
+        .map(|(name, value)| name.len() + value.len() + 4)
+        .sum();
     let own = "NATS/1.0\r\nNats-Msg-Id: \r\nOncely-Output-Id: \r\n\r\n".len();
-    lines + own + id.len().max(SENT_ID) + id.len() + body
+    lines + own + id.len().max(MESSAGE_ID_LENGTH) + id.len() + body
 }
 
 /// The length of an id as it travels: a keyed hash, or a UUID.
-const SENT_ID: usize = 36;
+const MESSAGE_ID_LENGTH: usize = 36;
 
 /// The event id of a message: CloudEvents `ce-source` and `ce-id` as `source|id`, else `Nats-Msg-Id`,
 /// else the name of the stream, the time at which it stored the message (microseconds since the epoch) and the sequence as
@@ -171,21 +188,32 @@ pub fn event_id(
     stored_at: Timestamp,
     sequence: u64,
 ) -> Result<String, InvalidEventId> {
-    let derived = place_id(stream, stored_at, sequence);
-    let Some(sent) = sent_id(headers, body) else { return Ok(derived) };
-    match check_sent_id(&sent) {
+    let derived = derived_event_id(stream, stored_at, sequence);
+    let Some(sent) = publisher_event_id(headers, body) else {
+        return Ok(derived);
+    };
+    match check_event_id(&sent) {
         Ok(()) => Ok(sent),
-        Err(why) => Err(InvalidEventId { stand_in: derived, why }),
+        Err(why) => Err(InvalidEventId {
+            fallback_id: derived,
+            why,
+        }),
     }
 }
 
 /// The id that the publisher of a message chose; none when its headers carry none.
-fn sent_id(headers: &Headers, body: Option<&[u8]>) -> Option<String> {
-    match (filled_header(headers, "ce-id"), filled_header(headers, "ce-source")) {
-        (Some(id), source) => Some(of_cloud_event(&decoded(id), source.map(decoded).as_deref())),
+fn publisher_event_id(headers: &Headers, body: Option<&[u8]>) -> Option<String> {
+    match (
+        non_empty_header(headers, "ce-id"),
+        non_empty_header(headers, "ce-source"),
+    ) {
+        (Some(id), source) => Some(cloud_event_id(
+            &percent_decoded(id),
+            source.map(percent_decoded).as_deref(),
+        )),
         (None, _) => body
             .and_then(|body| structured_id(headers, body))
-            .or_else(|| filled_header(headers, "Nats-Msg-Id").map(str::to_owned)),
+            .or_else(|| non_empty_header(headers, "Nats-Msg-Id").map(str::to_owned)),
     }
 }
 
@@ -196,14 +224,21 @@ fn structured_id(headers: &Headers, body: &[u8]) -> Option<String> {
         id: String,
         source: Option<String>,
     }
-    let kind = filled_header(headers, "content-type")?.split(';').next()?.trim().to_ascii_lowercase();
-    let envelope: Envelope = (kind == "application/cloudevents+json").then(|| serde_json::from_slice(body).ok())??;
-    let is_filled = |text: &String| !text.trim().is_empty();
-    let source = envelope.source.filter(is_filled);
-    Some(envelope.id).filter(is_filled).map(|id| of_cloud_event(&id, source.as_deref()))
+    let kind = non_empty_header(headers, "content-type")?
+        .split(';')
+        .next()?
+        .trim()
+        .to_ascii_lowercase();
+    let envelope: Envelope =
+        (kind == "application/cloudevents+json").then(|| serde_json::from_slice(body).ok())??;
+    let is_non_empty = |text: &String| !text.trim().is_empty();
+    let source = envelope.source.filter(is_non_empty);
+    Some(envelope.id)
+        .filter(is_non_empty)
+        .map(|id| cloud_event_id(&id, source.as_deref()))
 }
 
-fn of_cloud_event(id: &str, source: Option<&str>) -> String {
+fn cloud_event_id(id: &str, source: Option<&str>) -> String {
     match source {
         // `|` cannot stand in a URI reference, so a well-formed source has none; percent-encoding it in
         // the others keeps two different pairs from ever giving the same id.
@@ -214,29 +249,37 @@ fn of_cloud_event(id: &str, source: Option<&str>) -> String {
 
 /// The value of a header of a CloudEvent: publishers may percent-encode non-ASCII text, spaces, quotes and percent
 /// signs (CloudEvents HTTP binding, section 3.1.3.2). A text that is not UTF-8 then stays as it is.
-fn decoded(value: &str) -> String {
-    percent_encoding::percent_decode_str(value).decode_utf8().map_or_else(|_| value.to_owned(), String::from)
+fn percent_decoded(value: &str) -> String {
+    percent_encoding::percent_decode_str(value)
+        .decode_utf8()
+        .map_or_else(|_| value.to_owned(), String::from)
 }
 
 /// The first value of `name` that is more than white space.
-fn filled_header<'h>(headers: &'h Headers, name: &str) -> Option<&'h str> {
-    let values = headers.iter().filter(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str());
+fn non_empty_header<'h>(headers: &'h Headers, name: &str) -> Option<&'h str> {
+    let values = headers
+        .iter()
+        .filter(|(key, _)| key.eq_ignore_ascii_case(name))
+        .map(|(_, value)| value.as_str());
     values.into_iter().find(|value| !value.trim().is_empty())
 }
 
 /// Refuses an id that a publisher cannot use: one that is too long for the inbox, or that has the form of an id made from a
 /// place on a stream, which belongs to the message that stands there. The error is a sentence without an end.
-pub fn check_sent_id(id: &str) -> Result<(), String> {
+pub fn check_event_id(id: &str) -> Result<(), String> {
     if id.trim().is_empty() {
         return Err("the event id is empty".to_owned());
     }
     if id.len() > EVENT_ID_MAX {
-        return Err(format!("the event id has {} bytes; at most {EVENT_ID_MAX} are allowed", id.len()));
+        return Err(format!(
+            "the event id has {} bytes; at most {EVENT_ID_MAX} are allowed",
+            id.len()
+        ));
     }
     if id.contains('\0') {
         return Err("the event id contains a NUL character".to_owned());
     }
-    if is_place_id(id) {
+    if is_derived_event_id(id) {
         return Err("the event id has the form `STREAM@stored:sequence`, which is reserved for messages without an id"
             .to_owned());
     }
@@ -245,16 +288,26 @@ pub fn check_sent_id(id: &str) -> Result<(), String> {
 
 /// The id of a message that brings none: where and when it was stored, `stream@stored:sequence`. Never with a `|`, which marks
 /// an id that has a `ce-source`.
-pub fn place_id(stream: &str, stored_at: Timestamp, sequence: u64) -> String {
-    format!("{}@{}:{sequence}", stream.replace('%', "%25").replace('|', "%7C"), stored_at.as_microsecond())
+pub fn derived_event_id(stream: &str, stored_at: Timestamp, sequence: u64) -> String {
+    format!(
+        "{}@{}:{sequence}",
+        stream.replace('%', "%25").replace('|', "%7C"),
+        stored_at.as_microsecond()
+    )
 }
 
 /// Whether an id could be that of a place on some stream.
-fn is_place_id(id: &str) -> bool {
+fn is_derived_event_id(id: &str) -> bool {
     let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    let Some((stream, place)) = id.rsplit_once('@') else { return false };
-    let Some((stored, sequence)) = place.split_once(':') else { return false };
-    !stream.contains('|') && is_number(stored.strip_prefix('-').unwrap_or(stored)) && is_number(sequence)
+    let Some((stream, place)) = id.rsplit_once('@') else {
+        return false;
+    };
+    let Some((stored, sequence)) = place.split_once(':') else {
+        return false;
+    };
+    !stream.contains('|')
+        && is_number(stored.strip_prefix('-').unwrap_or(stored))
+        && is_number(sequence)
 }
 
 /// The id of the output number `ordinal` (from 0) of one delivery: the same input always yields the same.
@@ -264,7 +317,10 @@ pub fn output_id(worker: &str, event_id: &str, ordinal: usize) -> String {
     if id.len() <= EVENT_ID_MAX {
         return id;
     }
-    format!("{worker}:{}:{ordinal}", hex::encode(Sha256::digest(event_id.as_bytes())))
+    format!(
+        "{worker}:{}:{ordinal}",
+        hex::encode(Sha256::digest(event_id.as_bytes()))
+    )
 }
 
 #[cfg(test)]
@@ -272,14 +328,23 @@ mod tests {
     use super::*;
 
     fn id_of(headers: &[(&str, &str)]) -> Result<String, InvalidEventId> {
-        let headers = headers.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        let headers = headers
+            .iter()
+            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+            .collect();
         event_id(&headers, None, "ORDERS", Timestamp::UNIX_EPOCH, 7)
     }
 
     #[test]
-    fn event_id_prefers_cloudevents_then_msg_id_then_place() {
-        assert_eq!(id_of(&[("ce-id", "1"), ("ce-source", "/shop"), ("Nats-Msg-Id", "x")]), Ok("/shop|1".into()));
-        assert_eq!(id_of(&[("Ce-Id", "1"), ("Nats-Msg-Id", "x")]), Ok("1".into()));
+    fn event_id_prefers_cloudevents_then_msg_id_then_position() {
+        assert_eq!(
+            id_of(&[("ce-id", "1"), ("ce-source", "/shop"), ("Nats-Msg-Id", "x")]),
+            Ok("/shop|1".into())
+        );
+        assert_eq!(
+            id_of(&[("Ce-Id", "1"), ("Nats-Msg-Id", "x")]),
+            Ok("1".into())
+        );
         assert_eq!(id_of(&[("Nats-Msg-Id", "x")]), Ok("x".into()));
         assert_eq!(id_of(&[]), Ok("ORDERS@0:7".into()));
     }
@@ -287,14 +352,29 @@ mod tests {
     #[test]
     fn an_event_has_one_id_in_every_form() {
         let structured = |kind: &str, body: &str| {
-            let headers =
-                vec![("Content-Type".to_owned(), kind.to_owned()), ("Nats-Msg-Id".to_owned(), "n".to_owned())];
-            event_id(&headers, Some(body.as_bytes()), "ORDERS", Timestamp::UNIX_EPOCH, 7).unwrap()
+            let headers = vec![
+                ("Content-Type".to_owned(), kind.to_owned()),
+                ("Nats-Msg-Id".to_owned(), "n".to_owned()),
+            ];
+            event_id(
+                &headers,
+                Some(body.as_bytes()),
+                "ORDERS",
+                Timestamp::UNIX_EPOCH,
+                7,
+            )
+            .unwrap()
         };
         let body = r#"{"specversion": "1.0", "id": "évènement 1", "source": "/shop", "type": "t", "data": {}}"#;
         let binary = id_of(&[("ce-id", "évènement 1"), ("ce-source", "/shop")]).unwrap();
-        assert_eq!(id_of(&[("ce-id", "%C3%A9v%C3%A8nement%201"), ("ce-source", "/shop")]).unwrap(), binary);
-        for kind in ["application/cloudevents+json", "Application/CloudEvents+JSON; charset=UTF-8"] {
+        assert_eq!(
+            id_of(&[("ce-id", "%C3%A9v%C3%A8nement%201"), ("ce-source", "/shop")]).unwrap(),
+            binary
+        );
+        for kind in [
+            "application/cloudevents+json",
+            "Application/CloudEvents+JSON; charset=UTF-8",
+        ] {
             assert_eq!(structured(kind, body), binary);
         }
         assert_eq!(structured("application/json", body), "n");
@@ -308,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn a_traceparent_is_one_or_is_none() {
+    fn is_traceparent_accepts_only_valid_values() {
         let good = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
         assert!(is_traceparent(good));
         for bad in [
@@ -333,11 +413,25 @@ mod tests {
             (vec![("Nats-Msg-Id", " \t")], derived),
             (vec![("ce-id", "")], derived),
             (vec![("ce-id", ""), ("ce-source", "/shop")], derived),
-            (vec![("ce-id", ""), ("ce-source", "/shop"), ("Nats-Msg-Id", "x")], "x"),
+            (
+                vec![("ce-id", ""), ("ce-source", "/shop"), ("Nats-Msg-Id", "x")],
+                "x",
+            ),
             (vec![("ce-id", "  "), ("Nats-Msg-Id", "x")], "x"),
             (vec![("ce-source", "/shop"), ("Nats-Msg-Id", "x")], "x"),
-            (vec![("ce-id", "1"), ("ce-source", ""), ("Nats-Msg-Id", "x")], "1"),
-            (vec![("ce-id", ""), ("CE-ID", "2"), ("ce-source", " "), ("ce-source", "/shop")], "/shop|2"),
+            (
+                vec![("ce-id", "1"), ("ce-source", ""), ("Nats-Msg-Id", "x")],
+                "1",
+            ),
+            (
+                vec![
+                    ("ce-id", ""),
+                    ("CE-ID", "2"),
+                    ("ce-source", " "),
+                    ("ce-source", "/shop"),
+                ],
+                "/shop|2",
+            ),
             (vec![("nats-msg-id", ""), ("Nats-Msg-Id", "y")], "y"),
         ] {
             assert_eq!(id_of(&headers), Ok(expected.into()), "{headers:?}");
@@ -345,35 +439,60 @@ mod tests {
     }
 
     #[test]
-    fn sent_ids_of_the_derived_form_are_refused() {
-        for id in ["ORDERS@0:7", "ORDERS@0:8", "OTHER@1795915819192864:1231", "a@b@1:2", "@1:2", "ORDERS@-5:7"] {
-            for headers in [vec![("Nats-Msg-Id", id)], vec![("ce-id", id)], vec![("ce-id", id), ("ce-source", "")]] {
+    fn event_ids_in_the_derived_form_are_refused() {
+        for id in [
+            "ORDERS@0:7",
+            "ORDERS@0:8",
+            "OTHER@1795915819192864:1231",
+            "a@b@1:2",
+            "@1:2",
+            "ORDERS@-5:7",
+        ] {
+            for headers in [
+                vec![("Nats-Msg-Id", id)],
+                vec![("ce-id", id)],
+                vec![("ce-id", id), ("ce-source", "")],
+            ] {
                 let invalid = id_of(&headers).unwrap_err();
-                assert_eq!(invalid.stand_in, "ORDERS@0:7");
+                assert_eq!(invalid.fallback_id, "ORDERS@0:7");
                 assert!(invalid.why.contains("reserved"), "{}", invalid.why);
             }
         }
-        for id in ["ORDERS@0", "ORDERS@0:", "ORDERS@:7", "ORDERS@x:7", "ORDERS@0:7a", "ada@example.com", "0:7"] {
+        for id in [
+            "ORDERS@0",
+            "ORDERS@0:",
+            "ORDERS@:7",
+            "ORDERS@x:7",
+            "ORDERS@0:7a",
+            "ada@example.com",
+            "0:7",
+        ] {
             assert_eq!(id_of(&[("ce-id", id)]), Ok(id.into()));
         }
         // With a source it is another id than that of any place, whatever the stream is called.
         let sourced = id_of(&[("ce-id", "ORDERS@0:7"), ("ce-source", "/shop")]);
         assert_eq!(sourced, Ok("/shop|ORDERS@0:7".into()));
-        assert_eq!(place_id("/shop|ORDERS", Timestamp::UNIX_EPOCH, 7), "/shop%7CORDERS@0:7");
+        assert_eq!(
+            derived_event_id("/shop|ORDERS", Timestamp::UNIX_EPOCH, 7),
+            "/shop%7CORDERS@0:7"
+        );
     }
 
     #[test]
-    fn event_id_that_is_unusable_gets_a_stand_in() {
+    fn an_unusable_event_id_gets_a_fallback_id() {
         let long = "x".repeat(256);
         let invalid = id_of(&[("Nats-Msg-Id", &long)]).unwrap_err();
-        assert_eq!(invalid.stand_in, "ORDERS@0:7");
+        assert_eq!(invalid.fallback_id, "ORDERS@0:7");
         assert!(invalid.why.contains("256 bytes"));
         assert!(id_of(&[("Nats-Msg-Id", "a\0b")]).is_err());
     }
 
     #[test]
     fn event_ids_of_different_sources_never_collide() {
-        assert_ne!(id_of(&[("ce-id", "b|c"), ("ce-source", "a")]), id_of(&[("ce-id", "c"), ("ce-source", "a|b")]));
+        assert_ne!(
+            id_of(&[("ce-id", "b|c"), ("ce-source", "a")]),
+            id_of(&[("ce-id", "c"), ("ce-source", "a|b")])
+        );
     }
 
     #[test]

@@ -9,12 +9,12 @@ use ring::hmac;
 use crate::model::message::{Headers, Output, OutputKind, header};
 
 /// The header with the readable id of an output, such as `settle:p-1:0`.
-pub const OUTPUT_ID: &str = "Oncely-Output-Id";
+pub const OUTPUT_ID_HEADER: &str = "Oncely-Output-Id";
 
 /// How many bytes of the hash travel, in hex.
 const LENGTH: usize = 16;
 
-/// How many ids of one output [`OutputIds::is_of`] looks at: more were never found taken.
+/// How many ids of one output [`OutputIds::is_id_of`] looks at: more were never found taken.
 const TAKEN_MAX: usize = 8;
 
 /// Makes the ids of one installation. `Debug` does not show the key.
@@ -25,17 +25,24 @@ pub struct OutputIds {
 
 impl OutputIds {
     pub fn new(key: &[u8]) -> Self {
-        OutputIds { key: hmac::Key::new(hmac::HMAC_SHA256, key) }
+        OutputIds {
+            key: hmac::Key::new(hmac::HMAC_SHA256, key),
+        }
     }
 
     /// Ids under a key that nothing else knows: for as long as the installation's own key is not read.
-    pub fn under_random_key() -> Self {
+    pub fn with_random_key() -> Self {
         OutputIds::new(&rand::random::<[u8; 32]>())
     }
 
     /// The id under which an output of `worker` travels: the same for the same output, another one for any other.
-    pub fn of(&self, worker: &str, output: &Output) -> String {
-        let Output { id, event_id, ordinal, .. } = output;
+    pub fn id_of(&self, worker: &str, output: &Output) -> String {
+        let Output {
+            id,
+            event_id,
+            ordinal,
+            ..
+        } = output;
         let ordinal = ordinal.to_string();
         match output.kind {
             // The host has made it up, at random, and the publisher was told.
@@ -51,37 +58,43 @@ impl OutputIds {
     }
 
     /// The id of an output whose stream holds another message under the id `taken`.
-    pub fn after(&self, taken: &str) -> String {
+    pub fn next_id(&self, taken: &str) -> String {
         self.hash(&["after", taken])
     }
 
     /// Whether `id` is that of the derived output `ordinal` of an event, or one that it was given later.
-    pub fn is_of(&self, id: &str, worker: &str, event_id: &str, ordinal: &str) -> bool {
+    pub fn is_id_of(&self, id: &str, worker: &str, event_id: &str, ordinal: &str) -> bool {
         let first = self.hash(&["derived", worker, event_id, ordinal]);
-        std::iter::successors(Some(first), |taken| Some(self.after(taken))).take(TAKEN_MAX).any(|own| own == id)
+        std::iter::successors(Some(first), |taken| Some(self.next_id(taken)))
+            .take(TAKEN_MAX)
+            .any(|own| own == id)
     }
 
     /// An output as it is stored and published: under its id, with the readable one in its header.
     pub fn seal(&self, worker: &str, output: &Output) -> Output {
         let mut headers = output.headers.clone();
-        headers.push((OUTPUT_ID.to_owned(), one_line(&output.id)));
-        Output { id: self.of(worker, output), headers, ..output.clone() }
+        headers.push((OUTPUT_ID_HEADER.to_owned(), one_line(&output.id)));
+        Output {
+            id: self.id_of(worker, output),
+            headers,
+            ..output.clone()
+        }
     }
 
     /// The subject of the installation's marks, which nobody can guess.
-    pub fn mark_subject(&self) -> String {
-        format!("oncely.mark.{}", self.hash(&["subject of marks"]))
+    pub fn watermark_subject(&self) -> String {
+        format!("oncely.watermark.{}", self.hash(&["watermark subject"]))
     }
 
     /// The text of a mark on the broker: its name, and the proof that it is the installation's.
-    pub fn seal_mark(&self, name: &str) -> String {
-        format!("{name} {}", self.hash(&["mark", name]))
+    pub fn seal_watermark(&self, name: &str) -> String {
+        format!("{name} {}", self.hash(&["watermark", name]))
     }
 
     /// The name of a mark that stands on the broker; none when the text is not one of this installation.
-    pub fn open_mark<'t>(&self, text: &'t str) -> Option<&'t str> {
+    pub fn open_watermark<'t>(&self, text: &'t str) -> Option<&'t str> {
         let (name, proof) = text.split_once(' ')?;
-        (proof == self.hash(&["mark", name])).then_some(name)
+        (proof == self.hash(&["watermark", name])).then_some(name)
     }
 
     /// Each part with its length before it, so that no two lists of parts are the same text.
@@ -97,13 +110,15 @@ impl OutputIds {
 }
 
 /// The readable id of an output with these headers, which travels under `id`.
-pub fn readable<'o>(headers: &'o Headers, id: &'o str) -> &'o str {
-    header(headers, OUTPUT_ID).unwrap_or(id)
+pub fn readable_id<'o>(headers: &'o Headers, id: &'o str) -> &'o str {
+    header(headers, OUTPUT_ID_HEADER).unwrap_or(id)
 }
 
 /// Fit for a header: an event id may have control characters.
 pub fn one_line(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+    text.chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect()
 }
 
 #[cfg(test)]
@@ -130,36 +145,46 @@ mod tests {
     }
 
     #[test]
-    fn an_id_is_the_same_for_the_same_output_under_the_same_key_alone() {
+    fn output_ids_depend_on_the_output_and_the_key_only() {
         let ids = OutputIds::new(&[7; 32]);
         let one = output(OutputKind::Derived, "victim:EVT-9:0", "EVT-9", 0);
-        assert_eq!(ids.of("victim", &one), OutputIds::new(&[7; 32]).of("victim", &one));
-        assert_ne!(ids.of("victim", &one), OutputIds::new(&[8; 32]).of("victim", &one));
-        assert_ne!(OutputIds::under_random_key().of("w", &one), OutputIds::under_random_key().of("w", &one));
-        assert_eq!(ids.of("victim", &one).len(), 32);
+        assert_eq!(
+            ids.id_of("victim", &one),
+            OutputIds::new(&[7; 32]).id_of("victim", &one)
+        );
+        assert_ne!(
+            ids.id_of("victim", &one),
+            OutputIds::new(&[8; 32]).id_of("victim", &one)
+        );
+        assert_ne!(
+            OutputIds::with_random_key().id_of("w", &one),
+            OutputIds::with_random_key().id_of("w", &one)
+        );
+        assert_eq!(ids.id_of("victim", &one).len(), 32);
     }
 
     #[test]
-    fn ids_that_read_the_same_are_different_where_worker_or_kind_is() {
+    fn equal_readable_ids_differ_by_worker_and_kind() {
         use OutputKind::{Alarm, Chosen, DeadLetter, Derived, Invalidation, Pointer};
         let ids = OutputIds::new(&[7; 32]);
         let readable = "victim:EVT-9:0";
         let of_kinds = [Chosen, Derived, DeadLetter, Pointer, Invalidation, Alarm]
-            .map(|kind| ids.of("victim", &output(kind, readable, "EVT-9", 0)));
+            .map(|kind| ids.id_of("victim", &output(kind, readable, "EVT-9", 0)));
         let others = [
-            ids.of("other", &output(Chosen, readable, "EVT-9", 0)),
-            ids.of("other", &output(Derived, "other:EVT-9:0", "EVT-9", 0)),
-            ids.of("victim", &output(Derived, "victim:EVT-9:1", "EVT-9", 1)),
+            ids.id_of("other", &output(Chosen, readable, "EVT-9", 0)),
+            ids.id_of("other", &output(Derived, "other:EVT-9:0", "EVT-9", 0)),
+            ids.id_of("victim", &output(Derived, "victim:EVT-9:1", "EVT-9", 1)),
             // What long event ids are shortened to, and parts that are joined elsewhere.
-            ids.of("victim", &output(Derived, readable, "EVT-9:0", 0)),
-            ids.of("victimEVT", &output(Derived, readable, "-9", 0)),
-            ids.of("victim:EVT-9", &output(Derived, readable, "", 0)),
-            ids.after(&ids.of("victim", &output(Derived, readable, "EVT-9", 0))),
+            ids.id_of("victim", &output(Derived, readable, "EVT-9:0", 0)),
+            ids.id_of("victimEVT", &output(Derived, readable, "-9", 0)),
+            ids.id_of("victim:EVT-9", &output(Derived, readable, "", 0)),
+            ids.next_id(&ids.id_of("victim", &output(Derived, readable, "EVT-9", 0))),
         ];
         let all: BTreeSet<String> = of_kinds.into_iter().chain(others).collect();
         assert_eq!(all.len(), 13);
         // An author's own id is the worker's, whichever event it comes from.
-        let chosen = |event_id, ordinal| ids.of("victim", &output(Chosen, "order-1", event_id, ordinal));
+        let chosen =
+            |event_id, ordinal| ids.id_of("victim", &output(Chosen, "order-1", event_id, ordinal));
         assert_eq!(chosen("a", 0), chosen("b", 3));
     }
 
@@ -168,32 +193,41 @@ mod tests {
         let ids = OutputIds::new(&[7; 32]);
         let plain = output(OutputKind::Derived, "pay:a\nb:0", "a\nb", 0);
         let sealed = ids.seal("pay", &plain);
-        assert_eq!(sealed.id, ids.of("pay", &plain));
-        assert_eq!(readable(&sealed.headers, &sealed.id), "pay:a b:0");
-        assert_eq!(readable(&Vec::new(), "x"), "x");
+        assert_eq!(sealed.id, ids.id_of("pay", &plain));
+        assert_eq!(readable_id(&sealed.headers, &sealed.id), "pay:a b:0");
+        assert_eq!(readable_id(&Vec::new(), "x"), "x");
     }
 
     #[test]
-    fn a_mark_opens_under_the_key_that_sealed_it_alone() {
+    fn a_watermark_opens_only_under_the_key_that_sealed_it() {
         let ids = OutputIds::new(&[7; 32]);
-        let text = ids.seal_mark("a1");
-        assert_eq!(ids.open_mark(&text), Some("a1"));
-        for forged in [text.replace("a1", "a2"), "a1".to_owned(), "a1 ".to_owned(), String::new()] {
-            assert_eq!(ids.open_mark(&forged), None, "{forged}");
+        let text = ids.seal_watermark("a1");
+        assert_eq!(ids.open_watermark(&text), Some("a1"));
+        for forged in [
+            text.replace("a1", "a2"),
+            "a1".to_owned(),
+            "a1 ".to_owned(),
+            String::new(),
+        ] {
+            assert_eq!(ids.open_watermark(&forged), None, "{forged}");
         }
-        assert_eq!(OutputIds::new(&[8; 32]).open_mark(&text), None);
+        assert_eq!(OutputIds::new(&[8; 32]).open_watermark(&text), None);
     }
 
     #[test]
-    fn later_ids_of_an_output_are_known_as_its_own() {
+    fn later_ids_of_an_output_are_recognised() {
         let ids = OutputIds::new(&[7; 32]);
-        let first = ids.of("pay", &output(OutputKind::Derived, "pay:e1:0", "e1", 0));
-        for own in [&first, &ids.after(&first), &ids.after(&ids.after(&first))] {
-            assert!(ids.is_of(own, "pay", "e1", "0"));
+        let first = ids.id_of("pay", &output(OutputKind::Derived, "pay:e1:0", "e1", 0));
+        for own in [
+            &first,
+            &ids.next_id(&first),
+            &ids.next_id(&ids.next_id(&first)),
+        ] {
+            assert!(ids.is_id_of(own, "pay", "e1", "0"));
         }
-        for other in ["pay:e1:0", "", &ids.after("pay:e1:0")] {
-            assert!(!ids.is_of(other, "pay", "e1", "0"));
+        for other in ["pay:e1:0", "", &ids.next_id("pay:e1:0")] {
+            assert!(!ids.is_id_of(other, "pay", "e1", "0"));
         }
-        assert!(!ids.is_of(&first, "pay", "e1", "1"));
+        assert!(!ids.is_id_of(&first, "pay", "e1", "1"));
     }
 }

@@ -16,13 +16,13 @@ pub const REDRIVE_STREAM: &str = "ONCELY_REDRIVE";
 /// What that stream holds.
 pub const REDRIVE_SUBJECTS: &str = "oncely.redrive.>";
 
-const LETTER: &str = "Oncely-Letter";
-const GENERATION: &str = "Oncely-Generation";
+const DEAD_LETTER_HEADER: &str = "Oncely-Dead-Letter";
+const GENERATION_HEADER: &str = "Oncely-Generation";
 
 /// Which letter a worker is sent to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pointer {
-    pub letter: i64,
+    pub dead_letter: i64,
     /// How often it was put back, this time included.
     pub generation: u32,
 }
@@ -43,13 +43,17 @@ impl Pointer {
         let id = output_id(worker, event_id, 0);
         Output {
             kind: OutputKind::Pointer,
-            id: format!("{}:r{}", id.strip_suffix(":0").unwrap_or(&id), self.generation),
+            id: format!(
+                "{}:r{}",
+                id.strip_suffix(":0").unwrap_or(&id),
+                self.generation
+            ),
             event_id: event_id.to_owned(),
             ordinal: 0,
             subject: subject_of(worker),
             headers: vec![
-                (LETTER.to_owned(), self.letter.to_string()),
-                (GENERATION.to_owned(), self.generation.to_string()),
+                (DEAD_LETTER_HEADER.to_owned(), self.dead_letter.to_string()),
+                (GENERATION_HEADER.to_owned(), self.generation.to_string()),
             ],
             body: Bytes::new(),
             ordering_key: None,
@@ -58,10 +62,10 @@ impl Pointer {
     }
 
     /// What a message of the redrive stream points to; none when it is no such message.
-    pub fn read(message: &Message) -> Option<Pointer> {
+    pub fn parse(message: &Message) -> Option<Pointer> {
         Some(Pointer {
-            letter: message.header(LETTER)?.parse().ok()?,
-            generation: message.header(GENERATION)?.parse().ok()?,
+            dead_letter: message.header(DEAD_LETTER_HEADER)?.parse().ok()?,
+            generation: message.header(GENERATION_HEADER)?.parse().ok()?,
         })
     }
 }
@@ -71,10 +75,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pointer_reads_back_and_each_generation_has_an_id_of_its_own() {
-        let pointer = Pointer { letter: 17, generation: 2 };
+    fn a_pointer_round_trips_and_each_generation_has_its_own_id() {
+        let pointer = Pointer {
+            dead_letter: 17,
+            generation: 2,
+        };
         let output = pointer.output("settle", "p-1");
-        assert_eq!((output.id.as_str(), output.subject.as_str()), ("settle:p-1:r2", "oncely.redrive.settle"));
+        assert_eq!(
+            (output.id.as_str(), output.subject.as_str()),
+            ("settle:p-1:r2", "oncely.redrive.settle")
+        );
         let message = Message {
             event_id: output.id,
             subject: output.subject,
@@ -83,8 +93,19 @@ mod tests {
             origin: None,
             redriven: None,
         };
-        assert_eq!(Pointer::read(&message), Some(pointer));
-        assert_eq!(Pointer::read(&Message { headers: Vec::new(), ..message }), None);
-        assert!(pointer.output("settle", &"e".repeat(255)).id.ends_with(":r2"));
+        assert_eq!(Pointer::parse(&message), Some(pointer));
+        assert_eq!(
+            Pointer::parse(&Message {
+                headers: Vec::new(),
+                ..message
+            }),
+            None
+        );
+        assert!(
+            pointer
+                .output("settle", &"e".repeat(255))
+                .id
+                .ends_with(":r2")
+        );
     }
 }

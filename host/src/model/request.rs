@@ -20,7 +20,7 @@ pub struct HttpRequest {
 
 /// One answer, whole: as it is kept and given again. Header values are as those of a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HttpAnswer {
+pub struct HttpResponse {
     pub status: u16,
     pub headers: Headers,
     pub body: Bytes,
@@ -56,8 +56,15 @@ impl HttpRequest {
     /// SHA-256 over method, path, query, all lines of the content type, and body.
     pub fn fingerprint(&self) -> [u8; 32] {
         let is_content_type = |name: &str| name.eq_ignore_ascii_case("content-type");
-        let content_types = self.headers.iter().filter(|(name, _)| is_content_type(name)).map(|(_, value)| value);
-        let parts: Vec<&String> = [&self.method, &self.path_and_query].into_iter().chain(content_types).collect();
+        let content_types = self
+            .headers
+            .iter()
+            .filter(|(name, _)| is_content_type(name))
+            .map(|(_, value)| value);
+        let parts: Vec<&String> = [&self.method, &self.path_and_query]
+            .into_iter()
+            .chain(content_types)
+            .collect();
         let mut hasher = Sha256::new();
         hasher.update((parts.len() as u64).to_be_bytes());
         for part in parts {
@@ -91,17 +98,26 @@ mod tests {
             method: "POST".to_owned(),
             path_and_query: "/a".to_owned(),
             authority: "localhost".to_owned(),
-            headers: content_types.iter().map(|value| ("Content-Type".to_owned(), (*value).to_owned())).collect(),
+            headers: content_types
+                .iter()
+                .map(|value| ("Content-Type".to_owned(), (*value).to_owned()))
+                .collect(),
             body: Bytes::from_static(body.as_bytes()),
         }
     }
 
     #[test]
-    fn all_content_types_make_the_fingerprint() {
+    fn fingerprint_covers_all_content_types() {
         let of = |content_types: &[&str], body| request(content_types, body).fingerprint();
         assert_eq!(of(&["text/plain"], "a"), of(&["text/plain"], "a"));
-        assert_ne!(of(&["text/plain"], "a"), of(&["text/plain", "text/html"], "a"));
-        assert_ne!(of(&["text/plain", "text/html"], "a"), of(&["text/plain", "text/css"], "a"));
+        assert_ne!(
+            of(&["text/plain"], "a"),
+            of(&["text/plain", "text/html"], "a")
+        );
+        assert_ne!(
+            of(&["text/plain", "text/html"], "a"),
+            of(&["text/plain", "text/css"], "a")
+        );
         assert_ne!(of(&[], "a"), of(&[""], "a"));
     }
 }

@@ -21,17 +21,17 @@ pub struct RetryPolicy {
     /// Where that doubling ends.
     #[serde(with = "units::duration")]
     pub backoff_max: Duration,
-    /// What becomes of a message whose handler traps again after it asked and saw the very same.
-    pub proved_poison: ProvedPoison,
+    /// What becomes of a message whose handler traps again after the very same host calls and results.
+    pub deterministic_failures: OnDeterministicFailure,
 }
 
 /// What follows when two attempts prove that a third comes to the same.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ProvedPoison {
+#[serde(rename_all = "kebab-case")]
+pub enum OnDeterministicFailure {
     /// It is a dead letter at once.
     #[default]
-    Bury,
+    DeadLetter,
     /// It has all of its attempts.
     Retry,
 }
@@ -42,7 +42,7 @@ impl Default for RetryPolicy {
             attempts: 5,
             backoff: Duration::from_secs(1),
             backoff_max: Duration::from_secs(5 * 60),
-            proved_poison: ProvedPoison::Bury,
+            deterministic_failures: OnDeterministicFailure::DeadLetter,
         }
     }
 }
@@ -50,29 +50,34 @@ impl Default for RetryPolicy {
 impl RetryPolicy {
     /// How long to wait once attempt number `attempt` (from 1) failed: full jitter, that is evenly spread between
     /// nothing and the doubled backoff, so that messages that failed together do not come back together. A time the
-    /// handler `asked` for is never undercut (but capped at [`WAIT_MAX`]) and spread by a tenth of itself.
-    pub fn after(&self, attempt: u32, asked: Option<Duration>, random: f64) -> Duration {
-        let jittered = scale(doubled(self.backoff, attempt.saturating_sub(1), self.backoff_max), random);
-        let least = asked.unwrap_or_default().min(WAIT_MAX);
+    /// handler `requested` for is never undercut (but capped at [`WAIT_MAX`]) and spread by a tenth of itself.
+    pub fn delay_after(&self, attempt: u32, requested: Option<Duration>, random: f64) -> Duration {
+        let jittered = scale(
+            doubled(self.backoff, attempt.saturating_sub(1), self.backoff_max),
+            random,
+        );
+        let least = requested.unwrap_or_default().min(WAIT_MAX);
         let spread = scale(least / 10, random);
         jittered.max(least + spread).min(WAIT_MAX)
     }
 
-    /// Whether a message that is proved poison is not tried again.
-    pub fn buries_proved_poison(&self) -> bool {
-        self.proved_poison == ProvedPoison::Bury
+    /// Whether a message with a deterministic failure is not tried again.
+    pub fn dead_letters_deterministic_failures(&self) -> bool {
+        self.deterministic_failures == OnDeterministicFailure::DeadLetter
     }
 
     /// For how long a message is tried at most, as long as its handler asks for no other times.
-    pub fn longest(&self) -> Duration {
+    pub fn max_duration(&self) -> Duration {
         // Beyond the doubling all waits are the same.
         let waits = self.attempts.saturating_sub(1);
         let doubling = (0..waits.min(32)).map(|wait| doubled(self.backoff, wait, self.backoff_max));
-        doubling.sum::<Duration>().saturating_add(self.backoff_max.saturating_mul(waits.saturating_sub(32)))
+        doubling
+            .sum::<Duration>()
+            .saturating_add(self.backoff_max.saturating_mul(waits.saturating_sub(32)))
     }
 
     /// Whether a message that failed `attempts` times is to be tried again.
-    pub fn allows_another(&self, attempts: u32) -> bool {
+    pub fn allows_retry(&self, attempts: u32) -> bool {
         attempts < self.attempts
     }
 }
@@ -86,11 +91,11 @@ pub struct Backoff {
 
 impl Backoff {
     const FIRST: Duration = Duration::from_millis(100);
-    const MOST: Duration = Duration::from_secs(5);
+    const MAX: Duration = Duration::from_secs(5);
 
     /// How long to wait after one more failure.
     pub fn next(&mut self, random: f64) -> Duration {
-        let most = doubled(Self::FIRST, self.failures, Self::MOST);
+        let most = doubled(Self::FIRST, self.failures, Self::MAX);
         self.failures = self.failures.saturating_add(1);
         most / 2 + scale(most / 2, random)
     }
@@ -107,22 +112,29 @@ impl Backoff {
 }
 
 fn doubled(first: Duration, times: u32, most: Duration) -> Duration {
-    2_u32.checked_pow(times).and_then(|factor| first.checked_mul(factor)).map_or(most, |wait| wait.min(most))
+    2_u32
+        .checked_pow(times)
+        .and_then(|factor| first.checked_mul(factor))
+        .map_or(most, |wait| wait.min(most))
 }
 
 /// `duration` times `random`, which is taken as 0 when it is no number at all.
 fn scale(duration: Duration, random: f64) -> Duration {
-    let random = if random.is_nan() { 0.0 } else { random.clamp(0.0, 1.0) };
+    let random = if random.is_nan() {
+        0.0
+    } else {
+        random.clamp(0.0, 1.0)
+    };
     duration.mul_f64(random)
 }
 
 /// Tells a new trouble from one that was logged already, for loops that try again at once.
 #[derive(Debug, Default)]
-pub struct Trouble {
+pub struct LastError {
     logged: String,
 }
 
-impl Trouble {
+impl LastError {
     /// Whether this was not the last trouble; it is from now on.
     pub fn is_new(&mut self, why: &str) -> bool {
         let is_new = self.logged != why;
@@ -133,7 +145,7 @@ impl Trouble {
     }
 
     /// It worked: the same trouble is new again.
-    pub fn over(&mut self) {
+    pub fn clear(&mut self) {
         self.logged.clear();
     }
 }
@@ -145,10 +157,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_trouble_is_new_once_and_again_after_a_success() {
-        let mut trouble = Trouble::default();
+    fn a_repeated_error_is_new_again_after_a_success() {
+        let mut trouble = LastError::default();
         assert!(trouble.is_new("a") && !trouble.is_new("a") && trouble.is_new("b"));
-        trouble.over();
+        trouble.clear();
         assert!(trouble.is_new("b"));
     }
 
@@ -157,30 +169,38 @@ mod tests {
             attempts: 5,
             backoff: Duration::from_millis(backoff_ms),
             backoff_max: Duration::from_millis(backoff_max_ms),
-            proved_poison: ProvedPoison::Bury,
+            deterministic_failures: OnDeterministicFailure::DeadLetter,
         }
     }
 
     #[test]
     fn the_longest_wait_doubles_until_the_cap() {
         let policy = policy(1000, 6000);
-        let longest: Vec<_> = (1..=5).map(|attempt| policy.after(attempt, None, 1.0).as_secs()).collect();
+        let longest: Vec<_> = (1..=5)
+            .map(|attempt| policy.delay_after(attempt, None, 1.0).as_secs())
+            .collect();
         assert_eq!(longest, [1, 2, 4, 6, 6]);
-        assert_eq!(policy.after(3, None, 0.0), Duration::ZERO);
-        assert_eq!(policy.after(3, None, 0.25), Duration::from_secs(1));
+        assert_eq!(policy.delay_after(3, None, 0.0), Duration::ZERO);
+        assert_eq!(policy.delay_after(3, None, 0.25), Duration::from_secs(1));
     }
 
     #[test]
-    fn a_wait_stays_within_its_bounds_whatever_goes_in() {
+    fn a_retry_delay_stays_within_its_bounds() {
         let mut rng = rand::rng();
         for _ in 0..10_000 {
-            let policy = policy(rng.random_range(1..100_000), rng.random_range(1..1_000_000_000));
-            let asked = rng.random_bool(0.5).then(|| Duration::from_millis(rng.random()));
-            let random = [0.0, 1.0, f64::NAN, -1.0, 7.0, f64::INFINITY, rng.random()][rng.random_range(0..7)];
-            let wait = policy.after(rng.random(), asked, random);
+            let policy = policy(
+                rng.random_range(1..100_000),
+                rng.random_range(1..1_000_000_000),
+            );
+            let requested = rng
+                .random_bool(0.5)
+                .then(|| Duration::from_millis(rng.random()));
+            let random = [0.0, 1.0, f64::NAN, -1.0, 7.0, f64::INFINITY, rng.random()]
+                [rng.random_range(0..7)];
+            let wait = policy.delay_after(rng.random(), requested, random);
             assert!(wait <= WAIT_MAX);
-            match asked {
-                Some(asked) => assert!(wait >= asked.min(WAIT_MAX)),
+            match requested {
+                Some(requested) => assert!(wait >= requested.min(WAIT_MAX)),
                 None => assert!(wait <= policy.backoff_max),
             }
         }
@@ -192,30 +212,42 @@ mod tests {
         let policy = policy(1000, 60_000);
         let mut buckets = [0_u32; 10];
         for _ in 0..10_000 {
-            let wait = policy.after(4, None, rng.random());
+            let wait = policy.delay_after(4, None, rng.random());
             buckets[usize::try_from(wait.as_millis() / 800).unwrap().min(9)] += 1;
         }
-        assert!(buckets.iter().all(|count| (800..1200).contains(count)), "{buckets:?}");
+        assert!(
+            buckets.iter().all(|count| (800..1200).contains(count)),
+            "{buckets:?}"
+        );
     }
 
     #[test]
-    fn what_the_handler_asks_for_is_honoured_and_capped() {
+    fn a_requested_delay_is_honoured_and_capped() {
         let policy = policy(1000, 60_000);
-        assert_eq!(policy.after(1, Some(Duration::from_secs(600)), 0.0), Duration::from_secs(600));
-        assert_eq!(policy.after(1, Some(Duration::from_secs(600)), 1.0), Duration::from_secs(660));
-        assert_eq!(policy.after(1, Some(Duration::MAX), 1.0), WAIT_MAX);
+        assert_eq!(
+            policy.delay_after(1, Some(Duration::from_secs(600)), 0.0),
+            Duration::from_secs(600)
+        );
+        assert_eq!(
+            policy.delay_after(1, Some(Duration::from_secs(600)), 1.0),
+            Duration::from_secs(660)
+        );
+        assert_eq!(policy.delay_after(1, Some(Duration::MAX), 1.0), WAIT_MAX);
         // A short request does not undercut the backoff that the other failures of this message earned.
-        assert_eq!(policy.after(5, Some(Duration::from_secs(1)), 1.0), Duration::from_secs(16));
+        assert_eq!(
+            policy.delay_after(5, Some(Duration::from_secs(1)), 1.0),
+            Duration::from_secs(16)
+        );
     }
 
     #[test]
-    fn attempts_count_the_first_one() {
-        assert!(policy(1, 1).allows_another(4));
-        assert!(!policy(1, 1).allows_another(5));
+    fn attempts_include_the_first_one() {
+        assert!(policy(1, 1).allows_retry(4));
+        assert!(!policy(1, 1).allows_retry(5));
     }
 
     #[test]
-    fn infrastructure_waits_grow_to_five_seconds_and_start_again_after_a_success() {
+    fn backoff_grows_to_five_seconds_and_resets_after_a_success() {
         let mut backoff = Backoff::default();
         let waits: Vec<_> = (0..8).map(|_| backoff.next(1.0).as_millis()).collect();
         assert_eq!(waits, [100, 200, 400, 800, 1600, 3200, 5000, 5000]);

@@ -60,7 +60,9 @@ pub fn is_reserved(subject: &str) -> bool {
 pub fn check_subject(subject: &str) -> Result<(), String> {
     check_tokens(subject)?;
     match subject.chars().find(|c| matches!(c, '*' | '>')) {
-        Some(wildcard) => Err(format!("the subject `{subject}` contains the wildcard `{wildcard}`")),
+        Some(wildcard) => Err(format!(
+            "the subject `{subject}` contains the wildcard `{wildcard}`"
+        )),
         None => Ok(()),
     }
 }
@@ -71,10 +73,14 @@ pub fn check_pattern(pattern: &str) -> Result<(), String> {
     let mut tokens = pattern.split('.').peekable();
     while let Some(token) = tokens.next() {
         if token == ">" && tokens.peek().is_some() {
-            return Err(format!("`>` can only be the last token of the subject `{pattern}`"));
+            return Err(format!(
+                "`>` can only be the last token of the subject `{pattern}`"
+            ));
         }
         if token.len() > 1 && token.contains(['*', '>']) {
-            return Err(format!("`*` and `>` must be whole tokens, and `{token}` in `{pattern}` is not"));
+            return Err(format!(
+                "`*` and `>` must be whole tokens, and `{token}` in `{pattern}` is not"
+            ));
         }
     }
     Ok(())
@@ -85,10 +91,16 @@ fn check_tokens(subject: &str) -> Result<(), String> {
         return Err("the subject is empty".to_owned());
     }
     if subject.len() > SUBJECT_MAX {
-        return Err(format!("the subject has {} bytes; at most {SUBJECT_MAX} are allowed", subject.len()));
+        return Err(format!(
+            "the subject has {} bytes; at most {SUBJECT_MAX} are allowed",
+            subject.len()
+        ));
     }
     if let Some(odd) = subject.chars().find(|c| !c.is_ascii_graphic()) {
-        return Err(format!("the subject `{}` contains {odd:?}; printable ASCII is allowed", subject.escape_debug()));
+        return Err(format!(
+            "the subject `{}` contains {odd:?}; printable ASCII is allowed",
+            subject.escape_debug()
+        ));
     }
     if subject.split('.').any(str::is_empty) {
         return Err(format!("the subject `{subject}` has an empty token"));
@@ -102,14 +114,24 @@ mod tests {
 
     #[test]
     fn wildcards_match_as_in_nats() {
-        for (pattern, subject) in
-            [("a.b", "a.b"), ("a.*", "a.b"), ("a.>", "a.b"), ("a.>", "a.b.c"), (">", "a"), ("*.b", "a.b")]
-        {
+        for (pattern, subject) in [
+            ("a.b", "a.b"),
+            ("a.*", "a.b"),
+            ("a.>", "a.b"),
+            ("a.>", "a.b.c"),
+            (">", "a"),
+            ("*.b", "a.b"),
+        ] {
             assert!(matches(pattern, subject), "{pattern} {subject}");
         }
-        for (pattern, subject) in
-            [("a.b", "a"), ("a", "a.b"), ("a.*", "a"), ("a.*", "a.b.c"), ("a.>", "a"), ("*", "a.b")]
-        {
+        for (pattern, subject) in [
+            ("a.b", "a"),
+            ("a", "a.b"),
+            ("a.*", "a"),
+            ("a.*", "a.b.c"),
+            ("a.>", "a"),
+            ("*", "a.b"),
+        ] {
             assert!(!matches(pattern, subject), "{pattern} {subject}");
         }
     }
@@ -118,14 +140,22 @@ mod tests {
     #[test]
     fn covering_and_overlapping_agree_with_matching() {
         let subjects = sequences(&["a", "b"], 4);
-        let patterns: Vec<String> =
-            sequences(&["a", "b", "*", ">"], 3).into_iter().filter(|p| check_pattern(p).is_ok()).collect();
+        let patterns: Vec<String> = sequences(&["a", "b", "*", ">"], 3)
+            .into_iter()
+            .filter(|p| check_pattern(p).is_ok())
+            .collect();
         for one in &patterns {
             for other in &patterns {
                 let both = |s: &String| matches(one, s) && matches(other, s);
-                assert_eq!(overlaps(one, other), subjects.iter().any(both), "{one} overlaps {other}");
+                assert_eq!(
+                    overlaps(one, other),
+                    subjects.iter().any(both),
+                    "{one} overlaps {other}"
+                );
                 // A literal stands for any other token that is not in the alphabet too, so `*` is never covered by it.
-                let all = !subjects.iter().any(|s| matches(other, s) && !matches(one, s));
+                let all = !subjects
+                    .iter()
+                    .any(|s| matches(other, s) && !matches(one, s));
                 assert_eq!(covers(one, other), all, "{one} covers {other}");
             }
         }
@@ -135,7 +165,10 @@ mod tests {
         let mut all: Vec<String> = tokens.iter().map(ToString::to_string).collect();
         let mut last = all.clone();
         for _ in 1..length_max {
-            last = last.iter().flat_map(|head| tokens.iter().map(move |token| format!("{head}.{token}"))).collect();
+            last = last
+                .iter()
+                .flat_map(|head| tokens.iter().map(move |token| format!("{head}.{token}")))
+                .collect();
             all.extend(last.clone());
         }
         all
@@ -143,7 +176,18 @@ mod tests {
 
     #[test]
     fn subjects_that_cannot_be_published_to_are_refused() {
-        for subject in ["", "a.", ".a", "a..b", "a b", "a.*", "a.>", "a\n", "é", &"a".repeat(1025)] {
+        for subject in [
+            "",
+            "a.",
+            ".a",
+            "a..b",
+            "a b",
+            "a.*",
+            "a.>",
+            "a\n",
+            "é",
+            &"a".repeat(1025),
+        ] {
             assert!(check_subject(subject).is_err(), "{subject}");
         }
         assert_eq!(check_subject("payments.settled-1_x/y"), Ok(()));
@@ -161,7 +205,12 @@ mod tests {
 
     #[test]
     fn the_brokers_and_the_platforms_own_subjects_are_reserved() {
-        for subject in ["$JS.API.STREAM.DELETE.X", "_INBOX.a", "oncely.dlq.x", "$KV.a"] {
+        for subject in [
+            "$JS.API.STREAM.DELETE.X",
+            "_INBOX.a",
+            "oncely.dlq.x",
+            "$KV.a",
+        ] {
             assert!(is_reserved(subject), "{subject}");
         }
         assert!(!is_reserved("onceler.x"));

@@ -10,14 +10,18 @@ use jiff::{SignedDuration, Span, SpanRelativeTo};
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let wrong = || format!("`{text}` is not a length of time");
     let span: Span = text.trim().parse().map_err(|_| wrong())?;
-    let signed = span.to_duration(SpanRelativeTo::days_are_24_hours()).map_err(|_| wrong())?;
+    let signed = span
+        .to_duration(SpanRelativeTo::days_are_24_hours())
+        .map_err(|_| wrong())?;
     Duration::try_from(signed).map_err(|_| format!("`{text}` is negative"))
 }
 
 /// A length of time, such as `1h 30m`; [`parse_duration`] reads it again without loss.
-pub fn show_duration(duration: Duration) -> String {
-    SignedDuration::try_from(duration)
-        .map_or_else(|_| format!("{}s", duration.as_secs()), |signed| format!("{signed:#}"))
+pub fn format_duration(duration: Duration) -> String {
+    SignedDuration::try_from(duration).map_or_else(
+        |_| format!("{}s", duration.as_secs()),
+        |signed| format!("{signed:#}"),
+    )
 }
 
 /// A length of time in whole milliseconds, or the most that fits.
@@ -27,12 +31,15 @@ pub fn milliseconds(duration: Duration) -> u64 {
 
 /// Reads a size in bytes. `KiB`, `MiB` and `GiB` count in 1024s, `kB`, `MB` and `GB` in 1000s.
 pub fn parse_size(text: &str) -> Result<u64, String> {
-    let size: ByteSize = text.trim().parse().map_err(|_| format!("`{text}` is not a size"))?;
+    let size: ByteSize = text
+        .trim()
+        .parse()
+        .map_err(|_| format!("`{text}` is not a size"))?;
     Ok(size.as_u64())
 }
 
 /// A size for people, such as `64 MiB`; exact where a short form is, in bytes where it is not.
-pub fn show_size(bytes: u64) -> String {
+pub fn format_size(bytes: u64) -> String {
     for (unit, name) in [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")] {
         if bytes >= unit && bytes.is_multiple_of(unit) {
             return format!("{} {name}", bytes / unit);
@@ -42,13 +49,13 @@ pub fn show_size(bytes: u64) -> String {
 }
 
 /// A point in time for people: UTC, to the second, as `2026-01-31T13:05:59Z`.
-pub fn show_time(time: jiff::Timestamp) -> String {
+pub fn format_time(time: jiff::Timestamp) -> String {
     format!("{time:.0}")
 }
 
 /// Reads a point in time: how long before `now` (`2h`), a time (`2026-01-31T12:00:00Z`), or a time of day in UTC (`12:00`),
 /// the last that has been. The error is a sentence without an end.
-pub fn parse_when(text: &str, now: jiff::Timestamp) -> Result<jiff::Timestamp, String> {
+pub fn parse_time(text: &str, now: jiff::Timestamp) -> Result<jiff::Timestamp, String> {
     let text = text.trim();
     if let Ok(time) = text.parse() {
         return Ok(time);
@@ -57,7 +64,11 @@ pub fn parse_when(text: &str, now: jiff::Timestamp) -> Result<jiff::Timestamp, S
     if let Ok(time) = text.parse::<jiff::civil::Time>() {
         let today = Offset::UTC.to_datetime(now).date().to_datetime(time);
         let today = Offset::UTC.to_timestamp(today).map_err(|_| wrong())?;
-        return Ok(if today > now { today - SignedDuration::from_hours(24) } else { today });
+        return Ok(if today > now {
+            today - SignedDuration::from_hours(24)
+        } else {
+            today
+        });
     }
     let ago = parse_duration(text).map_err(|_| wrong())?;
     now.checked_sub(ago).map_err(|_| wrong())
@@ -70,7 +81,7 @@ pub mod duration {
     use serde::{Deserialize, Deserializer, Serializer};
 
     pub fn serialize<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(&super::show_duration(*duration))
+        serializer.serialize_str(&super::format_duration(*duration))
     }
 
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
@@ -95,7 +106,11 @@ mod tests {
             ("7d", 604_800_000),
             ("2w", 1_209_600_000),
         ] {
-            assert_eq!(parse_duration(text), Ok(Duration::from_millis(ms)), "{text}");
+            assert_eq!(
+                parse_duration(text),
+                Ok(Duration::from_millis(ms)),
+                "{text}"
+            );
         }
         for text in ["", "5", "soon", "-1s", "1 month", "1s ago"] {
             assert!(parse_duration(text).is_err(), "{text}");
@@ -112,16 +127,24 @@ mod tests {
             ("18:30", "2026-01-30T18:30:00Z"),
             ("2026-01-01T00:00:00+01:00", "2025-12-31T23:00:00Z"),
         ] {
-            assert_eq!(parse_when(text, now), Ok(at(expected)), "{text}");
+            assert_eq!(parse_time(text, now), Ok(at(expected)), "{text}");
         }
-        assert!(parse_when("noon", now).is_err());
+        assert!(parse_time("noon", now).is_err());
     }
 
     #[test]
-    fn a_shown_duration_reads_back_without_loss() {
-        for ns in [0, 1, 999_999, 1_000_000, 1_500_000_000, 604_800_000_000_000, u64::MAX] {
+    fn a_formatted_duration_parses_without_loss() {
+        for ns in [
+            0,
+            1,
+            999_999,
+            1_000_000,
+            1_500_000_000,
+            604_800_000_000_000,
+            u64::MAX,
+        ] {
             let duration = Duration::from_nanos(ns);
-            assert_eq!(parse_duration(&show_duration(duration)), Ok(duration));
+            assert_eq!(parse_duration(&format_duration(duration)), Ok(duration));
         }
     }
 
@@ -131,7 +154,7 @@ mod tests {
         assert_eq!(parse_size("1 kB"), Ok(1000));
         assert_eq!(parse_size("512"), Ok(512));
         assert!(parse_size("big").is_err());
-        assert_eq!(show_size(64 << 20), "64 MiB");
-        assert_eq!(show_size(1000), "1000 B");
+        assert_eq!(format_size(64 << 20), "64 MiB");
+        assert_eq!(format_size(1000), "1000 B");
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::model::message::Message;
 
 /// What a panic's own words stand behind in the detail of a failure.
-pub const PANICKED: &str = "the handler panicked: ";
+pub const PANIC_PREFIX: &str = "the handler panicked: ";
 
 /// What one delivery of one message came to.
 #[derive(Debug)]
@@ -20,9 +20,9 @@ pub enum Verdict {
     Wait { after: Duration },
     /// An earlier message of its key failed, and the worker's later ones wait for that. It did not run, or what it did was
     /// rolled back. No attempt is spent.
-    Behind,
+    Blocked,
     /// It goes to the dead-letter queue.
-    Dead(Box<Letter>),
+    Dead(Box<DeadLetter>),
 }
 
 impl Verdict {
@@ -32,7 +32,7 @@ impl Verdict {
             Verdict::Duplicate(_) => "duplicate",
             Verdict::Retry { .. } => "retry",
             Verdict::Wait { .. } => "wait",
-            Verdict::Behind => "behind",
+            Verdict::Blocked => "blocked",
             Verdict::Dead(_) => "dead",
         }
     }
@@ -57,7 +57,7 @@ pub enum Reason {
     /// The handler failed, trapped, ran out of time or memory as often as the manifest allows.
     AttemptsExhausted,
     /// The handler trapped twice in the same way, after it had asked and seen the very same.
-    ProvedPoison,
+    DeterministicFailure,
     /// The handler sent something it may not send.
     OutputRefused,
     /// The event id was used before with another subject or body.
@@ -75,7 +75,7 @@ impl Reason {
         match self {
             Reason::Rejected => "rejected",
             Reason::AttemptsExhausted => "attempts-exhausted",
-            Reason::ProvedPoison => "proved-poison",
+            Reason::DeterministicFailure => "deterministic-failure",
             Reason::OutputRefused => "output-refused",
             Reason::IdReuse => "id-reuse",
             Reason::InvalidId => "invalid-id",
@@ -87,7 +87,7 @@ impl Reason {
 
 /// A message on its way to the dead-letter queue.
 #[derive(Debug, Clone)]
-pub struct Letter {
+pub struct DeadLetter {
     pub worker: String,
     pub version: u32,
     pub reason: Reason,

@@ -15,15 +15,18 @@ pub struct Breakers {
 
 impl Breakers {
     pub fn new(state: Arc<RelayState>) -> Self {
-        Breakers { by_stream: HashMap::new(), state }
+        Breakers {
+            by_stream: HashMap::new(),
+            state,
+        }
     }
 
     /// How long not to publish to a stream; none to go on.
-    pub fn wait(&mut self, stream: Option<&str>, now: Instant) -> Option<Duration> {
+    pub fn delay(&mut self, stream: Option<&str>, now: Instant) -> Option<Duration> {
         match self.with(stream, |breaker| breaker.permit(now))? {
-            Permit::Yes => None,
+            Permit::Granted => None,
             // Not all of them at the same moment.
-            Permit::NotFor(wait) => Some(wait + wait.mul_f64(rand::random::<f64>() / 4.0)),
+            Permit::Denied(wait) => Some(wait + wait.mul_f64(rand::random::<f64>() / 4.0)),
         }
     }
 
@@ -36,7 +39,9 @@ impl Breakers {
 
     /// A stream did not answer, or took nothing.
     pub fn failed(&mut self, stream: Option<&str>, why: &str) {
-        let opened = self.with(stream, |breaker| breaker.failed(Instant::now(), rand::random(), why));
+        let opened = self.with(stream, |breaker| {
+            breaker.failed(Instant::now(), rand::random(), why)
+        });
         if let (Some(true), Some(stream)) = (opened, stream) {
             tracing::warn!("nothing more is published to {stream} for a while: {why}");
         }
@@ -44,22 +49,29 @@ impl Breakers {
 
     /// An output failed for a reason of its own.
     pub fn undecided(&mut self, stream: Option<&str>) {
-        self.with(stream, |breaker| breaker.undecided(Instant::now()));
+        self.with(stream, |breaker| breaker.inconclusive(Instant::now()));
     }
 
     /// For how long nothing goes to a stream from now on; zero when it is closed or the stream is not known.
     pub fn open_for(&self, stream: Option<&str>, now: Instant) -> Duration {
-        stream.and_then(|stream| self.by_stream.get(stream)).map_or(Duration::ZERO, |breaker| breaker.open_for(now))
+        stream
+            .and_then(|stream| self.by_stream.get(stream))
+            .map_or(Duration::ZERO, |breaker| breaker.open_for(now))
     }
 
-    fn with<T>(&mut self, stream: Option<&str>, tell: impl FnOnce(&mut Breaker) -> T) -> Option<T> {
+    fn with<T>(
+        &mut self,
+        stream: Option<&str>,
+        update: impl FnOnce(&mut Breaker) -> T,
+    ) -> Option<T> {
         let stream = stream?;
         if !self.by_stream.contains_key(stream) {
-            self.by_stream.insert(stream.to_owned(), Breaker::new(Instant::now()));
+            self.by_stream
+                .insert(stream.to_owned(), Breaker::new(Instant::now()));
         }
         let breaker = self.by_stream.get_mut(stream)?;
-        let told = tell(breaker);
-        self.state.show(stream, breaker);
-        Some(told)
+        let result = update(breaker);
+        self.state.set_breaker(stream, breaker);
+        Some(result)
     }
 }

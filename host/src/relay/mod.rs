@@ -16,7 +16,9 @@ use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
 use tokio::sync::{mpsc, watch};
 
-use crate::bus::{Answer, Bus, Outgoing, PublishError, PublishedAt, StreamInfo, stream_of};
+use crate::bus::{
+    Bus, OutgoingMessage, PublishAck, PublishError, PublishResult, StreamInfo, stream_for_subject,
+};
 use crate::drain::Stopping;
 use crate::fault;
 use crate::metrics::{Metrics, OutputOutcome};
@@ -24,7 +26,7 @@ use crate::store::{OutboxRow, Published, RelayMode, Store, StoreError, Unpublish
 
 mod breakers;
 mod duplicates;
-mod ordering;
+mod key_queues;
 mod poller;
 mod recorder;
 mod recovered;
@@ -35,82 +37,93 @@ mod wal;
 
 use breakers::Breakers;
 use duplicates::Duplicates;
-use ordering::{Held, Lines};
-use poller::Swept;
-use recorder::Ledger;
+use key_queues::{HeldOutput, KeyQueues};
+use poller::OutputBatch;
+use recorder::Recorder;
 pub use repair::Repair;
 pub use state::{BreakerState, RefusedSubject, RelayState};
-use subjects::{Refusal, Subjects};
-use wal::{Fate, FromLog};
-pub use wal::{LogEnds, LogKeeper, LogRelay};
+use subjects::{Refusal, SubjectBreakers};
+pub use wal::{RelayModeController, WalChannels, WalRelay};
+use wal::{WalAction, WalOutputs};
 
 /// Batches of outputs that wait for the relay; lanes wait when it is full, so effects and publishing cannot drift apart.
 const HAND_OVER_MAX: usize = 64;
 
 /// How many outputs the relay holds before it takes no more.
-const HELD_MAX: usize = 4_000;
+const OUTPUTS_MAX: usize = 4_000;
 
 /// How many outputs are under way at a time.
-const UNDER_WAY_MAX: usize = 1_000;
+const IN_FLIGHT_MAX: usize = 1_000;
 
 /// How many outputs a sweep takes.
-const SWEEP_MAX: usize = 1_000;
+const POLL_BATCH_MAX: usize = 1_000;
 
 /// How often the sweep looks for what is due. Delays are honoured within this time.
-const SWEEP_EVERY: Duration = Duration::from_millis(250);
+const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
 /// How long after one sweep the next begins at the earliest when others wait for what was published since.
-const SWEEP_SOON: Duration = Duration::from_millis(20);
+const POLL_INTERVAL_MIN: Duration = Duration::from_millis(20);
 
 /// How long publishing waits after a new connection until the streams are looked at; after that it goes on without.
-const REPAIR_WITHIN: Duration = Duration::from_secs(10);
+const REPAIR_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How often it looks whether that is done.
-const LOOKED_AT_YET: Duration = Duration::from_millis(5);
+const REPAIR_POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// How old the list of streams may be that says where outputs go, and how old when it lacks one.
-const STREAMS_AS_OF: Duration = Duration::from_secs(10);
-const STREAMS_AS_OF_AT_LEAST: Duration = Duration::from_secs(1);
+const STREAMS_MAX_AGE: Duration = Duration::from_secs(10);
+const STREAMS_MAX_AGE_ON_MISS: Duration = Duration::from_secs(1);
 
 /// When it is looked again whether outputs may be sent that wait until database and broker agree.
-const HELD_FOR: Duration = Duration::from_secs(5);
+const HOLD_RETRY_DELAY: Duration = Duration::from_secs(5);
 
 /// How long an output waits after its first failure; twice that after the second, and so on.
-const RETRY_FIRST: Duration = Duration::from_millis(250);
+const RETRY_DELAY_MIN: Duration = Duration::from_millis(250);
 
 /// Where that doubling ends.
-const RETRY_MAX: Duration = Duration::from_secs(15);
+const RETRY_DELAY_MAX: Duration = Duration::from_secs(15);
 
 /// What lanes hold of the relay. Cheap to clone.
 #[derive(Clone)]
-pub struct HandOver {
+pub struct RelayHandle {
     store: Arc<dyn Store>,
     state: Arc<RelayState>,
-    sender: mpsc::Sender<Leased>,
+    sender: mpsc::Sender<LeasedOutputs>,
     /// Closed while the reader of the database's log is far behind.
-    gate: watch::Receiver<bool>,
+    accepting: watch::Receiver<bool>,
 }
 
 /// Outputs that this host committed, and a time before which their leases did not begin.
-struct Leased {
+struct LeasedOutputs {
     rows: Vec<OutboxRow>,
     /// On their streams already.
-    there: Vec<Published>,
+    already_published: Vec<Published>,
     since: Instant,
 }
 
-impl HandOver {
+impl RelayHandle {
     /// Hands committed outputs over, whose leases began at `since` or later; waits while the relay is behind. If the relay
     /// is gone, a sweep finds them.
     pub async fn hand_over(&self, rows: Vec<OutboxRow>, since: Instant) {
-        let _ = self.gate.clone().wait_for(|is_open| *is_open).await;
+        let _ = self.accepting.clone().wait_for(|is_open| *is_open).await;
         if rows.is_empty() {
             return;
         }
-        match recovered::sort_out(&*self.store, &self.state, rows).await {
-            Ok((rows, there)) => drop(self.sender.send(Leased { rows, there, since }).await),
+        match recovered::split(&*self.store, &self.state, rows).await {
+            Ok((rows, already_published)) => drop(
+                self.sender
+                    .send(LeasedOutputs {
+                        rows,
+                        already_published,
+                        since,
+                    })
+                    .await,
+            ),
             // A sweep finds them once their lease is over.
-            Err(error) => tracing::debug!("outputs are left to a sweep: {:#}", anyhow::Error::from(error)),
+            Err(error) => tracing::debug!(
+                "outputs are left to a sweep: {:#}",
+                anyhow::Error::from(error)
+            ),
         }
     }
 }
@@ -121,40 +134,40 @@ pub struct Relay {
     bus: Bus,
     metrics: Arc<Metrics>,
     state: Arc<RelayState>,
-    handed_over: mpsc::Receiver<Leased>,
-    from_log: mpsc::Receiver<FromLog>,
-    lines: Lines,
-    ledger: Ledger,
+    handed_over: mpsc::Receiver<LeasedOutputs>,
+    from_wal: mpsc::Receiver<WalOutputs>,
+    key_queues: KeyQueues,
+    recorder: Recorder,
     streams: Arc<Vec<StreamInfo>>,
     /// An output goes to a stream that is not among these.
-    knows_too_little: bool,
+    has_unknown_stream: bool,
     breakers: Breakers,
-    subjects: Subjects,
+    subjects: SubjectBreakers,
     duplicates: Duplicates,
     /// The highest sequence each stream answered with.
-    tops: HashMap<String, u64>,
+    highest_sequences: HashMap<String, u64>,
     /// Since when the database's word on who goes before whom holds for all that is in memory.
-    decided: Option<Instant>,
+    order_since: Option<Instant>,
     /// The number of the connection that outputs go over.
-    over: watch::Receiver<u64>,
+    connection: watch::Receiver<u64>,
     /// Since when nothing is sent because the streams are yet to be looked at.
-    waits_since: Option<Instant>,
+    repair_wait_since: Option<Instant>,
     /// Something that others may wait for was published: there may be more to do than the next tick would find in time. The
     /// sweep finds it once that is in the database.
-    others_wait: bool,
+    has_waiters: bool,
 }
 
 /// An output whose answer is there.
-struct Answered {
-    held: Held,
+struct SettledPublish {
+    held: HeldOutput,
     /// The name of the stream it went to, as far as that is known.
     stream: Option<String>,
     /// The highest sequence of that stream when it was sent.
-    top: u64,
-    answer: Answer,
+    highest_sequence: u64,
+    answer: PublishResult,
 }
 
-type UnderWay = FuturesUnordered<BoxFuture<'static, Answered>>;
+type InFlightPublishes = FuturesUnordered<BoxFuture<'static, SettledPublish>>;
 
 impl Relay {
     pub fn new(
@@ -162,93 +175,113 @@ impl Relay {
         bus: Bus,
         metrics: Arc<Metrics>,
         state: Arc<RelayState>,
-    ) -> (Self, HandOver, LogEnds) {
+    ) -> (Self, RelayHandle, WalChannels) {
         let (sender, handed_over) = mpsc::channel(HAND_OVER_MAX);
-        let (to_relay, from_log) = mpsc::channel(1);
-        let (heard, outcomes) = mpsc::unbounded_channel();
-        let (opens, gate) = watch::channel(true);
-        let hand_over = HandOver { store: Arc::clone(&store), state: Arc::clone(&state), sender, gate };
+        let (to_relay, from_wal) = mpsc::channel(1);
+        let (outcome_sender, outcomes) = mpsc::unbounded_channel();
+        let (accepting_sender, accepting) = watch::channel(true);
+        let relay_handle = RelayHandle {
+            store: Arc::clone(&store),
+            state: Arc::clone(&state),
+            sender,
+            accepting,
+        };
         let relay = Relay {
-            ledger: Ledger::new(Arc::clone(&store), heard),
-            over: bus.publishing_over(),
+            recorder: Recorder::new(Arc::clone(&store), outcome_sender),
+            connection: bus.publish_connection(),
             duplicates: Duplicates::new(bus.clone()),
             store,
             bus,
             metrics,
             breakers: Breakers::new(Arc::clone(&state)),
-            subjects: Subjects::new(Arc::clone(&state), Instant::now()),
+            subjects: SubjectBreakers::new(Arc::clone(&state), Instant::now()),
             state,
             handed_over,
-            from_log,
-            lines: Lines::default(),
+            from_wal,
+            key_queues: KeyQueues::default(),
             streams: Arc::default(),
-            knows_too_little: false,
-            tops: HashMap::new(),
-            decided: None,
-            waits_since: None,
-            others_wait: false,
+            has_unknown_stream: false,
+            highest_sequences: HashMap::new(),
+            order_since: None,
+            repair_wait_since: None,
+            has_waiters: false,
         };
-        (relay, hand_over, LogEnds { to_relay, outcomes, gate: opens })
+        (
+            relay,
+            relay_handle,
+            WalChannels {
+                to_relay,
+                outcomes,
+                accepting: accepting_sender,
+            },
+        )
     }
 
     /// Runs until all lanes and the reader of the log are gone and what they handed over is published. After `stopping` there are no more sweeps:
     /// what is not published stays in the outbox for the next host.
     pub async fn run(mut self, stopping: Stopping) {
-        let mut under_way = UnderWay::new();
-        let mut sweeping: Option<BoxFuture<'static, Result<Swept, StoreError>>> = None;
-        let (mut swept_at, mut sweep_at) = (Instant::now(), Instant::now());
-        let mut sweep_once_written = false;
-        let (mut lanes_are_gone, mut reader_is_gone) = (false, false);
+        let mut in_flight = InFlightPublishes::new();
+        let mut polling: Option<BoxFuture<'static, Result<OutputBatch, StoreError>>> = None;
+        let (mut polled_at, mut poll_at) = (Instant::now(), Instant::now());
+        let mut poll_once_written = false;
+        let (mut has_lanes_closed, mut has_reader_closed) = (false, false);
         loop {
-            self.send(&mut under_way).await;
-            if self.ledger.write() {
-                sweep_once_written = std::mem::take(&mut self.others_wait);
+            self.send(&mut in_flight).await;
+            if self.recorder.start_write() {
+                poll_once_written = std::mem::take(&mut self.has_waiters);
             }
-            self.state.unwritten.store(!self.ledger.is_empty(), Ordering::Relaxed);
-            if lanes_are_gone && reader_is_gone && self.lines.is_empty() && self.ledger.is_empty() && sweeping.is_none()
+            self.state
+                .has_unwritten
+                .store(!self.recorder.is_empty(), Ordering::Relaxed);
+            if has_lanes_closed
+                && has_reader_closed
+                && self.key_queues.is_empty()
+                && self.recorder.is_empty()
+                && polling.is_none()
             {
                 return;
             }
-            let waits = self.waits_for_repair() || (!self.has_lease() && !self.lines.is_empty());
-            let is_time_to_sweep = sweeping.is_none() && !stopping.is_stopping();
+            let waits =
+                self.waits_for_repair() || (!self.has_lease() && !self.key_queues.is_empty());
+            let may_poll = polling.is_none() && !stopping.is_stopping();
             // Whichever is ready: none of them may starve another.
             tokio::select! {
-                Some(answered) = under_way.next(), if !under_way.is_empty() => {
-                    self.hear(answered);
-                    while let Some(Some(answered)) = under_way.next().now_or_never() {
-                        self.hear(answered);
+                Some(settled) = in_flight.next(), if !in_flight.is_empty() => {
+                    self.on_answer(settled);
+                    while let Some(Some(settled)) = in_flight.next().now_or_never() {
+                        self.on_answer(settled);
                     }
                 }
-                () = self.ledger.written(), if self.ledger.is_writing() => {
-                    if std::mem::take(&mut sweep_once_written) {
-                        sweep_at = sweep_at.min(swept_at + SWEEP_SOON);
+                () = self.recorder.written(), if self.recorder.is_writing() => {
+                    if std::mem::take(&mut poll_once_written) {
+                        poll_at = poll_at.min(polled_at + POLL_INTERVAL_MIN);
                     }
                 }
-                leased = self.handed_over.recv(), if !lanes_are_gone && self.lines.len() < HELD_MAX => match leased {
-                    Some(Leased { rows, there, since }) => {
-                        self.take_there(there);
+                leased = self.handed_over.recv(), if !has_lanes_closed && self.key_queues.len() < OUTPUTS_MAX => match leased {
+                    Some(LeasedOutputs { rows, already_published, since }) => {
+                        self.take_published(already_published);
                         self.take(rows, since);
                     }
-                    None => lanes_are_gone = true,
+                    None => has_lanes_closed = true,
                 },
-                from_log = self.from_log.recv(), if !reader_is_gone && self.lines.len() < HELD_MAX => match from_log {
-                    Some(from_log) => self.take_from_log(from_log),
-                    None => reader_is_gone = true,
+                from_wal = self.from_wal.recv(), if !has_reader_closed && self.key_queues.len() < OUTPUTS_MAX => match from_wal {
+                    Some(from_wal) => self.take_from_wal(from_wal),
+                    None => has_reader_closed = true,
                 },
-                swept = finished(&mut sweeping), if sweeping.is_some() => {
-                    let is_full = self.take_swept(swept);
-                    sweep_at = Instant::now()
+                polled = finished(&mut polling), if polling.is_some() => {
+                    let is_full = self.take_polled(polled);
+                    poll_at = Instant::now()
                         + match is_full {
-                            _ if self.state.holds() => HELD_FOR,
+                            _ if self.state.is_holding() => HOLD_RETRY_DELAY,
                             true => Duration::ZERO,
-                            false => SWEEP_EVERY,
+                            false => POLL_INTERVAL,
                         };
                 }
-                () = tokio::time::sleep(LOOKED_AT_YET), if waits => {}
-                () = tokio::time::sleep_until(sweep_at.into()), if is_time_to_sweep => {
-                    sweeping = self.begin_sweep();
-                    swept_at = Instant::now();
-                    sweep_at = swept_at + SWEEP_EVERY;
+                () = tokio::time::sleep(REPAIR_POLL_INTERVAL), if waits => {}
+                () = tokio::time::sleep_until(poll_at.into()), if may_poll => {
+                    polling = self.begin_poll();
+                    polled_at = Instant::now();
+                    poll_at = polled_at + POLL_INTERVAL;
                 }
                 else => return,
             }
@@ -257,44 +290,50 @@ impl Relay {
 
     /// Takes outputs into memory. Those that have to wait for others that are not here go back at once.
     fn take(&mut self, rows: Vec<OutboxRow>, since: Instant) {
-        self.mind_losses();
+        self.apply_order_change();
         if self.is_outdated(since) {
-            return self.ledger.put_back(rows.iter().map(|row| (row.seq, due())));
+            return self
+                .recorder
+                .unpublished(rows.iter().map(|row| (row.seq, retry_now())));
         }
-        let back = self.lines.take(rows, since);
-        self.ledger.put_back(back);
+        let blocked = self.key_queues.take(rows, since);
+        self.recorder.unpublished(blocked);
     }
 
     /// Takes note of outputs that are on their streams already.
-    fn take_there(&mut self, there: Vec<Published>) {
-        for place in there {
-            self.lines.remember(place.seq);
-            self.others_wait = true;
-            self.ledger.published(place);
+    fn take_published(&mut self, already_published: Vec<Published>) {
+        for place in already_published {
+            self.key_queues.remember_published(place.seq);
+            self.has_waiters = true;
+            self.recorder.published(place);
         }
     }
 
     /// Takes outputs from the database's log. They are in the order of their commits, and whoever goes by polling and is in
     /// line before one of them was looked for; but for those that came into trouble meanwhile.
-    fn take_from_log(&mut self, from_log: FromLog) {
-        self.mind_losses();
-        self.ledger.knows(from_log.recorded, from_log.is_first);
-        let is_outdated = self.is_outdated(from_log.since);
-        for (row, fate) in from_log.rows {
-            if self.lines.holds(row.seq) {
+    fn take_from_wal(&mut self, from_wal: WalOutputs) {
+        self.apply_order_change();
+        self.recorder
+            .on_recorded(from_wal.recorded, from_wal.is_first);
+        let is_outdated = self.is_outdated(from_wal.since);
+        for (row, action) in from_wal.rows {
+            if self.key_queues.contains(row.seq) {
                 // An earlier reader here was told of it. What becomes of it the new one will hear.
-                self.ledger.admit(row.seq, ordering::key(&row));
+                self.recorder.track(row.seq, key_queues::key(&row));
                 continue;
             }
-            let in_trouble = self.ledger.admit(row.seq, ordering::key(&row));
-            match (fate, in_trouble) {
-                (Fate::There(place), _) => self.ledger.published(place),
-                (Fate::Back(how), _) => self.ledger.put_back([(row.seq, how)]),
-                (Fate::ToSend, Some(before)) => {
-                    self.ledger.put_back([(row.seq, ordering::wait_for(row.seq, before))]);
+            let blocked_by = self.recorder.track(row.seq, key_queues::key(&row));
+            match (action, blocked_by) {
+                (WalAction::Published(place), _) => self.recorder.published(place),
+                (WalAction::Poll(how), _) => self.recorder.unpublished([(row.seq, how)]),
+                (WalAction::Publish, Some(before)) => {
+                    self.recorder
+                        .unpublished([(row.seq, key_queues::wait_for_output(row.seq, before))]);
                 }
-                (Fate::ToSend, None) if is_outdated => self.ledger.put_back([(row.seq, due())]),
-                (Fate::ToSend, None) => drop(self.lines.take(vec![row], from_log.since)),
+                (WalAction::Publish, None) if is_outdated => {
+                    self.recorder.unpublished([(row.seq, retry_now())])
+                }
+                (WalAction::Publish, None) => drop(self.key_queues.take(vec![row], from_wal.since)),
             }
         }
     }
@@ -302,79 +341,101 @@ impl Relay {
     /// After a new connection a stream may have lost its tail. What is published again goes before what is new, so that
     /// keys keep their order.
     fn waits_for_repair(&mut self) -> bool {
-        let over = *self.over.borrow();
+        let connection = *self.connection.borrow();
         // Without a connection outputs fail at once and are put back.
-        if !self.bus.can_publish() || self.state.looked_after() >= over {
-            self.waits_since = None;
+        if !self.bus.can_publish() || self.state.checked_connection() >= connection {
+            self.repair_wait_since = None;
             return false;
         }
         let now = Instant::now();
-        let since = *self.waits_since.get_or_insert(now);
-        now.duration_since(since) < REPAIR_WITHIN
+        let since = *self.repair_wait_since.get_or_insert(now);
+        now.duration_since(since) < REPAIR_TIMEOUT
     }
 
     /// When a stream has lost something, the database says anew who goes first. After a new connection another host may
     /// have been the one to find it.
-    fn mind_losses(&mut self) {
-        let decided = self.state.decided();
-        if std::mem::replace(&mut self.decided, decided) != decided {
-            self.ledger.put_back(self.lines.start_over().into_iter().map(|seq| (seq, due())));
+    fn apply_order_change(&mut self) {
+        let order_since = self.state.order_since();
+        if std::mem::replace(&mut self.order_since, order_since) != order_since {
+            self.recorder.unpublished(
+                self.key_queues
+                    .reset()
+                    .into_iter()
+                    .map(|seq| (seq, retry_now())),
+            );
         }
     }
 
     /// Whether what the database said at this time of who goes before whom may hold no more.
     fn is_outdated(&self, since: Instant) -> bool {
-        Some(since) < self.decided
+        Some(since) < self.order_since
     }
 
     /// Sends what may be sent now.
-    async fn send(&mut self, under_way: &mut UnderWay) {
+    async fn send(&mut self, in_flight: &mut InFlightPublishes) {
         let mut has_sent = false;
         // Should there be another connection by now, nothing of this goes over it.
-        let over = *self.over.borrow();
+        let connection = *self.connection.borrow();
         if self.waits_for_repair() {
             return;
         }
-        self.mind_losses();
-        while under_way.len() < UNDER_WAY_MAX
+        self.apply_order_change();
+        while in_flight.len() < IN_FLIGHT_MAX
             && let Some(leased_since) = self.state.lease_since(Instant::now())
-            && let Some(held) = self.lines.next()
+            && let Some(held) = self.key_queues.next()
         {
             let now = Instant::now();
             if held.since < leased_since {
                 // The host's own lease had run out since: another host may have this one, and if not, the next sweep has.
-                self.give_up(&held.row, due());
+                self.release(&held.row, retry_now());
                 continue;
             }
             if held.is_late(now) {
                 // Its lease runs out by itself; what is behind it has to wait for whoever has it next.
-                self.ledger.put_back(self.lines.not_published(&held.row));
-                if self.ledger.is_from_log(held.row.seq) {
-                    self.ledger.put_back([(held.row.seq, due())]);
+                self.recorder
+                    .unpublished(self.key_queues.unpublished(&held.row));
+                if self.recorder.is_from_wal(held.row.seq) {
+                    self.recorder.unpublished([(held.row.seq, retry_now())]);
                 }
                 continue;
             }
             if self.state.is_held(&held.row.subject) {
-                self.give_up(&held.row, Unpublished::Later { after: HELD_FOR, error: None });
+                self.release(
+                    &held.row,
+                    Unpublished::Later {
+                        after: HOLD_RETRY_DELAY,
+                        error: None,
+                    },
+                );
                 continue;
             }
-            let stream = stream_of(&self.streams, &held.row.subject).map(|stream| stream.name.clone());
-            self.knows_too_little |= stream.is_none();
-            if let Some(after) = self.wait(&held.row.subject, stream.as_deref(), now) {
-                self.give_up(&held.row, Unpublished::Later { after, error: None });
+            let stream = stream_for_subject(&self.streams, &held.row.subject)
+                .map(|stream| stream.name.clone());
+            self.has_unknown_stream |= stream.is_none();
+            if let Some(after) = self.delay(&held.row.subject, stream.as_deref(), now) {
+                self.release(&held.row, Unpublished::Later { after, error: None });
                 continue;
             }
             if !has_sent {
                 fault::point(fault::BEFORE_PUBLISH);
             }
             has_sent = true;
-            self.be_a_mutant(&held.row).await;
-            let top = stream.as_ref().and_then(|stream| self.tops.get(stream)).copied().unwrap_or_default();
-            let answer = self.bus.begin_publish(outgoing(&held.row), over);
+            self.act_as_mutant(&held.row).await;
+            let highest_sequence = stream
+                .as_ref()
+                .and_then(|stream| self.highest_sequences.get(stream))
+                .copied()
+                .unwrap_or_default();
+            let answer = self.bus.begin_publish(outgoing(&held.row), connection);
             let duplicates = self.duplicates.clone();
-            under_way.push(Box::pin(async move {
+            in_flight.push(Box::pin(async move {
                 let answer = duplicates.confirm(&held.row, answer.await).await;
-                Answered { held, stream, top, answer }
+                SettledPublish {
+                    held,
+                    stream,
+                    highest_sequence,
+                    answer,
+                }
             }));
         }
         if has_sent {
@@ -383,22 +444,27 @@ impl Relay {
     }
 
     /// How long an output has to wait because its subject or its stream is refused at present; none to go on.
-    fn wait(&mut self, subject: &str, stream: Option<&str>, now: Instant) -> Option<Duration> {
-        if let Some(after) = self.subjects.wait(subject, now) {
+    fn delay(&mut self, subject: &str, stream: Option<&str>, now: Instant) -> Option<Duration> {
+        if let Some(after) = self.subjects.delay(subject, now) {
             return Some(after);
         }
-        let after = self.breakers.wait(stream, now)?;
+        let after = self.breakers.delay(stream, now)?;
         self.subjects.undecided(subject, now);
         Some(after)
     }
 
     /// Records the answer to an output. A failure counts against the output, its subject, its stream or the connection:
     /// whichever it is about, and nothing larger.
-    fn hear(&mut self, answered: Answered) {
-        let Answered { held: Held { row, .. }, stream, top, answer } = answered;
+    fn on_answer(&mut self, settled: SettledPublish) {
+        let SettledPublish {
+            held: HeldOutput { row, .. },
+            stream,
+            highest_sequence,
+            answer,
+        } = settled;
         let now = Instant::now();
         let error = match answer {
-            Ok(place) => return self.published(&row, place, top),
+            Ok(place) => return self.published(&row, place, highest_sequence),
             Err(error) => error,
         };
         let after = retry_after(row.failures);
@@ -406,89 +472,120 @@ impl Relay {
             PublishError::Refused(reason) => {
                 self.breakers.undecided(stream.as_deref());
                 self.subjects.undecided(&row.subject, now);
-                self.set_aside(&row, reason);
+                self.park(&row, reason);
             }
-            PublishError::NotNow(why) | PublishError::NoConnection(why) => {
+            PublishError::RetryLater(why) | PublishError::NoConnection(why) => {
                 self.breakers.undecided(stream.as_deref());
                 self.subjects.undecided(&row.subject, now);
-                self.try_again(&row, after, why);
+                self.retry_later(&row, after, why);
             }
-            PublishError::NoPlace(why) => self.subject_refused(&row, stream.as_deref(), Refusal::NoPlace, why),
-            PublishError::SubjectFull(why) => self.subject_refused(&row, stream.as_deref(), Refusal::Full, why),
+            PublishError::Unroutable(why) => {
+                self.subject_refused(&row, stream.as_deref(), Refusal::NoStream, why)
+            }
+            PublishError::SubjectFull(why) => {
+                self.subject_refused(&row, stream.as_deref(), Refusal::Full, why)
+            }
             PublishError::Unavailable(why) => {
                 self.breakers.failed(stream.as_deref(), &why);
                 self.subjects.undecided(&row.subject, now);
                 // Others probe the stream before this one does again: the fault may be its own after all.
                 let others = self.breakers.open_for(stream.as_deref(), now).mul_f64(1.5);
-                self.try_again(&row, after.max(others), why);
+                self.retry_later(&row, after.max(others), why);
             }
             PublishError::IdTaken(why) => {
                 self.breakers.undecided(stream.as_deref());
                 self.subjects.undecided(&row.subject, now);
-                let how = duplicates::under_next_id(&row, why, &self.metrics);
-                self.give_up(&row, how);
+                let how = duplicates::retry_with_next_id(&row, why, &self.metrics);
+                self.release(&row, how);
             }
         }
     }
 
     /// A stream does not take a subject, and may take all others. After a while the output waits for a person.
-    fn subject_refused(&mut self, row: &OutboxRow, stream: Option<&str>, reason: Refusal, why: String) {
+    fn subject_refused(
+        &mut self,
+        row: &OutboxRow,
+        stream: Option<&str>,
+        reason: Refusal,
+        why: String,
+    ) {
         self.breakers.undecided(stream);
-        if self.subjects.refused(&row.subject, reason, &why, Instant::now()) {
-            self.set_aside(row, why);
+        if self
+            .subjects
+            .refused(&row.subject, reason, &why, Instant::now())
+        {
+            self.park(row, why);
         } else {
-            self.try_again(row, retry_after(row.failures), why);
+            self.retry_later(row, retry_after(row.failures), why);
         }
     }
 
-    fn try_again(&mut self, row: &OutboxRow, after: Duration, why: String) {
+    fn retry_later(&mut self, row: &OutboxRow, after: Duration, why: String) {
         self.metrics.output(&row.worker, OutputOutcome::Failed);
-        self.give_up(row, Unpublished::Later { after, error: Some(why) });
+        self.release(
+            row,
+            Unpublished::Later {
+                after,
+                error: Some(why),
+            },
+        );
     }
 
-    fn set_aside(&mut self, row: &OutboxRow, reason: String) {
-        self.metrics.output(&row.worker, OutputOutcome::SetAside);
+    fn park(&mut self, row: &OutboxRow, reason: String) {
+        self.metrics.output(&row.worker, OutputOutcome::Parked);
         tracing::error!(
             worker = row.worker,
             number = row.seq,
             "an output to {} is set aside until somebody retries or drops it (oncely outbox): {reason}",
             row.subject
         );
-        self.give_up(row, Unpublished::Aside { reason });
+        self.release(row, Unpublished::Parked { reason });
     }
 
-    fn published(&mut self, row: &OutboxRow, place: PublishedAt, top: u64) {
+    fn published(&mut self, row: &OutboxRow, place: PublishAck, highest_sequence: u64) {
         self.breakers.succeeded(&place.stream);
-        self.subjects.took(&row.subject);
+        self.subjects.succeeded(&row.subject);
         self.state.published.fetch_add(1, Ordering::Relaxed);
         if place.duplicate {
             fault::witness(fault::DUPLICATE_OUTPUT);
             self.metrics.output(&row.worker, OutputOutcome::Duplicate);
         } else {
             self.metrics.output(&row.worker, OutputOutcome::Published);
-            if place.sequence <= top {
-                self.state.suspect(&place.stream);
-                self.tops.remove(&place.stream);
+            if place.sequence <= highest_sequence {
+                self.state.add_suspect(&place.stream);
+                self.highest_sequences.remove(&place.stream);
             }
-            let highest = self.tops.entry(place.stream.clone()).or_default();
+            let highest = self
+                .highest_sequences
+                .entry(place.stream.clone())
+                .or_default();
             *highest = place.sequence.max(*highest);
         }
-        self.others_wait |= row.failures > 0 || self.may_hold_its_key(row);
-        self.lines.published(row);
-        self.ledger.published(Published { seq: row.seq, stream: place.stream, stream_sequence: place.sequence });
+        self.has_waiters |= row.failures > 0 || self.may_block_key(row);
+        self.key_queues.published(row);
+        self.recorder.published(Published {
+            seq: row.seq,
+            stream: place.stream,
+            stream_sequence: place.sequence,
+        });
     }
 
     /// Whether others of its key go by polling because this one did, and wait for it: while outputs go by the log.
-    fn may_hold_its_key(&self, row: &OutboxRow) -> bool {
-        let log_is_used = || matches!(self.state.log_mode(), Some(RelayMode::Wal | RelayMode::Leaving));
-        row.ordering_key.is_some() && !self.ledger.is_from_log(row.seq) && log_is_used()
+    fn may_block_key(&self, row: &OutboxRow) -> bool {
+        let is_wal_mode = || {
+            matches!(
+                self.state.relay_mode(),
+                Some(RelayMode::Wal | RelayMode::Leaving)
+            )
+        };
+        row.ordering_key.is_some() && !self.recorder.is_from_wal(row.seq) && is_wal_mode()
     }
 
     /// An output leaves unpublished, and those behind it with it.
-    fn give_up(&mut self, row: &OutboxRow, how: Unpublished) {
-        let behind = self.lines.not_published(row);
-        self.ledger.put_back([(row.seq, how)]);
-        self.ledger.put_back(behind);
+    fn release(&mut self, row: &OutboxRow, how: Unpublished) {
+        let blocked = self.key_queues.unpublished(row);
+        self.recorder.unpublished([(row.seq, how)]);
+        self.recorder.unpublished(blocked);
     }
 
     /// Whether no other host can have taken over what this one leases now.
@@ -496,72 +593,103 @@ impl Relay {
         self.state.lease_since(Instant::now()).is_some()
     }
 
-    fn begin_sweep(&mut self) -> Option<BoxFuture<'static, Result<Swept, StoreError>>> {
-        let room = HELD_MAX.saturating_sub(self.lines.len()).min(SWEEP_MAX);
+    fn begin_poll(&mut self) -> Option<BoxFuture<'static, Result<OutputBatch, StoreError>>> {
+        let room = OUTPUTS_MAX
+            .saturating_sub(self.key_queues.len())
+            .min(POLL_BATCH_MAX);
         if room == 0 || !self.bus.can_publish() || !self.has_lease() {
             return None;
         }
-        let (store, bus, metrics) = (Arc::clone(&self.store), self.bus.clone(), Arc::clone(&self.metrics));
+        let (store, bus, metrics) = (
+            Arc::clone(&self.store),
+            self.bus.clone(),
+            Arc::clone(&self.metrics),
+        );
         let state = Arc::clone(&self.state);
-        let streams_as_of =
-            if std::mem::take(&mut self.knows_too_little) { STREAMS_AS_OF_AT_LEAST } else { STREAMS_AS_OF };
+        let streams_max_age = if std::mem::take(&mut self.has_unknown_stream) {
+            STREAMS_MAX_AGE_ON_MISS
+        } else {
+            STREAMS_MAX_AGE
+        };
         Some(Box::pin(async move {
             // No operation of the database is dropped half-way, not even when this host ends.
-            let swept = tokio::spawn(poller::sweep(store, bus, metrics, state, room as u32, streams_as_of)).await;
-            swept.unwrap_or_else(|error| Err(StoreError::Unavailable(error.into())))
+            let polled = tokio::spawn(poller::poll(
+                store,
+                bus,
+                metrics,
+                state,
+                room as u32,
+                streams_max_age,
+            ))
+            .await;
+            polled.unwrap_or_else(|error| Err(StoreError::Unavailable(error.into())))
         }))
     }
 
     /// Takes what a sweep found. Returns whether there may be more.
-    fn take_swept(&mut self, swept: Result<Swept, StoreError>) -> bool {
-        let swept = match swept {
-            Ok(swept) => swept,
+    fn take_polled(&mut self, polled: Result<OutputBatch, StoreError>) -> bool {
+        let batch = match polled {
+            Ok(batch) => batch,
             Err(error) => {
                 tracing::debug!("sweep again soon: {:#}", anyhow::Error::from(error));
                 return false;
             }
         };
-        if !swept.streams.is_empty() {
-            self.streams = swept.streams;
+        if !batch.streams.is_empty() {
+            self.streams = batch.streams;
         }
-        self.take_there(swept.there);
-        self.ledger.put_back(swept.back);
-        self.take(swept.rows, swept.since);
-        swept.is_full
+        self.take_published(batch.already_published);
+        self.recorder.unpublished(batch.unpublished);
+        self.take(batch.rows, batch.since);
+        batch.is_full
     }
 
-    async fn be_a_mutant(&self, row: &OutboxRow) {
+    async fn act_as_mutant(&self, row: &OutboxRow) {
         if fault::mutant(fault::CURSOR_BY_SEQ) {
-            fault::is_behind(row.seq);
+            fault::is_past_cursor(row.seq);
         }
         if fault::mutant(fault::MARK_BEFORE_PUBACK) {
-            let place = Published { seq: row.seq, stream: String::new(), stream_sequence: 0 };
+            let place = Published {
+                seq: row.seq,
+                stream: String::new(),
+                stream_sequence: 0,
+            };
             let _ = self.store.mark_published(&[place]).await;
         }
     }
 }
 
 /// Waits for what is under way, and takes it out.
-async fn finished<T>(under_way: &mut Option<BoxFuture<'static, T>>) -> T {
-    let done = match under_way {
+async fn finished<T>(in_flight: &mut Option<BoxFuture<'static, T>>) -> T {
+    let done = match in_flight {
         Some(future) => future.await,
         None => std::future::pending().await,
     };
-    *under_way = None;
+    *in_flight = None;
     done
 }
 
 /// It may go at once, as far as the database allows.
-fn due() -> Unpublished {
-    Unpublished::Later { after: Duration::ZERO, error: None }
+fn retry_now() -> Unpublished {
+    Unpublished::Later {
+        after: Duration::ZERO,
+        error: None,
+    }
 }
 
 /// How long an output waits after one more failure; the upper half is random.
 fn retry_after(failures: u32) -> Duration {
-    let most = RETRY_FIRST.saturating_mul(2_u32.saturating_pow(failures)).min(RETRY_MAX);
+    let most = RETRY_DELAY_MIN
+        .saturating_mul(2_u32.saturating_pow(failures))
+        .min(RETRY_DELAY_MAX);
     most / 2 + (most / 2).mul_f64(rand::random())
 }
 
-fn outgoing(row: &OutboxRow) -> Outgoing {
-    Outgoing { subject: row.subject.clone(), headers: row.headers.clone(), id: row.id.clone(), body: row.body.clone() }
+fn outgoing(row: &OutboxRow) -> OutgoingMessage {
+    OutgoingMessage {
+        subject: row.subject.clone(),
+        headers: row.headers.clone(),
+        id: row.id.clone(),
+        body: row.body.clone(),
+    }
 }

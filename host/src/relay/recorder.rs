@@ -1,4 +1,4 @@
-//! The ledger: what became of outputs, on its way into the database. One record is under way at a time, and takes along
+//! The recorder: what became of outputs, on its way into the database. One record is under way at a time, and takes along
 //! all that has gathered since the one before.
 
 use std::collections::{BTreeMap, HashMap};
@@ -7,8 +7,8 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-use super::ordering::Key;
-use super::wal::Outcome;
+use super::key_queues::Key;
+use super::wal::WalOutcome;
 use crate::fault;
 use crate::model::retry::Backoff;
 use crate::store::{Published, Store, Unpublished};
@@ -18,66 +18,82 @@ use crate::store::{Published, Store, Unpublished};
 const TRIES_MAX: u32 = 5;
 
 /// What is not in the database yet.
-pub struct Ledger {
+pub struct Recorder {
     store: Arc<dyn Store>,
     published: Vec<Published>,
-    back: Vec<(i64, Unpublished)>,
+    unpublished: Vec<(i64, Unpublished)>,
     writing: Option<JoinHandle<()>>,
-    from_log: FromLog,
+    wal: WalRecorder,
 }
 
 /// Outputs that came from the database's log. Whoever reads it writes down what becomes of them.
-struct FromLog {
+struct WalRecorder {
     /// Those in memory, with their keys.
     keys: HashMap<i64, Option<Key>>,
-    outcomes: mpsc::UnboundedSender<Outcome>,
+    outcomes: mpsc::UnboundedSender<WalOutcome>,
     /// How many were to go by polling so far; and of each key whom others are to wait for, as long as the database may not know.
-    back: u64,
-    in_trouble: HashMap<Key, (i64, u64)>,
+    unpublished: u64,
+    blocked_keys: HashMap<Key, (i64, u64)>,
 }
 
-impl Ledger {
-    pub fn new(store: Arc<dyn Store>, outcomes: mpsc::UnboundedSender<Outcome>) -> Self {
-        let from_log = FromLog { keys: HashMap::new(), outcomes, back: 0, in_trouble: HashMap::new() };
-        Ledger { store, published: Vec::new(), back: Vec::new(), writing: None, from_log }
+impl Recorder {
+    pub fn new(store: Arc<dyn Store>, outcomes: mpsc::UnboundedSender<WalOutcome>) -> Self {
+        let wal = WalRecorder {
+            keys: HashMap::new(),
+            outcomes,
+            unpublished: 0,
+            blocked_keys: HashMap::new(),
+        };
+        Recorder {
+            store,
+            published: Vec::new(),
+            unpublished: Vec::new(),
+            writing: None,
+            wal,
+        }
     }
 
     pub fn published(&mut self, place: Published) {
-        match self.from_log.keys.remove(&place.seq) {
+        match self.wal.keys.remove(&place.seq) {
             // If nobody reads any more, the next one is told again.
-            Some(_) => drop(self.from_log.outcomes.send(Outcome::Published(place))),
+            Some(_) => drop(self.wal.outcomes.send(WalOutcome::Published(place))),
             None => self.published.push(place),
         }
     }
 
-    pub fn put_back(&mut self, rows: impl IntoIterator<Item = (i64, Unpublished)>) {
+    pub fn unpublished(&mut self, rows: impl IntoIterator<Item = (i64, Unpublished)>) {
         for (seq, how) in rows {
-            match self.from_log.keys.remove(&seq) {
-                Some(key) => self.from_log.put_back(seq, key, how),
-                None => self.back.push((seq, how)),
+            match self.wal.keys.remove(&seq) {
+                Some(key) => self.wal.unpublished(seq, key, how),
+                None => self.unpublished.push((seq, how)),
             }
         }
     }
 
     /// An output from the log is here. Returns whom it has to wait for, if others of its key were put back and the database may not know.
-    pub fn admit(&mut self, seq: i64, key: Option<Key>) -> Option<i64> {
-        let before = key.as_ref().and_then(|key| self.from_log.in_trouble.get(key)).map(|(seq, _)| *seq);
-        self.from_log.keys.insert(seq, key);
+    pub fn track(&mut self, seq: i64, key: Option<Key>) -> Option<i64> {
+        let before = key
+            .as_ref()
+            .and_then(|key| self.wal.blocked_keys.get(key))
+            .map(|(seq, _)| *seq);
+        self.wal.keys.insert(seq, key);
         before
     }
 
-    pub fn is_from_log(&self, seq: i64) -> bool {
-        self.from_log.keys.contains_key(&seq)
+    pub fn is_from_wal(&self, seq: i64) -> bool {
+        self.wal.keys.contains_key(&seq)
     }
 
     /// The database knows which outputs from the log go by polling, up to a number; or all of them, to a new reader.
-    pub fn knows(&mut self, recorded: u64, is_first: bool) {
-        self.from_log.in_trouble.retain(|_, (_, number)| !is_first && *number > recorded);
+    pub fn on_recorded(&mut self, recorded: u64, is_first: bool) {
+        self.wal
+            .blocked_keys
+            .retain(|_, (_, number)| !is_first && *number > recorded);
     }
 
     /// Whether everything is in the database.
     pub fn is_empty(&self) -> bool {
-        self.published.is_empty() && self.back.is_empty() && self.writing.is_none()
+        self.published.is_empty() && self.unpublished.is_empty() && self.writing.is_none()
     }
 
     pub fn is_writing(&self) -> bool {
@@ -86,12 +102,19 @@ impl Ledger {
 
     /// Begins to write what has gathered, unless a record is under way, and returns whether it did. A task of its own: no
     /// operation of the database is dropped half-way.
-    pub fn write(&mut self) -> bool {
-        if self.is_writing() || (self.published.is_empty() && self.back.is_empty()) {
+    pub fn start_write(&mut self) -> bool {
+        if self.is_writing() || (self.published.is_empty() && self.unpublished.is_empty()) {
             return false;
         }
-        let (published, back) = (std::mem::take(&mut self.published), std::mem::take(&mut self.back));
-        self.writing = Some(tokio::spawn(record(Arc::clone(&self.store), published, back)));
+        let (published, unpublished) = (
+            std::mem::take(&mut self.published),
+            std::mem::take(&mut self.unpublished),
+        );
+        self.writing = Some(tokio::spawn(record(
+            Arc::clone(&self.store),
+            published,
+            unpublished,
+        )));
         true
     }
 
@@ -104,32 +127,50 @@ impl Ledger {
     }
 }
 
-impl FromLog {
-    fn put_back(&mut self, seq: i64, key: Option<Key>, how: Unpublished) {
-        self.back += 1;
+impl WalRecorder {
+    fn unpublished(&mut self, seq: i64, key: Option<Key>, how: Unpublished) {
+        self.unpublished += 1;
         if let Some(key) = key {
             // All that wait for the same go on together.
-            let first = if let Unpublished::Behind(first) = how { first } else { seq };
-            self.in_trouble.insert(key, (first, self.back));
+            let first = if let Unpublished::BlockedBy(first) = how {
+                first
+            } else {
+                seq
+            };
+            self.blocked_keys.insert(key, (first, self.unpublished));
         }
-        drop(self.outcomes.send(Outcome::Back { seq, how, number: self.back }));
+        drop(self.outcomes.send(WalOutcome::Poll {
+            seq,
+            how,
+            number: self.unpublished,
+        }));
     }
 }
 
-async fn record(store: Arc<dyn Store>, published: Vec<Published>, back: Vec<(i64, Unpublished)>) {
-    tell(&back);
+async fn record(
+    store: Arc<dyn Store>,
+    published: Vec<Published>,
+    unpublished: Vec<(i64, Unpublished)>,
+) {
+    log_errors(&unpublished);
     if !published.is_empty() {
         fault::point(fault::BEFORE_MARK);
-        insist("published outputs not marked", || store.mark_published(&published)).await;
+        retry("published outputs not marked", || {
+            store.mark_published(&published)
+        })
+        .await;
         fault::point(fault::AFTER_MARK);
     }
-    if !back.is_empty() {
-        fault::point(fault::BEFORE_PUT_BACK);
-        insist("outputs not put back", || store.put_back_outputs(&back)).await;
+    if !unpublished.is_empty() {
+        fault::point(fault::BEFORE_RELEASE);
+        retry("unpublished outputs not recorded", || {
+            store.release_outputs(&unpublished)
+        })
+        .await;
     }
 }
 
-async fn insist<F, Fut>(what: &str, operation: F)
+async fn retry<F, Fut>(what: &str, operation: F)
 where
     F: Fn() -> Fut,
     Fut: Future<Output = crate::store::Result<()>>,
@@ -145,10 +186,13 @@ where
 }
 
 /// One line for each error, however many outputs met it.
-pub fn tell(back: &[(i64, Unpublished)]) {
+pub fn log_errors(unpublished: &[(i64, Unpublished)]) {
     let mut errors: BTreeMap<&str, u64> = BTreeMap::new();
-    for (_, how) in back {
-        if let Unpublished::Later { error: Some(error), .. } = how {
+    for (_, how) in unpublished {
+        if let Unpublished::Later {
+            error: Some(error), ..
+        } = how
+        {
             *errors.entry(error).or_default() += 1;
         }
     }

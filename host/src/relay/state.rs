@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
 use crate::model::breaker::{Breaker, State};
-use crate::store::{LogState, RelayMode, SURE_FOR};
+use crate::store::{LEASE_SAFE_FOR, RelayMode, WalState};
 
 /// What people see of the breaker of one stream.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -17,7 +17,7 @@ pub struct BreakerState {
     pub stream: String,
     pub state: State,
     /// The last failure.
-    pub why: String,
+    pub error: String,
 }
 
 /// A subject that its stream refuses while it may take others.
@@ -25,11 +25,11 @@ pub struct BreakerState {
 pub struct RefusedSubject {
     pub subject: String,
     /// The last refusal that opened its breaker.
-    pub why: String,
+    pub error: String,
 }
 
 /// How many refused subjects are shown.
-const REFUSED_SHOWN_MAX: usize = 20;
+const REFUSED_SUBJECTS_MAX: usize = 20;
 
 /// What the relay's parts tell each other, and people.
 #[derive(Default)]
@@ -38,21 +38,21 @@ pub struct RelayState {
     /// By subject, with why.
     refused: Mutex<BTreeMap<String, String>>,
     /// The number of the connection after which all streams were found well, or mended; 0 before that.
-    looked: AtomicU64,
+    checked_connection: AtomicU64,
     /// When the order of the outputs was last read from the database again.
-    decided: Mutex<Option<Instant>>,
+    order_since: Mutex<Option<Instant>>,
     /// Streams that answered with a sequence they had given before.
     suspects: Mutex<BTreeSet<String>>,
-    pub(super) suspicion: Notify,
+    pub(super) suspect_added: Notify,
     /// How often streams were found to have lost something.
     pub(super) losses: AtomicU64,
     /// Whether something is published that the database does not know of yet.
-    pub(super) unwritten: AtomicBool,
+    pub(super) has_unwritten: AtomicBool,
     /// How outputs go, as it was seen the last time; none where there is no log to read.
-    log: Mutex<Option<LogState>>,
+    wal: Mutex<Option<WalState>>,
     /// Whether this host reads the log, and whether it writes down just now what was published from it.
-    pub(super) reads: AtomicBool,
-    pub(super) records: AtomicBool,
+    pub(super) is_reading: AtomicBool,
+    pub(super) is_recording: AtomicBool,
     lease: Mutex<Option<Lease>>,
     /// Whether nothing but alarms is sent, because database and broker disagree.
     held: AtomicBool,
@@ -74,72 +74,105 @@ struct Lease {
 impl RelayState {
     /// The breakers of all streams that this host published to.
     pub fn breakers(&self) -> Vec<BreakerState> {
-        self.breakers.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+        self.breakers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .values()
+            .cloned()
+            .collect()
     }
 
-    pub(super) fn show(&self, stream: &str, breaker: &Breaker) {
-        let mut shown = self.breakers.lock().unwrap_or_else(PoisonError::into_inner);
-        if shown.get(stream).is_none_or(|shown| shown.state != breaker.state()) {
-            let (stream, state, why) = (stream.to_owned(), breaker.state(), breaker.why().to_owned());
-            shown.insert(stream.clone(), BreakerState { stream, state, why });
+    pub(super) fn set_breaker(&self, stream: &str, breaker: &Breaker) {
+        let mut breakers = self.breakers.lock().unwrap_or_else(PoisonError::into_inner);
+        if breakers
+            .get(stream)
+            .is_none_or(|known| known.state != breaker.state())
+        {
+            let (stream, state, error) = (
+                stream.to_owned(),
+                breaker.state(),
+                breaker.last_error().to_owned(),
+            );
+            breakers.insert(
+                stream.clone(),
+                BreakerState {
+                    stream,
+                    state,
+                    error,
+                },
+            );
         }
     }
 
     /// Subjects that outputs wait for at present, the first few of them.
     pub fn refused_subjects(&self) -> Vec<RefusedSubject> {
         let refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
-        refused.iter().map(|(subject, why)| RefusedSubject { subject: subject.clone(), why: why.clone() }).collect()
+        refused
+            .iter()
+            .map(|(subject, error)| RefusedSubject {
+                subject: subject.clone(),
+                error: error.clone(),
+            })
+            .collect()
     }
 
-    pub(super) fn show_refused(&self, subject: &str, why: &str) {
+    pub(super) fn add_refused_subject(&self, subject: &str, error: &str) {
         let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
-        if refused.len() < REFUSED_SHOWN_MAX || refused.contains_key(subject) {
-            refused.insert(subject.to_owned(), why.to_owned());
+        if refused.len() < REFUSED_SUBJECTS_MAX || refused.contains_key(subject) {
+            refused.insert(subject.to_owned(), error.to_owned());
         }
     }
 
-    pub(super) fn show_taken(&self, subject: &str) {
-        self.refused.lock().unwrap_or_else(PoisonError::into_inner).remove(subject);
+    pub(super) fn remove_refused_subject(&self, subject: &str) {
+        self.refused
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(subject);
     }
 
     /// The host's lease was renewed, by an operation that began then.
     pub fn lease_renewed(&self, began: Instant) {
         let mut lease = self.lease.lock().unwrap_or_else(PoisonError::into_inner);
         let since = match *lease {
-            Some(lease) if began.duration_since(lease.renewed) < SURE_FOR => lease.since,
+            Some(lease) if began.duration_since(lease.renewed) < LEASE_SAFE_FOR => lease.since,
             _ => began,
         };
-        *lease = Some(Lease { since, renewed: began });
+        *lease = Some(Lease {
+            since,
+            renewed: began,
+        });
     }
 
     /// Since when the host has had its lease without a gap; none while it may have run out: others may be sending what was
     /// leased to this host.
     pub fn lease_since(&self, now: Instant) -> Option<Instant> {
         let lease = *self.lease.lock().unwrap_or_else(PoisonError::into_inner);
-        lease.filter(|lease| now.duration_since(lease.renewed) < SURE_FOR).map(|lease| lease.since)
+        lease
+            .filter(|lease| now.duration_since(lease.renewed) < LEASE_SAFE_FOR)
+            .map(|lease| lease.since)
     }
 
     /// Has the relay send nothing but alarms, or everything.
-    pub fn hold(&self, is_held: bool) {
+    pub fn set_held(&self, is_held: bool) {
         self.held.store(is_held, Ordering::SeqCst);
     }
 
     /// Whether nothing but alarms is sent.
-    pub(super) fn holds(&self) -> bool {
+    pub(super) fn is_holding(&self) -> bool {
         self.held.load(Ordering::SeqCst)
     }
 
     /// Whether an output to a subject has to wait until database and broker agree. That they do not has to be told.
     pub(super) fn is_held(&self, subject: &str) -> bool {
-        self.holds() && !subject.starts_with("oncely.alarm.")
+        self.is_holding() && !subject.starts_with("oncely.alarm.")
     }
 
     /// Has the relay look up every output among those that a recovery found, or none.
-    pub fn look_up_recovered(&self, looks: bool) {
-        self.recovered.store(looks, Ordering::SeqCst);
+    pub fn set_check_recovered(&self, is_on: bool) {
+        self.recovered.store(is_on, Ordering::SeqCst);
     }
 
-    pub(super) fn looks_up_recovered(&self) -> bool {
+    pub(super) fn checks_recovered(&self) -> bool {
         self.recovered.load(Ordering::SeqCst)
     }
 
@@ -149,76 +182,105 @@ impl RelayState {
     }
 
     /// All streams were found well, or mended, after the connection of this number.
-    pub(super) fn looked(&self, connection: u64) {
+    pub(super) fn set_checked_connection(&self, connection: u64) {
         // Another host may have been the one to mend them.
-        if self.looked_after() != connection {
-            self.decide_anew();
+        if self.checked_connection() != connection {
+            self.invalidate_order();
         }
-        self.looked.store(connection, Ordering::SeqCst);
+        self.checked_connection.store(connection, Ordering::SeqCst);
     }
 
     /// What a stream had lost is to be published again, before all that comes after it.
-    pub(super) fn lost(&self) {
+    pub(super) fn on_loss(&self) {
         self.losses.fetch_add(1, Ordering::SeqCst);
-        self.decide_anew();
+        self.invalidate_order();
     }
 
-    fn decide_anew(&self) {
-        *self.decided.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    fn invalidate_order(&self) {
+        *self
+            .order_since
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }
 
     /// Since when the database's word holds on who goes before whom; none when it always did.
-    pub(super) fn decided(&self) -> Option<Instant> {
-        *self.decided.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn order_since(&self) -> Option<Instant> {
+        *self
+            .order_since
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// After which connection the streams were looked at the last time; 0 for never.
-    pub(super) fn looked_after(&self) -> u64 {
-        self.looked.load(Ordering::SeqCst)
+    pub(super) fn checked_connection(&self) -> u64 {
+        self.checked_connection.load(Ordering::SeqCst)
     }
 
     /// How outputs go and how far the reader of the log is; none where there is no log to read.
-    pub fn log(&self) -> Option<LogState> {
-        self.log.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    pub fn wal(&self) -> Option<WalState> {
+        self.wal
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// Whether this host reads the log.
-    pub fn reads_log(&self) -> bool {
-        self.reads.load(Ordering::Relaxed)
+    pub fn reads_wal(&self) -> bool {
+        self.is_reading.load(Ordering::Relaxed)
     }
 
-    pub(super) fn show_log(&self, log: LogState) {
-        *self.log.lock().unwrap_or_else(PoisonError::into_inner) = Some(log);
+    pub(super) fn set_wal(&self, wal: WalState) {
+        *self.wal.lock().unwrap_or_else(PoisonError::into_inner) = Some(wal);
     }
 
-    pub(super) fn log_mode(&self) -> Option<RelayMode> {
-        self.log.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|log| log.mode)
+    pub(super) fn relay_mode(&self) -> Option<RelayMode> {
+        self.wal
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .as_ref()
+            .map(|wal| wal.mode)
     }
 
-    pub(super) fn suspect(&self, stream: &str) {
-        self.suspects.lock().unwrap_or_else(PoisonError::into_inner).insert(stream.to_owned());
-        self.suspicion.notify_one();
+    pub(super) fn add_suspect(&self, stream: &str) {
+        self.suspects
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(stream.to_owned());
+        self.suspect_added.notify_one();
     }
 
     pub(super) fn suspects(&self) -> BTreeSet<String> {
-        self.suspects.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.suspects
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     pub(super) fn has_suspects(&self) -> bool {
-        !self.suspects.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+        !self
+            .suspects
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_empty()
     }
 
     /// Whether something that was published, and before the streams are looked at, is on its way into the database.
     pub(super) fn is_writing(&self) -> bool {
-        self.unwritten.load(Ordering::SeqCst) || self.records.load(Ordering::SeqCst)
+        self.has_unwritten.load(Ordering::SeqCst) || self.is_recording.load(Ordering::SeqCst)
     }
 
     pub(super) fn is_suspect(&self, stream: &str) -> bool {
-        self.suspects.lock().unwrap_or_else(PoisonError::into_inner).contains(stream)
+        self.suspects
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .contains(stream)
     }
 
-    pub(super) fn clear(&self, stream: &str) {
-        self.suspects.lock().unwrap_or_else(PoisonError::into_inner).remove(stream);
+    pub(super) fn remove_suspect(&self, stream: &str) {
+        self.suspects
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(stream);
     }
 }
 
@@ -227,15 +289,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_lease_in_doubt_sends_nothing_and_begins_anew_with_its_next_renewal() {
+    fn lease_since_restarts_after_a_late_renewal() {
         let state = RelayState::default();
         let start = Instant::now();
         assert_eq!(state.lease_since(start), None);
         state.lease_renewed(start);
-        let soon = start + SURE_FOR / 2;
+        let soon = start + LEASE_SAFE_FOR / 2;
         state.lease_renewed(soon);
-        assert_eq!(state.lease_since(soon + SURE_FOR / 2), Some(start));
-        let late = soon + SURE_FOR;
+        assert_eq!(state.lease_since(soon + LEASE_SAFE_FOR / 2), Some(start));
+        let late = soon + LEASE_SAFE_FOR;
         assert_eq!(state.lease_since(late), None);
         state.lease_renewed(late);
         assert_eq!(state.lease_since(late), Some(late));

@@ -10,20 +10,20 @@ use super::RelayState;
 use crate::model::breaker::{Breaker, Permit};
 
 /// For how long no stream takes a subject before outputs to it are set aside. Streams may be on their way back.
-const NO_PLACE_FOR: Duration = Duration::from_secs(20);
+const NO_STREAM_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// For how long a subject is full, without one message less, before outputs to it are set aside. Until then its consumers
 /// may make room.
-const FULL_FOR: Duration = Duration::from_secs(15 * 60);
+const FULL_TIMEOUT: Duration = Duration::from_secs(15 * 60);
 
 /// After how long without another refusal a subject is in trouble no more. Outputs are tried more often than this.
-const FORGOTTEN_AFTER: Duration = Duration::from_secs(60);
+const FORGET_AFTER: Duration = Duration::from_secs(60);
 
 /// The subjects that are refused at present.
-pub struct Subjects {
+pub struct SubjectBreakers {
     refused: HashMap<String, Refusals>,
     /// When those that are over were removed last.
-    tidied: Instant,
+    pruned_at: Instant,
     state: Arc<RelayState>,
 }
 
@@ -31,17 +31,17 @@ pub struct Subjects {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
     /// No stream takes it, as streams and permissions are.
-    NoPlace,
+    NoStream,
     /// Its stream holds as many messages of it as it may.
     Full,
 }
 
 impl Refusal {
     /// For how long outputs are tried again before they are set aside.
-    fn patience(self) -> Duration {
+    fn timeout(self) -> Duration {
         match self {
-            Refusal::NoPlace => NO_PLACE_FOR,
-            Refusal::Full => FULL_FOR,
+            Refusal::NoStream => NO_STREAM_TIMEOUT,
+            Refusal::Full => FULL_TIMEOUT,
         }
     }
 }
@@ -56,67 +56,76 @@ struct Refusals {
 
 impl Refusals {
     /// Whether outputs to the subject are to be set aside.
-    fn is_hopeless(&self, now: Instant) -> bool {
-        now.duration_since(self.since) >= self.last_reason.patience()
+    fn is_expired(&self, now: Instant) -> bool {
+        now.duration_since(self.since) >= self.last_reason.timeout()
     }
 }
 
-impl Subjects {
+impl SubjectBreakers {
     pub fn new(state: Arc<RelayState>, now: Instant) -> Self {
-        Subjects { refused: HashMap::new(), tidied: now, state }
+        SubjectBreakers {
+            refused: HashMap::new(),
+            pruned_at: now,
+            state,
+        }
     }
 
     /// How long not to publish to a subject; none to go on. A hopeless one is tried with each output, which is then set aside.
-    pub fn wait(&mut self, subject: &str, now: Instant) -> Option<Duration> {
+    pub fn delay(&mut self, subject: &str, now: Instant) -> Option<Duration> {
         let refusals = self.refused.get_mut(subject)?;
-        if refusals.last_reason == Refusal::NoPlace || refusals.is_hopeless(now) {
+        if refusals.last_reason == Refusal::NoStream || refusals.is_expired(now) {
             return None;
         }
         match refusals.breaker.permit(now) {
-            Permit::Yes => None,
+            Permit::Granted => None,
             // Not all of them at the same moment.
-            Permit::NotFor(wait) => Some(wait + wait.mul_f64(rand::random::<f64>() / 4.0)),
+            Permit::Denied(wait) => Some(wait + wait.mul_f64(rand::random::<f64>() / 4.0)),
         }
     }
 
     /// An output was refused because of its subject. Returns whether it is to be set aside: the subject took nothing for so
     /// long.
     pub fn refused(&mut self, subject: &str, reason: Refusal, why: &str, now: Instant) -> bool {
-        self.tidy(now);
-        let new = || Refusals { last_reason: reason, breaker: Breaker::new(now), since: now, last: now };
+        self.prune(now);
+        let new = || Refusals {
+            last_reason: reason,
+            breaker: Breaker::new(now),
+            since: now,
+            last: now,
+        };
         let refusals = self.refused.entry(subject.to_owned()).or_insert_with(new);
         (refusals.last_reason, refusals.last) = (reason, now);
         if refusals.breaker.failed(now, rand::random(), why) {
-            self.state.show_refused(subject, why);
+            self.state.add_refused_subject(subject, why);
         }
-        refusals.is_hopeless(now)
+        refusals.is_expired(now)
     }
 
     /// A message to a subject was stored.
-    pub fn took(&mut self, subject: &str) {
+    pub fn succeeded(&mut self, subject: &str) {
         if self.refused.remove(subject).is_some() {
-            self.state.show_taken(subject);
+            self.state.remove_refused_subject(subject);
         }
     }
 
     /// An output failed for a reason that says nothing about its subject.
     pub fn undecided(&mut self, subject: &str, now: Instant) {
         if let Some(refusals) = self.refused.get_mut(subject) {
-            refusals.breaker.undecided(now);
+            refusals.breaker.inconclusive(now);
         }
     }
 
     /// Forgets subjects that no output goes to any more.
-    fn tidy(&mut self, now: Instant) {
-        if now.duration_since(self.tidied) < FORGOTTEN_AFTER {
+    fn prune(&mut self, now: Instant) {
+        if now.duration_since(self.pruned_at) < FORGET_AFTER {
             return;
         }
-        self.tidied = now;
+        self.pruned_at = now;
         let state = &self.state;
         self.refused.retain(|subject, refusals| {
-            let is_recent = now.duration_since(refusals.last) < FORGOTTEN_AFTER;
+            let is_recent = now.duration_since(refusals.last) < FORGET_AFTER;
             if !is_recent {
-                state.show_taken(subject);
+                state.remove_refused_subject(subject);
             }
             is_recent
         });
@@ -127,24 +136,24 @@ impl Subjects {
 mod tests {
     use super::*;
 
-    fn subjects(now: Instant) -> (Subjects, Arc<RelayState>) {
+    fn subjects(now: Instant) -> (SubjectBreakers, Arc<RelayState>) {
         let state = Arc::new(RelayState::default());
-        (Subjects::new(Arc::clone(&state), now), state)
+        (SubjectBreakers::new(Arc::clone(&state), now), state)
     }
 
     #[test]
-    fn a_full_subject_waits_and_others_go_on() {
+    fn a_full_subject_waits_and_others_continue() {
         let now = Instant::now();
         let (mut subjects, state) = subjects(now);
         for _ in 0..5 {
-            assert_eq!(subjects.wait("out.full", now), None);
+            assert_eq!(subjects.delay("out.full", now), None);
             assert!(!subjects.refused("out.full", Refusal::Full, "it is full", now));
         }
-        assert!(subjects.wait("out.full", now).is_some());
-        assert_eq!(subjects.wait("out.free", now), None);
+        assert!(subjects.delay("out.full", now).is_some());
+        assert_eq!(subjects.delay("out.free", now), None);
         assert_eq!(state.refused_subjects().len(), 1);
-        subjects.took("out.full");
-        assert_eq!(subjects.wait("out.full", now), None);
+        subjects.succeeded("out.full");
+        assert_eq!(subjects.delay("out.full", now), None);
         assert!(state.refused_subjects().is_empty());
     }
 
@@ -156,27 +165,33 @@ mod tests {
             subjects.refused("out.full", Refusal::Full, "it is full", now);
         }
         now += Duration::from_secs(1);
-        assert_eq!(subjects.wait("out.full", now), None);
-        assert!(subjects.wait("out.full", now).is_some(), "two probes at a time");
+        assert_eq!(subjects.delay("out.full", now), None);
+        assert!(
+            subjects.delay("out.full", now).is_some(),
+            "two probes at a time"
+        );
         // The stream's own trouble says nothing about the subject.
         subjects.undecided("out.full", now);
-        assert_eq!(subjects.wait("out.full", now), None);
+        assert_eq!(subjects.delay("out.full", now), None);
     }
 
     #[test]
-    fn outputs_are_set_aside_once_their_subject_took_nothing_for_long() {
-        for (reason, patience) in [(Refusal::NoPlace, NO_PLACE_FOR), (Refusal::Full, FULL_FOR)] {
+    fn outputs_are_parked_once_their_subject_is_refused_too_long() {
+        for (reason, timeout) in [
+            (Refusal::NoStream, NO_STREAM_TIMEOUT),
+            (Refusal::Full, FULL_TIMEOUT),
+        ] {
             let mut now = Instant::now();
             let (mut subjects, _) = subjects(now);
-            let end = now + patience;
+            let end = now + timeout;
             while now < end {
                 assert!(!subjects.refused("out.x", reason, "it is refused", now));
                 now += Duration::from_secs(5);
             }
             assert!(subjects.refused("out.x", reason, "it is refused", now));
             // The others follow without waiting for each other.
-            assert_eq!(subjects.wait("out.x", now), None);
-            subjects.took("out.x");
+            assert_eq!(subjects.delay("out.x", now), None);
+            subjects.succeeded("out.x");
             assert!(!subjects.refused("out.x", reason, "it is refused", now));
         }
     }
@@ -188,8 +203,11 @@ mod tests {
         for _ in 0..5 {
             subjects.refused("out.full", Refusal::Full, "it is full", now);
         }
-        now += FORGOTTEN_AFTER;
-        subjects.refused("out.other", Refusal::NoPlace, "no stream takes it", now);
-        assert_eq!((subjects.refused.len(), state.refused_subjects().len()), (1, 0));
+        now += FORGET_AFTER;
+        subjects.refused("out.other", Refusal::NoStream, "no stream takes it", now);
+        assert_eq!(
+            (subjects.refused.len(), state.refused_subjects().len()),
+            (1, 0)
+        );
     }
 }

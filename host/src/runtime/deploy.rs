@@ -48,51 +48,81 @@ pub async fn plan(host: &Host, proposal: &Proposal) -> Result<Plan> {
         .with_context(|| format!("the component {} was not uploaded", proposal.digest))?;
     let guest = host.services.load(wasm.into()).await?;
     check_kind(&proposal.worker, guest.handler())?;
-    check_routes(&proposal.worker, host.services.deployed_workers().await?.iter())?;
+    check_routes(
+        &proposal.worker,
+        host.services.deployed_workers().await?.iter(),
+    )?;
     let mut changes = check_streams(host, proposal).await?;
-    try_consumer(host, &proposal.worker).await?;
-    let due = host.services.store.due_migrations(&proposal.worker.name, &proposal.migrations).await?;
+    check_consumer(host, &proposal.worker).await?;
+    let due = host
+        .services
+        .store
+        .due_migrations(&proposal.worker.name, &proposal.migrations)
+        .await?;
     changes.extend(due.into_iter().map(|name| format!("+ migration {name}")));
-    let active = host.services.active_deployment(&proposal.worker.name).await?;
-    let imports: Vec<Value> = guest.surface().imports.iter().map(|name| Value::from(name.as_str())).collect();
+    let active = host
+        .services
+        .active_deployment(&proposal.worker.name)
+        .await?;
+    let imports: Vec<Value> = guest
+        .surface()
+        .imports
+        .iter()
+        .map(|name| Value::from(name.as_str()))
+        .collect();
     let before = match &active {
-        Some(active) => described(host, active).await?,
+        Some(active) => describe_active(host, active).await?,
         None => Value::Null,
     };
     let after = describe(&proposal.worker, &proposal.digest, imports)?;
     let differing = match &active {
         Some(_) => differences(&before, &after),
-        None => what_it_says(&proposal.worker, &after)?,
+        None => non_default_settings(&proposal.worker, &after)?,
     };
     // Nothing that differs is ever left undeployed.
     if differing.is_empty() && before != after {
         changes.push("~ the order of lists".to_owned());
     }
     changes.extend(differing);
-    Ok(Plan { worker: proposal.worker.name.clone(), from: active.map(|active| active.version), changes })
+    Ok(Plan {
+        worker: proposal.worker.name.clone(),
+        from: active.map(|active| active.version),
+        changes,
+    })
 }
 
 /// Makes the deployment and activates it. When nothing would change, the active one is returned as it is.
 pub async fn deploy(host: &Host, proposal: &Proposal) -> Result<(Plan, DeploymentRecord)> {
     let plan = plan(host, proposal).await?;
     if plan.changes.is_empty()
-        && let Some(active) = host.services.active_deployment(&proposal.worker.name).await?
+        && let Some(active) = host
+            .services
+            .active_deployment(&proposal.worker.name)
+            .await?
     {
         return Ok((plan, active));
     }
     for stream in &proposal.streams {
         host.services
             .bus
-            .ensure_stream(&spec(stream))
+            .ensure_stream(&stream_spec(stream))
             .await
             .with_context(|| format!("make the stream {}", stream.name))?;
     }
     // Its stream may have been made just now.
-    try_consumer(host, &proposal.worker).await?;
+    check_consumer(host, &proposal.worker).await?;
     let manifest = serde_json::to_string(&proposal.worker).context("write the manifest")?;
-    let record =
-        host.services.store.deploy(&proposal.worker.name, &proposal.digest, &manifest, &proposal.migrations).await?;
-    host.look_for_deployments();
+    let record = host
+        .services
+        .store
+        .deploy(
+            &proposal.worker.name,
+            &proposal.digest,
+            &manifest,
+            &proposal.migrations,
+        )
+        .await?;
+    host.notify_deployed();
     Ok((plan, record))
 }
 
@@ -104,17 +134,31 @@ pub async fn rollback(host: &Host, worker: &str, to: Option<u32>) -> Result<Depl
         .await?
         .ok_or_else(|| anyhow!("there is no worker `{worker}`"))
         .hint("oncely workers")?;
-    let version =
-        match to {
-            Some(version) => version,
-            None => active.version.checked_sub(1).filter(|version| *version > 0).ok_or_else(|| {
-                anyhow!("worker {worker} runs version {}; there is no version before it", active.version)
+    let version = match to {
+        Some(version) => version,
+        None => active
+            .version
+            .checked_sub(1)
+            .filter(|version| *version > 0)
+            .ok_or_else(|| {
+                anyhow!(
+                    "worker {worker} runs version {}; there is no version before it",
+                    active.version
+                )
             })?,
-        };
-    if let Some(earlier) = host.services.store.deployments(worker).await?.iter().find(|one| one.version == version) {
-        let earlier: Worker = serde_json::from_str(&earlier.manifest).context("read the earlier manifest")?;
+    };
+    if let Some(earlier) = host
+        .services
+        .store
+        .deployments(worker)
+        .await?
+        .iter()
+        .find(|one| one.version == version)
+    {
+        let earlier: Worker =
+            serde_json::from_str(&earlier.manifest).context("read the earlier manifest")?;
         check_routes(&earlier, host.services.deployed_workers().await?.iter())?;
-        try_consumer(host, &earlier).await?;
+        check_consumer(host, &earlier).await?;
     }
     let record = host
         .services
@@ -123,18 +167,29 @@ pub async fn rollback(host: &Host, worker: &str, to: Option<u32>) -> Result<Depl
         .await?
         .ok_or_else(|| anyhow!("worker {worker} has no version {version}"))
         .hint(format!("oncely workers {worker}"))?;
-    host.look_for_deployments();
+    host.notify_deployed();
     Ok(record)
 }
 
 /// Tries whether the worker could take messages from its stream: a version that never can is not made active.
-async fn try_consumer(host: &Host, worker: &Worker) -> Result<()> {
-    let Some(stream) = &worker.stream else { return Ok(()) };
-    let tried = host.services.bus.try_subscription(&subscription(worker, stream)).await;
-    tried.with_context(|| format!("worker {} could not take messages from the stream {stream}", worker.name))
+async fn check_consumer(host: &Host, worker: &Worker) -> Result<()> {
+    let Some(stream) = &worker.stream else {
+        return Ok(());
+    };
+    let result = host
+        .services
+        .bus
+        .validate_subscription(&subscription(worker, stream))
+        .await;
+    result.with_context(|| {
+        format!(
+            "worker {} could not take messages from the stream {stream}",
+            worker.name
+        )
+    })
 }
 
-fn spec(stream: &Stream) -> StreamSpec {
+fn stream_spec(stream: &Stream) -> StreamSpec {
     StreamSpec {
         name: stream.name.clone(),
         subjects: stream.subjects.clone(),
@@ -151,7 +206,11 @@ async fn check_streams(host: &Host, proposal: &Proposal) -> Result<Vec<String>> 
     for stream in &proposal.streams {
         match host.services.bus.stream(&stream.name).await? {
             Some(_) => {}
-            None => changes.push(format!("+ stream {} ({})", stream.name, stream.subjects.join(", "))),
+            None => changes.push(format!(
+                "+ stream {} ({})",
+                stream.name,
+                stream.subjects.join(", ")
+            )),
         }
         if Some(&stream.name) == worker.stream.as_ref() {
             source = Some(stream.subjects.clone());
@@ -161,8 +220,18 @@ async fn check_streams(host: &Host, proposal: &Proposal) -> Result<Vec<String>> 
         check_source(host, proposal, stream, source).await?;
     }
     for output in &worker.outputs {
-        let declared = proposal.streams.iter().any(|s| s.subjects.iter().any(|p| subject::covers(p, output)));
-        if !declared && host.services.bus.stream_of_subject(output).await?.is_none() {
+        let declared = proposal
+            .streams
+            .iter()
+            .any(|s| s.subjects.iter().any(|p| subject::covers(p, output)));
+        if !declared
+            && host
+                .services
+                .bus
+                .stream_name_for_subject(output)
+                .await?
+                .is_none()
+        {
             return Err(anyhow!(
                 "no stream holds the output `{output}` of worker {}: what it publishes there would have no place to go",
                 worker.name
@@ -175,34 +244,49 @@ async fn check_streams(host: &Host, proposal: &Proposal) -> Result<Vec<String>> 
 
 /// Checks that the stream a worker reads is there, or will be, and holds the subjects it wants. `source` is what the proposal
 /// says of the stream.
-async fn check_source(host: &Host, proposal: &Proposal, stream: &str, mut source: Option<Vec<String>>) -> Result<()> {
+async fn check_source(
+    host: &Host,
+    proposal: &Proposal,
+    stream: &str,
+    mut source: Option<Vec<String>>,
+) -> Result<()> {
     let worker = &proposal.worker;
     match host.services.bus.stream(stream).await? {
         Some(existing) => {
             host.retention.check(worker, existing.max_age)?;
             // Its subjects do not name the messages of its sources, or the subjects that it stores renamed messages under.
-            if existing.is_copy || existing.renames_subjects {
+            if existing.is_copy || existing.has_subject_transform {
                 return Ok(());
             }
             source = Some(existing.subjects);
         }
         None => {
-            if let Some(declared) = proposal.streams.iter().find(|declared| declared.name == stream) {
+            if let Some(declared) = proposal
+                .streams
+                .iter()
+                .find(|declared| declared.name == stream)
+            {
                 host.retention.check(worker, declared.max_age)?;
             }
         }
     }
     let Some(source) = source else {
-        return Err(anyhow!("worker {} reads the stream `{}`, which does not exist", worker.name, stream)).hint(
-            format!(
-                "add to oncely.toml:  [[stream]]  name = \"{}\"  subjects = [{}]",
-                stream,
-                quoted(&worker.subjects)
-            ),
-        );
+        return Err(anyhow!(
+            "worker {} reads the stream `{}`, which does not exist",
+            worker.name,
+            stream
+        ))
+        .hint(format!(
+            "add to oncely.toml:  [[stream]]  name = \"{}\"  subjects = [{}]",
+            stream,
+            quoted(&worker.subjects)
+        ));
     };
     for wanted in &worker.subjects {
-        if !source.iter().any(|pattern| subject::covers(pattern, wanted)) {
+        if !source
+            .iter()
+            .any(|pattern| subject::covers(pattern, wanted))
+        {
             bail!(
                 "worker {} wants `{wanted}`, and its stream `{}` holds only {}",
                 worker.name,
@@ -215,7 +299,11 @@ async fn check_source(host: &Host, proposal: &Proposal, stream: &str, mut source
 }
 
 fn quoted(names: &[String]) -> String {
-    names.iter().map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(", ")
+    names
+        .iter()
+        .map(|name| format!("\"{name}\""))
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 /// What a deployment is, as one tree to compare.
@@ -228,9 +316,15 @@ fn describe(worker: &Worker, digest: &str, imports: Vec<Value>) -> Result<Value>
     Ok(tree)
 }
 
-async fn described(host: &Host, deployment: &DeploymentRecord) -> Result<Value> {
-    let worker: Worker = serde_json::from_str(&deployment.manifest).context("read the active manifest")?;
-    let wasm = host.services.store.component(&deployment.digest).await?.unwrap_or_default();
+async fn describe_active(host: &Host, deployment: &DeploymentRecord) -> Result<Value> {
+    let worker: Worker =
+        serde_json::from_str(&deployment.manifest).context("read the active manifest")?;
+    let wasm = host
+        .services
+        .store
+        .component(&deployment.digest)
+        .await?
+        .unwrap_or_default();
     let imports = match component::inspect(&wasm) {
         Ok(surface) => surface.imports.into_iter().map(Value::from).collect(),
         Err(_) => Vec::new(),
@@ -239,17 +333,27 @@ async fn described(host: &Host, deployment: &DeploymentRecord) -> Result<Value> 
 }
 
 /// The settings in the manifest of a new worker, without those that equal their default.
-fn what_it_says(worker: &Worker, described: &Value) -> Result<Vec<String>> {
-    let anyway = leaves(&serde_json::to_value(worker.by_default()).context("describe the defaults")?);
-    let is_said = |path: &str, value: &String| {
-        let is_asked = ["component", "stream", "routes"].contains(&path);
-        is_asked || (path != "imports" && !anyway.get(path).is_some_and(|values| values.contains(value)))
+fn non_default_settings(worker: &Worker, description: &Value) -> Result<Vec<String>> {
+    let defaults =
+        leaves(&serde_json::to_value(worker.with_defaults()).context("describe the defaults")?);
+    let is_shown = |path: &str, value: &String| {
+        let is_always_shown = ["component", "stream", "routes"].contains(&path);
+        is_always_shown
+            || (path != "imports"
+                && !defaults
+                    .get(path)
+                    .is_some_and(|values| values.contains(value)))
     };
-    let said = leaves(described).into_iter().flat_map(|(path, values)| {
-        let values: Vec<String> = values.into_iter().filter(|value| is_said(&path, value)).collect();
-        values.into_iter().map(move |value| format!("+ {path}: {value}"))
+    let settings = leaves(description).into_iter().flat_map(|(path, values)| {
+        let values: Vec<String> = values
+            .into_iter()
+            .filter(|value| is_shown(&path, value))
+            .collect();
+        values
+            .into_iter()
+            .map(move |value| format!("+ {path}: {value}"))
     });
-    Ok(said.collect())
+    Ok(settings.collect())
 }
 
 /// The differences of two trees, one line each. Lists are compared as sets.
@@ -277,10 +381,18 @@ fn differences(before: &Value, after: &Value) -> Vec<String> {
 /// Every leaf of a tree under its dotted path; the items of a list share one path.
 fn leaves(tree: &Value) -> BTreeMap<String, Vec<String>> {
     fn walk(path: &str, tree: &Value, into: &mut BTreeMap<String, Vec<String>>) {
-        let below = |key: &str| if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") };
+        let below = |key: &str| {
+            if path.is_empty() {
+                key.to_owned()
+            } else {
+                format!("{path}.{key}")
+            }
+        };
         match tree {
             Value::Null => {}
-            Value::Object(members) => members.iter().for_each(|(key, value)| walk(&below(key), value, into)),
+            Value::Object(members) => members
+                .iter()
+                .for_each(|(key, value)| walk(&below(key), value, into)),
             Value::Array(items) => items.iter().for_each(|item| match label(item) {
                 // A route is told by its path and methods, so that what moves from one to another is a change.
                 Some(label) => {
@@ -290,14 +402,26 @@ fn leaves(tree: &Value) -> BTreeMap<String, Vec<String>> {
                 None => walk(path, item, into),
             }),
             Value::String(text) => into.entry(path.to_owned()).or_default().push(text.clone()),
-            other => into.entry(path.to_owned()).or_default().push(other.to_string()),
+            other => into
+                .entry(path.to_owned())
+                .or_default()
+                .push(other.to_string()),
         }
     }
     /// `POST /a` for a route; none for anything else.
     fn label(item: &Value) -> Option<String> {
         let path = item.get("path")?.as_str()?;
-        let methods: Vec<&str> = item.get("methods")?.as_array()?.iter().filter_map(Value::as_str).collect();
-        Some(if methods.is_empty() { path.to_owned() } else { format!("{} {path}", methods.join(",")) })
+        let methods: Vec<&str> = item
+            .get("methods")?
+            .as_array()?
+            .iter()
+            .filter_map(Value::as_str)
+            .collect();
+        Some(if methods.is_empty() {
+            path.to_owned()
+        } else {
+            format!("{} {path}", methods.join(","))
+        })
     }
     let mut into = BTreeMap::new();
     walk("", tree, &mut into);
@@ -311,27 +435,51 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn a_new_worker_is_shown_by_what_its_manifest_says() {
-        let said = |text: &str| {
-            let worker = Manifest::parse(text, "oncely.toml").unwrap().workers.remove(0).worker;
-            let described = describe(&worker, "d1", vec!["wasi:io/poll".into()]).unwrap();
-            what_it_says(&worker, &described).unwrap()
+    fn plan_of_a_new_worker_lists_its_non_default_settings() {
+        let settings = |text: &str| {
+            let worker = Manifest::parse(text, "oncely.toml")
+                .unwrap()
+                .workers
+                .remove(0)
+                .worker;
+            let description = describe(&worker, "d1", vec!["wasi:io/poll".into()]).unwrap();
+            non_default_settings(&worker, &description).unwrap()
         };
         let worker = "[[worker]]\nname = \"a\"\ncomponent = \"a.wasm\"\n";
-        let taking =
-            said(&format!("{worker}stream = \"S\"\noutputs = [\"o.>\"]\nbatch = 7\n[worker.limits]\ntime = \"3s\""));
-        assert_eq!(taking, ["+ batch: 7", "+ component: d1", "+ limits.time: 3s", "+ outputs: o.>", "+ stream: S"]);
+        let taking = settings(&format!(
+            "{worker}stream = \"S\"\noutputs = [\"o.>\"]\nbatch = 7\n[worker.limits]\ntime = \"3s\""
+        ));
+        assert_eq!(
+            taking,
+            [
+                "+ batch: 7",
+                "+ component: d1",
+                "+ limits.time: 3s",
+                "+ outputs: o.>",
+                "+ stream: S"
+            ]
+        );
         let route = "[[worker.route]]\npath = \"/a\"\nmethods = [\"POST\"]\nwindow = \"48h\"\n";
-        let answering = said(&format!("{worker}{route}"));
-        assert_eq!(answering, ["+ component: d1", "+ routes: POST /a", "+ routes[POST /a].window: 48h"]);
+        let answering = settings(&format!("{worker}{route}"));
+        assert_eq!(
+            answering,
+            [
+                "+ component: d1",
+                "+ routes: POST /a",
+                "+ routes[POST /a].window: 48h"
+            ]
+        );
         // Two routes of one path hide nothing.
         let other = "[[worker.route]]\npath = \"/a\"\nmethods = [\"GET\"]\n";
-        let both = said(&format!("{worker}outputs = [\"o.>\"]\n{route}{other}"));
-        assert!(both.contains(&"+ outputs: o.>".to_owned()) && both.len() == 5, "{both:?}");
+        let both = settings(&format!("{worker}outputs = [\"o.>\"]\n{route}{other}"));
+        assert!(
+            both.contains(&"+ outputs: o.>".to_owned()) && both.len() == 5,
+            "{both:?}"
+        );
     }
 
     #[test]
-    fn what_moves_from_one_route_to_another_is_a_change() {
+    fn differences_list_settings_moved_between_routes() {
         let tree = |first: &str, second: &str| {
             json!({"routes": [
                 {"path": "/a", "methods": [], "idempotency_key": first},
@@ -349,12 +497,17 @@ mod tests {
     }
 
     #[test]
-    fn a_plan_names_what_is_added_removed_and_changed() {
+    fn differences_list_added_removed_and_changed_values() {
         let before = json!({"outputs": ["a", "b"], "retry": {"attempts": 5}, "component": "1"});
         let after = json!({"outputs": ["b", "c", "d"], "retry": {"attempts": 3}, "component": "1"});
         assert_eq!(
             differences(&before, &after),
-            ["- outputs: a", "+ outputs: c", "+ outputs: d", "~ retry.attempts: 5 -> 3"]
+            [
+                "- outputs: a",
+                "+ outputs: c",
+                "+ outputs: d",
+                "~ retry.attempts: 5 -> 3"
+            ]
         );
         assert!(differences(&after, &after).is_empty());
     }

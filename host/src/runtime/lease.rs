@@ -6,28 +6,31 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use crate::drain::Stopping;
-use crate::model::retry::Trouble;
+use crate::model::retry::LastError;
 use crate::relay::RelayState;
-use crate::store::{RENEW_EVERY, RENEW_WITHIN, Store, TakenOver};
+use crate::store::{RENEW_INTERVAL, RENEW_TIMEOUT, Store, TakenOver};
 
 /// How soon it is looked again whether the sessions of a host that is gone have ended.
-const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(200);
+const RETRY_DELAY: Duration = Duration::from_millis(200);
 
 /// Renews the lease until the host has stopped: also while it drains.
-pub(super) async fn keep(store: Arc<dyn Store>, state: Arc<RelayState>, mut stopping: Stopping) {
-    let mut trouble = Trouble::default();
+pub(super) async fn run(store: Arc<dyn Store>, state: Arc<RelayState>, mut stopping: Stopping) {
+    let mut trouble = LastError::default();
     loop {
         let after = match renew(store.as_ref(), &state).await {
             Ok(after) => {
-                trouble.over();
+                trouble.clear();
                 after
             }
             Err(error) => {
                 let why = format!("{error:#}");
                 if trouble.is_new(&why) {
-                    tracing::warn!(error = why, "failed to renew the host's lease in the database, retrying");
+                    tracing::warn!(
+                        error = why,
+                        "failed to renew the host's lease in the database, retrying"
+                    );
                 }
-                LOOK_AGAIN_AFTER
+                RETRY_DELAY
             }
         };
         tokio::select! {
@@ -41,19 +44,27 @@ pub(super) async fn keep(store: Arc<dyn Store>, state: Arc<RelayState>, mut stop
 /// Renews the lease once. Returns after how long to do it again.
 pub(super) async fn renew(store: &dyn Store, state: &RelayState) -> Result<Duration> {
     let began = Instant::now();
-    let renewed = tokio::time::timeout(RENEW_WITHIN, store.renew_lease()).await;
-    let taken_over = renewed.with_context(|| format!("no answer within {RENEW_WITHIN:?}"))??;
+    let renewed = tokio::time::timeout(RENEW_TIMEOUT, store.renew_lease()).await;
+    let taken_over = renewed.with_context(|| format!("no answer within {RENEW_TIMEOUT:?}"))??;
     state.lease_renewed(began);
-    taken_over.iter().for_each(log);
+    taken_over.iter().for_each(log_takeover);
     // What such a session commits until it has ended is yet to be released.
     let is_over = taken_over.iter().all(|instance| instance.outputs.is_some());
-    Ok(if is_over { RENEW_EVERY } else { LOOK_AGAIN_AFTER })
+    Ok(if is_over { RENEW_INTERVAL } else { RETRY_DELAY })
 }
 
-fn log(taken_over: &TakenOver) {
-    let TakenOver { instance, sessions, outputs } = taken_over;
+fn log_takeover(taken_over: &TakenOver) {
+    let TakenOver {
+        instance,
+        sessions,
+        outputs,
+    } = taken_over;
     match outputs {
-        None => tracing::warn!(instance, sessions, "ending the sessions of a host whose lease has run out"),
+        None => tracing::warn!(
+            instance,
+            sessions,
+            "ending the sessions of a host whose lease has run out"
+        ),
         Some(outputs) => tracing::warn!(instance, outputs, "took over from a host that is gone"),
     }
 }

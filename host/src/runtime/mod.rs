@@ -9,10 +9,10 @@ use anyhow::{Context, Result};
 use tokio::sync::{Mutex, Notify};
 use tokio::task::JoinSet;
 
-use crate::alarms::Poster;
+use crate::alarms::WebhookClient;
 use crate::alarms::monitor::{self, HostState};
 use crate::alarms::webhook;
-use crate::bus::{Bus, Standing};
+use crate::bus::{Bus, ConsumerState};
 use crate::cache::{Cache, feed};
 use crate::config::CacheSettings;
 use crate::config::manifest::Worker;
@@ -21,16 +21,16 @@ use crate::delivery::Delivery;
 use crate::drain::{Stopping, TaskGroup};
 use crate::fault;
 use crate::guest::GuestEngine;
-use crate::ingress::{HttpWorker, Ingress, Table};
-use crate::metrics::{Measured, MeasuredLog, MeasuredOutbox, MeasuredWorker, Metrics};
+use crate::ingress::{HttpWorker, Ingress, RouteTable};
+use crate::metrics::{Measured, MeasuredOutbox, MeasuredWal, MeasuredWorker, Metrics};
 use crate::model::alarm::{Alarm, Kind};
 use crate::model::invalidation::CACHE_STREAM;
 use crate::model::request::Admission;
-use crate::relay::{LogKeeper, LogRelay, Relay, RelayState, Repair};
+use crate::relay::{Relay, RelayModeController, RelayState, Repair, WalRelay};
 use crate::services::{RelayLink, Services, age};
 use crate::store::{DeploymentRecord, OutboxLag, RelayMode, Store};
 
-mod agreement;
+mod consistency;
 pub mod deploy;
 mod health_checks;
 mod lease;
@@ -39,25 +39,25 @@ mod retention;
 mod retirement;
 mod worker_entry;
 
-pub use agreement::Hold;
-pub use health_checks::{HostReport, RunsHere};
+pub use consistency::Hold;
+pub use health_checks::{HostReport, WorkerReport};
 pub use recovery::Recovery;
-use retention::Removal;
+use retention::Pruner;
 pub use retention::Retention;
-pub use retirement::Retired;
-use worker_entry::{Slot, Work};
+pub use retirement::RetiredWorker;
+use worker_entry::{Slot, WorkerRuntime};
 
 /// How often a host looks whether another one deployed something.
-const LOOK_FOR_DEPLOYMENTS_EVERY: Duration = Duration::from_secs(1);
+const DEPLOYMENT_POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How often old rows are removed.
-const RETIRE_EVERY: Duration = Duration::from_secs(60);
+const PRUNE_INTERVAL: Duration = Duration::from_secs(60);
 
 /// How long the connections to the database may take to close at the end.
-const CLOSED_WITHIN: Duration = Duration::from_secs(5);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How often compiled components are removed that are no deployment's, and how old these have to be.
-const TIDY_EVERY: Duration = Duration::from_secs(60 * 60);
+const COMPILED_PRUNE_INTERVAL: Duration = Duration::from_secs(60 * 60);
 
 /// One running host.
 pub struct Host {
@@ -71,14 +71,14 @@ pub struct Host {
     /// One comparison of database and broker, or one recovery, at a time.
     recovering: Mutex<()>,
     /// Workers whose active version is being prepared or swapped in.
-    being_brought_up: std::sync::Mutex<BTreeSet<String>>,
+    starting_workers: std::sync::Mutex<BTreeSet<String>>,
     /// No worker is begun any more.
     stopping: Stopping,
     deployed: Notify,
     /// Something about the workers changed that other hosts may wait to hear.
-    reported: Notify,
+    workers_changed: Notify,
     /// Whether everything that is to be deployed at the start has been.
-    started: AtomicBool,
+    has_started: AtomicBool,
 }
 
 /// What a host tells of one of its workers.
@@ -111,7 +111,7 @@ pub struct WorkerState {
 }
 
 /// The tasks of a running host, in the order in which they end.
-pub struct Running {
+pub struct HostTasks {
     /// Whatever starts work: supervision, comparisons, checks, alarms.
     supervision: TaskGroup,
     /// The reader of the database's log ends after the lanes.
@@ -127,7 +127,7 @@ struct Parts {
     host: Arc<Host>,
     relay: Relay,
     repair: Repair,
-    wal: Option<(LogKeeper, LogRelay)>,
+    wal: Option<(RelayModeController, WalRelay)>,
 }
 
 impl Host {
@@ -138,25 +138,39 @@ impl Host {
         engine: GuestEngine,
         retention: Retention,
         admission: Admission,
-        webhook: Option<Poster>,
+        webhook: Option<WebhookClient>,
         cache: &CacheSettings,
-    ) -> Result<(Arc<Host>, Running)> {
-        health_checks::make_own_streams(&bus).await?;
-        let mut running = Running::default();
+    ) -> Result<(Arc<Host>, HostTasks)> {
+        health_checks::create_own_streams(&bus).await?;
+        let mut running = HostTasks::default();
 
         let relay_state = running.begin_lease(&store).await?;
         let cache = |metrics| Cache::open(cache, metrics);
         let stopping = running.supervision.stopping();
-        let parts = Parts::new(store, bus, engine, retention, admission, cache, relay_state, stopping)?;
+        let parts = Parts::new(
+            store,
+            bus,
+            engine,
+            retention,
+            admission,
+            cache,
+            relay_state,
+            stopping,
+        )?;
         let host = Arc::clone(&parts.host);
 
         // Nothing is published or taken before database and broker are compared.
-        let look = host.compare().await.context("compare database and broker")?;
-        host.set_hold(look.hold).await;
+        let comparison = host
+            .compare()
+            .await
+            .context("compare database and broker")?;
+        host.set_hold(comparison.hold).await;
 
         running.start_relay(parts);
         running.listen_for_invalidations(&host).await?;
-        host.reconcile().await.context("start the deployed workers")?;
+        host.reconcile()
+            .await
+            .context("start the deployed workers")?;
         fault::point(fault::STARTED);
 
         running.start_supervision(&host, webhook);
@@ -167,21 +181,28 @@ impl Host {
     /// that are being brought up already are left to that.
     pub async fn reconcile(&self) -> Result<()> {
         let deployments = self.services.store.active_deployments().await?;
-        self.take_down_retired(&deployments).await;
-        futures::future::join_all(deployments.iter().map(|deployment| self.bring_up(deployment))).await;
+        self.stop_retired_workers(&deployments).await;
+        futures::future::join_all(
+            deployments
+                .iter()
+                .map(|deployment| self.run_deployment(deployment)),
+        )
+        .await;
         Ok(())
     }
 
     /// Tells the supervisor that something was deployed.
-    pub fn look_for_deployments(&self) {
+    pub fn notify_deployed(&self) {
         self.deployed.notify_one();
     }
 
     /// Runs `deployment` here unless it runs already. The version before it goes on until the new one is ready to
     /// start; then it is drained, and the same durable consumer goes on with the new one.
-    async fn bring_up(&self, deployment: &DeploymentRecord) {
-        let Some(_turn) = BroughtUp::begin(&self.being_brought_up, &deployment.worker) else { return };
-        if self.runs(deployment).await {
+    async fn run_deployment(&self, deployment: &DeploymentRecord) {
+        let Some(_guard) = StartGuard::begin(&self.starting_workers, &deployment.worker) else {
+            return;
+        };
+        if self.is_running(deployment).await {
             return;
         }
 
@@ -204,8 +225,9 @@ impl Host {
             return;
         }
         // It may have been retired, or another version activated, while this one was prepared.
-        let is_active =
-            |active: &DeploymentRecord| active.worker == deployment.worker && active.version == deployment.version;
+        let is_active = |active: &DeploymentRecord| {
+            active.worker == deployment.worker && active.version == deployment.version
+        };
         match self.services.store.active_deployments().await {
             Ok(active) if active.iter().any(is_active) => {}
             _ => {
@@ -219,78 +241,122 @@ impl Host {
             Err(error) => Err(error),
         };
         if let Err(error) = swapped {
-            let told = slot.broken.as_ref().is_some_and(|(version, _)| *version == deployment.version);
-            if !told {
-                tracing::error!("worker {} version {} cannot run: {error:#}", deployment.worker, deployment.version);
+            let is_logged = slot
+                .broken
+                .as_ref()
+                .is_some_and(|(version, _)| *version == deployment.version);
+            if !is_logged {
+                tracing::error!(
+                    "worker {} version {} cannot run: {error:#}",
+                    deployment.worker,
+                    deployment.version
+                );
             }
             slot.broken = Some((deployment.version, format!("{error:#}")));
         }
-        self.turn_ingress(&workers).await;
-        self.reported.notify_one();
+        self.update_routes(&workers).await;
+        self.workers_changed.notify_one();
     }
 
     /// Has the ingress answer for the workers that run here now.
-    async fn turn_ingress(&self, workers: &BTreeMap<String, Slot>) {
-        let requests = workers.values().filter_map(|slot| slot.running.as_ref()?.requests());
-        self.ingress.turn_to(Table::of(requests)).await;
+    async fn update_routes(&self, workers: &BTreeMap<String, Slot>) {
+        let requests = workers
+            .values()
+            .filter_map(|slot| slot.running.as_ref()?.requests());
+        self.ingress.set_routes(RouteTable::new(requests)).await;
     }
 
     /// Whether this very deployment runs here.
-    async fn runs(&self, deployment: &DeploymentRecord) -> bool {
+    async fn is_running(&self, deployment: &DeploymentRecord) -> bool {
         let mut workers = self.workers.lock().await;
         let slot = workers.entry(deployment.worker.clone()).or_default();
-        let runs = slot.running.as_ref().is_some_and(|running| running.version() == deployment.version);
+        let runs = slot
+            .running
+            .as_ref()
+            .is_some_and(|running| running.version() == deployment.version);
         if runs {
             slot.broken = None;
         }
         runs
     }
 
-    async fn swap(&self, slot: &mut Slot, deployment: &DeploymentRecord, delivery: Delivery) -> Result<()> {
+    async fn swap(
+        &self,
+        slot: &mut Slot,
+        deployment: &DeploymentRecord,
+        delivery: Delivery,
+    ) -> Result<()> {
         self.check_retention(&delivery.worker).await?;
-        let relay = self.services.relay.get().context("start a worker in a host that is stopping")?;
+        let relay = self
+            .services
+            .relay
+            .get()
+            .context("start a worker in a host that is stopping")?;
         let is_http = !delivery.worker.routes.is_empty();
-        if let Some(old) = slot.running.take_if(|old| !is_http || old.requests().is_none()) {
+        if let Some(old) = slot
+            .running
+            .take_if(|old| !is_http || old.requests().is_none())
+        {
             old.drain().await;
             fault::point(fault::DEPLOY_SWAP);
         }
         let digest = deployment.digest.clone();
         // One that answers requests takes over at once, while the one before ends what it has.
         let running = match is_http {
-            true => Work::Requests(Arc::new(HttpWorker::new(delivery, digest))),
-            false => Work::Messages(Box::new(RunningWorker::start(delivery, digest, &self.services.bus, relay).await?)),
+            true => WorkerRuntime::Requests(Arc::new(HttpWorker::new(delivery, digest))),
+            false => WorkerRuntime::Messages(Box::new(
+                RunningWorker::start(delivery, digest, &self.services.bus, relay).await?,
+            )),
         };
-        tracing::info!("worker {} runs version {}", deployment.worker, deployment.version);
+        tracing::info!(
+            "worker {} runs version {}",
+            deployment.worker,
+            deployment.version
+        );
         slot.running = Some(running);
-        (slot.broken, slot.standing) = (None, Standing::default());
+        (slot.broken, slot.standing) = (None, ConsumerState::default());
         Ok(())
     }
 
     /// Removes compiled components that are of no deployment, now or ever.
-    async fn tidy_compiled(&self) -> Result<()> {
+    async fn prune_compiled(&self) -> Result<()> {
         let mut deployed = HashSet::new();
         for active in self.services.store.active_deployments().await? {
             let all = self.services.store.deployments(&active.worker).await?;
             deployed.extend(all.into_iter().map(|deployment| deployment.digest));
         }
-        let removed = self.services.engine.remove_compiled(deployed, TIDY_EVERY).await?;
+        let removed = self
+            .services
+            .engine
+            .remove_compiled(deployed, COMPILED_PRUNE_INTERVAL)
+            .await?;
         if removed > 0 {
-            tracing::info!(removed, "removed compiled components that were never deployed");
+            tracing::info!(
+                removed,
+                "removed compiled components that were never deployed"
+            );
         }
         Ok(())
     }
 
     /// Lets the workers that take messages settle what they have; they take nothing more.
-    async fn stop_taking_messages(&self) {
+    async fn drain_message_workers(&self) {
         let mut workers = self.workers.lock().await;
-        let taken = workers.values_mut().filter_map(|slot| slot.running.take_if(|work| work.requests().is_none()));
-        futures::future::join_all(taken.map(Work::drain)).await;
+        let taken = workers
+            .values_mut()
+            .filter_map(|slot| slot.running.take_if(|work| work.requests().is_none()));
+        futures::future::join_all(taken.map(WorkerRuntime::drain)).await;
     }
 
     /// The workers of this host, by name.
     pub async fn workers(&self) -> Vec<WorkerState> {
         let is_held = self.hold().is_some();
-        self.workers.lock().await.iter().map(|(name, slot)| slot.tell(name, is_held)).collect()
+        self.workers
+            .lock()
+            .await
+            .iter()
+            .map(|(name, slot)| slot.state(name, is_held))
+            .collect()
     }
 
     /// Like [`Host::workers`], with what waits on their streams.
@@ -299,7 +365,7 @@ impl Host {
         let workers = self.workers.lock().await;
         let mut states = Vec::new();
         for (name, slot) in workers.iter() {
-            let mut state = slot.tell(name, is_held);
+            let mut state = slot.state(name, is_held);
             if let Some(running) = &slot.running {
                 let unhandled = running.unhandled().await;
                 state.pending = unhandled.map(|unhandled| unhandled.messages);
@@ -315,7 +381,8 @@ impl Host {
         let outbox = self.services.store.outbox_lag().await.ok();
         let alarms = self.services.store.alarms().await.unwrap_or_default();
         let measured = Measured {
-            takes_writes: outbox.is_some() && self.services.health.database().is_none(),
+            is_database_writable: outbox.is_some()
+                && self.services.health.database_error().is_none(),
             nats_connected: self.services.bus.is_connected(),
             outbox: outbox.map(|lags| lags.into_iter().map(measured_outbox).collect()),
             workers: self.measure_workers().await,
@@ -326,27 +393,36 @@ impl Host {
                 .into_iter()
                 .map(|breaker| (breaker.stream, breaker.state))
                 .collect(),
-            log: self.services.relay_state.log().map(|log| MeasuredLog {
-                is_used: log.mode == RelayMode::Wal,
-                reads: self.services.relay_state.reads_log(),
-                behind: log.behind,
+            wal: self.services.relay_state.wal().map(|log| MeasuredWal {
+                is_active: log.mode == RelayMode::Wal,
+                is_reader: self.services.relay_state.reads_wal(),
+                lag: log.lag,
                 retained: log.slot.map_or(0, |slot| slot.retained),
             }),
-            alarms: self.shown_alarms(&alarms).await,
+            alarms: self.measure_alarms(&alarms).await,
             cache: self.services.cache.measure(),
         };
-        self.services.metrics.text(&measured).context("write the metrics")
+        self.services
+            .metrics
+            .text(&measured)
+            .context("write the metrics")
     }
 
     /// The alarms of all kinds, raised or not: a value that is not there is none to compare with.
-    async fn shown_alarms(&self, standing: &[Alarm]) -> Vec<(String, Kind, bool)> {
+    async fn measure_alarms(&self, standing: &[Alarm]) -> Vec<(String, Kind, bool)> {
         let workers = self.workers.lock().await;
-        let names: BTreeSet<&str> =
-            workers.keys().map(String::as_str).chain(standing.iter().map(|alarm| alarm.worker.as_str())).collect();
+        let names: BTreeSet<&str> = workers
+            .keys()
+            .map(String::as_str)
+            .chain(standing.iter().map(|alarm| alarm.worker.as_str()))
+            .collect();
         let kinds = || Kind::ALL.into_iter().filter(|kind| *kind != Kind::Database);
-        let none = names.into_iter().flat_map(|worker| kinds().map(|kind| (worker.to_owned(), kind, false)));
+        let none = names
+            .into_iter()
+            .flat_map(|worker| kinds().map(|kind| (worker.to_owned(), kind, false)));
         let raised = standing.iter().filter(|alarm| alarm.is_raised());
-        none.chain(raised.map(|alarm| (alarm.worker.clone(), alarm.kind, true))).collect()
+        none.chain(raised.map(|alarm| (alarm.worker.clone(), alarm.kind, true)))
+            .collect()
     }
 
     async fn measure_workers(&self) -> Vec<MeasuredWorker> {
@@ -370,7 +446,9 @@ impl Host {
         let broken = states.filter(|state| state.state == "broken");
         HostState {
             is_restored: matches!(self.hold(), Some(Hold::Restored(_))),
-            broken: broken.map(|state| (state.worker, state.error.unwrap_or_default())).collect(),
+            broken: broken
+                .map(|state| (state.worker, state.error.unwrap_or_default()))
+                .collect(),
         }
     }
 
@@ -379,8 +457,8 @@ impl Host {
     ///
     /// # Errors
     /// The missing parts, as text.
-    pub async fn ready(&self) -> std::result::Result<Vec<String>, String> {
-        if !self.started.load(Ordering::Relaxed) {
+    pub async fn readiness(&self) -> std::result::Result<Vec<String>, String> {
+        if !self.has_started.load(Ordering::Relaxed) {
             return Err("the host is starting".to_owned());
         }
         if !self.services.bus.is_connected() {
@@ -392,10 +470,10 @@ impl Host {
         if let Some(hold) = self.hold() {
             return Err(hold.to_string());
         }
-        if let Some(why) = self.services.health.database() {
+        if let Some(why) = self.services.health.database_error() {
             return Err(format!("the database takes no writes: {why}"));
         }
-        if let Some(why) = self.services.health.own_streams() {
+        if let Some(why) = self.services.health.own_streams_error() {
             return Err(format!("the host's own streams: {why}"));
         }
         let deployments = self
@@ -404,7 +482,7 @@ impl Host {
             .active_deployments()
             .await
             .map_err(|error| format!("{:#}", anyhow::Error::from(error)))?;
-        let broken = self.all_but_broken_run(&deployments).await?;
+        let broken = self.check_deployments(&deployments).await?;
         match self.services.relay_state.lease_since(Instant::now()) {
             Some(_) => Ok(broken),
             None => Err("the host's lease in the database is not renewed in time".to_owned()),
@@ -412,18 +490,33 @@ impl Host {
     }
 
     /// What does not work for good, unless nothing works; an error while something is still to begin.
-    async fn all_but_broken_run(&self, deployments: &[DeploymentRecord]) -> std::result::Result<Vec<String>, String> {
+    async fn check_deployments(
+        &self,
+        deployments: &[DeploymentRecord],
+    ) -> std::result::Result<Vec<String>, String> {
         let states = self.workers().await;
         let (mut broken, mut missing) = (Vec::new(), Vec::new());
-        for DeploymentRecord { worker, version, .. } in deployments {
+        for DeploymentRecord {
+            worker, version, ..
+        } in deployments
+        {
             let state = states.iter().find(|state| state.worker == *worker);
-            let is_at = |state: &WorkerState| state.broken_version.or(state.version) == Some(*version);
-            match state.filter(|state| is_at(state)).map(|state| (state.state.as_str(), &state.error)) {
+            let is_at =
+                |state: &WorkerState| state.broken_version.or(state.version) == Some(*version);
+            match state
+                .filter(|state| is_at(state))
+                .map(|state| (state.state.as_str(), &state.error))
+            {
                 Some(("running" | "paused", _)) => {}
                 Some(("broken", why)) => {
-                    broken.push(format!("worker {worker} cannot run: {}", why.as_deref().unwrap_or_default()));
+                    broken.push(format!(
+                        "worker {worker} cannot run: {}",
+                        why.as_deref().unwrap_or_default()
+                    ));
                 }
-                _ => missing.push(format!("worker {worker} version {version} does not run yet")),
+                _ => missing.push(format!(
+                    "worker {worker} version {version} does not run yet"
+                )),
             }
         }
         if !missing.is_empty() {
@@ -436,17 +529,19 @@ impl Host {
     }
 
     /// From now on the host may call itself ready.
-    pub fn started(&self) {
-        self.started.store(true, Ordering::Relaxed);
-        self.ingress.started();
+    pub fn set_started(&self) {
+        self.has_started.store(true, Ordering::Relaxed);
+        self.ingress.set_started();
     }
 
     async fn drain_workers(&self) {
         self.services.relay.close();
         self.ingress.close().await;
         let mut workers = self.workers.lock().await;
-        let draining = std::mem::take(&mut *workers).into_values().filter_map(|slot| slot.running);
-        futures::future::join_all(draining.map(Work::drain)).await;
+        let draining = std::mem::take(&mut *workers)
+            .into_values()
+            .filter_map(|slot| slot.running);
+        futures::future::join_all(draining.map(WorkerRuntime::drain)).await;
     }
 }
 
@@ -457,22 +552,31 @@ fn takes_messages(deployment: &DeploymentRecord) -> bool {
 }
 
 /// A worker that is being brought up, until this is dropped.
-struct BroughtUp<'h> {
+struct StartGuard<'h> {
     all: &'h std::sync::Mutex<BTreeSet<String>>,
     worker: String,
 }
 
-impl<'h> BroughtUp<'h> {
+impl<'h> StartGuard<'h> {
     /// None while the worker is being brought up already.
     fn begin(all: &'h std::sync::Mutex<BTreeSet<String>>, worker: &str) -> Option<Self> {
-        let is_first = all.lock().unwrap_or_else(PoisonError::into_inner).insert(worker.to_owned());
-        is_first.then(|| BroughtUp { all, worker: worker.to_owned() })
+        let is_first = all
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(worker.to_owned());
+        is_first.then(|| StartGuard {
+            all,
+            worker: worker.to_owned(),
+        })
     }
 }
 
-impl Drop for BroughtUp<'_> {
+impl Drop for StartGuard<'_> {
     fn drop(&mut self) {
-        self.all.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.worker);
+        self.all
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&self.worker);
     }
 }
 
@@ -481,8 +585,8 @@ fn measured_outbox(lag: OutboxLag) -> MeasuredOutbox {
         worker: lag.worker,
         unpublished: lag.unpublished,
         oldest: lag.oldest_ms.map(Duration::from_millis),
-        set_aside: lag.set_aside,
-        held: lag.held,
+        parked: lag.parked,
+        held: lag.blocked,
     }
 }
 
@@ -499,12 +603,24 @@ impl Parts {
         stopping: Stopping,
     ) -> Result<Self> {
         let metrics = Arc::<Metrics>::default();
-        let (relay, hand_over, log_ends) =
-            Relay::new(Arc::clone(&store), bus.clone(), Arc::clone(&metrics), Arc::clone(&relay_state));
-        let wal = store.log().map(|log| {
-            let keeper = LogKeeper::new(Arc::clone(&log), Arc::clone(&relay_state), &log_ends);
-            let (store, metrics, state) = (Arc::clone(&store), Arc::clone(&metrics), Arc::clone(&relay_state));
-            (keeper, LogRelay::new(store, log, bus.clone(), metrics, state, log_ends))
+        let (relay, relay_handle, wal_channels) = Relay::new(
+            Arc::clone(&store),
+            bus.clone(),
+            Arc::clone(&metrics),
+            Arc::clone(&relay_state),
+        );
+        let wal = store.wal().map(|wal| {
+            let controller =
+                RelayModeController::new(Arc::clone(&wal), Arc::clone(&relay_state), &wal_channels);
+            let (store, metrics, state) = (
+                Arc::clone(&store),
+                Arc::clone(&metrics),
+                Arc::clone(&relay_state),
+            );
+            (
+                controller,
+                WalRelay::new(store, wal, bus.clone(), metrics, state, wal_channels),
+            )
         });
         let repair = Repair::new(
             Arc::clone(&store),
@@ -515,8 +631,14 @@ impl Parts {
         );
         let cache = open_cache(Arc::clone(&metrics))?;
         let (shared_store, shared_metrics) = (Arc::clone(&store), Arc::clone(&metrics));
-        let ingress =
-            Ingress::new(shared_store, hand_over.clone(), shared_metrics, bus.clone(), admission, cache.clone());
+        let ingress = Ingress::new(
+            shared_store,
+            relay_handle.clone(),
+            shared_metrics,
+            bus.clone(),
+            admission,
+            cache.clone(),
+        );
         let services = Services {
             store,
             bus,
@@ -525,7 +647,7 @@ impl Parts {
             metrics,
             health: Arc::default(),
             relay_state,
-            relay: RelayLink::new(hand_over),
+            relay: RelayLink::new(relay_handle),
         };
         let host = Arc::new(Host {
             services: Arc::new(services),
@@ -534,29 +656,45 @@ impl Parts {
             workers: Mutex::new(BTreeMap::new()),
             hold: std::sync::Mutex::default(),
             recovering: Mutex::new(()),
-            being_brought_up: std::sync::Mutex::default(),
+            starting_workers: std::sync::Mutex::default(),
             stopping,
             deployed: Notify::new(),
-            reported: Notify::new(),
-            started: AtomicBool::new(false),
+            workers_changed: Notify::new(),
+            has_started: AtomicBool::new(false),
         });
-        Ok(Parts { host, relay, repair, wal })
+        Ok(Parts {
+            host,
+            relay,
+            repair,
+            wal,
+        })
     }
 }
 
-impl Default for Running {
+impl Default for HostTasks {
     fn default() -> Self {
         let group = TaskGroup::default;
-        Running { supervision: group(), wal: group(), relay: group(), lease: group() }
+        HostTasks {
+            supervision: group(),
+            wal: group(),
+            relay: group(),
+            lease: group(),
+        }
     }
 }
 
-impl Running {
+impl HostTasks {
     /// Takes the host's lease in the database and keeps it.
     async fn begin_lease(&mut self, store: &Arc<dyn Store>) -> Result<Arc<RelayState>> {
         let state = Arc::<RelayState>::default();
-        lease::renew(store.as_ref(), &state).await.context("begin the host's lease in the database")?;
-        self.lease.spawn(lease::keep(Arc::clone(store), Arc::clone(&state), self.lease.stopping()));
+        lease::renew(store.as_ref(), &state)
+            .await
+            .context("begin the host's lease in the database")?;
+        self.lease.spawn(lease::run(
+            Arc::clone(store),
+            Arc::clone(&state),
+            self.lease.stopping(),
+        ));
         Ok(state)
     }
 
@@ -573,13 +711,19 @@ impl Running {
 
     /// Before anything is cached on this host.
     async fn listen_for_invalidations(&mut self, host: &Host) -> Result<()> {
-        let invalidations = host.services.bus.feed(CACHE_STREAM).await.context("subscribe to invalidations")?;
+        let invalidations = host
+            .services
+            .bus
+            .feed(CACHE_STREAM)
+            .await
+            .context("subscribe to invalidations")?;
         let (cache, stopping) = (host.services.cache.clone(), self.supervision.stopping());
-        self.relay.spawn(feed::listen(invalidations, cache, stopping));
+        self.relay
+            .spawn(feed::listen(invalidations, cache, stopping));
         Ok(())
     }
 
-    fn start_supervision(&mut self, host: &Arc<Host>, webhook: Option<Poster>) {
+    fn start_supervision(&mut self, host: &Arc<Host>, webhook: Option<WebhookClient>) {
         let stopping = self.supervision.stopping();
         let state = {
             let host = Arc::clone(host);
@@ -588,20 +732,36 @@ impl Running {
                 async move { host.state_for_alarms().await }
             }
         };
-        self.supervision.spawn(supervise(Arc::clone(host), stopping.clone()));
-        self.supervision.spawn(monitor::watch(Arc::clone(&host.services), state, stopping.clone()));
-        self.supervision.spawn(agreement::watch(Arc::clone(host), stopping.clone()));
-        self.supervision.spawn(health_checks::watch(Arc::clone(host), stopping.clone()));
+        self.supervision
+            .spawn(supervise(Arc::clone(host), stopping.clone()));
+        self.supervision.spawn(monitor::watch(
+            Arc::clone(&host.services),
+            state,
+            stopping.clone(),
+        ));
+        self.supervision
+            .spawn(consistency::watch(Arc::clone(host), stopping.clone()));
+        self.supervision
+            .spawn(health_checks::watch(Arc::clone(host), stopping.clone()));
         if let Some(webhook) = webhook {
-            let (bus, metrics) = (host.services.bus.clone(), Arc::clone(&host.services.metrics));
-            self.supervision.spawn(webhook::tell(bus, webhook, metrics, stopping));
+            let (bus, metrics) = (
+                host.services.bus.clone(),
+                Arc::clone(&host.services.metrics),
+            );
+            self.supervision
+                .spawn(webhook::run(bus, webhook, metrics, stopping));
         }
     }
 
     /// Stops in order: no more pulling, lanes settle their messages, the relay publishes what was handed over. Whatever is
     /// unfinished after `limit` is left to the next start; nothing is lost by that.
     pub async fn drain(self, host: &Host, limit: Duration) -> Result<()> {
-        let Running { supervision, wal, relay, lease } = self;
+        let HostTasks {
+            supervision,
+            wal,
+            relay,
+            lease,
+        } = self;
         let drained = async {
             supervision.drain().await;
             host.drain_workers().await;
@@ -616,39 +776,41 @@ impl Running {
 
         lease.drain().await;
         // A server that lets a commit wait lets the close wait, too.
-        let _ = tokio::time::timeout(CLOSED_WITHIN, host.services.store.close()).await;
-        in_time.with_context(|| format!("drain within {limit:?}; what was left is taken up at the next start"))
+        let _ = tokio::time::timeout(CLOSE_TIMEOUT, host.services.store.close()).await;
+        in_time.with_context(|| {
+            format!("drain within {limit:?}; what was left is taken up at the next start")
+        })
     }
 }
 
 /// Watches for deployments of other hosts and removes old rows.
 async fn supervise(host: Arc<Host>, mut stopping: Stopping) {
-    let mut retire = tokio::time::interval(RETIRE_EVERY);
-    let mut removal = Removal::default();
-    let mut tidy = tokio::time::interval(TIDY_EVERY);
+    let mut prune_interval = tokio::time::interval(PRUNE_INTERVAL);
+    let mut pruner = Pruner::default();
+    let mut compiled_prune_interval = tokio::time::interval(COMPILED_PRUNE_INTERVAL);
     // A look may last for as long as a component compiles; the next ones go on with the other workers.
-    let mut looks = JoinSet::new();
+    let mut reconciliations = JoinSet::new();
     loop {
         tokio::select! {
             biased;
             () = stopping.stopped() => break,
-            () = host.deployed.notified() => { looks.spawn(look(Arc::clone(&host))); }
-            _ = tokio::time::sleep(LOOK_FOR_DEPLOYMENTS_EVERY) => { looks.spawn(look(Arc::clone(&host))); }
+            () = host.deployed.notified() => { reconciliations.spawn(try_reconcile(Arc::clone(&host))); }
+            _ = tokio::time::sleep(DEPLOYMENT_POLL_INTERVAL) => { reconciliations.spawn(try_reconcile(Arc::clone(&host))); }
             // What a recovery may need stays.
-            _ = retire.tick(), if host.hold().is_none() => removal.run(&host, &stopping).await,
-            _ = tidy.tick() => {
-                if let Err(error) = host.tidy_compiled().await {
+            _ = prune_interval.tick(), if host.hold().is_none() => pruner.run(&host, &stopping).await,
+            _ = compiled_prune_interval.tick() => {
+                if let Err(error) = host.prune_compiled().await {
                     tracing::debug!("compiled components not removed: {error:#}");
                 }
             }
         }
-        while looks.try_join_next().is_some() {}
+        while reconciliations.try_join_next().is_some() {}
     }
     // A version that is swapped in gets there; one that is prepared is given up.
-    while looks.join_next().await.is_some() {}
+    while reconciliations.join_next().await.is_some() {}
 }
 
-async fn look(host: Arc<Host>) {
+async fn try_reconcile(host: Arc<Host>) {
     if let Err(error) = host.reconcile().await {
         tracing::debug!("looking for deployments again soon: {error:#}");
     }

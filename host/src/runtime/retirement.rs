@@ -13,15 +13,15 @@ use crate::model::redrive::REDRIVE_STREAM;
 use crate::store::DeploymentRecord;
 
 /// How long it is waited for other hosts to let go of a retired worker, and how often it is asked.
-const LET_GO_WITHIN: Duration = Duration::from_secs(30);
-const LET_GO_YET: Duration = Duration::from_millis(250);
+const STOP_TIMEOUT: Duration = Duration::from_secs(30);
+const STOP_POLL_INTERVAL: Duration = Duration::from_millis(250);
 
 /// How many reports later a host has certainly heard: the first one may have been on its way.
-const NEWER: u64 = 2;
+const REPORTS_UNTIL_CURRENT: u64 = 2;
 
 /// What retiring a worker did.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Retired {
+pub struct RetiredWorker {
     pub worker: String,
     /// The version that was active.
     pub version: u32,
@@ -31,10 +31,18 @@ pub struct Retired {
 
 impl Host {
     /// Ends workers that are deployed no more.
-    pub(super) async fn take_down_retired(&self, deployments: &[DeploymentRecord]) {
+    pub(super) async fn stop_retired_workers(&self, deployments: &[DeploymentRecord]) {
         let mut workers = self.workers.lock().await;
-        let is_retired = |name: &String| !deployments.iter().any(|deployment| deployment.worker == *name);
-        let retired: Vec<String> = workers.keys().filter(|name| is_retired(name)).cloned().collect();
+        let is_retired = |name: &String| {
+            !deployments
+                .iter()
+                .any(|deployment| deployment.worker == *name)
+        };
+        let retired: Vec<String> = workers
+            .keys()
+            .filter(|name| is_retired(name))
+            .cloned()
+            .collect();
         if retired.is_empty() {
             return;
         }
@@ -44,61 +52,92 @@ impl Host {
                 tracing::info!(worker = name, "retired: it does not run here any more");
             }
         }
-        self.turn_ingress(&workers).await;
-        self.reported.notify_one();
+        self.update_routes(&workers).await;
+        self.workers_changed.notify_one();
     }
 
     /// Retires a worker. Its consumers are removed, unless its place on the stream is to be kept, once no host runs it.
-    pub async fn retire(&self, worker: &str, keeps_place: bool) -> Result<Retired> {
+    pub async fn retire(&self, worker: &str, keep_consumers: bool) -> Result<RetiredWorker> {
         // One that is retired already may have left its consumers behind.
         let newest = match self.services.active_deployment(worker).await? {
             Some(active) => Some(active),
-            None => self.services.store.deployments(worker).await?.into_iter().next(),
+            None => self
+                .services
+                .store
+                .deployments(worker)
+                .await?
+                .into_iter()
+                .next(),
         };
-        let active = newest.ok_or_else(|| anyhow!("there is no worker `{worker}`")).hint("oncely workers")?;
+        let active = newest
+            .ok_or_else(|| anyhow!("there is no worker `{worker}`"))
+            .hint("oncely workers")?;
         self.services.store.retire_worker(worker).await?;
-        self.look_for_deployments();
-        self.until_no_host_runs(worker).await?;
-        let removed = if keeps_place { Vec::new() } else { self.remove_consumers(&active).await? };
-        Ok(Retired { worker: worker.to_owned(), version: active.version, removed })
+        self.notify_deployed();
+        self.wait_until_stopped(worker).await?;
+        let removed = if keep_consumers {
+            Vec::new()
+        } else {
+            self.remove_consumers(&active).await?
+        };
+        Ok(RetiredWorker {
+            worker: worker.to_owned(),
+            version: active.version,
+            removed,
+        })
     }
 
-    async fn until_no_host_runs(&self, worker: &str) -> Result<()> {
-        let end = Instant::now() + LET_GO_WITHIN;
+    async fn wait_until_stopped(&self, worker: &str) -> Result<()> {
+        let end = Instant::now() + STOP_TIMEOUT;
         // What a host said before it could hear of this is no answer: it would make the consumers again.
-        let asked = self.services.store.reports().await?;
+        let baseline = self.services.store.reports().await?;
         loop {
-            let here = match tokio::time::timeout(LET_GO_WITHIN, self.workers.lock()).await {
+            let runs_here = match tokio::time::timeout(STOP_TIMEOUT, self.workers.lock()).await {
                 Ok(workers) => workers.contains_key(worker),
                 Err(_) => true,
             };
             let mut others = Vec::new();
             for report in self.services.store.reports().await? {
-                let was = asked.iter().find(|was| was.instance == report.instance);
-                let is_news = was.is_none_or(|was| report.number >= was.number.saturating_add(NEWER));
+                let earlier = baseline
+                    .iter()
+                    .find(|earlier| earlier.instance == report.instance);
+                let is_current = earlier.is_none_or(|earlier| {
+                    report.number >= earlier.number.saturating_add(REPORTS_UNTIL_CURRENT)
+                });
                 match report.read()? {
-                    Some(read) if is_news && !read.workers.contains_key(worker) => {}
+                    Some(read) if is_current && !read.workers.contains_key(worker) => {}
                     Some(read) => others.push(read.host),
                     None => others.push(format!("a host that is starting ({})", report.instance)),
                 }
             }
-            if !here && others.is_empty() {
+            if !runs_here && others.is_empty() {
                 return Ok(());
             }
             if Instant::now() >= end {
-                bail!("the worker is retired, and still ends on {}; its consumers are kept", others.join(", "));
+                bail!(
+                    "the worker is retired, and still ends on {}; its consumers are kept",
+                    others.join(", ")
+                );
             }
-            tokio::time::sleep(LET_GO_YET).await;
+            tokio::time::sleep(STOP_POLL_INTERVAL).await;
         }
     }
 
     async fn remove_consumers(&self, deployment: &DeploymentRecord) -> Result<Vec<String>> {
-        let worker: Worker = serde_json::from_str(&deployment.manifest).context("read the deployment's manifest")?;
+        let worker: Worker =
+            serde_json::from_str(&deployment.manifest).context("read the deployment's manifest")?;
         let mut removed = Vec::new();
-        let Some(stream) = worker.stream.clone() else { return Ok(removed) };
+        let Some(stream) = worker.stream.clone() else {
+            return Ok(removed);
+        };
         for stream in [stream, REDRIVE_STREAM.to_owned()] {
             let consumer = worker.durable();
-            if self.services.bus.retire_consumer(&stream, &consumer).await? {
+            if self
+                .services
+                .bus
+                .retire_consumer(&stream, &consumer)
+                .await?
+            {
                 removed.push(format!("{consumer} of {stream}"));
             }
         }

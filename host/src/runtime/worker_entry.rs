@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::WorkerState;
-use crate::bus::{Standing, Unhandled};
+use crate::bus::{ConsumerState, UnhandledMessages};
 use crate::config::manifest::Worker;
 use crate::consumer::RunningWorker;
 use crate::ingress::HttpWorker;
@@ -14,77 +14,77 @@ use crate::model::units;
 /// The place of one worker in a host.
 #[derive(Default)]
 pub(super) struct Slot {
-    pub running: Option<Work>,
+    pub running: Option<WorkerRuntime>,
     /// The version that should run here but cannot, and why.
     pub broken: Option<(u32, String)>,
     /// How the consumer of what runs stands, as it was seen last.
-    pub standing: Standing,
+    pub standing: ConsumerState,
 }
 
 /// What a worker does here.
-pub(super) enum Work {
+pub(super) enum WorkerRuntime {
     Messages(Box<RunningWorker>),
     Requests(Arc<HttpWorker>),
 }
 
-impl Work {
+impl WorkerRuntime {
     pub(super) fn worker(&self) -> &Worker {
         match self {
-            Work::Messages(running) => &running.worker,
-            Work::Requests(worker) => &worker.delivery.worker,
+            WorkerRuntime::Messages(running) => &running.worker,
+            WorkerRuntime::Requests(worker) => &worker.delivery.worker,
         }
     }
 
     pub(super) fn version(&self) -> u32 {
         match self {
-            Work::Messages(running) => running.version,
-            Work::Requests(worker) => worker.delivery.version,
+            WorkerRuntime::Messages(running) => running.version,
+            WorkerRuntime::Requests(worker) => worker.delivery.version,
         }
     }
 
     fn digest(&self) -> &str {
         match self {
-            Work::Messages(running) => &running.digest,
-            Work::Requests(worker) => &worker.digest,
+            WorkerRuntime::Messages(running) => &running.digest,
+            WorkerRuntime::Requests(worker) => &worker.digest,
         }
     }
 
     /// Whether it is ready for work.
-    fn is_seen(&self) -> bool {
+    fn is_subscribed(&self) -> bool {
         match self {
-            Work::Messages(running) => running.is_seen(),
-            Work::Requests(_) => true,
+            WorkerRuntime::Messages(running) => running.is_subscribed(),
+            WorkerRuntime::Requests(_) => true,
         }
     }
 
     /// What waits on its stream; none when that is not known, or there is none.
-    pub(super) async fn unhandled(&self) -> Option<Unhandled> {
+    pub(super) async fn unhandled(&self) -> Option<UnhandledMessages> {
         match self {
-            Work::Messages(running) => running.unhandled().await,
-            Work::Requests(_) => None,
+            WorkerRuntime::Messages(running) => running.unhandled().await,
+            WorkerRuntime::Requests(_) => None,
         }
     }
 
     /// Messages or requests that this host handles for it.
     pub(super) fn in_flight(&self) -> usize {
         match self {
-            Work::Messages(running) => running.in_flight(),
-            Work::Requests(worker) => worker.in_flight(),
+            WorkerRuntime::Messages(running) => running.in_flight(),
+            WorkerRuntime::Requests(worker) => worker.in_flight(),
         }
     }
 
     /// Lets it settle what it has.
     pub(super) async fn drain(self) {
         match self {
-            Work::Messages(running) => running.drain().await,
-            Work::Requests(worker) => worker.drain().await,
+            WorkerRuntime::Messages(running) => running.drain().await,
+            WorkerRuntime::Requests(worker) => worker.drain().await,
         }
     }
 
     pub(super) fn requests(&self) -> Option<Arc<HttpWorker>> {
         match self {
-            Work::Requests(worker) => Some(Arc::clone(worker)),
-            Work::Messages(_) => None,
+            WorkerRuntime::Requests(worker) => Some(Arc::clone(worker)),
+            WorkerRuntime::Messages(_) => None,
         }
     }
 }
@@ -97,37 +97,43 @@ impl Slot {
         }
         self.running.as_ref()?;
         match &self.standing {
-            Standing::Serving => None,
-            Standing::Gone(why) => Some(why.clone()),
-            Standing::Paused(None) => Some("its consumer is paused".to_owned()),
-            Standing::Paused(Some(left)) => {
-                let left = units::show_duration(Duration::from_secs(left.as_secs()));
+            ConsumerState::Active => None,
+            ConsumerState::Missing(why) => Some(why.clone()),
+            ConsumerState::Paused(None) => Some("its consumer is paused".to_owned()),
+            ConsumerState::Paused(Some(left)) => {
+                let left = units::format_duration(Duration::from_secs(left.as_secs()));
                 Some(format!("its consumer is paused for another {left}"))
             }
         }
     }
 
-    pub(super) fn tell(&self, name: &str, is_held: bool) -> WorkerState {
+    pub(super) fn state(&self, name: &str, is_held: bool) -> WorkerState {
         let running = self.running.as_ref();
         let state = match (running, &self.broken, &self.standing) {
-            (_, Some(_), _) | (Some(_), None, Standing::Gone(_)) => "broken",
-            (Some(_), None, Standing::Paused(_)) => "paused",
-            (Some(running), None, Standing::Serving) if running.is_seen() => "running",
+            (_, Some(_), _) | (Some(_), None, ConsumerState::Missing(_)) => "broken",
+            (Some(_), None, ConsumerState::Paused(_)) => "paused",
+            (Some(running), None, ConsumerState::Active) if running.is_subscribed() => "running",
             (None, None, _) if is_held => "held",
             _ => "starting",
         };
         let counters = running.and_then(|running| match running {
-            Work::Messages(running) => Some(&running.counters),
-            Work::Requests(_) => None,
+            WorkerRuntime::Messages(running) => Some(&running.counters),
+            WorkerRuntime::Requests(_) => None,
         });
-        let count = |counter: Option<&AtomicU64>| counter.map_or(0, |counter| counter.load(Ordering::Relaxed));
+        let count = |counter: Option<&AtomicU64>| {
+            counter.map_or(0, |counter| counter.load(Ordering::Relaxed))
+        };
         WorkerState {
             worker: name.to_owned(),
-            version: running.map(Work::version),
+            version: running.map(WorkerRuntime::version),
             digest: running.map(|running| running.digest().to_owned()),
             stream: running.and_then(|running| running.worker().stream.clone()),
-            subjects: running.map(|running| running.worker().subjects.clone()).unwrap_or_default(),
-            routes: running.map(|running| routes(running.worker())).unwrap_or_default(),
+            subjects: running
+                .map(|running| running.worker().subjects.clone())
+                .unwrap_or_default(),
+            routes: running
+                .map(|running| routes(running.worker()))
+                .unwrap_or_default(),
             state: state.to_owned(),
             pending: None,
             oldest_pending_ms: None,

@@ -14,13 +14,13 @@ use tokio::task::JoinHandle;
 
 use super::{Result, StoreError};
 
-/// How many pieces wait to be compressed.
-const PIECES_MAX: usize = 64;
+/// How many chunks wait to be compressed.
+const CHUNKS_MAX: usize = 64;
 
 /// A file that is being written, off the async threads. It has its name once it is whole and on the disk; until then, and when
-/// it is dropped, it is one that ends in `.unfinished`.
+/// it is dropped, it is one that ends in `.partial`.
 pub(super) struct ArchiveFile {
-    pieces: mpsc::Sender<Bytes>,
+    chunks: mpsc::Sender<Bytes>,
     writer: JoinHandle<anyhow::Result<()>>,
 }
 
@@ -29,42 +29,45 @@ impl ArchiveFile {
     pub(super) fn create(folder: &Path, table: &str, until: Timestamp) -> Self {
         let time = until.strftime("%Y-%m-%dT%H-%M-%S.%6fZ");
         let path = folder.join(format!("{table}-{time}.jsonl.gz"));
-        let (pieces, received) = mpsc::channel(PIECES_MAX);
+        let (chunks, received) = mpsc::channel(CHUNKS_MAX);
         let writer = tokio::task::spawn_blocking(move || {
             write(&path, received).with_context(|| format!("write the archive {}", path.display()))
         });
-        ArchiveFile { pieces, writer }
+        ArchiveFile { chunks, writer }
     }
 
     /// Adds whole lines.
     pub(super) async fn add(&self, lines: Bytes) {
         // Why the writer ended is told at the end.
-        let _ = self.pieces.send(lines).await;
+        let _ = self.chunks.send(lines).await;
     }
 
     /// Waits until all is on the disk.
     pub(super) async fn finish(self) -> Result<()> {
-        // Nothing is one piece that says that there was no more.
-        let _ = self.pieces.send(Bytes::new()).await;
-        drop(self.pieces);
-        let written = self.writer.await.map_err(|error| StoreError::Unavailable(anyhow!(error)))?;
+        // Nothing is one chunk that says that there was no more.
+        let _ = self.chunks.send(Bytes::new()).await;
+        drop(self.chunks);
+        let written = self
+            .writer
+            .await
+            .map_err(|error| StoreError::Unavailable(anyhow!(error)))?;
         written.map_err(StoreError::Unavailable)
     }
 }
 
-fn write(path: &Path, mut pieces: mpsc::Receiver<Bytes>) -> anyhow::Result<()> {
-    let unfinished = PathBuf::from(format!("{}.unfinished", path.display()));
-    let mut file = GzEncoder::new(File::create(&unfinished)?, Compression::fast());
+fn write(path: &Path, mut chunks: mpsc::Receiver<Bytes>) -> anyhow::Result<()> {
+    let partial = PathBuf::from(format!("{}.partial", path.display()));
+    let mut file = GzEncoder::new(File::create(&partial)?, Compression::fast());
     loop {
-        match pieces.blocking_recv() {
-            Some(piece) if piece.is_empty() => break,
-            Some(piece) => file.write_all(&piece)?,
+        match chunks.blocking_recv() {
+            Some(chunk) if chunk.is_empty() => break,
+            Some(chunk) => file.write_all(&chunk)?,
             // Whoever had the rows gave up.
             None => return Ok(()),
         }
     }
     file.finish()?.sync_all()?;
-    std::fs::rename(&unfinished, path)?;
+    std::fs::rename(&partial, path)?;
     File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()?;
     Ok(())
 }

@@ -19,7 +19,7 @@ pub struct RowChange {
 pub struct Changes {
     pub rows: Vec<RowChange>,
     /// What is not among `rows`, for a person.
-    pub not_shown: Vec<String>,
+    pub omitted: Vec<String>,
     /// What the database would refuse the commit for.
     pub refused: Option<String>,
 }
@@ -43,10 +43,18 @@ pub(super) fn pair(
         };
         let partner = before.iter_mut().find(is_partner).and_then(Option::take);
         if partner.as_ref() != Some(&row) {
-            changes.push(RowChange { table: table.to_owned(), before: partner, after: Some(row) });
+            changes.push(RowChange {
+                table: table.to_owned(),
+                before: partner,
+                after: Some(row),
+            });
         }
     }
-    let gone = |row| RowChange { table: table.to_owned(), before: Some(row), after: None };
+    let gone = |row| RowChange {
+        table: table.to_owned(),
+        before: Some(row),
+        after: None,
+    };
     changes.extend(before.into_iter().flatten().map(gone));
     changes
 }
@@ -58,16 +66,46 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rows_are_paired_by_their_key_and_what_stayed_the_same_is_no_change() {
-        let before = vec![json!({"id": 1, "n": 1}), json!({"id": 2, "n": 1}), json!({"id": 3, "n": 1})];
-        let after = vec![json!({"id": 4, "n": 1}), json!({"id": 2, "n": 2}), json!({"id": 3, "n": 1})];
+    fn rows_are_paired_by_key_and_unchanged_rows_are_omitted() {
+        let before = vec![
+            json!({"id": 1, "n": 1}),
+            json!({"id": 2, "n": 1}),
+            json!({"id": 3, "n": 1}),
+        ];
+        let after = vec![
+            json!({"id": 4, "n": 1}),
+            json!({"id": 2, "n": 2}),
+            json!({"id": 3, "n": 1}),
+        ];
         let change = |before: Option<i64>, after: Option<i64>| {
             let row = |id: i64, n: i64| json!({"id": id, "n": n});
-            (before.map(|id| row(id, 1)), after.map(|id| row(id, if id == 2 { 2 } else { 1 })))
+            (
+                before.map(|id| row(id, 1)),
+                after.map(|id| row(id, if id == 2 { 2 } else { 1 })),
+            )
         };
         let changes = pair("t", &BTreeSet::from(["id".to_owned()]), before, after);
-        let found: Vec<_> = changes.into_iter().map(|change| (change.before, change.after)).collect();
-        assert_eq!(found, [change(None, Some(4)), change(Some(2), Some(2)), change(Some(1), None)]);
-        assert_eq!(pair("t", &BTreeSet::new(), vec![json!({"n": 1})], vec![json!({"n": 1})]).len(), 2);
+        let found: Vec<_> = changes
+            .into_iter()
+            .map(|change| (change.before, change.after))
+            .collect();
+        assert_eq!(
+            found,
+            [
+                change(None, Some(4)),
+                change(Some(2), Some(2)),
+                change(Some(1), None)
+            ]
+        );
+        assert_eq!(
+            pair(
+                "t",
+                &BTreeSet::new(),
+                vec![json!({"n": 1})],
+                vec![json!({"n": 1})]
+            )
+            .len(),
+            2
+        );
     }
 }

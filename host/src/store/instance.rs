@@ -9,14 +9,14 @@ use crate::fault;
 pub const HOST_LEASE: Duration = Duration::from_secs(6);
 
 /// How often an instance says so.
-pub const RENEW_EVERY: Duration = Duration::from_millis(1500);
+pub const RENEW_INTERVAL: Duration = Duration::from_millis(1500);
 
 /// How long it may take to say so.
-pub const RENEW_WITHIN: Duration = Duration::from_secs(4);
+pub const RENEW_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// For how long after it began to say so an instance may send what it leased. Shorter than [`HOST_LEASE`] by the time that
 /// something may be on its way to the broker.
-pub const SURE_FOR: Duration = Duration::from_secs(4);
+pub const LEASE_SAFE_FOR: Duration = Duration::from_secs(4);
 
 /// The id of an instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,7 +24,10 @@ pub struct Instance(Option<i64>);
 
 impl Instance {
     pub(super) fn new() -> Self {
-        Instance((!fault::mutant(fault::LEASES_WITHOUT_INSTANCE)).then(|| rand::random::<i64>() & i64::MAX))
+        Instance(
+            (!fault::mutant(fault::LEASES_WITHOUT_INSTANCE))
+                .then(|| rand::random::<i64>() & i64::MAX),
+        )
     }
 
     /// As it stands in columns; none for the mutant that has no instance.
@@ -33,8 +36,9 @@ impl Instance {
     }
 
     /// The name of sessions of this instance: `oncely guests 00ab…`.
-    pub(super) fn name(self, of: &str) -> String {
-        self.0.map_or_else(|| of.to_owned(), |id| format!("{of} {id:016x}"))
+    pub(super) fn name(self, purpose: &str) -> String {
+        self.0
+            .map_or_else(|| purpose.to_owned(), |id| format!("{purpose} {id:016x}"))
     }
 }
 

@@ -31,11 +31,16 @@ impl Migration {
     }
 
     pub fn version(&self) -> i64 {
-        self.file.split_once('_').and_then(|(version, _)| version.parse().ok()).unwrap_or_default()
+        self.file
+            .split_once('_')
+            .and_then(|(version, _)| version.parse().ok())
+            .unwrap_or_default()
     }
 
     pub fn name(&self) -> &'static str {
-        self.file.split_once('_').map_or(self.file, |(_, name)| name)
+        self.file
+            .split_once('_')
+            .map_or(self.file, |(_, name)| name)
     }
 
     /// The SHA-256 of the text.
@@ -52,7 +57,11 @@ pub(super) fn due(
     migrations: &'static [Migration],
     applied: &HashMap<i64, Vec<u8>>,
 ) -> anyhow::Result<Vec<&'static Migration>> {
-    let newest = migrations.iter().map(Migration::version).max().unwrap_or_default();
+    let newest = migrations
+        .iter()
+        .map(Migration::version)
+        .max()
+        .unwrap_or_default();
     if let Some(unknown) = applied.keys().filter(|version| **version > newest).max() {
         return Err(anyhow::anyhow!(
             "the database was made by a newer oncely: its schema is at {unknown}, and this program knows it up to {newest}"
@@ -85,28 +94,43 @@ mod tests {
             ("sqlite", crate::store::sqlite::migrate::MIGRATIONS),
         ] {
             let path = format!("{}/../migrations/{folder}", env!("CARGO_MANIFEST_DIR"));
-            let mut files: Vec<String> =
-                std::fs::read_dir(path).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap()).collect();
+            let mut files: Vec<String> = std::fs::read_dir(path)
+                .unwrap()
+                .map(|file| file.unwrap().file_name().into_string().unwrap())
+                .collect();
             files.sort();
-            let listed: Vec<String> = listed.iter().map(|migration| format!("{}.sql", migration.file)).collect();
+            let listed: Vec<String> = listed
+                .iter()
+                .map(|migration| format!("{}.sql", migration.file))
+                .collect();
             assert_eq!(listed, files, "migrations/{folder}");
         }
     }
 
     #[test]
     fn versions_are_numbers_that_grow() {
-        for listed in [crate::store::postgres::migrate::MIGRATIONS, crate::store::sqlite::migrate::MIGRATIONS] {
+        for listed in [
+            crate::store::postgres::migrate::MIGRATIONS,
+            crate::store::sqlite::migrate::MIGRATIONS,
+        ] {
             let versions: Vec<i64> = listed.iter().map(Migration::version).collect();
-            assert!(versions.is_sorted_by(|a, b| a < b) && versions.iter().all(|version| *version > 0), "{versions:?}");
+            assert!(
+                versions.is_sorted_by(|a, b| a < b) && versions.iter().all(|version| *version > 0),
+                "{versions:?}"
+            );
         }
     }
 
     #[test]
     fn a_migration_that_changed_since_it_ran_is_refused() {
-        static ONE: &[Migration] = &[Migration::new("0001_begin", "select 1")];
+        static ONE: &[Migration] = &[Migration::new("0001_baseline", "select 1")];
         assert_eq!(due(ONE, &HashMap::new()).unwrap().len(), 1);
-        assert!(due(ONE, &HashMap::from([(1, ONE[0].checksum())])).unwrap().is_empty());
+        assert!(
+            due(ONE, &HashMap::from([(1, ONE[0].checksum())]))
+                .unwrap()
+                .is_empty()
+        );
         let error = due(ONE, &HashMap::from([(1, vec![1])])).unwrap_err();
-        assert!(error.to_string().contains("0001_begin"), "{error}");
+        assert!(error.to_string().contains("0001_baseline"), "{error}");
     }
 }

@@ -19,17 +19,15 @@ pub use crate::model::keyed_state::{StateEntry, StateSlot, StateWrite};
 use crate::model::message::Headers;
 pub use crate::model::message::Output;
 use crate::model::output_ids::{self, OutputIds};
-use crate::model::request::{HttpAnswer, RequestKey};
+use crate::model::request::{HttpResponse, RequestKey};
 use crate::model::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
-use crate::model::verdict::{Letter, Settled};
+use crate::model::verdict::{DeadLetter, Settled};
 
 mod archive;
 mod changes;
 pub mod conflict;
+mod dead_letters;
 mod instance;
-mod letters;
-mod log;
-mod marks;
 mod migrations;
 mod postgres;
 mod requests;
@@ -37,19 +35,26 @@ mod rows;
 mod shared;
 mod sqlite;
 mod values;
+mod wal;
+mod watermarks;
 
 pub use changes::{Changes, RowChange};
-pub use instance::{HOST_LEASE, RENEW_EVERY, RENEW_WITHIN, SURE_FOR, TakenOver};
-pub use letters::{
-    AttemptRecord, AuditRecord, By, EditRecord, LetterDepth, LetterFilter, LetterGroup, LetterOutput, LetterRecord,
-    LetterState, LetterSummary, Move, Moved, PutBack, Redrive, all_letters, groups_of,
+pub use dead_letters::{
+    AttemptRecord, Attribution, AuditRecord, DeadLetterAction, DeadLetterActionResult,
+    DeadLetterDepth, DeadLetterFilter, DeadLetterGroup, DeadLetterOutput, DeadLetterRecord,
+    DeadLetterState, DeadLetterSummary, EditRecord, Redrive, RedriveLookup, all_dead_letters,
+    grouped_dead_letters,
 };
+pub use instance::{HOST_LEASE, LEASE_SAFE_FOR, RENEW_INTERVAL, RENEW_TIMEOUT, TakenOver};
 
-pub use log::{LogEvent, LogMark, LogReader, LogRecord, LogState, Lsn, OutputLog, RelayMode, SlotState, Step};
-pub use marks::{Floor, Mark, Marks, RecoveredOutput, Seen, StreamEnd};
 pub use postgres::PostgresStore;
 pub use requests::ClaimedRequest;
 pub use sqlite::SqliteStore;
+pub use wal::{
+    Lsn, OutputWal, RelayMode, SlotState, SwitchProgress, WalEvent, WalReader, WalRecord,
+    WalSnapshot, WalState,
+};
+pub use watermarks::{AckFloor, BrokerState, RecoveredOutput, StreamEnd, Watermark, Watermarks};
 
 /// Why the store could not do as asked. None of these is the guest's doing but `Refused`.
 #[derive(Debug)]
@@ -85,7 +90,10 @@ pub struct StoredReport {
 /// Whether an operation failed because all connections of this host were in use.
 pub(crate) fn is_busy(cause: &anyhow::Error) -> bool {
     let is_full = |cause: &(dyn std::error::Error + 'static)| {
-        matches!(cause.downcast_ref::<sqlx::Error>(), Some(sqlx::Error::PoolTimedOut))
+        matches!(
+            cause.downcast_ref::<sqlx::Error>(),
+            Some(sqlx::Error::PoolTimedOut)
+        )
     };
     cause.chain().any(is_full)
 }
@@ -112,7 +120,9 @@ impl std::fmt::Display for StoreError {
 
 impl std::error::Error for StoreError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        let (StoreError::Conflict(cause) | StoreError::Unavailable(cause) | StoreError::Refused(cause)) = self;
+        let (StoreError::Conflict(cause)
+        | StoreError::Unavailable(cause)
+        | StoreError::Refused(cause)) = self;
         Some(cause.as_ref())
     }
 }
@@ -155,7 +165,7 @@ pub struct OutboxRow {
     pub ordering_key: Option<String>,
     /// For a row handed over from memory: the rows of its key that were in line before it when it was written. It may be
     /// sent only after them.
-    pub ahead: Vec<i64>,
+    pub blocked_by: Vec<i64>,
     /// The first time it may have been sent to the broker: the commit, for a row handed over from memory. Beyond the broker's
     /// dedupe window a row must be looked up before it is published again.
     pub first_attempt_at: Timestamp,
@@ -166,15 +176,18 @@ pub struct OutboxRow {
 impl OutboxRow {
     /// The readable id, which travels in a header.
     pub fn output_id(&self) -> &str {
-        output_ids::readable(&self.headers, &self.id)
+        output_ids::readable_id(&self.headers, &self.id)
     }
 
     /// Adds to what is ahead of each of these rows the one of its key that comes before it among them.
     pub fn chain(rows: &mut [OutboxRow]) {
         let mut last: HashMap<(String, String), i64> = HashMap::new();
         for row in rows {
-            let Some(key) = row.ordering_key.clone() else { continue };
-            row.ahead.extend(last.insert((row.worker.clone(), key), row.seq));
+            let Some(key) = row.ordering_key.clone() else {
+                continue;
+            };
+            row.blocked_by
+                .extend(last.insert((row.worker.clone(), key), row.seq));
         }
     }
 }
@@ -183,11 +196,14 @@ impl OutboxRow {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Unpublished {
     /// It is due again after a while. With an error it has failed once more; without one it was not tried.
-    Later { after: Duration, error: Option<String> },
+    Later {
+        after: Duration,
+        error: Option<String>,
+    },
     /// It waits until this row is published or dropped.
-    Behind(i64),
+    BlockedBy(i64),
     /// It waits for a person to retry or drop it.
-    Aside { reason: String },
+    Parked { reason: String },
     /// It is due at once under another id, because its stream holds another message under the id `taken`. Nothing becomes of
     /// it when it has another id by now.
     IdTaken { taken: String, error: String },
@@ -195,7 +211,7 @@ pub enum Unpublished {
 
 /// An output where it was published.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct OnStream {
+pub struct PublishedOutput {
     pub seq: i64,
     pub id: String,
     pub stream: String,
@@ -221,15 +237,15 @@ pub struct FailedAttempt {
     /// What the handler logged, one line each.
     pub logs: String,
     /// What the handler was given, asked and saw.
-    pub record: Option<KeptRecord>,
+    pub recording: Option<StoredRecording>,
 }
 
 /// The record of a failed attempt, for a replay. Of each event the last one is kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct KeptRecord {
+pub struct StoredRecording {
     pub json: Bytes,
     /// What two attempts that agree on it prove that a third one does, too; none when this one proves nothing.
-    pub proof: Option<[u8; 32]>,
+    pub digest: Option<[u8; 32]>,
 }
 
 /// A failed attempt that was counted.
@@ -238,12 +254,12 @@ pub struct CountedAttempt {
     /// 1 for the first of its event.
     pub attempt: u32,
     /// Whether its proof is that of the attempt before it.
-    pub repeats: bool,
+    pub is_repeat: bool,
 }
 
 /// Alarms that were just raised or cleared.
 #[derive(Debug, Default)]
-pub struct Told {
+pub struct AlarmNotices {
     pub notices: Vec<alarm::Notice>,
     /// The messages that tell of them, as far as they are to be published now.
     pub rows: Vec<OutboxRow>,
@@ -251,13 +267,13 @@ pub struct Told {
 
 /// What burying messages came to.
 #[derive(Debug)]
-pub struct Buried {
+pub struct DeadLettered {
     /// The proof for each.
     pub settled: Vec<Settled>,
     /// The notices that are to be published now.
     pub notices: Vec<OutboxRow>,
     /// The failures among them that were new.
-    pub alarms: Told,
+    pub alarms: AlarmNotices,
 }
 
 /// Which outputs to list, oldest first.
@@ -287,10 +303,10 @@ pub struct OutputSummary {
     pub event_id: String,
     pub subject: String,
     pub ordering_key: Option<String>,
-    /// `set-aside`, `behind`, `delayed`, `due`, `leased`, `in-log`, `published` or `dropped`.
+    /// `parked`, `blocked`, `delayed`, `due`, `leased`, `in-wal`, `published` or `dropped`.
     pub state: String,
     /// The number of the output it waits for.
-    pub behind: Option<i64>,
+    pub blocked_by: Option<i64>,
     /// How many wait behind it.
     pub waiting: u64,
     pub failures: u32,
@@ -298,7 +314,7 @@ pub struct OutputSummary {
     pub error: Option<String>,
     pub created_at: Timestamp,
     pub due_at: Timestamp,
-    pub set_aside_at: Option<Timestamp>,
+    pub parked_at: Option<Timestamp>,
     pub dropped_at: Option<Timestamp>,
     /// Why it was dropped, in a person's words.
     pub note: Option<String>,
@@ -323,8 +339,8 @@ pub struct OutboxLag {
     /// Age of the oldest of those that neither are set aside nor wait for one that is, in milliseconds.
     pub oldest_ms: Option<u64>,
     /// Outputs that are set aside, and those that wait for them.
-    pub set_aside: u64,
-    pub held: u64,
+    pub parked: u64,
+    pub blocked: u64,
 }
 
 /// One immutable version of a worker.
@@ -370,12 +386,12 @@ pub struct WorkerTotals {
     /// Age of the oldest of those that are due, in milliseconds, but for what is set aside or waits for that.
     pub oldest_unpublished_ms: Option<u64>,
     /// Outputs that are set aside until a person retries or drops them.
-    pub set_aside: u64,
+    pub parked: u64,
 }
 
 /// For how long rows are kept, at the least.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Retire {
+pub struct RetentionPolicy {
     /// After their publication.
     pub outputs: Duration,
     /// After their transaction; none for ever.
@@ -385,7 +401,7 @@ pub struct Retire {
     /// The most rows that leave, or move, one by one at a time. On PostgreSQL whole parts leave, however large they are.
     pub limit: u32,
     /// How long to wait for transactions that are under way; new ones may have to wait as long.
-    pub patience: Duration,
+    pub lock_timeout: Duration,
     /// The folder where what leaves is kept in files; none for nowhere. A row may be in two of them, after a crash.
     pub archive: Option<PathBuf>,
 }
@@ -396,7 +412,7 @@ pub trait Store: Send + Sync + 'static {
     fn dialect(&self) -> Dialect;
 
     /// The database's log, where outputs can be read from; none where there is no such thing.
-    fn log(&self) -> Option<std::sync::Arc<dyn OutputLog>> {
+    fn wal(&self) -> Option<std::sync::Arc<dyn OutputWal>> {
         None
     }
 
@@ -412,29 +428,37 @@ pub trait Store: Send + Sync + 'static {
     async fn begin(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>>;
 
     /// Like [`Store::begin`], for a transaction that can but read, and that need not wait for those that write.
-    async fn begin_reading(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>>;
+    async fn begin_read_only(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>>;
 
     /// Counts failed attempts, in a transaction of its own, and keeps the record of the last one of each event in place of
     /// that of the one before. Answers in their order.
-    async fn count_attempts(&self, worker: &str, failed: &[FailedAttempt]) -> Result<Vec<CountedAttempt>>;
+    async fn count_attempts(
+        &self,
+        worker: &str,
+        failed: &[FailedAttempt],
+    ) -> Result<Vec<CountedAttempt>>;
 
     /// Forgets the records of attempts at these events.
-    async fn forget_records(&self, worker: &str, event_ids: &[String]) -> Result<()>;
+    async fn delete_recordings(&self, worker: &str, event_ids: &[String]) -> Result<()>;
 
     /// The record of the last failed attempt at an event, as JSON; none when there is none, or none any more.
-    async fn attempt_record(&self, worker: &str, event_id: &str) -> Result<Option<Bytes>>;
+    async fn attempt_recording(&self, worker: &str, event_id: &str) -> Result<Option<Bytes>>;
 
     /// Notes, in a transaction of its own, that a message is about to be handled alone because hosts may have died of
     /// it, and returns how often that was noted before without being taken back.
-    async fn note_unfinished(&self, worker: &str, event_id: &str) -> Result<u32>;
+    async fn write_crash_marker(&self, worker: &str, event_id: &str) -> Result<u32>;
 
     /// Takes the note back: the message was handled, whatever came of it.
-    async fn take_back_unfinished(&self, worker: &str, event_id: &str) -> Result<()>;
+    async fn clear_crash_marker(&self, worker: &str, event_id: &str) -> Result<()>;
 
     /// Buries messages: inbox record (`dead`), dead letter and the message `notices[i]` to the DLQ stream in one
     /// transaction. A letter whose event is settled already, or that is there already, adds nothing. The first letter of
     /// a failure raises an alarm, in the same transaction, unless `new_failures` of its worker did so within an hour.
-    async fn bury(&self, letters: &[(Letter, Output)], new_failures: u32) -> Result<Buried>;
+    async fn dead_letter(
+        &self,
+        dead_letters: &[(DeadLetter, Output)],
+        new_failures: u32,
+    ) -> Result<DeadLettered>;
 
     /// Leases at most `limit` outputs that are due, unpublished and leased to nobody, oldest first. Of a key only those
     /// that come before all others that are in line; what is behind somebody else waits, and comes again once that one is
@@ -447,7 +471,7 @@ pub trait Store: Send + Sync + 'static {
 
     /// Gives up the lease of outputs that were not published; those that are published by now, or that another host has
     /// taken over, stay as they are.
-    async fn put_back_outputs(&self, rows: &[(i64, Unpublished)]) -> Result<()>;
+    async fn release_outputs(&self, rows: &[(i64, Unpublished)]) -> Result<()>;
 
     /// By worker, how many outputs in the outbox had to change their id because it was taken.
     async fn taken_ids(&self) -> Result<BTreeMap<String, u64>>;
@@ -459,34 +483,34 @@ pub trait Store: Send + Sync + 'static {
     fn installation(&self) -> &str;
 
     /// The marks, and whether the one that stands on the broker is among them.
-    async fn marks(&self, on_broker: Option<&str>) -> Result<Marks>;
+    async fn watermarks(&self, on_broker: Option<&str>) -> Result<Watermarks>;
 
     /// Writes a mark. Once this has returned it outlives a crash of the database.
-    async fn write_mark(&self, name: &str, seen: &Seen) -> Result<()>;
+    async fn write_watermark(&self, name: &str, seen: &BrokerState) -> Result<()>;
 
     /// Notes that the broker has a mark, at this sequence on the stream of marks.
-    async fn acknowledge_mark(&self, name: &str, sequence: u64) -> Result<()>;
+    async fn acknowledge_watermark(&self, name: &str, sequence: u64) -> Result<()>;
 
     /// Which of these events of a worker are in the inbox: handled, or dead.
     async fn known_events(&self, worker: &str, event_ids: &[&str]) -> Result<Vec<String>>;
 
     /// Remembers outputs that a recovery found on their streams: of an id the first place, of what was found last.
-    async fn keep_recovered(&self, outputs: &[RecoveredOutput]) -> Result<()>;
+    async fn save_recovered(&self, outputs: &[RecoveredOutput]) -> Result<()>;
 
     /// Forgets what a recovery found under these ids: it is not there any more.
-    async fn forget_recovered(&self, ids: &[&str]) -> Result<()>;
+    async fn delete_recovered(&self, ids: &[&str]) -> Result<()>;
 
     /// Which of these ids a recovery found, each with its stream and sequence.
-    async fn recovered(&self, ids: &[&str]) -> Result<HashMap<String, (String, u64)>>;
+    async fn find_recovered(&self, ids: &[&str]) -> Result<HashMap<String, (String, u64)>>;
 
     /// For each stream the last output on it, of those published `within` this time.
-    async fn last_published(&self, within: Duration) -> Result<Vec<OnStream>>;
+    async fn last_published(&self, within: Duration) -> Result<Vec<PublishedOutput>>;
 
     /// All published outputs on a stream that are still in the outbox, in the order of their publication.
-    async fn published_on(&self, stream: &str) -> Result<Vec<OnStream>>;
+    async fn published_to(&self, stream: &str) -> Result<Vec<PublishedOutput>>;
 
     /// Forgets that outputs were published, so that they are again; those that stand elsewhere by now stay. Returns how many.
-    async fn publish_again(&self, lost: &[OnStream]) -> Result<u64>;
+    async fn republish(&self, lost: &[PublishedOutput]) -> Result<u64>;
 
     /// Outputs that wait for a person, or all that are not published, oldest first; or those that were dropped, newest first.
     async fn outputs(&self, filter: &OutputFilter) -> Result<Vec<OutputSummary>>;
@@ -520,7 +544,11 @@ pub trait Store: Send + Sync + 'static {
     ) -> Result<DeploymentRecord>;
 
     /// The names of those of a worker's migrations that have not run, in their order. One that changed since it ran is refused.
-    async fn due_migrations(&self, worker: &str, migrations: &[WorkerMigration]) -> Result<Vec<String>>;
+    async fn due_migrations(
+        &self,
+        worker: &str,
+        migrations: &[WorkerMigration],
+    ) -> Result<Vec<String>>;
 
     /// Deactivates a worker: no deployment of it is active any more. Its history stays.
     async fn retire_worker(&self, worker: &str) -> Result<()>;
@@ -544,46 +572,65 @@ pub trait Store: Send + Sync + 'static {
     /// All deployments of a worker, newest first.
     async fn deployments(&self, worker: &str) -> Result<Vec<DeploymentRecord>>;
 
-    /// One page of dead letters, newest first; see [`all_letters`] for subjects with wildcards.
-    async fn letters(&self, filter: &LetterFilter) -> Result<Vec<LetterSummary>>;
+    /// One page of dead letters, newest first; see [`all_dead_letters`] for subjects with wildcards.
+    async fn dead_letters(&self, filter: &DeadLetterFilter) -> Result<Vec<DeadLetterSummary>>;
 
     /// One dead letter, whole.
-    async fn letter(&self, id: i64) -> Result<Option<LetterRecord>>;
+    async fn find_dead_letter(&self, id: i64) -> Result<Option<DeadLetterRecord>>;
 
     /// Dead letters that fit by the failure they died of; those without a group, which are older than groups are, together.
-    async fn letter_groups(&self, filter: &LetterFilter) -> Result<Vec<LetterGroup>>;
+    async fn dead_letter_groups(&self, filter: &DeadLetterFilter) -> Result<Vec<DeadLetterGroup>>;
 
     /// How many dead letters are open, and for how long, by worker; those that have any. Cheap, however many are closed.
-    async fn letter_depths(&self) -> Result<Vec<LetterDepth>>;
+    async fn dead_letter_depths(&self) -> Result<Vec<DeadLetterDepth>>;
 
     /// The alarms that are raised, and those on depths and ages that ever were, by worker.
     async fn alarms(&self) -> Result<Vec<Alarm>>;
 
     /// Takes steps of alarms, each if its alarm is still as it was seen, and with it appends the message that tells of it,
     /// in one transaction.
-    async fn move_alarms(&self, moves: &[alarm::Move]) -> Result<Told>;
+    async fn apply_alarm_updates(&self, moves: &[alarm::AlarmUpdate]) -> Result<AlarmNotices>;
 
     /// Puts dead letters back to their workers, in one transaction: the event is no longer settled, the letter counts one
     /// generation more, and a message that points the worker to it is in the outbox. Says for each whether that was done,
     /// and returns the messages that are to be published now.
-    async fn redrive(&self, letters: &[Redrive], by: &By) -> Result<(Vec<Moved>, Vec<OutboxRow>)>;
+    async fn redrive(
+        &self,
+        dead_letters: &[Redrive],
+        attribution: &Attribution,
+    ) -> Result<(Vec<DeadLetterActionResult>, Vec<OutboxRow>)>;
 
     /// The message that `worker` is to handle after a pointer to the dead letter `id`; or, when that pointer is out of date or
     /// names a dead letter of another worker, the proof that there is nothing to do.
-    async fn put_back(&self, worker: &str, id: i64, generation: u32) -> Result<PutBack>;
+    async fn redriven_message(
+        &self,
+        worker: &str,
+        id: i64,
+        generation: u32,
+    ) -> Result<RedriveLookup>;
 
     /// Which of these events of a worker took effect.
     async fn done_events(&self, worker: &str, event_ids: &[String]) -> Result<Vec<String>>;
 
     /// Closes dead letters for good, or keeps a corrected body for one, in one transaction, and says for each whether that
     /// was done. An event that was put back and is not settled yet is settled as dead with that.
-    async fn move_letters(&self, ids: &[i64], what: &Move, by: &By) -> Result<Vec<Moved>>;
+    async fn update_dead_letters(
+        &self,
+        ids: &[i64],
+        action: &DeadLetterAction,
+        attribution: &Attribution,
+    ) -> Result<Vec<DeadLetterActionResult>>;
 
     /// The value under a key of a worker's state.
     async fn state_entry(&self, worker: &str, key: &str) -> Result<Option<StateRecord>>;
 
     /// At most `limit` values of a worker's state whose keys begin with `prefix`, by key in the order of its bytes.
-    async fn state_entries(&self, worker: &str, prefix: &str, limit: u32) -> Result<Vec<StateRecord>>;
+    async fn state_entries(
+        &self,
+        worker: &str,
+        prefix: &str,
+        limit: u32,
+    ) -> Result<Vec<StateRecord>>;
 
     /// Counts and ages, by worker; workers that were deployed or have rows.
     async fn totals(&self) -> Result<Vec<WorkerTotals>>;
@@ -591,7 +638,7 @@ pub trait Store: Send + Sync + 'static {
     /// Removes some of what had its time: published outputs, and inbox records with their attempts. What is dead and may be
     /// put back stays settled. Says whether something was done, and there may be more. Transactions that take their time are
     /// a conflict: try again later.
-    async fn retire(&self, what: &Retire) -> Result<bool>;
+    async fn delete_expired(&self, retention: &RetentionPolicy) -> Result<bool>;
 
     /// Gives the host's lease up and closes all connections once their work is done.
     async fn close(&self);
@@ -606,14 +653,19 @@ pub trait Tx: Send {
     async fn claim(&mut self, claims: &[Claim]) -> Result<Vec<Claimed>>;
 
     /// Gives claimed event ids back, for members of the batch that failed and did no SQL.
-    async fn unclaim(&mut self, event_ids: &[String]) -> Result<()>;
+    async fn release_claims(&mut self, event_ids: &[String]) -> Result<()>;
 
     /// Claims an idempotency key for this transaction, or says what was answered to it. Does not wait for another
     /// transaction that has it.
     async fn claim_request(&mut self, request: &RequestKey) -> Result<ClaimedRequest>;
 
     /// Keeps the answer to a key that this transaction claimed, for at least so long.
-    async fn answer_request(&mut self, request: &RequestKey, answer: &HttpAnswer, keep: Duration) -> Result<()>;
+    async fn answer_request(
+        &mut self,
+        request: &RequestKey,
+        answer: &HttpResponse,
+        keep: Duration,
+    ) -> Result<()>;
 
     /// Each of these keys as it stands, also those that are not there.
     async fn load_state(&mut self, keys: &[String]) -> Result<Vec<(String, StateSlot)>>;
@@ -621,12 +673,12 @@ pub trait Tx: Send {
     /// Applies all changes, each key once, or fails with [`StoreError::Conflict`] when a key moved.
     async fn save_state(&mut self, writes: &[StateWrite]) -> Result<()>;
 
-    /// Makes a place to come back to with [`Tx::undo`]; it takes the place of an earlier one.
+    /// Makes a place to come back to with [`Tx::rollback_to_savepoint`]; it takes the place of an earlier one.
     async fn savepoint(&mut self) -> Result<()>;
 
     /// Takes back everything since the savepoint, a guest's failed statement included: the transaction can be committed
     /// again. `Refused` when it cannot, and all that is left is to roll back.
-    async fn undo(&mut self) -> Result<()>;
+    async fn rollback_to_savepoint(&mut self) -> Result<()>;
 
     /// Runs a guest's statement and returns its rows. The outer error is the house's, the inner one the guest's to
     /// see; after an inner error that came from the database the transaction can only be rolled back.
@@ -638,17 +690,25 @@ pub trait Tx: Send {
     ) -> Result<std::result::Result<Rows, SqlError>>;
 
     /// Like [`Tx::query`], for the number of rows changed.
-    async fn execute(&mut self, statement: &str, params: &[Value]) -> Result<std::result::Result<u64, SqlError>>;
+    async fn execute(
+        &mut self,
+        statement: &str,
+        params: &[Value],
+    ) -> Result<std::result::Result<u64, SqlError>>;
 
     /// Appends outputs with one statement, leased to this host for `lease` so that no sweep takes what is about to
     /// be handed to the relay from memory. Returns those that are due at once, in order; delayed ones are left to
     /// the sweep, and so are those of a key that has an output in trouble.
-    async fn append_outputs(&mut self, outputs: &[Output], lease: Duration) -> Result<Vec<OutboxRow>>;
+    async fn append_outputs(
+        &mut self,
+        outputs: &[Output],
+        lease: Duration,
+    ) -> Result<Vec<OutboxRow>>;
 
     /// From here on remembers which rows of workers' tables change.
-    async fn watch(&mut self) -> Result<()>;
+    async fn track_changes(&mut self) -> Result<()>;
 
-    /// What changed since [`Tx::watch`], at most `limit` rows of each table, and what a commit would be refused for. After
+    /// What changed since [`Tx::track_changes`], at most `limit` rows of each table, and what a commit would be refused for. After
     /// that the transaction can only be rolled back.
     async fn changes(&mut self, limit: usize) -> Result<Changes>;
 

@@ -9,18 +9,19 @@ use jiff::Timestamp;
 use sha2::{Digest, Sha256};
 
 use super::{
-    Claim, Claimed, OutboxRow, Output, Result, StateEntry, StateSlot, StoreError, Unpublished, WorkerMigration,
+    Claim, Claimed, OutboxRow, Output, Result, StateEntry, StateSlot, StoreError, Unpublished,
+    WorkerMigration,
 };
 use crate::fault;
 use crate::model::alarm::{self, Kind};
 use crate::model::failure_group::FailureGroup;
 use crate::model::message::Headers;
 use crate::model::output_ids::OutputIds;
-use crate::model::request::HttpAnswer;
-use crate::model::verdict::{Letter, Settled};
+use crate::model::request::HttpResponse;
+use crate::model::verdict::{DeadLetter, Settled};
 
 /// How long a house transaction, one without a guest, may take over one statement.
-pub(super) const HOUSE_TIME: Duration = Duration::from_secs(60);
+pub(super) const PLATFORM_STATEMENT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long the notices of dead letters are left to the host that buried them before a sweep takes them.
 pub(super) const NOTICE_LEASE: Duration = Duration::from_secs(30);
@@ -29,54 +30,71 @@ pub(super) const NOTICE_LEASE: Duration = Duration::from_secs(30);
 pub(super) const DELETED_STATE_KEPT: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// To within what time it is written down when a failure was last seen: not each death writes it.
-pub(super) const SEEN_TO_WITHIN: Duration = Duration::from_secs(60);
+pub(super) const LAST_SEEN_PRECISION: Duration = Duration::from_secs(60);
 
 /// The savepoint of a transaction, under a name that no guest can guess.
 pub(super) struct Savepoint {
     name: String,
-    is_there: bool,
+    is_set: bool,
 }
 
 impl Savepoint {
     pub(super) fn new() -> Self {
-        Savepoint { name: format!("oncely_{:016x}", rand::random::<u64>()), is_there: false }
+        Savepoint {
+            name: format!("oncely_{:016x}", rand::random::<u64>()),
+            is_set: false,
+        }
     }
 
     /// What makes it, in place of an earlier one.
-    pub(super) fn begin(&mut self) -> String {
+    pub(super) fn create_sql(&mut self) -> String {
         let name = &self.name;
-        match std::mem::replace(&mut self.is_there, true) {
+        match std::mem::replace(&mut self.is_set, true) {
             true => format!("release savepoint {name}; savepoint {name}"),
             false => format!("savepoint {name}"),
         }
     }
 
     /// What goes back to it.
-    pub(super) fn back(&self) -> Result<String> {
-        match self.is_there {
+    pub(super) fn rollback_sql(&self) -> Result<String> {
+        match self.is_set {
             true => Ok(format!("rollback to savepoint {}", self.name)),
-            false => Err(StoreError::Refused(anyhow!("there is no savepoint to go back to"))),
+            false => Err(StoreError::Refused(anyhow!(
+                "there is no savepoint to go back to"
+            ))),
         }
     }
 }
 
 /// An answer as it stands in its columns.
-pub(super) fn stored_answer(status: i64, headers: &str, body: Vec<u8>) -> Result<HttpAnswer> {
-    let status = u16::try_from(status).context("read a status").map_err(StoreError::Unavailable)?;
-    Ok(HttpAnswer { status, headers: headers_from_text(headers)?, body: body.into() })
+pub(super) fn stored_answer(status: i64, headers: &str, body: Vec<u8>) -> Result<HttpResponse> {
+    let status = u16::try_from(status)
+        .context("read a status")
+        .map_err(StoreError::Unavailable)?;
+    Ok(HttpResponse {
+        status,
+        headers: headers_from_text(headers)?,
+        body: body.into(),
+    })
 }
 
 /// Headers as they stand in a column: `[["name","value"],...]`.
 pub(super) fn headers_to_text(headers: &Headers) -> Result<String> {
-    serde_json::to_string(headers).context("write headers as JSON").map_err(StoreError::Unavailable)
+    serde_json::to_string(headers)
+        .context("write headers as JSON")
+        .map_err(StoreError::Unavailable)
 }
 
 pub(super) fn headers_from_text(text: &str) -> Result<Headers> {
-    serde_json::from_str(text).context("read headers from JSON").map_err(StoreError::Unavailable)
+    serde_json::from_str(text)
+        .context("read headers from JSON")
+        .map_err(StoreError::Unavailable)
 }
 
 pub(super) fn timestamp(micros: i64) -> Result<Timestamp> {
-    Timestamp::from_microsecond(micros).context("read a time from the database").map_err(StoreError::Unavailable)
+    Timestamp::from_microsecond(micros)
+        .context("read a time from the database")
+        .map_err(StoreError::Unavailable)
 }
 
 /// A duration in whole microseconds.
@@ -88,7 +106,14 @@ pub(super) fn micros(duration: Duration) -> i64 {
 /// next version has to follow.
 pub(super) fn state_slot(value: Option<Vec<u8>>, last: i64, has_row: bool) -> StateSlot {
     let version = unsigned(last);
-    StateSlot { entry: value.map(|value| StateEntry { value: value.into(), version }), version, has_row }
+    StateSlot {
+        entry: value.map(|value| StateEntry {
+            value: value.into(),
+            version,
+        }),
+        version,
+        has_row,
+    }
 }
 
 /// A number as the database keeps it.
@@ -109,7 +134,11 @@ pub(super) fn narrow(number: i64) -> u32 {
 
 /// Text for people, which PostgreSQL keeps only without NUL characters.
 pub(super) fn printable(text: &str) -> Cow<'_, str> {
-    if text.contains('\0') { text.replace('\0', "\u{fffd}").into() } else { text.into() }
+    if text.contains('\0') {
+        text.replace('\0', "\u{fffd}").into()
+    } else {
+        text.into()
+    }
 }
 
 /// Stream and sequence, from two columns that are there together or not at all.
@@ -117,45 +146,71 @@ pub(super) fn origin(stream: Option<String>, sequence: Option<i64>) -> Option<(S
     stream.zip(sequence.map(unsigned))
 }
 
-/// What a claim came to. `held_for` is the payload of the record that was there before; none when the claim made it.
-pub(super) fn claimed(claim: &Claim, held_for: Option<&[u8]>, attempts: i64) -> Claimed {
-    match held_for {
-        None => Claimed::Fresh { attempts: narrow(attempts) },
-        Some(payload) if payload == claim.payload_sha256 => Claimed::Settled(Settled::seen_by_store()),
+/// What a claim came to. `existing_payload` is the payload of the record that was there before; none when the claim made it.
+pub(super) fn claimed(claim: &Claim, existing_payload: Option<&[u8]>, attempts: i64) -> Claimed {
+    match existing_payload {
+        None => Claimed::Fresh {
+            attempts: narrow(attempts),
+        },
+        Some(payload) if payload == claim.payload_sha256 => {
+            Claimed::Settled(Settled::seen_by_store())
+        }
         Some(_) => Claimed::OtherPayload,
     }
 }
 
 /// One letter on its way into the database, with what is derived from it.
-pub(super) struct Burial<'a> {
-    pub letter: &'a Letter,
+pub(super) struct NewDeadLetter<'a> {
+    pub dead_letter: &'a DeadLetter,
     pub notice: &'a Output,
     pub payload_sha256: [u8; 32],
     pub group: FailureGroup,
 }
 
 /// Failures that letters are about to die of, with their workers; each once, in the order in which all lock them.
-pub(super) type Newcomers = Vec<(String, FailureGroup)>;
+pub(super) type WorkerFailureGroups = Vec<(String, FailureGroup)>;
 
 /// The failures that these letters died of.
-pub(super) fn newcomers(burials: &[&Burial<'_>]) -> Newcomers {
-    let mut groups: Newcomers =
-        burials.iter().map(|burial| (burial.letter.worker.clone(), burial.group.clone())).collect();
+pub(super) fn worker_failure_groups(
+    new_dead_letters: &[&NewDeadLetter<'_>],
+) -> WorkerFailureGroups {
+    let mut groups: WorkerFailureGroups = new_dead_letters
+        .iter()
+        .map(|new_dead_letter| {
+            (
+                new_dead_letter.dead_letter.worker.clone(),
+                new_dead_letter.group.clone(),
+            )
+        })
+        .collect();
     groups.sort_by(|(_, one), (_, other)| one.cmp(other));
     groups.dedup_by(|(_, one), (_, other)| one.id == other.id);
     groups
 }
 
 /// The alarm on a failure of which a first letter dies.
-pub(super) fn new_failure(worker: &str, group: &FailureGroup) -> alarm::Move {
+pub(super) fn new_failure(worker: &str, group: &FailureGroup) -> alarm::AlarmUpdate {
     let (worker, group) = (worker.to_owned(), Some(group.clone()));
-    let step = alarm::Step::Raise;
-    alarm::Move { worker, kind: Kind::NewFailure, group, times: 0, step, value: 1, threshold: 1, why: None }
+    let step = alarm::AlarmStep::Raise;
+    alarm::AlarmUpdate {
+        worker,
+        kind: Kind::NewFailure,
+        group,
+        times: 0,
+        step,
+        value: 1,
+        threshold: 1,
+        why: None,
+    }
 }
 
 /// Groups that were not seen for longer than it is written down to.
 pub(super) fn stale(known: &[(String, i64)]) -> Vec<&str> {
-    known.iter().filter(|(_, away_ms)| is_longer(*away_ms, SEEN_TO_WITHIN)).map(|(id, _)| id.as_str()).collect()
+    known
+        .iter()
+        .filter(|(_, away_ms)| is_longer(*away_ms, LAST_SEEN_PRECISION))
+        .map(|(id, _)| id.as_str())
+        .collect()
 }
 
 pub(super) fn is_longer(ms: i64, than: Duration) -> bool {
@@ -163,9 +218,15 @@ pub(super) fn is_longer(ms: i64, than: Duration) -> bool {
 }
 
 /// Steps of alarms in the order in which all lock them.
-pub(super) fn in_order(moves: &[alarm::Move]) -> Vec<&alarm::Move> {
+pub(super) fn in_lock_order(moves: &[alarm::AlarmUpdate]) -> Vec<&alarm::AlarmUpdate> {
     let mut moves: Vec<_> = moves.iter().collect();
-    moves.sort_by_key(|step| (step.worker.as_str(), step.kind.as_str(), group_id(step.group.as_ref())));
+    moves.sort_by_key(|step| {
+        (
+            step.worker.as_str(),
+            step.kind.as_str(),
+            group_id(step.group.as_ref()),
+        )
+    });
     moves
 }
 
@@ -183,47 +244,72 @@ pub(super) fn failure_group(
     place: Option<String>,
 ) -> Option<FailureGroup> {
     let (id, reason, shape) = (id?, reason?, shape?);
-    Some(FailureGroup { id, reason, code, shape, place })
+    Some(FailureGroup {
+        id,
+        reason,
+        code,
+        shape,
+        place,
+    })
 }
 
-impl<'a> Burial<'a> {
-    pub fn all(letters: &'a [(Letter, Output)]) -> Vec<Self> {
-        let burial = |(letter, notice): &'a (Letter, Output)| {
-            let payload_sha256 = letter.message.payload_sha256();
-            Burial { letter, notice, payload_sha256, group: FailureGroup::of(letter) }
+impl<'a> NewDeadLetter<'a> {
+    pub fn all(dead_letters: &'a [(DeadLetter, Output)]) -> Vec<Self> {
+        let new_dead_letter = |(dead_letter, notice): &'a (DeadLetter, Output)| {
+            let payload_sha256 = dead_letter.message.payload_sha256();
+            NewDeadLetter {
+                dead_letter,
+                notice,
+                payload_sha256,
+                group: FailureGroup::of(dead_letter),
+            }
         };
-        letters.iter().map(burial).collect()
+        dead_letters.iter().map(new_dead_letter).collect()
     }
 
     /// Worker and event id.
     pub fn key(&self) -> (&'a str, &'a str) {
-        (&self.letter.worker, &self.letter.message.event_id)
+        (&self.dead_letter.worker, &self.dead_letter.message.event_id)
     }
 
     pub fn origin(&self) -> Option<(&'a str, u64)> {
-        self.letter.message.origin.as_ref().map(|origin| (origin.stream.as_str(), origin.sequence))
+        self.dead_letter
+            .message
+            .origin
+            .as_ref()
+            .map(|origin| (origin.stream.as_str(), origin.sequence))
     }
 
     /// When its stream stored the message, in microseconds since the epoch.
     pub fn stored_at(&self) -> Option<i64> {
-        self.letter.message.origin.as_ref().map(|origin| origin.stored_at.as_microsecond())
+        self.dead_letter
+            .message
+            .origin
+            .as_ref()
+            .map(|origin| origin.stored_at.as_microsecond())
     }
 
     /// The notice, with what only the database knows: each death of a letter that is put back has a notice of its own.
-    pub fn notice_of(&self, letter: i64, generation: u32) -> Output {
+    pub fn notice_for(&self, dead_letter: i64, generation: u32) -> Output {
         let mut notice = self.notice.clone();
-        notice.headers.push(("Oncely-Letter".to_owned(), letter.to_string()));
-        notice.headers.push(("Oncely-Group".to_owned(), self.group.id.clone()));
+        notice
+            .headers
+            .push(("Oncely-Dead-Letter".to_owned(), dead_letter.to_string()));
+        notice
+            .headers
+            .push(("Oncely-Group".to_owned(), self.group.id.clone()));
         if generation > 0 {
             notice.id = format!("{}:r{generation}", notice.id);
-            notice.headers.push(("Oncely-Redriven".to_owned(), generation.to_string()));
+            notice
+                .headers
+                .push(("Oncely-Redriven".to_owned(), generation.to_string()));
         }
         notice
     }
 }
 
 /// What the inbox holds of an event: its payload, and whether that is dead.
-pub(super) struct Held {
+pub(super) struct InboxRecord {
     pub payload_sha256: Vec<u8>,
     pub is_dead: bool,
 }
@@ -231,35 +317,37 @@ pub(super) struct Held {
 /// The letters that are to be written: those whose event this transaction settled, those that were put back and are dead
 /// still, and those whose event id is held for another payload. `inserted` are the keys that are new in the inbox, `held`
 /// what it holds of all of them.
-pub(super) fn to_bury<'b, 'a>(
-    burials: &'b [Burial<'a>],
+pub(super) fn to_dead_letter<'b, 'a>(
+    new_dead_letters: &'b [NewDeadLetter<'a>],
     inserted: &HashSet<(String, String)>,
-    held: &HashMap<(String, String), Held>,
-) -> Vec<&'b Burial<'a>> {
-    if fault::mutant(fault::BURY_NOTHING) {
+    inbox_records: &HashMap<(String, String), InboxRecord>,
+) -> Vec<&'b NewDeadLetter<'a>> {
+    if fault::mutant(fault::SKIP_DEAD_LETTER) {
         return Vec::new();
     }
     let mut seen = HashSet::new();
-    let is_new = |burial: &&Burial<'a>| {
-        let (worker, event_id) = burial.key();
+    let is_new = |new_dead_letter: &&NewDeadLetter<'a>| {
+        let (worker, event_id) = new_dead_letter.key();
         let key = (worker.to_owned(), event_id.to_owned());
-        let is_redriven = burial.letter.message.redriven.is_some();
-        let dies = held.get(&key).is_some_and(|held| match held.payload_sha256 == burial.payload_sha256 {
-            true => is_redriven && held.is_dead,
-            false => true,
+        let is_redriven = new_dead_letter.dead_letter.message.redriven.is_some();
+        let dies = inbox_records.get(&key).is_some_and(|record| {
+            match record.payload_sha256 == new_dead_letter.payload_sha256 {
+                true => is_redriven && record.is_dead,
+                false => true,
+            }
         });
-        (dies || inserted.contains(&key)) && seen.insert((key, burial.payload_sha256))
+        (dies || inserted.contains(&key)) && seen.insert((key, new_dead_letter.payload_sha256))
     };
-    burials.iter().filter(is_new).collect()
+    new_dead_letters.iter().filter(is_new).collect()
 }
 
 /// An output that was just committed under `seq` and is handed over from memory.
-pub(super) fn handed_over(
+pub(super) fn appended_row(
     seq: i64,
     worker: &str,
     output: &Output,
     first_attempt_at: Timestamp,
-    ahead: Vec<i64>,
+    blocked_by: Vec<i64>,
 ) -> OutboxRow {
     OutboxRow {
         seq,
@@ -269,7 +357,7 @@ pub(super) fn handed_over(
         headers: output.headers.clone(),
         body: output.body.clone(),
         ordering_key: output.ordering_key.clone(),
-        ahead,
+        blocked_by,
         first_attempt_at,
         failures: 0,
     }
@@ -277,51 +365,57 @@ pub(super) fn handed_over(
 
 /// How many outputs in line before an output are told to whoever is to publish it. Where there are more, it is left to
 /// the sweep.
-pub(super) const LINE_MAX: usize = 256;
+pub(super) const KEY_QUEUE_MAX: usize = 256;
 
 /// What [`Unpublished`] comes to in columns.
-pub(super) struct PutBackColumns<'a> {
+pub(super) struct ReleaseColumns<'a> {
     pub seq: i64,
     /// In microseconds; none for as long as it waits for something else.
     pub after: Option<i64>,
     pub failed: bool,
-    pub behind: Option<i64>,
-    pub aside: bool,
+    pub blocked_by: Option<i64>,
+    pub parked: bool,
     pub error: Option<Cow<'a, str>>,
     /// The id that was found taken, and the one that comes after it.
     pub taken: Option<&'a str>,
     pub next: Option<String>,
 }
 
-impl<'a> PutBackColumns<'a> {
+impl<'a> ReleaseColumns<'a> {
     pub fn of((seq, how): &'a (i64, Unpublished), ids: &OutputIds) -> Self {
-        let nothing = PutBackColumns {
+        let nothing = ReleaseColumns {
             seq: *seq,
             after: None,
             failed: false,
-            behind: None,
-            aside: false,
+            blocked_by: None,
+            parked: false,
             error: None,
             taken: None,
             next: None,
         };
         match how {
-            Unpublished::Later { after, error } => PutBackColumns {
+            Unpublished::Later { after, error } => ReleaseColumns {
                 after: Some(micros(*after)),
                 failed: error.is_some(),
                 error: error.as_deref().map(printable),
                 ..nothing
             },
-            Unpublished::Behind(ahead) => PutBackColumns { behind: Some(*ahead), ..nothing },
-            Unpublished::Aside { reason } => {
-                PutBackColumns { failed: true, aside: true, error: Some(printable(reason)), ..nothing }
-            }
-            Unpublished::IdTaken { taken, error } => PutBackColumns {
+            Unpublished::BlockedBy(blocked_by) => ReleaseColumns {
+                blocked_by: Some(*blocked_by),
+                ..nothing
+            },
+            Unpublished::Parked { reason } => ReleaseColumns {
+                failed: true,
+                parked: true,
+                error: Some(printable(reason)),
+                ..nothing
+            },
+            Unpublished::IdTaken { taken, error } => ReleaseColumns {
                 after: Some(0),
                 failed: true,
                 error: Some(printable(error)),
                 taken: Some(taken.as_str()),
-                next: Some(ids.after(taken)),
+                next: Some(ids.next_id(taken)),
                 ..nothing
             },
         }
@@ -361,7 +455,10 @@ pub(super) fn due_migration_names(
     applied: &HashMap<String, Vec<u8>>,
 ) -> Result<Vec<String>> {
     let due = due_worker_migrations(worker, migrations, applied)?;
-    Ok(due.into_iter().map(|(migration, _)| migration.name.clone()).collect())
+    Ok(due
+        .into_iter()
+        .map(|(migration, _)| migration.name.clone())
+        .collect())
 }
 
 /// The SHA-256 of a migration, whichever line ends the checkout gave it.
@@ -379,12 +476,16 @@ pub(super) fn migration_ends_transaction(migration: &WorkerMigration) -> StoreEr
 }
 
 pub(super) fn component_missing(digest: &str) -> StoreError {
-    StoreError::Refused(anyhow!("there is no component {digest}; keep it before it is deployed"))
+    StoreError::Refused(anyhow!(
+        "there is no component {digest}; keep it before it is deployed"
+    ))
 }
 
 /// What every operation answers once a statement of the transaction failed.
-pub(super) fn doomed(why: &str) -> StoreError {
-    StoreError::Refused(anyhow!("an earlier statement of this transaction failed: {why}"))
+pub(super) fn transaction_failed(why: &str) -> StoreError {
+    StoreError::Refused(anyhow!(
+        "an earlier statement of this transaction failed: {why}"
+    ))
 }
 
 /// Checks that a statement met exactly the rows it named.
@@ -392,5 +493,7 @@ pub(super) fn check_count(met: u64, named: usize) -> Result<()> {
     if usize::try_from(met).is_ok_and(|met| met == named) {
         return Ok(());
     }
-    Err(StoreError::Unavailable(anyhow!("{named} outputs were to be marked as published, but {met} are there")))
+    Err(StoreError::Unavailable(anyhow!(
+        "{named} outputs were to be marked as published, but {met} are there"
+    )))
 }

@@ -19,7 +19,10 @@ fn handle(messages: &[Message]) -> Vec<Result<(), Failure>> {
         Some("late-reject") if late => Err(Failure::reject("told to reject late")),
         _ => Ok(()),
     };
-    let early: Vec<_> = messages.iter().map(|message| refused(message, false)).collect();
+    let early: Vec<_> = messages
+        .iter()
+        .map(|message| refused(message, false))
+        .collect();
     if early.iter().any(Result::is_err) {
         return early;
     }
@@ -31,9 +34,15 @@ fn handle(messages: &[Message]) -> Vec<Result<(), Failure>> {
     }
     if any("violate") {
         let twice = sql::execute("insert into once (id) values ('a'), ('a')", params![]);
-        return messages.iter().map(|_| twice.clone().map(|_| ()).map_err(Failure::from)).collect();
+        return messages
+            .iter()
+            .map(|_| twice.clone().map(|_| ()).map_err(Failure::from))
+            .collect();
     }
-    let mut answers: Vec<_> = messages.iter().map(|message| refused(message, true)).collect();
+    let mut answers: Vec<_> = messages
+        .iter()
+        .map(|message| refused(message, true))
+        .collect();
     if any("short") {
         answers.pop();
     }
@@ -47,19 +56,33 @@ fn take_effect(messages: &[Message]) -> Result<(), Failure> {
     for message in messages {
         let at = values.len();
         let nonce = format!("{}/{}", message.id, invocation::attempt());
-        rows.push(format!("(${}, 'a', -1, ${}), (${}, 'b', 1, ${})", at + 1, at + 2, at + 1, at + 2));
+        rows.push(format!(
+            "(${}, 'a', -1, ${}), (${}, 'b', 1, ${})",
+            at + 1,
+            at + 2,
+            at + 1,
+            at + 2
+        ));
         values.extend(params![message.id.clone(), nonce].iter().cloned());
     }
-    let statement = format!("insert into effect (event_id, account, delta, attempt_nonce) values {}", rows.join(", "));
+    let statement = format!(
+        "insert into effect (event_id, account, delta, attempt_nonce) values {}",
+        rows.join(", ")
+    );
     sql::execute(&statement, &values)?;
     let mut order: Vec<String> = state::get_json("order")?.unwrap_or_default();
     order.extend(messages.iter().map(|message| message.id.clone()));
     state::set_json("order", &order)?;
     for message in messages {
         let nonce = format!("{}/{}", message.id, invocation::attempt());
-        let told = json!({ "event_id": message.id, "attempt_nonce": nonce, "batch": messages.len() });
-        let output = Outgoing::json("out.effect", &told)?;
-        let caused = if message.header("do") == Some("uncaused") { output } else { output.caused_by(message) };
+        let body =
+            json!({ "event_id": message.id, "attempt_nonce": nonce, "batch": messages.len() });
+        let output = Outgoing::json("out.effect", &body)?;
+        let caused = if message.header("do") == Some("uncaused") {
+            output
+        } else {
+            output.caused_by(message)
+        };
         outbox::send(caused)?;
     }
     Ok(())

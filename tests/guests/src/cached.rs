@@ -36,29 +36,45 @@ impl Default for Options {
 }
 
 pub fn run(message: &Message) -> Result<(), Failure> {
-    let Options { cache: what, key, value, ttl_ms, tags, size } = crate::options(message)?;
+    let Options {
+        cache: what,
+        key,
+        value,
+        ttl_ms,
+        tags,
+        size,
+    } = crate::options(message)?;
     let ttl = Duration::from_millis(ttl_ms);
     for what in what {
         match what.as_str() {
             "get" => match cache::get(&key) {
                 Ok(Some(value)) => log::info!("{key}: {}", String::from_utf8_lossy(&value)),
                 Ok(None) => log::info!("{key}: nothing"),
-                Err(error) => told("get", Err(error)),
+                Err(error) => log_refusal("get", Err(error)),
             },
-            "put" => told("put", cache::put(&key, value.as_bytes(), ttl, &tags)),
-            "invalidate" => told("invalidate", cache::invalidate(&tags)),
-            "put_large" => told("put", cache::put(&key, &vec![b'x'; size], ttl, &tags)),
-            "put_keys" => (0..size).for_each(|n| told("put", cache::put(&format!("{key}{n}"), &[0], ttl, &tags))),
+            "put" => log_refusal("put", cache::put(&key, value.as_bytes(), ttl, &tags)),
+            "invalidate" => log_refusal("invalidate", cache::invalidate(&tags)),
+            "put_large" => log_refusal("put", cache::put(&key, &vec![b'x'; size], ttl, &tags)),
+            "put_keys" => (0..size).for_each(|n| {
+                log_refusal("put", cache::put(&format!("{key}{n}"), &[0], ttl, &tags))
+            }),
             "echo" => {
-                outbox::send(Outgoing::new("out.cached", cache::get(&key)?.unwrap_or_default()))?;
+                outbox::send(Outgoing::new(
+                    "out.cached",
+                    cache::get(&key)?.unwrap_or_default(),
+                ))?;
             }
-            other => return Err(Failure::reject(format!("there is no `{other}` to do with the cache"))),
+            other => {
+                return Err(Failure::reject(format!(
+                    "there is no `{other}` to do with the cache"
+                )));
+            }
         }
     }
     Ok(())
 }
 
-fn told(what: &str, result: Result<(), impl Debug>) {
+fn log_refusal(what: &str, result: Result<(), impl Debug>) {
     if let Err(error) = result {
         log::info!("{what} refused: {error:?}");
     }

@@ -21,7 +21,14 @@ struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { n: 1, subject: "out.x".to_owned(), id: None, ordering_key: None, delay_ms: None, exact_id: None }
+        Self {
+            n: 1,
+            subject: "out.x".to_owned(),
+            id: None,
+            ordering_key: None,
+            delay_ms: None,
+            exact_id: None,
+        }
     }
 }
 

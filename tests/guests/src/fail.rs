@@ -17,8 +17,13 @@ struct Options {
 pub fn run(message: &Message) -> Result<(), Failure> {
     let options: Options = crate::options(message)?;
     let failure = match options.after_ms {
-        Some(after_ms) => Failure::retry_after(Duration::from_millis(after_ms), "told to fail for a while"),
+        Some(after_ms) => {
+            Failure::retry_after(Duration::from_millis(after_ms), "told to fail for a while")
+        }
         None => Failure::retry("told to fail"),
     };
-    Err(Failure { code: options.code, ..failure })
+    Err(Failure {
+        code: options.code,
+        ..failure
+    })
 }

@@ -16,7 +16,10 @@ struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { attempt: 2, after_ms: None }
+        Self {
+            attempt: 2,
+            after_ms: None,
+        }
     }
 }
 
@@ -24,7 +27,10 @@ pub fn run(message: &Message) -> Result<(), Failure> {
     let options: Options = crate::options(message)?;
     let after = options.after_ms.map(Duration::from_millis);
     run_until(options.attempt).map_err(|failure| match after {
-        Some(after) => Failure { kind: FailureKind::RetryAfter(after), ..failure },
+        Some(after) => Failure {
+            kind: FailureKind::RetryAfter(after),
+            ..failure
+        },
         None => failure,
     })
 }

@@ -9,6 +9,9 @@ static HANDLED: AtomicU32 = AtomicU32::new(0);
 pub fn run() -> Result<(), Failure> {
     match HANDLED.fetch_add(1, Ordering::Relaxed) {
         0 => Ok(()),
-        before => Err(Failure::reject(format!("this instance handled {before} before")).code("instance-reused")),
+        before => Err(
+            Failure::reject(format!("this instance handled {before} before"))
+                .code("instance-reused"),
+        ),
     }
 }

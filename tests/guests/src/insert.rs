@@ -22,20 +22,36 @@ struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { from: "a".to_owned(), to: "b".to_owned(), delta: 1, n: 1, subject: "out.effect".to_owned() }
+        Self {
+            from: "a".to_owned(),
+            to: "b".to_owned(),
+            delta: 1,
+            n: 1,
+            subject: "out.effect".to_owned(),
+        }
     }
 }
 
 pub fn run(message: &Message) -> Result<(), Failure> {
-    let Options { from, to, delta, n, subject } = crate::options(message)?;
-    let nonce = format!("{:016x}{:016x}", random::get_random_u64(), random::get_random_u64());
+    let Options {
+        from,
+        to,
+        delta,
+        n,
+        subject,
+    } = crate::options(message)?;
+    let nonce = format!(
+        "{:016x}{:016x}",
+        random::get_random_u64(),
+        random::get_random_u64()
+    );
     sql::execute(
         "insert into effect (event_id, account, delta, attempt_nonce) values ($1, $2, $3, $6), ($1, $4, $5, $6)",
         params![message.id, from, -delta, to, delta, nonce],
     )?;
     for ordinal in 0..n {
-        let told = json!({ "event_id": message.id, "ordinal": ordinal, "delta": delta, "attempt_nonce": nonce });
-        outbox::send(Outgoing::json(&subject, &told)?)?;
+        let body = json!({ "event_id": message.id, "ordinal": ordinal, "delta": delta, "attempt_nonce": nonce });
+        outbox::send(Outgoing::json(&subject, &body)?)?;
     }
     Ok(())
 }

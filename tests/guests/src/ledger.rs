@@ -29,10 +29,21 @@ struct Options {
 
 pub fn run(message: &Message) -> Result<(), Failure> {
     let options: Options = crate::options(message)?;
-    let nonce = format!("{:016x}{:016x}", random::get_random_u64(), random::get_random_u64());
+    let nonce = format!(
+        "{:016x}{:016x}",
+        random::get_random_u64(),
+        random::get_random_u64()
+    );
     sql::execute(
         "insert into effect (event_id, account, delta, attempt_nonce) values ($1, $2, $3, $6), ($1, $4, $5, $6)",
-        params![message.id, options.from, -options.delta, options.to, options.delta, nonce],
+        params![
+            message.id,
+            options.from,
+            -options.delta,
+            options.to,
+            options.delta,
+            nonce
+        ],
     )?;
     sql::execute(
         "insert into balance (account, amount) values ($1, $2), ($3, $4)
@@ -47,7 +58,13 @@ pub fn run(message: &Message) -> Result<(), Failure> {
     Ok(())
 }
 
-fn send(message: &Message, options: &Options, nonce: &str, count: u64, ordinal: u32) -> Result<(), Failure> {
+fn send(
+    message: &Message,
+    options: &Options,
+    nonce: &str,
+    count: u64,
+    ordinal: u32,
+) -> Result<(), Failure> {
     let padding = "x".repeat(512);
     let is_delayed = ordinal == 0 && options.delay_ms > 0;
     let checksum = fnv(&format!("{}/{ordinal}/{nonce}/{padding}", message.id));
@@ -70,5 +87,7 @@ fn send(message: &Message, options: &Options, nonce: &str, count: u64, ordinal: 
 }
 
 fn fnv(text: &str) -> u64 {
-    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+    })
 }

@@ -21,10 +21,10 @@ mod fail;
 mod fail_until;
 mod global_counter;
 mod insert;
+mod inspect;
 mod ledger;
 mod log;
 mod long_sql;
-mod look;
 mod panic;
 mod recurse;
 mod reject;
@@ -68,7 +68,7 @@ fn run(behaviour: &str, message: &Message) -> Result<(), Failure> {
         "ledger" => ledger::run(message),
         "log" => log::run(message),
         "long_sql" => long_sql::run(message),
-        "look" => look::run(message),
+        "inspect" => inspect::run(message),
         "panic" => panic::run(),
         "recurse" => recurse::run(),
         "reject" => reject::run(message),
@@ -83,7 +83,10 @@ fn run(behaviour: &str, message: &Message) -> Result<(), Failure> {
         "swallow_error" => swallow_error::run(message),
         "trap" => trap::run(),
         "version" => version::run(),
-        other => Err(Failure::reject(format!("there is no behaviour `{other}`")).code("unknown-behaviour")),
+        other => {
+            Err(Failure::reject(format!("there is no behaviour `{other}`"))
+                .code("unknown-behaviour"))
+        }
     }
 }
 

@@ -14,11 +14,18 @@ struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { lines: 10_000, bytes: 100 }
+        Self {
+            lines: 10_000,
+            bytes: 100,
+        }
     }
 }
 
-#[allow(clippy::print_stdout, clippy::print_stderr, reason = "what becomes of them is what the tests look at")]
+#[allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "what becomes of them is what the tests look at"
+)]
 pub fn run(message: &Message) -> Result<(), Failure> {
     use log::Level::{Critical, Debug, Error, Info, Trace, Warn};
 
@@ -26,8 +33,11 @@ pub fn run(message: &Message) -> Result<(), Failure> {
     println!("a line on standard output");
     eprintln!("a line on standard error");
     let padding = "x".repeat(options.bytes);
-    for (number, level) in
-        [Trace, Debug, Info, Warn, Error, Critical].into_iter().cycle().take(options.lines).enumerate()
+    for (number, level) in [Trace, Debug, Info, Warn, Error, Critical]
+        .into_iter()
+        .cycle()
+        .take(options.lines)
+        .enumerate()
     {
         log::write(level, "tests", &format!("line {number} {padding}"));
     }

@@ -16,12 +16,22 @@ struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { statement: "select 1".to_owned(), filler: ";".to_owned(), bytes: 8 << 20 }
+        Self {
+            statement: "select 1".to_owned(),
+            filler: ";".to_owned(),
+            bytes: 8 << 20,
+        }
     }
 }
 
 pub fn run(message: &Message) -> Result<(), Failure> {
-    let Options { statement, filler, bytes } = crate::options(message)?;
+    let Options {
+        statement,
+        filler,
+        bytes,
+    } = crate::options(message)?;
     let text = statement + &filler.repeat(bytes / filler.len().max(1));
-    sql::query(&text, params![]).map(drop).map_err(|error| Failure::reject(&error).code("refused"))
+    sql::query(&text, params![])
+        .map(drop)
+        .map_err(|error| Failure::reject(&error).code("refused"))
 }

@@ -14,7 +14,10 @@ struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { code: "told-to-reject".to_owned(), message: "told to reject".to_owned() }
+        Self {
+            code: "told-to-reject".to_owned(),
+            message: "told to reject".to_owned(),
+        }
     }
 }
 

@@ -15,7 +15,9 @@ struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { sleep_ms: 3_600_000 }
+        Self {
+            sleep_ms: 3_600_000,
+        }
     }
 }
 

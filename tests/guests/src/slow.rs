@@ -18,7 +18,10 @@ struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { ms: 1000, sql: false }
+        Self {
+            ms: 1000,
+            sql: false,
+        }
     }
 }
 

@@ -18,14 +18,27 @@ struct Statement {
 pub fn run(message: &Message) -> Result<(), Failure> {
     let statement = match message.json::<Statement>() {
         Ok(statement) => statement,
-        Err(_) => Statement { sql: message.text()?.to_owned(), params: Vec::new() },
+        Err(_) => Statement {
+            sql: message.text()?.to_owned(),
+            params: Vec::new(),
+        },
     };
-    let params = statement.params.iter().map(parameter).collect::<Result<Vec<_>, _>>()?;
-    let rows =
-        sql::query(&statement.sql, &params).map_err(|error| Failure::reject(&error).code(name_of(error.kind())))?;
+    let params = statement
+        .params
+        .iter()
+        .map(parameter)
+        .collect::<Result<Vec<_>, _>>()?;
+    let rows = sql::query(&statement.sql, &params)
+        .map_err(|error| Failure::reject(&error).code(name_of(error.kind())))?;
     let columns = rows.first().map(Row::columns).unwrap_or_default();
-    let values: Vec<Vec<_>> = rows.iter().map(|row| row.values().iter().map(in_json).collect()).collect();
-    outbox::send(Outgoing::json("out.rows", &json!({ "columns": columns, "rows": values }))?)?;
+    let values: Vec<Vec<_>> = rows
+        .iter()
+        .map(|row| row.values().iter().map(in_json).collect())
+        .collect();
+    outbox::send(Outgoing::json(
+        "out.rows",
+        &json!({ "columns": columns, "rows": values }),
+    )?)?;
     Ok(())
 }
 

@@ -13,7 +13,9 @@ struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { list: "order".to_owned() }
+        Self {
+            list: "order".to_owned(),
+        }
     }
 }
 

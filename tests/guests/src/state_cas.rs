@@ -17,18 +17,31 @@ struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { key: "cas".to_owned(), expected: None, value: "x".to_owned() }
+        Self {
+            key: "cas".to_owned(),
+            expected: None,
+            value: "x".to_owned(),
+        }
     }
 }
 
 pub fn run(message: &Message) -> Result<(), Failure> {
-    let Options { key, expected, value } = crate::options(message)?;
+    let Options {
+        key,
+        expected,
+        value,
+    } = crate::options(message)?;
     match state::compare_and_set(&key, expected, value.as_bytes()) {
         Ok(version) => {
-            outbox::send(Outgoing::json("out.state", &json!({ "key": key, "version": version }))?)?;
+            outbox::send(Outgoing::json(
+                "out.state",
+                &json!({ "key": key, "version": version }),
+            )?)?;
             Ok(())
         }
-        Err(error) if error.is_version_mismatch() => Err(Failure::reject(error).code("version-mismatch")),
+        Err(error) if error.is_version_mismatch() => {
+            Err(Failure::reject(error).code("version-mismatch"))
+        }
         Err(error) => Err(error.into()),
     }
 }

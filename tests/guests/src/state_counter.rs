@@ -17,16 +17,29 @@ struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { key: "counter".to_owned(), padding: 0, ordered: true }
+        Self {
+            key: "counter".to_owned(),
+            padding: 0,
+            ordered: true,
+        }
     }
 }
 
 pub fn run(message: &Message) -> Result<(), Failure> {
-    let Options { key, padding, ordered } = crate::options(message)?;
+    let Options {
+        key,
+        padding,
+        ordered,
+    } = crate::options(message)?;
     let value = state::get_json::<u64>(&key)?.unwrap_or(0) + 1;
     let version = state::set_json(&key, &value)?;
-    let told = json!({ "key": key, "value": value, "version": version, "padding": "x".repeat(padding) });
-    let outgoing = Outgoing::json("out.state", &told)?;
-    outbox::send(if ordered { outgoing.ordering_key(&key) } else { outgoing })?;
+    let body =
+        json!({ "key": key, "value": value, "version": version, "padding": "x".repeat(padding) });
+    let outgoing = Outgoing::json("out.state", &body)?;
+    outbox::send(if ordered {
+        outgoing.ordering_key(&key)
+    } else {
+        outgoing
+    })?;
     Ok(())
 }

@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum What {
+enum Misbehaviour {
     #[default]
     Send,
     Unique,
@@ -18,22 +18,26 @@ enum What {
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Options {
-    what: What,
+    what: Misbehaviour,
 }
 
 pub fn run(message: &Message) -> Result<(), Failure> {
     let options: Options = crate::options(message)?;
     match options.what {
-        What::Send => drop(outbox::send(Outgoing::new("forbidden.subject", "nobody will notice"))),
-        What::Unique => {
+        Misbehaviour::Send => drop(outbox::send(Outgoing::new(
+            "forbidden.subject",
+            "nobody will notice",
+        ))),
+        Misbehaviour::Unique => {
             let insert = "insert into once (id) values ($1)";
             sql::execute(insert, params![message.id])?;
             drop(sql::execute(insert, params![message.id]));
         }
-        What::RejectUnique => {
+        Misbehaviour::RejectUnique => {
             let insert = "insert into once (id) values ($1), ($1)";
-            sql::execute(insert, params![message.id])
-                .map_err(|error| Failure::reject(format!("it was there before: {error}")).code("known"))?;
+            sql::execute(insert, params![message.id]).map_err(|error| {
+                Failure::reject(format!("it was there before: {error}")).code("known")
+            })?;
         }
     }
     Ok(())

@@ -5,7 +5,7 @@ use oncely_guest::{Failure, config, invocation, outbox, outbox::Outgoing};
 use serde_json::json;
 
 pub fn run() -> Result<(), Failure> {
-    let told = json!({
+    let body = json!({
         "worker": invocation::worker(),
         "version": invocation::version(),
         "label": config::get("label")?,
@@ -13,6 +13,6 @@ pub fn run() -> Result<(), Failure> {
         "attempt": invocation::attempt(),
         "max_attempts": invocation::max_attempts(),
     });
-    outbox::send(Outgoing::json("out.version", &told)?)?;
+    outbox::send(Outgoing::json("out.version", &body)?)?;
     Ok(())
 }

@@ -39,21 +39,27 @@ fn handle(request: Request) -> Result<Response, Response> {
     let nonce = nonce();
     let mut body = wanted.say.clone().into_bytes();
     for step in &wanted.steps {
-        take(step, &wanted, &nonce, &mut body)?;
+        run_step(step, &wanted, &nonce, &mut body)?;
     }
     if body.is_empty() {
-        let told = json!({
+        let description = json!({
             "event": wanted.event, "nonce": nonce, "id": invocation::id(), "method": request.method,
             "path": request.path_and_query, "version": invocation::version(),
         });
-        body = told.to_string().into_bytes();
+        body = description.to_string().into_bytes();
     }
-    let answer = Response { body, ..Response::new(wanted.status) };
-    Ok(answer.header("content-type", "application/json").header("x-nonce", nonce).header("x-odd", vec![b'a', 0xe9]))
+    let answer = Response {
+        body,
+        ..Response::new(wanted.status)
+    };
+    Ok(answer
+        .header("content-type", "application/json")
+        .header("x-nonce", nonce)
+        .header("x-odd", vec![b'a', 0xe9]))
 }
 
 #[allow(clippy::panic, reason = "one of its behaviours")]
-fn take(step: &str, wanted: &Wanted, nonce: &str, body: &mut Vec<u8>) -> Result<(), Response> {
+fn run_step(step: &str, wanted: &Wanted, nonce: &str, body: &mut Vec<u8>) -> Result<(), Response> {
     match step {
         "effect" => {
             sql::execute(
@@ -66,7 +72,10 @@ fn take(step: &str, wanted: &Wanted, nonce: &str, body: &mut Vec<u8>) -> Result<
             state::set_json("count", &count)?;
         }
         "send" => {
-            outbox::send(Outgoing::json("out.http", &json!({ "event": wanted.event, "nonce": nonce }))?)?;
+            outbox::send(Outgoing::json(
+                "out.http",
+                &json!({ "event": wanted.event, "nonce": nonce }),
+            )?)?;
         }
         "violate" | "swallow" => {
             let _ = sql::execute("insert into once (id) values ('a'), ('a')", params![]);
@@ -88,30 +97,57 @@ fn take(step: &str, wanted: &Wanted, nonce: &str, body: &mut Vec<u8>) -> Result<
 }
 
 /// Works in the database, the longer the larger its parameter.
-const SLOW: &str = "with recursive n (i) as (select 1 union all select i + 1 from n where i < $1 * 3000)
+const SLOW: &str =
+    "with recursive n (i) as (select 1 union all select i + 1 from n where i < $1 * 3000)
     select count(*) from n";
 
 fn read(request: &Request) -> Result<Response, Response> {
     if request.path_and_query.contains("write") {
         sql::execute("insert into once (id) values ('read')", params![])?;
     }
-    let of_path = request.segments().nth(1).filter(|_| request.path().starts_with("/events/"));
-    let event = request.query("event").or(of_path).unwrap_or_default().to_owned();
-    let row = sql::query_one("select count(*) from effect where event_id = $1", params![event])?;
+    let of_path = request
+        .segments()
+        .nth(1)
+        .filter(|_| request.path().starts_with("/events/"));
+    let event = request
+        .query("event")
+        .or(of_path)
+        .unwrap_or_default()
+        .to_owned();
+    let row = sql::query_one(
+        "select count(*) from effect where event_id = $1",
+        params![event],
+    )?;
     let count: i64 = row.get(0)?;
-    let status = request.query("status").and_then(|status| status.parse().ok()).unwrap_or(200);
+    let status = request
+        .query("status")
+        .and_then(|status| status.parse().ok())
+        .unwrap_or(200);
     let mut body = json!({ "rows": count });
     if request.path_and_query.contains("echo") {
-        let headers = request.headers.iter().map(|(name, value)| (name, value.escape_ascii().to_string()));
+        let headers = request
+            .headers
+            .iter()
+            .map(|(name, value)| (name, value.escape_ascii().to_string()));
         body = json!({
             "rows": count,
             "headers": headers.collect::<Vec<_>>(),
             "body": String::from_utf8_lossy(&request.body),
         });
     }
-    let query = request.path_and_query.split_once('?').map(|(_, query)| query).unwrap_or_default();
-    let wanted = query.split('&').filter_map(|part| part.strip_prefix("h=")?.split_once(':'));
-    Ok(wanted.fold(Response::json(status, &body), |answer, (name, value)| answer.header(name, value)))
+    let query = request
+        .path_and_query
+        .split_once('?')
+        .map(|(_, query)| query)
+        .unwrap_or_default();
+    let wanted = query
+        .split('&')
+        .filter_map(|part| part.strip_prefix("h=")?.split_once(':'));
+    Ok(
+        wanted.fold(Response::json(status, &body), |answer, (name, value)| {
+            answer.header(name, value)
+        }),
+    )
 }
 
 /// Another one for each run.

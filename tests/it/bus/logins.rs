@@ -12,12 +12,18 @@ use support::nats::NatsServer;
 use super::{message, next, outgoing, proof, pull_from, until};
 
 /// Takes a message from a server with this configuration, and acknowledges it.
-async fn takes_a_message(configuration: &str, options: ConnectOptions, nats: Nats) -> Result<()> {
+async fn check_login(configuration: &str, options: ConnectOptions, nats: Nats) -> Result<()> {
     let server = NatsServer::start_secured(configuration, options).await?;
-    let bus = Bus::connect(&Nats { servers: vec![server.url()], ..nats }).await?;
+    let bus = Bus::connect(&Nats {
+        servers: vec![server.url()],
+        ..nats
+    })
+    .await?;
     bus.ensure_stream(&StreamSpec::new("IN", &["in.>"])).await?;
     let mut pull = pull_from(&bus).await?;
-    server.publish_all(vec![message("in.a", &[("Nats-Msg-Id", "1")])]).await?;
+    server
+        .publish_all(vec![message("in.a", &[("Nats-Msg-Id", "1")])])
+        .await?;
     let pulled = next(&mut pull).await?;
     assert_eq!(pulled.message.event_id, "1");
     pulled.receipt.ack(&proof().await?).await?;
@@ -26,21 +32,33 @@ async fn takes_a_message(configuration: &str, options: ConnectOptions, nats: Nat
 }
 
 fn nats(login: Login) -> Nats {
-    Nats { login, ..Nats::default() }
+    Nats {
+        login,
+        ..Nats::default()
+    }
 }
 
 #[tokio::test]
 async fn a_password_logs_both_connections_in() -> Result<()> {
-    let login = Login::Password { user: "me".to_owned(), password: Secret::new("a \"secret\"") };
+    let login = Login::Password {
+        user: "me".to_owned(),
+        password: Secret::new("a \"secret\""),
+    };
     let configuration = r#"authorization { user: me, password: "a \"secret\"" }"#;
-    let options = ConnectOptions::with_user_and_password("me".to_owned(), "a \"secret\"".to_owned());
-    takes_a_message(configuration, options, nats(login)).await
+    let options =
+        ConnectOptions::with_user_and_password("me".to_owned(), "a \"secret\"".to_owned());
+    check_login(configuration, options, nats(login)).await
 }
 
 #[tokio::test]
 async fn a_token_logs_both_connections_in() -> Result<()> {
     let options = ConnectOptions::with_token("t0k3n".to_owned());
-    takes_a_message("authorization { token: t0k3n }", options, nats(Login::Token(Secret::new("t0k3n")))).await
+    check_login(
+        "authorization { token: t0k3n }",
+        options,
+        nats(Login::Token(Secret::new("t0k3n"))),
+    )
+    .await
 }
 
 #[tokio::test]
@@ -50,8 +68,16 @@ async fn an_nkey_logs_both_connections_in() -> Result<()> {
     let seed = key.seed().map_err(|error| anyhow::anyhow!("{error}"))?;
     let file = folder.path().join("user.nk");
     std::fs::write(&file, format!("{seed}\n"))?;
-    let configuration = format!("authorization {{ users: [{{ nkey: {} }}] }}", key.public_key());
-    takes_a_message(&configuration, ConnectOptions::with_nkey(seed), nats(Login::Nkey(file))).await
+    let configuration = format!(
+        "authorization {{ users: [{{ nkey: {} }}] }}",
+        key.public_key()
+    );
+    check_login(
+        &configuration,
+        ConnectOptions::with_nkey(seed),
+        nats(Login::Nkey(file)),
+    )
+    .await
 }
 
 /// Certificates of an authority of the test's own.
@@ -70,13 +96,21 @@ impl Certificates {
         std::fs::write(&authority, issuer.pem())?;
         let issue = |name: &str| -> Result<(PathBuf, PathBuf)> {
             let key = KeyPair::generate()?;
-            let certificate = CertificateParams::new(vec!["127.0.0.1".to_owned()])?.signed_by(&key, &issuer)?;
-            let files = (folder.join(format!("{name}.pem")), folder.join(format!("{name}.key")));
+            let certificate =
+                CertificateParams::new(vec!["127.0.0.1".to_owned()])?.signed_by(&key, &issuer)?;
+            let files = (
+                folder.join(format!("{name}.pem")),
+                folder.join(format!("{name}.key")),
+            );
             std::fs::write(&files.0, certificate.pem())?;
             std::fs::write(&files.1, key.serialize_pem())?;
             Ok(files)
         };
-        Ok(Certificates { authority, server: issue("server")?, client: issue("client")? })
+        Ok(Certificates {
+            authority,
+            server: issue("server")?,
+            client: issue("client")?,
+        })
     }
 
     fn configuration(&self) -> String {
@@ -104,16 +138,27 @@ async fn both_connections_use_tls_with_the_clients_certificate() -> Result<()> {
         client_certificate: Some(certificates.client.clone()),
         ..nats(Login::None)
     };
-    takes_a_message(&certificates.configuration(), options.clone(), secured.clone())
+    check_login(
+        &certificates.configuration(),
+        options.clone(),
+        secured.clone(),
+    )
+    .await
+    .context("with a certificate")?;
+    let first = certificates
+        .configuration()
+        .replace("tls {", "tls { handshake_first: true,");
+    let secured = Nats {
+        tls_first: true,
+        ..secured
+    };
+    check_login(&first, options.tls_first(), secured)
         .await
-        .context("with a certificate")?;
-    let first = certificates.configuration().replace("tls {", "tls { handshake_first: true,");
-    let secured = Nats { tls_first: true, ..secured };
-    takes_a_message(&first, options.tls_first(), secured).await.context("with TLS first")
+        .context("with TLS first")
 }
 
 /// How a host would connect with a context of the `nats` tool.
-fn of_context(folder: &Path, context: &serde_json::Value) -> Result<Nats> {
+fn nats_from_context(folder: &Path, context: &serde_json::Value) -> Result<Nats> {
     let contexts = folder.join("nats/context");
     std::fs::create_dir_all(&contexts)?;
     std::fs::write(contexts.join("c.json"), context.to_string())?;
@@ -128,11 +173,14 @@ fn of_context(folder: &Path, context: &serde_json::Value) -> Result<Nats> {
 
 fn password(password: &str) -> (String, ConnectOptions) {
     let configuration = format!("authorization {{ user: me, password: {password} }}");
-    (configuration, ConnectOptions::with_user_and_password("me".to_owned(), password.to_owned()))
+    (
+        configuration,
+        ConnectOptions::with_user_and_password("me".to_owned(), password.to_owned()),
+    )
 }
 
 /// Takes messages over and over, whatever login the server wants by now.
-async fn survives_a_rotation(
+async fn check_rotation(
     (first, first_options): (String, ConnectOptions),
     (second, second_options): (String, ConnectOptions),
     nats: impl FnOnce(&NatsServer) -> Result<Nats>,
@@ -142,81 +190,107 @@ async fn survives_a_rotation(
     let bus = Bus::connect(&nats(&server)?).await?;
     bus.ensure_stream(&StreamSpec::new("IN", &["in.>"])).await?;
     let mut pull = pull_from(&bus).await?;
-    server.publish_all(vec![message("in.a", &[("Nats-Msg-Id", "1")])]).await?;
+    server
+        .publish_all(vec![message("in.a", &[("Nats-Msg-Id", "1")])])
+        .await?;
     next(&mut pull).await?.receipt.ack(&proof().await?).await?;
     rotate(&server)?;
     server.restart_secured(&second, second_options).await?;
-    server.publish_all(vec![message("in.a", &[("Nats-Msg-Id", "2")])]).await?;
+    server
+        .publish_all(vec![message("in.a", &[("Nats-Msg-Id", "2")])])
+        .await?;
     let pulled = next(&mut pull).await?;
     assert_eq!(pulled.message.event_id, "2");
     pulled.receipt.ack(&proof().await?).await?;
-    until("publishing works again", || async { Ok(bus.publish(vec![outgoing("in.b", "3")]).await[0].is_ok()) }).await
+    until("publishing works again", || async {
+        Ok(bus.publish(vec![outgoing("in.b", "3")]).await[0].is_ok())
+    })
+    .await
 }
 
 #[tokio::test]
-async fn a_login_that_was_rotated_in_a_context_is_read_for_the_next_connection() -> Result<()> {
+async fn a_rotated_context_login_is_used_for_the_next_connection() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let context = |server: &NatsServer, password: &str| serde_json::json!({ "url": server.url(), "user": "me", "password": password });
-    survives_a_rotation(
+    check_rotation(
         password("first"),
         password("second"),
-        |server| of_context(folder.path(), &context(server, "first")),
-        |server| of_context(folder.path(), &context(server, "second")).map(drop),
+        |server| nats_from_context(folder.path(), &context(server, "first")),
+        |server| nats_from_context(folder.path(), &context(server, "second")).map(drop),
     )
     .await
 }
 
 #[tokio::test]
-async fn an_nkey_that_was_rotated_is_read_for_the_next_connection() -> Result<()> {
+async fn a_rotated_nkey_is_used_for_the_next_connection() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let file = folder.path().join("user.nk");
     let key = || -> Result<(String, String)> {
         let key = nkeys::KeyPair::new_user();
         let seed = key.seed().map_err(|error| anyhow::anyhow!("{error}"))?;
-        Ok((format!("authorization {{ users: [{{ nkey: {} }}] }}", key.public_key()), seed))
+        Ok((
+            format!(
+                "authorization {{ users: [{{ nkey: {} }}] }}",
+                key.public_key()
+            ),
+            seed,
+        ))
     };
     let ((first, first_seed), (second, second_seed)) = (key()?, key()?);
     std::fs::write(&file, &first_seed)?;
     let login = Login::Nkey(file.clone());
-    survives_a_rotation(
+    check_rotation(
         (first, ConnectOptions::with_nkey(first_seed)),
         (second, ConnectOptions::with_nkey(second_seed.clone())),
-        |server| Ok(Nats { servers: vec![server.url()], ..nats(login) }),
+        |server| {
+            Ok(Nats {
+                servers: vec![server.url()],
+                ..nats(login)
+            })
+        },
         |_| Ok(std::fs::write(&file, second_seed)?),
     )
     .await
 }
 
 #[tokio::test]
-async fn a_context_says_which_jetstream_and_where_answers_go() -> Result<()> {
+async fn a_context_sets_the_jetstream_domain_and_inbox_prefix() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let server = NatsServer::start_with("jetstream { domain: hub }").await?;
     for (domain, prefix) in [("hub", ""), ("", "$JS.hub.API."), ("", "")] {
         let context = serde_json::json!({
             "url": server.url(), "jetstream_domain": domain, "jetstream_api_prefix": prefix, "inbox_prefix": "_MINE.a",
         });
-        let bus = Bus::connect(&of_context(folder.path(), &context)?).await?;
+        let bus = Bus::connect(&nats_from_context(folder.path(), &context)?).await?;
         bus.ensure_stream(&StreamSpec::new("IN", &["in.>"])).await?;
         let mut pull = pull_from(&bus).await?;
         let id = format!("{domain}{prefix}");
-        server.publish_all(vec![message("in.a", &[("Nats-Msg-Id", &format!("m{id}"))])]).await?;
+        server
+            .publish_all(vec![message("in.a", &[("Nats-Msg-Id", &format!("m{id}"))])])
+            .await?;
         let pulled = next(&mut pull).await?;
         assert_eq!(pulled.message.event_id, format!("m{id}"));
         pulled.receipt.ack(&proof().await?).await?;
     }
     let elsewhere = serde_json::json!({ "url": server.url(), "jetstream_domain": "leaf" });
-    let error = Bus::connect(&of_context(folder.path(), &elsewhere)?).await.map(drop).unwrap_err();
+    let error = Bus::connect(&nats_from_context(folder.path(), &elsewhere)?)
+        .await
+        .map(drop)
+        .unwrap_err();
     assert!(format!("{error:#}").contains("JetStream"), "{error:#}");
     Ok(())
 }
 
 #[test]
-fn a_context_that_wants_what_a_host_cannot_do_is_refused() -> Result<()> {
+fn a_context_with_unsupported_settings_is_refused() -> Result<()> {
     let folder = tempfile::tempdir()?;
     for setting in ["socks_proxy", "nsc", "windows_cert_store", "something_new"] {
         let context = serde_json::json!({ "url": "nats://a", setting: "x", "description": "d" });
-        let error = of_context(folder.path(), &context).unwrap_err();
-        assert!(format!("{error:#}").contains(&format!("`{setting}`")), "{error:#}");
+        let error = nats_from_context(folder.path(), &context).unwrap_err();
+        assert!(
+            format!("{error:#}").contains(&format!("`{setting}`")),
+            "{error:#}"
+        );
     }
     Ok(())
 }

@@ -2,13 +2,13 @@
 
 use std::time::Instant;
 
-use oncely::bus::{Bus, Heard, StreamSpec};
+use oncely::bus::{Bus, FeedEvent, StreamSpec};
 use oncely::cache::feed as cache_feed;
 use oncely::config::Nats;
 use oncely::drain::Stop;
 use oncely::model::invalidation::{CACHE_STREAM, CACHE_SUBJECTS};
 use support::database::Kind;
-use support::nats::{NatsServer, ToPublish};
+use support::nats::{NatsServer, NewMessage};
 use support::world::{PATIENCE, World, manifest};
 
 use super::*;
@@ -18,7 +18,11 @@ const BOUND: Duration = Duration::from_secs(2);
 
 async fn bus(nats: &NatsServer) -> Result<Bus> {
     let servers = vec![nats.url()];
-    Bus::connect(&Nats { servers, ..Nats::default() }).await
+    Bus::connect(&Nats {
+        servers,
+        ..Nats::default()
+    })
+    .await
 }
 
 /// The cache of a second host in the test's own process, which listens as hosts do.
@@ -31,8 +35,14 @@ async fn second_host(world: &World, redis: Option<&Redis>, stop: &Stop) -> Resul
 
 /// Keeps a value of the worker `test` there.
 async fn keep(cache: &Cache, name: &str) {
-    let loaded = Loaded::kept(Bytes::from_static(b"old"), tags(&[name]), LONG);
-    cache.put(&CacheKey::value("test", name), loaded, cache.begin("test")).await;
+    let loaded = Loaded::cacheable(Bytes::from_static(b"old"), tags(&[name]), LONG);
+    cache
+        .put(
+            &CacheKey::value("test", name),
+            loaded,
+            cache.read_version("test"),
+        )
+        .await;
 }
 
 /// Waits until a cache has no value any more.
@@ -45,8 +55,8 @@ async fn until_forgotten(cache: &Cache, name: &str) -> Result<()> {
     Ok(())
 }
 
-fn to_invalidate(event_id: &str, behaviour: &str, tag: &str) -> ToPublish {
-    ToPublish::new(
+fn to_invalidate(event_id: &str, behaviour: &str, tag: &str) -> NewMessage {
+    NewMessage::new(
         "in.x",
         event_id,
         behaviour,
@@ -54,90 +64,136 @@ fn to_invalidate(event_id: &str, behaviour: &str, tag: &str) -> ToPublish {
     )
 }
 
-both!(a_write_on_one_host_is_seen_on_another_within_its_bound_with_and_without_redis, |kind: Kind| async move {
-    let redis = Redis::start().await?;
-    for shared in [None, Some(&redis)] {
-        let mut world = World::without_host(kind, &manifest("")?).await?;
-        world.host_env.extend(shared.map(|redis| ("ONCELY_CACHE_URL".to_owned(), redis.url())));
-        world.start_host().await?;
-        let stop = Stop::new();
-        let other = second_host(&world, shared, &stop).await?;
-        let mut slowest = Duration::ZERO;
-        for n in 0..20 {
-            let name = format!("k{n}");
-            keep(&other, &name).await;
-            world.nats.publish_all(vec![to_invalidate(&name, "cached", &name)]).await?;
-            world.until(&format!("select count(*) from oncely.inbox where event_id = '{name}'"), 1).await?;
-            let committed = Instant::now();
-            until_forgotten(&other, &name).await?;
-            slowest = slowest.max(committed.elapsed());
+both!(
+    a_write_is_seen_on_other_hosts_within_the_bound,
+    |kind: Kind| async move {
+        let redis = Redis::start().await?;
+        for shared in [None, Some(&redis)] {
+            let mut world = World::without_host(kind, &manifest("")?).await?;
+            world
+                .host_env
+                .extend(shared.map(|redis| ("ONCELY_CACHE_URL".to_owned(), redis.url())));
+            world.start_host().await?;
+            let stop = Stop::new();
+            let other = second_host(&world, shared, &stop).await?;
+            let mut slowest = Duration::ZERO;
+            for n in 0..20 {
+                let name = format!("k{n}");
+                keep(&other, &name).await;
+                world
+                    .nats
+                    .publish_all(vec![to_invalidate(&name, "cached", &name)])
+                    .await?;
+                world
+                    .until(
+                        &format!("select count(*) from oncely.inbox where event_id = '{name}'"),
+                        1,
+                    )
+                    .await?;
+                let committed = Instant::now();
+                until_forgotten(&other, &name).await?;
+                slowest = slowest.max(committed.elapsed());
+            }
+            println!(
+                "with Redis: {}: {slowest:?} at most after the commit was seen",
+                shared.is_some()
+            );
+            assert!(slowest < BOUND, "{slowest:?}");
+            // Nobody forgets what nobody invalidated.
+            keep(&other, "untouched").await;
+            world
+                .nats
+                .publish_all(vec![to_invalidate("last", "cached", "something")])
+                .await?;
+            world.quiet(21).await?;
+            assert!(
+                other
+                    .get(&CacheKey::value("test", "untouched"))
+                    .await
+                    .is_some()
+            );
+            stop.now();
+            world.stop_host().await?;
         }
-        println!("with Redis: {}: {slowest:?} at most after the commit was seen", shared.is_some());
-        assert!(slowest < BOUND, "{slowest:?}");
-        // Nobody forgets what nobody invalidated.
-        keep(&other, "untouched").await;
-        world.nats.publish_all(vec![to_invalidate("last", "cached", "something")]).await?;
-        world.quiet(21).await?;
-        assert!(other.get(&CacheKey::value("test", "untouched")).await.is_some());
-        stop.now();
-        world.stop_host().await?;
+        Ok(())
     }
-    Ok(())
-});
+);
 
-both!(an_invalidation_survives_the_host_that_committed_it, |kind: Kind| async move {
-    let mut world = World::start(kind, &manifest("")?).await?;
-    let stop = Stop::new();
-    let other = second_host(&world, None, &stop).await?;
-    keep(&other, "k").await;
-    world.nats.publish_all(vec![to_invalidate("e1", "slow,cached", "k")]).await?;
-    // The broker stands still when the handler is at work, so that nothing can be told; then the host dies.
-    let at_work = async {
-        let in_flight = r#"oncely_in_flight_messages{worker="test"}"#;
-        while support::metrics::value(&support::metrics::scrape(&world).await?, in_flight) != Some(1.0) {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        anyhow::Ok(())
-    };
-    tokio::time::timeout(PATIENCE, at_work).await.context("the handler never begins")??;
-    world.nats.pause()?;
-    world.until("select count(*) from oncely.inbox where event_id = 'e1'", 1).await?;
-    world.kill_host()?;
-    assert!(other.get(&CacheKey::value("test", "k")).await.is_some(), "it was told before it was to be");
-    world.nats.resume()?;
-    world.start_host().await?;
-    until_forgotten(&other, "k").await?;
-    stop.now();
-    Ok(())
-});
+both!(
+    an_invalidation_survives_the_host_that_committed_it,
+    |kind: Kind| async move {
+        let mut world = World::start(kind, &manifest("")?).await?;
+        let stop = Stop::new();
+        let other = second_host(&world, None, &stop).await?;
+        keep(&other, "k").await;
+        world
+            .nats
+            .publish_all(vec![to_invalidate("e1", "slow,cached", "k")])
+            .await?;
+        // The broker stands still when the handler is at work, so that nothing can be told; then the host dies.
+        let at_work = async {
+            let in_flight = r#"oncely_in_flight_messages{worker="test"}"#;
+            while support::metrics::value(&support::metrics::scrape(&world).await?, in_flight)
+                != Some(1.0)
+            {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            anyhow::Ok(())
+        };
+        tokio::time::timeout(PATIENCE, at_work)
+            .await
+            .context("the handler never begins")??;
+        world.nats.pause()?;
+        world
+            .until("select count(*) from oncely.inbox where event_id = 'e1'", 1)
+            .await?;
+        world.kill_host()?;
+        assert!(
+            other.get(&CacheKey::value("test", "k")).await.is_some(),
+            "it was told before it was to be"
+        );
+        world.nats.resume()?;
+        world.start_host().await?;
+        until_forgotten(&other, "k").await?;
+        stop.now();
+        Ok(())
+    }
+);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_listener_goes_on_where_it_was_and_is_told_of_a_gap() -> Result<()> {
+async fn a_feed_resumes_at_its_position_and_reports_a_gap() -> Result<()> {
     let mut nats = NatsServer::start().await?;
     let listens = bus(&nats).await?;
     let spec = StreamSpec::new(CACHE_STREAM, &[CACHE_SUBJECTS]);
     listens.ensure_stream(&spec).await?;
     let publish = async |nats: &NatsServer, body: &str| {
-        let message = ToPublish { subject: "oncely.cache.test".into(), headers: Vec::new(), body: body.into() };
+        let message = NewMessage {
+            subject: "oncely.cache.test".into(),
+            headers: Vec::new(),
+            body: body.into(),
+        };
         nats.publish_all(vec![message]).await
     };
     publish(&nats, "before").await?;
     let mut feed = listens.feed(CACHE_STREAM).await?;
-    let mut hear = async || loop {
+    let mut next_message = async || loop {
         // As the host does: what goes wrong is tried again.
         match tokio::time::timeout(PATIENCE, feed.next()).await? {
-            Ok(heard) => return anyhow::Ok(heard),
+            Ok(received) => return anyhow::Ok(received),
             Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
         }
     };
-    let message = |body: &'static str| Heard::Message(Bytes::from_static(body.as_bytes()));
+    let message = |body: &'static str| FeedEvent::Message(Bytes::from_static(body.as_bytes()));
     publish(&nats, "1").await?;
-    assert_eq!(hear().await?, message("1"));
+    assert_eq!(next_message().await?, message("1"));
     nats.kill()?;
     nats.restart().await?;
     publish(&nats, "2").await?;
     publish(&nats, "3").await?;
-    assert_eq!((hear().await?, hear().await?), (message("2"), message("3")));
+    assert_eq!(
+        (next_message().await?, next_message().await?),
+        (message("2"), message("3"))
+    );
     // What was published meanwhile is gone by the time it listens again.
     nats.kill()?;
     nats.restart().await?;
@@ -145,21 +201,26 @@ async fn a_listener_goes_on_where_it_was_and_is_told_of_a_gap() -> Result<()> {
     publish(&nats, "4").await?;
     context.get_stream(CACHE_STREAM).await?.purge().await?;
     publish(&nats, "5").await?;
-    let heard = hear().await?;
-    assert!(heard == message("4") || heard == Heard::Gap, "{heard:?}");
+    let received = next_message().await?;
+    assert!(
+        received == message("4") || received == FeedEvent::Gap,
+        "{received:?}"
+    );
     context.delete_stream(CACHE_STREAM).await?;
     listens.ensure_stream(&spec).await?;
     publish(&nats, "6").await?;
     let until_known = async {
         loop {
-            match hear().await? {
-                Heard::Gap => return anyhow::Ok(()),
-                Heard::Message(_) => {}
+            match next_message().await? {
+                FeedEvent::Gap => return anyhow::Ok(()),
+                FeedEvent::Message(_) => {}
             }
         }
     };
-    tokio::time::timeout(PATIENCE, until_known).await.context("the gap is never told of")??;
+    tokio::time::timeout(PATIENCE, until_known)
+        .await
+        .context("the gap is never told of")??;
     publish(&nats, "7").await?;
-    while hear().await? != message("7") {}
+    while next_message().await? != message("7") {}
     Ok(())
 }

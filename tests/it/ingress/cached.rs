@@ -12,60 +12,100 @@ fn cached(terms: &str) -> Result<String> {
 }
 
 async fn read(url: &str, caller: &str) -> Result<(Value, String)> {
-    let answer = send(reqwest::Client::new().get(url).header("Authorization", caller)).await?;
+    let answer = send(
+        reqwest::Client::new()
+            .get(url)
+            .header("Authorization", caller),
+    )
+    .await?;
     assert_eq!(answer.status, StatusCode::OK, "{answer:?}");
-    Ok((answer.json()?["rows"].clone(), answer.header("cache-status").unwrap_or_default().to_owned()))
+    Ok((
+        answer.json()?["rows"].clone(),
+        answer.header("cache-status").unwrap_or_default().to_owned(),
+    ))
 }
 
 fn write(event: &str, invalidates: bool) -> Value {
-    let steps = if invalidates { json!(["effect", "invalidate"]) } else { json!(["effect"]) };
+    let steps = if invalidates {
+        json!(["effect", "invalidate"])
+    } else {
+        json!(["effect"])
+    };
     json!({ "event": event, "do": steps })
 }
 
 const HIT: &str = "oncely; hit; detail=local";
 const MISS: &str = "oncely; fwd=miss";
 
-both!(what_was_read_is_given_again_until_a_writer_invalidates_it, |kind: Kind| async move {
-    let world = World::start(kind, &cached("cache = \"1h\"")?).await?;
-    let url = format!("{}/events/e", world.requests()?);
-    let found = |rows: i64, status: &str| (json!(rows), status.to_owned());
-    assert_eq!(read(&url, "a").await?, found(0, MISS));
-    assert_eq!(read(&url, "a").await?, found(0, HIT));
-    // What a request that fails invalidates stays valid.
-    let failed = json!({ "event": "e", "do": ["effect", "invalidate"], "status": 409 });
-    assert_eq!(post(&world, "failed", &failed).await?.status, StatusCode::CONFLICT);
-    post(&world, "quiet", &write("e", false)).await?;
-    assert_eq!(read(&url, "a").await?, found(0, HIT));
-    post(&world, "told", &write("e", true)).await?;
-    assert_eq!(read(&url, "a").await?, found(4, MISS));
-    assert_eq!(read(&url, "a").await?, found(4, HIT));
-    // Another caller, and another query, read for themselves.
-    assert_eq!(read(&url, "b").await?, found(4, MISS));
-    assert_eq!(read(&format!("{url}?x"), "a").await?, found(4, MISS));
-    let head = send(reqwest::Client::new().head(&url).header("Authorization", "a")).await?;
-    assert_eq!((head.header("cache-status"), head.body.len()), (Some(HIT), 0));
-    // What is not found, or fails, is not kept.
-    let wrote = format!("{url}?write");
-    for _ in 0..2 {
-        let failed = send(reqwest::Client::new().get(&wrote)).await?;
-        assert_eq!((failed.status.as_u16(), failed.header("cache-status")), (500, Some(MISS)));
+both!(
+    a_read_is_cached_until_a_writer_invalidates_it,
+    |kind: Kind| async move {
+        let world = World::start(kind, &cached("cache = \"1h\"")?).await?;
+        let url = format!("{}/events/e", world.ingress_url()?);
+        let found = |rows: i64, status: &str| (json!(rows), status.to_owned());
+        assert_eq!(read(&url, "a").await?, found(0, MISS));
+        assert_eq!(read(&url, "a").await?, found(0, HIT));
+        // What a request that fails invalidates stays valid.
+        let failed = json!({ "event": "e", "do": ["effect", "invalidate"], "status": 409 });
+        assert_eq!(
+            post(&world, "failed", &failed).await?.status,
+            StatusCode::CONFLICT
+        );
+        post(&world, "quiet", &write("e", false)).await?;
+        assert_eq!(read(&url, "a").await?, found(0, HIT));
+        post(&world, "told", &write("e", true)).await?;
+        assert_eq!(read(&url, "a").await?, found(4, MISS));
+        assert_eq!(read(&url, "a").await?, found(4, HIT));
+        // Another caller, and another query, read for themselves.
+        assert_eq!(read(&url, "b").await?, found(4, MISS));
+        assert_eq!(read(&format!("{url}?x"), "a").await?, found(4, MISS));
+        let head = send(
+            reqwest::Client::new()
+                .head(&url)
+                .header("Authorization", "a"),
+        )
+        .await?;
+        assert_eq!(
+            (head.header("cache-status"), head.body.len()),
+            (Some(HIT), 0)
+        );
+        // What is not found, or fails, is not kept.
+        let wrote = format!("{url}?write");
+        for _ in 0..2 {
+            let failed = send(reqwest::Client::new().get(&wrote)).await?;
+            assert_eq!(
+                (failed.status.as_u16(), failed.header("cache-status")),
+                (500, Some(MISS))
+            );
+        }
+        Ok(())
     }
-    Ok(())
-});
+);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_for_everyone_is_read_once_for_all_callers() -> Result<()> {
-    let world = World::start(Kind::Sqlite, &cached("cache = \"1h\"\ncache_for = \"everyone\"")?).await?;
-    let url = format!("{}/events/e", world.requests()?);
+async fn cache_for_everyone_reads_once_for_all_callers() -> Result<()> {
+    let world = World::start(
+        Kind::Sqlite,
+        &cached("cache = \"1h\"\ncache_scope = \"shared\"")?,
+    )
+    .await?;
+    let url = format!("{}/events/e", world.ingress_url()?);
     let readers = (0..50).map(|n| {
         let url = url.clone();
         async move { read(&url, &format!("caller {n}")).await }
     });
-    let all: Vec<_> = futures::future::join_all(readers).await.into_iter().collect::<Result<_>>()?;
+    let all: Vec<_> = futures::future::join_all(readers)
+        .await
+        .into_iter()
+        .collect::<Result<_>>()?;
     assert!(all.iter().all(|(rows, _)| *rows == json!(0)), "{all:?}");
     assert_eq!(read(&url, "one more").await?.1, HIT);
     let text = support::metrics::scrape(&world).await?;
-    assert_eq!(support::metrics::value(&text, r#"oncely_cache_misses_total{worker="test"}"#), Some(1.0), "{text}");
+    assert_eq!(
+        support::metrics::value(&text, r#"oncely_cache_misses_total{worker="test"}"#),
+        Some(1.0),
+        "{text}"
+    );
     Ok(())
 }
 
@@ -73,7 +113,7 @@ async fn what_is_for_everyone_is_read_once_for_all_callers() -> Result<()> {
 async fn a_write_on_one_host_is_seen_on_the_other() -> Result<()> {
     let world = World::start(Kind::Postgres, &cached("cache = \"1h\"")?).await?;
     let rival = RunningHost::start(&world, "rival").await?;
-    let there = format!("{}/events/e", rival.requests()?);
+    let there = format!("{}/events/e", rival.ingress_url()?);
     assert_eq!(read(&there, "a").await?.1, MISS);
     assert_eq!(read(&there, "a").await?.1, HIT);
     post(&world, "told", &write("e", true)).await?;

@@ -4,25 +4,34 @@ use support::metrics;
 
 use super::*;
 
-both!(a_key_is_needed_where_the_route_says_so, |kind: Kind| async move {
-    let world = World::start(kind, &manifest("")?).await?;
-    let url = format!("{}/do/it", world.requests()?);
-    let client = reqwest::Client::new();
-    for request in [client.post(&url), client.patch(&url)] {
-        let missing = send(request.json(&everything("e"))).await?;
-        assert_eq!((missing.status.as_u16(), missing.code().as_str()), (400, "idempotency-key-missing"));
+both!(
+    a_key_is_required_unless_the_route_says_otherwise,
+    |kind: Kind| async move {
+        let world = World::start(kind, &manifest("")?).await?;
+        let url = format!("{}/do/it", world.ingress_url()?);
+        let client = reqwest::Client::new();
+        for request in [client.post(&url), client.patch(&url)] {
+            let missing = send(request.json(&everything("e"))).await?;
+            assert_eq!(
+                (missing.status.as_u16(), missing.code().as_str()),
+                (400, "idempotency-key-missing")
+            );
+        }
+        // These are idempotent by what they mean.
+        for request in [client.put(&url), client.delete(&url)] {
+            assert_eq!(
+                send(request.json(&everything("e"))).await?.status,
+                StatusCode::OK
+            );
+        }
+        assert_eq!(effects(&world, "e").await?, (2, 4));
+        Ok(())
     }
-    // These are idempotent by what they mean.
-    for request in [client.put(&url), client.delete(&url)] {
-        assert_eq!(send(request.json(&everything("e"))).await?.status, StatusCode::OK);
-    }
-    assert_eq!(effects(&world, "e").await?, (2, 4));
-    Ok(())
-});
+);
 
 both!(a_route_may_do_without_keys, |kind: Kind| async move {
     let world = World::start(kind, &manifest("idempotency_key = \"optional\"")?).await?;
-    let url = format!("{}/do/it", world.requests()?);
+    let url = format!("{}/do/it", world.ingress_url()?);
     for _ in 0..2 {
         let answer = send(reqwest::Client::new().post(&url).json(&everything("e"))).await?;
         assert_eq!(answer.status, StatusCode::OK);
@@ -36,9 +45,18 @@ both!(a_malformed_key_is_refused, |kind: Kind| async move {
     let world = World::start(kind, &manifest("")?).await?;
     for key in ["", "\"\"", "\"open", &"x".repeat(256)] {
         let refused = post(&world, key, &everything("e")).await?;
-        assert_eq!((refused.status.as_u16(), refused.code().as_str()), (400, "idempotency-key-invalid"), "{key}");
+        assert_eq!(
+            (refused.status.as_u16(), refused.code().as_str()),
+            (400, "idempotency-key-invalid"),
+            "{key}"
+        );
     }
-    assert_eq!(post(&world, &"x".repeat(255), &everything("e")).await?.status, StatusCode::OK);
+    assert_eq!(
+        post(&world, &"x".repeat(255), &everything("e"))
+            .await?
+            .status,
+        StatusCode::OK
+    );
     assert_eq!(effects(&world, "e").await?, (1, 2));
     Ok(())
 });
@@ -47,106 +65,165 @@ both!(a_key_belongs_to_one_request, |kind: Kind| async move {
     let world = World::start(kind, &manifest("")?).await?;
     post(&world, "key", &everything("e")).await?;
     let client = reqwest::Client::new();
-    let url = |path: &str| Ok::<_, anyhow::Error>(format!("{}{path}", world.requests()?));
+    let url = |path: &str| Ok::<_, anyhow::Error>(format!("{}{path}", world.ingress_url()?));
     let body = everything("e").to_string();
     let with_key = |request: reqwest::RequestBuilder| request.header("Idempotency-Key", "key");
-    let json_type = |request: reqwest::RequestBuilder| request.header("Content-Type", "application/json");
+    let json_type =
+        |request: reqwest::RequestBuilder| request.header("Content-Type", "application/json");
     let others = [
         json_type(client.post(url("/do/it")?)).body(everything("other").to_string()),
         json_type(client.post(url("/do/it?more")?)).body(body.clone()),
         json_type(client.post(url("/do/other")?)).body(body.clone()),
         json_type(client.put(url("/do/it")?)).body(body.clone()),
-        client.post(url("/do/it")?).header("Content-Type", "text/plain").body(body.clone()),
+        client
+            .post(url("/do/it")?)
+            .header("Content-Type", "text/plain")
+            .body(body.clone()),
     ];
     for other in others {
         let refused = send(with_key(other)).await?;
-        assert_eq!((refused.status.as_u16(), refused.code().as_str()), (422, "idempotency-key-reused"));
+        assert_eq!(
+            (refused.status.as_u16(), refused.code().as_str()),
+            (422, "idempotency-key-reused")
+        );
     }
     // Headers that say nothing of the operation may differ.
-    let same = with_key(json_type(client.post(url("/do/it")?))).header("User-Agent", "another").body(body);
+    let same = with_key(json_type(client.post(url("/do/it")?)))
+        .header("User-Agent", "another")
+        .body(body);
     assert!(send(same).await?.replayed());
     assert_eq!(effects(&world, "e").await?, (1, 2));
     assert_eq!(effects(&world, "other").await?, (0, 0));
     Ok(())
 });
 
-both!(a_key_is_its_callers_own, |kind: Kind| async move {
+both!(keys_are_scoped_to_their_caller, |kind: Kind| async move {
     let world = World::start(kind, &manifest("")?).await?;
-    let url = format!("{}/do/it", world.requests()?);
+    let url = format!("{}/do/it", world.ingress_url()?);
     for caller in ["Bearer alice", "Bearer bob", "Bearer alice"] {
-        let request = reqwest::Client::new().post(&url).header("Authorization", caller);
-        send(request.header("Idempotency-Key", "key").json(&everything("e"))).await?;
+        let request = reqwest::Client::new()
+            .post(&url)
+            .header("Authorization", caller);
+        send(
+            request
+                .header("Idempotency-Key", "key")
+                .json(&everything("e")),
+        )
+        .await?;
     }
     assert_eq!(effects(&world, "e").await?, (2, 4));
     Ok(())
 });
 
-both!(of_two_at_the_same_instant_one_runs_and_the_other_waits_for_its_answer, |kind: Kind| async move {
-    let world = World::start(kind, &manifest("wait = \"10s\"")?).await?;
-    let slow = json!({ "event": "e", "do": ["effect", "slow"], "ms": 100 });
-    let answers = futures::future::join_all((0..20).map(|_| post(&world, "key", &slow))).await;
-    let answers: Vec<Answer> = answers.into_iter().collect::<Result<_>>()?;
-    assert!(answers.iter().all(|answer| answer.lasting() == answers[0].lasting()), "{answers:?}");
-    assert_eq!(answers.iter().filter(|answer| !answer.replayed()).count(), 1);
-    assert_eq!(effects(&world, "e").await?, (1, 2));
-    Ok(())
-});
+both!(
+    concurrent_requests_with_one_key_share_one_response,
+    |kind: Kind| async move {
+        let world = World::start(kind, &manifest("wait = \"10s\"")?).await?;
+        let slow = json!({ "event": "e", "do": ["effect", "slow"], "ms": 100 });
+        let answers = futures::future::join_all((0..20).map(|_| post(&world, "key", &slow))).await;
+        let answers: Vec<TestResponse> = answers.into_iter().collect::<Result<_>>()?;
+        assert!(
+            answers
+                .iter()
+                .all(|answer| answer.stable_parts() == answers[0].stable_parts()),
+            "{answers:?}"
+        );
+        assert_eq!(
+            answers.iter().filter(|answer| !answer.replayed()).count(),
+            1
+        );
+        assert_eq!(effects(&world, "e").await?, (1, 2));
+        Ok(())
+    }
+);
 
-both!(one_that_takes_longer_than_it_is_waited_for_is_said_to_be_in_progress, |kind: Kind| async move {
-    let world = World::start(kind, &manifest("wait = \"20ms\"")?).await?;
-    let slow = json!({ "event": "e", "do": ["effect", "slow"], "ms": 400 });
-    let first = tokio::spawn({
-        let (url, slow) = (format!("{}/do/it", world.requests()?), slow.clone());
-        async move { send(reqwest::Client::new().post(url).header("Idempotency-Key", "key").json(&slow)).await }
-    });
-    in_flight(&world).await?;
-    let mut codes = Vec::new();
-    while !first.is_finished() {
-        // Another request is told so before it is told to wait.
-        let other = post(&world, "key", &everything("other")).await?;
-        let same = post(&world, "key", &slow).await?;
-        if same.status == StatusCode::CONFLICT {
-            assert_eq!(same.header("retry-after"), Some("1"), "{same:?}");
-            codes.push((other.code(), same.code()));
+both!(
+    a_request_longer_than_wait_is_reported_in_progress,
+    |kind: Kind| async move {
+        let world = World::start(kind, &manifest("wait = \"20ms\"")?).await?;
+        let slow = json!({ "event": "e", "do": ["effect", "slow"], "ms": 400 });
+        let first = tokio::spawn({
+            let (url, slow) = (format!("{}/do/it", world.ingress_url()?), slow.clone());
+            async move {
+                send(
+                    reqwest::Client::new()
+                        .post(url)
+                        .header("Idempotency-Key", "key")
+                        .json(&slow),
+                )
+                .await
+            }
+        });
+        in_flight(&world).await?;
+        let mut codes = Vec::new();
+        while !first.is_finished() {
+            // Another request is told so before it is told to wait.
+            let other = post(&world, "key", &everything("other")).await?;
+            let same = post(&world, "key", &slow).await?;
+            if same.status == StatusCode::CONFLICT {
+                assert_eq!(same.header("retry-after"), Some("1"), "{same:?}");
+                codes.push((other.code(), same.code()));
+            }
         }
+        assert_eq!(first.await??.status, StatusCode::OK);
+        let problem = (
+            "idempotency-key-reused".to_owned(),
+            "request-in-progress".to_owned(),
+        );
+        assert!(codes.contains(&problem), "{codes:?}");
+        assert!(post(&world, "key", &slow).await?.replayed());
+        assert_eq!(effects(&world, "e").await?, (1, 2));
+        Ok(())
     }
-    assert_eq!(first.await??.status, StatusCode::OK);
-    let told = ("idempotency-key-reused".to_owned(), "request-in-progress".to_owned());
-    assert!(codes.contains(&told), "{codes:?}");
-    assert!(post(&world, "key", &slow).await?.replayed());
-    assert_eq!(effects(&world, "e").await?, (1, 2));
-    Ok(())
-});
+);
 
-both!(a_key_is_forgotten_after_its_window, |kind: Kind| async move {
-    let world = World::start(kind, &manifest("")?).await?;
-    post(&world, "key", &everything("e")).await?;
-    let past = match kind {
-        Kind::Sqlite => "update oncely.request set expires_at = 0",
-        _ => "update oncely.request set expires_at = 'epoch'",
-    };
-    world.database.execute(past).await?;
-    let again = post(&world, "key", &everything("e")).await?;
-    assert!(!again.replayed());
-    assert_eq!(effects(&world, "e").await?, (2, 4));
-    assert!(post(&world, "key", &everything("e")).await?.replayed());
-    Ok(())
-});
+both!(
+    a_key_is_forgotten_after_its_window,
+    |kind: Kind| async move {
+        let world = World::start(kind, &manifest("")?).await?;
+        post(&world, "key", &everything("e")).await?;
+        let past = match kind {
+            Kind::Sqlite => "update oncely.request set expires_at = 0",
+            _ => "update oncely.request set expires_at = 'epoch'",
+        };
+        world.database.execute(past).await?;
+        let again = post(&world, "key", &everything("e")).await?;
+        assert!(!again.replayed());
+        assert_eq!(effects(&world, "e").await?, (2, 4));
+        assert!(post(&world, "key", &everything("e")).await?.replayed());
+        Ok(())
+    }
+);
 
 /// Two hosts on one database: what the one handles, the other knows.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn other_hosts_know_what_is_in_flight() -> Result<()> {
+async fn requests_in_flight_are_known_to_other_hosts() -> Result<()> {
     use support::production::RunningHost;
 
     let world = World::start(Kind::Postgres, &manifest("wait = \"20ms\"")?).await?;
     let rival = RunningHost::start(&world, "rival").await?;
     let slow = json!({ "event": "e", "do": ["effect", "slow"], "ms": 400 });
     let first = tokio::spawn({
-        let (url, slow) = (format!("{}/do/it", world.requests()?), slow.clone());
-        async move { send(reqwest::Client::new().post(url).header("Idempotency-Key", "key").json(&slow)).await }
+        let (url, slow) = (format!("{}/do/it", world.ingress_url()?), slow.clone());
+        async move {
+            send(
+                reqwest::Client::new()
+                    .post(url)
+                    .header("Idempotency-Key", "key")
+                    .json(&slow),
+            )
+            .await
+        }
     });
-    let there = format!("{}/do/it", rival.requests()?);
-    let ask = |what: &Value| send(reqwest::Client::new().post(&there).header("Idempotency-Key", "key").json(what));
+    let there = format!("{}/do/it", rival.ingress_url()?);
+    let ask = |what: &Value| {
+        send(
+            reqwest::Client::new()
+                .post(&there)
+                .header("Idempotency-Key", "key")
+                .json(what),
+        )
+    };
     let claims = "select count(*) from pg_locks where locktype = 'advisory' and objsubid = 2";
     world.until(claims, 1).await?;
     let mut codes = Vec::new();
@@ -157,8 +234,11 @@ async fn other_hosts_know_what_is_in_flight() -> Result<()> {
         }
     }
     assert_eq!(first.await??.status, StatusCode::OK);
-    let told = ("idempotency-key-reused".to_owned(), "request-in-progress".to_owned());
-    assert!(codes.contains(&told), "{codes:?}");
+    let problem = (
+        "idempotency-key-reused".to_owned(),
+        "request-in-progress".to_owned(),
+    );
+    assert!(codes.contains(&problem), "{codes:?}");
     let again = ask(&slow).await?;
     assert!(again.replayed(), "{again:?}");
     assert_eq!(effects(&world, "e").await?, (1, 2));

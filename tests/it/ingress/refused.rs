@@ -5,39 +5,57 @@ use support::world;
 use super::*;
 
 fn publish(world: &World, key: &str, subject: &str) -> Result<reqwest::RequestBuilder> {
-    let url = format!("{}/publish/{subject}", world.requests()?);
-    Ok(reqwest::Client::new().post(url).header("Idempotency-Key", key))
+    let url = format!("{}/publish/{subject}", world.ingress_url()?);
+    Ok(reqwest::Client::new()
+        .post(url)
+        .header("Idempotency-Key", key))
 }
 
 /// The largest message that the test's server takes.
 const MAX_PAYLOAD: usize = 1 << 20;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_message_that_could_never_be_published_is_refused_before_its_key_is_claimed() -> Result<()> {
+async fn an_unpublishable_message_is_refused_before_its_key_claim() -> Result<()> {
     let mut world = World::without_host(Kind::Sqlite, &world::manifest("")?).await?;
-    world.host_env = vec![("ONCELY_HTTP_PUBLISH".to_owned(), "out.>,nowhere.>".to_owned())];
+    world.host_env = vec![(
+        "ONCELY_HTTP_PUBLISH".to_owned(),
+        "out.>,nowhere.>".to_owned(),
+    )];
     world.start_host().await?;
     let long = "x".repeat(7_000);
-    for (name, headers, body) in
-        [("body", 0, MAX_PAYLOAD), ("id", 0, MAX_PAYLOAD - 10), ("headers", 3, MAX_PAYLOAD - 3 * 7_000)]
-    {
+    for (name, headers, body) in [
+        ("body", 0, MAX_PAYLOAD),
+        ("id", 0, MAX_PAYLOAD - 10),
+        ("headers", 3, MAX_PAYLOAD - 3 * 7_000),
+    ] {
         let mut request = publish(&world, name, "out.a")?;
         for n in 0..headers {
             request = request.header(format!("X-Message-H{n}"), &long);
         }
         let answer = send(request.body(vec![b'x'; body])).await?;
-        assert_eq!((answer.status.as_u16(), answer.code().as_str()), (413, "body-too-large"), "{name}: {answer:?}");
+        assert_eq!(
+            (answer.status.as_u16(), answer.code().as_str()),
+            (413, "body-too-large"),
+            "{name}: {answer:?}"
+        );
     }
     // The keys are free for another message, and the largest one goes through.
-    let answer = send(publish(&world, "body", "out.a")?.body(vec![b'x'; MAX_PAYLOAD - 400])).await?;
+    let answer =
+        send(publish(&world, "body", "out.a")?.body(vec![b'x'; MAX_PAYLOAD - 400])).await?;
     assert_eq!(answer.status, StatusCode::ACCEPTED, "{answer:?}");
     stored(&world, 1).await?;
-    assert_eq!(world.database.number("select count(*) from oncely.outbox where set_aside_at is not null").await?, 0);
+    assert_eq!(
+        world
+            .database
+            .number("select count(*) from oncely.outbox where parked_at is not null")
+            .await?,
+        0
+    );
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_message_to_no_stream_is_refused_until_there_is_one() -> Result<()> {
+async fn a_subject_without_a_stream_is_refused_until_it_has_one() -> Result<()> {
     let world = World::start(Kind::Sqlite, &world::manifest("")?).await?;
     // The host lets `in.>` and `out.>` be published to.
     world.nats.delete_stream("OUT").await?;
@@ -48,8 +66,15 @@ async fn a_message_to_no_stream_is_refused_until_there_is_one() -> Result<()> {
             break answer;
         }
     };
-    assert_eq!((answer.status.as_u16(), answer.code().as_str()), (404, "no-stream"), "{answer:?}");
-    world.nats.make_stream("OUT", "out.>", Duration::from_secs(120)).await?;
+    assert_eq!(
+        (answer.status.as_u16(), answer.code().as_str()),
+        (404, "no-stream"),
+        "{answer:?}"
+    );
+    world
+        .nats
+        .make_stream("OUT", "out.>", Duration::from_secs(120))
+        .await?;
     tokio::time::sleep(Duration::from_secs(1)).await;
     let answer = send(publish(&world, "k2", "out.a")?.body("x")).await?;
     assert_eq!(answer.status, StatusCode::ACCEPTED, "{answer:?}");
@@ -57,48 +82,72 @@ async fn a_message_to_no_stream_is_refused_until_there_is_one() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_request_that_changes_nothing_needs_no_key_whatever_it_sends() -> Result<()> {
+async fn safe_methods_ignore_the_idempotency_key() -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("")?).await?;
-    let url = format!("{}/do/it", world.requests()?);
+    let url = format!("{}/do/it", world.ingress_url()?);
     let long = "k".repeat(300);
     for key in ["\"abc", "", &long] {
         for method in [reqwest::Method::GET, reqwest::Method::HEAD] {
-            let request = reqwest::Client::new().request(method.clone(), &url).header("Idempotency-Key", key);
+            let request = reqwest::Client::new()
+                .request(method.clone(), &url)
+                .header("Idempotency-Key", key);
             let answer = send(request).await?;
-            assert_ne!(answer.status.as_u16(), 400, "{method} with `{key}`: {answer:?}");
+            assert_ne!(
+                answer.status.as_u16(),
+                400,
+                "{method} with `{key}`: {answer:?}"
+            );
         }
-        let answer = send(reqwest::Client::new().post(&url).header("Idempotency-Key", key).body("{}")).await?;
-        assert_eq!((answer.status.as_u16(), answer.code().as_str()), (400, "idempotency-key-invalid"));
+        let answer = send(
+            reqwest::Client::new()
+                .post(&url)
+                .header("Idempotency-Key", key)
+                .body("{}"),
+        )
+        .await?;
+        assert_eq!(
+            (answer.status.as_u16(), answer.code().as_str()),
+            (400, "idempotency-key-invalid")
+        );
     }
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_route_without_methods_takes_those_of_http_alone() -> Result<()> {
+async fn a_route_without_methods_accepts_standard_methods_only() -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("")?).await?;
     for method in ["TRACE", "CONNECT", "BREW", "get"] {
-        let target = if method == "CONNECT" { "a:80" } else { "/do/it" };
-        let request = format!("{method} {target} HTTP/1.1\r\nHost: a:80\r\nConnection: close\r\n\r\n");
+        let target = if method == "CONNECT" {
+            "a:80"
+        } else {
+            "/do/it"
+        };
+        let request =
+            format!("{method} {target} HTTP/1.1\r\nHost: a:80\r\nConnection: close\r\n\r\n");
         let (status, answer) = send_raw(&world, request.as_bytes()).await?;
         assert!([400, 404, 405].contains(&status), "{method}: {answer}");
     }
-    let options =
-        send(reqwest::Client::new().request(reqwest::Method::OPTIONS, format!("{}/do/it", world.requests()?)));
+    let options = send(reqwest::Client::new().request(
+        reqwest::Method::OPTIONS,
+        format!("{}/do/it", world.ingress_url()?),
+    ));
     assert_ne!(options.await?.status.as_u16(), 405);
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_rest_may_be_empty_and_an_escape_is_no_other_path() -> Result<()> {
+async fn a_wildcard_may_be_empty_and_an_escape_is_the_same_path() -> Result<()> {
     let routes = manifest("")?.replace("path = \"/do/{*what}\"", "path = \"/{*what}\"")
-        + "\n[[worker.route]]\npath = \"/all/{event}\"\nmethods = [\"GET\"]\ncache = \"1h\"\ncache_for = \"everyone\"\n";
+        + "\n[[worker.route]]\npath = \"/all/{event}\"\nmethods = [\"GET\"]\ncache = \"1h\"\ncache_scope = \"shared\"\n";
     let world = World::start(Kind::Sqlite, &routes).await?;
     let get = |path: &str| {
-        let url = world.requests().map(|base| format!("{base}{path}"));
+        let url = world.ingress_url().map(|base| format!("{base}{path}"));
         async move { send(reqwest::Client::new().get(url?)).await }
     };
     assert_ne!(get("/").await?.status.as_u16(), 404);
-    let ask = |path: &str| format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").into_bytes();
+    let ask = |path: &str| {
+        format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").into_bytes()
+    };
     let (_, answer) = send_raw(&world, &ask("/all/7?echo")).await?;
     assert!(answer.contains("fwd=miss"), "{answer}");
     for same in ["/all/%37?echo", "/all/7?%65cho", "/%61ll/7?echo"] {

@@ -12,60 +12,91 @@ async fn host_with(settings: &[(&str, &str)]) -> Result<World> {
 }
 
 async fn connect(url: &str, bytes: &[u8]) -> Result<TcpStream> {
-    let mut stream = TcpStream::connect(url.replace("http://", "")).await.context("connect to the host")?;
+    let mut stream = TcpStream::connect(url.replace("http://", ""))
+        .await
+        .context("connect to the host")?;
     stream.write_all(bytes).await.context("send bytes")?;
     Ok(stream)
 }
 
 /// The head of a request with a key and a body of this length.
 fn head(key: &str, length: usize) -> String {
-    format!("POST /do/it HTTP/1.1\r\nHost: a\r\nIdempotency-Key: {key}\r\nContent-Length: {length}\r\n\r\n")
+    format!(
+        "POST /do/it HTTP/1.1\r\nHost: a\r\nIdempotency-Key: {key}\r\nContent-Length: {length}\r\n\r\n"
+    )
 }
 
 /// The status of the next answer.
 async fn status(stream: &mut TcpStream) -> Result<u16> {
     let mut answer = Vec::new();
     while !answer.windows(4).any(|end| end == b"\r\n\r\n") {
-        let read = tokio::time::timeout(PATIENCE, stream.read_buf(&mut answer)).await?.context("read an answer")?;
+        let read = tokio::time::timeout(PATIENCE, stream.read_buf(&mut answer))
+            .await?
+            .context("read an answer")?;
         ensure!(read > 0, "the connection was closed");
     }
     let answer = String::from_utf8_lossy(&answer).into_owned();
-    answer.split(' ').nth(1).and_then(|status| status.parse().ok()).with_context(|| format!("read `{answer}`"))
+    answer
+        .split(' ')
+        .nth(1)
+        .and_then(|status| status.parse().ok())
+        .with_context(|| format!("read `{answer}`"))
 }
 
 /// Waits until the host closes a connection without an answer.
 async fn closed(stream: &mut TcpStream) -> Result<()> {
     let mut rest = Vec::new();
-    let _ = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut rest)).await.context("it is still open")?;
-    ensure!(rest.is_empty(), "it answered {}", String::from_utf8_lossy(&rest));
+    let _ = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut rest))
+        .await
+        .context("it is still open")?;
+    ensure!(
+        rest.is_empty(),
+        "it answered {}",
+        String::from_utf8_lossy(&rest)
+    );
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn http_timeouts_end_slow_heads_slow_bodies_and_idle_connections() -> Result<()> {
-    let settings = [("HTTP_HEAD_TIMEOUT", "300ms"), ("HTTP_BODY_TIMEOUT", "300ms"), ("HTTP_IDLE_TIMEOUT", "400ms")];
+async fn http_timeouts_end_slow_heads_bodies_and_idle_connections() -> Result<()> {
+    let settings = [
+        ("HTTP_HEAD_TIMEOUT", "300ms"),
+        ("HTTP_BODY_TIMEOUT", "300ms"),
+        ("HTTP_IDLE_TIMEOUT", "400ms"),
+    ];
     let world = host_with(&settings).await?;
-    let requests = world.requests()?;
+    let requests = world.ingress_url()?;
     let mut silent = connect(&requests, b"").await?;
     let mut half = connect(&requests, b"POST /do/it HTTP/1.1\r\nHost: a\r\nX-").await?;
     let mut slow = connect(&requests, (head("slow", 100) + "{").as_bytes()).await?;
     let what = everything("e").to_string();
     let mut idle = connect(&requests, (head("idle", what.len()) + &what).as_bytes()).await?;
-    assert_eq!((status(&mut slow).await?, status(&mut idle).await?), (408, 200));
+    assert_eq!(
+        (status(&mut slow).await?, status(&mut idle).await?),
+        (408, 200)
+    );
     for stream in [&mut silent, &mut half] {
         closed(stream).await?;
     }
     let mut rest = Vec::new();
-    tokio::time::timeout(PATIENCE, idle.read_to_end(&mut rest)).await?.context("read the rest of an answer")?;
+    tokio::time::timeout(PATIENCE, idle.read_to_end(&mut rest))
+        .await?
+        .context("read the rest of an answer")?;
     assert_eq!(effects(&world, "e").await?, (1, 2));
-    assert_eq!(world.database.number("select count(*) from oncely.request").await?, 1);
+    assert_eq!(
+        world
+            .database
+            .number("select count(*) from oncely.request")
+            .await?,
+        1
+    );
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn http_memory_bounds_unfinished_bodies() -> Result<()> {
     let world = host_with(&[("HTTP_MEMORY", "1MiB")]).await?;
-    let (requests, half) = (world.requests()?, "x".repeat(600 << 10));
+    let (requests, half) = (world.ingress_url()?, "x".repeat(600 << 10));
     let mut first = connect(&requests, (head("first", 700 << 10) + &half).as_bytes()).await?;
     // Whichever of the two the host reads last wants more than the other one left.
     let mut second = connect(&requests, head("second", 700 << 10).as_bytes()).await?;
@@ -82,10 +113,16 @@ async fn http_memory_bounds_unfinished_bodies() -> Result<()> {
         let what = json!({ "event": "e", "do": ["effect"], "say": half });
         match post(&world, "third", &what).await {
             Ok(answer) if answer.status == StatusCode::OK => break,
-            Ok(answer) => assert_eq!((answer.code().as_str(), answer.header("retry-after")), ("busy", Some("1"))),
+            Ok(answer) => assert_eq!(
+                (answer.code().as_str(), answer.header("retry-after")),
+                ("busy", Some("1"))
+            ),
             Err(_) => {}
         }
-        ensure!(Instant::now() < end, "the memory of a connection that is gone is still taken");
+        ensure!(
+            Instant::now() < end,
+            "the memory of a connection that is gone is still taken"
+        );
     }
     assert_eq!(effects(&world, "e").await?, (1, 2));
     Ok(())
@@ -93,35 +130,68 @@ async fn http_memory_bounds_unfinished_bodies() -> Result<()> {
 
 /// 140 connections and 128 files: the control API keeps a share of its own, and at each listener idle connections make way.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn idle_connections_beyond_the_file_limit_leave_the_host_answerable() -> Result<()> {
+async fn idle_connections_over_the_file_limit_do_not_block_the_host() -> Result<()> {
     let mut world = World::without_host(Kind::Sqlite, &manifest("")?).await?;
     let script = world.folder.path().join("limited");
     let program = guests::oncely()?;
-    std::fs::write(&script, format!("#!/bin/sh\nulimit -n 128\nexec '{}' \"$@\"\n", program.display()))?;
+    std::fs::write(
+        &script,
+        format!(
+            "#!/bin/sh\nulimit -n 128\nexec '{}' \"$@\"\n",
+            program.display()
+        ),
+    )?;
     std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
     world.program = Some(script);
     world.start_host().await?;
-    let (requests, control) = (world.requests()?, world.control()?);
+    let (requests, control) = (world.ingress_url()?, world.control_url()?);
     let mut open = Vec::new();
     for url in [&requests, &control] {
         for number in 0..140 {
-            let bytes: &[u8] = if number % 2 == 0 { b"" } else { b"GET /livez HTTP/1.1\r\nHost: a\r\nX-" };
+            let bytes: &[u8] = if number % 2 == 0 {
+                b""
+            } else {
+                b"GET /livez HTTP/1.1\r\nHost: a\r\nX-"
+            };
             open.push(connect(url, bytes).await?);
         }
-        let client = reqwest::Client::builder().timeout(Duration::from_secs(10)).build()?;
+        let client = reqwest::Client::builder()
+            .timeout(Duration::from_secs(10))
+            .build()?;
         let began = Instant::now();
-        let alive = client.get(format!("{control}/livez")).send().await.context("ask whether it is alive")?;
+        let alive = client
+            .get(format!("{control}/livez"))
+            .send()
+            .await
+            .context("ask whether it is alive")?;
         assert_eq!(alive.status(), StatusCode::OK);
-        let ready = client.get(format!("{control}/readyz")).send().await.context("ask whether it is ready")?;
+        let ready = client
+            .get(format!("{control}/readyz"))
+            .send()
+            .await
+            .context("ask whether it is ready")?;
         assert_eq!(ready.status(), StatusCode::OK, "{}", ready.text().await?);
-        assert!(began.elapsed() < Duration::from_secs(5), "it took {:?}", began.elapsed());
+        assert!(
+            began.elapsed() < Duration::from_secs(5),
+            "it took {:?}",
+            began.elapsed()
+        );
         let event = format!("e{}", open.len());
-        assert_eq!(post(&world, &event, &everything(&event)).await?.status, StatusCode::OK);
+        assert_eq!(
+            post(&world, &event, &everything(&event)).await?.status,
+            StatusCode::OK
+        );
         assert_eq!(effects(&world, &event).await?, (1, 2));
     }
     let pid = world.host_pid().context("find the host")?;
-    let files = std::fs::read_dir(format!("/proc/{pid}/fd")).context("count its files")?.count();
+    let files = std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .context("count its files")?
+        .count();
     assert!(files < 128, "{files}");
-    assert!(!world.host_log().contains("Too many open files"), "{}", world.host_log());
+    assert!(
+        !world.host_log().contains("Too many open files"),
+        "{}",
+        world.host_log()
+    );
     Ok(())
 }

@@ -6,10 +6,10 @@ use serde_json::{Value as Json, json};
 use super::{World, execute, query};
 
 on_every_database!(
-    changed_rows_are_told_before_and_after,
-    what_was_only_read_or_put_back_is_no_change,
-    a_watch_leaves_nothing_behind,
-    what_a_commit_would_be_refused_for_is_told,
+    changed_rows_are_reported_before_and_after,
+    rows_only_read_or_restored_are_no_change,
+    watch_leaves_no_traces_in_the_database,
+    a_deferred_violation_is_reported_before_the_commit,
 );
 
 const TABLES: &str = "create table item (id integer primary key, name text not null, note text);
@@ -26,13 +26,19 @@ const POSTGRES_TRIGGER: &str = "create function counted() returns trigger langua
     create trigger counted after insert on item for each row execute function counted();";
 
 async fn with_tables(world: &World) {
-    let trigger = if world.is_postgres() { POSTGRES_TRIGGER } else { SQLITE_TRIGGER };
-    world.migrate("0001_items.sql", &format!("{TABLES}{trigger}")).await;
+    let trigger = if world.is_postgres() {
+        POSTGRES_TRIGGER
+    } else {
+        SQLITE_TRIGGER
+    };
+    world
+        .migrate("0001_items.sql", &format!("{TABLES}{trigger}"))
+        .await;
 }
 
 async fn watched(world: &World, statements: &[&str]) -> Changes {
     let mut tx = world.begin().await;
-    tx.watch().await.unwrap();
+    tx.track_changes().await.unwrap();
     for statement in statements {
         execute(&mut tx, statement, &[]).await;
     }
@@ -51,20 +57,32 @@ fn as_text(row: Option<Json>) -> Option<Json> {
         Json::Number(number) => Json::from(number.to_string()),
         other => other.clone(),
     };
-    row.map(|row| row.as_object().unwrap().iter().map(|(name, value)| (name.clone(), text(value))).collect())
+    row.map(|row| {
+        row.as_object()
+            .unwrap()
+            .iter()
+            .map(|(name, value)| (name.clone(), text(value)))
+            .collect()
+    })
 }
 
-fn told(changes: &Changes) -> Vec<(String, Option<Json>, Option<Json>)> {
-    let mut told: Vec<_> = changes
+fn change_rows(changes: &Changes) -> Vec<(String, Option<Json>, Option<Json>)> {
+    let mut rows: Vec<_> = changes
         .rows
         .iter()
-        .map(|change| (change.table.clone(), as_text(change.before.clone()), as_text(change.after.clone())))
+        .map(|change| {
+            (
+                change.table.clone(),
+                as_text(change.before.clone()),
+                as_text(change.after.clone()),
+            )
+        })
         .collect();
-    told.sort_by_key(|change| format!("{change:?}"));
-    told
+    rows.sort_by_key(|change| format!("{change:?}"));
+    rows
 }
 
-async fn changed_rows_are_told_before_and_after(world: World) {
+async fn changed_rows_are_reported_before_and_after(world: World) {
     with_tables(&world).await;
     let changes = watched(
         &world,
@@ -79,44 +97,61 @@ async fn changed_rows_are_told_before_and_after(world: World) {
     .await;
     let item = |id: &str, name: &str, note: Json| json!({"id": id, "name": name, "note": note});
     let mut expected = vec![
-        ("item".to_owned(), Some(item("1", "one", Json::Null)), Some(item("1", "one", "newer".into()))),
+        (
+            "item".to_owned(),
+            Some(item("1", "one", Json::Null)),
+            Some(item("1", "one", "newer".into())),
+        ),
         ("item".to_owned(), Some(item("2", "two", "x".into())), None),
         ("item".to_owned(), None, Some(item("4", "four", Json::Null))),
         ("keyless".to_owned(), None, Some(json!({"n": "8"}))),
         // By a trigger.
-        ("tally".to_owned(), Some(json!({"id": "1", "count": "0"})), Some(json!({"id": "1", "count": "1"}))),
+        (
+            "tally".to_owned(),
+            Some(json!({"id": "1", "count": "0"})),
+            Some(json!({"id": "1", "count": "1"})),
+        ),
     ];
     expected.sort_by_key(|change| format!("{change:?}"));
-    assert_eq!(told(&changes), expected);
-    assert_eq!((changes.not_shown, changes.refused), (Vec::new(), None));
-    assert_eq!(world.rows("select count(*) from item where note = 'newer' or id = 4").await, [[0_i64]].map(number));
+    assert_eq!(change_rows(&changes), expected);
+    assert_eq!((changes.omitted, changes.refused), (Vec::new(), None));
+    assert_eq!(
+        world
+            .rows("select count(*) from item where note = 'newer' or id = 4")
+            .await,
+        [[0_i64]].map(number)
+    );
 }
 
 fn number(row: [i64; 1]) -> Vec<oncely::model::sql::Value> {
     row.map(oncely::model::sql::Value::Int64).to_vec()
 }
 
-async fn what_was_only_read_or_put_back_is_no_change(world: World) {
+async fn rows_only_read_or_restored_are_no_change(world: World) {
     with_tables(&world).await;
     let mut tx = world.begin().await;
-    tx.watch().await.unwrap();
-    let lock = if world.is_postgres() { "select * from item for update" } else { "select * from item" };
+    tx.track_changes().await.unwrap();
+    let lock = if world.is_postgres() {
+        "select * from item for update"
+    } else {
+        "select * from item"
+    };
     query(&mut tx, lock, &[]).await;
     execute(&mut tx, "update item set note = 'y' where id = 2", &[]).await;
     execute(&mut tx, "update item set note = 'x' where id = 2", &[]).await;
     execute(&mut tx, "insert into item values (9, 'nine', null)", &[]).await;
     execute(&mut tx, "delete from item where id = 9", &[]).await;
     execute(&mut tx, "update tally set count = 0", &[]).await;
-    assert_eq!(told(&changes(tx).await), []);
+    assert_eq!(change_rows(&changes(tx).await), []);
 }
 
-async fn a_watch_leaves_nothing_behind(world: World) {
+async fn watch_leaves_no_traces_in_the_database(world: World) {
     with_tables(&world).await;
     let first = watched(&world, &["update item set note = 'y' where id = 2"]).await;
     assert_eq!(first.rows.len(), 1);
     // Also one that nobody looked at.
     let mut tx = world.begin().await;
-    tx.watch().await.unwrap();
+    tx.track_changes().await.unwrap();
     execute(&mut tx, "update item set note = 'z' where id = 3", &[]).await;
     tx.rollback().await;
     let mut tx = world.begin().await;
@@ -127,12 +162,12 @@ async fn a_watch_leaves_nothing_behind(world: World) {
     assert_eq!(second.rows[0].before.as_ref().unwrap()["note"], "kept");
     // And nothing can be committed after a look.
     let mut tx = world.begin().await;
-    tx.watch().await.unwrap();
+    tx.track_changes().await.unwrap();
     tx.changes(100).await.unwrap();
     assert!(tx.commit().await.is_err());
 }
 
-async fn what_a_commit_would_be_refused_for_is_told(world: World) {
+async fn a_deferred_violation_is_reported_before_the_commit(world: World) {
     if !world.is_postgres() {
         // SQLite knows only at the commit.
         return;
@@ -142,5 +177,10 @@ async fn what_a_commit_would_be_refused_for_is_told(world: World) {
     world.migrate("0001_tables.sql", tables).await;
     let changes = watched(&world, &["insert into child values (1)"]).await;
     assert_eq!(changes.rows.len(), 1);
-    assert!(changes.refused.unwrap().contains("violates foreign key constraint"));
+    assert!(
+        changes
+            .refused
+            .unwrap()
+            .contains("violates foreign key constraint")
+    );
 }

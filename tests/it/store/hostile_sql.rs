@@ -6,7 +6,7 @@ use oncely::store::{Claimed, StoreError};
 use super::{LIMITS, World, claim, execute, query};
 
 on_every_database!(
-    statements_that_would_leave_the_transaction_are_refused_and_harm_nothing,
+    statements_that_would_leave_the_transaction_are_refused,
     the_platforms_tables_are_out_of_reach,
     no_statement_breaks_the_connection,
 );
@@ -38,21 +38,32 @@ const LEAVING: [&str; 24] = [
     "insert or rollback into t values (1)",
 ];
 
-async fn statements_that_would_leave_the_transaction_are_refused_and_harm_nothing(world: World) {
-    world.migrate("1.sql", "create table t (a integer primary key)").await;
+async fn statements_that_would_leave_the_transaction_are_refused(world: World) {
+    world
+        .migrate("1.sql", "create table t (a integer primary key)")
+        .await;
     let mut tx = world.begin().await;
     claim(&mut tx, "e1", 1).await;
     execute(&mut tx, "insert into t values (1)", &[]).await;
     for statement in LEAVING {
         let result = tx.execute(statement, &[]).await.unwrap();
-        assert!(matches!(result, Err(SqlError::NotAllowed(_))), "{statement}: {result:?}");
+        assert!(
+            matches!(result, Err(SqlError::NotAllowed(_))),
+            "{statement}: {result:?}"
+        );
         let result = tx.query(statement, &[], LIMITS).await.unwrap();
-        assert!(matches!(result, Err(SqlError::NotAllowed(_))), "{statement}: {result:?}");
+        assert!(
+            matches!(result, Err(SqlError::NotAllowed(_))),
+            "{statement}: {result:?}"
+        );
     }
     assert_eq!(query(&mut tx, "select * from t", &[]).await.rows.len(), 1);
     tx.rollback().await;
     assert!(world.rows("select * from t").await.is_empty());
-    assert!(matches!(world.look("e1", 1).await, Claimed::Fresh { .. }));
+    assert!(matches!(
+        world.claim_and_roll_back("e1", 1).await,
+        Claimed::Fresh { .. }
+    ));
 }
 
 async fn the_platforms_tables_are_out_of_reach(world: World) {
@@ -83,9 +94,16 @@ async fn the_platforms_tables_are_out_of_reach(world: World) {
     ];
     let mut tx = world.begin().await;
     claim(&mut tx, "e1", 1).await;
-    for statement in if world.is_postgres() { &postgres[..] } else { &sqlite[..] } {
+    for statement in if world.is_postgres() {
+        &postgres[..]
+    } else {
+        &sqlite[..]
+    } {
         let result = tx.query(statement, &[], LIMITS).await.unwrap();
-        assert!(matches!(result, Err(SqlError::NotAllowed(_))), "{statement}: {result:?}");
+        assert!(
+            matches!(result, Err(SqlError::NotAllowed(_))),
+            "{statement}: {result:?}"
+        );
     }
     tx.commit().await.unwrap();
 }
@@ -112,7 +130,7 @@ async fn no_statement_breaks_the_connection(world: World) {
 
 /// Nothing in the text of a statement shows these.
 #[tokio::test]
-async fn a_transaction_that_sqlite_ended_by_itself_is_refused_and_nothing_is_stored() {
+async fn a_transaction_that_sqlite_rolled_back_is_refused() {
     let world = World::sqlite().await;
     let ddl = "create table t (a integer);
          create table u (a integer unique on conflict rollback);
@@ -123,11 +141,20 @@ async fn a_transaction_that_sqlite_ended_by_itself_is_refused_and_nothing_is_sto
         claim(&mut tx, "e1", 1).await;
         execute(&mut tx, "insert into t values (1)", &[]).await;
         let result = tx.execute(ending, &[]).await.unwrap();
-        assert!(matches!(result, Err(SqlError::ConstraintViolation(_))), "{result:?}");
+        assert!(
+            matches!(result, Err(SqlError::ConstraintViolation(_))),
+            "{result:?}"
+        );
         let next = tx.execute("insert into t values (2)", &[]).await.unwrap();
-        assert!(matches!(next, Err(SqlError::TransactionFailed(_))), "{next:?}");
+        assert!(
+            matches!(next, Err(SqlError::TransactionFailed(_))),
+            "{next:?}"
+        );
         assert!(matches!(tx.commit().await, Err(StoreError::Refused(_))));
         assert!(world.rows("select * from t").await.is_empty());
-        assert!(matches!(world.look("e1", 1).await, Claimed::Fresh { .. }));
+        assert!(matches!(
+            world.claim_and_roll_back("e1", 1).await,
+            Claimed::Fresh { .. }
+        ));
     }
 }

@@ -7,7 +7,11 @@ use support::postgres::Cluster;
 
 use super::{World, claim, execute, query, text};
 
-async fn fails(tx: &mut Box<dyn Tx>, statement: &str, params: &[oncely::model::sql::Value]) -> SqlError {
+async fn fails(
+    tx: &mut Box<dyn Tx>,
+    statement: &str,
+    params: &[oncely::model::sql::Value],
+) -> SqlError {
     tx.execute(statement, params).await.unwrap().unwrap_err()
 }
 
@@ -21,33 +25,52 @@ const MISCOUNTED: [(&str, usize); 5] = [
 ];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_server_that_speaks_german_is_understood() {
+async fn errors_of_a_german_server_are_classified() {
     let cluster = Cluster::start_in_german().unwrap();
     let world = World::on_postgres(&cluster.url("postgres"), &cluster.url("postgres")).await;
-    world.migrate("1.sql", "create table t (a text, b text)").await;
+    world
+        .migrate("1.sql", "create table t (a text, b text)")
+        .await;
     let mut tx = world.begin().await;
     // The server has its language, wherever its translations are installed.
-    let said = fails(&mut tx, "select * from nowhere", &[]).await.to_string();
+    let said = fails(&mut tx, "select * from nowhere", &[])
+        .await
+        .to_string();
     tx.rollback().await;
     println!("the server says: {said}");
     for (statement, count) in MISCOUNTED {
         let mut tx = world.begin().await;
         let error = fails(&mut tx, statement, &vec![text("x"); count]).await;
-        assert!(matches!(error, SqlError::InvalidParameter(_)), "{statement}: {error:?}");
+        assert!(
+            matches!(error, SqlError::InvalidParameter(_)),
+            "{statement}: {error:?}"
+        );
         // It was not sent: the transaction goes on.
-        execute(&mut tx, "insert into t values ($1, $2)", &[text("x"), text("y")]).await;
+        execute(
+            &mut tx,
+            "insert into t values ($1, $2)",
+            &[text("x"), text("y")],
+        )
+        .await;
         tx.commit().await.unwrap();
     }
     changes_under_a_prepared_statement(&world).await;
 
     // The server alone counts parameters of a statement that the filter does not read.
-    let unfiltered = PostgresStore::connect(&cluster.url("postgres"), 8).await.unwrap().without_filter();
-    for (statement, count) in
-        MISCOUNTED.into_iter().filter(|(statement, count)| *count < statement.matches('$').count())
+    let unfiltered = PostgresStore::connect(&cluster.url("postgres"), 8)
+        .await
+        .unwrap()
+        .without_filter();
+    for (statement, count) in MISCOUNTED
+        .into_iter()
+        .filter(|(statement, count)| *count < statement.matches('$').count())
     {
         let mut tx = unfiltered.begin(super::WORKER, super::TIME).await.unwrap();
         let error = fails(&mut tx, statement, &vec![text("x"); count]).await;
-        assert!(matches!(error, SqlError::InvalidParameter(_)), "{statement}: {error:?}");
+        assert!(
+            matches!(error, SqlError::InvalidParameter(_)),
+            "{statement}: {error:?}"
+        );
         tx.rollback().await;
     }
 }
@@ -63,11 +86,17 @@ async fn changes_under_a_prepared_statement(world: &World) {
     for tx in open {
         tx.rollback().await;
     }
-    world.run_around("alter table app_default.t add column c int").await;
+    world
+        .run_directly("alter table app_default.t add column c int")
+        .await;
     let mut failures = 0;
     for _ in 0..12 {
         let mut tx = world.begin().await;
-        match tx.query("select * from t", &[], super::LIMITS).await.unwrap() {
+        match tx
+            .query("select * from t", &[], super::LIMITS)
+            .await
+            .unwrap()
+        {
             Ok(rows) => assert_eq!(rows.columns.len(), 3),
             Err(error) => {
                 assert!(matches!(error, SqlError::Conflict(_)), "{error:?}");
@@ -81,8 +110,9 @@ async fn changes_under_a_prepared_statement(world: &World) {
 
 /// Codes with which a server tells that it is in trouble, or that another transaction is in the way; and our own.
 const CODES: [&str; 24] = [
-    "08000", "08003", "08006", "08P01", "0A000", "22012", "25006", "25P02", "26000", "28P01", "40001", "40P01",
-    "42P05", "53100", "53200", "53300", "55P03", "57014", "57P01", "57P03", "58030", "ONC01", "ONC03", "ONC04",
+    "08000", "08003", "08006", "08P01", "0A000", "22012", "25006", "25P02", "26000", "28P01",
+    "40001", "40P01", "42P05", "53100", "53200", "53300", "55P03", "57014", "57P01", "57P03",
+    "58030", "ONC01", "ONC03", "ONC04",
 ];
 
 const RAISING: &str = "create table raising (code text);
@@ -94,22 +124,33 @@ const RAISING: &str = "create table raising (code text);
         for each row execute function raise_code();";
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_code_that_a_function_raises_is_no_outage() {
+async fn an_error_code_raised_by_a_function_is_no_outage() {
     let world = World::postgres().await;
     world.migrate("1.sql", RAISING).await;
     for code in CODES {
         let mut tx = world.begin().await;
         let error = fails(&mut tx, "insert into raising values ($1)", &[text(code)]).await;
-        assert!(matches!(error, SqlError::QueryFailed(_) | SqlError::NotAllowed(_)), "{code}: {error:?}");
+        assert!(
+            matches!(error, SqlError::QueryFailed(_) | SqlError::NotAllowed(_)),
+            "{code}: {error:?}"
+        );
         tx.rollback().await;
 
         let mut tx = world.begin().await;
         claim(&mut tx, code, 1).await;
-        execute(&mut tx, "insert into raising_late values ($1)", &[text(code)]).await;
+        execute(
+            &mut tx,
+            "insert into raising_late values ($1)",
+            &[text(code)],
+        )
+        .await;
         let refused = tx.commit().await.unwrap_err();
         // The host reads its key again, and charges the message if that was no reason.
         let is_charged = matches!(refused, StoreError::Refused(_)) || refused.broke_in_statement();
         assert!(is_charged, "{code}: {refused:?}");
-        assert!(matches!(world.look(code, 1).await, oncely::store::Claimed::Fresh { .. }));
+        assert!(matches!(
+            world.claim_and_roll_back(code, 1).await,
+            oncely::store::Claimed::Fresh { .. }
+        ));
     }
 }

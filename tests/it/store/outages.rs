@@ -7,12 +7,14 @@ use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{ConnectOptions, Executor};
 use support::postgres::Cluster;
 
-use super::{TIME, WORKER, World, a_claim, claim};
+use super::{TIME, WORKER, World, claim, new_claim};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stopped_postgres_is_unavailable_and_work_resumes_by_itself() {
     let mut cluster = Cluster::start().unwrap();
-    let store = PostgresStore::connect(&cluster.url("postgres"), 4).await.unwrap();
+    let store = PostgresStore::connect(&cluster.url("postgres"), 4)
+        .await
+        .unwrap();
     let mut settled = store.begin(WORKER, TIME).await.unwrap();
     claim(&mut settled, "settled", 1).await;
     settled.commit().await.unwrap();
@@ -23,27 +25,54 @@ async fn a_stopped_postgres_is_unavailable_and_work_resumes_by_itself() {
     store.ping().await.unwrap();
 
     cluster.stop().unwrap();
-    assert!(matches!(open.commit().await, Err(StoreError::Unavailable(_))));
-    assert!(matches!(other.claim(&[a_claim("more", 1)]).await, Err(StoreError::Unavailable(_))));
+    assert!(matches!(
+        open.commit().await,
+        Err(StoreError::Unavailable(_))
+    ));
+    assert!(matches!(
+        other.claim(&[new_claim("more", 1)]).await,
+        Err(StoreError::Unavailable(_))
+    ));
     other.rollback().await;
     let began = Instant::now();
-    assert!(matches!(store.ping().await, Err(StoreError::Unavailable(_))));
-    assert!(matches!(store.begin(WORKER, TIME).await.err(), Some(StoreError::Unavailable(_))));
-    assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
+    assert!(matches!(
+        store.ping().await,
+        Err(StoreError::Unavailable(_))
+    ));
+    assert!(matches!(
+        store.begin(WORKER, TIME).await.err(),
+        Some(StoreError::Unavailable(_))
+    ));
+    assert!(
+        began.elapsed() < Duration::from_secs(15),
+        "{:?}",
+        began.elapsed()
+    );
 
     cluster.start_again().unwrap();
     let mut tx = store.begin(WORKER, TIME).await.unwrap();
-    let claims = [a_claim("settled", 1), a_claim("open", 1), a_claim("other", 1)];
+    let claims = [
+        new_claim("settled", 1),
+        new_claim("open", 1),
+        new_claim("other", 1),
+    ];
     let claimed = tx.claim(&claims).await.unwrap();
     assert!(
-        matches!(claimed.as_slice(), [Claimed::Settled(_), Claimed::Fresh { .. }, Claimed::Fresh { .. }]),
+        matches!(
+            claimed.as_slice(),
+            [
+                Claimed::Settled(_),
+                Claimed::Fresh { .. },
+                Claimed::Fresh { .. }
+            ]
+        ),
         "{claimed:?}"
     );
     tx.commit().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_terminated_connection_costs_its_transaction_and_nothing_else() {
+async fn a_terminated_connection_costs_only_its_transaction() {
     for world in [World::postgres().await, World::pgbouncer().await] {
         let mut tx = world.begin().await;
         claim(&mut tx, "e1", 1).await;
@@ -52,19 +81,32 @@ async fn a_terminated_connection_costs_its_transaction_and_nothing_else() {
              where datname = current_database() and application_name like 'oncely%' and pid <> pg_backend_pid()";
         world.connect().await.execute(terminate).await.unwrap();
         let result = tx.commit().await;
-        assert!(matches!(result, Err(StoreError::Unavailable(_))), "{result:?}");
-        assert!(matches!(world.look("e1", 1).await, Claimed::Fresh { .. }));
+        assert!(
+            matches!(result, Err(StoreError::Unavailable(_))),
+            "{result:?}"
+        );
+        assert!(matches!(
+            world.claim_and_roll_back("e1", 1).await,
+            Claimed::Fresh { .. }
+        ));
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_sqlite_file_that_another_process_writes_to_is_a_conflict_and_free_afterwards() {
+async fn a_sqlite_write_by_another_process_is_a_conflict() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("oncely.db");
     let store = SqliteStore::open(&path).await.unwrap();
-    let mut other = SqliteConnectOptions::new().filename(&path).connect().await.unwrap();
+    let mut other = SqliteConnectOptions::new()
+        .filename(&path)
+        .connect()
+        .await
+        .unwrap();
     other.execute("begin immediate").await.unwrap();
-    assert!(matches!(store.begin(WORKER, TIME).await.err(), Some(StoreError::Conflict(_))));
+    assert!(matches!(
+        store.begin(WORKER, TIME).await.err(),
+        Some(StoreError::Conflict(_))
+    ));
     store.ping().await.unwrap();
     other.execute("rollback").await.unwrap();
     let mut tx = store.begin(WORKER, TIME).await.unwrap();

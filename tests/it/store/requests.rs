@@ -2,31 +2,43 @@
 
 use std::time::Duration;
 
-use oncely::model::request::{HttpAnswer, RequestKey};
-use oncely::store::{ClaimedRequest, Retire};
+use oncely::model::request::{HttpResponse, RequestKey};
+use oncely::store::{ClaimedRequest, RetentionPolicy};
 
 use super::{TIME, WORKER, World};
 
 on_every_database!(
-    an_answer_is_given_again,
+    a_stored_response_is_returned_again,
     a_key_belongs_to_one_request,
-    what_is_rolled_back_was_never_asked,
-    a_key_is_free_when_its_time_is_over,
-    two_at_once_never_both_have_the_key,
-    keys_are_kept_while_their_table_turns,
-    a_reading_transaction_cannot_write,
+    a_rolled_back_request_leaves_its_key_fresh,
+    a_key_is_free_after_its_window,
+    concurrent_claims_never_both_get_the_key,
+    keys_are_kept_across_partition_rotations,
+    a_read_only_transaction_cannot_write,
 );
 
 const HOUR: Duration = Duration::from_secs(3_600);
 
 fn key(name: &str, fingerprint: u8) -> RequestKey {
     let (route, caller) = ("/transfers".to_owned(), String::new());
-    RequestKey { route, caller, key: name.to_owned(), fingerprint: [fingerprint; 32] }
+    RequestKey {
+        route,
+        caller,
+        key: name.to_owned(),
+        fingerprint: [fingerprint; 32],
+    }
 }
 
-fn answer(body: &'static [u8]) -> HttpAnswer {
-    let headers = vec![("x-odd".to_owned(), "caf\u{e9}".to_owned()), ("x-odd".to_owned(), "2".to_owned())];
-    HttpAnswer { status: 201, headers, body: body.into() }
+fn answer(body: &'static [u8]) -> HttpResponse {
+    let headers = vec![
+        ("x-odd".to_owned(), "caf\u{e9}".to_owned()),
+        ("x-odd".to_owned(), "2".to_owned()),
+    ];
+    HttpResponse {
+        status: 201,
+        headers,
+        body: body.into(),
+    }
 }
 
 async fn claim(world: &World, key: &RequestKey) -> ClaimedRequest {
@@ -43,100 +55,169 @@ async fn settle(world: &World, key: &RequestKey, body: &'static [u8], keep: Dura
     tx.commit().await.unwrap();
 }
 
-async fn an_answer_is_given_again(world: World) {
+async fn a_stored_response_is_returned_again(world: World) {
     settle(&world, &key("a", 1), b"\x00body", HOUR).await;
-    assert_eq!(claim(&world, &key("a", 1)).await, ClaimedRequest::Answered(answer(b"\x00body")));
+    assert_eq!(
+        claim(&world, &key("a", 1)).await,
+        ClaimedRequest::Answered(answer(b"\x00body"))
+    );
     let others = [
-        RequestKey { route: "/other".to_owned(), ..key("a", 1) },
-        RequestKey { caller: "somebody".to_owned(), ..key("a", 1) },
+        RequestKey {
+            route: "/other".to_owned(),
+            ..key("a", 1)
+        },
+        RequestKey {
+            caller: "somebody".to_owned(),
+            ..key("a", 1)
+        },
         key("b", 1),
     ];
     for other in others {
-        assert_eq!(claim(&world, &other).await, ClaimedRequest::Fresh, "{other:?}");
+        assert_eq!(
+            claim(&world, &other).await,
+            ClaimedRequest::Fresh,
+            "{other:?}"
+        );
     }
     let mut tx = world.store.begin("another-worker", TIME).await.unwrap();
-    assert_eq!(tx.claim_request(&key("a", 1)).await.unwrap(), ClaimedRequest::Fresh);
+    assert_eq!(
+        tx.claim_request(&key("a", 1)).await.unwrap(),
+        ClaimedRequest::Fresh
+    );
     tx.rollback().await;
 }
 
 async fn a_key_belongs_to_one_request(world: World) {
     settle(&world, &key("a", 1), b"", HOUR).await;
-    assert_eq!(claim(&world, &key("a", 2)).await, ClaimedRequest::OtherRequest);
+    assert_eq!(
+        claim(&world, &key("a", 2)).await,
+        ClaimedRequest::OtherRequest
+    );
 }
 
-async fn what_is_rolled_back_was_never_asked(world: World) {
+async fn a_rolled_back_request_leaves_its_key_fresh(world: World) {
     let mut tx = world.begin().await;
-    assert_eq!(tx.claim_request(&key("a", 1)).await.unwrap(), ClaimedRequest::Fresh);
-    tx.answer_request(&key("a", 1), &answer(b""), HOUR).await.unwrap();
+    assert_eq!(
+        tx.claim_request(&key("a", 1)).await.unwrap(),
+        ClaimedRequest::Fresh
+    );
+    tx.answer_request(&key("a", 1), &answer(b""), HOUR)
+        .await
+        .unwrap();
     tx.rollback().await;
     assert_eq!(claim(&world, &key("a", 2)).await, ClaimedRequest::Fresh);
 }
 
-async fn a_key_is_free_when_its_time_is_over(world: World) {
+async fn a_key_is_free_after_its_window(world: World) {
     settle(&world, &key("a", 1), b"first", Duration::ZERO).await;
     settle(&world, &key("a", 2), b"second", HOUR).await;
-    assert_eq!(claim(&world, &key("a", 2)).await, ClaimedRequest::Answered(answer(b"second")));
+    assert_eq!(
+        claim(&world, &key("a", 2)).await,
+        ClaimedRequest::Answered(answer(b"second"))
+    );
 }
 
 /// On SQLite the second one waits for the first; on PostgreSQL it is told at once, and what the other one asks for.
-async fn two_at_once_never_both_have_the_key(world: World) {
+async fn concurrent_claims_never_both_get_the_key(world: World) {
     if !world.is_postgres() {
         return;
     }
     let mut first = world.begin().await;
-    assert_eq!(first.claim_request(&key("a", 1)).await.unwrap(), ClaimedRequest::Fresh);
+    assert_eq!(
+        first.claim_request(&key("a", 1)).await.unwrap(),
+        ClaimedRequest::Fresh
+    );
     assert_eq!(claim(&world, &key("a", 1)).await, ClaimedRequest::InFlight);
-    assert_eq!(claim(&world, &key("a", 2)).await, ClaimedRequest::OtherRequest);
+    assert_eq!(
+        claim(&world, &key("a", 2)).await,
+        ClaimedRequest::OtherRequest
+    );
     assert_eq!(claim(&world, &key("b", 1)).await, ClaimedRequest::Fresh);
-    first.answer_request(&key("a", 1), &answer(b""), HOUR).await.unwrap();
+    first
+        .answer_request(&key("a", 1), &answer(b""), HOUR)
+        .await
+        .unwrap();
     assert_eq!(claim(&world, &key("a", 1)).await, ClaimedRequest::InFlight);
     first.commit().await.unwrap();
-    assert_eq!(claim(&world, &key("a", 1)).await, ClaimedRequest::Answered(answer(b"")));
+    assert_eq!(
+        claim(&world, &key("a", 1)).await,
+        ClaimedRequest::Answered(answer(b""))
+    );
 }
 
-async fn keys_are_kept_while_their_table_turns(world: World) {
+async fn keys_are_kept_across_partition_rotations(world: World) {
     settle(&world, &key("long", 1), b"long", 30 * HOUR).await;
     settle(&world, &key("short", 1), b"short", Duration::ZERO).await;
     let day = 24 * HOUR;
-    let retire = Retire {
+    let retire = RetentionPolicy {
         outputs: day,
         inbox: Some(day),
         requests: day,
         limit: 100,
-        patience: Duration::from_secs(20),
+        lock_timeout: Duration::from_secs(20),
         archive: None,
     };
     for _ in 0..8 {
         if world.is_postgres() {
-            let later = "update oncely.turn set opened_at = opened_at - interval '12 hours', \
+            let later = "update oncely.partition_rotation set opened_at = opened_at - interval '12 hours', \
                          closed_at = array(select at - interval '12 hours' from unnest(closed_at) as at) \
-                         where of = 'request'";
-            world.execute_around(later).await;
+                         where table_name = 'request'";
+            world.execute_directly(later).await;
         }
-        while world.store.retire(&retire).await.unwrap() {}
-        assert_eq!(claim(&world, &key("long", 1)).await, ClaimedRequest::Answered(answer(b"long")));
-        assert_eq!(claim(&world, &key("long", 2)).await, ClaimedRequest::OtherRequest);
+        while world.store.delete_expired(&retire).await.unwrap() {}
+        assert_eq!(
+            claim(&world, &key("long", 1)).await,
+            ClaimedRequest::Answered(answer(b"long"))
+        );
+        assert_eq!(
+            claim(&world, &key("long", 2)).await,
+            ClaimedRequest::OtherRequest
+        );
     }
-    let count = if world.is_postgres() { "oncely.request" } else { "oncely_request" };
-    assert_eq!(world.count_around(count).await, 1, "what had its time is still there");
+    let count = if world.is_postgres() {
+        "oncely.request"
+    } else {
+        "oncely_request"
+    };
+    assert_eq!(
+        world.count_directly(count).await,
+        1,
+        "what had its time is still there"
+    );
 }
 
-async fn a_reading_transaction_cannot_write(world: World) {
-    let table = if world.is_postgres() { "create table thing (id bigint)" } else { "create table thing (id integer)" };
+async fn a_read_only_transaction_cannot_write(world: World) {
+    let table = if world.is_postgres() {
+        "create table thing (id bigint)"
+    } else {
+        "create table thing (id integer)"
+    };
     world.migrate("thing", table).await;
-    let mut tx = world.store.begin_reading(WORKER, TIME).await.unwrap();
-    let read = tx.query("select count(*) from thing", &[], super::LIMITS).await.unwrap().unwrap();
+    let mut tx = world.store.begin_read_only(WORKER, TIME).await.unwrap();
+    let read = tx
+        .query("select count(*) from thing", &[], super::LIMITS)
+        .await
+        .unwrap()
+        .unwrap();
     assert_eq!(read.rows.len(), 1);
     // One that writes does not have to wait for it.
     let mut writer = world.begin().await;
-    writer.execute("insert into thing (id) values (1)", &[]).await.unwrap().unwrap();
+    writer
+        .execute("insert into thing (id) values (1)", &[])
+        .await
+        .unwrap()
+        .unwrap();
     writer.commit().await.unwrap();
     let wrote = tx.execute("insert into thing (id) values (2)", &[]).await;
     assert!(!matches!(wrote, Ok(Ok(_))), "{wrote:?}");
     tx.rollback().await;
     assert_eq!(world.rows("select count(*) from thing").await.len(), 1);
-    let mut tx = world.store.begin_reading(WORKER, TIME).await.unwrap();
-    let again = tx.query("select id from thing", &[], super::LIMITS).await.unwrap().unwrap();
+    let mut tx = world.store.begin_read_only(WORKER, TIME).await.unwrap();
+    let again = tx
+        .query("select id from thing", &[], super::LIMITS)
+        .await
+        .unwrap()
+        .unwrap();
     assert_eq!(again.rows.len(), 1);
     tx.rollback().await;
 }

@@ -6,94 +6,145 @@ use std::time::Duration;
 use oncely::model::message::Headers;
 use oncely::model::verdict::Reason;
 use oncely::store::{
-    By, Claim, Claimed, FailedAttempt, LetterFilter, OutboxRow, Published, Redrive, Retire, StoreError,
+    Attribution, Claim, Claimed, DeadLetterFilter, FailedAttempt, OutboxRow, Published, Redrive,
+    RetentionPolicy, StoreError,
 };
 
-use super::{LEASE, TIME, WORKER, World, a_claim, a_letter, an_output, claim};
+use super::{LEASE, TIME, WORKER, World, claim, new_claim, new_dead_letter, new_output};
 
 on_every_database!(
-    what_had_its_time_leaves_and_what_is_dead_stays,
-    event_ids_are_kept_apart_while_the_inbox_turns,
-    a_turn_waits_for_claims_under_way_and_holds_nobody_up_for_long,
-    what_is_settled_in_an_earlier_part_stays_so,
-    outputs_that_are_not_published_outlast_their_part,
-    a_letter_can_be_put_back_when_its_time_is_long_over,
-    an_emptied_table_is_as_small_as_it_was,
-    what_leaves_is_in_the_archive_and_what_stays_is_not,
-    nothing_leaves_when_the_archive_cannot_be_written,
+    expired_rows_are_deleted_and_dead_letters_stay,
+    event_ids_stay_unique_during_partition_rotation,
+    a_rotation_waits_briefly_for_claims_in_flight,
+    events_settled_in_an_earlier_partition_stay_settled,
+    unpublished_outputs_outlast_their_partition,
+    a_dead_letter_can_be_redriven_after_the_retention,
+    an_emptied_partition_frees_its_disk_space,
+    the_archive_contains_exactly_the_deleted_rows,
+    nothing_is_deleted_if_the_archive_cannot_be_written,
 );
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Keeps everything for a day.
-const FOR_A_DAY: Retire = Retire {
+const FOR_A_DAY: RetentionPolicy = RetentionPolicy {
     outputs: DAY,
     inbox: Some(DAY),
     requests: DAY,
     limit: 100,
-    patience: Duration::from_millis(300),
+    lock_timeout: Duration::from_millis(300),
     archive: None,
 };
 
 /// Removes everything that may be.
 pub(super) async fn retire_everything(world: &World) {
-    let now = Retire { outputs: Duration::ZERO, inbox: Some(Duration::ZERO), ..FOR_A_DAY };
+    let now = RetentionPolicy {
+        outputs: Duration::ZERO,
+        inbox: Some(Duration::ZERO),
+        ..FOR_A_DAY
+    };
     for _ in 0..8 {
-        world.store.retire(&now).await.unwrap();
+        world.store.delete_expired(&now).await.unwrap();
     }
 }
 
 /// Lets half a day pass for the current part, and does what is due then.
-async fn turn(world: &World) -> Result<bool, StoreError> {
+async fn rotate(world: &World) -> Result<bool, StoreError> {
     if world.is_postgres() {
-        let half_a_day = "update oncely.turn set opened_at = opened_at - interval '12 hours'";
-        world.execute_around(half_a_day).await;
+        let half_a_day =
+            "update oncely.partition_rotation set opened_at = opened_at - interval '12 hours'";
+        world.execute_directly(half_a_day).await;
     }
-    world.store.retire(&FOR_A_DAY).await
+    world.store.delete_expired(&FOR_A_DAY).await
 }
 
 async fn settle(world: &World, event_id: &str) {
     let mut tx = world.begin().await;
-    assert!(matches!(claim(&mut tx, event_id, 1).await, Claimed::Fresh { .. }), "{event_id}");
+    assert!(
+        matches!(claim(&mut tx, event_id, 1).await, Claimed::Fresh { .. }),
+        "{event_id}"
+    );
     tx.commit().await.unwrap();
 }
 
-async fn what_had_its_time_leaves_and_what_is_dead_stays(world: World) {
+async fn expired_rows_are_deleted_and_dead_letters_stay(world: World) {
     let failed = |event_id: &str| FailedAttempt {
         event_id: event_id.to_owned(),
         version: 1,
         code: None,
         error: String::new(),
         logs: String::new(),
-        record: None,
+        recording: None,
     };
-    world.store.count_attempts(WORKER, &[failed("e1"), failed("dead")]).await.unwrap();
+    world
+        .store
+        .count_attempts(WORKER, &[failed("e1"), failed("dead")])
+        .await
+        .unwrap();
     let mut tx = world.begin().await;
-    tx.claim(&[a_claim("e1", 1), a_claim("e2", 1), a_claim("e3", 1)]).await.unwrap();
-    let outputs = [an_output("e1", 0, Duration::ZERO), an_output("e1", 1, Duration::ZERO)];
+    tx.claim(&[new_claim("e1", 1), new_claim("e2", 1), new_claim("e3", 1)])
+        .await
+        .unwrap();
+    let outputs = [
+        new_output("e1", 0, Duration::ZERO),
+        new_output("e1", 1, Duration::ZERO),
+    ];
     let rows = tx.append_outputs(&outputs, LEASE).await.unwrap();
     tx.commit().await.unwrap();
-    let (_, notices) = world.bury(&[a_letter("dead", b"", Reason::Rejected)]).await.unwrap();
-    let place = |seq| Published { seq, stream: "PAYMENTS".to_owned(), stream_sequence: 1 };
-    world.store.mark_published(&[place(rows[0].seq), place(notices[0].seq)]).await.unwrap();
+    let (_, notices) = world
+        .dead_letter(&[new_dead_letter("dead", b"", Reason::Rejected)])
+        .await
+        .unwrap();
+    let place = |seq| Published {
+        seq,
+        stream: "PAYMENTS".to_owned(),
+        stream_sequence: 1,
+    };
+    world
+        .store
+        .mark_published(&[place(rows[0].seq), place(notices[0].seq)])
+        .await
+        .unwrap();
 
-    world.store.retire(&FOR_A_DAY).await.unwrap();
+    world.store.delete_expired(&FOR_A_DAY).await.unwrap();
     let totals = world.store.totals().await.unwrap();
-    assert_eq!((totals[0].done, totals[0].dead, totals[0].outputs), (3, 1, 3));
-    let for_ever = Retire { outputs: Duration::ZERO, inbox: None, ..FOR_A_DAY };
+    assert_eq!(
+        (totals[0].done, totals[0].dead, totals[0].outputs),
+        (3, 1, 3)
+    );
+    let for_ever = RetentionPolicy {
+        outputs: Duration::ZERO,
+        inbox: None,
+        ..FOR_A_DAY
+    };
     for _ in 0..8 {
-        world.store.retire(&for_ever).await.unwrap();
+        world.store.delete_expired(&for_ever).await.unwrap();
     }
-    assert!(matches!(world.look("e1", 1).await, Claimed::Settled(_)), "the inbox is kept for ever");
+    assert!(
+        matches!(
+            world.claim_and_roll_back("e1", 1).await,
+            Claimed::Settled(_)
+        ),
+        "the inbox is kept for ever"
+    );
 
     retire_everything(&world).await;
     let totals = world.store.totals().await.unwrap();
-    assert_eq!((totals[0].done, totals[0].dead, totals[0].outputs), (0, 1, 1));
-    assert!(matches!(world.look("e1", 1).await, Claimed::Fresh { attempts: 0 }));
-    assert!(matches!(world.look("dead", 1).await, Claimed::OtherPayload));
+    assert_eq!(
+        (totals[0].done, totals[0].dead, totals[0].outputs),
+        (0, 1, 1)
+    );
+    assert!(matches!(
+        world.claim_and_roll_back("e1", 1).await,
+        Claimed::Fresh { attempts: 0 }
+    ));
+    assert!(matches!(
+        world.claim_and_roll_back("dead", 1).await,
+        Claimed::OtherPayload
+    ));
 }
 
-async fn event_ids_are_kept_apart_while_the_inbox_turns(world: World) {
+async fn event_ids_stay_unique_during_partition_rotation(world: World) {
     const CLAIMERS: usize = 4;
     const BATCHES: usize = 40;
     let claimers: Vec<_> = (0..CLAIMERS)
@@ -102,11 +153,15 @@ async fn event_ids_are_kept_apart_while_the_inbox_turns(world: World) {
             tokio::spawn(async move {
                 let mut fresh = 0;
                 for batch in 0..BATCHES {
-                    let ids = (0..10).map(|id| a_claim(&format!("{batch}-{}", (id + claimer) % 10), 1));
+                    let ids =
+                        (0..10).map(|id| new_claim(&format!("{batch}-{}", (id + claimer) % 10), 1));
                     let claims: Vec<_> = ids.collect();
                     let mut tx = store.begin(WORKER, TIME).await.unwrap();
                     let claimed = tx.claim(&claims).await.unwrap();
-                    fresh += claimed.iter().filter(|claimed| matches!(claimed, Claimed::Fresh { .. })).count();
+                    fresh += claimed
+                        .iter()
+                        .filter(|claimed| matches!(claimed, Claimed::Fresh { .. }))
+                        .count();
                     tokio::time::sleep(Duration::from_millis(2)).await;
                     tx.commit().await.unwrap();
                 }
@@ -117,7 +172,7 @@ async fn event_ids_are_kept_apart_while_the_inbox_turns(world: World) {
     let mut turns = 0;
     while turns < 3 {
         // A turn that found transactions under way for too long is tried again.
-        match turn(&world).await {
+        match rotate(&world).await {
             Ok(_) => turns += 1,
             Err(StoreError::Conflict(_)) => {}
             Err(error) => panic!("{error:?}"),
@@ -129,158 +184,338 @@ async fn event_ids_are_kept_apart_while_the_inbox_turns(world: World) {
         fresh += claimer.await.unwrap();
     }
     assert_eq!(fresh, BATCHES * 10);
-    assert_eq!(world.store.totals().await.unwrap()[0].done, (BATCHES * 10) as u64);
+    assert_eq!(
+        world.store.totals().await.unwrap()[0].done,
+        (BATCHES * 10) as u64
+    );
 }
 
-async fn a_turn_waits_for_claims_under_way_and_holds_nobody_up_for_long(world: World) {
+async fn a_rotation_waits_briefly_for_claims_in_flight(world: World) {
     if !world.is_postgres() {
         return;
     }
     let mut under_way = world.begin().await;
     claim(&mut under_way, "e1", 1).await;
-    assert!(matches!(turn(&world).await, Err(StoreError::Conflict(_))));
+    assert!(matches!(rotate(&world).await, Err(StoreError::Conflict(_))));
     // It gave up: others go on meanwhile.
     settle(&world, "e2").await;
     let (world, under_way) = (Arc::new(world), under_way);
     let waiting = {
         let world = Arc::clone(&world);
-        let patient = Retire { patience: Duration::from_secs(20), ..FOR_A_DAY };
-        tokio::spawn(async move { world.store.retire(&patient).await })
+        let patient = RetentionPolicy {
+            lock_timeout: Duration::from_secs(20),
+            ..FOR_A_DAY
+        };
+        tokio::spawn(async move { world.store.delete_expired(&patient).await })
     };
     tokio::time::sleep(Duration::from_millis(100)).await;
     let held_up = {
         let world = Arc::clone(&world);
-        tokio::spawn(async move { world.look("e1", 1).await })
+        tokio::spawn(async move { world.claim_and_roll_back("e1", 1).await })
     };
     tokio::time::sleep(Duration::from_millis(100)).await;
     under_way.commit().await.unwrap();
     assert!(waiting.await.unwrap().unwrap());
-    assert!(matches!(held_up.await.unwrap(), Claimed::Settled(_)), "claimed twice, in two parts");
+    assert!(
+        matches!(held_up.await.unwrap(), Claimed::Settled(_)),
+        "claimed twice, in two parts"
+    );
 }
 
-async fn what_is_settled_in_an_earlier_part_stays_so(world: World) {
+async fn events_settled_in_an_earlier_partition_stay_settled(world: World) {
     settle(&world, "e1").await;
-    let letter = a_letter("dead", b"body", Reason::Rejected);
-    world.bury(std::slice::from_ref(&letter)).await.unwrap();
+    let letter = new_dead_letter("dead", b"body", Reason::Rejected);
+    world
+        .dead_letter(std::slice::from_ref(&letter))
+        .await
+        .unwrap();
     for _ in 0..2 {
-        turn(&world).await.unwrap();
-        assert!(matches!(world.look("e1", 1).await, Claimed::Settled(_)));
-        assert!(matches!(world.look("e1", 2).await, Claimed::OtherPayload));
-        assert!(matches!(world.look("dead", 1).await, Claimed::OtherPayload));
-        assert_eq!(world.store.done_events(WORKER, &["e1".to_owned()]).await.unwrap(), ["e1"]);
+        rotate(&world).await.unwrap();
+        assert!(matches!(
+            world.claim_and_roll_back("e1", 1).await,
+            Claimed::Settled(_)
+        ));
+        assert!(matches!(
+            world.claim_and_roll_back("e1", 2).await,
+            Claimed::OtherPayload
+        ));
+        assert!(matches!(
+            world.claim_and_roll_back("dead", 1).await,
+            Claimed::OtherPayload
+        ));
+        assert_eq!(
+            world
+                .store
+                .done_events(WORKER, &["e1".to_owned()])
+                .await
+                .unwrap(),
+            ["e1"]
+        );
         // Burying what is done, or what is dead, adds nothing.
-        let again = [a_letter("e1", b"body", Reason::Rejected), letter.clone()];
-        assert!(world.bury(&again).await.unwrap().1.iter().all(|notice| notice.output_id() != letter.1.id));
+        let again = [
+            new_dead_letter("e1", b"body", Reason::Rejected),
+            letter.clone(),
+        ];
+        assert!(
+            world
+                .dead_letter(&again)
+                .await
+                .unwrap()
+                .1
+                .iter()
+                .all(|notice| notice.output_id() != letter.1.id)
+        );
     }
     let mut tx = world.begin().await;
-    tx.claim(&[a_claim("e1", 1), a_claim("new", 1)]).await.unwrap();
-    tx.unclaim(&["e1".to_owned(), "new".to_owned()]).await.unwrap();
+    tx.claim(&[new_claim("e1", 1), new_claim("new", 1)])
+        .await
+        .unwrap();
+    tx.release_claims(&["e1".to_owned(), "new".to_owned()])
+        .await
+        .unwrap();
     tx.commit().await.unwrap();
-    assert!(matches!(world.look("e1", 1).await, Claimed::Settled(_)));
-    assert!(matches!(world.look("new", 1).await, Claimed::Fresh { .. }));
+    assert!(matches!(
+        world.claim_and_roll_back("e1", 1).await,
+        Claimed::Settled(_)
+    ));
+    assert!(matches!(
+        world.claim_and_roll_back("new", 1).await,
+        Claimed::Fresh { .. }
+    ));
     assert_eq!(world.store.totals().await.unwrap()[0].done, 1);
 }
 
-async fn outputs_that_are_not_published_outlast_their_part(world: World) {
+async fn unpublished_outputs_outlast_their_partition(world: World) {
     let mut tx = world.begin().await;
-    tx.claim(&[a_claim("e1", 1)]).await.unwrap();
-    let outputs: Vec<_> = (0..4).map(|ordinal| an_output("e1", ordinal, Duration::ZERO)).collect();
-    let rows = tx.append_outputs(&outputs, Duration::from_millis(1)).await.unwrap();
+    tx.claim(&[new_claim("e1", 1)]).await.unwrap();
+    let outputs: Vec<_> = (0..4)
+        .map(|ordinal| new_output("e1", ordinal, Duration::ZERO))
+        .collect();
+    let rows = tx
+        .append_outputs(&outputs, Duration::from_millis(1))
+        .await
+        .unwrap();
     tx.commit().await.unwrap();
-    let place = |seq| Published { seq, stream: "PAYMENTS".to_owned(), stream_sequence: 1 };
-    world.store.mark_published(&[place(rows[0].seq), place(rows[1].seq)]).await.unwrap();
-    let few = Retire { outputs: Duration::ZERO, inbox: None, limit: 1, ..FOR_A_DAY };
+    let place = |seq| Published {
+        seq,
+        stream: "PAYMENTS".to_owned(),
+        stream_sequence: 1,
+    };
+    world
+        .store
+        .mark_published(&[place(rows[0].seq), place(rows[1].seq)])
+        .await
+        .unwrap();
+    let few = RetentionPolicy {
+        outputs: Duration::ZERO,
+        inbox: None,
+        limit: 1,
+        ..FOR_A_DAY
+    };
     for _ in 0..8 {
-        world.store.retire(&few).await.unwrap();
+        world.store.delete_expired(&few).await.unwrap();
     }
     if world.is_postgres() {
-        assert_eq!(world.store.totals().await.unwrap()[0].outputs, 4, "more than may move at a time");
+        assert_eq!(
+            world.store.totals().await.unwrap()[0].outputs,
+            4,
+            "more than may move at a time"
+        );
     }
     retire_everything(&world).await;
     assert_eq!(world.store.totals().await.unwrap()[0].outputs, 2);
     let leased = world.store.lease_outputs(10, LEASE).await.unwrap();
     let ids: Vec<&str> = leased.iter().map(OutboxRow::output_id).collect();
     assert_eq!(ids, ["payments:e1:2", "payments:e1:3"]);
-    let expected: Headers = an_output("e1", 2, Duration::ZERO).headers;
+    let expected: Headers = new_output("e1", 2, Duration::ZERO).headers;
     assert_eq!(leased[0].headers[..expected.len()], expected);
-    world.store.mark_published(&[place(leased[0].seq), place(leased[1].seq)]).await.unwrap();
+    world
+        .store
+        .mark_published(&[place(leased[0].seq), place(leased[1].seq)])
+        .await
+        .unwrap();
     retire_everything(&world).await;
-    assert_eq!(world.store.totals().await.unwrap().iter().map(|totals| totals.outputs).sum::<u64>(), 0);
+    assert_eq!(
+        world
+            .store
+            .totals()
+            .await
+            .unwrap()
+            .iter()
+            .map(|totals| totals.outputs)
+            .sum::<u64>(),
+        0
+    );
 }
 
-async fn a_letter_can_be_put_back_when_its_time_is_long_over(world: World) {
-    world.bury(&[a_letter("dead", b"body", Reason::Rejected)]).await.unwrap();
+async fn a_dead_letter_can_be_redriven_after_the_retention(world: World) {
+    world
+        .dead_letter(&[new_dead_letter("dead", b"body", Reason::Rejected)])
+        .await
+        .unwrap();
     retire_everything(&world).await;
-    assert!(matches!(world.look("dead", 1).await, Claimed::OtherPayload));
-    let letter = world.store.letters(&LetterFilter { limit: 10, ..LetterFilter::default() }).await.unwrap().remove(0);
-    let by = By { actor: "ada".to_owned(), note: None };
-    let back = Redrive { id: letter.id, generation: None, again: false };
+    assert!(matches!(
+        world.claim_and_roll_back("dead", 1).await,
+        Claimed::OtherPayload
+    ));
+    let letter = world
+        .store
+        .dead_letters(&DeadLetterFilter {
+            limit: 10,
+            ..DeadLetterFilter::default()
+        })
+        .await
+        .unwrap()
+        .remove(0);
+    let by = Attribution {
+        actor: "ada".to_owned(),
+        note: None,
+    };
+    let back = Redrive {
+        id: letter.id,
+        generation: None,
+        again: false,
+    };
     let (moved, pointers) = world.store.redrive(&[back], &by).await.unwrap();
     assert_eq!((moved[0].refused.as_deref(), pointers.len()), (None, 1));
-    let payload_sha256 = a_letter("dead", b"body", Reason::Rejected).0.message.payload_sha256();
+    let payload_sha256 = new_dead_letter("dead", b"body", Reason::Rejected)
+        .0
+        .message
+        .payload_sha256();
     let mut tx = world.begin().await;
-    tx.claim(&[Claim { payload_sha256, redriven: true, ..a_claim("dead", 1) }]).await.unwrap();
+    tx.claim(&[Claim {
+        payload_sha256,
+        redriven: true,
+        ..new_claim("dead", 1)
+    }])
+    .await
+    .unwrap();
     tx.commit().await.unwrap();
     retire_everything(&world).await;
-    let letter = world.store.letter(letter.id).await.unwrap().unwrap();
+    let letter = world
+        .store
+        .find_dead_letter(letter.id)
+        .await
+        .unwrap()
+        .unwrap();
     assert_eq!(letter.summary.state.as_str(), "done");
 }
 
 /// An event that is done, one that is dead, and an output of the first that is published.
-async fn some_of_everything(world: &World) {
+async fn rows_in_every_table(world: &World) {
     let mut tx = world.begin().await;
     claim(&mut tx, "e1", 1).await;
-    let outputs = [an_output("e1", 0, Duration::ZERO), an_output("e1", 1, Duration::ZERO)];
+    let outputs = [
+        new_output("e1", 0, Duration::ZERO),
+        new_output("e1", 1, Duration::ZERO),
+    ];
     let rows = tx.append_outputs(&outputs, LEASE).await.unwrap();
     tx.commit().await.unwrap();
-    world.bury(&[a_letter("dead", b"", Reason::Rejected)]).await.unwrap();
-    let place = Published { seq: rows[0].seq, stream: "PAYMENTS".to_owned(), stream_sequence: 41 };
+    world
+        .dead_letter(&[new_dead_letter("dead", b"", Reason::Rejected)])
+        .await
+        .unwrap();
+    let place = Published {
+        seq: rows[0].seq,
+        stream: "PAYMENTS".to_owned(),
+        stream_sequence: 41,
+    };
     world.store.mark_published(&[place]).await.unwrap();
 }
 
-async fn what_leaves_is_in_the_archive_and_what_stays_is_not(world: World) {
-    some_of_everything(&world).await;
+async fn the_archive_contains_exactly_the_deleted_rows(world: World) {
+    rows_in_every_table(&world).await;
     let archive = world.folder.path().join("archive");
     std::fs::create_dir(&archive).unwrap();
-    let now =
-        Retire { outputs: Duration::ZERO, inbox: Some(Duration::ZERO), archive: Some(archive.clone()), ..FOR_A_DAY };
+    let now = RetentionPolicy {
+        outputs: Duration::ZERO,
+        inbox: Some(Duration::ZERO),
+        archive: Some(archive.clone()),
+        ..FOR_A_DAY
+    };
     for _ in 0..8 {
-        world.store.retire(&now).await.unwrap();
+        world.store.delete_expired(&now).await.unwrap();
     }
     let (mut records, mut outputs) = (Vec::new(), Vec::new());
     for file in std::fs::read_dir(&archive).unwrap() {
         let path = file.unwrap().path();
         let name = path.file_name().unwrap().to_string_lossy().into_owned();
         assert!(name.ends_with("Z.jsonl.gz"), "{name}");
-        let text = std::io::read_to_string(flate2::read::GzDecoder::new(std::fs::File::open(&path).unwrap())).unwrap();
-        let rows = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
-        if name.starts_with("inbox-") { records.extend(rows) } else { outputs.extend(rows) }
+        let text = std::io::read_to_string(flate2::read::GzDecoder::new(
+            std::fs::File::open(&path).unwrap(),
+        ))
+        .unwrap();
+        let rows = text
+            .lines()
+            .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        if name.starts_with("inbox-") {
+            records.extend(rows)
+        } else {
+            outputs.extend(rows)
+        }
     }
-    assert_eq!((records.len(), outputs.len()), (1, 1), "{records:?} {outputs:?}");
+    assert_eq!(
+        (records.len(), outputs.len()),
+        (1, 1),
+        "{records:?} {outputs:?}"
+    );
     let payload = format!("\\x{}", "01".repeat(32));
-    assert_eq!((&records[0]["event_id"], &records[0]["payload_sha256"]), (&"e1".into(), &payload.into()));
-    assert_eq!((outputs[0]["id"].as_str().map(str::len), &outputs[0]["stream_sequence"]), (Some(32), &41.into()));
+    assert_eq!(
+        (&records[0]["event_id"], &records[0]["payload_sha256"]),
+        (&"e1".into(), &payload.into())
+    );
+    assert_eq!(
+        (
+            outputs[0]["id"].as_str().map(str::len),
+            &outputs[0]["stream_sequence"]
+        ),
+        (Some(32), &41.into())
+    );
     assert_eq!(outputs[0]["body"], "\\x00ff626f6479");
     let headers = outputs[0]["headers"].as_str().unwrap();
-    assert!(headers.contains("Ce-Type") && headers.contains("\"payments:e1:0\""), "{headers}");
-    assert!(matches!(world.look("e1", 1).await, Claimed::Fresh { .. }));
+    assert!(
+        headers.contains("Ce-Type") && headers.contains("\"payments:e1:0\""),
+        "{headers}"
+    );
+    assert!(matches!(
+        world.claim_and_roll_back("e1", 1).await,
+        Claimed::Fresh { .. }
+    ));
 }
 
-async fn nothing_leaves_when_the_archive_cannot_be_written(world: World) {
-    some_of_everything(&world).await;
+async fn nothing_is_deleted_if_the_archive_cannot_be_written(world: World) {
+    rows_in_every_table(&world).await;
     let gone = Some(world.folder.path().join("no such folder"));
-    let now = Retire { outputs: Duration::ZERO, inbox: Some(Duration::ZERO), archive: gone, ..FOR_A_DAY };
+    let now = RetentionPolicy {
+        outputs: Duration::ZERO,
+        inbox: Some(Duration::ZERO),
+        archive: gone,
+        ..FOR_A_DAY
+    };
     let mut failed = None;
     for _ in 0..8 {
-        failed = world.store.retire(&now).await.err().or(failed);
+        failed = world.store.delete_expired(&now).await.err().or(failed);
     }
-    let failed = format!("{:#}", anyhow::Error::from(failed.expect("it does not fail")));
-    assert!(failed.contains("write the archive") && failed.contains("no such folder"), "{failed}");
-    assert_eq!(world.store.totals().await.unwrap()[0].outputs, 3, "with the notice of the dead letter");
-    assert!(matches!(world.look("e1", 1).await, Claimed::Settled(_)));
+    let failed = format!(
+        "{:#}",
+        anyhow::Error::from(failed.expect("it does not fail"))
+    );
+    assert!(
+        failed.contains("write the archive") && failed.contains("no such folder"),
+        "{failed}"
+    );
+    assert_eq!(
+        world.store.totals().await.unwrap()[0].outputs,
+        3,
+        "with the notice of the dead letter"
+    );
+    assert!(matches!(
+        world.claim_and_roll_back("e1", 1).await,
+        Claimed::Settled(_)
+    ));
 }
 
-async fn an_emptied_table_is_as_small_as_it_was(world: World) {
+async fn an_emptied_partition_frees_its_disk_space(world: World) {
     if !world.is_postgres() {
         return;
     }
@@ -288,12 +523,17 @@ async fn an_emptied_table_is_as_small_as_it_was(world: World) {
         let mut around = world.connect().await;
         let size = "select sum(pg_total_relation_size(c.oid))::bigint from pg_class as c
              where relname ~ '^(inbox|outbox)_[0-3]$' and relnamespace = 'oncely'::regnamespace";
-        sqlx::query_scalar::<_, i64>(size).fetch_one(&mut around).await.unwrap()
+        sqlx::query_scalar::<_, i64>(size)
+            .fetch_one(&mut around)
+            .await
+            .unwrap()
     };
     let before = size().await;
     for batch in 0..20 {
         let mut tx = world.begin().await;
-        let claims: Vec<_> = (0..100).map(|id| a_claim(&format!("{batch}-{id}"), 1)).collect();
+        let claims: Vec<_> = (0..100)
+            .map(|id| new_claim(&format!("{batch}-{id}"), 1))
+            .collect();
         tx.claim(&claims).await.unwrap();
         tx.commit().await.unwrap();
     }

@@ -5,13 +5,13 @@ use std::time::Duration;
 use oncely::model::sql::{SqlError, Value};
 use oncely::store::{Claimed, StoreError};
 
-use super::{LIMITS, World, a_claim, an_output, execute, text};
+use super::{LIMITS, World, execute, new_claim, new_output, text};
 
 on_every_database!(
-    what_came_since_the_savepoint_is_taken_back_and_the_rest_is_committed,
-    a_failed_statement_is_taken_back_too,
-    a_later_savepoint_takes_the_place_of_an_earlier_one,
-    a_transaction_that_is_gone_cannot_be_undone,
+    a_rollback_to_a_savepoint_undoes_only_later_writes,
+    a_failed_statement_is_rolled_back_too,
+    a_later_savepoint_replaces_an_earlier_one,
+    a_lost_transaction_cannot_roll_back_to_a_savepoint,
 );
 
 const TABLE: &str = "create table effect (name text primary key)";
@@ -21,70 +21,98 @@ async fn names(world: &World) -> Vec<Vec<Value>> {
     world.rows("select name from effect order by name").await
 }
 
-async fn what_came_since_the_savepoint_is_taken_back_and_the_rest_is_committed(world: World) {
+async fn a_rollback_to_a_savepoint_undoes_only_later_writes(world: World) {
     world.migrate("1.sql", TABLE).await;
     let mut tx = world.begin().await;
-    tx.claim(&[a_claim("kept", 1), a_claim("undone", 1)]).await.unwrap();
+    tx.claim(&[new_claim("kept", 1), new_claim("undone", 1)])
+        .await
+        .unwrap();
     tx.savepoint().await.unwrap();
     execute(&mut tx, INSERT, &[text("kept")]).await;
     tx.savepoint().await.unwrap();
     execute(&mut tx, INSERT, &[text("undone")]).await;
-    tx.undo().await.unwrap();
-    tx.unclaim(&["undone".to_owned()]).await.unwrap();
-    let rows = tx.append_outputs(&[an_output("kept", 0, Duration::ZERO)], Duration::from_secs(30)).await.unwrap();
+    tx.rollback_to_savepoint().await.unwrap();
+    tx.release_claims(&["undone".to_owned()]).await.unwrap();
+    let rows = tx
+        .append_outputs(
+            &[new_output("kept", 0, Duration::ZERO)],
+            Duration::from_secs(30),
+        )
+        .await
+        .unwrap();
     assert_eq!(rows.len(), 1);
     tx.commit().await.unwrap();
     assert_eq!(names(&world).await, [[text("kept")]]);
-    assert!(matches!(world.look("kept", 1).await, Claimed::Settled(_)));
-    assert!(matches!(world.look("undone", 1).await, Claimed::Fresh { .. }));
+    assert!(matches!(
+        world.claim_and_roll_back("kept", 1).await,
+        Claimed::Settled(_)
+    ));
+    assert!(matches!(
+        world.claim_and_roll_back("undone", 1).await,
+        Claimed::Fresh { .. }
+    ));
 }
 
-async fn a_failed_statement_is_taken_back_too(world: World) {
+async fn a_failed_statement_is_rolled_back_too(world: World) {
     world.migrate("1.sql", TABLE).await;
     let mut tx = world.begin().await;
     execute(&mut tx, INSERT, &[text("a")]).await;
     tx.savepoint().await.unwrap();
     let violated = tx.execute(INSERT, &[text("a")]).await.unwrap();
-    assert!(matches!(violated, Err(SqlError::ConstraintViolation(_))), "{violated:?}");
+    assert!(
+        matches!(violated, Err(SqlError::ConstraintViolation(_))),
+        "{violated:?}"
+    );
     let doomed = tx.query("select 1", &[], LIMITS).await.unwrap();
-    assert!(matches!(doomed, Err(SqlError::TransactionFailed(_))), "{doomed:?}");
-    tx.undo().await.unwrap();
+    assert!(
+        matches!(doomed, Err(SqlError::TransactionFailed(_))),
+        "{doomed:?}"
+    );
+    tx.rollback_to_savepoint().await.unwrap();
     execute(&mut tx, INSERT, &[text("b")]).await;
     // As often as it takes.
-    assert!(tx.execute("insert into nowhere values (1)", &[]).await.unwrap().is_err());
-    tx.undo().await.unwrap();
+    assert!(
+        tx.execute("insert into nowhere values (1)", &[])
+            .await
+            .unwrap()
+            .is_err()
+    );
+    tx.rollback_to_savepoint().await.unwrap();
     execute(&mut tx, INSERT, &[text("c")]).await;
     tx.commit().await.unwrap();
     assert_eq!(names(&world).await, [[text("a")], [text("c")]]);
 }
 
-async fn a_later_savepoint_takes_the_place_of_an_earlier_one(world: World) {
+async fn a_later_savepoint_replaces_an_earlier_one(world: World) {
     world.migrate("1.sql", TABLE).await;
     let mut tx = world.begin().await;
     for n in 0..100 {
         tx.savepoint().await.unwrap();
         execute(&mut tx, INSERT, &[text(&format!("{n:03}"))]).await;
         if n % 2 == 1 {
-            tx.undo().await.unwrap();
+            tx.rollback_to_savepoint().await.unwrap();
         }
     }
     tx.commit().await.unwrap();
     assert_eq!(names(&world).await.len(), 50);
 }
 
-async fn a_transaction_that_is_gone_cannot_be_undone(world: World) {
+async fn a_lost_transaction_cannot_roll_back_to_a_savepoint(world: World) {
     let world = world.without_filter().await;
     world.migrate("1.sql", TABLE).await;
     let mut tx = world.begin().await;
-    let never_made = tx.undo().await;
-    assert!(matches!(never_made, Err(StoreError::Refused(_))), "{never_made:?}");
+    let never_made = tx.rollback_to_savepoint().await;
+    assert!(
+        matches!(never_made, Err(StoreError::Refused(_))),
+        "{never_made:?}"
+    );
     tx.rollback().await;
     let mut tx = world.begin().await;
     tx.savepoint().await.unwrap();
     execute(&mut tx, INSERT, &[text("a")]).await;
     let _ = tx.execute("rollback", &[]).await.unwrap();
     // SQLite's wall does not let it happen.
-    let gone = tx.undo().await;
+    let gone = tx.rollback_to_savepoint().await;
     match world.is_postgres() {
         true => assert!(matches!(gone, Err(StoreError::Refused(_))), "{gone:?}"),
         false => gone.unwrap(),

@@ -2,25 +2,37 @@
 
 use std::time::{Duration, Instant};
 
-use oncely::store::{HOST_LEASE, OutboxRow, PostgresStore, SqliteStore, Store, TakenOver, Unpublished};
+use oncely::store::{
+    HOST_LEASE, OutboxRow, PostgresStore, SqliteStore, Store, TakenOver, Unpublished,
+};
 
-use super::{LEASE, World, a_claim, an_output};
+use super::{LEASE, World, new_claim, new_output};
 
-on_every_database!(leases_of_a_host_that_is_gone_are_released, a_host_that_ends_releases_what_it_leased);
+on_every_database!(
+    leases_of_a_dead_host_are_released,
+    a_stopping_host_releases_its_leases
+);
 
 /// Another host on the same database.
 async fn another(world: &World) -> Box<dyn Store> {
     match &world.store_url {
         Some(url) => Box::new(PostgresStore::connect(url, 4).await.unwrap()),
-        None => Box::new(SqliteStore::open(&world.folder.path().join("oncely.db")).await.unwrap()),
+        None => Box::new(
+            SqliteStore::open(&world.folder.path().join("oncely.db"))
+                .await
+                .unwrap(),
+        ),
     }
 }
 
 async fn append(world: &World) -> Vec<OutboxRow> {
     let mut tx = world.begin().await;
-    tx.claim(&[a_claim("e1", 1)]).await.unwrap();
+    tx.claim(&[new_claim("e1", 1)]).await.unwrap();
     let outputs = [Duration::ZERO, Duration::ZERO, Duration::from_secs(20)];
-    let outputs: Vec<_> = (0..).zip(outputs).map(|(ordinal, delay)| an_output("e1", ordinal, delay)).collect();
+    let outputs: Vec<_> = (0..)
+        .zip(outputs)
+        .map(|(ordinal, delay)| new_output("e1", ordinal, delay))
+        .collect();
     let rows = tx.append_outputs(&outputs, LEASE).await.unwrap();
     tx.commit().await.unwrap();
     rows
@@ -30,14 +42,17 @@ async fn append(world: &World) -> Vec<OutboxRow> {
 async fn take_over(store: &dyn Store) -> TakenOver {
     loop {
         let taken_over = store.renew_lease().await.unwrap();
-        if let Some(taken_over) = taken_over.into_iter().find(|taken_over| taken_over.outputs.is_some()) {
+        if let Some(taken_over) = taken_over
+            .into_iter()
+            .find(|taken_over| taken_over.outputs.is_some())
+        {
             return taken_over;
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
 
-async fn leases_of_a_host_that_is_gone_are_released(world: World) {
+async fn leases_of_a_dead_host_are_released(world: World) {
     world.store.renew_lease().await.unwrap();
     let rows = append(&world).await;
     let gone_at = Instant::now();
@@ -53,16 +68,33 @@ async fn leases_of_a_host_that_is_gone_are_released(world: World) {
     if world.is_postgres() {
         // The host is back, and gives up what is not its own any more.
         assert!(world.store.renew_lease().await.unwrap().is_empty());
-        let back = Unpublished::Later { after: Duration::ZERO, error: None };
-        world.store.put_back_outputs(&[(rows[0].seq, back.clone())]).await.unwrap();
-        assert!(world.store.lease_outputs(100, LEASE).await.unwrap().is_empty());
-        other.put_back_outputs(&[(rows[0].seq, back)]).await.unwrap();
-        assert_eq!(world.store.lease_outputs(100, LEASE).await.unwrap(), rows[..1]);
+        let back = Unpublished::Later {
+            after: Duration::ZERO,
+            error: None,
+        };
+        world
+            .store
+            .release_outputs(&[(rows[0].seq, back.clone())])
+            .await
+            .unwrap();
+        assert!(
+            world
+                .store
+                .lease_outputs(100, LEASE)
+                .await
+                .unwrap()
+                .is_empty()
+        );
+        other.release_outputs(&[(rows[0].seq, back)]).await.unwrap();
+        assert_eq!(
+            world.store.lease_outputs(100, LEASE).await.unwrap(),
+            rows[..1]
+        );
     }
     other.close().await;
 }
 
-async fn a_host_that_ends_releases_what_it_leased(world: World) {
+async fn a_stopping_host_releases_its_leases(world: World) {
     world.store.renew_lease().await.unwrap();
     let rows = append(&world).await;
     world.store.close().await;
@@ -74,28 +106,37 @@ async fn a_host_that_ends_releases_what_it_leased(world: World) {
 
 /// On PostgreSQL: a transaction of a host that is gone ends, and with it its locks; one of a host that is alive stays.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn transactions_of_a_host_that_is_gone_are_ended() {
+async fn transactions_of_a_dead_host_are_ended() {
     for world in [World::postgres().await, World::pgbouncer().await] {
         let other = another(&world).await;
         world.store.renew_lease().await.unwrap();
         other.renew_lease().await.unwrap();
         let mut frozen = world.begin().await;
-        frozen.claim(&[a_claim("e1", 1)]).await.unwrap();
+        frozen.claim(&[new_claim("e1", 1)]).await.unwrap();
         let began = Instant::now();
         while began.elapsed() < HOST_LEASE + Duration::from_secs(1) {
             other.renew_lease().await.unwrap();
             world.store.renew_lease().await.unwrap();
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
-        frozen.load_state(&["a".to_owned()]).await.expect("a transaction of a host that is alive was ended");
+        frozen
+            .load_state(&["a".to_owned()])
+            .await
+            .expect("a transaction of a host that is alive was ended");
 
         let taken_over = take_over(other.as_ref());
-        let mut tx = other.begin(super::WORKER, Duration::from_secs(30)).await.unwrap();
-        let claims = [a_claim("e1", 1)];
+        let mut tx = other
+            .begin(super::WORKER, Duration::from_secs(30))
+            .await
+            .unwrap();
+        let claims = [new_claim("e1", 1)];
         let (_, claimed) = tokio::join!(taken_over, tx.claim(&claims));
         claimed.expect("the claim is free");
         tx.commit().await.unwrap();
-        assert!(frozen.commit().await.is_err(), "a transaction went on after it was taken over");
+        assert!(
+            frozen.commit().await.is_err(),
+            "a transaction went on after it was taken over"
+        );
         other.close().await;
     }
 }

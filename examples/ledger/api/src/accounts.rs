@@ -42,15 +42,30 @@ fn no_overdraft() -> Option<i64> {
 }
 
 pub fn open(request: &Request) -> Result<Response, Response> {
-    let Opening { id, currency, overdraft_limit } = request.json()?;
-    if id.is_empty() || id.len() > 64 || !id.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-')) {
-        return Err(problem::invalid_account("an id is 1 to 64 of a-z, 0-9 and -"));
+    let Opening {
+        id,
+        currency,
+        overdraft_limit,
+    } = request.json()?;
+    if id.is_empty()
+        || id.len() > 64
+        || !id
+            .bytes()
+            .all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'))
+    {
+        return Err(problem::invalid_account(
+            "an id is 1 to 64 of a-z, 0-9 and -",
+        ));
     }
     if currency.len() != 3 || !currency.bytes().all(|b| b.is_ascii_uppercase()) {
-        return Err(problem::invalid_account("a currency is three letters, such as EUR"));
+        return Err(problem::invalid_account(
+            "a currency is three letters, such as EUR",
+        ));
     }
     if overdraft_limit.is_some_and(|limit| !(0..=1 << 53).contains(&limit)) {
-        return Err(problem::invalid_account("an overdraft limit is not negative; null means that there is none"));
+        return Err(problem::invalid_account(
+            "an overdraft limit is not negative; null means that there is none",
+        ));
     }
     if find(&id)?.is_some() {
         return Err(problem::account_exists(&id));
@@ -74,7 +89,10 @@ pub fn answer(status: u16, account: &Account) -> Response {
 /// The newest entries first; `?before=VERSION` goes on where the last page ended.
 pub fn statement(request: &Request, id: &str) -> Result<Response, Response> {
     let account = require(id)?;
-    let before: i64 = request.query("before").and_then(|before| before.parse().ok()).unwrap_or(i64::MAX);
+    let before: i64 = request
+        .query("before")
+        .and_then(|before| before.parse().ok())
+        .unwrap_or(i64::MAX);
     let rows = sql::query(
         "select entry.version, entry.amount, balance, posted.id, kind, at, note,
              case account when debit then credit else debit end as counterpart
@@ -82,18 +100,19 @@ pub fn statement(request: &Request, id: &str) -> Result<Response, Response> {
          where account = $1 and version < $2 order by version desc limit $3",
         params![id, before, PAGE as i64],
     )?;
-    let entries = rows.iter().map(line).collect::<Result<Vec<_>, _>>()?;
+    let entries = rows.iter().map(entry_json).collect::<Result<Vec<_>, _>>()?;
     let next = match rows.last() {
-        Some(last) if rows.len() == PAGE => {
-            Some(format!("/accounts/{id}/statement?before={}", last.get::<i64>("version")?))
-        }
+        Some(last) if rows.len() == PAGE => Some(format!(
+            "/accounts/{id}/statement?before={}",
+            last.get::<i64>("version")?
+        )),
         _ => None,
     };
     let statement = json!({ "account": account, "entries": entries, "next": next });
     Ok(Response::json(200, &statement).header("etag", format!("\"{}\"", account.version)))
 }
 
-fn line(row: &sql::Row) -> Result<serde_json::Value, sql::ColumnError> {
+fn entry_json(row: &sql::Row) -> Result<serde_json::Value, sql::ColumnError> {
     Ok(json!({
         "transaction": row.get::<String>("id")?,
         "kind": row.get::<String>("kind")?,
@@ -158,8 +177,10 @@ fn next_versions(account: &Account, payee: Option<&str>) -> Result<bool, Respons
     );
     let taken = sql::execute(&statement, params![account.id, account.version, payee])? > 0;
     if taken {
-        let changed: Vec<String> =
-            std::iter::once(account.id.as_str()).chain(payee).map(|id| format!("account:{id}")).collect();
+        let changed: Vec<String> = std::iter::once(account.id.as_str())
+            .chain(payee)
+            .map(|id| format!("account:{id}"))
+            .collect();
         cache::invalidate(&changed)?;
     }
     Ok(taken)
@@ -170,8 +191,11 @@ pub fn require(id: &str) -> Result<Account, Response> {
 }
 
 fn find(id: &str) -> Result<Option<Account>, Response> {
-    let select = "select id, currency, balance, held, overdraft_limit, version from account where id = $1";
-    let Some(row) = sql::query_optional(select, params![id])? else { return Ok(None) };
+    let select =
+        "select id, currency, balance, held, overdraft_limit, version from account where id = $1";
+    let Some(row) = sql::query_optional(select, params![id])? else {
+        return Ok(None);
+    };
     Ok(Some(Account {
         id: row.get("id")?,
         currency: row.get("currency")?,
@@ -185,15 +209,25 @@ fn find(id: &str) -> Result<Option<Account>, Response> {
 impl Account {
     /// Whether it can spend `amount`.
     pub fn check_funds(&self, amount: i64) -> Result<(), Response> {
-        let Some(limit) = self.overdraft_limit else { return Ok(()) };
+        let Some(limit) = self.overdraft_limit else {
+            return Ok(());
+        };
         let available = self.balance - self.held + limit;
-        if amount > available { Err(problem::insufficient_funds(&self.id, available)) } else { Ok(()) }
+        if amount > available {
+            Err(problem::insufficient_funds(&self.id, available))
+        } else {
+            Ok(())
+        }
     }
 
     pub fn check_currency(&self, currency: &str) -> Result<(), Response> {
         if self.currency == currency {
             return Ok(());
         }
-        Err(problem::currency_mismatch(&self.id, &self.currency, currency))
+        Err(problem::currency_mismatch(
+            &self.id,
+            &self.currency,
+            currency,
+        ))
     }
 }

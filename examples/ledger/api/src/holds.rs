@@ -26,13 +26,20 @@ pub fn place(request: &Request) -> Result<Response, Response> {
         payer.check_currency(&order.currency)?;
         payer.check_funds(order.amount)
     })?;
-    let id = journal::id_of_this_request();
+    let id = journal::request_id();
     if find(&id)?.is_some() {
         return Err(problem::already_held(&id));
     }
     sql::execute(
         "insert into hold (id, debit, credit, currency, amount, note) values ($1, $2, $3, $4, $5, $6)",
-        params![id, order.from, order.to, order.currency, order.amount, order.note],
+        params![
+            id,
+            order.from,
+            order.to,
+            order.currency,
+            order.amount,
+            order.note
+        ],
     )?;
     Ok(Response::json(201, &require(&id)?))
 }
@@ -57,14 +64,21 @@ pub fn capture(request: &Request, id: &str) -> Result<Response, Response> {
 pub fn release(request: &Request, id: &str) -> Result<Response, Response> {
     let hold = require(id)?;
     accounts::take_version(request, &hold.debit, None, |_| check_open(id))?;
-    sql::execute("update hold set state = 'released' where id = $1", params![id])?;
+    sql::execute(
+        "update hold set state = 'released' where id = $1",
+        params![id],
+    )?;
     Ok(Response::json(200, &require(id)?))
 }
 
 /// Whoever ends a hold takes a version of its payer first, so it cannot end in between.
 fn check_open(id: &str) -> Result<(), Response> {
     let state = require(id)?.state;
-    if state == "open" { Ok(()) } else { Err(problem::hold_not_open(id, &state)) }
+    if state == "open" {
+        Ok(())
+    } else {
+        Err(problem::hold_not_open(id, &state))
+    }
 }
 
 fn require(id: &str) -> Result<Hold, Response> {
@@ -73,7 +87,9 @@ fn require(id: &str) -> Result<Hold, Response> {
 
 fn find(id: &str) -> Result<Option<Hold>, Response> {
     let select = "select id, debit, credit, currency, amount, note, state from hold where id = $1";
-    let Some(row) = sql::query_optional(select, params![id])? else { return Ok(None) };
+    let Some(row) = sql::query_optional(select, params![id])? else {
+        return Ok(None);
+    };
     Ok(Some(Hold {
         id: row.get("id")?,
         debit: row.get("debit")?,

@@ -45,7 +45,7 @@ pub struct Entry {
 
 /// Writes a transaction, whose accounts were taken before, and tells of it. The database writes the entries and the balances.
 pub fn post(posting: &Posting) -> Result<Response, Response> {
-    let id = id_of_this_request();
+    let id = request_id();
     if find(&id)?.is_some() {
         return Err(problem::already_posted(&id));
     }
@@ -70,9 +70,13 @@ pub fn post(posting: &Posting) -> Result<Response, Response> {
 }
 
 /// Made of the idempotency key and the request: whoever repeats a request after its key was forgotten meets the transaction.
-pub fn id_of_this_request() -> String {
+pub fn request_id() -> String {
     let id = invocation::id();
-    id.rsplit(':').next().and_then(|digest| digest.get(..32)).unwrap_or(&id).to_owned()
+    id.rsplit(':')
+        .next()
+        .and_then(|digest| digest.get(..32))
+        .unwrap_or(&id)
+        .to_owned()
 }
 
 pub fn require(id: &str) -> Result<Transaction, Response> {
@@ -84,7 +88,9 @@ pub fn is_reversed(id: &str) -> Result<bool, Response> {
 }
 
 fn find(id: &str) -> Result<Option<Transaction>, Response> {
-    let Some(row) = sql::query_optional("select * from posted where id = $1", params![id])? else { return Ok(None) };
+    let Some(row) = sql::query_optional("select * from posted where id = $1", params![id])? else {
+        return Ok(None);
+    };
     let posting = Posting {
         kind: row.get("kind")?,
         debit: row.get("debit")?,
@@ -95,7 +101,12 @@ fn find(id: &str) -> Result<Option<Transaction>, Response> {
         reverses: row.get("reverses")?,
         hold: row.get("hold")?,
     };
-    Ok(Some(Transaction { id: row.get("id")?, at: row.get("at")?, posting, entries: entries(id)? }))
+    Ok(Some(Transaction {
+        id: row.get("id")?,
+        at: row.get("at")?,
+        posting,
+        entries: entries(id)?,
+    }))
 }
 
 fn entries(id: &str) -> Result<Vec<Entry>, Response> {

@@ -26,6 +26,10 @@ fn handle(request: Request) -> Result<Response, Response> {
         ("POST", ["holds"]) => holds::place(&request),
         ("POST", ["holds", id, "capture"]) => holds::capture(&request, id),
         ("POST", ["holds", id, "release"]) => holds::release(&request, id),
-        _ => Err(Response::problem(404, "no-such-path", "there is nothing at this path")),
+        _ => Err(Response::problem(
+            404,
+            "no-such-path",
+            "there is nothing at this path",
+        )),
     }
 }

@@ -3,11 +3,19 @@
 use oncely_guest::http::Response;
 
 pub fn account_not_found(id: &str) -> Response {
-    Response::problem(404, "account-not-found", &format!("there is no account {id}"))
+    Response::problem(
+        404,
+        "account-not-found",
+        &format!("there is no account {id}"),
+    )
 }
 
 pub fn account_exists(id: &str) -> Response {
-    Response::problem(409, "account-exists", &format!("there is an account {id} already"))
+    Response::problem(
+        409,
+        "account-exists",
+        &format!("there is an account {id} already"),
+    )
 }
 
 pub fn invalid_account(why: &str) -> Response {
@@ -20,48 +28,86 @@ pub fn invalid_amount() -> Response {
 }
 
 pub fn same_account() -> Response {
-    Response::problem(422, "same-account", "money moves between two different accounts")
+    Response::problem(
+        422,
+        "same-account",
+        "money moves between two different accounts",
+    )
 }
 
 pub fn currency_mismatch(account: &str, has: &str, asked: &str) -> Response {
-    Response::problem(422, "currency-mismatch", &format!("{account} is an account in {has}, not in {asked}"))
+    Response::problem(
+        422,
+        "currency-mismatch",
+        &format!("{account} is an account in {has}, not in {asked}"),
+    )
 }
 
 pub fn insufficient_funds(account: &str, available: i64) -> Response {
-    Response::problem(422, "insufficient-funds", &format!("{account} can spend {available}"))
+    Response::problem(
+        422,
+        "insufficient-funds",
+        &format!("{account} can spend {available}"),
+    )
 }
 
 /// Another version than the one that `If-Match` names.
 pub fn version_mismatch(account: &str, version: i64) -> Response {
-    Response::problem(412, "version-mismatch", &format!("{account} is at version {version} now"))
+    Response::problem(
+        412,
+        "version-mismatch",
+        &format!("{account} is at version {version} now"),
+    )
 }
 
 /// Others were quicker, several times.
 pub fn version_conflict(account: &str) -> Response {
-    let detail = format!("{account} kept changing, and nothing was done; ask again with a new Idempotency-Key");
+    let detail = format!(
+        "{account} kept changing, and nothing was done; ask again with a new Idempotency-Key"
+    );
     Response::problem(409, "version-conflict", &detail)
 }
 
 pub fn transaction_not_found(id: &str) -> Response {
-    Response::problem(404, "transaction-not-found", &format!("there is no transaction {id}"))
+    Response::problem(
+        404,
+        "transaction-not-found",
+        &format!("there is no transaction {id}"),
+    )
 }
 
 /// The key is older than the window of its route, but the journal does not forget.
 pub fn already_posted(id: &str) -> Response {
-    Response::problem(409, "already-posted", &format!("this request was done long ago: /transactions/{id}"))
+    Response::problem(
+        409,
+        "already-posted",
+        &format!("this request was done long ago: /transactions/{id}"),
+    )
 }
 
 /// Like [`already_posted`], for a hold.
 pub fn already_held(id: &str) -> Response {
-    Response::problem(409, "already-held", &format!("this request was done long ago: hold {id}"))
+    Response::problem(
+        409,
+        "already-held",
+        &format!("this request was done long ago: hold {id}"),
+    )
 }
 
 pub fn already_reversed(id: &str) -> Response {
-    Response::problem(409, "already-reversed", &format!("transaction {id} was reversed before"))
+    Response::problem(
+        409,
+        "already-reversed",
+        &format!("transaction {id} was reversed before"),
+    )
 }
 
 pub fn not_reversible(id: &str) -> Response {
-    Response::problem(409, "not-reversible", &format!("{id} is a reversal itself; make a new transfer"))
+    Response::problem(
+        409,
+        "not-reversible",
+        &format!("{id} is a reversal itself; make a new transfer"),
+    )
 }
 
 pub fn hold_not_found(id: &str) -> Response {

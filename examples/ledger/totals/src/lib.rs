@@ -24,7 +24,10 @@ oncely_guest::handler!(handle);
 
 fn handle(message: Message) -> Result<(), Failure> {
     let posted: Posted = message.json()?;
-    let day = posted.at.get(..10).ok_or_else(|| Failure::reject("`at` has no day").code("malformed"))?;
+    let day = posted
+        .at
+        .get(..10)
+        .ok_or_else(|| Failure::reject("`at` has no day").code("malformed"))?;
     for entry in &posted.entries {
         add(day, entry)?;
     }

@@ -3,16 +3,16 @@
 use anyhow::Result;
 use clap::Args;
 
-use super::select::{Actor, Selection, check_all_moved};
-use crate::api::letters::{CloseRequest, Closing};
+use super::select::{ActorArgs, Selection, check_none_refused};
+use crate::api::dead_letters::{CloseAction, CloseRequest};
 use crate::cli::client::{Client, HostArgs};
 use crate::cli::exit::Exit;
 use crate::cli::term;
 use crate::model::hint::WithHint;
-use crate::store::{By, LetterSummary, Moved};
+use crate::store::{Attribution, DeadLetterActionResult, DeadLetterSummary};
 
 /// How many letters one request closes.
-const CHUNK: usize = 100;
+const CHUNK_SIZE: usize = 100;
 
 /// Closes dead letters for which nothing is to be done any more, such as those that were repaired by hand.
 #[derive(Debug, Args)]
@@ -23,7 +23,7 @@ pub struct Resolve {
     #[arg(long)]
     note: String,
     #[command(flatten)]
-    actor: Actor,
+    actor: ActorArgs,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -43,7 +43,7 @@ pub struct Drop {
     #[arg(long)]
     yes: bool,
     #[command(flatten)]
-    actor: Actor,
+    actor: ActorArgs,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -54,40 +54,74 @@ pub struct Drop {
 impl Resolve {
     pub async fn run(self) -> Result<()> {
         let client = Client::find(&self.host)?;
-        let letters = self.selection.find(&client, false).await?;
-        close(&client, &letters, Closing::Resolve, self.actor.by(Some(self.note)), self.json).await
+        let dead_letters = self.selection.find(&client, false).await?;
+        close(
+            &client,
+            &dead_letters,
+            CloseAction::Resolve,
+            self.actor.with_note(Some(self.note)),
+            self.json,
+        )
+        .await
     }
 }
 
 impl Drop {
     pub async fn run(self) -> Result<()> {
         let client = Client::find(&self.host)?;
-        let letters = self.selection.find(&client, false).await?;
-        let count = letters.len();
-        if count > 0 && !self.yes && !term::confirm(&format!("drop {count} dead letters for good?")) {
-            return Err(Exit::Failure.because(format!("none of the {count} dead letters was dropped")))
-                .hint("add --yes to drop them without a question");
+        let dead_letters = self.selection.find(&client, false).await?;
+        let count = dead_letters.len();
+        if count > 0 && !self.yes && !term::confirm(&format!("drop {count} dead letters for good?"))
+        {
+            return Err(
+                Exit::Failure.with_message(format!("none of the {count} dead letters was dropped"))
+            )
+            .hint("add --yes to drop them without a question");
         }
-        close(&client, &letters, Closing::Drop, self.actor.by(self.note), self.json).await
+        close(
+            &client,
+            &dead_letters,
+            CloseAction::Drop,
+            self.actor.with_note(self.note),
+            self.json,
+        )
+        .await
     }
 }
 
-async fn close(client: &Client, letters: &[LetterSummary], closing: Closing, by: By, json: bool) -> Result<()> {
-    let what = match closing {
-        Closing::Resolve => "resolved",
-        Closing::Drop => "dropped",
+async fn close(
+    client: &Client,
+    dead_letters: &[DeadLetterSummary],
+    action: CloseAction,
+    by: Attribution,
+    json: bool,
+) -> Result<()> {
+    let participle = match action {
+        CloseAction::Resolve => "resolved",
+        CloseAction::Drop => "dropped",
     };
-    let ids: Vec<i64> = letters.iter().map(|letter| letter.id).collect();
-    let mut moved: Vec<Moved> = Vec::new();
-    for chunk in ids.chunks(CHUNK) {
-        let request = CloseRequest { ids: chunk.to_vec(), closing, by: by.clone() };
-        moved.extend(client.post::<_, Vec<Moved>>("/letters/close", &request).await?);
+    let ids: Vec<i64> = dead_letters
+        .iter()
+        .map(|dead_letter| dead_letter.id)
+        .collect();
+    let mut moved: Vec<DeadLetterActionResult> = Vec::new();
+    for chunk in ids.chunks(CHUNK_SIZE) {
+        let request = CloseRequest {
+            ids: chunk.to_vec(),
+            action,
+            by: by.clone(),
+        };
+        moved.extend(
+            client
+                .post::<_, Vec<DeadLetterActionResult>>("/dead-letters/close", &request)
+                .await?,
+        );
     }
     if json {
         term::json(&moved)?;
     } else {
         let count = moved.iter().filter(|moved| moved.refused.is_none()).count();
-        term::data(format!("{what}: {count} of {}", moved.len()))?;
+        term::data(format!("{participle}: {count} of {}", moved.len()))?;
     }
-    check_all_moved(&moved, what)
+    check_none_refused(&moved, participle)
 }

@@ -8,11 +8,11 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use clap::Args;
 
-use super::select::{Actor, check_all_moved};
-use crate::api::letters::EditRequest;
+use super::select::{ActorArgs, check_none_refused};
+use crate::api::dead_letters::EditRequest;
 use crate::cli::client::{Client, HostArgs};
 use crate::cli::term;
-use crate::store::Moved;
+use crate::store::DeadLetterActionResult;
 
 /// Keeps a corrected body for a dead letter: it is what the worker is given when the letter is put back.
 #[derive(Debug, Args)]
@@ -25,7 +25,7 @@ pub struct Edit {
     #[arg(long)]
     note: String,
     #[command(flatten)]
-    actor: Actor,
+    actor: ActorArgs,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -37,20 +37,31 @@ impl Edit {
     pub async fn run(self) -> Result<()> {
         let body = if self.body.as_os_str() == "-" {
             let mut body = Vec::new();
-            std::io::stdin().read_to_end(&mut body).context("read the body from standard input")?;
+            std::io::stdin()
+                .read_to_end(&mut body)
+                .context("read the body from standard input")?;
             body
         } else {
             std::fs::read(&self.body).with_context(|| format!("read {}", self.body.display()))?
         };
         let client = Client::find(&self.host)?;
-        let request = EditRequest { body: STANDARD.encode(&body), by: self.actor.by(Some(self.note)) };
-        let moved: Vec<Moved> = client.post(&format!("/letters/{}/edit", self.id), &request).await?;
+        let request = EditRequest {
+            body: STANDARD.encode(&body),
+            by: self.actor.with_note(Some(self.note)),
+        };
+        let moved: Vec<DeadLetterActionResult> = client
+            .post(&format!("/dead-letters/{}/edit", self.id), &request)
+            .await?;
         if self.json {
             term::json(&moved)?;
         }
-        check_all_moved(&moved, "corrected")?;
+        check_none_refused(&moved, "corrected")?;
         if !self.json {
-            term::data(format!("dead letter {} has a corrected body of {} bytes", self.id, body.len()))?;
+            term::data(format!(
+                "dead letter {} has a corrected body of {} bytes",
+                self.id,
+                body.len()
+            ))?;
             term::note(format!("put it back with: oncely dlq redrive {}", self.id));
         }
         Ok(())

@@ -9,9 +9,9 @@ use clap::Args;
 use serde::Serialize;
 
 use super::select::Selection;
-use crate::api::letters::Letter;
+use crate::api::dead_letters::DeadLetter;
 use crate::cli::client::{Client, HostArgs};
-use crate::cli::replay::{Attempt, Wasm};
+use crate::cli::replay::{ComponentBytes, ExportedAttempt};
 use crate::cli::term;
 use crate::dlq::replay::Replayable;
 
@@ -39,67 +39,96 @@ pub struct Export {
 
 /// One line of the file.
 #[derive(Debug, Serialize)]
-struct Line {
+struct ExportLine {
     #[serde(flatten)]
-    letter: Letter,
+    dead_letter: DeadLetter,
     /// None when there is no record of an attempt.
-    replay: Option<Attempt>,
+    replay: Option<ExportedAttempt>,
 }
 
 impl Export {
     pub async fn run(self) -> Result<()> {
         let client = Client::find(&self.host)?;
-        let letters = self.selection.find(&client, self.closed).await?;
-        let mut lines = Lines { client, components: !self.no_component, written: HashSet::new() };
+        let dead_letters = self.selection.find(&client, self.closed).await?;
+        let mut writer = ExportWriter {
+            client,
+            with_components: !self.no_component,
+            written_components: HashSet::new(),
+        };
         let Some(path) = &self.out else {
-            for summary in &letters {
-                term::raw(&lines.line(summary.id).await?)?;
+            for summary in &dead_letters {
+                term::raw(&writer.line(summary.id).await?)?;
             }
             return Ok(());
         };
-        let mut progress = term::Progress::bar("export dead letters", letters.len() as u64);
-        let file = create(path).with_context(|| format!("make {}", path.display()))?;
+        let mut progress = term::Progress::bar("export dead letters", dead_letters.len() as u64);
+        let file = create_private(path).with_context(|| format!("make {}", path.display()))?;
         let mut file = std::io::BufWriter::new(file);
-        for summary in &letters {
-            file.write_all(&lines.line(summary.id).await?).with_context(|| format!("write {}", path.display()))?;
+        for summary in &dead_letters {
+            file.write_all(&writer.line(summary.id).await?)
+                .with_context(|| format!("write {}", path.display()))?;
             progress.step();
         }
-        file.flush().with_context(|| format!("write {}", path.display()))?;
-        progress.finish(&format!("{} written to {}", letters.len(), path.display()));
+        file.flush()
+            .with_context(|| format!("write {}", path.display()))?;
+        progress.finish(&format!(
+            "{} written to {}",
+            dead_letters.len(),
+            path.display()
+        ));
         Ok(())
     }
 }
 
 /// Makes the file, for this user's eyes only: it holds what messages and rows hold.
-fn create(path: &Path) -> std::io::Result<std::fs::File> {
+fn create_private(path: &Path) -> std::io::Result<std::fs::File> {
     use std::os::unix::fs::OpenOptionsExt;
-    std::fs::File::options().write(true).create(true).truncate(true).mode(0o600).open(path)
+    std::fs::File::options()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)
 }
 
 /// Writes the lines of one file. A component stands in the first line that needs it.
-struct Lines {
+struct ExportWriter {
     client: Client,
-    components: bool,
-    written: HashSet<String>,
+    with_components: bool,
+    written_components: HashSet<String>,
 }
 
-impl Lines {
+impl ExportWriter {
     async fn line(&mut self, id: i64) -> Result<Vec<u8>> {
-        let letter: Letter = self.client.get(&format!("/letters/{id}")).await?;
-        let attempt: Option<Replayable> = self.client.get(&format!("/letters/{id}/replay")).await?;
+        let dead_letter: DeadLetter = self.client.get(&format!("/dead-letters/{id}")).await?;
+        let attempt: Option<Replayable> = self
+            .client
+            .get(&format!("/dead-letters/{id}/replay"))
+            .await?;
         let replay = match attempt {
-            Some(attempt) => Some(Attempt { component: self.component(&attempt.digest).await?, attempt }),
+            Some(attempt) => Some(ExportedAttempt {
+                component: self.component(&attempt.digest).await?,
+                attempt,
+            }),
             None => None,
         };
-        let mut line = serde_json::to_vec(&Line { letter, replay }).context("write JSON")?;
+        let mut line = serde_json::to_vec(&ExportLine {
+            dead_letter,
+            replay,
+        })
+        .context("write JSON")?;
         line.push(b'\n');
         Ok(line)
     }
 
-    async fn component(&mut self, digest: &str) -> Result<Option<Wasm>> {
-        if !self.components || !self.written.insert(digest.to_owned()) {
+    async fn component(&mut self, digest: &str) -> Result<Option<ComponentBytes>> {
+        if !self.with_components || !self.written_components.insert(digest.to_owned()) {
             return Ok(None);
         }
-        Ok(Some(Wasm(self.client.download(&format!("/components/{digest}")).await?)))
+        Ok(Some(ComponentBytes(
+            self.client
+                .download(&format!("/components/{digest}"))
+                .await?,
+        )))
     }
 }

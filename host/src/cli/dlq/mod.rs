@@ -13,7 +13,7 @@ mod select;
 mod show;
 mod verify;
 
-pub(super) use select::Actor;
+pub(super) use select::ActorArgs;
 
 /// Shows messages that could not be handled, and why; corrects them, puts them back, closes them.
 #[derive(Debug, Args)]

@@ -9,7 +9,7 @@ use crate::cli::exit::Exit;
 use crate::cli::term;
 use crate::model::hint::WithHint;
 use crate::model::units;
-use crate::store::{By, LetterFilter, LetterSummary, Moved};
+use crate::store::{Attribution, DeadLetterActionResult, DeadLetterFilter, DeadLetterSummary};
 
 /// What dead letters have in common.
 #[derive(Debug, Clone, Args)]
@@ -30,21 +30,39 @@ pub struct Filters {
     #[arg(long)]
     subject: Option<String>,
     /// Only those that died since: how long ago (2h), a time (2026-01-31T12:00:00Z), or one of today, UTC (12:00).
-    #[arg(long, value_name = "WHEN", value_parser = when)]
+    #[arg(long, value_name = "WHEN", value_parser = parse_time)]
     since: Option<Timestamp>,
     /// Only those that died before.
-    #[arg(long, value_name = "WHEN", value_parser = when)]
+    #[arg(long, value_name = "WHEN", value_parser = parse_time)]
     until: Option<Timestamp>,
 }
 
-fn when(text: &str) -> Result<Timestamp, String> {
-    units::parse_when(text, Timestamp::now())
+fn parse_time(text: &str) -> Result<Timestamp, String> {
+    units::parse_time(text, Timestamp::now())
 }
 
 impl Filters {
-    pub fn filter(self) -> LetterFilter {
-        let Filters { worker, reason, code, group, subject, since, until } = self;
-        LetterFilter { worker, reason, code, group, subject, since, until, limit: u32::MAX, ..LetterFilter::default() }
+    pub fn filter(self) -> DeadLetterFilter {
+        let Filters {
+            worker,
+            reason,
+            code,
+            group,
+            subject,
+            since,
+            until,
+        } = self;
+        DeadLetterFilter {
+            worker,
+            reason,
+            code,
+            group,
+            subject,
+            since,
+            until,
+            limit: u32::MAX,
+            ..DeadLetterFilter::default()
+        }
     }
 }
 
@@ -62,44 +80,66 @@ pub struct Selection {
 
 impl Selection {
     /// Whether the letters are named one by one.
-    pub fn is_by_number(&self) -> bool {
+    pub fn is_by_id(&self) -> bool {
         !self.ids.is_empty()
     }
 
     /// The letters in the order of their streams. Those that were named must be there.
-    pub async fn find(self, client: &Client, closed: bool) -> Result<Vec<LetterSummary>> {
+    pub async fn find(self, client: &Client, closed: bool) -> Result<Vec<DeadLetterSummary>> {
         let Selection { ids, all, filters } = self;
-        let by_number = !ids.is_empty();
-        let filter = LetterFilter { closed: closed || by_number, ids, ..filters.filter() };
-        let anything = LetterFilter { closed: filter.closed, limit: u32::MAX, ..LetterFilter::default() };
-        if filter == anything && !all {
-            return Err(Exit::Usage.because("it is not said which dead letters are meant"))
+        let is_by_id = !ids.is_empty();
+        let filter = DeadLetterFilter {
+            closed: closed || is_by_id,
+            ids,
+            ..filters.filter()
+        };
+        let unfiltered = DeadLetterFilter {
+            closed: filter.closed,
+            limit: u32::MAX,
+            ..DeadLetterFilter::default()
+        };
+        if filter == unfiltered && !all {
+            return Err(Exit::Usage.with_message("it is not said which dead letters are meant"))
                 .hint("give their numbers, a filter such as --worker NAME, or --all");
         }
-        let mut letters: Vec<LetterSummary> = client.post("/letters/find", &filter).await?;
-        if let Some(missing) = filter.ids.iter().find(|id| letters.iter().all(|letter| letter.id != **id)) {
-            return Err(Exit::NotFound.because(format!("there is no dead letter {missing}"))).hint("oncely dlq list");
+        let mut dead_letters: Vec<DeadLetterSummary> =
+            client.post("/dead-letters/find", &filter).await?;
+        if let Some(missing) = filter.ids.iter().find(|id| {
+            dead_letters
+                .iter()
+                .all(|dead_letter| dead_letter.id != **id)
+        }) {
+            return Err(Exit::NotFound.with_message(format!("there is no dead letter {missing}")))
+                .hint("oncely dlq list");
         }
-        letters.sort_by(|a, b| place(a).cmp(&place(b)));
-        Ok(letters)
+        dead_letters.sort_by(|a, b| stream_position(a).cmp(&stream_position(b)));
+        Ok(dead_letters)
     }
 }
 
-fn place(letter: &LetterSummary) -> (&str, Option<&str>, Option<u64>, i64) {
-    (&letter.worker, letter.stream.as_deref(), letter.stream_sequence, letter.id)
+fn stream_position(dead_letter: &DeadLetterSummary) -> (&str, Option<&str>, Option<u64>, i64) {
+    (
+        &dead_letter.worker,
+        dead_letter.stream.as_deref(),
+        dead_letter.stream_sequence,
+        dead_letter.id,
+    )
 }
 
 /// Who gives a command.
 #[derive(Debug, Clone, Args)]
-pub struct Actor {
+pub struct ActorArgs {
     /// Who does this, for the record. Default: the user of the operating system.
     #[arg(long, env = "ONCELY_ACTOR", value_name = "NAME")]
     actor: Option<String>,
 }
 
-impl Actor {
-    pub fn by(self, note: Option<String>) -> By {
-        By { actor: self.actor.unwrap_or_else(user), note }
+impl ActorArgs {
+    pub fn with_note(self, note: Option<String>) -> Attribution {
+        Attribution {
+            actor: self.actor.unwrap_or_else(user),
+            note,
+        }
     }
 }
 
@@ -108,21 +148,30 @@ fn user() -> String {
     let output = std::process::Command::new("id").arg("-un").output();
     let name = output.ok().filter(|output| output.status.success());
     let name = name.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
-    name.filter(|name| !name.is_empty()).unwrap_or_else(|| "unknown".to_owned())
+    name.filter(|name| !name.is_empty())
+        .unwrap_or_else(|| "unknown".to_owned())
 }
 
 /// Tells why some letters were left as they are, and fails if there are any.
-pub fn check_all_moved(moved: &[Moved], what: &str) -> Result<()> {
-    let refused: Vec<(i64, &str)> =
-        moved.iter().filter_map(|moved| Some((moved.id, moved.refused.as_deref()?))).collect();
+pub fn check_none_refused(moved: &[DeadLetterActionResult], participle: &str) -> Result<()> {
+    let refused: Vec<(i64, &str)> = moved
+        .iter()
+        .filter_map(|moved| Some((moved.id, moved.refused.as_deref()?)))
+        .collect();
     match refused.as_slice() {
         [] => Ok(()),
-        [(id, why)] if moved.len() == 1 => Err(anyhow!("{why}").context(format!("dead letter {id} was not {what}"))),
+        [(id, why)] if moved.len() == 1 => {
+            Err(anyhow!("{why}").context(format!("dead letter {id} was not {participle}")))
+        }
         refused => {
             for (id, why) in refused {
-                term::warning(format!("dead letter {id} was not {what}: {why}"));
+                term::warning(format!("dead letter {id} was not {participle}: {why}"));
             }
-            Err(anyhow!("{} of {} dead letters were not {what}", refused.len(), moved.len()))
+            Err(anyhow!(
+                "{} of {} dead letters were not {participle}",
+                refused.len(),
+                moved.len()
+            ))
         }
     }
 }

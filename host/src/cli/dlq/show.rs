@@ -5,7 +5,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use clap::{Args, ValueEnum};
 
-use crate::api::letters::Letter;
+use crate::api::dead_letters::DeadLetter;
 use crate::cli::client::{Client, HostArgs};
 use crate::cli::{json_text, term};
 use crate::model::units;
@@ -15,8 +15,8 @@ use crate::model::units;
 pub struct Show {
     id: i64,
     /// How to show the body. Default: what fits.
-    #[arg(long = "as", value_name = "FORM", conflicts_with_all = ["raw", "json"])]
-    form: Option<Form>,
+    #[arg(long = "format", value_name = "FORMAT", conflicts_with_all = ["raw", "json"])]
+    format: Option<Format>,
     /// Print the body alone, byte for byte: the corrected one, if there is one.
     #[arg(long, conflicts_with = "json")]
     raw: bool,
@@ -28,7 +28,7 @@ pub struct Show {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Form {
+enum Format {
     Text,
     Json,
     Hex,
@@ -37,23 +37,41 @@ enum Form {
 impl Show {
     pub async fn run(self) -> Result<()> {
         let client = Client::find(&self.host)?;
-        let letter: Letter = client.get(&format!("/letters/{}", self.id)).await?;
+        let dead_letter: DeadLetter = client.get(&format!("/dead-letters/{}", self.id)).await?;
         if self.json {
-            return term::json(&letter);
+            return term::json(&dead_letter);
         }
         if self.raw {
-            return term::raw(&decoded(letter.edits.last().map_or(&letter.body, |edit| &edit.body)));
+            return term::raw(&decoded(
+                dead_letter
+                    .edits
+                    .last()
+                    .map_or(&dead_letter.body, |edit| &edit.body),
+            ));
         }
-        term::data(facts(&letter))?;
-        show_story(&letter)?;
+        term::data(details(&dead_letter))?;
+        show_history(&dead_letter)?;
         term::data("\nheaders")?;
-        for (name, value) in &letter.headers {
-            term::data(format!("  {}: {}", term::visible(name), term::visible(value)))?;
+        for (name, value) in &dead_letter.headers {
+            term::data(format!(
+                "  {}: {}",
+                term::visible(name),
+                term::visible(value)
+            ))?;
         }
-        show_body("body", &decoded(&letter.body), self.form)?;
-        for edit in &letter.edits {
-            let by = format!("{} by {}: {}", units::show_time(edit.at), edit.actor, edit.note);
-            show_body(&format!("corrected {}", term::visible(&by)), &decoded(&edit.body), self.form)?;
+        show_body("body", &decoded(&dead_letter.body), self.format)?;
+        for edit in &dead_letter.edits {
+            let by = format!(
+                "{} by {}: {}",
+                units::format_time(edit.at),
+                edit.actor,
+                edit.note
+            );
+            show_body(
+                &format!("corrected {}", term::visible(&by)),
+                &decoded(&edit.body),
+                self.format,
+            )?;
         }
         Ok(())
     }
@@ -64,20 +82,27 @@ fn decoded(body: &str) -> Vec<u8> {
 }
 
 /// What there is to know in short.
-fn facts(letter: &Letter) -> String {
-    let summary = &letter.summary;
+fn details(dead_letter: &DeadLetter) -> String {
+    let summary = &dead_letter.summary;
     let place = match (&summary.stream, summary.stream_sequence) {
         (Some(stream), Some(sequence)) => format!("{stream} {sequence}"),
         _ => "not from a stream".to_owned(),
     };
-    let state = match summary.moved_at {
-        Some(at) => format!("{} since {}", summary.state.as_str(), units::show_time(at)),
+    let state = match summary.last_action_at {
+        Some(at) => format!(
+            "{} since {}",
+            summary.state.as_str(),
+            units::format_time(at)
+        ),
         None => summary.state.as_str().to_owned(),
     };
-    let mut facts = vec![
+    let mut details = vec![
         ("dead letter", summary.id.to_string()),
         ("state", state),
-        ("worker", format!("{} version {}", summary.worker, summary.version)),
+        (
+            "worker",
+            format!("{} version {}", summary.worker, summary.version),
+        ),
         ("reason", summary.reason.clone()),
         ("code", summary.code.clone().unwrap_or_default()),
         ("detail", summary.detail.clone()),
@@ -85,55 +110,82 @@ fn facts(letter: &Letter) -> String {
         ("event id", summary.event_id.clone()),
         ("subject", summary.subject.clone()),
         ("from", place),
-        ("trace id", letter.trace_id.clone().unwrap_or_default()),
-        ("died at", units::show_time(summary.died_at)),
+        ("trace id", dead_letter.trace_id.clone().unwrap_or_default()),
+        ("died at", units::format_time(summary.died_at)),
         ("attempts", summary.attempts.to_string()),
     ];
-    if let Some(first) = letter.first_died_at {
-        facts.push(("first died at", units::show_time(first)));
+    if let Some(first) = dead_letter.first_died_at {
+        details.push(("first died at", units::format_time(first)));
     }
-    if let Some(settled) = &letter.settled {
-        facts.push(("inbox", format!("{} since {}", settled.state, units::show_time(settled.at))));
+    if let Some(inbox) = &dead_letter.inbox {
+        details.push((
+            "inbox",
+            format!("{} since {}", inbox.state, units::format_time(inbox.at)),
+        ));
     }
-    for output in &letter.outputs {
+    for output in &dead_letter.outputs {
         let place = match (&output.stream, output.stream_sequence) {
             (Some(stream), Some(sequence)) => format!("{stream} {sequence}"),
             _ => "not published yet".to_owned(),
         };
-        facts.push(("output", format!("{} to {}: {place}", output.id, output.subject)));
+        details.push((
+            "output",
+            format!("{} to {}: {place}", output.id, output.subject),
+        ));
     }
-    term::details(facts)
+    term::details(details)
 }
 
 /// Attempts, and what people did in between.
-fn show_story(letter: &Letter) -> Result<()> {
-    let attempts = letter.story.iter().map(|attempt| {
+fn show_history(dead_letter: &DeadLetter) -> Result<()> {
+    let attempts = dead_letter.failure_history.iter().map(|attempt| {
         let head = format!(
             "attempt {} at {}, version {}: {}",
             attempt.attempt,
-            units::show_time(attempt.at),
+            units::format_time(attempt.at),
             attempt.version,
             term::visible(&attempt.error)
         );
-        let logs = attempt.logs.lines().map(|line| format!("\n  | {}", term::visible(line)));
-        (attempt.at, std::iter::once(head).chain(logs).collect::<String>())
+        let logs = attempt
+            .logs
+            .lines()
+            .map(|line| format!("\n  | {}", term::visible(line)));
+        (
+            attempt.at,
+            std::iter::once(head).chain(logs).collect::<String>(),
+        )
     });
-    let acts = letter.audit.iter().map(|act| {
-        let note = act.note.as_ref().map(|note| format!(": {note}")).unwrap_or_default();
-        let line = format!("{} at {} by {}{note}", act.action, units::show_time(act.at), act.actor);
-        (act.at, term::visible(&line))
+    let audit = dead_letter.audit.iter().map(|entry| {
+        let note = entry
+            .note
+            .as_ref()
+            .map(|note| format!(": {note}"))
+            .unwrap_or_default();
+        let line = format!(
+            "{} at {} by {}{note}",
+            entry.action,
+            units::format_time(entry.at),
+            entry.actor
+        );
+        (entry.at, term::visible(&line))
     });
-    let mut story: Vec<_> = attempts.chain(acts).collect();
-    story.sort_by_key(|(at, _)| *at);
-    story.into_iter().try_for_each(|(_, text)| term::data(format!("\n{text}")))
+    let mut history: Vec<_> = attempts.chain(audit).collect();
+    history.sort_by_key(|(at, _)| *at);
+    history
+        .into_iter()
+        .try_for_each(|(_, text)| term::data(format!("\n{text}")))
 }
 
-fn show_body(title: &str, body: &[u8], form: Option<Form>) -> Result<()> {
+fn show_body(title: &str, body: &[u8], format: Option<Format>) -> Result<()> {
     term::data(format!("\n{title} ({} bytes)", body.len()))?;
-    term::data(match form {
-        Some(Form::Text) => term::visible_text(&String::from_utf8_lossy(body)),
-        Some(Form::Hex) => body.chunks(16).map(hex::encode_upper).collect::<Vec<_>>().join("\n"),
-        Some(Form::Json) => {
+    term::data(match format {
+        Some(Format::Text) => term::visible_text(&String::from_utf8_lossy(body)),
+        Some(Format::Hex) => body
+            .chunks(16)
+            .map(hex::encode_upper)
+            .collect::<Vec<_>>()
+            .join("\n"),
+        Some(Format::Json) => {
             let text = json_text::indented(body).context("read the body as JSON: it is none")?;
             term::visible_text(&text)
         }

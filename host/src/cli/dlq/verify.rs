@@ -4,12 +4,12 @@ use anyhow::Result;
 use clap::Args;
 
 use super::select::Selection;
-use crate::api::letters::LettersRequest;
+use crate::api::dead_letters::DeadLettersRequest;
 use crate::cli::client::{Client, HostArgs};
 use crate::cli::exit::Exit;
 use crate::cli::term::{self, Table};
-use crate::dlq::verify::{Verification, Verified};
-use crate::store::LetterState;
+use crate::dlq::verify::{DeadLetterCheck, Verification};
+use crate::store::DeadLetterState;
 
 /// Looks at the inbox and on the streams whether the events of dead letters, those that were put back above all, took effect
 /// once and sent each output once. Changes nothing.
@@ -27,18 +27,30 @@ pub struct Verify {
 impl Verify {
     pub async fn run(self) -> Result<()> {
         let client = Client::find(&self.host)?;
-        let letters = self.selection.find(&client, true).await?;
-        let request = LettersRequest { ids: letters.iter().map(|letter| letter.id).collect() };
-        let verification: Verification = client.post("/letters/verify", &request).await?;
+        let dead_letters = self.selection.find(&client, true).await?;
+        let request = DeadLettersRequest {
+            ids: dead_letters
+                .iter()
+                .map(|dead_letter| dead_letter.id)
+                .collect(),
+        };
+        let verification: Verification = client.post("/dead-letters/verify", &request).await?;
         if self.json {
             term::json(&verification)?;
         } else {
             show(&verification)?;
         }
-        let wrong = verification.letters.iter().filter(|letter| letter.wrong.is_some()).count();
-        if wrong > 0 {
+        let problems = verification
+            .dead_letters
+            .iter()
+            .filter(|check| check.problem.is_some())
+            .count();
+        if problems > 0 {
             return Err(Exit::Failure
-                .because(format!("{wrong} of {} events are not as they must be", letters.len()))
+                .with_message(format!(
+                    "{problems} of {} events have a problem",
+                    dead_letters.len()
+                ))
                 .into());
         }
         Ok(())
@@ -46,26 +58,36 @@ impl Verify {
 }
 
 fn show(verification: &Verification) -> Result<()> {
-    let mut table = Table::new(&["id", "worker", "event id", "state", "inbox", "outputs", "wrong"]);
-    for letter in &verification.letters {
+    let mut table = Table::new(&[
+        "id", "worker", "event id", "state", "inbox", "outputs", "problem",
+    ]);
+    for check in &verification.dead_letters {
         table.row([
-            letter.letter.to_string(),
-            letter.worker.clone(),
-            letter.event_id.clone(),
-            letter.state.as_str().to_owned(),
-            letter.inbox.clone().unwrap_or_else(|| "-".to_owned()),
-            letter.outputs.len().to_string(),
-            letter.wrong.clone().unwrap_or_else(|| "-".to_owned()),
+            check.dead_letter.to_string(),
+            check.worker.clone(),
+            check.event_id.clone(),
+            check.state.as_str().to_owned(),
+            check.inbox.clone().unwrap_or_else(|| "-".to_owned()),
+            check.outputs.len().to_string(),
+            check.problem.clone().unwrap_or_else(|| "-".to_owned()),
         ]);
     }
     term::data(table.to_string().trim_end())?;
-    let count = |fits: fn(&Verified) -> bool| verification.letters.iter().filter(|letter| fits(letter)).count();
-    let done = count(|letter| letter.state == LetterState::Done && letter.wrong.is_none());
-    let open = count(|letter| letter.state == LetterState::Open);
-    let under_way = count(|letter| letter.state == LetterState::Redriven);
-    let wrong = count(|letter| letter.wrong.is_some());
-    term::data(format!("\ntook effect once: {done}; open: {open}; under way: {under_way}; wrong: {wrong}"))?;
-    for stream in &verification.cut {
+    let count = |is_match: fn(&DeadLetterCheck) -> bool| {
+        verification
+            .dead_letters
+            .iter()
+            .filter(|check| is_match(check))
+            .count()
+    };
+    let done = count(|check| check.state == DeadLetterState::Done && check.problem.is_none());
+    let open = count(|check| check.state == DeadLetterState::Open);
+    let pending = count(|check| check.state == DeadLetterState::Redriven);
+    let problems = count(|check| check.problem.is_some());
+    term::data(format!(
+        "\nsucceeded once: {done}; open: {open}; pending: {pending}; problems: {problems}"
+    ))?;
+    for stream in &verification.truncated {
         term::warning(format!("the stream {stream} holds more than was looked at"));
     }
     Ok(())

@@ -20,11 +20,16 @@ pub struct WorkerMigration {
 impl WorkerEntry {
     /// Checks that the migrations can be read, of each database that the folder has some for.
     pub fn check_migrations(&self) -> anyhow::Result<()> {
-        let Some(folder) = &self.migrations else { return Ok(()) };
+        let Some(folder) = &self.migrations else {
+            return Ok(());
+        };
         let has_own = |dialect: &Dialect| own_folder(folder, *dialect).is_dir();
         let dialects = [Dialect::Sqlite, Dialect::Postgres];
         let is_for_both = !dialects.iter().any(has_own);
-        for dialect in dialects.into_iter().filter(|dialect| is_for_both || has_own(dialect)) {
+        for dialect in dialects
+            .into_iter()
+            .filter(|dialect| is_for_both || has_own(dialect))
+        {
             self.migrations_for(dialect)?;
         }
         Ok(())
@@ -33,11 +38,16 @@ impl WorkerEntry {
     /// Reads the migrations that are meant for a database, in order: the `*.sql` files of its own folder (`sqlite`,
     /// `postgres`), or of the folder itself when they are meant for both.
     pub fn migrations_for(&self, dialect: Dialect) -> anyhow::Result<Vec<WorkerMigration>> {
-        let Some(folder) = &self.migrations else { return Ok(Vec::new()) };
+        let Some(folder) = &self.migrations else {
+            return Ok(Vec::new());
+        };
         let worker = &self.worker.name;
         if !folder.is_dir() {
-            return Err(anyhow!("the migrations folder of worker `{worker}`, {}, does not exist", folder.display())
-                .hint(format!("make it: mkdir -p {}", folder.display())));
+            return Err(anyhow!(
+                "the migrations folder of worker `{worker}`, {}, does not exist",
+                folder.display()
+            )
+            .hint(format!("make it: mkdir -p {}", folder.display())));
         }
         let mut files = sql_files(&folder_for(folder, dialect)?)?;
         files.sort();
@@ -46,18 +56,29 @@ impl WorkerEntry {
 }
 
 fn folder_for(folder: &Path, dialect: Dialect) -> anyhow::Result<PathBuf> {
-    let by_database = [Dialect::Sqlite, Dialect::Postgres].iter().any(|dialect| own_folder(folder, *dialect).is_dir());
+    let by_database = [Dialect::Sqlite, Dialect::Postgres]
+        .iter()
+        .any(|dialect| own_folder(folder, *dialect).is_dir());
     if !by_database {
         return Ok(folder.to_owned());
     }
     if !sql_files(folder)?.is_empty() {
-        return Err(anyhow!("{} holds *.sql files beside a folder for one database", folder.display())
-            .hint("move them into `sqlite/` and `postgres/`"));
+        return Err(anyhow!(
+            "{} holds *.sql files beside a folder for one database",
+            folder.display()
+        )
+        .hint("move them into `sqlite/` and `postgres/`"));
     }
     let own = own_folder(folder, dialect);
     if !own.is_dir() {
-        return Err(anyhow!("there are no migrations for this database at {}", own.display())
-            .hint(format!("write them, or make an empty folder if none are needed: mkdir {}", own.display())));
+        return Err(anyhow!(
+            "there are no migrations for this database at {}",
+            own.display()
+        )
+        .hint(format!(
+            "write them, or make an empty folder if none are needed: mkdir {}",
+            own.display()
+        )));
     }
     Ok(own)
 }
@@ -83,8 +104,13 @@ fn sql_files(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
 }
 
 fn read(file: &Path) -> anyhow::Result<WorkerMigration> {
-    let sql = std::fs::read_to_string(file).with_context(|| format!("read the migration {}", file.display()))?;
-    let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let sql = std::fs::read_to_string(file)
+        .with_context(|| format!("read the migration {}", file.display()))?;
+    let name = file
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
     // What some editors begin a file with is no SQL.
     let sql = sql.strip_prefix('\u{feff}').unwrap_or(&sql).to_owned();
     Ok(WorkerMigration { name, sql })

@@ -21,7 +21,7 @@ mod routes;
 mod state_keys;
 
 pub use migrations::WorkerMigration;
-pub use routes::{CacheFor, CacheTerms, KeyRule, Route, StoreFailures};
+pub use routes::{CachePolicy, CacheScope, KeyRule, Route, StoreFailures};
 pub use state_keys::StateKey;
 
 /// The name of the file.
@@ -44,7 +44,11 @@ pub struct Stream {
     /// The subjects it captures, wildcards allowed.
     pub subjects: Vec<String>,
     /// How long it keeps a message; none for ever.
-    #[serde(default, with = "maybe_duration", skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        with = "optional_duration",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub max_age: Option<Duration>,
 }
 
@@ -65,7 +69,10 @@ pub enum Source {
     /// A Rust crate that Oncely compiles: its folder.
     Crate(PathBuf),
     /// A component, and the command that makes it.
-    Component { path: PathBuf, build: Option<String> },
+    Component {
+        path: PathBuf,
+        build: Option<String>,
+    },
 }
 
 /// A worker with all defaults filled in: what a deployment keeps, as JSON, and what a host runs.
@@ -201,12 +208,17 @@ pub enum Isolation {
 impl Manifest {
     /// Reads and checks a manifest: a file, or a folder that holds `oncely.toml`.
     pub fn load(path: &Path) -> anyhow::Result<Manifest> {
-        let file = if path.is_dir() { path.join(FILE_NAME) } else { path.to_owned() };
+        let file = if path.is_dir() {
+            path.join(FILE_NAME)
+        } else {
+            path.to_owned()
+        };
         if !file.exists() {
             let hint = "name a folder that holds an oncely.toml, or begin one as docs/first-worker.md shows";
             return Err(anyhow::anyhow!("there is no manifest at {}", file.display()).hint(hint));
         }
-        let text = std::fs::read_to_string(&file).with_context(|| format!("read the manifest {}", file.display()))?;
+        let text = std::fs::read_to_string(&file)
+            .with_context(|| format!("read the manifest {}", file.display()))?;
         Manifest::parse(&text, &file.to_string_lossy())
     }
 
@@ -223,20 +235,38 @@ impl Manifest {
 
 impl Worker {
     /// A worker of this name and place with the default of every setting.
-    pub fn by_default(&self) -> Worker {
+    pub fn with_defaults(&self) -> Worker {
         let default = |place: &str| {
             let text = format!("[[worker]]\nname = \"w\"\ncomponent = \"w.wasm\"\n{place}\n");
-            Manifest::parse(&text, FILE_NAME).ok()?.workers.pop().map(|entry| entry.worker)
+            Manifest::parse(&text, FILE_NAME)
+                .ok()?
+                .workers
+                .pop()
+                .map(|entry| entry.worker)
         };
-        let (of_stream, of_route) = (default("stream = \"S\""), default("[[worker.route]]\npath = \"/r\""));
-        let route = of_route.as_ref().and_then(|worker| worker.routes.first().cloned());
-        let mut worker = if self.routes.is_empty() { of_stream } else { of_route }.unwrap_or_else(|| self.clone());
+        let (stream_worker, route_worker) = (
+            default("stream = \"S\""),
+            default("[[worker.route]]\npath = \"/r\""),
+        );
+        let route = route_worker
+            .as_ref()
+            .and_then(|worker| worker.routes.first().cloned());
+        let mut worker = if self.routes.is_empty() {
+            stream_worker
+        } else {
+            route_worker
+        }
+        .unwrap_or_else(|| self.clone());
         (worker.name, worker.stream) = (self.name.clone(), self.stream.clone());
-        let of = |own: &Route| {
+        let reset = |own: &Route| {
             let route = route.clone().unwrap_or_else(|| own.clone());
-            Route { path: own.path.clone(), methods: own.methods.clone(), ..route }
+            Route {
+                path: own.path.clone(),
+                methods: own.methods.clone(),
+                ..route
+            }
         };
-        worker.routes = self.routes.iter().map(of).collect();
+        worker.routes = self.routes.iter().map(reset).collect();
         worker
     }
 
@@ -247,11 +277,15 @@ impl Worker {
 
     /// Whether it may publish to `subject`. What belongs to NATS or to the platform is never granted.
     pub fn grants(&self, subject: &str) -> bool {
-        !subject::is_reserved(subject) && self.outputs.iter().any(|pattern| subject::matches(pattern, subject))
+        !subject::is_reserved(subject)
+            && self
+                .outputs
+                .iter()
+                .any(|pattern| subject::matches(pattern, subject))
     }
 
     /// The key of a message whose followers wait for it while it fails; none when they do not wait.
-    pub fn held_key_of(&self, message: &Message) -> Option<String> {
+    pub fn held_key(&self, message: &Message) -> Option<String> {
         match self.on_failure {
             OnFailure::Skip => None,
             OnFailure::Hold => self.ordering_key.as_ref()?.key_of(message),
@@ -259,9 +293,15 @@ impl Worker {
     }
 
     /// The line of the manifest that would let it publish to `subject`.
-    pub fn line_that_grants(&self, subject: &str) -> String {
+    pub fn grant_line(&self, subject: &str) -> String {
         let outputs = self.outputs.iter().map(String::as_str).chain([subject]);
-        format!("outputs = [{}]", outputs.map(|output| format!("{output:?}")).collect::<Vec<_>>().join(", "))
+        format!(
+            "outputs = [{}]",
+            outputs
+                .map(|output| format!("{output:?}"))
+                .collect::<Vec<_>>()
+                .join(", ")
+        )
     }
 }
 
@@ -269,7 +309,10 @@ impl Limits {
     /// What one query may bring back.
     pub fn sql(&self) -> SqlLimits {
         let size = usize::try_from(self.sql_size).unwrap_or(usize::MAX);
-        SqlLimits { rows: usize::try_from(self.sql_rows).unwrap_or(usize::MAX), bytes: size }
+        SqlLimits {
+            rows: usize::try_from(self.sql_rows).unwrap_or(usize::MAX),
+            bytes: size,
+        }
     }
 }
 
@@ -278,7 +321,11 @@ impl OrderingKey {
     pub fn key_of(&self, message: &Message) -> Option<String> {
         match self {
             OrderingKey::Header(name) => message.header(name).map(str::to_owned),
-            OrderingKey::Subject(token) => message.subject.split('.').nth(token.checked_sub(1)?).map(str::to_owned),
+            OrderingKey::Subject(token) => message
+                .subject
+                .split('.')
+                .nth(token.checked_sub(1)?)
+                .map(str::to_owned),
         }
     }
 }
@@ -288,15 +335,23 @@ impl TryFrom<String> for OrderingKey {
 
     fn try_from(text: String) -> Result<Self, String> {
         let key = match text.split_once(':') {
-            Some(("header", name)) if !name.is_empty() && name.chars().all(|c| c.is_ascii_graphic() && c != ':') => {
+            Some(("header", name))
+                if !name.is_empty() && name.chars().all(|c| c.is_ascii_graphic() && c != ':') =>
+            {
                 Some(OrderingKey::Header(name.to_owned()))
             }
-            Some(("subject", token)) => {
-                token.parse().ok().filter(|token| (1..=subject::SUBJECT_MAX).contains(token)).map(OrderingKey::Subject)
-            }
+            Some(("subject", token)) => token
+                .parse()
+                .ok()
+                .filter(|token| (1..=subject::SUBJECT_MAX).contains(token))
+                .map(OrderingKey::Subject),
             _ => None,
         };
-        key.ok_or_else(|| format!("`{text}` is neither `header:NAME` nor `subject:TOKEN` with a token counted from 1"))
+        key.ok_or_else(|| {
+            format!(
+                "`{text}` is neither `header:NAME` nor `subject:TOKEN` with a token counted from 1"
+            )
+        })
     }
 }
 
@@ -309,20 +364,26 @@ impl From<OrderingKey> for String {
     }
 }
 
-mod maybe_duration {
+mod optional_duration {
     use std::time::Duration;
 
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
     use crate::model::units;
 
-    pub fn serialize<S: Serializer>(duration: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
-        duration.map(units::show_duration).serialize(serializer)
+    pub fn serialize<S: Serializer>(
+        duration: &Option<Duration>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        duration.map(units::format_duration).serialize(serializer)
     }
 
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+    pub fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<Duration>, D::Error> {
         let text = Option::<String>::deserialize(deserializer)?;
-        text.map(|text| units::parse_duration(&text).map_err(serde::de::Error::custom)).transpose()
+        text.map(|text| units::parse_duration(&text).map_err(serde::de::Error::custom))
+            .transpose()
     }
 }
 

@@ -21,7 +21,7 @@ pub(super) const ROUTE_KEYS: [&str; 12] = [
     "cache",
     "cache_stale",
     "cache_tags",
-    "cache_for",
+    "cache_scope",
 ];
 
 /// What may stand in `methods`.
@@ -51,32 +51,32 @@ pub struct Route {
     pub body_size: u64,
     /// How answers to GET are cached; none for not at all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub cache: Option<CacheTerms>,
+    pub cache: Option<CachePolicy>,
 }
 
 /// How answers of a route are cached.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CacheTerms {
+pub struct CachePolicy {
     /// How long an answer is as good as new.
     #[serde(with = "units::duration")]
     pub ttl: Duration,
-    /// For how long after that it is still given, while it is loaded anew.
+    /// For how long after that it is still setting, while it is loaded anew.
     #[serde(with = "units::duration")]
     pub stale: Duration,
     /// Whoever invalidates one of them makes it be loaded anew. `{name}` stands for a part of the path.
     pub tags: Vec<String>,
-    pub cache_for: CacheFor,
+    pub cache_scope: CacheScope,
 }
 
 /// For whom an answer is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum CacheFor {
+pub enum CacheScope {
     /// For the caller that asked.
     #[default]
     Caller,
     /// For everyone who asks the same.
-    Everyone,
+    Shared,
 }
 
 /// Whether requests that change something need an idempotency key.
@@ -89,7 +89,7 @@ pub enum KeyRule {
     Optional,
 }
 
-/// Which failures are kept, and given again to who asks again with the same key.
+/// Which failures are kept, and setting again to who asks again with the same key.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum StoreFailures {
@@ -102,13 +102,17 @@ pub enum StoreFailures {
 
 impl Route {
     /// Whether it takes requests with this method.
-    pub fn takes(&self, method: &str) -> bool {
-        let all = if self.methods.is_empty() { METHODS.as_slice() } else { &[] };
+    pub fn accepts_method(&self, method: &str) -> bool {
+        let all = if self.methods.is_empty() {
+            METHODS.as_slice()
+        } else {
+            &[]
+        };
         all.contains(&method) || self.methods.iter().any(|one| one == method)
     }
 
     /// The methods that it takes.
-    pub fn allowed(&self) -> Vec<String> {
+    pub fn allowed_methods(&self) -> Vec<String> {
         match self.methods.is_empty() {
             true => METHODS.map(str::to_owned).to_vec(),
             false => self.methods.clone(),
@@ -116,7 +120,7 @@ impl Route {
     }
 
     /// Whether such a request must bring a key.
-    pub fn needs_key(&self, method: &str) -> bool {
+    pub fn requires_key(&self, method: &str) -> bool {
         self.idempotency_key == KeyRule::Required && matches!(method, "POST" | "PATCH")
     }
 }
@@ -131,7 +135,11 @@ pub(super) fn routes(text: Text<'_>, worker: &Section<'_>) -> anyhow::Result<Vec
         let route = Route {
             path: path.value,
             methods: methods.into_iter().map(|method| method.value).collect(),
-            idempotency_key: match section.text("idempotency_key", "\"optional\"", one_of(&["required", "optional"]))? {
+            idempotency_key: match section.text(
+                "idempotency_key",
+                "\"optional\"",
+                one_of(&["required", "optional"]),
+            )? {
                 Some(found) if found.value == "optional" => KeyRule::Optional,
                 _ => KeyRule::Required,
             },
@@ -139,22 +147,38 @@ pub(super) fn routes(text: Text<'_>, worker: &Section<'_>) -> anyhow::Result<Vec
             wait: section
                 .duration("wait", "\"1s\"", Duration::ZERO..=Duration::from_secs(30))?
                 .unwrap_or(Duration::from_secs(1)),
-            store_failures: match section.text("store_failures", "\"all\"", one_of(&["answered", "all"]))? {
+            store_failures: match section.text(
+                "store_failures",
+                "\"all\"",
+                one_of(&["answered", "all"]),
+            )? {
                 Some(found) if found.value == "all" => StoreFailures::All,
                 _ => StoreFailures::Answered,
             },
-            body_size: section.size("body_size", "\"1MiB\"", 0..=64 << 20)?.unwrap_or(1 << 20),
+            body_size: section
+                .size("body_size", "\"1MiB\"", 0..=64 << 20)?
+                .unwrap_or(1 << 20),
             cache: cache(text, &section)?,
         };
         let meets = |other: &&Route| {
             other.path == route.path
                 && (other.methods.is_empty()
                     || route.methods.is_empty()
-                    || other.methods.iter().any(|method| route.methods.contains(method)))
+                    || other
+                        .methods
+                        .iter()
+                        .any(|method| route.methods.contains(method)))
         };
         if let Some(other) = routes.iter().find(meets) {
-            let what = format!("the path `{}` has two routes for the same method", other.path);
-            return Err(text.refuse(&path.span, what, "name the methods of each: methods = [\"GET\"]"));
+            let what = format!(
+                "the path `{}` has two routes for the same method",
+                other.path
+            );
+            return Err(text.refuse(
+                &path.span,
+                what,
+                "name the methods of each: methods = [\"GET\"]",
+            ));
         }
         routes.push(route);
     }
@@ -162,51 +186,76 @@ pub(super) fn routes(text: Text<'_>, worker: &Section<'_>) -> anyhow::Result<Vec
 }
 
 /// What is said of caching, if `cache` says for how long.
-fn cache(text: Text<'_>, section: &Section<'_>) -> anyhow::Result<Option<CacheTerms>> {
+fn cache(text: Text<'_>, section: &Section<'_>) -> anyhow::Result<Option<CachePolicy>> {
     let ttl = section.duration("cache", "\"10s\"", Duration::from_millis(1)..=TTL_MAX)?;
     let stale = section.duration("cache_stale", "\"1m\"", Duration::ZERO..=TTL_MAX)?;
-    let tags = section.texts("cache_tags", "[\"account:{id}\"]", |tag| check_name("tag", tag))?;
-    let cache_for = section.text("cache_for", "\"everyone\"", one_of(&["caller", "everyone"]))?;
+    let tags = section.texts("cache_tags", "[\"account:{id}\"]", |tag| {
+        check_name("tag", tag)
+    })?;
+    let cache_scope = section.text("cache_scope", "\"shared\"", one_of(&["caller", "shared"]))?;
     let Some(ttl) = ttl else {
-        let loose = ["cache_stale", "cache_tags", "cache_for"].into_iter().find(|key| section.has(key));
-        return match loose {
+        let orphan = ["cache_stale", "cache_tags", "cache_scope"]
+            .into_iter()
+            .find(|key| section.has(key));
+        return match orphan {
             Some(key) => {
                 let what = format!("`{key}` says how something is cached, and nothing is");
-                Err(text.refuse(&section.span_of(key), what, "say for how long: cache = \"10s\""))
+                Err(text.refuse(
+                    &section.span_of(key),
+                    what,
+                    "say for how long: cache = \"10s\"",
+                ))
             }
             None => Ok(None),
         };
     };
-    Ok(Some(CacheTerms {
+    Ok(Some(CachePolicy {
         ttl,
         stale: stale.unwrap_or_default(),
         tags: tags.into_iter().map(|tag| tag.value).collect(),
-        cache_for: match cache_for {
-            Some(found) if found.value == "everyone" => CacheFor::Everyone,
-            _ => CacheFor::Caller,
+        cache_scope: match cache_scope {
+            Some(found) if found.value == "shared" => CacheScope::Shared,
+            _ => CacheScope::Caller,
         },
     }))
 }
 
 /// Not shorter than clients go on trying: what is forgotten too early is done twice.
 fn window(section: &Section<'_>) -> anyhow::Result<Duration> {
-    let (least, most) = (Duration::from_secs(60), Duration::from_secs(366 * 24 * 60 * 60));
-    let window = section.duration("window", "\"24h\"", least..=most)?.unwrap_or(Duration::from_secs(24 * 60 * 60));
-    let retried = section.duration("clients_retry_for", "\"1h\"", Duration::ZERO..=most)?.unwrap_or_default();
+    let (least, most) = (
+        Duration::from_secs(60),
+        Duration::from_secs(366 * 24 * 60 * 60),
+    );
+    let window = section
+        .duration("window", "\"24h\"", least..=most)?
+        .unwrap_or(Duration::from_secs(24 * 60 * 60));
+    let retried = section
+        .duration("clients_retry_for", "\"1h\"", Duration::ZERO..=most)?
+        .unwrap_or_default();
     if retried > window {
-        let retried = units::show_duration(retried);
+        let retried = units::format_duration(retried);
         let what = format!("is shorter than clients try: {retried} (`clients_retry_for`)");
-        return Err(section.wrong(&section.span_of("window"), "window", &what, &format!("{retried:?}")));
+        return Err(section.invalid(
+            &section.span_of("window"),
+            "window",
+            &what,
+            &format!("{retried:?}"),
+        ));
     }
     Ok(window)
 }
 
 fn check_path(path: &str) -> Result<(), String> {
     if !path.starts_with('/') {
-        return Err(format!("`{}` does not begin with a slash", path.escape_debug()));
+        return Err(format!(
+            "`{}` does not begin with a slash",
+            path.escape_debug()
+        ));
     }
     if path.starts_with("/publish/") {
         return Err("paths below `/publish/` publish to a subject".to_owned());
     }
-    matchit::Router::new().insert(path, ()).map_err(|error| format!("`{}`: {error}", path.escape_debug()))
+    matchit::Router::new()
+        .insert(path, ())
+        .map_err(|error| format!("`{}`: {error}", path.escape_debug()))
 }

@@ -17,7 +17,7 @@ pub struct StateKey {
 enum Part {
     Text(String),
     Id,
-    Of(OrderingKey),
+    Field(OrderingKey),
 }
 
 impl StateKey {
@@ -28,7 +28,7 @@ impl StateKey {
             match part {
                 Part::Text(text) => key.push_str(text),
                 Part::Id => key.push_str(&message.event_id),
-                Part::Of(place) => key.push_str(&place.key_of(message)?),
+                Part::Field(place) => key.push_str(&place.key_of(message)?),
             }
         }
         ((1..=EVENT_ID_MAX).contains(&key.len()) && !key.contains('\0')).then_some(key)
@@ -48,7 +48,7 @@ impl TryFrom<String> for StateKey {
             parts.push(Part::Text(before.to_owned()));
             parts.push(match place {
                 "id" => Part::Id,
-                place => Part::Of(OrderingKey::try_from(place.to_owned())?),
+                place => Part::Field(OrderingKey::try_from(place.to_owned())?),
             });
             rest = behind;
         }
@@ -89,8 +89,10 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_made_of_text_and_of_what_the_message_says() {
-        let expect = |template, expected: &str| assert_eq!(key(template), Ok(Some(expected.to_owned())), "{template}");
+    fn a_state_key_is_built_from_text_and_message_fields() {
+        let expect = |template, expected: &str| {
+            assert_eq!(key(template), Ok(Some(expected.to_owned())), "{template}")
+        };
         expect("counter", "counter");
         expect("{header:account}", "a7");
         expect("balance/{header:Account}/{subject:2}", "balance/a7/de");
@@ -100,8 +102,17 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_template_is_refused() {
-        for template in ["", "{", "a}", "{}", "{key}", "{subject:0}", "{header:}", "{a{id}}"] {
+    fn invalid_state_key_templates_are_refused() {
+        for template in [
+            "",
+            "{",
+            "a}",
+            "{}",
+            "{key}",
+            "{subject:0}",
+            "{header:}",
+            "{a{id}}",
+        ] {
             assert!(key(template).is_err(), "{template}");
         }
     }

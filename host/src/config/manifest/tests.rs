@@ -8,7 +8,7 @@ use super::parse::{ALARM_KEYS, LIMITS_KEYS, MANIFEST_KEYS, RETRY_KEYS, STREAM_KE
 use super::routes::ROUTE_KEYS;
 use super::*;
 use crate::model::hint::hints;
-use crate::model::retry::ProvedPoison;
+use crate::model::retry::OnDeterministicFailure;
 use crate::model::sql::Dialect;
 
 const FULL: &str = r#"
@@ -35,7 +35,7 @@ ack_wait = "45s"
 attempts = 7
 backoff = "2s"
 backoff_max = "1m"
-proved_poison = "retry"
+deterministic_failures = "retry"
 [worker.limits]
 time = "3s"
 memory = "32MiB"
@@ -51,11 +51,11 @@ state_entries = 11
 state_entries_size = "12B"
 log_size = "9B"
 [worker.alarm]
-letters = 10
-letter_age = "11h"
+dead_letters = 10
+dead_letter_age = "11h"
 unhandled_age = "12m"
 unpublished_age = "13s"
-set_aside = 14
+parked = 14
 id_taken = 16
 new_failures = 0
 clear_after = "15s"
@@ -80,9 +80,15 @@ fn worker() -> Worker {
 #[test]
 fn every_key_of_a_manifest_is_read() {
     let manifest = full();
-    assert_eq!(manifest.streams[0].max_age, Some(Duration::from_secs(604_800)));
+    assert_eq!(
+        manifest.streams[0].max_age,
+        Some(Duration::from_secs(604_800))
+    );
     assert_eq!(manifest.workers[0].source, Source::Crate("app/.".into()));
-    assert_eq!(manifest.workers[0].migrations, Some("app/migrations".into()));
+    assert_eq!(
+        manifest.workers[0].migrations,
+        Some("app/migrations".into())
+    );
     let expected = Worker {
         name: "settle".into(),
         stream: Some("PAYMENTS".into()),
@@ -100,7 +106,7 @@ fn every_key_of_a_manifest_is_read() {
             attempts: 7,
             backoff: Duration::from_secs(2),
             backoff_max: Duration::from_secs(60),
-            proved_poison: ProvedPoison::Retry,
+            deterministic_failures: OnDeterministicFailure::Retry,
         },
         limits: Limits {
             time: Duration::from_secs(3),
@@ -118,11 +124,11 @@ fn every_key_of_a_manifest_is_read() {
             log_size: 9,
         },
         alarm: Thresholds {
-            letters: 10,
-            letter_age: Duration::from_secs(11 * 60 * 60),
+            dead_letters: 10,
+            dead_letter_age: Duration::from_secs(11 * 60 * 60),
             unhandled_age: Duration::from_secs(12 * 60),
             unpublished_age: Duration::from_secs(13),
-            set_aside: 14,
+            parked: 14,
             id_taken: 16,
             new_failures: 0,
             clear_after: Duration::from_secs(15),
@@ -131,11 +137,14 @@ fn every_key_of_a_manifest_is_read() {
     };
     assert_eq!(manifest.workers[0].worker, expected);
     assert_eq!(expected.durable(), "oncely-settle");
-    assert_eq!(expected.limits.sql(), crate::model::sql::SqlLimits { rows: 6, bytes: 7 });
+    assert_eq!(
+        expected.limits.sql(),
+        crate::model::sql::SqlLimits { rows: 6, bytes: 7 }
+    );
 }
 
 #[test]
-fn a_worker_takes_messages_or_requests() {
+fn a_worker_handles_messages_or_requests() {
     let routes = |text: &str| {
         let worker = format!("[[worker]]\nname = \"a\"\ncomponent = \"a.wasm\"\n{text}");
         Manifest::parse(&worker, "oncely.toml").map(|manifest| manifest.workers[0].worker.clone())
@@ -143,7 +152,7 @@ fn a_worker_takes_messages_or_requests() {
     let worker = routes(
         "[[worker.route]]\npath = \"/a/{id}\"\nmethods = [\"POST\"]\nidempotency_key = \"optional\"\nwindow = \"48h\"\n\
          clients_retry_for = \"36h\"\nwait = \"2s\"\nstore_failures = \"all\"\nbody_size = \"2KiB\"\ncache = \"10s\"\n\
-         cache_stale = \"1m\"\ncache_tags = [\"a:{id}\"]\ncache_for = \"everyone\"\n\
+         cache_stale = \"1m\"\ncache_tags = [\"a:{id}\"]\ncache_scope = \"shared\"\n\
          [[worker.route]]\npath = \"/b\"",
     )
     .unwrap();
@@ -156,29 +165,50 @@ fn a_worker_takes_messages_or_requests() {
         wait: Duration::from_secs(2),
         store_failures: StoreFailures::All,
         body_size: 2048,
-        cache: Some(CacheTerms {
+        cache: Some(CachePolicy {
             ttl: Duration::from_secs(10),
             stale: Duration::from_secs(60),
             tags: vec!["a:{id}".to_owned()],
-            cache_for: CacheFor::Everyone,
+            cache_scope: CacheScope::Shared,
         }),
     };
     assert_eq!(worker.routes[0], expected);
-    assert!(worker.routes[1].needs_key("POST") && !worker.routes[1].needs_key("PUT"));
+    assert!(worker.routes[1].requires_key("POST") && !worker.routes[1].requires_key("PUT"));
     for (text, why) in [
         ("", "needs a `stream` or a route"),
-        ("stream = \"S\"\n[[worker.route]]\npath = \"/a\"", "`stream` is for workers that take messages"),
-        ("batch = 3\n[[worker.route]]\npath = \"/a\"", "`batch` is for workers that take messages"),
-        ("[[worker.route]]\npath = \"/a\"\ncache_stale = \"1m\"", "and nothing is"),
-        ("[[worker.route]]\npath = \"a\"", "does not begin with a slash"),
+        (
+            "stream = \"S\"\n[[worker.route]]\npath = \"/a\"",
+            "`stream` is for workers that take messages",
+        ),
+        (
+            "batch = 3\n[[worker.route]]\npath = \"/a\"",
+            "`batch` is for workers that take messages",
+        ),
+        (
+            "[[worker.route]]\npath = \"/a\"\ncache_stale = \"1m\"",
+            "and nothing is",
+        ),
+        (
+            "[[worker.route]]\npath = \"a\"",
+            "does not begin with a slash",
+        ),
         ("[[worker.route]]\npath = \"/a/{\"", "`/a/{`"),
-        ("[[worker.route]]\npath = \"/publish/x\"", "publish to a subject"),
+        (
+            "[[worker.route]]\npath = \"/publish/x\"",
+            "publish to a subject",
+        ),
         (
             "[[worker.route]]\npath = \"/a\"\nwindow = \"1h\"\nclients_retry_for = \"2h\"",
             "shorter than clients try: 2h",
         ),
-        ("[[worker.route]]\npath = \"/a\"\n[[worker.route]]\npath = \"/a\"", "two routes for the same method"),
-        ("[[worker.route]]\npath = \"/a\"\nmethods = [\"post\"]", "`post`"),
+        (
+            "[[worker.route]]\npath = \"/a\"\n[[worker.route]]\npath = \"/a\"",
+            "two routes for the same method",
+        ),
+        (
+            "[[worker.route]]\npath = \"/a\"\nmethods = [\"post\"]",
+            "`post`",
+        ),
     ] {
         let refused = format!("{:#}", routes(text).unwrap_err());
         assert!(refused.contains(why), "{text}: {refused}");
@@ -186,26 +216,41 @@ fn a_worker_takes_messages_or_requests() {
 }
 
 #[test]
-fn what_is_left_out_gets_its_default() {
+fn omitted_keys_get_their_defaults() {
     let other = full().workers[1].clone();
     let build = Some("make x.wasm".to_owned());
-    assert_eq!(other.source, Source::Component { path: "app/x.wasm".into(), build });
+    assert_eq!(
+        other.source,
+        Source::Component {
+            path: "app/x.wasm".into(),
+            build
+        }
+    );
     assert_eq!((other.worker.concurrency, other.worker.batch), (4, 100));
     assert_eq!(other.worker.ack_wait, Duration::from_secs(10));
     assert_eq!(other.worker.retry, RetryPolicy::default());
     assert_eq!(other.worker.limits, Limits::default());
     assert_eq!(other.worker.alarm, Thresholds::default());
-    assert_eq!((other.worker.on_failure, other.worker.isolation), (OnFailure::Skip, Isolation::Message));
+    assert_eq!(
+        (other.worker.on_failure, other.worker.isolation),
+        (OnFailure::Skip, Isolation::Message)
+    );
     assert!(other.worker.subjects.is_empty() && other.worker.outputs.is_empty());
 }
 
 #[test]
-fn a_worker_survives_its_journey_as_json_and_an_older_one_gets_new_defaults() {
+fn worker_json_round_trips_and_older_json_gets_new_defaults() {
     let json = serde_json::to_string(&worker()).unwrap();
     assert_eq!(serde_json::from_str::<Worker>(&json).unwrap(), worker());
     let older = r#"{"name":"a","stream":"S","concurrency":1,"batch":1,"ack_wait":"30s","limits":{"time":"1s"}}"#;
     let read: Worker = serde_json::from_str(older).unwrap();
-    assert_eq!(read.limits, Limits { time: Duration::from_secs(1), ..Limits::default() });
+    assert_eq!(
+        read.limits,
+        Limits {
+            time: Duration::from_secs(1),
+            ..Limits::default()
+        }
+    );
 }
 
 /// The manifest [`FULL`] with one line in place of another, and what is then wrong, and the hint.
@@ -216,11 +261,26 @@ fn refusal(line: &str, replacement: &str) -> (String, String) {
 }
 
 #[test]
-fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
+fn each_manifest_error_names_its_line_and_a_fix() {
     let cases = [
-        ("max_age", "max_aeg", "5: [[stream]] has no key `max_aeg`", "did you mean: max_age = \"7d\""),
-        ("[worker.limits]", "[worker.limit]", "26: [[worker]] has no key `limit`", "did you mean: [worker.limits]"),
-        ("ack_wait", "zebra", "20: [[worker]] has no key `zebra`", "remove it; the keys here are: name, crate"),
+        (
+            "max_age",
+            "max_aeg",
+            "5: [[stream]] has no key `max_aeg`",
+            "did you mean: max_age = \"7d\"",
+        ),
+        (
+            "[worker.limits]",
+            "[worker.limit]",
+            "26: [[worker]] has no key `limit`",
+            "did you mean: [worker.limits]",
+        ),
+        (
+            "ack_wait",
+            "zebra",
+            "20: [[worker]] has no key `zebra`",
+            "remove it; the keys here are: name, crate",
+        ),
         (
             "attempts = 7",
             "attempts = \"7\"",
@@ -257,7 +317,12 @@ fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
             "15: `on_failure` is `hold`, but without an ordering key no message follows another",
             "ordering_key = \"header:Account\"",
         ),
-        ("\"45s\"", "45", "20: `ack_wait` in [[worker]] must be a length of time in quotes", "ack_wait = \"10s\""),
+        (
+            "\"45s\"",
+            "45",
+            "20: `ack_wait` in [[worker]] must be a length of time in quotes",
+            "ack_wait = \"10s\"",
+        ),
         (
             "\"32MiB\"",
             "\"1KiB\"",
@@ -270,9 +335,24 @@ fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
             "8: `name` in [[worker]] is wrong: `Settle!` is not 1 to 63 of a-z, 0-9 and -",
             "name = \"settle\"",
         ),
-        ("name = \"settle\"", "", "7: [[worker]] needs `name`", "add the line: name = \"settle\""),
-        ("name = \"other\"", "name = \"settle\"", "53: there are two workers called `settle`", "name = \"settle-2\""),
-        ("crate = \".\"", "", "7: [[worker]] needs `crate` or `component`", "crate = \".\""),
+        (
+            "name = \"settle\"",
+            "",
+            "7: [[worker]] needs `name`",
+            "add the line: name = \"settle\"",
+        ),
+        (
+            "name = \"other\"",
+            "name = \"settle\"",
+            "53: there are two workers called `settle`",
+            "name = \"settle-2\"",
+        ),
+        (
+            "crate = \".\"",
+            "",
+            "7: [[worker]] needs `crate` or `component`",
+            "crate = \".\"",
+        ),
         (
             "crate = \".\"",
             "crate = \".\"\ncomponent = \"a\"",
@@ -297,7 +377,12 @@ fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
             "10: `stream` in [[worker]] is wrong: `ONCELY_REDRIVE` is the host's own",
             "stream = \"PAYMENTS\"",
         ),
-        ("stream = \"PAYMENTS\"", "", "7: [[worker]] needs a `stream` or a route", "stream = \"PAYMENTS\""),
+        (
+            "stream = \"PAYMENTS\"",
+            "",
+            "7: [[worker]] needs a `stream` or a route",
+            "stream = \"PAYMENTS\"",
+        ),
         (
             "\"payments.requested\"",
             "\"orders.*\"",
@@ -316,8 +401,18 @@ fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
             "11: the subjects `payments.a` and `payments.*` overlap",
             "narrow",
         ),
-        ("\"x.>\"", "\"payments.settled\"", "12: `outputs` lists `payments.settled` twice", "remove one"),
-        ("\"x.>\"", "\"$JS.API.>\"", "12: `outputs` in [[worker]] is wrong: `$JS.API.>` belongs to NATS", "outputs = "),
+        (
+            "\"x.>\"",
+            "\"payments.settled\"",
+            "12: `outputs` lists `payments.settled` twice",
+            "remove one",
+        ),
+        (
+            "\"x.>\"",
+            "\"$JS.API.>\"",
+            "12: `outputs` in [[worker]] is wrong: `$JS.API.>` belongs to NATS",
+            "outputs = ",
+        ),
         (
             "\"header:Account\"",
             "\"body:x\"",
@@ -331,15 +426,35 @@ fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
             "backoff_max = \"2s\"",
         ),
         (
-            "proved_poison = \"retry\"",
-            "proved_poison = \"no\"",
-            "25: `proved_poison` in [worker.retry] is wrong",
-            "proved_poison = \"retry\"",
+            "deterministic_failures = \"retry\"",
+            "deterministic_failures = \"no\"",
+            "25: `deterministic_failures` in [worker.retry] is wrong",
+            "deterministic_failures = \"retry\"",
         ),
-        ("\"EUR\"", "978", "50: `config.currency` must be text in quotes", "write: currency = \"978\""),
-        ("batch = 16", "batch = 16\nbatch = 17", "20: this is not TOML: duplicate key", "remove: batch = 17"),
-        ("name = \"settle\"", "name = settle", "8: this is not TOML", "name = \"settle\""),
-        ("[[stream]]", "[stream]", "2: `stream` must be a list of tables", "[[stream]]"),
+        (
+            "\"EUR\"",
+            "978",
+            "50: `config.currency` must be text in quotes",
+            "write: currency = \"978\"",
+        ),
+        (
+            "batch = 16",
+            "batch = 16\nbatch = 17",
+            "20: this is not TOML: duplicate key",
+            "remove: batch = 17",
+        ),
+        (
+            "name = \"settle\"",
+            "name = settle",
+            "8: this is not TOML",
+            "name = \"settle\"",
+        ),
+        (
+            "[[stream]]",
+            "[stream]",
+            "2: `stream` must be a list of tables",
+            "[[stream]]",
+        ),
         (
             "[[stream]]",
             "[[stream]]\nname = \"PAYMENTS\"\nsubjects = [\"a\"]\n[[stream]]",
@@ -357,34 +472,50 @@ fn each_mistake_is_one_sentence_with_its_line_and_what_mends_it() {
         let (error, hints) = refusal(line, replacement);
         assert!(error.starts_with(&format!("oncely.toml:{what}")), "{error}");
         assert!(hints.contains(hint), "{error}\n{hints}");
-        assert!(!error.contains('\n') && !hints.contains('\n'), "{error}\n{hints}");
+        assert!(
+            !error.contains('\n') && !hints.contains('\n'),
+            "{error}\n{hints}"
+        );
     }
 }
 
 #[test]
 fn a_manifest_without_a_worker_is_refused() {
     let error = Manifest::parse("", "oncely.toml").unwrap_err();
-    assert_eq!(error.to_string(), "oncely.toml:1: the manifest has no worker");
+    assert_eq!(
+        error.to_string(),
+        "oncely.toml:1: the manifest has no worker"
+    );
 }
 
 #[test]
-fn a_worker_that_feeds_itself_is_warned_of_and_allowed() {
+fn a_worker_that_feeds_itself_is_allowed_with_a_warning() {
     assert!(full().warnings().is_empty());
     let text = FULL.replace("subjects = [\"payments.requested\"]\n", "");
     let manifest = Manifest::parse(&text, "oncely.toml").unwrap();
-    let [warning] = manifest.warnings() else { panic!("{:?}", manifest.warnings()) };
-    assert!(warning.starts_with("oncely.toml:11: worker `settle` may publish `payments.settled`"), "{warning}");
+    let [warning] = manifest.warnings() else {
+        panic!("{:?}", manifest.warnings())
+    };
+    assert!(
+        warning.starts_with("oncely.toml:11: worker `settle` may publish `payments.settled`"),
+        "{warning}"
+    );
 }
 
 #[test]
-fn only_granted_subjects_may_be_published_to_and_reserved_ones_never() {
+fn grants_allow_listed_subjects_and_never_reserved_ones() {
     let mut worker = worker();
     assert!(worker.grants("payments.settled") && worker.grants("x.y.z"));
     assert!(!worker.grants("payments.requested") && !worker.grants("x"));
-    assert_eq!(worker.line_that_grants("y"), r#"outputs = ["payments.settled", "x.>", "y"]"#);
+    assert_eq!(
+        worker.grant_line("y"),
+        r#"outputs = ["payments.settled", "x.>", "y"]"#
+    );
     worker.outputs = vec![">".into()];
     assert!(worker.grants("a"));
-    assert!(!worker.grants("$JS.API.STREAM.DELETE.PAYMENTS") && !worker.grants("oncely.dlq.settle"));
+    assert!(
+        !worker.grants("$JS.API.STREAM.DELETE.PAYMENTS") && !worker.grants("oncely.dlq.settle")
+    );
 }
 
 #[test]
@@ -397,18 +528,29 @@ fn the_ordering_key_is_read_from_a_header_or_a_token() {
         origin: None,
         redriven: None,
     };
-    let key = |text: &str| OrderingKey::try_from(text.to_owned()).unwrap().key_of(&message);
+    let key = |text: &str| {
+        OrderingKey::try_from(text.to_owned())
+            .unwrap()
+            .key_of(&message)
+    };
     assert_eq!(key("header:Account"), Some("42".into()));
     assert_eq!(key("header:Missing"), None);
     assert_eq!(key("subject:2"), Some("b".into()));
     assert_eq!(key("subject:4"), None);
-    for text in ["", "header:", "header", "subject:0", "subject:x", "header:a b"] {
+    for text in [
+        "",
+        "header:",
+        "header",
+        "subject:0",
+        "subject:x",
+        "header:a b",
+    ] {
         assert!(OrderingKey::try_from(text.to_owned()).is_err(), "{text}");
     }
 }
 
 #[test]
-fn migrations_come_from_the_folder_for_the_database_in_the_order_of_their_names() {
+fn migrations_are_read_by_database_in_name_order() {
     let folder = tempfile::tempdir().unwrap();
     let mut entry = full().workers[0].clone();
     entry.migrations = Some(folder.path().join("migrations"));
@@ -425,31 +567,58 @@ fn migrations_come_from_the_folder_for_the_database_in_the_order_of_their_names(
     write("notes.md", "no");
     let names = |dialect| {
         let migrations = entry.migrations_for(dialect)?;
-        anyhow::Ok(migrations.into_iter().map(|migration| (migration.name, migration.sql)).collect::<Vec<_>>())
+        anyhow::Ok(
+            migrations
+                .into_iter()
+                .map(|migration| (migration.name, migration.sql))
+                .collect::<Vec<_>>(),
+        )
     };
-    let both = vec![("0001.sql".to_owned(), "one".to_owned()), ("0002.sql".to_owned(), "two".to_owned())];
+    let both = vec![
+        ("0001.sql".to_owned(), "one".to_owned()),
+        ("0002.sql".to_owned(), "two".to_owned()),
+    ];
     assert_eq!(names(Dialect::Sqlite).unwrap(), both);
     assert_eq!(names(Dialect::Postgres).unwrap(), both);
 
     write("sqlite/0001.sql", "lite");
-    assert!(names(Dialect::Sqlite).unwrap_err().to_string().contains("beside a folder for one database"));
+    assert!(
+        names(Dialect::Sqlite)
+            .unwrap_err()
+            .to_string()
+            .contains("beside a folder for one database")
+    );
     std::fs::remove_file(folder.path().join("migrations/0001.sql")).unwrap();
     std::fs::remove_file(folder.path().join("migrations/0002.sql")).unwrap();
-    assert_eq!(names(Dialect::Sqlite).unwrap(), [("0001.sql".to_owned(), "lite".to_owned())]);
-    assert!(names(Dialect::Postgres).unwrap_err().to_string().contains("no migrations for this database"));
+    assert_eq!(
+        names(Dialect::Sqlite).unwrap(),
+        [("0001.sql".to_owned(), "lite".to_owned())]
+    );
+    assert!(
+        names(Dialect::Postgres)
+            .unwrap_err()
+            .to_string()
+            .contains("no migrations for this database")
+    );
 }
 
 #[test]
-fn a_missing_manifest_says_where_it_was_looked_for() {
+fn a_missing_manifest_is_reported_with_its_path() {
     let folder = tempfile::tempdir().unwrap();
     let error = Manifest::load(folder.path()).unwrap_err();
-    assert_eq!(error.to_string(), format!("there is no manifest at {}", folder.path().join(FILE_NAME).display()));
+    assert_eq!(
+        error.to_string(),
+        format!(
+            "there is no manifest at {}",
+            folder.path().join(FILE_NAME).display()
+        )
+    );
     std::fs::write(folder.path().join(FILE_NAME), FULL).unwrap();
     assert_eq!(Manifest::load(folder.path()).unwrap().workers.len(), 2);
 }
 
 #[test]
-fn every_key_stands_in_the_reference_with_its_section() {
+fn every_manifest_key_is_in_the_reference() {
     let reference = include_str!("../../../../docs/manifest.md");
     let sections: [(&str, &[&str]); 7] = [
         ("## The file", &MANIFEST_KEYS),
@@ -461,10 +630,16 @@ fn every_key_stands_in_the_reference_with_its_section() {
         ("## `[worker.alarm]`", &ALARM_KEYS),
     ];
     for (heading, keys) in sections {
-        let section = reference.split("\n## ").find(|text| heading.ends_with(text.lines().next().unwrap_or_default()));
-        let section = section.unwrap_or_else(|| panic!("docs/manifest.md has no heading {heading}"));
+        let section = reference
+            .split("\n## ")
+            .find(|text| heading.ends_with(text.lines().next().unwrap_or_default()));
+        let section =
+            section.unwrap_or_else(|| panic!("docs/manifest.md has no heading {heading}"));
         for key in keys {
-            assert!(section.contains(&format!("\n| `{key}` |")), "{heading} lacks `{key}`");
+            assert!(
+                section.contains(&format!("\n| `{key}` |")),
+                "{heading} lacks `{key}`"
+            );
         }
     }
 }
@@ -472,6 +647,17 @@ fn every_key_stands_in_the_reference_with_its_section() {
 #[test]
 fn the_example_in_the_reference_is_a_manifest() {
     let reference = include_str!("../../../../docs/manifest.md");
-    let example = reference.split("```toml\n").nth(1).unwrap().split("```").next().unwrap();
-    assert!(Manifest::parse(example, "oncely.toml").unwrap().warnings().is_empty());
+    let example = reference
+        .split("```toml\n")
+        .nth(1)
+        .unwrap()
+        .split("```")
+        .next()
+        .unwrap();
+    assert!(
+        Manifest::parse(example, "oncely.toml")
+            .unwrap()
+            .warnings()
+            .is_empty()
+    );
 }

@@ -4,24 +4,37 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::CHANGES_NOTHING;
+use super::READ_ONLY_REQUEST;
 use crate::guest::bindings::oncely::worker::cache;
 use crate::guest::call::CallState;
-use crate::guest::record::{Asked, Saw};
-use crate::model::cache_writes::{CachePut, PUTS_SIZE_MAX, TAGS_MAX, TTL_MAX, VALUE_MAX, WRITES_MAX, check_name};
+use crate::guest::record::{HostCall, HostResult};
+use crate::model::cache_writes::{
+    CachePut, PUTS_SIZE_MAX, TAGS_MAX, TTL_MAX, VALUE_MAX, WRITES_MAX, check_name,
+};
 
 impl cache::Host for CallState {
-    async fn get(&mut self, key: String) -> wasmtime::Result<Result<Option<Vec<u8>>, cache::Error>> {
-        self.in_time()?;
+    async fn get(
+        &mut self,
+        key: String,
+    ) -> wasmtime::Result<Result<Option<Vec<u8>>, cache::Error>> {
+        self.check_deadline()?;
         if let Err(why) = check_name("key", &key) {
             return Ok(Err(cache::Error::InvalidKey(why)));
         }
-        let value = match self.call.tape.ask(key.len(), || Asked::CacheGet { key: key.clone() })? {
-            Some(Saw::Cached(value)) => value,
-            Some(_) => return self.call.tape.foreign(),
+        let value = match self
+            .call
+            .recorder
+            .begin_call(key.len(), || HostCall::CacheGet { key: key.clone() })?
+        {
+            Some(HostResult::Cached(value)) => value,
+            Some(_) => return self.call.recorder.mismatch(),
             None => {
                 let value = self.cached(&key).await;
-                self.call.tape.saw(value.as_ref().map_or(0, Bytes::len), || Saw::Cached(value.clone()));
+                self.call
+                    .recorder
+                    .finish_call(value.as_ref().map_or(0, Bytes::len), || {
+                        HostResult::Cached(value.clone())
+                    });
                 value
             }
         };
@@ -35,27 +48,41 @@ impl cache::Host for CallState {
         ttl_ms: u64,
         tags: Vec<String>,
     ) -> wasmtime::Result<Result<(), cache::Error>> {
-        self.in_time()?;
+        self.check_deadline()?;
         let ttl = Duration::from_millis(ttl_ms);
         if let Err(error) = self.check_put(&key, value.len(), ttl, &tags) {
             return Ok(Err(error));
         }
         let value = Bytes::from(value);
-        let asked = || Asked::CachePut { key: key.clone(), value: value.clone(), ttl_ms, tags: tags.clone() };
-        self.call.tape.note(key.len() + value.len() + size(&tags), asked)?;
+        let call = || HostCall::CachePut {
+            key: key.clone(),
+            value: value.clone(),
+            ttl_ms,
+            tags: tags.clone(),
+        };
+        self.call
+            .recorder
+            .record_call(key.len() + value.len() + size(&tags), call)?;
         self.cache.put(key, CachePut { value, ttl, tags });
         Ok(Ok(()))
     }
 
-    async fn invalidate(&mut self, tags: Vec<String>) -> wasmtime::Result<Result<(), cache::Error>> {
-        self.in_time()?;
+    async fn invalidate(
+        &mut self,
+        tags: Vec<String>,
+    ) -> wasmtime::Result<Result<(), cache::Error>> {
+        self.check_deadline()?;
         if !self.may_write() {
-            return Ok(Err(cache::Error::Other(CHANGES_NOTHING.to_owned())));
+            return Ok(Err(cache::Error::Other(READ_ONLY_REQUEST.to_owned())));
         }
         if let Err(error) = check_tags(&tags, WRITES_MAX.saturating_sub(self.cache.tags().len())) {
             return Ok(Err(error));
         }
-        self.call.tape.note(size(&tags), || Asked::CacheInvalidate { tags: tags.clone() })?;
+        self.call
+            .recorder
+            .record_call(size(&tags), || HostCall::CacheInvalidate {
+                tags: tags.clone(),
+            })?;
         self.cache.invalidate(tags);
         Ok(Ok(()))
     }
@@ -64,27 +91,41 @@ impl cache::Host for CallState {
 impl CallState {
     /// What this call put itself, else what is cached and was not invalidated by this call.
     async fn cached(&mut self, key: &str) -> Option<Bytes> {
-        if let Some(put) = self.cache.put_here(key) {
+        if let Some(put) = self.cache.pending_put(key) {
             return Some(put.value.clone());
         }
         let found = self.call.cache.get(key).await?;
         (!self.cache.invalidates(&found.tags)).then_some(found.value)
     }
 
-    fn check_put(&self, key: &str, size: usize, ttl: Duration, tags: &[String]) -> Result<(), cache::Error> {
+    fn check_put(
+        &self,
+        key: &str,
+        size: usize,
+        ttl: Duration,
+        tags: &[String],
+    ) -> Result<(), cache::Error> {
         check_name("key", key).map_err(cache::Error::InvalidKey)?;
         check_tags(tags, TAGS_MAX)?;
         if ttl.is_zero() || ttl > TTL_MAX {
-            return Err(cache::Error::InvalidTtl("a time to live has 1 ms to 24 hours".to_owned()));
+            return Err(cache::Error::InvalidTtl(
+                "a time to live has 1 ms to 24 hours".to_owned(),
+            ));
         }
         if size > VALUE_MAX {
-            return Err(cache::Error::TooLarge(format!("the value has {size} bytes; at most {VALUE_MAX} are allowed")));
+            return Err(cache::Error::TooLarge(format!(
+                "the value has {size} bytes; at most {VALUE_MAX} are allowed"
+            )));
         }
         if self.cache.puts_count() >= WRITES_MAX {
-            return Err(cache::Error::TooMany(format!("a delivery may put {WRITES_MAX} values")));
+            return Err(cache::Error::TooMany(format!(
+                "a delivery may put {WRITES_MAX} values"
+            )));
         }
         if self.cache.puts_size() + size > PUTS_SIZE_MAX {
-            let why = format!("the values of this delivery have more than {PUTS_SIZE_MAX} bytes together");
+            let why = format!(
+                "the values of this delivery have more than {PUTS_SIZE_MAX} bytes together"
+            );
             return Err(cache::Error::TooLarge(why));
         }
         Ok(())
@@ -97,7 +138,9 @@ fn check_tags(tags: &[String], most: usize) -> Result<(), cache::Error> {
             "these are too many tags: a value has at most {TAGS_MAX}, and a delivery invalidates at most {WRITES_MAX}"
         )));
     }
-    tags.iter().try_for_each(|tag| check_name("tag", tag)).map_err(cache::Error::InvalidTag)
+    tags.iter()
+        .try_for_each(|tag| check_name("tag", tag))
+        .map_err(cache::Error::InvalidTag)
 }
 
 fn size(tags: &[String]) -> usize {

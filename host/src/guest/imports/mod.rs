@@ -1,6 +1,6 @@
 //! What a guest may call: outbox, state, sql and cache, and here invocation, log and config.
 //!
-//! An error of the house ends the call at once, as a trap the guest cannot catch. An error that dooms the delivery is
+//! An error of the host ends the call at once, as a trap the guest cannot catch. An error that dooms the delivery is
 //! returned to the guest *and* remembered: swallowing it changes nothing.
 
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use super::bindings::oncely::worker::{invocation, types};
 use super::bindings::wasi::config::store as config;
 use super::bindings::wasi::logging::logging;
 use super::call::{CallFailure, CallState, FailureKind};
-use super::record::{Asked, Saw};
+use super::record::{HostCall, HostResult};
 use crate::model::keyed_state::StateSlot;
 use crate::model::message::{self, Message};
 use crate::model::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
@@ -26,21 +26,26 @@ mod sql;
 mod state;
 
 /// What a handler of a request that only reads is told when it would change something.
-const CHANGES_NOTHING: &str = "a GET, HEAD or OPTIONS changes nothing";
+const READ_ONLY_REQUEST: &str = "a GET, HEAD or OPTIONS changes nothing";
 
-/// The transaction a guest's `sql` and `state` reach. The outer error is the house's. A call that was begun runs to its
+/// The transaction a guest's `sql` and `state` reach. The outer error is the host's. A call that was begun runs to its
 /// end even when its future is dropped: guests are stopped, transactions are not left half-way.
 #[async_trait]
 pub trait Database: Send + Sync {
     fn dialect(&self) -> Dialect;
-    async fn query(&self, statement: String, params: Vec<Value>, limits: SqlLimits) -> Result2<Rows>;
-    async fn execute(&self, statement: String, params: Vec<Value>) -> Result2<u64>;
+    async fn query(
+        &self,
+        statement: String,
+        params: Vec<Value>,
+        limits: SqlLimits,
+    ) -> DatabaseResult<Rows>;
+    async fn execute(&self, statement: String, params: Vec<Value>) -> DatabaseResult<u64>;
     async fn load_state(&self, key: String) -> anyhow::Result<StateSlot>;
 }
 
 /// What a guest's `cache` reads. Never an error: what cannot be had is not there.
 #[async_trait]
-pub trait CachedValues: Send + Sync {
+pub trait CacheReader: Send + Sync {
     async fn get(&self, key: &str) -> Option<CachedValue>;
 }
 
@@ -51,23 +56,28 @@ pub struct CachedValue {
     pub tags: Arc<[String]>,
 }
 
-/// The house's error outside, the guest's inside.
-pub type Result2<T> = anyhow::Result<Result<T, SqlError>>;
+/// The host's error outside, the guest's inside.
+pub type DatabaseResult<T> = anyhow::Result<Result<T, SqlError>>;
 
 impl CallState {
     /// Remembers what dooms the delivery; the first one counts.
     fn doom(&mut self, kind: FailureKind, code: &str, why: &str) {
-        self.doomed.get_or_insert_with(|| CallFailure::new(kind, code, why));
+        self.doomed
+            .get_or_insert_with(|| CallFailure::new(kind, code, why));
     }
 
     /// Ends the call when its time is over: the time that the host spends on what a guest asks is the guest's, too.
-    fn in_time(&self) -> wasmtime::Result<()> {
-        if Instant::now() < self.deadline { Ok(()) } else { Err(Trap::Interrupt.into()) }
+    fn check_deadline(&self) -> wasmtime::Result<()> {
+        if Instant::now() < self.deadline {
+            Ok(())
+        } else {
+            Err(Trap::Interrupt.into())
+        }
     }
 
-    /// Ends the call for an error of the house.
-    fn house<T>(&mut self, error: anyhow::Error) -> wasmtime::Result<T> {
-        self.house.get_or_insert(error);
+    /// Ends the call for an error of the host.
+    fn host_error<T>(&mut self, error: anyhow::Error) -> wasmtime::Result<T> {
+        self.host_error.get_or_insert(error);
         Err(wasmtime::Error::msg("the host ended the call"))
     }
 }
@@ -76,11 +86,20 @@ impl types::Host for CallState {}
 
 impl invocation::Host for CallState {
     async fn id(&mut self) -> wasmtime::Result<String> {
-        if let Some(id) = self.call.request.as_ref().and_then(|asked| asked.id.clone()) {
+        if let Some(id) = self
+            .call
+            .request
+            .as_ref()
+            .and_then(|request| request.id.clone())
+        {
             return Ok(id);
         }
         let event_id = self.message().map(|message| message.event_id.as_str());
-        Ok(format!("{}:{}", self.call.worker.name, event_id.unwrap_or_default()))
+        Ok(format!(
+            "{}:{}",
+            self.call.worker.name,
+            event_id.unwrap_or_default()
+        ))
     }
 
     async fn worker(&mut self) -> wasmtime::Result<String> {
@@ -92,7 +111,7 @@ impl invocation::Host for CallState {
     }
 
     async fn attempt(&mut self) -> wasmtime::Result<u32> {
-        self.call.tape.looks.at_attempt = true;
+        self.call.recorder.inputs.has_read_attempt = true;
         Ok(self.call.attempt)
     }
 
@@ -102,18 +121,20 @@ impl invocation::Host for CallState {
     }
 
     async fn now(&mut self) -> wasmtime::Result<u64> {
-        self.call.tape.looks.at_now = true;
+        self.call.recorder.inputs.has_read_now = true;
         Ok(u64::try_from(self.call.now.as_microsecond()).unwrap_or_default())
     }
 
     async fn remaining(&mut self) -> wasmtime::Result<u64> {
-        match self.call.tape.ask(0, || Asked::Remaining)? {
-            Some(Saw::Number(left)) => Ok(left),
-            Some(_) => self.call.tape.foreign(),
+        match self.call.recorder.begin_call(0, || HostCall::Remaining)? {
+            Some(HostResult::Number(left)) => Ok(left),
+            Some(_) => self.call.recorder.mismatch(),
             None => {
                 let left = self.deadline.saturating_duration_since(Instant::now());
                 let left = units::milliseconds(left);
-                self.call.tape.saw(0, || Saw::Number(left));
+                self.call
+                    .recorder
+                    .finish_call(0, || HostResult::Number(left));
                 Ok(left)
             }
         }
@@ -129,8 +150,13 @@ impl invocation::Host for CallState {
 }
 
 impl logging::Host for CallState {
-    async fn log(&mut self, level: logging::Level, context: String, message: String) -> wasmtime::Result<()> {
-        self.in_time()?;
+    async fn log(
+        &mut self,
+        level: logging::Level,
+        context: String,
+        message: String,
+    ) -> wasmtime::Result<()> {
+        self.check_deadline()?;
         let level = match level {
             logging::Level::Trace => "trace",
             logging::Level::Debug => "debug",
@@ -139,17 +165,26 @@ impl logging::Host for CallState {
             logging::Level::Error => "error",
             logging::Level::Critical => "critical",
         };
-        self.logs.line(level, &context, &message);
+        self.logs.append_line(level, &context, &message);
         Ok(())
     }
 }
 
 impl config::Host for CallState {
-    async fn get(&mut self, key: String) -> wasmtime::Result<Result<Option<String>, config::Error>> {
+    async fn get(
+        &mut self,
+        key: String,
+    ) -> wasmtime::Result<Result<Option<String>, config::Error>> {
         Ok(Ok(self.call.worker.config.get(&key).cloned()))
     }
 
     async fn get_all(&mut self) -> wasmtime::Result<Result<Vec<(String, String)>, config::Error>> {
-        Ok(Ok(self.call.worker.config.iter().map(|(key, value)| (key.clone(), value.clone())).collect()))
+        Ok(Ok(self
+            .call
+            .worker
+            .config
+            .iter()
+            .map(|(key, value)| (key.clone(), value.clone()))
+            .collect()))
     }
 }

@@ -1,25 +1,48 @@
-//! Sending: one outgoing message against the grants and limits of the manifest.
+//! Outbox: one outgoing message against the grants and limits of the manifest.
 
 use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::CHANGES_NOTHING;
+use super::READ_ONLY_REQUEST;
 use crate::fault;
 use crate::guest::bindings::oncely::worker::outbox;
 use crate::guest::call::{CallState, FailureKind};
-use crate::guest::record::{Asked, Sending};
-use crate::model::message::{self, DELAY_MAX, EVENT_ID_MAX, Headers, Message, Output, OutputKind, output_id};
+use crate::guest::record::{HostCall, OutgoingMessage};
+use crate::model::message::{
+    self, DELAY_MAX, EVENT_ID_MAX, Headers, Message, Output, OutputKind, output_id,
+};
 use crate::model::subject;
 
 impl outbox::Host for CallState {
-    async fn send(&mut self, outgoing: outbox::Outgoing) -> wasmtime::Result<Result<String, outbox::Error>> {
-        self.in_time()?;
-        let outbox::Outgoing { subject, headers, body, id, ordering_key, delay: delay_ms, caused_by } = outgoing;
+    async fn send(
+        &mut self,
+        outgoing: outbox::Outgoing,
+    ) -> wasmtime::Result<Result<String, outbox::Error>> {
+        self.check_deadline()?;
+        let outbox::Outgoing {
+            subject,
+            headers,
+            body,
+            id,
+            ordering_key,
+            delay: delay_ms,
+            caused_by,
+        } = outgoing;
         let body = Bytes::from(body);
-        let sending = Sending { subject, headers, body, id, ordering_key, delay_ms, caused_by };
-        self.call.tape.note(sending.size(), || Asked::Send(Box::new(sending.clone())))?;
-        match self.accept(sending) {
+        let outgoing = OutgoingMessage {
+            subject,
+            headers,
+            body,
+            id,
+            ordering_key,
+            delay_ms,
+            caused_by,
+        };
+        self.call.recorder.record_call(outgoing.size(), || {
+            HostCall::Send(Box::new(outgoing.clone()))
+        })?;
+        match self.accept(outgoing) {
             Ok(output) => {
                 let id = output.id.clone();
                 self.output_bytes += output_size(&output);
@@ -27,7 +50,11 @@ impl outbox::Host for CallState {
                 Ok(Ok(id))
             }
             Err(error) => {
-                self.doom(FailureKind::OutputRefused, "output-refused", sentence(&error));
+                self.doom(
+                    FailureKind::OutputRefused,
+                    "output-refused",
+                    error_message(&error),
+                );
                 Ok(Err(error))
             }
         }
@@ -36,18 +63,19 @@ impl outbox::Host for CallState {
 
 impl CallState {
     /// Checks one outgoing message against the grants and limits of the manifest.
-    fn accept(&self, outgoing: Sending) -> Result<Output, outbox::Error> {
+    fn accept(&self, outgoing: OutgoingMessage) -> Result<Output, outbox::Error> {
         let worker = &self.call.worker;
         if !self.may_write() {
-            return Err(outbox::Error::NotGranted(CHANGES_NOTHING.to_owned()));
+            return Err(outbox::Error::NotGranted(READ_ONLY_REQUEST.to_owned()));
         }
-        subject::check_subject(&outgoing.subject).map_err(|why| outbox::Error::InvalidSubject(why.to_string()))?;
+        subject::check_subject(&outgoing.subject)
+            .map_err(|why| outbox::Error::InvalidSubject(why.to_string()))?;
         if !worker.grants(&outgoing.subject) {
             return Err(outbox::Error::NotGranted(format!(
                 "worker {} may not publish to `{}`; to let it, put in its manifest: {}",
                 worker.name,
                 outgoing.subject,
-                worker.line_that_grants(&outgoing.subject)
+                worker.grant_line(&outgoing.subject)
             )));
         }
         check_headers(&outgoing.headers)?;
@@ -55,9 +83,17 @@ impl CallState {
         let delay = checked_delay(outgoing.delay_ms.unwrap_or_default())?;
         let cause = self.cause(outgoing.caused_by.as_deref())?;
         // Counted by event: the same message yields the same ids in whichever company it is handled.
-        let ordinal = self.outputs.iter().filter(|output| output.event_id == cause.event_id).count();
+        let ordinal = self
+            .outputs
+            .iter()
+            .filter(|output| output.event_id == cause.event_id)
+            .count();
         let output = Output {
-            kind: if outgoing.id.is_some() { OutputKind::Chosen } else { OutputKind::Derived },
+            kind: if outgoing.id.is_some() {
+                OutputKind::Chosen
+            } else {
+                OutputKind::Derived
+            },
             id: self.id_for(outgoing.id, cause, ordinal)?,
             event_id: cause.event_id.clone(),
             ordinal: u32::try_from(ordinal).unwrap_or(u32::MAX),
@@ -73,19 +109,37 @@ impl CallState {
 
     /// The message that caused an output.
     fn cause(&self, event_id: Option<&str>) -> Result<&Message, outbox::Error> {
-        let caused = |event_id: &str| self.call.messages.iter().find(|message| message.event_id == event_id);
+        let caused = |event_id: &str| {
+            self.call
+                .messages
+                .iter()
+                .find(|message| message.event_id == event_id)
+        };
         let cause = match event_id {
-            Some(event_id) => caused(event_id).ok_or_else(|| format!("this call has no message `{event_id}`")),
-            None if self.in_batch => Err("a batch handler says for each output which message caused it \
+            Some(event_id) => {
+                caused(event_id).ok_or_else(|| format!("this call has no message `{event_id}`"))
+            }
+            None if self.in_batch => Err(
+                "a batch handler says for each output which message caused it \
                 (`caused-by`: the message's id)"
-                .to_owned()),
-            None => self.call.messages.first().ok_or_else(|| "this call has no message".to_owned()),
+                    .to_owned(),
+            ),
+            None => self
+                .call
+                .messages
+                .first()
+                .ok_or_else(|| "this call has no message".to_owned()),
         };
         cause.map(AsRef::as_ref).map_err(outbox::Error::Other)
     }
 
-    fn id_for(&self, asked: Option<String>, cause: &Message, ordinal: usize) -> Result<String, outbox::Error> {
-        let Some(id) = asked else {
+    fn id_for(
+        &self,
+        requested: Option<String>,
+        cause: &Message,
+        ordinal: usize,
+    ) -> Result<String, outbox::Error> {
+        let Some(id) = requested else {
             return Ok(output_id(&self.call.worker.name, &cause.event_id, ordinal));
         };
         if id.is_empty() || id.len() > EVENT_ID_MAX || id.chars().any(char::is_control) {
@@ -94,7 +148,9 @@ impl CallState {
             )));
         }
         if self.outputs.iter().any(|output| output.id == id) {
-            return Err(outbox::Error::InvalidId(format!("the id `{id}` was used before in this delivery")));
+            return Err(outbox::Error::InvalidId(format!(
+                "the id `{id}` was used before in this delivery"
+            )));
         }
         Ok(id)
     }
@@ -108,7 +164,9 @@ impl CallState {
             )));
         }
         let size = output_size(output);
-        let most = usize::try_from(limits.output_size).unwrap_or(usize::MAX).min(self.call.payload_max);
+        let most = usize::try_from(limits.output_size)
+            .unwrap_or(usize::MAX)
+            .min(self.call.payload_max);
         if size > most {
             return Err(outbox::Error::TooLarge(format!(
                 "the message to `{}` has {size} bytes with its headers; at most {most} are allowed (`output_size` under \
@@ -129,10 +187,16 @@ impl CallState {
 /// Carries the trace of the message on, unless the author set one.
 fn with_trace(mut headers: Headers, cause: &Message) -> Headers {
     // A state belongs to its parent: beside another one it would be a lie.
-    if ["traceparent", "tracestate"].into_iter().any(|name| message::header(&headers, name).is_some()) {
+    if ["traceparent", "tracestate"]
+        .into_iter()
+        .any(|name| message::header(&headers, name).is_some())
+    {
         return headers;
     }
-    let Some(parent) = cause.header("traceparent").filter(|parent| message::is_traceparent(parent)) else {
+    let Some(parent) = cause
+        .header("traceparent")
+        .filter(|parent| message::is_traceparent(parent))
+    else {
         return headers;
     };
     headers.push(("traceparent".to_owned(), parent.to_owned()));
@@ -144,9 +208,9 @@ fn with_trace(mut headers: Headers, cause: &Message) -> Headers {
 
 fn check_ordering_key(key: Option<&str>) -> Result<(), outbox::Error> {
     match key {
-        Some(key) if key.len() > EVENT_ID_MAX || key.contains('\0') => {
-            Err(outbox::Error::Other(format!("an ordering key has at most {EVENT_ID_MAX} bytes and no NUL")))
-        }
+        Some(key) if key.len() > EVENT_ID_MAX || key.contains('\0') => Err(outbox::Error::Other(
+            format!("an ordering key has at most {EVENT_ID_MAX} bytes and no NUL"),
+        )),
         _ => Ok(()),
     }
 }
@@ -167,7 +231,11 @@ fn checked_delay(delay_ms: u64) -> Result<Duration, outbox::Error> {
 const PLATFORM_HEADERS: usize = 1024;
 
 fn output_size(output: &Output) -> usize {
-    let headers: usize = output.headers.iter().map(|(name, value)| name.len() + value.len() + 4).sum();
+    let headers: usize = output
+        .headers
+        .iter()
+        .map(|(name, value)| name.len() + value.len() + 4)
+        .sum();
     headers + PLATFORM_HEADERS + output.body.len()
 }
 
@@ -198,7 +266,7 @@ fn check_headers(headers: &Headers) -> Result<(), outbox::Error> {
     Ok(())
 }
 
-fn sentence(error: &outbox::Error) -> &str {
+fn error_message(error: &outbox::Error) -> &str {
     match error {
         outbox::Error::InvalidSubject(why)
         | outbox::Error::InvalidHeader(why)

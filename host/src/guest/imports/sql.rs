@@ -1,11 +1,13 @@
 //! Statements: counted against the limits, run in the transaction, and doomed with it when they fail.
 
-use super::CHANGES_NOTHING;
+use super::READ_ONLY_REQUEST;
 use crate::fault;
 use crate::guest::bindings::oncely::worker::sql;
 use crate::guest::call::{CallState, FailureKind};
-use crate::guest::record::{Asked, Saw};
-use crate::model::sql::{self as sql_text, DatabaseError, Dialect, Facts, Rows, SqlError, Value};
+use crate::guest::record::{HostCall, HostResult};
+use crate::model::sql::{
+    self as sql_text, DatabaseError, Dialect, Rows, SqlError, StatementFacts, Value,
+};
 
 /// How many parameters a statement may have.
 const PARAMETERS_MAX: usize = 10_000;
@@ -30,36 +32,46 @@ impl CallState {
                 limits.sql_statements
             )));
         }
-        if !self.may_write() && Facts::of(statement, self.call.database.dialect()).changes_rows {
-            return Err(SqlError::NotAllowed(CHANGES_NOTHING.to_owned()));
+        if !self.may_write()
+            && StatementFacts::of(statement, self.call.database.dialect()).changes_rows
+        {
+            return Err(SqlError::NotAllowed(READ_ONLY_REQUEST.to_owned()));
         }
         self.statements += 1;
         Ok(())
     }
 
-    async fn run_query(&mut self, statement: String, params: Vec<Value>) -> wasmtime::Result<Result<Rows, SqlError>> {
+    async fn run_query(
+        &mut self,
+        statement: String,
+        params: Vec<Value>,
+    ) -> wasmtime::Result<Result<Rows, SqlError>> {
         if let Err(error) = self.count_statement(&statement, &params) {
             return Ok(Err(error));
         }
         let limits = self.call.worker.limits.sql();
         match self.call.database.query(statement, params, limits).await {
             Ok(answer) => Ok(answer),
-            Err(error) => self.house(error),
+            Err(error) => self.host_error(error),
         }
     }
 
-    async fn run_execute(&mut self, statement: String, params: Vec<Value>) -> wasmtime::Result<Result<u64, SqlError>> {
+    async fn run_execute(
+        &mut self,
+        statement: String,
+        params: Vec<Value>,
+    ) -> wasmtime::Result<Result<u64, SqlError>> {
         if let Err(error) = self.count_statement(&statement, &params) {
             return Ok(Err(error));
         }
         match self.call.database.execute(statement, params).await {
             Ok(answer) => Ok(answer),
-            Err(error) => self.house(error),
+            Err(error) => self.host_error(error),
         }
     }
 
     /// Dooms the delivery for an error that the transaction does not survive, and gives it to the guest.
-    fn failed(&mut self, error: SqlError) -> sql::Error {
+    fn statement_failed(&mut self, error: SqlError) -> sql::Error {
         let kind = match &error {
             SqlError::Conflict(_) => FailureKind::Conflict,
             _ => FailureKind::Retry,
@@ -70,8 +82,12 @@ impl CallState {
             SqlError::Conflict(_) => "conflict",
             _ => "sql",
         };
-        let dooms =
-            !matches!(error, SqlError::NotAllowed(_) | SqlError::InvalidParameter(_) | SqlError::TransactionFailed(_));
+        let dooms = !matches!(
+            error,
+            SqlError::NotAllowed(_)
+                | SqlError::InvalidParameter(_)
+                | SqlError::TransactionFailed(_)
+        );
         if dooms && !fault::mutant(fault::IGNORE_COMMIT_TAG) {
             self.doom(kind, code, &format!("a statement failed: {error}"));
         }
@@ -92,21 +108,34 @@ impl sql::Host for CallState {
         statement: String,
         params: Vec<sql::Value>,
     ) -> wasmtime::Result<Result<sql::RowSet, sql::Error>> {
-        self.in_time()?;
+        self.check_deadline()?;
         let params: Vec<Value> = params.into_iter().map(value_from_wit).collect();
-        let asked = || Asked::Query { statement: statement.clone(), params: params.clone() };
-        let answer = match self.call.tape.ask(statement_size(&statement, &params), asked)? {
-            Some(Saw::Rows(rows)) => Ok(rows),
-            Some(Saw::Refused(error)) => Err(error),
-            Some(_) => return self.call.tape.foreign(),
+        let call = || HostCall::Query {
+            statement: statement.clone(),
+            params: params.clone(),
+        };
+        let answer = match self
+            .call
+            .recorder
+            .begin_call(statement_size(&statement, &params), call)?
+        {
+            Some(HostResult::Rows(rows)) => Ok(rows),
+            Some(HostResult::Refused(error)) => Err(error),
+            Some(_) => return self.call.recorder.mismatch(),
             None => {
                 let answer = self.run_query(statement, params).await?;
                 let size = answer.as_ref().map_or(0, Rows::size);
-                self.call.tape.saw(size, || answer.clone().map_or_else(Saw::Refused, Saw::Rows));
+                self.call.recorder.finish_call(size, || {
+                    answer
+                        .clone()
+                        .map_or_else(HostResult::Refused, HostResult::Rows)
+                });
                 answer
             }
         };
-        Ok(answer.map(wit_rows).map_err(|error| self.failed(error)))
+        Ok(answer
+            .map(wit_rows)
+            .map_err(|error| self.statement_failed(error)))
     }
 
     async fn execute(
@@ -114,20 +143,31 @@ impl sql::Host for CallState {
         statement: String,
         params: Vec<sql::Value>,
     ) -> wasmtime::Result<Result<u64, sql::Error>> {
-        self.in_time()?;
+        self.check_deadline()?;
         let params: Vec<Value> = params.into_iter().map(value_from_wit).collect();
-        let asked = || Asked::Execute { statement: statement.clone(), params: params.clone() };
-        let answer = match self.call.tape.ask(statement_size(&statement, &params), asked)? {
-            Some(Saw::Changed(rows)) => Ok(rows),
-            Some(Saw::Refused(error)) => Err(error),
-            Some(_) => return self.call.tape.foreign(),
+        let call = || HostCall::Execute {
+            statement: statement.clone(),
+            params: params.clone(),
+        };
+        let answer = match self
+            .call
+            .recorder
+            .begin_call(statement_size(&statement, &params), call)?
+        {
+            Some(HostResult::Changed(rows)) => Ok(rows),
+            Some(HostResult::Refused(error)) => Err(error),
+            Some(_) => return self.call.recorder.mismatch(),
             None => {
                 let answer = self.run_execute(statement, params).await?;
-                self.call.tape.saw(0, || answer.clone().map_or_else(Saw::Refused, Saw::Changed));
+                self.call.recorder.finish_call(0, || {
+                    answer
+                        .clone()
+                        .map_or_else(HostResult::Refused, HostResult::Changed)
+                });
                 answer
             }
         };
-        Ok(answer.map_err(|error| self.failed(error)))
+        Ok(answer.map_err(|error| self.statement_failed(error)))
     }
 }
 
@@ -171,7 +211,10 @@ fn wit_value(value: Value) -> sql::Value {
 
 fn wit_rows(rows: Rows) -> sql::RowSet {
     let row = |row: Vec<Value>| row.into_iter().map(wit_value).collect();
-    sql::RowSet { columns: rows.columns, rows: rows.rows.into_iter().map(row).collect() }
+    sql::RowSet {
+        columns: rows.columns,
+        rows: rows.rows.into_iter().map(row).collect(),
+    }
 }
 
 fn wit_error(error: SqlError) -> sql::Error {

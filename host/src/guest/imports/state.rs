@@ -2,44 +2,69 @@
 
 use bytes::Bytes;
 
-use super::CHANGES_NOTHING;
+use super::READ_ONLY_REQUEST;
 use crate::guest::bindings::oncely::worker::state;
 use crate::guest::call::CallState;
-use crate::guest::record::{Asked, Saw};
+use crate::guest::record::{HostCall, HostResult};
 use crate::model::keyed_state::{StateEntry, StateSlot};
 use crate::model::message::EVENT_ID_MAX;
 
 impl CallState {
     /// The version of `key` before it is changed, or what is wrong with the change.
-    async fn before(
+    async fn prepare_write(
         &mut self,
         key: &str,
         value: &[u8],
-        asked: impl FnOnce() -> Asked,
+        call: impl FnOnce() -> HostCall,
     ) -> wasmtime::Result<Result<Option<u64>, state::Error>> {
-        self.in_time()?;
+        self.check_deadline()?;
         if !self.may_write() {
-            return Ok(Err(state::Error::Other(CHANGES_NOTHING.to_owned())));
+            return Ok(Err(state::Error::Other(READ_ONLY_REQUEST.to_owned())));
         }
         if let Err(error) = check_key(key).and_then(|()| self.check_value(value)) {
             return Ok(Err(error));
         }
-        let (version, size) = match self.call.tape.ask(key.len() + value.len(), asked)? {
-            Some(Saw::Before { version, last, size }) => {
+        let (version, size) = match self
+            .call
+            .recorder
+            .begin_call(key.len() + value.len(), call)?
+        {
+            Some(HostResult::PreviousEntry {
+                version,
+                last,
+                size,
+            }) => {
                 // Of the value before it the record needs to know nothing.
-                let entry = version.map(|version| StateEntry { value: Bytes::new(), version });
+                let entry = version.map(|version| StateEntry {
+                    value: Bytes::new(),
+                    version,
+                });
                 if self.call.state.slot(key).is_none() {
-                    self.call.state.remember(key.to_owned(), StateSlot { entry, version: last, has_row: false });
+                    self.call.state.record_read(
+                        key.to_owned(),
+                        StateSlot {
+                            entry,
+                            version: last,
+                            has_row: false,
+                        },
+                    );
                 }
                 (version, size)
             }
-            Some(_) => return self.call.tape.foreign(),
+            Some(_) => return self.call.recorder.mismatch(),
             None => {
                 self.load(key).await?;
                 let slot = self.call.state.slot(key).cloned().unwrap_or_default();
-                let (version, last) = (slot.entry.as_ref().map(|entry| entry.version), slot.version);
+                let (version, last) =
+                    (slot.entry.as_ref().map(|entry| entry.version), slot.version);
                 let size = slot.entry.map_or(0, |entry| entry.value.len());
-                self.call.tape.saw(0, || Saw::Before { version, last, size });
+                self.call
+                    .recorder
+                    .finish_call(0, || HostResult::PreviousEntry {
+                        version,
+                        last,
+                        size,
+                    });
                 (version, size)
             }
         };
@@ -48,21 +73,26 @@ impl CallState {
 
     /// Counts a key and a value against what one delivery may use: the key and the value it has with their first use, and
     /// each value that is written.
-    fn count_state(&mut self, key: &str, has: usize, written: usize) -> Result<(), state::Error> {
+    fn count_state(
+        &mut self,
+        key: &str,
+        current_size: usize,
+        new_size: usize,
+    ) -> Result<(), state::Error> {
         let limits = &self.call.worker.limits;
-        let is_new = !self.state_used.keys.contains(key);
-        if is_new && self.state_used.keys.len() >= limits.state_entries as usize {
+        let is_new = !self.state_usage.keys.contains(key);
+        if is_new && self.state_usage.keys.len() >= limits.state_entries as usize {
             return Err(state::Error::TooLarge(format!(
                 "a delivery may read and change {} keys (`state_entries` under [worker.limits])",
                 limits.state_entries
             )));
         }
         if is_new {
-            self.state_used.keys.insert(key.to_owned());
-            self.state_used.bytes += key.len() + has;
+            self.state_usage.keys.insert(key.to_owned());
+            self.state_usage.bytes += key.len() + current_size;
         }
-        self.state_used.bytes += written;
-        if self.state_used.bytes as u64 > limits.state_entries_size {
+        self.state_usage.bytes += new_size;
+        if self.state_usage.bytes as u64 > limits.state_entries_size {
             return Err(state::Error::TooLarge(format!(
                 "the keys and values that this delivery reads and writes have more than {} bytes together \
                  (`state_entries_size` under [worker.limits])",
@@ -79,10 +109,10 @@ impl CallState {
         }
         match self.call.database.load_state(key.to_owned()).await {
             Ok(slot) => {
-                self.call.state.remember(key.to_owned(), slot);
+                self.call.state.record_read(key.to_owned(), slot);
                 Ok(())
             }
-            Err(error) => self.house(error),
+            Err(error) => self.host_error(error),
         }
     }
 
@@ -100,15 +130,17 @@ impl CallState {
 
 fn check_key(key: &str) -> Result<(), state::Error> {
     if key.is_empty() || key.len() > EVENT_ID_MAX || key.contains('\0') {
-        return Err(state::Error::InvalidKey(format!("a key has 1 to {EVENT_ID_MAX} bytes and no NUL")));
+        return Err(state::Error::InvalidKey(format!(
+            "a key has 1 to {EVENT_ID_MAX} bytes and no NUL"
+        )));
     }
     Ok(())
 }
 
 /// The version before a change, or returns what is wrong with it.
 macro_rules! version_before {
-    ($self:ident, $key:expr, $value:expr, $asked:expr) => {
-        match $self.before($key, $value, $asked).await? {
+    ($self:ident, $key:expr, $value:expr, $call:expr) => {
+        match $self.prepare_write($key, $value, $call).await? {
             Ok(version) => version,
             Err(error) => return Ok(Err(error)),
         }
@@ -116,19 +148,28 @@ macro_rules! version_before {
 }
 
 impl state::Host for CallState {
-    async fn get(&mut self, key: String) -> wasmtime::Result<Result<Option<state::Entry>, state::Error>> {
-        self.in_time()?;
+    async fn get(
+        &mut self,
+        key: String,
+    ) -> wasmtime::Result<Result<Option<state::Entry>, state::Error>> {
+        self.check_deadline()?;
         if let Err(error) = check_key(&key) {
             return Ok(Err(error));
         }
-        let entry = match self.call.tape.ask(key.len(), || Asked::Get { key: key.clone() })? {
-            Some(Saw::Entry(entry)) => entry,
-            Some(_) => return self.call.tape.foreign(),
+        let entry = match self
+            .call
+            .recorder
+            .begin_call(key.len(), || HostCall::Get { key: key.clone() })?
+        {
+            Some(HostResult::Entry(entry)) => entry,
+            Some(_) => return self.call.recorder.mismatch(),
             None => {
                 self.load(&key).await?;
                 let entry = self.call.state.get(&key).flatten().cloned();
                 let size = entry.as_ref().map_or(0, |entry| entry.value.len());
-                self.call.tape.saw(size, || Saw::Entry(entry.clone()));
+                self.call
+                    .recorder
+                    .finish_call(size, || HostResult::Entry(entry.clone()));
                 entry
             }
         };
@@ -136,17 +177,27 @@ impl state::Host for CallState {
         if let Err(error) = self.count_state(&key, size, 0) {
             return Ok(Err(error));
         }
-        Ok(Ok(entry.map(|entry| state::Entry { value: entry.value.into(), version: entry.version })))
+        Ok(Ok(entry.map(|entry| state::Entry {
+            value: entry.value.into(),
+            version: entry.version,
+        })))
     }
 
-    async fn set(&mut self, key: String, value: Vec<u8>) -> wasmtime::Result<Result<u64, state::Error>> {
+    async fn set(
+        &mut self,
+        key: String,
+        value: Vec<u8>,
+    ) -> wasmtime::Result<Result<u64, state::Error>> {
         let value = Bytes::from(value);
-        version_before!(self, &key, &value, || Asked::Set { key: key.clone(), value: value.clone() });
+        version_before!(self, &key, &value, || HostCall::Set {
+            key: key.clone(),
+            value: value.clone()
+        });
         Ok(Ok(self.call.state.set(key, value)))
     }
 
     async fn delete(&mut self, key: String) -> wasmtime::Result<Result<bool, state::Error>> {
-        version_before!(self, &key, &[], || Asked::Delete { key: key.clone() });
+        version_before!(self, &key, &[], || HostCall::Delete { key: key.clone() });
         Ok(Ok(self.call.state.delete(key)))
     }
 
@@ -157,8 +208,12 @@ impl state::Host for CallState {
         value: Vec<u8>,
     ) -> wasmtime::Result<Result<u64, state::Error>> {
         let value = Bytes::from(value);
-        let asked = || Asked::CompareAndSet { key: key.clone(), expected, value: value.clone() };
-        let version = version_before!(self, &key, &value, asked);
+        let call = || HostCall::CompareAndSet {
+            key: key.clone(),
+            expected,
+            value: value.clone(),
+        };
+        let version = version_before!(self, &key, &value, call);
         if version != expected {
             return Ok(Err(state::Error::VersionMismatch(version)));
         }

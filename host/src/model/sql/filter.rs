@@ -10,36 +10,47 @@ use super::{Dialect, SqlError};
 pub const STATEMENT_BYTES_MAX: usize = 256 << 10;
 
 /// The words a guest's statement may begin with.
-const ALLOWED: [&str; 7] = ["select", "insert", "update", "delete", "merge", "values", "with"];
+const ALLOWED: [&str; 7] = [
+    "select", "insert", "update", "delete", "merge", "values", "with",
+];
 
 /// Beginnings of names that belong to the platform or reach around it.
 const SQLITE_NAMES: [&str; 3] = ["oncely_", "sqlite_", "pragma_"];
 /// The schemas of the platform on PostgreSQL.
-const POSTGRES_SCHEMAS: [&str; 2] = ["oncely", "oncely_door"];
+const POSTGRES_SCHEMAS: [&str; 2] = ["oncely", "oncely_definer"];
 /// How the names of PostgreSQL's own catalog begin, which shows other sessions, settings and secrets.
 const POSTGRES_CATALOG: &str = "pg_";
 /// What begins like [`POSTGRES_CATALOG`] and is harmless.
-const POSTGRES_HARMLESS: [&str; 2] = ["pg_catalog", "pg_typeof"];
+const POSTGRES_CATALOG_ALLOWED: [&str; 2] = ["pg_catalog", "pg_typeof"];
 
 /// What the text of a statement says about it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Facts {
+pub struct StatementFacts {
     /// Whether it can change rows; the databases count the rows of one that only reads in different ways.
     pub changes_rows: bool,
     /// The highest n of its placeholders `$n`; zero when it has none.
     pub highest_placeholder: usize,
 }
 
-impl Facts {
+impl StatementFacts {
     /// The facts of any statement, also of one that the filter would refuse. Those of an unreadable one are the default.
     pub fn of(statement: &str, dialect: Dialect) -> Self {
-        Facts::of_tokens(&tokens(statement, dialect).unwrap_or_default(), dialect)
+        StatementFacts::from_tokens(&tokens(statement, dialect).unwrap_or_default(), dialect)
     }
 
-    fn of_tokens(tokens: &[Token], dialect: Dialect) -> Self {
-        let numbers = tokens.iter().map(|token| if let Token::Placeholder(number) = token { *number } else { 0 });
+    fn from_tokens(tokens: &[Token], dialect: Dialect) -> Self {
+        let numbers = tokens.iter().map(|token| {
+            if let Token::Placeholder(number) = token {
+                *number
+            } else {
+                0
+            }
+        });
         let highest_placeholder = usize::from(numbers.max().unwrap_or(0));
-        Facts { changes_rows: changes_rows(tokens, dialect), highest_placeholder }
+        StatementFacts {
+            changes_rows: changes_rows(tokens, dialect),
+            highest_placeholder,
+        }
     }
 }
 
@@ -49,14 +60,18 @@ impl Facts {
 ///
 /// The databases read comments, white space and quotes differently, so the text is read as `dialect` reads it: a comment
 /// of one of them may be a `commit` to the other.
-pub fn check_statement(statement: &str, dialect: Dialect, functions: Option<&Functions>) -> Result<Facts, SqlError> {
+pub fn check_statement(
+    statement: &str,
+    dialect: Dialect,
+    functions: Option<&Functions>,
+) -> Result<StatementFacts, SqlError> {
     check_length(statement)?;
     if statement.contains('\0') {
         return refuse("a statement cannot contain a NUL character");
     }
     let tokens = tokens(statement, dialect)?;
     check_first_word(&tokens)?;
-    check_alone(&tokens)?;
+    check_single(&tokens)?;
     check_rollback(&tokens)?;
     if dialect == Dialect::Postgres {
         check_into(&tokens)?;
@@ -65,11 +80,11 @@ pub fn check_statement(statement: &str, dialect: Dialect, functions: Option<&Fun
     if let Some(functions) = functions {
         functions.check(&tokens)?;
     }
-    Ok(Facts::of_tokens(&tokens, dialect))
+    Ok(StatementFacts::from_tokens(&tokens, dialect))
 }
 
 /// Refuses a statement that comes with fewer or more parameters than it has placeholders for.
-pub fn check_count(facts: &Facts, parameters: usize) -> Result<(), SqlError> {
+pub fn check_count(facts: &StatementFacts, parameters: usize) -> Result<(), SqlError> {
     if facts.highest_placeholder == parameters {
         return Ok(());
     }
@@ -94,10 +109,13 @@ pub fn check_length(statement: &str) -> Result<(), SqlError> {
 /// not, because a name may also stand in a string, as in `'oncely.outbox'::regclass`.
 fn check_platform_names(statement: &str, dialect: Dialect) -> Result<(), SqlError> {
     let lower = statement.to_ascii_lowercase();
-    match lower.split(|c: char| !(c.is_alphanumeric() || c == '_')).find(|word| is_platform_name(word, dialect)) {
-        Some(word) => {
-            refuse(format!("`{word}` is not for workers; if it is part of a value, pass the value as a parameter ($1)"))
-        }
+    match lower
+        .split(|c: char| !(c.is_alphanumeric() || c == '_'))
+        .find(|word| is_platform_name(word, dialect))
+    {
+        Some(word) => refuse(format!(
+            "`{word}` is not for workers; if it is part of a value, pass the value as a parameter ($1)"
+        )),
         None => Ok(()),
     }
 }
@@ -106,7 +124,8 @@ fn is_platform_name(word: &str, dialect: Dialect) -> bool {
     match dialect {
         Dialect::Sqlite => SQLITE_NAMES.iter().any(|name| word.starts_with(name)),
         Dialect::Postgres => {
-            let is_catalog = word.starts_with(POSTGRES_CATALOG) && !POSTGRES_HARMLESS.contains(&word);
+            let is_catalog =
+                word.starts_with(POSTGRES_CATALOG) && !POSTGRES_CATALOG_ALLOWED.contains(&word);
             is_catalog || POSTGRES_SCHEMAS.contains(&word)
         }
     }
@@ -133,11 +152,16 @@ fn check_first_word(tokens: &[Token]) -> Result<(), SqlError> {
         Some(_) => "a statement that begins like this".to_owned(),
         None => "an empty statement".to_owned(),
     };
-    refuse(format!("{first} is not allowed; a worker may run: {}", ALLOWED.join(", ")))
+    refuse(format!(
+        "{first} is not allowed; a worker may run: {}",
+        ALLOWED.join(", ")
+    ))
 }
 
-fn check_alone(tokens: &[Token]) -> Result<(), SqlError> {
-    let mut after_the_end = tokens.iter().skip_while(|token| **token != Token::Symbol(';'));
+fn check_single(tokens: &[Token]) -> Result<(), SqlError> {
+    let mut after_the_end = tokens
+        .iter()
+        .skip_while(|token| **token != Token::Symbol(';'));
     if after_the_end.any(|token| *token != Token::Symbol(';')) {
         return refuse("several statements in one are not allowed; run them one by one");
     }
@@ -146,7 +170,10 @@ fn check_alone(tokens: &[Token]) -> Result<(), SqlError> {
 
 /// SQLite ends the whole transaction on `insert or rollback`, and only the text shows it.
 fn check_rollback(tokens: &[Token]) -> Result<(), SqlError> {
-    if tokens.windows(2).any(|pair| matches!(pair, [or, rollback] if or.is("or") && rollback.is("rollback"))) {
+    if tokens
+        .windows(2)
+        .any(|pair| matches!(pair, [or, rollback] if or.is("or") && rollback.is("rollback")))
+    {
         return refuse("`or rollback` would end the delivery's transaction");
     }
     Ok(())
@@ -157,21 +184,33 @@ fn check_rollback(tokens: &[Token]) -> Result<(), SqlError> {
 fn check_into(tokens: &[Token]) -> Result<(), SqlError> {
     let closing = closing(tokens);
     let begins = std::iter::once(0).chain(positions(tokens, &Token::Symbol('(')).map(|at| at + 1));
-    let verbs: HashSet<usize> = begins.filter_map(|at| main_word(tokens, &closing, at)).collect();
+    let verbs: HashSet<usize> = begins
+        .filter_map(|at| main_word(tokens, &closing, at))
+        .collect();
     for at in positions(tokens, &Token::Word("into".to_owned())) {
-        let Some(before) = at.checked_sub(1) else { continue };
-        let Some(word) = tokens.get(before) else { continue };
+        let Some(before) = at.checked_sub(1) else {
+            continue;
+        };
+        let Some(word) = tokens.get(before) else {
+            continue;
+        };
         let is_name = word.is("as") || *word == Token::Symbol('.');
         let takes_rows = (word.is("insert") || word.is("merge")) && verbs.contains(&before);
         if !is_name && !takes_rows {
-            return refuse("`select into` makes a table; tables are made by the worker's migrations");
+            return refuse(
+                "`select into` makes a table; tables are made by the worker's migrations",
+            );
         }
     }
     Ok(())
 }
 
 fn positions<'t>(tokens: &'t [Token], wanted: &'t Token) -> impl Iterator<Item = usize> + 't {
-    tokens.iter().enumerate().filter(move |(_, token)| *token == wanted).map(|(at, _)| at)
+    tokens
+        .iter()
+        .enumerate()
+        .filter(move |(_, token)| *token == wanted)
+        .map(|(at, _)| at)
 }
 
 /// For each opening parenthesis the place behind the one that closes it.
@@ -253,11 +292,14 @@ mod tests {
 
     fn refused(statement: &str, dialect: Dialect) {
         let checked = check(statement, dialect);
-        assert!(matches!(checked, Err(SqlError::NotAllowed(_))), "{dialect:?}: {statement}: {checked:?}");
+        assert!(
+            matches!(checked, Err(SqlError::NotAllowed(_))),
+            "{dialect:?}: {statement}: {checked:?}"
+        );
     }
 
     #[test]
-    fn data_statements_pass_however_they_are_dressed() {
+    fn data_statements_pass_in_any_spelling() {
         for statement in [
             "select 1",
             "  /* a comment */ -- and a line\n Select 1;",
@@ -268,16 +310,23 @@ mod tests {
             "select 'or rollback' -- or rollback",
         ] {
             for dialect in BOTH {
-                assert_eq!(check(statement, dialect), Ok(()), "{dialect:?}: {statement}");
+                assert_eq!(
+                    check(statement, dialect),
+                    Ok(()),
+                    "{dialect:?}: {statement}"
+                );
             }
         }
-        for statement in ["/* a /* nested */ comment */ select 1", "select $x$ ; into $x$, E'\\'; into', $1::text"] {
+        for statement in [
+            "/* a /* nested */ comment */ select 1",
+            "select $x$ ; into $x$, E'\\'; into', $1::text",
+        ] {
             assert_eq!(check(statement, Dialect::Postgres), Ok(()), "{statement}");
         }
     }
 
     #[test]
-    fn everything_that_could_leave_the_transaction_is_refused() {
+    fn statements_that_could_leave_the_transaction_are_refused() {
         for statement in [
             "",
             ";commit",
@@ -389,8 +438,8 @@ mod tests {
             "select * from \"oncely\" . inbox",
             "select * from ONCELY/**/.inbox",
             "select * from U&\"\\006fncely\".inbox",
-            "select oncely_door.unclaim($1, $2, $3)",
-            "select \"oncely_door\" . guard()",
+            "select oncely_definer.release_claims($1, $2, $3)",
+            "select \"oncely_definer\" . guard()",
             "select 'oncely.outbox'::regclass",
             "update pg_settings set setting = 'none' where name = 'role'",
             "select pg_advisory_lock(42)",
@@ -406,12 +455,18 @@ mod tests {
         ] {
             refused(statement, Dialect::Sqlite);
         }
-        assert_eq!(check("select pg_typeof(oncely_id) from t", Dialect::Postgres), Ok(()));
-        assert_eq!(check("select my_oncely_id, oncely from t", Dialect::Sqlite), Ok(()));
+        assert_eq!(
+            check("select pg_typeof(oncely_id) from t", Dialect::Postgres),
+            Ok(())
+        );
+        assert_eq!(
+            check("select my_oncely_id, oncely from t", Dialect::Sqlite),
+            Ok(())
+        );
     }
 
     #[test]
-    fn a_text_that_is_too_long_is_refused_before_it_is_read() {
+    fn a_text_that_is_too_long_is_refused_before_parsing() {
         let long = format!("select 1{}", ";".repeat(8 << 20));
         for dialect in BOTH {
             let began = std::time::Instant::now();
@@ -422,7 +477,7 @@ mod tests {
 
     /// Deep nesting, long runs and many words take time in proportion to their length.
     #[test]
-    fn the_longest_texts_are_read_in_a_moment() {
+    fn the_longest_allowed_texts_are_parsed_quickly() {
         let repeat = |piece: &str| piece.repeat((STATEMENT_BYTES_MAX - 10) / piece.len());
         let pieces = [
             ";",
@@ -463,14 +518,23 @@ mod tests {
     }
 
     #[test]
-    fn what_changes_rows_is_known_by_its_words() {
-        let changes = |statement, dialect| Facts::of(statement, dialect).changes_rows;
+    fn statements_that_change_rows_are_detected_by_keyword() {
+        let changes = |statement, dialect| StatementFacts::of(statement, dialect).changes_rows;
         for dialect in BOTH {
-            assert!(changes("with a as (select 1) insert into t select * from a", dialect));
+            assert!(changes(
+                "with a as (select 1) insert into t select * from a",
+                dialect
+            ));
             assert!(!changes("select * from t for update", dialect));
             assert!(!changes("select replace('into', 'a', 'b')", dialect));
         }
-        assert!(changes("with a as (select 1) replace into t select * from a", Dialect::Sqlite));
-        assert!(changes("with a as (select 1) Replace /* */ Into t select * from a", Dialect::Sqlite));
+        assert!(changes(
+            "with a as (select 1) replace into t select * from a",
+            Dialect::Sqlite
+        ));
+        assert!(changes(
+            "with a as (select 1) Replace /* */ Into t select * from a",
+            Dialect::Sqlite
+        ));
     }
 }

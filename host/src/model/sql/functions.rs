@@ -12,7 +12,7 @@ use super::lexer::{Token, refuse};
 
 /// Where a name without a schema is looked up, in a guest's transaction.
 const CATALOG: &str = "pg_catalog";
-const APP: &str = "app_default";
+const APP_SCHEMA: &str = "app_default";
 
 /// Volatile functions of PostgreSQL that are allowed.
 const VOLATILE: [&str; 14] = [
@@ -97,7 +97,7 @@ pub struct Function {
     /// Whether it is machine code, which only a superuser can make.
     pub is_native: bool,
     /// Whether it can be called with one argument, and so can be written like a column: `(x).function`.
-    pub takes_one: bool,
+    pub takes_one_argument: bool,
 }
 
 impl Function {
@@ -105,13 +105,14 @@ impl Function {
         let name = self.name.as_str();
         match (&self.extension, self.schema.as_str()) {
             (Some(extension), _) => {
-                EXTENSIONS.contains(&extension.as_str()) && (!self.is_volatile || EXTENSIONS_VOLATILE.contains(&name))
+                EXTENSIONS.contains(&extension.as_str())
+                    && (!self.is_volatile || EXTENSIONS_VOLATILE.contains(&name))
             }
             (None, CATALOG) => {
                 let is_refused = REFUSED.iter().any(|beginning| name.starts_with(beginning));
                 !is_refused && (!self.is_volatile || VOLATILE.contains(&name))
             }
-            (None, APP) => !self.is_native,
+            (None, APP_SCHEMA) => !self.is_native,
             _ => false,
         }
     }
@@ -133,20 +134,27 @@ pub struct Functions {
 impl Functions {
     /// The verdicts on all functions of a server, and on the operators of the catalog and the app that call a volatile one.
     pub fn new(functions: &[Function], volatile_operators: Vec<String>) -> Self {
-        let mut verdicts = Functions { refused_operators: volatile_operators, ..Functions::default() };
+        let mut verdicts = Functions {
+            refused_operators: volatile_operators,
+            ..Functions::default()
+        };
         let (allowed, refused): (Vec<&Function>, Vec<&Function>) =
             functions.iter().partition(|function| function.is_allowed());
         for function in allowed {
-            verdicts.allowed.entry(function.schema.clone()).or_default().insert(function.name.clone());
+            verdicts
+                .allowed
+                .entry(function.schema.clone())
+                .or_default()
+                .insert(function.name.clone());
         }
         for function in refused {
             // One that is refused taints all of its name.
             if let Some(names) = verdicts.allowed.get_mut(&function.schema) {
                 names.remove(&function.name);
             }
-            if [CATALOG, APP].contains(&function.schema.as_str()) {
+            if [CATALOG, APP_SCHEMA].contains(&function.schema.as_str()) {
                 verdicts.refused.insert(function.name.clone());
-                if function.takes_one {
+                if function.takes_one_argument {
                     verdicts.refused_columns.insert(function.name.clone());
                 }
             }
@@ -166,7 +174,9 @@ impl Functions {
             match (called, qualified) {
                 (true, false) => self.check_call(tokens, at, name)?,
                 (true, true) => self.check_qualified_call(tokens, at, name)?,
-                (false, true) if self.refused_columns.contains(name) => return refuse(not_for_workers(name)),
+                (false, true) if self.refused_columns.contains(name) => {
+                    return refuse(not_for_workers(name));
+                }
                 (false, _) => {}
             }
         }
@@ -175,7 +185,7 @@ impl Functions {
 
     /// A name before a parenthesis that is no function at all, such as that of a table before its columns, passes.
     fn check_call(&self, tokens: &[Token], at: usize, name: &str) -> Result<(), SqlError> {
-        if takes_ones(tokens, at, 1) {
+        if follows_insert_into(tokens, at, 1) {
             return Ok(());
         }
         // `treat(x as name)` is another way to write `name(x)`.
@@ -186,18 +196,39 @@ impl Functions {
     }
 
     /// A name with a schema has to be that of an allowed function, or of a table into which rows go.
-    fn check_qualified_call(&self, tokens: &[Token], at: usize, name: &str) -> Result<(), SqlError> {
-        let schema = before(tokens, at, 2).and_then(Token::name).unwrap_or_default();
-        if self.allowed.get(schema).is_some_and(|names| names.contains(name)) {
+    fn check_qualified_call(
+        &self,
+        tokens: &[Token],
+        at: usize,
+        name: &str,
+    ) -> Result<(), SqlError> {
+        let schema = before(tokens, at, 2)
+            .and_then(Token::name)
+            .unwrap_or_default();
+        if self
+            .allowed
+            .get(schema)
+            .is_some_and(|names| names.contains(name))
+        {
             return check_sequence(tokens, at, name);
         }
-        let is_table = takes_ones(tokens, at, 3) || takes_ones(tokens, at, 5);
-        if is_table { Ok(()) } else { refuse(not_for_workers(&format!("{schema}.{name}"))) }
+        let is_table = follows_insert_into(tokens, at, 3) || follows_insert_into(tokens, at, 5);
+        if is_table {
+            Ok(())
+        } else {
+            refuse(not_for_workers(&format!("{schema}.{name}")))
+        }
     }
 
     fn check_operator(&self, operator: &str) -> Result<(), SqlError> {
-        match self.refused_operators.iter().find(|refused| operator.contains(refused.as_str())) {
-            Some(refused) => refuse(format!("the operator {refused} is not for workers: its function is volatile")),
+        match self
+            .refused_operators
+            .iter()
+            .find(|refused| operator.contains(refused.as_str()))
+        {
+            Some(refused) => refuse(format!(
+                "the operator {refused} is not for workers: its function is volatile"
+            )),
             None => Ok(()),
         }
     }
@@ -208,7 +239,7 @@ fn before(tokens: &[Token], at: usize, back: usize) -> Option<&Token> {
 }
 
 /// Whether `insert into` ends `back` places before.
-fn takes_ones(tokens: &[Token], at: usize, back: usize) -> bool {
+fn follows_insert_into(tokens: &[Token], at: usize, back: usize) -> bool {
     let is = |back, word: &str| before(tokens, at, back).is_some_and(|before| before.is(word));
     is(back, "into") && is(back + 1, "insert")
 }
@@ -229,11 +260,15 @@ fn check_sequence(tokens: &[Token], at: usize, name: &str) -> Result<(), SqlErro
     }
     let symbol = |ahead: usize, symbol| tokens.get(at + ahead) == Some(&Token::Symbol(symbol));
     let is_text = matches!(tokens.get(at + 2), Some(Token::Text(_)));
-    let is_cast = symbol(3, ':') && symbol(4, ':') && tokens.get(at + 5).is_some_and(|token| token.is("regclass"));
+    let is_cast = symbol(3, ':')
+        && symbol(4, ':')
+        && tokens.get(at + 5).is_some_and(|token| token.is("regclass"));
     if is_text && (symbol(3, ')') || is_cast && symbol(6, ')')) {
         return Ok(());
     }
-    refuse(format!("`{name}` takes the name of its sequence as a plain string in the statement: {name}('number')"))
+    refuse(format!(
+        "`{name}` takes the name of its sequence as a plain string in the statement: {name}('number')"
+    ))
 }
 
 #[cfg(test)]
@@ -243,11 +278,27 @@ mod tests {
 
     fn function(schema: &str, name: &str, is_volatile: bool) -> Function {
         let (schema, name) = (schema.to_owned(), name.to_owned());
-        Function { schema, name, is_volatile, extension: None, is_native: false, takes_one: false }
+        Function {
+            schema,
+            name,
+            is_volatile,
+            extension: None,
+            is_native: false,
+            takes_one_argument: false,
+        }
     }
 
-    fn of_extension(schema: &str, name: &str, is_volatile: bool, extension: &str) -> Function {
-        Function { extension: Some(extension.to_owned()), is_native: true, ..function(schema, name, is_volatile) }
+    fn extension_function(
+        schema: &str,
+        name: &str,
+        is_volatile: bool,
+        extension: &str,
+    ) -> Function {
+        Function {
+            extension: Some(extension.to_owned()),
+            is_native: true,
+            ..function(schema, name, is_volatile)
+        }
     }
 
     fn functions() -> Functions {
@@ -261,15 +312,21 @@ mod tests {
             function(CATALOG, "random", true),
             function(CATALOG, "nextval", true),
             function(CATALOG, "later_version_does_harm", true),
-            Function { takes_one: true, ..function(CATALOG, "lo_create", true) },
-            function(APP, "own", true),
-            Function { is_native: true, ..function(APP, "native", false) },
+            Function {
+                takes_one_argument: true,
+                ..function(CATALOG, "lo_create", true)
+            },
+            function(APP_SCHEMA, "own", true),
+            Function {
+                is_native: true,
+                ..function(APP_SCHEMA, "native", false)
+            },
             function("public", "shared", false),
-            of_extension("public", "crosstab", false, "tablefunc"),
-            of_extension("public", "similarity", false, "pg_trgm"),
-            of_extension("public", "set_limit", true, "pg_trgm"),
-            of_extension("public", "gen_salt", true, "pgcrypto"),
-            of_extension(APP, "dblink", true, "dblink"),
+            extension_function("public", "crosstab", false, "tablefunc"),
+            extension_function("public", "similarity", false, "pg_trgm"),
+            extension_function("public", "set_limit", true, "pg_trgm"),
+            extension_function("public", "gen_salt", true, "pgcrypto"),
+            extension_function(APP_SCHEMA, "dblink", true, "dblink"),
         ];
         Functions::new(&functions, vec!["@!".to_owned()])
     }
@@ -279,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn functions_that_run_text_or_outlive_the_transaction_are_refused() {
+    fn functions_that_run_text_or_outlive_the_tx_are_refused() {
         for statement in [
             "select set_config('role', 'none', true)",
             "select pg_catalog . set_config ('role', 'none', true)",
@@ -305,16 +362,19 @@ mod tests {
             "select nextval('a'::text || $1)",
             "select nextval('onc' \n 'ely.x')",
             "select nextval(E'\\x6f')",
-            "select nextval('oncely.outbox_number')",
+            "select nextval('oncely.outbox_seq_seq')",
             "select nextval(('a'))",
         ] {
             let checked = check(statement);
-            assert!(matches!(checked, Err(SqlError::NotAllowed(_))), "{statement}: {checked:?}");
+            assert!(
+                matches!(checked, Err(SqlError::NotAllowed(_))),
+                "{statement}: {checked:?}"
+            );
         }
     }
 
     #[test]
-    fn functions_of_extensions_and_other_schemas_are_refused_unless_they_are_known() {
+    fn unknown_functions_of_extensions_and_schemas_are_refused() {
         for statement in [
             "select * from public.crosstab($1)",
             "select * from dblink($1, $2)",
@@ -325,15 +385,21 @@ mod tests {
             "select app_default.native()",
         ] {
             let checked = check(statement);
-            assert!(matches!(checked, Err(SqlError::NotAllowed(_))), "{statement}: {checked:?}");
+            assert!(
+                matches!(checked, Err(SqlError::NotAllowed(_))),
+                "{statement}: {checked:?}"
+            );
         }
-        for statement in ["select public.similarity($1, $2)", "select public.gen_salt('bf')"] {
+        for statement in [
+            "select public.similarity($1, $2)",
+            "select public.gen_salt('bf')",
+        ] {
             assert_eq!(check(statement), Ok(()), "{statement}");
         }
     }
 
     #[test]
-    fn data_statements_call_what_is_allowed() {
+    fn data_statements_may_call_allowed_functions() {
         for statement in [
             "select lower(a), pg_catalog.lower(b) from t",
             "select random(), own(), app_default.own()",

@@ -67,18 +67,21 @@ fn sqlite_token(first: char, rest: &str) -> Result<(Token, &str), SqlError> {
             None => refuse("a name in brackets has no end"),
         },
         '$' => {
-            let (name, after) = split_word(tail(rest), |c| c.is_alphanumeric() || c == '_' || c == '$');
+            let (name, after) =
+                split_word(tail(rest), |c| c.is_alphanumeric() || c == '_' || c == '$');
             // `$0` and names have no parameter; `$1::t` and `$1(t)` are read as names of parameters by SQLite.
             match name.parse() {
                 Ok(number) if number > 0 && !after.starts_with("::") && !after.starts_with('(') => {
                     Ok((Token::Placeholder(number), after))
                 }
-                _ => {
-                    refuse(format!("`${name}` is not a placeholder; write $1, $2, ... and casts as `cast($1 as text)`"))
-                }
+                _ => refuse(format!(
+                    "`${name}` is not a placeholder; write $1, $2, ... and casts as `cast($1 as text)`"
+                )),
             }
         }
-        '?' | ':' | '@' | '#' => refuse(format!("`{first}` placeholders are not allowed; write $1, $2, ...")),
+        '?' | ':' | '@' | '#' => refuse(format!(
+            "`{first}` placeholders are not allowed; write $1, $2, ..."
+        )),
         _ if is_word(first) => {
             let (word, after) = split_word(rest, is_word);
             Ok((Token::Word(word.to_ascii_lowercase()), after))
@@ -95,7 +98,10 @@ fn postgres_token(first: char, rest: &str) -> Result<(Token, &str), SqlError> {
         }
         '"' => {
             let (name, after) = split_quoted(rest, '"')?;
-            Ok((Token::Name(cut(&name.replace("\"\"", "\"")).to_owned()), after))
+            Ok((
+                Token::Name(truncate_name(&name.replace("\"\"", "\"")).to_owned()),
+                after,
+            ))
         }
         'e' | 'E' if tail(rest).starts_with('\'') => {
             let after = after_escaped(tail(rest))?;
@@ -108,7 +114,9 @@ fn postgres_token(first: char, rest: &str) -> Result<(Token, &str), SqlError> {
         'u' | 'U' if tail(rest).starts_with("&\"") => {
             refuse("identifiers with Unicode escapes (`U&\"...\"`) are not allowed")
         }
-        'u' | 'U' if tail(rest).starts_with("&'") => Ok((Token::Quoted, split_quoted(tail(tail(rest)), '\'')?.1)),
+        'u' | 'U' if tail(rest).starts_with("&'") => {
+            Ok((Token::Quoted, split_quoted(tail(tail(rest)), '\'')?.1))
+        }
         'b' | 'B' | 'x' | 'X' | 'n' | 'N' if tail(rest).starts_with('\'') => {
             Ok((Token::Quoted, split_quoted(tail(rest), '\'')?.1))
         }
@@ -122,9 +130,14 @@ fn postgres_token(first: char, rest: &str) -> Result<(Token, &str), SqlError> {
         }
         _ if is_word_start(first) => {
             let (word, after) = split_word(rest, is_word);
-            Ok((Token::Word(cut(&word.to_ascii_lowercase()).to_owned()), after))
+            Ok((
+                Token::Word(truncate_name(&word.to_ascii_lowercase()).to_owned()),
+                after,
+            ))
         }
-        _ if first.is_ascii_control() => refuse(format!("a statement cannot contain the character {first:?}")),
+        _ if first.is_ascii_control() => refuse(format!(
+            "a statement cannot contain the character {first:?}"
+        )),
         _ => Ok((Token::Symbol(first), tail(rest))),
     }
 }
@@ -134,12 +147,18 @@ fn dollar(rest: &str) -> Result<(Token, &str), SqlError> {
     let (digits, after) = split_word(tail(rest), |c| c.is_ascii_digit());
     if !digits.is_empty() {
         return match digits.parse() {
-            Ok(number) if !after.starts_with(is_word_start) => Ok((Token::Placeholder(number), after)),
-            _ => refuse(format!("`${digits}` is not a placeholder; write $1, $2, ... up to $65535")),
+            Ok(number) if !after.starts_with(is_word_start) => {
+                Ok((Token::Placeholder(number), after))
+            }
+            _ => refuse(format!(
+                "`${digits}` is not a placeholder; write $1, $2, ... up to $65535"
+            )),
         };
     }
     let (tag, after) = split_word(tail(rest), |c| is_word_start(c) || c.is_ascii_digit());
-    let Some(body) = after.strip_prefix('$') else { return refuse("`$` begins neither a placeholder nor a string") };
+    let Some(body) = after.strip_prefix('$') else {
+        return refuse("`$` begins neither a placeholder nor a string");
+    };
     match body.split_once(&format!("${tag}$")) {
         Some((_, after)) => Ok((Token::Quoted, after)),
         None => refuse("a dollar-quoted string has no end"),
@@ -148,7 +167,9 @@ fn dollar(rest: &str) -> Result<(Token, &str), SqlError> {
 
 /// A number, in any of the notations. What would stick to it is an error on PostgreSQL 15, too.
 fn number(rest: &str) -> Result<(Token, &str), SqlError> {
-    let is_prefixed = ["0x", "0X", "0o", "0O", "0b", "0B"].iter().any(|prefix| rest.starts_with(prefix));
+    let is_prefixed = ["0x", "0X", "0o", "0O", "0b", "0B"]
+        .iter()
+        .any(|prefix| rest.starts_with(prefix));
     let (mut end, mut before, mut has_point) = (0, '0', false);
     for (at, c) in rest.char_indices() {
         let is_point = c == '.' && !has_point;
@@ -161,18 +182,28 @@ fn number(rest: &str) -> Result<(Token, &str), SqlError> {
     let (number, after) = rest.split_at_checked(end).unwrap_or((rest, ""));
     let letters = number.chars().filter(char::is_ascii_alphabetic).count();
     let is_whole = number.ends_with(|c: char| c.is_ascii_digit() || c == '.');
-    let is_number = is_prefixed || is_whole && (letters == 0 || letters == 1 && number.contains(['e', 'E']));
+    let is_number =
+        is_prefixed || is_whole && (letters == 0 || letters == 1 && number.contains(['e', 'E']));
     // `1..2` is read differently by PL/pgSQL alone.
     if !is_number || has_point && after.starts_with('.') || after.starts_with(is_word_start) {
-        return refuse(format!("`{number}` is not a number; put a space between a number and a word"));
+        return refuse(format!(
+            "`{number}` is not a number; put a space between a number and a word"
+        ));
     }
     Ok((Token::Number, after))
 }
 
 /// The first part of a name as PostgreSQL keeps it.
-fn cut(name: &str) -> &str {
-    let end = (0..=NAME_BYTES_MAX).rev().find(|at| name.is_char_boundary(*at)).unwrap_or_default();
-    if name.len() > NAME_BYTES_MAX { name.get(..end).unwrap_or(name) } else { name }
+fn truncate_name(name: &str) -> &str {
+    let end = (0..=NAME_BYTES_MAX)
+        .rev()
+        .find(|at| name.is_char_boundary(*at))
+        .unwrap_or_default();
+    if name.len() > NAME_BYTES_MAX {
+        name.get(..end).unwrap_or(name)
+    } else {
+        name
+    }
 }
 
 fn is_word_start(c: char) -> bool {
@@ -191,7 +222,10 @@ pub(super) fn is_operator(c: char) -> bool {
 fn operator_end(text: &str) -> usize {
     let run = text.find(|c| !is_operator(c)).unwrap_or(text.len());
     let run = text.get(..run).unwrap_or(text);
-    let comment = ["--", "/*"].iter().filter_map(|begin| run.find(begin)).min();
+    let comment = ["--", "/*"]
+        .iter()
+        .filter_map(|begin| run.find(begin))
+        .min();
     comment.unwrap_or(run.len())
 }
 
@@ -220,10 +254,16 @@ fn split_quoted(text: &str, quote: char) -> Result<(&str, &str), SqlError> {
 fn after_escaped(text: &str) -> Result<&str, SqlError> {
     let mut rest = tail(text);
     loop {
-        let Some(at) = rest.find(['\'', '\\']) else { return refuse("a quoted text has no closing '") };
+        let Some(at) = rest.find(['\'', '\\']) else {
+            return refuse("a quoted text has no closing '");
+        };
         let found = rest.get(at..).unwrap_or_default();
         let after = tail(found);
-        rest = if found.starts_with('\\') || after.starts_with('\'') { tail(after) } else { return Ok(after) };
+        rest = if found.starts_with('\\') || after.starts_with('\'') {
+            tail(after)
+        } else {
+            return Ok(after);
+        };
     }
 }
 
@@ -239,7 +279,10 @@ fn tail(text: &str) -> &str {
 fn skip_blank(mut rest: &str, dialect: Dialect) -> Result<&str, SqlError> {
     let (blank, line_ends): (&[char], &[char]) = match dialect {
         Dialect::Postgres => (&[' ', '\t', '\n', '\r', '\x0b', '\x0c'], &['\n', '\r']),
-        Dialect::Sqlite => (&[' ', '\t', '\n', '\r', '\x0b', '\x0c', '\u{feff}'], &['\n']),
+        Dialect::Sqlite => (
+            &[' ', '\t', '\n', '\r', '\x0b', '\x0c', '\u{feff}'],
+            &['\n'],
+        ),
     };
     loop {
         rest = rest.trim_start_matches(blank);
@@ -257,7 +300,9 @@ fn skip_blank(mut rest: &str, dialect: Dialect) -> Result<&str, SqlError> {
 fn skip_block_comment(mut rest: &str, dialect: Dialect) -> Result<&str, SqlError> {
     let mut depth = 1_usize;
     while depth > 0 {
-        let Some(at) = rest.find(['*', '/']) else { return refuse("a comment has no end") };
+        let Some(at) = rest.find(['*', '/']) else {
+            return refuse("a comment has no end");
+        };
         rest = rest.get(at..).unwrap_or_default();
         if let Some(after) = rest.strip_prefix("*/") {
             depth -= 1;

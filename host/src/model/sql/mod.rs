@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::base64_text;
 
-pub use filter::{Facts, STATEMENT_BYTES_MAX, check_count, check_length, check_statement};
+pub use filter::{STATEMENT_BYTES_MAX, StatementFacts, check_count, check_length, check_statement};
 pub use functions::{Function, Functions};
 
 /// Which database stands behind a store.
@@ -44,7 +44,11 @@ impl Value {
     /// About how many bytes this holds, for limits.
     pub fn size(&self) -> usize {
         match self {
-            Value::Null | Value::Boolean(_) | Value::Int64(_) | Value::Float64(_) | Value::Timestamp(_) => 8,
+            Value::Null
+            | Value::Boolean(_)
+            | Value::Int64(_)
+            | Value::Float64(_)
+            | Value::Timestamp(_) => 8,
             Value::Bytes(bytes) => bytes.len() + 8,
             Value::Decimal(text)
             | Value::Text(text)
@@ -57,11 +61,11 @@ impl Value {
 }
 
 /// How large parameters may be together, in bytes, to be checked and copied on an async thread.
-const LARGE: usize = 256 << 10;
+const LARGE_BYTES: usize = 256 << 10;
 
 /// Whether checking and copying these parameters takes longer than an async thread has.
 pub fn are_large(params: &[Value]) -> bool {
-    params.iter().map(Value::size).sum::<usize>() > LARGE
+    params.iter().map(Value::size).sum::<usize>() > LARGE_BYTES
 }
 
 /// Rows and the names of their columns; the names are only known when there is a row.
@@ -88,7 +92,9 @@ mod float_text {
     }
 
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(serde::de::Error::custom)
     }
 }
 
@@ -121,7 +127,9 @@ pub enum SqlError {
 impl std::fmt::Display for SqlError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            SqlError::ConstraintViolation(error) | SqlError::Conflict(error) | SqlError::QueryFailed(error) => {
+            SqlError::ConstraintViolation(error)
+            | SqlError::Conflict(error)
+            | SqlError::QueryFailed(error) => {
                 write!(f, "{} ({})", error.message, error.code)
             }
             SqlError::NotAllowed(why)
@@ -129,7 +137,9 @@ impl std::fmt::Display for SqlError {
             | SqlError::UnsupportedType(why)
             | SqlError::TooLarge(why)
             | SqlError::TransactionFailed(why) => f.write_str(why),
-            SqlError::Timeout => f.write_str("the time of this delivery ran out during a statement"),
+            SqlError::Timeout => {
+                f.write_str("the time of this delivery ran out during a statement")
+            }
         }
     }
 }

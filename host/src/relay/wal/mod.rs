@@ -13,58 +13,58 @@ use std::time::{Duration, Instant};
 use futures::future::BoxFuture;
 use tokio::sync::{mpsc, watch};
 
-use super::poller::Swept;
+use super::poller::OutputBatch;
 use super::{RelayState, recovered};
 use crate::bus::Bus;
 use crate::drain::Stopping;
 use crate::fault;
 use crate::metrics::Metrics;
 use crate::store::{
-    LogEvent, LogReader, LogState, Lsn, OutboxRow, OutputLog, Published, RelayMode, Step, Store, StoreError,
-    Unpublished,
+    Lsn, OutboxRow, OutputWal, Published, RelayMode, Store, StoreError, SwitchProgress,
+    Unpublished, WalEvent, WalReader, WalState,
 };
 
 mod tracker;
 
-pub use tracker::Outcome;
 use tracker::Tracker;
+pub use tracker::WalOutcome;
 
 /// How often a host looks how outputs go and how far the reader is.
-const LOOK_EVERY: Duration = Duration::from_millis(250);
+const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
 /// How soon it takes the next step when others have to end something first.
-const STEP_AGAIN_AFTER: Duration = Duration::from_millis(50);
+const STEP_RETRY_DELAY: Duration = Duration::from_millis(50);
 
 /// How far publishing may be behind the commits until lanes wait, and when they go on.
-const BEHIND_MAX: Duration = Duration::from_secs(2);
-const BEHIND_NO_MORE: Duration = Duration::from_secs(1);
+const LAG_MAX: Duration = Duration::from_secs(2);
+const LAG_RESUME: Duration = Duration::from_secs(1);
 
 /// How many outputs are handed to the relay at a time.
-const HAND_MAX: usize = 500;
+const BATCH_MAX: usize = 500;
 
 /// How soon it is looked again whether everybody can see what was told, the first time and later.
-const SEEN_AGAIN_AFTER: Duration = Duration::from_millis(1);
-const SEEN_AGAIN_AFTER_MAX: Duration = Duration::from_millis(20);
+const VISIBILITY_RETRY_DELAY: Duration = Duration::from_millis(1);
+const VISIBILITY_RETRY_DELAY_MAX: Duration = Duration::from_millis(20);
 
 /// How often outcomes are recorded, how many at a time, and how often the position is when there are none.
-const RECORD_EVERY: Duration = Duration::from_millis(20);
+const RECORD_INTERVAL: Duration = Duration::from_millis(20);
 const RECORD_MAX: usize = 2_000;
-const BEAT_EVERY: Duration = Duration::from_millis(250);
+const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(250);
 
 /// For how long a host that stops goes on publishing what its lanes committed.
-const LAST_WORDS_WITHIN: Duration = Duration::from_secs(5);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How old the list of streams may be that says where outputs go.
-const STREAMS_AS_OF: Duration = Duration::from_secs(10);
+const STREAMS_MAX_AGE: Duration = Duration::from_secs(10);
 
 /// How much of what the slot may keep is worth a warning: half of it.
-const WARN_AT: u64 = 2;
+const WARN_DIVISOR: u64 = 2;
 
 /// Outputs from the log, on their way to the relay.
-pub struct FromLog {
+pub struct WalOutputs {
     /// From a reader that has just begun.
     pub is_first: bool,
-    pub rows: Vec<(OutboxRow, Fate)>,
+    pub rows: Vec<(OutboxRow, WalAction)>,
     /// Not later than it was looked who is before them.
     pub since: Instant,
     /// Which of the relay's wishes for polling were in the database by then.
@@ -73,196 +73,266 @@ pub struct FromLog {
 
 /// What is to become of an output from the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Fate {
-    ToSend,
+pub enum WalAction {
+    Publish,
     /// It is on its stream already.
-    There(Published),
-    Back(Unpublished),
+    Published(Published),
+    Poll(Unpublished),
 }
 
 /// The ends of the relay's two channels that the reader holds.
-pub struct LogEnds {
-    pub(super) to_relay: mpsc::Sender<FromLog>,
-    pub(super) outcomes: mpsc::UnboundedReceiver<Outcome>,
-    pub(super) gate: watch::Sender<bool>,
+pub struct WalChannels {
+    pub(super) to_relay: mpsc::Sender<WalOutputs>,
+    pub(super) outcomes: mpsc::UnboundedReceiver<WalOutcome>,
+    pub(super) accepting: watch::Sender<bool>,
 }
 
 /// Looks how outputs go, and sees to it that they go as is asked for.
-pub struct LogKeeper {
-    log: Arc<dyn OutputLog>,
+pub struct RelayModeController {
+    wal: Arc<dyn OutputWal>,
     state: Arc<RelayState>,
-    gate: watch::Sender<bool>,
+    accepting: watch::Sender<bool>,
     /// What was told of the last time.
-    told: Option<(RelayMode, Option<String>)>,
-    is_warned: bool,
+    logged: Option<(RelayMode, Option<String>)>,
+    has_warned: bool,
 }
 
-impl LogKeeper {
-    pub fn new(log: Arc<dyn OutputLog>, state: Arc<RelayState>, ends: &LogEnds) -> Self {
-        LogKeeper { log, state, gate: ends.gate.clone(), told: None, is_warned: false }
+impl RelayModeController {
+    pub fn new(wal: Arc<dyn OutputWal>, state: Arc<RelayState>, channels: &WalChannels) -> Self {
+        RelayModeController {
+            wal,
+            state,
+            accepting: channels.accepting.clone(),
+            logged: None,
+            has_warned: false,
+        }
     }
 
     /// Runs until it is time to stop; then lanes need not wait any more.
     pub async fn run(mut self, stopping: Stopping) {
         loop {
-            let wait = match self.look_and_step().await {
-                Ok(Step::More) => Duration::ZERO,
-                Ok(Step::Wait) => STEP_AGAIN_AFTER,
-                Ok(Step::Done) => LOOK_EVERY,
+            let wait = match self.poll_and_step().await {
+                Ok(SwitchProgress::More) => Duration::ZERO,
+                Ok(SwitchProgress::Wait) => STEP_RETRY_DELAY,
+                Ok(SwitchProgress::Done) => POLL_INTERVAL,
                 Err(error) => {
-                    tracing::warn!("looking how outputs go again soon: {:#}", anyhow::Error::from(error));
-                    LOOK_EVERY * 4
+                    tracing::warn!(
+                        "looking how outputs go again soon: {:#}",
+                        anyhow::Error::from(error)
+                    );
+                    POLL_INTERVAL * 4
                 }
             };
             if stopping.wait(wait).await {
-                self.gate.send_replace(true);
+                self.accepting.send_replace(true);
                 return;
             }
         }
     }
 
-    async fn look_and_step(&mut self) -> Result<Step, StoreError> {
-        let look = self.log.look().await?;
-        self.tell(&look);
-        self.hold_lanes(&look);
-        self.state.show_log(look);
+    async fn poll_and_step(&mut self) -> Result<SwitchProgress, StoreError> {
+        let state = self.wal.state().await?;
+        self.log_changes(&state);
+        self.apply_backpressure(&state);
+        self.state.set_wal(state);
         // No operation of the database is dropped half-way.
-        self.log.step().await
+        self.wal.step().await
     }
 
     /// Lanes wait while the reader is far behind, so that effects and publishing cannot drift apart.
-    fn hold_lanes(&self, look: &LogState) {
-        let is_open = *self.gate.borrow();
-        let opens = look.behind <= if is_open { BEHIND_MAX } else { BEHIND_NO_MORE };
-        if opens != is_open {
-            tracing::debug!("lanes {}: publishing is {:?} behind", if opens { "go on" } else { "wait" }, look.behind);
-            self.gate.send_replace(opens);
+    fn apply_backpressure(&self, state: &WalState) {
+        let is_open = *self.accepting.borrow();
+        let should_open = state.lag <= if is_open { LAG_MAX } else { LAG_RESUME };
+        if should_open != is_open {
+            tracing::debug!(
+                "lanes {}: publishing is {:?} behind",
+                if should_open { "go on" } else { "wait" },
+                state.lag
+            );
+            self.accepting.send_replace(should_open);
         }
     }
 
-    fn tell(&mut self, look: &LogState) {
-        let now = (look.mode, look.why.clone());
-        if self.told.as_ref() != Some(&now) {
-            match (look.mode, &look.why) {
-                (RelayMode::Wal, _) => tracing::info!("outputs are published from the database's log"),
-                (RelayMode::Leaving, Some(why)) => {
-                    tracing::error!("outputs are no longer published from the database's log: {why}")
+    fn log_changes(&mut self, state: &WalState) {
+        let now = (state.mode, state.fallback_reason.clone());
+        if self.logged.as_ref() != Some(&now) {
+            match (state.mode, &state.fallback_reason) {
+                (RelayMode::Wal, _) => {
+                    tracing::info!("outputs are published from the database's log")
                 }
-                (RelayMode::Poll, Some(why)) => tracing::warn!("outputs are published by polling, because {why}"),
-                (RelayMode::Poll, None) if self.told.is_some() => tracing::info!("outputs are published by polling"),
+                (RelayMode::Leaving, Some(why)) => {
+                    tracing::error!(
+                        "outputs are no longer published from the database's log: {why}"
+                    )
+                }
+                (RelayMode::Poll, Some(why)) => {
+                    tracing::warn!("outputs are published by polling, because {why}")
+                }
+                (RelayMode::Poll, None) if self.logged.is_some() => {
+                    tracing::info!("outputs are published by polling")
+                }
                 _ => {}
             }
-            self.told = Some(now);
+            self.logged = Some(now);
         }
-        let Some(slot) = &look.slot else { return };
-        let is_large = slot.retained > slot.retained_max / WARN_AT;
-        if is_large && !self.is_warned {
+        let Some(slot) = &state.slot else { return };
+        let is_large = slot.retained > slot.retained_max / WARN_DIVISOR;
+        if is_large && !self.has_warned {
             tracing::error!(
                 "the replication slot keeps {} MiB of the database's log; at {} MiB outputs go by polling again",
                 slot.retained >> 20,
                 slot.retained_max >> 20
             );
         }
-        self.is_warned = is_large;
+        self.has_warned = is_large;
     }
 }
 
 /// Reads the log when no other host does.
-pub struct LogRelay {
+pub struct WalRelay {
     store: Arc<dyn Store>,
-    log: Arc<dyn OutputLog>,
+    wal: Arc<dyn OutputWal>,
     bus: Bus,
     metrics: Arc<Metrics>,
     state: Arc<RelayState>,
-    ends: LogEnds,
+    channels: WalChannels,
 }
 
-impl LogRelay {
+impl WalRelay {
     pub fn new(
         store: Arc<dyn Store>,
-        log: Arc<dyn OutputLog>,
+        wal: Arc<dyn OutputWal>,
         bus: Bus,
         metrics: Arc<Metrics>,
         state: Arc<RelayState>,
-        ends: LogEnds,
+        channels: WalChannels,
     ) -> Self {
-        LogRelay { store, log, bus, metrics, state, ends }
+        WalRelay {
+            store,
+            wal,
+            bus,
+            metrics,
+            state,
+            channels,
+        }
     }
 
     /// Runs until the lanes are gone, and a little longer: what they committed is published first.
     pub async fn run(mut self, stopping: Stopping) {
         loop {
-            if self.state.log_mode() == Some(RelayMode::Wal)
+            if self.state.relay_mode() == Some(RelayMode::Wal)
                 && let Err(error) = self.read(&stopping).await
             {
-                tracing::warn!("reading the database's log again soon: {:#}", anyhow::Error::from(error));
+                tracing::warn!(
+                    "reading the database's log again soon: {:#}",
+                    anyhow::Error::from(error)
+                );
             }
-            self.state.reads.store(false, Ordering::Relaxed);
-            if stopping.wait(LOOK_EVERY).await {
+            self.state.is_reading.store(false, Ordering::Relaxed);
+            if stopping.wait(POLL_INTERVAL).await {
                 return;
             }
         }
     }
 
     async fn read(&mut self, stopping: &Stopping) -> Result<(), StoreError> {
-        let Some(reader) = self.log.read().await? else { return Ok(()) };
+        let Some(reader) = self.wal.become_reader().await? else {
+            return Ok(());
+        };
         tracing::info!("this host reads the database's log");
-        self.state.reads.store(true, Ordering::Relaxed);
-        let broker = self.broker();
+        self.state.is_reading.store(true, Ordering::Relaxed);
+        let broker_epoch = self.broker_epoch();
         // What an earlier reader here was to hear.
-        while self.ends.outcomes.try_recv().is_ok() {}
-        let reading = Reading {
+        while self.channels.outcomes.try_recv().is_ok() {}
+        let session = WalSession {
             reader,
             tracker: Tracker::default(),
-            broker,
+            broker_epoch,
             is_in_doubt: false,
-            gathered: Told::default(),
-            handing: None,
+            pending: WalBatch::default(),
+            handover: None,
             is_first: true,
             recorded_at: Instant::now(),
-            last_words: None,
+            drain_until: None,
         };
-        reading.run(self, stopping).await
+        session.run(self, stopping).await
     }
 
-    fn broker(&self) -> Broker {
-        Broker { connection: *self.bus.publishing_over().borrow(), losses: self.state.losses.load(Ordering::SeqCst) }
+    fn broker_epoch(&self) -> BrokerEpoch {
+        BrokerEpoch {
+            connection: *self.bus.publish_connection().borrow(),
+            losses: self.state.losses.load(Ordering::SeqCst),
+        }
     }
 
     /// Looks who is before outputs and which of them are on their streams already, and hands them to the relay.
-    fn hand(&self, told: Told, is_first: bool, recorded: u64) -> BoxFuture<'static, Result<(), StoreError>> {
-        let (log, bus, metrics) = (Arc::clone(&self.log), self.bus.clone(), Arc::clone(&self.metrics));
-        let (store, state, to_relay) = (Arc::clone(&self.store), Arc::clone(&self.state), self.ends.to_relay.clone());
+    fn hand_to_relay(
+        &self,
+        batch: WalBatch,
+        is_first: bool,
+        recorded: u64,
+    ) -> BoxFuture<'static, Result<(), StoreError>> {
+        let (wal, bus, metrics) = (
+            Arc::clone(&self.wal),
+            self.bus.clone(),
+            Arc::clone(&self.metrics),
+        );
+        let (store, state, to_relay) = (
+            Arc::clone(&self.store),
+            Arc::clone(&self.state),
+            self.channels.to_relay.clone(),
+        );
         let task = async move {
             // The relay may be full.
-            let Ok(room) = to_relay.reserve().await else { return Ok(()) };
-            let Look { since, behind } = told.look_once_seen(&*log).await?;
-            let rows = told.rows;
-            let streams = bus.streams(STREAMS_AS_OF).await.unwrap_or_default();
-            let free = rows.iter().zip(&behind).filter(|(_, behind)| behind.is_none()).map(|(row, _)| row.clone());
-            let (free, there) = recovered::sort_out(&*store, &state, free.collect()).await?;
-            let mut swept = Swept { rows: free, since, there, back: Vec::new(), is_full: false, streams };
-            swept.look_up_the_old(&bus, &metrics).await;
-            let rows = with_fates(rows, &behind, swept);
-            fault::point(fault::LOG_READ);
-            room.send(FromLog { is_first, rows, since, recorded });
+            let Ok(room) = to_relay.reserve().await else {
+                return Ok(());
+            };
+            let Blockers { since, blocked_by } = batch.read_blockers(&*wal).await?;
+            let rows = batch.rows;
+            let streams = bus.streams(STREAMS_MAX_AGE).await.unwrap_or_default();
+            let free = rows
+                .iter()
+                .zip(&blocked_by)
+                .filter(|(_, blocked_by)| blocked_by.is_none())
+                .map(|(row, _)| row.clone());
+            let (free, already_published) =
+                recovered::split(&*store, &state, free.collect()).await?;
+            let mut outputs = OutputBatch {
+                rows: free,
+                since,
+                already_published,
+                unpublished: Vec::new(),
+                is_full: false,
+                streams,
+            };
+            outputs.look_up_published(&bus, &metrics).await;
+            let rows = with_actions(rows, &blocked_by, outputs);
+            fault::point(fault::WAL_READ);
+            room.send(WalOutputs {
+                is_first,
+                rows,
+                since,
+                recorded,
+            });
             Ok(())
         };
         // A task of its own: no operation of the database is dropped half-way.
-        Box::pin(
-            async move { tokio::spawn(task).await.unwrap_or_else(|error| Err(StoreError::Unavailable(error.into()))) },
-        )
+        Box::pin(async move {
+            tokio::spawn(task)
+                .await
+                .unwrap_or_else(|error| Err(StoreError::Unavailable(error.into())))
+        })
     }
 }
 
 /// Outputs the reader was told, and the transactions they are of.
 #[derive(Default)]
-struct Told {
+struct WalBatch {
     rows: Vec<OutboxRow>,
     transactions: Vec<u32>,
 }
 
-impl Told {
+impl WalBatch {
     fn push(&mut self, row: OutboxRow, transaction: u32) {
         self.rows.push(row);
         if self.transactions.last() != Some(&transaction) {
@@ -272,162 +342,185 @@ impl Told {
 
     /// Looks who is before these outputs, once everybody can see their effects: the server sends a transaction as soon as it
     /// is in the log, a moment before others can see it, or long before if it waits for a standby then.
-    async fn look_once_seen(&self, log: &dyn OutputLog) -> Result<Look, StoreError> {
-        let mut pause = SEEN_AGAIN_AFTER;
+    async fn read_blockers(&self, wal: &dyn OutputWal) -> Result<Blockers, StoreError> {
+        let mut pause = VISIBILITY_RETRY_DELAY;
         loop {
             let since = Instant::now();
-            if let Some(behind) = log.in_line(&self.rows, &self.transactions).await? {
-                return Ok(Look { since, behind });
+            if let Some(blocked_by) = wal.blocked_by(&self.rows, &self.transactions).await? {
+                return Ok(Blockers { since, blocked_by });
             }
             tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(SEEN_AGAIN_AFTER_MAX);
+            pause = (pause * 2).min(VISIBILITY_RETRY_DELAY_MAX);
         }
     }
 }
 
 /// Who is before each of some outputs, and when that was looked, at the earliest.
-struct Look {
+struct Blockers {
     since: Instant,
-    behind: Vec<Option<i64>>,
+    blocked_by: Vec<Option<i64>>,
 }
 
 /// All of them, in their order, with what was found.
-fn with_fates(rows: Vec<OutboxRow>, behind: &[Option<i64>], swept: Swept) -> Vec<(OutboxRow, Fate)> {
-    let there = swept.there.into_iter().map(|place| (place.seq, Fate::There(place)));
-    let back = swept.back.into_iter().map(|(seq, how)| (seq, Fate::Back(how)));
-    let mut fates: HashMap<i64, Fate> = there.chain(back).collect();
-    let behind = behind.iter().map(|behind| behind.map(|before| Fate::Back(Unpublished::Behind(before))));
-    let fate = |(row, behind): (OutboxRow, Option<Fate>)| {
-        let fate = behind.or_else(|| fates.remove(&row.seq)).unwrap_or(Fate::ToSend);
-        (row, fate)
+fn with_actions(
+    rows: Vec<OutboxRow>,
+    blocked_by: &[Option<i64>],
+    outputs: OutputBatch,
+) -> Vec<(OutboxRow, WalAction)> {
+    let published = outputs
+        .already_published
+        .into_iter()
+        .map(|place| (place.seq, WalAction::Published(place)));
+    let unpublished = outputs
+        .unpublished
+        .into_iter()
+        .map(|(seq, how)| (seq, WalAction::Poll(how)));
+    let mut actions: HashMap<i64, WalAction> = published.chain(unpublished).collect();
+    let blocked_by = blocked_by
+        .iter()
+        .map(|blocked_by| blocked_by.map(|before| WalAction::Poll(Unpublished::BlockedBy(before))));
+    let action = |(row, blocked_by): (OutboxRow, Option<WalAction>)| {
+        let action = blocked_by
+            .or_else(|| actions.remove(&row.seq))
+            .unwrap_or(WalAction::Publish);
+        (row, action)
     };
-    rows.into_iter().zip(behind).map(fate).collect()
+    rows.into_iter().zip(blocked_by).map(action).collect()
 }
 
 /// Since when the broker has kept what it acknowledged, as far as anybody knows: after which connection, and after how many
 /// losses that were found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Broker {
+struct BrokerEpoch {
     connection: u64,
     losses: u64,
 }
 
 /// One time as the reader.
-struct Reading {
-    reader: Box<dyn LogReader>,
+struct WalSession {
+    reader: Box<dyn WalReader>,
     tracker: Tracker,
-    broker: Broker,
+    broker_epoch: BrokerEpoch,
     /// A stream was seen to give a sequence a second time.
     is_in_doubt: bool,
     /// Told, and not on the way to the relay.
-    gathered: Told,
-    handing: Option<BoxFuture<'static, Result<(), StoreError>>>,
+    pending: WalBatch,
+    handover: Option<BoxFuture<'static, Result<(), StoreError>>>,
     is_first: bool,
     recorded_at: Instant,
     /// Once the host stops: until where it goes on, and for how long.
-    last_words: Option<(Lsn, Instant)>,
+    drain_until: Option<(Lsn, Instant)>,
 }
 
-impl Reading {
+impl WalSession {
     /// Reads until another host is the reader, nothing goes by the log any more, the broker may have lost something, or the
     /// host stops.
-    async fn run(mut self, relay: &mut LogRelay, stopping: &Stopping) -> Result<(), StoreError> {
+    async fn run(mut self, relay: &mut WalRelay, stopping: &Stopping) -> Result<(), StoreError> {
         loop {
-            if self.handing.is_none() && !self.gathered.rows.is_empty() {
-                let told = std::mem::take(&mut self.gathered);
+            if self.handover.is_none() && !self.pending.rows.is_empty() {
+                let batch = std::mem::take(&mut self.pending);
                 let is_first = std::mem::take(&mut self.is_first);
-                self.handing = Some(relay.hand(told, is_first, self.tracker.recorded()));
+                self.handover = Some(relay.hand_to_relay(batch, is_first, self.tracker.recorded()));
             }
-            if self.is_time_to_record() && !self.record(relay, stopping).await? {
+            if self.should_record() && !self.record(relay, stopping).await? {
                 // What comes from an earlier reader comes before all from the next one.
-                return match self.handing.take() {
-                    Some(handing) => handing.await,
+                return match self.handover.take() {
+                    Some(handover) => handover.await,
                     None => Ok(()),
                 };
             }
-            if self.has_said_all() {
+            if self.is_drained() {
                 return Ok(());
             }
             // Without a connection nothing could be sent.
-            let takes_more = self.gathered.rows.len() < HAND_MAX && relay.bus.can_publish();
+            let takes_more = self.pending.rows.len() < BATCH_MAX && relay.bus.can_publish();
             let has_outcomes = self.tracker.has_outcomes();
-            let record_at = self.recorded_at + if has_outcomes { RECORD_EVERY } else { BEAT_EVERY };
+            let record_at = self.recorded_at
+                + if has_outcomes {
+                    RECORD_INTERVAL
+                } else {
+                    HEARTBEAT_INTERVAL
+                };
             // Whichever is ready: none of them may starve another.
             tokio::select! {
                 event = self.reader.next(), if takes_more => self.take(event?),
-                Some(outcome) = relay.ends.outcomes.recv() => {
-                    self.tracker.heard(outcome);
-                    while let Ok(outcome) = relay.ends.outcomes.try_recv() {
-                        self.tracker.heard(outcome);
+                Some(outcome) = relay.channels.outcomes.recv() => {
+                    self.tracker.on_outcome(outcome);
+                    while let Ok(outcome) = relay.channels.outcomes.try_recv() {
+                        self.tracker.on_outcome(outcome);
                     }
                 }
-                handed = super::finished(&mut self.handing), if self.handing.is_some() => handed?,
+                handed = super::finished(&mut self.handover), if self.handover.is_some() => handed?,
                 () = tokio::time::sleep_until(record_at.into()) => {}
             }
         }
     }
 
-    fn take(&mut self, event: LogEvent) {
+    fn take(&mut self, event: WalEvent) {
         match event {
-            LogEvent::Output { row, transaction } => {
+            WalEvent::Output { row, transaction } => {
                 self.tracker.output(row.seq);
-                self.gathered.push(row, transaction);
+                self.pending.push(row, transaction);
             }
-            LogEvent::Committed { end, at } => self.tracker.committed(end, at),
-            LogEvent::Passed(end) => self.tracker.passed(end),
+            WalEvent::Committed { end, at } => self.tracker.committed(end, at),
+            WalEvent::Passed(end) => self.tracker.passed(end),
         }
     }
 
-    fn is_time_to_record(&self) -> bool {
+    fn should_record(&self) -> bool {
         let since = self.recorded_at.elapsed();
-        since >= BEAT_EVERY || (since >= RECORD_EVERY && self.tracker.has_outcomes())
+        since >= HEARTBEAT_INTERVAL || (since >= RECORD_INTERVAL && self.tracker.has_outcomes())
     }
 
     /// Writes down how far everything is through. False when that is no longer this host's to say, or when nobody knows: after a
     /// new connection, or a loss, a stream may lack what it acknowledged before. What is recorded by then is looked for;
     /// what is not, the next reader is told again, and streams notice what they have.
-    async fn record(&mut self, relay: &LogRelay, stopping: &Stopping) -> Result<bool, StoreError> {
+    async fn record(&mut self, relay: &WalRelay, stopping: &Stopping) -> Result<bool, StoreError> {
         // In this order: whoever looks at the streams waits for a record that began before.
-        relay.state.records.store(true, Ordering::SeqCst);
+        relay.state.is_recording.store(true, Ordering::SeqCst);
         let is_suspicious = relay.state.has_suspects();
         self.is_in_doubt |= is_suspicious;
         let recorded = if is_suspicious {
             self.recorded_at = Instant::now();
             Ok(true)
-        } else if self.is_in_doubt || relay.broker() != self.broker {
-            tracing::debug!("reading the database's log again from where everything is known to be published");
+        } else if self.is_in_doubt || relay.broker_epoch() != self.broker_epoch {
+            tracing::debug!(
+                "reading the database's log again from where everything is known to be published"
+            );
             Ok(false)
         } else {
-            self.write(stopping).await
+            self.write_record(stopping).await
         };
-        relay.state.records.store(false, Ordering::SeqCst);
+        relay.state.is_recording.store(false, Ordering::SeqCst);
         recorded
     }
 
-    async fn write(&mut self, stopping: &Stopping) -> Result<bool, StoreError> {
+    async fn write_record(&mut self, stopping: &Stopping) -> Result<bool, StoreError> {
         let (record, numbers) = self.tracker.take(RECORD_MAX);
-        let has_outcomes = !record.published.is_empty() || !record.back.is_empty();
-        super::recorder::tell(&record.back);
+        let has_outcomes = !record.published.is_empty() || !record.released.is_empty();
+        super::recorder::log_errors(&record.released);
         if has_outcomes {
-            fault::point(fault::BEFORE_LOG_RECORD);
+            fault::point(fault::BEFORE_WAL_RECORD);
         }
-        let Some(mark) = self.reader.record(&record).await? else {
+        let Some(snapshot) = self.reader.record(&record).await? else {
             tracing::info!("this host reads the database's log no more");
             return Ok(false);
         };
         if has_outcomes {
-            fault::point(fault::AFTER_LOG_RECORD);
+            fault::point(fault::AFTER_WAL_RECORD);
         }
         self.recorded_at = Instant::now();
-        self.tracker.written(&numbers, mark);
-        if stopping.is_stopping() && self.last_words.is_none() {
-            self.last_words = Some((mark.end, Instant::now() + LAST_WORDS_WITHIN));
+        self.tracker.written(&numbers, snapshot);
+        if stopping.is_stopping() && self.drain_until.is_none() {
+            self.drain_until = Some((snapshot.end, Instant::now() + DRAIN_TIMEOUT));
         }
         Ok(true)
     }
 
     /// Whether the host stops, and what its lanes committed is through or has to wait for the next host.
-    fn has_said_all(&self) -> bool {
-        self.last_words.is_some_and(|(end, at_last)| self.tracker.position() >= end || Instant::now() >= at_last)
+    fn is_drained(&self) -> bool {
+        self.drain_until.is_some_and(|(end, deadline)| {
+            self.tracker.position() >= end || Instant::now() >= deadline
+        })
     }
 }

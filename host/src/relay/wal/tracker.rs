@@ -4,14 +4,14 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 
 use jiff::Timestamp;
 
-use crate::store::{LogMark, LogRecord, Lsn, Published, Unpublished};
+use crate::store::{Lsn, Published, Unpublished, WalRecord, WalSnapshot};
 
 /// What became of an output from the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
+pub enum WalOutcome {
     Published(Published),
     /// It is to go by polling. These are counted.
-    Back {
+    Poll {
         seq: i64,
         how: Unpublished,
         number: u64,
@@ -19,86 +19,103 @@ pub enum Outcome {
 }
 
 /// How many marks are remembered at most; the older ones say the same with less.
-const MARKS_MAX: usize = 256;
+const SNAPSHOTS_MAX: usize = 256;
 
 /// A transaction with outputs, or a place in the log with nothing before it that is not told.
 #[derive(Default)]
-struct Told {
+struct TrackedTransaction {
     /// None while more of it may come.
     end: Option<Lsn>,
     at: Option<Timestamp>,
-    left: usize,
+    open_count: usize,
     published: Vec<Published>,
-    back: Vec<(i64, Unpublished)>,
+    unpublished: Vec<(i64, Unpublished)>,
     numbers: Vec<u64>,
 }
 
 /// All that is told and not recorded.
 #[derive(Default)]
 pub struct Tracker {
-    told: VecDeque<Told>,
+    transactions: VecDeque<TrackedTransaction>,
     /// How many left at the front.
-    gone: u64,
+    removed: u64,
     /// In which of all that was told, counted from the first, an output is that nothing is known of yet.
     open: HashMap<i64, u64>,
     /// Outcomes that ask for polling and are not recorded, by their numbers; and the highest number so far.
     unrecorded: BTreeSet<u64>,
-    heard: u64,
+    highest_number: u64,
     position: Lsn,
     until: Option<Timestamp>,
-    marks: Marks,
+    snapshots: Snapshots,
 }
 
 impl Tracker {
     /// One more output of the transaction that is being told.
     pub fn output(&mut self, seq: i64) {
-        if self.told.back().is_none_or(|told| told.end.is_some()) {
-            self.told.push_back(Told::default());
+        if self
+            .transactions
+            .back()
+            .is_none_or(|transaction| transaction.end.is_some())
+        {
+            self.transactions.push_back(TrackedTransaction::default());
         }
-        let index = self.gone + self.told.len() as u64 - 1;
-        if let Some(told) = self.told.back_mut()
+        let index = self.removed + self.transactions.len() as u64 - 1;
+        if let Some(transaction) = self.transactions.back_mut()
             && self.open.insert(seq, index).is_none()
         {
-            told.left += 1;
+            transaction.open_count += 1;
         }
     }
 
     /// The transaction is told.
     pub fn committed(&mut self, end: Lsn, at: Timestamp) {
-        match self.told.back_mut() {
-            Some(told) if told.end.is_none() => (told.end, told.at) = (Some(end), Some(at)),
+        match self.transactions.back_mut() {
+            Some(transaction) if transaction.end.is_none() => {
+                (transaction.end, transaction.at) = (Some(end), Some(at))
+            }
             _ => self.passed(end),
         }
     }
 
     /// Whatever ended before was told.
     pub fn passed(&mut self, end: Lsn) {
-        match self.told.back_mut() {
+        match self.transactions.back_mut() {
             // It says nothing of the transaction that is being told.
-            Some(told) if told.end.is_none() => {}
-            Some(told) if told.at.is_none() => told.end = told.end.max(Some(end)),
-            _ => self.told.push_back(Told { end: Some(end), ..Told::default() }),
+            Some(transaction) if transaction.end.is_none() => {}
+            Some(transaction) if transaction.at.is_none() => {
+                transaction.end = transaction.end.max(Some(end))
+            }
+            _ => self.transactions.push_back(TrackedTransaction {
+                end: Some(end),
+                ..TrackedTransaction::default()
+            }),
         }
     }
 
     /// What became of an output. Of one that is not known, it was told to an earlier reader.
-    pub fn heard(&mut self, outcome: Outcome) {
+    pub fn on_outcome(&mut self, outcome: WalOutcome) {
         let seq = match &outcome {
-            Outcome::Published(place) => place.seq,
-            Outcome::Back { seq, .. } => *seq,
+            WalOutcome::Published(place) => place.seq,
+            WalOutcome::Poll { seq, .. } => *seq,
         };
-        if let Outcome::Back { number, .. } = outcome {
-            self.heard = self.heard.max(number);
+        if let WalOutcome::Poll { number, .. } = outcome {
+            self.highest_number = self.highest_number.max(number);
         }
-        let Some(index) = self.open.remove(&seq) else { return };
-        let told = index.checked_sub(self.gone).and_then(|index| self.told.get_mut(usize::try_from(index).ok()?));
-        let Some(told) = told else { return };
-        told.left -= 1;
+        let Some(index) = self.open.remove(&seq) else {
+            return;
+        };
+        let transaction = index
+            .checked_sub(self.removed)
+            .and_then(|index| self.transactions.get_mut(usize::try_from(index).ok()?));
+        let Some(transaction) = transaction else {
+            return;
+        };
+        transaction.open_count -= 1;
         match outcome {
-            Outcome::Published(place) => told.published.push(place),
-            Outcome::Back { seq, how, number } => {
-                told.back.push((seq, how));
-                told.numbers.push(number);
+            WalOutcome::Published(place) => transaction.published.push(place),
+            WalOutcome::Poll { seq, how, number } => {
+                transaction.unpublished.push((seq, how));
+                transaction.numbers.push(number);
                 self.unrecorded.insert(number);
             }
         }
@@ -106,7 +123,9 @@ impl Tracker {
 
     /// Whether there are outputs to be recorded.
     pub fn has_outcomes(&self) -> bool {
-        self.told.front().is_some_and(|told| told.is_through() && told.at.is_some())
+        self.transactions
+            .front()
+            .is_some_and(|transaction| transaction.is_complete() && transaction.at.is_some())
     }
 
     /// How far everything is through.
@@ -116,48 +135,53 @@ impl Tracker {
 
     /// All outcomes that ask for polling are in the database up to this number.
     pub fn recorded(&self) -> u64 {
-        self.unrecorded.first().map_or(self.heard, |first| first - 1)
+        self.unrecorded
+            .first()
+            .map_or(self.highest_number, |first| first - 1)
     }
 
     /// Takes what is through, with as many outputs as go into a record; and the numbers for [`Tracker::written`].
-    pub fn take(&mut self, most: usize) -> (LogRecord, Vec<u64>) {
-        let mut record = LogRecord::default();
+    pub fn take(&mut self, max: usize) -> (WalRecord, Vec<u64>) {
+        let mut record = WalRecord::default();
         let mut numbers = Vec::new();
-        while record.published.len() + record.back.len() < most
-            && self.told.front().is_some_and(Told::is_through)
-            && let Some(mut told) = self.told.pop_front()
+        while record.published.len() + record.released.len() < max
+            && self
+                .transactions
+                .front()
+                .is_some_and(TrackedTransaction::is_complete)
+            && let Some(mut transaction) = self.transactions.pop_front()
         {
-            self.gone += 1;
-            self.position = self.position.max(told.end.unwrap_or_default());
-            self.until = self.until.max(told.at);
-            record.published.append(&mut told.published);
-            record.back.append(&mut told.back);
-            numbers.append(&mut told.numbers);
+            self.removed += 1;
+            self.position = self.position.max(transaction.end.unwrap_or_default());
+            self.until = self.until.max(transaction.at);
+            record.published.append(&mut transaction.published);
+            record.released.append(&mut transaction.unpublished);
+            numbers.append(&mut transaction.numbers);
         }
         record.position = self.position;
-        (record.through, record.until) = self.marks.passed(self.position);
+        (record.through, record.until) = self.snapshots.passed(self.position);
         record.until = record.until.max(self.until);
         (record, numbers)
     }
 
     /// A record is in the database, which was like this then.
-    pub fn written(&mut self, numbers: &[u64], mark: LogMark) {
+    pub fn written(&mut self, numbers: &[u64], snapshot: WalSnapshot) {
         for number in numbers {
             self.unrecorded.remove(number);
         }
-        self.marks.add(mark);
+        self.snapshots.add(snapshot);
     }
 }
 
-impl Told {
-    fn is_through(&self) -> bool {
-        self.end.is_some() && self.left == 0
+impl TrackedTransaction {
+    fn is_complete(&self) -> bool {
+        self.end.is_some() && self.open_count == 0
     }
 }
 
 /// What was true of the database at several moments, and what follows for a position in the log.
 #[derive(Default)]
-struct Marks {
+struct Snapshots {
     /// What committed before a time stands before a place.
     times: VecDeque<(Timestamp, Lsn)>,
     /// Outputs with numbers up to the first are of transactions before the second.
@@ -166,34 +190,42 @@ struct Marks {
     placed: VecDeque<(i64, Lsn)>,
 }
 
-impl Marks {
-    fn add(&mut self, mark: LogMark) {
-        while let Some((number, _)) = self.numbers.front().copied().filter(|(_, next)| *next <= mark.ended) {
+impl Snapshots {
+    fn add(&mut self, snapshot: WalSnapshot) {
+        while let Some((number, _)) = self
+            .numbers
+            .front()
+            .copied()
+            .filter(|(_, next)| *next <= snapshot.ended)
+        {
             self.numbers.pop_front();
-            push(&mut self.placed, (number, mark.end));
+            push(&mut self.placed, (number, snapshot.end));
         }
-        push(&mut self.times, (mark.at, mark.end));
-        push(&mut self.numbers, (mark.last_output, mark.next));
+        push(&mut self.times, (snapshot.at, snapshot.end));
+        push(&mut self.numbers, (snapshot.last_output, snapshot.next));
     }
 
     /// Which outputs are through, by number, and until which time.
     fn passed(&mut self, position: Lsn) -> (Option<i64>, Option<Timestamp>) {
-        (take_passed(&mut self.placed, position), take_passed(&mut self.times, position))
+        (
+            take_passed(&mut self.placed, position),
+            take_passed(&mut self.times, position),
+        )
     }
 }
 
 /// Adds a mark; of too many, one is as good as the one before.
-fn push<T>(marks: &mut VecDeque<T>, mark: T) {
-    if marks.len() >= MARKS_MAX {
-        marks.pop_back();
+fn push<T>(entries: &mut VecDeque<T>, entry: T) {
+    if entries.len() >= SNAPSHOTS_MAX {
+        entries.pop_back();
     }
-    marks.push_back(mark);
+    entries.push_back(entry);
 }
 
-fn take_passed<T>(marks: &mut VecDeque<(T, Lsn)>, position: Lsn) -> Option<T> {
+fn take_passed<T>(entries: &mut VecDeque<(T, Lsn)>, position: Lsn) -> Option<T> {
     let mut last = None;
-    while marks.front().is_some_and(|(_, place)| *place <= position) {
-        last = marks.pop_front().map(|(what, _)| what);
+    while entries.front().is_some_and(|(_, place)| *place <= position) {
+        last = entries.pop_front().map(|(value, _)| value);
     }
     last
 }
@@ -206,37 +238,57 @@ mod tests {
         Timestamp::from_second(second).unwrap()
     }
 
-    fn published(seq: i64) -> Outcome {
-        Outcome::Published(Published { seq, stream: "S".to_owned(), stream_sequence: seq as u64 })
+    fn published(seq: i64) -> WalOutcome {
+        WalOutcome::Published(Published {
+            seq,
+            stream: "S".to_owned(),
+            stream_sequence: seq as u64,
+        })
     }
 
-    fn back(seq: i64, number: u64) -> Outcome {
-        Outcome::Back { seq, how: Unpublished::Behind(1), number }
+    fn poll_outcome(seq: i64, number: u64) -> WalOutcome {
+        WalOutcome::Poll {
+            seq,
+            how: Unpublished::BlockedBy(1),
+            number,
+        }
     }
 
-    fn mark(second: i64, end: Lsn, last_output: i64, ended: u64, next: u64) -> LogMark {
-        LogMark { at: at(second), end, last_output, ended, next }
+    fn snapshot(second: i64, end: Lsn, last_output: i64, ended: u64, next: u64) -> WalSnapshot {
+        WalSnapshot {
+            at: at(second),
+            end,
+            last_output,
+            ended,
+            next,
+        }
     }
 
     #[test]
-    fn the_position_stops_before_the_first_output_without_an_answer() {
+    fn position_stops_before_the_first_open_output() {
         let mut tracker = Tracker::default();
         for (seq, end) in [(1, 10), (2, 20), (3, 30)] {
             tracker.output(seq);
             tracker.committed(end, at(end as i64));
         }
-        tracker.heard(published(1));
-        tracker.heard(published(3));
+        tracker.on_outcome(published(1));
+        tracker.on_outcome(published(3));
         let (record, _) = tracker.take(100);
-        assert_eq!((record.position, record.published.len(), record.until), (10, 1, Some(at(10))));
+        assert_eq!(
+            (record.position, record.published.len(), record.until),
+            (10, 1, Some(at(10)))
+        );
         assert!(!tracker.has_outcomes());
-        tracker.heard(published(2));
+        tracker.on_outcome(published(2));
         let (record, _) = tracker.take(100);
-        assert_eq!((record.position, record.published.len(), tracker.open.len()), (30, 2, 0));
+        assert_eq!(
+            (record.position, record.published.len(), tracker.open.len()),
+            (30, 2, 0)
+        );
     }
 
     #[test]
-    fn what_is_passed_counts_only_after_all_that_was_told_before() {
+    fn passed_positions_wait_for_earlier_transactions() {
         let mut tracker = Tracker::default();
         tracker.passed(5);
         assert_eq!(tracker.take(100).0.position, 5);
@@ -247,7 +299,7 @@ mod tests {
         tracker.passed(15);
         tracker.passed(16);
         assert_eq!(tracker.take(100).0.position, 5);
-        tracker.heard(published(1));
+        tracker.on_outcome(published(1));
         assert_eq!(tracker.take(100).0.position, 16);
         // A transaction whose outputs were all through before.
         tracker.committed(20, at(2));
@@ -255,48 +307,54 @@ mod tests {
     }
 
     #[test]
-    fn outcomes_that_ask_for_polling_are_known_once_all_before_them_are() {
+    fn recorded_stops_before_the_first_unrecorded_outcome() {
         let mut tracker = Tracker::default();
         for (seq, end) in [(1, 10), (2, 20)] {
             tracker.output(seq);
             tracker.committed(end, at(1));
         }
-        tracker.heard(back(2, 1));
-        tracker.heard(back(1, 2));
+        tracker.on_outcome(poll_outcome(2, 1));
+        tracker.on_outcome(poll_outcome(1, 2));
         assert_eq!(tracker.recorded(), 0);
         let (record, numbers) = tracker.take(1);
-        assert_eq!((record.back.len(), numbers.as_slice()), (1, [2].as_slice()));
-        tracker.written(&numbers, mark(1, 1, 1, 1, 1));
+        assert_eq!(
+            (record.released.len(), numbers.as_slice()),
+            (1, [2].as_slice())
+        );
+        tracker.written(&numbers, snapshot(1, 1, 1, 1, 1));
         assert_eq!(tracker.recorded(), 0);
         let (_, numbers) = tracker.take(1);
-        tracker.written(&numbers, mark(1, 1, 1, 1, 1));
+        tracker.written(&numbers, snapshot(1, 1, 1, 1, 1));
         assert_eq!(tracker.recorded(), 2);
         // Of an output that an earlier reader was told of.
-        tracker.heard(back(7, 3));
+        tracker.on_outcome(poll_outcome(7, 3));
         assert_eq!(tracker.recorded(), 3);
     }
 
     #[test]
-    fn numbers_are_through_once_whoever_was_given_one_has_ended_before_the_position() {
-        let mut marks = Marks::default();
-        marks.add(mark(1, 100, 7, 40, 50));
-        assert_eq!(marks.passed(100), (None, Some(at(1))));
+    fn numbers_are_complete_once_their_transactions_ended() {
+        let mut snapshots = Snapshots::default();
+        snapshots.add(snapshot(1, 100, 7, 40, 50));
+        assert_eq!(snapshots.passed(100), (None, Some(at(1))));
         // One of them still runs.
-        marks.add(mark(2, 200, 9, 49, 60));
-        assert_eq!(marks.passed(200), (None, Some(at(2))));
-        marks.add(mark(3, 300, 9, 50, 70));
-        assert_eq!(marks.passed(299), (None, None));
-        assert_eq!(marks.passed(300), (Some(7), Some(at(3))));
+        snapshots.add(snapshot(2, 200, 9, 49, 60));
+        assert_eq!(snapshots.passed(200), (None, Some(at(2))));
+        snapshots.add(snapshot(3, 300, 9, 50, 70));
+        assert_eq!(snapshots.passed(299), (None, None));
+        assert_eq!(snapshots.passed(300), (Some(7), Some(at(3))));
     }
 
     #[test]
-    fn too_many_marks_cost_precision_and_no_memory() {
-        let mut marks = Marks::default();
+    fn snapshots_are_bounded() {
+        let mut snapshots = Snapshots::default();
         for number in 0..1_000 {
-            marks.add(mark(number, 10_000 + number as u64, number, 0, 1));
+            snapshots.add(snapshot(number, 10_000 + number as u64, number, 0, 1));
         }
-        assert_eq!((marks.numbers.len(), marks.times.len()), (MARKS_MAX, MARKS_MAX));
-        marks.add(mark(1_000, 20_000, 1_000, 1, 2));
-        assert_eq!(marks.passed(20_000).0, Some(999));
+        assert_eq!(
+            (snapshots.numbers.len(), snapshots.times.len()),
+            (SNAPSHOTS_MAX, SNAPSHOTS_MAX)
+        );
+        snapshots.add(snapshot(1_000, 20_000, 1_000, 1, 2));
+        assert_eq!(snapshots.passed(20_000).0, Some(999));
     }
 }

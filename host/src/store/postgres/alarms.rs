@@ -6,9 +6,11 @@ use sqlx::postgres::PgRow;
 
 use super::session::Session;
 use super::{errors, outbox};
-use crate::model::alarm::{Alarm, Move, NEW_AGAIN_AFTER, NEW_FAILURES_WITHIN, Notice, Step};
-use crate::store::shared::{self, Newcomers};
-use crate::store::{LetterDepth, Result, StoreError, Told, rows};
+use crate::model::alarm::{
+    Alarm, AlarmStep, AlarmUpdate, NEW_FAILURE_RESET_AFTER, NEW_FAILURES_WINDOW, Notice,
+};
+use crate::store::shared::{self, WorkerFailureGroups};
+use crate::store::{AlarmNotices, DeadLetterDepth, Result, StoreError, rows};
 
 /// Alarms that are raised, and those on depth and age that ever were.
 pub(super) async fn list(session: &mut Session) -> Result<Vec<Alarm>> {
@@ -16,21 +18,23 @@ pub(super) async fn list(session: &mut Session) -> Result<Vec<Alarm>> {
         "select alarm.worker, kind, times, value, threshold,
              (extract(epoch from raised_at) * 1000000)::bigint as raised_at,
              (extract(epoch from cleared_at) * 1000000)::bigint as cleared_at,
-             (extract(epoch from pg_catalog.now() - calm_since) * 1000)::bigint as calm_ms,
-             letter_group.id, reason, code, shape, place,
+             (extract(epoch from pg_catalog.now() - below_since) * 1000)::bigint as recovering_ms,
+             dead_letter_group.id, reason, code, shape, place,
              case when kind = 'new-failure' then (select pg_catalog.count(*) from oncely.dead_letter
-                 where dead_letter.group_id = alarm.group_id and state in ('open', 'redriven')) end as to_do
-         from oncely.alarm left join oncely.letter_group on letter_group.id = alarm.group_id
+                 where dead_letter.group_id = alarm.group_id and state in ('open', 'redriven')) end as open_dead_letters
+         from oncely.alarm left join oncely.dead_letter_group on dead_letter_group.id = alarm.group_id
          where cleared_at is null or kind <> 'new-failure'
          order by alarm.worker, kind, alarm.group_id",
     );
-    let rows =
-        query.fetch_all(session.connection()).await.map_err(|error| errors::of_statement(error, "read the alarms"))?;
+    let rows = query
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::from_statement(error, "read the alarms"))?;
     rows.iter().map(rows::alarm).collect()
 }
 
 /// How many letters are open and for how long, by worker.
-pub(super) async fn depths(session: &mut Session) -> Result<Vec<LetterDepth>> {
+pub(super) async fn depths(session: &mut Session) -> Result<Vec<DeadLetterDepth>> {
     let query = session.query(
         "select worker, pg_catalog.count(*),
              (extract(epoch from pg_catalog.now() - pg_catalog.min(died_at)) * 1000)::bigint
@@ -39,42 +43,53 @@ pub(super) async fn depths(session: &mut Session) -> Result<Vec<LetterDepth>> {
     let rows = query
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "count open dead letters"))?;
-    let read = |row: &PgRow| -> sqlx::Result<LetterDepth> {
-        Ok(LetterDepth {
+        .map_err(|error| errors::from_statement(error, "count open dead letters"))?;
+    let read = |row: &PgRow| -> sqlx::Result<DeadLetterDepth> {
+        Ok(DeadLetterDepth {
             worker: row.try_get(0)?,
             open: shared::unsigned(row.try_get(1)?),
             oldest_ms: shared::unsigned(row.try_get(2)?),
         })
     };
     let depths: sqlx::Result<_> = rows.iter().map(read).collect();
-    depths.context("read how many dead letters are open").map_err(StoreError::Unavailable)
+    depths
+        .context("read how many dead letters are open")
+        .map_err(StoreError::Unavailable)
 }
 
 /// Takes the steps of those alarms that are still as they were seen, in the order of their keys, and appends the messages
 /// that tell of it.
-pub(super) async fn take(session: &mut Session, moves: &[Move]) -> Result<Told> {
+pub(super) async fn apply(session: &mut Session, moves: &[AlarmUpdate]) -> Result<AlarmNotices> {
     let mut notices = Vec::new();
-    for step in shared::in_order(moves) {
+    for step in shared::in_lock_order(moves) {
         notices.extend(match step.step {
-            Step::Raise => raise(session, step).await?,
-            Step::Clear => clear(session, step).await?,
-            Step::Calm => rest(session, step, true).await?,
-            Step::Restless => rest(session, step, false).await?,
+            AlarmStep::Raise => raise(session, step).await?,
+            AlarmStep::Clear => clear(session, step).await?,
+            AlarmStep::Recover => set_calm(session, step, true).await?,
+            AlarmStep::Relapse => set_calm(session, step, false).await?,
         });
     }
-    tell(session, notices).await
+    append_notices(session, notices).await
 }
 
 /// Appends the messages that tell of alarms.
-pub(super) async fn tell(session: &mut Session, notices: Vec<Notice>) -> Result<Told> {
-    let outputs: Vec<_> = notices.iter().map(|notice| (notice.worker.as_str(), notice.output())).collect();
-    let outputs: Vec<_> = outputs.iter().map(|(worker, output)| (*worker, output)).collect();
+pub(super) async fn append_notices(
+    session: &mut Session,
+    notices: Vec<Notice>,
+) -> Result<AlarmNotices> {
+    let outputs: Vec<_> = notices
+        .iter()
+        .map(|notice| (notice.worker.as_str(), notice.output()))
+        .collect();
+    let outputs: Vec<_> = outputs
+        .iter()
+        .map(|(worker, output)| (*worker, output))
+        .collect();
     let rows = outbox::append_for(session, &outputs, shared::NOTICE_LEASE).await?;
-    Ok(Told { notices, rows })
+    Ok(AlarmNotices { notices, rows })
 }
 
-async fn raise(session: &mut Session, step: &Move) -> Result<Option<Notice>> {
+async fn raise(session: &mut Session, step: &AlarmUpdate) -> Result<Option<Notice>> {
     let query = session.query(
         "insert into oncely.alarm as alarm (worker, kind, group_id, times, value, threshold)
          values ($1, $2, $3, 1, $4, $5)
@@ -93,13 +108,13 @@ async fn raise(session: &mut Session, step: &Move) -> Result<Option<Notice>> {
         .bind(step.times.cast_signed())
         .fetch_optional(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "raise an alarm"))?;
+        .map_err(|error| errors::from_statement(error, "raise an alarm"))?;
     row.map(|row| rows::notice(&row, step)).transpose()
 }
 
-async fn clear(session: &mut Session, step: &Move) -> Result<Option<Notice>> {
+async fn clear(session: &mut Session, step: &AlarmUpdate) -> Result<Option<Notice>> {
     let query = session.query(
-        "update oncely.alarm set cleared_at = pg_catalog.now(), calm_since = null
+        "update oncely.alarm set cleared_at = pg_catalog.now(), below_since = null
          where worker = $1 and kind = $2 and group_id = $3 and cleared_at is null and times = $4
          returning times, (extract(epoch from raised_at) * 1000000)::bigint as raised_at,
              (extract(epoch from cleared_at) * 1000000)::bigint as cleared_at",
@@ -111,14 +126,18 @@ async fn clear(session: &mut Session, step: &Move) -> Result<Option<Notice>> {
         .bind(step.times.cast_signed())
         .fetch_optional(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "clear an alarm"))?;
+        .map_err(|error| errors::from_statement(error, "clear an alarm"))?;
     row.map(|row| rows::notice(&row, step)).transpose()
 }
 
 /// Notes since when the value is low enough, or that it is not any more. There is nothing to tell of that.
-async fn rest(session: &mut Session, step: &Move, is_calm: bool) -> Result<Option<Notice>> {
+async fn set_calm(
+    session: &mut Session,
+    step: &AlarmUpdate,
+    is_calm: bool,
+) -> Result<Option<Notice>> {
     let query = session.query(
-        "update oncely.alarm set calm_since = case when $5 then coalesce(calm_since, pg_catalog.now()) end
+        "update oncely.alarm set below_since = case when $5 then coalesce(below_since, pg_catalog.now()) end
          where worker = $1 and kind = $2 and group_id = $3 and cleared_at is null and times = $4",
     );
     query
@@ -129,116 +148,171 @@ async fn rest(session: &mut Session, step: &Move, is_calm: bool) -> Result<Optio
         .bind(is_calm)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "note that an alarm is about to end"))?;
+        .map_err(|error| errors::from_statement(error, "note that an alarm is about to end"))?;
     Ok(None)
 }
 
 /// Writes down which failures letters are about to die of, and raises an alarm for those that are new, or new again, as
 /// long as no more than `most` did so within an hour. Called before the letters are written.
-pub(super) async fn meet(session: &mut Session, groups: &Newcomers, most: u32) -> Result<Vec<Notice>> {
+pub(super) async fn record_failures(
+    session: &mut Session,
+    groups: &WorkerFailureGroups,
+    raised_max: u32,
+) -> Result<Vec<Notice>> {
     if groups.is_empty() {
         return Ok(Vec::new());
     }
     let known = known(session, groups).await?;
     let mut new = insert(session, groups, &known).await?;
-    new.extend(come_back(session, &known).await?);
+    new.extend(refresh_known(session, &known).await?);
     let mut notices = Vec::new();
     for (worker, group) in groups.iter().filter(|(_, group)| new.contains(&group.id)) {
-        if raised_lately(session, worker).await? < u64::from(most) {
-            notices.extend(raise_anew(session, &shared::new_failure(worker, group)).await?);
+        if recently_raised(session, worker).await? < u64::from(raised_max) {
+            notices.extend(raise_again(session, &shared::new_failure(worker, group)).await?);
         }
     }
     Ok(notices)
 }
 
 /// A group that was there before: how long it has not been seen, in milliseconds.
-type Known = Vec<(String, i64)>;
+type KnownGroups = Vec<(String, i64)>;
 
-async fn known(session: &mut Session, groups: &Newcomers) -> Result<Known> {
+async fn known(session: &mut Session, groups: &WorkerFailureGroups) -> Result<KnownGroups> {
     let query = session.query(
         "select id, (extract(epoch from pg_catalog.now() - last_seen) * 1000)::bigint
-         from oncely.letter_group where id = any($1)",
+         from oncely.dead_letter_group where id = any($1)",
     );
     let rows = query
-        .bind(groups.iter().map(|(_, group)| group.id.as_str()).collect::<Vec<_>>())
+        .bind(
+            groups
+                .iter()
+                .map(|(_, group)| group.id.as_str())
+                .collect::<Vec<_>>(),
+        )
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "look up failures"))?;
-    let known: sqlx::Result<_> = rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect();
-    known.map_err(|error| errors::of_statement(error, "read failures"))
+        .map_err(|error| errors::from_statement(error, "look up failures"))?;
+    let known: sqlx::Result<_> = rows
+        .iter()
+        .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
+        .collect();
+    known.map_err(|error| errors::from_statement(error, "read failures"))
 }
 
 /// Writes down what is not known yet. Of two who meet the same failure at the same time one waits, and finds it there.
-async fn insert(session: &mut Session, groups: &Newcomers, known: &Known) -> Result<Vec<String>> {
-    let new: Vec<_> = groups.iter().filter(|(_, group)| known.iter().all(|(id, _)| *id != group.id)).collect();
+async fn insert(
+    session: &mut Session,
+    groups: &WorkerFailureGroups,
+    known: &KnownGroups,
+) -> Result<Vec<String>> {
+    let new: Vec<_> = groups
+        .iter()
+        .filter(|(_, group)| known.iter().all(|(id, _)| *id != group.id))
+        .collect();
     if new.is_empty() {
         return Ok(Vec::new());
     }
     let query = session.query(
-        "insert into oncely.letter_group (id, worker, reason, code, shape, place)
+        "insert into oncely.dead_letter_group (id, worker, reason, code, shape, place)
          select * from unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[])
              as given (id, worker, reason, code, shape, place)
          order by id on conflict do nothing returning id",
     );
     let rows = query
-        .bind(new.iter().map(|(_, group)| group.id.as_str()).collect::<Vec<_>>())
-        .bind(new.iter().map(|(worker, _)| worker.as_str()).collect::<Vec<_>>())
-        .bind(new.iter().map(|(_, group)| group.reason.as_str()).collect::<Vec<_>>())
-        .bind(new.iter().map(|(_, group)| group.code.as_deref().map(shared::printable)).collect::<Vec<_>>())
-        .bind(new.iter().map(|(_, group)| shared::printable(&group.shape)).collect::<Vec<_>>())
-        .bind(new.iter().map(|(_, group)| group.place.as_deref().map(shared::printable)).collect::<Vec<_>>())
+        .bind(
+            new.iter()
+                .map(|(_, group)| group.id.as_str())
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            new.iter()
+                .map(|(worker, _)| worker.as_str())
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            new.iter()
+                .map(|(_, group)| group.reason.as_str())
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            new.iter()
+                .map(|(_, group)| group.code.as_deref().map(shared::printable))
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            new.iter()
+                .map(|(_, group)| shared::printable(&group.shape))
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            new.iter()
+                .map(|(_, group)| group.place.as_deref().map(shared::printable))
+                .collect::<Vec<_>>(),
+        )
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "write down failures"))?;
+        .map_err(|error| errors::from_statement(error, "write down failures"))?;
     let ids: sqlx::Result<_> = rows.iter().map(|row| row.try_get(0)).collect();
-    ids.map_err(|error| errors::of_statement(error, "read failures"))
+    ids.map_err(|error| errors::from_statement(error, "read failures"))
 }
 
 /// Notes when groups were last seen, unless that was just now, and returns those that are new again. The condition makes
 /// one of several who see it the first.
-async fn come_back(session: &mut Session, known: &Known) -> Result<Vec<String>> {
+async fn refresh_known(session: &mut Session, known: &KnownGroups) -> Result<Vec<String>> {
     let stale: Vec<&str> = shared::stale(known);
     if stale.is_empty() {
         return Ok(Vec::new());
     }
     let query = session.query(
         "with stale as (
-             select id from oncely.letter_group
+             select id from oncely.dead_letter_group
              where id = any($1) and last_seen < pg_catalog.now() - $2 * interval '1 microsecond' order by id for update
          )
-         update oncely.letter_group set last_seen = pg_catalog.now() from stale where letter_group.id = stale.id
-         returning letter_group.id, exists (select from oncely.dead_letter
-             where group_id = letter_group.id and state in ('open', 'redriven'))",
+         update oncely.dead_letter_group set last_seen = pg_catalog.now() from stale where dead_letter_group.id = stale.id
+         returning dead_letter_group.id, exists (select from oncely.dead_letter
+             where group_id = dead_letter_group.id and state in ('open', 'redriven'))",
     );
     let rows = query
         .bind(&stale)
-        .bind(shared::micros(shared::SEEN_TO_WITHIN))
+        .bind(shared::micros(shared::LAST_SEEN_PRECISION))
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "note when failures were last seen"))?;
-    let seen: sqlx::Result<Vec<(String, bool)>> =
-        rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect();
-    let seen = seen.map_err(|error| errors::of_statement(error, "read failures"))?;
-    let was_away = |id: &str| known.iter().any(|(known, ms)| known == id && shared::is_longer(*ms, NEW_AGAIN_AFTER));
-    Ok(seen.into_iter().filter(|(id, is_open)| !is_open && was_away(id)).map(|(id, _)| id).collect())
+        .map_err(|error| errors::from_statement(error, "note when failures were last seen"))?;
+    let seen: sqlx::Result<Vec<(String, bool)>> = rows
+        .iter()
+        .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
+        .collect();
+    let seen = seen.map_err(|error| errors::from_statement(error, "read failures"))?;
+    let was_away = |id: &str| {
+        known
+            .iter()
+            .any(|(known, ms)| known == id && shared::is_longer(*ms, NEW_FAILURE_RESET_AFTER))
+    };
+    Ok(seen
+        .into_iter()
+        .filter(|(id, is_open)| !is_open && was_away(id))
+        .map(|(id, _)| id)
+        .collect())
 }
 
-async fn raised_lately(session: &mut Session, worker: &str) -> Result<u64> {
+async fn recently_raised(session: &mut Session, worker: &str) -> Result<u64> {
     let query = session.query(
         "select pg_catalog.count(*) from oncely.alarm
          where worker = $1 and kind = 'new-failure' and raised_at > pg_catalog.now() - $2 * interval '1 microsecond'",
     );
     let row = query
         .bind(worker)
-        .bind(shared::micros(NEW_FAILURES_WITHIN))
+        .bind(shared::micros(NEW_FAILURES_WINDOW))
         .fetch_one(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "count new failures"))?;
-    row.try_get(0).map(shared::unsigned).map_err(|error| errors::of_statement(error, "count new failures"))
+        .map_err(|error| errors::from_statement(error, "count new failures"))?;
+    row.try_get(0)
+        .map(shared::unsigned)
+        .map_err(|error| errors::from_statement(error, "count new failures"))
 }
 
 /// Raises an alarm however often it was raised before, unless it is raised still.
-async fn raise_anew(session: &mut Session, step: &Move) -> Result<Option<Notice>> {
+async fn raise_again(session: &mut Session, step: &AlarmUpdate) -> Result<Option<Notice>> {
     let query =
         session.query("select times from oncely.alarm where worker = $1 and kind = $2 and group_id = $3 for update");
     let row = query
@@ -247,8 +321,15 @@ async fn raise_anew(session: &mut Session, step: &Move) -> Result<Option<Notice>
         .bind(shared::group_id(step.group.as_ref()))
         .fetch_optional(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "look up an alarm"))?;
+        .map_err(|error| errors::from_statement(error, "look up an alarm"))?;
     let times: sqlx::Result<Option<i32>> = row.map(|row| row.try_get(0)).transpose();
-    let times = times.map_err(|error| errors::of_statement(error, "look up an alarm"))?;
-    raise(session, &Move { times: times.unwrap_or_default().cast_unsigned(), ..step.clone() }).await
+    let times = times.map_err(|error| errors::from_statement(error, "look up an alarm"))?;
+    raise(
+        session,
+        &AlarmUpdate {
+            times: times.unwrap_or_default().cast_unsigned(),
+            ..step.clone()
+        },
+    )
+    .await
 }

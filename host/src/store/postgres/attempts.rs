@@ -6,7 +6,9 @@ use sqlx::postgres::PgRow;
 
 use super::errors;
 use super::session::Session;
-use crate::store::{AttemptRecord, CountedAttempt, FailedAttempt, Result, StoreError, rows, shared};
+use crate::store::{
+    AttemptRecord, CountedAttempt, FailedAttempt, Result, StoreError, rows, shared,
+};
 
 /// Adds attempts, keeps their records, and returns for each which one of its event it was. Two hosts that count the same event at the same
 /// moment are a conflict.
@@ -15,19 +17,41 @@ pub(super) async fn count(
     worker: &str,
     failed: &[FailedAttempt],
 ) -> Result<Vec<CountedAttempt>> {
-    let event_ids: Vec<&str> = failed.iter().map(|attempt| attempt.event_id.as_str()).collect();
-    let versions: Vec<i32> = failed.iter().map(|attempt| attempt.version.cast_signed()).collect();
-    let codes: Vec<Option<_>> = failed.iter().map(|attempt| attempt.code.as_deref().map(shared::printable)).collect();
-    let errors: Vec<_> = failed.iter().map(|attempt| shared::printable(&attempt.error)).collect();
-    let logs: Vec<_> = failed.iter().map(|attempt| shared::printable(&attempt.logs)).collect();
-    let records: Vec<Option<Vec<u8>>> =
-        failed.iter().map(|attempt| attempt.record.as_ref().map(|record| record.json.to_vec())).collect();
-    let proof = |attempt: &FailedAttempt| attempt.record.as_ref()?.proof.map(Vec::from);
-    let proofs: Vec<Option<Vec<u8>>> = failed.iter().map(proof).collect();
+    let event_ids: Vec<&str> = failed
+        .iter()
+        .map(|attempt| attempt.event_id.as_str())
+        .collect();
+    let versions: Vec<i32> = failed
+        .iter()
+        .map(|attempt| attempt.version.cast_signed())
+        .collect();
+    let codes: Vec<Option<_>> = failed
+        .iter()
+        .map(|attempt| attempt.code.as_deref().map(shared::printable))
+        .collect();
+    let errors: Vec<_> = failed
+        .iter()
+        .map(|attempt| shared::printable(&attempt.error))
+        .collect();
+    let logs: Vec<_> = failed
+        .iter()
+        .map(|attempt| shared::printable(&attempt.logs))
+        .collect();
+    let recordings: Vec<Option<Vec<u8>>> = failed
+        .iter()
+        .map(|attempt| {
+            attempt
+                .recording
+                .as_ref()
+                .map(|recording| recording.json.to_vec())
+        })
+        .collect();
+    let digest = |attempt: &FailedAttempt| attempt.recording.as_ref()?.digest.map(Vec::from);
+    let proofs: Vec<Option<Vec<u8>>> = failed.iter().map(digest).collect();
     let query = session.query(
         "with given as (
              select * from unnest($2::text[], $3::integer[], $4::text[], $5::text[], $6::text[], $7::bytea[], $8::bytea[])
-                 with ordinality as given (event_id, version, code, error, logs, record, proof, place)
+                 with ordinality as given (event_id, version, code, error, logs, recording, digest, place)
          ), counted as (
              select given.*, (pg_catalog.row_number() over (partition by event_id order by place)
                  + (select coalesce(pg_catalog.max(attempt), 0) from oncely.attempt
@@ -37,18 +61,18 @@ pub(super) async fn count(
              insert into oncely.attempt (worker, event_id, attempt, version, code, error, logs)
              select $1, event_id, attempt, version, code, error, logs from counted order by event_id, attempt
          ), last as (
-             select distinct on (event_id) event_id, attempt, proof, record from counted order by event_id, attempt desc
+             select distinct on (event_id) event_id, attempt, digest, recording from counted order by event_id, attempt desc
          ), kept as (
-             insert into oncely.record (worker, event_id, attempt, proof, record)
-             select $1, event_id, attempt, proof, record from last where record is not null order by event_id
+             insert into oncely.recording (worker, event_id, attempt, digest, recording)
+             select $1, event_id, attempt, digest, recording from last where recording is not null order by event_id
              on conflict (worker, event_id) do update
-                 set attempt = excluded.attempt, proof = excluded.proof, record = excluded.record
+                 set attempt = excluded.attempt, digest = excluded.digest, recording = excluded.recording
          ), forgotten as (
-             delete from oncely.record using last
-             where record.worker = $1 and record.event_id = last.event_id and last.record is null
+             delete from oncely.recording using last
+             where recording.worker = $1 and recording.event_id = last.event_id and last.recording is null
          )
-         select counted.attempt, coalesce(before.proof = counted.proof, false) as repeats
-         from counted left join oncely.record as before
+         select counted.attempt, coalesce(before.digest = counted.digest, false) as repeats
+         from counted left join oncely.recording as before
              on before.worker = $1 and before.event_id = counted.event_id and before.attempt = counted.attempt - 1
          order by place",
 
@@ -60,88 +84,126 @@ pub(super) async fn count(
         .bind(codes)
         .bind(errors)
         .bind(logs)
-        .bind(records)
+        .bind(recordings)
         .bind(proofs)
         .fetch_all(session.connection())
         .await
         .map_err(|error| match errors::is_unique_violation(&error) {
-            true => StoreError::Conflict(anyhow::Error::new(error).context("count failed attempts")),
-            false => errors::of_statement(error, "count failed attempts"),
+            true => {
+                StoreError::Conflict(anyhow::Error::new(error).context("count failed attempts"))
+            }
+            false => errors::from_statement(error, "count failed attempts"),
         })?;
     let counted = |row: &PgRow| {
-        Ok(CountedAttempt { attempt: row.try_get::<i32, _>(0)?.cast_unsigned(), repeats: row.try_get(1)? })
+        Ok(CountedAttempt {
+            attempt: row.try_get::<i32, _>(0)?.cast_unsigned(),
+            is_repeat: row.try_get(1)?,
+        })
     };
     let counts: sqlx::Result<Vec<CountedAttempt>> = rows.iter().map(counted).collect();
-    counts.map_err(|error| errors::of_statement(error, "read the count of attempts"))
+    counts.map_err(|error| errors::from_statement(error, "read the count of attempts"))
 }
 
 /// Forgets the records of attempts at these events.
-pub(super) async fn forget_records(session: &mut Session, worker: &str, event_ids: &[String]) -> Result<()> {
-    let query = session.query("delete from oncely.record where worker = $1 and event_id = any($2)");
+pub(super) async fn delete_recordings(
+    session: &mut Session,
+    worker: &str,
+    event_ids: &[String],
+) -> Result<()> {
+    let query =
+        session.query("delete from oncely.recording where worker = $1 and event_id = any($2)");
     query
         .bind(worker)
         .bind(event_ids)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "forget the records of attempts"))?;
+        .map_err(|error| errors::from_statement(error, "forget the records of attempts"))?;
     Ok(())
 }
 
 /// Forgets the records of the events of these letters.
-pub(super) async fn forget_records_of_letters(session: &mut Session, letters: &[i64]) -> Result<()> {
+pub(super) async fn delete_recordings_of_dead_letters(
+    session: &mut Session,
+    dead_letters: &[i64],
+) -> Result<()> {
     let query = session.query(
-        "delete from oncely.record using oncely.dead_letter as letter
-         where letter.id = any($1) and letter.reason <> 'id-reuse'
-             and record.worker = letter.worker and record.event_id = letter.event_id",
+        "delete from oncely.recording using oncely.dead_letter
+         where dead_letter.id = any($1) and dead_letter.reason <> 'id-reuse'
+             and recording.worker = dead_letter.worker and recording.event_id = dead_letter.event_id",
     );
     query
-        .bind(letters)
+        .bind(dead_letters)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "forget the records of attempts"))?;
+        .map_err(|error| errors::from_statement(error, "forget the records of attempts"))?;
     Ok(())
 }
 
 /// The record of an event's last attempt.
-pub(super) async fn record(session: &mut Session, worker: &str, event_id: &str) -> Result<Option<Bytes>> {
-    let doing = |error| errors::of_statement(error, "read the record of an attempt");
-    let query = session.query("select record from oncely.record where worker = $1 and event_id = $2");
-    let row = query.bind(worker).bind(event_id).fetch_optional(session.connection()).await.map_err(doing)?;
-    let record: Option<Vec<u8>> = row.map(|row| row.try_get(0)).transpose().map_err(doing)?;
-    Ok(record.map(Bytes::from))
+pub(super) async fn recording(
+    session: &mut Session,
+    worker: &str,
+    event_id: &str,
+) -> Result<Option<Bytes>> {
+    let context = |error| errors::from_statement(error, "read the record of an attempt");
+    let query =
+        session.query("select recording from oncely.recording where worker = $1 and event_id = $2");
+    let row = query
+        .bind(worker)
+        .bind(event_id)
+        .fetch_optional(session.connection())
+        .await
+        .map_err(context)?;
+    let recording: Option<Vec<u8>> = row.map(|row| row.try_get(0)).transpose().map_err(context)?;
+    Ok(recording.map(Bytes::from))
 }
 
 /// Notes that a message is about to be handled alone; returns how often that was noted before and not taken back.
-pub(super) async fn note_unfinished(session: &mut Session, worker: &str, event_id: &str) -> Result<u32> {
+pub(super) async fn write_crash_marker(
+    session: &mut Session,
+    worker: &str,
+    event_id: &str,
+) -> Result<u32> {
     let query = session.query(
-        "insert into oncely.unfinished (worker, event_id, times) values ($1, $2, 1)
-         on conflict (worker, event_id) do update set times = unfinished.times + 1
-         returning times - 1",
+        "insert into oncely.crash_marker (worker, event_id, starts) values ($1, $2, 1)
+         on conflict (worker, event_id) do update set starts = crash_marker.starts + 1
+         returning starts - 1",
     );
     let row = query
         .bind(worker)
         .bind(event_id)
         .fetch_one(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "note an unfinished message"))?;
-    let before: i32 = row.try_get(0).map_err(|error| errors::of_statement(error, "read an unfinished message"))?;
+        .map_err(|error| errors::from_statement(error, "note an unfinished message"))?;
+    let before: i32 = row
+        .try_get(0)
+        .map_err(|error| errors::from_statement(error, "read an unfinished message"))?;
     Ok(before.cast_unsigned())
 }
 
 /// Takes the note back.
-pub(super) async fn take_back_unfinished(session: &mut Session, worker: &str, event_id: &str) -> Result<()> {
-    let query = session.query("delete from oncely.unfinished where worker = $1 and event_id = $2");
+pub(super) async fn clear_crash_marker(
+    session: &mut Session,
+    worker: &str,
+    event_id: &str,
+) -> Result<()> {
+    let query =
+        session.query("delete from oncely.crash_marker where worker = $1 and event_id = $2");
     query
         .bind(worker)
         .bind(event_id)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "take back an unfinished message"))?;
+        .map_err(|error| errors::from_statement(error, "take back an unfinished message"))?;
     Ok(())
 }
 
 /// All attempts at an event, first to last.
-pub(super) async fn of_event(session: &mut Session, worker: &str, event_id: &str) -> Result<Vec<AttemptRecord>> {
+pub(super) async fn for_event(
+    session: &mut Session,
+    worker: &str,
+    event_id: &str,
+) -> Result<Vec<AttemptRecord>> {
     let query = session.query(
         "select attempt, version, code, error, logs, (extract(epoch from at) * 1000000)::bigint as at
          from oncely.attempt where worker = $1 and event_id = $2 order by attempt",
@@ -151,6 +213,6 @@ pub(super) async fn of_event(session: &mut Session, worker: &str, event_id: &str
         .bind(event_id)
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "read attempts"))?;
+        .map_err(|error| errors::from_statement(error, "read attempts"))?;
     Ok(rows::list(&rows, rows::attempt))
 }

@@ -6,19 +6,21 @@ use anyhow::anyhow;
 use sqlx::{AssertSqlSafe, Row, raw_sql};
 
 use super::errors;
+use super::privileges::Login;
 use super::session::Session;
-use super::wall::Login;
 use crate::model::sql::SqlError;
 use crate::store::{DeploymentRecord, Result, StoreError, WorkerMigration, rows, shared};
 
 pub(super) async fn put_component(session: &mut Session, digest: &str, wasm: &[u8]) -> Result<()> {
-    let query = session.query("insert into oncely.component (digest, wasm) values ($1, $2) on conflict do nothing");
+    let query = session.query(
+        "insert into oncely.component (digest, wasm) values ($1, $2) on conflict do nothing",
+    );
     query
         .bind(digest)
         .bind(wasm)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "keep a component"))?;
+        .map_err(|error| errors::from_statement(error, "keep a component"))?;
     Ok(())
 }
 
@@ -28,8 +30,10 @@ pub(super) async fn component(session: &mut Session, digest: &str) -> Result<Opt
         .bind(digest)
         .fetch_optional(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "read a component"))?;
-    row.map(|row| row.try_get(0)).transpose().map_err(|error| errors::of_statement(error, "read a component"))
+        .map_err(|error| errors::from_statement(error, "read a component"))?;
+    row.map(|row| row.try_get(0))
+        .transpose()
+        .map_err(|error| errors::from_statement(error, "read a component"))
 }
 
 /// Runs the migrations that are due, writes the next deployment and activates it. Deployments of one worker wait for
@@ -42,12 +46,13 @@ pub(super) async fn deploy(
     manifest: &str,
     migrations: &[WorkerMigration],
 ) -> Result<DeploymentRecord> {
-    let query = session.query("select pg_advisory_xact_lock(hashtextextended('oncely deploys ' || $1, 0))");
+    let query =
+        session.query("select pg_advisory_xact_lock(hashtextextended('oncely deploys ' || $1, 0))");
     query
         .bind(worker)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "wait for other deployments"))?;
+        .map_err(|error| errors::from_statement(error, "wait for other deployments"))?;
     let applied = applied_migrations(session, worker).await?;
     for (migration, sha256) in shared::due_worker_migrations(worker, migrations, &applied)? {
         run_migration(session, login, worker, migration, &sha256).await?;
@@ -63,18 +68,28 @@ pub(super) async fn due_migrations(
     worker: &str,
     migrations: &[WorkerMigration],
 ) -> Result<Vec<String>> {
-    shared::due_migration_names(worker, migrations, &applied_migrations(session, worker).await?)
+    shared::due_migration_names(
+        worker,
+        migrations,
+        &applied_migrations(session, worker).await?,
+    )
 }
 
-async fn applied_migrations(session: &mut Session, worker: &str) -> Result<HashMap<String, Vec<u8>>> {
+async fn applied_migrations(
+    session: &mut Session,
+    worker: &str,
+) -> Result<HashMap<String, Vec<u8>>> {
     let query = session.query("select name, sha256 from oncely.worker_migration where worker = $1");
     let rows = query
         .bind(worker)
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "read which migrations ran"))?;
-    let applied: sqlx::Result<_> = rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect();
-    applied.map_err(|error| errors::of_statement(error, "read which migrations ran"))
+        .map_err(|error| errors::from_statement(error, "read which migrations ran"))?;
+    let applied: sqlx::Result<_> = rows
+        .iter()
+        .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
+        .collect();
+    applied.map_err(|error| errors::from_statement(error, "read which migrations ran"))
 }
 
 /// Runs a migration in the app's schema; what it makes belongs to the app's owner, not to the host.
@@ -86,45 +101,62 @@ async fn run_migration(
     sha256: &[u8],
 ) -> Result<()> {
     let become_owner = login.map(Login::become_owner).unwrap_or_default();
-    let in_schema = format!("{become_owner} set local search_path = app_default; {}", migration.sql);
-    if let Err(error) = raw_sql(AssertSqlSafe(in_schema)).execute(session.connection()).await {
-        return Err(match errors::of_guest(error)? {
+    let in_schema = format!(
+        "{become_owner} set local search_path = app_default; {}",
+        migration.sql
+    );
+    if let Err(error) = raw_sql(AssertSqlSafe(in_schema))
+        .execute(session.connection())
+        .await
+    {
+        return Err(match errors::from_guest_statement(error)? {
             error @ SqlError::Conflict(_) => StoreError::Conflict(anyhow!("{error}")),
             error => shared::migration_failed(migration, anyhow!("{error}")),
         });
     }
-    let is_still_ours =
-        session.is_still_ours().await.map_err(|error| errors::of_statement(error, "look at the transaction"))?;
-    if !is_still_ours {
+    let is_same_transaction = session
+        .is_same_transaction()
+        .await
+        .map_err(|error| errors::from_statement(error, "look at the transaction"))?;
+    if !is_same_transaction {
         return Err(shared::migration_ends_transaction(migration));
     }
     raw_sql("set local role none")
         .execute(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "become the host again"))?;
-    let query = session.query("insert into oncely.worker_migration (worker, name, sha256) values ($1, $2, $3)");
+        .map_err(|error| errors::from_statement(error, "become the host again"))?;
+    let query = session
+        .query("insert into oncely.worker_migration (worker, name, sha256) values ($1, $2, $3)");
     query
         .bind(worker)
         .bind(&migration.name)
         .bind(sha256)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "record a migration"))?;
+        .map_err(|error| errors::from_statement(error, "record a migration"))?;
     Ok(())
 }
 
-async fn insert(session: &mut Session, worker: &str, digest: &str, manifest: &str) -> Result<DeploymentRecord> {
+async fn insert(
+    session: &mut Session,
+    worker: &str,
+    digest: &str,
+    manifest: &str,
+) -> Result<DeploymentRecord> {
     let query = session.query(
         "insert into oncely.deployment (worker, version, digest, manifest)
          select $1, coalesce(pg_catalog.max(version), 0) + 1, $2, $3 from oncely.deployment where worker = $1
          returning worker, version, digest, manifest, (extract(epoch from created_at) * 1000000)::bigint as created_at",
     );
-    let row =
-        query.bind(worker).bind(digest).bind(manifest).fetch_one(session.connection()).await.map_err(|error| {
-            match errors::is_foreign_key_violation(&error) {
-                true => shared::component_missing(digest),
-                false => errors::of_statement(error, "write a deployment"),
-            }
+    let row = query
+        .bind(worker)
+        .bind(digest)
+        .bind(manifest)
+        .fetch_one(session.connection())
+        .await
+        .map_err(|error| match errors::is_foreign_key_violation(&error) {
+            true => shared::component_missing(digest),
+            false => errors::from_statement(error, "write a deployment"),
         })?;
     rows::deployment(&row)
 }
@@ -139,7 +171,7 @@ async fn activate_version(session: &mut Session, worker: &str, version: u32) -> 
         .bind(version.cast_signed())
         .execute(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "activate a deployment"))?;
+        .map_err(|error| errors::from_statement(error, "activate a deployment"))?;
     Ok(())
 }
 
@@ -147,10 +179,16 @@ async fn activate_version(session: &mut Session, worker: &str, version: u32) -> 
 pub(super) async fn retire(session: &mut Session, worker: &str) -> Result<()> {
     let query = session.query("delete from oncely.worker where name = $1");
     let retired = query.bind(worker).execute(session.connection()).await;
-    retired.map(|_| ()).map_err(|error| errors::of_statement(error, "retire a worker"))
+    retired
+        .map(|_| ())
+        .map_err(|error| errors::from_statement(error, "retire a worker"))
 }
 
-pub(super) async fn activate(session: &mut Session, worker: &str, version: u32) -> Result<Option<DeploymentRecord>> {
+pub(super) async fn activate(
+    session: &mut Session,
+    worker: &str,
+    version: u32,
+) -> Result<Option<DeploymentRecord>> {
     let query = session.query(
         "select worker, version, digest, manifest, (extract(epoch from created_at) * 1000000)::bigint as created_at
          from oncely.deployment where worker = $1 and version = $2",
@@ -160,7 +198,7 @@ pub(super) async fn activate(session: &mut Session, worker: &str, version: u32) 
         .bind(version.cast_signed())
         .fetch_optional(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "find a deployment"))?;
+        .map_err(|error| errors::from_statement(error, "find a deployment"))?;
     let Some(row) = row else { return Ok(None) };
     activate_version(session, worker, version).await?;
     rows::deployment(&row).map(Some)
@@ -178,7 +216,7 @@ pub(super) async fn active(session: &mut Session) -> Result<Vec<DeploymentRecord
     let rows = query
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "read active deployments"))?;
+        .map_err(|error| errors::from_statement(error, "read active deployments"))?;
     rows.iter().map(rows::deployment).collect()
 }
 
@@ -190,14 +228,17 @@ pub(super) async fn newest(session: &mut Session) -> Result<Vec<DeploymentRecord
          from oncely.deployment order by worker, version desc",
     );
     let rows = query.fetch_all(session.connection()).await;
-    rows.map_err(|error| errors::of_statement(error, "read the newest deployments"))?
+    rows.map_err(|error| errors::from_statement(error, "read the newest deployments"))?
         .iter()
         .map(rows::deployment)
         .collect()
 }
 
 /// All deployments of a worker, newest first.
-pub(super) async fn of_worker(session: &mut Session, worker: &str) -> Result<Vec<DeploymentRecord>> {
+pub(super) async fn for_worker(
+    session: &mut Session,
+    worker: &str,
+) -> Result<Vec<DeploymentRecord>> {
     let query = session.query(
         "select worker, version, digest, manifest, (extract(epoch from created_at) * 1000000)::bigint as created_at
          from oncely.deployment where worker = $1 order by version desc",
@@ -206,6 +247,6 @@ pub(super) async fn of_worker(session: &mut Session, worker: &str) -> Result<Vec
         .bind(worker)
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "read deployments"))?;
+        .map_err(|error| errors::from_statement(error, "read deployments"))?;
     rows.iter().map(rows::deployment).collect()
 }

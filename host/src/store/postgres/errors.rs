@@ -20,38 +20,53 @@ const FEATURE_NOT_SUPPORTED: &str = "0A000";
 const PROTOCOL_VIOLATION: &str = "08P01";
 const NO_PREPARED_STATEMENT: &str = "26000";
 /// The server's function that finds that a prepared statement does not fit the tables any more.
-const CHECKS_PLANS: &str = "RevalidateCachedQuery";
+const PLAN_REVALIDATION: &str = "RevalidateCachedQuery";
 /// The one that binds parameters to a prepared statement.
-const BINDS: &str = "exec_bind_message";
+const BIND_FUNCTION: &str = "exec_bind_message";
 /// Those with which the procedural languages raise what their functions ask for, with any code.
-const RAISES: [&str; 7] =
-    ["exec_stmt_raise", "PLy_output", "PLy_elog", "PLy_elog_impl", "do_util_elog", "croak_cstr", "throw_tcl_error"];
+const RAISE_FUNCTIONS: [&str; 7] = [
+    "exec_stmt_raise",
+    "PLy_output",
+    "PLy_elog",
+    "PLy_elog_impl",
+    "do_util_elog",
+    "croak_cstr",
+    "throw_tcl_error",
+];
 /// How the names of our prepared statements begin.
-const NAMED_BY_US: &str = "sqlx_s_";
+const STATEMENT_NAME_PREFIX: &str = "sqlx_s_";
 /// Our own, from the migrations: the token does not fit the transaction, or somebody else commits it.
-const NOT_THE_HOST: [&str; 2] = ["ONC01", "ONC02"];
+const TOKEN_REFUSED: [&str; 2] = ["ONC01", "ONC02"];
 /// Our own, too: a statement changed the session's encoding; the host holds a key of the door that was renewed.
-const OTHER_ENCODING: &str = "ONC03";
+const ENCODING_CHANGED: &str = "ONC03";
 const RENEWED_KEY: &str = "ONC04";
 
 /// The error of a statement of our own.
-pub(super) fn of_statement(error: Error, doing: &'static str) -> StoreError {
+pub(super) fn from_statement(error: Error, context: &'static str) -> StoreError {
     let code = code(&error).to_owned();
-    let cause = advise(anyhow::Error::new(error), &code).context(doing);
+    let cause = with_pooler_hint(anyhow::Error::new(error), &code).context(context);
     match code.as_str() {
         code if is_conflict(code) => StoreError::Conflict(cause),
         IN_FAILED_TRANSACTION => StoreError::Refused(cause),
-        code if NOT_THE_HOST.contains(&code) => StoreError::Refused(cause.context("a statement ended the transaction")),
-        OTHER_ENCODING => StoreError::Refused(cause),
+        code if TOKEN_REFUSED.contains(&code) => {
+            StoreError::Refused(cause.context("a statement ended the transaction"))
+        }
+        ENCODING_CHANGED => StoreError::Refused(cause),
         _ => StoreError::Unavailable(cause),
     }
 }
 
 /// The error of a statement of our own that writes what a guest gave: a value that our tables refuse is the guest's doing.
-pub(super) fn of_guests_values(error: StoreError) -> StoreError {
-    let StoreError::Unavailable(cause) = error else { return error };
+pub(super) fn from_guest_values(error: StoreError) -> StoreError {
+    let StoreError::Unavailable(cause) = error else {
+        return error;
+    };
     // Values that are no values of their type, violated constraints, and values that are too large for an index.
-    let is_of_value = |error: &Error| ["22", "23", "54"].iter().any(|class| code(error).starts_with(class));
+    let is_of_value = |error: &Error| {
+        ["22", "23", "54"]
+            .iter()
+            .any(|class| code(error).starts_with(class))
+    };
     match cause.downcast_ref::<Error>() {
         Some(error) if is_of_value(error) => StoreError::Refused(cause),
         _ => StoreError::Unavailable(cause),
@@ -59,28 +74,36 @@ pub(super) fn of_guests_values(error: StoreError) -> StoreError {
 }
 
 /// The error of a savepoint: one that is not there went with the transaction that a guest's statement ended.
-pub(super) fn of_savepoint(error: Error, doing: &'static str) -> StoreError {
+pub(super) fn from_savepoint(error: Error, context: &'static str) -> StoreError {
     match code(&error) {
-        NO_SAVEPOINT | NO_TRANSACTION => StoreError::Refused(anyhow::Error::new(error).context(doing)),
-        _ => of_statement(error, doing),
+        NO_SAVEPOINT | NO_TRANSACTION => {
+            StoreError::Refused(anyhow::Error::new(error).context(context))
+        }
+        _ => from_statement(error, context),
     }
 }
 
 /// The error of a commit of what guests did: what the server refused for their doing took no effect, anything else may have.
 /// A deferred trigger may fail with any code.
-pub(super) fn of_guests_commit(error: Error) -> StoreError {
+pub(super) fn from_guest_commit(error: Error) -> StoreError {
     let refusal = match code(&error) {
         // A trigger may say so, too.
         RENEWED_KEY => {
-            return StoreError::Unavailable(anyhow::Error::new(error).context("commit").context(BrokenStatement));
+            return StoreError::Unavailable(
+                anyhow::Error::new(error)
+                    .context("commit")
+                    .context(BrokenStatement),
+            );
         }
-        code if NOT_THE_HOST.contains(&code) => "a statement ended the transaction",
+        code if TOKEN_REFUSED.contains(&code) => "a statement ended the transaction",
         _ if is_raised(&error) => "a deferred trigger failed",
         QUERY_CANCELED if !is_fatal(&error) => "its deferred triggers took too long",
-        code if is_conflict(code) || is_house(&error) => return of_statement(error, "commit"),
+        code if is_conflict(code) || is_server_failure(&error) => {
+            return from_statement(error, "commit");
+        }
         DIVISION_BY_ZERO if !is_in_function(&error) => "a statement ended the transaction",
         IN_FAILED_TRANSACTION => "a statement of the transaction failed",
-        "" => return of_statement(error, "commit"),
+        "" => return from_statement(error, "commit"),
         code if code.starts_with("23") => "a deferred constraint is violated",
         _ => "a deferred trigger failed",
     };
@@ -88,14 +111,14 @@ pub(super) fn of_guests_commit(error: Error) -> StoreError {
 }
 
 /// The error of a guest's statement: the outer one is the house's, the inner one the guest's to see.
-pub(super) fn of_guest(error: Error) -> Result<SqlError, StoreError> {
+pub(super) fn from_guest_statement(error: Error) -> Result<SqlError, StoreError> {
     let Some(database) = database_error(&error) else {
         return match error {
-            Error::TypeNotFound { type_name } => {
-                Ok(SqlError::UnsupportedType(format!("there is no type `{type_name}`")))
-            }
+            Error::TypeNotFound { type_name } => Ok(SqlError::UnsupportedType(format!(
+                "there is no type `{type_name}`"
+            ))),
             Error::Encode(cause) => Ok(SqlError::InvalidParameter(cause.to_string())),
-            error => Err(of_statement(error, "run a guest's statement")),
+            error => Err(from_statement(error, "run a guest's statement")),
         };
     };
     let said = DatabaseError {
@@ -103,9 +126,9 @@ pub(super) fn of_guest(error: Error) -> Result<SqlError, StoreError> {
         message: database.message().to_owned(),
         constraint: database.constraint().map(str::to_owned),
     };
-    let binds = database.routine() == Some(BINDS);
+    let binds = database.routine() == Some(BIND_FUNCTION);
     Ok(match said.code.as_str() {
-        code if NOT_THE_HOST.contains(&code) => SqlError::NotAllowed(said.message),
+        code if TOKEN_REFUSED.contains(&code) => SqlError::NotAllowed(said.message),
         code if is_raised(&error) && code.starts_with("23") => SqlError::ConstraintViolation(said),
         _ if is_raised(&error) => SqlError::QueryFailed(said),
         PROTOCOL_VIOLATION if binds => SqlError::InvalidParameter(said.message),
@@ -123,10 +146,10 @@ pub(super) fn of_guest(error: Error) -> Result<SqlError, StoreError> {
         IN_FAILED_TRANSACTION => SqlError::TransactionFailed(said.message),
         code if is_conflict(code) => SqlError::Conflict(said),
         // The name is the same in every language.
-        code if is_pooler_trouble(code) && !is_in_function(&error) && said.message.contains(NAMED_BY_US) => {
-            return Err(of_statement(error, "run a guest's statement"));
+        code if is_pooler_error(code) && !is_in_function(&error) && said.message.contains(STATEMENT_NAME_PREFIX) => {
+            return Err(from_statement(error, "run a guest's statement"));
         }
-        _ if is_house(&error) => return Err(of_statement(error, "run a guest's statement")),
+        _ if is_server_failure(&error) => return Err(from_statement(error, "run a guest's statement")),
         code if code.starts_with("23") => SqlError::ConstraintViolation(said),
         _ => SqlError::QueryFailed(said),
     })
@@ -134,8 +157,12 @@ pub(super) fn of_guest(error: Error) -> Result<SqlError, StoreError> {
 
 /// Whether the host holds a key of the door that was renewed.
 pub(super) fn is_renewed_key(error: &StoreError) -> bool {
-    let StoreError::Unavailable(cause) = error else { return false };
-    cause.downcast_ref::<Error>().is_some_and(|error| code(error) == RENEWED_KEY)
+    let StoreError::Unavailable(cause) = error else {
+        return false;
+    };
+    cause
+        .downcast_ref::<Error>()
+        .is_some_and(|error| code(error) == RENEWED_KEY)
 }
 
 /// Whether the connection, not the statement, is what failed: nothing was begun, another connection may do.
@@ -168,13 +195,19 @@ pub(super) fn is_foreign_key_violation(error: &Error) -> bool {
 /// the function that raised it may mean another unsupported feature: then the connection is replaced for nothing.
 pub(super) fn is_stale_plan(error: &Error) -> bool {
     database_error(error).is_some_and(|error| {
-        error.code() == FEATURE_NOT_SUPPORTED && error.routine().is_none_or(|routine| routine == CHECKS_PLANS)
+        error.code() == FEATURE_NOT_SUPPORTED
+            && error
+                .routine()
+                .is_none_or(|routine| routine == PLAN_REVALIDATION)
     })
 }
 
 /// Whether a function that a worker may have written raised it: then its code says nothing.
 fn is_raised(error: &Error) -> bool {
-    !is_fatal(error) && database_error(error).and_then(PgDatabaseError::routine).is_some_and(|by| RAISES.contains(&by))
+    !is_fatal(error)
+        && database_error(error)
+            .and_then(PgDatabaseError::routine)
+            .is_some_and(|by| RAISE_FUNCTIONS.contains(&by))
 }
 
 /// Whether it came up inside a function, and not in the statement itself.
@@ -188,19 +221,23 @@ fn is_conflict(code: &str) -> bool {
 
 /// Whether the server is in trouble: it ends the connection, or has too few resources or a broken disk. All other codes can be a
 /// statement's own doing.
-fn is_house(error: &Error) -> bool {
+fn is_server_failure(error: &Error) -> bool {
     let code = code(error);
     // A pooler names no function of the server; the server always does.
-    let is_poolers = code.starts_with("08") && database_error(error).is_some_and(|error| error.routine().is_none());
-    is_fatal(error) || is_poolers || (code.starts_with("53") && code != "53400") || code.starts_with("58")
+    let is_from_pooler = code.starts_with("08")
+        && database_error(error).is_some_and(|error| error.routine().is_none());
+    is_fatal(error)
+        || is_from_pooler
+        || (code.starts_with("53") && code != "53400")
+        || code.starts_with("58")
 }
 
-fn is_pooler_trouble(code: &str) -> bool {
+fn is_pooler_error(code: &str) -> bool {
     matches!(code, NO_PREPARED_STATEMENT | "42P05")
 }
 
-fn advise(cause: anyhow::Error, code: &str) -> anyhow::Error {
-    if is_pooler_trouble(code) {
+fn with_pooler_hint(cause: anyhow::Error, code: &str) -> anyhow::Error {
+    if is_pooler_error(code) {
         return cause.context(anyhow!(
             "prepared statements do not work here; behind a pooler, end the database URL in ?statement-cache-capacity=0"
         ));
@@ -209,7 +246,8 @@ fn advise(cause: anyhow::Error, code: &str) -> anyhow::Error {
 }
 
 fn is_fatal(error: &Error) -> bool {
-    database_error(error).is_some_and(|error| matches!(error.severity(), PgSeverity::Fatal | PgSeverity::Panic))
+    database_error(error)
+        .is_some_and(|error| matches!(error.severity(), PgSeverity::Fatal | PgSeverity::Panic))
 }
 
 fn code(error: &Error) -> &str {
@@ -217,5 +255,7 @@ fn code(error: &Error) -> &str {
 }
 
 fn database_error(error: &Error) -> Option<&PgDatabaseError> {
-    error.as_database_error().and_then(|error| error.try_downcast_ref())
+    error
+        .as_database_error()
+        .and_then(|error| error.try_downcast_ref())
 }

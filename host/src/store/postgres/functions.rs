@@ -15,37 +15,45 @@ use crate::model::sql::{Function, Functions};
 use crate::store::Result;
 
 /// For how long the functions are not read again.
-const FRESH: Duration = Duration::from_secs(30);
+const REFRESH_AFTER: Duration = Duration::from_secs(30);
 
 /// For how long they are used when they cannot be read again.
-const USABLE: Duration = Duration::from_secs(300);
+const USABLE_FOR: Duration = Duration::from_secs(300);
 
 /// The functions, and when they were read.
-type Held = Option<(Arc<Functions>, Instant)>;
+type CachedFunctions = Option<(Arc<Functions>, Instant)>;
 
 #[derive(Clone)]
 pub(super) struct Catalog {
-    house: Sessions,
-    held: Arc<RwLock<Held>>,
+    platform: Sessions,
+    cached: Arc<RwLock<CachedFunctions>>,
     /// Held by the one that reads them again.
-    reading: Arc<Mutex<()>>,
+    refreshing: Arc<Mutex<()>>,
 }
 
 impl Catalog {
-    pub(super) fn new(house: Sessions) -> Self {
-        Catalog { house, held: Arc::default(), reading: Arc::default() }
+    pub(super) fn new(platform: Sessions) -> Self {
+        Catalog {
+            platform,
+            cached: Arc::default(),
+            refreshing: Arc::default(),
+        }
     }
 
     /// The functions as they were half a minute ago at the most, or a moment longer while they are read again.
     pub(super) async fn current(&self) -> Result<Arc<Functions>> {
-        let held = self.held.read().await.clone();
-        let Some((functions, read_at)) = held else { return self.first().await };
-        if read_at.elapsed() < FRESH {
+        let cached = self.cached.read().await.clone();
+        let Some((functions, read_at)) = cached else {
+            return self.load_first().await;
+        };
+        if read_at.elapsed() < REFRESH_AFTER {
             return Ok(functions);
         }
-        let Ok(_reading) = self.reading.try_lock() else { return Ok(functions) };
+        let Ok(_refreshing) = self.refreshing.try_lock() else {
+            return Ok(functions);
+        };
         match self.read().await {
-            Err(error) if read_at.elapsed() < USABLE => {
+            Err(error) if read_at.elapsed() < USABLE_FOR => {
                 tracing::debug!(error = %format!("{:#}", anyhow::Error::from(error)), "failed to read the functions again");
                 Ok(functions)
             }
@@ -53,22 +61,23 @@ impl Catalog {
         }
     }
 
-    async fn first(&self) -> Result<Arc<Functions>> {
-        let _reading = self.reading.lock().await;
-        let held = self.held.read().await.clone();
-        match held {
+    async fn load_first(&self) -> Result<Arc<Functions>> {
+        let _refreshing = self.refreshing.lock().await;
+        let cached = self.cached.read().await.clone();
+        match cached {
             Some((functions, _)) => Ok(functions),
             None => self.read().await,
         }
     }
 
     async fn read(&self) -> Result<Arc<Functions>> {
-        let mut session = self.house.begin(Purpose::Read).await?;
+        let mut session = self.platform.begin(Purpose::Read).await?;
         let functions = read(&mut session).await;
-        let functions = functions.map_err(|error| errors::of_statement(error, "read the server's functions"));
+        let functions =
+            functions.map_err(|error| errors::from_statement(error, "read the server's functions"));
         let functions = Arc::new(functions?);
         session.commit().await?;
-        *self.held.write().await = Some((Arc::clone(&functions), Instant::now()));
+        *self.cached.write().await = Some((Arc::clone(&functions), Instant::now()));
         Ok(functions)
     }
 }
@@ -84,15 +93,22 @@ async fn read(session: &mut Session) -> sqlx::Result<Functions> {
                  and refclassid = 'pg_extension'::regclass
              left join pg_extension on pg_extension.oid = refobjid",
     );
-    let functions: Vec<Function> =
-        query.fetch_all(session.connection()).await?.iter().map(function).collect::<sqlx::Result<_>>()?;
+    let functions: Vec<Function> = query
+        .fetch_all(session.connection())
+        .await?
+        .iter()
+        .map(function)
+        .collect::<sqlx::Result<_>>()?;
     let query = session.query(
         "select distinct oprname::text from pg_operator join pg_proc on pg_proc.oid = oprcode
              join pg_language on pg_language.oid = prolang join pg_namespace on pg_namespace.oid = oprnamespace
          where provolatile = 'v' and nspname in ('pg_catalog', 'app_default') and lanname in ('c', 'internal')",
     );
     let operators = query.fetch_all(session.connection()).await?;
-    let operators = operators.iter().map(|row| row.try_get(0)).collect::<sqlx::Result<_>>()?;
+    let operators = operators
+        .iter()
+        .map(|row| row.try_get(0))
+        .collect::<sqlx::Result<_>>()?;
     Ok(Functions::new(&functions, operators))
 }
 
@@ -103,6 +119,6 @@ fn function(row: &PgRow) -> sqlx::Result<Function> {
         is_volatile: row.try_get("is_volatile")?,
         extension: row.try_get("extension")?,
         is_native: row.try_get("is_native")?,
-        takes_one: row.try_get("takes_one")?,
+        takes_one_argument: row.try_get("takes_one")?,
     })
 }

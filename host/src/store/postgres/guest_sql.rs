@@ -10,7 +10,9 @@ use sqlx::{Arguments, Column, Either, Executor, Row};
 use super::errors;
 use super::guest_values::{self, Parameter};
 use super::session::{Purpose, Session, Sessions};
-use crate::model::sql::{self, Dialect, Facts, Functions, Rows, SqlError, SqlLimits, Value};
+use crate::model::sql::{
+    self, Dialect, Functions, Rows, SqlError, SqlLimits, StatementFacts, Value,
+};
 use crate::store::{BrokenStatement, Result, StoreError};
 
 /// How long after its time a statement that the server did not end is ended by the host.
@@ -22,7 +24,7 @@ pub(super) struct Guests {
     /// The functions that the filter lets them call; none when they are not filtered.
     pub functions: Option<Arc<Functions>>,
     /// Where the platform's own transactions come from.
-    pub house: Sessions,
+    pub platform: Sessions,
     /// Where guests' own come from.
     pub sessions: Sessions,
 }
@@ -31,11 +33,11 @@ pub(super) struct Guests {
 struct Prepared {
     text: String,
     arguments: PgArguments,
-    facts: Facts,
+    facts: StatementFacts,
 }
 
 /// How a guest's statement ended.
-pub(super) enum Outcome<T> {
+pub(super) enum StatementOutcome<T> {
     Done(T),
     /// It did not reach the database.
     NotRun(SqlError),
@@ -43,7 +45,7 @@ pub(super) enum Outcome<T> {
     Failed(SqlError),
     /// It failed in a way that leaves the connection unfit for further use: what it returned was not read to the end,
     /// or it was prepared for tables that have changed.
-    Spoilt(SqlError),
+    ConnectionBroken(SqlError),
 }
 
 pub(super) async fn query(
@@ -52,12 +54,17 @@ pub(super) async fn query(
     statement: &str,
     params: &[Value],
     limits: SqlLimits,
-) -> Result<Outcome<Rows>> {
-    let Prepared { text, arguments, .. } = match prepare(guests, statement, params).await {
+) -> Result<StatementOutcome<Rows>> {
+    let Prepared {
+        text, arguments, ..
+    } = match prepare(guests, statement, params).await {
         Ok(prepared) => prepared,
-        Err(error) => return Ok(Outcome::NotRun(error)),
+        Err(error) => return Ok(StatementOutcome::NotRun(error)),
     };
-    watched(session, guests, async |session| fetch(session, text, arguments, limits).await).await
+    run_with_deadline(session, guests, async |session| {
+        fetch(session, text, arguments, limits).await
+    })
+    .await
 }
 
 pub(super) async fn execute(
@@ -65,27 +72,34 @@ pub(super) async fn execute(
     guests: &Guests,
     statement: &str,
     params: &[Value],
-) -> Result<Outcome<u64>> {
-    let Prepared { text, arguments, facts } = match prepare(guests, statement, params).await {
+) -> Result<StatementOutcome<u64>> {
+    let Prepared {
+        text,
+        arguments,
+        facts,
+    } = match prepare(guests, statement, params).await {
         Ok(prepared) => prepared,
-        Err(error) => return Ok(Outcome::NotRun(error)),
+        Err(error) => return Ok(StatementOutcome::NotRun(error)),
     };
-    let run =
-        async |session: &mut Session| match session.guest_query(text, arguments).execute(session.connection()).await {
-            Ok(result) if facts.changes_rows => Ok(Outcome::Done(result.rows_affected())),
-            Ok(_) => Ok(Outcome::Done(0)),
-            Err(error) => failed(error),
-        };
-    watched(session, guests, run).await
+    let run = async |session: &mut Session| match session
+        .guest_query(text, arguments)
+        .execute(session.connection())
+        .await
+    {
+        Ok(result) if facts.changes_rows => Ok(StatementOutcome::Done(result.rows_affected())),
+        Ok(_) => Ok(StatementOutcome::Done(0)),
+        Err(error) => failed(error),
+    };
+    run_with_deadline(session, guests, run).await
 }
 
 /// Runs a statement, and ends the server's process when it does not come back: the server's own limit is a setting of
 /// the session, which a statement could change. The statement's future is never dropped.
-async fn watched<T>(
+async fn run_with_deadline<T>(
     session: &mut Session,
     guests: &Guests,
-    run: impl AsyncFnOnce(&mut Session) -> Result<Outcome<T>>,
-) -> Result<Outcome<T>> {
+    run: impl AsyncFnOnce(&mut Session) -> Result<StatementOutcome<T>>,
+) -> Result<StatementOutcome<T>> {
     let process = session.process();
     let overdue = tokio::time::sleep(session.guest_time() + GRACE);
     let mut running = std::pin::pin!(run(session));
@@ -94,23 +108,23 @@ async fn watched<T>(
         outcome = &mut running => return outcome,
         () = overdue => {}
     }
-    let terminated = terminate(&guests.house, process).await;
+    let terminated = terminate(&guests.platform, process).await;
     let outcome = running.await;
     match terminated {
         // The connection broke because we wanted it to.
-        Ok(()) => Ok(Outcome::Spoilt(SqlError::Timeout)),
+        Ok(()) => Ok(StatementOutcome::ConnectionBroken(SqlError::Timeout)),
         Err(error) => outcome.and(Err(error)),
     }
 }
 
-async fn terminate(house: &Sessions, process: i32) -> Result<()> {
-    let mut session = house.begin(Purpose::House).await?;
+async fn terminate(platform: &Sessions, process: i32) -> Result<()> {
+    let mut session = platform.begin(Purpose::Platform).await?;
     let query = session.query("select pg_catalog.pg_terminate_backend($1)");
     query
         .bind(process)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "end a statement that took too long"))?;
+        .map_err(|error| errors::from_statement(error, "end a statement that took too long"))?;
     session.commit().await
 }
 
@@ -119,7 +133,7 @@ async fn fetch(
     statement: String,
     arguments: PgArguments,
     limits: SqlLimits,
-) -> Result<Outcome<Rows>> {
+) -> Result<StatementOutcome<Rows>> {
     let query = session.guest_query(statement, arguments);
     let mut stream = session.connection().fetch_many(query);
     let mut rows = Rows::default();
@@ -129,33 +143,51 @@ async fn fetch(
             Ok(Some(Either::Left(_))) => {}
             Ok(Some(Either::Right(row))) => {
                 if let Err(error) = add_row(&mut rows, &mut bytes, &row, limits) {
-                    return Ok(Outcome::Spoilt(error));
+                    return Ok(StatementOutcome::ConnectionBroken(error));
                 }
             }
-            Ok(None) => return Ok(Outcome::Done(rows)),
+            Ok(None) => return Ok(StatementOutcome::Done(rows)),
             Err(error) => return failed(error),
         }
     }
 }
 
-fn failed<T>(error: sqlx::Error) -> Result<Outcome<T>> {
+fn failed<T>(error: sqlx::Error) -> Result<StatementOutcome<T>> {
     let is_stale_plan = errors::is_stale_plan(&error);
     let is_loss = errors::is_connection_loss(&error);
-    let error = errors::of_guest(error).map_err(|error| match error {
-        StoreError::Unavailable(cause) if is_loss => StoreError::Unavailable(cause.context(BrokenStatement)),
+    let error = errors::from_guest_statement(error).map_err(|error| match error {
+        StoreError::Unavailable(cause) if is_loss => {
+            StoreError::Unavailable(cause.context(BrokenStatement))
+        }
         error => error,
     })?;
-    Ok(if is_stale_plan { Outcome::Spoilt(error) } else { Outcome::Failed(error) })
+    Ok(if is_stale_plan {
+        StatementOutcome::ConnectionBroken(error)
+    } else {
+        StatementOutcome::Failed(error)
+    })
 }
 
 /// Checks a statement and binds its parameters, large ones off the async threads.
-async fn prepare(guests: &Guests, statement: &str, params: &[Value]) -> std::result::Result<Prepared, SqlError> {
+async fn prepare(
+    guests: &Guests,
+    statement: &str,
+    params: &[Value],
+) -> std::result::Result<Prepared, SqlError> {
     if !sql::are_large(params) {
         return prepare_here(guests.functions.as_deref(), statement, params);
     }
-    let (functions, statement, params) = (guests.functions.clone(), statement.to_owned(), params.to_vec());
-    let prepared = tokio::task::spawn_blocking(move || prepare_here(functions.as_deref(), &statement, &params));
-    prepared.await.unwrap_or_else(|error| Err(SqlError::InvalidParameter(error.to_string())))
+    let (functions, statement, params) = (
+        guests.functions.clone(),
+        statement.to_owned(),
+        params.to_vec(),
+    );
+    let prepared = tokio::task::spawn_blocking(move || {
+        prepare_here(functions.as_deref(), &statement, &params)
+    });
+    prepared
+        .await
+        .unwrap_or_else(|error| Err(SqlError::InvalidParameter(error.to_string())))
 }
 
 /// Checks a statement and binds its parameters. A comment with the parameters' types ends its text: a connection keeps
@@ -172,35 +204,62 @@ fn prepare_here(
             facts
         }
         // The server alone checks the statement.
-        None => Facts::of(statement, Dialect::Postgres),
+        None => StatementFacts::of(statement, Dialect::Postgres),
     };
     if params.len() > usize::from(u16::MAX) {
-        return Err(SqlError::InvalidParameter(format!("a statement takes at most {} parameters", u16::MAX)));
+        return Err(SqlError::InvalidParameter(format!(
+            "a statement takes at most {} parameters",
+            u16::MAX
+        )));
     }
     let mut text = format!("{statement}\n--");
     let mut arguments = PgArguments::default();
     for value in params {
         let parameter = Parameter::of(value)?;
-        text.push(parameter.letter());
-        arguments.add(parameter).map_err(|error| SqlError::InvalidParameter(error.to_string()))?;
+        text.push(parameter.type_code());
+        arguments
+            .add(parameter)
+            .map_err(|error| SqlError::InvalidParameter(error.to_string()))?;
     }
-    Ok(Prepared { text, arguments, facts })
+    Ok(Prepared {
+        text,
+        arguments,
+        facts,
+    })
 }
 
-fn add_row(rows: &mut Rows, bytes: &mut usize, row: &PgRow, limits: SqlLimits) -> std::result::Result<(), SqlError> {
+fn add_row(
+    rows: &mut Rows,
+    bytes: &mut usize,
+    row: &PgRow,
+    limits: SqlLimits,
+) -> std::result::Result<(), SqlError> {
     if rows.rows.len() >= limits.rows {
-        return Err(SqlError::TooLarge(format!("the result has more than {} rows", limits.rows)));
+        return Err(SqlError::TooLarge(format!(
+            "the result has more than {} rows",
+            limits.rows
+        )));
     }
     // What came over the wire is looked at before any of it is copied.
     let came: usize = (0..row.columns().len())
-        .map(|at| row.try_get_raw(at).ok().and_then(|raw| raw.as_bytes().ok().map(<[u8]>::len)).unwrap_or_default())
+        .map(|at| {
+            row.try_get_raw(at)
+                .ok()
+                .and_then(|raw| raw.as_bytes().ok().map(<[u8]>::len))
+                .unwrap_or_default()
+        })
         .sum();
-    let too_large = || SqlError::TooLarge(format!("the result is larger than {} bytes", limits.bytes));
+    let too_large =
+        || SqlError::TooLarge(format!("the result is larger than {} bytes", limits.bytes));
     if came > limits.bytes {
         return Err(too_large());
     }
     if rows.columns.is_empty() {
-        rows.columns = row.columns().iter().map(|column| column.name().to_owned()).collect();
+        rows.columns = row
+            .columns()
+            .iter()
+            .map(|column| column.name().to_owned())
+            .collect();
     }
     let values = (0..row.columns().len())
         .map(|at| {

@@ -12,26 +12,40 @@ use crate::store::{Claim, Claimed, Result, StoreError, shared};
 
 /// Claims event ids, sorted, with one statement: it waits for transactions that hold one of them. What such a
 /// transaction committed while we waited is not in the statement's snapshot, and takes a second look.
-pub(super) async fn claim(session: &mut Session, worker: &str, claims: &[Claim]) -> Result<Vec<Claimed>> {
+pub(super) async fn claim(
+    session: &mut Session,
+    worker: &str,
+    claims: &[Claim],
+) -> Result<Vec<Claimed>> {
     for claim in claims.iter().filter(|claim| claim.redriven) {
-        take_up(session, worker, claim).await?;
+        reclaim(session, worker, claim).await?;
     }
     let mut found = insert(session, worker, claims).await?;
-    let unseen: Vec<&str> =
-        claims.iter().map(|claim| claim.event_id.as_str()).filter(|event_id| !found.contains_key(*event_id)).collect();
+    let unseen: Vec<&str> = claims
+        .iter()
+        .map(|claim| claim.event_id.as_str())
+        .filter(|event_id| !found.contains_key(*event_id))
+        .collect();
     if !unseen.is_empty() {
-        found.extend(look(session, worker, &unseen).await?);
+        found.extend(find_existing(session, worker, &unseen).await?);
     }
     let answer = |claim: &Claim| match found.get(&claim.event_id) {
-        Some(found) => Ok(shared::claimed(claim, found.held_for.as_deref(), found.attempts)),
-        None => Err(StoreError::Conflict(anyhow!("the record of event {} left while it was claimed", claim.event_id))),
+        Some(found) => Ok(shared::claimed(
+            claim,
+            found.existing_payload.as_deref(),
+            found.attempts,
+        )),
+        None => Err(StoreError::Conflict(anyhow!(
+            "the record of event {} left while it was claimed",
+            claim.event_id
+        ))),
     };
     claims.iter().map(answer).collect()
 }
 
 /// Lets an event be claimed that is dead and was put back.
-async fn take_up(session: &mut Session, worker: &str, claim: &Claim) -> Result<()> {
-    let query = session.query("select oncely_door.take_up($1, $2, $3, $4)");
+async fn reclaim(session: &mut Session, worker: &str, claim: &Claim) -> Result<()> {
+    let query = session.query("select oncely_definer.reclaim($1, $2, $3, $4)");
     query
         .bind(session.token())
         .bind(worker)
@@ -39,27 +53,40 @@ async fn take_up(session: &mut Session, worker: &str, claim: &Claim) -> Result<(
         .bind(claim.payload_sha256.as_slice())
         .execute(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "take up an event that was put back"))?;
+        .map_err(|error| errors::from_statement(error, "take up an event that was put back"))?;
     Ok(())
 }
 
 /// What the inbox says about an event id.
-struct Found {
+struct InboxEntry {
     /// The payload of the record that was there before; none when the claim made it.
-    held_for: Option<Vec<u8>>,
+    existing_payload: Option<Vec<u8>>,
     attempts: i64,
 }
 
-async fn insert(session: &mut Session, worker: &str, claims: &[Claim]) -> Result<HashMap<String, Found>> {
+async fn insert(
+    session: &mut Session,
+    worker: &str,
+    claims: &[Claim],
+) -> Result<HashMap<String, InboxEntry>> {
     let event_ids: Vec<&str> = claims.iter().map(|claim| claim.event_id.as_str()).collect();
-    let payloads: Vec<&[u8]> = claims.iter().map(|claim| claim.payload_sha256.as_slice()).collect();
+    let payloads: Vec<&[u8]> = claims
+        .iter()
+        .map(|claim| claim.payload_sha256.as_slice())
+        .collect();
     let mut streams = Vec::with_capacity(claims.len());
     let mut sequences = Vec::with_capacity(claims.len());
     for claim in claims {
         streams.push(claim.origin.as_ref().map(|(stream, _)| stream.as_str()));
-        sequences.push(claim.origin.as_ref().map(|(_, sequence)| shared::signed(*sequence)).transpose()?);
+        sequences.push(
+            claim
+                .origin
+                .as_ref()
+                .map(|(_, sequence)| shared::signed(*sequence))
+                .transpose()?,
+        );
     }
-    let query = session.query("select * from oncely_door.claim($1, $2, $3, $4, $5, $6)");
+    let query = session.query("select * from oncely_definer.claim($1, $2, $3, $4, $5, $6)");
     let rows = query
         .bind(session.token())
         .bind(worker)
@@ -69,46 +96,72 @@ async fn insert(session: &mut Session, worker: &str, claims: &[Claim]) -> Result
         .bind(sequences)
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "claim event ids"))?;
+        .map_err(|error| errors::from_statement(error, "claim event ids"))?;
     let read = |row: &PgRow| {
-        let held_for: Option<Vec<u8>> = row.try_get("payload_sha256")?;
-        let known = row.try_get("fresh")? || held_for.is_some();
-        Ok(known.then_some((row.try_get("event_id")?, Found { held_for, attempts: row.try_get("attempts")? })))
+        let existing_payload: Option<Vec<u8>> = row.try_get("payload_sha256")?;
+        let known = row.try_get("fresh")? || existing_payload.is_some();
+        Ok(known.then_some((
+            row.try_get("event_id")?,
+            InboxEntry {
+                existing_payload,
+                attempts: row.try_get("attempts")?,
+            },
+        )))
     };
     let found: sqlx::Result<Vec<_>> = rows.iter().map(read).collect();
-    let found = found.map_err(|error| errors::of_statement(error, "read claimed event ids"))?;
+    let found = found.map_err(|error| errors::from_statement(error, "read claimed event ids"))?;
     Ok(found.into_iter().flatten().collect())
 }
 
-async fn look(session: &mut Session, worker: &str, event_ids: &[&str]) -> Result<HashMap<String, Found>> {
-    let query = session.query("select * from oncely_door.look($1, $2, $3)");
+async fn find_existing(
+    session: &mut Session,
+    worker: &str,
+    event_ids: &[&str],
+) -> Result<HashMap<String, InboxEntry>> {
+    let query = session.query("select * from oncely_definer.lookup($1, $2, $3)");
     let rows = query
         .bind(session.token())
         .bind(worker)
         .bind(event_ids)
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "look up event ids"))?;
-    let read = |row: &PgRow| Ok((row.try_get(0)?, Found { held_for: Some(row.try_get(1)?), attempts: 0 }));
+        .map_err(|error| errors::from_statement(error, "look up event ids"))?;
+    let read = |row: &PgRow| {
+        Ok((
+            row.try_get(0)?,
+            InboxEntry {
+                existing_payload: Some(row.try_get(1)?),
+                attempts: 0,
+            },
+        ))
+    };
     let found: sqlx::Result<_> = rows.iter().map(read).collect();
-    found.map_err(|error| errors::of_statement(error, "read event ids"))
+    found.map_err(|error| errors::from_statement(error, "read event ids"))
 }
 
 /// Gives claims of this transaction back.
-pub(super) async fn unclaim(session: &mut Session, worker: &str, event_ids: &[String]) -> Result<()> {
-    let query = session.query("select oncely_door.unclaim($1, $2, $3)");
+pub(super) async fn release_claims(
+    session: &mut Session,
+    worker: &str,
+    event_ids: &[String],
+) -> Result<()> {
+    let query = session.query("select oncely_definer.release_claims($1, $2, $3)");
     query
         .bind(session.token())
         .bind(worker)
         .bind(event_ids)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "give claims back"))?;
+        .map_err(|error| errors::from_statement(error, "give claims back"))?;
     Ok(())
 }
 
 /// Which of these events took effect.
-pub(super) async fn done(session: &mut Session, worker: &str, event_ids: &[String]) -> Result<Vec<String>> {
+pub(super) async fn done(
+    session: &mut Session,
+    worker: &str,
+    event_ids: &[String],
+) -> Result<Vec<String>> {
     let query =
         session.query("select event_id from oncely.inbox where worker = $1 and event_id = any($2) and state = 'done'");
     let rows = query
@@ -116,7 +169,7 @@ pub(super) async fn done(session: &mut Session, worker: &str, event_ids: &[Strin
         .bind(event_ids)
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "look up events"))?;
+        .map_err(|error| errors::from_statement(error, "look up events"))?;
     let done: sqlx::Result<_> = rows.iter().map(|row| row.try_get(0)).collect();
-    done.map_err(|error| errors::of_statement(error, "read events"))
+    done.map_err(|error| errors::from_statement(error, "read events"))
 }

@@ -15,32 +15,23 @@ use crate::store::migrations::{self, Migration, migrations};
 /// A new file of `migrations/postgres` gets its line here.
 pub(in crate::store) const MIGRATIONS: &[Migration] = migrations![
     "postgres":
-    "0001_begin",
-    "0002_door",
-    "0003_letters",
-    "0004_relay",
-    "0005_replay",
-    "0006_alarms",
-    "0007_parts",
-    "0009_requests",
-    "0010_wal",
-    "0011_under_way",
-    "0012_output_ids",
-    "0013_sessions",
-    "0016_state_versions",
-    "0017_host_instances",
-    "0018_installation",
-    "0019_host_reports",
+    "0001_baseline",
 ];
 
 /// Runs the migrations that have not run, in one transaction. Hosts that start together wait for each other on a lock
 /// that ends with the transaction: one of a session would stay behind in a pooler.
 pub(super) async fn run(sessions: &Sessions) -> anyhow::Result<()> {
     let mut session = sessions.begin(Purpose::Deploy).await?;
-    prepare(&mut session).await.context("make the table of migrations")?;
-    let applied = applied(&mut session).await.context("read which migrations ran")?;
+    prepare(&mut session)
+        .await
+        .context("make the table of migrations")?;
+    let applied = applied(&mut session)
+        .await
+        .context("read which migrations ran")?;
     for migration in migrations::due(MIGRATIONS, &applied)? {
-        apply(&mut session, migration).await.with_context(|| format!("run the migration {}", migration.version()))?;
+        apply(&mut session, migration)
+            .await
+            .with_context(|| format!("run the migration {}", migration.version()))?;
     }
     fault::point(fault::MIGRATING);
     session.commit().await.context("commit the migrations")
@@ -48,27 +39,34 @@ pub(super) async fn run(sessions: &Sessions) -> anyhow::Result<()> {
 
 /// Reads the key that opens the door to the platform's tables. With `exposed` it is noted that workers' statements can read
 /// it, too, from now on.
-pub(super) async fn take_door_key(sessions: &Sessions, exposed: bool) -> Result<()> {
-    let mut session = sessions.begin(Purpose::House).await?;
-    let key = door_key(&mut session, exposed).await;
-    let key = key.map_err(|error| errors::of_statement(error, "read the key of the door"))?;
+pub(super) async fn load_definer_key(sessions: &Sessions, exposed: bool) -> Result<()> {
+    let mut session = sessions.begin(Purpose::Platform).await?;
+    let key = definer_key(&mut session, exposed).await;
+    let key = key.map_err(|error| errors::from_statement(error, "read the key of the door"))?;
     session.commit().await?;
-    sessions.take_key(key);
+    sessions.set_definer_key(key);
     Ok(())
 }
 
-async fn door_key(session: &mut Session, exposed: bool) -> sqlx::Result<Vec<u8>> {
+async fn definer_key(session: &mut Session, exposed: bool) -> sqlx::Result<Vec<u8>> {
     if exposed {
-        let query = session.query("update oncely.door_key set exposed = true where not exposed");
+        let query = session.query("update oncely.definer_key set exposed = true where not exposed");
         query.execute(session.connection()).await?;
     }
-    session.query("select key from oncely.door_key").fetch_one(session.connection()).await?.try_get(0)
+    session
+        .query("select key from oncely.definer_key")
+        .fetch_one(session.connection())
+        .await?
+        .try_get(0)
 }
 
 /// The ids under which outputs travel.
 pub(super) async fn output_ids(sessions: &Sessions) -> anyhow::Result<OutputIds> {
     let mut session = sessions.begin(Purpose::Read).await?;
-    let row = session.query("select key from oncely.output_key").fetch_one(session.connection()).await?;
+    let row = session
+        .query("select key from oncely.output_key")
+        .fetch_one(session.connection())
+        .await?;
     session.commit().await?;
     Ok(OutputIds::new(row.try_get(0)?))
 }
@@ -76,7 +74,10 @@ pub(super) async fn output_ids(sessions: &Sessions) -> anyhow::Result<OutputIds>
 /// The id of this installation.
 pub(super) async fn installation(sessions: &Sessions) -> anyhow::Result<String> {
     let mut session = sessions.begin(Purpose::Read).await?;
-    let row = session.query("select id from oncely.installation").fetch_one(session.connection()).await?;
+    let row = session
+        .query("select id from oncely.installation")
+        .fetch_one(session.connection())
+        .await?;
     session.commit().await?;
     Ok(row.try_get(0)?)
 }
@@ -100,12 +101,15 @@ async fn prepare(session: &mut Session) -> sqlx::Result<()> {
 async fn applied(session: &mut Session) -> sqlx::Result<HashMap<i64, Vec<u8>>> {
     let query = session.query("select version, checksum from oncely.migration");
     let rows = query.fetch_all(session.connection()).await?;
-    rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect()
+    rows.iter()
+        .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
+        .collect()
 }
 
 async fn apply(session: &mut Session, migration: &Migration) -> sqlx::Result<()> {
     raw_sql(migration.sql).execute(session.connection()).await?;
-    let query = session.query("insert into oncely.migration (version, name, checksum) values ($1, $2, $3)");
+    let query =
+        session.query("insert into oncely.migration (version, name, checksum) values ($1, $2, $3)");
     query
         .bind(migration.version())
         .bind(migration.name())

@@ -5,8 +5,9 @@
 
 mod alarms;
 mod attempts;
-mod burial;
 mod changes;
+mod dead_lettering;
+mod dead_letters;
 mod deployments;
 mod errors;
 mod functions;
@@ -14,13 +15,11 @@ mod guest_sql;
 mod guest_values;
 mod inbox;
 mod instance;
-mod letters;
-mod log;
-mod marks;
 pub(super) mod migrate;
 mod outbox;
 mod outputs;
-mod parts;
+mod partitions;
+mod privileges;
 mod redrive;
 mod repair;
 mod reports;
@@ -29,7 +28,8 @@ mod session;
 mod state;
 mod totals;
 mod tx;
-mod wall;
+mod wal;
+mod watermarks;
 
 use std::collections::{BTreeMap, HashMap};
 use std::str::FromStr;
@@ -45,38 +45,40 @@ use sqlx::{ConnectOptions, Row};
 use self::functions::Catalog;
 use self::guest_sql::Guests;
 use self::instance::HostLease;
-use self::log::{PostgresLog, Replication};
-use self::parts::Of;
+use self::partitions::PartitionedTable;
+use self::privileges::Login;
 use self::session::{Purpose, Sessions};
 use self::tx::PostgresTx;
-use self::wall::Login;
+use self::wal::{PostgresWal, Replication};
 use super::instance::Instance;
 use super::{
-    Buried, By, CountedAttempt, DeploymentRecord, FailedAttempt, LetterDepth, LetterFilter, LetterGroup, LetterRecord,
-    LetterSummary, Marks, Move, Moved, OnStream, OutboxLag, OutboxRow, Output, OutputFilter, OutputLog, OutputRecord,
-    OutputSummary, Published, PutBack, RecoveredOutput, Redrive, Result, Retire, Seen, StateRecord, Store,
-    StoredReport, TakenOver, Told, Tx, Unpublished, WorkerMigration, WorkerTotals,
+    AlarmNotices, Attribution, BrokerState, CountedAttempt, DeadLetterAction,
+    DeadLetterActionResult, DeadLetterDepth, DeadLetterFilter, DeadLetterGroup, DeadLetterRecord,
+    DeadLetterSummary, DeadLettered, DeploymentRecord, FailedAttempt, OutboxLag, OutboxRow, Output,
+    OutputFilter, OutputRecord, OutputSummary, OutputWal, Published, PublishedOutput,
+    RecoveredOutput, Redrive, RedriveLookup, Result, RetentionPolicy, StateRecord, Store,
+    StoredReport, TakenOver, Tx, Unpublished, Watermarks, WorkerMigration, WorkerTotals,
 };
 use crate::fault;
 use crate::model::alarm::{self, Alarm};
 use crate::model::hint::WithHint;
 use crate::model::output_ids::OutputIds;
 use crate::model::sql::{Dialect, Functions};
-use crate::model::verdict::{Letter, Settled};
+use crate::model::verdict::{DeadLetter, Settled};
 
 /// How long an operation waits for a connection before it answers that the database is unavailable.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A PostgreSQL database, 15 or newer.
 pub struct PostgresStore {
-    house: Sessions,
+    platform: Sessions,
     guests: Sessions,
     /// The app's roles; none when guests' SQL is trusted.
     login: Option<Login>,
     functions: Catalog,
     /// Whether guests' statements are filtered.
     has_filter: bool,
-    log: Option<PostgresLog>,
+    wal: Option<PostgresWal>,
     instance: Instance,
     lease: HostLease,
     installation: String,
@@ -90,33 +92,44 @@ impl PostgresStore {
         let instance = Instance::new();
         let options = options(url, instance)?;
         // Deliveries hold a connection for as long as their guests run; the house's own transactions are short.
-        let for_house = (connections / 4).max(1);
-        let house = open_house(options.clone(), for_house, instance).await?;
-        let for_guests = connections.saturating_sub(for_house).max(1);
-        let mut login = wall::build(&house, false).await.context("build the wall around guests' SQL")?;
-        migrate::take_door_key(&house, false).await?;
-        let mut pool = guest_pool(&options, &login, for_guests, instance);
+        let platform_connections = (connections / 4).max(1);
+        let platform = connect_platform(options.clone(), platform_connections, instance).await?;
+        let guest_connections = connections.saturating_sub(platform_connections).max(1);
+        let mut login = privileges::set_up(&platform, false)
+            .await
+            .context("build the wall around guests' SQL")?;
+        migrate::load_definer_key(&platform, false).await?;
+        let mut pool = guest_pool(&options, &login, guest_connections, instance);
         let mut checked = check_login(&pool, &login.role).await;
         if let Err(error) = checked {
             if !errors::is_login_refused(&error) {
                 return Err(anyhow::Error::new(error).context("connect as the app's role"));
             }
             // The role may have been made for another copy of this database.
-            login = wall::build(&house, true).await.context("build the wall around guests' SQL")?;
-            pool = guest_pool(&options, &login, for_guests, instance);
+            login = privileges::set_up(&platform, true)
+                .await
+                .context("build the wall around guests' SQL")?;
+            pool = guest_pool(&options, &login, guest_connections, instance);
             checked = check_login(&pool, &login.role).await;
         }
-        let unlocks = checked.with_context(|| format!("connect as the app's role {}", login.role)).hint(LOGIN_HINT)?;
-        let functions = Catalog::new(house.clone());
-        let installation = migrate::installation(&house).await.context("read the installation's id")?;
-        let lease = HostLease::new(instance, options.application_name(&instance.name("oncely lease")));
+        let releases_locks = checked
+            .with_context(|| format!("connect as the app's role {}", login.role))
+            .hint(LOGIN_HINT)?;
+        let functions = Catalog::new(platform.clone());
+        let installation = migrate::installation(&platform)
+            .await
+            .context("read the installation's id")?;
+        let lease = HostLease::new(
+            instance,
+            options.application_name(&instance.name("oncely lease")),
+        );
         Ok(PostgresStore {
-            guests: house.on(pool, unlocks),
-            house,
+            guests: platform.with_pool(pool, releases_locks),
+            platform,
             login: Some(login),
             functions,
             has_filter: true,
-            log: None,
+            wal: None,
             instance,
             lease,
             installation,
@@ -128,19 +141,26 @@ impl PostgresStore {
     pub async fn connect_trusted(url: &str, connections: u32) -> anyhow::Result<Self> {
         let instance = Instance::new();
         let options = options(url, instance)?;
-        let house = open_house(options.clone(), connections, instance).await?.shared_with_guests();
-        migrate::take_door_key(&house, true).await?;
-        let functions = Catalog::new(house.clone());
-        let installation = migrate::installation(&house).await.context("read the installation's id")?;
-        let lease = HostLease::new(instance, options.application_name(&instance.name("oncely lease")));
-        let guests = house.clone();
+        let platform = connect_platform(options.clone(), connections, instance)
+            .await?
+            .shared_with_guests();
+        migrate::load_definer_key(&platform, true).await?;
+        let functions = Catalog::new(platform.clone());
+        let installation = migrate::installation(&platform)
+            .await
+            .context("read the installation's id")?;
+        let lease = HostLease::new(
+            instance,
+            options.application_name(&instance.name("oncely lease")),
+        );
+        let guests = platform.clone();
         Ok(PostgresStore {
             guests,
-            house,
+            platform,
             login: None,
             functions,
             has_filter: true,
-            log: None,
+            wal: None,
             instance,
             lease,
             installation,
@@ -149,9 +169,16 @@ impl PostgresStore {
 
     /// Can read the log of its database, through a connection to the server itself by a URL of its own. The slot is given up
     /// when the server keeps more than `retained_max` bytes for it.
-    pub fn with_log(self, url: &str, retained_max: u64) -> anyhow::Result<Self> {
-        let log = PostgresLog::new(self.house.clone(), Replication::of(url, self.instance)?, retained_max);
-        Ok(PostgresStore { log: Some(log), ..self })
+    pub fn with_wal(self, url: &str, retained_max: u64) -> anyhow::Result<Self> {
+        let wal = PostgresWal::new(
+            self.platform.clone(),
+            Replication::new(url, self.instance)?,
+            retained_max,
+        );
+        Ok(PostgresStore {
+            wal: Some(wal),
+            ..self
+        })
     }
 
     /// The functions that the filter lets guests call, so that a test can use the filter as this store does.
@@ -164,24 +191,40 @@ impl PostgresStore {
     #[doc(hidden)]
     #[must_use]
     pub fn without_filter(self) -> Self {
-        PostgresStore { has_filter: false, ..self }
+        PostgresStore {
+            has_filter: false,
+            ..self
+        }
     }
 }
 
 impl PostgresStore {
     /// Under which terms the statements of the guests of one transaction run.
     async fn guests(&self) -> Result<Guests> {
-        if self.house.has_stale_key() {
-            migrate::take_door_key(&self.house, self.login.is_none()).await?;
+        if self.platform.is_key_stale() {
+            migrate::load_definer_key(&self.platform, self.login.is_none()).await?;
         }
-        let functions = if self.has_filter { Some(self.functions.current().await?) } else { None };
-        Ok(Guests { functions, house: self.house.clone(), sessions: self.guests.clone() })
+        let functions = if self.has_filter {
+            Some(self.functions.current().await?)
+        } else {
+            None
+        };
+        Ok(Guests {
+            functions,
+            platform: self.platform.clone(),
+            sessions: self.guests.clone(),
+        })
     }
 
     /// Does what is due next with the parts of a table, in a transaction of its own.
-    async fn turn(&self, of: Of, keep: Duration, what: &Retire) -> Result<bool> {
-        let mut session = self.house.begin(Purpose::House).await?;
-        let done = parts::step(&mut session, of, keep, what).await?;
+    async fn rotate(
+        &self,
+        table: PartitionedTable,
+        keep: Duration,
+        retention: &RetentionPolicy,
+    ) -> Result<bool> {
+        let mut session = self.platform.begin(Purpose::Platform).await?;
+        let done = partitions::step(&mut session, table, keep, retention).await?;
         session.commit().await?;
         Ok(done)
     }
@@ -194,7 +237,10 @@ const LOGIN_HINT: &str = "the server (pg_hba.conf) and a pooler before it (PgBou
 
 fn options(url: &str, instance: Instance) -> anyhow::Result<PgConnectOptions> {
     let options = PgConnectOptions::from_str(url).context("read the PostgreSQL URL")?;
-    Ok(options.extra_float_digits(None).application_name(&instance.name("oncely")).disable_statement_logging())
+    Ok(options
+        .extra_float_digits(None)
+        .application_name(&instance.name("oncely"))
+        .disable_statement_logging())
 }
 
 /// Connections are not tested when they are taken: `begin` finds out, and takes another.
@@ -206,18 +252,43 @@ fn pool(options: PgConnectOptions, connections: u32) -> PgPool {
         .connect_lazy_with(options)
 }
 
-async fn open_house(options: PgConnectOptions, connections: u32, instance: Instance) -> anyhow::Result<Sessions> {
-    let named_statements =
-        !options.to_url_lossy().query_pairs().any(|(key, value)| key == "statement-cache-capacity" && value == "0");
+async fn connect_platform(
+    options: PgConnectOptions,
+    connections: u32,
+    instance: Instance,
+) -> anyhow::Result<Sessions> {
+    let named_statements = !options
+        .to_url_lossy()
+        .query_pairs()
+        .any(|(key, value)| key == "statement-cache-capacity" && value == "0");
     let sessions = Sessions::new(pool(options, connections), named_statements, instance);
-    migrate::run(&sessions).await.context("bring the PostgreSQL schema up to date")?;
-    let output_ids = migrate::output_ids(&sessions).await.context("read the key of the outputs' ids")?;
-    Ok(sessions.with_output_ids(output_ids).with_checks_of_clients().await)
+    migrate::run(&sessions)
+        .await
+        .context("bring the PostgreSQL schema up to date")?;
+    let output_ids = migrate::output_ids(&sessions)
+        .await
+        .context("read the key of the outputs' ids")?;
+    Ok(sessions
+        .with_output_ids(output_ids)
+        .with_client_checks()
+        .await)
 }
 
-fn guest_pool(options: &PgConnectOptions, login: &Login, connections: u32, instance: Instance) -> PgPool {
+fn guest_pool(
+    options: &PgConnectOptions,
+    login: &Login,
+    connections: u32,
+    instance: Instance,
+) -> PgPool {
     let name = instance.name("oncely guests");
-    pool(options.clone().username(&login.role).password(&login.password).application_name(&name), connections)
+    pool(
+        options
+            .clone()
+            .username(&login.role)
+            .password(&login.password)
+            .application_name(&name),
+        connections,
+    )
 }
 
 /// Whether a session of guests is really the role's: a pooler may log everybody in as one and the same user. Returns whether
@@ -229,11 +300,13 @@ async fn check_login(pool: &PgPool, role: &str) -> sqlx::Result<bool> {
     )
     .fetch_one(pool)
     .await?;
-    let (user, unlocks): (String, String) = (row.try_get(0)?, row.try_get(1)?);
+    let (user, releases_locks): (String, String) = (row.try_get(0)?, row.try_get(1)?);
     if user == role {
-        return Ok(unlocks == "true");
+        return Ok(releases_locks == "true");
     }
-    Err(sqlx::Error::Configuration(format!("the connection for {role} is one of {user}: {LOGIN_HINT}").into()))
+    Err(sqlx::Error::Configuration(
+        format!("the connection for {role} is one of {user}: {LOGIN_HINT}").into(),
+    ))
 }
 
 #[async_trait]
@@ -242,30 +315,34 @@ impl Store for PostgresStore {
         Dialect::Postgres
     }
 
-    fn log(&self) -> Option<Arc<dyn OutputLog>> {
-        self.log.clone().map(|log| Arc::new(log) as Arc<dyn OutputLog>)
+    fn wal(&self) -> Option<Arc<dyn OutputWal>> {
+        self.wal
+            .clone()
+            .map(|wal| Arc::new(wal) as Arc<dyn OutputWal>)
     }
 
     async fn ping(&self) -> Result<()> {
-        self.house.begin(Purpose::Read).await?.commit().await
+        self.platform.begin(Purpose::Read).await?.commit().await
     }
 
     async fn retire_worker(&self, worker: &str) -> Result<()> {
-        let mut session = self.house.begin(Purpose::House).await?;
+        let mut session = self.platform.begin(Purpose::Platform).await?;
         deployments::retire(&mut session, worker).await?;
         session.commit().await
     }
 
     async fn write_report(&self, report: &str, began: &OnceLock<Instant>) -> Result<()> {
-        let Some(id) = self.instance.id() else { return Ok(()) };
-        let mut session = self.house.begin(Purpose::House).await?;
+        let Some(id) = self.instance.id() else {
+            return Ok(());
+        };
+        let mut session = self.platform.begin(Purpose::Platform).await?;
         let _ = began.set(Instant::now());
         reports::write(&mut session, id, report).await?;
         session.commit().await
     }
 
     async fn reports(&self) -> Result<Vec<StoredReport>> {
-        let mut session = self.house.begin(Purpose::Read).await?;
+        let mut session = self.platform.begin(Purpose::Read).await?;
         let reports = reports::read(&mut session).await?;
         session.commit().await?;
         Ok(reports)
@@ -281,54 +358,67 @@ impl Store for PostgresStore {
         Ok(Box::new(PostgresTx::new(session, worker, guests)))
     }
 
-    async fn begin_reading(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>> {
+    async fn begin_read_only(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>> {
         let guests = self.guests().await?;
-        let session = self.guests.begin(Purpose::Reader(time)).await?;
+        let session = self.guests.begin(Purpose::GuestReadOnly(time)).await?;
         Ok(Box::new(PostgresTx::new(session, worker, guests)))
     }
 
-    async fn count_attempts(&self, worker: &str, failed: &[FailedAttempt]) -> Result<Vec<CountedAttempt>> {
-        let mut session = self.house.begin(Purpose::House).await?;
+    async fn count_attempts(
+        &self,
+        worker: &str,
+        failed: &[FailedAttempt],
+    ) -> Result<Vec<CountedAttempt>> {
+        let mut session = self.platform.begin(Purpose::Platform).await?;
         let counts = attempts::count(&mut session, worker, failed).await?;
         session.commit().await?;
         Ok(counts)
     }
 
-    async fn forget_records(&self, worker: &str, event_ids: &[String]) -> Result<()> {
-        let mut session = self.house.begin(Purpose::Note).await?;
-        attempts::forget_records(&mut session, worker, event_ids).await?;
+    async fn delete_recordings(&self, worker: &str, event_ids: &[String]) -> Result<()> {
+        let mut session = self.platform.begin(Purpose::AsyncCommit).await?;
+        attempts::delete_recordings(&mut session, worker, event_ids).await?;
         session.commit().await
     }
 
-    async fn attempt_record(&self, worker: &str, event_id: &str) -> Result<Option<Bytes>> {
-        let mut session = self.house.begin(Purpose::Read).await?;
-        let record = attempts::record(&mut session, worker, event_id).await?;
+    async fn attempt_recording(&self, worker: &str, event_id: &str) -> Result<Option<Bytes>> {
+        let mut session = self.platform.begin(Purpose::Read).await?;
+        let record = attempts::recording(&mut session, worker, event_id).await?;
         session.commit().await?;
         Ok(record)
     }
 
-    async fn note_unfinished(&self, worker: &str, event_id: &str) -> Result<u32> {
-        let mut session = self.house.begin(Purpose::House).await?;
-        let before = attempts::note_unfinished(&mut session, worker, event_id).await?;
+    async fn write_crash_marker(&self, worker: &str, event_id: &str) -> Result<u32> {
+        let mut session = self.platform.begin(Purpose::Platform).await?;
+        let before = attempts::write_crash_marker(&mut session, worker, event_id).await?;
         session.commit().await?;
         Ok(before)
     }
 
-    async fn take_back_unfinished(&self, worker: &str, event_id: &str) -> Result<()> {
-        let mut session = self.house.begin(Purpose::House).await?;
-        attempts::take_back_unfinished(&mut session, worker, event_id).await?;
+    async fn clear_crash_marker(&self, worker: &str, event_id: &str) -> Result<()> {
+        let mut session = self.platform.begin(Purpose::Platform).await?;
+        attempts::clear_crash_marker(&mut session, worker, event_id).await?;
         session.commit().await
     }
 
-    async fn bury(&self, letters: &[(Letter, Output)], new_failures: u32) -> Result<Buried> {
-        let mut session = self.house.begin(Purpose::House).await?;
-        let (notices, alarms) = burial::bury(&mut session, letters, new_failures).await?;
+    async fn dead_letter(
+        &self,
+        dead_letters: &[(DeadLetter, Output)],
+        new_failures: u32,
+    ) -> Result<DeadLettered> {
+        let mut session = self.platform.begin(Purpose::Platform).await?;
+        let (notices, alarms) =
+            dead_lettering::dead_letter(&mut session, dead_letters, new_failures).await?;
         session.commit().await?;
-        Ok(Buried { settled: vec![Settled::seen_by_store(); letters.len()], notices, alarms })
+        Ok(DeadLettered {
+            settled: vec![Settled::seen_by_store(); dead_letters.len()],
+            notices,
+            alarms,
+        })
     }
 
     async fn lease_outputs(&self, limit: u32, lease: Duration) -> Result<Vec<OutboxRow>> {
-        let mut session = self.house.begin(Purpose::House).await?;
+        let mut session = self.platform.begin(Purpose::Platform).await?;
         let rows = outbox::lease(&mut session, limit, lease).await?;
         session.commit().await?;
         Ok(rows)
@@ -336,141 +426,141 @@ impl Store for PostgresStore {
 
     async fn mark_published(&self, published: &[Published]) -> Result<()> {
         // Outputs whose mark is lost are swept, and found where they are.
-        let mut session = self.house.begin(Purpose::Note).await?;
+        let mut session = self.platform.begin(Purpose::AsyncCommit).await?;
         outbox::mark_published(&mut session, published).await?;
         session.commit().await
     }
 
-    async fn put_back_outputs(&self, rows: &[(i64, Unpublished)]) -> Result<()> {
-        let mut session = self.house.begin(Purpose::House).await?;
-        outbox::put_back(&mut session, rows).await?;
+    async fn release_outputs(&self, rows: &[(i64, Unpublished)]) -> Result<()> {
+        let mut session = self.platform.begin(Purpose::Platform).await?;
+        outbox::release(&mut session, rows).await?;
         session.commit().await
     }
 
     async fn taken_ids(&self) -> Result<BTreeMap<String, u64>> {
-        let mut session = self.house.begin(Purpose::Read).await?;
+        let mut session = self.platform.begin(Purpose::Read).await?;
         let taken = outputs::taken_ids(&mut session).await?;
         session.commit().await?;
         Ok(taken)
     }
 
     fn output_ids(&self) -> &OutputIds {
-        self.house.output_ids()
+        self.platform.output_ids()
     }
 
     fn installation(&self) -> &str {
         &self.installation
     }
 
-    async fn marks(&self, on_broker: Option<&str>) -> Result<Marks> {
-        let mut session = self.house.begin(Purpose::Read).await?;
-        let marks = marks::read(&mut session, on_broker).await?;
+    async fn watermarks(&self, on_broker: Option<&str>) -> Result<Watermarks> {
+        let mut session = self.platform.begin(Purpose::Read).await?;
+        let watermarks = watermarks::read(&mut session, on_broker).await?;
         session.commit().await?;
-        Ok(marks)
+        Ok(watermarks)
     }
 
-    async fn write_mark(&self, name: &str, seen: &Seen) -> Result<()> {
-        let mut session = self.house.begin(Purpose::House).await?;
-        marks::write(&mut session, name, seen).await?;
+    async fn write_watermark(&self, name: &str, seen: &BrokerState) -> Result<()> {
+        let mut session = self.platform.begin(Purpose::Platform).await?;
+        watermarks::write(&mut session, name, seen).await?;
         session.commit().await
     }
 
-    async fn acknowledge_mark(&self, name: &str, sequence: u64) -> Result<()> {
-        let mut session = self.house.begin(Purpose::Note).await?;
-        marks::acknowledge(&mut session, name, sequence).await?;
+    async fn acknowledge_watermark(&self, name: &str, sequence: u64) -> Result<()> {
+        let mut session = self.platform.begin(Purpose::AsyncCommit).await?;
+        watermarks::acknowledge(&mut session, name, sequence).await?;
         session.commit().await
     }
 
     async fn known_events(&self, worker: &str, event_ids: &[&str]) -> Result<Vec<String>> {
-        let mut session = self.house.begin(Purpose::Read).await?;
-        let known = marks::known_events(&mut session, worker, event_ids).await?;
+        let mut session = self.platform.begin(Purpose::Read).await?;
+        let known = watermarks::known_events(&mut session, worker, event_ids).await?;
         session.commit().await?;
         Ok(known)
     }
 
-    async fn keep_recovered(&self, outputs: &[RecoveredOutput]) -> Result<()> {
-        let mut session = self.house.begin(Purpose::House).await?;
-        marks::keep_recovered(&mut session, outputs).await?;
+    async fn save_recovered(&self, outputs: &[RecoveredOutput]) -> Result<()> {
+        let mut session = self.platform.begin(Purpose::Platform).await?;
+        watermarks::save_recovered(&mut session, outputs).await?;
         session.commit().await
     }
 
-    async fn forget_recovered(&self, ids: &[&str]) -> Result<()> {
-        let mut session = self.house.begin(Purpose::House).await?;
-        marks::forget_recovered(&mut session, ids).await?;
+    async fn delete_recovered(&self, ids: &[&str]) -> Result<()> {
+        let mut session = self.platform.begin(Purpose::Platform).await?;
+        watermarks::delete_recovered(&mut session, ids).await?;
         session.commit().await
     }
 
-    async fn recovered(&self, ids: &[&str]) -> Result<HashMap<String, (String, u64)>> {
-        let mut session = self.house.begin(Purpose::Read).await?;
-        let found = marks::recovered(&mut session, ids).await?;
+    async fn find_recovered(&self, ids: &[&str]) -> Result<HashMap<String, (String, u64)>> {
+        let mut session = self.platform.begin(Purpose::Read).await?;
+        let found = watermarks::find_recovered(&mut session, ids).await?;
         session.commit().await?;
         Ok(found)
     }
 
-    async fn last_published(&self, within: Duration) -> Result<Vec<OnStream>> {
-        let mut session = self.house.begin(Purpose::Read).await?;
+    async fn last_published(&self, within: Duration) -> Result<Vec<PublishedOutput>> {
+        let mut session = self.platform.begin(Purpose::Read).await?;
         let found = repair::last_published(&mut session, within).await?;
         session.commit().await?;
         Ok(found)
     }
 
-    async fn published_on(&self, stream: &str) -> Result<Vec<OnStream>> {
-        let mut session = self.house.begin(Purpose::Read).await?;
-        let found = repair::published_on(&mut session, stream).await?;
+    async fn published_to(&self, stream: &str) -> Result<Vec<PublishedOutput>> {
+        let mut session = self.platform.begin(Purpose::Read).await?;
+        let found = repair::published_to(&mut session, stream).await?;
         session.commit().await?;
         Ok(found)
     }
 
-    async fn publish_again(&self, lost: &[OnStream]) -> Result<u64> {
-        let mut session = self.house.begin(Purpose::House).await?;
-        let done = repair::publish_again(&mut session, lost).await?;
+    async fn republish(&self, lost: &[PublishedOutput]) -> Result<u64> {
+        let mut session = self.platform.begin(Purpose::Platform).await?;
+        let done = repair::republish(&mut session, lost).await?;
         session.commit().await?;
         Ok(done)
     }
 
     async fn outputs(&self, filter: &OutputFilter) -> Result<Vec<OutputSummary>> {
-        let mut session = self.house.begin(Purpose::Read).await?;
+        let mut session = self.platform.begin(Purpose::Read).await?;
         let found = outputs::list(&mut session, filter).await?;
         session.commit().await?;
         Ok(found)
     }
 
     async fn output(&self, number: i64) -> Result<Option<OutputRecord>> {
-        let mut session = self.house.begin(Purpose::Read).await?;
+        let mut session = self.platform.begin(Purpose::Read).await?;
         let found = outputs::find(&mut session, number).await?;
         session.commit().await?;
         Ok(found)
     }
 
     async fn retry_outputs(&self, numbers: &[i64]) -> Result<u64> {
-        let mut session = self.house.begin(Purpose::House).await?;
+        let mut session = self.platform.begin(Purpose::Platform).await?;
         let done = outputs::retry(&mut session, numbers).await?;
         session.commit().await?;
         Ok(done)
     }
 
     async fn drop_outputs(&self, numbers: &[i64], note: &str) -> Result<u64> {
-        let mut session = self.house.begin(Purpose::House).await?;
+        let mut session = self.platform.begin(Purpose::Platform).await?;
         let done = outputs::drop(&mut session, numbers, note).await?;
         session.commit().await?;
         Ok(done)
     }
 
     async fn outbox_lag(&self) -> Result<Vec<OutboxLag>> {
-        let mut session = self.house.begin(Purpose::Read).await?;
+        let mut session = self.platform.begin(Purpose::Read).await?;
         let found = outputs::lag(&mut session).await?;
         session.commit().await?;
         Ok(found)
     }
 
     async fn put_component(&self, digest: &str, wasm: &[u8]) -> Result<()> {
-        let mut session = self.house.begin(Purpose::House).await?;
+        let mut session = self.platform.begin(Purpose::Platform).await?;
         deployments::put_component(&mut session, digest, wasm).await?;
         session.commit().await
     }
 
     async fn component(&self, digest: &str) -> Result<Option<Vec<u8>>> {
-        let mut session = self.house.begin(Purpose::Read).await?;
+        let mut session = self.platform.begin(Purpose::Read).await?;
         let wasm = deployments::component(&mut session, digest).await?;
         session.commit().await?;
         Ok(wasm)
@@ -483,161 +573,198 @@ impl Store for PostgresStore {
         manifest: &str,
         migrations: &[WorkerMigration],
     ) -> Result<DeploymentRecord> {
-        let mut session = self.house.begin(Purpose::Deploy).await?;
-        let deployment =
-            deployments::deploy(&mut session, self.login.as_ref(), worker, digest, manifest, migrations).await?;
+        let mut session = self.platform.begin(Purpose::Deploy).await?;
+        let deployment = deployments::deploy(
+            &mut session,
+            self.login.as_ref(),
+            worker,
+            digest,
+            manifest,
+            migrations,
+        )
+        .await?;
         session.commit().await?;
         Ok(deployment)
     }
 
-    async fn due_migrations(&self, worker: &str, migrations: &[WorkerMigration]) -> Result<Vec<String>> {
-        let mut session = self.house.begin(Purpose::Read).await?;
+    async fn due_migrations(
+        &self,
+        worker: &str,
+        migrations: &[WorkerMigration],
+    ) -> Result<Vec<String>> {
+        let mut session = self.platform.begin(Purpose::Read).await?;
         let due = deployments::due_migrations(&mut session, worker, migrations).await?;
         session.commit().await?;
         Ok(due)
     }
 
     async fn activate(&self, worker: &str, version: u32) -> Result<Option<DeploymentRecord>> {
-        let mut session = self.house.begin(Purpose::House).await?;
+        let mut session = self.platform.begin(Purpose::Platform).await?;
         let deployment = deployments::activate(&mut session, worker, version).await?;
         session.commit().await?;
         Ok(deployment)
     }
 
     async fn newest_deployments(&self) -> Result<Vec<DeploymentRecord>> {
-        let mut session = self.house.begin(Purpose::Read).await?;
+        let mut session = self.platform.begin(Purpose::Read).await?;
         let deployments = deployments::newest(&mut session).await?;
         session.commit().await?;
         Ok(deployments)
     }
 
     async fn active_deployments(&self) -> Result<Vec<DeploymentRecord>> {
-        let mut session = self.house.begin(Purpose::Read).await?;
+        let mut session = self.platform.begin(Purpose::Read).await?;
         let deployments = deployments::active(&mut session).await?;
         session.commit().await?;
         Ok(deployments)
     }
 
     async fn deployments(&self, worker: &str) -> Result<Vec<DeploymentRecord>> {
-        let mut session = self.house.begin(Purpose::Read).await?;
-        let deployments = deployments::of_worker(&mut session, worker).await?;
+        let mut session = self.platform.begin(Purpose::Read).await?;
+        let deployments = deployments::for_worker(&mut session, worker).await?;
         session.commit().await?;
         Ok(deployments)
     }
 
-    async fn letters(&self, filter: &LetterFilter) -> Result<Vec<LetterSummary>> {
-        let mut session = self.house.begin(Purpose::Read).await?;
-        let letters = letters::list(&mut session, filter).await?;
+    async fn dead_letters(&self, filter: &DeadLetterFilter) -> Result<Vec<DeadLetterSummary>> {
+        let mut session = self.platform.begin(Purpose::Read).await?;
+        let dead_letters = dead_letters::list(&mut session, filter).await?;
         session.commit().await?;
-        Ok(letters)
+        Ok(dead_letters)
     }
 
-    async fn letter(&self, id: i64) -> Result<Option<LetterRecord>> {
-        let mut session = self.house.begin(Purpose::Read).await?;
-        let letter = letters::find(&mut session, id).await?;
+    async fn find_dead_letter(&self, id: i64) -> Result<Option<DeadLetterRecord>> {
+        let mut session = self.platform.begin(Purpose::Read).await?;
+        let dead_letter = dead_letters::find(&mut session, id).await?;
         session.commit().await?;
-        Ok(letter)
+        Ok(dead_letter)
     }
 
-    async fn letter_groups(&self, filter: &LetterFilter) -> Result<Vec<LetterGroup>> {
-        let mut session = self.house.begin(Purpose::Read).await?;
-        let groups = letters::groups(&mut session, filter).await?;
+    async fn dead_letter_groups(&self, filter: &DeadLetterFilter) -> Result<Vec<DeadLetterGroup>> {
+        let mut session = self.platform.begin(Purpose::Read).await?;
+        let groups = dead_letters::groups(&mut session, filter).await?;
         session.commit().await?;
         Ok(groups)
     }
 
-    async fn letter_depths(&self) -> Result<Vec<LetterDepth>> {
-        let mut session = self.house.begin(Purpose::Read).await?;
+    async fn dead_letter_depths(&self) -> Result<Vec<DeadLetterDepth>> {
+        let mut session = self.platform.begin(Purpose::Read).await?;
         let depths = alarms::depths(&mut session).await?;
         session.commit().await?;
         Ok(depths)
     }
 
     async fn alarms(&self) -> Result<Vec<Alarm>> {
-        let mut session = self.house.begin(Purpose::Read).await?;
+        let mut session = self.platform.begin(Purpose::Read).await?;
         let alarms = alarms::list(&mut session).await?;
         session.commit().await?;
         Ok(alarms)
     }
 
-    async fn move_alarms(&self, moves: &[alarm::Move]) -> Result<Told> {
-        let mut session = self.house.begin(Purpose::House).await?;
-        let told = alarms::take(&mut session, moves).await?;
+    async fn apply_alarm_updates(&self, moves: &[alarm::AlarmUpdate]) -> Result<AlarmNotices> {
+        let mut session = self.platform.begin(Purpose::Platform).await?;
+        let notices = alarms::apply(&mut session, moves).await?;
         session.commit().await?;
-        Ok(told)
+        Ok(notices)
     }
 
-    async fn redrive(&self, letters: &[Redrive], by: &By) -> Result<(Vec<Moved>, Vec<OutboxRow>)> {
-        let mut session = self.house.begin(Purpose::House).await?;
-        let moved = redrive::redrive(&mut session, letters, by).await?;
+    async fn redrive(
+        &self,
+        dead_letters: &[Redrive],
+        attribution: &Attribution,
+    ) -> Result<(Vec<DeadLetterActionResult>, Vec<OutboxRow>)> {
+        let mut session = self.platform.begin(Purpose::Platform).await?;
+        let moved = redrive::redrive(&mut session, dead_letters, attribution).await?;
         fault::point(fault::BEFORE_REDRIVE);
         session.commit().await?;
         fault::point(fault::AFTER_REDRIVE);
         Ok(moved)
     }
 
-    async fn put_back(&self, worker: &str, id: i64, generation: u32) -> Result<PutBack> {
-        let mut session = self.house.begin(Purpose::Read).await?;
-        let put_back = redrive::put_back(&mut session, worker, id, generation).await?;
+    async fn redriven_message(
+        &self,
+        worker: &str,
+        id: i64,
+        generation: u32,
+    ) -> Result<RedriveLookup> {
+        let mut session = self.platform.begin(Purpose::Read).await?;
+        let message = redrive::redriven_message(&mut session, worker, id, generation).await?;
         session.commit().await?;
-        Ok(put_back)
+        Ok(message)
     }
 
     async fn done_events(&self, worker: &str, event_ids: &[String]) -> Result<Vec<String>> {
-        let mut session = self.house.begin(Purpose::Read).await?;
+        let mut session = self.platform.begin(Purpose::Read).await?;
         let done = inbox::done(&mut session, worker, event_ids).await?;
         session.commit().await?;
         Ok(done)
     }
 
-    async fn move_letters(&self, ids: &[i64], what: &Move, by: &By) -> Result<Vec<Moved>> {
-        let mut session = self.house.begin(Purpose::House).await?;
-        let moved = redrive::move_letters(&mut session, ids, what, by).await?;
+    async fn update_dead_letters(
+        &self,
+        ids: &[i64],
+        action: &DeadLetterAction,
+        attribution: &Attribution,
+    ) -> Result<Vec<DeadLetterActionResult>> {
+        let mut session = self.platform.begin(Purpose::Platform).await?;
+        let moved = redrive::update_dead_letters(&mut session, ids, action, attribution).await?;
         session.commit().await?;
         Ok(moved)
     }
 
     async fn state_entry(&self, worker: &str, key: &str) -> Result<Option<StateRecord>> {
-        let mut session = self.house.begin(Purpose::Read).await?;
+        let mut session = self.platform.begin(Purpose::Read).await?;
         let entry = state::entry(&mut session, worker, key).await?;
         session.commit().await?;
         Ok(entry)
     }
 
-    async fn state_entries(&self, worker: &str, prefix: &str, limit: u32) -> Result<Vec<StateRecord>> {
-        let mut session = self.house.begin(Purpose::Read).await?;
+    async fn state_entries(
+        &self,
+        worker: &str,
+        prefix: &str,
+        limit: u32,
+    ) -> Result<Vec<StateRecord>> {
+        let mut session = self.platform.begin(Purpose::Read).await?;
         let entries = state::entries(&mut session, worker, prefix, limit).await?;
         session.commit().await?;
         Ok(entries)
     }
 
     async fn totals(&self) -> Result<Vec<WorkerTotals>> {
-        let mut session = self.house.begin(Purpose::Read).await?;
+        let mut session = self.platform.begin(Purpose::Read).await?;
         let totals = totals::by_worker(&mut session).await?;
         session.commit().await?;
         Ok(totals)
     }
 
-    async fn retire(&self, what: &Retire) -> Result<bool> {
-        let mut done = self.turn(Of::Outbox, what.outputs, what).await?;
-        done |= self.turn(Of::Request, what.requests, what).await?;
-        let mut session = self.house.begin(Purpose::House).await?;
-        totals::write_done(&mut session).await?;
-        done |= parts::remove_log_records(&mut session, what.outputs, what.limit).await?;
-        done |= parts::remove_deleted_state(&mut session, what.limit).await?;
-        if let Some(keep) = what.inbox {
-            done |= parts::remove_attempts(&mut session, keep, what.limit).await?;
+    async fn delete_expired(&self, retention: &RetentionPolicy) -> Result<bool> {
+        let mut done = self
+            .rotate(PartitionedTable::Outbox, retention.outputs, retention)
+            .await?;
+        done |= self
+            .rotate(PartitionedTable::Request, retention.requests, retention)
+            .await?;
+        let mut session = self.platform.begin(Purpose::Platform).await?;
+        totals::record_completed_redrives(&mut session).await?;
+        done |= partitions::delete_wal_records(&mut session, retention.outputs, retention.limit)
+            .await?;
+        done |= partitions::delete_deleted_state(&mut session, retention.limit).await?;
+        if let Some(keep) = retention.inbox {
+            done |= partitions::delete_attempts(&mut session, keep, retention.limit).await?;
         }
         session.commit().await?;
-        if let Some(keep) = what.inbox {
-            done |= self.turn(Of::Inbox, keep, what).await?;
+        if let Some(keep) = retention.inbox {
+            done |= self
+                .rotate(PartitionedTable::Inbox, keep, retention)
+                .await?;
         }
         Ok(done)
     }
 
     async fn close(&self) {
-        self.lease.end().await;
+        self.lease.release().await;
         self.guests.close().await;
-        self.house.close().await;
+        self.platform.close().await;
     }
 }

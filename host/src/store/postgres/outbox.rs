@@ -10,7 +10,7 @@ use sqlx::postgres::PgRow;
 use super::errors;
 use super::session::Session;
 use crate::fault;
-use crate::store::shared::{self, PutBackColumns};
+use crate::store::shared::{self, ReleaseColumns};
 use crate::store::{OutboxRow, Output, Published, Result, StoreError, Unpublished, rows};
 
 /// Appends the outputs of one worker; see [`append_for`].
@@ -36,13 +36,21 @@ pub(super) async fn append_for(
         return Ok(Vec::new());
     }
     let ids = session.output_ids();
-    let outputs: Vec<(&str, Output)> =
-        outputs.iter().map(|(worker, output)| (*worker, ids.seal(worker, output))).collect();
+    let outputs: Vec<(&str, Output)> = outputs
+        .iter()
+        .map(|(worker, output)| (*worker, ids.seal(worker, output)))
+        .collect();
     let rows = insert(session, &outputs, lease).await?;
     let mut appended = Vec::with_capacity(rows.len());
     for (row, (worker, output)) in rows.into_iter().zip(&outputs) {
         if let Some(first_attempt_at) = row.first_attempt_at {
-            appended.push(shared::handed_over(row.seq, worker, output, first_attempt_at, row.ahead));
+            appended.push(shared::appended_row(
+                row.seq,
+                worker,
+                output,
+                first_attempt_at,
+                row.blocked_by,
+            ));
         }
     }
     OutboxRow::chain(&mut appended);
@@ -54,85 +62,127 @@ struct Appended {
     seq: i64,
     /// None when it is left to the sweep.
     first_attempt_at: Option<Timestamp>,
-    ahead: Vec<i64>,
+    blocked_by: Vec<i64>,
 }
 
 /// Inserts outputs and returns, in their order, what became of each.
-async fn insert(session: &mut Session, outputs: &[(&str, Output)], lease: Duration) -> Result<Vec<Appended>> {
-    let headers: Vec<String> =
-        outputs.iter().map(|(_, output)| shared::headers_to_text(&output.headers)).collect::<Result<_>>()?;
+async fn insert(
+    session: &mut Session,
+    outputs: &[(&str, Output)],
+    lease: Duration,
+) -> Result<Vec<Appended>> {
+    let headers: Vec<String> = outputs
+        .iter()
+        .map(|(_, output)| shared::headers_to_text(&output.headers))
+        .collect::<Result<_>>()?;
     let all = || outputs.iter().map(|(_, output)| output);
-    let query = session.query("select * from oncely_door.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)");
+    let query = session
+        .query("select * from oncely_definer.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)");
     let rows = query
         .bind(session.token())
-        .bind(outputs.iter().map(|(worker, _)| *worker).collect::<Vec<_>>())
+        .bind(
+            outputs
+                .iter()
+                .map(|(worker, _)| *worker)
+                .collect::<Vec<_>>(),
+        )
         .bind(all().map(|output| output.id.as_str()).collect::<Vec<_>>())
-        .bind(all().map(|output| output.event_id.as_str()).collect::<Vec<_>>())
-        .bind(all().map(|output| output.ordinal.cast_signed()).collect::<Vec<_>>())
-        .bind(all().map(|output| output.subject.as_str()).collect::<Vec<_>>())
+        .bind(
+            all()
+                .map(|output| output.event_id.as_str())
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            all()
+                .map(|output| output.ordinal.cast_signed())
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            all()
+                .map(|output| output.subject.as_str())
+                .collect::<Vec<_>>(),
+        )
         .bind(headers)
-        .bind(all().map(|output| output.body.as_ref()).collect::<Vec<&[u8]>>())
-        .bind(all().map(|output| output.ordering_key.as_deref()).collect::<Vec<_>>())
-        .bind(all().map(|output| shared::micros(output.delay)).collect::<Vec<_>>())
+        .bind(
+            all()
+                .map(|output| output.body.as_ref())
+                .collect::<Vec<&[u8]>>(),
+        )
+        .bind(
+            all()
+                .map(|output| output.ordering_key.as_deref())
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            all()
+                .map(|output| shared::micros(output.delay))
+                .collect::<Vec<_>>(),
+        )
         .bind(shared::micros(lease))
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "append outputs"))?;
+        .map_err(|error| errors::from_statement(error, "append outputs"))?;
     let read = |row: &PgRow| -> anyhow::Result<Appended> {
         let first_attempt_at: Option<i64> = row.try_get(1)?;
-        let ahead: Option<Vec<i64>> = row.try_get(2)?;
+        let blocked_by: Option<Vec<i64>> = row.try_get(2)?;
         Ok(Appended {
             seq: row.try_get(0)?,
             first_attempt_at: first_attempt_at.map(shared::timestamp).transpose()?,
-            ahead: ahead.unwrap_or_default(),
+            blocked_by: blocked_by.unwrap_or_default(),
         })
     };
     let rows: anyhow::Result<Vec<_>> = rows.iter().map(read).collect();
-    let mut rows = rows.context("read appended outputs").map_err(StoreError::Unavailable)?;
+    let mut rows = rows
+        .context("read appended outputs")
+        .map_err(StoreError::Unavailable)?;
     rows.sort_unstable_by_key(|row| row.seq);
     Ok(rows)
 }
 
 /// Leases what is due, oldest first; rows that another host is leasing right now are left to it. What is due but not the
 /// next of its key waits for the last one before it, or for what that one waits for: it comes again once that is gone.
-pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) -> Result<Vec<OutboxRow>> {
-    release(session).await?;
+pub(super) async fn lease(
+    session: &mut Session,
+    limit: u32,
+    lease: Duration,
+) -> Result<Vec<OutboxRow>> {
+    unblock(session).await?;
     let query = session.query(
         "with due as materialized (
              select seq, worker, ordering_key from oncely.outbox
              where published_at is null and via = 'poll' and leased_until <= pg_catalog.now()
-                 and (not_before is null or not_before <= (select lsn from oncely.relay_position))
+                 and (not_before_lsn is null or not_before_lsn <= (select lsn from oncely.relay_position))
              order by leased_until, seq limit $1
              for update skip locked
          ), key as materialized (
              select worker, ordering_key, pg_catalog.max(seq) as last from due
              where ordering_key is not null group by worker, ordering_key
-         ), in_line as materialized (
-             select key.worker, key.ordering_key, before.seq, before.waits_for from key cross join lateral (
-                 select seq, coalesce(behind, seq) as waits_for from oncely.outbox as before
+         ), queued as materialized (
+             select key.worker, key.ordering_key, before.seq, before.blocked_by from key cross join lateral (
+                 select seq, coalesce(blocked_by, seq) as blocked_by from oncely.outbox as before
                  where before.worker = key.worker and before.ordering_key = key.ordering_key
                      and before.ordering_key is not null and before.published_at is null and before.via = 'poll'
                      and before.seq + 0 < key.last and before.due_at <= pg_catalog.clock_timestamp()
                  offset 0
              ) as before
-         ), line as (
+         ), queue as (
              select seq, worker, ordering_key, true as is_due, null as before from due
              union all
-             select seq, worker, ordering_key, false, array[seq, waits_for] from in_line
+             select seq, worker, ordering_key, false, array[seq, blocked_by] from queued
              where seq not in (select seq from due)
-         ), judged as materialized (
+         ), routed as materialized (
              select seq, is_due,
                  (pg_catalog.max(before) over (partition by worker, ordering_key order by seq))[2] as before
-             from line
+             from queue
          ), waiting as (
-             update oncely.outbox set leased_until = 'infinity', behind = judged.before
-             from judged where outbox.seq = judged.seq and is_due and judged.before is not null
+             update oncely.outbox set leased_until = 'infinity', blocked_by = routed.before
+             from routed where outbox.seq = routed.seq and is_due and routed.before is not null
          )
          update oncely.outbox
          set leased_until = pg_catalog.now() + $2 * interval '1 microsecond',
              leased_by = nullif(pg_catalog.current_setting('oncely.instance', true), '')::bigint,
              first_attempt_at = coalesce(first_attempt_at, pg_catalog.now())
-         from judged where outbox.seq = judged.seq and is_due and judged.before is null
+         from routed where outbox.seq = routed.seq and is_due and routed.before is null
          returning outbox.seq, id, worker, subject, headers, body, ordering_key, failures,
              (extract(epoch from first_attempt_at) * 1000000)::bigint as first_attempt_at",
     );
@@ -141,75 +191,85 @@ pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) ->
         .bind(shared::micros(lease))
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "lease outputs"))?;
-    let (leased, not_sent) = rows::all_leased(&rows)?;
-    put_back(session, &not_sent).await?;
+        .map_err(|error| errors::from_statement(error, "lease outputs"))?;
+    let (leased, not_leased) = rows::leased_outputs(&rows)?;
+    release(session, &not_leased).await?;
     Ok(leased)
 }
 
 /// Lets go of what waits behind rows that are published or gone.
-async fn release(session: &mut Session) -> Result<()> {
+async fn unblock(session: &mut Session) -> Result<()> {
     let query = session.query(
         "with gone as materialized (
-             select behind from (select distinct behind from oncely.outbox where behind is not null) as waited_for
+             select blocked_by from (select distinct blocked_by from oncely.outbox where blocked_by is not null) as waited_for
              where not exists (
-                 select from oncely.outbox as before where before.seq = waited_for.behind and before.published_at is null
-                     and (before.via = 'poll' or before.seq in (select seq from oncely.in_log())))
+                 select from oncely.outbox as before where before.seq = waited_for.blocked_by and before.published_at is null
+                     and (before.via = 'poll' or before.seq in (select seq from oncely.wal_backlog())))
          ), freed as (
-             select seq from oncely.outbox where behind in (select behind from gone) for update skip locked
+             select seq from oncely.outbox where blocked_by in (select blocked_by from gone) for update skip locked
          )
-         update oncely.outbox set behind = null, leased_until = due_at
+         update oncely.outbox set blocked_by = null, leased_until = due_at
          from freed where outbox.seq = freed.seq",
     );
     let freed = query.execute(session.connection()).await;
-    freed.map_err(|error| errors::of_statement(error, "let outputs go that waited"))?;
+    freed.map_err(|error| errors::from_statement(error, "let outputs go that waited"))?;
     Ok(())
 }
 
 /// Records where outputs are. All of them must be there.
 pub(super) async fn mark_published(session: &mut Session, published: &[Published]) -> Result<()> {
-    let sequences: Vec<i64> =
-        published.iter().map(|place| shared::signed(place.stream_sequence)).collect::<Result<_>>()?;
+    let sequences: Vec<i64> = published
+        .iter()
+        .map(|place| shared::signed(place.stream_sequence))
+        .collect::<Result<_>>()?;
     let query = session.query(
         "update oncely.outbox
          set published_at = coalesce(published_at, pg_catalog.now()), stream = given.stream,
-             stream_sequence = given.stream_sequence, behind = null, set_aside_at = null
+             stream_sequence = given.stream_sequence, blocked_by = null, parked_at = null
          from unnest($1::bigint[], $2::text[], $3::bigint[]) as given (seq, stream, stream_sequence)
          where outbox.seq = given.seq",
     );
     let result = query
         .bind(published.iter().map(|place| place.seq).collect::<Vec<_>>())
-        .bind(published.iter().map(|place| place.stream.as_str()).collect::<Vec<_>>())
+        .bind(
+            published
+                .iter()
+                .map(|place| place.stream.as_str())
+                .collect::<Vec<_>>(),
+        )
         .bind(sequences)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "mark outputs as published"))?;
+        .map_err(|error| errors::from_statement(error, "mark outputs as published"))?;
     if fault::mutant(fault::MARK_WITHOUT_FILTER) {
-        let everything = "update oncely.outbox set published_at = now(), stream = '', stream_sequence = 0, behind = null, set_aside_at = null where published_at is null";
+        let everything = "update oncely.outbox set published_at = now(), stream = '', stream_sequence = 0, blocked_by = null, parked_at = null where published_at is null";
         sqlx::raw_sql(everything)
             .execute(session.connection())
             .await
-            .map_err(|error| errors::of_statement(error, "mark outputs as published"))?;
+            .map_err(|error| errors::from_statement(error, "mark outputs as published"))?;
     }
     shared::check_count(result.rows_affected(), published.len())
 }
 
 /// Gives leases up, as far as this host still has them: another one may have taken over meanwhile.
-pub(super) async fn put_back(session: &mut Session, rows: &[(i64, Unpublished)]) -> Result<()> {
+pub(super) async fn release(session: &mut Session, rows: &[(i64, Unpublished)]) -> Result<()> {
     if rows.is_empty() {
         return Ok(());
     }
     let ids = session.output_ids();
-    let rows: Vec<_> = rows.iter().map(|row| PutBackColumns::of(row, &ids)).collect();
+    let rows: Vec<_> = rows
+        .iter()
+        .map(|row| ReleaseColumns::of(row, &ids))
+        .collect();
     let query = session.query(
         "update oncely.outbox
          set leased_until = coalesce(pg_catalog.now() + given.after * interval '1 microsecond', 'infinity'),
-             leased_by = null, failures = failures + given.failed::int, behind = given.behind,
-             set_aside_at = case when given.aside then pg_catalog.now() end,
+             leased_by = null, failures = failures + given.failed::int, blocked_by = given.blocked_by,
+             parked_at = case when given.parked then pg_catalog.now() end,
              last_error = coalesce(given.error, last_error),
              id = coalesce(given.next, id), ids_taken = ids_taken + (given.next is not null)::int
          from unnest($1::bigint[], $2::bigint[], $3::bool[], $4::bigint[], $5::bool[], $6::text[], $7::text[], $8::text[])
-             as given (seq, after, failed, behind, aside, error, taken, next)
+             as given (seq, after, failed, blocked_by, parked, error, taken, next)
          where outbox.seq = given.seq and published_at is null and coalesce(outbox.id = given.taken, true)
              and (leased_by is null
                  or leased_by = nullif(pg_catalog.current_setting('oncely.instance', true), '')::bigint)",
@@ -218,19 +278,30 @@ pub(super) async fn put_back(session: &mut Session, rows: &[(i64, Unpublished)])
         .bind(rows.iter().map(|row| row.seq).collect::<Vec<_>>())
         .bind(rows.iter().map(|row| row.after).collect::<Vec<_>>())
         .bind(rows.iter().map(|row| row.failed).collect::<Vec<_>>())
-        .bind(rows.iter().map(|row| row.behind).collect::<Vec<_>>())
-        .bind(rows.iter().map(|row| row.aside).collect::<Vec<_>>())
-        .bind(rows.iter().map(|row| row.error.as_deref()).collect::<Vec<_>>())
+        .bind(rows.iter().map(|row| row.blocked_by).collect::<Vec<_>>())
+        .bind(rows.iter().map(|row| row.parked).collect::<Vec<_>>())
+        .bind(
+            rows.iter()
+                .map(|row| row.error.as_deref())
+                .collect::<Vec<_>>(),
+        )
         .bind(rows.iter().map(|row| row.taken).collect::<Vec<_>>())
-        .bind(rows.iter().map(|row| row.next.as_deref()).collect::<Vec<_>>())
+        .bind(
+            rows.iter()
+                .map(|row| row.next.as_deref())
+                .collect::<Vec<_>>(),
+        )
         .execute(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "put outputs back"))?;
+        .map_err(|error| errors::from_statement(error, "put outputs back"))?;
     Ok(())
 }
 
 /// Has outputs go by polling that went by the log.
-pub(super) async fn leave_log(session: &mut Session, rows: &[(i64, Unpublished)]) -> Result<()> {
+pub(super) async fn move_to_polling(
+    session: &mut Session,
+    rows: &[(i64, Unpublished)],
+) -> Result<()> {
     if rows.is_empty() {
         return Ok(());
     }
@@ -240,6 +311,6 @@ pub(super) async fn leave_log(session: &mut Session, rows: &[(i64, Unpublished)]
         .bind(rows.iter().map(|(seq, _)| *seq).collect::<Vec<_>>())
         .execute(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "bring outputs over from the log"))?;
-    put_back(session, rows).await
+        .map_err(|error| errors::from_statement(error, "bring outputs over from the log"))?;
+    release(session, rows).await
 }

@@ -12,30 +12,30 @@ macro_rules! summaries {
         concat!(
             "with rows as (
                  select seq, id, worker, event_id, subject, ordering_key, failures, last_error, created_at, due_at,
-                     set_aside_at, headers, body, coalesce(outbox.stream, recorded.stream) as stream,
-                     coalesce(outbox.stream_sequence, recorded.stream_sequence) as stream_sequence, behind,
+                     parked_at, headers, body, coalesce(outbox.stream, recorded.stream) as stream,
+                     coalesce(outbox.stream_sequence, recorded.stream_sequence) as stream_sequence, blocked_by,
                      null::timestamptz as dropped_at, null as note,
                      case
-                         when via = 'wal' then case when seq in (select seq from oncely.in_log()) then 'in-log'
+                         when via = 'wal' then case when seq in (select seq from oncely.wal_backlog()) then 'in-wal'
                              else 'published' end
                          when outbox.published_at is not null then 'published'
-                         when set_aside_at is not null then 'set-aside'
-                         when behind is not null then 'behind'
+                         when parked_at is not null then 'parked'
+                         when blocked_by is not null then 'blocked'
                          when due_at > pg_catalog.now() then 'delayed'
                          when leased_until > pg_catalog.now() then 'leased'
                          else 'due'
                      end as state
-                 from oncely.outbox left join lateral oncely.recorded(seq) as recorded on via = 'wal'
+                 from oncely.outbox left join lateral oncely.find_relay_record(seq) as recorded on via = 'wal'
                  union all
                  select seq, id, worker, event_id, subject, ordering_key, failures, last_error, created_at, due_at,
-                     set_aside_at, headers, body, null, null, null, dropped_at, note, 'dropped'
+                     parked_at, headers, body, null, null, null, dropped_at, note, 'dropped'
                  from oncely.dropped_output
              )
              select rows.*, (extract(epoch from created_at) * 1000000)::bigint as created,
                  (extract(epoch from due_at) * 1000000)::bigint as due,
-                 (extract(epoch from set_aside_at) * 1000000)::bigint as set_aside,
+                 (extract(epoch from parked_at) * 1000000)::bigint as parked,
                  (extract(epoch from dropped_at) * 1000000)::bigint as dropped,
-                 (select pg_catalog.count(*) from oncely.outbox as other where other.behind = rows.seq) as waiting
+                 (select pg_catalog.count(*) from oncely.outbox as other where other.blocked_by = rows.seq) as waiting
              from rows ",
             $rest
         )
@@ -43,7 +43,10 @@ macro_rules! summaries {
 }
 
 /// Outputs that are set aside, or all that are not published, oldest first; or those that were dropped, newest first.
-pub(super) async fn list(session: &mut Session, filter: &OutputFilter) -> Result<Vec<OutputSummary>> {
+pub(super) async fn list(
+    session: &mut Session,
+    filter: &OutputFilter,
+) -> Result<Vec<OutputSummary>> {
     let query = session.query(match (filter.dropped, filter.unpublished) {
         (true, _) => summaries!(
             "where dropped_at is not null and ($1::text is null or worker = $1) order by dropped_at desc, seq limit $2"
@@ -52,7 +55,7 @@ pub(super) async fn list(session: &mut Session, filter: &OutputFilter) -> Result
             "where state not in ('published', 'dropped') and ($1::text is null or worker = $1) order by seq limit $2"
         ),
         (false, false) => summaries!(
-            "where state = 'set-aside' and set_aside_at is not null and ($1::text is null or worker = $1)
+            "where state = 'parked' and parked_at is not null and ($1::text is null or worker = $1)
              order by seq limit $2"
         ),
     });
@@ -61,7 +64,7 @@ pub(super) async fn list(session: &mut Session, filter: &OutputFilter) -> Result
         .bind(i64::from(filter.limit))
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "list outputs"))?;
+        .map_err(|error| errors::from_statement(error, "list outputs"))?;
     Ok(rows::list(&rows, rows::output_summary))
 }
 
@@ -72,57 +75,65 @@ pub(super) async fn find(session: &mut Session, number: i64) -> Result<Option<Ou
         .bind(number)
         .fetch_optional(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "read an output"))?;
+        .map_err(|error| errors::from_statement(error, "read an output"))?;
     row.as_ref().map(rows::output).transpose()
 }
 
 /// Has outputs that are set aside published after all.
 pub(super) async fn retry(session: &mut Session, numbers: &[i64]) -> Result<u64> {
     let query = session.query(
-        "update oncely.outbox set set_aside_at = null, leased_until = pg_catalog.now()
-         where seq = any($1::bigint[]) and set_aside_at is not null",
+        "update oncely.outbox set parked_at = null, leased_until = pg_catalog.now()
+         where seq = any($1::bigint[]) and parked_at is not null",
     );
     let result = query.bind(numbers).execute(session.connection()).await;
-    Ok(result.map_err(|error| errors::of_statement(error, "retry outputs"))?.rows_affected())
+    Ok(result
+        .map_err(|error| errors::from_statement(error, "retry outputs"))?
+        .rows_affected())
 }
 
 /// Moves outputs that are set aside to those that were dropped.
 pub(super) async fn drop(session: &mut Session, numbers: &[i64], note: &str) -> Result<u64> {
     let query = session.query(
         "with gone as (
-             delete from oncely.outbox where seq = any($1::bigint[]) and set_aside_at is not null
+             delete from oncely.outbox where seq = any($1::bigint[]) and parked_at is not null
              returning seq, id, worker, event_id, ordinal, subject, headers, body, ordering_key, created_at, due_at,
-                 failures, last_error, set_aside_at
+                 failures, last_error, parked_at
          )
          insert into oncely.dropped_output (seq, id, worker, event_id, ordinal, subject, headers, body, ordering_key,
-             created_at, due_at, failures, last_error, set_aside_at, note)
+             created_at, due_at, failures, last_error, parked_at, note)
          select gone.*, $2 from gone",
     );
-    let result = query.bind(numbers).bind(shared::printable(note)).execute(session.connection()).await;
-    Ok(result.map_err(|error| errors::of_statement(error, "drop outputs"))?.rows_affected())
+    let result = query
+        .bind(numbers)
+        .bind(shared::printable(note))
+        .execute(session.connection())
+        .await;
+    Ok(result
+        .map_err(|error| errors::from_statement(error, "drop outputs"))?
+        .rows_affected())
 }
 
 /// How far publishing is behind, by worker.
 pub(super) async fn lag(session: &mut Session) -> Result<Vec<OutboxLag>> {
     let query = session.query(
         "with unpublished as (
-             select outbox.worker, outbox.due_at, outbox.set_aside_at is not null as is_aside,
-                 before.set_aside_at is not null as is_held
-             from oncely.outbox left join oncely.outbox as before on before.seq = outbox.behind
+             select outbox.worker, outbox.due_at, outbox.parked_at is not null as is_parked,
+                 before.parked_at is not null as is_held
+             from oncely.outbox left join oncely.outbox as before on before.seq = outbox.blocked_by
              where outbox.published_at is null and outbox.via = 'poll'
              union all
-             select worker, due_at, false, false from oncely.in_log()
+             select worker, due_at, false, false from oncely.wal_backlog()
          )
          select worker, pg_catalog.count(*) filter (where due_at <= pg_catalog.now()) as unpublished,
              (extract(epoch from pg_catalog.now() - pg_catalog.min(due_at) filter (
-                 where due_at <= pg_catalog.now() and not is_aside and not is_held)) * 1000)::bigint as oldest_ms,
-             pg_catalog.count(*) filter (where is_aside) as set_aside, pg_catalog.count(*) filter (where is_held) as held
+                 where due_at <= pg_catalog.now() and not is_parked and not is_held)) * 1000)::bigint as oldest_ms,
+             pg_catalog.count(*) filter (where is_parked) as parked, pg_catalog.count(*) filter (where is_held) as held
          from unpublished group by worker order by worker",
     );
     let rows = query
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "measure how far publishing is behind"))?;
+        .map_err(|error| errors::from_statement(error, "measure how far publishing is behind"))?;
     rows.iter().map(rows::lag).collect()
 }
 
@@ -133,6 +144,6 @@ pub(super) async fn taken_ids(session: &mut Session) -> Result<BTreeMap<String, 
     let rows = query
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "count the ids that were taken"))?;
+        .map_err(|error| errors::from_statement(error, "count the ids that were taken"))?;
     rows.iter().map(rows::taken_ids).collect()
 }

@@ -12,73 +12,100 @@ use super::{attempts, errors, outbox};
 use crate::fault;
 use crate::model::redrive::Pointer;
 use crate::model::verdict::Settled;
-use crate::store::letters::{self, Standing};
+use crate::store::dead_letters::{self, LockedDeadLetter};
 use crate::store::{
-    By, LetterState, Move, Moved, OutboxRow, Output, PutBack, Redrive, Result, StoreError, rows, shared,
+    Attribution, DeadLetterAction, DeadLetterActionResult, DeadLetterState, OutboxRow, Output,
+    Redrive, RedriveLookup, Result, StoreError, rows, shared,
 };
 
 /// Puts letters back. Their rows are locked first, so that of two who do so at the same time one comes too late.
 pub(super) async fn redrive(
     session: &mut Session,
     wanted: &[Redrive],
-    by: &By,
-) -> Result<(Vec<Moved>, Vec<OutboxRow>)> {
+    attribution: &Attribution,
+) -> Result<(Vec<DeadLetterActionResult>, Vec<OutboxRow>)> {
     let ids: Vec<i64> = wanted.iter().map(|redrive| redrive.id).collect();
     let mut refused = Vec::new();
-    let mut letters = Vec::new();
-    for letter in standings(session, &ids).await? {
-        let against = wanted.iter().find(|redrive| redrive.id == letter.id);
-        match against.and_then(|wanted| letter.against_redrive(wanted)) {
-            Some(why) => refused.push((letter.id, why)),
-            None => letters.push(letter),
+    let mut dead_letters = Vec::new();
+    for dead_letter in lock_dead_letters(session, &ids).await? {
+        let against = wanted.iter().find(|redrive| redrive.id == dead_letter.id);
+        match against.and_then(|wanted| dead_letter.redrive_refusal(wanted)) {
+            Some(why) => refused.push((dead_letter.id, why)),
+            None => dead_letters.push(dead_letter),
         }
     }
-    let done: Vec<i64> = letters.iter().map(|letter| letter.id).collect();
-    forget_deaths_of_hosts(session, &letters).await?;
-    count_generation(session, &done).await?;
-    record(session, &done, "redrive", by).await?;
-    let pointer = |letter: &Standing| {
-        let pointer = Pointer { letter: letter.id, generation: letter.generation + 1 };
-        (letter.worker.clone(), pointer.output(&letter.worker, &letter.event_id))
+    let done: Vec<i64> = dead_letters
+        .iter()
+        .map(|dead_letter| dead_letter.id)
+        .collect();
+    clear_crash_markers(session, &dead_letters).await?;
+    start_generation(session, &done).await?;
+    write_audit(session, &done, "redrive", attribution).await?;
+    let pointer = |dead_letter: &LockedDeadLetter| {
+        let pointer = Pointer {
+            dead_letter: dead_letter.id,
+            generation: dead_letter.generation + 1,
+        };
+        (
+            dead_letter.worker.clone(),
+            pointer.output(&dead_letter.worker, &dead_letter.event_id),
+        )
     };
-    let pointers: Vec<(String, Output)> = letters.iter().map(pointer).collect();
-    let pointers: Vec<(&str, &Output)> = pointers.iter().map(|(worker, output)| (worker.as_str(), output)).collect();
+    let pointers: Vec<(String, Output)> = dead_letters.iter().map(pointer).collect();
+    let pointers: Vec<(&str, &Output)> = pointers
+        .iter()
+        .map(|(worker, output)| (worker.as_str(), output))
+        .collect();
     let rows = outbox::append_for(session, &pointers, shared::NOTICE_LEASE).await?;
-    Ok((letters::moved(ids, &refused, &done), rows))
+    Ok((dead_letters::action_results(ids, &refused, &done), rows))
 }
 
 /// Closes letters or corrects them. What was put back and is not settled is settled as dead before it is closed.
-pub(super) async fn move_letters(session: &mut Session, ids: &[i64], what: &Move, by: &By) -> Result<Vec<Moved>> {
-    let mut found = standings(session, ids).await?;
-    if what.closes().is_some() && settle_under_way(session, &found).await? > 0 {
-        found = standings(session, ids).await?;
+pub(super) async fn update_dead_letters(
+    session: &mut Session,
+    ids: &[i64],
+    action: &DeadLetterAction,
+    attribution: &Attribution,
+) -> Result<Vec<DeadLetterActionResult>> {
+    let mut found = lock_dead_letters(session, ids).await?;
+    if action.closed_state().is_some() && settle_in_flight(session, &found).await? > 0 {
+        found = lock_dead_letters(session, ids).await?;
     }
     let mut refused = Vec::new();
     let mut done = Vec::new();
-    for letter in found {
-        match letter.against(what) {
-            Some(why) => refused.push((letter.id, why)),
-            None => done.push(letter.id),
+    for dead_letter in found {
+        match dead_letter.action_refusal(action) {
+            Some(why) => refused.push((dead_letter.id, why)),
+            None => done.push(dead_letter.id),
         }
     }
-    if let Some(state) = what.closes() {
+    if let Some(state) = action.closed_state() {
         close(session, &done, state).await?;
-        attempts::forget_records_of_letters(session, &done).await?;
+        attempts::delete_recordings_of_dead_letters(session, &done).await?;
     }
-    if let Move::Edit(body) = what {
-        edit(session, &done, body, by).await?;
+    if let DeadLetterAction::Edit(body) = action {
+        edit(session, &done, body, attribution).await?;
     }
-    record(session, &done, what.action(), by).await?;
-    Ok(letters::moved(ids.iter().copied(), &refused, &done))
+    write_audit(session, &done, action.as_str(), attribution).await?;
+    Ok(dead_letters::action_results(
+        ids.iter().copied(),
+        &refused,
+        &done,
+    ))
 }
 
 /// The message of a redriven dead letter of `worker`; nothing when the pointer to it is out of date.
-pub(super) async fn put_back(session: &mut Session, worker: &str, id: i64, generation: u32) -> Result<PutBack> {
+pub(super) async fn redriven_message(
+    session: &mut Session,
+    worker: &str,
+    id: i64,
+    generation: u32,
+) -> Result<RedriveLookup> {
     let query = session.query(
         "select event_id, subject, headers, payload_sha256, attempts_before, stream, stream_sequence,
              (extract(epoch from coalesce(stored_at, first_died_at, died_at)) * 1000000)::bigint as stored_at,
-             coalesce((select edited.body from oncely.letter_edit as edited
-                       where edited.letter = dead_letter.id order by edit desc limit 1), body) as body,
+             coalesce((select edited.body from oncely.dead_letter_edit as edited
+                       where edited.dead_letter_id = dead_letter.id order by edit desc limit 1), body) as body,
              coalesce((select version from oncely.worker where name = dead_letter.worker), 0) as active
          from oncely.dead_letter where id = $1 and generation = $2 and state = 'redriven' and (worker = $3 or $4)",
     );
@@ -89,73 +116,103 @@ pub(super) async fn put_back(session: &mut Session, worker: &str, id: i64, gener
         .bind(fault::mutant(fault::POINTER_WITHOUT_WORKER))
         .fetch_optional(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "read a letter that was put back"))?;
+        .map_err(|error| errors::from_statement(error, "read a letter that was put back"))?;
     match row {
         Some(row) => {
             let message = rows::redriven(&row)?;
-            let active: i32 = row.try_get("active").map_err(|error| errors::of_statement(error, "read a version"))?;
-            Ok(PutBack::Message(Box::new(message), active.cast_unsigned()))
+            let active: i32 = row
+                .try_get("active")
+                .map_err(|error| errors::from_statement(error, "read a version"))?;
+            Ok(RedriveLookup::Message(
+                Box::new(message),
+                active.cast_unsigned(),
+            ))
         }
-        None => Ok(PutBack::OutOfDate(Settled::seen_by_store())),
+        None => Ok(RedriveLookup::OutOfDate(Settled::seen_by_store())),
     }
 }
 
 /// The letters as they stand, locked in the order of their ids. The inbox is looked at once the locks are held.
-async fn standings(session: &mut Session, ids: &[i64]) -> Result<Vec<Standing>> {
-    let doing = |error| errors::of_statement(error, "lock dead letters");
+async fn lock_dead_letters(session: &mut Session, ids: &[i64]) -> Result<Vec<LockedDeadLetter>> {
+    let context = |error| errors::from_statement(error, "lock dead letters");
     let query = session.query(
         "select id, worker, event_id, payload_sha256, reason, state, generation from oncely.dead_letter
          where id = any($1) order by id for update",
     );
-    let rows = query.bind(ids).fetch_all(session.connection()).await.map_err(doing)?;
-    let read = |row: &PgRow| -> anyhow::Result<Standing> {
-        Ok(Standing {
+    let rows = query
+        .bind(ids)
+        .fetch_all(session.connection())
+        .await
+        .map_err(context)?;
+    let read = |row: &PgRow| -> anyhow::Result<LockedDeadLetter> {
+        Ok(LockedDeadLetter {
             id: row.try_get("id")?,
             worker: row.try_get("worker")?,
             event_id: row.try_get("event_id")?,
             payload_sha256: row.try_get("payload_sha256")?,
             reason: row.try_get("reason")?,
-            state: LetterState::read(row.try_get("state")?)?,
+            state: DeadLetterState::parse(row.try_get("state")?)?,
             generation: row.try_get::<i32, _>("generation")?.cast_unsigned(),
             inbox: None,
         })
     };
-    let letters: anyhow::Result<Vec<_>> = rows.iter().map(read).collect();
-    let mut letters = letters.context("read dead letters").map_err(StoreError::Unavailable)?;
+    let dead_letters: anyhow::Result<Vec<_>> = rows.iter().map(read).collect();
+    let mut dead_letters = dead_letters
+        .context("read dead letters")
+        .map_err(StoreError::Unavailable)?;
     let query = session.query(
         "select dead_letter.id, inbox.state from oncely.dead_letter
              join oncely.inbox on inbox.worker = dead_letter.worker and inbox.event_id = dead_letter.event_id
          where dead_letter.id = any($1)",
     );
-    let rows = query.bind(ids).fetch_all(session.connection()).await.map_err(doing)?;
-    let inbox: sqlx::Result<HashMap<i64, String>> =
-        rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect();
-    let mut inbox = inbox.map_err(doing)?;
-    for letter in &mut letters {
-        letter.inbox = inbox.remove(&letter.id);
+    let rows = query
+        .bind(ids)
+        .fetch_all(session.connection())
+        .await
+        .map_err(context)?;
+    let inbox: sqlx::Result<HashMap<i64, String>> = rows
+        .iter()
+        .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
+        .collect();
+    let mut inbox = inbox.map_err(context)?;
+    for dead_letter in &mut dead_letters {
+        dead_letter.inbox = inbox.remove(&dead_letter.id);
     }
-    Ok(letters)
+    Ok(dead_letters)
 }
 
 /// What hosts died of has another chance.
-async fn forget_deaths_of_hosts(session: &mut Session, letters: &[Standing]) -> Result<()> {
+async fn clear_crash_markers(
+    session: &mut Session,
+    dead_letters: &[LockedDeadLetter],
+) -> Result<()> {
     let query = session.query(
-        "delete from oncely.unfinished using unnest($1::text[], $2::text[]) as given (worker, event_id)
-         where unfinished.worker = given.worker and unfinished.event_id = given.event_id",
+        "delete from oncely.crash_marker using unnest($1::text[], $2::text[]) as given (worker, event_id)
+         where crash_marker.worker = given.worker and crash_marker.event_id = given.event_id",
     );
     query
-        .bind(letters.iter().map(|letter| letter.worker.as_str()).collect::<Vec<_>>())
-        .bind(letters.iter().map(|letter| letter.event_id.as_str()).collect::<Vec<_>>())
+        .bind(
+            dead_letters
+                .iter()
+                .map(|dead_letter| dead_letter.worker.as_str())
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            dead_letters
+                .iter()
+                .map(|dead_letter| dead_letter.event_id.as_str())
+                .collect::<Vec<_>>(),
+        )
         .execute(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "take back what hosts died of"))?;
+        .map_err(|error| errors::from_statement(error, "take back what hosts died of"))?;
     Ok(())
 }
 
-async fn count_generation(session: &mut Session, ids: &[i64]) -> Result<()> {
+async fn start_generation(session: &mut Session, ids: &[i64]) -> Result<()> {
     let query = session.query(
         "update oncely.dead_letter
-         set state = 'redriven', generation = generation + 1, moved_at = pg_catalog.now(),
+         set state = 'redriven', generation = generation + 1, last_action_at = pg_catalog.now(),
              attempts_before = (
                  select coalesce(pg_catalog.max(attempt), 0) from oncely.attempt
                  where attempt.worker = dead_letter.worker and attempt.event_id = dead_letter.event_id)
@@ -165,80 +222,115 @@ async fn count_generation(session: &mut Session, ids: &[i64]) -> Result<()> {
         .bind(ids)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "put dead letters back"))?;
+        .map_err(|error| errors::from_statement(error, "put dead letters back"))?;
     Ok(())
 }
 
 /// Locks the events of letters that were put back, and waits for whoever is handling one, so that nobody takes them up from
 /// now on. Returns how many letters that concerned.
-async fn settle_under_way(session: &mut Session, letters: &[Standing]) -> Result<usize> {
-    let is_under_way = |letter: &&Standing| letter.owns_its_event() && letter.state == LetterState::Redriven;
-    let under_way: Vec<&Standing> = letters.iter().filter(is_under_way).collect();
-    if under_way.is_empty() {
+async fn settle_in_flight(
+    session: &mut Session,
+    dead_letters: &[LockedDeadLetter],
+) -> Result<usize> {
+    let is_in_flight = |dead_letter: &&LockedDeadLetter| {
+        dead_letter.owns_event() && dead_letter.state == DeadLetterState::Redriven
+    };
+    let in_flight: Vec<&LockedDeadLetter> = dead_letters.iter().filter(is_in_flight).collect();
+    if in_flight.is_empty() {
         return Ok(0);
     }
-    let doing = |error| errors::of_statement(error, "settle events that were put back");
-    let workers: Vec<_> = under_way.iter().map(|letter| letter.worker.as_str()).collect();
-    let event_ids: Vec<_> = under_way.iter().map(|letter| letter.event_id.as_str()).collect();
+    let context = |error| errors::from_statement(error, "settle events that were put back");
+    let workers: Vec<_> = in_flight
+        .iter()
+        .map(|dead_letter| dead_letter.worker.as_str())
+        .collect();
+    let event_ids: Vec<_> = in_flight
+        .iter()
+        .map(|dead_letter| dead_letter.event_id.as_str())
+        .collect();
     let query = session.query(
         "select from oncely.inbox where (worker, event_id) in (select * from unnest($1::text[], $2::text[]))
          order by worker, event_id for update",
     );
-    query.bind(&workers).bind(&event_ids).execute(session.connection()).await.map_err(doing)?;
+    query
+        .bind(&workers)
+        .bind(&event_ids)
+        .execute(session.connection())
+        .await
+        .map_err(context)?;
     // Those that have no record, because they were put back by an earlier version.
     let query = session.query("select from oncely.settle_dead($1, $2, $3, null, null)");
     query
         .bind(workers)
         .bind(event_ids)
-        .bind(under_way.iter().map(|letter| letter.payload_sha256.as_slice()).collect::<Vec<_>>())
+        .bind(
+            in_flight
+                .iter()
+                .map(|dead_letter| dead_letter.payload_sha256.as_slice())
+                .collect::<Vec<_>>(),
+        )
         .execute(session.connection())
         .await
-        .map_err(doing)?;
-    Ok(under_way.len())
+        .map_err(context)?;
+    Ok(in_flight.len())
 }
 
-async fn close(session: &mut Session, ids: &[i64], state: LetterState) -> Result<()> {
+async fn close(session: &mut Session, ids: &[i64], state: DeadLetterState) -> Result<()> {
     let query =
-        session.query("update oncely.dead_letter set state = $2, moved_at = pg_catalog.now() where id = any($1)");
+        session.query("update oncely.dead_letter set state = $2, last_action_at = pg_catalog.now() where id = any($1)");
     query
         .bind(ids)
         .bind(state.as_str())
         .execute(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "close dead letters"))?;
+        .map_err(|error| errors::from_statement(error, "close dead letters"))?;
     Ok(())
 }
 
-async fn edit(session: &mut Session, ids: &[i64], body: &Bytes, by: &By) -> Result<()> {
+async fn edit(
+    session: &mut Session,
+    ids: &[i64],
+    body: &Bytes,
+    attribution: &Attribution,
+) -> Result<()> {
     let query = session.query(
-        "insert into oncely.letter_edit (letter, edit, body, actor, note)
-         select id, coalesce((select pg_catalog.max(edit) from oncely.letter_edit where letter = id), 0) + 1, $2, $3, $4
+        "insert into oncely.dead_letter_edit (dead_letter_id, edit, body, actor, note)
+         select id, coalesce((select pg_catalog.max(edit) from oncely.dead_letter_edit where dead_letter_id = id), 0) + 1, $2, $3, $4
          from unnest($1::bigint[]) as given (id)",
     );
     query
         .bind(ids)
         .bind(body.as_ref())
-        .bind(shared::printable(&by.actor))
-        .bind(shared::printable(by.note.as_deref().unwrap_or_default()))
+        .bind(shared::printable(&attribution.actor))
+        .bind(shared::printable(
+            attribution.note.as_deref().unwrap_or_default(),
+        ))
         .execute(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "keep a corrected body"))?;
+        .map_err(|error| errors::from_statement(error, "keep a corrected body"))?;
     Ok(())
 }
 
 /// Writes down who did what.
-async fn record(session: &mut Session, ids: &[i64], action: &str, by: &By) -> Result<()> {
+async fn write_audit(
+    session: &mut Session,
+    ids: &[i64],
+    action: &str,
+    attribution: &Attribution,
+) -> Result<()> {
     let query = session.query(
-        "insert into oncely.letter_audit (letter, action, generation, actor, note)
+        "insert into oncely.dead_letter_audit (dead_letter_id, action, generation, actor, note)
          select id, $2, generation, $3, $4 from oncely.dead_letter where id = any($1) order by id",
     );
     query
         .bind(ids)
         .bind(action)
-        .bind(shared::printable(&by.actor))
-        .bind(by.note.as_deref().map(shared::printable))
+        .bind(shared::printable(&attribution.actor))
+        .bind(attribution.note.as_deref().map(shared::printable))
         .execute(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "write down what was done to dead letters"))?;
+        .map_err(|error| {
+            errors::from_statement(error, "write down what was done to dead letters")
+        })?;
     Ok(())
 }

@@ -4,10 +4,13 @@ use std::time::Duration;
 
 use super::errors;
 use super::session::Session;
-use crate::store::{OnStream, Result, rows, shared};
+use crate::store::{PublishedOutput, Result, rows, shared};
 
 /// For each stream the last output on it, of those published within some time.
-pub(super) async fn last_published(session: &mut Session, within: Duration) -> Result<Vec<OnStream>> {
+pub(super) async fn last_published(
+    session: &mut Session,
+    within: Duration,
+) -> Result<Vec<PublishedOutput>> {
     // A maximum and not a sort: in a minute of much traffic there are hundreds of thousands of them.
     let query = session.query(
         "with polled as (
@@ -29,15 +32,21 @@ pub(super) async fn last_published(session: &mut Session, within: Duration) -> R
              (extract(epoch from published_at) * 1000000)::bigint as published_at
          from published order by stream, stream_sequence desc",
     );
-    let rows = query.bind(shared::micros(within)).fetch_all(session.connection()).await;
-    rows.map_err(|error| errors::of_statement(error, "look what was published last"))?
+    let rows = query
+        .bind(shared::micros(within))
+        .fetch_all(session.connection())
+        .await;
+    rows.map_err(|error| errors::from_statement(error, "look what was published last"))?
         .iter()
-        .map(rows::on_stream)
+        .map(rows::published_output)
         .collect()
 }
 
 /// All published outputs on a stream that are still in the outbox, in the order of their publication.
-pub(super) async fn published_on(session: &mut Session, stream: &str) -> Result<Vec<OnStream>> {
+pub(super) async fn published_to(
+    session: &mut Session,
+    stream: &str,
+) -> Result<Vec<PublishedOutput>> {
     let query = session.query(
         "select seq, id, stream, stream_sequence, (extract(epoch from published_at) * 1000000)::bigint as published_at
          from (
@@ -52,12 +61,18 @@ pub(super) async fn published_on(session: &mut Session, stream: &str) -> Result<
          order by published_at, stream_sequence",
     );
     let rows = query.bind(stream).fetch_all(session.connection()).await;
-    rows.map_err(|error| errors::of_statement(error, "look what was published"))?.iter().map(rows::on_stream).collect()
+    rows.map_err(|error| errors::from_statement(error, "look what was published"))?
+        .iter()
+        .map(rows::published_output)
+        .collect()
 }
 
 /// Forgets that outputs were published where they were.
-pub(super) async fn publish_again(session: &mut Session, lost: &[OnStream]) -> Result<u64> {
-    let sequences: Vec<i64> = lost.iter().map(|place| shared::signed(place.stream_sequence)).collect::<Result<_>>()?;
+pub(super) async fn republish(session: &mut Session, lost: &[PublishedOutput]) -> Result<u64> {
+    let sequences: Vec<i64> = lost
+        .iter()
+        .map(|place| shared::signed(place.stream_sequence))
+        .collect::<Result<_>>()?;
     let query = session.query(
         "update oncely.outbox
          set published_at = null, stream = null, stream_sequence = null, leased_until = pg_catalog.now(), failures = 0
@@ -67,16 +82,24 @@ pub(super) async fn publish_again(session: &mut Session, lost: &[OnStream]) -> R
     );
     let result = query
         .bind(lost.iter().map(|place| place.seq).collect::<Vec<_>>())
-        .bind(lost.iter().map(|place| place.stream.as_str()).collect::<Vec<_>>())
+        .bind(
+            lost.iter()
+                .map(|place| place.stream.as_str())
+                .collect::<Vec<_>>(),
+        )
         .bind(&sequences)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "have outputs published again"))?;
-    Ok(result.rows_affected() + bring_over(session, lost, &sequences).await?)
+        .map_err(|error| errors::from_statement(error, "have outputs published again"))?;
+    Ok(result.rows_affected() + move_to_polling(session, lost, &sequences).await?)
 }
 
 /// What was published from the log is published again by polling.
-async fn bring_over(session: &mut Session, lost: &[OnStream], sequences: &[i64]) -> Result<u64> {
+async fn move_to_polling(
+    session: &mut Session,
+    lost: &[PublishedOutput],
+    sequences: &[i64],
+) -> Result<u64> {
     let query = session.query(
         "update oncely.outbox set via = 'poll', leased_until = pg_catalog.now()
          from unnest($1::bigint[], $2::text[], $3::bigint[]) as given (seq, stream, stream_sequence)
@@ -87,10 +110,16 @@ async fn bring_over(session: &mut Session, lost: &[OnStream], sequences: &[i64])
     );
     let result = query
         .bind(lost.iter().map(|place| place.seq).collect::<Vec<_>>())
-        .bind(lost.iter().map(|place| place.stream.as_str()).collect::<Vec<_>>())
+        .bind(
+            lost.iter()
+                .map(|place| place.stream.as_str())
+                .collect::<Vec<_>>(),
+        )
         .bind(sequences)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "have outputs of the log published again"))?;
+        .map_err(|error| {
+            errors::from_statement(error, "have outputs of the log published again")
+        })?;
     Ok(result.rows_affected())
 }

@@ -18,20 +18,30 @@ pub(super) async fn write(session: &mut Session, instance: i64, report: &str) ->
         .execute(session.connection())
         .await
         .map(|_| ())
-        .map_err(|error| errors::of_statement(error, "note what the host runs"))
+        .map_err(|error| errors::from_statement(error, "note what the host runs"))
 }
 
 pub(super) async fn read(session: &mut Session) -> Result<Vec<StoredReport>> {
-    let doing = |error| errors::of_statement(error, "read what hosts run");
+    let context = |error| errors::from_statement(error, "read what hosts run");
     let query = session.query(
         "select pg_catalog.lpad(pg_catalog.to_hex(id), 16, '0') as instance, coalesce(number, 0) as number, report
          from oncely.host_instance left join oncely.host_report on instance = id
          where lease_until > pg_catalog.clock_timestamp() order by id",
     );
-    let rows = query.fetch_all(session.connection()).await.map_err(doing)?;
+    let rows = query
+        .fetch_all(session.connection())
+        .await
+        .map_err(context)?;
     let report = |row: &sqlx::postgres::PgRow| {
         let number = shared::unsigned(row.try_get("number")?);
-        Ok(StoredReport { instance: row.try_get("instance")?, number, text: row.try_get("report")? })
+        Ok(StoredReport {
+            instance: row.try_get("instance")?,
+            number,
+            text: row.try_get("report")?,
+        })
     };
-    rows.iter().map(report).collect::<sqlx::Result<_>>().map_err(doing)
+    rows.iter()
+        .map(report)
+        .collect::<sqlx::Result<_>>()
+        .map_err(context)
 }

@@ -8,12 +8,16 @@ use sqlx::postgres::PgRow;
 
 use super::errors;
 use super::session::Session;
-use crate::model::request::{HttpAnswer, RequestKey};
+use crate::model::request::{HttpResponse, RequestKey};
 use crate::store::{ClaimedRequest, Result, StoreError, shared};
 
 /// Claims a key for the transaction, without waiting for another one that has it.
-pub(super) async fn claim(session: &mut Session, worker: &str, request: &RequestKey) -> Result<ClaimedRequest> {
-    let query = session.query("select * from oncely_door.claim_request($1, $2, $3, $4, $5, $6)");
+pub(super) async fn claim(
+    session: &mut Session,
+    worker: &str,
+    request: &RequestKey,
+) -> Result<ClaimedRequest> {
+    let query = session.query("select * from oncely_definer.claim_request($1, $2, $3, $4, $5, $6)");
     let row = query
         .bind(session.token())
         .bind(worker)
@@ -23,11 +27,18 @@ pub(super) async fn claim(session: &mut Session, worker: &str, request: &Request
         .bind(request.fingerprint.as_slice())
         .fetch_optional(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "claim an idempotency key"))?;
-    let Some(row) = row else { return Ok(ClaimedRequest::Fresh) };
-    let read = |row: &PgRow| Ok((row.try_get("in_flight")?, row.try_get("other")?));
-    let (in_flight, other): (bool, bool) =
-        read(&row).map_err(|error| errors::of_statement(error, "read whose an idempotency key is"))?;
+        .map_err(|error| errors::from_statement(error, "claim an idempotency key"))?;
+    let Some(row) = row else {
+        return Ok(ClaimedRequest::Fresh);
+    };
+    let read = |row: &PgRow| {
+        Ok((
+            row.try_get("in_flight")?,
+            row.try_get("fingerprint_differs")?,
+        ))
+    };
+    let (in_flight, other): (bool, bool) = read(&row)
+        .map_err(|error| errors::from_statement(error, "read whose an idempotency key is"))?;
     match (in_flight, other) {
         (_, true) => Ok(ClaimedRequest::OtherRequest),
         (true, false) => Ok(ClaimedRequest::InFlight),
@@ -35,22 +46,29 @@ pub(super) async fn claim(session: &mut Session, worker: &str, request: &Request
     }
 }
 
-fn answer(row: &PgRow) -> Result<HttpAnswer> {
-    let read = || Ok((row.try_get("status")?, row.try_get("headers")?, row.try_get("body")?));
+fn answer(row: &PgRow) -> Result<HttpResponse> {
+    let read = || {
+        Ok((
+            row.try_get("status")?,
+            row.try_get("headers")?,
+            row.try_get("body")?,
+        ))
+    };
     let (status, headers, body): (i32, String, Vec<u8>) =
-        read().map_err(|error| errors::of_statement(error, "read what was answered"))?;
+        read().map_err(|error| errors::from_statement(error, "read what was answered"))?;
     shared::stored_answer(status.into(), &headers, body)
 }
 
 /// Keeps what is answered to a key that this transaction claimed.
-pub(super) async fn keep(
+pub(super) async fn store_answer(
     session: &mut Session,
     worker: &str,
     request: &RequestKey,
-    answer: &HttpAnswer,
+    answer: &HttpResponse,
     keep: Duration,
 ) -> Result<()> {
-    let query = session.query("select oncely_door.answer_request($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)");
+    let query = session
+        .query("select oncely_definer.answer_request($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)");
     let row = query
         .bind(session.token())
         .bind(worker)
@@ -64,10 +82,15 @@ pub(super) async fn keep(
         .bind(shared::micros(keep))
         .fetch_one(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "keep an answer"))?;
+        .map_err(|error| errors::from_statement(error, "keep an answer"))?;
     match row.try_get(0) {
         Ok(true) => Ok(()),
-        Ok(false) => Err(StoreError::Conflict(anyhow!("the idempotency key was answered by another transaction"))),
-        Err(error) => Err(errors::of_statement(error, "read whether an answer was kept")),
+        Ok(false) => Err(StoreError::Conflict(anyhow!(
+            "the idempotency key was answered by another transaction"
+        ))),
+        Err(error) => Err(errors::from_statement(
+            error,
+            "read whether an answer was kept",
+        )),
     }
 }

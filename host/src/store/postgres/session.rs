@@ -15,7 +15,7 @@ use crate::fault;
 use crate::model::output_ids::OutputIds;
 use crate::store::Result;
 use crate::store::instance::Instance;
-use crate::store::shared::HOUSE_TIME;
+use crate::store::shared::PLATFORM_STATEMENT_TIMEOUT;
 
 /// What a transaction is for; it decides on its settings.
 #[derive(Debug, Clone, Copy)]
@@ -23,10 +23,10 @@ pub(super) enum Purpose {
     /// Guest statements of at most this length each.
     Guest(Duration),
     /// The same, for guests that can but read.
-    Reader(Duration),
-    House,
+    GuestReadOnly(Duration),
+    Platform,
     /// What may be lost when the server crashes, and need not wait for its disk.
-    Note,
+    AsyncCommit,
     /// Workers' migrations, which may take their time.
     Deploy,
     Read,
@@ -34,43 +34,63 @@ pub(super) enum Purpose {
 
 impl Purpose {
     /// The statements that begin the transaction; the last one returns the transaction's id, if it may write.
-    fn begin(self, host: &HostSide, name: &str, unlocks: bool) -> String {
+    fn begin(self, host: &HostSettings, name: &str, releases_locks: bool) -> String {
         let (search_path, time) = match self {
             // Zero would mean for ever.
-            Purpose::Guest(time) | Purpose::Reader(time) => {
+            Purpose::Guest(time) | Purpose::GuestReadOnly(time) => {
                 ("app_default, pg_temp", time.max(Duration::from_millis(2)))
             }
-            Purpose::House | Purpose::Note | Purpose::Read => ("pg_catalog, pg_temp", HOUSE_TIME),
+            Purpose::Platform | Purpose::AsyncCommit | Purpose::Read => {
+                ("pg_catalog, pg_temp", PLATFORM_STATEMENT_TIMEOUT)
+            }
             Purpose::Deploy => ("pg_catalog, pg_temp", Duration::ZERO),
         };
         let (access, id) = match self {
             Purpose::Read => ("read only", "'' as id"),
             Purpose::Guest(_) => ("read write", GUARDED_ID),
-            Purpose::Reader(_) => ("read only", READERS_ID),
-            _ => ("read write", "pg_catalog.pg_current_xact_id()::pg_catalog.text as id"),
+            Purpose::GuestReadOnly(_) => ("read only", READ_ONLY_ID),
+            _ => (
+                "read write",
+                "pg_catalog.pg_current_xact_id()::pg_catalog.text as id",
+            ),
         };
         let statement_ms = milliseconds(time);
         // Waiting for a lock ends before the statement's time does: it is a conflict then, not a slow statement.
-        let lock_ms = milliseconds(if time.is_zero() { HOUSE_TIME } else { time / 2 });
-        let waits = !matches!(self, Purpose::Note) && !fault::mutant(fault::SYNCHRONOUS_COMMIT_OFF);
+        let lock_ms = milliseconds(if time.is_zero() {
+            PLATFORM_STATEMENT_TIMEOUT
+        } else {
+            time / 2
+        });
+        let waits =
+            !matches!(self, Purpose::AsyncCommit) && !fault::mutant(fault::SYNCHRONOUS_COMMIT_OFF);
         let durable = if waits { "on" } else { "off" };
         // Guests may think for long, batch after batch: a host that froze meanwhile is known by its lease, see `instance`.
         let idle_ms = milliseconds(match self {
-            Purpose::Guest(time) | Purpose::Reader(time) => time.saturating_mul(10).max(HOUSE_TIME),
-            _ => HOUSE_IDLE,
+            Purpose::Guest(time) | Purpose::GuestReadOnly(time) => {
+                time.saturating_mul(10).max(PLATFORM_STATEMENT_TIMEOUT)
+            }
+            _ => PLATFORM_IDLE_TIMEOUT,
         });
         let connection = match self {
-            Purpose::Guest(_) | Purpose::Reader(_) => host.guest_settings(),
+            Purpose::Guest(_) | Purpose::GuestReadOnly(_) => host.guest_settings(),
             _ => host.settings(),
         };
         let (compiling, planning) = match self {
-            Purpose::House | Purpose::Note => (NOT_COMPILED, PLANNED_ANEW),
-            Purpose::Read => (NOT_COMPILED, ""),
-            Purpose::Guest(_) | Purpose::Reader(_) | Purpose::Deploy => ("", ""),
+            Purpose::Platform | Purpose::AsyncCommit => (JIT_OFF, CUSTOM_PLANS),
+            Purpose::Read => (JIT_OFF, ""),
+            Purpose::Guest(_) | Purpose::GuestReadOnly(_) | Purpose::Deploy => ("", ""),
         };
-        let (reset, pinned) = if fault::mutant(fault::NO_SESSION_RESET) { ("", "") } else { (RESET, PINNED) };
+        let (reset, pinned) = if fault::mutant(fault::NO_SESSION_RESET) {
+            ("", "")
+        } else {
+            (RESET, STARTUP_SETTINGS)
+        };
         let name = name.replace('\'', "''");
-        let unlock = if unlocks { ", pg_catalog.pg_advisory_unlock_all()" } else { "" };
+        let unlock = if releases_locks {
+            ", pg_catalog.pg_advisory_unlock_all()"
+        } else {
+            ""
+        };
         format!(
             "begin isolation level read committed {access}; {reset}{pinned}set local application_name = '{name}'; \
              set local search_path = {search_path}; \
@@ -85,11 +105,10 @@ impl Purpose {
 const RESET: &str = "close all; unlisten *; reset session authorization; reset all; discard temp; discard sequences; ";
 
 /// What a new session of ours is given by its first message, which a pooler may not pass on after `reset all`.
-const PINNED: &str =
-    "set local client_encoding = 'UTF8'; set local timezone = 'UTC'; set local datestyle = 'ISO, MDY'; ";
+const STARTUP_SETTINGS: &str = "set local client_encoding = 'UTF8'; set local timezone = 'UTC'; set local datestyle = 'ISO, MDY'; ";
 
 /// How long a transaction of our own may do nothing between two statements.
-const HOUSE_IDLE: Duration = Duration::from_secs(10);
+const PLATFORM_IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How often the server looks whether the client is still there while a statement runs, in milliseconds.
 const CHECK_CLIENT_MS: u32 = 2000;
@@ -100,19 +119,22 @@ const KEEPALIVE: &str = "set local tcp_keepalives_idle = 4; set local tcp_keepal
 
 /// What the server is to know of the host in each transaction.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct HostSide {
+pub(super) struct HostSettings {
     pub instance: Instance,
     /// Whether the server can look whether a client is still there, which depends on its operating system.
     pub checks_client: bool,
 }
 
-impl HostSide {
+impl HostSettings {
     /// Settings of a transaction.
     fn settings(self) -> String {
-        let instance =
-            self.instance.id().map_or_else(String::new, |id| format!("set local oncely.instance = '{id}'; "));
+        let instance = self.instance.id().map_or_else(String::new, |id| {
+            format!("set local oncely.instance = '{id}'; ")
+        });
         match self.checks_client {
-            true => format!("{instance}set local client_connection_check_interval = {CHECK_CLIENT_MS}; "),
+            true => format!(
+                "{instance}set local client_connection_check_interval = {CHECK_CLIENT_MS}; "
+            ),
             false => instance,
         }
     }
@@ -125,20 +147,20 @@ impl HostSide {
 
 /// The server compiles a statement that looks expensive, which takes seconds when it is busy. Those of ours only look so: where
 /// nothing is known of a table that was never analyzed, or where no index holds what is looked for in one of a single row.
-const NOT_COMPILED: &str = "set local jit = off; ";
+const JIT_OFF: &str = "set local jit = off; ";
 
 /// A connection keeps the plans of its statements while tables grow from nothing: one that reads a whole table, right when
 /// it held ten rows, would be kept until the table is analyzed. Planning is cheap beside what these statements do in bulk. And
 /// of a table that was never analyzed nobody knows that a small index holds all that is looked for.
-const PLANNED_ANEW: &str = "set local plan_cache_mode = force_custom_plan; set local enable_seqscan = off; ";
+const CUSTOM_PLANS: &str =
+    "set local plan_cache_mode = force_custom_plan; set local enable_seqscan = off; ";
 
 /// The transaction's id, the process that serves it, and a mark that lets nobody but the host commit.
 const GUARDED_ID: &str = "pg_catalog.pg_current_xact_id()::pg_catalog.text as id, \
-    pg_catalog.pg_backend_pid() as process, oncely_door.guard()";
+    pg_catalog.pg_backend_pid() as process, oncely_definer.guard()";
 
 /// The same without the mark, which would be a write: there is nothing to commit.
-const READERS_ID: &str =
-    "pg_catalog.pg_current_xact_id()::pg_catalog.text as id, pg_catalog.pg_backend_pid() as process";
+const READ_ONLY_ID: &str = "pg_catalog.pg_current_xact_id()::pg_catalog.text as id, pg_catalog.pg_backend_pid() as process";
 
 fn milliseconds(duration: Duration) -> i32 {
     i32::try_from(duration.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
@@ -150,15 +172,15 @@ pub(super) struct Sessions {
     pool: PgPool,
     named_statements: bool,
     /// Whether advisory locks that a transaction left are released before the next one: the role may do so.
-    unlocks: bool,
-    host: HostSide,
-    door_key: Arc<DoorKey>,
+    releases_locks: bool,
+    host: HostSettings,
+    definer_key: Arc<DefinerKey>,
     output_ids: Arc<OutputIds>,
 }
 
 /// What opens the door to the platform's tables.
 #[derive(Default)]
-struct DoorKey {
+struct DefinerKey {
     /// Empty until the schema is up to date.
     key: RwLock<Vec<u8>>,
     /// Whether the database has another one by now.
@@ -167,14 +189,27 @@ struct DoorKey {
 
 impl Sessions {
     pub(super) fn new(pool: PgPool, named_statements: bool, instance: Instance) -> Self {
-        let output_ids = Arc::new(OutputIds::under_random_key());
-        let host = HostSide { instance, checks_client: false };
-        Sessions { pool, named_statements, unlocks: false, host, door_key: Arc::default(), output_ids }
+        let output_ids = Arc::new(OutputIds::with_random_key());
+        let host = HostSettings {
+            instance,
+            checks_client: false,
+        };
+        Sessions {
+            pool,
+            named_statements,
+            releases_locks: false,
+            host,
+            definer_key: Arc::default(),
+            output_ids,
+        }
     }
 
     /// The same, with the ids of the installation.
     pub(super) fn with_output_ids(self, output_ids: OutputIds) -> Self {
-        Sessions { output_ids: Arc::new(output_ids), ..self }
+        Sessions {
+            output_ids: Arc::new(output_ids),
+            ..self
+        }
     }
 
     /// The ids under which outputs travel.
@@ -183,7 +218,7 @@ impl Sessions {
     }
 
     /// The same, for a server that looks whether its clients are still there, if it can.
-    pub(super) async fn with_checks_of_clients(mut self) -> Self {
+    pub(super) async fn with_client_checks(mut self) -> Self {
         self.host.checks_client = true;
         // Refused at the beginning of a transaction where the operating system offers no way.
         if let Ok(session) = self.begin(Purpose::Read).await {
@@ -195,43 +230,66 @@ impl Sessions {
     }
 
     /// Takes the key of the door, for all sessions that share it.
-    pub(super) fn take_key(&self, key: Vec<u8>) {
-        *self.door_key.key.write().unwrap_or_else(PoisonError::into_inner) = key;
-        self.door_key.is_stale.store(false, Ordering::Release);
+    pub(super) fn set_definer_key(&self, key: Vec<u8>) {
+        *self
+            .definer_key
+            .key
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = key;
+        self.definer_key.is_stale.store(false, Ordering::Release);
     }
 
     /// Notes that the database has another key by now.
-    pub(super) fn key_is_stale(&self) {
-        self.door_key.is_stale.store(true, Ordering::Release);
+    pub(super) fn mark_key_stale(&self) {
+        self.definer_key.is_stale.store(true, Ordering::Release);
     }
 
-    pub(super) fn has_stale_key(&self) -> bool {
-        self.door_key.is_stale.load(Ordering::Acquire)
+    pub(super) fn is_key_stale(&self) -> bool {
+        self.definer_key.is_stale.load(Ordering::Acquire)
     }
 
     /// Transactions on the connections of another role, which may release its advisory locks or not.
-    pub(super) fn on(&self, pool: PgPool, unlocks: bool) -> Self {
-        Sessions { pool, unlocks, ..self.clone() }
+    pub(super) fn with_pool(&self, pool: PgPool, releases_locks: bool) -> Self {
+        Sessions {
+            pool,
+            releases_locks,
+            ..self.clone()
+        }
     }
 
     /// The same connections, for the host and for guests.
     pub(super) fn shared_with_guests(self) -> Self {
-        Sessions { unlocks: true, ..self }
+        Sessions {
+            releases_locks: true,
+            ..self
+        }
     }
 
     /// Begins a transaction. Pooled connections that turn out to be dead are dropped on the way.
     pub(super) async fn begin(&self, purpose: Purpose) -> Result<Session> {
         let options = self.pool.connect_options();
-        let begin = purpose.begin(&self.host, options.get_application_name().unwrap_or("oncely"), self.unlocks);
+        let begin = purpose.begin(
+            &self.host,
+            options.get_application_name().unwrap_or("oncely"),
+            self.releases_locks,
+        );
         let mut dead = 0;
         loop {
-            let connection =
-                self.pool.acquire().await.map_err(|error| errors::of_statement(error, "connect to PostgreSQL"))?;
+            let connection = self
+                .pool
+                .acquire()
+                .await
+                .map_err(|error| errors::from_statement(error, "connect to PostgreSQL"))?;
             let mut session = Session {
                 connection,
                 named_statements: self.named_statements,
                 purpose,
-                door_key: self.door_key.key.read().unwrap_or_else(PoisonError::into_inner).clone(),
+                definer_key: self
+                    .definer_key
+                    .key
+                    .read()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .clone(),
                 output_ids: Arc::clone(&self.output_ids),
                 id: String::new(),
                 process: 0,
@@ -240,11 +298,12 @@ impl Sessions {
             match session.begin(&begin).await {
                 Ok(()) => return Ok(session),
                 Err(error)
-                    if errors::is_connection_loss(&error) && dead < self.pool.options().get_max_connections() =>
+                    if errors::is_connection_loss(&error)
+                        && dead < self.pool.options().get_max_connections() =>
                 {
                     dead += 1;
                 }
-                Err(error) => return Err(errors::of_statement(error, "begin a transaction")),
+                Err(error) => return Err(errors::from_statement(error, "begin a transaction")),
             }
         }
     }
@@ -259,7 +318,7 @@ pub(super) struct Session {
     connection: PoolConnection<Postgres>,
     named_statements: bool,
     purpose: Purpose,
-    door_key: Vec<u8>,
+    definer_key: Vec<u8>,
     output_ids: Arc<OutputIds>,
     /// The transaction's id; empty for one that only reads.
     id: String,
@@ -270,9 +329,11 @@ pub(super) struct Session {
 
 impl Session {
     async fn begin(&mut self, begin: &str) -> sqlx::Result<()> {
-        let row = raw_sql(AssertSqlSafe(begin)).fetch_one(&mut *self.connection).await?;
+        let row = raw_sql(AssertSqlSafe(begin))
+            .fetch_one(&mut *self.connection)
+            .await?;
         self.id = row.try_get("id")?;
-        if let Purpose::Guest(_) | Purpose::Reader(_) = self.purpose {
+        if let Purpose::Guest(_) | Purpose::GuestReadOnly(_) = self.purpose {
             self.process = row.try_get("process")?;
         }
         Ok(())
@@ -285,13 +346,19 @@ impl Session {
 
     /// What a function of the door wants to see: it fits this transaction alone.
     pub(super) fn token(&self) -> Vec<u8> {
-        self.token_for("door")
+        self.token_for("definer")
     }
 
     /// The function `oncely.tx_token` of the migrations makes the same.
     fn token_for(&self, purpose: &str) -> Vec<u8> {
-        let inner = Sha256::new().chain_update(&self.door_key).chain_update(format!("{purpose}:{}", self.id));
-        Sha256::new().chain_update(&self.door_key).chain_update(inner.finalize()).finalize().to_vec()
+        let inner = Sha256::new()
+            .chain_update(&self.definer_key)
+            .chain_update(format!("{purpose}:{}", self.id));
+        Sha256::new()
+            .chain_update(&self.definer_key)
+            .chain_update(inner.finalize())
+            .finalize()
+            .to_vec()
     }
 
     /// The transaction's id.
@@ -302,9 +369,13 @@ impl Session {
     /// Checks deferred constraints now, for a transaction that is not to be committed. The guests of the transaction are
     /// gone when the token is shown.
     pub(super) async fn check_constraints(&mut self) -> sqlx::Result<()> {
-        let token = hex::encode(self.token_for("finish"));
-        let check = format!("set local oncely.finish = '{token}'; set constraints all immediate");
-        raw_sql(AssertSqlSafe(check)).execute(&mut *self.connection).await.map(|_| ())
+        let token = hex::encode(self.token_for("commit"));
+        let check =
+            format!("set local oncely.commit_token = '{token}'; set constraints all immediate");
+        raw_sql(AssertSqlSafe(check))
+            .execute(&mut *self.connection)
+            .await
+            .map(|_| ())
     }
 
     /// The server's process that serves a guest's transaction.
@@ -314,7 +385,11 @@ impl Session {
 
     /// How long one of a guest's statements may take.
     pub(super) fn guest_time(&self) -> Duration {
-        if let Purpose::Guest(time) | Purpose::Reader(time) = self.purpose { time } else { HOUSE_TIME }
+        if let Purpose::Guest(time) | Purpose::GuestReadOnly(time) = self.purpose {
+            time
+        } else {
+            PLATFORM_STATEMENT_TIMEOUT
+        }
     }
 
     /// A statement of our own. Behind a pooler it is prepared without a name, for its one use.
@@ -336,13 +411,16 @@ impl Session {
     }
 
     /// Runs statements of our own that bring nothing back.
-    pub(super) async fn run(&mut self, statements: String, doing: &'static str) -> Result<()> {
-        let ran = raw_sql(AssertSqlSafe(statements)).execute(&mut *self.connection).await;
-        ran.map(|_| ()).map_err(|error| errors::of_savepoint(error, doing))
+    pub(super) async fn run(&mut self, statements: String, context: &'static str) -> Result<()> {
+        let ran = raw_sql(AssertSqlSafe(statements))
+            .execute(&mut *self.connection)
+            .await;
+        ran.map(|_| ())
+            .map_err(|error| errors::from_savepoint(error, context))
     }
 
     /// Whether a migration that just ran left this transaction.
-    pub(super) async fn is_still_ours(&mut self) -> sqlx::Result<bool> {
+    pub(super) async fn is_same_transaction(&mut self) -> sqlx::Result<bool> {
         let row = raw_sql("select pg_catalog.pg_current_xact_id()::pg_catalog.text as id")
             .fetch_one(&mut *self.connection)
             .await?;
@@ -352,25 +430,49 @@ impl Session {
     /// Commits, in one message with a fence before it: the fence fails when the transaction was aborted or is not the
     /// one that we began, and `commit` is not reached then. It is never sent again.
     pub(super) async fn commit(mut self) -> Result<()> {
-        let fence = format!("select 1 / (pg_catalog.pg_current_xact_id() = '{}'::pg_catalog.xid8)::int", self.id);
+        let fence = format!(
+            "select 1 / (pg_catalog.pg_current_xact_id() = '{}'::pg_catalog.xid8)::int",
+            self.id
+        );
         if fault::mutant(fault::IGNORE_COMMIT_TAG) {
-            let token = format!("set local oncely.finish = '{}'", hex::encode(self.token_for("finish")));
-            let _ = raw_sql(AssertSqlSafe(token)).execute(&mut *self.connection).await;
+            let token = format!(
+                "set local oncely.commit_token = '{}'",
+                hex::encode(self.token_for("commit"))
+            );
+            let _ = raw_sql(AssertSqlSafe(token))
+                .execute(&mut *self.connection)
+                .await;
         }
         let commit = match self.purpose {
             _ if fault::mutant(fault::IGNORE_COMMIT_TAG) => "commit".to_owned(),
-            Purpose::Read | Purpose::Reader(_) => "commit".to_owned(),
+            Purpose::Read | Purpose::GuestReadOnly(_) => "commit".to_owned(),
             Purpose::Guest(_) => {
                 // The guard lets this commit pass; the guests of the transaction are gone when the token is shown.
-                format!("set local oncely.finish = '{}'; {fence}; commit", hex::encode(self.token_for("finish")))
+                format!(
+                    "set local oncely.commit_token = '{}'; {fence}; commit",
+                    hex::encode(self.token_for("commit"))
+                )
             }
-            Purpose::House | Purpose::Note | Purpose::Deploy => format!("{fence}; commit"),
+            Purpose::Platform | Purpose::AsyncCommit | Purpose::Deploy => {
+                format!("{fence}; commit")
+            }
         };
-        match raw_sql(AssertSqlSafe(commit)).execute(&mut *self.connection).await {
-            Err(error) if fault::mutant(fault::RESEND_COMMIT) && errors::is_connection_loss(&error) => return Ok(()),
+        match raw_sql(AssertSqlSafe(commit))
+            .execute(&mut *self.connection)
+            .await
+        {
+            Err(error)
+                if fault::mutant(fault::RESEND_COMMIT) && errors::is_connection_loss(&error) =>
+            {
+                return Ok(());
+            }
             committed => committed.map_err(|error| match self.purpose {
-                Purpose::Guest(_) | Purpose::Reader(_) | Purpose::Deploy => errors::of_guests_commit(error),
-                Purpose::House | Purpose::Note | Purpose::Read => errors::of_statement(error, "commit"),
+                Purpose::Guest(_) | Purpose::GuestReadOnly(_) | Purpose::Deploy => {
+                    errors::from_guest_commit(error)
+                }
+                Purpose::Platform | Purpose::AsyncCommit | Purpose::Read => {
+                    errors::from_statement(error, "commit")
+                }
             })?,
         };
         self.finished = true;
@@ -379,7 +481,10 @@ impl Session {
 
     /// Rolls back; when that fails the connection is closed.
     pub(super) async fn rollback(mut self) {
-        self.finished = raw_sql("rollback").execute(&mut *self.connection).await.is_ok();
+        self.finished = raw_sql("rollback")
+            .execute(&mut *self.connection)
+            .await
+            .is_ok();
     }
 }
 

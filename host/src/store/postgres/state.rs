@@ -6,20 +6,30 @@ use sqlx::postgres::PgRow;
 
 use super::errors;
 use super::session::Session;
-use crate::store::{Result, STATE_PREVIEW, StateRecord, StateSlot, StateWrite, StoreError, rows, shared};
+use crate::store::{
+    Result, STATE_PREVIEW, StateRecord, StateSlot, StateWrite, StoreError, rows, shared,
+};
 
 /// The keys as they stand.
-pub(super) async fn load(session: &mut Session, worker: &str, keys: &[String]) -> Result<Vec<(String, StateSlot)>> {
-    let query = session.query("select * from oncely_door.load_state($1, $2, $3)");
+pub(super) async fn load(
+    session: &mut Session,
+    worker: &str,
+    keys: &[String],
+) -> Result<Vec<(String, StateSlot)>> {
+    let query = session.query("select * from oncely_definer.load_state($1, $2, $3)");
     let rows = query
         .bind(session.token())
         .bind(worker)
         .bind(keys)
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "load state"))?;
-    let read =
-        |row: &PgRow| Ok((row.try_get(0)?, shared::state_slot(row.try_get(1)?, row.try_get(2)?, row.try_get(3)?)));
+        .map_err(|error| errors::from_statement(error, "load state"))?;
+    let read = |row: &PgRow| {
+        Ok((
+            row.try_get(0)?,
+            shared::state_slot(row.try_get(1)?, row.try_get(2)?, row.try_get(3)?),
+        ))
+    };
     let slots: sqlx::Result<Vec<_>> = rows.iter().map(read).collect();
     slots.context("read state").map_err(StoreError::Unavailable)
 }
@@ -33,26 +43,39 @@ pub(super) async fn save(session: &mut Session, worker: &str, writes: &[StateWri
         versions.push(shared::signed(write.version)?);
     }
     let values: Vec<Option<&[u8]>> = writes.iter().map(|write| write.value.as_deref()).collect();
-    let query = session.query("select oncely_door.save_state($1, $2, $3, $4, $5, $6)");
+    let query = session.query("select oncely_definer.save_state($1, $2, $3, $4, $5, $6)");
     let row = query
         .bind(session.token())
         .bind(worker)
-        .bind(writes.iter().map(|write| write.key.as_str()).collect::<Vec<_>>())
+        .bind(
+            writes
+                .iter()
+                .map(|write| write.key.as_str())
+                .collect::<Vec<_>>(),
+        )
         .bind(expected)
         .bind(values)
         .bind(versions)
         .fetch_one(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "save state"))?;
-    let written: i64 = row.try_get(0).map_err(|error| errors::of_statement(error, "read how much state was saved"))?;
+        .map_err(|error| errors::from_statement(error, "save state"))?;
+    let written: i64 = row
+        .try_get(0)
+        .map_err(|error| errors::from_statement(error, "read how much state was saved"))?;
     if usize::try_from(written).is_ok_and(|written| written == writes.len()) {
         return Ok(());
     }
-    Err(StoreError::Conflict(anyhow!("a state key changed since it was read")))
+    Err(StoreError::Conflict(anyhow!(
+        "a state key changed since it was read"
+    )))
 }
 
 /// The value under a key, whole.
-pub(super) async fn entry(session: &mut Session, worker: &str, key: &str) -> Result<Option<StateRecord>> {
+pub(super) async fn entry(
+    session: &mut Session,
+    worker: &str,
+    key: &str,
+) -> Result<Option<StateRecord>> {
     let query = session.query(
         "select key, version, octet_length(value)::bigint as size, value,
              (extract(epoch from updated_at) * 1000000)::bigint as updated_at
@@ -63,12 +86,17 @@ pub(super) async fn entry(session: &mut Session, worker: &str, key: &str) -> Res
         .bind(key)
         .fetch_optional(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "read state"))?;
+        .map_err(|error| errors::from_statement(error, "read state"))?;
     row.as_ref().map(rows::state).transpose()
 }
 
 /// Values whose keys begin with `prefix`, by key; only their beginnings.
-pub(super) async fn entries(session: &mut Session, worker: &str, prefix: &str, limit: u32) -> Result<Vec<StateRecord>> {
+pub(super) async fn entries(
+    session: &mut Session,
+    worker: &str,
+    prefix: &str,
+    limit: u32,
+) -> Result<Vec<StateRecord>> {
     let query = session.query(
         "select key, version, octet_length(value)::bigint as size, substring(value from 1 for $4) as value,
              (extract(epoch from updated_at) * 1000000)::bigint as updated_at
@@ -82,6 +110,6 @@ pub(super) async fn entries(session: &mut Session, worker: &str, prefix: &str, l
         .bind(STATE_PREVIEW.cast_signed())
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "list state"))?;
+        .map_err(|error| errors::from_statement(error, "list state"))?;
     Ok(rows::list(&rows, rows::state))
 }

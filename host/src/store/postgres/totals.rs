@@ -13,36 +13,36 @@ pub(super) async fn by_worker(session: &mut Session) -> Result<Vec<WorkerTotals>
          ), outbox as (
              select worker, pg_catalog.count(*) filter (where subject not like 'oncely.%') as outputs,
                  pg_catalog.count(*) filter (where published_at is null and via = 'poll') as unpublished,
-                 pg_catalog.count(*) filter (where set_aside_at is not null) as set_aside,
+                 pg_catalog.count(*) filter (where parked_at is not null) as parked,
                  pg_catalog.min(due_at) filter (where published_at is null and via = 'poll' and due_at <= pg_catalog.now()
-                     and set_aside_at is null and not exists (
+                     and parked_at is null and not exists (
                          select from oncely.outbox as before
-                         where before.seq = outbox.behind and before.set_aside_at is not null)) as oldest
+                         where before.seq = outbox.blocked_by and before.parked_at is not null)) as oldest
              from oncely.outbox group by worker
-         ), in_log as (
+         ), wal_backlog as (
              select worker, pg_catalog.count(*) as unpublished, pg_catalog.min(due_at) as oldest
-             from oncely.in_log() group by worker
+             from oncely.wal_backlog() group by worker
          ), names as (
              select name as worker from oncely.worker union select worker from inbox
              union select worker from dead_letter union select worker from outbox
          )
          select worker, coalesce(done, 0) as done, coalesce(dead, 0) as dead, coalesce(outputs, 0) as outputs,
-             coalesce(outbox.unpublished, 0) + coalesce(in_log.unpublished, 0) as unpublished,
-             coalesce(set_aside, 0) as set_aside,
-             (extract(epoch from pg_catalog.now() - least(outbox.oldest, in_log.oldest)) * 1000)::bigint as oldest_ms
+             coalesce(outbox.unpublished, 0) + coalesce(wal_backlog.unpublished, 0) as unpublished,
+             coalesce(parked, 0) as parked,
+             (extract(epoch from pg_catalog.now() - least(outbox.oldest, wal_backlog.oldest)) * 1000)::bigint as oldest_ms
          from names left join inbox using (worker) left join dead_letter using (worker) left join outbox using (worker)
-             left join in_log using (worker)
+             left join wal_backlog using (worker)
          order by worker",
     );
     let rows = query
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::of_statement(error, "count what workers did"))?;
+        .map_err(|error| errors::from_statement(error, "count what workers did"))?;
     rows.iter().map(rows::totals).collect()
 }
 
 /// Writes down which letters that were put back took effect, before the inbox forgets it.
-pub(super) async fn write_done(session: &mut Session) -> Result<()> {
+pub(super) async fn record_completed_redrives(session: &mut Session) -> Result<()> {
     let query = session.query(
         "with done as (
              update oncely.dead_letter set state = 'done' from oncely.inbox
@@ -50,12 +50,11 @@ pub(super) async fn write_done(session: &mut Session) -> Result<()> {
                  and inbox.event_id = dead_letter.event_id and inbox.state = 'done'
              returning dead_letter.worker, dead_letter.event_id
          )
-         delete from oncely.record using done
-         where record.worker = done.worker and record.event_id = done.event_id",
+         delete from oncely.recording using done
+         where recording.worker = done.worker and recording.event_id = done.event_id",
     );
-    query
-        .execute(session.connection())
-        .await
-        .map_err(|error| errors::of_statement(error, "write down which dead letters took effect"))?;
+    query.execute(session.connection()).await.map_err(|error| {
+        errors::from_statement(error, "write down which dead letters took effect")
+    })?;
     Ok(())
 }

@@ -6,74 +6,87 @@ use sqlx::sqlite::{SqlitePool, SqliteRow};
 
 use super::session::Session;
 use super::{errors, outbox};
-use crate::model::alarm::{Alarm, Move, NEW_AGAIN_AFTER, NEW_FAILURES_WITHIN, Notice, Step};
+use crate::model::alarm::{
+    Alarm, AlarmStep, AlarmUpdate, NEW_FAILURE_RESET_AFTER, NEW_FAILURES_WINDOW, Notice,
+};
 use crate::model::failure_group::FailureGroup;
-use crate::store::shared::{self, Newcomers};
-use crate::store::{LetterDepth, Result, StoreError, Told, rows};
+use crate::store::shared::{self, WorkerFailureGroups};
+use crate::store::{AlarmNotices, DeadLetterDepth, Result, StoreError, rows};
 
 /// Alarms that are raised, and those on depth and age that ever were.
 pub(super) async fn list(readers: &SqlitePool) -> Result<Vec<Alarm>> {
     let rows = sqlx::query(
         "select alarm.worker, kind, times, value, threshold, raised_at, cleared_at,
-             (cast(unixepoch('subsec') * 1000000 as integer) - calm_since) / 1000 as calm_ms,
-             letter_group.id, reason, code, shape, place,
-             case when kind = 'new-failure' then (select count(*) from oncely_dead_letter as letter
-                 where letter.group_id = alarm.group_id and letter.state in ('open', 'redriven')) end as to_do
-         from oncely_alarm as alarm left join oncely_letter_group as letter_group on letter_group.id = alarm.group_id
+             (cast(unixepoch('subsec') * 1000000 as integer) - below_since) / 1000 as recovering_ms,
+             dead_letter_group.id, reason, code, shape, place,
+             case when kind = 'new-failure' then (select count(*) from oncely_dead_letter as dead_letter
+                 where dead_letter.group_id = alarm.group_id and dead_letter.state in ('open', 'redriven')) end as open_dead_letters
+         from oncely_alarm as alarm left join oncely_dead_letter_group as dead_letter_group on dead_letter_group.id = alarm.group_id
          where cleared_at is null or kind <> 'new-failure'
          order by alarm.worker, kind, alarm.group_id",
     )
     .fetch_all(readers)
     .await
-    .map_err(|error| errors::of_statement(error, "read the alarms"))?;
+    .map_err(|error| errors::from_statement(error, "read the alarms"))?;
     rows.iter().map(rows::alarm).collect()
 }
 
 /// How many letters are open and for how long, by worker.
-pub(super) async fn depths(readers: &SqlitePool) -> Result<Vec<LetterDepth>> {
+pub(super) async fn depths(readers: &SqlitePool) -> Result<Vec<DeadLetterDepth>> {
     let rows = sqlx::query(
         "select worker, count(*), (cast(unixepoch('subsec') * 1000000 as integer) - min(died_at)) / 1000
          from oncely_dead_letter where state = 'open' group by worker order by worker",
     )
     .fetch_all(readers)
     .await
-    .map_err(|error| errors::of_statement(error, "count open dead letters"))?;
-    let read = |row: &SqliteRow| -> sqlx::Result<LetterDepth> {
-        Ok(LetterDepth {
+    .map_err(|error| errors::from_statement(error, "count open dead letters"))?;
+    let read = |row: &SqliteRow| -> sqlx::Result<DeadLetterDepth> {
+        Ok(DeadLetterDepth {
             worker: row.try_get(0)?,
             open: shared::unsigned(row.try_get(1)?),
             oldest_ms: shared::unsigned(row.try_get(2)?),
         })
     };
     let depths: sqlx::Result<_> = rows.iter().map(read).collect();
-    depths.context("read how many dead letters are open").map_err(StoreError::Unavailable)
+    depths
+        .context("read how many dead letters are open")
+        .map_err(StoreError::Unavailable)
 }
 
 /// Takes the steps of those alarms that are still as they were seen, in the order of their keys, and appends the messages
 /// that tell of it.
-pub(super) async fn take(session: &mut Session, moves: &[Move]) -> Result<Told> {
+pub(super) async fn apply(session: &mut Session, moves: &[AlarmUpdate]) -> Result<AlarmNotices> {
     let mut notices = Vec::new();
-    for step in shared::in_order(moves) {
+    for step in shared::in_lock_order(moves) {
         notices.extend(match step.step {
-            Step::Raise => raise(session, step).await?,
-            Step::Clear => clear(session, step).await?,
-            Step::Calm => rest(session, step, true).await?,
-            Step::Restless => rest(session, step, false).await?,
+            AlarmStep::Raise => raise(session, step).await?,
+            AlarmStep::Clear => clear(session, step).await?,
+            AlarmStep::Recover => set_calm(session, step, true).await?,
+            AlarmStep::Relapse => set_calm(session, step, false).await?,
         });
     }
-    tell(session, notices).await
+    append_notices(session, notices).await
 }
 
 /// Appends the messages that tell of alarms.
-pub(super) async fn tell(session: &mut Session, notices: Vec<Notice>) -> Result<Told> {
-    let outputs: Vec<_> = notices.iter().map(|notice| (notice.worker.as_str(), notice.output())).collect();
-    let outputs: Vec<_> = outputs.iter().map(|(worker, output)| (*worker, output)).collect();
+pub(super) async fn append_notices(
+    session: &mut Session,
+    notices: Vec<Notice>,
+) -> Result<AlarmNotices> {
+    let outputs: Vec<_> = notices
+        .iter()
+        .map(|notice| (notice.worker.as_str(), notice.output()))
+        .collect();
+    let outputs: Vec<_> = outputs
+        .iter()
+        .map(|(worker, output)| (*worker, output))
+        .collect();
     let rows = outbox::append_for(session, &outputs, shared::NOTICE_LEASE).await?;
-    Ok(Told { notices, rows })
+    Ok(AlarmNotices { notices, rows })
 }
 
-async fn raise(session: &mut Session, step: &Move) -> Result<Option<Notice>> {
-    let doing = |error| errors::of_statement(error, "raise an alarm");
+async fn raise(session: &mut Session, step: &AlarmUpdate) -> Result<Option<Notice>> {
+    let context = |error| errors::from_statement(error, "raise an alarm");
     let row = sqlx::query(
         "insert into oncely_alarm (worker, kind, group_id, times, value, threshold) values ($1, $2, $3, 1, $4, $5)
          on conflict (worker, kind, group_id) do update
@@ -88,16 +101,16 @@ async fn raise(session: &mut Session, step: &Move) -> Result<Option<Notice>> {
     .bind(shared::signed(step.value)?)
     .bind(shared::signed(step.threshold)?)
     .bind(step.times)
-    .fetch_optional(session.connection().map_err(doing)?)
+    .fetch_optional(session.connection().map_err(context)?)
     .await
-    .map_err(doing)?;
+    .map_err(context)?;
     row.map(|row| rows::notice(&row, step)).transpose()
 }
 
-async fn clear(session: &mut Session, step: &Move) -> Result<Option<Notice>> {
-    let doing = |error| errors::of_statement(error, "clear an alarm");
+async fn clear(session: &mut Session, step: &AlarmUpdate) -> Result<Option<Notice>> {
+    let context = |error| errors::from_statement(error, "clear an alarm");
     let row = sqlx::query(
-        "update oncely_alarm set cleared_at = cast(unixepoch('subsec') * 1000000 as integer), calm_since = null
+        "update oncely_alarm set cleared_at = cast(unixepoch('subsec') * 1000000 as integer), below_since = null
          where worker = $1 and kind = $2 and group_id = $3 and cleared_at is null and times = $4
          returning times, raised_at, cleared_at",
     )
@@ -105,18 +118,22 @@ async fn clear(session: &mut Session, step: &Move) -> Result<Option<Notice>> {
     .bind(step.kind.as_str())
     .bind(shared::group_id(step.group.as_ref()))
     .bind(step.times)
-    .fetch_optional(session.connection().map_err(doing)?)
+    .fetch_optional(session.connection().map_err(context)?)
     .await
-    .map_err(doing)?;
+    .map_err(context)?;
     row.map(|row| rows::notice(&row, step)).transpose()
 }
 
 /// Notes since when the value is low enough, or that it is not any more. There is nothing to tell of that.
-async fn rest(session: &mut Session, step: &Move, is_calm: bool) -> Result<Option<Notice>> {
-    let doing = |error| errors::of_statement(error, "note that an alarm is about to end");
+async fn set_calm(
+    session: &mut Session,
+    step: &AlarmUpdate,
+    is_calm: bool,
+) -> Result<Option<Notice>> {
+    let context = |error| errors::from_statement(error, "note that an alarm is about to end");
     sqlx::query(
         "update oncely_alarm
-         set calm_since = iif($5, coalesce(calm_since, cast(unixepoch('subsec') * 1000000 as integer)), null)
+         set below_since = iif($5, coalesce(below_since, cast(unixepoch('subsec') * 1000000 as integer)), null)
          where worker = $1 and kind = $2 and group_id = $3 and cleared_at is null and times = $4",
     )
     .bind(&step.worker)
@@ -124,19 +141,25 @@ async fn rest(session: &mut Session, step: &Move, is_calm: bool) -> Result<Optio
     .bind(shared::group_id(step.group.as_ref()))
     .bind(step.times)
     .bind(is_calm)
-    .execute(session.connection().map_err(doing)?)
+    .execute(session.connection().map_err(context)?)
     .await
-    .map_err(doing)?;
+    .map_err(context)?;
     Ok(None)
 }
 
 /// Writes down which failures letters are about to die of, and raises an alarm for those that are new, or new again, as
 /// long as no more than `most` did so within an hour. Called before the letters are written.
-pub(super) async fn meet(session: &mut Session, groups: &Newcomers, most: u32) -> Result<Vec<Notice>> {
+pub(super) async fn record_failures(
+    session: &mut Session,
+    groups: &WorkerFailureGroups,
+    raised_max: u32,
+) -> Result<Vec<Notice>> {
     let mut notices = Vec::new();
     for (worker, group) in groups {
-        if is_new(session, worker, group).await? && raised_lately(session, worker).await? < u64::from(most) {
-            notices.extend(raise_anew(session, &shared::new_failure(worker, group)).await?);
+        if is_new(session, worker, group).await?
+            && recently_raised(session, worker).await? < u64::from(raised_max)
+        {
+            notices.extend(raise_again(session, &shared::new_failure(worker, group)).await?);
         }
     }
     Ok(notices)
@@ -145,34 +168,39 @@ pub(super) async fn meet(session: &mut Session, groups: &Newcomers, most: u32) -
 /// Whether a failure was never seen before, or has been away for a while with nothing left to do. Notes when it was last
 /// seen, unless that was just now.
 async fn is_new(session: &mut Session, worker: &str, group: &FailureGroup) -> Result<bool> {
-    let doing = |error| errors::of_statement(error, "look up a failure");
+    let context = |error| errors::from_statement(error, "look up a failure");
     let known = sqlx::query(
         "select (cast(unixepoch('subsec') * 1000000 as integer) - last_seen) / 1000,
              exists (select 1 from oncely_dead_letter where group_id = $1 and state in ('open', 'redriven'))
-         from oncely_letter_group where id = $1",
+         from oncely_dead_letter_group where id = $1",
     )
     .bind(&group.id)
-    .fetch_optional(session.connection().map_err(doing)?)
+    .fetch_optional(session.connection().map_err(context)?)
     .await
-    .map_err(doing)?;
-    let Some(known) = known else { return insert(session, worker, group).await.map(|()| true) };
-    let (away_ms, is_open): (i64, bool) = (known.try_get(0).map_err(doing)?, known.try_get(1).map_err(doing)?);
-    if shared::is_longer(away_ms, shared::SEEN_TO_WITHIN) {
+    .map_err(context)?;
+    let Some(known) = known else {
+        return insert(session, worker, group).await.map(|()| true);
+    };
+    let (away_ms, is_open): (i64, bool) = (
+        known.try_get(0).map_err(context)?,
+        known.try_get(1).map_err(context)?,
+    );
+    if shared::is_longer(away_ms, shared::LAST_SEEN_PRECISION) {
         sqlx::query(
-            "update oncely_letter_group set last_seen = cast(unixepoch('subsec') * 1000000 as integer) where id = $1",
+            "update oncely_dead_letter_group set last_seen = cast(unixepoch('subsec') * 1000000 as integer) where id = $1",
         )
         .bind(&group.id)
-        .execute(session.connection().map_err(doing)?)
+        .execute(session.connection().map_err(context)?)
         .await
-        .map_err(doing)?;
+        .map_err(context)?;
     }
-    Ok(!is_open && shared::is_longer(away_ms, NEW_AGAIN_AFTER))
+    Ok(!is_open && shared::is_longer(away_ms, NEW_FAILURE_RESET_AFTER))
 }
 
 async fn insert(session: &mut Session, worker: &str, group: &FailureGroup) -> Result<()> {
-    let doing = |error| errors::of_statement(error, "write down a failure");
+    let context = |error| errors::from_statement(error, "write down a failure");
     sqlx::query(
-        "insert into oncely_letter_group (id, worker, reason, code, shape, place) values ($1, $2, $3, $4, $5, $6)",
+        "insert into oncely_dead_letter_group (id, worker, reason, code, shape, place) values ($1, $2, $3, $4, $5, $6)",
     )
     .bind(&group.id)
     .bind(worker)
@@ -180,36 +208,45 @@ async fn insert(session: &mut Session, worker: &str, group: &FailureGroup) -> Re
     .bind(group.code.as_deref().map(shared::printable))
     .bind(shared::printable(&group.shape))
     .bind(group.place.as_deref().map(shared::printable))
-    .execute(session.connection().map_err(doing)?)
+    .execute(session.connection().map_err(context)?)
     .await
-    .map_err(doing)?;
+    .map_err(context)?;
     Ok(())
 }
 
-async fn raised_lately(session: &mut Session, worker: &str) -> Result<u64> {
-    let doing = |error| errors::of_statement(error, "count new failures");
+async fn recently_raised(session: &mut Session, worker: &str) -> Result<u64> {
+    let context = |error| errors::from_statement(error, "count new failures");
     let row = sqlx::query(
         "select count(*) from oncely_alarm where worker = $1 and kind = 'new-failure'
              and raised_at > cast(unixepoch('subsec') * 1000000 as integer) - $2",
     )
     .bind(worker)
-    .bind(shared::micros(NEW_FAILURES_WITHIN))
-    .fetch_one(session.connection().map_err(doing)?)
+    .bind(shared::micros(NEW_FAILURES_WINDOW))
+    .fetch_one(session.connection().map_err(context)?)
     .await
-    .map_err(doing)?;
-    row.try_get(0).map(shared::unsigned).map_err(doing)
+    .map_err(context)?;
+    row.try_get(0).map(shared::unsigned).map_err(context)
 }
 
 /// Raises an alarm however often it was raised before, unless it is raised still.
-async fn raise_anew(session: &mut Session, step: &Move) -> Result<Option<Notice>> {
-    let doing = |error| errors::of_statement(error, "look up an alarm");
-    let row = sqlx::query("select times from oncely_alarm where worker = $1 and kind = $2 and group_id = $3")
-        .bind(&step.worker)
-        .bind(step.kind.as_str())
-        .bind(shared::group_id(step.group.as_ref()))
-        .fetch_optional(session.connection().map_err(doing)?)
-        .await
-        .map_err(doing)?;
-    let times: Option<u32> = row.map(|row| row.try_get(0)).transpose().map_err(doing)?;
-    raise(session, &Move { times: times.unwrap_or_default(), ..step.clone() }).await
+async fn raise_again(session: &mut Session, step: &AlarmUpdate) -> Result<Option<Notice>> {
+    let context = |error| errors::from_statement(error, "look up an alarm");
+    let row = sqlx::query(
+        "select times from oncely_alarm where worker = $1 and kind = $2 and group_id = $3",
+    )
+    .bind(&step.worker)
+    .bind(step.kind.as_str())
+    .bind(shared::group_id(step.group.as_ref()))
+    .fetch_optional(session.connection().map_err(context)?)
+    .await
+    .map_err(context)?;
+    let times: Option<u32> = row.map(|row| row.try_get(0)).transpose().map_err(context)?;
+    raise(
+        session,
+        &AlarmUpdate {
+            times: times.unwrap_or_default(),
+            ..step.clone()
+        },
+    )
+    .await
 }

@@ -33,28 +33,30 @@ const LIMITS: [(c_int, c_int); 11] = [
 ];
 
 /// Beginnings of the names of tables, also virtual ones, that are not for workers.
-const FOREIGN: [&str; 3] = ["oncely_", "sqlite_", "pragma_"];
+const DENIED_PREFIXES: [&str; 3] = ["oncely_", "sqlite_", "pragma_"];
 /// Virtual tables that show the pages of the file and how statements are run.
-const FOREIGN_TABLES: [&str; 3] = ["dbstat", "bytecode", "tables_used"];
-const FOREIGN_FUNCTIONS: [&str; 2] = ["load_extension", "fts3_tokenizer"];
+const DENIED_TABLES: [&str; 3] = ["dbstat", "bytecode", "tables_used"];
+const DENIED_FUNCTIONS: [&str; 2] = ["load_extension", "fts3_tokenizer"];
 
 /// Under this name a connection owns what its authorizer looks at.
-const CLIENT_DATA: &CStr = c"oncely wall";
+const CLIENT_DATA: &CStr = c"oncely authorizer";
 
 /// The wall of one connection. It stands only while it is raised.
-pub(super) struct Wall {
+pub(super) struct Authorizer {
     /// Whether a guest's statement is being prepared or run.
-    raised: Arc<AtomicBool>,
+    is_active: Arc<AtomicBool>,
     /// The connection's limits for statements of the house, as (limit, value).
-    house_limits: Vec<(c_int, c_int)>,
+    platform_limits: Vec<(c_int, c_int)>,
 }
 
-impl Wall {
+impl Authorizer {
     /// Builds the wall of a connection, lowered.
-    pub(super) fn build(handle: &mut LockedSqliteHandle<'_>) -> sqlx::Result<Self> {
+    pub(super) fn install(handle: &mut LockedSqliteHandle<'_>) -> sqlx::Result<Self> {
         let db = handle.as_raw_handle().as_ptr();
-        let raised = Arc::new(AtomicBool::new(false));
-        let owned = Arc::into_raw(Arc::clone(&raised)).cast_mut().cast::<c_void>();
+        let is_active = Arc::new(AtomicBool::new(false));
+        let owned = Arc::into_raw(Arc::clone(&is_active))
+            .cast_mut()
+            .cast::<c_void>();
         // SAFETY: `db` is open and, as long as `handle` is held, used by nobody else. `owned` is one reference count that
         // the connection takes over: SQLite gives it to `release` exactly once, when the connection has been closed or at
         // once if it cannot keep it. Until then the authorizer may look at it.
@@ -65,31 +67,43 @@ impl Wall {
                 failed => failed,
             };
             ffi::sqlite3_hard_heap_limit64(HEAP_BYTES);
-            [kept, authorized, configure(db, ffi::SQLITE_DBCONFIG_DEFENSIVE, 1)]
-                .into_iter()
-                .chain([configure(db, ffi::SQLITE_DBCONFIG_TRUSTED_SCHEMA, 0)])
-                .chain([configure(db, ffi::SQLITE_DBCONFIG_ENABLE_LOAD_EXTENSION, 0)])
-                .find(|result| *result != ffi::SQLITE_OK)
+            [
+                kept,
+                authorized,
+                configure(db, ffi::SQLITE_DBCONFIG_DEFENSIVE, 1),
+            ]
+            .into_iter()
+            .chain([configure(db, ffi::SQLITE_DBCONFIG_TRUSTED_SCHEMA, 0)])
+            .chain([configure(db, ffi::SQLITE_DBCONFIG_ENABLE_LOAD_EXTENSION, 0)])
+            .find(|result| *result != ffi::SQLITE_OK)
         };
         if let Some(failed) = results {
-            return Err(sqlx::Error::Configuration(format!("SQLite refused its guards (code {failed})").into()));
+            return Err(sqlx::Error::Configuration(
+                format!("SQLite refused its guards (code {failed})").into(),
+            ));
         }
         // SAFETY: as above; a negative value only asks for the present one.
         let present = |limit| unsafe { ffi::sqlite3_limit(db, limit, -1) };
-        let house_limits = LIMITS.iter().map(|(limit, _)| (*limit, present(*limit))).collect();
-        Ok(Wall { raised, house_limits })
+        let platform_limits = LIMITS
+            .iter()
+            .map(|(limit, _)| (*limit, present(*limit)))
+            .collect();
+        Ok(Authorizer {
+            is_active,
+            platform_limits,
+        })
     }
 
     /// From now on statements are a guest's.
-    pub(super) fn raise(&self, handle: &mut LockedSqliteHandle<'_>) {
+    pub(super) fn activate(&self, handle: &mut LockedSqliteHandle<'_>) {
         set_limits(handle, &LIMITS);
-        self.raised.store(true, Ordering::Release);
+        self.is_active.store(true, Ordering::Release);
     }
 
     /// From now on statements are the house's. Returns whether the transaction is still open.
-    pub(super) fn lower(&self, handle: &mut LockedSqliteHandle<'_>) -> bool {
-        self.raised.store(false, Ordering::Release);
-        set_limits(handle, &self.house_limits);
+    pub(super) fn deactivate(&self, handle: &mut LockedSqliteHandle<'_>) -> bool {
+        self.is_active.store(false, Ordering::Release);
+        set_limits(handle, &self.platform_limits);
         // SAFETY: the connection is open, and `handle` keeps everybody else away from it.
         unsafe { ffi::sqlite3_get_autocommit(handle.as_raw_handle().as_ptr()) == 0 }
     }
@@ -113,14 +127,14 @@ unsafe fn configure(db: *mut ffi::sqlite3, option: c_int, on: c_int) -> c_int {
 }
 
 /// Gives up the reference that the connection held.
-unsafe extern "C" fn release(raised: *mut c_void) {
-    // SAFETY: it is the pointer that `build` made of an `Arc`, and SQLite calls this once.
-    drop(unsafe { Arc::from_raw(raised.cast_const().cast::<AtomicBool>()) });
+unsafe extern "C" fn release(is_active: *mut c_void) {
+    // SAFETY: it is the pointer that `install` made of an `Arc`, and SQLite calls this once.
+    drop(unsafe { Arc::from_raw(is_active.cast_const().cast::<AtomicBool>()) });
 }
 
 /// Answers SQLite's question whether a statement may do something. It neither panics nor touches the connection.
 unsafe extern "C" fn authorize(
-    raised: *mut c_void,
+    is_active: *mut c_void,
     action: c_int,
     first: *const c_char,
     second: *const c_char,
@@ -128,20 +142,28 @@ unsafe extern "C" fn authorize(
     _trigger: *const c_char,
 ) -> c_int {
     // SAFETY: the connection owns a reference to the flag, and gives it up only once it is closed.
-    let raised = unsafe { &*raised.cast_const().cast::<AtomicBool>() };
-    if !raised.load(Ordering::Acquire) {
+    let is_active = unsafe { &*is_active.cast_const().cast::<AtomicBool>() };
+    if !is_active.load(Ordering::Acquire) {
         return ffi::SQLITE_OK;
     }
     // SAFETY: SQLite passes null or a text that ends in NUL and lives until this returns.
     let (first, second) = unsafe { (text(first), text(second)) };
-    if is_granted(action, first, second) { ffi::SQLITE_OK } else { ffi::SQLITE_DENY }
+    if is_granted(action, first, second) {
+        ffi::SQLITE_OK
+    } else {
+        ffi::SQLITE_DENY
+    }
 }
 
 /// # Safety
 /// `text` must be null or end in NUL, and live as long as what is returned.
 unsafe fn text<'t>(text: *const c_char) -> &'t [u8] {
     // SAFETY: the caller's.
-    if text.is_null() { &[] } else { unsafe { CStr::from_ptr(text) }.to_bytes() }
+    if text.is_null() {
+        &[]
+    } else {
+        unsafe { CStr::from_ptr(text) }.to_bytes()
+    }
 }
 
 /// Whether a guest may do this. What is not named here is denied: transactions, savepoints, schema changes, `attach`,
@@ -149,15 +171,25 @@ unsafe fn text<'t>(text: *const c_char) -> &'t [u8] {
 fn is_granted(action: c_int, first: &[u8], second: &[u8]) -> bool {
     match action {
         ffi::SQLITE_SELECT | ffi::SQLITE_RECURSIVE => true,
-        ffi::SQLITE_READ | ffi::SQLITE_INSERT | ffi::SQLITE_UPDATE | ffi::SQLITE_DELETE => !is_foreign_table(first),
-        ffi::SQLITE_FUNCTION => !FOREIGN_FUNCTIONS.iter().any(|name| name.as_bytes().eq_ignore_ascii_case(second)),
+        ffi::SQLITE_READ | ffi::SQLITE_INSERT | ffi::SQLITE_UPDATE | ffi::SQLITE_DELETE => {
+            !is_denied_table(first)
+        }
+        ffi::SQLITE_FUNCTION => !DENIED_FUNCTIONS
+            .iter()
+            .any(|name| name.as_bytes().eq_ignore_ascii_case(second)),
         // Full-text tables ask it of themselves.
         ffi::SQLITE_PRAGMA => first.eq_ignore_ascii_case(b"data_version"),
         _ => false,
     }
 }
 
-fn is_foreign_table(name: &[u8]) -> bool {
-    let begins = |with: &&str| name.get(..with.len()).is_some_and(|head| head.eq_ignore_ascii_case(with.as_bytes()));
-    FOREIGN.iter().any(begins) || FOREIGN_TABLES.iter().any(|table| table.as_bytes().eq_ignore_ascii_case(name))
+fn is_denied_table(name: &[u8]) -> bool {
+    let begins = |with: &&str| {
+        name.get(..with.len())
+            .is_some_and(|head| head.eq_ignore_ascii_case(with.as_bytes()))
+    };
+    DENIED_PREFIXES.iter().any(begins)
+        || DENIED_TABLES
+            .iter()
+            .any(|table| table.as_bytes().eq_ignore_ascii_case(name))
 }

@@ -14,46 +14,60 @@ use crate::model::sql::Value;
 use crate::store::{Changes, Result, RowChange};
 
 /// How many rows are remembered.
-const REMEMBERED_MAX: usize = 10_000;
+const TOUCHED_MAX: usize = 10_000;
 
 /// What SQLite told since the watch began.
-pub(super) struct Watch {
-    seen: Arc<Mutex<Seen>>,
+pub(super) struct ChangeTracker {
+    touched: Arc<Mutex<TouchedRows>>,
     /// How many rows the connection had changed by then.
     changes_before: i64,
 }
 
 #[derive(Default)]
-struct Seen {
+struct TouchedRows {
     /// Table and row, in the order they were first touched.
     rows: Vec<(String, i64)>,
     known: HashSet<(String, i64)>,
     /// How often SQLite told of a row.
-    told: i64,
+    reported: i64,
 }
 
 /// Begins to remember which rows change.
-pub(super) async fn watch(session: &mut Session) -> Result<Watch> {
-    let doing = |error| errors::of_statement(error, "watch what changes");
+pub(super) async fn track(session: &mut Session) -> Result<ChangeTracker> {
+    let context = |error| errors::from_statement(error, "watch what changes");
     let changes_before = total_changes(session).await?;
-    let seen = Arc::new(Mutex::new(Seen::default()));
-    let shared = Arc::clone(&seen);
-    let mut handle = session.connection().map_err(doing)?.lock_handle().await.map_err(doing)?;
+    let touched = Arc::new(Mutex::new(TouchedRows::default()));
+    let shared = Arc::clone(&touched);
+    let mut handle = session
+        .connection()
+        .map_err(context)?
+        .lock_handle()
+        .await
+        .map_err(context)?;
     handle.set_update_hook(move |change| {
-        let mut seen = shared.lock().unwrap_or_else(PoisonError::into_inner);
-        seen.told += 1;
+        let mut touched = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        touched.reported += 1;
         let row = (change.table.to_owned(), change.rowid);
-        if seen.rows.len() < REMEMBERED_MAX && seen.known.insert(row.clone()) {
-            seen.rows.push(row);
+        if touched.rows.len() < TOUCHED_MAX && touched.known.insert(row.clone()) {
+            touched.rows.push(row);
         }
     });
-    Ok(Watch { seen, changes_before })
+    Ok(ChangeTracker {
+        touched,
+        changes_before,
+    })
 }
 
 /// Ends the watch.
-pub(super) async fn forget(session: &mut Session) -> Result<()> {
-    let doing = |error| errors::of_statement(error, "end the watch");
-    session.connection().map_err(doing)?.lock_handle().await.map_err(doing)?.remove_update_hook();
+pub(super) async fn stop_tracking(session: &mut Session) -> Result<()> {
+    let context = |error| errors::from_statement(error, "end the watch");
+    session
+        .connection()
+        .map_err(context)?
+        .lock_handle()
+        .await
+        .map_err(context)?
+        .remove_update_hook();
     Ok(())
 }
 
@@ -61,43 +75,70 @@ pub(super) async fn forget(session: &mut Session) -> Result<()> {
 pub(super) async fn changes(
     session: &mut Session,
     readers: &SqlitePool,
-    watch: &Watch,
+    tracker: &ChangeTracker,
     limit: usize,
 ) -> Result<Changes> {
-    let doing = |error| errors::of_statement(error, "compare rows");
-    let made = total_changes(session).await? - watch.changes_before;
-    let (rows, told) = {
-        let mut seen = watch.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        (std::mem::take(&mut seen.rows), seen.told)
+    let context = |error| errors::from_statement(error, "compare rows");
+    let made = total_changes(session).await? - tracker.changes_before;
+    let (rows, reported) = {
+        let mut touched = tracker
+            .touched
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        (std::mem::take(&mut touched.rows), touched.reported)
     };
     let mut changes = Changes::default();
-    let mut reader = readers.acquire().await.map_err(doing)?;
+    let mut reader = readers.acquire().await.map_err(context)?;
     for (table, rowid) in rows.iter().take(limit) {
-        let select = format!("select * from \"{}\" where _rowid_ = $1", table.replace('"', "\"\""));
-        let before = sqlx::query(AssertSqlSafe(select.clone())).bind(rowid).fetch_optional(&mut *reader).await;
+        let select = format!(
+            "select * from \"{}\" where _rowid_ = $1",
+            table.replace('"', "\"\"")
+        );
+        let before = sqlx::query(AssertSqlSafe(select.clone()))
+            .bind(rowid)
+            .fetch_optional(&mut *reader)
+            .await;
         let after = sqlx::query(AssertSqlSafe(select)).bind(rowid);
-        let after = after.fetch_optional(session.connection().map_err(doing)?).await.map_err(doing)?;
-        let (before, after) = (before.map_err(doing)?.as_ref().map(shown), after.as_ref().map(shown));
+        let after = after
+            .fetch_optional(session.connection().map_err(context)?)
+            .await
+            .map_err(context)?;
+        let (before, after) = (
+            before.map_err(context)?.as_ref().map(row_as_json),
+            after.as_ref().map(row_as_json),
+        );
         if before != after {
-            changes.rows.push(RowChange { table: table.clone(), before, after });
+            changes.rows.push(RowChange {
+                table: table.clone(),
+                before,
+                after,
+            });
         }
     }
     if rows.len() > limit {
-        changes.not_shown.push(format!("{} more rows", rows.len() - limit));
+        changes
+            .omitted
+            .push(format!("{} more rows", rows.len() - limit));
     }
-    if made != told {
+    if made != reported {
         let why = "rows of tables without rowid, and those that a `delete` without `where` removed, are counted only";
-        changes.not_shown.push(format!("{} changes of rows that SQLite does not tell of ({why})", made.abs_diff(told)));
+        changes.omitted.push(format!(
+            "{} changes of rows that SQLite does not tell of ({why})",
+            made.abs_diff(reported)
+        ));
     }
     Ok(changes)
 }
 
 async fn total_changes(session: &mut Session) -> Result<i64> {
-    let doing = |error| errors::of_statement(error, "count changes");
-    sqlx::query_scalar("select total_changes()").fetch_one(session.connection().map_err(doing)?).await.map_err(doing)
+    let context = |error| errors::from_statement(error, "count changes");
+    sqlx::query_scalar("select total_changes()")
+        .fetch_one(session.connection().map_err(context)?)
+        .await
+        .map_err(context)
 }
 
-fn shown(row: &SqliteRow) -> Json {
+fn row_as_json(row: &SqliteRow) -> Json {
     let value = |at: usize| match guest_values::decode(row, at) {
         Ok(Value::Null) => Json::Null,
         Ok(Value::Int64(number)) => Json::from(number),
@@ -107,6 +148,10 @@ fn shown(row: &SqliteRow) -> Json {
         Ok(other) => Json::from(format!("{other:?}")),
         Err(error) => Json::from(error.to_string()),
     };
-    let columns = row.columns().iter().enumerate().map(|(at, column)| (column.name().to_owned(), value(at)));
+    let columns = row
+        .columns()
+        .iter()
+        .enumerate()
+        .map(|(at, column)| (column.name().to_owned(), value(at)));
     Json::Object(columns.collect::<Map<_, _>>())
 }

@@ -12,13 +12,15 @@ use crate::model::sql::SqlError;
 use crate::store::{DeploymentRecord, Result, StoreError, WorkerMigration, rows, shared};
 
 pub(super) async fn put_component(session: &mut Session, digest: &str, wasm: &[u8]) -> Result<()> {
-    let doing = |error| errors::of_statement(error, "keep a component");
-    sqlx::query("insert into oncely_component (digest, wasm) values ($1, $2) on conflict do nothing")
-        .bind(digest)
-        .bind(wasm)
-        .execute(session.connection().map_err(doing)?)
-        .await
-        .map_err(doing)?;
+    let context = |error| errors::from_statement(error, "keep a component");
+    sqlx::query(
+        "insert into oncely_component (digest, wasm) values ($1, $2) on conflict do nothing",
+    )
+    .bind(digest)
+    .bind(wasm)
+    .execute(session.connection().map_err(context)?)
+    .await
+    .map_err(context)?;
     Ok(())
 }
 
@@ -27,8 +29,10 @@ pub(super) async fn component(readers: &SqlitePool, digest: &str) -> Result<Opti
         .bind(digest)
         .fetch_optional(readers)
         .await
-        .map_err(|error| errors::of_statement(error, "read a component"))?;
-    row.map(|row| row.try_get(0)).transpose().map_err(|error| errors::of_statement(error, "read a component"))
+        .map_err(|error| errors::from_statement(error, "read a component"))?;
+    row.map(|row| row.try_get(0))
+        .transpose()
+        .map_err(|error| errors::from_statement(error, "read a component"))
 }
 
 /// Runs the migrations that are due, writes the next deployment and activates it.
@@ -54,26 +58,44 @@ pub(super) async fn due_migrations(
     worker: &str,
     migrations: &[WorkerMigration],
 ) -> Result<Vec<String>> {
-    shared::due_migration_names(worker, migrations, &applied_migrations(session, worker).await?)
+    shared::due_migration_names(
+        worker,
+        migrations,
+        &applied_migrations(session, worker).await?,
+    )
 }
 
-async fn applied_migrations(session: &mut Session, worker: &str) -> Result<HashMap<String, Vec<u8>>> {
-    let doing = |error| errors::of_statement(error, "read which migrations ran");
+async fn applied_migrations(
+    session: &mut Session,
+    worker: &str,
+) -> Result<HashMap<String, Vec<u8>>> {
+    let context = |error| errors::from_statement(error, "read which migrations ran");
     let rows = sqlx::query("select name, sha256 from oncely_worker_migration where worker = $1")
         .bind(worker)
-        .fetch_all(session.connection().map_err(doing)?)
+        .fetch_all(session.connection().map_err(context)?)
         .await
-        .map_err(doing)?;
-    let applied: sqlx::Result<_> = rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect();
-    applied.map_err(doing)
+        .map_err(context)?;
+    let applied: sqlx::Result<_> = rows
+        .iter()
+        .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
+        .collect();
+    applied.map_err(context)
 }
 
-async fn run_migration(session: &mut Session, worker: &str, migration: &WorkerMigration, sha256: &[u8]) -> Result<()> {
-    let doing = |error| errors::of_statement(error, "record a migration");
-    session.forget_statements().await.map_err(doing)?;
+async fn run_migration(
+    session: &mut Session,
+    worker: &str,
+    migration: &WorkerMigration,
+    sha256: &[u8],
+) -> Result<()> {
+    let context = |error| errors::from_statement(error, "record a migration");
+    session.clear_statement_cache().await.map_err(context)?;
     let text = AssertSqlSafe(migration.sql.as_str());
-    if let Err(error) = raw_sql(text).execute(session.connection().map_err(doing)?).await {
-        return Err(match errors::of_guest(error, false)? {
+    if let Err(error) = raw_sql(text)
+        .execute(session.connection().map_err(context)?)
+        .await
+    {
+        return Err(match errors::from_guest_statement(error, false)? {
             error @ SqlError::Conflict(_) => StoreError::Conflict(anyhow!("{error}")),
             error => shared::migration_failed(migration, anyhow!("{error}")),
         });
@@ -83,17 +105,22 @@ async fn run_migration(session: &mut Session, worker: &str, migration: &WorkerMi
         .bind(worker)
         .bind(&migration.name)
         .bind(sha256)
-        .execute(session.connection().map_err(doing)?)
+        .execute(session.connection().map_err(context)?)
         .await
         .map_err(|error| match errors::is_commit_hook(&error) {
             true => shared::migration_ends_transaction(migration),
-            false => doing(error),
+            false => context(error),
         })?;
     Ok(())
 }
 
-async fn insert(session: &mut Session, worker: &str, digest: &str, manifest: &str) -> Result<DeploymentRecord> {
-    let doing = |error| errors::of_statement(error, "write a deployment");
+async fn insert(
+    session: &mut Session,
+    worker: &str,
+    digest: &str,
+    manifest: &str,
+) -> Result<DeploymentRecord> {
+    let context = |error| errors::from_statement(error, "write a deployment");
     let row = sqlx::query(
         "insert into oncely_deployment (worker, version, digest, manifest)
          select $1, coalesce(max(version), 0) + 1, $2, $3 from oncely_deployment where worker = $1
@@ -102,17 +129,17 @@ async fn insert(session: &mut Session, worker: &str, digest: &str, manifest: &st
     .bind(worker)
     .bind(digest)
     .bind(manifest)
-    .fetch_one(session.connection().map_err(doing)?)
+    .fetch_one(session.connection().map_err(context)?)
     .await
     .map_err(|error| match errors::is_foreign_key_violation(&error) {
         true => shared::component_missing(digest),
-        false => doing(error),
+        false => context(error),
     })?;
     rows::deployment(&row)
 }
 
 async fn activate_version(session: &mut Session, worker: &str, version: u32) -> Result<()> {
-    let doing = |error| errors::of_statement(error, "activate a deployment");
+    let context = |error| errors::from_statement(error, "activate a deployment");
     sqlx::query(
         "insert into oncely_worker (name, version) values ($1, $2)
          on conflict (name) do update
@@ -120,29 +147,37 @@ async fn activate_version(session: &mut Session, worker: &str, version: u32) -> 
     )
     .bind(worker)
     .bind(version)
-    .execute(session.connection().map_err(doing)?)
+    .execute(session.connection().map_err(context)?)
     .await
-    .map_err(doing)?;
+    .map_err(context)?;
     Ok(())
 }
 
 /// Leaves a worker without an active version.
 pub(super) async fn retire(session: &mut Session, worker: &str) -> Result<()> {
-    let doing = |error| errors::of_statement(error, "retire a worker");
+    let context = |error| errors::from_statement(error, "retire a worker");
     let query = sqlx::query("delete from oncely_worker where name = $1").bind(worker);
-    query.execute(session.connection().map_err(doing)?).await.map(|_| ()).map_err(doing)
+    query
+        .execute(session.connection().map_err(context)?)
+        .await
+        .map(|_| ())
+        .map_err(context)
 }
 
-pub(super) async fn activate(session: &mut Session, worker: &str, version: u32) -> Result<Option<DeploymentRecord>> {
-    let doing = |error| errors::of_statement(error, "find a deployment");
+pub(super) async fn activate(
+    session: &mut Session,
+    worker: &str,
+    version: u32,
+) -> Result<Option<DeploymentRecord>> {
+    let context = |error| errors::from_statement(error, "find a deployment");
     let row = sqlx::query(
         "select worker, version, digest, manifest, created_at from oncely_deployment where worker = $1 and version = $2",
     )
     .bind(worker)
     .bind(version)
-    .fetch_optional(session.connection().map_err(doing)?)
+    .fetch_optional(session.connection().map_err(context)?)
     .await
-    .map_err(doing)?;
+    .map_err(context)?;
     let Some(row) = row else { return Ok(None) };
     activate_version(session, worker, version).await?;
     rows::deployment(&row).map(Some)
@@ -159,7 +194,7 @@ pub(super) async fn active(readers: &SqlitePool) -> Result<Vec<DeploymentRecord>
     )
     .fetch_all(readers)
     .await
-    .map_err(|error| errors::of_statement(error, "read active deployments"))?;
+    .map_err(|error| errors::from_statement(error, "read active deployments"))?;
     rows.iter().map(rows::deployment).collect()
 }
 
@@ -171,14 +206,17 @@ pub(super) async fn newest(readers: &SqlitePool) -> Result<Vec<DeploymentRecord>
     )
     .fetch_all(readers)
     .await;
-    rows.map_err(|error| errors::of_statement(error, "read the newest deployments"))?
+    rows.map_err(|error| errors::from_statement(error, "read the newest deployments"))?
         .iter()
         .map(rows::deployment)
         .collect()
 }
 
 /// All deployments of a worker, newest first.
-pub(super) async fn of_worker(readers: &SqlitePool, worker: &str) -> Result<Vec<DeploymentRecord>> {
+pub(super) async fn for_worker(
+    readers: &SqlitePool,
+    worker: &str,
+) -> Result<Vec<DeploymentRecord>> {
     let rows = sqlx::query(
         "select worker, version, digest, manifest, created_at
          from oncely_deployment where worker = $1 order by version desc",
@@ -186,6 +224,6 @@ pub(super) async fn of_worker(readers: &SqlitePool, worker: &str) -> Result<Vec<
     .bind(worker)
     .fetch_all(readers)
     .await
-    .map_err(|error| errors::of_statement(error, "read deployments"))?;
+    .map_err(|error| errors::from_statement(error, "read deployments"))?;
     rows.iter().map(rows::deployment).collect()
 }

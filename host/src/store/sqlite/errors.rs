@@ -28,17 +28,24 @@ const CONSTRAINT_COMMITHOOK: i32 = 531;
 const CONSTRAINT_FOREIGNKEY: i32 = 787;
 
 /// The error of a statement of our own.
-pub(super) fn of_statement(error: Error, doing: &'static str) -> StoreError {
+pub(super) fn from_statement(error: Error, context: &'static str) -> StoreError {
     let is_conflict = matches!(primary(&error), BUSY | LOCKED);
-    let cause = anyhow::Error::new(error).context(doing);
-    if is_conflict { StoreError::Conflict(cause) } else { StoreError::Unavailable(cause) }
+    let cause = anyhow::Error::new(error).context(context);
+    if is_conflict {
+        StoreError::Conflict(cause)
+    } else {
+        StoreError::Unavailable(cause)
+    }
 }
 
 /// The error of a statement of our own that writes what a guest gave: a value that our tables refuse is the guest's doing.
-pub(super) fn of_guests_values(error: StoreError) -> StoreError {
-    let StoreError::Unavailable(cause) = error else { return error };
-    let is_of_value =
-        |error: &Error| matches!(primary(error), TOOBIG | CONSTRAINT | MISMATCH) && !is_commit_hook(error);
+pub(super) fn from_guest_values(error: StoreError) -> StoreError {
+    let StoreError::Unavailable(cause) = error else {
+        return error;
+    };
+    let is_of_value = |error: &Error| {
+        matches!(primary(error), TOOBIG | CONSTRAINT | MISMATCH) && !is_commit_hook(error)
+    };
     match cause.downcast_ref::<Error>() {
         Some(error) if is_of_value(error) => StoreError::Refused(cause),
         _ => StoreError::Unavailable(cause),
@@ -46,45 +53,55 @@ pub(super) fn of_guests_values(error: StoreError) -> StoreError {
 }
 
 /// The error of a savepoint: one that is not there went with the transaction that a guest's statement ended.
-pub(super) fn of_savepoint(error: Error, doing: &'static str) -> StoreError {
+pub(super) fn from_savepoint(error: Error, context: &'static str) -> StoreError {
     match primary(&error) {
-        ERROR => StoreError::Refused(anyhow::Error::new(error).context(doing)),
-        _ => of_statement(error, doing),
+        ERROR => StoreError::Refused(anyhow::Error::new(error).context(context)),
+        _ => from_statement(error, context),
     }
 }
 
 /// The error of a commit: what is refused for the guest's doing took no effect, anything else may have.
-pub(super) fn of_commit(error: Error) -> StoreError {
+pub(super) fn from_commit(error: Error) -> StoreError {
     let refusal = match primary(&error) {
         ERROR if is_no_transaction(&error) => "a statement ended the transaction",
         CONSTRAINT => "a deferred constraint is violated",
-        _ => return of_statement(error, "commit"),
+        _ => return from_statement(error, "commit"),
     };
     StoreError::Refused(anyhow::Error::new(error).context(refusal))
 }
 
 /// The error of a guest's statement: the outer one is the host's, the inner one the guest's to see. To a guest that can
 /// but read (`reads_only`) a write is refused; to any other it is trouble with the file.
-pub(super) fn of_guest(error: Error, reads_only: bool) -> Result<SqlError, StoreError> {
+pub(super) fn from_guest_statement(error: Error, reads_only: bool) -> Result<SqlError, StoreError> {
     let (code, primary) = (extended(&error), primary(&error));
     let Some(database) = error.as_database_error() else {
         return match error {
             Error::Encode(cause) => Ok(SqlError::InvalidParameter(cause.to_string())),
-            error => Err(of_statement(error, "run a guest's statement")),
+            error => Err(from_statement(error, "run a guest's statement")),
         };
     };
     let message = database.message().to_owned();
-    let constraint = if primary == CONSTRAINT { constraint(&message) } else { None };
-    let said = DatabaseError { code: code.to_string(), message, constraint };
+    let constraint = if primary == CONSTRAINT {
+        constraint(&message)
+    } else {
+        None
+    };
+    let said = DatabaseError {
+        code: code.to_string(),
+        message,
+        constraint,
+    };
     Ok(match primary {
         INTERRUPT => SqlError::Timeout,
         AUTH => SqlError::NotAllowed(format!("this is not for workers: {}", said.message)),
         TOOBIG => SqlError::TooLarge(said.message),
         NOMEM => SqlError::TooLarge("the statement needs more memory than there is".to_owned()),
         BUSY | LOCKED => SqlError::Conflict(said),
-        READONLY if reads_only && code == READONLY => SqlError::NotAllowed("this transaction can but read".to_owned()),
+        READONLY if reads_only && code == READONLY => {
+            SqlError::NotAllowed("this transaction can but read".to_owned())
+        }
         READONLY | IOERR | CORRUPT | FULL | CANTOPEN | PROTOCOL | NOTADB => {
-            return Err(of_statement(error, "run a guest's statement"));
+            return Err(from_statement(error, "run a guest's statement"));
         }
         CONSTRAINT if is_commit_hook(&error) => {
             SqlError::TransactionFailed("an earlier statement ended the transaction".to_owned())
@@ -96,7 +113,9 @@ pub(super) fn of_guest(error: Error, reads_only: bool) -> Result<SqlError, Store
 
 /// Whether SQLite says that there is no transaction to end.
 pub(super) fn is_no_transaction(error: &Error) -> bool {
-    error.as_database_error().is_some_and(|error| error.message().contains("no transaction is active"))
+    error
+        .as_database_error()
+        .is_some_and(|error| error.message().contains("no transaction is active"))
 }
 
 /// Whether a statement would have committed by itself, outside of its transaction.
@@ -110,7 +129,9 @@ pub(super) fn is_foreign_key_violation(error: &Error) -> bool {
 
 /// The name in `CHECK constraint failed: name`, or the columns in `UNIQUE constraint failed: table.column`.
 fn constraint(message: &str) -> Option<String> {
-    message.split_once("constraint failed: ").map(|(_, name)| name.to_owned())
+    message
+        .split_once("constraint failed: ")
+        .map(|(_, name)| name.to_owned())
 }
 
 fn primary(error: &Error) -> i32 {

@@ -8,7 +8,7 @@ use sqlx::{AssertSqlSafe, Column, Either, Executor, Row};
 
 use super::session::Session;
 use super::{errors, guest_values};
-use crate::model::sql::{self, Dialect, Facts, Rows, SqlError, SqlLimits, Value};
+use crate::model::sql::{self, Dialect, Rows, SqlError, SqlLimits, StatementFacts, Value};
 use crate::store::Result;
 
 /// Under which terms guests' statements run.
@@ -26,11 +26,11 @@ pub(super) struct Guests {
 struct Prepared {
     text: String,
     arguments: SqliteArguments,
-    facts: Facts,
+    facts: StatementFacts,
 }
 
 /// How a guest's statement ended.
-pub(super) enum Outcome<T> {
+pub(super) enum StatementOutcome<T> {
     Done(T),
     /// It did not reach the database.
     NotRun(SqlError),
@@ -44,14 +44,16 @@ pub(super) async fn query(
     statement: &str,
     params: &[Value],
     limits: SqlLimits,
-) -> Result<Outcome<Rows>> {
-    let Prepared { text, arguments, .. } = match prepare(guests, statement, params).await {
+) -> Result<StatementOutcome<Rows>> {
+    let Prepared {
+        text, arguments, ..
+    } = match prepare(guests, statement, params).await {
         Ok(prepared) => prepared,
-        Err(error) => return Ok(Outcome::NotRun(error)),
+        Err(error) => return Ok(StatementOutcome::NotRun(error)),
     };
-    session.admit_guest(guests.time).await?;
+    session.begin_guest_statement(guests.time).await?;
     let outcome = fetch(session, text, arguments, limits, guests.reads_only).await;
-    dismiss(session, outcome).await
+    end_statement(session, outcome).await
 }
 
 pub(super) async fn execute(
@@ -59,20 +61,28 @@ pub(super) async fn execute(
     guests: Guests,
     statement: &str,
     params: &[Value],
-) -> Result<Outcome<u64>> {
-    let Prepared { text, arguments, facts } = match prepare(guests, statement, params).await {
+) -> Result<StatementOutcome<u64>> {
+    let Prepared {
+        text,
+        arguments,
+        facts,
+    } = match prepare(guests, statement, params).await {
         Ok(prepared) => prepared,
-        Err(error) => return Ok(Outcome::NotRun(error)),
+        Err(error) => return Ok(StatementOutcome::NotRun(error)),
     };
-    session.admit_guest(guests.time).await?;
+    session.begin_guest_statement(guests.time).await?;
     let query = sqlx::query_with(AssertSqlSafe(text), arguments);
-    let connection = session.connection().map_err(|error| errors::of_statement(error, "run a guest's statement"))?;
+    let connection = session
+        .connection()
+        .map_err(|error| errors::from_statement(error, "run a guest's statement"))?;
     let outcome = match query.execute(connection).await {
-        Ok(result) if facts.changes_rows => Ok(Outcome::Done(result.rows_affected())),
-        Ok(_) => Ok(Outcome::Done(0)),
-        Err(error) => errors::of_guest(error, guests.reads_only).map(Outcome::Failed),
+        Ok(result) if facts.changes_rows => Ok(StatementOutcome::Done(result.rows_affected())),
+        Ok(_) => Ok(StatementOutcome::Done(0)),
+        Err(error) => {
+            errors::from_guest_statement(error, guests.reads_only).map(StatementOutcome::Failed)
+        }
     };
-    dismiss(session, outcome).await
+    end_statement(session, outcome).await
 }
 
 async fn fetch(
@@ -81,9 +91,11 @@ async fn fetch(
     arguments: SqliteArguments,
     limits: SqlLimits,
     reads_only: bool,
-) -> Result<Outcome<Rows>> {
+) -> Result<StatementOutcome<Rows>> {
     let query = sqlx::query_with(AssertSqlSafe(statement), arguments);
-    let connection = session.connection().map_err(|error| errors::of_statement(error, "run a guest's statement"))?;
+    let connection = session
+        .connection()
+        .map_err(|error| errors::from_statement(error, "run a guest's statement"))?;
     let mut stream = connection.fetch_many(query);
     let mut rows = Rows::default();
     let mut bytes = 0;
@@ -92,48 +104,68 @@ async fn fetch(
             Ok(Some(Either::Left(_))) => {}
             Ok(Some(Either::Right(row))) => {
                 if let Err(error) = add_row(&mut rows, &mut bytes, &row, limits) {
-                    return Ok(Outcome::Failed(error));
+                    return Ok(StatementOutcome::Failed(error));
                 }
             }
-            Ok(None) => return Ok(Outcome::Done(rows)),
-            Err(error) => return errors::of_guest(error, reads_only).map(Outcome::Failed),
+            Ok(None) => return Ok(StatementOutcome::Done(rows)),
+            Err(error) => {
+                return errors::from_guest_statement(error, reads_only)
+                    .map(StatementOutcome::Failed);
+            }
         }
     }
 }
 
 /// Ends the guest's turn. A statement that ended the transaction has failed, whatever it said itself.
-async fn dismiss<T>(session: &mut Session, outcome: Result<Outcome<T>>) -> Result<Outcome<T>> {
-    let is_open = session.dismiss_guest().await?;
+async fn end_statement<T>(
+    session: &mut Session,
+    outcome: Result<StatementOutcome<T>>,
+) -> Result<StatementOutcome<T>> {
+    let is_open = session.end_guest_statement().await?;
     Ok(match outcome? {
-        Outcome::Done(_) if !is_open => {
-            Outcome::Failed(SqlError::TransactionFailed("the statement ended the transaction".to_owned()))
-        }
+        StatementOutcome::Done(_) if !is_open => StatementOutcome::Failed(
+            SqlError::TransactionFailed("the statement ended the transaction".to_owned()),
+        ),
         outcome => outcome,
     })
 }
 
 /// Checks a statement and binds its parameters, large ones off the async threads.
-async fn prepare(guests: Guests, statement: &str, params: &[Value]) -> std::result::Result<Prepared, SqlError> {
+async fn prepare(
+    guests: Guests,
+    statement: &str,
+    params: &[Value],
+) -> std::result::Result<Prepared, SqlError> {
     if !sql::are_large(params) {
         return prepare_here(guests, statement, params);
     }
     let (statement, params) = (statement.to_owned(), params.to_vec());
     let prepared = tokio::task::spawn_blocking(move || prepare_here(guests, &statement, &params));
-    prepared.await.unwrap_or_else(|error| Err(SqlError::InvalidParameter(error.to_string())))
+    prepared
+        .await
+        .unwrap_or_else(|error| Err(SqlError::InvalidParameter(error.to_string())))
 }
 
 /// Checks a statement and binds its parameters. A comment opens its text: a connection keeps prepared statements by
 /// their text, and those of the house were prepared with no wall around them.
-fn prepare_here(guests: Guests, statement: &str, params: &[Value]) -> std::result::Result<Prepared, SqlError> {
+fn prepare_here(
+    guests: Guests,
+    statement: &str,
+    params: &[Value],
+) -> std::result::Result<Prepared, SqlError> {
     let facts = match guests.has_filter {
         true => sql::check_statement(statement, Dialect::Sqlite, None)?,
-        false => Facts::of(statement, Dialect::Sqlite),
+        false => StatementFacts::of(statement, Dialect::Sqlite),
     };
     // SQLite would take what is missing for null.
     if guests.has_filter || facts.highest_placeholder > params.len() {
         sql::check_count(&facts, params.len())?;
     }
-    Ok(Prepared { text: format!("/* a worker's */ {statement}"), arguments: guest_values::bind(params)?, facts })
+    Ok(Prepared {
+        text: format!("/* a worker's */ {statement}"),
+        arguments: guest_values::bind(params)?,
+        facts,
+    })
 }
 
 fn add_row(
@@ -143,10 +175,17 @@ fn add_row(
     limits: SqlLimits,
 ) -> std::result::Result<(), SqlError> {
     if rows.rows.len() >= limits.rows {
-        return Err(SqlError::TooLarge(format!("the result has more than {} rows", limits.rows)));
+        return Err(SqlError::TooLarge(format!(
+            "the result has more than {} rows",
+            limits.rows
+        )));
     }
     if rows.columns.is_empty() {
-        rows.columns = row.columns().iter().map(|column| column.name().to_owned()).collect();
+        rows.columns = row
+            .columns()
+            .iter()
+            .map(|column| column.name().to_owned())
+            .collect();
     }
     let values = (0..row.columns().len())
         .map(|at| {
@@ -156,7 +195,10 @@ fn add_row(
         })
         .collect::<std::result::Result<Vec<_>, SqlError>>()?;
     if *bytes > limits.bytes {
-        return Err(SqlError::TooLarge(format!("the result is larger than {} bytes", limits.bytes)));
+        return Err(SqlError::TooLarge(format!(
+            "the result is larger than {} bytes",
+            limits.bytes
+        )));
     }
     rows.rows.push(values);
     Ok(())

@@ -16,7 +16,9 @@ pub(super) fn bind(params: &[Value]) -> Result<SqliteArguments, SqlError> {
             Value::Int64(number) | Value::Timestamp(number) => arguments.add(*number),
             // SQLite would take it for null.
             Value::Float64(number) if number.is_nan() => {
-                return Err(SqlError::InvalidParameter("SQLite cannot keep a float that is not a number".to_owned()));
+                return Err(SqlError::InvalidParameter(
+                    "SQLite cannot keep a float that is not a number".to_owned(),
+                ));
             }
             Value::Float64(number) => arguments.add(*number),
             Value::Decimal(text) => values::decimal(text).map(|_| arguments.add(text.clone()))?,
@@ -38,7 +40,9 @@ pub(super) fn decode(row: &SqliteRow, at: usize) -> Result<Value, SqlError> {
         let column = row.columns().get(at).map_or("?", |column| column.name());
         SqlError::UnsupportedType(format!("column `{column}` cannot be passed on: {why}"))
     };
-    let raw = row.try_get_raw(at).map_err(|error| unreadable(error.to_string()))?;
+    let raw = row
+        .try_get_raw(at)
+        .map_err(|error| unreadable(error.to_string()))?;
     if raw.is_null() {
         return Ok(Value::Null);
     }

@@ -10,9 +10,13 @@ use super::session::Session;
 use crate::store::{Claim, Claimed, Result, shared};
 
 /// Claims event ids with one statement, and looks at those that were there before with another.
-pub(super) async fn claim(session: &mut Session, worker: &str, claims: &[Claim]) -> Result<Vec<Claimed>> {
+pub(super) async fn claim(
+    session: &mut Session,
+    worker: &str,
+    claims: &[Claim],
+) -> Result<Vec<Claimed>> {
     for claim in claims.iter().filter(|claim| claim.redriven) {
-        take_up(session, worker, claim).await?;
+        reclaim(session, worker, claim).await?;
     }
     let given: Vec<_> = claims
         .iter()
@@ -24,36 +28,36 @@ pub(super) async fn claim(session: &mut Session, worker: &str, claims: &[Claim])
         .collect();
     let given = serde_json::Value::Array(given).to_string();
     let fresh = insert(session, worker, &given).await?;
-    let found = look(session, worker, &given).await?;
+    let found = find_existing(session, worker, &given).await?;
     let answer = |(claim, (payload, attempts)): (&Claim, &(Vec<u8>, i64))| {
-        let held_for = (!fresh.contains(&claim.event_id)).then_some(payload.as_slice());
-        shared::claimed(claim, held_for, *attempts)
+        let existing_payload = (!fresh.contains(&claim.event_id)).then_some(payload.as_slice());
+        shared::claimed(claim, existing_payload, *attempts)
     };
     Ok(claims.iter().zip(&found).map(answer).collect())
 }
 
 /// Lets an event be claimed that is dead and was put back.
-async fn take_up(session: &mut Session, worker: &str, claim: &Claim) -> Result<()> {
-    let doing = |error| errors::of_statement(error, "take up an event that was put back");
+async fn reclaim(session: &mut Session, worker: &str, claim: &Claim) -> Result<()> {
+    let context = |error| errors::from_statement(error, "take up an event that was put back");
     sqlx::query(
         "delete from oncely_inbox as inbox
          where worker = $1 and event_id = $2 and payload_sha256 = $3 and state = 'dead' and exists (
-             select 1 from oncely_dead_letter as letter where letter.worker = inbox.worker
-                 and letter.event_id = inbox.event_id and letter.payload_sha256 = inbox.payload_sha256
-                 and letter.state = 'redriven')",
+             select 1 from oncely_dead_letter as dead_letter where dead_letter.worker = inbox.worker
+                 and dead_letter.event_id = inbox.event_id and dead_letter.payload_sha256 = inbox.payload_sha256
+                 and dead_letter.state = 'redriven')",
     )
     .bind(worker)
     .bind(&claim.event_id)
     .bind(claim.payload_sha256.as_slice())
-    .execute(session.connection().map_err(doing)?)
+    .execute(session.connection().map_err(context)?)
     .await
-    .map_err(doing)?;
+    .map_err(context)?;
     Ok(())
 }
 
 /// Claims what is not there, and returns which event ids these were.
 async fn insert(session: &mut Session, worker: &str, given: &str) -> Result<HashSet<String>> {
-    let doing = |error| errors::of_statement(error, "claim event ids");
+    let context = |error| errors::from_statement(error, "claim event ids");
     let rows = sqlx::query(
         "insert into oncely_inbox (worker, event_id, state, payload_sha256, stream, stream_sequence)
          select $1, value ->> 'event_id', 'done', unhex(value ->> 'payload'), value ->> 'stream', value ->> 'sequence'
@@ -63,17 +67,21 @@ async fn insert(session: &mut Session, worker: &str, given: &str) -> Result<Hash
     )
     .bind(worker)
     .bind(given)
-    .fetch_all(session.connection().map_err(doing)?)
+    .fetch_all(session.connection().map_err(context)?)
     .await
-    .map_err(doing)?;
+    .map_err(context)?;
     let fresh: sqlx::Result<_> = rows.iter().map(|row| row.try_get(0)).collect();
-    fresh.map_err(|error| errors::of_statement(error, "read claimed event ids"))
+    fresh.map_err(|error| errors::from_statement(error, "read claimed event ids"))
 }
 
 /// Payload and attempts of each event id, in the order they were given. The `cross join` keeps SQLite from walking the
 /// whole inbox with the given ids inside.
-async fn look(session: &mut Session, worker: &str, given: &str) -> Result<Vec<(Vec<u8>, i64)>> {
-    let doing = |error| errors::of_statement(error, "look up event ids");
+async fn find_existing(
+    session: &mut Session,
+    worker: &str,
+    given: &str,
+) -> Result<Vec<(Vec<u8>, i64)>> {
+    let context = |error| errors::from_statement(error, "look up event ids");
     let rows = sqlx::query(
         "select inbox.payload_sha256,
              (select coalesce(max(attempt), 0) from oncely_attempt as attempt
@@ -84,44 +92,52 @@ async fn look(session: &mut Session, worker: &str, given: &str) -> Result<Vec<(V
     )
     .bind(worker)
     .bind(given)
-    .fetch_all(session.connection().map_err(doing)?)
+    .fetch_all(session.connection().map_err(context)?)
     .await
-    .map_err(doing)?;
+    .map_err(context)?;
     let read = |row: &SqliteRow| Ok((row.try_get(0)?, row.try_get(1)?));
     let found: sqlx::Result<_> = rows.iter().map(read).collect();
-    found.map_err(|error| errors::of_statement(error, "read event ids"))
+    found.map_err(|error| errors::from_statement(error, "read event ids"))
 }
 
 /// Gives claims of this transaction back; what was put back is dead again.
-pub(super) async fn unclaim(session: &mut Session, worker: &str, event_ids: &[&str]) -> Result<()> {
-    let doing = |error| errors::of_statement(error, "give claims back");
+pub(super) async fn release_claims(
+    session: &mut Session,
+    worker: &str,
+    event_ids: &[&str],
+) -> Result<()> {
+    let context = |error| errors::from_statement(error, "give claims back");
     let event_ids = serde_json::json!(event_ids).to_string();
     sqlx::query(
         "update oncely_inbox as inbox set state = 'dead'
          where worker = $1 and event_id in (select value from json_each($2)) and exists (
-             select 1 from oncely_dead_letter as letter where letter.worker = inbox.worker
-                 and letter.event_id = inbox.event_id and letter.payload_sha256 = inbox.payload_sha256
-                 and letter.state = 'redriven')",
+             select 1 from oncely_dead_letter as dead_letter where dead_letter.worker = inbox.worker
+                 and dead_letter.event_id = inbox.event_id and dead_letter.payload_sha256 = inbox.payload_sha256
+                 and dead_letter.state = 'redriven')",
     )
     .bind(worker)
     .bind(&event_ids)
-    .execute(session.connection().map_err(doing)?)
+    .execute(session.connection().map_err(context)?)
     .await
-    .map_err(doing)?;
+    .map_err(context)?;
     sqlx::query(
         "delete from oncely_inbox
          where worker = $1 and event_id in (select value from json_each($2)) and state = 'done'",
     )
     .bind(worker)
     .bind(event_ids)
-    .execute(session.connection().map_err(doing)?)
+    .execute(session.connection().map_err(context)?)
     .await
-    .map_err(doing)?;
+    .map_err(context)?;
     Ok(())
 }
 
 /// Which of these events took effect.
-pub(super) async fn done(readers: &SqlitePool, worker: &str, event_ids: &[String]) -> Result<Vec<String>> {
+pub(super) async fn done(
+    readers: &SqlitePool,
+    worker: &str,
+    event_ids: &[String],
+) -> Result<Vec<String>> {
     let rows = sqlx::query(
         "select inbox.event_id from json_each($2) as given
              cross join oncely_inbox as inbox on inbox.worker = $1 and inbox.event_id = given.value
@@ -131,7 +147,7 @@ pub(super) async fn done(readers: &SqlitePool, worker: &str, event_ids: &[String
     .bind(serde_json::json!(event_ids).to_string())
     .fetch_all(readers)
     .await
-    .map_err(|error| errors::of_statement(error, "look up events"))?;
+    .map_err(|error| errors::from_statement(error, "look up events"))?;
     let done: sqlx::Result<_> = rows.iter().map(|row| row.try_get(0)).collect();
-    done.map_err(|error| errors::of_statement(error, "read events"))
+    done.map_err(|error| errors::from_statement(error, "read events"))
 }

@@ -13,31 +13,22 @@ use crate::store::migrations::{self, Migration, migrations};
 /// A new file of `migrations/sqlite` gets its line here.
 pub(in crate::store) const MIGRATIONS: &[Migration] = migrations![
     "sqlite":
-    "0001_begin",
-    "0002_door",
-    "0003_letters",
-    "0004_relay",
-    "0005_replay",
-    "0006_alarms",
-    "0007_parts",
-    "0009_requests",
-    "0010_wal",
-    "0011_under_way",
-    "0012_output_ids",
-    "0013_sessions",
-    "0016_state_versions",
-    "0017_host_instances",
-    "0018_installation",
-    "0019_host_reports",
+    "0001_baseline",
 ];
 
 /// Runs the migrations that have not run, in one transaction.
 pub(super) async fn run(sessions: &Sessions) -> anyhow::Result<()> {
     let mut session = sessions.begin().await?;
-    prepare(&mut session).await.context("make the table of migrations")?;
-    let applied = applied(&mut session).await.context("read which migrations ran")?;
+    prepare(&mut session)
+        .await
+        .context("make the table of migrations")?;
+    let applied = applied(&mut session)
+        .await
+        .context("read which migrations ran")?;
     for migration in migrations::due(MIGRATIONS, &applied)? {
-        apply(&mut session, migration).await.with_context(|| format!("run the migration {}", migration.version()))?;
+        apply(&mut session, migration)
+            .await
+            .with_context(|| format!("run the migration {}", migration.version()))?;
     }
     fault::point(fault::MIGRATING);
     session.commit().await.context("commit the migrations")
@@ -46,7 +37,9 @@ pub(super) async fn run(sessions: &Sessions) -> anyhow::Result<()> {
 /// The ids under which outputs travel.
 pub(super) async fn output_ids(sessions: &Sessions) -> anyhow::Result<OutputIds> {
     let mut session = sessions.begin().await?;
-    let row = sqlx::query("select key from oncely_output_key").fetch_one(session.connection()?).await?;
+    let row = sqlx::query("select key from oncely_output_key")
+        .fetch_one(session.connection()?)
+        .await?;
     session.commit().await?;
     Ok(OutputIds::new(row.try_get(0)?))
 }
@@ -54,7 +47,9 @@ pub(super) async fn output_ids(sessions: &Sessions) -> anyhow::Result<OutputIds>
 /// The id of this installation.
 pub(super) async fn installation(sessions: &Sessions) -> anyhow::Result<String> {
     let mut session = sessions.begin().await?;
-    let row = sqlx::query("select id from oncely_installation").fetch_one(session.connection()?).await?;
+    let row = sqlx::query("select id from oncely_installation")
+        .fetch_one(session.connection()?)
+        .await?;
     session.commit().await?;
     Ok(row.try_get(0)?)
 }
@@ -76,11 +71,15 @@ async fn prepare(session: &mut Session) -> sqlx::Result<()> {
 async fn applied(session: &mut Session) -> sqlx::Result<HashMap<i64, Vec<u8>>> {
     let query = sqlx::query("select version, checksum from oncely_migration");
     let rows = query.fetch_all(session.connection()?).await?;
-    rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect()
+    rows.iter()
+        .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
+        .collect()
 }
 
 async fn apply(session: &mut Session, migration: &Migration) -> sqlx::Result<()> {
-    raw_sql(migration.sql).execute(session.connection()?).await?;
+    raw_sql(migration.sql)
+        .execute(session.connection()?)
+        .await?;
     sqlx::query("insert into oncely_migration (version, name, checksum) values ($1, $2, $3)")
         .bind(migration.version())
         .bind(migration.name())

@@ -5,15 +5,14 @@
 mod alarms;
 mod attempts;
 mod authorizer;
-mod burial;
 mod changes;
+mod dead_lettering;
+mod dead_letters;
 mod deployments;
 mod errors;
 mod guest_sql;
 mod guest_values;
 mod inbox;
-mod letters;
-mod marks;
 pub(super) mod migrate;
 mod outbox;
 mod outputs;
@@ -26,6 +25,7 @@ mod session;
 mod state;
 mod totals;
 mod tx;
+mod watermarks;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -42,16 +42,18 @@ use self::guest_sql::Guests;
 use self::session::Sessions;
 use self::tx::SqliteTx;
 use super::{
-    Buried, By, CountedAttempt, DeploymentRecord, FailedAttempt, LetterDepth, LetterFilter, LetterGroup, LetterRecord,
-    LetterSummary, Marks, Move, Moved, OnStream, OutboxLag, OutboxRow, Output, OutputFilter, OutputRecord,
-    OutputSummary, Published, PutBack, RecoveredOutput, Redrive, Result, Retire, Seen, StateRecord, Store,
-    StoredReport, TakenOver, Told, Tx, Unpublished, WorkerMigration, WorkerTotals,
+    AlarmNotices, Attribution, BrokerState, CountedAttempt, DeadLetterAction,
+    DeadLetterActionResult, DeadLetterDepth, DeadLetterFilter, DeadLetterGroup, DeadLetterRecord,
+    DeadLetterSummary, DeadLettered, DeploymentRecord, FailedAttempt, OutboxLag, OutboxRow, Output,
+    OutputFilter, OutputRecord, OutputSummary, Published, PublishedOutput, RecoveredOutput,
+    Redrive, RedriveLookup, Result, RetentionPolicy, StateRecord, Store, StoredReport, TakenOver,
+    Tx, Unpublished, Watermarks, WorkerMigration, WorkerTotals,
 };
 use crate::fault;
 use crate::model::alarm::{self, Alarm};
 use crate::model::output_ids::OutputIds;
 use crate::model::sql::Dialect;
-use crate::model::verdict::{Letter, Settled};
+use crate::model::verdict::{DeadLetter, Settled};
 
 const READERS: u32 = 4;
 
@@ -59,9 +61,14 @@ const READERS: u32 = 4;
 const GUEST_READERS: usize = 4;
 
 /// Makes the file of a new database, for this user's eyes only; SQLite gives the files beside it the same rights.
-fn make_private(path: &Path) -> std::io::Result<()> {
+fn create_private_file(path: &Path) -> std::io::Result<()> {
     use std::os::unix::fs::OpenOptionsExt;
-    match std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
+    match std::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+    {
         Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => Err(error),
         _ => Ok(()),
     }
@@ -78,27 +85,31 @@ pub struct SqliteStore {
     installation: String,
     has_filter: bool,
     /// Whether the leases of the host before this one are yet to be released.
-    has_to_take_over: AtomicBool,
+    needs_takeover: AtomicBool,
 }
 
 impl SqliteStore {
     /// Opens a database file, makes it if it is not there, and brings its schema up to date.
     pub async fn open(path: &Path) -> anyhow::Result<Self> {
-        make_private(path).with_context(|| format!("make the file {}", path.display()))?;
+        create_private_file(path).with_context(|| format!("make the file {}", path.display()))?;
         let sessions = Sessions::new(session::options(path));
         migrate::run(&sessions)
             .await
             .with_context(|| format!("bring the SQLite schema up to date: {}", path.display()))?;
-        let output_ids = migrate::output_ids(&sessions).await.context("read the key of the outputs' ids")?;
+        let output_ids = migrate::output_ids(&sessions)
+            .await
+            .context("read the key of the outputs' ids")?;
         let output_ids = Arc::new(output_ids);
-        let installation = migrate::installation(&sessions).await.context("read the installation's id")?;
+        let installation = migrate::installation(&sessions)
+            .await
+            .context("read the installation's id")?;
         let sessions = sessions.with_output_ids(Arc::clone(&output_ids));
         let readers = SqlitePoolOptions::new()
             .max_connections(READERS)
             .test_before_acquire(false)
             .connect_lazy_with(session::options(path).read_only(true));
         let guest_readers = std::array::from_fn(|_| Sessions::reading(session::options(path)));
-        let (next_reader, has_to_take_over) = (AtomicUsize::new(0), AtomicBool::new(true));
+        let (next_reader, needs_takeover) = (AtomicUsize::new(0), AtomicBool::new(true));
         let has_filter = true;
         Ok(SqliteStore {
             sessions,
@@ -108,7 +119,7 @@ impl SqliteStore {
             output_ids,
             installation,
             has_filter,
-            has_to_take_over,
+            needs_takeover,
         })
     }
 
@@ -116,7 +127,10 @@ impl SqliteStore {
     #[doc(hidden)]
     #[must_use]
     pub fn without_filter(self) -> Self {
-        SqliteStore { has_filter: false, ..self }
+        SqliteStore {
+            has_filter: false,
+            ..self
+        }
     }
 }
 
@@ -127,8 +141,12 @@ impl Store for SqliteStore {
     }
 
     async fn ping(&self) -> Result<()> {
-        let answer = sqlx::query("select 1 from oncely_migration").fetch_optional(&self.readers).await;
-        answer.map(|_| ()).map_err(|error| errors::of_statement(error, "read from SQLite"))
+        let answer = sqlx::query("select 1 from oncely_migration")
+            .fetch_optional(&self.readers)
+            .await;
+        answer
+            .map(|_| ())
+            .map_err(|error| errors::from_statement(error, "read from SQLite"))
     }
 
     async fn retire_worker(&self, worker: &str) -> Result<()> {
@@ -138,7 +156,10 @@ impl Store for SqliteStore {
     }
 
     async fn write_report(&self, report: &str, began: &OnceLock<Instant>) -> Result<()> {
-        let mut session = self.sessions.begin_in_turn(|| began.get_or_init(Instant::now)).await?;
+        let mut session = self
+            .sessions
+            .begin_with_callback(|| began.get_or_init(Instant::now))
+            .await?;
         reports::write(&mut session, report).await?;
         session.commit().await
     }
@@ -148,68 +169,107 @@ impl Store for SqliteStore {
     }
 
     async fn renew_lease(&self) -> Result<Vec<TakenOver>> {
-        if !self.has_to_take_over.load(Ordering::Relaxed) {
+        if !self.needs_takeover.load(Ordering::Relaxed) {
             return Ok(Vec::new());
         }
         let mut session = self.sessions.begin().await?;
         let outputs = outbox::release_leases(&mut session).await?;
         session.commit().await?;
-        self.has_to_take_over.store(false, Ordering::Relaxed);
-        let before = TakenOver { instance: "before".to_owned(), sessions: 0, outputs: Some(outputs) };
-        Ok(if outputs > 0 { vec![before] } else { Vec::new() })
+        self.needs_takeover.store(false, Ordering::Relaxed);
+        let before = TakenOver {
+            instance: "before".to_owned(),
+            sessions: 0,
+            outputs: Some(outputs),
+        };
+        Ok(if outputs > 0 {
+            vec![before]
+        } else {
+            Vec::new()
+        })
     }
 
     async fn begin(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>> {
         let session = self.sessions.begin().await?;
-        let guests = Guests { has_filter: self.has_filter, time, reads_only: false };
-        Ok(Box::new(SqliteTx::new(session, worker, guests, self.readers.clone())))
+        let guests = Guests {
+            has_filter: self.has_filter,
+            time,
+            reads_only: false,
+        };
+        Ok(Box::new(SqliteTx::new(
+            session,
+            worker,
+            guests,
+            self.readers.clone(),
+        )))
     }
 
-    async fn begin_reading(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>> {
+    async fn begin_read_only(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>> {
         let place = self.next_reader.fetch_add(1, Ordering::Relaxed) % GUEST_READERS;
         let sessions = self.guest_readers.get(place).unwrap_or(&self.sessions);
         let session = sessions.begin().await?;
-        let guests = Guests { has_filter: self.has_filter, time, reads_only: true };
-        Ok(Box::new(SqliteTx::new(session, worker, guests, self.readers.clone())))
+        let guests = Guests {
+            has_filter: self.has_filter,
+            time,
+            reads_only: true,
+        };
+        Ok(Box::new(SqliteTx::new(
+            session,
+            worker,
+            guests,
+            self.readers.clone(),
+        )))
     }
 
-    async fn count_attempts(&self, worker: &str, failed: &[FailedAttempt]) -> Result<Vec<CountedAttempt>> {
+    async fn count_attempts(
+        &self,
+        worker: &str,
+        failed: &[FailedAttempt],
+    ) -> Result<Vec<CountedAttempt>> {
         let mut session = self.sessions.begin().await?;
         let counts = attempts::count(&mut session, worker, failed).await?;
         session.commit().await?;
         Ok(counts)
     }
 
-    async fn forget_records(&self, worker: &str, event_ids: &[String]) -> Result<()> {
+    async fn delete_recordings(&self, worker: &str, event_ids: &[String]) -> Result<()> {
         let mut session = self.sessions.begin().await?;
         for event_id in event_ids {
-            attempts::forget_record(&mut session, worker, event_id).await?;
+            attempts::delete_recording(&mut session, worker, event_id).await?;
         }
         session.commit().await
     }
 
-    async fn attempt_record(&self, worker: &str, event_id: &str) -> Result<Option<Bytes>> {
-        attempts::record(&self.readers, worker, event_id).await
+    async fn attempt_recording(&self, worker: &str, event_id: &str) -> Result<Option<Bytes>> {
+        attempts::recording(&self.readers, worker, event_id).await
     }
 
-    async fn note_unfinished(&self, worker: &str, event_id: &str) -> Result<u32> {
+    async fn write_crash_marker(&self, worker: &str, event_id: &str) -> Result<u32> {
         let mut session = self.sessions.begin().await?;
-        let before = attempts::note_unfinished(&mut session, worker, event_id).await?;
+        let before = attempts::write_crash_marker(&mut session, worker, event_id).await?;
         session.commit().await?;
         Ok(before)
     }
 
-    async fn take_back_unfinished(&self, worker: &str, event_id: &str) -> Result<()> {
+    async fn clear_crash_marker(&self, worker: &str, event_id: &str) -> Result<()> {
         let mut session = self.sessions.begin().await?;
-        attempts::take_back_unfinished(&mut session, worker, event_id).await?;
+        attempts::clear_crash_marker(&mut session, worker, event_id).await?;
         session.commit().await
     }
 
-    async fn bury(&self, letters: &[(Letter, Output)], new_failures: u32) -> Result<Buried> {
+    async fn dead_letter(
+        &self,
+        dead_letters: &[(DeadLetter, Output)],
+        new_failures: u32,
+    ) -> Result<DeadLettered> {
         let mut session = self.sessions.begin().await?;
-        let (notices, alarms) = burial::bury(&mut session, letters, new_failures).await?;
+        let (notices, alarms) =
+            dead_lettering::dead_letter(&mut session, dead_letters, new_failures).await?;
         session.commit().await?;
-        Ok(Buried { settled: vec![Settled::seen_by_store(); letters.len()], notices, alarms })
+        Ok(DeadLettered {
+            settled: vec![Settled::seen_by_store(); dead_letters.len()],
+            notices,
+            alarms,
+        })
     }
 
     async fn lease_outputs(&self, limit: u32, lease: Duration) -> Result<Vec<OutboxRow>> {
@@ -225,9 +285,9 @@ impl Store for SqliteStore {
         session.commit().await
     }
 
-    async fn put_back_outputs(&self, rows: &[(i64, Unpublished)]) -> Result<()> {
+    async fn release_outputs(&self, rows: &[(i64, Unpublished)]) -> Result<()> {
         let mut session = self.sessions.begin().await?;
-        outbox::put_back(&mut session, rows).await?;
+        outbox::release(&mut session, rows).await?;
         session.commit().await
     }
 
@@ -243,53 +303,53 @@ impl Store for SqliteStore {
         &self.installation
     }
 
-    async fn marks(&self, on_broker: Option<&str>) -> Result<Marks> {
-        marks::read(&self.readers, on_broker).await
+    async fn watermarks(&self, on_broker: Option<&str>) -> Result<Watermarks> {
+        watermarks::read(&self.readers, on_broker).await
     }
 
-    async fn write_mark(&self, name: &str, seen: &Seen) -> Result<()> {
+    async fn write_watermark(&self, name: &str, seen: &BrokerState) -> Result<()> {
         let mut session = self.sessions.begin().await?;
-        marks::write(&mut session, name, seen).await?;
+        watermarks::write(&mut session, name, seen).await?;
         session.commit().await
     }
 
-    async fn acknowledge_mark(&self, name: &str, sequence: u64) -> Result<()> {
+    async fn acknowledge_watermark(&self, name: &str, sequence: u64) -> Result<()> {
         let mut session = self.sessions.begin().await?;
-        marks::acknowledge(&mut session, name, sequence).await?;
+        watermarks::acknowledge(&mut session, name, sequence).await?;
         session.commit().await
     }
 
     async fn known_events(&self, worker: &str, event_ids: &[&str]) -> Result<Vec<String>> {
-        marks::known_events(&self.readers, worker, event_ids).await
+        watermarks::known_events(&self.readers, worker, event_ids).await
     }
 
-    async fn keep_recovered(&self, outputs: &[RecoveredOutput]) -> Result<()> {
+    async fn save_recovered(&self, outputs: &[RecoveredOutput]) -> Result<()> {
         let mut session = self.sessions.begin().await?;
-        marks::keep_recovered(&mut session, outputs).await?;
+        watermarks::save_recovered(&mut session, outputs).await?;
         session.commit().await
     }
 
-    async fn forget_recovered(&self, ids: &[&str]) -> Result<()> {
+    async fn delete_recovered(&self, ids: &[&str]) -> Result<()> {
         let mut session = self.sessions.begin().await?;
-        marks::forget_recovered(&mut session, ids).await?;
+        watermarks::delete_recovered(&mut session, ids).await?;
         session.commit().await
     }
 
-    async fn recovered(&self, ids: &[&str]) -> Result<HashMap<String, (String, u64)>> {
-        marks::recovered(&self.readers, ids).await
+    async fn find_recovered(&self, ids: &[&str]) -> Result<HashMap<String, (String, u64)>> {
+        watermarks::find_recovered(&self.readers, ids).await
     }
 
-    async fn last_published(&self, within: Duration) -> Result<Vec<OnStream>> {
+    async fn last_published(&self, within: Duration) -> Result<Vec<PublishedOutput>> {
         repair::last_published(&self.readers, within).await
     }
 
-    async fn published_on(&self, stream: &str) -> Result<Vec<OnStream>> {
-        repair::published_on(&self.readers, stream).await
+    async fn published_to(&self, stream: &str) -> Result<Vec<PublishedOutput>> {
+        repair::published_to(&self.readers, stream).await
     }
 
-    async fn publish_again(&self, lost: &[OnStream]) -> Result<u64> {
+    async fn republish(&self, lost: &[PublishedOutput]) -> Result<u64> {
         let mut session = self.sessions.begin().await?;
-        let done = repair::publish_again(&mut session, lost).await?;
+        let done = repair::republish(&mut session, lost).await?;
         session.commit().await?;
         Ok(done)
     }
@@ -338,12 +398,17 @@ impl Store for SqliteStore {
         migrations: &[WorkerMigration],
     ) -> Result<DeploymentRecord> {
         let mut session = self.sessions.begin().await?;
-        let deployment = deployments::deploy(&mut session, worker, digest, manifest, migrations).await?;
+        let deployment =
+            deployments::deploy(&mut session, worker, digest, manifest, migrations).await?;
         session.commit().await?;
         Ok(deployment)
     }
 
-    async fn due_migrations(&self, worker: &str, migrations: &[WorkerMigration]) -> Result<Vec<String>> {
+    async fn due_migrations(
+        &self,
+        worker: &str,
+        migrations: &[WorkerMigration],
+    ) -> Result<Vec<String>> {
         let mut session = self.sessions.begin().await?;
         let due = deployments::due_migrations(&mut session, worker, migrations).await?;
         session.commit().await?;
@@ -366,22 +431,22 @@ impl Store for SqliteStore {
     }
 
     async fn deployments(&self, worker: &str) -> Result<Vec<DeploymentRecord>> {
-        deployments::of_worker(&self.readers, worker).await
+        deployments::for_worker(&self.readers, worker).await
     }
 
-    async fn letters(&self, filter: &LetterFilter) -> Result<Vec<LetterSummary>> {
-        letters::list(&self.readers, filter).await
+    async fn dead_letters(&self, filter: &DeadLetterFilter) -> Result<Vec<DeadLetterSummary>> {
+        dead_letters::list(&self.readers, filter).await
     }
 
-    async fn letter(&self, id: i64) -> Result<Option<LetterRecord>> {
-        letters::find(&self.readers, id).await
+    async fn find_dead_letter(&self, id: i64) -> Result<Option<DeadLetterRecord>> {
+        dead_letters::find(&self.readers, id).await
     }
 
-    async fn letter_groups(&self, filter: &LetterFilter) -> Result<Vec<LetterGroup>> {
-        letters::groups(&self.readers, filter).await
+    async fn dead_letter_groups(&self, filter: &DeadLetterFilter) -> Result<Vec<DeadLetterGroup>> {
+        dead_letters::groups(&self.readers, filter).await
     }
 
-    async fn letter_depths(&self) -> Result<Vec<LetterDepth>> {
+    async fn dead_letter_depths(&self) -> Result<Vec<DeadLetterDepth>> {
         alarms::depths(&self.readers).await
     }
 
@@ -389,33 +454,47 @@ impl Store for SqliteStore {
         alarms::list(&self.readers).await
     }
 
-    async fn move_alarms(&self, moves: &[alarm::Move]) -> Result<Told> {
+    async fn apply_alarm_updates(&self, moves: &[alarm::AlarmUpdate]) -> Result<AlarmNotices> {
         let mut session = self.sessions.begin().await?;
-        let told = alarms::take(&mut session, moves).await?;
+        let notices = alarms::apply(&mut session, moves).await?;
         session.commit().await?;
-        Ok(told)
+        Ok(notices)
     }
 
-    async fn redrive(&self, letters: &[Redrive], by: &By) -> Result<(Vec<Moved>, Vec<OutboxRow>)> {
+    async fn redrive(
+        &self,
+        dead_letters: &[Redrive],
+        attribution: &Attribution,
+    ) -> Result<(Vec<DeadLetterActionResult>, Vec<OutboxRow>)> {
         let mut session = self.sessions.begin().await?;
-        let moved = redrive::redrive(&mut session, letters, by).await?;
+        let moved = redrive::redrive(&mut session, dead_letters, attribution).await?;
         fault::point(fault::BEFORE_REDRIVE);
         session.commit().await?;
         fault::point(fault::AFTER_REDRIVE);
         Ok(moved)
     }
 
-    async fn put_back(&self, worker: &str, id: i64, generation: u32) -> Result<PutBack> {
-        redrive::put_back(&self.readers, worker, id, generation).await
+    async fn redriven_message(
+        &self,
+        worker: &str,
+        id: i64,
+        generation: u32,
+    ) -> Result<RedriveLookup> {
+        redrive::redriven_message(&self.readers, worker, id, generation).await
     }
 
     async fn done_events(&self, worker: &str, event_ids: &[String]) -> Result<Vec<String>> {
         inbox::done(&self.readers, worker, event_ids).await
     }
 
-    async fn move_letters(&self, ids: &[i64], what: &Move, by: &By) -> Result<Vec<Moved>> {
+    async fn update_dead_letters(
+        &self,
+        ids: &[i64],
+        action: &DeadLetterAction,
+        attribution: &Attribution,
+    ) -> Result<Vec<DeadLetterActionResult>> {
         let mut session = self.sessions.begin().await?;
-        let moved = redrive::move_letters(&mut session, ids, what, by).await?;
+        let moved = redrive::update_dead_letters(&mut session, ids, action, attribution).await?;
         session.commit().await?;
         Ok(moved)
     }
@@ -424,7 +503,12 @@ impl Store for SqliteStore {
         state::entry(&self.readers, worker, key).await
     }
 
-    async fn state_entries(&self, worker: &str, prefix: &str, limit: u32) -> Result<Vec<StateRecord>> {
+    async fn state_entries(
+        &self,
+        worker: &str,
+        prefix: &str,
+        limit: u32,
+    ) -> Result<Vec<StateRecord>> {
         state::entries(&self.readers, worker, prefix, limit).await
     }
 
@@ -432,9 +516,9 @@ impl Store for SqliteStore {
         totals::by_worker(&self.readers).await
     }
 
-    async fn retire(&self, what: &Retire) -> Result<bool> {
+    async fn delete_expired(&self, retention: &RetentionPolicy) -> Result<bool> {
         let mut session = self.sessions.begin().await?;
-        let has_more = retention::retire(&mut session, what).await?;
+        let has_more = retention::delete_expired(&mut session, retention).await?;
         session.commit().await?;
         Ok(has_more)
     }

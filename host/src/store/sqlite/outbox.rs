@@ -11,7 +11,7 @@ use sqlx::sqlite::SqliteRow;
 use super::errors;
 use super::session::Session;
 use crate::fault;
-use crate::store::shared::{self, LINE_MAX, PutBackColumns};
+use crate::store::shared::{self, KEY_QUEUE_MAX, ReleaseColumns};
 use crate::store::{OutboxRow, Output, Published, Result, StoreError, Unpublished, rows};
 
 /// Appends the outputs of one worker; see [`append_for`].
@@ -34,26 +34,44 @@ pub(super) async fn append_for(
 ) -> Result<Vec<OutboxRow>> {
     let ids = session.output_ids();
     let mut appended: Vec<OutboxRow> = Vec::new();
-    let mut lines: HashMap<(&str, &str), Line> = HashMap::new();
+    let mut queues: HashMap<(&str, &str), KeyQueue> = HashMap::new();
     for (worker, output) in outputs {
-        let mut line = Line::default();
-        if let Some(key) = output.ordering_key.as_deref().filter(|_| output.delay.is_zero()) {
-            let known = match lines.entry((*worker, key)) {
+        let mut queue = KeyQueue::default();
+        if let Some(key) = output
+            .ordering_key
+            .as_deref()
+            .filter(|_| output.delay.is_zero())
+        {
+            let known = match queues.entry((*worker, key)) {
                 Entry::Occupied(known) => known.into_mut(),
-                Entry::Vacant(place) => place.insert(Line::before(session, worker, key).await?),
+                Entry::Vacant(place) => place.insert(KeyQueue::load(session, worker, key).await?),
             };
             // Only the first output of a key needs to know who is before it.
-            line = Line { ahead: std::mem::take(&mut known.ahead), in_trouble: known.in_trouble };
+            queue = KeyQueue {
+                blocked_by: std::mem::take(&mut known.blocked_by),
+                blocker: known.blocker,
+            };
         }
         let sealed = ids.seal(worker, output);
-        let row = insert(session, worker, &sealed, line.in_trouble, lease).await?;
+        let row = insert(session, worker, &sealed, queue.blocker, lease).await?;
         let read = || -> anyhow::Result<_> {
             let first_attempt_at: Option<i64> = row.try_get(1)?;
-            Ok((row.try_get(0)?, first_attempt_at.map(shared::timestamp).transpose()?))
+            Ok((
+                row.try_get(0)?,
+                first_attempt_at.map(shared::timestamp).transpose()?,
+            ))
         };
-        let (seq, first_attempt_at) = read().context("read an appended output").map_err(StoreError::Unavailable)?;
+        let (seq, first_attempt_at) = read()
+            .context("read an appended output")
+            .map_err(StoreError::Unavailable)?;
         if let Some(first_attempt_at) = first_attempt_at {
-            appended.push(shared::handed_over(seq, worker, &sealed, first_attempt_at, line.ahead));
+            appended.push(shared::appended_row(
+                seq,
+                worker,
+                &sealed,
+                first_attempt_at,
+                queue.blocked_by,
+            ));
         }
     }
     OutboxRow::chain(&mut appended);
@@ -62,40 +80,46 @@ pub(super) async fn append_for(
 
 /// What is in line for a key when an output is written.
 #[derive(Default)]
-struct Line {
-    ahead: Vec<i64>,
+struct KeyQueue {
+    blocked_by: Vec<i64>,
     /// The one a new output has to wait behind.
-    in_trouble: Option<i64>,
+    blocker: Option<i64>,
 }
 
-impl Line {
-    async fn before(session: &mut Session, worker: &str, key: &str) -> Result<Self> {
-        let doing = |error| errors::of_statement(error, "look at the line of a key");
+impl KeyQueue {
+    async fn load(session: &mut Session, worker: &str, key: &str) -> Result<Self> {
+        let context = |error| errors::from_statement(error, "look at the line of a key");
         let rows = sqlx::query(
             "with clock as (select cast(unixepoch('subsec') * 1000000 as integer) as now)
-             select seq, coalesce(behind, seq),
-                 failures > 0 or leased_until <= now or behind is not null or set_aside_at is not null
+             select seq, coalesce(blocked_by, seq),
+                 failures > 0 or leased_until <= now or blocked_by is not null or parked_at is not null
              from clock, oncely_outbox
              where worker = $1 and ordering_key = $2 and published_at is null and due_at <= now
              order by seq desc limit $3",
         )
         .bind(worker)
         .bind(key)
-        .bind(LINE_MAX as u32)
-        .fetch_all(session.connection().map_err(doing)?)
+        .bind(KEY_QUEUE_MAX as u32)
+        .fetch_all(session.connection().map_err(context)?)
         .await
-        .map_err(doing)?;
+        .map_err(context)?;
         let read = |row: &SqliteRow| Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?));
         let rows: sqlx::Result<Vec<(i64, i64, bool)>> = rows.iter().map(read).collect();
-        let rows = rows.map_err(doing)?;
-        let ahead: Vec<i64> = rows.iter().map(|(seq, ..)| *seq).collect();
-        let in_trouble = if rows.len() < LINE_MAX {
-            rows.iter().filter(|(.., is_in_trouble)| *is_in_trouble).map(|(_, waits_for, _)| *waits_for).min()
+        let rows = rows.map_err(context)?;
+        let blocked_by: Vec<i64> = rows.iter().map(|(seq, ..)| *seq).collect();
+        let blocker = if rows.len() < KEY_QUEUE_MAX {
+            rows.iter()
+                .filter(|(.., is_blocked)| *is_blocked)
+                .map(|(_, waits_for, _)| *waits_for)
+                .min()
         } else {
             // All that wait for the same go on together.
             rows.first().map(|(_, waits_for, _)| *waits_for)
         };
-        Ok(Line { ahead, in_trouble })
+        Ok(KeyQueue {
+            blocked_by,
+            blocker,
+        })
     }
 }
 
@@ -103,13 +127,13 @@ async fn insert(
     session: &mut Session,
     worker: &str,
     output: &Output,
-    behind: Option<i64>,
+    blocked_by: Option<i64>,
     lease: Duration,
 ) -> Result<SqliteRow> {
-    let doing = |error| errors::of_statement(error, "append an output");
+    let context = |error| errors::from_statement(error, "append an output");
     sqlx::query(
         "with clock as (select cast(unixepoch('subsec') * 1000000 as integer) as now)
-         insert into oncely_outbox (worker, id, event_id, ordinal, subject, headers, body, ordering_key, due_at, behind,
+         insert into oncely_outbox (worker, id, event_id, ordinal, subject, headers, body, ordering_key, due_at, blocked_by,
              leased_until, first_attempt_at, leased_by)
          select $1, $2, $3, $4, $5, $6, $7, $8, now + $9, $11,
              case when $9 > 0 then now + $9 when $11 is null then now + $10 else 9223372036854775807 end,
@@ -127,19 +151,23 @@ async fn insert(
     .bind(output.ordering_key.as_deref())
     .bind(shared::micros(output.delay))
     .bind(shared::micros(lease))
-    .bind(behind)
+    .bind(blocked_by)
     .bind(session.instance())
-    .fetch_one(session.connection().map_err(doing)?)
+    .fetch_one(session.connection().map_err(context)?)
     .await
-    .map_err(doing)
+    .map_err(context)
 }
 
 /// Leases what is due, oldest first. What is due but not the next of its key waits for the last one before it, or for what
 /// that one waits for: it comes again once that is gone.
-pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) -> Result<Vec<OutboxRow>> {
-    let doing = |error| errors::of_statement(error, "lease outputs");
-    release(session).await?;
-    let judged = sqlx::query(
+pub(super) async fn lease(
+    session: &mut Session,
+    limit: u32,
+    lease: Duration,
+) -> Result<Vec<OutboxRow>> {
+    let context = |error| errors::from_statement(error, "lease outputs");
+    unblock(session).await?;
+    let candidates = sqlx::query(
         "with clock as materialized (
              select cast(unixepoch('subsec') * 1000000 as integer) as now
          ), due as materialized (
@@ -149,7 +177,7 @@ pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) ->
          ), key as materialized (
              select worker, ordering_key, max(seq) as last from due
              where ordering_key is not null group by worker, ordering_key
-         ), line as (
+         ), queue as (
              select seq, worker, ordering_key, true as is_due, null as before from due
              union all
              select before.seq, key.worker, key.ordering_key, false, before.seq
@@ -157,22 +185,28 @@ pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) ->
              where before.worker = key.worker and before.ordering_key = key.ordering_key
                  and before.ordering_key is not null and before.published_at is null
                  and before.seq < key.last and before.due_at <= now and before.seq not in (select seq from due)
-         ), judged as (
-             select seq, is_due, max(before) over (partition by worker, ordering_key order by seq) as before from line
+         ), routed as (
+             select seq, is_due, max(before) over (partition by worker, ordering_key order by seq) as before from queue
          )
-         select seq, (select coalesce(behind, seq) from oncely_outbox as last where last.seq = judged.before)
-         from judged where is_due",
+         select seq, (select coalesce(blocked_by, seq) from oncely_outbox as last where last.seq = routed.before)
+         from routed where is_due",
     )
     .bind(limit)
-    .fetch_all(session.connection().map_err(doing)?)
+    .fetch_all(session.connection().map_err(context)?)
     .await
-    .map_err(doing)?;
-    let judged: sqlx::Result<Vec<(i64, Option<i64>)>> =
-        judged.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect();
-    let (next, waiting): (Vec<_>, Vec<_>) =
-        judged.map_err(doing)?.into_iter().partition(|(_, before)| before.is_none());
-    let waiting = waiting.into_iter().filter_map(|(seq, before)| Some((seq, Unpublished::Behind(before?))));
-    put_back(session, &waiting.collect::<Vec<_>>()).await?;
+    .map_err(context)?;
+    let candidates: sqlx::Result<Vec<(i64, Option<i64>)>> = candidates
+        .iter()
+        .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
+        .collect();
+    let (next, waiting): (Vec<_>, Vec<_>) = candidates
+        .map_err(context)?
+        .into_iter()
+        .partition(|(_, before)| before.is_none());
+    let waiting = waiting
+        .into_iter()
+        .filter_map(|(seq, before)| Some((seq, Unpublished::BlockedBy(before?))));
+    release(session, &waiting.collect::<Vec<_>>()).await?;
     if next.is_empty() {
         return Ok(Vec::new());
     }
@@ -187,35 +221,35 @@ pub(super) async fn lease(session: &mut Session, limit: u32, lease: Duration) ->
     .bind(serde_json::json!(next.iter().map(|(seq, _)| *seq).collect::<Vec<_>>()).to_string())
     .bind(shared::micros(lease))
     .bind(session.instance())
-    .fetch_all(session.connection().map_err(doing)?)
+    .fetch_all(session.connection().map_err(context)?)
     .await
-    .map_err(doing)?;
-    let (leased, not_sent) = rows::all_leased(&rows)?;
-    put_back(session, &not_sent).await?;
+    .map_err(context)?;
+    let (leased, not_leased) = rows::leased_outputs(&rows)?;
+    release(session, &not_leased).await?;
     Ok(leased)
 }
 
 /// Lets go of what waits behind rows that are published or gone.
-async fn release(session: &mut Session) -> Result<()> {
-    let doing = |error| errors::of_statement(error, "let outputs go that waited");
+async fn unblock(session: &mut Session) -> Result<()> {
+    let context = |error| errors::from_statement(error, "let outputs go that waited");
     sqlx::query(
         "update oncely_outbox
-         set behind = null, leased_until = due_at
-         where behind in (
-             select behind from (select distinct behind from oncely_outbox where behind is not null) as waited_for
+         set blocked_by = null, leased_until = due_at
+         where blocked_by in (
+             select blocked_by from (select distinct blocked_by from oncely_outbox where blocked_by is not null) as waited_for
              where not exists (
                  select 1 from oncely_outbox as before
-                 where before.seq = waited_for.behind and before.published_at is null))",
+                 where before.seq = waited_for.blocked_by and before.published_at is null))",
     )
-    .execute(session.connection().map_err(doing)?)
+    .execute(session.connection().map_err(context)?)
     .await
-    .map_err(doing)?;
+    .map_err(context)?;
     Ok(())
 }
 
 /// Records where outputs are. All of them must be there.
 pub(super) async fn mark_published(session: &mut Session, published: &[Published]) -> Result<()> {
-    let doing = |error| errors::of_statement(error, "mark outputs as published");
+    let context = |error| errors::from_statement(error, "mark outputs as published");
     let given: Vec<_> = published
         .iter()
         .map(|place| serde_json::json!({"seq": place.seq, "stream": place.stream, "sequence": place.stream_sequence}))
@@ -223,48 +257,52 @@ pub(super) async fn mark_published(session: &mut Session, published: &[Published
     let result = sqlx::query(
         "update oncely_outbox
          set published_at = coalesce(published_at, cast(unixepoch('subsec') * 1000000 as integer)),
-             stream = given.value ->> 'stream', stream_sequence = given.value ->> 'sequence', behind = null,
-             set_aside_at = null
+             stream = given.value ->> 'stream', stream_sequence = given.value ->> 'sequence', blocked_by = null,
+             parked_at = null
          from json_each($1) as given
          where oncely_outbox.seq = given.value ->> 'seq'",
     )
     .bind(serde_json::Value::Array(given).to_string())
-    .execute(session.connection().map_err(doing)?)
+    .execute(session.connection().map_err(context)?)
     .await
-    .map_err(doing)?;
+    .map_err(context)?;
     if fault::mutant(fault::MARK_WITHOUT_FILTER) {
-        let everything = "update oncely_outbox set published_at = 0, stream = '', stream_sequence = 0, behind = null, set_aside_at = null where published_at is null";
-        sqlx::raw_sql(everything).execute(session.connection().map_err(doing)?).await.map_err(doing)?;
+        let everything = "update oncely_outbox set published_at = 0, stream = '', stream_sequence = 0, blocked_by = null, parked_at = null where published_at is null";
+        sqlx::raw_sql(everything)
+            .execute(session.connection().map_err(context)?)
+            .await
+            .map_err(context)?;
     }
     shared::check_count(result.rows_affected(), published.len())
 }
 
 /// Releases what instances before this one had leased: there is one host. Returns how many outputs that were.
 pub(super) async fn release_leases(session: &mut Session) -> Result<u64> {
-    let doing = |error| errors::of_statement(error, "release the leases of the host before this one");
+    let context =
+        |error| errors::from_statement(error, "release the leases of the host before this one");
     let released = sqlx::query(
         "with clock as (select cast(unixepoch('subsec') * 1000000 as integer) as now)
          update oncely_outbox set leased_until = now, leased_by = null from clock
          where published_at is null and leased_until > now and leased_by <> $1
-             and due_at <= now and behind is null and set_aside_at is null",
+             and due_at <= now and blocked_by is null and parked_at is null",
     )
     .bind(session.instance())
-    .execute(session.connection().map_err(doing)?)
+    .execute(session.connection().map_err(context)?)
     .await
-    .map_err(doing)?;
+    .map_err(context)?;
     Ok(released.rows_affected())
 }
 
 /// Gives leases up.
-pub(super) async fn put_back(session: &mut Session, rows: &[(i64, Unpublished)]) -> Result<()> {
+pub(super) async fn release(session: &mut Session, rows: &[(i64, Unpublished)]) -> Result<()> {
     if rows.is_empty() {
         return Ok(());
     }
-    let doing = |error| errors::of_statement(error, "put outputs back");
+    let context = |error| errors::from_statement(error, "put outputs back");
     let ids = session.output_ids();
-    let given = rows.iter().map(|row| PutBackColumns::of(row, &ids)).map(|row| {
+    let given = rows.iter().map(|row| ReleaseColumns::of(row, &ids)).map(|row| {
         serde_json::json!({
-            "seq": row.seq, "after": row.after, "failed": row.failed, "behind": row.behind, "aside": row.aside, "error": row.error,
+            "seq": row.seq, "after": row.after, "failed": row.failed, "blocked_by": row.blocked_by, "parked": row.parked, "error": row.error,
             "taken": row.taken, "next": row.next,
         })
     });
@@ -272,20 +310,20 @@ pub(super) async fn put_back(session: &mut Session, rows: &[(i64, Unpublished)])
         "with clock as (select cast(unixepoch('subsec') * 1000000 as integer) as now),
          given as (
              select value ->> 'seq' as seq, value ->> 'after' as after, value ->> 'failed' as failed,
-                 value ->> 'behind' as behind, value ->> 'aside' as aside, value ->> 'error' as error,
+                 value ->> 'blocked_by' as blocked_by, value ->> 'parked' as parked, value ->> 'error' as error,
                  value ->> 'taken' as taken, value ->> 'next' as next
              from json_each($1))
          update oncely_outbox
          set leased_until = coalesce(now + given.after, 9223372036854775807), leased_by = null,
-             failures = failures + given.failed, behind = given.behind, set_aside_at = iif(given.aside, now, null),
+             failures = failures + given.failed, blocked_by = given.blocked_by, parked_at = iif(given.parked, now, null),
              last_error = coalesce(given.error, last_error),
              id = coalesce(given.next, id), ids_taken = ids_taken + (given.next is not null)
          from given, clock
          where oncely_outbox.seq = given.seq and published_at is null and coalesce(id = given.taken, true)",
     )
     .bind(serde_json::Value::Array(given.collect()).to_string())
-    .execute(session.connection().map_err(doing)?)
+    .execute(session.connection().map_err(context)?)
     .await
-    .map_err(doing)?;
+    .map_err(context)?;
     Ok(())
 }

@@ -16,11 +16,11 @@ macro_rules! summaries {
                  select cast(unixepoch('subsec') * 1000000 as integer) as now
              ), rows as (
                  select seq, id, worker, event_id, subject, ordering_key, failures, last_error, created_at, due_at,
-                     set_aside_at, headers, body, stream, stream_sequence, behind, null as dropped_at, null as note,
+                     parked_at, headers, body, stream, stream_sequence, blocked_by, null as dropped_at, null as note,
                      case
                          when published_at is not null then 'published'
-                         when set_aside_at is not null then 'set-aside'
-                         when behind is not null then 'behind'
+                         when parked_at is not null then 'parked'
+                         when blocked_by is not null then 'blocked'
                          when due_at > now then 'delayed'
                          when leased_until > now then 'leased'
                          else 'due'
@@ -28,11 +28,11 @@ macro_rules! summaries {
                  from oncely_outbox, clock
                  union all
                  select seq, id, worker, event_id, subject, ordering_key, failures, last_error, created_at, due_at,
-                     set_aside_at, headers, body, null, null, null, dropped_at, note, 'dropped'
+                     parked_at, headers, body, null, null, null, dropped_at, note, 'dropped'
                  from oncely_dropped_output
              )
-             select rows.*, created_at as created, due_at as due, set_aside_at as set_aside, dropped_at as dropped,
-                 (select count(*) from oncely_outbox as other where other.behind = rows.seq) as waiting
+             select rows.*, created_at as created, due_at as due, parked_at as parked, dropped_at as dropped,
+                 (select count(*) from oncely_outbox as other where other.blocked_by = rows.seq) as waiting
              from rows ",
             $rest
         )
@@ -40,7 +40,10 @@ macro_rules! summaries {
 }
 
 /// Outputs that are set aside, or all that are not published, oldest first; or those that were dropped, newest first.
-pub(super) async fn list(readers: &SqlitePool, filter: &OutputFilter) -> Result<Vec<OutputSummary>> {
+pub(super) async fn list(
+    readers: &SqlitePool,
+    filter: &OutputFilter,
+) -> Result<Vec<OutputSummary>> {
     let query = sqlx::query(match (filter.dropped, filter.unpublished) {
         (true, _) => summaries!(
             "where dropped_at is not null and ($1 is null or worker = $1) order by dropped_at desc, seq limit $2"
@@ -49,7 +52,7 @@ pub(super) async fn list(readers: &SqlitePool, filter: &OutputFilter) -> Result<
             "where state not in ('published', 'dropped') and ($1 is null or worker = $1) order by seq limit $2"
         ),
         (false, false) => summaries!(
-            "where state = 'set-aside' and set_aside_at is not null and ($1 is null or worker = $1)
+            "where state = 'parked' and parked_at is not null and ($1 is null or worker = $1)
              order by seq limit $2"
         ),
     });
@@ -58,7 +61,7 @@ pub(super) async fn list(readers: &SqlitePool, filter: &OutputFilter) -> Result<
         .bind(filter.limit)
         .fetch_all(readers)
         .await
-        .map_err(|error| errors::of_statement(error, "list outputs"))?;
+        .map_err(|error| errors::from_statement(error, "list outputs"))?;
     Ok(rows::list(&rows, rows::output_summary))
 }
 
@@ -69,43 +72,47 @@ pub(super) async fn find(readers: &SqlitePool, number: i64) -> Result<Option<Out
         .bind(number)
         .fetch_optional(readers)
         .await
-        .map_err(|error| errors::of_statement(error, "read an output"))?;
+        .map_err(|error| errors::from_statement(error, "read an output"))?;
     row.as_ref().map(rows::output).transpose()
 }
 
 /// Has outputs that are set aside published after all.
 pub(super) async fn retry(session: &mut Session, numbers: &[i64]) -> Result<u64> {
-    let doing = |error| errors::of_statement(error, "retry outputs");
+    let context = |error| errors::from_statement(error, "retry outputs");
     let result = sqlx::query(
         "update oncely_outbox
-         set set_aside_at = null, leased_until = cast(unixepoch('subsec') * 1000000 as integer)
-         where seq in (select value from json_each($1)) and set_aside_at is not null",
+         set parked_at = null, leased_until = cast(unixepoch('subsec') * 1000000 as integer)
+         where seq in (select value from json_each($1)) and parked_at is not null",
     )
     .bind(serde_json::json!(numbers).to_string())
-    .execute(session.connection().map_err(doing)?)
+    .execute(session.connection().map_err(context)?)
     .await
-    .map_err(doing)?;
+    .map_err(context)?;
     Ok(result.rows_affected())
 }
 
 /// Moves outputs that are set aside to those that were dropped.
 pub(super) async fn drop(session: &mut Session, numbers: &[i64], note: &str) -> Result<u64> {
-    let doing = |error| errors::of_statement(error, "drop outputs");
+    let context = |error| errors::from_statement(error, "drop outputs");
     let numbers = serde_json::json!(numbers).to_string();
     sqlx::query(
         "insert into oncely_dropped_output (seq, id, worker, event_id, ordinal, subject, headers, body, ordering_key,
-             created_at, due_at, failures, last_error, set_aside_at, note)
+             created_at, due_at, failures, last_error, parked_at, note)
          select seq, id, worker, event_id, ordinal, subject, headers, body, ordering_key, created_at, due_at, failures,
-             last_error, set_aside_at, $2
-         from oncely_outbox where seq in (select value from json_each($1)) and set_aside_at is not null",
+             last_error, parked_at, $2
+         from oncely_outbox where seq in (select value from json_each($1)) and parked_at is not null",
     )
     .bind(&numbers)
     .bind(shared::printable(note))
-    .execute(session.connection().map_err(doing)?)
+    .execute(session.connection().map_err(context)?)
     .await
-    .map_err(doing)?;
-    let gone = "delete from oncely_outbox where seq in (select value from json_each($1)) and set_aside_at is not null";
-    let result = sqlx::query(gone).bind(numbers).execute(session.connection().map_err(doing)?).await.map_err(doing)?;
+    .map_err(context)?;
+    let gone = "delete from oncely_outbox where seq in (select value from json_each($1)) and parked_at is not null";
+    let result = sqlx::query(gone)
+        .bind(numbers)
+        .execute(session.connection().map_err(context)?)
+        .await
+        .map_err(context)?;
     Ok(result.rows_affected())
 }
 
@@ -115,27 +122,29 @@ pub(super) async fn lag(readers: &SqlitePool) -> Result<Vec<OutboxLag>> {
         "with clock as (
              select cast(unixepoch('subsec') * 1000000 as integer) as now
          ), unpublished as (
-             select outbox.worker, outbox.due_at, outbox.set_aside_at is not null as is_aside,
-                 before.set_aside_at is not null as is_held
-             from oncely_outbox as outbox left join oncely_outbox as before on before.seq = outbox.behind
+             select outbox.worker, outbox.due_at, outbox.parked_at is not null as is_parked,
+                 before.parked_at is not null as is_held
+             from oncely_outbox as outbox left join oncely_outbox as before on before.seq = outbox.blocked_by
              where outbox.published_at is null
          )
          select worker, count(*) filter (where due_at <= now) as unpublished,
-             (max(now) - min(due_at) filter (where due_at <= now and not is_aside and not is_held)) / 1000 as oldest_ms,
-             count(*) filter (where is_aside) as set_aside, count(*) filter (where is_held) as held
+             (max(now) - min(due_at) filter (where due_at <= now and not is_parked and not is_held)) / 1000 as oldest_ms,
+             count(*) filter (where is_parked) as parked, count(*) filter (where is_held) as held
          from unpublished, clock group by worker order by worker",
     )
     .fetch_all(readers)
     .await
-    .map_err(|error| errors::of_statement(error, "measure how far publishing is behind"))?;
+    .map_err(|error| errors::from_statement(error, "measure how far publishing is behind"))?;
     rows.iter().map(rows::lag).collect()
 }
 
 /// By worker, how many outputs had to change their id.
 pub(super) async fn taken_ids(readers: &SqlitePool) -> Result<BTreeMap<String, u64>> {
-    let rows = sqlx::query("select worker, count(*) as taken from oncely_outbox where ids_taken > 0 group by worker")
-        .fetch_all(readers)
-        .await
-        .map_err(|error| errors::of_statement(error, "count the ids that were taken"))?;
+    let rows = sqlx::query(
+        "select worker, count(*) as taken from oncely_outbox where ids_taken > 0 group by worker",
+    )
+    .fetch_all(readers)
+    .await
+    .map_err(|error| errors::from_statement(error, "count the ids that were taken"))?;
     rows.iter().map(rows::taken_ids).collect()
 }

@@ -6,34 +6,43 @@ use sqlx::sqlite::SqlitePool;
 
 use super::errors;
 use super::session::Session;
-use crate::store::{OnStream, Result, rows, shared};
+use crate::store::{PublishedOutput, Result, rows, shared};
 
 /// For each stream the last output on it, of those published within some time.
-pub(super) async fn last_published(readers: &SqlitePool, within: Duration) -> Result<Vec<OnStream>> {
+pub(super) async fn last_published(
+    readers: &SqlitePool,
+    within: Duration,
+) -> Result<Vec<PublishedOutput>> {
     // With a bare maximum, SQLite takes the other columns from the row that holds it.
     let query = sqlx::query(
         "select seq, id, stream, max(stream_sequence) as stream_sequence, published_at from oncely_outbox
          where published_at > cast(unixepoch('subsec') * 1000000 as integer) - $1 group by stream",
     );
     let rows = query.bind(shared::micros(within)).fetch_all(readers).await;
-    rows.map_err(|error| errors::of_statement(error, "look what was published last"))?
+    rows.map_err(|error| errors::from_statement(error, "look what was published last"))?
         .iter()
-        .map(rows::on_stream)
+        .map(rows::published_output)
         .collect()
 }
 
 /// All published outputs on a stream that are still in the outbox, in the order of their publication.
-pub(super) async fn published_on(readers: &SqlitePool, stream: &str) -> Result<Vec<OnStream>> {
+pub(super) async fn published_to(
+    readers: &SqlitePool,
+    stream: &str,
+) -> Result<Vec<PublishedOutput>> {
     let query = sqlx::query(
         "select seq, id, stream, stream_sequence, published_at from oncely_outbox where stream = $1 order by published_at, stream_sequence",
     );
     let rows = query.bind(stream).fetch_all(readers).await;
-    rows.map_err(|error| errors::of_statement(error, "look what was published"))?.iter().map(rows::on_stream).collect()
+    rows.map_err(|error| errors::from_statement(error, "look what was published"))?
+        .iter()
+        .map(rows::published_output)
+        .collect()
 }
 
 /// Forgets that outputs were published where they were.
-pub(super) async fn publish_again(session: &mut Session, lost: &[OnStream]) -> Result<u64> {
-    let doing = |error| errors::of_statement(error, "have outputs published again");
+pub(super) async fn republish(session: &mut Session, lost: &[PublishedOutput]) -> Result<u64> {
+    let context = |error| errors::from_statement(error, "have outputs published again");
     let given = lost
         .iter()
         .map(|place| serde_json::json!({"seq": place.seq, "stream": place.stream, "sequence": place.stream_sequence}));
@@ -46,8 +55,8 @@ pub(super) async fn publish_again(session: &mut Session, lost: &[OnStream]) -> R
              and stream_sequence = given.value ->> 'sequence'",
     )
     .bind(serde_json::Value::Array(given.collect()).to_string())
-    .execute(session.connection().map_err(doing)?)
+    .execute(session.connection().map_err(context)?)
     .await
-    .map_err(doing)?;
+    .map_err(context)?;
     Ok(result.rows_affected())
 }

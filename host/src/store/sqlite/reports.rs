@@ -8,25 +8,35 @@ use super::session::Session;
 use crate::store::{Result, StoredReport, shared};
 
 pub(super) async fn write(session: &mut Session, report: &str) -> Result<()> {
-    let doing = |error| errors::of_statement(error, "note what the host runs");
+    let context = |error| errors::from_statement(error, "note what the host runs");
     sqlx::query(
         "insert into oncely_host_report (row, report) values (1, $1)
          on conflict (row) do update
          set report = excluded.report, number = oncely_host_report.number + 1, written_at = cast(unixepoch('subsec') * 1000000 as integer)",
     )
     .bind(report)
-    .execute(session.connection().map_err(doing)?)
+    .execute(session.connection().map_err(context)?)
     .await
     .map(|_| ())
-    .map_err(doing)
+    .map_err(context)
 }
 
 pub(super) async fn read(readers: &SqlitePool) -> Result<Vec<StoredReport>> {
-    let doing = |error| errors::of_statement(error, "read what hosts run");
-    let rows = sqlx::query("select number, report from oncely_host_report").fetch_all(readers).await.map_err(doing)?;
+    let context = |error| errors::from_statement(error, "read what hosts run");
+    let rows = sqlx::query("select number, report from oncely_host_report")
+        .fetch_all(readers)
+        .await
+        .map_err(context)?;
     let report = |row: &sqlx::sqlite::SqliteRow| {
         let number = shared::unsigned(row.try_get("number")?);
-        Ok(StoredReport { instance: "the host".to_owned(), number, text: row.try_get("report")? })
+        Ok(StoredReport {
+            instance: "the host".to_owned(),
+            number,
+            text: row.try_get("report")?,
+        })
     };
-    rows.iter().map(report).collect::<sqlx::Result<_>>().map_err(doing)
+    rows.iter()
+        .map(report)
+        .collect::<sqlx::Result<_>>()
+        .map_err(context)
 }

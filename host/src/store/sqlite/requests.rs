@@ -9,12 +9,16 @@ use sqlx::sqlite::SqliteRow;
 
 use super::errors;
 use super::session::Session;
-use crate::model::request::{HttpAnswer, RequestKey};
+use crate::model::request::{HttpResponse, RequestKey};
 use crate::store::{ClaimedRequest, Result, StoreError, shared};
 
 /// What was answered to a key before.
-pub(super) async fn claim(session: &mut Session, worker: &str, request: &RequestKey) -> Result<ClaimedRequest> {
-    let doing = |error| errors::of_statement(error, "claim an idempotency key");
+pub(super) async fn claim(
+    session: &mut Session,
+    worker: &str,
+    request: &RequestKey,
+) -> Result<ClaimedRequest> {
+    let context = |error| errors::from_statement(error, "claim an idempotency key");
     let row = sqlx::query(
         "select fingerprint, status, headers, body from oncely_request
          where worker = $1 and route = $2 and caller = $3 and key = $4 and expires_at > $5",
@@ -24,13 +28,22 @@ pub(super) async fn claim(session: &mut Session, worker: &str, request: &Request
     .bind(&request.caller)
     .bind(&request.key)
     .bind(Timestamp::now().as_microsecond())
-    .fetch_optional(session.connection().map_err(doing)?)
+    .fetch_optional(session.connection().map_err(context)?)
     .await
-    .map_err(doing)?;
-    let Some(row) = row else { return Ok(ClaimedRequest::Fresh) };
-    let read = |row: &SqliteRow| Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?, row.try_get(3)?));
+    .map_err(context)?;
+    let Some(row) = row else {
+        return Ok(ClaimedRequest::Fresh);
+    };
+    let read = |row: &SqliteRow| {
+        Ok((
+            row.try_get(0)?,
+            row.try_get(1)?,
+            row.try_get(2)?,
+            row.try_get(3)?,
+        ))
+    };
     let (fingerprint, status, headers, body): (Vec<u8>, i64, String, Vec<u8>) =
-        read(&row).map_err(|error| errors::of_statement(error, "read what was answered"))?;
+        read(&row).map_err(|error| errors::from_statement(error, "read what was answered"))?;
     if fingerprint != request.fingerprint {
         return Ok(ClaimedRequest::OtherRequest);
     }
@@ -38,14 +51,14 @@ pub(super) async fn claim(session: &mut Session, worker: &str, request: &Request
 }
 
 /// Keeps what is answered to a key that this transaction claimed.
-pub(super) async fn keep(
+pub(super) async fn store_answer(
     session: &mut Session,
     worker: &str,
     request: &RequestKey,
-    answer: &HttpAnswer,
+    answer: &HttpResponse,
     keep: Duration,
 ) -> Result<()> {
-    let doing = |error| errors::of_statement(error, "keep an answer");
+    let context = |error| errors::from_statement(error, "keep an answer");
     let now = Timestamp::now().as_microsecond();
     let kept = sqlx::query(
         "insert into oncely_request (worker, route, caller, key, fingerprint, status, headers, body, answered_at, expires_at)
@@ -65,11 +78,13 @@ pub(super) async fn keep(
     .bind(answer.body.as_ref())
     .bind(now)
     .bind(now.saturating_add(shared::micros(keep)))
-    .execute(session.connection().map_err(doing)?)
+    .execute(session.connection().map_err(context)?)
     .await
-    .map_err(doing)?;
+    .map_err(context)?;
     if kept.rows_affected() == 1 {
         return Ok(());
     }
-    Err(StoreError::Conflict(anyhow!("the idempotency key was answered by another transaction")))
+    Err(StoreError::Conflict(anyhow!(
+        "the idempotency key was answered by another transaction"
+    )))
 }

@@ -1,4 +1,4 @@
-//! One transaction on the one connection that writes, and the reins that hold guests in it.
+//! One transaction on the one connection that writes, and the hooks that hold guests in it.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode, Sq
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, raw_sql};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
-use super::authorizer::Wall;
+use super::authorizer::Authorizer;
 use super::errors;
 use crate::model::output_ids::OutputIds;
 use crate::store::Result;
@@ -18,10 +18,10 @@ use crate::store::instance::Instance;
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// After about how many virtual machine instructions a statement looks at the clock.
-const INSTRUCTIONS_PER_LOOK: i32 = 1000;
+const INSTRUCTIONS_PER_CHECK: i32 = 1000;
 
 /// How many rows SQLite may be ahead of whoever reads them.
-const ROWS_AHEAD: usize = 16;
+const ROW_BUFFER_SIZE: usize = 16;
 
 pub(super) fn options(path: &Path) -> SqliteConnectOptions {
     SqliteConnectOptions::new()
@@ -32,7 +32,7 @@ pub(super) fn options(path: &Path) -> SqliteConnectOptions {
         .busy_timeout(BUSY_TIMEOUT)
         .foreign_keys(true)
         .pragma("trusted_schema", "off")
-        .row_buffer_size(ROWS_AHEAD)
+        .row_buffer_size(ROW_BUFFER_SIZE)
         .disable_statement_logging()
 }
 
@@ -47,8 +47,14 @@ pub(super) struct Sessions {
 
 impl Sessions {
     pub(super) fn new(options: SqliteConnectOptions) -> Self {
-        let output_ids = Arc::new(OutputIds::under_random_key());
-        Sessions { options, begin: "begin immediate", instance: Instance::new(), writer: Arc::default(), output_ids }
+        let output_ids = Arc::new(OutputIds::with_random_key());
+        Sessions {
+            options,
+            begin: "begin immediate",
+            instance: Instance::new(),
+            writer: Arc::default(),
+            output_ids,
+        }
     }
 
     /// The same, with the ids of the installation.
@@ -58,25 +64,39 @@ impl Sessions {
 
     /// For transactions that can but read; they do not wait for those that write.
     pub(super) fn reading(options: SqliteConnectOptions) -> Self {
-        Sessions { begin: "begin", ..Sessions::new(options.read_only(true)) }
+        Sessions {
+            begin: "begin",
+            ..Sessions::new(options.read_only(true))
+        }
     }
 
     /// Waits for the transaction before and begins one.
     pub(super) async fn begin(&self) -> Result<Session> {
-        self.begin_in_turn(|| ()).await
+        self.begin_with_callback(|| ()).await
     }
 
     /// Like [`Sessions::begin`]; tells when the transactions before are over.
-    pub(super) async fn begin_in_turn<T>(&self, has_turn: impl FnOnce() -> T) -> Result<Session> {
+    pub(super) async fn begin_with_callback<T>(
+        &self,
+        on_acquired: impl FnOnce() -> T,
+    ) -> Result<Session> {
         let mut slot = Arc::clone(&self.writer).lock_owned().await;
-        has_turn();
+        on_acquired();
         if slot.is_none() {
             let writer = Writer::open(&self.options).await;
-            *slot = Some(writer.map_err(|error| errors::of_statement(error, "open SQLite"))?);
+            *slot = Some(writer.map_err(|error| errors::from_statement(error, "open SQLite"))?);
         }
         let output_ids = Arc::clone(&self.output_ids);
-        let mut session = Session { slot, instance: self.instance, output_ids, finished: false };
-        session.begin(self.begin).await.map_err(|error| errors::of_statement(error, "begin a transaction"))?;
+        let mut session = Session {
+            slot,
+            instance: self.instance,
+            output_ids,
+            finished: false,
+        };
+        session
+            .begin(self.begin)
+            .await
+            .map_err(|error| errors::from_statement(error, "begin a transaction"))?;
         Ok(session)
     }
 
@@ -90,27 +110,31 @@ impl Sessions {
 
 struct Writer {
     connection: SqliteConnection,
-    reins: Arc<Reins>,
-    wall: Wall,
+    hooks: Arc<Hooks>,
+    authorizer: Authorizer,
 }
 
 impl Writer {
     async fn open(options: &SqliteConnectOptions) -> sqlx::Result<Self> {
         let mut connection = options.connect().await?;
-        let reins = Arc::new(Reins::new());
+        let hooks = Arc::new(Hooks::new());
         let mut handle = connection.lock_handle().await?;
-        let hook = Arc::clone(&reins);
+        let hook = Arc::clone(&hooks);
         handle.set_commit_hook(move || hook.may_commit.load(Ordering::Acquire));
-        let clock = Arc::clone(&reins);
-        handle.set_progress_handler(INSTRUCTIONS_PER_LOOK, move || clock.may_go_on());
-        let wall = Wall::build(&mut handle)?;
+        let clock = Arc::clone(&hooks);
+        handle.set_progress_handler(INSTRUCTIONS_PER_CHECK, move || clock.is_in_time());
+        let authorizer = Authorizer::install(&mut handle)?;
         drop(handle);
-        Ok(Writer { connection, reins, wall })
+        Ok(Writer {
+            connection,
+            hooks,
+            authorizer,
+        })
     }
 }
 
 /// What SQLite asks while it works.
-struct Reins {
+struct Hooks {
     /// Whether the house is committing. A statement that commits at any other time is a guest's that left its
     /// transaction, and fails.
     may_commit: AtomicBool,
@@ -119,16 +143,20 @@ struct Reins {
     deadline: AtomicU64,
 }
 
-impl Reins {
+impl Hooks {
     fn new() -> Self {
-        Reins { may_commit: AtomicBool::new(false), opened: Instant::now(), deadline: AtomicU64::new(0) }
+        Hooks {
+            may_commit: AtomicBool::new(false),
+            opened: Instant::now(),
+            deadline: AtomicU64::new(0),
+        }
     }
 
     fn elapsed_micros(&self) -> u64 {
         u64::try_from(self.opened.elapsed().as_micros()).unwrap_or(u64::MAX)
     }
 
-    fn may_go_on(&self) -> bool {
+    fn is_in_time(&self) -> bool {
         let deadline = self.deadline.load(Ordering::Acquire);
         deadline == 0 || self.elapsed_micros() < deadline
     }
@@ -159,73 +187,89 @@ impl Session {
     }
 
     pub(super) fn connection(&mut self) -> sqlx::Result<&mut SqliteConnection> {
-        self.slot.as_mut().map(|writer| &mut writer.connection).ok_or(sqlx::Error::WorkerCrashed)
+        self.slot
+            .as_mut()
+            .map(|writer| &mut writer.connection)
+            .ok_or(sqlx::Error::WorkerCrashed)
     }
 
     /// From now on a statement that takes longer than `time` is interrupted; none for statements of our own.
     fn limit_time(&self, time: Option<Duration>) {
-        if let Some(Writer { reins, .. }) = self.slot.as_ref() {
+        if let Some(Writer { hooks, .. }) = self.slot.as_ref() {
             let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-            let deadline = time.map_or(0, |time| reins.elapsed_micros().saturating_add(micros(time)).max(1));
-            reins.deadline.store(deadline, Ordering::Release);
+            let deadline = time.map_or(0, |time| {
+                hooks.elapsed_micros().saturating_add(micros(time)).max(1)
+            });
+            hooks.deadline.store(deadline, Ordering::Release);
         }
     }
 
     /// The statements from here on are a guest's: SQLite refuses what is not for guests, and interrupts what takes longer
     /// than `time`.
-    pub(super) async fn admit_guest(&mut self, time: Duration) -> Result<()> {
+    pub(super) async fn begin_guest_statement(&mut self, time: Duration) -> Result<()> {
         let writer = self.slot.as_mut().ok_or(sqlx::Error::WorkerCrashed);
         let admitted = async {
             let writer = writer?;
-            writer.wall.raise(&mut writer.connection.lock_handle().await?);
+            writer
+                .authorizer
+                .activate(&mut writer.connection.lock_handle().await?);
             Ok(())
         };
-        admitted.await.map_err(|error: sqlx::Error| errors::of_statement(error, "raise the wall around guests"))?;
+        admitted.await.map_err(|error: sqlx::Error| {
+            errors::from_statement(error, "raise the wall around guests")
+        })?;
         self.limit_time(Some(time));
         Ok(())
     }
 
     /// The statements from here on are the house's. Waits for what the guest's statement still does, and returns
     /// whether the transaction is still open.
-    pub(super) async fn dismiss_guest(&mut self) -> Result<bool> {
+    pub(super) async fn end_guest_statement(&mut self) -> Result<bool> {
         let writer = self.slot.as_mut().ok_or(sqlx::Error::WorkerCrashed);
         let dismissed = async {
             let writer = writer?;
-            Ok(writer.wall.lower(&mut writer.connection.lock_handle().await?))
+            Ok(writer
+                .authorizer
+                .deactivate(&mut writer.connection.lock_handle().await?))
         };
         let is_open = dismissed.await;
         self.limit_time(None);
-        is_open.map_err(|error: sqlx::Error| errors::of_statement(error, "lower the wall around guests"))
+        is_open.map_err(|error: sqlx::Error| {
+            errors::from_statement(error, "lower the wall around guests")
+        })
     }
 
     /// Runs statements of our own that bring nothing back.
-    pub(super) async fn run(&mut self, statements: String, doing: &'static str) -> Result<()> {
+    pub(super) async fn run(&mut self, statements: String, context: &'static str) -> Result<()> {
         let ran = match self.connection() {
-            Ok(connection) => raw_sql(AssertSqlSafe(statements)).execute(connection).await.map(|_| ()),
+            Ok(connection) => raw_sql(AssertSqlSafe(statements))
+                .execute(connection)
+                .await
+                .map(|_| ()),
             Err(error) => Err(error),
         };
-        ran.map_err(|error| errors::of_savepoint(error, doing))
+        ran.map_err(|error| errors::from_savepoint(error, context))
     }
 
-    fn let_commit(&self, may_commit: bool) {
-        if let Some(Writer { reins, .. }) = self.slot.as_ref() {
-            reins.may_commit.store(may_commit, Ordering::Release);
+    fn allow_commit(&self, may_commit: bool) {
+        if let Some(Writer { hooks, .. }) = self.slot.as_ref() {
+            hooks.may_commit.store(may_commit, Ordering::Release);
         }
     }
 
     /// Statements that were prepared before a migration changed the tables must not be used again.
-    pub(super) async fn forget_statements(&mut self) -> sqlx::Result<()> {
+    pub(super) async fn clear_statement_cache(&mut self) -> sqlx::Result<()> {
         self.connection()?.clear_cached_statements().await
     }
 
     /// Commits. SQLite says so itself when there is no transaction any more.
     pub(super) async fn commit(mut self) -> Result<()> {
-        self.let_commit(true);
+        self.allow_commit(true);
         let committed = match self.connection() {
             Ok(connection) => raw_sql("commit").execute(connection).await.map(|_| ()),
             Err(error) => Err(error),
         };
-        self.let_commit(false);
+        self.allow_commit(false);
         match committed {
             Ok(()) => {
                 self.finished = true;
@@ -233,7 +277,7 @@ impl Session {
             }
             Err(error) => {
                 self.rollback().await;
-                Err(errors::of_commit(error))
+                Err(errors::from_commit(error))
             }
         }
     }
@@ -244,7 +288,8 @@ impl Session {
             Ok(connection) => raw_sql("rollback").execute(connection).await.map(|_| ()),
             Err(error) => Err(error),
         };
-        self.finished = rolled_back.map_or_else(|error| errors::is_no_transaction(&error), |()| true);
+        self.finished =
+            rolled_back.map_or_else(|error| errors::is_no_transaction(&error), |()| true);
     }
 }
 

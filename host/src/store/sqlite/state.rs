@@ -6,24 +6,34 @@ use sqlx::sqlite::{SqlitePool, SqliteRow};
 
 use super::errors;
 use super::session::Session;
-use crate::store::{Result, STATE_PREVIEW, StateRecord, StateSlot, StateWrite, StoreError, rows, shared};
+use crate::store::{
+    Result, STATE_PREVIEW, StateRecord, StateSlot, StateWrite, StoreError, rows, shared,
+};
 
 /// The keys as they stand.
-pub(super) async fn load(session: &mut Session, worker: &str, keys: &[String]) -> Result<Vec<(String, StateSlot)>> {
-    let doing = |error| errors::of_statement(error, "load state");
+pub(super) async fn load(
+    session: &mut Session,
+    worker: &str,
+    keys: &[String],
+) -> Result<Vec<(String, StateSlot)>> {
+    let context = |error| errors::from_statement(error, "load state");
     let rows = sqlx::query(
         "select given.value, held.value,
-             coalesce(held.version, (select version from oncely_state_floor where worker = $1), 0),
+             coalesce(held.version, (select version from oncely_state_version_floor where worker = $1), 0),
              held.version is not null
          from json_each($2) as given left join oncely_state as held on held.worker = $1 and held.key = given.value",
     )
     .bind(worker)
     .bind(serde_json::json!(keys).to_string())
-    .fetch_all(session.connection().map_err(doing)?)
+    .fetch_all(session.connection().map_err(context)?)
     .await
-    .map_err(doing)?;
-    let read =
-        |row: &SqliteRow| Ok((row.try_get(0)?, shared::state_slot(row.try_get(1)?, row.try_get(2)?, row.try_get(3)?)));
+    .map_err(context)?;
+    let read = |row: &SqliteRow| {
+        Ok((
+            row.try_get(0)?,
+            shared::state_slot(row.try_get(1)?, row.try_get(2)?, row.try_get(3)?),
+        ))
+    };
     let slots: sqlx::Result<Vec<_>> = rows.iter().map(read).collect();
     slots.context("read state").map_err(StoreError::Unavailable)
 }
@@ -32,7 +42,9 @@ pub(super) async fn load(session: &mut Session, worker: &str, keys: &[String]) -
 pub(super) async fn save(session: &mut Session, worker: &str, writes: &[StateWrite]) -> Result<()> {
     for write in writes {
         if !save_one(session, worker, write).await? {
-            return Err(StoreError::Conflict(anyhow!("a state key changed since it was read")));
+            return Err(StoreError::Conflict(anyhow!(
+                "a state key changed since it was read"
+            )));
         }
     }
     Ok(())
@@ -40,7 +52,7 @@ pub(super) async fn save(session: &mut Session, worker: &str, writes: &[StateWri
 
 /// False when the key moved.
 async fn save_one(session: &mut Session, worker: &str, write: &StateWrite) -> Result<bool> {
-    let doing = |error| errors::of_statement(error, "save state");
+    let context = |error| errors::from_statement(error, "save state");
     let expected = write.expected.map(shared::signed).transpose()?;
     let query = match expected {
         None => sqlx::query(
@@ -58,14 +70,18 @@ async fn save_one(session: &mut Session, worker: &str, write: &StateWrite) -> Re
         .bind(expected)
         .bind(write.value.as_deref())
         .bind(shared::signed(write.version)?)
-        .execute(session.connection().map_err(doing)?)
+        .execute(session.connection().map_err(context)?)
         .await
-        .map_err(doing)?;
+        .map_err(context)?;
     Ok(result.rows_affected() == 1)
 }
 
 /// The value under a key, whole.
-pub(super) async fn entry(readers: &SqlitePool, worker: &str, key: &str) -> Result<Option<StateRecord>> {
+pub(super) async fn entry(
+    readers: &SqlitePool,
+    worker: &str,
+    key: &str,
+) -> Result<Option<StateRecord>> {
     let row = sqlx::query(
         "select key, version, length(value) as size, updated_at, value from oncely_state
          where worker = $1 and key = $2 and value is not null",
@@ -74,12 +90,17 @@ pub(super) async fn entry(readers: &SqlitePool, worker: &str, key: &str) -> Resu
     .bind(key)
     .fetch_optional(readers)
     .await
-    .map_err(|error| errors::of_statement(error, "read state"))?;
+    .map_err(|error| errors::from_statement(error, "read state"))?;
     row.as_ref().map(rows::state).transpose()
 }
 
 /// Values whose keys begin with `prefix`, by key; only their beginnings.
-pub(super) async fn entries(readers: &SqlitePool, worker: &str, prefix: &str, limit: u32) -> Result<Vec<StateRecord>> {
+pub(super) async fn entries(
+    readers: &SqlitePool,
+    worker: &str,
+    prefix: &str,
+    limit: u32,
+) -> Result<Vec<StateRecord>> {
     let rows = sqlx::query(
         "select key, version, length(value) as size, updated_at, substr(value, 1, $4) as value from oncely_state
          where worker = $1 and substr(key, 1, length($2)) = $2 and value is not null order by key limit $3",
@@ -90,6 +111,6 @@ pub(super) async fn entries(readers: &SqlitePool, worker: &str, prefix: &str, li
     .bind(STATE_PREVIEW)
     .fetch_all(readers)
     .await
-    .map_err(|error| errors::of_statement(error, "list state"))?;
+    .map_err(|error| errors::from_statement(error, "list state"))?;
     Ok(rows::list(&rows, rows::state))
 }

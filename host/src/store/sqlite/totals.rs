@@ -16,24 +16,24 @@ pub(super) async fn by_worker(readers: &SqlitePool) -> Result<Vec<WorkerTotals>>
          ), outbox as (
              select worker, count(*) filter (where subject not like 'oncely.%') as outputs,
                  count(*) filter (where published_at is null) as unpublished,
-                 count(*) filter (where set_aside_at is not null) as set_aside,
+                 count(*) filter (where parked_at is not null) as parked,
                  min(due_at) filter (where published_at is null and due_at <= now
-                     and set_aside_at is null and not exists (
+                     and parked_at is null and not exists (
                          select 1 from oncely_outbox as before
-                         where before.seq = outbox.behind and before.set_aside_at is not null)) as oldest
+                         where before.seq = outbox.blocked_by and before.parked_at is not null)) as oldest
              from oncely_outbox as outbox, clock group by worker
          ), names as (
              select name as worker from oncely_worker union select worker from inbox
              union select worker from dead_letter union select worker from outbox
          )
          select worker, coalesce(done, 0) as done, coalesce(dead, 0) as dead, coalesce(outputs, 0) as outputs,
-             coalesce(unpublished, 0) as unpublished, coalesce(set_aside, 0) as set_aside, (now - oldest) / 1000 as oldest_ms
+             coalesce(unpublished, 0) as unpublished, coalesce(parked, 0) as parked, (now - oldest) / 1000 as oldest_ms
          from clock, names left join inbox using (worker) left join dead_letter using (worker)
              left join outbox using (worker)
          order by worker",
     )
     .fetch_all(readers)
     .await
-    .map_err(|error| errors::of_statement(error, "count what workers did"))?;
+    .map_err(|error| errors::from_statement(error, "count what workers did"))?;
     rows.iter().map(rows::totals).collect()
 }

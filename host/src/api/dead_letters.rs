@@ -1,0 +1,415 @@
+//! Dead letters over the control API: finding them, and what people do with them.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, anyhow};
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::{ApiError, ApiResult};
+use crate::dlq::dry_run::{self, Preconditions, Preview};
+use crate::dlq::replay::{self, Replayable};
+use crate::dlq::verify::{self, Verification};
+use crate::model::hint::WithHint;
+use crate::model::message;
+use crate::runtime::Host;
+use crate::store::conflict::pause_after;
+use crate::store::{
+    self, AttemptRecord, Attribution, AuditRecord, DeadLetterAction, DeadLetterActionResult,
+    DeadLetterFilter, DeadLetterGroup, DeadLetterOutput, DeadLetterRecord, DeadLetterSummary,
+    Redrive, StoreError,
+};
+
+/// How many letters one request may move: each request is one transaction.
+const DEAD_LETTERS_MAX: usize = 500;
+
+/// How often a transaction is run again at once because another one stood in its way.
+const CONFLICTS_MAX: u32 = 5;
+
+pub(super) fn routes() -> Router<Arc<Host>> {
+    Router::new()
+        .route("/dead-letters/find", post(find))
+        .route("/dead-letters/groups", post(groups))
+        .route("/dead-letters/{id}", get(dead_letter))
+        .route("/dead-letters/{id}/replay", get(replayable))
+        .route("/dead-letters/redrive", post(redrive))
+        .route("/dead-letters/dry-run", post(dry_run))
+        .route("/dead-letters/verify", post(verify))
+        .route("/dead-letters/redrive-plan", post(redrive_plan))
+        .route("/dead-letters/close", post(close))
+        .route("/dead-letters/{id}/edit", post(edit))
+}
+
+async fn find(
+    State(host): State<Arc<Host>>,
+    Json(filter): Json<DeadLetterFilter>,
+) -> ApiResult<Vec<DeadLetterSummary>> {
+    Ok(Json(
+        store::all_dead_letters(&*host.services.store, &filter).await?,
+    ))
+}
+
+async fn groups(
+    State(host): State<Arc<Host>>,
+    Json(filter): Json<DeadLetterFilter>,
+) -> ApiResult<Vec<DeadLetterGroup>> {
+    Ok(Json(
+        store::grouped_dead_letters(&*host.services.store, &filter).await?,
+    ))
+}
+
+/// One dead letter, whole.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct DeadLetter {
+    #[serde(flatten)]
+    pub summary: DeadLetterSummary,
+    /// When it died the first time, if it was put back since.
+    pub first_died_at: Option<Timestamp>,
+    /// Of its `traceparent`.
+    pub trace_id: Option<String>,
+    pub headers: Vec<(String, String)>,
+    /// The original, in Base64.
+    pub body: String,
+    /// Every failed attempt.
+    pub failure_history: Vec<AttemptRecord>,
+    /// Corrected bodies, first to last; the last one is what the worker is given.
+    pub edits: Vec<BodyEdit>,
+    /// What people did.
+    pub audit: Vec<AuditRecord>,
+    /// What the inbox says of its event.
+    pub inbox: Option<InboxEntry>,
+    /// What its event sent, as long as it is in the outbox.
+    pub outputs: Vec<DeadLetterOutput>,
+}
+
+/// A corrected body.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct BodyEdit {
+    pub at: Timestamp,
+    pub actor: String,
+    pub note: String,
+    /// Base64.
+    pub body: String,
+}
+
+/// The final word on an event.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct InboxEntry {
+    /// `done` or `dead`.
+    pub state: String,
+    pub at: Timestamp,
+}
+
+impl From<DeadLetterRecord> for DeadLetter {
+    fn from(record: DeadLetterRecord) -> Self {
+        let body_edit = |edit: store::EditRecord| BodyEdit {
+            at: edit.at,
+            actor: edit.actor,
+            note: edit.note,
+            body: STANDARD.encode(&edit.body),
+        };
+        DeadLetter {
+            trace_id: message::header(&record.headers, "traceparent").and_then(trace_id),
+            summary: record.summary,
+            first_died_at: record.first_died_at,
+            headers: record.headers,
+            body: STANDARD.encode(&record.body),
+            failure_history: record.attempts,
+            edits: record.edits.into_iter().map(body_edit).collect(),
+            audit: record.audit,
+            inbox: record.settled.map(|(state, at)| InboxEntry { state, at }),
+            outputs: record.outputs,
+        }
+    }
+}
+
+/// The trace of a W3C `traceparent`: the second of its four parts.
+fn trace_id(traceparent: &str) -> Option<String> {
+    let id = traceparent.split('-').nth(1)?;
+    (id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit())).then(|| id.to_owned())
+}
+
+async fn dead_letter(State(host): State<Arc<Host>>, Path(id): Path<i64>) -> ApiResult<DeadLetter> {
+    let record = host
+        .services
+        .store
+        .find_dead_letter(id)
+        .await?
+        .ok_or_else(|| dead_letter_not_found(id))?;
+    Ok(Json(record.into()))
+}
+
+/// What a replay of its last attempt needs, but for the component.
+async fn replayable(
+    State(host): State<Arc<Host>>,
+    Path(id): Path<i64>,
+) -> ApiResult<Option<Replayable>> {
+    let dead_letter = host
+        .services
+        .store
+        .find_dead_letter(id)
+        .await?
+        .ok_or_else(|| dead_letter_not_found(id))?;
+    Ok(Json(
+        replay::replayable(&*host.services.store, &dead_letter).await?,
+    ))
+}
+
+fn dead_letter_not_found(id: i64) -> ApiError {
+    ApiError(
+        StatusCode::NOT_FOUND,
+        anyhow!("there is no dead letter {id}").hint("oncely dlq list"),
+    )
+}
+
+/// Letters to put back.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct RedriveRequest {
+    pub dead_letters: Vec<Redrive>,
+    pub by: Attribution,
+}
+
+async fn redrive(
+    State(host): State<Arc<Host>>,
+    Json(request): Json<RedriveRequest>,
+) -> ApiResult<Vec<DeadLetterActionResult>> {
+    check_count(request.dead_letters.len())?;
+    let since = Instant::now();
+    let (moved, rows) = retry_on_conflict(|| {
+        host.services
+            .store
+            .redrive(&request.dead_letters, &request.by)
+    })
+    .await?;
+    host.services.publish_outputs(rows, since).await;
+    Ok(Json(moved))
+}
+
+/// Letters to rehearse or to verify.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct DeadLettersRequest {
+    pub ids: Vec<i64>,
+}
+
+async fn dry_run(
+    State(host): State<Arc<Host>>,
+    Json(request): Json<DeadLettersRequest>,
+) -> ApiResult<Vec<Preview>> {
+    check_count(request.ids.len())?;
+    Ok(Json(dry_run::preview(&host.services, &request.ids).await?))
+}
+
+async fn verify(
+    State(host): State<Arc<Host>>,
+    Json(request): Json<DeadLettersRequest>,
+) -> ApiResult<Verification> {
+    Ok(Json(verify::verify(&host.services, &request.ids).await?))
+}
+
+/// Letters to put back if they would still come to what was planned.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct RedrivePlanRequest {
+    pub dead_letters: Vec<PlannedRedrive>,
+    pub by: Attribution,
+}
+
+/// What was planned for one letter.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PlannedRedrive {
+    pub id: i64,
+    pub preconditions: Preconditions,
+}
+
+/// Rehearses again right before it puts letters back, and leaves those that would come to something else.
+async fn redrive_plan(
+    State(host): State<Arc<Host>>,
+    Json(request): Json<RedrivePlanRequest>,
+) -> ApiResult<Vec<DeadLetterActionResult>> {
+    check_count(request.dead_letters.len())?;
+    let ids: Vec<i64> = request
+        .dead_letters
+        .iter()
+        .map(|planned| planned.id)
+        .collect();
+    let current = dry_run::preview(&host.services, &ids).await?;
+    let mut answers = Vec::new();
+    let mut dead_letters = Vec::new();
+    for planned in &request.dead_letters {
+        let current = current
+            .iter()
+            .find(|preview| preview.dead_letter == planned.id);
+        match current.map_or_else(
+            || Some("there is no such letter".to_owned()),
+            |current| stale_reason(&planned.preconditions, current),
+        ) {
+            Some(why) => answers.push(DeadLetterActionResult {
+                id: planned.id,
+                refused: Some(why),
+                took_effect: false,
+            }),
+            None => {
+                let generation = Some(planned.preconditions.generation);
+                dead_letters.push(Redrive {
+                    id: planned.id,
+                    generation,
+                    again: false,
+                });
+            }
+        }
+    }
+    let since = Instant::now();
+    let (moved, rows) =
+        retry_on_conflict(|| host.services.store.redrive(&dead_letters, &request.by)).await?;
+    host.services.publish_outputs(rows, since).await;
+    answers.extend(moved);
+    Ok(Json(answers))
+}
+
+/// Why a plan does not hold any more; none when it does.
+fn stale_reason(planned: &Preconditions, current: &Preview) -> Option<String> {
+    if *planned == current.preconditions {
+        return None;
+    }
+    Some(match (planned.version, current.preconditions.version) {
+        (Some(then), Some(version)) if then != version => {
+            format!(
+                "it was planned with version {then} of {}, and version {version} is deployed now; plan anew",
+                current.worker
+            )
+        }
+        _ if planned.generation != current.preconditions.generation => {
+            "somebody put it back since".to_owned()
+        }
+        _ => format!(
+            "what it would change moved since it was planned; now it {}: {}",
+            current.prediction.label(),
+            current.detail
+        ),
+    })
+}
+
+/// Letters to close.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct CloseRequest {
+    pub ids: Vec<i64>,
+    pub action: CloseAction,
+    pub by: Attribution,
+}
+
+/// How to close a letter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CloseAction {
+    Resolve,
+    Drop,
+}
+
+async fn close(
+    State(host): State<Arc<Host>>,
+    Json(request): Json<CloseRequest>,
+) -> ApiResult<Vec<DeadLetterActionResult>> {
+    check_count(request.ids.len())?;
+    let action = match request.action {
+        CloseAction::Resolve => DeadLetterAction::Resolve,
+        CloseAction::Drop => DeadLetterAction::Drop,
+    };
+    Ok(Json(
+        retry_on_conflict(|| {
+            host.services
+                .store
+                .update_dead_letters(&request.ids, &action, &request.by)
+        })
+        .await?,
+    ))
+}
+
+/// A corrected body for one letter.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct EditRequest {
+    /// Base64.
+    pub body: String,
+    pub by: Attribution,
+}
+
+async fn edit(
+    State(host): State<Arc<Host>>,
+    Path(id): Path<i64>,
+    Json(request): Json<EditRequest>,
+) -> ApiResult<Vec<DeadLetterActionResult>> {
+    if request
+        .by
+        .note
+        .as_deref()
+        .is_none_or(|note| note.trim().is_empty())
+    {
+        return Err(anyhow!("a corrected body needs a note that says why")
+            .hint("--note 'what was wrong'")
+            .into());
+    }
+    if host.services.store.find_dead_letter(id).await?.is_none() {
+        return Err(dead_letter_not_found(id));
+    }
+    let action = DeadLetterAction::Edit(
+        STANDARD
+            .decode(&request.body)
+            .context("read the body")?
+            .into(),
+    );
+    let ids = [id];
+    Ok(Json(
+        retry_on_conflict(|| {
+            host.services
+                .store
+                .update_dead_letters(&ids, &action, &request.by)
+        })
+        .await?,
+    ))
+}
+
+fn check_count(count: usize) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        count <= DEAD_LETTERS_MAX,
+        "{count} letters are too many for one request; {DEAD_LETTERS_MAX} are allowed"
+    );
+    Ok(())
+}
+
+/// Runs a transaction again while others stand in its way.
+async fn retry_on_conflict<T, Fut>(operation: impl Fn() -> Fut) -> store::Result<T>
+where
+    Fut: Future<Output = store::Result<T>>,
+{
+    let mut conflicts = 0;
+    loop {
+        match operation().await {
+            Err(StoreError::Conflict(_)) if conflicts < CONFLICTS_MAX => {
+                conflicts += 1;
+                pause_after(conflicts).await;
+            }
+            answer => return answer,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn trace_id_is_read_from_a_valid_traceparent() {
+        let trace = "4bf92f3577b34da6a3ce929d0e0e4736";
+        assert_eq!(
+            trace_id(&format!("00-{trace}-00f067aa0ba902b7-01")).as_deref(),
+            Some(trace)
+        );
+        assert!(trace_id("garbage").is_none() && trace_id("00-xyz-1-1").is_none());
+    }
+}

@@ -1,0 +1,72 @@
+//! The broker's side of watermarks: a short text under a subject of the installation's own, of which the last few are kept.
+
+use anyhow::{Context, Result};
+use async_nats::HeaderMap;
+use async_nats::jetstream::context::PublishErrorKind;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::json;
+
+use super::Bus;
+use super::streams::StreamSpec;
+
+/// The stream of watermarks.
+pub const WATERMARK_STREAM: &str = "ONCELY_WATERMARKS";
+
+/// What that stream holds.
+const WATERMARK_SUBJECTS: &str = "oncely.watermark.>";
+
+/// How many watermarks of an installation it keeps.
+const WATERMARKS_KEPT: i64 = 10;
+
+/// A watermark as it stands on the broker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredWatermark {
+    pub sequence: u64,
+    pub text: String,
+}
+
+/// The stream of watermarks, to be made.
+pub fn watermark_stream() -> StreamSpec {
+    StreamSpec {
+        messages_per_subject_max: Some(WATERMARKS_KEPT),
+        ..StreamSpec::new(WATERMARK_STREAM, &[WATERMARK_SUBJECTS])
+    }
+}
+
+impl Bus {
+    /// The last watermark under a subject; none when there is none.
+    pub async fn last_watermark(&self, subject: &str) -> Result<Option<StoredWatermark>> {
+        let raw = self
+            .get_raw_message(WATERMARK_STREAM, json!({ "last_by_subj": subject }))
+            .await
+            .context("read the last watermark")?;
+        let Some(raw) = raw else { return Ok(None) };
+        let text = STANDARD.decode(&raw.data).context("decode a watermark")?;
+        Ok(Some(StoredWatermark {
+            sequence: raw.seq,
+            text: String::from_utf8_lossy(&text).into_owned(),
+        }))
+    }
+
+    /// Writes a watermark, if the last one under its subject is still at the sequence `after`, 0 for none. Returns its sequence, or
+    /// none when another host was faster.
+    pub async fn write_watermark(
+        &self,
+        subject: &str,
+        text: String,
+        after: u64,
+    ) -> Result<Option<u64>> {
+        let mut headers = HeaderMap::new();
+        headers.insert("Nats-Expected-Last-Subject-Sequence", after.to_string());
+        let sent = self
+            .context
+            .publish_with_headers(subject.to_owned(), headers, text.into())
+            .await;
+        match sent.context("write a watermark")?.await {
+            Ok(ack) => Ok(Some(ack.sequence)),
+            Err(error) if error.kind() == PublishErrorKind::WrongLastSequence => Ok(None),
+            Err(error) => Err(error).context("write a watermark"),
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! How many lanes of a worker deliver at the same time.
+//!
+//! A transaction holds the locks of its rows until it commits, so lanes whose batches meet at a few rows stand in each other's
+//! way: they deadlock, are taken back and run again. Fewer lanes then do more. So each conflict halves how many of them deliver
+//! at a time, and a while without one lets one more in.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// After how many batches without a conflict, for each lane that may deliver, one more may.
+const BATCHES_PER_INCREASE: usize = 8;
+
+/// Lets lanes deliver, as many at a time as get on with each other.
+pub struct ConcurrencyLimit {
+    permits: Arc<Semaphore>,
+    max: usize,
+    state: Mutex<State>,
+}
+
+struct State {
+    /// How many lanes may deliver at a time.
+    limit: usize,
+    /// How many permits are to be taken out of circulation when they come back.
+    excess: usize,
+    /// How many batches went through since the last conflict, or since one more lane was let in.
+    calm_batches: usize,
+}
+
+/// The right to deliver one batch, given back when it is dropped.
+pub struct Permit<'c> {
+    concurrency_limit: &'c ConcurrencyLimit,
+    permit: Option<OwnedSemaphorePermit>,
+}
+
+impl ConcurrencyLimit {
+    /// For this many lanes.
+    pub fn new(max: usize) -> Self {
+        let max = max.max(1);
+        let state = Mutex::new(State {
+            limit: max,
+            excess: 0,
+            calm_batches: 0,
+        });
+        ConcurrencyLimit {
+            permits: Arc::new(Semaphore::new(max)),
+            max,
+            state,
+        }
+    }
+
+    /// Waits until one more lane may deliver.
+    pub async fn acquire(&self) -> Permit<'_> {
+        // Never closed.
+        Permit {
+            concurrency_limit: self,
+            permit: Arc::clone(&self.permits).acquire_owned().await.ok(),
+        }
+    }
+
+    /// Whether a lane could enter at once.
+    pub fn has_permit(&self) -> bool {
+        self.permits.available_permits() > 0
+    }
+
+    /// Learns how often other transactions stood in the way of a batch.
+    pub fn record_conflicts(&self, conflicts: u32) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if conflicts > 0 {
+            let fewer = (state.limit / 2).max(1);
+            let leave = state.limit - fewer;
+            // Those that lanes hold leave when they come back.
+            state.excess += leave - self.permits.forget_permits(leave);
+            (state.limit, state.calm_batches) = (fewer, 0);
+            return;
+        }
+        state.calm_batches += 1;
+        if state.limit < self.max && state.calm_batches >= BATCHES_PER_INCREASE * state.limit {
+            (state.limit, state.calm_batches) = (state.limit + 1, 0);
+            match state.excess {
+                0 => self.permits.add_permits(1),
+                _ => state.excess -= 1,
+            }
+        }
+    }
+
+    /// How many lanes may deliver at a time.
+    #[cfg(test)]
+    fn limit(&self) -> usize {
+        self.state.lock().unwrap().limit
+    }
+}
+
+impl Drop for Permit<'_> {
+    fn drop(&mut self) {
+        let mut state = self
+            .concurrency_limit
+            .state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let (Some(permit), true) = (self.permit.take(), state.excess > 0) {
+            state.excess -= 1;
+            permit.forget();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn conflicts_halve_the_limit_and_calm_batches_raise_it() {
+        let concurrency_limit = ConcurrencyLimit::new(4);
+        let mut permits: Vec<Permit> = Vec::new();
+        for _ in 0..4 {
+            permits.push(concurrency_limit.acquire().await);
+        }
+        assert!(concurrency_limit.acquire().now_or_never().is_none());
+        concurrency_limit.record_conflicts(1);
+        assert_eq!(concurrency_limit.limit(), 2);
+        permits.truncate(2);
+        assert!(
+            concurrency_limit.acquire().now_or_never().is_none(),
+            "two are as many as may be"
+        );
+        concurrency_limit.record_conflicts(3);
+        concurrency_limit.record_conflicts(1);
+        assert_eq!(concurrency_limit.limit(), 1, "one always may");
+        permits.clear();
+        let only = concurrency_limit.acquire().await;
+        assert!(concurrency_limit.acquire().now_or_never().is_none());
+        drop(only);
+        for _ in 0..BATCHES_PER_INCREASE * (1 + 2 + 3) {
+            concurrency_limit.record_conflicts(0);
+        }
+        assert_eq!(concurrency_limit.limit(), 4);
+        let all: Vec<_> = (0..4)
+            .map(|_| concurrency_limit.acquire().now_or_never())
+            .collect();
+        assert!(
+            all.iter().all(Option::is_some) && concurrency_limit.acquire().now_or_never().is_none()
+        );
+    }
+
+    #[tokio::test]
+    async fn permits_added_back_stay_in_circulation() {
+        let concurrency_limit = ConcurrencyLimit::new(2);
+        let permits = (
+            concurrency_limit.acquire().await,
+            concurrency_limit.acquire().await,
+        );
+        concurrency_limit.record_conflicts(1);
+        for _ in 0..BATCHES_PER_INCREASE {
+            concurrency_limit.record_conflicts(0);
+        }
+        assert_eq!(concurrency_limit.limit(), 2);
+        drop(permits);
+        let again = (
+            concurrency_limit.acquire().now_or_never(),
+            concurrency_limit.acquire().now_or_never(),
+        );
+        assert!(again.0.is_some() && again.1.is_some());
+    }
+}

@@ -1,0 +1,117 @@
+//! Messages in whose statements the connection to the database broke.
+//!
+//! Most of the time the database or the network is to blame, and nothing is charged. But a statement can also end its own
+//! session, or the server's process: such a message would be run for ever. So those that were there are run alone, and one
+//! in whose statements the connection breaks again and again has failed.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::{BatchRun, Delivery, FailedItem, TxOutcome};
+use crate::guest::{CallFailure, FailureKind};
+use crate::store::StoreError;
+
+/// How often the connection may break in a message that runs alone, before that is an attempt that failed.
+const BREAKS_MAX: u32 = 2;
+
+/// How many messages are remembered; beyond that, counting starts over.
+const MESSAGES_MAX: usize = 10_000;
+
+/// By event id how often the connection broke while the message ran alone; zero for those that ran together with others.
+#[derive(Debug, Clone, Default)]
+pub struct ConnectionBreaks {
+    counts: Arc<Mutex<HashMap<String, u32>>>,
+}
+
+impl ConnectionBreaks {
+    fn with<T>(&self, access: impl FnOnce(&mut HashMap<String, u32>) -> T) -> T {
+        access(&mut self.counts.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Remembers the messages of a group, and counts for one that ran alone. Returns how often it was counted.
+    fn record(&self, event_ids: Vec<String>) -> u32 {
+        let alone = u32::from(event_ids.len() == 1);
+        self.with(|counts| {
+            if counts.len() > MESSAGES_MAX {
+                counts.clear();
+            }
+            let each = event_ids.into_iter().map(|event_id| {
+                let count = counts.entry(event_id).or_default();
+                *count += alone;
+                *count
+            });
+            each.max().unwrap_or_default()
+        })
+    }
+
+    /// Whether a message is to run alone.
+    fn contains(&self, event_id: &str) -> bool {
+        self.with(|counts| counts.contains_key(event_id))
+    }
+
+    /// Forgets messages that have their verdicts.
+    pub(super) fn remove<'i>(&self, event_ids: impl Iterator<Item = &'i str>) {
+        self.with(|counts| {
+            if !counts.is_empty() {
+                event_ids.for_each(|event_id| {
+                    counts.remove(event_id);
+                });
+            }
+        });
+    }
+}
+
+impl Delivery {
+    /// The items in groups that run one after the other: those in which the connection broke alone, the others together.
+    pub(super) fn group_items(
+        &self,
+        run: &BatchRun<'_>,
+        items: Vec<usize>,
+    ) -> VecDeque<Vec<usize>> {
+        let mut groups: VecDeque<Vec<usize>> = VecDeque::new();
+        let mut can_join = false;
+        for item in items {
+            let is_alone = run
+                .event_id(item)
+                .is_some_and(|event_id| self.connection_breaks.contains(&event_id));
+            match groups.back_mut() {
+                Some(group) if can_join && !is_alone => group.push(item),
+                _ => groups.push_back(vec![item]),
+            }
+            can_join = !is_alone;
+        }
+        groups
+    }
+
+    /// What follows when the connection broke during a statement of one of the group.
+    pub(super) fn handle_connection_break(
+        &self,
+        run: &mut BatchRun<'_>,
+        group: &[usize],
+        error: StoreError,
+    ) -> Result<TxOutcome, StoreError> {
+        let event_ids: Vec<String> = group
+            .iter()
+            .filter_map(|item| run.event_id(*item))
+            .collect();
+        let times = self.connection_breaks.record(event_ids);
+        match group {
+            [item] if times >= BREAKS_MAX => {
+                let why = format!(
+                    "the connection to the database broke {times} times during its statements: {:#}",
+                    anyhow::Error::from(error)
+                );
+                let failure = CallFailure::new(FailureKind::Retry, "connection-broken", why);
+                run.failed.push(FailedItem {
+                    item: *item,
+                    failure,
+                    logs: String::new(),
+                    record: None,
+                });
+                Ok(TxOutcome::Committed)
+            }
+            [_] => Err(error),
+            _ => Ok(TxOutcome::RunIndividually),
+        }
+    }
+}

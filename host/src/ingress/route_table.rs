@@ -1,0 +1,140 @@
+//! Which worker answers which path.
+
+use std::sync::Arc;
+
+use anyhow::{Result, anyhow};
+
+use super::HttpWorker;
+use super::problem::Problem;
+use crate::config::manifest::{Route, Worker};
+use crate::model::hint::WithHint as _;
+
+/// Who answers a path, each with the terms of the route.
+type RouteEntries = Vec<(Arc<HttpWorker>, Arc<Route>)>;
+
+/// Who answers a request, on which terms, and the named parts of its path where answers are cached: tags name them.
+pub(super) struct MatchedRoute {
+    pub worker: Arc<HttpWorker>,
+    pub route: Arc<Route>,
+    pub params: Vec<(String, String)>,
+}
+
+/// The routes of all HTTP workers that run here.
+#[derive(Default)]
+pub struct RouteTable {
+    paths: matchit::Router<RouteEntries>,
+}
+
+impl RouteTable {
+    /// The routes of these workers; those that are another's already are left out, with a word to the log.
+    pub fn new(workers: impl IntoIterator<Item = Arc<HttpWorker>>) -> RouteTable {
+        let mut by_path: Vec<(String, RouteEntries)> = Vec::new();
+        for worker in workers {
+            for route in worker.delivery.worker.routes.clone() {
+                let entry = (Arc::clone(&worker), Arc::new(route.clone()));
+                match by_path.iter_mut().find(|(path, _)| *path == route.path) {
+                    Some((_, entries)) => entries.push(entry),
+                    None => by_path.push((route.path, vec![entry])),
+                }
+            }
+        }
+        let mut paths = matchit::Router::new();
+        // A rest may be empty: `/a/{*rest}` answers `/a/` too, unless that is a route of its own.
+        let rests: Vec<(String, RouteEntries)> = by_path
+            .iter()
+            .filter_map(|(path, entries)| Some((split_rest(path)?.0.to_owned(), entries.clone())))
+            .collect();
+        let own: Vec<String> = by_path.iter().map(|(path, _)| path.clone()).collect();
+        for (path, entries) in by_path {
+            if let Err(error) = paths.insert(&path, entries) {
+                tracing::error!("the route `{path}` is not served: {error}");
+            }
+        }
+        for (path, entries) in rests.into_iter().filter(|(path, _)| !own.contains(path)) {
+            let _ = paths.insert(path, entries);
+        }
+        RouteTable { paths }
+    }
+
+    /// Who answers a request.
+    pub(super) fn find(
+        &self,
+        method: &str,
+        path: &str,
+    ) -> std::result::Result<MatchedRoute, Problem> {
+        let Ok(found) = self.paths.at(path) else {
+            return Err(Problem::not_found());
+        };
+        let taking = |method: &str| {
+            found
+                .value
+                .iter()
+                .find(|(_, route)| route.accepts_method(method))
+        };
+        let or_get = || {
+            if method == "HEAD" {
+                taking("GET")
+            } else {
+                None
+            }
+        };
+        let (worker, route) = taking(method).or_else(or_get).ok_or_else(|| {
+            let allowed: Vec<String> = found
+                .value
+                .iter()
+                .flat_map(|(_, route)| route.allowed_methods())
+                .collect();
+            Problem::method_not_allowed(&allowed)
+        })?;
+        let tagged = route.cache.as_ref().map(|_| found.params.iter());
+        let mut params: Vec<(String, String)> = tagged
+            .into_iter()
+            .flatten()
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .collect();
+        if let Some((_, rest)) = split_rest(&route.path)
+            && !params.iter().any(|(name, _)| name == rest)
+        {
+            params.push((rest.to_owned(), String::new()));
+        }
+        Ok(MatchedRoute {
+            worker: Arc::clone(worker),
+            route: Arc::clone(route),
+            params,
+        })
+    }
+}
+
+/// The path before a rest of any length, and the name of the rest: `/a/` and `rest` in `/a/{*rest}`.
+fn split_rest(path: &str) -> Option<(&str, &str)> {
+    path.strip_suffix('}')?.rsplit_once("{*")
+}
+
+/// Refuses a worker whose routes are another one's: two could answer the same request.
+pub fn check_routes<'w>(worker: &Worker, others: impl Iterator<Item = &'w Worker>) -> Result<()> {
+    for other in others.filter(|other| other.name != worker.name) {
+        for route in &worker.routes {
+            for theirs in &other.routes {
+                let both = |method: &String| theirs.accepts_method(method);
+                let meets = route.methods.is_empty()
+                    || theirs.methods.is_empty()
+                    || route.methods.iter().any(both);
+                let is_same = theirs.path == route.path && meets;
+                let conflicts = theirs.path != route.path && {
+                    let mut paths = matchit::Router::new();
+                    paths.insert(theirs.path.as_str(), ()).is_ok()
+                        && paths.insert(route.path.as_str(), ()).is_err()
+                };
+                if is_same || conflicts {
+                    let (name, path) = (&other.name, &theirs.path);
+                    return Err(anyhow!(
+                        "the route `{}` and the route `{path}` of worker {name} overlap",
+                        route.path
+                    ))
+                    .hint("give one of them another path, or other `methods`");
+                }
+            }
+        }
+    }
+    Ok(())
+}

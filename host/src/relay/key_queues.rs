@@ -1,0 +1,359 @@
+//! What the relay has in memory: outputs that may be sent now, and those that wait for others of their key.
+//!
+//! Of a key one output is under way at a time, because a stream may take the second of two although it did not take the
+//! first. Outputs without a key go as they come.
+
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::time::{Duration, Instant};
+
+use crate::store::{OutboxRow, Unpublished};
+
+/// How long after its lease began an output may still be sent. The lease is longer by what an answer and its record take.
+pub const SEND_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How many published outputs are remembered, for those that come from memory and have to know whether these are through.
+const PUBLISHED_MAX: usize = 1 << 16;
+
+/// An output in memory, leased to this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HeldOutput {
+    pub row: OutboxRow,
+    /// Not later than its lease began.
+    pub since: Instant,
+}
+
+/// Worker and ordering key.
+pub type Key = (String, String);
+
+/// The outputs of a host that are leased and not answered for.
+#[derive(Default)]
+pub struct KeyQueues {
+    ready: VecDeque<HeldOutput>,
+    /// For each key that has an output ready or under way, those behind it.
+    waiting: HashMap<Key, VecDeque<HeldOutput>>,
+    /// All that are ready, waiting or under way.
+    held: HashSet<i64>,
+    published: HashSet<i64>,
+    published_in_order: VecDeque<i64>,
+}
+
+impl KeyQueues {
+    /// How many outputs are ready, waiting or under way.
+    pub fn len(&self) -> usize {
+        self.held.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.held.is_empty()
+    }
+
+    /// Takes outputs that are leased to this host, in order. Returns those that have to wait for one that is not here; all
+    /// that wait for the same go on together.
+    pub fn take(&mut self, rows: Vec<OutboxRow>, since: Instant) -> Vec<(i64, Unpublished)> {
+        let mut waiting = BTreeMap::new();
+        for row in rows {
+            match row.blocked_by.iter().find(|ahead| !self.is_known(**ahead)) {
+                Some(missing) => {
+                    let before = waiting.get(missing).unwrap_or(missing);
+                    waiting.insert(row.seq, *before);
+                }
+                None => self.push(HeldOutput { row, since }),
+            }
+        }
+        waiting
+            .into_iter()
+            .map(|(seq, before)| (seq, Unpublished::BlockedBy(before)))
+            .collect()
+    }
+
+    /// Whether an output is ready, waiting or under way.
+    pub fn contains(&self, seq: i64) -> bool {
+        self.held.contains(&seq)
+    }
+
+    /// Whether an output was published by this host, or will be before whatever comes behind it.
+    fn is_known(&self, seq: i64) -> bool {
+        self.held.contains(&seq) || self.published.contains(&seq)
+    }
+
+    fn push(&mut self, held: HeldOutput) {
+        if !self.held.insert(held.row.seq) {
+            return;
+        }
+        match key(&held.row) {
+            None => self.ready.push_back(held),
+            Some(key) => match self.waiting.get_mut(&key) {
+                Some(queue) => queue.push_back(held),
+                None => {
+                    self.waiting.insert(key, VecDeque::new());
+                    self.ready.push_back(held);
+                }
+            },
+        }
+    }
+
+    /// The next one to send. It is under way until [`KeyQueues::published`] or [`KeyQueues::unpublished`].
+    pub fn next(&mut self) -> Option<HeldOutput> {
+        self.ready.pop_front()
+    }
+
+    /// An output is on its stream: the next of its key may go.
+    pub fn published(&mut self, row: &OutboxRow) {
+        self.held.remove(&row.seq);
+        let Some(key) = key(row) else { return };
+        self.remember_published(row.seq);
+        match self.waiting.get_mut(&key).and_then(VecDeque::pop_front) {
+            Some(next) => self.ready.push_back(next),
+            None => drop(self.waiting.remove(&key)),
+        }
+    }
+
+    /// An output was found on its stream, without having been here.
+    pub fn remember_published(&mut self, seq: i64) {
+        if self.published.insert(seq) {
+            self.published_in_order.push_back(seq);
+        }
+        if self.published_in_order.len() > PUBLISHED_MAX
+            && let Some(oldest) = self.published_in_order.pop_front()
+        {
+            self.published.remove(&oldest);
+        }
+    }
+
+    /// A stream has lost something: nobody knows any more who is through and who may go. All that is not under way leaves,
+    /// and is returned.
+    pub fn reset(&mut self) -> Vec<i64> {
+        self.published.clear();
+        self.published_in_order.clear();
+        let mut left: Vec<i64> = Vec::new();
+        for held in std::mem::take(&mut self.ready) {
+            left.push(held.row.seq);
+            let blocked = key(&held.row)
+                .and_then(|key| self.waiting.remove(&key))
+                .unwrap_or_default();
+            left.extend(blocked.iter().map(|held| held.row.seq));
+        }
+        // Those behind one that is under way.
+        for queue in self.waiting.values_mut() {
+            left.extend(std::mem::take(queue).iter().map(|held| held.row.seq));
+        }
+        for seq in &left {
+            self.held.remove(seq);
+        }
+        left
+    }
+
+    /// An output was not published: it and all that wait behind it leave. Returns those behind it.
+    pub fn unpublished(&mut self, row: &OutboxRow) -> Vec<(i64, Unpublished)> {
+        self.held.remove(&row.seq);
+        let blocked = key(row)
+            .and_then(|key| self.waiting.remove(&key))
+            .unwrap_or_default();
+        for held in &blocked {
+            self.held.remove(&held.row.seq);
+        }
+        blocked
+            .into_iter()
+            .map(|held| (held.row.seq, wait_for_output(held.row.seq, row.seq)))
+            .collect()
+    }
+}
+
+/// How an output waits for another of its key that is in trouble. In line are those with lower numbers: one with a higher
+/// number was written at the same time, by somebody who did not see this one, and would in turn wait for it.
+pub fn wait_for_output(seq: i64, blocked_by: i64) -> Unpublished {
+    if blocked_by < seq {
+        Unpublished::BlockedBy(blocked_by)
+    } else {
+        Unpublished::Later {
+            after: Duration::ZERO,
+            error: None,
+        }
+    }
+}
+
+impl HeldOutput {
+    /// Whether its lease leaves no time to send it. Another host may have it next.
+    pub fn is_late(&self, now: Instant) -> bool {
+        now.duration_since(self.since) > SEND_TIMEOUT
+    }
+}
+
+pub fn key(row: &OutboxRow) -> Option<Key> {
+    row.ordering_key
+        .as_ref()
+        .map(|key| (row.worker.clone(), key.clone()))
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use jiff::Timestamp;
+
+    use super::*;
+
+    fn row(seq: i64, key: Option<&str>, ahead: &[i64]) -> OutboxRow {
+        OutboxRow {
+            seq,
+            id: seq.to_string(),
+            worker: "w".to_owned(),
+            subject: "out".to_owned(),
+            headers: Vec::new(),
+            body: Bytes::new(),
+            ordering_key: key.map(str::to_owned),
+            blocked_by: ahead.to_vec(),
+            first_attempt_at: Timestamp::UNIX_EPOCH,
+            failures: 0,
+        }
+    }
+
+    fn ready(key_queues: &mut KeyQueues) -> Vec<OutboxRow> {
+        std::iter::from_fn(|| key_queues.next())
+            .map(|held| held.row)
+            .collect()
+    }
+
+    fn seqs(rows: &[OutboxRow]) -> Vec<i64> {
+        rows.iter().map(|row| row.seq).collect()
+    }
+
+    #[test]
+    fn one_output_per_key_is_in_flight() {
+        let mut key_queues = KeyQueues::default();
+        let rows = vec![
+            row(1, Some("a"), &[]),
+            row(2, Some("a"), &[1]),
+            row(3, None, &[]),
+            row(4, Some("b"), &[]),
+        ];
+        assert!(key_queues.take(rows, Instant::now()).is_empty());
+        let first = ready(&mut key_queues);
+        assert_eq!(seqs(&first), [1, 3, 4]);
+        key_queues.published(&first[0]);
+        assert_eq!(seqs(&ready(&mut key_queues)), [2]);
+        assert_eq!(key_queues.len(), 3);
+    }
+
+    #[test]
+    fn a_failed_output_removes_later_ones_of_its_key() {
+        let mut key_queues = KeyQueues::default();
+        key_queues.take(
+            vec![
+                row(1, Some("a"), &[]),
+                row(2, Some("a"), &[1]),
+                row(3, Some("a"), &[2]),
+            ],
+            Instant::now(),
+        );
+        let first = ready(&mut key_queues).remove(0);
+        assert_eq!(
+            key_queues.unpublished(&first),
+            [
+                (2, Unpublished::BlockedBy(1)),
+                (3, Unpublished::BlockedBy(1))
+            ]
+        );
+        assert!(key_queues.is_empty());
+        // It was written before the failure was known to the database.
+        let later = vec![row(4, Some("a"), &[3, 2, 1]), row(5, Some("a"), &[4])];
+        assert_eq!(
+            key_queues.take(later, Instant::now()),
+            [
+                (4, Unpublished::BlockedBy(3)),
+                (5, Unpublished::BlockedBy(3))
+            ]
+        );
+        assert!(ready(&mut key_queues).is_empty());
+    }
+
+    #[test]
+    fn outputs_never_wait_for_a_higher_number() {
+        let mut key_queues = KeyQueues::default();
+        key_queues.take(vec![row(6, Some("a"), &[])], Instant::now());
+        key_queues.take(
+            vec![row(5, Some("a"), &[]), row(7, Some("a"), &[6])],
+            Instant::now(),
+        );
+        let first = ready(&mut key_queues).remove(0);
+        let due = Unpublished::Later {
+            after: Duration::ZERO,
+            error: None,
+        };
+        assert_eq!(
+            key_queues.unpublished(&first),
+            [(5, due), (7, Unpublished::BlockedBy(6))]
+        );
+    }
+
+    #[test]
+    fn outputs_wait_for_other_hosts_but_not_for_published_ones() {
+        let mut key_queues = KeyQueues::default();
+        key_queues.take(vec![row(1, Some("a"), &[])], Instant::now());
+        let first = ready(&mut key_queues).remove(0);
+        key_queues.published(&first);
+        assert!(
+            key_queues
+                .take(vec![row(2, Some("a"), &[1])], Instant::now())
+                .is_empty()
+        );
+        assert_eq!(seqs(&ready(&mut key_queues)), [2]);
+        assert_eq!(
+            key_queues.take(vec![row(7, Some("a"), &[2, 6])], Instant::now()),
+            [(7, Unpublished::BlockedBy(6))]
+        );
+    }
+
+    #[test]
+    fn reset_keeps_only_outputs_in_flight() {
+        let mut key_queues = KeyQueues::default();
+        key_queues.take(
+            vec![
+                row(1, Some("a"), &[]),
+                row(2, Some("a"), &[1]),
+                row(3, Some("b"), &[]),
+            ],
+            Instant::now(),
+        );
+        let in_flight = key_queues.next().unwrap().row;
+        key_queues.take(
+            vec![row(4, None, &[]), row(5, Some("b"), &[3])],
+            Instant::now(),
+        );
+        let mut left = key_queues.reset();
+        left.sort_unstable();
+        assert_eq!(
+            (in_flight.seq, left, key_queues.len()),
+            (1, vec![2, 3, 4, 5], 1)
+        );
+        key_queues.published(&in_flight);
+        assert!(key_queues.is_empty() && key_queues.next().is_none());
+    }
+
+    #[test]
+    fn lost_outputs_do_not_wait_for_later_ones() {
+        let mut key_queues = KeyQueues::default();
+        key_queues.take(vec![row(5, Some("a"), &[])], Instant::now());
+        let in_flight = key_queues.next().unwrap().row;
+        assert!(key_queues.reset().is_empty());
+        key_queues.take(
+            vec![row(2, Some("a"), &[]), row(9, Some("a"), &[2])],
+            Instant::now(),
+        );
+        let due = Unpublished::Later {
+            after: Duration::ZERO,
+            error: None,
+        };
+        assert_eq!(
+            key_queues.unpublished(&in_flight),
+            [(2, due), (9, Unpublished::BlockedBy(5))]
+        );
+    }
+
+    #[test]
+    fn an_output_leased_twice_is_sent_once() {
+        let mut key_queues = KeyQueues::default();
+        key_queues.take(vec![row(1, None, &[])], Instant::now());
+        key_queues.take(vec![row(1, None, &[])], Instant::now());
+        assert_eq!(seqs(&ready(&mut key_queues)), [1]);
+    }
+}

@@ -1,0 +1,543 @@
+//! Whether database and broker agree. A database that was restored to an earlier time does not know what workers acknowledged
+//! since; a stream that was restored lacks what the database has handled. Either would lose messages, or do them twice, in
+//! silence. So hosts compare the two every two seconds, and when they disagree workers and relay wait for `oncely recover`.
+//!
+//! While something moves, a host writes a *mark*: where the streams end and up to where the consumers have acknowledged
+//! everything, first into the database and then, as a name, on the stream of marks.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use anyhow::Result;
+use futures::StreamExt;
+use jiff::{SignedDuration, Timestamp};
+
+use super::Host;
+use crate::bus::{
+    ConsumerAckFloor, OtherInstallation, StoredWatermark, WATERMARK_STREAM, watermark_stream,
+};
+use crate::config::manifest::Worker;
+use crate::drain::Stopping;
+use crate::model::hint;
+use crate::model::retry::LastError;
+use crate::model::subject;
+use crate::model::units;
+use crate::store::{AckFloor, BrokerState, StreamEnd, Watermark, Watermarks};
+
+/// How often it looks.
+pub(super) const CHECK_INTERVAL: Duration = Duration::from_secs(2);
+
+/// How many of the newest acknowledged messages of a worker are looked up in the inbox, and how many at a time are read.
+const CHECKED_EVENTS_MAX: u64 = 16;
+const CHECK_CONCURRENCY: usize = 8;
+
+/// Why the workers of a host and its relay wait.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Hold {
+    /// Database and broker disagree; each of these is a reason, for a person.
+    Restored(Vec<String>),
+    /// Another installation has taken over.
+    TakenOver(String),
+}
+
+impl std::fmt::Display for Hold {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Hold::Restored(why) => write!(
+                f,
+                "database and broker disagree, so workers and relay wait: {}; see `oncely recover --dry-run`",
+                why.join("; ")
+            ),
+            Hold::TakenOver(why) => write!(f, "workers and relay wait: {why}"),
+        }
+    }
+}
+
+/// What a look at database and broker found.
+pub(super) struct Comparison {
+    pub hold: Option<Hold>,
+    pub seen: BrokerState,
+    /// The sequence of the last mark on the broker, 0 for none.
+    pub last_sequence: u64,
+    pub watermarks: Watermarks,
+}
+
+/// What the last mark of this host says, and how many outputs it had published then.
+#[derive(Default)]
+pub(super) struct LastWatermark(Option<(BrokerState, u64)>);
+
+/// The broker did not answer about a consumer or a stream; the reason is logged.
+struct Unanswered;
+
+/// A worker, its stream, and what its consumer has acknowledged; none when there is no consumer.
+type ProbedConsumer<'w> = (
+    &'w Worker,
+    &'w String,
+    Result<Option<ConsumerAckFloor>, Unanswered>,
+);
+
+impl Host {
+    /// Why workers and relay wait; none when they do not.
+    pub fn hold(&self) -> Option<Hold> {
+        self.hold
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Compares database and broker.
+    pub(super) async fn compare(&self) -> Result<Comparison> {
+        if let Some(other) = self.other_installation().await? {
+            let hold = Some(Hold::TakenOver(other.to_string()));
+            return Ok(Comparison {
+                hold,
+                seen: BrokerState::default(),
+                last_sequence: 0,
+                watermarks: Watermarks::default(),
+            });
+        }
+        // The broker first: whatever stands there was in the database before.
+        let stored = self.last_watermark().await?;
+        let name = stored.as_ref().and_then(|stored| {
+            self.services
+                .store
+                .output_ids()
+                .open_watermark(&stored.text)
+        });
+        let watermarks = self.services.store.watermarks(name).await?;
+        self.services
+            .relay_state
+            .set_check_recovered(watermarks.has_recovered);
+        let mut why = Vec::new();
+        if name.is_some() && watermarks.known.is_none() {
+            why.push(
+                "the database is older than the broker: it does not know the last mark there"
+                    .to_owned(),
+            );
+        }
+        why.extend(self.older_broker(&watermarks, stored.as_ref()).await?);
+        if !why.is_empty() {
+            // At once: what follows takes its time.
+            self.set_hold(Some(Hold::Restored(why.clone()))).await;
+        }
+        let workers = self.services.deployed_workers().await?;
+        let seen = self
+            .read_positions(&workers, watermarks.last.as_ref())
+            .await?;
+        if let Some(last) = &watermarks.last {
+            for (name, end) in &last.seen.streams {
+                why.extend(self.changed_stream(name, end, seen.streams.get(name)).await);
+            }
+            for worker in &workers {
+                why.extend(self.unknown_event(worker, &last.seen, &seen).await?);
+            }
+        }
+        let last_sequence = stored.map_or(0, |stored| stored.sequence);
+        let hold = (!why.is_empty()).then_some(Hold::Restored(why));
+        Ok(Comparison {
+            hold,
+            seen,
+            last_sequence,
+            watermarks,
+        })
+    }
+
+    /// Another installation that the stream of marks belongs to by now. One that was deleted is made again.
+    async fn other_installation(&self) -> Result<Option<OtherInstallation>> {
+        let owned = match self.services.bus.check_owner(WATERMARK_STREAM).await {
+            Err(error) if hint::find_cause::<OtherInstallation>(&error).is_none() => self
+                .services
+                .bus
+                .ensure_own_stream(&watermark_stream())
+                .await
+                .map(drop),
+            owned => owned,
+        };
+        let Err(error) = owned else { return Ok(None) };
+        hint::find_cause::<OtherInstallation>(&error)
+            .cloned()
+            .map_or(Err(error), |other| Ok(Some(other)))
+    }
+
+    pub(super) async fn last_watermark(&self) -> Result<Option<StoredWatermark>> {
+        self.services
+            .bus
+            .last_watermark(&self.services.store.output_ids().watermark_subject())
+            .await
+    }
+
+    /// Whether the broker has lost so many marks that the outbox cannot make up for what streams lost with them. What they lost
+    /// of the last minutes, in a power cut, is published again without asking anybody.
+    async fn older_broker(
+        &self,
+        watermarks: &Watermarks,
+        stored: Option<&StoredWatermark>,
+    ) -> Result<Option<String>> {
+        let Some((written_at, sequence)) = watermarks.acknowledged else {
+            return Ok(None);
+        };
+        let is_present = |stored: &StoredWatermark| stored.sequence >= sequence;
+        if stored.is_some_and(is_present) {
+            return Ok(None);
+        }
+        // Another host may have written one since.
+        let stored = self.last_watermark().await?;
+        if stored.as_ref().is_some_and(is_present) {
+            return Ok(None);
+        }
+        let why = |text: String| {
+            Ok(Some(format!(
+                "the broker is older than the database, or another one: {text}"
+            )))
+        };
+        let Some(stored) = stored else {
+            return why("there is no mark on it".to_owned());
+        };
+        let Some(name) = self
+            .services
+            .store
+            .output_ids()
+            .open_watermark(&stored.text)
+        else {
+            return Ok(None);
+        };
+        let Some(lost_since) = self.services.store.watermarks(Some(name)).await?.known else {
+            return Ok(None);
+        };
+        let lost = written_at.duration_since(lost_since).unsigned_abs();
+        if lost <= self.retention.outputs {
+            return Ok(None);
+        }
+        why(format!(
+            "it has lost what happened in {}",
+            units::format_duration(Duration::from_secs(lost.as_secs()))
+        ))
+    }
+
+    /// Reads the state of consumers and streams for the next watermark. Where the broker does not answer, the entry of the
+    /// watermark `before` stands.
+    pub(super) async fn read_positions(
+        &self,
+        workers: &[Worker],
+        before: Option<&Watermark>,
+    ) -> Result<BrokerState> {
+        let probed = self.probe_consumers(workers).await;
+        // Streams after consumers: a stream ends at or above every ack floor read before.
+        let ends = self.stream_ends(workers).await;
+        let mut seen = BrokerState::default();
+        for (name, end) in &ends {
+            let end = match end {
+                Ok(end) => end.clone(),
+                Err(Unanswered) => before.and_then(|before| before.seen.streams.get(name).cloned()),
+            };
+            seen.streams.extend(end.map(|end| (name.clone(), end)));
+        }
+        for (worker, stream, acknowledged) in probed {
+            let previous = before.and_then(|before| before.seen.consumers.get(&worker.name));
+            let floor = match acknowledged {
+                Ok(None) => None,
+                Ok(Some(now)) => {
+                    let end = match ends.get(stream) {
+                        Some(Ok(Some(end))) => end.last_sequence,
+                        _ => now.sequence,
+                    };
+                    let skipped_up_to = skipped_up_to(&now, stream, before, previous, end);
+                    Some(AckFloor {
+                        stream: stream.clone(),
+                        sequence: now.sequence,
+                        subjects: now.subjects,
+                        skipped_up_to,
+                    })
+                }
+                Err(Unanswered) => previous.cloned(),
+            };
+            seen.consumers
+                .extend(floor.map(|floor| (worker.name.clone(), floor)));
+        }
+        Ok(seen)
+    }
+
+    /// The ack floors of the workers that read a stream.
+    async fn probe_consumers<'w>(&self, workers: &'w [Worker]) -> Vec<ProbedConsumer<'w>> {
+        let mut probed = Vec::new();
+        for worker in workers {
+            let Some(stream) = &worker.stream else {
+                continue;
+            };
+            let probe = self
+                .services
+                .bus
+                .probe(stream, &worker.subjects, &worker.durable());
+            let acknowledged = probe.ack_floor().await.map_err(|error| {
+                tracing::debug!(
+                    worker = worker.name,
+                    error = format!("{error:#}"),
+                    "consumer not readable"
+                );
+                Unanswered
+            });
+            probed.push((worker, stream, acknowledged));
+        }
+        probed
+    }
+
+    /// The ends of the streams that the workers read, by name.
+    async fn stream_ends(
+        &self,
+        workers: &[Worker],
+    ) -> BTreeMap<String, Result<Option<StreamEnd>, Unanswered>> {
+        let mut ends = BTreeMap::new();
+        for name in workers.iter().filter_map(|worker| worker.stream.as_ref()) {
+            if ends.contains_key(name) {
+                continue;
+            }
+            let end = self.stream_end(name).await.map_err(|error| {
+                tracing::debug!(
+                    stream = name,
+                    error = format!("{error:#}"),
+                    "stream not readable"
+                );
+                Unanswered
+            });
+            ends.insert(name.clone(), end);
+        }
+        ends
+    }
+
+    async fn stream_end(&self, name: &str) -> Result<Option<StreamEnd>> {
+        let Some(stream) = self.services.bus.stream(name).await? else {
+            return Ok(None);
+        };
+        let (created, last_sequence) = (stream.created, stream.last_sequence);
+        let stored_at = match last_sequence {
+            0 => None,
+            _ => self.services.bus.stored_at(name, last_sequence).await?,
+        };
+        Ok(Some(StreamEnd {
+            created,
+            last_sequence,
+            stored_at,
+        }))
+    }
+
+    /// Whether a stream ends before where it once ended, or holds something else there. One that was made again is another.
+    async fn changed_stream(
+        &self,
+        name: &str,
+        before: &StreamEnd,
+        now: Option<&StreamEnd>,
+    ) -> Option<String> {
+        let now = now.filter(|now| now.created == before.created)?;
+        if now.last_sequence < before.last_sequence {
+            return Some(format!(
+                "the stream {name} is older than the database: it ends at {}, and ended at {} before",
+                now.last_sequence, before.last_sequence
+            ));
+        }
+        let stored_at = before.stored_at?;
+        // An unreadable place tells nothing for now.
+        let found = self
+            .services
+            .bus
+            .stored_at(name, before.last_sequence)
+            .await
+            .unwrap_or_default();
+        found.filter(|found| *found != stored_at).map(|_| {
+            format!(
+                "the stream {name} holds another message at {} than it did before",
+                before.last_sequence
+            )
+        })
+    }
+
+    /// Whether one of the newest messages that a worker has acknowledged is unknown to the inbox.
+    async fn unknown_event(
+        &self,
+        worker: &Worker,
+        before: &BrokerState,
+        now: &BrokerState,
+    ) -> Result<Option<String>> {
+        let (Some(floor), Some(previous)) = (
+            now.consumers.get(&worker.name),
+            before.consumers.get(&worker.name),
+        ) else {
+            return Ok(None);
+        };
+        // A message passed over under other subjects was never delivered, so the inbox need not know it.
+        let known_sequence = previous.sequence.max(floor.skipped_up_to);
+        if floor.sequence <= known_sequence || floor.stream != previous.stream {
+            return Ok(None);
+        }
+        let from = floor
+            .sequence
+            .saturating_sub(CHECKED_EVENTS_MAX)
+            .max(known_sequence)
+            + 1;
+        let found = futures::stream::iter(from..=floor.sequence)
+            .map(|sequence| async move {
+                (
+                    sequence,
+                    self.services.bus.event_at(&floor.stream, sequence).await,
+                )
+            })
+            .buffered(CHECK_CONCURRENCY);
+        let found: Vec<_> = found.collect().await;
+        let mut events = Vec::new();
+        for (sequence, event) in found {
+            let is_match = |subject: &str| {
+                floor.subjects.is_empty()
+                    || floor
+                        .subjects
+                        .iter()
+                        .any(|pattern| subject::covers(pattern, subject))
+            };
+            // What cannot be read for now tells nothing.
+            if let Ok(Some((_, event_id))) =
+                event.map(|event| event.filter(|(subject, _)| is_match(subject)))
+            {
+                events.push((sequence, event_id));
+            }
+        }
+        let ids: Vec<&str> = events
+            .iter()
+            .map(|(_, event_id)| event_id.as_str())
+            .collect();
+        let known = self.services.store.known_events(&worker.name, &ids).await?;
+        let unknown = events
+            .iter()
+            .find(|(_, event_id)| !known.contains(event_id));
+        Ok(unknown.map(|(sequence, _)| {
+            format!(
+                "the database is older than the broker: worker {} has acknowledged message {sequence} of {}, and the \
+                 inbox does not know it",
+                worker.name, floor.stream
+            )
+        }))
+    }
+
+    /// Notes what was seen, in the database and then on the broker. False when another host was faster there.
+    pub(super) async fn write_watermark(
+        &self,
+        seen: &BrokerState,
+        last_sequence: u64,
+    ) -> Result<bool> {
+        let name = format!("{:032x}", rand::random::<u128>());
+        self.services.store.write_watermark(&name, seen).await?;
+        let ids = self.services.store.output_ids();
+        let written = self
+            .services
+            .bus
+            .write_watermark(
+                &ids.watermark_subject(),
+                ids.seal_watermark(&name),
+                last_sequence,
+            )
+            .await?;
+        if let Some(sequence) = written {
+            self.services
+                .store
+                .acknowledge_watermark(&name, sequence)
+                .await?;
+        }
+        Ok(written.is_some())
+    }
+
+    /// Has workers and relay wait, or go on.
+    pub(super) async fn set_hold(&self, hold: Option<Hold>) {
+        let before = std::mem::replace(
+            &mut *self.hold.lock().unwrap_or_else(PoisonError::into_inner),
+            hold.clone(),
+        );
+        self.services.relay_state.set_held(hold.is_some());
+        match (&before, &hold) {
+            (None, Some(hold)) => {
+                tracing::error!("{hold}");
+                self.drain_message_workers().await;
+            }
+            (Some(_), None) => {
+                tracing::info!("database and broker agree: workers and relay go on");
+                self.notify_deployed();
+            }
+            _ => {}
+        }
+    }
+
+    /// One look, and what follows from it.
+    async fn check_consistency(&self, last: &mut LastWatermark) -> Result<()> {
+        // Not while a recovery is under way, which ends with a mark.
+        let Ok(_guard) = self.recovering.try_lock() else {
+            return Ok(());
+        };
+        let comparison = self.compare().await?;
+        let is_held = comparison.hold.is_some();
+        self.set_hold(comparison.hold).await;
+        if is_held {
+            return Ok(());
+        }
+        let published = self.services.relay_state.published();
+        let is_new = last
+            .0
+            .as_ref()
+            .is_none_or(|(seen, before)| *seen != comparison.seen || *before != published);
+        if is_new || comparison.watermarks.last.is_none() {
+            self.write_watermark(&comparison.seen, comparison.last_sequence)
+                .await?;
+            last.0 = Some((comparison.seen, published));
+        }
+        Ok(())
+    }
+}
+
+/// Looks every now and then, and after each new connection to NATS, until the host stops.
+pub(super) async fn watch(host: Arc<Host>, mut stopping: Stopping) {
+    let mut connections = host.services.bus.connections();
+    let mut last = LastWatermark::default();
+    let mut trouble = LastError::default();
+    loop {
+        match host.check_consistency(&mut last).await {
+            Ok(()) => trouble.clear(),
+            Err(error) => {
+                let why = format!("{error:#}");
+                if host.services.bus.is_connected() && trouble.is_new(&why) {
+                    tracing::warn!(
+                        error = why,
+                        "failed to compare database and broker, retrying"
+                    );
+                }
+            }
+        }
+        tokio::select! {
+            biased;
+            () = stopping.stopped() => return,
+            Ok(()) = connections.changed() => {}
+            () = tokio::time::sleep(CHECK_INTERVAL) => {}
+        }
+    }
+}
+
+/// Up to which sequence a consumer may have passed messages over while it took other subjects: the end of the stream when
+/// its subjects changed since the watermark `before`, and as that watermark has it when they did not.
+fn skipped_up_to(
+    now: &ConsumerAckFloor,
+    stream: &str,
+    before: Option<&Watermark>,
+    previous: Option<&AckFloor>,
+    end: u64,
+) -> u64 {
+    match (before, previous) {
+        (Some(before), _) if now.created > before.written_at => 0,
+        (None, _) => 0,
+        (_, Some(previous)) if previous.stream == stream && previous.subjects == now.subjects => {
+            previous.skipped_up_to
+        }
+        _ => end,
+    }
+}
+
+/// How far before its last mark a restored database may lack the publication of outputs, and clocks may be apart.
+pub(super) fn outputs_since(written_at: Timestamp) -> Timestamp {
+    written_at
+        .checked_sub(SignedDuration::from_mins(10))
+        .unwrap_or(Timestamp::UNIX_EPOCH)
+}

@@ -1,0 +1,259 @@
+//! Writing dead letters: the original bytes and headers of what could not be handled.
+
+use std::collections::{HashMap, HashSet};
+
+use sqlx::Row;
+use sqlx::postgres::PgRow;
+
+use super::session::Session;
+use super::{alarms, errors, outbox};
+use crate::model::verdict::DeadLetter;
+use crate::store::shared::{self, InboxRecord, NewDeadLetter};
+use crate::store::{AlarmNotices, OutboxRow, Output, Result};
+
+/// Writes letters, their inbox records and their notices, and raises an alarm for failures that are new. What is settled
+/// already adds nothing.
+pub(super) async fn dead_letter(
+    session: &mut Session,
+    dead_letters: &[(DeadLetter, Output)],
+    new_failures: u32,
+) -> Result<(Vec<OutboxRow>, AlarmNotices)> {
+    let new_dead_letters = NewDeadLetter::all(dead_letters);
+    let inserted = settle(session, &new_dead_letters).await?;
+    let inbox_records = inbox_records(session, &new_dead_letters).await?;
+    let new = shared::to_dead_letter(&new_dead_letters, &inserted, &inbox_records);
+    let alarms =
+        alarms::record_failures(session, &shared::worker_failure_groups(&new), new_failures)
+            .await?;
+    let written = insert(session, &new).await?;
+    let notice = |new_dead_letter: &&NewDeadLetter<'_>| {
+        let (worker, event_id) = new_dead_letter.key();
+        let key = (
+            worker.to_owned(),
+            event_id.to_owned(),
+            new_dead_letter.payload_sha256.to_vec(),
+        );
+        let (id, generation) = written.get(&key)?;
+        Some((
+            worker.to_owned(),
+            new_dead_letter.notice_for(*id, *generation),
+        ))
+    };
+    let notices: Vec<(String, Output)> = new.iter().filter_map(notice).collect();
+    let notices: Vec<(&str, &Output)> = notices
+        .iter()
+        .map(|(worker, notice)| (worker.as_str(), notice))
+        .collect();
+    let notices = outbox::append_for(session, &notices, shared::NOTICE_LEASE).await?;
+    Ok((notices, alarms::append_notices(session, alarms).await?))
+}
+
+/// Settles the events that are not settled yet as dead, and returns them.
+async fn settle(
+    session: &mut Session,
+    new_dead_letters: &[NewDeadLetter<'_>],
+) -> Result<HashSet<(String, String)>> {
+    let mut streams = Vec::with_capacity(new_dead_letters.len());
+    let mut sequences = Vec::with_capacity(new_dead_letters.len());
+    for new_dead_letter in new_dead_letters {
+        streams.push(new_dead_letter.origin().map(|(stream, _)| stream));
+        sequences.push(
+            new_dead_letter
+                .origin()
+                .map(|(_, sequence)| shared::signed(sequence))
+                .transpose()?,
+        );
+    }
+    let query = session.query("select * from oncely.settle_dead($1, $2, $3, $4, $5)");
+    let rows = query
+        .bind(
+            new_dead_letters
+                .iter()
+                .map(|new_dead_letter| new_dead_letter.key().0)
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            new_dead_letters
+                .iter()
+                .map(|new_dead_letter| new_dead_letter.key().1)
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            new_dead_letters
+                .iter()
+                .map(|new_dead_letter| new_dead_letter.payload_sha256.as_slice())
+                .collect::<Vec<_>>(),
+        )
+        .bind(streams)
+        .bind(sequences)
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::from_statement(error, "settle dead events"))?;
+    let keys: sqlx::Result<_> = rows
+        .iter()
+        .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
+        .collect();
+    keys.map_err(|error| errors::from_statement(error, "read settled events"))
+}
+
+/// What the inbox holds of the events. Locked, so that nobody takes up meanwhile what was put back.
+async fn inbox_records(
+    session: &mut Session,
+    new_dead_letters: &[NewDeadLetter<'_>],
+) -> Result<HashMap<(String, String), InboxRecord>> {
+    let query = session.query(
+        "select worker, event_id, payload_sha256, state = 'dead' from oncely.inbox
+         where (worker, event_id) in (select * from unnest($1::text[], $2::text[]))
+         order by worker, event_id for update",
+    );
+    let rows = query
+        .bind(
+            new_dead_letters
+                .iter()
+                .map(|new_dead_letter| new_dead_letter.key().0)
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            new_dead_letters
+                .iter()
+                .map(|new_dead_letter| new_dead_letter.key().1)
+                .collect::<Vec<_>>(),
+        )
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::from_statement(error, "look up dead events"))?;
+    let read = |row: &PgRow| {
+        let record = InboxRecord {
+            payload_sha256: row.try_get(2)?,
+            is_dead: row.try_get(3)?,
+        };
+        Ok(((row.try_get(0)?, row.try_get(1)?), record))
+    };
+    let inbox_records: sqlx::Result<_> = rows.iter().map(read).collect();
+    inbox_records.map_err(|error| errors::from_statement(error, "read dead events"))
+}
+
+/// Worker, event id and payload of a letter.
+type Key = (String, String, Vec<u8>);
+
+/// Writes letters that are not there yet, opens those again that were put back, and returns id and generation of both.
+async fn insert(
+    session: &mut Session,
+    new: &[&NewDeadLetter<'_>],
+) -> Result<HashMap<Key, (i64, u32)>> {
+    let mut headers = Vec::with_capacity(new.len());
+    let mut sequences = Vec::with_capacity(new.len());
+    for new_dead_letter in new {
+        headers.push(shared::headers_to_text(
+            &new_dead_letter.dead_letter.message.headers,
+        )?);
+        sequences.push(
+            new_dead_letter
+                .origin()
+                .map(|(_, sequence)| shared::signed(sequence))
+                .transpose()?,
+        );
+    }
+    let dead_letters = || {
+        new.iter()
+            .map(|new_dead_letter| new_dead_letter.dead_letter)
+    };
+    let query = session.query(
+        "insert into oncely.dead_letter (worker, event_id, payload_sha256, reason, code, detail, attempts, version,
+             subject, headers, body, stream, stream_sequence, stored_at, group_id)
+         select worker, event_id, payload_sha256, reason, code, detail, attempts, version, subject, headers, body, stream,
+             stream_sequence, timestamptz 'epoch' + stored_at * interval '1 microsecond', group_id
+         from unnest($1::text[], $2::text[], $3::bytea[], $4::text[], $5::text[], $6::text[], $7::integer[],
+             $8::integer[], $9::text[], $10::text[], $11::bytea[], $12::text[], $13::bigint[], $14::bigint[],
+             $15::text[])
+             as given (worker, event_id, payload_sha256, reason, code, detail, attempts, version, subject, headers, body,
+                 stream, stream_sequence, stored_at, group_id)
+         on conflict (worker, event_id, payload_sha256) do update
+             set state = 'open', reason = excluded.reason, code = excluded.code, detail = excluded.detail,
+                 attempts = excluded.attempts, version = excluded.version, died_at = pg_catalog.now(),
+                 group_id = excluded.group_id,
+                 first_died_at = coalesce(dead_letter.first_died_at, dead_letter.died_at)
+             where dead_letter.state in ('redriven', 'done')
+         returning worker, event_id, payload_sha256, id, generation",
+    );
+    let rows = query
+        .bind(
+            dead_letters()
+                .map(|dead_letter| dead_letter.worker.as_str())
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            dead_letters()
+                .map(|dead_letter| dead_letter.message.event_id.as_str())
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            new.iter()
+                .map(|new_dead_letter| new_dead_letter.payload_sha256.as_slice())
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            dead_letters()
+                .map(|dead_letter| dead_letter.reason.as_str())
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            dead_letters()
+                .map(|dead_letter| dead_letter.code.as_deref().map(shared::printable))
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            dead_letters()
+                .map(|dead_letter| shared::printable(&dead_letter.detail))
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            dead_letters()
+                .map(|dead_letter| dead_letter.attempts.cast_signed())
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            dead_letters()
+                .map(|dead_letter| dead_letter.version.cast_signed())
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            dead_letters()
+                .map(|dead_letter| shared::printable(&dead_letter.message.subject))
+                .collect::<Vec<_>>(),
+        )
+        .bind(headers)
+        .bind(
+            dead_letters()
+                .map(|dead_letter| dead_letter.message.body.as_ref())
+                .collect::<Vec<&[u8]>>(),
+        )
+        .bind(
+            new.iter()
+                .map(|new_dead_letter| new_dead_letter.origin().map(|(stream, _)| stream))
+                .collect::<Vec<_>>(),
+        )
+        .bind(sequences)
+        .bind(
+            new.iter()
+                .map(|new_dead_letter| new_dead_letter.stored_at())
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            new.iter()
+                .map(|new_dead_letter| new_dead_letter.group.id.as_str())
+                .collect::<Vec<_>>(),
+        )
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::from_statement(error, "write dead letters"))?;
+    let read = |row: &PgRow| {
+        let generation: i32 = row.try_get(4)?;
+        Ok((
+            (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?),
+            (row.try_get(3)?, generation.cast_unsigned()),
+        ))
+    };
+    let written: sqlx::Result<_> = rows.iter().map(read).collect();
+    written.map_err(|error| errors::from_statement(error, "read written dead letters"))
+}

@@ -1,0 +1,211 @@
+//! Reading dead letters: the original bytes and headers of what could not be handled, and what became of it.
+
+use jiff::Timestamp;
+use sqlx::postgres::{PgArguments, Postgres};
+use sqlx::query::Query;
+
+use super::session::Session;
+use super::{attempts, errors};
+use crate::store::{
+    AuditRecord, DeadLetterFilter, DeadLetterGroup, DeadLetterOutput, DeadLetterRecord,
+    DeadLetterSummary, EditRecord, Result, rows,
+};
+
+/// What a list shows of a letter. Whether one that was put back took effect stands in the inbox.
+macro_rules! summaries {
+    ($also:literal, $($which:tt)+) => {
+        concat!(
+            "select * from (
+                 select id, worker, event_id, reason, code, detail, subject, attempts, version, generation, stream,
+                     stream_sequence, group_id, case when state = 'redriven' and exists (
+                         select from oncely.inbox where inbox.worker = dead_letter.worker
+                             and inbox.event_id = dead_letter.event_id and inbox.state = 'done')
+                     then 'done' else state end as state,
+                     (extract(epoch from died_at) * 1000000)::bigint as died_at,
+                     (extract(epoch from last_action_at) * 1000000)::bigint as last_action_at",
+            $also,
+            " from oncely.dead_letter where ",
+            $($which)+,
+            ") as dead_letter"
+        )
+    };
+}
+
+/// What a filter says, but for subjects; see [`fitting`].
+macro_rules! fits {
+    () => {
+        "($1::text is null or worker = $1) and ($2::text is null or reason = $2)
+         and ($3::text is null or code = $3) and (cardinality($4::bigint[]) = 0 or id = any($4))
+         and ($5::bigint is null or id < $5)
+         and ($6::bigint is null or died_at >= timestamptz 'epoch' + $6 * interval '1 microsecond')
+         and ($7::bigint is null or died_at < timestamptz 'epoch' + $7 * interval '1 microsecond')
+         and ($8::text is null or group_id = $8)"
+    };
+}
+
+/// The same for letters that wait for somebody; those of them that took effect are still to be left out.
+macro_rules! fits_and_waits {
+    () => {
+        concat!("state in ('open', 'redriven') and ", fits!())
+    };
+}
+
+/// Gives a query the values of a filter.
+fn fitting<'q>(
+    query: Query<'q, Postgres, PgArguments>,
+    filter: &'q DeadLetterFilter,
+) -> Query<'q, Postgres, PgArguments> {
+    query
+        .bind(filter.worker.as_deref())
+        .bind(filter.reason.as_deref())
+        .bind(filter.code.as_deref())
+        .bind(&filter.ids)
+        .bind(filter.below)
+        .bind(filter.since.map(|time| time.as_microsecond()))
+        .bind(filter.until.map(|time| time.as_microsecond()))
+        .bind(filter.group.as_deref())
+}
+
+/// One page of letters, newest first.
+pub(super) async fn list(
+    session: &mut Session,
+    filter: &DeadLetterFilter,
+) -> Result<Vec<DeadLetterSummary>> {
+    let query = session.query(if filter.closed {
+        concat!(summaries!("", fits!()), " order by id desc limit $9")
+    } else {
+        concat!(
+            summaries!("", fits_and_waits!()),
+            " where state <> 'done' order by id desc limit $9"
+        )
+    });
+    let rows = fitting(query, filter)
+        .bind(i64::from(filter.limit))
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::from_statement(error, "list dead letters"))?;
+    Ok(rows::list(&rows, rows::dead_letter_summary))
+}
+
+/// How many letters fit, and when they died, by group and subject.
+pub(super) async fn groups(
+    session: &mut Session,
+    filter: &DeadLetterFilter,
+) -> Result<Vec<DeadLetterGroup>> {
+    macro_rules! grouped {
+        ($dead_letters:expr, $which:literal) => {
+            concat!(
+                "with found as (",
+                $dead_letters,
+                $which,
+                "), grouped as (
+                     select group_id, worker, subject, pg_catalog.count(*) as dead_letters, pg_catalog.min(died_at) as first,
+                         pg_catalog.max(died_at) as last, pg_catalog.max(id) as last_letter
+                     from found group by group_id, worker, subject
+                 )
+                 select grouped.*, dead_letter_group.id, reason, code, shape, place
+                 from grouped left join oncely.dead_letter_group on dead_letter_group.id = grouped.group_id"
+            )
+        };
+    }
+    let query = session.query(if filter.closed {
+        grouped!(summaries!("", fits!()), "")
+    } else {
+        grouped!(summaries!("", fits_and_waits!()), " where state <> 'done'")
+    });
+    let rows = fitting(query, filter)
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::from_statement(error, "group dead letters"))?;
+    Ok(rows::list(&rows, rows::dead_letter_group))
+}
+
+/// One letter, with everything that is known of it.
+pub(super) async fn find(session: &mut Session, id: i64) -> Result<Option<DeadLetterRecord>> {
+    let query = session.query(summaries!(
+        ", headers, body, (extract(epoch from first_died_at) * 1000000)::bigint as first_died_at,
+           (extract(epoch from coalesce(stored_at, first_died_at, died_at)) * 1000000)::bigint as stored_at",
+        "id = $1"
+    ));
+    let row = query
+        .bind(id)
+        .fetch_optional(session.connection())
+        .await
+        .map_err(|error| errors::from_statement(error, "read a dead letter"))?;
+    let Some(row) = row else { return Ok(None) };
+    let mut dead_letter = rows::dead_letter(&row)?;
+    let (worker, event_id) = (
+        dead_letter.summary.worker.clone(),
+        dead_letter.summary.event_id.clone(),
+    );
+    dead_letter.attempts = attempts::for_event(session, &worker, &event_id).await?;
+    dead_letter.edits = edits(session, id).await?;
+    dead_letter.audit = audit(session, id).await?;
+    dead_letter.settled = settled(session, &worker, &event_id).await?;
+    dead_letter.outputs = outputs(session, &worker, &event_id).await?;
+    Ok(Some(dead_letter))
+}
+
+async fn edits(session: &mut Session, id: i64) -> Result<Vec<EditRecord>> {
+    let query = session.query(
+        "select actor, note, body, (extract(epoch from at) * 1000000)::bigint as at
+         from oncely.dead_letter_edit where dead_letter_id = $1 order by edit",
+    );
+    let rows = query
+        .bind(id)
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::from_statement(error, "read corrected bodies"))?;
+    Ok(rows::list(&rows, rows::dead_letter_edit))
+}
+
+async fn audit(session: &mut Session, id: i64) -> Result<Vec<AuditRecord>> {
+    let query = session.query(
+        "select action, generation, actor, note, (extract(epoch from at) * 1000000)::bigint as at
+         from oncely.dead_letter_audit where dead_letter_id = $1 order by seq",
+    );
+    let rows = query
+        .bind(id)
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::from_statement(error, "read what was done to a dead letter"))?;
+    Ok(rows::list(&rows, rows::dead_letter_audit))
+}
+
+async fn settled(
+    session: &mut Session,
+    worker: &str,
+    event_id: &str,
+) -> Result<Option<(String, Timestamp)>> {
+    let query = session.query(
+        "select state, (extract(epoch from settled_at) * 1000000)::bigint as settled_at from oncely.inbox
+         where worker = $1 and event_id = $2",
+    );
+    let row = query
+        .bind(worker)
+        .bind(event_id)
+        .fetch_optional(session.connection())
+        .await
+        .map_err(|error| errors::from_statement(error, "look up an event"))?;
+    row.as_ref().map(rows::settled).transpose()
+}
+
+async fn outputs(
+    session: &mut Session,
+    worker: &str,
+    event_id: &str,
+) -> Result<Vec<DeadLetterOutput>> {
+    let query = session.query(
+        "select id, headers, subject, coalesce(outbox.stream, recorded.stream) as stream,
+             coalesce(outbox.stream_sequence, recorded.stream_sequence) as stream_sequence
+         from oncely.outbox left join lateral oncely.find_relay_record(seq) as recorded on via = 'wal'
+         where worker = $1 and event_id = $2 and subject not like 'oncely.%' order by seq",
+    );
+    let rows = query
+        .bind(worker)
+        .bind(event_id)
+        .fetch_all(session.connection())
+        .await
+        .map_err(|error| errors::from_statement(error, "look up an event's outputs"))?;
+    Ok(rows::list(&rows, rows::dead_letter_output))
+}

@@ -1,0 +1,465 @@
+//! Inbox and outbox in parts, by time: what had its time goes with a whole part, by `truncate`, never row by row.
+//!
+//! A part is turned away from after half the time that rows are kept, and emptied once its last row had all of it. So there
+//! are two earlier parts as a rule and three while one is emptied, and rows leave after once to one and a half times as long.
+//! See the migration `parts` for why event ids stay unique meanwhile.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use futures::StreamExt;
+use jiff::Timestamp;
+use sqlx::postgres::PgRow;
+use sqlx::{AssertSqlSafe, Row, raw_sql};
+
+use super::errors;
+use super::session::Session;
+use super::totals;
+use crate::store::archive::ArchiveFile;
+use crate::store::{Result, RetentionPolicy, StoreError, shared};
+
+/// How many parts there are.
+const PARTITIONS: i16 = 4;
+
+/// Which table turns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum PartitionedTable {
+    Inbox,
+    Outbox,
+    Request,
+}
+
+impl PartitionedTable {
+    fn name(self) -> &'static str {
+        match self {
+            PartitionedTable::Inbox => "inbox",
+            PartitionedTable::Outbox => "outbox",
+            PartitionedTable::Request => "request",
+        }
+    }
+}
+
+/// What stands in `oncely.partition_rotation`.
+#[derive(Debug)]
+struct Rotation {
+    now: Timestamp,
+    part: i16,
+    opened_at: Timestamp,
+    /// Oldest first, each with the time when it was closed.
+    earlier: Vec<(i16, Timestamp)>,
+}
+
+/// What is to be done next.
+#[derive(Debug, PartialEq, Eq)]
+enum RotationStep {
+    /// Empty the oldest of the earlier parts.
+    Truncate,
+    /// Write to this part from now on.
+    RotateTo(i16),
+}
+
+impl Rotation {
+    fn next(&self, keep: Duration) -> Option<RotationStep> {
+        let has_passed = |since: Timestamp, time: Duration| {
+            Duration::try_from(self.now.duration_since(since)).is_ok_and(|passed| passed >= time)
+        };
+        if let Some((_, closed_at)) = self.earlier.first()
+            && has_passed(*closed_at, keep)
+        {
+            return Some(RotationStep::Truncate);
+        }
+        let is_empty = |part: &i16| {
+            *part != self.part && self.earlier.iter().all(|(earlier, _)| earlier != part)
+        };
+        match (1..PARTITIONS)
+            .map(|ahead| (self.part + ahead) % PARTITIONS)
+            .find(is_empty)
+        {
+            Some(next) if has_passed(self.opened_at, keep / 2) => {
+                Some(RotationStep::RotateTo(next))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// Does what is due next with one table whose rows are kept for `keep`; says whether something was done. Nothing is while
+/// another host is at it, or while more rows than `what` allows would have to move on to the current part. Transactions under
+/// way that do not end in time are a conflict.
+pub(super) async fn step(
+    session: &mut Session,
+    table: PartitionedTable,
+    keep: Duration,
+    retention: &RetentionPolicy,
+) -> Result<bool> {
+    let Some(rotation) = read(session, table).await? else {
+        return Ok(false);
+    };
+    let Some(step) = rotation.next(keep) else {
+        return Ok(false);
+    };
+    session
+        .run(
+            format!(
+                "set local lock_timeout = {}",
+                retention.lock_timeout.as_millis()
+            ),
+            "be patient",
+        )
+        .await?;
+    match step {
+        RotationStep::RotateTo(part) => rotate_to(session, table, part).await.map(|()| true),
+        RotationStep::Truncate => truncate_oldest(session, table, &rotation, keep, retention).await,
+    }
+}
+
+/// Where a table stands; none when another host is at it.
+async fn read(session: &mut Session, table: PartitionedTable) -> Result<Option<Rotation>> {
+    let query = session.query(
+        "select partition, earlier, (extract(epoch from opened_at) * 1000000)::bigint as opened_at,
+             array(select (extract(epoch from closed) * 1000000)::bigint
+                   from unnest(closed_at) with ordinality as at (closed, place) order by place) as closed_at,
+             (extract(epoch from pg_catalog.clock_timestamp()) * 1000000)::bigint as now
+         from oncely.partition_rotation where table_name = $1 for update skip locked",
+    );
+    let row = query
+        .bind(table.name())
+        .fetch_optional(session.connection())
+        .await
+        .map_err(|error| errors::from_statement(error, "look which part is written to"))?;
+    let read = |row: PgRow| -> anyhow::Result<Rotation> {
+        let earlier: Vec<i16> = row.try_get("earlier")?;
+        let closed_at: Vec<i64> = row.try_get("closed_at")?;
+        let closed_at: Result<Vec<_>> = closed_at.into_iter().map(shared::timestamp).collect();
+        Ok(Rotation {
+            now: shared::timestamp(row.try_get("now")?)?,
+            part: row.try_get("partition")?,
+            opened_at: shared::timestamp(row.try_get("opened_at")?)?,
+            earlier: earlier.into_iter().zip(closed_at?).collect(),
+        })
+    };
+    row.map(|row| {
+        read(row)
+            .context("read which part is written to")
+            .map_err(StoreError::Unavailable)
+    })
+    .transpose()
+}
+
+/// Writes to another part from now on. Where ids are claimed, waits for all who asked which one it is.
+async fn rotate_to(session: &mut Session, table: PartitionedTable, part: i16) -> Result<()> {
+    if table != PartitionedTable::Outbox {
+        session
+            .run(
+                "lock table oncely.partition_rotation in exclusive mode".to_owned(),
+                "turn to another part",
+            )
+            .await?;
+    }
+    let query = session.query(
+        "update oncely.partition_rotation set partition = $2, opened_at = pg_catalog.clock_timestamp(), earlier = earlier || partition,
+             closed_at = closed_at || pg_catalog.clock_timestamp()
+         where table_name = $1",
+    );
+    query
+        .bind(table.name())
+        .bind(part)
+        .execute(session.connection())
+        .await
+        .map_err(|error| errors::from_statement(error, "turn to another part"))?;
+    Ok(())
+}
+
+/// Empties the oldest part; what has not had its time moves on to the current one. Says whether it was done.
+async fn truncate_oldest(
+    session: &mut Session,
+    table: PartitionedTable,
+    rotation: &Rotation,
+    keep: Duration,
+    retention: &RetentionPolicy,
+) -> Result<bool> {
+    let Some((part, closed_at)) = rotation.earlier.first() else {
+        return Ok(false);
+    };
+    let (name, current) = (table.name(), rotation.part);
+    let still_needed = still_needed(table, keep);
+    if table == PartitionedTable::Outbox
+        && (has_more_than(session, *part, &still_needed, retention.limit).await?
+            || has_wal_outputs(session, *part).await?)
+    {
+        return Ok(false);
+    }
+    if table == PartitionedTable::Inbox {
+        totals::record_completed_redrives(session).await?;
+    }
+    // What was answered is nobody's to keep.
+    if let (Some(folder), PartitionedTable::Inbox | PartitionedTable::Outbox) =
+        (&retention.archive, table)
+    {
+        let rows = if table == PartitionedTable::Outbox && has_wal_records(session).await? {
+            WITH_WAL_RECORDS
+        } else {
+            "*"
+        };
+        let leaving =
+            format!("select {rows} from oncely.{name}_{part} as {name} where not ({still_needed})");
+        archive(
+            session,
+            &leaving,
+            ArchiveFile::create(folder, name, *closed_at),
+        )
+        .await?;
+    }
+    session
+        .run(
+            format!("lock table oncely.{name}_{part} in access exclusive mode"),
+            "empty a part",
+        )
+        .await?;
+    if table == PartitionedTable::Outbox {
+        settle_wal_outputs(session, *part, current, &still_needed).await?;
+    }
+    let emptied = format!(
+        "update oncely.{name} set partition = {current} where partition = {part} and {still_needed};
+         truncate oncely.{name}_{part};
+         update oncely.partition_rotation set earlier = earlier[2:], closed_at = closed_at[2:] where table_name = '{name}'"
+    );
+    session.run(emptied, "empty a part").await?;
+    Ok(true)
+}
+
+/// Which rows of an earlier part are still needed.
+fn still_needed(table: PartitionedTable, keep: Duration) -> String {
+    match table {
+        // What is dead stays settled for as long as somebody may put it back.
+        PartitionedTable::Inbox => "inbox.state = 'dead' and exists (
+             select from oncely.dead_letter where dead_letter.worker = inbox.worker
+                 and dead_letter.event_id = inbox.event_id and dead_letter.state in ('open', 'redriven'))"
+            .to_owned(),
+        PartitionedTable::Request => "expires_at > pg_catalog.now()".to_owned(),
+        PartitionedTable::Outbox => {
+            let kept_since = format!("pg_catalog.now() - {} * interval '1 microsecond'", shared::micros(keep));
+            format!(
+                "case when via = 'poll' then outbox.published_at is null or outbox.published_at > {kept_since}
+                 else outbox.seq in (select unnest(seqs) from oncely.relay_record where relay_record.published_at > {kept_since})
+                 end"
+            )
+        }
+    }
+}
+
+/// Writes rows to a file. What is published, or settled, for so long does not change any more.
+async fn archive(session: &mut Session, rows: &str, file: ArchiveFile) -> Result<()> {
+    let context = |error| errors::from_statement(error, "archive a part");
+    session
+        .run(
+            "set local statement_timeout = 0".to_owned(),
+            "archive a part",
+        )
+        .await?;
+    // What JSON cannot hold takes the place of quotes and delimiters, so that lines come as they are.
+    let copy = format!(
+        "copy (select pg_catalog.row_to_json(leaving) from ({rows}) as leaving) to stdout
+         with (format csv, quote E'\\x01', delimiter E'\\x02')"
+    );
+    let mut lines = session
+        .connection()
+        .copy_out_raw(&copy)
+        .await
+        .map_err(context)?;
+    while let Some(line) = lines.next().await {
+        file.add(line.map_err(context)?).await;
+    }
+    file.finish().await
+}
+
+/// Whether more rows of a part of the outbox than `limit` would have to move on.
+async fn has_more_than(
+    session: &mut Session,
+    part: i16,
+    still_needed: &str,
+    limit: u32,
+) -> Result<bool> {
+    let count = format!(
+        "select pg_catalog.count(*) from (
+             select from oncely.outbox_{part} as outbox where {still_needed} limit {limit} + 1) as moving_on"
+    );
+    let counted = raw_sql(AssertSqlSafe(count))
+        .fetch_one(session.connection())
+        .await
+        .and_then(|row| row.try_get(0));
+    let count: i64 =
+        counted.map_err(|error| errors::from_statement(error, "count what is left in a part"))?;
+    Ok(count > i64::from(limit))
+}
+
+/// Whether something in a part of the outbox is yet to be published from the log.
+async fn has_wal_outputs(session: &mut Session, part: i16) -> Result<bool> {
+    let query = session.query(
+        "select exists (select from oncely.wal_backlog() as unpublished where exists (
+             select from oncely.outbox where outbox.seq = unpublished.seq and outbox.partition = $1))",
+    );
+    let row = query
+        .bind(part)
+        .fetch_one(session.connection())
+        .await
+        .and_then(|row| row.try_get(0));
+    row.map_err(|error| errors::from_statement(error, "look for what is in the log"))
+}
+
+/// Moves on what was published from the log a short while ago. As rows that went by polling: as others they would be in the
+/// log a second time.
+async fn settle_wal_outputs(
+    session: &mut Session,
+    part: i16,
+    current: i16,
+    still_needed: &str,
+) -> Result<()> {
+    let settled = format!(
+        "update oncely.outbox
+         set partition = {current}, via = 'poll', published_at = recorded.published_at, stream = recorded.stream,
+             stream_sequence = recorded.sequence
+         from (select one.seq as recorded_seq, record.stream, one.sequence, record.published_at
+               from oncely.relay_record as record
+                   cross join unnest(record.seqs, record.sequences) as one (seq, sequence)) as recorded
+         where partition = {part} and via = 'wal' and seq = recorded_seq and {still_needed}"
+    );
+    session.run(settled, "move outputs of the log on").await
+}
+
+/// What is archived of an output once some were published from the log: where and when, too.
+const WITH_WAL_RECORDS: &str =
+    "outbox.*, (select pg_catalog.to_json(recorded) from oncely.find_relay_record(outbox.seq) as recorded
+    where outbox.via = 'wal') as relay_record";
+
+async fn has_wal_records(session: &mut Session) -> Result<bool> {
+    let query = session.query("select exists (select from oncely.relay_record)");
+    let row = query
+        .fetch_one(session.connection())
+        .await
+        .and_then(|row| row.try_get(0));
+    row.map_err(|error| errors::from_statement(error, "look for records of the log"))
+}
+
+/// Deletes records of what was published from the log once the outputs have left, at most `limit`. Returns whether there may
+/// be more.
+pub(super) async fn delete_wal_records(
+    session: &mut Session,
+    keep: Duration,
+    limit: u32,
+) -> Result<bool> {
+    let query = session.query(
+        "delete from oncely.relay_record where number in (
+             select number from oncely.relay_record
+             where published_at < pg_catalog.now() - $1 * interval '1 microsecond'
+                 and last_seq <= (select published_seq from oncely.relay_position)
+             order by published_at limit $2 for update skip locked)",
+    );
+    let result = query
+        .bind(shared::micros(keep.saturating_mul(2)))
+        .bind(i64::from(limit))
+        .execute(session.connection())
+        .await
+        .map_err(|error| errors::from_statement(error, "delete old records of the log"))?;
+    Ok(result.rows_affected() == u64::from(limit))
+}
+
+/// Deletes attempts that are older than `keep` and belong to no dead letter, at most `limit`. Returns whether there may be
+/// more.
+pub(super) async fn delete_attempts(
+    session: &mut Session,
+    keep: Duration,
+    limit: u32,
+) -> Result<bool> {
+    let query = session.query(
+        "delete from oncely.attempt where (worker, event_id, attempt) in (
+             select worker, event_id, attempt from oncely.attempt
+             where at < pg_catalog.now() - $1 * interval '1 microsecond' and not exists (
+                 select from oncely.dead_letter
+                 where dead_letter.worker = attempt.worker and dead_letter.event_id = attempt.event_id)
+             order by at limit $2 for update skip locked)",
+    );
+    let result = query
+        .bind(shared::micros(keep))
+        .bind(i64::from(limit))
+        .execute(session.connection())
+        .await
+        .map_err(|error| errors::from_statement(error, "delete old attempts"))?;
+    Ok(result.rows_affected() == u64::from(limit))
+}
+
+/// Removes the rows of keys of keyed state that were deleted a while ago. New keys of their workers begin above their
+/// versions. Returns whether there may be more.
+pub(super) async fn delete_deleted_state(session: &mut Session, limit: u32) -> Result<bool> {
+    let query = session.query(
+        "with gone as (
+             delete from oncely.state where (worker, key) in (
+                 select worker, key from oncely.state
+                 where value is null and updated_at < pg_catalog.now() - $1 * interval '1 microsecond'
+                 order by updated_at limit $2 for update skip locked)
+             returning worker, version
+         ), raised as (
+             insert into oncely.state_version_floor (worker, version)
+             select worker, pg_catalog.max(version) from gone group by worker order by worker
+             on conflict (worker) do update set version = greatest(state_version_floor.version, excluded.version)
+         )
+         select pg_catalog.count(*) from gone",
+    );
+    let row = query
+        .bind(shared::micros(shared::DELETED_STATE_KEPT))
+        .bind(i64::from(limit))
+        .fetch_one(session.connection())
+        .await
+        .map_err(|error| errors::from_statement(error, "remove deleted keys of state"))?;
+    let gone: i64 = row
+        .try_get(0)
+        .map_err(|error| errors::from_statement(error, "count deleted keys of state"))?;
+    Ok(gone == i64::from(limit))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEEP: Duration = Duration::from_secs(100);
+
+    fn rotation(part: i16, opened_at: i64, earlier: &[(i16, i64)]) -> Rotation {
+        let at = |second| Timestamp::from_second(second).unwrap();
+        Rotation {
+            now: at(1_000),
+            part,
+            opened_at: at(opened_at),
+            earlier: earlier
+                .iter()
+                .map(|(part, closed)| (*part, at(*closed)))
+                .collect(),
+        }
+    }
+
+    #[test]
+    fn a_partition_is_written_for_half_of_keep_and_kept_for_all() {
+        assert_eq!(rotation(0, 951, &[]).next(KEEP), None);
+        assert_eq!(
+            rotation(0, 950, &[]).next(KEEP),
+            Some(RotationStep::RotateTo(1))
+        );
+        assert_eq!(rotation(2, 960, &[(0, 910), (1, 960)]).next(KEEP), None);
+        assert_eq!(
+            rotation(2, 950, &[(0, 901), (1, 950)]).next(KEEP),
+            Some(RotationStep::RotateTo(3))
+        );
+        assert_eq!(
+            rotation(2, 950, &[(0, 900), (1, 950)]).next(KEEP),
+            Some(RotationStep::Truncate)
+        );
+        assert_eq!(
+            rotation(1, 940, &[(2, 901), (3, 905), (0, 940)]).next(KEEP),
+            None,
+            "none is empty"
+        );
+        assert_eq!(
+            rotation(3, 900, &[(2, 950)]).next(KEEP),
+            Some(RotationStep::RotateTo(0))
+        );
+    }
+}

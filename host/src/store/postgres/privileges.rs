@@ -1,0 +1,356 @@
+//! The wall around guests' SQL: a login role of the app's own, which owns nothing and may do nothing but read and write
+//! the app's tables.
+//!
+//! A role that a session was switched to can be switched back by any statement; the role that it logged in as cannot. So
+//! guests get connections of their own. What their transactions do for the platform goes through the functions of
+//! `migrations/postgres/0001_baseline.sql`.
+
+use anyhow::{Context, ensure};
+use sha2::{Digest, Sha256};
+use sqlx::postgres::PgRow;
+use sqlx::{AssertSqlSafe, Row, raw_sql};
+
+use super::errors;
+use super::session::{Purpose, Session, Sessions};
+use crate::model::hint::WithHint;
+
+/// PostgreSQL cuts longer names.
+const NAME_BYTES_MAX: usize = 63;
+
+/// Functions that outlive a transaction, reach around it, or touch other sessions.
+const UNSAFE_FUNCTIONS: &str = "^(set_config|pg_sleep.*|pg_advisory_.*|pg_try_advisory_.*|pg_notify|lo_.*|loread|lowrite\
+    |pg_logical_emit_message|pg_cancel_backend|pg_terminate_backend|pg_export_snapshot|pg_stat_get_activity|dblink.*)$";
+
+/// As whom guests' sessions log in.
+#[derive(Clone)]
+pub(super) struct Login {
+    pub role: String,
+    pub password: String,
+    /// The role that owns the app's tables; it cannot log in.
+    owner: String,
+}
+
+/// Makes the app's roles, or brings them up to date. With `again` the login role gets the password that is kept for it
+/// even if it had one.
+pub(super) async fn set_up(sessions: &Sessions, reset_password: bool) -> anyhow::Result<Login> {
+    let mut session = sessions.begin(Purpose::Platform).await?;
+    let database = lock(&mut session).await.context("wait for other hosts")?;
+    let (role, owner) = (
+        role_name("oncely_app_default_", &database),
+        role_name("oncely_owner_default_", &database),
+    );
+    let reset_password = reset_password
+        || renew_key(&mut session)
+            .await
+            .context("renew what workers' SQL could read")?;
+    let password = ensure_login(&mut session, &role, reset_password).await?;
+    ensure_owner(&mut session, &owner).await?;
+    check_role(&mut session, &role).await?;
+    for member_of in [&role, &owner] {
+        grant_membership(&mut session, member_of).await?;
+    }
+    for grant in grants(&role, &owner, &database) {
+        run(&mut session, &grant)
+            .await
+            .with_context(|| format!("run `{grant}`"))?;
+    }
+    transfer_ownership(&mut session, &owner)
+        .await
+        .context("hand the app's tables to their owner")?;
+    grant_tables(&mut session, &role)
+        .await
+        .context("let the app's role at its tables")?;
+    let remaining = revoke_excess(&mut session, &role, &owner, &database)
+        .await
+        .context("take rights away")?;
+    session.commit().await.context("commit the roles")?;
+    if !remaining.is_empty() {
+        tracing::warn!(
+            "guests' SQL keeps some rights that only a superuser can take away, and the statement filter alone refuses to use: {}; \
+             see docs/configuration.md",
+            remaining.join(", ")
+        );
+    }
+    Ok(Login {
+        role,
+        password,
+        owner,
+    })
+}
+
+impl Login {
+    /// Makes what follows in the transaction, a migration, belong to the app's owner.
+    pub(super) fn become_owner(&self) -> String {
+        format!("set local role {};", quoted(&self.owner))
+    }
+}
+
+/// One host at a time; returns the database's name.
+async fn lock(session: &mut Session) -> sqlx::Result<String> {
+    let query = session
+        .query("select current_database()::text from pg_advisory_xact_lock(hashtextextended('oncely migrates', 0))");
+    query.fetch_one(session.connection()).await?.try_get(0)
+}
+
+/// Roles are the cluster's, so the database is part of their names.
+fn role_name(prefix: &str, database: &str) -> String {
+    let name = format!("{prefix}{database}");
+    if name.len() <= NAME_BYTES_MAX {
+        return name;
+    }
+    let digest = hex::encode(Sha256::digest(database.as_bytes()));
+    let short: String = database
+        .chars()
+        .filter(char::is_ascii_alphanumeric)
+        .take(20)
+        .collect();
+    let digest = digest.get(..16).unwrap_or_default();
+    format!("{prefix}{short}_{digest}")
+}
+
+/// Makes a new key of the door and a new password if workers' SQL, running as the host's own role, could read the old ones.
+async fn renew_key(session: &mut Session) -> sqlx::Result<bool> {
+    let renewed = session
+        .query("select oncely.renew_definer_key()")
+        .fetch_one(session.connection())
+        .await?
+        .try_get(0)?;
+    if renewed {
+        tracing::info!(
+            "renewed the key of the platform's functions, which workers' SQL could read before"
+        );
+    }
+    Ok(renewed)
+}
+
+async fn ensure_login(
+    session: &mut Session,
+    role: &str,
+    reset_password: bool,
+) -> anyhow::Result<String> {
+    let query = session.query("select oncely.ensure_login($1, $2)");
+    query
+        .bind(role)
+        .bind(reset_password)
+        .execute(session.connection())
+        .await
+        .map_err(|error| refused(error, role))?;
+    let query = session.query("select password from oncely.app_login where role = $1");
+    let row = query
+        .bind(role)
+        .fetch_one(session.connection())
+        .await
+        .context("read the password of the app's role")?;
+    row.try_get(0)
+        .context("read the password of the app's role")
+}
+
+fn refused(error: sqlx::Error, role: &str) -> anyhow::Error {
+    let is_privilege = errors::is_insufficient_privilege(&error);
+    let error = anyhow::Error::new(error)
+        .context(format!("make the role {role}, as which guests' SQL runs"));
+    if !is_privilege {
+        return error;
+    }
+    error.hint(
+        "let the database user make roles (`alter role … createrole`), or set guest_sql = \"trusted\": guests' SQL then runs \
+         as the host's own database user, and only the check of its text keeps it from the platform's tables",
+    )
+}
+
+async fn ensure_owner(session: &mut Session, owner: &str) -> anyhow::Result<()> {
+    let query = session.query("select exists (select from pg_roles where rolname = $1)");
+    let row = query
+        .bind(owner)
+        .fetch_one(session.connection())
+        .await
+        .context("look for the owner of the app's tables")?;
+    if !row.try_get::<bool, _>(0)? {
+        let create = format!(
+            "create role {} nologin nosuperuser noinherit nocreatedb nocreaterole",
+            quoted(owner)
+        );
+        run(session, &create)
+            .await
+            .map_err(|error| refused(error, owner))?;
+    }
+    Ok(())
+}
+
+/// Somebody may have given the role more than it was made with.
+async fn check_role(session: &mut Session, role: &str) -> anyhow::Result<()> {
+    let query = session.query(
+        "select rolsuper or rolcreatedb or rolcreaterole or rolreplication or rolbypassrls
+             or exists (select from pg_auth_members where member = pg_roles.oid)
+         from pg_roles where rolname = $1",
+    );
+    let row = query
+        .bind(role)
+        .fetch_one(session.connection())
+        .await
+        .context("look at the app's role")?;
+    ensure!(
+        !row.try_get::<bool, _>(0)?,
+        "the role {role}, as which guests' SQL runs, has attributes or memberships; it must have none: drop them, and start again"
+    );
+    Ok(())
+}
+
+/// What the roles need, and the settings their sessions begin with. Granting again changes nothing.
+fn grants(role: &str, owner: &str, database: &str) -> Vec<String> {
+    let (role, owner, database) = (quoted(role), quoted(owner), quoted(database));
+    let mut grants = vec![
+        // Outside of the transactions that the host begins, the session can change nothing.
+        format!("alter role {role} in database {database} set default_transaction_read_only = on"),
+        format!("alter role {role} in database {database} set search_path = app_default, pg_temp"),
+        format!("alter role {role} in database {database} set statement_timeout = '60s'"),
+        format!(
+            "alter role {role} in database {database} set idle_in_transaction_session_timeout = '10min'"
+        ),
+        format!("grant usage on schema app_default, oncely_definer to {role}"),
+        format!("grant execute on all functions in schema oncely_definer to {role}"),
+        format!("grant usage, create on schema app_default to {owner}"),
+    ];
+    for maker in [format!("for role {owner} "), String::new()] {
+        let default = format!("alter default privileges {maker}in schema app_default grant");
+        grants.push(format!(
+            "{default} select, insert, update, delete on tables to {role}"
+        ));
+        grants.push(format!("{default} usage, select on sequences to {role}"));
+    }
+    grants
+}
+
+/// The host acts as the owner in migrations, and ends sessions of the login role that hang.
+async fn grant_membership(session: &mut Session, role: &str) -> anyhow::Result<()> {
+    // Whoever made a role is a member at once from PostgreSQL 16 on, but not one that may use it.
+    let query = session.query("select pg_has_role($1, 'usage')");
+    let row = query
+        .bind(role)
+        .fetch_one(session.connection())
+        .await
+        .context("look at the roles of the host")?;
+    if row.try_get(0)? {
+        return Ok(());
+    }
+    run(session, &format!("grant {} to current_user", quoted(role)))
+        .await
+        .with_context(|| format!("join the role {role}"))
+}
+
+/// Tables that were made while the host ran with `guest_sql = "trusted"` belong to the host.
+async fn transfer_ownership(session: &mut Session, owner: &str) -> anyhow::Result<()> {
+    let query = session.query(
+        "select format('alter %s %s owner to ', case relkind when 'v' then 'view' when 'm' then 'materialized view'
+                 when 'S' then 'sequence' else 'table' end, pg_class.oid::regclass)
+         from pg_class
+         where relnamespace = 'app_default'::regnamespace and relkind in ('r', 'p', 'v', 'm', 'S')
+             and relowner = current_user::regrole and not exists (
+                 select from pg_depend where objid = pg_class.oid and deptype in ('a', 'i', 'e')
+                     and classid = 'pg_class'::regclass and refclassid in ('pg_class'::regclass, 'pg_extension'::regclass))
+         union all
+         select format('alter routine %s owner to ', oid::regprocedure) from pg_proc
+         where pronamespace = 'app_default'::regnamespace and proowner = current_user::regrole",
+    );
+    for row in query.fetch_all(session.connection()).await? {
+        let statement = row.try_get::<String, _>(0)? + &quoted(owner);
+        run(session, &statement).await?;
+    }
+    Ok(())
+}
+
+/// Lets the login role read and write the tables that were there before it; later ones come with these rights.
+async fn grant_tables(session: &mut Session, role: &str) -> anyhow::Result<()> {
+    let query = session.query(
+        "select format('grant %s %s to ', case relkind when 'S' then 'usage, select on sequence'
+                 else 'select, insert, update, delete on table' end, oid::regclass)
+         from pg_class
+         where relnamespace = 'app_default'::regnamespace and pg_has_role(relowner, 'usage')
+             and case when relkind in ('r', 'p', 'v', 'm', 'f') then not has_table_privilege($1, oid, 'insert')
+                 when relkind = 'S' then not has_sequence_privilege($1, oid, 'usage') else false end",
+    );
+    for row in query.bind(role).fetch_all(session.connection()).await? {
+        let statement = row.try_get::<String, _>(0)? + &quoted(role);
+        run(session, &statement).await?;
+    }
+    Ok(())
+}
+
+/// Takes from everybody what guests could misuse and nobody gave to the login role by name. Returns what is left: the
+/// host may take away only what belongs to its database user.
+async fn revoke_excess(
+    session: &mut Session,
+    role: &str,
+    owner: &str,
+    database: &str,
+) -> anyhow::Result<Vec<String>> {
+    let before = excess_privileges(session, role).await?;
+    for row in &before {
+        let (what, back): (String, Option<String>) = (row.try_get("what")?, row.try_get("back")?);
+        let what = what.replace("{database}", &quoted(database));
+        let back = back
+            .map(|to| format!("grant {what} to {};", to.replace("{owner}", &quoted(owner))))
+            .unwrap_or_default();
+        if run(
+            session,
+            &format!("savepoint before; revoke {what} from public; {back}"),
+        )
+        .await
+        .is_err()
+        {
+            run(session, "rollback to savepoint before").await?;
+        }
+    }
+    let name = |row: &PgRow| row.try_get::<String, _>("name");
+    let remaining = excess_privileges(session, role)
+        .await?
+        .iter()
+        .map(name)
+        .collect::<sqlx::Result<Vec<_>>>()?;
+    // Who may not take a right away gets no error from PostgreSQL, only a notice.
+    let mut revoked = before.iter().map(name).collect::<sqlx::Result<Vec<_>>>()?;
+    revoked.retain(|right| !remaining.contains(right));
+    if !revoked.is_empty() {
+        tracing::info!(
+            "took from everybody, for guests would have it too: {}",
+            revoked.join(", ")
+        );
+    }
+    Ok(remaining)
+}
+
+/// The rights that the login role has only because everybody has them: `what` to take away, who gets it `back`, and its
+/// `name` for people.
+async fn excess_privileges(session: &mut Session, role: &str) -> sqlx::Result<Vec<PgRow>> {
+    let query = session.query(
+        "select 'temporary on database {database}' as what, null as back, 'temporary tables' as name
+         where has_database_privilege($1, current_database(), 'temporary')
+         union all select 'create on schema public', null, 'tables in the schema public'
+         where exists (select from pg_namespace where nspname = 'public')
+             and has_schema_privilege($1, 'public', 'create')
+         union all select 'usage on language ' || quote_ident(lanname), 'current_user, {owner}', 'the language ' || lanname
+         from pg_language where lanpltrusted and has_language_privilege($1, oid, 'usage')
+         union all select 'update on pg_catalog.pg_settings', null, 'updates of pg_settings'
+         where has_table_privilege($1, 'pg_catalog.pg_settings', 'update')
+         union all select 'execute on function ' || oid::regprocedure,
+             case proname when 'pg_stat_get_activity' then 'current_user, pg_monitor' else 'current_user' end, proname::text
+         from pg_proc where proname ~ $2 and has_function_privilege($1, oid, 'execute')",
+    );
+    query
+        .bind(role)
+        .bind(UNSAFE_FUNCTIONS)
+        .fetch_all(session.connection())
+        .await
+}
+
+async fn run(session: &mut Session, statement: &str) -> sqlx::Result<()> {
+    raw_sql(AssertSqlSafe(statement))
+        .execute(session.connection())
+        .await?;
+    Ok(())
+}
+
+/// A name as it stands in a statement.
+fn quoted(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}

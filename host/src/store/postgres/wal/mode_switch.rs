@@ -1,0 +1,302 @@
+//! From polling to the log and back, in steps that any host may take: each is one transaction that does nothing when somebody
+//! else has taken it already, and a host that dies between two of them leaves a state that the next one goes on from.
+
+use std::time::Duration;
+
+use anyhow::{Context, anyhow};
+use sqlx::Row;
+use sqlx::postgres::PgRow;
+
+use super::super::errors;
+use super::super::session::{Purpose, Session, Sessions};
+use super::slot;
+use crate::fault;
+use crate::store::{RelayMode, Result, SlotState, StoreError, SwitchProgress, WalState, shared};
+
+/// How many outputs are brought over from the log to polling at a time.
+const MOVE_BATCH_MAX: i64 = 5_000;
+
+/// What a look finds.
+pub(super) struct ModeState {
+    pub state: WalState,
+    is_wal_requested: bool,
+    /// Of `leaving`: whether it is known which transactions may still append to the log, and whether they have ended.
+    has_horizon: bool,
+    is_drained: bool,
+}
+
+pub(super) async fn request_mode(session: &mut Session, use_wal: bool) -> Result<()> {
+    let query = session.query(
+        "update oncely.relay set requested_mode = $1, reason = null, changed_at = pg_catalog.now()
+         where requested_mode <> $1 or reason is not null",
+    );
+    let wanted = query
+        .bind(if use_wal { "wal" } else { "poll" })
+        .execute(session.connection())
+        .await;
+    wanted
+        .map(drop)
+        .map_err(|error| errors::from_statement(error, "ask how outputs are to go"))
+}
+
+pub(super) async fn inspect(session: &mut Session, retained_max: u64) -> Result<ModeState> {
+    let query = session.query(
+        "select mode, requested_mode = 'wal' as is_wanted, reason, leave_horizon is not null as has_horizon,
+             coalesce(leave_horizon <= pg_snapshot_xmin(pg_current_snapshot()), false) as is_over,
+             case when mode = 'wal' then (
+                 select (extract(epoch from pg_catalog.clock_timestamp() - pg_catalog.min(due_at)) * 1000000)::bigint
+                 from oncely.wal_backlog()) end as lag,
+             slot_name is not null as has_slot, coalesce(active, false) as active,
+             coalesce(wal_status = 'lost', false) as lost,
+             coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), 0)::bigint as retained
+         from oncely.relay cross join oncely.relay_position left join pg_replication_slots
+             on slot_name = 'oncely_' || (select oid from pg_database where datname = current_database())",
+    );
+    let row = query
+        .fetch_one(session.connection())
+        .await
+        .map_err(|error| errors::from_statement(error, "look how outputs go"))?;
+    read(&row, retained_max)
+        .context("read how outputs go")
+        .map_err(StoreError::Unavailable)
+}
+
+fn read(row: &PgRow, retained_max: u64) -> anyhow::Result<ModeState> {
+    let mode = match row.try_get("mode")? {
+        "poll" => RelayMode::Poll,
+        "entering" => RelayMode::Entering,
+        "wal" => RelayMode::Wal,
+        "leaving" => RelayMode::Leaving,
+        other => return Err(anyhow!("`{other}` is no way for outputs to go")),
+    };
+    let lag: Option<i64> = row.try_get("lag")?;
+    let slot = SlotState {
+        active: row.try_get("active")?,
+        retained: shared::unsigned(row.try_get("retained")?),
+        retained_max,
+        lost: row.try_get("lost")?,
+    };
+    let state = WalState {
+        mode,
+        fallback_reason: row.try_get("reason")?,
+        lag: Duration::from_micros(lag.map(shared::unsigned).unwrap_or_default()),
+        slot: row.try_get::<bool, _>("has_slot")?.then_some(slot),
+    };
+    Ok(ModeState {
+        state,
+        is_wal_requested: row.try_get("is_wanted")?,
+        has_horizon: row.try_get("has_horizon")?,
+        is_drained: row.try_get("is_over")?,
+    })
+}
+
+pub(super) async fn step(sessions: &Sessions, retained_max: u64) -> Result<SwitchProgress> {
+    let mut session = sessions.begin(Purpose::Read).await?;
+    let found = inspect(&mut session, retained_max).await?;
+    session.commit().await?;
+    match (found.state.mode, found.is_wal_requested) {
+        (RelayMode::Poll, true) => enter(sessions).await,
+        (RelayMode::Poll, false) if found.state.slot.is_some() => {
+            Ok(if slot::drop(sessions).await? {
+                SwitchProgress::Done
+            } else {
+                SwitchProgress::Wait
+            })
+        }
+        (RelayMode::Poll, false) => Ok(SwitchProgress::Done),
+        (RelayMode::Entering, true) => create_slot(sessions).await,
+        (RelayMode::Entering, false) => cancel_entering(sessions).await,
+        (RelayMode::Wal, true) => match found.reason_to_leave() {
+            Some(why) => fall_back(sessions, &why)
+                .await
+                .map(|_| SwitchProgress::More),
+            None => Ok(SwitchProgress::Done),
+        },
+        (RelayMode::Wal, false) => leave(sessions).await,
+        (RelayMode::Leaving, _) if !found.has_horizon => record_horizon(sessions).await,
+        (RelayMode::Leaving, _) if !found.is_drained => Ok(SwitchProgress::Wait),
+        (RelayMode::Leaving, _) => move_to_polling(sessions).await,
+    }
+}
+
+impl ModeState {
+    fn reason_to_leave(&self) -> Option<String> {
+        match &self.state.slot {
+            None => Some("its replication slot is gone".to_owned()),
+            Some(slot) if slot.lost => Some(
+                "the server has removed log that was not read yet (max_slot_wal_keep_size), and with it the slot"
+                    .to_owned(),
+            ),
+            Some(slot) if slot.retained > slot.retained_max => Some(format!(
+                "its replication slot keeps {} MiB of log, more than relay_slot_max allows",
+                slot.retained >> 20
+            )),
+            Some(_) => None,
+        }
+    }
+}
+
+/// Sets what belongs together, if `condition` still holds. Returns whether it did.
+async fn transition(
+    session: &mut Session,
+    relay: &'static str,
+    position: Option<&'static str>,
+) -> Result<bool> {
+    let context = |error| errors::from_statement(error, "change how outputs go");
+    let moved = session
+        .query(relay)
+        .execute(session.connection())
+        .await
+        .map_err(context)?
+        .rows_affected()
+        > 0;
+    if let (true, Some(position)) = (moved, position) {
+        session
+            .query(position)
+            .execute(session.connection())
+            .await
+            .map_err(context)?;
+    }
+    Ok(moved)
+}
+
+async fn enter(sessions: &Sessions) -> Result<SwitchProgress> {
+    // What an earlier one has in it was brought over when it was left.
+    if !slot::drop(sessions).await? {
+        return Ok(SwitchProgress::Wait);
+    }
+    let mut session = sessions.begin(Purpose::Platform).await?;
+    slot::create_publication(&mut session).await?;
+    transition(
+        &mut session,
+        "update oncely.relay set mode = 'entering', changed_at = pg_catalog.now(), leave_horizon = null
+         where mode = 'poll' and requested_mode = 'wal'",
+        Some(
+            "update oncely.relay_position set reader_epoch = reader_epoch + 1, lsn = pg_current_wal_insert_lsn(),
+                 published_until = pg_catalog.clock_timestamp(), recorded_at = pg_catalog.clock_timestamp()",
+        ),
+    )
+    .await?;
+    session.commit().await?;
+    Ok(SwitchProgress::More)
+}
+
+async fn create_slot(sessions: &Sessions) -> Result<SwitchProgress> {
+    if !slot::create(sessions).await? {
+        return Ok(SwitchProgress::Wait);
+    }
+    fault::point(fault::SLOT_CREATED);
+    let mut session = sessions.begin(Purpose::Platform).await?;
+    // Nobody has appended to the log yet.
+    transition(
+        &mut session,
+        "update oncely.relay set mode = 'wal', changed_at = pg_catalog.now() where mode = 'entering' and requested_mode = 'wal'",
+        Some(
+            "update oncely.relay_position set published_seq = oncely.last_outbox_seq(),
+                 published_until = pg_catalog.clock_timestamp(), recorded_at = pg_catalog.clock_timestamp()",
+        ),
+    )
+    .await?;
+    session.commit().await?;
+    Ok(SwitchProgress::More)
+}
+
+/// Everything that went by the log is through.
+const WAL_DRAINED: &str =
+    "update oncely.relay_position set reader_epoch = reader_epoch + 1, lsn = 'FFFFFFFF/FFFFFFFF',
+    published_seq = 9223372036854775807, recorded_at = pg_catalog.clock_timestamp()";
+
+async fn cancel_entering(sessions: &Sessions) -> Result<SwitchProgress> {
+    let mut session = sessions.begin(Purpose::Platform).await?;
+    let back = "update oncely.relay set mode = 'poll', changed_at = pg_catalog.now()
+                where mode = 'entering' and requested_mode = 'poll'";
+    transition(&mut session, back, Some(WAL_DRAINED)).await?;
+    session.commit().await?;
+    Ok(SwitchProgress::More)
+}
+
+async fn leave(sessions: &Sessions) -> Result<SwitchProgress> {
+    let mut session = sessions.begin(Purpose::Platform).await?;
+    let leave = "update oncely.relay set mode = 'leaving', leave_horizon = null, changed_at = pg_catalog.now()
+                 where mode = 'wal' and requested_mode = 'poll'";
+    transition(&mut session, leave, None).await?;
+    session.commit().await?;
+    fault::point(fault::WAL_LEFT);
+    Ok(SwitchProgress::More)
+}
+
+pub(super) async fn fall_back(sessions: &Sessions, why: &str) -> Result<bool> {
+    let mut session = sessions.begin(Purpose::Platform).await?;
+    let query = session.query(
+        "update oncely.relay set mode = 'leaving', requested_mode = 'poll', reason = $1, leave_horizon = null, changed_at = pg_catalog.now()
+         where mode in ('wal', 'entering')",
+    );
+    let fallen = query.bind(why).execute(session.connection()).await;
+    let fallen = fallen
+        .map_err(|error| errors::from_statement(error, "give the log up"))?
+        .rows_affected()
+        > 0;
+    session.commit().await?;
+    Ok(fallen)
+}
+
+/// Whoever may still append to the log has begun by now: everybody sees that it is left.
+async fn record_horizon(sessions: &Sessions) -> Result<SwitchProgress> {
+    let mut session = sessions.begin(Purpose::Platform).await?;
+    let note = "update oncely.relay set leave_horizon = pg_snapshot_xmax(pg_current_snapshot())
+                where mode = 'leaving' and leave_horizon is null";
+    transition(&mut session, note, None).await?;
+    session.commit().await?;
+    Ok(SwitchProgress::More)
+}
+
+/// Nobody appends to the log any more. What was published from it is recorded; the rest goes by polling. The first of these
+/// steps ends the reader's right to record; what it has published since is sent a second time, which streams notice.
+async fn move_to_polling(sessions: &Sessions) -> Result<SwitchProgress> {
+    let mut session = sessions.begin(Purpose::Platform).await?;
+    let context = |error| errors::from_statement(error, "bring outputs over from the log");
+    let query = session
+        .query("update oncely.relay_position set reader_epoch = reader_epoch + 1 from oncely.relay where relay.mode = 'leaving'");
+    if query
+        .execute(session.connection())
+        .await
+        .map_err(context)?
+        .rows_affected()
+        == 0
+    {
+        session.commit().await?;
+        return Ok(SwitchProgress::More);
+    }
+    let query = session.query(
+        "with picked as materialized (
+             select seq from oncely.wal_backlog() order by seq limit $1
+         ), brought as (
+             update oncely.outbox set via = 'poll', leased_until = pg_catalog.now()
+             from picked where outbox.seq = picked.seq and via = 'wal' returning outbox.seq
+         )
+         select pg_catalog.count(*), pg_catalog.max(seq) from brought",
+    );
+    let row = query
+        .bind(MOVE_BATCH_MAX)
+        .fetch_one(session.connection())
+        .await
+        .map_err(context)?;
+    let count: i64 = row.try_get(0).map_err(context)?;
+    if count > 0 {
+        let through: i64 = row.try_get(1).map_err(context)?;
+        let query = session
+            .query("update oncely.relay_position set published_seq = greatest(published_seq, $1)");
+        query
+            .bind(through)
+            .execute(session.connection())
+            .await
+            .map_err(context)?;
+        session.commit().await?;
+        fault::point(fault::WAL_OUTPUTS_MOVED);
+        return Ok(SwitchProgress::More);
+    }
+    let over = "update oncely.relay set mode = 'poll', changed_at = pg_catalog.now() where mode = 'leaving'";
+    transition(&mut session, over, Some(WAL_DRAINED)).await?;
+    session.commit().await?;
+    Ok(SwitchProgress::More)
+}

@@ -1,0 +1,74 @@
+//! Which transactions can be seen at a moment, by the short numbers that the log tells.
+
+use anyhow::{Context, Result};
+
+/// What `pg_current_snapshot()` says, without the upper half of its numbers. No transaction in the log is two thousand million
+/// transactions old, so that the lower half says which one is meant.
+pub(super) struct Snapshot {
+    /// From this one on none can be seen.
+    end: u32,
+    /// Neither can these before it.
+    running: Vec<u32>,
+}
+
+impl Snapshot {
+    /// Reads a snapshot as PostgreSQL writes it, such as `10:20:10,14`.
+    pub(super) fn parse(text: &str) -> Result<Self> {
+        let read = || {
+            let (_, rest) = text.split_once(':')?;
+            let (end, running) = rest.split_once(':')?;
+            let running = running
+                .split(',')
+                .filter(|number| !number.is_empty())
+                .map(lower_half);
+            Some(Snapshot {
+                end: lower_half(end)?,
+                running: running.collect::<Option<_>>()?,
+            })
+        };
+        read().with_context(|| format!("read `{text}` as a snapshot"))
+    }
+
+    /// Whether what this transaction has committed can be seen.
+    pub(super) fn sees(&self, transaction: u32) -> bool {
+        // The numbers go round: of two the one that is less than half of them ahead is the later one.
+        let is_before_end = transaction.wrapping_sub(self.end) > u32::MAX / 2;
+        is_before_end && !self.running.contains(&transaction)
+    }
+}
+
+fn lower_half(number: &str) -> Option<u32> {
+    let number: u64 = number.parse().ok()?;
+    u32::try_from(number & u64::from(u32::MAX)).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn running_and_later_transactions_are_not_visible() {
+        let snapshot = Snapshot::parse("10:20:10,14").unwrap();
+        let seen: Vec<u32> = (8..24).filter(|number| snapshot.sees(*number)).collect();
+        assert_eq!(seen, [8, 9, 11, 12, 13, 15, 16, 17, 18, 19]);
+        let idle = Snapshot::parse("20:20:").unwrap();
+        assert!(idle.sees(19) && !idle.sees(20));
+    }
+
+    #[test]
+    fn wrapped_transaction_ids_are_distinguished() {
+        // The last but one of the first round, and the fourth of the second.
+        let snapshot = Snapshot::parse("4294967294:4294967300:4294967294,4294967299").unwrap();
+        assert!(!snapshot.sees(4_294_967_294) && snapshot.sees(4_294_967_295));
+        assert!(snapshot.sees(2) && !snapshot.sees(3) && !snapshot.sees(4));
+    }
+
+    #[test]
+    fn an_invalid_snapshot_is_an_error() {
+        assert!(
+            ["", "1", "1:2", "a:b:", "1:2:x"]
+                .iter()
+                .all(|text| Snapshot::parse(text).is_err())
+        );
+    }
+}

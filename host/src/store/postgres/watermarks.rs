@@ -1,0 +1,206 @@
+//! Watermarks and what a recovery found; see [`crate::store::watermarks`].
+
+use std::collections::HashMap;
+
+use sqlx::Row;
+use sqlx::postgres::PgRow;
+
+use super::errors;
+use super::session::Session;
+use crate::store::watermarks::{
+    self, BrokerState, RECOVERED_KEPT_DAYS, RecoveredOutput, WATERMARKS_KEPT, Watermark, Watermarks,
+};
+use crate::store::{Result, shared};
+
+pub(super) async fn read(session: &mut Session, on_broker: Option<&str>) -> Result<Watermarks> {
+    let context = |error| errors::from_statement(error, "read the marks");
+    let query = session.query(
+        "select name, broker_state, (extract(epoch from written_at) * 1000000)::bigint as written_at
+         from oncely.watermark order by number desc limit 1",
+    );
+    let last = query
+        .fetch_optional(session.connection())
+        .await
+        .map_err(context)?;
+    let query = session.query(
+        "select stream_sequence, (extract(epoch from written_at) * 1000000)::bigint as written_at
+         from oncely.watermark where stream_sequence is not null order by number desc limit 1",
+    );
+    let acknowledged = query
+        .fetch_optional(session.connection())
+        .await
+        .map_err(context)?;
+    let query = session.query(
+        "select (select (extract(epoch from written_at) * 1000000)::bigint from oncely.watermark where name = $1),
+             exists (select from oncely.recovered_output)",
+    );
+    let row = query
+        .bind(on_broker.unwrap_or_default())
+        .fetch_one(session.connection())
+        .await
+        .map_err(context)?;
+    Ok(Watermarks {
+        last: last.as_ref().map(read_watermark).transpose()?,
+        acknowledged: acknowledged.as_ref().map(read_acknowledged).transpose()?,
+        known: row
+            .try_get::<Option<i64>, _>(0)
+            .map_err(context)?
+            .map(shared::timestamp)
+            .transpose()?,
+        has_recovered: row.try_get(1).map_err(context)?,
+    })
+}
+
+fn read_watermark(row: &PgRow) -> Result<Watermark> {
+    let context = |error| errors::from_statement(error, "read a mark");
+    Ok(Watermark {
+        name: row.try_get("name").map_err(context)?,
+        written_at: shared::timestamp(row.try_get("written_at").map_err(context)?)?,
+        seen: watermarks::broker_state_from_text(row.try_get("broker_state").map_err(context)?)?,
+    })
+}
+
+fn read_acknowledged(row: &PgRow) -> Result<(jiff::Timestamp, u64)> {
+    let context = |error| errors::from_statement(error, "read a mark");
+    let written_at = shared::timestamp(row.try_get("written_at").map_err(context)?)?;
+    Ok((
+        written_at,
+        shared::unsigned(row.try_get("stream_sequence").map_err(context)?),
+    ))
+}
+
+/// Writes a mark, and forgets what had its time.
+pub(super) async fn write(session: &mut Session, name: &str, seen: &BrokerState) -> Result<()> {
+    let context = |error| errors::from_statement(error, "write a mark");
+    let query = session.query("insert into oncely.watermark (name, broker_state) values ($1, $2)");
+    query
+        .bind(name)
+        .bind(watermarks::broker_state_to_text(seen)?)
+        .execute(session.connection())
+        .await
+        .map_err(context)?;
+    let query = session.query(
+        "delete from oncely.watermark where number <= (
+             select number from oncely.watermark order by number desc offset $1 limit 1)
+             and number < (select pg_catalog.max(number) from oncely.watermark where stream_sequence is not null)",
+    );
+    query
+        .bind(i64::from(WATERMARKS_KEPT))
+        .execute(session.connection())
+        .await
+        .map_err(context)?;
+    let query = session.query(
+        "delete from oncely.recovered_output where id in (
+             select id from oncely.recovered_output
+             where recovered_at < pg_catalog.now() - $1 * interval '1 day' limit 1000)",
+    );
+    query
+        .bind(RECOVERED_KEPT_DAYS)
+        .execute(session.connection())
+        .await
+        .map_err(context)?;
+    Ok(())
+}
+
+/// The broker has a mark at this place.
+pub(super) async fn acknowledge(session: &mut Session, name: &str, sequence: u64) -> Result<()> {
+    let query = session.query("update oncely.watermark set stream_sequence = $2 where name = $1");
+    let done = query
+        .bind(name)
+        .bind(shared::signed(sequence)?)
+        .execute(session.connection())
+        .await;
+    done.map(drop)
+        .map_err(|error| errors::from_statement(error, "acknowledge a mark"))
+}
+
+/// Remembers where outputs were found: of an id the first place, of what was found last.
+pub(super) async fn save_recovered(
+    session: &mut Session,
+    outputs: &[RecoveredOutput],
+) -> Result<()> {
+    let sequences: Vec<i64> = outputs
+        .iter()
+        .map(|output| shared::signed(output.stream_sequence))
+        .collect::<Result<_>>()?;
+    let query = session.query(
+        "insert into oncely.recovered_output (id, stream, stream_sequence)
+         select distinct on (id) id, stream, sequence
+         from unnest($1::text[], $2::text[], $3::bigint[]) as given (id, stream, sequence) order by id, sequence
+         on conflict (id) do update set stream = excluded.stream, stream_sequence = excluded.stream_sequence,
+             recovered_at = excluded.recovered_at",
+    );
+    let done = query
+        .bind(
+            outputs
+                .iter()
+                .map(|output| output.id.as_str())
+                .collect::<Vec<_>>(),
+        )
+        .bind(
+            outputs
+                .iter()
+                .map(|output| output.stream.as_str())
+                .collect::<Vec<_>>(),
+        )
+        .bind(sequences)
+        .execute(session.connection())
+        .await;
+    done.map(drop)
+        .map_err(|error| errors::from_statement(error, "remember what was found on streams"))
+}
+
+/// Forgets what a recovery found under these ids.
+pub(super) async fn delete_recovered(session: &mut Session, ids: &[&str]) -> Result<()> {
+    let query = session.query("delete from oncely.recovered_output where id = any($1)");
+    let done = query.bind(ids).execute(session.connection()).await;
+    done.map(drop)
+        .map_err(|error| errors::from_statement(error, "forget what was found on streams"))
+}
+
+/// Which of these ids a recovery found, and where.
+pub(super) async fn find_recovered(
+    session: &mut Session,
+    ids: &[&str],
+) -> Result<HashMap<String, (String, u64)>> {
+    let context = |error| errors::from_statement(error, "look up what was found on streams");
+    let query = session.query(
+        "select id, stream, stream_sequence from oncely.recovered_output where id = any($1)",
+    );
+    let rows = query
+        .bind(ids)
+        .fetch_all(session.connection())
+        .await
+        .map_err(context)?;
+    let place = |row: &PgRow| {
+        Ok((
+            row.try_get(0)?,
+            (row.try_get(1)?, shared::unsigned(row.try_get(2)?)),
+        ))
+    };
+    rows.iter()
+        .map(place)
+        .collect::<sqlx::Result<_>>()
+        .map_err(context)
+}
+
+/// Which of these events of a worker the inbox knows.
+pub(super) async fn known_events(
+    session: &mut Session,
+    worker: &str,
+    event_ids: &[&str],
+) -> Result<Vec<String>> {
+    let context = |error| errors::from_statement(error, "look up events");
+    let query =
+        session.query("select event_id from oncely.inbox where worker = $1 and event_id = any($2)");
+    let rows = query
+        .bind(worker)
+        .bind(event_ids)
+        .fetch_all(session.connection())
+        .await
+        .map_err(context)?;
+    rows.iter()
+        .map(|row| row.try_get(0))
+        .collect::<sqlx::Result<_>>()
+        .map_err(context)
+}

@@ -1,0 +1,139 @@
+//! Writing dead letters: the original bytes and headers of what could not be handled.
+
+use std::collections::{HashMap, HashSet};
+
+use sqlx::Row;
+
+use super::session::Session;
+use super::{alarms, errors, outbox};
+use crate::model::verdict::DeadLetter;
+use crate::store::shared::{self, InboxRecord, NewDeadLetter};
+use crate::store::{AlarmNotices, OutboxRow, Output, Result};
+
+/// Writes letters, their inbox records and their notices, and raises an alarm for failures that are new. What is settled
+/// already adds nothing.
+pub(super) async fn dead_letter(
+    session: &mut Session,
+    dead_letters: &[(DeadLetter, Output)],
+    new_failures: u32,
+) -> Result<(Vec<OutboxRow>, AlarmNotices)> {
+    let new_dead_letters = NewDeadLetter::all(dead_letters);
+    let inserted = settle(session, &new_dead_letters).await?;
+    let inbox_records = inbox_records(session, &new_dead_letters).await?;
+    let new = shared::to_dead_letter(&new_dead_letters, &inserted, &inbox_records);
+    let alarms =
+        alarms::record_failures(session, &shared::worker_failure_groups(&new), new_failures)
+            .await?;
+    let mut notices = Vec::new();
+    for new_dead_letter in new {
+        if let Some((id, generation)) = insert(session, new_dead_letter).await? {
+            notices.push((
+                new_dead_letter.dead_letter.worker.as_str(),
+                new_dead_letter.notice_for(id, generation),
+            ));
+        }
+    }
+    let notices: Vec<(&str, &Output)> = notices
+        .iter()
+        .map(|(worker, notice)| (*worker, notice))
+        .collect();
+    let notices = outbox::append_for(session, &notices, shared::NOTICE_LEASE).await?;
+    Ok((notices, alarms::append_notices(session, alarms).await?))
+}
+
+/// Settles the events that are not settled yet as dead, and returns them.
+async fn settle(
+    session: &mut Session,
+    new_dead_letters: &[NewDeadLetter<'_>],
+) -> Result<HashSet<(String, String)>> {
+    let context = |error| errors::from_statement(error, "settle dead events");
+    let mut inserted = HashSet::new();
+    for new_dead_letter in new_dead_letters {
+        let (worker, event_id) = new_dead_letter.key();
+        let result = sqlx::query(
+            "insert into oncely_inbox (worker, event_id, state, payload_sha256, stream, stream_sequence)
+             values ($1, $2, 'dead', $3, $4, $5) on conflict do nothing",
+        )
+        .bind(worker)
+        .bind(event_id)
+        .bind(new_dead_letter.payload_sha256.as_slice())
+        .bind(new_dead_letter.origin().map(|(stream, _)| stream))
+        .bind(new_dead_letter.origin().map(|(_, sequence)| shared::signed(sequence)).transpose()?)
+        .execute(session.connection().map_err(context)?)
+        .await
+        .map_err(context)?;
+        if result.rows_affected() == 1 {
+            inserted.insert((worker.to_owned(), event_id.to_owned()));
+        }
+    }
+    Ok(inserted)
+}
+
+async fn inbox_records(
+    session: &mut Session,
+    new_dead_letters: &[NewDeadLetter<'_>],
+) -> Result<HashMap<(String, String), InboxRecord>> {
+    let context = |error| errors::from_statement(error, "look up dead events");
+    let mut inbox_records = HashMap::new();
+    for new_dead_letter in new_dead_letters {
+        let (worker, event_id) = new_dead_letter.key();
+        let row =
+            sqlx::query("select payload_sha256, state = 'dead' from oncely_inbox where worker = $1 and event_id = $2")
+                .bind(worker)
+                .bind(event_id)
+                .fetch_one(session.connection().map_err(context)?)
+                .await
+                .map_err(context)?;
+        let payload_sha256 = row.try_get(0).map_err(context)?;
+        let is_dead = row.try_get(1).map_err(context)?;
+        inbox_records.insert(
+            (worker.to_owned(), event_id.to_owned()),
+            InboxRecord {
+                payload_sha256,
+                is_dead,
+            },
+        );
+    }
+    Ok(inbox_records)
+}
+
+/// Writes a letter, or opens it again when it was put back, and returns its id and generation; none when it is there already.
+async fn insert(
+    session: &mut Session,
+    new_dead_letter: &NewDeadLetter<'_>,
+) -> Result<Option<(i64, u32)>> {
+    let context = |error| errors::from_statement(error, "write a dead letter");
+    let dead_letter = new_dead_letter.dead_letter;
+    let row = sqlx::query(
+        "insert into oncely_dead_letter (worker, event_id, payload_sha256, reason, code, detail, attempts, version,
+             subject, headers, body, stream, stream_sequence, stored_at, group_id)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)
+         on conflict (worker, event_id, payload_sha256) do update
+             set state = 'open', reason = excluded.reason, code = excluded.code, detail = excluded.detail,
+                 attempts = excluded.attempts, version = excluded.version, died_at = excluded.died_at, group_id = excluded.group_id,
+                 first_died_at = coalesce(first_died_at, died_at)
+             where state in ('redriven', 'done')
+         returning id, generation",
+    )
+    .bind(&dead_letter.worker)
+    .bind(&dead_letter.message.event_id)
+    .bind(new_dead_letter.payload_sha256.as_slice())
+    .bind(dead_letter.reason.as_str())
+    .bind(dead_letter.code.as_deref().map(shared::printable))
+    .bind(shared::printable(&dead_letter.detail))
+    .bind(dead_letter.attempts)
+    .bind(dead_letter.version)
+    .bind(shared::printable(&dead_letter.message.subject))
+    .bind(shared::headers_to_text(&dead_letter.message.headers)?)
+    .bind(dead_letter.message.body.as_ref())
+    .bind(new_dead_letter.origin().map(|(stream, _)| stream))
+    .bind(new_dead_letter.origin().map(|(_, sequence)| shared::signed(sequence)).transpose()?)
+    .bind(new_dead_letter.stored_at())
+    .bind(&new_dead_letter.group.id)
+    .fetch_optional(session.connection().map_err(context)?)
+    .await
+    .map_err(context)?;
+    row.map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
+        .transpose()
+        .map_err(context)
+}

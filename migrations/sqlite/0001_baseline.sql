@@ -1,0 +1,431 @@
+-- The schema of the platform. All its tables begin with `oncely_`. Tables of the workers are beside
+-- them.
+--
+-- Times are microseconds since the Unix epoch, in UTC. `datetime(settled_at / 1e6, 'unixepoch')`
+-- makes them readable.
+--
+-- Terms:
+-- * An *event id* is the deduplication key of a message. It is unique per worker.
+-- * A *delivery* is one message handled by one worker in one transaction.
+-- * An event is *settled* once the inbox holds a committed row for it: `done` or `dead`, never
+--   both.
+-- * An *output* is a message that a delivery publishes. It is written to the outbox first.
+-- * A *dead letter* is a message that its worker cannot handle. A *redrive* sends it again.
+--
+-- The PostgreSQL schema has more: partitions, the WAL relay, and roles with definer functions.
+-- SQLite needs none of them. Expired rows are deleted in batches, the one host polls, and an
+-- authorizer on the connection keeps guests out of these tables.
+
+
+-- Deployments -------------------------------------------------------------------------------------
+
+-- A compiled component, stored under the SHA-256 of its bytes. Rows are immutable.
+create table oncely_component (
+    digest     text    constraint component_pk primary key
+        constraint component_digest_is_sha256 check (length(digest) = 64),
+    wasm       blob    not null,
+    created_at integer not null default (cast(unixepoch('subsec') * 1000000 as integer))
+) strict;
+
+-- One version of a worker: a component and its manifest. Rows are immutable.
+create table oncely_deployment (
+    worker     text    not null,
+    version    integer not null constraint deployment_version_positive check (version > 0),
+    digest     text    not null constraint deployment_component references oncely_component,
+    manifest   text    not null,
+    created_at integer not null default (cast(unixepoch('subsec') * 1000000 as integer)),
+    constraint deployment_pk primary key (worker, version)
+) strict;
+
+-- A worker and its active version.
+create table oncely_worker (
+    name         text    constraint worker_pk primary key,
+    version      integer not null,
+    activated_at integer not null default (cast(unixepoch('subsec') * 1000000 as integer)),
+    constraint worker_deployment foreign key (name, version) references oncely_deployment
+) strict;
+
+-- An applied migration of a worker's own tables. Its text must not change afterwards.
+create table oncely_worker_migration (
+    worker     text    not null,
+    name       text    not null,
+    sha256     blob    not null,
+    applied_at integer not null default (cast(unixepoch('subsec') * 1000000 as integer)),
+    constraint worker_migration_pk primary key (worker, name)
+) strict;
+
+
+-- Inbox -------------------------------------------------------------------------------------------
+
+-- A settled event of a worker. The row is written in the transaction of the effects.
+-- `done`: the effects are committed. `dead`: they never will be, unless the event is redriven.
+create table oncely_inbox (
+    worker          text    not null,
+    event_id        text    not null
+        constraint inbox_event_id_length check (length(cast(event_id as blob)) between 1 and 255),
+    state           text    not null constraint inbox_state check (state in ('done', 'dead')),
+    payload_sha256  blob    not null,
+    -- The position of the message; null for a message without a stream.
+    stream          text,
+    stream_sequence integer,
+    settled_at      integer not null default (cast(unixepoch('subsec') * 1000000 as integer)),
+    constraint inbox_pk primary key (worker, event_id)
+) strict;
+create index oncely_inbox_by_age on oncely_inbox (settled_at);
+
+-- A failed attempt. It is written outside the transaction of the delivery, which is rolled back.
+-- Infrastructure failures are not attempts.
+create table oncely_attempt (
+    worker   text    not null,
+    event_id text    not null,
+    attempt  integer not null constraint attempt_number_positive check (attempt > 0),
+    version  integer not null,
+    code     text,
+    error    text    not null,
+    logs     text    not null,
+    at       integer not null default (cast(unixepoch('subsec') * 1000000 as integer)),
+    constraint attempt_pk primary key (worker, event_id, attempt)
+) strict;
+-- Attempts are deleted by age. Their events may have left the inbox before.
+create index oncely_attempt_by_age on oncely_attempt (at);
+
+-- The recording of the last failed attempt at an event, as JSON: input, host calls, host results.
+-- It contains the data of the message and of all rows that the handler read. It is deleted when the
+-- event is settled as `done`, when its dead letter is closed, and with its attempt.
+create table oncely_recording (
+    worker    text    not null,
+    event_id  text    not null,
+    attempt   integer not null constraint recording_attempt_positive check (attempt > 0),
+    -- SHA-256 over the recording without its times. Two attempts in a row with the same digest are
+    -- a deterministic failure. Null when equality would not imply that.
+    digest    blob    constraint recording_digest_is_sha256 check (length(digest) = 32),
+    recording blob    not null,
+    constraint recording_pk primary key (worker, event_id),
+    constraint recording_attempt foreign key (worker, event_id, attempt)
+        references oncely_attempt on delete cascade
+) strict;
+
+-- A crash marker. It is written before a message is handled alone, and deleted afterwards.
+-- A marker that remains belongs to a message during which the host died.
+create table oncely_crash_marker (
+    worker           text    not null,
+    event_id         text    not null,
+    -- The number of times that handling was started and not finished.
+    starts           integer not null constraint crash_marker_starts_positive check (starts > 0),
+    first_started_at integer not null default (cast(unixepoch('subsec') * 1000000 as integer)),
+    constraint crash_marker_pk primary key (worker, event_id)
+) strict;
+
+
+-- Dead letters ------------------------------------------------------------------------------------
+
+-- A dead letter with its original headers and body.
+--
+-- `open`: it waits for an operator. `redriven`: it was sent to its worker again, and the inbox
+-- knows the result. `done`: its event took effect after a redrive; copied from the inbox later, to
+-- keep deliveries cheap. `resolved` and `dropped`: closed by an operator.
+create table oncely_dead_letter (
+    id              integer constraint dead_letter_pk primary key autoincrement,
+    worker          text    not null,
+    event_id        text    not null,
+    payload_sha256  blob    not null,
+    state           text    not null default 'open' constraint dead_letter_state
+        check (state in ('open', 'redriven', 'done', 'resolved', 'dropped')),
+    reason          text    not null,
+    code            text,
+    detail          text    not null,
+    -- See `oncely_dead_letter_group`.
+    group_id        text,
+    -- The number of failed attempts, and the version of the worker at the last one.
+    attempts        integer not null,
+    version         integer not null,
+    subject         text    not null,
+    headers         text    not null,
+    body            blob    not null,
+    -- The position of the message, and the time at which its stream stored it.
+    stream          text,
+    stream_sequence integer,
+    stored_at       integer,
+    -- The last time it was dead-lettered, and the first time if it was redriven since.
+    died_at         integer not null default (cast(unixepoch('subsec') * 1000000 as integer)),
+    first_died_at   integer,
+    -- The number of redrives.
+    generation      integer not null default 0
+        constraint dead_letter_generation check (generation >= 0),
+    -- The number of failed attempts before the last redrive. Later ones have their own budget.
+    attempts_before integer not null default 0,
+    -- The last time an operator redrove or closed it.
+    last_action_at  integer,
+    constraint dead_letter_once_per_payload unique (worker, event_id, payload_sha256)
+) strict;
+-- Listings and alarms. Small, however many dead letters are closed.
+create index oncely_dead_letter_unresolved on oncely_dead_letter (id)
+    where state in ('open', 'redriven');
+create index oncely_dead_letter_open on oncely_dead_letter (worker, died_at) where state = 'open';
+create index oncely_dead_letter_unresolved_by_group on oncely_dead_letter (group_id)
+    where state in ('open', 'redriven');
+
+-- A failure that dead letters have in common: worker, reason, code, shape of the detail, and place
+-- of the trap. The dead letters of a group are counted in `oncely_dead_letter`.
+create table oncely_dead_letter_group (
+    id         text    constraint dead_letter_group_pk primary key,
+    worker     text    not null,
+    reason     text    not null,
+    code       text,
+    shape      text    not null,
+    place      text,
+    first_seen integer not null default (cast(unixepoch('subsec') * 1000000 as integer)),
+    -- Accurate to a minute: not every dead letter updates it.
+    last_seen  integer not null default (cast(unixepoch('subsec') * 1000000 as integer))
+) strict;
+
+-- A corrected body of a dead letter. The original never changes. A redrive sends the last edit.
+create table oncely_dead_letter_edit (
+    dead_letter_id integer not null
+        constraint dead_letter_edit_dead_letter references oncely_dead_letter,
+    edit           integer not null
+        constraint dead_letter_edit_number_positive check (edit > 0),
+    body           blob    not null,
+    actor          text    not null,
+    note           text    not null,
+    at             integer not null default (cast(unixepoch('subsec') * 1000000 as integer)),
+    constraint dead_letter_edit_pk primary key (dead_letter_id, edit)
+) strict;
+
+-- An action of an operator on a dead letter.
+create table oncely_dead_letter_audit (
+    seq            integer constraint dead_letter_audit_pk primary key autoincrement,
+    dead_letter_id integer not null
+        constraint dead_letter_audit_dead_letter references oncely_dead_letter,
+    action         text    not null constraint dead_letter_audit_action
+        check (action in ('redrive', 'edit', 'resolve', 'drop')),
+    generation     integer not null,
+    actor          text    not null,
+    note           text,
+    at             integer not null default (cast(unixepoch('subsec') * 1000000 as integer))
+) strict;
+create index oncely_dead_letter_audit_by_dead_letter on oncely_dead_letter_audit (dead_letter_id);
+
+create trigger oncely_dead_letter_audit_no_update before update on oncely_dead_letter_audit
+begin
+    select raise(abort, 'the table oncely_dead_letter_audit is append-only');
+end;
+create trigger oncely_dead_letter_audit_no_delete before delete on oncely_dead_letter_audit
+begin
+    select raise(abort, 'the table oncely_dead_letter_audit is append-only');
+end;
+create trigger oncely_dead_letter_edit_no_update before update on oncely_dead_letter_edit
+begin
+    select raise(abort, 'the table oncely_dead_letter_edit is append-only');
+end;
+create trigger oncely_dead_letter_edit_no_delete before delete on oncely_dead_letter_edit
+begin
+    select raise(abort, 'the table oncely_dead_letter_edit is append-only');
+end;
+
+
+-- Outbox ------------------------------------------------------------------------------------------
+
+-- A committed output. Readers select rows that are due and unpublished.
+--
+-- Outputs of one worker with the same ordering key form a *per-key queue* and are published one
+-- after another. An output that has to wait is *blocked* and not leased. An output with a permanent
+-- failure is *parked* until an operator retries or drops it. It blocks its queue meanwhile.
+create table oncely_outbox (
+    seq              integer constraint outbox_pk primary key autoincrement,
+    -- The message id on the wire: a keyed hash, see `oncely_output_key`. The readable id is a
+    -- header.
+    id               text    not null,
+    worker           text    not null,
+    event_id         text    not null,
+    ordinal          integer not null,
+    subject          text    not null,
+    headers          text    not null,
+    body             blob    not null,
+    ordering_key     text,
+    created_at       integer not null default (cast(unixepoch('subsec') * 1000000 as integer)),
+    -- The time of the commit plus the delay of the output.
+    due_at           integer not null default 0,
+
+    -- The lease. `leased_by` is the instance of the host, one per start. Leases of an earlier
+    -- instance are released when the next one starts.
+    leased_until     integer not null,
+    leased_by        integer,
+    -- The `seq` of the output that blocks this one.
+    blocked_by       integer,
+    parked_at        integer,
+    first_attempt_at integer,
+    failures         integer not null default 0,
+    last_error       text,
+    -- The number of id changes. An id changes when its stream holds another message under it.
+    ids_taken        integer not null default 0
+        constraint outbox_ids_taken_not_negative check (ids_taken >= 0),
+
+    published_at     integer,
+    stream           text,
+    stream_sequence  integer,
+    constraint outbox_published_has_stream_position check (
+        (published_at is null) = (stream is null) and (stream is null) = (stream_sequence is null)),
+    constraint outbox_published_not_blocked check (published_at is null or blocked_by is null),
+    constraint outbox_published_not_parked check (published_at is null or parked_at is null)
+) strict;
+-- The poller: unpublished rows whose lease or delay has ended.
+create index oncely_outbox_unpublished on oncely_outbox (leased_until, seq)
+    where published_at is null;
+create index oncely_outbox_published on oncely_outbox (published_at)
+    where published_at is not null;
+-- The per-key queue.
+create index oncely_outbox_key_queue on oncely_outbox (worker, ordering_key, seq)
+    where published_at is null and ordering_key is not null;
+create index oncely_outbox_blocked on oncely_outbox (blocked_by) where blocked_by is not null;
+create index oncely_outbox_parked on oncely_outbox (seq) where parked_at is not null;
+create index oncely_outbox_ids_taken on oncely_outbox (worker) where ids_taken > 0;
+
+-- A parked output that an operator dropped. It was never published. Rows are immutable.
+create table oncely_dropped_output (
+    seq          integer constraint dropped_output_pk primary key,
+    id           text    not null,
+    worker       text    not null,
+    event_id     text    not null,
+    ordinal      integer not null,
+    subject      text    not null,
+    headers      text    not null,
+    body         blob    not null,
+    ordering_key text,
+    created_at   integer not null,
+    due_at       integer not null,
+    failures     integer not null,
+    last_error   text,
+    parked_at    integer not null,
+    note         text    not null,
+    dropped_at   integer not null default (cast(unixepoch('subsec') * 1000000 as integer))
+) strict;
+
+-- An output that a recovery found on its stream, after the database was restored to a time before
+-- its publication. It is not published again when its event is handled again.
+create table oncely_recovered_output (
+    id              text    constraint recovered_output_pk primary key,
+    stream          text    not null,
+    stream_sequence integer not null,
+    recovered_at    integer not null default (cast(unixepoch('subsec') * 1000000 as integer))
+) strict;
+create index oncely_recovered_output_by_age on oncely_recovered_output (recovered_at);
+
+-- The key of the message ids of outputs, one row. Publishers and workers can neither choose nor
+-- compute these ids.
+create table oncely_output_key (
+    row integer not null constraint output_key_pk primary key
+        constraint output_key_single_row check (row = 1),
+    key blob    not null constraint output_key_length check (length(key) = 32)
+) strict;
+insert into oncely_output_key values (1, randomblob(32));
+
+
+-- State -------------------------------------------------------------------------------------------
+
+-- A key of a worker's state. Versions of a key never decrease, not even across a deletion, so that
+-- a compare-and-set with an old version fails. A deleted key keeps its row for a day: `value` is
+-- null, `version` is that of the deletion.
+create table oncely_state (
+    worker     text    not null,
+    key        text    not null
+        constraint state_key_length check (length(cast(key as blob)) between 1 and 255),
+    value      blob,
+    version    integer not null constraint state_version_positive check (version > 0),
+    updated_at integer not null default (cast(unixepoch('subsec') * 1000000 as integer)),
+    constraint state_pk primary key (worker, key)
+) strict;
+create index oncely_state_deleted on oncely_state (updated_at) where value is null;
+
+-- The highest version of a worker's removed keys. A key without a row starts above it.
+create table oncely_state_version_floor (
+    worker  text    not null constraint state_version_floor_pk primary key,
+    version integer not null constraint state_version_floor_positive check (version > 0)
+) strict;
+
+
+-- Requests ----------------------------------------------------------------------------------------
+
+-- The response to an HTTP request with an idempotency key. The row is written in the transaction of
+-- the effects.
+create table oncely_request (
+    worker      text    not null,
+    -- The route in the manifest, such as `/accounts/{id}/transfers`.
+    route       text    not null,
+    -- A digest of the caller's identity; empty for an unauthenticated caller.
+    caller      text    not null,
+    key         text    not null,
+    -- SHA-256 over method, path, query, content type and body.
+    fingerprint blob    not null
+        constraint request_fingerprint_length check (length(fingerprint) = 32),
+    status      integer not null constraint request_status check (status between 200 and 599),
+    headers     text    not null,
+    body        blob    not null,
+    answered_at integer not null,
+    expires_at  integer not null,
+    constraint request_pk primary key (worker, route, caller, key)
+) strict;
+create index oncely_request_by_age on oncely_request (expires_at);
+
+
+-- Alarms ------------------------------------------------------------------------------------------
+
+-- The current state of an alarm that was raised at least once. Every change is one transaction with
+-- its notification, so an alarm is never raised twice.
+create table oncely_alarm (
+    worker      text    not null,
+    kind        text    not null,
+    -- See `oncely_dead_letter_group`. Empty, except for alarms on new failures.
+    group_id    text    not null default '',
+    -- The number of times it was raised.
+    times       integer not null constraint alarm_times_positive check (times > 0),
+    -- The measured value when it was raised, and the threshold: a count, or milliseconds.
+    value       integer not null,
+    threshold   integer not null,
+    raised_at   integer not null default (cast(unixepoch('subsec') * 1000000 as integer)),
+    -- The time since which the value is low enough to clear the alarm.
+    below_since integer,
+    cleared_at  integer,
+    constraint alarm_pk primary key (worker, kind, group_id),
+    constraint alarm_cleared_has_no_below_since check (cleared_at is null or below_since is null)
+) strict;
+create index oncely_alarm_raised on oncely_alarm (worker) where cleared_at is null;
+-- The rate limit of alarms on new failures.
+create index oncely_alarm_new_failure on oncely_alarm (worker, raised_at)
+    where kind = 'new-failure';
+
+
+-- Host --------------------------------------------------------------------------------------------
+
+-- The installation: this database and its host, one row. Consumers and streams carry its id in
+-- their metadata. Hosts of another database on the same NATS server are refused.
+create table oncely_installation (
+    row integer not null constraint installation_pk primary key
+        constraint installation_single_row check (row = 1),
+    id  text    not null constraint installation_id_length check (length(id) = 16)
+) strict;
+insert into oncely_installation values (1, lower(hex(randomblob(8))));
+
+-- The last report of the host, as JSON, one row. The host writes it every two seconds. A successful
+-- commit also shows that the database accepts writes.
+create table oncely_host_report (
+    row        integer not null constraint host_report_pk primary key
+        constraint host_report_single_row check (row = 1),
+    written_at integer not null default (cast(unixepoch('subsec') * 1000000 as integer)),
+    -- Counts the reports.
+    number     integer not null default 1,
+    report     text    not null
+) strict;
+
+-- A watermark, for the detection of restores. Under load the host inserts a row every two seconds,
+-- then publishes its name. A published name without a row: the database was restored to an earlier
+-- time. An acknowledged row without a message: the broker was.
+create table oncely_watermark (
+    number          integer constraint watermark_pk primary key autoincrement,
+    name            text    not null constraint watermark_name_is_unique unique,
+    written_at      integer not null default (cast(unixepoch('subsec') * 1000000 as integer)),
+    -- The ends of the streams and the ack floors of the consumers, as JSON.
+    broker_state    text    not null,
+    -- The position of the published name; null until the broker has acknowledged it.
+    stream_sequence integer
+) strict;
