@@ -30,7 +30,8 @@ chaos: install-tools chaos-host ## Kill, pause and cut a host under load on both
 chaos-short: chaos-host ## The same in two minutes
 	$(CHAOS) --short --inputs 800 --minutes 1.5 $(ARGS)
 
-mutants: install-tools chaos-host ## Break the host on purpose, promise by promise; the books must notice each time
+mutants: install-tools ## Break the host on purpose, promise by promise; the books must notice each time
+	scripts/build-mutants
 	$(CHAOS) --mutants $(ARGS)
 
 fuzz-sql: install-tools ## Hold ten million generated statements against the statement filter and PostgreSQL: a quarter of an hour
@@ -65,7 +66,7 @@ bench-retention: install-tools ## Send ten million rows through inbox and outbox
 # ARGS may be, for example, `--database sqlite --seed 7 --batch 1`.
 CHAOS = cargo run --quiet --locked -p oncely-tests --bin chaos --
 
-# The host with points to die at and mutants, beside the one people get.
+# The host with crash points, beside the one that is released.
 chaos-host:
 	cargo build --locked -p oncely --bin oncely --features faults
 	mkdir -p target/chaos

@@ -1,11 +1,12 @@
-//! Faults on purpose, for tests alone: named points where the host dies, and mutants, each a promise broken on purpose.
+//! Crash points, for tests only: named points where the host aborts.
 //!
-//! They exist in a build with the feature `faults`; in any other the calls compile to nothing. Such a build reads
+//! They exist in a build with the feature `faults`; in any other build the calls compile to nothing. Such a build reads
 //!
 //! - `ONCELY_FAULT=name:3`: abort when the point `name` is passed for the third time;
-//! - `ONCELY_MUTANT=name`: behave as that mutant does;
-//! - `ONCELY_FAULT_LOG=file`: append a line for each pass (`pass name`) and each death (`abort name`). What was
-//!   appended survives the process.
+//! - `ONCELY_FAULT_LOG=file`: append a line for each pass (`pass name`) and each abort (`abort name`). The appended
+//!   lines survive the process.
+//!
+//! Mutants, each with one promise broken on purpose, are patches in `tests/mutants`, which add `fault::mutant` to it.
 
 /// A message was taken from the broker.
 pub const AFTER_FETCH: &str = "after_fetch";
@@ -122,73 +123,8 @@ pub const ID_TAKEN: &str = "id_taken";
 /// Seen, not a place to die: a mutant did harm that it can know of.
 pub const MUTANT_ACTED: &str = "mutant_acted";
 
-/// Messages are acknowledged as they arrive.
-pub const ACK_BEFORE_COMMIT: &str = "ack_before_commit";
-/// What the inbox says about an event is ignored.
-pub const SKIP_CLAIM: &str = "skip_claim";
-/// The inbox is committed before the guests run.
-pub const INBOX_IN_OWN_TX: &str = "inbox_in_own_tx";
-/// Members that failed keep their claim.
-pub const SKIP_RELEASE: &str = "skip_release";
-/// Nobody remembers that a statement failed, and a commit without its fence is believed, whatever it did (PostgreSQL).
-pub const IGNORE_COMMIT_TAG: &str = "ignore_commit_tag";
-/// A commit whose answer was lost is sent again on another connection, where it does nothing and succeeds (PostgreSQL).
-pub const RESEND_COMMIT: &str = "resend_commit";
-/// An unclear commit is looked up, and what is not found is run again whatever the inbox says then (PostgreSQL).
-pub const RESOLVE_BY_SELECT: &str = "resolve_by_select";
-/// The instance of a handler that trapped is given the next message.
-pub const REUSE_AFTER_TRAP: &str = "reuse_after_trap";
-/// The database answers before a commit is on disk (PostgreSQL).
-pub const SYNCHRONOUS_COMMIT_OFF: &str = "synchronous_commit_off";
-/// The sweep looks only beyond the highest sequence it has seen.
-pub const CURSOR_BY_SEQ: &str = "cursor_by_seq";
-/// Outputs are marked before the broker has them.
-pub const MARK_BEFORE_PUBACK: &str = "mark_before_puback";
-/// Marking one output marks all.
-pub const MARK_WITHOUT_FILTER: &str = "mark_without_filter";
-/// Dead messages are settled without a letter.
-pub const SKIP_DEAD_LETTER: &str = "skip_dead_letter";
-/// A failure is counted for every member of its batch.
-pub const CHARGE_WHOLE_BATCH: &str = "charge_whole_batch";
-/// Two payloads under one event id look the same.
-pub const DROP_PAYLOAD_HASH: &str = "drop_payload_hash";
-/// Guests may set the platform's headers.
-pub const ALLOW_RESERVED_HEADERS: &str = "allow_reserved_headers";
-/// A stream that knows the id of an output is believed to hold that output.
-pub const TRUST_DUPLICATE: &str = "trust_duplicate";
-/// A worker handles the dead letter that a pointer names, whichever worker it belongs to.
-pub const POINTER_WITHOUT_WORKER: &str = "pointer_without_worker";
-/// A transaction begins with its session as the one before left it (PostgreSQL).
-pub const NO_SESSION_RESET: &str = "no_session_reset";
-/// Leases of outputs and sessions do not say which instance of a host they are of, so nothing is taken over before its time.
-pub const LEASES_WITHOUT_INSTANCE: &str = "leases_without_instance";
-
-/// Every mutant.
-pub const MUTANTS: &[&str] = &[
-    ACK_BEFORE_COMMIT,
-    SKIP_CLAIM,
-    INBOX_IN_OWN_TX,
-    SKIP_RELEASE,
-    IGNORE_COMMIT_TAG,
-    RESEND_COMMIT,
-    RESOLVE_BY_SELECT,
-    REUSE_AFTER_TRAP,
-    SYNCHRONOUS_COMMIT_OFF,
-    CURSOR_BY_SEQ,
-    MARK_BEFORE_PUBACK,
-    MARK_WITHOUT_FILTER,
-    SKIP_DEAD_LETTER,
-    CHARGE_WHOLE_BATCH,
-    DROP_PAYLOAD_HASH,
-    ALLOW_RESERVED_HEADERS,
-    TRUST_DUPLICATE,
-    POINTER_WITHOUT_WORKER,
-    NO_SESSION_RESET,
-    LEASES_WITHOUT_INSTANCE,
-];
-
 #[cfg(feature = "faults")]
-pub use armed::{ignore_inbox, ignores_inbox, is_past_cursor, mutant, point, witness};
+pub use armed::{point, witness};
 
 /// Passes a point, and dies there if that is what the test wants.
 #[cfg(not(feature = "faults"))]
@@ -200,38 +136,11 @@ pub fn point(_name: &str) {}
 #[inline(always)]
 pub fn witness(_name: &str) {}
 
-/// Whether this host is that mutant.
-#[cfg(not(feature = "faults"))]
-#[inline(always)]
-pub fn mutant(_name: &str) -> bool {
-    false
-}
-
-/// Whether a cursor over the outbox would have gone past `seq`.
-#[cfg(not(feature = "faults"))]
-#[inline(always)]
-pub fn is_past_cursor(_seq: i64) -> bool {
-    false
-}
-
-/// Ignores what the inbox will say about an event.
-#[cfg(not(feature = "faults"))]
-#[inline(always)]
-pub fn ignore_inbox(_event_id: &str) {}
-
-/// Whether what the inbox says about an event is ignored.
-#[cfg(not(feature = "faults"))]
-#[inline(always)]
-pub fn ignores_inbox(_event_id: &str) -> bool {
-    false
-}
-
 #[cfg(feature = "faults")]
 mod armed {
-    use std::collections::{HashMap, HashSet};
+    use std::collections::HashMap;
     use std::fs::File;
     use std::io::Write;
-    use std::sync::atomic::{AtomicI64, Ordering};
     use std::sync::{LazyLock, Mutex, PoisonError};
 
     static ARMED: LazyLock<Armed> = LazyLock::new(Armed::from_environment);
@@ -239,7 +148,6 @@ mod armed {
     struct Armed {
         /// Where to die, and at which pass.
         fault: Option<(String, u64)>,
-        mutant: Option<String>,
         log: Option<File>,
         passes: Mutex<HashMap<String, u64>>,
     }
@@ -253,7 +161,6 @@ mod armed {
                     let (name, nth) = fault.split_once(':')?;
                     Some((name.to_owned(), nth.parse().ok()?))
                 }),
-                mutant: std::env::var("ONCELY_MUTANT").ok(),
                 log: log.and_then(|path| File::options().create(true).append(true).open(path).ok()),
                 passes: Mutex::default(),
             }
@@ -291,34 +198,5 @@ mod armed {
     /// Notes that something was seen that a test must not miss.
     pub fn witness(name: &str) {
         ARMED.append("pass", name);
-    }
-
-    /// Whether this host is that mutant.
-    pub fn mutant(name: &str) -> bool {
-        ARMED.mutant.as_deref() == Some(name)
-    }
-
-    static DISTRUSTED: Mutex<Option<HashSet<String>>> = Mutex::new(None);
-
-    /// Ignores what the inbox will say about an event.
-    pub fn ignore_inbox(event_id: &str) {
-        let mut distrusted = DISTRUSTED.lock().unwrap_or_else(PoisonError::into_inner);
-        distrusted
-            .get_or_insert_default()
-            .insert(event_id.to_owned());
-    }
-
-    /// Whether what the inbox says about an event is ignored.
-    pub fn ignores_inbox(event_id: &str) -> bool {
-        let distrusted = DISTRUSTED.lock().unwrap_or_else(PoisonError::into_inner);
-        distrusted
-            .as_ref()
-            .is_some_and(|distrusted| distrusted.contains(event_id))
-    }
-
-    /// Whether a cursor over the outbox would have gone past `seq`.
-    pub fn is_past_cursor(seq: i64) -> bool {
-        static HIGHEST: AtomicI64 = AtomicI64::new(i64::MIN);
-        HIGHEST.fetch_max(seq, Ordering::Relaxed) > seq
     }
 }

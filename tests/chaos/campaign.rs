@@ -20,7 +20,7 @@ use support::world::{World, manifest, signal};
 use crate::checker::{self, Counted, Violation};
 use crate::exposure::Exposure;
 use crate::observed::{self, Observed};
-use crate::proxied_database::ProxiedDatabase;
+use crate::proxied_database::{HostBuild, ProxiedDatabase};
 use crate::publisher::{self, Progress};
 use crate::redriver::{self, Redriver};
 use crate::stranger::{self, AttackCounts};
@@ -317,8 +317,11 @@ impl Campaign {
         let mut world = World::without_host(Kind::Sqlite, "").await?;
         let to_nats = Proxy::start(world.nats.port()).await?;
         world.nats_url = format!("nats://127.0.0.1:{}", to_nats.port());
-        let proxied_database =
-            ProxiedDatabase::install(&mut world, plan.kind, plan.mutant.is_some()).await?;
+        let build = match plan.mutant {
+            Some(_) => HostBuild::Mutants,
+            None => HostBuild::CrashPoints,
+        };
+        let proxied_database = ProxiedDatabase::install(&mut world, plan.kind, build).await?;
         let ProxiedDatabase {
             cluster,
             to_database,

@@ -1,6 +1,5 @@
 //! What must have happened in a campaign before it may say that a mutant was not caught: otherwise it proves nothing.
 
-use oncely::fault;
 use support::proxy::Cut;
 
 use crate::campaign::Act;
@@ -33,42 +32,40 @@ impl Exposure {
         };
         Some(match mutant {
             // What is in flight when a host dies is gone.
-            fault::ACK_BEFORE_COMMIT | fault::INBOX_IN_OWN_TX => acts(&[(Act::Kill, 6)]),
+            "ack_before_commit" | "inbox_in_own_tx" => acts(&[(Act::Kill, 6)]),
             // The commit did not happen, and succeeds on another connection.
-            fault::RESEND_COMMIT => acts(&[(Act::Cut(Cut::CommitNotForwarded), 6)]),
+            "resend_commit" => acts(&[(Act::Cut(Cut::CommitNotForwarded), 6)]),
             // The commit happens after the look for it.
-            fault::RESOLVE_BY_SELECT => Exposure {
+            "resolve_by_select" => Exposure {
                 harm: 2,
                 ..acts(&[(Act::Cut(Cut::CommitDelayed), 4)])
             },
             // What was confirmed last is gone with the server, which writes seconds later where it is not waited for.
-            fault::SYNCHRONOUS_COMMIT_OFF => acts(&[(Act::StopDatabase, 6)]),
+            "synchronous_commit_off" => acts(&[(Act::StopDatabase, 6)]),
             // Outputs are left behind, to be swept up.
-            fault::CURSOR_BY_SEQ => {
-                acts(&[(Act::Cut(Cut::OutputsNotForwarded), 4), (Act::Kill, 2)])
-            }
+            "cursor_by_seq" => acts(&[(Act::Cut(Cut::OutputsNotForwarded), 4), (Act::Kill, 2)]),
             // Outputs are marked and did not arrive.
-            fault::MARK_BEFORE_PUBACK | fault::MARK_WITHOUT_FILTER => acts(&[
+            "mark_before_puback" | "mark_without_filter" => acts(&[
                 (Act::Cut(Cut::OutputsNotForwarded), 5),
                 (Act::KillBroker, 2),
             ]),
             // Copies are common enough, and every effect leaves a trace in its session.
-            fault::SKIP_CLAIM | fault::NO_SESSION_RESET => Exposure::default(),
-            fault::SKIP_RELEASE => often(Often::Nature(Nature::FailsOnce), 20),
-            fault::CHARGE_WHOLE_BATCH => often(Often::Nature(Nature::FailsOnceLate), 20),
-            fault::IGNORE_COMMIT_TAG => often(Often::Nature(Nature::Swallows), 15),
-            fault::REUSE_AFTER_TRAP => often(Often::Nature(Nature::Trap), 15),
-            fault::SKIP_DEAD_LETTER => often(Often::Nature(Nature::Malformed), 15),
-            fault::ALLOW_RESERVED_HEADERS => often(Often::Nature(Nature::ReservedHeader), 15),
-            fault::TRUST_DUPLICATE => Exposure {
+            "skip_claim" | "no_session_reset" => Exposure::default(),
+            "skip_release" => often(Often::Nature(Nature::FailsOnce), 20),
+            "charge_whole_batch" => often(Often::Nature(Nature::FailsOnceLate), 20),
+            "ignore_commit_tag" => often(Often::Nature(Nature::Swallows), 15),
+            "reuse_after_trap" => often(Often::Nature(Nature::Trap), 15),
+            "skip_dead_letter" => often(Often::Nature(Nature::Malformed), 15),
+            "allow_reserved_headers" => often(Often::Nature(Nature::ReservedHeader), 15),
+            "trust_duplicate" => Exposure {
                 taken_ids: 20,
                 ..Exposure::default()
             },
             // The stranger sends each pointer to another worker, too.
-            fault::POINTER_WITHOUT_WORKER => often(Often::Nature(Nature::Redriven), 20),
+            "pointer_without_worker" => often(Often::Nature(Nature::Redriven), 20),
             // What a host leaves waits until its leases run out.
-            fault::LEASES_WITHOUT_INSTANCE => acts(&[(Act::DieWithLeases, 3)]),
-            fault::DROP_PAYLOAD_HASH => often(Often::IdReuse, 15),
+            "leases_without_instance" => acts(&[(Act::DieWithLeases, 3)]),
+            "drop_payload_hash" => often(Often::IdReuse, 15),
             "none" => acts(&[
                 (Act::Kill, 3),
                 (Act::StopDatabase, 3),

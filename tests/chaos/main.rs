@@ -5,10 +5,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
 use futures::StreamExt;
-use oncely::fault;
 use serde_json::{Value, json};
 use support::database::Kind;
 use support::guests;
@@ -353,19 +352,32 @@ impl Tally {
 /// The host as it is, among the mutants.
 const NO_MUTANT: &str = "none";
 
+/// The mutants: one patch each in `tests/mutants`, beside the one that lets a host be one of them.
+fn all_mutants() -> Result<Vec<String>> {
+    let folder = guests::repository().join("tests/mutants");
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(&folder).context("list tests/mutants")? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        names.extend(name.strip_suffix(".patch").map(str::to_owned));
+    }
+    names.retain(|name| name != "selector");
+    names.sort();
+    Ok(names)
+}
+
 /// Runs the mutants, a few at a time, and the host as it is among them; true when exactly the mutants are caught, each of
 /// them in each run, after everything happened that exposes it.
 async fn run_mutants(options: &Options) -> Result<bool> {
     let seed = options.seed.unwrap_or(7);
-    let chosen = |name: &&&str| {
-        options
-            .mutant
-            .as_deref()
-            .is_none_or(|mutant| mutant == **name)
-    };
-    let mutants: Vec<&str> = std::iter::once(NO_MUTANT)
-        .chain(fault::MUTANTS.iter().filter(chosen).copied())
-        .collect();
+    let mut mutants = vec![NO_MUTANT.to_owned()];
+    mutants.extend(all_mutants()?.into_iter().filter(|name| {
+        let chosen = options.mutant.as_ref();
+        chosen.is_none_or(|mutant| mutant == name)
+    }));
+    ensure!(
+        mutants.len() > 1,
+        "there is no such mutant in tests/mutants"
+    );
     let plan = |mutant: &str, seed: u64| {
         let exposure = Exposure::for_mutant(mutant)
             .with_context(|| format!("no campaign is made to expose {mutant}"))?;

@@ -13,18 +13,45 @@ pub struct ProxiedDatabase {
     pub to_database: Option<Proxy>,
 }
 
+/// Which build of the host a campaign runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HostBuild {
+    /// The product with crash points.
+    CrashPoints,
+    /// The same with the patches of `tests/mutants`, on a PostgreSQL with a late writer: asynchronous commits are
+    /// lost with the server.
+    Mutants,
+}
+
+impl HostBuild {
+    fn program(self) -> &'static str {
+        match self {
+            HostBuild::CrashPoints => "oncely",
+            HostBuild::Mutants => "oncely-mutants",
+        }
+    }
+
+    fn make_target(self) -> &'static str {
+        match self {
+            HostBuild::CrashPoints => "chaos",
+            HostBuild::Mutants => "mutants",
+        }
+    }
+}
+
 impl ProxiedDatabase {
-    /// Gives a world its database, and the build of the host that has points to die at. A PostgreSQL with a late writer
-    /// loses what is not waited for with the server.
-    pub async fn install(world: &mut World, kind: Kind, late_writer: bool) -> Result<Self> {
+    /// Gives a world its database and the host's build with crash points.
+    pub async fn install(world: &mut World, kind: Kind, build: HostBuild) -> Result<Self> {
         let program = guests::target_dir()?
             .parent()
             .context("find the target folder")?
-            .join("chaos/oncely");
+            .join("chaos")
+            .join(build.program());
         ensure!(
             program.exists(),
-            "{} is not there; `make chaos` builds it",
-            program.display()
+            "{} does not exist; `make {}` builds it",
+            program.display(),
+            build.make_target()
         );
         world.program = Some(program);
         if kind != Kind::Postgres {
@@ -33,7 +60,7 @@ impl ProxiedDatabase {
                 to_database: None,
             });
         }
-        let start = if late_writer {
+        let start = if build == HostBuild::Mutants {
             Cluster::start_with_late_writer
         } else {
             Cluster::start

@@ -20,7 +20,7 @@ use support::server::free_port;
 use support::world::World;
 
 use crate::checker::Violation;
-use crate::proxied_database::ProxiedDatabase;
+use crate::proxied_database::{HostBuild, ProxiedDatabase};
 
 /// Where hosts die while they handle a request.
 const POINTS: [&str; 6] = [
@@ -173,7 +173,8 @@ struct StormRun {
 impl StormRun {
     async fn start(storm: Storm) -> Result<Self> {
         let mut world = World::without_host(Kind::Sqlite, &manifest()?).await?;
-        let proxied_database = ProxiedDatabase::install(&mut world, storm.kind, false).await?;
+        let proxied_database =
+            ProxiedDatabase::install(&mut world, storm.kind, HostBuild::CrashPoints).await?;
         let port = free_port()?;
         world.http = format!("127.0.0.1:{port}");
         world.host_env = storm.env.clone();

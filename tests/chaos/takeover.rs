@@ -12,7 +12,7 @@ use support::proxy::Proxy;
 use support::world::{World, manifest, signal};
 
 use crate::checker::Violation;
-use crate::proxied_database::ProxiedDatabase;
+use crate::proxied_database::{HostBuild, ProxiedDatabase};
 
 /// How long a takeover may take, whatever a guest may.
 const WITHIN: Duration = Duration::from_secs(15);
@@ -88,7 +88,7 @@ impl Scene {
         let ProxiedDatabase {
             cluster,
             to_database,
-        } = ProxiedDatabase::install(&mut world, Kind::Postgres, false).await?;
+        } = ProxiedDatabase::install(&mut world, Kind::Postgres, HostBuild::CrashPoints).await?;
         let to_nats = Proxy::start(world.nats.port()).await?;
         world.nats_url = format!("nats://127.0.0.1:{}", to_nats.port());
         world.host_env = env.to_vec();

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use oncely::cache::Cache;
 use oncely::config::manifest::Manifest;
 use oncely::config::{CacheSettings, CompileSettings};
-use oncely::delivery::{BatchResult, ConnectionBreaks, Delivery};
+use oncely::delivery::{BatchResult, ConnectionBreaks, Delivery, Savepoints};
 use oncely::guest::{Guest, GuestEngine};
 use oncely::metrics::Metrics;
 use oncely::model::message::Message;
@@ -75,7 +75,7 @@ impl DeliveryHarness {
     }
 
     pub async fn deliver(&self, batch: &[Arc<Message>]) -> Result<BatchResult> {
-        Ok(self.delivery.deliver(batch, false).await?)
+        Ok(self.delivery.deliver(batch, Savepoints::None).await?)
     }
 }
 
@@ -158,7 +158,8 @@ both!(
     many_failing_items_cost_one_more_run_or_none_with_savepoints,
     |kind: Kind| async move {
         let harness = DeliveryHarness::new(kind, "[worker.retry]\nattempts = 1\n").await?;
-        for (round, with_savepoints) in [(0, false), (1, true)] {
+        for (round, savepoints) in [(0, Savepoints::None), (1, Savepoints::PerItem)] {
+            let with_savepoints = savepoints == Savepoints::PerItem;
             let behaviour = |n: usize| match n % 4 {
                 1 => "insert,reject",
                 2 => "insert,trap",
@@ -168,7 +169,7 @@ both!(
             let body = r#"{"n": 1, "sql": "insert into effect values (null, null, null, null)"}"#;
             let item = |n: usize| message(&format!("{round}-{n:02}"), behaviour(n), body);
             let batch: Vec<_> = (0..BATCH).map(item).collect();
-            let delivered = harness.delivery.deliver(&batch, with_savepoints).await?;
+            let delivered = harness.delivery.deliver(&batch, savepoints).await?;
             assert_eq!(delivered.reruns, u32::from(!with_savepoints));
             assert_eq!(
                 delivered.savepoint_rollbacks,
@@ -277,7 +278,7 @@ async fn state_keys_are_read_for_a_batch_with_one_statement() -> Result<()> {
             )
         };
         let batch: Vec<_> = (0..BATCH).map(count).collect();
-        let delivered = delivery.deliver(&batch, false).await?;
+        let delivered = delivery.deliver(&batch, Savepoints::None).await?;
         assert!(
             delivered
                 .verdicts

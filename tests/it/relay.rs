@@ -78,13 +78,19 @@ async fn outputs_of_a_key_keep_their_order_across_hosts() -> Result<()> {
     two.until_version(1).await?;
     two.ready().await?;
     let count = 600;
-    world.nats.publish_all(counting_messages(0, count / 2)).await?;
+    world
+        .nats
+        .publish_all(counting_messages(0, count / 2))
+        .await?;
     world.quiet(count as i64 / 2).await?;
     assert!(
         one.handled()? > 0 && two.handled()? > 0,
         "only one host worked"
     );
-    world.nats.publish_all(counting_messages(count / 2, count)).await?;
+    world
+        .nats
+        .publish_all(counting_messages(count / 2, count))
+        .await?;
     drop(one);
     world.quiet(count as i64).await?;
     check_order(&world, count).await

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result};
 use support::guests::repository;
@@ -233,5 +234,34 @@ fn both_databases_have_the_same_migrations() -> Result<()> {
         Ok(names)
     };
     assert_eq!(names("postgres")?, names("sqlite")?);
+    Ok(())
+}
+// A mutant that no longer applies would make `make mutants` prove nothing.
+#[test]
+fn every_mutant_patch_applies() -> Result<()> {
+    let copy = tempfile::tempdir()?;
+    let host = repository().join("host/src");
+    for (path, text) in sources(&host)? {
+        let to = copy.path().join("host/src").join(path.strip_prefix(&host)?);
+        std::fs::create_dir_all(to.parent().context("find the folder of a copy")?)?;
+        std::fs::write(to, text)?;
+    }
+    let folder = repository().join("tests/mutants");
+    let mut patches: Vec<PathBuf> =
+        std::fs::read_dir(&folder)?.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
+    // The one that the others need comes first.
+    patches.sort_by_key(|path| (!path.ends_with("selector.patch"), path.clone()));
+    assert!(patches.len() > 20, "{} patches in tests/mutants", patches.len());
+    for patch in patches {
+        let applied = Command::new("git")
+            .args(["apply", "-C1"])
+            .arg(&patch)
+            .current_dir(copy.path())
+            .env("GIT_CEILING_DIRECTORIES", copy.path().parent().context("find the folder of the copy")?)
+            .output()
+            .context("run git")?;
+        let error = String::from_utf8_lossy(&applied.stderr);
+        assert!(applied.status.success(), "{} does not apply: {error}", patch.display());
+    }
     Ok(())
 }

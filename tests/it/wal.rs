@@ -341,7 +341,10 @@ async fn lost_unrecorded_outputs_are_published_again_in_order() -> Result<()> {
     start(&mut world).await?;
     let mut count = 0;
     for _ in 0..4 {
-        world.nats.publish_all(counting_messages(count, count + 300)).await?;
+        world
+            .nats
+            .publish_all(counting_messages(count, count + 300))
+            .await?;
         let handled = |part| {
             format!(
                 "select case when count(*) > {} then 1 else 0 end from oncely.inbox",
@@ -419,7 +422,10 @@ async fn relay_mode_changes_under_load_keep_outputs_once_in_order() -> Result<()
     let count = 2_400;
     let (mut sent, mut rounds) = (0, 0);
     while sent < count {
-        world.nats.publish_all(counting_messages(sent, sent + 200)).await?;
+        world
+            .nats
+            .publish_all(counting_messages(sent, sent + 200))
+            .await?;
         sent += 200;
         rounds += 1;
         let some = format!(

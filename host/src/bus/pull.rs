@@ -26,7 +26,6 @@ use super::decode::{decode_headers, decode_subject, is_delete_marker};
 use super::pull_requests::{MessagePosition, next_subject};
 use super::streams::timestamp;
 use super::wire::IncomingMessage;
-use crate::fault;
 use crate::model::hint::WithHint;
 use crate::model::message::{Headers, InvalidEventId, Message, Origin, derived_event_id, event_id};
 use crate::model::retry::Backoff;
@@ -441,9 +440,6 @@ impl PullConsumer {
                 self.next_event(capacity).await?;
             }
             if let Some(pulled) = self.buffered.take() {
-                if fault::mutant(fault::ACK_BEFORE_COMMIT) {
-                    pulled.receipt.reply.send_ack(AckKind::Ack).await?;
-                }
                 return Ok(pulled);
             }
         }

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::delivery::Savepoints;
+
 /// For how many batches a lane stays careful after one that had members which failed after they ran SQL.
 const SAVEPOINT_BATCHES: u32 = 16;
 
@@ -36,10 +38,13 @@ impl AdaptiveBatchSize {
         self.size.min(self.fitting.round() as usize).max(1)
     }
 
-    /// Whether members are likely to fail after they ran SQL, so that a savepoint for each costs less than running their
-    /// neighbours again.
-    pub fn needs_savepoints(&self) -> bool {
-        self.savepoint_batches > 0
+    /// A savepoint per item while items are likely to fail after they ran SQL: it costs less than another run of their
+    /// neighbours.
+    pub fn savepoints(&self) -> Savepoints {
+        match self.savepoint_batches {
+            0 => Savepoints::None,
+            _ => Savepoints::PerItem,
+        }
     }
 
     /// Learns how long a batch of `messages` took.
@@ -106,12 +111,22 @@ mod tests {
         let mut batch_size = AdaptiveBatchSize::new(32);
         let mut after = |reruns, undone| {
             batch_size.record_reruns(reruns, undone);
-            batch_size.needs_savepoints()
+            batch_size.savepoints()
         };
         assert_eq!(
             [after(0, 0), after(1, 0), after(0, 0), after(0, 2)],
-            [false, true, true, true]
+            [
+                Savepoints::None,
+                Savepoints::PerItem,
+                Savepoints::PerItem,
+                Savepoints::PerItem
+            ]
         );
-        assert_eq!((0..16).filter(|_| after(0, 0)).count(), 15);
+        assert_eq!(
+            (0..16)
+                .filter(|_| after(0, 0) == Savepoints::PerItem)
+                .count(),
+            15
+        );
     }
 }

@@ -138,8 +138,7 @@ impl Lane {
         let began = Instant::now();
         let Some(delivered) = self
             .retry_until_available("deliver", || {
-                self.delivery
-                    .deliver(&messages, batch_size.needs_savepoints())
+                self.delivery.deliver(&messages, batch_size.savepoints())
             })
             .await
         else {

@@ -1,112 +1,54 @@
-//! Running the guest for the items of one transaction: one after the other, or all of them in one call.
+//! Runs the guest for the items of one transaction: one call per item, or one call for all of them.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Instant;
 
 use async_trait::async_trait;
 use jiff::Timestamp;
 
-use super::{BatchRun, Delivery, SharedTx, log_guest_output};
+use super::{
+    BatchItem, BatchRun, Delivery, FailedCall, Fate, Savepoints, SharedTx, log_guest_output,
+};
 use crate::cache::{Cache, CacheKey};
 use crate::config::manifest::Isolation;
-use crate::fault;
 use crate::guest::{
-    CacheReader, CachedValue, Call, CallFailure, CallOutcome, FailureKind, Record, Recorder,
-    RequestCall, WarmInstance,
+    CacheReader, CachedValue, Call, CallOutcome, FailureKind, Recorder, RequestCall, WarmInstance,
 };
 use crate::model::cache_writes::CacheWrites;
 use crate::model::keyed_state::BatchState;
 use crate::model::message::{Message, Output};
-use crate::store::StoredRecording;
 
-/// How much the records of one batch's failed attempts may hold together, in bytes as they are kept; those that have no
-/// room are not kept.
-const RECORDS_MAX: usize = 8 << 20;
-
-/// What running the items of a group came to.
+/// The outcome of running the items of a group. Each of them has a fate then.
 pub(super) enum GroupRun {
-    Completed(Box<CompletedRun>),
-    /// These failed, and what they or others did in the database cannot be told apart.
-    RerunOthers(Vec<FailedItem>),
-    /// The call for all of them failed, and nobody knows who is to blame.
+    /// The effects of the succeeded items can be committed.
+    Completed(Box<GroupEffects>),
+    /// The database work of the failed items cannot be told apart from that of the others.
+    RerunOthers,
+    /// The call for all items failed, and it is unknown which one is the cause.
     UnknownItemFailed,
-    /// Another transaction stood in the way.
+    /// Another transaction conflicted.
     Conflict(String),
 }
 
-/// Items that were run, and what they left.
+/// The effects of the succeeded items of a group, beside those in the database.
 #[derive(Default)]
-pub(super) struct CompletedRun {
-    pub succeeded: Vec<usize>,
-    pub failed: Vec<FailedItem>,
-    /// Those that wait for one that failed; they did not run.
-    pub blocked: Vec<usize>,
+pub(super) struct GroupEffects {
     /// In the order they were sent.
     pub outputs: Vec<Output>,
     pub state: BatchState,
-    /// What is to be done to the cache after the commit.
+    /// Applied after the commit.
     pub cache: CacheWrites,
-    /// How many of those that failed were taken back to a savepoint.
+    /// How many failed items were rolled back to a savepoint.
     pub savepoint_rollbacks: u32,
 }
 
-/// One item's failed attempt.
-pub(super) struct FailedItem {
-    pub item: usize,
-    pub failure: CallFailure,
-    pub logs: String,
-    /// What the guest was given, asked and saw; none if there was no room for it.
-    pub record: Option<StoredRecording>,
-}
-
-impl FailedItem {
-    /// A failed attempt with its record, if it has room beside those that failed before it.
-    fn new<'f>(
-        item: usize,
-        failure: CallFailure,
-        record: Option<&Record>,
-        logs: &str,
-        others: impl Iterator<Item = &'f FailedItem>,
-    ) -> FailedItem {
-        let used: usize = others
-            .filter_map(|failed| failed.record.as_ref())
-            .map(|record| record.json.len())
-            .sum();
-        let record = record.and_then(|record| kept_record(record, &failure));
-        let record = record.filter(|record| used + record.json.len() <= RECORDS_MAX);
-        FailedItem {
-            item,
-            failure,
-            logs: logs.to_owned(),
-            record,
-        }
-    }
-}
-
-/// The record of a call and its failure, as it is kept.
-fn kept_record(record: &Record, failure: &CallFailure) -> Option<StoredRecording> {
-    let record = Record {
-        failure: Some(failure.clone()),
-        ..record.clone()
-    };
-    match record.json() {
-        Ok(json) => Some(StoredRecording {
-            json,
-            digest: record.trap_digest(),
-        }),
-        Err(error) => {
-            tracing::warn!("the record of a failed attempt is not kept: {error}");
-            None
-        }
-    }
-}
-
 impl Delivery {
-    /// Runs the guest for all items, each with its failed attempts so far. `state` is what was read for them.
+    /// Runs the guest for all items. `state` holds the values read for them.
     pub(super) async fn run_items(
         &self,
-        run: &BatchRun<'_>,
-        fresh: &[(usize, u32)],
+        run: &BatchRun,
+        fresh: &mut [&mut BatchItem],
         shared_tx: &SharedTx,
         state: BatchState,
     ) -> anyhow::Result<GroupRun> {
@@ -117,145 +59,135 @@ impl Delivery {
         }
     }
 
-    /// One call for each item, until one spoils the transaction.
+    /// One call per item, until one spoils the transaction.
     async fn run_each(
         &self,
-        run: &BatchRun<'_>,
-        fresh: &[(usize, u32)],
+        run: &BatchRun,
+        fresh: &mut [&mut BatchItem],
         shared_tx: &SharedTx,
         state: BatchState,
     ) -> anyhow::Result<GroupRun> {
-        let mut completed = CompletedRun {
+        let mut effects = GroupEffects {
             state,
-            ..CompletedRun::default()
+            ..GroupEffects::default()
         };
+        let mut recordings = run.recordings_size();
+        let mut failed_keys = HashSet::new();
         let mut warm = None;
-        for &(item, attempts) in fresh {
-            let Some(message) = run.batch.get(item) else {
-                continue;
-            };
-            if run.is_blocked(item, &completed.failed) {
-                completed.blocked.push(item);
+        for item in fresh {
+            if item
+                .key
+                .as_ref()
+                .is_some_and(|key| failed_keys.contains(key))
+            {
+                item.fate = Fate::Blocked;
                 continue;
             }
-            if run.with_savepoints {
+            if run.savepoints == Savepoints::PerItem {
                 shared_tx.begin_item().await;
             }
-            let state = std::mem::take(&mut completed.state);
+
+            let messages = vec![Arc::clone(&item.message)];
+            let state = std::mem::take(&mut effects.state);
+            let attempt = item.attempts + 1;
             let outcome = self
-                .call(
-                    vec![Arc::clone(message)],
-                    attempts + 1,
-                    shared_tx,
-                    state,
-                    warm.take(),
-                    None,
-                )
+                .call(messages, attempt, shared_tx, state, warm.take(), None)
                 .await?;
-            completed.state = outcome.state;
-            // An instance that failed, and what is in its memory, is of no more use.
-            let is_kept =
-                self.worker.isolation == Isolation::Batch || fault::mutant(fault::REUSE_AFTER_TRAP);
-            warm = outcome.warm.filter(|_| is_kept);
+
+            effects.state = outcome.state;
+            // A failed instance is never reused: its memory is in an unknown state.
+            warm = outcome
+                .warm
+                .filter(|_| self.worker.isolation == Isolation::Batch);
             match outcome
                 .result
-                .and_then(|answers| answers.into_iter().collect())
+                .and_then(|results| results.into_iter().collect())
             {
                 Ok(()) => {
-                    completed.state.keep();
-                    log_guest_output(&self.worker.name, &message.event_id, &outcome.logs);
-                    completed.outputs.extend(outcome.outputs);
-                    completed.cache.extend(outcome.cache);
-                    completed.succeeded.push(item);
+                    effects.state.keep();
+                    log_guest_output(&self.worker.name, &item.message.event_id, &outcome.logs);
+                    effects.outputs.extend(outcome.outputs);
+                    effects.cache.extend(outcome.cache);
+                    item.fate = Fate::Succeeded;
                 }
                 Err(failure) if failure.kind == FailureKind::Conflict => {
                     return Ok(GroupRun::Conflict(failure.message));
                 }
                 Err(failure) => {
-                    completed.state.discard();
-                    let others = run.failed.iter().chain(&completed.failed);
-                    let failed = FailedItem::new(
-                        item,
-                        failure,
-                        outcome.record.as_deref(),
-                        &outcome.logs,
-                        others,
-                    );
-                    completed.failed.push(failed);
-                    if outcome.ran_sql && !(run.with_savepoints && shared_tx.undo_item().await?) {
-                        return Ok(GroupRun::RerunOthers(completed.failed));
+                    effects.state.discard();
+                    let record = outcome.record.as_deref();
+                    let failed = FailedCall::new(failure, record, &outcome.logs, recordings);
+                    recordings += failed.recording_size();
+                    failed_keys.extend(item.key.clone());
+                    item.fate = Fate::Failed(failed);
+                    if outcome.ran_sql && !self.undo_item(run, shared_tx).await? {
+                        return Ok(GroupRun::RerunOthers);
                     }
-                    completed.savepoint_rollbacks += u32::from(outcome.ran_sql);
+                    effects.savepoint_rollbacks += u32::from(outcome.ran_sql);
                 }
             }
         }
-        Ok(GroupRun::Completed(Box::new(completed)))
+        Ok(GroupRun::Completed(Box::new(effects)))
     }
 
-    /// One call for all items. Its effects cannot be told apart: they take effect together or not at all.
+    /// Rolls the failed item back to its savepoint. False when there is none.
+    async fn undo_item(&self, run: &BatchRun, shared_tx: &SharedTx) -> anyhow::Result<bool> {
+        match run.savepoints {
+            Savepoints::None => Ok(false),
+            Savepoints::PerItem => shared_tx.undo_item().await,
+        }
+    }
+
+    /// One call for all items. Their effects cannot be told apart: all take effect, or none.
     async fn run_batch(
         &self,
-        run: &BatchRun<'_>,
-        fresh: &[(usize, u32)],
+        run: &BatchRun,
+        fresh: &mut [&mut BatchItem],
         shared_tx: &SharedTx,
         state: BatchState,
     ) -> anyhow::Result<GroupRun> {
-        let items: Vec<usize> = fresh.iter().map(|(item, _)| *item).collect();
-        let messages: Vec<Arc<Message>> = items
-            .iter()
-            .filter_map(|item| run.batch.get(*item).cloned())
-            .collect();
-        let attempts = fresh
-            .iter()
-            .map(|(_, attempts)| *attempts)
-            .max()
-            .unwrap_or_default();
+        let messages: Vec<Arc<Message>> =
+            fresh.iter().map(|item| Arc::clone(&item.message)).collect();
+        let attempts = fresh.iter().map(|item| item.attempts).max();
+        let attempt = attempts.unwrap_or_default() + 1;
         let outcome = self
-            .call(messages, attempts + 1, shared_tx, state, None, None)
+            .call(messages, attempt, shared_tx, state, None, None)
             .await?;
-        let failures: Vec<(usize, CallFailure)> = match outcome.result {
-            Ok(answers) => items
-                .iter()
-                .zip(answers)
-                .filter_map(|(item, answer)| Some((*item, answer.err()?)))
-                .collect(),
-            Err(failure) if failure.kind == FailureKind::Conflict => {
+
+        let results = match (outcome.result, fresh.len()) {
+            (Ok(results), _) => results,
+            (Err(failure), _) if failure.kind == FailureKind::Conflict => {
                 return Ok(GroupRun::Conflict(failure.message));
             }
-            Err(failure) => match items.as_slice() {
-                [item] => vec![(*item, failure)],
-                _ => return Ok(GroupRun::UnknownItemFailed),
-            },
+            (Err(failure), 1) => vec![Err(failure)],
+            (Err(_), _) => return Ok(GroupRun::UnknownItemFailed),
         };
-        if !failures.is_empty() {
-            let mut failed: Vec<FailedItem> = Vec::new();
-            for (item, failure) in failures {
-                let others = run.failed.iter().chain(&failed);
-                let one = FailedItem::new(
-                    item,
-                    failure,
-                    outcome.record.as_deref(),
-                    &outcome.logs,
-                    others,
-                );
-                failed.push(one);
+
+        // A failed item spoils the transaction for all of them.
+        if results.iter().any(Result::is_err) {
+            let mut recordings = run.recordings_size();
+            for (item, result) in fresh.iter_mut().zip(results) {
+                let Err(failure) = result else { continue };
+                let record = outcome.record.as_deref();
+                let failed = FailedCall::new(failure, record, &outcome.logs, recordings);
+                recordings += failed.recording_size();
+                item.fate = Fate::Failed(failed);
             }
-            return Ok(GroupRun::RerunOthers(failed));
+            return Ok(GroupRun::RerunOthers);
         }
-        log_guest_output(
-            &self.worker.name,
-            &format!("a batch of {}", items.len()),
-            &outcome.logs,
-        );
+
+        let label = format!("a batch of {}", fresh.len());
+        log_guest_output(&self.worker.name, &label, &outcome.logs);
+        fresh
+            .iter_mut()
+            .for_each(|item| item.fate = Fate::Succeeded);
         let mut state = outcome.state;
         state.keep();
-        let (outputs, cache) = (outcome.outputs, outcome.cache);
-        Ok(GroupRun::Completed(Box::new(CompletedRun {
-            succeeded: items,
-            outputs,
+        Ok(GroupRun::Completed(Box::new(GroupEffects {
+            outputs: outcome.outputs,
             state,
-            cache,
-            ..CompletedRun::default()
+            cache: outcome.cache,
+            savepoint_rollbacks: 0,
         })))
     }
 
@@ -291,7 +223,7 @@ impl Delivery {
     }
 }
 
-/// The cache as the guests of one worker see it.
+/// The read cache of one worker, for its guests.
 struct WorkerCache {
     cache: Cache,
     worker: String,

@@ -7,7 +7,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{BatchRun, Delivery, FailedItem, TxOutcome};
+use super::{BatchItem, Delivery, FailedCall, Fate, TxOutcome};
 use crate::guest::{CallFailure, FailureKind};
 use crate::store::StoreError;
 
@@ -62,18 +62,12 @@ impl ConnectionBreaks {
 }
 
 impl Delivery {
-    /// The items in groups that run one after the other: those in which the connection broke alone, the others together.
-    pub(super) fn group_items(
-        &self,
-        run: &BatchRun<'_>,
-        items: Vec<usize>,
-    ) -> VecDeque<Vec<usize>> {
-        let mut groups: VecDeque<Vec<usize>> = VecDeque::new();
+    /// The items in groups that run one after the other: an item in which the connection broke runs alone.
+    pub(super) fn group_items(&self, items: Vec<BatchItem>) -> VecDeque<Vec<BatchItem>> {
+        let mut groups: VecDeque<Vec<BatchItem>> = VecDeque::new();
         let mut can_join = false;
         for item in items {
-            let is_alone = run
-                .event_id(item)
-                .is_some_and(|event_id| self.connection_breaks.contains(&event_id));
+            let is_alone = self.connection_breaks.contains(&item.message.event_id);
             match groups.back_mut() {
                 Some(group) if can_join && !is_alone => group.push(item),
                 _ => groups.push_back(vec![item]),
@@ -83,17 +77,14 @@ impl Delivery {
         groups
     }
 
-    /// What follows when the connection broke during a statement of one of the group.
+    /// The outcome of a group during whose statements the connection broke.
     pub(super) fn handle_connection_break(
         &self,
-        run: &mut BatchRun<'_>,
-        group: &[usize],
+        group: &mut [BatchItem],
         error: StoreError,
     ) -> Result<TxOutcome, StoreError> {
-        let event_ids: Vec<String> = group
-            .iter()
-            .filter_map(|item| run.event_id(*item))
-            .collect();
+        let pending = group.iter().filter(|item| item.is_pending());
+        let event_ids = pending.map(|item| item.message.event_id.clone()).collect();
         let times = self.connection_breaks.record(event_ids);
         match group {
             [item] if times >= BREAKS_MAX => {
@@ -102,13 +93,8 @@ impl Delivery {
                     anyhow::Error::from(error)
                 );
                 let failure = CallFailure::new(FailureKind::Retry, "connection-broken", why);
-                run.failed.push(FailedItem {
-                    item: *item,
-                    failure,
-                    logs: String::new(),
-                    record: None,
-                });
-                Ok(TxOutcome::Committed)
+                item.fate = Fate::Failed(FailedCall::without_call(failure));
+                Ok(TxOutcome::Finished)
             }
             [_] => Err(error),
             _ => Ok(TxOutcome::RunIndividually),

@@ -215,7 +215,7 @@ impl Delivery {
             tx.rollback().await;
             return self.store_response(incoming, response).await.map(Ok);
         }
-        let invalidation = self.invalidation_output(Some(event_id), &cache)?;
+        let invalidation = self.invalidation_output(event_id, &cache)?;
         let id = invalidation
             .as_ref()
             .map(|invalidation| invalidation.id.clone());

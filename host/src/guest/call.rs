@@ -21,7 +21,6 @@ use super::logs::Logs;
 use super::record::{HostCall, RECORD_FORMAT, Record};
 use super::recorder::{PlaybackEnd, Recorder};
 use crate::config::manifest::Worker;
-use crate::fault;
 use crate::model::cache_writes::CacheWrites;
 use crate::model::keyed_state::BatchState;
 use crate::model::message::{Message, Output};
@@ -276,7 +275,7 @@ impl Guest {
             record,
             replay_progress,
             warm: instance
-                .filter(|_| all_succeeded || fault::mutant(fault::REUSE_AFTER_TRAP))
+                .filter(|_| all_succeeded)
                 .map(|instance| WarmInstance { store, instance }),
         })
     }

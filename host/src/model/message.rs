@@ -7,7 +7,6 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::fault;
 use crate::model::base64_text;
 
 /// Header names and values in order; a name may repeat, case is kept.
@@ -55,9 +54,6 @@ impl Message {
     /// SHA-256 over subject and body: two messages with one event id must agree on it. A message that was corrected keeps
     /// that of the original.
     pub fn payload_sha256(&self) -> [u8; 32] {
-        if fault::mutant(fault::DROP_PAYLOAD_HASH) {
-            return [0; 32];
-        }
         if let Some(redriven) = &self.redriven {
             return redriven.payload_sha256;
         }

@@ -420,7 +420,6 @@ impl Relay {
                 fault::point(fault::BEFORE_PUBLISH);
             }
             has_sent = true;
-            self.act_as_mutant(&held.row).await;
             let highest_sequence = stream
                 .as_ref()
                 .and_then(|stream| self.highest_sequences.get(stream))
@@ -642,20 +641,6 @@ impl Relay {
         self.recorder.unpublished(batch.unpublished);
         self.take(batch.rows, batch.since);
         batch.is_full
-    }
-
-    async fn act_as_mutant(&self, row: &OutboxRow) {
-        if fault::mutant(fault::CURSOR_BY_SEQ) {
-            fault::is_past_cursor(row.seq);
-        }
-        if fault::mutant(fault::MARK_BEFORE_PUBACK) {
-            let place = Published {
-                seq: row.seq,
-                stream: String::new(),
-                stream_sequence: 0,
-            };
-            let _ = self.store.mark_published(&[place]).await;
-        }
     }
 }
 

@@ -3,8 +3,6 @@
 
 use std::time::Duration;
 
-use crate::fault;
-
 /// How long an instance counts as alive after it last said so, on the database's clock.
 pub const HOST_LEASE: Duration = Duration::from_secs(6);
 
@@ -20,25 +18,21 @@ pub const LEASE_SAFE_FOR: Duration = Duration::from_secs(4);
 
 /// The id of an instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Instance(Option<i64>);
+pub struct Instance(i64);
 
 impl Instance {
     pub(super) fn new() -> Self {
-        Instance(
-            (!fault::mutant(fault::LEASES_WITHOUT_INSTANCE))
-                .then(|| rand::random::<i64>() & i64::MAX),
-        )
+        Instance(rand::random::<i64>() & i64::MAX)
     }
 
-    /// As it stands in columns; none for the mutant that has no instance.
-    pub(super) fn id(self) -> Option<i64> {
+    /// As it stands in columns.
+    pub(super) fn id(self) -> i64 {
         self.0
     }
 
     /// The name of sessions of this instance: `oncely guests 00ab…`.
     pub(super) fn name(self, purpose: &str) -> String {
-        self.0
-            .map_or_else(|| purpose.to_owned(), |id| format!("{purpose} {id:016x}"))
+        format!("{purpose} {:016x}", self.0)
     }
 }
 

@@ -12,7 +12,6 @@ use super::{
     Claim, Claimed, OutboxRow, Output, Result, StateEntry, StateSlot, StoreError, Unpublished,
     WorkerMigration,
 };
-use crate::fault;
 use crate::model::alarm::{self, Kind};
 use crate::model::failure_group::FailureGroup;
 use crate::model::message::Headers;
@@ -322,9 +321,6 @@ pub(super) fn to_dead_letter<'b, 'a>(
     inserted: &HashSet<(String, String)>,
     inbox_records: &HashMap<(String, String), InboxRecord>,
 ) -> Vec<&'b NewDeadLetter<'a>> {
-    if fault::mutant(fault::SKIP_DEAD_LETTER) {
-        return Vec::new();
-    }
     let mut seen = HashSet::new();
     let is_new = |new_dead_letter: &&NewDeadLetter<'a>| {
         let (worker, event_id) = new_dead_letter.key();

@@ -1,6 +1,6 @@
 //! The cache as handlers have it: what they leave takes effect with their commit, and not at all without.
 
-use oncely::delivery::{BatchResult, Delivery};
+use oncely::delivery::{BatchResult, Delivery, Savepoints};
 use oncely::model::message::Message;
 use oncely::model::verdict::Verdict;
 use oncely::store::OutboxRow;
@@ -148,8 +148,8 @@ both!(
             "cached,sql_text",
             "insert,cached,emit_ungranted",
         ];
-        // Beside one that succeeds, at once and with the others run again; careful, with savepoints; and alone.
-        for (round, careful) in [(0, false), (1, true)] {
+        // Beside one that succeeds, at once and with the others run again; with savepoints; and alone.
+        for (round, savepoints) in [(0, Savepoints::None), (1, Savepoints::PerItem)] {
             let mut batch: Vec<_> = endings
                 .iter()
                 .enumerate()
@@ -165,7 +165,7 @@ both!(
                 r#"{{"cache": ["put"], "key": "good{round}", "value": "3", "tags": ["u"], "n": 1}}"#
             );
             batch.insert(2, cached(&format!("{round}-good"), "insert,cached", &good));
-            let delivered = harness.delivery.deliver(&batch, careful).await?;
+            let delivered = harness.delivery.deliver(&batch, savepoints).await?;
             let done = delivered
                 .verdicts
                 .iter()

@@ -322,7 +322,11 @@ async fn a_dead_letter_is_redriven_once_by_concurrent_calls(world: World) {
         moved[0].refused.as_deref(),
         Some("somebody put it back since")
     );
-    let (moved, _) = world.store.redrive(&[redrive_of(999)], &ada()).await.unwrap();
+    let (moved, _) = world
+        .store
+        .redrive(&[redrive_of(999)], &ada())
+        .await
+        .unwrap();
     assert_eq!(moved[0].refused.as_deref(), Some("there is no such letter"));
     let audit = world
         .store

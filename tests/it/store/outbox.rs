@@ -69,7 +69,10 @@ async fn appended_outputs_are_leased_to_the_committing_host(world: World) {
             (output.id.as_str(), &output.body)
         );
         assert_eq!(row.headers[..output.headers.len()], output.headers);
-        assert_eq!(row.id, world.store.output_ids().id_of(super::WORKER, output));
+        assert_eq!(
+            row.id,
+            world.store.output_ids().id_of(super::WORKER, output)
+        );
         assert_eq!((row.worker.as_str(), row.failures), (super::WORKER, 0));
         assert!(
             row.first_attempt_at.duration_since(before).abs() < jiff::SignedDuration::from_secs(10)

@@ -61,8 +61,15 @@ async fn a_watermark_is_known_once_it_is_written(world: World) {
     let watermarks = world.store.watermarks(Some("a")).await.unwrap();
     let last = watermarks.last.unwrap();
     assert_eq!((last.name.as_str(), last.seen), ("b", seen(2)));
-    assert_eq!(watermarks.acknowledged.map(|(_, sequence)| sequence), Some(7));
-    assert!(watermarks.known.is_some_and(|known| known <= last.written_at));
+    assert_eq!(
+        watermarks.acknowledged.map(|(_, sequence)| sequence),
+        Some(7)
+    );
+    assert!(
+        watermarks
+            .known
+            .is_some_and(|known| known <= last.written_at)
+    );
     assert!(
         world
             .store

@@ -5,7 +5,6 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::READ_ONLY_REQUEST;
-use crate::fault;
 use crate::guest::bindings::oncely::worker::outbox;
 use crate::guest::call::{CallState, FailureKind};
 use crate::guest::record::{HostCall, OutgoingMessage};
@@ -249,9 +248,6 @@ fn check_headers(headers: &Headers) -> Result<(), outbox::Error> {
             )));
         }
         let lower = name.to_ascii_lowercase();
-        if fault::mutant(fault::ALLOW_RESERVED_HEADERS) {
-            continue;
-        }
         if lower.starts_with("nats-") || lower.starts_with("oncely-") {
             return Err(outbox::Error::InvalidHeader(format!(
                 "the header `{name}` is reserved: names that begin with `Nats-` or `Oncely-` are the platform's"

@@ -1,7 +1,6 @@
 //! Statements: counted against the limits, run in the transaction, and doomed with it when they fail.
 
 use super::READ_ONLY_REQUEST;
-use crate::fault;
 use crate::guest::bindings::oncely::worker::sql;
 use crate::guest::call::{CallState, FailureKind};
 use crate::guest::record::{HostCall, HostResult};
@@ -88,7 +87,7 @@ impl CallState {
                 | SqlError::InvalidParameter(_)
                 | SqlError::TransactionFailed(_)
         );
-        if dooms && !fault::mutant(fault::IGNORE_COMMIT_TAG) {
+        if dooms {
             self.doom(kind, code, &format!("a statement failed: {error}"));
         }
         wit_error(error)

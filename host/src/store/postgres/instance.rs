@@ -33,9 +33,6 @@ impl HostLease {
 
     /// Renews the lease, and takes over from instances whose lease ran out. Dropped half-way, it closes its connection.
     pub(super) async fn renew(&self) -> Result<Vec<TakenOver>> {
-        let Some(id) = self.instance.id() else {
-            return Ok(Vec::new());
-        };
         let mut cached = self.connection.lock().await;
         let mut connection = match cached.take() {
             Some(connection) => connection,
@@ -45,7 +42,7 @@ impl HostLease {
                 .await
                 .map_err(|error| errors::from_statement(error, "connect to PostgreSQL"))?,
         };
-        let taken_over = renew_and_take_over(&mut connection, id).await?;
+        let taken_over = renew_and_take_over(&mut connection, self.instance.id()).await?;
         *cached = Some(connection);
         Ok(taken_over)
     }
@@ -55,9 +52,8 @@ impl HostLease {
         let Some(mut connection) = self.connection.lock().await.take() else {
             return;
         };
-        let Some(id) = self.instance.id() else { return };
         let ended = async {
-            remove_instance(&mut connection, id).await?;
+            remove_instance(&mut connection, self.instance.id()).await?;
             connection
                 .close()
                 .await

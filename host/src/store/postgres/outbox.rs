@@ -9,7 +9,6 @@ use sqlx::postgres::PgRow;
 
 use super::errors;
 use super::session::Session;
-use crate::fault;
 use crate::store::shared::{self, ReleaseColumns};
 use crate::store::{OutboxRow, Output, Published, Result, StoreError, Unpublished, rows};
 
@@ -241,13 +240,6 @@ pub(super) async fn mark_published(session: &mut Session, published: &[Published
         .execute(session.connection())
         .await
         .map_err(|error| errors::from_statement(error, "mark outputs as published"))?;
-    if fault::mutant(fault::MARK_WITHOUT_FILTER) {
-        let everything = "update oncely.outbox set published_at = now(), stream = '', stream_sequence = 0, blocked_by = null, parked_at = null where published_at is null";
-        sqlx::raw_sql(everything)
-            .execute(session.connection())
-            .await
-            .map_err(|error| errors::from_statement(error, "mark outputs as published"))?;
-    }
     shared::check_count(result.rows_affected(), published.len())
 }
 

@@ -9,7 +9,6 @@ use sqlx::postgres::PgRow;
 
 use super::session::Session;
 use super::{attempts, errors, outbox};
-use crate::fault;
 use crate::model::redrive::Pointer;
 use crate::model::verdict::Settled;
 use crate::store::dead_letters::{self, LockedDeadLetter};
@@ -107,13 +106,12 @@ pub(super) async fn redriven_message(
              coalesce((select edited.body from oncely.dead_letter_edit as edited
                        where edited.dead_letter_id = dead_letter.id order by edit desc limit 1), body) as body,
              coalesce((select version from oncely.worker where name = dead_letter.worker), 0) as active
-         from oncely.dead_letter where id = $1 and generation = $2 and state = 'redriven' and (worker = $3 or $4)",
+         from oncely.dead_letter where id = $1 and generation = $2 and state = 'redriven' and worker = $3",
     );
     let row = query
         .bind(id)
         .bind(generation.cast_signed())
         .bind(worker)
-        .bind(fault::mutant(fault::POINTER_WITHOUT_WORKER))
         .fetch_optional(session.connection())
         .await
         .map_err(|error| errors::from_statement(error, "read a letter that was put back"))?;

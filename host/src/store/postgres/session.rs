@@ -11,7 +11,6 @@ use sqlx::query::Query;
 use sqlx::{AssertSqlSafe, Postgres, Row, raw_sql};
 
 use super::errors;
-use crate::fault;
 use crate::model::output_ids::OutputIds;
 use crate::store::Result;
 use crate::store::instance::Instance;
@@ -61,8 +60,7 @@ impl Purpose {
         } else {
             time / 2
         });
-        let waits =
-            !matches!(self, Purpose::AsyncCommit) && !fault::mutant(fault::SYNCHRONOUS_COMMIT_OFF);
+        let waits = !matches!(self, Purpose::AsyncCommit);
         let durable = if waits { "on" } else { "off" };
         // Guests may think for long, batch after batch: a host that froze meanwhile is known by its lease, see `instance`.
         let idle_ms = milliseconds(match self {
@@ -80,11 +78,7 @@ impl Purpose {
             Purpose::Read => (JIT_OFF, ""),
             Purpose::Guest(_) | Purpose::GuestReadOnly(_) | Purpose::Deploy => ("", ""),
         };
-        let (reset, pinned) = if fault::mutant(fault::NO_SESSION_RESET) {
-            ("", "")
-        } else {
-            (RESET, STARTUP_SETTINGS)
-        };
+        let (reset, pinned) = (RESET, STARTUP_SETTINGS);
         let name = name.replace('\'', "''");
         let unlock = if releases_locks {
             ", pg_catalog.pg_advisory_unlock_all()"
@@ -128,9 +122,7 @@ pub(super) struct HostSettings {
 impl HostSettings {
     /// Settings of a transaction.
     fn settings(self) -> String {
-        let instance = self.instance.id().map_or_else(String::new, |id| {
-            format!("set local oncely.instance = '{id}'; ")
-        });
+        let instance = format!("set local oncely.instance = '{}'; ", self.instance.id());
         match self.checks_client {
             true => format!(
                 "{instance}set local client_connection_check_interval = {CHECK_CLIENT_MS}; "
@@ -434,17 +426,7 @@ impl Session {
             "select 1 / (pg_catalog.pg_current_xact_id() = '{}'::pg_catalog.xid8)::int",
             self.id
         );
-        if fault::mutant(fault::IGNORE_COMMIT_TAG) {
-            let token = format!(
-                "set local oncely.commit_token = '{}'",
-                hex::encode(self.token_for("commit"))
-            );
-            let _ = raw_sql(AssertSqlSafe(token))
-                .execute(&mut *self.connection)
-                .await;
-        }
         let commit = match self.purpose {
-            _ if fault::mutant(fault::IGNORE_COMMIT_TAG) => "commit".to_owned(),
             Purpose::Read | Purpose::GuestReadOnly(_) => "commit".to_owned(),
             Purpose::Guest(_) => {
                 // The guard lets this commit pass; the guests of the transaction are gone when the token is shown.
@@ -457,24 +439,17 @@ impl Session {
                 format!("{fence}; commit")
             }
         };
-        match raw_sql(AssertSqlSafe(commit))
+        let committed = raw_sql(AssertSqlSafe(commit))
             .execute(&mut *self.connection)
-            .await
-        {
-            Err(error)
-                if fault::mutant(fault::RESEND_COMMIT) && errors::is_connection_loss(&error) =>
-            {
-                return Ok(());
+            .await;
+        committed.map_err(|error| match self.purpose {
+            Purpose::Guest(_) | Purpose::GuestReadOnly(_) | Purpose::Deploy => {
+                errors::from_guest_commit(error)
             }
-            committed => committed.map_err(|error| match self.purpose {
-                Purpose::Guest(_) | Purpose::GuestReadOnly(_) | Purpose::Deploy => {
-                    errors::from_guest_commit(error)
-                }
-                Purpose::Platform | Purpose::AsyncCommit | Purpose::Read => {
-                    errors::from_statement(error, "commit")
-                }
-            })?,
-        };
+            Purpose::Platform | Purpose::AsyncCommit | Purpose::Read => {
+                errors::from_statement(error, "commit")
+            }
+        })?;
         self.finished = true;
         Ok(())
     }

@@ -2,14 +2,11 @@
 
 use std::time::Duration;
 
-use anyhow::anyhow;
 use async_trait::async_trait;
-use sqlx::Row;
 
 use super::guest_sql::{self, Guests, StatementOutcome};
-use super::session::{Purpose, Session, Sessions};
+use super::session::Session;
 use super::{changes, errors, inbox, outbox, requests, state};
-use crate::fault;
 use crate::model::request::{HttpResponse, RequestKey};
 use crate::model::sql::{Rows, SqlError, SqlLimits, Value};
 use crate::model::verdict::Settled;
@@ -49,9 +46,6 @@ impl PostgresTx {
     }
 
     fn check(&self) -> Result<()> {
-        if fault::mutant(fault::IGNORE_COMMIT_TAG) {
-            return Ok(());
-        }
         self.failure
             .as_deref()
             .map_or(Ok(()), |why| Err(shared::transaction_failed(why)))
@@ -222,12 +216,8 @@ impl Tx for PostgresTx {
             self.rollback().await;
             return Err(refused);
         }
-        let xid = self.session.id().to_owned();
         let platform = self.guests.platform.clone();
         match self.session.commit().await {
-            Err(StoreError::Unavailable(_)) if fault::mutant(fault::RESOLVE_BY_SELECT) => {
-                resolve_by_select(&platform, &xid).await?;
-            }
             Err(error) if errors::is_renewed_key(&error) => {
                 platform.mark_key_stale();
                 return Err(error);
@@ -241,18 +231,5 @@ impl Tx for PostgresTx {
         if !self.is_broken {
             self.session.rollback().await;
         }
-    }
-}
-
-/// What a mutant makes of an unclear commit. One that is still on its way looks as if it had not happened.
-async fn resolve_by_select(platform: &Sessions, xid: &str) -> Result<()> {
-    let mut session = platform.begin(Purpose::Platform).await?;
-    let query = session.query(
-        "select pg_catalog.pg_xact_status($1::pg_catalog.text::pg_catalog.xid8) = 'committed'",
-    );
-    let row = query.bind(xid).fetch_one(session.connection()).await;
-    match row.and_then(|row| row.try_get(0)) {
-        Ok(true) => Ok(()),
-        _ => Err(StoreError::Refused(anyhow!("it did not happen"))),
     }
 }

@@ -10,7 +10,6 @@ use sqlx::sqlite::SqliteRow;
 
 use super::errors;
 use super::session::Session;
-use crate::fault;
 use crate::store::shared::{self, KEY_QUEUE_MAX, ReleaseColumns};
 use crate::store::{OutboxRow, Output, Published, Result, StoreError, Unpublished, rows};
 
@@ -266,13 +265,6 @@ pub(super) async fn mark_published(session: &mut Session, published: &[Published
     .execute(session.connection().map_err(context)?)
     .await
     .map_err(context)?;
-    if fault::mutant(fault::MARK_WITHOUT_FILTER) {
-        let everything = "update oncely_outbox set published_at = 0, stream = '', stream_sequence = 0, blocked_by = null, parked_at = null where published_at is null";
-        sqlx::raw_sql(everything)
-            .execute(session.connection().map_err(context)?)
-            .await
-            .map_err(context)?;
-    }
     shared::check_count(result.rows_affected(), published.len())
 }
 

@@ -7,7 +7,6 @@ use sqlx::sqlite::{SqlitePool, SqliteRow};
 
 use super::session::Session;
 use super::{attempts, errors, outbox};
-use crate::fault;
 use crate::model::redrive::Pointer;
 use crate::model::verdict::Settled;
 use crate::store::dead_letters::{self, LockedDeadLetter};
@@ -110,12 +109,11 @@ pub(super) async fn redriven_message(
                        where edited.dead_letter_id = dead.id order by edit desc limit 1), body) as body,
              coalesce((select version from oncely_worker where name = dead.worker), 0) as active
          from oncely_dead_letter as dead
-         where id = $1 and generation = $2 and state = 'redriven' and (worker = $3 or $4)",
+         where id = $1 and generation = $2 and state = 'redriven' and worker = $3",
     )
     .bind(id)
     .bind(generation)
     .bind(worker)
-    .bind(fault::mutant(fault::POINTER_WITHOUT_WORKER))
     .fetch_optional(readers)
     .await
     .map_err(|error| errors::from_statement(error, "read a letter that was put back"))?;

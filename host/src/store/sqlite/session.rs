@@ -182,7 +182,7 @@ impl Session {
     }
 
     /// The instance that leases what is appended.
-    pub(super) fn instance(&self) -> Option<i64> {
+    pub(super) fn instance(&self) -> i64 {
         self.instance.id()
     }
 
