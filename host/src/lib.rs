@@ -7,26 +7,26 @@
 pub mod cli;
 
 /// The control API: JSON over HTTP.
-pub mod api;
+mod api;
 
 /// A running host: start and stop, supervision of workers, deployments, restores.
-pub mod runtime;
+mod runtime;
 
 /// Alarms: the monitor that raises them, the webhook that posts them.
-pub mod alarms;
+mod alarms;
 /// Dead letters: dry run of a redrive, verification afterwards, replay of a failed attempt.
-pub mod dlq;
+mod dlq;
 
 /// A running worker: pulls messages, keeps them in order, runs batches in lanes.
-pub mod consumer;
+mod consumer;
 /// HTTP requests to handlers, each with one effect per idempotency key.
-pub mod ingress;
+mod ingress;
 
 /// What all parts of a running host share.
-pub mod services;
+mod services;
 
 /// Publishes committed outputs.
-pub mod relay;
+mod relay;
 
 /// The core: a batch of messages, or a request, becomes one transaction.
 pub mod delivery;
@@ -39,12 +39,12 @@ pub mod bus;
 /// Guests: components and their calls, by wasmtime.
 pub mod guest;
 /// HTTP listeners with bounds on connections, time and memory, by hyper.
-pub mod http_server;
+mod http_server;
 /// The database, by sqlx.
 pub mod store;
 
 /// Inspection of a component before it is compiled, by wasmparser.
-pub mod component;
+mod component;
 /// Settings of the host and the manifest of an application.
 pub mod config;
 /// Metrics and health.

@@ -247,21 +247,35 @@ fn every_mutant_patch_applies() -> Result<()> {
         std::fs::write(to, text)?;
     }
     let folder = repository().join("tests/mutants");
-    let mut patches: Vec<PathBuf> =
-        std::fs::read_dir(&folder)?.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
+    let mut patches: Vec<PathBuf> = std::fs::read_dir(&folder)?
+        .map(|entry| Ok(entry?.path()))
+        .collect::<Result<_>>()?;
     // The one that the others need comes first.
     patches.sort_by_key(|path| (!path.ends_with("selector.patch"), path.clone()));
-    assert!(patches.len() > 20, "{} patches in tests/mutants", patches.len());
+    assert!(
+        patches.len() > 20,
+        "{} patches in tests/mutants",
+        patches.len()
+    );
     for patch in patches {
         let applied = Command::new("git")
             .args(["apply", "-C1"])
             .arg(&patch)
             .current_dir(copy.path())
-            .env("GIT_CEILING_DIRECTORIES", copy.path().parent().context("find the folder of the copy")?)
+            .env(
+                "GIT_CEILING_DIRECTORIES",
+                copy.path()
+                    .parent()
+                    .context("find the folder of the copy")?,
+            )
             .output()
             .context("run git")?;
         let error = String::from_utf8_lossy(&applied.stderr);
-        assert!(applied.status.success(), "{} does not apply: {error}", patch.display());
+        assert!(
+            applied.status.success(),
+            "{} does not apply: {error}",
+            patch.display()
+        );
     }
     Ok(())
 }

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use async_trait::async_trait;
 use jiff::Timestamp;
+use tracing::Instrument;
 
 use super::{
     BatchItem, BatchRun, Delivery, FailedCall, Fate, Savepoints, SharedTx, log_guest_output,
@@ -90,8 +91,15 @@ impl Delivery {
             let messages = vec![Arc::clone(&item.message)];
             let state = std::mem::take(&mut effects.state);
             let attempt = item.attempts + 1;
+            let span = tracing::debug_span!(
+                "delivery",
+                worker = self.worker.name,
+                event_id = item.message.event_id,
+                attempt,
+            );
             let outcome = self
                 .call(messages, attempt, shared_tx, state, warm.take(), None)
+                .instrument(span)
                 .await?;
 
             effects.state = outcome.state;
@@ -150,8 +158,15 @@ impl Delivery {
             fresh.iter().map(|item| Arc::clone(&item.message)).collect();
         let attempts = fresh.iter().map(|item| item.attempts).max();
         let attempt = attempts.unwrap_or_default() + 1;
+        let span = tracing::debug_span!(
+            "delivery",
+            worker = self.worker.name,
+            messages = messages.len(),
+            attempt,
+        );
         let outcome = self
             .call(messages, attempt, shared_tx, state, None, None)
+            .instrument(span)
             .await?;
 
         let results = match (outcome.result, fresh.len()) {

@@ -16,6 +16,7 @@ use axum::http::request::Parts;
 use axum::response::Response;
 use bytes::Bytes;
 use tokio::sync::{RwLock, Semaphore};
+use tracing::Instrument;
 
 use crate::bus::Bus;
 use crate::cache::Cache;
@@ -456,8 +457,14 @@ async fn handle(State(ingress): State<Arc<Ingress>>, request: Request) -> Respon
             return respond(problem.answer(), false);
         }
     };
+    let span = tracing::debug_span!(
+        "request",
+        worker = target.name(),
+        route = target.route(),
+        method = asked.request.method,
+    );
     // A caller that goes away stops nothing half-way.
-    let answering = tokio::spawn(async move {
+    let answering = async move {
         let (answer, replayed) = ingress
             .answer(&target, &asked)
             .await
@@ -472,8 +479,8 @@ async fn handle(State(ingress): State<Arc<Ingress>>, request: Request) -> Respon
         // Until here the body was in memory.
         drop(memory);
         (answer, replayed)
-    });
-    match answering.await {
+    };
+    match tokio::spawn(answering.instrument(span)).await {
         Ok((answer, replayed)) => respond(answer, replayed),
         Err(_) => respond(Problem::unavailable().answer(), false),
     }

@@ -15,6 +15,7 @@ use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
 use tokio::sync::{mpsc, watch};
+use tracing::Instrument;
 
 use crate::bus::{
     Bus, OutgoingMessage, PublishAck, PublishError, PublishResult, StreamInfo, stream_for_subject,
@@ -427,7 +428,14 @@ impl Relay {
                 .unwrap_or_default();
             let answer = self.bus.begin_publish(outgoing(&held.row), connection);
             let duplicates = self.duplicates.clone();
-            in_flight.push(Box::pin(async move {
+            let span = tracing::debug_span!(
+                "publish",
+                worker = held.row.worker,
+                output = held.row.id,
+                subject = held.row.subject,
+                stream,
+            );
+            let publish = async move {
                 let answer = duplicates.confirm(&held.row, answer.await).await;
                 SettledPublish {
                     held,
@@ -435,7 +443,8 @@ impl Relay {
                     highest_sequence,
                     answer,
                 }
-            }));
+            };
+            in_flight.push(Box::pin(publish.instrument(span)));
         }
         if has_sent {
             fault::point(fault::PUBLISH_SENT);
