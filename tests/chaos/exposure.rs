@@ -1,4 +1,4 @@
-//! What must have happened in a campaign before it may say that a mutant was not caught: otherwise it proves nothing.
+//! Events that must happen in a campaign before a mutant may count as not caught.
 
 use oncely::fault;
 use support::proxy::Cut;
@@ -6,22 +6,22 @@ use support::proxy::Cut;
 use crate::campaign::Act;
 use crate::workload::{Nature, Often};
 
-/// What a mutant cannot survive unseen.
+/// The required exposure of a mutant; a run without it proves nothing.
 #[derive(Debug, Clone, Default)]
 pub struct Exposure {
-    /// What is done to the host, and how often at least.
+    /// Faults to inject, each with its minimum count.
     pub acts: Vec<(Act, u64)>,
-    /// What is published far more often than usual, and how often at least.
+    /// A nature published far more often than usual, with its minimum count.
     pub often: Option<(Often, u64)>,
-    /// How often ids of outputs are taken by a stranger before these are published.
+    /// Minimum count of output ids that the stranger takes before their publication.
     pub taken_ids: u64,
-    /// How often the mutant has to have done harm that it knows of. The acts go on until then.
+    /// Minimum harm recorded by the mutant itself. Faults continue until then.
     pub harm: u64,
 }
 
 impl Exposure {
-    /// What exposes a mutant; none for one that no campaign is made for. The host as it is (`none`) goes through the acts
-    /// of all of them.
+    /// The exposure of a mutant, or none if no campaign is designed for it. The unchanged host
+    /// (`none`) gets the faults of all mutants.
     pub fn for_mutant(mutant: &str) -> Option<Exposure> {
         let acts = |acts: &[(Act, u64)]| Exposure {
             acts: acts.to_vec(),
@@ -32,27 +32,27 @@ impl Exposure {
             ..Exposure::default()
         };
         Some(match mutant {
-            // What is in flight when a host dies is gone.
+            // Messages in flight are lost when the host dies.
             fault::ACK_BEFORE_COMMIT | fault::INBOX_IN_OWN_TX => acts(&[(Act::Kill, 6)]),
             // The commit did not happen, and succeeds on another connection.
             fault::RESEND_COMMIT => acts(&[(Act::Cut(Cut::CommitNotForwarded), 6)]),
-            // The commit happens after the look for it.
+            // The commit happens after the check for it.
             fault::RESOLVE_BY_SELECT => Exposure {
                 harm: 2,
                 ..acts(&[(Act::Cut(Cut::CommitDelayed), 4)])
             },
-            // What was confirmed last is gone with the server, which writes seconds later where it is not waited for.
+            // The server writes asynchronous commits seconds later, so a stop loses the last ones.
             fault::SYNCHRONOUS_COMMIT_OFF => acts(&[(Act::StopDatabase, 6)]),
-            // Outputs are left behind, to be swept up.
+            // Unpublished outputs are left to the poller.
             fault::CURSOR_BY_SEQ => {
                 acts(&[(Act::Cut(Cut::OutputsNotForwarded), 4), (Act::Kill, 2)])
             }
-            // Outputs are marked and did not arrive.
+            // Outputs are marked as published but did not arrive.
             fault::MARK_BEFORE_PUBACK | fault::MARK_WITHOUT_FILTER => acts(&[
                 (Act::Cut(Cut::OutputsNotForwarded), 5),
                 (Act::KillBroker, 2),
             ]),
-            // Copies are common enough, and every effect leaves a trace in its session.
+            // Duplicates are frequent, and every effect leaves a trace in its session.
             fault::SKIP_CLAIM | fault::NO_SESSION_RESET => Exposure::default(),
             fault::SKIP_RELEASE => often(Often::Nature(Nature::FailsOnce), 20),
             fault::CHARGE_WHOLE_BATCH => often(Often::Nature(Nature::FailsOnceLate), 20),
@@ -64,9 +64,9 @@ impl Exposure {
                 taken_ids: 20,
                 ..Exposure::default()
             },
-            // The stranger sends each pointer to another worker, too.
+            // The stranger also sends each pointer to another worker.
             fault::POINTER_WITHOUT_WORKER => often(Often::Nature(Nature::Redriven), 20),
-            // What a host leaves waits until its leases run out.
+            // Outputs leased by a dead host wait until their leases run out.
             fault::LEASES_WITHOUT_INSTANCE => acts(&[(Act::DieWithLeases, 3)]),
             fault::DROP_PAYLOAD_HASH => often(Often::IdReuse, 15),
             "none" => acts(&[

@@ -1,4 +1,4 @@
-//! A world whose host dies on command, and whose database is reached through a proxy that cuts.
+//! A world with a fault-injecting host build and a proxy in front of its database.
 
 use anyhow::{Context, Result, ensure};
 use support::database::{Database, Kind};
@@ -7,15 +7,15 @@ use support::postgres::Cluster;
 use support::proxy::Proxy;
 use support::world::World;
 
-/// PostgreSQL of its own, and what stands before it; none of both on SQLite.
+/// A dedicated PostgreSQL and its proxy; both are none on SQLite.
 pub struct ProxiedDatabase {
     pub cluster: Option<Cluster>,
     pub to_database: Option<Proxy>,
 }
 
 impl ProxiedDatabase {
-    /// Gives a world its database, and the build of the host that has points to die at. A PostgreSQL with a late writer
-    /// loses what is not waited for with the server.
+    /// Equips a world with its database and the host build with fault points. With a late writer, a
+    /// stop of PostgreSQL loses asynchronous commits.
     pub async fn install(world: &mut World, kind: Kind, late_writer: bool) -> Result<Self> {
         let program = guests::target_dir()?
             .parent()
@@ -23,7 +23,7 @@ impl ProxiedDatabase {
             .join("chaos/oncely");
         ensure!(
             program.exists(),
-            "{} is not there; `make chaos` builds it",
+            "{} does not exist; `make chaos` builds it",
             program.display()
         );
         world.program = Some(program);

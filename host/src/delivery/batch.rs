@@ -1,4 +1,5 @@
-//! Running the guest for the items of one transaction: one after the other, or all of them in one call.
+//! Runs the guest for the items of one transaction: one call for each item, or one call for all of
+//! them.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -19,48 +20,48 @@ use crate::model::keyed_state::BatchState;
 use crate::model::message::{Message, Output};
 use crate::store::StoredRecording;
 
-/// How much the records of one batch's failed attempts may hold together, in bytes as they are kept; those that have no
-/// room are not kept.
+/// Maximum total size of the records of one batch, in stored bytes. Records beyond it are not kept.
 const RECORDS_MAX: usize = 8 << 20;
 
-/// What running the items of a group came to.
+/// The outcome of the items of a group.
 pub(super) enum GroupRun {
     Completed(Box<CompletedRun>),
-    /// These failed, and what they or others did in the database cannot be told apart.
+    /// These items failed, and their effects in the database cannot be separated from those of the
+    /// other items.
     RerunOthers(Vec<FailedItem>),
-    /// The call for all of them failed, and nobody knows who is to blame.
+    /// The call for all items failed, and the failed item is unknown.
     UnknownItemFailed,
-    /// Another transaction stood in the way.
+    /// A conflict with another transaction.
     Conflict(String),
 }
 
-/// Items that were run, and what they left.
+/// The items of a completed group and their effects.
 #[derive(Default)]
 pub(super) struct CompletedRun {
     pub succeeded: Vec<usize>,
     pub failed: Vec<FailedItem>,
-    /// Those that wait for one that failed; they did not run.
+    /// Items that did not run, because an earlier item of their key failed.
     pub blocked: Vec<usize>,
-    /// In the order they were sent.
+    /// In the order of the calls.
     pub outputs: Vec<Output>,
     pub state: BatchState,
-    /// What is to be done to the cache after the commit.
+    /// Cache writes to apply after the commit.
     pub cache: CacheWrites,
-    /// How many of those that failed were taken back to a savepoint.
+    /// Number of failed items that were rolled back to a savepoint.
     pub savepoint_rollbacks: u32,
 }
 
-/// One item's failed attempt.
+/// The failed attempt of one item.
 pub(super) struct FailedItem {
     pub item: usize,
     pub failure: CallFailure,
     pub logs: String,
-    /// What the guest was given, asked and saw; none if there was no room for it.
+    /// The record of the call. `None` if the records of the batch exceed their limit.
     pub record: Option<StoredRecording>,
 }
 
 impl FailedItem {
-    /// A failed attempt with its record, if it has room beside those that failed before it.
+    /// A failed attempt. It has its record if the records of the batch stay within their limit.
     fn new<'f>(
         item: usize,
         failure: CallFailure,
@@ -83,7 +84,7 @@ impl FailedItem {
     }
 }
 
-/// The record of a call and its failure, as it is kept.
+/// The record of a call with its failure, as stored.
 fn kept_record(record: &Record, failure: &CallFailure) -> Option<StoredRecording> {
     let record = Record {
         failure: Some(failure.clone()),
@@ -95,14 +96,18 @@ fn kept_record(record: &Record, failure: &CallFailure) -> Option<StoredRecording
             digest: record.trap_digest(),
         }),
         Err(error) => {
-            tracing::warn!("the record of a failed attempt is not kept: {error}");
+            tracing::warn!(error = %error, "failed to serialize the record of a failed attempt");
             None
         }
     }
 }
 
 impl Delivery {
-    /// Runs the guest for all items, each with its failed attempts so far. `state` is what was read for them.
+    /// Runs the guest for all items. `fresh` has the items with their failed attempts so far, and
+    /// `state` the prefetched keys.
+    ///
+    /// # Errors
+    /// A failure of the host or the database. No attempt is counted.
     pub(super) async fn run_items(
         &self,
         run: &BatchRun<'_>,
@@ -117,7 +122,7 @@ impl Delivery {
         }
     }
 
-    /// One call for each item, until one spoils the transaction.
+    /// Runs one call for each item, until a failed one spoils the transaction.
     async fn run_each(
         &self,
         run: &BatchRun<'_>,
@@ -153,7 +158,7 @@ impl Delivery {
                 )
                 .await?;
             completed.state = outcome.state;
-            // An instance that failed, and what is in its memory, is of no more use.
+            // A failed instance is not used again.
             let is_kept =
                 self.worker.isolation == Isolation::Batch || fault::mutant(fault::REUSE_AFTER_TRAP);
             warm = outcome.warm.filter(|_| is_kept);
@@ -192,7 +197,8 @@ impl Delivery {
         Ok(GroupRun::Completed(Box::new(completed)))
     }
 
-    /// One call for all items. Its effects cannot be told apart: they take effect together or not at all.
+    /// Runs one call for all items. Their effects cannot be separated, so they take effect together
+    /// or not at all.
     async fn run_batch(
         &self,
         run: &BatchRun<'_>,
@@ -200,6 +206,7 @@ impl Delivery {
         shared_tx: &SharedTx,
         state: BatchState,
     ) -> anyhow::Result<GroupRun> {
+        // Call the handler with all messages.
         let items: Vec<usize> = fresh.iter().map(|(item, _)| *item).collect();
         let messages: Vec<Arc<Message>> = items
             .iter()
@@ -213,6 +220,8 @@ impl Delivery {
         let outcome = self
             .call(messages, attempts + 1, shared_tx, state, None, None)
             .await?;
+
+        // Find the failed items.
         let failures: Vec<(usize, CallFailure)> = match outcome.result {
             Ok(answers) => items
                 .iter()
@@ -242,9 +251,11 @@ impl Delivery {
             }
             return Ok(GroupRun::RerunOthers(failed));
         }
+
+        // Keep the effects of all items.
         log_guest_output(
             &self.worker.name,
-            &format!("a batch of {}", items.len()),
+            &format!("batch of {}", items.len()),
             &outcome.logs,
         );
         let mut state = outcome.state;
@@ -291,7 +302,7 @@ impl Delivery {
     }
 }
 
-/// The cache as the guests of one worker see it.
+/// The cache as seen by the guests of one worker.
 struct WorkerCache {
     cache: Cache,
     worker: String,

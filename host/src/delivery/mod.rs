@@ -1,7 +1,9 @@
-//! The heart: a batch of messages becomes one transaction and a verdict for each message.
+//! The core of the host: a batch of messages becomes one transaction and one verdict for each
+//! message.
 //!
-//! A guest has no effect outside the transaction, so a batch may be run speculatively: what fails is taken out and the
-//! others run again, or go on, as if it had never been there. A failing item never costs its neighbours an attempt.
+//! A guest has no effect outside the transaction, so a batch can run speculatively. A failed item
+//! is removed, and the other items run again or continue as if it had never been part of the batch.
+//! A failed item never costs the other items an attempt.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
@@ -37,23 +39,23 @@ pub use connection_breaks::ConnectionBreaks;
 pub use dry_run::DryRunOutcome;
 use shared_tx::SharedTx;
 
-/// For how long committed outputs belong to the relay of the host that committed them.
+/// How long committed outputs belong to the relay of the host that committed them.
 pub const HAND_OVER_LEASE: Duration = Duration::from_secs(30);
 
-/// How often a batch is run again at once because another transaction stood in its way.
+/// Maximum number of immediate retries of a batch after conflicts with other transactions.
 const CONFLICTS_MAX: u32 = 12;
 
-/// When a copy of a message that is just being handled is to be looked at again.
+/// Delay until the redelivery of a duplicate whose original is still being handled.
 const DUPLICATE_WAIT: Duration = Duration::from_millis(500);
 
-/// What deliveries of one deployment share.
+/// The parts that all deliveries of one deployment share.
 #[derive(Clone)]
 pub struct Delivery {
     pub store: Arc<dyn Store>,
     pub guest: Guest,
     pub worker: Arc<Worker>,
     pub version: u32,
-    /// The largest payload the broker takes, in bytes.
+    /// Largest payload that the broker accepts, in bytes.
     pub payload_max: usize,
     pub metrics: Arc<Metrics>,
     pub cache: Cache,
@@ -61,29 +63,30 @@ pub struct Delivery {
     pub health: Arc<Health>,
 }
 
-/// What a batch came to.
+/// The outcome of a batch.
 #[derive(Debug)]
 pub struct BatchResult {
     /// One verdict for each message, in their order.
     pub verdicts: Vec<Verdict>,
-    /// Committed outputs that are to be published now, in order.
+    /// Committed outputs to publish now, in order.
     pub outputs: Vec<OutboxRow>,
-    /// Not later than the first of their leases started.
+    /// A time before the first of their leases began.
     pub leased_at: Instant,
-    /// How often messages had to be run again because of others in the batch.
+    /// Number of reruns because of other items in the batch.
     pub reruns: u32,
-    /// How many items were taken back to a savepoint, so that nobody had to run again.
+    /// Number of items that were rolled back to a savepoint, without a rerun of the others.
     pub savepoint_rollbacks: u32,
-    /// How often another transaction stood in the way.
+    /// Number of conflicts with other transactions.
     pub conflicts: u32,
 }
 
 impl Delivery {
-    /// Takes note of how an operation of the database went. A conflict, or what a guest did, says nothing of the database.
+    /// Records the outcome of a database operation in the health checks. Conflicts and guest
+    /// failures are unrelated to the health of the database.
     pub fn report_health<T>(&self, outcome: &Result<T, StoreError>) {
         match outcome {
             Ok(_) => self.health.record(HealthCheck::Transactions, Ok(())),
-            // A pool that is full is the host's own matter.
+            // A full connection pool is a load problem of this host.
             Err(error @ StoreError::Unavailable(cause))
                 if !error.broke_in_statement() && !is_busy(cause) =>
             {
@@ -94,17 +97,27 @@ impl Delivery {
         }
     }
 
-    /// Delivers a batch. One `with_savepoints` makes a savepoint before each item that runs SQL, which costs a round trip, so
-    /// that one that fails costs its neighbours nothing; others get savepoints when they have to. An error means that nothing is known and nothing is lost: call it again with the same batch.
-    /// The future must run to its end; drop it, and a database operation is left half-way.
+    /// Delivers a batch: runs the guest, commits and returns one verdict for each message.
+    ///
+    /// With `with_savepoints`, each item that runs SQL gets a savepoint first. It costs one round
+    /// trip and saves the rerun of the other items after a failure. Without it, savepoints are set
+    /// only in reruns.
+    ///
+    /// The future must run to completion. Dropping it interrupts a database operation.
+    ///
+    /// # Errors
+    /// The outcome is unknown, and nothing is lost. Call it again with the same batch.
     pub async fn deliver(
         &self,
         batch: &[Arc<Message>],
         with_savepoints: bool,
     ) -> Result<BatchResult, StoreError> {
+        // Split the batch into groups, one transaction each.
         let mut run = BatchRun::new(batch, &self.worker);
         run.with_savepoints = with_savepoints;
         let mut groups = self.group_items(&run, run.distinct_items());
+
+        // Run the groups until each item has a verdict or a failure.
         while let Some(group) = groups.pop_front() {
             let group = run.runnable_items(group);
             let outcome = match self.run_group(&mut run, &group).await {
@@ -138,6 +151,8 @@ impl Delivery {
                 }
             }
         }
+
+        // Count the failed attempts and clean up.
         self.judge_failures(&mut run).await?;
         self.connection_breaks
             .remove(batch.iter().map(|message| message.event_id.as_str()));
@@ -155,6 +170,8 @@ impl Delivery {
         if group.is_empty() {
             return Ok(TxOutcome::Committed);
         }
+
+        // Claim the items.
         let read_version = self.cache.read_version(&self.worker.name);
         let mut tx = self
             .store
@@ -178,6 +195,8 @@ impl Delivery {
             tx.rollback().await;
             return Ok(TxOutcome::Committed);
         }
+
+        // Run the guest.
         let state = match self.prefetch(run, &fresh, tx.as_mut()).await {
             Ok(state) => state,
             Err(error) => return roll_back_after(error, tx).await,
@@ -185,6 +204,8 @@ impl Delivery {
         let shared_tx = SharedTx::new(self.store.dialect(), tx);
         let group_run = self.run_items(run, &fresh, &shared_tx, state).await;
         let tx = shared_tx.take_tx().await?;
+
+        // Commit, or decide how to run the group again.
         if let Ok(GroupRun::Completed(completed)) = group_run {
             return self
                 .commit_group(run, tx, group, *completed, read_version)
@@ -203,7 +224,7 @@ impl Delivery {
         }
     }
 
-    /// Reads the state that the items are likely to need, with one statement.
+    /// Prefetches the state that the items are likely to need, with one statement.
     async fn prefetch(
         &self,
         run: &BatchRun<'_>,
@@ -229,7 +250,8 @@ impl Delivery {
         Ok(state)
     }
 
-    /// Writes what the items left, commits, and only then believes it.
+    /// Writes the effects of the items and commits. The verdicts are set only after the commit is
+    /// confirmed.
     async fn commit_group(
         &self,
         run: &mut BatchRun<'_>,
@@ -244,6 +266,8 @@ impl Delivery {
             run.record_failures(completed);
             return Ok(TxOutcome::Committed);
         }
+
+        // Collect the effects.
         let leased_at = Instant::now();
         let dropped = run.dropped_event_ids(&completed);
         let writes = completed.state.writes();
@@ -256,6 +280,8 @@ impl Delivery {
             .as_ref()
             .map(|invalidation| invalidation.id.clone());
         completed.outputs.extend(invalidation);
+
+        // Write them.
         let written = async {
             if !dropped.is_empty() && !fault::mutant(fault::SKIP_RELEASE) {
                 tx.release_claims(&dropped).await?;
@@ -272,6 +298,8 @@ impl Delivery {
                 return run.handle_commit_error(error, group, &completed);
             }
         };
+
+        // Commit.
         fault::point(fault::BEFORE_COMMIT);
         match tx.commit().await {
             Ok(settled) => {
@@ -302,7 +330,8 @@ impl Delivery {
         }
     }
 
-    /// The message that tells other hosts what the transaction that handles an event invalidates, if it does.
+    /// The message that announces the invalidated tags of a transaction to other hosts. `None` if
+    /// there are no tags.
     fn invalidation_output(
         &self,
         event_id: Option<&str>,
@@ -315,19 +344,20 @@ impl Delivery {
             Invalidation::new(&self.worker.name, cache.tags().clone(), Timestamp::now());
         let output = invalidation
             .output(event_id, self.payload_max)
-            .context("write what is to be forgotten");
+            .context("encode the cache invalidation");
         output.map(Some).map_err(StoreError::Unavailable)
     }
 
-    /// What is to be done to the cache when nobody says what became of a commit: nothing is put, and what it may have made old is
-    /// forgotten here and in Redis. If it was a commit, its message follows.
+    /// Updates the cache after a commit with an unknown outcome. No value is put, and all possibly
+    /// outdated values are invalidated here and in Redis. If the transaction was committed, its
+    /// invalidation message follows.
     async fn invalidate_after_unclear_commit(&self, cache: &CacheWrites) {
         self.cache
             .invalidate(&self.worker.name, cache.tags().iter().cloned())
             .await;
     }
 
-    /// Counts the failed attempts and decides what becomes of each message.
+    /// Counts the failed attempts and sets the verdicts of their messages.
     async fn judge_failures(&self, run: &mut BatchRun<'_>) -> Result<(), StoreError> {
         let failed = std::mem::take(&mut run.failed);
         if failed.is_empty() {
@@ -370,8 +400,8 @@ impl Delivery {
                 attempt = counted.attempt,
                 code,
                 logs = (!logs.is_empty()).then_some(logs),
-                "attempt failed: {}",
-                failed.failure.message
+                error = failed.failure.message,
+                "attempt failed"
             );
             let verdict = self.judge(run, failed.item, failed.failure, counted);
             run.set_verdict(failed.item, verdict);
@@ -379,7 +409,8 @@ impl Delivery {
         Ok(())
     }
 
-    /// Forgets what is on record of events that failed before and took effect now. If it cannot, that goes with their attempts.
+    /// Deletes the records of events that failed before and took effect now. Records that remain
+    /// after an error are deleted together with their attempts.
     async fn forget_records(&self, run: &BatchRun<'_>) {
         let took_effect =
             |item: &&usize| matches!(run.verdicts.get(**item), Some(Some(Verdict::Done(_))));
@@ -394,12 +425,14 @@ impl Delivery {
             .await
         {
             tracing::debug!(
-                "records of attempts not removed: {:#}",
-                anyhow::Error::from(error)
+                worker = self.worker.name,
+                error = format!("{:#}", anyhow::Error::from(error)),
+                "failed to delete records of attempts"
             );
         }
     }
 
+    /// Decides between a retry and a dead letter.
     fn judge(
         &self,
         run: &BatchRun<'_>,
@@ -411,7 +444,7 @@ impl Delivery {
             attempt,
             is_repeat: repeats,
         } = counted;
-        // What was put back has a budget of its own, and goes on counting.
+        // A redriven message has an attempt budget of its own, and its count continues.
         let before = run
             .batch
             .get(item)
@@ -457,30 +490,30 @@ impl Delivery {
     }
 }
 
-/// What one transaction came to.
+/// The outcome of one transaction.
 enum TxOutcome {
     /// All items of the group have a verdict or a counted failure.
     Committed,
-    /// Some failed in a way that took the transaction with them: the others are to run again.
+    /// Some items failed and spoiled the transaction. The others have to run again.
     Rerun,
-    /// Another transaction stood in the way: run again, in smaller groups.
+    /// A conflict with another transaction. Run again in smaller groups.
     Conflict(anyhow::Error),
-    /// Somebody in the group failed, and nobody knows who: run again in halves.
+    /// An unknown item of the group failed. Run again in halves.
     Split,
-    /// The database refused the group as a whole: run each item alone.
+    /// The database refused the group as a whole. Run each item alone.
     RunIndividually,
 }
 
-/// One batch on its way to its verdicts.
+/// The progress of one batch towards its verdicts.
 struct BatchRun<'b> {
     batch: &'b [Arc<Message>],
-    /// Which other item with the same event id stands for it.
+    /// In-batch duplicates: by item, the item with the same event id that is handled for both.
     duplicates: HashMap<usize, usize>,
-    /// For each item the key whose later messages wait when it fails.
+    /// By item, the ordering key whose later messages wait after a failure.
     keys: Vec<Option<String>>,
     verdicts: Vec<Option<Verdict>>,
     failed: Vec<FailedItem>,
-    /// Those that had failed attempts when they were claimed.
+    /// Items that had failed attempts when they were claimed.
     failed_before: BTreeSet<usize>,
     outputs: Vec<OutboxRow>,
     leased_at: Option<Instant>,
@@ -495,7 +528,8 @@ impl<'b> BatchRun<'b> {
     fn new(batch: &'b [Arc<Message>], worker: &Worker) -> Self {
         let mut first = HashMap::new();
         let mut duplicates = HashMap::new();
-        // What was put back goes before its copies: it may be claimed although it is dead, and its body may be a corrected one.
+        // A redriven message precedes its copies. It may be claimed although its event is dead, and
+        // its body may be a corrected one.
         let redriven_first =
             (0..batch.len()).partition::<Vec<_>, _>(|item| is_redriven(batch, *item));
         for item in redriven_first.0.into_iter().chain(redriven_first.1) {
@@ -529,6 +563,7 @@ impl<'b> BatchRun<'b> {
         }
     }
 
+    /// The items without in-batch duplicates.
     fn distinct_items(&self) -> Vec<usize> {
         (0..self.batch.len())
             .filter(|item| !self.duplicates.contains_key(item))
@@ -545,7 +580,7 @@ impl<'b> BatchRun<'b> {
         }
     }
 
-    /// The group without items that failed, and without those that wait for one that did.
+    /// Removes failed items from a group, and those that wait for a failed one.
     fn runnable_items(&mut self, group: Vec<usize>) -> Vec<usize> {
         let (blocked, group): (Vec<usize>, Vec<usize>) = group
             .into_iter()
@@ -559,7 +594,8 @@ impl<'b> BatchRun<'b> {
             .collect()
     }
 
-    /// Whether an earlier item of the same key failed: in a transaction before, or just now.
+    /// Whether an earlier item of the same key failed, in an earlier transaction or in this one
+    /// (`just_now`).
     fn is_blocked(&self, item: usize, just_now: &[FailedItem]) -> bool {
         let key_of = |item: usize| self.keys.get(item).and_then(Option::as_ref);
         let Some(key) = key_of(item) else {
@@ -571,7 +607,8 @@ impl<'b> BatchRun<'b> {
             .any(|failed| failed.item < item && key_of(failed.item) == Some(key))
     }
 
-    /// Keeps for later who failed, and says who waits for them.
+    /// Keeps the failed items for [`Delivery::judge_failures`], and sets the verdicts of the items
+    /// that wait for them.
     fn record_failures(&mut self, completed: CompletedRun) {
         self.savepoint_rollbacks += completed.savepoint_rollbacks;
         self.failed.extend(completed.failed);
@@ -580,7 +617,7 @@ impl<'b> BatchRun<'b> {
         }
     }
 
-    /// The items that were claimed and take no effect.
+    /// Event ids that were claimed and take no effect.
     fn dropped_event_ids(&self, completed: &CompletedRun) -> Vec<String> {
         let items = completed
             .failed
@@ -590,6 +627,7 @@ impl<'b> BatchRun<'b> {
         items.filter_map(|item| self.event_id(item)).collect()
     }
 
+    /// The claims of a group.
     fn claims(&self, group: &[usize]) -> Vec<Claim> {
         let claim = |message: &Arc<Message>| Claim {
             event_id: message.event_id.clone(),
@@ -607,7 +645,8 @@ impl<'b> BatchRun<'b> {
             .collect()
     }
 
-    /// Gives a verdict to what was settled before; returns the others with their failed attempts so far.
+    /// Sets the verdicts of items that were settled before. Returns the other items with their
+    /// failed attempts so far.
     fn sort_claimed(&mut self, group: &[usize], claimed: Vec<Claimed>) -> Vec<(usize, u32)> {
         let mut fresh = Vec::new();
         for (&item, claimed) in group.iter().zip(claimed) {
@@ -638,12 +677,15 @@ impl<'b> BatchRun<'b> {
             .is_some_and(|message| fault::ignores_inbox(&message.event_id))
     }
 
-    /// For now only marks the item; `finish` writes the letter.
+    /// Flags an item whose event id was used before. `finish` writes its dead letter.
     fn mark_id_reuse(&mut self, item: usize) {
         self.duplicates.insert(item, item);
     }
 
-    /// What follows when the transaction of a group could not be committed.
+    /// Handles a failed commit of a group.
+    ///
+    /// # Errors
+    /// The outcome of the commit is unknown.
     fn handle_commit_error(
         &mut self,
         error: StoreError,
@@ -659,7 +701,7 @@ impl<'b> BatchRun<'b> {
                     .for_each(|id| fault::ignore_inbox(&id));
                 Ok(TxOutcome::Rerun)
             }
-            // Somebody in the group is to blame; alone, everybody answers for himself.
+            // One item of the group is the cause. Alone, each item fails for itself only.
             StoreError::Refused(_) if group.len() > 1 => Ok(TxOutcome::RunIndividually),
             StoreError::Refused(cause) => {
                 let why = format!("{cause:#}");
@@ -678,6 +720,7 @@ impl<'b> BatchRun<'b> {
         }
     }
 
+    /// Sets the verdicts of in-batch duplicates and returns the result.
     fn finish(mut self, worker: &str, version: u32) -> BatchResult {
         for item in 0..self.batch.len() {
             if let Some(&first) = self.duplicates.get(&item) {
@@ -702,7 +745,7 @@ impl<'b> BatchRun<'b> {
         }
     }
 
-    /// The verdict of a message whose event id another one holds.
+    /// The verdict of a message whose event id belongs to another message.
     fn duplicate_verdict(&self, item: usize, first: usize, worker: &str, version: u32) -> Verdict {
         let Some(message) = self.batch.get(item) else {
             return Verdict::Wait {
@@ -721,7 +764,7 @@ impl<'b> BatchRun<'b> {
                 reason: Reason::IdReuse,
                 code: None,
                 detail: format!(
-                    "the event id `{}` was used before for a message with another subject or body",
+                    "the event id `{}` was already used for a message with another subject or body",
                     message.event_id
                 ),
                 frames: Vec::new(),
@@ -747,7 +790,7 @@ fn is_redriven(batch: &[Arc<Message>], item: usize) -> bool {
         .is_some_and(|message| message.redriven.is_some())
 }
 
-/// Splits a group in halves, which come next.
+/// Splits a group in halves, which run next.
 fn split(mut group: Vec<usize>, groups: &mut VecDeque<Vec<usize>>) {
     let later = group.split_off(group.len().div_ceil(2));
     if !later.is_empty() {
@@ -756,7 +799,7 @@ fn split(mut group: Vec<usize>, groups: &mut VecDeque<Vec<usize>>) {
     groups.push_front(group);
 }
 
-/// Rolls back, and turns a conflict into another round.
+/// Rolls back. A conflict leads to another try, every other error is returned.
 async fn roll_back_after(error: StoreError, tx: Box<dyn Tx>) -> Result<TxOutcome, StoreError> {
     tx.rollback().await;
     match error {
@@ -765,15 +808,16 @@ async fn roll_back_after(error: StoreError, tx: Box<dyn Tx>) -> Result<TxOutcome
     }
 }
 
-/// The store's own error, out of a guest call that it ended.
+/// Recovers the error of the store from the error of a guest call.
 fn store_error(error: anyhow::Error) -> StoreError {
     error
         .downcast::<StoreError>()
         .unwrap_or_else(StoreError::Unavailable)
 }
 
+/// Logs each output line of a guest.
 fn log_guest_output(worker: &str, event_id: &str, logs: &str) {
     for line in logs.lines() {
-        tracing::info!(worker, event_id, "{line}");
+        tracing::info!(worker, event_id, line, "guest output");
     }
 }
