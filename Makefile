@@ -1,4 +1,4 @@
-# `make test` checks everything, the quickest checks first. `make help` lists the targets.
+# `make test` runs all checks, the quickest ones first. `make help` lists the targets.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -6,14 +6,14 @@ export PATH := $(CURDIR)/target/tools/bin:$(PATH)
 
 .PHONY: help demo test chaos chaos-short mutants bench saturation saturation-short bench-http bench-retention fuzz-sql fuzz-sql-short chaos-host bindings build install-tools demo-tools links format lint docs deny advisories dist run-tests
 
-help: ## Say what there is
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
-demo: demo-tools build ## Show it: payments over HTTP, duplicates, lost answers, a kill in the middle, and then the books
+demo: demo-tools build ## Run the demo: payments over HTTP, duplicates, lost responses, a kill, checked books
 	cargo build --locked -p oncely-tests --bin demo || { $(CANNOT_BUILD); }
 	@cargo run --quiet --locked -p oncely-tests --bin demo
 
-test: install-tools ## Check links, format, lints, docs and dependencies, then run all tests and the demo
+test: install-tools ## Run all checks, all tests and the demo
 	$(MAKE) links
 	$(MAKE) format
 	$(MAKE) lint
@@ -24,92 +24,92 @@ test: install-tools ## Check links, format, lints, docs and dependencies, then r
 	$(MAKE) run-tests
 	$(MAKE) demo
 
-chaos: install-tools chaos-host ## Kill, pause and cut a host under load on both databases, then check the books: a quarter of an hour
+chaos: install-tools chaos-host ## Inject faults under load on both databases and check the books: 15 minutes
 	$(CHAOS) $(ARGS)
 
-chaos-short: chaos-host ## The same in two minutes
+chaos-short: chaos-host ## Run a shorter chaos: two minutes
 	$(CHAOS) --short --inputs 800 --minutes 1.5 $(ARGS)
 
-mutants: install-tools ## Break the host on purpose, promise by promise; the books must notice each time
+mutants: install-tools ## Break each guarantee on purpose; the books must detect it
 	scripts/build-mutants
 	$(CHAOS) --mutants $(ARGS)
 
-fuzz-sql: install-tools ## Hold ten million generated statements against the statement filter and PostgreSQL: a quarter of an hour
+fuzz-sql: install-tools ## Fuzz the statement filter and PostgreSQL with ten million statements: 15 minutes
 	$(FUZZ_SQL) $(ARGS)
 
-fuzz-sql-short: ## The same for a minute
+fuzz-sql-short: ## Fuzz for one minute
 	$(FUZZ_SQL) --seconds 60 $(ARGS)
 
-# ARGS may be, for example, `--seed 7 --show 1000`.
+# Example of ARGS: `--seed 7 --show 1000`.
 FUZZ_SQL = cargo run --quiet --locked -p oncely-tests --bin fuzz-sql --
 
-bench: install-tools ## Measure a release build against a hand-written loop: a quarter of an hour
+bench: install-tools ## Compare a release build with a hand-written loop: 15 minutes
 	cargo build --locked --release -p oncely -p oncely-tests
 	target/release/bench $(ARGS)
 
-saturation: install-tools ## Give a host more than it can do for five minutes, and see how long outputs wait
+saturation: install-tools ## Overload a host for five minutes and measure the publish delay
 	cargo build --locked --release -p oncely -p oncely-tests
 	target/release/bench --saturate 300 $(ARGS)
 
-# With the build that tests use, for CI.
-saturation-short: build ## The same for half a minute
+# For CI: uses the debug build of the tests.
+saturation-short: build ## Overload a host for 30 seconds
 	cargo run --quiet --locked -p oncely-tests --bin bench -- --saturate 30 $(ARGS)
 
-bench-http: install-tools ## Measure a cached read over HTTP against a constant: a minute
+bench-http: install-tools ## Compare cached reads over HTTP with a constant response: one minute
 	cargo build --locked --release -p oncely -p oncely-tests
 	target/release/bench --http 5 $(ARGS)
 
-bench-retention: install-tools ## Send ten million rows through inbox and outbox while old ones leave: half an hour
+bench-retention: install-tools ## Insert and expire ten million rows of inbox and outbox: 30 minutes
 	cargo build --locked --release -p oncely-tests --bin bench
 	target/release/bench --retention 10000000 $(ARGS)
 
-# ARGS may be, for example, `--database sqlite --seed 7 --batch 1`.
+# Example of ARGS: `--database sqlite --seed 7 --batch 1`.
 CHAOS = cargo run --quiet --locked -p oncely-tests --bin chaos --
 
-# The host with crash points, beside the one that is released.
+# A host with crash points. It is built into another folder than the ordinary one.
 chaos-host:
 	cargo build --locked -p oncely --bin oncely --features faults
 	mkdir -p target/chaos
 	cp target/debug/oncely target/chaos/oncely.new
 	mv target/chaos/oncely.new target/chaos/oncely
 
-bindings: ## Generate the guest SDK's bindings again, after a change in wit/
+bindings: ## Regenerate the bindings of the guest SDK after a change in wit/
 	ONCELY_WRITE_BINDINGS=1 cargo test --locked -p oncely-tests --test it -- bindings::
 
 build: ## Build the binary
 	cargo build --locked --bin oncely || { $(CANNOT_BUILD); }
 
-# The usual reason on a machine that never built this: the crates of Cargo.lock are not there, and neither is a network.
-CANNOT_BUILD = echo "error: cargo could not build; its messages stand above. Without a network: run \`cargo fetch --locked\` once where there is one." >&2; exit 1
+# The usual reason on a new machine: no downloaded crates and no network.
+CANNOT_BUILD = echo "error: cargo build failed, see above; without a network, run \`cargo fetch --locked\` once where there is one" >&2; exit 1
 
-install-tools: ## Install what the tests need and this machine lacks
+install-tools: ## Install missing tools of the tests
 	@scripts/install-tools test
 
-demo-tools: ## Install what the demo needs and this machine lacks
+demo-tools: ## Install missing tools of the demo
 	@scripts/install-tools demo
 
-links: ## Check that links in *.md lead somewhere
+links: ## Check the links in *.md
 	python3 tests/links.py
 
-format: ## Check the format
+format: ## Check the code format
 	cargo fmt --all --check
 
-lint: ## Run clippy; warnings are errors
+lint: ## Run clippy with warnings as errors
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 
-docs: ## Build the API docs; warnings are errors
+docs: ## Build the API docs with warnings as errors
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps
 
-deny: ## Check licences, sources and bans of dependencies; see deny.toml
+deny: ## Check licences, sources and bans of dependencies, see deny.toml
 	cargo deny check bans licenses sources
 
-advisories: ## Check dependencies against the advisory database, which is fetched
+advisories: ## Fetch the advisory database and check dependencies
 	cargo deny check advisories
 
-dist: ## Make what people install, in dist/: program, completions, unit, licences, checksums
+dist: ## Build the release files in dist/: program, completions, unit, licences, checksums
 	scripts/dist
 
-# The end-to-end tests run the binary, so it is built first; they compile the guests themselves, once. They wait more than
-# they compute, so there are more of them at once than cores.
+# The end-to-end tests run the binary, so it is built first. They compile the guests once. They wait
+# more than they compute, so there are more test threads than cores.
 run-tests: build ## Run all tests
 	RUST_TEST_THREADS=$${RUST_TEST_THREADS:-4} cargo test --locked --workspace

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Checks that every relative link in the repository's *.md files leads to a file, and every anchor to a heading."""
+"""Checks that every relative link in the *.md files has a target file, and every anchor a heading."""
 
 import re
 import subprocess
@@ -17,12 +17,12 @@ HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*$", re.MULTILINE)
 def main() -> int:
     files = markdown_files()
     broken = [line for file in files for line in broken_links(file)]
-    print("\n".join(broken) or f"{len(files)} files: all links lead somewhere")
+    print("\n".join(broken) or f"{len(files)} files: all links are valid")
     return 1 if broken else 0
 
 
 def markdown_files() -> list[Path]:
-    """Those git tracks or would track."""
+    """The files that git tracks or would track."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "*.md"],
         cwd=ROOT, check=True, capture_output=True, text=True,
@@ -49,16 +49,16 @@ def link_error(file: Path, link: str) -> str | None:
     path, _, anchor = unquote(link).partition("#")
     target = (file.parent / path).resolve() if path else file
     if not target.is_relative_to(ROOT):
-        return "leads out of the repository"
+        return "is outside the repository"
     if not target.exists():
-        return "there is no such file"
+        return "no such file"
     if anchor and target.suffix == ".md" and anchor not in anchors(target):
-        return "there is no such heading"
+        return "no such heading"
     return None
 
 
 def anchors(file: Path) -> set[str]:
-    """The anchors GitHub gives to headings: a repeated one gets a number."""
+    """The anchors GitHub generates for headings; a repeated one gets a number."""
     found: set[str] = set()
     for heading in HEADING.findall(blank(FENCE, file.read_text(encoding="utf-8"))):
         text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
@@ -72,7 +72,7 @@ def anchors(file: Path) -> set[str]:
 
 
 def blank(pattern: re.Pattern[str], text: str) -> str:
-    """Removes what matches and keeps the line numbers."""
+    """Removes all matches and keeps the line numbers."""
     return pattern.sub(lambda match: "\n" * match.group(0).count("\n"), text)
 
 

@@ -1,17 +1,17 @@
-//! How many retries a client may add: a share of what it begins, so that retries never become the outage.
+//! The retry budget of a client: a share of its operations, so that retries never cause an outage.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// In any ten seconds, retries are at most a share of the operations begun in them, plus a reserve for clients that
-/// begin few. (Finagle's and tower's budget, which counts the same way.)
+/// In any ten seconds, retries are at most a share of the operations begun in them, plus a reserve
+/// for clients with few operations. The budgets of Finagle and tower count the same way.
 #[derive(Debug)]
 pub(crate) struct Budget {
     share: f64,
     reserve: u32,
-    /// Oldest first; each second in which something happened has one.
+    /// Oldest first, one for each second with operations or retries.
     seconds: VecDeque<Second>,
 }
 
@@ -26,7 +26,7 @@ const WINDOW: Duration = Duration::from_secs(10);
 
 impl Budget {
     pub const SHARE: f64 = 0.2;
-    /// So that two or three lone operations can be tried until their deadline.
+    /// Enough to try two or three single operations until their deadline.
     pub const RESERVE: u32 = 30;
 
     pub fn new(share: f64, reserve: u32) -> Self {
@@ -37,14 +37,14 @@ impl Budget {
         }
     }
 
-    /// An operation begins, and earns a share of a retry.
+    /// Counts a new operation, which earns a share of a retry.
     pub fn deposit(&mut self, now: Instant) {
         if let Some(second) = self.second(now) {
             second.operations += 1;
         }
     }
 
-    /// Takes a retry, if there is one left.
+    /// Takes a retry, if one is left.
     pub fn withdraw(&mut self, now: Instant) -> bool {
         let (share, reserve) = (self.share, f64::from(self.reserve));
         let Some(second) = self.second(now) else {
@@ -57,7 +57,8 @@ impl Budget {
                 .fold((0, 0), |(operations, retries), second| {
                     (operations + second.operations, retries + second.retries)
                 });
-        // A thousandth is for sums such as 0.2 × 15, which miss whole numbers by a hair.
+        // The thousandth covers products such as 0.2 × 15, which miss whole numbers by a rounding
+        // error.
         let within = retries as f64 <= share * operations as f64 + reserve + 0.001;
         if let (false, Some(second)) = (within, self.seconds.back_mut()) {
             second.retries -= 1;
@@ -65,7 +66,7 @@ impl Budget {
         within
     }
 
-    /// The current second; those that left the window are forgotten.
+    /// The current second. Seconds outside the window are dropped.
     fn second(&mut self, now: Instant) -> Option<&mut Second> {
         while self
             .seconds
@@ -93,7 +94,7 @@ impl Budget {
 mod tests {
     use super::*;
 
-    /// How many of `wanted` retries are granted.
+    /// The number of granted retries out of `wanted`.
     fn granted(budget: &mut Budget, wanted: u32, now: Instant) -> usize {
         (0..wanted).filter(|_| budget.withdraw(now)).count()
     }
@@ -116,12 +117,12 @@ mod tests {
         assert_eq!(
             granted(&mut budget, 100, now + Duration::from_secs(11)),
             0,
-            "what was earned is gone"
+            "deposits have expired"
         );
         assert_eq!(
             granted(&mut budget, 100, now + Duration::from_secs(19)),
             3,
-            "what was spent is gone, too"
+            "withdrawals have expired"
         );
     }
 
@@ -135,7 +136,7 @@ mod tests {
             (0..10).for_each(|_| budget.deposit(now));
             taken.push(granted(&mut budget, 10, now));
         }
-        // A hundred ticks are ten seconds; the window of the count is up to a second shorter.
+        // A hundred ticks are ten seconds. The counted window is up to a second shorter.
         let most = taken
             .windows(90)
             .map(|ten| ten.iter().sum::<usize>())

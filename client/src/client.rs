@@ -1,4 +1,4 @@
-//! The client and what it is made of: connections, retry policy, and a budget that its clones share.
+//! The client and its builder: connections, retry policy, and a budget that clones share.
 
 use std::fmt;
 use std::sync::{Arc, Mutex};
@@ -14,7 +14,8 @@ use crate::request::Request;
 use crate::retry::Retrier;
 use crate::{Error, key};
 
-/// Sends requests to one server. Make one and clone it: clones share connections and the retry budget.
+/// Sends requests to one server. Create one and clone it: clones share connections and the retry
+/// budget.
 #[derive(Clone)]
 pub struct Client {
     pub(crate) inner: Arc<Inner>,
@@ -28,14 +29,15 @@ pub(crate) struct Inner {
 }
 
 impl Client {
-    /// A client with the usual policy for the server at `base`, such as `http://127.0.0.1:8080`.
+    /// A client with the default policy for the server at `base`, such as `http://127.0.0.1:8080`.
     ///
-    /// Fails with [`Error::Invalid`] as [`Builder::build`] does.
+    /// # Errors
+    /// [`Error::Invalid`], as for [`Builder::build`].
     pub fn new(base: &str) -> Result<Self, Error> {
         Client::builder(base).build()
     }
 
-    /// A client with a policy of your own.
+    /// A builder for a client with another policy.
     pub fn builder(base: &str) -> Builder {
         Builder {
             base: base.to_owned(),
@@ -48,13 +50,14 @@ impl Client {
         }
     }
 
-    /// Publishes a message: `POST {base}/publish/{subject}` with the message's body.
+    /// Publishes a message: `POST {base}/publish/{subject}` with the body of the message.
     pub fn publish(&self, subject: &str, body: impl Into<Bytes>) -> Request {
         let url = self.subject_url(subject);
         Request::new(self, Method::POST, url).body(body)
     }
 
-    /// Any other request. `path` follows the base as it is, begins with `/`, and may have a query.
+    /// Any other request. `path` is appended to the base unchanged, begins with `/`, and may have a
+    /// query.
     pub fn call(&self, method: Method, path: &str) -> Request {
         Request::new(self, method, self.path_url(path))
     }
@@ -68,16 +71,14 @@ impl Client {
         let readable = !subject.contains(|c: char| c.is_whitespace() || c.is_control());
         if !readable || !subject.split('.').all(whole) {
             return Err(Error::Invalid(format!(
-                "{subject:?} is no subject to publish to: it is made of words with dots between them, without wildcards"
+                "invalid subject {subject:?}: expected tokens separated by dots, no wildcards"
             )));
         }
         let mut url = self.inner.base.clone();
         match url.path_segments_mut() {
             Ok(mut segments) => segments.pop_if_empty().push("publish").push(subject),
             Err(()) => {
-                return Err(Error::Invalid(
-                    "the base has no path to publish below".to_owned(),
-                ));
+                return Err(Error::Invalid("the base URL cannot have a path".to_owned()));
             }
         };
         Ok(url)
@@ -91,7 +92,7 @@ impl Client {
         }
         let whole = format!("{}{path}", self.inner.base.as_str().trim_end_matches('/'));
         Url::parse(&whole)
-            .map_err(|error| Error::Invalid(format!("the path {path:?} makes no address: {error}")))
+            .map_err(|error| Error::Invalid(format!("invalid path {path:?}: {error}")))
     }
 }
 
@@ -103,7 +104,7 @@ impl fmt::Debug for Client {
     }
 }
 
-/// The numbers of a client; each has a value that suits a service which people wait for.
+/// The settings of a client. The defaults suit an interactive service.
 pub struct Builder {
     base: String,
     policy: Policy,
@@ -115,34 +116,38 @@ pub struct Builder {
 }
 
 impl Builder {
-    /// How long an operation may take with all its tries and waits: 30 s, unless [`Request::deadline`] says otherwise.
-    /// Keep it (and whatever sends an operation again under the same key) shorter than the server remembers keys.
+    /// The time limit of an operation with all its tries and waits: 30 s by default.
+    /// [`Request::deadline`] overrides it. It must be shorter than the time for which the server
+    /// keeps keys. The same is true of any code that sends an operation again under the same key.
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.policy.deadline = deadline;
         self
     }
 
-    /// How long one try may take, from connecting to the last byte of the response: 10 s. The deadline cuts it, too.
+    /// The time limit of one try, from connecting to the last byte of the response: 10 s by
+    /// default. The deadline of the operation also applies.
     pub fn try_timeout(mut self, timeout: Duration) -> Self {
         self.policy.try_timeout = timeout;
         self
     }
 
-    /// The most to wait after the first failed try, which doubles with each more until it reaches `most`: 100 ms and
-    /// 5 s. The wait is evenly spread between nothing and that (full jitter).
+    /// The longest wait after the first failed try, 100 ms by default, and its upper bound, 5 s by
+    /// default. The longest wait doubles with each failed try until it reaches `most`. The actual
+    /// wait is uniformly distributed between zero and the longest wait (full jitter).
     pub fn backoff(mut self, first: Duration, most: Duration) -> Self {
         (self.policy.backoff, self.policy.backoff_max) = (first, most);
         self
     }
 
-    /// How much load retries may add: in any ten seconds at most `share` of the operations begun in them, plus
-    /// `reserve`, for the client and all its clones. 0.2 and 30. `budget(0.0, 0)` never retries.
+    /// The load that retries may add. In any ten seconds they are at most `share` of the operations
+    /// begun in them, plus `reserve`, for the client and all its clones. The defaults are 0.2 and
+    /// 30. `budget(0.0, 0)` never retries.
     pub fn budget(mut self, share: f64, reserve: u32) -> Self {
         self.budget = (share, reserve);
         self
     }
 
-    /// A header of every request, such as `authorization`.
+    /// Adds a header to every request, such as `authorization`.
     pub fn header(mut self, name: &str, value: &str) -> Self {
         match header(name, value) {
             Ok((name, value)) => _ = self.headers.insert(name, value),
@@ -151,21 +156,25 @@ impl Builder {
         self
     }
 
-    /// Connections made elsewhere, for proxies, certificates and the like. It should follow no redirects (a redirected
-    /// POST becomes a GET) and retry nothing by itself.
+    /// Uses this HTTP client, for proxies, certificates and similar settings. It should not follow
+    /// redirects (a redirected POST becomes a GET), and it should not retry.
     pub fn http(mut self, http: reqwest::Client) -> Self {
         self.http = Some(http);
         self
     }
 
-    /// Where jitter comes from: numbers from 0 up to 1, evenly spread. For tests that want the same each time.
+    /// The source of jitter: uniformly distributed numbers from 0 up to 1. Tests use it for
+    /// repeatable waits.
     pub fn random(mut self, random: impl Fn() -> f64 + Send + Sync + 'static) -> Self {
         self.random = Some(Box::new(random));
         self
     }
 
-    /// Fails with [`Error::Invalid`] if the base is not an `http` address (or `https`, with the feature `tls` or
-    /// [`Builder::http`]) without query and fragment, or if a number makes no sense.
+    /// Builds the client.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the base is not an `http` URL without query and fragment, or if a
+    /// setting is out of range. `https` requires the feature `tls` or [`Builder::http`].
     pub fn build(self) -> Result<Client, Error> {
         if let Some(error) = self.error {
             return Err(error);
@@ -174,7 +183,7 @@ impl Builder {
         let (share, reserve) = self.budget;
         if !share.is_finite() || share < 0.0 {
             return Err(Error::Invalid(format!(
-                "a budget is a share of 0 or more, not {share}"
+                "invalid budget share {share}: it must be 0 or more"
             )));
         }
         let base = parse_base(&self.base, self.http.is_some())?;
@@ -209,18 +218,18 @@ impl fmt::Debug for Builder {
 
 fn parse_base(text: &str, own_http: bool) -> Result<Url, Error> {
     let url = Url::parse(text)
-        .map_err(|error| Error::Invalid(format!("{text:?} is no address: {error}")))?;
+        .map_err(|error| Error::Invalid(format!("invalid URL {text:?}: {error}")))?;
     let wrong = match url.scheme() {
         "http" if url.has_host() => None,
         "https" if own_http || cfg!(feature = "tls") => None,
         "https" => Some(
-            "needs the feature `tls` of oncely-client, or connections of your own (`Builder::http`)",
+            "requires the feature `tls` of oncely-client or a client passed to `Builder::http`",
         ),
-        _ => Some("is no address of a server, such as http://127.0.0.1:8080"),
+        _ => Some("is not the URL of a server, such as http://127.0.0.1:8080"),
     };
     let wrong = match url.query().or(url.fragment()) {
         Some(_) => wrong.or(Some(
-            "has a query or a fragment; the base is what stands before all paths",
+            "has a query or a fragment; the base URL must have neither",
         )),
         None => wrong,
     };
@@ -229,11 +238,11 @@ fn parse_base(text: &str, own_http: bool) -> Result<Url, Error> {
     })
 }
 
-/// Connections that follow no redirects and do not retry by themselves, so that tries are counted in one place.
+/// An HTTP client without redirects and without retries, so that tries are counted in one place.
 fn http_client(base: &Url) -> Result<reqwest::Client, Error> {
     #[cfg(feature = "tls")]
     {
-        // The first one to choose decides; if the program has, so be it.
+        // The first installed provider wins, so a provider of the program is kept.
         let _ = rustls::crypto::ring::default_provider().install_default();
     }
     let http = reqwest::Client::builder()
@@ -245,10 +254,10 @@ fn http_client(base: &Url) -> Result<reqwest::Client, Error> {
         http
     };
     http.build()
-        .map_err(|error| Error::Invalid(format!("connections cannot be set up: {error}")))
+        .map_err(|error| Error::Invalid(format!("failed to create the HTTP client: {error}")))
 }
 
-/// Whether a URL leads to this machine, before which no proxy of the environment stands.
+/// Whether a URL refers to this machine. Such a URL bypasses the proxies of the environment.
 pub fn is_on_this_machine(url: &Url) -> bool {
     let host = url.host_str().unwrap_or_default();
     let address = host
@@ -260,16 +269,14 @@ pub fn is_on_this_machine(url: &Url) -> bool {
         || address.is_ok_and(|address| address.is_loopback() || address.is_unspecified())
 }
 
-/// A header, unless it is the one that [`Request::key`] is for.
+/// Parses a header. `Idempotency-Key` is refused: [`Request::key`] sets it.
 pub(crate) fn header(name: &str, value: &str) -> Result<(HeaderName, HeaderValue), Error> {
-    let invalid = |what: &str| Error::Invalid(format!("the header {name:?} {what}"));
-    let header =
-        HeaderName::try_from(name).map_err(|_| invalid("has a name that HTTP does not allow"))?;
+    let invalid = |problem: &str| Error::Invalid(format!("the header {name:?} {problem}"));
+    let header = HeaderName::try_from(name).map_err(|_| invalid("has an invalid name"))?;
     if header == key::HEADER {
         return Err(invalid("is set by `Request::key`"));
     }
-    let value = HeaderValue::try_from(value)
-        .map_err(|_| invalid("has a value that HTTP does not allow"))?;
+    let value = HeaderValue::try_from(value).map_err(|_| invalid("has an invalid value"))?;
     Ok((header, value))
 }
 

@@ -1,38 +1,40 @@
-//! What can go wrong, as the one who called sees it: what to correct, what to send again, what to look up.
+//! Errors of an operation, and the next step: correct it, send it again, or check its outcome.
 
 use std::fmt;
 use std::time::Duration;
 
 use crate::Response;
 
-/// Why an operation has no good response.
+/// Why an operation did not succeed.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {
-    /// It was never sent, because it cannot be: an address, a header, a key or a number that is none. Correct it.
+    /// The request was not sent: an address, header, key or setting is invalid. Correct it.
     Invalid(String),
-    /// The server refused it and would again: a 4xx, a redirect, or a failure that is stored under the key. Correct
-    /// the request and send it under another key.
+    /// The server refused the request and would refuse it again: a 4xx, a redirect, or a failure
+    /// that is stored under the key. Correct the request and send it under another key.
     Refused(Box<Refused>),
-    /// 422: the key that was brought was used before with another request. One of the two has the wrong key.
+    /// 422: the caller's key was already used with another request. One of the two has the wrong
+    /// key.
     KeyReused(Box<Refused>),
-    /// It did not succeed in time, or nothing more may be tried. Send it again later, under the same key.
+    /// The request did not succeed in time, or another try is not allowed. Send it again later,
+    /// under the same key.
     GaveUp(Box<GaveUp>),
 }
 
-/// A response that says no.
+/// A response that refuses the request.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Refused {
     /// Method and path.
     pub operation: String,
-    /// What the server said; [`Response::problem`] has the details if there are any.
+    /// The response of the server. [`Response::problem`] has the details, if there are any.
     pub response: Response,
     /// See [`Error::is_unclear`].
     pub unclear: bool,
 }
 
-/// Tries that came to nothing.
+/// The tries of an operation that did not succeed.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct GaveUp {
@@ -40,11 +42,11 @@ pub struct GaveUp {
     pub operation: String,
     /// Why there was no further try.
     pub reason: GiveUpReason,
-    /// How often the request was sent.
+    /// The number of tries.
     pub tries: u32,
     /// The last failure.
     pub last: Failure,
-    /// The key it went under, also if it was made here.
+    /// The key of the request, also when it was generated.
     pub key: Option<String>,
     /// See [`Error::is_unclear`].
     pub unclear: bool,
@@ -54,30 +56,31 @@ pub struct GaveUp {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum GiveUpReason {
-    /// The next one would have come after the deadline, which is this long.
+    /// The next try would begin after the deadline, which is this long.
     Deadline(Duration),
-    /// The retry budget is used up: most of what this client sends fails.
+    /// The retry budget is exhausted: most requests of this client fail.
     Budget,
-    /// It has no key and its method is not idempotent: a second try might do it twice.
+    /// The request has no key and its method is not idempotent: a second try might repeat its
+    /// effects.
     NotSafe,
 }
 
-/// What became of one try.
+/// The failure of one try.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Failure {
-    /// A response that may be another next time.
+    /// A response that may differ on the next try.
     Response(Box<Response>),
-    /// No whole response within this time.
+    /// No complete response within this time.
     TimedOut(Duration),
-    /// No connection, or one that broke before the response was whole.
+    /// No connection, or a connection that broke before the response was complete.
     Connection(reqwest::Error),
 }
 
 impl Error {
-    /// Whether nobody knows if the operation was carried out: a try may have been, and there was no response that settles
-    /// it. Requests that only read are never unclear. Sending it again under [`Error::key`] finds out, for as long as
-    /// the server remembers keys.
+    /// Whether it is unknown if the operation was carried out: the server may have run a try, and
+    /// no response settles it. Safe methods (GET, HEAD, OPTIONS) are never unclear. Sending the
+    /// operation again under [`Error::key`] settles it, for as long as the server keeps keys.
     pub fn is_unclear(&self) -> bool {
         match self {
             Error::Invalid(_) => false,
@@ -86,7 +89,8 @@ impl Error {
         }
     }
 
-    /// The key that the request went under, also if it was made here: the same operation may be sent again with it.
+    /// The key of the request, also when it was generated: the same operation may be sent again
+    /// with it.
     pub fn key(&self) -> Option<&str> {
         match self {
             Error::Invalid(_) => None,
@@ -95,7 +99,7 @@ impl Error {
         }
     }
 
-    /// How often the request was sent.
+    /// The number of tries.
     pub fn tries(&self) -> u32 {
         match self {
             Error::Invalid(_) => 0,
@@ -132,7 +136,7 @@ impl std::error::Error for Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Error::Invalid(what) => write!(f, "nothing was sent: {what}"),
+            Error::Invalid(reason) => write!(f, "nothing was sent: {reason}"),
             Error::Refused(refused) => write!(f, "{refused}"),
             Error::KeyReused(refused) => {
                 let Refused {
@@ -143,9 +147,9 @@ impl fmt::Display for Error {
                 let key = response.key.as_deref().unwrap_or_default();
                 write!(
                     f,
-                    "{operation} was refused, as the key {key:?} was used before with another request ({response}); "
+                    "{operation} was refused: the key {key:?} was used before with another request"
                 )?;
-                write!(f, "another operation needs another key")
+                write!(f, " ({response}); another operation needs another key")
             }
             Error::GaveUp(gave_up) => write!(f, "{gave_up}"),
         }
@@ -161,14 +165,14 @@ impl fmt::Display for Refused {
         } = self;
         write!(
             f,
-            "{operation} was refused {}: {response}",
+            "{operation} was refused after {}: {response}",
             times(response.tries)
         )?;
         match &response.key {
             Some(key) if response.replayed => {
                 write!(
                     f,
-                    "; that is stored under the key {key:?}, and only another key runs it again"
+                    "; the response is stored under the key {key:?}, only another key runs it again"
                 )
             }
             _ if *unclear => write!(f, "; an earlier try may have been carried out"),
@@ -189,19 +193,19 @@ impl fmt::Display for GaveUp {
         } = self;
         write!(
             f,
-            "{operation} did not succeed {}, and {reason}; at last: {last}",
+            "{operation} failed after {}: {reason}; last failure: {last}",
             times(*tries)
         )?;
         match (unclear, key) {
             (true, Some(key)) => {
                 write!(
                     f,
-                    "; it may have been carried out, so send it again under the same key, {key:?}"
+                    "; it may have been carried out: send it again under the same key, {key:?}"
                 )
             }
             (true, None) => write!(
                 f,
-                "; it may have been carried out, so look before you send it again"
+                "; it may have been carried out: check before sending it again"
             ),
             (false, _) => Ok(()),
         }
@@ -213,10 +217,12 @@ impl fmt::Display for GiveUpReason {
         match self {
             GiveUpReason::Deadline(deadline) => write!(
                 f,
-                "its deadline of {deadline:?} leaves no time for another try"
+                "the deadline of {deadline:?} leaves no time for another try"
             ),
-            GiveUpReason::Budget => write!(f, "the client's budget for retries is used up"),
-            GiveUpReason::NotSafe => write!(f, "without a key another try might do it twice"),
+            GiveUpReason::Budget => write!(f, "the retry budget is exhausted"),
+            GiveUpReason::NotSafe => {
+                write!(f, "without a key another try might repeat its effects")
+            }
         }
     }
 }
@@ -227,7 +233,7 @@ impl fmt::Display for Failure {
             Failure::Response(response) => {
                 write!(f, "{response}")?;
                 match response.retry_after() {
-                    Some(wait) => write!(f, " (asks to wait {wait:?})"),
+                    Some(wait) => write!(f, " (Retry-After: {wait:?})"),
                     None => Ok(()),
                 }
             }
@@ -236,7 +242,7 @@ impl fmt::Display for Failure {
                 write!(f, "no connection to the server")
             }
             Failure::Connection(_) => {
-                write!(f, "the connection broke before the response was there")
+                write!(f, "the connection broke before the response was complete")
             }
         }
     }
@@ -244,7 +250,7 @@ impl fmt::Display for Failure {
 
 fn times(tries: u32) -> String {
     match tries {
-        1 => "in 1 try".to_owned(),
-        tries => format!("in {tries} tries"),
+        1 => "1 try".to_owned(),
+        tries => format!("{tries} tries"),
     }
 }

@@ -1,5 +1,5 @@
-//! A thousand clients whose server comes back: when they retry, and how much load that is. Simulated, with the code
-//! that real requests go through and a clock that does not wait. `docs/retry-herd.svg` is what comes out.
+//! A simulation of a thousand clients whose server returns after an outage. It runs the code of
+//! real requests with a paused clock, and produces `docs/retry-herd.svg`.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -17,12 +17,12 @@ use crate::retry::{Operation, Retrier};
 use crate::{Error, Failure, GiveUpReason, Method, Response, StatusCode};
 
 const CLIENTS: u64 = 1000;
-/// All clients lose their server in the same instant, and it is back after this time.
+/// All clients lose the server at the same instant. It returns after this time.
 const OUTAGE: Duration = Duration::from_secs(15);
 const SHOWN: Duration = Duration::from_secs(20);
 const BUCKET: Duration = Duration::from_millis(100);
 
-/// Tries by the tenth of a second in which they arrive.
+/// Tries by the tenth of a second of their arrival.
 struct Arrivals {
     buckets: Vec<u64>,
     succeeded: u64,
@@ -53,7 +53,7 @@ fn post() -> Operation {
     }
 }
 
-/// Each client is a program of its own, with one operation that begins when the outage does.
+/// Runs the clients. Each is a program of its own, with one operation that begins with the outage.
 async fn herd(jitter: bool) -> Arrivals {
     let started_at = Instant::now();
     let buckets = (SHOWN.as_millis() / BUCKET.as_millis()) as usize;
@@ -92,7 +92,7 @@ async fn herd(jitter: bool) -> Arrivals {
     Arrivals { buckets, succeeded }
 }
 
-/// The fullest of some buckets, and what they hold on average.
+/// The largest count of some buckets, and their mean.
 fn fullest_and_mean(buckets: &[u64]) -> (f64, f64) {
     let fullest = buckets.iter().max().copied().unwrap_or_default();
     (
@@ -101,7 +101,7 @@ fn fullest_and_mean(buckets: &[u64]) -> (f64, f64) {
     )
 }
 
-/// The buckets of the last ten seconds of the outage, and those after it.
+/// The buckets of the last ten seconds of the outage, and those after the outage.
 fn late_and_after(arrivals: &Arrivals) -> (&[u64], &[u64]) {
     let (outage, after) = arrivals
         .buckets
@@ -116,11 +116,11 @@ async fn a_thousand_clients_do_not_retry_in_the_same_tick() {
     let (fullest, mean) = fullest_and_mean(late);
     assert!(
         fullest >= CLIENTS as f64 && fullest > 20.0 * mean,
-        "all at once: {fullest}, on average {mean}"
+        "without jitter: at most {fullest}, on average {mean}"
     );
     assert!(
         after.contains(&CLIENTS),
-        "the server comes back to all of them in one tenth of a second"
+        "without jitter all clients return within one tenth of a second"
     );
 
     let with = herd(true).await;
@@ -128,13 +128,13 @@ async fn a_thousand_clients_do_not_retry_in_the_same_tick() {
     let (fullest, mean) = fullest_and_mean(late);
     assert!(
         fullest < 1.8 * mean,
-        "the fullest tenth of a second has {fullest}, the average one {mean}"
+        "with jitter: at most {fullest}, on average {mean}"
     );
-    // Whoever waits for the server is spread over the whole of the last wait; nobody comes in a wave after it.
+    // Waiting clients are spread over the whole of their last wait, so no wave follows the outage.
     let most = after.iter().max().copied().unwrap_or_default() as f64;
     assert!(
         most < 1.8 * mean,
-        "after the outage the fullest has {most}, the average one during it {mean}"
+        "after the outage at most {most}, during it on average {mean}"
     );
     assert_eq!((without.succeeded, with.succeeded), (CLIENTS, CLIENTS));
 
@@ -146,7 +146,7 @@ async fn a_thousand_clients_do_not_retry_in_the_same_tick() {
     let committed = std::fs::read_to_string(&file).unwrap_or_default();
     assert!(
         committed == plot,
-        "docs/retry-herd.svg is not what happens; write it with ONCELY_WRITE_DOCS=1"
+        "docs/retry-herd.svg is out of date; run the test with ONCELY_WRITE_DOCS=1"
     );
 }
 
@@ -188,7 +188,7 @@ async fn a_try_times_out_and_the_last_one_ends_at_the_deadline() {
     let Err(Error::GaveUp(gave_up)) = failed else {
         panic!("{failed:?}")
     };
-    // Ten seconds, ten seconds, and what is left.
+    // Two tries of ten seconds, and the remaining five.
     assert_eq!(gave_up.tries, 3);
     assert!(
         matches!(gave_up.last, Failure::TimedOut(limit) if limit < Duration::from_secs(5)),
@@ -209,7 +209,7 @@ fn retrier(policy: Policy) -> Retrier {
     }
 }
 
-/// Both histograms, one above the other, on their own scales.
+/// Both histograms, one above the other, each with its own scale.
 fn plot(without: &Arrivals, with: &Arrivals) -> String {
     let mut svg = String::from(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 860 430\" font-family=\"sans-serif\" font-size=\"13\">\n\
@@ -224,10 +224,11 @@ fn plot(without: &Arrivals, with: &Arrivals) -> String {
     svg
 }
 
-/// One histogram: a bar of 4 by up to 140 for each bucket, seconds below it.
+/// One histogram: a bar 4 wide and up to 140 high for each bucket, seconds below it.
 fn panel(svg: &mut String, top: usize, title: &str, arrivals: &Arrivals, colour: &str) {
     let (fullest, _) = fullest_and_mean(late_and_after(arrivals).0);
-    // The first tries come at the same time whatever the policy; they are cut off where the scale ends.
+    // The first tries arrive together under either policy. They are cut off at the end of the
+    // scale.
     let scale = fullest * 1.5;
     let bottom = top + 160;
     let _ = writeln!(

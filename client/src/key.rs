@@ -1,4 +1,4 @@
-//! `Idempotency-Key`: what tells a server that two requests are one operation.
+//! The `Idempotency-Key` of an operation, which identifies its tries to the server.
 
 use reqwest::Method;
 use reqwest::header::HeaderValue;
@@ -7,20 +7,20 @@ use crate::Error;
 
 pub(crate) const HEADER: &str = "idempotency-key";
 
-/// The longest key, in characters; servers keep no longer ones.
+/// The longest key, in characters. Servers refuse longer ones.
 const LENGTH_MAX: usize = 255;
 
 /// The key of one operation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Key {
-    /// Made for this operation, so that nobody can have used it before.
+    /// Generated for this operation, so no other operation can have used it.
     Generated(String),
-    /// Brought by the caller.
+    /// Provided by the caller.
     Provided(String),
 }
 
 impl Key {
-    /// The key an operation has if its caller brings none: methods that are idempotent by themselves need none.
+    /// The key of an operation whose caller provides none. Idempotent methods need no key.
     pub fn generate_for(method: &Method) -> Option<Self> {
         (!method.is_idempotent()).then(|| Key::Generated(uuid::Uuid::new_v4().to_string()))
     }
@@ -31,18 +31,17 @@ impl Key {
         }
     }
 
-    /// The key as the draft has it: a string of RFC 9651, in quotes.
+    /// The key in the form of the draft: a quoted string of RFC 9651.
     pub fn header(&self) -> Result<HeaderValue, Error> {
         let text = self.as_str();
         let printable = text.chars().all(|c| c == ' ' || c.is_ascii_graphic());
         if text.is_empty() || text.len() > LENGTH_MAX || !printable {
             return Err(Error::Invalid(format!(
-                "{text:?} cannot be a key: a key has 1 to {LENGTH_MAX} printable ASCII characters"
+                "invalid key {text:?}: a key has 1 to {LENGTH_MAX} printable ASCII characters"
             )));
         }
         let quoted = format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""));
-        HeaderValue::try_from(quoted)
-            .map_err(|_| Error::Invalid(format!("{text:?} cannot be a key")))
+        HeaderValue::try_from(quoted).map_err(|_| Error::Invalid(format!("invalid key {text:?}")))
     }
 }
 

@@ -1,10 +1,10 @@
-//! How long to wait before the next try: exponential backoff with full jitter. Randomness is an argument.
+//! The wait before the next try: exponential backoff with full jitter. Randomness is an argument.
 
 use std::time::Duration;
 
 use crate::Error;
 
-/// The times of a client; see [`Builder`](crate::Builder) for what they mean.
+/// The times of a client; see [`Builder`](crate::Builder) for their meaning.
 #[derive(Debug, Clone)]
 pub(crate) struct Policy {
     pub deadline: Duration,
@@ -25,10 +25,14 @@ impl Default for Policy {
 }
 
 impl Policy {
-    /// How long to wait once try number `tries` (from 1) failed, or `None` if the deadline, which is `left` away, comes
-    /// first. Evenly spread between nothing and the doubled backoff, so that those who failed together do not come back
-    /// together. What the server demands with `Retry-After` is never undercut; as it may have told everybody the same, the spread
-    /// behind it is half of it at least, but not beyond the deadline.
+    /// The wait after try number `tries` (from 1) failed, or `None` if it would reach the deadline,
+    /// which is `left` away.
+    ///
+    /// Without `Retry-After` the wait is uniformly distributed between zero and the doubled
+    /// backoff, so that clients that failed together do not retry together. The wait is never
+    /// shorter than `Retry-After`. The server may have sent the same value to all clients, so a
+    /// random part is added to it. The range of that part is at least half of `Retry-After`, and
+    /// ends at the deadline.
     pub fn wait(
         &self,
         tries: u32,
@@ -61,8 +65,8 @@ impl Policy {
         {
             true => Ok(()),
             false => Err(Error::Invalid(format!(
-                "deadline {:?}, try_timeout {:?} and backoff {:?} up to {:?} make no policy: each is a millisecond or \
-                 more, and the first backoff is not above the last",
+                "invalid times: deadline {:?}, try_timeout {:?}, backoff {:?} up to {:?}; each must be \
+                 at least 1 ms, and the first backoff must not exceed the last",
                 self.deadline, self.try_timeout, self.backoff, self.backoff_max
             ))),
         }
@@ -76,14 +80,14 @@ fn doubled(first: Duration, times: u32, most: Duration) -> Duration {
         .map_or(most, |wait| wait.min(most))
 }
 
-/// `duration` times `random`, which is taken as 0 when it is no number at all.
+/// `duration` times `random`. A `random` that is not a number counts as 0.
 fn scale(duration: Duration, random: f64) -> Duration {
     let random = if random.is_nan() {
         0.0
     } else {
         random.clamp(0.0, 1.0)
     };
-    // A product that rounds up to more than there is would end the program.
+    // A product that rounds up beyond the largest duration would panic.
     Duration::try_from_secs_f64(duration.as_secs_f64() * random)
         .unwrap_or(duration)
         .min(duration)
@@ -117,7 +121,7 @@ mod tests {
         assert_eq!(policy.wait(1, second, LONG, 0.0), Some(ms(1000)));
         assert_eq!(policy.wait(1, second, LONG, 1.0), Some(ms(1500)));
         assert_eq!(policy.wait(6, second, LONG, 1.0), Some(ms(4200)));
-        // The spread gives way to the deadline, `Retry-After` does not.
+        // The random part is cut at the deadline; `Retry-After` is not.
         assert_eq!(policy.wait(1, second, ms(1200), 0.5), Some(ms(1100)));
         assert_eq!(policy.wait(1, second, ms(1000), 0.0), None);
         assert_eq!(

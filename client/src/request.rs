@@ -1,4 +1,4 @@
-//! One operation: what to send, under which key, until when.
+//! One operation: its request, key and deadline.
 
 use std::fmt;
 use std::time::Duration;
@@ -13,9 +13,9 @@ use crate::key::{self, Key};
 use crate::retry::Operation;
 use crate::{Error, Failure, Response};
 
-/// One operation, which is sent under one key however often it is tried. Made by [`Client::publish`] and
-/// [`Client::call`]; mistakes in it come out of [`Request::send`].
-#[must_use = "nothing is sent before `send`"]
+/// One operation, which is sent under one key on every try. It is created by [`Client::publish`]
+/// and [`Client::call`]. [`Request::send`] returns the errors of its builder methods.
+#[must_use = "the request is sent by `send`"]
 pub struct Request {
     client: Client,
     method: Method,
@@ -48,34 +48,35 @@ impl Request {
         }
     }
 
-    /// The operation's `Idempotency-Key`, 1 to 255 printable ASCII characters that no other operation has: an order
-    /// id, say. A key that your program keeps outlives it, which one that is made here does not: after a crash, send
-    /// again under the same.
+    /// Sets the `Idempotency-Key` of the operation: 1 to 255 printable ASCII characters that no
+    /// other operation uses, for example an order id. A key that the program stores survives a
+    /// crash: send the operation again under the same key. A generated key does not survive.
     ///
-    /// Without this, requests whose method is not idempotent (POST, PATCH) get a random UUID, the others none.
+    /// By default, requests whose method is not idempotent (POST, PATCH) get a random UUID, others
+    /// none.
     pub fn key(mut self, key: impl Into<String>) -> Self {
         self.key = Some(Key::Provided(key.into()));
         self
     }
 
-    /// Sends no key. For servers that do not know keys: a POST or PATCH is then sent once.
+    /// Sends no key. For servers that do not support keys: a POST or PATCH is then tried only once.
     pub fn without_key(mut self) -> Self {
         self.key = None;
         self
     }
 
-    /// The body as it is.
+    /// Sets the body, unchanged.
     pub fn body(mut self, body: impl Into<Bytes>) -> Self {
         self.body = body.into();
         self
     }
 
-    /// The body as JSON, with its `content-type`.
+    /// Sets the body as JSON, with its `content-type`.
     pub fn json(mut self, body: &impl Serialize) -> Self {
         match serde_json::to_vec(body) {
             Ok(body) => self.body = body.into(),
             Err(error) => self.set_error(Error::Invalid(format!(
-                "the body cannot be written as JSON: {error}"
+                "failed to serialize the body as JSON: {error}"
             ))),
         }
         self.headers
@@ -83,7 +84,7 @@ impl Request {
         self
     }
 
-    /// A header; it takes the place of one of the same name.
+    /// Sets a header, in place of one with the same name.
     pub fn header(mut self, name: &str, value: &str) -> Self {
         match header(name, value) {
             Ok((name, value)) => _ = self.headers.insert(name, value),
@@ -92,14 +93,19 @@ impl Request {
         self
     }
 
-    /// How long this operation may take with all its tries and waits, instead of the client's.
+    /// Sets the time limit of this operation with all its tries and waits, in place of the
+    /// client's.
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = Some(deadline);
         self
     }
 
-    /// Sends it, and again if that is safe and worth it, until there is a good response (2xx or 304). It needs a tokio
-    /// runtime with time. Dropping the future stops it: what was sent may still be carried out.
+    /// Sends the request, and retries it if that is safe and may help, until the response is 2xx or
+    /// 304. It needs a tokio runtime with time. Dropping the future stops the retries; a request
+    /// that was sent may still be carried out.
+    ///
+    /// # Errors
+    /// See [`Error`].
     pub async fn send(mut self) -> Result<Response, Error> {
         if let Some(error) = self.error.take() {
             return Err(error);
@@ -120,7 +126,7 @@ impl Request {
             .await
     }
 
-    /// One try: sends, and reads the response to its end.
+    /// Makes one try: sends the request, and reads the response to its end.
     async fn send_once(&self) -> Result<Response, Failure> {
         let http = &self.client.inner.http;
         let mut request = http
@@ -129,7 +135,7 @@ impl Request {
         if !self.body.is_empty() || !self.method.is_safe() {
             request = request.body(self.body.clone());
         }
-        // Addresses may hold passwords, and errors are written down.
+        // URLs may contain passwords, and errors are logged.
         let connection_error = |error: reqwest::Error| Failure::Connection(error.without_url());
         let mut response = request.send().await.map_err(connection_error)?;
         let (status, headers) = (response.status(), std::mem::take(response.headers_mut()));
@@ -137,13 +143,13 @@ impl Request {
         Ok(Response::new(status, headers, body))
     }
 
-    /// The first mistake is the one to tell of.
+    /// Keeps the first error, which `send` returns.
     fn set_error(&mut self, error: Error) {
         self.error.get_or_insert(error);
     }
 }
 
-/// Without headers and body, which may hold secrets.
+/// Omits headers and body, which may hold secrets.
 impl fmt::Debug for Request {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut request = f.debug_struct("Request");

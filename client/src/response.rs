@@ -1,4 +1,4 @@
-//! What a server answered, and how many tries it took.
+//! The response of a server, and the number of tries it took.
 
 use std::fmt;
 use std::time::{Duration, SystemTime};
@@ -13,21 +13,22 @@ use serde_json::Value;
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Response {
-    /// Its status.
+    /// The status.
     pub status: StatusCode,
-    /// Its headers.
+    /// The headers.
     pub headers: HeaderMap,
-    /// Its body, whole.
+    /// The whole body.
     pub body: Bytes,
-    /// How often the request was sent, this time included.
+    /// The number of tries, including this one.
     pub tries: u32,
-    /// Whether the server says that this is what it answered before to the same key.
+    /// Whether the server flags this as the stored response of an earlier request with the same
+    /// key.
     pub replayed: bool,
-    /// The key that the request went under.
+    /// The key of the request.
     pub key: Option<String>,
 }
 
-/// Marks of a replay. The draft names none; these are the usual one and Stripe's.
+/// Headers that flag a replay. The draft defines none; these are the usual one and Stripe's.
 const REPLAYED: [&str; 2] = ["idempotency-replayed", "idempotent-replayed"];
 
 impl Response {
@@ -48,17 +49,17 @@ impl Response {
         }
     }
 
-    /// The body as text; what is not UTF-8 is replaced.
+    /// The body as text; invalid UTF-8 is replaced.
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.body).into_owned()
     }
 
-    /// The body as JSON.
+    /// The body, parsed as JSON.
     pub fn json<T: DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
         serde_json::from_slice(&self.body)
     }
 
-    /// What went wrong, if the server says so as RFC 9457 has it (`application/problem+json`).
+    /// The problem details of the response, if it has any (RFC 9457, `application/problem+json`).
     pub fn problem(&self) -> Option<Problem> {
         let kind = self.headers.get(CONTENT_TYPE)?.to_str().ok()?;
         let kind = kind.split(';').next().unwrap_or_default().trim();
@@ -68,12 +69,13 @@ impl Response {
         Problem::read(&self.json().ok()?)
     }
 
-    /// How long the server asks to wait (`Retry-After`): in seconds, or until a date, which is taken by the server's
-    /// own clock if it sent its `Date`, so that clocks that differ do no harm.
+    /// The wait that the server requests (`Retry-After`), in seconds or as a date. A date is
+    /// compared with the `Date` of the response, if there is one, so that clock differences do not
+    /// matter.
     pub fn retry_after(&self) -> Option<Duration> {
         let text = self.headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
         if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
-            // More digits than fit mean for ever.
+            // A number out of range means forever.
             return Some(Duration::from_secs(text.parse().unwrap_or(u64::MAX)));
         }
         let until = httpdate::parse_http_date(text).ok()?;
@@ -89,11 +91,11 @@ impl Response {
     }
 }
 
-/// The response as a clause of an error: status, then the problem or the beginning of the body.
+/// The status, then the problem or the first line of the body.
 impl fmt::Display for Response {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.status)?;
-        let said = match self.problem() {
+        let text = match self.problem() {
             Some(problem) => problem.to_string(),
             None => self
                 .text()
@@ -104,9 +106,9 @@ impl fmt::Display for Response {
                 .take(200)
                 .collect(),
         };
-        match said.trim() {
+        match text.trim() {
             "" => Ok(()),
-            said => write!(f, ": {said}"),
+            text => write!(f, ": {text}"),
         }
     }
 }
@@ -115,25 +117,25 @@ impl fmt::Display for Response {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Problem {
-    /// `type`: a URI that says what kind of problem it is; `about:blank` if it is just what the status says.
+    /// `type`: a URI that identifies the kind of problem; `about:blank` if only the status does.
     pub kind: String,
-    /// What kind of problem it is, for people.
+    /// A summary of the kind of problem, for people.
     pub title: Option<String>,
-    /// The status as the problem has it.
+    /// The status, as the problem states it.
     pub status: Option<u16>,
-    /// What went wrong this time.
+    /// An explanation of this occurrence.
     pub detail: Option<String>,
 }
 
 impl Problem {
-    /// Members of another type than theirs are ignored, as the RFC wants it.
+    /// Fields of an unexpected type are ignored, as the RFC requires.
     fn read(value: &Value) -> Option<Self> {
-        let members = value.as_object()?;
-        let text = |name: &str| members.get(name).and_then(Value::as_str).map(str::to_owned);
+        let fields = value.as_object()?;
+        let text = |name: &str| fields.get(name).and_then(Value::as_str).map(str::to_owned);
         Some(Problem {
             kind: text("type").unwrap_or_else(|| "about:blank".to_owned()),
             title: text("title"),
-            status: members
+            status: fields
                 .get("status")
                 .and_then(Value::as_u64)
                 .and_then(|status| status.try_into().ok()),
@@ -141,10 +143,11 @@ impl Problem {
         })
     }
 
-    /// Whether it speaks of idempotency keys, as the draft's examples do.
+    /// Whether the problem mentions idempotency keys, as the draft's examples do.
     pub(crate) fn is_about_keys(&self) -> bool {
-        let said = [Some(&self.kind), self.title.as_ref(), self.detail.as_ref()];
-        said.into_iter()
+        let texts = [Some(&self.kind), self.title.as_ref(), self.detail.as_ref()];
+        texts
+            .into_iter()
             .flatten()
             .any(|text| text.to_ascii_lowercase().contains("idempoten"))
     }
@@ -154,7 +157,7 @@ impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (&self.title, &self.detail) {
             (Some(title), Some(detail)) => write!(f, "{title}: {detail}"),
-            (Some(said), None) | (None, Some(said)) => write!(f, "{said}"),
+            (Some(text), None) | (None, Some(text)) => write!(f, "{text}"),
             (None, None) => write!(f, "{}", self.kind),
         }
     }
@@ -188,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn retry_after_is_seconds_or_a_date_by_the_clock_of_the_server() {
+    fn retry_after_is_seconds_or_a_date_by_the_server_clock() {
         assert_eq!(retry_after("120"), Some(120));
         assert_eq!(retry_after(" 0 "), Some(0));
         assert_eq!(retry_after("99999999999999999999999999"), Some(u64::MAX));
@@ -198,13 +201,13 @@ mod tests {
         assert_eq!(
             retry_after("Sun, 06 Nov 1994 08:00:00 GMT"),
             Some(0),
-            "it is over"
+            "a date in the past"
         );
         for nonsense in ["", "-1", "1.5", "soon", "+3"] {
             assert_eq!(retry_after(nonsense), None, "{nonsense:?}");
         }
         assert_eq!(response(&[], "").retry_after(), None);
-        // Without the server's clock there is ours.
+        // Without the server's date, the local clock is used.
         let past = response(&[("retry-after", "Sun, 06 Nov 1994 08:50:07 GMT")], "");
         assert_eq!(past.retry_after(), Some(Duration::ZERO));
     }

@@ -1,4 +1,4 @@
-//! One operation from its first try to its end.
+//! Runs one operation from its first try to its last.
 
 use std::future::Future;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -13,24 +13,25 @@ use crate::policy::Policy;
 use crate::verdict::{Verdict, may_have_run, verdict};
 use crate::{Method, Response};
 
-/// What decides about retries; a client and its clones have one.
+/// Decides about retries. A client and its clones share one.
 pub(crate) struct Retrier {
     pub policy: Policy,
     pub budget: Mutex<Budget>,
     pub random: Box<dyn Fn() -> f64 + Send + Sync>,
 }
 
-/// What a caller wants done once.
+/// An operation of the caller, to be carried out once.
 pub(crate) struct Operation {
     pub method: Method,
     pub path: String,
     pub key: Option<Key>,
-    /// Instead of the policy's.
+    /// In place of the deadline of the policy.
     pub deadline: Option<Duration>,
 }
 
 impl Retrier {
-    /// Tries until there is a response that will not change, or no further try is safe, affordable or in time.
+    /// Tries until a response is final, or until another try is unsafe, over budget or past the
+    /// deadline.
     pub async fn run<T>(
         &self,
         operation: &Operation,
@@ -64,7 +65,7 @@ impl Retrier {
         }
     }
 
-    /// How long to wait before the next try, or why there is none.
+    /// The wait before the next try, or the reason for giving up.
     fn next(
         &self,
         operation: &Operation,
@@ -91,7 +92,7 @@ impl Retrier {
         }
     }
 
-    /// Counting cannot leave it half-changed, so a panic elsewhere is no reason to stop counting.
+    /// No panic can leave the budget inconsistent, so a poisoned lock is still usable.
     fn budget(&self) -> MutexGuard<'_, Budget> {
         self.budget.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -103,7 +104,7 @@ enum TryResult {
 }
 
 impl Operation {
-    /// Ends the operation if the outcome of a try ends it.
+    /// Ends the operation if the outcome of a try is final.
     fn settle(
         &self,
         outcome: Result<Response, Failure>,
@@ -123,7 +124,7 @@ impl Operation {
             Verdict::Done => Ok(TryResult::Done(response)),
             Verdict::Retry => Ok(TryResult::Failed(Failure::Response(Box::new(response)))),
             Verdict::Refused => {
-                // What is stored under the key is what became of the earlier tries, too.
+                // A stored response under the key is also the outcome of the earlier tries.
                 let unclear = unclear && !response.replayed;
                 Err(Error::Refused(Box::new(Refused {
                     operation: self.name(),
@@ -131,7 +132,7 @@ impl Operation {
                     unclear,
                 })))
             }
-            // The key is another operation's, so none of these tries was carried out.
+            // The key belongs to another operation, so none of these tries was carried out.
             Verdict::KeyReused => Err(Error::KeyReused(Box::new(Refused {
                 operation: self.name(),
                 response,

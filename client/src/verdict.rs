@@ -1,4 +1,4 @@
-//! What a response means for the operation: done, refused, or worth another try.
+//! The verdict on a response: done, refused, or worth another try.
 
 use reqwest::StatusCode;
 
@@ -7,28 +7,30 @@ use crate::{Failure, Response};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// It was carried out.
+    /// The operation was carried out.
     Done,
-    /// The server will respond the same however often it is asked.
+    /// The server returns the same response to every try.
     Refused,
     /// The key was used before, with another request.
     KeyReused,
-    /// It may go better next time, if trying again is safe.
+    /// Another try may succeed, if it is safe.
     Retry,
 }
 
-/// Judges a response to a request that went under `key`.
+/// The verdict on a response to a request with `key`.
 pub(crate) fn verdict(response: &Response, key: Option<&Key>) -> Verdict {
     use StatusCode as S;
     match response.status {
         status if status.is_success() || status == S::NOT_MODIFIED => Verdict::Done,
-        // It is stored: whoever asks again gets it again, a 500 or a 503 too.
+        // The response is stored: every try gets it again, also a 500 or a 503.
         _ if response.replayed => Verdict::Refused,
         S::UNPROCESSABLE_ENTITY if key_reused(response, key) => Verdict::KeyReused,
-        // Another request with this key is under way. Any other conflict is the handler's own, and stays.
+        // Another request with this key is in progress. Any other 409 comes from the handler and is
+        // final.
         S::CONFLICT if response.retry_after().is_some() => Verdict::Retry,
-        // An error of the server that is not marked as a replay: either nothing was stored, and the next try runs, or
-        // this very response was, and the next try is told so and ends there. With a key both are safe.
+        // A server error that is not marked as a replay. If the server stored nothing, the next try
+        // runs the handler. If it stored this response, the next try gets it as a replay and ends
+        // there. With a key both are safe.
         S::INTERNAL_SERVER_ERROR => Verdict::Retry,
         S::REQUEST_TIMEOUT | S::TOO_EARLY | S::TOO_MANY_REQUESTS => Verdict::Retry,
         S::BAD_GATEWAY | S::SERVICE_UNAVAILABLE | S::GATEWAY_TIMEOUT => Verdict::Retry,
@@ -36,8 +38,8 @@ pub(crate) fn verdict(response: &Response, key: Option<&Key>) -> Verdict {
     }
 }
 
-/// Whether a 422 is about the key. Handlers say 422 to bodies they cannot use, too: so not if the key was made for
-/// this operation, nor if problem details are there and speak of something else.
+/// Whether a 422 is about the key. Handlers also use 422 for invalid bodies. So it is not about the
+/// key if the key was generated, or if the problem details describe another problem.
 fn key_reused(response: &Response, key: Option<&Key>) -> bool {
     matches!(key, Some(Key::Provided(_)))
         && response
@@ -45,12 +47,12 @@ fn key_reused(response: &Response, key: Option<&Key>) -> bool {
             .is_none_or(|problem| problem.is_about_keys())
 }
 
-/// Whether the server may have carried the operation out although it did not say so.
+/// Whether the server may have carried the operation out without confirming it.
 pub(crate) fn may_have_run(failure: &Failure) -> bool {
     match failure {
         Failure::TimedOut(_) => true,
         Failure::Connection(error) => !error.is_connect(),
-        // These refuse a request before it is looked at.
+        // These refuse a request before it is handled.
         Failure::Response(response) => !matches!(
             response.status,
             StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_EARLY | StatusCode::TOO_MANY_REQUESTS

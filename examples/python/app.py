@@ -1,4 +1,4 @@
-"""Greets whoever asks, and counts how often: a worker in Python."""
+"""A worker in Python that sends greetings and counts them by name."""
 
 import json
 
@@ -13,7 +13,8 @@ class Handler(exports.Handler):
         try:
             name = json.loads(message.body)["name"]
         except (ValueError, TypeError, KeyError) as error:
-            # A dead letter at once. Any other exception traps, which is tried again, but not if it repeats to the letter.
+            # A dead letter at once. Any other exception traps and is retried, unless it repeats
+            # exactly.
             raise Err(Failure(FailureKind_Reject(), "malformed", f"the body is not the expected JSON: {error!r}"))
 
         entry = state.get(f"greeted.{name}")
@@ -21,4 +22,4 @@ class Handler(exports.Handler):
         state.set(f"greeted.{name}", str(times).encode())
 
         body = json.dumps({"greeting": f"Hello {name}", "times": times}).encode()
-        outbox.send(outbox.Outgoing("greetings.said", [], body, None, None, None, None))
+        outbox.send(outbox.Outgoing("greetings.sent", [], body, None, None, None, None))

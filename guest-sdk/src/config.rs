@@ -8,15 +8,16 @@ use crate::failure::Failure;
 /// The value under `key`; none when the manifest does not set it.
 ///
 /// # Errors
-/// When the host cannot tell.
+/// When the host fails to read the configuration.
 pub fn get(key: &str) -> Result<Option<String>, Error> {
     wit::get(key).map_err(Error::from_wit)
 }
 
-/// The value under `key`, which the worker cannot do without.
+/// The value under `key`, for a value that the worker requires.
 ///
 /// # Errors
-/// A retry, with the line that the manifest lacks, when the key is not set: deploying it mends the message too.
+/// A retry with the code `config-missing` when the key is not set. The message names the missing
+/// line: deploying a manifest with that line lets the retried message succeed.
 pub fn require(key: &str) -> Result<String, Failure> {
     get(key)?.ok_or_else(|| {
         Failure::retry(format!(
@@ -29,7 +30,7 @@ pub fn require(key: &str) -> Result<String, Failure> {
 /// All keys with their values.
 ///
 /// # Errors
-/// When the host cannot tell.
+/// When the host fails to read the configuration.
 pub fn all() -> Result<Vec<(String, String)>, Error> {
     wit::get_all().map_err(Error::from_wit)
 }
@@ -41,7 +42,7 @@ pub struct Error(String);
 impl Error {
     fn from_wit(error: wit::Error) -> Self {
         match error {
-            wit::Error::Upstream(why) | wit::Error::Io(why) => Error(why),
+            wit::Error::Upstream(reason) | wit::Error::Io(reason) => Error(reason),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Why a message could not be handled, and what should become of it.
+//! Failures of a handler: why a message could not be handled, and whether to retry it.
 
 use std::error::Error;
 use std::fmt;
@@ -6,62 +6,66 @@ use std::time::Duration;
 
 use crate::bindings::oncely::worker::types;
 
-/// Why a message could not be handled, and what should become of it. Whatever it says, nothing the handler did for
-/// this message takes effect.
+/// Why a message could not be handled, and whether to retry it. With every kind, the effects of the
+/// handler for this message are rolled back.
 ///
-/// `?` turns every [`std::error::Error`] into a failure that asks for a retry, with the error's sentence and those of
-/// its causes: most errors are of the moment, and what turns out not to be is a dead letter once the attempts are used
-/// up. Where trying again cannot help, say so:
+/// `?` turns every [`std::error::Error`] into a retry, with the messages of the error and its
+/// causes. Most errors are transient; a permanent one becomes a dead letter after the last attempt.
+/// Reject a message explicitly where a retry cannot succeed:
 ///
 /// ```
 /// use oncely_guest::prelude::*;
 ///
 /// fn amount(text: &str) -> Result<i64, Failure> {
-///     text.parse().map_err(|error| Failure::reject(format!("`{text}` is no amount: {error}")).code("bad-amount"))
+///     text.parse().map_err(|error| {
+///         Failure::reject(format!("invalid amount `{text}`: {error}")).code("bad-amount")
+///     })
 /// }
 ///
 /// assert_eq!(amount("12x").unwrap_err().code.as_deref(), Some("bad-amount"));
 /// ```
 ///
-/// Like `anyhow::Error` it is not a `std::error::Error` itself; that is what lets `?` take all the others.
+/// Like `anyhow::Error`, `Failure` does not implement `std::error::Error`. That allows the
+/// conversion from all types that do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
-    /// What should become of the message.
+    /// Whether and when to retry.
     pub kind: FailureKind,
-    /// A short, stable name for this kind of failure; letters with the same code are grouped.
+    /// A short, stable name for this kind of failure. Dead letters are grouped by it.
     pub code: Option<String>,
-    /// One sentence for the person who reads the dead letter.
+    /// One sentence for the operator who reads the dead letter.
     pub message: String,
 }
 
-/// What should become of a message whose handling failed.
+/// Whether and when to retry a failed message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FailureKind {
-    /// Try again after a backoff that grows with each attempt; a dead letter when the manifest's attempts are used up.
+    /// Retry after a backoff that grows with each attempt. After the last attempt that the manifest
+    /// allows, the message becomes a dead letter.
     Retry,
-    /// Like `Retry`, but not before so long a time has passed.
+    /// Like `Retry`, but not before this delay has passed.
     RetryAfter(Duration),
-    /// Do not try again: the message becomes a dead letter at once.
+    /// Do not retry: the message becomes a dead letter at once.
     Reject,
 }
 
 impl Failure {
-    /// Try again, after the backoff the manifest sets.
+    /// A retry after the backoff of the manifest.
     pub fn retry(message: impl fmt::Display) -> Self {
         Self::new(FailureKind::Retry, message)
     }
 
-    /// Try again, but not before `delay` has passed.
+    /// A retry, but not before `delay` has passed.
     pub fn retry_after(delay: Duration, message: impl fmt::Display) -> Self {
         Self::new(FailureKind::RetryAfter(delay), message)
     }
 
-    /// Do not try again: this message can never be handled as it stands.
+    /// No retry: this message can never be handled as it is.
     pub fn reject(message: impl fmt::Display) -> Self {
         Self::new(FailureKind::Reject, message)
     }
 
-    /// Gives the failure a short, stable name such as `card-declined`.
+    /// Sets a short, stable name for the failure, such as `card-declined`.
     #[must_use]
     pub fn code(self, code: impl Into<String>) -> Self {
         Self {
@@ -99,7 +103,7 @@ impl fmt::Display for Failure {
 }
 
 impl<E: Error> From<E> for Failure {
-    /// A retry with the error's sentence, followed by those of its causes.
+    /// A retry with the message of the error, followed by those of its causes.
     fn from(error: E) -> Self {
         let mut message = error.to_string();
         let mut cause = error.source();
@@ -111,7 +115,7 @@ impl<E: Error> From<E> for Failure {
     }
 }
 
-/// Whole milliseconds, rounded up: a wait that was asked for is never cut short.
+/// Whole milliseconds, rounded up, so that a requested wait is never shortened.
 pub(crate) fn milliseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX)
 }

@@ -1,4 +1,4 @@
-//! Answer requests over HTTP; see [`http_handler!`](crate::http_handler).
+//! HTTP requests and responses; see [`http_handler!`](crate::http_handler).
 
 use std::fmt;
 
@@ -11,27 +11,27 @@ use wasip2::io::streams::StreamError;
 
 use crate::failure::Failure;
 
-/// A request, whole.
+/// A request that was read to its end.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
-    /// Upper case, such as `POST`.
+    /// The method in upper case, such as `POST`.
     pub method: String,
-    /// With its query, such as `/accounts/7?at=now`.
+    /// The path with its query, such as `/accounts/7?at=now`.
     pub path_and_query: String,
-    /// In order; names are lower case.
+    /// The headers, in order. Names are lower case.
     pub headers: Vec<(String, Vec<u8>)>,
-    /// Empty when there is none.
+    /// The body; empty when there is none.
     pub body: Vec<u8>,
 }
 
-/// An answer.
+/// A response.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Response {
-    /// 200 to 599. From 400 on nothing that the handler did takes effect.
+    /// The status, 200 to 599. From 400 on, the effects of the handler are rolled back.
     pub status: u16,
-    /// In order.
+    /// The headers, in order.
     pub headers: Vec<(String, Vec<u8>)>,
-    /// Empty for none.
+    /// The body; empty for none.
     pub body: Vec<u8>,
 }
 
@@ -42,12 +42,12 @@ impl Request {
         self.path_and_query.split('?').next().unwrap_or_default()
     }
 
-    /// The parts of the path between its slashes, as they were sent.
+    /// The segments of the path between its slashes, not percent-decoded.
     pub fn segments(&self) -> impl Iterator<Item = &str> {
         self.path().split('/').filter(|segment| !segment.is_empty())
     }
 
-    /// The first value of a name in the query, as it was sent.
+    /// The first value of a query parameter, not percent-decoded.
     #[must_use]
     pub fn query(&self, name: &str) -> Option<&str> {
         let (_, query) = self.path_and_query.split_once('?')?;
@@ -56,7 +56,8 @@ impl Request {
             .find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))
     }
 
-    /// The first value of a header, its name compared without regard to case; none when it is not there, or not UTF-8.
+    /// The first value of a header; the name is not case-sensitive. None when the header is absent
+    /// or not UTF-8.
     #[must_use]
     pub fn header(&self, name: &str) -> Option<&str> {
         let (_, value) = self
@@ -66,23 +67,23 @@ impl Request {
         std::str::from_utf8(value).ok()
     }
 
-    /// The body as JSON.
+    /// The body, parsed as JSON.
     ///
     /// # Errors
-    /// An answer of 400 that says what is wrong with it.
+    /// A 400 response with the code `malformed-body` and the position of the error.
     pub fn json<T: DeserializeOwned>(&self) -> Result<T, Response> {
         serde_json::from_slice(&self.body).map_err(|error| {
             Response::problem(
                 400,
                 "malformed-body",
-                &format!("the body cannot be read: {error}"),
+                &format!("the body is not the expected JSON: {error}"),
             )
         })
     }
 }
 
 impl Response {
-    /// An answer without a body.
+    /// A response without a body.
     #[must_use]
     pub fn new(status: u16) -> Self {
         Response {
@@ -92,7 +93,7 @@ impl Response {
         }
     }
 
-    /// An answer whose body is `value` as JSON; a value that has no such form is answered with 500.
+    /// A response whose body is `value` as JSON; 500 when `value` cannot be serialized as JSON.
     #[must_use]
     pub fn json(status: u16, value: &impl Serialize) -> Self {
         match serde_json::to_vec(value) {
@@ -107,11 +108,12 @@ impl Response {
     /// Problem details (RFC 9457). `code` is a short, stable name.
     #[must_use]
     pub fn problem(status: u16, code: &str, detail: &str) -> Self {
-        let body = serde_json::json!({ "type": "about:blank", "status": status, "code": code, "detail": detail });
-        let answer = Response::new(status).header("content-type", "application/problem+json");
+        let body = serde_json::json!({
+            "type": "about:blank", "status": status, "code": code, "detail": detail,
+        });
         Response {
             body: body.to_string().into_bytes(),
-            ..answer
+            ..Response::new(status).header("content-type", "application/problem+json")
         }
     }
 
@@ -123,7 +125,7 @@ impl Response {
     }
 }
 
-/// A failure ends a request with 500, and nothing of it takes effect.
+/// A failure becomes a 500 response, and the effects of the handler are rolled back.
 impl From<Failure> for Response {
     fn from(failure: Failure) -> Self {
         crate::log::error!("{failure}");
@@ -158,7 +160,7 @@ impl fmt::Display for Response {
     }
 }
 
-/// Answers a request as the host gives it.
+/// Handles a request of the host.
 #[doc(hidden)]
 pub fn run(
     request: &IncomingRequest,
@@ -166,8 +168,8 @@ pub fn run(
     handle: impl FnOnce(Request) -> Result<Response, Response>,
 ) {
     crate::log::install_panic_hook();
-    let answer = handle(read(request)).unwrap_or_else(|answer| answer);
-    write(answer, out);
+    let response = handle(read(request)).unwrap_or_else(|response| response);
+    write(response, out);
 }
 
 fn read(request: &IncomingRequest) -> Request {
@@ -209,39 +211,39 @@ fn method(method: Method) -> String {
     name.to_owned()
 }
 
-/// What `wasi:io` takes at once, in bytes.
+/// The most bytes that `wasi:io` accepts in one write.
 const CHUNK_SIZE: usize = 4096;
 
-fn write(answer: Response, out: ResponseOutparam) {
-    let Ok(headers) = Fields::from_list(&answer.headers) else {
-        host_error("make the headers of the answer")
+fn write(response: Response, out: ResponseOutparam) {
+    // Status and headers
+    let Ok(headers) = Fields::from_list(&response.headers) else {
+        host_error("create the response headers")
     };
-    let response = OutgoingResponse::new(headers);
-    if response.set_status_code(answer.status).is_err() {
-        host_error("set the status of the answer");
+    let outgoing = OutgoingResponse::new(headers);
+    if outgoing.set_status_code(response.status).is_err() {
+        host_error("set the response status");
     }
-    let Ok(body) = response.body() else {
-        host_error("begin the body of the answer")
+    let Ok(body) = outgoing.body() else {
+        host_error("open the response body")
     };
-    ResponseOutparam::set(out, Ok(response));
+    ResponseOutparam::set(out, Ok(outgoing));
+
+    // Body
     let Ok(stream) = body.write() else {
-        host_error("write the body of the answer")
+        host_error("write the response body")
     };
-    for bytes in answer.body.chunks(CHUNK_SIZE) {
+    for bytes in response.body.chunks(CHUNK_SIZE) {
         if stream.blocking_write_and_flush(bytes).is_err() {
-            host_error("write the body of the answer");
+            host_error("write the response body");
         }
     }
     drop(stream);
     if OutgoingBody::finish(body, None).is_err() {
-        host_error("finish the body of the answer");
+        host_error("finish the response body");
     }
 }
 
-#[allow(
-    clippy::panic,
-    reason = "there is nobody to answer; the host rolls back"
-)]
-fn host_error(doing: &str) -> ! {
-    panic!("the host did not let the handler {doing}");
+#[allow(clippy::panic, reason = "no response can be sent; the host rolls back")]
+fn host_error(operation: &str) -> ! {
+    panic!("the host refused to {operation}");
 }

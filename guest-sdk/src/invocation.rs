@@ -1,42 +1,43 @@
-//! This delivery: which attempt it is, how long it may take, and what identifies it to others.
+//! The current delivery: its id, attempt, version and time limit.
 
 use std::time::Duration;
 
 use crate::bindings::oncely::worker::invocation as wit;
 
-/// The same for every attempt at this message by this worker and for nothing else: give it to other systems as an
-/// idempotency key.
+/// An id that is the same for every attempt at this message by this worker, and different for all
+/// other messages. Pass it to other systems as an idempotency key.
 pub fn id() -> String {
     wit::id()
 }
 
-/// The worker's name.
+/// The name of the worker.
 pub fn worker() -> String {
     wit::worker()
 }
 
-/// The version of the deployment that runs.
+/// The version of the running deployment.
 pub fn version() -> u32 {
     wit::version()
 }
 
-/// 1 for the first attempt.
+/// The number of this attempt, from 1.
 pub fn attempt() -> u32 {
     wit::attempt()
 }
 
-/// After how many attempts the message becomes a dead letter; for a dead letter that was put back, those before that
-/// included.
+/// The number of attempts after which the message becomes a dead letter. For a redriven dead letter
+/// it includes the attempts before the redrive.
 pub fn max_attempts() -> u32 {
     wit::max_attempts()
 }
 
-/// The time this attempt began, in microseconds since the Unix epoch, UTC; it does not move while the handler runs.
+/// The time at which this attempt began, in microseconds since the Unix epoch, UTC. It does not
+/// change while the handler runs.
 pub fn now() -> u64 {
     wit::now()
 }
 
-/// How long the handler may still run, to the millisecond.
+/// The time that the handler has left, to the millisecond.
 pub fn remaining() -> Duration {
     Duration::from_millis(wit::remaining())
 }

@@ -1,9 +1,10 @@
 //! Write message handlers for Oncely in Rust.
 //!
-//! A handler is a function from a [`Message`] to `Result<(), Failure>`. What it does through [`sql`], [`state`] and
-//! [`outbox`] happens in one database transaction together with the record that this message was handled: either
-//! all of it takes effect, once, or none of it does. Returning `Ok` commits; a [`Failure`], a panic or running out
-//! of time or memory rolls back.
+//! A handler is a function from a [`Message`] to `Result<(), Failure>`. Its effects through
+//! [`sql`], [`state`] and [`outbox`] belong to one database transaction. The record that the
+//! message was handled is part of that transaction. Either all of these effects are committed,
+//! once, or none of them. Returning `Ok` commits; a [`Failure`], a panic or running out of time or
+//! memory rolls back.
 //!
 //! ```
 //! use oncely_guest::prelude::*;
@@ -16,7 +17,8 @@
 //!
 //! fn handle(message: Message) -> Result<(), Failure> {
 //!     let order: Order = message.json()?;
-//!     sql::execute("insert into orders (id, cents) values ($1, $2)", params![order.id, order.cents])?;
+//!     let insert = "insert into orders (id, cents) values ($1, $2)";
+//!     sql::execute(insert, params![order.id, order.cents])?;
 //!     outbox::send(Outgoing::json("orders.accepted", &order)?)?;
 //!     Ok(())
 //! }
@@ -24,7 +26,8 @@
 //! oncely_guest::handler!(handle);
 //! ```
 //!
-//! The crate of a handler is a library with `crate-type = ["cdylib"]` that depends on `oncely-guest` and `serde`:
+//! The crate of a handler is a library with `crate-type = ["cdylib"]` that depends on
+//! `oncely-guest` and `serde`:
 //!
 //! ```toml
 //! [lib]
@@ -35,10 +38,11 @@
 //! serde = { version = "1", features = ["derive"] }
 //! ```
 //!
-//! It builds for `wasm32-wasip2`, which yields a component, and for `wasm32-unknown-unknown`, which yields a core
-//! module that `oncely` turns into one. `oncely deploy` does either by itself when the manifest says `crate = "."`.
-//! On any other target it compiles too, so that `cargo check`, clippy and unit tests of plain functions work, but
-//! there is no host to answer: calling [`sql`], [`state`], [`outbox`] or their siblings there panics.
+//! It builds for `wasm32-wasip2`, which yields a component, and for `wasm32-unknown-unknown`, which
+//! yields a core module that `oncely` turns into a component. `oncely deploy` does both steps when
+//! the manifest says `crate = "."`. The crate also compiles for any other target, so that
+//! `cargo check`, clippy and unit tests of plain functions work. There is no host on such a target:
+//! calling [`sql`], [`state`], [`outbox`] or their siblings panics.
 #![warn(missing_docs)]
 
 pub mod cache;
@@ -55,14 +59,15 @@ pub mod state;
 pub use failure::{Failure, FailureKind};
 pub use message::{Headers, Message, Origin};
 
-/// The bindings of the world `worker` in `wit/`. Authors need little of them: the other modules wrap them.
+/// The bindings of the world `worker` in `wit/`. Authors need few of them: the other modules wrap
+/// them.
 #[doc(hidden)]
 #[allow(unsafe_code, missing_docs, clippy::all, clippy::restriction, reason = "generated code")]
 #[rustfmt::skip]
 #[path = "generated/worker.rs"]
 pub mod bindings;
 
-/// The same for the world `batch-worker`: only its export differs from [`bindings`].
+/// The bindings of the world `batch-worker`. Only its export differs from [`bindings`].
 #[doc(hidden)]
 #[allow(unsafe_code, missing_docs, clippy::all, clippy::restriction, reason = "generated code")]
 #[rustfmt::skip]
@@ -72,7 +77,7 @@ pub mod batch_bindings;
 #[doc(hidden)]
 pub use wasip2;
 
-/// What a handler usually needs: `use oncely_guest::prelude::*;`.
+/// The usual imports of a handler: `use oncely_guest::prelude::*;`.
 pub mod prelude {
     pub use serde::{Deserialize, Serialize};
 
@@ -80,10 +85,11 @@ pub mod prelude {
     pub use crate::{Failure, Message, cache, config, invocation, log, outbox, params, sql, state};
 }
 
-/// Makes a function the handler of this component. Once in a crate.
+/// Exports a function as the handler of this component. Use it once per crate.
 ///
-/// The function takes a [`Message`] and returns `Result<(), Failure>`. It is called in a fresh instance for each
-/// message, unless the manifest says `isolation = "batch"`: statics hold their first value every time.
+/// The function takes a [`Message`] and returns `Result<(), Failure>`. Each message is handled in a
+/// fresh instance, so statics have their initial value, unless the manifest says
+/// `isolation = "batch"`.
 ///
 /// ```
 /// # use oncely_guest::prelude::*;
@@ -113,18 +119,18 @@ macro_rules! handler {
                 }
             }
 
-            // The export's name holds characters that only WebAssembly allows in a symbol.
+            // The name of the export has characters that only WebAssembly allows in a symbol.
             #[cfg(target_family = "wasm")]
             $crate::bindings::export_worker! { Worker with_types_in $crate::bindings }
 
-            // Elsewhere nothing calls the handler; naming it keeps the compiler from finding it dead.
+            // Other targets do not call the handler. Naming it prevents a dead-code warning.
             #[cfg(not(target_family = "wasm"))]
             const _: fn($crate::Message) -> ::core::result::Result<(), $crate::Failure> = $handle;
         };
     };
 }
 
-/// Runs a handler as the host calls it.
+/// Runs a handler for one message of the host.
 #[doc(hidden)]
 pub fn run(
     message: Message,
@@ -134,13 +140,17 @@ pub fn run(
     handle(message).map_err(Failure::into_wit)
 }
 
-/// Makes a function the batch handler of this component, in place of a [`handler!`]. Once in a crate.
+/// Exports a function as the batch handler of this component, in place of a [`handler!`]. Use it
+/// once per crate.
 ///
-/// The function takes the messages of a batch as a slice and returns one `Result<(), Failure>` for each, in their order. It
-/// is for handlers that serve many messages with one SQL statement. The effects of the call belong together: when all
-/// answers are `Ok` they take effect, and when some are failures none does, and the other messages come again at once
-/// without those. A panic or an error of the database fails the call as a whole; its messages then come again in halves, until
-/// the one that is to blame is alone. Each output says which message caused it:
+/// The function takes the messages of a batch as a slice and returns one `Result<(), Failure>` for
+/// each, in the same order. It suits handlers that serve many messages with one SQL statement.
+///
+/// The effects of a call belong together. When all results are `Ok`, they are committed. When some
+/// results are failures, all effects are rolled back, and the other messages are handled again at
+/// once in a call without the failed ones. A panic or an error of the database fails the call as a
+/// whole. Its messages are then handled again in halves, until the failing message is alone. Each
+/// output names the message that caused it:
 ///
 /// ```
 /// use oncely_guest::prelude::*;
@@ -154,12 +164,13 @@ pub fn run(
 /// fn handle(messages: &[Message]) -> Vec<Result<(), Failure>> {
 ///     let readings: Vec<Result<Reading, Failure>> = messages.iter().map(Message::json).collect();
 ///     if readings.iter().all(Result::is_ok) {
-///         if let Err(failure) = keep(messages, &readings.into_iter().flatten().collect::<Vec<_>>()) {
+///         let readings: Vec<Reading> = readings.into_iter().flatten().collect();
+///         if let Err(failure) = keep(messages, &readings) {
 ///             return messages.iter().map(|_| Err(failure.clone())).collect();
 ///         }
 ///         return messages.iter().map(|_| Ok(())).collect();
 ///     }
-///     // The good ones come again, without the others.
+///     // The valid ones are handled again, without the others.
 ///     readings.into_iter().map(|reading| reading.map(|_| ())).collect()
 /// }
 ///
@@ -194,18 +205,18 @@ macro_rules! batch_handler {
                 }
             }
 
-            // The export's name holds characters that only WebAssembly allows in a symbol.
+            // The name of the export has characters that only WebAssembly allows in a symbol.
             #[cfg(target_family = "wasm")]
             $crate::batch_bindings::export_batch_worker! { Worker with_types_in $crate::batch_bindings }
 
-            // Elsewhere nothing calls the handler; naming it keeps the compiler from finding it dead.
+            // Other targets do not call the handler. Naming it prevents a dead-code warning.
             #[cfg(not(target_family = "wasm"))]
             const _: fn(&[$crate::Message]) -> ::std::vec::Vec<::core::result::Result<(), $crate::Failure>> = $handle;
         };
     };
 }
 
-/// Runs a batch handler as the host calls it.
+/// Runs a batch handler for the messages of one call of the host.
 #[doc(hidden)]
 pub fn run_batch(
     messages: &[Message],
@@ -214,16 +225,18 @@ pub fn run_batch(
     log::install_panic_hook();
     handle(messages)
         .into_iter()
-        .map(|answer| answer.map_err(Failure::into_wit))
+        .map(|result| result.map_err(Failure::into_wit))
         .collect()
 }
 
-/// Makes a function the handler of requests over HTTP of this component, in place of a [`handler!`]. Once in a crate.
+/// Exports a function as the HTTP handler of this component, in place of a [`handler!`]. Use it
+/// once per crate.
 ///
-/// The function takes an [`http::Request`] and returns `Result<http::Response, http::Response>`: `?` answers early. A request
-/// is one transaction. An answer below 400 commits what the handler did, and itself: who sends the same `Idempotency-Key`
-/// again gets it again. An answer of 400 and above takes back what the handler did, and is kept as well. A panic, and running
-/// out of time or memory, keep nothing: asking again runs the handler again.
+/// The function takes an [`http::Request`] and returns `Result<http::Response, http::Response>`:
+/// `?` returns a response early. Each request is one transaction. A response below 400 commits the
+/// effects of the handler together with the response. A retry with the same `Idempotency-Key` gets
+/// the stored response. A response of 400 or above rolls the effects back and is stored as well. A
+/// panic, and running out of time or memory, store nothing: a retry runs the handler again.
 ///
 /// ```
 /// use oncely_guest::http::{Request, Response};
@@ -236,9 +249,9 @@ pub fn run_batch(
 ///
 /// fn handle(request: Request) -> Result<Response, Response> {
 ///     let order: Order = request.json()?;
-///     let taken = sql::execute("update stock set left = left - 1 where item = $1 and left > 0", params![order.item])?;
-///     if taken == 0 {
-///         return Err(Response::problem(409, "sold-out", "there is none left"));
+///     let take = "update stock set left = left - 1 where item = $1 and left > 0";
+///     if sql::execute(take, params![order.item])? == 0 {
+///         return Err(Response::problem(409, "sold-out", "the item is sold out"));
 ///     }
 ///     outbox::send(Outgoing::new("orders.accepted", request.body))?;
 ///     Ok(Response::json(201, &serde_json::json!({ "accepted": true })))
@@ -265,11 +278,11 @@ macro_rules! http_handler {
                 }
             }
 
-            // The export's name holds characters that only WebAssembly allows in a symbol.
+            // The name of the export has characters that only WebAssembly allows in a symbol.
             #[cfg(target_family = "wasm")]
             $crate::wasip2::http::proxy::export! { Worker with_types_in $crate::wasip2 }
 
-            // Elsewhere nothing calls the handler; naming it keeps the compiler from finding it dead.
+            // Other targets do not call the handler. Naming it prevents a dead-code warning.
             #[cfg(not(target_family = "wasm"))]
             const _: fn(
                 $crate::http::Request,
@@ -279,7 +292,7 @@ macro_rules! http_handler {
     };
 }
 
-/// The snippets of the guide for authors, compiled.
+/// Compiles the snippets of the guide.
 #[cfg(doctest)]
 #[doc = include_str!("../../docs/handlers.md")]
 mod guide {}

@@ -1,6 +1,6 @@
-//! Log lines, written at once and kept even when the delivery is rolled back.
+//! Log lines, written at once and kept when the delivery is rolled back.
 //!
-//! The macros take what `format!` takes:
+//! The macros take the arguments of `format!`:
 //!
 //! ```no_run
 //! # use oncely_guest::prelude::*;
@@ -21,14 +21,15 @@ pub fn write(level: Level, context: &str, message: &str) {
     log(level, context, message);
 }
 
-/// Has a panic logged before it traps: a trap alone says nothing to the person who reads the dead letter.
+/// Logs a panic before it traps: the trap alone does not carry the panic message to the dead
+/// letter.
 pub(crate) fn install_panic_hook() {
     std::panic::set_hook(Box::new(|panic| {
         write(Level::Critical, "panic", &panic.to_string())
     }));
 }
 
-/// One line of a level, with or without a context; what the six below share.
+/// One line of a level, with or without a context; shared by the six macros below.
 #[doc(hidden)]
 #[macro_export]
 macro_rules! __log {
@@ -47,35 +48,35 @@ macro_rules! __trace {
     ($($part:tt)+) => { $crate::__log!(Trace, $($part)+) };
 }
 
-/// Logs something for whoever debugs the handler.
+/// Logs details for debugging the handler.
 #[doc(hidden)]
 #[macro_export]
 macro_rules! __debug {
     ($($part:tt)+) => { $crate::__log!(Debug, $($part)+) };
 }
 
-/// Logs what happened when all is well.
+/// Logs normal operation.
 #[doc(hidden)]
 #[macro_export]
 macro_rules! __info {
     ($($part:tt)+) => { $crate::__log!(Info, $($part)+) };
 }
 
-/// Logs something odd that was dealt with.
+/// Logs an unexpected condition that was handled.
 #[doc(hidden)]
 #[macro_export]
 macro_rules! __warn {
     ($($part:tt)+) => { $crate::__log!(Warn, $($part)+) };
 }
 
-/// Logs something that failed.
+/// Logs a failure.
 #[doc(hidden)]
 #[macro_export]
 macro_rules! __error {
     ($($part:tt)+) => { $crate::__log!(Error, $($part)+) };
 }
 
-/// Logs something that failed and that the handler cannot go on without.
+/// Logs a failure after which the handler cannot continue.
 #[doc(hidden)]
 #[macro_export]
 macro_rules! __critical {

@@ -1,4 +1,4 @@
-//! What a handler is given.
+//! The message that a handler receives.
 
 use serde::de::DeserializeOwned;
 
@@ -6,11 +6,11 @@ pub use crate::bindings::oncely::worker::types::{Headers, Message, Origin};
 use crate::failure::Failure;
 
 impl Message {
-    /// Reads the body as JSON.
+    /// Parses the body as JSON.
     ///
     /// # Errors
-    /// A body that is not what `T` expects will not become so by trying again: the failure is a reject with the code
-    /// `malformed` and a sentence that says where the body departs.
+    /// A reject with the code `malformed` and the position of the error. A retry cannot turn the
+    /// body into the JSON that `T` expects.
     ///
     /// ```
     /// # use oncely_guest::prelude::*;
@@ -37,7 +37,7 @@ impl Message {
             .map_err(|error| malformed(format!("the body is not UTF-8 text: {error}")))
     }
 
-    /// The first value of a header, its name compared without regard to case.
+    /// The first value of a header; the name is not case-sensitive.
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers
             .iter()
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn a_malformed_body_is_rejected_and_the_sentence_says_where() {
+    fn a_malformed_body_is_rejected_with_the_position() {
         let failure = message(r#"{"cent":7}"#).json::<Order>().unwrap_err();
         assert_eq!(failure.kind, FailureKind::Reject);
         assert_eq!(failure.code.as_deref(), Some("malformed"));
@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_header_of_a_name_counts_whatever_its_case() {
+    fn header_returns_the_first_value_in_any_case() {
         assert_eq!(message("").header("ACCOUNT"), Some("a"));
         assert_eq!(message("").header("other"), None);
     }

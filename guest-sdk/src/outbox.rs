@@ -1,4 +1,4 @@
-//! Messages to publish, once this transaction has committed.
+//! Messages to publish after this transaction has committed.
 
 use std::fmt;
 use std::time::Duration;
@@ -10,7 +10,7 @@ pub use crate::bindings::oncely::worker::outbox::{Error as ErrorKind, Outgoing};
 use crate::failure::{Failure, milliseconds};
 use crate::message::Message;
 
-/// Hands over a message and returns its id. It is published after the commit, never before.
+/// Adds a message to the outbox and returns its id. It is published after the commit, never before.
 ///
 /// ```no_run
 /// # use oncely_guest::prelude::*;
@@ -25,8 +25,8 @@ use crate::message::Message;
 /// ```
 ///
 /// # Errors
-/// An output that was refused dooms the delivery, even when the handler goes on and returns `Ok`: one that went
-/// missing silently would be a lost message.
+/// See [`ErrorKind`]. A refused output dooms the delivery, even if the handler returns `Ok`: a
+/// silently missing output would be a lost message.
 pub fn send(message: Outgoing) -> Result<String, Error> {
     wit::send(&message).map_err(Error)
 }
@@ -48,7 +48,8 @@ impl Outgoing {
     /// A message whose body is `value` as JSON, with the header `Content-Type: application/json`.
     ///
     /// # Errors
-    /// A reject with the code `not-serializable` when `value` has no JSON form, such as a map with keys that are no text.
+    /// A reject with the code `not-serializable` when `value` cannot be serialized as JSON, for
+    /// example a map whose keys are not text.
     pub fn json(subject: impl Into<String>, value: &impl Serialize) -> Result<Self, Failure> {
         let subject = subject.into();
         match serde_json::to_vec(value) {
@@ -60,16 +61,16 @@ impl Outgoing {
         }
     }
 
-    /// Adds a header. Names that begin with `Nats-` or `Oncely-` are the platform's own.
+    /// Adds a header. Names that begin with `Nats-` or `Oncely-` are reserved.
     #[must_use]
     pub fn header(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.headers.push((name.into(), value.into()));
         self
     }
 
-    /// Sets the id of the message, which travels in the header `Oncely-Output-Id` and is the worker's own: the same id of
-    /// another worker is another message. Without it the id is `{worker}:{event id}:{ordinal}`, which the same input
-    /// always yields.
+    /// Sets the id of the message, which is sent in the header `Oncely-Output-Id`. The default is
+    /// `{worker}:{event id}:{ordinal}`, which the same input always yields. Ids belong to the
+    /// worker: the same id of another worker is a different message.
     #[must_use]
     pub fn id(mut self, id: impl Into<String>) -> Self {
         self.id = Some(id.into());
@@ -83,14 +84,14 @@ impl Outgoing {
         self
     }
 
-    /// Says which message caused this one, by its id. A batch handler says it for each; elsewhere there is but one.
+    /// Sets the message that caused this one. Required in a batch handler; implied in others.
     #[must_use]
     pub fn caused_by(mut self, message: &Message) -> Self {
         self.caused_by = Some(message.id.clone());
         self
     }
 
-    /// Publishes so long after the commit, not at once; to the millisecond, rounded up.
+    /// Publishes the message this long after the commit; to the millisecond, rounded up.
     #[must_use]
     pub fn delay(mut self, delay: Duration) -> Self {
         self.delay = Some(milliseconds(delay));
@@ -98,12 +99,12 @@ impl Outgoing {
     }
 }
 
-/// Why a message was not taken.
+/// Why a message was refused.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Error(ErrorKind);
 
 impl Error {
-    /// Which kind of refusal it was.
+    /// The kind of refusal.
     pub fn kind(&self) -> &ErrorKind {
         &self.0
     }
@@ -112,13 +113,13 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
-            ErrorKind::InvalidSubject(why)
-            | ErrorKind::InvalidHeader(why)
-            | ErrorKind::InvalidId(why)
-            | ErrorKind::NotGranted(why)
-            | ErrorKind::TooLarge(why)
-            | ErrorKind::TooMany(why)
-            | ErrorKind::Other(why) => f.write_str(why),
+            ErrorKind::InvalidSubject(reason)
+            | ErrorKind::InvalidHeader(reason)
+            | ErrorKind::InvalidId(reason)
+            | ErrorKind::NotGranted(reason)
+            | ErrorKind::TooLarge(reason)
+            | ErrorKind::TooMany(reason)
+            | ErrorKind::Other(reason) => f.write_str(reason),
         }
     }
 }

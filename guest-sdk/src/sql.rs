@@ -1,8 +1,8 @@
 //! The worker's own tables, in the same transaction.
 //!
-//! One statement a call, with placeholders `$1`, `$2`, ... on PostgreSQL and SQLite alike. After an error from the
-//! database nothing of this delivery takes effect, whatever the handler returns. Where a conflict is business as
-//! usual, say so in the statement and look at the number of rows:
+//! One statement per call, with placeholders `$1`, `$2`, ... on both PostgreSQL and SQLite. After
+//! an error from the database the delivery is rolled back, even if the handler returns `Ok`. For an
+//! expected conflict, use a statement that does not fail and check the number of rows:
 //!
 //! ```no_run
 //! # use oncely_guest::prelude::*;
@@ -60,7 +60,7 @@ pub fn query_optional(statement: &str, params: &[Value]) -> Result<Option<Row>, 
     match rows.len() {
         0 | 1 => Ok(rows.pop()),
         several => Err(Error::other(format!(
-            "the statement returned {several} rows where at most one was expected"
+            "the statement returned {several} rows; at most one was expected"
         ))),
     }
 }
@@ -70,12 +70,11 @@ pub fn query_optional(statement: &str, params: &[Value]) -> Result<Option<Row>, 
 /// # Errors
 /// See [`ErrorKind`]; also when there is no row, or more than one.
 pub fn query_one(statement: &str, params: &[Value]) -> Result<Row, Error> {
-    query_optional(statement, params)?.ok_or_else(|| {
-        Error::other("the statement returned no row where one was expected".to_owned())
-    })
+    query_optional(statement, params)?
+        .ok_or_else(|| Error::other("the statement returned no row; one was expected".to_owned()))
 }
 
-/// Runs a statement and returns how many rows it changed.
+/// Runs a statement and returns the number of changed rows.
 ///
 /// # Errors
 /// See [`ErrorKind`].
@@ -83,14 +82,14 @@ pub fn execute(statement: &str, params: &[Value]) -> Result<u64, Error> {
     wit::execute(statement, params).map_err(Error::new)
 }
 
-/// Which database stands behind the worker.
+/// The database of the worker.
 pub fn dialect() -> Dialect {
     wit::get_dialect()
 }
 
 /// The parameters of a statement: `params![order.id, order.cents, None::<String>]`.
 ///
-/// It borrows what it is given and takes everything that is [`ToValue`](crate::sql::ToValue).
+/// Accepts every type that implements [`ToValue`](crate::sql::ToValue), and borrows its arguments.
 ///
 /// ```
 /// use oncely_guest::prelude::*;

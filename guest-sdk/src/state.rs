@@ -18,7 +18,7 @@ use crate::bindings::oncely::worker::state as wit;
 pub use crate::bindings::oncely::worker::state::{Entry, Error as ErrorKind};
 use crate::failure::Failure;
 
-/// The value under a key with its version; none when the key is not there.
+/// The value under a key with its version; none when the key does not exist.
 ///
 /// # Errors
 /// See [`ErrorKind`].
@@ -26,17 +26,17 @@ pub fn get(key: &str) -> Result<Option<Entry>, Error> {
     wit::get(key).map_err(Error)
 }
 
-/// The value under a key, read as JSON; none when the key is not there.
+/// The value under a key, parsed as JSON; none when the key does not exist.
 ///
 /// # Errors
-/// A retry when the state cannot be reached or holds something else than the JSON that `T` expects.
+/// A retry when the state is unavailable or its value does not parse as a `T`.
 pub fn get_json<T: DeserializeOwned>(key: &str) -> Result<Option<T>, Failure> {
     let Some(entry) = get(key)? else {
         return Ok(None);
     };
     entry.json().map(Some).map_err(|error| {
         Failure::retry(format!(
-            "the state under `{key}` is not as expected: {error}"
+            "the state under `{key}` is not the expected JSON: {error}"
         ))
     })
 }
@@ -52,12 +52,12 @@ pub fn set(key: &str, value: &[u8]) -> Result<u64, Error> {
 /// Sets a value as JSON and returns its new version.
 ///
 /// # Errors
-/// A retry when the state cannot be reached or `value` has no JSON form.
+/// A retry when the state is unavailable or `value` cannot be serialized as JSON.
 pub fn set_json(key: &str, value: &impl Serialize) -> Result<u64, Failure> {
     Ok(set(key, &serde_json::to_vec(value)?)?)
 }
 
-/// Deletes a key; false when it was not there.
+/// Deletes a key. Returns false when the key did not exist.
 ///
 /// # Errors
 /// See [`ErrorKind`].
@@ -65,11 +65,11 @@ pub fn delete(key: &str) -> Result<bool, Error> {
     wit::delete(key).map_err(Error)
 }
 
-/// Sets a value only if the key still has the version that was seen (none: only if it is not there), and returns the
-/// new version.
+/// Sets a value only if the key still has the `expected` version (none: only if the key does not
+/// exist), and returns the new version.
 ///
-/// This is optimistic locking for a value that was read in an earlier delivery; within one delivery the transaction
-/// already protects what was read.
+/// This is optimistic locking for a value that was read in an earlier delivery. Within one delivery
+/// the transaction already protects values that were read.
 ///
 /// ```no_run
 /// # use oncely_guest::prelude::*;
@@ -83,16 +83,16 @@ pub fn delete(key: &str) -> Result<bool, Error> {
 /// ```
 ///
 /// # Errors
-/// [`ErrorKind::VersionMismatch`] when another version is there; otherwise see [`ErrorKind`].
+/// [`ErrorKind::VersionMismatch`] when the key has another version; otherwise see [`ErrorKind`].
 pub fn compare_and_set(key: &str, expected: Option<u64>, value: &[u8]) -> Result<u64, Error> {
     wit::compare_and_set(key, expected, value).map_err(Error)
 }
 
 impl Entry {
-    /// Reads the value as JSON.
+    /// Parses the value as JSON.
     ///
     /// # Errors
-    /// When the value is not the JSON that `T` expects.
+    /// When the value does not parse as a `T`.
     pub fn json<T: DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
         serde_json::from_slice(&self.value)
     }
@@ -103,12 +103,12 @@ impl Entry {
 pub struct Error(ErrorKind);
 
 impl Error {
-    /// Which kind of refusal it was.
+    /// The kind of refusal.
     pub fn kind(&self) -> &ErrorKind {
         &self.0
     }
 
-    /// Whether [`compare_and_set`] found another version than the one expected.
+    /// Whether [`compare_and_set`] found another version than the expected one.
     pub fn is_version_mismatch(&self) -> bool {
         matches!(self.0, ErrorKind::VersionMismatch(_))
     }
@@ -118,15 +118,15 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
             ErrorKind::VersionMismatch(Some(found)) => {
-                write!(f, "the key has changed: it is at version {found} now")
+                write!(f, "version mismatch: the key is at version {found}")
             }
             ErrorKind::VersionMismatch(None) => {
-                f.write_str("the key has changed: it is not there any more")
+                f.write_str("version mismatch: the key does not exist")
             }
-            ErrorKind::InvalidKey(why)
-            | ErrorKind::TooLarge(why)
-            | ErrorKind::TransactionFailed(why)
-            | ErrorKind::Other(why) => f.write_str(why),
+            ErrorKind::InvalidKey(reason)
+            | ErrorKind::TooLarge(reason)
+            | ErrorKind::TransactionFailed(reason)
+            | ErrorKind::Other(reason) => f.write_str(reason),
         }
     }
 }

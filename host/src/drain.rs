@@ -1,15 +1,15 @@
-//! Stopping: every loop is given a [`Stopping`] and ends in good order when it is told to.
+//! Shutdown: every loop holds a [`Stopping`] and ends cleanly when its [`Stop`] is triggered.
 
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-/// Tells the loops that hold its [`Stopping`]s to stop.
+/// Stops all loops that hold one of its [`Stopping`]s.
 #[derive(Debug)]
 pub struct Stop(watch::Sender<bool>);
 
-/// Whether to stop, and a way to wait for it. Cheap to clone.
+/// The stop signal, to check or to wait for. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Stopping(watch::Receiver<bool>);
 
@@ -22,7 +22,7 @@ impl Stop {
         Stopping(self.0.subscribe())
     }
 
-    /// Tells all to stop; telling twice is telling once.
+    /// Signals all loops to stop. Idempotent.
     pub fn now(&self) {
         self.0.send_replace(true);
     }
@@ -39,19 +39,20 @@ impl Stopping {
         *self.0.borrow()
     }
 
-    /// Returns when it is time to stop, also when whoever could say so is gone.
+    /// Returns once stopping, or once the [`Stop`] was dropped.
     pub async fn stopped(&mut self) {
         let _ = self.0.wait_for(|stopping| *stopping).await;
     }
 
-    /// Waits for `time`, but no longer than until it is time to stop; true if it is.
+    /// Waits for `time`, or until stopping; true if stopping.
     pub async fn wait(&self, time: Duration) -> bool {
         let mut stopping = self.clone();
         tokio::time::timeout(time, stopping.stopped()).await.is_ok()
     }
 }
 
-/// Tasks that end together: one signal stops them, and each is awaited in the order it was spawned.
+/// Tasks that end together: one signal stops them, and they are awaited in the order of their
+/// spawning.
 #[derive(Debug, Default)]
 pub struct TaskGroup {
     stop: Stop,
@@ -63,7 +64,8 @@ impl TaskGroup {
         self.stop.stopping()
     }
 
-    /// Spawns a task that ends when `stopping` says so: of this group, or of one that ends earlier.
+    /// Spawns a task that ends when its `stopping` is signalled: that of this group, or of one that
+    /// ends earlier.
     pub fn spawn(&mut self, task: impl Future<Output = ()> + Send + 'static) {
         self.tasks.push(tokio::spawn(task));
     }
@@ -73,7 +75,7 @@ impl TaskGroup {
         self.stop.now();
     }
 
-    /// Stops the tasks and waits until they have ended. One that panicked has ended, too.
+    /// Stops the tasks and waits for them. A panic counts as the end of a task.
     pub async fn drain(self) {
         self.stop();
         for task in self.tasks {

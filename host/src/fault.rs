@@ -1,14 +1,15 @@
-//! Crash points, for tests only: named points where the host aborts.
+//! Crash points for tests: named points where the host aborts.
 //!
-//! They exist in a build with the feature `faults`; in any other build the calls compile to nothing. Such a build reads
+//! They exist only in a build with the feature `faults`; in any other build the calls compile to
+//! nothing. The settings are:
 //!
 //! - `ONCELY_FAULT=name:3`: abort when the point `name` is passed for the third time;
-//! - `ONCELY_FAULT_LOG=file`: append a line for each pass (`pass name`) and each abort (`abort name`). The appended
-//!   lines survive the process.
+//! - `ONCELY_FAULT_LOG=file`: append a line for each pass (`pass name`) and each abort (`abort
+//!   name`). Appended lines survive the process.
 //!
-//! Mutants, each with one promise broken on purpose, are patches in `tests/mutants`, which add `fault::mutant` to it.
+//! Mutants, each of which breaks one guarantee, are patches in `tests/mutants`.
 
-/// A message was taken from the broker.
+/// A message was received from the broker.
 pub const AFTER_FETCH: &str = "after_fetch";
 /// The transaction of a batch has begun.
 pub const AFTER_BEGIN: &str = "after_begin";
@@ -16,64 +17,65 @@ pub const AFTER_BEGIN: &str = "after_begin";
 pub const AFTER_CLAIM: &str = "after_claim";
 /// A guest has just run a statement.
 pub const MID_GUEST: &str = "mid_guest";
-/// All guests of a batch have run; nothing they left is written.
+/// All guests of a batch have run; their outputs are not written yet.
 pub const AFTER_GUEST: &str = "after_guest_before_outputs";
-/// State and outputs are written, the commit is not sent.
+/// State and outputs are written; the commit is not sent.
 pub const BEFORE_COMMIT: &str = "before_commit";
-/// The commit is confirmed, nothing is acknowledged.
+/// The commit is confirmed; nothing is acknowledged.
 pub const AFTER_COMMIT: &str = "after_commit_before_ack";
-/// One message is acknowledged, its neighbours may not be; the acknowledgement may not have left.
+/// One message is acknowledged, others of its batch may not be. The acknowledgement may still be in
+/// the buffer.
 pub const AFTER_ACK: &str = "batch_partly_acked";
-/// It is noted that a message is about to be handled alone.
+/// The crash marker of a message that will be handled alone is set.
 pub const CRASH_MARKER_SET: &str = "crash_marker_set";
-/// A batch is about to run again without the member that spoiled it.
+/// A batch is about to run again without its failed item.
 pub const BEFORE_RERUN: &str = "before_rerun";
-/// Failed attempts are counted; the message is neither given back nor buried.
+/// Failed attempts are counted; the message is neither nacked nor dead-lettered.
 pub const AFTER_COUNT: &str = "after_attempts_counted";
-/// Dead letters are committed, their messages not acknowledged.
+/// Dead letters are committed; their messages are not acknowledged.
 pub const AFTER_DEAD_LETTER: &str = "dead_letter_committed_not_acked";
-/// Dead letters are put back, which is not committed.
+/// Dead letters are redriven, but not committed.
 pub const BEFORE_REDRIVE: &str = "redrive_not_committed";
-/// Dead letters are put back, the messages that say so are not handed over.
+/// Dead letters are redriven; their pointer messages are not handed to the relay.
 pub const AFTER_REDRIVE: &str = "redrive_committed";
-/// A worker was sent to a dead letter and has read it.
+/// A worker received a pointer to a dead letter and has read it.
 pub const REDRIVE_READ: &str = "redrive_read";
-/// A sweep has leased what was left unpublished.
+/// The poller has leased unpublished outputs.
 pub const RELAY_LEASED: &str = "relay_leased";
 /// Outputs are about to be sent.
 pub const BEFORE_PUBLISH: &str = "relay_before_publish";
-/// Outputs are sent, no answer is read.
+/// Outputs are sent; no acknowledgement is read.
 pub const PUBLISH_SENT: &str = "relay_sent_no_answer";
-/// The broker acknowledged outputs; they are not marked.
+/// The broker acknowledged outputs; they are not marked as published.
 pub const BEFORE_MARK: &str = "relay_acknowledged_not_marked";
 /// Outputs are marked as published.
 pub const AFTER_MARK: &str = "relay_marked";
-/// Outputs that were not published are about to be put back.
+/// Unpublished outputs are about to be released.
 pub const BEFORE_RELEASE: &str = "relay_before_release";
 /// Outputs that a stream has lost are no longer marked as published.
 pub const REPUBLISH: &str = "relay_republish";
-/// Outputs were read from the log and are about to be sent.
+/// Outputs were read from the WAL and are about to be sent.
 pub const WAL_READ: &str = "wal_outputs_read";
-/// What became of outputs from the log is about to be recorded.
+/// The results of outputs from the WAL are about to be recorded.
 pub const BEFORE_WAL_RECORD: &str = "wal_before_record";
-/// It is recorded; the server may not know.
+/// The results are recorded; the server may not have the confirmed position yet.
 pub const AFTER_WAL_RECORD: &str = "wal_recorded";
-/// The replication slot is made; outputs still go by polling.
+/// The replication slot is created; outputs are still published by polling.
 pub const SLOT_CREATED: &str = "wal_slot_created";
-/// Outputs go by polling again; some are in the log.
+/// The relay mode is `poll` again; some outputs are still in the WAL.
 pub const WAL_LEFT: &str = "wal_left";
-/// Some outputs were brought over from the log to polling.
+/// Some outputs were moved from WAL mode to polling.
 pub const WAL_OUTPUTS_MOVED: &str = "wal_outputs_moved";
-/// Old rows were removed.
+/// Old rows were deleted.
 pub const AFTER_PRUNE: &str = "after_prune";
 /// The old version of a worker is drained, the new one is yet to start.
 pub const DEPLOY_SWAP: &str = "deploy_swap";
-/// The platform's migrations have run and are not committed.
+/// The platform's migrations have run but are not committed.
 pub const MIGRATING: &str = "start_migrating";
-/// The deployed workers were started, the host has not told anybody.
+/// The deployed workers are started; the host has not announced that.
 pub const STARTED: &str = "start_workers_started";
 
-/// Every point where a host can be made to die.
+/// Every point where a host can be made to abort.
 pub const POINTS: &[&str] = &[
     AFTER_FETCH,
     AFTER_BEGIN,
@@ -103,7 +105,7 @@ pub const POINTS: &[&str] = &[
     STARTED,
 ];
 
-/// The points that only a host passes whose outputs go by the log, or just did (PostgreSQL).
+/// The points that only a host in WAL mode passes, or one that just left it (PostgreSQL).
 pub const WAL_POINTS: &[&str] = &[
     WAL_READ,
     BEFORE_WAL_RECORD,
@@ -113,25 +115,25 @@ pub const WAL_POINTS: &[&str] = &[
     WAL_OUTPUTS_MOVED,
 ];
 
-/// Seen, not a place to die: the inbox knew a message already.
+/// An observation, not a fault point: the inbox already had a message.
 pub const DUPLICATE_SKIPPED: &str = "duplicate_skipped";
-/// Seen, not a place to die: the broker knew an output already.
+/// An observation, not a fault point: the broker already had an output.
 pub const DUPLICATE_OUTPUT: &str = "duplicate_output";
-/// Seen, not a place to die: a stream held another message under the id of an output.
+/// An observation, not a fault point: a stream held another message under the id of an output.
 pub const ID_TAKEN: &str = "id_taken";
 
-/// Seen, not a place to die: a mutant did harm that it can know of.
+/// An observation, not a fault point: a mutant had a harmful effect that it can detect.
 pub const MUTANT_ACTED: &str = "mutant_acted";
 
 #[cfg(feature = "faults")]
 pub use armed::{point, witness};
 
-/// Passes a point, and dies there if that is what the test wants.
+/// Passes a fault point, and aborts there if the test requires it.
 #[cfg(not(feature = "faults"))]
 #[inline(always)]
 pub fn point(_name: &str) {}
 
-/// Notes that something was seen that a test must not miss.
+/// Records an observation that a test requires.
 #[cfg(not(feature = "faults"))]
 #[inline(always)]
 pub fn witness(_name: &str) {}
@@ -146,7 +148,7 @@ mod armed {
     static ARMED: LazyLock<Armed> = LazyLock::new(Armed::from_environment);
 
     struct Armed {
-        /// Where to die, and at which pass.
+        /// The point at which to abort, and at which pass.
         fault: Option<(String, u64)>,
         log: Option<File>,
         passes: Mutex<HashMap<String, u64>>,
@@ -166,10 +168,10 @@ mod armed {
             }
         }
 
-        /// One write for each line, so that lines of several hosts do not mix.
-        fn append(&self, what: &str, name: &str) {
+        /// Appends a line in one write, so that lines of several hosts do not mix.
+        fn append(&self, event: &str, name: &str) {
             if let Some(mut log) = self.log.as_ref() {
-                let _ = log.write_all(format!("{what} {name}\n").as_bytes());
+                let _ = log.write_all(format!("{event} {name}\n").as_bytes());
             }
         }
 
@@ -181,7 +183,7 @@ mod armed {
         }
     }
 
-    /// Passes a point, and dies there if that is what the test wants.
+    /// Passes a fault point, and aborts there if the test requires it.
     pub fn point(name: &str) {
         ARMED.append("pass", name);
         let pass = ARMED.pass(name);
@@ -195,7 +197,7 @@ mod armed {
         }
     }
 
-    /// Notes that something was seen that a test must not miss.
+    /// Records an observation that a test requires.
     pub fn witness(name: &str) {
         ARMED.append("pass", name);
     }

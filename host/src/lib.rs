@@ -1,7 +1,7 @@
 //! Oncely runs WebAssembly message handlers whose effects happen once.
 //!
-//! The list below is the map of the host, top layer first. An empty line separates two layers. A module imports modules of
-//! lower layers only; the tidy test reads this list and checks that.
+//! The list below is the map of the host, top layer first. An empty line separates two layers. A
+//! module imports modules of lower layers only. The tidy test reads this list and checks that rule.
 
 /// The command line: one file per command.
 pub mod cli;
@@ -22,10 +22,10 @@ mod consumer;
 /// HTTP requests to handlers, each with one effect per idempotency key.
 mod ingress;
 
-/// What all parts of a running host share.
+/// State shared by all parts of a running host.
 mod services;
 
-/// Publishes committed outputs.
+/// The relay: publishes committed outputs.
 mod relay;
 
 /// The core: a batch of messages, or a request, becomes one transaction.
@@ -50,11 +50,11 @@ pub mod config;
 /// Metrics and health.
 pub mod metrics;
 
-/// Ordered stops.
+/// Ordered shutdown.
 pub mod drain;
 
 /// Plain values without IO.
 pub mod model;
 
-/// Named crash points and deliberate faults, for tests.
+/// Named crash points, for tests.
 pub mod fault;

@@ -5,7 +5,8 @@ use std::process::ExitCode;
 use clap::Parser;
 use oncely::cli::{Cli, exit, term};
 
-/// A host makes and drops many small things for each message; this allocator spends less than the system's on them.
+/// A host allocates and frees many small objects per message. mimalloc spends less time on them
+/// than the system's allocator.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

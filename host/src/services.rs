@@ -1,4 +1,4 @@
-//! What all parts of a running host share, and the few operations that need several of them.
+//! The parts that a running host shares, and the few operations that need several of them.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -17,7 +17,7 @@ use crate::metrics::health::Health;
 use crate::relay::{RelayHandle, RelayState};
 use crate::store::{DeploymentRecord, OutboxRow, Store};
 
-/// How long the server may take to answer for the age of a worker's oldest message.
+/// The timeout for the age of a worker's oldest message.
 const AGE_WITHIN: Duration = Duration::from_secs(1);
 
 /// The shared parts of a host.
@@ -29,11 +29,11 @@ pub struct Services {
     pub metrics: Arc<Metrics>,
     pub health: Arc<Health>,
     pub relay_state: Arc<RelayState>,
-    /// None once the host drains: the relay ends when no sender is left.
+    /// Closed once the host drains: the relay ends when no sender is left.
     pub relay: RelayLink,
 }
 
-/// The way to the relay, until the host drains.
+/// The link to the relay, until the host drains.
 pub struct RelayLink(Mutex<Option<RelayHandle>>);
 
 impl RelayLink {
@@ -41,7 +41,7 @@ impl RelayLink {
         RelayLink(Mutex::new(Some(hand_over)))
     }
 
-    /// None once the host drains.
+    /// `None` once the host drains.
     pub fn get(&self) -> Option<RelayHandle> {
         self.0
             .lock()
@@ -55,7 +55,7 @@ impl RelayLink {
 }
 
 impl Services {
-    /// The active deployment of a worker; none when it has none.
+    /// The active deployment of a worker; `None` if it has none.
     pub async fn active_deployment(&self, worker: &str) -> Result<Option<DeploymentRecord>> {
         Ok(self
             .store
@@ -65,7 +65,7 @@ impl Services {
             .find(|deployment| deployment.worker == worker))
     }
 
-    /// The manifests of the active deployments; unreadable ones are left out.
+    /// The manifests of the active deployments; unreadable ones are omitted.
     pub async fn deployed_workers(&self) -> Result<Vec<Worker>> {
         let deployments = self.store.active_deployments().await?;
         Ok(deployments
@@ -74,15 +74,16 @@ impl Services {
             .collect())
     }
 
-    /// Checks and compiles a component; dropping the future ends that.
+    /// Checks and compiles a component. Dropping the future cancels that.
     pub async fn load(&self, wasm: Bytes) -> Result<Guest> {
         Guest::load(&self.engine, wasm).await
     }
 
-    /// Compiles the component of a deployment and reads its manifest: everything that can fail before it starts.
+    /// Compiles the component of a deployment and parses its manifest: everything that can fail
+    /// before it starts.
     pub async fn prepare(&self, deployment: &DeploymentRecord) -> Result<Delivery> {
-        let worker: Worker =
-            serde_json::from_str(&deployment.manifest).context("read the deployment's manifest")?;
+        let worker: Worker = serde_json::from_str(&deployment.manifest)
+            .context("parse the deployment's manifest")?;
         let wasm = self
             .store
             .component(&deployment.digest)
@@ -103,7 +104,7 @@ impl Services {
         })
     }
 
-    /// The active deployment of a worker, ready to run; none when it has none.
+    /// The active deployment of a worker, ready to run; `None` if it has none.
     pub async fn active_delivery(&self, worker: &str) -> Result<Option<Delivery>> {
         match self.active_deployment(worker).await? {
             Some(deployment) => Ok(Some(self.prepare(&deployment).await?)),
@@ -111,16 +112,16 @@ impl Services {
         }
     }
 
-    /// Hands committed outputs to the relay, whose leases began at `since` or later. A host that drains leaves them to the
-    /// poller of another one.
+    /// Hands committed outputs to the relay. Their leases began at `since` or later. A draining
+    /// host leaves them to the poller of another host.
     pub async fn publish_outputs(&self, rows: Vec<OutboxRow>, since: Instant) {
         if let Some(relay) = self.relay.get() {
             relay.hand_over(rows, since).await;
         }
     }
 
-    /// The age of the oldest message on the stream that waits for a worker on any host: zero when none waits, none when the
-    /// server does not answer in time.
+    /// The age of the oldest message on the stream that waits for a worker on any host: zero if
+    /// none waits, `None` if the server does not answer in time.
     pub async fn unhandled_age(&self, worker: &Worker) -> Option<Duration> {
         let probe = self
             .bus
@@ -133,7 +134,7 @@ impl Services {
     }
 }
 
-/// The age of the oldest waiting message; none when none waits.
+/// The age of the oldest waiting message; `None` if none waits.
 pub fn age(unhandled: UnhandledMessages) -> Option<Duration> {
     let stored = unhandled.oldest?;
     // The broker's clock may be ahead of the host's.

@@ -1,24 +1,24 @@
-//! Who is measured, doing what.
+//! The contenders of the benchmark and their work.
 
-/// What every message asks for.
+/// The work of each message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Work {
-    /// Adds one to a counter under one of a thousand keys, and sends a message.
+    /// Adds one to a counter under one of a thousand keys and sends a message.
     State,
-    /// The same, and messages of a key reach their stream in order, which nobody writes by hand.
+    /// Like `State`, with outputs in order of their key; hand-written loops rarely offer this.
     StateInOrder,
-    /// Writes two rows with one statement, and sends a message.
+    /// Writes two rows with one statement and sends a message.
     Sql,
 }
 
-/// Who does it.
+/// The implementation that does the work.
 #[derive(Debug, Clone, Copy)]
 pub enum Implementation {
-    /// A loop written by hand: one transaction for each message, 32 at a time.
+    /// A hand-written loop: one transaction per message, 32 at a time.
     HandWritten,
-    /// A host, with these settings of its worker.
+    /// A host with these worker settings.
     Host { settings: &'static str },
-    /// The same, whose outputs are published from the database's log.
+    /// A host in WAL mode with these worker settings.
     HostInWalMode { settings: &'static str },
 }
 
@@ -27,17 +27,17 @@ pub struct Contender {
     pub description: &'static str,
     pub implementation: Implementation,
     pub work: Work,
-    /// How many in a hundred messages fail for good, and whether they run SQL before that.
+    /// Percentage of messages that are rejected, and whether they run SQL first.
     pub poison: Option<(usize, bool)>,
-    /// Whom it is compared with.
+    /// The contender for comparison.
     pub baseline: Option<&'static str>,
-    /// The ratio it must reach.
+    /// The required ratio to the baseline.
     pub wanted: Option<f64>,
 }
 
 const SQL: &str = "[worker.retry]\nattempts = 1";
 const SQL_BATCH: &str = "isolation = \"batch\"\n[worker.retry]\nattempts = 1";
-/// Messages of a key go to one lane: two lanes that changed the same state at the same time would stand in each other's way.
+/// Messages of a key share one lane: two lanes that change the same state would conflict.
 const STATE: &str =
     "ordering_key = \"header:Key\"\nstate_keys = [\"{header:Key}\"]\n[worker.retry]\nattempts = 1";
 const STATE_BATCH: &str = "isolation = \"batch\"\nordering_key = \"header:Key\"\nstate_keys = [\"{header:Key}\"]\n[worker.retry]\nattempts = 1";
@@ -66,7 +66,7 @@ const fn host(
 }
 
 const fn by_hand(name: &'static str, work: Work) -> Contender {
-    let description = "async-nats and sqlx: one transaction for each message, 32 at a time, and a relay beside it";
+    let description = "async-nats and sqlx: one transaction per message, 32 at a time, and a relay";
     Contender {
         name,
         description,
@@ -84,7 +84,7 @@ pub const CONTENDERS: &[Contender] = &[
         wanted: Some(4.0),
         ..host(
             "state",
-            "keyed state, a fresh instance for each message, state_keys",
+            "keyed state, a fresh instance per message, state_keys",
             STATE,
             Work::State,
         )
@@ -103,13 +103,13 @@ pub const CONTENDERS: &[Contender] = &[
     ),
     host(
         "state, outputs in order",
-        "outputs of a key are published one after the other",
+        "outputs of a key are published in order",
         STATE,
         Work::StateInOrder,
     ),
     host(
         "state, isolation = batch",
-        "an instance for each batch",
+        "one instance per batch",
         STATE_BATCH,
         Work::State,
     ),
@@ -118,7 +118,7 @@ pub const CONTENDERS: &[Contender] = &[
         baseline: Some("state"),
         ..host(
             "state, relay = wal",
-            "outputs are published from the database's log",
+            "outputs are published from the WAL",
             STATE,
             Work::State,
         )
@@ -128,14 +128,14 @@ pub const CONTENDERS: &[Contender] = &[
         wanted: Some(1.5),
         ..host(
             "sql",
-            "one statement for each message, a fresh instance for each",
+            "one statement and a fresh instance per message",
             SQL,
             Work::Sql,
         )
     },
     host(
         "sql, isolation = batch",
-        "an instance for each batch",
+        "one instance per batch",
         SQL_BATCH,
         Work::Sql,
     ),

@@ -1,9 +1,9 @@
-//! Processor time of this process and of everything it started, by the name of the program.
+//! CPU time of this process and of all its child processes, by program name.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 
-/// Seconds of processor time by program, so far; empty where there is no `/proc`.
+/// Seconds of CPU time so far by program; empty on a system without `/proc`.
 pub fn seconds() -> BTreeMap<String, f64> {
     let processes: HashMap<u32, Process> = fs::read_dir("/proc")
         .into_iter()
@@ -21,13 +21,13 @@ pub fn seconds() -> BTreeMap<String, f64> {
     seconds
 }
 
-/// What Linux tells processes, whatever its own clock does.
+/// The user-space tick rate of Linux, independent of the kernel's clock.
 const TICKS_PER_SECOND: f64 = 100.0;
 
 struct Process {
     name: String,
     parent: u32,
-    /// Of its own and of the children it has waited for.
+    /// Ticks of the process and of the children it has waited for.
     ticks: u64,
 }
 

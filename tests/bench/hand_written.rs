@@ -1,4 +1,4 @@
-//! What people write by hand: an inbox, the effect and an outbox in one transaction for each message, and a relay.
+//! The baseline: an inbox, the effect and an outbox in one transaction per message, and a relay.
 
 use std::time::Duration;
 
@@ -17,10 +17,10 @@ use tokio::task::JoinHandle;
 
 use crate::contenders::Work;
 
-/// Messages, and transactions, at a time.
+/// Messages, and transactions, in flight.
 const IN_FLIGHT: usize = 32;
 
-/// Outputs at a time.
+/// Outputs per page.
 const PAGE: i64 = 1_000;
 
 const TABLES: &str = "
@@ -48,7 +48,8 @@ pub async fn start(world: &World, work: Work) -> Result<HandWritten> {
     let Database::Postgres { direct, .. } = &world.database else {
         unreachable!()
     };
-    // One more for the relay.
+
+    // One more connection for the relay.
     let pool = PgPoolOptions::new()
         .max_connections(IN_FLIGHT as u32 + 1)
         .connect(direct)
@@ -97,6 +98,8 @@ async fn handle(pool: &PgPool, message: &jetstream::Message, work: Work) -> Resu
             .map(|value| value.as_str())
     };
     let event_id = header("ce-id").context("find the event id")?;
+
+    // Claim
     let mut tx = pool.begin().await?;
     let claimed =
         sqlx::query("insert into hand.inbox (event_id) values ($1) on conflict do nothing")
@@ -106,6 +109,8 @@ async fn handle(pool: &PgPool, message: &jetstream::Message, work: Work) -> Resu
     if claimed.rows_affected() == 0 {
         return Ok(());
     }
+
+    // Effect
     let options: Value = serde_json::from_slice(&message.payload)?;
     let (subject, body) = match work {
         Work::State | Work::StateInOrder => {
@@ -140,6 +145,8 @@ async fn handle(pool: &PgPool, message: &jetstream::Message, work: Work) -> Resu
             )
         }
     };
+
+    // Output
     sqlx::query("insert into hand.outbox (id, subject, body) values ($1, $2, $3)")
         .bind(format!("hand:{event_id}:0"))
         .bind(subject)
@@ -150,7 +157,7 @@ async fn handle(pool: &PgPool, message: &jetstream::Message, work: Work) -> Resu
     Ok(())
 }
 
-/// Pages, publishes, deletes.
+/// Reads a page of outputs, publishes them and deletes them.
 async fn relay(pool: PgPool, context: JetStream) -> Result<()> {
     loop {
         let rows =

@@ -1,4 +1,4 @@
-//! What a cached read over HTTP costs, against an axum handler that answers with the same bytes from a constant, in turns.
+//! A cached read over HTTP, compared with an axum handler that returns the same constant.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,14 +14,14 @@ use support::world::World;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-/// Connections that ask at the same time, each one request after the other.
+/// Concurrent connections, each with one request at a time.
 const CONNECTIONS: usize = 16;
 const ROUNDS: usize = 3;
 
-/// How much longer a cached read may take than the constant.
+/// Maximum ratio of the cached read's time to the constant's.
 const WANTED: f64 = 2.0;
 
-/// Measures; true when it is as fast as it is to be.
+/// Measures both alternately; true when the ratio is within its limit.
 pub async fn measure(time: Duration) -> Result<(bool, Value)> {
     let migrations = guests::repository().join("tests/guests/migrations");
     let manifest = format!(
@@ -42,7 +42,7 @@ pub async fn measure(time: Duration) -> Result<(bool, Value)> {
     for (name, address) in [("constant", &constant), ("cached", &host)] {
         request_once(address)
             .await
-            .with_context(|| format!("ask for the {name} answer"))?;
+            .with_context(|| format!("request the {name} answer"))?;
     }
     let mut rates = [Vec::new(), Vec::new()];
     for round in 1..=ROUNDS {
@@ -60,12 +60,10 @@ pub async fn measure(time: Duration) -> Result<(bool, Value)> {
         medians.push(rates.get(ROUNDS / 2).copied().unwrap_or_default());
     }
     let [constant, cached] = medians[..] else {
-        anyhow::bail!("nothing was measured")
+        anyhow::bail!("no measurement was made")
     };
     let ratio = constant / cached;
-    println!(
-        "a cached read takes {ratio:.2} times as long as a constant; at most {WANTED} are wanted"
-    );
+    println!("a cached read takes {ratio:.2} times as long as a constant; the limit is {WANTED}");
     Ok((
         ratio <= WANTED,
         json!({ "constant": constant, "cached": cached, "ratio": ratio, "wanted": WANTED }),
@@ -83,7 +81,7 @@ async fn serve_a_constant() -> Result<String> {
     Ok(address)
 }
 
-/// Requests in a second.
+/// Requests per second.
 async fn measure_rate(address: &str, time: Duration) -> Result<f64> {
     let count = Arc::new(AtomicU64::new(0));
     let began = Instant::now();
@@ -110,12 +108,12 @@ async fn request_once(address: &str) -> Result<()> {
     exchange(&mut connection, &mut vec![0; 4096]).await
 }
 
-/// One request and its answer, which is short and has a length.
+/// One request and its answer, which is short and has a content length.
 async fn exchange(connection: &mut TcpStream, buffer: &mut [u8]) -> Result<()> {
     connection
         .write_all(b"GET /events/e HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
         .await
-        .context("ask")?;
+        .context("send a request")?;
     let mut read = 0;
     loop {
         let more = connection

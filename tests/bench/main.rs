@@ -1,6 +1,7 @@
-//! `make bench`: how fast a host is, against what people write by hand, measured in turns in one run.
+//! `make bench`: throughput of a host, compared with hand-written loops in the same run.
 //!
-//! Absolute figures are those of this machine on this day. What counts is the ratio to the hand-written loop.
+//! Absolute figures depend on the machine and the day. The ratio to the hand-written loop is the
+//! result.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -22,31 +23,31 @@ mod retention;
 mod saturation;
 mod stage;
 
-/// Measures messages per second on PostgreSQL, from the stream they come from to the stream their outputs go to.
+/// Measure messages per second on PostgreSQL, from the input stream to the output stream.
 #[derive(Debug, Parser)]
 struct Options {
-    /// Messages in each measurement.
+    /// Messages per measurement.
     #[arg(long, default_value_t = 20_000)]
     messages: usize,
-    /// Measurements of each contender, in turns; the median counts.
+    /// Measurements of each contender, in rotation; the median is reported.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
-    /// Only contenders whose name contains this, and the hand-written loops they are compared with.
+    /// Run only contenders whose name contains this text, and their baselines.
     #[arg(long)]
     only: Option<String>,
-    /// Instead, give a host more than it can do for so many seconds, and look how long outputs wait to be published.
+    /// Overload a host for this many seconds instead, and sample the age of unpublished outputs.
     #[arg(long, value_name = "SECONDS")]
     saturate: Option<u64>,
-    /// The database that it is saturated on.
+    /// Database of the saturation run.
     #[arg(long, default_value = "postgres", requires = "saturate")]
     database: Database,
-    /// Set in the environment of the host that is saturated, such as ONCELY_RELAY=wal.
+    /// Set a variable in the environment of the saturated host, such as ONCELY_RELAY=wal.
     #[arg(long, value_name = "NAME=VALUE", value_parser = variable, requires = "saturate")]
     env: Vec<(String, String)>,
-    /// Instead, compare a cached read over HTTP with a constant, for so many seconds in each turn.
+    /// Compare a cached read over HTTP with a constant instead, for this many seconds per round.
     #[arg(long, value_name = "SECONDS")]
     http: Option<u64>,
-    /// Instead, so many rows through inbox and outbox of both databases while old ones leave.
+    /// Write this many rows through the inbox and outbox of both databases instead, with retention.
     #[arg(long, value_name = "ROWS")]
     retention: Option<usize>,
 }
@@ -71,12 +72,12 @@ async fn main() -> Result<()> {
     if let Some(seconds) = options.http {
         let (holds, report) = http::measure(Duration::from_secs(seconds)).await?;
         write("http.json", &report)?;
-        ensure!(holds, "a cached read takes longer than it may");
+        ensure!(holds, "a cached read exceeds its time limit");
         return Ok(());
     }
     ensure!(
         !cfg!(debug_assertions) || options.retention.is_some(),
-        "measure a release build: make bench"
+        "not a release build; run: make bench"
     );
     if let Some(rows) = options.retention {
         let report = retention::measure(rows).await?;
@@ -84,10 +85,12 @@ async fn main() -> Result<()> {
         let holds = |database: &str| report[database]["holds"] == true;
         ensure!(
             holds("postgres") && holds("sqlite"),
-            "tables grew, or the last rows were slower than the first"
+            "tables grew, or the last rows were slower than the first rows"
         );
         return Ok(());
     }
+
+    // Measurements
     tokio::task::spawn_blocking(guests::component).await??;
     let cluster = tokio::task::spawn_blocking(Cluster::start_durable).await??;
     let selected = selected(options.only.as_deref());
@@ -112,6 +115,8 @@ async fn main() -> Result<()> {
             cpu.insert(name, measured.cpu_micros);
         }
     }
+
+    // Table and report
     let medians: BTreeMap<&str, f64> = rates
         .iter()
         .map(|(name, rates)| (*name, median(rates)))
@@ -145,7 +150,7 @@ async fn main() -> Result<()> {
     )
 }
 
-/// How old outputs get while a host is saturated.
+/// Measures the age of unpublished outputs while a host is saturated.
 async fn saturate(options: &Options, time: Duration) -> Result<()> {
     tokio::task::spawn_blocking(guests::component).await??;
     let kind = match options.database {
@@ -157,7 +162,7 @@ async fn saturate(options: &Options, time: Duration) -> Result<()> {
         &format!("saturation-{}.json", format!("{kind:?}").to_lowercase()),
         &report,
     )?;
-    ensure!(holds, "outputs waited longer than they may");
+    ensure!(holds, "unpublished outputs exceeded their age limit");
     Ok(())
 }
 
@@ -187,7 +192,7 @@ fn write(file: &str, report: &serde_json::Value) -> Result<()> {
         .parent()
         .context("find the target folder")?
         .join("bench");
-    std::fs::create_dir_all(&folder).context("make a folder for the report")?;
+    std::fs::create_dir_all(&folder).context("create the report folder")?;
     let path = folder.join(file);
     std::fs::write(&path, serde_json::to_string_pretty(report)? + "\n")
         .context("write the report")?;
@@ -195,5 +200,5 @@ fn write(file: &str, report: &serde_json::Value) -> Result<()> {
     Ok(())
 }
 
-/// For how long a measurement may stand still before it is given up.
+/// A measurement without progress for this long has failed.
 const PATIENCE: Duration = Duration::from_secs(60);

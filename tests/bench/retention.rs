@@ -1,7 +1,8 @@
-//! `make bench-retention`: many rows through inbox and outbox while what had its time leaves. Tables must not grow, and the
-//! last rows must go as fast as the first.
+//! `make bench-retention`: many rows pass the inbox and outbox while expired rows are deleted.
 //!
-//! The store alone is under load, without broker and guests, so that millions of rows take minutes.
+//! Tables must not grow, and the last rows must be as fast as the first ones.
+//!
+//! Only the store is under load, without broker and guests, so that millions of rows take minutes.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -19,41 +20,41 @@ use support::postgres::Cluster;
 
 use crate::cpu;
 
-/// Rows in one transaction, and transactions at the same time.
+/// Rows per transaction, and concurrent transactions.
 const BATCH: usize = 200;
 const LANES: usize = 4;
 
 const WORKER: &str = "bench";
 const TIME: Duration = Duration::from_secs(20);
 
-/// For how long rows are kept here.
+/// Retention of rows.
 const KEEP: Duration = Duration::from_secs(15);
 
-/// How often old rows are removed; a host does it every minute, and keeps rows for longer.
+/// Interval between deletions of expired rows; a host uses a minute, with a longer retention.
 const RETIRE_EVERY: Duration = Duration::from_millis(250);
 
-/// How slow the last rows may be, as a share of the first, and how large the tables, as a share of what they were once the
-/// first rows had left.
+/// Minimum speed of the last rows relative to the first. Maximum table size relative to the size
+/// after the first rows expired.
 const LEAST_SPEED: f64 = 0.9;
 const MOST_SIZE: f64 = 1.1;
 
-/// What the rows are written to.
+/// The location of the tables.
 enum Place {
     Postgres(String),
     Sqlite(tempfile::TempDir),
 }
 
-/// One tenth of the rows.
+/// Measurements of one tenth of the rows.
 struct Tenth {
     rate: f64,
-    /// Of both tables with their indexes, in bytes.
+    /// Size of both tables with their indexes, in bytes.
     largest: i64,
     removed: f64,
-    /// Microseconds of processor time for each row.
+    /// Microseconds of CPU time per row.
     cpu_micros: f64,
 }
 
-/// Sends `rows` rows through the tables of both databases.
+/// Writes `rows` rows through the tables of both databases.
 pub async fn measure(rows: usize) -> Result<Value> {
     let cluster = tokio::task::spawn_blocking(Cluster::start_durable).await??;
     let database = cluster.create_database().await?;
@@ -83,7 +84,7 @@ async fn run(name: &str, store: Arc<dyn Store>, place: Place, rows: usize) -> Re
         while next.load(Ordering::Relaxed) < rows * tenth / 10 {
             ensure!(
                 !lanes.iter().any(|lane| lane.is_finished()) || tenth == 10,
-                "a lane ended early"
+                "a lane stopped early"
             );
             largest = largest.max(place.size().await?);
             tokio::time::sleep(Duration::from_millis(200)).await;
@@ -113,10 +114,11 @@ async fn run(name: &str, store: Arc<dyn Store>, place: Place, rows: usize) -> Re
 
 fn report(name: &str, tenths: &[Tenth]) -> Result<Value> {
     let (Some(first), Some(last)) = (tenths.first(), tenths.last()) else {
-        anyhow::bail!("nothing was measured")
+        anyhow::bail!("no measurement was made")
     };
     let speed = last.rate / first.rate;
-    // What is kept depends on the rate, too.
+
+    // The table size also depends on the rate.
     let settled = tenths
         .iter()
         .skip(1)
@@ -132,11 +134,11 @@ fn report(name: &str, tenths: &[Tenth]) -> Result<Value> {
         .unwrap_or_default();
     let size = later as f64 / settled as f64;
     println!(
-        "{name:<9} last tenth {speed:.2} as fast as the first; largest {size:.2} of what it was in the 2nd to 4th tenth\n"
+        "{name:<9} last tenth {speed:.2} as fast as the first; largest size {size:.2} of the 2nd to 4th tenth\n"
     );
     ensure!(
         last.removed > 0.5,
-        "{name}: only {:.0} % of the rows had left: too few rows for this",
+        "{name}: only {:.0} % of the rows were deleted: use more rows",
         last.removed * 100.0
     );
     let tenths: Vec<Value> =
@@ -151,7 +153,7 @@ fn cpu_seconds() -> f64 {
     cpu::seconds().values().sum()
 }
 
-/// Settles events, each with one output, and marks the outputs as published.
+/// Settles events with one output each and marks the outputs as published.
 async fn lane(store: Arc<dyn Store>, next: Arc<AtomicUsize>, rows: usize) -> Result<()> {
     loop {
         let first = next.fetch_add(BATCH, Ordering::Relaxed);
@@ -182,7 +184,7 @@ async fn lane(store: Arc<dyn Store>, next: Arc<AtomicUsize>, rows: usize) -> Res
         while let Err(error) = store.mark_published(&published).await {
             ensure!(
                 matches!(error, StoreError::Conflict(_)),
-                "mark outputs: {error:?}"
+                "mark outputs as published: {error:?}"
             );
         }
     }
@@ -203,7 +205,7 @@ fn output(event: &String) -> Output {
 }
 
 async fn remove(store: Arc<dyn Store>) {
-    let what = RetentionPolicy {
+    let policy = RetentionPolicy {
         outputs: KEEP,
         inbox: Some(KEEP),
         requests: KEEP,
@@ -212,7 +214,7 @@ async fn remove(store: Arc<dyn Store>) {
         archive: None,
     };
     loop {
-        match store.delete_expired(&what).await {
+        match store.delete_expired(&policy).await {
             Ok(true) => {}
             _ => tokio::time::sleep(RETIRE_EVERY).await,
         }
@@ -251,7 +253,7 @@ impl Place {
                 sqlx::query_scalar(query)
                     .fetch_one(&mut connection)
                     .await
-                    .context("ask PostgreSQL")
+                    .context("query PostgreSQL")
             }
             Place::Sqlite(folder) => {
                 let url = format!(
@@ -262,7 +264,7 @@ impl Place {
                 sqlx::query_scalar(query)
                     .fetch_one(&mut connection)
                     .await
-                    .context("ask SQLite")
+                    .context("query SQLite")
             }
         }
     }

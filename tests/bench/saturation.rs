@@ -1,4 +1,4 @@
-//! A host with more to do than it can: how old does the oldest output get that is committed and not published?
+//! A saturated host: the age of its oldest committed, unpublished output.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -12,29 +12,31 @@ use support::nats::{NatsServer, NewMessage};
 use support::postgres::Cluster;
 use support::world::{World, manifest};
 
-/// How often it looks.
+/// Sampling interval.
 const SAMPLE_EVERY: Duration = Duration::from_millis(200);
 
-/// The publisher keeps at least so many messages waiting.
+/// Minimum backlog that the publisher maintains.
 const BACKLOG: u64 = 4_000;
 
-/// What every message asks for: two rows, and an output.
+/// The work of each message: two rows and an output.
 const SETTINGS: &str = "[worker.retry]\nattempts = 1";
 
-/// What the age must stay below in 99 of 100 looks, in seconds.
+/// Limit of the 99th percentile of the age, in seconds.
 const AGE_MAX: f64 = 1.0;
 
-/// What the publisher and the one who looks share.
+/// State shared by the publisher and the sampler.
 #[derive(Default)]
 struct Load {
     published: AtomicU64,
     is_over: AtomicBool,
 }
 
-/// Saturates a host for a while and looks at the age all along; true when it stayed low.
+/// Saturates a host for a while and samples the age; true when it stays below the limit.
 pub async fn run(kind: Kind, time: Duration, env: Vec<(String, String)>) -> Result<(bool, Value)> {
+    // Host and load
     let mut world = World::without_host(Kind::Sqlite, &manifest(SETTINGS)?).await?;
-    // Kept until the end.
+
+    // Kept alive until the end.
     let cluster = match kind {
         Kind::Sqlite => None,
         Kind::Postgres | Kind::Pgbouncer => {
@@ -55,8 +57,10 @@ pub async fn run(kind: Kind, time: Duration, env: Vec<(String, String)>) -> Resu
     world
         .quiet(i64::try_from(published)?)
         .await
-        .context("wait until all is done")?;
+        .context("wait until the backlog is handled")?;
     let drained = ended.elapsed();
+
+    // Checks and report
     let stored = jetstream::new(world.nats.client().await?)
         .get_stream("OUT")
         .await?
@@ -65,15 +69,15 @@ pub async fn run(kind: Kind, time: Duration, env: Vec<(String, String)>) -> Resu
         .messages;
     ensure!(
         stored == published,
-        "{stored} outputs of {published} messages are on the stream"
+        "{published} messages have {stored} outputs on the stream"
     );
     samples.ages.sort_by(f64::total_cmp);
     let p99 = samples.age(0.99);
     let holds = p99 < AGE_MAX;
     let saturated = samples.saturated as f64 / samples.ages.len().max(1) as f64;
     println!(
-        "{kind:?}: {published} messages in {:?}, backlog in {:.0} % of the looks; age of the oldest unpublished output: \
-         median {:.3} s, p99 {p99:.3} s, most {:.3} s",
+        "{kind:?}: {published} messages in {:?}, backlog in {:.0} % of the samples; age of the oldest unpublished output: \
+         median {:.3} s, p99 {p99:.3} s, maximum {:.3} s",
         time,
         saturated * 100.0,
         samples.age(0.5),
@@ -81,7 +85,7 @@ pub async fn run(kind: Kind, time: Duration, env: Vec<(String, String)>) -> Resu
     );
     ensure!(
         saturated > 0.9,
-        "the host was not saturated: it had work to do in {:.0} % of the looks",
+        "the host was not saturated: it had a backlog in {:.0} % of the samples",
         saturated * 100.0
     );
     let report = json!({
@@ -94,17 +98,17 @@ pub async fn run(kind: Kind, time: Duration, env: Vec<(String, String)>) -> Resu
     Ok((holds, report))
 }
 
-/// What was seen.
+/// Measurements of a saturated host.
 #[derive(Default)]
 struct Samples {
     ages: Vec<f64>,
-    /// In how many looks messages waited.
+    /// Number of samples with a backlog.
     saturated: usize,
     handled: u64,
 }
 
 impl Samples {
-    /// Of sorted ages.
+    /// The age at a quantile; the ages must be sorted.
     fn age(&self, share: f64) -> f64 {
         let last = self.ages.len().saturating_sub(1);
         let at = (last as f64 * share).ceil() as usize;
@@ -118,13 +122,13 @@ async fn sample(world: &World, time: Duration, load: &Load) -> Result<Samples> {
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     while began.elapsed() < time {
         tick.tick().await;
-        let text = scrape(world).await.context("look at the metrics")?;
+        let text = scrape(world).await.context("scrape the metrics")?;
         let Some(unhandled) = value(&text, r#"oncely_unhandled_messages{worker="test"}"#) else {
             continue;
         };
         samples.ages.push(
             value(&text, "oncely_unpublished_age_max_seconds")
-                .context("the age is not measured")?,
+                .context("find the age in the metrics")?,
         );
         samples.saturated += usize::from(unhandled > 0.0);
     }
@@ -138,7 +142,7 @@ async fn sample(world: &World, time: Duration, load: &Load) -> Result<Samples> {
     Ok(samples)
 }
 
-/// Publishes whenever there is not enough to do.
+/// Publishes whenever the backlog is too small.
 async fn publish(nats: &NatsServer, load: &Load) -> Result<()> {
     let stream = jetstream::new(nats.client().await?)
         .get_stream_no_info("IN")
@@ -149,7 +153,7 @@ async fn publish(nats: &NatsServer, load: &Load) -> Result<()> {
         let consumer = stream
             .consumer_info("oncely-test")
             .await
-            .context("look at the consumer")?;
+            .context("read the consumer")?;
         if consumer.num_pending < BACKLOG {
             let chunk = next..next + BACKLOG / 2;
             let message = |n| NewMessage::new("in.x", &format!("e{n}"), "insert", r#"{"n": 1}"#);

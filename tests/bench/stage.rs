@@ -17,12 +17,12 @@ use crate::{PATIENCE, cpu, hand_written};
 
 const KEYS: usize = 1_000;
 
-/// What was measured.
+/// The result of a measurement.
 pub struct Measured {
-    /// Messages per second, from the first thing that is told to the last.
+    /// Messages per second, from the first output to the last.
     pub rate: f64,
-    /// Microseconds of processor time for each message, by program. Unlike the rate it hardly depends on what else the
-    /// machine does.
+    /// Microseconds of CPU time per message, by program. Unlike the rate, this hardly depends on
+    /// other load of the machine.
     pub cpu_micros: BTreeMap<String, f64>,
 }
 
@@ -44,7 +44,8 @@ pub async fn measure(
     if is_wal {
         world.host_env = vec![("ONCELY_RELAY".to_owned(), "wal".to_owned())];
     }
-    // Makes the streams, the tables and the compiled component.
+
+    // This start creates the streams and tables and compiles the component.
     world.start_host().await?;
     if is_wal {
         world
@@ -56,6 +57,8 @@ pub async fn measure(
         .nats
         .publish_all((0..messages).map(|n| message(contender, n)).collect())
         .await?;
+
+    // Measurement
     let context = jetstream::new(world.nats.client().await?);
     let cpu_before = cpu::seconds();
     let by_hand = match contender.implementation {
@@ -74,12 +77,14 @@ pub async fn measure(
     );
     wait_for(&out, messages - poison)
         .await
-        .with_context(|| format!("outputs; the host said:\n{}", world.host_log()))?;
+        .with_context(|| format!("outputs; host log:\n{}", world.host_log()))?;
     wait_for(&dlq, poison).await.context("dead letters")?;
     let cpu_after = cpu::seconds();
     if let Some(by_hand) = by_hand {
         by_hand.stop();
     }
+
+    // Rate and CPU time
     let mut times = stored_times(&out).await?;
     times.extend(stored_times_if_any(&dlq).await?);
     let first = times.iter().min().context("find the first output")?;
@@ -124,13 +129,19 @@ async fn wait_for(stream: &Stream, messages: usize) -> Result<()> {
         if now != seen {
             (seen, moved) = (now, Instant::now());
         }
-        ensure!(moved.elapsed() < PATIENCE, "only {seen} of {messages} came");
+        ensure!(
+            moved.elapsed() < PATIENCE,
+            "only {seen} of {messages} messages arrived"
+        );
     }
-    ensure!(seen == messages, "{seen} came, not {messages}");
+    ensure!(
+        seen == messages,
+        "{seen} messages arrived, expected {messages}"
+    );
     Ok(())
 }
 
-/// When the first and the last message of a stream were stored.
+/// Storage times of the first and the last message of a stream.
 async fn stored_times(stream: &Stream) -> Result<Vec<DateTime>> {
     let state = stream.get_info().await?.state;
     Ok(vec![state.first_timestamp, state.last_timestamp])

@@ -1,4 +1,4 @@
-//! One campaign: a host on one database under load, everything done to it that is in the plan, and then the books.
+//! One campaign: a host on one database under load, all faults of a plan, and then the checks.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -27,25 +27,25 @@ use crate::stranger::{self, AttackCounts};
 use crate::watcher::{self, WatcherReport};
 use crate::workload::{Often, Workload, passes_until_death};
 
-/// After how long without a word of the host the broker delivers a message again.
+/// The broker redelivers a message that is unacknowledged for this long.
 const ACK_WAIT: Duration = Duration::from_secs(2);
 
-/// How often a host is started again whose start met a cut.
+/// Starts of a host before a failed start is an error; a cut may break one.
 const STARTS: u32 = 3;
 
-/// How long it waits for a host to reach a point, or for a chance to cut.
+/// Timeout for a host to reach a fault point, and for an opportunity to cut.
 const CHANCE: Duration = Duration::from_secs(12);
 
-/// Alarms that come and go all the time.
+/// Alarms with thresholds so low that they are raised and cleared all the time.
 const ALARM: &str = "[worker.alarm]\ndead_letters = 10\nunpublished_age = \"1s\"\nunhandled_age = \"2s\"\nclear_after = \"1s\"";
 
-/// The stream of dead letters.
+/// The dead-letter stream.
 const DLQ: &str = "ONCELY_DLQ";
 
-/// The streams that are brought back to an older copy.
+/// The streams that are rolled back to an older copy.
 const ROLLED_BACK: [&str; 2] = ["OUT", DLQ];
 
-/// Points that a host passes rarely while outputs go by the log.
+/// Points that a host rarely passes in WAL mode.
 const POLL_MODE_POINTS: [&str; 4] = [
     fault::RELAY_LEASED,
     fault::BEFORE_MARK,
@@ -53,61 +53,61 @@ const POLL_MODE_POINTS: [&str; 4] = [
     fault::BEFORE_RELEASE,
 ];
 
-/// How long it may take after an outage until outputs are published within a second again, and how many looks in a row have to
-/// say so.
+/// Limit for the catch-up after an outage: outputs are published within a second again, in several
+/// checks in a row.
 const CATCH_UP_WITHIN: Duration = Duration::from_secs(60);
 const CAUGHT_UP_SAMPLES: u32 = 10;
 
-/// What to do in a campaign.
+/// The plan of a campaign.
 #[derive(Debug, Clone)]
 pub struct Plan {
     pub kind: Kind,
     pub seed: u64,
     pub inputs: u64,
-    /// The most messages in one transaction; none for 32 and 1, from one version of the worker to the next.
+    /// Maximum messages per transaction. None alternates 32 and 1 between versions of the worker.
     pub batch: Option<u32>,
     pub lanes: u32,
-    /// When it stops doing harm, done or not.
+    /// Time limit for the faults of the plan.
     pub harm_max: Duration,
     pub harm: Harm,
     pub mutant: Option<String>,
-    /// What has to happen before the mutant may count as not caught.
+    /// Events that must happen before the mutant may count as not caught.
     pub exposure: Exposure,
-    /// What else is set in the host's environment.
+    /// Additional environment of the host.
     pub env: Vec<(String, String)>,
 }
 
-/// How often to do what.
+/// Number of faults of each kind.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Harm {
-    /// Deaths at each point.
+    /// Aborts at each fault point.
     pub each_point: u32,
     pub kills: u32,
     pub pauses: u32,
-    /// Connections of the host that the database ends.
+    /// Database connections of the host that are terminated.
     pub terminations: u32,
     pub database_stops: u32,
     pub broker_kills: u32,
-    /// How often the streams of outputs are brought back to an older copy.
+    /// Rollbacks of the output streams to an older copy.
     pub rollbacks: u32,
-    /// Commits cut, of each kind.
+    /// Cuts of commits, for each kind.
     pub commit_cuts: u32,
-    /// Publications cut, of each kind.
+    /// Cuts of publications, for each kind.
     pub output_cuts: u32,
     pub deployments: u32,
-    /// How often outputs go to the log and back.
+    /// Switches of the relay mode.
     pub relay_changes: u32,
-    /// How often the broker is away for as long as `outage`, and how often the stream of dead letters is full, or gone.
+    /// Broker outages of length `outage`, and outages of the dead-letter stream (full or deleted).
     pub outages: u32,
     pub outage: Duration,
-    /// How long that stream takes nothing.
+    /// Length of an outage of the dead-letter stream.
     pub dlq_outage: Duration,
-    /// How often the host freezes for as long as `frozen`, and how often it vanishes from the network for as long.
+    /// Freezes of the host of length `frozen`, and network partitions of the same length.
     pub freezes: u32,
     pub frozen: Duration,
-    /// How often a host of another installation tries to join.
+    /// Attempts of a host of another installation to join.
     pub joins: u32,
-    /// How often a host dies with leased outputs and is back at once.
+    /// Deaths of a host with leased outputs, followed by an immediate restart.
     pub leases: u32,
 }
 
@@ -134,7 +134,7 @@ impl Harm {
         leases: 2,
     };
 
-    /// What fits into two minutes.
+    /// Fits into two minutes.
     pub const SHORT: Harm = Harm {
         each_point: 0,
         kills: 3,
@@ -156,7 +156,7 @@ impl Harm {
         leases: 1,
     };
 
-    /// What is done to every mutant, beside what exposes it.
+    /// Applied to every mutant, in addition to its exposure.
     pub const FOR_MUTANTS: Harm = Harm {
         each_point: 0,
         kills: 2,
@@ -179,16 +179,16 @@ impl Harm {
     };
 }
 
-/// How long outputs that a host had leased when it died may wait once it is back.
-const LEASES_TAKEN_WITHIN: Duration = Duration::from_secs(12);
+/// Maximum wait of outputs that a dead host had leased, after its restart.
+const LEASE_TAKEOVER_MAX: Duration = Duration::from_secs(12);
 
-/// How long a campaign goes on at most to make up for what found no chance to happen.
+/// Time limit for repeating faults that had no opportunity.
 const REPEATED_WITHIN: Duration = Duration::from_secs(90);
 
-/// How long a campaign goes on at most until its mutant is exposed.
+/// Time limit for exposing a mutant.
 const EXPOSED_WITHIN: Duration = Duration::from_secs(240);
 
-/// One thing to do.
+/// One fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Act {
     DieAt(&'static str),
@@ -211,7 +211,7 @@ pub enum Act {
 }
 
 impl Act {
-    /// What is counted once it happened.
+    /// The label under which the fault is counted.
     fn label(self) -> String {
         let name = match self {
             Act::DieAt(point) => return format!("died at {point}"),
@@ -223,41 +223,41 @@ impl Act {
             Act::RollBack => "streams rolled back",
             Act::Cut(Cut::CommitNotForwarded) => "commit cut before it arrived",
             Act::Cut(Cut::CommitAnswerLost) => "commit cut after it took effect",
-            Act::Cut(Cut::CommitDelayed) => "commit cut, and arrived later",
+            Act::Cut(Cut::CommitDelayed) => "commit cut, delivered later",
             Act::Cut(Cut::CommitAnswerHeld) => "host killed between commit and answer",
             Act::Cut(Cut::OutputsNotForwarded) => "outputs cut before they arrived",
             Act::Cut(Cut::OutputAnswersLost) => "outputs cut after they were stored",
             Act::Cut(Cut::HttpAnswerLost | Cut::HttpAnswerTorn | Cut::HttpFirstAnswerLost) => {
-                "answer to a request cut"
+                "answer to a request lost"
             }
             Act::Deploy => "deployed under load",
             Act::ChangeRelay => "relay changed",
-            Act::BrokerAway => "broker away for long",
-            Act::DlqFull => "stream of dead letters full",
-            Act::DlqGone => "stream of dead letters gone",
+            Act::BrokerAway => "long broker outage",
+            Act::DlqFull => "dead-letter stream full",
+            Act::DlqGone => "dead-letter stream deleted",
             Act::Freeze => "host frozen",
             Act::Vanish => "host vanished from the network",
             Act::Join => "second installation refused",
-            Act::DieWithLeases => "host died with leased outputs, and came back",
+            Act::DieWithLeases => "host died with leased outputs, restarted",
         };
         name.to_owned()
     }
 }
 
-/// What came of a campaign.
+/// The result of a campaign.
 #[derive(Debug)]
 pub struct CampaignReport {
     pub plan: Plan,
-    /// What was done to the host, by name.
+    /// Injected faults by label.
     pub injected: BTreeMap<String, u64>,
-    /// What was seen to happen, by name.
+    /// Observed events by name.
     pub seen: BTreeMap<String, u64>,
     pub counted: Counted,
     pub violations: Vec<Violation>,
-    /// What had to happen to expose a mutant and did not, in words.
+    /// Missing events that the exposure of a mutant requires.
     pub unexposed: Vec<String>,
     pub seconds: u64,
-    /// Where the host's log and everything else is kept when a rule does not hold.
+    /// Folder with the host's log and data, kept after a violation.
     pub kept: Option<std::path::PathBuf>,
 }
 
@@ -269,9 +269,7 @@ pub async fn run(plan: Plan) -> Result<CampaignReport> {
         Ok(stuck) => campaign.conclude(stuck, began).await,
         Err(error) => {
             let (kind, log) = (campaign.plan.kind, tail(&campaign.world.host_log()));
-            Err(error.context(format!(
-                "a campaign on {kind:?} did not come to its end; the host said:\n{log}"
-            )))
+            Err(error.context(format!("run a campaign on {kind:?}; host log:\n{log}")))
         }
     }
 }
@@ -287,16 +285,16 @@ struct Campaign {
     watcher_report: Arc<WatcherReport>,
     attack_counts: Arc<AttackCounts>,
     injected: BTreeMap<String, u64>,
-    /// How many versions of the worker were written so far.
+    /// Number of worker versions written so far.
     versions: u32,
-    /// How many milliseconds it took, after each outage, until what is committed was published within a second.
+    /// Milliseconds of catch-up after each kind of outage.
     caught_up: BTreeMap<&'static str, u64>,
     lagging: Vec<Violation>,
-    /// Where a rival host may run: many hosts need a database that many can use.
+    /// Whether a rival host may run; several hosts need a shared database.
     rivals: bool,
 }
 
-/// Each transaction that writes effects leaves a setting in its session, and fails in a session that another one left so.
+/// Each transaction with effects leaves a session setting. A transaction that finds one fails.
 const LEAVE_TRACE: &str = "
     create function app_default.leave_trace() returns trigger language plpgsql as $$
     declare
@@ -327,7 +325,7 @@ impl Campaign {
             to_database,
         } = proxied_database;
         if let (Some(_), Some(proxy)) = (&plan.mutant, &to_database) {
-            // Other commits hold nothing that a mutant of commits could lose or do twice.
+            // Other commits contain nothing that a mutant of commits could lose or repeat.
             proxy.cut_guests_only();
         }
         let rivals = plan.kind == Kind::Postgres;
@@ -356,15 +354,15 @@ impl Campaign {
                 .database
                 .execute(LEAVE_TRACE)
                 .await
-                .context("have transactions leave traces")?;
+                .context("create the session-trace trigger")?;
         }
         Ok(campaign)
     }
 
-    /// Who puts dead letters back all along.
+    /// Redrives dead letters during the whole campaign.
     fn redriver(&self) -> Result<Redriver> {
         Ok(Redriver {
-            program: self.world.program.clone().context("know the program")?,
+            program: self.world.program.clone().context("find the program")?,
             folder: self.world.folder.path().to_owned(),
             database: self.world.database.clone(),
         })
@@ -390,7 +388,7 @@ impl Campaign {
         ]
     }
 
-    /// A manifest that differs from the one before.
+    /// Writes a manifest that differs from the previous one.
     fn new_version(&mut self) -> Result<()> {
         self.versions += 1;
         let lanes = self.plan.lanes;
@@ -411,7 +409,9 @@ impl Campaign {
             self.versions
         );
         let component = guests::component()?;
-        // Takes no message, and has no dead letter: whoever is sent to it with another's finds nothing.
+
+        // Its subject gets no message, so no dead letter belongs to it. The stranger sends it
+        // pointers to dead letters of another worker.
         let bystander = format!(
             "\n[[worker]]\nname = \"{}\"\ncomponent = \"{}\"\nstream = \"IN\"\nsubjects = [\"in.never\"]\n\
              outputs = [\"out.>\"]\nconcurrency = 1\n[worker.config]\nlabel = \"{}\"\n",
@@ -423,7 +423,7 @@ impl Campaign {
             .write_manifest(&(manifest(&settings)? + &bystander))
     }
 
-    /// Decides what the next host is to die of.
+    /// Configures the fault of the next host.
     fn arm(&mut self, fault: Option<String>) {
         let log = self
             .world
@@ -449,7 +449,7 @@ impl Campaign {
         *self.injected.entry(what.into()).or_default() += 1;
     }
 
-    /// All acts of the plan, in an order that the seed decides.
+    /// All faults of the plan in an order that depends on the seed.
     fn acts(&mut self) -> Vec<Act> {
         let Harm {
             each_point,
@@ -494,6 +494,8 @@ impl Campaign {
         add(Act::Vanish, freezes);
         add(Act::Join, joins);
         add(Act::DieWithLeases, leases);
+
+        // Faults that need a server database
         if self.plan.kind == Kind::Postgres {
             fault::WAL_POINTS
                 .iter()
@@ -510,15 +512,17 @@ impl Campaign {
         acts
     }
 
-    /// Everything from the first message to the last one settled. What keeps it from coming to rest is the answer.
+    /// Runs from the first message to the last settled one. Returns the reason if work remains.
     async fn run_load(&mut self) -> Result<Option<String>> {
+        // Watchers and load
         let url = self.world.nats.url();
         let watchers = self.watch();
         let workload = Workload::new(
             self.plan.seed,
             self.plan.exposure.often.map(|(often, _)| often),
         );
-        // Slow enough that there is still something to do while the last harm is done.
+
+        // Slow enough that messages remain for the last faults.
         let rate = (self.plan.inputs as f64 / self.plan.harm_max.as_secs_f64() * 1.5).max(40.0);
         let publishing = tokio::spawn(publisher::publish(
             url,
@@ -534,10 +538,14 @@ impl Campaign {
             Arc::clone(&self.progress),
             Arc::clone(&self.attack_counts),
         ));
+
+        // Faults
         self.inject_faults().await?;
         self.progress.enough.store(true, Ordering::Relaxed);
         self.stay_alive_until(|| publishing.is_finished()).await?;
         let workload = publishing.await.context("publish")??;
+
+        // Recovery
         redriving.abort();
         attacking.abort();
         let stuck = self.heal(workload).await?;
@@ -555,7 +563,7 @@ impl Campaign {
             }
             let began = Instant::now();
             self.act(*act).await.with_context(|| format!("{act:?}"))?;
-            // Outages take their time, and leave the rest its own.
+            // An outage does not count against the time limit of the other faults.
             if matches!(
                 act,
                 Act::BrokerAway
@@ -575,7 +583,7 @@ impl Campaign {
         self.kill()
     }
 
-    /// Does once more what found no chance to happen: there was nothing to cut just then, or no time left.
+    /// Repeats faults that had no opportunity or no time left.
     async fn repeat_missing(&mut self, acts: &[Act]) -> Result<()> {
         let end = Instant::now() + REPEATED_WITHIN;
         loop {
@@ -591,7 +599,7 @@ impl Campaign {
         }
     }
 
-    /// Does what exposes a mutant until it happened as often as it has to.
+    /// Injects the faults that expose a mutant until each has happened often enough.
     async fn expose(&mut self) -> Result<()> {
         let end = Instant::now() + EXPOSED_WITHIN;
         while let Some(act) = self.next_missing()
@@ -602,7 +610,7 @@ impl Campaign {
         Ok(())
     }
 
-    /// One of the acts that are still missing to expose a mutant.
+    /// A fault that is still missing to expose a mutant.
     fn next_missing(&mut self) -> Option<Act> {
         let times = |act: Act| self.injected.get(&act.label()).copied().unwrap_or_default();
         let acts = &self.plan.exposure.acts;
@@ -617,13 +625,13 @@ impl Campaign {
         missing.choose(&mut self.random).copied()
     }
 
-    /// What was to expose a mutant and did not happen often enough.
+    /// Describes the events that are missing to expose a mutant.
     fn unexposed(&mut self, observed: &Observed) -> Vec<String> {
         let mut unexposed: Vec<String> = Vec::new();
         if let Some(act) = self.next_missing() {
             let acted = self.passes(fault::MUTANT_ACTED);
             unexposed.push(format!(
-                "{} not often enough, or the harm ({acted} times)",
+                "{} not injected often enough, or too little harm done ({acted} times)",
                 act.label()
             ));
         }
@@ -631,7 +639,7 @@ impl Campaign {
         if taken < self.plan.exposure.taken_ids {
             let least = self.plan.exposure.taken_ids;
             unexposed.push(format!(
-                "a stranger took {taken} ids of outputs, at least {least} wanted"
+                "the stranger took {taken} output ids, expected at least {least}"
             ));
         }
         if let Some((often, least)) = self.plan.exposure.often {
@@ -641,7 +649,7 @@ impl Campaign {
             };
             if published < least {
                 unexposed.push(format!(
-                    "{often:?} was published {published} times, at least {least} wanted"
+                    "{often:?} was published {published} times, expected at least {least}"
                 ));
             }
         }
@@ -676,7 +684,7 @@ impl Campaign {
             Act::StopDatabase => {
                 self.running().await?;
                 self.sleep_randomly(50, 300).await;
-                let cluster = self.cluster.as_mut().context("have a cluster")?;
+                let cluster = self.cluster.as_mut().context("find the cluster")?;
                 cluster.stop()?;
                 tokio::time::sleep(Duration::from_millis(self.random.random_range(0..800))).await;
                 cluster.start_again()?;
@@ -702,7 +710,7 @@ impl Campaign {
             Act::Deploy => {
                 self.running().await?;
                 self.new_version()?;
-                // The host may be out of reach just now; the next start deploys it.
+                // The host may be unreachable now; its next start deploys the version.
                 if self.world.oncely(&["deploy", "oncely.toml"]).await.is_ok() {
                     self.record("deployed under load");
                 }
@@ -711,7 +719,7 @@ impl Campaign {
         Ok(())
     }
 
-    /// Outputs go by the log, or by polling again, while everything runs.
+    /// Switches the relay mode under load.
     async fn change_relay(&mut self) -> Result<()> {
         self.running().await?;
         let is_wal = self.is_relay_mode("wal").await?;
@@ -734,14 +742,15 @@ impl Campaign {
         Ok(self.world.database.number(&sql).await? == 1)
     }
 
-    /// As a host does that starts with a way in its settings.
+    /// Requests a relay mode the way a host with this setting does at its start.
     async fn request_relay_mode(&self, wanted: &str) -> Result<()> {
         let sql = format!("update oncely.relay set requested_mode = '{wanted}', reason = null");
         self.world.database.execute(&sql).await
     }
 
-    /// Some points are passed only where something led there: points around the log on the way into it, in it, or on the way
-    /// out; and nothing is published again but what a stream has lost.
+    /// Brings the host into the state that leads to a point. Points of WAL mode are passed while
+    /// entering it, in it, or while leaving it. Outputs are republished only after a stream lost
+    /// them.
     async fn prepare_point(&mut self, point: &'static str) -> Result<()> {
         if point == fault::REPUBLISH {
             self.copy_streams().await?;
@@ -768,7 +777,7 @@ impl Campaign {
             return Ok(());
         }
         if leaves {
-            // Something is to be left behind in the log.
+            // Leave unread changes in the WAL.
             self.sleep_randomly(100, 400).await;
         }
         self.kill()?;
@@ -776,7 +785,7 @@ impl Campaign {
             .await
     }
 
-    /// Starts hosts that die at a point until one did.
+    /// Starts hosts with a fault point until one dies there.
     async fn die_at(&mut self, point: &'static str) -> Result<()> {
         for attempt in 0..3 {
             self.prepare_point(point).await?;
@@ -804,7 +813,7 @@ impl Campaign {
         Ok(())
     }
 
-    /// The host hangs for longer than the broker waits. Where several hosts can run, another one takes over meanwhile.
+    /// Pauses the host for longer than the broker waits. Where possible, another host takes over.
     async fn pause(&mut self) -> Result<()> {
         self.running().await?;
         let rival = if self.rivals {
@@ -827,7 +836,8 @@ impl Campaign {
         Ok(())
     }
 
-    /// The host stops for long, wherever it is, with another one beside it where several can run; then it goes on.
+    /// Suspends the host for a long time and resumes it. Where possible, another host runs
+    /// meanwhile.
     async fn freeze(&mut self) -> Result<()> {
         self.running().await?;
         let rival = self.rival().await?;
@@ -839,7 +849,7 @@ impl Campaign {
         self.end_rival(rival).await
     }
 
-    /// Nothing that the host sends or is sent arrives for long, and no connection ends; then all goes on.
+    /// Holds all traffic of the host for a long time, without closing a connection.
     async fn vanish(&mut self) -> Result<()> {
         self.running().await?;
         let rival = self.rival().await?;
@@ -857,7 +867,7 @@ impl Campaign {
             .for_each(|proxy| proxy.set_blackhole(is_blackhole));
     }
 
-    /// A second host that reaches its servers whatever becomes of the first one's connections, where several can run.
+    /// A second host with direct connections to its servers, on a shared database only.
     async fn rival(&mut self) -> Result<Option<std::process::Child>> {
         let rival = if self.rivals {
             Some(self.world.spawn_rival_directly()?)
@@ -879,7 +889,8 @@ impl Campaign {
         Ok(())
     }
 
-    /// The host dies with committed outputs in hand, and is back at once: they do not wait until their leases run out.
+    /// The host dies with leased outputs and restarts at once. The outputs must not wait for their
+    /// leases to run out.
     async fn die_with_leases(&mut self) -> Result<()> {
         self.die_at(fault::BEFORE_PUBLISH).await?;
         if self.world.is_host_running() {
@@ -903,9 +914,9 @@ impl Campaign {
         self.ready().await?;
         let back = Instant::now();
         while self.world.database.number(&waiting).await.unwrap_or(left) > 0 {
-            if back.elapsed() > LEASES_TAKEN_WITHIN {
+            if back.elapsed() > LEASE_TAKEOVER_MAX {
                 let what = format!(
-                    "{left} outputs of a host that died wait {LEASES_TAKEN_WITHIN:?} after it is back"
+                    "{left} outputs of a dead host still wait {LEASE_TAKEOVER_MAX:?} after its restart"
                 );
                 self.lagging.push(Violation {
                     rule: "takeover",
@@ -921,23 +932,18 @@ impl Campaign {
         Ok(())
     }
 
-    /// A host with a database of its own comes to the same NATS server: it must not take a message.
+    /// A host of another installation connects to the same NATS server. It must not take a message.
     async fn join(&mut self) -> Result<()> {
         self.running().await?;
         let file = self.world.folder.path().join("other.db");
         let mut other = self.world.spawn_other_installation(&file)?;
         let end = Instant::now() + CHANCE;
-        while Instant::now() < end
-            && other
-                .try_wait()
-                .context("look at the other host")?
-                .is_none()
-        {
+        while Instant::now() < end && other.try_wait().context("poll the other host")?.is_none() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         let is_refused = other
             .try_wait()
-            .context("look at the other host")?
+            .context("poll the other host")?
             .is_some_and(|status| !status.success());
         other.kill().context("kill the other host")?;
         other.wait().context("wait for the other host")?;
@@ -962,13 +968,13 @@ impl Campaign {
         Ok(())
     }
 
-    /// The broker comes back with an older copy of what it stored of the host's.
+    /// Restarts the broker with an older copy of the host's streams.
     async fn roll_back(&mut self) -> Result<()> {
         self.copy_streams().await?;
         self.lose_tails().await
     }
 
-    /// Takes the copy, and lets more be published.
+    /// Copies the streams and lets the host publish more.
     async fn copy_streams(&mut self) -> Result<()> {
         self.running().await?;
         self.world.nats.kill()?;
@@ -990,50 +996,51 @@ impl Campaign {
         Ok(())
     }
 
-    /// The broker is away for long, and comes back as it was.
+    /// Stops the broker for a long time and restarts it with the same data.
     async fn broker_away(&mut self) -> Result<()> {
         self.working().await?;
         self.world.nats.kill()?;
         tokio::time::sleep(self.plan.harm.outage).await;
         ensure!(
             self.world.is_host_running(),
-            "the host ended without a broker:\n{}",
+            "the host exited without a broker:\n{}",
             tail(&self.world.host_log())
         );
         self.world.nats.restart().await?;
-        self.record("broker away for long");
-        self.catch_up("the broker was away").await
+        self.record("long broker outage");
+        self.catch_up("the broker outage").await
     }
 
-    /// The stream of dead letters takes nothing more, while messages die.
+    /// The dead-letter stream is full while messages die.
     async fn dlq_full(&mut self) -> Result<()> {
         self.working().await?;
         self.world.nats.fill_stream(DLQ, true).await?;
         tokio::time::sleep(self.plan.harm.dlq_outage).await;
         self.world.nats.fill_stream(DLQ, false).await?;
-        self.record("stream of dead letters full");
-        self.catch_up("the stream of dead letters was full").await
+        self.record("dead-letter stream full");
+        self.catch_up("the full dead-letter stream").await
     }
 
-    /// The stream of dead letters is deleted while messages die, and made again. What was set aside meanwhile is published
-    /// when a person says so.
+    /// The dead-letter stream is deleted while messages die, and recreated. Outputs parked
+    /// meanwhile are requeued with a command.
     async fn dlq_gone(&mut self) -> Result<()> {
         self.working().await?;
         let config = self.world.nats.delete_stream(DLQ).await?;
         tokio::time::sleep(self.plan.harm.dlq_outage).await;
         self.world.nats.recreate_stream(config).await?;
-        self.record("stream of dead letters gone");
+        self.record("dead-letter stream deleted");
         self.world.oncely(&["outbox", "retry", "--all"]).await?;
-        // One more may have been given up just when the stream came back.
+        // One more output may have been parked just as the stream was recreated.
         tokio::time::sleep(Duration::from_secs(2)).await;
         self.world.oncely(&["outbox", "retry", "--all"]).await?;
-        self.catch_up("the stream of dead letters was gone").await
+        self.catch_up("the deletion of the dead-letter stream")
+            .await
     }
 
-    /// A host that answers, and that messages are on their way through.
+    /// Waits until the host answers and messages flow.
     async fn working(&mut self) -> Result<()> {
         self.ready().await?;
-        // What hosts that died before this had leased is not to be counted.
+        // Leases of dead hosts must not count against this outage.
         let end = Instant::now() + CATCH_UP_WITHIN;
         while Instant::now() < end
             && unpublished_age(&self.world)
@@ -1046,7 +1053,8 @@ impl Campaign {
         Ok(())
     }
 
-    /// After an outage what is committed is published within a second again, a minute later at most, under load.
+    /// Checks that outputs are published within a second again, under load, in time after an
+    /// outage.
     async fn catch_up(&mut self, after: &'static str) -> Result<()> {
         let (began, mut last, mut below) = (Instant::now(), None, 0);
         while below < CAUGHT_UP_SAMPLES {
@@ -1077,7 +1085,7 @@ impl Campaign {
             _ => self
                 .to_database
                 .as_ref()
-                .context("have a proxy to the database")?,
+                .context("find the proxy to the database")?,
         };
         if !proxy.cut(cut, CHANCE).await {
             return Ok(());
@@ -1089,7 +1097,7 @@ impl Campaign {
         Ok(())
     }
 
-    /// A host that is ready. One whose start met a cut has ended, and is started again, as whoever runs it would.
+    /// Waits until a host is ready. A start that a cut broke is repeated, like a supervisor does.
     async fn ready(&mut self) -> Result<()> {
         for _ in 0..STARTS {
             self.running().await?;
@@ -1101,7 +1109,7 @@ impl Campaign {
         self.world.ready().await
     }
 
-    /// A host that works: it lives, and has settled something since it was looked at.
+    /// Waits until a running host has settled a message since the last check.
     async fn running(&mut self) -> Result<()> {
         if self.world.is_host_running() {
             return Ok(());
@@ -1121,7 +1129,7 @@ impl Campaign {
 
     fn kill(&mut self) -> Result<()> {
         if self.world.is_host_running() {
-            self.record("host killed in passing");
+            self.record("host killed between faults");
         }
         self.world.kill_host()
     }
@@ -1131,7 +1139,7 @@ impl Campaign {
         tokio::time::sleep(Duration::from_millis(time)).await;
     }
 
-    /// The counts in the fault log so far, by `pass name` and `abort name`.
+    /// The counts of the fault log so far, by `pass name` and `abort name`.
     fn fault_log_counts(&self) -> BTreeMap<String, u64> {
         let mut counts = BTreeMap::new();
         let log = std::fs::read_to_string(self.world.folder.path().join("faults.log"))
@@ -1157,8 +1165,8 @@ impl Campaign {
         Ok(())
     }
 
-    /// Waits until nothing is left to do, publishes a little more, and waits for that too. What keeps it from coming to
-    /// rest is the answer.
+    /// Waits until no work remains, publishes a few more messages, and waits again. Returns the
+    /// reason if work remains.
     async fn heal(&mut self, mut workload: Workload) -> Result<Option<String>> {
         self.running().await?;
         if let Some(stuck) = self.until_quiet().await? {
@@ -1166,8 +1174,10 @@ impl Campaign {
         }
         self.redriver()?.redrive_the_rest().await?;
         if let Some(stuck) = self.until_quiet().await? {
-            return Ok(Some(format!("after dead letters were put back: {stuck}")));
+            return Ok(Some(format!("after the redrive: {stuck}")));
         }
+
+        // The host must still settle new messages.
         let settled = self
             .world
             .database
@@ -1177,31 +1187,31 @@ impl Campaign {
         let context = async_nats::jetstream::new(self.world.nats.client().await?);
         publisher::publish_until_acked(&context, more, &self.progress).await?;
         if let Some(stuck) = self.until_quiet().await? {
-            return Ok(Some(format!("after all was healed: {stuck}")));
+            return Ok(Some(format!("after the last messages: {stuck}")));
         }
-        // What was published last may have died, too.
+
+        // The last messages may have died, too.
         self.redriver()?.redrive_the_rest().await?;
         if let Some(stuck) = self.until_quiet().await? {
-            return Ok(Some(format!(
-                "after the last dead letters were put back: {stuck}"
-            )));
+            return Ok(Some(format!("after the last redrive: {stuck}")));
         }
         let after = self
             .world
             .database
             .number("select count(*) from oncely.inbox")
             .await?;
-        Ok((after <= settled).then(|| "nothing of what was published last was settled".to_owned()))
+        Ok((after <= settled).then(|| "none of the last messages was settled".to_owned()))
     }
 
-    /// Waits until all is at rest, as long as there is progress: leases of a host that died run for half a minute.
+    /// Waits until no work remains, as long as there is progress. Leases of a dead host run for
+    /// half a minute.
     async fn until_quiet(&mut self) -> Result<Option<String>> {
         let patience = Duration::from_secs(if self.plan.mutant.is_some() { 38 } else { 60 });
         let mut last = (Instant::now(), String::new());
         loop {
             if !self.world.is_host_running() {
                 return Ok(Some(format!(
-                    "the host ended:\n{}",
+                    "the host exited:\n{}",
                     tail(&self.world.host_log())
                 )));
             }
@@ -1221,6 +1231,7 @@ impl Campaign {
     }
 
     async fn conclude(mut self, stuck: Option<String>, began: Instant) -> Result<CampaignReport> {
+        // Facts
         let mut observed = Observed::read(&self.world.database, &self.world.nats).await?;
         observed.unsettled.extend(stuck);
         observed.acked = std::mem::take(&mut *self.progress.acked.lock().unwrap());
@@ -1232,6 +1243,8 @@ impl Campaign {
             .map(|(_, count)| count)
             .sum();
         observed.lanes = self.plan.lanes.into();
+
+        // Rules
         let (counted, mut violations) = checker::check(&observed);
         let unexposed = self.unexposed(&observed);
         let seen = self.seen();
@@ -1244,6 +1257,8 @@ impl Campaign {
         } else {
             Some(self.keep(&violations).await?)
         };
+
+        // Report
         let seconds = began.elapsed().as_secs();
         Ok(CampaignReport {
             plan: self.plan.clone(),
@@ -1273,28 +1288,28 @@ impl Campaign {
                 passes(fault::DUPLICATE_SKIPPED),
             ),
             (
-                "outputs the broker had already".to_owned(),
+                "outputs already stored by the broker".to_owned(),
                 passes(fault::DUPLICATE_OUTPUT),
             ),
-            ("batches run again".to_owned(), passes(fault::BEFORE_RERUN)),
+            ("batches rerun".to_owned(), passes(fault::BEFORE_RERUN)),
             (
                 "outputs compared with their effect".to_owned(),
                 self.watcher_report.outputs.load(Ordering::Relaxed),
             ),
             (
-                "snapshots of the ledger".to_owned(),
+                "ledger snapshots".to_owned(),
                 self.watcher_report.snapshots.load(Ordering::Relaxed),
             ),
             (
-                "ids that a stranger guessed".to_owned(),
+                "ids guessed by the stranger".to_owned(),
                 self.attack_counts.guesses.load(Ordering::Relaxed),
             ),
             (
-                "ids that a stranger took".to_owned(),
+                "ids taken by the stranger".to_owned(),
                 self.attack_counts.ids.load(Ordering::Relaxed),
             ),
             (
-                "pointers that a stranger forged".to_owned(),
+                "pointers forged by the stranger".to_owned(),
                 self.attack_counts.pointers.load(Ordering::Relaxed),
             ),
             (
@@ -1310,58 +1325,65 @@ impl Campaign {
         seen
     }
 
-    /// What should have happened and did not: a run without it proves little.
+    /// Faults and events that should have happened and did not: a run without them proves little.
     fn missing_coverage(
         &mut self,
         seen: &BTreeMap<String, u64>,
         counted: &Counted,
     ) -> Vec<Violation> {
+        // Faults of the plan
         let mut floors: BTreeMap<String, u64> = BTreeMap::new();
         for act in self.acts() {
             *floors.entry(act.label()).or_default() += 1;
         }
         let mut found = self.injected.clone();
-        // A few of many may find no connection to end.
+
+        // Some attempts may find no connection to terminate.
         floors
             .entry("database connection terminated".to_owned())
             .and_modify(|floor| *floor = floor.div_ceil(2));
+
+        // Observed events
         for name in [
             "duplicates skipped",
-            "outputs the broker had already",
-            "batches run again",
+            "outputs already stored by the broker",
+            "batches rerun",
         ] {
             floors.insert(name.to_owned(), 1);
             found.insert(name.to_owned(), seen.get(name).copied().unwrap_or_default());
         }
         for (what, least) in [
-            ("ids that a stranger guessed", 1_000),
-            ("ids that a stranger took", 20),
+            ("ids guessed by the stranger", 1_000),
+            ("ids taken by the stranger", 20),
         ] {
             floors.insert(what.to_owned(), least);
             found.insert(what.to_owned(), seen.get(what).copied().unwrap_or_default());
         }
-        let forged = "pointers that a stranger forged";
+        let forged = "pointers forged by the stranger";
         floors.insert(forged.to_owned(), 100);
         found.insert(
             forged.to_owned(),
             seen.get(forged).copied().unwrap_or_default(),
         );
-        floors.insert("letters put back that took effect".to_owned(), 1);
+        floors.insert("redriven dead letters with an effect".to_owned(), 1);
         found.insert(
-            "letters put back that took effect".to_owned(),
+            "redriven dead letters with an effect".to_owned(),
             counted.redriven as u64,
         );
+
+        // Messages and effects
         floors.insert("inputs".to_owned(), self.plan.inputs);
         found.insert("inputs".to_owned(), counted.inputs as u64);
-        floors.insert("events with an effect, of a hundred".to_owned(), 95);
+        floors.insert("percentage of events with an effect".to_owned(), 95);
         let share = counted.effects * 100 / counted.events.max(1);
         found.insert(
-            "events with an effect, of a hundred".to_owned(),
+            "percentage of events with an effect".to_owned(),
             share as u64,
         );
+
         let short = |(name, floor): (String, u64)| {
             let found = found.get(&name).copied().unwrap_or_default();
-            let what = format!("{name}: {found}, at least {floor} wanted");
+            let what = format!("{name}: {found}, expected at least {floor}");
             (found < floor).then_some(Violation {
                 rule: "not vacuous",
                 what,
@@ -1370,7 +1392,7 @@ impl Campaign {
         floors.into_iter().filter_map(short).collect()
     }
 
-    /// Moves what a person wants to look at out of the folder that is about to be removed.
+    /// Copies evidence out of the folder that is about to be removed.
     async fn keep(&self, violations: &[Violation]) -> Result<std::path::PathBuf> {
         let target = guests::target_dir()?
             .parent()
@@ -1383,7 +1405,7 @@ impl Campaign {
             self.plan.mutant.clone().unwrap_or_default()
         );
         let folder = target.join("kept").join(name.to_lowercase());
-        std::fs::create_dir_all(&folder).context("make a folder for what is kept")?;
+        std::fs::create_dir_all(&folder).context("create the folder for evidence")?;
         let list: Vec<String> = violations
             .iter()
             .map(|found| format!("{}: {}\n", found.rule, found.what))
@@ -1399,7 +1421,7 @@ impl Campaign {
             .map(|row| row.join(" | ") + "\n")
             .collect();
         std::fs::write(folder.join("unpublished.txt"), unpublished)
-            .context("write down what is not published")?;
+            .context("write the unpublished outputs")?;
         for file in [
             "host.log",
             "faults.log",
@@ -1407,7 +1429,7 @@ impl Campaign {
             "test.db",
             "test.db-wal",
         ] {
-            // Not all of them are there on each database.
+            // Some files exist on one database only.
             let _ = std::fs::copy(self.world.folder.path().join(file), folder.join(file));
         }
         Ok(folder)

@@ -1,7 +1,8 @@
-//! The checker: what must hold whatever was done to the host, its database and its broker.
+//! The checker: rules that hold after every fault of the host, its database and its broker.
 //!
-//! What was published is read from the stream of inputs itself: each stored message has a nature, and its nature says
-//! what must have become of its event. Where two bodies share an event id, the inbox says which one was first.
+//! The published messages are read from the input stream itself. The nature of each stored message
+//! determines the expected result of its event. Where two bodies share an event id, the inbox shows
+//! which one came first.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -12,54 +13,54 @@ use support::nats::Stored;
 use crate::observed::{Effect, Observed};
 use crate::workload::Nature;
 
-/// A rule that does not hold, and for what.
+/// A violation of a rule.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Violation {
     pub rule: &'static str,
     pub what: String,
 }
 
-/// What the checker counted on its way.
+/// Counts made during the checks.
 #[derive(Debug, Default, serde::Serialize)]
 pub struct Counted {
-    /// Messages on the stream of inputs.
+    /// Messages on the input stream.
     pub inputs: usize,
-    /// Different event ids among them.
+    /// Distinct event ids among them.
     pub events: usize,
     pub effects: usize,
     pub dead_letters: usize,
-    /// Those that were put back and took effect.
+    /// Redriven dead letters with an effect.
     pub redriven: usize,
     pub id_reuses: usize,
     pub outputs: usize,
     /// Copies beyond the first of each event id and body.
     pub copies: usize,
     pub counted_attempts: usize,
-    /// Attempts of messages that never fail, which only ran out of their time.
+    /// Timed-out attempts of messages that never fail.
     pub timeouts_of_plain_messages: usize,
-    /// Events that were buried because hosts died while they handled them alone.
+    /// Events dead-lettered because hosts died while handling them alone.
     pub crashed_host: usize,
-    /// Those that trapped twice in the very same way, and were buried for it.
+    /// Events dead-lettered because they trapped twice in exactly the same way.
     pub deterministic_failures: usize,
-    /// Changes of alarms on their stream.
+    /// Alarm changes on their stream.
     pub alarms_published: usize,
-    /// Outputs of one key whose sequence is lower than that of one before them on the stream.
+    /// Outputs of a key with a lower sequence than an earlier output of the key on the stream.
     pub out_of_order: usize,
 }
 
-/// The reason of a letter for what hosts died of.
+/// The dead-letter reason for messages that crashed hosts.
 const CRASHED_HOST: &str = "crashed-host";
 
-/// The reason of a letter whose handler trapped twice after it had asked and seen the very same.
+/// The dead-letter reason for a handler that trapped twice after identical host calls and results.
 const DETERMINISTIC_FAILURE: &str = "deterministic-failure";
 
 /// The name of the worker.
 const WORKER: &str = "test";
 
-/// The attempts its manifest allows.
+/// The attempts that its manifest allows.
 pub const ATTEMPTS: i64 = 4;
 
-/// Checks everything.
+/// Checks all rules.
 pub fn check(observed: &Observed) -> (Counted, Vec<Violation>) {
     let mut checker = Checker {
         observed,
@@ -83,7 +84,7 @@ pub fn check(observed: &Observed) -> (Counted, Vec<Violation>) {
     (checker.counted, checker.violations)
 }
 
-/// Everything published under one event id.
+/// All messages published under one event id.
 #[derive(Debug, Default)]
 struct Event {
     /// By payload (hex).
@@ -125,7 +126,7 @@ impl Checker<'_> {
         self.violations.push(Violation { rule, what });
     }
 
-    /// What the stream of inputs holds, by event id.
+    /// The messages of the input stream, by event id.
     fn events(&mut self) -> BTreeMap<String, Event> {
         let mut events: BTreeMap<String, Event> = BTreeMap::new();
         for stored in &self.observed.inputs {
@@ -161,7 +162,7 @@ impl Checker<'_> {
         events
     }
 
-    /// Every transfer sums to zero, and balances are what the transfers made them.
+    /// Every transfer sums to zero, and balances match the transfers.
     fn ledger(&mut self) {
         let mut balances: BTreeMap<&str, i64> = BTreeMap::new();
         let mut sum = 0;
@@ -189,7 +190,7 @@ impl Checker<'_> {
         }
     }
 
-    /// What the broker acknowledged to the publisher is on the stream.
+    /// Every input that the broker acknowledged is on the stream.
     fn acked(&mut self) {
         let stored: HashMap<u64, &Stored> = self
             .observed
@@ -204,13 +205,13 @@ impl Checker<'_> {
             {
                 self.fail(
                     "inputs",
-                    format!("input {sequence} was acknowledged and is not on the stream"),
+                    format!("input {sequence} was acknowledged but is not on the stream"),
                 );
             }
         }
     }
 
-    /// Effect exactly once, or dead: never both, never neither.
+    /// Each event has its effect exactly once, or is dead: never both, never neither.
     fn event(&mut self, id: &str, event: &Event) {
         let Some((state, payload)) = self.observed.inbox.get(id) else {
             return self.fail(
@@ -218,7 +219,8 @@ impl Checker<'_> {
                 format!("event {id} has neither an effect nor a dead letter"),
             );
         };
-        // The stand-in of an event without a usable id holds for one body alone.
+
+        // The substitute id of an event without a usable id is unique to one body.
         let Some(first) = event.bodies.get(payload) else {
             return self.fail(
                 "effect once",
@@ -241,7 +243,7 @@ impl Checker<'_> {
                     );
                 }
             }
-            // Whoever dies often enough with a message in hand makes it look guilty.
+            // A message that is in flight during enough host deaths is suspected of causing them.
             (None, "dead") if effects.is_empty() && self.died_of(CRASHED_HOST, id, payload) => {}
             (_, state) => self.fail(
                 "effect once",
@@ -253,8 +255,10 @@ impl Checker<'_> {
 
     fn died_of(&self, reason: &str, id: &str, payload: &str) -> bool {
         let dead_letters = &self.observed.dead_letters;
-        dead_letters.iter().any(|letter| {
-            letter.event_id == id && letter.payload == payload && letter.reason == reason
+        dead_letters.iter().any(|dead_letter| {
+            dead_letter.event_id == id
+                && dead_letter.payload == payload
+                && dead_letter.reason == reason
         })
     }
 
@@ -283,7 +287,7 @@ impl Checker<'_> {
         }
     }
 
-    /// Only what failed has failed attempts: no neighbour and no outage ever costs one.
+    /// Only failing messages have failed attempts: neighbours and outages never cost an attempt.
     fn attempts(&mut self, id: &str, event: &Event, first: &Body) {
         let codes = self
             .observed
@@ -292,14 +296,14 @@ impl Checker<'_> {
             .map(Vec::as_slice)
             .unwrap_or_default();
         if event.bodies.values().all(|body| body.nature.never_fails()) {
-            // On a busy or paused machine a guest may run out of its time.
+            // On a busy or paused machine a guest may exceed its time limit.
             let (timeouts, others): (Vec<_>, Vec<_>) =
                 codes.iter().partition(|code| is_timeout(code));
             self.counted.timeouts_of_plain_messages += timeouts.len();
             if let Some(code) = others.first() {
                 self.fail(
                     "attempts",
-                    format!("event {id} never fails and was charged with `{code}`"),
+                    format!("event {id} never fails, but was charged with `{code}`"),
                 );
             }
         }
@@ -307,12 +311,12 @@ impl Checker<'_> {
         if fails_once && event.bodies.len() == 1 && codes.is_empty() {
             self.fail(
                 "attempts",
-                format!("event {id} failed once and no attempt is counted"),
+                format!("event {id} failed once, but has no counted attempt"),
             );
         }
     }
 
-    /// Nothing took effect, or died, that was not published.
+    /// Only published events have an effect or a dead letter.
     fn only_published_events(&mut self, events: &BTreeMap<String, Event>) {
         let observed = self.observed;
         for id in observed
@@ -322,19 +326,21 @@ impl Checker<'_> {
         {
             self.fail(
                 "effect once",
-                format!("event {id} took effect and was never published"),
+                format!("event {id} took effect but was never published"),
             );
         }
         for id in observed.inbox.keys().filter(|id| !events.contains_key(*id)) {
             self.fail(
                 "quiet",
-                format!("the inbox holds event {id}, which was never published"),
+                format!("the inbox holds event {id}, but it was never published"),
             );
         }
     }
 
-    /// One letter for each body that must die, one notice for each letter, with the original bytes.
+    /// One dead letter for each body that must die, one notice for each dead letter, with the
+    /// original bytes.
     fn dead_letters(&mut self, events: &BTreeMap<String, Event>) {
+        // Expected dead letters
         let mut wanted: BTreeMap<(&str, &str, &str), &Body> = BTreeMap::new();
         for (id, event) in events {
             let Some((_, held)) = self.observed.inbox.get(id) else {
@@ -346,7 +352,8 @@ impl Checker<'_> {
                         wanted.insert((id, payload, CRASHED_HOST), body)
                     }
                     (true, None) => continue,
-                    // Whether two attempts in a row were made by one version is up to the deployments.
+                    // Two consecutive attempts may belong to different versions, depending on
+                    // deployments.
                     (true, _)
                         if body.nature == Nature::OutOfMemory
                             && self.died_of(DETERMINISTIC_FAILURE, id, payload) =>
@@ -358,40 +365,42 @@ impl Checker<'_> {
                 };
             }
         }
+
+        // Actual dead letters
         let mut found: BTreeSet<(&str, &str, &str)> = BTreeSet::new();
-        for letter in &self.observed.dead_letters {
+        for dead_letter in &self.observed.dead_letters {
             let is_done = || {
                 self.observed
                     .inbox
-                    .get(&letter.event_id)
+                    .get(&dead_letter.event_id)
                     .is_some_and(|(state, _)| state == "done")
             };
-            if letter.is_redriven && is_done() {
+            if dead_letter.is_redriven && is_done() {
                 self.counted.redriven += 1;
                 continue;
             }
             let key = (
-                letter.event_id.as_str(),
-                letter.payload.as_str(),
-                letter.reason.as_str(),
+                dead_letter.event_id.as_str(),
+                dead_letter.payload.as_str(),
+                dead_letter.reason.as_str(),
             );
             if !wanted.contains_key(&key) || !found.insert(key) {
                 self.fail(
                     "dead letters",
-                    format!("event {} has a letter `{}` too many", key.0, key.2),
+                    format!("event {} has an unexpected dead letter `{}`", key.0, key.2),
                 );
             }
-            if letter.reason == DETERMINISTIC_FAILURE && letter.attempts < 2 {
+            if dead_letter.reason == DETERMINISTIC_FAILURE && dead_letter.attempts < 2 {
                 self.fail(
                     "dead letters",
                     format!(
-                        "event {} was proved poison by a single attempt",
-                        letter.event_id
+                        "event {} failed deterministically after a single attempt",
+                        dead_letter.event_id
                     ),
                 );
             }
-            if letter.reason == "attempts-exhausted" && letter.attempts < ATTEMPTS {
-                let (id, attempts) = (&letter.event_id, letter.attempts);
+            if dead_letter.reason == "attempts-exhausted" && dead_letter.attempts < ATTEMPTS {
+                let (id, attempts) = (&dead_letter.event_id, dead_letter.attempts);
                 self.fail(
                     "dead letters",
                     format!("event {id} died after {attempts} of {ATTEMPTS} attempts"),
@@ -402,24 +411,27 @@ impl Checker<'_> {
             .iter()
             .filter(|(_, _, reason)| *reason == DETERMINISTIC_FAILURE)
             .count();
+
+        // Missing dead letters
         for key in wanted.keys().filter(|key| !found.contains(*key)) {
             self.fail(
                 "dead letters",
-                format!("event {} has no letter `{}`", key.0, key.2),
+                format!("event {} has no dead letter `{}`", key.0, key.2),
             );
         }
         self.counted.crashed_host = found
             .iter()
             .filter(|(_, _, reason)| *reason == CRASHED_HOST)
             .count();
-        // It takes two deaths for one, and a host handles one message alone in each lane.
+
+        // One such dead letter takes two deaths. A host handles one message alone in each lane.
         let most =
             usize::try_from(self.observed.deaths * self.observed.lanes / 2).unwrap_or_default();
         if self.counted.crashed_host > most {
             let (count, deaths) = (self.counted.crashed_host, self.observed.deaths);
             self.fail(
                 "dead letters",
-                format!("{count} events are said to have crashed hosts, of which {deaths} died"),
+                format!("{count} events are dead-lettered for crashed hosts, but only {deaths} hosts died"),
             );
         }
         self.notices(&wanted);
@@ -430,7 +442,9 @@ impl Checker<'_> {
         for ((id, _, reason), body) in wanted {
             missing.entry((id, reason)).or_default().push(body);
         }
-        // A letter that is put back has a notice for each of its deaths, and only the last one has its last reason.
+
+        // A redriven dead letter has a notice for each death. Only the last one has its last
+        // reason.
         let redriven: BTreeSet<&str> = self.observed.redriven.iter().map(String::as_str).collect();
         let mut ids = BTreeSet::new();
         for notice in &self.observed.notices {
@@ -444,7 +458,10 @@ impl Checker<'_> {
             if !ids.insert(header("Nats-Msg-Id")) {
                 self.fail(
                     "dead letters",
-                    format!("the notice {} is there twice", header("Nats-Msg-Id")),
+                    format!(
+                        "the notice {} is on the stream twice",
+                        header("Nats-Msg-Id")
+                    ),
                 );
             }
             let key = (header("Oncely-Event-Id"), header("Oncely-Reason"));
@@ -454,7 +471,7 @@ impl Checker<'_> {
                 None if redriven.contains(header("Oncely-Dead-Letter")) => {}
                 None => self.fail(
                     "dead letters",
-                    format!("the DLQ stream tells once too often of event {}", key.0),
+                    format!("the DLQ stream has an unexpected notice of event {}", key.0),
                 ),
             }
         }
@@ -462,13 +479,14 @@ impl Checker<'_> {
             if !bodies.is_empty() {
                 self.fail(
                     "dead letters",
-                    format!("the DLQ stream does not tell of event {id} (`{reason}`)"),
+                    format!("the DLQ stream has no notice of event {id} (`{reason}`)"),
                 );
             }
         }
     }
 
-    /// Every output of every effect is on the stream, once by id, and tells of the attempt that committed.
+    /// Every output of every effect is on the stream, once by id, and comes from the committed
+    /// attempt.
     fn outputs(&mut self, events: &BTreeMap<String, Event>) {
         let mut wanted: BTreeMap<String, &str> = BTreeMap::new();
         for (id, event) in events {
@@ -492,7 +510,7 @@ impl Checker<'_> {
             if !wanted.contains_key(&id) {
                 self.fail(
                     "outputs",
-                    format!("output {id} is on the stream and belongs to no effect"),
+                    format!("output {id} is on the stream, but has no effect"),
                 );
             } else if !found.insert(id.clone()) {
                 self.fail("outputs", format!("output {id} is on the stream twice"));
@@ -520,13 +538,14 @@ impl Checker<'_> {
         }
     }
 
-    /// What is told of a key stands on the stream in the order in which it took effect: keyed state counts that.
+    /// The outputs of a key are on the stream in the order of their effects, as counted in keyed
+    /// state.
     fn order(&mut self) {
         let mut highest: HashMap<String, (u64, u64)> = HashMap::new();
         for stored in &self.observed.outputs {
             let body: Value = serde_json::from_slice(&stored.body).unwrap_or_default();
             let number = |name: &str| body.get(name).and_then(Value::as_u64).unwrap_or_default();
-            // What is delayed takes its place when it is due.
+            // A delayed output takes its place when it is due.
             if body
                 .get("delayed")
                 .and_then(Value::as_bool)
@@ -546,7 +565,7 @@ impl Checker<'_> {
                 self.fail(
                     "order",
                     format!(
-                        "output {sequence} tells of effect {place} of `{key}` after effect {before}"
+                        "output {sequence} has effect {place} of `{key}` after effect {before}"
                     ),
                 );
             }
@@ -582,7 +601,7 @@ impl Checker<'_> {
         {
             self.fail(
                 "outputs",
-                format!("output {id} tells of an attempt that did not commit"),
+                format!("output {id} comes from an attempt that did not commit"),
             );
         }
     }
@@ -615,7 +634,7 @@ impl Checker<'_> {
         }
     }
 
-    /// Each time an alarm was raised or cleared is told once, and nothing else is.
+    /// Each change of an alarm is published once, and no other alarm is published.
     fn alarms(&mut self) {
         let observed = self.observed;
         for (alarm, times, is_raised) in &observed.alarms {
@@ -628,7 +647,7 @@ impl Checker<'_> {
                 } {
                     let id = format!("alarm:{alarm}:{time}:{state}");
                     if !observed.alarms_published.contains_key(&id) {
-                        self.fail("alarms", format!("nobody was told of {id}"));
+                        self.fail("alarms", format!("{id} was not published"));
                     }
                 }
             }
@@ -638,7 +657,7 @@ impl Checker<'_> {
             .iter()
             .filter(|(_, count)| **count > 1)
         {
-            self.fail("alarms", format!("{id} is told {count} times"));
+            self.fail("alarms", format!("{id} was published {count} times"));
         }
         self.counted.alarms_published = observed.alarms_published.len();
     }
@@ -665,7 +684,7 @@ impl Checker<'_> {
         self.counted.id_reuses = observed
             .dead_letters
             .iter()
-            .filter(|letter| letter.reason == "id-reuse")
+            .filter(|dead_letter| dead_letter.reason == "id-reuse")
             .count();
         self.counted.outputs = observed.outputs.len();
         self.counted.copies = bodies().map(|body| body.copies - 1).sum();
@@ -686,7 +705,7 @@ impl Checker<'_> {
     }
 }
 
-/// As the inbox keeps it, but computed by the same rule from what stands on the stream.
+/// The payload hash, computed from the stored message by the inbox's rule.
 fn payload(stored: &Stored) -> String {
     let message = Message {
         event_id: String::new(),

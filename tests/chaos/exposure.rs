@@ -1,26 +1,26 @@
-//! What must have happened in a campaign before it may say that a mutant was not caught: otherwise it proves nothing.
+//! Events that must happen in a campaign before a mutant may count as not caught.
 
 use support::proxy::Cut;
 
 use crate::campaign::Act;
 use crate::workload::{Nature, Often};
 
-/// What a mutant cannot survive unseen.
+/// The required exposure of a mutant; a run without it proves nothing.
 #[derive(Debug, Clone, Default)]
 pub struct Exposure {
-    /// What is done to the host, and how often at least.
+    /// Faults to inject, each with its minimum count.
     pub acts: Vec<(Act, u64)>,
-    /// What is published far more often than usual, and how often at least.
+    /// A nature published far more often than usual, with its minimum count.
     pub often: Option<(Often, u64)>,
-    /// How often ids of outputs are taken by a stranger before these are published.
+    /// Minimum count of output ids that the stranger takes before their publication.
     pub taken_ids: u64,
-    /// How often the mutant has to have done harm that it knows of. The acts go on until then.
+    /// Minimum harm recorded by the mutant itself. Faults continue until then.
     pub harm: u64,
 }
 
 impl Exposure {
-    /// What exposes a mutant; none for one that no campaign is made for. The host as it is (`none`) goes through the acts
-    /// of all of them.
+    /// The exposure of a mutant, or none if no campaign is designed for it. The unchanged host
+    /// (`none`) gets the faults of all mutants.
     pub fn for_mutant(mutant: &str) -> Option<Exposure> {
         let acts = |acts: &[(Act, u64)]| Exposure {
             acts: acts.to_vec(),
@@ -31,25 +31,27 @@ impl Exposure {
             ..Exposure::default()
         };
         Some(match mutant {
-            // What is in flight when a host dies is gone.
+            // Messages in flight are lost when the host dies.
             "ack_before_commit" | "inbox_in_own_tx" => acts(&[(Act::Kill, 6)]),
             // The commit did not happen, and succeeds on another connection.
             "resend_commit" => acts(&[(Act::Cut(Cut::CommitNotForwarded), 6)]),
-            // The commit happens after the look for it.
+            // The commit happens after the check for it.
             "resolve_by_select" => Exposure {
                 harm: 2,
                 ..acts(&[(Act::Cut(Cut::CommitDelayed), 4)])
             },
-            // What was confirmed last is gone with the server, which writes seconds later where it is not waited for.
+            // The server writes asynchronous commits seconds later, so a stop loses the last ones.
             "synchronous_commit_off" => acts(&[(Act::StopDatabase, 6)]),
-            // Outputs are left behind, to be swept up.
-            "cursor_by_seq" => acts(&[(Act::Cut(Cut::OutputsNotForwarded), 4), (Act::Kill, 2)]),
-            // Outputs are marked and did not arrive.
+            // Unpublished outputs are left to the poller.
+            "cursor_by_seq" => {
+                acts(&[(Act::Cut(Cut::OutputsNotForwarded), 4), (Act::Kill, 2)])
+            }
+            // Outputs are marked as published but did not arrive.
             "mark_before_puback" | "mark_without_filter" => acts(&[
                 (Act::Cut(Cut::OutputsNotForwarded), 5),
                 (Act::KillBroker, 2),
             ]),
-            // Copies are common enough, and every effect leaves a trace in its session.
+            // Duplicates are frequent, and every effect leaves a trace in its session.
             "skip_claim" | "no_session_reset" => Exposure::default(),
             "skip_release" => often(Often::Nature(Nature::FailsOnce), 20),
             "charge_whole_batch" => often(Often::Nature(Nature::FailsOnceLate), 20),
@@ -61,9 +63,9 @@ impl Exposure {
                 taken_ids: 20,
                 ..Exposure::default()
             },
-            // The stranger sends each pointer to another worker, too.
+            // The stranger also sends each pointer to another worker.
             "pointer_without_worker" => often(Often::Nature(Nature::Redriven), 20),
-            // What a host leaves waits until its leases run out.
+            // Outputs leased by a dead host wait until their leases run out.
             "leases_without_instance" => acts(&[(Act::DieWithLeases, 3)]),
             "drop_payload_hash" => often(Often::IdReuse, 15),
             "none" => acts(&[

@@ -1,4 +1,4 @@
-//! `make chaos` and `make mutants`: the host under load and under fire, and the books that must balance afterwards.
+//! `make chaos` and `make mutants`: a host under load and faults, checked for exactly-once effects.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -32,50 +32,50 @@ mod takeover;
 mod watcher;
 mod workload;
 
-/// Kills, pauses and cuts a host under load, and checks the books.
+/// Inject faults into a host under load and check its exactly-once guarantees.
 #[derive(Debug, Parser)]
 struct Options {
     #[arg(long, default_value = "both")]
     database: Databases,
-    /// Messages on each database, at least.
+    /// Minimum number of messages on each database.
     #[arg(long, default_value_t = 20_000)]
     inputs: u64,
-    /// The same seed makes the same workload and the same order of faults. Default: a new one.
+    /// Seed of the workload and of the order of faults. Default: random.
     #[arg(long)]
     seed: Option<u64>,
-    /// Operations that many clients post at once, in the storm after the campaigns; none for a thousand, or 60 in short ones.
+    /// Operations in the storm after the campaigns. Default: 1,000, or 60 with `--short`.
     #[arg(long)]
     operations: Option<u64>,
-    /// The storm alone.
+    /// Run only the storm.
     #[arg(long)]
     storm: bool,
-    /// The takeovers alone (PostgreSQL).
+    /// Run only the takeovers (PostgreSQL).
     #[arg(long, conflicts_with = "storm")]
     takeover: bool,
-    /// The restores alone.
+    /// Run only the restores.
     #[arg(long, conflicts_with_all = ["storm", "takeover"])]
     restore: bool,
-    /// For how long harm is done at most.
+    /// Maximum duration of the faults.
     #[arg(long, default_value_t = 11.0)]
     minutes: f64,
-    /// The most messages in one transaction. Default: 32 and 1, from one version of the worker to the next.
+    /// Maximum messages per transaction. Default: 32 and 1, alternating between worker versions.
     #[arg(long)]
     batch: Option<u32>,
     #[arg(long, default_value_t = 4)]
     lanes: u32,
-    /// Set in the environment of the host, such as ONCELY_RELAY=wal.
+    /// Set a variable in the environment of the host, such as ONCELY_RELAY=wal.
     #[arg(long, value_name = "NAME=VALUE", value_parser = variable)]
     env: Vec<(String, String)>,
-    /// Less of everything: about two minutes.
+    /// Run a reduced campaign of about two minutes.
     #[arg(long)]
     short: bool,
-    /// Run each mutant of the host instead; the checker must catch every one.
+    /// Run each mutant of the host; the checker must catch every one.
     #[arg(long)]
     mutants: bool,
-    /// This mutant alone.
+    /// Run only this mutant.
     #[arg(long, requires = "mutants")]
     mutant: Option<String>,
-    /// How often each mutant runs, with a seed of its own each time. It must be caught every time.
+    /// Runs of each mutant, each with its own seed. The mutant must be caught every time.
     #[arg(long, default_value_t = 1, requires = "mutants")]
     times: u64,
 }
@@ -98,7 +98,7 @@ async fn main() -> ExitCode {
 }
 
 async fn run(options: Options) -> Result<bool> {
-    // Built once, before several campaigns want it at the same time.
+    // Built once, before several campaigns need the components at the same time.
     tokio::task::spawn_blocking(guests::component).await??;
     tokio::task::spawn_blocking(guests::http_component).await??;
     let holds = if options.mutants {
@@ -109,15 +109,16 @@ async fn run(options: Options) -> Result<bool> {
     Ok(holds)
 }
 
-/// How many mutants run at the same time: most of it is waiting.
+/// Mutants that run concurrently; they mostly wait.
 const MUTANTS_AT_ONCE: usize = 5;
 
-/// Runs the campaigns side by side; true when every rule holds.
+/// Runs the campaigns concurrently; true when every rule holds.
 async fn run_campaigns(options: &Options) -> Result<bool> {
+    // Plan
     let seed = options
         .seed
         .unwrap_or_else(|| u64::from(rand::random::<u32>()));
-    println!("seed {seed}; the same faults again: --seed {seed}");
+    println!("seed {seed}; repeat the same faults with --seed {seed}");
     let kinds = match options.database {
         Databases::Sqlite => vec![Kind::Sqlite],
         Databases::Postgres => vec![Kind::Postgres],
@@ -139,6 +140,8 @@ async fn run_campaigns(options: &Options) -> Result<bool> {
         exposure: Exposure::default(),
         env: options.env.clone(),
     };
+
+    // Campaigns
     let storms = kinds.clone();
     let alone = options.storm || options.takeover || options.restore;
     let kinds = if alone { Vec::new() } else { kinds };
@@ -152,6 +155,8 @@ async fn run_campaigns(options: &Options) -> Result<bool> {
         show(&outcome);
         outcomes.push(outcome);
     }
+
+    // Takeovers, restores and storms
     let taken_over = if options.takeover && storms.contains(&Kind::Postgres) {
         Some(run_takeovers(options).await?)
     } else {
@@ -169,6 +174,8 @@ async fn run_campaigns(options: &Options) -> Result<bool> {
         storms
     };
     let storms = run_storms(options, seed, storms).await?;
+
+    // Report
     let violations: usize = outcomes
         .iter()
         .map(|outcome| outcome.violations.len())
@@ -211,12 +218,12 @@ async fn run_campaigns(options: &Options) -> Result<bool> {
     Ok(violations == 0)
 }
 
-/// Has hosts freeze and vanish, and shows how long it took until another one had taken over.
+/// Freezes and partitions hosts, and prints how long each takeover took.
 async fn run_takeovers(options: &Options) -> Result<TakeoverReport> {
     let taken_over = takeover::run(if options.short { 1 } else { 3 }, &options.env)
         .await
         .context("lose hosts")?;
-    println!("\ntakeover from a host with a guest that may take an hour");
+    println!("\ntakeover from a host with a guest time limit of an hour");
     for (loss, ms) in &taken_over.ms {
         println!("    {ms:?} ms, {loss}");
     }
@@ -228,7 +235,7 @@ async fn run_takeovers(options: &Options) -> Result<TakeoverReport> {
     Ok(taken_over)
 }
 
-/// Restores databases under load, side by side.
+/// Restores databases under load, concurrently.
 async fn run_restores(
     options: &Options,
     seed: u64,
@@ -256,7 +263,7 @@ async fn run_restores(
     Ok(all)
 }
 
-/// Runs the storms side by side; reports by database.
+/// Runs the storms concurrently; returns the reports by database.
 async fn run_storms(
     options: &Options,
     seed: u64,
@@ -312,7 +319,7 @@ async fn run_storms(
     Ok(reports)
 }
 
-/// How often one mutant was caught.
+/// The results of one mutant.
 #[derive(Default)]
 struct Tally {
     runs: u64,
@@ -336,23 +343,23 @@ impl Tally {
         self.unexposed.extend(outcome.unexposed);
     }
 
-    /// A run that did not come to its end.
+    /// Counts a run that failed.
     fn fail(&mut self, error: &anyhow::Error) {
         self.runs += 1;
         self.unexposed.push(format!("a run failed: {error:#}"));
     }
 
-    /// Whether a mutant was caught each time, and the host as it is never; and whether either means anything.
+    /// Whether the mutant was caught every time, or the unchanged host never, with full exposure.
     fn is_as_expected(&self, mutant: &str) -> bool {
         let wanted = if mutant == NO_MUTANT { 0 } else { self.runs };
         self.caught == wanted && self.unexposed.is_empty()
     }
 }
 
-/// The host as it is, among the mutants.
+/// The unchanged host, run like a mutant.
 const NO_MUTANT: &str = "none";
 
-/// The mutants: one patch each in `tests/mutants`, beside the one that lets a host be one of them.
+/// The mutants: one patch each in `tests/mutants`, beside the one that selects a mutant.
 fn all_mutants() -> Result<Vec<String>> {
     let folder = guests::repository().join("tests/mutants");
     let mut names = Vec::new();
@@ -365,9 +372,10 @@ fn all_mutants() -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Runs the mutants, a few at a time, and the host as it is among them; true when exactly the mutants are caught, each of
-/// them in each run, after everything happened that exposes it.
+/// Runs the mutants and the unchanged host, a few at a time. True when every mutant is caught in
+/// every run, the unchanged host never is, and every exposure is complete.
 async fn run_mutants(options: &Options) -> Result<bool> {
+    // Plan
     let seed = options.seed.unwrap_or(7);
     let mut mutants = vec![NO_MUTANT.to_owned()];
     mutants.extend(all_mutants()?.into_iter().filter(|name| {
@@ -380,7 +388,7 @@ async fn run_mutants(options: &Options) -> Result<bool> {
     );
     let plan = |mutant: &str, seed: u64| {
         let exposure = Exposure::for_mutant(mutant)
-            .with_context(|| format!("no campaign is made to expose {mutant}"))?;
+            .with_context(|| format!("no campaign is designed to expose {mutant}"))?;
         anyhow::Ok(Plan {
             kind: Kind::Postgres,
             seed,
@@ -400,6 +408,8 @@ async fn run_mutants(options: &Options) -> Result<bool> {
             plans.push(plan(mutant, seed + time)?);
         }
     }
+
+    // Runs
     let run = |plan: Plan| async move {
         let mutant = plan.mutant.clone().unwrap_or_default();
         (mutant, campaign::run(plan).await)
@@ -410,9 +420,9 @@ async fn run_mutants(options: &Options) -> Result<bool> {
     while let Some((mutant, outcome)) = running.next().await {
         let outcome = match outcome {
             Ok(outcome) => outcome,
-            // The others go on: it counts as a run that shows nothing.
+            // The other runs continue. This one counts as not exposed.
             Err(error) => {
-                println!("{mutant:<26} did not run to its end: {error:#}");
+                println!("{mutant:<26} failed to run: {error:#}");
                 tallies.entry(mutant).or_default().fail(&error);
                 continue;
             }
@@ -431,6 +441,8 @@ async fn run_mutants(options: &Options) -> Result<bool> {
             .for_each(|what| println!("{mutant:<26} not exposed: {what}"));
         tallies.entry(mutant).or_default().count(outcome);
     }
+
+    // Report
     let rows: Vec<Value> = tallies
         .iter()
         .map(|(mutant, tally)| {
@@ -443,7 +455,7 @@ async fn run_mutants(options: &Options) -> Result<bool> {
         .filter(|(mutant, tally)| *mutant != NO_MUTANT && tally.is_as_expected(mutant))
         .count();
     println!(
-        "{caught} of {} mutants caught, each in all of {} runs",
+        "{caught} of {} mutants caught in all of their {} runs",
         mutants.len() - 1,
         options.times
     );
@@ -462,7 +474,7 @@ async fn run_mutants(options: &Options) -> Result<bool> {
         .all(|(mutant, tally)| tally.is_as_expected(mutant)))
 }
 
-/// What was done, seen, checked and found, for a person.
+/// Prints the injected faults, observed events, counts and violations.
 fn show(outcome: &CampaignReport) {
     let CampaignReport {
         plan,
@@ -532,7 +544,7 @@ fn write(file: &str, value: &Value) -> Result<()> {
         .parent()
         .context("find the target folder")?
         .join("chaos");
-    std::fs::create_dir_all(&folder).context("make a folder for the report")?;
+    std::fs::create_dir_all(&folder).context("create the report folder")?;
     let path = folder.join(file);
     std::fs::write(&path, serde_json::to_string_pretty(value)? + "\n")
         .context("write the report")?;

@@ -1,4 +1,4 @@
-//! Everything that can be seen from outside once all is quiet: rows as they stand, streams as they stand.
+//! Facts that can be read from outside after a run: table rows and stream messages.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -25,25 +25,25 @@ pub struct DeadLetter {
     pub payload: String,
     pub reason: String,
     pub attempts: i64,
-    /// Whether it was put back and is not dead again.
+    /// Whether it was redriven and is not open again.
     pub is_redriven: bool,
 }
 
-/// How long what is told of an alarm may take to its stream.
+/// Maximum delay of an alarm notice on its stream.
 const PUBLISHED_WITHIN: Duration = Duration::from_secs(10);
 
-/// What was found.
+/// All facts read after a run.
 #[derive(Debug, Default)]
 pub struct Observed {
-    /// The stream of inputs, raw.
+    /// The input stream, raw.
     pub inputs: Vec<Stored>,
-    /// The stream of outputs, raw.
+    /// The output stream, raw.
     pub outputs: Vec<Stored>,
-    /// The stream of dead letters, raw.
+    /// The dead-letter stream, raw.
     pub notices: Vec<Stored>,
-    /// The stream of alarms: how often each id is there.
+    /// The alarm stream: the count of each id.
     pub alarms_published: BTreeMap<String, usize>,
-    /// Alarms as they stood before that stream was read: what identifies them, how often they were raised, whether they are.
+    /// Alarms before that stream was read: identity, number of times raised, whether raised now.
     pub alarms: Vec<(String, u64, bool)>,
     /// By event id.
     pub effects: BTreeMap<String, Vec<Effect>>,
@@ -52,34 +52,34 @@ pub struct Observed {
     /// State and payload (hex) by event id.
     pub inbox: BTreeMap<String, (String, String)>,
     pub dead_letters: Vec<DeadLetter>,
-    /// The numbers of letters that were put back.
+    /// The ids of redriven dead letters.
     pub redriven: Vec<String>,
-    /// The codes of counted attempts, by event id.
+    /// The codes of counted attempts by event id.
     pub attempts: BTreeMap<String, Vec<String>>,
-    /// The number in the keyed state, by key.
+    /// The number in the keyed state by key.
     pub counters: BTreeMap<String, i64>,
-    /// The output rows of the worker, by id: how many.
+    /// The count of the worker's output rows by id.
     pub outbox: BTreeMap<String, i64>,
-    /// What is not at rest, in words.
+    /// Descriptions of the remaining work.
     pub unsettled: Vec<String>,
-    /// Where the broker stored what the publisher was told is stored: body by sequence.
+    /// Acknowledged inputs: body by stream sequence.
     pub acked: BTreeMap<u64, Vec<u8>>,
-    /// How often a host died, and how many lanes it had.
+    /// Number of host deaths, and the host's lanes.
     pub deaths: u64,
     pub lanes: u64,
-    /// What was seen too early, or half, while everything was running.
+    /// Outputs seen before their effects, and inconsistent snapshots, during the run.
     pub too_early: Vec<String>,
 }
 
 impl Observed {
-    /// Reads everything.
+    /// Reads all facts.
     pub async fn read(database: &Database, nats: &NatsServer) -> Result<Observed> {
         let alarms = read_alarms(database).await.context("read the alarms")?;
         let mut observed = Observed {
             alarms,
             alarms_published: published_alarms(database, nats)
                 .await
-                .context("read what was told of alarms")?,
+                .context("read the published alarms")?,
             inputs: nats.read_stream("IN").await.context("read the inputs")?,
             outputs: nats.read_stream("OUT").await.context("read the outputs")?,
             notices: nats
@@ -102,7 +102,7 @@ impl Observed {
         Ok(observed)
     }
 
-    /// How many inputs of a nature there are.
+    /// The number of inputs of a nature.
     pub fn published_as(&self, nature: &str) -> u64 {
         let is_one = |stored: &&Stored| {
             stored
@@ -113,7 +113,7 @@ impl Observed {
         self.inputs.iter().filter(is_one).count() as u64
     }
 
-    /// How many ids were used for more than one body.
+    /// The number of ids used for more than one body.
     pub fn id_reuses(&self) -> u64 {
         let mut bodies: BTreeMap<&str, BTreeSet<&[u8]>> = BTreeMap::new();
         for stored in &self.inputs {
@@ -125,6 +125,7 @@ impl Observed {
     }
 
     async fn read_rows(&mut self, database: &Database) -> Result<()> {
+        // The worker's tables
         for [event_id, account, delta, nonce] in columns(
             database,
             "select event_id, account, delta, attempt_nonce from app.effect",
@@ -143,6 +144,8 @@ impl Observed {
         {
             self.balances.insert(account, amount.parse()?);
         }
+
+        // The inbox and dead letters
         let (hex, text) = match database {
             Database::Sqlite(_) => ("lower(hex(payload_sha256))", "cast(value as text)"),
             Database::Postgres { .. } => (
@@ -179,6 +182,8 @@ impl Observed {
         {
             self.redriven.push(id);
         }
+
+        // Attempts, keyed state and outputs
         for [event_id, code] in columns(
             database,
             "select event_id, coalesce(code, error) from oncely.attempt",
@@ -213,7 +218,7 @@ async fn read_alarms(database: &Database) -> Result<Vec<(String, u64, bool)>> {
         .collect()
 }
 
-/// What is told of alarms, once all of it is told.
+/// The ids on the alarm stream, once all due notices are published.
 async fn published_alarms(
     database: &Database,
     nats: &NatsServer,
@@ -247,14 +252,16 @@ async fn columns<const N: usize>(database: &Database, sql: &str) -> Result<Vec<[
     rows.into_iter()
         .map(|row| {
             row.try_into()
-                .map_err(|row| anyhow::anyhow!("odd row {row:?}"))
+                .map_err(|row| anyhow::anyhow!("unexpected row {row:?}"))
         })
         .collect()
 }
 
-/// What still waits, is held or is open.
+/// Describes the remaining work: pending, held or open.
 pub async fn unsettled(database: &Database, nats: &NatsServer) -> Result<Vec<String>> {
     let mut unsettled = Vec::new();
+
+    // Messages of the worker
     let context = async_nats::jetstream::new(nats.client().await?);
     let stream = context
         .get_stream_no_info("IN")
@@ -263,7 +270,7 @@ pub async fn unsettled(database: &Database, nats: &NatsServer) -> Result<Vec<Str
     let consumer = stream
         .consumer_info("oncely-test")
         .await
-        .context("look at the consumer")?;
+        .context("read the consumer")?;
     for (what, count) in [
         ("to come", consumer.num_pending),
         ("unacknowledged", consumer.num_ack_pending as u64),
@@ -272,25 +279,30 @@ pub async fn unsettled(database: &Database, nats: &NatsServer) -> Result<Vec<Str
             unsettled.push(format!("{count} messages are {what}"));
         }
     }
+
+    // Redriven dead letters
     let queue = context
         .get_stream_no_info("ONCELY_REDRIVE")
         .await
-        .context("open the stream of what is put back")?;
+        .context("open the redrive stream")?;
     let consumer = queue
         .consumer_info("oncely-test")
         .await
-        .context("look at its consumer")?;
+        .context("read the redrive consumer")?;
     let under_way = consumer.num_pending + consumer.num_ack_pending as u64;
     if under_way > 0 {
         unsettled.push(format!("{under_way} dead letters are under way"));
     }
-    // Alarms come and go when everything else is at rest.
+
+    // Outputs, without alarms, which are still raised and cleared after all other work
     let unpublished = database
         .number(database.unpublished_except_alarms())
         .await?;
     if unpublished > 0 {
         unsettled.push(format!("{unpublished} outputs are not published"));
     }
+
+    // Transactions and locks
     if let Database::Postgres { .. } = database {
         let open = "select count(*) from pg_stat_activity where state like 'idle in transaction%' \
                     and datname = current_database() and state_change < now() - interval '2 seconds'";

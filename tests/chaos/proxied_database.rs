@@ -1,4 +1,4 @@
-//! A world whose host dies on command, and whose database is reached through a proxy that cuts.
+//! A world with a fault-injecting host build and a proxy in front of its database.
 
 use anyhow::{Context, Result, ensure};
 use support::database::{Database, Kind};
@@ -7,7 +7,7 @@ use support::postgres::Cluster;
 use support::proxy::Proxy;
 use support::world::World;
 
-/// PostgreSQL of its own, and what stands before it; none of both on SQLite.
+/// A dedicated PostgreSQL and its proxy; both are none on SQLite.
 pub struct ProxiedDatabase {
     pub cluster: Option<Cluster>,
     pub to_database: Option<Proxy>,
@@ -40,7 +40,7 @@ impl HostBuild {
 }
 
 impl ProxiedDatabase {
-    /// Gives a world its database and the host's build with crash points.
+    /// Equips a world with its database and the host build with crash points.
     pub async fn install(world: &mut World, kind: Kind, build: HostBuild) -> Result<Self> {
         let program = guests::target_dir()?
             .parent()

@@ -1,4 +1,4 @@
-//! Publishes the workload and keeps what the broker acknowledged, whatever happens to the broker meanwhile.
+//! Publishes the workload and records the broker's acknowledgements, through every broker outage.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -12,25 +12,25 @@ use support::nats::NewMessage;
 
 use crate::workload::Workload;
 
-/// How many messages are published at a time.
+/// Messages published at a time.
 const CHUNK: usize = 20;
 
-/// The publisher waits while more messages than this wait for the worker.
+/// The publisher pauses while more messages than this wait for the worker.
 const BACKLOG_MAX: u64 = 1_000;
 
-/// What the publisher and its campaign share.
+/// State shared by the publisher and its campaign.
 #[derive(Default)]
 pub struct Progress {
-    /// Messages the broker acknowledged.
+    /// Messages that the broker acknowledged.
     pub published: AtomicU64,
-    /// Messages that wait for the worker, as seen last.
+    /// Messages that waited for the worker at the last check.
     pub backlog: AtomicU64,
-    /// Whether the campaign has done all it wanted to do.
+    /// Whether the campaign has finished its faults.
     pub enough: AtomicBool,
     pub acked: Mutex<BTreeMap<u64, Vec<u8>>>,
 }
 
-/// Publishes at least `least` messages, about `rate` in a second, and goes on until the campaign has enough.
+/// Publishes at least `least` messages, about `rate` per second, until the campaign has enough.
 pub async fn publish(
     url: String,
     mut workload: Workload,
@@ -63,7 +63,7 @@ pub async fn publish(
     Ok(workload)
 }
 
-/// Publishes until all is acknowledged. What was sent before under the same id for the broker is stored once.
+/// Publishes until all messages are acknowledged. The broker deduplicates repeated attempts by id.
 pub async fn publish_until_acked(
     context: &jetstream::Context,
     mut messages: Vec<NewMessage>,

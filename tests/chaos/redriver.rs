@@ -1,4 +1,4 @@
-//! Somebody who puts dead letters back all the time, sometimes twice at once, whatever is done to the host.
+//! Redrives dead letters during the whole campaign, sometimes twice at once.
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -7,13 +7,13 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use support::database::Database;
 
-/// How often it looks for letters.
+/// Interval between redrives.
 const INTERVAL: Duration = Duration::from_millis(500);
 
-/// How many it puts back at a time.
+/// Maximum dead letters per redrive.
 const BATCH_MAX: usize = 20;
 
-/// How often a letter is put back that dies again each time.
+/// Maximum redrives of a dead letter that keeps failing.
 const GENERATIONS: u32 = 2;
 
 pub struct Redriver {
@@ -22,9 +22,9 @@ pub struct Redriver {
     pub database: Database,
 }
 
-/// Puts letters back until it is aborted.
+/// Redrives dead letters until it is aborted.
 pub async fn redrive(redriver: Redriver) {
-    // What takes a second to fail each time would slow everything else down.
+    // A message that fails after a second on each redrive would slow everything else down.
     let open = format!(
         "select id from oncely.dead_letter where state = 'open' and reason = 'attempts-exhausted'
              and generation < {GENERATIONS} and coalesce(code, '') not in ('timeout', 'out-of-memory')
@@ -37,14 +37,14 @@ pub async fn redrive(redriver: Redriver) {
         };
         let ids = ids.concat();
         if !ids.is_empty() {
-            // The host may be out of reach, and one of the two comes too late.
+            // The host may be unreachable, and one of the two calls is too late.
             let (_, _) = tokio::join!(redriver.run(&ids, &[]), redriver.run(&ids, &[]));
         }
     }
 }
 
 impl Redriver {
-    /// Puts back what has yet to take effect, also what seems to be under way.
+    /// Redrives all dead letters without an effect, including those that seem to be in flight.
     pub async fn redrive_the_rest(&self) -> Result<()> {
         let rest =
             "select id from oncely.dead_letter where headers like '%\"Redriven\"%' and reason = 'attempts-exhausted'
@@ -53,9 +53,9 @@ impl Redriver {
             .database
             .rows(rest)
             .await
-            .context("look for dead letters")?
+            .context("query the dead letters")?
             .concat();
-        // Those that took effect are refused.
+        // Dead letters with an effect are refused.
         for ids in ids.chunks(100) {
             self.run(ids, &["--force"]).await?;
         }

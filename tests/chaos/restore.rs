@@ -1,6 +1,7 @@
-//! The restore: under load, and with hosts that are killed, the database goes back to an earlier copy; a recovery that is
-//! cut off once brings it together with NATS again. Each event takes effect once and has its one output, whichever life of
-//! the database it was handled in.
+//! Restores: under load and host kills, the database is restored from an earlier copy.
+//!
+//! A recovery, interrupted once, makes it consistent with NATS again. Each event has its effect
+//! once and one output, before or after the restore.
 
 use std::collections::BTreeMap;
 use std::process::{Command, Stdio};
@@ -18,24 +19,24 @@ use support::world::{World, manifest};
 
 use crate::checker::Violation;
 
-/// How many messages a second.
+/// Messages per second.
 const RATE: u64 = 60;
 
-/// One message in so many dies.
+/// One in this many messages dies.
 const DIES: u64 = 25;
 
-/// How long a recovery may take until the host is ready.
+/// Maximum time from a recovery until the host is ready.
 const READY_WITHIN: Duration = Duration::from_secs(60);
 
-/// What came of it.
+/// The result of the restores.
 #[derive(Debug, Default)]
 pub struct RestoreReport {
-    /// What was done and seen, by name.
+    /// Injected faults and observed events by name.
     pub seen: BTreeMap<&'static str, u64>,
     pub violations: Vec<Violation>,
 }
 
-/// Restores the database so many times, under load all along.
+/// Restores the database `times` times under continuous load.
 pub async fn run(kind: Kind, times: u32, seed: u64) -> Result<RestoreReport> {
     let mut scene = Scene::start(kind, seed).await?;
     let (published, enough) = (Arc::clone(&scene.published), Arc::clone(&scene.enough));
@@ -47,7 +48,7 @@ pub async fn run(kind: Kind, times: u32, seed: u64) -> Result<RestoreReport> {
         scene
             .restore()
             .await
-            .with_context(|| format!("the host said:\n{}", tail(&scene.world.host_log())))?;
+            .with_context(|| format!("host log:\n{}", tail(&scene.world.host_log())))?;
     }
     scene.sleep_randomly(1_000, 2_000).await;
     scene.enough.store(true, Ordering::Relaxed);
@@ -55,7 +56,7 @@ pub async fn run(kind: Kind, times: u32, seed: u64) -> Result<RestoreReport> {
     scene.check().await
 }
 
-/// Publishes until it is enough; each message has an id of its own.
+/// Publishes until the restores are done; each message has its own id.
 async fn publish(
     nats: async_nats::Client,
     published: Arc<AtomicU64>,
@@ -101,7 +102,7 @@ impl Scene {
     async fn start(kind: Kind, seed: u64) -> Result<Self> {
         let mut world =
             World::without_host(kind, &manifest("batch = 8\nack_wait = \"2s\"")?).await?;
-        // It forgets ids at once: only the recovery can know what stands there.
+        // Its duplicate window is tiny: only the recovery can find out which outputs are stored.
         world
             .nats
             .make_stream("OUT", "out.>", Duration::from_millis(100))
@@ -129,7 +130,7 @@ impl Scene {
         let lost = "select count(*) from oncely.inbox";
         let lost = self.world.database.number(lost).await? - backup.number(lost).await?;
         self.record(
-            "events that the restored database did not know",
+            "events missing in the restored database",
             u64::try_from(lost)?,
         );
         self.world.database = backup;
@@ -137,11 +138,11 @@ impl Scene {
         self.world
             .not_ready("the database is older than the broker")
             .await?;
-        self.record("databases restored, and noticed", 1);
+        self.record("databases restored and detected", 1);
         self.recover().await
     }
 
-    /// Recovers; the host is killed on the way, and the recovery begun again.
+    /// Recovers, with a host kill during the first recovery.
     async fn recover(&mut self) -> Result<()> {
         let mut cut_off = Command::new(guests::oncely()?)
             .arg("recover")
@@ -150,15 +151,15 @@ impl Scene {
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
-            .context("run oncely recover")?;
+            .context("run `oncely recover`")?;
         self.sleep_randomly(3_500, 5_500).await;
         self.world.kill_host()?;
         if !cut_off
             .wait()
-            .context("wait for a recovery that was cut off")?
+            .context("wait for the interrupted recovery")?
             .success()
         {
-            self.record("recoveries cut off", 1);
+            self.record("recoveries interrupted", 1);
         }
         self.world.spawn_host()?;
         let end = Instant::now() + READY_WITHIN;
@@ -187,7 +188,7 @@ impl Scene {
         }
     }
 
-    /// Waits until all is settled and published, and counts.
+    /// Waits until all messages are settled and published, and checks the counts.
     async fn check(mut self) -> Result<RestoreReport> {
         let events = self.published.load(Ordering::Relaxed);
         self.record("events", events);
@@ -198,7 +199,7 @@ impl Scene {
             if found != wanted {
                 violations.push(Violation {
                     rule,
-                    what: format!("{what}: {found}, and {wanted} wanted"),
+                    what: format!("{what}: {found}, expected {wanted}"),
                 });
             }
         };
@@ -209,15 +210,15 @@ impl Scene {
             having count(*) <> 2 or sum(delta) <> 0 or count(distinct attempt_nonce) <> 1) as odd";
         expect(
             "effect once",
-            "events with other than two rows of one attempt",
+            "events without exactly two rows of one attempt",
             number(odd).await?,
             0,
         );
         let effects = number("select count(distinct event_id) from app.effect").await?;
         expect("effect once", "events that took effect", effects, live);
-        let letters =
+        let dead_letters =
             number("select count(*) from oncely.dead_letter where state = 'open'").await?;
-        expect("dead letters", "letters", letters, dead);
+        expect("dead letters", "open dead letters", dead_letters, dead);
         for (stream, wanted) in [("OUT", live), ("ONCELY_DLQ", dead)] {
             let stored = self.world.nats.read_stream(stream).await?;
             let mut ids: Vec<&String> = stored

@@ -1,5 +1,6 @@
-//! The storm: many clients post the same operation at the same moment, again and again, while hosts die and connections
-//! break. Each operation has one effect, and all of its clients hear the same.
+//! The storm: many clients post the same operation at once, while hosts die and connections break.
+//!
+//! Each operation has one effect, and all of its clients receive the same answer.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -22,7 +23,7 @@ use support::world::World;
 use crate::checker::Violation;
 use crate::proxied_database::{HostBuild, ProxiedDatabase};
 
-/// Where hosts die while they handle a request.
+/// Fault points in the handling of a request.
 const POINTS: [&str; 6] = [
     fault::AFTER_BEGIN,
     fault::AFTER_CLAIM,
@@ -32,32 +33,32 @@ const POINTS: [&str; 6] = [
     fault::AFTER_COMMIT,
 ];
 
-/// How many operations are posted at the same time.
+/// Operations posted concurrently.
 const AT_ONCE: usize = 4;
 
-/// How long after one operation the next one is begun, so that there is time for harm.
+/// Delay between operations, which leaves time for faults.
 const OPERATION_INTERVAL: Duration = Duration::from_millis(150);
 
-/// How often at least hosts have to die; a storm without that proves little.
+/// Minimum number of host deaths; a storm with fewer proves little.
 const DEATHS_MIN: u64 = 3;
 
-/// How long a client goes on trying.
+/// Retry limit of a client.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// What to do.
+/// The plan of a storm.
 #[derive(Debug, Clone)]
 pub struct Storm {
     pub kind: Kind,
     pub seed: u64,
-    /// Operations, each under a key of its own.
+    /// Operations, each with its own idempotency key.
     pub keys: u64,
-    /// Clients that post each of them at once.
+    /// Clients that post each operation at once.
     pub posts: usize,
-    /// What else is set in the host's environment.
+    /// Additional environment of the host.
     pub env: Vec<(String, String)>,
 }
 
-/// What came of it.
+/// The result of a storm.
 #[derive(Debug)]
 pub struct StormReport {
     pub storm: Storm,
@@ -70,12 +71,12 @@ pub struct StormReport {
 /// Answers to one operation.
 #[derive(Default)]
 struct OperationResponses {
-    /// Status, headers that last, and body.
+    /// Status, stored headers and body.
     answers: BTreeSet<String>,
     gave_up: Vec<String>,
     tries: u64,
     replayed: u64,
-    /// What was said to another body under the same key.
+    /// The answer to another body under the same key.
     other: String,
 }
 
@@ -116,7 +117,7 @@ pub async fn run(storm: Storm) -> Result<StormReport> {
     storm_run.conclude(responses, began).await
 }
 
-/// One operation, posted by many clients at once, and then another one under its key.
+/// Posts one operation from many clients at once, and then another one under its key.
 async fn wave(client: Client, key: u64, posts: usize) -> OperationResponses {
     let (name, what) = (
         format!("op-{key}"),
@@ -191,9 +192,9 @@ impl StormRun {
         })
     }
 
-    /// Does one thing to the host, and sees to it that one runs.
+    /// Injects one fault and restarts the host if it died.
     async fn inject_fault(&mut self) -> Result<()> {
-        // A short storm may be over before chance has killed enough.
+        // A short storm could end before random choice has killed enough hosts.
         let act = match self.deaths() < DEATHS_MIN {
             true => 0,
             false => self.random.random_range(
@@ -235,7 +236,7 @@ impl StormRun {
                     Cut::HttpAnswerTorn
                 };
                 if self.to_host.cut(cut, Duration::from_secs(3)).await {
-                    self.record("answer to a client cut");
+                    self.record("answer to a client lost");
                 }
             }
             _ => {
@@ -249,7 +250,7 @@ impl StormRun {
                     .proxied_database
                     .to_database
                     .as_ref()
-                    .context("have a proxy to the database")?;
+                    .context("find the proxy to the database")?;
                 if proxy.cut(cut, Duration::from_secs(3)).await {
                     self.record(&format!("{cut:?}"));
                 }
@@ -262,7 +263,7 @@ impl StormRun {
         Ok(())
     }
 
-    /// How often hosts died so far.
+    /// Number of host deaths so far.
     fn deaths(&self) -> u64 {
         let is_death = |what: &str| what.contains("host killed") || what.starts_with("died");
         self.injected
@@ -289,6 +290,8 @@ impl StormRun {
         let keys = self.storm.keys;
         let mut violations = Vec::new();
         let mut fail = |rule: &'static str, what: String| violations.push(Violation { rule, what });
+
+        // Each operation has its two rows, and its clients one answer.
         let rows = self
             .world
             .database
@@ -340,16 +343,18 @@ impl StormRun {
                 fail(
                     "other body",
                     format!(
-                        "another body under the key of {event} was answered {}",
+                        "another body under the key of {event} was answered with {}",
                         responses.other
                     ),
                 );
             }
         }
+
+        // No other effects, and one count and output for each operation
         for event in effects.keys() {
             fail(
                 "effect once",
-                format!("{event} took effect and was never posted"),
+                format!("{event} took effect but was never posted"),
             );
         }
         let count = self
@@ -362,7 +367,7 @@ impl StormRun {
         {
             fail(
                 "state",
-                format!("the count of {keys} operations is: {count}"),
+                format!("the state after {keys} operations is: {count}"),
             );
         }
         let stored = self.outputs(keys).await?;
@@ -372,16 +377,18 @@ impl StormRun {
             fail(
                 "outputs",
                 format!(
-                    "{} outputs are on the stream, for {keys} operations",
+                    "{} outputs are on the stream for {keys} operations",
                     stored.len()
                 ),
             );
         }
+
+        // Coverage and report
         let deaths = self.deaths();
         if deaths < DEATHS_MIN {
             fail(
                 "not vacuous",
-                format!("hosts died {deaths} times, at least {DEATHS_MIN} are wanted"),
+                format!("hosts died {deaths} times, expected at least {DEATHS_MIN}"),
             );
         }
         self.world.kill_host()?;
@@ -391,7 +398,7 @@ impl StormRun {
             ("posts".to_owned(), keys * self.storm.posts as u64),
             ("tries".to_owned(), sum(|responses| responses.tries)),
             (
-                "answers given again".to_owned(),
+                "replayed answers".to_owned(),
                 sum(|responses| responses.replayed),
             ),
         ]);
@@ -405,7 +412,7 @@ impl StormRun {
         })
     }
 
-    /// The events that outputs tell of, once there are enough, or a minute later.
+    /// The events of the outputs, once there are enough or after a minute.
     async fn outputs(&self, wanted: u64) -> Result<Vec<String>> {
         let end = Instant::now() + Duration::from_secs(60);
         loop {

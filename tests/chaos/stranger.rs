@@ -1,5 +1,7 @@
-//! A stranger who may publish everywhere. All along it guesses the ids that outputs and the platform's own messages will have,
-//! takes some that it could not know, and forges pointers to dead letters.
+//! A stranger with publish access to all subjects.
+//!
+//! It guesses ids that outputs and platform messages will have, takes ids that it could not know,
+//! and forges pointers to dead letters.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,29 +15,29 @@ use support::database::Database;
 
 use crate::publisher::Progress;
 
-/// The worker whose ids are guessed, and another one to which its dead letters do not belong.
+/// The worker whose ids are guessed, and another one that owns none of its dead letters.
 const WORKER: &str = "test";
 pub const BYSTANDER: &str = "bystander";
 
-/// Where it publishes on streams that others read: what is not the host's there is told apart by this.
+/// The last token of the stranger's subjects; it separates the stranger's messages from the host's.
 pub const SUBJECT: &str = "stranger";
 
-/// How often it tries.
+/// Interval between attacks.
 const INTERVAL: Duration = Duration::from_millis(200);
 
-/// How far ahead it guesses.
-const AHEAD: u64 = 20;
+/// How many events in advance it guesses.
+const GUESSES_IN_ADVANCE: u64 = 20;
 
-/// Outputs that are yet to be due, and so for certain not on their stream.
+/// Outputs that are not due yet, so certainly not on their stream.
 const UNPUBLISHED: &str = "select id from oncely.outbox
     where published_at is null and subject like 'out.%' and first_attempt_at is null limit 3";
 
-/// What it did.
+/// Counts of the attacks.
 #[derive(Default)]
 pub struct AttackCounts {
-    /// Readable ids that were guessed.
+    /// Guessed readable ids.
     pub guesses: AtomicU64,
-    /// Ids of outputs that were taken before these were published.
+    /// Output ids taken before their publication.
     pub ids: AtomicU64,
     pub pointers: AtomicU64,
 }
@@ -45,7 +47,7 @@ pub fn is_from_stranger(subject: &str) -> bool {
     subject.ends_with(&format!(".{SUBJECT}"))
 }
 
-/// Meddles until it is aborted.
+/// Attacks until it is aborted.
 pub async fn attack(
     url: String,
     database: Database,
@@ -68,7 +70,7 @@ pub async fn attack(
     let mut guessed = 0;
     loop {
         tokio::select! {
-            // The same pointer, for a worker that it is not meant for.
+            // The same pointer, sent to another worker.
             Some(pointer) = pointers.next() => {
                 let mut headers = pointer.headers.unwrap_or_default();
                 headers.insert("Nats-Msg-Id", uuid::Uuid::new_v4().to_string());
@@ -76,19 +78,19 @@ pub async fn attack(
                 attack_counts.pointers.fetch_add(u64::from(sent.await.is_ok()), Ordering::Relaxed);
             }
             _ = tick.tick() => {
-                // Ids of events that are yet to be published: workloads count them.
+                // Ids of future events: workloads number them.
                 let next = progress.published.load(Ordering::Relaxed);
-                for event in next.max(guessed)..next + AHEAD {
+                for event in next.max(guessed)..next + GUESSES_IN_ADVANCE {
                     for id in guesses(event) {
                         attack_counts.guesses.fetch_add(take(&client, &id).await, Ordering::Relaxed);
                     }
                 }
-                guessed = guessed.max(next + AHEAD);
-                // No stranger could know these, but one who had the key. The database may be down just now.
+                guessed = guessed.max(next + GUESSES_IN_ADVANCE);
+                // Only a holder of the key could know these ids. The database may be down now.
                 for id in database.rows(UNPUBLISHED).await.unwrap_or_default().concat() {
                     attack_counts.ids.fetch_add(take(&client, &id).await, Ordering::Relaxed);
                 }
-                // And one that points at whatever there is.
+                // A forged pointer to an arbitrary dead letter.
                 let mut headers = HeaderMap::new();
                 headers.insert("Oncely-Dead-Letter", (next % 50 + 1).to_string());
                 headers.insert("Oncely-Generation", (next % 3 + 1).to_string());
@@ -99,7 +101,7 @@ pub async fn attack(
     }
 }
 
-/// Ids that the outputs of an event, its redrive and the notice of its death may be expected to have.
+/// Plausible ids of the outputs of an event, of its redrive and of its dead-letter notice.
 fn guesses(event: u64) -> Vec<String> {
     let outputs = (0..3).map(|ordinal| format!("{WORKER}:e{event}:{ordinal}"));
     outputs
@@ -111,7 +113,7 @@ fn guesses(event: u64) -> Vec<String> {
         .collect()
 }
 
-/// Stores something under an id on each of the streams that the host publishes to. Returns how often that was sent.
+/// Publishes under an id on each stream of the host. Returns the number of messages sent.
 async fn take(client: &async_nats::Client, id: &str) -> u64 {
     let mut taken = 0;
     for subject in ["out", "oncely.dlq", "oncely.alarm", "oncely.cache"] {

@@ -1,5 +1,6 @@
-//! The takeover: a host freezes, or vanishes from the network, in the middle of a transaction on hot rows, and for how long
-//! nothing is settled that meets one of these rows.
+//! Takeovers: a host freezes, or vanishes from the network, within a transaction on hot rows.
+//!
+//! Measures how long no message on one of these rows is settled.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -14,33 +15,33 @@ use support::world::{World, manifest, signal};
 use crate::checker::Violation;
 use crate::proxied_database::{HostBuild, ProxiedDatabase};
 
-/// How long a takeover may take, whatever a guest may.
+/// Maximum length of a takeover, independent of the guest's time limit.
 const WITHIN: Duration = Duration::from_secs(15);
 
-/// After how long it is given up.
+/// Timeout for waits.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Rows that all messages meet at.
+/// Rows that all messages share.
 const ACCOUNTS: [(&str, &str); 2] = [("a", "b"), ("c", "d")];
 
-/// How many messages keep both hosts busy.
+/// Number of messages that keep both hosts busy.
 const BUSY_WITH: usize = 120;
 
-/// How a host goes.
+/// The way a host is lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Loss {
     Frozen,
     Vanished,
 }
 
-/// How long each takeover took, by what happened to the host before, and what was wrong.
+/// The length of each takeover by kind of loss, and all violations.
 #[derive(Debug, Default)]
 pub struct TakeoverReport {
     pub ms: BTreeMap<&'static str, Vec<u64>>,
     pub violations: Vec<Violation>,
 }
 
-/// Has hosts freeze and vanish so many times each.
+/// Freezes and partitions hosts, `times` times each.
 pub async fn run(times: u32, env: &[(String, String)]) -> Result<TakeoverReport> {
     let mut scene = Scene::start(env).await?;
     let mut taken_over = TakeoverReport::default();
@@ -58,8 +59,7 @@ pub async fn run(times: u32, env: &[(String, String)]) -> Result<TakeoverReport>
                 .or_default()
                 .push(u64::try_from(took.as_millis())?);
             if took > WITHIN {
-                let what =
-                    format!("{took:?} without anything settled that meets a row of a {name} host");
+                let what = format!("no message on a row of a {name} host was settled for {took:?}");
                 taken_over.violations.push(Violation {
                     rule: "takeover",
                     what,
@@ -75,7 +75,7 @@ struct Scene {
     world: World,
     to_nats: Proxy,
     to_database: Proxy,
-    // Stops the server when it is dropped.
+    // Stops the server on drop.
     _cluster: support::postgres::Cluster,
     published: usize,
 }
@@ -93,35 +93,38 @@ impl Scene {
         world.nats_url = format!("nats://127.0.0.1:{}", to_nats.port());
         world.host_env = env.to_vec();
         world.start_host().await?;
-        let to_database = to_database.context("have a proxy to the database")?;
+        let to_database = to_database.context("find the proxy to the database")?;
         Ok(Scene {
             world,
             to_nats,
             to_database,
-            _cluster: cluster.context("have a cluster")?,
+            _cluster: cluster.context("find the cluster")?,
             published: 0,
         })
     }
 
-    /// Takes the first host away while both are busy, and returns for how long one of the rows then rests at most.
+    /// Loses the first host while both are busy. Returns the longest stall of one of the rows.
     async fn lose(&mut self, loss: Loss) -> Result<Duration> {
         let mut rival = self.world.spawn_rival_directly()?;
         self.publish(BUSY_WITH, 150).await?;
         let began = self.settled().await?;
-        // Both are in the middle of it.
+
+        // Both hosts are in the middle of their messages.
         self.until(began + BUSY_WITH as i64 / 3).await?;
         let pid = self.world.host_pid().context("find the host")?;
         match loss {
             Loss::Frozen => signal(pid, "STOP")?,
             Loss::Vanished => self.set_blackhole(true),
         }
+
         self.publish(ACCOUNTS.len() * 4, 0).await?;
         let took = self.longest_stall(Instant::now()).await?;
         match loss {
             Loss::Frozen => signal(pid, "CONT")?,
             Loss::Vanished => self.set_blackhole(false),
         }
-        // It goes on as if nothing had happened, or finds out.
+
+        // The lost host resumes, or finds out that it was replaced.
         tokio::time::sleep(Duration::from_secs(1)).await;
         rival.kill().context("kill the second host")?;
         rival.wait().context("wait for the second host")?;
@@ -135,7 +138,7 @@ impl Scene {
         self.to_database.set_blackhole(is_blackhole);
     }
 
-    /// Publishes messages that all meet at a few rows, and hold them for so many milliseconds.
+    /// Publishes messages that share a few rows and hold them for `ms` milliseconds.
     async fn publish(&mut self, count: usize, ms: u64) -> Result<()> {
         let message = |n: usize| {
             let (from, to) = ACCOUNTS[n % ACCOUNTS.len()];
@@ -163,13 +166,13 @@ impl Scene {
             .await
     }
 
-    /// Waits until so many messages are settled.
+    /// Waits until `wanted` messages are settled.
     async fn until(&self, wanted: i64) -> Result<()> {
         let end = Instant::now() + PATIENCE;
         while self.settled().await? < wanted {
             ensure!(
                 Instant::now() < end,
-                "{} of {wanted} messages are settled after {PATIENCE:?}:\n{}",
+                "only {} of {wanted} messages are settled after {PATIENCE:?}:\n{}",
                 self.settled().await?,
                 self.world.host_log()
             );
@@ -178,8 +181,8 @@ impl Scene {
         Ok(())
     }
 
-    /// Waits until everything is settled. Returns for how long, from `lost` on, nothing was settled that meets one of the rows
-    /// while more was to come.
+    /// Waits until everything is settled. Returns the longest time after `lost` in which no message
+    /// on one of the rows was settled, although more were pending.
     async fn longest_stall(&self, lost: Instant) -> Result<Duration> {
         let mut longest = Duration::ZERO;
         let mut seen = BTreeMap::new();
@@ -192,7 +195,7 @@ impl Scene {
                 .await?
             {
                 let [account, count] = row.as_slice() else {
-                    bail!("{row:?} is no account with a count")
+                    bail!("unexpected row {row:?}")
                 };
                 let (before, since) = seen
                     .entry(account.clone())
@@ -207,21 +210,21 @@ impl Scene {
             }
             ensure!(
                 lost.elapsed() < PATIENCE,
-                "not all is settled after {PATIENCE:?}:\n{}",
+                "not all messages are settled after {PATIENCE:?}:\n{}",
                 self.world.host_log()
             );
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
 
-    /// Each message has its two rows, and all of them sum to zero.
+    /// Checks that each message has its two rows and all rows sum to zero.
     async fn check(&mut self) -> Result<Vec<Violation>> {
         let mut violations = Vec::new();
         let odd = "select event_id from app.effect group by event_id
             having count(*) <> 2 or sum(delta) <> 0 or count(distinct attempt_nonce) <> 1";
         for row in self.world.database.rows(odd).await? {
             let what = format!(
-                "event {} has other than two rows of one attempt",
+                "event {} does not have exactly two rows of one attempt",
                 row.concat()
             );
             violations.push(Violation {

@@ -1,4 +1,4 @@
-//! Looks on while everything runs: no output before its effect, no half of a transfer, and how much is left to do.
+//! Checks during the run: no output before its effect, no half transfer, and the backlog.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,7 +13,7 @@ use support::database::Database;
 use crate::publisher::Progress;
 use crate::stranger::is_from_stranger;
 
-/// What was looked at, and what was wrong.
+/// Counts of the checks, and violations.
 #[derive(Default)]
 pub struct WatcherReport {
     pub outputs: AtomicU64,
@@ -30,7 +30,7 @@ impl WatcherReport {
     }
 }
 
-/// For each output it has time for: the effect must be there when the output can be seen.
+/// Checks for fresh outputs that their effect is visible.
 pub async fn watch_outputs(
     url: String,
     database: Database,
@@ -40,7 +40,7 @@ pub async fn watch_outputs(
     let mut outputs = client
         .subscribe("out.>")
         .await
-        .context("listen to outputs")?;
+        .context("subscribe to outputs")?;
     while let Some(message) = outputs.next().await {
         if is_from_stranger(&message.subject) {
             continue;
@@ -56,16 +56,16 @@ pub async fn watch_outputs(
         let sql = format!(
             "select count(*) from app.effect where event_id = '{event}' and attempt_nonce = '{nonce}'"
         );
-        // The database may be down just now.
+        // The database may be down now.
         if let Ok(rows) = database.number(&sql).await {
             report.outputs.fetch_add(1, Ordering::Relaxed);
             if rows != 2 {
                 report.fail(format!(
-                    "an output of event {event} was there with {rows} rows of its effect"
+                    "an output of event {event} was published with {rows} visible rows of its effect"
                 ));
             }
         }
-        // Not those that queued up meanwhile: only a fresh one shows whether it was too early.
+        // Skip queued outputs: only a fresh one can show that it was published too early.
         let moment = Instant::now();
         while moment.elapsed() < Duration::from_millis(100) {
             let _ = tokio::time::timeout(Duration::from_millis(50), outputs.next()).await;
@@ -74,7 +74,7 @@ pub async fn watch_outputs(
     Ok(())
 }
 
-/// Every snapshot of the ledger sums to zero.
+/// Checks that every snapshot of the effects sums to zero.
 pub async fn watch_ledger(database: Database, report: Arc<WatcherReport>) {
     loop {
         if let Ok(sum) = database
@@ -90,7 +90,7 @@ pub async fn watch_ledger(database: Database, report: Arc<WatcherReport>) {
     }
 }
 
-/// Keeps the publisher informed of how much waits.
+/// Reports the backlog to the publisher.
 pub async fn watch_backlog(url: String, progress: Arc<Progress>) -> Result<()> {
     let context = jetstream::new(connect(url).await?);
     loop {

@@ -1,4 +1,4 @@
-//! What is published: transfers between accounts, and among them everything that may go wrong with a message.
+//! The workload: transfers between accounts, mixed with every kind of faulty message.
 
 use oncely::fault;
 use rand::rngs::StdRng;
@@ -8,36 +8,36 @@ use support::nats::NewMessage;
 
 use crate::checker::ATTEMPTS;
 
-/// Ordering keys; accounts belong to one key, so that lanes rarely meet.
+/// Ordering keys; accounts belong to one key, so that lanes rarely conflict.
 const KEYS: u32 = 256;
 const ACCOUNTS_OF_KEY: u32 = 4;
 
-/// Of how many earlier messages one is picked to be sent again.
+/// Number of recent messages that may be sent again.
 const REMEMBERED: usize = 400;
 
-/// What is to become of a message, told by its header `nature` to the checker alone.
+/// The expected result of a message; its header `nature` is for the checker only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Nature {
     Plain,
-    /// Works in the database for a while.
+    /// Runs statements in the database for a while.
     Slow,
-    /// Has no id but its place on the stream.
+    /// Has no id except its stream sequence.
     NoId,
-    /// Fails once before it did anything, or after it wrote rows.
+    /// Fails once, before any effect or after its rows were written.
     FailsOnce,
     FailsOnceLate,
-    /// Dies, and takes effect once it was put back.
+    /// Dies, and takes effect after its redrive.
     Redriven,
     Poison,
     PoisonLate,
     Trap,
     TimesOut,
     OutOfMemory,
-    /// Keeps quiet about a statement that failed.
+    /// Ignores a failed statement.
     Swallows,
-    /// Sends an output with a header that is the platform's.
+    /// Sends an output with a platform header.
     ReservedHeader,
-    /// Has a body that is no JSON, or no UTF-8.
+    /// Has a body that is not JSON, or not UTF-8.
     Malformed,
     /// Has an id that is too long.
     LongId,
@@ -108,7 +108,7 @@ impl Nature {
         }
     }
 
-    /// In ten thousand.
+    /// Frequency per ten thousand messages.
     fn rate(self) -> u32 {
         match self {
             Nature::Plain => 0,
@@ -126,7 +126,7 @@ impl Nature {
     }
 }
 
-/// Makes messages, the same ones for the same seed.
+/// Generates messages, the same ones for the same seed.
 pub struct Workload {
     random: StdRng,
     made: u64,
@@ -137,15 +137,15 @@ pub struct Workload {
     often: Option<Often>,
 }
 
-/// What is published far more often than usual.
+/// A kind of message published far more often than usual.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Often {
     Nature(Nature),
-    /// An id that was used before, with another body.
+    /// An earlier id with another body.
     IdReuse,
 }
 
-/// How often then, in ten thousand.
+/// Its frequency per ten thousand messages.
 const OFTEN: u32 = 300;
 
 impl Workload {
@@ -161,7 +161,8 @@ impl Workload {
         }
     }
 
-    /// The next message: mostly a new event; sometimes an earlier one again, or its id with another body.
+    /// The next message: mostly a new event, sometimes an earlier message or its id with another
+    /// body.
     pub fn next_message(&mut self) -> NewMessage {
         self.made += 1;
         let draw = self.random.random_range(0..10_000);
@@ -173,7 +174,7 @@ impl Workload {
         let message = match draw {
             0..1_000 if !self.recent.is_empty() => {
                 self.duplicates += 1;
-                // A third of them at once, so that both copies meet in one batch.
+                // A third of the copies follow at once, so that both copies meet in one batch.
                 let back = if draw % 3 == 0 {
                     1
                 } else {
@@ -215,7 +216,7 @@ impl Workload {
     }
 
     fn event(&mut self, nature: Nature, event_id: &str) -> NewMessage {
-        // Few keys get most messages.
+        // A few keys get most messages.
         let key = (f64::from(KEYS) * self.random.random::<f64>().powi(3)) as u32 % KEYS;
         let sequence = &mut self.sequence_of_key[key as usize];
         *sequence += 1;
@@ -227,6 +228,8 @@ impl Workload {
         } else {
             key
         };
+
+        // The ledger operation
         let options = json!({
             "from": account(key, from),
             "to": account(other_key, (from + 1) % ACCOUNTS_OF_KEY),
@@ -248,6 +251,8 @@ impl Workload {
             nature.behaviour(),
             &options.to_string(),
         );
+
+        // The fault
         match nature {
             Nature::Malformed if sequence.is_multiple_of(2) => {
                 message.body = vec![0xff, 0xfe, 0, b'{']
@@ -271,7 +276,7 @@ impl Workload {
     }
 
     fn remember(&mut self, message: &NewMessage) {
-        // What has no id of its own would be another event each time.
+        // Without its own id, a copy would be another event.
         let natures = ["NoId", "LongId"];
         if natures.contains(&header(message, "nature")) {
             return;
@@ -283,7 +288,7 @@ impl Workload {
     }
 }
 
-/// A new id for the broker: only the inbox knows that it is the same event.
+/// A new id for the broker: only the inbox can recognise the repeated event.
 fn with_new_broker_id(mut message: NewMessage) -> NewMessage {
     set_header(
         &mut message,
@@ -306,7 +311,7 @@ fn header<'m>(message: &'m NewMessage, name: &str) -> &'m str {
         .map_or("", |(_, value)| value)
 }
 
-/// At how many passes of a point a host may be made to die, so that it does not always die at its first chance.
+/// Maximum passes of a point before a host dies there, so that it does not always die at the first.
 pub fn passes_until_death(point: &str) -> u64 {
     match point {
         fault::MIGRATING | fault::STARTED | fault::AFTER_PRUNE | fault::DEPLOY_SWAP => 1,

@@ -1,5 +1,4 @@
-//! `make demo`: a few hundred payments over HTTP, some twice, some malformed, answers lost on their way, the host killed in
-//! the middle, and then the books.
+//! `make demo`: payments over HTTP with duplicates, lost answers and a host kill, and their checks.
 
 use std::collections::BTreeSet;
 use std::io::Write;
@@ -22,14 +21,14 @@ use support::server::free_port;
 
 mod previous_demo;
 
-/// Payments, each with an event id of its own.
+/// Payments, each with its own event id.
 const PAYMENTS: usize = 300;
-/// Of which every so-many-th is published twice.
+/// Every n-th payment is published twice.
 const TWICE_EVERY: usize = 10;
-/// Messages that are no payment at all.
+/// Messages that are not payments.
 const MALFORMED: usize = 12;
-/// How far apart messages are published, so that the kill hits something.
-const PACE: Duration = Duration::from_millis(8);
+/// Interval between messages, so that the kill hits messages in flight.
+const SEND_INTERVAL: Duration = Duration::from_millis(8);
 const PAYMENTS_EXAMPLE: &str = "examples/payments";
 /// Responses that never reach the client, each the first one of its request.
 const DROPPED: i64 = 5;
@@ -58,12 +57,12 @@ async fn run() -> Result<()> {
     let mut demo = Demo::prepare(folder)?;
     say("Building the worker of examples/payments.");
     demo.build_worker()?;
-    say("Starting a host: SQLite, a nats-server of its own, and the worker of examples/payments.");
+    say("Starting a host: SQLite, its own nats-server, and the worker of examples/payments.");
     demo.start_host().await?;
     let messages = workload();
     say(&format!(
-        "Sending {PAYMENTS} payments over HTTP, {} of them a second time straight to the stream, and {MALFORMED} that are \
-         malformed.\nThe network drops {DROPPED} answers on their way back; the client does not know, and asks again.",
+        "Sending {PAYMENTS} payments over HTTP, {} of them a second time directly to the stream, and {MALFORMED} \
+         malformed ones.\nThe network drops {DROPPED} responses, so the client retries.",
         PAYMENTS / TWICE_EVERY
     ));
     let proxy = Arc::new(Proxy::start(demo.http_port).await?);
@@ -72,11 +71,11 @@ async fn run() -> Result<()> {
     let http = format!("http://127.0.0.1:{}", proxy.port());
     let sending = tokio::spawn(send_all(http, demo.nats_url()?, messages));
     demo.until_settled(PAYMENTS as i64 / 3).await?;
-    say("Killing the host with SIGKILL, in the middle of it.");
+    say("Killing the host with SIGKILL under load.");
     demo.kill_host()?;
     let settled = demo.settled().await?;
     say(&format!(
-        "It is dead; {settled} messages are settled so far. Starting it again."
+        "The host is dead; {settled} messages are settled. Restarting it."
     ));
     demo.start_host().await?;
     let sent = sending.await.context("send")??;
@@ -91,7 +90,7 @@ async fn run() -> Result<()> {
     Ok(())
 }
 
-/// What the demo works with.
+/// Files and processes of the demo.
 struct Demo {
     folder: PathBuf,
     oncely: PathBuf,
@@ -104,11 +103,11 @@ struct Payment {
     event_id: String,
     account: String,
     body: Vec<u8>,
-    /// Sent by somebody who never heard that the first one arrived.
+    /// A duplicate, published without regard to the first attempt.
     is_copy: bool,
 }
 
-/// The figures of the books.
+/// Figures that the demo checks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Books {
     published: i64,
@@ -124,7 +123,7 @@ struct Books {
     ledger_sum: i64,
 }
 
-/// Payments in an order that does not change, with copies a little later and malformed ones in between.
+/// Payments in a fixed order, with copies a little later and malformed messages in between.
 fn workload() -> Vec<Payment> {
     let pick = |n: usize| {
         ACCOUNTS
@@ -166,18 +165,18 @@ fn workload() -> Vec<Payment> {
     messages
 }
 
-/// What became of sending everything.
+/// The results of sending.
 #[derive(Debug, Default)]
 struct Sent {
     messages: i64,
-    /// Requests over HTTP, each try counted.
+    /// Requests over HTTP, counting each try.
     tries: i64,
     /// Requests whose last try was answered with the stored response of an earlier one.
     replayed: i64,
 }
 
-/// Sends at a pace. A payment goes in over HTTP, and the client tries until it has an answer; a copy is put on the stream by
-/// somebody who knows nothing of that.
+/// Sends messages at a fixed interval. A payment is sent over HTTP, with retries until an answer
+/// arrives. A copy is published directly to the stream.
 async fn send_all(http: String, nats: String, messages: Vec<Payment>) -> Result<Sent> {
     let context = jetstream::new(
         async_nats::connect(&nats)
@@ -210,14 +209,14 @@ async fn send_all(http: String, nats: String, messages: Vec<Payment>) -> Result<
         }
         sent.messages += 1;
         progress("sent", n + 1, count);
-        tokio::time::sleep(PACE).await;
+        tokio::time::sleep(SEND_INTERVAL).await;
     }
     Ok(sent)
 }
 
 async fn publish_directly(context: &jetstream::Context, message: Payment) -> Result<()> {
     let mut headers = HeaderMap::new();
-    // What stays the same when a payment is sent again is its event id; to the broker each message is a new one.
+    // A repeated payment keeps its event id; to the broker each message is new.
     headers.insert("ce-id", message.event_id.as_str());
     headers.insert("ce-source", "/demo");
     headers.insert("Nats-Msg-Id", uuid::Uuid::new_v4().to_string().as_str());
@@ -229,20 +228,20 @@ async fn publish_directly(context: &jetstream::Context, message: Payment) -> Res
     Ok(())
 }
 
-/// Drops connections, one after the other, when a request is done and its answer is on the way.
+/// Repeatedly drops a connection after a request was carried out and before its answer arrives.
 async fn drop_answers(proxy: Arc<Proxy>, dropped: Arc<AtomicI64>) {
     while dropped.load(Ordering::Relaxed) < DROPPED {
         if proxy.cut(Cut::HttpFirstAnswerLost, PATIENCE).await {
             dropped.fetch_add(1, Ordering::Relaxed);
         }
-        tokio::time::sleep(PACE * 10).await;
+        tokio::time::sleep(SEND_INTERVAL * 10).await;
     }
 }
 
 impl Demo {
-    /// An empty folder to work in.
+    /// Creates an empty working folder.
     fn prepare(folder: PathBuf) -> Result<Self> {
-        std::fs::create_dir_all(&folder).context("make the demo's folder")?;
+        std::fs::create_dir_all(&folder).context("create the demo's folder")?;
         Ok(Demo {
             folder,
             oncely: support::guests::oncely()?,
@@ -255,7 +254,8 @@ impl Demo {
         self.folder.join(".oncely")
     }
 
-    /// The host would build it as well, but its output goes to a file: here cargo's progress is seen.
+    /// The host would build the worker as well, but into a log file; here cargo's progress is
+    /// visible.
     fn build_worker(&self) -> Result<()> {
         let mut build = Command::new(&self.oncely);
         let status = build
@@ -265,7 +265,7 @@ impl Demo {
             .stdout(Stdio::null())
             .status();
         ensure!(
-            status.context("run oncely build")?.success(),
+            status.context("run `oncely build`")?.success(),
             "the worker of {PAYMENTS_EXAMPLE} does not build"
         );
         Ok(())
@@ -304,7 +304,7 @@ impl Demo {
                 .and_then(|host| host.try_wait().ok())
                 .flatten()
             {
-                bail!("the host ended with {status}:\n{}", self.host_log());
+                bail!("the host exited with {status}:\n{}", self.host_log());
             }
             ensure!(
                 started.elapsed() < Duration::from_secs(300),
@@ -345,7 +345,7 @@ impl Demo {
             let status = host.wait().context("wait for the host")?;
             ensure!(
                 status.success(),
-                "the host ended with {status}:\n{}",
+                "the host exited with {status}:\n{}",
                 self.host_log()
             );
         }
@@ -378,7 +378,7 @@ impl Demo {
         Ok(sqlx::query_scalar(sql).fetch_one(&mut connection).await?)
     }
 
-    /// Messages with a final word in the inbox.
+    /// Messages with a final state in the inbox.
     async fn settled(&self) -> Result<i64> {
         self.number("select count(*) from oncely_inbox").await
     }
@@ -392,7 +392,7 @@ impl Demo {
         Ok(())
     }
 
-    /// Waits until every message is acknowledged and every output published.
+    /// Waits until every message is acknowledged and every output is published.
     async fn until_quiet(&self, published: i64) -> Result<()> {
         let context = jetstream::new(async_nats::connect(self.nats_url()?).await?);
         let stream = context.get_stream("PAYMENTS").await?;
@@ -414,14 +414,14 @@ impl Demo {
             }
             ensure!(
                 Instant::now() < end,
-                "{left} messages and {unpublished} outputs are left:\n{}",
+                "{left} messages and {unpublished} outputs remain:\n{}",
                 self.host_log()
             );
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
 
-    /// Reads everything from the database and from the streams themselves.
+    /// Reads all figures from the database and from the streams themselves.
     async fn books(&self, sent: &Sent, dropped: i64) -> Result<Books> {
         let published = sent.messages;
         let nats = self.nats_url()?;
@@ -447,7 +447,8 @@ impl Demo {
             effects: moved + declined.len() as i64,
             outputs: outputs.len() as i64,
             outputs_unique: outputs.iter().collect::<BTreeSet<_>>().len() as i64,
-            // All of the stream is handled: what is on it and not in the inbox was skipped.
+            // The whole stream is handled: messages without an inbox row were skipped as
+            // duplicates.
             duplicates_skipped: published - self.settled().await?,
             dead_letters: self
                 .number("select count(*) from oncely_dead_letter")
@@ -487,12 +488,13 @@ impl Demo {
         let data_dir = shown(self.data_dir());
         let oncely = shown(self.oncely.clone());
         println!(
-            "\nCheck it yourself; the same figures are in {}:",
+            "\nTo check the figures, which are also in {}:",
             shown(self.folder.join("books.json"))
         );
         println!("  sqlite3 {database} 'select state, count(*) from oncely_inbox group by state'");
         println!("  sqlite3 {database} 'select sum(cents), count(*) from entry'");
-        // Where `make` installed a nats-server of its own, the PATH of a shell does not know it.
+
+        // The shell's PATH may lack a nats-server that `make` installed.
         let tools = repository().join("target/tools/bin");
         let path = if tools.exists() {
             format!("PATH={}:$PATH ", shown(tools))
@@ -508,7 +510,7 @@ impl Demo {
             self.oncely.display()
         );
         println!(
-            "  nats stream view PAYMENTS --server URL    # the URL that `oncely dev` prints; any NATS client will do"
+            "  nats stream view PAYMENTS --server URL    # the URL that `oncely dev` prints; any NATS client works"
         );
     }
 }
@@ -550,17 +552,17 @@ fn show(books: &Books) {
     println!("\nThe books");
     for (what, figure) in [
         ("messages published", books.published),
-        ("requests over HTTP, each try counted", books.tries),
+        ("requests over HTTP, counting each try", books.tries),
         ("responses the network dropped", books.dropped),
         (
             "responses lost with the killed host",
             books.replayed - books.dropped,
         ),
         ("retries that got the stored response", books.replayed),
-        ("payments and malformed ones, by event id", books.unique),
+        ("distinct event ids", books.unique),
         ("payments that took effect", books.effects),
         ("outputs on the stream", books.outputs),
-        ("outputs on the stream, by id", books.outputs_unique),
+        ("distinct outputs on the stream", books.outputs_unique),
         ("duplicates skipped", books.duplicates_skipped),
         ("dead letters", books.dead_letters),
         ("sum of the ledger", books.ledger_sum),
@@ -569,7 +571,7 @@ fn show(books: &Books) {
     }
 }
 
-/// Whether the books are as they must be.
+/// Checks the figures.
 fn check(books: &Books) -> Result<()> {
     let (payments, malformed) = (PAYMENTS as i64, MALFORMED as i64);
     ensure!(
@@ -584,7 +586,7 @@ fn check(books: &Books) -> Result<()> {
     );
     ensure!(
         books.outputs == payments && books.outputs_unique == payments,
-        "the outputs are not the payments"
+        "the outputs do not match the payments"
     );
     ensure!(
         books.duplicates_skipped == books.published - books.unique,
@@ -600,10 +602,12 @@ fn check(books: &Books) -> Result<()> {
         "{} responses were dropped instead of {DROPPED}",
         books.dropped
     );
-    // A request that was carried out and whose response was lost is answered from its stored response, once.
+
+    // A request that was carried out and whose response was lost is answered once from its stored
+    // response.
     ensure!(
         books.replayed >= DROPPED,
-        "{} retries got the stored response of {DROPPED} dropped ones",
+        "{} retries got the stored response, expected at least {DROPPED}",
         books.replayed
     );
     ensure!(
@@ -620,17 +624,17 @@ fn say(sentence: &str) {
     println!("{sentence}");
 }
 
-/// Shows how far something is: one line that is written over on a terminal, a line for each quarter elsewhere.
-fn progress(what: &str, done: usize, of: usize) {
+/// Shows progress: one line that is overwritten on a terminal, a line per quarter elsewhere.
+fn progress(what: &str, done: usize, total: usize) {
     use std::io::IsTerminal;
     if std::io::stdout().is_terminal() {
-        print!("\r\x1b[K  {what} {done} of {of}");
+        print!("\r\x1b[K  {what} {done} of {total}");
         let _ = std::io::stdout().flush();
-        if done == of {
+        if done == total {
             println!();
         }
-    } else if done > 0 && (done == of || done.is_multiple_of((of / 4).max(1))) {
-        println!("  {what} {done} of {of}");
+    } else if done > 0 && (done == total || done.is_multiple_of((total / 4).max(1))) {
+        println!("  {what} {done} of {total}");
     }
 }
 

@@ -1,4 +1,4 @@
-//! Demos that ran before: one that still runs is left alone, and nothing of a finished one remains.
+//! Earlier demos: a running one is left alone, and the files of a finished one are removed.
 
 use std::fs::{File, TryLockError};
 use std::path::Path;
@@ -9,35 +9,34 @@ use anyhow::{Context, Result, anyhow};
 use oncely::model::hint::WithHint;
 use serde_json::Value;
 
-/// How long a nats-server may take to end.
+/// Time limit for a nats-server to stop.
 const STOP_WITHIN: Duration = Duration::from_secs(15);
 
-/// Held while a demo runs: two would remove each other's files.
+/// Held while a demo runs; concurrent demos would remove each other's files.
 pub struct Lock {
     _file: File,
 }
 
-/// Takes the lock of the demo whose files are in `folder`.
+/// Locks the demo whose files are in `folder`.
 ///
 /// # Errors
-/// Another demo runs, or the folder cannot be written to.
+/// Fails if another demo is running, or if the folder is not writable.
 pub fn lock(folder: &Path) -> Result<Lock> {
     let path = folder.with_extension("lock");
     let file = File::create(&path).with_context(|| format!("write {}", path.display()));
-    let file =
-        file.hint("the checkout must be writable for you: clone it into a folder of your own")?;
+    let file = file.hint("clone the repository into a writable folder")?;
     match file.try_lock() {
         Ok(()) => Ok(Lock { _file: file }),
         Err(TryLockError::WouldBlock) => Err(anyhow!("another demo is running in this checkout"))
-            .hint("wait until it ends, then: make demo"),
+            .hint("wait until it ends, then run: make demo"),
         Err(TryLockError::Error(error)) => Err(error).context("lock the demo's folder"),
     }
 }
 
-/// Removes the files of an earlier demo, and the nats-server that a killed demo leaves behind.
+/// Removes the files of an earlier demo, and the nats-server that a killed demo leaves running.
 ///
 /// # Errors
-/// A host still works with these files, perhaps for someone who reads them.
+/// Fails if a host still runs on these files; a user may be inspecting them.
 pub fn remove(folder: &Path) -> Result<()> {
     let data_dir = folder.join(".oncely");
     if let Some(pid) = running(&data_dir.join("host.json"), "oncely") {
@@ -52,13 +51,14 @@ pub fn remove(folder: &Path) -> Result<()> {
     }
     if folder.exists() {
         let removed =
-            std::fs::remove_dir_all(folder).context("remove the files of the demo before");
-        removed.hint(format!("remove them yourself: rm -r {}", folder.display()))?;
+            std::fs::remove_dir_all(folder).context("remove the files of the earlier demo");
+        removed.hint(format!("rm -r {}", folder.display()))?;
     }
     Ok(())
 }
 
-/// The process whose id is in the field `pid` of a JSON file, if it runs and is that program. Ids are used again.
+/// The process id in the field `pid` of a JSON file, if that process runs this program. Process ids
+/// are reused.
 fn running(file: &Path, program: &str) -> Option<u32> {
     let description: Value = serde_json::from_str(&std::fs::read_to_string(file).ok()?).ok()?;
     let pid = u32::try_from(description.get("pid")?.as_u64()?).ok()?;
@@ -85,7 +85,7 @@ fn stop(pid: u32) -> Result<()> {
     while command_of(pid).is_some_and(|command| command.contains("nats-server")) {
         if Instant::now() > end {
             return Err(anyhow!(
-                "the nats-server {pid} of an earlier demo does not end"
+                "the nats-server {pid} of an earlier demo does not stop"
             ))
             .hint(format!("kill -9 {pid}"));
         }

@@ -1,4 +1,4 @@
-//! Statements: some that are right, some that are nearly so, some that are a heap of tokens, in every spelling there is.
+//! Generates statements: correct ones, slightly wrong ones and random tokens, in every spelling.
 
 use rand::Rng;
 use rand::rngs::StdRng;
@@ -17,15 +17,15 @@ pub struct Routine {
     pub kind: String,
 }
 
-/// What the server has.
+/// The functions and names of the server.
 pub struct Vocabulary {
     pub routines: Vec<Routine>,
-    /// Those of them that a guest would like best.
+    /// Functions that would be most useful to a hostile guest.
     pub harmful: Vec<Routine>,
     pub database: String,
 }
 
-/// Words of the language, and names that look like them.
+/// Keywords, and names that resemble them.
 const WORDS: [&str; 64] = [
     "select",
     "insert",
@@ -137,7 +137,7 @@ const BLANKS: [&str; 16] = [
     "--/*\n",
 ];
 
-/// White space to some readers and not to others.
+/// Characters that some readers treat as white space and others do not.
 const ODD_BLANKS: [&str; 6] = ["", "\u{feff}", "\x0b", "\u{a0}", "\u{2003}", "\u{85}"];
 
 const TAGS: [&str; 9] = [
@@ -162,7 +162,7 @@ const NUMBERS: [&str; 18] = [
     "0x", "1.e", "1..2", "$1a",
 ];
 
-/// What strings hold: the ends of other strings, above all.
+/// Contents of strings, mainly delimiters of other strings.
 const INSIDES: [&str; 16] = [
     "", "x", "''", "\\", "\\\\", "\"", "$$", "--", "/*", "*/", ";", "commit", "into", "\n",
     "oncely", "\u{e9}",
@@ -194,14 +194,14 @@ impl<'v> Generator<'v> {
     fn pick<T: Copy>(&mut self, from: &[T]) -> T {
         *from
             .choose(&mut self.rng)
-            .expect("something to choose from")
+            .expect("choose from a non-empty list")
     }
 
     fn one_in(&mut self, times: u32) -> bool {
         one_in(&mut self.rng, times)
     }
 
-    /// A statement that is permitted, or would be but for what it calls and names.
+    /// A permitted statement, except perhaps for its functions and names.
     fn permitted(&mut self, depth: u32) -> Vec<String> {
         let mut tokens = Vec::new();
         if depth > 0 && self.one_in(4) {
@@ -383,7 +383,7 @@ impl<'v> Generator<'v> {
                 tokens
             }
             6 => {
-                // Another way to write a call.
+                // Attribute notation, which is also a call.
                 let routine = self.routine();
                 let given = routine
                     .arguments
@@ -450,7 +450,7 @@ impl<'v> Generator<'v> {
             &self.vocabulary.routines
         };
         from.choose(&mut self.rng)
-            .expect("the server has functions")
+            .expect("choose a server function")
             .clone()
     }
 
@@ -592,7 +592,7 @@ impl<'v> Generator<'v> {
         tokens
     }
 
-    /// Changes a token, takes one away, or adds one.
+    /// Changes, removes or adds a token.
     fn mutate(&mut self, tokens: &mut Vec<String>) {
         let at = self.rng.random_range(0..=tokens.len());
         match self.rng.random_range(0..5) {

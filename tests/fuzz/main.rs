@@ -1,9 +1,10 @@
 //! `make fuzz-sql`: generated statements against the statement filter and a real PostgreSQL.
 //!
-//! The server is the judge. The host's role is no superuser, and behind its back the right to everything that guests must not reach is
-//! revoked from PUBLIC: functions that are volatile and not allowed, functions that run text, the catalog, the platform's
-//! schemas. A statement that passes the filter is run there in a transaction; if the server says that a right is missing, or
-//! names a command other than `select`, `insert`, `update`, `delete` and `merge`, the filter let through a statement that it must refuse.
+//! The server is the oracle. The host's role is not a superuser. The test revokes from PUBLIC every
+//! right to objects that guests must not reach: disallowed volatile functions, functions that run
+//! text, the catalog and the platform's schemas. A statement that passes the filter runs on the
+//! server in a transaction. The filter has failed if the server reports a missing privilege, or a
+//! command other than `select`, `insert`, `update`, `delete` and `merge`.
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -24,7 +25,7 @@ mod generate;
 mod server;
 mod session;
 
-/// How many statements are under way in one session.
+/// Statements in flight in one session.
 const PIPELINE: usize = 64;
 
 #[derive(Debug, Parser)]
@@ -32,29 +33,29 @@ struct Options {
     /// Statements to generate.
     #[arg(long, default_value_t = 10_000_000)]
     statements: u64,
-    /// Stop after so many seconds even if there are statements left.
+    /// Stop after this many seconds.
     #[arg(long)]
     seconds: Option<u64>,
-    /// The statements that are generated; the same seed makes the same ones.
+    /// Seed of the generated statements. Default: random.
     #[arg(long)]
     seed: Option<u64>,
-    /// Sessions at a time.
+    /// Concurrent sessions.
     #[arg(long, default_value_t = 2)]
     sessions: u64,
-    /// Print one statement in so many that the server ran.
+    /// Print one of this many statements that the server ran.
     #[arg(long)]
     show: Option<u64>,
 }
 
-/// What became of the statements.
+/// Counts of statements by result.
 #[derive(Default)]
 struct Counts {
     generated: AtomicU64,
     /// Passed the filter and were sent.
     passed: AtomicU64,
-    /// Run by the server.
+    /// Succeeded on the server.
     ran: AtomicU64,
-    /// Read by the server as a permitted statement, which then failed.
+    /// Parsed by the server as a permitted statement, which then failed.
     failed: AtomicU64,
 }
 
@@ -74,7 +75,7 @@ struct Run {
     database: String,
     deadline: Option<Instant>,
     counts: Counts,
-    /// Another session found something.
+    /// Another session found a violation.
     over: AtomicBool,
 }
 
@@ -84,6 +85,7 @@ async fn main() -> ExitCode {
 }
 
 async fn run(options: Options) -> Result<bool> {
+    // Server
     let seed = options.seed.unwrap_or_else(rand::random);
     let cluster = Cluster::start()?;
     let server::PreparedServer {
@@ -110,6 +112,8 @@ async fn run(options: Options) -> Result<bool> {
     });
     println!("seed {seed}");
     server::check_oracle(&run.socket, &run.role, &run.database)?;
+
+    // Sessions
     let sessions: Vec<_> = (0..run.options.sessions)
         .map(|number| {
             let run = Arc::clone(&run);
@@ -129,15 +133,17 @@ async fn run(options: Options) -> Result<bool> {
     }
     run.report(began.elapsed());
     ended?;
+
+    // Result
     let (passed, ran) = (
         Counts::get(&run.counts.passed),
         Counts::get(&run.counts.ran),
     );
     ensure!(
         ran * 20 > passed && ran > 0,
-        "the server ran only {ran} of {passed} statements: they show too little"
+        "the server ran only {ran} of {passed} statements: too few for a conclusion"
     );
-    println!("nothing that the filter let through was anything but one permitted statement");
+    println!("every text that passed the filter was one permitted statement");
     Ok(true)
 }
 
@@ -146,8 +152,8 @@ impl Run {
         let counts = &self.counts;
         let generated = Counts::get(&counts.generated);
         println!(
-            "{generated} statements in {} s ({} in a second): {} passed the filter, of which the server ran {} and read, but \
-             could not run, {}",
+            "{generated} statements in {} s ({} per second): {} passed the filter; of these, {} succeeded and {} \
+             were parsed but failed",
             took.as_secs(),
             generated / took.as_secs().max(1),
             Counts::get(&counts.passed),
@@ -194,7 +200,7 @@ impl Run {
         self.counts.passed.fetch_add(1, Ordering::Relaxed);
         if let Err(why) = verdict(ended) {
             bail!(
-                "{why}, and the filter let it through (seed {}):\n{statement}\n\n{statement:?}\n{ended:?}",
+                "{why}, but the statement passed the filter (seed {}):\n{statement}\n\n{statement:?}\n{ended:?}",
                 self.seed
             );
         }
@@ -218,11 +224,11 @@ impl Run {
     }
 }
 
-/// Commands that are permitted.
+/// Permitted commands.
 const COMMANDS: [&str; 5] = ["SELECT", "INSERT", "UPDATE", "DELETE", "MERGE"];
 
-/// Classes of errors of statements that are permitted: not read, unknown names, wrong types and values, constraints, limits,
-/// states of sequences, time, functions that do not take their arguments.
+/// Error classes of permitted statements: syntax, unknown names, wrong types and values,
+/// constraints, limits, sequence states, timeouts, invalid arguments.
 const ERRORS: [&str; 18] = [
     "42", "22", "21", "23", "0A", "54", "55000", "57014", "08P01", "34", "24", "3F", "P0", "40",
     "44", "XX000", "38", "39",
@@ -230,23 +236,23 @@ const ERRORS: [&str; 18] = [
 
 pub(crate) fn verdict(ended: &StatementResult) -> Result<(), String> {
     if let Some(setting) = &ended.setting {
-        return Err(format!("it changed the setting {setting}"));
+        return Err(format!("the statement changed the setting {setting}"));
     }
     if ended.status != b'T' && ended.status != b'E' {
-        return Err("it left the transaction".to_owned());
+        return Err("the statement ended the transaction".to_owned());
     }
     match (&ended.tag, &ended.error) {
-        // A worker may not write to its own sequence but by its functions.
+        // A worker may write to its own sequence only through the sequence functions.
         (_, Some((code, message)))
             if code == "42501" && message == "permission denied for sequence number" =>
         {
             Ok(())
         }
-        (_, Some((code, message))) if code == "42501" => {
-            Err(format!("it reached what is not for guests: {message}"))
-        }
+        (_, Some((code, message))) if code == "42501" => Err(format!(
+            "the statement reached a forbidden object: {message}"
+        )),
         (_, Some((code, message))) if !ERRORS.iter().any(|class| code.starts_with(class)) => Err(
-            format!("it failed in another way than a permitted statement: {code} {message}"),
+            format!("the statement failed with an unexpected error: {code} {message}"),
         ),
         (_, Some(_)) => Ok(()),
         (Some(tag), None)
@@ -256,11 +262,11 @@ pub(crate) fn verdict(ended: &StatementResult) -> Result<(), String> {
         {
             Ok(())
         }
-        (tag, None) => Err(format!("it was the command {tag:?}")),
+        (tag, None) => Err(format!("the statement was the command {tag:?}")),
     }
 }
 
-/// Whether this is so often.
+/// True once in `times` calls on average.
 pub(crate) fn one_in(rng: &mut impl Rng, times: u32) -> bool {
     rng.random_ratio(1, times)
 }

@@ -1,4 +1,4 @@
-//! The judge: a server from which all that guests must not reach was taken away, so that it says when they would.
+//! The oracle: a server that reports each use of a privilege that guests must not have.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -16,12 +16,12 @@ use crate::verdict;
 pub struct PreparedServer {
     pub functions: Arc<Functions>,
     pub vocabulary: Vocabulary,
-    /// As whom guests' statements run.
+    /// The role of guests' statements.
     pub role: String,
     pub database: String,
 }
 
-/// A worker's tables, its sequence, and functions of its own.
+/// A worker's tables, sequence and functions.
 const TABLES: &str = "create table t (a integer primary key, b text, c jsonb);
     insert into t values (1, 'x', '{\"y\": 1}');
     create table \"insert\" (into_ integer, \"merge\" text);
@@ -29,12 +29,12 @@ const TABLES: &str = "create table t (a integer primary key, b text, c jsonb);
     create function own(n integer) returns integer language sql volatile as 'select n + 1';
     create function of_row(r t) returns integer language sql volatile as 'select r.a'";
 
-/// Volatile functions that guests may call, written down once more.
+/// Volatile functions that guests may call, listed independently of the filter.
 const ALLOWED: &str = "('random', 'random_normal', 'gen_random_uuid', 'uuidv4', 'uuidv7', 'clock_timestamp', 'timeofday', \
     'nextval', 'currval', 'lastval', 'array_sample', 'array_shuffle', 'bernoulli', 'system', 'gen_random_bytes', 'gen_salt', \
     'pgp_pub_encrypt', 'pgp_pub_encrypt_bytea', 'pgp_sym_encrypt', 'pgp_sym_encrypt_bytea')";
 
-/// Extensions, each with the schema it goes to; those that the server lacks are left out.
+/// Extensions with their schemas; those that the server lacks are skipped.
 const EXTENSIONS: [(&str, &str); 7] = [
     ("dblink", "app_default"),
     ("tablefunc", "app_default"),
@@ -69,7 +69,7 @@ pub async fn prepare(cluster: &Cluster) -> Result<PreparedServer> {
     for (extension, schema) in EXTENSIONS {
         let create = format!("create extension if not exists {extension} schema {schema}");
         if around.execute(AssertSqlSafe(create)).await.is_err() {
-            println!("the server has no extension {extension}");
+            println!("extension {extension} is not available");
         }
     }
     let functions = store.functions().await?;
@@ -82,7 +82,7 @@ pub async fn prepare(cluster: &Cluster) -> Result<PreparedServer> {
         .context("read the server's functions")?;
     revoke_rights(&mut around, &role, &database)
         .await
-        .context("take rights away")?;
+        .context("revoke privileges")?;
     store.close().await;
     Ok(PreparedServer {
         functions,
@@ -152,7 +152,7 @@ async fn vocabulary(around: &mut PgConnection, database: &str) -> Result<Vocabul
 }
 
 async fn revoke_rights(around: &mut PgConnection, role: &str, database: &str) -> Result<()> {
-    // What the syntax itself calls stays: `collation for`.
+    // Functions called by syntax keep their privileges: `collation for`.
     let functions = format!(
         "select 'revoke execute on function ' || pg_proc.oid::regprocedure || ' from public, {role}'
          from pg_proc join pg_namespace on pg_namespace.oid = pronamespace
@@ -164,7 +164,8 @@ async fn revoke_rights(around: &mut PgConnection, role: &str, database: &str) ->
              or (proname ~ '^pg_' and proname not in ('pg_typeof', 'pg_collation_for'))
              or extname in ('dblink', 'tablefunc', 'xml2', 'adminpack', 'postgres_fdw') or nspname = 'oncely_definer')"
     );
-    // Names of the catalog are refused; its tables are read without rights by the server itself.
+
+    // Catalog names are refused. The server reads its own catalog without privileges.
     let tables = format!(
         "select 'revoke all on ' || pg_class.oid::regclass || ' from public, {role}'
          from pg_class join pg_namespace on pg_namespace.oid = relnamespace
@@ -186,10 +187,11 @@ async fn revoke_rights(around: &mut PgConnection, role: &str, database: &str) ->
     Ok(())
 }
 
-/// Statements that the judge must find guilty, were they to pass the filter, and some that it must not.
+/// Checks the oracle itself, with statements that it must report and statements that it must
+/// accept.
 pub fn check_oracle(socket: &Path, role: &str, database: &str) -> Result<()> {
     let mut session = Session::open(socket, role, database)?;
-    let guilty = [
+    let forbidden = [
         "commit",
         "rollback",
         "commit and chain",
@@ -210,7 +212,7 @@ pub fn check_oracle(socket: &Path, role: &str, database: &str) -> Result<()> {
         "do 'begin end'",
         "declare c cursor for select 1",
     ];
-    let innocent = [
+    let permitted = [
         "select 1",
         "select own(a), random(), nextval('number') from t",
         "insert into t values (2)",
@@ -222,15 +224,15 @@ pub fn check_oracle(socket: &Path, role: &str, database: &str) -> Result<()> {
         "select * from nowhere",
         "select t.of_row from t",
     ];
-    for statement in guilty.iter().chain(&innocent) {
+    for statement in forbidden.iter().chain(&permitted) {
         session.send(statement, 0);
     }
-    let answers = session.answers(guilty.len() + innocent.len())?;
-    for (statement, ended) in guilty.iter().chain(&innocent).zip(&answers) {
-        let is_guilty = verdict(ended).is_err();
+    let answers = session.answers(forbidden.len() + permitted.len())?;
+    for (statement, ended) in forbidden.iter().chain(&permitted).zip(&answers) {
+        let is_violation = verdict(ended).is_err();
         ensure!(
-            is_guilty == guilty.contains(statement),
-            "the judge errs about `{statement}`: {ended:?}"
+            is_violation == forbidden.contains(statement),
+            "wrong verdict on `{statement}`: {ended:?}"
         );
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! A session that runs statements, each in a transaction of its own that is rolled back, many in one round trip.
+//! A session that runs many statements per round trip, each in its own rolled-back transaction.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -13,16 +13,16 @@ pub struct Session {
     read: usize,
 }
 
-/// How a statement ended.
+/// The result of a statement.
 #[derive(Debug, Default)]
 pub struct StatementResult {
-    /// The command, as the server names it.
+    /// The command tag of the server.
     pub tag: Option<String>,
     /// SQLSTATE and message.
     pub error: Option<(String, String)>,
-    /// Of the transaction: `T`, `E` or `I` for none.
+    /// Transaction status: `T`, `E`, or `I` for none.
     pub status: u8,
-    /// A setting that the server reported to have changed.
+    /// A setting that the server reported as changed.
     pub setting: Option<String>,
 }
 
@@ -80,7 +80,7 @@ impl Session {
         self.message(b'S', &[]);
     }
 
-    /// Sends the queued statements, `count` of them, and returns how each ended.
+    /// Sends the `count` queued statements and returns their results.
     pub fn answers(&mut self, count: usize) -> Result<Vec<StatementResult>> {
         self.flush()?;
         let mut answers = Vec::with_capacity(count);
@@ -176,6 +176,6 @@ fn error(body: &[u8]) -> (String, String) {
             .map(|field| String::from_utf8_lossy(&field[1..]).into_owned())
             .unwrap_or_default()
     };
-    // In this order the server sends them.
+    // The order in which the server sends the fields.
     (field(b'C'), field(b'M'))
 }

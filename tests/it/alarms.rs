@@ -1,4 +1,4 @@
-//! Alarms: raised and cleared once, told to the log, the metrics, the stream and the webhook, and nothing waits for them.
+//! Alarms: raised and cleared once, sent to the log, metrics, stream and webhook, without blocking.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
@@ -19,11 +19,11 @@ use support::nats::NewMessage;
 use support::production::RunningHost;
 use support::world::{PATIENCE, World, manifest};
 
-/// A webhook on this machine.
+/// A webhook receiver on this machine.
 #[derive(Clone, Default)]
 struct Receiver {
     received: Arc<Mutex<Vec<(HeaderMap, Bytes)>>>,
-    /// The status it answers; 0 for 204, 1 for no answer at all.
+    /// The status of the answer; 0 for 204, 1 for no answer.
     mode: Arc<AtomicU16>,
     request_count: Arc<AtomicUsize>,
 }
@@ -55,7 +55,7 @@ impl Receiver {
     async fn listen(&self, port: u16) -> Result<u16> {
         let listener = tokio::net::TcpListener::bind(("127.0.0.1", port))
             .await
-            .context("listen for alarms")?;
+            .context("bind the webhook receiver")?;
         let port = listener.local_addr()?.port();
         let app = axum::Router::new()
             .fallback(receive)
@@ -64,7 +64,7 @@ impl Receiver {
         Ok(port)
     }
 
-    /// Waits until so many alarms were taken, and returns their bodies in that order.
+    /// Waits until `count` alarms were accepted and returns their bodies in that order.
     async fn until(&self, count: usize, world: &World) -> Result<Vec<Value>> {
         let end = Instant::now() + PATIENCE;
         loop {
@@ -77,7 +77,7 @@ impl Receiver {
             }
             ensure!(
                 Instant::now() < end,
-                "{} of {count} alarms; the host said:\n{}",
+                "only {} of {count} alarms received; host log:\n{}",
                 taken.len(),
                 world.host_log()
             );
@@ -85,7 +85,7 @@ impl Receiver {
         }
     }
 
-    /// Answers like this from now on, and waits until it did `times`.
+    /// Switches the answer and waits until it was sent `times` times.
     async fn answer(&self, mode: u16, times: usize) -> Result<()> {
         self.mode.store(mode, Ordering::Relaxed);
         let (before, end) = (
@@ -93,14 +93,14 @@ impl Receiver {
             Instant::now() + PATIENCE,
         );
         while self.request_count.load(Ordering::Relaxed) < before + times {
-            ensure!(Instant::now() < end, "nobody asked");
+            ensure!(Instant::now() < end, "no request arrived");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         Ok(())
     }
 }
 
-/// Settings of a worker whose messages die at once, and of its alarms.
+/// Settings of a worker with one attempt per message, and of its alarms.
 fn settings(alarm: &str) -> String {
     format!("[worker.retry]\nattempts = 1\n[worker.alarm]\nclear_after = \"0s\"\n{alarm}")
 }
@@ -123,7 +123,7 @@ fn poison(event: &str, code: &str) -> NewMessage {
     NewMessage::new("in.x", event, "reject", &format!(r#"{{"code": "{code}"}}"#))
 }
 
-/// What the stream of alarms holds: alarm and state of each, in order.
+/// Alarm and state of each notice on the alarm stream, in order.
 async fn alarms_on_stream(world: &World) -> Result<Vec<String>> {
     let stored = world.nats.read_stream("ONCELY_ALARM").await?;
     let text = |headers: &HashMap<String, String>, name: &str| {
@@ -150,7 +150,7 @@ async fn until_alarms_on_stream(world: &World, expected: &[&str]) -> Result<()> 
         }
         ensure!(
             Instant::now() < end,
-            "{found:?}, not {expected:?}; the host said:\n{}",
+            "expected {expected:?}, found {found:?}; host log:\n{}",
             world.host_log()
         );
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -162,7 +162,7 @@ async fn until_metric(world: &World, series: &str, expected: f64) -> Result<()> 
     while value(&scrape(world).await?, series) != Some(expected) {
         ensure!(
             Instant::now() < end,
-            "{series} is not {expected}:\n{}",
+            "expected {series} to be {expected}:\n{}",
             scrape(world).await?
         );
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -180,6 +180,8 @@ both!(
         let mut world = world(kind, &settings(""), Some(port)).await?;
         world.start_host().await?;
         until_metric(&world, RAISED, 0.0).await?;
+
+        // Raise
         world
             .nats
             .publish_all((0..5).map(|n| poison(&format!("e{n}"), "red")).collect())
@@ -195,6 +197,8 @@ both!(
             (&"new-failure".into(), &"raised".into(), &"red".into())
         );
         check_signature(&receiver.received.lock().unwrap()[0])?;
+
+        // Metrics, stream, log and status
         until_metric(&world, RAISED, 1.0).await?;
         until_alarms_on_stream(&world, &["new-failure raised"]).await?;
         assert_eq!(world.host_log().matches("alarm raised").count(), 1);
@@ -206,13 +210,14 @@ both!(
                 .await?
                 .contains("new-failure  test")
         );
-        // The command it names finds them.
-        let hint = notices[0]["hint"].as_str().context("it has no hint")?;
+
+        // The command in the hint finds the dead letters.
+        let hint = notices[0]["hint"].as_str().context("read the hint")?;
         let list = format!("{hint} --json");
-        let letters = world
+        let dead_letters = world
             .oncely_json(&list.split(' ').skip(1).collect::<Vec<_>>())
             .await?;
-        assert_eq!(letters.as_array().map(Vec::len), Some(5));
+        assert_eq!(dead_letters.as_array().map(Vec::len), Some(5));
         let groups = world
             .oncely_json(&["dlq", "list", "--groups", "--json"])
             .await?;
@@ -226,9 +231,11 @@ both!(
                 .await?
                 .contains("GROUP")
         );
+
+        // Clear
         let group = notices[0]["group"]["id"]
             .as_str()
-            .context("it has no group")?
+            .context("read the group id")?
             .to_owned();
         let closed = world
             .oncely(&["dlq", "resolve", "--group", &group, "--note", "repaired"])
@@ -261,7 +268,8 @@ fn check_signature((headers, body): &(HeaderMap, Bytes)) -> Result<()> {
     let file = folder.path().join("signed");
     std::fs::write(&file, signed)?;
     let key = hex::encode(STANDARD.decode(SECRET.trim_start_matches("whsec_"))?);
-    // Somebody else's code, as a receiver would have it.
+
+    // An independent implementation, as a receiver would use.
     let output = std::process::Command::new("openssl")
         .args([
             "dgst",
@@ -286,13 +294,16 @@ both!(
     a_broken_webhook_delays_only_its_own_notices,
     |kind: Kind| async move {
         let receiver = Receiver::default();
-        // A port that nobody listens on.
+
+        // A port without a listener.
         let port = tokio::net::TcpListener::bind("127.0.0.1:0")
             .await?
             .local_addr()?
             .port();
         let mut world = world(kind, &settings(""), Some(port)).await?;
         world.start_host().await?;
+
+        // The webhook is unreachable, then fails, then hangs.
         let good = |from: usize| {
             (from..from + 100)
                 .map(move |n| NewMessage::new("in.x", &format!("g{n}"), "insert", r#"{"n": 1}"#))
@@ -320,6 +331,8 @@ both!(
         world.nats.publish_all(good(200).collect()).await?;
         world.quiet(302).await?;
         assert!(receiver.received.lock().unwrap().is_empty());
+
+        // Recovery
         receiver.mode.store(ACCEPT, Ordering::Relaxed);
         let notices = receiver.until(2, &world).await?;
         let codes: Vec<&str> = notices
@@ -339,13 +352,14 @@ both!(
                 .await?,
             0
         );
-        // An answer that was lost on its way comes again under its id; one that was heard does not.
+
+        // A lost answer is retried under the same id; a delivered one is not.
         assert_eq!(world.nats.read_stream("ONCELY_ALARM").await?.len(), 2);
         world.stop_host().await
     }
 );
 
-/// Two hosts look at the same numbers; each change is told once, by one of them.
+/// Two hosts check the same numbers; exactly one of them publishes each change.
 async fn two_hosts(kind: Kind) -> Result<()> {
     let receiver = Receiver::default();
     let port = receiver.listen(0).await?;
@@ -354,16 +368,20 @@ async fn two_hosts(kind: Kind) -> Result<()> {
     let one = RunningHost::start(&world, "one").await?;
     let mut two = RunningHost::start(&world, "two").await?;
     let path = world.folder.path().join("oncely.toml");
-    one.oncely(&["deploy", path.to_str().context("name the manifest")?])?;
+    one.oncely(&[
+        "deploy",
+        path.to_str().context("convert the manifest path")?,
+    ])?;
     two.until_version(1).await?;
     two.ready().await?;
-    let letters = (0..40).map(|n| poison(&format!("e{n}"), "red")).collect();
-    world.nats.publish_all(letters).await?;
+    let dead_letters = (0..40).map(|n| poison(&format!("e{n}"), "red")).collect();
+    world.nats.publish_all(dead_letters).await?;
     world.quiet(40).await?;
-    until_alarms_on_stream(&world, &["new-failure raised", "letters raised"]).await?;
-    // Both have looked again by then.
+    until_alarms_on_stream(&world, &["new-failure raised", "dead-letters raised"]).await?;
+
+    // Both hosts have checked again by then.
     tokio::time::sleep(Duration::from_secs(6)).await;
-    until_alarms_on_stream(&world, &["new-failure raised", "letters raised"]).await?;
+    until_alarms_on_stream(&world, &["new-failure raised", "dead-letters raised"]).await?;
     one.oncely(&["dlq", "resolve", "--all", "--note", "repaired"])?;
     let notices = receiver.until(4, &world).await?;
     let mut ids: Vec<&str> = notices
@@ -429,7 +447,7 @@ both!(
         assert!(
             world
                 .host_log()
-                .contains("alarm raised: an output of worker test has not been published for")
+                .contains("an output of worker test has not been published for")
         );
         assert!(
             world
@@ -469,7 +487,8 @@ both!(
         .await?;
         let raised = world.oncely_json(&["status", "--json"]).await?;
         assert_eq!(raised["alarms"].as_array().map(Vec::len), Some(1));
-        // What a new version does not ask for any more is over.
+
+        // An alarm that a new version does not configure is cleared.
         let without =
             manifest(&settings.replace("dead_letter_age = \"1s\"", "dead_letter_age = \"0s\""))?;
         world.write_manifest(&without)?;
@@ -504,7 +523,7 @@ both!(
             .await?;
         let places: Vec<(u64, &str)> = groups
             .as_array()
-            .context("there is no list")?
+            .context("read the list of groups")?
             .iter()
             .map(|found| {
                 (

@@ -1,4 +1,4 @@
-//! Batch handlers, and instances that are kept for a batch.
+//! Batch handlers, and instances shared by a batch.
 
 use std::collections::BTreeSet;
 
@@ -17,7 +17,7 @@ fn good(event: &str) -> NewMessage {
     NewMessage::new("in.x", event, "insert", "{}")
 }
 
-/// A host that meets these messages when all of them lie on the stream, so that they come in full batches.
+/// Starts a host with all messages already on the stream, so that they form full batches.
 async fn settled(
     kind: Kind,
     manifest: &str,
@@ -60,18 +60,18 @@ both!(
     }
 );
 
-/// Behaviour, the reason of the dead letter, what its detail says, and how many attempts it had.
+/// Behaviour, reason of the dead letter, part of its detail, and number of attempts.
 const BAD: &[(&str, &str, &str, i64)] = &[
-    ("reject", "rejected", "told to reject", 1),
-    ("late-reject", "rejected", "told to reject late", 1),
-    ("fail", "attempts-exhausted", "told to fail", 3),
+    ("reject", "rejected", "requested reject", 1),
+    ("late-reject", "rejected", "requested late reject", 1),
+    ("fail", "attempts-exhausted", "requested failure", 3),
     ("trap", "attempts-exhausted", "panicked", 3),
     ("violate", "attempts-exhausted", "a statement failed", 3),
     ("uncaused", "output-refused", "which message caused it", 1),
     (
         "short",
         "attempts-exhausted",
-        "was given 1 messages and answered for 0",
+        "received 1 messages and returned 0 results",
         3,
     ),
 ];
@@ -113,7 +113,7 @@ both!(
             );
             assert!(
                 row[1].contains(says),
-                "{behaviour}: `{}` does not say `{says}`",
+                "{behaviour}: `{}` does not contain `{says}`",
                 row[1]
             );
         }
@@ -143,7 +143,8 @@ both!(
         for pair in calls.windows(2) {
             assert!(pair[1].1 == 1 || pair[1].1 == pair[0].1 + 1, "{pair:?}");
         }
-        // Whichever batches the messages came in, most shared an instance; the one after the failure did not.
+
+        // In every batching, most messages shared an instance. The one after the failure did not.
         assert!(
             calls.iter().filter(|(_, call)| *call > 1).count() > 20,
             "{calls:?}"

@@ -1,4 +1,4 @@
-//! The bindings of the guest SDK are generated and committed, so that a worker's build compiles no generator.
+//! The committed bindings of the guest SDK match the WIT, so a worker's build runs no generator.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use support::guests::repository;
 use wit_bindgen_core::{Files, WorldGenerator, wit_parser::Resolve};
 use wit_bindgen_rust::{Opts, WithOption};
 
-/// Set by `make bindings`: the files are written instead of compared.
+/// Set by `make bindings` to write the files instead of comparing them.
 const WRITE: &str = "ONCELY_WRITE_BINDINGS";
 
 #[test]
@@ -23,7 +23,7 @@ fn sdk_bindings_match_the_wit() -> Result<()> {
     let mut with: Vec<(String, WithOption)> = shared
         .iter()
         .map(|interface| {
-            let path = format!("crate::bindings::oncely::consumer::{interface}");
+            let path = format!("crate::bindings::oncely::worker::{interface}");
             (
                 format!("oncely:worker/{interface}@0.1.0"),
                 WithOption::Path(path),
@@ -85,7 +85,7 @@ fn check(world: &str, options: Opts) -> Result<()> {
     }
     ensure!(
         same(&path, &generated)?,
-        "{} is not the bindings of wit/ any longer: run `make bindings`",
+        "{} does not match wit/: run `make bindings`",
         path.display()
     );
     Ok(())
@@ -95,7 +95,8 @@ fn same(path: &Path, generated: &[u8]) -> Result<bool> {
     Ok(std::fs::read(path).with_context(|| format!("read {}", path.display()))? == generated)
 }
 
-/// Toolchains link the whole of these packages into every worker, and a part of one does not merge with the whole.
+/// Toolchains link these packages whole into every worker. A partial copy does not merge with the
+/// whole.
 #[test]
 fn wit_contains_no_package_that_toolchains_link() -> Result<()> {
     let linked = [
@@ -114,7 +115,7 @@ fn wit_contains_no_package_that_toolchains_link() -> Result<()> {
             for package in linked {
                 ensure!(
                     !text.contains(&format!("package wasi:{package}")),
-                    "{} is a copy",
+                    "{} is a copy of a linked package",
                     path.display()
                 );
             }

@@ -1,4 +1,4 @@
-//! `oncely build` finds what `oncely deploy` would refuse, without a host.
+//! `oncely build` finds everything that `oncely deploy` would refuse, without a host.
 
 use std::path::Path;
 use std::process::Command;
@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use support::guests;
 use support::world::manifest_of;
 
-/// Words of compilers and of this program's insides, which no author of a worker should have to know.
+/// Compiler terms and internals of Oncely that an author of a worker need not understand.
 const JARGON: [&str; 9] = [
     "backtrace",
     "panicked",
@@ -20,7 +20,7 @@ const JARGON: [&str; 9] = [
     "unwrap",
 ];
 
-/// What `oncely build` prints about a manifest: its standard error, and whether it was content.
+/// The standard error of `oncely build` for a manifest, and whether it succeeded.
 fn build(folder: &Path, manifest: &str) -> Result<(bool, String)> {
     std::fs::write(folder.join("oncely.toml"), manifest).context("write a manifest")?;
     let output = Command::new(guests::oncely()?)
@@ -29,28 +29,28 @@ fn build(folder: &Path, manifest: &str) -> Result<(bool, String)> {
         .env("NO_COLOR", "1")
         .env("RUST_BACKTRACE", "1")
         .output()
-        .context("run oncely build")?;
+        .context("run `oncely build`")?;
     Ok((output.status.success(), String::from_utf8(output.stderr)?))
 }
 
-/// A manifest with this component, and its file.
+/// A manifest with this component, and the component's file.
 fn with_component(folder: &Path, bytes: &[u8]) -> Result<String> {
     let path = folder.join("given.wasm");
     std::fs::write(&path, bytes).context("write a component")?;
     Ok(manifest_of(&path, ""))
 }
 
-/// The message of a refusal; it is short, plain, and says what to do.
+/// The error of a refused build; it is short and plain and has a hint.
 fn refusal(folder: &Path, manifest: &str) -> Result<String> {
     let (built, said) = build(folder, manifest)?;
-    ensure!(!built, "it was built:\n{manifest}");
+    ensure!(!built, "the build succeeded:\n{manifest}");
     ensure!(said.lines().count() <= 5, "too long:\n{said}");
     ensure!(
         said.starts_with("error: ") && said.contains("\nhint: "),
         "no hint:\n{said}"
     );
     for word in JARGON {
-        ensure!(!said.contains(word), "`{word}` stands in:\n{said}");
+        ensure!(!said.contains(word), "the error contains `{word}`:\n{said}");
     }
     Ok(said)
 }
@@ -78,14 +78,14 @@ fn files_that_are_no_component_are_named_in_the_error() -> Result<()> {
         (b"", "the file is empty"),
         (b"PK\x03\x04and so on", "the file is a zip archive"),
         (b"(component)", "the file is the text form of a component"),
-        (&good[..good.len() / 2], "the file is cut off"),
+        (&good[..good.len() / 2], "the file is truncated"),
         (
             &wat::parse_str(core_module)?,
-            "the file is a core module, not a component (made for WASI 0.1",
+            "the file is a core module, not a component (built for WASI 0.1",
         ),
         (
             &wat::parse_str(wasi_3)?,
-            "the component is made for WASI 0.3, and this host runs components for WASI 0.2",
+            "the component is built for WASI 0.3, but hosts run WASI 0.2",
         ),
         (
             &wat::parse_str("(component)")?,
@@ -137,7 +137,7 @@ fn a_component_that_does_not_fit_its_manifest_is_refused() -> Result<()> {
         &with_component(folder, &wat::parse_str(importing)?)?,
     )?;
     assert!(
-        said.contains("imports `acme:ledger/book@1.0.0`, which a worker is not given"),
+        said.contains("imports `acme:ledger/book@1.0.0`, which hosts do not provide"),
         "{said}"
     );
 
@@ -149,7 +149,7 @@ fn a_component_that_does_not_fit_its_manifest_is_refused() -> Result<()> {
     );
     let said = refusal(folder, &with_component(folder, &wat::parse_str(&bomb)?)?)?;
     assert!(
-        said.contains("the component asks too much of the compiler"),
+        said.contains("the component exceeds a compiler limit"),
         "{said}"
     );
 
@@ -182,7 +182,7 @@ fn migrations_are_read_for_each_database_they_are_for() -> Result<()> {
     std::fs::write(folder.join("both/1.sql"), "create table t (x int)")?;
     let said = refusal(folder, &migrations("both")?)?;
     assert!(
-        said.contains("holds *.sql files beside a folder for one database"),
+        said.contains("contains both *.sql files and a subfolder for one database"),
         "{said}"
     );
 

@@ -1,4 +1,4 @@
-//! The bus against a real nats-server: taking, acknowledging, publishing, and what becomes of it when things go away.
+//! The bus against a real nats-server: pull, ack, publish, and recovery from outages.
 
 use std::collections::{HashMap, HashSet};
 use std::future::Future;
@@ -19,10 +19,10 @@ use tokio::time::timeout;
 
 mod logins;
 
-/// Until when a test waits for what must come.
+/// Timeout for an expected event.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// How long a test waits for what must not come.
+/// Time to wait for an event that must not happen.
 const QUIET: Duration = Duration::from_millis(300);
 
 /// A nats-server with the stream IN over `in.>`, and a bus connected to it.
@@ -61,7 +61,7 @@ async fn next(pull: &mut PullConsumer) -> Result<DeliveredMessage> {
         .context("wait for a message")?
 }
 
-/// A proof as it comes about: by a commit of the store.
+/// A proof of settlement, created like in production by a commit of the store.
 async fn proof() -> Result<Settled> {
     let folder = tempfile::tempdir()?;
     let store = SqliteStore::open(&folder.path().join("proof.db")).await?;
@@ -101,11 +101,11 @@ async fn context(nats: &NatsServer) -> Result<jetstream::Context> {
     Ok(jetstream::new(nats.client().await?))
 }
 
-/// Waits until something holds.
+/// Waits until a condition holds.
 async fn until<F: Future<Output = Result<bool>>>(what: &str, holds: impl Fn() -> F) -> Result<()> {
     let end = Instant::now() + PATIENCE;
     while !holds().await? {
-        ensure!(Instant::now() < end, "it never came about that {what}");
+        ensure!(Instant::now() < end, "timeout while waiting until {what}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     Ok(())
@@ -151,7 +151,14 @@ async fn a_nacked_message_is_redelivered_after_its_delay() -> Result<()> {
         .await?;
     let nacked_at = Instant::now();
     let again = next(&mut pull).await?;
-    assert_eq!(again.message.origin.context("has a place")?.sequence, 1);
+    assert_eq!(
+        again
+            .message
+            .origin
+            .context("read the stream position")?
+            .sequence,
+        1
+    );
     let waited = nacked_at.elapsed();
     assert!((600..5_000).contains(&waited.as_millis()), "{waited:?}");
     Ok(())
@@ -167,13 +174,13 @@ async fn a_message_in_progress_is_not_redelivered() -> Result<()> {
     for _ in 0..8 {
         assert!(
             timeout(QUIET, pull.next(1)).await.is_err(),
-            "it came again while it was worked on"
+            "the message was redelivered while in progress"
         );
         progress.send().await?;
     }
     next(&mut pull)
         .await
-        .context("without a sign of life it comes again")?;
+        .context("wait for the redelivery without progress")?;
     Ok(())
 }
 
@@ -190,7 +197,7 @@ async fn late_progress_does_not_delay_a_nacked_message() -> Result<()> {
     progress.send().await?;
     next(&mut pull)
         .await
-        .context("it comes again after its delay, not after `ack_wait`")?;
+        .context("wait for the redelivery after the nack delay, not after `ack_wait`")?;
     Ok(())
 }
 
@@ -266,7 +273,7 @@ async fn event_ids_come_from_the_headers_else_from_the_position() -> Result<()> 
         let stored = bus
             .stored_at("IN", sequence)
             .await?
-            .context("the message is there")?
+            .context("wait for the message")?
             .as_microsecond();
         places.push(format!("IN@{stored}:{sequence}"));
     }
@@ -389,7 +396,7 @@ async fn an_unpublishable_message_is_refused_alone() -> Result<()> {
             outgoing("in.a", "after"),
         ])
         .await;
-    let (last, refused) = answers.split_last().context("there are answers")?;
+    let (last, refused) = answers.split_last().context("split the answers")?;
     assert_eq!(refused[0].as_ref().map(|at| at.sequence), Ok(1));
     assert_eq!(last.as_ref().map(|at| at.sequence), Ok(2));
     for answer in &refused[1..] {
@@ -413,7 +420,7 @@ async fn an_unpublishable_message_is_refused_alone() -> Result<()> {
             .as_ref()
             .unwrap_err()
             .to_string()
-            .contains("no stream takes the subject elsewhere.a")
+            .contains("no stream accepts the subject elsewhere.a")
     );
     assert!(bus.is_connected());
     Ok(())
@@ -567,6 +574,8 @@ async fn compare_distinguishes_same_other_and_missing_messages() -> Result<()> {
     let compare = async |stream: &str, sequence: u64, message: &OutgoingMessage| {
         bus.compare(stream, sequence, message).await
     };
+
+    // The same subject, id and body count as the same message.
     assert_eq!(compare("IN", 1, &sent).await?, MessageComparison::Same);
     for other in [
         OutgoingMessage {
@@ -592,9 +601,12 @@ async fn compare_distinguishes_same_other_and_missing_messages() -> Result<()> {
             "{other:?}"
         );
     }
+
+    // A missing message or stream
     assert_eq!(compare("IN", 2, &sent).await?, MessageComparison::Gone);
     assert!(compare("NOWHERE", 1, &sent).await.is_err());
-    // A stream that stores under other subjects: id and body decide.
+
+    // A stream that transforms subjects: id and body are compared.
     let config = jetstream::stream::Config {
         name: "MOVED".to_owned(),
         subjects: vec!["from.>".to_owned()],
@@ -657,7 +669,7 @@ async fn pull_and_publish_resume_after_a_killed_broker() -> Result<()> {
     assert_eq!(pulled.message.event_id, "back");
     assert!(
         published.elapsed() < Duration::from_secs(8),
-        "it took {:?}",
+        "the reconnect took {:?}",
         published.elapsed()
     );
     until("publishing works again", || async {
@@ -673,7 +685,7 @@ async fn a_pull_request_is_renewed_when_the_broker_falls_silent() -> Result<()> 
     assert!(timeout(QUIET, pull.next(10)).await.is_err());
     let pulling = tokio::spawn(async move { pull.next(10).await });
     nats.pause()?;
-    // Longer than a request may go without a word.
+    // Longer than a pull request may remain without any message.
     tokio::time::sleep(Duration::from_secs(13)).await;
     nats.resume()?;
     nats.publish_all(vec![message("in.a", &[])]).await?;
@@ -706,7 +718,8 @@ async fn a_recreated_stream_never_repeats_an_event_id() -> Result<()> {
     let mut ids = HashSet::new();
     let old_message = next(&mut pull).await?;
     ids.insert(old_message.message.event_id);
-    // With a request open, and no stream for a while.
+
+    // With an open pull request, and no stream for a while.
     context(&nats).await?.delete_stream("IN").await?;
     assert!(timeout(QUIET, pull.next(1)).await.is_err());
     bus.ensure_stream(&StreamSpec::new("IN", &["in.>"])).await?;
@@ -718,9 +731,10 @@ async fn a_recreated_stream_never_repeats_an_event_id() -> Result<()> {
     assert_eq!(
         pull.probe().backlog().await?.ack_pending,
         1,
-        "a late ack settled another message of the same number"
+        "a late ack settled another message with the same sequence"
     );
-    // With no request open, and the consumer made again by another host before we look.
+
+    // Without an open pull request, after another host recreated the consumer.
     context(&nats).await?.delete_stream("IN").await?;
     bus.ensure_stream(&StreamSpec::new("IN", &["in.>"])).await?;
     let _other = pull_from(&bus).await?;
@@ -734,7 +748,7 @@ async fn a_recreated_stream_never_repeats_an_event_id() -> Result<()> {
 async fn an_unreachable_broker_is_reported_with_a_hint() -> Result<()> {
     let free = support::server::free_port()?;
     let Err(error) = Bus::connect(&at(&format!("nats://me:secret@127.0.0.1:{free}"))).await else {
-        anyhow::bail!("it connected to nothing");
+        anyhow::bail!("connected without a server");
     };
     let text = format!("{error:#}");
     assert!(
@@ -755,7 +769,8 @@ async fn the_embedded_server_is_reused_and_keeps_its_data() -> Result<()> {
     bus.ensure_stream(&StreamSpec::new("KEPT", &["kept"]))
         .await?;
     assert!(bus.publish(vec![outgoing("kept", "1")]).await[0].is_ok());
-    // As if the host had been killed.
+
+    // Like a killed host.
     drop(started);
     let found = EmbeddedServer::start(folder.path(), None).await?;
     assert!(found.was_running());
@@ -770,12 +785,12 @@ async fn the_embedded_server_is_reused_and_keeps_its_data() -> Result<()> {
     assert!(async_nats::connect(&url).await.is_err());
     let again = EmbeddedServer::start(folder.path(), None).await?;
     assert!(!again.was_running());
-    assert_eq!(again.url(), url, "it keeps its port");
+    assert_eq!(again.url(), url, "the port is kept");
     let bus = Bus::connect(&at(&url)).await?;
     assert_eq!(
         bus.stream("KEPT")
             .await?
-            .context("the stream is kept")?
+            .context("open the kept stream")?
             .messages,
         1
     );
@@ -800,7 +815,7 @@ async fn a_port_in_use_is_reported_as_such() -> Result<()> {
     let taken = std::net::TcpListener::bind(("127.0.0.1", 0))?;
     let Err(error) = EmbeddedServer::start(folder.path(), Some(taken.local_addr()?.port())).await
     else {
-        anyhow::bail!("it started on a port that is taken");
+        anyhow::bail!("started on a port in use");
     };
     assert!(
         format!("{error:#}").contains("address already in use"),

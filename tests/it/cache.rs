@@ -1,4 +1,4 @@
-//! The cache for reads: single flight, no old value after an invalidation, and what is left of it without Redis.
+//! The read cache: single flight, no stale value after an invalidation, operation without Redis.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -20,7 +20,7 @@ const LONG: Policy = Policy {
     stale: Duration::ZERO,
 };
 
-/// The cache of another host, on this Redis if there is one.
+/// The cache of another host, on this Redis if given.
 fn host(redis: Option<&Redis>) -> Result<Cache> {
     Cache::open(&settings(redis)?, Arc::default())
 }
@@ -45,7 +45,7 @@ fn text(cached: &Cached) -> &str {
     std::str::from_utf8(&cached.value).unwrap_or_default()
 }
 
-/// Reads a key whose value is `value` now and has the tag `t`.
+/// Reads a key with the value `value` and the tag `t`.
 async fn read(cache: &Cache, name: &str, value: &str) -> Result<Cached> {
     let loaded = Loaded::cacheable(Bytes::copy_from_slice(value.as_bytes()), tags(&["t"]), LONG);
     Ok(cache
@@ -53,7 +53,7 @@ async fn read(cache: &Cache, name: &str, value: &str) -> Result<Cached> {
         .await?)
 }
 
-/// A load that stops before it returns what it read, until it is let go on.
+/// A load that pauses between its read and its return.
 struct PausedLoad {
     read: tokio::sync::oneshot::Receiver<()>,
     resume: tokio::sync::oneshot::Sender<()>,
@@ -61,7 +61,7 @@ struct PausedLoad {
 }
 
 impl PausedLoad {
-    /// A reader of `k` who finds this value in the database.
+    /// Starts a reader of `k` that finds this value in the database.
     async fn start(cache: &Cache, value: &'static str) -> Result<PausedLoad> {
         let (has_read, read) = tokio::sync::oneshot::channel();
         let (resume, paused) = tokio::sync::oneshot::channel::<()>();
@@ -86,11 +86,13 @@ impl PausedLoad {
     }
 
     async fn until_loading(mut self) -> Result<PausedLoad> {
-        (&mut self.read).await.context("the load began")?;
+        (&mut self.read)
+            .await
+            .context("wait for the load to begin")?;
         Ok(self)
     }
 
-    /// Lets it go on, and returns what the reader was answered.
+    /// Resumes the load and returns the reader's result.
     async fn finish(self) -> Result<String> {
         let _ = self.resume.send(());
         Ok(text(&self.reader.await??).to_owned())
@@ -134,15 +136,15 @@ async fn a_read_before_a_commit_does_not_cache_the_old_value() -> Result<()> {
             .await?
             .until_loading()
             .await?;
-        // The writer commits, and invalidates.
+        // The writer commits and invalidates.
         cache.invalidate("shop", tags(&["t"])).await;
-        // Who comes after that does not wait for what was read before it.
+        // A later reader does not wait for a load that began before the invalidation.
         let late = tokio::spawn({
             let cache = cache.clone();
             async move { read(&cache, "k", "new").await }
         });
         tokio::time::sleep(Duration::from_millis(50)).await;
-        // The first reader came before the commit: either answer is right.
+        // The first reader came before the commit: both values are correct.
         assert_eq!(paused.finish().await?, "old");
         assert_eq!(
             text(&late.await??),
@@ -191,7 +193,7 @@ async fn a_stale_value_is_served_while_one_reload_runs() -> Result<()> {
         let load = move || async move {
             let n = loads.fetch_add(1, Ordering::Relaxed) + 1;
             if n == 2 {
-                anyhow::bail!("the database is away");
+                anyhow::bail!("the database is unavailable");
             }
             Ok(Loaded::cacheable(
                 Bytes::from(n.to_string()),
@@ -204,7 +206,8 @@ async fn a_stale_value_is_served_while_one_reload_runs() -> Result<()> {
     };
     assert_eq!(text(&ask().await?), "1");
     tokio::time::sleep(policy.ttl).await;
-    // The first load in the background fails, and the value stays; the next one replaces it.
+
+    // The first background load fails, and the value stays. The next load replaces it.
     for _ in 0..2 {
         let stale = ask().await?;
         assert!(
@@ -225,7 +228,8 @@ async fn a_stale_value_is_served_while_one_reload_runs() -> Result<()> {
         (text(&fresh), fresh.is_stale, loads.load(Ordering::Relaxed)),
         ("3", false, 3)
     );
-    // What is invalid is never an answer, however new.
+
+    // An invalidated value is never returned, however fresh it is.
     cache.invalidate("shop", tags(&["t"])).await;
     assert_eq!(text(&ask().await?), "4");
     Ok(())
@@ -247,12 +251,12 @@ async fn per_reader_values_and_errors_are_not_shared() -> Result<()> {
     }
     let failed = cache
         .get_or_load(&key("k"), || async {
-            anyhow::bail!("the database is away")
+            anyhow::bail!("the database is unavailable")
         })
         .await;
     assert_eq!(
-        failed.err().context("it did not fail")?.to_string(),
-        "the database is away"
+        failed.err().context("the load succeeded")?.to_string(),
+        "the database is unavailable"
     );
     assert_eq!(text(&read(&cache, "k", "v").await?), "v");
     let panicked = cache

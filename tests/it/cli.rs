@@ -1,4 +1,4 @@
-//! What the commands print.
+//! The output of the commands.
 
 use anyhow::Result;
 use support::database::Kind;
@@ -69,7 +69,7 @@ async fn publishing_twice_with_one_id_has_one_effect() -> Result<()> {
     assert_eq!(world.oncely(&publish).await?.trim(), "IN 1 id once");
     assert_eq!(
         world.oncely(&publish).await?.trim(),
-        "IN 1 id once (it was there already)"
+        "IN 1 id once (already stored)"
     );
     world.quiet(1).await?;
 
@@ -103,6 +103,7 @@ async fn state_commands_show_the_state_of_a_worker() -> Result<()> {
         .await?;
     world.quiet(3).await?;
 
+    // List
     let list = world
         .oncely(&["state", "list", "test", "--prefix", "visits/"])
         .await?;
@@ -121,6 +122,7 @@ async fn state_commands_show_the_state_of_a_worker() -> Result<()> {
         2
     );
 
+    // Get
     let shown = world
         .oncely(&["state", "get", "test", "visits/home"])
         .await?;
@@ -136,6 +138,7 @@ async fn state_commands_show_the_state_of_a_worker() -> Result<()> {
         (&2.into(), &"Mg==".into())
     );
 
+    // Errors
     let missing = world
         .oncely(&["state", "get", "test", "nowhere"])
         .await
@@ -177,7 +180,7 @@ async fn the_control_api_requires_the_token() -> Result<()> {
         .map_err(|error| error.to_string());
     assert_eq!(
         refused.map(|_| ()),
-        Err("error: the token is missing or wrong\nhint: give the host's token with --token or ONCELY_TOKEN".to_owned())
+        Err("error: the token is missing or wrong\nhint: pass the host's token with --token or ONCELY_TOKEN".to_owned())
     );
     Ok(())
 }

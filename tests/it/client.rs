@@ -1,4 +1,4 @@
-//! `oncely-client` against a real server whose answers get lost, come late, or say no.
+//! `oncely-client` against a real server whose answers are lost, late or errors.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -16,13 +16,13 @@ use support::server::free_port;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
-/// What a server answers to one try: status, headers, body.
+/// The answer to one try: status, headers, body.
 type Reply = (u16, Vec<(&'static str, String)>, &'static str);
 
-/// What arrived: method, path, key, body.
+/// A received request: method, path, key, body.
 type Arrived = (Method, String, Option<String>, Bytes);
 
-/// A server that says what a test tells it to say, and remembers what it stored under each key.
+/// A server with scripted answers that stores an answer under each key.
 struct Server {
     port: u16,
     shared: Arc<Shared>,
@@ -33,7 +33,7 @@ struct Shared {
     /// The answer to the try with this number, from 0.
     replies: Box<dyn Fn(usize) -> Reply + Send + Sync>,
     arrived: Mutex<Vec<Arrived>>,
-    /// As the draft has it: what ran under a key, with which body, and what came of it.
+    /// Per the IETF draft: the body that ran under a key, and its answer.
     stored: Mutex<HashMap<String, (Bytes, String)>>,
 }
 
@@ -74,13 +74,13 @@ impl Drop for Server {
     }
 }
 
-/// A client that does not wait long.
+/// A client with short timeouts.
 fn quick(port: u16) -> Builder {
     Client::builder(&format!("http://127.0.0.1:{port}"))
         .backoff(Duration::from_millis(1), Duration::from_millis(20))
 }
 
-/// The status that stands for: run it once and keep the answer under its key.
+/// A pseudo status: run the request once and store the answer under its key.
 const STORE: u16 = 0;
 
 async fn reply(
@@ -109,7 +109,7 @@ async fn reply(
     response
 }
 
-/// Runs a request once for its key, and answers the same from then on.
+/// Runs a request once for its key and returns the stored answer from then on.
 fn store(shared: &Shared, key: String, body: Bytes) -> Response {
     let mut stored = shared.stored.lock().unwrap();
     let run = format!("run {}", stored.len() + 1);
@@ -142,7 +142,7 @@ fn status(status: u16) -> Reply {
 fn gave_up(error: Error) -> Result<Box<oncely_client::GaveUp>> {
     match error {
         Error::GaveUp(gave_up) => Ok(gave_up),
-        other => anyhow::bail!("it did not give up but: {other}"),
+        other => anyhow::bail!("expected the client to give up, got: {other}"),
     }
 }
 
@@ -185,7 +185,7 @@ async fn a_lost_response_is_returned_as_a_replay() -> Result<()> {
         let proxy = Proxy::start(server.port).await?;
         let client = quick(proxy.port()).build()?;
         let (cut_in_time, answer) = tokio::join!(proxy.cut(cut, Duration::from_secs(10)), async {
-            // Once the order to cut is given.
+            // After the cut is armed.
             tokio::task::yield_now().await;
             client
                 .publish("orders.placed", "o-1")
@@ -194,7 +194,7 @@ async fn a_lost_response_is_returned_as_a_replay() -> Result<()> {
                 .await
         });
         let answer = answer?;
-        ensure!(cut_in_time, "{cut:?} did not happen");
+        ensure!(cut_in_time, "no opportunity for {cut:?}");
         ensure!(
             answer.tries == 2 && answer.replayed && answer.text() == "run 1",
             "{cut:?}: {answer:?}"
@@ -364,7 +364,7 @@ async fn retry_after_is_honoured_in_both_forms() -> Result<()> {
     Ok(())
 }
 
-/// A time as HTTP writes it.
+/// A time in HTTP format.
 fn httpdate(time: SystemTime) -> String {
     let time = jiff::Timestamp::try_from(time).unwrap();
     time.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string()
@@ -382,7 +382,7 @@ async fn a_retry_after_beyond_the_deadline_gives_up_at_once() -> Result<()> {
         .unwrap_err();
     ensure!(
         begun.elapsed() < Duration::from_secs(5),
-        "it waited for nothing"
+        "the client waited although the deadline was out of reach"
     );
     ensure!(
         error
@@ -392,7 +392,7 @@ async fn a_retry_after_beyond_the_deadline_gives_up_at_once() -> Result<()> {
     );
     ensure!(gave_up(error)?.reason == GiveUpReason::Deadline(Duration::from_secs(30)));
 
-    // A server that accepts and says nothing.
+    // A server that accepts connections and never answers.
     let silent = TcpListener::bind(("127.0.0.1", 0)).await?;
     let client = quick(silent.local_addr()?.port())
         .try_timeout(Duration::from_millis(100))
@@ -440,7 +440,7 @@ async fn retries_to_a_dead_server_stay_within_the_budget() -> Result<()> {
             .map(|outcome| gave_up(outcome.unwrap_err()));
         let errors = errors.collect::<Result<Vec<_>>>()?;
         let tries: u32 = errors.iter().map(|error| error.tries).sum();
-        // The reserve comes back after ten seconds, which this takes on a slow machine only.
+        // The reserve refills after ten seconds, which this test exceeds only on a slow machine.
         let reserves = 1 + u32::try_from(begun.elapsed().as_secs() / 9)?;
         ensure!(
             (1200..=1200 + 30 * reserves).contains(&tries),
@@ -453,7 +453,7 @@ async fn retries_to_a_dead_server_stay_within_the_budget() -> Result<()> {
                 .count()
                 > 700
         );
-        // Whoever met no server at all knows that nothing happened.
+        // Without any connection it is clear that the request did not run.
         ensure!(
             errors
                 .iter()

@@ -1,4 +1,4 @@
-//! Components that ask much of the compiler: refused, limited, ended, and no burden to the worker beside them.
+//! Components that are expensive to compile: refused, limited and cancelled.
 
 use std::io::{Read, Write};
 use std::path::PathBuf;
@@ -15,11 +15,11 @@ use wasm_encoder::{
     RawSection,
 };
 
-/// Section kinds of a component: a core module, and a component within it.
+/// Section kinds of a component: a core module, and a nested component.
 const CORE_MODULE: u8 = 1;
 const COMPONENT: u8 = 4;
 
-/// A component with more sections behind its own.
+/// A component with more sections appended.
 fn with_sections(component: &[u8], sections: &[&dyn ComponentSection]) -> Vec<u8> {
     let mut bytes = component.to_vec();
     for section in sections {
@@ -28,7 +28,7 @@ fn with_sections(component: &[u8], sections: &[&dyn ComponentSection]) -> Vec<u8
     bytes
 }
 
-/// A core module that is within the limits, and for each of whose functions the compiler takes some seconds.
+/// A core module within the limits whose functions take seconds each to compile.
 fn slow_module(functions: usize) -> Result<Vec<u8>> {
     let round =
         "(loop (local.set 1 (i64.add (local.get 1) (local.get 2))) (br_if 0 (local.get 0)))"
@@ -40,7 +40,7 @@ fn slow_module(functions: usize) -> Result<Vec<u8>> {
     ))?)
 }
 
-/// The test component with such a module in it, which is compiled and never used.
+/// The test component plus such a module, which is compiled but never used.
 fn slow_component(functions: usize) -> Result<Vec<u8>> {
     let module = slow_module(functions)?;
     Ok(with_sections(
@@ -52,7 +52,7 @@ fn slow_component(functions: usize) -> Result<Vec<u8>> {
     ))
 }
 
-/// The test component with a module for whose functions the compiler needs much memory.
+/// The test component plus a module whose functions take much memory to compile.
 fn large_component() -> Result<Vec<u8>> {
     let steps = (0..990).map(|n| {
         let local = |m: usize| 1 + (n * m) % 2_000;
@@ -78,7 +78,7 @@ fn large_component() -> Result<Vec<u8>> {
     ))
 }
 
-/// Takes a text into its memory and returns its length.
+/// Copies a text into its memory and returns its length.
 const CALLEE: &str = r#"(component
     (core module $m
         (memory (export "memory") 1)
@@ -88,7 +88,7 @@ const CALLEE: &str = r#"(component
     (func (export "length") (param "text" string) (result u32)
         (canon lift (core func $i "length") (memory (core memory $i "memory")) (realloc (core func $i "realloc")))))"#;
 
-/// Passes a text from its memory when it starts, and traps on a wrong answer.
+/// Passes a text from its memory at its start, and traps on a wrong result.
 const CALLER: &str = r#"(component
     (import "length" (func $length (param "text" string) (result u32)))
     (core module $memory (memory (export "memory") 1) (data (i32.const 0) "hello"))
@@ -107,7 +107,7 @@ fn pair() -> Result<Vec<u8>> {
     compose(b"\0asm\x0d\0\x01\0", &callee, &caller)
 }
 
-/// A component with two others in it, the first of which is lent to the second.
+/// A component with two nested components, where the first is an import of the second.
 fn compose(outer: &[u8], callee: &[u8], caller: &[u8]) -> Result<Vec<u8>> {
     let types = wasmparser::Validator::new().validate_all(outer)?;
     let types = types.as_ref();
@@ -148,7 +148,7 @@ fn compose(outer: &[u8], callee: &[u8], caller: &[u8]) -> Result<Vec<u8>> {
     ))
 }
 
-/// The process that compiles, started as a host does.
+/// A compiler process, started the way a host does.
 fn compiler(seconds: u64, bytes: u64) -> Result<Child> {
     Command::new(guests::oncely()?)
         .args([
@@ -167,20 +167,20 @@ fn compiler(seconds: u64, bytes: u64) -> Result<Child> {
         .context("start the compiler")
 }
 
-/// The first byte of its answer to a component, and the rest.
+/// The first byte of the compiler's answer to a component, and the rest.
 fn compile(wasm: &[u8]) -> Result<(u8, Vec<u8>)> {
     let mut child = compiler(60, 2 << 30)?;
-    let mut stdin = child.stdin.take().context("take its input")?;
+    let mut stdin = child.stdin.take().context("open the compiler's input")?;
     stdin.write_all(&(wasm.len() as u64).to_le_bytes())?;
     stdin.write_all(wasm)?;
     let mut answer = Vec::new();
     child
         .stdout
         .take()
-        .context("take its output")?
+        .context("open the compiler's output")?
         .read_to_end(&mut answer)?;
     ensure!(child.wait()?.success(), "the compiler failed");
-    let first = *answer.first().context("it said nothing")?;
+    let first = *answer.first().context("read the compiler's answer")?;
     Ok((first, answer.split_off(1)))
 }
 
@@ -204,12 +204,13 @@ fn a_composed_component_compiles_and_an_invalid_one_is_refused() -> Result<()> {
 fn the_compiler_ends_with_its_host_and_at_its_limits() -> Result<()> {
     let bomb = slow_component(40)?;
     let give = |child: &mut Child| -> Result<std::process::ChildStdin> {
-        let mut stdin = child.stdin.take().context("take its input")?;
+        let mut stdin = child.stdin.take().context("open the compiler's input")?;
         stdin.write_all(&(bomb.len() as u64).to_le_bytes())?;
         stdin.write_all(&bomb)?;
         Ok(stdin)
     };
-    // A host that ends closes the pipe.
+
+    // A stopping host closes the pipe.
     let mut orphan = compiler(600, 2 << 30)?;
     drop(give(&mut orphan)?);
     let begun = Instant::now();
@@ -219,7 +220,8 @@ fn the_compiler_ends_with_its_host_and_at_its_limits() -> Result<()> {
         "{:?}",
         begun.elapsed()
     );
-    // One second of processor time.
+
+    // One second of CPU time.
     let mut limited = compiler(1, 2 << 30)?;
     let _stdin = give(&mut limited)?;
     let status = limited.wait()?;
@@ -247,9 +249,9 @@ fn other_worker(world: &World, wasm: &[u8]) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// The processes that compile for the host.
+/// The compiler processes of the host.
 fn compiling(world: &World) -> Result<Vec<u32>> {
-    let host = world.host_pid().context("the host does not run")?;
+    let host = world.host_pid().context("find the host process")?;
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc")?.flatten() {
         let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else {
@@ -267,7 +269,7 @@ fn compiling(world: &World) -> Result<Vec<u32>> {
     Ok(found)
 }
 
-/// Waits until the host compiles, or no longer does.
+/// Waits until the host compiles, or until it has stopped compiling.
 async fn until_compiling(world: &World, wanted: bool) -> Result<Vec<u32>> {
     let end = Instant::now() + PATIENCE;
     loop {
@@ -277,14 +279,14 @@ async fn until_compiling(world: &World, wanted: bool) -> Result<Vec<u32>> {
         }
         ensure!(
             Instant::now() < end,
-            "compiling: {found:?}; the host said:\n{}",
+            "compiler processes: {found:?}; host log:\n{}",
             world.host_log()
         );
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
-/// Messages that the worker `test` counts.
+/// Messages counted by the worker `test`.
 fn messages(from: usize, count: usize) -> Vec<NewMessage> {
     (from..from + count)
         .map(|n| NewMessage::new("in.x", &format!("e{n}"), "insert", r#"{"n": 1}"#))
@@ -305,13 +307,16 @@ async fn a_compile_bomb_is_refused_once_and_other_workers_continue() -> Result<(
         until_compiling(&world, true).await?;
         world.nats.publish_all(messages(0, 50)).await?;
         world.until("select count(*) from oncely.inbox", 50).await?;
-        // All of that while it compiles.
+        // All of them were handled during the compilation.
         assert_eq!(compiling(&world)?.len(), 1);
         Ok::<_, anyhow::Error>(())
     };
     let (refused, beside) = tokio::join!(deploy, beside);
     beside?;
-    let said = refused.err().context("it was deployed")?.to_string();
+    let said = refused
+        .err()
+        .context("the deployment succeeded")?
+        .to_string();
     assert!(
         said.contains("takes more than 8s of processor time"),
         "{said}"
@@ -326,7 +331,7 @@ async fn a_compile_bomb_is_refused_once_and_other_workers_continue() -> Result<(
         .oncely(&["deploy", "other.toml"])
         .await
         .err()
-        .context("it was deployed")?
+        .context("the deployment succeeded")?
         .to_string();
     assert!(
         again.contains("takes more than 8s of processor time (it was refused before)"),
@@ -353,7 +358,7 @@ async fn compiling_needs_memory_within_its_limit() -> Result<()> {
         .oncely(&["deploy", "other.toml"])
         .await
         .err()
-        .context("it was deployed")?
+        .context("the deployment succeeded")?
         .to_string();
     assert!(
         said.contains("compiling the component takes more than 1"),
@@ -390,7 +395,7 @@ async fn compiling_ends_with_its_client_and_with_the_host() -> Result<()> {
         while std::fs::read_to_string(format!("/proc/{pid}/cmdline"))
             .is_ok_and(|line| line.contains("compile-component"))
         {
-            ensure!(Instant::now() < end, "process {pid} goes on");
+            ensure!(Instant::now() < end, "process {pid} is still running");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
@@ -404,7 +409,8 @@ async fn a_long_compilation_does_not_block_another_worker() -> Result<()> {
     other_worker(&world, &other)?;
     world.oncely(&["deploy", "other.toml"]).await?;
     world.stop_host().await?;
-    // The next start compiles that one again, and only that.
+
+    // The next start must compile only this component again.
     let digest = hex::encode(<sha2::Sha256 as sha2::Digest>::digest(&other));
     let compiled = world.folder.path().join(".oncely/components");
     let mut removed = 0;
@@ -423,7 +429,7 @@ async fn a_long_compilation_does_not_block_another_worker() -> Result<()> {
     assert_eq!(
         compilers.len(),
         1,
-        "it was compiled before the other worker began"
+        "the compilation ended before the other worker started"
     );
     Ok(())
 }

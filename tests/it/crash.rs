@@ -1,4 +1,4 @@
-//! The host killed at random, and messages delivered again while they are worked on.
+//! Random kills of the host, and redeliveries of messages in progress.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use support::database::Kind;
 use support::nats::NewMessage;
 use support::world::{QUICK_RETRIES, World, manifest};
 
-/// `count` events, every tenth of them twice, some that fail once, some that never succeed.
+/// `count` events, every tenth of them twice; some fail once, some never succeed.
 fn workload(count: usize) -> Vec<NewMessage> {
     let mut messages = Vec::new();
     for n in 0..count {
@@ -46,7 +46,7 @@ both!(
         .await?;
         world.nats.publish_all(workload(count)).await?;
         for round in 1..=6_u64 {
-            // Not the same point each time: somewhere between claiming and marking as published.
+            // A random point between the claim and the publication.
             tokio::time::sleep(Duration::from_millis(
                 40 * round + u64::from(std::process::id()) % 30,
             ))
@@ -68,7 +68,7 @@ both!(
 both!(
     a_redelivery_storm_changes_nothing,
     |kind: Kind| async move {
-        // The work takes longer than the broker waits, and the host is paused so that it cannot ask for more time.
+        // The work takes longer than `ack_wait`, and the paused host cannot extend it.
         let settings = format!("ack_wait = \"1s\"\nbatch = 4\nconcurrency = 2\n{QUICK_RETRIES}");
         let world = World::start(kind, &manifest(&settings)?).await?;
         let messages = (0..24)
@@ -123,7 +123,8 @@ both!(
         world.nats.publish_all(messages).await?;
         world.until("select min(1) from oncely.inbox", 1).await?;
         world.stop_host().await?;
-        // Nothing half-way: what is settled is published.
+
+        // No half work: every settled message is published.
         assert_eq!(
             world
                 .database
@@ -149,15 +150,16 @@ both!(
         let killer = NewMessage::new("in.x", "killer", "slow", r#"{"ms": 15000}"#);
         let neighbours =
             (0..5).map(|n| NewMessage::new("in.x", &format!("e{n}"), "insert", r#"{"n": 1}"#));
-        // Whoever handles the killer dies: here by our hand, while its handler runs.
+
+        // Every host that handles the killer is killed while its handler runs.
         world
             .nats
             .publish_all(std::iter::once(killer).chain(neighbours).collect())
             .await?;
-        let letters = "select count(*) from oncely.dead_letter where reason = 'crashed-host' and event_id = 'killer'";
+        let dead_letters = "select count(*) from oncely.dead_letter where reason = 'crashed-host' and event_id = 'killer'";
         for _ in 0..8 {
             tokio::time::sleep(Duration::from_millis(1_500)).await;
-            if world.database.number(letters).await? == 1 {
+            if world.database.number(dead_letters).await? == 1 {
                 break;
             }
             world.kill_host()?;

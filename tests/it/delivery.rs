@@ -1,4 +1,4 @@
-//! Messages that go well, and those that come twice.
+//! Successful messages and duplicates.
 
 use std::collections::BTreeSet;
 
@@ -16,7 +16,8 @@ both!(
     |kind: Kind| async move {
         let world = World::start(kind, &manifest("batch = 16")?).await?;
         let mut messages: Vec<NewMessage> = (0..200).map(|n| insert(&format!("e{n}"))).collect();
-        // Copies beside the original, in the same batch, and later.
+
+        // Duplicates in the same batch as the original, and later.
         for n in 0..20 {
             messages.insert(n * 10, insert(&format!("e{}", n * 9)));
             messages.push(insert(&format!("e{n}")));
@@ -30,7 +31,8 @@ both!(
         );
         assert_eq!(books.outputs, 400);
         assert!(books.dead.is_empty());
-        // A copy that comes after everything is settled.
+
+        // A duplicate after everything is settled.
         world
             .nats
             .publish_all(vec![insert("e7"), insert("last")])
@@ -51,7 +53,8 @@ both!(
         .await?;
         world.start_host().await?;
         world.stop_host().await?;
-        // All of them lie on the stream before the host looks, so they come in full batches.
+
+        // All messages are on the stream before the host starts, so they form full batches.
         let mut messages: Vec<NewMessage> = (0..31).map(|n| insert(&format!("good{n}"))).collect();
         messages.insert(
             3,
@@ -184,7 +187,8 @@ both!(
     keyed_state_counts_every_event_once,
     |kind: Kind| async move {
         let world = World::start(kind, &manifest("concurrency = 4\nbatch = 8")?).await?;
-        // No ordering key: the lanes get into each other's way, and no increment may be lost.
+
+        // Without an ordering key the lanes conflict, but no increment may be lost.
         let messages = (0..100)
             .map(|n| NewMessage::new("in.x", &format!("s{n}"), "state_counter", "{}"))
             .collect();
@@ -274,7 +278,9 @@ both!(
             .await?;
         world.quiet(20).await?;
         world.kill_host()?;
-        // As a host leaves it that published and died before it could say so, long ago; every second row was never sent.
+
+        // State of a host that published and died before recording it, long ago. Every second
+        // output was never sent.
         let long_ago = match kind {
             Kind::Sqlite => "first_attempt_at - 600000000",
             _ => "first_attempt_at - interval '10 minutes'",

@@ -1,4 +1,4 @@
-//! New versions under load, and back again.
+//! New versions under load, and activation of earlier versions.
 
 use std::time::Duration;
 
@@ -50,7 +50,9 @@ both!(
                 .await?,
             0
         );
-        // Deploying what is there already changes nothing; what is new is a new version, never an old one again.
+
+        // An unchanged deployment is not a new version. A changed one always is, even if an equal
+        // version existed earlier.
         assert_eq!(
             world.oncely(&["deploy", "oncely.toml"]).await?.trim(),
             "worker test version 3 is active"
@@ -76,14 +78,14 @@ async fn until_version(world: &World, version: u64) -> Result<()> {
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    anyhow::bail!("version {version} does not run:\n{}", world.host_log())
+    anyhow::bail!("version {version} is not running:\n{}", world.host_log())
 }
 
-/// What is refused, with the sentence and the hint.
+/// The error and the hint of a refused deployment.
 async fn refused(world: &World, manifest: &str) -> Result<String> {
     std::fs::write(world.folder.path().join("other.toml"), manifest).context("write a manifest")?;
     match world.oncely(&["deploy", "other.toml"]).await {
-        Ok(printed) => anyhow::bail!("it was deployed: {printed}"),
+        Ok(printed) => anyhow::bail!("the deployment succeeded: {printed}"),
         Err(error) => Ok(error.to_string()),
     }
 }
@@ -127,7 +129,7 @@ async fn an_unworkable_deployment_is_refused_with_a_fix() -> Result<()> {
     )
     .await?;
     assert!(
-        text.contains("SHORT keeps messages for 10s, and worker test tries them for up to 15s"),
+        text.contains("SHORT keeps messages for 10s, but worker test retries them for up to 15s"),
         "{text}"
     );
 
@@ -201,7 +203,7 @@ both!(a_new_migration_alone_is_a_change, |kind: Kind| async move {
         0
     );
 
-    // The same text as other systems check it out.
+    // The same text with other line endings or a byte order mark.
     for same in [
         "create table later (\r\n    a integer primary key\r\n);\r\n",
         "create table later (\r    a integer primary key\r);\r",
@@ -227,7 +229,7 @@ both!(a_new_migration_alone_is_a_change, |kind: Kind| async move {
     );
     std::fs::remove_file(own.join("9_later.sql"))?;
 
-    // One that begins as editors of one system have it, and one that cannot run.
+    // A migration with a byte order mark, and one that fails.
     std::fs::write(
         own.join("91_marked.sql"),
         "\u{feff}create table marked (a integer);\r\n",
@@ -252,14 +254,14 @@ both!(a_new_migration_alone_is_a_change, |kind: Kind| async move {
     until_version(&world, 3).await
 });
 
-/// What `oncely deploy --dry-run` says to a person.
+/// The plan that `oncely deploy --dry-run` prints.
 fn plan_of(world: &World) -> Result<String> {
     let output = std::process::Command::new(support::guests::oncely()?)
         .args(["deploy", "--dry-run", "oncely.toml"])
         .current_dir(world.folder.path())
         .env_remove("ONCELY_HOST")
         .output()
-        .context("run oncely deploy --dry-run")?;
+        .context("run `oncely deploy --dry-run`")?;
     Ok(String::from_utf8_lossy(&output.stdout).into_owned()
         + &String::from_utf8_lossy(&output.stderr))
 }

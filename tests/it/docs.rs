@@ -1,8 +1,10 @@
-//! The documents are true: what they show is run as it stands there, and every `oncely` command line parses.
+//! Runs the sessions shown in the documents and compares the output; parses every command line.
 //!
-//! Three marks, invisible to readers, stand in a line above a fenced block:
-//! `<!-- file: NAME -->` says that the block is a file; `<!-- session: NAME -->` that its lines with `$` are commands
-//! and the others what they print. A `…` in what they print stands for anything, and lines may be left out.
+//! Annotations, invisible to readers, stand in a line above a fenced block:
+//! - `<!-- file: NAME -->`: the block is a file.
+//! - `<!-- session: NAME -->`: lines with `$` are commands, and the others are their output.
+//!
+//! A `…` in the output matches any text, and lines may be omitted.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -13,10 +15,10 @@ use support::guests::{oncely, repository, target_dir};
 use support::server::free_port;
 use support::world::{PATIENCE, signal};
 
-/// What `oncely dev` says last.
+/// The last line of `oncely dev` at its start.
 const READY: &str = "ready; stop with Ctrl-C";
 
-/// Building a worker for the first time may mean building a standard library.
+/// Building a worker for the first time may include building a standard library.
 const BUILD_PATIENCE: Duration = Duration::from_secs(600);
 
 /// A fenced block with the annotation above it.
@@ -26,7 +28,7 @@ struct Block {
     text: String,
 }
 
-/// A command, and the lines that are shown of what it prints.
+/// A command with the lines of its output that a document shows.
 #[derive(Debug, PartialEq, Eq)]
 struct Shown {
     command: String,
@@ -58,7 +60,7 @@ fn blocks(markdown: &str) -> Vec<Block> {
     blocks
 }
 
-/// The blocks with a annotation of this kind whose name fits.
+/// The blocks with an annotation of this kind whose name matches.
 fn annotated<'b>(
     blocks: &'b [Block],
     kind: &str,
@@ -90,7 +92,8 @@ fn session(markdown: &str, name: &str) -> Vec<Shown> {
     shown
 }
 
-/// Whether a line is the one that is shown; `…` stands for anything, and so does more room between words.
+/// Whether an output line matches a shown line; `…` matches any text, and the width of white space
+/// is ignored.
 fn is_shown(shown: &str, line: &str) -> bool {
     let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
     let (shown, line) = (words(shown), words(line));
@@ -108,7 +111,7 @@ fn is_shown(shown: &str, line: &str) -> bool {
     rest.is_empty() || parts.last().is_some_and(|last| last.is_empty())
 }
 
-/// Whether all lines shown are among those printed, in their order.
+/// Whether all shown lines are in the output, in their order.
 fn all_shown(shown: &[String], printed: &str) -> bool {
     let mut printed = printed.lines();
     shown
@@ -116,16 +119,16 @@ fn all_shown(shown: &[String], printed: &str) -> bool {
         .all(|shown| printed.any(|line| is_shown(shown, line)))
 }
 
-/// A terminal in a folder, with the program on its path and at most one `oncely dev` that runs in it.
+/// A shell session in a folder with the program on its `PATH` and at most one running `oncely dev`.
 struct Terminal {
     folder: PathBuf,
     path: String,
     dev: Option<Child>,
-    /// Where hosts take requests, in the place of the port that documents show.
+    /// The ingress address of hosts, in place of the documented one.
     http: String,
 }
 
-/// The port that documents show.
+/// The ingress address in the documents.
 const HTTP_SHOWN: &str = "127.0.0.1:7480";
 
 impl Terminal {
@@ -134,7 +137,7 @@ impl Terminal {
         let path = std::env::var("PATH").unwrap_or_default();
         let program = program
             .parent()
-            .context("find the program's folder")?
+            .context("find the folder of the program")?
             .display();
         let path = format!("{program}:{path}:{}", sqlite_shell(tools)?.display());
         let http = format!("127.0.0.1:{}", free_port()?);
@@ -153,7 +156,7 @@ impl Terminal {
             .current_dir(&self.folder)
             .env("PATH", &self.path)
             .env("NO_COLOR", "1");
-        // The workers share what they are built from with all other guests.
+        // The workers share a target folder with all other guests.
         let target = target_dir()?;
         shell.env(
             "CARGO_TARGET_DIR",
@@ -167,7 +170,7 @@ impl Terminal {
         Ok(shell)
     }
 
-    /// Runs a command and compares what it prints with what is shown.
+    /// Runs a command and compares its output with the shown lines.
     fn run(&mut self, shown: &Shown) -> Result<()> {
         let here = |text: &String| text.replace(HTTP_SHOWN, &self.http);
         let shown = &Shown {
@@ -178,7 +181,8 @@ impl Terminal {
         if shown.command.starts_with("oncely dev") {
             return self.start_dev(shown);
         }
-        // Commands that only look may come before what they look for.
+
+        // A read-only command may run before its result is there, so it is retried.
         let read_only = [
             "oncely status",
             "oncely dlq list",
@@ -219,7 +223,7 @@ impl Terminal {
     /// Starts `oncely dev` and waits until it is ready.
     fn start_dev(&mut self, shown: &Shown) -> Result<()> {
         let log = self.folder.join("dev.log");
-        let file = std::fs::File::create(&log).context("make a log")?;
+        let file = std::fs::File::create(&log).context("create a log")?;
         let mut shell = self.shell(&format!("exec {}", shown.command))?;
         shell
             .stdout(file.try_clone().context("share the log")?)
@@ -236,7 +240,7 @@ impl Terminal {
                 );
                 return Ok(());
             }
-            let ended = dev.try_wait().context("look after `oncely dev`")?;
+            let ended = dev.try_wait().context("poll `oncely dev`")?;
             ensure!(
                 ended.is_none() && Instant::now() < end,
                 "`{}` is not ready:\n{printed}",
@@ -246,12 +250,12 @@ impl Terminal {
         }
     }
 
-    /// Ctrl-C.
+    /// Sends Ctrl-C to `oncely dev`.
     fn stop(&mut self) -> Result<()> {
         if let Some(mut dev) = self.dev.take() {
             signal(dev.id(), "INT")?;
             let status = dev.wait().context("wait for `oncely dev`")?;
-            ensure!(status.success(), "`oncely dev` ended with {status}");
+            ensure!(status.success(), "`oncely dev` exited with {status}");
         }
         Ok(())
     }
@@ -263,7 +267,7 @@ impl Drop for Terminal {
     }
 }
 
-/// A folder with a `sqlite3` of Python's, for machines that have no other.
+/// A folder with a `sqlite3` command that uses Python's module, for machines without one.
 fn sqlite_shell(tools: &Path) -> Result<PathBuf> {
     use std::os::unix::fs::PermissionsExt;
     let script = "#!/usr/bin/env python3
@@ -275,9 +279,9 @@ except sqlite3.Error as error:
     sys.exit(f'Error: {error}')
 ";
     let path = tools.join("sqlite3");
-    std::fs::write(&path, script).context("write a sqlite3")?;
+    std::fs::write(&path, script).context("write the sqlite3 script")?;
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))
-        .context("make it a program")?;
+        .context("make the script executable")?;
     Ok(tools.to_owned())
 }
 
@@ -288,10 +292,7 @@ fn read(name: &str) -> Result<String> {
 /// Runs a session of a document in `folder`.
 fn run_session(document: &str, name: &str, folder: &Path, tools: &Path) -> Result<()> {
     let commands = session(&read(document)?, name);
-    ensure!(
-        commands.len() > 2,
-        "{document} has no session `{name}` any more"
-    );
+    ensure!(commands.len() > 2, "{document} has no session `{name}`");
     let mut terminal = Terminal::open(folder, tools)?;
     for command in &commands {
         terminal
@@ -301,7 +302,7 @@ fn run_session(document: &str, name: &str, folder: &Path, tools: &Path) -> Resul
     terminal.stop()
 }
 
-/// Makes the first worker beside a clone, as its document does, and returns its folder.
+/// Creates the first worker beside a clone, as its guide does, and returns its folder.
 fn orders_worker(beside: &Path) -> Result<PathBuf> {
     std::os::unix::fs::symlink(repository(), beside.join("oncely"))?;
     let document = blocks(&read("docs/first-worker.md")?);
@@ -313,15 +314,16 @@ fn orders_worker(beside: &Path) -> Result<PathBuf> {
             .any(|(own, block)| *own == name && block.text == shown.text);
         ensure!(
             is_same,
-            "README.md shows another {name} than docs/first-worker.md"
+            "README.md and docs/first-worker.md differ in {name}"
         );
     }
     for (name, block) in files {
         let path = beside.join(name);
-        std::fs::create_dir_all(path.parent().context("find its folder")?)?;
+        std::fs::create_dir_all(path.parent().context("find the parent folder")?)?;
         std::fs::write(path, &block.text)?;
     }
-    // With the versions that all other tests use.
+
+    // Use the same dependency versions as all other tests.
     std::fs::copy(
         repository().join("Cargo.lock"),
         beside.join("orders/Cargo.lock"),
@@ -365,6 +367,8 @@ fn the_on_call_session_runs_as_shown() -> Result<()> {
     let quick = "\n[worker.retry]\nattempts = 2\nbackoff = \"10ms\"\nbackoff_max = \"10ms\"\n";
     std::fs::write(&manifest, std::fs::read_to_string(&manifest)? + quick)?;
     let tools = tempfile::tempdir()?;
+
+    // Two failing orders and a good one
     let mut terminal = Terminal::open(&folder, tools.path())?;
     let run = |terminal: &mut Terminal, command: &str| {
         terminal.run(&Shown {
@@ -373,7 +377,8 @@ fn the_on_call_session_runs_as_shown() -> Result<()> {
         })
     };
     run(&mut terminal, "oncely dev")?;
-    // Before noon, and after it.
+
+    // The first order is published before the change of the format, the others after it.
     let trace = "--header 'traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01'";
     run(
         &mut terminal,
@@ -389,13 +394,15 @@ fn the_on_call_session_runs_as_shown() -> Result<()> {
         &mut terminal,
         r#"oncely publish orders.placed --id o-3 '{"order":"o-3","cents":1250}'"#,
     )?;
+
+    // The session
     let commands = session(&read("docs/dead-letters.md")?, "on-call");
     ensure!(
         commands.len() > 8,
-        "docs/dead-letters.md has no session `on-call` any more"
+        "docs/dead-letters.md has no session `on-call`"
     );
     for command in &commands {
-        // What the text says to do.
+        // Apply the edit that the text describes.
         let edit = match command.command.as_str() {
             "oncely deploy" => Some((
                 "    id: String",
@@ -417,7 +424,7 @@ fn the_on_call_session_runs_as_shown() -> Result<()> {
     terminal.stop()
 }
 
-/// All documents for people.
+/// All documents for users.
 fn documents() -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for folder in ["", "docs", "examples/payments", "examples/python"] {
@@ -446,7 +453,7 @@ fn every_documented_command_line_parses() -> Result<()> {
                 .lines()
                 .map(|line| line.strip_prefix("$ ").unwrap_or(line))
             {
-                // Variables may stand before it.
+                // Variable assignments may precede the command.
                 let is_ours =
                     line.split_whitespace().find(|word| !word.contains('=')) == Some("oncely");
                 if !is_ours {
@@ -470,7 +477,7 @@ fn every_documented_command_line_parses() -> Result<()> {
             }
         }
     }
-    ensure!(checked > 20, "only {checked} command lines were found");
+    ensure!(checked > 20, "found only {checked} command lines");
     Ok(())
 }
 

@@ -1,4 +1,4 @@
-//! What putting a letter back would come to, and plans that hold only as long as nothing moved.
+//! Dry runs of a redrive, and plans that become invalid when their facts change.
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -12,15 +12,15 @@ const ONE_ATTEMPT: &str =
 
 const OPEN: &str = "select count(*) from oncely.dead_letter where state = 'open'";
 
-/// The letters of a dry run, by event id.
+/// The dead letters of a dry run, by event id.
 async fn dry_run(world: &World, selection: &[&str]) -> Result<Vec<(String, Value)>> {
     let plan = world
         .oncely_json(&[&["dlq", "redrive", "--dry-run", "--json"], selection].concat())
         .await?;
-    let letters = plan["dead_letters"]
+    let dead_letters = plan["dead_letters"]
         .as_array()
-        .context("the plan has no letters")?;
-    let mut by_event: Vec<_> = letters
+        .context("read the dead letters of the plan")?;
+    let mut by_event: Vec<_> = dead_letters
         .iter()
         .map(|one| {
             (
@@ -33,8 +33,8 @@ async fn dry_run(world: &World, selection: &[&str]) -> Result<Vec<(String, Value
     Ok(by_event)
 }
 
-fn classes(letters: &[(String, Value)]) -> Vec<(&str, &str)> {
-    letters
+fn classes(dead_letters: &[(String, Value)]) -> Vec<(&str, &str)> {
+    dead_letters
         .iter()
         .map(|(event, one)| {
             (
@@ -67,19 +67,21 @@ both!(
             ])
             .await?;
         world.until(OPEN, 4).await?;
+
+        // JSON
         let counts =
             "select (select count(*) from app.effect) + (select count(*) from oncely.attempt)
         + 100 * (select count(*) from oncely.outbox) + (select count(*) from oncely.state)";
         let before = world.database.number(counts).await?;
-        let letters = dry_run(&world, &["--all"]).await?;
+        let dead_letters = dry_run(&world, &["--all"]).await?;
         let expected = [
             ("applied", "already-applied"),
             ("different", "different-failure"),
             ("same", "same-failure"),
             ("succeeds", "would-succeed"),
         ];
-        assert_eq!(classes(&letters), expected);
-        let succeeds = &letters[3].1;
+        assert_eq!(classes(&dead_letters), expected);
+        let succeeds = &dead_letters[3].1;
         assert_eq!(
             succeeds["changes"]["rows"].as_array().map(Vec::len),
             Some(2)
@@ -99,6 +101,7 @@ both!(
         );
         assert_eq!(world.database.number(counts).await?, before);
 
+        // Text
         let id = succeeds["dead_letter"].to_string();
         let shown = world.oncely(&["dlq", "redrive", &id, "--dry-run"]).await?;
         for expected in [
@@ -145,7 +148,8 @@ both!(
         world
             .oncely(&["dlq", "redrive", "--all", "--dry-run", "--out", &path])
             .await?;
-        // Somebody repairs one of the accounts meanwhile.
+
+        // One of the accounts is changed after the plan.
         world
             .database
             .execute("update app.balance set amount = 95 where account = 'b'")
@@ -156,7 +160,7 @@ both!(
             .unwrap_err()
             .to_string();
         assert!(
-            refused.contains("what it would change moved since it was planned"),
+            refused.contains("its result changed since it was planned"),
             "{refused}"
         );
         world
@@ -168,13 +172,13 @@ both!(
         );
         assert_eq!(world.database.number(OPEN).await?, 2);
 
-        // What was put back is not put back again; another deployment is another plan.
+        // A redriven dead letter is not redriven again. A new deployment invalidates the plan.
         let refused = world
             .oncely(&["dlq", "redrive", "--plan", &path])
             .await
             .unwrap_err()
             .to_string();
-        assert!(refused.contains("somebody put it back since"), "{refused}");
+        assert!(refused.contains("it was redriven since"), "{refused}");
         world
             .oncely(&["dlq", "redrive", "--all", "--dry-run", "--out", &path])
             .await?;
@@ -192,7 +196,7 @@ both!(
             .unwrap_err()
             .to_string();
         assert!(
-            refused.contains("planned with version 1 of test, and version 2 is deployed now"),
+            refused.contains("planned with version 1 of test, but version 2 is active now"),
             "{refused}"
         );
         assert_eq!(world.database.number(OPEN).await?, 2);
@@ -229,21 +233,21 @@ both!(
             .await?;
         world.until(OPEN, 4).await?;
         world.quiet(6).await?;
-        let letters = dry_run(&world, &["--worker", "test"]).await?;
+        let dead_letters = dry_run(&world, &["--worker", "test"]).await?;
         let expected = [
             ("a1", "order-hazard"),
             ("a2", "order-hazard"),
             ("a4", "would-succeed"),
             ("b1", "would-succeed"),
         ];
-        assert_eq!(classes(&letters), expected);
+        assert_eq!(classes(&dead_letters), expected);
         assert!(
-            letters[0].1["detail"]
+            dead_letters[0].1["detail"]
                 .as_str()
                 .unwrap_or_default()
                 .contains("such as a3"),
             "{}",
-            letters[0].1["detail"]
+            dead_letters[0].1["detail"]
         );
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! The first run on a machine that lacks something, or has something already: one sentence says what to do.
+//! The first run on a machine with something missing or left over: one sentence says how to fix it.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -9,10 +9,10 @@ use anyhow::{Context, Result};
 use support::guests::{repository, target_dir};
 use tempfile::TempDir;
 
-/// An unprivileged user and group of most systems.
-const NOBODY: &str = "65534";
+/// The id of an unprivileged user and group on most systems.
+const UNPRIVILEGED_ID: &str = "65534";
 
-/// The script in a folder of its own, with a PATH of chosen programs only.
+/// The install script in its own folder, with only chosen programs on its `PATH`.
 struct Machine {
     folder: TempDir,
 }
@@ -48,7 +48,7 @@ impl Machine {
         self.folder.path()
     }
 
-    /// A program that is there and does nothing.
+    /// A program that exists and does nothing.
     fn fake(&self, program: &str) -> Result<()> {
         let path = self.path().join("bin").join(program);
         fs::write(&path, "#!/bin/sh\nexit 0\n")?;
@@ -58,9 +58,9 @@ impl Machine {
         )?)
     }
 
-    /// Runs the script as a user without rights.
+    /// Runs the script as an unprivileged user.
     fn install_as_user(&self) -> Result<Output> {
-        // Found before the PATH is that of the machine.
+        // Resolved before `PATH` is restricted.
         let setpriv = Command::new("sh")
             .args(["-c", "command -v setpriv"])
             .output()?;
@@ -70,16 +70,16 @@ impl Machine {
         let mut run = Command::new(String::from_utf8(setpriv.stdout)?.trim());
         run.args([
             "--reuid",
-            NOBODY,
+            UNPRIVILEGED_ID,
             "--regid",
-            NOBODY,
+            UNPRIVILEGED_ID,
             "--clear-groups",
             "bash",
         ]);
         self.install(run)
     }
 
-    /// Runs the script with `bash`, a command that takes a script.
+    /// Runs the script with `bash`, a command that accepts a script.
     fn install(&self, mut bash: Command) -> Result<Output> {
         bash.arg(self.path().join("scripts/install-tools"))
             .arg("demo");
@@ -99,7 +99,7 @@ fn is_root() -> Result<bool> {
         .starts_with(b"0"))
 }
 
-/// The one line that a failed run ends with.
+/// The single error line of a failed run.
 fn complaint(output: &Output) -> Result<String> {
     let text = String::from_utf8(output.stderr.clone())?;
     assert!(!output.status.success(), "{text}");
@@ -124,7 +124,7 @@ fn a_read_only_checkout_is_named() -> Result<()> {
     Ok(())
 }
 
-/// A machine whose checkout the unprivileged user can write to.
+/// A machine whose checkout is writable for the unprivileged user.
 fn writable(programs: &[&str]) -> Result<Machine> {
     let machine = Machine::with(programs)?;
     fs::create_dir(machine.path().join("target"))?;
@@ -187,7 +187,7 @@ fn demo() -> Result<Output> {
         .context("run the demo")
 }
 
-/// One after the other: both look at the folder of the demo.
+/// Both cases use the folder of the demo, so they run in one test.
 #[test]
 fn a_demo_leaves_a_running_demo_and_its_host_alone() -> Result<()> {
     let folder = repository().join("target/demo");
@@ -200,7 +200,7 @@ fn a_demo_leaves_a_running_demo_and_its_host_alone() -> Result<()> {
     );
     drop(lock);
 
-    // A program of that name stands for a host that someone started on the demo's data.
+    // A program of that name stands for a host on the demo's data.
     let programs = tempfile::tempdir()?;
     let host = programs.path().join("oncely");
     fs::copy("/bin/sleep", &host)?;

@@ -1,5 +1,7 @@
-//! Hints name only things that exist: each `oncely …` command in a message of the host, in its help and in a document is
-//! one that the real parser takes, and each document that a message names is there.
+//! Hints name only existing things.
+//!
+//! The real parser accepts each `oncely …` command in messages, help texts and documents. Each
+//! document that a message names exists.
 
 use std::path::{Path, PathBuf};
 
@@ -9,7 +11,7 @@ use clap::error::ErrorKind;
 use oncely::cli::Cli;
 use support::guests::repository;
 
-/// Texts that begin like a command and are none: names of sessions and locks, and the program itself.
+/// Texts that start like a command but are names of sessions and locks, or the program itself.
 const NO_COMMANDS: [&str; 9] = [
     "oncely from",
     "oncely reader",
@@ -22,7 +24,7 @@ const NO_COMMANDS: [&str; 9] = [
     "oncely that",
 ];
 
-/// All files below a folder whose name ends like this.
+/// All files below a folder with this extension.
 fn files(folder: &Path, extension: &str) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(folder).with_context(|| format!("list {}", folder.display()))? {
@@ -36,7 +38,7 @@ fn files(folder: &Path, extension: &str) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// The string literals of a Rust source, without their escapes, and the texts of its doc comments.
+/// The unescaped string literals of a Rust source, and the texts of its doc comments.
 fn texts(source: &str) -> Vec<String> {
     let mut texts = Vec::new();
     let mut rest = source;
@@ -56,7 +58,7 @@ fn texts(source: &str) -> Vec<String> {
             texts.push(text);
             after
         } else if first == '\'' {
-            // A character, or a lifetime.
+            // A character or a lifetime.
             let quoted: Vec<char> = rest.chars().skip(1).take(2).collect();
             match quoted.as_slice() {
                 ['\\', escaped] => skip(2 + escaped.len_utf8()),
@@ -75,14 +77,14 @@ fn texts(source: &str) -> Vec<String> {
     texts
 }
 
-/// How many hashes stand before a raw string, and what follows its quote.
+/// The number of hashes of a raw string, and the text after its opening quote.
 fn raw_string(rest: &str) -> Option<(usize, &str)> {
     let rest = rest.strip_prefix('b').unwrap_or(rest).strip_prefix('r')?;
     let body = rest.trim_start_matches('#');
     Some((rest.len() - body.len(), body.strip_prefix('"')?))
 }
 
-/// A string behind its opening quote, and what follows its closing one.
+/// A string after its opening quote, and the text after its closing one.
 fn string(rest: &str) -> (String, &str) {
     let mut text = String::new();
     let mut chars = rest.char_indices();
@@ -91,9 +93,9 @@ fn string(rest: &str) -> (String, &str) {
             '"' => return (text, rest.split_at(at + 1).1),
             '\\' => match chars.next() {
                 Some((_, '\n')) => {
-                    // The line goes on behind the indentation of the next.
-                    let mut ahead = chars.clone();
-                    while ahead.next().is_some_and(|(_, c)| c.is_whitespace()) {
+                    // The string continues after the indentation of the next line.
+                    let mut lookahead = chars.clone();
+                    while lookahead.next().is_some_and(|(_, c)| c.is_whitespace()) {
                         chars.next();
                     }
                 }
@@ -107,7 +109,8 @@ fn string(rest: &str) -> (String, &str) {
     (text, "")
 }
 
-/// The commands in a message: each from `oncely` to a sign that ends it, such as a backtick, a bracket or the line's end.
+/// The commands in a message: from `oncely` to a terminator such as a backtick, bracket or line
+/// end.
 fn commands_in_message(text: &str) -> Vec<String> {
     let begins = |(at, _): &(usize, &str)| {
         let before = text.split_at(*at).0.chars().next_back();
@@ -138,7 +141,7 @@ fn commands_in_message(text: &str) -> Vec<String> {
     commands
 }
 
-/// The commands in the `code` of a document's prose or of a help text.
+/// The commands in the `code` spans of a document's prose or of a help text.
 fn commands_in_code(text: &str) -> Vec<String> {
     let code = text.split('`').skip(1).step_by(2);
     code.filter(|code| code.starts_with("oncely "))
@@ -146,7 +149,7 @@ fn commands_in_code(text: &str) -> Vec<String> {
         .collect()
 }
 
-/// The words of a command; a placeholder, such as ID or `{worker}`, becomes a value.
+/// The words of a command; a placeholder such as ID or `{worker}` becomes a value.
 fn words(command: &str) -> Vec<String> {
     let mut words = Vec::new();
     let mut quote = None;
@@ -170,7 +173,7 @@ fn words(command: &str) -> Vec<String> {
     words
 }
 
-/// Whether the parser takes a command; one that is only named may lack its arguments.
+/// Checks that the parser accepts a command. A command that is only named may lack its arguments.
 fn exists(command: &str) -> Result<(), String> {
     match Cli::try_parse_from(words(command)) {
         Ok(_) => Ok(()),
@@ -186,6 +189,8 @@ fn exists(command: &str) -> Result<(), String> {
 #[test]
 fn every_command_in_messages_and_documents_exists() -> Result<()> {
     let mut commands = Vec::new();
+
+    // Commands in messages
     for path in files(&repository().join("host/src"), "rs")? {
         let source = std::fs::read_to_string(&path)?;
         for text in texts(&source) {
@@ -199,8 +204,10 @@ fn every_command_in_messages_and_documents_exists() -> Result<()> {
     let in_messages = commands.len();
     ensure!(
         in_messages > 30,
-        "only {in_messages} commands were found in messages"
+        "found only {in_messages} commands in messages"
     );
+
+    // Commands in documents
     let mut documents = files(&repository().join("docs"), "md")?;
     documents.extend(files(&repository().join("examples"), "md")?);
     for name in [
@@ -227,9 +234,11 @@ fn every_command_in_messages_and_documents_exists() -> Result<()> {
     }
     ensure!(
         commands.len() > in_messages + 20,
-        "only {} commands were found",
+        "found only {} commands",
         commands.len()
     );
+
+    // Parse all of them
     let wrong = commands.iter().filter_map(|(path, command)| {
         let error = exists(command).err()?;
         Some(format!(
@@ -261,7 +270,7 @@ fn every_document_in_a_message_exists() -> Result<()> {
                 let document = repository().join(rest.split_at(end).0);
                 ensure!(
                     document.is_file(),
-                    "{} names {}, which is not there",
+                    "{} names the missing file {}",
                     path.display(),
                     document.display()
                 );

@@ -1,4 +1,4 @@
-//! Guests and publishers that misbehave: each ends in a dead letter that a person understands, and nothing else suffers.
+//! Hostile guests and publishers: each ends as an understandable dead letter, without side effects.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use support::database::Kind;
 use support::nats::NewMessage;
 use support::world::{World, manifest};
 
-/// Event, behaviour, options, the reason of its dead letter, and what its detail must say.
+/// Event, behaviour, options, reason of the dead letter, and part of its detail.
 const HOSTILE: &[(&str, &str, &str, &str, &str)] = &[
     (
         "trap",
@@ -88,7 +88,7 @@ const HOSTILE: &[(&str, &str, &str, &str, &str)] = &[
         "swallow_error",
         r#"{"what": "reject_unique"}"#,
         "rejected",
-        "it was there before",
+        "duplicate row",
     ),
     (
         "insert-trap",
@@ -190,7 +190,7 @@ both!(
             assert_eq!(row[0], *reason, "{event}: {}", row[1]);
             assert!(
                 row[1].contains(says),
-                "{event}: `{}` does not say `{says}`",
+                "{event}: `{}` does not contain `{says}`",
                 row[1]
             );
         }
@@ -198,7 +198,7 @@ both!(
     }
 );
 
-/// One message on the DLQ stream for each letter, with the original body and its story.
+/// Checks that the DLQ stream has one notice for each dead letter, with the original body.
 async fn check_notices(world: &World) -> Result<()> {
     let notices = world.nats.read_stream("ONCELY_DLQ").await?;
     assert_eq!(notices.len(), HOSTILE.len());
@@ -218,7 +218,7 @@ async fn check_notices(world: &World) -> Result<()> {
     Ok(())
 }
 
-/// What a guest may try to leave its transaction, or to reach what is not its own.
+/// Statements that try to leave the transaction or to reach objects of others.
 const ESCAPES: &[&str] = &[
     "commit",
     "/* a */ COMMIT",
@@ -269,14 +269,15 @@ both!(
         assert_eq!(
             books.effects,
             ["good".to_owned()].into(),
-            "an escape took effect"
+            "a hostile statement took effect"
         );
         assert_eq!(books.dead.len(), ESCAPES.len());
         Ok(())
     }
 );
 
-/// Subjects and header blocks that a server stores and no handler can be given, and what the dead letter says of each.
+/// Subjects and header blocks that a server stores but no handler can receive, with part of the
+/// dead letter's detail.
 const UNREADABLE: &[(&[u8], &[u8], &str)] = &[
     (
         b"in.x",
@@ -305,7 +306,7 @@ const UNREADABLE: &[(&[u8], &[u8], &str)] = &[
     (b"in.a\x00b", b"", "control character"),
 ];
 
-/// How often the host connected to NATS: a connection that breaks is followed by another one.
+/// The number of the host's NATS connections so far; a broken connection is replaced by a new one.
 fn connections(world: &World) -> usize {
     world.host_log().matches("connected to NATS").count()
 }
@@ -336,18 +337,23 @@ both!(
                 )])
                 .await?;
         }
-        // A space of Unicode parts nothing: such a message can be read.
+
+        // Unicode white space is no separator: such a message is readable.
         let headers = b"NATS/1.0\r\nce-id: spaced\r\ndo: insert\r\n\r\n";
         world
             .nats
             .publish_raw("in.a\u{a0}\u{2003}b".as_bytes(), headers, b"{}")?;
         world.quiet(UNREADABLE.len() as i64 * 3 + 1).await?;
-        // Far less than `ack_wait`, after which what a broken connection took along would come again.
+
+        // Far less than `ack_wait`: messages lost with a broken connection would return only after
+        // that.
         assert!(
             began.elapsed() < Duration::from_secs(20),
-            "it took {:?}",
+            "the messages took {:?}",
             began.elapsed()
         );
+
+        // No reconnect, and one dead letter for each unreadable message
         assert_eq!(connections(&world), 1, "{}", world.host_log());
         let books = books::check(&world).await?;
         assert_eq!(
@@ -402,7 +408,8 @@ both!(
     an_unreadable_message_on_an_output_stream_blocks_no_output,
     |kind: Kind| async move {
         let mut world = World::without_host(kind, &manifest("")?).await?;
-        // The stream forgets ids at once, so that each output that is sent again is looked for.
+
+        // The stream has a tiny duplicate window, so each repeated output is verified.
         world
             .nats
             .make_stream("OUT", "out.>", Duration::from_millis(100))
@@ -436,14 +443,15 @@ both!(
             .await?;
         world.start_host().await?;
         world.quiet(10).await?;
+
         // Once for each of the two hosts.
         assert_eq!(connections(&world), 2, "{}", world.host_log());
         Ok(())
     }
 );
 
-// Texts that take a reader of statements for ever, each as long as a handler's memory allows: four at a time, while it is asked
-// whether the host lives.
+// Statements that are expensive to parse, as large as a handler's memory allows: four at a time,
+// with liveness probes meanwhile.
 both!(
     statements_of_megabytes_leave_the_host_responsive,
     |kind: Kind| async move {
@@ -466,6 +474,8 @@ both!(
             .nats
             .publish_all(fillers.iter().enumerate().map(message).collect())
             .await?;
+
+        // Probe while the statements are handled
         let mut slowest = Duration::ZERO;
         while world
             .database
@@ -479,14 +489,14 @@ both!(
                     .get(&alive)
                     .send()
                     .await
-                    .context("ask whether it lives")?
+                    .context("request `/livez`")?
                     .status()
                     .is_success()
             );
             slowest = slowest.max(started.elapsed());
             anyhow::ensure!(
                 slowest < Duration::from_secs(3),
-                "it took {slowest:?} to answer:\n{}",
+                "a liveness probe took {slowest:?}:\n{}",
                 world.host_log()
             );
             tokio::time::sleep(Duration::from_millis(20)).await;

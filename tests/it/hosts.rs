@@ -26,7 +26,8 @@ fn workload(from: usize, to: usize) -> Vec<NewMessage> {
         .collect()
 }
 
-/// Two hosts share the work; what is deployed through one runs on both; one is killed and the other goes on.
+/// Two hosts share the work. A deployment through one host runs on both. One host is killed, and
+/// the other continues.
 async fn two_hosts(kind: Kind) -> Result<()> {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let settings = format!("ack_wait = \"2s\"\nbatch = 4\nconcurrency = 2\n{QUICK_RETRIES}");
@@ -35,7 +36,7 @@ async fn two_hosts(kind: Kind) -> Result<()> {
     let one = RunningHost::start(&world, &format!("one{number}")).await?;
     let mut two = RunningHost::start(&world, &format!("two{number}")).await?;
     let path = world.folder.path().join("oncely.toml");
-    let path = path.to_str().context("name the manifest")?;
+    let path = path.to_str().context("convert the manifest path")?;
 
     assert_eq!(
         one.oncely(&["deploy", path])?.trim(),
@@ -60,7 +61,7 @@ async fn two_hosts(kind: Kind) -> Result<()> {
     world.quiet(600).await?;
     assert!(
         one.handled()? > 0 && two.handled()? > 0,
-        "only one host worked"
+        "only one host handled messages"
     );
 
     world.nats.publish_all(workload(600, 900)).await?;
@@ -84,7 +85,7 @@ async fn hosts_share_the_work_behind_pgbouncer() -> Result<()> {
     two_hosts(Kind::Pgbouncer).await
 }
 
-/// A host that may do no more than the documents say it must be allowed to.
+/// A host with no more NATS permissions than documented.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_documented_nats_permissions_are_enough() -> Result<()> {
     let document =
@@ -92,7 +93,9 @@ async fn the_documented_nats_permissions_are_enough() -> Result<()> {
     let (_, rest) = document
         .split_once("\npermissions: {")
         .context("find the permissions in docs/operations.md")?;
-    let (permissions, _) = rest.split_once("\n```").context("find their end")?;
+    let (permissions, _) = rest
+        .split_once("\n```")
+        .context("find the end of the permissions")?;
     let permissions = permissions.replace("\"payments.>\"", "\"in.>\", \"out.>\"");
     let users = format!(
         "authorization {{ users: [ {{ user: admin, password: secret }}

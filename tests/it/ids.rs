@@ -1,4 +1,4 @@
-//! Event ids and output ids against publishers and workers that choose them freely.
+//! Event ids and output ids against publishers and workers that choose ids freely.
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use support::guests;
 use support::nats::{NewMessage, Stored};
 use support::world::{PATIENCE, QUICK_RETRIES, World, manifest};
 
-/// A second worker `other`, which takes `in.other` only and publishes to the same stream.
+/// A second worker `other`, which consumes only `in.other` and publishes to the same stream.
 fn with_other(settings: &str) -> Result<String> {
     let component = guests::component()?;
     Ok(format!(
@@ -22,7 +22,7 @@ fn with_other(settings: &str) -> Result<String> {
     ))
 }
 
-/// A message with these headers and no others but its behaviour.
+/// A message with exactly these headers, plus its behaviour.
 fn with_headers(headers: &[(&str, &str)], behaviour: &str, options: &str) -> NewMessage {
     let headers = headers.iter().copied().chain([("do", behaviour)]);
     NewMessage {
@@ -43,7 +43,7 @@ async fn until_stored(world: &World, stream: &str, count: usize) -> Result<()> {
         }
         ensure!(
             Instant::now() < end,
-            "{stream} holds {stored} messages, not {count}:\n{}",
+            "{stream} holds {stored} messages, expected {count}:\n{}",
             world.host_log()
         );
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -69,32 +69,43 @@ both!(
                 1,
             )
             .await?;
-        // Corrected and redriven, it waits for its second attempt for a minute.
+
+        // Corrected and redriven, the message waits a minute for its second attempt.
         let corrected = world.folder.path().join("corrected.json");
         std::fs::write(&corrected, r#"{"after_ms": 60000}"#)?;
         let path = corrected.display().to_string();
         world
-            .oncely(&["dlq", "edit", "1", "--body", &path, "--note", "it was cut"])
+            .oncely(&[
+                "dlq",
+                "edit",
+                "1",
+                "--body",
+                &path,
+                "--note",
+                "truncated body",
+            ])
             .await?;
         world
             .oncely(&["dlq", "redrive", "1", "--wait", "0s"])
             .await?;
         world
             .until(
-                "select count(*) from oncely.attempt where error like '%for a while%'",
+                "select count(*) from oncely.attempt where error like '%with a delay%'",
                 1,
             )
             .await?;
-        let pointer = |worker: &str, letter: &str, generation: &str| NewMessage {
+        let pointer = |worker: &str, dead_letter: &str, generation: &str| NewMessage {
             subject: format!("oncely.redrive.{worker}"),
             headers: [
-                ("Oncely-Dead-Letter", letter),
+                ("Oncely-Dead-Letter", dead_letter),
                 ("Oncely-Generation", generation),
             ]
             .map(|(name, value)| (name.to_owned(), value.to_owned()))
             .to_vec(),
             body: Vec::new(),
         };
+
+        // Forged pointers are sent to the other worker.
         let forged = [
             ("1", "1"),
             ("01", "1"),
@@ -107,11 +118,12 @@ both!(
             .nats
             .publish_all(
                 forged
-                    .map(|(letter, generation)| pointer("other", letter, generation))
+                    .map(|(dead_letter, generation)| pointer("other", dead_letter, generation))
                     .to_vec(),
             )
             .await?;
-        // The queue keeps the pointer to the worker that the dead letter belongs to.
+
+        // The queue keeps the valid pointer, to the dead letter's own worker.
         until_stored(&world, "ONCELY_REDRIVE", 1).await?;
         assert_eq!(
             world
@@ -196,7 +208,8 @@ both!(
             .clone();
         let (stream, _) = place.rsplit_once(':').unwrap_or_default();
         let taken = |sequence: u64| format!("{stream}:{sequence}");
-        // Sent as every source of an id, ahead of the messages that will stand at these places.
+
+        // Used in every id header, before the messages that will have these positions.
         let strangers = vec![
             with_headers(&[("Nats-Msg-Id", &taken(5))], "insert", r#"{"n": 0}"#),
             with_headers(&[("ce-id", &taken(6))], "insert", r#"{"n": 0}"#),
@@ -224,6 +237,8 @@ both!(
             );
             assert_eq!(world.database.number(&settled).await?, 1);
         }
+
+        // The host refuses to publish under reserved or empty ids.
         let refused = world
             .oncely(&["publish", "in.x", "{}", "--id", &taken(9)])
             .await
@@ -243,7 +258,7 @@ both!(
     }
 );
 
-/// A message of a stranger under an id, with a body of its own.
+/// A stranger's message under an id, with its own body.
 fn stranger(subject: &str, id: &str) -> NewMessage {
     NewMessage {
         subject: subject.to_owned(),
@@ -263,7 +278,7 @@ fn header<'s>(stored: &'s Stored, name: &str) -> &'s str {
         .unwrap_or_default()
 }
 
-/// The messages of the host itself on a stream, with their readable ids.
+/// The host's own messages on a stream, with their readable ids.
 async fn host_messages(world: &World, stream: &str) -> Result<Vec<(String, Stored)>> {
     let stored = world.nats.read_stream(stream).await?;
     let own = stored
@@ -288,7 +303,9 @@ both!(
         )
         .await?;
         let published = "select count(*) from oncely.outbox where published_at is not null and worker <> 'downstream'";
-        // A publisher, another worker and the worker itself, the last two through `outbox.send`.
+
+        // Messages from a publisher, another worker and the worker itself, the last two through
+        // `outbox.send`.
         let emit = |subject: &str, event: &str, id: &str| {
             NewMessage::new(
                 subject,
@@ -329,11 +346,13 @@ both!(
                 "test:EVT-9:0"
             ]
         );
-        // Downstream each has the id it travelled with, and no other; the stranger's has what the stranger chose.
+
+        // Downstream, each output has the id it was published with. The stranger's message keeps
+        // its own.
         let (_, output) = own
             .iter()
             .find(|(_, stored)| stored.subject == "out.x")
-            .context("the output is not there")?;
+            .context("find the output")?;
         let events = "select event_id from oncely.inbox where worker = 'downstream' order by stream_sequence";
         world
             .until(
@@ -345,7 +364,8 @@ both!(
             world.database.rows(events).await?,
             [["test:EVT-9:0"], [header(output, "Nats-Msg-Id")]]
         );
-        // An author's own id is still the same message wherever it comes from.
+
+        // An author's own id still identifies the same message, independent of its source.
         world
             .nats
             .publish_all(vec![emit("in.other", "o3", "chosen")])
@@ -373,6 +393,8 @@ both!(
             };
             hex::encode(message.payload_sha256())
         };
+
+        // Take the guessable ids
         let taken = vec![
             stranger("oncely.dlq.test", &format!("dlq:{}:test:e1", &digest[..16])),
             stranger(
@@ -380,9 +402,11 @@ both!(
                 &format!("dlq:{}:test:e1:r1", &digest[..16]),
             ),
             stranger("oncely.redrive.test", "test:e1:r1"),
-            stranger("oncely.alarm.test", "alarm:test:letters:1:raised"),
+            stranger("oncely.alarm.test", "alarm:test:dead-letters:1:raised"),
         ];
         world.nats.publish_all(taken).await?;
+
+        // The host's own messages are published under other ids.
         world.nats.publish_all(vec![dying]).await?;
         world
             .until(
@@ -406,7 +430,11 @@ both!(
                 .into_iter()
                 .map(|(id, _)| id)
                 .collect();
-            if notices.len() == 2 && alarms.iter().any(|id| id == "alarm:test:letters:1:raised") {
+            if notices.len() == 2
+                && alarms
+                    .iter()
+                    .any(|id| id == "alarm:test:dead-letters:1:raised")
+            {
                 return Ok(());
             }
             ensure!(
@@ -419,7 +447,7 @@ both!(
     }
 );
 
-/// The ids of this installation, for a stranger that is better informed than any can be.
+/// The output ids of this installation, for a stranger with more information than a real one.
 async fn installation_output_ids(world: &World, kind: Kind) -> Result<OutputIds> {
     let sql = match kind {
         Kind::Sqlite => "select lower(hex(key)) from oncely_output_key",
@@ -429,11 +457,11 @@ async fn installation_output_ids(world: &World, kind: Kind) -> Result<OutputIds>
     let key = rows
         .first()
         .and_then(|row| row.first())
-        .context("there is no key")?;
+        .context("find the id key")?;
     Ok(OutputIds::new(&hex::decode(key)?))
 }
 
-/// The id with which the first output of an event travels.
+/// The published id of the first output of an event.
 fn first_output_id(ids: &OutputIds, event_id: &str) -> String {
     let output = Output {
         kind: OutputKind::Derived,
@@ -449,7 +477,8 @@ fn first_output_id(ids: &OutputIds, event_id: &str) -> String {
     ids.id_of("test", &output)
 }
 
-/// Publishes under the ids of outputs to come, has the events handled, and checks that each output is on the stream.
+/// Publishes under the ids of future outputs, has the events handled, and checks that each output
+/// is on the stream.
 async fn check_outputs_with_taken_ids(world: &World, kind: Kind) -> Result<()> {
     let ids = installation_output_ids(world, kind).await?;
     let with_body = |subject: &str, id: &str, body: &str| NewMessage {
@@ -463,11 +492,13 @@ async fn check_outputs_with_taken_ids(world: &World, kind: Kind) -> Result<()> {
         with_body("out.other", &first_output_id(&ids, "subject"), "0"),
         with_body("out.x", &first_output_id(&ids, "twice"), "of a stranger"),
         with_body("out.x", &second, "of a stranger"),
-        // What the output itself will be: there is nothing to tell them apart by, and nothing is lost.
+        // Identical to the future output: it cannot be distinguished, and no output is lost.
         with_body("out.x", &first_output_id(&ids, "same"), "0"),
     ];
     let strangers = taken.len();
     world.nats.publish_all(taken).await?;
+
+    // The host publishes under the next free ids.
     let events = ["body", "subject", "twice", "same", "free"];
     let emit = |event: &&str| NewMessage::new("in.x", event, "emit", r#"{"ordering_key": "k"}"#);
     world
@@ -490,6 +521,7 @@ async fn check_outputs_with_taken_ids(world: &World, kind: Kind) -> Result<()> {
             header(stored, "Nats-Msg-Id"),
         ));
     }
+
     // In the order of their key, each once.
     let after = |event: &str| ids.next_id(&first_output_id(&ids, event));
     assert_eq!(
@@ -526,7 +558,7 @@ both!(
         {
             ensure!(
                 Instant::now() < end,
-                "there is no alarm:\n{}",
+                "no alarm was raised:\n{}",
                 world.host_log()
             );
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -544,7 +576,8 @@ both!(
     a_polled_output_with_a_taken_id_blocks_its_key,
     |kind: Kind| async move {
         let mut world = World::without_host(kind, &manifest("concurrency = 1")?).await?;
-        // So short a window that each output of a sweep is looked up.
+
+        // Such a short duplicate window that each polled output is verified.
         world
             .nats
             .make_stream("OUT", "out.>", Duration::from_millis(100))
@@ -581,7 +614,8 @@ async fn duplicate_acks_are_verified_in_wal_mode() -> Result<()> {
         .until("select count(*) from oncely.relay where mode = 'wal'", 1)
         .await?;
     check_outputs_with_taken_ids(&world, Kind::Postgres).await?;
-    // Those whose id was taken, and the others of their key behind them, have gone on without the log by now.
+
+    // Outputs with taken ids, and later outputs of their key, have left WAL mode by now.
     world
         .nats
         .publish_all(vec![NewMessage::new(

@@ -1,6 +1,7 @@
-//! Requests over HTTP: a retry gets the first answer, and there is one effect, whatever happens in between.
+//! Requests over HTTP: a retry gets the first answer, and there is one effect despite all failures.
 //!
-//! `docs/http.md` has a table of what the IETF draft and Stripe say about idempotency keys; each of its rows is a test here.
+//! `docs/http.md` has a table of the rules of the IETF draft and of Stripe for idempotency keys.
+//! Each row has a test here.
 
 use std::time::{Duration, Instant};
 
@@ -24,7 +25,7 @@ mod refused;
 mod routes;
 mod slow;
 
-/// A worker that does as each request says, below `/do`.
+/// A worker below `/do` whose behaviour is determined by each request.
 fn manifest(route: &str) -> Result<String> {
     let migrations = guests::repository().join("tests/guests/migrations");
     Ok(format!(
@@ -51,7 +52,7 @@ path = "/do/{{*what}}"
     ))
 }
 
-/// An answer, whole.
+/// A complete answer.
 #[derive(Debug, Clone, PartialEq)]
 struct TestResponse {
     status: StatusCode,
@@ -59,7 +60,7 @@ struct TestResponse {
     body: Vec<u8>,
 }
 
-/// Status, headers and body of an answer, as far as they are the same each time.
+/// The deterministic status, headers and body of an answer.
 type StableParts = (StatusCode, Vec<(String, Vec<u8>)>, Vec<u8>);
 
 impl TestResponse {
@@ -94,7 +95,7 @@ impl TestResponse {
         problem["code"].as_str().unwrap().to_owned()
     }
 
-    /// What has to be the same when it comes again.
+    /// The parts of a replayed answer that must be identical.
     fn stable_parts(&self) -> StableParts {
         let of_the_moment = ["date", "idempotent-replayed"];
         let headers = self
@@ -116,7 +117,8 @@ async fn send(request: reqwest::RequestBuilder) -> Result<TestResponse> {
     })
 }
 
-/// Sends bytes as they stand here, and returns the status and all that was answered until the host closed the connection.
+/// Sends raw bytes, and returns the status and all bytes received until the host closed the
+/// connection.
 async fn send_raw(world: &World, request: &[u8]) -> Result<(u16, String)> {
     let address = world.ingress_url()?.replace("http://", "");
     let mut stream = TcpStream::connect(address)
@@ -150,7 +152,7 @@ async fn post(world: &World, key: &str, what: &Value) -> Result<TestResponse> {
     .await
 }
 
-/// How many attempts left effects of an event, and how many rows there are.
+/// The number of attempts with effects of an event, and the number of rows.
 async fn effects(world: &World, event: &str) -> Result<(i64, i64)> {
     let count =
         |what: &str| format!("select count({what}) from app.effect where event_id = '{event}'");
@@ -161,7 +163,7 @@ async fn effects(world: &World, event: &str) -> Result<(i64, i64)> {
     Ok((attempts, world.database.number(&count("*")).await?))
 }
 
-/// What is on the stream of outputs, once it is so many messages.
+/// The output stream, once it has `count` messages.
 async fn stored(world: &World, count: usize) -> Result<Vec<Stored>> {
     let end = Instant::now() + Duration::from_secs(20);
     loop {
@@ -196,6 +198,7 @@ both!(
         let count = world.oncely(&["state", "get", "test", "count"]).await?;
         assert!(count.contains('1'), "{count}");
         stored(&world, 1).await?;
+
         // Another key is another operation.
         post(&world, "key-2", &everything("e1")).await?;
         assert_eq!(effects(&world, "e1").await?, (2, 4));

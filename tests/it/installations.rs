@@ -1,4 +1,4 @@
-//! Two databases on one NATS: the second one is refused, rather than share the messages of the first.
+//! Two databases on one NATS server: the second installation is refused.
 
 use std::process::{Child, ExitStatus};
 use std::time::{Duration, Instant};
@@ -8,17 +8,17 @@ use support::database::Kind;
 use support::nats::NewMessage;
 use support::world::{PATIENCE, World, manifest};
 
-/// Waits for a process to end.
+/// Waits for a process to exit.
 async fn ended(child: &mut Child) -> Result<ExitStatus> {
     let end = Instant::now() + PATIENCE;
     while Instant::now() < end {
-        if let Some(status) = child.try_wait().context("look at a host")? {
+        if let Some(status) = child.try_wait().context("poll a host")? {
             return Ok(status);
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     child.kill().context("kill a host")?;
-    anyhow::bail!("a host of another installation goes on")
+    anyhow::bail!("a host of another installation keeps running")
 }
 
 async fn installation(world: &World) -> Result<String> {
@@ -47,7 +47,7 @@ both!(
             "{said}"
         );
         assert!(
-            said.contains("give each installation a NATS account of its own"),
+            said.contains("use a separate NATS account for each installation"),
             "{said}"
         );
         assert!(
@@ -86,7 +86,8 @@ both!(
         stream.create_consumer(consumer).await?;
         world.spawn_host()?;
         world.nats.publish_all(vec![NewMessage::insert(0)]).await?;
-        // It is not even deployed.
+
+        // The worker is not even deployed.
         while world.is_host_running() {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
@@ -104,7 +105,8 @@ both!(
                 .await?,
             0
         );
-        // Once a person says that the other one is gone, it is this one's.
+
+        // The new installation takes over after the operator confirms that the other one is gone.
         world.kill_host()?;
         world
             .host_env
@@ -124,6 +126,8 @@ both!(
             .await?;
         world.quiet(10).await?;
         let id = installation(&world).await?;
+
+        // Another installation takes over.
         world.host_env.push(("ONCELY_TAKE_OVER".to_owned(), id));
         let path = world.folder.path().join("other.db");
         let mut other = world.spawn_other_installation(&path)?;
@@ -144,11 +148,13 @@ both!(
         {
             anyhow::ensure!(
                 Instant::now() < end,
-                "the other one takes nothing:\n{}",
+                "the new installation handles nothing:\n{}",
                 world.host_log()
             );
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
+
+        // The first one has stopped handling, and refuses a recovery.
         assert_eq!(
             world
                 .database

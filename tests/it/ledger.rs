@@ -1,4 +1,4 @@
-//! `examples/ledger`: whatever is asked twice, at once or behind its back, the books balance.
+//! `examples/ledger`: the books balance under retries, concurrency and direct changes.
 
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use support::world::{PATIENCE, World};
 mod direct_sql;
 mod holds;
 
-/// The example as it stands, with its components built before.
+/// The example itself, with prebuilt components.
 async fn start(kind: Kind) -> Result<World> {
     let folder = guests::repository().join("examples/ledger");
     let mut manifest = std::fs::read_to_string(folder.join("oncely.toml"))?;
@@ -66,9 +66,9 @@ struct TestResponse {
 }
 
 impl TestResponse {
-    /// The body, if the status is this one.
+    /// The body; an error if the status differs.
     fn is(self, status: u16) -> Result<Value> {
-        ensure!(self.status == status, "expected {status}, not {self:?}");
+        ensure!(self.status == status, "expected {status}, got {self:?}");
         Ok(self.body)
     }
 
@@ -90,7 +90,7 @@ async fn send(request: reqwest::RequestBuilder) -> Result<TestResponse> {
     })
 }
 
-/// Posts until somebody else with the same key is done.
+/// Posts, with retries while another request with the same key is in flight.
 async fn post(
     world: &World,
     key: &str,
@@ -147,12 +147,10 @@ async fn transfer(
 
 async fn balance(world: &World, account: &str) -> Result<i64> {
     let account = get(world, &format!("/accounts/{account}")).await?.is(200)?;
-    account["balance"]
-        .as_i64()
-        .context("an account has no balance")
+    account["balance"].as_i64().context("read the balance")
 }
 
-/// What must hold whatever was done.
+/// Checks the invariants of the books.
 async fn check_books(database: &Database) -> Result<()> {
     let none = [
         "select transaction_id from app.entry group by transaction_id having sum(amount) <> 0 or count(*) <> 2",
@@ -169,7 +167,7 @@ async fn check_books(database: &Database) -> Result<()> {
     Ok(())
 }
 
-/// Waits until the consumer has heard of everything, and compares what it made of it.
+/// Waits until the consumer has handled all postings, and checks its totals.
 async fn check_totals(world: &World) -> Result<()> {
     let entries = world
         .database
@@ -213,7 +211,7 @@ both!(money_moves_and_is_shown, |kind: Kind| async move {
         ),
         (&json!(250), &json!(1250))
     );
-    let id = made["id"].as_str().context("no id")?;
+    let id = made["id"].as_str().context("read the id")?;
     assert_eq!(
         get(&world, &format!("/transactions/{id}")).await?.is(200)?,
         made
@@ -252,12 +250,12 @@ both!(each_refusal_has_its_own_code, |kind: Kind| async move {
         ),
         (
             "/transfers",
-            order("alice", "nobody", 1),
+            order("alice", "absent", 1),
             (404, "account-not-found"),
         ),
         (
             "/transfers",
-            order("nobody", "bob", 1),
+            order("absent", "bob", 1),
             (404, "account-not-found"),
         ),
         (
@@ -337,7 +335,7 @@ both!(each_refusal_has_its_own_code, |kind: Kind| async move {
         assert_eq!(answer.problem(), *problem, "{path} {body}: {answer:?}");
     }
     assert_eq!(
-        get(&world, "/accounts/nobody").await?.problem(),
+        get(&world, "/accounts/absent").await?.problem(),
         (404, "account-not-found")
     );
     assert_eq!(balance(&world, "alice").await?, 1000);
@@ -356,7 +354,8 @@ both!(
             transfer(&world, "key", "alice", "bob", 11).await?.problem(),
             (422, "idempotency-key-reused")
         );
-        // A refusal is the answer to its key, too.
+
+        // A refusal is stored under its key, too.
         assert_eq!(
             transfer(&world, "much", "alice", "bob", 5000)
                 .await?
@@ -372,7 +371,8 @@ both!(
                 .problem(),
             (422, "insufficient-funds")
         );
-        // The window of the key is over: now the journal itself knows.
+
+        // After the window of the key, the journal itself detects the repetition.
         world.database.execute("delete from oncely.request").await?;
         assert_eq!(
             transfer(&world, "key", "alice", "bob", 10).await?.problem(),
@@ -391,7 +391,7 @@ both!(
         let world = start_with(kind, &accounts).await?;
         let orders = (0..60).flat_map(|n| {
             let (from, to) = (accounts[n % 4], accounts[(n + 1 + n / 4 % 3) % 4]);
-            // Each is sent three times, at about the same time.
+            // Each transfer is sent three times, almost at once.
             [(n, from, to); 3]
         });
         let sent: Vec<(usize, TestResponse)> =
@@ -429,7 +429,8 @@ both!(
     the_books_balance_after_the_host_was_killed_in_the_middle,
     |kind: Kind| async move {
         let mut world = start_with(kind, &["alice", "bob"]).await?;
-        // The next host takes requests where this one did.
+
+        // The next host uses the same ingress address.
         world.http = world.ingress_url()?.replace("http://", "");
         let url = format!("{}/transfers", world.ingress_url()?);
         let orders = stream::iter((0..60).map(move |n| transfer_until_answered(url.clone(), n)))
@@ -459,7 +460,7 @@ both!(
     }
 );
 
-/// A client that tries one transfer until it has an answer.
+/// Retries one transfer until it is answered.
 async fn transfer_until_answered(url: String, n: usize) -> Result<TestResponse> {
     let client = reqwest::Client::new();
     let end = Instant::now() + PATIENCE;
@@ -518,12 +519,12 @@ both!(
     if_match_changes_only_the_given_version,
     |kind: Kind| async move {
         let world = start_with(kind, &["alice", "bob"]).await?;
-        let seen = get(&world, "/accounts/alice").await?.is(200)?["version"].as_i64();
+        let version = get(&world, "/accounts/alice").await?.is(200)?["version"].as_i64();
         let body = order("alice", "bob", 10);
-        post(&world, "first", "/transfers", &body, seen)
+        post(&world, "first", "/transfers", &body, version)
             .await?
             .is(201)?;
-        let late = post(&world, "second", "/transfers", &body, seen).await?;
+        let late = post(&world, "second", "/transfers", &body, version).await?;
         assert_eq!(late.problem(), (412, "version-mismatch"));
         assert_eq!(balance(&world, "alice").await?, 990);
         check_books(&world.database).await
@@ -537,7 +538,7 @@ both!(a_transaction_is_reversed_once, |kind: Kind| async move {
         .is(201)?;
     let path = format!(
         "/transactions/{}/reversal",
-        made["id"].as_str().context("no id")?
+        made["id"].as_str().context("read the id")?
     );
     let answers: Vec<TestResponse> = stream::iter(0..6)
         .map(|n| {
@@ -563,7 +564,7 @@ both!(a_transaction_is_reversed_once, |kind: Kind| async move {
     );
     let path = format!(
         "/transactions/{}/reversal",
-        back[0].body["id"].as_str().context("no id")?
+        back[0].body["id"].as_str().context("read the id")?
     );
     assert_eq!(
         post(&world, "forth", &path, &json!({}), None)
@@ -571,7 +572,7 @@ both!(a_transaction_is_reversed_once, |kind: Kind| async move {
             .problem(),
         (409, "not-reversible")
     );
-    // What was spent since cannot come back.
+    // Spent money cannot be reversed.
     let spent = transfer(&world, "spent", "alice", "bob", 900)
         .await?
         .is(201)?;
@@ -580,7 +581,7 @@ both!(a_transaction_is_reversed_once, |kind: Kind| async move {
         .is(201)?;
     let path = format!(
         "/transactions/{}/reversal",
-        spent["id"].as_str().context("no id")?
+        spent["id"].as_str().context("read the id")?
     );
     assert_eq!(
         post(&world, "late", &path, &json!({}), None)

@@ -1,4 +1,4 @@
-//! All tests that need real servers, one module for each subject.
+//! All tests that need real servers, one module per subject.
 
 /// Runs a test on both databases: `both!(name, |kind| async move { ... })`.
 macro_rules! both {

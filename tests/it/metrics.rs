@@ -1,4 +1,4 @@
-//! What `/metrics` answers, and that the documents say the same.
+//! `/metrics`, and its agreement with the documents.
 
 use std::collections::BTreeSet;
 
@@ -11,7 +11,7 @@ use support::metrics::{scrape, value};
 use support::nats::NewMessage;
 use support::world::{QUICK_RETRIES, World, manifest};
 
-/// The names of all metrics that the document lists.
+/// The names of all documented metrics.
 fn documented() -> Result<BTreeSet<String>> {
     let text = std::fs::read_to_string(repository().join("docs/metrics.md"))?;
     let rows = text.lines().filter_map(|line| line.strip_prefix("| `"));
@@ -30,7 +30,7 @@ async fn metrics_and_their_documentation_match() -> Result<()> {
     let types = text
         .lines()
         .filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '));
-    // Counters are shown with an ending, and that is how people look for them.
+    // Counters are exported with a suffix, which the documents include.
     let shown: BTreeSet<String> = types
         .map(|(name, kind)| {
             if kind == "counter" {
@@ -63,6 +63,8 @@ both!(
             message("trap", "trap"),
             message("bad", "reject"),
         ];
+
+        // Wait until the backlog is measured as empty.
         world.nats.publish_all(messages.to_vec()).await?;
         world.quiet(4).await?;
         let settled = async {
@@ -75,7 +77,7 @@ both!(
         };
         let text = tokio::time::timeout(support::world::PATIENCE, settled)
             .await
-            .context("something stays unhandled")??;
+            .context("wait until all messages are handled")??;
         for (series, expected) in [
             (
                 r#"oncely_messages_total{worker="test",verdict="done"}"#,
@@ -97,7 +99,7 @@ both!(
                 r#"oncely_dead_letters_total{worker="test",reason="attempts-exhausted"}"#,
                 1.0,
             ),
-            // Four outputs, two notices, and two failures that are new.
+            // Four outputs, two notices, and two new failures.
             (
                 r#"oncely_outputs_total{worker="test",outcome="published"}"#,
                 8.0,
@@ -128,7 +130,7 @@ both!(
         "{text}"
     );
 
-        // A message that takes its time is the oldest one that is not handled.
+        // A slow message is the oldest unhandled one.
         world
             .nats
             .publish_all(vec![NewMessage::new(
@@ -150,7 +152,7 @@ both!(
         };
         tokio::time::timeout(support::world::PATIENCE, measured)
             .await
-            .context("its age is never measured")??;
+            .context("wait until the age is measured")??;
         let status = world.oncely_json(&["status", "--json"]).await?;
         assert!(
             status

@@ -1,5 +1,6 @@
-//! An operator sees the true state: a version that is active runs, a host that is ready works, a worker that cannot
-//! run says why and leaves the others alone, and a retired one is gone.
+//! The operator's view is true: active versions run, ready hosts work, retired workers are gone.
+//!
+//! A worker that cannot run reports why and does not affect others.
 
 use std::time::{Duration, Instant};
 
@@ -11,11 +12,11 @@ use support::nats::{NatsServer, NewMessage};
 use support::postgres::Cluster;
 use support::world::{PATIENCE, World, manifest};
 
-/// The manifest of a worker `other` beside `test`, on a stream of its own.
+/// The manifest of a worker `other` beside `test`, on its own stream.
 fn other(stream: &str) -> Result<String> {
     let text = manifest("")?.replace("name = \"test\"", "name = \"other\"");
     let (_, worker) = text.split_once("[[worker]]").context("find the worker")?;
-    // The tables are those of the first one.
+    // The tables belong to the first worker.
     let lines: Vec<&str> = worker
         .lines()
         .filter(|line| !line.starts_with("migrations"))
@@ -36,7 +37,7 @@ async fn deploy(world: &World, manifest: &str) -> Result<String> {
     world.oncely(&["deploy", "other.toml"]).await
 }
 
-/// Waits until the status holds this text, and returns how long that took.
+/// Waits until the status contains this text, and returns the time that took.
 async fn until_status(world: &World, wanted: &str) -> Result<Duration> {
     let began = Instant::now();
     loop {
@@ -53,13 +54,15 @@ async fn until_status(world: &World, wanted: &str) -> Result<Duration> {
     }
 }
 
-/// How soon trouble shows.
+/// Maximum delay until a failure is reported.
 const REPORTED_WITHIN: Duration = Duration::from_secs(10);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_version_whose_consumer_is_refused_is_not_active() -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("")?).await?;
     let jetstream = jetstream_of(&world).await?;
+
+    // A work queue with a rival consumer, and a stream that removes idle consumers
     let stream = |name: &str, subject: &str| Config {
         name: name.to_owned(),
         subjects: vec![subject.to_owned()],
@@ -86,6 +89,7 @@ async fn a_version_whose_consumer_is_refused_is_not_active() -> Result<()> {
     };
     jetstream.create_stream(forgetful).await?;
 
+    // Both are refused, and nothing is deployed.
     let refused = deploy(&world, &other("QUEUE")?)
         .await
         .unwrap_err()
@@ -94,29 +98,23 @@ async fn a_version_whose_consumer_is_refused_is_not_active() -> Result<()> {
         refused.contains("work queue") && refused.contains("rival takes queue.a.>"),
         "{refused}"
     );
-    ensure!(
-        refused.contains("hint: give the worker subjects"),
-        "{refused}"
-    );
+    ensure!(refused.contains("hint: use subjects"), "{refused}");
     let refused = deploy(&world, &other("FORGETFUL")?)
         .await
         .unwrap_err()
         .to_string();
-    ensure!(
-        refused.contains("removes consumers that are not used"),
-        "{refused}"
-    );
+    ensure!(refused.contains("removes idle consumers"), "{refused}");
     let workers = world.oncely(&["workers"]).await?;
     ensure!(
         !workers.contains("other"),
-        "it is there all the same: {workers}"
+        "the worker was deployed: {workers}"
     );
     ensure!(
         world.oncely(&["status"]).await?.contains("ready: yes"),
         "the host is not ready"
     );
 
-    // The rival takes one port; others are free.
+    // The rival consumes one subject; others are free.
     let beside = other("QUEUE")?.replace(
         "stream = \"QUEUE\"",
         "stream = \"QUEUE\"\nsubjects = [\"queue.b\"]",
@@ -160,7 +158,7 @@ async fn a_worker_respects_the_consumer_limits_of_its_stream() -> Result<()> {
     world.quiet(150).await
 }
 
-/// The version that an output of `version` tells, if its event's id begins like this.
+/// The version in an output of `version`, if its event id has this prefix.
 fn version_of(body: &[u8], prefix: &str) -> Option<u64> {
     let body: serde_json::Value = serde_json::from_slice(body).ok()?;
     body["id"].as_str().filter(|id| id.starts_with(prefix))?;
@@ -199,7 +197,7 @@ async fn a_version_reported_active_handles_the_next_message() -> Result<()> {
             .iter()
             .filter_map(|output| version_of(&output.body, &format!("test:e{n}-")))
             .collect();
-        assert_eq!(by, [n + 1; 20], "an older version handled what came after");
+        assert_eq!(by, [n + 1; 20], "an older version handled a later message");
     }
     rival.kill()?;
     rival.wait()?;
@@ -229,7 +227,7 @@ async fn a_missing_stream_is_reported_and_other_workers_continue() -> Result<()>
     world.nats.publish_all(vec![NewMessage::insert(1)]).await?;
     world.until("select count(*) from oncely.inbox", 1).await?;
 
-    // Without the other one's stream nothing works.
+    // Without the stream of the last running worker the host is not ready.
     jetstream.delete_stream("IN").await?;
     let why = world.not_ready("the stream IN does not exist").await?;
     ensure!(why.contains("the stream THEIRS does not exist"), "{why}");
@@ -279,13 +277,14 @@ async fn the_hosts_own_streams_are_recreated() -> Result<()> {
         while jetstream.get_stream(name).await.is_err() {
             ensure!(
                 Instant::now() < end,
-                "{name} is not made again:\n{}",
+                "{name} was not recreated:\n{}",
                 world.host_log()
             );
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
     until_status(&world, "ready: yes").await?;
+
     // Requeued messages are handled again.
     world
         .nats
@@ -310,7 +309,7 @@ async fn a_database_that_cannot_commit_makes_the_host_not_ready() -> Result<()> 
     world.database = support::database::Database::on(&cluster).await?;
     world.start_host().await?;
     let set = |names: &str| format!("alter system set synchronous_standby_names = '{names}'");
-    world.database.execute(&set("nobody")).await?;
+    world.database.execute(&set("absent")).await?;
     world.database.execute("select pg_reload_conf()").await?;
     let began = Instant::now();
     let why = world.not_ready("does not confirm commits").await?;
@@ -319,7 +318,8 @@ async fn a_database_that_cannot_commit_makes_the_host_not_ready() -> Result<()> 
         "{:?}: {why}",
         began.elapsed()
     );
-    // The alarm goes around the database.
+
+    // The alarm bypasses the database.
     let end = began + REPORTED_WITHIN;
     loop {
         let alarms = world.nats.read_stream("ONCELY_ALARM").await?;
@@ -333,7 +333,8 @@ async fn a_database_that_cannot_commit_makes_the_host_not_ready() -> Result<()> 
         ensure!(Instant::now() < end, "no alarm:\n{}", world.host_log());
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    // A setting needs no commit of its own.
+
+    // A changed setting takes effect without a commit.
     world.database.execute(&set("")).await?;
     world.database.execute("select pg_reload_conf()").await?;
     world.ready().await?;
@@ -381,7 +382,7 @@ both!(
                 .await?
                 .consumer_info("oncely-test")
                 .await;
-            ensure!(consumer.is_err(), "the consumer of {stream} is still there");
+            ensure!(consumer.is_err(), "the consumer of {stream} still exists");
         }
         let error = world
             .oncely(&["retire", "nobody"])
@@ -392,11 +393,12 @@ both!(
             error.contains("there is no worker `nobody`") && error.contains("hint: oncely workers"),
             "{error}"
         );
-        // Once more is no mistake: it may have been cut off.
+
+        // Repeating the command is no error: the first one may have been interrupted.
         world.oncely(&["retire", "test"]).await?;
         ensure!(
             !world.oncely(&["workers"]).await?.contains("test"),
-            "it is still listed"
+            "the worker is still listed"
         );
         world.ready().await?;
         world
@@ -404,7 +406,7 @@ both!(
             .publish_all((20..30).map(NewMessage::insert).collect())
             .await?;
 
-        // The handled messages come again, and are skipped.
+        // Handled messages are redelivered and skipped.
         assert_eq!(
             deploy(&world, &manifest("")?).await?.trim(),
             "worker test version 2 is active"
@@ -442,7 +444,7 @@ both!(
 async fn a_host_that_is_not_ready_handles_signals() -> Result<()> {
     let mut world = World::start(Kind::Sqlite, &manifest("")?).await?;
     world.kill_host()?;
-    // A server that says nothing keeps the host from its start.
+    // A silent server blocks the host's start.
     world.nats.pause()?;
     world.spawn_host()?;
     tokio::time::sleep(Duration::from_millis(500)).await;
@@ -452,7 +454,7 @@ async fn a_host_that_is_not_ready_handles_signals() -> Result<()> {
     while world.is_host_running() {
         ensure!(
             began.elapsed() < Duration::from_secs(5),
-            "it still waits:\n{}",
+            "the host is still running:\n{}",
             world.host_log()
         );
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -460,12 +462,14 @@ async fn a_host_that_is_not_ready_handles_signals() -> Result<()> {
     world.nats.resume()
 }
 
-/// One server of three is away: hosts start and work, because their own streams have three replicas.
+/// With one server of three down, hosts start and work, because their own streams have three
+/// replicas.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_host_starts_while_one_nats_server_is_down() -> Result<()> {
     let mut servers = NatsServer::start_cluster().await?;
     let mut world = World::without_host(Kind::Sqlite, &manifest("")?).await?;
-    // One of these was made by an earlier host, without replicas.
+
+    // An earlier host created one of these streams without replicas.
     let jetstream = jetstream::new(servers[0].client().await?);
     let old = Config {
         name: "ONCELY_DLQ".to_owned(),
@@ -498,7 +502,8 @@ async fn a_host_starts_while_one_nats_server_is_down() -> Result<()> {
     }
     world.stop_host().await?;
     servers[2].kill()?;
-    // The deployment at the start needs these; the start itself waits for its own streams.
+
+    // The deployment needs these streams. The start itself waits for its own.
     for name in ["IN", "OUT"] {
         let end = Instant::now() + PATIENCE;
         while jetstream.get_stream(name).await.is_err() {
@@ -517,14 +522,19 @@ async fn a_host_starts_while_one_nats_server_is_down() -> Result<()> {
     world.until("select count(*) from oncely.inbox", 1).await?;
     world.stop_host().await?;
 
-    // With two away nothing can be stored: the start waits, says for what, and goes on by itself.
+    // With two servers down, nothing can be stored. The start waits, logs the reason, and continues
+    // when a server is back.
     servers[1].kill()?;
     world.spawn_host()?;
     let end = Instant::now() + PATIENCE;
-    while !world.host_log().contains("the start waits for") && world.is_host_running() {
+    let waits = [
+        "failed to create a stream of the host",
+        "waiting for JetStream",
+    ];
+    while !waits.iter().any(|text| world.host_log().contains(text)) && world.is_host_running() {
         ensure!(
             Instant::now() < end,
-            "it does not say what it waits for:\n{}",
+            "the log does not name the missing server:\n{}",
             world.host_log()
         );
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -532,7 +542,7 @@ async fn a_host_starts_while_one_nats_server_is_down() -> Result<()> {
     Ok(())
 }
 
-/// Runs the program until it ends, which must be soon. Returns what it printed to standard error.
+/// Runs the program until it fails, which must be soon, and returns its standard error.
 async fn fails(world: &World, args: &[&str]) -> Result<String> {
     let mut command = std::process::Command::new(support::guests::oncely()?);
     command
@@ -550,10 +560,10 @@ async fn fails(world: &World, args: &[&str]) -> Result<String> {
     let output = tokio::task::spawn_blocking(move || command.output());
     let output = tokio::time::timeout(Duration::from_secs(30), output)
         .await
-        .context("it does not end")???;
+        .context("wait for the program to exit")???;
     ensure!(
         !output.status.success(),
-        "it ran: {}",
+        "the program succeeded: {}",
         String::from_utf8_lossy(&output.stdout)
     );
     Ok(String::from_utf8_lossy(&output.stderr).into_owned())
@@ -675,8 +685,8 @@ async fn a_maximum_size_dead_letter_is_announced_without_its_body() -> Result<()
             .find(|one| one.headers.get("Oncely-Event-Id").map(String::as_str) == Some(id))
     };
     let (small, large) = (
-        of("small").context("no notice")?,
-        of("large").context("no notice of the large one")?,
+        of("small").context("find the small notice")?,
+        of("large").context("find the large notice")?,
     );
     ensure!(
         !small.body.is_empty() && !small.headers.contains_key("Oncely-Omitted"),
@@ -825,8 +835,9 @@ async fn a_delete_marker_is_no_event() -> Result<()> {
             .await?,
         0
     );
-    // Nor is it taken for a message that a restored database has forgotten.
-    let marks = world
+
+    // It does not count as a message that a restored database has forgotten.
+    let watermarks = world
         .database
         .number("select max(number) from oncely.watermark")
         .await?;
@@ -834,14 +845,14 @@ async fn a_delete_marker_is_no_event() -> Result<()> {
     world
         .until(
             &format!(
-                "select case when max(number) > {marks} then 1 else 0 end from oncely.watermark"
+                "select case when max(number) > {watermarks} then 1 else 0 end from oncely.watermark"
             ),
             1,
         )
         .await?;
     ensure!(
         world.oncely(&["status"]).await?.contains("ready: yes"),
-        "the host waits:\n{}",
+        "the host waits for a recovery:\n{}",
         world.host_log()
     );
     Ok(())

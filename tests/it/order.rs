@@ -1,4 +1,4 @@
-//! Order per key: of effects and of outputs, with members that fail among them.
+//! Order per key, of effects and of outputs, with failing items in between.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,8 @@ use support::world::{QUICK_RETRIES, World, manifest};
 
 const KEYS: usize = 5;
 
-/// What a message that succeeds does: two rows, a place in the order of its key, and outputs.
+/// The behaviour of a successful message: two rows, a position in the order of its key, and
+/// outputs.
 const EFFECT: &str = "insert,state_append";
 
 fn keyed(key: usize, event: &str, behaviour: &str) -> NewMessage {
@@ -19,7 +20,7 @@ fn keyed(key: usize, event: &str, behaviour: &str) -> NewMessage {
     NewMessage::new(&format!("in.key{key}"), event, behaviour, &options)
 }
 
-/// `count` messages for each key, in turn. Some fail before and some after they ran SQL, some for ever.
+/// `count` messages for each key, alternating. Some fail before and some after SQL, some always.
 fn workload(count: usize) -> Vec<(String, String, NewMessage)> {
     let mut messages = Vec::new();
     for n in 0..count {
@@ -42,7 +43,7 @@ fn workload(count: usize) -> Vec<(String, String, NewMessage)> {
     messages
 }
 
-/// For each key the ids of the messages that took effect, in the order they did.
+/// The ids of the messages with effects by key, in the order of effects.
 async fn effects(world: &World) -> Result<BTreeMap<String, Vec<String>>> {
     let mut effects = BTreeMap::new();
     for key in 0..KEYS {
@@ -56,20 +57,22 @@ async fn effects_of(world: &World, key: &str) -> Result<Vec<String>> {
     let entry = world
         .oncely_json(&["state", "get", "test", key, "--json"])
         .await?;
-    let value = entry["value"].as_str().context("the entry has no value")?;
+    let value = entry["value"]
+        .as_str()
+        .context("read the value of the entry")?;
     Ok(serde_json::from_slice(
         &base64::engine::general_purpose::STANDARD.decode(value)?,
     )?)
 }
 
-/// For each key the ids of the messages whose outputs are on the stream, in the order of the stream.
+/// The ids of the messages with outputs by key, in stream order.
 async fn outputs(world: &World) -> Result<BTreeMap<String, Vec<String>>> {
     let mut outputs: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for message in world.nats.read_stream("OUT").await? {
         let body: serde_json::Value = serde_json::from_slice(&message.body)?;
         let event = body["event_id"]
             .as_str()
-            .context("the output names no event")?
+            .context("read the event id of the output")?
             .to_owned();
         let key = event.split('-').next().unwrap_or_default().to_owned();
         let events = outputs.entry(key).or_default();
@@ -79,14 +82,14 @@ async fn outputs(world: &World) -> Result<BTreeMap<String, Vec<String>>> {
             assert_eq!(
                 events.last(),
                 Some(&event),
-                "outputs of two messages of a key are mixed up"
+                "outputs of two messages of a key are interleaved"
             );
         }
     }
     Ok(outputs)
 }
 
-/// The workload's ids by key, in stream order, but for those of these kinds.
+/// The workload's ids by key in stream order, without these kinds.
 fn expected(count: usize, leave_out: &[&str]) -> BTreeMap<String, Vec<String>> {
     let mut expected: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for (key, event, _) in workload(count) {
@@ -104,7 +107,7 @@ fn without(ids: BTreeMap<String, Vec<String>>, kinds: &[&str]) -> BTreeMap<Strin
     ids.into_iter().map(|(key, ids)| (key, kept(ids))).collect()
 }
 
-/// Works the workload off from full batches.
+/// Handles the workload in full batches.
 async fn settled(kind: Kind, settings: &str, count: usize) -> Result<World> {
     let settings = format!(
         "ordering_key = \"subject:2\"\nconcurrency = 2\nbatch = 16\n{settings}\n{QUICK_RETRIES}"
@@ -144,7 +147,7 @@ both!(
             expected(count, &["dead", "late"])
         );
         assert_eq!(effects, outputs);
-        // Nobody waited for those that failed.
+        // Later messages did not wait for failing ones.
         assert_ne!(effects, expected(count, &["dead"]));
         Ok(())
     }
@@ -164,7 +167,7 @@ both!(
     }
 );
 
-/// A message that fails, asks for a long wait, and succeeds with its second attempt.
+/// A message that fails, requests a long delay, and succeeds at its second attempt.
 fn slow_to_recover(key: usize, event: &str, wait_ms: u64) -> NewMessage {
     let options = format!(r#"{{"list": "key{key}", "attempt": 2, "after_ms": {wait_ms}}}"#);
     NewMessage::new(
@@ -178,7 +181,7 @@ fn slow_to_recover(key: usize, event: &str, wait_ms: u64) -> NewMessage {
 both!(
     a_held_key_waits_in_the_host_while_others_continue,
     |kind: Kind| async move {
-        // One lane, and redelivery much sooner than the wait: what is held must be kept from it.
+        // One lane, with redelivery much sooner than the delay: the hold must extend `ack_wait`.
         let settings = "ordering_key = \"subject:2\"\non_failure = \"hold\"\nconcurrency = 1\nack_wait = \"1s\"";
         let world = World::start(kind, &manifest(settings)?).await?;
         let mut messages = vec![slow_to_recover(0, "key0-first", 4_000)];
@@ -193,7 +196,8 @@ both!(
                 20,
             )
             .await?;
-        // Attempts are counted once the batch is committed.
+
+        // Attempts are counted after the batch is committed.
         world
             .until("select count(*) from oncely.attempt", 1)
             .await?;
@@ -222,7 +226,7 @@ both!(
         assert_eq!(
             status.pointer("/0/duplicates"),
             Some(&0.into()),
-            "something was delivered again: {status}"
+            "a held message was redelivered: {status}"
         );
         Ok(())
     }
@@ -246,7 +250,7 @@ both!(
             } else {
                 world.stop_host().await?;
             }
-            // New ones wait on the stream by the time the next host comes.
+            // More messages are on the stream before the next host starts.
             world
                 .nats
                 .publish_all(

@@ -1,4 +1,4 @@
-//! The broker or the database gone for a while: nothing dies, nothing is dead-lettered, no attempt is spent.
+//! Outages of the broker and the database: no host dies, and no message is charged an attempt.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use support::nats::NewMessage;
 use support::postgres::Cluster;
 use support::world::{World, manifest};
 
-/// How long something stays away; `ONCELY_TEST_OUTAGE` makes it longer, in seconds.
+/// The length of an outage; `ONCELY_TEST_OUTAGE` sets it, in seconds.
 fn outage() -> Duration {
     let seconds = std::env::var("ONCELY_TEST_OUTAGE")
         .ok()

@@ -1,4 +1,4 @@
-//! The forms in which people install Oncely: the image's files, the unit, the scripts for shells.
+//! The packages of Oncely: the image's files, the systemd unit, and shell completions.
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -44,7 +44,7 @@ fn each_shell_completes_every_command() -> Result<()> {
         for command in ["deploy", "rollback", "redrive", "--dry-run", "--toolchain"] {
             assert!(
                 script.contains(command.trim_start_matches("--")),
-                "{shell} does not know {command}"
+                "the completions for {shell} lack {command}"
             );
         }
     }
@@ -54,7 +54,7 @@ fn each_shell_completes_every_command() -> Result<()> {
 #[test]
 fn the_systemd_unit_is_valid_and_hardened() -> Result<()> {
     if !is_there("systemd-analyze") {
-        eprintln!("skipped: there is no systemd-analyze");
+        eprintln!("skipped: systemd-analyze is not installed");
         return Ok(());
     }
     let folder = tempfile::tempdir()?;
@@ -66,7 +66,7 @@ fn the_systemd_unit_is_valid_and_hardened() -> Result<()> {
     )?;
     let said = output(Command::new("systemd-analyze").arg("verify").arg(&unit))?;
     assert!(!said.contains("oncely.service"), "{said}");
-    // Out of 100, the lower the better: 96 is a service without any protection.
+    // The exposure out of 100, lower is better: 96 is an unprotected service.
     output(
         Command::new("systemd-analyze")
             .args(["security", "--offline=true", "--threshold=20"])
@@ -75,7 +75,7 @@ fn the_systemd_unit_is_valid_and_hardened() -> Result<()> {
     Ok(())
 }
 
-/// The files of the image are enough to run a host, as a user without rights, with nothing else of this machine.
+/// The image's files alone are enough to run a host as an unprivileged user.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_host_runs_from_the_image_files_only() -> Result<()> {
     let folder = tempfile::Builder::new().prefix("oncely-image-").tempdir()?;
@@ -85,9 +85,9 @@ async fn a_host_runs_from_the_image_files_only() -> Result<()> {
             .arg(oncely()?)
             .arg(&tree),
     )?;
-    assert!(!tree.join("bin/sh").exists(), "there is a shell");
+    assert!(!tree.join("bin/sh").exists(), "the image contains a shell");
     let Some(mut inside) = inside(&tree)? else {
-        eprintln!("skipped: this user may neither call chroot nor make a user namespace");
+        eprintln!("skipped: chroot and user namespaces are not permitted");
         return Ok(());
     };
 
@@ -114,7 +114,7 @@ async fn a_host_runs_from_the_image_files_only() -> Result<()> {
         .is_ok_and(|response| response.status().is_success())
     {
         let log = || std::fs::read_to_string(folder.path().join("log")).unwrap_or_default();
-        ensure!(host.0.try_wait()?.is_none(), "the host ended:\n{}", log());
+        ensure!(host.0.try_wait()?.is_none(), "the host exited:\n{}", log());
         ensure!(Instant::now() < end, "the host is not ready:\n{}", log());
         tokio::time::sleep(std::time::Duration::from_millis(50)).await;
     }
@@ -131,8 +131,8 @@ impl Drop for Host {
     }
 }
 
-/// A command that runs its arguments with `tree` as the root folder: as the image's user where this user is root, else
-/// in a user namespace; none where neither is allowed.
+/// A command that runs its arguments with `tree` as the root folder: as the image's user if the
+/// tests run as root, else in a user namespace. None if neither is permitted.
 fn inside(tree: &Path) -> Result<Option<Command>> {
     let is_root = output(Command::new("id").arg("-u"))?.trim() == "0";
     let command = || {

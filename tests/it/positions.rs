@@ -1,4 +1,4 @@
-//! One batch given to the harness itself: who runs how often when one of its items fails, wherever it stands.
+//! One batch in the harness itself: runs of each item when one fails, at every position.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use support::world::manifest;
 
 const BATCH: usize = 32;
 
-/// The harness, with a real database and the test component, and no broker.
+/// The delivery with a real database and the test component, without a broker.
 pub struct DeliveryHarness {
     pub delivery: Delivery,
     pub database: Database,
@@ -109,16 +109,19 @@ async fn one_failing_item_at_each_position(kind: Kind, behaviour: &str, reruns: 
         let delivered = harness.deliver(&batch).await?;
         assert!(
             delivered.reruns <= reruns,
-            "at {place} the others ran {} times more",
+            "with a failure at {place} the batch was rerun {} times",
             delivered.reruns
         );
         for (n, verdict) in delivered.verdicts.iter().enumerate() {
             let right = match verdict {
                 Verdict::Done(_) => n != place,
-                Verdict::Dead(letter) => n == place && letter.attempts == 1,
+                Verdict::Dead(dead_letter) => n == place && dead_letter.attempts == 1,
                 _ => false,
             };
-            assert!(right, "with the poison at {place}, {n} came to {verdict:?}");
+            assert!(
+                right,
+                "with the poison at {place}, unexpected verdict of item {n}: {verdict:?}"
+            );
         }
         let output_ids: BTreeSet<&str> = delivered
             .outputs
@@ -181,7 +184,7 @@ both!(
                 } else {
                     matches!(verdict, Verdict::Dead(_))
                 };
-                assert!(right, "{n} came to {verdict:?}");
+                assert!(right, "unexpected verdict of item {n}: {verdict:?}");
             }
         }
         let number = async |sql: &str| harness.database.number(sql).await;
@@ -196,12 +199,13 @@ both!(
     }
 );
 
-/// A statement that ends its own session would break the connection for ever: it is an attempt that failed in the end, and its
-/// neighbours take effect.
+/// A statement that ends its own session would break the connection on every attempt. The message
+/// becomes a dead letter, and its neighbours take effect.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_message_whose_statement_ends_its_session_fails_alone() -> Result<()> {
     let harness = DeliveryHarness::new(Kind::Postgres, "[worker.retry]\nattempts = 1\n").await?;
-    // As a superuser: guests have no right to that function.
+
+    // Created by a superuser: guests have no privilege on the inner function.
     let leave = "create function app_default.leave() returns void language sql security definer
         as 'select pg_catalog.pg_terminate_backend(pg_catalog.pg_backend_pid())'";
     harness.database.execute(leave).await?;
@@ -222,15 +226,18 @@ async fn a_message_whose_statement_ends_its_session_fails_alone() -> Result<()> 
             Err(error) => assert!(tries < 5, "{error:#}"),
         }
     };
-    // Once with the others, once alone, and once more: an outage would have been over by then.
+
+    // Once in the batch, once alone, and once more: an outage would be over by then.
     assert_eq!(tries, 2);
     for (n, verdict) in delivered.verdicts.iter().enumerate() {
         let right = match verdict {
             Verdict::Done(_) | Verdict::Duplicate(_) => n != 3,
-            Verdict::Dead(letter) => n == 3 && letter.code.as_deref() == Some("connection-broken"),
+            Verdict::Dead(dead_letter) => {
+                n == 3 && dead_letter.code.as_deref() == Some("connection-broken")
+            }
             _ => false,
         };
-        assert!(right, "{n} came to {verdict:?}");
+        assert!(right, "unexpected verdict of item {n}: {verdict:?}");
     }
     assert_eq!(
         harness
@@ -242,12 +249,12 @@ async fn a_message_whose_statement_ends_its_session_fails_alone() -> Result<()> 
     Ok(())
 }
 
-/// The server itself counts how often the function of the door that reads state was called.
+/// The server counts the calls of the definer function that reads state.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn state_keys_are_read_for_a_batch_with_one_statement() -> Result<()> {
     let harness = DeliveryHarness::new(
         Kind::Postgres,
-        "state_keys = [\"{header:Account}\", \"{header:Nobody}\"]",
+        "state_keys = [\"{header:Account}\", \"{header:Absent}\"]",
     )
     .await?;
     let Database::Postgres { direct, .. } = &harness.database else {
@@ -263,12 +270,15 @@ async fn state_keys_are_read_for_a_batch_with_one_statement() -> Result<()> {
             "alter database \"{name}\" set track_functions = 'pl'"
         ))
         .await?;
-    // Connections made from now on count.
+
+    // Only connections opened from now on are counted.
     let store = PostgresStore::connect(direct, 4).await?;
     let delivery = Delivery {
         store: Arc::new(store),
         ..harness.delivery.clone()
     };
+
+    // Two batches
     for round in 0..2 {
         let count = |n: usize| {
             message(
@@ -286,7 +296,8 @@ async fn state_keys_are_read_for_a_batch_with_one_statement() -> Result<()> {
                 .all(|verdict| matches!(verdict, Verdict::Done(_)))
         );
     }
-    // What a session counted is there for all to see when it ends.
+
+    // A session's counts become visible when it ends.
     delivery.store.close().await;
     let calls =
         "select coalesce(sum(calls), 0) from pg_stat_user_functions where funcname = 'load_state'";
@@ -294,7 +305,7 @@ async fn state_keys_are_read_for_a_batch_with_one_statement() -> Result<()> {
     while harness.database.number(calls).await? < 2 {
         anyhow::ensure!(
             std::time::Instant::now() < end,
-            "the server counted nothing"
+            "the server counted no calls"
         );
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;
     }

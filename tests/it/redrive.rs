@@ -1,4 +1,4 @@
-//! Dead letters that are corrected, put back and closed: one effect and one letter, whatever happens meanwhile.
+//! Corrected, redriven and closed dead letters: one effect and one dead letter each.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use support::guests;
 use support::nats::NewMessage;
 use support::world::{World, manifest};
 
-/// One attempt, so that `fail_once` dies and takes effect when it is put back.
+/// One attempt, so that `fail_once` dies and succeeds when redriven.
 const ONE_ATTEMPT: &str =
     "[worker.retry]\nattempts = 1\nbackoff = \"10ms\"\nbackoff_max = \"50ms\"";
 
@@ -20,7 +20,7 @@ fn failing_once(event: &str) -> NewMessage {
     NewMessage::new("in.x", event, "fail_once,insert", r#"{"n": 1}"#)
 }
 
-/// The same event as a publisher sends it again who never heard the answer.
+/// The same event from a publisher that never received the acknowledgement.
 fn again(mut message: NewMessage, event: &str) -> NewMessage {
     message.headers.retain(|(name, _)| name != "Nats-Msg-Id");
     message.headers.push((
@@ -46,7 +46,8 @@ both!(
             guests::component()?.display()
         );
         let world = World::start(kind, &format!("{}\n{other}", manifest(retries)?)).await?;
-        // Dies at the second attempt, and would take effect at the fourth.
+
+        // Dies at the second attempt, and would succeed at the fourth.
         let message = NewMessage::new(
             "in.x",
             "e1",
@@ -55,6 +56,8 @@ both!(
         );
         world.nats.publish_all(vec![message]).await?;
         world.until(OPEN, 2).await?;
+
+        // Only the worker `test` gets its redrive.
         let said = world
             .oncely(&["dlq", "redrive", "--worker", "test", "--note", "fixed"])
             .await?;
@@ -76,7 +79,8 @@ both!(
             .rows("select worker, state from oncely.inbox order by worker")
             .await?;
         assert_eq!(states, [["other", "dead"], ["test", "done"]]);
-        // It is closed: it is not listed, and cannot be put back once more.
+
+        // The closed dead letter is not listed, and cannot be redriven again.
         assert_eq!(
             world
                 .oncely_json(&["dlq", "list", "--worker", "test", "--json"])
@@ -89,14 +93,14 @@ both!(
             .oncely_json(&["dlq", "list", "--worker", "test", "--closed", "--json"])
             .await?[0]["id"]
             .clone();
-        let letter = dead_letter(&world, id.as_i64().unwrap_or_default()).await?;
+        let shown = dead_letter(&world, id.as_i64().unwrap_or_default()).await?;
         assert_eq!(
-            (&letter["state"], &letter["inbox"]["state"]),
+            (&shown["state"], &shown["inbox"]["state"]),
             (&"done".into(), &"done".into())
         );
-        assert_eq!(letter["outputs"][0]["id"], "test:e1:0");
+        assert_eq!(shown["outputs"][0]["id"], "test:e1:0");
         assert_eq!(
-            (&letter["audit"][0]["action"], &letter["audit"][0]["note"]),
+            (&shown["audit"][0]["action"], &shown["audit"][0]["note"]),
             (&"redrive".into(), &"fixed".into())
         );
         let refused = world
@@ -121,13 +125,13 @@ both!(
         for round in 1..=2 {
             let said = world.oncely(&["dlq", "redrive", "--all"]).await?;
             assert_eq!(said.trim(), "redriven: 1; succeeded: 0; failed again: 1");
-            let letter = dead_letter(&world, 1).await?;
+            let shown = dead_letter(&world, 1).await?;
             assert_eq!(
-                (&letter["generation"], &letter["attempts"]),
+                (&shown["generation"], &shown["attempts"]),
                 (&round.into(), &(round + 1).into())
             );
             assert_eq!(
-                letter["failure_history"].as_array().map(Vec::len),
+                shown["failure_history"].as_array().map(Vec::len),
                 Some(round + 1)
             );
         }
@@ -153,7 +157,8 @@ both!(
             header(2, "Oncely-Output-Id")
         );
         assert_eq!(header(2, "Oncely-Dead-Letter"), "1");
-        // What was put back has left the queue.
+
+        // Redriven messages have left the queue.
         assert_eq!(world.nats.read_stream("ONCELY_REDRIVE").await?.len(), 0);
         Ok(())
     }
@@ -166,6 +171,8 @@ both!(
         let original = NewMessage::new("in.x", "e1", "insert", r#"{"n": "#);
         world.nats.publish_all(vec![original.clone()]).await?;
         world.until(OPEN, 1).await?;
+
+        // Correct and redrive
         let corrected = world.folder.path().join("corrected.json");
         std::fs::write(&corrected, r#"{"n": 1}"#)?;
         let path = corrected.display().to_string();
@@ -176,7 +183,7 @@ both!(
             "--body",
             &path,
             "--note",
-            "it was cut",
+            "truncated body",
             "--actor",
             "ada",
         ];
@@ -192,13 +199,15 @@ both!(
             world.oncely(&["dlq", "redrive", "1"]).await?.trim(),
             "redriven: 1; succeeded: 1"
         );
-        let letter = dead_letter(&world, 1).await?;
-        // The original stands beside it.
+        let shown = dead_letter(&world, 1).await?;
+
+        // The original body is shown beside the correction.
         assert_eq!(
-            (&letter["body"], &letter["edits"][0]["actor"]),
+            (&shown["body"], &shown["edits"][0]["actor"]),
             (&"eyJuIjog".into(), &"ada".into())
         );
-        // Neither the original nor a copy of it is another event now.
+
+        // The original message and its copy are duplicates now.
         world
             .nats
             .publish_all(vec![again(original, "e1"), failing_once("e2")])
@@ -240,6 +249,8 @@ both!(
             .rows("select id from oncely.dead_letter order by event_id")
             .await?
             .concat();
+
+        // Close
         assert_eq!(
             world
                 .oncely(&["dlq", "resolve", &ids[0], "--note", "repaired by hand"])
@@ -253,7 +264,8 @@ both!(
             .unwrap_err()
             .to_string();
         assert!(
-            unasked.contains("none of the 3 dead letters was dropped") && unasked.contains("--yes"),
+            unasked.contains("refusing to drop 3 dead letters without confirmation")
+                && unasked.contains("--yes"),
             "{unasked}"
         );
         assert_eq!(
@@ -263,6 +275,8 @@ both!(
                 .trim(),
             "dropped: 1 of 1"
         );
+
+        // Closed dead letters are hidden.
         assert_eq!(
             world
                 .oncely_json(&["dlq", "list", "--json"])
@@ -286,6 +300,8 @@ both!(
                 .pointer("/totals/0/dead"),
             Some(&2.into())
         );
+
+        // Only a forced redrive reopens one.
         let refused = world
             .oncely(&["dlq", "redrive", &ids[0]])
             .await
@@ -298,13 +314,15 @@ both!(
             .unwrap_err()
             .to_string();
         assert!(
-            refused.contains("it is closed already (dropped)"),
+            refused.contains("it is already closed (dropped)"),
             "{refused}"
         );
         let said = world
             .oncely(&["dlq", "redrive", &ids[0], "--force"])
             .await?;
         assert_eq!(said.trim(), "redriven: 1; succeeded: 1");
+
+        // The audit is complete and append-only.
         let acts = world
             .database
             .rows("select action from oncely.dead_letter_audit order by seq")
@@ -316,7 +334,8 @@ both!(
             .execute("update oncely.dead_letter_audit set actor = 'somebody else'")
             .await;
         assert!(format!("{:#}", forged.unwrap_err()).contains("append-only"));
-        // The export has all of them, one on each line.
+
+        // The export contains all of them, one per line.
         let export = world
             .oncely(&["dlq", "export", "--all", "--closed"])
             .await?;
@@ -353,10 +372,7 @@ both!(a_refused_redrive_gives_a_hint, |kind: Kind| async move {
         .await
         .unwrap_err()
         .to_string();
-    assert!(
-        nothing.contains("it is not said which dead letters are meant"),
-        "{nothing}"
-    );
+    assert!(nothing.contains("no dead letters selected"), "{nothing}");
     let missing = world
         .oncely(&["dlq", "redrive", "7"])
         .await
@@ -481,11 +497,13 @@ both!(
         }
         _ => unsettled,
     };
+
+        // Concurrent redrives, duplicates and kills
         for round in 0..8_u64 {
             if world.database.number(unsettled).await? == 0 {
                 break;
             }
-            // Two people at the same time, and the publisher once more.
+            // Two operators redrive at the same time, and the publisher repeats its messages.
             let redrive = ["dlq", "redrive", "--all", "--rate", "300", "--wait", "0s"];
             let copies = messages
                 .iter()
@@ -509,7 +527,8 @@ both!(
             killed?;
             world.kill_host()?;
             world.start_host().await?;
-            // What the dead host had in hand comes again once `ack_wait` is over; what died meanwhile is put back once more.
+            // The messages of the dead host return after `ack_wait`. Those that died meanwhile are
+            // redriven again.
             world
                 .until(
                     "select count(*) from oncely.outbox where published_at is null",
@@ -517,6 +536,8 @@ both!(
                 )
                 .await?;
         }
+
+        // Recovery and checks
         world
             .oncely(&["dlq", "redrive", "--all", "--force", "--wait", "20s"])
             .await?;
@@ -568,13 +589,16 @@ both!(
         );
         let (_, until) = said
             .split_once("--until ")
-            .context("it does not say how to go on")?;
+            .context("read the command that continues")?;
         let until = until.split([',', ' ']).next().unwrap_or_default();
         let left = world
             .oncely_json(&["dlq", "list", "--json", "--until", until])
             .await?;
         let left = left.as_array().map(Vec::len).unwrap_or_default();
-        assert!(left > 0 && left < count as usize, "{left} are left");
+        assert!(
+            left > 0 && left < count as usize,
+            "{left} dead letters remain"
+        );
         world
             .oncely(&["dlq", "redrive", "--all", "--rate", "0", "--until", until])
             .await?;

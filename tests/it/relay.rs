@@ -1,4 +1,4 @@
-//! Publishing: the order of keys whatever fails, outputs that wait for a person, and delays.
+//! Publishing: order of keys despite failures, parked outputs, and delays.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -33,7 +33,7 @@ both!(
             };
             ensure!(
                 proxy.cut(cut, Duration::from_secs(20)).await,
-                "nothing was published to cut"
+                "no publication could be cut"
             );
         }
         world.nats.kill()?;
@@ -64,7 +64,7 @@ both!(
     }
 );
 
-/// Two hosts commit outputs of the same keys in turn; one is killed with outputs in hand.
+/// Two hosts alternately commit outputs of the same keys; one is killed with leased outputs.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn outputs_of_a_key_keep_their_order_across_hosts() -> Result<()> {
     static COUNT: AtomicU32 = AtomicU32::new(0);
@@ -74,7 +74,10 @@ async fn outputs_of_a_key_keep_their_order_across_hosts() -> Result<()> {
     let one = RunningHost::start(&world, &format!("order-one{number}")).await?;
     let mut two = RunningHost::start(&world, &format!("order-two{number}")).await?;
     let path = world.folder.path().join("oncely.toml");
-    one.oncely(&["deploy", path.to_str().context("name the manifest")?])?;
+    one.oncely(&[
+        "deploy",
+        path.to_str().context("convert the manifest path")?,
+    ])?;
     two.until_version(1).await?;
     two.ready().await?;
     let count = 600;
@@ -85,7 +88,7 @@ async fn outputs_of_a_key_keep_their_order_across_hosts() -> Result<()> {
     world.quiet(count as i64 / 2).await?;
     assert!(
         one.handled()? > 0 && two.handled()? > 0,
-        "only one host worked"
+        "only one host handled messages"
     );
     world
         .nats
@@ -96,7 +99,7 @@ async fn outputs_of_a_key_keep_their_order_across_hosts() -> Result<()> {
     check_order(&world, count).await
 }
 
-/// A world whose stream of outputs takes no more than 300 bytes, and the number of the output that is too large for it.
+/// A world whose output stream accepts at most 300 bytes, and the number of an oversized output.
 async fn world_with_oversized_output(kind: Kind) -> Result<(World, String)> {
     let mut world = World::without_host(kind, &manifest("concurrency = 1")?).await?;
     world.nats.make_narrow_stream("OUT", "out.>", 300).await?;
@@ -134,7 +137,7 @@ async fn world_with_oversized_output(kind: Kind) -> Result<(World, String)> {
         (vec![1], vec![1, 2, 3])
     );
     let list = world.oncely_json(&["outbox", "list", "--json"]).await?;
-    let number = list[0]["number"].as_i64().context("nothing is set aside")?;
+    let number = list[0]["number"].as_i64().context("find a parked output")?;
     Ok((world, number.to_string()))
 }
 
@@ -170,7 +173,8 @@ both!(
         let status = world.oncely_json(&["status", "--json"]).await?;
         assert_eq!(status.pointer("/totals/0/set_aside"), Some(&1.into()));
         assert_eq!(status.pointer("/totals/0/unpublished"), Some(&4.into()));
-        // It still does not fit.
+
+        // The output is still too large.
         world.oncely(&["outbox", "retry", &number]).await?;
         world
             .until(
@@ -204,24 +208,17 @@ both!(
         assert_eq!(
             refused.map(drop),
             Err(
-                "error: 1 output is to be dropped, and nobody confirmed\nhint: confirm with --yes"
+                "error: refusing to drop 1 output without confirmation\nhint: confirm with --yes"
                     .to_owned()
             )
         );
         world
-            .oncely(&[
-                "outbox",
-                "drop",
-                &number,
-                "--yes",
-                "--note",
-                "told them by hand",
-            ])
+            .oncely(&["outbox", "drop", &number, "--yes", "--note", "sent by hand"])
             .await?;
         world.quiet(8).await?;
         assert_eq!(published_values(&world).await?["held"], [1, 3, 4, 5]);
         let dropped = world.oncely(&["outbox", "list", "--dropped"]).await?;
-        assert!(dropped.contains("told them by hand"), "{dropped}");
+        assert!(dropped.contains("sent by hand"), "{dropped}");
         let again = world
             .oncely(&["outbox", "drop", &number, "--yes"])
             .await
@@ -252,14 +249,18 @@ async fn outputs_of_a_missing_stream_are_retried_and_then_parked() -> Result<()>
         .clone();
     context.delete_stream("OUT").await?;
     world.nats.publish_all(counting_messages(1, 12)).await?;
-    // It may come back by itself: nothing is set aside yet. What was there before the stream went may be among them by now.
+
+    // The stream may return: no output is parked yet. Outputs of the deleted stream may be among
+    // them by now.
     world
         .until(
             "select count(*) >= 5 from oncely.outbox where failures > 1 and parked_at is null",
             1,
         )
         .await?;
-    // One for each key; the others wait behind those. What was there before the stream went is to be published again, too.
+
+    // One parked output per key; the others are blocked by it. Outputs of the deleted stream are
+    // republished, too.
     world
         .until(
             "select count(*) from oncely.outbox where parked_at is not null",
@@ -268,13 +269,14 @@ async fn outputs_of_a_missing_stream_are_retried_and_then_parked() -> Result<()>
         .await?;
     let shown = world.oncely(&["outbox", "list"]).await?;
     assert!(
-        shown.contains("no stream takes the subject out.state"),
+        shown.contains("no stream accepts the subject out.state"),
         "{shown}"
     );
     context.create_stream(config).await?;
     world.oncely(&["outbox", "retry", "--all"]).await?;
     world.quiet(12).await?;
-    // What the first stream had comes again, too, if after what waited for the second one.
+
+    // Outputs of the first stream are republished after those that waited for the second one.
     let all = async {
         while published_values(&world)
             .await?
@@ -289,7 +291,7 @@ async fn outputs_of_a_missing_stream_are_retried_and_then_parked() -> Result<()>
     };
     tokio::time::timeout(Duration::from_secs(40), all)
         .await
-        .context("the first output never comes again")?
+        .context("wait for the first output")?
 }
 
 both!(
@@ -298,7 +300,8 @@ both!(
         let world = World::start(kind, &manifest("batch = 8\nconcurrency = 4")?).await?;
         world.nats.publish_all(counting_messages(0, 12)).await?;
         world.quiet(12).await?;
-        // A full stream refuses everything, and lives.
+
+        // A full stream refuses every message but is available.
         let context = jetstream::new(world.nats.client().await?);
         let mut config = context
             .get_stream("OUT")
@@ -313,10 +316,7 @@ both!(
         let open = until_status(&world, "open").await?;
         assert!(open.contains("maximum messages exceeded"), "{open}");
         let shown = world.oncely(&["status"]).await?;
-        assert!(
-            shown.contains("publishing: not to OUT for the moment: "),
-            "{shown}"
-        );
+        assert!(shown.contains("publishing: not to OUT: "), "{shown}");
         config.max_messages = max_messages;
         context.update_stream(&config).await?;
         world.quiet(60).await?;
@@ -349,7 +349,8 @@ both!(
                 &format!(r#"{{"subject": "{subject}", "n": {count}}}"#),
             )
         };
-        // One fits; the others are refused, many times over what opens a breaker.
+
+        // One output fits. The others are refused, far more often than opens a breaker.
         world
             .nats
             .publish_all(vec![emit("fill", "out.full", 60)])
@@ -357,6 +358,8 @@ both!(
         world
             .until("select count(*) from oncely.outbox where failures > 0", 59)
             .await?;
+
+        // Outputs to other subjects are published meanwhile.
         let began = Instant::now();
         for n in 0..8 {
             world
@@ -368,15 +371,16 @@ both!(
         }
         ensure!(
             began.elapsed() < Duration::from_secs(10),
-            "other subjects waited: {:?} for eight",
+            "other subjects were blocked: {:?} for eight outputs",
             began.elapsed()
         );
         let shown = world.oncely(&["status"]).await?;
         assert!(
-            shown.contains("not to out.full for the moment: ") && !shown.contains("not to OUT"),
+            shown.contains("not to out.full: ") && !shown.contains("not to OUT"),
             "{shown}"
         );
-        // Its consumers make room for one more, and one more goes.
+
+        // Its consumers free space for one more message, and one more is published.
         world.nats.purge_subject("OUT", "out.full").await?;
         world
             .until(
@@ -395,7 +399,7 @@ both!(
     }
 );
 
-/// Waits until the breaker of OUT is in a state, and returns why.
+/// Waits until the breaker of OUT has a state, and returns its error.
 async fn until_status(world: &World, state: &str) -> Result<String> {
     let found = async {
         loop {
@@ -412,7 +416,7 @@ async fn until_status(world: &World, state: &str) -> Result<String> {
     };
     tokio::time::timeout(Duration::from_secs(30), found)
         .await
-        .with_context(|| format!("the breaker is never {state}"))?
+        .with_context(|| format!("wait until the breaker is {state}"))?
 }
 
 both!(

@@ -1,4 +1,4 @@
-//! A stream that has lost what it acknowledged: it gets it again.
+//! A stream that lost acknowledged outputs gets them again.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -10,16 +10,22 @@ use support::database::Kind;
 use support::nats::NewMessage;
 use support::world::{PATIENCE, World, manifest};
 
-/// The ids on the stream of outputs, in order.
+/// The ids on the output stream, in order.
 async fn ids(world: &World) -> Result<Vec<String>> {
     let stored = world.nats.read_stream("OUT").await?;
     stored
         .iter()
-        .map(|message| Ok(message.headers.get("Nats-Msg-Id").context("no id")?.clone()))
+        .map(|message| {
+            Ok(message
+                .headers
+                .get("Nats-Msg-Id")
+                .context("read the id")?
+                .clone())
+        })
         .collect()
 }
 
-/// Waits until the stream of outputs holds so many messages, and nothing waits to be published.
+/// Waits until the output stream holds `count` messages and no output is unpublished.
 async fn until_stored(world: &World, count: usize) -> Result<Vec<String>> {
     let end = Instant::now() + PATIENCE;
     loop {
@@ -34,13 +40,13 @@ async fn until_stored(world: &World, count: usize) -> Result<Vec<String>> {
             assert_eq!(
                 ids.iter().collect::<BTreeSet<_>>().len(),
                 count,
-                "an output is there twice"
+                "an output is on the stream twice"
             );
             return Ok(ids);
         }
         assert!(
             Instant::now() < end,
-            "{} outputs, not {count}:\n{}",
+            "{} outputs, expected {count}:\n{}",
             ids.len(),
             world.host_log()
         );
@@ -61,7 +67,8 @@ both!(
         world.quiet(250).await?;
         let before = ids(&world).await?;
         assert_eq!(before.len(), 250);
-        // The store is an older one, as after a restore or a power cut.
+
+        // Restore an older store, as after a backup or a power cut.
         world.nats.kill()?;
         world.nats.roll_back_stream("OUT")?;
         world.nats.restart().await?;
@@ -74,11 +81,12 @@ both!(
         assert!(
             world
                 .host_log()
-                .contains("the stream has lost what it had stored: it ends at 100"),
+                .contains("republishing outputs stream=\"OUT\" last_sequence=100"),
             "{}",
             world.host_log()
         );
-        // And life goes on.
+
+        // The relay continues.
         world.nats.publish_all(counting_messages(250, 260)).await?;
         world.quiet(260).await?;
         until_stored(&world, 260).await?;
@@ -96,7 +104,8 @@ both!(
             .await?;
         world.nats.publish_all(counting_messages(0, 10)).await?;
         world.quiet(11).await?;
-        // What was put back went over a queue, which cannot be looked through.
+
+        // Redrive pointers are on a work queue, which cannot be read back.
         world
             .oncely(&["dlq", "redrive", "1", "--note", "once more"])
             .await?;
@@ -143,7 +152,7 @@ async fn a_recreated_stream_gets_its_outputs_again() -> Result<()> {
         .clone();
     context.delete_stream("OUT").await?;
     context.create_stream(config).await?;
-    // The next output shows it: the stream counts from one again.
+    // The next publication reveals the loss: the stream's sequences start at one again.
     world.nats.publish_all(counting_messages(10, 11)).await?;
     let after = until_stored(&world, 11).await?;
     assert!(before.iter().all(|id| after.contains(id)));
@@ -157,14 +166,14 @@ async fn a_purge_is_no_loss() -> Result<()> {
     world.quiet(10).await?;
     let context = jetstream::new(world.nats.client().await?);
     context.get_stream("OUT").await?.purge().await?;
-    // It looks at its start.
+    // The check at the start.
     world.stop_host().await?;
     world.start_host().await?;
     world.nats.publish_all(counting_messages(10, 12)).await?;
     world.quiet(12).await?;
     assert_eq!(until_stored(&world, 2).await?.len(), 2);
     assert!(
-        !world.host_log().contains("has lost"),
+        !world.host_log().contains("stream lost"),
         "{}",
         world.host_log()
     );

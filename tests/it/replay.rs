@@ -1,4 +1,4 @@
-//! A failed attempt is run again from its record, and two that agree prove that a third is of no use.
+//! Replays of failed attempts from their recordings, and the detection of deterministic failures.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -18,12 +18,12 @@ use crate::positions::{DeliveryHarness, message};
 
 const ONE_ATTEMPT: &str = "[worker.retry]\nattempts = 1\n";
 
-/// A folder of somebody who has nothing but a file.
+/// A user's folder with only an exported file.
 struct Laptop {
     folder: tempfile::TempDir,
 }
 
-/// What `oncely replay` came to.
+/// The result of `oncely replay`.
 struct ReplayOutput {
     code: Option<i32>,
     out: String,
@@ -43,9 +43,9 @@ impl Laptop {
         })
     }
 
-    /// Brings dead letters home.
+    /// Exports dead letters into the folder.
     async fn export(&self, world: &World, args: &[&str]) -> Result<PathBuf> {
-        let path = self.folder.path().join("letters.json");
+        let path = self.folder.path().join("dead-letters.json");
         let out = path.to_string_lossy().into_owned();
         world
             .oncely(&[&["dlq", "export"], args, &["--out", &out]].concat())
@@ -75,7 +75,7 @@ impl Laptop {
         })
     }
 
-    /// The test component with another statement in it.
+    /// The test component with one changed statement.
     fn changed_component(&self) -> Result<PathBuf> {
         let (old, new) = (
             b"insert into effect (event_id",
@@ -99,7 +99,7 @@ impl Laptop {
     }
 }
 
-/// Everything a handler can look at.
+/// All host functions that a handler can call to read.
 const INSPECTIONS: &str = r#"["now", "attempt", "remaining", "wall", "monotonic", "random", "seed", "sleep", "state", "cache", "sql"]"#;
 
 fn failing_message(event_id: &str, behaviour: &str, options: &str) -> NewMessage {
@@ -139,6 +139,7 @@ both!(
         world.stop_host().await?;
         let file = file.with_file_name("whole.json");
 
+        // An unchanged component reproduces every call, log line and failure.
         let same = laptop.replay(&file, &["--json"])?;
         assert_eq!(same.code, Some(0), "{}{}", same.out, same.err);
         let report = same.json()?;
@@ -149,12 +150,12 @@ both!(
         assert_eq!(report["failure"]["code"], "trap");
         let calls: Vec<String> = report["record"]
             .as_array()
-            .context("no record")?
+            .context("read the recording")?
             .iter()
             .map(kind_of)
             .collect();
         assert_eq!(report["calls"], calls.len());
-        for what in [
+        for function in [
             "get",
             "set",
             "send",
@@ -170,12 +171,12 @@ both!(
             "cache-invalidate",
         ] {
             assert!(
-                calls.iter().any(|call| call == what),
-                "`{what}` is not in {calls:?}"
+                calls.iter().any(|call| call == function),
+                "`{function}` is not in {calls:?}"
             );
         }
-        let letter: Value = serde_json::from_str(&bare)?;
-        assert_eq!(report["logs"], letter["failure_history"][0]["logs"]);
+        let dead_letter: Value = serde_json::from_str(&bare)?;
+        assert_eq!(report["logs"], dead_letter["failure_history"][0]["logs"]);
         assert!(
             report["logs"]
                 .as_str()
@@ -185,55 +186,71 @@ both!(
         let shown = laptop.replay(&file, &["--calls"])?;
         assert!(
             shown.out.contains("sql.execute \"insert into effect")
-                && shown.out.contains("the same: "),
+                && shown.out.contains("reproduced: "),
             "{}",
             shown.out
         );
 
-        // Another component departs where it does something else.
+        // A changed component diverges at its changed call.
         let changed = laptop.changed_component()?;
-        let departs = laptop.replay(
+        let diverging = laptop.replay(
             &file,
             &["--json", "--component", &changed.to_string_lossy()],
         )?;
-        assert_eq!(departs.code, Some(5), "{}{}", departs.out, departs.err);
-        let departure = departs.json()?["divergence"].clone();
+        assert_eq!(
+            diverging.code,
+            Some(5),
+            "{}{}",
+            diverging.out,
+            diverging.err
+        );
+        let divergence = diverging.json()?["divergence"].clone();
         let place = calls
             .iter()
             .position(|call| call == "execute")
-            .context("no statement")?
+            .context("find the statement")?
             + 1;
-        assert_eq!(departure["call"], place);
+        assert_eq!(divergence["call"], place);
         let (expected, instead) = (
-            departure["expected"].to_string(),
-            departure["actual"].to_string(),
+            divergence["expected"].to_string(),
+            divergence["actual"].to_string(),
         );
         assert!(
             expected.contains("insert into effect") && instead.contains("INSERT into effect"),
-            "{departure}"
+            "{divergence}"
         );
         assert!(
-            departs
+            diverging
                 .err
-                .contains(&format!("diverges from the record at call {place}")),
+                .contains(&format!("diverges from the recording at call {place}")),
             "{}",
-            departs.err
+            diverging.err
         );
 
-        // A file without its component needs it from elsewhere.
-        let lacks = laptop.replay(&file_without, &[])?;
-        assert_eq!(lacks.code, Some(2), "{}", lacks.err);
-        assert!(lacks.err.contains("--component"), "{}", lacks.err);
-        let given = laptop.replay(
+        // An export without the component needs it as an argument.
+        let without_component = laptop.replay(&file_without, &[])?;
+        assert_eq!(without_component.code, Some(2), "{}", without_component.err);
+        assert!(
+            without_component.err.contains("--component"),
+            "{}",
+            without_component.err
+        );
+        let with_component = laptop.replay(
             &file_without,
             &["--component", &guests::component()?.to_string_lossy()],
         )?;
-        assert_eq!(given.code, Some(0), "{}{}", given.out, given.err);
+        assert_eq!(
+            with_component.code,
+            Some(0),
+            "{}{}",
+            with_component.out,
+            with_component.err
+        );
         Ok(())
     }
 );
 
-/// What a step asked, such as `query`.
+/// The host call of a step, such as `query`.
 fn kind_of(step: &Value) -> String {
     let call = &step["call"];
     let name = call
@@ -253,7 +270,7 @@ both!(
             (
                 "fail",
                 "inspect,fail",
-                r#"{"inspect": ["state", "sql"], "code": "told"}"#,
+                r#"{"inspect": ["state", "sql"], "code": "red"}"#,
             ),
             ("later", "fail", r#"{"after_ms": 10}"#),
             ("reject", "insert,reject", "{}"),
@@ -278,7 +295,7 @@ both!(
                 "inspect,spin",
                 r#"{"inspect": ["monotonic", "random"]}"#,
             ),
-            // It is stopped while it waits: the replay ends there, and at once.
+            // The attempt was stopped during its sleep: the replay stops there, without sleeping.
             ("sleep", "insert,sleep", "{}"),
             (
                 "clocks",
@@ -291,6 +308,8 @@ both!(
                 r#"{"inspect": ["state", "seed", "random"], "times": 1000, "bytes": 3}"#,
             ),
         ];
+
+        // One export of all dead letters
         let messages = cases
             .iter()
             .map(|(event, behaviour, options)| failing_message(event, behaviour, options))
@@ -303,38 +322,41 @@ both!(
         assert_eq!(
             text.matches("\"component\":\"").count(),
             1,
-            "the component stands in the file once"
+            "the file contains the component once"
         );
         let several = laptop.replay(&file, &[])?;
         assert_eq!(several.code, Some(2));
         assert!(several.err.contains("--id ID"), "{}", several.err);
+
+        // Each replay ends like its attempt.
         for line in text.lines() {
-            let letter: Value = serde_json::from_str(line)?;
-            let replayed = laptop.replay(&file, &["--json", "--id", &letter["id"].to_string()])?;
+            let dead_letter: Value = serde_json::from_str(line)?;
+            let replayed =
+                laptop.replay(&file, &["--json", "--id", &dead_letter["id"].to_string()])?;
             assert_eq!(
                 replayed.code,
                 Some(0),
                 "{}: {}",
-                letter["event_id"],
+                dead_letter["event_id"],
                 replayed.err
             );
             let report = replayed.json()?;
             assert_eq!(
-                report["failure"]["message"], letter["detail"],
+                report["failure"]["message"], dead_letter["detail"],
                 "{}",
-                letter["event_id"]
+                dead_letter["event_id"]
             );
             assert_eq!(
-                report["failure"]["code"], letter["code"],
+                report["failure"]["code"], dead_letter["code"],
                 "{}",
-                letter["event_id"]
+                dead_letter["event_id"]
             );
         }
         Ok(())
     }
 );
 
-both!(a_truncated_recording_says_so, |kind: Kind| async move {
+both!(a_truncated_recording_is_reported, |kind: Kind| async move {
     let many_rows = r#"with recursive n (n) as (select 1 union all select n + 1 from n where n < 9900)
         select n, 'row ' || n as a, 'a long text that takes its room, again and again, in each of the rows, and in the next one again' as b from n"#;
     let wide = match kind {
@@ -351,25 +373,29 @@ both!(a_truncated_recording_says_so, |kind: Kind| async move {
         failing_message("rows", "inspect,trap", &sql(many_rows)),
         failing_message("wide", "inspect,trap", &sql(wide)),
     ];
-    // Nothing is proved by what is cut.
+    // A truncated recording proves nothing.
     let world = world_with_dead_letters(kind, &manifest(QUICK_RETRIES)?, messages).await?;
     let laptop = Laptop::new()?;
     let file = laptop.export(&world, &["--all"]).await?;
     for line in std::fs::read_to_string(&file)?.lines() {
-        let letter: Value = serde_json::from_str(line)?;
+        let dead_letter: Value = serde_json::from_str(line)?;
         assert!(line.len() < 40 << 20, "{} bytes", line.len());
         assert_eq!(
-            (&letter["reason"], &letter["attempts"]),
+            (&dead_letter["reason"], &dead_letter["attempts"]),
             (&json!("attempts-exhausted"), &json!(3))
         );
         assert_eq!(
-            letter["replay"]["record"]["truncated"], true,
+            dead_letter["replay"]["record"]["truncated"], true,
             "{}",
-            letter["event_id"]
+            dead_letter["event_id"]
         );
-        let cut = laptop.replay(&file, &["--id", &letter["id"].to_string()])?;
+        let cut = laptop.replay(&file, &["--id", &dead_letter["id"].to_string()])?;
         assert_eq!(cut.code, Some(6), "{}{}", cut.out, cut.err);
-        assert!(cut.out.contains("there the record was cut"), "{}", cut.out);
+        assert!(
+            cut.out.contains("up to where the recording was cut"),
+            "{}",
+            cut.out
+        );
     }
     Ok(())
 });
@@ -393,37 +419,43 @@ both!(
             .await?;
         world.start_host().await?;
         world.quiet(8).await?;
+
+        // Replay each failed batch
         let laptop = Laptop::new()?;
         let file = laptop.export(&world, &["--all"]).await?;
         for line in std::fs::read_to_string(&file)?.lines() {
-            let letter: Value = serde_json::from_str(line)?;
-            let replayed = laptop.replay(&file, &["--json", "--id", &letter["id"].to_string()])?;
+            let dead_letter: Value = serde_json::from_str(line)?;
+            let replayed =
+                laptop.replay(&file, &["--json", "--id", &dead_letter["id"].to_string()])?;
             assert_eq!(
                 replayed.code,
                 Some(0),
                 "{}: {}",
-                letter["event_id"],
+                dead_letter["event_id"],
                 replayed.err
             );
         }
-        // A handler for one message at a time cannot stand in for it.
-        let foreign = guests::component()?;
+
+        // A handler of single messages cannot replay a batch.
+        let single = guests::component()?;
         let text = std::fs::read_to_string(&file)?;
         let together = text
             .lines()
             .map(serde_json::from_str::<Value>)
-            .find(|letter| {
-                let messages = |letter: &Value| {
-                    letter["replay"]["record"]["messages"]
+            .find(|dead_letter| {
+                let messages = |dead_letter: &Value| {
+                    dead_letter["replay"]["record"]["messages"]
                         .as_array()
                         .map_or(0, Vec::len)
                 };
-                letter.as_ref().is_ok_and(|letter| messages(letter) > 1)
+                dead_letter
+                    .as_ref()
+                    .is_ok_and(|dead_letter| messages(dead_letter) > 1)
             });
-        let id = together.context("no record of several messages")??["id"].to_string();
+        let id = together.context("find a recording of several messages")??["id"].to_string();
         let refused = laptop.replay(
             &file,
-            &["--id", &id, "--component", &foreign.to_string_lossy()],
+            &["--id", &id, "--component", &single.to_string_lossy()],
         )?;
         assert_eq!(refused.code, Some(1));
         assert!(
@@ -447,72 +479,77 @@ async fn an_invalid_export_is_refused_without_a_panic() -> Result<()> {
     let file = laptop.export(&world, &["1"]).await?;
     let whole: Value = serde_json::from_str(&std::fs::read_to_string(&file)?)?;
     let edited = |edit: &dyn Fn(&mut Value)| {
-        let mut letter = whole.clone();
-        edit(&mut letter);
-        letter.to_string()
+        let mut dead_letter = whole.clone();
+        edit(&mut dead_letter);
+        dead_letter.to_string()
     };
     let wasm = std::fs::read(guests::component()?)?;
     let cut_off: String = whole.to_string().chars().take(1000).collect();
     for (name, content, code, says) in [
-        ("empty", String::new(), 2, "holds no letter"),
-        ("text", "a letter to my aunt".to_owned(), 2, "line 1 of"),
-        ("json", "[1, 2]".to_owned(), 2, "is no exported letter"),
-        ("half", cut_off, 2, "is no exported letter"),
+        ("empty", String::new(), 2, "contains no dead letter"),
+        ("text", "not an export".to_owned(), 2, "line 1 of"),
+        (
+            "json",
+            "[1, 2]".to_owned(),
+            2,
+            "is not an exported dead letter",
+        ),
+        ("half", cut_off, 2, "is not an exported dead letter"),
         (
             "null",
-            edited(&|letter| letter["replay"] = Value::Null),
+            edited(&|dead_letter| dead_letter["replay"] = Value::Null),
             3,
-            "no record of an attempt",
+            "no recording of an attempt",
         ),
         (
             "older",
-            edited(&|letter| letter["replay"]["record"]["format"] = json!(0)),
+            edited(&|dead_letter| dead_letter["replay"]["record"]["format"] = json!(0)),
             1,
-            "of form 0",
+            "format 0",
         ),
         (
             "no-failure",
-            edited(&|letter| letter["replay"]["record"]["failure"] = Value::Null),
+            edited(&|dead_letter| dead_letter["replay"]["record"]["failure"] = Value::Null),
             1,
-            "how the attempt failed",
+            "contain the failure of the attempt",
         ),
         (
             "another",
-            edited(&|letter| letter["event_id"] = json!("another")),
+            edited(&|dead_letter| dead_letter["event_id"] = json!("another")),
             1,
-            "not about the event `another`",
+            "not contain the event `another`",
         ),
         (
             "no-messages",
-            edited(&|letter| letter["replay"]["record"]["messages"] = json!([])),
+            edited(&|dead_letter| dead_letter["replay"]["record"]["messages"] = json!([])),
             1,
-            "not about the event",
+            "not contain the event",
         ),
         (
             "no-wasm",
-            edited(&|letter| letter["replay"]["component"] = json!("AAAA")),
+            edited(&|dead_letter| dead_letter["replay"]["component"] = json!("AAAA")),
             1,
             "load the component",
         ),
         (
             "misfit",
-            edited(&|letter| {
-                letter["replay"]["record"]["steps"][0]["result"] = json!({"ready": [7]})
+            edited(&|dead_letter| {
+                dead_letter["replay"]["record"]["steps"][0]["result"] = json!({"ready": [7]})
             }),
             1,
             "does not fit",
         ),
         (
             "shorter",
-            edited(&|letter| letter["replay"]["record"]["steps"] = json!([])),
+            edited(&|dead_letter| dead_letter["replay"]["record"]["steps"] = json!([])),
             5,
             "at call 1",
         ),
         (
             "other-log",
-            edited(&|letter| letter["replay"]["record"]["logs"] = json!("now: 1\n")),
+            edited(&|dead_letter| dead_letter["replay"]["record"]["logs"] = json!("now: 1\n")),
             5,
-            "in its log",
+            "in the log",
         ),
     ] {
         let file = laptop.write(name, content)?;
@@ -530,6 +567,8 @@ async fn an_invalid_export_is_refused_without_a_panic() -> Result<()> {
             refused.err
         );
     }
+
+    // Wrong arguments
     let binary = laptop.write("binary", &wasm)?;
     assert_eq!(laptop.replay(&binary, &[])?.code, Some(2));
     assert_eq!(laptop.replay(Path::new("nowhere.json"), &[])?.code, Some(2));
@@ -542,7 +581,7 @@ async fn an_invalid_export_is_refused_without_a_panic() -> Result<()> {
         Some(1)
     );
 
-    // Closed letters keep no record.
+    // Closed dead letters keep no recording.
     world
         .oncely(&["dlq", "resolve", "1", "--note", "seen"])
         .await?;
@@ -552,7 +591,7 @@ async fn an_invalid_export_is_refused_without_a_panic() -> Result<()> {
     Ok(())
 }
 
-// ---- proved poison ----
+// ---- deterministic failures ----
 
 both!(
     a_deterministic_failure_is_dead_lettered_unless_set_to_retry,
@@ -570,17 +609,17 @@ both!(
                 failing_message("seed", "inspect,panic", &options(r#"["seed"]"#)),
                 failing_message("memory", "eat_memory", "{}"),
                 failing_message("stack", "recurse", "{}"),
-                // These see something else each time.
+                // These get a different result each time.
                 failing_message("now", "inspect,trap", &options(r#"["now"]"#)),
                 failing_message("attempt", "inspect,trap", &options(r#"["attempt"]"#)),
                 failing_message("clock", "inspect,trap", &options(r#"["monotonic"]"#)),
                 failing_message("wall", "inspect,trap", &options(r#"["wall"]"#)),
                 failing_message("random", "inspect,trap", &options(r#"["random"]"#)),
-                // These ask for time.
+                // These request a retry.
                 failing_message("retry", "inspect,fail", &options(r#"["state"]"#)),
                 failing_message("later", "fail", r#"{"after_ms": 1}"#),
                 failing_message("unique", "swallow_error", r#"{"what": "unique"}"#),
-                // This one may be the machine's fault.
+                // This failure may be the machine's fault.
                 failing_message("time", "spin", "{}"),
             ]
         };
@@ -606,7 +645,7 @@ both!(
     }
 );
 
-/// What one delivery of a message came to: none when it is to be tried again.
+/// The dead letter after one delivery of a message; none if it will be retried.
 async fn deliver_once(
     harness: &DeliveryHarness,
     message: &Arc<Message>,
@@ -614,8 +653,8 @@ async fn deliver_once(
     let mut delivered = harness.deliver(std::slice::from_ref(message)).await?;
     match delivered.verdicts.pop() {
         Some(Verdict::Retry { .. }) => Ok(None),
-        Some(Verdict::Dead(letter)) => Ok(Some(*letter)),
-        other => anyhow::bail!("it came to {other:?}"),
+        Some(Verdict::Dead(dead_letter)) => Ok(Some(*dead_letter)),
+        other => anyhow::bail!("unexpected verdict: {other:?}"),
     }
 }
 
@@ -632,27 +671,28 @@ both!(
             .await?;
         assert!(
             deliver_once(&harness, &poison).await?.is_none(),
-            "it saw another row"
+            "the second attempt read another row"
         );
         harness.database.execute("delete from app.once").await?;
         assert!(
             deliver_once(&harness, &poison).await?.is_none(),
-            "it saw no row again, and one in between"
+            "the third attempt read another result than the second"
         );
-        let letter = deliver_once(&harness, &poison)
+        let dead_letter = deliver_once(&harness, &poison)
             .await?
-            .context("nothing changed, and it is to be tried again")?;
+            .context("find the dead letter after an identical attempt")?;
         assert_eq!(
-            (letter.reason, letter.attempts),
+            (dead_letter.reason, dead_letter.attempts),
             (Reason::DeterministicFailure, 4)
         );
         assert!(
-            letter.detail.contains("panicked or reached"),
+            dead_letter.detail.contains("panicked or reached"),
             "{}",
-            letter.detail
+            dead_letter.detail
         );
 
-        // What its neighbours in a batch did, it sees too; and one attempt of each version is not two of one.
+        // The effects of its neighbours in a batch are results, too. Two attempts must belong to
+        // one version.
         let neighbour = message("good", "state_counter", "{}");
         let poison = message("second", "inspect,trap", r#"{"inspect": ["state"]}"#);
         let mut delivered = harness.deliver(&[neighbour, Arc::clone(&poison)]).await?;
@@ -663,12 +703,12 @@ both!(
         harness.delivery.version = 2;
         assert!(
             deliver_once(&harness, &poison).await?.is_none(),
-            "another version may do otherwise"
+            "another version may act differently"
         );
         assert_eq!(
             deliver_once(&harness, &poison)
                 .await?
-                .map(|letter| letter.reason),
+                .map(|dead_letter| dead_letter.reason),
             Some(Reason::DeterministicFailure)
         );
         Ok(())
@@ -706,14 +746,14 @@ both!(
         assert_eq!(
             deliver_once(&harness, &cached)
                 .await?
-                .map(|letter| letter.reason),
+                .map(|dead_letter| dead_letter.reason),
             Some(Reason::AttemptsExhausted)
         );
         assert!(deliver_once(&harness, &missing).await?.is_none());
         assert_eq!(
             deliver_once(&harness, &missing)
                 .await?
-                .map(|letter| letter.reason),
+                .map(|dead_letter| dead_letter.reason),
             Some(Reason::DeterministicFailure)
         );
         Ok(())
@@ -741,7 +781,8 @@ both!(
             .rows("select reason from oncely.dead_letter")
             .await?;
         assert_eq!(rows, [["deterministic-failure"]]);
-        // A rehearsal finds it failing as it did.
+
+        // A dry run fails in the same way.
         let plan = world
             .oncely_json(&["dlq", "redrive", "1", "--dry-run", "--json"])
             .await?;
@@ -792,12 +833,13 @@ both!(
                 delivered.verdicts
             );
         }
-        // Alone it has an instance of its own.
+
+        // Alone the message gets its own instance.
         assert!(deliver_once(&harness, &poison).await?.is_none());
         assert_eq!(
             deliver_once(&harness, &poison)
                 .await?
-                .map(|letter| letter.reason),
+                .map(|dead_letter| dead_letter.reason),
             Some(Reason::DeterministicFailure)
         );
         Ok(())

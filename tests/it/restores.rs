@@ -1,5 +1,6 @@
-//! A database or a stream that was restored to an earlier time: the host notices, waits, and goes on after `oncely recover`
-//! with nothing lost and nothing doubled.
+//! Restores of a database or stream to an earlier time: the host detects them and waits.
+//!
+//! After `oncely recover` it continues, with no effect lost or repeated.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -14,7 +15,7 @@ use support::nats::{NatsServer, NewMessage};
 use support::production::RunningHost;
 use support::world::{PATIENCE, World, manifest};
 
-/// A message whose publisher gave it no id: it has the one of its place.
+/// A message without an id from its publisher; its stream position is its id.
 fn without_id() -> NewMessage {
     let headers = vec![("do".to_owned(), "insert".to_owned())];
     NewMessage {
@@ -24,7 +25,7 @@ fn without_id() -> NewMessage {
     }
 }
 
-/// Waits until the database knows that everything up to a sequence is acknowledged.
+/// Waits until a watermark records the ack floor.
 async fn until_watermark(world: &World, floor: u64) -> Result<()> {
     let sql = format!(
         "select min(1) from oncely.watermark where stream_sequence is not null and broker_state like '%\"sequence\":{floor},%'"
@@ -32,7 +33,8 @@ async fn until_watermark(world: &World, floor: u64) -> Result<()> {
     world.until(&sql, 1).await
 }
 
-/// Has events handled, until so many messages are settled in all and the database knows that they are acknowledged.
+/// Publishes events and waits until `settled` messages are settled, and a watermark records their
+/// ack.
 async fn settle_events(world: &World, events: Range<u64>, settled: u64) -> Result<()> {
     world
         .nats
@@ -42,7 +44,7 @@ async fn settle_events(world: &World, events: Range<u64>, settled: u64) -> Resul
     until_watermark(world, settled).await
 }
 
-/// A copy of the database as it is now; the host goes on.
+/// Copies the database; the host continues afterwards.
 async fn back_up_database(world: &mut World) -> Result<Database> {
     world.stop_host().await?;
     let backup = world.database.copy(world.folder.path()).await?;
@@ -50,7 +52,7 @@ async fn back_up_database(world: &mut World) -> Result<Database> {
     Ok(backup)
 }
 
-/// Handles so many messages without ids, keeps a copy of their stream, and handles as many more.
+/// Handles messages without ids, copies their stream, and handles as many more.
 async fn publish_beyond_a_stream_copy(world: &mut World, messages: u64) -> Result<()> {
     let publish = async |world: &World| {
         world
@@ -68,14 +70,14 @@ async fn publish_beyond_a_stream_copy(world: &mut World, messages: u64) -> Resul
     until_watermark(world, 2 * messages).await
 }
 
-/// Brings the stream back to that copy.
+/// Restores the stream from that copy.
 async fn restore_stream(world: &mut World) -> Result<()> {
     world.nats.kill()?;
     world.nats.roll_back_stream("IN")?;
     world.nats.restart().await
 }
 
-/// The ids under which outputs stand on a stream, each as often as it does.
+/// The ids of the outputs on a stream, with repetitions.
 async fn outputs(world: &World, stream: &str) -> Result<Vec<String>> {
     let stored = world.nats.read_stream(stream).await?;
     Ok(stored
@@ -84,9 +86,10 @@ async fn outputs(world: &World, stream: &str) -> Result<Vec<String>> {
         .collect())
 }
 
-/// So many events took effect, each once, and each has its one output on its stream: that of its first life, if it had one.
+/// Checks that each event took effect once and has its one output, the one from before the restore
+/// if there was one.
 async fn check_effects_and_outputs(world: &World, events: i64) -> Result<()> {
-    // Each leaves two rows.
+    // Each event has two rows.
     assert_eq!(
         world
             .database
@@ -105,13 +108,13 @@ async fn check_effects_and_outputs(world: &World, events: i64) -> Result<()> {
     assert_eq!(
         outputs.len() as i64,
         events,
-        "outputs were published twice, or not at all"
+        "outputs were repeated or lost"
     );
     assert_eq!(outputs.iter().collect::<BTreeSet<_>>().len(), outputs.len());
     Ok(())
 }
 
-/// A world whose output stream forgets ids at once, so that only Oncely itself can know what stands there.
+/// A world whose output stream has a tiny duplicate window, so that only Oncely knows its contents.
 async fn world(kind: Kind) -> Result<World> {
     let mut world = World::without_host(kind, &manifest("ack_wait = \"2s\"\nbatch = 4")?).await?;
     world
@@ -130,7 +133,9 @@ both!(
             .nats
             .publish_all((0..20).map(NewMessage::insert).collect())
             .await?;
-        // One that died and was put back when the copy was made: its pointer is gone by the time of the restore.
+
+        // A dead letter that is redriven at the time of the copy. Its pointer is gone before the
+        // restore.
         world
             .nats
             .publish_all(vec![NewMessage::new("in.x", "poison", "reject", "{}")])
@@ -138,7 +143,7 @@ both!(
         world.quiet(21).await?;
         until_watermark(&world, 21).await?;
         world.stop_host().await?;
-        let letter = world
+        let dead_letter = world
             .database
             .number("select id from oncely.dead_letter")
             .await?;
@@ -190,7 +195,7 @@ both!(
             .oncely_json(&["recover", "--dry-run", "--json"])
             .await?;
         assert_eq!(
-            (&plan["done"], &plan["letters"]),
+            (&plan["done"], &plan["dead_letters"]),
             (&Value::Bool(false), &Value::from(1)),
             "{plan}"
         );
@@ -214,16 +219,16 @@ both!(
         world
             .until(
                 &format!(
-                    "select count(*) from oncely.dead_letter where id = {letter} and state = 'open'"
+                    "select count(*) from oncely.dead_letter where id = {dead_letter} and state = 'open'"
                 ),
                 1,
             )
             .await?;
         check_effects_and_outputs(&world, 45).await?;
 
-        // Nothing is left to recover from, also after another start.
+        // Nothing is left to recover, also after another start.
         let again = world.oncely(&["recover"]).await?;
-        assert!(again.contains("nothing is to be recovered"), "{again}");
+        assert!(again.contains("nothing to recover"), "{again}");
         until_watermark(&world, 46).await?;
         world.stop_host().await?;
         world.start_host().await
@@ -236,7 +241,8 @@ both!(
         let mut world = world(kind).await?;
         settle_events(&world, 0..10, 10).await?;
         world.stop_host().await?;
-        // As if the last moments before a failover were lost: less than it takes until the next mark.
+
+        // Lose the last moments before a failover: less than the interval between watermarks.
         world
         .database
         .execute("update oncely.watermark set broker_state = replace(broker_state, '\"sequence\":10', '\"sequence\":9')")
@@ -270,10 +276,11 @@ both!(
         restore_stream(&mut world).await?;
         world
             .not_ready(
-                "the stream IN is older than the database: it ends at 10, and ended at 20 before",
+                "the stream IN is older than the database: it ends at 10, but ended at 20 before",
             )
             .await?;
-        // Some stand where others stood that were handled.
+
+        // New messages take sequences of handled messages.
         world
             .nats
             .publish_all((0..15).map(|_| without_id()).collect())
@@ -304,7 +311,7 @@ both!(
             .await?;
         world.spawn_host()?;
         world
-            .not_ready("the stream IN holds another message at 10 than it did before")
+            .not_ready("the stream IN holds a different message at 10 than before")
             .await?;
         world.oncely(&["recover"]).await?;
         world.ready().await?;
@@ -324,9 +331,7 @@ both!(
         world.nats_url = world.nats.url();
         world.spawn_host()?;
         world
-            .not_ready(
-                "the broker is older than the database, or another one: there is no mark on it",
-            )
+            .not_ready("the broker is older than the database, or another one: it has no watermark")
             .await?;
         world
             .nats
@@ -397,7 +402,8 @@ both!(forged_watermarks_block_no_host, |kind: Kind| async move {
     world.start_host().await
 });
 
-/// Streams from which what is acknowledged goes away: it cannot come again, and what waits there must not be lost.
+/// On these streams, acknowledged messages are deleted: they cannot be redelivered, and waiting
+/// messages must not be lost.
 async fn check_recovery_with_retention(kind: Kind, retention: RetentionPolicy) -> Result<()> {
     let mut world = World::without_host(kind, &manifest("ack_wait = \"2s\"\nbatch = 4")?).await?;
     let context = async_nats::jetstream::new(world.nats.client().await?);
@@ -455,7 +461,8 @@ both!(
     |kind: Kind| async move { check_recovery_with_retention(kind, RetentionPolicy::Interest).await }
 );
 
-/// The restored database is older than the worker's deployment: once the worker is deployed anew, everything comes again.
+/// The restored database is older than the worker's deployment. After a new deployment, every
+/// message is redelivered.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_deployed_after_a_recovery_starts_from_scratch() -> Result<()> {
     let mut world = World::without_host(Kind::Postgres, &manifest("batch = 4")?).await?;
@@ -487,7 +494,7 @@ async fn a_worker_deployed_after_a_recovery_starts_from_scratch() -> Result<()> 
         }
         ensure!(
             Instant::now() < end,
-            "the restore is not noticed: {status}\n{}",
+            "the restore was not detected: {status}\n{}",
             host.log()
         );
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -499,7 +506,7 @@ async fn a_worker_deployed_after_a_recovery_starts_from_scratch() -> Result<()> 
     check_effects_and_outputs(&world, 10).await
 }
 
-// A worker that takes more subjects than before is no sign of a restore, whatever stands below the place it got to.
+// A worker that adds subjects has not lost messages, although some are below its ack floor.
 both!(
     a_worker_with_added_subjects_is_no_sign_of_a_restore,
     |kind: Kind| async move {
@@ -519,7 +526,8 @@ both!(
         world.quiet(6).await?;
         world.write_manifest(&of("\"in.a\", \"in.b\"")?)?;
         world.oncely(&["deploy", "oncely.toml"]).await?;
-        // A watermark with the new subjects comes before the first message under them.
+
+        // A watermark with the new subjects is written before the first message under them.
         world
             .until(
                 "select min(1) from oncely.watermark where broker_state like '%in.b%'",
@@ -543,7 +551,7 @@ both!(
     }
 );
 
-// A message whose subject no handler can be given is a dead letter, and no sign of a restore.
+// A message with an unreadable subject is a dead letter, not a sign of a restore.
 both!(
     a_non_utf_8_subject_is_no_sign_of_a_restore,
     |kind: Kind| async move {

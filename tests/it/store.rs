@@ -1,4 +1,4 @@
-//! What a store promises, on SQLite, on PostgreSQL, and on PostgreSQL behind a pooler that gives connections away.
+//! The contract of a store, on SQLite, PostgreSQL, and PostgreSQL behind a transaction pooler.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 use support::database::Database;
 use support::{pgbouncer, postgres};
 
-/// Runs each fact on every database. The functions that state the facts take a [`World`].
+/// Runs each test on every database. The test functions take a [`World`].
 macro_rules! on_every_database {
     ($($fact:ident),* $(,)?) => {
         on_every_database!(@on sqlite, $($fact),*);
@@ -66,9 +66,9 @@ const LIMITS: SqlLimits = SqlLimits {
 /// A store on a fresh database.
 struct World {
     store: Arc<dyn Store>,
-    /// How the store reaches PostgreSQL; none for SQLite.
+    /// The store's URL of PostgreSQL; none for SQLite.
     store_url: Option<String>,
-    /// How to reach the database around the store; none for SQLite.
+    /// The direct URL of the database; none for SQLite.
     url: Option<String>,
     folder: tempfile::TempDir,
 }
@@ -113,7 +113,7 @@ impl World {
         }
     }
 
-    /// The same database without the filter, so that the database's privileges stand alone.
+    /// The same database without the statement filter, to test the database privileges alone.
     async fn without_filter(self) -> Self {
         self.store.close().await;
         let store: Arc<dyn Store> = match &self.store_url {
@@ -133,13 +133,13 @@ impl World {
         World { store, ..self }
     }
 
-    /// Buries letters, and raises no alarm. Returns the proofs and the notices.
+    /// Dead-letters messages without raising alarms. Returns the proofs and the notices.
     async fn dead_letter(
         &self,
-        letters: &[(DeadLetter, Output)],
+        dead_letters: &[(DeadLetter, Output)],
     ) -> oncely::store::Result<(Vec<Settled>, Vec<OutboxRow>)> {
         self.store
-            .dead_letter(letters, 0)
+            .dead_letter(dead_letters, 0)
             .await
             .map(|dead_lettered| (dead_lettered.settled, dead_lettered.notices))
     }
@@ -152,7 +152,7 @@ impl World {
         self.store.begin(WORKER, TIME).await.unwrap()
     }
 
-    /// A connection around the store, to PostgreSQL itself.
+    /// A direct connection to PostgreSQL.
     async fn connect(&self) -> PgConnection {
         PgConnection::connect(self.url.as_deref().unwrap())
             .await
@@ -167,7 +167,7 @@ impl World {
             .unwrap();
     }
 
-    /// Changes something behind the store's back.
+    /// Executes a statement past the store.
     async fn execute_directly(&self, statement: &str) {
         let database = match &self.url {
             Some(url) => Database::Postgres {
@@ -179,7 +179,7 @@ impl World {
         database.execute(statement).await.unwrap();
     }
 
-    /// How many rows a table has, seen from behind the store.
+    /// The number of rows of a table, read past the store.
     async fn count_directly(&self, table: &str) -> i64 {
         let database = match &self.url {
             Some(url) => Database::Postgres {
@@ -194,7 +194,7 @@ impl World {
             .unwrap()
     }
 
-    /// Deploys a version of the worker that makes these tables.
+    /// Deploys a version of the worker with a migration that creates tables.
     async fn migrate(&self, name: &str, sql: &str) {
         let digest = "a".repeat(64);
         self.store
@@ -211,7 +211,7 @@ impl World {
             .unwrap();
     }
 
-    /// All rows of a statement, in a transaction of its own.
+    /// All rows of a statement, in its own transaction.
     async fn rows(&self, statement: &str) -> Vec<Vec<Value>> {
         let mut tx = self.begin().await;
         let rows = query(&mut tx, statement, &[]).await.rows;
@@ -219,7 +219,7 @@ impl World {
         rows
     }
 
-    /// Claims an event in a transaction of its own, which is rolled back.
+    /// Claims an event in its own transaction, which is rolled back.
     async fn claim_and_roll_back(&self, event_id: &str, payload: u8) -> Claimed {
         let mut tx = self.begin().await;
         let claimed = claim(&mut tx, event_id, payload).await;
@@ -287,7 +287,7 @@ fn new_dead_letter(event_id: &str, body: &'static [u8], reason: Reason) -> (Dead
         }),
         redriven: None,
     };
-    let letter = DeadLetter {
+    let dead_letter = DeadLetter {
         worker: WORKER.to_owned(),
         version: 3,
         reason,
@@ -297,5 +297,5 @@ fn new_dead_letter(event_id: &str, body: &'static [u8], reason: Reason) -> (Dead
         attempts: 2,
         message,
     };
-    (letter, new_output(event_id, 0, Duration::ZERO))
+    (dead_letter, new_output(event_id, 0, Duration::ZERO))
 }

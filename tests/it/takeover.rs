@@ -1,4 +1,4 @@
-//! Other hosts take over from one that froze, vanished or was killed: within seconds, however long handlers may run.
+//! Takeovers from frozen, vanished and killed hosts: within seconds, independent of handler limits.
 
 use std::time::{Duration, Instant};
 
@@ -10,16 +10,16 @@ use support::production::RunningHost;
 use support::proxy::Proxy;
 use support::world::{World, manifest, signal};
 
-/// Within what time another host has taken over.
+/// Maximum length of a takeover.
 const TAKEOVER: Duration = Duration::from_secs(15);
 
 /// Handlers may run for an hour.
 const SETTINGS: &str = "concurrency = 2\n[worker.limits]\ntime = \"1h\"\n";
 
-/// How long the handler runs that is in the way.
+/// Run time of the handler that blocks the others.
 const SLOW_MS: u64 = 6_000;
 
-/// A message whose handler locks one and the same row, and then takes its time.
+/// A message whose handler locks the one hot row and then sleeps.
 fn hot(event_id: &str, ms: u64) -> NewMessage {
     let sql = "insert into balance values ('hot', 1) on conflict (account) do update set amount = balance.amount + 1";
     NewMessage::new(
@@ -30,8 +30,8 @@ fn hot(event_id: &str, ms: u64) -> NewMessage {
     )
 }
 
-/// Loses the first of two hosts in a transaction that holds a hot row, by `lose`, checks how long it takes until the other one
-/// has done everything all the same, and returns the first.
+/// Loses the first of two hosts, by `lose`, in a transaction that holds a hot row. Checks that the
+/// other host handles everything in time, and returns the lost host.
 async fn lose_a_host(
     world: &mut World,
     lose: impl FnOnce(&RunningHost) -> Result<()>,
@@ -41,7 +41,8 @@ async fn lose_a_host(
     let path = world.folder.path().join("oncely.toml");
     lost.oncely(&["deploy", &path.display().to_string()])?;
     lost.until_version(1).await?;
-    // It has compiled the component then, and is there at once the next time.
+
+    // This host compiles the component, so that its next start is fast.
     let other = RunningHost::start(world, "other").await?;
     other.until_version(1).await?;
     drop(other);
@@ -55,14 +56,15 @@ async fn lose_a_host(
     assert_eq!(
         world.database.number(is_open).await?,
         1,
-        "the handler was done before its host was lost"
+        "the handler ended before its host was lost"
     );
 
     world
         .nats
         .publish_all((0..5).map(|n| hot(&format!("later{n}"), 10)).collect())
         .await?;
-    // Waits for whoever holds the row.
+
+    // Waits for the row lock.
     world
         .database
         .execute(
@@ -71,7 +73,8 @@ async fn lose_a_host(
         .await?;
     let locks = lost_at.elapsed();
     world.quiet(6).await?;
-    // The handler that was in the way runs once more.
+
+    // The blocking handler runs once more.
     let messages = lost_at
         .elapsed()
         .saturating_sub(Duration::from_millis(SLOW_MS));
@@ -85,7 +88,7 @@ async fn lose_a_host(
     Ok(lost)
 }
 
-/// The host that was lost is back, and whatever it had under way took effect once.
+/// Checks that the lost host is ready again, and that every message in flight took effect once.
 async fn check(world: &World, mut back: RunningHost) -> Result<()> {
     world
         .nats
@@ -156,7 +159,8 @@ async fn a_vanished_host_blocks_nothing_for_more_than_15_seconds() -> Result<()>
     check(&world, vanished).await
 }
 
-// Outputs that a host committed and did not publish are published by the next one as soon as the first counts as gone.
+// Committed outputs of a killed host are published by another host as soon as its lease has
+// expired.
 both!(
     outputs_of_a_killed_host_are_published_in_seconds,
     |kind: Kind| async move {

@@ -1,4 +1,4 @@
-//! Structure of the sources: layers, owners of libraries, places of `unsafe`.
+//! The structure of the sources: layers, owners of libraries, places of `unsafe`.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -27,7 +27,7 @@ fn sources(folder: &Path) -> Result<Vec<(PathBuf, String)>> {
     Ok(found)
 }
 
-/// The module of the host a file belongs to, such as `store` for `store/sqlite/tx.rs`.
+/// The host's module of a file, such as `store` for `store/sqlite/tx.rs`.
 fn module(host: &Path, path: &Path) -> String {
     let below = path.strip_prefix(host).unwrap_or(path);
     let first = below
@@ -49,9 +49,9 @@ fn each_outside_library_has_one_module() -> Result<()> {
         ("pgwire_replication", &["store"]),
         ("async_nats", &["bus"]),
         ("prometheus_client", &["metrics"]),
-        // What wasmtime-wasi-http takes and gives.
+        // Part of the interface of wasmtime-wasi-http.
         ("hyper", &["alarms", "guest", "http_server"]),
-        // Limits of processes: open files, and those of the process that compiles.
+        // Process limits: open files, and those of the compiler process.
         ("rustix", &["http_server", "guest"]),
         ("tokio_rustls", &["alarms", "bus"]),
         ("nkeys", &["bus"]),
@@ -73,7 +73,7 @@ fn each_outside_library_has_one_module() -> Result<()> {
     Ok(())
 }
 
-/// The modules of the host, as `lib.rs` lists them: layer by layer, the top one first.
+/// The modules of the host as listed in `lib.rs`, layer by layer from the top.
 fn layers(host: &Path) -> Result<Vec<Vec<String>>> {
     let map = std::fs::read_to_string(host.join("lib.rs"))?;
     let layers = map.split("\n\n").map(|layer| {
@@ -89,7 +89,8 @@ fn layers(host: &Path) -> Result<Vec<Vec<String>>> {
         .collect())
 }
 
-/// The names that follow `prefix` in a text, such as `store` for `crate::` in `use crate::store::Tx`.
+/// The names that follow `prefix` in a text, such as `store` for `crate::` in
+/// `use crate::store::Tx`.
 fn names_after<'t>(text: &'t str, prefix: &str) -> Vec<&'t str> {
     let starts = text
         .match_indices(prefix)
@@ -132,7 +133,7 @@ fn a_module_imports_modules_of_lower_layers_only() -> Result<()> {
             };
             assert!(
                 other > layer || used == own,
-                "{} uses crate::{used}, which is not below it",
+                "{} uses crate::{used}, which is not in a lower layer",
                 path.display()
             );
         }
@@ -159,7 +160,7 @@ fn only_store_creates_settled_and_only_bus_consumes_it() -> Result<()> {
         let acks = text.contains(".acker.ack(");
         assert!(
             !acks || module == "bus",
-            "{} acknowledges by itself",
+            "{} acknowledges messages directly",
             path.display()
         );
     }
@@ -191,7 +192,7 @@ fn only_tests_disable_the_statement_filter() -> Result<()> {
     for (path, text) in sources(&host)? {
         assert!(
             !text.contains(".without_filter("),
-            "{} leaves the statement filter out",
+            "{} disables the statement filter",
             path.display()
         );
     }
@@ -214,7 +215,7 @@ fn every_file_starts_with_a_doc_comment() -> Result<()> {
         for (path, text) in sources(&repository().join(folder))? {
             assert!(
                 text.starts_with("//!"),
-                "{} does not open with a `//!` line",
+                "{} does not start with a `//!` line",
                 path.display()
             );
         }

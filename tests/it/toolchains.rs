@@ -1,7 +1,7 @@
-//! Every Rust toolchain for WebAssembly builds the example workers and the test guests, and they run.
+//! The example workers and the test guests, built with every Rust toolchain for WebAssembly.
 //!
-//! `scripts/install-tools test` installs both targets of rustup where there is one, and Debian's packages where apt-get
-//! has them: a toolchain that a machine cannot have is named in the test's output.
+//! `scripts/install-tools test` installs both targets of rustup if it is present, and Debian's
+//! packages if apt-get has them. The test output names toolchains that a machine cannot have.
 
 use std::path::Path;
 use std::process::Command;
@@ -29,7 +29,7 @@ async fn workers_built_with_a_standard_library_from_source_run() -> Result<()> {
     workers_run(Target::StdFromSource, "apt-get").await
 }
 
-/// A build that fails with one toolchain names the others, and a command for each.
+/// The error of a failed build names the other toolchains, with a command for each.
 #[tokio::test]
 async fn a_failed_build_names_the_other_toolchains() -> Result<()> {
     let folder = tempfile::tempdir()?;
@@ -60,12 +60,14 @@ async fn a_failed_build_names_the_other_toolchains() -> Result<()> {
     Ok(())
 }
 
-/// A toolchain that is asked for and not installed is an error with the command that installs it, not another toolchain.
+/// A requested toolchain that is not installed is an error with its install command, not a
+/// fallback.
 #[tokio::test]
 async fn a_toolchain_that_is_not_installed_is_refused() -> Result<()> {
     let folder = tempfile::tempdir()?;
     broken_crate(folder.path())?;
-    // A rustc without any target stands first on the PATH; only absolute paths lead to the others.
+
+    // A `rustc` without any target is first on `PATH`. Only absolute paths lead to the others.
     let fake = folder.path().join("bin");
     std::fs::create_dir(&fake)?;
     std::os::unix::fs::symlink("/bin/false", fake.join("rustc"))?;
@@ -107,11 +109,13 @@ async fn workers_run(toolchain: Target, installed_by: &str) -> Result<()> {
         let client = Command::new(installed_by).arg("--version").output();
         ensure!(
             client.is_err(),
-            "{toolchain} is not installed, and {installed_by} could: run `make install-tools`"
+            "{toolchain} is not installed, but {installed_by} provides it: run `make install-tools`"
         );
         eprintln!("skipped: {toolchain} is not installed, and this machine has no {installed_by}");
         return Ok(());
     }
+
+    // Guests and the payments example
     let folder = tempfile::tempdir()?;
     let built = |name: &str| {
         let out = folder
@@ -146,6 +150,8 @@ async fn workers_run(toolchain: Target, installed_by: &str) -> Result<()> {
         ),
     ];
     guests_and_payments_run(&workers.concat()).await?;
+
+    // The ledger example
     let workers = [
         worker(
             "ledger",
@@ -220,7 +226,9 @@ async fn guests_and_payments_run(workers: &str) -> Result<()> {
             "{}",
         ));
     }
-    // Random numbers and clocks: the parts of WASI that std links, and those that only the guest imports.
+
+    // Random numbers and clocks: parts of WASI linked by std, and those that only the guest
+    // imports.
     let inspect = r#"{"inspect": ["now", "wall", "monotonic", "random", "seed", "sleep"]}"#;
     messages.push(NewMessage::new("in.x", "seen", "inspect", inspect));
     world.nats.publish_all(messages).await?;
@@ -275,7 +283,7 @@ async fn the_ledger_runs(workers: &str) -> Result<()> {
         .await
 }
 
-/// The status of the response to a request with a key of its own.
+/// The status of the answer to a request with its own key.
 async fn post(world: &World, path: &str, body: serde_json::Value) -> Result<u16> {
     let request = reqwest::Client::new()
         .post(format!("{}{path}", world.ingress_url()?))

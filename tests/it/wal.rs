@@ -1,4 +1,4 @@
-//! Publishing from PostgreSQL's log: the order of commits and keys, one reader at a time, and the ways there and back.
+//! WAL mode: the order of commits and keys, one reader at a time, and switches of the relay mode.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -19,7 +19,7 @@ const SLOTS: &str = "select count(*) from pg_replication_slots where database = 
 const READERS: &str =
     "select count(*) from pg_replication_slots where database = current_database() and active";
 
-/// Four lanes, small batches, and hosts that ask for the log.
+/// Four lanes, small batches, and hosts that request WAL mode.
 async fn world_in_wal_mode(cluster: Option<&Cluster>) -> Result<World> {
     let settings = format!("batch = 8\nconcurrency = 4\nack_wait = \"1s\"\n{QUICK_RETRIES}");
     let mut world = World::without_host(Kind::Postgres, &manifest(&settings)?).await?;
@@ -36,7 +36,7 @@ async fn start(world: &mut World) -> Result<()> {
     world.until(READERS, 1).await
 }
 
-/// Asks for another way, as a host that starts does.
+/// Requests another relay mode, like a starting host.
 async fn request_relay_mode(world: &World, how: &str) -> Result<()> {
     world
         .database
@@ -67,7 +67,8 @@ async fn wal_outputs_come_in_order_and_rows_are_written_once() -> Result<()> {
             .await?,
         600
     );
-    // What the server has counted it tells a second later.
+
+    // The server publishes its statistics a second later.
     let counted = "select count(*) from pg_stat_user_tables where schemaname = 'oncely' and relname = 'outbox_0' \
                    and n_tup_ins = 600 and n_tup_upd = 0";
     world.until(counted, 1).await?;
@@ -80,7 +81,8 @@ async fn wal_outputs_come_in_order_and_rows_are_written_once() -> Result<()> {
         shown.contains("state: published") && shown.contains("OUT"),
         "{shown}"
     );
-    // All numbers are through soon after, and the age of what waits is none.
+
+    // All record numbers are confirmed soon after, and no output is waiting.
     world
         .until(
             "select count(*) from oncely.relay_position where published_seq >= 600",
@@ -93,8 +95,9 @@ async fn wal_outputs_come_in_order_and_rows_are_written_once() -> Result<()> {
     world.stop_host().await
 }
 
-/// The server sends a commit once it is in the log, when others need not see its rows yet. For as long as a commit waits for
-/// a standby, it is in between; a server process that is stopped there stays there, while all others go on.
+/// The server sends a commit as soon as it is in the WAL, perhaps before its rows are visible. A
+/// commit that waits for a standby stays in between. A server process suspended there stays there,
+/// while all others continue.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_output_is_published_before_its_effects_are_visible() -> Result<()> {
     let cluster = Cluster::start()?;
@@ -102,7 +105,9 @@ async fn no_output_is_published_before_its_effects_are_visible() -> Result<()> {
     start(&mut world).await?;
     world.nats.publish_all(counting_messages(0, 20)).await?;
     world.quiet(20).await?;
-    wait_for_standby(&world, "nobody").await?;
+
+    // Hold one commit between its WAL record and its visibility
+    wait_for_standby(&world, "absent").await?;
     world.nats.publish_all(vec![count(20, "late", 0)]).await?;
     let commits = "from pg_stat_activity join pg_locks using (pid) \
                    where wait_event = 'SyncRep' and relation = 'oncely.inbox'::regclass and mode = 'RowExclusiveLock'";
@@ -128,7 +133,8 @@ async fn no_output_is_published_before_its_effects_are_visible() -> Result<()> {
             1,
         )
         .await?;
-    // The reader, which was told of it, goes on to write down how far it is.
+
+    // The reader has received the commit and keeps recording its position.
     for _ in 0..4 {
         let now = world
             .database
@@ -154,6 +160,8 @@ async fn no_output_is_published_before_its_effects_are_visible() -> Result<()> {
             (20, 20)
         );
     }
+
+    // Let it continue
     drop(between);
     world.quiet(21).await?;
     let via_wal = "select count(*) from oncely.outbox where via = 'wal'";
@@ -167,7 +175,7 @@ async fn no_output_is_published_before_its_effects_are_visible() -> Result<()> {
     check_order(&world, 21).await
 }
 
-/// From now on commits wait for this standby, or for none.
+/// Makes commits wait for this standby, or for none.
 async fn wait_for_standby(world: &World, name: &str) -> Result<()> {
     world
         .database
@@ -182,7 +190,7 @@ async fn wait_for_standby(world: &World, name: &str) -> Result<()> {
     world.until(&is_set, 1).await
 }
 
-/// A process that stands still until this is dropped.
+/// A process that is suspended until drop.
 struct Stopped(u32);
 
 impl Stopped {
@@ -250,14 +258,17 @@ async fn another_host_takes_over_the_slot_within_seconds() -> Result<()> {
     world.until(READERS, 1).await?;
     let mut two = RunningHost::start(&world, &format!("wal-two{number}")).await?;
     let path = world.folder.path().join("oncely.toml");
-    one.oncely(&["deploy", path.to_str().context("name the manifest")?])?;
+    one.oncely(&[
+        "deploy",
+        path.to_str().context("convert the manifest path")?,
+    ])?;
     two.until_version(1).await?;
     two.ready().await?;
     world.nats.publish_all(counting_messages(0, 300)).await?;
     world.quiet(300).await?;
     assert!(
         one.handled()? > 0 && two.handled()? > 0,
-        "only one host worked"
+        "only one host handled messages"
     );
     world.nats.publish_all(counting_messages(300, 600)).await?;
     world
@@ -297,7 +308,7 @@ async fn outputs_keep_their_order_when_the_broker_dies() -> Result<()> {
         };
         ensure!(
             proxy.cut(cut, Duration::from_secs(20)).await,
-            "nothing was published to cut"
+            "no publication could be cut"
         );
     }
     world.nats.kill()?;
@@ -325,7 +336,7 @@ async fn lost_outputs_are_published_again_in_order() -> Result<()> {
     while world.nats.read_stream("OUT").await?.len() < 250 {
         ensure!(
             Instant::now() < end,
-            "the outputs do not come back:\n{}",
+            "the outputs were not republished:\n{}",
             world.host_log()
         );
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -334,7 +345,7 @@ async fn lost_outputs_are_published_again_in_order() -> Result<()> {
     check_order(&world, 250).await
 }
 
-/// What the reader has not recorded yet when the stream loses it, nobody would miss.
+/// Nothing else would miss the outputs that the reader has not recorded when the stream loses them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lost_unrecorded_outputs_are_published_again_in_order() -> Result<()> {
     let mut world = world_in_wal_mode(None).await?;
@@ -394,14 +405,16 @@ async fn a_parked_output_blocks_its_key_and_nothing_else() -> Result<()> {
         )
         .await?;
     world.until("select count(*) from oncely.inbox", 8).await?;
-    // The three of the other key, and the first of this one.
+
+    // Three outputs of the other key, and the first one of this key.
     world.until(world.database.unpublished(), 4).await?;
     assert_eq!(world.nats.read_stream("OUT").await?.len(), 4);
     world.nats.make_narrow_stream("OUT", "out.>", 3_000).await?;
     world.oncely(&["outbox", "retry", "--all"]).await?;
     world.quiet(8).await?;
     check_order(&world, 8).await?;
-    // The key goes by the log again.
+
+    // The key uses WAL mode again.
     world.nats.publish_all(vec![count(8, "held", 0)]).await?;
     world.quiet(9).await?;
     assert_eq!(
@@ -434,7 +447,7 @@ async fn relay_mode_changes_under_load_keep_outputs_once_in_order() -> Result<()
         );
         world.until(&some, 1).await?;
         if rounds == 2 {
-            // Some of it is published before the log is left again.
+            // Some outputs are published before WAL mode is left again.
             world
                 .until("select least(count(*), 1) from oncely.relay_record", 1)
                 .await?;
@@ -448,8 +461,8 @@ async fn relay_mode_changes_under_load_keep_outputs_once_in_order() -> Result<()
             world.until(IN_WAL_MODE, 1).await?;
         }
         if rounds == 1 {
-            // A line that polling has begun it also ends, and after a kill that takes as long as a lease. Now there is none,
-            // so what comes next goes by the log.
+            // The poller finishes a per-key queue that it has begun, which takes as long as a lease
+            // after a kill. All queues are empty now, so the next outputs use WAL mode.
             world.quiet(sent as i64).await?;
         }
     }
@@ -460,7 +473,7 @@ async fn relay_mode_changes_under_load_keep_outputs_once_in_order() -> Result<()
     check_order(&world, count).await
 }
 
-/// A transaction that saw the old way may end long after the new one has begun.
+/// A transaction that began in the old relay mode may end long after the switch.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn wal_mode_ends_only_after_its_last_writing_transaction() -> Result<()> {
     let mut world = world_in_wal_mode(None).await?;
@@ -503,6 +516,8 @@ async fn a_slot_invalidated_by_the_server_loses_nothing() -> Result<()> {
     start(&mut world).await?;
     world.nats.publish_all(counting_messages(0, 100)).await?;
     world.quiet(100).await?;
+
+    // Kill the reader under load
     world.nats.publish_all(counting_messages(100, 400)).await?;
     world
         .until(
@@ -511,11 +526,15 @@ async fn a_slot_invalidated_by_the_server_loses_nothing() -> Result<()> {
         )
         .await?;
     world.kill_host()?;
-    // Nobody reads, and the log grows.
+
+    // Without a reader, the WAL grows.
     let lost = "select count(*) from pg_replication_slots where database = current_database() and wal_status = 'lost'";
     let end = Instant::now() + PATIENCE;
     while world.database.number(lost).await? == 0 {
-        ensure!(Instant::now() < end, "the server keeps the slot");
+        ensure!(
+            Instant::now() < end,
+            "the server did not invalidate the slot"
+        );
         world
             .database
             .execute("create table junk as select generate_series(1, 300000); drop table junk")
@@ -523,6 +542,8 @@ async fn a_slot_invalidated_by_the_server_loses_nothing() -> Result<()> {
         world.database.execute("select pg_switch_wal()").await?;
         world.database.execute("checkpoint").await?;
     }
+
+    // Back to polling, with every output in order
     world.host_env.clear();
     world.start_host().await?;
     world.until(IN_POLL_MODE, 1).await?;
@@ -531,7 +552,8 @@ async fn a_slot_invalidated_by_the_server_loses_nothing() -> Result<()> {
     world.until(SLOTS, 0).await?;
     let status = world.oncely(&["status"]).await?;
     assert!(status.contains("max_slot_wal_keep_size"), "{status}");
-    // Whoever starts with the log in its settings asks for it again.
+
+    // A host with the setting requests WAL mode again at its start.
     world.kill_host()?;
     world.host_env = vec![("ONCELY_RELAY".to_owned(), "wal".to_owned())];
     start(&mut world).await?;
@@ -557,9 +579,9 @@ async fn a_dropped_slot_ends_wal_mode_while_the_host_runs() -> Result<()> {
                    where database = current_database() and not active";
     let end = Instant::now() + PATIENCE;
     while world.database.number(IN_WAL_MODE).await? == 1 {
-        ensure!(Instant::now() < end, "the slot cannot be dropped");
+        ensure!(Instant::now() < end, "the slot could not be dropped");
         world.database.rows(end_it).await?;
-        // The reader may have come back.
+        // The reader may have reconnected.
         let _ = world.database.rows(drop_it).await;
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
@@ -612,7 +634,7 @@ async fn an_unreadable_wal_is_reported_with_a_hint() -> Result<()> {
         refused.contains("wal_level = replica") && refused.contains("alter system set wal_level"),
         "{refused}"
     );
-    // Nothing was changed by that, and a host without the wish starts.
+    // Nothing was changed, and a host without the setting starts.
     world.host_env.clear();
     world.start_host().await?;
     world.nats.publish_all(counting_messages(0, 20)).await?;
@@ -633,7 +655,8 @@ async fn old_wal_outputs_are_dropped_with_their_partition() -> Result<()> {
     let passed = "select count(*) from oncely.relay_position where published_seq >= 100";
     world.until(passed, 1).await?;
     world.kill_host()?;
-    // Half of it was published long ago, and the part is closed.
+
+    // Half of the outputs were published long ago, and the partition is closed.
     world
         .database
         .execute("update oncely.relay_record set published_at = now() - interval '1 day' where last_seq < 50")
@@ -654,7 +677,7 @@ async fn old_wal_outputs_are_dropped_with_their_partition() -> Result<()> {
     let recorded =
         "select coalesce(sum(cardinality(seqs)), 0) from oncely.relay_record where last_seq >= 50";
     assert_eq!(left, world.database.number(recorded).await?);
-    assert!(left < 100 && left > 0, "{left} outputs are left");
+    assert!(left < 100 && left > 0, "{left} outputs remain");
     assert_eq!(
         world
             .database
@@ -667,7 +690,7 @@ async fn old_wal_outputs_are_dropped_with_their_partition() -> Result<()> {
     check_order(&world, 160).await
 }
 
-/// Delayed outputs go by polling, whatever the others do.
+/// Delayed outputs use the poller in either mode.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn delays_are_honoured_and_the_books_balance() -> Result<()> {
     let mut world = world_in_wal_mode(None).await?;

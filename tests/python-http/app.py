@@ -1,4 +1,4 @@
-"""An HTTP worker in Python: it knows nothing of Oncely, only `wasi:http/proxy`."""
+"""An HTTP worker in Python that uses only `wasi:http/proxy`."""
 
 from componentize_py_types import Ok
 from wit_world import exports

@@ -1,4 +1,4 @@
-//! The books: whether every event took effect once, and told of it once.
+//! Exactly-once checks: every event has one effect, and every effect has its outputs once.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 
 use crate::world::World;
 
-/// What the books of a test say.
+/// Counts of a consistent world.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Books {
     /// Events with effects.
@@ -17,8 +17,9 @@ pub struct Books {
     pub outputs: usize,
 }
 
-/// Reads the books and checks what must hold whatever happened: two rows and one nonce for each event, a sum of zero, no
-/// event both done and dead, every output on the stream once by id, and every output of an effect that is there.
+/// Reads the effects, dead letters and outputs, and checks the invariants. Each event has two rows
+/// with one nonce, and all rows sum to zero. No event has both an effect and a dead letter. Every
+/// output is on the stream once by id, and every committed effect has its output.
 pub async fn check(world: &World) -> Result<Books> {
     let mut books = Books::default();
     ensure!(
@@ -27,7 +28,7 @@ pub async fn check(world: &World) -> Result<Books> {
             .number("select coalesce(sum(delta), 0) from app.effect")
             .await?
             == 0,
-        "the sum is not zero"
+        "the effects do not sum to zero"
     );
     let effects = world
         .database
@@ -36,7 +37,7 @@ pub async fn check(world: &World) -> Result<Books> {
     let mut nonces = BTreeMap::new();
     for row in effects {
         let [event, rows, distinct, nonce] = row.as_slice() else {
-            anyhow::bail!("odd row {row:?}")
+            anyhow::bail!("unexpected row {row:?}")
         };
         ensure!(
             rows == "2" && distinct == "1",
@@ -45,7 +46,8 @@ pub async fn check(world: &World) -> Result<Books> {
         nonces.insert(event.clone(), nonce.clone());
         books.effects.insert(event.clone());
     }
-    // What was put back is dead again, or it took effect: then the letter is no longer open.
+
+    // A redriven dead letter is open again or done, so its row no longer counts here.
     let dead = "select event_id from oncely.dead_letter where reason <> 'id-reuse' and state not in ('redriven', 'done')";
     for row in world.database.rows(dead).await? {
         books.dead.extend(row);
@@ -70,7 +72,11 @@ async fn check_outputs(
             .get("Nats-Msg-Id")
             .cloned()
             .unwrap_or_default();
-        ensure!(!id.is_empty(), "output {} has no id", message.sequence);
+        ensure!(
+            !id.is_empty(),
+            "output at sequence {} has no id",
+            message.sequence
+        );
         ensure!(ids.insert(id.clone()), "output {id} is on the stream twice");
         let Ok(body) = serde_json::from_slice::<serde_json::Value>(&message.body) else {
             continue;
@@ -79,7 +85,7 @@ async fn check_outputs(
             let committed = nonces.get(event.as_str().unwrap_or_default());
             ensure!(
                 committed.map(String::as_str) == nonce.as_str(),
-                "output {id} tells of an attempt that did not commit"
+                "output {id} comes from an attempt that did not commit"
             );
         }
     }
@@ -90,7 +96,7 @@ async fn check_outputs(
         .await?;
     ensure!(
         committed == stored.len() as i64,
-        "{committed} outputs were committed and {} are on the stream",
+        "{committed} outputs were committed, but {} are on the stream",
         stored.len()
     );
     Ok(())

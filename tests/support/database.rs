@@ -1,4 +1,4 @@
-//! A database of a test's own, looked at from outside the host with plain SQL.
+//! A database per test, inspected with plain SQL past the host.
 
 use std::path::{Path, PathBuf};
 
@@ -7,12 +7,12 @@ use sqlx::{AssertSqlSafe, Connection, Row};
 
 use crate::{pgbouncer, postgres};
 
-/// Which database a test runs on.
+/// The database a test runs on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     Sqlite,
     Postgres,
-    /// PostgreSQL behind a pooler that gives each transaction another connection.
+    /// PostgreSQL behind PgBouncer in transaction pooling mode.
     Pgbouncer,
 }
 
@@ -20,7 +20,7 @@ pub enum Kind {
 #[derive(Debug, Clone)]
 pub enum Database {
     Sqlite(PathBuf),
-    /// By URL: the one the host uses, and the one the test looks through.
+    /// Two URLs: the host's and the test's own.
     Postgres {
         host: String,
         direct: String,
@@ -51,7 +51,7 @@ impl Database {
         })
     }
 
-    /// The query for how many outputs are not published.
+    /// The query that counts unpublished outputs.
     pub fn unpublished(&self) -> &'static str {
         match self {
             Database::Sqlite(_) => "select count(*) from oncely.outbox where published_at is null",
@@ -62,7 +62,7 @@ impl Database {
         }
     }
 
-    /// The same without messages that tell of alarms.
+    /// Like [`Database::unpublished`], without alarm notices.
     pub fn unpublished_except_alarms(&self) -> &'static str {
         match self {
             Database::Sqlite(_) => {
@@ -76,7 +76,7 @@ impl Database {
         }
     }
 
-    /// What `--database` takes.
+    /// The value for `--database`.
     pub fn url(&self) -> String {
         match self {
             Database::Sqlite(path) => path.display().to_string(),
@@ -84,7 +84,7 @@ impl Database {
         }
     }
 
-    /// The same, past whatever stands before the database for the host.
+    /// The URL that bypasses any pooler or proxy in front of the database.
     pub fn direct_url(&self) -> String {
         match self {
             Database::Sqlite(path) => path.display().to_string(),
@@ -92,7 +92,7 @@ impl Database {
         }
     }
 
-    /// A copy of the database as it is now, in `folder` if it is a file. No host may run on it meanwhile.
+    /// Copies the database; a file copy goes to `folder`. No host may run on it meanwhile.
     pub async fn copy(&self, folder: &Path) -> Result<Database> {
         match self {
             Database::Sqlite(path) => {
@@ -100,7 +100,7 @@ impl Database {
                 self.execute(&format!("vacuum into '{}'", copy.display()))
                     .await
                     .context("copy the database")?;
-                anyhow::ensure!(copy.exists(), "there is no copy of {}", path.display());
+                anyhow::ensure!(copy.exists(), "no copy of {} was made", path.display());
                 Ok(Database::Sqlite(copy))
             }
             Database::Postgres { direct, .. } => {
@@ -110,7 +110,7 @@ impl Database {
                 let copy = format!("copy_{}", uuid::Uuid::new_v4().simple());
                 let mut connection =
                     sqlx::PgConnection::connect(&format!("{server}/postgres")).await?;
-                // Of a host that was killed the server may not know yet.
+                // The server may not have noticed yet that a killed host's connections are gone.
                 let end = format!(
                     "select pg_terminate_backend(pid, 10000) from pg_stat_activity
                      where datname = '{name}' and backend_type = 'client backend'"
@@ -118,7 +118,7 @@ impl Database {
                 sqlx::raw_sql(AssertSqlSafe(end))
                     .execute(&mut connection)
                     .await
-                    .context("end what is left")?;
+                    .context("end remaining connections")?;
                 let make = format!("create database {copy} template {name}");
                 sqlx::raw_sql(AssertSqlSafe(make))
                     .execute(&mut connection)
@@ -133,8 +133,8 @@ impl Database {
         }
     }
 
-    /// Runs a query and returns its rows as text, an empty string for null. Platform tables are written `oncely.x` and
-    /// workers' tables `app.x`, whichever database it is.
+    /// Runs a query and returns its rows as text, an empty string for null. For both databases,
+    /// platform tables are written `oncely.x` and workers' tables `app.x`.
     pub async fn rows(&self, sql: &str) -> Result<Vec<Vec<String>>> {
         match self {
             Database::Sqlite(path) => {
@@ -161,7 +161,7 @@ impl Database {
                 let mut connection = sqlx::PgConnection::connect(direct)
                     .await
                     .context("connect")?;
-                // The simple protocol brings every value as text.
+                // The simple protocol returns every value as text.
                 let rows = sqlx::raw_sql(AssertSqlSafe(sql))
                     .fetch_all(&mut connection)
                     .await?;
@@ -176,7 +176,7 @@ impl Database {
         }
     }
 
-    /// Changes something behind the host's back.
+    /// Executes a statement past the host.
     pub async fn execute(&self, sql: &str) -> Result<()> {
         match self {
             Database::Sqlite(path) => {
@@ -202,13 +202,13 @@ impl Database {
         Ok(())
     }
 
-    /// The one number a query yields.
+    /// The number that a query returns.
     pub async fn number(&self, sql: &str) -> Result<i64> {
         let rows = self.rows(sql).await?;
         let value = rows
             .first()
             .and_then(|row| row.first())
-            .context("the query has no row")?;
+            .context("query returned no row")?;
         value
             .parse()
             .with_context(|| format!("`{value}` is not a number"))

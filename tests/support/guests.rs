@@ -1,4 +1,4 @@
-//! The test guests' component, built once for each test process.
+//! Test guest components, built once per test process.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -7,37 +7,38 @@ use std::sync::OnceLock;
 use anyhow::{Context, Result};
 use oncely::cli::cargo::{Target, build_component};
 
-/// The path of the component that holds every behaviour of `tests/guests`.
+/// The component of `tests/guests`, which contains every behaviour.
 pub fn component() -> Result<PathBuf> {
     static BUILT: Built = OnceLock::new();
     build_once(&BUILT, "tests/guests")
 }
 
-/// The path of the component of `tests/batch-guest`, which handles batches.
+/// The component of `tests/batch-guest`, which handles batches.
 pub fn batch_component() -> Result<PathBuf> {
     static BUILT: Built = OnceLock::new();
     build_once(&BUILT, "tests/batch-guest")
 }
 
-/// The path of the component of `tests/http-guest`, which answers requests.
+/// The component of `tests/http-guest`, which answers requests.
 pub fn http_component() -> Result<PathBuf> {
     static BUILT: Built = OnceLock::new();
     build_once(&BUILT, "tests/http-guest")
 }
 
-/// The path of the component of `examples/ledger/api`.
+/// The component of `examples/ledger/api`.
 pub fn ledger_component() -> Result<PathBuf> {
     static BUILT: Built = OnceLock::new();
     build_once(&BUILT, "examples/ledger/api")
 }
 
-/// The path of the component of `examples/ledger/totals`.
+/// The component of `examples/ledger/totals`.
 pub fn totals_component() -> Result<PathBuf> {
     static BUILT: Built = OnceLock::new();
     build_once(&BUILT, "examples/ledger/totals")
 }
 
-/// The path of the component of `tests/python-http`, which knows nothing of Oncely: it is made for the world `wasi:http/proxy`.
+/// The component of `tests/python-http`, which targets plain `wasi:http/proxy` without Oncely's
+/// SDK.
 pub fn python_http_component() -> Result<PathBuf> {
     static BUILT: Built = OnceLock::new();
     let built = BUILT.get_or_init(|| build_python_http().map_err(|error| format!("{error:#}")));
@@ -47,7 +48,8 @@ pub fn python_http_component() -> Result<PathBuf> {
 fn build_python_http() -> Result<PathBuf> {
     let source = repository().join("tests/python-http");
     let out = target_dir()?.join("python-http.wasm");
-    // The interpreter is large, and compiling for it takes half a minute.
+
+    // Embedding the interpreter and compiling takes half a minute, so a fresh component is reused.
     let made = |path: &Path| {
         std::fs::metadata(path)
             .and_then(|file| file.modified())
@@ -76,26 +78,26 @@ fn build_python_http() -> Result<PathBuf> {
         .context("run componentize-py; `make install-tools` installs it")?;
     anyhow::ensure!(
         output.status.success(),
-        "build a component: {}",
+        "build a component with componentize-py: {}",
         String::from_utf8_lossy(&output.stderr)
     );
-    std::fs::rename(&partial, &out).context("put the component in its place")?;
+    std::fs::rename(&partial, &out).context("move the component into place")?;
     Ok(out)
 }
 
-/// The interfaces of `wasi:http`, as wasmtime brings them.
+/// The folder of the `wasi:http` WIT files that wasmtime ships.
 fn wasi_http_wit() -> Result<PathBuf> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let output = Command::new(cargo)
         .args(["metadata", "--format-version", "1", "--locked", "--offline"])
         .current_dir(repository())
         .output()
-        .context("ask cargo where wasmtime-wasi-http is")?;
+        .context("run cargo metadata")?;
     let metadata: serde_json::Value =
-        serde_json::from_slice(&output.stdout).context("read what cargo says")?;
+        serde_json::from_slice(&output.stdout).context("parse the output of cargo metadata")?;
     let packages = metadata["packages"]
         .as_array()
-        .context("read the packages")?;
+        .context("read the packages of cargo metadata")?;
     let package = packages
         .iter()
         .find(|package| package["name"] == "wasmtime-wasi-http");
@@ -107,7 +109,7 @@ fn wasi_http_wit() -> Result<PathBuf> {
 
 type Built = OnceLock<std::result::Result<PathBuf, String>>;
 
-/// Builds the crate in a folder of the repository.
+/// Builds the crate in `folder` of the repository, once per process.
 fn build_once(once: &Built, folder: &str) -> Result<PathBuf> {
     let built = once.get_or_init(|| build(folder).map_err(|error| format!("{error:#}")));
     built.clone().map_err(anyhow::Error::msg)
@@ -119,7 +121,7 @@ fn build(folder: &str) -> Result<PathBuf> {
     Ok(out)
 }
 
-/// Builds the crate in a folder of the repository with a certain toolchain, or the best that is installed.
+/// Builds the crate in `folder` with `toolchain`, or with the best one installed.
 pub fn build_with(folder: &str, out: &Path, toolchain: Option<Target>) -> Result<()> {
     let mut lines = Vec::new();
     build_component(&repository().join(folder), out, toolchain, &mut |line| {
@@ -128,7 +130,7 @@ pub fn build_with(folder: &str, out: &Path, toolchain: Option<Target>) -> Result
     .with_context(|| format!("build the crate in {folder}:\n{}", lines.join("\n")))
 }
 
-/// The top folder of the repository.
+/// The root folder of the repository.
 pub fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
@@ -136,10 +138,12 @@ pub fn repository() -> PathBuf {
         .to_owned()
 }
 
-/// The folder that holds the built binaries: tests run from `deps` below it.
+/// The folder with the built binaries; test executables are in `deps` below it.
 pub fn target_dir() -> Result<PathBuf> {
     let test = std::env::current_exe().context("find the running program")?;
-    let mut folder = test.parent().context("find its folder")?;
+    let mut folder = test
+        .parent()
+        .context("find the folder of the running program")?;
     if folder.ends_with("deps") {
         folder = folder.parent().context("find the target folder")?;
     }
@@ -151,7 +155,7 @@ pub fn oncely() -> Result<PathBuf> {
     let path = target_dir()?.join("oncely");
     anyhow::ensure!(
         path.exists(),
-        "{} is not there; run `cargo build` first (`make test` does)",
+        "{} does not exist; run `cargo build` first (`make test` does)",
         path.display()
     );
     Ok(path)

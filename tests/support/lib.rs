@@ -1,4 +1,4 @@
-//! What the tests share: real servers on free loopback ports, removed when the test process ends, however it ends.
+//! Shared test support: real servers on free loopback ports, removed when the test process ends.
 
 pub mod books;
 pub mod counting;
@@ -14,8 +14,8 @@ pub mod redis;
 pub mod server;
 pub mod world;
 
-/// How a program ends: well, or with a failure when something does not hold. What went wrong is the last thing that is printed,
-/// without a backtrace, whatever the environment says.
+/// The exit code of a test program: success if `holds` is true. An error is the last line printed,
+/// without a backtrace.
 pub fn exit_code(holds: anyhow::Result<bool>) -> std::process::ExitCode {
     match holds {
         Ok(true) => std::process::ExitCode::SUCCESS,

@@ -1,4 +1,4 @@
-//! A nats-server of the test's own, to publish to, to read from raw, to kill and to start again.
+//! A nats-server per test: publish, read streams raw, kill and restart.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -13,12 +13,12 @@ use tempfile::TempDir;
 
 use crate::server::{Server, free_port};
 
-/// A nats-server with JetStream in a folder of its own.
+/// A nats-server with JetStream in its own folder.
 pub struct NatsServer {
     port: u16,
     folder: TempDir,
     server: Option<Server>,
-    /// How a test's own clients connect.
+    /// Connect options of the test's own clients.
     options: ConnectOptions,
 }
 
@@ -30,7 +30,7 @@ pub struct NewMessage {
     pub body: Vec<u8>,
 }
 
-/// A message as it stands on a stream.
+/// A stored message of a stream.
 #[derive(Debug, Clone)]
 pub struct Stored {
     pub sequence: u64,
@@ -41,12 +41,12 @@ pub struct Stored {
 }
 
 impl NewMessage {
-    /// A message for the test guests: what they are to do, with which options, under which event id.
+    /// A message for the test guests: their behaviour, its options and the event id.
     pub fn new(subject: &str, event_id: &str, behaviour: &str, options: &str) -> Self {
         NewMessage {
             subject: subject.to_owned(),
             headers: vec![
-                // A new id for the broker each time: only the inbox knows that it is the same event.
+                // A new broker id each time: only the inbox can recognise the repeated event.
                 ("Nats-Msg-Id".to_owned(), uuid::Uuid::new_v4().to_string()),
                 ("ce-id".to_owned(), event_id.to_owned()),
                 ("do".to_owned(), behaviour.to_owned()),
@@ -57,7 +57,7 @@ impl NewMessage {
 }
 
 impl NewMessage {
-    /// Event number `n` for the test guests: one effect, and one output that tells of it.
+    /// Event number `n` for the test guests: one effect and one output of it.
     pub fn insert(n: u64) -> Self {
         NewMessage::new("in.x", &format!("e{n}"), "insert", r#"{"n": 1}"#)
     }
@@ -68,17 +68,17 @@ impl NatsServer {
         Self::start_with("").await
     }
 
-    /// Starts a server with further lines of configuration.
+    /// Starts a server with additional configuration.
     pub async fn start_with(configuration: &str) -> Result<Self> {
         Self::start_secured(configuration, ConnectOptions::new()).await
     }
 
-    /// Starts a server that wants a proof of its clients, which the test's own give with these options.
+    /// Starts a server that requires authentication; the test's own clients connect with `options`.
     pub async fn start_secured(configuration: &str, options: ConnectOptions) -> Result<Self> {
         let folder = tempfile::Builder::new()
             .prefix("oncely-nats-")
             .tempdir()
-            .context("make a folder")?;
+            .context("create a folder")?;
         if !configuration.is_empty() {
             std::fs::write(folder.path().join("configuration"), configuration)
                 .context("write the configuration")?;
@@ -93,7 +93,7 @@ impl NatsServer {
         Ok(nats)
     }
 
-    /// Starts a cluster of three servers, and waits until it has a leader.
+    /// Starts a cluster of three servers and waits until it has a leader.
     pub async fn start_cluster() -> Result<Vec<Self>> {
         let routes: Vec<u16> = (0..3).map(|_| free_port()).collect::<Result<_>>()?;
         let all: Vec<String> = routes
@@ -126,7 +126,7 @@ impl NatsServer {
         let context = jetstream::new(self.client().await?);
         while let Err(error) = context.query_account().await {
             if Instant::now() > end {
-                bail!("the cluster has no leader: {error}");
+                bail!("no leader elected: {error}");
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
@@ -141,7 +141,7 @@ impl NatsServer {
         format!("nats://127.0.0.1:{}", self.port)
     }
 
-    /// Starts the server again, on the same port and with the same store.
+    /// Starts the server again on the same port and store.
     pub async fn restart(&mut self) -> Result<()> {
         let folder = self.folder.path();
         let configuration = folder.join("configuration");
@@ -164,7 +164,8 @@ impl NatsServer {
         self.client().await.map(|_| ())
     }
 
-    /// Kills the server and starts it with another configuration, to which the test's own clients log in with these options.
+    /// Kills the server and restarts it with another configuration; the test's own clients log in
+    /// with `options`.
     pub async fn restart_secured(
         &mut self,
         configuration: &str,
@@ -177,14 +178,14 @@ impl NatsServer {
         self.restart().await
     }
 
-    /// Kills the server as a power cut would.
+    /// Kills the server like a power cut.
     pub fn kill(&mut self) -> Result<()> {
         self.signal("KILL")?;
         self.server = None;
         Ok(())
     }
 
-    /// Where the server keeps a stream. Only to be touched while it is stopped.
+    /// The folder of a stream's store. It must only be changed while the server is stopped.
     fn stream_folder(&self, stream: &str) -> PathBuf {
         self.folder
             .path()
@@ -192,14 +193,14 @@ impl NatsServer {
             .join(stream)
     }
 
-    /// Keeps a copy of a stream of a server that is stopped.
+    /// Copies the store of a stream; the server must be stopped.
     pub fn copy_stream(&self, stream: &str) -> Result<()> {
         let copy = self.folder.path().join(format!("copy-{stream}"));
         let _ = std::fs::remove_dir_all(&copy);
         copy_folder(&self.stream_folder(stream), &copy)
     }
 
-    /// Brings a stream of a server that is stopped back to its copy.
+    /// Restores a stream from its copy; the server must be stopped.
     pub fn roll_back_stream(&self, stream: &str) -> Result<()> {
         std::fs::remove_dir_all(self.stream_folder(stream)).context("remove a stream")?;
         copy_folder(
@@ -208,12 +209,12 @@ impl NatsServer {
         )
     }
 
-    /// Stops the server where it is: its connections stay, and nothing answers.
+    /// Suspends the server: its connections stay open, and nothing answers.
     pub fn pause(&self) -> Result<()> {
         self.signal("STOP")
     }
 
-    /// Lets a paused server go on.
+    /// Resumes a paused server.
     pub fn resume(&self) -> Result<()> {
         self.signal("CONT")
     }
@@ -224,7 +225,7 @@ impl NatsServer {
         crate::world::signal(pid.trim().parse().context("read the server's pid")?, name)
     }
 
-    /// A connection of the test's own; waits until the server answers.
+    /// Connects a test client once the server answers.
     pub async fn client(&self) -> Result<async_nats::Client> {
         let end = Instant::now() + Duration::from_secs(20);
         loop {
@@ -240,7 +241,7 @@ impl NatsServer {
         }
     }
 
-    /// Makes a stream that takes no message above so many bytes.
+    /// Creates a stream that refuses messages larger than `bytes`.
     pub async fn make_narrow_stream(&self, name: &str, subject: &str, bytes: i32) -> Result<()> {
         let config = jetstream::stream::Config {
             name: name.to_owned(),
@@ -253,11 +254,11 @@ impl NatsServer {
         context
             .create_or_update_stream(config)
             .await
-            .context("make a narrow stream")?;
+            .context("create a narrow stream")?;
         Ok(())
     }
 
-    /// Makes a stream that refuses a message to a subject that it holds one of.
+    /// Creates a stream that holds one message per subject and refuses a second one.
     pub async fn make_one_per_subject_stream(&self, name: &str, subject: &str) -> Result<()> {
         let config = jetstream::stream::Config {
             name: name.to_owned(),
@@ -271,11 +272,11 @@ impl NatsServer {
         jetstream::new(self.client().await?)
             .create_stream(config)
             .await
-            .context("make a stream of one per subject")?;
+            .context("create a stream with one message per subject")?;
         Ok(())
     }
 
-    /// Removes all messages to a subject from a stream.
+    /// Purges the messages of a subject from a stream.
     pub async fn purge_subject(&self, stream: &str, subject: &str) -> Result<()> {
         let context = jetstream::new(self.client().await?);
         let stream = context
@@ -286,11 +287,11 @@ impl NatsServer {
             .purge()
             .filter(subject)
             .await
-            .context("remove the messages to a subject")?;
+            .context("purge a subject")?;
         Ok(())
     }
 
-    /// Makes a stream that forgets message ids after `window`.
+    /// Creates a stream whose duplicate window is `window`.
     pub async fn make_stream(&self, name: &str, subject: &str, window: Duration) -> Result<()> {
         let config = jetstream::stream::Config {
             name: name.to_owned(),
@@ -302,11 +303,11 @@ impl NatsServer {
         jetstream::new(self.client().await?)
             .create_stream(config)
             .await
-            .context("make a stream")?;
+            .context("create a stream")?;
         Ok(())
     }
 
-    /// Takes a stream away, with all that is on it.
+    /// Deletes a stream with its messages and returns its configuration.
     pub async fn delete_stream(&self, name: &str) -> Result<jetstream::stream::Config> {
         let context = jetstream::new(self.client().await?);
         let config = context
@@ -323,16 +324,16 @@ impl NatsServer {
         Ok(config)
     }
 
-    /// Makes a stream as another one was.
+    /// Creates a stream from the configuration of a deleted one.
     pub async fn recreate_stream(&self, config: jetstream::stream::Config) -> Result<()> {
         jetstream::new(self.client().await?)
             .create_stream(config)
             .await
-            .context("make the stream again")?;
+            .context("recreate the stream")?;
         Ok(())
     }
 
-    /// Lets a stream take nothing more, or again as much as there is.
+    /// Limits a stream to its present size, or lifts that limit.
     pub async fn fill_stream(&self, name: &str, is_full: bool) -> Result<()> {
         let context = jetstream::new(self.client().await?);
         let stream = context.get_stream(name).await.context("open the stream")?;
@@ -348,11 +349,11 @@ impl NatsServer {
         context
             .update_stream(config)
             .await
-            .context("change how much the stream takes")?;
+            .context("change the size limit of the stream")?;
         Ok(())
     }
 
-    /// Publishes messages in order and waits until the streams have stored all of them.
+    /// Publishes messages in order and waits until all of them are stored.
     pub async fn publish_all(&self, messages: Vec<NewMessage>) -> Result<()> {
         let context = jetstream::new(self.client().await?);
         for chunk in messages.chunks(500) {
@@ -370,13 +371,16 @@ impl NatsServer {
                 answers.push(publish.await.context("publish")?);
             }
             for answer in answers {
-                answer.await.context("wait until a message is stored")?;
+                answer
+                    .await
+                    .context("wait for the publish acknowledgement")?;
             }
         }
         Ok(())
     }
 
-    /// Publishes a subject and a header block as they are, which no client would; an empty block is none.
+    /// Publishes a subject and a raw header block that no client library would send. An empty block
+    /// means no headers.
     pub fn publish_raw(&self, subject: &[u8], headers: &[u8], body: &[u8]) -> Result<()> {
         use std::io::{BufRead, BufReader, Write};
         let mut stream =
@@ -403,16 +407,16 @@ impl NatsServer {
         .concat();
         stream.write_all(&bytes).context("publish raw")?;
         for line in BufReader::new(stream).lines() {
-            match line.context("wait for the server")?.as_str() {
+            match line.context("read from the server")?.as_str() {
                 "PONG" => return Ok(()),
-                line if line.starts_with("-ERR") => bail!("the server refused it: {line}"),
+                line if line.starts_with("-ERR") => bail!("the server refused the message: {line}"),
                 _ => {}
             }
         }
         bail!("the server closed the connection")
     }
 
-    /// All messages of a stream, raw, by sequence.
+    /// All messages of a stream, raw, in sequence order.
     pub async fn read_stream(&self, stream: &str) -> Result<Vec<Stored>> {
         let context = jetstream::new(self.client().await?);
         let stream = context
@@ -428,9 +432,9 @@ impl NatsServer {
             async move {
                 match stream.direct_get(sequence).await {
                     Ok(message) => Ok(Some(message)),
-                    // It was deleted.
+                    // Deleted.
                     Err(error) if error.kind() == DirectGetErrorKind::NotFound => Ok(None),
-                    Err(error) => Err(error).context("read a message of the stream"),
+                    Err(error) => Err(error).context("read a stream message"),
                 }
             }
         };
@@ -448,7 +452,7 @@ impl NatsServer {
             let stored_at = jiff::Timestamp::from_nanosecond(message.time.unix_timestamp_nanos());
             stored.push(Stored {
                 sequence: message.sequence,
-                stored_at: stored_at.context("read a time")?,
+                stored_at: stored_at.context("read a timestamp")?,
                 subject: message.subject.to_string(),
                 headers,
                 body: message.payload.to_vec(),

@@ -1,4 +1,4 @@
-//! A PgBouncer of the test process's own, which gives a server connection away after each transaction.
+//! A PgBouncer per test process, in transaction pooling mode.
 
 use std::net::TcpStream;
 use std::process::Command;
@@ -10,7 +10,7 @@ use anyhow::{Context, ensure};
 use crate::postgres::{self, as_postgres};
 use crate::server::{Server, free_port};
 
-/// How many server connections each database gets; few, so that clients really share them.
+/// Server connections per database; few, so that clients really share them.
 const SERVER_CONNECTIONS: u32 = 4;
 
 pub struct Bouncer {
@@ -18,7 +18,7 @@ pub struct Bouncer {
     _server: Server,
 }
 
-/// Each test has a database of its own: what a pooler keeps for one that nobody uses any more fills up the cluster.
+/// Each test has its own database: idle connections of finished tests would exhaust the cluster.
 const KEPT_IDLE_SECONDS: u32 = 5;
 
 impl Bouncer {
@@ -27,14 +27,15 @@ impl Bouncer {
         let folder = tempfile::Builder::new()
             .prefix("oncely-pgbouncer-")
             .tempdir()
-            .context("make a folder")?
+            .context("create a folder")?
             .keep();
         let (port, upstream) = (free_port()?, postgres::shared().port());
         let settings = folder.join("pgbouncer.ini");
         let (users, rules) = (folder.join("users.txt"), folder.join("hba.conf"));
-        // The platform's role is known here; the apps' roles, which a host makes, are asked for.
-        std::fs::write(&users, "\"postgres\" \"\"\n").context("write the users of PgBouncer")?;
-        std::fs::write(&rules, postgres::RULES).context("write the rules of PgBouncer")?;
+
+        // PgBouncer knows the platform's role. It looks up the apps' roles, which a host creates.
+        std::fs::write(&users, "\"postgres\" \"\"\n").context("write the PgBouncer user list")?;
+        std::fs::write(&rules, postgres::RULES).context("write the PgBouncer access rules")?;
         let text = format!(
             "[databases]\n* = host=127.0.0.1 port={upstream}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n\
              listen_port = {port}\nunix_socket_dir =\nauth_type = hba\nauth_hba_file = {}\nauth_file = {}\n\
@@ -44,7 +45,7 @@ impl Bouncer {
             rules.display(),
             users.display(),
         );
-        std::fs::write(&settings, text).context("write the settings of PgBouncer")?;
+        std::fs::write(&settings, text).context("write the PgBouncer settings")?;
         let readable = Command::new("chmod")
             .arg("-R")
             .arg("a+rX")
@@ -52,7 +53,7 @@ impl Bouncer {
             .status();
         ensure!(
             readable.is_ok_and(|status| status.success()),
-            "cannot make {} readable",
+            "failed to make {} readable",
             folder.display()
         );
         let command = format!(
@@ -82,7 +83,7 @@ impl Bouncer {
     }
 }
 
-/// The pooler that tests share.
+/// The pooler that the tests share.
 pub fn shared() -> &'static Bouncer {
     static SHARED: OnceLock<Bouncer> = OnceLock::new();
     SHARED.get_or_init(|| Bouncer::start().expect("start PgBouncer"))

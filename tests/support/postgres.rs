@@ -1,4 +1,4 @@
-//! A PostgreSQL cluster of the test process's own.
+//! A PostgreSQL cluster per test process.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,68 +11,68 @@ use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 
 use crate::server::{Server, free_port};
 
-/// What a test wants of a server: durable against a crash of the process, not of the machine, and quick to see deadlocks.
+/// Settings for tests: durable against a process crash only, and quick to detect deadlocks.
 const SETTINGS: &str = "-c fsync=off -c deadlock_timeout=200ms -c max_connections=300 -c shared_buffers=64MB \
     -c wal_level=logical -c max_replication_slots=100 -c max_wal_senders=100";
 
-/// The same, but commits that are not waited for reach the disk seconds later: those of the last moments are lost when the
-/// server is stopped.
+/// Like [`SETTINGS`], but asynchronous commits reach the disk seconds later. Stopping the server
+/// loses the latest ones.
 const LATE_WRITER: &str = "-c fsync=off -c deadlock_timeout=200ms -c max_connections=300 -c shared_buffers=64MB \
     -c wal_level=logical -c max_replication_slots=100 -c max_wal_senders=100 \
     -c wal_writer_delay=10s -c wal_writer_flush_after=64MB -c wal_buffers=16MB";
 
-/// The same, in German.
+/// German server messages.
 const IN_GERMAN: &str =
     "-c fsync=off -c max_connections=50 -c shared_buffers=64MB -c lc_messages=de_DE.UTF-8";
 
-/// What a server has where it matters: durable against a crash of the machine.
+/// Production settings: durable against a crash of the machine.
 const DURABLE: &str =
     "-c max_connections=300 -c shared_buffers=512MB -c max_wal_size=4GB -c wal_level=logical";
 
-/// Who is let in how: the roles that hosts make for apps need their passwords, others do not.
+/// `pg_hba.conf`: app roles that hosts create need their passwords, other roles do not.
 pub const RULES: &str = "local all all trust\n\
     host all postgres 127.0.0.1/32 trust\n\
     host all all 127.0.0.1/32 scram-sha-256\n";
 
-/// A cluster in a folder of its own, stopped and removed with the test process.
+/// A cluster in its own folder, stopped and removed with the test process.
 pub struct Cluster {
     folder: PathBuf,
     port: u16,
     settings: &'static str,
-    /// Where the server finds locales that the system does not have.
+    /// Folder with locales that the system does not have.
     locales: Option<PathBuf>,
-    /// The servers that ran, the last one last.
+    /// All servers started so far, the latest last.
     servers: Vec<Server>,
 }
 
 impl Cluster {
-    /// Makes a cluster and starts it.
+    /// Creates and starts a cluster.
     pub fn start() -> anyhow::Result<Self> {
         Self::start_with(SETTINGS)
     }
 
-    /// Like [`Cluster::start`], but a commit that is not waited for is lost with the server for seconds.
+    /// Like [`Cluster::start`], but a stop loses the asynchronous commits of the last seconds.
     pub fn start_with_late_writer() -> anyhow::Result<Self> {
         Self::start_with(LATE_WRITER)
     }
 
-    /// Like [`Cluster::start`], with the settings of production.
+    /// Like [`Cluster::start`], with production settings.
     pub fn start_durable() -> anyhow::Result<Self> {
         Self::start_with(DURABLE)
     }
 
-    /// Like [`Cluster::start`], with these settings alone, as arguments of the server.
+    /// Like [`Cluster::start`], with only these server arguments as settings.
     pub fn start_with(settings: &'static str) -> anyhow::Result<Self> {
         let mut cluster = Self::make(settings)?;
         cluster.start_again()?;
         Ok(cluster)
     }
 
-    /// Like [`Cluster::start`], with a server that speaks German.
+    /// Like [`Cluster::start`], with German server messages.
     pub fn start_in_german() -> anyhow::Result<Self> {
         let mut cluster = Self::make(IN_GERMAN)?;
         let locales = cluster.folder.join("locales");
-        std::fs::create_dir(&locales).context("make a folder for a locale")?;
+        std::fs::create_dir(&locales).context("create a folder for the locale")?;
         let compiled = locales.join("de_DE.UTF-8").to_string_lossy().into_owned();
         run("localedef", &["-i", "de_DE", "-f", "UTF-8", &compiled])
             .context("compile a locale (Debian: locales)")?;
@@ -85,7 +85,7 @@ impl Cluster {
         let folder = tempfile::Builder::new()
             .prefix("oncely-postgres-")
             .tempdir()
-            .context("make a folder")?
+            .context("create a folder")?
             .keep();
         if !as_postgres().is_empty() {
             run("chown", &["postgres", &folder.to_string_lossy()])?;
@@ -104,7 +104,7 @@ impl Cluster {
         ];
         run_as_postgres(&[&[initdb.as_str()], &command[..]].concat())?;
         let rules = folder.join("rules.conf").to_string_lossy().into_owned();
-        std::fs::write(&rules, RULES).context("write who is let in")?;
+        std::fs::write(&rules, RULES).context("write the access rules")?;
         run("chmod", &["a+r", &rules])?;
         run_as_postgres(&["cp", &rules, &format!("{data}/pg_hba.conf")])?;
         Ok(Cluster {
@@ -116,7 +116,7 @@ impl Cluster {
         })
     }
 
-    /// Starts the server, after [`Cluster::stop`].
+    /// Starts the server again after [`Cluster::stop`].
     pub fn start_again(&mut self) -> anyhow::Result<()> {
         let (folder, port, settings) = (self.folder.display(), self.port, self.settings);
         let locales = self.locales.as_ref().map_or_else(String::new, |path| {
@@ -140,7 +140,7 @@ impl Cluster {
         Ok(())
     }
 
-    /// Stops the server as a crash would: without a farewell to its connections, without a checkpoint.
+    /// Stops the server like a crash: connections break, and no checkpoint is written.
     pub fn stop(&self) -> anyhow::Result<()> {
         let data = self.folder.join("data").to_string_lossy().into_owned();
         let pg_ctl = tool("pg_ctl").to_string_lossy().into_owned();
@@ -159,7 +159,7 @@ impl Cluster {
         self.port
     }
 
-    /// The socket, where every role is trusted.
+    /// The socket folder, where every role is trusted.
     pub fn socket(&self) -> PathBuf {
         self.folder.join(format!(".s.PGSQL.{}", self.port))
     }
@@ -169,7 +169,7 @@ impl Cluster {
         format!("postgres://postgres@127.0.0.1:{}/{database}", self.port)
     }
 
-    /// Makes an empty database and returns its name.
+    /// Creates an empty database and returns its name.
     pub async fn create_database(&self) -> anyhow::Result<String> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!("test_{}", COUNT.fetch_add(1, Ordering::Relaxed));
@@ -179,28 +179,32 @@ impl Cluster {
         connection
             .execute(AssertSqlSafe(format!("create database {name}")))
             .await
-            .context("make a database for a test")?;
-        connection.close().await.context("leave the test cluster")?;
+            .context("create a test database")?;
+        connection
+            .close()
+            .await
+            .context("close the connection to the test cluster")?;
         Ok(name)
     }
 }
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        // The one that runs goes first; each guard removes the folder when its server ended.
+        // The running server is dropped first; each guard removes the folder after its server
+        // ended.
         while let Some(server) = self.servers.pop() {
             drop(server);
         }
     }
 }
 
-/// The cluster that tests share; each makes a database of its own in it.
+/// The shared cluster; each test creates its own database in it.
 pub fn shared() -> &'static Cluster {
     static SHARED: OnceLock<Cluster> = OnceLock::new();
     SHARED.get_or_init(|| Cluster::start().expect("start a PostgreSQL cluster"))
 }
 
-/// PostgreSQL's tools are not on PATH on Debian.
+/// Debian does not put PostgreSQL's server tools on `PATH`.
 fn tool(name: &str) -> PathBuf {
     let installed = std::fs::read_dir("/usr/lib/postgresql")
         .into_iter()
@@ -214,13 +218,13 @@ fn tool(name: &str) -> PathBuf {
     tools.pop().unwrap_or_else(|| Path::new(name).to_owned())
 }
 
-/// The words to put before a command that refuses to run as root.
+/// Command prefix for a program that refuses to run as root.
 pub fn as_postgres() -> Vec<&'static str> {
     let is_root = Command::new("id")
         .arg("-u")
         .output()
         .is_ok_and(|output| output.stdout.trim_ascii() == b"0");
-    // It replaces itself by the command, so that signals reach the server.
+    // `exec` replaces the shell, so signals reach the server.
     if is_root {
         vec![
             "setpriv",
@@ -235,7 +239,7 @@ pub fn as_postgres() -> Vec<&'static str> {
 
 fn run_as_postgres(command: &[&str]) -> anyhow::Result<()> {
     let words = [&as_postgres()[..], command].concat();
-    let (program, arguments) = words.split_first().context("name a command")?;
+    let (program, arguments) = words.split_first().context("split the command")?;
     run(program, arguments)
 }
 

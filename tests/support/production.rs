@@ -1,4 +1,4 @@
-//! Hosts as they run in production: `oncely run`, configured by environment, several on one database.
+//! Production-like hosts: `oncely run`, configured by environment, several on one database.
 
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -10,15 +10,15 @@ use serde_json::Value;
 use crate::guests;
 use crate::world::{PATIENCE, World};
 
-/// One `oncely run`, in a folder of its own.
+/// One `oncely run` process in its own folder.
 pub struct RunningHost {
     folder: PathBuf,
     child: Child,
 }
 
 impl RunningHost {
-    /// Starts a host on the database and the NATS server of a world, and waits until it is ready. It gets what a world's own
-    /// host would have in its environment.
+    /// Starts a host on a world's database and NATS server and waits until it is ready. Its
+    /// environment is that of the world's own host.
     pub async fn start(world: &World, name: &str) -> Result<Self> {
         let mut host = Self::spawn(world, name)?;
         host.ready().await?;
@@ -28,8 +28,8 @@ impl RunningHost {
     /// Like [`RunningHost::start`], without waiting.
     pub fn spawn(world: &World, name: &str) -> Result<Self> {
         let folder = world.folder.path().join(name);
-        std::fs::create_dir_all(&folder).context("make the host's folder")?;
-        let log = std::fs::File::create(folder.join("log")).context("make the host's log")?;
+        std::fs::create_dir_all(&folder).context("create the host's folder")?;
+        let log = std::fs::File::create(folder.join("log")).context("create the host's log")?;
         let child = Command::new(guests::oncely()?)
             .arg("run")
             .current_dir(&folder)
@@ -47,16 +47,16 @@ impl RunningHost {
         Ok(RunningHost { folder, child })
     }
 
-    /// Its process.
+    /// The process id of the host.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Waits until it runs all that is deployed.
+    /// Waits until the host runs all deployments.
     pub async fn ready(&mut self) -> Result<()> {
         let end = Instant::now() + PATIENCE;
         loop {
-            // Without a file of its own, commands would find that of a host above it.
+            // Without its own file, commands would find the `host.json` of a parent folder.
             let is_there = self.folder.join(".oncely/host.json").exists();
             let status = self.oncely(&["status", "--json"]);
             if is_there
@@ -72,15 +72,15 @@ impl RunningHost {
         }
     }
 
-    /// Where it takes requests.
+    /// The base URL of the ingress.
     pub fn ingress_url(&self) -> Result<String> {
         let text = std::fs::read_to_string(self.folder.join(".oncely/host.json"))
-            .context("read how to reach the host")?;
+            .context("read the host file")?;
         let file: Value = serde_json::from_str(&text)?;
         file.get("http")
             .and_then(Value::as_str)
             .map(str::to_owned)
-            .context("the host takes no requests")
+            .context("the host has no ingress address")
     }
 
     /// Runs a command against this host.
@@ -95,19 +95,19 @@ impl RunningHost {
         Ok(String::from_utf8(output.stdout)?)
     }
 
-    /// The version of the first worker that runs here.
+    /// The version of the first worker on this host.
     pub fn version(&self) -> Result<Option<u64>> {
         let workers: Value = serde_json::from_str(&self.oncely(&["workers", "--json"])?)?;
         Ok(workers.pointer("/0/version").and_then(Value::as_u64))
     }
 
-    /// Waits until it runs this version.
+    /// Waits until the host runs this version.
     pub async fn until_version(&self, version: u64) -> Result<()> {
         let end = Instant::now() + PATIENCE;
         while self.version()? != Some(version) {
             anyhow::ensure!(
                 Instant::now() < end,
-                "version {version} does not run:\n{}",
+                "version {version} is not running:\n{}",
                 self.log()
             );
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
@@ -115,7 +115,7 @@ impl RunningHost {
         Ok(())
     }
 
-    /// How many messages it handled since it started.
+    /// The number of messages this host has handled since its start.
     pub fn handled(&self) -> Result<u64> {
         let workers: Value = serde_json::from_str(&self.oncely(&["workers", "--json"])?)?;
         Ok(workers
@@ -124,7 +124,7 @@ impl RunningHost {
             .unwrap_or_default())
     }
 
-    /// Everything it said.
+    /// The complete log of the host.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.folder.join("log")).unwrap_or_default()
     }

@@ -1,4 +1,4 @@
-//! A TCP proxy that knows a little PostgreSQL, NATS and HTTP, and cuts connections where it hurts most.
+//! A TCP proxy that cuts connections at chosen PostgreSQL, NATS and HTTP messages.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,30 +11,30 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
-/// Where to cut, once.
+/// A place to cut a connection, once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Cut {
-    /// A commit reaches the proxy and goes no further.
+    /// A commit reaches the proxy and is not forwarded.
     CommitNotForwarded,
-    /// A commit takes effect, and its answer gets lost.
+    /// A commit takes effect, and its answer is lost.
     CommitAnswerLost,
     /// A commit takes effect, and its answer is held back until the client is gone.
     CommitAnswerHeld,
-    /// The client loses its connection when it commits, and a moment later the commit takes effect after all.
+    /// The client loses its connection at the commit, which takes effect a moment later.
     CommitDelayed,
-    /// Outputs reach the proxy and go no further.
+    /// Outputs reach the proxy and are not forwarded.
     OutputsNotForwarded,
-    /// The broker stored outputs, and its answers get lost.
+    /// The broker stores outputs, and its acknowledgements are lost.
     OutputAnswersLost,
-    /// An HTTP server carried a request out, and nothing of its answer arrives.
+    /// An HTTP server carries out a request, and its whole answer is lost.
     HttpAnswerLost,
-    /// The same, for a request that this very try carried out: a success that is no replay.
+    /// Like `HttpAnswerLost`, but only for a success that is not a replayed answer.
     HttpFirstAnswerLost,
-    /// The same as `HttpAnswerLost`, but all of the answer arrives except its last byte.
+    /// Like `HttpAnswerLost`, but only the last byte of the answer is lost.
     HttpAnswerTorn,
 }
 
-/// A proxy to a port of this machine.
+/// A proxy to a loopback port.
 pub struct Proxy {
     port: u16,
     shared: Arc<Shared>,
@@ -47,9 +47,9 @@ struct Shared {
     armed: Mutex<Option<Cut>>,
     done: Mutex<HashMap<Cut, u64>>,
     changed: Notify,
-    /// Whether commits of guests' transactions alone are cut.
+    /// Whether only commits of guests' transactions are cut.
     guests_only: AtomicBool,
-    /// Whether nothing gets through, either way.
+    /// Whether all traffic is held, in both directions.
     is_blackhole: watch::Sender<bool>,
 }
 
@@ -79,7 +79,7 @@ impl Proxy {
         self.port
     }
 
-    /// How often it was cut there.
+    /// How often connections were cut at this place.
     pub fn count(&self, cut: Cut) -> u64 {
         self.shared
             .done
@@ -90,24 +90,25 @@ impl Proxy {
             .unwrap_or_default()
     }
 
-    /// From now on only commits of guests' transactions are cut, and those that are late are late by more.
+    /// Restricts cuts to commits of guests' transactions and lengthens their delays.
     pub fn cut_guests_only(&self) {
         self.shared.guests_only.store(true, Ordering::Relaxed);
     }
 
-    /// Lets nothing through, either way, on connections that are there and on new ones; or lets all go on. Neither end
-    /// finds a connection closed.
+    /// Holds all traffic of existing and new connections, or resumes it. Neither end sees a closed
+    /// connection.
     pub fn set_blackhole(&self, is_blackhole: bool) {
         self.shared.is_blackhole.send_replace(is_blackhole);
     }
 
-    /// Cuts at the next chance and returns true once that happened, or false after `limit` without a chance.
+    /// Cuts at the next opportunity. Returns false if none comes within `limit`.
     pub async fn cut(&self, cut: Cut, limit: Duration) -> bool {
         let before = self.count(cut);
         self.shared.arm(Some(cut));
         let happened = async {
             while self.count(cut) == before {
-                // Looked at again now and then: a wake-up between look and wait would be missed.
+                // Checked again periodically: a wake-up between the check and the wait would be
+                // missed.
                 let _ =
                     tokio::time::timeout(Duration::from_millis(20), self.shared.changed.notified())
                         .await;
@@ -134,7 +135,7 @@ impl Shared {
         *self.armed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the order to cut at one of these places; one connection gets it.
+    /// Claims the armed cut if it is one of these; only one connection gets it.
     fn take(&self, wanted: &[Cut]) -> Option<Cut> {
         let mut armed = self.armed.lock().unwrap_or_else(PoisonError::into_inner);
         armed.take_if(|cut| wanted.contains(cut))
@@ -155,7 +156,7 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     while let Ok((client, _)) = listener.accept().await {
         let shared = Arc::clone(&shared);
         tokio::spawn(async move {
-            // With nobody upstream the client finds a closed connection, as it would without the proxy.
+            // Without an upstream server the client sees a closed connection, as without the proxy.
             if let Ok(server) = TcpStream::connect(("127.0.0.1", shared.upstream)).await {
                 let _ = client.set_nodelay(true);
                 let _ = server.set_nodelay(true);
@@ -180,7 +181,7 @@ struct Connection {
 }
 
 impl Connection {
-    /// Copies both ways until an end closes or the connection is cut, which closes both.
+    /// Copies in both directions until either end closes or the connection is cut.
     async fn run(mut self) -> std::io::Result<()> {
         let mut up = vec![0; 1 << 16];
         let mut down = vec![0; 1 << 16];
@@ -203,7 +204,7 @@ impl Connection {
         }
     }
 
-    /// Forwards what the client said; true when the connection is cut.
+    /// Forwards bytes from the client; true when the connection is cut.
     async fn pass_up(&mut self, bytes: &[u8]) -> std::io::Result<bool> {
         let guests_only = self.shared.guests_only.load(Ordering::Relaxed);
         let commits = self.messages.ends_with_commit(bytes, guests_only);
@@ -234,10 +235,10 @@ impl Connection {
         Ok(false)
     }
 
-    /// Waits for the answer to a commit and keeps it to itself.
+    /// Reads the answer to a commit without forwarding it.
     async fn hold_answer(&mut self, cut: Cut) -> std::io::Result<bool> {
         let mut answer = Vec::new();
-        // Until the server is ready for the next query, in no transaction.
+        // Read until the server is ready for the next query outside a transaction.
         while !answer.ends_with(b"Z\0\0\0\x05I") {
             if self.server.read_buf(&mut answer).await? == 0 {
                 return Ok(true);
@@ -253,7 +254,7 @@ impl Connection {
         Ok(true)
     }
 
-    /// Forwards what the server said; true when the connection is cut.
+    /// Forwards bytes from the server; true when the connection is cut.
     async fn pass_down(&mut self, bytes: &[u8]) -> std::io::Result<bool> {
         let answers = matches!(self.shared.armed(), Some(Cut::OutputAnswersLost))
             && contains(bytes, b"{\"stream\":\"OUT\"");
@@ -280,7 +281,7 @@ impl Connection {
     }
 }
 
-/// The places where the connection may be cut when this response passes.
+/// The places where this response may be cut.
 fn http_cuts(response: &[u8]) -> &'static [Cut] {
     let is_first =
         response.starts_with(b"HTTP/1.1 2") && !contains(response, b"idempotent-replayed");
@@ -301,21 +302,21 @@ const COMMIT_CUTS: &[Cut] = &[
     Cut::CommitDelayed,
 ];
 
-/// Long enough for the client to ask what became of its commit.
+/// Long enough for the client to query the state of its commit.
 const COMMIT_DELAY: Duration = Duration::from_millis(400);
 
-/// What a PostgreSQL client sent and was not a whole message yet.
+/// An incomplete PostgreSQL message from the client.
 #[derive(Default)]
 struct Messages {
     rest: Vec<u8>,
     started: bool,
-    /// Not PostgreSQL at all.
+    /// The connection does not speak PostgreSQL.
     is_other_protocol: bool,
 }
 
 impl Messages {
-    /// Whether one of the messages that end in `bytes` is a simple query whose text ends in `commit`; with `guests_only`,
-    /// one that a guest's transaction ends with.
+    /// Whether a message that ends in `bytes` is a simple query whose text ends in `commit`. With
+    /// `guests_only`, only the end of a guest's transaction counts.
     fn ends_with_commit(&mut self, bytes: &[u8], guests_only: bool) -> bool {
         const NEGOTIATIONS: [&[u8]; 2] =
             [&80_877_103_u32.to_be_bytes(), &80_877_104_u32.to_be_bytes()];
@@ -325,7 +326,7 @@ impl Messages {
         self.rest.extend_from_slice(bytes);
         let mut commits = false;
         loop {
-            // The first messages have no type.
+            // The startup messages have no type byte.
             let typed = usize::from(self.started);
             let Some(length) = self
                 .rest

@@ -1,4 +1,4 @@
-//! A redis-server of the test's own, to kill, to pause and to start again.
+//! A redis-server per test, to kill, pause and restart.
 
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,7 @@ use tokio::net::TcpStream;
 
 use crate::server::{Server, free_port};
 
-/// A Redis that writes nothing to disk.
+/// A Redis without persistence.
 pub struct Redis {
     port: u16,
     folder: TempDir,
@@ -21,7 +21,7 @@ impl Redis {
         let folder = tempfile::Builder::new()
             .prefix("oncely-redis-")
             .tempdir()
-            .context("make a folder")?;
+            .context("create a folder")?;
         let mut redis = Redis {
             port: free_port()?,
             folder,
@@ -35,7 +35,7 @@ impl Redis {
         format!("redis://127.0.0.1:{}", self.port)
     }
 
-    /// Starts the server again, on the same port, with nothing in it.
+    /// Starts the server again on the same port, empty.
     pub async fn restart(&mut self) -> Result<()> {
         let folder = self.folder.path();
         let command = format!(
@@ -61,19 +61,19 @@ impl Redis {
         Ok(())
     }
 
-    /// Kills the server as a power cut would.
+    /// Kills the server like a power cut.
     pub fn kill(&mut self) -> Result<()> {
         self.signal("KILL")?;
         self.server = None;
         Ok(())
     }
 
-    /// Stops the server where it is: its connections stay, and nothing answers.
+    /// Suspends the server: its connections stay open, and nothing answers.
     pub fn pause(&self) -> Result<()> {
         self.signal("STOP")
     }
 
-    /// Lets a paused server go on.
+    /// Resumes a paused server.
     pub fn resume(&self) -> Result<()> {
         self.signal("CONT")
     }
@@ -96,17 +96,17 @@ impl Redis {
         stream
             .write_all(request.as_bytes())
             .await
-            .context("ask Redis")?;
+            .context("send a command to Redis")?;
         let mut answer = vec![0; 64 << 10];
         let size = tokio::time::timeout(Duration::from_secs(10), stream.read(&mut answer))
             .await
-            .context("hear Redis")??;
+            .context("wait for Redis")??;
         let answer = String::from_utf8_lossy(answer.get(..size).unwrap_or_default()).into_owned();
         anyhow::ensure!(!answer.starts_with('-'), "{answer}");
         Ok(answer)
     }
 
-    /// How many keys it holds that fit a pattern.
+    /// The number of keys that match a pattern.
     pub async fn keys(&self, pattern: &str) -> Result<usize> {
         let answer = self.command(&["KEYS", pattern]).await?;
         let count = answer

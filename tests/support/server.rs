@@ -1,4 +1,4 @@
-//! A child process that cannot outlive the test process, not even a killed one.
+//! A child process that cannot outlive the test process, even a killed one.
 
 use std::net::TcpListener;
 use std::path::Path;
@@ -8,14 +8,15 @@ use std::sync::atomic::{AtomicU16, Ordering};
 
 use anyhow::Context;
 
-/// A server run under a small shell that waits on a pipe from this process: when the pipe closes, because the
-/// value was dropped or the process was killed, the shell stops the server and removes its folder.
+/// A server run under a small shell that waits on a pipe from this process. The pipe closes when
+/// the value is dropped or the process dies. The shell then stops the server and removes its
+/// folder.
 pub struct Server {
     shell: Child,
 }
 
 impl Server {
-    /// Runs `command` (a shell command line) and removes `folder` once it ended.
+    /// Runs the shell command line `command` and removes `folder` after it ends.
     pub fn start(command: &str, folder: &Path) -> anyhow::Result<Self> {
         let script = format!(
             "{command} & pid=$!; read _; kill -INT $pid 2>/dev/null; wait $pid 2>/dev/null; rm -rf '{}'",
@@ -39,12 +40,12 @@ impl Drop for Server {
     }
 }
 
-/// Below those that systems give to outgoing connections: one of these could take the port of a server that is to be started,
-/// or started again, in a moment.
+/// Below the ephemeral ports of all systems. An outgoing connection on an ephemeral port could
+/// block a server that is about to start.
 const PORTS: std::ops::Range<u16> = 15_000..32_000;
 
-/// A port of the loopback interface that was free a moment ago. Each process begins somewhere else and gives none twice
-/// in a row.
+/// A loopback port that was free a moment ago. Each process starts its search elsewhere and never
+/// returns the same port twice in a row.
 pub fn free_port() -> anyhow::Result<u16> {
     static NEXT: LazyLock<AtomicU16> = LazyLock::new(|| AtomicU16::new(rand::random()));
     for _ in PORTS {
@@ -53,5 +54,5 @@ pub fn free_port() -> anyhow::Result<u16> {
             return Ok(port);
         }
     }
-    anyhow::bail!("no port from {} to {} is free", PORTS.start, PORTS.end)
+    anyhow::bail!("no free port from {} to {}", PORTS.start, PORTS.end)
 }

@@ -1,4 +1,4 @@
-//! A world of a test's own: a database, a nats-server and a host process that can be killed.
+//! A world per test: a database, a nats-server and a host process that can be killed.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -12,31 +12,32 @@ use crate::database::{Database, Kind};
 use crate::guests;
 use crate::nats::NatsServer;
 
-/// Until when a test waits for what must come.
+/// Timeout for an expected event.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Until when a host must be ready: the first one compiles its components, an interpreter of 18 MB among them.
+/// Timeout for a host's start: the first host compiles its components, one of them an 18 MB
+/// interpreter.
 const START_PATIENCE: Duration = Duration::from_secs(240);
 
-/// A database, a nats-server, and the program under test as a process.
+/// A database, a nats-server and the program under test as a process.
 pub struct World {
     pub database: Database,
     pub nats: NatsServer,
     pub folder: TempDir,
-    /// Where the host finds NATS; the server itself, unless something stands in between.
+    /// The NATS URL for the host: the server, or a proxy in front of it.
     pub nats_url: String,
-    /// The program under test; `oncely` as it was built last, unless it is another build of it.
+    /// Another build of the program under test; by default the latest `oncely`.
     pub program: Option<PathBuf>,
-    /// Set in the environment of the host.
+    /// Additional environment of the host.
     pub host_env: Vec<(String, String)>,
-    /// Where the host takes requests; a port of its own at each start, unless it is set.
+    /// The ingress address of the host; a new port at each start unless set.
     pub http: String,
     manifest: PathBuf,
     host: Option<Child>,
 }
 
-/// The manifest most tests use: one worker `test` over the stream IN, whose outputs go to the stream OUT.
-/// `settings` is put into `[[worker]]`, before its tables.
+/// The usual manifest: one worker `test` over the stream IN, with outputs on the stream OUT.
+/// `settings` is inserted into `[[worker]]` before its tables.
 pub fn manifest(settings: &str) -> Result<String> {
     Ok(manifest_of(&guests::component()?, settings))
 }
@@ -83,12 +84,12 @@ impl World {
         Ok(world)
     }
 
-    /// Like [`World::start`], but the host is yet to be started.
+    /// Like [`World::start`], without starting the host.
     pub async fn without_host(kind: Kind, manifest: &str) -> Result<World> {
         let folder = tempfile::Builder::new()
             .prefix("oncely-test-")
             .tempdir()
-            .context("make a folder")?;
+            .context("create a folder")?;
         let database = Database::fresh(kind, folder.path()).await?;
         let nats = NatsServer::start().await?;
         let path = folder.path().join("oncely.toml");
@@ -121,7 +122,7 @@ impl World {
         Ok(())
     }
 
-    /// Starts a second host beside the first one, for whoever asks to look after.
+    /// Starts a second host beside the first one; the caller owns the process.
     pub fn spawn_rival(&self) -> Result<Child> {
         self.spawn(
             &self.folder.path().join(".rival"),
@@ -130,7 +131,7 @@ impl World {
         )
     }
 
-    /// Like [`World::spawn_rival`], but it reaches its servers directly, whatever stands before them for the first host.
+    /// Like [`World::spawn_rival`], but the rival bypasses all proxies.
     pub fn spawn_rival_directly(&self) -> Result<Child> {
         self.spawn(
             &self.folder.path().join(".rival"),
@@ -139,7 +140,8 @@ impl World {
         )
     }
 
-    /// Starts a host of another installation: on the same NATS server, with a database of its own in this file.
+    /// Starts a host of another installation on the same NATS server, with its database in this
+    /// file.
     pub fn spawn_other_installation(&self, database: &Path) -> Result<Child> {
         self.spawn(
             &self.folder.path().join(".other"),
@@ -178,12 +180,12 @@ impl World {
             .context("start the host")
     }
 
-    /// Gives the host another manifest, from its next start on.
+    /// Replaces the manifest for the next start of the host.
     pub fn write_manifest(&self, manifest: &str) -> Result<()> {
         std::fs::write(&self.manifest, manifest).context("write the manifest")
     }
 
-    /// Waits until the host answers that it is ready.
+    /// Waits until the host is ready.
     pub async fn ready(&mut self) -> Result<()> {
         let end = Instant::now() + START_PATIENCE;
         loop {
@@ -193,7 +195,7 @@ impl World {
                 .and_then(|host| host.try_wait().ok())
                 .flatten()
             {
-                bail!("the host ended with {status}:\n{}", self.host_log());
+                bail!("the host exited with {status}:\n{}", self.host_log());
             }
             if let Ok(status) = self.oncely_json(&["status", "--json"]).await
                 && status.get("ready") == Some(&Value::Bool(true))
@@ -207,7 +209,7 @@ impl World {
         }
     }
 
-    /// Kills the host as a power cut would.
+    /// Kills the host like a power cut.
     pub fn kill_host(&mut self) -> Result<()> {
         if let Some(mut host) = self.host.take() {
             host.kill().context("kill the host")?;
@@ -216,7 +218,7 @@ impl World {
         Ok(())
     }
 
-    /// Asks the host to stop and waits until it did; it must end well.
+    /// Stops the host gracefully and checks its exit status.
     pub async fn stop_host(&mut self) -> Result<()> {
         let Some(mut host) = self.host.take() else {
             return Ok(());
@@ -227,7 +229,7 @@ impl World {
             .context("wait for the host")??;
         anyhow::ensure!(
             status.success(),
-            "the host ended with {status}:\n{}",
+            "the host exited with {status}:\n{}",
             self.host_log()
         );
         Ok(())
@@ -238,14 +240,15 @@ impl World {
         self.host.as_ref().map(Child::id)
     }
 
-    /// Whether the host process is still there.
+    /// Whether the host process is running.
     pub fn is_host_running(&mut self) -> bool {
         self.host
             .as_mut()
             .is_some_and(|host| matches!(host.try_wait(), Ok(None)))
     }
 
-    /// Waits until the host says why it is not ready, with this text in it; returns what it says.
+    /// Waits until the host is not ready for a reason that contains `why`; returns the whole
+    /// reason.
     pub async fn not_ready(&self, why: &str) -> Result<String> {
         let end = Instant::now() + PATIENCE;
         let mut last = String::new();
@@ -259,12 +262,12 @@ impl World {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         bail!(
-            "the host does not say `{why}`, but `{last}`:\n{}",
+            "expected the host not to be ready because of `{why}`, last reason: `{last}`:\n{}",
             self.host_log()
         )
     }
 
-    /// Runs `oncely` with these arguments against the host, and returns what it printed.
+    /// Runs `oncely` with these arguments against the host and returns its output.
     pub async fn oncely(&self, args: &[&str]) -> Result<String> {
         let mut command = self.command(args.first().copied().unwrap_or_default())?;
         command.args(args.iter().skip(1));
@@ -277,7 +280,7 @@ impl World {
 
     /// Like [`World::oncely`], for a command that prints JSON.
     pub async fn oncely_json(&self, args: &[&str]) -> Result<Value> {
-        serde_json::from_str(&self.oncely(args).await?).context("read the JSON it printed")
+        serde_json::from_str(&self.oncely(args).await?).context("parse the JSON output")
     }
 
     fn command(&self, name: &str) -> Result<Command> {
@@ -297,39 +300,38 @@ impl World {
         self.folder.path().join(".oncely")
     }
 
-    /// Where the host takes requests now.
+    /// The current base URL of the ingress.
     pub fn ingress_url(&self) -> Result<String> {
         self.host_file_field("http")
-            .context("the host takes no requests")
+            .context("the host has no ingress address")
     }
 
-    /// Where the host's control API is now.
+    /// The current base URL of the control API.
     pub fn control_url(&self) -> Result<String> {
         self.host_file_field("url")
-            .context("the host has no address")
+            .context("the host has no control address")
     }
 
-    /// A field of the file that the host leaves.
+    /// A field of the file in which the host publishes its addresses.
     fn host_file_field(&self, field: &str) -> Result<String> {
-        let text =
-            std::fs::read_to_string(self.host_file()).context("read how to reach the host")?;
+        let text = std::fs::read_to_string(self.host_file()).context("read the host file")?;
         let file: serde_json::Value = serde_json::from_str(&text)?;
         file.get(field)
             .and_then(|value| value.as_str())
             .map(str::to_owned)
-            .with_context(|| format!("it has no {field}"))
+            .with_context(|| format!("the host file has no {field}"))
     }
 
     fn host_file(&self) -> PathBuf {
         self.data_dir().join("host.json")
     }
 
-    /// Everything the host said.
+    /// The complete log of the host.
     pub fn host_log(&self) -> String {
         std::fs::read_to_string(self.folder.path().join("host.log")).unwrap_or_default()
     }
 
-    /// Waits until a query yields this number.
+    /// Waits until a query returns this number.
     pub async fn until(&self, sql: &str, expected: i64) -> Result<()> {
         let end = Instant::now() + PATIENCE;
         let mut last = None;
@@ -341,12 +343,12 @@ impl World {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         bail!(
-            "`{sql}` yields {last:?}, not {expected}; the host said:\n{}",
+            "`{sql}` returned {last:?}, expected {expected}; host log:\n{}",
             self.host_log()
         )
     }
 
-    /// Waits until nothing is waiting: every message is settled and every output is published.
+    /// Waits until `settled` messages are settled and every output is published.
     pub async fn quiet(&self, settled: i64) -> Result<()> {
         self.until("select count(*) from oncely.inbox", settled)
             .await?;
@@ -360,7 +362,7 @@ impl Drop for World {
     }
 }
 
-/// Sends a signal to a process this test started.
+/// Sends a signal to a process that this test started.
 pub fn signal(pid: u32, name: &str) -> Result<()> {
     let status = Command::new("kill")
         .args([format!("-{name}"), pid.to_string()])

@@ -1,11 +1,12 @@
-//! Settles payments: moves money between two accounts, writes it down twice, and tells the world.
+//! Settles payments: moves money between two accounts, writes two entries, and publishes the
+//! result.
 //!
-//! Nothing here looks for duplicates, opens a transaction or publishes anything. The host runs this function once in
-//! effect for each event id, and what it does below commits together or not at all.
+//! This code does not check for duplicates, open transactions or publish. The host runs the handler
+//! once in effect for each event id, and its effects commit together or not at all.
 
 use oncely_guest::prelude::*;
 
-/// What arrives on `payments.requested`.
+/// The body of a message on `payments.requested`.
 #[derive(Deserialize)]
 struct Request {
     payment: String,
@@ -14,7 +15,7 @@ struct Request {
     cents: i64,
 }
 
-/// What leaves on `payments.settled`.
+/// The body of a message on `payments.settled`.
 #[derive(Serialize)]
 struct Settled<'r> {
     payment: &'r str,
@@ -22,15 +23,15 @@ struct Settled<'r> {
     to: &'r str,
     cents: i64,
     currency: String,
-    /// What the payer has left, in cents.
+    /// The balance of the payer afterwards, in cents.
     balance: i64,
 }
 
-/// What leaves on `payments.declined`.
+/// The body of a message on `payments.declined`.
 #[derive(Serialize)]
 struct Declined<'r> {
     payment: &'r str,
-    why: String,
+    reason: String,
 }
 
 oncely_guest::handler!(handle);
@@ -39,7 +40,7 @@ fn handle(message: Message) -> Result<(), Failure> {
     let request: Request = message.json()?;
     check(&request)?;
 
-    // A payment that cannot be made is an answer, not a failure: it commits like any other.
+    // A declined payment is a result, not a failure: it commits like any other.
     match settle(&request)? {
         Ok(balance) => {
             let Request {
@@ -59,10 +60,10 @@ fn handle(message: Message) -> Result<(), Failure> {
             };
             outbox::send(Outgoing::json("payments.settled", &settled)?.ordering_key(from))?;
         }
-        Err(why) => {
+        Err(reason) => {
             let declined = Declined {
                 payment: &request.payment,
-                why,
+                reason,
             };
             outbox::send(
                 Outgoing::json("payments.declined", &declined)?.ordering_key(&request.from),
@@ -72,21 +73,21 @@ fn handle(message: Message) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Rejects what can never be a payment; a person finds it in the dead-letter queue.
+/// Rejects a request that can never become a payment. It goes to the dead-letter queue.
 fn check(request: &Request) -> Result<(), Failure> {
-    let wrong = if request.payment.is_empty() {
+    let reason = if request.payment.is_empty() {
         "a payment needs an id"
     } else if request.cents <= 0 {
-        "a payment moves at least one cent"
+        "a payment must move at least one cent"
     } else if request.from == request.to {
         "a payment needs two different accounts"
     } else {
         return Ok(());
     };
-    Err(Failure::reject(wrong).code("malformed"))
+    Err(Failure::reject(reason).code("malformed"))
 }
 
-/// Moves the money and returns what the payer has left, or why it was declined.
+/// Moves the money. Returns the balance of the payer afterwards, or the reason why it was declined.
 fn settle(request: &Request) -> Result<Result<i64, String>, Failure> {
     let Request {
         payment,
@@ -97,11 +98,12 @@ fn settle(request: &Request) -> Result<Result<i64, String>, Failure> {
 
     let known = lock_accounts(from, to)?;
     if let Some(unknown) = [from, to].into_iter().find(|name| !known.contains(name)) {
-        return Ok(Err(format!("there is no account {unknown}")));
+        return Ok(Err(format!("account {unknown} does not exist")));
     }
 
-    // The condition and the change are one statement, so no other payment fits in between.
-    let debit = "update account set balance = balance - $2 where name = $1 and balance >= $2 returning balance";
+    // The condition and the change are one statement, so no other payment can run in between.
+    let debit = "update account set balance = balance - $2
+        where name = $1 and balance >= $2 returning balance";
     let Some(payer) = sql::query_optional(debit, params![from, cents])? else {
         return Ok(Err(format!("{from} has insufficient funds")));
     };
@@ -110,20 +112,21 @@ fn settle(request: &Request) -> Result<Result<i64, String>, Failure> {
         params![to, cents],
     )?;
 
-    // Two entries that sum to zero. Their key is a second line of defence: a producer that sends one payment under
-    // two event ids gets past the inbox, but not past this.
-    let entries = "insert into entry (payment, account, cents) values ($1, $2, $3), ($1, $4, $5) on conflict do nothing";
+    // Two entries that sum to zero. Their key also detects a payment that a producer sent under two
+    // event ids: the inbox cannot.
+    let entries = "insert into entry (payment, account, cents)
+        values ($1, $2, $3), ($1, $4, $5) on conflict do nothing";
     if sql::execute(entries, params![payment, from, -cents, to, cents])? != 2 {
-        let sentence = format!("payment {payment} was already made under another event id");
-        return Err(Failure::reject(sentence).code("payment-reused"));
+        let reason = format!("payment {payment} was already made under another event id");
+        return Err(Failure::reject(reason).code("payment-reused"));
     }
     Ok(Ok(payer.get("balance")?))
 }
 
-/// Returns which of the two accounts exist and keeps other payments away from them until the commit.
+/// Returns the existing accounts of the two, locked until the commit.
 ///
-/// The order is what matters: if alice paid bob while bob paid alice and each took the payer's row first, the two
-/// would wait for each other. SQLite has one writer at a time and nothing to lock.
+/// They are locked in the order of their names. Otherwise alice paying bob and bob paying alice
+/// could deadlock. SQLite has one writer at a time and no row locks.
 fn lock_accounts(from: &str, to: &str) -> Result<Vec<String>, Failure> {
     let lock = match sql::dialect() {
         sql::Dialect::Postgres => "for no key update",

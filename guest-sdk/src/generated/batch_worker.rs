@@ -35,8 +35,8 @@ use crate::bindings::wasi::config::store as __with_name7;
 pub mod exports {
     pub mod oncely {
         pub mod worker {
-            /// What a component exports in place of `handler` when it handles the messages of a batch together, such as with one
-            /// SQL statement for all of them.
+            /// The export, in place of `handler`, of a component that handles the messages of a batch in one
+            /// call, for example with one SQL statement for all of them.
             #[allow(dead_code, async_fn_in_trait, unused_imports, clippy::all)]
             pub mod batch_handler {
                 #[used]
@@ -323,15 +323,17 @@ pub mod exports {
                     }
                 }
                 pub trait Guest {
-                    /// Handles the messages of one batch, in their order, and answers for each of them, in the same order. Called in a
-                    /// fresh instance each time. There may be any number of messages, also one; no two have the same id.
+                    /// Handles the messages of one batch, in order, and returns one result for each of them, in the
+                    /// same order. Each call runs in a fresh instance. The list has one or more messages, and no
+                    /// two of them have the same id.
                     ///
-                    /// Effects belong to the call as a whole. When all answers are `ok`, they take effect together. When some are
-                    /// failures, nothing of this call takes effect: those messages are retried or become dead letters as their answers
-                    /// say, and the others come again at once in a call of their own, without them. When the call fails as a whole (a
-                    /// trap, a timeout, a refused output, an error of the database, a list of another length), no message is to blame yet:
-                    /// they come again in halves, until the one that fails alone answers for itself. The limits of the manifest
-                    /// are those of one call.
+                    /// The effects belong to the call as a whole. When all results are `ok`, they are committed
+                    /// together. When some results are failures, the effects of this call are rolled back. The
+                    /// failed messages are retried or become dead letters, as their results request, and the others
+                    /// are handled again at once in a call without them. When the call fails as a whole (a trap, a
+                    /// timeout, a refused output, a database error, a list of another length), the failing message
+                    /// is not known yet. The messages are then handled again in halves, until one of them fails
+                    /// alone. The limits of the manifest apply to each call.
                     #[allow(async_fn_in_trait)]
                     fn handle_batch(
                         messages: _rt::Vec<Message>,

@@ -10,27 +10,27 @@
 #[allow(dead_code, clippy::all)]
 pub mod oncely {
     pub mod worker {
-        /// The words the other interfaces share.
+        /// Types shared by the other interfaces.
         #[allow(dead_code, async_fn_in_trait, unused_imports, clippy::all)]
         pub mod types {
             #[used]
             #[doc(hidden)]
             static __FORCE_SECTION_REF: fn() = super::super::super::__link_custom_section_describing_imports;
             use super::super::super::_rt;
-            /// Header names and values, in order. A name may appear more than once; case is kept.
+            /// Header names and values, in order. A name may appear more than once. Case is preserved.
             pub type Headers = _rt::Vec<(_rt::String, _rt::String)>;
             /// A point in time: microseconds since the Unix epoch, UTC.
             pub type Timestamp = u64;
-            /// A length of time in milliseconds.
+            /// A duration in milliseconds.
             pub type Milliseconds = u64;
-            /// A place on a stream.
+            /// A position on a stream.
             #[derive(Clone, PartialEq)]
             pub struct Origin {
-                /// The stream's name.
+                /// The name of the stream.
                 pub stream: _rt::String,
-                /// The message's sequence number on that stream.
+                /// The sequence number of the message on that stream.
                 pub sequence: u64,
-                /// When the stream stored it.
+                /// The time at which the stream stored the message.
                 pub stored_at: Timestamp,
             }
             impl ::core::fmt::Debug for Origin {
@@ -45,21 +45,21 @@ pub mod oncely {
                         .finish()
                 }
             }
-            /// One message, as it stands on its stream.
+            /// One message, as stored on its stream.
             #[derive(Clone, PartialEq)]
             pub struct Message {
-                /// The event id: what makes this message the same message when it arrives again. From the
-                /// CloudEvents headers `ce-source` and `ce-id` (joined as `source|id`), else from `Nats-Msg-Id`,
-                /// else derived from the place on the stream. A header without a value counts as absent. Never empty,
-                /// 255 bytes at most.
+                /// The event id, which identifies copies of the same event. It comes from the CloudEvents
+                /// headers `ce-source` and `ce-id` (joined as `source|id`), else from `Nats-Msg-Id`, else
+                /// from the position on the stream. A header without a value counts as absent. The id has 1
+                /// to 255 bytes.
                 pub id: _rt::String,
-                /// The subject it was published to.
+                /// The subject the message was published to.
                 pub subject: _rt::String,
-                /// Its headers, with those that only concern the transport (`Nats-Batch-*`, `Nats-Schedule*`) left out.
+                /// The headers, without those of the transport (`Nats-Batch-*`, `Nats-Schedule*`).
                 pub headers: Headers,
-                /// Its body, untouched.
+                /// The body, unchanged.
                 pub body: _rt::Vec<u8>,
-                /// Where it came from; none when it did not come from a stream.
+                /// The position on the stream; none when the message did not come from a stream.
                 pub origin: ::core::option::Option<Origin>,
             }
             impl ::core::fmt::Debug for Message {
@@ -76,17 +76,18 @@ pub mod oncely {
                         .finish()
                 }
             }
-            /// What should become of a message whose handling failed. Whatever the kind, nothing the handler did
-            /// for this message takes effect.
+            /// Whether and when to retry a failed message. With every kind, the effects of the handler for
+            /// this message are rolled back.
             #[derive(Clone, Copy, PartialEq)]
             pub enum FailureKind {
-                /// Try again, after a backoff that grows with each attempt; a dead letter when the attempts of
-                /// the manifest are used up. A trap, a timeout or running out of memory counts as this; but a trap that
-                /// repeats after the very same calls and answers is a dead letter at once, unless the manifest says otherwise.
+                /// Retry after a backoff that grows with each attempt. After the last attempt that the
+                /// manifest allows, the message becomes a dead letter. A trap, a timeout and running out of
+                /// memory count as this kind. A trap that repeats after identical host calls and results
+                /// makes the message a dead letter at once, unless the manifest says otherwise.
                 Retry,
-                /// Like `retry`, but not before so long a time has passed.
+                /// Like `retry`, but not before this delay has passed.
                 RetryAfter(Milliseconds),
-                /// Do not try again: the message becomes a dead letter at once.
+                /// Do not retry: the message becomes a dead letter at once.
                 Reject,
             }
             impl ::core::fmt::Debug for FailureKind {
@@ -107,15 +108,15 @@ pub mod oncely {
                     }
                 }
             }
-            /// Why a message could not be handled, and what should become of it.
+            /// Why a message could not be handled, and whether to retry it.
             #[derive(Clone, PartialEq)]
             pub struct Failure {
-                /// What should become of the message.
+                /// Whether and when to retry.
                 pub kind: FailureKind,
-                /// A short, stable name for this kind of failure, such as `card-declined`: letters with the same
-                /// code are grouped in the dead-letter queue. None when there is no good name.
+                /// A short, stable name for this kind of failure, such as `card-declined`. Dead letters are
+                /// grouped by it. None when there is no suitable name.
                 pub code: ::core::option::Option<_rt::String>,
-                /// One sentence for the person who reads the dead letter.
+                /// One sentence for the operator who reads the dead letter.
                 pub message: _rt::String,
             }
             impl ::core::fmt::Debug for Failure {
@@ -140,7 +141,7 @@ pub mod oncely {
             }
             impl ::core::error::Error for Failure {}
         }
-        /// Messages to publish, once this transaction has committed.
+        /// Messages to publish after this transaction has committed.
         #[allow(dead_code, async_fn_in_trait, unused_imports, clippy::all)]
         pub mod outbox {
             #[used]
@@ -152,26 +153,27 @@ pub mod oncely {
             /// A message to publish.
             #[derive(Clone, PartialEq)]
             pub struct Outgoing {
-                /// The subject; it must match one of the `outputs` of the manifest. Tokens of printable ASCII
-                /// without space, `*` and `>`, separated by dots.
+                /// The subject. It must match one of the `outputs` of the manifest. It consists of tokens
+                /// separated by dots; a token is printable ASCII without space, `*` and `>`.
                 pub subject: _rt::String,
-                /// Headers to publish it with. Names that begin with `Nats-` or `Oncely-` are the platform's own.
+                /// The headers. Names that begin with `Nats-` or `Oncely-` are reserved.
                 pub headers: Headers,
                 /// The body.
                 pub body: _rt::Vec<u8>,
-                /// The id of the message; it travels in the header `Oncely-Output-Id`. None for the usual one,
-                /// `{worker}:{event id}:{ordinal}`, which the same input always yields. The stream and consumers dedupe by
-                /// `Nats-Msg-Id`, a keyed hash that follows from the worker and this id, and that only the host can compute:
-                /// the same id of another worker is another message.
+                /// The id of the message, sent in the header `Oncely-Output-Id`. None for the default,
+                /// `{worker}:{event id}:{ordinal}`, which the same input always yields. Streams and
+                /// consumers deduplicate by `Nats-Msg-Id`: a keyed hash of the worker and this id, which
+                /// only the host can compute. The same id of another worker is a different message.
                 pub id: ::core::option::Option<_rt::String>,
-                /// A worker's messages with the same ordering key are published in the order they were committed. When
-                /// one of them cannot be published, those behind it wait, and those of other keys go on. One with a
-                /// delay takes its place when it is due.
+                /// A worker's messages with the same ordering key are published in commit order. A message
+                /// that cannot be published blocks the later ones of its key. Messages of other keys are
+                /// not affected. A message with a delay enters the queue of its key when it is due.
                 pub ordering_key: ::core::option::Option<_rt::String>,
-                /// Publish this long after the commit, not at once; 366 days at most.
+                /// How long after the commit to publish, 366 days at most. None publishes at once.
                 pub delay: ::core::option::Option<Milliseconds>,
-                /// The event id of the message that caused it. A `batch-handler` says it for each output, because the usual id
-                /// is made of it and counts the outputs of that message alone; for a `handler` none means the one message there is.
+                /// The event id of the message that caused this one. A `batch-handler` sets it for each
+                /// output: the default id contains it, and its ordinal counts the outputs of that message
+                /// alone. For a `handler`, none means the one message of the delivery.
                 pub caused_by: ::core::option::Option<_rt::String>,
             }
             impl ::core::fmt::Debug for Outgoing {
@@ -190,23 +192,23 @@ pub mod oncely {
                         .finish()
                 }
             }
-            /// Why a message was not taken. It dooms the delivery: whatever the handler returns afterwards,
-            /// nothing of it takes effect, because an output that went missing silently would be a lost message.
+            /// Why a message was refused. A refusal dooms the delivery: its effects are rolled back even if
+            /// the handler returns `ok`. A silently missing output would be a lost message.
             #[derive(Clone, PartialEq)]
             pub enum Error {
                 /// The subject is malformed.
                 InvalidSubject(_rt::String),
-                /// A header's name or value is malformed, or the name is reserved.
+                /// A header name or value is malformed, or the name is reserved.
                 InvalidHeader(_rt::String),
-                /// The id is empty, longer than 255 bytes, or was used before in this delivery.
+                /// The id is empty, longer than 255 bytes, or already used in this delivery.
                 InvalidId(_rt::String),
                 /// No `outputs` entry of the manifest matches the subject.
                 NotGranted(_rt::String),
-                /// The message, or all messages of this delivery together, is larger than the limits allow.
+                /// The message exceeds the size limit, or the messages of this delivery do in total.
                 TooLarge(_rt::String),
-                /// This delivery has sent as many messages as the limits allow.
+                /// This delivery has already sent as many messages as the limits allow.
                 TooMany(_rt::String),
-                /// Anything else.
+                /// Any other error.
                 Other(_rt::String),
             }
             impl ::core::fmt::Debug for Error {
@@ -249,7 +251,8 @@ pub mod oncely {
             }
             impl ::core::error::Error for Error {}
             #[allow(unused_unsafe, clippy::all)]
-            /// Hands over a message and returns its id. It is published after the commit, never before.
+            /// Adds a message to the outbox and returns its id. It is published after the commit, never
+            /// before.
             #[allow(async_fn_in_trait)]
             pub fn send(
                 message: &Outgoing,
@@ -588,7 +591,7 @@ pub mod oncely {
             pub struct Entry {
                 /// The value.
                 pub value: _rt::Vec<u8>,
-                /// It grows with each change of the key, and goes on growing when the key is deleted and set again.
+                /// The version. It grows with each change of the key, also across a deletion.
                 pub version: u64,
             }
             impl ::core::fmt::Debug for Entry {
@@ -607,13 +610,13 @@ pub mod oncely {
             pub enum Error {
                 /// The key is empty or longer than 255 bytes.
                 InvalidKey(_rt::String),
-                /// The value is larger than the limits allow, or this delivery reads and writes more keys or bytes than they do.
+                /// The value exceeds the size limit, or this delivery exceeds its limit of keys or bytes.
                 TooLarge(_rt::String),
-                /// `compare-and-set` found another version: this one, or none when the key is not there.
+                /// `compare-and-set` found another version: this one, or none when the key does not exist.
                 VersionMismatch(::core::option::Option<u64>),
-                /// The transaction cannot go on; return any failure and the message will be tried again.
+                /// The transaction cannot continue. Return any failure: the message is retried.
                 TransactionFailed(_rt::String),
-                /// Anything else.
+                /// Any other error.
                 Other(_rt::String),
             }
             impl ::core::fmt::Debug for Error {
@@ -650,7 +653,7 @@ pub mod oncely {
             }
             impl ::core::error::Error for Error {}
             #[allow(unused_unsafe, clippy::all)]
-            /// The value under a key; none when there is none.
+            /// The value under a key; none when the key does not exist.
             #[allow(async_fn_in_trait)]
             pub fn get(
                 key: &str,
@@ -952,7 +955,7 @@ pub mod oncely {
                 }
             }
             #[allow(unused_unsafe, clippy::all)]
-            /// Deletes a key; false when it was not there.
+            /// Deletes a key. Returns false when the key did not exist.
             #[allow(async_fn_in_trait)]
             pub fn delete(key: &str) -> ::core::result::Result<bool, Error> {
                 unsafe {
@@ -1080,9 +1083,10 @@ pub mod oncely {
                 }
             }
             #[allow(unused_unsafe, clippy::all)]
-            /// Sets a value only if the key still has the version the caller saw (none: only if it is not there),
-            /// and returns the new version. This is optimistic locking for a value that was read in an earlier
-            /// delivery; within one delivery the transaction already protects what was read.
+            /// Sets a value only if the key still has the expected version (none: only if the key does not
+            /// exist), and returns the new version. This is optimistic locking for a value that was read in
+            /// an earlier delivery. Within one delivery the transaction already protects values that were
+            /// read.
             #[allow(async_fn_in_trait)]
             pub fn compare_and_set(
                 key: &str,
@@ -1247,28 +1251,29 @@ pub mod oncely {
         }
         /// The worker's own tables, in the same transaction.
         ///
-        /// One statement a call: `select`, `insert`, `update`, `delete`, `merge`, `values` or `with`. Transaction control, DDL
-        /// and settings are refused; tables are made by the worker's migrations. Placeholders are `$1`, `$2`, ... on
-        /// PostgreSQL and SQLite alike. After an error from the database the delivery is doomed, on both databases:
-        /// further statements answer `transaction-failed` and nothing takes effect whatever the handler returns.
-        /// Where a conflict is business as usual, say so in the statement (`on conflict do nothing`,
-        /// `update ... where balance >= $1`) and look at the number of rows.
+        /// One statement per call: `select`, `insert`, `update`, `delete`, `merge`, `values` or `with`.
+        /// Transaction control, DDL and settings are refused. Tables are created by the worker's
+        /// migrations. Placeholders are `$1`, `$2`, ... on both PostgreSQL and SQLite. An error from the
+        /// database dooms the delivery, on both databases: further statements return `transaction-failed`,
+        /// and all effects are rolled back even if the handler returns `ok`. For an expected conflict, use
+        /// a statement that does not fail (`on conflict do nothing`, `update ... where balance >= $1`) and
+        /// check the number of rows.
         #[allow(dead_code, async_fn_in_trait, unused_imports, clippy::all)]
         pub mod sql {
             #[used]
             #[doc(hidden)]
             static __FORCE_SECTION_REF: fn() = super::super::super::__link_custom_section_describing_imports;
             use super::super::super::_rt;
-            /// A value of a column or parameter.
+            /// The value of a column or parameter.
             #[derive(Clone, PartialEq)]
             pub enum Value {
                 /// SQL null.
                 Null,
-                /// A truth value; an integer 0 or 1 on SQLite.
+                /// A boolean; an integer 0 or 1 on SQLite.
                 Boolean(bool),
-                /// A 64-bit integer; what all integer columns come back as.
+                /// A 64-bit integer. All integer columns are returned as this type.
                 Int64(i64),
-                /// A double.
+                /// A double-precision float.
                 Float64(f64),
                 /// An exact decimal in text form, such as `12.50`; text on SQLite.
                 Decimal(_rt::String),
@@ -1320,10 +1325,10 @@ pub mod oncely {
                     }
                 }
             }
-            /// Rows, and the names of their columns.
+            /// The rows of a result, with the names of their columns.
             #[derive(Clone, PartialEq)]
             pub struct RowSet {
-                /// The columns' names, in order.
+                /// The names of the columns, in order.
                 pub columns: _rt::Vec<_rt::String>,
                 /// The rows; each as long as `columns`.
                 pub rows: _rt::Vec<_rt::Vec<Value>>,
@@ -1339,14 +1344,14 @@ pub mod oncely {
                         .finish()
                 }
             }
-            /// What the database said.
+            /// An error from the database.
             #[derive(Clone, PartialEq)]
             pub struct DatabaseError {
                 /// SQLSTATE on PostgreSQL; the extended result code in decimal on SQLite.
                 pub code: _rt::String,
-                /// The database's own sentence.
+                /// The error message of the database.
                 pub message: _rt::String,
-                /// The constraint that was violated, where the database names it.
+                /// The violated constraint, where the database names it.
                 pub constraint: ::core::option::Option<_rt::String>,
             }
             impl ::core::fmt::Debug for DatabaseError {
@@ -1366,24 +1371,25 @@ pub mod oncely {
             pub enum Error {
                 /// A constraint was violated.
                 ConstraintViolation(DatabaseError),
-                /// Another transaction was in the way. The host runs this message again by itself, and no
-                /// attempt is spent: return any failure.
+                /// The statement conflicted with another transaction. Return any failure: the host runs
+                /// this message again, and no attempt is spent.
                 Conflict(DatabaseError),
                 /// The database refused the statement.
                 QueryFailed(DatabaseError),
-                /// The statement is of a kind that workers may not run.
+                /// Workers may not run this kind of statement.
                 NotAllowed(_rt::String),
-                /// A parameter cannot be read as what it says it is.
+                /// A parameter does not parse as its type.
                 InvalidParameter(_rt::String),
-                /// A column has a type that has no `value`; cast it to text in the statement.
+                /// A column has a type without a `value` case. Cast it to text in the statement.
                 UnsupportedType(_rt::String),
-                /// The statement or its result is larger, or there are more statements, than the limits allow.
+                /// The statement or its result exceeds the size limits, or there are more statements than
+                /// allowed.
                 TooLarge(_rt::String),
-                /// The time of this delivery ran out.
+                /// The time limit of this delivery was reached.
                 Timeout,
-                /// An earlier statement failed, or the database is out of reach.
+                /// An earlier statement failed, or the database is unreachable.
                 TransactionFailed(_rt::String),
-                /// Anything else.
+                /// Any other error.
                 Other(_rt::String),
             }
             impl ::core::fmt::Debug for Error {
@@ -1432,7 +1438,7 @@ pub mod oncely {
                 }
             }
             impl ::core::error::Error for Error {}
-            /// Which database stands behind the worker.
+            /// The database of the worker.
             #[repr(u8)]
             #[derive(Clone, Copy, Eq, Ord, PartialEq, PartialOrd)]
             pub enum Dialect {
@@ -1464,7 +1470,7 @@ pub mod oncely {
                 }
             }
             #[allow(unused_unsafe, clippy::all)]
-            /// Which database stands behind the worker.
+            /// The database of the worker.
             #[allow(async_fn_in_trait)]
             pub fn get_dialect() -> Dialect {
                 unsafe {
@@ -2170,7 +2176,7 @@ pub mod oncely {
                 }
             }
             #[allow(unused_unsafe, clippy::all)]
-            /// Runs a statement and returns how many rows it changed.
+            /// Runs a statement and returns the number of changed rows.
             #[allow(async_fn_in_trait)]
             pub fn execute(
                 statement: &str,
@@ -2636,12 +2642,14 @@ pub mod oncely {
                 }
             }
         }
-        /// Values that are cheap to have again and not worth a table: a cache in front of the worker's own data, in this process
-        /// and, where the host has one, in a Redis that all hosts share.
+        /// A cache for values that are cheap to recompute and do not need a table. It sits in front of the
+        /// worker's own data: in the memory of this host and, where one is configured, in a Redis that all
+        /// hosts share.
         ///
-        /// It is not part of the transaction. `get` may answer with what was true some time ago, at most as long ago as the value's
-        /// time to live: never decide about money by it, and never about anything that must hold; `sql` and `state` never read
-        /// through it. What is put and invalidated takes effect once the transaction has committed, and not at all when it does not.
+        /// The cache is not part of the transaction. `get` may return an outdated value, for at most the
+        /// value's time to live. Never base a decision about money, or any other invariant, on it. `sql`
+        /// and `state` never read from the cache. Puts and invalidations take effect after the commit, and
+        /// not at all after a rollback.
         #[allow(dead_code, async_fn_in_trait, unused_imports, clippy::all)]
         pub mod cache {
             #[used]
@@ -2649,20 +2657,23 @@ pub mod oncely {
             static __FORCE_SECTION_REF: fn() = super::super::super::__link_custom_section_describing_imports;
             use super::super::super::_rt;
             pub type Milliseconds = super::super::super::oncely::worker::types::Milliseconds;
-            /// Why an operation was refused. It dooms nothing: a handler may go on without.
+            /// Why an operation was refused. A refusal does not doom the delivery: the handler may
+            /// continue.
             #[derive(Clone, PartialEq)]
             pub enum Error {
-                /// The key is empty, longer than 255 bytes, or has control characters.
+                /// The key is empty, longer than 255 bytes, or contains control characters.
                 InvalidKey(_rt::String),
-                /// A tag is.
+                /// A tag is empty, longer than 255 bytes, or contains control characters.
                 InvalidTag(_rt::String),
                 /// The time to live is zero or longer than 24 hours.
                 InvalidTtl(_rt::String),
-                /// The value has more than 1 MiB, or all values of this delivery together more than 4 MiB.
+                /// The value is larger than 1 MiB, or the values of this delivery are larger than 4 MiB in
+                /// total.
                 TooLarge(_rt::String),
-                /// The value has more than 32 tags, or this delivery puts or invalidates more than 1000 times.
+                /// The value has more than 32 tags, or this delivery has more than 1000 puts or invalidated
+                /// tags.
                 TooMany(_rt::String),
-                /// Anything else.
+                /// Any other error.
                 Other(_rt::String),
             }
             impl ::core::fmt::Debug for Error {
@@ -2702,7 +2713,8 @@ pub mod oncely {
             }
             impl ::core::error::Error for Error {}
             #[allow(unused_unsafe, clippy::all)]
-            /// The value under a key, if there is one and it is valid. What this delivery itself put or invalidated is seen.
+            /// The value under a key, if it exists and is valid. Puts and invalidations of this delivery
+            /// are visible.
             #[allow(async_fn_in_trait)]
             pub fn get(
                 key: &str,
@@ -2889,10 +2901,10 @@ pub mod oncely {
                 }
             }
             #[allow(unused_unsafe, clippy::all)]
-            /// Keeps a value under a key for so long, or less. It is dropped, here and on all other hosts, once one of its tags is
-            /// invalidated. If that happened since this delivery began it is not kept at all: it may have been made of what is
-            /// not so any more. Other hosts that have a value under this key keep theirs; to replace it everywhere, invalidate one of its
-            /// tags before.
+            /// Stores a value under a key, for at most the time to live. The value is dropped on all hosts
+            /// once one of its tags is invalidated. If that happened after this delivery began, the value
+            /// is not stored at all: it may be derived from outdated data. Other hosts keep their own value
+            /// under this key. To replace it everywhere, invalidate one of its tags first.
             #[allow(async_fn_in_trait)]
             pub fn put(
                 key: &str,
@@ -3110,8 +3122,8 @@ pub mod oncely {
                 }
             }
             #[allow(unused_unsafe, clippy::all)]
-            /// Drops all values of this worker that have one of these tags, on all hosts, right after the commit. A value that is being
-            /// made of what was so before the commit is not kept.
+            /// Drops all values of this worker that have one of these tags, on all hosts, right after the
+            /// commit. A value that is being computed from data of before the commit is not stored.
             #[allow(async_fn_in_trait)]
             pub fn invalidate(
                 tags: &[_rt::String],
@@ -3293,7 +3305,7 @@ pub mod oncely {
                 }
             }
         }
-        /// This delivery.
+        /// The current delivery: its id, attempt, version and time limit.
         #[allow(dead_code, async_fn_in_trait, unused_imports, clippy::all)]
         pub mod invocation {
             #[used]
@@ -3303,9 +3315,10 @@ pub mod oncely {
             pub type Timestamp = super::super::super::oncely::worker::types::Timestamp;
             pub type Milliseconds = super::super::super::oncely::worker::types::Milliseconds;
             #[allow(unused_unsafe, clippy::all)]
-            /// The same for every attempt at this message by this worker and for nothing else: give it to other
-            /// systems as an idempotency key. In a `batch-handler` it is made of the first message of the list, and
-            /// batches are put together anew for each attempt: make keys from each message's own id there.
+            /// An id that is the same for every attempt at this message by this worker, and different for
+            /// all other messages. Pass it to other systems as an idempotency key. In a `batch-handler` it
+            /// is derived from the first message of the list, and each attempt may batch the messages
+            /// differently. Derive keys from the id of each message there.
             #[allow(async_fn_in_trait)]
             pub fn id() -> _rt::String {
                 unsafe {
@@ -3343,7 +3356,7 @@ pub mod oncely {
                 }
             }
             #[allow(unused_unsafe, clippy::all)]
-            /// The worker's name.
+            /// The name of the worker.
             #[allow(async_fn_in_trait)]
             pub fn worker() -> _rt::String {
                 unsafe {
@@ -3381,7 +3394,7 @@ pub mod oncely {
                 }
             }
             #[allow(unused_unsafe, clippy::all)]
-            /// The version of the deployment that runs.
+            /// The version of the running deployment.
             #[allow(async_fn_in_trait)]
             pub fn version() -> u32 {
                 unsafe {
@@ -3400,7 +3413,7 @@ pub mod oncely {
                 }
             }
             #[allow(unused_unsafe, clippy::all)]
-            /// 1 for the first attempt; in a `batch-handler` the highest of its messages.
+            /// The number of this attempt, from 1. In a `batch-handler`, the highest of its messages.
             #[allow(async_fn_in_trait)]
             pub fn attempt() -> u32 {
                 unsafe {
@@ -3419,8 +3432,8 @@ pub mod oncely {
                 }
             }
             #[allow(unused_unsafe, clippy::all)]
-            /// After how many attempts the message becomes a dead letter; for a dead letter that was put back, those before
-            /// that included.
+            /// The number of attempts after which the message becomes a dead letter. For a redriven dead
+            /// letter it includes the attempts before the redrive.
             #[allow(async_fn_in_trait)]
             pub fn max_attempts() -> u32 {
                 unsafe {
@@ -3439,7 +3452,7 @@ pub mod oncely {
                 }
             }
             #[allow(unused_unsafe, clippy::all)]
-            /// The time this attempt began; it does not move while the handler runs.
+            /// The time at which this attempt began. It does not change while the handler runs.
             #[allow(async_fn_in_trait)]
             pub fn now() -> Timestamp {
                 unsafe {
@@ -3458,7 +3471,7 @@ pub mod oncely {
                 }
             }
             #[allow(unused_unsafe, clippy::all)]
-            /// How long the handler may still run.
+            /// The time that the handler has left.
             #[allow(async_fn_in_trait)]
             pub fn remaining() -> Milliseconds {
                 unsafe {
@@ -3477,7 +3490,8 @@ pub mod oncely {
                 }
             }
             #[allow(unused_unsafe, clippy::all)]
-            /// The W3C trace context of the message, if it has one; in a `batch-handler`, of the first message.
+            /// The W3C trace context of the message, if it has one. In a `batch-handler`, that of the first
+            /// message.
             #[allow(async_fn_in_trait)]
             pub fn traceparent() -> ::core::option::Option<_rt::String> {
                 unsafe {
@@ -3547,7 +3561,7 @@ pub mod wasi {
             /// Why a value could not be fetched.
             #[derive(Clone, PartialEq)]
             pub enum Error {
-                /// The source of the values answered with an error.
+                /// The source of the values returned an error.
                 Upstream(_rt::String),
                 /// Reading from the source failed.
                 Io(_rt::String),
@@ -3837,21 +3851,21 @@ pub mod wasi {
             #[used]
             #[doc(hidden)]
             static __FORCE_SECTION_REF: fn() = super::super::super::__link_custom_section_describing_imports;
-            /// How much a line matters.
+            /// The severity of a line.
             #[repr(u8)]
             #[derive(Clone, Copy, Eq, Ord, PartialEq, PartialOrd)]
             pub enum Level {
-                /// Steps within a function.
+                /// A step within a function.
                 Trace,
-                /// For whoever debugs the handler.
+                /// Details for debugging the handler.
                 Debug,
-                /// What happened, when all is well.
+                /// Normal operation.
                 Info,
-                /// Something odd that was dealt with.
+                /// An unexpected condition that was handled.
                 Warn,
-                /// Something failed.
+                /// A failure.
                 Error,
-                /// Something failed and the handler cannot go on.
+                /// A failure after which the handler cannot continue.
                 Critical,
             }
             impl ::core::fmt::Debug for Level {
@@ -3936,7 +3950,7 @@ pub mod wasi {
 pub mod exports {
     pub mod oncely {
         pub mod worker {
-            /// What a component exports.
+            /// The export of a component that handles messages one at a time.
             #[allow(dead_code, async_fn_in_trait, unused_imports, clippy::all)]
             pub mod handler {
                 #[used]
@@ -4136,8 +4150,8 @@ pub mod exports {
                     }
                 }
                 pub trait Guest {
-                    /// Handles one message. Called in a fresh instance each time, unless the manifest says otherwise: nothing is left
-                    /// over in memory from the message before, so there is nothing a retry could trip over.
+                    /// Handles one message. Each call runs in a fresh instance, unless the manifest says otherwise:
+                    /// no memory of an earlier message can affect it.
                     #[allow(async_fn_in_trait)]
                     fn handle(message: Message) -> ::core::result::Result<(), Failure>;
                 }

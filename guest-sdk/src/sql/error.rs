@@ -1,12 +1,12 @@
-//! Why a statement failed.
+//! Errors of SQL statements.
 
 use std::fmt;
 
 use super::DatabaseError;
 pub use crate::bindings::oncely::worker::sql::Error as ErrorKind;
 
-/// Why a statement failed. With `?` it becomes a failure that asks for a retry; a conflict with another transaction
-/// is run again by the host and spends no attempt.
+/// Why a statement failed. `?` turns it into a retry. After a conflict with another transaction the
+/// host runs the message again, and no attempt is spent.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Error(ErrorKind);
 
@@ -19,12 +19,12 @@ impl Error {
         Self(ErrorKind::Other(message))
     }
 
-    /// Which kind of error it was.
+    /// The kind of error.
     pub fn kind(&self) -> &ErrorKind {
         &self.0
     }
 
-    /// What the database said, where it was the database that refused.
+    /// The error from the database, if the database refused the statement.
     pub fn database(&self) -> Option<&DatabaseError> {
         match &self.0 {
             ErrorKind::ConstraintViolation(error)
@@ -34,14 +34,15 @@ impl Error {
         }
     }
 
-    /// The constraint that was violated, where the database names it. Good for choosing the failure to return: the
-    /// delivery itself cannot be saved any more.
+    /// The violated constraint, where the database names it. Use it to choose the failure to
+    /// return: the delivery is rolled back in any case.
     ///
     /// ```no_run
     /// # use oncely_guest::prelude::*;
     /// # fn example(owner: &str) -> Result<(), Failure> {
-    /// sql::execute("insert into account (owner) values ($1)", params![owner]).map_err(|error| match error.constraint() {
-    ///     Some("account_owner") => Failure::reject(format!("{owner} is no customer")).code("unknown-owner"),
+    /// let insert = "insert into account (owner) values ($1)";
+    /// sql::execute(insert, params![owner]).map_err(|error| match error.constraint() {
+    ///     Some("account_owner") => Failure::reject("unknown owner").code("unknown-owner"),
     ///     _ => error.into(),
     /// })?;
     /// # Ok(())
@@ -60,25 +61,25 @@ impl fmt::Display for Error {
                 write_database_error(f, error)
             }
             ErrorKind::Conflict(error) => {
-                f.write_str("another transaction was in the way: ")?;
+                f.write_str("conflict with another transaction: ")?;
                 write_database_error(f, error)
             }
             ErrorKind::Timeout => {
-                f.write_str("the time of this delivery ran out during a statement")
+                f.write_str("the time limit of this delivery was reached during a statement")
             }
-            ErrorKind::NotAllowed(why)
-            | ErrorKind::InvalidParameter(why)
-            | ErrorKind::UnsupportedType(why)
-            | ErrorKind::TooLarge(why)
-            | ErrorKind::TransactionFailed(why)
-            | ErrorKind::Other(why) => f.write_str(why),
+            ErrorKind::NotAllowed(reason)
+            | ErrorKind::InvalidParameter(reason)
+            | ErrorKind::UnsupportedType(reason)
+            | ErrorKind::TooLarge(reason)
+            | ErrorKind::TransactionFailed(reason)
+            | ErrorKind::Other(reason) => f.write_str(reason),
         }
     }
 }
 
 impl std::error::Error for Error {}
 
-/// The database's sentence, the constraint where the sentence does not name it, and the code.
+/// The message of the database, the constraint if the message does not name it, and the code.
 fn write_database_error(f: &mut fmt::Formatter<'_>, error: &DatabaseError) -> fmt::Result {
     f.write_str(&error.message)?;
     match &error.constraint {

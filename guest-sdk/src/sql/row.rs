@@ -1,4 +1,4 @@
-//! One row of a result, its columns found by name or by place.
+//! Rows of a result, with access to columns by name or by index.
 
 use std::fmt;
 use std::rc::Rc;
@@ -28,24 +28,24 @@ impl Row {
             .collect()
     }
 
-    /// The value of a column, by name (`row.get("balance")`) or by place from 0 (`row.get(0)`).
+    /// The value of a column, by name (`row.get("balance")`) or by index from 0 (`row.get(0)`).
     ///
     /// # Errors
-    /// When there is no such column, or its value cannot be a `T`: null where `T` is not an `Option`, text where a
-    /// number is wanted, a number too large for `T`.
+    /// When there is no such column, or its value cannot be read as a `T`: null where `T` is not an
+    /// `Option`, text for a number, a number out of range for `T`.
     pub fn get<T: FromValue>(&self, column: impl Column) -> Result<T, ColumnError> {
         let value = self.value(&column)?;
-        T::from_value(value).map_err(|why| ColumnError(format!("column {column}: {why}")))
+        T::from_value(value).map_err(|reason| ColumnError(format!("column {column}: {reason}")))
     }
 
-    /// The value of a JSON column (or of text that holds JSON), read as a `T`.
+    /// The value of a JSON column (or of text that holds JSON), parsed as a `T`.
     ///
     /// # Errors
-    /// When there is no such column, it is null, or it does not hold the JSON that `T` expects.
+    /// When there is no such column, it is null, or its JSON does not parse as a `T`.
     pub fn json<T: DeserializeOwned>(&self, column: impl Column) -> Result<T, ColumnError> {
         let value = self.value(&column)?;
         let text = String::from_value(value)
-            .map_err(|why| ColumnError(format!("column {column}: {why}")))?;
+            .map_err(|reason| ColumnError(format!("column {column}: {reason}")))?;
         serde_json::from_str(&text)
             .map_err(|error| ColumnError(format!("column {column}: {error}")))
     }
@@ -66,16 +66,16 @@ impl Row {
             .and_then(|index| self.values.get(index))
             .ok_or_else(|| {
                 ColumnError(format!(
-                    "there is no column {column}; the row has: {}",
+                    "no column {column}; the row has: {}",
                     self.columns.join(", ")
                 ))
             })
     }
 }
 
-/// What names a column: its name or its place from 0.
+/// Identifies a column, by its name or by its index from 0.
 pub trait Column: fmt::Display {
-    /// The column's place among `columns`, if it is there.
+    /// The index of the column among `columns`, if it exists.
     fn index(&self, columns: &[String]) -> Option<usize>;
 }
 
@@ -127,21 +127,18 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_column_names_those_there_are() {
+    fn a_missing_column_error_lists_the_columns() {
         let error = row().get::<i64>("amount").unwrap_err();
         assert_eq!(
             error.to_string(),
-            "there is no column amount; the row has: name, balance, tags"
+            "no column amount; the row has: name, balance, tags"
         );
         assert!(row().get::<i64>(3).is_err());
     }
 
     #[test]
-    fn a_value_of_another_type_says_which_it_is() {
+    fn a_type_mismatch_names_both_types() {
         let error = row().get::<i64>("name").unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "column name: it holds text, which cannot be read as i64"
-        );
+        assert_eq!(error.to_string(), "column name: text cannot be read as i64");
     }
 }

@@ -1,27 +1,28 @@
-//! Between Rust's types and the database's.
+//! Conversions between Rust types and database values.
 
 use super::Value;
 
-/// What can be a parameter of a statement.
+/// Converts to a parameter of a statement.
 ///
-/// Implemented for `bool`, integers up to 64 bits that an `i64` can hold, floats, text, bytes, [`Value`] itself,
-/// references to these and `Option`s of them (`None` is null). For a decimal, UUID, JSON, timestamp, date or time,
-/// build the [`Value`], for example `Value::Decimal("12.50".into())`.
+/// Implemented for `bool`, integers that fit into an `i64`, floats, text, bytes, [`Value`] itself,
+/// references to these and `Option`s of them (`None` is null). For a decimal, UUID, JSON,
+/// timestamp, date or time, build the [`Value`], for example `Value::Decimal("12.50".into())`.
 pub trait ToValue {
-    /// This as a parameter.
+    /// Converts to a parameter.
     fn to_value(&self) -> Value;
 }
 
-/// What a column's value can be read as.
+/// Converts from the value of a column.
 ///
-/// Implemented for `bool`, integers, `f64`, `String`, `Vec<u8>`, [`Value`] itself and `Option`s of them. It accepts
-/// what PostgreSQL and SQLite send for the same column: a `bool` is also read from the integers 0 and 1, an integer
-/// also from a timestamp (microseconds since the epoch), a `String` from everything that travels as text.
+/// Implemented for `bool`, integers, `f64`, `String`, `Vec<u8>`, [`Value`] itself and `Option`s of
+/// them. It accepts the forms of both PostgreSQL and SQLite: a `bool` is also read from the
+/// integers 0 and 1, an integer also from a timestamp (microseconds since the epoch), a `String`
+/// from every type with a text form.
 pub trait FromValue: Sized {
-    /// Reads a value, or says in half a sentence why it cannot be read.
+    /// Converts a value.
     ///
     /// # Errors
-    /// When the value is null or of another type, or does not fit.
+    /// A reason, as a half sentence, when the value is null, of another type or out of range.
     fn from_value(value: &Value) -> Result<Self, String>;
 }
 
@@ -29,7 +30,7 @@ impl Value {
     /// `value` as a JSON parameter.
     ///
     /// # Errors
-    /// When `value` has no JSON form.
+    /// When `value` cannot be serialized as JSON.
     pub fn json(value: &impl serde::Serialize) -> Result<Self, serde_json::Error> {
         serde_json::to_string(value).map(Value::Json)
     }
@@ -53,11 +54,8 @@ impl Value {
 
     fn type_error<T>(&self, wanted: &str) -> Result<T, String> {
         Err(match self {
-            Value::Null => format!("it is null; read it as Option<{wanted}>"),
-            _ => format!(
-                "it holds {}, which cannot be read as {wanted}",
-                self.describe()
-            ),
+            Value::Null => format!("null cannot be read as {wanted}; use Option<{wanted}>"),
+            _ => format!("{} cannot be read as {wanted}", self.describe()),
         })
     }
 }
@@ -95,7 +93,7 @@ impl<T: FromValue> FromValue for Option<T> {
     }
 }
 
-/// `ToValue` for a type and, for when a `Value` is built by hand, `From`.
+/// `ToValue` for a type, and `From` to build a `Value` directly.
 macro_rules! parameters {
     ($($type:ty => |$this:ident| $value:expr;)+) => {$(
         impl ToValue for $type {
@@ -164,7 +162,7 @@ macro_rules! integers {
             fn from_value(value: &Value) -> Result<Self, String> {
                 match value {
                     Value::Int64(number) | Value::Timestamp(number) => $type::try_from(*number)
-                        .map_err(|_| format!("{number} does not fit into {}", stringify!($type))),
+                        .map_err(|_| format!("{number} is out of range for {}", stringify!($type))),
                     other => other.type_error(stringify!($type)),
                 }
             }
@@ -265,11 +263,11 @@ mod tests {
     fn a_number_out_of_range_is_an_error() {
         assert_eq!(
             u8::from_value(&Value::Int64(256)),
-            Err("256 does not fit into u8".to_owned())
+            Err("256 is out of range for u8".to_owned())
         );
         assert_eq!(
             i64::from_value(&Value::Null),
-            Err("it is null; read it as Option<i64>".to_owned())
+            Err("null cannot be read as i64; use Option<i64>".to_owned())
         );
         assert_eq!(Option::<i64>::from_value(&Value::Null), Ok(None));
     }

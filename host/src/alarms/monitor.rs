@@ -1,5 +1,7 @@
-//! Looks at depths and ages every few seconds, and raises and clears alarms. It needs the database alone: without a broker the
-//! log, the metrics and the rows still tell, and the messages follow.
+//! Measures depths and ages every few seconds, and raises and clears alarms.
+//!
+//! Only the database is needed. Without a broker the log, the metrics and the rows still show an
+//! alarm; its message is published later.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -14,17 +16,17 @@ use crate::model::units;
 use crate::services::Services;
 use crate::store::{DeadLetterDepth, OutboxLag};
 
-/// How often it looks.
+/// How often the values are measured.
 const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 
-/// How long it waits for the relay to take the messages that tell of alarms.
+/// How long to wait for the relay to accept the messages of alarms.
 const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The state of a host that alarms are about, beside what the database knows.
+/// The state of a host that alarms depend on, beside the database.
 pub struct HostState {
     /// Whether database and broker disagree.
     pub is_restored: bool,
-    /// The workers that do not run on this host although they should, each with the reason.
+    /// The workers that cannot run on this host, each with the reason.
     pub broken: HashMap<String, String>,
 }
 
@@ -35,12 +37,15 @@ where
 {
     while !stopping.wait(CHECK_INTERVAL).await {
         if let Err(error) = check(&services, state().await).await {
-            tracing::debug!("looking for what needs an alarm again soon: {error:#}");
+            tracing::debug!(
+                error = format!("{error:#}"),
+                "failed to check for alarms, retrying"
+            );
         }
     }
 }
 
-/// Measures everything once, and raises and clears what follows from it.
+/// Measures once, and applies the updates of alarms that follow.
 async fn check(services: &Services, host: HostState) -> Result<()> {
     let workers = services.deployed_workers().await?;
     let measurements = Measurements {
@@ -64,10 +69,13 @@ async fn check(services: &Services, host: HostState) -> Result<()> {
     if updates.is_empty() {
         return Ok(());
     }
+
+    // Apply, log and publish the updates.
     let since = Instant::now();
     let changes = services.store.apply_alarm_updates(&updates).await?;
     changes.notices.iter().for_each(alarm::log);
-    // A relay that has its hands full does not hold up the next look: what it does not take now, a sweep finds.
+    // A busy relay does not delay the next check: the poller publishes outputs that were not handed
+    // over.
     let _ = tokio::time::timeout(
         HAND_OVER_TIMEOUT,
         services.publish_outputs(changes.rows, since),
@@ -76,21 +84,21 @@ async fn check(services: &Services, host: HostState) -> Result<()> {
     Ok(())
 }
 
-/// What the database says.
+/// The measured values.
 struct Measurements {
     existing: Vec<Alarm>,
     dead_letters: Vec<DeadLetterDepth>,
     outputs: Vec<OutboxLag>,
-    /// By worker, how many outputs had to change their id.
+    /// How many outputs had to change their id, by worker.
     taken_ids: BTreeMap<String, u64>,
     /// Whether database and broker disagree.
     is_restored: bool,
-    /// The workers that do not run here, with why.
+    /// The workers that cannot run here, with the reason.
     broken: HashMap<String, String>,
 }
 
 impl Measurements {
-    /// A worker that is retired neither runs nor waits: alarms about that are over.
+    /// Clears the alarms of retired workers about running and waiting: they do neither.
     fn clear_for_retired(&self, workers: &[Worker]) -> Vec<AlarmUpdate> {
         let is_over = |alarm: &&Alarm| {
             matches!(
@@ -112,8 +120,9 @@ impl Measurements {
         self.existing.iter().filter(is_over).map(clear).collect()
     }
 
-    /// What follows for the alarms of a worker. `unhandled` is the age of the oldest message that waits for it, if that could
-    /// be asked.
+    /// The updates for the alarms of a worker.
+    ///
+    /// `unhandled` is the age of its oldest unhandled message, if it could be read.
     fn updates(&self, worker: &Worker, unhandled: Option<Duration>) -> Vec<AlarmUpdate> {
         let dead_letters = self
             .dead_letters
@@ -154,7 +163,8 @@ impl Measurements {
                     ..step
                 })
             });
-        // Raised by the first letter of a failure, over once no dead letter of it is open.
+        // Raised by the first dead letter of a failure group, cleared once none of the group is
+        // open.
         let failures = self
             .existing
             .iter()

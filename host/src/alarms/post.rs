@@ -1,4 +1,5 @@
-//! One POST: a connection of its own, a time limit, and a signature as Standard Webhooks have it.
+//! One POST to a webhook: a connection of its own, a timeout, and a signature as in Standard
+//! Webhooks.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,16 +22,16 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use crate::config::{Secret, Webhook, webhook_key};
 
-/// How long one POST may take, from the look-up of the name to the answer.
+/// The timeout of one POST, from name resolution to the answer.
 const POST_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How a webhook responded.
+/// The result of a POST.
 pub(super) enum PostResult {
     /// 2xx.
     Accepted,
-    /// 4xx, but for those that ask for patience.
+    /// 4xx, except for statuses that call for a retry.
     Rejected(String),
-    /// Nothing, or anything else.
+    /// No answer, or any other status.
     Failed(String),
 }
 
@@ -38,18 +39,21 @@ pub(super) enum PostResult {
 pub struct WebhookClient {
     webhook: Webhook,
     key: Option<hmac::Key>,
-    /// For https.
+    /// Set for https URLs.
     tls: Option<TlsConnector>,
 }
 
 impl WebhookClient {
-    /// Signs what it posts if there is a secret.
+    /// Creates a client, which signs its posts if there is a secret.
+    ///
+    /// # Errors
+    /// TLS cannot be set up.
     pub fn new(webhook: Webhook, secret: Option<&Secret>) -> Result<Self> {
         let key = secret
             .and_then(webhook_key)
             .map(|key| hmac::Key::new(hmac::HMAC_SHA256, &key));
         let tls = if webhook.is_tls {
-            Some(tls().context("get ready for https")?)
+            Some(tls().context("set up TLS")?)
         } else {
             None
         };
@@ -74,11 +78,11 @@ impl WebhookClient {
             None => send_request(stream, request).await,
             Some(tls) => {
                 let name = host.trim_matches(['[', ']']).to_owned();
-                let name = ServerName::try_from(name).context("read the webhook's name")?;
+                let name = ServerName::try_from(name).context("parse the webhook's host name")?;
                 let stream = tls.connect(name, stream).await;
                 send_request(
                     stream
-                        .with_context(|| format!("begin TLS with {}", self.webhook.redacted()))?,
+                        .with_context(|| format!("start TLS with {}", self.webhook.redacted()))?,
                     request,
                 )
                 .await
@@ -99,11 +103,11 @@ impl WebhookClient {
         if let Some(key) = &self.key {
             request = request.header("webhook-signature", signature(key, id, timestamp, &body));
         }
-        request.body(Full::new(body)).context("make a request")
+        request.body(Full::new(body)).context("build the request")
     }
 }
 
-/// Of `{id}.{timestamp}.{body}`, as Standard Webhooks have it.
+/// Signs `{id}.{timestamp}.{body}`, as Standard Webhooks specify.
 fn signature(key: &hmac::Key, id: &str, timestamp: i64, body: &[u8]) -> String {
     let mut signing = hmac::Context::with_key(key);
     signing.update(format!("{id}.{timestamp}.").as_bytes());
@@ -111,7 +115,7 @@ fn signature(key: &hmac::Key, id: &str, timestamp: i64, body: &[u8]) -> String {
     format!("v1,{}", STANDARD.encode(signing.sign()))
 }
 
-/// Sends a request on a connection and waits for the status; the rest of the answer is of no interest.
+/// Sends a request on a connection and returns the status. The body of the answer is ignored.
 async fn send_request(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     request: Request<Full<Bytes>>,
@@ -136,7 +140,7 @@ fn classify(status: StatusCode) -> PostResult {
         StatusCode::TOO_EARLY,
         StatusCode::TOO_MANY_REQUESTS,
     ];
-    let why = format!("it answers {status}");
+    let why = format!("the webhook answered {status}");
     match status {
         _ if status.is_success() => PostResult::Accepted,
         _ if status.is_client_error() && !PATIENCE.contains(&status) => PostResult::Rejected(why),
@@ -144,21 +148,21 @@ fn classify(status: StatusCode) -> PostResult {
     }
 }
 
-/// TLS that trusts whom the operating system trusts.
+/// TLS with the root certificates of the operating system.
 fn tls() -> Result<TlsConnector> {
     let mut roots = RootCertStore::empty();
     let found = rustls_native_certs::load_native_certs();
     roots.add_parsable_certificates(found.certs);
     if roots.is_empty() {
         bail!(
-            "the operating system trusts no certificates: {:?}",
+            "no root certificates found in the operating system: {:?}",
             found.errors
         );
     }
     let provider = Arc::new(tokio_rustls::rustls::crypto::ring::default_provider());
     let config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
-        .context("choose versions of TLS")?
+        .context("select the versions of TLS")?
         .with_root_certificates(roots)
         .with_no_client_auth();
     Ok(TlsConnector::from(Arc::new(config)))
@@ -185,11 +189,11 @@ mod tests {
     #[test]
     fn webhook_responses_are_classified() {
         for (status, expected) in [
-            (200, "taken"),
-            (204, "taken"),
+            (200, "accepted"),
+            (204, "accepted"),
             (302, "failed"),
-            (400, "refused"),
-            (401, "refused"),
+            (400, "rejected"),
+            (401, "rejected"),
         ] {
             assert_eq!(classified(status), expected, "{status}");
         }
@@ -206,8 +210,8 @@ mod tests {
 
     fn classified(status: u16) -> &'static str {
         match classify(StatusCode::from_u16(status).unwrap()) {
-            PostResult::Accepted => "taken",
-            PostResult::Rejected(_) => "refused",
+            PostResult::Accepted => "accepted",
+            PostResult::Rejected(_) => "rejected",
             PostResult::Failed(_) => "failed",
         }
     }

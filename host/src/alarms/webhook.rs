@@ -1,7 +1,7 @@
-//! Tells a webhook of alarms: one POST for each, in their order, tried again until somebody takes it or it is too late.
+//! Posts alarms to a webhook: one POST for each, in order, retried until it is accepted or expires.
 //!
-//! It reads the stream of alarms like any other consumer, so nothing of what hosts do waits for it, and an alarm survives
-//! the host that was telling of it.
+//! Alarms are read from their stream by a durable consumer. So no other task waits for the webhook,
+//! and an alarm survives the host that was posting it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,17 +16,17 @@ use crate::model::retry::{Backoff, OnDeterministicFailure, RetryPolicy};
 
 use super::post::{PostResult, WebhookClient};
 
-/// The durable consumer of all hosts.
+/// The durable consumer that all hosts share.
 const CONSUMER_NAME: &str = "oncely-webhook";
 
-/// How long an alarm is told again while nobody answers.
+/// How long an alarm is retried while the webhook fails or does not answer.
 const RETRY_FOR: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// How long, while somebody answers that he will not have it (4xx): the settings may be wrong for a moment, and those that
-/// follow wait behind it.
+/// How long an alarm is retried while the webhook rejects it (4xx). Its settings may be wrong for a
+/// moment, and the alarms after it are blocked meanwhile.
 const RETRY_REFUSED_FOR: Duration = Duration::from_secs(10 * 60);
 
-/// The least and the most it waits between two attempts.
+/// The minimum and maximum delay between two attempts.
 const RETRY_DELAY_MIN: Duration = Duration::from_millis(500);
 const RETRY: RetryPolicy = RetryPolicy {
     attempts: u32::MAX,
@@ -35,7 +35,7 @@ const RETRY: RetryPolicy = RetryPolicy {
     deterministic_failures: OnDeterministicFailure::Retry,
 };
 
-/// Tells of alarms until the host stops.
+/// Posts alarms until the host stops.
 pub async fn run(bus: Bus, client: WebhookClient, metrics: Arc<Metrics>, mut stopping: Stopping) {
     let mut backoff = Backoff::default();
     loop {
@@ -46,9 +46,13 @@ pub async fn run(bus: Bus, client: WebhookClient, metrics: Arc<Metrics>, mut sto
         };
         tokio::select! {
             biased;
-            // What is under way comes again, at another host or at the next start, under the same id.
+            // The alarm in progress is redelivered to another host or at the next start, under the
+            // same id.
             () = stopping.stopped() => return,
-            Err(error) = delivering => tracing::debug!("no alarms for the webhook for the moment: {error:#}"),
+            Err(error) = delivering => tracing::debug!(
+                error = format!("{error:#}"),
+                "failed to read alarms for the webhook, retrying"
+            ),
         }
         if stopping.wait(backoff.next(rand::random())).await {
             return;
@@ -56,7 +60,7 @@ pub async fn run(bus: Bus, client: WebhookClient, metrics: Arc<Metrics>, mut sto
     }
 }
 
-/// Tells of one alarm after the other until the broker is gone.
+/// Posts one alarm after the other until the broker fails.
 async fn deliver_all(
     alarms: &AlarmConsumer,
     client: &WebhookClient,
@@ -72,12 +76,12 @@ async fn deliver_all(
     }
 }
 
-/// What follows from an answer.
+/// Acknowledges an alarm, or schedules its redelivery.
 async fn handle_response(alarm: AlarmMessage, answer: PostResult, metrics: &Metrics) -> Result<()> {
     let (why, retry_for) = match answer {
         PostResult::Accepted => {
             metrics.webhook_post(PostOutcome::Delivered);
-            tracing::debug!("told the webhook of {}", alarm.id);
+            tracing::debug!(alarm = alarm.id, "alarm posted to the webhook");
             return alarm.ack().await;
         }
         PostResult::Rejected(why) => (why, RETRY_REFUSED_FOR),
@@ -88,16 +92,18 @@ async fn handle_response(alarm: AlarmMessage, answer: PostResult, metrics: &Metr
     if age > retry_for {
         metrics.webhook_post(PostOutcome::Abandoned);
         tracing::error!(
-            "the webhook was not told of {}, and will not be: {why}",
-            alarm.id
+            alarm = alarm.id,
+            error = why,
+            "alarm not posted to the webhook, giving up"
         );
         return alarm.ack().await;
     }
     metrics.webhook_post(PostOutcome::Failed);
     if alarm.delivered == 1 {
         tracing::warn!(
-            "the webhook does not take {}; it is told again: {why}",
-            alarm.id
+            alarm = alarm.id,
+            error = why,
+            "failed to post an alarm to the webhook, retrying"
         );
     }
     let after = RETRY.delay_after(alarm.delivered, Some(RETRY_DELAY_MIN), rand::random());

@@ -1,4 +1,4 @@
-//! Dead letters over the control API: finding them, and what people do with them.
+//! Dead letters in the control API: find, inspect, redrive, edit and close them.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -28,10 +28,10 @@ use crate::store::{
     Redrive, StoreError,
 };
 
-/// How many letters one request may move: each request is one transaction.
+/// The maximum number of dead letters per request: each request is one transaction.
 const DEAD_LETTERS_MAX: usize = 500;
 
-/// How often a transaction is run again at once because another one stood in its way.
+/// How often a transaction is retried at once after conflicts.
 const CONFLICTS_MAX: u32 = 5;
 
 pub(super) fn routes() -> Router<Arc<Host>> {
@@ -66,27 +66,27 @@ async fn groups(
     ))
 }
 
-/// One dead letter, whole.
+/// One complete dead letter.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct DeadLetter {
     #[serde(flatten)]
     pub summary: DeadLetterSummary,
-    /// When it died the first time, if it was put back since.
+    /// When it died for the first time, if it was redriven since.
     pub first_died_at: Option<Timestamp>,
-    /// Of its `traceparent`.
+    /// The trace id in its `traceparent`.
     pub trace_id: Option<String>,
     pub headers: Vec<(String, String)>,
     /// The original, in Base64.
     pub body: String,
     /// Every failed attempt.
     pub failure_history: Vec<AttemptRecord>,
-    /// Corrected bodies, first to last; the last one is what the worker is given.
+    /// Corrected bodies, oldest first. The worker receives the last one.
     pub edits: Vec<BodyEdit>,
-    /// What people did.
+    /// The actions of operators.
     pub audit: Vec<AuditRecord>,
-    /// What the inbox says of its event.
+    /// The inbox record of its event.
     pub inbox: Option<InboxEntry>,
-    /// What its event sent, as long as it is in the outbox.
+    /// The outputs of its event, as long as they are in the outbox.
     pub outputs: Vec<DeadLetterOutput>,
 }
 
@@ -100,7 +100,7 @@ pub struct BodyEdit {
     pub body: String,
 }
 
-/// The final word on an event.
+/// The final state of an event.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct InboxEntry {
     /// `done` or `dead`.
@@ -147,7 +147,7 @@ async fn dead_letter(State(host): State<Arc<Host>>, Path(id): Path<i64>) -> ApiR
     Ok(Json(record.into()))
 }
 
-/// What a replay of its last attempt needs, but for the component.
+/// The data for a replay of its last attempt, without the component.
 async fn replayable(
     State(host): State<Arc<Host>>,
     Path(id): Path<i64>,
@@ -170,7 +170,7 @@ fn dead_letter_not_found(id: i64) -> ApiError {
     )
 }
 
-/// Letters to put back.
+/// Dead letters to redrive.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct RedriveRequest {
     pub dead_letters: Vec<Redrive>,
@@ -193,7 +193,7 @@ async fn redrive(
     Ok(Json(moved))
 }
 
-/// Letters to rehearse or to verify.
+/// Dead letters for a dry run or a verification.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct DeadLettersRequest {
     pub ids: Vec<i64>,
@@ -214,21 +214,21 @@ async fn verify(
     Ok(Json(verify::verify(&host.services, &request.ids).await?))
 }
 
-/// Letters to put back if they would still come to what was planned.
+/// Dead letters to redrive if their preconditions still hold.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct RedrivePlanRequest {
     pub dead_letters: Vec<PlannedRedrive>,
     pub by: Attribution,
 }
 
-/// What was planned for one letter.
+/// The plan for one dead letter.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct PlannedRedrive {
     pub id: i64,
     pub preconditions: Preconditions,
 }
 
-/// Rehearses again right before it puts letters back, and leaves those that would come to something else.
+/// Repeats the dry run right before the redrive. Dead letters with a different result are refused.
 async fn redrive_plan(
     State(host): State<Arc<Host>>,
     Json(request): Json<RedrivePlanRequest>,
@@ -239,6 +239,8 @@ async fn redrive_plan(
         .iter()
         .map(|planned| planned.id)
         .collect();
+
+    // Compare a new dry run with the plan.
     let current = dry_run::preview(&host.services, &ids).await?;
     let mut answers = Vec::new();
     let mut dead_letters = Vec::new();
@@ -247,7 +249,7 @@ async fn redrive_plan(
             .iter()
             .find(|preview| preview.dead_letter == planned.id);
         match current.map_or_else(
-            || Some("there is no such letter".to_owned()),
+            || Some("no such dead letter".to_owned()),
             |current| stale_reason(&planned.preconditions, current),
         ) {
             Some(why) => answers.push(DeadLetterActionResult {
@@ -273,7 +275,7 @@ async fn redrive_plan(
     Ok(Json(answers))
 }
 
-/// Why a plan does not hold any more; none when it does.
+/// The reason that a plan does not hold any more; none when it holds.
 fn stale_reason(planned: &Preconditions, current: &Preview) -> Option<String> {
     if *planned == current.preconditions {
         return None;
@@ -281,22 +283,23 @@ fn stale_reason(planned: &Preconditions, current: &Preview) -> Option<String> {
     Some(match (planned.version, current.preconditions.version) {
         (Some(then), Some(version)) if then != version => {
             format!(
-                "it was planned with version {then} of {}, and version {version} is deployed now; plan anew",
+                "it was planned with version {then} of {}, but version {version} is active now; \
+                 make a new plan",
                 current.worker
             )
         }
         _ if planned.generation != current.preconditions.generation => {
-            "somebody put it back since".to_owned()
+            "it was redriven since".to_owned()
         }
         _ => format!(
-            "what it would change moved since it was planned; now it {}: {}",
+            "its result changed since it was planned; now: {} ({})",
             current.prediction.label(),
             current.detail
         ),
     })
 }
 
-/// Letters to close.
+/// Dead letters to close.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct CloseRequest {
     pub ids: Vec<i64>,
@@ -304,7 +307,7 @@ pub struct CloseRequest {
     pub by: Attribution,
 }
 
-/// How to close a letter.
+/// How to close a dead letter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CloseAction {
@@ -331,7 +334,7 @@ async fn close(
     ))
 }
 
-/// A corrected body for one letter.
+/// A corrected body for one dead letter.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct EditRequest {
     /// Base64.
@@ -350,8 +353,8 @@ async fn edit(
         .as_deref()
         .is_none_or(|note| note.trim().is_empty())
     {
-        return Err(anyhow!("a corrected body needs a note that says why")
-            .hint("--note 'what was wrong'")
+        return Err(anyhow!("a corrected body needs a note")
+            .hint("oncely dlq edit ID --body FILE --note 'wrong currency'")
             .into());
     }
     if host.services.store.find_dead_letter(id).await?.is_none() {
@@ -377,12 +380,12 @@ async fn edit(
 fn check_count(count: usize) -> anyhow::Result<()> {
     anyhow::ensure!(
         count <= DEAD_LETTERS_MAX,
-        "{count} letters are too many for one request; {DEAD_LETTERS_MAX} are allowed"
+        "{count} dead letters are too many for one request; the limit is {DEAD_LETTERS_MAX}"
     );
     Ok(())
 }
 
-/// Runs a transaction again while others stand in its way.
+/// Retries a transaction after conflicts, at most [`CONFLICTS_MAX`] times.
 async fn retry_on_conflict<T, Fut>(operation: impl Fn() -> Fut) -> store::Result<T>
 where
     Fut: Future<Output = store::Result<T>>,

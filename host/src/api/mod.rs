@@ -1,4 +1,5 @@
-//! The control API: what the CLI speaks to. JSON over HTTP on the loopback interface, behind a token.
+//! The control API, which the CLI uses: JSON over HTTP on the loopback interface, protected by a
+//! token.
 
 use std::sync::Arc;
 
@@ -31,10 +32,10 @@ pub mod dead_letters;
 
 pub mod outbox;
 
-/// Requests other than component uploads may be this large, in bytes.
+/// The maximum body of requests other than component uploads, in bytes.
 const BODY_MAX: usize = 16 << 20;
 
-/// The control API. Everything below `/v1` asks for `Authorization: Bearer {token}`.
+/// The routes of the control API. Everything below `/v1` requires `Authorization: Bearer {token}`.
 pub fn router(host: Arc<Host>, token: &str) -> Router {
     let expected = Arc::new(Sha256::digest(token.as_bytes()).to_vec());
     let authenticated = Router::new()
@@ -68,7 +69,8 @@ pub fn router(host: Arc<Host>, token: &str) -> Router {
         .with_state(host)
 }
 
-/// Lets a request through that carries the token. Digests are compared, so the time it takes says nothing of the token.
+/// Lets requests with the token through. Digests are compared, so the timing reveals nothing about
+/// the token.
 async fn check_token(
     State(expected): State<Arc<Vec<u8>>>,
     request: Request,
@@ -87,12 +89,12 @@ async fn check_token(
     let response = ErrorResponse {
         error: "the token is missing or wrong".to_owned(),
         causes: Vec::new(),
-        hints: vec!["give the host's token with --token or ONCELY_TOKEN".to_owned()],
+        hints: vec!["pass the host's token with --token or ONCELY_TOKEN".to_owned()],
     };
     (StatusCode::UNAUTHORIZED, Json(response)).into_response()
 }
 
-/// An error on its way to the CLI, which shows it as if it were its own.
+/// An error for the CLI, which shows it like its own.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct ErrorResponse {
     pub error: String,
@@ -147,7 +149,8 @@ async fn readyz(State(host): State<Arc<Host>>) -> Response {
     }
 }
 
-/// In the form that Prometheus asks for. Without a token, as there are neither ids nor subjects in it.
+/// The metrics in the text format of Prometheus. They contain neither ids nor subjects, so no token
+/// is needed.
 async fn metrics(State(host): State<Arc<Host>>) -> Response {
     match host.metrics_text().await {
         Ok(text) => ([(header::CONTENT_TYPE, METRICS_TYPE)], text).into_response(),
@@ -157,33 +160,33 @@ async fn metrics(State(host): State<Arc<Host>>) -> Response {
 
 const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// What a host says of itself.
+/// The status of a host.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Status {
-    /// Of the host program.
+    /// The version of the host program.
     pub version: String,
     pub ready: bool,
-    /// Why it is not.
+    /// The reason that it is not ready.
     pub not_ready: Option<String>,
-    /// The workers that cannot run although the host is ready, each with why.
+    /// The workers that cannot run although the host is ready, each with the reason.
     #[serde(default)]
     pub broken: Vec<String>,
-    /// Why the database takes no writes; none when it does.
+    /// The reason that the database takes no writes; none when it does.
     #[serde(default)]
     pub database_error: Option<String>,
     pub nats_connected: bool,
     pub workers: Vec<WorkerState>,
-    /// Of this host's relay, by stream.
+    /// The breakers of this host's relay, by stream.
     pub breakers: Vec<BreakerState>,
-    /// Subjects that outputs of this host's relay wait for, at most 20 of them.
+    /// Refused subjects that outputs of this host's relay wait for, at most 20.
     pub refused_subjects: Vec<RefusedSubject>,
-    /// How outputs go; none where there is no other way than polling.
+    /// The relay mode; none where polling is the only one.
     pub wal: Option<WalState>,
-    /// Whether this host is the one that reads the log.
+    /// Whether this host reads the WAL.
     pub is_wal_reader: bool,
-    /// Of all hosts on this database; none when it is out of reach.
+    /// The totals of all hosts on this database; none when it is unavailable.
     pub totals: Option<Vec<WorkerTotals>>,
-    /// Those that are raised; none when the database is out of reach.
+    /// The raised alarms; none when the database is unavailable.
     pub alarms: Option<Vec<Alarm>>,
 }
 
@@ -215,7 +218,7 @@ async fn status(State(host): State<Arc<Host>>) -> ApiResult<Status> {
     }))
 }
 
-/// Which database is behind the host: migrations are chosen by it.
+/// The database of the host, by which migrations are chosen.
 async fn dialect(State(host): State<Arc<Host>>) -> Json<Dialect> {
     Json(host.services.store.dialect())
 }
@@ -262,7 +265,7 @@ pub struct Uploaded {
     pub digest: String,
 }
 
-/// Keeps a component, after a look whether it is a worker at all.
+/// Stores a component after checking that it is a worker.
 async fn upload(State(host): State<Arc<Host>>, wasm: Bytes) -> ApiResult<Uploaded> {
     host.services.load(wasm.clone()).await?;
     let digest = hex::encode(Sha256::digest(&wasm));
@@ -270,7 +273,7 @@ async fn upload(State(host): State<Arc<Host>>, wasm: Bytes) -> ApiResult<Uploade
     Ok(Json(Uploaded { digest }))
 }
 
-/// A component that was kept, byte for byte.
+/// A stored component, byte for byte.
 async fn component(
     State(host): State<Arc<Host>>,
     Path(digest): Path<String>,
@@ -288,7 +291,7 @@ async fn plan(State(host): State<Arc<Host>>, Json(proposal): Json<Proposal>) -> 
     Ok(Json(deploy::plan(&host, &proposal).await?))
 }
 
-/// A deployment that is now the active one.
+/// The deployment that is active now.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Activated {
     pub worker: String,
@@ -306,7 +309,7 @@ async fn deploy(
     }))
 }
 
-/// Which worker to roll back, and to which version; the one before the active one when none is given.
+/// The worker to roll back, and the version; by default the one before the active one.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct RollbackRequest {
     pub worker: String,
@@ -324,11 +327,11 @@ async fn rollback(
     }))
 }
 
-/// Which worker to retire.
+/// The worker to retire.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct RetireRequest {
     pub worker: String,
-    /// Whether its consumers stay.
+    /// Whether to keep its consumers.
     pub keep_consumers: bool,
 }
 
@@ -336,17 +339,17 @@ async fn retire(
     State(host): State<Arc<Host>>,
     Json(request): Json<RetireRequest>,
 ) -> ApiResult<RetiredWorker> {
-    // In a task of its own: a client that goes away does not leave it half done.
+    // In a task of its own: a client that disconnects does not interrupt it.
     let task =
         tokio::spawn(async move { host.retire(&request.worker, request.keep_consumers).await });
     Ok(Json(task.await.context("retire a worker")??))
 }
 
-/// How a worker stands on one of the hosts that are alive.
+/// The state of a worker on one of the live hosts.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct WorkerOnHost {
     pub host: String,
-    /// None when that host has not heard of the worker.
+    /// None when that host has not started the worker yet.
     pub status: Option<WorkerReport>,
 }
 
@@ -362,10 +365,10 @@ async fn hosts(
     Ok(Json(reports.into_iter().map(on_host).collect()))
 }
 
-/// What to do about a restore, and who asks for it.
+/// A recovery after a restore, and who requests it.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct RecoverRequest {
-    /// Only say what would be done.
+    /// Only plan the recovery.
     pub dry_run: bool,
     pub by: Attribution,
 }
@@ -374,7 +377,7 @@ async fn recover(
     State(host): State<Arc<Host>>,
     Json(request): Json<RecoverRequest>,
 ) -> ApiResult<Recovery> {
-    // In a task of its own: a client that goes away does not leave it half done.
+    // In a task of its own: a client that disconnects does not interrupt it.
     let task = tokio::spawn(async move { host.recover(request.dry_run, &request.by).await });
     Ok(Json(task.await.context("recover")??))
 }
@@ -384,20 +387,20 @@ async fn recover(
 pub struct PublishRequest {
     pub subject: String,
     pub headers: Vec<(String, String)>,
-    /// Travels as `Nats-Msg-Id`.
+    /// The event id, sent as `Nats-Msg-Id`.
     pub id: String,
     /// Base64.
     pub body: String,
 }
 
-/// Where a message now stands.
+/// The position of a published message.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct PublishAck {
     pub stream: String,
     pub sequence: u64,
-    /// The broker had a message with this id already.
+    /// Whether the broker had a message with this id already.
     pub duplicate: bool,
-    /// The workers that take messages of this subject from the stream.
+    /// The workers that consume this subject of the stream.
     #[serde(default)]
     pub workers: Vec<String>,
 }
@@ -406,12 +409,13 @@ async fn publish(
     State(host): State<Arc<Host>>,
     Json(message): Json<PublishRequest>,
 ) -> ApiResult<PublishAck> {
+    // Check the subject and the id.
     subject::check_subject(&message.subject)
         .map_err(|why| anyhow!(why))
         .context("read the subject")?;
     if redrive::is_pointer(&message.subject) {
         let error = anyhow!(
-            "`{}` is the host's own: it says that a dead letter was put back",
+            "`{}` is reserved for redriven dead letters",
             message.subject
         );
         return Err(error.hint("oncely dlq redrive ID").into());
@@ -422,6 +426,8 @@ async fn publish(
     let body = base64::engine::general_purpose::STANDARD
         .decode(&message.body)
         .context("read the body")?;
+
+    // Publish.
     let at = message.subject.clone();
     let outgoing = OutgoingMessage {
         subject: message.subject,
@@ -435,6 +441,8 @@ async fn publish(
         .context("publish the message")?
         .map_err(|error| anyhow!(error))
         .context("publish the message")?;
+
+    // The workers that consume it.
     let is_subscribed = |worker: &crate::config::manifest::Worker| {
         let wants = worker
             .subjects
@@ -461,10 +469,10 @@ async fn publish(
 pub struct StateValue {
     pub key: String,
     pub version: u64,
-    /// Of the value, in bytes.
+    /// The size of the value, in bytes.
     pub size: u64,
     pub updated_at: jiff::Timestamp,
-    /// Base64; in a list of the first bytes only.
+    /// Base64; in a list only the first bytes.
     pub value: String,
 }
 
@@ -483,7 +491,7 @@ impl From<StateRecord> for StateValue {
 /// Which values of keyed state to list.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct StateFilter {
-    /// What their keys begin with.
+    /// The prefix of their keys.
     #[serde(default)]
     pub prefix: String,
     pub limit: u32,
@@ -505,7 +513,8 @@ async fn state_list(
     Ok(Json(records.into_iter().map(StateValue::from).collect()))
 }
 
-/// Which value of keyed state to get. Keys may hold any character, so they do not stand in the path.
+/// The key of a value of keyed state. Keys may contain any character, so they are not part of the
+/// path.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct StateKey {
     pub key: String,

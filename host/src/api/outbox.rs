@@ -1,4 +1,4 @@
-//! Outputs that are not published: what waits for a person, and what a person decides.
+//! Unpublished outputs in the control API: list, show, retry and drop them.
 
 use std::sync::Arc;
 
@@ -30,7 +30,7 @@ async fn list(
     Ok(Json(host.services.store.outputs(&filter).await?))
 }
 
-/// One output, whole.
+/// One complete output.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Output {
     #[serde(flatten)]
@@ -45,7 +45,7 @@ pub struct Output {
 async fn show(State(host): State<Arc<Host>>, Path(number): Path<i64>) -> ApiResult<Output> {
     let Some(record) = host.services.store.output(number).await? else {
         let error =
-            anyhow!("there is no output {number} any more; published ones stay for a while only");
+            anyhow!("there is no output {number}; published outputs are kept for a while only");
         return Err(ApiError(
             StatusCode::NOT_FOUND,
             error.hint("oncely outbox list"),
@@ -60,7 +60,7 @@ async fn show(State(host): State<Arc<Host>>, Path(number): Path<i64>) -> ApiResu
     }))
 }
 
-/// Outputs that are set aside, and what to say of the decision.
+/// Parked outputs, and a note on the decision.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct ParkedOutputsRequest {
     pub numbers: Vec<i64>,
@@ -68,7 +68,7 @@ pub struct ParkedOutputsRequest {
     pub note: String,
 }
 
-/// How many outputs a decision met; the others were not set aside any more.
+/// How many outputs were changed. The others were not parked any more.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct ParkedOutputsResponse {
     pub outputs: u64,
@@ -79,7 +79,7 @@ async fn retry(
     Json(request): Json<ParkedOutputsRequest>,
 ) -> ApiResult<ParkedOutputsResponse> {
     let outputs = host.services.store.retry_outputs(&request.numbers).await?;
-    tracing::info!("{outputs} outputs that were set aside are tried again");
+    tracing::info!(outputs, "parked outputs requeued");
     Ok(Json(ParkedOutputsResponse { outputs }))
 }
 
@@ -93,9 +93,10 @@ async fn drop(
         .drop_outputs(&request.numbers, &request.note)
         .await?;
     tracing::warn!(
-        "{outputs} outputs that were set aside are dropped: {:?} ({})",
-        request.numbers,
-        request.note
+        outputs,
+        numbers = ?request.numbers,
+        note = request.note,
+        "parked outputs dropped"
     );
     Ok(Json(ParkedOutputsResponse { outputs }))
 }

@@ -1,5 +1,5 @@
-//! Taking alarms from their stream one at a time, in order, for whoever has to be told of them. No worker's messages come
-//! this way: these are acknowledged once somebody heard of them.
+//! The consumer of the alarm stream: one alarm at a time, in order, acknowledged after its
+//! notification.
 
 use std::time::Duration;
 
@@ -17,29 +17,30 @@ use crate::model::output_ids::OUTPUT_ID_HEADER;
 /// How long one request for the next alarm stays open.
 const REQUEST_OPEN: Duration = Duration::from_secs(5);
 
-/// After how long without a word a host that took an alarm counts as gone; longer than telling of one may take.
+/// How long the server waits for an acknowledgement before it delivers an alarm again. Longer than
+/// one notification may take.
 const ACK_WAIT: Duration = Duration::from_secs(30);
 
-/// The place up to which alarms were told, shared by all hosts.
+/// The durable consumer of alarms, shared by all hosts.
 pub struct AlarmConsumer {
     bus: Bus,
     durable: String,
 }
 
-/// An alarm to tell of.
+/// An alarm to notify about.
 pub struct AlarmMessage {
-    /// The same for each attempt to tell of it.
+    /// Stable over all delivery attempts of this alarm.
     pub id: String,
     pub body: Bytes,
     pub stored_at: Timestamp,
-    /// How often it was fetched, this time included.
+    /// Number of deliveries, this one included.
     pub delivered: u32,
     message: jetstream::Message,
 }
 
 impl Bus {
-    /// Where alarms were told up to, under the name `durable`. Of two that are under way at the same time the second waits
-    /// until the first was told: that an alarm is over is never told before that it was raised.
+    /// Creates or opens the alarm consumer named `durable`. At most one alarm is in flight, so the
+    /// end of an alarm is never notified before its start.
     pub async fn alarm_consumer(&self, durable: &str) -> Result<AlarmConsumer> {
         let stream = self
             .context
@@ -58,7 +59,7 @@ impl Bus {
         stream
             .create_consumer(config)
             .await
-            .context("make the consumer of alarms")?;
+            .context("create the alarm consumer")?;
         Ok(AlarmConsumer {
             bus: self.clone(),
             durable: durable.to_owned(),
@@ -67,13 +68,13 @@ impl Bus {
 }
 
 impl AlarmConsumer {
-    /// The next alarm; none when there is none for a while.
+    /// The next alarm; `None` if none arrives while one request is open.
     pub async fn next(&self) -> Result<Option<AlarmMessage>> {
         let mut requests = self.bus.pull_requests(ALARM_STREAM, &self.durable).await?;
         requests
             .open(1, REQUEST_OPEN, false)
-            .context("ask for the next alarm")?;
-        let fetched = requests.next(&self.bus).await.context("take an alarm")?;
+            .context("request the next alarm")?;
+        let fetched = requests.next(&self.bus).await.context("fetch an alarm")?;
         let Some(fetched) = fetched else {
             return Ok(None);
         };
@@ -95,7 +96,7 @@ impl AlarmConsumer {
 }
 
 impl AlarmMessage {
-    /// Somebody heard of it, or never will.
+    /// Acknowledges the alarm: its notification was sent, or never will be.
     pub async fn ack(self) -> Result<()> {
         self.message
             .double_ack()
@@ -104,13 +105,13 @@ impl AlarmMessage {
             .context("acknowledge an alarm")
     }
 
-    /// It is to be told again after a while.
+    /// Requests redelivery of the alarm after a delay.
     pub async fn nack(self, after: Duration) -> Result<()> {
         let kind = AckKind::Nak(Some(after.max(Duration::from_millis(1))));
         self.message
             .ack_with(kind)
             .await
             .map_err(Error::from_boxed)
-            .context("ask for an alarm again")
+            .context("nack an alarm")
     }
 }

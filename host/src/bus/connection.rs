@@ -1,9 +1,10 @@
-//! Connections to NATS beside the client library's, for what that one cannot do.
+//! Connections to NATS beside that of the client library, for two cases that the library does not
+//! cover.
 //!
-//! Anyone who may publish to a stream can store a subject or headers that the client library breaks its connection at. This
-//! one takes them as bytes, so such a message costs nothing but itself. And what the client library has not sent when its
-//! connection breaks, it sends over the next one, whatever the server forgot in between. Here a message is sent over the
-//! connection that it was meant for, or not at all.
+//! Any publisher can store a subject or headers at which the client library closes its connection.
+//! This connection reads them as bytes, so such a message affects only itself. The client library
+//! also sends its unsent messages over the next connection, even if the server lost state in
+//! between. Here a message goes over the connection it was meant for, or is not sent.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -33,31 +34,32 @@ use super::wire::{IncomingMessage, Op, next_op};
 use crate::config::Nats;
 use crate::model::retry::Backoff;
 
-/// How long each step of connecting may take, and one write.
+/// The timeout of each connection step, and of one write.
 const STEP_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How often a sign of life is asked of the server, and after how long without a word it counts as gone.
+/// How often the server is pinged, and after how long a silence the connection counts as lost.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
 const SILENCE_MAX: Duration = Duration::from_secs(12);
 
 /// How many bytes one read may bring.
 const READ_SIZE: usize = 64 << 10;
 
-/// How many bytes are gathered for one write, but for the last message of them.
+/// How many bytes are gathered for one write. The last message may exceed it.
 const WRITE_BATCH_SIZE: usize = 256 << 10;
 
-/// A connection that is made again by itself until all its handles are dropped. Cheap to clone.
+/// A connection that reconnects until all its handles are dropped. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct Connection {
     commands: mpsc::UnboundedSender<Command>,
     sids: Arc<AtomicU64>,
-    /// Counts connections: when it moves, requests made before are unknown to the server.
+    /// The number of connections so far. After a change, the server no longer has the requests made
+    /// before.
     connections: watch::Receiver<u64>,
     is_up: Arc<AtomicBool>,
     denials: Denials,
 }
 
-/// One subscription of it; ends with it.
+/// One subscription, which ends when this is dropped.
 pub(super) struct Listener {
     sid: u64,
     incoming: mpsc::UnboundedReceiver<IncomingMessage>,
@@ -76,9 +78,10 @@ enum Command {
     Publish(Message),
 }
 
-/// A message to publish, with where its answer goes.
+/// A message to publish, with the subject for its answer.
 pub(super) struct Message {
-    /// The number of the connection that it goes over; it is dropped when that one is gone.
+    /// The number of the connection to send it over. The message is dropped if that connection is
+    /// gone.
     pub connection_number: u64,
     pub subject: String,
     pub reply: String,
@@ -88,7 +91,7 @@ pub(super) struct Message {
 }
 
 impl Message {
-    /// As the server reads it.
+    /// Serializes the message as a `PUB` or `HPUB` operation.
     fn write(&self, to: &mut Vec<u8>) {
         let Message {
             subject,
@@ -111,7 +114,7 @@ impl Message {
 }
 
 impl Connection {
-    /// Connects in a task of its own, under a name that the server shows.
+    /// Connects in a separate task, under a client name that the server shows.
     pub fn start(nats: Nats, name: &'static str) -> Self {
         let (commands, received) = mpsc::unbounded_channel();
         let (counter, connections) = watch::channel(0);
@@ -137,7 +140,10 @@ impl Connection {
         }
     }
 
-    /// Returns once there is, or was, a connection.
+    /// Returns once a connection exists or has existed.
+    ///
+    /// # Errors
+    /// No connection within the timeout.
     pub async fn ready(&self) -> Result<()> {
         let mut connections = self.connections.clone();
         timeout(STEP_TIMEOUT * 2, connections.wait_for(|count| *count > 0))
@@ -157,18 +163,18 @@ impl Connection {
         *self.connections.borrow()
     }
 
-    /// Whether there is a connection, as far as it is known.
+    /// Whether a connection exists, according to the last known state.
     pub fn is_up(&self) -> bool {
-        // The count's sender lives as long as the connection's task does.
+        // The counter's sender lives as long as the connection's task.
         self.is_up.load(Ordering::SeqCst) && self.connections.has_changed().is_ok()
     }
 
-    /// Whether the server denied a message to this subject just now.
+    /// Whether the server denied a message to this subject recently.
     pub fn is_denied(&self, subject: &str) -> bool {
         self.denials.contains(subject)
     }
 
-    /// Listens to a subject or a pattern, on this connection and all that follow.
+    /// Subscribes to a subject or a pattern, on this connection and all later ones.
     pub fn listen(&self, subject: &str) -> Listener {
         let sid = self.sids.fetch_add(1, Ordering::Relaxed);
         let (sender, incoming) = mpsc::unbounded_channel();
@@ -184,14 +190,14 @@ impl Connection {
         }
     }
 
-    /// Sends a message over the connection that it is meant for, or not at all.
+    /// Sends a message over the connection with its number, or not at all.
     pub fn publish(&self, message: Message) {
         let _ = self.commands.send(Command::Publish(message));
     }
 }
 
 impl Listener {
-    /// The next message; none once it is drained.
+    /// The next message; `None` once the subscription is drained.
     pub async fn next(&mut self) -> Option<IncomingMessage> {
         self.incoming.recv().await
     }
@@ -208,16 +214,16 @@ impl Drop for Listener {
     }
 }
 
-/// Keeps the connection.
+/// The task that holds the connection and reconnects it.
 struct ConnectionTask {
     nats: Nats,
     name: &'static str,
     denials: Denials,
-    /// Servers that another server listed.
+    /// Servers that another server announced.
     discovered: Vec<String>,
     commands: mpsc::UnboundedReceiver<Command>,
     subscribers: BTreeMap<u64, Subscriber>,
-    /// For each answer to a ping that is still to come: the subscription that it ends.
+    /// For each outstanding pong: the subscription that it ends.
     pongs: VecDeque<Option<u64>>,
     counter: watch::Sender<u64>,
     is_up: Arc<AtomicBool>,
@@ -229,7 +235,7 @@ struct Subscriber {
     is_draining: bool,
 }
 
-/// All handles are gone.
+/// All handles are dropped.
 struct HandlesDropped;
 
 impl ConnectionTask {
@@ -244,12 +250,20 @@ impl ConnectionTask {
                     match served {
                         Ok(HandlesDropped) => return,
                         Err(error) => {
-                            tracing::debug!("{} has lost its connection: {error:#}", self.name)
+                            tracing::debug!(
+                                connection = self.name,
+                                error = format!("{error:#}"),
+                                "connection lost"
+                            );
                         }
                     }
                 }
                 Ok(None) => return,
-                Err(error) => tracing::debug!("{} finds no connection: {error:#}", self.name),
+                Err(error) => tracing::debug!(
+                    connection = self.name,
+                    error = format!("{error:#}"),
+                    "failed to connect"
+                ),
             }
             if self
                 .wait_for_retry(backoff.next(rand::random()))
@@ -261,7 +275,8 @@ impl ConnectionTask {
         }
     }
 
-    /// Connects. Subscriptions made meanwhile are remembered, messages are dropped. None when all handles are gone.
+    /// Connects. Meanwhile subscriptions are recorded and messages are dropped. `None` if all
+    /// handles are dropped.
     async fn connect_handling_commands(&mut self) -> Result<Option<Socket>> {
         let (nats, discovered) = (self.nats.clone(), self.discovered.clone());
         let connecting = connect(&nats, self.name, discovered);
@@ -297,6 +312,8 @@ impl ConnectionTask {
         self.pongs.clear();
         self.subscribers
             .retain(|_, subscriber| !subscriber.is_draining);
+
+        // Renew the subscriptions.
         let listen = |(sid, subscriber): (&u64, &Subscriber)| {
             format!("SUB {} {sid}\r\n", subscriber.subject)
         };
@@ -304,6 +321,8 @@ impl ConnectionTask {
         socket.write(listening.as_bytes()).await?;
         self.is_up.store(true, Ordering::SeqCst);
         self.counter.send_modify(|count| *count += 1);
+
+        // Serve reads, commands and pings.
         let mut last_received = Instant::now();
         let mut ping = tokio::time::interval(PING_INTERVAL);
         ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -318,7 +337,7 @@ impl ConnectionTask {
             socket.buffer.reserve(READ_SIZE);
             tokio::select! {
                 read = socket.stream.read_buf(&mut socket.buffer) => match read.context("read")? {
-                    0 => bail!("the server closed it"),
+                    0 => bail!("the server closed the connection"),
                     _ => last_received = Instant::now(),
                 },
                 command = self.commands.recv() => {
@@ -334,7 +353,7 @@ impl ConnectionTask {
                 }
                 _ = ping.tick() => {
                     if last_received.elapsed() > SILENCE_MAX {
-                        bail!("the server is silent");
+                        bail!("no answer to pings for {SILENCE_MAX:?}");
                     }
                     self.pongs.push_back(None);
                     socket.write(b"PING\r\n").await?;
@@ -343,7 +362,7 @@ impl ConnectionTask {
         }
     }
 
-    /// Handles one operation of the server; the answer to it goes to `reply`.
+    /// Handles one operation of the server; the response to it is appended to `reply`.
     fn handle_op(&mut self, op: Op, reply: &mut Vec<u8>) -> Result<()> {
         match op {
             Op::Ping => reply.extend(b"PONG\r\n"),
@@ -357,15 +376,16 @@ impl ConnectionTask {
                     let _ = subscriber.incoming.send(incoming);
                 }
             }
-            // The server goes on after this one, and closes the connection after any other.
+            // The server keeps the connection open only after this error.
             Op::Error(error) if error.starts_with("Permissions Violation") => {
                 tracing::warn!(
-                    "NATS refused a publication or subscription of {}: {error}",
-                    self.name
+                    connection = self.name,
+                    error,
+                    "publish or subscription denied by the NATS server"
                 );
                 self.denials.record(&error);
             }
-            Op::Error(error) => bail!("the server says: {error}"),
+            Op::Error(error) => bail!("NATS server error: {error}"),
             Op::Info(info) => {
                 if let Ok(info) = serde_json::from_slice::<Info>(&info) {
                     self.discovered = info.connect_urls;
@@ -376,7 +396,7 @@ impl ConnectionTask {
         Ok(())
     }
 
-    /// Carries out a command; what the server is to hear of it goes to `bytes`.
+    /// Carries out a command; the operations to send are appended to `bytes`.
     fn handle_command(&mut self, command: Command, bytes: &mut Vec<u8>) {
         match command {
             Command::Listen {
@@ -415,7 +435,7 @@ impl ConnectionTask {
     }
 }
 
-/// A connection with which the server agreed.
+/// A connection after the handshake.
 struct Socket {
     stream: Box<dyn Stream>,
     buffer: BytesMut,
@@ -426,7 +446,7 @@ trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
-/// A server's description of itself, as far as it matters here.
+/// The relevant fields of the server information.
 #[derive(Deserialize, Default)]
 #[serde(default)]
 struct Info {
@@ -449,11 +469,11 @@ async fn connect(nats: &Nats, name: &str, discovered: Vec<String>) -> Result<Soc
             Err(error) => last = Some(error),
         }
     }
-    Err(last.context("there is no server to connect to")?)
+    Err(last.context("no server address is known")?)
 }
 
 async fn connect_to(nats: &Nats, name: &str, server: &str) -> Result<Socket> {
-    let address: ServerAddr = server.parse().context("read the address of a server")?;
+    let address: ServerAddr = server.parse().context("parse the server address")?;
     let host_and_port = (address.host().to_owned(), address.port());
     let tcp = timeout(STEP_TIMEOUT, TcpStream::connect(host_and_port))
         .await
@@ -465,17 +485,20 @@ async fn connect_to(nats: &Nats, name: &str, server: &str) -> Result<Socket> {
         buffer: BytesMut::new(),
         discovered: Vec::new(),
     };
+
+    // Handshake: TLS and INFO in the configured order.
     if nats.tls_first {
         socket.encrypt(nats, address.host()).await?;
     }
     let Op::Info(info) = socket.read_op().await? else {
-        bail!("the server does not introduce itself")
+        bail!("the server did not send INFO first")
     };
-    let info: Info =
-        serde_json::from_slice(&info).context("understand the server's introduction")?;
+    let info: Info = serde_json::from_slice(&info).context("parse the server's INFO")?;
     if !nats.tls_first && (info.tls_required || address.tls_required()) {
         socket.encrypt(nats, address.host()).await?;
     }
+
+    // Log in and wait for the PONG.
     let connect_options = connect_options(
         nats,
         name,
@@ -489,7 +512,7 @@ async fn connect_to(nats: &Nats, name: &str, server: &str) -> Result<Socket> {
     loop {
         match socket.read_op().await? {
             Op::Pong => break,
-            Op::Error(error) => bail!("the server says: {error}"),
+            Op::Error(error) => bail!("NATS server error: {error}"),
             _ => {}
         }
     }
@@ -498,17 +521,17 @@ async fn connect_to(nats: &Nats, name: &str, server: &str) -> Result<Socket> {
 }
 
 impl Socket {
-    /// Agrees on TLS with the server of this name.
+    /// Performs the TLS handshake with the server of this name.
     async fn encrypt(&mut self, nats: &Nats, host: &str) -> Result<()> {
-        let name = ServerName::try_from(host.to_owned()).context("read the name of a server")?;
+        let name = ServerName::try_from(host.to_owned()).context("parse the server name")?;
         let connector = TlsConnector::from(Arc::new(tls(nats)?));
         let plain = std::mem::replace(&mut self.stream, Box::new(tokio::io::empty()));
         let encrypted = timeout(STEP_TIMEOUT, connector.connect(name, plain));
         self.stream = Box::new(
             encrypted
                 .await
-                .context("agree on TLS in time")?
-                .context("agree on TLS")?,
+                .context("complete the TLS handshake in time")?
+                .context("complete the TLS handshake")?,
         );
         Ok(())
     }
@@ -538,17 +561,18 @@ impl Socket {
                     .context("read")?
                     == 0
                 {
-                    bail!("the server closed it");
+                    bail!("the server closed the connection");
                 }
             }
         };
         timeout(STEP_TIMEOUT, next)
             .await
-            .context("hear from the server in time")?
+            .context("receive from the server in time")?
     }
 }
 
-/// The content of `CONNECT`, with a signature of the server's `nonce` where the login is a key.
+/// The options of `CONNECT`. If the login is a key, they include a signature of the server's
+/// `nonce`.
 async fn connect_options(
     nats: &Nats,
     name: &str,
@@ -556,9 +580,19 @@ async fn connect_options(
     tls_required: bool,
 ) -> Result<serde_json::Value> {
     let mut connect_options = json!({
-        "verbose": false, "pedantic": false, "tls_required": tls_required, "name": name, "lang": "rust",
-        "version": env!("CARGO_PKG_VERSION"), "protocol": 1, "echo": true, "headers": true, "no_responders": true,
+        "verbose": false,
+        "pedantic": false,
+        "tls_required": tls_required,
+        "name": name,
+        "lang": "rust",
+        "version": env!("CARGO_PKG_VERSION"),
+        "protocol": 1,
+        "echo": true,
+        "headers": true,
+        "no_responders": true,
     });
+
+    // Add the login.
     let ConnectAuth {
         user,
         password,
@@ -586,7 +620,8 @@ async fn connect_options(
     Ok(connect_options)
 }
 
-/// TLS as the client library sets it up: the given authority alone, or those that the operating system trusts.
+/// The TLS configuration, as in the client library: the configured authority alone, or those that
+/// the operating system trusts.
 fn tls(nats: &Nats) -> Result<ClientConfig> {
     let mut roots = RootCertStore::empty();
     match &nats.root_certificate {
@@ -606,7 +641,7 @@ fn tls(nats: &Nats) -> Result<ClientConfig> {
     let provider = Arc::new(tokio_rustls::rustls::crypto::ring::default_provider());
     let config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
-        .context("choose versions of TLS")?
+        .context("select TLS versions")?
         .with_root_certificates(roots);
     let Some((certificate, key)) = &nats.client_certificate else {
         return Ok(config.with_no_client_auth());

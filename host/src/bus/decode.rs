@@ -1,11 +1,12 @@
-//! Subjects and header blocks as a server delivers them, and which of them can be given to a handler.
+//! Decoding of subjects and header blocks as a server delivers them, and the check that a handler
+//! can receive them.
 
 use std::str::FromStr;
 
 use async_nats::header::{HeaderName, HeaderValue};
 use async_nats::{HeaderMap, StatusCode};
 
-/// A header block that can be read.
+/// A decoded header block.
 #[derive(Debug, Default)]
 pub(super) struct HeaderBlock {
     pub status: Option<StatusCode>,
@@ -13,7 +14,7 @@ pub(super) struct HeaderBlock {
     pub headers: HeaderMap,
 }
 
-/// Reads a header block; an empty one is none. An error gives the reason, for a person.
+/// Decodes a header block; an empty block has no headers. The error is the reason, in words.
 pub(super) fn decode_headers(block: &[u8]) -> Result<HeaderBlock, String> {
     if block.is_empty() {
         return Ok(HeaderBlock::default());
@@ -29,9 +30,11 @@ pub(super) fn decode_headers(block: &[u8]) -> Result<HeaderBlock, String> {
         "" => None,
         code => Some(
             code.parse()
-                .map_err(|_| "the headers begin with a status that is no number".to_owned())?,
+                .map_err(|_| "the status of the headers is no number".to_owned())?,
         ),
     };
+
+    // Header lines, with continuation lines.
     let mut headers = HeaderMap::new();
     while let Some(line) = lines.next() {
         if line.is_empty() {
@@ -61,23 +64,27 @@ pub(super) fn decode_headers(block: &[u8]) -> Result<HeaderBlock, String> {
     })
 }
 
-/// Whether a message, by its header block and body, is a delete marker: the server put it in the place of messages that it
-/// removed.
+/// Whether a message with this header block and body is a delete marker. The server writes markers
+/// in place of messages that it removed.
 pub(super) fn is_delete_marker(block: &[u8], body: &[u8]) -> bool {
-    // Hardly any message is empty, so headers are hardly ever read twice.
+    // Empty messages are rare, so headers are rarely decoded twice.
     body.is_empty()
         && decode_headers(block)
             .is_ok_and(|block| block.headers.get("Nats-Marker-Reason").is_some())
 }
 
-/// A subject as text. For one that no handler can be given, the error holds the printable part and the reason.
+/// Decodes a subject. If no handler can receive it, the error holds its printable part and the
+/// reason.
 pub(super) fn decode_subject(subject: &[u8]) -> Result<String, (String, String)> {
     let text = String::from_utf8_lossy(subject);
     let shown = || text.replace(char::is_control, "\u{fffd}");
     if std::str::from_utf8(subject).is_err() {
         Err((shown(), "the subject is not UTF-8".to_owned()))
     } else if text.contains(char::is_control) {
-        Err((shown(), "the subject holds a control character".to_owned()))
+        Err((
+            shown(),
+            "the subject contains a control character".to_owned(),
+        ))
     } else {
         Ok(text.into_owned())
     }

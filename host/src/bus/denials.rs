@@ -1,20 +1,21 @@
-//! Subjects that a server does not let this login publish to. Its error text is the only sign: such a message gets no answer.
+//! Subjects to which the server denies publishing. Its error text is the only sign: a denied
+//! message gets no answer.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How many of them are remembered, and for how long: more than can be under way in that time, so that none counts as
-/// its stream's trouble.
+/// How many subjects are remembered, and for how long. This covers all messages in flight, so that
+/// no denial counts as a failure of its stream.
 const DENIALS_MAX: usize = 1 << 16;
 const DENIAL_TTL: Duration = Duration::from_secs(30);
 
-/// The subjects denied lately, each with when. Cheap to clone.
+/// The recently denied subjects, each with the time of its denial. Cheap to clone.
 #[derive(Clone, Default)]
 pub(super) struct Denials(Arc<Mutex<HashMap<String, Instant>>>);
 
 impl Denials {
-    /// Takes note of what the server says, if it denies a publication.
+    /// Records the subject of a server error that denies a publication.
     pub fn record(&self, error: &str) {
         let Some((_, rest)) = error.split_once("Permissions Violation for Publish to \"") else {
             return;

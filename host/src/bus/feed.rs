@@ -1,5 +1,6 @@
-//! What every host hears, not one of them: all messages of a stream from now on, in order, without a place that the server
-//! would have to remember. Whoever was away goes on where it was; when that is gone, it is told of the gap.
+//! A broadcast feed: each host receives all messages of a stream from now on, in order. Positions
+//! are kept in the host. After an interruption a feed resumes at its position; if that is no longer
+//! stored, it reports a gap.
 
 use std::time::Duration;
 
@@ -13,34 +14,35 @@ use super::Bus;
 use super::pull_requests::PullRequests;
 use super::streams::timestamp;
 
-/// How long one request for messages stays open, and how many it brings.
+/// How long one request for messages stays open, and how many messages it may bring.
 const REQUEST_OPEN: Duration = Duration::from_secs(10);
 const REQUEST_MAX: usize = 1_000;
 
-/// After how long the server forgets about a listener that is gone.
+/// After this long without requests the server removes the consumer of a host that is gone.
 const INACTIVE_THRESHOLD: Duration = Duration::from_secs(60);
 
-/// All messages of a stream from some moment on.
+/// All messages of a stream from a point in time on.
 pub struct Feed {
     bus: Bus,
     stream: String,
-    /// When the stream was made, and the last sequence that was received, or that stood there at the start.
+    /// The stream's creation time, and the last received sequence. Initially the stream's last
+    /// sequence.
     created: Timestamp,
     last: u64,
-    /// To the consumer that is there for this listener; none when it is to be made.
+    /// Requests to the consumer of this feed; `None` if the consumer has to be created.
     requests: Option<PullRequests>,
 }
 
-/// What a feed tells.
+/// An event of a feed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FeedEvent {
     Message(Bytes),
-    /// Messages may have gone by unheard.
+    /// Messages may have been missed.
     Gap,
 }
 
 impl Bus {
-    /// Listens to a stream, from now on.
+    /// Subscribes to a stream from now on.
     pub async fn feed(&self, stream: &str) -> Result<Feed> {
         let info = self
             .stream(stream)
@@ -57,7 +59,7 @@ impl Bus {
 }
 
 impl Feed {
-    /// What comes next. After an error it can be asked again, and goes on where it was.
+    /// The next event. After an error it can be called again and resumes at its position.
     pub async fn next(&mut self) -> Result<FeedEvent> {
         let event = self.next_event().await;
         if event.is_err() {
@@ -77,22 +79,28 @@ impl Feed {
             if !requests.is_open() {
                 requests
                     .open(REQUEST_MAX, REQUEST_OPEN, false)
-                    .context("ask for what is told to all hosts")?;
+                    .context("request messages of the broadcast stream")?;
             }
             let message = match requests.next(&self.bus).await {
                 Ok(Some(message)) => message,
                 Ok(None) => continue,
-                // The requests end with their connection, and the consumer may be gone.
+                // Requests end with their connection, and the consumer may be gone.
                 Err(error) => {
-                    tracing::debug!("listen anew to what is told to all hosts: {error:#}");
+                    tracing::debug!(
+                        stream = self.stream,
+                        error = format!("{error:#}"),
+                        "feed interrupted, resuming"
+                    );
                     self.requests = None;
                     continue;
                 }
             };
+
+            // Detect a gap by the sequence.
             let sequence = message.position.sequence;
             let is_next = sequence == self.last + 1;
             self.last = sequence;
-            // Of what is forgotten nobody has to know what came after it.
+            // The receiver drops everything after a gap, so the body of this message is irrelevant.
             return Ok(if is_next {
                 FeedEvent::Message(message.body)
             } else {
@@ -101,7 +109,8 @@ impl Feed {
         }
     }
 
-    /// Makes a consumer that goes on where this one was; true when that is not possible any more, or the stream is another.
+    /// Creates a consumer that continues after the last received sequence. Returns true if that
+    /// sequence is no longer stored, or the stream was recreated.
     async fn resume(&mut self) -> Result<bool> {
         let name = &self.stream;
         let stream = self
@@ -117,6 +126,8 @@ impl Feed {
         if is_recreated || is_gone {
             (self.created, self.last) = (created, info.state.last_sequence);
         }
+
+        // Continue after the last received sequence.
         let config = Config {
             deliver_policy: DeliverPolicy::ByStartSequence {
                 start_sequence: self.last + 1,
@@ -129,7 +140,7 @@ impl Feed {
         let consumer = stream
             .create_consumer(config)
             .await
-            .context("listen to what is told to all hosts")?;
+            .context("subscribe to the broadcast stream")?;
         self.requests = Some(
             self.bus
                 .pull_requests(name, &consumer.cached_info().name)

@@ -1,5 +1,5 @@
-//! Which installation streams and consumers belong to: its id stands in their metadata, so that two databases on one NATS
-//! never share what is meant for one of them.
+//! The owner of streams and consumers: the installation id in their metadata keeps two databases on
+//! one NATS apart.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,23 +13,23 @@ use super::Bus;
 use super::streams::{EnsuredStream, StreamSpec};
 use crate::model::hint::WithHint;
 
-/// The key of the metadata.
+/// The metadata key of the installation id.
 const INSTALLATION: &str = "oncely.installation";
 
 /// The installation that a bus works for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Owner {
     id: String,
-    /// Another one whose streams and consumers become this one's.
+    /// Another installation, whose streams and consumers this one takes over.
     take_over: Option<String>,
 }
 
-/// Something belongs to another installation.
+/// The error of a resource that belongs to another installation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OtherInstallation {
-    /// `the stream ONCELY_DLQ`, for a person.
+    /// The resource in words, for example `the stream ONCELY_DLQ`.
     pub resource: String,
-    /// The id of that installation.
+    /// The id of the other installation.
     pub owner_id: String,
     pub own_id: String,
 }
@@ -43,7 +43,8 @@ impl std::fmt::Display for OtherInstallation {
         } = self;
         write!(
             f,
-            "{resource} belongs to another installation, {owner_id}; this database is the one of {own_id}"
+            "{resource} belongs to another installation, {owner_id}; \
+             this database is installation {own_id}"
         )
     }
 }
@@ -53,23 +54,24 @@ impl std::error::Error for OtherInstallation {}
 impl OtherInstallation {
     fn into_error(self) -> Error {
         let hint = format!(
-            "give each installation a NATS account of its own; or, if {0} is gone for good: oncely run --take-over {0}",
+            "use a separate NATS account for each installation; \
+             if {0} no longer exists, run: oncely run --take-over {0}",
             self.owner_id
         );
         Error::new(self).hint(hint)
     }
 }
 
-/// Whose something is.
+/// The owner of a resource, relative to this installation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Ownership {
     Own,
-    /// Nobody's, or that of an installation that is taken over.
+    /// Without an owner, or owned by an installation that is being taken over.
     Unowned,
 }
 
 impl Bus {
-    /// A bus that works for an installation, and takes over from another one if it meets it.
+    /// A bus that works for the installation `id` and may take over the resources of another one.
     #[must_use]
     pub fn for_installation(self, id: &str, take_over: Option<String>) -> Bus {
         Bus {
@@ -81,14 +83,17 @@ impl Bus {
         }
     }
 
-    /// Adds whose a stream or a consumer is.
+    /// Adds the owner to the metadata of a stream or consumer.
     pub(super) fn set_owner(&self, metadata: &mut HashMap<String, String>) {
         if let Some(owner) = &self.owner {
             metadata.insert(INSTALLATION.to_owned(), owner.id.clone());
         }
     }
 
-    /// Whose something with such metadata is; an error when it is that of an installation which is not to be taken over.
+    /// The ownership of a resource with this metadata.
+    ///
+    /// # Errors
+    /// [`OtherInstallation`] if its owner is neither this installation nor one to be taken over.
     pub(super) fn ownership(
         &self,
         resource: impl FnOnce() -> String,
@@ -110,10 +115,10 @@ impl Bus {
         }
     }
 
-    /// Makes a stream of the installation's own, or makes the one that is there its own.
+    /// Creates a stream owned by this installation, or claims an existing one without an owner.
     ///
     /// # Errors
-    /// [`OtherInstallation`], with a hint, when it is that of another installation.
+    /// [`OtherInstallation`], with a hint, if another installation owns the stream.
     pub async fn ensure_own_stream(&self, spec: &StreamSpec) -> Result<EnsuredStream> {
         if self.create_stream(spec).await? == EnsuredStream::Created {
             return Ok(EnsuredStream::Created);
@@ -121,36 +126,36 @@ impl Bus {
         if let Some(mut config) = self.unowned_stream_config(&spec.name).await? {
             self.set_owner(&mut config.metadata);
             let updated = self.context.update_stream(config).await;
-            updated.with_context(|| format!("note whose the stream {} is", spec.name))?;
+            updated.with_context(|| format!("record the owner of the stream {}", spec.name))?;
         }
         self.raise_replicas(&spec.name).await?;
         Ok(EnsuredStream::AlreadyExists)
     }
 
-    /// Looks whether a stream is still this installation's.
+    /// Checks that this installation still owns a stream.
     ///
     /// # Errors
-    /// [`OtherInstallation`] when another one has taken over.
+    /// [`OtherInstallation`] if another installation has taken it over.
     pub async fn check_owner(&self, stream: &str) -> Result<()> {
         self.unowned_stream_config(stream).await.map(drop)
     }
 
-    /// The configuration of a stream that is nobody's yet; none when it is this installation's.
+    /// The configuration of a stream without an owner; `None` if this installation owns it.
     async fn unowned_stream_config(&self, name: &str) -> Result<Option<Config>> {
         let stream = self
             .context
             .get_stream(name)
             .await
-            .with_context(|| format!("ask NATS for the stream {name}"))?;
+            .with_context(|| format!("query the stream {name}"))?;
         let config = &stream.cached_info().config;
         let ownership = self.ownership(|| format!("the stream {name}"), &config.metadata)?;
         Ok((ownership == Ownership::Unowned).then(|| config.clone()))
     }
 
-    /// The consumer of this name; none when there is none yet.
+    /// The consumer of this name; `None` if it does not exist.
     ///
     /// # Errors
-    /// [`OtherInstallation`], with a hint, when it is that of another installation.
+    /// [`OtherInstallation`], with a hint, if another installation owns it.
     pub(super) async fn own_consumer(&self, stream: &str, durable: &str) -> Result<Option<Info>> {
         let Some(info) = self.consumer_info(stream, durable).await? else {
             return Ok(None);
@@ -184,7 +189,7 @@ impl Bus {
         Ok(names)
     }
 
-    /// Removes a consumer if it is there and the installation's own. Returns whether it was.
+    /// Removes a consumer if it exists and this installation owns it. Returns whether it existed.
     pub async fn retire_consumer(&self, stream: &str, consumer: &str) -> Result<bool> {
         let is_there = self.own_consumer(stream, consumer).await?.is_some();
         if is_there {
@@ -193,7 +198,7 @@ impl Bus {
         Ok(is_there)
     }
 
-    /// Removes a consumer, and with it its place on the stream.
+    /// Removes a consumer, and with it its position on the stream.
     pub async fn remove_consumer(&self, stream: &str, consumer: &str) -> Result<()> {
         let stream_handle = self.context.get_stream_no_info(stream).await;
         let stream_handle = stream_handle.with_context(|| format!("open the stream {stream}"))?;

@@ -1,4 +1,5 @@
-//! Credentials for a NATS server. They are read again for each connection, so a rotated file needs no restart.
+//! Credentials for a NATS server. They are read again for each connection, so a rotated file needs
+//! no restart.
 
 use std::path::Path;
 
@@ -14,11 +15,11 @@ pub(super) struct ConnectAuth {
     pub token: Option<String>,
     pub jwt: Option<String>,
     pub nkey: Option<String>,
-    /// Of the server's nonce.
+    /// The signature of the server's nonce.
     pub signature: Option<Vec<u8>>,
 }
 
-/// The authentication for a server that gave this nonce.
+/// The authentication for a server that sent this nonce.
 pub(super) async fn connect_auth(nats: &Nats, nonce: &[u8]) -> Result<ConnectAuth> {
     let (nats, nonce) = (nats.clone(), nonce.to_vec());
     tokio::task::spawn_blocking(move || connect_auth_blocking(&nats, &nonce))
@@ -71,9 +72,9 @@ fn connect_auth_blocking(nats: &Nats, nonce: &[u8]) -> Result<ConnectAuth> {
     })
 }
 
-fn read_file(path: &Path, what: &str) -> Result<String> {
+fn read_file(path: &Path, kind: &str) -> Result<String> {
     let text =
-        std::fs::read_to_string(path).with_context(|| format!("read {what} {}", path.display()))?;
+        std::fs::read_to_string(path).with_context(|| format!("read {kind} {}", path.display()))?;
     Ok(text)
 }
 
@@ -95,7 +96,7 @@ fn sections(text: &str) -> impl Iterator<Item = &str> {
 
 fn key(seed: &str) -> Result<nkeys::KeyPair> {
     nkeys::KeyPair::from_seed(seed.trim())
-        .map_err(|error| anyhow::anyhow!("read the seed of an nkey: {error}"))
+        .map_err(|error| anyhow::anyhow!("parse the seed of an nkey: {error}"))
 }
 
 fn sign(key: &nkeys::KeyPair, nonce: &[u8]) -> Result<Vec<u8>> {

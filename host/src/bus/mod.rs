@@ -1,4 +1,5 @@
-//! NATS JetStream: streams, durable pull consumers, and publishing that waits for the stream's answer.
+//! NATS JetStream: streams, durable pull consumers, and publishing confirmed by the stream's
+//! acknowledgement.
 
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -50,41 +51,45 @@ pub use streams::{
 };
 pub use watermarks::{StoredWatermark, WATERMARK_STREAM, watermark_stream};
 
-/// How long one request to JetStream may take, and the answer to one publication.
+/// The timeout of one JetStream request, and of the acknowledgement of one message.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The most it waits between two attempts to connect again.
+/// The longest delay between two reconnect attempts.
 const RECONNECT_DELAY_MAX: Duration = Duration::from_secs(2);
 
 const NO_SERVER_HINT: &str =
-    "is the server running? `oncely dev` starts one of its own; --nats names another";
+    "start the server, use `oncely dev`, which starts one, or set its address with --nats";
 
 const WRONG_LOGIN_HINT: &str =
     "log in with --nats-creds FILE, --nats-context NAME, or ONCELY_NATS=nats://user:password@host";
 
-/// A connection to NATS. It reconnects by itself until [`Bus::closed`]. Cheap to clone.
+/// A connection to NATS. It reconnects until [`Bus::closed`]. Cheap to clone.
 #[derive(Clone)]
 pub struct Bus {
     client: async_nats::Client,
     context: jetstream::Context,
-    /// Counts connections: when it moves, whatever waited on the old one has to ask again.
+    /// The number of connections so far. After a change, requests made over the old one have to be
+    /// repeated.
     connections: watch::Receiver<u64>,
     stream_cache: Arc<tokio::sync::Mutex<Option<StreamCache>>>,
-    /// How to reach NATS, and further connections to it as soon as they are needed.
+    /// The connection settings, also for the connections that are opened on first use.
     nats: Arc<Nats>,
     deliveries: Arc<OnceLock<Connection>>,
     publisher: Arc<OnceLock<Publisher>>,
-    /// None for a bus that asks nobody whose something is.
+    /// `None` for a bus that does not check the owners of resources.
     owner: Option<Arc<Owner>>,
-    /// How many servers keep each stream that is made; none for as many as there are, up to three.
+    /// Replicas of each created stream; `None` for as many as there are servers, up to three.
     replicas: Option<usize>,
 }
 
-/// All streams, and as of when.
+/// All streams, and the time of the listing.
 type StreamCache = (Instant, Arc<Vec<StreamInfo>>);
 
 impl Bus {
-    /// Connects; an error when no server answers, or one without JetStream.
+    /// Connects to NATS.
+    ///
+    /// # Errors
+    /// No server answers, the login is refused, or the server has no JetStream.
     pub async fn connect(nats: &Nats) -> Result<Bus> {
         let (sender, connections) = watch::channel(0_u64);
         let client = options(nats)
@@ -108,6 +113,8 @@ impl Bus {
                 anyhow::Error::from(error).hint(hint)
             })
             .with_context(|| format!("connect to NATS at {}", nats.redacted()))?;
+
+        // Check JetStream.
         let context = ContextBuilder::new()
             .api_prefix(nats.api_prefix())
             .timeout(REQUEST_TIMEOUT)
@@ -115,7 +122,7 @@ impl Bus {
             .build(client.clone());
         wait_for_jetstream(&context)
             .await
-            .with_context(|| format!("ask NATS at {} for JetStream", nats.redacted()))
+            .with_context(|| format!("query JetStream of NATS at {}", nats.redacted()))
             .hint("start the server with JetStream: nats-server --jetstream")?;
         Ok(Bus {
             client,
@@ -136,7 +143,8 @@ impl Bus {
     }
 
     pub fn is_connected(&self) -> bool {
-        // The count's sender lives as long as the client's own tasks do; without them the state is a stale one.
+        // The counter's sender lives as long as the client's own tasks; without them the state is
+        // stale.
         let is_alive = self.connections.has_changed().is_ok();
         is_alive && self.client.connection_state() == State::Connected
     }
@@ -146,7 +154,7 @@ impl Bus {
         self.connections.clone()
     }
 
-    /// The connection for messages that streams deliver, opened at the first call.
+    /// The connection for messages that streams deliver, opened on first use.
     async fn deliveries(&self) -> Result<Connection> {
         let open = || Connection::start(Nats::clone(&self.nats), "oncely-deliveries");
         let connection = self.deliveries.get_or_init(open);
@@ -154,33 +162,34 @@ impl Bus {
         Ok(connection.clone())
     }
 
-    /// Publications have a connection of their own, opened at the first call.
+    /// The publisher, which has its own connection, opened on first use.
     fn publisher(&self) -> &Publisher {
         let open = || Connection::start(Nats::clone(&self.nats), "oncely-publications");
         self.publisher
             .get_or_init(|| Publisher::new(open(), self.client.new_inbox()))
     }
 
-    /// Returns when the client has ended: it reads the server's words in tasks of its own, and ends with them. It does not
-    /// come back: make another.
+    /// Returns when the client's tasks have ended. Such a client does not reconnect; a new bus is
+    /// needed.
     pub async fn closed(&self) {
         let mut connections = self.connections.clone();
         while connections.changed().await.is_ok() {}
     }
 
-    /// Returns once everything sent so far, acknowledgements among it, is on its way to the server.
+    /// Returns once everything sent so far, acknowledgements included, is on its way to the server.
     pub async fn flush(&self) -> Result<()> {
         tokio::time::timeout(REQUEST_TIMEOUT, self.client.flush())
             .await
-            .context("send what is buffered for NATS in time")?
-            .context("send what is buffered for NATS")
+            .context("flush the NATS client in time")?
+            .context("flush the NATS client")
     }
 }
 
-/// How long JetStream may be without a leader when a host starts.
+/// How long JetStream may lack a leader when a host starts.
 const LEADER_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Waits for a leader of a cluster that chooses one; a server without JetStream says so at once.
+/// Waits until the cluster has elected a JetStream leader; a server without JetStream reports an
+/// error at once.
 async fn wait_for_jetstream(context: &jetstream::Context) -> Result<(), AccountError> {
     let end = Instant::now() + LEADER_TIMEOUT;
     let mut is_logged = false;
@@ -188,7 +197,7 @@ async fn wait_for_jetstream(context: &jetstream::Context) -> Result<(), AccountE
         match context.query_account().await {
             Err(error) if error.kind() == AccountErrorKind::TimedOut && Instant::now() < end => {
                 if !is_logged {
-                    tracing::warn!("the start waits for JetStream: it does not answer");
+                    tracing::warn!("waiting for JetStream, no answer yet");
                 }
                 is_logged = true;
             }
@@ -197,7 +206,7 @@ async fn wait_for_jetstream(context: &jetstream::Context) -> Result<(), AccountE
     }
 }
 
-/// How the client library connects. It reads the credentials again for each connection.
+/// The options of the client library. Credentials are read again for each connection.
 fn options(nats: &Nats) -> ConnectOptions {
     let nats_config = nats.clone();
     let mut options = ConnectOptions::with_auth_callback(move |nonce| {
@@ -234,7 +243,7 @@ fn options(nats: &Nats) -> ConnectOptions {
     options
 }
 
-/// The first attempt at once, the next ones 50 ms, 100 ms and so on apart.
+/// The first attempt is immediate; the next ones wait 50 ms, 100 ms and so on.
 fn reconnect_delay(attempt: usize) -> Duration {
     match u32::try_from(attempt) {
         Ok(0 | 1) => Duration::ZERO,
@@ -245,15 +254,15 @@ fn reconnect_delay(attempt: usize) -> Duration {
     }
 }
 
-/// Passes on what happened to the connection.
+/// Counts and logs connection events.
 fn on_event(event: &Event, connections: &watch::Sender<u64>) {
     match event {
         Event::Connected => {
             connections.send_modify(|count| *count += 1);
             tracing::info!("connected to NATS");
         }
-        Event::Disconnected => tracing::warn!("the connection to NATS is gone; connecting again"),
-        Event::ServerError(error) => tracing::warn!("NATS complains: {error}"),
-        other => tracing::debug!("nats: {other}"),
+        Event::Disconnected => tracing::warn!("NATS connection lost, reconnecting"),
+        Event::ServerError(error) => tracing::warn!(error = error.to_string(), "NATS server error"),
+        other => tracing::debug!(event = other.to_string(), "NATS client event"),
     }
 }

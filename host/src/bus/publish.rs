@@ -1,4 +1,4 @@
-//! Publishing: pipelined, in order, and believed only when the stream has answered.
+//! Publishing: pipelined, in order, and confirmed only by the stream's acknowledgement.
 
 use std::error::Error;
 use std::str::FromStr;
@@ -18,8 +18,8 @@ use super::streams::stream_for_subject;
 use crate::model::message::Headers;
 use crate::model::subject::check_subject;
 
-/// How many messages of one call wait for their answers at the same time. A server queues 10,000 for one stream and
-/// refuses more.
+/// How many messages of one call may wait for acknowledgements at once. A server queues 10,000 per
+/// stream and refuses more.
 const IN_FLIGHT_MAX: usize = 1_000;
 
 /// A message to publish.
@@ -27,36 +27,40 @@ const IN_FLIGHT_MAX: usize = 1_000;
 pub struct OutgoingMessage {
     pub subject: String,
     pub headers: Headers,
-    /// Travels as `Nats-Msg-Id`: the stream stores a message with an id it knows only once within its dedupe window.
+    /// Sent as `Nats-Msg-Id`: within its dedupe window the stream stores a known id only once.
     pub id: String,
     pub body: Bytes,
 }
 
-/// Where a message now stands.
+/// The position at which a message is stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PublishAck {
     pub stream: String,
     pub sequence: u64,
-    /// It was there already.
+    /// The message was already stored.
     pub duplicate: bool,
 }
 
-/// Why a message was not published, or not known to be. Each says how far the trouble reaches.
+/// The reason why a message was not published, or not known to be. Each variant states the scope of
+/// the failure.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PublishError {
-    /// This message, for good: it was not published, and will never be; the fault is its own.
+    /// This message, permanently: it was not published and never will be.
     Refused(String),
-    /// This message, for the moment: publish it again with the same id.
+    /// This message, temporarily: publish it again with the same id.
     RetryLater(String),
-    /// Its subject, for the moment: the stream holds as many messages of it as it may, and takes others.
+    /// Its subject, temporarily: the stream has reached its limit for this subject and accepts
+    /// others.
     SubjectFull(String),
-    /// Its subject, as long as streams and permissions are as they are.
+    /// Its subject, until streams or permissions change.
     Unroutable(String),
-    /// Its stream: no answer, or a passing refusal. The message may or may not be there; publish it again with the same id.
+    /// Its stream: no acknowledgement, or a temporary refusal. The message may or may not be
+    /// stored; publish it again with the same id.
     Unavailable(String),
     /// The connection: nothing was sent.
     NoConnection(String),
-    /// This message, under its id: it was not published, and the stream holds another message under that id.
+    /// This message and its id: it was not published, and the stream holds another message under
+    /// that id.
     IdTaken(String),
 }
 
@@ -84,18 +88,18 @@ impl Error for PublishError {}
 
 pub type PublishResult = Result<PublishAck, PublishError>;
 
-/// The streams may be this old when a subject is looked up that nobody listens to.
+/// The maximum age of the cached stream list when a subject without responders is looked up.
 const STREAMS_AGE_MAX: Duration = Duration::from_secs(1);
 
 impl Bus {
-    /// Publishes messages in order and waits for all answers; one answer for each message, in their order. What the
-    /// broker takes is stored in this order too.
+    /// Publishes messages in order and waits for all acknowledgements. Returns one result for each
+    /// message, in the same order. The stream stores the accepted messages in this order too.
     pub async fn publish(&self, messages: Vec<OutgoingMessage>) -> Vec<PublishResult> {
         let mut answers = Vec::with_capacity(messages.len());
         let mut open = FuturesOrdered::new();
         let connection_number = match self.publisher().ready().await {
             Ok(()) => *self.publish_connection().borrow(),
-            // No connection has this number: the messages are not sent.
+            // No connection has the number 0, so the messages are not sent.
             Err(_) => 0,
         };
         for message in messages {
@@ -108,18 +112,19 @@ impl Bus {
         answers
     }
 
-    /// The number of the connection that publications go over, 0 for none yet. It changes with each new one.
+    /// The number of the publishing connection, 0 before the first. It changes with each reconnect.
     pub fn publish_connection(&self) -> watch::Receiver<u64> {
         self.publisher().connections()
     }
 
-    /// Whether something can be published now, as far as it is known.
+    /// Whether publishing is possible now, according to the last known connection state.
     pub fn can_publish(&self) -> bool {
         self.publisher().is_connected()
     }
 
-    /// Sends a message over the connection of this number, or not at all; the future it returns ends with the stream's answer.
-    /// Messages are stored in the order in which they were sent, as long as none of them fails.
+    /// Sends a message over the connection with this number, or not at all. The returned future
+    /// resolves to the stream's acknowledgement. As long as no message fails, messages are stored
+    /// in the order in which they were sent.
     pub fn begin_publish(
         &self,
         message: OutgoingMessage,
@@ -132,6 +137,7 @@ impl Bus {
         if let Err(why) = self.check(&message, size) {
             return Box::pin(std::future::ready(Err(PublishError::Refused(why))));
         }
+
         let headers = header_block(&message);
         let publication = Publication {
             subject: message.subject,
@@ -139,6 +145,7 @@ impl Bus {
             body: message.body,
         };
         let answer = self.publisher().send(connection_number, publication);
+
         let bus = self.clone();
         Box::pin(async move {
             match answer.await {
@@ -151,13 +158,13 @@ impl Bus {
                     Some(refusal) => Err(classify(refusal)),
                 },
                 Err(AckError::NotSent) => Err(PublishError::NoConnection(
-                    "there is no connection to NATS".to_owned(),
+                    "not connected to NATS".to_owned(),
                 )),
                 Err(AckError::NoResponders) => Err(bus.no_responders_error(&subject).await),
-                // The server gives a denied message no answer.
+                // The server does not answer a denied message.
                 Err(AckError::Unconfirmed(_)) if bus.publisher().is_denied(&subject) => {
                     Err(PublishError::Unroutable(format!(
-                        "this login may not publish to {subject}: the server denies it"
+                        "permission denied: this login may not publish to {subject}"
                     )))
                 }
                 Err(AckError::Unconfirmed(why)) => Err(PublishError::Unavailable(why)),
@@ -165,7 +172,7 @@ impl Bus {
         })
     }
 
-    /// Why a server would not take a message, or close the connection over it.
+    /// Checks a message for anything that the server would refuse or close the connection over.
     fn check(&self, message: &OutgoingMessage, size: usize) -> Result<(), String> {
         check_subject(&message.subject)?;
         message
@@ -176,29 +183,30 @@ impl Bus {
         let most = self.max_payload();
         if size > most {
             return Err(format!(
-                "the message has {size} bytes with its headers, and the NATS server takes {most} (max_payload)"
+                "the message has {size} bytes with its headers, \
+                 more than the NATS server's max_payload of {most}"
             ));
         }
         Ok(())
     }
 
-    /// Nobody listens to a subject: because no stream takes it, or because JetStream is starting.
+    /// The error for a subject without responders: no stream accepts it, or JetStream is starting.
     async fn no_responders_error(&self, subject: &str) -> PublishError {
         match self.streams(STREAMS_AGE_MAX).await {
             Ok(streams) if stream_for_subject(&streams, subject).is_none() => {
-                PublishError::Unroutable(format!("no stream takes the subject {subject}"))
+                PublishError::Unroutable(format!("no stream accepts the subject {subject}"))
             }
             _ => PublishError::Unavailable(
-                "nobody answers for the stream; JetStream may be starting".to_owned(),
+                "the stream does not respond; JetStream may be starting".to_owned(),
             ),
         }
     }
 }
 
-/// Carries the id of a message.
+/// The header that carries a message's id.
 const MESSAGE_ID_HEADER: &str = "Nats-Msg-Id";
 
-/// What a header block begins with.
+/// The first line of each header block.
 const HEADER_BLOCK_PREFIX: &str = "NATS/1.0\r\n";
 
 fn check_header(name: &str, value: &str) -> Result<(), String> {
@@ -207,13 +215,13 @@ fn check_header(name: &str, value: &str) -> Result<(), String> {
         return Err("a header has no name".to_owned());
     }
     HeaderName::from_str(name)
-        .map_err(|error| format!("`{shown}` cannot be a header's name: {error}"))?;
+        .map_err(|error| format!("`{shown}` is not a valid header name: {error}"))?;
     HeaderValue::from_str(value)
         .map_err(|error| format!("the value of the header `{name}` cannot be sent: {error}"))?;
     Ok(())
 }
 
-/// All headers of a message, with its id in place of any other.
+/// All headers of a message, with its id in place of any other message id.
 fn headers_with_id(message: &OutgoingMessage) -> impl Iterator<Item = (&str, &str)> {
     let others = message
         .headers
@@ -234,7 +242,7 @@ fn header_block(message: &OutgoingMessage) -> Vec<u8> {
     block
 }
 
-/// As the server counts it.
+/// The size of the header block in bytes, as the server counts it.
 fn headers_size(message: &OutgoingMessage) -> usize {
     let lines: usize = headers_with_id(message)
         .map(|(name, value)| name.len() + value.len() + 4)
@@ -242,8 +250,9 @@ fn headers_size(message: &OutgoingMessage) -> usize {
     HEADER_BLOCK_PREFIX.len() + lines + 2
 }
 
-/// How far a refusal reaches. A client error (4xx) is about the message, but for those listed here; any other is about the
-/// stream and may pass: a stream that is full answers 503, and messages wait until it takes more.
+/// Classifies a refusal by its scope. A client error (4xx) concerns the message, except for the
+/// codes listed here. Any other error concerns the stream and may pass: a full stream answers 503,
+/// and messages wait until it accepts more.
 fn classify(refusal: ApiError) -> PublishError {
     let ApiError {
         code,
@@ -256,7 +265,7 @@ fn classify(refusal: ApiError) -> PublishError {
         (ErrorCode::STREAM_SEALED | ErrorCode::MESSAGE_COUNTER_BROKEN, _) => {
             PublishError::Unroutable(text)
         }
-        // The account has used up what it may: the stream takes nothing until something is removed.
+        // The account limit is exhausted: the stream accepts nothing until something is removed.
         (ErrorCode::ACCOUNT_RESOURCES_EXCEEDED, _) | (_, TOO_MANY_REQUESTS) => {
             PublishError::Unavailable(text)
         }
@@ -265,8 +274,8 @@ fn classify(refusal: ApiError) -> PublishError {
     }
 }
 
-/// One code stands for all that can go wrong when a stream stores a message; its text alone says which. A text that a newer
-/// server words otherwise counts as the stream's trouble.
+/// One code covers every failure to store a message; only its text distinguishes them. An unknown
+/// text, for example of a newer server, counts as a failure of the stream.
 fn classify_store_failure(text: String) -> PublishError {
     if text.contains("per subject exceeded") {
         PublishError::SubjectFull(text)
@@ -280,7 +289,8 @@ fn classify_store_failure(text: String) -> PublishError {
 /// The stream's queue is full for the moment.
 const TOO_MANY_REQUESTS: u64 = 429;
 
-/// A message with the same id is being stored right now, which may yet fail; not among the client's constants.
+/// A message with the same id is being stored right now, and that may still fail. The client
+/// library has no constant for this code.
 const DUPLICATE_IN_PROCESS: ErrorCode = ErrorCode(10_158);
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
-//! The connection for publications. A message goes over the connection that it was meant for, or is not sent: a stream that
-//! lost its tail between two connections is looked at before anything new follows.
+//! The publishing connection. A message goes over the connection it was meant for, or is not sent:
+//! if a stream lost its tail between two connections, it is inspected before any new message
+//! follows.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,17 +17,17 @@ use super::connection::{Connection, Listener, Message};
 use super::decode::decode_headers;
 use super::wire::IncomingMessage;
 
-/// How long a stream may take to answer.
+/// How long a stream may take to acknowledge a message.
 const ACK_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A message for a stream, as the server is told.
+/// A message for a stream, in the form that the server receives.
 pub(super) struct Publication {
     pub subject: String,
     pub headers: Vec<u8>,
     pub body: Bytes,
 }
 
-/// What a stream answers.
+/// The acknowledgement of a stream, or its refusal.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Ack {
@@ -36,20 +37,20 @@ pub(super) struct Ack {
     pub error: Option<ApiError>,
 }
 
-/// Why a stream did not store a message.
+/// The reason why a stream did not store a message.
 #[derive(Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub(super) struct ApiError {
-    /// As in HTTP.
+    /// Like an HTTP status code.
     pub code: u64,
     pub err_code: u64,
     pub description: String,
 }
 
-/// Why there is no answer.
+/// The reason for a missing acknowledgement.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum AckError {
-    /// It was not sent.
+    /// The message was not sent.
     NotSent,
     /// The subject has no subscriber.
     NoResponders,
@@ -59,17 +60,17 @@ pub(super) enum AckError {
 
 type AckResult = Result<Ack, AckError>;
 
-/// Sends messages and tells their answers apart. Cheap to clone.
+/// Sends messages and matches acknowledgements to them. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct Publisher {
     connection: Connection,
     inbox: Arc<str>,
     pending: Arc<Mutex<PendingAcks>>,
-    /// Ends with the last clone.
+    /// Stops with the last clone.
     _ack_reader: Arc<JoinSet<()>>,
 }
 
-/// The messages that have no answer yet, by the last token of where it goes.
+/// Unacknowledged messages, by the last token of their reply subject.
 #[derive(Default)]
 struct PendingAcks {
     next: u64,
@@ -77,13 +78,13 @@ struct PendingAcks {
 }
 
 struct PendingAck {
-    /// The number of the connection that it was sent over.
+    /// The number of the connection it was sent over.
     connection_number: u64,
     answer: oneshot::Sender<AckResult>,
 }
 
 impl Publisher {
-    /// Answers come to subjects below `inbox`.
+    /// Acknowledgements arrive at subjects below `inbox`.
     pub fn new(connection: Connection, inbox: String) -> Self {
         let pending = Arc::<Mutex<PendingAcks>>::default();
         let listener = connection.listen(&format!("{inbox}.*"));
@@ -101,7 +102,7 @@ impl Publisher {
         }
     }
 
-    /// Returns once there is, or was, a connection.
+    /// Returns once a connection exists or has existed.
     pub async fn ready(&self) -> Result<()> {
         self.connection.ready().await
     }
@@ -115,13 +116,13 @@ impl Publisher {
         self.connection.connections()
     }
 
-    /// Whether the server denied a message to this subject just now.
+    /// Whether the server denied a message to this subject recently.
     pub fn is_denied(&self, subject: &str) -> bool {
         self.connection.is_denied(subject)
     }
 
-    /// Sends a message over the connection of this number, or not at all; the future ends with the answer. Messages leave in
-    /// the order of these calls.
+    /// Sends a message over the connection with this number, or not at all. The future resolves to
+    /// the acknowledgement. Messages are sent in the order of these calls.
     pub fn send(
         &self,
         connection_number: u64,
@@ -140,7 +141,7 @@ impl Publisher {
                         .open
                         .remove(&token);
                     Err(AckError::Unconfirmed(
-                        "the stream does not answer in time".to_owned(),
+                        "the stream did not acknowledge in time".to_owned(),
                     ))
                 },
                 |answer| answer.unwrap_or_else(|_| Err(connection_lost())),
@@ -153,7 +154,7 @@ impl Publisher {
         connection_number: u64,
         publication: Publication,
     ) -> Option<(u64, oneshot::Receiver<AckResult>)> {
-        // The number is read under the lock under which messages of earlier connections are taken out.
+        // Read under the lock under which the messages of earlier connections are removed.
         let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
         if !self.is_connected() || self.connection.number() != connection_number {
             return None;
@@ -184,7 +185,8 @@ impl Publisher {
     }
 }
 
-/// Passes answers on until the connection is given up. Messages sent over a connection that is gone get no answer any more.
+/// Delivers acknowledgements until the connection is closed. Messages sent over a lost connection
+/// fail, as no acknowledgement can follow.
 async fn read_acks(
     mut listener: Listener,
     mut connections: watch::Receiver<u64>,
@@ -192,7 +194,7 @@ async fn read_acks(
 ) {
     loop {
         tokio::select! {
-            // An answer that was received counts.
+            // An acknowledgement that was received still counts.
             biased;
             incoming = listener.next() => match incoming {
                 Some(incoming) => deliver_ack(&incoming, &pending),
@@ -202,9 +204,15 @@ async fn read_acks(
                 Ok(()) => {
                     let mut pending = pending.lock().unwrap_or_else(PoisonError::into_inner);
                     let now = *connections.borrow_and_update();
-                    let gone: Vec<PendingAck> = pending.open.extract_if(|_, open| open.connection_number != now).map(|(_, open)| open).collect();
+                    let gone: Vec<PendingAck> = pending
+                        .open
+                        .extract_if(|_, open| open.connection_number != now)
+                        .map(|(_, open)| open)
+                        .collect();
                     drop(pending);
-                    gone.into_iter().for_each(|open| drop(open.answer.send(Err(connection_lost()))));
+                    for open in gone {
+                        let _ = open.answer.send(Err(connection_lost()));
+                    }
                 }
                 Err(_) => return,
             },
@@ -240,9 +248,9 @@ fn parse_ack(incoming: &IncomingMessage) -> AckResult {
         return Err(AckError::NoResponders);
     }
     serde_json::from_slice(&incoming.body)
-        .map_err(|error| AckError::Unconfirmed(format!("the answer makes no sense: {error}")))
+        .map_err(|error| AckError::Unconfirmed(format!("malformed acknowledgement: {error}")))
 }
 
 fn connection_lost() -> AckError {
-    AckError::Unconfirmed("the connection to NATS was lost before the stream answered".to_owned())
+    AckError::Unconfirmed("connection to NATS lost before the stream acknowledged".to_owned())
 }

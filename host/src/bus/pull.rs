@@ -1,7 +1,8 @@
-//! Taking messages from a stream: a durable pull consumer, one open request at a time, acks by hand.
+//! Message delivery: a durable pull consumer, one open request at a time, explicit
+//! acknowledgements.
 //!
-//! The requests are our own rather than the client library's streams of messages: those buffer far more than a host can
-//! handle within `ack_wait`, or sleep through what follows a heartbeat.
+//! The requests are made here, not by the client library's message streams. Those buffer far more
+//! than a host can handle within `ack_wait`, or miss events after a heartbeat.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
@@ -32,23 +33,24 @@ use crate::model::retry::Backoff;
 use crate::model::subject;
 use crate::model::verdict::{Reason, Settled};
 
-/// How long one pull request stays open on the server. A host that froze is sent messages until then, each of which comes
-/// again to another one only after `ack_wait`.
+/// How long one pull request stays open on the server. A frozen host is sent messages until then,
+/// and each of them is redelivered to another host only after `ack_wait`.
 const REQUEST_OPEN: Duration = Duration::from_secs(4);
 
-/// How often the server says that an open request is still open while it has no message for it.
+/// How often the server confirms an open request without messages.
 const HEARTBEAT: Duration = Duration::from_millis(1500);
 
-/// After how long without a word about an open request it counts as lost.
+/// A request counts as lost after this long without messages or heartbeats.
 const SILENCE_MAX: Duration = Duration::from_secs(11);
 
-/// How many bytes one pull request may bring; more when the server takes larger messages.
+/// How many bytes one pull request may bring; raised if the server accepts larger messages.
 const REQUEST_BYTES: usize = 16 << 20;
 
-/// How long an acknowledgement may take to find capacity in the client's buffer, which is full only in an outage.
+/// How long an acknowledgement may wait for space in the client's buffer, which is full only in an
+/// outage.
 const SEND_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What to take, and under which name the server remembers how far it got.
+/// The subjects to consume, and the durable consumer that holds the position.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Subscription {
     pub stream: String,
@@ -56,37 +58,37 @@ pub struct Subscription {
     pub durable: String,
     /// Wildcards allowed; empty for all of the stream.
     pub subjects: Vec<String>,
-    /// After how long without a sign of life a message is delivered again.
+    /// The server redelivers a message after this long without an acknowledgement or progress.
     pub ack_wait: Duration,
-    /// How many messages may be out at the same time, over all hosts.
+    /// How many messages may be unacknowledged at once, over all hosts.
     pub max_ack_pending: i64,
     pub metadata: HashMap<String, String>,
 }
 
-/// How long it may take until what is on its way is received.
+/// How long draining waits for each message in transit.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The taking end of a subscription.
+/// The receiving end of a subscription.
 pub struct PullConsumer {
     bus: Bus,
     subscription: Subscription,
     deliveries: Connection,
     stream_created: Timestamp,
-    /// The same for receipts, in microseconds since the epoch.
+    /// The same for receipts, in microseconds since the Unix epoch.
     current_stream_created: Arc<AtomicI64>,
-    /// The requests are numbered; request 7 is answered at `{inbox}.7`.
+    /// Requests are numbered; request 7 is answered at `{inbox}.7`.
     inbox: String,
     answers: Listener,
     requests: u64,
     request: Option<Request>,
-    /// A message that was taken and is yet to be returned.
+    /// A received message that `next` has not yet returned.
     buffered: Option<DeliveredMessage>,
-    /// Whether the consumer has to be looked after before the next request.
+    /// Whether the consumer has to be checked before the next request.
     is_suspect: bool,
-    /// Whether nothing more is asked for.
+    /// Whether no further requests are made.
     is_draining: bool,
     backoff: Backoff,
-    /// Whether the server said anything about a request since there was last a doubt.
+    /// Whether the server has answered a request since the consumer was last suspect.
     is_responsive: Arc<AtomicBool>,
     connections: watch::Receiver<u64>,
     failure: ConsumerFailure,
@@ -100,12 +102,13 @@ struct Request {
     last_activity: Instant,
 }
 
-/// A message, and what to do with it.
+/// A delivered message with its receipt.
 pub struct DeliveredMessage {
     pub message: Message,
-    /// Why it cannot be given to a worker as it is; its event id is then a stand-in.
+    /// Why no worker can handle the message as it is; its event id is then derived from its
+    /// position.
     pub unusable: Option<(Reason, String)>,
-    /// How often it was delivered, this time included.
+    /// Number of deliveries, this one included.
     pub delivered: u64,
     pub receipt: Receipt,
 }
@@ -113,23 +116,24 @@ pub struct DeliveredMessage {
 /// The right to settle one delivered message.
 pub struct Receipt {
     reply: Progress,
-    /// When the stream was made that the message stood on, and when the one was made that is there now, in microseconds
-    /// since the epoch.
+    /// The creation times of the message's stream and of the current stream of that name, in
+    /// microseconds since the Unix epoch.
     stream_created: i64,
     current_stream_created: Arc<AtomicI64>,
 }
 
-/// Tells the server that a message is being worked on. Cheap to clone.
+/// Reports to the server that a message is still in progress. Cheap to clone.
 #[derive(Clone)]
 pub struct Progress {
     client: async_nats::Client,
     reply: Subject,
-    /// Whether the message was settled or given back. A sign of life after that would undo it: the server would wait anew
-    /// before it delivers the message again, and later ones of its key would overtake it.
+    /// Whether the message was settled or nacked. A later progress report would undo that: the
+    /// server would restart `ack_wait` before redelivery, and later messages of the key would
+    /// overtake this one.
     is_settled: Arc<Mutex<bool>>,
 }
 
-/// What a consumer still has before it.
+/// The backlog of a consumer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Backlog {
     /// Messages never delivered.
@@ -138,26 +142,27 @@ pub struct Backlog {
     pub ack_pending: u64,
     /// Open pull requests, of all hosts.
     pub waiting: u64,
-    /// The highest sequence that was delivered so far.
+    /// The highest delivered sequence.
     pub delivered: u64,
 }
 
-/// How a consumer stands.
+/// The state of a consumer.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum ConsumerState {
     #[default]
     Active,
-    /// An operator paused it, for so long.
+    /// Paused by an operator, for the remaining time if it is known.
     Paused(Option<Duration>),
-    /// It is not there, or its stream is not, for this reason.
+    /// The consumer or its stream is missing, for this reason.
     Missing(String),
 }
 
-/// Why a consumer is not there, as long as it is not.
+/// The reason for a missing consumer, while it is missing.
 type ConsumerFailure = Arc<std::sync::Mutex<Option<String>>>;
 
 impl Bus {
-    /// Makes or updates the durable consumer. It is never deleted: it holds the place on the stream.
+    /// Creates or updates the durable consumer. It is never deleted, because it holds the position
+    /// on the stream.
     pub async fn subscribe(&self, subscription: &Subscription) -> Result<PullConsumer> {
         let deliveries = self.deliveries().await?;
         let mut connections = deliveries.connections();
@@ -185,7 +190,7 @@ impl Bus {
         })
     }
 
-    /// A way to look at a durable consumer, whether or not anybody takes messages here.
+    /// A probe of a durable consumer, whether or not it is consumed here.
     pub fn probe(&self, stream: &str, subjects: &[String], durable: &str) -> Probe {
         Probe {
             bus: self.clone(),
@@ -197,7 +202,7 @@ impl Bus {
         }
     }
 
-    /// Makes or updates the consumer; returns when its stream was made.
+    /// Creates or updates the consumer. Returns the creation time of its stream.
     async fn ensure_consumer(&self, subscription: &Subscription) -> Result<Timestamp> {
         let stream = self
             .context
@@ -205,7 +210,7 @@ impl Bus {
             .await
             .with_context(|| format!("open the stream {}", subscription.stream))?;
         let created = timestamp(stream.cached_info().created)?;
-        // From where a consumer began cannot be changed.
+        // The start position of an existing consumer cannot be changed.
         let own = self
             .own_consumer(&subscription.stream, &subscription.durable)
             .await?;
@@ -214,7 +219,8 @@ impl Bus {
         Ok(created)
     }
 
-    /// Gives a subscription another place on its stream: what stands from this sequence on comes again.
+    /// Moves a subscription to another position: messages from this sequence on are delivered
+    /// again.
     pub async fn rewind(&self, subscription: &Subscription, from: u64) -> Result<()> {
         self.retire_consumer(&subscription.stream, &subscription.durable)
             .await?;
@@ -225,9 +231,9 @@ impl Bus {
         self.create_consumer(subscription, from).await
     }
 
-    /// What the server says of a consumer; none when it, or its stream, is not there.
+    /// The server's information on a consumer; `None` if the consumer or its stream is missing.
     pub(super) async fn consumer_info(&self, stream: &str, durable: &str) -> Result<Option<Info>> {
-        let context = || format!("look at the consumer {durable} on {stream}");
+        let context = || format!("query the consumer {durable} on {stream}");
         let stream_handle = self
             .context
             .get_stream_no_info(stream)
@@ -258,17 +264,18 @@ impl Bus {
             .await
             .with_context(|| {
                 format!(
-                    "make the consumer {} on {}",
+                    "create the consumer {} on {}",
                     subscription.durable, subscription.stream
                 )
             })?;
         Ok(())
     }
 
-    /// Tries whether the server would make, or change, the consumer of a subscription. Nothing is changed.
+    /// Checks whether the server would create or update the consumer of a subscription. Changes
+    /// nothing. A missing stream is no error.
     ///
     /// # Errors
-    /// Why the worker could never run. No error when the stream is not there.
+    /// The reason why the worker could never run.
     pub async fn validate_subscription(&self, subscription: &Subscription) -> Result<()> {
         let Subscription {
             stream: name,
@@ -283,6 +290,8 @@ impl Bus {
             .get_stream(name)
             .await
             .with_context(|| format!("open the stream {name}"))?;
+
+        // Refuse a stream that removes idle consumers.
         let stream_config = &stream.cached_info().config;
         if stream_config
             .consumer_limits
@@ -290,11 +299,15 @@ impl Bus {
             .is_some_and(|limits| !limits.inactive_threshold.is_zero())
         {
             return Err(anyhow::anyhow!(
-                "the stream {name} removes consumers that are not used for a while: a worker that is stopped would lose its \
-                 place"
+                "the stream {name} removes idle consumers: a stopped worker would lose its position"
             ))
-            .hint(format!("take `inactive_threshold` out of the consumer limits of {name}: nats stream edit {name}"));
+            .hint(format!(
+                "remove `inactive_threshold` from the consumer limits of {name}: \
+                 nats stream edit {name}"
+            ));
         }
+
+        // An existing consumer with the same filters needs no trial.
         let own = self
             .own_consumer(name, durable)
             .await?
@@ -305,7 +318,7 @@ impl Bus {
         if stream_config.retention == RetentionPolicy::WorkQueue {
             return self.check_queue_overlap(subscription).await;
         }
-        // One that goes away by itself, with all that the server may object to.
+        // A trial consumer that expires, with every setting that the server may refuse.
         let trial = Config {
             durable_name: None,
             metadata: HashMap::new(),
@@ -318,15 +331,16 @@ impl Bus {
                 let _ = stream.delete_consumer(&trial).await;
                 Ok(())
             }
-            // The consumer that is there needs no further place.
+            // An existing consumer does not count against the limit again.
             Err(error) if own.is_some() && exceeds_consumer_limit(&error) => Ok(()),
             Err(error) => {
-                Err(error).with_context(|| format!("try the consumer {durable} on {name}"))
+                Err(error).with_context(|| format!("validate the consumer {durable} on {name}"))
             }
         }
     }
 
-    /// A work queue gives each message to one consumer: looks for another one that takes some of the same.
+    /// Checks a work queue, where each message goes to one consumer, for another consumer with
+    /// overlapping subjects.
     async fn check_queue_overlap(&self, subscription: &Subscription) -> Result<()> {
         let Subscription {
             stream: name,
@@ -354,21 +368,22 @@ impl Bus {
                     theirs.join(", ")
                 };
                 return Err(anyhow::anyhow!(
-                    "the stream {name} is a work queue, which gives each message to one consumer, and its consumer {} takes \
-                     {takes}",
+                    "the stream {name} is a work queue, where each message goes to one consumer, \
+                     and its consumer {} takes {takes}",
                     info.name
                 ))
-                .hint("give the worker subjects that no other consumer takes, or read another stream");
+                .hint("use subjects that no other consumer takes, or another stream");
             }
         }
         Ok(())
     }
 }
 
-/// For how long a consumer that was made to try it stays, should this process die meanwhile.
+/// How long a trial consumer remains if this process dies meanwhile.
 const TRIAL_INACTIVE_THRESHOLD: Duration = Duration::from_secs(10);
 
-/// Makes or updates a consumer, with fewer messages under way if stream, account or server allow no more. Returns its name.
+/// Creates or updates a consumer. If the stream, account or server allows fewer unacknowledged
+/// messages, the limit is lowered. Returns the consumer's name.
 async fn create_within_limits<I>(
     stream: &async_nats::jetstream::stream::Stream<I>,
     mut config: Config,
@@ -376,7 +391,7 @@ async fn create_within_limits<I>(
     loop {
         match stream.create_consumer(config.clone()).await {
             Ok(made) => return Ok(made.cached_info().name.clone()),
-            // The limit itself stands in the text of the error alone.
+            // The error contains the limit only in its text.
             Err(error) if exceeds_ack_pending_limit(&error) && config.max_ack_pending > 1 => {
                 config.max_ack_pending /= 2
             }
@@ -397,7 +412,7 @@ fn has_code(error: &ConsumerError, code: ErrorCode) -> bool {
     matches!(error.kind(), ConsumerErrorKind::JetStream(answer) if answer.error_code() == code)
 }
 
-/// The subjects that a consumer takes; empty for all of its stream.
+/// The subject filters of a consumer; empty for all of its stream.
 fn filters(info: &Info) -> Vec<String> {
     let mut subjects = info.config.filter_subjects.clone();
     if !info.config.filter_subject.is_empty() {
@@ -407,7 +422,8 @@ fn filters(info: &Info) -> Vec<String> {
 }
 
 fn config(subscription: &Subscription) -> Config {
-    // Servers show one subject and several in different fields; each in its own is an update that changes nothing.
+    // Servers report one subject and several in different fields. Matching that makes an unchanged
+    // update a no-op.
     let (filter_subject, filter_subjects) = match subscription.subjects.as_slice() {
         [subject] => (subject.clone(), Vec::new()),
         subjects => (String::new(), subjects.to_vec()),
@@ -417,7 +433,7 @@ fn config(subscription: &Subscription) -> Config {
         deliver_policy: DeliverPolicy::All,
         ack_policy: AckPolicy::Explicit,
         ack_wait: subscription.ack_wait,
-        // We count attempts, in the database: a broker that gives up would lose the message.
+        // Attempts are counted in the database: a broker that gives up would lose the message.
         max_deliver: -1,
         filter_subject,
         filter_subjects,
@@ -428,9 +444,12 @@ fn config(subscription: &Subscription) -> Config {
 }
 
 impl PullConsumer {
-    /// The next message. Keeps one request of at most `capacity` messages open. A failure of the broker is waited out: after
-    /// a reconnect, a silence, or when consumer or stream are gone, it asks again by itself. An error only when the
-    /// connection was given up. The future may be dropped at any time; no message is lost by that.
+    /// The next message. Keeps one request of at most `capacity` messages open. Failures of the
+    /// broker are retried: after a reconnect, a silence, or the loss of the consumer or stream, a
+    /// new request follows. Cancel safe: dropping the future loses no message.
+    ///
+    /// # Errors
+    /// The connection was closed.
     pub async fn next(&mut self, capacity: usize) -> Result<DeliveredMessage> {
         loop {
             if self.is_suspect {
@@ -445,13 +464,14 @@ impl PullConsumer {
         }
     }
 
-    /// Asks for no more, and returns what the server had sent before, one message at a time; none when that was all. Left
-    /// there, those messages would come again only after `ack_wait`, behind others of their key.
+    /// Stops requesting and returns the messages already in transit, one per call; `None` after the
+    /// last. Without a drain, those messages would be redelivered only after `ack_wait`, after
+    /// later ones of their key.
     pub async fn drain(&mut self) -> Option<DeliveredMessage> {
         if !self.is_draining {
             self.is_draining = true;
             self.request = None;
-            // Ends `answers` once what is on its way is received.
+            // Ends `answers` once the messages in transit are received.
             self.answers.drain();
         }
         loop {
@@ -465,24 +485,29 @@ impl PullConsumer {
         }
     }
 
-    /// Waits for one event: a word of the server about the request, a new connection, or too long a silence.
+    /// Waits for one event: an answer to the request, a new connection, or too long a silence.
     async fn next_event(&mut self, capacity: usize) -> Result<()> {
         let silence_deadline = match &self.request {
             Some(request) => request.last_activity + SILENCE_MAX,
             None => self.open_request(capacity)? + SILENCE_MAX,
         };
         tokio::select! {
-            // What is received comes first: it tells that the request is alive.
+            // Received messages come first: they prove that the request is alive.
             biased;
-            answer = self.answers.next() => self.handle_incoming(answer.context("take messages: the connection to NATS is closed")?),
-            // The server knows nothing of requests made on a connection that is gone.
-            Ok(()) = self.connections.changed() => self.mark_suspect("there is a new connection to NATS"),
-            () = tokio::time::sleep_until(silence_deadline) => self.mark_suspect("the server is silent about a pull request"),
+            answer = self.answers.next() => {
+                let answer = answer.context("receive messages: the connection to NATS is closed")?;
+                self.handle_incoming(answer);
+            }
+            // The server drops requests with their connection.
+            Ok(()) = self.connections.changed() => self.mark_suspect("reconnected to NATS"),
+            () = tokio::time::sleep_until(silence_deadline) => {
+                self.mark_suspect("no answer to a pull request")
+            }
         }
         Ok(())
     }
 
-    /// Opens a request, now.
+    /// Opens a request and returns the current time.
     fn open_request(&mut self, capacity: usize) -> Result<Instant> {
         let now = Instant::now();
         let remaining = capacity.max(1);
@@ -494,7 +519,7 @@ impl PullConsumer {
             max_bytes: REQUEST_BYTES.max(self.bus.max_payload() * 2),
             ..BatchConfig::default()
         };
-        let body = serde_json::to_vec(&batch).context("write a request for messages")?;
+        let body = serde_json::to_vec(&batch).context("serialize a pull request")?;
         self.deliveries.publish(ConnectionMessage {
             connection_number: *self.connections.borrow(),
             subject: next_subject(
@@ -516,17 +541,19 @@ impl PullConsumer {
     }
 
     fn handle_incoming(&mut self, answer: IncomingMessage) {
-        // A publisher may have stored a status of its own: what has a place on a stream is a message.
+        // A publisher may have stored a status header: anything with a stream position is a
+        // message.
         match self.bus.position(answer.reply.as_deref()) {
             Ok(Some(position)) if is_delete_marker(&answer.headers, &answer.body) => {
                 self.terminate_marker(position)
             }
             Ok(Some(position)) => self.buffer(answer, position),
             Ok(None) => self.handle_request_status(&answer),
-            // It stays unacknowledged and comes again.
+            // The message stays unacknowledged and is redelivered.
             Err(error) => tracing::warn!(
-                "a message from {} makes no sense: {error:#}",
-                self.subscription.stream
+                stream = self.subscription.stream,
+                error = format!("{error:#}"),
+                "malformed delivery skipped"
             ),
         }
     }
@@ -542,7 +569,7 @@ impl PullConsumer {
             match status {
                 StatusCode::IDLE_HEARTBEAT => self.mark_responsive(),
                 StatusCode::TIMEOUT | StatusCode::NOT_FOUND => self.request = None,
-                // The next message is larger than what this request has remaining.
+                // The next message exceeds the remaining bytes of this request.
                 StatusCode::REQUEST_TERMINATED if is_request_full(&block.description) => {
                     self.request = None
                 }
@@ -551,7 +578,7 @@ impl PullConsumer {
         }
     }
 
-    /// The request brought one message.
+    /// Counts one message of the request.
     fn count_message(&mut self) {
         self.mark_responsive();
         if let Some(request) = &mut self.request {
@@ -566,12 +593,12 @@ impl PullConsumer {
         self.buffered = Some(self.decode_delivery(message, position));
     }
 
-    /// Ends a delete marker, which is no event: the server wrote it, no publisher did.
+    /// Terminates a delete marker. It is no event, as the server wrote it.
     fn terminate_marker(&mut self, position: MessagePosition) {
         self.count_message();
         let progress = Progress::new(&self.bus.client, Subject::from(position.reply));
         tokio::spawn(async move {
-            // If it gets lost, the marker comes again.
+            // If this is lost, the marker is redelivered.
             let _ = progress.settle(AckKind::Term).await;
         });
     }
@@ -586,6 +613,8 @@ impl PullConsumer {
             sequence: position.sequence,
             stored_at: position.stored_at,
         };
+
+        // Derive the event id; an unreadable message gets one from its position.
         let decoded = decode_message(&message);
         let derived_event_id =
             || derived_event_id(&origin.stream, origin.stored_at, origin.sequence);
@@ -630,22 +659,24 @@ impl PullConsumer {
 
     fn mark_suspect(&mut self, why: &str) {
         tracing::debug!(
-            "consumer {} on {}: {why}",
-            self.subscription.durable,
-            self.subscription.stream
+            consumer = self.subscription.durable,
+            stream = self.subscription.stream,
+            reason = why,
+            "consumer suspect"
         );
         self.is_responsive.store(false, Ordering::Relaxed);
         self.request = None;
         self.is_suspect = true;
     }
 
-    /// Waits until the consumer is there, making it if need be, and learns anew when the stream was made.
+    /// Creates the consumer if needed, with retries, and reads the creation time of its stream
+    /// again.
     async fn restore_consumer(&mut self) {
         loop {
             if self.backoff.failures() > 0 {
                 self.back_off().await;
             }
-            // Counted now: whatever comes of it, the next doubt must not find us in a tight loop.
+            // Counted before the attempt, so that repeated suspicion cannot cause a tight loop.
             let first = self.backoff.failures() == 0;
             let _ = self.backoff.next(0.0);
             self.connections.mark_unchanged();
@@ -661,7 +692,11 @@ impl PullConsumer {
                 Err(error) => {
                     let why = format!("{error:#}");
                     if first {
-                        tracing::warn!("no messages for {} yet: {why}", self.subscription.durable);
+                        tracing::warn!(
+                            consumer = self.subscription.durable,
+                            error = why,
+                            "consumer unavailable, retrying"
+                        );
                     }
                     *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
                 }
@@ -669,7 +704,7 @@ impl PullConsumer {
         }
     }
 
-    /// Waits for a while, or until there is a new connection.
+    /// Waits for the backoff, or until there is a new connection.
     async fn back_off(&mut self) {
         let mut backoff = self.backoff.clone();
         tokio::select! {
@@ -678,7 +713,7 @@ impl PullConsumer {
         }
     }
 
-    /// A way to look at the consumer from elsewhere.
+    /// A probe of the consumer for use elsewhere.
     pub fn probe(&self) -> Probe {
         Probe {
             bus: self.bus.clone(),
@@ -691,11 +726,11 @@ impl PullConsumer {
     }
 }
 
-/// A message in the form that handlers are given.
+/// A message in the form that handlers receive.
 struct DecodedMessage {
     subject: String,
     headers: Headers,
-    /// Why it cannot be given to one; the bytes that cannot be read are then in headers of their own.
+    /// The reason why no handler can receive it. Its unreadable bytes are then in separate headers.
     why: Option<String>,
 }
 
@@ -730,7 +765,7 @@ fn is_request_full(description: &str) -> bool {
     description.contains("MaxBytes") || description.starts_with("Batch Completed")
 }
 
-/// Looks at a consumer. Cheap to clone.
+/// A read-only handle to a consumer. Cheap to clone.
 #[derive(Clone)]
 pub struct Probe {
     bus: Bus,
@@ -745,28 +780,29 @@ pub struct Probe {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct UnhandledMessages {
     pub messages: u64,
-    /// When the oldest of them was stored; none when there is none.
+    /// The time at which the oldest of them was stored; `None` if there are none.
     pub oldest: Option<Timestamp>,
 }
 
-/// What a consumer has acknowledged.
+/// The position up to which a consumer has acknowledged everything.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConsumerAckFloor {
     /// When the consumer was created.
     pub created: Timestamp,
-    /// Everything up to here.
+    /// All messages up to this sequence are acknowledged.
     pub sequence: u64,
-    /// The subjects the consumer takes now; empty for all of the stream.
+    /// The consumer's current subjects; empty for all of the stream.
     pub subjects: Vec<String>,
 }
 
 impl Probe {
-    /// Whether the server knows that somebody takes messages here: it answered our request, or holds one open.
+    /// Whether the server has an active subscriber for the consumer: it answered our request, or
+    /// holds an open one.
     pub async fn is_seen_by_server(&self) -> Result<bool> {
         Ok(self.is_responsive.load(Ordering::Relaxed) || self.backlog().await?.waiting > 0)
     }
 
-    /// How the consumer stands.
+    /// The state of the consumer.
     pub async fn consumer_state(&self) -> Result<ConsumerState> {
         if let Some(info) = self.bus.consumer_info(&self.stream, &self.durable).await? {
             return Ok(if info.paused {
@@ -791,8 +827,8 @@ impl Probe {
         })))
     }
 
-    /// What is not acknowledged. The oldest of it is the first message for this consumer above the place up to which
-    /// everything is.
+    /// The unacknowledged messages. The oldest of them is the first message for this consumer above
+    /// the ack floor.
     pub async fn unhandled(&self) -> Result<UnhandledMessages> {
         let info = self.info().await?;
         let messages = info.num_pending + info.num_ack_pending as u64;
@@ -811,7 +847,7 @@ impl Probe {
         Ok(UnhandledMessages { messages, oldest })
     }
 
-    /// Up to where everything is acknowledged; none when there is no consumer.
+    /// The ack floor of the consumer; `None` if the consumer does not exist.
     pub async fn ack_floor(&self) -> Result<Option<ConsumerAckFloor>> {
         let Some(info) = self.bus.consumer_info(&self.stream, &self.durable).await? else {
             return Ok(None);
@@ -828,7 +864,7 @@ impl Probe {
         self.bus
             .consumer_info(&self.stream, &self.durable)
             .await?
-            .context("look at the consumer: there is none")
+            .context("query the consumer: it does not exist")
     }
 
     pub async fn backlog(&self) -> Result<Backlog> {
@@ -843,10 +879,12 @@ impl Probe {
 }
 
 impl Receipt {
-    /// Acknowledges: only with the proof that the database holds a final word on the message. Sent at once, and not
-    /// waited for: if it gets lost, the message comes again and meets the inbox.
+    /// Acknowledges the message, which requires proof that the database holds its final outcome.
+    /// Sent at once without waiting for the server: if it is lost, the message is redelivered and
+    /// found in the inbox.
     pub async fn ack(self, _proof: &Settled) -> Result<()> {
-        // Acknowledgements go by name and sequence: this one would settle a message of the stream made since.
+        // Acknowledgements address a stream by name and sequence. This one would settle a message
+        // of the recreated stream.
         if self.stream_created != self.current_stream_created.load(Ordering::Relaxed) {
             return Ok(());
         }
@@ -856,13 +894,13 @@ impl Receipt {
             .context("acknowledge a message")
     }
 
-    /// Asks for the message again after a while. Always with a delay: without one the server delivers it at once.
+    /// Requests redelivery after a delay. Without a delay the server would redeliver at once.
     pub async fn nack(self, after: Duration) -> Result<()> {
         let after = after.max(Duration::from_millis(1));
         self.reply
             .settle(AckKind::Nak(Some(after)))
             .await
-            .context("ask for a message again")
+            .context("nack a message")
     }
 
     pub fn progress(&self) -> Progress {
@@ -879,7 +917,7 @@ impl Progress {
         }
     }
 
-    /// Starts the wait for the acknowledgement anew, unless the message was settled or given back.
+    /// Restarts `ack_wait`, unless the message was settled or nacked.
     pub async fn send(&self) -> Result<()> {
         let is_settled = self.is_settled.lock().await;
         if *is_settled {
@@ -887,11 +925,11 @@ impl Progress {
         } else {
             self.send_ack(AckKind::Progress)
                 .await
-                .context("tell of progress")
+                .context("report progress")
         }
     }
 
-    /// The last word on this delivery.
+    /// Settles this delivery; later progress reports are not sent.
     async fn settle(&self, kind: AckKind) -> Result<()> {
         let mut is_settled = self.is_settled.lock().await;
         *is_settled = true;
@@ -902,7 +940,7 @@ impl Progress {
         let sent = self.client.publish(self.reply.clone(), kind.into());
         Ok(tokio::time::timeout(SEND_TIMEOUT, sent)
             .await
-            .context("find capacity while NATS is out of reach")??)
+            .context("queue an acknowledgement while NATS is unreachable")??)
     }
 }
 
@@ -920,7 +958,7 @@ pub(super) fn headers(map: Option<&async_nats::HeaderMap>) -> Headers {
                 .map(move |value| (name.to_string(), value.to_string()))
         })
         .collect();
-    // The client keeps no order between names; ours is at least always the same.
+    // The client library keeps no order between names, so they are sorted.
     headers.sort_by(|(one, _), (other, _)| one.cmp(other));
     headers
 }

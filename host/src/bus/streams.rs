@@ -1,4 +1,4 @@
-//! Streams: what there is, making what is missing, and looking for what was published.
+//! Streams: listing, creation, and scans for published messages.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -22,20 +22,20 @@ use crate::model::hint;
 use crate::model::message::Headers;
 use crate::model::subject;
 
-/// A stream to make.
+/// The definition of a stream to create.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct StreamSpec {
     pub name: String,
     pub subjects: Vec<String>,
-    /// How long it keeps a message; none for ever.
+    /// How long it keeps a message; `None` for no limit.
     pub max_age: Option<Duration>,
-    /// How large it may become, in bytes; none without limit.
+    /// Its maximum size in bytes; `None` for no limit.
     pub max_bytes: Option<u64>,
-    /// For how long the server recognises a message id; none for its default, two minutes.
+    /// The server's dedupe window for message ids; `None` for its default of two minutes.
     pub duplicate_window: Option<Duration>,
-    /// Whether what is acknowledged leaves it.
+    /// Whether acknowledged messages are removed.
     pub is_queue: bool,
-    /// How many messages of each subject it keeps, the newest ones; none for all.
+    /// How many messages of each subject it keeps, newest first; `None` for all.
     pub messages_per_subject_max: Option<i64>,
 }
 
@@ -50,39 +50,40 @@ impl StreamSpec {
     }
 }
 
-/// What [`Bus::ensure_stream`] found.
+/// The result of [`Bus::ensure_stream`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EnsuredStream {
     Created,
     AlreadyExists,
 }
 
-/// A stream as it is.
+/// The current state of a stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StreamInfo {
     pub name: String,
     pub created: Timestamp,
     pub subjects: Vec<String>,
     pub messages: u64,
-    /// The lowest sequence still there; 0 or one more than the last when the stream is empty.
+    /// The lowest stored sequence. In an empty stream 0, or one more than the last sequence.
     pub first_sequence: u64,
     pub last_sequence: u64,
-    /// For how long the server recognises a message id.
+    /// The server's dedupe window for message ids.
     pub duplicate_window: Duration,
-    /// How long it keeps a message; none for ever.
+    /// How long it keeps a message; `None` for no limit.
     pub max_age: Option<Duration>,
-    /// Whether it stores messages under other subjects than they were published to.
+    /// Whether it transforms the subjects of stored messages.
     pub has_subject_transform: bool,
-    /// Whether it takes messages over from other streams.
+    /// Whether it copies messages from other streams.
     pub is_copy: bool,
-    /// Whether messages go away once they are acknowledged: a work queue, or a stream kept by interest. What is not there any
-    /// more may well have been there, and nobody can look through it without taking from it.
+    /// Whether acknowledged messages are removed: a work queue, or a stream with interest
+    /// retention. A missing message may have been stored before, and a scan would remove messages.
     pub is_queue: bool,
 }
 
 impl Bus {
-    /// Makes a stream unless one of this name is there; that one stays as it is. Limits retention, so that messages can
-    /// be read again after a restore, unless it is a queue; when it is full it refuses new messages rather than drop old ones.
+    /// Creates a stream unless one of this name exists; an existing one is left unchanged. Unless
+    /// it is a queue, retention is by limits, so that messages can be read again after a restore. A
+    /// full stream refuses new messages instead of dropping old ones.
     pub async fn ensure_stream(&self, spec: &StreamSpec) -> Result<EnsuredStream> {
         if self.stream(&spec.name).await?.is_some() {
             return Ok(EnsuredStream::AlreadyExists);
@@ -90,18 +91,21 @@ impl Bus {
         self.create_stream(spec).await
     }
 
-    /// The same bus, which makes streams of so many replicas; none for as many as there are servers, up to three.
+    /// The same bus with this many replicas per created stream; `None` for as many as there are
+    /// servers, up to three.
     #[must_use]
     pub fn with_replicas(self, replicas: Option<usize>) -> Bus {
         Bus { replicas, ..self }
     }
 
-    /// Makes a stream; one of this name that is there stays as it is.
+    /// Creates a stream; an existing one of this name is left unchanged.
     pub(super) async fn create_stream(&self, spec: &StreamSpec) -> Result<EnsuredStream> {
         let mut config = stream_config(spec);
         self.set_owner(&mut config.metadata);
         config.num_replicas = self.replicas.unwrap_or(REPLICAS_AUTO);
         let mut made = self.context.create_stream(config.clone()).await;
+
+        // Fall back to one replica.
         if let Err(error) = &made
             && self.replicas.is_none()
             && let Some(why) = replica_shortage(error)
@@ -109,7 +113,8 @@ impl Bus {
             if why == ReplicaShortage::TooFewServers {
                 tracing::warn!(
                     stream = spec.name,
-                    "made with one replica, because the cluster lacks servers: {error}"
+                    error = error.to_string(),
+                    "stream created with one replica, too few servers in the cluster"
                 );
             }
             config.num_replicas = 1;
@@ -121,7 +126,7 @@ impl Bus {
             Err(error) if is_name_in_use(&error) => Ok(EnsuredStream::AlreadyExists),
             Err(error) => Err(error).with_context(|| {
                 format!(
-                    "make the stream {} for {}",
+                    "create the stream {} for {}",
                     spec.name,
                     spec.subjects.join(", ")
                 )
@@ -129,16 +134,17 @@ impl Bus {
         }
     }
 
-    /// Raises a stream of the installation's own to as many replicas as are wanted. One that lacks them works as it is.
+    /// Raises a stream of this installation to the wanted number of replicas. On failure the stream
+    /// keeps those it has.
     pub(super) async fn raise_replicas(&self, name: &str) -> Result<()> {
         let stream = self
             .context
             .get_stream(name)
             .await
-            .with_context(|| format!("ask NATS for the stream {name}"))?;
+            .with_context(|| format!("query the stream {name}"))?;
         let mut config = stream.cached_info().config.clone();
         let (wanted, has) = (self.replicas.unwrap_or(REPLICAS_AUTO), config.num_replicas);
-        // A single server has nothing to raise it to.
+        // A single server cannot hold more replicas.
         if has >= wanted
             || stream
                 .cached_info()
@@ -150,20 +156,21 @@ impl Bus {
         }
         config.num_replicas = wanted;
         match self.context.update_stream(config).await {
-            Ok(_) => tracing::info!(
-                stream = name,
-                "kept by {wanted} servers of the cluster from now on"
-            ),
+            Ok(_) => tracing::info!(stream = name, replicas = wanted, "stream replicas raised"),
+            // Without those replicas, no host can start while the server that holds the stream is
+            // down.
             Err(error) => tracing::warn!(
                 stream = name,
-                "the cluster keeps {has} of {wanted} wanted replicas; while the server that has it is away, no host \
-                 starts: {error}"
+                replicas = has,
+                wanted,
+                error = error.to_string(),
+                "failed to raise the stream's replicas"
             ),
         }
         Ok(())
     }
 
-    /// A stream; none when there is none of this name.
+    /// A stream; `None` if it does not exist.
     pub async fn stream(&self, name: &str) -> Result<Option<StreamInfo>> {
         match self.context.get_stream(name).await {
             Ok(stream) => stream_info(stream.cached_info()).map(Some),
@@ -173,12 +180,12 @@ impl Bus {
                 {
                     Ok(None)
                 }
-                _ => Err(error).with_context(|| format!("ask NATS for the stream {name}")),
+                _ => Err(error).with_context(|| format!("query the stream {name}")),
             },
         }
     }
 
-    /// All streams, as they were at most this long ago.
+    /// All streams, from a listing no older than `age_max`.
     pub async fn streams(&self, age_max: Duration) -> Result<Arc<Vec<StreamInfo>>> {
         let mut known = self.stream_cache.lock().await;
         if let Some((as_of, streams)) = known.as_ref()
@@ -197,25 +204,26 @@ impl Bus {
         Ok(found)
     }
 
-    /// Whether any stream takes a subject, also one that has no leader for now.
+    /// Whether a stream accepts a subject, including streams without a leader at the moment.
     pub async fn takes_subject(&self, subject: &str) -> Result<bool> {
         match self.context.stream_by_subject(subject).await {
             Ok(_) => Ok(true),
             Err(error) if error.kind() == GetStreamByNameErrorKind::NotFound => Ok(false),
             Err(error) => {
-                Err(error).with_context(|| format!("ask NATS which stream takes {subject}"))
+                Err(error).with_context(|| format!("query the stream that accepts {subject}"))
             }
         }
     }
 
-    /// The name of the stream that holds all of `wanted`, a subject or a pattern; none when there is none.
+    /// The name of the stream that holds all of `wanted`, a subject or a pattern; `None` if there
+    /// is none.
     pub async fn stream_name_for_subject(&self, wanted: &str) -> Result<Option<String>> {
         let streams = self.streams(Duration::ZERO).await?;
         Ok(stream_for_subject(&streams, wanted).map(|stream| stream.name.clone()))
     }
 
-    /// Which of these message ids stand on a stream, among the messages to `subjects` stored since a time, and at which
-    /// sequence. Reads headers only.
+    /// Finds message ids on a stream, among the messages to `subjects` stored since a time. Returns
+    /// the sequence of each id found. Reads headers only.
     pub async fn find_published(
         &self,
         stream: &str,
@@ -233,7 +241,7 @@ impl Bus {
             .context("read a time")?;
         let config = pull::Config {
             deliver_policy: DeliverPolicy::ByStartTime { start_time: since },
-            // With too many of them it is as well to look at everything.
+            // With more filters than that, a full scan costs no more.
             filter_subjects: if subjects.len() <= FILTERS_MAX {
                 subjects.to_vec()
             } else {
@@ -244,16 +252,18 @@ impl Bus {
         let consumer = stream
             .create_consumer(config)
             .await
-            .context("look through the stream")?;
+            .context("scan the stream")?;
+
+        // Scan, then remove the consumer.
         let found = find_ids(self, &consumer, ids)
             .await
-            .context("look through the stream");
+            .context("scan the stream");
         let _ = stream.delete_consumer(&consumer.cached_info().name).await;
         found
     }
 
-    /// Tells `each` of the messages from some place on, headers only, at most `most`; of all subjects when none are given.
-    /// True when there are more.
+    /// Calls `each` for up to `most` messages from a position on, headers only. With no `subjects`,
+    /// all are read. Returns true if there are more.
     pub async fn scan_messages(
         &self,
         stream: &str,
@@ -286,16 +296,19 @@ impl Bus {
         let consumer = stream
             .create_consumer(config)
             .await
-            .context("look through the stream")?;
+            .context("scan the stream")?;
+
+        // Scan, then remove the consumer.
         let has_more = scan_up_to(self, &consumer, most, each)
             .await
-            .context("look through the stream");
+            .context("scan the stream");
         let _ = stream.delete_consumer(&consumer.cached_info().name).await;
         has_more
     }
 }
 
-/// A consumer that looks at headers as they pass. The server removes it should this process die meanwhile.
+/// The configuration of a consumer that scans headers. The server removes it if this process dies
+/// meanwhile.
 fn scan_config() -> pull::Config {
     pull::Config {
         ack_policy: AckPolicy::None,
@@ -306,7 +319,7 @@ fn scan_config() -> pull::Config {
     }
 }
 
-/// A message that came by.
+/// A scanned message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ScannedMessage {
     pub sequence: u64,
@@ -314,7 +327,7 @@ pub struct ScannedMessage {
     pub headers: Headers,
 }
 
-/// Where on a stream to begin.
+/// The position on a stream at which a scan begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StartPosition {
     Sequence(u64),
@@ -322,7 +335,7 @@ pub enum StartPosition {
     Time(Timestamp),
 }
 
-/// How many subjects one look through a stream is limited to.
+/// The maximum number of subject filters of one scan.
 const FILTERS_MAX: usize = 16;
 
 /// The stream that holds all of `wanted`, a subject or a pattern.
@@ -335,11 +348,11 @@ pub fn stream_for_subject<'s>(streams: &'s [StreamInfo], wanted: &str) -> Option
     })
 }
 
-/// How many messages one request of a look through a stream brings, and how long it stays open.
+/// How many messages one request of a scan brings, and how long it stays open.
 const REQUEST_MAX: usize = 1_000;
 const REQUEST_OPEN: Duration = Duration::from_secs(5);
 
-/// The sequences of those `ids` that come by before the consumer has seen everything.
+/// The sequences of `ids`, found in one pass over the consumer's messages.
 async fn find_ids(
     bus: &Bus,
     consumer: &Consumer<pull::Config>,
@@ -359,7 +372,7 @@ async fn find_ids(
     Ok(found)
 }
 
-/// Tells of what comes by before the consumer has seen everything, or `most` of it; true when that was not all.
+/// Calls `each` for the consumer's messages, at most `most`; true if there are more.
 async fn scan_up_to(
     bus: &Bus,
     consumer: &Consumer<pull::Config>,
@@ -380,7 +393,8 @@ async fn scan_up_to(
     Ok(for_each_message(bus, consumer, visit).await? > 0)
 }
 
-/// Shows what a consumer has, until `visit` is false. Returns how much is left.
+/// Calls `visit` for each message of a consumer until it returns false. Returns the number of
+/// messages left.
 async fn for_each_message(
     bus: &Bus,
     consumer: &Consumer<pull::Config>,
@@ -399,7 +413,7 @@ async fn for_each_message(
             }
         }
         if !received_any {
-            bail!("the server stopped answering with {left} messages to go");
+            bail!("the server stopped answering with {left} messages left");
         }
     }
     Ok(left)
@@ -427,10 +441,10 @@ fn stream_config(spec: &StreamSpec) -> Config {
     }
 }
 
-/// What `auto` asks for.
+/// The number of replicas that `auto` requests.
 const REPLICAS_AUTO: usize = 3;
 
-/// Why a stream cannot have as many replicas as were asked for.
+/// The reason why a stream cannot have the requested replicas.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum ReplicaShortage {
     /// There is no cluster.
@@ -453,7 +467,7 @@ fn replica_shortage(
     }
 }
 
-/// Whether a stream could not be made for a reason that does not pass by itself: the server refuses its configuration.
+/// Whether the creation of a stream failed permanently: the server refuses its configuration.
 pub fn is_permanent_error(error: &Error) -> bool {
     let refused = hint::find_cause::<async_nats::jetstream::context::CreateStreamError>(error)
         .map(|error| error.kind());
@@ -493,7 +507,7 @@ pub(super) fn stream_info(info: &async_nats::jetstream::stream::Info) -> Result<
     })
 }
 
-/// The client's time as ours.
+/// Converts the client library's time.
 pub(super) fn timestamp(time: DateTime) -> Result<Timestamp> {
     Timestamp::from_nanosecond(time.unix_timestamp_nanos()).context("read a time")
 }

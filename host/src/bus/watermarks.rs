@@ -1,4 +1,5 @@
-//! The broker's side of watermarks: a short text under a subject of the installation's own, of which the last few are kept.
+//! The broker's side of watermarks: a short text under the installation's own subject. The stream
+//! keeps the last few.
 
 use anyhow::{Context, Result};
 use async_nats::HeaderMap;
@@ -13,20 +14,20 @@ use super::streams::StreamSpec;
 /// The stream of watermarks.
 pub const WATERMARK_STREAM: &str = "ONCELY_WATERMARKS";
 
-/// What that stream holds.
+/// The subjects of that stream.
 const WATERMARK_SUBJECTS: &str = "oncely.watermark.>";
 
-/// How many watermarks of an installation it keeps.
+/// How many watermarks of an installation the stream keeps.
 const WATERMARKS_KEPT: i64 = 10;
 
-/// A watermark as it stands on the broker.
+/// A watermark as stored on the broker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredWatermark {
     pub sequence: u64,
     pub text: String,
 }
 
-/// The stream of watermarks, to be made.
+/// The definition of the watermark stream.
 pub fn watermark_stream() -> StreamSpec {
     StreamSpec {
         messages_per_subject_max: Some(WATERMARKS_KEPT),
@@ -35,7 +36,7 @@ pub fn watermark_stream() -> StreamSpec {
 }
 
 impl Bus {
-    /// The last watermark under a subject; none when there is none.
+    /// The last watermark under a subject; `None` if there is none.
     pub async fn last_watermark(&self, subject: &str) -> Result<Option<StoredWatermark>> {
         let raw = self
             .get_raw_message(WATERMARK_STREAM, json!({ "last_by_subj": subject }))
@@ -49,8 +50,8 @@ impl Bus {
         }))
     }
 
-    /// Writes a watermark, if the last one under its subject is still at the sequence `after`, 0 for none. Returns its sequence, or
-    /// none when another host was faster.
+    /// Writes a watermark if the last one under its subject is still at the sequence `after` (0 for
+    /// none). Returns its sequence, or `None` if another host was faster.
     pub async fn write_watermark(
         &self,
         subject: &str,

@@ -1,21 +1,23 @@
-//! The part of the NATS protocol that the reading connection hears, with subjects and headers as bytes.
+//! The part of the NATS protocol that the reading connection receives, with subjects and headers as
+//! bytes.
 //!
-//! A server stores any bytes but line feeds in headers and any bytes but spaces, tabs and line feeds in subjects. The
-//! client library breaks its connection at those it cannot read, and does so again at each redelivery.
+//! A server stores any bytes except line feeds in headers, and any except spaces, tabs and line
+//! feeds in subjects. The client library closes its connection at bytes it cannot parse, and again
+//! at each redelivery.
 
 use anyhow::{Context, Result, bail, ensure};
 use bytes::{Buf, Bytes, BytesMut};
 
-/// The longest line that a server sends: its description of itself.
+/// The longest line that a server sends, in bytes: the `INFO` line.
 const LINE_MAX: usize = 1 << 20;
 
-/// The largest message with its headers; servers allow 64 MiB at most.
+/// The largest message with its headers, in bytes; servers allow 64 MiB at most.
 const MESSAGE_MAX: usize = 128 << 20;
 
-/// What a server says.
+/// An operation that a server sends.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Op {
-    /// Its description of itself, in JSON.
+    /// The server information, in JSON.
     Info(Bytes),
     Ping,
     Pong,
@@ -24,10 +26,10 @@ pub(super) enum Op {
     Message(IncomingMessage),
 }
 
-/// A message as it was received.
+/// A message as received.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct IncomingMessage {
-    /// Which subscription it is for.
+    /// The id of its subscription.
     pub sid: u64,
     pub subject: Bytes,
     pub reply: Option<String>,
@@ -36,13 +38,13 @@ pub(super) struct IncomingMessage {
     pub body: Bytes,
 }
 
-/// Takes the first operation out of a buffer; none when it is not received as a whole. After an error the connection is
-/// of no use any more.
+/// Takes the first operation from a buffer; `None` until it is complete. After an error the
+/// connection is unusable.
 pub(super) fn next_op(buffer: &mut BytesMut) -> Result<Option<Op>> {
     let Some(end) = buffer.windows(2).position(|two| two == b"\r\n") else {
         ensure!(
             buffer.len() <= LINE_MAX,
-            "the server sent a line of {} bytes",
+            "the server sent a line longer than {LINE_MAX} bytes ({})",
             buffer.len()
         );
         return Ok(None);
@@ -59,17 +61,21 @@ pub(super) fn next_op(buffer: &mut BytesMut) -> Result<Option<Op>> {
         b"+OK" => Op::Ok,
         b"-ERR" => Op::Error(String::from_utf8_lossy(rest).trim_matches('\'').to_owned()),
         b"INFO" => Op::Info(Bytes::copy_from_slice(rest)),
-        _ => bail!("the server sent `{}`", line.escape_ascii()),
+        _ => bail!(
+            "the server sent an unknown operation: `{}`",
+            line.escape_ascii()
+        ),
     };
     buffer.advance(end + 2);
     Ok(Some(op))
 }
 
-/// `MSG subject sid [reply] size`, or `HMSG subject sid [reply] header-size size`, and that many bytes.
+/// `MSG subject sid [reply] size`, or `HMSG subject sid [reply] header-size size`, then that many
+/// bytes.
 fn message(buffer: &mut BytesMut, end: usize, has_headers: bool) -> Result<Option<Op>> {
     let line = buffer.get(..end).unwrap_or_default();
-    let malformed = || format!("read the line `{}`", line.escape_ascii());
-    // Nothing but spaces parts them: a subject may hold any other byte.
+    let malformed = || format!("parse the line `{}`", line.escape_ascii());
+    // Only spaces separate the words: a subject may contain any other byte.
     let words: Vec<&[u8]> = line
         .split(|byte| *byte == b' ')
         .filter(|word| !word.is_empty())
@@ -84,6 +90,8 @@ fn message(buffer: &mut BytesMut, end: usize, has_headers: bool) -> Result<Optio
         }
         _ => bail!(malformed()),
     };
+
+    // Wait for the complete message.
     let size = number(size).with_context(malformed)?;
     let header_size = header_size
         .map_or(Ok(0), |size| number(size))
@@ -95,6 +103,8 @@ fn message(buffer: &mut BytesMut, end: usize, has_headers: bool) -> Result<Optio
         buffer.reserve(missing);
         return Ok(None);
     }
+
+    // Split it off the buffer.
     let sid = number(sid).with_context(malformed)? as u64;
     let subject = Bytes::copy_from_slice(subject);
     let reply = reply.map(|reply| String::from_utf8_lossy(reply).into_owned());

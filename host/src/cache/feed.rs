@@ -1,4 +1,4 @@
-//! Hears of what other hosts invalidated, and applies it to the cache of this one.
+//! Receives invalidations of other hosts and applies them to this host's cache.
 
 use std::time::{Duration, Instant};
 
@@ -8,14 +8,14 @@ use crate::drain::Stopping;
 use crate::model::invalidation::Invalidation;
 use crate::model::retry::LastError;
 
-/// How soon it asks again when it could not.
+/// The delay before a retry when the feed is unavailable.
 const RETRY_DELAY: Duration = Duration::from_millis(250);
 
-/// How often it is logged that an invalidation cannot be read.
+/// The shortest interval between two warnings about malformed invalidations.
 const WARN_INTERVAL: Duration = Duration::from_secs(30);
 
-/// Listens until the host stops. While the feed is unavailable, cached values last for their time to live; when something went by
-/// unheard, everything in this process is forgotten.
+/// Applies invalidations until the host stops. While the feed is unavailable, cached values last at
+/// most their time to live. After a gap everything in this process is dropped.
 pub async fn listen(mut feed: Feed, cache: Cache, mut stopping: Stopping) {
     let mut trouble = LastError::default();
     let mut warned = None;
@@ -33,7 +33,7 @@ pub async fn listen(mut feed: Feed, cache: Cache, mut stopping: Stopping) {
             Err(error) => {
                 let why = format!("{error:#}");
                 if trouble.is_new(&why) {
-                    tracing::warn!("listening for invalidations of the cache again soon: {why}");
+                    tracing::warn!(error = why, "cache invalidation feed failed, retrying");
                 }
                 if stopping.wait(RETRY_DELAY).await {
                     return;
@@ -43,23 +43,25 @@ pub async fn listen(mut feed: Feed, cache: Cache, mut stopping: Stopping) {
     }
 }
 
-/// `warned` is when the last warning was logged of a message that cannot be read: whoever publishes many of them fills no log.
+/// Applies one event. `warned` is the time of the last warning about a malformed message, so that
+/// many of them do not flood the log.
 async fn apply(cache: &Cache, event: FeedEvent, warned: &mut Option<Instant>) {
     match event {
         FeedEvent::Message(body) => match Invalidation::read(&body) {
             Ok(invalidation) => cache.apply_invalidation(&invalidation).await,
             Err(error) => {
                 if warned.is_none_or(|last| last.elapsed() >= WARN_INTERVAL) {
-                    tracing::warn!(%error, "an invalidation cannot be read, forgetting all that is cached here");
+                    tracing::warn!(
+                        error = error.to_string(),
+                        "malformed cache invalidation, clearing the local cache"
+                    );
                     *warned = Some(Instant::now());
                 }
                 cache.clear_local();
             }
         },
         FeedEvent::Gap => {
-            tracing::info!(
-                "forgetting all that is cached here: invalidations may have gone by unheard"
-            );
+            tracing::info!("cache invalidations may have been missed, clearing the local cache");
             cache.clear_local();
         }
     }

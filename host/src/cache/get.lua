@@ -1,6 +1,7 @@
--- The value of a key, if it is valid.
--- KEYS: the value, the worker's version. ARGV: how the keys of its tag versions begin.
--- Answers: the version, value, tags, and in milliseconds what is left of its ttl, its ttl, how much of that it is stale.
+-- Reads the value of a key, if it is valid.
+-- KEYS: the value, the worker's version. ARGV: the key prefix of its tag versions.
+-- Returns the version, value and tags, then in milliseconds the remaining ttl, the full ttl, and
+-- the stale part of it.
 local version = redis.call('GET', KEYS[2]) or '0'
 local nothing = {version, false, false, false, false, false}
 local it = redis.call('HMGET', KEYS[1], 'value', 'tags', 'read_version', 'ttl', 'stale')

@@ -1,9 +1,11 @@
--- Invalidates tags of a worker, an invalidation that has an id once.
--- ARGV: how its names begin, the id, for how many milliseconds a tag version and an id are kept, the version before the transaction
--- read what it put, how many tags, the tags, the tags of each value it put (one a line).
--- Answers: the version, and for each of those values 1 when it was valid until now.
+-- Invalidates tags of a worker. An invalidation with an id is applied only once.
+-- ARGV: the worker's key prefix; the id; the ttl of tag versions and the ttl of ids, in
+-- milliseconds; the version before the transaction read; the number of tags; the tags; for each
+-- value put, its tags (one a line).
+-- Returns the version, then 1 for each of those values that was valid until now, else 0.
 local name, id = ARGV[1], ARGV[2]
-local tag_ms, id_ms, read_version, tags = tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5]), tonumber(ARGV[6])
+local tag_ms, id_ms = tonumber(ARGV[3]), ARGV[4]
+local read_version, tags = tonumber(ARGV[5]), tonumber(ARGV[6])
 local version = tonumber(redis.call('GET', name .. 'version') or '0')
 
 local function is_valid(tag)
@@ -11,7 +13,7 @@ local function is_valid(tag)
 end
 local answer = {''}
 for n = 7 + tags, #ARGV do
-    -- A version that is lower than it was is that of a store that lost everything.
+    -- A version lower than before means that the store lost all data.
     local valid = read_version <= version and is_valid('')
     for tag in string.gmatch(ARGV[n], '[^\n]+') do
         valid = valid and is_valid(tag)
@@ -26,7 +28,8 @@ if id == '' or redis.call('SET', name .. 'i:' .. id, '', 'NX', 'PX', id_ms) then
     redis.call('SET', name .. 'version', text)
     for n = 7, 6 + tags do
         local tag_key = name .. 't:' .. ARGV[n]
-        redis.call('SET', tag_key, text, 'PX', string.format('%.0f', math.max(redis.call('PTTL', tag_key), tag_ms)))
+        local ttl = math.max(redis.call('PTTL', tag_key), tag_ms)
+        redis.call('SET', tag_key, text, 'PX', string.format('%.0f', ttl))
     end
 end
 answer[1] = string.format('%.0f', version)

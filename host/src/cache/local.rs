@@ -1,4 +1,5 @@
-//! The cache of this process: bounded by size and by time to live. What is used often stays (moka's TinyLFU).
+//! The cache of this process, bounded by size and time to live. Frequently used values stay (moka's
+//! TinyLFU).
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,10 +13,10 @@ use super::tag_versions::TagVersions;
 use super::{CacheKey, Cached, Layer, Policy};
 use crate::model::cache_writes::{CachePut, TTL_MAX};
 
-/// What an entry takes besides its text, in bytes: about.
+/// The approximate overhead of an entry besides its text, in bytes.
 const ENTRY_SIZE: usize = 300;
 
-/// How much of a time to live is left to chance.
+/// The largest random reduction of a time to live, as a fraction.
 const JITTER: f64 = 0.1;
 
 pub(super) struct Local {
@@ -23,17 +24,17 @@ pub(super) struct Local {
     pub tag_versions: TagVersions,
 }
 
-/// A value with what it depends on.
+/// A cached value with its tags and times.
 #[derive(Debug, Clone)]
 pub(super) struct Entry {
     pub value: Bytes,
     pub tags: Arc<[String]>,
-    /// The point in the order of invalidations of this process before it was read.
+    /// The read version of this process, taken before the value was read.
     pub read_version: u64,
     /// When its load started.
     pub loaded_at: Instant,
     pub fresh_until: Instant,
-    /// From here on it is no answer any more.
+    /// From here on it is no longer served.
     pub expires_at: Instant,
 }
 
@@ -57,7 +58,7 @@ impl Entry {
         }
     }
 
-    /// What a handler puts, which nobody can load anew.
+    /// The entry for a value put by a handler. It has no load, so it is never served stale.
     pub fn from_put(put: &CachePut, read_version: u64) -> Self {
         let policy = Policy {
             ttl: put.ttl,
@@ -97,12 +98,12 @@ impl Entry {
     }
 }
 
-/// A little less than that: a time to live is a promise.
+/// A randomly reduced time to live. It is never extended, because it is a guaranteed maximum.
 pub(super) fn jittered(ttl: Duration) -> Duration {
     ttl.mul_f64(1.0 - JITTER * rand::random::<f64>())
 }
 
-/// Entries end by themselves.
+/// The expiry times of entries.
 struct EntryExpiry;
 
 impl Expiry<CacheKey, Arc<Entry>> for EntryExpiry {
@@ -127,7 +128,7 @@ impl Expiry<CacheKey, Arc<Entry>> for EntryExpiry {
 }
 
 impl Local {
-    /// At most so many bytes.
+    /// A cache of at most `size` bytes.
     pub fn new(size: u64) -> Self {
         let values = Moka::builder()
             .max_capacity(size)
@@ -156,7 +157,7 @@ impl Local {
             .is_valid(&key.worker, &entry.tags, entry.read_version)
     }
 
-    /// Keeps an entry, unless there is one that was read later.
+    /// Stores an entry, unless the current one was read later.
     pub fn insert(&self, key: &CacheKey, entry: Arc<Entry>) {
         self.values
             .entry_by_ref(key)
@@ -166,7 +167,7 @@ impl Local {
             });
     }
 
-    /// How many entries there are, and what they take in bytes: about.
+    /// The number of entries and their approximate size in bytes.
     pub fn measure(&self) -> (u64, u64) {
         self.values.run_pending_tasks();
         (self.values.entry_count(), self.values.weighted_size())
@@ -207,7 +208,7 @@ mod tests {
         let (entries, size) = local.measure();
         assert!(
             entries < 80 && size <= 100_000,
-            "{entries} entries take {size} bytes"
+            "{entries} entries of {size} bytes"
         );
     }
 

@@ -1,10 +1,11 @@
-//! The cache for reads: this process, then Redis if there is one, then whoever loads the value.
+//! The read cache: this process, then Redis if configured, then the load.
 //!
-//! A value has tags. Invalidating a tag makes every value that has it invalid, those included that are being loaded just
-//! then: a value is only as good as the moment *before* its load started, so whoever read the database before a commit can
-//! never leave the old value behind after it. What an invalidation misses, the time to live ends.
+//! A value has tags. Invalidating a tag invalidates every value with that tag, including values
+//! that are being loaded. A value is only as recent as the moment *before* its load started. A load
+//! that read the database before a commit can therefore never leave the old value in the cache
+//! after it. The time to live bounds missed invalidations.
 //!
-//! Nothing here is ever an error for whoever reads: without Redis, or with a slow one, it is as if it had nothing.
+//! The cache never fails a read: without Redis, or with a slow one, the read is a miss.
 
 use std::fmt;
 use std::future::Future;
@@ -32,7 +33,7 @@ use local::{Entry, Local};
 use shared::{Shared, SharedPut};
 use single_flight::{FlightRole, LoadOutcome, SingleFlight, SingleFlightGuard};
 
-/// For how long it is remembered which invalidations were applied here, and how many of them.
+/// How long the ids of applied invalidations are remembered, and how many of them.
 const APPLIED_TTL: Duration = Duration::from_secs(10 * 60);
 const APPLIED_MAX: u64 = 100_000;
 
@@ -44,12 +45,12 @@ struct Inner {
     local: Local,
     shared: Option<Arc<Shared>>,
     single_flight: SingleFlight,
-    /// Ids of invalidations: what this host committed it hears of, too.
+    /// Ids of applied invalidations. A host also receives its own.
     applied: moka::sync::Cache<String, ()>,
     metrics: Arc<Metrics>,
 }
 
-/// Where a value stands. Values of different workers, and of different kinds, never meet.
+/// The key of a value. Keys of different workers, or of different kinds, never collide.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct CacheKey {
     pub worker: String,
@@ -57,7 +58,7 @@ pub struct CacheKey {
 }
 
 impl CacheKey {
-    /// What a handler calls `key`.
+    /// The key of a value that a handler stores under `key`.
     pub fn value(worker: &str, key: &str) -> Self {
         CacheKey {
             worker: worker.to_owned(),
@@ -65,7 +66,7 @@ impl CacheKey {
         }
     }
 
-    /// An HTTP response; `key` says everything that it depends on.
+    /// The key of an HTTP response; `key` contains everything that the response depends on.
     pub fn response(worker: &str, key: &str) -> Self {
         CacheKey {
             worker: worker.to_owned(),
@@ -77,42 +78,43 @@ impl CacheKey {
 /// How long a value is kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Policy {
-    /// How long it is as good as new; up to a tenth less, so that what was loaded together does not expire together.
+    /// How long a value is fresh. Shortened at random by up to a tenth, so that values loaded
+    /// together do not expire together.
     pub ttl: Duration,
-    /// For how long after that it is still an answer, while it is loaded anew in the background.
+    /// How long after that a value is still served, while it is reloaded in the background.
     pub stale: Duration,
 }
 
-/// A value that was loaded.
+/// A loaded value.
 #[derive(Debug, Clone)]
 pub struct Loaded {
     pub value: Bytes,
-    /// What it depends on, besides everything of its worker.
+    /// Its tags, besides the implicit tag for everything of its worker.
     pub tags: Vec<String>,
-    /// None for a value that is for whoever had it loaded, and for nobody else.
+    /// `None` for a value that only its own caller may receive.
     pub policy: Option<Policy>,
 }
 
-/// A value, and where it comes from.
+/// A value and its source.
 #[derive(Debug, Clone)]
 pub struct Cached {
     pub value: Bytes,
     pub tags: Arc<[String]>,
-    /// Since its load started.
+    /// The time since its load started.
     pub age: Duration,
-    /// Whether it is beyond its time to live, and being loaded anew.
+    /// Whether it is past its time to live and being reloaded.
     pub is_stale: bool,
     pub layer: Layer,
 }
 
-/// What answered.
+/// The source of a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layer {
     /// This process.
     Local,
     /// Redis.
     Shared,
-    /// It was loaded.
+    /// A fresh load.
     Loaded,
 }
 
@@ -126,14 +128,15 @@ impl Layer {
     }
 }
 
-/// A point in the order of invalidations. A value that is read after it is valid until one of its tags is invalidated later.
+/// A point in the order of invalidations. A value read after it is valid until one of its tags is
+/// invalidated later.
 #[derive(Debug, Clone, Copy)]
 pub struct ReadVersion {
     local: u64,
     shared: u64,
 }
 
-/// Why a value could not be loaded; the same for all who waited for it.
+/// The reason why a load failed, shared by all callers that waited for it.
 #[derive(Debug, Clone)]
 pub struct LoadError(Arc<anyhow::Error>);
 
@@ -150,7 +153,7 @@ impl std::error::Error for LoadError {
 }
 
 impl LoadError {
-    /// What the load itself said.
+    /// The error of the load itself.
     pub fn cause(&self) -> &anyhow::Error {
         &self.0
     }
@@ -159,7 +162,10 @@ impl LoadError {
 type Load = Box<dyn FnOnce() -> BoxFuture<'static, anyhow::Result<Loaded>> + Send>;
 
 impl Cache {
-    /// A cache as it is configured. Redis may be out of reach; it is used once it answers.
+    /// Opens the cache as configured. Redis may be unreachable; it is used as soon as it answers.
+    ///
+    /// # Errors
+    /// The URL of the shared cache is invalid.
     pub fn open(settings: &CacheSettings, metrics: Arc<Metrics>) -> anyhow::Result<Cache> {
         let shared = settings
             .shared
@@ -169,7 +175,7 @@ impl Cache {
             local: Local::new(settings.size),
             shared: shared
                 .transpose()
-                .context("get ready to use the shared cache")?
+                .context("open the shared cache")?
                 .map(Arc::new),
             single_flight: SingleFlight::default(),
             applied: moka::sync::Cache::builder()
@@ -180,7 +186,8 @@ impl Cache {
         })))
     }
 
-    /// To be called before what a value is made of is read; see [`ReadVersion`]. Costs nothing.
+    /// The current read version. To be taken before the data for a value is read; see
+    /// [`ReadVersion`]. Makes no request.
     pub fn read_version(&self, worker: &str) -> ReadVersion {
         let shared = self
             .0
@@ -212,11 +219,14 @@ impl Cache {
         found
     }
 
-    /// The value under a key; if nobody has it, `load` is called, once for all who ask at the same time on this host. What is
-    /// beyond its time to live is answered at once, and loaded in the background. The load runs to its end even when all who
-    /// wait for it are gone.
+    /// The value under a key; on a miss, `load` runs once for all concurrent callers on this host.
+    /// A stale value is returned at once and reloaded in the background. The load runs to its end
+    /// even if all callers are gone.
     ///
-    /// Whoever calls this after an invalidation on this host is never answered with what was loaded before it.
+    /// A call after an invalidation on this host never returns a value loaded before it.
+    ///
+    /// # Errors
+    /// The load failed.
     pub async fn get_or_load<F, L>(&self, key: &CacheKey, load: F) -> Result<Cached, LoadError>
     where
         F: FnOnce() -> L + Send + 'static,
@@ -244,9 +254,9 @@ impl Cache {
             };
             let outcome = waiter.wait().await?;
             match &outcome {
-                // That is not for us.
+                // The value is only for the caller that loaded it.
                 LoadOutcome::Uncached(_) => return inner.load_uncached(key, load).await,
-                // It took off before an invalidation after which we came.
+                // The load started before an invalidation that precedes this call.
                 LoadOutcome::Cached(entry, _)
                     if entry.read_version < started && !inner.local.is_valid(key, entry) => {}
                 _ => return inner.resolve(key, &outcome, true),
@@ -254,7 +264,7 @@ impl Cache {
         }
     }
 
-    /// Keeps a value that was read after `read_version`, here and in Redis.
+    /// Stores a value that was read after `read_version`, here and in Redis.
     pub async fn put(&self, key: &CacheKey, loaded: Loaded, read_version: ReadVersion) {
         if let Some(policy) = loaded.policy {
             let entry = Entry::new(
@@ -268,8 +278,9 @@ impl Cache {
         }
     }
 
-    /// Applies what a transaction that just committed left for the cache: first its invalidations, then what it put, which it
-    /// read after `read_version`. `id` is that of the [`Invalidation`] that tells other hosts.
+    /// Applies the cache writes of a transaction that just committed: first its invalidations, then
+    /// its values, which it read after `read_version`. `id` is that of the [`Invalidation`] for
+    /// other hosts.
     pub async fn commit(
         &self,
         worker: &str,
@@ -291,6 +302,8 @@ impl Cache {
                 )
             })
             .collect();
+
+        // Invalidate here.
         if !tags.is_empty() {
             id.inspect(|id| inner.applied.insert((*id).to_owned(), ()));
             inner.counts().invalidated(worker, tags.len());
@@ -299,6 +312,8 @@ impl Cache {
                 .tag_versions
                 .invalidate_keeping(worker, tags, &mut puts);
         }
+
+        // Invalidate and store in Redis.
         if let Some(shared) = &inner.shared {
             let shared_puts = puts
                 .iter()
@@ -307,18 +322,20 @@ impl Cache {
             shared
                 .commit(worker, id, tags, shared_puts, read_version.shared)
                 .await;
-            // Somebody may have taken the old value over from there in the meantime.
+            // Another task may have copied the old value from there in the meantime.
             inner
                 .local
                 .tag_versions
                 .invalidate_keeping(worker, tags, &mut puts);
         }
+
+        // Store the values that are still valid here.
         for (key, entry) in puts {
             inner.local.insert(&key, Arc::new(entry));
         }
     }
 
-    /// Applies what another host invalidated. Harmless when it was applied before.
+    /// Applies an invalidation of another host. Idempotent.
     pub async fn apply_invalidation(&self, invalidation: &Invalidation) {
         let inner = &self.0;
         if inner.applied.contains_key(&invalidation.id) {
@@ -328,8 +345,11 @@ impl Cache {
             .local
             .tag_versions
             .invalidate(&invalidation.worker, &invalidation.tags);
+
+        // Invalidate in Redis too.
         if let Some(shared) = &inner.shared {
-            // The host that committed has done this, unless it could not reach Redis or is no more.
+            // The committing host has done this already, unless it crashed or could not reach
+            // Redis.
             shared
                 .commit(
                     &invalidation.worker,
@@ -344,11 +364,13 @@ impl Cache {
                 .tag_versions
                 .invalidate(&invalidation.worker, &invalidation.tags);
         }
+
+        // Record and count it.
         inner.applied.insert(invalidation.id.clone(), ());
         inner
             .counts()
             .invalidated(&invalidation.worker, invalidation.tags.len());
-        // Clocks may run apart.
+        // Clocks may differ, so this can be negative.
         let after = Duration::try_from(Timestamp::now().duration_since(invalidation.at))
             .unwrap_or_default();
         inner
@@ -356,7 +378,7 @@ impl Cache {
             .invalidation_applied(&invalidation.worker, after);
     }
 
-    /// Invalidates tags of a worker here and in Redis; other hosts are not told.
+    /// Invalidates tags of a worker here and in Redis, without notifying other hosts.
     pub async fn invalidate(&self, worker: &str, tags: impl IntoIterator<Item = String>) {
         let mut writes = CacheWrites::default();
         writes.invalidate(tags);
@@ -364,12 +386,12 @@ impl Cache {
             .await;
     }
 
-    /// Forgets everything in this process: invalidations may have gone by unheard.
+    /// Drops everything in this process, because invalidations may have been missed.
     pub fn clear_local(&self) {
         self.0.local.tag_versions.invalidate_all();
     }
 
-    /// What `/metrics` shows.
+    /// The current measurements for `/metrics`.
     pub fn measure(&self) -> MeasuredCache {
         let (entries, size) = self.0.local.measure();
         MeasuredCache {
@@ -393,7 +415,7 @@ impl Inner {
         }
     }
 
-    /// What a flight brought for one of its passengers.
+    /// The result of a flight for one of its callers.
     fn resolve(
         &self,
         key: &CacheKey,
@@ -413,7 +435,8 @@ impl Inner {
         Ok(cached)
     }
 
-    /// Looks in Redis, and takes what is there over. With it a point before anything else is read.
+    /// Fetches a value from Redis and copies it to this process. The read version was taken before
+    /// any other read.
     async fn fetch(&self, key: &CacheKey) -> (Option<Arc<Entry>>, ReadVersion) {
         let local = self.local.tag_versions.current();
         let Some(shared) = &self.shared else {
@@ -434,7 +457,7 @@ impl Inner {
         )
     }
 
-    /// The one who looks and loads for all who ask for a key.
+    /// Fetches or loads a value as the leader, for all callers of the key.
     async fn fetch_or_load(self: Arc<Self>, key: CacheKey, guard: SingleFlightGuard, load: Load) {
         let (found, read_version) = self.fetch(&key).await;
         let Some(entry) = found else {
@@ -448,7 +471,7 @@ impl Inner {
         }
     }
 
-    /// Loads a value in the background, unless somebody does.
+    /// Reloads a value in the background, unless that is already happening.
     fn refresh(self: &Arc<Self>, key: &CacheKey, load: Load) {
         let FlightRole::Leader(guard, _) = self.single_flight.join(key) else {
             return;
@@ -464,8 +487,8 @@ impl Inner {
             if let LoadOutcome::Failed(error) = &outcome {
                 tracing::warn!(
                     worker = key.worker,
-                    "a stale value could not be loaded anew: {:#}",
-                    error.cause()
+                    error = format!("{:#}", error.cause()),
+                    "reload of a stale value failed"
                 );
             }
             guard.finish(outcome);
@@ -496,7 +519,8 @@ impl Inner {
         }
     }
 
-    /// Loads a value for one reader alone, because others' are not for it. In a task: no load is dropped half-way.
+    /// Loads a value for one caller alone, because those of others are not for it. Runs in a task,
+    /// so no load is dropped halfway.
     async fn load_uncached(
         self: &Arc<Self>,
         key: &CacheKey,
@@ -511,7 +535,7 @@ impl Inner {
             .map_err(|error| LoadError(Arc::new(error)))
     }
 
-    /// Keeps a value here and in Redis, unless it is too large.
+    /// Stores a value here and in Redis, unless it is too large.
     async fn insert(&self, key: &CacheKey, entry: &Arc<Entry>, read_version: ReadVersion) {
         if entry.value.len() > VALUE_MAX {
             return;
@@ -530,7 +554,7 @@ impl Inner {
 }
 
 impl Loaded {
-    /// A value for all who ask.
+    /// A value for all callers.
     pub fn cacheable(value: Bytes, tags: Vec<String>, policy: Policy) -> Self {
         Loaded {
             value,
@@ -539,7 +563,7 @@ impl Loaded {
         }
     }
 
-    /// A value for whoever had it loaded, and for nobody else.
+    /// A value for its own caller only.
     pub fn uncacheable(value: Bytes) -> Self {
         Loaded {
             value,

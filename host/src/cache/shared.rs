@@ -1,11 +1,13 @@
 //! The cache that all hosts share: one Redis or Valkey.
 //!
-//! What is said of invalidations in `tag_versions.rs` holds here, too, with a version of its own, kept there for each worker: the
-//! number of an invalidation is one more than the last, or the time there if that is more, so that a Redis that lost
-//! everything never counts the same twice. A value is valid as long as a version is there for each of its tags and is no higher
-//! than the version before it was read: versions that got lost cost a load, and nothing else.
+//! The rules of `tag_versions.rs` apply here too, with a version per worker that is kept in Redis.
+//! An invalidation's version is one more than the last, or the Redis time in microseconds if that
+//! is higher. A Redis that lost all data therefore never issues the same version twice. A value is
+//! valid as long as each of its tags has a version no higher than the one before the value was
+//! read. Lost versions cost only a load.
 //!
-//! Whatever is slow or fails is given up. Invalidations that could not be applied are pending, and nothing is read until they are.
+//! A slow or failing request is abandoned. Invalidations that could not be applied are pending, and
+//! nothing is read until they are applied.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,33 +26,34 @@ use crate::metrics::Metrics;
 use crate::model::breaker::{Breaker, Permit, State};
 use crate::model::cache_writes::EVERYTHING;
 
-/// How long anybody waits for an answer.
+/// The longest wait for a response.
 const RESPONSE_TIMEOUT: Duration = Duration::from_millis(100);
 
-/// How long making a connection may take; nobody waits for that longer than for an answer.
+/// How long connecting may take. A caller still waits no longer than for a response.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// For how long the version of a tag that no value has is kept: longer than any load takes, in milliseconds.
+/// How long the version of a tag without values is kept, in milliseconds: longer than any load.
 const TAG_VERSION_TTL_MS: u64 = 60 * 60 * 1_000;
 
-/// For how long it is kept which invalidations were applied, in milliseconds.
+/// How long the ids of applied invalidations are kept, in milliseconds.
 const APPLIED_TTL_MS: u64 = 10 * 60 * 1_000;
 
-/// How many tags of a worker are pending; beyond that it is everything of that worker.
+/// The maximum number of pending tags per worker; beyond that everything of the worker is
+/// invalidated.
 const PENDING_TAGS_MAX: usize = 10_000;
 
-/// How much is sent at once, in bytes.
+/// The size of one store request in bytes. The last value may exceed it.
 const STORE_SIZE_MAX: usize = 1 << 20;
 
 pub(super) struct Shared {
     manager: ConnectionManager,
     breaker: Mutex<Breaker>,
-    /// The last version that was read, by worker.
+    /// The last version read, by worker.
     last_seen: Mutex<HashMap<String, u64>>,
-    /// Tags that are yet to be invalidated, by worker.
+    /// Tags still to be invalidated, by worker.
     pending: Mutex<HashMap<String, BTreeSet<String>>>,
     has_pending: AtomicBool,
-    /// Whoever pays.
+    /// Held by the task that flushes pending invalidations.
     flushing: tokio::sync::Mutex<()>,
     metrics: Arc<Metrics>,
 }
@@ -59,22 +62,22 @@ static GET: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("get.lu
 static INVALIDATE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("invalidate.lua")));
 static STORE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("store.lua")));
 
-/// A value as it is kept there.
+/// A value as stored in Redis.
 pub(super) struct SharedEntry {
     value: Bytes,
     tags: Vec<String>,
     age: Duration,
-    /// How long it goes on being as good as new, and being an answer.
+    /// The remaining time for which it is fresh, and for which it is served.
     fresh_for: Duration,
     expires_in: Duration,
 }
 
-/// A value to be kept.
+/// A value to store.
 #[derive(Clone)]
 pub(super) struct SharedPut {
     key: String,
     value: Bytes,
-    /// One a line.
+    /// One tag per line.
     tags: String,
     loaded_at: Instant,
     fresh_until: Instant,
@@ -95,7 +98,8 @@ impl SharedPut {
 }
 
 impl SharedEntry {
-    /// The same value in this process, read after the point `read_version`. Hosts do not all lose it at the same time.
+    /// The same value in this process, read after `read_version`. With jitter, so that hosts do not
+    /// expire it at the same time.
     pub fn into_entry(self, read_version: u64) -> Entry {
         let now = Instant::now();
         let fresh = jittered(self.fresh_for);
@@ -110,7 +114,7 @@ impl SharedEntry {
     }
 }
 
-/// Everything of a worker has the same hash tag, so that it stands on one server of a cluster.
+/// A Redis key. All keys of a worker have the same hash tag, so they are on one node of a cluster.
 fn redis_key(worker: &str, rest: &str) -> String {
     format!("oncely:{{{worker}}}:{rest}")
 }
@@ -118,14 +122,14 @@ fn redis_key(worker: &str, rest: &str) -> String {
 impl Shared {
     pub fn open(url: &CacheUrl, metrics: Arc<Metrics>) -> anyhow::Result<Self> {
         let client = redis::Client::open(url.reveal())
-            .with_context(|| format!("understand {}", url.redacted()))?;
+            .with_context(|| format!("parse {}", url.redacted()))?;
         let config = ConnectionManagerConfig::new()
             .set_connection_timeout(Some(CONNECT_TIMEOUT))
             .set_response_timeout(Some(RESPONSE_TIMEOUT))
             .set_number_of_retries(0);
         let manager = client
             .get_connection_manager_lazy(config)
-            .with_context(|| format!("use {}", url.redacted()))?;
+            .with_context(|| format!("connect to {}", url.redacted()))?;
         Ok(Shared {
             manager,
             breaker: Mutex::new(Breaker::new(Instant::now())),
@@ -142,7 +146,7 @@ impl Shared {
         lock(&self.breaker).state() == State::Closed && !self.has_pending.load(Ordering::Acquire)
     }
 
-    /// The last version that was read; there may be a later one.
+    /// The last version read; there may be a later one.
     pub fn last_seen(&self, worker: &str) -> u64 {
         lock(&self.last_seen)
             .get(worker)
@@ -150,7 +154,7 @@ impl Shared {
             .unwrap_or_default()
     }
 
-    /// The value of a key, if it is valid, and the version before anything else is read.
+    /// The value of a key, if it is valid, and a version from before any other read.
     pub async fn get(&self, key: &CacheKey) -> (Option<SharedEntry>, u64) {
         type Reply = (
             u64,
@@ -185,8 +189,8 @@ impl Shared {
         (found, version)
     }
 
-    /// Invalidates tags, then keeps values that a transaction put, which it read when the version was `read_version`. The invalidation
-    /// `id` is applied once. What cannot be done now is pending.
+    /// Invalidates tags, then stores the values of a transaction, which it read at `read_version`.
+    /// The invalidation `id` is applied once. On failure the tags stay pending.
     pub async fn commit(
         &self,
         worker: &str,
@@ -218,7 +222,7 @@ impl Shared {
         self.store(worker, puts, version).await;
     }
 
-    /// Keeps values that were read when the version was `read_version`, as far as they are still valid.
+    /// Stores values that were read at `read_version` and are still valid.
     pub async fn store(&self, worker: &str, puts: Vec<SharedPut>, read_version: u64) {
         let mut puts = puts.into_iter().peekable();
         while puts.peek().is_some() {
@@ -274,7 +278,8 @@ impl Shared {
         script
     }
 
-    /// Whether to try: it answers, as far as is known, and nothing is pending. Pays what is.
+    /// Whether a request can be made: the circuit breaker permits it and no invalidation is
+    /// pending. Flushes pending ones.
     async fn is_ready(&self) -> bool {
         let permit = lock(&self.breaker).permit(Instant::now());
         permit == Permit::Granted
@@ -291,7 +296,7 @@ impl Shared {
         self.has_pending.store(true, Ordering::Release);
     }
 
-    /// Applies the invalidations that are pending; false when there are still some.
+    /// Applies pending invalidations; false if some remain.
     async fn flush_pending(&self) -> bool {
         let Ok(_flushing) = self.flushing.try_lock() else {
             lock(&self.breaker).inconclusive(Instant::now());
@@ -327,8 +332,8 @@ impl Shared {
         }
     }
 
-    /// Runs a script; none when that fails or takes too long. In a task, so that a connection is made even when nobody waits
-    /// for it any more.
+    /// Runs a script; `None` if it fails or takes too long. Runs in a task, so that a connection is
+    /// completed even after the caller has stopped waiting.
     async fn run<T>(&self, script: ScriptInvocation<'static>) -> Option<T>
     where
         T: redis::FromRedisValue + Send + 'static,
@@ -338,7 +343,7 @@ impl Shared {
         let why = match tokio::time::timeout(RESPONSE_TIMEOUT, task).await {
             Ok(Ok(Ok(answer))) => {
                 if lock(&self.breaker).succeeded() {
-                    tracing::info!("the shared cache answers again");
+                    tracing::info!("shared cache available again");
                 }
                 return Some(answer);
             }
@@ -350,7 +355,7 @@ impl Shared {
         let mut breaker = lock(&self.breaker);
         let was_closed = breaker.state() == State::Closed;
         if breaker.failed(Instant::now(), rand::random(), &why) && was_closed {
-            tracing::warn!("the shared cache is not used for the moment: {why}");
+            tracing::warn!(error = why, "shared cache unavailable, not used for now");
         }
         None
     }

@@ -1,4 +1,5 @@
-//! Single flight: of all who miss a key at the same time one looks and loads, and the others wait for what comes of it.
+//! Single flight: of all concurrent misses of a key one caller loads, and the others wait for its
+//! outcome.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,27 +19,27 @@ struct InFlight {
     by_key: HashMap<CacheKey, (u64, FlightWaiter)>,
 }
 
-/// What came of a flight.
+/// The outcome of a flight.
 #[derive(Debug, Clone)]
 pub(super) enum LoadOutcome {
     Cached(Arc<Entry>, Layer),
-    /// For the first passenger alone.
+    /// For the leader alone.
     Uncached(Bytes),
     Failed(LoadError),
 }
 
-/// A place on the flight of a key.
+/// The role of a caller in the flight of a key.
 pub(super) enum FlightRole {
-    /// There was none: whoever has this sees to it.
+    /// No flight was open: the caller has to fetch or load.
     Leader(SingleFlightGuard, FlightWaiter),
     Follower(FlightWaiter),
 }
 
-/// The end of a flight as its passengers see it.
+/// Waits for the outcome of a flight.
 #[derive(Clone)]
 pub(super) struct FlightWaiter(watch::Receiver<Option<LoadOutcome>>);
 
-/// A flight that is under way until this lands or is dropped.
+/// An open flight, which ends with [`SingleFlightGuard::finish`] or on drop.
 pub(super) struct SingleFlightGuard {
     single_flight: SingleFlight,
     key: CacheKey,
@@ -71,7 +72,8 @@ impl SingleFlight {
 }
 
 impl SingleFlightGuard {
-    /// Ends the flight. What it brought is kept by now, so whoever comes from here on finds it or begins another one.
+    /// Ends the flight. Its value is stored by now, so a later caller finds it or opens another
+    /// flight.
     pub fn finish(self, outcome: LoadOutcome) {
         self.remove();
         self.sender.send_replace(Some(outcome));
@@ -100,7 +102,10 @@ impl Drop for SingleFlightGuard {
 }
 
 impl FlightWaiter {
-    /// Waits for the end. An error when the load panicked.
+    /// Waits for the outcome.
+    ///
+    /// # Errors
+    /// The load panicked.
     pub async fn wait(&mut self) -> Result<LoadOutcome, LoadError> {
         match self
             .0
@@ -110,7 +115,7 @@ impl FlightWaiter {
         {
             Ok(Some(outcome)) => Ok(outcome),
             _ => Err(LoadError(Arc::new(anyhow::anyhow!(
-                "the load of a cached value did not end properly"
+                "the load of a cached value panicked"
             )))),
         }
     }

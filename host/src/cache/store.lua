@@ -1,15 +1,17 @@
--- Keeps values of a worker that are still valid.
--- ARGV: how its names begin, its version before they were read, and of each value: its name, in milliseconds what is left of
--- its ttl, its ttl, how much of that it is stale; its tags (one a line), and itself.
--- Answers: the version.
+-- Stores values of a worker that are still valid.
+-- ARGV: the worker's key prefix; its version before they were read. Then for each value: its key;
+-- in milliseconds the remaining ttl, the full ttl and the stale part of it; its tags (one a line);
+-- the value.
+-- Returns the version.
 local name, read_version = ARGV[1], tonumber(ARGV[2])
 local version = redis.call('GET', name .. 'version') or '0'
--- A version that is lower than it was is that of a store that lost everything, invalidations included.
+-- A version lower than before means that the store lost all data, invalidations included.
 if read_version > tonumber(version) then
     return version
 end
 
--- Sees to it that there is a version for a tag, for as long as the value lives. False when the tag was invalidated.
+-- Ensures that a tag has a version for as long as the value lives. False if the tag was
+-- invalidated.
 local function is_valid(tag, ms)
     local tag_key = name .. 't:' .. tag
     local number = redis.call('GET', tag_key)

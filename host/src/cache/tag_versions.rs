@@ -1,7 +1,7 @@
-//! When tags were invalidated in this process, counted in invalidations.
+//! Tag versions: the last invalidation of each tag in this process, counted in invalidations.
 //!
-//! A value remembers how many there had been before its load started, and is valid as long as none of its tags was invalidated
-//! after that. So nobody has to know a value's tags before it is loaded.
+//! A value records the count before its load started. It is valid as long as none of its tags was
+//! invalidated after that. Its tags therefore need not be known before the load.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -10,7 +10,8 @@ use super::CacheKey;
 use super::local::Entry;
 use crate::model::cache_writes::EVERYTHING;
 
-/// How many tags are remembered. With more, the older half is forgotten, and with it everything that is as old.
+/// How many tags are remembered. Beyond that the older half is evicted, and all values as old as
+/// that become invalid.
 const TAG_VERSIONS_MAX: usize = 200_000;
 
 #[derive(Default)]
@@ -18,9 +19,9 @@ pub(super) struct TagVersions(RwLock<Inner>);
 
 #[derive(Default)]
 struct Inner {
-    /// How many invalidations there have been.
+    /// The number of invalidations so far.
     current: u64,
-    /// What was read before this is invalid, whatever its tags.
+    /// Everything read before this is invalid, whatever its tags.
     valid_from: u64,
     /// The last invalidation of each tag, by worker.
     by_worker: HashMap<String, HashMap<String, u64>>,
@@ -28,12 +29,12 @@ struct Inner {
 }
 
 impl TagVersions {
-    /// A point in the order of invalidations.
+    /// The current point in the order of invalidations.
     pub fn current(&self) -> u64 {
         self.read().current
     }
 
-    /// Whether none of `tags` was invalidated later.
+    /// Whether none of `tags` was invalidated after `read_version`.
     pub fn is_valid(&self, worker: &str, tags: &[String], read_version: u64) -> bool {
         self.read().is_valid(worker, tags, read_version)
     }
@@ -43,8 +44,8 @@ impl TagVersions {
         self.write().invalidate(worker, tags);
     }
 
-    /// Lets `puts` of a transaction pass its own invalidations: those that are valid before them are valid after them, the
-    /// others are out. At once, so that nobody else's invalidation can slip in between.
+    /// Invalidates tags and keeps the `puts` of the same transaction that were valid before; the
+    /// others are removed. One lock covers both, so that no other invalidation can fall in between.
     pub fn invalidate_keeping(
         &self,
         worker: &str,
@@ -59,7 +60,7 @@ impl TagVersions {
         }
     }
 
-    /// Makes everything invalid that was read before.
+    /// Invalidates everything read before.
     pub fn invalidate_all(&self) {
         let mut inner = self.write();
         let current = inner.current + 1;

@@ -1,4 +1,5 @@
-//! `oncely build`: make the components of a manifest, and check all of a deployment that needs no host.
+//! `oncely build`: builds the components of a manifest, and checks all parts of a deployment that
+//! need no host.
 
 use std::path::{Path, PathBuf};
 
@@ -13,20 +14,20 @@ use crate::guest::check_kind;
 use crate::ingress::check_routes;
 use crate::model::hint::WithHint;
 
-/// Builds the components of a manifest without deploying them, and checks them as a deployment would.
+/// Build the components of a manifest without deploying them, and check them like a deployment.
 #[derive(Debug, Args)]
 pub struct Build {
-    /// Manifests, or folders that hold an oncely.toml.
+    /// Build these manifests, or folders that contain an oncely.toml.
     #[arg(default_value = ".")]
     manifests: Vec<PathBuf>,
     #[command(flatten)]
     toolchain: ToolchainArg,
 }
 
-/// Which toolchain builds the crates of a manifest.
+/// The toolchain that builds the crates of a manifest.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct ToolchainArg {
-    /// Build crates with this toolchain. Default: the best that is installed.
+    /// Build crates with this toolchain. Default: the best installed one.
     #[arg(long, env = TOOLCHAIN_VARIABLE, value_name = "NAME")]
     toolchain: Option<Target>,
 }
@@ -50,14 +51,18 @@ impl Build {
     }
 }
 
-/// A component on this machine that a host would look at further.
+/// A component on this machine that the host has not checked yet.
 pub struct BuiltComponent {
     pub path: PathBuf,
     pub wasm: Vec<u8>,
 }
 
 impl BuiltComponent {
-    /// Builds a worker's component where the manifest says how, reads it, and checks its form, its handler and its imports.
+    /// Builds the component of a worker if the manifest has a build step, reads it, and checks its
+    /// form, its handler and its imports.
+    ///
+    /// # Errors
+    /// The build failed, or the component is not a valid worker.
     pub fn build(entry: &WorkerEntry, with: ToolchainArg) -> Result<BuiltComponent> {
         let path = build_or_locate(entry, with)?;
         let built = BuiltComponent {
@@ -70,7 +75,7 @@ impl BuiltComponent {
         Ok(built)
     }
 
-    /// The first sentence of an error about the component.
+    /// The outermost message of an error about the component.
     pub fn error_context(&self, entry: &WorkerEntry) -> String {
         format!(
             "the component of worker {}, {}, cannot be deployed",
@@ -80,7 +85,7 @@ impl BuiltComponent {
     }
 }
 
-/// Builds a worker's component where the manifest says how, and returns where it is.
+/// Builds the component of a worker if the manifest has a build step, and returns its path.
 fn build_or_locate(entry: &WorkerEntry, with: ToolchainArg) -> Result<PathBuf> {
     let name = &entry.worker.name;
     match &entry.source {
@@ -102,10 +107,12 @@ fn build_or_locate(entry: &WorkerEntry, with: ToolchainArg) -> Result<PathBuf> {
             }
             if !path.exists() {
                 return Err(anyhow::anyhow!(
-                    "the component of worker {name} is not at {}",
+                    "the component of worker {name} does not exist at {}",
                     path.display()
                 ))
-                .hint("build it, or put the command that does into the manifest: build = \"...\"");
+                .hint(
+                    "build it, or set the command that builds it in the manifest: build = \"...\"",
+                );
             }
             Ok(path.clone())
         }
@@ -117,7 +124,7 @@ fn run_command(command: &str, folder: &Path, worker: &str) -> Result<()> {
     let status = std::process::Command::new("sh")
         .args(["-c", command])
         .current_dir(folder)
-        // What it says is news, not data.
+        // Its output is progress, not data.
         .stdout(std::io::stderr())
         .status()
         .with_context(|| format!("run `{command}`"))?;

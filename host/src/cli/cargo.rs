@@ -1,8 +1,11 @@
-//! Turns a Rust crate into a component with whichever WebAssembly toolchain this machine has.
+//! Builds a Rust crate into a component, with a WebAssembly toolchain of this machine.
 //!
-//! There are three, the best first: `wasm32-wasip2` of rustup yields a component; `wasm32-unknown-unknown` yields a core
-//! module that is wrapped here; and where neither can be installed but the standard library's source is there (as with
-//! Debian's `rustc-web`, `cargo-web` and `rust-web-src`), that library is compiled as well, once.
+//! There are three, best first:
+//!
+//! - `wasm32-wasip2` of rustup builds a component.
+//! - `wasm32-unknown-unknown` of rustup builds a core module, which is wrapped here.
+//! - With only the source of the standard library, that library is compiled as well, once. Debian
+//!   has it in `rustc-web`, `cargo-web` and `rust-web-src`.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -18,13 +21,14 @@ use crate::model::hint::WithHint;
 
 /// Compiles the crate in `crate_dir` to a component and writes it to `out`.
 ///
-/// The crate is a library with `crate-type = ["cdylib"]`. Without `target`, the best toolchain that is installed builds
-/// it. Cargo's output is handed to `progress` line by line. Everything built lies in `oncely-guests` under the crate's
-/// target folder, apart from native builds, so a second build of an unchanged crate takes about as long as asking cargo.
+/// The crate is a library with `crate-type = ["cdylib"]`. Without `target`, the best installed
+/// toolchain builds it. The output of cargo is passed to `progress` line by line. All build
+/// products are in `oncely-guests` under the target folder of the crate, apart from native builds.
+/// So a second build of an unchanged crate takes hardly longer than a call of cargo.
 ///
 /// # Errors
-/// No toolchain for WebAssembly is installed, the crate does not compile or is not a `cdylib`, or its exports make no
-/// component. The hint names the other toolchains that are installed.
+/// No toolchain for WebAssembly is installed, the crate does not compile or is not a `cdylib`, or
+/// its exports do not form a component. The hint lists the other installed toolchains.
 pub fn build_component(
     crate_dir: &Path,
     out: &Path,
@@ -44,7 +48,7 @@ pub fn build_component(
     write_if_changed(out, &component)
 }
 
-/// The bytes of the component that a toolchain makes of a crate.
+/// The bytes of the component that a toolchain builds from a crate.
 fn compile(
     toolchain: &Toolchain,
     manifest: &Path,
@@ -59,7 +63,8 @@ fn compile(
     }
 }
 
-/// A build that failed may be the toolchain's doing, so the hint names the others that are installed.
+/// Adds a hint with the other installed toolchains: a failed build may be the fault of the
+/// toolchain.
 fn with_alternatives_hint<T>(
     error: anyhow::Error,
     failed: &Toolchain,
@@ -83,7 +88,7 @@ fn with_alternatives_hint<T>(
     }
 }
 
-/// The environment variable that names a toolchain for every command that builds crates.
+/// The environment variable that selects a toolchain, for every command that builds crates.
 pub const TOOLCHAIN_VARIABLE: &str = "ONCELY_TOOLCHAIN";
 
 /// A cargo and a rustc that can build for a WebAssembly target.
@@ -94,7 +99,7 @@ struct Toolchain {
     target: Target,
 }
 
-/// A toolchain for WebAssembly, by the name that commands take.
+/// A toolchain for WebAssembly, by its name on the command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Target {
     /// The target wasm32-wasip2, as rustup installs it.
@@ -103,7 +108,7 @@ pub enum Target {
     /// The target wasm32-unknown-unknown, as rustup installs it.
     #[value(name = "wasm32-unknown-unknown")]
     Unknown,
-    /// The target wasm32-unknown-unknown, with a standard library compiled from its source.
+    /// The target wasm32-unknown-unknown, with a standard library compiled from source.
     #[value(name = "std-from-source")]
     StdFromSource,
 }
@@ -121,7 +126,7 @@ impl fmt::Display for Target {
 impl Target {
     const BEST_FIRST: [Target; 3] = [Target::Wasip2, Target::Unknown, Target::StdFromSource];
 
-    /// The toolchains that can build the crate on this machine, the best first.
+    /// The toolchains that can build the crate on this machine, best first.
     pub fn installed(crate_dir: &Path) -> Vec<Target> {
         Self::BEST_FIRST
             .into_iter()
@@ -136,7 +141,7 @@ impl Target {
         }
     }
 
-    /// The command that installs it.
+    /// The command that installs the toolchain.
     fn install_command(self) -> &'static str {
         match self {
             Target::Wasip2 => "rustup target add wasm32-wasip2",
@@ -145,7 +150,7 @@ impl Target {
         }
     }
 
-    /// The command that installs another.
+    /// The command that installs another toolchain.
     fn alternative_install_command(self) -> &'static str {
         match self {
             Target::Wasip2 => Target::Unknown.install_command(),
@@ -155,7 +160,7 @@ impl Target {
 }
 
 impl Toolchain {
-    /// The toolchain that was asked for, or else the best that is installed.
+    /// The requested toolchain, or else the best that is installed.
     fn find(crate_dir: &Path, wanted: Option<Target>) -> Result<Self> {
         if let Some(target) = wanted {
             return Self::installed(target, crate_dir)
@@ -204,7 +209,8 @@ impl Toolchain {
         }
     }
 
-    /// What rustc prints, asked in the crate's folder so that its `rust-toolchain.toml` counts.
+    /// The output of rustc, run in the folder of the crate so that its `rust-toolchain.toml`
+    /// applies.
     fn rustc_output(&self, crate_dir: &Path, args: &[&str]) -> Option<String> {
         let output = clean_command(&self.rustc)
             .args(args)
@@ -217,7 +223,7 @@ impl Toolchain {
             .then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
     }
 
-    /// Compilers of two versions would undo each other's work in one folder.
+    /// A folder of its own: two compiler versions would invalidate each other's artifacts.
     fn target_subdir(&self, folder: &Path) -> PathBuf {
         match self.target {
             Target::Wasip2 | Target::Unknown => folder.to_owned(),
@@ -225,14 +231,14 @@ impl Toolchain {
         }
     }
 
-    /// Cargo of this toolchain, set up for the target.
+    /// The cargo command of this toolchain, set up for the target.
     fn cargo(&self) -> Command {
         let mut cargo = clean_command(&self.cargo);
         if self.rustc.is_absolute() {
             cargo.env("RUSTC", &self.rustc);
         }
         if self.target == Target::StdFromSource {
-            // Building the standard library is for nightly compilers only, unless one insists.
+            // Stable compilers build the standard library only with this variable.
             cargo.env("RUSTC_BOOTSTRAP", "1");
             if let Some(linker) = wasm_linker() {
                 cargo.env("CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_LINKER", linker);
@@ -242,8 +248,10 @@ impl Toolchain {
     }
 }
 
-/// LLD, which links WebAssembly: on the PATH, or the one that rustup installs beside each compiler. Debian's compiler
-/// names a linker that Debian does not install with it.
+/// LLD, the linker for WebAssembly: from the PATH, or the one that rustup installs beside each
+/// compiler.
+///
+/// The compiler of Debian names a linker that Debian does not install with it.
 fn wasm_linker() -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let on_path = ["rust-lld", "wasm-ld"]
@@ -260,7 +268,8 @@ fn wasm_linker() -> Option<PathBuf> {
     })
 }
 
-/// A command without what an outer `cargo run` or `cargo test` sets for its own crate and target.
+/// A command without the variables that an outer `cargo run` or `cargo test` sets for its own
+/// crate.
 fn clean_command(program: &Path) -> Command {
     let mut command = Command::new(program);
     for (name, _) in std::env::vars_os() {
@@ -296,8 +305,7 @@ fn is_outer_cargo_variable(name: &OsString) -> bool {
 /// `oncely-guests` under the target folder that cargo would use for this crate.
 fn target_dir(toolchain: &Toolchain, manifest: &Path) -> Result<PathBuf> {
     if let Some(dir) = std::env::var_os("CARGO_TARGET_DIR").filter(|dir| !dir.is_empty()) {
-        let dir =
-            std::path::absolute(dir).context("find the folder that CARGO_TARGET_DIR names")?;
+        let dir = std::path::absolute(dir).context("find the folder in CARGO_TARGET_DIR")?;
         return Ok(toolchain.target_subdir(&dir.join("oncely-guests")));
     }
     let output = toolchain
@@ -319,7 +327,7 @@ fn target_dir(toolchain: &Toolchain, manifest: &Path) -> Result<PathBuf> {
         );
     }
     let metadata: Value =
-        serde_json::from_slice(&output.stdout).context("read what cargo metadata prints")?;
+        serde_json::from_slice(&output.stdout).context("parse the output of cargo metadata")?;
     let dir = metadata
         .get("target_directory")
         .and_then(Value::as_str)
@@ -327,7 +335,7 @@ fn target_dir(toolchain: &Toolchain, manifest: &Path) -> Result<PathBuf> {
     Ok(toolchain.target_subdir(&Path::new(dir).join("oncely-guests")))
 }
 
-/// Builds the crate and returns the path of its `.wasm`.
+/// Builds the crate, and returns the path of its `.wasm`.
 fn run_cargo(
     toolchain: &Toolchain,
     manifest: &Path,
@@ -348,7 +356,7 @@ fn run_cargo(
         .arg(manifest)
         .arg("--target-dir")
         .arg(target_dir);
-    // Components are stored in the database and compiled by every host: small is fast here.
+    // Components are stored in the database and compiled by every host, so small ones are better.
     cargo.args([
         "--config",
         "profile.release.opt-level='s'",
@@ -376,16 +384,16 @@ fn run_cargo(
         .context("take cargo's standard output")?;
     let stderr = child.stderr.take().context("take cargo's standard error")?;
 
-    // Both pipes are read at once: cargo would stop at a full one.
+    // Both pipes are read concurrently: cargo would block on a full one.
     let messages = std::thread::spawn(move || read_all(stdout));
     forward_lines(stderr, progress)?;
     let messages = messages
         .join()
-        .map_err(|_| anyhow!("reading what cargo prints failed"))??;
+        .map_err(|_| anyhow!("the output of cargo was not read"))??;
     let status = child.wait().context("wait for cargo")?;
     if !status.success() {
         bail!(
-            "cargo cannot build {}; its messages stand above",
+            "cargo cannot build {}; see its messages above",
             manifest.display()
         );
     }
@@ -395,11 +403,11 @@ fn run_cargo(
 fn read_all(mut pipe: impl Read) -> Result<String> {
     let mut text = String::new();
     pipe.read_to_string(&mut text)
-        .context("read what cargo prints")?;
+        .context("read the output of cargo")?;
     Ok(text)
 }
 
-/// Hands every line to `progress`.
+/// Passes every line to `progress`.
 fn forward_lines(stderr: ChildStderr, progress: &mut dyn FnMut(&str)) -> Result<()> {
     for line in BufReader::new(stderr).lines() {
         let line = line.context("read cargo's messages")?;
@@ -410,21 +418,29 @@ fn forward_lines(stderr: ChildStderr, progress: &mut dyn FnMut(&str)) -> Result<
     Ok(())
 }
 
-/// The `.wasm` among the artifacts cargo reports, that of this crate and not of one it depends on.
+/// The `.wasm` of this crate among the artifacts that cargo reports. Those of its dependencies are
+/// ignored.
 fn find_artifact(messages: &str, manifest: &Path) -> Result<PathBuf> {
     messages
         .lines()
         .filter_map(|line| serde_json::from_str::<Value>(line).ok())
         .filter(|message| text(message, "reason") == Some("compiler-artifact"))
-        .filter(|message| text(message, "manifest_path").is_some_and(|path| Path::new(path) == manifest))
+        .filter(|message| {
+            text(message, "manifest_path").is_some_and(|path| Path::new(path) == manifest)
+        })
         .filter_map(|message| {
             let files = message.get("filenames")?.as_array()?;
-            files.iter().filter_map(Value::as_str).find(|file| file.ends_with(".wasm")).map(PathBuf::from)
+            files
+                .iter()
+                .filter_map(Value::as_str)
+                .find(|file| file.ends_with(".wasm"))
+                .map(PathBuf::from)
         })
         .next_back()
         .with_context(|| {
             format!(
-                "{} builds no WebAssembly\nhint: add these lines to it:\n[lib]\ncrate-type = [\"cdylib\"]",
+                "{} builds no WebAssembly\n\
+                 hint: add these lines to it:\n[lib]\ncrate-type = [\"cdylib\"]",
                 manifest.display()
             )
         })
@@ -434,18 +450,16 @@ fn text<'v>(value: &'v Value, field: &str) -> Option<&'v str> {
     value.get(field).and_then(Value::as_str)
 }
 
-/// Wraps a core module into the component that the bindings compiled into it describe.
+/// Wraps a core module into a component, by the bindings compiled into it.
 fn encode_component(module: &[u8]) -> Result<Vec<u8>> {
     wit_component::ComponentEncoder::default()
         .validate(true)
         .module(module)
         .and_then(|mut encoder| encoder.encode())
-        .context(
-            "make a component of the compiled module; does the crate call oncely_guest::handler!?",
-        )
+        .context("convert the compiled module into a component (is oncely_guest::handler! called?)")
 }
 
-/// Puts `bytes` at `path` in one step, and leaves the file alone when they are there already.
+/// Writes `bytes` to `path` in one step. A file with this content already is left unchanged.
 fn write_if_changed(path: &Path, bytes: &[u8]) -> Result<()> {
     if std::fs::read(path).is_ok_and(|there| there == bytes) {
         return Ok(());

@@ -1,4 +1,5 @@
-//! How the CLI reaches a host: its control API, found by flag, by environment or by the file a host leaves.
+//! The client of a host's control API, which is found by flag, by environment or by the file of a
+//! host.
 
 use std::path::{Path, PathBuf};
 
@@ -12,19 +13,20 @@ use super::exit::Exit;
 use crate::api::ErrorResponse;
 use crate::model::hint::WithHint;
 
-/// The file in a host's data folder that says how to reach it.
+/// The file in the data folder of a host with its address and its token.
 pub const HOST_FILE: &str = "host.json";
 
-/// The data folder unless a flag says otherwise.
+/// The default data folder.
 pub const DATA_DIR: &str = ".oncely";
 
-/// Which host to talk to.
+/// The host that a command uses.
 #[derive(Debug, Clone, Args)]
 pub struct HostArgs {
-    /// The host's control API, such as http://127.0.0.1:7420. Default: the host whose .oncely folder is here or above.
+    /// Use the control API of this host, such as http://127.0.0.1:7420. Default: the host whose
+    /// .oncely folder is here or in a parent folder.
     #[arg(long, env = "ONCELY_HOST", value_name = "URL", global = true)]
     pub host: Option<String>,
-    /// The host's token.
+    /// Use this token of the host.
     #[arg(
         long,
         env = "ONCELY_TOKEN",
@@ -35,13 +37,13 @@ pub struct HostArgs {
     pub token: Option<String>,
 }
 
-/// How to reach a running host.
+/// The address and the token of a running host.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct HostFile {
     /// The control API.
     pub url: String,
     pub token: String,
-    /// Where requests over HTTP are taken; none for nowhere.
+    /// The address of the ingress; none without one.
     #[serde(default)]
     pub http: Option<String>,
     /// The NATS server it is connected to.
@@ -52,22 +54,21 @@ pub struct HostFile {
 }
 
 impl HostFile {
-    /// Writes the file for this user's eyes only.
+    /// Writes the file, readable for this user only: it contains the token.
     pub fn write(&self, data_dir: &Path) -> Result<()> {
         use std::os::unix::fs::PermissionsExt;
-        let text =
-            serde_json::to_string_pretty(self).context("write down how to reach the host")?;
-        let file =
-            tempfile::NamedTempFile::new_in(data_dir).context("make a file in the data folder")?;
+        let text = serde_json::to_string_pretty(self).context("write the host file")?;
+        let file = tempfile::NamedTempFile::new_in(data_dir)
+            .context("create a file in the data folder")?;
         std::fs::set_permissions(file.path(), std::fs::Permissions::from_mode(0o600))
             .context("protect the token")?;
-        std::fs::write(file.path(), text).context("write down how to reach the host")?;
+        std::fs::write(file.path(), text).context("write the host file")?;
         file.persist(data_dir.join(HOST_FILE))
-            .context("write down how to reach the host")?;
+            .context("write the host file")?;
         Ok(())
     }
 
-    /// Removes the file of this process; that of another one stays.
+    /// Removes the file of this process. The file of another process stays.
     pub fn remove(data_dir: &Path) {
         let path = data_dir.join(HOST_FILE);
         let own = std::fs::read_to_string(&path)
@@ -78,7 +79,7 @@ impl HostFile {
         }
     }
 
-    /// The file of the nearest host: in `.oncely` of this folder or of one above it.
+    /// The file of the nearest host: in `.oncely` of this folder or of a parent folder.
     pub fn nearest() -> Option<HostFile> {
         let here = std::env::current_dir().ok()?;
         let found = here
@@ -97,7 +98,10 @@ pub struct Client {
 }
 
 impl Client {
-    /// Finds the host; says what to do when there is none.
+    /// Finds the host.
+    ///
+    /// # Errors
+    /// No host is known.
     pub fn find(args: &HostArgs) -> Result<Self> {
         let nearest = HostFile::nearest();
         let base = args
@@ -106,10 +110,10 @@ impl Client {
             .or_else(|| nearest.as_ref().map(|file| file.url.clone()));
         let Some(base) = base else {
             let why = format!(
-                "no host is known here: there is no {DATA_DIR}/{HOST_FILE} in this folder or above"
+                "no host is known here: no {DATA_DIR}/{HOST_FILE} in this folder or its parents"
             );
             return Err(Exit::Unreachable.with_message(why))
-                .hint("start one with: oncely dev   (or name one with --host and --token)");
+                .hint("start one with: oncely dev   (or set one with --host and --token)");
         };
         let token = args
             .token
@@ -141,7 +145,7 @@ impl Client {
             .await
     }
 
-    /// Bytes as they are.
+    /// Downloads bytes, unchanged.
     pub async fn download(&self, path: &str) -> Result<Vec<u8>> {
         Ok(self
             .response_body(self.request(Method::GET, path))
@@ -166,8 +170,7 @@ impl Client {
 
     async fn send<T: DeserializeOwned>(&self, request: reqwest::RequestBuilder) -> Result<T> {
         let body = self.response_body(request).await?;
-        serde_json::from_slice(&body)
-            .context("understand the host's answer (is it the same version?)")
+        serde_json::from_slice(&body).context("parse the host's answer (is it the same version?)")
     }
 
     async fn response_body(&self, request: reqwest::RequestBuilder) -> Result<bytes::Bytes> {
@@ -177,7 +180,9 @@ impl Client {
             .with_context(|| {
                 Exit::Unreachable.with_message(format!("reach the host at {}", self.base))
             })
-            .hint("start it with `oncely dev` or `oncely run`, or name another with --host")?;
+            .hint(
+                "start it with `oncely dev` or `oncely run`, or set another one with --host URL",
+            )?;
         let status = response.status();
         let body = response.bytes().await.context("read the host's answer")?;
         if status.is_success() {
@@ -198,7 +203,7 @@ impl Client {
     }
 }
 
-/// The host's error as it stood there: causes from the inside out, then the hints.
+/// The error as the host reported it: causes from the inside out, then the hints.
 fn from_error_response(error_response: ErrorResponse, exit: Exit) -> anyhow::Error {
     let mut causes = error_response.causes.into_iter().rev();
     let error = match causes.next() {
@@ -214,14 +219,14 @@ fn from_error_response(error_response: ErrorResponse, exit: Exit) -> anyhow::Err
         .fold(error, |error, hint| error.hint(hint))
 }
 
-/// The data folder, made when it is absent, open to this user alone.
+/// Creates the data folder if it is missing, accessible for this user only.
 pub fn make_data_dir(path: &Path) -> Result<PathBuf> {
     use std::os::unix::fs::DirBuilderExt;
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(path)
-        .with_context(|| format!("make the folder {}", path.display()))?;
+        .with_context(|| format!("create the folder {}", path.display()))?;
     path.canonicalize()
         .with_context(|| format!("find the folder {}", path.display()))
 }

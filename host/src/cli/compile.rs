@@ -1,4 +1,4 @@
-//! `oncely compile-component`: the process that a host starts to compile a component. Not for people.
+//! `oncely compile-component`: the process in which a host compiles a component. Not for people.
 
 use std::time::Duration;
 
@@ -7,13 +7,13 @@ use clap::Args;
 
 use crate::guest::compile_component;
 
-/// Compiles the component on standard input for a host, within limits.
+/// Compile the component on standard input for a host, within limits.
 #[derive(Debug, Args)]
 pub struct CompileComponent {
-    /// Processor time, in seconds.
+    /// Limit the processor time to this many seconds.
     #[arg(long, value_name = "SECONDS")]
     time: u64,
-    /// Address space, in bytes.
+    /// Limit the address space to this many bytes.
     #[arg(long, value_name = "BYTES")]
     memory: u64,
 }

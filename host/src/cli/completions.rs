@@ -1,4 +1,4 @@
-//! `oncely completions`: scripts that let a shell complete commands.
+//! `oncely completions`: scripts for shell completion.
 
 use anyhow::Result;
 use clap::{Args, CommandFactory};
@@ -6,10 +6,10 @@ use clap_complete::Shell;
 
 use super::{Cli, term};
 
-/// Print a script that completes commands in a shell.
+/// Print a completion script for a shell.
 #[derive(Debug, Args)]
 pub struct Completions {
-    /// The shell that runs the script.
+    /// Print the script for this shell.
     shell: Shell,
 }
 

@@ -1,4 +1,4 @@
-//! `oncely deploy` and `oncely rollback`: show the plan, then act.
+//! `oncely deploy`, `oncely rollback` and `oncely retire`.
 
 use std::path::PathBuf;
 
@@ -15,16 +15,18 @@ use crate::runtime::RetiredWorker;
 use crate::runtime::deploy::{Plan, Proposal};
 use crate::store::WorkerMigration;
 
-/// Builds, checks and deploys the workers of a manifest. Running hosts pick the new version up without a restart.
+/// Build, check and deploy the workers of a manifest.
+///
+/// Running hosts switch to the new version without a restart.
 #[derive(Debug, Args)]
 pub struct Deploy {
-    /// Manifests, or folders that hold an oncely.toml.
+    /// Deploy these manifests, or folders that contain an oncely.toml.
     #[arg(default_value = ".")]
     manifests: Vec<PathBuf>,
-    /// Show the plan and stop there.
+    /// Show the plan without executing it.
     #[arg(long)]
     dry_run: bool,
-    /// Do not wait until the hosts run the new version.
+    /// Skip the wait until the hosts run the new version.
     #[arg(long)]
     no_wait: bool,
     #[command(flatten)]
@@ -70,7 +72,7 @@ impl Deploy {
     }
 }
 
-/// What goes to the host beside the component.
+/// The proposal for the host, sent after the component.
 pub fn propose(
     manifest: &Manifest,
     entry: &WorkerEntry,
@@ -86,7 +88,7 @@ pub fn propose(
     })
 }
 
-/// Shows what a deployment changes.
+/// Prints the changes of a deployment.
 pub fn show_plan(plan: &Plan) {
     match (plan.from, plan.changes.is_empty()) {
         (Some(version), true) => term::note(format!(
@@ -104,14 +106,15 @@ pub fn show_plan(plan: &Plan) {
         .for_each(|line| term::note(format!("  {line}")));
 }
 
-/// Activates an earlier version of a worker.
+/// Activate an earlier version of a worker.
 #[derive(Debug, Args)]
 pub struct Rollback {
+    /// Roll back this worker.
     worker: String,
-    /// The version; the one before the active one when not given.
+    /// Activate this version. Default: the one before the active one.
     #[arg(long)]
     to: Option<u32>,
-    /// Do not wait until the hosts run that version.
+    /// Skip the wait until the hosts run that version.
     #[arg(long)]
     no_wait: bool,
     #[command(flatten)]
@@ -130,12 +133,15 @@ impl Rollback {
     }
 }
 
-/// Retires a worker: no host runs it any more, and its consumers leave their streams. Its versions, inbox and dead letters stay.
-/// Deployed again it begins with the oldest message that its stream still has, and skips the messages it has handled.
+/// Retire a worker: hosts stop running it, and its consumers are removed.
+///
+/// Its versions, inbox and dead letters stay. Deployed again, it starts with the oldest message on
+/// its stream and skips messages that it has handled.
 #[derive(Debug, Args)]
 pub struct Retire {
+    /// Retire this worker.
     worker: String,
-    /// Keep the consumers, and with them the place on the stream: messages go on to wait there.
+    /// Keep the consumers with their position on the stream; new messages wait there.
     #[arg(long)]
     keep_consumers: bool,
     #[command(flatten)]

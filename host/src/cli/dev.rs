@@ -1,4 +1,5 @@
-//! `oncely dev`: everything on this machine, with nothing set up before: SQLite, a nats-server child, your workers.
+//! `oncely dev`: all of Oncely on this machine without setup: SQLite, a child nats-server, your
+//! workers.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -20,36 +21,41 @@ use crate::config::manifest::{FILE_NAME, Manifest};
 use crate::config::{HTTP_ADDRESS, HostConfig, HostFlags, LISTEN_ADDRESS};
 use crate::runtime::deploy;
 
-/// How long the workers may take until their subscriptions are seen.
+/// How long the subscriptions of the workers may take.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Runs everything on this machine: SQLite in .oncely/, a nats-server of its own, and the workers of your manifests.
+/// Run a host with all it needs on this machine.
+///
+/// It uses SQLite in .oncely/ and a nats-server of its own, and deploys the workers of your
+/// manifests.
 #[derive(Debug, Args)]
 pub struct Dev {
-    /// Manifests to deploy, or folders that hold an oncely.toml. Default: this folder's, if there is one.
+    /// Deploy these manifests, or folders that contain an oncely.toml. Default: the manifest of
+    /// this folder, if there is one.
     manifests: Vec<PathBuf>,
-    /// Where everything is kept.
+    /// Store all data in this folder.
     #[arg(long, default_value = DATA_DIR, value_name = "FOLDER")]
     data_dir: PathBuf,
-    /// Use this NATS server rather than a child.
+    /// Use this NATS server instead of a child nats-server.
     #[arg(long, value_name = "URL", conflicts_with = "nats_port")]
     nats: Option<String>,
-    /// Make the streams and consumers of this other installation, which is gone for good, this one's.
+    /// Take over the streams and consumers of this other installation, which no longer exists.
     #[arg(long, value_name = "ID")]
     take_over: Option<String>,
-    /// The port of the nats-server child. Default: the one it had before, else a free one.
+    /// Set the port of the child nats-server. Default: its previous port, else a free one.
     #[arg(long, value_name = "PORT")]
     nats_port: Option<u16>,
-    /// Use this database rather than SQLite in the data folder.
+    /// Use this database instead of SQLite in the data folder.
     #[arg(long, value_name = "URL")]
     database: Option<String>,
-    /// Where the control API listens. Default: 127.0.0.1:7420, or a free port if that is taken.
+    /// Set the address of the control API. Default: 127.0.0.1:7420, or a free port if that is
+    /// taken.
     #[arg(long, value_name = "ADDRESS")]
     listen: Option<String>,
-    /// Where requests over HTTP are taken. Default: 127.0.0.1:7480, or a free port if that is taken.
+    /// Set the address for HTTP requests. Default: 127.0.0.1:7480, or a free port if that is taken.
     #[arg(long, value_name = "ADDRESS")]
     http: Option<String>,
-    /// Subjects that POST /publish/SUBJECT may publish to, separated by commas.
+    /// Allow POST /publish/SUBJECT for these subjects, separated by commas.
     #[arg(long, value_name = "SUBJECTS")]
     http_publish: Option<String>,
     #[command(flatten)]
@@ -106,7 +112,7 @@ impl Dev {
         host_process.run_until_stopped(signals).await
     }
 
-    /// Deploys what the manifests say, waits until it runs, and tells where.
+    /// Deploys the manifests, waits until their workers run, and prints the addresses.
     async fn deploy_all(
         &self,
         host_process: &HostProcess,
@@ -124,7 +130,7 @@ impl Dev {
         print_addresses(host_process, config).await
     }
 
-    /// The manifests named, or the one of this folder.
+    /// The manifests on the command line, or the one of this folder.
     fn manifests(&self) -> Result<Vec<Manifest>> {
         let current_dir = [PathBuf::from(".")];
         let use_current_dir = self.manifests.is_empty() && Path::new(FILE_NAME).exists();
@@ -143,7 +149,7 @@ impl Dev {
         let server = EmbeddedServer::start(data_dir, self.nats_port).await?;
         if server.was_running() {
             term::note(format!(
-                "the nats-server of the run before is still there: {}",
+                "using the nats-server of the previous run, which is still running: {}",
                 server.url()
             ));
         }
@@ -168,7 +174,7 @@ impl Dev {
 
     async fn listener(&self, config: &HostConfig) -> Result<TcpListener> {
         match listen(config).await {
-            // Another `oncely dev` runs, in another folder: two are no problem.
+            // Another `oncely dev` may run in another folder.
             Err(_) if config.listen == LISTEN_ADDRESS.parse()? => {
                 TcpListener::bind((config.listen.ip(), 0))
                     .await
@@ -191,7 +197,7 @@ impl Dev {
     }
 }
 
-/// Builds and deploys the workers of a manifest in this very process.
+/// Builds and deploys the workers of a manifest in this process.
 async fn deploy_in_process(
     host_process: &HostProcess,
     manifest: &Manifest,
@@ -217,7 +223,7 @@ async fn deploy_in_process(
     Ok(())
 }
 
-/// Says where everything is.
+/// Prints the addresses and the workers.
 async fn print_addresses(host_process: &HostProcess, config: &HostConfig) -> Result<()> {
     term::data(term::details([
         ("control API", format!("http://{}", host_process.address)),

@@ -1,32 +1,34 @@
-//! Exit codes, and the errors that choose one.
+//! Exit codes, and the errors that select one.
 
 use std::fmt;
 use std::process::ExitCode;
 
 use crate::model::hint;
 
-/// How a command ended; scripts can rely on the numbers.
+/// The exit code of a command. The numbers are stable for scripts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Exit {
-    /// It did what was asked.
+    /// The command succeeded.
     Success = 0,
-    /// It failed; the error says why.
+    /// The command failed.
     Failure = 1,
-    /// The command line, the manifest or the configuration is wrong: nothing was tried.
+    /// The command line, the manifest or the configuration is invalid. Nothing was executed.
     Usage = 2,
-    /// What was asked for is not there: a worker, a version, a dead letter.
+    /// The requested worker, version or dead letter does not exist.
     NotFound = 3,
-    /// The host, its database or NATS cannot be reached; the same command may work later.
+    /// The host, its database or NATS is unreachable; the same command may succeed later.
     Unreachable = 4,
-    /// What was replayed is not as it is on record.
+    /// The replay diverges from its recording.
     Diverged = 5,
-    /// The record of what was replayed ends before the failure: up to there it is the same.
+    /// The recording was cut before the failure; the replay matches up to there.
     Truncated = 6,
 }
 
-/// A sentence that ends a command with an exit code. It can be an error of its own, or the context of another:
-/// `Err(Exit::NotFound.with_message("no worker is called x").into())`, `.context(Exit::Unreachable.with_message("reach the host"))`.
+/// An error message with an exit code.
+///
+/// It can be an error of its own, or the context of another: `Err(Exit::NotFound.with_message("no
+/// worker is called x").into())`, `.context(Exit::Unreachable.with_message("reach the host"))`.
 #[derive(Debug)]
 pub struct ExitError {
     exit: Exit,
@@ -34,7 +36,7 @@ pub struct ExitError {
 }
 
 impl Exit {
-    /// Says why a command ends like this.
+    /// Attaches a message to the exit code.
     pub fn with_message(self, message: impl Into<String>) -> ExitError {
         ExitError {
             exit: self,
@@ -42,7 +44,7 @@ impl Exit {
         }
     }
 
-    /// How a command ends that failed with `error`.
+    /// The exit code of a command that failed with `error`.
     pub fn from_error(error: &anyhow::Error) -> Exit {
         hint::find_cause::<ExitError>(error).map_or(Exit::Failure, |error| error.exit)
     }

@@ -1,12 +1,14 @@
-//! JSON for people: indented, and otherwise as it was received. Numbers keep their digits, members their order, and doubled
-//! members are both there, none of which is true of a value that was read and written again.
+//! JSON for people: indented, and otherwise unchanged.
+//!
+//! Numbers keep their digits, fields keep their order, and duplicate fields stay. Parsing and
+//! serializing again would lose all three.
 
 use std::iter::Peekable;
 use std::str::Chars;
 
 use serde::de::IgnoredAny;
 
-/// Indents a text; none when it is no JSON.
+/// Indents a text; none when it is not JSON.
 pub fn indented(text: &[u8]) -> Option<String> {
     serde_json::from_slice::<IgnoredAny>(text).ok()?;
     let mut chars = std::str::from_utf8(text).ok()?.chars().peekable();

@@ -1,4 +1,4 @@
-//! Locks that keep two hosts from the same folder, and from the same SQLite file.
+//! Locks that prevent two hosts from using the same folder or the same SQLite file.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::Write;
@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use crate::config::Database;
 use crate::model::hint::WithHint;
 
-/// For how long a lock is tried: a process that was killed a moment ago may still be on its way out.
+/// How long a lock is retried: a killed process may still be exiting.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 
@@ -24,7 +24,7 @@ impl Lock {
         acquire(&path.join("lock"))
             .await
             .with_context(|| format!("use the data folder {}", path.display()))
-            .hint("stop the host that runs there, or give this one a folder of its own with --data-dir")
+            .hint("stop the host that runs there, or set another folder with --data-dir FOLDER")
     }
 
     /// Locks a database, if it is a file.
@@ -36,7 +36,7 @@ impl Lock {
             .await
             .map(Some)
             .with_context(|| format!("use the database {}", path.display()))
-            .hint("one host at a time works on a SQLite file; several share a PostgreSQL database")
+            .hint("stop the host that uses it, or use PostgreSQL, which several hosts can share")
     }
 }
 

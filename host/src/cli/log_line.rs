@@ -1,13 +1,15 @@
-//! Log lines: one event is one line, whatever stands in it. What workers and publishers wrote may hold line breaks and the
-//! terminal's control characters, and must not look like lines of the host.
+//! Log lines: one event is one line.
+//!
+//! Text from workers and publishers may contain line breaks and control characters. It must not
+//! resemble lines of the host.
 
 use std::io::{Result, Write};
 
-/// Writes each event as one line; control characters in it are shown as escapes.
+/// Writes each event as one line, with escaped control characters.
 pub struct SingleLineWriter<W>(pub W);
 
 impl<W: Write> Write for SingleLineWriter<W> {
-    /// Takes a whole event, as the subscriber writes it, with the line break at its end.
+    /// Writes one event, as the subscriber passes it, with the line break at its end.
     fn write(&mut self, event: &[u8]) -> Result<usize> {
         let (line, end) = match event.strip_suffix(b"\n") {
             Some(line) => (line, "\n"),
@@ -28,7 +30,7 @@ impl<W: Write> Write for SingleLineWriter<W> {
     }
 }
 
-/// Characters that end a line somewhere, move the cursor or turn the direction of what follows.
+/// Characters that end a line, move the cursor or change the writing direction.
 fn needs_escape(c: char) -> bool {
     let is_bidi_control = matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     (c.is_control() && c != '\t') || matches!(c, '\u{2028}' | '\u{2029}') || is_bidi_control

@@ -29,7 +29,7 @@ pub mod term;
 /// The version and the commit, such as `0.1.0 (1a2b3c4d5e6f)`.
 const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("ONCELY_COMMIT"), ")");
 
-/// Oncely runs WebAssembly message handlers whose effects happen once.
+/// Run WebAssembly message handlers whose effects happen once.
 #[derive(Debug, Parser)]
 #[command(name = "oncely", version = VERSION, max_term_width = 100)]
 pub struct Cli {

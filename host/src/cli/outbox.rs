@@ -1,4 +1,4 @@
-//! `oncely outbox`: outputs that could not be published, and what becomes of them.
+//! `oncely outbox`: list, show, retry and drop outputs that could not be published.
 
 use anyhow::{Context, Result, bail};
 use base64::Engine as _;
@@ -12,10 +12,10 @@ use crate::model::hint::WithHint;
 use crate::model::units;
 use crate::store::{OutputFilter, OutputSummary};
 
-/// How many outputs one request decides about.
+/// How many outputs one request changes.
 const CHUNK_SIZE: usize = 1_000;
 
-/// Shows outputs that could not be published, retries or drops them.
+/// Show, retry and drop outputs that could not be published.
 #[derive(Debug, Args)]
 pub struct Outbox {
     #[command(subcommand)]
@@ -30,19 +30,19 @@ enum Command {
     Drop(Drop),
 }
 
-/// Lists outputs that are set aside, oldest first.
+/// List parked outputs, oldest first.
 #[derive(Debug, Args)]
 struct List {
-    /// Only of this worker.
+    /// Show only outputs of this worker.
     #[arg(long)]
     worker: Option<String>,
-    /// All that are not published, not only those that are set aside.
+    /// Show all unpublished outputs, not only parked ones.
     #[arg(long)]
     unpublished: bool,
-    /// Those that were dropped, newest first.
+    /// Show dropped outputs, newest first.
     #[arg(long, conflicts_with = "unpublished")]
     dropped: bool,
-    /// At most so many.
+    /// Show at most this many outputs.
     #[arg(long, default_value_t = 50)]
     limit: u32,
     /// Print JSON.
@@ -52,18 +52,19 @@ struct List {
     host: HostArgs,
 }
 
-/// Shows one output: what keeps it, its headers and body.
+/// Show one output: its last error, headers and body.
 #[derive(Debug, Args)]
 struct Show {
+    /// Show the output with this number, as listed by `oncely outbox list`.
     number: i64,
-    /// Print JSON, the body in Base64.
+    /// Print JSON, with the body in Base64.
     #[arg(long)]
     json: bool,
     #[command(flatten)]
     host: HostArgs,
 }
 
-/// Has outputs published that were set aside; run it when what kept them is mended.
+/// Retry parked outputs, once the cause of their failure is fixed.
 #[derive(Debug, Args)]
 struct Retry {
     #[command(flatten)]
@@ -75,15 +76,17 @@ struct Retry {
     host: HostArgs,
 }
 
-/// Drops outputs that were set aside: they will never be published. What waits for them goes on; a record of them stays.
+/// Drop parked outputs, which are then never published.
+///
+/// Outputs that they block are published. A record of the dropped outputs stays.
 #[derive(Debug, Args)]
 struct Drop {
     #[command(flatten)]
     selection: OutputSelection,
-    /// Why, for those who read the record.
+    /// Record this note as the reason.
     #[arg(long, default_value = "")]
     note: String,
-    /// Do not ask.
+    /// Skip the confirmation prompt.
     #[arg(long)]
     yes: bool,
     /// Print JSON.
@@ -93,16 +96,16 @@ struct Drop {
     host: HostArgs,
 }
 
-/// Which outputs.
+/// The outputs that a command applies to.
 #[derive(Debug, Args)]
 struct OutputSelection {
-    /// Their numbers.
+    /// Select outputs by their numbers.
     #[arg(required_unless_present = "all")]
     numbers: Vec<i64>,
-    /// All that are set aside.
+    /// Select all parked outputs.
     #[arg(long, conflicts_with = "numbers")]
     all: bool,
-    /// With --all: only of this worker.
+    /// With --all, select only outputs of this worker.
     #[arg(long, requires = "all")]
     worker: Option<String>,
 }
@@ -246,7 +249,7 @@ impl Retry {
             return term::json(&ParkedOutputsResponse { outputs });
         }
         term::data(format!(
-            "{} tried again; `oncely outbox list` shows the outputs that are set aside once more",
+            "{} requeued; `oncely outbox list` shows those that are parked again",
             describe_count(outputs)
         ))?;
         check_all_parked(outputs, &numbers)
@@ -258,13 +261,13 @@ impl Drop {
         let client = Client::find(&self.host)?;
         let numbers = self.selection.find(&client).await?;
         let question = format!(
-            "{} to be dropped and never published. Go on?",
-            describe_count(numbers.len() as u64)
+            "Drop {}? Dropped outputs are never published.",
+            count_outputs(numbers.len() as u64)
         );
         if !numbers.is_empty() && !self.yes && !term::confirm(&question) {
             return Err(Exit::Usage.with_message(format!(
-                "{} to be dropped, and nobody confirmed",
-                describe_count(numbers.len() as u64)
+                "refusing to drop {} without confirmation",
+                count_outputs(numbers.len() as u64)
             )))
             .hint("confirm with --yes");
         }
@@ -273,7 +276,7 @@ impl Drop {
             return term::json(&ParkedOutputsResponse { outputs });
         }
         term::data(format!(
-            "{} dropped; `oncely outbox list --dropped` has the record",
+            "{} dropped; `oncely outbox list --dropped` shows the record",
             describe_count(outputs)
         ))?;
         check_all_parked(outputs, &numbers)
@@ -311,7 +314,7 @@ async fn post_in_chunks(client: &Client, path: &str, numbers: &[i64], note: &str
     Ok(outputs)
 }
 
-/// Fails when some of the outputs were not set aside (any more).
+/// Fails if some of the outputs were not parked (any more).
 fn check_all_parked(outputs: u64, numbers: &[i64]) -> Result<()> {
     let skipped = (numbers.len() as u64).saturating_sub(outputs);
     if skipped > 0 {
@@ -320,10 +323,15 @@ fn check_all_parked(outputs: u64, numbers: &[i64]) -> Result<()> {
     Ok(())
 }
 
-fn describe_count(outputs: u64) -> String {
+fn count_outputs(outputs: u64) -> String {
     if outputs == 1 {
-        "1 output is".to_owned()
+        "1 output".to_owned()
     } else {
-        format!("{outputs} outputs are")
+        format!("{outputs} outputs")
     }
+}
+
+fn describe_count(outputs: u64) -> String {
+    let verb = if outputs == 1 { "is" } else { "are" };
+    format!("{} {verb}", count_outputs(outputs))
 }

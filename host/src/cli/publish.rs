@@ -1,4 +1,4 @@
-//! `oncely publish`: put one message on a stream.
+//! `oncely publish`: publishes one message to a stream.
 
 use std::io::Read;
 
@@ -12,24 +12,25 @@ use super::term;
 use crate::api;
 use crate::model::hint::WithHint;
 
-/// Publishes one message and waits until its stream has stored it.
+/// Publish one message, and wait until its stream has stored it.
 #[derive(Debug, Args)]
 pub struct Publish {
-    /// The subject.
+    /// Publish to this subject.
     subject: String,
-    /// The body; `-` reads it from standard input.
+    /// Publish this body; `-` reads it from standard input.
     #[arg(default_value = "-")]
     body: String,
-    /// A header, as `Name: value`; may be given several times.
+    /// Add a header, as `Name: value`; repeat for several.
     #[arg(long = "header", short = 'H', value_name = "NAME: VALUE")]
     headers: Vec<String>,
-    /// The event id: publishing again with the same id has no second effect. Default: a new one.
+    /// Set the event id: publishing again with the same id has no second effect. Default: a new
+    /// one.
     #[arg(long)]
     id: Option<String>,
-    /// Go through the ingress, with retries: an address such as http://127.0.0.1:7480, or nothing for that of the host.
+    /// Publish through the ingress, with retries. Default for URL: the ingress of the host.
     #[arg(long, value_name = "URL", num_args = 0..=1, default_missing_value = "", conflicts_with = "id")]
     http: Option<String>,
-    /// The idempotency key: with it the same message is published once, however often this runs. Default: a new one.
+    /// Set the idempotency key: the same key publishes the message once. Default: a new one.
     #[arg(long, requires = "http")]
     key: Option<String>,
     /// Print JSON.
@@ -65,7 +66,7 @@ impl Publish {
             return term::json(&place);
         }
         let suffix = if place.duplicate {
-            " (it was there already)"
+            " (already stored)"
         } else {
             ""
         };
@@ -76,7 +77,7 @@ impl Publish {
         if place.workers.is_empty() {
             let subject = &self.subject;
             term::warning(format!(
-                "no worker takes messages of `{subject}` from the stream {}",
+                "no worker consumes `{subject}` from the stream {}",
                 place.stream
             ));
         }
@@ -93,7 +94,7 @@ impl Publish {
         }
     }
 
-    /// Publishes as programs do: under a key, and again until there is an answer.
+    /// Publishes through the ingress: under a key, with retries until there is an answer.
     async fn publish_over_http(&self, url: &str) -> Result<()> {
         let url = if url.is_empty() {
             local_ingress_url()?
@@ -110,12 +111,12 @@ impl Publish {
             request = request.key(key.as_str());
         }
         let answer = request.send().await.map_err(with_retry_hint)?;
-        let accepted: Accepted = answer.json().context("read what the ingress answered")?;
+        let accepted: Accepted = answer.json().context("parse the answer of the ingress")?;
         if self.json {
             return term::json(&accepted);
         }
         let suffix = if answer.replayed {
-            " (it was accepted before)"
+            " (already accepted)"
         } else {
             ""
         };
@@ -132,7 +133,7 @@ impl Publish {
     }
 }
 
-/// What the ingress answers to a message.
+/// The answer of the ingress to a message.
 #[derive(Debug, Serialize, Deserialize)]
 struct Accepted {
     id: String,
@@ -141,17 +142,17 @@ struct Accepted {
 
 fn local_ingress_url() -> Result<String> {
     let url = HostFile::nearest().and_then(|file| file.http);
-    url.ok_or_else(|| anyhow!("no host that takes requests is known here"))
-        .hint("name its address: --http http://127.0.0.1:7480")
+    url.ok_or_else(|| anyhow!("no host with an ingress is known here"))
+        .hint("set its address with --http http://127.0.0.1:7480")
 }
 
-/// Says under which key to go on, when nobody knows what became of it.
+/// Adds a hint with the key for a retry, if the outcome is unknown.
 fn with_retry_hint(error: oncely_client::Error) -> anyhow::Error {
     let key = error.key().map(str::to_owned);
     let is_unclear = error.is_unclear();
     let error = anyhow::Error::new(error);
     match key {
-        Some(key) if is_unclear => error.hint(format!("ask again under the same key: --key {key}")),
+        Some(key) if is_unclear => error.hint(format!("retry with the same key: --key {key}")),
         _ => error,
     }
 }

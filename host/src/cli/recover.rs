@@ -1,4 +1,4 @@
-//! `oncely recover`: after a restore of the database, or of NATS.
+//! `oncely recover`: recovery after a restore of the database or of NATS.
 
 use anyhow::Result;
 use clap::Args;
@@ -10,11 +10,13 @@ use crate::api::RecoverRequest;
 use crate::model::units;
 use crate::runtime::Recovery;
 
-/// Brings database and NATS together again after one of them was restored to an earlier time: workers take again what the
-/// database does not know, and outputs that stand on their streams are not published again.
+/// Bring database and NATS back into agreement after a restore.
+///
+/// Messages that the database does not have are redelivered to their workers. Outputs that are on
+/// their streams already are not published again.
 #[derive(Debug, Args)]
 pub struct Recover {
-    /// Only say what would be done.
+    /// Show the recovery without executing it.
     #[arg(long)]
     dry_run: bool,
     /// Print JSON.
@@ -43,18 +45,17 @@ impl Recover {
 
 fn show(recovery: &Recovery) -> Result<()> {
     if recovery.reasons.is_empty() {
-        return term::data("database and NATS agree: nothing is to be recovered");
+        return term::data("database and NATS agree: nothing to recover");
     }
     term::data("database and NATS disagree:")?;
     recovery
         .reasons
         .iter()
         .try_for_each(|reason| term::data(format!("  {reason}")))?;
-    let agreed = recovery.agreed_at.map_or(
-        "never, as far as the database knows".to_owned(),
-        units::format_time,
-    );
-    term::data(format!("they last agreed: {agreed}\n"))?;
+    let agreed = recovery
+        .agreed_at
+        .map_or("none recorded".to_owned(), units::format_time);
+    term::data(format!("last agreement: {agreed}\n"))?;
     let mut table = Table::new(&[
         "worker",
         "stream",
@@ -79,19 +80,19 @@ fn show(recovery: &Recovery) -> Result<()> {
         .for_each(|stream| table.row([stream.stream.clone(), stream.outputs.to_string()]));
     term::data(format!("\n{table}").trim_end())?;
     term::data(format!(
-        "\ndead letters sent to their workers once more: {}",
+        "\ndead letters redriven again: {}",
         recovery.dead_letters
     ))?;
     for (name, note) in notes(recovery) {
         term::warning(format!("{name}: {note}"));
     }
     match recovery.done {
-        true => term::data("done: workers and relay go on"),
-        false => term::data("nothing was changed; without --dry-run this is done"),
+        true => term::data("done: workers and relay resumed"),
+        false => term::data("nothing was changed; run without --dry-run to execute this"),
     }
 }
 
-/// What cannot be had again, or looked at, each with its stream.
+/// The warnings of the recovery, each with its stream.
 fn notes(recovery: &Recovery) -> impl Iterator<Item = (&String, &String)> {
     let consumers = recovery
         .consumers

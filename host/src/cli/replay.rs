@@ -1,4 +1,4 @@
-//! `oncely replay`.
+//! `oncely replay`: replays a failed attempt from an export.
 
 use std::path::{Path, PathBuf};
 
@@ -16,28 +16,31 @@ use crate::model::base64_text;
 use crate::model::hint::WithHint;
 use crate::model::units;
 
-/// Runs the last failed attempt at a dead letter again, from a file that `oncely dlq export` wrote: with no database and no broker.
+/// Replay the last failed attempt at a dead letter, without database and broker.
 ///
-/// Ends with 0 when everything was the same up to the failure, with 5 where it departs, with 6 when the record was cut before the failure.
+/// The file comes from `oncely dlq export`.
+///
+/// Exit codes: 0 if the replay matches its recording up to the failure, 5 if it diverges, 6 if the
+/// recording was cut before the failure.
 #[derive(Debug, Args)]
 pub struct Replay {
-    /// What `oncely dlq export ID` wrote.
+    /// Read this file, written by `oncely dlq export ID`.
     file: PathBuf,
-    /// Which letter, if the file holds several.
+    /// Select the dead letter, if the file contains several.
     #[arg(long, value_name = "ID")]
     id: Option<i64>,
-    /// Run this component in place of the one that failed: where does it depart?
+    /// Run this component instead of the failed one, and show where it diverges.
     #[arg(long, value_name = "FILE")]
     component: Option<PathBuf>,
-    /// Also show everything the handler asked and saw.
+    /// Show all host calls and their results.
     #[arg(long, conflicts_with = "json")]
     calls: bool,
-    /// Print JSON, with everything the handler asked and saw.
+    /// Print JSON, with all host calls and their results.
     #[arg(long)]
     json: bool,
 }
 
-/// What a replay reads of a line of the file.
+/// The fields of an exported line that a replay reads.
 #[derive(Debug, Deserialize)]
 struct ExportLine {
     id: i64,
@@ -45,12 +48,12 @@ struct ExportLine {
     replay: Option<ExportedAttempt>,
 }
 
-/// What an export adds to a letter.
+/// The data for a replay that an export adds to a dead letter.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct ExportedAttempt {
     #[serde(flatten)]
     pub attempt: Replayable,
-    /// The component; none when it stands in an earlier line of the file, or was left out.
+    /// The component; none if an earlier line of the file contains it, or if it was left out.
     pub component: Option<ComponentBytes>,
 }
 
@@ -59,7 +62,7 @@ pub struct ExportedAttempt {
 #[serde(transparent)]
 pub struct ComponentBytes(#[serde(with = "base64_text")] pub Vec<u8>);
 
-/// What `--json` prints.
+/// The output of `--json`.
 #[derive(Debug, Serialize)]
 struct JsonReport<'r> {
     dead_letter: i64,
@@ -74,11 +77,12 @@ impl Replay {
         let line = select_line(&lines, self.id)?;
         let Some(exported) = &line.replay else {
             let why = format!(
-                "there is no record of an attempt at dead letter {}",
+                "there is no recording of an attempt at dead letter {}",
                 line.id
             );
             return Err(Exit::NotFound.with_message(why)).hint(
-                "letters that never reached their handler have none, nor have closed ones: see docs/dead-letters.md",
+                "dead letters that never reached their handler and closed ones have no recording; \
+                 see docs/dead-letters.md",
             );
         };
         let recorded = component_in(&lines, &exported.attempt.digest);
@@ -86,12 +90,15 @@ impl Replay {
             (Some(path), _) => component::read(path)?,
             (None, Some(wasm)) => wasm.to_vec(),
             (None, None) => {
-                return Err(Exit::Usage.with_message("the file does not hold the component"))
-                    .hint("give the component that failed with --component FILE, or export without --no-component");
+                return Err(Exit::Usage.with_message("the file does not contain the component"))
+                    .hint(
+                        "pass the failed component with --component FILE, \
+                         or export without --no-component",
+                    );
             }
         };
         let is_changed = hex::encode(Sha256::digest(&wasm)) != exported.attempt.digest;
-        let cache = tempfile::tempdir().context("make a folder")?;
+        let cache = tempfile::tempdir().context("create a temporary folder")?;
         let report = replay::replay(
             &exported.attempt,
             &line.event_id,
@@ -116,17 +123,17 @@ impl Replay {
 fn read(path: &Path) -> Result<Vec<ExportLine>> {
     let text = std::fs::read_to_string(path)
         .with_context(|| Exit::Usage.with_message(format!("read {}", path.display())))
-        .hint("write such a file with: oncely dlq export ID --out FILE")?;
+        .hint("create the file with: oncely dlq export ID --out FILE")?;
     let line = |(number, line): (usize, &str)| {
         serde_json::from_str(line)
             .with_context(|| {
                 Exit::Usage.with_message(format!(
-                    "line {} of {} is no exported letter",
+                    "line {} of {} is not an exported dead letter",
                     number + 1,
                     path.display()
                 ))
             })
-            .hint("write such a file with: oncely dlq export ID --out FILE")
+            .hint("create the file with: oncely dlq export ID --out FILE")
     };
     text.lines()
         .enumerate()
@@ -138,25 +145,31 @@ fn read(path: &Path) -> Result<Vec<ExportLine>> {
 fn select_line(lines: &[ExportLine], id: Option<i64>) -> Result<&ExportLine> {
     match (lines, id) {
         ([only], None) => Ok(only),
-        ([], _) => Err(Exit::Usage.with_message("the file holds no letter").into()),
+        ([], _) => Err(Exit::Usage
+            .with_message("the file contains no dead letter")
+            .into()),
         (lines, None) => {
             let ids: Vec<String> = lines
                 .iter()
                 .take(20)
                 .map(|line| line.id.to_string())
                 .collect();
-            let why = format!("the file holds {} letters: {}", lines.len(), ids.join(", "));
-            Err(Exit::Usage.with_message(why)).hint("say which one with --id ID")
+            let why = format!(
+                "the file contains {} dead letters: {}",
+                lines.len(),
+                ids.join(", ")
+            );
+            Err(Exit::Usage.with_message(why)).hint("select one with --id ID")
         }
         (lines, Some(id)) => lines.iter().find(|line| line.id == id).ok_or_else(|| {
             Exit::NotFound
-                .with_message(format!("the file does not hold dead letter {id}"))
+                .with_message(format!("the file does not contain dead letter {id}"))
                 .into()
         }),
     }
 }
 
-/// The component with this digest, on whichever line it stands.
+/// The component with this digest, from any line of the file.
 fn component_in<'l>(lines: &'l [ExportLine], digest: &str) -> Option<&'l [u8]> {
     let attempts = lines.iter().filter_map(|line| line.replay.as_ref());
     attempts
@@ -191,7 +204,7 @@ fn show(line: &ExportLine, attempt: &Replayable, report: &Report, calls: bool) -
                 "{}{}",
                 record.steps.len(),
                 if record.truncated {
-                    ", then the record was cut"
+                    ", then the recording was cut"
                 } else {
                     ""
                 }
@@ -200,16 +213,16 @@ fn show(line: &ExportLine, attempt: &Replayable, report: &Report, calls: bool) -
     ]))?;
     if calls {
         for (number, step) in record.steps.iter().enumerate() {
-            let saw = step
+            let result = step
                 .result
                 .as_ref()
-                .map_or_else(|| "no answer".to_owned(), ToString::to_string);
+                .map_or_else(|| "no result".to_owned(), ToString::to_string);
             term::data(format!(
                 "{:4} {}",
                 number + 1,
                 truncate(&step.call.to_string())
             ))?;
-            term::data(format!("     -> {}", truncate(&saw)))?;
+            term::data(format!("     -> {}", truncate(&result)))?;
         }
     }
     for line in report.logs.lines() {
@@ -217,7 +230,8 @@ fn show(line: &ExportLine, attempt: &Replayable, report: &Report, calls: bool) -
     }
     if record.warm && report.outcome == ReplayOutcome::Diverged {
         term::warning(
-            "the instance had handled other messages before (isolation = \"batch\"), of which a replay knows nothing",
+            "the instance had handled other messages before (isolation = \"batch\"), \
+             which a replay does not repeat",
         );
     }
     match (&report.divergence, report.outcome) {
@@ -226,17 +240,17 @@ fn show(line: &ExportLine, attempt: &Replayable, report: &Report, calls: bool) -
                 "diverges at",
                 divergence
                     .call
-                    .map_or("its log".to_owned(), |call| format!("call {call}")),
+                    .map_or("the log".to_owned(), |call| format!("call {call}")),
             ),
             ("expected", truncate(&divergence.expected)),
             ("actual", truncate(&divergence.actual)),
         ])),
         (None, ReplayOutcome::Truncated) => term::data(format!(
-            "the same for {}; there the record was cut",
+            "reproduced: {}, up to where the recording was cut",
             count(report.calls, "call")
         )),
         (None, _) => term::data(format!(
-            "the same: {}, and the failure",
+            "reproduced: {} and the failure",
             count(report.calls, "call")
         )),
     }
@@ -246,7 +260,7 @@ fn count(number: usize, noun: &str) -> String {
     format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
 }
 
-/// One line that a terminal can hold.
+/// A text on one line, truncated for a terminal.
 fn truncate(text: &str) -> String {
     const SHOWN_MAX: usize = 300;
     let text = term::visible(text);
@@ -264,13 +278,13 @@ fn exit_result(report: &Report) -> Result<()> {
     match (report.outcome, &report.divergence) {
         (ReplayOutcome::Reproduced, _) => Ok(()),
         (ReplayOutcome::Truncated, _) => Err(Exit::Truncated
-            .with_message("the record was cut before the failure")
+            .with_message("the recording was cut before the failure")
             .into()),
         (ReplayOutcome::Diverged, divergence) => {
             let call = divergence.as_ref().and_then(|divergence| divergence.call);
-            let place = call.map_or("in its log".to_owned(), |call| format!("at call {call}"));
+            let place = call.map_or("in the log".to_owned(), |call| format!("at call {call}"));
             Err(Exit::Diverged
-                .with_message(format!("the replay diverges from the record {place}"))
+                .with_message(format!("the replay diverges from the recording {place}"))
                 .into())
         }
     }

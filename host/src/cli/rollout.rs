@@ -1,4 +1,4 @@
-//! Following a version until the hosts run it.
+//! Follows a version until all hosts run it.
 
 use std::time::Duration;
 
@@ -10,26 +10,29 @@ use super::term;
 use crate::api::{Activated, WorkerOnHost};
 use crate::model::hint::WithHint;
 
-/// How long hosts may take, and how often they are asked.
+/// How long hosts may take, and how often they are polled.
 const ROLLOUT_TIMEOUT: Duration = Duration::from_secs(120);
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
-/// After how long it is told who is waited for.
+/// After how long the pending hosts are shown.
 const REPORT_AFTER: Duration = Duration::from_secs(2);
 
-/// How a version stands on one host.
+/// The state of a version on one host.
 enum RolloutState {
     Running,
     Pending(String),
     Failed(String),
 }
 
-/// Waits until every host that is alive runs the version that was activated, and says so.
+/// Waits until every live host runs the activated version, and prints the result.
+///
+/// # Errors
+/// A host cannot run the version.
 pub async fn wait(client: &Client, activated: &Activated, no_wait: bool) -> Result<()> {
     let Activated { worker, version } = activated;
     if no_wait {
         return term::data(format!(
-            "worker {worker} version {version} is active; hosts take it up now"
+            "worker {worker} version {version} is active; hosts are starting it"
         ));
     }
     let started_at = Instant::now();
@@ -44,10 +47,12 @@ pub async fn wait(client: &Client, activated: &Activated, no_wait: bool) -> Resu
                 RolloutState::Failed(why) => failed.push(format!("{}: {why}", on_host.host)),
             }
         }
+
+        // A host that cannot run it, all hosts that run it, or the time limit.
         if !failed.is_empty() {
             let why = anyhow!("{}", failed.join("; "));
             return Err(why.context(format!(
-                "worker {worker} version {version} is active and cannot run"
+                "worker {worker} version {version} is active but cannot run"
             )))
             .hint(format!("oncely rollback {worker}"));
         }
@@ -67,7 +72,7 @@ pub async fn wait(client: &Client, activated: &Activated, no_wait: bool) -> Resu
                 pending.join("; ")
             ));
             return term::data(format!(
-                "worker {worker} version {version} is active; on {running} hosts so far"
+                "worker {worker} version {version} is active on {running} hosts so far"
             ));
         }
         let pending = pending.join("; ");
@@ -83,7 +88,7 @@ pub async fn wait(client: &Client, activated: &Activated, no_wait: bool) -> Resu
 
 fn rollout_state(on_host: &WorkerOnHost, version: u32) -> RolloutState {
     let Some(status) = &on_host.status else {
-        return RolloutState::Pending("has not heard of it yet".to_owned());
+        return RolloutState::Pending("has not started it yet".to_owned());
     };
     let why = || status.error.clone().unwrap_or_default();
     match (status.state.as_str(), status.broken_version, status.version) {
@@ -92,8 +97,8 @@ fn rollout_state(on_host: &WorkerOnHost, version: u32) -> RolloutState {
         ("running" | "paused", None, Some(running)) if running == version => RolloutState::Running,
         ("held", _, _) => RolloutState::Pending("waits until database and broker agree".to_owned()),
         (_, _, Some(running)) if running != version => {
-            RolloutState::Pending(format!("runs version {running} yet"))
+            RolloutState::Pending(format!("still runs version {running}"))
         }
-        _ => RolloutState::Pending("starts it".to_owned()),
+        _ => RolloutState::Pending("is starting it".to_owned()),
     }
 }

@@ -1,4 +1,4 @@
-//! `oncely run`: a host for production, on your database and your NATS.
+//! `oncely run`: a host for production, on your database and NATS.
 
 use std::time::Duration;
 
@@ -11,10 +11,12 @@ use super::serve::{HostProcess, StopReason, init_logging, listen, listen_for_htt
 use super::signals::Signals;
 use crate::config::{HostConfig, HostFlags};
 
-/// How long the workers may take until their subscriptions are seen; the host goes on trying after that.
+/// How long the subscriptions of the workers may take. The host keeps trying after that.
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Runs a host on your database and your NATS: all that is deployed there, and what is deployed while it runs.
+/// Run a host on your database and NATS.
+///
+/// The host runs all deployed workers, including those that are deployed while it runs.
 #[derive(Debug, Args)]
 pub struct Run {
     #[command(flatten)]
@@ -40,28 +42,28 @@ async fn serve(config: &HostConfig, signals: &mut Signals) -> Result<StopReason>
     let host_process = tokio::select! {
         biased;
         signal = signals.received() => {
-            tracing::info!("{signal}: giving up the start");
+            tracing::info!(signal, "start cancelled");
             return Ok(StopReason::Signal);
         }
         host_process = HostProcess::start(config, listener, requests) => host_process?,
     };
     tracing::info!(
-        "control API at http://{}, requests at {}, NATS {}, database {}",
-        host_process.address,
-        host_process
-            .http
-            .map_or_else(|| "none".to_owned(), |address| format!("http://{address}")),
-        config.nats.redacted(),
-        config.database.redacted()
+        control_api = format!("http://{}", host_process.address),
+        ingress = host_process.http.map(|address| format!("http://{address}")),
+        nats = config.nats.redacted(),
+        database = config.database.redacted(),
+        "host started"
     );
     tokio::select! {
         biased;
         _ = signals.received() => {}
         ready = host_process.ready(READY_TIMEOUT) => match ready {
-            // Why not was logged when it was found.
-            Ok(()) if host_process.host.hold().is_some() => tracing::error!("not ready: workers and relay wait"),
+            // The reason was logged before.
+            Ok(()) if host_process.host.hold().is_some() => {
+                tracing::error!("not ready, workers and relay are held");
+            }
             Ok(()) => tracing::info!("ready"),
-            Err(error) => tracing::error!("{error:#}"),
+            Err(error) => tracing::error!(error = format!("{error:#}"), "not ready"),
         },
     }
     host_process.run_until_stopped(signals).await

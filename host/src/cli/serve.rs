@@ -1,4 +1,4 @@
-//! What `dev` and `run` share: start a host and its control API, wait for a signal, drain.
+//! Shared by `dev` and `run`: start a host and its control API, wait for a signal, drain.
 
 use std::io::ErrorKind;
 use std::net::SocketAddr;
@@ -28,20 +28,20 @@ use crate::model::hint::WithHint;
 use crate::runtime::{Host, HostTasks, Retention};
 use crate::store::{PostgresStore, SqliteStore, Store};
 
-/// Why a host stopped.
+/// The reason that a host stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StopReason {
     Signal,
-    /// It is to be started again.
+    /// The host has to be started again.
     NatsClientEnded,
 }
 
 /// A host that runs in this process.
 pub struct HostProcess {
     pub host: Arc<Host>,
-    /// Where the control API listens.
+    /// The address of the control API.
     pub address: SocketAddr,
-    /// Where requests over HTTP are taken.
+    /// The address of the ingress, if there is one.
     pub http: Option<SocketAddr>,
     running: HostTasks,
     stop_ingress: Stop,
@@ -53,17 +53,23 @@ pub struct HostProcess {
 }
 
 impl HostProcess {
-    /// Starts the host, its workers and its control API.
+    /// Starts the host, its workers, its control API and its ingress.
+    ///
+    /// # Errors
+    /// The configuration cannot be used, or the database or NATS is unreachable.
     pub async fn start(
         config: &HostConfig,
         listener: TcpListener,
         requests: Option<TcpListener>,
     ) -> Result<HostProcess> {
+        // Connect to the database and to NATS.
         let store = open_store(config).await?;
         let bus = Bus::connect(&config.nats).await.map_err(unreachable)?;
         let bus = bus
             .for_installation(store.installation(), config.take_over.clone())
             .with_replicas(config.stream_replicas);
+
+        // Start the host.
         let token = config.load_or_create_token()?;
         let compiled = config.data_dir.join("components");
         let retention = Retention {
@@ -77,7 +83,7 @@ impl HostProcess {
             .clone()
             .map(poster)
             .transpose()
-            .context("get ready to post alarms")?;
+            .context("set up the webhook")?;
         let admission = config.admission.clone();
         let engine = GuestEngine::new(&compiled, config.compile.clone())?;
         let (host, running) = Host::start(
@@ -90,6 +96,8 @@ impl HostProcess {
             &config.cache,
         )
         .await?;
+
+        // Serve the control API.
         let address = listener
             .local_addr()
             .context("read the address of the control API")?;
@@ -107,6 +115,8 @@ impl HostProcess {
             for_control,
             stop_api.stopping(),
         ));
+
+        // Serve the ingress.
         let stop_ingress = Stop::new();
         let http = requests
             .as_ref()
@@ -123,6 +133,8 @@ impl HostProcess {
                 stop_ingress.stopping(),
             ))
         });
+
+        // Write the file by which the CLI finds this host.
         HostFile {
             url: format!("http://{address}"),
             token: token.reveal().to_owned(),
@@ -147,8 +159,13 @@ impl HostProcess {
         })
     }
 
-    /// Says that the start is over, and waits until the workers' subscriptions are seen on the server, or it is clear that they
-    /// wait for a person.
+    /// Completes the start, and waits until the host is ready.
+    ///
+    /// It is ready when the server has confirmed the subscriptions of the workers. A held host is
+    /// not waited for: only an operator can release it.
+    ///
+    /// # Errors
+    /// The host is not ready after `limit`.
     pub async fn ready(&self, limit: Duration) -> Result<()> {
         self.host.set_started();
         let ready = async {
@@ -156,7 +173,7 @@ impl HostProcess {
                 if self.host.hold().is_some() {
                     return;
                 }
-                tracing::debug!("not ready: {why}");
+                tracing::debug!(reason = why, "not ready");
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         };
@@ -169,29 +186,30 @@ impl HostProcess {
         }
     }
 
-    /// Waits for a signal, or until the NATS client has ended, then stops in good order.
+    /// Waits for a signal or the end of the NATS client, then drains the host.
     pub async fn run_until_stopped(self, signals: &mut Signals) -> Result<StopReason> {
         let stop_reason = tokio::select! {
             signal = signals.received() => {
-                tracing::info!("{signal}: draining");
+                tracing::info!(signal, "draining");
                 StopReason::Signal
             }
             () = self.host.services.bus.closed() => {
-                tracing::error!("the NATS client has ended, probably over a message it cannot read; starting again");
+                // The usual cause is a message that the client cannot parse.
+                tracing::error!("NATS client ended, restarting the host");
                 StopReason::NatsClientEnded
             }
         };
-        // What was asked before is answered; who asks now finds another host.
+        // Requests in progress are answered; later ones go to another host.
         self.stop_ingress.now();
         if let Some(ingress) = self.ingress {
             let _ = tokio::time::timeout(self.drain.min(INGRESS_DRAIN), ingress).await;
         }
         let drained = self.running.drain(&self.host, self.drain).await;
         self.stop_api.now();
-        // Clients that hold a connection open do not hold up the end.
+        // Open connections of clients do not delay the end.
         let _ = tokio::time::timeout(Duration::from_secs(1), self.api).await;
         HostFile::remove(&self.data_dir);
-        // Without NATS nothing can be acknowledged or published; all of it comes again.
+        // Without NATS nothing can be acknowledged or published; all of it is redelivered.
         if stop_reason == StopReason::Signal {
             drained?;
         }
@@ -199,10 +217,10 @@ impl HostProcess {
     }
 }
 
-/// How long requests that are being handled may take when the host ends, as well as idle connections.
+/// How long requests in progress and idle connections may take when the host ends.
 const INGRESS_DRAIN: Duration = Duration::from_secs(5);
 
-/// Listens for requests where the configuration says.
+/// Binds the address of the ingress, if one is configured.
 pub async fn listen_for_http(config: &HostConfig) -> Result<Option<TcpListener>> {
     let Some(address) = config.http else {
         return Ok(None);
@@ -212,18 +230,18 @@ pub async fn listen_for_http(config: &HostConfig) -> Result<Option<TcpListener>>
         .with_context(|| format!("listen for requests on {address}"));
     listener
         .map(Some)
-        .hint("does another host run here? name another address with --http, or --http off")
+        .hint("stop the other host, or set another address with --http ADDRESS, or --http off")
 }
 
-/// Listens where the configuration says.
+/// Binds the address of the control API.
 pub async fn listen(config: &HostConfig) -> Result<TcpListener> {
     bind(config.listen)
         .await
         .with_context(|| format!("listen on {}", config.listen))
-        .hint("does another host run here? name another address with --listen")
+        .hint("stop the other host, or set another address with --listen ADDRESS")
 }
 
-/// For how long an address is tried: the host before may be on its way out.
+/// How long binding an address is retried: the previous host may still be exiting.
 const BIND_TIMEOUT: Duration = Duration::from_secs(1);
 
 async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
@@ -260,11 +278,13 @@ async fn open_store(config: &HostConfig) -> Result<Arc<dyn Store>> {
     };
     opened
         .with_context(|| format!("open the database {}", config.database.redacted()))
-        .hint("the database is named with --database or ONCELY_DATABASE")
+        .hint("set the database with --database URL or ONCELY_DATABASE")
         .map_err(unreachable)
 }
 
-/// Lets the host read the database's log, and asks for outputs to go as configured: by the log only if that can work.
+/// Lets the host read the WAL, and requests the configured relay mode.
+///
+/// WAL mode is requested only if the database allows it.
 async fn with_wal(store: PostgresStore, url: &str, config: &HostConfig) -> Result<PostgresStore> {
     let url = match &config.relay_database {
         Some(Database::Postgres(url)) => url,
@@ -287,10 +307,11 @@ fn unreachable(error: anyhow::Error) -> anyhow::Error {
     error.context(Exit::Unreachable.with_message("start the host"))
 }
 
-/// Libraries whose lines say nothing to an operator that ours do not; directives in `log_level` overrule this.
+/// Log levels of libraries whose lines add nothing to ours; directives in `log_level` override
+/// them.
 const DEFAULT_DIRECTIVES: &str = "async_nats=warn,sqlx=error,pgwire_replication=off";
 
-/// Sends log lines to standard error, in the form the configuration asks for.
+/// Sends log lines to standard error, in the configured format.
 pub fn init_logging(config: &HostConfig) -> Result<()> {
     let filter: Targets = format!("{DEFAULT_DIRECTIVES},{}", config.log_level)
         .parse()
@@ -302,7 +323,7 @@ pub fn init_logging(config: &HostConfig) -> Result<()> {
             .with_ansi(false)
             .with_target(false)
             .boxed(),
-        // JSON escapes what would end its line.
+        // JSON escapes line breaks itself.
         LogFormat::Json => log
             .with_writer(std::io::stderr)
             .json()

@@ -1,9 +1,9 @@
-//! The signals that ask a host to stop.
+//! The signals that stop a host.
 
 use anyhow::{Context, Result};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Listens to SIGTERM and SIGINT, from before the start of a host on.
+/// Listens for SIGTERM and SIGINT, from before the start of a host on.
 pub struct Signals {
     terminate: Signal,
     interrupt: Signal,
@@ -19,7 +19,7 @@ impl Signals {
         })
     }
 
-    /// Returns the name of the first signal, once there was one.
+    /// Waits for the first signal and returns its name.
     pub async fn received(&mut self) -> &'static str {
         if let Some(name) = self.received {
             return name;

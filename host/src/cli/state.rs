@@ -9,7 +9,7 @@ use super::term::{self, Table};
 use crate::api::{StateFilter, StateKey, StateValue};
 use crate::model::units;
 
-/// Shows the keyed state of a worker.
+/// Show the keyed state of a worker.
 #[derive(Debug, Args)]
 pub struct State {
     #[command(subcommand)]
@@ -22,29 +22,32 @@ enum Command {
     List(List),
 }
 
-/// Shows the value under one key.
+/// Show the value of one key.
 #[derive(Debug, Args)]
 struct Get {
+    /// Read the state of this worker.
     worker: String,
+    /// Show the value of this key.
     key: String,
-    /// Print JSON, the value in Base64.
+    /// Print JSON, with the value in Base64.
     #[arg(long)]
     json: bool,
     #[command(flatten)]
     host: HostArgs,
 }
 
-/// Lists keys and the beginnings of their values, by key.
+/// List keys, with the beginnings of their values.
 #[derive(Debug, Args)]
 struct List {
+    /// List the state of this worker.
     worker: String,
-    /// Only keys that begin with this.
+    /// List only keys with this prefix.
     #[arg(long, default_value = "")]
     prefix: String,
-    /// At most so many.
+    /// List at most this many keys.
     #[arg(long, default_value_t = 50)]
     limit: u32,
-    /// Print JSON, the beginning of each value in Base64.
+    /// Print JSON, with the beginning of each value in Base64.
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -111,13 +114,13 @@ impl List {
 fn bytes(entry: &StateValue) -> Result<Vec<u8>> {
     base64::engine::general_purpose::STANDARD
         .decode(&entry.value)
-        .context("understand the host's answer")
+        .context("decode the host's answer")
 }
 
-/// The beginning of a value on one line: text as it is, anything else as hex.
+/// The beginning of a value on one line: text unchanged, anything else as hex.
 fn beginning(value: &[u8], size: u64) -> String {
     const SHOWN_MAX: usize = 48;
-    // Where the value was cut, so may have been its last character.
+    // A cut value may end within a character.
     let valid = match std::str::from_utf8(value) {
         Ok(text) => Some(text),
         Err(error) if error.error_len().is_none() && size > value.len() as u64 => value

@@ -1,4 +1,4 @@
-//! `oncely status` and `oncely workers`: what runs, and how far it is.
+//! `oncely status` and `oncely workers`: the running workers, with counts and lags.
 
 use anyhow::Result;
 use clap::Args;
@@ -12,7 +12,7 @@ use crate::model::units;
 use crate::runtime::WorkerState;
 use crate::store::{RelayMode, WalState, WorkerTotals};
 
-/// Shows whether the host is ready, and counts and lags by worker.
+/// Show whether the host is ready, with counts and lags by worker.
 #[derive(Debug, Args)]
 pub struct Status {
     /// Print JSON.
@@ -75,7 +75,8 @@ impl Status {
             .sum();
         if parked > 0 {
             term::warning(format!(
-                "{parked} outputs are parked and hold their keys; list them with: oncely outbox list"
+                "{parked} outputs are parked and hold their keys; \
+                 list them with: oncely outbox list"
             ));
         }
         match &status.totals {
@@ -97,11 +98,11 @@ fn database(status: &HostStatus) -> String {
     match (&status.database_error, &status.totals) {
         (Some(why), _) => format!("takes no writes: {why}"),
         (None, Some(_)) => "takes writes".to_owned(),
-        (None, None) => "out of reach".to_owned(),
+        (None, None) => "unavailable".to_owned(),
     }
 }
 
-/// The alarms that are raised.
+/// Prints the raised alarms.
 fn show_alarms(alarms: &[Alarm]) -> Result<()> {
     let row = |alarm: &Alarm| {
         let what = alarm
@@ -124,7 +125,7 @@ fn show_alarms(alarms: &[Alarm]) -> Result<()> {
     term::data(format!("\n{table}").trim_end())
 }
 
-/// How outputs go, and which streams nothing is published to for the moment, and why.
+/// The destinations that nothing is published to for now, and the relay mode.
 fn publishing(status: &HostStatus) -> String {
     match (blocked_destinations(status), &status.wal) {
         (streams, None) => streams,
@@ -133,31 +134,22 @@ fn publishing(status: &HostStatus) -> String {
 }
 
 fn relay_mode(wal: &WalState, is_reader: bool) -> String {
-    let reader = if is_reader {
-        ", which this host reads"
-    } else {
-        ""
-    };
+    let reader = if is_reader { ", read by this host" } else { "" };
     let mode = match (wal.mode, &wal.fallback_reason) {
         (RelayMode::Wal, _) => {
-            format!(
-                "from the database's log{reader}, {:.1} s behind",
-                wal.lag.as_secs_f64()
-            )
+            format!("WAL mode{reader}, lag {:.1} s", wal.lag.as_secs_f64())
         }
-        (RelayMode::Poll, None) => "by polling".to_owned(),
-        (RelayMode::Poll, Some(why)) => format!("by polling, because {why}"),
-        (RelayMode::Entering, _) => "by polling, soon from the database's log".to_owned(),
-        (RelayMode::Leaving, None) => {
-            "by polling, until just now from the database's log".to_owned()
-        }
+        (RelayMode::Poll, None) => "poll mode".to_owned(),
+        (RelayMode::Poll, Some(why)) => format!("poll mode, because {why}"),
+        (RelayMode::Entering, _) => "poll mode, switching to WAL mode".to_owned(),
+        (RelayMode::Leaving, None) => "poll mode, just switched from WAL mode".to_owned(),
         (RelayMode::Leaving, Some(why)) => {
-            format!("by polling, until just now from the database's log: {why}")
+            format!("poll mode, just switched from WAL mode: {why}")
         }
     };
     match &wal.slot {
         Some(slot) => format!(
-            "{mode}; the slot keeps {} of log",
+            "{mode}; the slot retains {} of WAL",
             units::format_size(slot.retained)
         ),
         None => mode,
@@ -176,7 +168,7 @@ fn blocked_destinations(status: &HostStatus) -> String {
         .map(|refused| (&refused.subject, &refused.error));
     let broken: Vec<String> = streams
         .chain(subjects)
-        .map(|(place, why)| format!("not to {place} for the moment: {why}"))
+        .map(|(place, why)| format!("not to {place}: {why}"))
         .collect();
     if broken.is_empty() {
         "yes".to_owned()
@@ -236,7 +228,7 @@ fn show_totals(workers: &[WorkerState], totals: &[WorkerTotals]) -> Result<()> {
     term::data(format!("\n{table}").trim_end())
 }
 
-/// Lists the workers of the host, or the versions of one worker.
+/// List the workers of the host, or the versions of one worker.
 #[derive(Debug, Args)]
 pub struct Workers {
     /// Show the versions of this worker.
@@ -314,7 +306,7 @@ impl Workers {
         ]);
         workers.iter().map(row).for_each(|row| table.row(row));
         for error in workers.iter().filter_map(|state| state.error.as_ref()) {
-            term::warning(format!("a worker does not work: {error}"));
+            term::warning(format!("a worker is not running: {error}"));
         }
         term::data(table.to_string().trim_end())
     }

@@ -1,7 +1,9 @@
-//! The only file that prints: data to standard output, everything else to standard error.
+//! Terminal output. This is the only file that prints: data to standard output, all else to
+//! standard error.
 //!
-//! Colour and progress bars appear on a terminal only, `NO_COLOR` is honoured, and neither carries meaning. Text from
-//! messages and workers is shown with its control characters spelled out, so that it cannot steer the terminal.
+//! Colour and progress bars appear on a terminal only, and `NO_COLOR` is honoured. Neither carries
+//! meaning. Text from messages and workers is shown with escaped control characters, so that it
+//! cannot control the terminal.
 
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
@@ -31,7 +33,8 @@ pub fn json(value: &impl Serialize) -> anyhow::Result<()> {
     data(text.context("write JSON")?)
 }
 
-/// Prints bytes as they are, without a line end. A reader that has seen enough (`| head`) is no failure.
+/// Prints bytes unchanged, without a line end. A reader that closes the pipe (`| head`) is no
+/// failure.
 pub fn raw(bytes: &[u8]) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
     match out.write_all(bytes).and_then(|()| out.flush()) {
@@ -40,9 +43,9 @@ pub fn raw(bytes: &[u8]) -> anyhow::Result<()> {
     }
 }
 
-/// Prints a line for the person at the terminal on standard error.
+/// Prints a line on standard error.
 pub fn note(text: impl Display) {
-    // There is nobody left to tell when standard error is gone.
+    // Without standard error there is no place for a report.
     let _ = writeln!(io::stderr().lock(), "{text}");
 }
 
@@ -59,7 +62,8 @@ pub fn error(error: &anyhow::Error) {
     note(render_error(error, stderr_has_color()));
 }
 
-/// Asks the person at the terminal to confirm; anything but `y` or `yes` is a no, and so is having no terminal.
+/// Asks for confirmation on the terminal. Anything but `y` or `yes` means no, and so does a missing
+/// terminal.
 pub fn confirm(question: &str) -> bool {
     if !io::stdin().is_terminal() || !io::stderr().is_terminal() {
         return false;
@@ -70,7 +74,7 @@ pub fn confirm(question: &str) -> bool {
     read.is_ok() && matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes")
 }
 
-/// Bytes for a person: text as it is, JSON indented, anything else as hex.
+/// Bytes for people: JSON indented, other text unchanged, anything else as hex.
 pub fn readable(bytes: &[u8]) -> String {
     const SHOWN_MAX: usize = 4096;
     if let Some(text) = json_text::indented(bytes) {
@@ -78,7 +82,7 @@ pub fn readable(bytes: &[u8]) -> String {
     }
     let shown = bytes.get(..SHOWN_MAX).unwrap_or(bytes);
     let more = if bytes.len() > shown.len() {
-        "\n(cut; --json has all of it)"
+        "\n(truncated; --json prints all of it)"
     } else {
         ""
     };
@@ -91,7 +95,8 @@ pub fn readable(bytes: &[u8]) -> String {
     }
 }
 
-/// A table without borders: UPPERCASE heads, columns as wide as their content, numbers to the right.
+/// A table without borders: UPPERCASE headings, columns as wide as their content, numbers
+/// right-aligned.
 pub struct Table {
     heads: Vec<String>,
     rows: Vec<Vec<String>>,
@@ -105,7 +110,7 @@ impl Table {
         }
     }
 
-    /// Adds a row; cells that are missing stay empty.
+    /// Adds a row; missing cells stay empty.
     pub fn row<T: Display>(&mut self, cells: impl IntoIterator<Item = T>) {
         self.rows.push(
             cells
@@ -157,7 +162,7 @@ impl Display for Table {
     }
 }
 
-/// Names and values, one pair a line, aligned on the colon.
+/// Names and values, one pair per line, aligned on the colon.
 pub fn details<K: Display, V: Display>(pairs: impl IntoIterator<Item = (K, V)>) -> String {
     let pairs: Vec<_> = pairs
         .into_iter()
@@ -173,12 +178,12 @@ pub fn details<K: Display, V: Display>(pairs: impl IntoIterator<Item = (K, V)>) 
     pairs.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
-/// Shows how far a long piece of work has come: a bar or a spinner on a terminal, plain lines elsewhere.
+/// The progress of long work: a bar or a spinner on a terminal, plain lines elsewhere.
 pub struct Progress {
     bar: ProgressBar,
     label: String,
     total: Option<u64>,
-    /// Quarters of the total that plain lines have told of; none on a terminal.
+    /// Quarters of the total that plain lines have reported; none on a terminal.
     reported_quarter: Option<u64>,
 }
 
@@ -193,7 +198,7 @@ impl Progress {
         Progress::start(label, None)
     }
 
-    /// `done` steps of the work are done.
+    /// Sets the number of finished steps.
     pub fn set(&mut self, done: u64) {
         self.bar.set_position(done);
         let (Some(reported), Some(total)) = (self.reported_quarter, self.total) else {
@@ -209,17 +214,17 @@ impl Progress {
         }
     }
 
-    /// One more step is done.
+    /// Counts one more finished step.
     pub fn step(&mut self) {
         self.set(self.bar.position() + 1);
     }
 
-    /// What the work is at, beside the bar.
+    /// Sets the text beside the bar.
     pub fn message(&self, text: &str) {
         self.bar.set_message(visible(text));
     }
 
-    /// The work is done: leaves one line that says so.
+    /// Finishes the work and prints one line with its outcome.
     pub fn finish(self, outcome: &str) {
         self.bar.finish_and_clear();
         note(format!("{}: {outcome}", self.label));
@@ -257,13 +262,13 @@ impl Progress {
 }
 
 impl Drop for Progress {
-    /// Work that failed leaves no bar behind; its error says the rest.
+    /// Removes the bar of failed work; its error follows.
     fn drop(&mut self) {
         self.bar.finish_and_clear();
     }
 }
 
-/// An error as people read it: `error:`, a `cause:` for each cause, and last a `hint:` for each hint.
+/// An error for people: `error:`, one `cause:` per cause, and last one `hint:` per hint.
 pub fn render_error(error: &anyhow::Error, color: bool) -> String {
     let mut lines = Vec::new();
     for (index, part) in error.chain().enumerate() {
@@ -274,7 +279,7 @@ pub fn render_error(error: &anyhow::Error, color: bool) -> String {
         };
         lines.push(format!("{label} {}", visible_lines(&part.to_string())));
     }
-    // A library that puts its cause into its own sentence would have it said twice.
+    // Some libraries include the cause in their own text; it is shown once.
     lines.dedup_by(|later, earlier| {
         later
             .strip_prefix("cause: ")
@@ -288,7 +293,7 @@ pub fn render_error(error: &anyhow::Error, color: bool) -> String {
     lines.join("\n")
 }
 
-/// Text with its control characters spelled out.
+/// Text with escaped control characters.
 pub fn visible(text: &str) -> String {
     let escape = |c: char| {
         if needs_escape(c) {
@@ -300,12 +305,12 @@ pub fn visible(text: &str) -> String {
     text.chars().map(escape).collect()
 }
 
-/// Like [`visible`], with line ends kept.
+/// Like [`visible`], with line breaks kept.
 pub fn visible_text(text: &str) -> String {
     text.lines().map(visible).collect::<Vec<_>>().join("\n")
 }
 
-/// Like [`visible`], with line ends kept and later lines indented.
+/// Like [`visible`], with line breaks kept and later lines indented.
 fn visible_lines(text: &str) -> String {
     text.trim_end()
         .lines()
@@ -314,7 +319,7 @@ fn visible_lines(text: &str) -> String {
         .join("\n       ")
 }
 
-/// Control characters, and those that turn the direction of writing.
+/// Control characters, and those that change the writing direction.
 fn needs_escape(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
@@ -352,7 +357,7 @@ fn stderr_has_color() -> bool {
     }) && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
 }
 
-/// Colour is for terminals, and not where `NO_COLOR` is set to anything at all.
+/// Colour needs a terminal, and is off if `NO_COLOR` is set to any value.
 fn allows_color(terminal: bool, is_set: &dyn Fn(&str) -> bool) -> bool {
     terminal && !is_set("NO_COLOR")
 }

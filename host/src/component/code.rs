@@ -1,8 +1,8 @@
-//! The code of a component: whether it is valid, and whether it asks more of the compiler than any component needs.
+//! Checks of a component's code: validity, and limits on its compile cost.
 //!
-//! A compiler's time and memory grow faster than the bytes it is given: with the locals of a function times its branches
-//! above all. The limits here refuse the extreme before anything is compiled; the limits of the compiling process bound
-//! the rest.
+//! The time and memory of a compiler grow faster than the size of its input, above all with the
+//! locals of a function times its branches. The limits here refuse extreme cases before anything is
+//! compiled. The limits of the compiling process bound the rest.
 
 use anyhow::{Result, anyhow};
 use wasmparser::{
@@ -13,13 +13,13 @@ use wasmparser::{
 use super::file_format;
 use crate::model::hint::WithHint;
 
-/// Functions of all modules together, those that are imported included.
+/// Functions of all modules together, imported ones included.
 const FUNCTIONS_MAX: u64 = 100_000;
 
 /// Types of all modules and components together.
 const TYPES_MAX: u64 = 100_000;
 
-/// Imports, exports, aliases, instances and the like of all modules and components together.
+/// Imports, exports, aliases, instances and segments of all modules and components together.
 const ITEMS_MAX: u64 = 500_000;
 
 /// The body of one function, in bytes.
@@ -34,14 +34,15 @@ const BRANCHES_MAX: u64 = 100_000;
 /// Loops of one function: the compiler's time grows with their square.
 const LOOPS_MAX: u64 = 5_000;
 
-/// Locals of one function times its blocks, loops and branches: the compiler follows each local along each of them.
+/// Locals of one function times its blocks, loops and branches, because the compiler tracks each
+/// local along each branch.
 const LOCALS_BY_BRANCHES_MAX: u64 = 4_000_000;
 
-/// Blocks of one function within each other.
+/// The nesting depth of blocks in one function.
 const NESTING_MAX: u64 = 10_000;
 
-/// What the engine of a host runs: WebAssembly 3.0 without threads, exceptions, 64-bit memories and garbage collection,
-/// and components without WASI 0.3's async functions.
+/// The features of the host's engine: WebAssembly 3.0 without threads, exceptions, 64-bit memories
+/// and garbage collection, and components without the async functions of WASI 0.3.
 fn features() -> WasmFeatures {
     let absent = WasmFeatures::THREADS
         | WasmFeatures::EXCEPTIONS
@@ -50,7 +51,7 @@ fn features() -> WasmFeatures {
     (WasmFeatures::WASM3 | WasmFeatures::COMPONENT_MODEL).difference(absent)
 }
 
-/// Checks that all code of a component is valid, and within the limits.
+/// Checks that all code of a component is valid and within the limits.
 pub fn check_code(wasm: &[u8]) -> Result<()> {
     let mut totals = CodeTotals::default();
     let refused = |error| invalid_code(&error, wasm);
@@ -73,7 +74,7 @@ pub fn check_code(wasm: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// What was counted so far, over all modules and components.
+/// Totals over all modules and components so far.
 #[derive(Default)]
 struct CodeTotals {
     functions: u64,
@@ -82,7 +83,7 @@ struct CodeTotals {
 }
 
 impl CodeTotals {
-    /// Counts a section by the number it begins with, not by what it holds.
+    /// Counts the items of a section by its declared number, without reading them.
     fn count(&mut self, payload: &Payload<'_>) -> Result<()> {
         let (functions, types, items) = match payload {
             Payload::FunctionSection(section) => (section.count(), 0, 0),
@@ -115,7 +116,8 @@ impl CodeTotals {
         )
     }
 
-    /// Checks the body of one function with `params` parameters; the inner error is one of its bytes.
+    /// Checks the body of a function with `params` parameters. The inner error is a parse error of
+    /// its bytes.
     fn check_body(&self, body: &FunctionBody<'_>, params: u32) -> Result<wasmparser::Result<()>> {
         let at = body.range().start;
         check_limit(
@@ -133,7 +135,7 @@ impl CodeTotals {
     }
 }
 
-/// What the compiler's work on one function grows with.
+/// The numbers with which the compile cost of a function grows.
 #[derive(Debug, Default, Clone, Copy)]
 struct FunctionCost {
     locals: u64,
@@ -152,6 +154,8 @@ impl FunctionCost {
             let (count, _) = local?;
             cost.locals += u64::from(count);
         }
+
+        // Branches, loops and nesting.
         let mut depth = 0_u64;
         let mut operators = body.get_operators_reader()?;
         while !operators.eof() {
@@ -184,11 +188,7 @@ impl FunctionCost {
         check_limit("a function has {} locals", self.locals, LOCALS_MAX)?;
         check_limit("a function has {} branches", self.branches, BRANCHES_MAX)?;
         check_limit("a function has {} loops", self.loops, LOOPS_MAX)?;
-        check_limit(
-            "a function nests {} blocks in each other",
-            self.nesting,
-            NESTING_MAX,
-        )?;
+        check_limit("a function nests {} blocks", self.nesting, NESTING_MAX)?;
         let product = self.locals.saturating_mul(self.branches);
         check_limit(
             "the locals of a function times its branches are {}",
@@ -198,22 +198,27 @@ impl FunctionCost {
     }
 }
 
-/// Refuses what is beyond a limit; `sentence` says what, with `{}` for how much.
-fn check_limit(sentence: &str, found: u64, most: u64) -> Result<()> {
-    if found <= most {
+/// Refuses a number above its limit; `sentence` describes it, with `{}` for the number.
+fn check_limit(sentence: &str, found: u64, max: u64) -> Result<()> {
+    if found <= max {
         return Ok(());
     }
     let found = sentence.replace("{}", &found.to_string());
-    Err(anyhow!("the component asks too much of the compiler: {found}, and {most} are allowed"))
-        .hint("build it with optimisation, and split generated code into smaller functions or several workers")
+    Err(anyhow!(
+        "the component exceeds a compiler limit: {found}; at most {max} are allowed"
+    ))
+    .hint(
+        "build it with optimisation, and split generated code into smaller functions \
+         or several workers",
+    )
 }
 
-/// Says where a function that is beyond a limit begins.
+/// Adds the position of the function that exceeds a limit.
 fn at_function(error: anyhow::Error, at: usize) -> anyhow::Error {
     error.context(format!("the function at byte {at} is too large"))
 }
 
-/// Why bytes are refused: something this host does not run, or damage.
+/// The reason why bytes are refused: an unsupported feature, or damage.
 fn invalid_code(error: &wasmparser::Error, wasm: &[u8]) -> anyhow::Error {
     let Some(missing) = error.missing_wasm_feature() else {
         return file_format::damaged(error, wasm);
@@ -229,9 +234,19 @@ fn invalid_code(error: &wasmparser::Error, wasm: &[u8]) -> anyhow::Error {
         .iter_names()
         .map(|(name, _)| name.to_lowercase().replace('_', "-"))
         .collect();
-    anyhow!("{} (byte {})", file_format::first_line(error.message()), error.offset())
-        .context(format!("the component uses a feature of WebAssembly that hosts do not run: {}", named.join(", ")))
-        .hint("build it without that feature; threads, exceptions, 64-bit memories and garbage collection are not run")
+    anyhow!(
+        "{} (byte {})",
+        file_format::first_line(error.message()),
+        error.offset()
+    )
+    .context(format!(
+        "the component uses WebAssembly features that hosts do not support: {}",
+        named.join(", ")
+    ))
+    .hint(
+        "build it without that feature; \
+             threads, exceptions, 64-bit memories and garbage collection are not supported",
+    )
 }
 
 #[cfg(test)]
@@ -255,7 +270,7 @@ mod tests {
         assert!(check(1, BRANCHES_MAX + 1).is_err());
         let error = format!("{:#}", check(2_000, 5_000).unwrap_err());
         assert!(
-            error.contains("times its branches are 10000000, and 4000000 are allowed"),
+            error.contains("times its branches are 10000000; at most 4000000 are allowed"),
             "{error}"
         );
     }

@@ -1,4 +1,4 @@
-//! The file of a component on this machine.
+//! Reading the file of a component.
 
 use std::path::Path;
 
@@ -7,15 +7,18 @@ use anyhow::{Context, Result, anyhow};
 use super::{SIZE_MAX, file_format};
 use crate::model::hint::WithHint;
 
-/// Reads the file of a component. A folder, a file of another kind and one that is too large are errors; the latter is not
-/// read.
+/// Reads the file of a component.
+///
+/// # Errors
+/// A folder, a file of another kind, or one that is too large, which is not read.
 pub fn read(path: &Path) -> Result<Vec<u8>> {
     let shown = path.display();
     let metadata =
         std::fs::metadata(path).with_context(|| format!("read the component {shown}"))?;
     if metadata.is_dir() {
         return Err(anyhow!("{shown} is a folder, not a WebAssembly component")).hint(
-            "name the .wasm file in it, or let Oncely compile a Rust crate with `crate` in the place of `component`",
+            "name the .wasm file in it, \
+             or set `crate` instead of `component` to compile a Rust crate",
         );
     }
     if !metadata.is_file() {

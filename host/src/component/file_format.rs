@@ -1,5 +1,5 @@
-//! Which kind of file these bytes are. A component is one; the others that people give in its place are called by their
-//! names, with the step that is missing.
+//! Detection of the file format. Common mistakes are named in the error, with a hint for the
+//! missing step.
 
 use anyhow::{Error, Result, anyhow};
 use bytesize::ByteSize;
@@ -8,25 +8,26 @@ use wasmparser::{BinaryReader, Parser, Payload};
 use super::{SIZE_MAX, quoted};
 use crate::model::hint::WithHint;
 
-/// What each WebAssembly file begins with.
+/// The first bytes of each WebAssembly file.
 const MAGIC: &[u8] = b"\0asm";
 
-/// The version and the layer of a component, as they follow.
+/// The version and layer bytes of a component, which follow the magic bytes.
 const COMPONENT: &[u8] = &[0x0d, 0, 1, 0];
 
-/// Those of a core module.
+/// The version and layer bytes of a core module.
 const CORE_MODULE: &[u8] = &[1, 0, 0, 0];
 
-/// Where an ELF file names its system, and the number that wasmtime has there for compiled code.
+/// The position of the OS/ABI byte in an ELF file, and wasmtime's value for compiled code.
 const ELF_SYSTEM: (usize, u8) = (7, 200);
 
-/// How many bytes a length takes at most.
+/// The maximum length of an encoded section length, in bytes.
 const LENGTH_BYTES_MAX: usize = 5;
 
-const BUILD_HINT: &str = "build a component: a Rust crate with `crate` in the manifest, or for the target wasm32-wasip2; other \
-                         languages with their tool for components";
+const BUILD_HINT: &str = "build a component: for a Rust crate, set `crate` in the manifest \
+                          or use the target wasm32-wasip2; \
+                          for other languages, use their component tools";
 
-/// Other kinds of files by their first bytes: what they are called, and what to do.
+/// Other file formats by their first bytes: description and hint.
 const KINDS: [(&[u8], &str, &str); 17] = [
     (
         b"PK\x03\x04",
@@ -82,12 +83,12 @@ const KINDS: [(&[u8], &str, &str); 17] = [
     (b"#!", "a script", BUILD_HINT),
     (
         b"version https://git-lfs",
-        "the placeholder of a file that Git LFS keeps elsewhere",
-        "fetch the file itself with: git lfs pull",
+        "a Git LFS pointer",
+        "fetch the file with: git lfs pull",
     ),
 ];
 
-/// Refuses bytes that do not begin like a component, or are too many.
+/// Refuses bytes that are too many, or do not begin like a component.
 pub(super) fn check_file_format(wasm: &[u8]) -> Result<()> {
     if wasm.len() > SIZE_MAX {
         return Err(too_large(wasm.len() as u64));
@@ -102,37 +103,39 @@ pub(super) fn check_file_format(wasm: &[u8]) -> Result<()> {
     }
 }
 
-/// A component of more bytes than a host takes.
+/// The error for a component that is too large.
 pub(super) fn too_large(bytes: u64) -> Error {
-    let most = ByteSize(SIZE_MAX as u64).display().iec();
-    anyhow!("the file has {bytes} bytes; a component may have {most}, which is {SIZE_MAX} bytes").hint(
-        "build it with optimisation and without debug information, or strip that with: wasm-tools strip FILE -o FILE",
+    let max = ByteSize(SIZE_MAX as u64).display().iec();
+    anyhow!("the file has {bytes} bytes; a component may have {max} ({SIZE_MAX} bytes)").hint(
+        "build it with optimisation and without debug information, \
+         or strip it with: wasm-tools strip FILE -o FILE",
     )
 }
 
-/// A component whose last bytes are missing.
+/// The error for a component whose last bytes are missing.
 pub(super) fn cut_off(bytes: usize) -> Error {
-    anyhow!("the file is cut off: it ends after {bytes} bytes, in the middle of a component")
-        .hint("copy or download it again, or build it again if a build was interrupted")
+    anyhow!("the file is truncated: it ends after {bytes} bytes, in the middle of a component")
+        .hint("copy, download or build it again")
 }
 
-/// Bytes that begin as a component does, and do not go on as one.
+/// The error for bytes that begin like a component but are malformed.
 pub(super) fn damaged(error: &wasmparser::Error, wasm: &[u8]) -> Error {
     let names_wasi_3 = wasm.windows(WASI_3.len()).any(|window| window == WASI_3);
     if names_wasi_3 {
-        return wasi_3("it has parts of WASI 0.3 in it");
+        return wasi_3("it contains parts of WASI 0.3");
     }
     anyhow!("{} (byte {})", first_line(error.message()), error.offset())
-        .context("the component is damaged, or made for a later version of the component model than this host knows")
-        .hint("build it again, with a release of its tool that makes components for WASI 0.2")
+        .context("the component is damaged, or uses a later version of the component model")
+        .hint("build it again with tools for WASI 0.2")
 }
 
 const WASI_3: &[u8] = b"@0.3.";
 
-/// A component for WASI 0.3; `why` is a sentence without its full stop.
+/// The error for a component built for WASI 0.3; `why` is a clause without a full stop.
 pub(super) fn wasi_3(why: &str) -> Error {
-    anyhow!("the component is made for WASI 0.3, and this host runs components for WASI 0.2: {why}").hint(
-        "build it for WASI 0.2: with Rust for the target wasm32-wasip2, with other tools by their option for WASI 0.2",
+    anyhow!("the component is built for WASI 0.3, but hosts run WASI 0.2: {why}").hint(
+        "build it for WASI 0.2: with Rust for the target wasm32-wasip2, \
+         with other tools by their option for WASI 0.2",
     )
 }
 
@@ -140,12 +143,12 @@ pub(super) fn first_line(text: &str) -> &str {
     text.lines().last().unwrap_or_default()
 }
 
-/// Whether the last section of a component is longer than what is left of the file.
+/// Whether the last section of a component extends past the end of the file.
 fn is_cut_off(wasm: &[u8]) -> bool {
     let mut rest = wasm
         .get(MAGIC.len() + COMPONENT.len()..)
         .unwrap_or_default();
-    // A section is a byte that says of which kind, its length, and that many bytes.
+    // A section consists of a kind byte, a length, and that many bytes.
     while let Some((_, after)) = rest.split_first() {
         let mut reader = BinaryReader::new(after, 0);
         let Ok(length) = reader.read_var_u32() else {
@@ -169,16 +172,16 @@ fn unsupported_version(rest: &[u8]) -> Error {
         .map(|byte| format!("{byte:02x}"))
         .collect();
     anyhow!(
-        "the file is WebAssembly of a version that this host does not know ({})",
+        "the file has an unsupported WebAssembly version ({})",
         version.join(" ")
     )
-    .hint("build it again with a current release of its tool, for WASI 0.2")
+    .hint("build it again with current tools for WASI 0.2")
 }
 
 fn not_webassembly(bytes: &[u8]) -> Error {
     if bytes.is_empty() {
         return anyhow!("the file is empty")
-            .hint("build it again: a build that failed may have left it");
+            .hint("build it again; a failed build may have left it");
     }
     if MAGIC.starts_with(bytes) {
         return cut_off(bytes.len());
@@ -186,12 +189,14 @@ fn not_webassembly(bytes: &[u8]) -> Error {
     let (at, compiled) = ELF_SYSTEM;
     if bytes.starts_with(b"\x7fELF") && bytes.get(at) == Some(&compiled) {
         return anyhow!("the file is a precompiled component, which would run as native code")
-            .hint("name the .wasm file that it was compiled from; hosts compile components themselves");
+            .hint(
+                "use the .wasm file that it was compiled from; hosts compile components themselves",
+            );
     }
     if let Some((_, kind, hint)) = KINDS.iter().find(|(start, ..)| bytes.starts_with(start)) {
         return wrong_kind(kind, hint);
     }
-    // The mark of a tar archive stands far inside.
+    // A tar archive has its magic bytes at an offset.
     if bytes
         .get(257..)
         .is_some_and(|rest| rest.starts_with(b"ustar"))
@@ -203,7 +208,7 @@ fn not_webassembly(bytes: &[u8]) -> Error {
     }
     match std::str::from_utf8(bytes) {
         Ok(text) if !text.contains('\0') => text_file(text),
-        _ => wrong_kind("of a kind that is not known here", BUILD_HINT),
+        _ => wrong_kind("of an unknown kind", BUILD_HINT),
     }
 }
 
@@ -217,18 +222,18 @@ fn text_file(text: &str) -> Error {
     if begins("(component") {
         return wrong_kind(
             "the text form of a component",
-            "turn it into bytes with: wasm-tools parse FILE.wat -o FILE.wasm",
+            "convert it with: wasm-tools parse FILE.wat -o FILE.wasm",
         );
     }
     if begins("(module") || begins("(func") {
         return wrong_kind(
             "the text form of a core module",
-            "build a component: parse and wrap it with `wasm-tools parse` and `wasm-tools component new`",
+            "build a component: convert it with `wasm-tools parse` and `wasm-tools component new`",
         );
     }
     if begins("package ") || begins("interface ") || begins("world ") {
         return wrong_kind(
-            "a WIT file, which describes interfaces and holds no code",
+            "a WIT file, which contains interfaces but no code",
             BUILD_HINT,
         );
     }
@@ -239,13 +244,13 @@ fn text_file(text: &str) -> Error {
     if html {
         return wrong_kind(
             "a web page",
-            "look whether the download asked for a login, and download the file again",
+            "check whether the download requires a login, then download the file again",
         );
     }
     wrong_kind("text", BUILD_HINT)
 }
 
-/// A text from its first word that is no comment of WebAssembly's text form or of WIT.
+/// The text from the first word after leading comments in WAT or WIT syntax.
 fn without_comments(text: &str) -> &str {
     let mut rest = text.trim_start_matches('\u{feff}').trim_start();
     loop {
@@ -263,33 +268,32 @@ fn without_comments(text: &str) -> &str {
     }
 }
 
-/// A core module, by the tool that probably made it.
+/// The error for a core module, with a hint for the tool that probably built it.
 fn core_module(wasm: &[u8]) -> Error {
     let module = CoreModule::read(wasm);
     let imports = |start: &str| module.imports.iter().any(|name| name.starts_with(start));
     let (detail, hint) = if module.describes_component {
         (
-            "built for a component and not wrapped yet",
-            "wrap it with: wasm-tools component new FILE.wasm -o COMPONENT.wasm, or build for the target wasm32-wasip2",
+            "built for a component but not wrapped yet",
+            "wrap it with: wasm-tools component new FILE.wasm -o COMPONENT.wasm, \
+             or build for the target wasm32-wasip2",
         )
     } else if imports("wasi_snapshot_preview1") || imports("wasi_unstable") {
         (
-            "made for WASI 0.1",
-            "build it for WASI 0.2: with Rust for the target wasm32-wasip2 in the place of wasm32-wasip1, with TinyGo with \
-             -target=wasip2",
+            "built for WASI 0.1",
+            "build it for WASI 0.2: \
+             with Rust for the target wasm32-wasip2 instead of wasm32-wasip1, \
+             with TinyGo with -target=wasip2",
         )
     } else if imports("__wbindgen") || imports("./") || imports("wbg") {
-        ("made by wasm-bindgen for JavaScript", BUILD_HINT)
+        ("built by wasm-bindgen for JavaScript", BUILD_HINT)
     } else if imports("gojs") || imports("go") {
         (
-            "made by Go for JavaScript",
+            "built by Go for JavaScript",
             "build it with TinyGo: tinygo build -target=wasip2",
         )
     } else {
-        (
-            "the inside of a component without its interfaces",
-            BUILD_HINT,
-        )
+        ("code without component interfaces", BUILD_HINT)
     };
     let imported = match module.imports.first() {
         Some(first) => format!("; it imports from {}", quoted(first)),
@@ -298,17 +302,17 @@ fn core_module(wasm: &[u8]) -> Error {
     anyhow!("the file is a core module, not a component ({detail}{imported})").hint(hint)
 }
 
-/// What tells core modules apart.
+/// The characteristics of a core module.
 #[derive(Default)]
 struct CoreModule {
     /// The modules it imports from.
     imports: Vec<String>,
-    /// Whether bindings left the description of a component in it.
+    /// Whether bindings left a component description in it.
     describes_component: bool,
 }
 
 impl CoreModule {
-    /// Reads as far as the bytes can be read.
+    /// Reads the module up to its first malformed section.
     fn read(wasm: &[u8]) -> CoreModule {
         let mut module = CoreModule::default();
         for payload in Parser::new(0).parse_all(wasm) {

@@ -1,8 +1,8 @@
-//! A component as its bytes show it, before anything is compiled: the form of the file, its handler, its imports, and
-//! how much it asks of the compiler.
+//! Static checks of a component before it is compiled: its file format, handler, imports and
+//! compile cost.
 //!
-//! `oncely build` and every host ask the same questions here, so that a mistake is found where it was made. All of this
-//! takes time in proportion to the bytes, and reads nothing but them.
+//! `oncely build` and every host run the same checks, so that a mistake is found where it was made.
+//! Their time is proportional to the size of the component, and they read nothing but its bytes.
 
 mod code;
 mod file;
@@ -15,10 +15,13 @@ pub use surface::{Handler, Surface};
 
 use anyhow::Result;
 
-/// A component may be this large, in bytes. Those of Python and JavaScript have 12 to 20 MB.
+/// The maximum size of a component in bytes. Components in Python and JavaScript have 12 to 20 MB.
 pub const SIZE_MAX: usize = 64 << 20;
 
-/// Finds the handler and the imports of a component; an error says why these bytes are none that a host can run.
+/// Finds the handler and the imports of a component.
+///
+/// # Errors
+/// The reason why a host cannot run these bytes.
 pub fn inspect(wasm: &[u8]) -> Result<Surface> {
     file_format::check_file_format(wasm)?;
     let surface = Surface::parse(wasm)?;
@@ -26,7 +29,7 @@ pub fn inspect(wasm: &[u8]) -> Result<Surface> {
     Ok(surface)
 }
 
-/// A name from a component, cut to a length that can be quoted.
+/// A name from a component in backticks, truncated to a quotable length.
 fn quoted(name: &str) -> String {
     const CHARS_MAX: usize = 100;
     match name.char_indices().nth(CHARS_MAX) {
@@ -35,7 +38,7 @@ fn quoted(name: &str) -> String {
     }
 }
 
-/// Names in a sentence: the first few, and how many there are beside them.
+/// Names for a sentence: the first few, and the number of the others.
 fn list(names: &[String]) -> String {
     const NAMES_MAX: usize = 8;
     if names.is_empty() {

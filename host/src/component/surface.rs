@@ -1,4 +1,4 @@
-//! The exports and imports of a component, and whether a host can run it with them.
+//! The exports and imports of a component, and the check that a host can run it with them.
 
 use anyhow::{Result, anyhow, bail};
 use wasmparser::{ComponentExternalKind, Parser, Payload};
@@ -6,22 +6,24 @@ use wasmparser::{ComponentExternalKind, Parser, Payload};
 use super::{file_format, list, quoted};
 use crate::model::hint::WithHint;
 
-/// A component exports one of these to be a worker.
+/// A worker's component exports one of these.
 const HANDLER: &str = "oncely:worker/handler@0.1.0";
 const BATCH_HANDLER: &str = "oncely:worker/batch-handler@0.1.0";
-/// Of any patch version.
+/// Any patch version.
 const HTTP_HANDLER: &str = "wasi:http/incoming-handler@0.2.";
 
 /// A package of interfaces that a component may import.
 struct Package {
     name: &'static str,
-    /// The whole version of one that is not stable yet; of a stable one its beginning, as any patch version will do.
+    /// The full version of an unstable package, or the prefix of a stable one, of which any patch
+    /// version fits.
     version: &'static str,
     interfaces: &'static [&'static str],
 }
 
-/// All that a component may import: our own, and the parts of WASI that language runtimes ask for. Behind the latter
-/// there is nothing but a clock, random numbers and the log; each call to files, sockets or other servers is denied.
+/// Everything that a component may import: Oncely's interfaces, and the parts of WASI that language
+/// runtimes need. WASI provides only a clock, random numbers and the log; every call to files,
+/// sockets or other servers is denied.
 const IMPORTABLE: [Package; 10] = [
     Package {
         name: "oncely:worker",
@@ -105,7 +107,7 @@ pub enum Handler {
     Http,
 }
 
-/// What a component exports and imports, types apart, in alphabetical order.
+/// The exports and imports of a component, without types, sorted by name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Surface {
     pub exports: Vec<String>,
@@ -113,7 +115,7 @@ pub struct Surface {
 }
 
 impl Surface {
-    /// Reads the outermost imports and exports of a component.
+    /// Parses the outermost imports and exports of a component.
     pub(super) fn parse(wasm: &[u8]) -> Result<Surface> {
         let mut surface = Surface {
             exports: Vec::new(),
@@ -149,14 +151,14 @@ impl Surface {
         Ok(surface)
     }
 
-    /// Refuses what a host cannot run or will not give.
+    /// Refuses a component that a host cannot run.
     pub(super) fn check(&self) -> Result<()> {
         self.check_wasi()?;
         self.handler()?;
         self.check_imports()
     }
 
-    /// The one handler of the component, of a kind that this host can call.
+    /// The only handler of the component, of a kind that hosts can call.
     pub fn handler(&self) -> Result<Handler> {
         let kinds = [
             "worker/handler",
@@ -177,13 +179,18 @@ impl Surface {
             [http] if http.starts_with(HTTP_HANDLER) => Ok(Handler::Http),
             [] => Err(self.missing_handler()),
             [other] => Err(anyhow!(
-                "the component exports {}, and this host runs `{HANDLER}`, `{BATCH_HANDLER}` and `{HTTP_HANDLER}x`",
+                "the component exports {}, but hosts run `{HANDLER}`, `{BATCH_HANDLER}` \
+                 and `{HTTP_HANDLER}x`",
                 quoted(other)
             )
-            .hint("build it with the interfaces of this version of Oncely: wit/worker.wit has them")),
+            .hint("build it with this version's interfaces from wit/worker.wit")),
             several => {
                 let several: Vec<String> = several.iter().copied().map(str::to_owned).collect();
-                bail!("the component exports {} handlers ({}); it must export one", several.len(), list(&several))
+                bail!(
+                    "the component exports {} handlers ({}); it must export exactly one",
+                    several.len(),
+                    list(&several)
+                )
             }
         }
     }
@@ -194,21 +201,21 @@ impl Surface {
             .iter()
             .any(|name| name.starts_with("wasi:cli/run@"))
         {
-            "it is a program with a `main`: export a handler from a library, as docs/handlers.md shows"
+            "it is a program with a `main`: export a handler from a library, see docs/handlers.md"
         } else if self.exports.is_empty() {
-            "it may be a description of interfaces without code: name the component that was built with it"
+            "it may contain interfaces without code: use the component built from it"
         } else {
-            "export one, as docs/handlers.md shows"
+            "export one, see docs/handlers.md"
         };
         anyhow!(
-            "the component exports no handler: it must export `{HANDLER}`, `{BATCH_HANDLER}` or `{HTTP_HANDLER}x`, and it \
-             exports {}",
+            "the component exports no handler: it must export `{HANDLER}`, `{BATCH_HANDLER}` \
+             or `{HTTP_HANDLER}x`, and it exports {}",
             list(&self.exports)
         )
         .hint(hint)
     }
 
-    /// Refuses a component for another version of WASI than 0.2 by that name.
+    /// Refuses a component built for WASI 0.3, with an error that says so.
     fn check_wasi(&self) -> Result<()> {
         let is_wasi_3 = |name: &&String| name.starts_with("wasi:") && name.contains("@0.3.");
         if let Some(name) = self.imports.iter().find(is_wasi_3) {
@@ -233,21 +240,25 @@ impl Surface {
         let hint = match package_of(first) {
             Some(package) if first.contains('@') => {
                 let version = package.version.trim_end_matches('.');
-                format!("this host has {} of version {version}: {}", package.name, package.interfaces.join(", "))
+                format!(
+                    "hosts provide {} {version}: {}",
+                    package.name,
+                    package.interfaces.join(", ")
+                )
             }
-            _ => "a worker may import oncely:worker, wasi:logging, wasi:config and WASI 0.2; build another import into it, as \
-                  with `wac plug`"
+            _ => "a worker may import oncely:worker, wasi:logging, wasi:config and WASI 0.2; \
+                  build other imports into it, for example with `wac plug`"
                 .to_owned(),
         };
         Err(anyhow!(
-            "the component imports {}, which a worker is not given",
+            "the component imports {}, which hosts do not provide",
             list(&refused)
         ))
         .hint(hint)
     }
 }
 
-/// Whether an import, such as `wasi:io/poll@0.2.3`, is one that hosts provide.
+/// Whether hosts provide an import, such as `wasi:io/poll@0.2.3`.
 fn is_importable(import: &str) -> bool {
     let Some(package) = package_of(import) else {
         return false;
@@ -268,7 +279,7 @@ fn is_importable(import: &str) -> bool {
     fits && package.interfaces.contains(&interface)
 }
 
-/// The package of an import, if hosts have one of that name.
+/// The package of an import, if hosts provide one of that name.
 fn package_of(import: &str) -> Option<&'static Package> {
     let (name, _) = import.split_once('/')?;
     IMPORTABLE.iter().find(|package| package.name == name)

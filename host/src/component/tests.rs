@@ -1,11 +1,11 @@
-//! Each kind of file that is no component, and each limit.
+//! Tests of each refused file format and each limit.
 
 use std::fmt::Write as _;
 
 use super::*;
 use crate::model::hint::hints;
 
-/// A component that exports an instance, or imports one, under each of these names.
+/// A component with instances imported and exported under these names.
 fn component(imports: &[&str], exports: &[&str]) -> Vec<u8> {
     let mut text = String::from("(component ");
     for name in imports {
@@ -37,18 +37,18 @@ fn other_file_kinds_are_identified_in_the_error() {
         (b"", "the file is empty", "build it again"),
         (
             b"\0as",
-            "cut off: it ends after 3 bytes",
-            "copy or download it again",
+            "truncated: it ends after 3 bytes",
+            "copy, download or build it again",
         ),
         (
             b"\0asm\x0d\0",
-            "cut off: it ends after 6 bytes",
-            "copy or download it again",
+            "truncated: it ends after 6 bytes",
+            "copy, download or build it again",
         ),
         (
             b"\0asm\x0c\0\x01\0",
-            "a version that this host does not know (0c 00 01 00)",
-            "current release",
+            "an unsupported WebAssembly version (0c 00 01 00)",
+            "current tools",
         ),
         (
             b"\0asm\x01\0\0\0",
@@ -97,11 +97,7 @@ fn other_file_kinds_are_identified_in_the_error() {
             "build a component",
         ),
         (b"#!/bin/sh\n", "a script", "build a component"),
-        (
-            b"\xff\xfe\0\x01",
-            "of a kind that is not known here",
-            "build a component",
-        ),
+        (b"\xff\xfe\0\x01", "of an unknown kind", "build a component"),
         (
             b"MZ\x90",
             "a native program of Windows",
@@ -122,8 +118,8 @@ fn a_core_module_is_identified_by_its_toolchain() {
     let cases = [
         (
             r#"(module (import "wasi_snapshot_preview1" "fd_write" (func)) (func (export "_start")))"#,
-            "made for WASI 0.1; it imports from `wasi_snapshot_preview1`",
-            "wasm32-wasip2 in the place of wasm32-wasip1",
+            "built for WASI 0.1; it imports from `wasi_snapshot_preview1`",
+            "wasm32-wasip2 instead of wasm32-wasip1",
         ),
         (
             r#"(module (@custom "component-type:x" "") (func))"#,
@@ -132,17 +128,17 @@ fn a_core_module_is_identified_by_its_toolchain() {
         ),
         (
             r#"(module (import "__wbindgen_placeholder__" "f" (func)))"#,
-            "made by wasm-bindgen",
+            "built by wasm-bindgen",
             "build a component",
         ),
         (
             r#"(module (import "gojs" "f" (func)))"#,
-            "made by Go",
+            "built by Go",
             "-target=wasip2",
         ),
         (
             r#"(module (func (export "add")))"#,
-            "the inside of a component",
+            "without component interfaces",
             "build a component",
         ),
     ];
@@ -185,7 +181,7 @@ fn a_component_without_one_handler_of_this_version_is_refused() {
         ),
         (
             &["oncely:worker/handler@0.2.0"],
-            "exports `oncely:worker/handler@0.2.0`, and this host runs",
+            "exports `oncely:worker/handler@0.2.0`, but hosts run",
             "wit/worker.wit",
         ),
         (&["a:b/c"], "it exports `a:b/c`", "docs/handlers.md"),
@@ -234,13 +230,13 @@ fn only_imports_that_hosts_provide_are_accepted() {
     ] {
         let error = format!("{:#}", importing(refused).unwrap_err());
         assert!(
-            error.contains(refused) && error.contains("which a worker is not given"),
+            error.contains(refused) && error.contains("which hosts do not provide"),
             "{error}"
         );
     }
     let (_, hint) = refusal(&component(&["wasi:config/store@0.2.0-draft"], &[HANDLER]));
     assert!(
-        hint.contains("this host has wasi:config of version 0.2.0-rc.1"),
+        hint.contains("hosts provide wasi:config 0.2.0-rc.1"),
         "{hint}"
     );
 }
@@ -256,7 +252,7 @@ fn a_component_for_wasi_3_is_reported_as_such() {
     for wasm in [imports, exports, candidate] {
         let (error, hint) = refusal(&wasm);
         assert!(
-            error.contains("made for WASI 0.3, and this host runs components for WASI 0.2"),
+            error.contains("built for WASI 0.3, but hosts run WASI 0.2"),
             "{error}"
         );
         assert!(hint.contains("wasm32-wasip2"), "{hint}");
@@ -264,12 +260,12 @@ fn a_component_for_wasi_3_is_reported_as_such() {
     let asynchronous = r#"(component (type (future)))"#;
     let error = check_code(&wat::parse_str(asynchronous).unwrap()).unwrap_err();
     assert!(
-        format!("{error:#}").contains("made for WASI 0.3"),
+        format!("{error:#}").contains("built for WASI 0.3"),
         "{error:#}"
     );
 }
 
-/// A component with code in it.
+/// A component that contains code.
 fn with_code() -> Vec<u8> {
     let text = format!(
         r#"(component
@@ -288,16 +284,16 @@ fn with_code() -> Vec<u8> {
 fn a_file_that_is_cut_off_anywhere_is_refused() {
     let wasm = with_code();
     inspect(&wasm).and_then(|_| check_code(&wasm)).unwrap();
-    let mut said_so = 0;
+    let mut truncated = 0;
     for end in 0..wasm.len() {
-        // Between two sections it looks like a component with fewer of them.
+        // Cut between two sections, it looks like a component with fewer of them.
         let Err(error) = inspect(&wasm[..end]) else {
             continue;
         };
         assert!(!hints(&error).is_empty(), "{error:#}");
-        said_so += usize::from(error.to_string().contains("cut off"));
+        truncated += usize::from(error.to_string().contains("truncated"));
     }
-    assert!(said_so > wasm.len() - 12, "{said_so} of {}", wasm.len());
+    assert!(truncated > wasm.len() - 12, "{truncated} of {}", wasm.len());
 }
 
 #[test]
@@ -330,7 +326,7 @@ fn a_function_that_compiles_for_minutes_is_refused_early() {
     bomb(100, 1_000).unwrap();
     let error = bomb(2_000, 5_000).unwrap_err();
     assert!(
-        format!("{error:#}").contains("asks too much of the compiler"),
+        format!("{error:#}").contains("exceeds a compiler limit"),
         "{error:#}"
     );
     assert_eq!(hints(&error).len(), 1);
@@ -347,7 +343,7 @@ fn functions_types_and_nesting_are_limited() {
     };
     let error = refused(&"(func)".repeat(100_001));
     assert!(
-        error.contains("it has 100001 functions, and 100000 are allowed"),
+        error.contains("it has 100001 functions; at most 100000 are allowed"),
         "{error}"
     );
     let error = refused(&"(type (func))".repeat(100_001));
@@ -377,14 +373,14 @@ fn features_that_hosts_do_not_run_are_named() {
         )
     };
     assert!(
-        refused("(memory 1 2 shared)").contains("do not run: threads"),
+        refused("(memory 1 2 shared)").contains("do not support: threads"),
         "{}",
         refused("(memory 1 2 shared)")
     );
-    assert!(refused("(memory i64 1)").contains("do not run: memory64"));
-    assert!(refused("(tag)").contains("do not run: exceptions"));
+    assert!(refused("(memory i64 1)").contains("do not support: memory64"));
+    assert!(refused("(tag)").contains("do not support: exceptions"));
     assert!(
-        refused("(type (struct))").contains("do not run: gc-types"),
+        refused("(type (struct))").contains("do not support: gc-types"),
         "{}",
         refused("(type (struct))")
     );

@@ -1,4 +1,4 @@
-//! The cache: how much of this process it may take, and where the shared one is.
+//! The cache: the memory limit in this process, and the address of the shared cache.
 
 use std::fmt;
 
@@ -6,24 +6,24 @@ use super::sources::{Setting, Sources};
 use super::without_password;
 use crate::model::units;
 
-/// What the cache of a process may take unless told otherwise, in bytes.
+/// The default memory limit of the cache, in bytes.
 const SIZE_DEFAULT: u64 = 64 << 20;
 
-/// The most it can be told, in bytes.
+/// The largest memory limit, in bytes.
 const SIZE_MAX: u64 = 1 << 40;
 
 const EXAMPLE: &str = "redis://cache.internal:6379/0";
 
-/// How a host caches.
+/// The cache settings of a host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CacheSettings {
-    /// What the cache of this process may take, in bytes; zero for none.
+    /// The memory limit of the cache in this process, in bytes; zero for none.
     pub size: u64,
     /// Redis or Valkey, shared by all hosts.
     pub shared: Option<CacheUrl>,
 }
 
-/// Where Redis is, password included; it is never shown whole.
+/// The URL of Redis, password included. It must not be shown unredacted.
 #[derive(Clone, PartialEq, Eq)]
 pub struct CacheUrl(String);
 
@@ -55,14 +55,14 @@ fn size(setting: &Setting) -> anyhow::Result<u64> {
     }
 }
 
-/// The value may hold a password, so it is not repeated.
+/// Parses the URL. It may contain a password, so errors do not repeat it.
 fn url(setting: &Setting) -> anyhow::Result<CacheUrl> {
     let Some((scheme, rest)) = setting.value.split_once("://") else {
-        return Err(setting.refuse("it is no URL", EXAMPLE));
+        return Err(setting.refuse("it is not a URL", EXAMPLE));
     };
     if !["redis", "rediss", "valkey", "valkeys"].contains(&scheme) {
         return Err(setting.refuse(
-            format!("`{scheme}://` is no way to a cache; there are redis and rediss"),
+            format!("`{scheme}://` is not a supported scheme; use redis or rediss"),
             EXAMPLE,
         ));
     }
@@ -72,21 +72,18 @@ fn url(setting: &Setting) -> anyhow::Result<CacheUrl> {
         return Err(setting.refuse("it names no server", EXAMPLE));
     }
     if !database.is_empty() && database.parse::<u16>().is_err() {
-        return Err(setting.refuse(
-            "behind the server there can only be the number of a database",
-            EXAMPLE,
-        ));
+        return Err(setting.refuse("the path can only be the number of a database", EXAMPLE));
     }
     Ok(CacheUrl(setting.value.clone()))
 }
 
 impl CacheUrl {
-    /// The URL itself, for whoever connects.
+    /// The URL itself, for the connection.
     pub fn reveal(&self) -> &str {
         &self.0
     }
 
-    /// For people: without the password.
+    /// The URL without its password, for display.
     pub fn redacted(&self) -> String {
         without_password(&self.0)
     }

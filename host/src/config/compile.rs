@@ -1,4 +1,4 @@
-//! What compiling a component may take.
+//! The limits for compiling a component.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -6,16 +6,16 @@ use std::time::Duration;
 use super::sources::{Setting, Sources};
 use crate::model::units;
 
-/// Processor time for one component unless told otherwise.
+/// The default processor time for one component.
 const TIME_DEFAULT: Duration = Duration::from_secs(120);
 
-/// Memory for one component unless told otherwise, in bytes.
+/// The default memory for one component, in bytes.
 const MEMORY_DEFAULT: u64 = 2 << 30;
 
-/// With less memory than this not even a small component compiles, in bytes.
+/// The minimum memory, in bytes. With less, even a small component does not compile.
 const MEMORY_MIN: u64 = 1 << 30;
 
-/// How hosts compile components.
+/// The settings for compiling components.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CompileSettings {
     /// Processor time for one component, of all threads together.
@@ -36,7 +36,7 @@ impl Default for CompileSettings {
     }
 }
 
-/// The running program, also when its file was replaced by another version since.
+/// The running program, even if its file was replaced by another version since.
 fn current_program() -> PathBuf {
     let running = Path::new("/proc/self/exe");
     match std::env::current_exe() {
@@ -61,7 +61,7 @@ fn time(setting: &Setting) -> anyhow::Result<Duration> {
     let (least, most) = (Duration::from_secs(1), Duration::from_secs(60 * 60));
     match units::parse_duration(&setting.value) {
         Ok(time) if (least..=most).contains(&time) => Ok(time),
-        _ => Err(setting.refuse_value("is not a length of time between 1s and 1h", "2m")),
+        _ => Err(setting.refuse_value("is not a duration between 1s and 1h", "2m")),
     }
 }
 

@@ -1,4 +1,4 @@
-//! Who may send requests over HTTP, where, and how much of this process they may take.
+//! HTTP requests: the address, the admission rules, and the limits per listener.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -9,29 +9,29 @@ use crate::model::request::Admission;
 use crate::model::subject;
 use crate::model::units;
 
-/// How many connections one listener may be told to keep open.
+/// The largest connection limit that can be configured.
 const CONNECTIONS_MAX: usize = 1_000_000;
 
-/// The most memory for bodies that can be configured, in bytes.
+/// The largest memory limit for bodies, in bytes.
 const MEMORY_MAX: u64 = 1 << 40;
 
-/// The largest body that a host takes without further configuration must fit.
+/// The smallest memory limit for bodies, in bytes: the default size limit of one request body.
 const MEMORY_MIN: u64 = 1 << 20;
 
-/// Between these limits are all timeouts.
+/// The range of all timeouts.
 const TIMEOUT_MIN: Duration = Duration::from_millis(100);
 const TIMEOUT_MAX: Duration = Duration::from_secs(60 * 60);
 
-/// How much one listener grants its clients.
+/// The limits of one listener.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HttpLimits {
-    /// The most open connections.
+    /// The maximum number of open connections.
     pub connections: usize,
-    /// The most bytes of bodies in memory.
+    /// The maximum size of all bodies in memory, in bytes.
     pub memory: usize,
-    /// How long the head of a request may take.
+    /// The timeout for the head of a request.
     pub head_timeout: Duration,
-    /// How long a body may take, and a second more for every 16 KiB.
+    /// The timeout for a body, plus one second for every 16 KiB.
     pub body_timeout: Duration,
     /// How long a connection stays open between two requests.
     pub idle_timeout: Duration,
@@ -50,7 +50,8 @@ impl Default for HttpLimits {
 }
 
 impl HttpLimits {
-    /// Those of the control API, which serves commands, probes and scrapes: enough for four uploads of the largest component.
+    /// The limits of the control API, which serves commands, probes and scrapes. They suffice for
+    /// four uploads of the largest component.
     pub const CONTROL: HttpLimits = HttpLimits {
         connections: 64,
         memory: 256 << 20,
@@ -98,11 +99,11 @@ fn memory(setting: &Setting) -> anyhow::Result<usize> {
 fn timeout(setting: &Setting) -> anyhow::Result<Duration> {
     match units::parse_duration(&setting.value) {
         Ok(timeout) if (TIMEOUT_MIN..=TIMEOUT_MAX).contains(&timeout) => Ok(timeout),
-        _ => Err(setting.refuse_value("is not a length of time between 100ms and 1h", "30s")),
+        _ => Err(setting.refuse_value("is not a duration between 100ms and 1h", "30s")),
     }
 }
 
-/// Where requests are taken; none for nowhere.
+/// The address for requests; `None` if they are off.
 pub(super) fn address(sources: &Sources<'_>) -> anyhow::Result<Option<SocketAddr>> {
     let setting = sources
         .get("http")
@@ -135,7 +136,7 @@ fn caller(setting: &Setting) -> anyhow::Result<String> {
     let name = setting.value.to_ascii_lowercase();
     match axum::http::HeaderName::try_from(&name) {
         Ok(_) => Ok(name),
-        Err(_) => Err(setting.refuse_value("is no name of a header", "X-Account")),
+        Err(_) => Err(setting.refuse_value("is not a valid header name", "X-Account")),
     }
 }
 
@@ -148,7 +149,7 @@ fn publish(setting: &Setting) -> anyhow::Result<Vec<String>> {
     for pattern in &patterns {
         if let Err(why) = subject::check_pattern(pattern) {
             return Err(setting.refuse(
-                format!("`{}` is no subject: {why}", pattern.escape_debug()),
+                format!("`{}` is not a valid subject: {why}", pattern.escape_debug()),
                 "payments.requested",
             ));
         }

@@ -1,5 +1,5 @@
-//! What a host needs to run, resolved before anything starts: flag, else variable, else file, else default.
-//! `docs/configuration.md` lists every setting.
+//! The configuration of a host, resolved before anything starts: flag, else variable, else file,
+//! else default. `docs/configuration.md` lists every setting.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -30,16 +30,17 @@ pub use webhook::{Webhook, key as webhook_key};
 
 use sources::{Setting, Sources};
 
-/// The file that is read when there is one and `--config` names no other.
+/// The configuration file that is read if it exists and `--config` names no other.
 pub const FILE_NAME: &str = "oncely-host.toml";
 
-/// Where the control API listens unless told otherwise.
+/// The default address of the control API.
 pub const LISTEN_ADDRESS: &str = "127.0.0.1:7420";
 
-/// Where requests over HTTP are taken unless told otherwise.
+/// The default address for HTTP requests.
 pub const HTTP_ADDRESS: &str = "127.0.0.1:7480";
 
-/// Every setting, by its key in the file. Its flag is `--key` with hyphens, its variable `ONCELY_KEY`.
+/// Every setting by its key in the file. Its flag is `--key` with hyphens, its variable is
+/// `ONCELY_KEY`.
 pub(crate) const SETTINGS: [&str; 34] = [
     "database",
     "pool_size",
@@ -77,194 +78,222 @@ pub(crate) const SETTINGS: [&str; 34] = [
     "compile_memory",
 ];
 
-/// The settings as flags. They are texts here: [`HostConfig::resolve`] reads them, whichever source they came from.
+/// The settings as flags. They stay text here: [`HostConfig::resolve`] parses them, whatever their
+/// source.
 #[derive(Debug, Clone, Default, Args)]
 pub struct HostFlags {
-    /// Read further settings from this file [default: oncely-host.toml if there is one] [env: ONCELY_CONFIG]
+    /// Read further settings from this file [default: oncely-host.toml if it exists] [env:
+    /// ONCELY_CONFIG]
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// postgres://… or the path of a SQLite file [default: oncely.db in the data folder] [env: ONCELY_DATABASE]
+    /// Use this database: a postgres:// URL or the path of a SQLite file [default: oncely.db in the
+    /// data folder] [env: ONCELY_DATABASE]
     #[arg(long, value_name = "URL")]
     pub database: Option<String>,
-    /// The most database connections [default: 16] [env: ONCELY_POOL_SIZE]
+    /// Open at most this many database connections [default: 16] [env: ONCELY_POOL_SIZE]
     #[arg(long, value_name = "COUNT")]
     pub pool_size: Option<String>,
-    /// How workers' SQL is kept apart on PostgreSQL: restricted, by a role of its own, or trusted [default: restricted] [env: ONCELY_GUEST_SQL]
+    /// Isolate workers' SQL on PostgreSQL: restricted, by a separate role, or trusted, by the
+    /// statement filter alone [default: restricted] [env: ONCELY_GUEST_SQL]
     #[arg(long, value_name = "MODE")]
     pub guest_sql: Option<String>,
-    /// NATS servers, separated by commas [default: nats://127.0.0.1:4222] [env: ONCELY_NATS]
+    /// Connect to these NATS servers, separated by commas [default: nats://127.0.0.1:4222] [env:
+    /// ONCELY_NATS]
     #[arg(long, value_name = "URL")]
     pub nats: Option<String>,
-    /// A context of the nats tool that says where and as whom to connect [env: ONCELY_NATS_CONTEXT]
+    /// Connect with the servers and login of this context of the nats tool [env:
+    /// ONCELY_NATS_CONTEXT]
     #[arg(long, value_name = "NAME")]
     pub nats_context: Option<String>,
-    /// A NATS credentials file [env: ONCELY_NATS_CREDS]
+    /// Log in to NATS with this credentials file [env: ONCELY_NATS_CREDS]
     #[arg(long, value_name = "FILE")]
     pub nats_creds: Option<String>,
-    /// How many servers of a NATS cluster keep each stream that hosts make: 1, 3, 5, or auto for 3 where there are as many [default: auto] [env: ONCELY_STREAM_REPLICAS]
+    /// Replicate each stream that hosts create: 1, 3, 5, or auto for 3 if the cluster has as many
+    /// servers [default: auto] [env: ONCELY_STREAM_REPLICAS]
     #[arg(long, value_name = "COUNT")]
     pub stream_replicas: Option<String>,
-    /// Make the streams and consumers of this other installation, which is gone for good, this one's [default: none] [env: ONCELY_TAKE_OVER]
+    /// Take over the streams and consumers of this other installation, which no longer exists
+    /// [default: none] [env: ONCELY_TAKE_OVER]
     #[arg(long, value_name = "ID")]
     pub take_over: Option<String>,
-    /// Where the control API listens [default: 127.0.0.1:7420] [env: ONCELY_LISTEN]
+    /// Serve the control API at this address [default: 127.0.0.1:7420] [env: ONCELY_LISTEN]
     #[arg(long, value_name = "ADDRESS")]
     pub listen: Option<String>,
-    /// The token callers of the control API show [default: one made and kept in the data folder] [env: ONCELY_TOKEN]
+    /// Require this token from callers of the control API [default: generated and kept in the data
+    /// folder] [env: ONCELY_TOKEN]
     #[arg(long, value_name = "TOKEN")]
     pub token: Option<String>,
-    /// Where requests over HTTP are taken, or off [default: 127.0.0.1:7480] [env: ONCELY_HTTP]
+    /// Serve HTTP requests at this address, or off [default: 127.0.0.1:7480] [env: ONCELY_HTTP]
     #[arg(long, value_name = "ADDRESS")]
     pub http: Option<String>,
-    /// The header that says who sends a request: an idempotency key is the sender's own [default: Authorization] [env: ONCELY_HTTP_CALLER]
+    /// Identify callers by this header; each caller has its own idempotency keys [default:
+    /// Authorization] [env: ONCELY_HTTP_CALLER]
     #[arg(long, value_name = "HEADER")]
     pub http_caller: Option<String>,
-    /// Subjects that POST /publish/SUBJECT may publish to, separated by commas [default: none] [env: ONCELY_HTTP_PUBLISH]
+    /// Allow POST /publish/SUBJECT for these subjects, separated by commas [default: none] [env:
+    /// ONCELY_HTTP_PUBLISH]
     #[arg(long, value_name = "SUBJECTS")]
     pub http_publish: Option<String>,
-    /// The most connections open for requests; fewer if the process may not open so many files [default: 1024] [env: ONCELY_HTTP_CONNECTIONS]
+    /// Keep at most this many connections open for requests; lowered to the limit on open files
+    /// [default: 1024] [env: ONCELY_HTTP_CONNECTIONS]
     #[arg(long, value_name = "COUNT")]
     pub http_connections: Option<String>,
-    /// How much memory the bodies of requests and answers may take [default: 128MiB] [env: ONCELY_HTTP_MEMORY]
+    /// Limit the memory for the bodies of requests and responses [default: 128MiB] [env:
+    /// ONCELY_HTTP_MEMORY]
     #[arg(long, value_name = "SIZE")]
     pub http_memory: Option<String>,
-    /// How long the head of a request may take [default: 10s] [env: ONCELY_HTTP_HEAD_TIMEOUT]
+    /// Limit the time to receive the head of a request [default: 10s] [env:
+    /// ONCELY_HTTP_HEAD_TIMEOUT]
     #[arg(long, value_name = "TIME")]
     pub http_head_timeout: Option<String>,
-    /// How long a body may take to come or go, and a second more for every 16 KiB [default: 30s] [env: ONCELY_HTTP_BODY_TIMEOUT]
+    /// Limit the time to transfer a body, plus one second for every 16 KiB [default: 30s] [env:
+    /// ONCELY_HTTP_BODY_TIMEOUT]
     #[arg(long, value_name = "TIME")]
     pub http_body_timeout: Option<String>,
-    /// How long a connection stays open between two requests [default: 75s] [env: ONCELY_HTTP_IDLE_TIMEOUT]
+    /// Close a connection that is idle for this long [default: 75s] [env: ONCELY_HTTP_IDLE_TIMEOUT]
     #[arg(long, value_name = "TIME")]
     pub http_idle_timeout: Option<String>,
-    /// The folder for everything the host keeps on this machine [default: .oncely] [env: ONCELY_DATA_DIR]
+    /// Keep the host's local files in this folder [default: .oncely] [env: ONCELY_DATA_DIR]
     #[arg(long, value_name = "FOLDER")]
     pub data_dir: Option<String>,
-    /// The form of log lines: text or json [default: text] [env: ONCELY_LOG_FORMAT]
+    /// Write log lines as text or json [default: text] [env: ONCELY_LOG_FORMAT]
     #[arg(long, value_name = "FORMAT")]
     pub log_format: Option<String>,
-    /// Which log lines: a level, or directives such as oncely=debug,info [default: info] [env: ONCELY_LOG_LEVEL]
+    /// Filter log lines by a level, or by directives such as oncely=debug,info [default: info]
+    /// [env: ONCELY_LOG_LEVEL]
     #[arg(long, value_name = "LEVEL")]
     pub log_level: Option<String>,
-    /// How long a host that was asked to stop finishes its work [default: 30s] [env: ONCELY_DRAIN]
+    /// Finish work in progress for at most this long on shutdown [default: 30s] [env: ONCELY_DRAIN]
     #[arg(long, value_name = "TIME")]
     pub drain: Option<String>,
-    /// How long published outputs are kept, for the case that a stream loses them [default: 15m] [env: ONCELY_KEEP_OUTPUTS]
+    /// Keep published outputs for this long, in case a stream loses them [default: 15m] [env:
+    /// ONCELY_KEEP_OUTPUTS]
     #[arg(long, value_name = "TIME")]
     pub keep_outputs: Option<String>,
-    /// How outputs are published on PostgreSQL: poll, or wal, from the database's log; for all hosts of the database [default: as it was, poll at first] [env: ONCELY_RELAY]
+    /// Publish outputs on PostgreSQL by polling (poll) or from the WAL (wal), for all hosts of the
+    /// database [default: unchanged, poll at first] [env: ONCELY_RELAY]
     #[arg(long, value_name = "MODE")]
     pub relay: Option<String>,
-    /// postgres://… of the server itself, where the other URL names a pooler, to read its log [default: as for the database] [env: ONCELY_RELAY_DATABASE]
+    /// Read the WAL over this postgres:// URL of the server itself, if the database URL names a
+    /// pooler [default: the database URL] [env: ONCELY_RELAY_DATABASE]
     #[arg(long, value_name = "URL")]
     pub relay_database: Option<String>,
-    /// How much of its log the server may keep for the relay until that polls again [default: 4GiB] [env: ONCELY_RELAY_SLOT_MAX]
+    /// Return to polling when the server retains more WAL than this for the relay [default: 4GiB]
+    /// [env: ONCELY_RELAY_SLOT_MAX]
     #[arg(long, value_name = "SIZE")]
     pub relay_slot_max: Option<String>,
-    /// How long it is remembered what was handled: a time, or auto for a day longer than the streams keep messages [default: auto] [env: ONCELY_KEEP_INBOX]
+    /// Remember handled messages for this long, or auto for one day longer than the streams keep
+    /// messages [default: auto] [env: ONCELY_KEEP_INBOX]
     #[arg(long, value_name = "TIME")]
     pub keep_inbox: Option<String>,
-    /// A folder where old inbox records and outputs are kept in files when they leave the database [default: none] [env: ONCELY_ARCHIVE]
+    /// Archive old inbox records and outputs as files in this folder before they are deleted
+    /// [default: none] [env: ONCELY_ARCHIVE]
     #[arg(long, value_name = "FOLDER")]
     pub archive: Option<String>,
-    /// Where alarms are posted to, http or https [default: nowhere] [env: ONCELY_WEBHOOK]
+    /// Post alarms to this http or https URL [default: none] [env: ONCELY_WEBHOOK]
     #[arg(long, value_name = "URL")]
     pub webhook: Option<String>,
-    /// What they are signed with: whsec_ and a secret in Base64 [default: not signed] [env: ONCELY_WEBHOOK_SECRET]
+    /// Sign these posts with this secret: whsec_ and Base64 [default: unsigned] [env:
+    /// ONCELY_WEBHOOK_SECRET]
     #[arg(long, value_name = "SECRET")]
     pub webhook_secret: Option<String>,
-    /// How much memory cached values may take; 0 for none [default: 64MiB] [env: ONCELY_CACHE_SIZE]
+    /// Limit the memory for cached values; 0 for none [default: 64MiB] [env: ONCELY_CACHE_SIZE]
     #[arg(long, value_name = "SIZE")]
     pub cache_size: Option<String>,
-    /// A Redis or Valkey that all hosts share as a cache [default: none] [env: ONCELY_CACHE_URL]
+    /// Use this Redis or Valkey as a cache that all hosts share [default: none] [env:
+    /// ONCELY_CACHE_URL]
     #[arg(long, value_name = "URL")]
     pub cache_url: Option<String>,
-    /// Processor time that compiling one component may take [default: 2m] [env: ONCELY_COMPILE_TIME]
+    /// Limit the processor time to compile one component [default: 2m] [env: ONCELY_COMPILE_TIME]
     #[arg(long, value_name = "TIME")]
     pub compile_time: Option<String>,
-    /// Memory that compiling one component may take [default: 2GiB] [env: ONCELY_COMPILE_MEMORY]
+    /// Limit the memory to compile one component [default: 2GiB] [env: ONCELY_COMPILE_MEMORY]
     #[arg(long, value_name = "SIZE")]
     pub compile_memory: Option<String>,
 }
 
-/// Everything a host needs to know, checked.
+/// The checked configuration of a host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostConfig {
     pub database: Database,
-    /// The most connections to the database.
+    /// The maximum number of database connections.
     pub pool_size: u32,
     pub guest_sql: GuestSql,
     pub nats: Nats,
-    /// How many servers of a cluster keep each stream that hosts make; none for as many as there are, up to three.
+    /// Replicas of each stream that hosts create; `None` for as many as there are servers, up to
+    /// three.
     pub stream_replicas: Option<usize>,
-    /// The id of another installation on this NATS whose streams and consumers become this one's.
+    /// The id of another installation on this NATS whose streams and consumers this one takes over.
     pub take_over: Option<String>,
-    /// Where the control API listens.
+    /// The address of the control API.
     pub listen: SocketAddr,
-    /// The control API's token, if one was set; else see [`HostConfig::load_or_create_token`].
+    /// The configured token of the control API; if `None`, see
+    /// [`HostConfig::load_or_create_token`].
     pub token: Option<Secret>,
-    /// Where requests over HTTP are taken; none for nowhere.
+    /// The address for HTTP requests; `None` if they are off.
     pub http: Option<SocketAddr>,
     pub admission: Admission,
     pub http_limits: HttpLimits,
-    /// Holds the token, compiled components, and the SQLite file unless `database` says otherwise.
+    /// The folder for the token, compiled components, and the SQLite file unless `database` names
+    /// another.
     pub data_dir: PathBuf,
     pub log_format: LogFormat,
     /// Directives for `tracing_subscriber::filter::Targets`.
     pub log_level: String,
-    /// How long a host that was asked to stop finishes its work.
+    /// How long a host finishes its work on shutdown.
     pub drain: Duration,
     /// How long published outputs are kept.
     pub keep_outputs: Duration,
-    /// How outputs are published; none to leave it as it is.
+    /// The relay mode; `None` to leave it unchanged.
     pub relay: Option<RelayMode>,
-    /// A `postgres://` URL that no pooler stands behind.
+    /// A `postgres://` URL of the server itself, not of a pooler.
     pub relay_database: Option<Database>,
-    /// How much of its log the server may keep until it is read, in bytes.
+    /// How much WAL the server may retain for the relay, in bytes.
     pub relay_slot_max: u64,
     pub keep_inbox: KeepInbox,
-    /// Where old rows are kept when they leave the database.
+    /// The folder in which old rows are archived before they are deleted.
     pub archive: Option<PathBuf>,
-    /// Where alarms are posted to.
+    /// The webhook for alarms.
     pub webhook: Option<Webhook>,
-    /// What these posts are signed with.
+    /// The secret that signs these posts.
     pub webhook_secret: Option<Secret>,
     pub cache: CacheSettings,
     pub compile: CompileSettings,
 }
 
-/// How outputs are published.
+/// The relay mode: how outputs are published.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RelayMode {
-    /// Hosts hand them over from memory, and sweep for what is left.
+    /// Hosts publish outputs from memory, and the poller publishes the rest.
     Poll,
-    /// One host reads them from PostgreSQL's log.
+    /// One host reads them from the PostgreSQL WAL.
     Wal,
 }
 
-/// How long it is remembered what was handled.
+/// How long handled messages are remembered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KeepInbox {
-    /// A day longer than the streams keep messages.
+    /// One day longer than the streams keep messages.
     Auto,
     For(Duration),
 }
 
-/// Which database, and where.
+/// The kind and address of the database.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Database {
-    /// The path of the file.
+    /// The path of the database file.
     Sqlite(PathBuf),
-    /// A `postgres://` URL, password included; it is never shown whole.
+    /// A `postgres://` URL, password included. It must not be shown unredacted.
     Postgres(String),
 }
 
-/// What keeps workers' SQL from the platform's tables on PostgreSQL. On SQLite the wall always stands.
+/// How workers' SQL is kept from the platform's tables on PostgreSQL. On SQLite it is always
+/// restricted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GuestSql {
-    /// A login role of the app's own, and the check of each statement's text before it.
+    /// By database privileges of the app's own login role, after the statement filter.
     Restricted,
-    /// The check of the text alone, for databases that let nobody make roles.
+    /// By the statement filter alone, for databases that do not allow creating roles.
     Trusted,
 }
 
@@ -281,13 +310,18 @@ pub struct Secret(String);
 
 impl HostConfig {
     /// Resolves the configuration from flags, the environment and the file.
+    ///
+    /// # Errors
+    /// A setting is invalid, or the file cannot be read. Each error names its source and has a
+    /// hint.
     pub fn load(flags: &HostFlags) -> anyhow::Result<HostConfig> {
         Self::resolve(flags, &|name| {
             std::env::var_os(name).map(|value| value.to_string_lossy().into_owned())
         })
     }
 
-    /// Like [`HostConfig::load`], with the environment as an argument. An empty variable counts as unset.
+    /// Like [`HostConfig::load`], with the environment as an argument. An empty variable counts as
+    /// unset.
     pub fn resolve(
         flags: &HostFlags,
         env: &dyn Fn(&str) -> Option<String>,
@@ -371,7 +405,8 @@ impl HostConfig {
         })
     }
 
-    /// The token that was set, else the one kept in the data folder, which is made if it is not there yet.
+    /// The configured token, else the one in the data folder, which is created if it does not
+    /// exist.
     pub fn load_or_create_token(&self) -> anyhow::Result<Secret> {
         match &self.token {
             Some(token) => Ok(token.clone()),
@@ -391,8 +426,9 @@ fn database(setting: &Setting) -> anyhow::Result<Database> {
     if value.starts_with("postgres://") || value.starts_with("postgresql://") {
         if has_multiple_hosts(value) {
             return Err(setting.refuse_with_hint(
-                "it names several PostgreSQL servers, and a host connects to one address",
-                "name a virtual address that follows the primary, or a pooler before the servers"
+                "it names several PostgreSQL servers, but a host connects to one address",
+                "use a virtual address that follows the primary, \
+                 or a pooler in front of the servers"
                     .to_owned(),
             ));
         }
@@ -400,22 +436,23 @@ fn database(setting: &Setting) -> anyhow::Result<Database> {
     }
     let path = match value.split_once(':') {
         Some(("sqlite", path)) => path.strip_prefix("//").unwrap_or(path),
-        // The rest of the value may hold a password, so it is not repeated.
+        // The rest of the value may contain a password, so it is not repeated.
         Some((scheme, rest)) if rest.starts_with("//") => {
-            return wrong(&format!("`{scheme}://` is no database Oncely knows"));
+            return wrong(&format!("`{scheme}://` is not a supported database"));
         }
         _ => value,
     };
     if path.is_empty() || path.contains(":memory:") {
-        return wrong("it must name a file: a database in memory would forget what was handled");
+        return wrong("it must name a file: an in-memory database would lose the inbox");
     }
     if value.starts_with("sqlite:") && path.contains('?') {
-        return wrong("options behind `?` are not supported for SQLite");
+        return wrong("options after `?` are not supported for SQLite");
     }
     Ok(Database::Sqlite(setting.resolve_path(path)))
 }
 
-/// Whether the place of a `postgres://` URL is a list, as libpq takes it: behind a login, before the name of the database.
+/// Whether a `postgres://` URL lists several hosts, as libpq allows: after the login, before the
+/// database name.
 fn has_multiple_hosts(url: &str) -> bool {
     let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
     let place = rest.split(['/', '?']).next().unwrap_or_default();
@@ -472,8 +509,8 @@ fn relay(setting: &Setting, database: &Database) -> anyhow::Result<RelayMode> {
         ("poll", _) => Ok(RelayMode::Poll),
         ("wal", Database::Postgres(_)) => Ok(RelayMode::Wal),
         ("wal", Database::Sqlite(_)) => Err(setting.refuse_with_hint(
-            "`wal` reads the log of a PostgreSQL server, and the database is SQLite",
-            "leave it out, or name a postgres:// URL in `database`".to_owned(),
+            "`wal` reads the WAL of a PostgreSQL server, but the database is SQLite",
+            "omit it, or set `database` to a postgres:// URL".to_owned(),
         )),
         _ => Err(setting.refuse_value("is neither `poll` nor `wal`", "wal")),
     }
@@ -483,7 +520,7 @@ fn relay_database(setting: &Setting) -> anyhow::Result<Database> {
     match database(setting)? {
         Database::Postgres(url) => Ok(Database::Postgres(url)),
         Database::Sqlite(_) => Err(setting.refuse(
-            "it is for a PostgreSQL server behind a pooler",
+            "it must be the URL of a PostgreSQL server behind a pooler",
             "postgres://user:password@host/name",
         )),
     }
@@ -505,10 +542,12 @@ fn listen(sources: &Sources<'_>, has_token: bool) -> anyhow::Result<SocketAddr> 
         .parse()
         .map_err(|_| setting.refuse_value("is not an address with a port", LISTEN_ADDRESS))?;
     if !address.ip().is_loopback() && !has_token {
-        let what = format!("`{address}` can be reached from other machines, and no token is set");
+        let what = format!("`{address}` is reachable from other machines, but no token is set");
         return Err(setting.refuse_with_hint(
             what,
-            format!("set one: ONCELY_TOKEN=$(openssl rand -hex 32), or listen on {LISTEN_ADDRESS}"),
+            format!(
+                "set a token: ONCELY_TOKEN=$(openssl rand -hex 32), or listen on {LISTEN_ADDRESS}"
+            ),
         ));
     }
     Ok(address)
@@ -535,7 +574,7 @@ fn drain(setting: &Setting) -> anyhow::Result<Duration> {
     let most = Duration::from_secs(60 * 60);
     match units::parse_duration(&setting.value) {
         Ok(drain) if drain <= most => Ok(drain),
-        _ => Err(setting.refuse_value("is not a length of time up to 1h", "30s")),
+        _ => Err(setting.refuse_value("is not a duration of up to 1h", "30s")),
     }
 }
 
@@ -546,7 +585,7 @@ fn keep_outputs(setting: &Setting) -> anyhow::Result<Duration> {
     );
     match units::parse_duration(&setting.value) {
         Ok(keep) if (least..=most).contains(&keep) => Ok(keep),
-        _ => Err(setting.refuse_value("is not a length of time between 1m and 30d", "15m")),
+        _ => Err(setting.refuse_value("is not a duration between 1m and 30d", "15m")),
     }
 }
 
@@ -562,20 +601,20 @@ fn keep_inbox(setting: &Setting) -> anyhow::Result<KeepInbox> {
         ("auto", _) => Ok(KeepInbox::Auto),
         (_, Ok(keep)) if (least..=most).contains(&keep) => Ok(KeepInbox::For(keep)),
         _ => Err(setting.refuse_value(
-            "is neither `auto` nor a length of time between 1m and 3650d",
+            "is neither `auto` nor a duration between 1m and 3650d",
             "auto",
         )),
     }
 }
 
-/// The folder is made now: what is found out later has nobody to tell.
+/// Creates the folder and checks that it is writable, while an operator can still see the error.
 fn archive(setting: &Setting) -> anyhow::Result<PathBuf> {
     let folder = setting.path();
     std::fs::create_dir_all(&folder)
         .and_then(|()| tempfile::tempfile_in(&folder))
         .map_err(|error| {
             setting.refuse(
-                format!("nothing can be written to {}: {error}", folder.display()),
+                format!("{} is not writable: {error}", folder.display()),
                 "/var/lib/oncely/archive",
             )
         })?;
@@ -583,7 +622,7 @@ fn archive(setting: &Setting) -> anyhow::Result<PathBuf> {
 }
 
 impl Database {
-    /// For people: without the password.
+    /// The database without its password, for display.
     pub fn redacted(&self) -> String {
         match self {
             Database::Sqlite(path) => format!("sqlite:{}", path.display()),
@@ -592,7 +631,7 @@ impl Database {
     }
 }
 
-/// A URL without its password and its parameters, which may hold one too.
+/// A URL without its password and its parameters, which may contain one too.
 fn without_password(url: &str) -> String {
     let url = url.split('?').next().unwrap_or_default();
     let Some((scheme, rest)) = url.split_once("://") else {
@@ -618,7 +657,7 @@ impl Secret {
         Secret(text.into())
     }
 
-    /// The text itself, for whoever has to send or compare it.
+    /// The text itself, to send or compare it.
     pub fn reveal(&self) -> &str {
         &self.0
     }

@@ -1,4 +1,4 @@
-//! Where NATS is and as whom to connect: a URL, a context of the `nats` tool, a credentials file.
+//! The NATS servers and login: a URL, a context of the `nats` tool, a credentials file.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -10,17 +10,17 @@ use serde::Deserialize;
 use crate::config::sources::{Setting, Sources};
 use crate::config::{Secret, without_password};
 
-/// How to reach NATS.
+/// The connection settings for NATS.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Nats {
-    /// At least one; each `nats://…`, `tls://…` or `host:port`. They may hold a password.
+    /// At least one server: `nats://…`, `tls://…` or `host:port`, possibly with a password.
     pub servers: Vec<String>,
     pub login: Login,
-    /// The file that the login stands in, if that is a context: it is read again for each connection.
+    /// The context file, if the login comes from a context. It is read again for each connection.
     pub context: Option<Context>,
-    /// Whether TLS comes before the server's first word.
+    /// Whether the TLS handshake precedes the server's `INFO`.
     pub tls_first: bool,
-    /// What subjects for answers begin with; none for `_INBOX`.
+    /// The prefix of inbox subjects; `None` for `_INBOX`.
     pub inbox_prefix: Option<String>,
     pub jetstream: JetStreamApi,
     /// A certificate authority's certificate, in PEM.
@@ -33,24 +33,24 @@ pub struct Nats {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Context {
     file: PathBuf,
-    /// What `~` stands for.
+    /// The folder that `~` stands for.
     home: PathBuf,
 }
 
-/// Which JetStream of the servers that can be reached.
+/// The JetStream API to use.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum JetStreamApi {
     #[default]
     Local,
     Domain(String),
-    /// Its API has other subjects, as where it is imported from another account.
+    /// An API under other subjects, for example one imported from another account.
     Prefix(String),
 }
 
-/// As whom to connect.
+/// The login for the servers.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Login {
-    /// As nobody.
+    /// No login.
     #[default]
     None,
     Password {
@@ -62,14 +62,14 @@ pub enum Login {
     Nkey(PathBuf),
     /// A credentials file: a JWT and the seed of its nkey.
     Credentials(PathBuf),
-    /// A JWT, and a file with the seed of its nkey unless it is a bearer's.
+    /// A JWT, and a file with the seed of its nkey unless it is a bearer token.
     Jwt {
         jwt: Secret,
         seed: Option<PathBuf>,
     },
 }
 
-/// A context as the `nats` tool keeps it; what is empty there is not set.
+/// A context file of the `nats` tool; an empty value counts as unset.
 #[derive(Deserialize, Default)]
 #[serde(default)]
 struct ContextFile {
@@ -92,10 +92,10 @@ struct ContextFile {
     others: BTreeMap<String, serde_json::Value>,
 }
 
-/// What a context may say that changes nothing here.
+/// Keys of a context that have no effect here.
 const IGNORED_KEYS: [&str; 3] = ["description", "color_scheme", "jetstream_event_prefix"];
 
-/// The context first; `nats` and `nats_creds` take the place of what it says.
+/// Resolves the context first; `nats` and `nats_creds` override its values.
 pub(super) fn resolve(
     sources: &Sources<'_>,
     env: &dyn Fn(&str) -> Option<String>,
@@ -112,9 +112,11 @@ pub(super) fn resolve(
         .transpose()?
         .unwrap_or_default();
     if let (Some(setting), Some(other)) = (&setting, context.unsupported()) {
-        let what = format!("names a context with `{other}`, which a host cannot do");
+        let what = format!("names a context with `{other}`, which hosts do not support");
         return Err(setting.refuse_value(&what, "a context without it"));
     }
+
+    // Settings override the context.
     let path = |text: &str| expand_home(&home, text);
     let non_empty = |text: &String| Some(text.clone()).filter(|text| !text.is_empty());
 
@@ -153,7 +155,8 @@ pub(super) fn resolve(
     })
 }
 
-/// The first login that stands in a URL: `user:password@`, or a token alone. The NATS client itself looks at none.
+/// The first login in a URL: `user:password@`, or a token alone. The client library ignores logins
+/// in URLs.
 fn login_in_url(servers: &[String]) -> Option<Login> {
     let place = |server: &str| {
         server
@@ -205,7 +208,7 @@ fn expand_home(home: &Path, text: &str) -> PathBuf {
 }
 
 impl ContextFile {
-    /// A setting that changes the meaning of the others and is not known here.
+    /// An unknown key that is set, and may change the meaning of the others.
     fn unsupported(&self) -> Option<&str> {
         let is_unset = |value: &serde_json::Value| match value {
             serde_json::Value::Null | serde_json::Value::Bool(false) => true,
@@ -221,7 +224,10 @@ impl ContextFile {
 }
 
 impl Nats {
-    /// The login as it is now: a context is read again, so that a login that was rotated there counts.
+    /// The current login. A context is read again, so that a rotated login takes effect.
+    ///
+    /// # Errors
+    /// The context file is missing or malformed.
     pub fn current_login(&self) -> anyhow::Result<Login> {
         let Some(Context { file, home }) = &self.context else {
             return Ok(self.login.clone());
@@ -231,7 +237,7 @@ impl Nats {
         }))
     }
 
-    /// What subjects of the JetStream API begin with.
+    /// The subject prefix of the JetStream API.
     pub fn api_prefix(&self) -> String {
         match &self.jetstream {
             JetStreamApi::Local => "$JS.API".to_owned(),
@@ -248,7 +254,7 @@ fn context_file(
 ) -> anyhow::Result<PathBuf> {
     let name = &setting.value;
     if name.starts_with('.') || name.contains(['/', '\\']) {
-        return Err(setting.refuse_value("is not the name of a context", "production"));
+        return Err(setting.refuse_value("is not a context name", "production"));
     }
     let base = env("XDG_CONFIG_HOME")
         .filter(|base| !base.is_empty())
@@ -259,9 +265,7 @@ fn context_file(
         .join(format!("{name}.json"));
     if !file.is_file() {
         let what = format!("there is no NATS context `{name}` at {}", file.display());
-        return Err(
-            setting.refuse_with_hint(what, "list those there are: nats context ls".to_owned())
-        );
+        return Err(setting.refuse_with_hint(what, "list the contexts: nats context ls".to_owned()));
     }
     Ok(file)
 }
@@ -270,7 +274,7 @@ fn read_context(file: &Path) -> anyhow::Result<ContextFile> {
     let text =
         std::fs::read(file).with_context(|| format!("read the NATS context {}", file.display()))?;
     serde_json::from_slice(&text)
-        .with_context(|| format!("understand the NATS context {}", file.display()))
+        .with_context(|| format!("parse the NATS context {}", file.display()))
 }
 
 fn servers(setting: &Setting) -> anyhow::Result<Vec<String>> {
@@ -282,7 +286,7 @@ fn servers(setting: &Setting) -> anyhow::Result<Vec<String>> {
     for server in &servers {
         let (scheme, place) = server.split_once("://").unwrap_or(("nats", server));
         if !["nats", "tls"].contains(&scheme) {
-            let what = format!("`{scheme}://` is no way to NATS here; there are nats and tls");
+            let what = format!("`{scheme}://` is not a supported scheme; use nats or tls");
             return Err(setting.refuse(what, "nats://127.0.0.1:4222"));
         }
         if place.is_empty() || place.contains(char::is_whitespace) {
@@ -300,7 +304,7 @@ fn existing_file(setting: &Setting, path: PathBuf) -> anyhow::Result<PathBuf> {
 }
 
 impl Nats {
-    /// For people: the servers, without passwords.
+    /// The servers without passwords, for display.
     pub fn redacted(&self) -> String {
         let shown = self
             .servers

@@ -1,4 +1,5 @@
-//! Where a setting's value comes from: a flag, else a variable, else the file; and how a bad one is refused.
+//! The sources of a setting's value: flag, else variable, else file. Also the errors for invalid
+//! values.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -9,26 +10,26 @@ use crate::config::toml_text::Text;
 use crate::config::{FILE_NAME, HostFlags, SETTINGS};
 use crate::model::hint::WithHint;
 
-/// All sources, in the order they are asked.
+/// All sources, in order of precedence.
 pub(super) struct Sources<'a> {
     flags: [(&'static str, &'a Option<String>); SETTINGS.len()],
     env: &'a dyn Fn(&str) -> Option<String>,
     file: BTreeMap<&'static str, Setting>,
 }
 
-/// A value that was set for a setting.
+/// The value of a setting, with its source.
 #[derive(Debug, Clone)]
 pub(super) struct Setting {
     pub key: &'static str,
     pub value: String,
-    /// For people: a flag, a variable or `file:line`.
+    /// The source for display: a flag, a variable or `file:line`.
     from: String,
-    /// What relative paths are relative to: the file's folder, or where the host was started.
+    /// The base of relative paths: the file's folder, or the working directory of the host.
     folder: PathBuf,
 }
 
 impl<'a> Sources<'a> {
-    /// Reads the file, if there is one.
+    /// Opens the sources and reads the file if it exists.
     pub fn open(
         flags: &'a HostFlags,
         env: &'a dyn Fn(&str) -> Option<String>,
@@ -45,7 +46,7 @@ impl<'a> Sources<'a> {
                     "there is no configuration file {} (from {from})",
                     path.display()
                 )
-                .hint(format!("make the file, or leave {from} out")));
+                .hint(format!("create the file, or omit {from}")));
             }
             Some((path, _)) => read_file(&path)?,
             None if Path::new(FILE_NAME).is_file() => read_file(Path::new(FILE_NAME))?,
@@ -58,7 +59,7 @@ impl<'a> Sources<'a> {
         })
     }
 
-    /// What was set for a setting.
+    /// The value of a setting, if any source sets it.
     pub fn get(&self, key: &'static str) -> Option<Setting> {
         let flag = self
             .flags
@@ -117,7 +118,7 @@ fn flag_values(flags: &HostFlags) -> [(&'static str, &Option<String>); SETTINGS.
     ]
 }
 
-/// The value of a setting's variable, unless it is empty, and the variable's name.
+/// The value and name of a setting's variable; an empty value counts as unset.
 fn variable(env: &dyn Fn(&str) -> Option<String>, key: &str) -> Option<(String, String)> {
     let name = format!("ONCELY_{}", key.to_ascii_uppercase());
     env(&name)
@@ -151,7 +152,7 @@ fn read_file(path: &Path) -> anyhow::Result<BTreeMap<&'static str, Setting>> {
 }
 
 impl Setting {
-    /// A setting's default, where it needs the same checks.
+    /// A setting with its default value, for defaults that need the same checks.
     pub fn default_of(key: &'static str, value: &str) -> Setting {
         Setting {
             key,
@@ -161,7 +162,7 @@ impl Setting {
         }
     }
 
-    /// The same setting from the same place, with what its value led to.
+    /// The same setting and source with another value, for a value that was read indirectly.
     pub fn with_value(self, value: String) -> Setting {
         Setting { value, ..self }
     }
@@ -171,27 +172,27 @@ impl Setting {
         self.resolve_path(&self.value)
     }
 
-    /// A path that stands in the value.
+    /// A path from the value, relative to the setting's source.
     pub fn resolve_path(&self, path: &str) -> PathBuf {
         self.folder.join(path)
     }
 
-    /// Refuses the value without repeating it, and shows one that would do.
+    /// Refuses the value without repeating it, and shows a valid example.
     pub fn refuse(&self, what: impl std::fmt::Display, example: &str) -> anyhow::Error {
         self.refuse_with_hint(what, format!("for example: {}", self.example(example)))
     }
 
-    /// Refuses the value by name: "`value` is not …".
+    /// Refuses the value and repeats it: "`value` is not …".
     pub fn refuse_value(&self, what: &str, example: &str) -> anyhow::Error {
         self.refuse(format!("`{}` {what}", self.value), example)
     }
 
-    /// Refuses the value and says what to do.
+    /// Refuses the value with a hint.
     pub fn refuse_with_hint(&self, what: impl std::fmt::Display, hint: String) -> anyhow::Error {
-        anyhow!("`{}` (from {}) cannot be used: {what}", self.key, self.from).hint(hint)
+        anyhow!("`{}` (from {}) is invalid: {what}", self.key, self.from).hint(hint)
     }
 
-    /// How another value would be set in the same place.
+    /// Another value as it would be set in the same source.
     fn example(&self, value: &str) -> String {
         match self.from.as_str() {
             flag if flag.starts_with("--") => format!("{flag} {value}"),

@@ -1,4 +1,4 @@
-//! Which source wins, what is refused, and that the reference is whole.
+//! Tests of the precedence of sources, of refused values, and of the reference's completeness.
 
 use std::os::unix::fs::PermissionsExt;
 
@@ -82,7 +82,8 @@ fn a_flag_beats_a_variable_beats_the_file_beats_the_default() {
     assert_eq!((config.pool_size, config.log_format), (3, LogFormat::Json));
 }
 
-/// A value for every setting, so that a setting nobody reads is found.
+/// A valid value other than the default for every setting, which detects a setting that is never
+/// read.
 #[test]
 fn every_setting_is_read_from_every_source() {
     let folder = file("");
@@ -170,7 +171,7 @@ fn an_invalid_setting_is_reported_with_its_source_and_an_example() {
         (
             &["--compile-time", "0s"],
             &[],
-            "`0s` is not a length of time between 1s and 1h",
+            "`0s` is not a duration between 1s and 1h",
             "--compile-time 2m",
         ),
         (
@@ -182,13 +183,13 @@ fn an_invalid_setting_is_reported_with_its_source_and_an_example() {
         (
             &["--relay", "push"],
             &[],
-            "`relay` (from --relay) cannot be used: `push` is neither",
+            "`relay` (from --relay) is invalid: `push` is neither",
             "--relay wal",
         ),
         (
             &[],
             &[("ONCELY_RELAY", "wal")],
-            "`relay` (from ONCELY_RELAY) cannot be used: `wal` reads",
+            "`relay` (from ONCELY_RELAY) is invalid: `wal` reads",
             "postgres://",
         ),
         (
@@ -206,13 +207,13 @@ fn an_invalid_setting_is_reported_with_its_source_and_an_example() {
         (
             &["--http-caller", "a b"],
             &[],
-            "`a b` is no name of a header",
+            "`a b` is not a valid header name",
             "--http-caller X-Account",
         ),
         (
             &["--http-publish", "a..b"],
             &[],
-            "is no subject",
+            "is not a valid subject",
             "--http-publish payments.requested",
         ),
         (
@@ -230,61 +231,61 @@ fn an_invalid_setting_is_reported_with_its_source_and_an_example() {
         (
             &["--http-head-timeout", "0s"],
             &[],
-            "`0s` is not a length of time between 100ms",
+            "`0s` is not a duration between 100ms",
             "--http-head-timeout 30s",
         ),
         (
             &["--http-body-timeout", "2h"],
             &[],
-            "`2h` is not a length of time between 100ms",
+            "`2h` is not a duration between 100ms",
             "--http-body-timeout 30s",
         ),
         (
             &["--http-idle-timeout", "x"],
             &[],
-            "`x` is not a length of time between 100ms",
+            "`x` is not a duration between 100ms",
             "--http-idle-timeout 30s",
         ),
         (
             &["--drain", "soon"],
             &[],
-            "`drain` (from --drain) cannot be used: `soon` is not a length",
+            "`drain` (from --drain) is invalid: `soon` is not a duration",
             "--drain 30s",
         ),
         (
             &["--archive", "/proc/none"],
             &[],
-            "nothing can be written to /proc/none",
+            "/proc/none is not writable",
             "--archive /var/lib",
         ),
         (
             &["--keep-inbox", "ever"],
             &[],
-            "`ever` is neither `auto` nor a length of time",
+            "`ever` is neither `auto` nor a duration",
             "--keep-inbox auto",
         ),
         (
             &[],
             &[("ONCELY_LOG_FORMAT", "xml")],
-            "`log_format` (from ONCELY_LOG_FORMAT) cannot be used: `xml` is neither",
+            "`log_format` (from ONCELY_LOG_FORMAT) is invalid: `xml` is neither",
             "ONCELY_LOG_FORMAT=json",
         ),
         (
             &["--pool-size", "1"],
             &[],
-            "`pool_size` (from --pool-size) cannot be used: `1` is not a whole",
+            "`pool_size` (from --pool-size) is invalid: `1` is not a whole",
             "--pool-size 16",
         ),
         (
             &["--log-level", "a=b=c"],
             &[],
-            "`log_level` (from --log-level) cannot be used",
+            "`log_level` (from --log-level) is invalid",
             "oncely=debug,info",
         ),
         (
             &["--database", "mysql://u:hush@h/d"],
             &[],
-            "`mysql://` is no database Oncely knows",
+            "`mysql://` is not a supported database",
             "postgres://",
         ),
         (
@@ -296,7 +297,7 @@ fn an_invalid_setting_is_reported_with_its_source_and_an_example() {
         (
             &["--nats", "http://u:hush@x"],
             &[],
-            "`http://` is no way to NATS",
+            "`http://` is not a supported scheme",
             "--nats nats://127.0.0.1:4222",
         ),
         (
@@ -320,7 +321,7 @@ fn an_invalid_setting_is_reported_with_its_source_and_an_example() {
         (
             &["--listen", "0.0.0.0:7420"],
             &[],
-            "`0.0.0.0:7420` can be reached from other machines, and no token is set",
+            "`0.0.0.0:7420` is reachable from other machines, but no token is set",
             "ONCELY_TOKEN=",
         ),
         (
@@ -366,7 +367,7 @@ fn the_file_is_read_strictly_and_its_paths_are_relative_to_it() {
     assert!(
         error
             .to_string()
-            .starts_with(&format!("`drain` (from {path_text}:1) cannot be used")),
+            .starts_with(&format!("`drain` (from {path_text}:1) is invalid")),
         "{error}"
     );
 
@@ -500,13 +501,13 @@ fn hosts_that_start_together_agree_on_one_token() {
 fn webhook_urls_and_secrets_are_validated() {
     let webhook =
         |url: &str| resolve(&["--webhook", url], &[]).map(|config| config.webhook.unwrap());
-    let told = webhook("https://alarms.example.com/a/b?c=d").unwrap();
+    let target = webhook("https://alarms.example.com/a/b?c=d").unwrap();
     assert_eq!(
-        (told.is_tls, told.host.as_str(), told.port),
+        (target.is_tls, target.host.as_str(), target.port),
         (true, "alarms.example.com", 443)
     );
     assert_eq!(
-        (told.authority.as_str(), told.path.as_str()),
+        (target.authority.as_str(), target.path.as_str()),
         ("alarms.example.com", "/a/b?c=d")
     );
     let plain = webhook("http://[::1]:8080").unwrap();
@@ -528,7 +529,7 @@ fn webhook_urls_and_secrets_are_validated() {
     ] {
         let error = webhook(wrong).unwrap_err();
         assert!(
-            format!("{error:#}").contains("`webhook` (from --webhook) cannot be used"),
+            format!("{error:#}").contains("`webhook` (from --webhook) is invalid"),
             "{error:#}"
         );
         assert!(!format!("{error:#}").contains("hush"), "{error:#}");
@@ -570,14 +571,13 @@ fn cache_url_is_validated_and_its_password_is_never_shown() {
     ] {
         let error = format!("{:#}", url(wrong).unwrap_err());
         assert!(
-            error.contains("`cache_url` (from --cache-url) cannot be used")
-                && !error.contains("hush"),
+            error.contains("`cache_url` (from --cache-url) is invalid") && !error.contains("hush"),
             "{error}"
         );
     }
     let error = resolve(&["--cache-size", "much"], &[]).unwrap_err();
     assert!(
-        format!("{error:#}").contains("`cache_size` (from --cache-size) cannot be used"),
+        format!("{error:#}").contains("`cache_size` (from --cache-size) is invalid"),
         "{error:#}"
     );
 }

@@ -1,4 +1,4 @@
-//! Reading TOML strictly: each refusal is one sentence with file and line, and a hint that mends it.
+//! Strict TOML parsing: each error is one sentence with file and line, and has a hint with the fix.
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -12,14 +12,14 @@ use toml::de::{DeArray, DeTable, DeValue};
 use crate::model::hint::WithHint;
 use crate::model::units;
 
-/// A TOML text and the name people know it by.
+/// A TOML text with its display name.
 #[derive(Clone, Copy)]
 pub struct Text<'t> {
     pub name: &'t str,
     pub text: &'t str,
 }
 
-/// A value and where it stands.
+/// A value with its position in the text.
 #[derive(Debug, Clone)]
 pub struct Located<T> {
     pub value: T,
@@ -29,27 +29,27 @@ pub struct Located<T> {
 /// One table of a text, with the keys it may have.
 pub struct Section<'t> {
     text: Text<'t>,
-    /// What it is called in sentences, such as `[[worker]]`.
+    /// Its name in errors, such as `[[worker]]`.
     title: &'static str,
     span: Range<usize>,
     table: DeTable<'t>,
 }
 
 impl<'t> Text<'t> {
-    /// Parses the text; its top level may have the keys `known`.
+    /// Parses the text. `known` are the allowed keys of its top level.
     pub fn section(self, title: &'static str, known: &[&str]) -> anyhow::Result<Section<'t>> {
         let parsed = DeTable::parse(self.text).map_err(|error| {
             let what = error.message().trim().replace('\n', "; ");
             self.refuse(
                 &error.span().unwrap_or_default(),
-                format!("this is not TOML: {what}"),
+                format!("invalid TOML: {what}"),
                 self.toml_hint(&error),
             )
         })?;
         Section::open(self, title, parsed.span(), parsed.into_inner(), known)
     }
 
-    /// A refusal of what stands at `span`.
+    /// An error at `span`, with a hint.
     pub fn refuse(
         &self,
         span: &Range<usize>,
@@ -84,20 +84,20 @@ impl<'t> Text<'t> {
     fn toml_hint(&self, error: &toml::de::Error) -> String {
         let line = self.line(&error.span().unwrap_or_default());
         if error.message().contains("duplicate key") {
-            return format!("keep one of the lines that set it, and remove: {line}");
+            return format!("keep one of the two lines, and remove: {line}");
         }
         match line.split_once('=') {
             Some((key, value))
                 if error.message().contains("quoted") || error.message().contains("string") =>
             {
                 format!(
-                    "text stands in quotes: {} = \"{}\"",
+                    "put text in quotes: {} = \"{}\"",
                     key.trim(),
                     value.trim().trim_matches(['"', '\''])
                 )
             }
             _ => format!(
-                "a line is `key = value` with text in quotes, or a [table]; this one reads: {line}"
+                "write `key = value` with text in quotes, or a [table]; the line is: {line}"
             ),
         }
     }
@@ -133,24 +133,24 @@ impl<'t> Section<'t> {
         })
     }
 
-    /// Where the section begins.
+    /// The position of the section.
     pub fn span(&self) -> Range<usize> {
         self.span.clone()
     }
 
-    /// Whether the key is there.
+    /// Whether the section has the key.
     pub fn has(&self, key: &str) -> bool {
         self.table.contains_key(key)
     }
 
-    /// Where the key stands, or else where the section begins.
+    /// The position of the key, or of the section if it lacks the key.
     pub fn span_of(&self, key: &str) -> Range<usize> {
         self.table
             .get_key_value(key)
             .map_or_else(|| self.span(), |(name, _)| name.span())
     }
 
-    /// Refuses the section for a key that is not there.
+    /// The error for a missing key.
     pub fn missing(&self, key: &str, example: &str) -> anyhow::Error {
         self.text.refuse(
             &self.span,
@@ -159,7 +159,7 @@ impl<'t> Section<'t> {
         )
     }
 
-    /// A text that `check` accepts; its error is a sentence without an end.
+    /// A text that `check` accepts. The error of `check` is a clause without a full stop.
     pub fn text(
         &self,
         key: &str,
@@ -172,7 +172,7 @@ impl<'t> Section<'t> {
         self.checked_text(value, key, example, &check).map(Some)
     }
 
-    /// A list of texts, each of which `check` accepts and none of which stands there twice.
+    /// A list of different texts, each of which `check` accepts.
     pub fn texts(
         &self,
         key: &str,
@@ -217,13 +217,13 @@ impl<'t> Section<'t> {
         {
             Some(count) => Ok(Some(count)),
             None => {
-                let what = format!("must lie between {} and {}", range.start(), range.end());
+                let what = format!("must be between {} and {}", range.start(), range.end());
                 Err(self.wrong_value(value, key, &what, example))
             }
         }
     }
 
-    /// A length of time within `range`.
+    /// A duration within `range`.
     pub fn duration(
         &self,
         key: &str,
@@ -233,7 +233,7 @@ impl<'t> Section<'t> {
         self.measure(
             key,
             example,
-            "a length of time",
+            "a duration",
             units::parse_duration,
             units::format_duration,
             range,
@@ -273,10 +273,10 @@ impl<'t> Section<'t> {
             return Err(self.wrong_type(value, key, &format!("{kind} in quotes"), example));
         };
         let measure = parse(text)
-            .map_err(|why| self.wrong_value(value, key, &format!("is wrong: {why}"), example))?;
+            .map_err(|why| self.wrong_value(value, key, &format!("is invalid: {why}"), example))?;
         if !range.contains(&measure) {
             let what = format!(
-                "must lie between {} and {}",
+                "must be between {} and {}",
                 show(*range.start()),
                 show(*range.end())
             );
@@ -285,7 +285,7 @@ impl<'t> Section<'t> {
         Ok(Some(measure))
     }
 
-    /// A table of texts, such as `[worker.config]`, whatever its keys.
+    /// A table of texts with any keys, such as `[worker.config]`.
     pub fn pairs(&self, key: &str, example: &str) -> anyhow::Result<BTreeMap<String, String>> {
         let Some(value) = self.table.get(key) else {
             return Ok(BTreeMap::new());
@@ -345,7 +345,7 @@ impl<'t> Section<'t> {
             self.text.refuse(
                 &self.span_of(key),
                 what,
-                format!("write its heading with two brackets: {title}"),
+                format!("write its heading with double brackets: {title}"),
             )
         };
         let items: &DeArray<'t> = value.get_ref().as_array().ok_or_else(refuse)?;
@@ -358,7 +358,7 @@ impl<'t> Section<'t> {
         items.iter().map(open).collect()
     }
 
-    /// The raw value of a key as text, whether it is in quotes or a number or truth value without.
+    /// A single value as text: a quoted text, a number or a boolean.
     pub fn scalar(&self, key: &str, example: &str) -> anyhow::Result<Option<Located<String>>> {
         let Some(value) = self.table.get(key) else {
             return Ok(None);
@@ -368,7 +368,7 @@ impl<'t> Section<'t> {
                 value: text,
                 span: value.span(),
             })),
-            None => Err(self.wrong_type(value, key, "one value", example)),
+            None => Err(self.wrong_type(value, key, "a single value", example)),
         }
     }
 
@@ -383,7 +383,7 @@ impl<'t> Section<'t> {
             return Err(self.wrong_type(value, key, "text in quotes", example));
         };
         check(text)
-            .map_err(|why| self.wrong_value(value, key, &format!("is wrong: {why}"), example))?;
+            .map_err(|why| self.wrong_value(value, key, &format!("is invalid: {why}"), example))?;
         Ok(Located {
             value: text.to_string(),
             span: value.span(),
@@ -400,7 +400,7 @@ impl<'t> Section<'t> {
         self.wrong_value(value, key, &format!("must be {wanted}"), example)
     }
 
-    /// Refuses the value of a key: that `key` in this section must be something else.
+    /// An error for the value of a key; `what` continues the sentence "`key` in this section".
     fn wrong_value(
         &self,
         value: &Spanned<DeValue<'t>>,
@@ -411,7 +411,8 @@ impl<'t> Section<'t> {
         self.invalid(&value.span(), key, what, example)
     }
 
-    /// Refuses the value at `span` of a key: that `key` in this section must be something else.
+    /// An error for the value of a key at `span`; `what` continues the sentence "`key` in this
+    /// section".
     pub fn invalid(
         &self,
         span: &Range<usize>,
@@ -429,7 +430,7 @@ impl<'t> Section<'t> {
     }
 }
 
-/// The name among `known` that a person most likely meant.
+/// The most similar name in `known`, if it is similar enough to be the intended one.
 fn closest_key<'k>(name: &str, known: &[&'k str]) -> Option<&'k str> {
     let distance = |known: &str| {
         strsim::damerau_levenshtein(&name.to_ascii_lowercase().replace('-', "_"), known)

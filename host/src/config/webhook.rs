@@ -1,4 +1,4 @@
-//! The webhook that is told of alarms: where it is, and what posts to it are signed with.
+//! The webhook for alarms: its URL, and the secret that signs its posts.
 
 use std::fmt;
 
@@ -9,25 +9,25 @@ use base64::engine::general_purpose::STANDARD;
 use super::Secret;
 use super::sources::Setting;
 
-/// Where alarms are posted to. What stands behind the host is never shown: it is often a secret.
+/// The URL of the webhook. Its path and query are never shown, because they are often a secret.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Webhook {
     pub is_tls: bool,
     pub host: String,
     pub port: u16,
-    /// Host and port as they were set.
+    /// Host and port as configured.
     pub authority: String,
     /// Path and query.
     pub path: String,
 }
 
-/// How a secret begins, as Standard Webhooks have it.
+/// The prefix of secrets in Standard Webhooks.
 const SECRET_PREFIX: &str = "whsec_";
 
 const EXAMPLE: &str = "https://alarms.example.com/oncely";
 
 pub(super) fn webhook(setting: &Setting) -> anyhow::Result<Webhook> {
-    // The value may hold a secret, so it is not repeated.
+    // The value may contain a secret, so it is not repeated.
     let uri: Uri = setting
         .value
         .parse()
@@ -39,6 +39,8 @@ pub(super) fn webhook(setting: &Setting) -> anyhow::Result<Webhook> {
             return Err(setting.refuse("it begins neither with https:// nor with http://", EXAMPLE));
         }
     };
+
+    // Host, without a login.
     let Some(authority) = uri
         .authority()
         .filter(|authority| !authority.host().is_empty())
@@ -47,7 +49,7 @@ pub(super) fn webhook(setting: &Setting) -> anyhow::Result<Webhook> {
     };
     if authority.as_str().contains('@') {
         return Err(setting.refuse(
-            "it holds a user or a password; put a token into its path or its query",
+            "it contains a user or password; put a token into its path or query",
             EXAMPLE,
         ));
     }
@@ -64,22 +66,22 @@ pub(super) fn webhook(setting: &Setting) -> anyhow::Result<Webhook> {
     })
 }
 
-/// What posts are signed with; [`key`] is the key itself.
+/// Checks the secret that signs posts; [`key`] decodes it.
 pub(super) fn secret(setting: &Setting) -> anyhow::Result<Secret> {
     let secret = Secret::new(setting.value.as_str());
     match key(&secret) {
         Some(key) if (24..=64).contains(&key.len()) => Ok(secret),
         _ => {
-            let hint = format!("make one: echo {SECRET_PREFIX}$(openssl rand -base64 32)");
+            let hint = format!("generate one: echo {SECRET_PREFIX}$(openssl rand -base64 32)");
             Err(setting.refuse_with_hint(
-                format!("it is not `{SECRET_PREFIX}` and 24 to 64 bytes in Base64"),
+                format!("it is not `{SECRET_PREFIX}` followed by 24 to 64 bytes in Base64"),
                 hint,
             ))
         }
     }
 }
 
-/// The bytes that a secret stands for.
+/// Decodes the key of a secret.
 pub fn key(secret: &Secret) -> Option<Vec<u8>> {
     STANDARD
         .decode(secret.reveal().strip_prefix(SECRET_PREFIX)?)
@@ -87,7 +89,7 @@ pub fn key(secret: &Secret) -> Option<Vec<u8>> {
 }
 
 impl Webhook {
-    /// For people: without path and query.
+    /// The URL without path and query, for display.
     pub fn redacted(&self) -> String {
         format!(
             "{}://{}",

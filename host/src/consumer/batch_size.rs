@@ -1,30 +1,31 @@
-//! How many messages a lane puts into one transaction, and how carefully.
+//! Adaptive batch size: the number of messages of a transaction, and whether they get savepoints.
 
 use std::time::Duration;
 
 use crate::delivery::Savepoints;
 
-/// For how many batches a lane stays careful after one that had members which failed after they ran SQL.
+/// Number of batches with savepoints after a batch with items that failed after they ran SQL.
 const SAVEPOINT_BATCHES: u32 = 16;
 
-/// How long a transaction may take. Longer ones would hold their locks for long, and the first of its messages would wait for
-/// the last; shorter ones would not make commits any cheaper.
+/// Target duration of a transaction. Longer ones would hold their locks for long and delay their
+/// first message until the last one is done. Shorter ones would not make commits cheaper.
 const TRANSACTION_TIME: Duration = Duration::from_millis(500);
 
-/// A batch size that follows what batches come to: half as many after one that had to be run again because of some of its
-/// members, one more after one that went well, and fewer where handlers are slow. It never makes a lane wait: it only bounds
-/// what is taken of what is there.
+/// A batch size that adapts to the results of batches. It is halved after a batch with reruns,
+/// grows by one after a batch without, and shrinks for slow handlers. It never makes a lane wait.
+/// It only limits the number of available messages that a batch takes.
 #[derive(Debug)]
 pub struct AdaptiveBatchSize {
     size: usize,
     max: usize,
-    /// How many messages fit into the time of a transaction, by what the last batches took.
+    /// Number of messages that fit into the target duration, estimated from the last batches.
     fitting: f64,
-    /// How many more batches to be careful with.
+    /// Number of remaining batches with savepoints.
     savepoint_batches: u32,
 }
 
 impl AdaptiveBatchSize {
+    /// Starts at the maximum.
     pub fn new(max: usize) -> Self {
         AdaptiveBatchSize {
             size: max.max(1),
@@ -34,12 +35,13 @@ impl AdaptiveBatchSize {
         }
     }
 
+    /// The size of the next batch, at least 1.
     pub fn current(&self) -> usize {
         self.size.min(self.fitting.round() as usize).max(1)
     }
 
-    /// A savepoint per item while items are likely to fail after they ran SQL: it costs less than another run of their
-    /// neighbours.
+    /// A savepoint per item while items are likely to fail after they ran SQL. It costs less than a
+    /// rerun of the others.
     pub fn savepoints(&self) -> Savepoints {
         match self.savepoint_batches {
             0 => Savepoints::None,
@@ -47,16 +49,17 @@ impl AdaptiveBatchSize {
         }
     }
 
-    /// Learns how long a batch of `messages` took.
+    /// Records the duration of a batch of `messages`.
     pub fn record_time(&mut self, messages: usize, time: Duration) {
         let fitting =
             messages as f64 * TRANSACTION_TIME.as_secs_f64() / time.as_secs_f64().max(1e-6);
-        // Quick to shrink, slow to grow: one quick batch among slow ones says little.
+        // Shrinks quickly and grows slowly, because one quick batch among slow ones is weak
+        // evidence.
         let weight = if fitting < self.fitting { 0.5 } else { 0.1 };
         self.fitting += (fitting.min(self.max as f64) - self.fitting) * weight;
     }
 
-    /// Learns how often members of a batch had to be run again, and how many were taken back to a savepoint.
+    /// Records the number of reruns of a batch, and of items that were rolled back to a savepoint.
     pub fn record_reruns(&mut self, reruns: u32, undone: u32) {
         self.size = match reruns {
             0 => (self.size + 1).min(self.max),

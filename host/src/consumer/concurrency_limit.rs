@@ -1,17 +1,17 @@
-//! How many lanes of a worker deliver at the same time.
+//! Adaptive limit of the lanes of a worker that deliver at the same time.
 //!
-//! A transaction holds the locks of its rows until it commits, so lanes whose batches meet at a few rows stand in each other's
-//! way: they deadlock, are taken back and run again. Fewer lanes then do more. So each conflict halves how many of them deliver
-//! at a time, and a while without one lets one more in.
+//! A transaction holds its row locks until it commits. Lanes whose batches write the same rows
+//! deadlock, roll back and run again. Fewer lanes then have a higher throughput. Therefore each
+//! conflict halves the limit, and a period without conflicts raises it by one.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// After how many batches without a conflict, for each lane that may deliver, one more may.
+/// Number of batches without a conflict, multiplied by the limit, that raises the limit by one.
 const BATCHES_PER_INCREASE: usize = 8;
 
-/// Lets lanes deliver, as many at a time as get on with each other.
+/// Limits the number of lanes that deliver at the same time.
 pub struct ConcurrencyLimit {
     permits: Arc<Semaphore>,
     max: usize,
@@ -19,22 +19,22 @@ pub struct ConcurrencyLimit {
 }
 
 struct State {
-    /// How many lanes may deliver at a time.
+    /// Current limit.
     limit: usize,
-    /// How many permits are to be taken out of circulation when they come back.
+    /// Number of permits to remove when lanes return them.
     excess: usize,
-    /// How many batches went through since the last conflict, or since one more lane was let in.
+    /// Number of batches since the last conflict or the last increase.
     calm_batches: usize,
 }
 
-/// The right to deliver one batch, given back when it is dropped.
+/// Permission to deliver one batch, until dropped.
 pub struct Permit<'c> {
     concurrency_limit: &'c ConcurrencyLimit,
     permit: Option<OwnedSemaphorePermit>,
 }
 
 impl ConcurrencyLimit {
-    /// For this many lanes.
+    /// A limit that starts at `max` lanes, which is also its maximum.
     pub fn new(max: usize) -> Self {
         let max = max.max(1);
         let state = Mutex::new(State {
@@ -51,25 +51,25 @@ impl ConcurrencyLimit {
 
     /// Waits until one more lane may deliver.
     pub async fn acquire(&self) -> Permit<'_> {
-        // Never closed.
+        // The semaphore is never closed.
         Permit {
             concurrency_limit: self,
             permit: Arc::clone(&self.permits).acquire_owned().await.ok(),
         }
     }
 
-    /// Whether a lane could enter at once.
+    /// Whether a permit is available at once.
     pub fn has_permit(&self) -> bool {
         self.permits.available_permits() > 0
     }
 
-    /// Learns how often other transactions stood in the way of a batch.
+    /// Records the number of conflicts of a batch.
     pub fn record_conflicts(&self, conflicts: u32) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if conflicts > 0 {
             let fewer = (state.limit / 2).max(1);
             let leave = state.limit - fewer;
-            // Those that lanes hold leave when they come back.
+            // Permits that lanes hold are removed when they are returned.
             state.excess += leave - self.permits.forget_permits(leave);
             (state.limit, state.calm_batches) = (fewer, 0);
             return;
@@ -84,7 +84,7 @@ impl ConcurrencyLimit {
         }
     }
 
-    /// How many lanes may deliver at a time.
+    /// The current limit.
     #[cfg(test)]
     fn limit(&self) -> usize {
         self.state.lock().unwrap().limit
@@ -124,11 +124,11 @@ mod tests {
         permits.truncate(2);
         assert!(
             concurrency_limit.acquire().now_or_never().is_none(),
-            "two are as many as may be"
+            "a third lane delivers"
         );
         concurrency_limit.record_conflicts(3);
         concurrency_limit.record_conflicts(1);
-        assert_eq!(concurrency_limit.limit(), 1, "one always may");
+        assert_eq!(concurrency_limit.limit(), 1, "the minimum is one lane");
         permits.clear();
         let only = concurrency_limit.acquire().await;
         assert!(concurrency_limit.acquire().now_or_never().is_none());

@@ -1,4 +1,4 @@
-//! The messages that a worker holds: the broker hears of progress with them, so that it does not deliver them again.
+//! The messages that a worker holds. Progress acks keep the broker from redelivering them.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,17 +15,18 @@ pub(super) struct InFlightMessages(Arc<Mutex<InFlightState>>);
 #[derive(Default)]
 struct InFlightState {
     next: u64,
-    /// In the order of their arrival, in which the broker would deliver them again.
+    /// In the order of their arrival, in which the broker would redeliver them.
     messages: BTreeMap<u64, Progress>,
 }
 
-/// Keeps one message from redelivery until dropped.
+/// Protects one message from redelivery until dropped.
 pub(super) struct InFlightGuard {
     all: InFlightMessages,
     number: u64,
 }
 
 impl InFlightMessages {
+    /// Adds a message until the guard is dropped.
     pub(super) fn enter(&self, progress: Progress) -> InFlightGuard {
         let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let number = held.next;
@@ -45,7 +46,8 @@ impl InFlightMessages {
             .len()
     }
 
-    /// Reports progress with all of them to the broker every so often, until the task is aborted.
+    /// Sends a progress ack for each message at this interval, until the task is aborted. The
+    /// interval is at least 10 ms.
     pub(super) async fn send_progress_acks(self, every: Duration) {
         let mut tick = tokio::time::interval(every.max(Duration::from_millis(10)));
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -54,7 +56,10 @@ impl InFlightMessages {
             tick.tick().await;
             for progress in self.all() {
                 if let Err(error) = progress.send().await {
-                    tracing::debug!(error = format!("{error:#}"), "progress not sent");
+                    tracing::debug!(
+                        error = format!("{error:#}"),
+                        "failed to send a progress ack"
+                    );
                     break;
                 }
             }

@@ -1,4 +1,4 @@
-//! A lane: one sequential executor of batches, one transaction at a time.
+//! A lane: a sequential executor of batches, one transaction at a time.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,47 +24,49 @@ use crate::model::verdict::{DeadLetter, Reason, Settled, Verdict};
 use crate::relay::RelayHandle;
 use crate::store::{DeadLettered, StoreError};
 
-/// From this delivery on a message is handled alone. Retries get there too, which costs them two small transactions.
+/// From this delivery on a message is handled alone. Retries reach this count too, at the cost of
+/// two small transactions each.
 const ALONE_FROM_DELIVERY: u64 = 3;
 
-/// How often a host may die while it handles a message alone.
+/// Maximum number of host crashes while a message is handled alone.
 const CRASHES_MAX: u32 = 3;
 
-/// When the next host is to take up what a lane could not settle before it stopped.
+/// Redelivery delay of messages that a lane could not settle before the host stopped.
 const NACK_DELAY: Duration = Duration::from_millis(1);
 
-/// One message on its way through a lane.
+/// A message in a lane.
 pub struct PendingMessage {
     pub message: Arc<Message>,
-    /// Pending messages with the same key are handled in stream order.
+    /// Messages with the same key are handled in stream order.
     pub key: Option<String>,
-    /// Why it cannot be given to the guest as it is.
+    /// The reason why the message cannot be handled by the guest.
     pub unusable: Option<(Reason, String)>,
-    /// How often it was delivered, this time included.
+    /// Number of deliveries, including this one.
     pub delivered: u64,
     pub receipt: Receipt,
-    /// Keeps the broker from redelivering it while it is here.
+    /// Keeps the broker from redelivering the message while this host holds it.
     pub _in_flight: InFlightGuard,
-    /// Its room in the host; pulling stops when there is none. None for what came when pulling had stopped already.
+    /// Its share of the capacity of the host. Pulling stops when none is left. `None` for a message
+    /// that arrived after pulling had stopped.
     pub _room: Option<OwnedSemaphorePermit>,
 }
 
-/// Everything a lane needs.
+/// A lane of a worker.
 pub struct Lane {
     pub delivery: Delivery,
     pub relay: RelayHandle,
-    /// Shared by the lanes of a worker.
+    /// Shared by all lanes of a worker.
     pub concurrency_limit: Arc<ConcurrencyLimit>,
     pub counters: Arc<WorkerCounters>,
     pub stopping: Stopping,
 }
 
-/// The host stops, and the database did not answer any more.
+/// The host stops while the database is unavailable.
 struct Stopped;
 
 impl Lane {
-    /// Runs until the worker closes the channel and all that was in it is settled, or until the drain gives up. What then
-    /// still waits for its next attempt goes back to the broker.
+    /// Runs until the channel is closed and all its messages are settled, or until the drain times
+    /// out. Messages that still wait for their next attempt are returned to the broker.
     pub async fn run(self, mut pending_messages: mpsc::Receiver<PendingMessage>) {
         let mut queue = Queue::new();
         let mut batch_size = AdaptiveBatchSize::new(self.delivery.worker.batch as usize);
@@ -72,7 +74,7 @@ impl Lane {
             while let Ok(pending_message) = pending_messages.try_recv() {
                 queue.push(pending_message);
             }
-            // Takes what is ready and does not wait for a batch to fill.
+            // Takes the available messages and does not wait for a full batch.
             let batch = queue.take(batch_size.current(), Instant::now());
             if batch.is_empty() {
                 match next_event(&mut pending_messages, queue.next_due()).await {
@@ -87,8 +89,8 @@ impl Lane {
         nack_all(queue.into_remaining()).await;
     }
 
-    /// Handles messages in their order: together, but for those that need a treatment of their own. What is behind such a one
-    /// goes back into the queue.
+    /// Handles messages in their order. They run together, except those that must be handled alone.
+    /// The messages after such a one are requeued.
     async fn process(
         &self,
         mut pending_messages: Vec<PendingMessage>,
@@ -122,6 +124,7 @@ impl Lane {
         queue: &mut Queue<PendingMessage>,
         batch_size: &mut AdaptiveBatchSize,
     ) -> Result<(), Stopped> {
+        // Wait for a permit.
         let messages: Vec<Arc<Message>> = pending_messages
             .iter()
             .map(|pending_message| Arc::clone(&pending_message.message))
@@ -129,12 +132,15 @@ impl Lane {
         let mut stopping = self.stopping.clone();
         let permit = tokio::select! {
             permit = self.concurrency_limit.acquire() => permit,
-            // The lane that has the permit may wait for the database: these messages are given back.
+            // The lane with the permit may be waiting for the database. Return the messages to the
+            // broker.
             () = stopping.stopped(), if !self.concurrency_limit.has_permit() => {
                 queue.requeue(pending_messages);
                 return Err(Stopped);
             }
         };
+
+        // Deliver the batch.
         let began = Instant::now();
         let Some(delivered) = self
             .retry_until_available("deliver", || {
@@ -145,6 +151,8 @@ impl Lane {
             queue.requeue(pending_messages);
             return Err(Stopped);
         };
+
+        // Adapt the batch size and the concurrency.
         let BatchResult {
             verdicts,
             outputs,
@@ -157,14 +165,19 @@ impl Lane {
         drop(permit);
         batch_size.record_reruns(reruns, savepoint_rollbacks);
         batch_size.record_time(pending_messages.len(), began.elapsed());
+
+        // Publish and settle.
         self.relay.hand_over(outputs, leased_at).await;
         self.settle(pending_messages.into_iter().zip(verdicts).collect(), queue)
             .await
     }
 
-    /// Buries a message that cannot be given to the guest, or handles one that was delivered several times without a final
-    /// word: hosts may have died of it. A note that survives the host tells the next one; a message that ended hosts alone,
-    /// too, is not handled any more.
+    /// Handles one message alone: it is unusable, or it was delivered several times without a
+    /// verdict.
+    ///
+    /// An unusable message becomes a dead letter. Any other one may have crashed its hosts, so a
+    /// crash marker is stored before the guest runs. The marker remains if the host dies. A message
+    /// that also crashed [`CRASHES_MAX`] hosts alone becomes a dead letter.
     async fn deliver_alone(
         &self,
         pending_message: PendingMessage,
@@ -174,6 +187,8 @@ impl Lane {
         if let Some((reason, why)) = pending_message.unusable.clone() {
             return self.settle_dead(pending_message, reason, why, queue).await;
         }
+
+        // Set the crash marker.
         let store = &self.delivery.store;
         let (worker, message) = (
             self.delivery.worker.name.clone(),
@@ -188,9 +203,12 @@ impl Lane {
             return Err(Stopped);
         };
         fault::point(fault::CRASH_MARKER_SET);
+
+        // Handle the message.
         let settled = if crashes >= CRASHES_MAX {
             let why = format!(
-                "the host died {crashes} times while it handled this message alone, after {} deliveries",
+                "the host crashed {crashes} times while it handled this message alone, after {} \
+                 deliveries",
                 pending_message.delivered
             );
             self.settle_dead(pending_message, Reason::CrashedHost, why, queue)
@@ -198,15 +216,17 @@ impl Lane {
         } else {
             self.deliver(vec![pending_message], queue, batch_size).await
         };
+
+        // Clear the crash marker.
         let clear_marker = || store.clear_crash_marker(&worker, &message.event_id);
         self.retry_until_available("clear the crash marker", clear_marker)
             .await;
         settled
     }
 
-    /// Repeats a database operation until the database answers. Trouble of the database is waited out: no attempt is
-    /// spent, the messages are kept from redelivery meanwhile, and no more are pulled than there is room for.
-    /// None when the host stops before there is an answer.
+    /// Retries a database operation until the database is available. No attempt is counted. The
+    /// messages are kept from redelivery meanwhile, and no more are pulled than the capacity
+    /// allows. Returns `None` when the host stops first.
     async fn retry_until_available<T, F, Fut>(&self, what: &str, operation: F) -> Option<T>
     where
         F: Fn() -> Fut,
@@ -225,8 +245,9 @@ impl Lane {
                     let worker = self.delivery.worker.name.as_str();
                     tracing::warn!(
                         worker,
-                        "{what} again soon: {:#}",
-                        anyhow::Error::from(error)
+                        operation = what,
+                        error = format!("{:#}", anyhow::Error::from(error)),
+                        "database operation failed, retrying"
                     );
                 }
             }
@@ -236,7 +257,8 @@ impl Lane {
         }
     }
 
-    /// Turns verdicts into acks, naks, waits and dead letters. Only a proof from the store acknowledges.
+    /// Converts verdicts into acks, nacks, held keys and dead letters. An ack requires a proof from
+    /// the store.
     async fn settle(
         &self,
         pending_messages: Vec<(PendingMessage, Verdict)>,
@@ -265,7 +287,8 @@ impl Lane {
                 Verdict::Dead(dead_letter) => dead.push((pending_message, *dead_letter)),
             }
         }
-        // Their key is held by now; if not, the message before them is dead, and once it is buried they go on.
+        // Their key is held now. If it is not, the earlier message is dead and its dead letter is
+        // stored before they continue.
         queue.requeue(blocked);
         if dead.is_empty() {
             Ok(())
@@ -274,17 +297,19 @@ impl Lane {
         }
     }
 
-    /// Whether the later messages of its key wait in the lane for this one, which then must not leave it.
+    /// Whether later messages of its key wait in this lane. A message that holds its key must stay
+    /// in the lane.
     fn holds_key(&self, pending_message: &PendingMessage) -> bool {
         self.delivery.worker.on_failure == OnFailure::Hold && pending_message.key.is_some()
     }
 
-    /// Dead letters in a transaction of their own, then the acks.
+    /// Stores dead letters in a transaction of their own, and then acknowledges their messages.
     async fn dead_letter(
         &self,
         dead: Vec<(PendingMessage, DeadLetter)>,
         queue: &mut Queue<PendingMessage>,
     ) -> Result<(), Stopped> {
+        // Store the dead letters.
         let dead_letters: Vec<(DeadLetter, Output)> = dead
             .iter()
             .map(|(_, dead_letter)| {
@@ -301,7 +326,9 @@ impl Lane {
             settled,
             notices,
             alarms,
-        }) = self.retry_until_available("dead-letter", dead_letter).await
+        }) = self
+            .retry_until_available("write dead letters", dead_letter)
+            .await
         else {
             queue.requeue(
                 dead.into_iter()
@@ -311,6 +338,8 @@ impl Lane {
             return Err(Stopped);
         };
         fault::point(fault::AFTER_DEAD_LETTER);
+
+        // Log and count them.
         for (dead_letter, _) in &dead_letters {
             self.delivery
                 .metrics
@@ -319,11 +348,13 @@ impl Lane {
                 worker = dead_letter.worker,
                 event_id = dead_letter.message.event_id,
                 reason = dead_letter.reason.as_str(),
-                "dead letter: {}",
-                dead_letter.detail
+                detail = dead_letter.detail,
+                "message dead-lettered"
             );
         }
         alarms.notices.iter().for_each(alarm::log);
+
+        // Publish their notices and acknowledge.
         self.relay.hand_over(notices, leased_at).await;
         self.relay.hand_over(alarms.rows, leased_at).await;
         for ((pending_message, _), settled) in dead.into_iter().zip(settled) {
@@ -332,7 +363,7 @@ impl Lane {
         Ok(())
     }
 
-    /// A dead letter for a message that is not given to the guest.
+    /// Dead-letters a message without running the guest.
     async fn settle_dead(
         &self,
         pending_message: PendingMessage,
@@ -358,30 +389,36 @@ impl Lane {
     }
 }
 
-/// Acknowledges. When the ack is lost, the message comes again and is a duplicate.
+/// Acknowledges a message. After a lost ack the message is redelivered and is a duplicate.
 async fn acknowledge(pending_message: PendingMessage, settled: Settled) {
     if let Err(error) = pending_message.receipt.ack(&settled).await {
-        tracing::debug!("ack not sent; the message will come again and be skipped: {error:#}");
+        tracing::debug!(
+            error = format!("{error:#}"),
+            "failed to send an ack, the redelivered message will be skipped"
+        );
     }
     fault::point(fault::AFTER_ACK);
 }
 
-/// Has the broker deliver it again after a while.
+/// Nacks a message. The broker redelivers it after the delay.
 async fn nack(pending_message: PendingMessage, after: Duration) {
     if let Err(error) = pending_message.receipt.nack(after).await {
-        tracing::debug!("nak not sent; the broker redelivers by itself: {error:#}");
+        tracing::debug!(
+            error = format!("{error:#}"),
+            "failed to send a nack, the message will be redelivered after its ack wait"
+        );
     }
 }
 
-/// Hands what is left to whoever pulls next, in stream order and with little delay: a failed message and those behind it
-/// then stay in their order.
+/// Nacks messages in stream order with a short delay. The next host receives a failed message and
+/// later ones of its key in their order.
 pub async fn nack_all(pending_messages: Vec<PendingMessage>) {
     for pending_message in pending_messages {
         nack(pending_message, NACK_DELAY).await;
     }
 }
 
-/// What ends the wait of a lane that has nothing to run.
+/// The event that ends the wait of an idle lane.
 enum LaneEvent {
     Arrived(Box<PendingMessage>),
     Due,
@@ -399,7 +436,8 @@ async fn next_event(
         }
     };
     tokio::select! {
-        // A closed channel means that it is time to stop: what is due then is left to the next host.
+        // A closed channel means that the host stops. Messages that are due then are left to the
+        // next host.
         biased;
         pending_message = pending_messages.recv() => pending_message.map_or(LaneEvent::Closed, |pending_message| LaneEvent::Arrived(Box::new(pending_message))),
         () = due => LaneEvent::Due,
@@ -411,7 +449,7 @@ impl PendingMessage {
         self.unusable.is_some() || self.delivered >= ALONE_FROM_DELIVERY
     }
 
-    /// Its place on the stream.
+    /// Its sequence on the stream.
     pub fn sequence(&self) -> u64 {
         self.message
             .origin

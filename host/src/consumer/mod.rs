@@ -1,4 +1,5 @@
-//! A running worker: pulls from its stream, deals messages to its lanes by key, and drains in good order.
+//! A running worker: pulls from its stream, dispatches messages to lanes by key, and drains on
+//! shutdown.
 
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -33,16 +34,16 @@ use in_flight::InFlightMessages;
 use lane::{Lane, PendingMessage, nack_all};
 use redelivery::RedeliveryBarrier;
 
-/// How many batches may wait for each lane beside the one that runs.
+/// Maximum number of queued batches for each lane, besides the running one.
 const QUEUED_BATCHES_MAX: usize = 1;
 
-/// How many more for a worker whose messages may have to wait for others of their key.
+/// Maximum number of additional batches for a worker that holds keys.
 const HELD_BATCHES_MAX: usize = 3;
 
-/// How often a worker that is not seen on the server yet looks again.
+/// How often a worker checks whether the server has registered its subscription.
 const PROBE_INTERVAL: Duration = Duration::from_millis(100);
 
-/// What a worker did since it started here.
+/// Counters of a worker since its start in this host.
 #[derive(Debug, Default)]
 pub struct WorkerCounters {
     pub done: AtomicU64,
@@ -52,6 +53,7 @@ pub struct WorkerCounters {
 }
 
 impl WorkerCounters {
+    /// Counts a verdict.
     pub fn count(&self, verdict: &Verdict) {
         let counter = match verdict {
             Verdict::Done(_) => &self.done,
@@ -79,6 +81,9 @@ pub struct RunningWorker {
 
 impl RunningWorker {
     /// Subscribes and starts the lanes.
+    ///
+    /// # Errors
+    /// The worker has no stream, or the broker refuses or does not answer.
     pub async fn start(
         delivery: Delivery,
         digest: String,
@@ -86,10 +91,12 @@ impl RunningWorker {
         relay: RelayHandle,
     ) -> Result<Self> {
         let worker = Arc::clone(&delivery.worker);
+
+        // Subscribe to the stream and to the redrives.
         let stream = worker
             .stream
             .as_deref()
-            .context("start a worker that takes no messages")?;
+            .context("start a worker without a stream")?;
         let version = delivery.version;
         let pull = bus
             .subscribe(&with_version(subscription(&worker, stream), version))
@@ -98,7 +105,9 @@ impl RunningWorker {
         let redriven = bus
             .subscribe(&redrive::subscription(&worker))
             .await
-            .with_context(|| format!("subscribe worker {} to what is put back", worker.name))?;
+            .with_context(|| format!("subscribe worker {} to its redrives", worker.name))?;
+
+        // Watch the subscription.
         let counters = Arc::new(WorkerCounters::default());
         let is_subscribed = Arc::new(AtomicBool::new(false));
         let stop = Stop::new();
@@ -108,16 +117,20 @@ impl RunningWorker {
             Arc::clone(&is_subscribed),
             stop.stopping(),
         ));
+
+        // A worker that holds keys waits for redeliveries first.
         let barrier = match worker.on_failure {
             OnFailure::Skip => RedeliveryBarrier::disabled(),
             OnFailure::Hold => {
                 let backlog = probe
                     .backlog()
                     .await
-                    .context("ask what an earlier host was given")?;
+                    .context("read the backlog of the consumer")?;
                 RedeliveryBarrier::begin(backlog, worker.ack_wait, capacity(&worker))
             }
         };
+
+        // Start the lanes and pull.
         let lanes = Lanes::start(&delivery, &relay, &counters, &stop);
         let in_flight = lanes.in_flight.clone();
         let pulling = tokio::spawn(run(pull, redriven, lanes, barrier, stop.stopping()));
@@ -134,44 +147,45 @@ impl RunningWorker {
         })
     }
 
-    /// Whether the server has seen this worker's subscription.
+    /// Whether the server has registered the subscription of this worker.
     pub fn is_subscribed(&self) -> bool {
         self.is_subscribed.load(Ordering::Relaxed)
     }
 
-    /// What is on the stream for it; none when the server does not answer in a second.
+    /// Messages on the stream that are not handled yet. `None` when the server does not answer
+    /// within a second.
     pub async fn unhandled(&self) -> Option<UnhandledMessages> {
         let unhandled = tokio::time::timeout(Duration::from_secs(1), self.probe.unhandled()).await;
         unhandled.ok()?.ok()
     }
 
-    /// A way to look at its consumer.
+    /// A probe of its consumer.
     pub fn probe(&self) -> Probe {
         self.probe.clone()
     }
 
-    /// How many messages this host holds for it.
+    /// Number of messages that this host holds for the worker.
     pub fn in_flight(&self) -> usize {
         self.in_flight.len()
     }
 
-    /// Stops pulling, lets the lanes settle what they have, and returns when that is done.
+    /// Stops pulling and returns when the lanes have settled their messages.
     pub async fn drain(self) {
         self.stop.now();
         if let Err(error) = self.pulling.await {
-            tracing::error!("worker {} did not end properly: {error}", self.worker.name);
+            tracing::error!(worker = self.worker.name, error = %error, "worker task failed");
         }
     }
 }
 
-/// What a worker takes from its stream.
+/// Subscription of a worker to its stream.
 pub fn subscription(worker: &Worker, stream: &str) -> Subscription {
     Subscription {
         stream: stream.to_owned(),
         durable: worker.durable(),
         subjects: worker.subjects.clone(),
         ack_wait: worker.ack_wait,
-        // Room for several hosts.
+        // Capacity for several hosts.
         max_ack_pending: i64::try_from(capacity(worker) * 4)
             .unwrap_or(i64::MAX)
             .max(1_000),
@@ -186,7 +200,7 @@ fn with_version(mut subscription: Subscription, version: u32) -> Subscription {
     subscription
 }
 
-/// How many messages of a worker one host holds at most.
+/// Maximum number of messages that one host holds for a worker.
 fn capacity(worker: &Worker) -> usize {
     let batches = match worker.on_failure {
         OnFailure::Skip => 1 + QUEUED_BATCHES_MAX,
@@ -195,13 +209,16 @@ fn capacity(worker: &Worker) -> usize {
     worker.concurrency as usize * worker.batch as usize * batches
 }
 
-/// Sets `is_subscribed` once the server knows of the subscription.
+/// Sets `is_subscribed` once the server has registered the subscription.
 async fn wait_until_subscribed(probe: Probe, is_subscribed: Arc<AtomicBool>, stopping: Stopping) {
     loop {
         match probe.is_seen_by_server().await {
             Ok(true) => return is_subscribed.store(true, Ordering::Relaxed),
             Ok(false) => {}
-            Err(error) => tracing::debug!("subscription not seen yet: {error:#}"),
+            Err(error) => tracing::debug!(
+                error = format!("{error:#}"),
+                "failed to check the subscription, retrying"
+            ),
         }
         if stopping.wait(PROBE_INTERVAL).await {
             return;
@@ -209,7 +226,8 @@ async fn wait_until_subscribed(probe: Probe, is_subscribed: Arc<AtomicBool>, sto
     }
 }
 
-/// Takes what is new and what was put back until it is time to stop; then lets the lanes settle what they have.
+/// Handles new and redriven messages until the stop signal, and then lets the lanes settle their
+/// messages.
 async fn run(
     pull: PullConsumer,
     redriven: PullConsumer,
@@ -223,7 +241,8 @@ async fn run(
     nack_all(rest).await;
 }
 
-/// Pulls as long as there is room; deals to the lanes. Returns what was not dealt.
+/// Pulls as long as the host has capacity, and dispatches to the lanes. Returns the messages that
+/// were not dispatched.
 async fn pull_loop(
     mut pull: PullConsumer,
     lanes: &Lanes,
@@ -236,13 +255,14 @@ async fn pull_loop(
             let room = Arc::clone(&lanes.room)
                 .acquire_owned()
                 .await
-                .context("wait for room")?;
+                .context("wait for capacity")?;
             let most = barrier.pull_limit(lanes.room.available_permits() + 1).await;
             let pulled = pull.next(most).await?;
             anyhow::Ok((pulled, room))
         };
         let pulled = tokio::select! {
-            // Once it is time to stop, nothing more is taken in; what is old comes before the end of waiting for it.
+            // After the stop signal no more messages are pulled. Redelivered messages have priority
+            // over the end of the wait for them.
             biased;
             () = stopping.stopped() => break,
             pulled = next => pulled,
@@ -261,15 +281,21 @@ async fn pull_loop(
                     .await;
             }
             Err(error) => {
-                tracing::warn!("worker {} pulls again soon: {error:#}", lanes.worker.name);
+                tracing::warn!(
+                    worker = lanes.worker.name,
+                    error = format!("{error:#}"),
+                    "failed to pull messages, retrying"
+                );
                 if stopping.wait(Duration::from_secs(1)).await {
                     break;
                 }
             }
         }
     }
+
+    // Dispatch the messages that arrived before the stop.
     while let Some(pulled) = pull.drain().await {
-        // What is held may have taken all the room, and gives none back before the end.
+        // Held messages may use the whole capacity, and release none before the end.
         let room = Arc::clone(&lanes.room).try_acquire_owned().ok();
         lanes
             .dispatch_all(barrier.admit(lanes.pending_message(pulled, room), false))
@@ -278,7 +304,7 @@ async fn pull_loop(
     barrier.finish()
 }
 
-/// The lanes of one worker and what feeds them.
+/// The lanes of one worker and their shared state.
 struct Lanes {
     worker: Arc<Worker>,
     senders: Vec<mpsc::Sender<PendingMessage>>,
@@ -286,7 +312,7 @@ struct Lanes {
     room: Arc<Semaphore>,
     metrics: Arc<Metrics>,
     version: u32,
-    /// For what was put back.
+    /// Capacity for redriven messages.
     redrive_room: Arc<Semaphore>,
     store: Arc<dyn Store>,
     in_flight: InFlightMessages,
@@ -306,7 +332,7 @@ impl Lanes {
         let mut tasks = Vec::new();
         let concurrency_limit = Arc::new(ConcurrencyLimit::new(worker.concurrency as usize));
         for _ in 0..worker.concurrency {
-            // Room is counted over all lanes, so dealing to one lane never waits behind another.
+            // Capacity is counted over all lanes, so sending to one lane never blocks.
             let (sender, receiver) = mpsc::channel(capacity + redrive::CAPACITY);
             let lane = Lane {
                 delivery: delivery.clone(),
@@ -375,28 +401,26 @@ impl Lanes {
                     .unwrap_or(&pending_message.message.event_id),
             );
             if let Some(sender) = self.senders.get(lane) {
-                // A lane that is gone has panicked; the message is redelivered.
+                // A closed lane has panicked. The message will be redelivered.
                 let _ = sender.send(pending_message).await;
             }
         }
     }
 
-    /// Same key, same lane. Without a key the event id serves: copies of one message then never wait for each other.
+    /// The lane of a key. For messages without a key it is the event id, so copies of a message
+    /// share a lane and never wait for each other.
     fn lane_of(&self, key: &str) -> usize {
         let mut hasher = DefaultHasher::new();
         key.hash(&mut hasher);
         usize::try_from(hasher.finish() % self.senders.len().max(1) as u64).unwrap_or_default()
     }
 
-    /// Lets the lanes settle what they have.
+    /// Waits until the lanes have settled their messages.
     async fn drain(self) {
         drop(self.senders);
         for task in self.tasks {
             if let Err(error) = task.await {
-                tracing::error!(
-                    "a lane of worker {} did not end properly: {error}",
-                    self.worker.name
-                );
+                tracing::error!(worker = self.worker.name, error = %error, "lane task failed");
             }
         }
         self.ticker.abort();

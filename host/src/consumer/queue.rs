@@ -1,24 +1,25 @@
-//! What waits in a lane: in stream order within each key, and behind a failed message of its key.
+//! The queue of a lane: in stream order within each key. Messages wait while their key is held by a
+//! failed one.
 
 use std::collections::{HashMap, VecDeque};
 
 use tokio::time::Instant;
 
-/// What a queue has to know of the things in it.
+/// An item with a place in the order of its key.
 pub trait Sequenced {
-    /// Those with the same key are handled in order; none leaves the order open.
+    /// Items with the same key are handled in order. `None` for items without an order.
     fn key(&self) -> Option<&str>;
-    /// The place in that order.
+    /// The position in that order.
     fn sequence(&self) -> u64;
 }
 
-/// The waiting room of one lane.
+/// The queue of one lane.
 pub struct Queue<T> {
-    /// What can run now, but for what has a key that is held.
+    /// Items that can run now, unless their key is held.
     ready: VecDeque<T>,
-    /// By key: the failed one and those behind it, until it is due again.
+    /// By key: the failed item and the later ones, until the key is due.
     held: HashMap<String, HeldKey<T>>,
-    /// The highest sequence that came in so far.
+    /// The highest sequence so far.
     highest_sequence: u64,
 }
 
@@ -28,6 +29,7 @@ struct HeldKey<T> {
 }
 
 impl<T: Sequenced> Queue<T> {
+    /// An empty queue.
     pub fn new() -> Self {
         Queue {
             ready: VecDeque::new(),
@@ -36,7 +38,7 @@ impl<T: Sequenced> Queue<T> {
         }
     }
 
-    /// Takes something in, before those of its key that come after it. What is delivered a second time may arrive late.
+    /// Adds an item before later ones of its key. A redelivered message may arrive late.
     pub fn push(&mut self, item: T) {
         let is_late = item.sequence() < self.highest_sequence;
         self.highest_sequence = self.highest_sequence.max(item.sequence());
@@ -52,14 +54,14 @@ impl<T: Sequenced> Queue<T> {
         }
     }
 
-    /// Puts things back that were taken and did not run, in their order.
+    /// Returns items that were taken and did not run to the front, in their order.
     pub fn requeue(&mut self, items: Vec<T>) {
         for item in items.into_iter().rev() {
             self.ready.push_front(item);
         }
     }
 
-    /// Holds the key of something that failed until `due`: nothing of that key is taken before.
+    /// Holds the key of a failed item until `due`. No item of that key is taken earlier.
     pub fn hold(&mut self, item: T, due: Instant) {
         let Some(key) = item.key().map(str::to_owned) else {
             return self.push(item);
@@ -72,7 +74,7 @@ impl<T: Sequenced> Queue<T> {
         held.items.push(item);
     }
 
-    /// Takes at most `max` that can run now, in order.
+    /// Takes at most `max` items that can run now, in order.
     pub fn take(&mut self, max: usize, now: Instant) -> Vec<T> {
         self.release(now);
         let mut taken = Vec::new();
@@ -87,12 +89,13 @@ impl<T: Sequenced> Queue<T> {
         taken
     }
 
-    /// When the next held key is due; none when none is held.
+    /// The time at which the next held key is due. `None` when no key is held.
     pub fn next_due(&self) -> Option<Instant> {
         self.held.values().map(|held| held.due).min()
     }
 
-    /// Lets go of the keys that are due. They come first: whatever else is there of them, is behind them.
+    /// Releases the keys that are due. Their items come first, because all others of the same key
+    /// are later.
     fn release(&mut self, now: Instant) {
         for (_, mut held) in self.held.extract_if(|_, held| held.due <= now) {
             held.items.sort_by_key(Sequenced::sequence);
@@ -102,7 +105,7 @@ impl<T: Sequenced> Queue<T> {
         }
     }
 
-    /// All that is left, in stream order.
+    /// All remaining items, in stream order.
     pub fn into_remaining(self) -> Vec<T> {
         let held = self.held.into_values().flat_map(|held| held.items);
         let mut rest: Vec<T> = self.ready.into_iter().chain(held).collect();
@@ -151,7 +154,7 @@ mod tests {
             queue.take(3, now),
             [Item("a", 1), Item("b", 2), Item("a", 3)]
         );
-        // 1 failed, 3 is behind it.
+        // 1 failed, and 3 waits for it.
         queue.hold(Item("a", 1), later);
         queue.requeue(vec![Item("a", 3)]);
         queue.push(Item("b", 6));

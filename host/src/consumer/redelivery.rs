@@ -1,9 +1,14 @@
-//! At the start of a worker that holds keys: what an earlier host was given comes before what is new.
+//! Redelivery barrier: at the start of a worker that holds keys, the messages of an earlier host
+//! precede new ones.
 //!
-//! A host that was killed leaves messages unacknowledged, which JetStream delivers again only once `ack_wait` is over;
-//! newer ones it delivers at once. They would overtake the older ones of their keys, so they wait here. The old ones wait for
-//! each other: the server does not deliver them in their order when it had begun to deliver one to a host that went away, or
-//! when it heard of progress with some of them only.
+//! A killed host leaves unacknowledged messages. JetStream redelivers them only after `ack_wait`,
+//! but delivers newer ones at once. The newer ones would overtake earlier messages of their keys,
+//! so they wait here.
+//!
+//! The redelivered messages also wait for each other, because the server does not always redeliver
+//! them in order. The order changes when the server had started a redelivery to a host that
+//! disappeared. It also changes when progress acks reached the server for only some of the
+//! messages.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -14,46 +19,49 @@ use tokio::time::Instant;
 use super::queue::Sequenced;
 use crate::bus::{Backlog, Probe};
 
-/// How long after `ack_wait`, or after the last old message, another old one may be on its way.
+/// How long after `ack_wait`, or after the last redelivered message, another one may still arrive.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// How often to look whether there is anything left to wait for.
+/// How often to check whether all of them are settled.
 const POLL_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Waits for the messages that were out when the worker started.
+/// Waits for the messages that were unacknowledged when the worker started.
 pub struct RedeliveryBarrier<T> {
-    /// None once nothing is waited for.
+    /// `None` once the wait has ended.
     waiting: Option<BarrierState<T>>,
 }
 
 struct BarrierState<T> {
-    /// Sequences up to this one are old.
+    /// Messages up to this sequence are old.
     last_old_sequence: u64,
-    /// How many of them were out.
+    /// Number of unacknowledged old messages at the start.
     unacked: u64,
-    /// Which of them came.
+    /// Sequences of old messages that arrived.
     arrived: HashSet<u64>,
-    /// By when all that a dead host left is delivered again.
+    /// Time by which the server has redelivered all messages of a dead host.
     redelivery_deadline: Instant,
-    /// Until when they are waited for: they may also have been settled by another host meanwhile.
+    /// End of the wait. Another host may have settled the missing ones in the meantime.
     deadline: Instant,
-    /// Old ones that came and wait for the others.
+    /// Old messages that wait for the others.
     old_messages: Vec<T>,
-    /// New messages, in the order they came.
+    /// New messages, in the order of their arrival.
     deferred: Vec<T>,
     deferred_max: usize,
-    /// How many messages this host may hold.
+    /// Maximum number of messages that this host holds.
     capacity: usize,
 }
 
 impl<T: Sequenced> RedeliveryBarrier<T> {
-    /// Nothing is waited for.
+    /// A barrier that does not wait.
     pub fn disabled() -> Self {
         RedeliveryBarrier { waiting: None }
     }
 
-    /// Waits for what is out, in a host that may hold `capacity` messages. Of these, half may be new ones that wait, or fewer when
-    /// the old ones need the room; but not so few that asking for a handful at a time would take longer than the wait.
+    /// Waits for the unacknowledged messages, in a host that holds up to `capacity` messages.
+    ///
+    /// Up to half of the capacity is available for new messages, or less when the old ones need it.
+    /// The minimum is an eighth. With less, pulling in small portions would take longer than the
+    /// wait.
     pub fn begin(backlog: Backlog, ack_wait: Duration, capacity: usize) -> Self {
         let redelivery_deadline = Instant::now() + ack_wait;
         let left =
@@ -74,8 +82,9 @@ impl<T: Sequenced> RedeliveryBarrier<T> {
         }
     }
 
-    /// How many messages may be asked for when there is room for `available`. While as many new ones are deferred as may be,
-    /// it answers only once the old ones, which the server delivers first, can be delivered.
+    /// Number of messages to pull when the host has capacity for `available`. Once the limit of
+    /// deferred messages is reached, waits until the redelivery of the old ones is due. The server
+    /// delivers those first.
     pub async fn pull_limit(&self, available: usize) -> usize {
         let Some(waiting) = &self.waiting else {
             return available;
@@ -92,8 +101,8 @@ impl<T: Sequenced> RedeliveryBarrier<T> {
         }
     }
 
-    /// Takes a message in and returns those that may go on now, in order. With no room left in the host (`is_full`) the old
-    /// ones go on as far as they came.
+    /// Adds a message and returns those that may continue now, in order. When the host is full
+    /// (`is_full`), the old messages that have arrived continue without the others.
     pub fn admit(&mut self, message: T, is_full: bool) -> Vec<T> {
         let Some(waiting) = &mut self.waiting else {
             return vec![message];
@@ -114,8 +123,8 @@ impl<T: Sequenced> RedeliveryBarrier<T> {
         }
     }
 
-    /// Returns when it is no use to wait any longer: nobody else holds anything, or time is up. Never, when nothing is
-    /// waited for.
+    /// Returns when the wait is over: no other host holds a message, or the deadline has passed.
+    /// Never returns without a wait.
     pub async fn wait_until_done(&self, probe: &Probe, room: &Semaphore) {
         let Some(waiting) = &self.waiting else {
             return std::future::pending().await;
@@ -123,7 +132,7 @@ impl<T: Sequenced> RedeliveryBarrier<T> {
         let all_acked = async {
             loop {
                 tokio::time::sleep(POLL_INTERVAL).await;
-                // One place is taken for the message that is being asked for.
+                // One permit belongs to the message that is being pulled.
                 let held = waiting
                     .capacity
                     .saturating_sub(room.available_permits() + 1);
@@ -139,7 +148,7 @@ impl<T: Sequenced> RedeliveryBarrier<T> {
         let _ = tokio::time::timeout_at(waiting.deadline, all_acked).await;
     }
 
-    /// Ends the wait and returns what waited, in order.
+    /// Ends the wait and returns all waiting messages, in order.
     pub fn finish(&mut self) -> Vec<T> {
         let Some(mut waiting) = self.waiting.take() else {
             return Vec::new();
@@ -172,7 +181,7 @@ mod tests {
         }
     }
 
-    /// Three are out, of those up to 10.
+    /// Three messages up to sequence 10 are unacknowledged.
     fn barrier(capacity: usize) -> RedeliveryBarrier<u64> {
         let backlog = Backlog {
             pending: 0,
@@ -193,7 +202,7 @@ mod tests {
     #[tokio::test]
     async fn new_messages_wait_for_redelivered_ones() {
         let mut barrier = barrier(100);
-        // One that is delivered twice is not two.
+        // A message that is delivered twice counts once.
         assert!(
             admit(&mut barrier, &[11, 8, 12, 9, 8])
                 .iter()

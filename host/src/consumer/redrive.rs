@@ -1,5 +1,5 @@
-//! Dead letters that were put back: messages of their own send the worker to them, and from there on they go the way of
-//! every message.
+//! Consumes redrives: pointer messages that send redriven dead letters to their worker. From its
+//! lane on, a redriven message is handled like any other.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -19,51 +19,54 @@ use crate::model::redrive::{self, Pointer, REDRIVE_STREAM};
 use crate::model::retry::Backoff;
 use crate::store::{RedriveLookup, Store};
 
-/// How many of them one host holds of a worker. They have room of their own, so that neither they nor what is new waits for
-/// the other.
+/// Maximum number of redriven messages that one host holds for a worker. They have their own
+/// capacity, so redriven and new messages do not wait for each other.
 pub(super) const CAPACITY: usize = 32;
 
-/// When the next host is to take up what this one could not look up before it stopped.
+/// Redelivery delay of a pointer whose dead letter could not be read before the host stopped.
 const NACK_DELAY: Duration = Duration::from_millis(1);
 
-/// How long a host that does not run the active version waits for its own swap, which hands on what is left in good order,
-/// and how often it looks. After that another host may take what was put back.
+/// How long a host with an outdated version waits for its own switch to the active one, and how
+/// often it checks. The switch returns pending messages in order. After the timeout another host
+/// may receive the redriven message.
 const SWAP_TIMEOUT: Duration = Duration::from_secs(3);
 const SWAP_POLL_INTERVAL: Duration = Duration::from_millis(200);
 
-/// A message that points to no letter is out of date like one whose letter moved on.
+/// A message without a valid pointer is outdated, like a pointer to a dead letter that changed
+/// since.
 const INVALID_POINTER: Pointer = Pointer {
     dead_letter: 0,
     generation: 0,
 };
 
+/// Subscription of a worker to its redrives.
 pub(super) fn subscription(worker: &Worker) -> Subscription {
     Subscription {
         stream: REDRIVE_STREAM.to_owned(),
         durable: worker.durable(),
         subjects: vec![redrive::subject_of(&worker.name)],
         ack_wait: worker.ack_wait,
-        // Room for several hosts.
+        // Capacity for several hosts.
         max_ack_pending: 1_000,
         metadata: HashMap::from([("oncely.worker".to_owned(), worker.name.clone())]),
     }
 }
 
-/// Pulls as long as there is room; deals to the lanes.
+/// Pulls as long as the host has capacity, and dispatches to the lanes.
 pub(super) async fn pull_loop(mut pull: PullConsumer, lanes: &Lanes, mut stopping: Stopping) {
     loop {
         let next = async {
             let room = Arc::clone(&lanes.redrive_room)
                 .acquire_owned()
                 .await
-                .context("wait for room")?;
+                .context("wait for capacity")?;
             let pulled = pull
                 .next(lanes.redrive_room.available_permits() + 1)
                 .await?;
             anyhow::Ok((pulled, room))
         };
         let pulled = tokio::select! {
-            // Once it is time to stop, nothing more is taken in.
+            // After the stop signal no more messages are pulled.
             biased;
             () = stopping.stopped() => break,
             pulled = next => pulled,
@@ -72,8 +75,9 @@ pub(super) async fn pull_loop(mut pull: PullConsumer, lanes: &Lanes, mut stoppin
             Ok((pulled, room)) => dispatch(lanes, pulled, Some(room), &stopping).await,
             Err(error) => {
                 tracing::warn!(
-                    "worker {} asks for what was put back again soon: {error:#}",
-                    lanes.worker.name
+                    worker = lanes.worker.name,
+                    error = format!("{error:#}"),
+                    "failed to pull redrives, retrying"
                 );
                 if stopping.wait(Duration::from_secs(1)).await {
                     break;
@@ -81,13 +85,15 @@ pub(super) async fn pull_loop(mut pull: PullConsumer, lanes: &Lanes, mut stoppin
             }
         }
     }
+
+    // Dispatch the messages that arrived before the stop.
     while let Some(pulled) = pull.drain().await {
         let room = Arc::clone(&lanes.redrive_room).try_acquire_owned().ok();
         dispatch(lanes, pulled, room, &stopping).await;
     }
 }
 
-/// Reads the letter that a message points to and deals it to its lane, where it is a message like any other.
+/// Reads the dead letter of a pointer and dispatches its message to a lane.
 async fn dispatch(
     lanes: &Lanes,
     pulled: DeliveredMessage,
@@ -124,12 +130,17 @@ async fn dispatch(
         None => pulled.receipt.nack(NACK_DELAY).await,
     };
     if let Err(error) = settled {
-        tracing::debug!("a message that was put back comes again: {error:#}");
+        tracing::debug!(
+            worker = lanes.worker.name,
+            error = format!("{error:#}"),
+            "failed to settle a redrive, it will be redelivered"
+        );
     }
 }
 
-/// Reads a letter. What failed with the version before is not given to it again while the new one is on its way: it is read
-/// again until that is here, or for some seconds.
+/// Reads a dead letter. A message that failed with the previous version must not run with it again
+/// while the new version is starting. The dead letter is read again until this host runs the active
+/// version, or until the timeout. `None` when the host stops first.
 async fn read_for_version(
     lanes: &Lanes,
     pointer: Pointer,
@@ -149,7 +160,8 @@ async fn read_for_version(
     }
 }
 
-/// Asks the database until it answers; none when the host stops before.
+/// Reads a dead letter, and retries until the database is available. `None` when the host stops
+/// first.
 async fn read_dead_letter(
     store: &dyn Store,
     pointer: Pointer,
@@ -166,8 +178,8 @@ async fn read_dead_letter(
             Err(error) => {
                 tracing::warn!(
                     worker,
-                    "read a letter again soon: {:#}",
-                    anyhow::Error::from(error)
+                    error = format!("{:#}", anyhow::Error::from(error)),
+                    "failed to read a redriven dead letter, retrying"
                 );
             }
         }

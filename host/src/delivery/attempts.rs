@@ -48,8 +48,8 @@ impl Delivery {
             attempt = counted.attempt,
             code,
             logs = (!logs.is_empty()).then_some(logs),
-            "attempt failed: {}",
-            failed.failure.message
+            error = failed.failure.message,
+            "attempt failed"
         );
     }
 

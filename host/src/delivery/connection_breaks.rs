@@ -1,8 +1,9 @@
-//! Messages in whose statements the connection to the database broke.
+//! Messages during whose statements the database connection broke.
 //!
-//! Most of the time the database or the network is to blame, and nothing is charged. But a statement can also end its own
-//! session, or the server's process: such a message would be run for ever. So those that were there are run alone, and one
-//! in whose statements the connection breaks again and again has failed.
+//! In most cases the database or the network is the cause, and no attempt is counted. But a
+//! statement can also end its own session or the server process, and its message would be retried
+//! forever. Therefore these messages run alone. A message that breaks its connection repeatedly
+//! while it runs alone has failed.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,13 +12,14 @@ use super::{BatchItem, Delivery, FailedCall, Fate, TxOutcome};
 use crate::guest::{CallFailure, FailureKind};
 use crate::store::StoreError;
 
-/// How often the connection may break in a message that runs alone, before that is an attempt that failed.
+/// Number of connection breaks of a message that runs alone before an attempt is counted as failed.
 const BREAKS_MAX: u32 = 2;
 
-/// How many messages are remembered; beyond that, counting starts over.
+/// Maximum number of tracked messages. Beyond it, counting starts over.
 const MESSAGES_MAX: usize = 10_000;
 
-/// By event id how often the connection broke while the message ran alone; zero for those that ran together with others.
+/// Connection breaks by event id while the message ran alone. Zero for messages that ran together
+/// with others.
 #[derive(Debug, Clone, Default)]
 pub struct ConnectionBreaks {
     counts: Arc<Mutex<HashMap<String, u32>>>,
@@ -28,7 +30,8 @@ impl ConnectionBreaks {
         access(&mut self.counts.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Remembers the messages of a group, and counts for one that ran alone. Returns how often it was counted.
+    /// Tracks the messages of a group, and counts a break if the group is a single message. Returns
+    /// the highest count.
     fn record(&self, event_ids: Vec<String>) -> u32 {
         let alone = u32::from(event_ids.len() == 1);
         self.with(|counts| {
@@ -44,12 +47,12 @@ impl ConnectionBreaks {
         })
     }
 
-    /// Whether a message is to run alone.
+    /// Whether a message has to run alone.
     fn contains(&self, event_id: &str) -> bool {
         self.with(|counts| counts.contains_key(event_id))
     }
 
-    /// Forgets messages that have their verdicts.
+    /// Removes messages that have their verdicts.
     pub(super) fn remove<'i>(&self, event_ids: impl Iterator<Item = &'i str>) {
         self.with(|counts| {
             if !counts.is_empty() {
@@ -62,7 +65,8 @@ impl ConnectionBreaks {
 }
 
 impl Delivery {
-    /// The items in groups that run one after the other: an item in which the connection broke runs alone.
+    /// Splits items into groups that run one after the other. Tracked messages run alone, all
+    /// others together.
     pub(super) fn group_items(&self, items: Vec<BatchItem>) -> VecDeque<Vec<BatchItem>> {
         let mut groups: VecDeque<Vec<BatchItem>> = VecDeque::new();
         let mut can_join = false;
@@ -77,7 +81,10 @@ impl Delivery {
         groups
     }
 
-    /// The outcome of a group during whose statements the connection broke.
+    /// Handles a connection that broke during a statement of the group.
+    ///
+    /// # Errors
+    /// The same error, for a message that runs alone and may be retried.
     pub(super) fn handle_connection_break(
         &self,
         group: &mut [BatchItem],
@@ -89,7 +96,8 @@ impl Delivery {
         match group {
             [item] if times >= BREAKS_MAX => {
                 let why = format!(
-                    "the connection to the database broke {times} times during its statements: {:#}",
+                    "the connection to the database broke {times} times during its statements: \
+                     {:#}",
                     anyhow::Error::from(error)
                 );
                 let failure = CallFailure::new(FailureKind::Retry, "connection-broken", why);

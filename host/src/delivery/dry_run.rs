@@ -1,4 +1,4 @@
-//! A dry run: a message is handled as it would be, and nothing of that takes effect.
+//! Dry run: handles a message in a transaction that is always rolled back.
 
 use std::sync::Arc;
 
@@ -10,21 +10,25 @@ use crate::model::verdict::Reason;
 use crate::store::conflict::pause_after;
 use crate::store::{Changes, StoreError, Tx};
 
-/// What a delivery would have come to.
+/// The outcome that a delivery would have.
 #[derive(Debug, Default)]
 pub struct DryRunOutcome {
-    /// Why it would fail, and with what reason it would end as a dead letter.
+    /// The failure, and the reason of the dead letter that it would lead to.
     pub failure: Option<(Reason, CallFailure)>,
     pub outputs: Vec<Output>,
-    /// Keys of state with their entries before and after.
+    /// Keys of the state with their entries before and after.
     pub state: Vec<(String, Option<StateEntry>, Option<StateEntry>)>,
     pub changes: Changes,
     pub logs: String,
 }
 
 impl Delivery {
-    /// Handles a message in a transaction that is rolled back. Its outputs are never published and no attempt is counted;
-    /// at most `limit` changed rows of each table are told of.
+    /// Handles a message in a transaction that is rolled back. Its outputs are never published and
+    /// no attempt is counted. The result has at most `limit` changed rows of each table.
+    ///
+    /// # Errors
+    /// - [`StoreError::Conflict`] if conflicts with other transactions persist.
+    /// - Every other error of the database.
     pub async fn dry_run(
         &self,
         message: Arc<Message>,
@@ -40,7 +44,7 @@ impl Delivery {
                 }
                 Ok(None) => {
                     return Err(StoreError::Conflict(anyhow::anyhow!(
-                        "others stood in the way of the handler again and again"
+                        "conflicts with other transactions persisted over all retries"
                     )));
                 }
                 Err(error) => return Err(error),
@@ -48,7 +52,7 @@ impl Delivery {
         }
     }
 
-    /// None when another transaction stood in the way.
+    /// Returns `None` after a conflict with another transaction.
     async fn dry_run_once(
         &self,
         message: Arc<Message>,
@@ -62,6 +66,8 @@ impl Delivery {
             tx.rollback().await;
             return Err(error);
         }
+
+        // Run the handler.
         let shared_tx = SharedTx::new(self.store.dialect(), tx);
         let attempt = message.attempts_before() + 1;
         let outcome = self
@@ -74,6 +80,8 @@ impl Delivery {
                 None,
             )
             .await;
+
+        // Read the effects, then roll back.
         let mut tx = shared_tx.take_tx().await?;
         let dry_run = match outcome {
             Ok(outcome) => self.inspect(outcome, tx.as_mut(), limit).await,
@@ -83,7 +91,7 @@ impl Delivery {
         dry_run
     }
 
-    /// What the call left.
+    /// Converts the effects of the call into a report. Returns `None` after a conflict.
     async fn inspect(
         &self,
         outcome: CallOutcome,
@@ -129,7 +137,7 @@ impl Delivery {
         }))
     }
 
-    /// The reason of the dead letter that a failure ends as.
+    /// The reason of the dead letter that a failure leads to.
     fn dead_letter_reason(&self, failure: &CallFailure) -> Reason {
         match failure.kind {
             FailureKind::Reject => Reason::Rejected,

@@ -239,7 +239,7 @@ fn reused_id(message: &Message, worker: &str, version: u32) -> DeadLetter {
         reason: Reason::IdReuse,
         code: None,
         detail: format!(
-            "the event id `{}` was used before for a message with another subject or body",
+            "the event id `{}` was already used for a message with another subject or body",
             message.event_id
         ),
         frames: Vec::new(),

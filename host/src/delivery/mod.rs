@@ -511,6 +511,6 @@ fn store_error(error: anyhow::Error) -> StoreError {
 /// Logs what a guest logged, line by line.
 fn log_guest_output(worker: &str, event_id: &str, logs: &str) {
     for line in logs.lines() {
-        tracing::info!(worker, event_id, "{line}");
+        tracing::info!(worker, event_id, line, "guest output");
     }
 }

@@ -1,7 +1,9 @@
-//! One request over HTTP becomes one transaction: its key, the effects, the outputs and the response, all or none.
+//! An HTTP request becomes one transaction: its idempotency key, its effects, its outputs and its
+//! response are committed together or not at all.
 //!
-//! A response of 400 and above says that it did not work: what the handler wrote is taken back, and the response is kept. A
-//! handler that was cut off answered nothing: its transaction is rolled back, and whoever sends it again runs it again.
+//! A response with a status of 400 or above means failure. The writes of the handler are rolled
+//! back, and the response is stored. A handler that was stopped has no response. Its transaction is
+//! rolled back, and a retry of the request runs the handler again.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,32 +23,33 @@ use crate::model::request::{HttpRequest, HttpResponse, RequestKey};
 use crate::store::conflict::pause_after;
 use crate::store::{ClaimedRequest, OutboxRow, StoreError, Tx};
 
-/// A request and what is known of it.
+/// A request with its idempotency key.
 #[derive(Debug, Clone)]
 pub struct IncomingRequest {
     pub request: HttpRequest,
-    /// Its key, and for how long the response is kept; none for a request that may be handled again.
+    /// The key, and how long the response is kept. `None` for a request that may be handled again.
     pub key: Option<(RequestKey, Duration)>,
 }
 
-/// What a request came to.
+/// The outcome of a request.
 #[derive(Debug)]
 pub enum RequestOutcome {
     Responded {
         response: HttpResponse,
-        /// Whether it was given before.
+        /// Whether this is the stored response of an earlier request.
         replayed: bool,
-        /// Committed outputs that are to be published now, in order; their leases started at `leased_at` or later.
+        /// Committed outputs to publish now, in order. Their leases began at `leased_at` or later.
         outputs: Vec<OutboxRow>,
         leased_at: Instant,
     },
-    /// Its key belongs to another request.
+    /// The key belongs to a different request.
     OtherRequest,
-    /// Another host handles it just now.
+    /// Another host is handling the request.
     InFlight,
-    /// The handler was cut off, or broke a rule. Nothing took effect.
+    /// The handler was stopped or violated a rule. Nothing took effect.
     Failed(CallFailure),
-    /// The commit was sent, and nobody said what became of it: sending it again with the same key tells.
+    /// The commit was sent and its outcome is unknown. A retry with the same key returns the
+    /// outcome.
     Unclear(anyhow::Error),
 }
 
@@ -62,8 +65,10 @@ impl RequestOutcome {
 }
 
 impl Delivery {
-    /// Handles a request. An error means that nothing happened. The future must run to its end, as that of
-    /// [`Delivery::deliver`].
+    /// Handles a request. The future must run to completion, like that of [`Delivery::deliver`].
+    ///
+    /// # Errors
+    /// Nothing took effect.
     pub async fn handle(&self, incoming: &IncomingRequest) -> Result<RequestOutcome, StoreError> {
         let mut conflicts = 0;
         loop {
@@ -82,7 +87,10 @@ impl Delivery {
         }
     }
 
-    /// Keeps `response` for a request that has no other one, in a transaction of its own.
+    /// Stores `response` for a request that has no other one, in a transaction of its own.
+    ///
+    /// # Errors
+    /// Nothing was stored.
     pub async fn store_response(
         &self,
         incoming: &IncomingRequest,
@@ -115,11 +123,12 @@ impl Delivery {
         .await
     }
 
-    /// The inner error says what stood in its way.
+    /// The inner error is the message of a conflict with another transaction.
     async fn handle_once(
         &self,
         incoming: &IncomingRequest,
     ) -> Result<Result<RequestOutcome, String>, StoreError> {
+        // Claim the idempotency key.
         let may_write = !incoming.request.is_safe();
         let (name, time) = (&self.worker.name, self.worker.limits.time);
         let read_version = self.cache.read_version(name);
@@ -133,6 +142,8 @@ impl Delivery {
             RequestClaim::Settled(settled) => return Ok(Ok(settled)),
         };
         fault::point(fault::AFTER_CLAIM);
+
+        // Run the handler.
         let shared_tx = SharedTx::new(self.store.dialect(), tx);
         shared_tx.begin_item().await;
         let message = request_message(&incoming.request);
@@ -163,6 +174,8 @@ impl Delivery {
                 return Err(store_error(error));
             }
         };
+
+        // Commit its effects.
         log_guest_output(name, &message.event_id, &outcome.logs);
         self.commit_request(
             incoming,
@@ -174,7 +187,7 @@ impl Delivery {
         .await
     }
 
-    /// Writes what the handler left, and its response, and commits.
+    /// Writes the effects of the handler and its response, and commits.
     async fn commit_request(
         &self,
         incoming: &IncomingRequest,
@@ -194,6 +207,8 @@ impl Delivery {
                 return Ok(Ok(RequestOutcome::Failed(failure)));
             }
         };
+
+        // Roll back the effects of a failed request.
         let is_success = response.status < 400;
         let can_commit =
             is_success || !outcome.ran_sql || shared_tx.undo_item().await.map_err(store_error)?;
@@ -203,18 +218,24 @@ impl Delivery {
         } else {
             CacheWrites::default()
         };
+
+        // A read-only request, or a failed one without a key, has nothing to commit.
         if incoming.request.is_safe() || (!is_success && incoming.key.is_none()) {
             tx.rollback().await;
-            // Whoever only reads may leave what it read.
+            // A read-only request may still put cache values.
             self.cache
                 .commit(&self.worker.name, &cache, read_version, None)
                 .await;
             return Ok(Ok(RequestOutcome::responded(response, false)));
         }
+
+        // The transaction cannot be rolled back in part. Store the response in another one.
         if !can_commit {
             tx.rollback().await;
             return self.store_response(incoming, response).await.map(Ok);
         }
+
+        // Write, commit and update the cache.
         let invalidation = self.invalidation_output(event_id, &cache)?;
         let id = invalidation
             .as_ref()
@@ -256,6 +277,7 @@ impl Delivery {
         }
     }
 
+    /// Writes the effects of a successful handler and the response of a request with a key.
     async fn write(
         &self,
         incoming: &IncomingRequest,
@@ -282,7 +304,10 @@ impl Delivery {
     }
 }
 
-/// Commits, and only then believes in the response. The error says that nothing happened.
+/// Commits, and returns the response only after the commit is confirmed.
+///
+/// # Errors
+/// Nothing took effect.
 pub(crate) async fn commit(
     tx: Box<dyn Tx>,
     handled: RequestOutcome,
@@ -304,15 +329,16 @@ pub(crate) async fn commit(
     }
 }
 
-/// What the handler came to.
+/// The outcome of a handler.
 enum HandlerOutcome {
     Response(HttpResponse),
-    /// Another transaction stood in its way.
+    /// A conflict with another transaction.
     Conflict(String),
     Failure(CallFailure),
 }
 
-/// A handler that was told of a failed statement and answers that it did not work has its response: nothing of it takes effect.
+/// Determines the outcome. A handler may answer a failed statement with an error response, which is
+/// kept although the delivery is doomed.
 fn handler_outcome(outcome: &mut CallOutcome) -> HandlerOutcome {
     let result = std::mem::replace(&mut outcome.result, Ok(Vec::new()));
     let failure = match result.map(|answers| answers.into_iter().find_map(Result::err)) {
@@ -346,15 +372,18 @@ fn commit_refused(cause: &anyhow::Error) -> RequestOutcome {
     ))
 }
 
-/// Who handles a request.
+/// The result of claiming a request.
 pub(crate) enum RequestClaim {
-    /// This transaction, which has the key, if there is one.
+    /// This transaction handles the request, and holds its key if there is one.
     Acquired(Box<dyn Tx>),
-    /// Somebody did, or does; the transaction is over.
+    /// The request is or was handled elsewhere. The transaction has ended.
     Settled(RequestOutcome),
 }
 
-/// Takes the key of a request, if it has one. After an error the transaction is over, too.
+/// Claims the key of a request, if it has one.
+///
+/// # Errors
+/// The claim failed. The transaction has ended.
 pub(crate) async fn claim(
     mut tx: Box<dyn Tx>,
     incoming: &IncomingRequest,
@@ -375,9 +404,10 @@ pub(crate) async fn claim(
     settled
 }
 
-/// The message that stands for a request: outputs name its id as their cause, and theirs are made of it.
+/// The message that stands for a request. Outputs have its id as their cause, and their ids are
+/// derived from it.
 fn request_message(request: &HttpRequest) -> Arc<Message> {
-    // A valid one is ASCII; the bytes of any other would not be those that came.
+    // A valid trace parent is ASCII. Other bytes would not survive the conversion.
     let trace = message::header(&request.headers, "traceparent").filter(|trace| trace.is_ascii());
     Arc::new(Message {
         event_id: Uuid::now_v7().to_string(),

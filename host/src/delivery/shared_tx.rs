@@ -1,4 +1,4 @@
-//! The transaction of a batch in the hands of its guests.
+//! The transaction of a batch, shared by its guests.
 
 use std::sync::Arc;
 
@@ -13,20 +13,20 @@ use crate::model::keyed_state::StateSlot;
 use crate::model::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
 use crate::store::{StoreError, Tx};
 
-/// The transaction, shared by the guests of a batch.
+/// A transaction that the guests of a batch share. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct SharedTx {
     dialect: Dialect,
-    /// Whoever has the lock is alone with the transaction. An operation takes it before it begins and has it until it is
-    /// done, so that nothing of a guest that was stopped can come after its item was undone.
+    /// The lock gives exclusive access to the transaction. An operation holds it from start to end.
+    /// A stopped guest therefore cannot run a statement after its item was rolled back.
     slot: Arc<Mutex<TxSlot>>,
 }
 
-/// The transaction, and where its present item stands.
+/// The transaction and its savepoint state.
 struct TxSlot {
-    /// None once it was taken back.
+    /// `None` after [`SharedTx::take_tx`].
     tx: Option<Box<dyn Tx>>,
-    /// Whether the next statement needs a savepoint before it.
+    /// Whether the next statement needs a savepoint first.
     needs_savepoint: bool,
 }
 
@@ -39,7 +39,7 @@ impl TxSlot {
             .as_mut())
     }
 
-    /// The transaction, with a savepoint if this is the first statement of an item that wants one.
+    /// Returns the transaction. Sets the savepoint before the first statement of an item.
     async fn item_tx(&mut self) -> anyhow::Result<&mut dyn Tx> {
         if self.needs_savepoint {
             self.tx()?.savepoint().await?;
@@ -60,19 +60,25 @@ impl SharedTx {
         }
     }
 
-    /// Takes the transaction back, once a statement that outlived its guest has ended.
+    /// Takes the transaction out. Waits for a statement that outlived its guest.
+    ///
+    /// # Errors
+    /// [`StoreError::Unavailable`] if it was taken before.
     pub(super) async fn take_tx(&self) -> Result<Box<dyn Tx>, StoreError> {
-        let missing = || StoreError::Unavailable(anyhow::anyhow!("the transaction went missing"));
+        let missing = || StoreError::Unavailable(anyhow::anyhow!("the transaction is missing"));
         self.slot.lock().await.tx.take().ok_or_else(missing)
     }
 
-    /// From here on statements are the next item's: it gets a savepoint when it runs the first.
+    /// Starts the next item. Its savepoint is set before its first statement.
     pub(super) async fn begin_item(&self) {
         self.slot.lock().await.needs_savepoint = true;
     }
 
-    /// Takes back what the item did since [`SharedTx::begin_item`], once a statement that outlived its guest has ended;
-    /// false when only the whole transaction can be.
+    /// Rolls back all statements since [`SharedTx::begin_item`]. Waits for a statement that
+    /// outlived its guest. Returns false if only the whole transaction can be rolled back.
+    ///
+    /// # Errors
+    /// The rollback failed for another reason.
     pub(super) async fn undo_item(&self) -> anyhow::Result<bool> {
         let mut slot = self.slot.lock().await;
         if slot.needs_savepoint {
@@ -85,9 +91,9 @@ impl SharedTx {
         }
     }
 
-    /// Runs one operation of a guest in a task of its own: if the guest is stopped while it waits for the transaction, it
-    /// never begins; if it is stopped later, the operation still ends properly, and whoever wants the transaction next
-    /// waits for that.
+    /// Runs one operation of a guest in a task of its own. A guest that is stopped while it waits
+    /// for the lock never starts the operation. A guest that is stopped later leaves the operation
+    /// running, and the next user of the lock waits for it.
     async fn with_tx<T, F>(&self, operation: F) -> anyhow::Result<T>
     where
         T: Send + 'static,
@@ -168,8 +174,9 @@ mod tests {
             .await
     }
 
-    /// An item that takes effect, then one that is stopped just when it asks for its statement after `before` others, and
-    /// is undone, then a third one: what the transaction holds in the end.
+    /// Runs an item that takes effect. Then runs an item that is stopped at its statement after
+    /// `before` earlier statements, and rolls it back. Then runs a third item. Returns the rows of
+    /// the transaction.
     async fn effects_around_a_stop(before: usize) -> Vec<Value> {
         let folder = tempfile::tempdir().unwrap();
         let store = SqliteStore::open(&folder.path().join("test.db"))
@@ -202,11 +209,11 @@ mod tests {
         }
         assert!(
             insert(&shared_tx, "stopped").now_or_never().is_none(),
-            "it was done before it could be stopped"
+            "the statement finished before it was stopped"
         );
         assert!(
             shared_tx.undo_item().await.unwrap(),
-            "it could not be undone"
+            "the item was not rolled back"
         );
 
         shared_tx.begin_item().await;
@@ -220,7 +227,7 @@ mod tests {
         rows.rows.into_iter().flatten().collect()
     }
 
-    /// On a task of a runtime with one thread, where what is spawned last runs first.
+    /// Runs on a single-threaded runtime, where the task spawned last runs first.
     #[test]
     fn a_statement_of_a_stopped_guest_is_undone_with_its_item() {
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -235,7 +242,7 @@ mod tests {
             assert_eq!(
                 effects,
                 ["first", "third"].map(|what| Value::Text(what.to_owned())),
-                "after {before}"
+                "after {before} statements"
             );
         }
     }

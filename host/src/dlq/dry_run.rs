@@ -1,4 +1,6 @@
-//! Before a dead letter is put back: what would come of it, by the deployment and the data of now. Nothing of it takes effect.
+//! The dry run of a redrive: its result with the active deployment and current data.
+//!
+//! All effects are rolled back.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -19,32 +21,32 @@ use crate::model::verdict::Reason;
 use crate::services::Services;
 use crate::store::{Changes, DeadLetterRecord, DeadLetterState};
 
-/// How many changed rows of each table are told of.
+/// The maximum number of changed rows shown per table.
 const ROWS_MAX: usize = 100;
 
-/// How many messages of a stream are looked at for later ones of a key.
+/// How many messages of a stream are scanned for later ones of a key.
 const LATER_MESSAGES_MAX: usize = 20_000;
 
-/// What putting a letter back would come to.
+/// The predicted result of a redrive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Prediction {
     /// It would take effect.
     WouldSucceed,
-    /// It would die for the reason it died for.
+    /// It would die for the same reason.
     SameFailure,
-    /// It would die for another reason.
+    /// It would die for a different reason.
     DifferentFailure,
-    /// It took effect, or the handler finds nothing left to change.
+    /// It took effect already, or the handler would change nothing.
     AlreadyApplied,
     /// It would take effect, after a later message of its ordering key.
     OrderHazard,
-    /// It cannot be put back, or not be rehearsed.
+    /// It cannot be redriven, or a dry run is impossible.
     NotPossible,
 }
 
 impl Prediction {
-    /// As people read it.
+    /// The text for people.
     pub fn label(self) -> &'static str {
         match self {
             Prediction::WouldSucceed => "would succeed",
@@ -57,16 +59,16 @@ impl Prediction {
     }
 }
 
-/// One letter's rehearsal, for people and for plans.
+/// The dry run of one dead letter, for people and for plans.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Preview {
     pub dead_letter: i64,
     pub worker: String,
     pub event_id: String,
     pub prediction: Prediction,
-    /// The class in a sentence.
+    /// The prediction in a sentence.
     pub detail: String,
-    /// What it is the rehearsal of.
+    /// The conditions under which the prediction holds.
     #[serde(flatten)]
     pub preconditions: Preconditions,
     pub outputs: Vec<UnsentOutput>,
@@ -75,19 +77,21 @@ pub struct Preview {
     pub logs: String,
 }
 
-/// What a rehearsal holds for: another deployment, letter or data may come to something else.
+/// The conditions under which a prediction holds. Another deployment, dead letter or data may lead
+/// to another result.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Preconditions {
-    /// How often the letter was put back before.
+    /// How often the dead letter was redriven before.
     pub generation: u32,
-    /// The deployment that was rehearsed; none when the worker has none.
+    /// The active deployment; none when the worker has none.
     pub version: Option<u32>,
-    /// Over the class, the rows and the state as they were, and where outputs go. What a handler makes up anew each time, such
-    /// as a random number, is not in it.
+    /// Digest over the prediction, the rows and the state before, and the destinations of outputs.
+    ///
+    /// Values that a handler generates anew each time, such as random numbers, are not included.
     pub fingerprint: String,
 }
 
-/// An output that was not sent.
+/// An output that the dry run did not send.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnsentOutput {
     pub id: String,
@@ -113,13 +117,19 @@ pub struct StateValue {
     pub value: String,
 }
 
-/// Rehearses letters, each by itself: what one of them would change, the next one does not see. Those that are not there are
-/// left out.
+/// Runs a dry run of each dead letter on its own: none sees the changes of another.
+///
+/// Dead letters that do not exist are left out.
+///
+/// # Errors
+/// The database or the broker failed.
 pub async fn preview(services: &Services, ids: &[i64]) -> Result<Vec<Preview>> {
     let mut dead_letters = Vec::new();
     for id in ids {
         dead_letters.extend(services.store.find_dead_letter(*id).await?);
     }
+
+    // One dry run after the other; a worker is loaded once.
     let mut workers: HashMap<String, Option<Delivery>> = HashMap::new();
     let mut preview = Vec::new();
     for dead_letter in &dead_letters {
@@ -130,6 +140,8 @@ pub async fn preview(services: &Services, ids: &[i64]) -> Result<Vec<Preview>> {
         let delivery = workers.get(worker).and_then(Option::as_ref);
         preview.push(preview_one(dead_letter, delivery).await?);
     }
+
+    // Later messages of the same keys.
     for (worker, delivery) in &workers {
         if let Some(delivery) = delivery {
             mark_order_hazards(
@@ -174,17 +186,17 @@ async fn preview_one(
         }
         (None, None) => preview.detail = format!("worker {} is not deployed", summary.worker),
         (None, Some(delivery)) => {
-            let rehearsal = delivery
+            let outcome = delivery
                 .dry_run(Arc::new(message(dead_letter)), ROWS_MAX)
                 .await?;
-            (preview.prediction, preview.detail) = predict(dead_letter, &rehearsal);
-            preview.set_effects(rehearsal);
+            (preview.prediction, preview.detail) = predict(dead_letter, &outcome);
+            preview.set_effects(outcome);
         }
     }
     Ok(preview)
 }
 
-/// Why a letter is not rehearsed; none when it is.
+/// The reason that no dry run is made; none when it is possible.
 fn refusal(dead_letter: &DeadLetterRecord) -> Option<(Prediction, &'static str)> {
     let is = |reason: Reason| dead_letter.summary.reason == reason.as_str();
     let not = |detail| Some((Prediction::NotPossible, detail));
@@ -192,19 +204,19 @@ fn refusal(dead_letter: &DeadLetterRecord) -> Option<(Prediction, &'static str)>
         _ if is(Reason::IdReuse) => not("its event id stands for another message"),
         DeadLetterState::Done => Some((
             Prediction::AlreadyApplied,
-            "it was put back before and took effect",
+            "it was redriven before and took effect",
         )),
-        DeadLetterState::Redriven => not("it was put back and is under way"),
+        DeadLetterState::Redriven => not("its redrive is in progress"),
         DeadLetterState::Resolved | DeadLetterState::Dropped => not("it is closed"),
         DeadLetterState::Open if is(Reason::Unreadable) => not("its headers cannot be read"),
         DeadLetterState::Open if is(Reason::CrashedHost) => {
-            not("hosts died of it, and it is not tried on one that lives")
+            not("it crashed hosts, and a dry run could crash another one")
         }
         DeadLetterState::Open => None,
     }
 }
 
-/// What the worker would be given.
+/// The message that the worker would receive.
 fn message(dead_letter: &DeadLetterRecord) -> Message {
     let summary = &dead_letter.summary;
     let stored_at = dead_letter.stored_at;
@@ -230,10 +242,10 @@ fn message(dead_letter: &DeadLetterRecord) -> Message {
     }
 }
 
-fn predict(dead_letter: &DeadLetterRecord, rehearsal: &DryRunOutcome) -> (Prediction, String) {
+fn predict(dead_letter: &DeadLetterRecord, outcome: &DryRunOutcome) -> (Prediction, String) {
     let summary = &dead_letter.summary;
-    if let Some((reason, failure)) = &rehearsal.failure {
-        // A rehearsal is one attempt, which proves nothing.
+    if let Some((reason, failure)) = &outcome.failure {
+        // A dry run is one attempt, which cannot show that a failure is deterministic.
         let is_deterministic = summary.reason == Reason::DeterministicFailure.as_str();
         let expected_reason = if is_deterministic {
             Reason::AttemptsExhausted.as_str()
@@ -258,19 +270,19 @@ fn predict(dead_letter: &DeadLetterRecord, rehearsal: &DryRunOutcome) -> (Predic
             format!("{}{code}: {}", reason.as_str(), failure.message),
         );
     }
-    let rows = rehearsal.changes.rows.len();
-    let is_unchanged = rows == 0 && rehearsal.changes.omitted.is_empty();
-    if is_unchanged && rehearsal.outputs.is_empty() && rehearsal.state.is_empty() {
+    let rows = outcome.changes.rows.len();
+    let is_unchanged = rows == 0 && outcome.changes.omitted.is_empty();
+    if is_unchanged && outcome.outputs.is_empty() && outcome.state.is_empty() {
         return (
             Prediction::AlreadyApplied,
-            "the handler finds nothing to change and nothing to send".to_owned(),
+            "the handler changes nothing and sends nothing".to_owned(),
         );
     }
     let count =
         |count: usize, noun: &str| format!("{count} {noun}{}", if count == 1 { "" } else { "s" });
     let (outputs, keys) = (
-        count(rehearsal.outputs.len(), "output"),
-        count(rehearsal.state.len(), "key"),
+        count(outcome.outputs.len(), "output"),
+        count(outcome.state.len(), "key"),
     );
     (
         Prediction::WouldSucceed,
@@ -282,12 +294,12 @@ fn predict(dead_letter: &DeadLetterRecord, rehearsal: &DryRunOutcome) -> (Predic
 }
 
 impl Preview {
-    fn set_effects(&mut self, rehearsal: DryRunOutcome) {
+    fn set_effects(&mut self, outcome: DryRunOutcome) {
         let value = |entry: StateEntry| StateValue {
             version: entry.version,
             value: STANDARD.encode(&entry.value),
         };
-        self.state = rehearsal
+        self.state = outcome
             .state
             .into_iter()
             .map(|(key, before, after)| StateChange {
@@ -296,7 +308,7 @@ impl Preview {
                 after: after.map(value),
             })
             .collect();
-        self.outputs = rehearsal
+        self.outputs = outcome
             .outputs
             .into_iter()
             .map(|output| UnsentOutput {
@@ -306,12 +318,13 @@ impl Preview {
                 body: STANDARD.encode(&output.body),
             })
             .collect();
-        self.changes = rehearsal.changes;
-        self.logs = rehearsal.logs;
+        self.changes = outcome.changes;
+        self.logs = outcome.logs;
     }
 }
 
-/// Looks for later messages of the letters' keys that took effect, once for all letters of a worker.
+/// Finds later messages of the same keys that took effect, with one scan for all dead letters of a
+/// worker.
 async fn mark_order_hazards(
     services: &Services,
     delivery: &Delivery,
@@ -322,6 +335,8 @@ async fn mark_order_hazards(
     let (Some(ordering_key), Some(source)) = (&worker.ordering_key, &worker.stream) else {
         return Ok(());
     };
+
+    // The keys and positions of the dead letters that would succeed.
     let mut candidates: Vec<(&mut Preview, String, u64)> = Vec::new();
     for one in previews.filter(|one| one.prediction == Prediction::WouldSucceed) {
         let Some(dead_letter) = dead_letters
@@ -343,6 +358,8 @@ async fn mark_order_hazards(
     let Some(first) = candidates.iter().map(|(_, _, sequence)| *sequence).min() else {
         return Ok(());
     };
+
+    // The messages after the first of them.
     let mut passed = Vec::new();
     let is_truncated = services
         .bus
@@ -354,12 +371,12 @@ async fn mark_order_hazards(
             |one| passed.push(one),
         )
         .await
-        .context("look for later messages of the same key")?;
+        .context("scan for later messages of the same key")?;
     let stream = services
         .bus
         .stream(source)
         .await?
-        .context("look at the worker's stream")?;
+        .context("read the worker's stream")?;
     let later = events_by_key(passed, ordering_key, source, stream.created);
     for (one, key, sequence) in candidates {
         let events: Vec<String> = later
@@ -373,13 +390,13 @@ async fn mark_order_hazards(
         if let Some(event) = done.first() {
             one.prediction = Prediction::OrderHazard;
             one.detail = format!(
-                "{} later of its key `{key}` took effect, such as {event}; {}",
+                "{} later messages of its key `{key}` took effect, such as {event}; {}",
                 done.len(),
                 one.detail
             );
         } else if is_truncated {
             one.changes.omitted.push(format!(
-                "whether its key is later than message {}",
+                "later messages of its key after message {}",
                 first + LATER_MESSAGES_MAX as u64
             ));
         }
@@ -422,7 +439,7 @@ fn events_by_key(
     by_key
 }
 
-/// What must be as it was for a plan to hold.
+/// Digest over everything that must not change for a plan to hold.
 fn fingerprint(one: &Preview) -> String {
     let mut inserted: BTreeMap<&str, usize> = BTreeMap::new();
     let mut before: Vec<String> = Vec::new();

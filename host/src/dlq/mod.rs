@@ -1,5 +1,5 @@
-//! Dead letters: what a redrive would do ([`dry_run`]), what became of it ([`verify`]), and a failed attempt run again from its
-//! recording ([`replay`]).
+//! Dead letters: the [`dry_run`] of a redrive, the [`replay`] of a failed attempt, and how to
+//! [`verify`] a redrive.
 
 pub mod dry_run;
 pub mod replay;

@@ -1,4 +1,4 @@
-//! A failed attempt, run again from its record: on the engine that ran it, without a database and without a broker.
+//! Replays a failed attempt from its recording: on the same engine, without a database or a broker.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -20,10 +20,11 @@ use crate::model::keyed_state::{BatchState, StateSlot};
 use crate::model::sql::{Dialect, Rows, SqlError, SqlLimits, Value};
 use crate::store::{DeadLetterRecord, Store};
 
-/// How long a replay may take, unless the attempt itself ran out of its time: a laptop may be slower than a host.
+/// The time limit of a replay, unless the attempt itself timed out: a laptop may be slower than a
+/// host.
 const TIME_LIMIT: Duration = Duration::from_secs(10 * 60);
 
-/// What a replay of a letter's last attempt needs, but for the component itself.
+/// The data for a replay of the last attempt at a dead letter, without the component.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Replayable {
     /// The version of the worker that made the attempt.
@@ -35,40 +36,43 @@ pub struct Replayable {
     pub record: Record,
 }
 
-/// What a replay came to.
+/// The result of a replay.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Report {
     pub outcome: ReplayOutcome,
-    /// How many things the guest asked that the record has, too.
+    /// How many host calls match the recording.
     pub calls: usize,
     pub divergence: Option<Divergence>,
-    /// What the guest's run ended with; none when it succeeded, or when the replay ended before.
+    /// The failure of the guest; none when it succeeded, or when the replay ended before.
     pub failure: Option<CallFailure>,
     pub logs: String,
 }
 
-/// What a replay came to, in a word.
+/// How a replay compares with its recording.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ReplayOutcome {
-    /// It asked the same, and failed the same.
+    /// Same calls, same failure.
     Reproduced,
-    /// It asked or ended otherwise.
+    /// A different call, a different end or a different log.
     Diverged,
-    /// It asked the same as long as there is a record of it, which was cut.
+    /// Same calls up to the end of the recording, which was cut.
     Truncated,
 }
 
-/// Where a replay is not as the record has it.
+/// The first difference between a replay and its recording.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Divergence {
-    /// Which thing the guest asked, from 1; none when only its log differs.
+    /// The number of the host call, from 1; none when only the log differs.
     pub call: Option<usize>,
     pub expected: String,
     pub actual: String,
 }
 
-/// What is needed to replay the last attempt at the event of a letter; none when there is no record of it.
+/// The data for a replay of the last attempt at a dead letter; none without a recording.
+///
+/// # Errors
+/// The recording or the manifest cannot be read.
 pub async fn replayable(
     store: &dyn Store,
     dead_letter: &DeadLetterRecord,
@@ -77,7 +81,8 @@ pub async fn replayable(
     let Some(json) = store.attempt_recording(worker, event_id).await? else {
         return Ok(None);
     };
-    let record: Record = serde_json::from_slice(&json).context("read the record of an attempt")?;
+    let record: Record =
+        serde_json::from_slice(&json).context("read the recording of an attempt")?;
     let deployments = store.deployments(worker).await?;
     let Some(deployment) = deployments
         .into_iter()
@@ -95,8 +100,13 @@ pub async fn replayable(
     }))
 }
 
-/// Runs the attempt at an event again, with `wasm`: its own component or, if it `is_changed`, another one, whose log may differ.
-/// Compiled components are kept in the folder `cache`.
+/// Replays the attempt at an event with `wasm`.
+///
+/// That is its own component or, if it `is_changed`, another one, whose log may differ. Compiled
+/// components are cached in the folder `cache`.
+///
+/// # Errors
+/// The recording has another format, or does not fit the event or the component.
 pub async fn replay(
     attempt: &Replayable,
     event_id: &str,
@@ -107,7 +117,7 @@ pub async fn replay(
     let record = &attempt.record;
     if record.format != RECORD_FORMAT {
         let why = format!(
-            "the record is of form {}, and this program reads form {RECORD_FORMAT}",
+            "the recording has format {}, but this program reads format {RECORD_FORMAT}",
             record.format
         );
         return Err(anyhow!(why)).hint("replay it with the version of oncely that exported it");
@@ -115,26 +125,28 @@ pub async fn replay(
     let expected = record
         .failure
         .as_ref()
-        .context("the record does not say how the attempt failed")?;
+        .context("the recording does not contain the failure of the attempt")?;
     let item = record
         .messages
         .iter()
         .position(|message| message.event_id == event_id);
-    let item = item.with_context(|| format!("the record is not about the event `{event_id}`"))?;
+    let item =
+        item.with_context(|| format!("the recording does not contain the event `{event_id}`"))?;
     let engine = GuestEngine::new(cache, CompileSettings::default())?;
     let guest = Guest::load(&engine, wasm)
         .await
         .context("load the component")?;
     ensure!(
         guest.is_batch_handler() || record.messages.len() == 1,
-        "the attempt was made by a batch handler with {} messages, and this component handles one at a time",
+        "a batch handler made the attempt with {} messages, \
+         but this component handles one at a time",
         record.messages.len()
     );
     let outcome = guest.call(call(attempt, expected), None).await?;
     compare(record, expected, item, outcome, is_changed)
 }
 
-/// The call as it was made.
+/// The recorded call.
 fn call(attempt: &Replayable, expected: &CallFailure) -> Call {
     let record = &attempt.record;
     let mut worker = attempt.manifest.clone();
@@ -156,6 +168,7 @@ fn call(attempt: &Replayable, expected: &CallFailure) -> Call {
     }
 }
 
+/// Compares a run with its recording.
 fn compare(
     record: &Record,
     expected: &CallFailure,
@@ -165,7 +178,7 @@ fn compare(
 ) -> Result<Report> {
     let replayed = outcome
         .replay_progress
-        .context("the guest did not run from the record")?;
+        .context("the guest did not run from the recording")?;
     let actual = match outcome.result {
         Ok(answers) => answers.into_iter().nth(item).and_then(Result::err),
         Err(failure) => Some(failure),
@@ -179,9 +192,8 @@ fn compare(
         })
     };
     let (divergence, failure) = match replayed.ended {
-        Some(PlaybackEnd::Mismatched(asked)) => bail!(
-            "the record does not fit: its answer {} is none to `{asked}`",
-            calls
+        Some(PlaybackEnd::Mismatched(host_call)) => bail!(
+            "the recording does not fit: its result {calls} does not answer the call `{host_call}`"
         ),
         Some(PlaybackEnd::Truncated) => (None, None),
         Some(PlaybackEnd::Stopped) => (None, Some(expected.clone())),
@@ -196,7 +208,7 @@ fn compare(
             let divergence = match replayed.next {
                 Some(next) => diverged(next.to_string(), describe(actual.as_ref())),
                 None if record.truncated => diverged(
-                    "more than the record had room for".to_owned(),
+                    "more than the recording could hold".to_owned(),
                     describe(actual.as_ref()),
                 ),
                 None if is_reproduced(expected, actual.as_ref(), is_changed) => None,
@@ -227,7 +239,8 @@ fn compare(
     })
 }
 
-/// Another build calls its functions otherwise, so of its failure the kind and the code must be the same.
+/// Whether a failure is the recorded one. Another build has other function names, so only kind and
+/// code are compared.
 fn is_reproduced(expected: &CallFailure, actual: Option<&CallFailure>, is_changed: bool) -> bool {
     actual.is_some_and(|failure| match is_changed {
         true => (failure.kind, &failure.code) == (expected.kind, &expected.code),
@@ -235,7 +248,7 @@ fn is_reproduced(expected: &CallFailure, actual: Option<&CallFailure>, is_change
     })
 }
 
-/// How a run ended, for a person.
+/// The end of a run, for people.
 fn describe(failure: Option<&CallFailure>) -> String {
     match failure {
         None => "success".to_owned(),
@@ -248,7 +261,7 @@ fn describe(failure: Option<&CallFailure>) -> String {
     }
 }
 
-/// The first line of the log that is another.
+/// The first log line that differs.
 fn log_divergence(expected: &str, actual: &str) -> Option<Divergence> {
     let (mut expected, mut actual) = (expected.lines(), actual.lines());
     loop {
@@ -271,7 +284,7 @@ fn log_divergence(expected: &str, actual: &str) -> Option<Divergence> {
     }
 }
 
-/// The database of a replay: everything the guest asks of it is answered from the record.
+/// The database of a replay. It is never called: the recording answers all calls.
 struct NoDatabase(Dialect);
 
 const NO_DATABASE: &str = "a replay has no database";

@@ -1,4 +1,5 @@
-//! After letters were put back: the proof that nothing doubled, from the inbox and from the streams themselves.
+//! Verifies redrives, from the inbox and the streams: no event took effect twice, no output was
+//! published twice.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -14,38 +15,41 @@ use crate::model::verdict::Reason;
 use crate::services::Services;
 use crate::store::{DeadLetterRecord, DeadLetterState, DeadLetterSummary};
 
-/// How many messages of each stream are looked at.
+/// The maximum number of messages scanned per stream.
 const MESSAGES_MAX: usize = 1_000_000;
 
-/// What is known of one letter's event.
+/// The check of one dead letter's event.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeadLetterCheck {
     pub dead_letter: i64,
     pub worker: String,
     pub event_id: String,
     pub state: DeadLetterState,
-    /// `done` or `dead`, which is one record by its key; none while the event is under way.
+    /// `done` or `dead`, a single record by its key; none while the event is in progress.
     pub inbox: Option<String>,
-    /// Ids of its outputs that are on their streams, with how often each stands there.
+    /// Ids of its outputs on their streams, each with its number of occurrences.
     pub outputs: BTreeMap<String, u64>,
-    /// What is wrong; none when all is well.
+    /// The problem, if there is one.
     pub problem: Option<String>,
 }
 
-/// All of it, and what was looked at.
+/// All checks, and the limits of the scan.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Verification {
     pub dead_letters: Vec<DeadLetterCheck>,
-    /// Streams that hold more than was looked at.
+    /// Streams with more messages than were scanned.
     pub truncated: Vec<String>,
 }
 
-/// Looks at the inbox for each letter, and on the streams of its worker's outputs for what its event sent.
+/// Checks the inbox for each dead letter, and scans the streams of its worker for its outputs.
+///
+/// # Errors
+/// The database or the broker failed.
 pub async fn verify(services: &Services, ids: &[i64]) -> Result<Verification> {
     let mut dead_letters = Vec::new();
     for id in ids {
         if let Some(mut dead_letter) = services.store.find_dead_letter(*id).await? {
-            // There may be many.
+            // Bodies and edits are not needed here, and there may be many dead letters.
             dead_letter.body.clear();
             dead_letter.edits.clear();
             dead_letters.push(dead_letter);
@@ -76,7 +80,7 @@ pub async fn verify(services: &Services, ids: &[i64]) -> Result<Verification> {
     })
 }
 
-/// The streams that the letters' workers may publish to.
+/// The streams that the workers of the dead letters may publish to.
 async fn output_streams(
     services: &Services,
     dead_letters: &[DeadLetterRecord],
@@ -106,7 +110,8 @@ async fn output_streams(
     Ok(streams)
 }
 
-/// Counts, by letter, the outputs on a stream; true when there is more on it than was looked at.
+/// Counts the outputs on a stream by dead letter. True when the stream has more messages than were
+/// scanned.
 async fn count_outputs(
     services: &Services,
     stream: &str,
@@ -135,7 +140,7 @@ async fn count_outputs(
         ) else {
             return;
         };
-        // A readable id can be forged; the keyed one says whose message it is.
+        // A readable id can be forged; the keyed one proves the origin.
         let is_derived = |event: &str, ordinal: &str| {
             events
                 .get(event)
@@ -161,10 +166,10 @@ async fn count_outputs(
         .bus
         .scan_messages(stream, StartPosition::Time(since), &[], MESSAGES_MAX, count)
         .await
-        .context("look for outputs")
+        .context("scan for outputs")
 }
 
-/// What the ids of an event's outputs begin with.
+/// The common prefix of the ids of an event's outputs.
 fn prefix(dead_letter: &DeadLetterRecord) -> String {
     let first = output_ids::one_line(&output_id(
         &dead_letter.summary.worker,
@@ -187,12 +192,12 @@ fn check(dead_letter: &DeadLetterRecord, outputs: BTreeMap<String, u64>) -> Dead
     let problem = if let Some((id, count)) = duplicate {
         Some(format!("output {id} is on its stream {count} times"))
     } else if owns_event_id && inbox.as_deref() == Some("dead") && !outputs.is_empty() {
-        Some("it is dead, and an output of it is on a stream".to_owned())
+        Some("it is dead, but one of its outputs is on a stream".to_owned())
     } else if owns_event_id
         && summary.state == DeadLetterState::Done
         && inbox.as_deref() != Some("done")
     {
-        Some("it took effect, and the inbox does not know of it any more".to_owned())
+        Some("it took effect, but the inbox has no record of it".to_owned())
     } else if unpublished > 0 {
         Some(format!(
             "{unpublished} of its outputs are not published yet"

@@ -1,4 +1,4 @@
-//! The Rust side of `wit/worker.wit`, generated in this one place.
+//! Rust bindings of `wit/worker.wit`, generated once for the whole host.
 
 wasmtime::component::bindgen!({
     path: "../wit",

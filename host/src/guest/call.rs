@@ -1,4 +1,4 @@
-//! One call of a guest: its instance, its limits, its deadline, and what became of it.
+//! One call of a guest: its instance, its limits, its deadline and its outcome.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -27,110 +27,113 @@ use crate::model::message::{Message, Output};
 use crate::model::request::HttpResponse;
 use crate::model::verdict::PANIC_PREFIX;
 
-/// How long a call may overrun its time before the host stops waiting for it. Guest code is stopped at the deadline
-/// itself; this is for a host call, such as a statement that the database is just ending for the same reason.
+/// How long a call may overrun its deadline before the host stops waiting for it. Guest code is
+/// stopped at the deadline. The grace period is for a host call, such as a statement that the
+/// database ends at the same deadline.
 const GRACE: Duration = Duration::from_millis(500);
 
-/// How many bytes one host call may lift out of a guest's memory.
+/// Maximum number of bytes that one host call may copy out of guest memory.
 const HOST_CALL_BYTES: usize = 32 << 20;
 
-/// Everything one call is given.
+/// The inputs of one call.
 pub struct Call {
-    /// One for a handler, one or more for a batch handler.
+    /// One message for a handler, one or more for a batch handler.
     pub messages: Vec<Arc<Message>>,
     pub worker: Arc<Worker>,
     pub version: u32,
-    /// 1 for the first; the highest of the messages.
+    /// 1 for the first attempt. In a batch, the highest of all messages.
     pub attempt: u32,
-    /// The time this attempt began, as the guest sees it.
+    /// Start of this attempt, as the guest reads it.
     pub now: Timestamp,
-    /// The largest payload the broker takes, headers included, in bytes.
+    /// Largest payload that the broker accepts, headers included, in bytes.
     pub payload_max: usize,
     pub database: Arc<dyn Database>,
     pub cache: Arc<dyn CacheReader>,
-    /// State as the item before left it; comes back in the [`CallOutcome`].
+    /// State after the previous item. The [`CallOutcome`] returns it.
     pub state: BatchState,
-    /// What an HTTP worker is to answer; it has one message all the same, which stands for the request.
+    /// The request for an HTTP worker. Its single message stands for the request.
     pub request: Option<RequestCall>,
-    /// Records what the guest asks and sees; or has its answers from a record.
+    /// Records the host calls, or plays them back from a record.
     pub recorder: Recorder,
 }
 
-/// What a call came to.
+/// The outcome of a call.
 pub struct CallOutcome {
-    /// An answer for each message; the outer error when the call failed as a whole.
+    /// One result for each message. The outer error means that the call failed as a whole.
     pub result: Result<Vec<HandlerResult>, CallFailure>,
-    /// What an HTTP worker answered.
+    /// The response of an HTTP worker.
     pub response: Option<HttpResponse>,
     pub outputs: Vec<Output>,
     pub state: BatchState,
-    /// What it left for the cache.
+    /// Cache writes of the call.
     pub cache: CacheWrites,
-    /// Whether it ran any SQL: if not, it can be dropped from its batch without a trace.
+    /// Whether the call ran any SQL. A call without SQL leaves the transaction unchanged, so it can
+    /// be dropped from its batch.
     pub ran_sql: bool,
     pub logs: String,
-    /// What is known of a call that failed, for each message but for its own failure.
+    /// The record of a failed call, without the failure of the single message.
     pub record: Option<Box<Record>>,
-    /// What became of a replay.
+    /// The progress of a replay.
     pub replay_progress: Option<ReplayProgress>,
-    /// The instance, when all went well: it may be called again.
+    /// The instance, if all messages succeeded. It can be called again.
     pub warm: Option<WarmInstance>,
 }
 
 /// How far a replay went.
 pub struct ReplayProgress {
-    /// How many things the guest asked that the record has, too.
+    /// Number of calls that equal those of the record.
     pub steps: usize,
-    /// Why it ended before the guest did.
+    /// The reason why the playback ended before the guest returned.
     pub ended: Option<PlaybackEnd>,
-    /// What the record has and the guest did not ask any more.
+    /// The first recorded call that the guest did not make.
     pub next: Option<HostCall>,
 }
 
-/// What a handler said about one message.
+/// The result of a handler for one message.
 pub type HandlerResult = Result<(), CallFailure>;
 
-/// An instance that has handled a message in good order.
+/// An instance that has handled a message without a failure.
 pub struct WarmInstance {
     store: Store<CallState>,
     instance: Instance,
 }
 
-/// Why a call failed, as far as the guest is to blame.
+/// The failure of a call that was caused by the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CallFailure {
     pub kind: FailureKind,
     pub code: Option<String>,
-    /// For a person.
+    /// Readable text for operators.
     pub message: String,
-    /// Where it trapped: names of the component's functions, innermost first.
+    /// Names of the functions that were running at the trap, innermost first.
     pub frames: Vec<String>,
 }
 
+/// How a failed call is handled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FailureKind {
     Retry,
-    /// It trapped, by its own doing wherever it runs: to be tried again like `Retry`.
+    /// A trap caused by the guest on every host. Retried like `Retry`.
     Trap,
     RetryAfter(Duration),
     Reject,
-    /// It sent something it may not send.
+    /// The guest sent an output that its manifest or its limits do not permit.
     OutputRefused,
-    /// Another transaction stood in its way; not its fault, not an attempt.
+    /// A conflict with another transaction. It does not count as an attempt.
     Conflict,
 }
 
 impl CallFailure {
-    /// The same, with the source file of a Rust panic, which it says on its standard error, as the innermost place: the
-    /// function itself has often become part of another.
+    /// Adds the panic message and its source file from the log output of a trapped guest. The file
+    /// becomes the innermost frame, because the panicking function is often inlined.
     fn with_panic_location(mut self, logs: &str) -> Self {
         if self.code.as_deref() == Some("trap")
             && let Some(panic) = panic_message(logs)
         {
             self.message = match self.message.split_once(UNREACHABLE) {
                 Some((_, place)) => format!("{PANIC_PREFIX}{panic}{place}"),
-                None => format!("{}; it said: {panic}", self.message),
+                None => format!("{}; last output: {panic}", self.message),
             };
         }
         let said = logs
@@ -139,7 +142,7 @@ impl CallFailure {
             .find_map(|line| line.split_once(" panicked at "));
         if let (Some((_, place)), false) = (said, self.frames.is_empty()) {
             let file = place.split(':').next().unwrap_or_default();
-            // What stands before that is this machine's.
+            // The leading folders differ between build machines.
             let parts: Vec<&str> = file.rsplit('/').take(3).collect();
             let file: Vec<&str> = parts.into_iter().rev().collect();
             self.frames
@@ -158,40 +161,40 @@ impl CallFailure {
     }
 }
 
-/// The host's side of one running instance.
+/// The host-side state of one running instance.
 pub(super) struct CallState {
     pub call: Call,
-    /// Whether a batch handler runs, also when it is given but one message.
+    /// Whether a batch handler runs, also with a single message.
     pub in_batch: bool,
     pub outputs: Vec<Output>,
     pub output_bytes: usize,
     pub state_usage: StateUsage,
     pub cache: CacheWrites,
     pub statements: u32,
-    /// The first thing that dooms this delivery, whatever the handler returns.
+    /// The first failure that dooms this delivery, regardless of the handler result.
     pub doomed: Option<CallFailure>,
-    /// The first error of the host: nothing the guest did, and nothing it may decide about.
+    /// The first error of the host. The guest did not cause it and cannot handle it.
     pub host_error: Option<anyhow::Error>,
     pub deadline: Instant,
-    /// When the instance was made.
+    /// Time at which the instance was created.
     pub instantiated_at: Instant,
-    /// Whether it handled other messages before.
+    /// Whether the instance handled other messages before.
     warm: bool,
     pub logs: Logs,
     pub limiter: Limiter,
-    /// What an HTTP worker answered.
+    /// The response of an HTTP worker.
     response: Option<HttpResponse>,
-    /// Made when first asked for: most Rust handlers never do.
+    /// Created on first use. Most Rust handlers never use it.
     wasi: Option<WasiCtx>,
     http: WasiHttpCtx,
     hooks: DenyOutgoingHttp,
     table: ResourceTable,
 }
 
-/// What a call has used of the limits of keyed state.
+/// Used part of the limits of keyed state.
 #[derive(Default)]
 pub(super) struct StateUsage {
-    /// The keys it read or changed.
+    /// Keys that the call read or changed.
     pub keys: HashSet<String>,
     pub bytes: usize,
 }
@@ -213,13 +216,16 @@ impl WasiView for CallState {
 }
 
 impl Guest {
-    /// Runs the handler once: in the instance `warm`, or else in a fresh one. The outer error is the host's: no attempt
-    /// is spent.
+    /// Runs the handler once, in the instance `warm` or in a fresh one.
+    ///
+    /// # Errors
+    /// A failure of the host. No attempt is counted.
     pub async fn call(
         &self,
         call: Call,
         warm: Option<WarmInstance>,
     ) -> anyhow::Result<CallOutcome> {
+        // Prepare the instance.
         let time = call.worker.limits.time;
         let deadline = Instant::now() + time;
         let messages = call
@@ -235,8 +241,12 @@ impl Guest {
             None => (self.store(call, deadline), None),
         };
         store.set_epoch_deadline(1);
+
+        // Run the handler until it returns or its time is over.
         let running = self.run(&mut store, &mut instance, messages);
         let finished = tokio::time::timeout_at((deadline + GRACE).into(), running).await;
+
+        // Determine the result.
         let state = store.data_mut();
         if let Some(error) = state.host_error.take() {
             return Err(error);
@@ -244,7 +254,7 @@ impl Guest {
         let result = match finished {
             Ok(Ok(answers)) => check_result_count(state.call.messages.len(), answers),
             Ok(Err(error)) if error.is::<wasmtime::PoolConcurrencyLimitError>() => {
-                return Err(anyhow::Error::from(error)).context("find room for one more instance");
+                return Err(anyhow::Error::from(error)).context("allocate one more instance");
             }
             Ok(Err(error)) => Err(trap_failure(&error, state)),
             Err(_) => Err(timeout_failure(time)),
@@ -258,6 +268,8 @@ impl Guest {
         let all_succeeded = result
             .as_ref()
             .is_ok_and(|answers| answers.iter().all(Result::is_ok));
+
+        // Complete the record or the replay.
         let recorder = std::mem::take(&mut state.call.recorder);
         let (record, replay_progress) = match (recorder.is_playback(), all_succeeded) {
             (true, _) => (None, Some(recorder.into_progress())),
@@ -331,7 +343,7 @@ impl Guest {
             if Instant::now() >= context.data().deadline {
                 return Err(wasmtime::Error::from(Trap::Interrupt));
             }
-            // Lets others run: a busy guest shares its thread with everything else of the host.
+            // Yields to other tasks. A busy guest shares its thread with the rest of the host.
             Ok(UpdateDeadline::YieldCustom(
                 1,
                 Box::pin(tokio::task::yield_now()),
@@ -372,8 +384,8 @@ impl CallState {
         }
     }
 
-    /// Makes ready for the next call of the same instance: what counts against the limits of one call begins anew, what
-    /// the instance holds stays.
+    /// Prepares the next call of the same instance. The counters of the limits restart. The memory
+    /// of the instance stays.
     fn reset(&mut self, call: Call, deadline: Instant) {
         self.logs
             .reset(usize::try_from(call.worker.limits.log_size).unwrap_or(usize::MAX));
@@ -387,7 +399,7 @@ impl CallState {
         self.call = call;
     }
 
-    /// What is known of the call, to be completed with the failure.
+    /// The record of the call. The caller adds the failure.
     fn record(&self, recorder: Recorder, logs: &str) -> Record {
         let call = &self.call;
         Record {
@@ -412,12 +424,12 @@ impl CallState {
         }
     }
 
-    /// What the view of HTTP is made of.
+    /// The fields that an HTTP view borrows.
     pub fn http_parts(&mut self) -> (&mut WasiHttpCtx, &mut DenyOutgoingHttp, &mut ResourceTable) {
         (&mut self.http, &mut self.hooks, &mut self.table)
     }
 
-    /// Whether this call's transaction may write.
+    /// Whether the transaction of this call may write.
     pub fn may_write(&self) -> bool {
         self.call
             .request
@@ -425,7 +437,7 @@ impl CallState {
             .is_none_or(|request| request.may_write)
     }
 
-    /// The first message of the call, which for a handler is the only one.
+    /// The first message of the call, which is the only one for a handler.
     pub fn message(&self) -> Option<&Message> {
         self.call.messages.first().map(AsRef::as_ref)
     }
@@ -445,7 +457,7 @@ fn wit_message(message: &Message) -> wit::Message {
     }
 }
 
-/// What the handler itself said.
+/// Converts a failure that the handler returned. Long texts are clipped.
 fn failure_from_wit(failure: wit::Failure) -> CallFailure {
     let kind = match failure.kind {
         wit::FailureKind::Retry => FailureKind::Retry,
@@ -472,7 +484,7 @@ fn failure_from_wit(failure: wit::Failure) -> CallFailure {
     }
 }
 
-/// An answer for each message, or else no answer at all.
+/// Checks that a batch handler returned one result for each message.
 fn check_result_count(
     messages: usize,
     answers: Vec<HandlerResult>,
@@ -481,7 +493,7 @@ fn check_result_count(
         return Ok(answers);
     }
     let why = format!(
-        "the batch handler was given {messages} messages and answered for {}",
+        "the batch handler received {messages} messages and returned {} results",
         answers.len()
     );
     Err(CallFailure::new(
@@ -491,13 +503,13 @@ fn check_result_count(
     ))
 }
 
-/// A doomed delivery fails whatever the handler made of the error it was given. After a statement that failed the
-/// handler may still say that trying again is of no use, or when it is.
+/// The failure of a doomed delivery, regardless of the handler result. After a failed statement the
+/// handler may still choose to reject the message or to delay the retry.
 fn doomed_failure(
     result: Result<Vec<HandlerResult>, CallFailure>,
     doom: CallFailure,
 ) -> CallFailure {
-    // In company nobody knows whose statement it was.
+    // In a batch it is unknown which message ran the failed statement.
     let own = result
         .ok()
         .filter(|answers| answers.len() == 1)
@@ -521,7 +533,7 @@ fn timeout_failure(time: Duration) -> CallFailure {
     )
 }
 
-/// What a trap says of the handler.
+/// Converts a trap into a failure.
 fn trap_failure(error: &wasmtime::Error, state: &CallState) -> CallFailure {
     if state.limiter.refused_memory {
         let limit = bytesize::ByteSize(state.limiter.memory_limit() as u64)
@@ -531,7 +543,8 @@ fn trap_failure(error: &wasmtime::Error, state: &CallState) -> CallFailure {
             FailureKind::Trap,
             "out-of-memory",
             format!(
-                "the handler asked for more memory than its limit of {limit} (`memory` under [worker.limits])"
+                "the handler requested more memory than its limit of {limit} (`memory` under \
+                 [worker.limits])"
             ),
         );
     }
@@ -555,7 +568,7 @@ fn trap_failure(error: &wasmtime::Error, state: &CallState) -> CallFailure {
             "trap",
             format!("the handler trapped{place}: {trap}"),
         ),
-        // An exit, or a host call that broke a limit; perhaps the machine.
+        // An exit, a host call that exceeded a limit, or a failure of the machine.
         None => CallFailure::new(
             FailureKind::Retry,
             "trap",
@@ -565,15 +578,16 @@ fn trap_failure(error: &wasmtime::Error, state: &CallState) -> CallFailure {
     CallFailure { frames, ..failure }
 }
 
-/// The message for a handler that ended itself without one.
+/// The message for a trap without a panic message.
 const UNREACHABLE: &str = "the handler panicked or reached code that cannot be reached";
 
-/// How much of a panic message is kept, in characters.
+/// Maximum length of a panic message, in characters.
 const PANIC_MESSAGE_MAX: usize = 500;
 
-/// What a handler that ended itself said last: the message of a Rust or Go panic, or the exception of another language.
+/// Finds the panic message in the log output: of a Rust or Go panic, or the exception of another
+/// language.
 fn panic_message(logs: &str) -> Option<String> {
-    // What a handler logs is one line each; a panic that the SDK logs has its line breaks as `\\n`.
+    // A log entry of a handler is one line. A panic that the SDK logs has its line breaks escaped.
     let logs = logs.replace("\\n", "\n");
     let lines: Vec<&str> = logs.lines().collect();
     let said = |at: usize| {
@@ -622,17 +636,17 @@ fn panic_message(logs: &str) -> Option<String> {
     Some(message.trim().chars().take(PANIC_MESSAGE_MAX).collect())
 }
 
-/// How many frames of a trap are remembered, those of the language's own panics included.
+/// Maximum number of stored frames of a trap. It includes the frames of the panic machinery.
 const FRAMES_MAX: usize = 32;
 
-/// The functions of the component that were running, innermost first, as far as it has their names, as people write them.
+/// Demangled names of the running functions, innermost first, as far as the component has names.
 fn frames(error: &wasmtime::Error) -> Vec<String> {
     let trace = error.downcast_ref::<wasmtime::WasmBacktrace>();
     let frames = trace
         .map(wasmtime::WasmBacktrace::frames)
         .unwrap_or_default();
     let names = frames.iter().filter_map(|frame| frame.func_name());
-    // The short form leaves out what differs from build to build.
+    // The alternate form omits the hash, which differs between builds.
     names
         .take(FRAMES_MAX)
         .map(|name| format!("{:#}", rustc_demangle::demangle(name)))
@@ -647,8 +661,8 @@ mod tests {
     fn panic_message_is_found_in_every_language() {
         let words = |logs: &str| panic_message(logs).unwrap_or_default();
         assert_eq!(
-            words("critical panic: panicked at src/panic.rs:7:5:\\ntold to panic\n"),
-            "told to panic"
+            words("critical panic: panicked at src/panic.rs:7:5:\\nrequested panic\n"),
+            "requested panic"
         );
         let rust = "charging\n\nthread '<unnamed>' panicked at src/lib.rs:7:9:\nthe amount is negative\nnote: run with `X`\n";
         assert_eq!(words(rust), "the amount is negative");

@@ -1,9 +1,12 @@
-//! Compiling in a process of its own, with limits, one component at a time.
+//! Compiles components in a separate process, with limits, one at a time.
 //!
-//! A component is code of a stranger, and a compiler is large: it may take minutes and gigabytes over a few kilobytes, and
-//! it may panic. In a process of its own it can be limited and ended. That process is this program with the command
-//! `compile-component`. It is given the component on its standard input and answers on its standard output; it ends when
-//! the input is closed, as it is when the host ends, and is killed when its host no longer waits for it.
+//! A component is untrusted code, and a compiler is large. It can need minutes and gigabytes for a
+//! few kilobytes of input, and it can panic. A separate process can be limited and killed.
+//!
+//! That process is this program with the command `compile-component`. It reads the component from
+//! standard input and writes the machine code to standard output. It exits when its input is
+//! closed, which also happens when the host ends. The host kills it when the result is no longer
+//! needed.
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{Read, Write};
@@ -25,30 +28,32 @@ use crate::config::CompileSettings;
 use crate::model::hint::{WithHint, hints};
 use crate::model::units;
 
-/// The command of this program that compiles.
+/// The command of this program that runs the compiler.
 pub const COMMAND: &str = "compile-component";
 
-/// How much longer than its processor time a compilation may take by the clock: other processes want the processor, too.
+/// Limit of the elapsed time of a compilation, as a multiple of its processor time. The machine has
+/// other work, too.
 const WALL_TIME_FACTOR: u32 = 5;
 
-/// Variables of the process that keep its part of the address space small and the same on every machine: two threads
-/// that compile, one for all else, and an allocator that reserves 64 MiB at a time.
+/// Environment of the compiler process. It keeps the address space small and equal on every
+/// machine: two compiler threads, one runtime thread, and an allocator that reserves 64 MiB at a
+/// time.
 const COMPILER_ENV: [(&str, &str); 3] = [
     ("RAYON_NUM_THREADS", "2"),
     ("TOKIO_WORKER_THREADS", "1"),
     ("MIMALLOC_ARENA_RESERVE", "65536"),
 ];
 
-/// How many bytes of machine code are read from the process at most.
+/// Maximum size of the machine code, in bytes.
 const CODE_MAX: u64 = 1 << 30;
 
-/// How many bytes of its standard error are read.
+/// Maximum number of bytes read from standard error.
 const STDERR_MAX: u64 = 16 << 10;
 
-/// How many refusals are remembered.
+/// Maximum number of cached refusals.
 const REFUSALS_MAX: usize = 1000;
 
-/// The first byte of an answer: machine code follows, or a sentence.
+/// First byte of the output: machine code or an error text follows.
 const COMPILED: u8 = b'+';
 const INVALID: u8 = b'-';
 const PANICKED: u8 = b'!';
@@ -56,7 +61,7 @@ const PANICKED: u8 = b'!';
 /// SHA-256 of a component.
 pub type ComponentDigest = [u8; 32];
 
-/// Starts the processes that compile, one after another. Cheap to clone.
+/// Starts the compiler processes, one after the other. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct Compiler {
     settings: Arc<CompileSettings>,
@@ -73,7 +78,11 @@ impl Compiler {
         }
     }
 
-    /// Waits until no other component is compiled. Whoever waits was first is next.
+    /// Waits until no other component is being compiled. Waiters are served in the order of their
+    /// arrival.
+    ///
+    /// # Errors
+    /// The semaphore is closed, which never happens while the host runs.
     pub async fn acquire(&self) -> Result<SemaphorePermit<'_>> {
         self.permits
             .acquire()
@@ -81,7 +90,11 @@ impl Compiler {
             .context("wait for the compiler")
     }
 
-    /// The refusal of this component, if it was refused before.
+    /// Checks the cached refusals.
+    ///
+    /// # Errors
+    /// The component was refused before. The error repeats the message and the hints of that
+    /// refusal.
     pub fn check_refusals(&self, digest: &ComponentDigest) -> Result<()> {
         let refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
         match refusals.by_digest.get(digest) {
@@ -90,7 +103,7 @@ impl Compiler {
         }
     }
 
-    /// Remembers that a component is refused, so that it costs no time again.
+    /// Caches the refusal of a component, so that the next upload fails without compiling it again.
     pub fn refuse(&self, digest: ComponentDigest, error: anyhow::Error) -> anyhow::Error {
         tracing::warn!(
             digest = hex::encode(digest),
@@ -108,22 +121,28 @@ impl Compiler {
         error
     }
 
-    /// Compiles a component; the caller has the turn. When the future is dropped the process is killed.
+    /// Compiles a component. The caller holds the permit of [`Compiler::acquire`]. Dropping the
+    /// future kills the process.
     ///
     /// # Errors
-    /// [`CompileError::Refused`] if the component is to blame; it would fail again.
+    /// - [`CompileError::Refused`] if the component is the cause and would fail again.
+    /// - [`CompileError::Other`] for every other failure.
     pub async fn compile(&self, wasm: &Bytes) -> Result<Vec<u8>, CompileError> {
         let limit = self.settings.time.saturating_mul(WALL_TIME_FACTOR);
         match tokio::time::timeout(limit, self.run(wasm)).await {
             Ok(answer) => self.parse_output(answer?),
             Err(_) => Err(CompileError::Other(
-                anyhow!("compiling the component was not done after {}", units::format_duration(limit))
-                    .hint("try again when this machine has less to do, or give the host a larger `compile_time`"),
+                anyhow!(
+                    "compiling the component did not finish within {}",
+                    units::format_duration(limit)
+                )
+                .hint("try again when this machine is less busy, or set a larger `compile_time`"),
             )),
         }
     }
 
     async fn run(&self, wasm: &Bytes) -> Result<CompilerOutput> {
+        // Start the process.
         let settings = &self.settings;
         let mut child = Command::new(&settings.program)
             .arg0("oncely")
@@ -133,7 +152,7 @@ impl Compiler {
                 &settings.time.as_secs().max(1).to_string(),
             ])
             .args(["--memory", &settings.memory.to_string()])
-            // Passwords of the host are none of its business.
+            // The environment of the host holds passwords.
             .env_clear()
             .envs(COMPILER_ENV)
             .stdin(Stdio::piped())
@@ -147,6 +166,8 @@ impl Compiler {
                     settings.program.display()
                 )
             })?;
+
+        // Pass the component and read the output.
         let mut stdin = child
             .stdin
             .take()
@@ -160,7 +181,7 @@ impl Compiler {
             .take()
             .context("read from the compiling process")?;
         let write = async {
-            // Its end may come before it has read everything; its status says why.
+            // The process may end before it has read everything. Its status has the reason.
             let _ = stdin.write_all(&(wasm.len() as u64).to_le_bytes()).await;
             let _ = stdin.write_all(wasm).await;
             let _ = stdin.flush().await;
@@ -170,6 +191,8 @@ impl Compiler {
             read_limited(stdout, CODE_MAX),
             read_limited(stderr, STDERR_MAX)
         );
+
+        // Wait for the exit status.
         let status = child
             .wait()
             .await
@@ -183,7 +206,7 @@ impl Compiler {
         })
     }
 
-    /// What an answer means.
+    /// Converts the output of the process into machine code or an error.
     fn parse_output(&self, answer: CompilerOutput) -> Result<Vec<u8>, CompileError> {
         let CompilerOutput {
             status,
@@ -205,9 +228,11 @@ impl Compiler {
             Some(&INVALID) if is_success => Err(CompileError::Refused(
                 anyhow!(text(&output))
                     .context("the component cannot be compiled")
-                    .hint("build it again, with a release of its tool that makes components for WASI 0.2"),
+                    .hint("build it again with a toolchain that makes components for WASI 0.2"),
             )),
-            Some(&PANICKED) if is_success => Err(CompileError::Refused(compiler_crash(&text(&output)))),
+            Some(&PANICKED) if is_success => {
+                Err(CompileError::Refused(compiler_crash(&text(&output))))
+            }
             _ => Err(self.exit_failure(status, &stderr)),
         }
     }
@@ -216,19 +241,23 @@ impl Compiler {
         let memory = units::format_size(self.settings.memory);
         CompileError::Refused(
             anyhow!("compiling the component takes more than {memory} of memory").hint(
-                "build it with optimisation and split large functions, or give the host a larger `compile_memory`",
+                "build it with optimisation and split large functions, or set a larger \
+                 `compile_memory`",
             ),
         )
     }
 
-    /// Why the process ended without an answer.
+    /// The reason why the process ended without output.
     fn exit_failure(&self, status: ExitStatus, stderr: &str) -> CompileError {
         let is_signal = |signal: rustix::process::Signal| status.signal() == Some(signal.as_raw());
         if is_signal(rustix::process::Signal::XCPU) {
             let time = units::format_duration(self.settings.time);
-            return CompileError::Refused(anyhow!("compiling the component takes more than {time} of processor time").hint(
-                "build it with optimisation and split large functions, or give the host a larger `compile_time`",
-            ));
+            return CompileError::Refused(
+                anyhow!("compiling the component takes more than {time} of processor time").hint(
+                    "build it with optimisation and split large functions, or set a larger \
+                     `compile_time`",
+                ),
+            );
         }
         if is_out_of_memory(stderr) {
             return self.out_of_memory();
@@ -237,7 +266,8 @@ impl Compiler {
             .lines()
             .find(|line| !line.trim().is_empty())
             .unwrap_or_default();
-        // Killed by hand or by a machine that is short of memory: another time it may go well.
+
+        // An operator or a machine that is short of memory killed it. Another try may succeed.
         if is_signal(rustix::process::Signal::KILL) || is_signal(rustix::process::Signal::TERM) {
             return CompileError::Other(anyhow!(
                 "the process that compiled the component was killed ({status})"
@@ -252,7 +282,7 @@ impl Compiler {
     }
 }
 
-/// Whether its standard error says that it got no more memory.
+/// Whether a text is an out-of-memory error of the allocator or the operating system.
 fn is_out_of_memory(stderr: &str) -> bool {
     [
         "memory allocation of",
@@ -263,18 +293,21 @@ fn is_out_of_memory(stderr: &str) -> bool {
     .any(|words| stderr.contains(words))
 }
 
-/// The component meets a fault of the compiler.
+/// The error for a component that crashes the compiler.
 fn compiler_crash(detail: &str) -> anyhow::Error {
     anyhow!(detail.trim().to_owned())
         .context("the compiler fails on this component")
-        .hint("build it with another release of its tool, and report the component as a fault of Oncely")
+        .hint(
+            "build it with another release of its toolchain, and report the component as a bug \
+             in Oncely",
+        )
 }
 
-/// Why a component was not compiled.
+/// The reason why a component was not compiled.
 pub(super) enum CompileError {
-    /// The component is to blame.
+    /// The component is the cause.
     Refused(anyhow::Error),
-    /// Something else; it may go well another time.
+    /// Another cause. Another try may succeed.
     Other(anyhow::Error),
 }
 
@@ -290,7 +323,7 @@ struct CompilerOutput {
     stderr: String,
 }
 
-/// Reads up to `most` bytes, and the rest without keeping it.
+/// Reads up to `most` bytes and discards the rest.
 async fn read_limited(mut pipe: impl AsyncRead + Unpin, most: u64) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     (&mut pipe)
@@ -304,7 +337,7 @@ async fn read_limited(mut pipe: impl AsyncRead + Unpin, most: u64) -> Result<Vec
     Ok(bytes)
 }
 
-/// Components that were refused, the last of them.
+/// The last refused components.
 #[derive(Default)]
 struct Refusals {
     by_digest: HashMap<ComponentDigest, Refusal>,
@@ -340,10 +373,11 @@ impl Refusal {
     }
 }
 
-/// The other side: compiles the component on standard input within limits, and answers on standard output.
+/// The process side: compiles the component on standard input within limits, and writes the result
+/// to standard output.
 ///
 /// # Errors
-/// When the limits cannot be set or the pipes break. That a component is not valid is an answer, not an error.
+/// The limits cannot be set, or a pipe breaks. An invalid component is a regular result.
 pub fn compile_component(time: Duration, memory: u64) -> Result<()> {
     set_limits(time, memory)?;
     let wasm = read_component()?;
@@ -357,8 +391,8 @@ pub fn compile_component(time: Duration, memory: u64) -> Result<()> {
     stdout
         .write_all(&[first])
         .and_then(|()| stdout.write_all(&rest))
-        .context("write the answer")?;
-    stdout.flush().context("write the answer")
+        .context("write the result")?;
+    stdout.flush().context("write the result")
 }
 
 fn set_limits(time: Duration, memory: u64) -> Result<()> {
@@ -369,7 +403,8 @@ fn set_limits(time: Duration, memory: u64) -> Result<()> {
         (Resource::Fsize, 0),
     ];
     for (resource, most) in limits {
-        // At both limits of its time at once, a process is killed with the signal of the upper one, which says nothing.
+        // When the soft and the hard limit are equal, the kernel sends SIGKILL instead of SIGXCPU,
+        // which hides the reason.
         let maximum = if resource == Resource::Cpu {
             most.saturating_add(1)
         } else {
@@ -381,12 +416,14 @@ fn set_limits(time: Duration, memory: u64) -> Result<()> {
         };
         setrlimit(resource, limit).with_context(|| format!("limit {resource:?} to {most}"))?;
     }
-    // Messages come first. Where that is not allowed it is compiled all the same.
+
+    // Message handling has priority. Where lowering the priority is not permitted, the compilation
+    // still runs.
     let _ = rustix::process::nice(10);
     Ok(())
 }
 
-/// A component behind its length in eight bytes, little-endian.
+/// Reads a component. Its length comes first, in eight bytes, little-endian.
 fn read_component() -> Result<Vec<u8>> {
     let mut stdin = std::io::stdin().lock();
     let mut length = [0; 8];
@@ -405,7 +442,7 @@ fn read_component() -> Result<Vec<u8>> {
     Ok(wasm)
 }
 
-/// Ends this process when standard input is closed: the host has ended.
+/// Exits this process when standard input is closed: the host has ended.
 fn exit_when_stdin_closes() -> Result<()> {
     let wait = || {
         let _ = std::io::stdin().lock().read(&mut [0]);
@@ -418,7 +455,7 @@ fn exit_when_stdin_closes() -> Result<()> {
     Ok(())
 }
 
-/// Machine code; or why the component is not valid; or the panic of the compiler.
+/// Returns machine code, or the reason why the component is invalid, or the panic of the compiler.
 fn compile_in_process(wasm: &[u8]) -> Result<Result<Vec<u8>, String>, String> {
     panic::set_hook(Box::new(|_| {}));
     let compiled = panic::catch_unwind(AssertUnwindSafe(|| engine::precompile(wasm)));
@@ -429,7 +466,7 @@ fn compile_in_process(wasm: &[u8]) -> Result<Result<Vec<u8>, String>, String> {
             let text = panic.downcast_ref::<String>().map(String::as_str);
             let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
             Err(text
-                .unwrap_or("a panic")
+                .unwrap_or("panic")
                 .lines()
                 .next()
                 .unwrap_or_default()

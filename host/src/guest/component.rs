@@ -1,4 +1,4 @@
-//! A component that was checked and linked, ready to run.
+//! A checked and linked component, ready to run.
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
@@ -11,7 +11,7 @@ use super::call::CallState;
 use super::engine::{GuestEngine, blocking};
 use crate::component::{self, Handler, Surface};
 
-/// A component ready to run; instances are made from it for each message. Cheap to clone.
+/// A component that is ready to run. Each message gets an instance of it. Cheap to clone.
 #[derive(Clone)]
 pub struct Guest {
     pub(super) engine: GuestEngine,
@@ -20,7 +20,7 @@ pub struct Guest {
     surface: Surface,
 }
 
-/// Where a component is called.
+/// The export that a call enters.
 #[derive(Clone)]
 pub(super) enum Entry {
     Handler(handler::GuestIndices),
@@ -29,8 +29,12 @@ pub(super) enum Entry {
 }
 
 impl Guest {
-    /// Checks a component, compiles it (or loads its machine code from disk) and links it. When the future is dropped,
-    /// compiling ends.
+    /// Checks a component, compiles it or loads its machine code from disk, and links it. Dropping
+    /// the future stops the compiler.
+    ///
+    /// # Errors
+    /// The component is invalid, exceeds the limits of the compiler, or imports something that the
+    /// host does not have.
     pub async fn load(engine: &GuestEngine, wasm: Bytes) -> Result<Guest> {
         let inspected = wasm.clone();
         let surface = blocking(move || component::inspect(&inspected)).await?;
@@ -60,12 +64,12 @@ impl Guest {
         })
     }
 
-    /// Whether it handles the messages of a batch together.
+    /// Whether the component handles the messages of a batch in one call.
     pub fn is_batch_handler(&self) -> bool {
         matches!(self.entry, Entry::BatchHandler(_))
     }
 
-    /// The kind of its handler.
+    /// The kind of handler that the component exports.
     pub fn handler(&self) -> Handler {
         match self.entry {
             Entry::Handler(_) => Handler::Message,
@@ -74,6 +78,7 @@ impl Guest {
         }
     }
 
+    /// Imports and exports of the component.
     pub fn surface(&self) -> &Surface {
         &self.surface
     }

@@ -1,4 +1,4 @@
-//! The wasmtime engine: pooled instances, epoch deadlines, and compiled components kept on disk.
+//! The wasmtime engine: pooled instances, epoch deadlines, and compiled components cached on disk.
 
 use std::collections::HashSet;
 use std::hash::{Hash, Hasher};
@@ -6,7 +6,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow};
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
 use wasmtime::component::Component;
@@ -15,17 +15,18 @@ use wasmtime::{Config, Enabled, Engine, InstanceAllocationStrategy, PoolingAlloc
 use super::compile::{CompileError, Compiler, ComponentDigest};
 use crate::component;
 use crate::config::CompileSettings;
+use crate::model::hint::WithHint;
 
-/// How often running guests look at the clock.
+/// How often running guests check their deadline.
 pub const EPOCH_INTERVAL: Duration = Duration::from_millis(10);
 
-/// How much memory one guest instance can be given at most, in bytes; a manifest's limit may be lower.
+/// Maximum memory of one guest instance, in bytes. The limit of a manifest may be lower.
 pub const MEMORY_MAX: usize = 512 << 20;
 
-/// How many guests can run at the same time in one host.
+/// Maximum number of guests that run at the same time in one host.
 const INSTANCES_MAX: u32 = 256;
 
-/// An engine with its folder of compiled components. Cheap to clone.
+/// An engine with its cache folder of compiled components. Cheap to clone.
 #[derive(Clone)]
 pub struct GuestEngine {
     engine: Engine,
@@ -34,7 +35,12 @@ pub struct GuestEngine {
 }
 
 impl GuestEngine {
-    /// Makes an engine that keeps compiled components in `cache`, a folder only this user can enter.
+    /// Creates an engine that caches compiled components in `cache`, a folder that only this user
+    /// can write to.
+    ///
+    /// # Errors
+    /// The folder cannot be created or is writable for others, or the machine lacks the address
+    /// space for the pool.
     pub fn new(cache: &Path, compile: CompileSettings) -> Result<Self> {
         make_private_folder(cache)?;
         let engine = pooled_engine().context("start the WebAssembly engine")?;
@@ -50,9 +56,13 @@ impl GuestEngine {
         &self.engine
     }
 
-    /// Compiles a component that was inspected, or loads the machine code that an earlier run made for this very
-    /// engine. Takes seconds for large components. When the future is dropped, compiling ends.
+    /// Compiles an inspected component, or loads the machine code that an earlier run made for this
+    /// engine. Compiling a large component takes seconds. Dropping the future stops the compiler.
+    ///
+    /// # Errors
+    /// The component is refused, now or before, or the compiler failed.
     pub(super) async fn component(&self, wasm: &Bytes) -> Result<Component> {
+        // Try the cache.
         let hashed = wasm.clone();
         let digest: ComponentDigest = blocking(move || Ok(Sha256::digest(&hashed).into())).await?;
         let path = self.cached_path(&digest);
@@ -61,12 +71,15 @@ impl GuestEngine {
         }
         self.compiler.check_refusals(&digest)?;
 
+        // Wait for the compiler.
         let permit = self.compiler.acquire().await?;
-        // Another load may have compiled it meanwhile.
+        // Another load may have compiled it in the meantime.
         if let Some(component) = self.load_compiled(&path).await? {
             return Ok(component);
         }
         self.compiler.check_refusals(&digest)?;
+
+        // Compile.
         let checked = wasm.clone();
         if let Err(error) = blocking(move || component::check_code(&checked)).await {
             return Err(self.compiler.refuse(digest, error));
@@ -78,11 +91,13 @@ impl GuestEngine {
         };
         drop(permit);
 
+        // Cache the machine code and load it.
         let engine = self.engine.clone();
         blocking(move || {
             if let Err(error) = write_compiled(&code, &path) {
                 tracing::warn!(
-                    "compiled component not kept, so the next start compiles it again: {error:#}"
+                    error = format!("{error:#}"),
+                    "failed to cache the compiled component, the next start compiles it again"
                 );
             }
             deserialize(&engine, &code)
@@ -91,7 +106,8 @@ impl GuestEngine {
         .await
     }
 
-    /// Named by the bytes of the component and everything of the engine that the machine code depends on.
+    /// Path of the cached machine code. The name depends on the bytes of the component and on the
+    /// engine version and settings.
     fn cached_path(&self, digest: &ComponentDigest) -> PathBuf {
         let mut hasher = std::hash::DefaultHasher::new();
         self.engine
@@ -104,8 +120,12 @@ impl GuestEngine {
         ))
     }
 
-    /// Removes compiled components that are not among these (SHA-256, lower-case hex) and were compiled longer ago than `min_age`:
-    /// those of uploads that were refused or never deployed. Returns how many.
+    /// Deletes cached components that are not in `deployed` (SHA-256, lower-case hex) and are older
+    /// than `min_age`. These come from uploads that were refused or never deployed. Returns the
+    /// number of deleted files.
+    ///
+    /// # Errors
+    /// The folder cannot be listed.
     pub async fn remove_compiled(
         &self,
         deployed: HashSet<String>,
@@ -121,13 +141,13 @@ impl GuestEngine {
     }
 }
 
-/// Runs long work off the async threads. A panic in it is an error.
+/// Runs long work outside the async threads. A panic in it becomes an error.
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
     tokio::task::spawn_blocking(work)
         .await
-        .context("a check of the component ended with a panic")?
+        .context("run a check of the component")?
 }
 
 fn remove_compiled(folder: &Path, deployed: &HashSet<String>, min_age: Duration) -> Result<usize> {
@@ -147,22 +167,22 @@ fn remove_compiled(folder: &Path, deployed: &HashSet<String>, min_age: Duration)
             .ok()
             .and_then(|at| at.elapsed().ok());
         if !deployed.contains(digest) && age.is_some_and(|age| age > min_age) {
-            // What cannot be removed now is tried again in an hour.
+            // The next cleanup retries a file that cannot be deleted now.
             removed += usize::from(std::fs::remove_file(entry.path()).is_ok());
         }
     }
     Ok(removed)
 }
 
-/// A compiled component from disk. The file ends with the SHA-256 of what stands before it: a torn or damaged
-/// one is compiled again.
+/// Loads a compiled component from disk. The file ends with the SHA-256 of its content. A torn or
+/// damaged file is compiled again.
 fn load_compiled(engine: &Engine, path: &Path) -> Option<Component> {
     let bytes = std::fs::read(path).ok()?;
     let (code, sum) = bytes.split_at_checked(bytes.len().checked_sub(32)?)?;
     if Sha256::digest(code).as_slice() != sum {
         tracing::warn!(
-            "compiled component {} is damaged; compiling it again",
-            path.display()
+            path = %path.display(),
+            "compiled component damaged, compiling it again"
         );
         return None;
     }
@@ -170,25 +190,31 @@ fn load_compiled(engine: &Engine, path: &Path) -> Option<Component> {
         Ok(component) => Some(component),
         Err(error) => {
             tracing::warn!(
-                "compiled component {} cannot be used; compiling it again: {error:#}",
-                path.display()
+                path = %path.display(),
+                error = format!("{error:#}"),
+                "compiled component rejected, compiling it again"
             );
             None
         }
     }
 }
 
-/// A component from the machine code that [`precompile`] made.
+/// Loads a component from the machine code of [`precompile`].
 #[allow(unsafe_code)]
 fn deserialize(engine: &Engine, code: &[u8]) -> Result<Component> {
-    // SAFETY: the bytes are those that `precompile` made of a component. They come straight from this very program, run as
-    // our own child, through its standard output, or whole (their sum was checked) from a folder that only this user can
-    // write to (checked when the engine was made). A process that can change either runs as our own user. The engine checks that they were
-    // made for its version and its settings.
+    // SAFETY: `precompile` made these bytes from a component. They come from one of two places:
+    // - The standard output of our own child process, which runs this same program.
+    // - A folder that only this user can write to (checked in `GuestEngine::new`). The SHA-256 of
+    //   the file was checked.
+    // A process that can change either of them already runs as our own user. The engine checks that
+    // the bytes were made for its version and its settings.
     unsafe { Component::deserialize(engine, code) }.map_err(anyhow::Error::from)
 }
 
-/// Compiles a component in this very process, for engines like [`GuestEngine`]'s.
+/// Compiles a component in this process, for engines like that of [`GuestEngine`].
+///
+/// # Errors
+/// The component is not valid WebAssembly.
 pub(super) fn precompile(wasm: &[u8]) -> Result<Vec<u8>> {
     let engine = Engine::new(&code_config())
         .map_err(anyhow::Error::from)
@@ -198,7 +224,7 @@ pub(super) fn precompile(wasm: &[u8]) -> Result<Vec<u8>> {
         .map_err(anyhow::Error::from)
 }
 
-/// Writes a compiled component whole or not at all.
+/// Writes a compiled component atomically.
 fn write_compiled(code: &[u8], path: &Path) -> Result<()> {
     let sum = Sha256::digest(code);
     let folder = path.parent().context("find the cache folder")?;
@@ -208,7 +234,7 @@ fn write_compiled(code: &[u8], path: &Path) -> Result<()> {
         .and_then(|()| file.write_all(&sum))
         .context("write the compiled component")?;
     file.persist(path)
-        .context("put the compiled component in place")?;
+        .context("move the compiled component into the cache folder")?;
     Ok(())
 }
 
@@ -236,12 +262,13 @@ fn pooled_engine() -> Result<Engine> {
     Engine::new(&config).map_err(anyhow::Error::from)
 }
 
-/// Everything that machine code depends on: the same for the process that compiles and the host that runs.
+/// The settings that the machine code depends on. The compiler process and the host use the same.
 fn code_config() -> Config {
     let mut config = Config::new();
     config
         .memory_init_cow(true)
-        // A snapshot of an interpreter is about 12 MB of mostly data: map it, do not copy it for each message.
+        // A snapshot of an interpreter has about 12 MB, mostly data. It is mapped instead of copied
+        // for each message.
         .memory_guaranteed_dense_image_size(64 << 20)
         .memory_reservation(MEMORY_MAX as u64)
         .memory_guard_size(32 << 20)
@@ -249,13 +276,13 @@ fn code_config() -> Config {
         .max_wasm_stack(512 << 10)
         .async_stack_size(2 << 20)
         .wasm_memory64(false)
-        // Components composed of others copy from one's memory to the other's.
+        // Composed components copy from one memory to another.
         .wasm_multi_memory(true)
         .concurrency_support(false);
     config
 }
 
-/// Advances the engine's epoch for as long as the engine lives.
+/// Increments the epoch of the engine as long as the engine exists.
 fn spawn_epoch_thread(engine: &Engine) -> Result<()> {
     let weak = engine.weak();
     std::thread::Builder::new()
@@ -271,24 +298,25 @@ fn spawn_epoch_thread(engine: &Engine) -> Result<()> {
     Ok(())
 }
 
-/// Makes `folder` with mode 0700, or checks that nobody else can write to it: what lies there is native code.
+/// Creates `folder` with mode 0700, or checks that no other user can write to it. Its files are
+/// loaded as native code.
 fn make_private_folder(folder: &Path) -> Result<()> {
     use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(folder)
-        .with_context(|| format!("make the folder {}", folder.display()))?;
+        .with_context(|| format!("create the folder {}", folder.display()))?;
     let mode = std::fs::metadata(folder)
-        .with_context(|| format!("look at {}", folder.display()))?
+        .with_context(|| format!("read the permissions of {}", folder.display()))?
         .permissions()
         .mode();
     if mode & 0o022 != 0 {
-        bail!(
-            "others can write to {}, which holds compiled components that run as native code; run: chmod 700 {}",
-            folder.display(),
+        return Err(anyhow!(
+            "other users can write to {}, which holds compiled components that run as native code",
             folder.display()
-        );
+        )
+        .hint(format!("run: chmod 700 {}", folder.display())));
     }
     Ok(())
 }

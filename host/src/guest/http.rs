@@ -1,4 +1,4 @@
-//! HTTP workers: any component that exports `wasi:http/incoming-handler` is called with one request and has to respond to it.
+//! HTTP workers: calls `wasi:http/incoming-handler` with one request and reads its response.
 
 use std::ops::RangeInclusive;
 use std::time::Duration;
@@ -19,24 +19,29 @@ use super::call::{CallFailure, CallState, FailureKind, HandlerResult};
 use crate::model::message::Headers;
 use crate::model::request::{HttpRequest, HttpResponse};
 
-/// What an HTTP worker is called with.
+/// The inputs of an HTTP worker.
 pub struct RequestCall {
     pub request: HttpRequest,
-    /// The id of this invocation where it is not that of the message.
+    /// Id of this invocation, if it differs from that of the message.
     pub id: Option<String>,
     /// Whether the transaction may write.
     pub may_write: bool,
 }
 
-/// How long the end of a response may take after its handler has returned: all of it is in memory then.
+/// How long reading the rest of a response may take after its handler has returned. All of it is in
+/// memory by then.
 const BODY_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Statuses of a response: below, the connection would go on waiting for one or change its protocol; above, there is no meaning.
+/// Permitted statuses of a response. Lower ones are interim responses or change the protocol of the
+/// connection. Higher ones have no meaning.
 const FINAL_STATUSES: RangeInclusive<u16> = 200..=599;
 
 type HandlerResponse = Result<hyper::Response<HyperOutgoingBody>, ErrorCode>;
 
-/// Calls the handler and waits for both: that it returns, and that its response is whole.
+/// Calls the handler and waits until it has returned and its response is complete.
+///
+/// # Errors
+/// A trap of the handler, or a request that is not valid HTTP.
 pub(super) async fn serve(
     store: &mut Store<CallState>,
     instance: &Instance,
@@ -44,12 +49,14 @@ pub(super) async fn serve(
 ) -> wasmtime::Result<(HandlerResult, Option<HttpResponse>)> {
     let most = usize::try_from(store.data().call.worker.limits.answer_size).unwrap_or(usize::MAX);
     let Some(call) = &store.data().call.request else {
-        let why = "an HTTP worker handles requests, and no messages";
+        let why = "an HTTP worker handles requests, not messages";
         return Ok((
             Err(CallFailure::new(FailureKind::Retry, "no-request", why)),
             None,
         ));
     };
+
+    // Pass the request to the handler.
     let request = hyper_request(&call.request)?;
     let (sender, receiver) = oneshot::channel();
     let mut view = store.data_mut().http();
@@ -58,6 +65,8 @@ pub(super) async fn serve(
     let handler = indices.load(&mut *store, instance)?;
     let mut handler_call = std::pin::pin!(handler.call_handle(&mut *store, request, outparam));
     let mut read = std::pin::pin!(read_response(receiver, most));
+
+    // Read the response while the handler runs.
     let mut response = None;
     loop {
         tokio::select! {
@@ -69,8 +78,10 @@ pub(super) async fn serve(
             whole = &mut read, if response.is_none() => response = Some(whole),
         }
     }
+
+    // Read the rest of the response after the handler has returned.
     let unfinished = || {
-        let why = "the handler returned and did not finish the body of its response";
+        let why = "the handler returned before it finished the body of its response";
         Err(CallFailure::new(
             FailureKind::Retry,
             "unfinished-response",
@@ -89,7 +100,7 @@ pub(super) async fn serve(
     })
 }
 
-/// Headers of a response that the host alone sets: a handler's own are left out.
+/// Headers that only the host sets. Those of a handler are removed.
 const HOST_HEADERS: [&str; 5] = [
     "idempotent-replayed",
     "cache-status",
@@ -98,7 +109,7 @@ const HOST_HEADERS: [&str; 5] = [
     "server",
 ];
 
-/// Reads a response to its end.
+/// Reads a response with its body.
 async fn read_response(
     receiver: oneshot::Receiver<HandlerResponse>,
     most: usize,
@@ -109,7 +120,7 @@ async fn read_response(
         Ok(Err(code)) => {
             return Err(failed(
                 "error-response",
-                format!("the handler answered with an error: {code:?}"),
+                format!("the handler returned an error response: {code:?}"),
             ));
         }
         Err(_) => {
@@ -123,14 +134,14 @@ async fn read_response(
     let status = parts.status.as_u16();
     if !FINAL_STATUSES.contains(&status) {
         let (least, most) = (FINAL_STATUSES.start(), FINAL_STATUSES.end());
-        let why = format!(
-            "the handler answered with the status {status}; a response has one of {least} to {most}"
-        );
+        let why =
+            format!("the handler returned the status {status}; {least} to {most} are allowed");
         return Err(failed("status-refused", why));
     }
     let body = Limited::new(body, most).collect().await.map_err(|error| {
         failed("response-too-large", format!(
-            "the body of the response could not be read: {error}; it may have {most} bytes (`answer_size` under [worker.limits])"
+            "failed to read the body of the response: {error}; at most {most} bytes are allowed \
+             (`answer_size` under [worker.limits])"
         ))
     })?;
     let own = parts
@@ -155,7 +166,7 @@ fn hyper_request(request: &HttpRequest) -> wasmtime::Result<hyper::Request<Full<
     Ok(builder.body(Full::new(request.body.clone()))?)
 }
 
-/// Its headers, with the authority where wasmtime looks for it.
+/// The headers of a request. The authority is the first one, because wasmtime reads it from `host`.
 fn with_host(request: &HttpRequest) -> Headers {
     let others = request
         .headers
@@ -167,12 +178,12 @@ fn with_host(request: &HttpRequest) -> Headers {
         .collect()
 }
 
-/// Bytes of a header as text, one character for each.
+/// Converts the bytes of a header to text, one character for each byte.
 pub fn header_to_text(bytes: &[u8]) -> String {
     bytes.iter().copied().map(char::from).collect()
 }
 
-/// What [`header_to_text`] was made of; what cannot be is left out.
+/// Reverses [`header_to_text`]. Characters above 255 are omitted.
 pub fn header_to_bytes(text: &str) -> Vec<u8> {
     text.chars()
         .filter_map(|char| u8::try_from(u32::from(char)).ok())
@@ -186,7 +197,7 @@ impl WasiHttpView for CallState {
     }
 }
 
-/// Nothing goes out but through the outbox.
+/// Denies outgoing HTTP requests. The outbox is the only output of a guest.
 #[derive(Debug, Default)]
 pub(super) struct DenyOutgoingHttp;
 

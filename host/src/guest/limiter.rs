@@ -1,19 +1,20 @@
-//! How much memory one call may hold, over all its memories and tables.
+//! Memory limit of one call, over all its memories and tables.
 
 use wasmtime::ResourceLimiter;
 
-/// Table elements one call may hold.
+/// Maximum number of table elements of one call.
 const TABLE_ELEMENTS_MAX: usize = 200_000;
 
-/// Counts what the instances of one call hold. A growth beyond the limit is refused, as on a machine that has no
-/// more; the refusal is remembered, because what a guest does then is usually to abort without a word.
+/// Counts the memory of all instances of one call. A growth beyond the limit is refused, as on a
+/// machine without free memory. The refusal is recorded, because most guests then abort without a
+/// message.
 #[derive(Debug)]
 pub(super) struct Limiter {
     memory_limit: usize,
     memory: usize,
     table_elements: usize,
     pub refused_memory: bool,
-    /// Whether the machine had less memory than the limit allows.
+    /// Whether the machine ran out of memory below the limit.
     pub out_of_memory: bool,
 }
 

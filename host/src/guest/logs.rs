@@ -1,4 +1,4 @@
-//! What a guest prints, bounded.
+//! Log output of a guest, bounded in size.
 
 use std::io;
 use std::pin::Pin;
@@ -8,8 +8,8 @@ use std::task::{Context, Poll};
 use tokio::io::AsyncWrite;
 use wasmtime_wasi::cli::{IsTerminal, StdoutStream};
 
-/// The log lines, standard output and standard error of one call. Past the limit, lines are dropped and counted:
-/// a guest that prints without end costs nothing.
+/// Log lines, standard output and standard error of one call. Beyond the limit, output is dropped
+/// and counted, so endless output costs no memory.
 #[derive(Clone)]
 pub(super) struct Logs {
     inner: Arc<Mutex<Inner>>,
@@ -32,7 +32,7 @@ impl Logs {
         }
     }
 
-    /// Begins anew, for another call of the same instance.
+    /// Resets the buffer for the next call of the same instance.
     pub fn reset(&self, limit: usize) {
         *self.inner.lock().unwrap_or_else(PoisonError::into_inner) = Inner {
             text: String::new(),
@@ -41,9 +41,9 @@ impl Logs {
         };
     }
 
-    /// Adds one line; line breaks within it are escaped so that one entry cannot pose as two.
+    /// Adds one line. Line breaks within it are escaped, so one entry cannot pose as two.
     pub fn append_line(&self, level: &str, context: &str, message: &str) {
-        // A line beyond the limit is not even read.
+        // Lines beyond the limit are dropped before they are copied.
         if self.drop_if_over_limit(context.len() + message.len()) {
             return;
         }
@@ -55,7 +55,7 @@ impl Logs {
         }
     }
 
-    /// Whether a text of this length exceeds the limit, and is dropped.
+    /// Whether a text of this length exceeds the limit. Counts it as dropped in that case.
     fn drop_if_over_limit(&self, length: usize) -> bool {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         let drops = length > inner.remaining;
@@ -75,14 +75,14 @@ impl Logs {
         inner.text.push_str(text);
     }
 
-    /// All that was kept, with a last line that says how much was not.
+    /// Returns the kept output, with a last line that counts the dropped bytes.
     pub fn take(&self) -> String {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         let mut text = std::mem::take(&mut inner.text);
         if inner.dropped > 0 {
-            text.push_str(&format!("({} bytes more were dropped)\n", inner.dropped));
+            text.push_str(&format!("({} more bytes dropped)\n", inner.dropped));
         }
-        // Only printable text reaches terminals and databases.
+        // Control characters must not reach terminals and databases.
         text.chars()
             .filter(|c| *c == '\n' || *c == '\t' || !c.is_control())
             .collect()

@@ -1,8 +1,11 @@
-//! WebAssembly: a component becomes a [`Guest`], and a guest runs once for each message, or request, in a fresh instance,
-//! unless its worker asks for less isolation.
+//! WebAssembly: loads components and runs them.
 //!
-//! A guest has no effect of its own. Outputs and state changes are buffered in the host, SQL goes through the
-//! [`Database`] it is lent; what comes back is a [`CallOutcome`] that the delivery keeps or throws away.
+//! A component becomes a [`Guest`]. A guest runs once for each message or request, in a fresh
+//! instance. A worker can configure less isolation.
+//!
+//! A guest has no effect of its own. The host buffers its outputs and state changes. SQL goes
+//! through the [`Database`] of the call. The [`CallOutcome`] holds all effects, and the delivery
+//! commits or discards them.
 
 mod bindings;
 mod call;

@@ -1,7 +1,7 @@
-//! The record of a call that failed: what the guest was given, what it asked, what it saw, and how it ended.
+//! Record of a failed call: its inputs, its host calls with their results, and its failure.
 //!
-//! A guest is a function of these: run again with the same answers it does the same. That makes a replay possible, and it
-//! makes two records that agree a proof.
+//! A guest is a function of these inputs. With the same results it behaves the same again. This
+//! makes a replay possible, and it makes two equal records a proof of a deterministic failure.
 
 use std::fmt;
 
@@ -16,59 +16,61 @@ use crate::model::keyed_state::StateEntry;
 use crate::model::message::{Headers, Message};
 use crate::model::sql::{Dialect, Rows, SqlError, Value};
 
-/// The form in which records are written; a host reads those of its own form alone.
+/// Version of the record format. A host reads records of its own version only.
 pub const RECORD_FORMAT: u32 = 2;
 
-/// How much of what a call asks and sees is kept, in bytes. From the first thing on that has no more room the record is truncated.
+/// Maximum size of the recorded calls and results, in bytes. A record is truncated at the first
+/// step that exceeds it.
 pub const RECORD_MAX: usize = 1 << 20;
 
-/// What is known of a call that failed. Written as JSON.
+/// The stored record of a failed call. Serialized as JSON.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Record {
     pub format: u32,
-    /// Of the worker.
+    /// Version of the worker.
     pub version: u32,
     pub attempt: u32,
-    /// When the attempt began.
+    /// Start of the attempt.
     pub now: Timestamp,
     pub dialect: Dialect,
-    /// The largest payload the broker took, in bytes.
+    /// Largest payload that the broker accepted, in bytes.
     pub payload_max: usize,
-    /// One for a handler; those of the whole call for a batch handler.
+    /// One message for a handler. All messages of the call for a batch handler.
     pub messages: Vec<Message>,
     pub steps: Vec<Step>,
-    /// Whether the guest asked for more than there was room for, in this record or in those of its batch.
+    /// Whether the record is truncated, by its own limit or by that of its batch.
     pub truncated: bool,
     #[serde(flatten)]
     pub inputs: AttemptInputs,
-    /// Whether the instance had handled other messages before, so that its memory may remember them.
+    /// Whether the instance had handled other messages before, so that its memory may depend on
+    /// them.
     pub warm: bool,
-    /// Whether the machine had no memory left for the guest.
+    /// Whether the machine ran out of memory during the call.
     pub out_of_memory: bool,
     pub logs: String,
     pub failure: Option<CallFailure>,
 }
 
-/// One thing the guest asked of the host, and what it saw.
+/// One host call and its result.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Step {
     pub call: HostCall,
-    /// None when the call ended before there was an answer, or when there was no room for it.
+    /// `None` when the call ended without a result, or when the result exceeded the size limit.
     pub result: Option<HostResult>,
 }
 
-/// Inputs of a call that differ for each attempt or host, and do not change during the call.
+/// Inputs of a call that differ between attempts or hosts and do not change during the call.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct AttemptInputs {
-    /// At the time the attempt began.
+    /// Whether the guest read the start time of the attempt.
     pub has_read_now: bool,
-    /// At the number of the attempt.
+    /// Whether the guest read the number of the attempt.
     pub has_read_attempt: bool,
-    /// At the seed of its hash maps, which was this one.
+    /// The seed of its hash maps, if the guest read it.
     pub hash_seed: Option<(u64, u64)>,
 }
 
-/// What a guest can ask of the host.
+/// A call from the guest to the host.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum HostCall {
@@ -111,25 +113,25 @@ pub enum HostCall {
     CacheInvalidate {
         tags: Vec<String>,
     },
-    /// How much time is left.
+    /// The time left until the deadline.
     Remaining,
     WallClock,
     MonotonicClock,
-    /// So many random bytes.
+    /// A number of random bytes.
     Random {
         bytes: u64,
     },
-    /// Which of so many things it waits for are ready.
+    /// Wait until at least one of several pollables is ready.
     Poll {
         pollables: usize,
     },
-    /// Whether one is.
+    /// Whether one pollable is ready.
     IsReady,
-    /// To wait until one is.
+    /// Wait until one pollable is ready.
     Wait,
 }
 
-/// A message to publish, as the guest asked for it.
+/// A message to publish, as the guest passed it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct OutgoingMessage {
     pub subject: String,
@@ -143,7 +145,7 @@ pub struct OutgoingMessage {
 }
 
 impl OutgoingMessage {
-    /// About how many bytes this holds.
+    /// Approximate size in bytes.
     pub fn size(&self) -> usize {
         let headers: usize = self
             .headers
@@ -154,24 +156,25 @@ impl OutgoingMessage {
     }
 }
 
-/// What a guest was told from outside its call.
+/// The result of a host call.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum HostResult {
-    /// What it was told follows from the call itself.
+    /// The result follows from the arguments.
     Nothing,
     Entry(Option<StateEntry>),
-    /// The key before it was changed: the version of its value, the last version it was given, and the value's size.
+    /// The key before the change: the version of its value, its last version, and the size of the
+    /// value in bytes.
     PreviousEntry {
         version: Option<u64>,
         last: u64,
         size: usize,
     },
     Rows(Rows),
-    /// How many rows changed.
+    /// Number of changed rows.
     Changed(u64),
     Refused(SqlError),
-    /// What was cached.
+    /// The cached value, if any.
     Cached(#[serde(with = "base64_text::optional")] Option<Bytes>),
     Number(u64),
     Time {
@@ -184,14 +187,19 @@ pub enum HostResult {
 }
 
 impl Record {
-    /// The record as it is kept.
+    /// The record as stored.
     pub fn json(&self) -> Result<Bytes, serde_json::Error> {
         serde_json::to_vec(self).map(Bytes::from)
     }
 
-    /// A digest of everything the guest saw and did up to its trap. Two attempts with the same one prove that a third does
-    /// the same as long as the data stay as they are. None where that would prove nothing: another failure than a trap, a
-    /// record that is truncated, an instance or a machine that is not as fresh as the next one, a cached value that goes away by itself.
+    /// Digest of all inputs and calls of the guest up to its trap. Two attempts with the same
+    /// digest prove that a third one fails the same, as long as the data do not change.
+    ///
+    /// `None` where equal digests would prove nothing:
+    /// - The failure is not a trap.
+    /// - The record is truncated or incomplete.
+    /// - The instance was warm, or the machine ran out of memory. The next attempt may differ.
+    /// - The guest read a cached value, which expires.
     pub fn trap_digest(&self) -> Option<[u8; 32]> {
         let traps = self
             .failure
@@ -225,7 +233,8 @@ impl Record {
 }
 
 impl HostCall {
-    /// Whether the guest asked the very same. By their text, because some numbers do not equal themselves.
+    /// Whether two calls are equal. Compares the JSON, because some floating-point numbers do not
+    /// equal themselves.
     pub fn is_same(&self, other: &HostCall) -> bool {
         matches!((serde_json::to_string(self), serde_json::to_string(other)), (Ok(one), Ok(two)) if one == two)
     }
@@ -278,12 +287,12 @@ impl fmt::Display for HostCall {
             }
             HostCall::CacheInvalidate { tags } => write!(f, "cache.invalidate {tags:?}"),
             HostCall::Remaining => f.write_str("invocation.remaining"),
-            HostCall::WallClock => f.write_str("the wall clock"),
-            HostCall::MonotonicClock => f.write_str("the monotonic clock"),
+            HostCall::WallClock => f.write_str("wall-clock.now"),
+            HostCall::MonotonicClock => f.write_str("monotonic-clock.now"),
             HostCall::Random { bytes } => write!(f, "{bytes} random bytes"),
-            HostCall::Poll { pollables } => write!(f, "which of {pollables} are ready"),
-            HostCall::IsReady => f.write_str("whether it is ready"),
-            HostCall::Wait => f.write_str("to wait until it is ready"),
+            HostCall::Poll { pollables } => write!(f, "poll of {pollables} pollables"),
+            HostCall::IsReady => f.write_str("pollable.ready"),
+            HostCall::Wait => f.write_str("pollable.block"),
         }
     }
 }
@@ -296,7 +305,7 @@ impl fmt::Display for HostResult {
                 write!(f, "version {}: {}", entry.version, Body(&entry.value))
             }
             HostResult::Entry(None) | HostResult::PreviousEntry { version: None, .. } => {
-                f.write_str("not there before")
+                f.write_str("no entry")
             }
             HostResult::PreviousEntry {
                 version: Some(version),
@@ -328,7 +337,7 @@ impl fmt::Display for HostResult {
     }
 }
 
-/// Values in a row.
+/// Formats parameters and column values.
 struct Params<'v>(&'v [Value]);
 
 impl fmt::Display for Params<'_> {
@@ -350,7 +359,7 @@ impl fmt::Display for Params<'_> {
     }
 }
 
-/// Bytes as text where they are text.
+/// Formats bytes as text if they are UTF-8, else as hex.
 struct Body<'b>(&'b [u8]);
 
 impl fmt::Display for Body<'_> {

@@ -1,13 +1,14 @@
-//! The host calls of a guest and their results: a recorder, or a playback from a record.
+//! Recorder of host calls and their results, and the playback of a record.
 //!
-//! Recording costs a copy of what goes in and out, up to [`RECORD_MAX`]; it is written down only when the call fails.
+//! Recording copies the arguments and results of each host call, up to [`RECORD_MAX`] bytes. The
+//! record is stored only when the call fails.
 
 use std::collections::VecDeque;
 
 use super::call::ReplayProgress;
 use super::record::{AttemptInputs, HostCall, HostResult, RECORD_MAX, Record, Step};
 
-/// What one thing costs besides its text.
+/// Bytes that a step counts for besides its arguments and result.
 const STEP_SIZE: usize = 64;
 
 /// The recorder of one call.
@@ -15,13 +16,13 @@ const STEP_SIZE: usize = 64;
 pub struct Recorder {
     pub(super) steps: Vec<Step>,
     pub(super) inputs: AttemptInputs,
-    /// How much of [`RECORD_MAX`] is used.
+    /// Used part of [`RECORD_MAX`], in bytes.
     size: usize,
     pub(super) truncated: bool,
     playback: Option<Playback>,
 }
 
-/// What is left of a record that a call is answered from.
+/// The steps of a record that are still to be played back.
 #[derive(Debug)]
 struct Playback {
     remaining: VecDeque<Step>,
@@ -29,24 +30,24 @@ struct Playback {
     ended: Option<PlaybackEnd>,
 }
 
-/// Why a playback ended before the guest did.
+/// Why a playback ended before the guest returned.
 #[derive(Debug, Clone)]
 pub enum PlaybackEnd {
-    /// The guest made another call than the record has; none when the record has nothing more.
+    /// The guest made a different call. `expected` is `None` when the record has no more steps.
     Diverged {
         expected: Option<Box<HostCall>>,
         instead: Box<HostCall>,
     },
-    /// Here the recorded call was stopped, too.
+    /// The recorded call was stopped at this step.
     Stopped,
-    /// There was no room for more in the record.
+    /// The record was truncated at this step.
     Truncated,
-    /// The answer does not fit the call: somebody changed the record.
+    /// The recorded result does not fit its call, so the record was edited.
     Mismatched(Box<HostCall>),
 }
 
 impl Recorder {
-    /// A recorder that answers from a record.
+    /// A recorder that plays back a record.
     pub fn playback(record: &Record) -> Self {
         let playback = Playback {
             remaining: record.steps.clone().into(),
@@ -64,8 +65,13 @@ impl Recorder {
         self.playback.is_some()
     }
 
-    /// Notes what the guest asks, which is of about this size. A playback says what it sees, or ends the call; None: find out,
-    /// and then tell with [`Recorder::finish_call`].
+    /// Begins a host call with arguments of about `size` bytes.
+    ///
+    /// A playback returns the recorded result. `None` means that the host has to make the call, and
+    /// then to pass its result to [`Recorder::finish_call`].
+    ///
+    /// # Errors
+    /// The playback has ended. The error stops the guest.
     pub fn begin_call(
         &mut self,
         size: usize,
@@ -89,13 +95,13 @@ impl Recorder {
                 }
                 Err(ended) => {
                     playback.ended.get_or_insert(ended);
-                    Err(wasmtime::Error::msg("the playback ends here"))
+                    Err(wasmtime::Error::msg("the playback has ended"))
                 }
             },
         }
     }
 
-    /// Notes what the guest sees.
+    /// Records the result of the last host call, of about `size` bytes.
     pub fn finish_call(&mut self, size: usize, result: impl FnOnce() -> HostResult) {
         if !self.is_playback()
             && self.reserve(size)
@@ -105,7 +111,10 @@ impl Recorder {
         }
     }
 
-    /// Notes what the guest asks where the answer follows from the call itself.
+    /// Records a host call whose result follows from its arguments.
+    ///
+    /// # Errors
+    /// The playback has ended. The error stops the guest.
     pub fn record_call(
         &mut self,
         size: usize,
@@ -117,24 +126,25 @@ impl Recorder {
         Ok(())
     }
 
-    /// The answer of the record does not fit: ends the call.
+    /// Ends a playback whose recorded result does not fit the call.
     pub fn mismatch<T>(&mut self) -> wasmtime::Result<T> {
         if let (Some(playback), Some(step)) = (self.playback.as_mut(), self.steps.last()) {
             playback
                 .ended
                 .get_or_insert(PlaybackEnd::Mismatched(Box::new(step.call.clone())));
         }
-        Err(wasmtime::Error::msg("the playback ends here"))
+        Err(wasmtime::Error::msg("the playback has ended"))
     }
 
-    /// Whether there is room for so much more. Once there was not, nothing more is kept: a record has no gaps.
+    /// Reserves `size` bytes of the record. After the first refusal nothing more is kept, because a
+    /// record has no gaps.
     fn reserve(&mut self, size: usize) -> bool {
         self.size += size;
         self.truncated |= self.size > RECORD_MAX;
         !self.truncated
     }
 
-    /// How far a playback went.
+    /// How far the playback came.
     pub(super) fn into_progress(self) -> ReplayProgress {
         let (ended, next) = match self.playback {
             Some(mut playback) => (

@@ -1,5 +1,6 @@
-//! Clocks, random numbers and waiting: the parts of WASI behind which the world is. Linked in place of wasmtime-wasi's own,
-//! so that they are recorded and can be replayed.
+//! Clocks, random numbers and pollables of WASI: the imports whose results come from outside.
+//!
+//! They replace those of wasmtime-wasi, so that their results are recorded and can be replayed.
 
 use std::sync::OnceLock;
 use std::time::SystemTime;
@@ -19,13 +20,14 @@ use wasmtime_wasi::p2::bindings::random::{insecure, insecure_seed, random};
 use super::call::CallState;
 use super::record::{HostCall, HostResult};
 
-/// The most random bytes a guest may ask for at once.
+/// Maximum number of random bytes of one call.
 const RANDOM_MAX: u64 = 64 << 10;
 
-/// What a clock is said to tick in, in nanoseconds, on every machine.
+/// Resolution of the clocks, in nanoseconds. Equal on every machine.
 const TICK: u32 = 1;
 
-/// Links what is here; to be called after everything else was linked.
+/// Links these imports. Must run after all other imports are linked, because it shadows some of
+/// them.
 pub(super) fn add_to_linker(linker: &mut Linker<CallState>) -> Result<()> {
     linker.allow_shadowing(true);
     wall_clock::add_to_linker::<_, HasSelf<_>>(linker, |state| state)?;
@@ -38,7 +40,7 @@ pub(super) fn add_to_linker(linker: &mut Linker<CallState>) -> Result<()> {
     Ok(())
 }
 
-// ---- clocks ----
+// Clocks.
 
 impl wall_clock::Host for CallState {
     fn now(&mut self) -> Result<wall_clock::Datetime> {
@@ -78,7 +80,7 @@ impl wall_clock::Host for CallState {
 }
 
 impl CallState {
-    /// Nanoseconds since the instance was made.
+    /// Nanoseconds since the instance was created.
     fn elapsed(&self) -> u64 {
         u64::try_from(self.instantiated_at.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
@@ -112,12 +114,14 @@ impl monotonic_clock::Host for CallState {
     }
 }
 
-// ---- random ----
+// Random numbers.
 
 impl CallState {
     fn random(&mut self, bytes: u64) -> Result<Bytes> {
         if bytes > RANDOM_MAX {
-            wasmtime::bail!("{bytes} random bytes are too many at once; {RANDOM_MAX} are allowed");
+            wasmtime::bail!(
+                "{bytes} random bytes are too many for one call; {RANDOM_MAX} are allowed"
+            );
         }
         let recorder = &mut self.call.recorder;
         match recorder.begin_call(0, || HostCall::Random { bytes })? {
@@ -162,8 +166,8 @@ impl insecure::Host for CallState {
 }
 
 impl insecure_seed::Host for CallState {
-    /// What language runtimes stir into their hash maps: the same for every attempt at an event, as far as it is this host
-    /// that makes it, and nothing that a publisher could guess.
+    /// The seed that language runtimes use for their hash maps. It is the same for every attempt at
+    /// an event on this host, and publishers cannot guess it.
     fn insecure_seed(&mut self) -> Result<(u64, u64)> {
         if let Some(seed) = self.call.recorder.inputs.hash_seed {
             return Ok(seed);
@@ -194,7 +198,7 @@ fn derive_hash_seed(event_id: &str) -> (u64, u64) {
     (half(low), half(high))
 }
 
-// ---- waiting ----
+// Pollables.
 
 impl poll::Host for CallState {
     async fn poll(&mut self, pollables: Vec<Resource<DynPollable>>) -> Result<Vec<u32>> {
@@ -229,7 +233,7 @@ impl poll::HostPollable for CallState {
         }
     }
 
-    /// A replay does not wait.
+    /// A playback does not wait.
     async fn block(&mut self, pollable: Resource<DynPollable>) -> Result<()> {
         if self
             .call

@@ -1,4 +1,4 @@
-//! Bodies on their way in and out: how long they may take, and how many of their bytes are in memory.
+//! Request and response bodies: their timeouts, and the limit on their bytes in memory.
 
 use std::fmt;
 use std::pin::Pin;
@@ -14,26 +14,28 @@ use tokio::time::{Instant, Sleep};
 
 use super::connections::BusyGuard;
 
-/// The slowest rate at which a body may come or go in the long run, in bytes per second.
+/// The lowest average rate at which a body must be transferred, in bytes per second.
 const RATE_MIN: u32 = 16 << 10;
 
-/// How much of an answer is given to the connection at once, in bytes: the rest counts as held here.
+/// How much of a response is handed to the connection at once, in bytes. The rest counts as held in
+/// memory.
 const CHUNK_MAX: usize = 64 << 10;
 
-/// The time by which the next bytes must come or go, after so many have and where that time was `deadline`. A body that is slower than
-/// the lowest rate uses up its timeout, and no pause is longer than it.
+/// The new deadline for the next bytes, after `bytes` were transferred under the old `deadline`. A
+/// body below the lowest rate uses up its timeout, and no pause may exceed the timeout.
 pub(super) fn extend_deadline(deadline: Instant, bytes: usize, timeout: Duration) -> Instant {
     let earned = Duration::from_secs(bytes as u64) / RATE_MIN;
     (deadline + earned).min(Instant::now() + timeout)
 }
 
-/// The bytes of bodies that one listener may hold.
+/// The limit on the bytes of bodies that one listener may hold.
 pub(super) struct Memory {
     used: AtomicUsize,
     max: usize,
 }
 
-/// The bytes of one request's body. They count until the last clone is dropped, so a clone goes wherever the body goes.
+/// The bytes of one request's body. They count until the last clone is dropped, so the body has to
+/// travel with a clone.
 #[derive(Clone)]
 pub struct BodyMemory(Arc<HeldBytes>);
 
@@ -43,12 +45,12 @@ struct HeldBytes {
     bytes: AtomicUsize,
 }
 
-/// Why a body was not read to its end.
+/// The reason why a body was not read to its end.
 #[derive(Debug)]
 pub enum BodyError {
-    /// It came slower than is allowed.
+    /// It arrived below the lowest rate.
     TooSlow,
-    /// Other bodies take all the memory for bodies.
+    /// Other bodies use all the memory for bodies.
     NoMemory,
     Incomplete(hyper::Error),
 }
@@ -56,11 +58,11 @@ pub enum BodyError {
 impl fmt::Display for BodyError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            BodyError::TooSlow => f.write_str("the body came too slowly (`http_body_timeout`)"),
+            BodyError::TooSlow => f.write_str("the body arrived too slowly (`http_body_timeout`)"),
             BodyError::NoMemory => {
-                f.write_str("the bodies of other requests take all the memory (`http_memory`)")
+                f.write_str("the bodies of other requests use all the memory (`http_memory`)")
             }
-            BodyError::Incomplete(_) => f.write_str("the body ended before its end"),
+            BodyError::Incomplete(_) => f.write_str("the body is incomplete"),
         }
     }
 }
@@ -91,7 +93,7 @@ impl HeldBytes {
         }
     }
 
-    /// Counts further bytes, if they fit.
+    /// Counts further bytes if they fit.
     fn try_add(&self, bytes: usize) -> bool {
         let with = |used: usize| {
             used.checked_add(bytes)
@@ -108,7 +110,7 @@ impl HeldBytes {
         is_added
     }
 
-    /// Counts further bytes that are there already.
+    /// Counts further bytes that are already in memory.
     fn add(&self, bytes: usize) {
         self.memory.used.fetch_add(bytes, Ordering::Relaxed);
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -129,13 +131,13 @@ impl BodyMemory {
     }
 }
 
-/// The body of a request, which has to come in time and has to fit into memory.
+/// The body of a request, with its timeout and memory limit enforced.
 pub(super) struct RequestBody {
     incoming: Incoming,
     memory: BodyMemory,
     timeout: Duration,
     deadline: Instant,
-    /// Made once something has to be waited for.
+    /// Created on the first wait.
     timer: Option<Pin<Box<Sleep>>>,
 }
 
@@ -198,7 +200,8 @@ impl HttpBody for RequestBody {
     }
 }
 
-/// The body of an answer, in pieces. While there are some left, the connection is busy and their bytes count.
+/// The body of a response, in chunks. Until all are written, the connection is busy and their bytes
+/// count.
 pub(super) struct ResponseBody {
     body: Body,
     /// The rest of the last frame.
@@ -210,7 +213,7 @@ pub(super) struct ResponseBody {
 impl ResponseBody {
     pub fn new(body: Body, memory: &Arc<Memory>, busy: BusyGuard) -> Self {
         let held = HeldBytes::new(memory);
-        // The answer is there, and its effects are committed: it cannot be refused any more.
+        // The response and its effects are committed, so it can no longer be refused.
         held.add(usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX));
         ResponseBody {
             body,

@@ -1,4 +1,4 @@
-//! The open connections of one listener: how many there may be, what each of them is doing, and for how long it may.
+//! The open connections of one listener: their number, their phases and their timeouts.
 
 use std::io;
 use std::pin::Pin;
@@ -13,7 +13,7 @@ use tokio::time::{Instant, Sleep};
 use super::body::extend_deadline;
 use crate::config::HttpLimits;
 
-/// How often the log repeats that a listener is at its bound.
+/// The shortest interval between two warnings of a listener.
 const WARN_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The open connections of one listener.
@@ -21,49 +21,49 @@ pub(super) struct Connections {
     name: &'static str,
     limits: HttpLimits,
     open: Mutex<Vec<Arc<Connection>>>,
-    /// A connection has ended, or has begun to wait for a request.
+    /// Notified when a connection has ended, or has begun to wait for a request.
     changed: Arc<Notify>,
     warned_at: Mutex<Option<Instant>>,
 }
 
-/// The place of one connection among those that are open, until this is dropped.
+/// The slot of one open connection, released on drop.
 pub(super) struct ConnectionSlot {
     connections: Arc<Connections>,
     connection: Arc<Connection>,
 }
 
-/// One connection, as its parts report on it.
+/// The state of one connection.
 pub(super) struct Connection {
     limits: HttpLimits,
     state: Mutex<State>,
-    /// It is to be closed, if it still waits for a request.
+    /// Requests a close, which happens if the connection still waits for a request.
     close: Notify,
     changed: Arc<Notify>,
 }
 
 struct State {
     phase: Phase,
-    /// When that began.
+    /// When the phase began.
     since: Instant,
-    /// When the bytes that are being written must have gone; none when there are none.
+    /// The deadline for the bytes that are being written; `None` if there are none.
     write_deadline: Option<Instant>,
     is_closing: bool,
 }
 
-/// A connection's phases, in the order in which they follow each other; after `Busy` comes `Idle`.
+/// The phases of a connection, in their order; `Busy` is followed by `Idle`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
-    /// Nothing has come yet.
+    /// No byte received yet.
     New,
     /// Between two requests.
     Idle,
-    /// A part of a head has come.
+    /// A head is partly received.
     Head,
-    /// A request is being handled, or its answer is being written.
+    /// A request is being handled, or its response is being written.
     Busy,
 }
 
-/// The time from the head of a request to the last piece of its answer.
+/// Keeps a connection busy, from the head of a request to the last chunk of its response.
 pub(super) struct BusyGuard(Arc<Connection>);
 
 impl Connections {
@@ -77,8 +77,8 @@ impl Connections {
         }
     }
 
-    /// A place for one more connection. At the bound, the one that has waited longest for a request is closed for it; while all are
-    /// busy, this waits.
+    /// Acquires a slot for one more connection. At the limit, the connection that has waited
+    /// longest for a request is closed for it. While all are busy, this waits.
     pub async fn acquire_slot(self: &Arc<Self>) -> ConnectionSlot {
         loop {
             if let Some(slot) = self.try_acquire_slot() {
@@ -88,14 +88,14 @@ impl Connections {
         }
     }
 
-    /// Returns when the last connection has ended.
+    /// Returns once the last connection has ended.
     pub async fn wait_until_closed(&self) {
         while !self.lock().is_empty() {
             self.changed.notified().await;
         }
     }
 
-    /// Closes a connection: a file less may be what the next one needs.
+    /// Closes one connection, because the next accept may only need one open file less.
     pub fn accept_failed(&self, error: &io::Error) {
         if self.may_warn() {
             tracing::warn!(listener = self.name, %error, "accept failed, retrying");
@@ -182,7 +182,7 @@ impl Connection {
         }
     }
 
-    /// Bytes have come.
+    /// Records received bytes.
     pub fn received(&self) {
         let mut state = self.lock();
         match state.phase {
@@ -193,13 +193,13 @@ impl Connection {
         }
     }
 
-    /// The head of a request is complete.
+    /// Begins a request once its head is complete.
     pub fn begin_request(self: &Arc<Self>) -> BusyGuard {
         self.lock().enter(Phase::Busy);
         BusyGuard(Arc::clone(self))
     }
 
-    /// Bytes are to be written.
+    /// Records the start of a write.
     pub fn writing(&self) {
         let timeout = self.limits.body_timeout;
         self.lock()
@@ -207,19 +207,19 @@ impl Connection {
             .get_or_insert_with(|| Instant::now() + timeout);
     }
 
-    /// So many of them have gone.
+    /// Records written bytes.
     pub fn wrote(&self, bytes: usize) {
         if let Some(write_deadline) = &mut self.lock().write_deadline {
             *write_deadline = extend_deadline(*write_deadline, bytes, self.limits.body_timeout);
         }
     }
 
-    /// All of them have gone.
+    /// Records that all bytes are written.
     pub fn flushed(&self) {
         self.lock().write_deadline = None;
     }
 
-    /// When it is to be closed unless it goes on before.
+    /// The time at which the connection is closed without further progress.
     fn deadline(&self) -> Option<Instant> {
         let state = self.lock();
         let phase_ends = match state.phase {
@@ -230,7 +230,8 @@ impl Connection {
         phase_ends.into_iter().chain(state.write_deadline).min()
     }
 
-    /// Since when it has waited for a request, if it does and has not been told to close.
+    /// Since when the connection has waited for a request; `None` if it does not, or a close was
+    /// already requested.
     fn waiting_since(&self) -> Option<Instant> {
         let state = self.lock();
         (state.is_waiting() && !state.is_closing).then_some(state.since)
@@ -241,7 +242,8 @@ impl Connection {
         self.close.notify_one();
     }
 
-    /// Whether it still waits for a request after it was told to close. If a request has come, another connection must close.
+    /// Whether the connection still waits for a request when its close is due. If a request has
+    /// arrived meanwhile, another connection has to be closed.
     fn may_close(&self) -> bool {
         let mut state = self.lock();
         state.is_closing = false;
@@ -274,7 +276,7 @@ impl Drop for BusyGuard {
     }
 }
 
-/// Says when a connection is over: it was too slow, or it has to make way for another.
+/// Detects the end of a connection: it was too slow, or its slot is needed.
 pub(super) struct Watchdog<'c> {
     connection: &'c Connection,
     close_requested: Pin<Box<Notified<'c>>>,
@@ -322,7 +324,7 @@ mod tests {
         idle_timeout: Duration::from_secs(75),
     };
 
-    /// In whole seconds.
+    /// The time left in whole seconds.
     fn left(connection: &Connection) -> Option<f64> {
         connection
             .deadline()
@@ -333,7 +335,7 @@ mod tests {
     fn each_connection_phase_has_a_deadline() {
         let connection = Arc::new(Connection::new(LIMITS, Arc::default()));
         connection.lock().since -= Duration::from_secs(4);
-        // A client that sends its head byte by byte gains nothing.
+        // A client that sends its head byte by byte does not extend the timeout.
         for _ in 0..2 {
             connection.received();
             assert_eq!(left(&connection), Some(6.0));
@@ -365,7 +367,7 @@ mod tests {
         let busy = first.connection().begin_request();
         assert!(connections.try_acquire_slot().is_none());
         assert!(second.connection().lock().is_closing && !first.connection().lock().is_closing);
-        // A request that came in the meantime keeps its connection.
+        // A request that arrived in the meantime keeps its connection.
         let other = second.connection().begin_request();
         assert!(!second.connection().may_close());
         assert!(connections.try_acquire_slot().is_none());

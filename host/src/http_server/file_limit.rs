@@ -1,22 +1,25 @@
-//! Connections are open files: how many of them fit under the limit of the process.
+//! The connection limits that fit under the process's limit on open files.
 
 use rustix::process::{Resource, getrlimit};
 
 use crate::config::HttpLimits;
 
-/// Files of a host besides the connections of its clients and of its database: listeners, NATS, Redis, logs, components.
+/// Open files of a host besides connections of clients and to the database: listeners, NATS, Redis,
+/// logs, components.
 const HOST_FILES: u64 = 40;
 
-/// Files for each connection to the database: a SQLite file comes with a write-ahead log.
+/// Open files per database connection: a SQLite file has a write-ahead log.
 const FILES_PER_DATABASE_CONNECTION: u64 = 2;
 
-/// The fewest connections of a listener.
+/// The minimum number of connections of a listener.
 const CONNECTIONS_MIN: usize = 4;
 
-/// Lowers the bounds of connections so that all of them fit under the process's limit of open files, and says so in the log.
+/// Lowers the connection limits so that all connections fit under the process's limit on open
+/// files, and logs that.
 ///
-/// `requests` are the limits of the listener for requests to workers, `control` those of the control API, which keeps a share of its
-/// own. `pool_size` is the most connections to the database.
+/// `requests` are the limits of the listener for requests to workers. `control` are those of the
+/// control API, which keeps its own share. `pool_size` is the maximum number of database
+/// connections.
 pub fn within_file_limit(
     requests: HttpLimits,
     control: HttpLimits,
@@ -32,7 +35,7 @@ pub fn within_file_limit(
             files,
             from = requests.connections,
             to = for_requests,
-            "http_connections lowered: the process may not open more files (ulimit -n)"
+            "http_connections lowered to the limit on open files (ulimit -n)"
         );
     }
     (
@@ -47,7 +50,7 @@ pub fn within_file_limit(
     )
 }
 
-/// Connections for requests, and for the control API.
+/// The number of connections for requests, and for the control API.
 fn share(files: u64, requests: usize, control: usize, pool_size: u32) -> (usize, usize) {
     let others = HOST_FILES + FILES_PER_DATABASE_CONNECTION * u64::from(pool_size);
     let left = usize::try_from(files.saturating_sub(others)).unwrap_or(usize::MAX);

@@ -1,8 +1,9 @@
-//! Names of headers as the client wrote them.
+//! Header names in the case in which the client sent them.
 //!
-//! HTTP compares names without regard to case, and the `http` crate keeps them in lower case; headers of messages have a case. hyper
-//! keeps the names as they were written in an extension of the request that its own client alone can read. So its client writes the
-//! head once more, into memory, and the names are read from there.
+//! HTTP compares names without regard to case, and the `http` crate stores them in lower case.
+//! Message headers are case sensitive. hyper keeps the original names in a request extension that
+//! only its own client can read. The client therefore writes the head once more, into memory, and
+//! the names are parsed from there.
 
 use axum::http::HeaderMap;
 use axum::http::request::Parts;
@@ -13,11 +14,11 @@ use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt as _, DuplexStream};
 
-/// How much of the head is in memory at a time, in bytes.
+/// The size of the in-memory pipe for the head, in bytes.
 const BUFFER: usize = 64 << 10;
 
-/// The names of the headers that begin with `prefix`, which is in lower case: one for each value, in the order in which the request's
-/// map has them. Where a name as it was written is not known, it is in lower case.
+/// The names of the headers that begin with `prefix` (in lower case), one for each value, in the
+/// order of the request's header map. A name whose original case is unknown is in lower case.
 pub async fn original_header_names(parts: &Parts, prefix: &str) -> Vec<String> {
     let mut headers = HeaderMap::new();
     for (name, value) in parts
@@ -44,7 +45,7 @@ pub async fn original_header_names(parts: &Parts, prefix: &str) -> Vec<String> {
     if are_same { written } else { in_lower_case }
 }
 
-/// The head of a request as hyper's client writes it.
+/// The head of a request as written by hyper's client.
 async fn write(request: Request<Empty<Bytes>>) -> Option<Vec<u8>> {
     let (near, mut far) = tokio::io::duplex(BUFFER);
     let mut client = http1::Builder::new();

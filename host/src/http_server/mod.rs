@@ -1,8 +1,9 @@
-//! Serves HTTP/1.1 to clients that may be slow, silent or too many.
+//! The HTTP/1.1 server, robust against clients that are slow, silent or too many.
 //!
-//! Each listener has bounds of its own: on connections, on time, and on the bytes of bodies in memory. At the bound of connections,
-//! the one that has waited longest for a request is closed for the next client; a connection whose request is being handled stays.
-//! The control API and the requests to workers have a listener each, so neither can use up the connections of the other.
+//! Each listener has its own limits: on connections, on time, and on the bytes of bodies in memory.
+//! At the connection limit, the connection that has waited longest for a request is closed for the
+//! next client. A connection with a request in progress stays open. The control API and the
+//! requests to workers have separate listeners, so neither can use up the connections of the other.
 
 use std::convert::Infallible;
 use std::future::{Future, poll_fn};
@@ -39,13 +40,13 @@ use body::{Memory, RequestBody, ResponseBody};
 use connections::{Connection, ConnectionSlot, Connections, Watchdog};
 use watched_stream::WatchedStream;
 
-/// The longest head of a request, in bytes.
+/// The maximum size of a request head in bytes.
 const HEAD_MAX: usize = 64 << 10;
 
-/// How long a listener waits after an accept failed, mostly because the process has too many files open.
+/// The delay after a failed accept. Most such failures come from too many open files.
 const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 
-/// One listener and its bounds.
+/// One listener and its limits.
 struct Server {
     http: http1::Builder,
     router: Router,
@@ -53,7 +54,8 @@ struct Server {
     memory: Arc<Memory>,
 }
 
-/// Serves requests until it is time to stop, and then finishes those that have begun. `name` is the listener's in the log.
+/// Serves requests until the host stops, then finishes those in progress. `name` is the listener's
+/// name in the log.
 pub async fn serve(
     name: &'static str,
     listener: TcpListener,
@@ -62,10 +64,13 @@ pub async fn serve(
     stopping: Stopping,
 ) {
     let mut http = http1::Builder::new();
-    // The time limits are those of `Watchdog`: hyper's own does not tell an idle connection from a slow head.
+    // Timeouts are enforced by `Watchdog`: that of hyper does not distinguish an idle connection
+    // from a slow head.
     http.max_buf_size(HEAD_MAX)
         .header_read_timeout(None)
         .preserve_header_case(true);
+
+    // Accept until the host stops.
     let connections = Arc::new(Connections::new(name, limits));
     let server = Arc::new(Server {
         http,
@@ -87,11 +92,13 @@ pub async fn serve(
             }
         }
     }
+
+    // Finish the requests in progress.
     drop(listener);
     connections.wait_until_closed().await;
 }
 
-/// The next connection. A failure here is not the end of the listener.
+/// Accepts the next connection. A failed accept does not end the listener.
 async fn accept(listener: &TcpListener, connections: &Connections) -> TcpStream {
     loop {
         match listener.accept().await {
@@ -113,14 +120,14 @@ fn is_client_error(error: &io::Error) -> bool {
     )
 }
 
-/// Serves one connection until its client, a time limit or the end of the host closes it.
+/// Serves one connection until its client, a timeout or the shutdown of the host closes it.
 async fn serve_connection(
     server: Arc<Server>,
     stream: TcpStream,
     slot: ConnectionSlot,
     mut stopping: Stopping,
 ) {
-    // Answers are written whole; delaying them in the hope for more to send saves nothing.
+    // Responses are written as a whole, so delaying packets saves nothing.
     let _ = stream.set_nodelay(true);
     let connection = Arc::clone(slot.connection());
     let io = TokioIo::new(WatchedStream::new(stream, Arc::clone(&connection)));
@@ -141,14 +148,14 @@ async fn serve_connection(
                 return Poll::Ready(());
             }
         }
-        // Last, as it looks at the state in which the connection now is.
+        // Polled last, because it checks the state that the connection is in now.
         watchdog.poll_expired(cx)
     })
     .await;
 }
 
 impl Server {
-    /// Answers one request. The connection counts as busy until the answer is written.
+    /// Handles one request. The connection counts as busy until the response is written.
     fn answer(
         &self,
         connection: &Arc<Connection>,

@@ -1,4 +1,4 @@
-//! A listener with small limits, and clients that try them.
+//! Tests of a listener with small limits against slow, idle and numerous clients.
 
 use std::net::SocketAddr;
 
@@ -22,14 +22,14 @@ const LIMITS: HttpLimits = HttpLimits {
     idle_timeout: Duration::from_millis(600),
 };
 
-/// How long a test waits for a thing that must happen.
+/// The timeout for an expected event.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 struct Listener {
     address: SocketAddr,
     stop: Stop,
     serving: JoinHandle<()>,
-    /// Requests of `/wait` that may end.
+    /// Permits that let requests of `/wait` finish.
     may_end: Arc<Semaphore>,
 }
 
@@ -87,10 +87,10 @@ fn upload(length: usize) -> String {
 
 const WAIT: &str = "GET /wait HTTP/1.1\r\nHost: a\r\n\r\n";
 
-/// Everything that comes until the connection is closed, and how long that took.
+/// Everything received until the connection is closed, and the time that took.
 async fn read_to_end(stream: &mut TcpStream) -> (String, Duration) {
     let (began, mut bytes) = (Instant::now(), Vec::new());
-    // A connection that is closed with bytes unread is reset.
+    // A connection that is closed with unread bytes is reset.
     let _ = timeout(PATIENCE, stream.read_to_end(&mut bytes))
         .await
         .unwrap();
@@ -100,7 +100,7 @@ async fn read_to_end(stream: &mut TcpStream) -> (String, Duration) {
     )
 }
 
-/// The answer up to a text in it.
+/// The response up to and including a text.
 async fn read_until(stream: &mut TcpStream, text: &str) -> String {
     let mut bytes = Vec::new();
     while !String::from_utf8_lossy(&bytes).contains(text) {
@@ -131,7 +131,7 @@ async fn silent_and_slow_heads_and_idle_connections_are_closed() {
             .await
             .starts_with("HTTP/1.1 200")
     );
-    // Bytes that trickle in do not extend the time of a head.
+    // Bytes that trickle in do not extend the timeout of a head.
     let trickling = async {
         let mut stream = listener
             .connect("POST /length HTTP/1.1\r\nHost: a\r\nX-")
@@ -152,7 +152,7 @@ async fn silent_and_slow_heads_and_idle_connections_are_closed() {
     for took in [silent.1, half.1, idle.1, trickled] {
         assert!(took < Duration::from_secs(10), "{took:?}");
     }
-    // It had been answered before it was idle for its own, longer time.
+    // It received its response before its own, longer idle timeout.
     assert!(idle.1 > LIMITS.head_timeout, "{idle:?}");
 }
 
@@ -166,7 +166,7 @@ async fn bodies_may_be_long_but_not_slow() {
         "{answer}"
     );
     assert!(took < Duration::from_secs(10), "{took:?}");
-    // Longer than the timeout, and no slower than is allowed.
+    // Longer than the timeout, but not below the lowest rate.
     let mut steady = listener.connect(&upload(64 << 10)).await;
     for _ in 0..16 {
         steady.write_all(&[b'x'; 4 << 10]).await.unwrap();
@@ -187,12 +187,8 @@ async fn an_unread_response_ends_its_connection() {
         .await;
     tokio::time::sleep(LIMITS.body_timeout * 4).await;
     let (answer, _) = read_to_end(&mut reader).await;
-    assert!(
-        answer.len() < 64 << 20,
-        "{} bytes were waiting",
-        answer.len()
-    );
-    // One that is read comes whole, whatever its length.
+    assert!(answer.len() < 64 << 20, "{} bytes received", answer.len());
+    // A response that is read arrives whole, whatever its length.
     let mut reader = listener
         .connect("GET /large HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
         .await;
@@ -252,7 +248,7 @@ async fn bodies_in_memory_are_bounded() {
         ..LIMITS
     };
     let listener = start(patient).await;
-    // Neither is complete; together they are more than there may be.
+    // Neither is complete; together they exceed the limit.
     let mut first = listener
         .connect(&(upload(700 << 10) + &"x".repeat(600 << 10)))
         .await;

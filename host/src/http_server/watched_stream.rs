@@ -1,4 +1,4 @@
-//! The bytes of a connection, and the report on them.
+//! A TCP stream that reports its activity to its connection.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -10,7 +10,7 @@ use tokio::net::TcpStream;
 
 use super::connections::Connection;
 
-/// A stream that reports when bytes come and go.
+/// A stream that reports when bytes are read or written.
 pub(super) struct WatchedStream {
     stream: TcpStream,
     connection: Arc<Connection>,

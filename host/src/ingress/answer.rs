@@ -1,4 +1,4 @@
-//! An answer on its way out.
+//! Converts a handler's answer into an HTTP response.
 
 use axum::body::Body;
 use axum::http::{HeaderName, HeaderValue, StatusCode};
@@ -7,10 +7,10 @@ use axum::response::Response;
 use crate::guest::header_to_bytes;
 use crate::model::request::HttpResponse;
 
-/// Says that an answer was given before, as at Stripe.
+/// The header of a replayed answer, with Stripe's name for it.
 pub(super) const REPLAYED_HEADER: &str = "idempotent-replayed";
 
-/// What concerns one connection (RFC 9110 section 7.6.1), and what the server says itself.
+/// Headers of a single connection (RFC 9110 section 7.6.1), and the length, which the server sets.
 const HOP_BY_HOP_HEADERS: [&str; 8] = [
     "connection",
     "keep-alive",
@@ -22,10 +22,10 @@ const HOP_BY_HOP_HEADERS: [&str; 8] = [
     "content-length",
 ];
 
-/// Statuses whose answers end with their head (RFC 9110 sections 15.3.5, 15.3.6 and 15.4.5).
+/// Statuses whose responses have no body (RFC 9110 sections 15.3.5, 15.3.6 and 15.4.5).
 const STATUSES_WITHOUT_BODY: [u16; 3] = [204, 205, 304];
 
-/// The response that an answer is.
+/// Builds the response of an answer. Hop-by-hop headers and invalid headers are dropped.
 pub(super) fn respond(answer: HttpResponse, replayed: bool) -> Response {
     let body = if STATUSES_WITHOUT_BODY.contains(&answer.status) {
         Body::empty()

@@ -1,5 +1,6 @@
-//! Reads that a route lets be cached: an answer is loaded once for all who ask the same, and given again until it had its time
-//! or a writer invalidated one of its tags.
+//! Cached reads: one load answers all equal requests.
+//!
+//! A cached answer is served until it expires or a writer invalidates one of its tags.
 
 use std::sync::Arc;
 
@@ -22,7 +23,7 @@ use crate::model::request::HttpResponse;
 
 const IF_NONE_MATCH: &str = "if-none-match";
 
-/// Headers that ask for less than the whole answer.
+/// Headers that make a request conditional or partial.
 const CONDITIONAL_HEADERS: [&str; 6] = [
     IF_NONE_MATCH,
     "if-modified-since",
@@ -32,13 +33,13 @@ const CONDITIONAL_HEADERS: [&str; 6] = [
     "range",
 ];
 
-/// Headers of a request that an answer may depend on, besides who asks.
+/// Request headers that may affect an answer, besides those that identify the caller.
 const KEYED_HEADERS: [&str; 3] = ["accept", "accept-language", "host"];
 
-/// Headers of a request that may say who asks, besides the one that the host is configured with.
+/// Request headers that may identify the caller, besides the configured one.
 const CALLER_HEADERS: [&str; 2] = ["authorization", "cookie"];
 
-/// What stands before the body in a value of the cache.
+/// The part of a cached value before the body.
 #[derive(Serialize, Deserialize)]
 struct CachedHead {
     status: u16,
@@ -46,7 +47,7 @@ struct CachedHead {
 }
 
 impl Ingress {
-    /// Answers from the cache, or has the handler answer for all who ask the same.
+    /// Answers from the cache, or loads the answer once for all equal requests.
     pub(super) async fn answer_cached(
         self: Arc<Self>,
         target: Arc<Target>,
@@ -54,10 +55,11 @@ impl Ingress {
         mut parts: Parts,
         body: Body,
     ) -> Response {
+        // Refuse a body, and remove the conditional headers.
         if let Err(problem) = reject_body(body).await {
             return respond(problem.answer(), false);
         }
-        // What is kept is for those, too, who have nothing to compare it with.
+        // The cached answer is complete: other clients have no ETag to compare with.
         let if_none_match: Vec<HeaderValue> = parts
             .headers
             .get_all(IF_NONE_MATCH)
@@ -67,6 +69,8 @@ impl Ingress {
         CONDITIONAL_HEADERS
             .iter()
             .for_each(|name| drop(parts.headers.remove(*name)));
+
+        // The key, the policy and the tags of the answer.
         let keyed = self.keyed_headers(terms);
         let cache_key = CacheKey::response(target.name(), &cache_key(&target, &keyed, &parts));
         let (policy, tags) = (
@@ -77,11 +81,13 @@ impl Ingress {
             target.cache_tags(terms),
         );
         let is_for_all = terms.cache_scope == CacheScope::Shared;
+
+        // Load the answer, or wait for the request that loads it.
         let ingress = Arc::clone(&self);
         let load = move || async move {
             let answer = match ingress.read(&target, parts, Body::empty()).await {
-                Ok(asked) => ingress
-                    .answer(&target, &asked)
+                Ok(incoming) => ingress
+                    .answer(&target, &incoming)
                     .await
                     .map(|(answer, _)| answer),
                 Err(problem) => Err(problem),
@@ -97,23 +103,31 @@ impl Ingress {
         let cached = match self.cache.get_or_load(&cache_key, load).await {
             Ok(cached) => cached,
             Err(error) => {
-                tracing::warn!("a request was not answered: {:#}", error.cause());
+                tracing::warn!(
+                    error = format!("{:#}", error.cause()),
+                    "failed to load an answer"
+                );
                 return respond(Problem::unavailable().answer(), false);
             }
         };
+
+        // Respond.
         match decode(&cached.value) {
             Ok(answer) => not_modified_if_matched(
                 with_cache_headers(respond(answer, false), &cached),
                 &if_none_match,
             ),
             Err(error) => {
-                tracing::warn!("what the cache holds cannot be read: {error:#}");
+                tracing::warn!(
+                    error = format!("{error:#}"),
+                    "failed to decode a cached answer"
+                );
                 respond(Problem::unavailable().answer(), false)
             }
         }
     }
 
-    /// The headers of a request that are part of its key, in lower case.
+    /// The request headers that are part of the cache key, in lower case.
     fn keyed_headers(&self, terms: &CachePolicy) -> Vec<String> {
         let callers = match terms.cache_scope {
             CacheScope::Shared => Vec::new(),
@@ -130,7 +144,7 @@ impl Ingress {
     }
 }
 
-/// Everything that an answer depends on, as a digest: all values of the keyed headers, byte by byte.
+/// The cache key as a digest: version, path, and all values of the keyed headers, byte by byte.
 fn cache_key(target: &Target, keyed: &[String], parts: &Parts) -> String {
     let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
     let mut digest = LabelledDigest::default();
@@ -142,7 +156,7 @@ fn cache_key(target: &Target, keyed: &[String], parts: &Parts) -> String {
     digest.hex()
 }
 
-/// Refuses a body: it would be part of the answer and not of its key.
+/// Refuses a body: it could affect the answer, but is not part of the key.
 async fn reject_body(body: Body) -> Result<(), Problem> {
     if body.size_hint().lower() > 0 {
         return Err(Problem::body_refused());
@@ -154,11 +168,13 @@ async fn reject_body(body: Body) -> Result<(), Problem> {
     }
 }
 
-/// Whether an answer may be given to others, or again: it worked, the handler does not say otherwise, and it depends on nothing that
-/// is not in its key.
+/// Whether an answer may be served to other requests.
+///
+/// It has status 200, sets no cookie, and `Cache-Control` permits caching. It may vary by keyed
+/// headers only.
 fn is_cacheable(answer: &HttpResponse, is_for_all: bool, keyed: &[String]) -> bool {
     let control = header_list(&answer.headers, "cache-control");
-    // With an argument, as in `private="set-cookie"`, a directive is meant no less.
+    // A directive with an argument counts as well, as in `private="set-cookie"`.
     let says = |word: &str| {
         control
             .iter()
@@ -177,8 +193,9 @@ fn is_cacheable(answer: &HttpResponse, is_for_all: bool, keyed: &[String]) -> bo
         && is_keyed
 }
 
-/// The members of a header that is a list, over all its lines, in lower case and without quotes. A quoted comma separates, too: a
-/// member too many only keeps an answer from being kept.
+/// The items of a list header over all its lines, in lower case and without quotes.
+///
+/// A quoted comma splits, too: an extra item can only prevent caching.
 fn header_list(headers: &Headers, name: &str) -> Vec<String> {
     let lines = headers
         .iter()
@@ -188,20 +205,21 @@ fn header_list(headers: &Headers, name: &str) -> Vec<String> {
     members.filter(|member| !member.is_empty()).collect()
 }
 
-/// The length of the head, the head, and the body as it is.
+/// Encodes the length of the head, the head as JSON, and the unchanged body.
 fn encode(answer: &HttpResponse) -> anyhow::Result<Bytes> {
     let head = CachedHead {
         status: answer.status,
         headers: answer.headers.clone(),
     };
-    let head = serde_json::to_vec(&head).context("write the head of an answer")?;
+    let head = serde_json::to_vec(&head).context("encode the head of an answer")?;
     let mut encoded = BytesMut::with_capacity(4 + head.len() + answer.body.len());
-    encoded.put_u32(u32::try_from(head.len()).context("count the head of an answer")?);
+    encoded.put_u32(u32::try_from(head.len()).context("encode the length of the head")?);
     encoded.put_slice(&head);
     encoded.put_slice(&answer.body);
     Ok(encoded.freeze())
 }
 
+/// Decodes a value of [`encode`] without copying the body.
 fn decode(value: &Bytes) -> anyhow::Result<HttpResponse> {
     let (length, rest) = value
         .split_first_chunk::<4>()
@@ -218,7 +236,8 @@ fn decode(value: &Bytes) -> anyhow::Result<HttpResponse> {
     })
 }
 
-/// Says that an answer is the one that the caller has, if it is (RFC 9110 section 13.1.2).
+/// Converts the response to 304 Not Modified if the client has this answer already (RFC 9110
+/// section 13.1.2).
 fn not_modified_if_matched(mut response: Response, if_none_match: &[HeaderValue]) -> Response {
     let tag = response
         .headers()
@@ -238,12 +257,12 @@ fn not_modified_if_matched(mut response: Response, if_none_match: &[HeaderValue]
     response
 }
 
-/// A tag without the mark of a weak one, which makes no difference here.
+/// An entity tag without the weak prefix: the comparison is weak (RFC 9110 section 8.8.3.2).
 fn opaque_tag(tag: &str) -> &str {
     tag.strip_prefix("W/").unwrap_or(tag)
 }
 
-/// Says how old an answer is (RFC 9111), and where it comes from (RFC 9211).
+/// Adds the age (RFC 9111) and the source (RFC 9211) of an answer.
 fn with_cache_headers(mut response: Response, cached: &Cached) -> Response {
     let status = match (cached.layer, cached.is_stale) {
         (Layer::Loaded, _) => "oncely; fwd=miss",
@@ -309,7 +328,7 @@ mod tests {
         ] {
             assert!(!kept(200, &[("cache-control", line)], true), "{line}");
         }
-        // All lines count.
+        // All lines of a header count.
         assert!(!kept(
             200,
             &[
@@ -345,7 +364,7 @@ mod tests {
         ] {
             assert!(!kept(lines), "{lines:?}");
         }
-        // For everyone, not even by who asks.
+        // A shared answer must not vary by caller.
         let for_all: Vec<String> = KEYED_HEADERS.into_iter().map(str::to_owned).collect();
         assert!(!is_cacheable(
             &answer(200, &[("vary", "authorization")]),

@@ -1,7 +1,7 @@
-//! The head of a request, settled before anything is derived from it: one authority, one caller, one line of cookies.
+//! Normalizes the head of a request: one authority, one caller, one cookie line.
 //!
-//! Keys of kept and of cached answers are made of these headers, and the handler sees the very same ones. Where a head can be read
-//! in two ways, the key could be made of one reading and the answer of the other; such a head is refused.
+//! Idempotency keys and cache keys are derived from these headers, and the handler sees the same
+//! ones. An ambiguous head is refused: the key could follow one reading and the answer the other.
 
 use axum::http::header::{AUTHORIZATION, COOKIE, HOST};
 use axum::http::request::Parts;
@@ -10,15 +10,19 @@ use axum::http::{HeaderMap, HeaderValue, Uri, Version};
 
 use super::problem::Problem;
 
-/// The authority of a request that names none, which only HTTP/1.0 allows.
+/// The authority of a request without one, which only HTTP/1.0 allows.
 const NO_AUTHORITY: &str = "localhost";
 
-/// The port of an authority that names none: the host itself speaks no TLS.
+/// The port of an authority without one: the host does not terminate TLS.
 const DEFAULT_PORT: u16 = 80;
 
-/// Refuses an ambiguous head. Afterwards `Host` is the request's one authority, and `Cookie` is one line at most.
+/// Normalizes the head. Afterwards `Host` is the single authority, and there is at most one
+/// `Cookie` line.
 ///
-/// `caller` is the header that says who asks, if the host is configured with one.
+/// `caller` is the configured header that identifies the caller.
+///
+/// # Errors
+/// The head is ambiguous.
 pub(super) fn normalize(parts: &mut Parts, caller: Option<&str>) -> Result<(), Problem> {
     let authority = authority(parts)?;
     if let Some(uri) = normalize_uri(&parts.uri) {
@@ -37,8 +41,11 @@ pub(super) fn normalize(parts: &mut Parts, caller: Option<&str>) -> Result<(), P
     Ok(())
 }
 
-/// The same target with one spelling: unreserved characters are not escaped (`7`, not `%37`), and other escapes have capitals (RFC 3986
-/// sections 6.2.2.1 and 6.2.2.2). Escaped dots stay, or a plain segment could become a step up. None when it has that spelling already.
+/// The target in normalized spelling; none if it has that spelling already.
+///
+/// Unreserved characters are not escaped (`7`, not `%37`), and other escapes are in upper case (RFC
+/// 3986 sections 6.2.2.1 and 6.2.2.2). Escaped dots stay: unescaped, a plain segment could become
+/// `..`.
 fn normalize_uri(uri: &Uri) -> Option<Uri> {
     let target = uri
         .path_and_query()
@@ -71,7 +78,8 @@ fn normalize_uri(uri: &Uri) -> Option<Uri> {
     Uri::from_parts(parts).ok()
 }
 
-/// The authority of the target where that has one, else of `Host` (RFC 9112 section 3.2). Both must name the same place.
+/// The authority of the target if it has one, else that of `Host` (RFC 9112 section 3.2). Both must
+/// name the same host.
 fn authority(parts: &Parts) -> Result<HeaderValue, Problem> {
     let hosts: Vec<&HeaderValue> = parts.headers.get_all(HOST).iter().collect();
     let host = match hosts.as_slice() {
@@ -114,8 +122,9 @@ fn is_same(one: &Authority, other: &Authority) -> bool {
     one.host().eq_ignore_ascii_case(other.host()) && port(one) == port(other)
 }
 
-/// Front ends that speak HTTP/2 split cookies over several lines, and may do so differently for each attempt; this is how RFC 9113
-/// section 8.2.3 puts them together again.
+/// Joins several cookie lines into one, as in RFC 9113 section 8.2.3.
+///
+/// HTTP/2 front ends split cookies over several lines, possibly differently for each retry.
 fn join_cookies(headers: &mut HeaderMap) {
     let lines: Vec<&[u8]> = headers
         .get_all(COOKIE)
@@ -125,7 +134,7 @@ fn join_cookies(headers: &mut HeaderMap) {
     if lines.len() < 2 {
         return;
     }
-    // The parts of one are all valid, and so is the separator.
+    // Valid values joined by a valid separator are valid.
     if let Ok(joined) = HeaderValue::from_bytes(&lines.join(b"; ".as_slice())) {
         headers.insert(COOKIE, joined);
     }

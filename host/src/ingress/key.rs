@@ -1,4 +1,4 @@
-//! The idempotency key of a request, and who sent it.
+//! The idempotency key and the caller of a request.
 
 use axum::http::{HeaderMap, HeaderValue};
 use sha2::{Digest, Sha256};
@@ -10,14 +10,17 @@ const KEY_MAX: usize = 255;
 
 const HEADER: &str = "idempotency-key";
 
-/// The key: a structured-field string (RFC 8941), as the draft has it, or the same without quotes, as most clients send it.
+/// The idempotency key of a request.
+///
+/// The IETF draft requires a structured-field string (RFC 8941). Most clients send the same text
+/// without quotes, which is accepted as well.
 pub(super) fn key(headers: &HeaderMap) -> Result<Option<String>, Problem> {
     let mut values = headers.get_all(HEADER).iter();
     let Some(value) = values.next() else {
         return Ok(None);
     };
     if values.next().is_some() {
-        return Err(Problem::key_invalid("the header is there twice"));
+        return Err(Problem::key_invalid("the header occurs more than once"));
     }
     let text = value
         .to_str()
@@ -35,7 +38,7 @@ pub(super) fn key(headers: &HeaderMap) -> Result<Option<String>, Problem> {
     }
 }
 
-/// What stands before the closing quote; parameters behind it say nothing to us.
+/// The text before the closing quote. Parameters after it are ignored.
 fn unquoted(text: &str) -> Option<String> {
     let mut key = String::new();
     let mut chars = text.chars();
@@ -54,7 +57,9 @@ fn unquoted(text: &str) -> Option<String> {
     (rest.is_empty() || rest.starts_with(';')).then_some(key)
 }
 
-/// Who asks: a digest of the header that says so, empty when it is not there. A key is the caller's own.
+/// The caller, as a digest of the header that identifies it; empty without that header.
+///
+/// Keys of different callers are independent.
 pub(super) fn caller(headers: &HeaderMap, header: Option<&str>) -> String {
     let name = header.unwrap_or("authorization");
     if !headers.contains_key(name) {
@@ -65,8 +70,10 @@ pub(super) fn caller(headers: &HeaderMap, header: Option<&str>) -> String {
     digest.hex()
 }
 
-/// A digest over named lists of values. Every name and value is preceded by its length and every list by its count, so that no two
-/// different inputs are the same sequence of bytes.
+/// A digest over named lists of values.
+///
+/// A length precedes every name and value, and a count every list. So different inputs never have
+/// the same bytes.
 #[derive(Default)]
 pub(super) struct LabelledDigest(Sha256);
 

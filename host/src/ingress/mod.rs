@@ -1,9 +1,10 @@
-//! The ingress: requests over HTTP that are safe to retry.
+//! The ingress: HTTP requests that are safe to retry.
 //!
-//! `POST /publish/{subject}` puts a message on a stream, all other paths belong to routes of HTTP workers. A request with an
-//! `Idempotency-Key` is handled once: its effects, its outputs and its answer are one transaction, and who asks again gets that
-//! answer. The key is that of the IETF draft `draft-ietf-httpapi-idempotency-key-header`, errors are those of RFC 9457;
-//! `docs/http.md` has the table.
+//! `POST /publish/{subject}` publishes a message. All other paths belong to routes of HTTP workers.
+//! A request with an `Idempotency-Key` is handled once: its effects, outputs and answer commit in
+//! one transaction, and a retry gets the stored answer. The key follows the IETF draft
+//! `draft-ietf-httpapi-idempotency-key-header`, errors follow RFC 9457. `docs/http.md` has the
+//! table.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -47,51 +48,51 @@ use route_table::MatchedRoute;
 pub use route_table::{RouteTable, check_routes};
 use single_flight::{SingleFlight, SingleFlightEntry};
 
-/// Names and values of a request's headers may have so many bytes together.
+/// The maximum size of all header names and values of a request together, in bytes.
 const HEADERS_MAX: usize = 32 << 10;
 
-/// How long a request waits for a place among those of its worker.
+/// How long a request waits for one of its worker's concurrency permits.
 const CAPACITY_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long the host goes on when nobody says what became of a commit, or the database is away.
+/// How long a request is retried while its outcome is unclear or the database is unavailable.
 const UNCLEAR_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Between two looks whether another host is done with a key.
+/// How often the claim of another host on a key is polled.
 const POLL_INTERVAL: Duration = Duration::from_millis(40);
 
-/// A version of an HTTP worker that runs in this host.
+/// A running version of an HTTP worker.
 pub struct HttpWorker {
     pub delivery: Delivery,
     pub digest: String,
-    /// A place for each request at a time.
-    room: Semaphore,
+    /// One permit per concurrent request.
+    permits: Semaphore,
 }
 
 impl HttpWorker {
     pub fn new(delivery: Delivery, digest: String) -> Self {
-        let room = Semaphore::new(delivery.worker.concurrency as usize);
+        let permits = Semaphore::new(delivery.worker.concurrency as usize);
         HttpWorker {
             delivery,
             digest,
-            room,
+            permits,
         }
     }
 
     /// How many requests are being handled.
     pub fn in_flight(&self) -> usize {
-        (self.delivery.worker.concurrency as usize).saturating_sub(self.room.available_permits())
+        (self.delivery.worker.concurrency as usize).saturating_sub(self.permits.available_permits())
     }
 
-    /// Waits for those that are being handled; the next ones are another version's.
+    /// Waits for the requests in flight. Later requests go to another version.
     pub async fn drain(&self) {
         let _ = self
-            .room
+            .permits
             .acquire_many(self.delivery.worker.concurrency)
             .await;
     }
 }
 
-/// What answers requests in this host.
+/// Answers HTTP requests in this host.
 pub struct Ingress {
     publisher: Publisher,
     admission: Admission,
@@ -100,12 +101,12 @@ pub struct Ingress {
     /// None once the host drains.
     relay: RwLock<Option<RelayHandle>>,
     table: RwLock<Arc<RouteTable>>,
-    /// Set once the workers that are deployed run here.
+    /// Set once the deployed workers run here.
     has_started: AtomicBool,
     single_flight: SingleFlight,
 }
 
-/// Who handles a request.
+/// The handler of a request.
 enum Target {
     Worker(MatchedRoute),
     Publish(Publication),
@@ -136,27 +137,29 @@ impl Ingress {
         }
     }
 
-    /// Serves these workers from now on.
+    /// Replaces the routes.
     pub async fn set_routes(&self, table: RouteTable) {
         *self.table.write().await = Arc::new(table);
     }
 
-    /// From now on a path that no worker here answers is nobody's. Before, its worker may only be on its way.
+    /// Completes the start: an unknown path is answered with 404 from now on.
+    ///
+    /// Before, its worker may still be starting.
     pub fn set_started(&self) {
         self.has_started.store(true, Ordering::Relaxed);
     }
 
-    /// Lets go of the relay: the host ends.
+    /// Drops the handle of the relay, so that the relay can end.
     pub async fn close(&self) {
         self.relay.write().await.take();
     }
 
-    /// Takes all requests, whatever their path.
+    /// A router that handles all requests.
     pub fn router(self: Arc<Self>) -> Router {
         Router::new().fallback(handle).with_state(self)
     }
 
-    /// Who handles a request with this method and path.
+    /// The handler for this method and path.
     async fn target(&self, parts: &Parts) -> Result<Target, Problem> {
         let (method, path) = (parts.method.as_str(), parts.uri.path());
         if let Some(rest) = path.strip_prefix(publish::PATH) {
@@ -174,7 +177,7 @@ impl Ingress {
         }
     }
 
-    /// Reads a request whole, and what makes it the same when it comes again.
+    /// Reads the whole request, and derives its idempotency key and fingerprint.
     async fn read(
         &self,
         target: &Target,
@@ -193,7 +196,7 @@ impl Ingress {
                 PUBLISH_WINDOW,
             ),
         };
-        // What changes nothing needs no key, and one that is there says nothing.
+        // Safe methods need no key, and a key they carry is ignored.
         let key = if parts.method.is_safe() {
             None
         } else {
@@ -202,6 +205,8 @@ impl Ingress {
         if key.is_none() && requires_key {
             return Err(Problem::key_missing());
         }
+
+        // The size limits.
         let size = parts
             .headers
             .iter()
@@ -213,7 +218,7 @@ impl Ingress {
         let body = read_body(body, usize::try_from(body_max).unwrap_or(usize::MAX)).await?;
         let caller = key::caller(&parts.headers, self.admission.caller.as_deref());
         let request = into_http_request(target, parts, body);
-        // What changes nothing needs no key, whoever sends one.
+        // The request may differ from its head: HEAD can become GET.
         let key = key.filter(|_| !request.is_safe()).map(|key| {
             let (route, fingerprint) = (target.route().to_owned(), request.fingerprint());
             (
@@ -229,17 +234,21 @@ impl Ingress {
         Ok(IncomingRequest { request, key })
     }
 
-    /// Handles a request that was read, and hands over what it publishes.
+    /// Handles a request and hands its outputs over to the relay.
+    ///
+    /// Returns the answer, and whether it is a replay.
     async fn answer(
         &self,
         target: &Target,
-        asked: &IncomingRequest,
+        incoming: &IncomingRequest,
     ) -> Result<(HttpResponse, bool), Problem> {
         let wait = match target {
             Target::Worker(found) => found.route.wait,
             Target::Publish(_) => Duration::from_secs(1),
         };
-        let _guard = match &asked.key {
+
+        // One request per key at a time.
+        let _guard = match &incoming.key {
             Some((key, _)) => match self.single_flight.acquire(target.name(), key, wait).await {
                 SingleFlightEntry::Acquired(guard) => Some(guard),
                 SingleFlightEntry::InProgress => return Err(Problem::in_progress()),
@@ -247,34 +256,36 @@ impl Ingress {
             },
             None => None,
         };
-        let _room = match target {
+
+        // One of the worker's concurrency permits.
+        let _permit = match target {
             Target::Worker(found) => {
-                let room =
-                    tokio::time::timeout(CAPACITY_TIMEOUT, found.worker.room.acquire()).await;
-                Some(room.map_err(|_| Problem::busy())?)
+                let permit =
+                    tokio::time::timeout(CAPACITY_TIMEOUT, found.worker.permits.acquire()).await;
+                Some(permit.map_err(|_| Problem::busy())?)
             }
             Target::Publish(_) => None,
         };
-        self.handle_until_settled(target, asked, wait).await
+        self.handle_until_settled(target, incoming, wait).await
     }
 
-    /// Handles a request until it is clear what became of it, as far as that can be known in time.
+    /// Handles a request until its outcome is known, within the time limits.
     async fn handle_until_settled(
         &self,
         target: &Target,
-        asked: &IncomingRequest,
+        incoming: &IncomingRequest,
         wait: Duration,
     ) -> Result<(HttpResponse, bool), Problem> {
         let began = Instant::now();
         loop {
             let handled = match target {
                 Target::Worker(found) => {
-                    let handled = found.worker.delivery.handle(asked).await;
+                    let handled = found.worker.delivery.handle(incoming).await;
                     found.worker.delivery.report_health(&handled);
                     handled
                 }
                 Target::Publish(publication) => {
-                    match self.publisher.publish(publication, asked).await {
+                    match self.publisher.publish(publication, incoming).await {
                         Ok(Err(problem)) => return Err(problem),
                         Ok(Ok(handled)) => Ok(handled),
                         Err(error) => Err(error),
@@ -300,23 +311,24 @@ impl Ingress {
                 Ok(RequestOutcome::Failed(failure)) => {
                     tracing::warn!(
                         worker = target.name(),
-                        "a request was not answered: {} ({})",
-                        failure.message,
-                        failure.code.as_deref().unwrap_or("no code")
+                        error = failure.message,
+                        code = failure.code.as_deref(),
+                        "request failed"
                     );
                     return self
-                        .failed(target, asked, Problem::failed(failure.code.as_deref()))
+                        .failed(target, incoming, Problem::failed(failure.code.as_deref()))
                         .await;
                 }
-                // Asking again with the same key tells what became of it.
+                // A retry with the same key finds the outcome.
                 Ok(RequestOutcome::Unclear(_))
-                    if asked.key.is_some() && waited < UNCLEAR_TIMEOUT => {}
+                    if incoming.key.is_some() && waited < UNCLEAR_TIMEOUT => {}
                 Ok(RequestOutcome::Unclear(error)) => {
                     tracing::warn!(
                         worker = target.name(),
-                        "nobody knows whether a request took effect: {error:#}"
+                        error = format!("{error:#}"),
+                        "request outcome unknown"
                     );
-                    return Err(Problem::outcome_unknown(asked.key.is_some()));
+                    return Err(Problem::outcome_unknown(incoming.key.is_some()));
                 }
                 Err(StoreError::Unavailable(_) | StoreError::Conflict(_))
                     if waited < UNCLEAR_TIMEOUT => {}
@@ -324,7 +336,8 @@ impl Ingress {
                     let error = anyhow::Error::from(error);
                     tracing::warn!(
                         worker = target.name(),
-                        "a request was not handled: {error:#}"
+                        error = format!("{error:#}"),
+                        "request not handled"
                     );
                     return Err(Problem::unavailable());
                 }
@@ -333,22 +346,24 @@ impl Ingress {
         }
     }
 
-    /// Where the route says so, a request whose handler was cut off keeps the answer that it was.
+    /// Stores a failure under the key of its request, if the route stores all failures.
+    ///
+    /// The handler was cut off, so it stored no answer of its own.
     async fn failed(
         &self,
         target: &Target,
-        asked: &IncomingRequest,
+        incoming: &IncomingRequest,
         problem: Problem,
     ) -> Result<(HttpResponse, bool), Problem> {
         let Target::Worker(MatchedRoute { worker, route, .. }) = target else {
             return Err(problem);
         };
-        if route.store_failures == StoreFailures::Answered || asked.key.is_none() {
+        if route.store_failures == StoreFailures::Answered || incoming.key.is_none() {
             return Err(problem);
         }
         match worker
             .delivery
-            .store_response(asked, problem.as_permanent().answer())
+            .store_response(incoming, problem.as_permanent().answer())
             .await
         {
             Ok(RequestOutcome::Responded {
@@ -360,8 +375,8 @@ impl Ingress {
             Err(error) => {
                 tracing::warn!(
                     worker = target.name(),
-                    "an answer was not kept: {:#}",
-                    anyhow::Error::from(error)
+                    error = format!("{:#}", anyhow::Error::from(error)),
+                    "failed to store an answer"
                 );
                 Err(problem)
             }
@@ -370,7 +385,7 @@ impl Ingress {
 }
 
 impl Target {
-    /// The worker whose key it is.
+    /// The worker that owns the key.
     fn name(&self) -> &str {
         match self {
             Target::Worker(found) => &found.worker.delivery.worker.name,
@@ -378,7 +393,7 @@ impl Target {
         }
     }
 
-    /// The route that it came by.
+    /// The path of the route, as part of the key.
     fn route(&self) -> &str {
         match self {
             Target::Worker(found) => &found.route.path,
@@ -386,7 +401,7 @@ impl Target {
         }
     }
 
-    /// How its answer to such a request may be cached.
+    /// The cache policy for the answer to such a request.
     fn cache_terms(&self, parts: &Parts) -> Option<&CachePolicy> {
         match self {
             Target::Worker(found) if matches!(parts.method.as_str(), "GET" | "HEAD") => {
@@ -396,7 +411,7 @@ impl Target {
         }
     }
 
-    /// The tags of an answer, with the parts of the path that they name.
+    /// The tags of an answer, with path parameters filled in.
     fn cache_tags(&self, terms: &CachePolicy) -> Vec<String> {
         let Target::Worker(MatchedRoute { params, .. }) = self else {
             return Vec::new();
@@ -409,7 +424,7 @@ impl Target {
         terms.tags.iter().map(fill).collect()
     }
 
-    /// The version that answers.
+    /// The version of the worker that answers.
     fn version(&self) -> u32 {
         match self {
             Target::Worker(found) => found.worker.delivery.version,
@@ -418,7 +433,7 @@ impl Target {
     }
 }
 
-/// One request, from its first byte to its answer.
+/// Handles one request, from its head to its answer.
 async fn handle(State(ingress): State<Arc<Ingress>>, request: Request) -> Response {
     let (mut parts, body) = request.into_parts();
     let began = Instant::now();
@@ -429,6 +444,8 @@ async fn handle(State(ingress): State<Arc<Ingress>>, request: Request) -> Respon
         Ok(target) => Arc::new(target),
         Err(problem) => return respond(problem.answer(), false),
     };
+
+    // A cached route.
     if let Some(terms) = target.cache_terms(&parts) {
         let metrics = Arc::clone(&ingress.metrics);
         let response = ingress
@@ -443,9 +460,11 @@ async fn handle(State(ingress): State<Arc<Ingress>>, request: Request) -> Respon
         );
         return response;
     }
+
+    // Any other route.
     let memory = parts.extensions.get::<BodyMemory>().cloned();
-    let asked = match ingress.read(&target, parts, body).await {
-        Ok(asked) => asked,
+    let incoming = match ingress.read(&target, parts, body).await {
+        Ok(incoming) => incoming,
         Err(problem) => {
             ingress.metrics.request(
                 target.name(),
@@ -463,10 +482,10 @@ async fn handle(State(ingress): State<Arc<Ingress>>, request: Request) -> Respon
         route = target.route(),
         method = asked.request.method,
     );
-    // A caller that goes away stops nothing half-way.
+    // A task of its own: a client that disconnects does not interrupt the transaction.
     let answering = async move {
         let (answer, replayed) = ingress
-            .answer(&target, &asked)
+            .answer(&target, &incoming)
             .await
             .unwrap_or_else(|problem| (problem.answer(), false));
         ingress.metrics.request(
@@ -476,7 +495,7 @@ async fn handle(State(ingress): State<Arc<Ingress>>, request: Request) -> Respon
             replayed,
             began.elapsed(),
         );
-        // Until here the body was in memory.
+        // The body stays in memory until here.
         drop(memory);
         (answer, replayed)
     };
@@ -499,7 +518,7 @@ async fn read_body(body: Body, max: usize) -> Result<Bytes, Problem> {
     })
 }
 
-/// The cause of this kind behind an error.
+/// The cause of type `E` of an error.
 fn cause<E: std::error::Error + 'static>(error: &axum::Error) -> Option<&E> {
     let causes = std::iter::successors(std::error::Error::source(error), |error| error.source());
     causes.into_iter().find_map(|error| error.downcast_ref())
@@ -507,7 +526,7 @@ fn cause<E: std::error::Error + 'static>(error: &axum::Error) -> Option<&E> {
 
 fn into_http_request(target: &Target, parts: Parts, body: Bytes) -> HttpRequest {
     let mut method = parts.method.as_str().to_owned();
-    // Where nobody says otherwise, HEAD is GET without a body (RFC 9110 section 9.3.2).
+    // HEAD is GET without a body, unless the route lists HEAD itself (RFC 9110 section 9.3.2).
     if let Target::Worker(found) = target
         && method == "HEAD"
         && (found.route.cache.is_some() || !found.route.accepts_method("HEAD"))

@@ -1,20 +1,20 @@
-//! What the ingress itself answers when it cannot let a request through: problem details, RFC 9457.
+//! Error answers of the ingress itself, as problem details (RFC 9457).
 
 use bytes::Bytes;
 use serde_json::json;
 
 use crate::model::request::HttpResponse;
 
-/// Why a request is not answered by a handler.
+/// An error answer that does not come from a handler.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Problem {
     pub status: u16,
-    /// Stable; the last part of its type.
+    /// Stable; the last part of the problem's type.
     code: String,
     title: &'static str,
-    /// For a person. It says nothing of the database or of the handler's insides.
+    /// For people. It reveals nothing about the database or the internals of the handler.
     pub detail: String,
-    /// After how many seconds the same request may be sent again, with the same key if it had one.
+    /// After how many seconds the request may be retried, with the same key if it had one.
     retry_after: Option<u32>,
     allow: Option<String>,
 }
@@ -39,7 +39,8 @@ impl Problem {
     }
 
     pub(super) fn key_missing() -> Self {
-        let detail = "this operation needs an Idempotency-Key header: one key for each operation, the same for each retry";
+        let detail = "this operation needs an Idempotency-Key header: \
+                      one key for each operation, the same for each retry";
         Problem::new(
             400,
             "idempotency-key-missing",
@@ -59,7 +60,8 @@ impl Problem {
     }
 
     pub(super) fn key_reused() -> Self {
-        let detail = "this Idempotency-Key was used for a request with another method, path, query, content type or body";
+        let detail = "this Idempotency-Key was used for a request \
+                      with another method, path, query, content type or body";
         Problem::new(
             422,
             "idempotency-key-reused",
@@ -69,7 +71,7 @@ impl Problem {
     }
 
     pub(super) fn in_progress() -> Self {
-        let detail = "a request with this Idempotency-Key is being handled; ask again soon with the same key";
+        let detail = "a request with this Idempotency-Key is in progress; retry with the same key";
         Problem::new(
             409,
             "request-in-progress",
@@ -84,7 +86,7 @@ impl Problem {
             404,
             "no-such-route",
             "Not found",
-            "no worker here answers this path",
+            "no route matches this path",
         )
     }
 
@@ -93,14 +95,14 @@ impl Problem {
             503,
             "starting",
             "Starting",
-            "the host starts, and so do its workers; ask again soon",
+            "the host and its workers are starting; retry soon",
         )
         .retry_after(1)
     }
 
     pub(super) fn method_not_allowed(allowed: &[String]) -> Self {
         let allowed = allowed.join(", ");
-        let detail = format!("this path takes {allowed}");
+        let detail = format!("this path allows {allowed}");
         Problem {
             allow: Some(allowed),
             ..Problem::new(405, "method-not-allowed", "Method not allowed", detail)
@@ -121,20 +123,20 @@ impl Problem {
         Problem::new(
             400,
             "host-refused",
-            "The request does not name one host",
+            "The request does not name exactly one host",
             why,
         )
     }
 
     pub(super) fn caller_ambiguous(header: &str) -> Self {
         let detail =
-            format!("the header `{header}` is there twice, and it says who asks; send it once");
+            format!("the header `{header}` identifies the caller and occurs twice; send it once");
         Problem::new(400, "caller-ambiguous", "The caller is ambiguous", detail)
     }
 
     /// `header` cannot be a header of the message.
     pub(super) fn header_refused(header: &str, why: &str) -> Self {
-        let detail = format!("the header `{header}` cannot go with the message: {why}");
+        let detail = format!("the header `{header}` cannot be published: {why}");
         Problem::new(
             400,
             "header-refused",
@@ -144,32 +146,33 @@ impl Problem {
     }
 
     pub(super) fn body_refused() -> Self {
-        let detail = "answers of this path are cached by its path, query and headers; send the request without a body";
+        let detail = "answers of this path are cached by path, query and headers; \
+                      send the request without a body";
         Problem::new(400, "body-refused", "This path takes no body", detail)
     }
 
     pub(super) fn body_too_large(max: usize) -> Self {
-        let detail = format!("the body may have {max} bytes");
+        let detail = format!("the body has more than {max} bytes");
         Problem::new(413, "body-too-large", "The body is too large", detail)
     }
 
-    /// A message that no server would take.
+    /// A message above the limit of the NATS server.
     pub(super) fn message_too_large(size: usize, max: usize) -> Self {
         let detail = format!(
-            "the message has {size} bytes with its headers, and the NATS server takes {max} (max_payload)"
+            "the message has {size} bytes with its headers; \
+             the limit of the NATS server is {max} (max_payload)"
         );
         Problem::new(413, "body-too-large", "The message is too large", detail)
     }
 
     pub(super) fn no_stream(subject: &str) -> Self {
-        let detail = format!(
-            "no stream takes the subject `{subject}`: the message would have no place to go"
-        );
-        Problem::new(404, "no-stream", "No stream takes this subject", detail)
+        let detail =
+            format!("no stream accepts the subject `{subject}`, so the message cannot be stored");
+        Problem::new(404, "no-stream", "No stream accepts this subject", detail)
     }
 
     pub(super) fn headers_too_large(size: usize, max: usize) -> Self {
-        let detail = format!("the headers have {size} bytes together, and may have {max}");
+        let detail = format!("the headers have {size} bytes together; the limit is {max}");
         Problem::new(
             431,
             "headers-too-large",
@@ -182,20 +185,19 @@ impl Problem {
         Problem::new(
             400,
             "request-torn",
-            "The request is not whole",
-            "the body ended before its end",
+            "The request is incomplete",
+            "the body ended early",
         )
     }
 
     pub(super) fn too_slow() -> Self {
-        let detail = "the body came too slowly; nothing was done";
+        let detail = "the body arrived too slowly; nothing was done";
         Problem::new(408, "request-timeout", "The request took too long", detail)
     }
 
-    /// Bodies of other requests take all the memory that there is for them.
+    /// The memory for request bodies is exhausted.
     pub(super) fn no_memory() -> Self {
-        let detail =
-            "the bodies of other requests take all the memory there is for them; nothing was done";
+        let detail = "the memory for request bodies is exhausted; nothing was done";
         Problem::new(503, "busy", "Too busy", detail).retry_after(1)
     }
 
@@ -205,51 +207,50 @@ impl Problem {
     }
 
     pub(super) fn unavailable() -> Self {
-        let detail = "the database is out of reach, or too much was in the way; nothing was done";
+        let detail =
+            "the database is unavailable, or too many transactions conflicted; nothing was done";
         Problem::new(503, "unavailable", "Unavailable", detail).retry_after(1)
     }
 
-    /// Nobody knows whether the request took effect.
+    /// It is unknown whether the request took effect.
     pub(super) fn outcome_unknown(has_key: bool) -> Self {
-        let (code, title) = (
-            "outcome-unknown",
-            "Nobody knows yet whether this took effect",
-        );
+        let (code, title) = ("outcome-unknown", "The outcome is unknown");
         match has_key {
             true => {
-                let detail =
-                    "ask again with the same Idempotency-Key: the answer will be the one and only";
+                let detail = "retry with the same Idempotency-Key to get the final answer";
                 Problem::new(503, code, title, detail).retry_after(1)
             }
             false => Problem::new(
                 500,
                 code,
                 title,
-                "without an Idempotency-Key it is not safe to ask again",
+                "without an Idempotency-Key it is not safe to retry",
             ),
         }
     }
 
-    /// The handler was cut off, or broke a rule.
+    /// The handler was cut off, or violated the protocol.
     pub(super) fn failed(code: Option<&str>) -> Self {
         let (status, code) = match code {
             Some("timeout") => (504, "handler-timeout"),
             _ => (500, "handler-failed"),
         };
-        let detail = "the handler of this request failed, and nothing of it took effect; the same request may be sent again";
+        let detail = "the handler of this request failed and had no effect; \
+                      the same request may be retried";
         Problem::new(status, code, "The handler failed", detail)
     }
 
-    /// The same, for one that is kept: asking again brings nothing else.
+    /// The same problem, for an answer stored under its key: a retry gets it again.
     pub(super) fn as_permanent(&self) -> Self {
-        let detail = "the handler of this request failed, and nothing of it took effect; with this key the answer stays so";
+        let detail = "the handler of this request failed and had no effect; \
+                      this answer is stored under the key";
         Problem {
             detail: detail.to_owned(),
             ..self.clone()
         }
     }
 
-    /// As it goes out.
+    /// The problem as an answer.
     pub(super) fn answer(&self) -> HttpResponse {
         let body = json!({
             "type": format!("urn:oncely:problem:{}", self.code),

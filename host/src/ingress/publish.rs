@@ -1,4 +1,7 @@
-//! `POST /publish/{subject}`: a message goes to the outbox in the transaction of its key, and from there to its stream.
+//! `POST /publish/{subject}`: publishes a message through the outbox.
+//!
+//! The message is written in the transaction of its idempotency key; the relay publishes it to its
+//! stream.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,22 +22,22 @@ use crate::model::request::HttpResponse;
 use crate::model::subject;
 use crate::store::{Store, StoreError, Tx};
 
-/// What paths begin with.
+/// The prefix of the paths.
 pub(super) const PATH: &str = "/publish/";
 
-/// In whose name keys and outputs stand. No worker can be called so.
+/// The owner of these keys and outputs. No worker can have this name.
 pub const PUBLISHER: &str = "oncely:publish";
 
-/// For how long the same key publishes nothing again.
+/// How long a key is kept. Within that time the same key publishes nothing again.
 pub const PUBLISH_WINDOW: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// How long one statement may take.
+/// The timeout of one statement.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Headers of the request that go with the message.
+/// Request headers that are copied to the message.
 const FORWARDED_HEADERS: [&str; 3] = ["content-type", "traceparent", "tracestate"];
 
-/// What precedes the name of a header that is to be the message's.
+/// The prefix of request headers that become headers of the message.
 const HEADER_PREFIX: &str = "x-message-";
 
 pub(super) struct Publisher {
@@ -43,14 +46,15 @@ pub(super) struct Publisher {
     pub metrics: Arc<Metrics>,
 }
 
-/// A message that is to be published, but for its body.
+/// A message to publish, without its body.
 pub(super) struct Publication {
     pub subject: String,
     pub headers: Headers,
 }
 
 impl Publication {
-    /// Reads the path behind [`PATH`] and the headers of a request. `granted` are the patterns of subjects that may be published to.
+    /// Reads the path after [`PATH`] and the headers of a request. `granted` lists the subject
+    /// patterns that may be published to.
     pub(super) async fn read(
         path: &str,
         parts: &Parts,
@@ -78,14 +82,15 @@ fn subject(path: &str, granted: &[String]) -> Result<String, Problem> {
             .iter()
             .any(|pattern| subject::matches(pattern, &subject))
     {
-        let why = "this host does not let it be published over HTTP (its setting `http_publish` says what it lets)";
+        let why = "publishing to it over HTTP is not allowed (setting `http_publish`)";
         return Err(Problem::subject_refused(403, why));
     }
     Ok(subject)
 }
 
-/// The headers of the message, in the order of the request. `written` are the names of those with [`HEADER_PREFIX`] as the client
-/// wrote them.
+/// The headers of the message, in the order of the request.
+///
+/// `written` are the names with [`HEADER_PREFIX`] in the client's spelling.
 fn message_headers(headers: &HeaderMap, written: &[String]) -> Result<Headers, Problem> {
     let mut written = written.iter();
     let mut message_headers = Headers::new();
@@ -104,13 +109,13 @@ fn message_headers(headers: &HeaderMap, written: &[String]) -> Result<Headers, P
     Ok(message_headers)
 }
 
-/// A value goes on byte by byte. Headers of messages are UTF-8, so another value is refused.
+/// The value of a header, unchanged. Headers of messages are UTF-8; other values are refused.
 fn message_value(name: &str, value: &HeaderValue) -> Result<String, Problem> {
     let own = name.strip_prefix(HEADER_PREFIX).unwrap_or(name);
     if own.is_empty() || own.starts_with("nats-") || own.starts_with("oncely-") {
         return Err(Problem::header_refused(
             name,
-            "names that begin with `Nats-` or `Oncely-` are the platform's own",
+            "names that begin with `Nats-` or `Oncely-` are reserved",
         ));
     }
     let value = std::str::from_utf8(value.as_bytes())
@@ -118,20 +123,22 @@ fn message_value(name: &str, value: &HeaderValue) -> Result<String, Problem> {
     Ok(value.to_owned())
 }
 
-/// How old the list of streams may be in which a subject is looked for first.
+/// The maximum age of the list of streams in which a subject is searched first.
 const STREAMS_MAX_AGE: Duration = Duration::from_secs(10);
 
 impl Publisher {
-    /// Refuses what could never be published, before anything is done: a message that is too large with its headers, and one to
-    /// a subject of no stream. While the broker does not answer, the outbox has to do without knowing.
+    /// Refuses a message that could never be published: too large with its headers, or to a subject
+    /// without a stream.
+    ///
+    /// Without a connection to the broker the subject is not checked.
     async fn check(
         &self,
         publication: &Publication,
-        asked: &IncomingRequest,
+        incoming: &IncomingRequest,
     ) -> Result<(), Problem> {
         let max = self.bus.max_payload();
         let id = Uuid::nil().to_string();
-        let size = message::wire_size(&publication.headers, &id, asked.request.body.len());
+        let size = message::wire_size(&publication.headers, &id, incoming.request.body.len());
         if size > max {
             return Err(Problem::message_too_large(size, max));
         }
@@ -139,7 +146,7 @@ impl Publisher {
             return Ok(());
         }
         match self.bus.streams(STREAMS_MAX_AGE).await {
-            // The list may lack one that has no leader for now, or that was made since.
+            // The list may lack a new stream, or one without a leader for now.
             Ok(streams) if stream_for_subject(&streams, &publication.subject).is_none() => {}
             _ => return Ok(()),
         }
@@ -149,16 +156,20 @@ impl Publisher {
         }
     }
 
-    /// Publishes the body of a request, once for each key. An error means that nothing happened.
+    /// Publishes the body of a request, once per key.
+    ///
+    /// # Errors
+    /// The database failed, and nothing was published.
     pub(super) async fn publish(
         &self,
         publication: &Publication,
-        asked: &IncomingRequest,
+        incoming: &IncomingRequest,
     ) -> Result<Result<RequestOutcome, Problem>, StoreError> {
-        // Checked before the transaction, which others would wait for. A refusal does not replace the answer of an accepted request.
-        let refusal = self.check(publication, asked).await.err();
+        // Checked before the transaction, so that no other request waits for it. A refusal does not
+        // replace the stored answer of an accepted request.
+        let refusal = self.check(publication, incoming).await.err();
         let tx = self.store.begin(PUBLISHER, STATEMENT_TIMEOUT).await?;
-        let mut tx = match claim(tx, asked).await? {
+        let mut tx = match claim(tx, incoming).await? {
             RequestClaim::Acquired(tx) => tx,
             RequestClaim::Settled(settled) => return Ok(Ok(settled)),
         };
@@ -166,7 +177,7 @@ impl Publisher {
             tx.rollback().await;
             return Ok(Err(problem));
         }
-        match self.write(publication, asked, tx.as_mut()).await {
+        match self.write(publication, incoming, tx.as_mut()).await {
             Ok(handled) => commit(tx, handled, &self.metrics, PUBLISHER).await.map(Ok),
             Err(error) => {
                 tx.rollback().await;
@@ -178,14 +189,14 @@ impl Publisher {
     async fn write(
         &self,
         publication: &Publication,
-        asked: &IncomingRequest,
+        incoming: &IncomingRequest,
         tx: &mut dyn Tx,
     ) -> Result<RequestOutcome, StoreError> {
-        // Random in all of its digits: it travels as it is, and must not follow from that of another message.
+        // Fully random: the id is public, and must not be derivable from that of another message.
         let id = Uuid::new_v4().to_string();
         let since = Instant::now();
         let outputs = tx
-            .append_outputs(&[output(&id, publication, asked)], HAND_OVER_LEASE)
+            .append_outputs(&[output(&id, publication, incoming)], HAND_OVER_LEASE)
             .await?;
         let answer = HttpResponse {
             status: 202,
@@ -194,7 +205,7 @@ impl Publisher {
                 .to_string()
                 .into(),
         };
-        if let Some((key, keep)) = &asked.key {
+        if let Some((key, keep)) = &incoming.key {
             tx.answer_request(key, &answer, *keep).await?;
         }
         Ok(RequestOutcome::Responded {
@@ -206,7 +217,7 @@ impl Publisher {
     }
 }
 
-fn output(id: &str, publication: &Publication, asked: &IncomingRequest) -> Output {
+fn output(id: &str, publication: &Publication, incoming: &IncomingRequest) -> Output {
     Output {
         kind: OutputKind::Published,
         id: id.to_owned(),
@@ -214,7 +225,7 @@ fn output(id: &str, publication: &Publication, asked: &IncomingRequest) -> Outpu
         ordinal: 0,
         subject: publication.subject.clone(),
         headers: publication.headers.clone(),
-        body: asked.request.body.clone(),
+        body: incoming.request.body.clone(),
         ordering_key: None,
         delay: Duration::ZERO,
     }
@@ -247,7 +258,7 @@ mod tests {
                 .contains("UTF-8")
         );
         assert!(published("content-type", b"text/\xff").is_err());
-        // Other headers are not the message's.
+        // Other headers are not forwarded.
         assert_eq!(published("user-agent", b"J\xfcrgen"), Ok(Vec::new()));
     }
 
@@ -256,7 +267,7 @@ mod tests {
         for name in [
             "x-message-nats-msg-id",
             "x-message-Nats-Expected-Stream",
-            "x-message-oncely-letter",
+            "x-message-oncely-worker",
             "x-message-",
         ] {
             assert!(published(name, b"1").is_err(), "{name}");

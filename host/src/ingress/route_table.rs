@@ -1,4 +1,4 @@
-//! Which worker answers which path.
+//! Maps paths to the workers that answer them.
 
 use std::sync::Arc;
 
@@ -9,10 +9,13 @@ use super::problem::Problem;
 use crate::config::manifest::{Route, Worker};
 use crate::model::hint::WithHint as _;
 
-/// Who answers a path, each with the terms of the route.
+/// The workers of a path, each with its route.
 type RouteEntries = Vec<(Arc<HttpWorker>, Arc<Route>)>;
 
-/// Who answers a request, on which terms, and the named parts of its path where answers are cached: tags name them.
+/// The worker and the route of a request.
+///
+/// `params` are the named parts of the path. They are filled in for cached routes only, whose tags
+/// use them.
 pub(super) struct MatchedRoute {
     pub worker: Arc<HttpWorker>,
     pub route: Arc<Route>,
@@ -26,7 +29,8 @@ pub struct RouteTable {
 }
 
 impl RouteTable {
-    /// The routes of these workers; those that are another's already are left out, with a word to the log.
+    /// The routes of these workers. Routes that conflict with those of another worker are left out
+    /// and logged.
     pub fn new(workers: impl IntoIterator<Item = Arc<HttpWorker>>) -> RouteTable {
         let mut by_path: Vec<(String, RouteEntries)> = Vec::new();
         for worker in workers {
@@ -39,7 +43,8 @@ impl RouteTable {
             }
         }
         let mut paths = matchit::Router::new();
-        // A rest may be empty: `/a/{*rest}` answers `/a/` too, unless that is a route of its own.
+        // A wildcard may match nothing: `/a/{*rest}` answers `/a/` too, unless that is a route of
+        // its own.
         let rests: Vec<(String, RouteEntries)> = by_path
             .iter()
             .filter_map(|(path, entries)| Some((split_rest(path)?.0.to_owned(), entries.clone())))
@@ -47,7 +52,7 @@ impl RouteTable {
         let own: Vec<String> = by_path.iter().map(|(path, _)| path.clone()).collect();
         for (path, entries) in by_path {
             if let Err(error) = paths.insert(&path, entries) {
-                tracing::error!("the route `{path}` is not served: {error}");
+                tracing::error!(route = path, error = %error, "route not served");
             }
         }
         for (path, entries) in rests.into_iter().filter(|(path, _)| !own.contains(path)) {
@@ -56,7 +61,10 @@ impl RouteTable {
         RouteTable { paths }
     }
 
-    /// Who answers a request.
+    /// The route of a request.
+    ///
+    /// # Errors
+    /// 404 for an unknown path, 405 for a method that the path does not allow.
     pub(super) fn find(
         &self,
         method: &str,
@@ -105,12 +113,15 @@ impl RouteTable {
     }
 }
 
-/// The path before a rest of any length, and the name of the rest: `/a/` and `rest` in `/a/{*rest}`.
+/// Splits a trailing wildcard off a path: `/a/` and `rest` for `/a/{*rest}`.
 fn split_rest(path: &str) -> Option<(&str, &str)> {
     path.strip_suffix('}')?.rsplit_once("{*")
 }
 
-/// Refuses a worker whose routes are another one's: two could answer the same request.
+/// Checks that the routes of a worker overlap with those of no other worker.
+///
+/// # Errors
+/// The first pair of routes that could match the same request.
 pub fn check_routes<'w>(worker: &Worker, others: impl Iterator<Item = &'w Worker>) -> Result<()> {
     for other in others.filter(|other| other.name != worker.name) {
         for route in &worker.routes {
@@ -131,7 +142,7 @@ pub fn check_routes<'w>(worker: &Worker, others: impl Iterator<Item = &'w Worker
                         "the route `{}` and the route `{path}` of worker {name} overlap",
                         route.path
                     ))
-                    .hint("give one of them another path, or other `methods`");
+                    .hint("change the path or the `methods` of one of them");
                 }
             }
         }

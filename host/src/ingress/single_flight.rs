@@ -1,5 +1,6 @@
-//! Requests with a key that this host is handling: who comes with the same key meanwhile waits for them, without a connection
-//! to the database.
+//! Single flight per idempotency key.
+//!
+//! A concurrent request with the same key waits in memory, without a connection to the database.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -19,21 +20,21 @@ pub(super) struct SingleFlight(Arc<Mutex<HashMap<FlightKey, InFlightRequest>>>);
 
 struct InFlightRequest {
     fingerprint: [u8; 32],
-    /// Closed when it has landed.
+    /// Closed when the request has ended.
     done: watch::Receiver<()>,
 }
 
-/// What a request with a key met.
+/// The result of acquiring a key.
 pub(super) enum SingleFlightEntry {
-    /// Nobody: it is in flight now.
+    /// The key was free.
     Acquired(SingleFlightGuard),
-    /// The same request, which took longer than it was waited for.
+    /// The same request holds the key, and did not end within the wait.
     InProgress,
-    /// Another request with its key.
+    /// A different request holds the key.
     OtherRequest,
 }
 
-/// One request in flight, until this is dropped.
+/// Holds the key of a request until dropped.
 pub(super) struct SingleFlightGuard {
     key: FlightKey,
     single_flight: SingleFlight,
@@ -41,7 +42,7 @@ pub(super) struct SingleFlightGuard {
 }
 
 impl SingleFlight {
-    /// Takes off, once nobody with the same key is in flight any more; waits for that no longer than `wait`.
+    /// Acquires a key. Waits up to `wait` while the same request holds it.
     pub(super) async fn acquire(
         &self,
         worker: &str,
@@ -79,7 +80,7 @@ impl SingleFlight {
                 }
                 Entry::Occupied(in_flight) => in_flight.get().done.clone(),
             };
-            // Nothing is ever sent: an error says that the sender is gone.
+            // Nothing is ever sent: the channel changes when its sender is dropped.
             if tokio::time::timeout_at(end, done.changed()).await.is_err() {
                 return SingleFlightEntry::InProgress;
             }

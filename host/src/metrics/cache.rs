@@ -1,4 +1,4 @@
-//! What is counted and measured of the cache.
+//! The metrics of the cache.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use prometheus_client::registry::Unit;
 
 use super::{Buckets, Registrar, WorkerLabels, worker_labels};
 
-/// Ages of what is cached, in seconds.
+/// Histogram buckets for ages of cached values, in seconds.
 const AGES: [f64; 13] = [
     0.01, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3_600.0, 21_600.0, 86_400.0,
 ];
@@ -31,18 +31,18 @@ impl MetricConstructor<Histogram> for Ages {
     }
 }
 
-/// What is measured of the cache when somebody asks.
+/// Cache measurements taken when `/metrics` is read.
 #[derive(Debug, Clone, Default)]
 pub struct MeasuredCache {
     /// Values in this process.
     pub entries: u64,
-    /// What they take, in bytes.
+    /// Their size in bytes.
     pub size: u64,
     /// Whether there is a shared cache and it is in use.
     pub is_shared_up: bool,
 }
 
-/// What is counted of the cache.
+/// The counters and gauges of the cache.
 pub struct CacheMetrics {
     hits: Family<HitLabels, Counter>,
     misses: Family<WorkerLabels, Counter>,
@@ -61,56 +61,53 @@ pub struct CacheMetrics {
 impl CacheMetrics {
     pub(super) fn new(registrar: &mut Registrar) -> Self {
         CacheMetrics {
-            hits: registrar.add(
-                "oncely_cache_hits",
-                "Reads that the cache answered, by layer",
-            ),
-            misses: registrar.add("oncely_cache_misses", "Reads that it could not answer"),
+            hits: registrar.add("oncely_cache_hits", "Cache hits, by layer"),
+            misses: registrar.add("oncely_cache_misses", "Cache misses"),
             loads: registrar.add(
                 "oncely_cache_loads",
-                "Values that were loaded because they were missing or stale",
+                "Values loaded because they were missing or stale",
             ),
             waits: registrar.add(
                 "oncely_cache_waits",
-                "Reads that waited for somebody else's load",
+                "Reads that waited for the load of another caller",
             ),
             stale: registrar.add(
                 "oncely_cache_stale_hits",
-                "Hits beyond their time to live, while they were loaded anew",
+                "Hits past their time to live, while being reloaded",
             ),
             age: registrar.add_seconds(
                 "oncely_cache_age",
-                "How old values were that the cache answered with",
+                "Age of the values returned by cache hits",
                 Family::new_with_constructor(Ages),
             ),
             invalidations: registrar.add(
                 "oncely_cache_invalidations",
-                "Tags that were invalidated here",
+                "Tags invalidated on this host",
             ),
             invalidation_delay: registrar.add_seconds(
                 "oncely_cache_invalidation_delay",
-                "How long after a commit its invalidations were heard of and applied here",
+                "Time from a commit to the application of its invalidations on this host",
                 Family::new_with_constructor(Buckets),
             ),
             shared_failures: registrar.add(
                 "oncely_cache_shared_failures",
-                "Operations of the shared cache that failed or took too long",
+                "Operations of the shared cache that failed or timed out",
             ),
             is_shared_up: registrar.add(
                 "oncely_cache_shared_up",
-                "Whether there is a shared cache and it is in use",
+                "Whether a shared cache is configured and in use",
             ),
             entries: registrar.add("oncely_cache_entries", "Values in this process"),
             size: registrar.add_with_unit(
                 "oncely_cache_size",
-                "What they take",
+                "Size of the values in this process",
                 Some(Unit::Bytes),
                 Gauge::default(),
             ),
         }
     }
 
-    /// The layer of this name answered, with a value of this age.
+    /// Counts a hit in this layer, with the age of its value.
     pub fn hit(&self, worker: &str, layer: &'static str, age: Duration) {
         self.hits
             .get_or_create(&HitLabels {
@@ -123,7 +120,7 @@ impl CacheMetrics {
             .observe(age.as_secs_f64());
     }
 
-    /// Such an answer was beyond its time to live.
+    /// Counts a hit past its time to live.
     pub fn stale(&self, worker: &str) {
         self.stale.get_or_create(&worker_labels(worker)).inc();
     }
@@ -146,7 +143,7 @@ impl CacheMetrics {
             .inc_by(tags as u64);
     }
 
-    /// What a host committed so long ago is invalid here now.
+    /// Records that an invalidation of another host was applied, `delay` after its commit.
     pub fn invalidation_applied(&self, worker: &str, delay: Duration) {
         self.invalidation_delay
             .get_or_create(&worker_labels(worker))

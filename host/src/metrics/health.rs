@@ -1,19 +1,19 @@
-//! Whether the host can do its work, as far as it has found out: what every check may report to, and readiness follows.
+//! The host's health as recorded by its checks, from which readiness follows.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// A failure that no success and no other failure has followed for so long says nothing any more.
+/// A failure without a later success or failure counts as outdated after this time.
 const STALE_AFTER: Duration = Duration::from_secs(10);
 
-/// The failures of the present.
+/// The current failures of a host.
 #[derive(Debug, Default)]
 pub struct Health {
-    /// Of the transactions of deliveries, requests and burials.
+    /// Transactions of deliveries, requests and dead-lettering.
     transactions: Mutex<Option<Failure>>,
-    /// Of the small transaction that the host tries every other second.
+    /// The small transaction that the host attempts every other second.
     write_probe: Mutex<Option<Failure>>,
-    /// Of the streams that are the installation's own.
+    /// The installation's own streams.
     own_streams: Mutex<Option<Failure>>,
 }
 
@@ -24,7 +24,7 @@ struct Failure {
     last: Instant,
 }
 
-/// What may fail.
+/// A check that may fail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HealthCheck {
     Transactions,
@@ -33,7 +33,7 @@ pub enum HealthCheck {
 }
 
 impl Health {
-    /// Something worked, or failed for this reason.
+    /// Records the success or failure of a check.
     pub fn record(&self, check: HealthCheck, outcome: Result<(), String>) {
         let mut failure = self
             .slot(check)
@@ -47,18 +47,18 @@ impl Health {
         });
     }
 
-    /// Why the database does not take what the host writes; none when it does.
+    /// The reason why the database does not accept writes; `None` if it does.
     pub fn database_error(&self) -> Option<String> {
         self.why(HealthCheck::WriteProbe)
             .or_else(|| self.why(HealthCheck::Transactions))
     }
 
-    /// Why the host's own streams are not there; none when they are.
+    /// The reason why the host's own streams are missing; `None` if they exist.
     pub fn own_streams_error(&self) -> Option<String> {
         self.why(HealthCheck::OwnStreams)
     }
 
-    /// Since when the database has not taken what the host writes.
+    /// Since when the database has not accepted writes.
     pub fn database_failing_since(&self) -> Option<Instant> {
         [HealthCheck::WriteProbe, HealthCheck::Transactions]
             .into_iter()

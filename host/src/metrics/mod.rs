@@ -1,5 +1,6 @@
-//! What a host counts and measures, for `/metrics`: names follow OpenTelemetry's conventions for messaging where there are
-//! any, and begin with `oncely_` where there are none. `docs/metrics.md` lists them; a test compares.
+//! The metrics of a host for `/metrics`. Names follow OpenTelemetry's conventions for messaging
+//! where such conventions exist; all others begin with `oncely_`. `docs/metrics.md` lists them; a
+//! test compares.
 
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -21,7 +22,7 @@ pub mod health;
 
 pub use cache::{CacheMetrics, MeasuredCache};
 
-/// Of OpenTelemetry's conventions, in seconds.
+/// Histogram buckets from OpenTelemetry's conventions, in seconds.
 const BUCKETS: [f64; 14] = [
     0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
 ];
@@ -95,32 +96,32 @@ impl MetricConstructor<Histogram> for Buckets {
     }
 }
 
-/// What is measured when somebody asks, not counted as it happens.
+/// Measurements taken when `/metrics` is read.
 #[derive(Debug, Clone, Default)]
 pub struct Measured {
     pub nats_connected: bool,
-    /// None when the database is out of reach.
+    /// `None` if the database is unreachable.
     pub outbox: Option<Vec<MeasuredOutbox>>,
-    /// Whether the database answers and commits what the host writes.
+    /// Whether the database answers and commits writes of the host.
     pub is_database_writable: bool,
     pub workers: Vec<MeasuredWorker>,
     pub breakers: Vec<(String, breaker::State)>,
-    /// None where outputs can go by polling alone.
+    /// `None` if only polling is supported.
     pub wal: Option<MeasuredWal>,
-    /// Alarms that are raised, and those that are not and may be, by worker.
+    /// Raised alarms and those that can be raised, by worker.
     pub alarms: Vec<(String, alarm::Kind, bool)>,
     pub cache: MeasuredCache,
 }
 
-/// The database's log as a way for outputs.
+/// The state of WAL mode.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct MeasuredWal {
     pub is_active: bool,
-    /// Whether this host reads it.
+    /// Whether this host reads the WAL.
     pub is_reader: bool,
-    /// How far publishing is behind the commits.
+    /// How far publishing lags behind the commits.
     pub lag: Duration,
-    /// How much of it the server keeps for the slot, in bytes.
+    /// The size of the WAL that the server retains for the slot, in bytes.
     pub retained: u64,
 }
 
@@ -128,26 +129,27 @@ pub struct MeasuredWal {
 #[derive(Debug, Clone, Default)]
 pub struct MeasuredWorker {
     pub worker: String,
-    /// Messages this host holds.
+    /// Messages in progress on this host.
     pub in_flight: usize,
-    /// Messages on the stream that wait or are being handled; none when the server does not answer.
+    /// Messages on the stream that wait or are being handled; `None` if the server does not answer.
     pub unhandled: Option<u64>,
-    /// Age of the oldest of them; zero when there is none.
+    /// Age of the oldest of them; zero if there are none.
     pub oldest: Option<Duration>,
 }
 
-/// What one worker has in the outbox, of all hosts.
+/// The outputs of one worker in the outbox, over all hosts.
 #[derive(Debug, Clone, Default)]
 pub struct MeasuredOutbox {
     pub worker: String,
     pub unpublished: u64,
-    /// Age of the oldest of them, but for what waits for a person.
+    /// Age of the oldest of them, except parked and held ones.
     pub oldest: Option<Duration>,
     pub parked: u64,
     pub held: u64,
 }
 
-/// Everything a host counts. Labels are workers, streams and words from short lists, never subjects or ids.
+/// All metrics of a host. Labels are workers, streams and words from short lists, never subjects or
+/// ids.
 pub struct Metrics {
     registry: Registry,
     names: Vec<String>,
@@ -187,11 +189,11 @@ pub struct Metrics {
     requests_replayed: Family<WorkerLabels, Counter>,
 }
 
-/// What became of a POST to the webhook.
+/// The outcome of a POST to the webhook.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PostOutcome {
     Delivered,
-    /// It is tried again.
+    /// It will be retried.
     Failed,
     Abandoned,
 }
@@ -206,17 +208,17 @@ impl PostOutcome {
     }
 }
 
-/// What became of the publication of an output.
+/// The outcome of an attempt to publish an output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OutputOutcome {
     Published,
-    /// The broker knew it already.
+    /// The broker already had it.
     Duplicate,
-    /// It was looked up, and stood on its stream already.
+    /// A lookup found it already stored on its stream.
     AlreadyStored,
     Failed,
     Parked,
-    /// Its stream holds another message under its id; it is published under another one.
+    /// Its stream holds another message under its id; it is published under a new id.
     IdTaken,
 }
 
@@ -233,7 +235,8 @@ impl OutputOutcome {
     }
 }
 
-/// The codes of failures that the host itself gives; all others are the handlers' own, of which there may be any number.
+/// The failure codes that the host itself assigns. All others come from handlers, and their number
+/// is unlimited.
 const CLASSES: [&str; 11] = [
     "trap",
     "timeout",
@@ -248,7 +251,7 @@ const CLASSES: [&str; 11] = [
     "handler",
 ];
 
-/// Registers metrics and remembers their names.
+/// Registers metrics and keeps their names.
 struct Registrar {
     registry: Registry,
     names: Vec<String>,
@@ -299,59 +302,61 @@ impl Default for Metrics {
         Metrics {
             consumed: registrar.add(
                 "messaging_client_consumed_messages",
-                "Messages taken from streams",
+                "Messages received from streams",
             ),
             sent: registrar.add(
                 "messaging_client_sent_messages",
-                "Outputs, and notices of dead letters and alarms, stored on their streams",
+                "Outputs, dead-letter notices and alarms stored on their streams",
             ),
             process: registrar.add_seconds(
                 "messaging_process_duration",
                 "Time in the handler for one call",
                 Family::new_with_constructor(Buckets),
             ),
-            messages: registrar.add("oncely_messages", "Deliveries by what they came to"),
-            attempts_failed: registrar.add("oncely_attempts_failed", "Failed attempts by class"),
+            messages: registrar.add("oncely_messages", "Deliveries, by verdict"),
+            attempts_failed: registrar.add("oncely_attempts_failed", "Failed attempts, by class"),
             dead_letters: registrar.add("oncely_dead_letters", "Dead letters written, by reason"),
             batches: registrar.add("oncely_batches", "Batches delivered"),
             reruns: registrar.add(
                 "oncely_reruns",
-                "Transactions that were run again because of a member or a conflict",
+                "Transactions run again because of a failed item or a conflict",
             ),
             conflicts: registrar.add(
                 "oncely_conflicts",
-                "Transactions that another one stood in the way of",
+                "Transactions that conflicted with another one",
             ),
-            commits_unclear: registrar
-                .add("oncely_commits_unclear", "Commits whose answer was lost"),
+            commits_unclear: registrar.add("oncely_commits_unclear", "Commits without an answer"),
             outputs: registrar.add(
                 "oncely_outputs",
-                "Attempts to publish an output by what they came to",
+                "Attempts to publish an output, by outcome",
             ),
             regressions: registrar.add(
                 "oncely_stream_regressions",
-                "How often a stream came back without what it had stored",
+                "Times a stream was found without outputs it had stored",
             ),
             republished: registrar.add(
                 "oncely_outputs_republished",
-                "Outputs that a stream had lost",
+                "Outputs published again after a stream had lost them",
             ),
             nats_connected: registrar.add(
                 "oncely_nats_connected",
-                "Whether there is a connection to NATS",
+                "Whether the host is connected to NATS",
             ),
             database_writable: registrar.add(
                 "oncely_database_writable",
-                "Whether the database answers and takes writes",
+                "Whether the database answers and accepts writes",
             ),
-            in_flight: registrar.add("oncely_in_flight_messages", "Messages this host holds"),
+            in_flight: registrar.add(
+                "oncely_in_flight_messages",
+                "Messages in progress on this host",
+            ),
             unhandled: registrar.add(
                 "oncely_unhandled_messages",
                 "Messages on the stream that wait or are being handled",
             ),
             unhandled_age: registrar.add_seconds(
                 "oncely_unhandled_age",
-                "Age of the oldest of them",
+                "Age of the oldest unhandled message",
                 Family::default(),
             ),
             unhandled_age_max: registrar.add_seconds(
@@ -365,7 +370,7 @@ impl Default for Metrics {
             ),
             unpublished_age: registrar.add_seconds(
                 "oncely_unpublished_age",
-                "Age of the oldest of them, but for what waits for a person",
+                "Age of the oldest unpublished output, except parked and held ones",
                 Family::default(),
             ),
             unpublished_age_max: registrar.add_seconds(
@@ -375,47 +380,44 @@ impl Default for Metrics {
             ),
             parked: registrar.add(
                 "oncely_parked_outputs",
-                "Outputs that wait for a person to retry or drop them",
+                "Outputs parked until an operator retries or drops them",
             ),
             held: registrar.add(
                 "oncely_held_outputs",
-                "Outputs that wait for one that is set aside",
+                "Outputs held by a parked output of their key",
             ),
             breaker: registrar.add(
                 "oncely_breaker_state",
-                "Of a stream: 0 closed, 1 half-open, 2 open",
+                "State of a stream's circuit breaker: 0 closed, 1 half-open, 2 open",
             ),
             wal_active: registrar.add(
                 "oncely_wal_active",
-                "Whether outputs are published from the database's log",
+                "Whether outputs are published from the database's WAL",
             ),
-            wal_reader: registrar.add(
-                "oncely_wal_reader",
-                "Whether this host is the one that reads it",
-            ),
+            wal_reader: registrar.add("oncely_wal_reader", "Whether this host reads the WAL"),
             wal_lag: registrar.add_seconds(
                 "oncely_wal_lag",
-                "How far publishing from the log is behind the commits",
+                "Lag of publishing from the WAL behind the commits",
                 Age::default(),
             ),
             wal_retained: registrar.add(
                 "oncely_wal_retained_bytes",
-                "How much of its log the server keeps for the replication slot",
+                "Size of the WAL that the server retains for the replication slot",
             ),
-            alarms: registrar.add("oncely_alarms", "Alarms that are raised"),
+            alarms: registrar.add("oncely_alarms", "Raised alarms"),
             webhook_posts: registrar.add(
                 "oncely_webhook_posts",
-                "Attempts to tell the webhook of an alarm, by outcome",
+                "Attempts to post an alarm to the webhook, by outcome",
             ),
             cache: CacheMetrics::new(&mut registrar),
             requests: registrar.add_seconds(
                 "http_server_request_duration",
-                "Time from a request's first byte to its answer",
+                "Time from a request's first byte to its response",
                 Family::new_with_constructor(Buckets),
             ),
             requests_replayed: registrar.add(
                 "oncely_requests_replayed",
-                "Requests that were given the answer of an earlier one",
+                "Requests answered with a stored response",
             ),
             names: registrar.names,
             registry: registrar.registry,
@@ -424,7 +426,7 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// The names of all metrics, as they are shown. One that has counted nothing yet is not.
+    /// The names of all metrics as exposed. A metric without values is not shown.
     pub fn names(&self) -> &[String] {
         &self.names
     }
@@ -452,7 +454,7 @@ impl Metrics {
             .inc();
     }
 
-    /// A failed attempt with the code it was given.
+    /// Counts a failed attempt with its code.
     pub fn attempt_failed(&self, worker: &str, code: Option<&str>) {
         let class = CLASSES
             .into_iter()
@@ -486,7 +488,7 @@ impl Metrics {
         self.conflicts.get_or_create(&worker_labels(worker)).inc();
     }
 
-    /// A request and its answer, `replayed` if it was given before.
+    /// Records a request with its response. `replayed` means that the response was stored before.
     pub fn request(&self, worker: &str, route: &str, status: u16, replayed: bool, time: Duration) {
         let labels = RequestLabels {
             worker: worker.to_owned(),
@@ -537,7 +539,8 @@ impl Metrics {
             .inc();
     }
 
-    /// Everything as text in the OpenMetrics form that Prometheus reads, with what was measured just now.
+    /// Everything as text in the OpenMetrics format that Prometheus reads, with the current
+    /// measurements.
     pub fn text(&self, measured: &Measured) -> Result<String, std::fmt::Error> {
         self.nats_connected.set(measured.nats_connected.into());
         self.database_writable

@@ -1,4 +1,4 @@
-//! Alarms: what raises and clears one, and the message that tells of it.
+//! Alarms: thresholds, the steps of an alarm, and the notice of a raised or cleared one.
 
 use std::time::Duration;
 
@@ -10,51 +10,53 @@ use crate::model::failure_group::FailureGroup;
 use crate::model::message::{Output, OutputKind};
 use crate::model::units;
 
-/// The stream all alarms go to.
+/// The stream of all alarms.
 pub const ALARM_STREAM: &str = "ONCELY_ALARM";
 
-/// What that stream holds.
+/// The subjects of [`ALARM_STREAM`].
 pub const ALARM_SUBJECTS: &str = "oncely.alarm.>";
 
-/// How long that stream keeps an alarm, unless somebody made it otherwise.
+/// How long a newly created [`ALARM_STREAM`] keeps an alarm. An existing stream keeps its own
+/// limit.
 pub const ALARM_MAX_AGE: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 
-/// A failure of which no letter is open, and of which none died for so long, is new again when it comes back.
+/// A failure is new again if it returns after this long without a dead letter and with none open.
 pub const NEW_FAILURE_RESET_AFTER: Duration = Duration::from_secs(60 * 60);
 
-/// Within what time new failures are counted against [`Thresholds::new_failures`].
+/// The window in which new failures count against [`Thresholds::new_failures`].
 pub const NEW_FAILURES_WINDOW: Duration = Duration::from_secs(60 * 60);
 
-/// What an alarm is about; `as_str` is what people see.
+/// The subject of an alarm. [`Kind::as_str`] is its public name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
-    /// Many dead letters are open.
+    /// Too many dead letters are open.
     DeadLetters,
-    /// A dead letter has been open for long.
+    /// A dead letter has been open for too long.
     DeadLetterAge,
-    /// A message has waited for long on the stream.
+    /// A message has waited on the stream for too long.
     UnhandledAge,
-    /// An output is committed and has not been published for long.
+    /// A committed output has been unpublished for too long.
     UnpublishedAge,
-    /// Outputs wait for a person.
+    /// Outputs are parked until an operator decides.
     Parked,
-    /// A stream held messages of others under the ids of outputs, which were published under other ids.
+    /// A stream already held other messages under the ids of outputs. The outputs were published
+    /// under other ids.
     IdTaken,
     /// Database and broker disagree: one of them was restored to an earlier time.
     Restored,
-    /// A worker that is deployed does not run, or gets no messages.
+    /// A deployed worker does not run, or receives no messages.
     CannotRun,
-    /// The database takes no writes. This one is a host's own, and told around the database.
+    /// The database accepts no writes. A host raises this alarm for itself, without the database.
     Database,
-    /// Messages die of something they did not die of before.
+    /// Messages fail in a way that is new for their worker.
     NewFailure,
 }
 
-/// In the place of a worker's name in alarms of a host itself. No worker can have this name.
+/// Stands for the worker's name in alarms of a host itself. No worker can have this name.
 pub const HOST: &str = "_host";
 
-/// `[worker.alarm]`: what raises an alarm. Each of these is off when it is zero.
+/// `[worker.alarm]`: the thresholds of a worker's alarms. A threshold of zero disables its alarm.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Thresholds {
@@ -63,19 +65,19 @@ pub struct Thresholds {
     /// Age of the oldest open dead letter.
     #[serde(with = "units::duration")]
     pub dead_letter_age: Duration,
-    /// Age of the oldest message on the stream that is not settled.
+    /// Age of the oldest unsettled message on the stream.
     #[serde(with = "units::duration")]
     pub unhandled_age: Duration,
-    /// Age of the oldest output that is due and not published.
+    /// Age of the oldest output that is due and unpublished.
     #[serde(with = "units::duration")]
     pub unpublished_age: Duration,
-    /// Outputs that are set aside.
+    /// Parked outputs.
     pub parked: u32,
-    /// Outputs whose ids were taken, of those in the outbox.
+    /// Outputs in the outbox whose ids were taken.
     pub id_taken: u32,
-    /// How many new failures raise an alarm within an hour; those beyond do not.
+    /// The most new failures that raise an alarm within an hour. Further ones raise none.
     pub new_failures: u32,
-    /// How long a value stays at half of its threshold or below before the alarm is cleared.
+    /// How long a value must stay at half of its threshold or below before the alarm is cleared.
     #[serde(with = "units::duration")]
     pub clear_after: Duration,
 }
@@ -96,6 +98,7 @@ impl Default for Thresholds {
 }
 
 impl Kind {
+    /// All kinds.
     pub const ALL: [Kind; 10] = [
         Kind::DeadLetters,
         Kind::DeadLetterAge,
@@ -109,6 +112,7 @@ impl Kind {
         Kind::NewFailure,
     ];
 
+    /// The name in `oncely status`, in messages and in the database.
     pub fn as_str(self) -> &'static str {
         match self {
             Kind::DeadLetters => "dead-letters",
@@ -124,11 +128,12 @@ impl Kind {
         }
     }
 
+    /// The kind with this name.
     pub fn parse(text: &str) -> Option<Kind> {
         Kind::ALL.into_iter().find(|kind| kind.as_str() == text)
     }
 
-    /// What its value counts.
+    /// The unit of the alarm's value.
     pub fn unit(self) -> &'static str {
         match self {
             Kind::DeadLetters | Kind::NewFailure => "dead_letters",
@@ -138,7 +143,7 @@ impl Kind {
         }
     }
 
-    /// A value for people.
+    /// Formats a value for display. Times of 10 s and more are rounded down to whole seconds.
     pub fn format_value(self, value: u64) -> String {
         match self.unit() {
             "ms" => units::format_duration(Duration::from_millis(
@@ -148,7 +153,7 @@ impl Kind {
         }
     }
 
-    /// What to type to see more.
+    /// The command or check that shows more about the alarm.
     fn hint(self, worker: &str, group: Option<&FailureGroup>) -> String {
         match (self, group) {
             (Kind::NewFailure, Some(group)) => format!("oncely dlq list --group {}", group.id),
@@ -159,7 +164,8 @@ impl Kind {
                 "oncely status".to_owned()
             }
             (Kind::IdTaken, _) => {
-                "look for `id taken` in the logs, and for who may publish to that stream".to_owned()
+                "search the logs for `id taken`, and check which clients may publish to that stream"
+                    .to_owned()
             }
             (Kind::Restored, _) => "oncely recover --dry-run".to_owned(),
             (Kind::Parked, _) => format!("oncely outbox list --worker {worker}"),
@@ -168,7 +174,7 @@ impl Kind {
 }
 
 impl Thresholds {
-    /// What raises an alarm of this kind: a count, or milliseconds. Zero when nothing does.
+    /// The value that raises an alarm of this kind: a count or milliseconds. Zero disables it.
     pub fn threshold(&self, kind: Kind) -> u64 {
         match kind {
             Kind::DeadLetters => self.dead_letters.into(),
@@ -177,31 +183,32 @@ impl Thresholds {
             Kind::UnpublishedAge => units::milliseconds(self.unpublished_age),
             Kind::Parked => self.parked.into(),
             Kind::IdTaken => self.id_taken.into(),
-            // There is nothing to set: one host that waits is one too many.
+            // Not configurable: a single affected host is enough.
             Kind::Restored | Kind::CannotRun | Kind::Database => 1,
             Kind::NewFailure => u64::from(self.new_failures > 0),
         }
     }
 }
 
-/// One alarm as it stands.
+/// An alarm as stored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Alarm {
     pub worker: String,
     pub kind: Kind,
-    /// Which failure is new; for no other kind.
+    /// The new failure; none for other kinds.
     pub group: Option<FailureGroup>,
     /// How often it was raised so far.
     pub times: u32,
-    /// What was measured when it was raised, and what raised it: a count, or milliseconds.
+    /// The value measured when it was raised, in the unit of the threshold: a count or
+    /// milliseconds.
     pub value: u64,
     pub threshold: u64,
     pub raised_at: Timestamp,
     /// None while it is raised.
     pub cleared_at: Option<Timestamp>,
-    /// For how long the value has been low enough to clear it, in milliseconds; none when it is not.
+    /// How long the value has been low enough to clear it, in milliseconds. None if it is not.
     pub recovering_ms: Option<u64>,
-    /// For a new failure: how many of its letters are open or under way now.
+    /// For a new failure: its dead letters that are open or redriven now.
     pub open_dead_letters: u64,
 }
 
@@ -210,7 +217,7 @@ impl Alarm {
         self.cleared_at.is_none()
     }
 
-    /// Its place among the alarms of all workers.
+    /// The sort key among the alarms of all workers.
     pub fn key(&self) -> (&str, Kind, &str) {
         (
             &self.worker,
@@ -220,20 +227,22 @@ impl Alarm {
     }
 }
 
-/// What follows from a measurement.
+/// The step that follows from a measurement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AlarmStep {
     Raise,
-    /// The value is low enough, from now on.
+    /// The value is low enough as of now.
     Recover,
-    /// It was, and is not any more.
+    /// The value was low enough and no longer is.
     Relapse,
     Clear,
 }
 
-/// What follows for an alarm, if it was ever raised, from a `value`; none when that could not be measured. It is raised at
-/// the threshold, and cleared once the value stayed at half of it or below for a while, so that a value that goes up and
-/// down around the threshold is one alarm.
+/// The next step of an alarm, from its stored state, if any, and a measured `value`. None if
+/// nothing changes, for example because the value could not be measured.
+///
+/// An alarm is raised at the threshold. It is cleared once the value has stayed at half of the
+/// threshold or below for `clear_after`. A value that flaps around the threshold is thus one alarm.
 pub fn next_step(
     existing: Option<&Alarm>,
     value: Option<u64>,
@@ -259,22 +268,22 @@ pub fn next_step(
     }
 }
 
-/// One step of one alarm, to be taken if the alarm is still as it was seen.
+/// One step of one alarm, applied only if the alarm is unchanged since it was read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AlarmUpdate {
     pub worker: String,
     pub kind: Kind,
     pub group: Option<FailureGroup>,
-    /// How often it had been raised when it was seen; 0 for never.
+    /// `times` of the alarm when it was read; 0 if it was never raised.
     pub times: u32,
     pub step: AlarmStep,
     pub value: u64,
     pub threshold: u64,
-    /// The trouble, where the kind does not say it.
+    /// The cause, where the kind does not imply it.
     pub why: Option<String>,
 }
 
-/// An alarm that was just raised or cleared, to be told.
+/// An alarm that was just raised or cleared, to be published.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Notice {
     pub worker: String,
@@ -282,17 +291,17 @@ pub struct Notice {
     pub group: Option<FailureGroup>,
     /// How often it was raised, this time included.
     pub times: u32,
-    /// What was measured just now.
+    /// The current measured value.
     pub value: u64,
     pub threshold: u64,
     pub raised_at: Timestamp,
-    /// None when it was raised.
+    /// None if it was raised.
     pub cleared_at: Option<Timestamp>,
-    /// The trouble, where the kind does not say it.
+    /// The cause, where the kind does not imply it.
     pub why: Option<String>,
 }
 
-/// The body of the message that tells of an alarm.
+/// The JSON body of an alarm message.
 #[derive(Debug, Serialize)]
 struct Body<'n> {
     id: &'n str,
@@ -311,13 +320,13 @@ struct Body<'n> {
 }
 
 impl Notice {
-    /// The database takes nothing that this host writes.
+    /// The alarm for a database that accepts no writes of this host.
     pub fn database_unavailable(host: &str, why: &str) -> Notice {
         Notice {
             worker: HOST.to_owned(),
             kind: Kind::Database,
             group: None,
-            // No counter can be kept: the database is away.
+            // Random, because no counter can be stored without the database.
             times: rand::random(),
             value: 1,
             threshold: 1,
@@ -327,7 +336,7 @@ impl Notice {
         }
     }
 
-    /// The same alarm, over.
+    /// The same alarm, cleared now.
     #[must_use]
     pub fn cleared(self) -> Notice {
         Notice {
@@ -350,7 +359,8 @@ impl Notice {
         }
     }
 
-    /// The readable id of its message, and the id of the webhook. The same change has the same id, whichever host sends it.
+    /// The readable id of the alarm message and of the webhook request. A change has the same id on
+    /// every host.
     pub fn id(&self) -> String {
         let group = self
             .group
@@ -366,7 +376,7 @@ impl Notice {
         )
     }
 
-    /// One sentence for a person.
+    /// One sentence for an operator.
     pub fn text(&self) -> String {
         let worker = &self.worker;
         let (value, threshold) = (
@@ -385,13 +395,15 @@ impl Notice {
                 format!("worker {worker}")
             };
             return format!(
-                "{whose}: the alarm `{}` is over after {lasted}",
+                "{whose}: alarm `{}` cleared after {lasted}",
                 self.kind.as_str()
             );
         }
         match self.kind {
             Kind::DeadLetters => {
-                format!("worker {worker} has {value} open dead letters; {threshold} raise an alarm")
+                format!(
+                    "worker {worker} has {value} open dead letters; the threshold is {threshold}"
+                )
             }
             Kind::DeadLetterAge => {
                 format!("a dead letter of worker {worker} has been open for {value}")
@@ -401,22 +413,22 @@ impl Notice {
                 format!("an output of worker {worker} has not been published for {value}")
             }
             Kind::Parked => {
-                format!("{value} outputs of worker {worker} are set aside and hold their keys")
+                format!("{value} outputs of worker {worker} are parked and hold their keys")
             }
             Kind::IdTaken => format!(
-                "a stream held other messages under the ids of {value} outputs of worker {worker}; these were published \
-                 under other ids"
+                "a stream held other messages under the ids of {value} outputs of worker {worker}; \
+                 these outputs were published under other ids"
             ),
             Kind::Restored => format!(
-                "database and broker disagree, as after a restore of one of them: worker {worker} takes no messages, and its \
-                 outputs wait"
+                "database and broker disagree, as after a restore of one of them: worker {worker} \
+                 receives no messages, and its outputs are not published"
             ),
             Kind::CannotRun => format!("worker {worker} cannot run{}", self.reason_suffix()),
             Kind::Database => format!("the database takes no writes{}", self.reason_suffix()),
             Kind::NewFailure => {
                 let again = if self.times > 1 { " again" } else { "" };
                 format!(
-                    "messages die{again} at worker {worker}: {}",
+                    "worker {worker} dead-letters messages{again}: {}",
                     self.failure_text()
                 )
             }
@@ -431,7 +443,7 @@ impl Notice {
 
     fn failure_text(&self) -> String {
         let Some(group) = &self.group else {
-            return "of a new failure".to_owned();
+            return "a new failure".to_owned();
         };
         let code = group
             .code
@@ -469,7 +481,7 @@ impl Notice {
             hint: self.kind.hint(&self.worker, self.group.as_ref()),
             group: self.group.as_ref(),
         };
-        // Text, numbers and times: there is nothing in it that JSON does not take.
+        // Serialization cannot fail: the body holds text, numbers and times only.
         let body = serde_json::to_vec(&body).unwrap_or_default();
         let headers = [
             ("Content-Type", "application/json"),
@@ -487,14 +499,14 @@ impl Notice {
                 .map(|(name, value)| (name.to_owned(), value.to_owned()))
                 .to_vec(),
             body: Bytes::from(body),
-            // One of a worker's alarms after the other.
+            // One key per worker keeps its alarms in order.
             ordering_key: Some(ALARM_ORDERING_KEY.to_owned()),
             delay: Duration::ZERO,
         }
     }
 }
 
-/// Tells of an alarm in the log.
+/// Logs a raised or cleared alarm.
 pub fn log(notice: &Notice) {
     let (worker, alarm, group) = (
         &notice.worker,
@@ -502,16 +514,17 @@ pub fn log(notice: &Notice) {
         notice.group.as_ref().map(|group| &group.id),
     );
     match notice.is_raised() {
-        // The first bad message of a kind is news, and nothing to wake a person for.
+        // A new failure is worth a log line, but it does not need an operator at once.
         true if notice.kind == Kind::NewFailure => {
-            tracing::warn!(worker, alarm, group, "alarm raised: {}", notice.text())
+            tracing::warn!(worker, alarm, group, text = notice.text(), "alarm raised")
         }
-        true => tracing::error!(worker, alarm, group, "alarm raised: {}", notice.text()),
-        false => tracing::info!(worker, alarm, group, "alarm cleared: {}", notice.text()),
+        true => tracing::error!(worker, alarm, group, text = notice.text(), "alarm raised"),
+        false => tracing::info!(worker, alarm, group, text = notice.text(), "alarm cleared"),
     }
 }
 
-/// The ordering key of a worker's alarms: that one is over is never told before that it was raised.
+/// The ordering key of a worker's alarms. An alarm is never published as cleared before it is
+/// published as raised.
 const ALARM_ORDERING_KEY: &str = "oncely.alarm";
 
 #[cfg(test)]
@@ -650,7 +663,7 @@ mod tests {
         assert_eq!(over.id(), "alarm:settle:unpublished-age:3:cleared");
         assert_eq!(
             over.text(),
-            "worker settle: the alarm `unpublished-age` is over after 2h"
+            "worker settle: alarm `unpublished-age` cleared after 2h"
         );
     }
 }

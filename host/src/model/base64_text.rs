@@ -4,6 +4,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Deserializer, Serializer};
 
+/// Writes bytes as a Base64 string.
 pub fn serialize<T: AsRef<[u8]>, S: Serializer>(
     bytes: &T,
     serializer: S,
@@ -11,6 +12,7 @@ pub fn serialize<T: AsRef<[u8]>, S: Serializer>(
     serializer.serialize_str(&STANDARD.encode(bytes))
 }
 
+/// Reads bytes from a Base64 string.
 pub fn deserialize<'de, T: From<Vec<u8>>, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<T, D::Error> {
@@ -21,7 +23,7 @@ pub fn deserialize<'de, T: From<Vec<u8>>, D: Deserializer<'de>>(
         .map_err(serde::de::Error::custom)
 }
 
-/// The same for bytes that may be missing: `#[serde(with = "base64_text::optional")]`.
+/// The same for optional bytes: `#[serde(with = "base64_text::optional")]`.
 pub mod optional {
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 

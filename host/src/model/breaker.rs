@@ -1,61 +1,62 @@
-//! A circuit breaker: after several failures in a row nothing more is tried for a while, then one probe decides.
+//! A circuit breaker: opens after several failures in a row, then a single probe decides.
 //!
-//! Time and randomness are arguments. It knows nothing of what it guards.
+//! Time and randomness are arguments. The breaker does not depend on the guarded resource.
 
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-/// How many failures in a row open it.
+/// Failures in a row that open the breaker.
 const FAILURE_THRESHOLD: u32 = 5;
 
-/// How long it stays open the first time; twice that after each probe that fails.
+/// How long the breaker stays open the first time. Each failed probe doubles the time.
 const OPEN_MIN: Duration = Duration::from_millis(500);
 
-/// Where that doubling ends. Recovery is noticed within this time.
+/// The upper limit of that doubling. A recovery is detected within this time.
 const OPEN_MAX: Duration = Duration::from_secs(8);
 
-/// How long an answer to a probe may take before another probe is let through.
+/// How long a probe may stay unanswered before the next one is granted.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// When to ask again while a probe is under way.
+/// How long callers wait while a probe is in flight.
 const PROBE_RETRY_AFTER: Duration = Duration::from_millis(500);
 
-/// What a breaker says to whoever wants to try.
+/// The decision of a breaker on a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Permit {
-    /// Go on.
+    /// The call may proceed.
     Granted,
-    /// Not before this long.
+    /// The call may not proceed for this long.
     Denied(Duration),
 }
 
-/// What people see of a breaker.
+/// The public state of a breaker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
-    /// All is well.
+    /// Calls proceed.
     Closed,
-    /// Nothing is tried.
+    /// Calls are denied.
     Open,
-    /// One probe is under way.
+    /// One probe is in flight.
     HalfOpen,
 }
 
-/// One breaker, closed at first.
+/// A circuit breaker, closed at first.
 #[derive(Debug, Clone)]
 pub struct Breaker {
     state: State,
-    /// In a row.
+    /// Failures in a row.
     failures: u32,
     /// How often it opened in a row.
     opened: u32,
-    /// Until when it is open, or its probe may take.
+    /// The end of the open time, or of the time for the probe.
     until: Instant,
     last_error: String,
 }
 
 impl Breaker {
+    /// A closed breaker.
     pub fn new(now: Instant) -> Self {
         Breaker {
             state: State::Closed,
@@ -66,16 +67,17 @@ impl Breaker {
         }
     }
 
+    /// The current state.
     pub fn state(&self) -> State {
         self.state
     }
 
-    /// The last failure, for a person.
+    /// The last failure, for display.
     pub fn last_error(&self) -> &str {
         &self.last_error
     }
 
-    /// Whether to try now. Once it was open long enough, the first one who asks is the probe.
+    /// Decides whether a call may proceed now. The first call after the open time is the probe.
     pub fn permit(&mut self, now: Instant) -> Permit {
         if self.state == State::Closed {
             return Permit::Granted;
@@ -93,7 +95,7 @@ impl Breaker {
         Permit::Granted
     }
 
-    /// For how long nothing is let through from now on.
+    /// How long calls are denied from now on.
     pub fn open_for(&self, now: Instant) -> Duration {
         if self.state == State::Closed {
             Duration::ZERO
@@ -102,14 +104,15 @@ impl Breaker {
         }
     }
 
-    /// Something worked. Returns whether that closed it.
+    /// Records a success. Returns whether it closed the breaker.
     pub fn succeeded(&mut self) -> bool {
         let was_closed = self.state == State::Closed;
         (self.state, self.failures, self.opened) = (State::Closed, 0, 0);
         !was_closed
     }
 
-    /// Something failed. Returns whether that opened it. What was tried before it opened and fails now says nothing new.
+    /// Records a failure. Returns whether it opened the breaker. A call that began before the
+    /// breaker opened does not extend the open time.
     pub fn failed(&mut self, now: Instant, random: f64, last_error: &str) -> bool {
         self.failures = self.failures.saturating_add(1);
         last_error.clone_into(&mut self.last_error);
@@ -130,7 +133,8 @@ impl Breaker {
         opens
     }
 
-    /// What was tried failed for a reason of its own. If it was the probe, the next one who asks is another.
+    /// Records a failure that is unrelated to the resource. If the call was the probe, the next
+    /// call is another probe.
     pub fn inconclusive(&mut self, now: Instant) {
         if self.state == State::HalfOpen {
             (self.state, self.until) = (State::Open, now);
@@ -158,7 +162,7 @@ mod tests {
         for _ in 1..FAILURE_THRESHOLD {
             assert!(!breaker.failed(now, 0.0, "no answer"));
         }
-        // A success in between starts the count anew.
+        // A success in between restarts the count.
         breaker.succeeded();
         for _ in 1..FAILURE_THRESHOLD {
             assert!(!breaker.failed(now, 0.0, "no answer"));
@@ -189,7 +193,7 @@ mod tests {
         let mut waited = Vec::new();
         for _ in 0..6 {
             let Permit::Denied(wait) = breaker.permit(now) else {
-                panic!("it is not open")
+                panic!("the breaker is not open")
             };
             waited.push(wait.as_millis());
             now += wait;

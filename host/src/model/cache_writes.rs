@@ -1,32 +1,33 @@
-//! What a handler leaves for the cache, buffered until its transaction commits; and what may stand in the cache at all.
+//! Cache writes of a handler, buffered until its transaction commits, and the limits of the cache.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use bytes::Bytes;
 
-/// The longest key and the longest tag, in bytes.
+/// The longest key or tag, in bytes.
 pub const NAME_MAX: usize = 255;
 
-/// The largest value that is kept, in bytes.
+/// The largest value, in bytes.
 pub const VALUE_MAX: usize = 1 << 20;
 
-/// All values that one call of a handler puts, together, in bytes.
+/// The largest total of the values that one handler call puts, in bytes.
 pub const PUTS_SIZE_MAX: usize = 4 << 20;
 
-/// How many tags a value may have.
+/// The most tags of one value.
 pub const TAGS_MAX: usize = 32;
 
-/// How many values one call of a handler may put, and how many tags it may invalidate.
+/// The most values that one handler call puts, and the most tags that it invalidates.
 pub const WRITES_MAX: usize = 1_000;
 
 /// The longest time to live.
 pub const TTL_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// The tag that every value of a worker has besides its own: to invalidate it is to forget all of them.
+/// The tag that every value of a worker has besides its own. Invalidating it clears the worker's
+/// cache.
 pub const EVERYTHING: &str = "";
 
-/// A value to be put.
+/// A value to put.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CachePut {
     pub value: Bytes,
@@ -34,7 +35,7 @@ pub struct CachePut {
     pub tags: Vec<String>,
 }
 
-/// What one call, or the items of a batch one after the other, put and invalidate.
+/// The puts and invalidations of one call, or of the items of a batch in order.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct CacheWrites {
     puts: BTreeMap<String, CachePut>,
@@ -44,7 +45,7 @@ pub struct CacheWrites {
 }
 
 impl CacheWrites {
-    /// Whether there is nothing to do.
+    /// Whether there are neither puts nor invalidations.
     pub fn is_empty(&self) -> bool {
         self.puts.is_empty() && self.tags.is_empty()
     }
@@ -59,33 +60,34 @@ impl CacheWrites {
         &self.tags
     }
 
-    /// The value that was put here under a key.
+    /// The value put under a key.
     pub fn pending_put(&self, key: &str) -> Option<&CachePut> {
         self.puts.get(key)
     }
 
-    /// Whether one of these tags was invalidated here.
+    /// Whether one of these tags was invalidated.
     pub fn invalidates(&self, tags: &[String]) -> bool {
         tags.iter().any(|tag| self.tags.contains(tag))
     }
 
-    /// How many values were put, those that were put again or invalidated included.
+    /// The number of puts, including overwritten and invalidated ones.
     pub fn puts_count(&self) -> usize {
         self.puts_count
     }
 
-    /// What they took together, in bytes.
+    /// The total size of these puts, in bytes.
     pub fn puts_size(&self) -> usize {
         self.puts_size
     }
 
+    /// Puts a value, which replaces an earlier one under the same key.
     pub fn put(&mut self, key: String, put: CachePut) {
         self.puts_size += put.value.len();
         self.puts_count += 1;
         self.puts.insert(key, put);
     }
 
-    /// Invalidates tags: values that were put here before and have one of them are not put after all.
+    /// Invalidates tags. Earlier puts with one of these tags are dropped.
     pub fn invalidate(&mut self, tags: impl IntoIterator<Item = String>) {
         self.tags.extend(tags);
         let invalid = &self.tags;
@@ -93,7 +95,7 @@ impl CacheWrites {
             .retain(|_, put| !put.tags.iter().any(|tag| invalid.contains(tag)));
     }
 
-    /// What a later item left comes after this.
+    /// Appends the writes of a later item.
     pub fn extend(&mut self, later: CacheWrites) {
         let CacheWrites {
             puts,
@@ -101,7 +103,8 @@ impl CacheWrites {
             puts_size,
             puts_count,
         } = later;
-        // Of those tags alone: a value that was put after an earlier item invalidated its tag stays.
+        // Only the tags of the later item: a value put after an earlier item invalidated its tag
+        // stays.
         self.puts
             .retain(|_, put| !put.tags.iter().any(|tag| tags.contains(tag)));
         self.tags.extend(tags);
@@ -111,7 +114,11 @@ impl CacheWrites {
     }
 }
 
-/// Refuses what is no key or tag: 1 to [`NAME_MAX`] bytes without control characters. The error is a sentence without an end.
+/// Checks a key or a tag: 1 to [`NAME_MAX`] bytes without control characters.
+///
+/// # Errors
+///
+/// Returns a clause without a full stop.
 pub fn check_name(what: &str, name: &str) -> Result<(), String> {
     if name.is_empty() || name.len() > NAME_MAX || name.chars().any(char::is_control) {
         return Err(format!(

@@ -1,4 +1,4 @@
-//! The message that tells of a dead letter: the original bytes and headers, and its story in headers.
+//! The notice of a dead letter: the original bytes and headers, and the failure in further headers.
 
 use std::time::Duration;
 
@@ -7,24 +7,29 @@ use bytes::Bytes;
 use crate::model::message::{self, Headers, Output, OutputKind, output_id};
 use crate::model::verdict::DeadLetter;
 
-/// The stream all dead letters go to.
+/// The stream of all dead letters.
 pub const DLQ_STREAM: &str = "ONCELY_DLQ";
 
-/// What that stream holds.
+/// The subjects of [`DLQ_STREAM`].
 pub const DLQ_SUBJECTS: &str = "oncely.dlq.>";
 
-/// How much of the detail travels in a header, in characters.
+/// The longest text in a header of a notice, in characters.
 const DETAIL_MAX: usize = 1_000;
 
-/// Room for the headers that are added when the letter has its number: `Oncely-Dead-Letter`, `Oncely-Group`, `Oncely-Redriven`.
+/// Bytes reserved for headers that are added once the dead letter has its number:
+/// `Oncely-Dead-Letter`, `Oncely-Group`, `Oncely-Redriven`.
 const RESERVED_BYTES: usize = 128;
 
-/// The message to `oncely.dlq.{worker}`. Its headers: all of the original's, but those of the transport (`Nats-*`), and
-/// `Oncely-Worker`, `Oncely-Version`, `Oncely-Event-Id`, `Oncely-Reason`, `Oncely-Code`, `Oncely-Detail`,
-/// `Oncely-Attempts`, `Oncely-Subject` (the original's), `Oncely-Stream` and `Oncely-Stream-Sequence`.
+/// The message to `oncely.dlq.{worker}`.
 ///
-/// One that would be larger than `payload_max` goes without its body, and then without the original's headers, and says so in
-/// `Oncely-Omitted`: the letter in the database has all of it.
+/// Its headers are those of the original, except `Nats-*` and `Oncely-*`, and these:
+///
+/// - `Oncely-Worker`, `Oncely-Version`, `Oncely-Event-Id`
+/// - `Oncely-Reason`, `Oncely-Code`, `Oncely-Detail`, `Oncely-Attempts`
+/// - of the original, `Oncely-Subject`, `Oncely-Stream` and `Oncely-Stream-Sequence`
+///
+/// A notice larger than `payload_max` bytes omits its body and, if necessary, the original headers.
+/// `Oncely-Omitted` names the omitted parts. The dead letter in the database is always complete.
 pub fn notice(dead_letter: &DeadLetter, payload_max: usize) -> Output {
     let (whole, payload_max) = (
         full_notice(dead_letter),
@@ -33,6 +38,8 @@ pub fn notice(dead_letter: &DeadLetter, payload_max: usize) -> Output {
     if message::wire_size(&whole.headers, &whole.id, whole.body.len()) <= payload_max {
         return whole;
     }
+
+    // Omit the body, and if that is not enough the original headers.
     let left_out = |parts: &str| ("Oncely-Omitted".to_owned(), parts.to_owned());
     let mut without = Output {
         body: Bytes::new(),
@@ -59,6 +66,8 @@ fn full_notice(dead_letter: &DeadLetter) -> Output {
         })
         .cloned()
         .collect();
+
+    // The failure and the origin, in headers of the platform.
     let mut add = |name: &str, value: String| headers.push((name.to_owned(), value));
     add("Oncely-Worker", dead_letter.worker.clone());
     add("Oncely-Version", dead_letter.version.to_string());
@@ -74,7 +83,9 @@ fn full_notice(dead_letter: &DeadLetter) -> Output {
         add("Oncely-Stream", origin.stream.clone());
         add("Oncely-Stream-Sequence", origin.sequence.to_string());
     }
-    // A second payload under one event id is a letter of its own, so its digest is part of the id.
+
+    // A second payload under one event id is a separate dead letter, so its digest is part of the
+    // id.
     let digest = hex::encode(message.payload_sha256());
     let ordinal_free = format!("dlq:{}", digest.get(..16).unwrap_or_default());
     let id = output_id(&dead_letter.worker, &message.event_id, 0);
@@ -91,7 +102,7 @@ fn full_notice(dead_letter: &DeadLetter) -> Output {
     }
 }
 
-/// Fit for a header: no line breaks or other control characters, bounded.
+/// Makes a text fit for a header: no control characters, at most [`DETAIL_MAX`] characters.
 fn one_line(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { ' ' } else { c })

@@ -1,50 +1,53 @@
-//! Letters that died of the same failure: a fingerprint that leaves out what differs from message to message.
+//! Groups of dead letters with the same failure, by a fingerprint without the values of a message.
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::model::verdict::{DeadLetter, PANIC_PREFIX, Reason};
 
-/// How much of a shape is kept, in characters.
+/// The longest shape, in characters.
 const SHAPE_MAX: usize = 300;
 
-/// How many frames tell where a handler trapped.
+/// The most functions in a place.
 const FRAMES_MAX: usize = 3;
 
-/// What letters have in common that died of the same failure.
+/// The failure that a group of dead letters shares.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct FailureGroup {
-    /// 16 hex digits, made of the worker and of everything below.
+    /// 16 hex digits, derived from the worker and all fields below.
     pub id: String,
     pub reason: String,
-    /// The handler's own name for the failure, if it gave one.
+    /// The handler's own code for the failure, if any.
     pub code: Option<String>,
     /// The detail with `#` in place of numbers and ids, and `"…"` in place of quoted text.
     pub shape: String,
-    /// The innermost functions of the handler where it trapped, innermost first, as far as the component has their names.
+    /// The handler's functions at the trap, innermost first, as far as the component has their
+    /// names.
     pub place: Option<String>,
 }
 
 impl FailureGroup {
-    /// The group that a letter belongs to.
+    /// The group of a dead letter.
     pub fn of(dead_letter: &DeadLetter) -> Self {
         let shape = match dead_letter.reason {
             Reason::Rejected
             | Reason::AttemptsExhausted
             | Reason::DeterministicFailure
             | Reason::OutputRefused => {
-                // A panic is told by its place; its words may hold anything.
+                // A panic is grouped by its place, because its message may hold any value.
                 match dead_letter.detail.starts_with(PANIC_PREFIX) {
                     true => detail_shape(PANIC_PREFIX.trim_end_matches(": ")),
                     false => detail_shape(&dead_letter.detail),
                 }
             }
-            // The host found these details, and all of one reason are one failure.
+            // The host wrote these details. All dead letters of one reason are one failure.
             Reason::IdReuse | Reason::InvalidId | Reason::Unreadable | Reason::CrashedHost => {
                 String::new()
             }
         };
         let place = trap_place(&dead_letter.frames);
+
+        // Hash the worker and all fields, each with a terminator.
         let mut digest = Sha256::new();
         let parts = [
             dead_letter.worker.as_str(),
@@ -69,8 +72,8 @@ impl FailureGroup {
     }
 }
 
-/// A detail without what differs from message to message: text between quotes, and words with a digit in them. What stands
-/// between backticks is a name more often than a value, so it is treated like other words.
+/// Replaces the values of a message in a detail: quoted text, and words with a digit. Text between
+/// backticks is more often a name than a value, so it is treated like other words.
 fn detail_shape(detail: &str) -> String {
     let mut shape = String::new();
     let mut rest = detail;
@@ -94,7 +97,8 @@ fn detail_shape(detail: &str) -> String {
     shape.chars().take(SHAPE_MAX).collect()
 }
 
-/// What follows a quoted text that begins here; none when none does. An apostrophe within a word is no quote.
+/// The rest after a quoted text at the beginning; none if there is no such text. An apostrophe
+/// within a word is no quote.
 fn skip_quoted(text: &str, quote: char, before: Option<char>) -> Option<&str> {
     let is_quote = quote == '"' || (quote == '\'' && !before.is_some_and(char::is_alphanumeric));
     if !is_quote {
@@ -112,7 +116,7 @@ fn skip_quoted(text: &str, quote: char, before: Option<char>) -> Option<&str> {
     None
 }
 
-/// Ids hang together by these.
+/// Ids consist of these.
 fn is_word_char(c: char) -> bool {
     c.is_alphanumeric() || matches!(c, '_' | '-' | '.' | ':' | '@')
 }
@@ -121,7 +125,7 @@ fn is_value(word: &str) -> bool {
     word.chars().any(|c| c.is_ascii_digit())
 }
 
-/// Where a handler trapped: its own functions, without those that every panic goes through.
+/// The place of a trap: the handler's own functions, without those common to all panics.
 fn trap_place(frames: &[String]) -> Option<String> {
     const PANIC_PREFIXES: [&str; 9] = [
         "std::", "core::", "alloc::", "<std::", "<core::", "<alloc::", "__rust", "rust_", "abort",
@@ -136,7 +140,7 @@ fn trap_place(frames: &[String]) -> Option<String> {
     }
 }
 
-/// A function's name without the hash that Rust appends, which is another one for each build.
+/// A function's name without the hash that Rust appends. The hash differs between builds.
 fn without_hash(name: &str) -> &str {
     match name.rsplit_once("::h") {
         Some((name, hash))

@@ -1,21 +1,21 @@
-//! A hint: what a person can type next, carried along with an error.
+//! Hints: the next command for the operator, carried along with an error.
 
 use std::error::Error;
 use std::fmt;
 
-/// An error with a hint. It reads like the error it wraps; whoever shows errors to people finds the hint with
-/// [`hints`] and prints it last.
+/// An error with a hint. It displays like the error it wraps. [`hints`] returns the hints, which
+/// are printed last.
 pub struct Hinted {
     hint: String,
     error: anyhow::Error,
 }
 
-/// Attaches a hint to an error or to the error of a result.
+/// Attaches a hint to an error, or to the error of a result.
 pub trait WithHint {
-    /// What comes back: an error, or a result with one.
+    /// The hinted error, or a result with one.
     type Hinted;
 
-    /// Adds what to do next, such as "run: oncely workers".
+    /// Adds the next step for the operator, such as "run: oncely workers".
     fn hint(self, hint: impl Into<String>) -> Self::Hinted;
 }
 
@@ -43,7 +43,7 @@ pub fn hints(error: &anyhow::Error) -> Vec<&str> {
     wrapped(error).map(|hinted| hinted.hint.as_str()).collect()
 }
 
-/// The first `T` among an error, its contexts and its causes, also behind hints.
+/// The first `T` among an error, its contexts and its causes, including those behind hints.
 pub fn find_cause<T: fmt::Display + fmt::Debug + Send + Sync + 'static>(
     error: &anyhow::Error,
 ) -> Option<&T> {
@@ -71,7 +71,7 @@ impl fmt::Debug for Hinted {
 }
 
 impl Error for Hinted {
-    /// The wrapped error stands for itself through `Display`; its causes follow.
+    /// The wrapped error is displayed in place of this one, so the chain continues with its causes.
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         self.error.chain().nth(1)
     }

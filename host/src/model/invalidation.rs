@@ -1,7 +1,7 @@
-//! The message that tells all hosts which tags of the cache a transaction invalidated.
+//! The message that publishes the invalidated cache tags of a transaction to all hosts.
 //!
-//! It is an output like any other: a row of that very transaction, published by whichever host comes to it. Who hears it
-//! twice or late forgets a little more than necessary, and nothing else.
+//! It is an output like any other: a row of the invalidating transaction, published by any host. A
+//! duplicate or late delivery only invalidates more than necessary.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -14,31 +14,32 @@ use uuid::Uuid;
 use crate::model::cache_writes::EVERYTHING;
 use crate::model::message::{Output, OutputKind};
 
-/// The stream of what is to be forgotten.
+/// The stream of cache invalidations.
 pub const CACHE_STREAM: &str = "ONCELY_CACHE";
 
-/// What that stream holds.
+/// The subjects of [`CACHE_STREAM`].
 pub const CACHE_SUBJECTS: &str = "oncely.cache.>";
 
-/// How long that stream keeps a message, unless somebody made it otherwise; whoever was away for longer forgets everything.
+/// How long a newly created [`CACHE_STREAM`] keeps a message. An existing stream keeps its own
+/// limit. A host that was disconnected for longer clears its cache.
 pub const CACHE_STREAM_MAX_AGE: Duration = Duration::from_secs(60 * 60);
 
-/// How much the headers of such a message may take of what the broker lets through, in bytes.
+/// The part of the broker's payload limit that is reserved for headers, in bytes.
 const HEADERS_SIZE: usize = 1024;
 
-/// Which tags of a worker are invalid. Written as JSON.
+/// The invalidated tags of a worker, published as JSON.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Invalidation {
-    /// The same on every host. Random, so that a forged message cannot have the id of one to come.
+    /// The same on every host. Random, so that a forged message cannot have the id of a later one.
     pub id: String,
     pub worker: String,
     pub tags: BTreeSet<String>,
-    /// Just before the commit, by the clock of the host that commits.
+    /// Just before the commit, by the clock of the committing host.
     pub at: Timestamp,
 }
 
 impl Invalidation {
-    /// The tags that one transaction invalidates.
+    /// The invalidation of one transaction.
     pub fn new(worker: &str, tags: BTreeSet<String>, at: Timestamp) -> Self {
         let id = format!("cache:{worker}:{}", Uuid::new_v4());
         Invalidation {
@@ -49,7 +50,12 @@ impl Invalidation {
         }
     }
 
-    /// The message to `oncely.cache.{worker}`. Where the broker takes no message of that size it says to forget everything.
+    /// The message to `oncely.cache.{worker}`. A message larger than `payload_max` bytes is
+    /// replaced by one that invalidates everything.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the body cannot be serialized.
     pub fn output(&self, event_id: &str, payload_max: usize) -> serde_json::Result<Output> {
         let mut body = serde_json::to_vec(self)?;
         if body.len() + HEADERS_SIZE > payload_max {
@@ -71,7 +77,11 @@ impl Invalidation {
         })
     }
 
-    /// Reads the body of such a message.
+    /// Parses the body of such a message.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the body is not the JSON of an invalidation.
     pub fn read(body: &[u8]) -> serde_json::Result<Self> {
         serde_json::from_slice(body)
     }

@@ -1,4 +1,4 @@
-//! Keyed state of a worker while a batch runs: what was read, what each member changed, what is to be written.
+//! Keyed state of a worker while a batch runs: slots read, changes of each item, pending writes.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -15,43 +15,44 @@ pub struct StateEntry {
     pub version: u64,
 }
 
-/// A key of keyed state: its value, and the version that its next change follows. Versions of a key only grow, also when it
-/// is deleted and set again.
+/// A key of keyed state: its value, and the version that its next change follows. Versions of a key
+/// only grow, also across a deletion.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct StateSlot {
-    /// None when the key is not there.
+    /// None if the key does not exist.
     pub entry: Option<StateEntry>,
-    /// The version of the entry, or of the deletion; where the database has no row, at least the last one the key ever had.
+    /// The version of the entry or of the deletion. If the database has no row, at least the last
+    /// version that the key ever had.
     pub version: u64,
-    /// Whether the database has a row for the key, which it keeps for a while after a deletion.
+    /// Whether the database has a row for the key. The row outlives a deletion for a while.
     pub has_row: bool,
 }
 
-/// One change of keyed state, applied only where the key still has the version that was read.
+/// One change of keyed state, applied only if the key still has the version that was read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StateWrite {
     pub key: String,
-    /// The version of the row read in this transaction; none when there was no row.
+    /// The version of the row read in this transaction; none if there was no row.
     pub expected: Option<u64>,
     /// The new version, higher than all before.
     pub version: u64,
-    /// The new value; none to delete the key.
+    /// The new value; none deletes the key.
     pub value: Option<Bytes>,
 }
 
-/// The state of one worker as the members of one batch see it, one after the other.
+/// The state of one worker as the items of one batch see it, in order.
 #[derive(Debug, Default)]
 pub struct BatchState {
-    /// What the transaction read, or found absent.
+    /// Slots that the transaction read, absent keys included.
     read: HashMap<String, StateSlot>,
-    /// What members that succeeded left.
+    /// Slots changed by items that succeeded.
     kept: BTreeMap<String, StateSlot>,
-    /// What the running member changed.
+    /// Slots changed by the running item.
     changed: BTreeMap<String, StateSlot>,
 }
 
 impl BatchState {
-    /// The key as the running member sees it; none means it has not been read yet.
+    /// The key as the running item sees it. None if it has not been read yet.
     pub fn slot(&self, key: &str) -> Option<&StateSlot> {
         self.changed
             .get(key)
@@ -59,24 +60,25 @@ impl BatchState {
             .or_else(|| self.read.get(key))
     }
 
-    /// The entry of `key` as the running member sees it; the outer none means it has not been read yet.
+    /// The entry of `key` as the running item sees it. The outer none means that it has not been
+    /// read.
     pub fn get(&self, key: &str) -> Option<Option<&StateEntry>> {
         self.slot(key).map(|slot| slot.entry.as_ref())
     }
 
-    /// Keeps what the transaction read.
+    /// Records a slot that the transaction read.
     pub fn record_read(&mut self, key: String, slot: StateSlot) {
         self.read.insert(key, slot);
     }
 
-    /// Sets a key that has been read and returns its new version.
+    /// Sets a key that has been read. Returns its new version.
     pub fn set(&mut self, key: String, value: Bytes) -> u64 {
         let version = self.next_version(&key);
         self.change(key, Some(StateEntry { value, version }), version);
         version
     }
 
-    /// Deletes a key that has been read; false when it was not there.
+    /// Deletes a key that has been read. Returns whether it existed.
     pub fn delete(&mut self, key: String) -> bool {
         let was_there = self.get(&key).flatten().is_some();
         if was_there {
@@ -103,18 +105,18 @@ impl BatchState {
         );
     }
 
-    /// Keeps what the running member changed: it succeeded.
+    /// Keeps the changes of the running item, which succeeded.
     pub fn keep(&mut self) {
-        // Not `append`, which rebuilds the whole map for each member.
+        // Not `append`, which rebuilds the whole map for each item.
         self.kept.extend(std::mem::take(&mut self.changed));
     }
 
-    /// Forgets what the running member changed: it failed.
+    /// Discards the changes of the running item, which failed.
     pub fn discard(&mut self) {
         self.changed.clear();
     }
 
-    /// Keys that members that succeeded changed, with their entries as the transaction read them and as they are now.
+    /// The keys that successful items changed, with their entries as read and as they are now.
     pub fn changes(&self) -> Vec<(String, Option<StateEntry>, Option<StateEntry>)> {
         let read = |key: &String| self.read.get(key).and_then(|slot| slot.entry.clone());
         let change =
@@ -126,8 +128,8 @@ impl BatchState {
             .collect()
     }
 
-    /// All changes of the members that succeeded, each against the version the transaction read. A key that was set and is
-    /// gone again is written too: a member knows its version.
+    /// All changes of successful items, each against the version that the transaction read. A key
+    /// that was set and deleted again is written too, because an item has seen its version.
     pub fn writes(&self) -> Vec<StateWrite> {
         let version_read = |key: &str| {
             self.read

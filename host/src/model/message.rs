@@ -1,4 +1,4 @@
-//! A message as a worker receives it, and how its event id is found.
+//! A message as a worker receives it, and the derivation of its event id.
 
 use std::time::Duration;
 
@@ -9,36 +9,36 @@ use sha2::{Digest, Sha256};
 
 use crate::model::base64_text;
 
-/// Header names and values in order; a name may repeat, case is kept.
+/// Header names and values, in order. A name may repeat; its case is kept.
 pub type Headers = Vec<(String, String)>;
 
 /// The longest event id, in bytes of UTF-8.
 pub const EVENT_ID_MAX: usize = 255;
 
-/// The longest an output may be delayed.
+/// The longest delay of an output.
 pub const DELAY_MAX: Duration = Duration::from_secs(366 * 24 * 60 * 60);
 
 /// One message for one worker.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Message {
-    /// What dedupes. Never empty, at most [`EVENT_ID_MAX`] bytes.
+    /// The deduplication key. Never empty, at most [`EVENT_ID_MAX`] bytes.
     pub event_id: String,
     pub subject: String,
     pub headers: Headers,
     #[serde(with = "base64_text")]
     pub body: Bytes,
-    /// Where it stands; none for a message that did not come from a stream.
+    /// Its place on a stream; none for a message that did not come from a stream.
     pub origin: Option<Origin>,
-    /// Set when it was a dead letter and was put back.
+    /// Set for a redriven dead letter.
     pub redriven: Option<Redriven>,
 }
 
-/// What a message brings that was put back from the dead letters.
+/// Data that a redriven message carries from its dead letter.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Redriven {
-    /// Failed attempts before it was put back: those from here on have a budget of their own.
+    /// Failed attempts before the redrive. Later attempts have a budget of their own.
     pub attempts_before: u32,
-    /// Of the original: a message with a corrected body is still the same event.
+    /// Of the original payload: a message with a corrected body is still the same event.
     pub payload_sha256: [u8; 32],
 }
 
@@ -51,8 +51,8 @@ pub struct Origin {
 }
 
 impl Message {
-    /// SHA-256 over subject and body: two messages with one event id must agree on it. A message that was corrected keeps
-    /// that of the original.
+    /// SHA-256 over subject and body. Two messages with one event id must agree on it. A corrected
+    /// message keeps the hash of the original.
     pub fn payload_sha256(&self) -> [u8; 32] {
         if let Some(redriven) = &self.redriven {
             return redriven.payload_sha256;
@@ -64,20 +64,20 @@ impl Message {
         hasher.finalize().into()
     }
 
-    /// How many attempts failed before its present budget began.
+    /// Failed attempts before the current budget began.
     pub fn attempts_before(&self) -> u32 {
         self.redriven
             .as_ref()
             .map_or(0, |redriven| redriven.attempts_before)
     }
 
-    /// The first value of a header, its name compared without regard to case.
+    /// The first value of a header. Names are compared without regard to case.
     pub fn header(&self, name: &str) -> Option<&str> {
         header(&self.headers, name)
     }
 }
 
-/// The first value of `name` in `headers`, compared without regard to case.
+/// The first value of `name` in `headers`. Names are compared without regard to case.
 pub fn header<'h>(headers: &'h Headers, name: &str) -> Option<&'h str> {
     headers
         .iter()
@@ -85,13 +85,13 @@ pub fn header<'h>(headers: &'h Headers, name: &str) -> Option<&'h str> {
         .map(|(_, value)| value.as_str())
 }
 
-/// A message a delivery emitted.
+/// A message that a delivery emits.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Output {
-    /// What decides under which id it travels.
+    /// Selects the derivation of the published id.
     pub kind: OutputKind,
-    /// For people and for other systems: travels in the header `Oncely-Output-Id`. What travels as `Nats-Msg-Id` is made of it
-    /// and of the fields around it by [`crate::model::output_ids`].
+    /// The readable id, sent in the header `Oncely-Output-Id`. [`crate::model::output_ids`] derives
+    /// `Nats-Msg-Id` from it and from the fields around it.
     pub id: String,
     /// The event that caused it.
     pub event_id: String,
@@ -105,35 +105,36 @@ pub struct Output {
     pub delay: Duration,
 }
 
-/// What an output is; ids of different kinds never meet.
+/// The kind of an output. Ids of different kinds never collide.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OutputKind {
-    /// Of a handler, with the id that follows from event and ordinal.
+    /// From a handler. Its id follows from event and ordinal.
     Derived,
-    /// Of a handler, with an id that it chose among its worker's own.
+    /// From a handler, with an id that the handler chose within its worker.
     Chosen,
-    /// Over HTTP, without a worker; its id is random.
+    /// Published over HTTP without a worker. Its id is random.
     Published,
     /// The notice of a dead letter.
     DeadLetter,
-    /// Sends a worker to a dead letter that is redriven.
+    /// The pointer to a redriven dead letter.
     Pointer,
-    /// Says which tags of the cache are invalid.
+    /// The invalidated tags of the cache.
     Invalidation,
-    /// Says that an alarm was raised or cleared.
+    /// The notice of a raised or cleared alarm.
     Alarm,
 }
 
-/// An id that a publisher sent and that cannot be used.
+/// A publisher's event id that cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InvalidEventId {
-    /// What stands in for it in the inbox and the dead letter.
+    /// Replaces it in the inbox and in the dead letter.
     pub fallback_id: String,
-    /// What is wrong with the one that was sent, for a person.
+    /// The defect of the publisher's id, for display.
     pub why: String,
 }
 
-/// Whether a text is a `traceparent` (W3C Trace Context, section 3.2): two, 32, 16 and two hex digits, neither id all zeros.
+/// Whether a text is a `traceparent` (W3C Trace Context, section 3.2). It has 2, 32, 16 and 2 hex
+/// digits, and neither id is all zeros.
 pub fn is_traceparent(text: &str) -> bool {
     let is_hex = |part: &str, length: usize| {
         part.len() == length
@@ -158,8 +159,8 @@ pub fn is_traceparent(text: &str) -> bool {
         && is_whole
 }
 
-/// How many bytes a message of the platform has on its way to its stream, as the server counts them: its headers with its id and
-/// the readable one, and its body.
+/// The size of a platform message as the server counts it, in bytes. It covers the headers with
+/// both ids, and the body.
 pub fn wire_size(headers: &Headers, id: &str, body: usize) -> usize {
     let lines: usize = headers
         .iter()
@@ -169,14 +170,23 @@ pub fn wire_size(headers: &Headers, id: &str, body: usize) -> usize {
     lines + own + id.len().max(MESSAGE_ID_LENGTH) + id.len() + body
 }
 
-/// The length of an id as it travels: a keyed hash, or a UUID.
+/// The longest published id, in bytes: a UUID. A keyed hash is shorter.
 const MESSAGE_ID_LENGTH: usize = 36;
 
-/// The event id of a message: CloudEvents `ce-source` and `ce-id` as `source|id`, else `Nats-Msg-Id`,
-/// else the name of the stream, the time at which it stored the message (microseconds since the epoch) and the sequence as
-/// `stream@stored:sequence`, so that a stream that was made again, or restored from an older copy, never repeats one.
-/// A header without a value counts as absent, so the next source decides. An event in structured mode has its id and source in
-/// its `body`; where that is not at hand, such an event counts as one without an id.
+/// The event id of a message, from the first source that has a value:
+///
+/// - CloudEvents `ce-source` and `ce-id`, as `source|id`
+/// - the id and source in the `body` of an event in structured mode
+/// - `Nats-Msg-Id`
+/// - its place on the stream, as `stream@stored:sequence`, with the time in microseconds since the
+///   epoch
+///
+/// The time keeps a stream that was recreated, or restored from an older copy, from repeating an
+/// id. Without its `body`, an event in structured mode counts as one without a CloudEvents id.
+///
+/// # Errors
+///
+/// Returns [`InvalidEventId`] if the publisher's id cannot be used.
 pub fn event_id(
     headers: &Headers,
     body: Option<&[u8]>,
@@ -197,7 +207,7 @@ pub fn event_id(
     }
 }
 
-/// The id that the publisher of a message chose; none when its headers carry none.
+/// The id that the publisher chose; none if the message carries none.
 fn publisher_event_id(headers: &Headers, body: Option<&[u8]>) -> Option<String> {
     match (
         non_empty_header(headers, "ce-id"),
@@ -213,7 +223,7 @@ fn publisher_event_id(headers: &Headers, body: Option<&[u8]>) -> Option<String> 
     }
 }
 
-/// The id of an event whose envelope is its body: `application/cloudevents+json`.
+/// The id of an event in structured mode: `application/cloudevents+json`.
 fn structured_id(headers: &Headers, body: &[u8]) -> Option<String> {
     #[derive(serde::Deserialize)]
     struct Envelope {
@@ -236,22 +246,23 @@ fn structured_id(headers: &Headers, body: &[u8]) -> Option<String> {
 
 fn cloud_event_id(id: &str, source: Option<&str>) -> String {
     match source {
-        // `|` cannot stand in a URI reference, so a well-formed source has none; percent-encoding it in
-        // the others keeps two different pairs from ever giving the same id.
+        // `|` cannot stand in a URI reference, so a well-formed source has none. Percent-encoding
+        // it in other sources keeps two different pairs from sharing an id.
         Some(source) => format!("{}|{id}", source.replace('|', "%7C")),
         None => id.to_owned(),
     }
 }
 
-/// The value of a header of a CloudEvent: publishers may percent-encode non-ASCII text, spaces, quotes and percent
-/// signs (CloudEvents HTTP binding, section 3.1.3.2). A text that is not UTF-8 then stays as it is.
+/// Decodes a header of a CloudEvent. Publishers may percent-encode non-ASCII text, spaces, quotes
+/// and percent signs (CloudEvents HTTP binding, section 3.1.3.2). A value that does not decode to
+/// UTF-8 stays as it is.
 fn percent_decoded(value: &str) -> String {
     percent_encoding::percent_decode_str(value)
         .decode_utf8()
         .map_or_else(|_| value.to_owned(), String::from)
 }
 
-/// The first value of `name` that is more than white space.
+/// The first value of `name` that is not blank.
 fn non_empty_header<'h>(headers: &'h Headers, name: &str) -> Option<&'h str> {
     let values = headers
         .iter()
@@ -260,8 +271,12 @@ fn non_empty_header<'h>(headers: &'h Headers, name: &str) -> Option<&'h str> {
     values.into_iter().find(|value| !value.trim().is_empty())
 }
 
-/// Refuses an id that a publisher cannot use: one that is too long for the inbox, or that has the form of an id made from a
-/// place on a stream, which belongs to the message that stands there. The error is a sentence without an end.
+/// Checks an id that a publisher chose. It must fit the inbox. It must not have the form of an id
+/// derived from a stream, which belongs to the message at that place.
+///
+/// # Errors
+///
+/// Returns a clause without a full stop.
 pub fn check_event_id(id: &str) -> Result<(), String> {
     if id.trim().is_empty() {
         return Err("the event id is empty".to_owned());
@@ -276,14 +291,17 @@ pub fn check_event_id(id: &str) -> Result<(), String> {
         return Err("the event id contains a NUL character".to_owned());
     }
     if is_derived_event_id(id) {
-        return Err("the event id has the form `STREAM@stored:sequence`, which is reserved for messages without an id"
-            .to_owned());
+        return Err(
+            "the event id has the form `STREAM@stored:sequence`, which is reserved for messages \
+             without an id"
+                .to_owned(),
+        );
     }
     Ok(())
 }
 
-/// The id of a message that brings none: where and when it was stored, `stream@stored:sequence`. Never with a `|`, which marks
-/// an id that has a `ce-source`.
+/// The id of a message without one: `stream@stored:sequence`. It never contains `|`, which
+/// separates a `ce-source` from its `ce-id`.
 pub fn derived_event_id(stream: &str, stored_at: Timestamp, sequence: u64) -> String {
     format!(
         "{}@{}:{sequence}",
@@ -292,7 +310,7 @@ pub fn derived_event_id(stream: &str, stored_at: Timestamp, sequence: u64) -> St
     )
 }
 
-/// Whether an id could be that of a place on some stream.
+/// Whether an id has the form of a derived one.
 fn is_derived_event_id(id: &str) -> bool {
     let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     let Some((stream, place)) = id.rsplit_once('@') else {
@@ -306,8 +324,9 @@ fn is_derived_event_id(id: &str) -> bool {
         && is_number(sequence)
 }
 
-/// The id of the output number `ordinal` (from 0) of one delivery: the same input always yields the same.
-/// An event id too long to fit is replaced by its SHA-256, so that ids do not grow along a chain of workers.
+/// The readable id of the output number `ordinal` (from 0) of a delivery. The same input always
+/// yields the same id. An event id that is too long is replaced by its SHA-256, so that ids do not
+/// grow along a chain of workers.
 pub fn output_id(worker: &str, event_id: &str, ordinal: usize) -> String {
     let id = format!("{worker}:{event_id}:{ordinal}");
     if id.len() <= EVENT_ID_MAX {
@@ -377,7 +396,7 @@ mod tests {
         for broken in ["{", "{}", r#"{"id": 1}"#, r#"{"id": " "}"#] {
             assert_eq!(structured("application/cloudevents+json", broken), "n");
         }
-        // Text that is no escape stays as it is.
+        // Text that is not an escape stays as it is.
         for id in ["100%", "%zz", "%ff", "a+b"] {
             assert_eq!(id_of(&[("ce-id", id)]), Ok(id.to_owned()));
         }
@@ -465,7 +484,7 @@ mod tests {
         ] {
             assert_eq!(id_of(&[("ce-id", id)]), Ok(id.into()));
         }
-        // With a source it is another id than that of any place, whatever the stream is called.
+        // With a source, the id differs from that of any place, regardless of the stream's name.
         let sourced = id_of(&[("ce-id", "ORDERS@0:7"), ("ce-source", "/shop")]);
         assert_eq!(sourced, Ok("/shop|ORDERS@0:7".into()));
         assert_eq!(

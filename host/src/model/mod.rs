@@ -1,4 +1,4 @@
-//! Plain values: parsed, compared and shown without IO. Time and randomness are arguments.
+//! Plain values: parsed, compared and formatted without IO. Time and randomness are arguments.
 
 pub mod alarm;
 pub mod base64_text;

@@ -1,8 +1,9 @@
-//! The ids under which outputs travel: keyed hashes, so that neither a publisher nor a worker can choose or compute one.
+//! The published ids of outputs: keyed hashes that no publisher and no worker can compute.
 //!
-//! A stream stores a message whose `Nats-Msg-Id` it has seen only once. With ids that can be guessed, a message of a stranger
-//! under the id of an output to come would keep that output from its stream. So the id is an HMAC-SHA256 over what the output
-//! is, with a key that only hosts of this database know; the readable id travels in a header of its own.
+//! A stream stores only one message per `Nats-Msg-Id`. If ids were predictable, a message published
+//! under the id of a later output would keep that output from its stream. The id is therefore an
+//! HMAC-SHA256 over the identity of the output. Only the hosts of this database hold its key. The
+//! readable id is sent in a separate header.
 
 use ring::hmac;
 
@@ -11,31 +12,32 @@ use crate::model::message::{Headers, Output, OutputKind, header};
 /// The header with the readable id of an output, such as `settle:p-1:0`.
 pub const OUTPUT_ID_HEADER: &str = "Oncely-Output-Id";
 
-/// How many bytes of the hash travel, in hex.
+/// The bytes of the hash that are published, in hex.
 const LENGTH: usize = 16;
 
-/// How many ids of one output [`OutputIds::is_id_of`] looks at: more were never found taken.
+/// The most ids of one output that [`OutputIds::is_id_of`] checks. More were never found taken.
 const TAKEN_MAX: usize = 8;
 
-/// Makes the ids of one installation. `Debug` does not show the key.
+/// Derives the ids of one installation. `Debug` does not show the key.
 #[derive(Debug)]
 pub struct OutputIds {
     key: hmac::Key,
 }
 
 impl OutputIds {
+    /// Ids under the key of an installation.
     pub fn new(key: &[u8]) -> Self {
         OutputIds {
             key: hmac::Key::new(hmac::HMAC_SHA256, key),
         }
     }
 
-    /// Ids under a key that nothing else knows: for as long as the installation's own key is not read.
+    /// Ids under a random key, for use until the installation's own key is read.
     pub fn with_random_key() -> Self {
         OutputIds::new(&rand::random::<[u8; 32]>())
     }
 
-    /// The id under which an output of `worker` travels: the same for the same output, another one for any other.
+    /// The published id of an output of `worker`: stable for this output, different for any other.
     pub fn id_of(&self, worker: &str, output: &Output) -> String {
         let Output {
             id,
@@ -45,9 +47,9 @@ impl OutputIds {
         } = output;
         let ordinal = ordinal.to_string();
         match output.kind {
-            // The host has made it up, at random, and the publisher was told.
+            // The host chose it at random and returned it to the publisher.
             OutputKind::Published => id.clone(),
-            // The same id of the same worker is the same message, whichever event caused it.
+            // The same id of the same worker is the same message, regardless of the event.
             OutputKind::Chosen => self.hash(&["chosen", worker, id]),
             OutputKind::Derived => self.hash(&["derived", worker, event_id, &ordinal]),
             OutputKind::DeadLetter => self.hash(&["dead letter", worker, event_id, id]),
@@ -57,12 +59,12 @@ impl OutputIds {
         }
     }
 
-    /// The id of an output whose stream holds another message under the id `taken`.
+    /// The next id of an output whose stream holds another message under the id `taken`.
     pub fn next_id(&self, taken: &str) -> String {
         self.hash(&["after", taken])
     }
 
-    /// Whether `id` is that of the derived output `ordinal` of an event, or one that it was given later.
+    /// Whether `id` is the first or a later id of the derived output `ordinal` of an event.
     pub fn is_id_of(&self, id: &str, worker: &str, event_id: &str, ordinal: &str) -> bool {
         let first = self.hash(&["derived", worker, event_id, ordinal]);
         std::iter::successors(Some(first), |taken| Some(self.next_id(taken)))
@@ -70,7 +72,8 @@ impl OutputIds {
             .any(|own| own == id)
     }
 
-    /// An output as it is stored and published: under its id, with the readable one in its header.
+    /// An output as stored and published: under its published id, with the readable one in a
+    /// header.
     pub fn seal(&self, worker: &str, output: &Output) -> Output {
         let mut headers = output.headers.clone();
         headers.push((OUTPUT_ID_HEADER.to_owned(), one_line(&output.id)));
@@ -81,23 +84,24 @@ impl OutputIds {
         }
     }
 
-    /// The subject of the installation's marks, which nobody can guess.
+    /// The subject of the installation's watermarks. It cannot be guessed.
     pub fn watermark_subject(&self) -> String {
         format!("oncely.watermark.{}", self.hash(&["watermark subject"]))
     }
 
-    /// The text of a mark on the broker: its name, and the proof that it is the installation's.
+    /// The text of a watermark on the broker: its name, and the proof that it is the
+    /// installation's.
     pub fn seal_watermark(&self, name: &str) -> String {
         format!("{name} {}", self.hash(&["watermark", name]))
     }
 
-    /// The name of a mark that stands on the broker; none when the text is not one of this installation.
+    /// The name of a watermark on the broker; none if the text is not from this installation.
     pub fn open_watermark<'t>(&self, text: &'t str) -> Option<&'t str> {
         let (name, proof) = text.split_once(' ')?;
         (proof == self.hash(&["watermark", name])).then_some(name)
     }
 
-    /// Each part with its length before it, so that no two lists of parts are the same text.
+    /// Each part is hashed after its length, so that no two lists of parts are the same text.
     fn hash(&self, parts: &[&str]) -> String {
         let mut context = hmac::Context::with_key(&self.key);
         for part in parts {
@@ -109,12 +113,12 @@ impl OutputIds {
     }
 }
 
-/// The readable id of an output with these headers, which travels under `id`.
+/// The readable id of a published output: the one in its headers, else `id`.
 pub fn readable_id<'o>(headers: &'o Headers, id: &'o str) -> &'o str {
     header(headers, OUTPUT_ID_HEADER).unwrap_or(id)
 }
 
-/// Fit for a header: an event id may have control characters.
+/// Makes a text fit for a header. An event id may contain control characters.
 pub fn one_line(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { ' ' } else { c })
@@ -174,7 +178,7 @@ mod tests {
             ids.id_of("other", &output(Chosen, readable, "EVT-9", 0)),
             ids.id_of("other", &output(Derived, "other:EVT-9:0", "EVT-9", 0)),
             ids.id_of("victim", &output(Derived, "victim:EVT-9:1", "EVT-9", 1)),
-            // What long event ids are shortened to, and parts that are joined elsewhere.
+            // Shortened long event ids, and parts that are joined elsewhere.
             ids.id_of("victim", &output(Derived, readable, "EVT-9:0", 0)),
             ids.id_of("victimEVT", &output(Derived, readable, "-9", 0)),
             ids.id_of("victim:EVT-9", &output(Derived, readable, "", 0)),
@@ -182,7 +186,7 @@ mod tests {
         ];
         let all: BTreeSet<String> = of_kinds.into_iter().chain(others).collect();
         assert_eq!(all.len(), 13);
-        // An author's own id is the worker's, whichever event it comes from.
+        // A chosen id belongs to the worker, regardless of the event.
         let chosen =
             |event_id, ordinal| ids.id_of("victim", &output(Chosen, "order-1", event_id, ordinal));
         assert_eq!(chosen("a", 0), chosen("b", 3));

@@ -1,8 +1,8 @@
-//! Putting a dead letter back: the message that sends a worker to it.
+//! Redriving a dead letter: the pointer that is published to its worker.
 //!
-//! It holds no copy of the dead letter, only its number and its generation. The worker reads the dead letter from the
-//! database, so that one of any size can be redriven, and a pointer that is out of date finds nothing to do. A forged pointer
-//! can only make a worker look at a dead letter of its own.
+//! A pointer holds no copy of the dead letter, only its number and its generation. The worker reads
+//! the dead letter from the database, so one of any size can be redriven. A pointer that is out of
+//! date has no effect. A forged pointer can only make a worker read a dead letter of its own.
 
 use std::time::Duration;
 
@@ -10,35 +10,35 @@ use bytes::Bytes;
 
 use crate::model::message::{Message, Output, OutputKind, output_id};
 
-/// The stream of what is put back: a work queue, from which what is acknowledged goes away.
+/// The stream of pointers: a work queue, from which acknowledged messages are removed.
 pub const REDRIVE_STREAM: &str = "ONCELY_REDRIVE";
 
-/// What that stream holds.
+/// The subjects of [`REDRIVE_STREAM`].
 pub const REDRIVE_SUBJECTS: &str = "oncely.redrive.>";
 
 const DEAD_LETTER_HEADER: &str = "Oncely-Dead-Letter";
 const GENERATION_HEADER: &str = "Oncely-Generation";
 
-/// Which letter a worker is sent to.
+/// A reference to a redriven dead letter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pointer {
     pub dead_letter: i64,
-    /// How often it was put back, this time included.
+    /// How often it was redriven, this time included.
     pub generation: u32,
 }
 
-/// Where the worker listens for what is put back to it alone.
+/// The subject of a worker's pointers.
 pub fn subject_of(worker: &str) -> String {
     format!("oncely.redrive.{worker}")
 }
 
-/// Whether a subject is one of those: what is published there may be published twice without harm.
+/// Whether a subject is one of those. A message that is published there twice does no harm.
 pub fn is_pointer(subject: &str) -> bool {
     subject.starts_with("oncely.redrive.")
 }
 
 impl Pointer {
-    /// The message that sends `worker` to the letter of `event_id`.
+    /// The message that points `worker` to the dead letter of `event_id`.
     pub fn output(self, worker: &str, event_id: &str) -> Output {
         let id = output_id(worker, event_id, 0);
         Output {
@@ -61,7 +61,7 @@ impl Pointer {
         }
     }
 
-    /// What a message of the redrive stream points to; none when it is no such message.
+    /// Parses a message of the redrive stream; none if it is not a pointer.
     pub fn parse(message: &Message) -> Option<Pointer> {
         Some(Pointer {
             dead_letter: message.header(DEAD_LETTER_HEADER)?.parse().ok()?,

@@ -1,24 +1,24 @@
-//! Requests over HTTP and answers to them, as plain values.
+//! HTTP requests and responses as plain values.
 
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
 
 use crate::model::message::Headers;
 
-/// One request, whole. Header values are bytes, each of them one character from U+0000 to U+00FF.
+/// One complete request. Header values are bytes, each of them one character from U+0000 to U+00FF.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HttpRequest {
-    /// Upper case for all that is standard.
+    /// Upper case for all standard methods.
     pub method: String,
-    /// As it was sent, such as `/accounts/7?at=now`.
+    /// As sent, such as `/accounts/7?at=now`.
     pub path_and_query: String,
-    /// Host and port that the caller named.
+    /// Host and port, as named by the caller.
     pub authority: String,
     pub headers: Headers,
     pub body: Bytes,
 }
 
-/// One answer, whole: as it is kept and given again. Header values are as those of a request.
+/// One complete response, as stored and replayed. Header values are as in a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HttpResponse {
     pub status: u16,
@@ -26,34 +26,34 @@ pub struct HttpResponse {
     pub body: Bytes,
 }
 
-/// Whose requests they are, and what may be published without a worker.
+/// The rules of admission: the identity of callers, and publishing without a worker.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Admission {
-    /// The header that says who asks; none for `Authorization`.
+    /// The header that identifies the caller; none for `Authorization`.
     pub caller: Option<String>,
     /// Patterns of subjects that may be published to.
     pub publish: Vec<String>,
 }
 
-/// What makes a request the same request when it comes again to the same worker.
+/// The identity of a request to a worker across repeats.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct RequestKey {
-    /// Of the manifest, such as `/accounts/{id}/transfers`.
+    /// As in the manifest, such as `/accounts/{id}/transfers`.
     pub route: String,
-    /// Who asked, as a digest; empty for one that nobody vouches for.
+    /// A digest of the caller; empty for an unidentified one.
     pub caller: String,
     pub key: String,
-    /// SHA-256 of everything that must be the same, too; see [`HttpRequest::fingerprint`].
+    /// SHA-256 over everything else that must be the same; see [`HttpRequest::fingerprint`].
     pub fingerprint: [u8; 32],
 }
 
 impl HttpRequest {
-    /// Whether its method promises to change nothing ("safe", RFC 9110 section 9.2.1).
+    /// Whether the method is safe (RFC 9110, section 9.2.1).
     pub fn is_safe(&self) -> bool {
         matches!(self.method.as_str(), "GET" | "HEAD" | "OPTIONS" | "TRACE")
     }
 
-    /// SHA-256 over method, path, query, all lines of the content type, and body.
+    /// SHA-256 over method, path, query, all content types, and body.
     pub fn fingerprint(&self) -> [u8; 32] {
         let is_content_type = |name: &str| name.eq_ignore_ascii_case("content-type");
         let content_types = self
@@ -77,7 +77,8 @@ impl HttpRequest {
 }
 
 impl RequestKey {
-    /// The same for every attempt at this request to `worker`, and for no other.
+    /// An id that is the same for every attempt at this request to `worker`, and for no other
+    /// request.
     pub fn invocation_id(&self, worker: &str) -> String {
         let mut hasher = Sha256::new();
         for part in [&self.route, &self.caller, &self.key] {

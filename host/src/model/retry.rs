@@ -1,4 +1,4 @@
-//! When to try again: exponential backoff with full jitter. Randomness is an argument, between 0 and 1.
+//! Retry delays: exponential backoff with full jitter. Randomness is an argument from 0 to 1.
 
 use std::time::Duration;
 
@@ -6,33 +6,33 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::units;
 
-/// The longest a message ever waits for its next attempt, whatever the handler asks for.
+/// The longest wait before the next attempt, also if the handler requests a longer one.
 pub const WAIT_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// `[worker.retry]`: how often a message is tried, and how long it waits in between.
+/// `[worker.retry]`: the number of attempts, and the waits between them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct RetryPolicy {
-    /// Attempts before a message becomes a dead letter; 1 means that it is never tried again.
+    /// Attempts before a message is dead-lettered; 1 means no retry.
     pub attempts: u32,
-    /// The most a message waits after its first failed attempt; twice that after the second, and so on.
+    /// The longest wait after the first failed attempt. It doubles with each further attempt.
     #[serde(with = "units::duration")]
     pub backoff: Duration,
-    /// Where that doubling ends.
+    /// The upper limit of that doubling.
     #[serde(with = "units::duration")]
     pub backoff_max: Duration,
-    /// What becomes of a message whose handler traps again after the very same host calls and results.
+    /// The handling of a trap that repeats after exactly the same host calls and results.
     pub deterministic_failures: OnDeterministicFailure,
 }
 
-/// What follows when two attempts prove that a third comes to the same.
+/// The handling of a deterministic failure: two attempts prove that a third fails in the same way.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnDeterministicFailure {
-    /// It is a dead letter at once.
+    /// The message is dead-lettered at once.
     #[default]
     DeadLetter,
-    /// It has all of its attempts.
+    /// The message keeps all of its attempts.
     Retry,
 }
 
@@ -48,9 +48,11 @@ impl Default for RetryPolicy {
 }
 
 impl RetryPolicy {
-    /// How long to wait once attempt number `attempt` (from 1) failed: full jitter, that is evenly spread between
-    /// nothing and the doubled backoff, so that messages that failed together do not come back together. A time the
-    /// handler `requested` for is never undercut (but capped at [`WAIT_MAX`]) and spread by a tenth of itself.
+    /// The wait after failed attempt number `attempt` (from 1).
+    ///
+    /// Full jitter: the wait is evenly spread between zero and the doubled backoff. Messages that
+    /// failed together are thus not retried together. A `requested` wait is a lower bound, capped
+    /// at [`WAIT_MAX`] and spread by a tenth of itself.
     pub fn delay_after(&self, attempt: u32, requested: Option<Duration>, random: f64) -> Duration {
         let jittered = scale(
             doubled(self.backoff, attempt.saturating_sub(1), self.backoff_max),
@@ -61,14 +63,14 @@ impl RetryPolicy {
         jittered.max(least + spread).min(WAIT_MAX)
     }
 
-    /// Whether a message with a deterministic failure is not tried again.
+    /// Whether a message with a deterministic failure is not retried.
     pub fn dead_letters_deterministic_failures(&self) -> bool {
         self.deterministic_failures == OnDeterministicFailure::DeadLetter
     }
 
-    /// For how long a message is tried at most, as long as its handler asks for no other times.
+    /// The longest time over which a message is retried, without waits requested by the handler.
     pub fn max_duration(&self) -> Duration {
-        // Beyond the doubling all waits are the same.
+        // All waits beyond the doubling are equal.
         let waits = self.attempts.saturating_sub(1);
         let doubling = (0..waits.min(32)).map(|wait| doubled(self.backoff, wait, self.backoff_max));
         doubling
@@ -76,14 +78,14 @@ impl RetryPolicy {
             .saturating_add(self.backoff_max.saturating_mul(waits.saturating_sub(32)))
     }
 
-    /// Whether a message that failed `attempts` times is to be tried again.
+    /// Whether a message is retried after `attempts` failed attempts.
     pub fn allows_retry(&self, attempts: u32) -> bool {
         attempts < self.attempts
     }
 }
 
-/// Waits between tries of something the host itself needs, such as a connection: 100 ms, doubled up to 5 s, of which
-/// the upper half is random. Infrastructure is tried for ever.
+/// Waits between attempts to reach something the host needs, such as a connection. They start at
+/// 100 ms and double up to 5 s; the upper half is random. There is no limit on attempts.
 #[derive(Debug, Clone, Default)]
 pub struct Backoff {
     failures: u32,
@@ -93,19 +95,19 @@ impl Backoff {
     const FIRST: Duration = Duration::from_millis(100);
     const MAX: Duration = Duration::from_secs(5);
 
-    /// How long to wait after one more failure.
+    /// The wait after one more failure.
     pub fn next(&mut self, random: f64) -> Duration {
         let most = doubled(Self::FIRST, self.failures, Self::MAX);
         self.failures = self.failures.saturating_add(1);
         most / 2 + scale(most / 2, random)
     }
 
-    /// How many failures there were since the last success.
+    /// Failures since the last success.
     pub fn failures(&self) -> u32 {
         self.failures
     }
 
-    /// It worked: the next wait is a short one again.
+    /// Records a success: the next wait is short again.
     pub fn reset(&mut self) {
         self.failures = 0;
     }
@@ -118,7 +120,7 @@ fn doubled(first: Duration, times: u32, most: Duration) -> Duration {
         .map_or(most, |wait| wait.min(most))
 }
 
-/// `duration` times `random`, which is taken as 0 when it is no number at all.
+/// `duration` times `random`, which counts as 0 if it is NaN.
 fn scale(duration: Duration, random: f64) -> Duration {
     let random = if random.is_nan() {
         0.0
@@ -128,14 +130,14 @@ fn scale(duration: Duration, random: f64) -> Duration {
     duration.mul_f64(random)
 }
 
-/// Tells a new trouble from one that was logged already, for loops that try again at once.
+/// Distinguishes a new error from one that is already logged, for loops that retry at once.
 #[derive(Debug, Default)]
 pub struct LastError {
     logged: String,
 }
 
 impl LastError {
-    /// Whether this was not the last trouble; it is from now on.
+    /// Whether `why` differs from the last error, which it then replaces.
     pub fn is_new(&mut self, why: &str) -> bool {
         let is_new = self.logged != why;
         if is_new {
@@ -144,7 +146,7 @@ impl LastError {
         is_new
     }
 
-    /// It worked: the same trouble is new again.
+    /// Records a success: the same error is new again.
     pub fn clear(&mut self) {
         self.logged.clear();
     }
@@ -233,7 +235,7 @@ mod tests {
             Duration::from_secs(660)
         );
         assert_eq!(policy.delay_after(1, Some(Duration::MAX), 1.0), WAIT_MAX);
-        // A short request does not undercut the backoff that the other failures of this message earned.
+        // A short request does not undercut the backoff from the other failures of this message.
         assert_eq!(
             policy.delay_after(5, Some(Duration::from_secs(1)), 1.0),
             Duration::from_secs(16)

@@ -1,4 +1,4 @@
-//! Subjects and the patterns that match them, by the rules of NATS: `*` is one token, a last `>` one or more.
+//! Subjects and their patterns, by the rules of NATS: `*` is one token, a last `>` one or more.
 
 /// The longest subject, in bytes.
 pub const SUBJECT_MAX: usize = 1024;
@@ -18,7 +18,7 @@ pub fn matches(pattern: &str, subject: &str) -> bool {
     tokens.next().is_none()
 }
 
-/// Whether everything `inner` matches is matched by `outer` too. `inner` may be a plain subject.
+/// Whether `outer` matches everything that `inner` matches. `inner` may be a plain subject.
 pub fn covers(outer: &str, inner: &str) -> bool {
     let mut tokens = inner.split('.');
     for part in outer.split('.') {
@@ -34,7 +34,7 @@ pub fn covers(outer: &str, inner: &str) -> bool {
     tokens.next().is_none()
 }
 
-/// Whether some subject is matched by both.
+/// Whether both match a common subject.
 pub fn overlaps(one: &str, other: &str) -> bool {
     let (mut ones, mut others) = (one.split('.'), other.split('.'));
     loop {
@@ -48,15 +48,19 @@ pub fn overlaps(one: &str, other: &str) -> bool {
     }
 }
 
-/// Whether a subject belongs to NATS (`$JS.…`, `_INBOX.…`) or to the platform (`oncely.…`). No worker may publish
-/// there: it could command the broker, or forge a dead letter.
+/// Whether a subject belongs to NATS (`$JS.…`, `_INBOX.…`) or to the platform (`oncely.…`). Workers
+/// may not publish there: they could command the broker, or forge a dead letter.
 pub fn is_reserved(subject: &str) -> bool {
     let first = subject.split('.').next().unwrap_or_default();
     first.starts_with('$') || first.starts_with("_INBOX") || first == "oncely"
 }
 
-/// Refuses what cannot be published to: tokens of printable ASCII without space, `*` and `>`, separated by dots. The
-/// error is a sentence without an end.
+/// Checks that a subject can be published to: tokens of printable ASCII without space, `*` and `>`,
+/// separated by dots.
+///
+/// # Errors
+///
+/// Returns a clause without a full stop.
 pub fn check_subject(subject: &str) -> Result<(), String> {
     check_tokens(subject)?;
     match subject.chars().find(|c| matches!(c, '*' | '>')) {
@@ -67,7 +71,11 @@ pub fn check_subject(subject: &str) -> Result<(), String> {
     }
 }
 
-/// Refuses what is no pattern: as [`check_subject`], but a whole token may be `*`, and the last one `>`.
+/// Checks a pattern: as [`check_subject`], but a whole token may be `*`, and the last one `>`.
+///
+/// # Errors
+///
+/// Returns a clause without a full stop.
 pub fn check_pattern(pattern: &str) -> Result<(), String> {
     check_tokens(pattern)?;
     let mut tokens = pattern.split('.').peekable();
@@ -136,7 +144,7 @@ mod tests {
         }
     }
 
-    /// Every pattern and subject of up to three tokens: what `covers` and `overlaps` say is what `matches` does.
+    /// Checks `covers` and `overlaps` against `matches`, for all patterns of up to three tokens.
     #[test]
     fn covering_and_overlapping_agree_with_matching() {
         let subjects = sequences(&["a", "b"], 4);
@@ -152,7 +160,8 @@ mod tests {
                     subjects.iter().any(both),
                     "{one} overlaps {other}"
                 );
-                // A literal stands for any other token that is not in the alphabet too, so `*` is never covered by it.
+                // The literals stand for all tokens outside of the alphabet, too, so none of them
+                // covers `*`.
                 let all = !subjects
                     .iter()
                     .any(|s| matches(other, s) && !matches(one, s));

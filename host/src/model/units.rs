@@ -1,4 +1,4 @@
-//! Lengths of time, points in time and sizes as people write them: `30s`, `1h30m`, `7d`; `64MiB`, `500kB`.
+//! Durations, points in time and sizes as text: `30s`, `1h30m`, `7d`; `64MiB`, `500kB`.
 
 use std::time::Duration;
 
@@ -6,9 +6,13 @@ use bytesize::ByteSize;
 use jiff::tz::Offset;
 use jiff::{SignedDuration, Span, SpanRelativeTo};
 
-/// Reads a length of time; a day has 24 hours. The error is a sentence without an end.
+/// Parses a duration; a day has 24 hours.
+///
+/// # Errors
+///
+/// Returns a clause without a full stop.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
-    let wrong = || format!("`{text}` is not a length of time");
+    let wrong = || format!("`{text}` is not a duration");
     let span: Span = text.trim().parse().map_err(|_| wrong())?;
     let signed = span
         .to_duration(SpanRelativeTo::days_are_24_hours())
@@ -16,7 +20,7 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     Duration::try_from(signed).map_err(|_| format!("`{text}` is negative"))
 }
 
-/// A length of time, such as `1h 30m`; [`parse_duration`] reads it again without loss.
+/// Formats a duration, such as `1h 30m`. [`parse_duration`] reads it without loss.
 pub fn format_duration(duration: Duration) -> String {
     SignedDuration::try_from(duration).map_or_else(
         |_| format!("{}s", duration.as_secs()),
@@ -24,12 +28,16 @@ pub fn format_duration(duration: Duration) -> String {
     )
 }
 
-/// A length of time in whole milliseconds, or the most that fits.
+/// A duration in whole milliseconds, saturating.
 pub fn milliseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Reads a size in bytes. `KiB`, `MiB` and `GiB` count in 1024s, `kB`, `MB` and `GB` in 1000s.
+/// Parses a size in bytes. `KiB`, `MiB` and `GiB` count in 1024s, `kB`, `MB` and `GB` in 1000s.
+///
+/// # Errors
+///
+/// Returns a clause without a full stop.
 pub fn parse_size(text: &str) -> Result<u64, String> {
     let size: ByteSize = text
         .trim()
@@ -38,7 +46,7 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     Ok(size.as_u64())
 }
 
-/// A size for people, such as `64 MiB`; exact where a short form is, in bytes where it is not.
+/// Formats a size for display, such as `64 MiB`; in bytes where a larger unit is not exact.
 pub fn format_size(bytes: u64) -> String {
     for (unit, name) in [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")] {
         if bytes >= unit && bytes.is_multiple_of(unit) {
@@ -48,19 +56,23 @@ pub fn format_size(bytes: u64) -> String {
     format!("{bytes} B")
 }
 
-/// A point in time for people: UTC, to the second, as `2026-01-31T13:05:59Z`.
+/// Formats a point in time for display: UTC, to the second, as `2026-01-31T13:05:59Z`.
 pub fn format_time(time: jiff::Timestamp) -> String {
     format!("{time:.0}")
 }
 
-/// Reads a point in time: how long before `now` (`2h`), a time (`2026-01-31T12:00:00Z`), or a time of day in UTC (`12:00`),
-/// the last that has been. The error is a sentence without an end.
+/// Parses a point in time: an age before `now` (`2h`), a time (`2026-01-31T12:00:00Z`), or the last
+/// time of day in UTC (`12:00`).
+///
+/// # Errors
+///
+/// Returns a clause without a full stop.
 pub fn parse_time(text: &str, now: jiff::Timestamp) -> Result<jiff::Timestamp, String> {
     let text = text.trim();
     if let Ok(time) = text.parse() {
         return Ok(time);
     }
-    let wrong = || format!("`{text}` is no time: write 2h, 12:00 or 2026-01-31T12:00:00Z");
+    let wrong = || format!("`{text}` is not a time: write 2h, 12:00 or 2026-01-31T12:00:00Z");
     if let Ok(time) = text.parse::<jiff::civil::Time>() {
         let today = Offset::UTC.to_datetime(now).date().to_datetime(time);
         let today = Offset::UTC.to_timestamp(today).map_err(|_| wrong())?;
@@ -74,7 +86,7 @@ pub fn parse_time(text: &str, now: jiff::Timestamp) -> Result<jiff::Timestamp, S
     now.checked_sub(ago).map_err(|_| wrong())
 }
 
-/// Lengths of time in JSON, as text: for `#[serde(with = "units::duration")]`.
+/// Durations as text in JSON, for `#[serde(with = "units::duration")]`.
 pub mod duration {
     use std::time::Duration;
 

@@ -1,31 +1,33 @@
-//! What a delivery came to, and the proof that lets a message be acknowledged.
+//! The verdict on a delivery, and the proof that allows a message to be acknowledged.
 
 use std::time::Duration;
 
 use crate::model::message::Message;
 
-/// What a panic's own words stand behind in the detail of a failure.
+/// The prefix of a panic's message in the detail of a failure.
 pub const PANIC_PREFIX: &str = "the handler panicked: ";
 
-/// What one delivery of one message came to.
+/// The outcome of one delivery of one message.
 #[derive(Debug)]
 pub enum Verdict {
     /// The effects are committed.
     Done(Settled),
-    /// They were committed, or the message was buried, before.
+    /// The effects were committed, or the message was dead-lettered, before.
     Duplicate(Settled),
-    /// The attempt failed and is counted; deliver again after this long.
+    /// The attempt failed and is counted. The message is redelivered after this long.
     Retry { attempt: u32, after: Duration },
-    /// The same event id is being handled right now; deliver again after this long. No attempt is spent.
+    /// Another delivery has the same event id in flight. The message is redelivered after this
+    /// long. No attempt is spent.
     Wait { after: Duration },
-    /// An earlier message of its key failed, and the worker's later ones wait for that. It did not run, or what it did was
-    /// rolled back. No attempt is spent.
+    /// An earlier message of its key failed and blocks the later ones. This one did not run, or its
+    /// effects were rolled back. No attempt is spent.
     Blocked,
-    /// It goes to the dead-letter queue.
+    /// The message goes to the dead-letter queue.
     Dead(Box<DeadLetter>),
 }
 
 impl Verdict {
+    /// The name of the verdict in metrics and logs.
     pub fn as_str(&self) -> &'static str {
         match self {
             Verdict::Done(_) => "done",
@@ -38,27 +40,28 @@ impl Verdict {
     }
 }
 
-/// The proof that the database holds a final word on a message: only with it can a message be acknowledged.
+/// The proof that the database holds the final state of a message. Without it, no message can be
+/// acknowledged.
 #[derive(Debug, Clone, Copy)]
 pub struct Settled(());
 
 impl Settled {
-    /// For the store alone, once it saw the commit or the committed record (a test guards that).
+    /// For the store alone, after the commit or with a committed record (a test guards that).
     pub(crate) fn seen_by_store() -> Self {
         Settled(())
     }
 }
 
-/// Why a message is dead; `as_str` is what people see and filter by.
+/// The reason why a message is dead-lettered. [`Reason::as_str`] is its public name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reason {
     /// The handler rejected it.
     Rejected,
-    /// The handler failed, trapped, ran out of time or memory as often as the manifest allows.
+    /// The handler failed, trapped, or ran out of time or memory as often as the manifest allows.
     AttemptsExhausted,
-    /// The handler trapped twice in the same way, after it had asked and seen the very same.
+    /// The handler trapped twice in the same way, after exactly the same host calls and results.
     DeterministicFailure,
-    /// The handler sent something it may not send.
+    /// The handler sent an output that it may not send.
     OutputRefused,
     /// The event id was used before with another subject or body.
     IdReuse,
@@ -66,11 +69,12 @@ pub enum Reason {
     InvalidId,
     /// The headers cannot be read.
     Unreadable,
-    /// Hosts died while they handled it, again and again.
+    /// Hosts crashed repeatedly while they handled it.
     CrashedHost,
 }
 
 impl Reason {
+    /// The name in lists, filters and headers.
     pub fn as_str(self) -> &'static str {
         match self {
             Reason::Rejected => "rejected",
@@ -85,17 +89,18 @@ impl Reason {
     }
 }
 
-/// A message on its way to the dead-letter queue.
+/// A message that goes to the dead-letter queue.
 #[derive(Debug, Clone)]
 pub struct DeadLetter {
     pub worker: String,
     pub version: u32,
     pub reason: Reason,
-    /// The handler's own name for the failure, if it gave one.
+    /// The handler's own code for the failure, if any.
     pub code: Option<String>,
-    /// What went wrong, for a person.
+    /// The failure in words, for display.
     pub detail: String,
-    /// Where the handler trapped: names of functions, innermost first; none if it did not, or if the component has no names.
+    /// The functions where the handler trapped, innermost first. Empty if it did not trap, or if
+    /// the component has no names.
     pub frames: Vec<String>,
     pub attempts: u32,
     pub message: Message,

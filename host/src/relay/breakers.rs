@@ -1,4 +1,4 @@
-//! One breaker for each stream, and what people see of them.
+//! Circuit breakers, one for each stream, and their published state.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use super::RelayState;
 use crate::model::breaker::{Breaker, Permit};
 
-/// The breakers of the streams that outputs go to. An output whose stream is not known is always tried.
+/// The breakers of the streams that outputs go to. An output with an unknown stream is always
+/// tried.
 pub struct Breakers {
     by_stream: HashMap<String, Breaker>,
     state: Arc<RelayState>,
@@ -21,38 +22,39 @@ impl Breakers {
         }
     }
 
-    /// How long not to publish to a stream; none to go on.
+    /// Delay before the next publish to a stream. `None` to publish now.
     pub fn delay(&mut self, stream: Option<&str>, now: Instant) -> Option<Duration> {
         match self.with(stream, |breaker| breaker.permit(now))? {
             Permit::Granted => None,
-            // Not all of them at the same moment.
+            // Jitter, so that outputs do not return at the same moment.
             Permit::Denied(wait) => Some(wait + wait.mul_f64(rand::random::<f64>() / 4.0)),
         }
     }
 
-    /// A stream stored something.
+    /// A stream stored a message.
     pub fn succeeded(&mut self, stream: &str) {
         if self.with(Some(stream), Breaker::succeeded) == Some(true) {
-            tracing::info!("publishing to {stream} again");
+            tracing::info!(stream, "breaker closed, publishing resumed");
         }
     }
 
-    /// A stream did not answer, or took nothing.
+    /// A stream did not answer, or refused every message.
     pub fn failed(&mut self, stream: Option<&str>, why: &str) {
         let opened = self.with(stream, |breaker| {
             breaker.failed(Instant::now(), rand::random(), why)
         });
         if let (Some(true), Some(stream)) = (opened, stream) {
-            tracing::warn!("nothing more is published to {stream} for a while: {why}");
+            tracing::warn!(stream, error = why, "breaker opened, publishing suspended");
         }
     }
 
-    /// An output failed for a reason of its own.
+    /// An output failed for a reason unrelated to its stream.
     pub fn undecided(&mut self, stream: Option<&str>) {
         self.with(stream, |breaker| breaker.inconclusive(Instant::now()));
     }
 
-    /// For how long nothing goes to a stream from now on; zero when it is closed or the stream is not known.
+    /// Time until the next probe of a stream. Zero when its breaker is closed or the stream is
+    /// unknown.
     pub fn open_for(&self, stream: Option<&str>, now: Instant) -> Duration {
         stream
             .and_then(|stream| self.by_stream.get(stream))

@@ -1,5 +1,8 @@
-//! Outputs whose id a stream knows already: published only if the stream holds that very output. Ids are keyed hashes, so
-//! another message can stand under one only if it was copied from a stream; that output is published under its next id.
+//! Confirms duplicates: outputs whose id a stream already has count as published only if the stream
+//! holds the same output.
+//!
+//! Ids are keyed hashes. A different message has the same id only if it was copied from a stream.
+//! The output is then published under its next id.
 
 use std::sync::Arc;
 
@@ -12,10 +15,11 @@ use crate::fault;
 use crate::metrics::{Metrics, OutputOutcome};
 use crate::store::{OutboxRow, Unpublished};
 
-/// How many messages are read for a comparison at a time: their bodies are in memory meanwhile.
+/// Maximum number of messages that are compared at the same time. Their bodies are in memory
+/// meanwhile.
 pub const COMPARE_CONCURRENCY: usize = 16;
 
-/// Confirms answers that say `duplicate`. Cheap to clone.
+/// Confirms acks that report a duplicate. Cheap to clone.
 #[derive(Clone)]
 pub struct Duplicates {
     bus: Bus,
@@ -30,7 +34,13 @@ impl Duplicates {
         }
     }
 
-    /// The answer to the publication of an output, after a look at the stored message if it says `duplicate`.
+    /// The result of publishing an output. If the ack reports a duplicate, the stored message is
+    /// compared with the output.
+    ///
+    /// # Errors
+    /// - [`PublishError::IdTaken`] if the stream holds a different message.
+    /// - [`PublishError::RetryLater`] if the stored message cannot be read.
+    /// - The error of the publication itself.
     pub async fn confirm(&self, row: &OutboxRow, answer: PublishResult) -> PublishResult {
         let Ok(place) = &answer else { return answer };
         if !place.duplicate {
@@ -44,24 +54,30 @@ impl Duplicates {
                 place.sequence,
             ))),
             Err(error) => Err(PublishError::RetryLater(format!(
-                "the stored message could not be read: {error:#}"
+                "failed to read the stored message: {error:#}"
             ))),
         }
     }
 }
 
-/// Whether an output stands at a place where its id was found. One that is gone from there did: by age, by a limit, by
-/// hand, or because it was acknowledged on a queue.
+/// Whether a stream holds an output at the position of its id. A message that is no longer there
+/// counts as held. It was removed by age, by a limit, by an operator, or by its ack on a queue.
+///
+/// # Errors
+/// The stream cannot be read.
 pub async fn is_stored(bus: &Bus, row: &OutboxRow, stream: &str, sequence: u64) -> Result<bool> {
     Ok(bus.compare(stream, sequence, &outgoing(row)).await? != MessageComparison::Different)
 }
 
-/// Why an output needs another id.
+/// The reason why an output needs another id.
 pub fn id_taken_message(stream: &str, sequence: u64) -> String {
-    format!("the stream {stream} holds another message under its id, at {sequence}")
+    format!(
+        "the stream {stream} holds a different message under the id of this output, at sequence \
+         {sequence}"
+    )
 }
 
-/// Has an output published under its next id, and reports it.
+/// Logs a taken id, and returns the outcome that publishes the output under its next id.
 pub fn retry_with_next_id(row: &OutboxRow, error: String, metrics: &Metrics) -> Unpublished {
     fault::witness(fault::ID_TAKEN);
     metrics.output(&row.worker, OutputOutcome::IdTaken);

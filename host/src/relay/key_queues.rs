@@ -1,44 +1,47 @@
-//! What the relay has in memory: outputs that may be sent now, and those that wait for others of their key.
+//! Per-key queues: outputs in memory that may be sent now, and those blocked by others of their
+//! key.
 //!
-//! Of a key one output is under way at a time, because a stream may take the second of two although it did not take the
-//! first. Outputs without a key go as they come.
+//! One output of a key is in flight at a time. Otherwise a stream could refuse the first of two
+//! outputs and accept the second. Outputs without a key have no order.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use crate::store::{OutboxRow, Unpublished};
 
-/// How long after its lease began an output may still be sent. The lease is longer by what an answer and its record take.
+/// How long after the start of its lease an output may still be sent. The lease is longer by the
+/// time for an ack and its record.
 pub const SEND_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// How many published outputs are remembered, for those that come from memory and have to know whether these are through.
+/// Maximum number of published outputs that are kept. Outputs from memory check their blockers
+/// against these.
 const PUBLISHED_MAX: usize = 1 << 16;
 
 /// An output in memory, leased to this host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HeldOutput {
     pub row: OutboxRow,
-    /// Not later than its lease began.
+    /// A time before its lease began.
     pub since: Instant,
 }
 
 /// Worker and ordering key.
 pub type Key = (String, String);
 
-/// The outputs of a host that are leased and not answered for.
+/// The outputs that this host has leased and not settled.
 #[derive(Default)]
 pub struct KeyQueues {
     ready: VecDeque<HeldOutput>,
-    /// For each key that has an output ready or under way, those behind it.
+    /// For each key with an output that is ready or in flight, the later ones.
     waiting: HashMap<Key, VecDeque<HeldOutput>>,
-    /// All that are ready, waiting or under way.
+    /// All outputs that are ready, waiting or in flight.
     held: HashSet<i64>,
     published: HashSet<i64>,
     published_in_order: VecDeque<i64>,
 }
 
 impl KeyQueues {
-    /// How many outputs are ready, waiting or under way.
+    /// Number of outputs that are ready, waiting or in flight.
     pub fn len(&self) -> usize {
         self.held.len()
     }
@@ -47,8 +50,8 @@ impl KeyQueues {
         self.held.is_empty()
     }
 
-    /// Takes outputs that are leased to this host, in order. Returns those that have to wait for one that is not here; all
-    /// that wait for the same go on together.
+    /// Takes leased outputs, in order. Returns those that are blocked by an output of another host.
+    /// Outputs with the same blocker continue together.
     pub fn take(&mut self, rows: Vec<OutboxRow>, since: Instant) -> Vec<(i64, Unpublished)> {
         let mut waiting = BTreeMap::new();
         for row in rows {
@@ -66,12 +69,12 @@ impl KeyQueues {
             .collect()
     }
 
-    /// Whether an output is ready, waiting or under way.
+    /// Whether an output is ready, waiting or in flight.
     pub fn contains(&self, seq: i64) -> bool {
         self.held.contains(&seq)
     }
 
-    /// Whether an output was published by this host, or will be before whatever comes behind it.
+    /// Whether this host published an output, or will publish it before later ones of its key.
     fn is_known(&self, seq: i64) -> bool {
         self.held.contains(&seq) || self.published.contains(&seq)
     }
@@ -92,12 +95,13 @@ impl KeyQueues {
         }
     }
 
-    /// The next one to send. It is under way until [`KeyQueues::published`] or [`KeyQueues::unpublished`].
+    /// The next output to send. It is in flight until [`KeyQueues::published`] or
+    /// [`KeyQueues::unpublished`].
     pub fn next(&mut self) -> Option<HeldOutput> {
         self.ready.pop_front()
     }
 
-    /// An output is on its stream: the next of its key may go.
+    /// An output was published: the next one of its key becomes ready.
     pub fn published(&mut self, row: &OutboxRow) {
         self.held.remove(&row.seq);
         let Some(key) = key(row) else { return };
@@ -108,7 +112,7 @@ impl KeyQueues {
         }
     }
 
-    /// An output was found on its stream, without having been here.
+    /// Records an output that was found on its stream without being in memory.
     pub fn remember_published(&mut self, seq: i64) {
         if self.published.insert(seq) {
             self.published_in_order.push_back(seq);
@@ -120,8 +124,8 @@ impl KeyQueues {
         }
     }
 
-    /// A stream has lost something: nobody knows any more who is through and who may go. All that is not under way leaves,
-    /// and is returned.
+    /// Removes all outputs that are not in flight, and returns them. Used after a stream lost
+    /// messages, when the order in memory is no longer valid.
     pub fn reset(&mut self) -> Vec<i64> {
         self.published.clear();
         self.published_in_order.clear();
@@ -133,7 +137,7 @@ impl KeyQueues {
                 .unwrap_or_default();
             left.extend(blocked.iter().map(|held| held.row.seq));
         }
-        // Those behind one that is under way.
+        // Outputs blocked by one in flight.
         for queue in self.waiting.values_mut() {
             left.extend(std::mem::take(queue).iter().map(|held| held.row.seq));
         }
@@ -143,7 +147,8 @@ impl KeyQueues {
         left
     }
 
-    /// An output was not published: it and all that wait behind it leave. Returns those behind it.
+    /// An output was not published: it and its blocked outputs are removed. Returns the blocked
+    /// ones.
     pub fn unpublished(&mut self, row: &OutboxRow) -> Vec<(i64, Unpublished)> {
         self.held.remove(&row.seq);
         let blocked = key(row)
@@ -159,8 +164,9 @@ impl KeyQueues {
     }
 }
 
-/// How an output waits for another of its key that is in trouble. In line are those with lower numbers: one with a higher
-/// number was written at the same time, by somebody who did not see this one, and would in turn wait for it.
+/// How an output waits for a failed one of its key. An output is blocked only by lower numbers. One
+/// with a higher number was written concurrently, without knowledge of this one, and would also
+/// wait for it.
 pub fn wait_for_output(seq: i64, blocked_by: i64) -> Unpublished {
     if blocked_by < seq {
         Unpublished::BlockedBy(blocked_by)
@@ -173,12 +179,13 @@ pub fn wait_for_output(seq: i64, blocked_by: i64) -> Unpublished {
 }
 
 impl HeldOutput {
-    /// Whether its lease leaves no time to send it. Another host may have it next.
+    /// Whether its lease leaves no time to send it. Another host may lease it next.
     pub fn is_late(&self, now: Instant) -> bool {
         now.duration_since(self.since) > SEND_TIMEOUT
     }
 }
 
+/// The key of an output, if it has one.
 pub fn key(row: &OutboxRow) -> Option<Key> {
     row.ordering_key
         .as_ref()
@@ -254,7 +261,7 @@ mod tests {
             ]
         );
         assert!(key_queues.is_empty());
-        // It was written before the failure was known to the database.
+        // It was written before the database recorded the failure.
         let later = vec![row(4, Some("a"), &[3, 2, 1]), row(5, Some("a"), &[4])];
         assert_eq!(
             key_queues.take(later, Instant::now()),

@@ -1,10 +1,12 @@
-//! The relay: publishes what committed.
+//! The relay: publishes committed outputs.
 //!
-//! On the happy path committed outputs come from memory. What a crash, an outage or a delay left behind is found by a
-//! sweep over what is due and unpublished; there is no cursor that could skip a row. Rows are leased in the database,
-//! so that hosts do not publish the same row twice; the row is marked only with the broker's acknowledgement.
+//! Usually committed outputs come from memory. The poller finds outputs that a crash, an outage or
+//! a delay left in the outbox. It selects rows that are due and unpublished, so there is no cursor
+//! that could skip a row. Rows are leased in the database, so that two hosts do not publish the
+//! same row. A row counts as published only after the ack of the broker.
 //!
-//! One loop: answers, records in the database and sweeps are under way at the same time, but of each key one output.
+//! One loop runs publishes, database writes and polls concurrently, with one output of each key in
+//! flight.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -47,64 +49,67 @@ use subjects::{Refusal, SubjectBreakers};
 pub use wal::{RelayModeController, WalChannels, WalRelay};
 use wal::{WalAction, WalOutputs};
 
-/// Batches of outputs that wait for the relay; lanes wait when it is full, so effects and publishing cannot drift apart.
+/// Maximum number of queued batches of outputs. Lanes wait when the queue is full, so that effects
+/// and publishing do not drift apart.
 const HAND_OVER_MAX: usize = 64;
 
-/// How many outputs the relay holds before it takes no more.
+/// Maximum number of outputs in memory.
 const OUTPUTS_MAX: usize = 4_000;
 
-/// How many outputs are under way at a time.
+/// Maximum number of outputs in flight.
 const IN_FLIGHT_MAX: usize = 1_000;
 
-/// How many outputs a sweep takes.
+/// Maximum number of outputs of a poll.
 const POLL_BATCH_MAX: usize = 1_000;
 
-/// How often the sweep looks for what is due. Delays are honoured within this time.
+/// Interval of the poller. Delays of outputs are honoured with this precision.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
-/// How long after one sweep the next begins at the earliest when others wait for what was published since.
+/// Minimum interval between polls while other outputs wait for published ones.
 const POLL_INTERVAL_MIN: Duration = Duration::from_millis(20);
 
-/// How long publishing waits after a new connection until the streams are looked at; after that it goes on without.
+/// How long publishing waits for the stream check after a new connection. After that it continues
+/// without the check.
 const REPAIR_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How often it looks whether that is done.
+/// How often it polls the result of that check.
 const REPAIR_POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// How old the list of streams may be that says where outputs go, and how old when it lacks one.
+/// Maximum age of the list of streams that maps outputs to streams, normally and after an unknown
+/// stream.
 const STREAMS_MAX_AGE: Duration = Duration::from_secs(10);
 const STREAMS_MAX_AGE_ON_MISS: Duration = Duration::from_secs(1);
 
-/// When it is looked again whether outputs may be sent that wait until database and broker agree.
+/// Delay before held outputs are tried again. They wait until database and broker agree.
 const HOLD_RETRY_DELAY: Duration = Duration::from_secs(5);
 
-/// How long an output waits after its first failure; twice that after the second, and so on.
+/// Delay after the first failure of an output. It doubles with each further failure.
 const RETRY_DELAY_MIN: Duration = Duration::from_millis(250);
 
-/// Where that doubling ends.
+/// Maximum of that delay.
 const RETRY_DELAY_MAX: Duration = Duration::from_secs(15);
 
-/// What lanes hold of the relay. Cheap to clone.
+/// Handle of the relay for lanes. Cheap to clone.
 #[derive(Clone)]
 pub struct RelayHandle {
     store: Arc<dyn Store>,
     state: Arc<RelayState>,
     sender: mpsc::Sender<LeasedOutputs>,
-    /// Closed while the reader of the database's log is far behind.
+    /// False while the WAL reader is far behind.
     accepting: watch::Receiver<bool>,
 }
 
-/// Outputs that this host committed, and a time before which their leases did not begin.
+/// Outputs that this host committed. Their leases began at `since` or later.
 struct LeasedOutputs {
     rows: Vec<OutboxRow>,
-    /// On their streams already.
+    /// Outputs that are already on their streams.
     already_published: Vec<Published>,
     since: Instant,
 }
 
 impl RelayHandle {
-    /// Hands committed outputs over, whose leases began at `since` or later; waits while the relay is behind. If the relay
-    /// is gone, a sweep finds them.
+    /// Hands over committed outputs whose leases began at `since` or later. Waits while the relay
+    /// is behind. If the relay has ended, the poller of another host finds them.
     pub async fn hand_over(&self, rows: Vec<OutboxRow>, since: Instant) {
         let _ = self.accepting.clone().wait_for(|is_open| *is_open).await;
         if rows.is_empty() {
@@ -120,16 +125,16 @@ impl RelayHandle {
                     })
                     .await,
             ),
-            // A sweep finds them once their lease is over.
+            // The poller finds them once their lease has expired.
             Err(error) => tracing::debug!(
-                "outputs are left to a sweep: {:#}",
-                anyhow::Error::from(error)
+                error = format!("{:#}", anyhow::Error::from(error)),
+                "failed to hand over outputs, leaving them to the poller"
             ),
         }
     }
 }
 
-/// The one task that publishes.
+/// The task that publishes outputs.
 pub struct Relay {
     store: Arc<dyn Store>,
     bus: Bus,
@@ -140,30 +145,30 @@ pub struct Relay {
     key_queues: KeyQueues,
     recorder: Recorder,
     streams: Arc<Vec<StreamInfo>>,
-    /// An output goes to a stream that is not among these.
+    /// Whether an output goes to a stream that is not in `streams`.
     has_unknown_stream: bool,
     breakers: Breakers,
     subjects: SubjectBreakers,
     duplicates: Duplicates,
-    /// The highest sequence each stream answered with.
+    /// The highest acked sequence of each stream.
     highest_sequences: HashMap<String, u64>,
-    /// Since when the database's word on who goes before whom holds for all that is in memory.
+    /// Time from which on the order in memory is valid.
     order_since: Option<Instant>,
-    /// The number of the connection that outputs go over.
+    /// Number of the current connection for publishing.
     connection: watch::Receiver<u64>,
-    /// Since when nothing is sent because the streams are yet to be looked at.
+    /// Start of the wait for the stream check.
     repair_wait_since: Option<Instant>,
-    /// Something that others may wait for was published: there may be more to do than the next tick would find in time. The
-    /// sweep finds it once that is in the database.
+    /// Whether an output with waiters was published. A poll right after its record finds the
+    /// waiters sooner than the next tick.
     has_waiters: bool,
 }
 
-/// An output whose answer is there.
+/// An output with the result of its publish.
 struct SettledPublish {
     held: HeldOutput,
-    /// The name of the stream it went to, as far as that is known.
+    /// Name of its stream, if known.
     stream: Option<String>,
-    /// The highest sequence of that stream when it was sent.
+    /// The highest sequence of that stream at the time of sending.
     highest_sequence: u64,
     answer: PublishResult,
 }
@@ -171,6 +176,7 @@ struct SettledPublish {
 type InFlightPublishes = FuturesUnordered<BoxFuture<'static, SettledPublish>>;
 
 impl Relay {
+    /// Creates the relay, its handle for lanes, and the channels of the WAL reader.
     pub fn new(
         store: Arc<dyn Store>,
         bus: Bus,
@@ -218,8 +224,9 @@ impl Relay {
         )
     }
 
-    /// Runs until all lanes and the reader of the log are gone and what they handed over is published. After `stopping` there are no more sweeps:
-    /// what is not published stays in the outbox for the next host.
+    /// Runs until all lanes and the WAL reader have ended and their outputs are published. After
+    /// `stopping` there are no more polls. Unpublished outputs stay in the outbox for the next
+    /// host.
     pub async fn run(mut self, stopping: Stopping) {
         let mut in_flight = InFlightPublishes::new();
         let mut polling: Option<BoxFuture<'static, Result<OutputBatch, StoreError>>> = None;
@@ -227,6 +234,7 @@ impl Relay {
         let mut poll_once_written = false;
         let (mut has_lanes_closed, mut has_reader_closed) = (false, false);
         loop {
+            // Send, and record outcomes.
             self.send(&mut in_flight).await;
             if self.recorder.start_write() {
                 poll_once_written = std::mem::take(&mut self.has_waiters);
@@ -234,6 +242,8 @@ impl Relay {
             self.state
                 .has_unwritten
                 .store(!self.recorder.is_empty(), Ordering::Relaxed);
+
+            // End when everything is settled.
             if has_lanes_closed
                 && has_reader_closed
                 && self.key_queues.is_empty()
@@ -242,10 +252,12 @@ impl Relay {
             {
                 return;
             }
+
+            // Wait for the next event.
             let waits =
                 self.waits_for_repair() || (!self.has_lease() && !self.key_queues.is_empty());
             let may_poll = polling.is_none() && !stopping.is_stopping();
-            // Whichever is ready: none of them may starve another.
+            // Not biased, so that no branch blocks another.
             tokio::select! {
                 Some(settled) = in_flight.next(), if !in_flight.is_empty() => {
                     self.on_answer(settled);
@@ -289,7 +301,7 @@ impl Relay {
         }
     }
 
-    /// Takes outputs into memory. Those that have to wait for others that are not here go back at once.
+    /// Takes outputs into memory. Those that are blocked by outputs elsewhere are released at once.
     fn take(&mut self, rows: Vec<OutboxRow>, since: Instant) {
         self.apply_order_change();
         if self.is_outdated(since) {
@@ -301,7 +313,7 @@ impl Relay {
         self.recorder.unpublished(blocked);
     }
 
-    /// Takes note of outputs that are on their streams already.
+    /// Records outputs that are already on their streams.
     fn take_published(&mut self, already_published: Vec<Published>) {
         for place in already_published {
             self.key_queues.remember_published(place.seq);
@@ -310,8 +322,8 @@ impl Relay {
         }
     }
 
-    /// Takes outputs from the database's log. They are in the order of their commits, and whoever goes by polling and is in
-    /// line before one of them was looked for; but for those that came into trouble meanwhile.
+    /// Takes outputs from the WAL. They are in the order of their commits. Their blockers were
+    /// read, except outputs that failed since then.
     fn take_from_wal(&mut self, from_wal: WalOutputs) {
         self.apply_order_change();
         self.recorder
@@ -319,7 +331,7 @@ impl Relay {
         let is_outdated = self.is_outdated(from_wal.since);
         for (row, action) in from_wal.rows {
             if self.key_queues.contains(row.seq) {
-                // An earlier reader here was told of it. What becomes of it the new one will hear.
+                // An earlier reader of this host received it, and the new one gets its outcome.
                 self.recorder.track(row.seq, key_queues::key(&row));
                 continue;
             }
@@ -339,11 +351,11 @@ impl Relay {
         }
     }
 
-    /// After a new connection a stream may have lost its tail. What is published again goes before what is new, so that
-    /// keys keep their order.
+    /// Whether publishing has to wait for the stream check. After a new connection a stream may
+    /// have lost its tail. Republished outputs precede new ones, so that keys keep their order.
     fn waits_for_repair(&mut self) -> bool {
         let connection = *self.connection.borrow();
-        // Without a connection outputs fail at once and are put back.
+        // Without a connection outputs fail at once and are released.
         if !self.bus.can_publish() || self.state.checked_connection() >= connection {
             self.repair_wait_since = None;
             return false;
@@ -353,8 +365,8 @@ impl Relay {
         now.duration_since(since) < REPAIR_TIMEOUT
     }
 
-    /// When a stream has lost something, the database says anew who goes first. After a new connection another host may
-    /// have been the one to find it.
+    /// Releases all outputs after a stream has lost messages, so that the order is read from the
+    /// database again. After a new connection another host may have detected the loss.
     fn apply_order_change(&mut self) {
         let order_since = self.state.order_since();
         if std::mem::replace(&mut self.order_since, order_since) != order_since {
@@ -367,15 +379,15 @@ impl Relay {
         }
     }
 
-    /// Whether what the database said at this time of who goes before whom may hold no more.
+    /// Whether blockers that were read at this time may be outdated.
     fn is_outdated(&self, since: Instant) -> bool {
         Some(since) < self.order_since
     }
 
-    /// Sends what may be sent now.
+    /// Sends the outputs that may be sent now.
     async fn send(&mut self, in_flight: &mut InFlightPublishes) {
         let mut has_sent = false;
-        // Should there be another connection by now, nothing of this goes over it.
+        // If the connection changes in the meantime, these outputs are not sent over the new one.
         let connection = *self.connection.borrow();
         if self.waits_for_repair() {
             return;
@@ -387,12 +399,14 @@ impl Relay {
         {
             let now = Instant::now();
             if held.since < leased_since {
-                // The host's own lease had run out since: another host may have this one, and if not, the next sweep has.
+                // The lease of this host expired in the meantime. Another host may have the output.
+                // If not, the next poll finds it.
                 self.release(&held.row, retry_now());
                 continue;
             }
             if held.is_late(now) {
-                // Its lease runs out by itself; what is behind it has to wait for whoever has it next.
+                // Its lease is about to expire. Later outputs of its key wait for the next host
+                // that leases it.
                 self.recorder
                     .unpublished(self.key_queues.unpublished(&held.row));
                 if self.recorder.is_from_wal(held.row.seq) {
@@ -400,6 +414,8 @@ impl Relay {
                 }
                 continue;
             }
+
+            // Hold it while database and broker disagree.
             if self.state.is_held(&held.row.subject) {
                 self.release(
                     &held.row,
@@ -410,6 +426,8 @@ impl Relay {
                 );
                 continue;
             }
+
+            // Respect the breakers.
             let stream = stream_for_subject(&self.streams, &held.row.subject)
                 .map(|stream| stream.name.clone());
             self.has_unknown_stream |= stream.is_none();
@@ -417,6 +435,8 @@ impl Relay {
                 self.release(&held.row, Unpublished::Later { after, error: None });
                 continue;
             }
+
+            // Send it.
             if !has_sent {
                 fault::point(fault::BEFORE_PUBLISH);
             }
@@ -451,7 +471,8 @@ impl Relay {
         }
     }
 
-    /// How long an output has to wait because its subject or its stream is refused at present; none to go on.
+    /// Delay of an output because its subject or its stream is currently refused. `None` to send it
+    /// now.
     fn delay(&mut self, subject: &str, stream: Option<&str>, now: Instant) -> Option<Duration> {
         if let Some(after) = self.subjects.delay(subject, now) {
             return Some(after);
@@ -461,8 +482,8 @@ impl Relay {
         Some(after)
     }
 
-    /// Records the answer to an output. A failure counts against the output, its subject, its stream or the connection:
-    /// whichever it is about, and nothing larger.
+    /// Handles the result of a publish. A failure counts against its most specific cause: the
+    /// output, its subject, its stream or the connection.
     fn on_answer(&mut self, settled: SettledPublish) {
         let SettledPublish {
             held: HeldOutput { row, .. },
@@ -496,7 +517,8 @@ impl Relay {
             PublishError::Unavailable(why) => {
                 self.breakers.failed(stream.as_deref(), &why);
                 self.subjects.undecided(&row.subject, now);
-                // Others probe the stream before this one does again: the fault may be its own after all.
+                // Other outputs probe the stream before this one is retried, because this output
+                // may be the cause.
                 let others = self.breakers.open_for(stream.as_deref(), now).mul_f64(1.5);
                 self.retry_later(&row, after.max(others), why);
             }
@@ -509,7 +531,8 @@ impl Relay {
         }
     }
 
-    /// A stream does not take a subject, and may take all others. After a while the output waits for a person.
+    /// Handles a refused subject of a stream that may accept others. After a timeout the output is
+    /// parked.
     fn subject_refused(
         &mut self,
         row: &OutboxRow,
@@ -539,13 +562,15 @@ impl Relay {
         );
     }
 
+    /// Parks an output until an operator retries or drops it.
     fn park(&mut self, row: &OutboxRow, reason: String) {
         self.metrics.output(&row.worker, OutputOutcome::Parked);
         tracing::error!(
             worker = row.worker,
             number = row.seq,
-            "an output to {} is set aside until somebody retries or drops it (oncely outbox): {reason}",
-            row.subject
+            subject = row.subject,
+            reason,
+            "output parked until an operator retries or drops it"
         );
         self.release(row, Unpublished::Parked { reason });
     }
@@ -578,7 +603,8 @@ impl Relay {
         });
     }
 
-    /// Whether others of its key go by polling because this one did, and wait for it: while outputs go by the log.
+    /// Whether outputs of its key may be left to the poller and wait for this one. Applies in WAL
+    /// mode.
     fn may_block_key(&self, row: &OutboxRow) -> bool {
         let is_wal_mode = || {
             matches!(
@@ -589,18 +615,19 @@ impl Relay {
         row.ordering_key.is_some() && !self.recorder.is_from_wal(row.seq) && is_wal_mode()
     }
 
-    /// An output leaves unpublished, and those behind it with it.
+    /// Releases an unpublished output, together with later ones of its key.
     fn release(&mut self, row: &OutboxRow, how: Unpublished) {
         let blocked = self.key_queues.unpublished(row);
         self.recorder.unpublished([(row.seq, how)]);
         self.recorder.unpublished(blocked);
     }
 
-    /// Whether no other host can have taken over what this one leases now.
+    /// Whether the lease of this host is valid, so that no other host can take over its outputs.
     fn has_lease(&self) -> bool {
         self.state.lease_since(Instant::now()).is_some()
     }
 
+    /// Starts a poll, if there is capacity, a connection and a valid lease.
     fn begin_poll(&mut self) -> Option<BoxFuture<'static, Result<OutputBatch, StoreError>>> {
         let room = OUTPUTS_MAX
             .saturating_sub(self.key_queues.len())
@@ -620,7 +647,7 @@ impl Relay {
             STREAMS_MAX_AGE
         };
         Some(Box::pin(async move {
-            // No operation of the database is dropped half-way, not even when this host ends.
+            // A database operation must run to completion, even when this host ends.
             let polled = tokio::spawn(poller::poll(
                 store,
                 bus,
@@ -634,12 +661,15 @@ impl Relay {
         }))
     }
 
-    /// Takes what a sweep found. Returns whether there may be more.
+    /// Takes the result of a poll. Returns whether more outputs may be due.
     fn take_polled(&mut self, polled: Result<OutputBatch, StoreError>) -> bool {
         let batch = match polled {
             Ok(batch) => batch,
             Err(error) => {
-                tracing::debug!("sweep again soon: {:#}", anyhow::Error::from(error));
+                tracing::debug!(
+                    error = format!("{:#}", anyhow::Error::from(error)),
+                    "outbox poll failed, retrying"
+                );
                 return false;
             }
         };
@@ -653,7 +683,7 @@ impl Relay {
     }
 }
 
-/// Waits for what is under way, and takes it out.
+/// Waits for a future and removes it.
 async fn finished<T>(in_flight: &mut Option<BoxFuture<'static, T>>) -> T {
     let done = match in_flight {
         Some(future) => future.await,
@@ -663,7 +693,7 @@ async fn finished<T>(in_flight: &mut Option<BoxFuture<'static, T>>) -> T {
     done
 }
 
-/// It may go at once, as far as the database allows.
+/// Due at once, as far as the database permits.
 fn retry_now() -> Unpublished {
     Unpublished::Later {
         after: Duration::ZERO,
@@ -671,7 +701,7 @@ fn retry_now() -> Unpublished {
     }
 }
 
-/// How long an output waits after one more failure; the upper half is random.
+/// Delay after one more failure. The upper half is random.
 fn retry_after(failures: u32) -> Duration {
     let most = RETRY_DELAY_MIN
         .saturating_mul(2_u32.saturating_pow(failures))

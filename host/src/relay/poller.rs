@@ -1,4 +1,4 @@
-//! The sweep: takes what was left behind, and looks up what may be on its stream already.
+//! Poller: leases outputs that are due, and finds those that may already be on their streams.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -16,26 +16,29 @@ use crate::fault;
 use crate::metrics::{Metrics, OutputOutcome};
 use crate::store::{OutboxRow, Published, Store, StoreError, Unpublished};
 
-/// The broker's clock may be behind ours.
+/// Maximum lag of the broker clock behind this one.
 const CLOCK_SKEW_MAX: SignedDuration = SignedDuration::from_mins(2);
 
-/// What a sweep found.
+/// The result of a poll.
 pub(super) struct OutputBatch {
-    /// To be sent, in order.
+    /// Outputs to send, in order.
     pub rows: Vec<OutboxRow>,
-    /// Not later than their leases began.
+    /// A time before their leases began.
     pub since: Instant,
-    /// On their streams already.
+    /// Outputs that are already on their streams.
     pub already_published: Vec<Published>,
     pub unpublished: Vec<(i64, Unpublished)>,
-    /// As many as asked for: there may be more.
+    /// Whether the limit was reached, so that more outputs may be due.
     pub is_full: bool,
-    /// As they are known; none when the server does not say.
+    /// The known streams. Empty when the server does not answer.
     pub streams: Arc<Vec<StreamInfo>>,
 }
 
-/// Leases what is due and nobody's. Of that, what was first sent so long ago that its stream may have forgotten the id is
-/// looked up, and sent again only if it is not there.
+/// Leases up to `limit` outputs that are due and have no lease. A stream may have forgotten the id
+/// of an earlier try. Such an output is searched there first, and sent only if it is missing.
+///
+/// # Errors
+/// The database cannot be read or written.
 pub(super) async fn poll(
     store: Arc<dyn Store>,
     bus: Bus,
@@ -50,9 +53,10 @@ pub(super) async fn poll(
     if !rows.is_empty() {
         fault::point(fault::RELAY_LEASED);
     }
-    // Before the look-up: a row that it puts back, as its id is taken, still holds those of its key behind it.
+    // Before the lookup, because an output whose id is taken still blocks later ones of its key.
     OutboxRow::chain(&mut rows);
-    // Without a list of streams hardly anything will be sent; whatever is sent was first sent a short while ago.
+    // Without a list of streams the lookup is skipped. The broker then accepts hardly any output,
+    // and an accepted one was first tried a short time ago.
     let streams = bus.streams(streams_max_age).await.unwrap_or_default();
     let (rows, already_published) = recovered::split(&*store, &state, rows).await?;
     let mut batch = OutputBatch {
@@ -68,6 +72,7 @@ pub(super) async fn poll(
 }
 
 impl OutputBatch {
+    /// Searches the streams for outputs whose ids they may have forgotten.
     pub(super) async fn look_up_published(&mut self, bus: &Bus, metrics: &Metrics) {
         let streams = Arc::clone(&self.streams);
         let now = Timestamp::now();
@@ -89,7 +94,8 @@ impl OutputBatch {
         self.rows.sort_by_key(|row| row.seq);
     }
 
-    /// Rows that are not on the stream are sent; those whose id was found there are compared first.
+    /// Sorts rows after the lookup: missing ones are sent, and the others are compared with their
+    /// stored messages.
     async fn sort_found(
         &mut self,
         bus: &Bus,
@@ -133,6 +139,7 @@ impl OutputBatch {
         }
     }
 
+    /// Schedules rows for another poll, because their lookup failed.
     fn retry_unchecked(
         &mut self,
         stream: &str,
@@ -141,12 +148,14 @@ impl OutputBatch {
         metrics: &Metrics,
     ) {
         tracing::warn!(
-            "{} outputs to {stream} not published yet, looking them up failed: {error:#}",
-            rows.len()
+            stream,
+            count = rows.len(),
+            error = format!("{error:#}"),
+            "output lookup failed, retrying"
         );
         for row in rows {
             metrics.output(&row.worker, OutputOutcome::Failed);
-            let error = Some(format!("looking it up failed: {error:#}"));
+            let error = Some(format!("stream lookup failed: {error:#}"));
             self.unpublished.push((
                 row.seq,
                 Unpublished::Later {
@@ -158,9 +167,10 @@ impl OutputBatch {
     }
 }
 
-/// Whether a stream may have forgotten the id of an output by the time it is sent, and can be looked through. A queue cannot:
-/// what was taken from it may come a second time. Half of the window is for clocks that
-/// run apart and for answers that are late.
+/// Whether a stream may have forgotten the id of an output by the time it is sent, and can be
+/// searched. A queue cannot be searched, because consumed messages are removed, so its outputs may
+/// be published twice. Half of the deduplication window is reserved for clock differences and late
+/// acks.
 fn is_old(row: &OutboxRow, stream: &StreamInfo, now: Timestamp) -> bool {
     if stream.is_queue {
         return false;
@@ -169,7 +179,7 @@ fn is_old(row: &OutboxRow, stream: &StreamInfo, now: Timestamp) -> bool {
         > (stream.duplicate_window / 2).saturating_sub(SEND_TIMEOUT)
 }
 
-/// Which of these rows stand on a stream, by id, and where.
+/// The sequences of those rows that are on a stream, by id.
 async fn look_up(bus: &Bus, stream: &str, rows: &[OutboxRow]) -> Result<HashMap<String, u64>> {
     let ids: HashSet<String> = rows.iter().map(|row| row.id.clone()).collect();
     let subjects: HashSet<String> = rows.iter().map(|row| row.subject.clone()).collect();

@@ -1,5 +1,5 @@
-//! The recorder: what became of outputs, on its way into the database. One record is under way at a time, and takes along
-//! all that has gathered since the one before.
+//! Recorder: writes the outcomes of outputs to the database. One write is in progress at a time,
+//! and the next one includes all outcomes since then.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -13,11 +13,11 @@ use crate::fault;
 use crate::model::retry::Backoff;
 use crate::store::{Published, Store, Unpublished};
 
-/// How often a record is tried. After that the leases of its outputs run out, and whoever has them next finds them on
-/// their streams.
+/// Maximum number of tries of a write. After that the leases of its outputs expire, and the next
+/// host finds the published ones on their streams.
 const TRIES_MAX: u32 = 5;
 
-/// What is not in the database yet.
+/// Outcomes that are not in the database yet.
 pub struct Recorder {
     store: Arc<dyn Store>,
     published: Vec<Published>,
@@ -26,13 +26,14 @@ pub struct Recorder {
     wal: WalRecorder,
 }
 
-/// Outputs that came from the database's log. Whoever reads it writes down what becomes of them.
+/// Outputs from the WAL. The WAL reader records their outcomes.
 struct WalRecorder {
-    /// Those in memory, with their keys.
+    /// Outputs in memory, with their keys.
     keys: HashMap<i64, Option<Key>>,
     outcomes: mpsc::UnboundedSender<WalOutcome>,
-    /// How many were to go by polling so far; and of each key whom others are to wait for, as long as the database may not know.
+    /// Number of outputs left to the poller so far.
     unpublished: u64,
+    /// By key, the output that later ones have to wait for, and its number. Kept until recorded.
     blocked_keys: HashMap<Key, (i64, u64)>,
 }
 
@@ -53,14 +54,16 @@ impl Recorder {
         }
     }
 
+    /// Adds a published output.
     pub fn published(&mut self, place: Published) {
         match self.wal.keys.remove(&place.seq) {
-            // If nobody reads any more, the next one is told again.
+            // Without a reader the outcome is lost, and the next reader receives the output again.
             Some(_) => drop(self.wal.outcomes.send(WalOutcome::Published(place))),
             None => self.published.push(place),
         }
     }
 
+    /// Adds outputs that were not published.
     pub fn unpublished(&mut self, rows: impl IntoIterator<Item = (i64, Unpublished)>) {
         for (seq, how) in rows {
             match self.wal.keys.remove(&seq) {
@@ -70,7 +73,8 @@ impl Recorder {
         }
     }
 
-    /// An output from the log is here. Returns whom it has to wait for, if others of its key were put back and the database may not know.
+    /// Tracks an output from the WAL. Returns its blocker if earlier outputs of its key were
+    /// released and that may not be recorded yet.
     pub fn track(&mut self, seq: i64, key: Option<Key>) -> Option<i64> {
         let before = key
             .as_ref()
@@ -80,28 +84,30 @@ impl Recorder {
         before
     }
 
+    /// Whether an output in memory came from the WAL.
     pub fn is_from_wal(&self, seq: i64) -> bool {
         self.wal.keys.contains_key(&seq)
     }
 
-    /// The database knows which outputs from the log go by polling, up to a number; or all of them, to a new reader.
+    /// Polling outcomes are recorded up to this number, or all of them for a new reader.
     pub fn on_recorded(&mut self, recorded: u64, is_first: bool) {
         self.wal
             .blocked_keys
             .retain(|_, (_, number)| !is_first && *number > recorded);
     }
 
-    /// Whether everything is in the database.
+    /// Whether all outcomes are in the database.
     pub fn is_empty(&self) -> bool {
         self.published.is_empty() && self.unpublished.is_empty() && self.writing.is_none()
     }
 
+    /// Whether a write is in progress.
     pub fn is_writing(&self) -> bool {
         self.writing.is_some()
     }
 
-    /// Begins to write what has gathered, unless a record is under way, and returns whether it did. A task of its own: no
-    /// operation of the database is dropped half-way.
+    /// Starts to write the collected outcomes, unless a write is in progress. Returns whether it
+    /// did. It runs in a task of its own, because a database operation must run to completion.
     pub fn start_write(&mut self) -> bool {
         if self.is_writing() || (self.published.is_empty() && self.unpublished.is_empty()) {
             return false;
@@ -118,7 +124,7 @@ impl Recorder {
         true
     }
 
-    /// Waits for the record that is under way.
+    /// Waits for the write in progress.
     pub async fn written(&mut self) {
         if let Some(writing) = &mut self.writing {
             let _ = writing.await;
@@ -131,7 +137,7 @@ impl WalRecorder {
     fn unpublished(&mut self, seq: i64, key: Option<Key>, how: Unpublished) {
         self.unpublished += 1;
         if let Some(key) = key {
-            // All that wait for the same go on together.
+            // All outputs with the same blocker continue together.
             let first = if let Unpublished::BlockedBy(first) = how {
                 first
             } else {
@@ -155,7 +161,7 @@ async fn record(
     log_errors(&unpublished);
     if !published.is_empty() {
         fault::point(fault::BEFORE_MARK);
-        retry("published outputs not marked", || {
+        retry("record published outputs", || {
             store.mark_published(&published)
         })
         .await;
@@ -163,7 +169,7 @@ async fn record(
     }
     if !unpublished.is_empty() {
         fault::point(fault::BEFORE_RELEASE);
-        retry("unpublished outputs not recorded", || {
+        retry("release unpublished outputs", || {
             store.release_outputs(&unpublished)
         })
         .await;
@@ -179,13 +185,17 @@ where
     for _ in 0..TRIES_MAX {
         match operation().await {
             Ok(()) => return,
-            Err(error) => tracing::warn!("{what} yet: {:#}", anyhow::Error::from(error)),
+            Err(error) => tracing::warn!(
+                operation = what,
+                error = format!("{:#}", anyhow::Error::from(error)),
+                "failed to record outputs, retrying"
+            ),
         }
         tokio::time::sleep(backoff.next(rand::random())).await;
     }
 }
 
-/// One line for each error, however many outputs met it.
+/// Logs each distinct error once, with the number of its outputs.
 pub fn log_errors(unpublished: &[(i64, Unpublished)]) {
     let mut errors: BTreeMap<&str, u64> = BTreeMap::new();
     for (_, how) in unpublished {
@@ -197,6 +207,6 @@ pub fn log_errors(unpublished: &[(i64, Unpublished)]) {
         }
     }
     for (error, count) in errors {
-        tracing::warn!("{count} outputs not published, again in a while: {error}");
+        tracing::warn!(count, error, "publish failed, retrying");
     }
 }

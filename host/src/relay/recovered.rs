@@ -1,10 +1,15 @@
-//! After a recovery: outputs that were found on their streams are not sent again, whoever finds them in the outbox.
+//! Outputs that a recovery found on their streams: no host sends them again.
 
 use super::RelayState;
 use crate::store::{OutboxRow, Published, Store, StoreError};
 
-/// Takes out of some outputs those that a recovery found, and says where they are. Bodies are not compared: a handler may
-/// give another one when it runs again, and nobody else could have published under such an id before.
+/// Splits outputs into those to send and those that a recovery found on their streams.
+///
+/// Bodies are not compared. A rerun of a handler may produce a different body, and only the host
+/// can publish under such an id.
+///
+/// # Errors
+/// The database cannot be read.
 pub(super) async fn split(
     store: &dyn Store,
     state: &RelayState,

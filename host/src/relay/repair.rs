@@ -1,9 +1,12 @@
-//! Repairs what a stream has lost: JetStream may forget what it acknowledged when the power goes or a store is restored,
-//! and a stream may be deleted and made again. Published outputs are kept for a while for this.
+//! Stream repair: publishes outputs again that a stream has lost.
 //!
-//! A stream loses its tail: what stands at the highest sequence we published tells whether everything before it is
-//! there. What moves at its other end (age, limits, a purge) is no loss. Of a queue, from which messages go away as they are
-//! acknowledged, only what was published beyond its end is known to be lost.
+//! JetStream can lose acknowledged messages after a power failure or a restore, and a stream can be
+//! deleted and created again. Published outputs are kept for a while for this purpose.
+//!
+//! A stream loses its tail. The message at the highest sequence that we published shows whether
+//! everything before it exists. Removals at its other end are no loss: by age, by a limit, or by a
+//! purge. A queue removes messages as they are acknowledged. There, only outputs that were
+//! published beyond its end are known to be lost.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -21,37 +24,37 @@ use crate::metrics::Metrics;
 use crate::model::retry::LastError;
 use crate::store::{PublishedOutput, Store};
 
-/// How often the streams are looked at without a reason. Each look is one message read for each stream.
+/// Interval of the regular check. It reads one message of each stream.
 const CHECK_INTERVAL: Duration = Duration::from_secs(20);
 
-/// How soon it looks again when it could not.
+/// Delay before the next check after a failed one.
 const RETRY_DELAY: Duration = Duration::from_millis(250);
 
-/// How long a look waits for the relay's records, and how often it asks for them.
+/// How long a check waits for the recorder, and how often it polls it.
 const RECORDER_TIMEOUT: Duration = Duration::from_secs(1);
 const RECORDER_POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// What was published so long before a look without a reason was seen by an earlier one.
+/// The range of the regular check. Earlier checks have covered older outputs.
 const LOOK_BACK: Duration = Duration::from_secs(60);
 
-/// How far the clocks of the database and the broker may be apart.
+/// Maximum clock difference between the database and the broker.
 const CLOCK_SKEW_MAX: SignedDuration = SignedDuration::from_mins(2);
 
-/// How many messages are read at a time.
+/// Number of concurrent reads.
 const READ_CONCURRENCY: usize = 64;
 
-/// How many outputs are taken back at a time.
+/// Maximum number of outputs that one statement republishes.
 const REPUBLISH_BATCH_MAX: usize = 5_000;
 
-/// Looks after the streams that outputs went to.
+/// Checks the streams of published outputs.
 pub struct Repair {
     store: Arc<dyn Store>,
     bus: Bus,
     metrics: Arc<Metrics>,
     state: Arc<RelayState>,
-    /// For how long published outputs are kept.
+    /// How long published outputs are kept.
     retention: Duration,
-    /// When each stream was made, as far as it was looked at.
+    /// Creation time of each checked stream, by name.
     created_at: HashMap<String, Timestamp>,
 }
 
@@ -73,27 +76,32 @@ impl Repair {
         }
     }
 
-    /// Looks at the start, after each new connection, when an answer is suspicious, and every now and then.
+    /// Checks at the start, after each new connection, when an ack is suspicious, and at a regular
+    /// interval.
     pub async fn run(mut self, mut stopping: Stopping) {
         let mut connections = self.bus.publish_connection();
         let mut look_back = self.retention;
         let mut trouble = LastError::default();
         loop {
+            // Let the recorder catch up.
             let is_written = self.wait_for_recorder().await;
             let connection = *connections.borrow_and_update();
             let is_first = self.state.checked_connection() < connection;
-            // What is written down only now would not be missed, and what comes after it would go first.
+            // This check does not cover an output that is recorded later, and newer outputs would
+            // precede it.
             let retries_soon = is_first && !is_written;
+
+            // Check the streams.
             let suspects = self.state.suspects();
             let checked = self.check_streams(look_back).await;
             if let Err(error) = &checked {
                 let why = format!("{error:#}");
                 if trouble.is_new(&why) {
-                    tracing::warn!("looking for what streams have lost again soon: {why}");
+                    tracing::warn!(error = why, "stream check failed, retrying");
                 }
             } else {
                 trouble.clear();
-                // Of some of them the database knows nothing.
+                // The database has no outputs of some suspects, so the check does not visit them.
                 suspects
                     .iter()
                     .for_each(|stream| self.state.remove_suspect(stream));
@@ -101,6 +109,8 @@ impl Repair {
                     self.state.set_checked_connection(connection);
                 }
             }
+
+            // Wait for the next reason to check.
             tokio::select! {
                 biased;
                 () = stopping.stopped() => return,
@@ -112,8 +122,8 @@ impl Repair {
         }
     }
 
-    /// Lets the relay write down what was published before: what the database does not know of, nobody would miss. False when
-    /// that takes too long.
+    /// Waits until the recorder has written all earlier publishes, because a check covers only
+    /// recorded outputs. Returns false after a timeout.
     async fn wait_for_recorder(&self) -> bool {
         let written = async {
             while self.state.is_writing() {
@@ -125,8 +135,14 @@ impl Repair {
             .is_ok()
     }
 
-    /// Compares the last output published to each stream within some time with what stands there. A stream that was made
-    /// anew, or that gave a sequence twice, is looked through: there what was published last says nothing of the rest.
+    /// Compares the last output that was published to each stream within `look_back` with the
+    /// message at its sequence.
+    ///
+    /// A recreated stream, or one that assigned a sequence twice, is searched completely. There the
+    /// last output says nothing about the others.
+    ///
+    /// # Errors
+    /// The last failed check. The other streams are checked all the same.
     async fn check_streams(&mut self, look_back: Duration) -> Result<()> {
         let mut checked = Ok(());
         for last in self
@@ -134,14 +150,15 @@ impl Repair {
             .last_published(look_back.min(self.retention))
             .await?
         {
-            // Trouble with one stream is no reason not to look at the others.
+            // A failure on one stream must not prevent the checks of the others.
             if let Err(error) = self.check_stream(&last).await {
-                checked = Err(error.context(format!("look at the stream {}", last.stream)));
+                checked = Err(error.context(format!("check the stream {}", last.stream)));
             }
         }
         checked
     }
 
+    /// Checks one stream, and repairs it if it may have lost messages.
     async fn check_stream(&mut self, last: &PublishedOutput) -> Result<()> {
         let Some(stream) = self.bus.stream(&last.stream).await? else {
             return Ok(());
@@ -157,7 +174,7 @@ impl Repair {
         Ok(())
     }
 
-    /// Has everything published again that a stream has lost.
+    /// Publishes all outputs again that a stream has lost.
     async fn repair(&self, stream: &StreamInfo) -> Result<()> {
         let lost = self.find_lost(stream).await?;
         let Some(first) = lost.first() else {
@@ -165,28 +182,29 @@ impl Repair {
         };
         let mut count = 0;
         for chunk in lost.chunks(REPUBLISH_BATCH_MAX) {
-            // It is not where a recovery found it.
+            // The stream has lost it, so the result of the recovery is outdated.
             let ids: Vec<&str> = chunk.iter().map(|output| output.id.as_str()).collect();
             self.store.delete_recovered(&ids).await?;
             count += self.store.republish(chunk).await?;
             fault::point(fault::REPUBLISH);
         }
-        // Else another host was faster.
+        // A count of zero means that another host was faster.
         if count > 0 {
             self.state.on_loss();
             self.metrics.regression(&stream.name, count);
             tracing::error!(
                 stream = stream.name,
-                "the stream has lost what it had stored: it ends at {} and does not hold what we published at {}; \
-                 publishing {count} outputs again",
-                stream.last_sequence,
-                first.stream_sequence
+                last_sequence = stream.last_sequence,
+                sequence = first.stream_sequence,
+                count,
+                "stream lost acknowledged messages, republishing outputs"
             );
         }
         Ok(())
     }
 
-    /// What was published to a stream and was lost there, in the order of its publication.
+    /// The outputs that were published to a stream and lost there, in the order of their
+    /// publication.
     async fn find_lost(&self, stream: &StreamInfo) -> Result<Vec<PublishedOutput>> {
         let published = self.store.published_to(&stream.name).await?;
         if stream.is_queue {
@@ -221,8 +239,8 @@ impl Repair {
     }
 }
 
-/// Whether an output neither stands where it was published nor left from there in a way that is no loss: by age, by a
-/// limit, by hand.
+/// Whether an output is lost: its sequence holds a different message, or none although it was not
+/// removed by age, by a limit, or by an operator.
 async fn is_lost(bus: &Bus, stream: &StreamInfo, output: &PublishedOutput) -> Result<bool> {
     if output.stream_sequence > stream.last_sequence {
         return Ok(true);

@@ -1,4 +1,4 @@
-//! What the relay's parts tell each other, and people.
+//! State that the parts of the relay share with each other and with the API.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -11,7 +11,7 @@ use tokio::sync::Notify;
 use crate::model::breaker::{Breaker, State};
 use crate::store::{LEASE_SAFE_FOR, RelayMode, WalState};
 
-/// What people see of the breaker of one stream.
+/// Public state of the breaker of one stream.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BreakerState {
     pub stream: String,
@@ -20,7 +20,7 @@ pub struct BreakerState {
     pub error: String,
 }
 
-/// A subject that its stream refuses while it may take others.
+/// A subject that its stream refuses, although it may accept others.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RefusedSubject {
     pub subject: String,
@@ -28,46 +28,49 @@ pub struct RefusedSubject {
     pub error: String,
 }
 
-/// How many refused subjects are shown.
+/// Maximum number of refused subjects that are shown.
 const REFUSED_SUBJECTS_MAX: usize = 20;
 
-/// What the relay's parts tell each other, and people.
+/// State that the parts of the relay share with each other and with the API.
 #[derive(Default)]
 pub struct RelayState {
     breakers: Mutex<BTreeMap<String, BreakerState>>,
-    /// By subject, with why.
+    /// Refused subjects with their last errors.
     refused: Mutex<BTreeMap<String, String>>,
-    /// The number of the connection after which all streams were found well, or mended; 0 before that.
+    /// Number of the connection after which all streams were last checked or repaired. 0 before the
+    /// first check.
     checked_connection: AtomicU64,
-    /// When the order of the outputs was last read from the database again.
+    /// Time at which the order of outputs became invalid and has to be read from the database
+    /// again.
     order_since: Mutex<Option<Instant>>,
-    /// Streams that answered with a sequence they had given before.
+    /// Streams that assigned a sequence twice.
     suspects: Mutex<BTreeSet<String>>,
     pub(super) suspect_added: Notify,
-    /// How often streams were found to have lost something.
+    /// Number of detected losses.
     pub(super) losses: AtomicU64,
-    /// Whether something is published that the database does not know of yet.
+    /// Whether published outputs are not in the database yet.
     pub(super) has_unwritten: AtomicBool,
-    /// How outputs go, as it was seen the last time; none where there is no log to read.
+    /// The WAL state of the last poll. `None` on databases without WAL mode.
     wal: Mutex<Option<WalState>>,
-    /// Whether this host reads the log, and whether it writes down just now what was published from it.
+    /// Whether this host is the WAL reader, and whether it is recording outcomes right now.
     pub(super) is_reading: AtomicBool,
     pub(super) is_recording: AtomicBool,
     lease: Mutex<Option<Lease>>,
-    /// Whether nothing but alarms is sent, because database and broker disagree.
+    /// Whether only alarms are sent, because database and broker disagree.
     held: AtomicBool,
-    /// Whether a recovery found outputs on their streams, which are not to be sent again.
+    /// Whether a recovery found outputs on their streams, which must not be sent again.
     recovered: AtomicBool,
-    /// How many outputs this host has published.
+    /// Number of outputs that this host has published.
     pub(super) published: AtomicU64,
 }
 
-/// The host's lease in the database: before its end no other host takes over what this one leased.
+/// The lease of this host in the database. Before it expires, no other host takes over the outputs
+/// that this one leased.
 #[derive(Debug, Clone, Copy)]
 struct Lease {
-    /// Since when it was never in doubt.
+    /// Start of its uninterrupted validity.
     since: Instant,
-    /// When its last renewal began.
+    /// Start of its last renewal.
     renewed: Instant,
 }
 
@@ -104,7 +107,7 @@ impl RelayState {
         }
     }
 
-    /// Subjects that outputs wait for at present, the first few of them.
+    /// The first subjects that outputs currently wait for.
     pub fn refused_subjects(&self) -> Vec<RefusedSubject> {
         let refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
         refused
@@ -130,7 +133,7 @@ impl RelayState {
             .remove(subject);
     }
 
-    /// The host's lease was renewed, by an operation that began then.
+    /// Records a renewal of the lease, by an operation that started at `began`.
     pub fn lease_renewed(&self, began: Instant) {
         let mut lease = self.lease.lock().unwrap_or_else(PoisonError::into_inner);
         let since = match *lease {
@@ -143,8 +146,8 @@ impl RelayState {
         });
     }
 
-    /// Since when the host has had its lease without a gap; none while it may have run out: others may be sending what was
-    /// leased to this host.
+    /// Start of the uninterrupted lease of this host. `None` while it may have expired. Then other
+    /// hosts may be sending the outputs that were leased to this one.
     pub fn lease_since(&self, now: Instant) -> Option<Instant> {
         let lease = *self.lease.lock().unwrap_or_else(PoisonError::into_inner);
         lease
@@ -152,22 +155,23 @@ impl RelayState {
             .map(|lease| lease.since)
     }
 
-    /// Has the relay send nothing but alarms, or everything.
+    /// Makes the relay send only alarms, or all outputs again.
     pub fn set_held(&self, is_held: bool) {
         self.held.store(is_held, Ordering::SeqCst);
     }
 
-    /// Whether nothing but alarms is sent.
+    /// Whether only alarms are sent.
     pub(super) fn is_holding(&self) -> bool {
         self.held.load(Ordering::SeqCst)
     }
 
-    /// Whether an output to a subject has to wait until database and broker agree. That they do not has to be told.
+    /// Whether an output has to wait until database and broker agree. Alarms do not wait, because
+    /// they report the disagreement.
     pub(super) fn is_held(&self, subject: &str) -> bool {
         self.is_holding() && !subject.starts_with("oncely.alarm.")
     }
 
-    /// Has the relay look up every output among those that a recovery found, or none.
+    /// Makes the relay check each output against those that a recovery found, or stops that.
     pub fn set_check_recovered(&self, is_on: bool) {
         self.recovered.store(is_on, Ordering::SeqCst);
     }
@@ -176,21 +180,21 @@ impl RelayState {
         self.recovered.load(Ordering::SeqCst)
     }
 
-    /// How many outputs this host has published since it started.
+    /// Number of outputs that this host has published since its start.
     pub fn published(&self) -> u64 {
         self.published.load(Ordering::Relaxed)
     }
 
-    /// All streams were found well, or mended, after the connection of this number.
+    /// All streams were checked or repaired after the connection with this number.
     pub(super) fn set_checked_connection(&self, connection: u64) {
-        // Another host may have been the one to mend them.
+        // Another host may have repaired them.
         if self.checked_connection() != connection {
             self.invalidate_order();
         }
         self.checked_connection.store(connection, Ordering::SeqCst);
     }
 
-    /// What a stream had lost is to be published again, before all that comes after it.
+    /// A stream lost messages. They have to be published again before later ones.
     pub(super) fn on_loss(&self) {
         self.losses.fetch_add(1, Ordering::SeqCst);
         self.invalidate_order();
@@ -203,7 +207,7 @@ impl RelayState {
             .unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }
 
-    /// Since when the database's word holds on who goes before whom; none when it always did.
+    /// Time from which on the order read from the database is valid. `None` if it always was.
     pub(super) fn order_since(&self) -> Option<Instant> {
         *self
             .order_since
@@ -211,12 +215,12 @@ impl RelayState {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// After which connection the streams were looked at the last time; 0 for never.
+    /// Number of the connection after which the streams were last checked. 0 for never.
     pub(super) fn checked_connection(&self) -> u64 {
         self.checked_connection.load(Ordering::SeqCst)
     }
 
-    /// How outputs go and how far the reader of the log is; none where there is no log to read.
+    /// The relay mode and the position of the WAL reader. `None` on databases without WAL mode.
     pub fn wal(&self) -> Option<WalState> {
         self.wal
             .lock()
@@ -224,7 +228,7 @@ impl RelayState {
             .clone()
     }
 
-    /// Whether this host reads the log.
+    /// Whether this host is the WAL reader.
     pub fn reads_wal(&self) -> bool {
         self.is_reading.load(Ordering::Relaxed)
     }
@@ -264,7 +268,7 @@ impl RelayState {
             .is_empty()
     }
 
-    /// Whether something that was published, and before the streams are looked at, is on its way into the database.
+    /// Whether outputs that were published before a stream check are still being recorded.
     pub(super) fn is_writing(&self) -> bool {
         self.has_unwritten.load(Ordering::SeqCst) || self.is_recording.load(Ordering::SeqCst)
     }

@@ -1,6 +1,7 @@
-//! Subjects that are refused while others of their stream are taken: a subject that is full, denied, or in no stream.
+//! Subjects that are refused while their stream accepts others: a subject is full, denied, or not
+//! part of any stream.
 //!
-//! A full subject has a breaker of its own, so that its outputs are not all tried again and again.
+//! A full subject has its own breaker, so that its outputs are not all retried.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -9,35 +10,37 @@ use std::time::{Duration, Instant};
 use super::RelayState;
 use crate::model::breaker::{Breaker, Permit};
 
-/// For how long no stream takes a subject before outputs to it are set aside. Streams may be on their way back.
+/// How long a subject may have no stream before its outputs are parked. A stream may be about to
+/// return.
 const NO_STREAM_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// For how long a subject is full, without one message less, before outputs to it are set aside. Until then its consumers
-/// may make room.
+/// How long a subject may stay full, without any accepted message, before its outputs are parked.
+/// Its consumers may free space meanwhile.
 const FULL_TIMEOUT: Duration = Duration::from_secs(15 * 60);
 
-/// After how long without another refusal a subject is in trouble no more. Outputs are tried more often than this.
+/// How long a subject stays tracked after its last refusal. Outputs are retried more often than
+/// this.
 const FORGET_AFTER: Duration = Duration::from_secs(60);
 
-/// The subjects that are refused at present.
+/// The subjects that are currently refused.
 pub struct SubjectBreakers {
     refused: HashMap<String, Refusals>,
-    /// When those that are over were removed last.
+    /// Time of the last cleanup.
     pruned_at: Instant,
     state: Arc<RelayState>,
 }
 
-/// Why a subject is refused.
+/// The reason why a subject is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
-    /// No stream takes it, as streams and permissions are.
+    /// No stream accepts it with the current streams and permissions.
     NoStream,
-    /// Its stream holds as many messages of it as it may.
+    /// Its stream holds the maximum number of its messages.
     Full,
 }
 
 impl Refusal {
-    /// For how long outputs are tried again before they are set aside.
+    /// How long outputs are retried before they are parked.
     fn timeout(self) -> Duration {
         match self {
             Refusal::NoStream => NO_STREAM_TIMEOUT,
@@ -55,7 +58,7 @@ struct Refusals {
 }
 
 impl Refusals {
-    /// Whether outputs to the subject are to be set aside.
+    /// Whether outputs to the subject have to be parked.
     fn is_expired(&self, now: Instant) -> bool {
         now.duration_since(self.since) >= self.last_reason.timeout()
     }
@@ -70,7 +73,8 @@ impl SubjectBreakers {
         }
     }
 
-    /// How long not to publish to a subject; none to go on. A hopeless one is tried with each output, which is then set aside.
+    /// Delay before the next publish to a subject. `None` to publish now. A subject without a
+    /// stream is always tried. After the timeout each output is tried once and then parked.
     pub fn delay(&mut self, subject: &str, now: Instant) -> Option<Duration> {
         let refusals = self.refused.get_mut(subject)?;
         if refusals.last_reason == Refusal::NoStream || refusals.is_expired(now) {
@@ -78,13 +82,13 @@ impl SubjectBreakers {
         }
         match refusals.breaker.permit(now) {
             Permit::Granted => None,
-            // Not all of them at the same moment.
+            // Jitter, so that outputs do not return at the same moment.
             Permit::Denied(wait) => Some(wait + wait.mul_f64(rand::random::<f64>() / 4.0)),
         }
     }
 
-    /// An output was refused because of its subject. Returns whether it is to be set aside: the subject took nothing for so
-    /// long.
+    /// Records a refusal because of the subject. Returns whether the output has to be parked,
+    /// because the subject accepted nothing during its timeout.
     pub fn refused(&mut self, subject: &str, reason: Refusal, why: &str, now: Instant) -> bool {
         self.prune(now);
         let new = || Refusals {
@@ -108,14 +112,14 @@ impl SubjectBreakers {
         }
     }
 
-    /// An output failed for a reason that says nothing about its subject.
+    /// An output failed for a reason unrelated to its subject.
     pub fn undecided(&mut self, subject: &str, now: Instant) {
         if let Some(refusals) = self.refused.get_mut(subject) {
             refusals.breaker.inconclusive(now);
         }
     }
 
-    /// Forgets subjects that no output goes to any more.
+    /// Removes subjects that no output goes to any more.
     fn prune(&mut self, now: Instant) {
         if now.duration_since(self.pruned_at) < FORGET_AFTER {
             return;
@@ -168,9 +172,9 @@ mod tests {
         assert_eq!(subjects.delay("out.full", now), None);
         assert!(
             subjects.delay("out.full", now).is_some(),
-            "two probes at a time"
+            "two probes at the same time"
         );
-        // The stream's own trouble says nothing about the subject.
+        // A failure of the stream is unrelated to the subject.
         subjects.undecided("out.full", now);
         assert_eq!(subjects.delay("out.full", now), None);
     }
@@ -189,7 +193,7 @@ mod tests {
                 now += Duration::from_secs(5);
             }
             assert!(subjects.refused("out.x", reason, "it is refused", now));
-            // The others follow without waiting for each other.
+            // The other outputs are parked without waiting for each other.
             assert_eq!(subjects.delay("out.x", now), None);
             subjects.succeeded("out.x");
             assert!(!subjects.refused("out.x", reason, "it is refused", now));

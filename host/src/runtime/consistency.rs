@@ -1,9 +1,13 @@
-//! Whether database and broker agree. A database that was restored to an earlier time does not know what workers acknowledged
-//! since; a stream that was restored lacks what the database has handled. Either would lose messages, or do them twice, in
-//! silence. So hosts compare the two every two seconds, and when they disagree workers and relay wait for `oncely recover`.
+//! Compares database and broker.
 //!
-//! While something moves, a host writes a *mark*: where the streams end and up to where the consumers have acknowledged
-//! everything, first into the database and then, as a name, on the stream of marks.
+//! A database restored to an earlier time lacks messages that workers acknowledged since. A
+//! restored stream lacks messages that the database has handled. Either would silently lose or
+//! repeat messages. So each host compares the two every two seconds. While they disagree, workers
+//! and relay are held until `oncely recover`.
+//!
+//! While anything changes, a host writes a *watermark*: the ends of the streams and the ack floors
+//! of the consumers. It is written to the database first, and then, as a name, to the watermark
+//! stream.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError};
@@ -25,17 +29,18 @@ use crate::model::subject;
 use crate::model::units;
 use crate::store::{AckFloor, BrokerState, StreamEnd, Watermark, Watermarks};
 
-/// How often it looks.
+/// How often database and broker are compared.
 pub(super) const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 
-/// How many of the newest acknowledged messages of a worker are looked up in the inbox, and how many at a time are read.
+/// How many of the newest acknowledged messages of a worker are checked against the inbox, and how
+/// many are read concurrently.
 const CHECKED_EVENTS_MAX: u64 = 16;
 const CHECK_CONCURRENCY: usize = 8;
 
-/// Why the workers of a host and its relay wait.
+/// The reason that the workers and the relay of a host are held.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Hold {
-    /// Database and broker disagree; each of these is a reason, for a person.
+    /// Database and broker disagree; the reasons are for people.
     Restored(Vec<String>),
     /// Another installation has taken over.
     TakenOver(String),
@@ -46,31 +51,32 @@ impl std::fmt::Display for Hold {
         match self {
             Hold::Restored(why) => write!(
                 f,
-                "database and broker disagree, so workers and relay wait: {}; see `oncely recover --dry-run`",
+                "database and broker disagree, so workers and relay are held: {}; \
+                 see `oncely recover --dry-run`",
                 why.join("; ")
             ),
-            Hold::TakenOver(why) => write!(f, "workers and relay wait: {why}"),
+            Hold::TakenOver(why) => write!(f, "workers and relay are held: {why}"),
         }
     }
 }
 
-/// What a look at database and broker found.
+/// The result of a comparison.
 pub(super) struct Comparison {
     pub hold: Option<Hold>,
     pub seen: BrokerState,
-    /// The sequence of the last mark on the broker, 0 for none.
+    /// The sequence of the last watermark on the broker, 0 for none.
     pub last_sequence: u64,
     pub watermarks: Watermarks,
 }
 
-/// What the last mark of this host says, and how many outputs it had published then.
+/// The broker state in the last watermark of this host, and the count of published outputs then.
 #[derive(Default)]
 pub(super) struct LastWatermark(Option<(BrokerState, u64)>);
 
 /// The broker did not answer about a consumer or a stream; the reason is logged.
 struct Unanswered;
 
-/// A worker, its stream, and what its consumer has acknowledged; none when there is no consumer.
+/// A worker, its stream, and the ack floor of its consumer; none when there is no consumer.
 type ProbedConsumer<'w> = (
     &'w Worker,
     &'w String,
@@ -78,7 +84,7 @@ type ProbedConsumer<'w> = (
 );
 
 impl Host {
-    /// Why workers and relay wait; none when they do not.
+    /// The reason that workers and relay are held; none while they run.
     pub fn hold(&self) -> Option<Hold> {
         self.hold
             .lock()
@@ -88,6 +94,7 @@ impl Host {
 
     /// Compares database and broker.
     pub(super) async fn compare(&self) -> Result<Comparison> {
+        // Check the owner of the streams.
         if let Some(other) = self.other_installation().await? {
             let hold = Some(Hold::TakenOver(other.to_string()));
             return Ok(Comparison {
@@ -97,7 +104,8 @@ impl Host {
                 watermarks: Watermarks::default(),
             });
         }
-        // The broker first: whatever stands there was in the database before.
+
+        // Compare the watermarks. The broker first: a watermark is written to the database before the broker.
         let stored = self.last_watermark().await?;
         let name = stored.as_ref().and_then(|stored| {
             self.services
@@ -112,15 +120,17 @@ impl Host {
         let mut why = Vec::new();
         if name.is_some() && watermarks.known.is_none() {
             why.push(
-                "the database is older than the broker: it does not know the last mark there"
+                "the database is older than the broker: it lacks the broker's last watermark"
                     .to_owned(),
             );
         }
         why.extend(self.older_broker(&watermarks, stored.as_ref()).await?);
         if !why.is_empty() {
-            // At once: what follows takes its time.
+            // Held at once: the other checks are slow.
             self.set_hold(Some(Hold::Restored(why.clone()))).await;
         }
+
+        // Compare the positions.
         let workers = self.services.deployed_workers().await?;
         let seen = self
             .read_positions(&workers, watermarks.last.as_ref())
@@ -143,7 +153,9 @@ impl Host {
         })
     }
 
-    /// Another installation that the stream of marks belongs to by now. One that was deleted is made again.
+    /// The other installation, if the watermark stream belongs to one by now.
+    ///
+    /// A deleted stream is created again.
     async fn other_installation(&self) -> Result<Option<OtherInstallation>> {
         let owned = match self.services.bus.check_owner(WATERMARK_STREAM).await {
             Err(error) if hint::find_cause::<OtherInstallation>(&error).is_none() => self
@@ -160,6 +172,7 @@ impl Host {
             .map_or(Err(error), |other| Ok(Some(other)))
     }
 
+    /// The last watermark on the broker.
     pub(super) async fn last_watermark(&self) -> Result<Option<StoredWatermark>> {
         self.services
             .bus
@@ -167,8 +180,10 @@ impl Host {
             .await
     }
 
-    /// Whether the broker has lost so many marks that the outbox cannot make up for what streams lost with them. What they lost
-    /// of the last minutes, in a power cut, is published again without asking anybody.
+    /// The reason if the broker lost more watermarks than the outbox can repair.
+    ///
+    /// A power cut may lose the last minutes of streams. These outputs are still in the outbox and
+    /// are published again.
     async fn older_broker(
         &self,
         watermarks: &Watermarks,
@@ -181,7 +196,7 @@ impl Host {
         if stored.is_some_and(is_present) {
             return Ok(None);
         }
-        // Another host may have written one since.
+        // Another host may have written a newer one.
         let stored = self.last_watermark().await?;
         if stored.as_ref().is_some_and(is_present) {
             return Ok(None);
@@ -191,8 +206,10 @@ impl Host {
                 "the broker is older than the database, or another one: {text}"
             )))
         };
+
+        // The loss: from the last watermark that the broker still has.
         let Some(stored) = stored else {
-            return why("there is no mark on it".to_owned());
+            return why("it has no watermark".to_owned());
         };
         let Some(name) = self
             .services
@@ -210,13 +227,14 @@ impl Host {
             return Ok(None);
         }
         why(format!(
-            "it has lost what happened in {}",
+            "it has lost the messages of {}",
             units::format_duration(Duration::from_secs(lost.as_secs()))
         ))
     }
 
-    /// Reads the state of consumers and streams for the next watermark. Where the broker does not answer, the entry of the
-    /// watermark `before` stands.
+    /// Reads the positions of consumers and streams for the next watermark.
+    ///
+    /// Where the broker does not answer, the entry of the watermark `before` is kept.
     pub(super) async fn read_positions(
         &self,
         workers: &[Worker],
@@ -321,7 +339,9 @@ impl Host {
         }))
     }
 
-    /// Whether a stream ends before where it once ended, or holds something else there. One that was made again is another.
+    /// The reason if a stream ends before its recorded end, or holds another message there.
+    ///
+    /// A stream that was created again is a different stream.
     async fn changed_stream(
         &self,
         name: &str,
@@ -331,12 +351,13 @@ impl Host {
         let now = now.filter(|now| now.created == before.created)?;
         if now.last_sequence < before.last_sequence {
             return Some(format!(
-                "the stream {name} is older than the database: it ends at {}, and ended at {} before",
+                "the stream {name} is older than the database: \
+                 it ends at {}, but ended at {} before",
                 now.last_sequence, before.last_sequence
             ));
         }
         let stored_at = before.stored_at?;
-        // An unreadable place tells nothing for now.
+        // An unreadable position proves nothing.
         let found = self
             .services
             .bus
@@ -345,13 +366,13 @@ impl Host {
             .unwrap_or_default();
         found.filter(|found| *found != stored_at).map(|_| {
             format!(
-                "the stream {name} holds another message at {} than it did before",
+                "the stream {name} holds a different message at {} than before",
                 before.last_sequence
             )
         })
     }
 
-    /// Whether one of the newest messages that a worker has acknowledged is unknown to the inbox.
+    /// The reason if the inbox lacks one of the newest messages that a worker has acknowledged.
     async fn unknown_event(
         &self,
         worker: &Worker,
@@ -364,11 +385,13 @@ impl Host {
         ) else {
             return Ok(None);
         };
-        // A message passed over under other subjects was never delivered, so the inbox need not know it.
+        // Messages skipped under other subjects were never delivered, so the inbox may lack them.
         let known_sequence = previous.sequence.max(floor.skipped_up_to);
         if floor.sequence <= known_sequence || floor.stream != previous.stream {
             return Ok(None);
         }
+
+        // The newest acknowledged messages.
         let from = floor
             .sequence
             .saturating_sub(CHECKED_EVENTS_MAX)
@@ -392,13 +415,15 @@ impl Host {
                         .iter()
                         .any(|pattern| subject::covers(pattern, subject))
             };
-            // What cannot be read for now tells nothing.
+            // An unreadable message proves nothing.
             if let Ok(Some((_, event_id))) =
                 event.map(|event| event.filter(|(subject, _)| is_match(subject)))
             {
                 events.push((sequence, event_id));
             }
         }
+
+        // Those that the inbox lacks.
         let ids: Vec<&str> = events
             .iter()
             .map(|(_, event_id)| event_id.as_str())
@@ -409,14 +434,15 @@ impl Host {
             .find(|(_, event_id)| !known.contains(event_id));
         Ok(unknown.map(|(sequence, _)| {
             format!(
-                "the database is older than the broker: worker {} has acknowledged message {sequence} of {}, and the \
-                 inbox does not know it",
+                "the database is older than the broker: \
+                 worker {} has acknowledged message {sequence} of {}, but the inbox lacks it",
                 worker.name, floor.stream
             )
         }))
     }
 
-    /// Notes what was seen, in the database and then on the broker. False when another host was faster there.
+    /// Writes a watermark to the database and then to the broker. False when another host wrote one
+    /// first.
     pub(super) async fn write_watermark(
         &self,
         seen: &BrokerState,
@@ -443,7 +469,7 @@ impl Host {
         Ok(written.is_some())
     }
 
-    /// Has workers and relay wait, or go on.
+    /// Holds workers and relay, or resumes them.
     pub(super) async fn set_hold(&self, hold: Option<Hold>) {
         let before = std::mem::replace(
             &mut *self.hold.lock().unwrap_or_else(PoisonError::into_inner),
@@ -452,20 +478,20 @@ impl Host {
         self.services.relay_state.set_held(hold.is_some());
         match (&before, &hold) {
             (None, Some(hold)) => {
-                tracing::error!("{hold}");
+                tracing::error!(reason = %hold, "workers and relay held");
                 self.drain_message_workers().await;
             }
             (Some(_), None) => {
-                tracing::info!("database and broker agree: workers and relay go on");
+                tracing::info!("database and broker agree, workers and relay resumed");
                 self.notify_deployed();
             }
             _ => {}
         }
     }
 
-    /// One look, and what follows from it.
+    /// Compares once, and acts on the result.
     async fn check_consistency(&self, last: &mut LastWatermark) -> Result<()> {
-        // Not while a recovery is under way, which ends with a mark.
+        // Skipped during a recovery, which writes a watermark at its end.
         let Ok(_guard) = self.recovering.try_lock() else {
             return Ok(());
         };
@@ -489,7 +515,7 @@ impl Host {
     }
 }
 
-/// Looks every now and then, and after each new connection to NATS, until the host stops.
+/// Compares periodically, and after each new connection to NATS, until the host stops.
 pub(super) async fn watch(host: Arc<Host>, mut stopping: Stopping) {
     let mut connections = host.services.bus.connections();
     let mut last = LastWatermark::default();
@@ -516,8 +542,10 @@ pub(super) async fn watch(host: Arc<Host>, mut stopping: Stopping) {
     }
 }
 
-/// Up to which sequence a consumer may have passed messages over while it took other subjects: the end of the stream when
-/// its subjects changed since the watermark `before`, and as that watermark has it when they did not.
+/// Up to which sequence a consumer may have skipped messages while it had other subjects.
+///
+/// If its subjects changed since the watermark `before`, that is the end of the stream. Otherwise
+/// it is the value in that watermark.
 fn skipped_up_to(
     now: &ConsumerAckFloor,
     stream: &str,
@@ -535,7 +563,9 @@ fn skipped_up_to(
     }
 }
 
-/// How far before its last mark a restored database may lack the publication of outputs, and clocks may be apart.
+/// The time from which outputs are searched on streams, ten minutes before the last watermark.
+///
+/// A restored database may lack publications from shortly before, and clocks may differ.
 pub(super) fn outputs_since(written_at: Timestamp) -> Timestamp {
     written_at
         .checked_sub(SignedDuration::from_mins(10))

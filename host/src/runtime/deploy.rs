@@ -1,4 +1,5 @@
-//! Deploying: check the component against the manifest and the broker, show the plan, make an immutable deployment.
+//! Deploying: checks the component against manifest and broker, shows the plan, creates an
+//! immutable deployment.
 
 use std::collections::BTreeMap;
 
@@ -17,18 +18,18 @@ use crate::model::subject;
 use crate::runtime::Host;
 use crate::store::DeploymentRecord;
 
-/// What is to be deployed. The component travels before it, under its digest.
+/// A deployment to make. The component is uploaded before it, under its digest.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Proposal {
     pub worker: Worker,
     /// SHA-256 of the component, lower-case hex.
     pub digest: String,
-    /// Streams the manifest declares; those that are absent are made.
+    /// Streams that the manifest declares. Missing ones are created.
     pub streams: Vec<Stream>,
     pub migrations: Vec<WorkerMigration>,
 }
 
-/// What a deployment will change.
+/// The changes that a deployment will make.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Plan {
     pub worker: String,
@@ -38,7 +39,10 @@ pub struct Plan {
     pub changes: Vec<String>,
 }
 
-/// Checks a proposal and says what it will change; changes nothing.
+/// Checks a proposal and returns the changes it would make.
+///
+/// # Errors
+/// The component does not fit the manifest, the routes of other workers, or the streams.
 pub async fn plan(host: &Host, proposal: &Proposal) -> Result<Plan> {
     let wasm = host
         .services
@@ -46,6 +50,8 @@ pub async fn plan(host: &Host, proposal: &Proposal) -> Result<Plan> {
         .component(&proposal.digest)
         .await?
         .with_context(|| format!("the component {} was not uploaded", proposal.digest))?;
+
+    // The component, the routes and the streams.
     let guest = host.services.load(wasm.into()).await?;
     check_kind(&proposal.worker, guest.handler())?;
     check_routes(
@@ -54,6 +60,8 @@ pub async fn plan(host: &Host, proposal: &Proposal) -> Result<Plan> {
     )?;
     let mut changes = check_streams(host, proposal).await?;
     check_consumer(host, &proposal.worker).await?;
+
+    // Pending migrations.
     let due = host
         .services
         .store
@@ -64,6 +72,8 @@ pub async fn plan(host: &Host, proposal: &Proposal) -> Result<Plan> {
         .services
         .active_deployment(&proposal.worker.name)
         .await?;
+
+    // The differences from the active deployment.
     let imports: Vec<Value> = guest
         .surface()
         .imports
@@ -79,7 +89,7 @@ pub async fn plan(host: &Host, proposal: &Proposal) -> Result<Plan> {
         Some(_) => differences(&before, &after),
         None => non_default_settings(&proposal.worker, &after)?,
     };
-    // Nothing that differs is ever left undeployed.
+    // Any difference has to be deployed, even one of order alone.
     if differing.is_empty() && before != after {
         changes.push("~ the order of lists".to_owned());
     }
@@ -91,7 +101,7 @@ pub async fn plan(host: &Host, proposal: &Proposal) -> Result<Plan> {
     })
 }
 
-/// Makes the deployment and activates it. When nothing would change, the active one is returned as it is.
+/// Creates the deployment and activates it. If nothing would change, returns the active one.
 pub async fn deploy(host: &Host, proposal: &Proposal) -> Result<(Plan, DeploymentRecord)> {
     let plan = plan(host, proposal).await?;
     if plan.changes.is_empty()
@@ -107,9 +117,9 @@ pub async fn deploy(host: &Host, proposal: &Proposal) -> Result<(Plan, Deploymen
             .bus
             .ensure_stream(&stream_spec(stream))
             .await
-            .with_context(|| format!("make the stream {}", stream.name))?;
+            .with_context(|| format!("create the stream {}", stream.name))?;
     }
-    // Its stream may have been made just now.
+    // Checked again, since its stream may be new.
     check_consumer(host, &proposal.worker).await?;
     let manifest = serde_json::to_string(&proposal.worker).context("write the manifest")?;
     let record = host
@@ -126,7 +136,7 @@ pub async fn deploy(host: &Host, proposal: &Proposal) -> Result<(Plan, Deploymen
     Ok((plan, record))
 }
 
-/// Activates an earlier version; the one before the active one unless `to` says which.
+/// Activates an earlier version: `to`, or the one before the active one.
 pub async fn rollback(host: &Host, worker: &str, to: Option<u32>) -> Result<DeploymentRecord> {
     let active = host
         .services
@@ -142,11 +152,13 @@ pub async fn rollback(host: &Host, worker: &str, to: Option<u32>) -> Result<Depl
             .filter(|version| *version > 0)
             .ok_or_else(|| {
                 anyhow!(
-                    "worker {worker} runs version {}; there is no version before it",
+                    "worker {worker} runs version {}, and there is no earlier version",
                     active.version
                 )
             })?,
     };
+
+    // The earlier version must still fit the routes and the streams.
     if let Some(earlier) = host
         .services
         .store
@@ -171,7 +183,7 @@ pub async fn rollback(host: &Host, worker: &str, to: Option<u32>) -> Result<Depl
     Ok(record)
 }
 
-/// Tries whether the worker could take messages from its stream: a version that never can is not made active.
+/// Checks that the worker can consume its stream: a version that never can is not activated.
 async fn check_consumer(host: &Host, worker: &Worker) -> Result<()> {
     let Some(stream) = &worker.stream else {
         return Ok(());
@@ -181,12 +193,7 @@ async fn check_consumer(host: &Host, worker: &Worker) -> Result<()> {
         .bus
         .validate_subscription(&subscription(worker, stream))
         .await;
-    result.with_context(|| {
-        format!(
-            "worker {} could not take messages from the stream {stream}",
-            worker.name
-        )
-    })
+    result.with_context(|| format!("worker {} cannot consume the stream {stream}", worker.name))
 }
 
 fn stream_spec(stream: &Stream) -> StreamSpec {
@@ -198,7 +205,7 @@ fn stream_spec(stream: &Stream) -> StreamSpec {
     }
 }
 
-/// Checks that the source and all outputs have a stream, and says which streams will be made.
+/// Checks that the source and all outputs have a stream. Returns the streams that will be created.
 async fn check_streams(host: &Host, proposal: &Proposal) -> Result<Vec<String>> {
     let worker = &proposal.worker;
     let mut changes = Vec::new();
@@ -233,17 +240,21 @@ async fn check_streams(host: &Host, proposal: &Proposal) -> Result<Vec<String>> 
                 .is_none()
         {
             return Err(anyhow!(
-                "no stream holds the output `{output}` of worker {}: what it publishes there would have no place to go",
+                "no stream holds the output `{output}` of worker {}, \
+                 so its messages cannot be stored",
                 worker.name
             ))
-            .hint(format!("add to oncely.toml:  [[stream]]  name = \"OUTPUTS\"  subjects = [\"{output}\"]"));
+            .hint(format!(
+                "add to oncely.toml:  [[stream]]  name = \"OUTPUTS\"  subjects = [\"{output}\"]"
+            ));
         }
     }
     Ok(changes)
 }
 
-/// Checks that the stream a worker reads is there, or will be, and holds the subjects it wants. `source` is what the proposal
-/// says of the stream.
+/// Checks that the stream of a worker exists or is declared, and covers its subjects.
+///
+/// `source` are the subjects of the stream in the proposal.
 async fn check_source(
     host: &Host,
     proposal: &Proposal,
@@ -254,7 +265,8 @@ async fn check_source(
     match host.services.bus.stream(stream).await? {
         Some(existing) => {
             host.retention.check(worker, existing.max_age)?;
-            // Its subjects do not name the messages of its sources, or the subjects that it stores renamed messages under.
+            // A copy or a subject transform stores messages under subjects that the stream does not
+            // list.
             if existing.is_copy || existing.has_subject_transform {
                 return Ok(());
             }
@@ -288,7 +300,7 @@ async fn check_source(
             .any(|pattern| subject::covers(pattern, wanted))
         {
             bail!(
-                "worker {} wants `{wanted}`, and its stream `{}` holds only {}",
+                "worker {} subscribes to `{wanted}`, but its stream `{}` holds only {}",
                 worker.name,
                 stream,
                 quoted(&source)
@@ -306,7 +318,7 @@ fn quoted(names: &[String]) -> String {
         .join(", ")
 }
 
-/// What a deployment is, as one tree to compare.
+/// A deployment as one tree for comparison.
 fn describe(worker: &Worker, digest: &str, imports: Vec<Value>) -> Result<Value> {
     let mut tree = serde_json::to_value(worker).context("describe the manifest")?;
     if let Some(tree) = tree.as_object_mut() {
@@ -332,7 +344,7 @@ async fn describe_active(host: &Host, deployment: &DeploymentRecord) -> Result<V
     describe(&worker, &deployment.digest, imports)
 }
 
-/// The settings in the manifest of a new worker, without those that equal their default.
+/// The settings of a new worker that differ from their defaults.
 fn non_default_settings(worker: &Worker, description: &Value) -> Result<Vec<String>> {
     let defaults =
         leaves(&serde_json::to_value(worker.with_defaults()).context("describe the defaults")?);
@@ -394,7 +406,8 @@ fn leaves(tree: &Value) -> BTreeMap<String, Vec<String>> {
                 .iter()
                 .for_each(|(key, value)| walk(&below(key), value, into)),
             Value::Array(items) => items.iter().for_each(|item| match label(item) {
-                // A route is told by its path and methods, so that what moves from one to another is a change.
+                // Path and methods identify a route, so a setting that moves to another route is a
+                // change.
                 Some(label) => {
                     into.entry(path.to_owned()).or_default().push(label.clone());
                     walk(&format!("{path}[{label}]"), item, into);
@@ -469,7 +482,7 @@ mod tests {
                 "+ routes[POST /a].window: 48h"
             ]
         );
-        // Two routes of one path hide nothing.
+        // Two routes of one path are both listed.
         let other = "[[worker.route]]\npath = \"/a\"\nmethods = [\"GET\"]\n";
         let both = settings(&format!("{worker}outputs = [\"o.>\"]\n{route}{other}"));
         assert!(

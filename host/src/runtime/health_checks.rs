@@ -1,5 +1,7 @@
-//! What the host looks at every second or two, so that it never calls itself ready while nothing can get through: whether the
-//! database takes a commit, whether its own streams are there, and whether its workers' consumers are.
+//! Health checks, run every second.
+//!
+//! They check that the database commits, and that the host's own streams and the consumers of its
+//! workers exist. So a host is never ready while no message can get through.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
@@ -27,47 +29,47 @@ use crate::model::redrive::{REDRIVE_STREAM, REDRIVE_SUBJECTS};
 use crate::model::retry::LastError;
 use crate::store::{Store, StoredReport, is_busy};
 
-/// How often it looks.
+/// How often the checks run.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long a commit may take.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// How long a look waits for the trial before it looks at the rest.
+/// How long one round waits for the commit probe before the other checks run.
 const COMMIT_PROBE_WAIT: Duration = Duration::from_secs(1);
 
-/// How long the broker may take to answer all that is asked in one look.
+/// How long the broker may take to answer one check.
 const BROKER_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// How many consumers are asked for at the same time.
+/// How many consumers are inspected concurrently.
 const PROBE_CONCURRENCY: usize = 16;
 
-/// How long the database may fail before an alarm tells.
+/// How long the database may fail before an alarm is raised.
 const ALARM_AFTER: Duration = Duration::from_secs(2);
 
-/// How often a start looks again for the streams that it cannot make.
+/// How often the start retries to create its own streams.
 const STREAM_RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// What a host says that it runs.
+/// The workers that a host runs, as the host reports them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostReport {
-    /// The machine's name and the process.
+    /// Host name and process id, such as `web-1:4711`.
     pub host: String,
     pub workers: BTreeMap<String, WorkerReport>,
 }
 
-/// How a worker stands on a host.
+/// The state of a worker on a host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerReport {
-    /// The version that runs.
+    /// The running version.
     pub version: Option<u32>,
     pub state: String,
-    /// Why it does not work, and which version that is about.
+    /// The reason that it does not work, and the version concerned.
     pub error: Option<String>,
     pub broken_version: Option<u32>,
 }
 
-/// The streams that are the installation's own.
+/// The streams that belong to the installation itself.
 fn own_streams() -> [StreamSpec; 5] {
     [
         StreamSpec::new(DLQ_STREAM, &[DLQ_SUBJECTS]),
@@ -94,14 +96,15 @@ impl StoredReport {
             .as_deref()
             .map(serde_json::from_str)
             .transpose()
-            .context("read what a host runs")
+            .context("parse the report of a host")
     }
 }
 
-/// Makes the installation's own streams. What keeps them away, such as a server of the cluster that is gone, is waited for.
+/// Creates the installation's own streams. Temporary failures, such as a missing server of the
+/// cluster, are retried.
 ///
 /// # Errors
-/// When a stream belongs to another installation.
+/// A stream belongs to another installation, or the failure is permanent.
 pub(super) async fn create_own_streams(bus: &Bus) -> Result<()> {
     for spec in own_streams() {
         let mut trouble = LastError::default();
@@ -114,7 +117,8 @@ pub(super) async fn create_own_streams(bus: &Bus) -> Result<()> {
             if trouble.is_new(&why) {
                 tracing::warn!(
                     stream = spec.name,
-                    "the start waits for a stream of the host's own: {why}"
+                    error = why,
+                    "failed to create a stream of the host, retrying"
                 );
             }
             tokio::time::sleep(STREAM_RETRY_DELAY).await;
@@ -124,7 +128,7 @@ pub(super) async fn create_own_streams(bus: &Bus) -> Result<()> {
 }
 
 impl Host {
-    /// What this host runs.
+    /// The report of this host.
     pub(super) async fn report(&self) -> HostReport {
         let runs = |state: WorkerState| {
             let runs = WorkerReport {
@@ -141,7 +145,7 @@ impl Host {
         }
     }
 
-    /// What all hosts that are alive say that they run.
+    /// The reports of all live hosts.
     pub async fn reports(&self) -> Result<Vec<HostReport>> {
         let reports = self.services.store.reports().await?;
         let read = |report: &StoredReport| {
@@ -154,13 +158,13 @@ impl Host {
         reports.iter().map(read).collect()
     }
 
-    /// Makes own streams that are gone.
+    /// Creates missing streams of the host again.
     async fn check_own_streams(&self) -> Result<()> {
         for spec in own_streams() {
             if self.services.bus.stream(&spec.name).await?.is_none() {
                 tracing::error!(
                     stream = spec.name,
-                    "a stream of the host's own is gone; making it again"
+                    "stream of the host missing, creating it again"
                 );
                 self.services.bus.ensure_own_stream(&spec).await?;
             }
@@ -168,8 +172,9 @@ impl Host {
         Ok(())
     }
 
-    /// Notes how the consumers of the workers stand. What the server does not say in time changes nothing.
+    /// Records the state of the workers' consumers. A late or failed answer changes nothing.
     async fn check_consumers(&self) {
+        // Probe the consumers without the lock of the workers.
         let probes: Vec<(String, u32, Probe)> = {
             let workers = self.workers.lock().await;
             let running = workers
@@ -198,7 +203,11 @@ impl Host {
             let standing = match standing {
                 Ok(Ok(standing)) => standing,
                 Ok(Err(error)) => {
-                    tracing::debug!("worker {name} is not looked at: {error:#}");
+                    tracing::debug!(
+                        worker = name,
+                        error = format!("{error:#}"),
+                        "consumer not readable"
+                    );
                     continue;
                 }
                 Err(_) => continue,
@@ -213,15 +222,15 @@ impl Host {
             if standing != slot.standing {
                 match &standing {
                     ConsumerState::Active => {
-                        tracing::info!(worker = name, "its consumer serves it again")
+                        tracing::info!(worker = name, "consumer active again")
                     }
                     ConsumerState::Paused(_)
                         if matches!(slot.standing, ConsumerState::Paused(_)) => {}
                     ConsumerState::Paused(_) => {
-                        tracing::warn!(worker = name, "its consumer is paused")
+                        tracing::warn!(worker = name, "consumer paused")
                     }
                     ConsumerState::Missing(why) => {
-                        tracing::error!(worker = name, "it gets no messages: {why}")
+                        tracing::error!(worker = name, error = why, "worker receives no messages")
                     }
                 }
             }
@@ -229,7 +238,7 @@ impl Host {
         }
     }
 
-    /// Publishes that the database fails, or works again, without the database.
+    /// Publishes the alarm that the database fails, or its end, directly to the broker.
     async fn publish_database_alarm(&self, alarm: &mut Option<DatabaseAlarm>) {
         let is_due = || {
             self.services
@@ -246,7 +255,7 @@ impl Host {
                     notice,
                 });
             }
-            // The broker may have been away, too.
+            // The broker may have been unavailable as well.
             (
                 Some(DatabaseAlarm {
                     notice,
@@ -281,7 +290,7 @@ impl Host {
         }
     }
 
-    /// Returns whether the broker has it.
+    /// Publishes a notice. Returns whether the broker has stored it.
     async fn publish_notice(&self, notice: &Notice) -> bool {
         let Output {
             id,
@@ -309,13 +318,13 @@ impl Host {
     }
 }
 
-/// The alarm that the database takes no writes, and whether the broker has it.
+/// The alarm that the database takes no writes, and whether the broker has stored it.
 struct DatabaseAlarm {
     notice: Notice,
     is_published: bool,
 }
 
-/// Looks until the host stops.
+/// Runs the checks until the host stops.
 pub(super) async fn watch(host: Arc<Host>, mut stopping: Stopping) {
     let mut commit_probe = CommitProbe::default();
     let mut alarm = None;
@@ -342,22 +351,23 @@ pub(super) async fn watch(host: Arc<Host>, mut stopping: Stopping) {
     }
 }
 
-/// The small transaction in which a host writes its report. One at a time: a server that lets a commit wait lets a second one
-/// wait, too.
+/// Probes commits: a small transaction writes the report of the host.
+///
+/// One probe runs at a time. A server that delays one commit delays a second one as well.
 #[derive(Default)]
 struct CommitProbe {
     running: Option<ReportWrite>,
 }
 
 struct ReportWrite {
-    /// When it had its turn.
+    /// Set when its transaction begins.
     began: Arc<OnceLock<Instant>>,
-    /// Ends with how long it took from its turn on.
+    /// Returns the time since `began`.
     task: JoinHandle<Result<Duration>>,
 }
 
 impl CommitProbe {
-    /// Hears of the one that runs, and begins the next one if that is over.
+    /// Starts a probe unless one runs, waits for it briefly, and records the result.
     async fn run(&mut self, host: &Host) {
         if self.running.is_none() {
             let (report, began) = (host.report().await, Arc::<OnceLock<Instant>>::default());
@@ -371,10 +381,10 @@ impl CommitProbe {
             return;
         };
         let written = tokio::time::timeout(COMMIT_PROBE_WAIT, &mut *task).await;
-        // Not while it waits for its turn among the host's own transactions.
+        // The wait for one of the host's own connections does not count.
         let lasted = began.get().map(Instant::elapsed).unwrap_or_default();
         let outcome = match &written {
-            // All connections of this host are in use: that says nothing.
+            // All connections of this host are in use: no result.
             Ok(Ok(Err(error))) if is_busy(error) => None,
             Ok(Ok(Err(error))) => Some(Err(format!("{error:#}"))),
             Ok(Err(error)) => Some(Err(format!("{error:#}"))),
@@ -400,19 +410,20 @@ async fn write_report(
     report: HostReport,
     began: Arc<OnceLock<Instant>>,
 ) -> Result<Duration> {
-    let text = serde_json::to_string(&report).context("write what the host runs")?;
+    let text = serde_json::to_string(&report).context("encode the report of the host")?;
     store.write_report(&text, &began).await?;
     Ok(began.get().map(Instant::elapsed).unwrap_or_default())
 }
 
 fn slow_commit_message(since: Duration) -> String {
     format!(
-        "the database does not confirm commits (one has waited for {} s): is a synchronous standby away, or a lock in the way?",
+        "the database does not confirm commits (one has waited for {} s); \
+         check for a missing synchronous standby or a blocking lock",
         since.as_secs()
     )
 }
 
-/// The machine and the process.
+/// Host name and process id.
 fn host_name() -> String {
     let machine = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let machine = machine.trim();

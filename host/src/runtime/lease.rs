@@ -1,4 +1,4 @@
-//! Keeps the host's lease in the database, and takes over from hosts that lost theirs.
+//! Renews the host's lease in the database, and takes over from hosts whose lease expired.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,10 +10,10 @@ use crate::model::retry::LastError;
 use crate::relay::RelayState;
 use crate::store::{RENEW_INTERVAL, RENEW_TIMEOUT, Store, TakenOver};
 
-/// How soon it is looked again whether the sessions of a host that is gone have ended.
+/// How soon to check again whether the sessions of a lost host have ended.
 const RETRY_DELAY: Duration = Duration::from_millis(200);
 
-/// Renews the lease until the host has stopped: also while it drains.
+/// Renews the lease until the host has stopped, also while it drains.
 pub(super) async fn run(store: Arc<dyn Store>, state: Arc<RelayState>, mut stopping: Stopping) {
     let mut trouble = LastError::default();
     loop {
@@ -41,14 +41,14 @@ pub(super) async fn run(store: Arc<dyn Store>, state: Arc<RelayState>, mut stopp
     }
 }
 
-/// Renews the lease once. Returns after how long to do it again.
+/// Renews the lease once, and returns the delay until the next renewal.
 pub(super) async fn renew(store: &dyn Store, state: &RelayState) -> Result<Duration> {
     let began = Instant::now();
     let renewed = tokio::time::timeout(RENEW_TIMEOUT, store.renew_lease()).await;
     let taken_over = renewed.with_context(|| format!("no answer within {RENEW_TIMEOUT:?}"))??;
     state.lease_renewed(began);
     taken_over.iter().for_each(log_takeover);
-    // What such a session commits until it has ended is yet to be released.
+    // Outputs that such a session commits before its end still have to be released.
     let is_over = taken_over.iter().all(|instance| instance.outputs.is_some());
     Ok(if is_over { RENEW_INTERVAL } else { RETRY_DELAY })
 }
@@ -63,8 +63,8 @@ fn log_takeover(taken_over: &TakenOver) {
         None => tracing::warn!(
             instance,
             sessions,
-            "ending the sessions of a host whose lease has run out"
+            "ending the sessions of a host with an expired lease"
         ),
-        Some(outputs) => tracing::warn!(instance, outputs, "took over from a host that is gone"),
+        Some(outputs) => tracing::warn!(instance, outputs, "took over from a lost host"),
     }
 }

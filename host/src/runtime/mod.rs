@@ -1,4 +1,4 @@
-//! A host: keeps the workers that are deployed running, and the relay; swaps versions without losing a message.
+//! The host: runs the deployed workers and the relay, and swaps versions without losing messages.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -47,41 +47,41 @@ pub use retention::Retention;
 pub use retirement::RetiredWorker;
 use worker_entry::{Slot, WorkerRuntime};
 
-/// How often a host looks whether another one deployed something.
+/// How often deployments made by other hosts are polled.
 const DEPLOYMENT_POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How often old rows are removed.
+/// How often expired rows are deleted.
 const PRUNE_INTERVAL: Duration = Duration::from_secs(60);
 
-/// How long the connections to the database may take to close at the end.
+/// How long closing the database connections may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How often compiled components are removed that are no deployment's, and how old these have to be.
+/// How often compiled components without a deployment are deleted, and their minimum age.
 const COMPILED_PRUNE_INTERVAL: Duration = Duration::from_secs(60 * 60);
 
 /// One running host.
 pub struct Host {
     pub services: Arc<Services>,
     pub retention: Retention,
-    /// Answers requests over HTTP.
+    /// Answers HTTP requests.
     pub ingress: Arc<Ingress>,
     workers: Mutex<BTreeMap<String, Slot>>,
-    /// Why workers and relay wait; none when they do not.
+    /// The reason that workers and relay are held; none while they run.
     hold: std::sync::Mutex<Option<Hold>>,
-    /// One comparison of database and broker, or one recovery, at a time.
+    /// Serializes comparisons of database and broker, and recoveries.
     recovering: Mutex<()>,
     /// Workers whose active version is being prepared or swapped in.
     starting_workers: std::sync::Mutex<BTreeSet<String>>,
-    /// No worker is begun any more.
+    /// Set once the host stops: no further worker is started.
     stopping: Stopping,
     deployed: Notify,
-    /// Something about the workers changed that other hosts may wait to hear.
+    /// Notified when the state of a worker changed, which other hosts may wait for.
     workers_changed: Notify,
-    /// Whether everything that is to be deployed at the start has been.
+    /// Whether the deployments made at the start are complete.
     has_started: AtomicBool,
 }
 
-/// What a host tells of one of its workers.
+/// The state of one worker on a host.
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
 pub struct WorkerState {
     pub worker: String,
@@ -90,19 +90,19 @@ pub struct WorkerState {
     pub digest: Option<String>,
     pub stream: Option<String>,
     pub subjects: Vec<String>,
-    /// Of one that answers requests, such as `POST /transfers`.
+    /// The routes of an HTTP worker, such as `POST /transfers`.
     #[serde(default)]
     pub routes: Vec<String>,
     /// `running`, `starting`, `broken`, `paused`, or `held` while database and broker disagree.
     pub state: String,
-    /// Why it is broken or paused.
+    /// The reason that it is broken or paused.
     pub error: Option<String>,
-    /// The version that should run and cannot.
+    /// The active version, if it cannot run.
     #[serde(default)]
     pub broken_version: Option<u32>,
-    /// Messages on the stream that wait for it or are being handled; none when the server does not answer.
+    /// Messages on its stream that are not handled yet; none when the broker does not answer.
     pub pending: Option<u64>,
-    /// Age of the oldest of them, in milliseconds; none when there is none.
+    /// Age of the oldest pending message, in milliseconds; none when none is pending.
     pub oldest_pending_ms: Option<u64>,
     pub done: u64,
     pub duplicates: u64,
@@ -110,19 +110,19 @@ pub struct WorkerState {
     pub dead: u64,
 }
 
-/// The tasks of a running host, in the order in which they end.
+/// The tasks of a running host, in the order of shutdown.
 pub struct HostTasks {
-    /// Whatever starts work: supervision, comparisons, checks, alarms.
+    /// Tasks that start work: supervision, comparisons, checks, alarms.
     supervision: TaskGroup,
-    /// The reader of the database's log ends after the lanes.
+    /// The WAL reader ends after the lanes.
     wal: TaskGroup,
-    /// The relay ends after everything that hands outputs to it.
+    /// The relay ends after all sources of outputs.
     relay: TaskGroup,
-    /// The lease is kept until all others have ended.
+    /// The lease is renewed until all other tasks have ended.
     lease: TaskGroup,
 }
 
-/// Everything that a host is made of before its tasks run.
+/// The parts of a host before its tasks run.
 struct Parts {
     host: Arc<Host>,
     relay: Relay,
@@ -131,7 +131,12 @@ struct Parts {
 }
 
 impl Host {
-    /// Starts a host: its lease, its relay and all deployed workers. `webhook` posts alarms, if there is one.
+    /// Starts a host: its lease, its relay and all deployed workers. `webhook` posts alarms, if
+    /// configured.
+    ///
+    /// # Errors
+    /// The host's own streams, its lease or its relay cannot be set up. A worker that cannot run is
+    /// no error.
     pub async fn start(
         store: Arc<dyn Store>,
         bus: Bus,
@@ -159,7 +164,7 @@ impl Host {
         )?;
         let host = Arc::clone(&parts.host);
 
-        // Nothing is published or taken before database and broker are compared.
+        // Nothing is published or consumed before database and broker are compared.
         let comparison = host
             .compare()
             .await
@@ -177,8 +182,9 @@ impl Host {
         Ok((host, running))
     }
 
-    /// Brings the running workers in line with the active deployments. Workers do not wait for each other's components to be compiled; those
-    /// that are being brought up already are left to that.
+    /// Starts, swaps and stops workers until they match the active deployments.
+    ///
+    /// Workers compile concurrently. A worker that is being started already is skipped.
     pub async fn reconcile(&self) -> Result<()> {
         let deployments = self.services.store.active_deployments().await?;
         self.stop_retired_workers(&deployments).await;
@@ -191,13 +197,15 @@ impl Host {
         Ok(())
     }
 
-    /// Tells the supervisor that something was deployed.
+    /// Notifies the supervisor of a deployment.
     pub fn notify_deployed(&self) {
         self.deployed.notify_one();
     }
 
-    /// Runs `deployment` here unless it runs already. The version before it goes on until the new one is ready to
-    /// start; then it is drained, and the same durable consumer goes on with the new one.
+    /// Runs `deployment` here unless it runs already.
+    ///
+    /// The previous version runs until the new one is prepared. Then it is drained, and the new
+    /// version continues on the same durable consumer.
     async fn run_deployment(&self, deployment: &DeploymentRecord) {
         let Some(_guard) = StartGuard::begin(&self.starting_workers, &deployment.worker) else {
             return;
@@ -206,13 +214,14 @@ impl Host {
             return;
         }
 
-        // Messages wait while database and broker disagree; requests do not depend on the broker.
+        // Message workers are held while database and broker disagree. HTTP workers do not need the
+        // broker.
         let is_held = || self.hold().is_some() && takes_messages(deployment);
         if is_held() {
             return;
         }
 
-        // Without the lock: compiling takes its time. A host that stops does not wait for it.
+        // Prepared without the lock, since compiling is slow. A stopping host does not wait for it.
         let mut stopping = self.stopping.clone();
         let prepared = tokio::select! {
             biased;
@@ -224,7 +233,7 @@ impl Host {
         if is_held() {
             return;
         }
-        // It may have been retired, or another version activated, while this one was prepared.
+        // Meanwhile another version may have been activated, or the worker retired.
         let is_active = |active: &DeploymentRecord| {
             active.worker == deployment.worker && active.version == deployment.version
         };
@@ -236,6 +245,8 @@ impl Host {
             }
         }
         let slot = workers.entry(deployment.worker.clone()).or_default();
+
+        // Swap the versions. A failure is logged once per version.
         let swapped = match prepared {
             Ok(delivery) => self.swap(slot, deployment, delivery).await,
             Err(error) => Err(error),
@@ -247,9 +258,10 @@ impl Host {
                 .is_some_and(|(version, _)| *version == deployment.version);
             if !is_logged {
                 tracing::error!(
-                    "worker {} version {} cannot run: {error:#}",
-                    deployment.worker,
-                    deployment.version
+                    worker = deployment.worker,
+                    version = deployment.version,
+                    error = format!("{error:#}"),
+                    "worker cannot run"
                 );
             }
             slot.broken = Some((deployment.version, format!("{error:#}")));
@@ -258,7 +270,7 @@ impl Host {
         self.workers_changed.notify_one();
     }
 
-    /// Has the ingress answer for the workers that run here now.
+    /// Replaces the routes of the ingress by those of the running workers.
     async fn update_routes(&self, workers: &BTreeMap<String, Slot>) {
         let requests = workers
             .values()
@@ -266,7 +278,7 @@ impl Host {
         self.ingress.set_routes(RouteTable::new(requests)).await;
     }
 
-    /// Whether this very deployment runs here.
+    /// Whether this deployment runs here.
     async fn is_running(&self, deployment: &DeploymentRecord) -> bool {
         let mut workers = self.workers.lock().await;
         let slot = workers.entry(deployment.worker.clone()).or_default();
@@ -280,6 +292,7 @@ impl Host {
         runs
     }
 
+    /// Replaces the running version of a worker by the prepared `delivery`.
     async fn swap(
         &self,
         slot: &mut Slot,
@@ -301,7 +314,7 @@ impl Host {
             fault::point(fault::DEPLOY_SWAP);
         }
         let digest = deployment.digest.clone();
-        // One that answers requests takes over at once, while the one before ends what it has.
+        // An HTTP worker takes over at once; the previous version finishes its requests.
         let running = match is_http {
             true => WorkerRuntime::Requests(Arc::new(HttpWorker::new(delivery, digest))),
             false => WorkerRuntime::Messages(Box::new(
@@ -309,16 +322,16 @@ impl Host {
             )),
         };
         tracing::info!(
-            "worker {} runs version {}",
-            deployment.worker,
-            deployment.version
+            worker = deployment.worker,
+            version = deployment.version,
+            "worker running"
         );
         slot.running = Some(running);
         (slot.broken, slot.standing) = (None, ConsumerState::default());
         Ok(())
     }
 
-    /// Removes compiled components that are of no deployment, now or ever.
+    /// Deletes compiled components that no deployment ever used.
     async fn prune_compiled(&self) -> Result<()> {
         let mut deployed = HashSet::new();
         for active in self.services.store.active_deployments().await? {
@@ -339,7 +352,7 @@ impl Host {
         Ok(())
     }
 
-    /// Lets the workers that take messages settle what they have; they take nothing more.
+    /// Drains the message workers: they settle the messages in flight and pull no more.
     async fn drain_message_workers(&self) {
         let mut workers = self.workers.lock().await;
         let taken = workers
@@ -359,7 +372,7 @@ impl Host {
             .collect()
     }
 
-    /// Like [`Host::workers`], with what waits on their streams.
+    /// Like [`Host::workers`], with the pending messages of their streams.
     pub async fn workers_with_backlog(&self) -> Vec<WorkerState> {
         let is_held = self.hold().is_some();
         let workers = self.workers.lock().await;
@@ -376,7 +389,7 @@ impl Host {
         states
     }
 
-    /// Everything that is counted and measured here, as text for Prometheus.
+    /// All metrics of this host in the text format of Prometheus.
     pub async fn metrics_text(&self) -> Result<String> {
         let outbox = self.services.store.outbox_lag().await.ok();
         let alarms = self.services.store.alarms().await.unwrap_or_default();
@@ -408,7 +421,7 @@ impl Host {
             .context("write the metrics")
     }
 
-    /// The alarms of all kinds, raised or not: a value that is not there is none to compare with.
+    /// All kinds of alarms for each worker, raised or not: a missing series cannot be compared.
     async fn measure_alarms(&self, standing: &[Alarm]) -> Vec<(String, Kind, bool)> {
         let workers = self.workers.lock().await;
         let names: BTreeSet<&str> = workers
@@ -440,7 +453,7 @@ impl Host {
         futures::future::join_all(measured).await
     }
 
-    /// The state of this host that alarms are about.
+    /// The state of this host that alarms depend on.
     async fn state_for_alarms(&self) -> HostState {
         let states = self.workers().await.into_iter();
         let broken = states.filter(|state| state.state == "broken");
@@ -452,11 +465,13 @@ impl Host {
         }
     }
 
-    /// Whether the host can do its work: every deployed worker runs here and has been seen on the server, and its writes
-    /// are committed. Returns the workers that are broken while others work, each with why.
+    /// Checks whether the host can work.
+    ///
+    /// Every deployed worker must run here, with a subscription that the server has confirmed, and
+    /// writes must be committed. Returns the broken workers with their reasons, while others work.
     ///
     /// # Errors
-    /// The missing parts, as text.
+    /// The reasons that the host is not ready, as text.
     pub async fn readiness(&self) -> std::result::Result<Vec<String>, String> {
         if !self.has_started.load(Ordering::Relaxed) {
             return Err("the host is starting".to_owned());
@@ -485,11 +500,14 @@ impl Host {
         let broken = self.check_deployments(&deployments).await?;
         match self.services.relay_state.lease_since(Instant::now()) {
             Some(_) => Ok(broken),
-            None => Err("the host's lease in the database is not renewed in time".to_owned()),
+            None => Err("the host's lease in the database was not renewed in time".to_owned()),
         }
     }
 
-    /// What does not work for good, unless nothing works; an error while something is still to begin.
+    /// The workers that cannot run.
+    ///
+    /// # Errors
+    /// A worker is still starting, or none can run.
     async fn check_deployments(
         &self,
         deployments: &[DeploymentRecord],
@@ -515,7 +533,7 @@ impl Host {
                     ));
                 }
                 _ => missing.push(format!(
-                    "worker {worker} version {version} does not run yet"
+                    "worker {worker} version {version} is not running yet"
                 )),
             }
         }
@@ -528,12 +546,13 @@ impl Host {
         Ok(broken)
     }
 
-    /// From now on the host may call itself ready.
+    /// Completes the start: the host can become ready.
     pub fn set_started(&self) {
         self.has_started.store(true, Ordering::Relaxed);
         self.ingress.set_started();
     }
 
+    /// Closes the ingress and the link to the relay, then drains all workers.
     async fn drain_workers(&self) {
         self.services.relay.close();
         self.ingress.close().await;
@@ -545,20 +564,20 @@ impl Host {
     }
 }
 
-/// Whether a deployment is one of a worker that takes messages.
+/// Whether a deployment is of a worker that consumes messages.
 fn takes_messages(deployment: &DeploymentRecord) -> bool {
     let worker: serde_json::Result<Worker> = serde_json::from_str(&deployment.manifest);
     worker.is_ok_and(|worker| worker.routes.is_empty())
 }
 
-/// A worker that is being brought up, until this is dropped.
+/// A worker that is being started, until dropped.
 struct StartGuard<'h> {
     all: &'h std::sync::Mutex<BTreeSet<String>>,
     worker: String,
 }
 
 impl<'h> StartGuard<'h> {
-    /// None while the worker is being brought up already.
+    /// None while the worker is being started already.
     fn begin(all: &'h std::sync::Mutex<BTreeSet<String>>, worker: &str) -> Option<Self> {
         let is_first = all
             .lock()
@@ -684,12 +703,12 @@ impl Default for HostTasks {
 }
 
 impl HostTasks {
-    /// Takes the host's lease in the database and keeps it.
+    /// Takes the host's lease in the database and renews it until the host ends.
     async fn begin_lease(&mut self, store: &Arc<dyn Store>) -> Result<Arc<RelayState>> {
         let state = Arc::<RelayState>::default();
         lease::renew(store.as_ref(), &state)
             .await
-            .context("begin the host's lease in the database")?;
+            .context("take the host's lease in the database")?;
         self.lease.spawn(lease::run(
             Arc::clone(store),
             Arc::clone(&state),
@@ -698,7 +717,8 @@ impl HostTasks {
         Ok(state)
     }
 
-    /// The relay stops taking what is due with the supervision, and ends when the last lane has handed over its outputs.
+    /// Starts the relay. It stops claiming due outputs with the supervision, and ends after the
+    /// last lane has handed over its outputs.
     fn start_relay(&mut self, parts: Parts) {
         let stopping = self.supervision.stopping();
         if let Some((keeper, reader)) = parts.wal {
@@ -709,7 +729,7 @@ impl HostTasks {
         self.relay.spawn(parts.repair.run(stopping));
     }
 
-    /// Before anything is cached on this host.
+    /// Subscribes to invalidations, before anything is cached on this host.
     async fn listen_for_invalidations(&mut self, host: &Host) -> Result<()> {
         let invalidations = host
             .services
@@ -753,8 +773,13 @@ impl HostTasks {
         }
     }
 
-    /// Stops in order: no more pulling, lanes settle their messages, the relay publishes what was handed over. Whatever is
-    /// unfinished after `limit` is left to the next start; nothing is lost by that.
+    /// Stops in order: pulling ends, lanes settle their messages, the relay publishes the outputs
+    /// handed over.
+    ///
+    /// Work that is left after `limit` is resumed at the next start; nothing is lost.
+    ///
+    /// # Errors
+    /// The limit has passed.
     pub async fn drain(self, host: &Host, limit: Duration) -> Result<()> {
         let HostTasks {
             supervision,
@@ -767,7 +792,7 @@ impl HostTasks {
             host.drain_workers().await;
             wal.drain().await;
             relay.drain().await;
-            // The last acks and naks: unsent, their messages would come again much later.
+            // Unsent acks and nacks would delay the redelivery of their messages.
             if host.services.bus.is_connected() {
                 let _ = host.services.bus.flush().await;
             }
@@ -775,43 +800,53 @@ impl HostTasks {
         let in_time = tokio::time::timeout(limit, drained).await;
 
         lease.drain().await;
-        // A server that lets a commit wait lets the close wait, too.
+        // A server that delays commits delays the close as well.
         let _ = tokio::time::timeout(CLOSE_TIMEOUT, host.services.store.close()).await;
         in_time.with_context(|| {
-            format!("drain within {limit:?}; what was left is taken up at the next start")
+            format!("drain within {limit:?}; the remaining work is resumed at the next start")
         })
     }
 }
 
-/// Watches for deployments of other hosts and removes old rows.
+/// Polls for deployments of other hosts and deletes expired rows.
 async fn supervise(host: Arc<Host>, mut stopping: Stopping) {
     let mut prune_interval = tokio::time::interval(PRUNE_INTERVAL);
     let mut pruner = Pruner::default();
     let mut compiled_prune_interval = tokio::time::interval(COMPILED_PRUNE_INTERVAL);
-    // A look may last for as long as a component compiles; the next ones go on with the other workers.
+    // A reconciliation may wait for a compilation. Later ones start the other workers meanwhile.
     let mut reconciliations = JoinSet::new();
     loop {
         tokio::select! {
             biased;
             () = stopping.stopped() => break,
-            () = host.deployed.notified() => { reconciliations.spawn(try_reconcile(Arc::clone(&host))); }
-            _ = tokio::time::sleep(DEPLOYMENT_POLL_INTERVAL) => { reconciliations.spawn(try_reconcile(Arc::clone(&host))); }
-            // What a recovery may need stays.
+            () = host.deployed.notified() => {
+                reconciliations.spawn(try_reconcile(Arc::clone(&host)));
+            }
+            _ = tokio::time::sleep(DEPLOYMENT_POLL_INTERVAL) => {
+                reconciliations.spawn(try_reconcile(Arc::clone(&host)));
+            }
+            // Rows that a recovery may need are not deleted.
             _ = prune_interval.tick(), if host.hold().is_none() => pruner.run(&host, &stopping).await,
             _ = compiled_prune_interval.tick() => {
                 if let Err(error) = host.prune_compiled().await {
-                    tracing::debug!("compiled components not removed: {error:#}");
+                    tracing::debug!(
+                        error = format!("{error:#}"),
+                        "failed to remove compiled components"
+                    );
                 }
             }
         }
         while reconciliations.try_join_next().is_some() {}
     }
-    // A version that is swapped in gets there; one that is prepared is given up.
+    // A swap in progress completes; a preparation is cancelled.
     while reconciliations.join_next().await.is_some() {}
 }
 
 async fn try_reconcile(host: Arc<Host>) {
     if let Err(error) = host.reconcile().await {
-        tracing::debug!("looking for deployments again soon: {error:#}");
+        tracing::debug!(
+            error = format!("{error:#}"),
+            "failed to reconcile deployments, retrying"
+        );
     }
 }

@@ -1,7 +1,10 @@
-//! After a restore: what is acknowledged and not known is taken again, and what stands on streams is not published again.
+//! Recovery after a restore.
 //!
-//! Each step can be taken twice. The last one is a new mark; until that is written every host waits, and a recovery that was
-//! cut off is begun again.
+//! Acknowledged messages that the database does not have are redelivered. Outputs that are on
+//! streams already are not published again.
+//!
+//! Each step can be repeated. The last one writes a new watermark. Until then all hosts are held,
+//! and an interrupted recovery is started again.
 
 use std::time::Duration;
 
@@ -25,59 +28,67 @@ use crate::store::{
     all_dead_letters,
 };
 
-/// Until when every other host has noticed, too.
+/// How long until every other host is held, too.
 const PROPAGATION_DELAY: Duration = CHECK_INTERVAL.saturating_mul(3);
 
-/// How many messages of a stream are looked at, and outputs among them written down, at a time.
+/// How many messages of a stream are scanned at a time, and the outputs among them saved.
 const PAGE_SIZE: usize = 5_000;
 
-/// How often the new mark is tried: another host may write one at the same moment.
+/// How often the new watermark is tried: another host may write one at the same moment.
 const WATERMARK_TRIES_MAX: u32 = 5;
 
-/// What a recovery does, or would do.
+/// The steps of a recovery, executed or planned.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Recovery {
-    /// What was found; nothing when there is nothing to recover from.
+    /// The reasons for the recovery; empty when there is nothing to recover.
     pub reasons: Vec<String>,
-    /// When database and broker last agreed, as far as the database knows.
+    /// When database and broker last agreed, according to the database.
     pub agreed_at: Option<Timestamp>,
     pub consumers: Vec<ConsumerRewind>,
     pub streams: Vec<StreamScan>,
-    /// Dead letters that were put back and are sent to their workers once more.
+    /// Redriven dead letters that are sent to their workers again.
     pub dead_letters: u64,
-    /// Whether it was done, not only planned.
+    /// Whether it was executed, not only planned.
     pub done: bool,
 }
 
-/// The place of a worker on its stream.
+/// The position of a worker on its stream.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConsumerRewind {
     pub worker: String,
     pub stream: String,
     /// Everything up to here was acknowledged.
     pub acknowledged: u64,
-    /// From here on messages come again; those that took effect are skipped. None where nothing can come again.
+    /// Messages are redelivered from here on; those that took effect are skipped. None where
+    /// redelivery is impossible.
     pub from: Option<u64>,
-    /// Where the stream ends.
+    /// The end of the stream.
     pub last: u64,
-    /// What cannot be had again, for a person.
+    /// For people: the reason that messages are lost.
     pub note: Option<String>,
 }
 
-/// A stream that outputs go to.
+/// A stream of outputs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StreamScan {
     pub stream: String,
-    /// Outputs stored since shortly before database and broker last agreed.
+    /// The number of outputs stored since shortly before database and broker last agreed.
     pub outputs: u64,
-    /// Why it was not looked through, for a person.
+    /// For people: the reason that it was not scanned.
     pub note: Option<String>,
 }
 
 impl Host {
-    /// Brings database and broker together again after one of them was restored; with `dry_run`, says what that would do.
+    /// Brings database and broker back into agreement after one of them was restored. With
+    /// `dry_run`, only plans it.
+    ///
+    /// # Errors
+    /// Another installation has taken over, or a step failed; then the recovery can be started
+    /// again.
     pub async fn recover(&self, dry_run: bool, by: &Attribution) -> Result<Recovery> {
         let _guard = self.recovering.lock().await;
+
+        // Compare database and broker.
         let comparison = self
             .compare()
             .await
@@ -87,7 +98,7 @@ impl Host {
             Some(Hold::Restored(why)) => why,
             Some(Hold::TakenOver(why)) => {
                 return Err(anyhow!(why))
-                    .hint("to take it back: oncely run --take-over ID, with the other one's id");
+                    .hint("return it to this installation with: oncely run --take-over ID");
             }
         };
         let agreed = comparison
@@ -109,12 +120,15 @@ impl Host {
         if recovery.reasons.is_empty() {
             return Ok(recovery);
         }
+
+        // Hold all hosts: the others notice the disagreement themselves.
         if !dry_run {
             self.set_hold(comparison.hold).await;
             tracing::warn!(reasons = recovery.reasons.join("; "), "recovering");
             tokio::time::sleep(PROPAGATION_DELAY).await;
         }
 
+        // Plan the positions, the dead letters and the streams.
         let workers = self.services.deployed_workers().await?;
         for worker in &workers {
             recovery
@@ -134,6 +148,7 @@ impl Host {
             return Ok(recovery);
         }
 
+        // Execute the plan.
         self.services.relay_state.set_check_recovered(true);
         for rewind in &recovery.consumers {
             let worker = workers.iter().find(|worker| worker.name == rewind.worker);
@@ -146,20 +161,22 @@ impl Host {
         }
         self.remove_unused_consumers(&workers, &streams).await?;
         if !redriven.is_empty() {
-            // Their messages wait in the outbox like all others.
+            // The messages of redriven dead letters wait in the outbox like all others.
             self.services
                 .store
                 .redrive(&redriven, by)
                 .await
-                .context("put dead letters back once more")?;
+                .context("redrive dead letters again")?;
         }
+
+        // Resume.
         self.write_final_watermark(&workers).await?;
         self.set_hold(None).await;
         recovery.done = true;
         Ok(recovery)
     }
 
-    /// From where on a worker takes its messages again.
+    /// Plans the position from which a worker receives its messages again.
     async fn plan_rewind(
         &self,
         worker: &Worker,
@@ -184,16 +201,20 @@ impl Host {
             note: None,
         };
         let Some(stream) = self.services.bus.stream(name).await? else {
-            rewind.note = Some("the stream is gone".to_owned());
+            rewind.note = Some("the stream does not exist any more".to_owned());
             return Ok(Some(rewind));
         };
         rewind.last = stream.last_sequence;
         if stream.is_queue {
-            // What is still there was never acknowledged. Without its consumer a stream kept by interest would lose it.
-            let note = "what is acknowledged leaves this stream at once: what the database does not know of it is gone";
+            // Messages still on it were never acknowledged. A stream with interest retention would
+            // lose them without its consumer.
+            let note = "this stream deletes acknowledged messages: \
+                        those that the database does not have are lost";
             rewind.note = Some(note.to_owned());
             return Ok(Some(rewind));
         }
+
+        // The position is valid only on the same stream.
         let is_unchanged = match before.streams.get(name) {
             Some(end)
                 if end.created != stream.created || end.last_sequence > stream.last_sequence =>
@@ -210,14 +231,16 @@ impl Host {
             .consumers
             .get(&worker.name)
             .filter(|floor| floor.stream == *name && is_unchanged);
-        // What is below was settled in the database before it was noted there.
+        // Messages below were settled in the database before the watermark recorded it.
         let from = floor.map_or(1, |floor| floor.sequence.min(rewind.acknowledged) + 1);
         rewind.from = Some(from.max(stream.first_sequence).max(1));
         Ok(Some(rewind))
     }
 
-    /// Removes consumers of workers that this database does not have deployed: should one be, its messages come again from the
-    /// beginning. What the other life of the database acknowledged for it is not known here.
+    /// Removes the consumers of workers that are not deployed in this database.
+    ///
+    /// If such a worker is deployed later, its messages are redelivered from the beginning. The
+    /// acknowledgements from after the restore point are unknown here.
     async fn remove_unused_consumers(
         &self,
         workers: &[Worker],
@@ -270,7 +293,8 @@ impl Host {
             .collect())
     }
 
-    /// Looks for outputs on a stream, among what was stored since; remembers where they are if they are to be kept.
+    /// Scans a stream for outputs stored since `since`. Saves their positions, unless it is a dry
+    /// run.
     async fn scan_stream(
         &self,
         stream: &StreamInfo,
@@ -279,8 +303,9 @@ impl Host {
     ) -> Result<StreamScan> {
         let name = stream.name.clone();
         if stream.is_queue {
-            let note =
-                "what is acknowledged leaves this stream at once: outputs on it may be published twice".to_owned();
+            let note = "this stream deletes acknowledged messages: \
+                        outputs on it may be published twice"
+                .to_owned();
             return Ok(StreamScan {
                 stream: name,
                 outputs: 0,
@@ -288,7 +313,7 @@ impl Host {
             });
         }
         let (mut outputs, mut from) = (0, StartPosition::Time(since));
-        // Page by page: there may be millions.
+        // Page by page: a stream may hold millions of messages.
         loop {
             let (mut found, mut last) = (Vec::new(), 0);
             let each = |passed: ScannedMessage| {
@@ -324,7 +349,7 @@ impl Host {
         }
     }
 
-    /// Writes the mark with which every host goes on.
+    /// Writes the watermark with which every host resumes.
     async fn write_final_watermark(&self, workers: &[Worker]) -> Result<()> {
         for _ in 0..WATERMARK_TRIES_MAX {
             let after = self.last_watermark().await?;
@@ -337,14 +362,16 @@ impl Host {
             }
         }
         Err(anyhow!(
-            "write a mark: other hosts write marks of their own all the time"
+            "no watermark written: other hosts write their own all the time"
         ))
         .hint("oncely recover")
     }
 }
 
-/// Whether outputs may stand on a stream that must not be published twice. Invalidations may; an alarm that is raised again
-/// after a restore is another one. What stands on a copy of a stream says nothing of the stream itself.
+/// Whether a stream may hold outputs that must not be published twice.
+///
+/// Invalidations may repeat, and an alarm that is raised again after a restore is a new one. A copy
+/// of a stream proves nothing about the stream itself.
 fn may_hold_outputs(stream: &StreamInfo) -> bool {
     !stream.is_copy
         && ![ALARM_STREAM, CACHE_STREAM, WATERMARK_STREAM, REDRIVE_STREAM]

@@ -1,7 +1,8 @@
 //! How long rows are kept, and whether that is long enough.
 //!
-//! An inbox record must stay for as long as its message may come again: for as long as the stream keeps it. A dead letter's
-//! record stays for as long as the letter may be put back, whatever is said here.
+//! An inbox record must outlast the redelivery of its message: it stays as long as the stream keeps
+//! the message. The inbox record of a dead letter stays as long as the dead letter can be redriven,
+//! regardless of these settings.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -18,32 +19,37 @@ use crate::model::hint::WithHint;
 use crate::model::units;
 use crate::store::{RetentionPolicy, StoreError};
 
-/// How much longer than the stream keeps a message its record stays: for publishers that retry, and for clocks.
+/// How much longer than the stream an inbox record is kept: a margin for retrying publishers and
+/// for clocks.
 const INBOX_MARGIN: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// How many rows leave at a time, where they do so one by one.
+/// How many rows are deleted at a time, where they are deleted row by row.
 const BATCH_SIZE: u32 = 10_000;
 
-/// How long removing waits for transactions under way at first, and at most when they are long.
+/// How long the deletion waits for concurrent transactions: at first, and at most after failures.
 const WAIT_TIMEOUT: Duration = Duration::from_secs(2);
 const WAIT_TIMEOUT_MAX: Duration = Duration::from_secs(20);
 
-/// After how many failures in a row somebody is told.
+/// After how many failures in a row a warning is logged.
 const WARN_AFTER_FAILURES: u32 = 10;
 
-/// For how long rows are kept.
+/// How long rows are kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Retention {
     /// Published outputs.
     pub outputs: Duration,
     pub inbox: KeepInbox,
-    /// The folder where rows are kept that leave.
+    /// The folder to which expired rows are archived.
     pub archive: Option<PathBuf>,
 }
 
 impl Retention {
-    /// Whether what a worker handled stays known for as long as its stream may bring it again, and messages stay on the
-    /// stream for as long as they are tried. `max_age` is for how long the stream keeps them, none for ever.
+    /// Checks that inbox records outlast the stream, and that the stream outlasts the retries.
+    ///
+    /// `max_age` is how long the stream keeps messages; none means forever.
+    ///
+    /// # Errors
+    /// One of the two is too short.
     pub fn check(&self, worker: &Worker, max_age: Option<Duration>) -> Result<()> {
         let (name, stream) = (&worker.name, worker.stream.as_deref().unwrap_or_default());
         let tried_for = worker.retry.max_duration();
@@ -53,10 +59,13 @@ impl Retention {
                 units::format_duration(tried_for),
             );
             return Err(anyhow!(
-                "the stream {stream} keeps messages for {age}, and worker {name} tries them for up to {tried_for}: they may \
-                 be gone before they are dead letters"
+                "the stream {stream} keeps messages for {age}, but worker {name} retries them \
+                 for up to {tried_for}: they may expire before they become dead letters"
             ))
-            .hint("nats stream edit --max-age, or fewer attempts or a lower backoff_max in [worker.retry]".to_owned());
+            .hint(format!(
+                "nats stream edit {stream} --max-age {tried_for}, \
+                 or lower `attempts` or `backoff_max` in [worker.retry]"
+            ));
         }
         let KeepInbox::For(kept) = self.inbox else {
             return Ok(());
@@ -64,17 +73,23 @@ impl Retention {
         if max_age.is_some_and(|age| age <= kept) {
             return Ok(());
         }
-        let age = max_age.map_or("ever".to_owned(), units::format_duration);
+        let age = max_age.map_or_else(
+            || "forever".to_owned(),
+            |age| format!("for {}", units::format_duration(age)),
+        );
         let kept = units::format_duration(kept);
         Err(anyhow!(
-            "the stream {stream} keeps messages for {age}, and inbox records are kept for {kept}: worker {name} could handle \
-             a message again that it has forgotten"
+            "the stream {stream} keeps messages {age}, but inbox records are kept for {kept} only: \
+             worker {name} could handle a message twice"
         ))
-        .hint(format!("keep_inbox = \"auto\", or: nats stream edit {stream} --max-age {kept}"))
+        .hint(format!(
+            "set keep_inbox = \"auto\", or run: nats stream edit {stream} --max-age {kept}"
+        ))
     }
 
-    /// For how long inbox records are kept when workers read streams that keep messages for so long: at least for as long
-    /// as was asked for, and longer where a stream takes longer; none for ever.
+    /// How long inbox records are kept for streams with these max ages; none means forever.
+    ///
+    /// It is at least the configured time, and longer where a stream keeps messages longer.
     pub fn inbox(&self, ages: &[Option<Duration>]) -> Option<Duration> {
         let longest = ages
             .iter()
@@ -88,7 +103,7 @@ impl Retention {
 }
 
 impl Host {
-    /// Refuses a worker whose stream outlasts the inbox; see [`Retention::check`].
+    /// Checks that the inbox outlasts the stream of a worker; see [`Retention::check`].
     pub async fn check_retention(&self, worker: &Worker) -> Result<()> {
         let Some(stream) = &worker.stream else {
             return Ok(());
@@ -99,17 +114,17 @@ impl Host {
         }
     }
 
-    /// For how long inbox records are kept now; none for ever.
+    /// How long inbox records are kept now; none means forever.
     async fn inbox_retention(&self) -> Result<Option<Duration>> {
         let mut ages = Vec::new();
-        // Also of retired ones: deployed again, they meet what their streams still have.
+        // Retired workers count: deployed again, they receive the messages still on their streams.
         for deployment in self.services.store.newest_deployments().await? {
             let worker: Worker = serde_json::from_str(&deployment.manifest)
                 .context("read the deployment's manifest")?;
             let Some(stream) = &worker.stream else {
                 continue;
             };
-            // Nobody knows how long a stream that is gone for now will keep messages.
+            // A missing stream counts as one that keeps messages forever: its settings are unknown.
             ages.push(
                 self.services
                     .bus
@@ -123,7 +138,7 @@ impl Host {
 }
 
 impl Host {
-    /// The longest time for which an answer to a request is kept.
+    /// The longest time that an answer to a request is kept.
     async fn longest_window(&self) -> Duration {
         let workers = self.services.deployed_workers().await.unwrap_or_default();
         let windows = workers
@@ -133,34 +148,43 @@ impl Host {
     }
 }
 
-/// Removes what had its time.
+/// Deletes expired rows.
 #[derive(Debug, Default)]
 pub(super) struct Pruner {
     failures: u32,
 }
 
 impl Pruner {
-    /// Removes until nothing is left to remove for now.
+    /// Deletes until no expired rows are left.
     pub(super) async fn run(&mut self, host: &Host, stopping: &Stopping) {
         match self.prune(host, stopping).await {
             Ok(()) => self.failures = 0,
             Err(error) => {
                 self.failures = self.failures.saturating_add(1);
-                // Many hosts may be at it, and it comes again in a minute: once is no news.
+                // A single failure is normal: other hosts delete as well, and the next try is a
+                // minute away.
                 match self.failures {
                     WARN_AFTER_FAILURES => tracing::warn!(
-                        "old rows could not be removed {WARN_AFTER_FAILURES} times: {error:#}"
+                        failures = self.failures,
+                        error = format!("{error:#}"),
+                        "failed repeatedly to delete expired rows, retrying"
                     ),
-                    _ => tracing::debug!("removing old rows again later: {error:#}"),
+                    _ => tracing::debug!(
+                        error = format!("{error:#}"),
+                        "failed to delete expired rows, retrying"
+                    ),
                 }
             }
         }
     }
 
     async fn prune(&self, host: &Host, stopping: &Stopping) -> Result<()> {
-        // Outputs leave even while nobody can say how long messages stay.
+        // Outputs are deleted even if the settings of the streams cannot be read.
         let inbox = host.inbox_retention().await.unwrap_or_else(|error| {
-            tracing::debug!("keeping inbox records for now: {error:#}");
+            tracing::debug!(
+                error = format!("{error:#}"),
+                "failed to read stream settings, keeping inbox records"
+            );
             None
         });
         let limits = RetentionPolicy {
@@ -180,8 +204,9 @@ impl Pruner {
                 Ok(true) => {}
                 Ok(false) => return Ok(()),
                 Err(error @ StoreError::Conflict(_)) => {
-                    return Err(anyhow::Error::from(error)
-                        .context("wait for transactions that are under way"));
+                    return Err(
+                        anyhow::Error::from(error).context("wait for concurrent transactions")
+                    );
                 }
                 Err(error) => return Err(error.into()),
             }
@@ -248,13 +273,16 @@ mod tests {
                 .check(&worker, None)
                 .unwrap_err()
                 .to_string()
-                .contains("for ever")
+                .contains("forever")
         );
         worker.retry.attempts = 50;
         let gone = retention(KeepInbox::Auto)
             .check(&worker, Some(HOUR))
             .unwrap_err()
             .to_string();
-        assert!(gone.contains("gone before they are dead letters"), "{gone}");
+        assert!(
+            gone.contains("expire before they become dead letters"),
+            "{gone}"
+        );
     }
 }

@@ -1,4 +1,6 @@
-//! Retiring a worker: no host runs it any more, and its consumers leave their streams. Its versions, inbox and dead letters stay.
+//! Retiring a worker: all hosts stop running it, and its consumers are removed.
+//!
+//! Its versions, inbox and dead letters stay.
 
 use std::time::Duration;
 
@@ -12,14 +14,14 @@ use crate::model::hint::WithHint;
 use crate::model::redrive::REDRIVE_STREAM;
 use crate::store::DeploymentRecord;
 
-/// How long it is waited for other hosts to let go of a retired worker, and how often it is asked.
+/// How long to wait until other hosts have stopped a retired worker, and how often to poll them.
 const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 const STOP_POLL_INTERVAL: Duration = Duration::from_millis(250);
 
-/// How many reports later a host has certainly heard: the first one may have been on its way.
+/// After how many reports a host is certainly up to date: the first one may have been in progress.
 const REPORTS_UNTIL_CURRENT: u64 = 2;
 
-/// What retiring a worker did.
+/// The result of retiring a worker.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct RetiredWorker {
     pub worker: String,
@@ -30,7 +32,7 @@ pub struct RetiredWorker {
 }
 
 impl Host {
-    /// Ends workers that are deployed no more.
+    /// Stops workers that are not deployed any more.
     pub(super) async fn stop_retired_workers(&self, deployments: &[DeploymentRecord]) {
         let mut workers = self.workers.lock().await;
         let is_retired = |name: &String| {
@@ -49,16 +51,20 @@ impl Host {
         for name in retired {
             if let Some(running) = workers.remove(&name).and_then(|slot| slot.running) {
                 running.drain().await;
-                tracing::info!(worker = name, "retired: it does not run here any more");
+                tracing::info!(worker = name, "retired worker stopped");
             }
         }
         self.update_routes(&workers).await;
         self.workers_changed.notify_one();
     }
 
-    /// Retires a worker. Its consumers are removed, unless its place on the stream is to be kept, once no host runs it.
+    /// Retires a worker. Its consumers are removed once no host runs it, unless `keep_consumers` is
+    /// set.
+    ///
+    /// # Errors
+    /// The worker does not exist, or still runs on a host after 30 seconds.
     pub async fn retire(&self, worker: &str, keep_consumers: bool) -> Result<RetiredWorker> {
-        // One that is retired already may have left its consumers behind.
+        // A worker that is retired already may still have consumers.
         let newest = match self.services.active_deployment(worker).await? {
             Some(active) => Some(active),
             None => self
@@ -87,9 +93,10 @@ impl Host {
         })
     }
 
+    /// Waits until no host runs the worker.
     async fn wait_until_stopped(&self, worker: &str) -> Result<()> {
         let end = Instant::now() + STOP_TIMEOUT;
-        // What a host said before it could hear of this is no answer: it would make the consumers again.
+        // Earlier reports do not count: their hosts could create the consumers again.
         let baseline = self.services.store.reports().await?;
         loop {
             let runs_here = match tokio::time::timeout(STOP_TIMEOUT, self.workers.lock()).await {
@@ -115,7 +122,7 @@ impl Host {
             }
             if Instant::now() >= end {
                 bail!(
-                    "the worker is retired, and still ends on {}; its consumers are kept",
+                    "the worker is retired, but still drains on {}; its consumers are kept",
                     others.join(", ")
                 );
             }

@@ -1,4 +1,4 @@
-//! The place of one worker in a host: lanes that take messages, or routes that take requests.
+//! The slot of one worker in a host: lanes for messages, or routes for requests.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,17 +11,17 @@ use crate::consumer::RunningWorker;
 use crate::ingress::HttpWorker;
 use crate::model::units;
 
-/// The place of one worker in a host.
+/// The slot of one worker in a host.
 #[derive(Default)]
 pub(super) struct Slot {
     pub running: Option<WorkerRuntime>,
-    /// The version that should run here but cannot, and why.
+    /// The active version if it cannot run here, with the reason.
     pub broken: Option<(u32, String)>,
-    /// How the consumer of what runs stands, as it was seen last.
+    /// The last known state of its consumer.
     pub standing: ConsumerState,
 }
 
-/// What a worker does here.
+/// The running part of a worker.
 pub(super) enum WorkerRuntime {
     Messages(Box<RunningWorker>),
     Requests(Arc<HttpWorker>),
@@ -57,7 +57,7 @@ impl WorkerRuntime {
         }
     }
 
-    /// What waits on its stream; none when that is not known, or there is none.
+    /// The unhandled messages on its stream; none when unknown, or without a stream.
     pub(super) async fn unhandled(&self) -> Option<UnhandledMessages> {
         match self {
             WorkerRuntime::Messages(running) => running.unhandled().await,
@@ -65,7 +65,7 @@ impl WorkerRuntime {
         }
     }
 
-    /// Messages or requests that this host handles for it.
+    /// Messages or requests in flight on this host.
     pub(super) fn in_flight(&self) -> usize {
         match self {
             WorkerRuntime::Messages(running) => running.in_flight(),
@@ -73,7 +73,7 @@ impl WorkerRuntime {
         }
     }
 
-    /// Lets it settle what it has.
+    /// Drains the work in flight.
     pub(super) async fn drain(self) {
         match self {
             WorkerRuntime::Messages(running) => running.drain().await,
@@ -90,7 +90,7 @@ impl WorkerRuntime {
 }
 
 impl Slot {
-    /// Why it does not work here.
+    /// The reason that it does not work here.
     fn error(&self) -> Option<String> {
         if let Some((version, error)) = &self.broken {
             return Some(format!("version {version}: {error}"));
@@ -147,7 +147,7 @@ impl Slot {
     }
 }
 
-/// Such as `POST /accounts/{id}/transfers`.
+/// The routes of a worker, such as `POST /accounts/{id}/transfers`.
 fn routes(worker: &Worker) -> Vec<String> {
     let shown = |route: &crate::config::manifest::Route| match route.methods.as_slice() {
         [] => route.path.clone(),

@@ -1,4 +1,5 @@
-//! What leaves inbox and outbox, in files: each row as JSON on a line of its own, compressed with gzip.
+//! Archives of expired inbox and outbox rows: files with one JSON object per line, compressed with
+//! gzip.
 
 use std::fs::File;
 use std::io::Write;
@@ -14,18 +15,18 @@ use tokio::task::JoinHandle;
 
 use super::{Result, StoreError};
 
-/// How many chunks wait to be compressed.
+/// How many chunks may wait for compression.
 const CHUNKS_MAX: usize = 64;
 
-/// A file that is being written, off the async threads. It has its name once it is whole and on the disk; until then, and when
-/// it is dropped, it is one that ends in `.partial`.
+/// An archive that is being written on a blocking thread. Its name ends in `.partial` until it is
+/// complete and synced to disk. A dropped archive keeps that name.
 pub(super) struct ArchiveFile {
     chunks: mpsc::Sender<Bytes>,
     writer: JoinHandle<anyhow::Result<()>>,
 }
 
 impl ArchiveFile {
-    /// A file for rows of `table` up to a time. One of the same name is replaced.
+    /// Creates an archive for rows of `table` up to a time. Replaces an archive of the same name.
     pub(super) fn create(folder: &Path, table: &str, until: Timestamp) -> Self {
         let time = until.strftime("%Y-%m-%dT%H-%M-%S.%6fZ");
         let path = folder.join(format!("{table}-{time}.jsonl.gz"));
@@ -36,15 +37,18 @@ impl ArchiveFile {
         ArchiveFile { chunks, writer }
     }
 
-    /// Adds whole lines.
+    /// Appends whole lines.
     pub(super) async fn add(&self, lines: Bytes) {
-        // Why the writer ended is told at the end.
+        // `finish` returns the error of a writer that ended early.
         let _ = self.chunks.send(lines).await;
     }
 
-    /// Waits until all is on the disk.
+    /// Waits until the archive is synced to disk and has its name.
+    ///
+    /// # Errors
+    /// `Unavailable` if writing failed.
     pub(super) async fn finish(self) -> Result<()> {
-        // Nothing is one chunk that says that there was no more.
+        // An empty chunk ends the archive.
         let _ = self.chunks.send(Bytes::new()).await;
         drop(self.chunks);
         let written = self
@@ -62,7 +66,7 @@ fn write(path: &Path, mut chunks: mpsc::Receiver<Bytes>) -> anyhow::Result<()> {
         match chunks.blocking_recv() {
             Some(chunk) if chunk.is_empty() => break,
             Some(chunk) => file.write_all(&chunk)?,
-            // Whoever had the rows gave up.
+            // The archive was dropped.
             None => return Ok(()),
         }
     }

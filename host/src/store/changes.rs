@@ -1,30 +1,31 @@
-//! What a transaction that is not to be committed changed in workers' tables.
+//! The changes of a transaction in workers' tables, for a dry run that is never committed.
 
 use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-/// A row before and after; a value for each column.
+/// A row before and after the transaction, as an object with one value per column.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RowChange {
     pub table: String,
-    /// None for a row that is new.
+    /// `None` for an inserted row.
     pub before: Option<serde_json::Value>,
-    /// None for a row that is gone.
+    /// `None` for a deleted row.
     pub after: Option<serde_json::Value>,
 }
 
-/// All that changed, as far as it can be told.
+/// All changes of a transaction, as far as they are known.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Changes {
     pub rows: Vec<RowChange>,
-    /// What is not among `rows`, for a person.
+    /// Descriptions of changes that `rows` does not contain.
     pub omitted: Vec<String>,
-    /// What the database would refuse the commit for.
+    /// The reason why the database would refuse the commit.
     pub refused: Option<String>,
 }
 
-/// Pairs rows before and after by the columns of their primary key; what has no partner is new or gone.
+/// Pairs rows before and after by their primary key. Rows without a partner are inserted or
+/// deleted.
 pub(super) fn pair(
     table: &str,
     key: &BTreeSet<String>,

@@ -1,11 +1,12 @@
-//! Pauses between tries of transactions that collide.
+//! Random pauses between attempts of conflicting transactions.
 
 use std::time::Duration;
 
-/// The most a transaction waits after its first conflict; in proportion after more.
+/// The maximum pause after the first conflict. It grows in proportion to the number of conflicts.
 const FIRST: Duration = Duration::from_millis(5);
 
-/// Waits for a random time, longer after more conflicts, so that transactions that collided do not collide again.
+/// Sleeps for a random time that grows with the number of conflicts, so that the same transactions
+/// do not conflict again.
 pub async fn pause_after(conflicts: u32) {
     tokio::time::sleep(FIRST.mul_f64(f64::from(conflicts) * rand::random::<f64>())).await;
 }

@@ -1,4 +1,4 @@
-//! Dead letters as people read them, and what may be done with each.
+//! Dead letters as operators see them, and the actions on them.
 
 use bytes::Bytes;
 use jiff::Timestamp;
@@ -10,22 +10,22 @@ use crate::model::message::{Headers, Message};
 use crate::model::subject;
 use crate::model::verdict::{Reason, Settled};
 
-/// How many letters are read at a time.
+/// How many dead letters are read per page.
 const PAGE_SIZE: u32 = 500;
 
-/// Where a dead letter stands.
+/// The state of a dead letter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DeadLetterState {
-    /// It waits for somebody.
+    /// It waits for an operator.
     Open,
-    /// It was put back, and nothing is known of it yet.
+    /// It was redriven, and its event is not settled yet.
     Redriven,
-    /// It was put back and took effect.
+    /// It was redriven and took effect.
     Done,
-    /// A person found that nothing is to be done.
+    /// An operator closed it: no action is needed.
     Resolved,
-    /// A person gave it up.
+    /// An operator dropped it: it will not be handled.
     Dropped,
 }
 
@@ -47,12 +47,12 @@ impl DeadLetterState {
             "done" => DeadLetterState::Done,
             "resolved" => DeadLetterState::Resolved,
             "dropped" => DeadLetterState::Dropped,
-            other => anyhow::bail!("`{other}` is no state of a dead letter"),
+            other => anyhow::bail!("`{other}` is not a dead-letter state"),
         })
     }
 }
 
-/// A counted failed attempt, as people read it.
+/// A counted failed attempt, for display.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AttemptRecord {
     pub attempt: u32,
@@ -73,18 +73,19 @@ pub struct DeadLetterSummary {
     pub reason: String,
     pub code: Option<String>,
     pub detail: String,
-    /// The letters it died with of the same failure; none for one that is older than groups are.
+    /// The group of dead letters with the same failure; `None` for a dead letter that is older than
+    /// groups.
     pub group: Option<String>,
     pub subject: String,
     pub attempts: u32,
     pub version: u32,
-    /// The last time, if it died more than once.
+    /// The last time, if it was dead-lettered more than once.
     pub died_at: Timestamp,
-    /// How often it was put back.
+    /// How many times it was redriven.
     pub generation: u32,
-    /// When it was last put back or closed.
+    /// When it was last redriven or closed.
     pub last_action_at: Option<Timestamp>,
-    /// Where the message stood; none when it was from no stream.
+    /// The stream of the message; `None` if it came from no stream.
     pub stream: Option<String>,
     pub stream_sequence: Option<u64>,
 }
@@ -98,7 +99,7 @@ pub struct EditRecord {
     pub body: Bytes,
 }
 
-/// What somebody did to a letter.
+/// An operator's action on a dead letter.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AuditRecord {
     pub at: Timestamp,
@@ -109,59 +110,59 @@ pub struct AuditRecord {
     pub note: Option<String>,
 }
 
-/// An output of the event of a letter, after it took effect.
+/// An output of a dead letter's event, after the event took effect.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeadLetterOutput {
     /// The readable id.
     pub id: String,
-    /// What travels as `Nats-Msg-Id`.
+    /// The value of `Nats-Msg-Id`.
     pub message_id: String,
     pub subject: String,
-    /// None until it is published.
+    /// `None` until it is published.
     pub stream: Option<String>,
     pub stream_sequence: Option<u64>,
 }
 
-/// One dead letter, whole.
+/// One dead letter with all its details.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeadLetterRecord {
     pub summary: DeadLetterSummary,
     pub headers: Headers,
-    /// The original.
+    /// The original body.
     pub body: Bytes,
-    /// When it died the first time, if it was put back since.
+    /// When it was first dead-lettered, if it was redriven since.
     pub first_died_at: Option<Timestamp>,
-    /// When its stream stored the message; for an old letter, when it died.
+    /// When the stream stored the message. For an old dead letter, when it was dead-lettered.
     pub stored_at: Timestamp,
-    /// Every failed attempt of its event id at its worker, first to last.
+    /// Every failed attempt of its event id at its worker, oldest first.
     pub attempts: Vec<AttemptRecord>,
-    /// Corrected bodies, first to last.
+    /// Corrected bodies, oldest first.
     pub edits: Vec<EditRecord>,
     pub audit: Vec<AuditRecord>,
-    /// `done` or `dead` and since when, if the event is settled.
+    /// `done` or `dead` with the time, if the event is settled.
     pub settled: Option<(String, Timestamp)>,
-    /// Those that are still in the outbox.
+    /// The outputs that are still in the outbox.
     pub outputs: Vec<DeadLetterOutput>,
 }
 
-/// Which dead letters to list, newest first.
+/// A filter for dead letters. Results are sorted newest first.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct DeadLetterFilter {
-    /// These alone; all when it is empty.
+    /// Only these ids; all if it is empty.
     pub ids: Vec<i64>,
     pub worker: Option<String>,
     pub reason: Option<String>,
     pub code: Option<String>,
     /// The id of a group.
     pub group: Option<String>,
-    /// A subject, or a pattern as NATS has them.
+    /// A subject, or a pattern with NATS wildcards.
     pub subject: Option<String>,
-    /// Those that died at this time or later.
+    /// Dead-lettered at this time or later.
     pub since: Option<Timestamp>,
-    /// Those that died before this time.
+    /// Dead-lettered before this time.
     pub until: Option<Timestamp>,
-    /// Also those that are done, resolved or dropped.
+    /// Include done, resolved and dropped ones.
     pub closed: bool,
     /// Only ids below this one.
     pub below: Option<i64>,
@@ -176,34 +177,34 @@ impl DeadLetterFilter {
     }
 }
 
-/// Letters that died of the same failure.
+/// Dead letters with the same failure.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeadLetterGroup {
-    /// None for letters that are older than groups are.
+    /// `None` for dead letters that are older than groups.
     pub group: Option<FailureGroup>,
     pub worker: String,
-    /// How many of them fit the filter.
+    /// How many of them match the filter.
     pub dead_letters: u64,
-    /// When the first and the last of those died.
+    /// When the first and the last of them were dead-lettered.
     pub first_died_at: Timestamp,
     pub last_died_at: Timestamp,
-    /// The newest of those.
+    /// The id of the newest one.
     pub last_dead_letter: i64,
-    /// The subject of all of them, while they are sorted by it.
+    /// The subject of all of them, before groups of different subjects are merged.
     #[serde(skip)]
     pub(super) subject: String,
 }
 
-/// How many letters of a worker wait for somebody.
+/// Count and age of a worker's open dead letters.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeadLetterDepth {
     pub worker: String,
     pub open: u64,
-    /// For how long the oldest of them has, in milliseconds.
+    /// Age of the oldest one, in milliseconds.
     pub oldest_ms: u64,
 }
 
-/// The groups of all letters that fit, most letters first.
+/// The groups of all matching dead letters, largest group first.
 pub async fn grouped_dead_letters(
     store: &dyn Store,
     filter: &DeadLetterFilter,
@@ -244,7 +245,7 @@ impl DeadLetterGroup {
     }
 }
 
-/// All letters that fit, up to the filter's limit, newest first.
+/// All matching dead letters up to the filter's limit, newest first.
 pub async fn all_dead_letters(
     store: &dyn Store,
     filter: &DeadLetterFilter,
@@ -271,36 +272,36 @@ pub async fn all_dead_letters(
     }
 }
 
-/// A letter to put back.
+/// A dead letter to redrive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Redrive {
     pub id: i64,
-    /// Only if it was put back this often so far.
+    /// Refuse unless it was redriven this often so far.
     pub generation: Option<u32>,
-    /// Also if it is under way, or closed.
+    /// Redrive it even if a redrive is in progress or it is closed.
     pub again: bool,
 }
 
-/// Who does something, and why.
+/// The actor of an action, and the actor's reason.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attribution {
     pub actor: String,
     pub note: Option<String>,
 }
 
-/// What is done to letters, other than putting them back.
+/// An action on dead letters other than a redrive.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DeadLetterAction {
-    /// Nothing is to be done.
+    /// Close them: no action is needed.
     Resolve,
-    /// They are given up.
+    /// Drop them: they will not be handled.
     Drop,
-    /// The worker is to be given this body.
+    /// Replace the body that the worker receives.
     Edit(Bytes),
 }
 
 impl DeadLetterAction {
-    /// As the audit has it.
+    /// The name of the action in the audit.
     pub(super) fn as_str(&self) -> &'static str {
         match self {
             DeadLetterAction::Resolve => "resolve",
@@ -309,7 +310,7 @@ impl DeadLetterAction {
         }
     }
 
-    /// The state that follows; none when it stays as it is.
+    /// The state after the action; `None` if the state does not change.
     pub(super) fn closed_state(&self) -> Option<DeadLetterState> {
         match self {
             DeadLetterAction::Resolve => Some(DeadLetterState::Resolved),
@@ -319,27 +320,29 @@ impl DeadLetterAction {
     }
 }
 
-/// What came of doing something to one letter.
+/// The result of an action on one dead letter.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeadLetterActionResult {
     pub id: i64,
-    /// Why it was not done, for a person; none when it was done.
+    /// The reason for a refusal, for display; `None` if the action was done.
     pub refused: Option<String>,
-    /// It was not done because its event took effect meanwhile.
+    /// The action was refused because the event took effect meanwhile.
     #[serde(default)]
     pub took_effect: bool,
 }
 
-/// What a worker that was pointed to a letter finds.
+/// The result of following a pointer to a dead letter.
 #[derive(Debug)]
 pub enum RedriveLookup {
-    /// The message as it was, with its last corrected body if it has one; for this version of the worker, the active one.
+    /// The original message with its last corrected body, if any, and the active version of the
+    /// worker.
     Message(Box<Message>, u32),
-    /// Nothing to do: the letter was closed, died again, took effect or was put back once more.
+    /// Nothing to do: the dead letter was closed, dead-lettered again, took effect or was redriven
+    /// again.
     OutOfDate(Settled),
 }
 
-/// A letter as a transaction that is to change it finds it.
+/// A locked dead letter, in the transaction that is about to change it.
 pub(super) struct LockedDeadLetter {
     pub id: i64,
     pub worker: String,
@@ -348,7 +351,7 @@ pub(super) struct LockedDeadLetter {
     pub reason: String,
     pub state: DeadLetterState,
     pub generation: u32,
-    /// What the inbox says of its event, unless that is about another payload.
+    /// The state of its event in the inbox, unless that record is for another payload.
     pub inbox: Option<String>,
 }
 
@@ -357,7 +360,7 @@ impl LockedDeadLetter {
         self.reason == Reason::IdReuse.as_str()
     }
 
-    /// Whether its event id is its own, so that the inbox speaks of it.
+    /// Whether its event id is its own, so that the inbox record is about it.
     pub fn owns_event(&self) -> bool {
         !self.is_id_reuse()
     }
@@ -367,20 +370,20 @@ impl LockedDeadLetter {
             && (self.state == DeadLetterState::Done || self.inbox.as_deref() == Some("done"))
     }
 
-    /// Why it cannot be put back; none when it can.
+    /// The reason why it cannot be redriven; `None` if it can.
     pub fn redrive_refusal(&self, wanted: &Redrive) -> Option<String> {
         if wanted
             .generation
             .is_some_and(|generation| generation != self.generation)
         {
-            return Some("somebody put it back since".to_owned());
+            return Some("it was redriven since".to_owned());
         }
         match self.state {
             _ if self.is_done() => Some(TOOK_EFFECT.to_owned()),
             _ if self.is_id_reuse() => Some(ID_REUSE.to_owned()),
             _ if self.reason == Reason::Unreadable.as_str() => Some(UNREADABLE.to_owned()),
             DeadLetterState::Redriven if !wanted.again => {
-                Some("it was put back and is under way".to_owned())
+                Some("its redrive is in progress".to_owned())
             }
             DeadLetterState::Resolved | DeadLetterState::Dropped if !wanted.again => {
                 Some(format!("it is closed ({})", self.state.as_str()))
@@ -389,7 +392,7 @@ impl LockedDeadLetter {
         }
     }
 
-    /// Why it cannot be changed like that; none when it can.
+    /// The reason why the action is refused; `None` if it is not.
     pub fn action_refusal(&self, action: &DeadLetterAction) -> Option<String> {
         let is_closed = matches!(
             self.state,
@@ -397,28 +400,30 @@ impl LockedDeadLetter {
         );
         match action {
             _ if self.is_done() => Some(TOOK_EFFECT.to_owned()),
-            _ if is_closed => Some(format!("it is closed already ({})", self.state.as_str())),
+            _ if is_closed => Some(format!("it is already closed ({})", self.state.as_str())),
             DeadLetterAction::Edit(_) if self.is_id_reuse() => Some(ID_REUSE.to_owned()),
             DeadLetterAction::Edit(_) if self.reason == Reason::Unreadable.as_str() => {
                 Some(UNREADABLE.to_owned())
             }
             DeadLetterAction::Edit(_) if self.state == DeadLetterState::Redriven => {
-                Some("it was put back and is under way".to_owned())
+                Some("its redrive is in progress".to_owned())
             }
             _ => None,
         }
     }
 }
 
-const ID_REUSE: &str = "its event id stands for another message, so the inbox would never let it through; publish its body \
-    under an id of its own (`oncely dlq show ID --raw | oncely publish SUBJECT --id NEW`), then resolve it";
+const ID_REUSE: &str = "its event id stands for another message, so the inbox would reject it; \
+    publish its body under a new id \
+    (`oncely dlq show ID --raw | oncely publish SUBJECT --id NEW`), then resolve it";
 
-const UNREADABLE: &str = "its headers cannot be read, so the worker would not see what was sent; publish its body with proper \
-    headers (`oncely dlq show ID --raw | oncely publish SUBJECT --id NEW`), then resolve it";
+const UNREADABLE: &str = "its headers cannot be read, so the worker would receive another message; \
+    publish its body with valid headers \
+    (`oncely dlq show ID --raw | oncely publish SUBJECT --id NEW`), then resolve it";
 
-const TOOK_EFFECT: &str = "it took effect since; nothing is to be done";
+const TOOK_EFFECT: &str = "it took effect since; nothing to do";
 
-/// What came of it for each letter that was asked for, in that order.
+/// The results for all requested dead letters, in the order of `ids`.
 pub(super) fn action_results(
     ids: impl IntoIterator<Item = i64>,
     refused: &[(i64, String)],
@@ -427,7 +432,7 @@ pub(super) fn action_results(
     let why = |id: i64| match refused.iter().find(|(refused, _)| *refused == id) {
         Some((_, why)) => Some(why.clone()),
         None if done.contains(&id) => None,
-        None => Some("there is no such letter".to_owned()),
+        None => Some("no such dead letter".to_owned()),
     };
     let moved = |(id, refused): (i64, Option<String>)| {
         let took_effect = refused.as_deref() == Some(TOOK_EFFECT);

@@ -1,19 +1,19 @@
-//! Instances of hosts: each start of a host is one. Leases and sessions bear its id, so that another host can take over from
-//! one that froze, vanished or was killed.
+//! Instances of hosts: each start of a host is one. Leases and sessions carry its id, so that
+//! another host can take over from a frozen, vanished or killed one.
 
 use std::time::Duration;
 
-/// How long an instance counts as alive after it last said so, on the database's clock.
+/// How long an instance counts as alive after a renewal, on the database's clock.
 pub const HOST_LEASE: Duration = Duration::from_secs(6);
 
-/// How often an instance says so.
+/// The interval of renewals.
 pub const RENEW_INTERVAL: Duration = Duration::from_millis(1500);
 
-/// How long it may take to say so.
+/// The timeout of a renewal.
 pub const RENEW_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// For how long after it began to say so an instance may send what it leased. Shorter than [`HOST_LEASE`] by the time that
-/// something may be on its way to the broker.
+/// How long after the start of its last renewal an instance may publish outputs that it leased.
+/// Shorter than [`HOST_LEASE`] by the time that a message may be in transit to the broker.
 pub const LEASE_SAFE_FOR: Duration = Duration::from_secs(4);
 
 /// The id of an instance.
@@ -25,23 +25,23 @@ impl Instance {
         Instance(rand::random::<i64>() & i64::MAX)
     }
 
-    /// As it stands in columns.
+    /// The value for columns.
     pub(super) fn id(self) -> i64 {
         self.0
     }
 
-    /// The name of sessions of this instance: `oncely guests 00ab…`.
+    /// The name of this instance's sessions: `oncely guests 00ab…`.
     pub(super) fn name(self, purpose: &str) -> String {
         format!("{purpose} {:016x}", self.0)
     }
 }
 
-/// An instance that another one took over from.
+/// An instance with an expired lease, which another instance took over.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TakenOver {
     pub instance: String,
-    /// Its sessions that were ended just now.
+    /// How many of its sessions were terminated.
     pub sessions: u64,
-    /// Its leases of outputs that were released; none as long as sessions of it are about to end.
+    /// How many of its leased outputs were released; `None` until its sessions have ended.
     pub outputs: Option<u64>,
 }

@@ -1,4 +1,4 @@
-//! The platform's own schema: the files of `migrations/`, compiled in.
+//! Migrations of the platform's own schema: the files of `migrations/`, compiled in.
 
 use std::collections::HashMap;
 
@@ -6,15 +6,15 @@ use sha2::{Digest, Sha256};
 
 use crate::model::hint::WithHint;
 
-/// One step of the schema. Steps run in the order of their list, each once.
+/// One migration. Migrations run in the order of their list, each once.
 #[derive(Debug)]
 pub(super) struct Migration {
-    /// The file's name without `.sql`: the version, an underscore and the name.
+    /// The file name without `.sql`: version, underscore, name.
     file: &'static str,
     pub sql: &'static str,
 }
 
-/// The files of a folder under `migrations/`, in their order.
+/// The files of a folder under `migrations/`, in order.
 macro_rules! migrations {
     ($folder:literal: $($file:literal),+ $(,)?) => {
         &[$($crate::store::migrations::Migration::new(
@@ -43,16 +43,16 @@ impl Migration {
             .map_or(self.file, |(_, name)| name)
     }
 
-    /// The SHA-256 of the text.
+    /// The SHA-256 of the SQL text.
     pub fn checksum(&self) -> Vec<u8> {
         Sha256::digest(self.sql.as_bytes()).to_vec()
     }
 }
 
-/// The migrations that have not run. `applied`: checksums by version.
+/// The migrations that have not run. `applied` contains the checksums by version.
 ///
 /// # Errors
-/// A migration changed after it ran, or one ran that is not known here.
+/// A migration changed after it ran, or the database has a migration that this program lacks.
 pub(super) fn due(
     migrations: &'static [Migration],
     applied: &HashMap<i64, Vec<u8>>,
@@ -64,20 +64,23 @@ pub(super) fn due(
         .unwrap_or_default();
     if let Some(unknown) = applied.keys().filter(|version| **version > newest).max() {
         return Err(anyhow::anyhow!(
-            "the database was made by a newer oncely: its schema is at {unknown}, and this program knows it up to {newest}"
+            "the database was made by a newer oncely: its schema is at {unknown}, \
+             this program supports it up to {newest}"
         ))
-        .hint("run the newer version, or restore a copy of the database from before the update");
+        .hint("run the newer version, or restore a backup from before the upgrade");
     }
     let mut due = Vec::new();
     for migration in migrations {
         match applied.get(&migration.version()) {
             None => due.push(migration),
             Some(checksum) if *checksum == migration.checksum() => {}
-            Some(_) => anyhow::bail!(
-                "the migration {} is not the one this database was made with; \
-                 run the version of oncely that made it, or one that was released after it",
-                migration.file
-            ),
+            Some(_) => {
+                return Err(anyhow::anyhow!(
+                    "the migration {} differs from the one that created this database",
+                    migration.file
+                ))
+                .hint("run the oncely that created the database, or a release after it");
+            }
         }
     }
     Ok(due)

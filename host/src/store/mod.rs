@@ -1,8 +1,10 @@
-//! The database: one small surface, two implementations.
+//! The database: the traits [`Store`] and [`Tx`], implemented for PostgreSQL and SQLite.
 //!
-//! Everything Oncely promises rests on [`Tx`]: the inbox record, the guest's writes, its state and its outputs
-//! go into one transaction, and [`Tx::commit`] says `Ok` only for a commit it has verified. No future of this
-//! surface may be dropped before it is done: callers run deliveries in tasks of their own that are never aborted.
+//! All guarantees of Oncely rest on [`Tx`]. The inbox record, the guest's writes, its state and its
+//! outputs go into one transaction. [`Tx::commit`] returns `Ok` only for a verified commit.
+//!
+//! No future of these traits may be dropped before it completes, unless its method says so. Callers
+//! run deliveries in tasks that are never aborted.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
@@ -56,22 +58,22 @@ pub use wal::{
 };
 pub use watermarks::{AckFloor, BrokerState, RecoveredOutput, StreamEnd, Watermark, Watermarks};
 
-/// Why the store could not do as asked. None of these is the guest's doing but `Refused`.
+/// The error of a store operation. Only `Refused` is caused by a guest.
 #[derive(Debug)]
 pub enum StoreError {
-    /// Another transaction stood in the way (serialization failure, deadlock, busy, a state key that moved).
-    /// Nothing took effect; run it again at once.
+    /// Conflict with another transaction: a serialization failure, a deadlock, a busy database or a
+    /// changed state key. There are no effects; retry at once.
     Conflict(anyhow::Error),
-    /// The database is out of reach, or answered with an error of its own. A commit that ended like this may
-    /// or may not have happened: claiming the same event ids again tells. Wait and run it again.
+    /// The database is unreachable or returned an error of its own. A commit that failed like this
+    /// has an unknown outcome; claiming the same event ids again resolves it. Wait, then retry.
     Unavailable(anyhow::Error),
-    /// The commit failed for what guests wrote (a deferred constraint), or a guest left the transaction.
-    /// Nothing more takes effect.
+    /// The commit failed because of a guest's writes (a deferred constraint), or a guest ended the
+    /// transaction. There are no further effects.
     Refused(anyhow::Error),
 }
 
 impl StoreError {
-    /// Whether the connection broke while a guest's statement ran, which may be that statement's doing.
+    /// Whether the connection broke during a guest's statement, which may be the cause.
     pub fn broke_in_statement(&self) -> bool {
         matches!(self, StoreError::Unavailable(cause) if cause.is::<BrokenStatement>())
     }
@@ -81,9 +83,9 @@ impl StoreError {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredReport {
     pub instance: String,
-    /// How many it has written; 0 for none.
+    /// How many reports the instance has written; 0 for none.
     pub number: u64,
-    /// None when it has written none.
+    /// `None` before the first report.
     pub text: Option<String>,
 }
 
@@ -98,7 +100,7 @@ pub(crate) fn is_busy(cause: &anyhow::Error) -> bool {
     cause.chain().any(is_full)
 }
 
-/// The context of an error of the connection that ended a guest's statement.
+/// Context of a connection error that ended a guest's statement.
 #[derive(Debug)]
 pub(crate) struct BrokenStatement;
 
@@ -111,7 +113,7 @@ impl std::fmt::Display for BrokenStatement {
 impl std::fmt::Display for StoreError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            StoreError::Conflict(_) => f.write_str("another transaction stood in the way"),
+            StoreError::Conflict(_) => f.write_str("conflict with another transaction"),
             StoreError::Unavailable(_) => f.write_str("the database is unavailable"),
             StoreError::Refused(_) => f.write_str("the database refused the transaction"),
         }
@@ -127,35 +129,37 @@ impl std::error::Error for StoreError {
     }
 }
 
+/// The result of a store operation.
 pub type Result<T> = std::result::Result<T, StoreError>;
 
-/// One event id to claim.
+/// A claim of one event id.
 #[derive(Debug, Clone)]
 pub struct Claim {
     pub event_id: String,
     pub payload_sha256: [u8; 32],
-    /// Stream and sequence, for people and for `audit`.
+    /// Stream and sequence, for display and for `audit`.
     pub origin: Option<(String, u64)>,
-    /// It was put back as a dead letter: as long as it is under way, it may be claimed although it is dead.
+    /// The message is a redriven dead letter. It can be claimed although its event is recorded as
+    /// dead, until the redrive is settled.
     pub redriven: bool,
 }
 
-/// What claiming an event id found.
+/// The outcome of a claim.
 #[derive(Debug)]
 pub enum Claimed {
-    /// Ours, if this transaction commits. `attempts` failed before.
+    /// Claimed, if this transaction commits. `attempts` attempts failed before.
     Fresh { attempts: u32 },
-    /// A committed delivery or dead letter holds it, for the same payload.
+    /// A committed delivery or dead letter holds the event id, for the same payload.
     Settled(Settled),
-    /// It is held for another payload.
+    /// The event id is held for another payload.
     OtherPayload,
 }
 
-/// A committed output that is to be published, leased to this host.
+/// A committed, unpublished output that is leased to this host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OutboxRow {
     pub seq: i64,
-    /// What travels as `Nats-Msg-Id`; see [`crate::model::output_ids`].
+    /// The value of `Nats-Msg-Id`; see [`crate::model::output_ids`].
     pub id: String,
     pub worker: String,
     pub subject: String,
@@ -163,23 +167,24 @@ pub struct OutboxRow {
     pub body: Bytes,
     /// Outputs of one worker with the same key are published in the order of their commits.
     pub ordering_key: Option<String>,
-    /// For a row handed over from memory: the rows of its key that were in line before it when it was written. It may be
-    /// sent only after them.
+    /// For a row handed over from memory: the unpublished rows of its key that were written before
+    /// it. The row may be sent only after them.
     pub blocked_by: Vec<i64>,
-    /// The first time it may have been sent to the broker: the commit, for a row handed over from memory. Beyond the broker's
-    /// dedupe window a row must be looked up before it is published again.
+    /// The earliest time it may have been sent to the broker. For a row handed over from memory
+    /// that is its commit. After the broker's dedupe window, the stream must be searched for the
+    /// row before it is published again.
     pub first_attempt_at: Timestamp,
-    /// How often publishing failed so far.
+    /// How many publish attempts have failed.
     pub failures: u32,
 }
 
 impl OutboxRow {
-    /// The readable id, which travels in a header.
+    /// The readable id, which is sent in a header.
     pub fn output_id(&self) -> &str {
         output_ids::readable_id(&self.headers, &self.id)
     }
 
-    /// Adds to what is ahead of each of these rows the one of its key that comes before it among them.
+    /// Adds to `blocked_by` of each row the previous row of the same key in `rows`.
     pub fn chain(rows: &mut [OutboxRow]) {
         let mut last: HashMap<(String, String), i64> = HashMap::new();
         for row in rows {
@@ -192,24 +197,24 @@ impl OutboxRow {
     }
 }
 
-/// What becomes of a leased output that was not published.
+/// How to release a leased output that was not published.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Unpublished {
-    /// It is due again after a while. With an error it has failed once more; without one it was not tried.
+    /// It is due again after a delay. `error` is set if publishing was tried and failed.
     Later {
         after: Duration,
         error: Option<String>,
     },
-    /// It waits until this row is published or dropped.
+    /// It is blocked until this row is published or dropped.
     BlockedBy(i64),
-    /// It waits for a person to retry or drop it.
+    /// It waits until an operator retries or drops it.
     Parked { reason: String },
-    /// It is due at once under another id, because its stream holds another message under the id `taken`. Nothing becomes of
-    /// it when it has another id by now.
+    /// It is due at once under another id, because its stream holds another message under the id
+    /// `taken`. No effect if the output has another id by now.
     IdTaken { taken: String, error: String },
 }
 
-/// An output where it was published.
+/// A published output with its place on the stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PublishedOutput {
     pub seq: i64,
@@ -219,7 +224,7 @@ pub struct PublishedOutput {
     pub published_at: Timestamp,
 }
 
-/// Where an output now stands on its stream.
+/// The place of an output on its stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Published {
     pub seq: i64,
@@ -227,33 +232,34 @@ pub struct Published {
     pub stream_sequence: u64,
 }
 
-/// One failed attempt, to be counted outside the transaction it failed in.
+/// One failed attempt. It is counted outside the transaction that it failed in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FailedAttempt {
     pub event_id: String,
     pub version: u32,
     pub code: Option<String>,
     pub error: String,
-    /// What the handler logged, one line each.
+    /// The handler's log, one line per entry.
     pub logs: String,
-    /// What the handler was given, asked and saw.
+    /// The input of the handler, its host calls and their results.
     pub recording: Option<StoredRecording>,
 }
 
-/// The record of a failed attempt, for a replay. Of each event the last one is kept.
+/// The recording of a failed attempt, for a replay. Only the last one of each event is kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredRecording {
     pub json: Bytes,
-    /// What two attempts that agree on it prove that a third one does, too; none when this one proves nothing.
+    /// Two attempts with the same digest prove that a third one fails identically. `None` if the
+    /// attempt proves nothing.
     pub digest: Option<[u8; 32]>,
 }
 
 /// A failed attempt that was counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CountedAttempt {
-    /// 1 for the first of its event.
+    /// 1 for the first attempt at an event.
     pub attempt: u32,
-    /// Whether its proof is that of the attempt before it.
+    /// Whether its digest equals that of the previous attempt.
     pub is_repeat: bool,
 }
 
@@ -261,42 +267,42 @@ pub struct CountedAttempt {
 #[derive(Debug, Default)]
 pub struct AlarmNotices {
     pub notices: Vec<alarm::Notice>,
-    /// The messages that tell of them, as far as they are to be published now.
+    /// The alarm messages that are due for publishing now.
     pub rows: Vec<OutboxRow>,
 }
 
-/// What burying messages came to.
+/// The result of dead-lettering messages.
 #[derive(Debug)]
 pub struct DeadLettered {
-    /// The proof for each.
+    /// One proof per message.
     pub settled: Vec<Settled>,
-    /// The notices that are to be published now.
+    /// The dead-letter notices that are due for publishing now.
     pub notices: Vec<OutboxRow>,
-    /// The failures among them that were new.
+    /// Alarms on failures that were new.
     pub alarms: AlarmNotices,
 }
 
-/// Which outputs to list, oldest first.
+/// A filter for outputs. Results are sorted oldest first.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct OutputFilter {
     pub worker: Option<String>,
-    /// All that are not published, not only those that are set aside.
+    /// All unpublished outputs, not only parked ones.
     #[serde(default)]
     pub unpublished: bool,
-    /// Those that were dropped instead.
+    /// Dropped outputs instead.
     #[serde(default)]
     pub dropped: bool,
     pub limit: u32,
 }
 
-/// One output that is not published, in a list.
+/// One output in a list.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct OutputSummary {
     /// The number of its row.
     pub number: i64,
-    /// The readable id, which travels as `Oncely-Output-Id`.
+    /// The readable id, sent as `Oncely-Output-Id`.
     pub id: String,
-    /// What travels as `Nats-Msg-Id`.
+    /// The value of `Nats-Msg-Id`.
     pub message_id: String,
     pub worker: String,
     /// The event that caused it.
@@ -305,22 +311,22 @@ pub struct OutputSummary {
     pub ordering_key: Option<String>,
     /// `parked`, `blocked`, `delayed`, `due`, `leased`, `in-wal`, `published` or `dropped`.
     pub state: String,
-    /// The number of the output it waits for.
+    /// The number of the output that blocks it.
     pub blocked_by: Option<i64>,
-    /// How many wait behind it.
+    /// How many outputs it blocks.
     pub waiting: u64,
     pub failures: u32,
-    /// Why it was not published the last time.
+    /// The last publish error.
     pub error: Option<String>,
     pub created_at: Timestamp,
     pub due_at: Timestamp,
     pub parked_at: Option<Timestamp>,
     pub dropped_at: Option<Timestamp>,
-    /// Why it was dropped, in a person's words.
+    /// The reason for dropping it, as the operator wrote it.
     pub note: Option<String>,
 }
 
-/// One output, whole.
+/// One output with headers and body.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OutputRecord {
     pub summary: OutputSummary,
@@ -330,16 +336,18 @@ pub struct OutputRecord {
     pub place: Option<(String, u64)>,
 }
 
-/// How far publishing is behind, for one worker.
+/// The publishing lag of one worker.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct OutboxLag {
     pub worker: String,
-    /// Outputs, and notices of dead letters, that are due and not published.
+    /// Outputs and dead-letter notices that are due and not published.
     pub unpublished: u64,
-    /// Age of the oldest of those that neither are set aside nor wait for one that is, in milliseconds.
+    /// Age of the oldest output that is neither parked nor blocked by a parked one, in
+    /// milliseconds.
     pub oldest_ms: Option<u64>,
-    /// Outputs that are set aside, and those that wait for them.
+    /// Parked outputs.
     pub parked: u64,
+    /// Outputs blocked by a parked one.
     pub blocked: u64,
 }
 
@@ -356,19 +364,19 @@ pub struct DeploymentRecord {
     pub created_at: Timestamp,
 }
 
-/// One value of keyed state, as people read it.
+/// One value of keyed state, for display.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StateRecord {
     pub key: String,
     pub version: u64,
-    /// Of the value, in bytes.
+    /// Size of the value in bytes.
     pub size: u64,
     pub updated_at: Timestamp,
-    /// The value; in a list its first [`STATE_PREVIEW`] bytes.
+    /// The value; in a list only its first [`STATE_PREVIEW`] bytes.
     pub value: Bytes,
 }
 
-/// How much of each value a list of keyed state shows, in bytes.
+/// How many bytes of each value a list of keyed state shows.
 pub const STATE_PREVIEW: u32 = 256;
 
 /// Counts and ages of one worker.
@@ -377,164 +385,179 @@ pub struct WorkerTotals {
     pub worker: String,
     /// Events whose effects are committed.
     pub done: u64,
-    /// Dead letters that wait for somebody.
+    /// Open dead letters.
     pub dead: u64,
-    /// Outputs of the handler that are in the outbox: unpublished, or published in the last quarter of an hour.
+    /// Outputs of the handler in the outbox: unpublished, or published in the last 15 minutes.
     pub outputs: u64,
-    /// Outputs, and notices of dead letters, that are committed and not yet published.
+    /// Committed outputs and dead-letter notices that are not published.
     pub unpublished: u64,
-    /// Age of the oldest of those that are due, in milliseconds, but for what is set aside or waits for that.
+    /// Age of the oldest due output that is neither parked nor blocked by a parked one, in
+    /// milliseconds.
     pub oldest_unpublished_ms: Option<u64>,
-    /// Outputs that are set aside until a person retries or drops them.
+    /// Outputs that are parked until an operator retries or drops them.
     pub parked: u64,
 }
 
-/// For how long rows are kept, at the least.
+/// The minimum retention of rows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RetentionPolicy {
-    /// After their publication.
+    /// Counted from publishing.
     pub outputs: Duration,
-    /// After their transaction; none for ever.
+    /// Counted from the transaction; `None` keeps rows for ever.
     pub inbox: Option<Duration>,
-    /// Answers to requests, at the most: each has a time of its own.
+    /// The maximum for answers to requests: each answer has its own expiry.
     pub requests: Duration,
-    /// The most rows that leave, or move, one by one at a time. On PostgreSQL whole parts leave, however large they are.
+    /// The most rows that are deleted or moved one by one in a run. On PostgreSQL, whole partitions
+    /// are emptied regardless of their size.
     pub limit: u32,
-    /// How long to wait for transactions that are under way; new ones may have to wait as long.
+    /// How long to wait for open transactions. New ones may have to wait equally long.
     pub lock_timeout: Duration,
-    /// The folder where what leaves is kept in files; none for nowhere. A row may be in two of them, after a crash.
+    /// The folder for archives of expired rows; `None` for no archive. After a crash, a row may be
+    /// in two archives.
     pub archive: Option<PathBuf>,
 }
 
-/// The database as the loops and the control API use it.
+/// The database, as the host's tasks and the control API use it.
 #[async_trait]
 pub trait Store: Send + Sync + 'static {
+    /// The SQL dialect of guests' statements.
     fn dialect(&self) -> Dialect;
 
-    /// The database's log, where outputs can be read from; none where there is no such thing.
+    /// The write-ahead log as a source of outputs; `None` if the database has none to read.
     fn wal(&self) -> Option<std::sync::Arc<dyn OutputWal>> {
         None
     }
 
-    /// Answers once the database does.
+    /// Returns `Ok` if the database responds.
     async fn ping(&self) -> Result<()>;
 
-    /// Says that this host is alive, for [`HOST_LEASE`], and takes over from those that no longer say so: ends their sessions,
-    /// and then releases the outputs they had leased. May be dropped half-way, unlike everything else here.
+    /// Renews this host's lease for [`HOST_LEASE`], and takes over from hosts with an expired
+    /// lease: ends their sessions, then releases their leased outputs. This future may be dropped
+    /// at any time.
     async fn renew_lease(&self) -> Result<Vec<TakenOver>>;
 
-    /// Begins the one transaction of a batch of `worker`. The database itself ends statements that run longer
-    /// than `time`.
+    /// Begins the transaction of a batch of `worker`. The database cancels statements that run
+    /// longer than `time`.
     async fn begin(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>>;
 
-    /// Like [`Store::begin`], for a transaction that can but read, and that need not wait for those that write.
+    /// Like [`Store::begin`], for a read-only transaction that does not wait for writers.
     async fn begin_read_only(&self, worker: &str, time: Duration) -> Result<Box<dyn Tx>>;
 
-    /// Counts failed attempts, in a transaction of its own, and keeps the record of the last one of each event in place of
-    /// that of the one before. Answers in their order.
+    /// Counts failed attempts, in a transaction of its own. The recording of an event's attempt
+    /// replaces the previous one. Results are in the order of `failed`.
     async fn count_attempts(
         &self,
         worker: &str,
         failed: &[FailedAttempt],
     ) -> Result<Vec<CountedAttempt>>;
 
-    /// Forgets the records of attempts at these events.
+    /// Deletes the recordings of attempts at these events.
     async fn delete_recordings(&self, worker: &str, event_ids: &[String]) -> Result<()>;
 
-    /// The record of the last failed attempt at an event, as JSON; none when there is none, or none any more.
+    /// The recording of the last failed attempt at an event, as JSON; `None` if there is none or it
+    /// was deleted.
     async fn attempt_recording(&self, worker: &str, event_id: &str) -> Result<Option<Bytes>>;
 
-    /// Notes, in a transaction of its own, that a message is about to be handled alone because hosts may have died of
-    /// it, and returns how often that was noted before without being taken back.
+    /// Writes a crash marker in a transaction of its own: the message, a suspected cause of host
+    /// crashes, is about to be handled alone. Returns how many markers of it were written before
+    /// and not cleared.
     async fn write_crash_marker(&self, worker: &str, event_id: &str) -> Result<u32>;
 
-    /// Takes the note back: the message was handled, whatever came of it.
+    /// Clears the crash marker: handling the message ended, with any result.
     async fn clear_crash_marker(&self, worker: &str, event_id: &str) -> Result<()>;
 
-    /// Buries messages: inbox record (`dead`), dead letter and the message `notices[i]` to the DLQ stream in one
-    /// transaction. A letter whose event is settled already, or that is there already, adds nothing. The first letter of
-    /// a failure raises an alarm, in the same transaction, unless `new_failures` of its worker did so within an hour.
+    /// Dead-letters messages. The inbox record (`dead`), the dead letter and the message
+    /// `notices[i]` to the DLQ stream are written in one transaction. A dead letter that exists
+    /// already, or whose event is settled already, adds nothing. The first dead letter of a failure
+    /// raises an alarm in the same transaction, unless `new_failures` failures of its worker did so
+    /// within an hour.
     async fn dead_letter(
         &self,
         dead_letters: &[(DeadLetter, Output)],
         new_failures: u32,
     ) -> Result<DeadLettered>;
 
-    /// Leases at most `limit` outputs that are due, unpublished and leased to nobody, oldest first. Of a key only those
-    /// that come before all others that are in line; what is behind somebody else waits, and comes again once that one is
-    /// published or dropped. The lease is in the database's own time. A row that was leased before keeps its
-    /// `first_attempt_at`.
+    /// Leases at most `limit` outputs that are due, unpublished and not leased, oldest first. Of
+    /// each key, only rows at the front of its queue are leased. A row blocked by another host's
+    /// row becomes due again after that row is published or dropped. The lease is measured by the
+    /// database's clock. A row that was leased before keeps its `first_attempt_at`.
     async fn lease_outputs(&self, limit: u32, lease: Duration) -> Result<Vec<OutboxRow>>;
 
     /// Records that exactly these outputs are on their streams.
     async fn mark_published(&self, published: &[Published]) -> Result<()>;
 
-    /// Gives up the lease of outputs that were not published; those that are published by now, or that another host has
-    /// taken over, stay as they are.
+    /// Releases leased outputs that were not published. Rows that are published by now, or were
+    /// leased by another host since, do not change.
     async fn release_outputs(&self, rows: &[(i64, Unpublished)]) -> Result<()>;
 
-    /// By worker, how many outputs in the outbox had to change their id because it was taken.
+    /// By worker, how many outputs in the outbox changed their id because it was taken.
     async fn taken_ids(&self) -> Result<BTreeMap<String, u64>>;
 
-    /// The ids under which outputs of this installation travel.
+    /// The generator of this installation's output ids.
     fn output_ids(&self) -> &OutputIds;
 
-    /// The id of this installation: of this database and the hosts on it. 16 hex digits.
+    /// The id of this installation: this database and its hosts. 16 hex digits.
     fn installation(&self) -> &str;
 
-    /// The marks, and whether the one that stands on the broker is among them.
+    /// The watermarks, and whether they include `on_broker`, the one on the broker.
     async fn watermarks(&self, on_broker: Option<&str>) -> Result<Watermarks>;
 
-    /// Writes a mark. Once this has returned it outlives a crash of the database.
+    /// Writes a watermark. It is durable once this returns.
     async fn write_watermark(&self, name: &str, seen: &BrokerState) -> Result<()>;
 
-    /// Notes that the broker has a mark, at this sequence on the stream of marks.
+    /// Records that the broker has a watermark, at this sequence of the watermark stream.
     async fn acknowledge_watermark(&self, name: &str, sequence: u64) -> Result<()>;
 
-    /// Which of these events of a worker are in the inbox: handled, or dead.
+    /// The events among these that are in the worker's inbox, as handled or as dead.
     async fn known_events(&self, worker: &str, event_ids: &[&str]) -> Result<Vec<String>>;
 
-    /// Remembers outputs that a recovery found on their streams: of an id the first place, of what was found last.
+    /// Saves the places of outputs that a recovery found on their streams. Of several places of an
+    /// id, the first one is saved. It replaces a place saved earlier.
     async fn save_recovered(&self, outputs: &[RecoveredOutput]) -> Result<()>;
 
-    /// Forgets what a recovery found under these ids: it is not there any more.
+    /// Deletes the recovered places of these ids, which are no longer on their streams.
     async fn delete_recovered(&self, ids: &[&str]) -> Result<()>;
 
-    /// Which of these ids a recovery found, each with its stream and sequence.
+    /// The stream and sequence of those ids that a recovery found.
     async fn find_recovered(&self, ids: &[&str]) -> Result<HashMap<String, (String, u64)>>;
 
-    /// For each stream the last output on it, of those published `within` this time.
+    /// The last output on each stream that was published `within` this time.
     async fn last_published(&self, within: Duration) -> Result<Vec<PublishedOutput>>;
 
-    /// All published outputs on a stream that are still in the outbox, in the order of their publication.
+    /// All outputs in the outbox that were published to a stream, in publishing order.
     async fn published_to(&self, stream: &str) -> Result<Vec<PublishedOutput>>;
 
-    /// Forgets that outputs were published, so that they are again; those that stand elsewhere by now stay. Returns how many.
+    /// Makes published outputs unpublished, so that they are published again. An output that has
+    /// another place by now does not change. Returns the number of outputs changed.
     async fn republish(&self, lost: &[PublishedOutput]) -> Result<u64>;
 
-    /// Outputs that wait for a person, or all that are not published, oldest first; or those that were dropped, newest first.
+    /// Parked or all unpublished outputs, oldest first; or dropped ones, newest first.
     async fn outputs(&self, filter: &OutputFilter) -> Result<Vec<OutputSummary>>;
 
-    /// One output by its number, whole: published, unpublished or dropped.
+    /// One output by its number, in any state.
     async fn output(&self, number: i64) -> Result<Option<OutputRecord>>;
 
-    /// Has outputs that are set aside published after all. Returns how many of them were.
+    /// Makes parked outputs due. Returns how many of them were parked.
     async fn retry_outputs(&self, numbers: &[i64]) -> Result<u64>;
 
-    /// Drops outputs that are set aside and keeps a record of them; what waits for them goes on. Returns how many were.
+    /// Drops parked outputs, keeps a record of them, and unblocks the outputs they block. Returns
+    /// how many of them were parked.
     async fn drop_outputs(&self, numbers: &[i64], note: &str) -> Result<u64>;
 
-    /// How far publishing is behind, by worker; those that have unpublished outputs. Cheap, however large the tables are.
+    /// The publishing lag of each worker with unpublished outputs. Cheap for tables of any size.
     async fn outbox_lag(&self) -> Result<Vec<OutboxLag>>;
 
-    /// Keeps a component under its SHA-256 (lower-case hex); keeping it again changes nothing.
+    /// Stores a component under its SHA-256 (lower-case hex). Idempotent.
     async fn put_component(&self, digest: &str, wasm: &[u8]) -> Result<()>;
 
-    /// A component; none when it was never kept.
+    /// A component; `None` if it was never stored.
     async fn component(&self, digest: &str) -> Result<Option<Vec<u8>>>;
 
-    /// Makes the next deployment of a worker and activates it: its migrations that have not run yet, the
-    /// deployment and its activation in one transaction. A migration that changed since it ran is refused.
+    /// Creates the next deployment of a worker and activates it, in one transaction with the
+    /// worker's due migrations.
+    ///
+    /// # Errors
+    /// `Refused` if a migration changed since it ran.
     async fn deploy(
         &self,
         worker: &str,
@@ -543,65 +566,72 @@ pub trait Store: Send + Sync + 'static {
         migrations: &[WorkerMigration],
     ) -> Result<DeploymentRecord>;
 
-    /// The names of those of a worker's migrations that have not run, in their order. One that changed since it ran is refused.
+    /// The names of a worker's migrations that have not run, in their order.
+    ///
+    /// # Errors
+    /// `Refused` if a migration changed since it ran.
     async fn due_migrations(
         &self,
         worker: &str,
         migrations: &[WorkerMigration],
     ) -> Result<Vec<String>>;
 
-    /// Deactivates a worker: no deployment of it is active any more. Its history stays.
+    /// Deactivates a worker: none of its deployments is active any longer. Its history is kept.
     async fn retire_worker(&self, worker: &str) -> Result<()>;
 
-    /// Notes what this host runs, for others to read. Once this has returned it outlives a crash of the database. `began` is set
-    /// when the transaction has its turn among those of this host: what comes after that is the database's time.
+    /// Writes the report of this host for others to read. It is durable once this returns. `began`
+    /// is set when the host's earlier transactions are done and this one starts; the time from then
+    /// on is the database's.
     async fn write_report(&self, report: &str, began: &OnceLock<Instant>) -> Result<()>;
 
-    /// What the hosts that are alive noted last.
+    /// The last report of each live host.
     async fn reports(&self) -> Result<Vec<StoredReport>>;
 
-    /// Activates an earlier deployment; none when there is no such version.
+    /// Activates an earlier deployment; `None` if there is no such version.
     async fn activate(&self, worker: &str, version: u32) -> Result<Option<DeploymentRecord>>;
 
     /// The active deployment of every worker, by name.
     async fn active_deployments(&self) -> Result<Vec<DeploymentRecord>>;
 
-    /// The newest deployment of every worker that ever had one, by name.
+    /// The newest deployment of every worker, retired ones included, by name.
     async fn newest_deployments(&self) -> Result<Vec<DeploymentRecord>>;
 
     /// All deployments of a worker, newest first.
     async fn deployments(&self, worker: &str) -> Result<Vec<DeploymentRecord>>;
 
-    /// One page of dead letters, newest first; see [`all_dead_letters`] for subjects with wildcards.
+    /// One page of dead letters, newest first. See [`all_dead_letters`] for subjects with
+    /// wildcards.
     async fn dead_letters(&self, filter: &DeadLetterFilter) -> Result<Vec<DeadLetterSummary>>;
 
-    /// One dead letter, whole.
+    /// One dead letter with all its details.
     async fn find_dead_letter(&self, id: i64) -> Result<Option<DeadLetterRecord>>;
 
-    /// Dead letters that fit by the failure they died of; those without a group, which are older than groups are, together.
+    /// The matching dead letters, grouped by failure. Those without a group, which are older than
+    /// groups, form one group.
     async fn dead_letter_groups(&self, filter: &DeadLetterFilter) -> Result<Vec<DeadLetterGroup>>;
 
-    /// How many dead letters are open, and for how long, by worker; those that have any. Cheap, however many are closed.
+    /// Count and age of the open dead letters, by worker. Cheap for any number of closed ones.
     async fn dead_letter_depths(&self) -> Result<Vec<DeadLetterDepth>>;
 
-    /// The alarms that are raised, and those on depths and ages that ever were, by worker.
+    /// The raised alarms, and all alarms on depths and ages that were ever raised, by worker.
     async fn alarms(&self) -> Result<Vec<Alarm>>;
 
-    /// Takes steps of alarms, each if its alarm is still as it was seen, and with it appends the message that tells of it,
-    /// in one transaction.
+    /// Applies alarm updates and appends their messages, in one transaction. An update is skipped
+    /// if its alarm has changed since it was read.
     async fn apply_alarm_updates(&self, moves: &[alarm::AlarmUpdate]) -> Result<AlarmNotices>;
 
-    /// Puts dead letters back to their workers, in one transaction: the event is no longer settled, the letter counts one
-    /// generation more, and a message that points the worker to it is in the outbox. Says for each whether that was done,
-    /// and returns the messages that are to be published now.
+    /// Redrives dead letters, in one transaction. Their events are no longer settled, and their
+    /// generations increase by one. For each, a message that points the worker to the dead letter
+    /// is written to the outbox. Returns the result for each dead letter, and the messages that are
+    /// due for publishing now.
     async fn redrive(
         &self,
         dead_letters: &[Redrive],
         attribution: &Attribution,
     ) -> Result<(Vec<DeadLetterActionResult>, Vec<OutboxRow>)>;
 
-    /// The message that `worker` is to handle after a pointer to the dead letter `id`; or, when that pointer is out of date or
-    /// names a dead letter of another worker, the proof that there is nothing to do.
+    /// The message for `worker` that a pointer to dead letter `id` stands for. If the pointer is
+    /// out of date or names another worker's dead letter, the proof that the pointer is settled.
     async fn redriven_message(
         &self,
         worker: &str,
@@ -609,11 +639,12 @@ pub trait Store: Send + Sync + 'static {
         generation: u32,
     ) -> Result<RedriveLookup>;
 
-    /// Which of these events of a worker took effect.
+    /// The events of a worker among these that are done.
     async fn done_events(&self, worker: &str, event_ids: &[String]) -> Result<Vec<String>>;
 
-    /// Closes dead letters for good, or keeps a corrected body for one, in one transaction, and says for each whether that
-    /// was done. An event that was put back and is not settled yet is settled as dead with that.
+    /// Closes dead letters, or stores a corrected body for one, in one transaction. Closing also
+    /// settles a redriven event as dead if it is not settled yet. Returns the result for each dead
+    /// letter.
     async fn update_dead_letters(
         &self,
         ids: &[i64],
@@ -624,7 +655,8 @@ pub trait Store: Send + Sync + 'static {
     /// The value under a key of a worker's state.
     async fn state_entry(&self, worker: &str, key: &str) -> Result<Option<StateRecord>>;
 
-    /// At most `limit` values of a worker's state whose keys begin with `prefix`, by key in the order of its bytes.
+    /// At most `limit` values of a worker's state with keys that begin with `prefix`, sorted by the
+    /// bytes of the key.
     async fn state_entries(
         &self,
         worker: &str,
@@ -632,34 +664,38 @@ pub trait Store: Send + Sync + 'static {
         limit: u32,
     ) -> Result<Vec<StateRecord>>;
 
-    /// Counts and ages, by worker; workers that were deployed or have rows.
+    /// Counts and ages of each worker that was deployed or has rows.
     async fn totals(&self) -> Result<Vec<WorkerTotals>>;
 
-    /// Removes some of what had its time: published outputs, and inbox records with their attempts. What is dead and may be
-    /// put back stays settled. Says whether something was done, and there may be more. Transactions that take their time are
-    /// a conflict: try again later.
+    /// Deletes some expired rows: published outputs, and inbox records with their attempts. Events
+    /// with a dead letter that can be redriven stay settled. Returns whether rows were deleted, so
+    /// that there may be more.
+    ///
+    /// # Errors
+    /// `Conflict` if a transaction stays open for too long; try again later.
     async fn delete_expired(&self, retention: &RetentionPolicy) -> Result<bool>;
 
-    /// Gives the host's lease up and closes all connections once their work is done.
+    /// Releases the host's lease and closes all connections once their work is done.
     async fn close(&self);
 }
 
-/// The transaction of one batch, or of one request. Dropping it without `commit` rolls it back and gives the connection up.
+/// The transaction of one batch or one request. Dropping it without `commit` rolls it back and
+/// releases the connection.
 #[async_trait]
 pub trait Tx: Send {
-    /// Claims event ids in the inbox: all with one statement, sorted, so that batches that overlap wait for each
-    /// other and cannot deadlock. Blocks while another transaction holds one of them uncommitted. `claims` holds
-    /// each event id once; the answers are in its order.
+    /// Claims event ids in the inbox: all with one statement, sorted, so that overlapping batches
+    /// wait for each other and cannot deadlock. Blocks while another transaction holds one of them
+    /// uncommitted. `claims` contains each event id once; the results are in its order.
     async fn claim(&mut self, claims: &[Claim]) -> Result<Vec<Claimed>>;
 
-    /// Gives claimed event ids back, for members of the batch that failed and did no SQL.
+    /// Releases claimed event ids of batch items that failed and ran no SQL.
     async fn release_claims(&mut self, event_ids: &[String]) -> Result<()>;
 
-    /// Claims an idempotency key for this transaction, or says what was answered to it. Does not wait for another
-    /// transaction that has it.
+    /// Claims an idempotency key for this transaction, or returns the stored answer. Does not wait
+    /// for another transaction that has the key.
     async fn claim_request(&mut self, request: &RequestKey) -> Result<ClaimedRequest>;
 
-    /// Keeps the answer to a key that this transaction claimed, for at least so long.
+    /// Stores the answer to a key that this transaction claimed, for at least `keep`.
     async fn answer_request(
         &mut self,
         request: &RequestKey,
@@ -667,21 +703,28 @@ pub trait Tx: Send {
         keep: Duration,
     ) -> Result<()>;
 
-    /// Each of these keys as it stands, also those that are not there.
+    /// The current state of each key, missing keys included.
     async fn load_state(&mut self, keys: &[String]) -> Result<Vec<(String, StateSlot)>>;
 
-    /// Applies all changes, each key once, or fails with [`StoreError::Conflict`] when a key moved.
+    /// Applies all writes, at most one per key.
+    ///
+    /// # Errors
+    /// [`StoreError::Conflict`] if a key has changed since it was loaded.
     async fn save_state(&mut self, writes: &[StateWrite]) -> Result<()>;
 
-    /// Makes a place to come back to with [`Tx::rollback_to_savepoint`]; it takes the place of an earlier one.
+    /// Sets a savepoint for [`Tx::rollback_to_savepoint`], in place of an earlier one.
     async fn savepoint(&mut self) -> Result<()>;
 
-    /// Takes back everything since the savepoint, a guest's failed statement included: the transaction can be committed
-    /// again. `Refused` when it cannot, and all that is left is to roll back.
+    /// Rolls back to the savepoint, past a guest's failed statement too, so that the transaction
+    /// can be committed again.
+    ///
+    /// # Errors
+    /// `Refused` if that is impossible. The transaction can then only be rolled back.
     async fn rollback_to_savepoint(&mut self) -> Result<()>;
 
-    /// Runs a guest's statement and returns its rows. The outer error is the house's, the inner one the guest's to
-    /// see; after an inner error that came from the database the transaction can only be rolled back.
+    /// Runs a guest's statement and returns its rows. The outer error is the host's, the inner one
+    /// is for the guest. After an inner error from the database, the transaction can only be rolled
+    /// back.
     async fn query(
         &mut self,
         statement: &str,
@@ -689,33 +732,38 @@ pub trait Tx: Send {
         limits: SqlLimits,
     ) -> Result<std::result::Result<Rows, SqlError>>;
 
-    /// Like [`Tx::query`], for the number of rows changed.
+    /// Like [`Tx::query`], but returns the number of changed rows.
     async fn execute(
         &mut self,
         statement: &str,
         params: &[Value],
     ) -> Result<std::result::Result<u64, SqlError>>;
 
-    /// Appends outputs with one statement, leased to this host for `lease` so that no sweep takes what is about to
-    /// be handed to the relay from memory. Returns those that are due at once, in order; delayed ones are left to
-    /// the sweep, and so are those of a key that has an output in trouble.
+    /// Appends outputs with one statement. They are leased to this host for `lease`, so that no
+    /// poller leases rows that are about to be handed to the relay from memory. Returns the outputs
+    /// that are due at once, in order. Delayed outputs, and those of a key with a failing output,
+    /// are left to the poller.
     async fn append_outputs(
         &mut self,
         outputs: &[Output],
         lease: Duration,
     ) -> Result<Vec<OutboxRow>>;
 
-    /// From here on remembers which rows of workers' tables change.
+    /// Starts to track changed rows of workers' tables.
     async fn track_changes(&mut self) -> Result<()>;
 
-    /// What changed since [`Tx::track_changes`], at most `limit` rows of each table, and what a commit would be refused for. After
-    /// that the transaction can only be rolled back.
+    /// The changes since [`Tx::track_changes`], at most `limit` rows of each table, and the reason
+    /// why a commit would be refused. Afterwards the transaction can only be rolled back.
     async fn changes(&mut self, limit: usize) -> Result<Changes>;
 
-    /// Commits, and says so only when the database confirmed that this very transaction did: `Refused` when a
-    /// guest's statement left it aborted, ended it, or breaks a deferred constraint. Never sent twice.
+    /// Commits. Returns `Ok` only if the database confirmed the commit of this very transaction.
+    /// The commit is never sent twice.
+    ///
+    /// # Errors
+    /// `Refused` if a guest's statement aborted or ended the transaction or violates a deferred
+    /// constraint.
     async fn commit(self: Box<Self>) -> Result<Settled>;
 
-    /// Rolls back. An error here changes nothing: the connection is closed.
+    /// Rolls back. After an error here the connection is closed, which has the same effect.
     async fn rollback(self: Box<Self>);
 }

@@ -1,16 +1,16 @@
-//! What became of a request's key in the database.
+//! Idempotency keys of requests in the database.
 
 use crate::model::request::HttpResponse;
 
-/// What became of the attempt to claim an idempotency key.
+/// The result of claiming an idempotency key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ClaimedRequest {
-    /// It is this transaction's.
+    /// Claimed by this transaction.
     Fresh,
-    /// It was answered before.
+    /// Answered before, with this response.
     Answered(HttpResponse),
-    /// It belongs to another request: one that was answered, or one that is being handled.
+    /// The key belongs to another request, answered or in flight.
     OtherRequest,
-    /// Another transaction handles it just now.
+    /// Another transaction is handling the same request.
     InFlight,
 }

@@ -1,5 +1,5 @@
-//! What the rows of either database say: both name their columns the same, count time in microseconds since the epoch, and
-//! have 64-bit integers, but for counts and versions of 32 bits.
+//! Decoding of rows of both databases. They share column names, times in microseconds since the
+//! epoch, and 64-bit integers, except for 32-bit counts and versions.
 
 use std::collections::HashMap;
 
@@ -18,7 +18,7 @@ use super::{
 use crate::model::alarm::{Alarm, AlarmUpdate, Kind, Notice};
 use crate::model::message::{Message, Origin, Redriven};
 
-/// A value that both databases can give.
+/// A value that both databases can decode.
 pub(super) trait CommonType:
     for<'r> Decode<'r, Postgres> + Type<Postgres> + for<'r> Decode<'r, Sqlite> + Type<Sqlite>
 {
@@ -37,7 +37,7 @@ pub(super) trait Columns {
         self.get(column)
     }
 
-    /// A count or a number, neither of which is ever negative.
+    /// A count or a number; never negative.
     fn number(&self, column: &str) -> sqlx::Result<u64> {
         self.get(column).map(shared::unsigned)
     }
@@ -46,7 +46,7 @@ pub(super) trait Columns {
         Ok(self.get::<Option<i64>>(column)?.map(shared::unsigned))
     }
 
-    /// The same in a column of 32 bits.
+    /// Like [`Columns::number`], from a 32-bit column.
     fn small_number(&self, column: &str) -> sqlx::Result<u32> {
         self.get(column).map(i32::cast_unsigned)
     }
@@ -76,7 +76,8 @@ impl Columns for SqliteRow {
     }
 }
 
-/// A time from a column. The databases keep times of years that cannot be shown: such a time is the first or last that can.
+/// A time from a column, clamped to the range of [`Timestamp`]. The databases accept times outside
+/// of it.
 fn clamped_time(micros: i64) -> Timestamp {
     Timestamp::from_microsecond(micros).unwrap_or(if micros < 0 {
         Timestamp::MIN
@@ -85,20 +86,21 @@ fn clamped_time(micros: i64) -> Timestamp {
     })
 }
 
-/// The rows of a list, for people. One that cannot be read is logged and left out: it does not hide the others.
+/// Decodes the rows of a list. An unreadable row is logged and skipped, so that it does not hide
+/// the others.
 pub(super) fn list<R: Columns, T>(rows: &[R], read: impl Fn(&R) -> Result<T>) -> Vec<T> {
     let readable = |row: &R| match read(row) {
         Ok(read) => Some(read),
         Err(error) => {
             let error = format!("{:#}", anyhow::Error::from(error));
-            tracing::error!(error, "row of a list not readable, left out");
+            tracing::error!(error, "list row unreadable, skipped");
             None
         }
     };
     rows.iter().filter_map(readable).collect()
 }
 
-/// What was read, or which thing could not be.
+/// Runs `decode`, and names the decoded thing in its error.
 fn read<T>(what: &'static str, decode: impl FnOnce() -> anyhow::Result<T>) -> Result<T> {
     decode()
         .with_context(|| format!("read {what}"))
@@ -117,7 +119,7 @@ pub(super) fn alarm(row: &impl Columns) -> Result<Alarm> {
         );
         Ok(Alarm {
             worker: row.get("worker")?,
-            kind: Kind::parse(&kind).with_context(|| format!("`{kind}` is no kind of alarm"))?,
+            kind: Kind::parse(&kind).with_context(|| format!("`{kind}` is not an alarm kind"))?,
             group,
             times: row.small_number("times")?,
             value: row.number("value")?,
@@ -132,9 +134,9 @@ pub(super) fn alarm(row: &impl Columns) -> Result<Alarm> {
     })
 }
 
-/// What is to be told of an alarm that moved.
+/// The notice of an alarm update.
 pub(super) fn notice(row: &impl Columns, step: &AlarmUpdate) -> Result<Notice> {
-    read("an alarm that moved", || {
+    read("an updated alarm", || {
         Ok(Notice {
             worker: step.worker.clone(),
             kind: step.kind,
@@ -175,7 +177,7 @@ pub(super) fn deployment(row: &impl Columns) -> Result<DeploymentRecord> {
 }
 
 pub(super) fn dead_letter_group(row: &impl Columns) -> Result<DeadLetterGroup> {
-    read("a group", || {
+    read("a dead-letter group", || {
         Ok(DeadLetterGroup {
             group: shared::failure_group(
                 row.get("id")?,
@@ -217,7 +219,7 @@ pub(super) fn dead_letter_summary(row: &impl Columns) -> Result<DeadLetterSummar
     })
 }
 
-/// A letter without what stands in other tables.
+/// A dead letter without its rows in other tables.
 pub(super) fn dead_letter(row: &impl Columns) -> Result<DeadLetterRecord> {
     let summary = dead_letter_summary(row)?;
     read("a dead letter", || {
@@ -248,7 +250,7 @@ pub(super) fn dead_letter_edit(row: &impl Columns) -> Result<EditRecord> {
 }
 
 pub(super) fn dead_letter_audit(row: &impl Columns) -> Result<AuditRecord> {
-    read("the audit", || {
+    read("an audit entry", || {
         Ok(AuditRecord {
             at: row.time("at")?,
             action: row.get("action")?,
@@ -259,9 +261,9 @@ pub(super) fn dead_letter_audit(row: &impl Columns) -> Result<AuditRecord> {
     })
 }
 
-/// What became of an event, and when.
+/// The state of a settled event, with the time.
 pub(super) fn settled(row: &impl Columns) -> Result<(String, Timestamp)> {
-    read("an event's record", || {
+    read("an inbox record", || {
         Ok((row.text("state")?, row.time("settled_at")?))
     })
 }
@@ -279,8 +281,8 @@ pub(super) fn dead_letter_output(row: &impl Columns) -> Result<DeadLetterOutput>
     })
 }
 
-/// The readable id of an output, and the one it travels with. Where the headers cannot be read, it is the same: a list shows
-/// such a row, too.
+/// The readable id of an output and its message id. If the headers cannot be read, both are the
+/// message id, so that a list can show the row.
 fn output_ids(row: &impl Columns) -> anyhow::Result<(String, String)> {
     let (headers, id) = (
         shared::headers_from_text(&row.text("headers")?).unwrap_or_default(),
@@ -292,9 +294,9 @@ fn output_ids(row: &impl Columns) -> anyhow::Result<(String, String)> {
     ))
 }
 
-/// The message of a letter that was put back.
+/// The message of a redriven dead letter.
 pub(super) fn redriven(row: &impl Columns) -> Result<Message> {
-    read("a letter that was put back", || {
+    read("a redriven dead letter", || {
         let origin = shared::origin(row.get("stream")?, row.get("stream_sequence")?);
         let stored_at = row.time("stored_at")?;
         Ok(Message {
@@ -319,11 +321,11 @@ pub(super) fn redriven(row: &impl Columns) -> Result<Message> {
     })
 }
 
-/// An output by its number, and what becomes of it.
+/// The number of an output, and how to release it.
 type ReleasedOutput = (i64, Unpublished);
 
-/// Outputs that were leased. Those that cannot be read are set aside; the later ones of their keys wait for them, and nothing
-/// else does.
+/// Decodes leased outputs. An unreadable one is parked; only the later outputs of its key are
+/// blocked by it.
 pub(super) fn leased_outputs<R: Columns>(
     rows: &[R],
 ) -> Result<(Vec<OutboxRow>, Vec<ReleasedOutput>)> {
@@ -334,11 +336,11 @@ pub(super) fn leased_outputs<R: Columns>(
             Ok(output) => leased.push(output),
             Err(error) => {
                 let seq: i64 = read("the number of a leased output", || Ok(row.get("seq")?))?;
-                let reason = format!("the row cannot be read: {:#}", anyhow::Error::from(error));
+                let reason = format!("the row is unreadable: {:#}", anyhow::Error::from(error));
                 tracing::error!(
                     number = seq,
                     reason,
-                    "output set aside until a person retries or drops it"
+                    "unreadable output parked until an operator retries or drops it"
                 );
                 not_leased.push((seq, Unpublished::Parked { reason }));
                 if let (Ok(worker), Ok(Some(key))) = (
@@ -370,7 +372,7 @@ pub(super) fn leased_outputs<R: Columns>(
     Ok((leased, not_leased))
 }
 
-/// An output that was leased.
+/// Decodes one leased output.
 fn leased(row: &impl Columns) -> Result<OutboxRow> {
     read("a leased output", || {
         Ok(OutboxRow {
@@ -389,7 +391,7 @@ fn leased(row: &impl Columns) -> Result<OutboxRow> {
 }
 
 pub(super) fn lag(row: &impl Columns) -> Result<OutboxLag> {
-    read("how far publishing is behind", || {
+    read("the publishing lag", || {
         Ok(OutboxLag {
             worker: row.get("worker")?,
             unpublished: row.number("unpublished")?,
@@ -400,9 +402,9 @@ pub(super) fn lag(row: &impl Columns) -> Result<OutboxLag> {
     })
 }
 
-/// A worker, and how many of its outputs had to change their id.
+/// A worker, and how many of its outputs changed their id because it was taken.
 pub(super) fn taken_ids(row: &impl Columns) -> Result<(String, u64)> {
-    read("how many ids were taken", || {
+    read("a count of taken ids", || {
         Ok((row.text("worker")?, row.number("taken")?))
     })
 }
@@ -444,9 +446,9 @@ pub(super) fn output(row: &impl Columns) -> Result<OutputRecord> {
     })
 }
 
-/// Where an output was published.
+/// A published output with its place on the stream.
 pub(super) fn published_output(row: &impl Columns) -> Result<PublishedOutput> {
-    read("what was published", || {
+    read("a published output", || {
         Ok(PublishedOutput {
             seq: row.get("seq")?,
             id: row.get("id")?,

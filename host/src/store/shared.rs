@@ -1,4 +1,4 @@
-//! What both databases do the same way: stored forms of plain values, and the decisions about what was found.
+//! Shared by both databases: stored forms of plain values, and decisions on rows that were read.
 
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
@@ -19,19 +19,20 @@ use crate::model::output_ids::OutputIds;
 use crate::model::request::HttpResponse;
 use crate::model::verdict::{DeadLetter, Settled};
 
-/// How long a house transaction, one without a guest, may take over one statement.
+/// The statement timeout of platform transactions, which run no guest code.
 pub(super) const PLATFORM_STATEMENT_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long the notices of dead letters are left to the host that buried them before a sweep takes them.
+/// How long dead-letter notices are leased to the host that wrote them, before a poller may lease
+/// them.
 pub(super) const NOTICE_LEASE: Duration = Duration::from_secs(30);
 
-/// How long the version of a deleted key of keyed state is kept in a row of its own.
+/// How long the row of a deleted key of keyed state is kept for its version.
 pub(super) const DELETED_STATE_KEPT: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// To within what time it is written down when a failure was last seen: not each death writes it.
+/// The precision of the time at which a failure was last seen. It limits the writes of that time.
 pub(super) const LAST_SEEN_PRECISION: Duration = Duration::from_secs(60);
 
-/// The savepoint of a transaction, under a name that no guest can guess.
+/// The savepoint of a transaction. Its name is random, so that no guest can guess it.
 pub(super) struct Savepoint {
     name: String,
     is_set: bool,
@@ -45,7 +46,7 @@ impl Savepoint {
         }
     }
 
-    /// What makes it, in place of an earlier one.
+    /// The statements that set it, in place of an earlier one.
     pub(super) fn create_sql(&mut self) -> String {
         let name = &self.name;
         match std::mem::replace(&mut self.is_set, true) {
@@ -54,18 +55,18 @@ impl Savepoint {
         }
     }
 
-    /// What goes back to it.
+    /// The statement that rolls back to it.
     pub(super) fn rollback_sql(&self) -> Result<String> {
         match self.is_set {
             true => Ok(format!("rollback to savepoint {}", self.name)),
             false => Err(StoreError::Refused(anyhow!(
-                "there is no savepoint to go back to"
+                "no savepoint to roll back to"
             ))),
         }
     }
 }
 
-/// An answer as it stands in its columns.
+/// An answer from its columns.
 pub(super) fn stored_answer(status: i64, headers: &str, body: Vec<u8>) -> Result<HttpResponse> {
     let status = u16::try_from(status)
         .context("read a status")
@@ -77,7 +78,7 @@ pub(super) fn stored_answer(status: i64, headers: &str, body: Vec<u8>) -> Result
     })
 }
 
-/// Headers as they stand in a column: `[["name","value"],...]`.
+/// Headers as column text: `[["name","value"],...]`.
 pub(super) fn headers_to_text(headers: &Headers) -> Result<String> {
     serde_json::to_string(headers)
         .context("write headers as JSON")
@@ -101,8 +102,8 @@ pub(super) fn micros(duration: Duration) -> i64 {
     i64::try_from(duration.as_micros()).unwrap_or(i64::MAX / 4)
 }
 
-/// A key of keyed state from its columns. `last` is the version of its row, or for a key without one the number that its
-/// next version has to follow.
+/// A key of keyed state from its columns. `last` is the version of its row. For a key without a
+/// row, it is the version that the key's next version must exceed.
 pub(super) fn state_slot(value: Option<Vec<u8>>, last: i64, has_row: bool) -> StateSlot {
     let version = unsigned(last);
     StateSlot {
@@ -115,14 +116,14 @@ pub(super) fn state_slot(value: Option<Vec<u8>>, last: i64, has_row: bool) -> St
     }
 }
 
-/// A number as the database keeps it.
+/// A number as a signed 64-bit column.
 pub(super) fn signed(number: u64) -> Result<i64> {
     i64::try_from(number)
         .with_context(|| format!("{number} is too large for the database"))
         .map_err(StoreError::Unavailable)
 }
 
-/// A count or version from the database; none of them is ever negative.
+/// A count or version from the database; never negative.
 pub(super) fn unsigned(number: i64) -> u64 {
     u64::try_from(number).unwrap_or_default()
 }
@@ -131,7 +132,7 @@ pub(super) fn narrow(number: i64) -> u32 {
     u32::try_from(number).unwrap_or_default()
 }
 
-/// Text for people, which PostgreSQL keeps only without NUL characters.
+/// Text for display, without NUL characters, which PostgreSQL rejects.
 pub(super) fn printable(text: &str) -> Cow<'_, str> {
     if text.contains('\0') {
         text.replace('\0', "\u{fffd}").into()
@@ -140,12 +141,13 @@ pub(super) fn printable(text: &str) -> Cow<'_, str> {
     }
 }
 
-/// Stream and sequence, from two columns that are there together or not at all.
+/// Stream and sequence from two columns that are both set or both null.
 pub(super) fn origin(stream: Option<String>, sequence: Option<i64>) -> Option<(String, u64)> {
     stream.zip(sequence.map(unsigned))
 }
 
-/// What a claim came to. `existing_payload` is the payload of the record that was there before; none when the claim made it.
+/// The result of a claim. `existing_payload` is the payload of an earlier record; `None` if the
+/// claim created the record.
 pub(super) fn claimed(claim: &Claim, existing_payload: Option<&[u8]>, attempts: i64) -> Claimed {
     match existing_payload {
         None => Claimed::Fresh {
@@ -158,7 +160,7 @@ pub(super) fn claimed(claim: &Claim, existing_payload: Option<&[u8]>, attempts: 
     }
 }
 
-/// One letter on its way into the database, with what is derived from it.
+/// A dead letter that is about to be written, with its derived values.
 pub(super) struct NewDeadLetter<'a> {
     pub dead_letter: &'a DeadLetter,
     pub notice: &'a Output,
@@ -166,10 +168,10 @@ pub(super) struct NewDeadLetter<'a> {
     pub group: FailureGroup,
 }
 
-/// Failures that letters are about to die of, with their workers; each once, in the order in which all lock them.
+/// The failures of new dead letters with their workers, each once, in lock order.
 pub(super) type WorkerFailureGroups = Vec<(String, FailureGroup)>;
 
-/// The failures that these letters died of.
+/// The failures of these dead letters.
 pub(super) fn worker_failure_groups(
     new_dead_letters: &[&NewDeadLetter<'_>],
 ) -> WorkerFailureGroups {
@@ -187,7 +189,7 @@ pub(super) fn worker_failure_groups(
     groups
 }
 
-/// The alarm on a failure of which a first letter dies.
+/// The alarm on the first dead letter of a failure.
 pub(super) fn new_failure(worker: &str, group: &FailureGroup) -> alarm::AlarmUpdate {
     let (worker, group) = (worker.to_owned(), Some(group.clone()));
     let step = alarm::AlarmStep::Raise;
@@ -203,7 +205,7 @@ pub(super) fn new_failure(worker: &str, group: &FailureGroup) -> alarm::AlarmUpd
     }
 }
 
-/// Groups that were not seen for longer than it is written down to.
+/// Groups with a last-seen time older than [`LAST_SEEN_PRECISION`].
 pub(super) fn stale(known: &[(String, i64)]) -> Vec<&str> {
     known
         .iter()
@@ -216,7 +218,7 @@ pub(super) fn is_longer(ms: i64, than: Duration) -> bool {
     u128::from(unsigned(ms)) > than.as_millis()
 }
 
-/// Steps of alarms in the order in which all lock them.
+/// Alarm updates in lock order.
 pub(super) fn in_lock_order(moves: &[alarm::AlarmUpdate]) -> Vec<&alarm::AlarmUpdate> {
     let mut moves: Vec<_> = moves.iter().collect();
     moves.sort_by_key(|step| {
@@ -229,12 +231,12 @@ pub(super) fn in_lock_order(moves: &[alarm::AlarmUpdate]) -> Vec<&alarm::AlarmUp
     moves
 }
 
-/// The column of a group that there may be none of.
+/// The value of the group column; empty for no group.
 pub(super) fn group_id(group: Option<&FailureGroup>) -> &str {
     group.map_or("", |group| group.id.as_str())
 }
 
-/// A group from columns that are there together or not at all.
+/// A group from columns that are all set or all null.
 pub(super) fn failure_group(
     id: Option<String>,
     reason: Option<String>,
@@ -279,7 +281,7 @@ impl<'a> NewDeadLetter<'a> {
             .map(|origin| (origin.stream.as_str(), origin.sequence))
     }
 
-    /// When its stream stored the message, in microseconds since the epoch.
+    /// When the stream stored the message, in microseconds since the epoch.
     pub fn stored_at(&self) -> Option<i64> {
         self.dead_letter
             .message
@@ -288,7 +290,7 @@ impl<'a> NewDeadLetter<'a> {
             .map(|origin| origin.stored_at.as_microsecond())
     }
 
-    /// The notice, with what only the database knows: each death of a letter that is put back has a notice of its own.
+    /// The notice with the dead letter's id, which is new. Each generation has a notice of its own.
     pub fn notice_for(&self, dead_letter: i64, generation: u32) -> Output {
         let mut notice = self.notice.clone();
         notice
@@ -307,15 +309,18 @@ impl<'a> NewDeadLetter<'a> {
     }
 }
 
-/// What the inbox holds of an event: its payload, and whether that is dead.
+/// The inbox record of an event: its payload, and whether the event is dead.
 pub(super) struct InboxRecord {
     pub payload_sha256: Vec<u8>,
     pub is_dead: bool,
 }
 
-/// The letters that are to be written: those whose event this transaction settled, those that were put back and are dead
-/// still, and those whose event id is held for another payload. `inserted` are the keys that are new in the inbox, `held`
-/// what it holds of all of them.
+/// The dead letters to write:
+/// - those whose event this transaction settled,
+/// - redriven ones that are still dead,
+/// - those whose event id is held for another payload.
+///
+/// `inserted` are the new keys in the inbox, `inbox_records` the records of all keys.
 pub(super) fn to_dead_letter<'b, 'a>(
     new_dead_letters: &'b [NewDeadLetter<'a>],
     inserted: &HashSet<(String, String)>,
@@ -337,7 +342,7 @@ pub(super) fn to_dead_letter<'b, 'a>(
     new_dead_letters.iter().filter(is_new).collect()
 }
 
-/// An output that was just committed under `seq` and is handed over from memory.
+/// An output that was just appended under `seq`, to hand over from memory.
 pub(super) fn appended_row(
     seq: i64,
     worker: &str,
@@ -359,20 +364,20 @@ pub(super) fn appended_row(
     }
 }
 
-/// How many outputs in line before an output are told to whoever is to publish it. Where there are more, it is left to
-/// the sweep.
+/// How many earlier outputs of its key an output handed over from memory may list. With more, it is
+/// left to the poller.
 pub(super) const KEY_QUEUE_MAX: usize = 256;
 
-/// What [`Unpublished`] comes to in columns.
+/// An [`Unpublished`] as columns.
 pub(super) struct ReleaseColumns<'a> {
     pub seq: i64,
-    /// In microseconds; none for as long as it waits for something else.
+    /// Delay in microseconds; `None` while it waits for something else.
     pub after: Option<i64>,
     pub failed: bool,
     pub blocked_by: Option<i64>,
     pub parked: bool,
     pub error: Option<Cow<'a, str>>,
-    /// The id that was found taken, and the one that comes after it.
+    /// The id that was found taken, and the one after it.
     pub taken: Option<&'a str>,
     pub next: Option<String>,
 }
@@ -418,7 +423,10 @@ impl<'a> ReleaseColumns<'a> {
     }
 }
 
-/// A worker's migrations that have not run, by name, each with its SHA-256; refused when one changed since it ran.
+/// A worker's migrations that have not run, by name, each with its SHA-256.
+///
+/// # Errors
+/// `Refused` if a migration changed since it ran.
 pub(super) fn due_worker_migrations<'m>(
     worker: &str,
     migrations: &'m [WorkerMigration],
@@ -444,7 +452,7 @@ pub(super) fn due_worker_migrations<'m>(
     Ok(due)
 }
 
-/// The names of those migrations.
+/// The names of those migrations; see [`due_worker_migrations`].
 pub(super) fn due_migration_names(
     worker: &str,
     migrations: &[WorkerMigration],
@@ -457,7 +465,7 @@ pub(super) fn due_migration_names(
         .collect())
 }
 
-/// The SHA-256 of a migration, whichever line ends the checkout gave it.
+/// The SHA-256 of a migration, independent of the line endings of the checkout.
 fn migration_checksum(sql: &str) -> Vec<u8> {
     Sha256::digest(sql.replace("\r\n", "\n").replace('\r', "\n")).to_vec()
 }
@@ -467,29 +475,30 @@ pub(super) fn migration_failed(migration: &WorkerMigration, cause: anyhow::Error
 }
 
 pub(super) fn migration_ends_transaction(migration: &WorkerMigration) -> StoreError {
-    let why = "it ends its transaction; take the `commit` or `rollback` out, all migrations run in one transaction";
+    let why = "it ends its transaction; remove the `commit` or `rollback`: \
+               all migrations run in one transaction";
     migration_failed(migration, anyhow!(why))
 }
 
 pub(super) fn component_missing(digest: &str) -> StoreError {
     StoreError::Refused(anyhow!(
-        "there is no component {digest}; keep it before it is deployed"
+        "there is no component {digest}; store it before it is deployed"
     ))
 }
 
-/// What every operation answers once a statement of the transaction failed.
+/// The error of every operation after a failed statement of the transaction.
 pub(super) fn transaction_failed(why: &str) -> StoreError {
     StoreError::Refused(anyhow!(
         "an earlier statement of this transaction failed: {why}"
     ))
 }
 
-/// Checks that a statement met exactly the rows it named.
+/// Checks that a statement matched exactly the rows that it named.
 pub(super) fn check_count(met: u64, named: usize) -> Result<()> {
     if usize::try_from(met).is_ok_and(|met| met == named) {
         return Ok(());
     }
     Err(StoreError::Unavailable(anyhow!(
-        "{named} outputs were to be marked as published, but {met} are there"
+        "{named} outputs to record as published, but {met} found"
     )))
 }

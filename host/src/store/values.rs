@@ -1,4 +1,4 @@
-//! The text forms of guest parameters, read the same way for both databases.
+//! The text forms of guest parameters, parsed alike for both databases.
 
 use jiff::civil::{Date, Time};
 use uuid::Uuid;
@@ -7,7 +7,7 @@ use crate::model::sql::SqlError;
 
 const MICROS_PER_SECOND: i64 = 1_000_000;
 
-/// A decimal in its parts; both hold ASCII digits only.
+/// A decimal, split at the point. Both parts contain only ASCII digits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Decimal<'t> {
     pub negative: bool,
@@ -15,7 +15,7 @@ pub(super) struct Decimal<'t> {
     pub fraction: &'t str,
 }
 
-/// Reads a decimal such as `-12.50`: at most 131072 digits before the point and 16383 behind it.
+/// Parses a decimal such as `-12.50`: at most 131072 digits in total, and 16383 after the point.
 pub(super) fn decimal(text: &str) -> Result<Decimal<'_>, SqlError> {
     let (negative, digits) = match text.strip_prefix('-') {
         Some(digits) => (true, digits),
@@ -52,24 +52,24 @@ pub(super) fn uuid(text: &str) -> Result<Uuid, SqlError> {
     Uuid::try_parse(text).map_err(|_| unreadable(text, "a UUID"))
 }
 
-/// Checks that a text is JSON.
+/// Checks that a text is valid JSON.
 pub(super) fn json(text: &str) -> Result<&str, SqlError> {
     match serde_json::from_str::<serde::de::IgnoredAny>(text) {
         Ok(_) => Ok(text),
         Err(error) => Err(SqlError::InvalidParameter(format!(
-            "a json parameter cannot be read: {error}"
+            "a json parameter is invalid: {error}"
         ))),
     }
 }
 
-/// Reads a date such as `2026-01-31`.
+/// Parses a date such as `2026-01-31`.
 pub(super) fn date(text: &str) -> Result<Date, SqlError> {
     Date::strptime("%Y-%m-%d", text).map_err(|_| unreadable(text, "a date such as 2026-01-31"))
 }
 
-/// Reads a time of day such as `13:05:59.25`, as microseconds since midnight.
+/// Parses a time of day such as `13:05:59.25` into microseconds since midnight.
 pub(super) fn time(text: &str) -> Result<i64, SqlError> {
-    // SQL's name for the end of a day.
+    // SQL's notation for the end of a day.
     if let Some(zeros) = text.strip_prefix("24:00:00")
         && (zeros.is_empty()
             || zeros
@@ -85,7 +85,7 @@ pub(super) fn time(text: &str) -> Result<i64, SqlError> {
     Ok(seconds * MICROS_PER_SECOND + i64::from(time.subsec_nanosecond()) / 1000)
 }
 
-/// A time of day in text form, without zeros at the end of its fraction.
+/// A time of day as text, without trailing zeros in its fraction.
 pub(super) fn time_text(micros: i64) -> String {
     let seconds = micros / MICROS_PER_SECOND;
     let whole = format!(

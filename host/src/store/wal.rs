@@ -1,4 +1,5 @@
-//! The database's log as a source of outputs: how they go, and where the one host is that reads it. PostgreSQL alone has one.
+//! The write-ahead log (WAL) as a source of outputs: the relay mode and the reader. PostgreSQL
+//! only.
 
 use std::time::Duration;
 
@@ -7,118 +8,128 @@ use jiff::Timestamp;
 
 use super::{OutboxRow, Published, Result, Unpublished};
 
-/// A place in the log, in bytes since its beginning.
+/// A position in the WAL, in bytes since its beginning.
 pub type Lsn = u64;
 
-/// How new outputs go.
+/// How new outputs are published.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RelayMode {
-    /// Hosts lease rows and mark them.
+    /// Hosts lease outbox rows and record their publication.
     Poll,
-    /// Still by polling; a slot is being made.
+    /// Still polling; the replication slot is being created.
     Entering,
-    /// One host reads them from the log.
+    /// One host, the reader, reads outputs from the WAL.
     Wal,
-    /// By polling again; what is in the log is brought over.
+    /// Polling again; unpublished outputs in the WAL are moved over.
     Leaving,
 }
 
-/// How outputs go and how far the reader of the log is.
+/// The relay mode and the progress of the WAL reader.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct WalState {
     pub mode: RelayMode,
-    /// What the log was left for, when that was not asked for.
+    /// Why WAL mode was left without a request.
     pub fallback_reason: Option<String>,
-    /// Age of the oldest output that is in the log and not known to be published; zero when there is none.
+    /// Age of the oldest output in the WAL that is not known to be published; zero if there is
+    /// none.
     pub lag: Duration,
-    /// None when nothing goes by the log and nothing is left of its slot.
+    /// `None` if polling is used and no slot is left over.
     pub slot: Option<SlotState>,
 }
 
-/// The replication slot, which keeps the log until it is read.
+/// The replication slot. The server retains WAL until the slot has been read.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct SlotState {
-    /// Whether some host reads.
+    /// Whether a host is reading it.
     pub active: bool,
-    /// How much of the log the server keeps for it, in bytes, and how much it may until the log is given up.
+    /// WAL that the server retains for the slot, in bytes.
     pub retained: u64,
+    /// The limit of `retained`. Above it, hosts fall back to polling.
     pub retained_max: u64,
-    /// The server has removed what was not read yet.
+    /// Whether the server has removed WAL that was not read yet.
     pub lost: bool,
 }
 
-/// What a step towards the mode that is asked for came to.
+/// The result of a step towards the requested mode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SwitchProgress {
-    /// Nothing is left to do.
+    /// The mode is reached.
     Done,
-    /// There is more to do at once.
+    /// The next step can follow at once.
     More,
-    /// There is more to do once others have ended what they do.
+    /// The next step must wait for transactions or for another host.
     Wait,
 }
 
-/// What the log says.
+/// An event from the WAL.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum WalEvent {
-    /// An output of a transaction that has committed, and that transaction's number in 32 bits. Others may see neither yet.
+    /// An output of a committed transaction, and the lower 32 bits of the transaction's id. Other
+    /// sessions may not see either of them yet.
     Output { row: OutboxRow, transaction: u32 },
-    /// All outputs of a transaction were told.
+    /// All outputs of a transaction were returned.
     Committed { end: Lsn, at: Timestamp },
-    /// Whatever committed before was told.
+    /// All transactions that committed before this position were returned.
     Passed(Lsn),
 }
 
-/// What the reader writes down: in one transaction, so that all outputs before the position are accounted for.
+/// The progress of the reader. It is recorded in one transaction, so that no output before the
+/// position is lost.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct WalRecord {
-    /// Whatever committed before is published, or goes by polling from now on.
+    /// All outputs committed before it are published, or left to polling.
     pub position: Lsn,
-    /// The same in numbers and in time, as far as they are known.
+    /// The same progress as an output number, if it is known.
     pub through: Option<i64>,
+    /// The same progress as a time, if it is known.
     pub until: Option<Timestamp>,
     pub published: Vec<Published>,
     pub released: Vec<(i64, Unpublished)>,
 }
 
-/// What is true of the database at a moment, so that the reader can tell later what it has passed.
+/// The state of the database at one moment, for a later check of which outputs the reader has
+/// passed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WalSnapshot {
     pub at: Timestamp,
-    /// The end of the log.
+    /// The end of the WAL.
     pub end: Lsn,
-    /// The highest number that an output was given.
+    /// The highest output number so far.
     pub last_output: i64,
     /// All transactions before this one have ended.
     pub ended: u64,
-    /// All transactions from this one on began later.
+    /// All transactions from this one on started later.
     pub next: u64,
 }
 
-/// The log as the relay uses it. Every host has one; one of them reads.
+/// The WAL, as the relay uses it. Every host has one; one of the hosts is the reader.
 #[async_trait]
 pub trait OutputWal: Send + Sync + 'static {
-    /// Whether the server lets this host read the log; an error says what to do. Nothing is changed.
+    /// Checks that the server lets this host read the WAL, without a change to anything.
+    ///
+    /// # Errors
+    /// The failed condition, with a hint.
     async fn check(&self) -> anyhow::Result<()>;
 
-    /// Asks for outputs to go by the log, or by polling. Hosts get there with [`OutputWal::step`].
+    /// Requests WAL mode or polling. Hosts switch to it by [`OutputWal::step`].
     async fn request_mode(&self, use_wal: bool) -> Result<()>;
 
-    /// How outputs go now.
+    /// The current relay mode.
     async fn state(&self) -> Result<WalState>;
 
-    /// Takes one step towards what is asked for. All hosts may do so at the same time.
+    /// Runs one step towards the requested mode. All hosts may run it concurrently.
     async fn step(&self) -> Result<SwitchProgress>;
 
-    /// Gives the log up: outputs go by polling until somebody asks for the log again. Returns whether they did not before.
+    /// Leaves WAL mode: outputs are polled until WAL mode is requested again. Returns whether the
+    /// mode changed.
     async fn fall_back(&self, why: &str) -> Result<bool>;
 
-    /// Becomes the reader; none while another host is, or when nothing goes by the log.
+    /// Becomes the reader. `None` while another host is, or outside of WAL mode.
     async fn become_reader(&self) -> Result<Option<Box<dyn WalReader>>>;
 
-    /// For each of these outputs with a key the one to wait for, if others of its key that go by polling are in line before it.
-    /// None while some of these transactions, which are the outputs', cannot be seen by everybody yet.
+    /// For each output, the polled output of its key that blocks it, if any. `None` while other
+    /// sessions cannot see all of `transactions`, the outputs' transactions.
     async fn blocked_by(
         &self,
         rows: &[OutboxRow],
@@ -126,13 +137,13 @@ pub trait OutputWal: Send + Sync + 'static {
     ) -> Result<Option<Vec<Option<i64>>>>;
 }
 
-/// The one connection that reads the log. Who drops it is no longer the reader.
+/// The one connection that reads the WAL. Dropping it ends the role of the reader.
 #[async_trait]
 pub trait WalReader: Send {
-    /// The next thing the log says, in the order of the commits. May be dropped while it waits.
+    /// The next event, in commit order. This future may be dropped while it waits.
     async fn next(&mut self) -> Result<WalEvent>;
 
-    /// Writes down how far this reader is, and lets the server remove its log up to there. None when another host has
-    /// become the reader, or nothing goes by the log any more: then nothing is written.
+    /// Records the reader's progress and lets the server remove WAL up to there. `None` if another
+    /// host has become the reader or WAL mode was left; nothing is recorded then.
     async fn record(&mut self, record: &WalRecord) -> Result<Option<WalSnapshot>>;
 }

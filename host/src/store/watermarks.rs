@@ -1,5 +1,6 @@
-//! Watermarks: what the database knows of the broker, written here first and then on the stream of marks, so that each of the two
-//! tells whether the other was restored to an earlier time.
+//! Watermarks: the state of the broker, written to the database first and then to the watermark
+//! stream. A comparison of the two detects a restore of the database or of the broker to an earlier
+//! time.
 
 use std::collections::BTreeMap;
 
@@ -8,46 +9,48 @@ use serde::{Deserialize, Serialize};
 
 use super::{Result, StoreError};
 
-/// How many marks are kept, beside all since the newest one that the broker has acknowledged. A host whose turn comes later
-/// than so many others leaves its mark to the next turn.
+/// How many watermarks are kept, in addition to all since the newest acknowledged one. A host that
+/// is delayed by more than this many watermarks of other hosts skips its own.
 pub(super) const WATERMARKS_KEPT: u32 = 100;
 
-/// For how long it is known which outputs were found on their streams by a recovery, in days: their events may be handled
-/// again for as long, dead letters among them.
+/// How long recovered outputs are kept, in days. Their events, dead letters included, may be
+/// handled again during that time.
 pub(super) const RECOVERED_KEPT_DAYS: i32 = 30;
 
-/// What was seen of the broker at some moment: everything acknowledged by then is settled in the database that says so.
+/// The state of the broker at some moment. Every message acknowledged by then is settled in the
+/// database.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BrokerState {
-    /// The streams that workers read, by name.
+    /// The streams that workers consume, by name.
     pub streams: BTreeMap<String, StreamEnd>,
-    /// By worker.
+    /// The ack floors, by worker.
     pub consumers: BTreeMap<String, AckFloor>,
 }
 
-/// Where a stream ended.
+/// The end of a stream.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StreamEnd {
-    /// When the stream was made.
+    /// When the stream was created.
     pub created: Timestamp,
     pub last_sequence: u64,
-    /// When the message there was stored; none when it was gone already.
+    /// When the last message was stored; `None` if it was removed already.
     pub stored_at: Option<Timestamp>,
 }
 
-/// Up to where a consumer had acknowledged everything.
+/// The sequence up to which a consumer has acknowledged all messages.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AckFloor {
     pub stream: String,
     pub sequence: u64,
-    /// The subjects that the consumer took then; empty for all of the stream.
+    /// The subjects that the consumer was filtered by; empty for the whole stream.
     pub subjects: Vec<String>,
-    /// Messages up to this sequence may have been passed over while the consumer took other subjects; 0 for none.
+    /// Messages up to this sequence may have been skipped while the filter was different; 0 for
+    /// none.
     #[serde(default)]
     pub skipped_up_to: u64,
 }
 
-/// A mark.
+/// A watermark.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Watermark {
     pub name: String,
@@ -55,20 +58,20 @@ pub struct Watermark {
     pub seen: BrokerState,
 }
 
-/// The marks of a database, as they are compared with what stands on the stream of marks.
+/// The watermarks of a database, for the comparison with the watermark stream.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Watermarks {
     /// The newest one.
     pub last: Option<Watermark>,
-    /// The newest one that the broker acknowledged: when it was written, and its sequence on the stream of marks.
+    /// The newest acknowledged one: when it was written, and its sequence on the watermark stream.
     pub acknowledged: Option<(Timestamp, u64)>,
-    /// When the mark that was asked about was written; none when it is not here.
+    /// When the requested watermark was written; `None` if the database does not have it.
     pub known: Option<Timestamp>,
-    /// Whether outputs are known that a recovery found on their streams.
+    /// Whether the database has recovered outputs.
     pub has_recovered: bool,
 }
 
-/// Where an output was found by a recovery.
+/// The place where a recovery found an output.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RecoveredOutput {
     pub id: String,
@@ -82,5 +85,7 @@ pub(super) fn broker_state_to_text(seen: &BrokerState) -> Result<String> {
 
 pub(super) fn broker_state_from_text(text: &str) -> Result<BrokerState> {
     let seen = serde_json::from_str(text);
-    seen.map_err(|error| StoreError::Unavailable(anyhow::Error::new(error).context("read a mark")))
+    seen.map_err(|error| {
+        StoreError::Unavailable(anyhow::Error::new(error).context("read a watermark"))
+    })
 }

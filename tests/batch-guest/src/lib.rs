@@ -1,8 +1,11 @@
-//! A batch handler for the tests: all effects of a batch with one statement, and its size in an output header.
+//! A batch handler for the tests: one statement for all effects, and the batch size in the outputs.
 //!
-//! What to do with a message stands in its header `do`: `insert` (the usual), `reject` or `fail` before any effect,
-//! `late-reject` after all effects, `trap` and `violate` after all effects, `uncaused` for an output that names no message,
-//! and `short` for an answer that is one too short.
+//! The header `do` of a message selects its behaviour:
+//! - `insert`: the default.
+//! - `reject` or `fail`: before any effect.
+//! - `late-reject`, `trap` or `violate`: after all effects.
+//! - `uncaused`: an output without a causing message.
+//! - `short`: a result list that is one too short.
 
 use oncely_guest::prelude::*;
 use serde_json::json;
@@ -14,9 +17,9 @@ fn handle(messages: &[Message]) -> Vec<Result<(), Failure>> {
     let is = |message: &Message, what: &str| message.header("do") == Some(what);
     let any = |what: &str| messages.iter().any(|message| is(message, what));
     let refused = |message: &Message, late: bool| match message.header("do") {
-        Some("reject") if !late => Err(Failure::reject("told to reject")),
-        Some("fail") if !late => Err(Failure::retry("told to fail")),
-        Some("late-reject") if late => Err(Failure::reject("told to reject late")),
+        Some("reject") if !late => Err(Failure::reject("requested reject")),
+        Some("fail") if !late => Err(Failure::retry("requested failure")),
+        Some("late-reject") if late => Err(Failure::reject("requested late reject")),
         _ => Ok(()),
     };
     let early: Vec<_> = messages
@@ -30,7 +33,7 @@ fn handle(messages: &[Message]) -> Vec<Result<(), Failure>> {
         return messages.iter().map(|_| Err(failure.clone())).collect();
     }
     if any("trap") {
-        panic!("told to panic");
+        panic!("requested panic");
     }
     if any("violate") {
         let twice = sql::execute("insert into once (id) values ('a'), ('a')", params![]);

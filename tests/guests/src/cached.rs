@@ -1,8 +1,8 @@
-//! Does things with the cache in turn and logs what it saw: `key: value`, `key: nothing`, or the refusal.
+//! Performs cache operations and logs the results: `key: value`, `key: nothing`, or the refusal.
 //!
-//! Options: `{"cache": [...], "key": "k", "value": "v", "ttl_ms": 60000, "tags": ["t"], "size": 10}`. It may `get`, `put`,
-//! `invalidate`, `put_large` (so many bytes, under the key), `put_keys` (as many values as the size says) and `echo`, which sends
-//! what is under the key to `out.cached`.
+//! Options: `{"cache": [...], "key": "k", "value": "v", "ttl_ms": 60000, "tags": ["t"], "size":
+//! 10}`. Operations: `get`, `put`, `invalidate`, `put_large` (a value of `size` bytes), `put_keys`
+//! (`size` values) and `echo`, which sends the cached value to `out.cached`.
 
 use std::fmt::Debug;
 use std::time::Duration;
@@ -66,7 +66,7 @@ pub fn run(message: &Message) -> Result<(), Failure> {
             }
             other => {
                 return Err(Failure::reject(format!(
-                    "there is no `{other}` to do with the cache"
+                    "unknown cache operation `{other}`"
                 )));
             }
         }
@@ -74,8 +74,8 @@ pub fn run(message: &Message) -> Result<(), Failure> {
     Ok(())
 }
 
-fn log_refusal(what: &str, result: Result<(), impl Debug>) {
+fn log_refusal(operation: &str, result: Result<(), impl Debug>) {
     if let Err(error) = result {
-        log::info!("{what} refused: {error:?}");
+        log::info!("{operation} refused: {error:?}");
     }
 }

@@ -1,4 +1,4 @@
-//! Sends to `out.calls` which call of its instance this is: 1 in a fresh one.
+//! Sends the number of calls to this instance to `out.calls`: 1 in a fresh one.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 

@@ -1,4 +1,4 @@
-//! Sends all configuration as a JSON object to `out.config`.
+//! Sends the whole configuration as a JSON object to `out.config`.
 
 use std::collections::BTreeMap;
 

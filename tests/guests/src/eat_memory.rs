@@ -1,4 +1,4 @@
-//! Allocates without bound, and writes to what it gets so that it is really there.
+//! Allocates without bound and writes to every page, so that the memory is really used.
 
 use std::hint::black_box;
 

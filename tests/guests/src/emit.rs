@@ -1,7 +1,7 @@
 //! Sends `n` messages to `subject`, each with its number as the body.
 //!
-//! Options: `{"n": 1, "subject": "out.x", "id": null, "ordering_key": null, "delay_ms": null, "exact_id": null}`. With an
-//! `id`, the number is appended to it; an `exact_id` is used as it is.
+//! Options: `{"n": 1, "subject": "out.x", "id": null, "ordering_key": null, "delay_ms": null,
+//! "exact_id": null}`. The number is appended to an `id`; an `exact_id` is used unchanged.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! Sends one message of `bytes` bytes to `out.huge`: more than any broker takes.
+//! Sends one message of `bytes` bytes to `out.huge`: more than any broker accepts.
 //!
 //! Options: `{"bytes": 10485760}`.
 

@@ -1,4 +1,4 @@
-//! Sends `n` small messages to `out.many`: more than a delivery may.
+//! Sends `n` small messages to `out.many`: more than the output limit of a delivery.
 //!
 //! Options: `{"n": 100000}`.
 

@@ -1,4 +1,4 @@
-//! Sends to a subject that no manifest of the tests grants.
+//! Sends to a subject that no test manifest grants.
 
 use oncely_guest::{Failure, outbox, outbox::Outgoing};
 

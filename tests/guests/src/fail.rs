@@ -1,6 +1,6 @@
-//! Asks for a retry, every time.
+//! Requests a retry on every attempt.
 //!
-//! Options: `{"after_ms": null, "code": null}`; with `after_ms` it asks for no retry before that long.
+//! Options: `{"after_ms": null, "code": null}`; `after_ms` is the earliest retry.
 
 use std::time::Duration;
 
@@ -17,10 +17,11 @@ struct Options {
 pub fn run(message: &Message) -> Result<(), Failure> {
     let options: Options = crate::options(message)?;
     let failure = match options.after_ms {
-        Some(after_ms) => {
-            Failure::retry_after(Duration::from_millis(after_ms), "told to fail for a while")
-        }
-        None => Failure::retry("told to fail"),
+        Some(after_ms) => Failure::retry_after(
+            Duration::from_millis(after_ms),
+            "requested failure with a delay",
+        ),
+        None => Failure::retry("requested failure"),
     };
     Err(Failure {
         code: options.code,

@@ -1,6 +1,6 @@
-//! Asks for a retry until the attempt with a given number, which succeeds; `fail_once` is `{"attempt": 2}`.
+//! Requests a retry until the attempt with a given number; `fail_once` is `{"attempt": 2}`.
 //!
-//! Options: `{"attempt": 2, "after_ms": null}`; with `after_ms` it asks for no retry before that long.
+//! Options: `{"attempt": 2, "after_ms": null}`; `after_ms` is the earliest retry.
 
 use std::time::Duration;
 
@@ -40,5 +40,5 @@ pub fn run_until(first_to_succeed: u32) -> Result<(), Failure> {
     if attempt >= first_to_succeed {
         return Ok(());
     }
-    Err(Failure::retry(format!("attempt {attempt} was told to fail")).code("told-to-fail"))
+    Err(Failure::retry(format!("requested failure of attempt {attempt}")).code("requested-failure"))
 }

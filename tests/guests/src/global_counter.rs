@@ -1,4 +1,4 @@
-//! Counts in a static and rejects when a message before left something there: each gets a fresh instance.
+//! Counts in a static and rejects if an earlier message changed it: instances are never shared.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 

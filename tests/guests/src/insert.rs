@@ -1,8 +1,8 @@
-//! The ledger in small: writes two rows that sum to zero into `effect` and sends `n` messages that tell of it.
+//! The basic effect: two rows that sum to zero in `effect`, and `n` outputs.
 //!
-//! Options: `{"from": "a", "to": "b", "delta": 1, "n": 1, "subject": "out.effect"}`. Each message is
-//! `{"event_id", "ordinal", "delta", "attempt_nonce"}`. The nonce is random, so whoever sees rows and messages of one
-//! event with different nonces has found an effect that came from two attempts.
+//! Options: `{"from": "a", "to": "b", "delta": 1, "n": 1, "subject": "out.effect"}`. Each output is
+//! `{"event_id", "ordinal", "delta", "attempt_nonce"}`. The nonce is random. Rows and outputs of
+//! one event with different nonces therefore prove an effect from two attempts.
 
 use oncely_guest::{Failure, Message, outbox, outbox::Outgoing, params, sql};
 use serde::Deserialize;

@@ -1,8 +1,9 @@
-//! Looks at what the host can tell and logs what it saw, in the order asked for.
+//! Calls host functions in a given order and logs their results.
 //!
-//! Options: `{"inspect": ["now"], "times": 1, "bytes": 16, "key": "counter", "sql": "select 1"}`. It may look at `now`,
-//! `attempt`, `remaining`, `wall`, `monotonic`, `random` (so many bytes), `seed`, `sleep` (a millisecond), `state` and `cache` (under the
-//! key) and `sql` (how many rows the statement has), each as often as `times` says.
+//! Options: `{"inspect": ["now"], "times": 1, "bytes": 16, "key": "counter", "sql": "select 1"}`.
+//! Functions: `now`, `attempt`, `remaining`, `wall`, `monotonic`, `random` (`bytes` bytes), `seed`,
+//! `sleep` (a millisecond), `state` and `cache` (of `key`) and `sql` (the number of rows). Each is
+//! called `times` times.
 
 use std::fmt::Debug;
 
@@ -57,7 +58,7 @@ fn inspect(what: &str, options: &Options) -> Result<(), Failure> {
         "state" => &state::get(&options.key)?.map(|entry| entry.version),
         "cache" => &cache::get(&options.key)?,
         "sql" => &sql::query(&options.sql, params![])?.len(),
-        other => return Err(Failure::reject(format!("there is no `{other}` to look at"))),
+        other => return Err(Failure::reject(format!("unknown host function `{other}`"))),
     };
     log::info!("{what}: {value:?}");
     Ok(())

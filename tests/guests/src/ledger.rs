@@ -1,10 +1,11 @@
-//! The ledger in full: what `insert` does, and moves balances, counts in keyed state and sends outputs with a checksum.
+//! The full effect: `insert` plus balances, a count in keyed state and outputs with a checksum.
 //!
-//! Options: `{"from": "a", "to": "b", "delta": 1, "n": 1, "key": "k", "seq": 0, "delay_ms": 0, "header": null}`. Each
-//! output is `{"event_id", "ordinal", "key", "seq", "count", "delayed", "attempt_nonce", "padding", "checksum"}`, where the count is
-//! that of keyed state, outputs of a key have it as their ordering key, and the checksum is the
-//! FNV-1a hash of `{event_id}/{ordinal}/{attempt_nonce}/{padding}`; the first one waits for the delay. With `header`,
-//! outputs carry a header of that name.
+//! Options: `{"from": "a", "to": "b", "delta": 1, "n": 1, "key": "k", "seq": 0, "delay_ms": 0,
+//! "header": null}`. Each output is `{"event_id", "ordinal", "key", "seq", "count", "delayed",
+//! "attempt_nonce", "padding", "checksum"}`. The count is that of the keyed state, and the key is
+//! the ordering key. The checksum is the FNV-1a hash of
+//! `{event_id}/{ordinal}/{attempt_nonce}/{padding}`. The first output waits for the delay. With
+//! `header`, outputs carry a header of that name.
 
 use std::time::Duration;
 

@@ -1,8 +1,8 @@
-//! Guests for the tests, honest and hostile: one component, one file per behaviour.
+//! Test guests, honest and hostile: one component, one file per behaviour.
 //!
-//! What to do stands in the header `do`, or else in the field `do` of a JSON body. Several names separated by commas
-//! are done in turn, so that `insert,trap` shows what becomes of the rows of a handler that traps. The body may hold
-//! a behaviour's options as JSON; each file says which.
+//! The behaviour is in the header `do`, or else in the field `do` of a JSON body. Several names,
+//! separated by commas, run in sequence: `insert,trap` tests that the rows of a trapping handler
+//! are rolled back. A JSON body may hold the options of a behaviour; each file documents its own.
 
 use oncely_guest::{Failure, Message};
 use serde::Deserialize;
@@ -84,8 +84,7 @@ fn run(behaviour: &str, message: &Message) -> Result<(), Failure> {
         "trap" => trap::run(),
         "version" => version::run(),
         other => {
-            Err(Failure::reject(format!("there is no behaviour `{other}`"))
-                .code("unknown-behaviour"))
+            Err(Failure::reject(format!("unknown behaviour `{other}`")).code("unknown-behaviour"))
         }
     }
 }
@@ -101,7 +100,7 @@ fn behaviours(message: &Message) -> Result<String, Failure> {
     }
 }
 
-/// A behaviour's options from a JSON body; those that are not there, and all of them when there is no body, are usual.
+/// The options of a behaviour from a JSON body; absent ones have their defaults.
 fn options<T: DeserializeOwned>(message: &Message) -> Result<T, Failure> {
     if message.body.is_empty() {
         return serde_json::from_str("{}").map_err(Failure::from);

@@ -1,4 +1,4 @@
-//! Writes many lines to the log, of all levels, and one each to standard output and standard error.
+//! Writes many log lines of all levels, and one line each to standard output and standard error.
 //!
 //! Options: `{"lines": 10000, "bytes": 100}`.
 
@@ -24,7 +24,7 @@ impl Default for Options {
 #[allow(
     clippy::print_stdout,
     clippy::print_stderr,
-    reason = "what becomes of them is what the tests look at"
+    reason = "the tests check how the host handles them"
 )]
 pub fn run(message: &Message) -> Result<(), Failure> {
     use log::Level::{Critical, Debug, Error, Info, Trace, Warn};

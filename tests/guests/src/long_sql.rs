@@ -1,7 +1,7 @@
-//! Runs a statement that is followed by `bytes` bytes of a filler: what a message could not carry, a handler can make.
+//! Runs a statement followed by `bytes` bytes of filler: longer than any message could carry.
 //!
-//! Options: `{"statement": "select 1", "filler": ";", "bytes": 8388608}`. The database's, or the host's, error is a reject
-//! with the error's text.
+//! Options: `{"statement": "select 1", "filler": ";", "bytes": 8388608}`. An error of the database
+//! or the host becomes a reject with the error's text.
 
 use oncely_guest::{Failure, Message, params, sql};
 use serde::Deserialize;

@@ -2,7 +2,7 @@
 
 use oncely_guest::Failure;
 
-#[allow(clippy::panic, reason = "that is what it is for")]
+#[allow(clippy::panic, reason = "the behaviour under test")]
 pub fn run() -> Result<(), Failure> {
-    panic!("told to panic");
+    panic!("requested panic");
 }

@@ -1,4 +1,4 @@
-//! Calls itself without end until the stack overflows.
+//! Recurses without end until the stack overflows.
 
 use std::hint::black_box;
 
@@ -7,12 +7,12 @@ use oncely_guest::Failure;
 pub fn run() -> Result<(), Failure> {
     match deeper(0) {
         0 => Ok(()),
-        depth => Err(Failure::reject(format!("came back from depth {depth}"))),
+        depth => Err(Failure::reject(format!("returned from depth {depth}"))),
     }
 }
 
-#[allow(unconditional_recursion, reason = "that is what it is for")]
+#[allow(unconditional_recursion, reason = "the behaviour under test")]
 fn deeper(depth: u64) -> u64 {
-    // Looking at the result keeps the call from becoming a jump.
+    // Using the result prevents a tail call.
     black_box(deeper(black_box(depth + 1))) + 1
 }

@@ -1,6 +1,6 @@
 //! Rejects the message.
 //!
-//! Options: `{"code": "told-to-reject", "message": "told to reject"}`.
+//! Options: `{"code": "requested-reject", "message": "requested reject"}`.
 
 use oncely_guest::{Failure, Message};
 use serde::Deserialize;
@@ -15,8 +15,8 @@ struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self {
-            code: "told-to-reject".to_owned(),
-            message: "told to reject".to_owned(),
+            code: "requested-reject".to_owned(),
+            message: "requested reject".to_owned(),
         }
     }
 }

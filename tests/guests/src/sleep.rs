@@ -1,4 +1,4 @@
-//! Sleeps inside the host, where no fuel and no epoch reaches it.
+//! Sleeps inside a host call, where neither fuel nor epochs apply.
 //!
 //! Options: `{"sleep_ms": 3600000}`.
 

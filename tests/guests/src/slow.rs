@@ -1,6 +1,6 @@
-//! Works for a while and then succeeds.
+//! Runs for a while and then succeeds.
 //!
-//! Options: `{"ms": 1000, "sql": false}`; with `sql` it works in the database, statement by statement.
+//! Options: `{"ms": 1000, "sql": false}`; with `sql` it runs statements in the database.
 
 use std::hint::black_box;
 

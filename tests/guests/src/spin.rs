@@ -1,12 +1,12 @@
-//! Loops for ever.
+//! Loops forever.
 
 use std::hint::black_box;
 
 use oncely_guest::Failure;
 
 pub fn run() -> Result<(), Failure> {
-    let mut turns = 0_u64;
+    let mut count = 0_u64;
     loop {
-        turns = black_box(turns.wrapping_add(1));
+        count = black_box(count.wrapping_add(1));
     }
 }

@@ -1,7 +1,7 @@
-//! Runs the SQL text that the body holds; a JSON body holds it as `{"sql": "...", "params": [...]}`.
+//! Runs the SQL text of the body; a JSON body holds `{"sql": "...", "params": [...]}`.
 //!
-//! What the database answers is sent to `out.rows` as `{"columns": [...], "rows": [[...], ...]}`. An error is a reject
-//! with the error's text, its kind in words as the code.
+//! The result goes to `out.rows` as `{"columns": [...], "rows": [[...], ...]}`. An error becomes a
+//! reject with the error's text and its kind as the code.
 
 use oncely_guest::sql::{self, ErrorKind, Row, Value};
 use oncely_guest::{Failure, Message, outbox, outbox::Outgoing};
@@ -50,7 +50,7 @@ fn parameter(value: &serde_json::Value) -> Result<Value, Failure> {
         serde_json::Value::Number(number) => match (number.as_i64(), number.as_f64()) {
             (Some(integer), _) => Value::Int64(integer),
             (None, Some(float)) => Value::Float64(float),
-            (None, None) => return Err(Failure::reject(format!("{number} fits no parameter"))),
+            (None, None) => return Err(Failure::reject(format!("unsupported parameter {number}"))),
         },
         structured => Value::json(structured)?,
     })

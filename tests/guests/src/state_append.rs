@@ -1,6 +1,6 @@
-//! Appends the message's id to a list in keyed state, which then tells in which order messages took effect.
+//! Appends the message's id to a list in keyed state, which records the order of effects.
 //!
-//! Options: `{"list": "order"}`; its key is `order`, or what stands in `list`.
+//! Options: `{"list": "order"}`, the key of the list.
 
 use oncely_guest::{Failure, Message, state};
 use serde::Deserialize;

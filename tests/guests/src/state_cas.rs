@@ -1,5 +1,6 @@
-//! Sets a key if it still has an expected version and sends `{"key", "version"}` to `out.state`; rejects with the code
-//! `version-mismatch` when it has not.
+//! Sets a key if it still has an expected version.
+//!
+//! It sends `{"key", "version"}` to `out.state`, or rejects with the code `version-mismatch`.
 //!
 //! Options: `{"key": "cas", "expected": null, "value": "x"}`.
 

@@ -1,5 +1,6 @@
-//! Adds one to a key and sends `{"key", "value", "version", "padding"}` to `out.state`, in the order of the key unless told
-//! otherwise.
+//! Adds one to a key and sends the new value, by default in the order of the key.
+//!
+//! The output to `out.state` is `{"key", "value", "version", "padding"}`.
 //!
 //! Options: `{"key": "counter", "padding": 0, "ordered": true}`, the padding in bytes.
 

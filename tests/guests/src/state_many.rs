@@ -1,4 +1,4 @@
-//! Sets `keys` keys to values of `size` bytes each, after it has read `reads` others.
+//! Sets `keys` keys to values of `size` bytes each, after reading `reads` others.
 //!
 //! Options: `{"keys": 0, "size": 1, "reads": 0}`.
 

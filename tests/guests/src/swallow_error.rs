@@ -1,5 +1,6 @@
-//! Does something that fails, keeps quiet about it and returns ok; the host must not take its word. Or says what the
-//! failure means, which the host must hear.
+//! Ignores a failed host call and returns ok, or maps the failure to a reject.
+//!
+//! The host must not accept the former, and must accept the latter.
 //!
 //! Options: `{"what": "send"}`, `{"what": "unique"}` or `{"what": "reject_unique"}`.
 
@@ -24,10 +25,7 @@ struct Options {
 pub fn run(message: &Message) -> Result<(), Failure> {
     let options: Options = crate::options(message)?;
     match options.what {
-        Misbehaviour::Send => drop(outbox::send(Outgoing::new(
-            "forbidden.subject",
-            "nobody will notice",
-        ))),
+        Misbehaviour::Send => drop(outbox::send(Outgoing::new("forbidden.subject", "ignored"))),
         Misbehaviour::Unique => {
             let insert = "insert into once (id) values ($1)";
             sql::execute(insert, params![message.id])?;
@@ -36,7 +34,7 @@ pub fn run(message: &Message) -> Result<(), Failure> {
         Misbehaviour::RejectUnique => {
             let insert = "insert into once (id) values ($1), ($1)";
             sql::execute(insert, params![message.id]).map_err(|error| {
-                Failure::reject(format!("it was there before: {error}")).code("known")
+                Failure::reject(format!("duplicate row: {error}")).code("known")
             })?;
         }
     }

@@ -1,4 +1,4 @@
-//! Runs into an `unreachable` instruction.
+//! Executes an `unreachable` instruction.
 
 use oncely_guest::Failure;
 

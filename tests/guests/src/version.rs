@@ -1,5 +1,7 @@
-//! Tells which deployment runs: sends `{"worker", "version", "label", "id", "attempt", "max_attempts"}` to `out.version`.
-//! The label is the config value `label`, null when it is not set.
+//! Reports the running deployment.
+//!
+//! It sends `{"worker", "version", "label", "id", "attempt", "max_attempts"}` to `out.version`. The
+//! label is the config value `label`, or null.
 
 use oncely_guest::{Failure, config, invocation, outbox, outbox::Outgoing};
 use serde_json::json;

@@ -1,12 +1,22 @@
-//! An HTTP worker for the tests: each request says in its body what to do, and effects are told apart by a nonce.
+//! An HTTP worker for the tests: the body of a request lists its steps, and a nonce marks effects.
 //!
-//! The body is JSON: `{"event": "e1", "do": ["effect", "state", "send"], "status": 200, "say": "text", "ms": 0}`. `do` may hold
-//! `effect` (two rows of `effect`, in the balance), `state` (counts in the key `count`), `send` (one output), `violate` (a
-//! statement that fails, swallowed), `swallow` (the same, and the answer says it worked), `trap`, `spin`, `slow` (waits in the
-//! database for `ms`) and `huge` (a body of `ms` MiB) and `invalidate` (the tag
-//! `event:` and the event). A GET answers with the number of effects of the event in its query;
-//! with `write` in the query it tries to write. Further parts of its query: `echo` adds the request's headers (escaped) and body to the
-//! answer, `status=NUMBER` sets its status, and each `h=NAME:VALUE` adds a header.
+//! The body is JSON:
+//! `{"event": "e1", "do": ["effect", "state", "send"], "status": 200, "say": "text", "ms": 0}`.
+//!
+//! Steps of `do`:
+//! - `effect`: two rows in `effect` that sum to zero.
+//! - `state`: counts in the key `count`.
+//! - `send`: one output.
+//! - `violate`: a failed statement, ignored.
+//! - `swallow`: the same, but with a success as the answer.
+//! - `trap`, `spin`: as named.
+//! - `slow`: runs in the database for `ms`.
+//! - `huge`: a body of `ms` MiB.
+//! - `invalidate`: the tag `event:` plus the event.
+//!
+//! A GET answers with the number of effects of the event in its query. With `write` it tries to
+//! write. With `echo` it adds the request's headers (escaped) and body to the answer.
+//! `status=NUMBER` sets the status, and each `h=NAME:VALUE` adds a header.
 
 use oncely_guest::http::{Request, Response};
 use oncely_guest::prelude::*;
@@ -80,7 +90,7 @@ fn run_step(step: &str, wanted: &Wanted, nonce: &str, body: &mut Vec<u8>) -> Res
         "violate" | "swallow" => {
             let _ = sql::execute("insert into once (id) values ('a'), ('a')", params![]);
         }
-        "trap" => panic!("told to panic"),
+        "trap" => panic!("requested panic"),
         "spin" => loop {
             std::hint::black_box(());
         },
@@ -96,7 +106,7 @@ fn run_step(step: &str, wanted: &Wanted, nonce: &str, body: &mut Vec<u8>) -> Res
     Ok(())
 }
 
-/// Works in the database, the longer the larger its parameter.
+/// A query whose run time grows with its parameter.
 const SLOW: &str =
     "with recursive n (i) as (select 1 union all select i + 1 from n where i < $1 * 3000)
     select count(*) from n";
@@ -150,7 +160,7 @@ fn read(request: &Request) -> Result<Response, Response> {
     )
 }
 
-/// Another one for each run.
+/// A new nonce for each run.
 fn nonce() -> String {
     format!("{}-{}", invocation::id(), invocation::now())
 }

@@ -1,4 +1,4 @@
-//! Every way to log in, on both connections of a host: one publishes and acknowledges, messages come by the other.
+//! Every login method, on both connections of a host: one publishes and acks, the other receives.
 
 use std::path::{Path, PathBuf};
 
@@ -11,7 +11,7 @@ use support::nats::NatsServer;
 
 use super::{message, next, outgoing, proof, pull_from, until};
 
-/// Takes a message from a server with this configuration, and acknowledges it.
+/// Receives a message from a server with this configuration and acknowledges it.
 async fn check_login(configuration: &str, options: ConnectOptions, nats: Nats) -> Result<()> {
     let server = NatsServer::start_secured(configuration, options).await?;
     let bus = Bus::connect(&Nats {
@@ -80,7 +80,7 @@ async fn an_nkey_logs_both_connections_in() -> Result<()> {
     .await
 }
 
-/// Certificates of an authority of the test's own.
+/// Certificates of a test authority.
 struct Certificates {
     authority: PathBuf,
     server: (PathBuf, PathBuf),
@@ -157,7 +157,7 @@ async fn both_connections_use_tls_with_the_clients_certificate() -> Result<()> {
         .context("with TLS first")
 }
 
-/// How a host would connect with a context of the `nats` tool.
+/// The settings that a host derives from a context of the `nats` tool.
 fn nats_from_context(folder: &Path, context: &serde_json::Value) -> Result<Nats> {
     let contexts = folder.join("nats/context");
     std::fs::create_dir_all(&contexts)?;
@@ -179,7 +179,7 @@ fn password(password: &str) -> (String, ConnectOptions) {
     )
 }
 
-/// Takes messages over and over, whatever login the server wants by now.
+/// Receives messages repeatedly while the server changes its login.
 async fn check_rotation(
     (first, first_options): (String, ConnectOptions),
     (second, second_options): (String, ConnectOptions),

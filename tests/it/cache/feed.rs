@@ -1,4 +1,4 @@
-//! What one host commits the others hear of, whatever happens in between.
+//! The invalidation feed: every commit of one host reaches the others, despite failures in between.
 
 use std::time::Instant;
 
@@ -13,7 +13,8 @@ use support::world::{PATIENCE, World, manifest};
 
 use super::*;
 
-/// How long after a write another host may still answer with what was before it, when nothing is broken.
+/// Maximum time after a write in which another host may still return the old value, without
+/// failures.
 const BOUND: Duration = Duration::from_secs(2);
 
 async fn bus(nats: &NatsServer) -> Result<Bus> {
@@ -25,7 +26,7 @@ async fn bus(nats: &NatsServer) -> Result<Bus> {
     .await
 }
 
-/// The cache of a second host in the test's own process, which listens as hosts do.
+/// The cache of a second host in the test process, subscribed like a host's.
 async fn second_host(world: &World, redis: Option<&Redis>, stop: &Stop) -> Result<Cache> {
     let cache = host(redis)?;
     let feed = bus(&world.nats).await?.feed(CACHE_STREAM).await?;
@@ -33,7 +34,7 @@ async fn second_host(world: &World, redis: Option<&Redis>, stop: &Stop) -> Resul
     Ok(cache)
 }
 
-/// Keeps a value of the worker `test` there.
+/// Caches a value of the worker `test`.
 async fn keep(cache: &Cache, name: &str) {
     let loaded = Loaded::cacheable(Bytes::from_static(b"old"), tags(&[name]), LONG);
     cache
@@ -45,11 +46,11 @@ async fn keep(cache: &Cache, name: &str) {
         .await;
 }
 
-/// Waits until a cache has no value any more.
+/// Waits until a cache has no value.
 async fn until_forgotten(cache: &Cache, name: &str) -> Result<()> {
     let end = Instant::now() + PATIENCE;
     while cache.get(&CacheKey::value("test", name)).await.is_some() {
-        anyhow::ensure!(Instant::now() < end, "`{name}` is still there");
+        anyhow::ensure!(Instant::now() < end, "`{name}` is still cached");
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     Ok(())
@@ -99,7 +100,7 @@ both!(
                 shared.is_some()
             );
             assert!(slowest < BOUND, "{slowest:?}");
-            // Nobody forgets what nobody invalidated.
+            // A value that was not invalidated stays.
             keep(&other, "untouched").await;
             world
                 .nats
@@ -130,7 +131,9 @@ both!(
             .nats
             .publish_all(vec![to_invalidate("e1", "slow,cached", "k")])
             .await?;
-        // The broker stands still when the handler is at work, so that nothing can be told; then the host dies.
+
+        // Pause the broker while the handler runs, so that nothing can be published. Then kill the
+        // host.
         let at_work = async {
             let in_flight = r#"oncely_in_flight_messages{worker="test"}"#;
             while support::metrics::value(&support::metrics::scrape(&world).await?, in_flight)
@@ -142,7 +145,7 @@ both!(
         };
         tokio::time::timeout(PATIENCE, at_work)
             .await
-            .context("the handler never begins")??;
+            .context("wait for the handler to begin")??;
         world.nats.pause()?;
         world
             .until("select count(*) from oncely.inbox where event_id = 'e1'", 1)
@@ -150,7 +153,7 @@ both!(
         world.kill_host()?;
         assert!(
             other.get(&CacheKey::value("test", "k")).await.is_some(),
-            "it was told before it was to be"
+            "the invalidation arrived before its publication"
         );
         world.nats.resume()?;
         world.start_host().await?;
@@ -177,13 +180,15 @@ async fn a_feed_resumes_at_its_position_and_reports_a_gap() -> Result<()> {
     publish(&nats, "before").await?;
     let mut feed = listens.feed(CACHE_STREAM).await?;
     let mut next_message = async || loop {
-        // As the host does: what goes wrong is tried again.
+        // Like a host, retry on errors.
         match tokio::time::timeout(PATIENCE, feed.next()).await? {
             Ok(received) => return anyhow::Ok(received),
             Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
         }
     };
     let message = |body: &'static str| FeedEvent::Message(Bytes::from_static(body.as_bytes()));
+
+    // Resume after a restart of the broker
     publish(&nats, "1").await?;
     assert_eq!(next_message().await?, message("1"));
     nats.kill()?;
@@ -194,7 +199,8 @@ async fn a_feed_resumes_at_its_position_and_reports_a_gap() -> Result<()> {
         (next_message().await?, next_message().await?),
         (message("2"), message("3"))
     );
-    // What was published meanwhile is gone by the time it listens again.
+
+    // The messages published meanwhile are gone before the feed reconnects.
     nats.kill()?;
     nats.restart().await?;
     let context = async_nats::jetstream::new(nats.client().await?);
@@ -206,6 +212,8 @@ async fn a_feed_resumes_at_its_position_and_reports_a_gap() -> Result<()> {
         received == message("4") || received == FeedEvent::Gap,
         "{received:?}"
     );
+
+    // Report a gap after the stream was recreated
     context.delete_stream(CACHE_STREAM).await?;
     listens.ensure_stream(&spec).await?;
     publish(&nats, "6").await?;
@@ -219,7 +227,7 @@ async fn a_feed_resumes_at_its_position_and_reports_a_gap() -> Result<()> {
     };
     tokio::time::timeout(PATIENCE, until_known)
         .await
-        .context("the gap is never told of")??;
+        .context("wait for the gap event")??;
     publish(&nats, "7").await?;
     while next_message().await? != message("7") {}
     Ok(())

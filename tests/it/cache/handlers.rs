@@ -1,4 +1,4 @@
-//! The cache as handlers have it: what they leave takes effect with their commit, and not at all without.
+//! The cache of handlers: cache writes take effect with the commit, and only then.
 
 use oncely::delivery::{BatchResult, Delivery, Savepoints};
 use oncely::model::message::Message;
@@ -11,7 +11,7 @@ use crate::positions::{DeliveryHarness, message};
 
 const TWO_ATTEMPTS: &str = "[worker.retry]\nattempts = 2\n";
 
-/// A harness whose cache is on this Redis.
+/// A harness whose cache uses this Redis.
 async fn harness(kind: Kind, redis: &Redis) -> Result<DeliveryHarness> {
     let mut harness = DeliveryHarness::new(kind, TWO_ATTEMPTS).await?;
     harness.delivery = Delivery {
@@ -34,7 +34,7 @@ async fn found(harness: &DeliveryHarness, name: &str) -> Option<String> {
     found.map(|found| text(&found).to_owned())
 }
 
-/// What a delivery sent to `out.cached`.
+/// The outputs of a delivery to `out.cached`.
 fn echoes(delivered: &BatchResult) -> Vec<String> {
     let echoes = delivered
         .outputs
@@ -72,10 +72,11 @@ both!(
         let on_the_other = other
             .get(&CacheKey::value("test", "k"))
             .await
-            .context("it is not in Redis")?;
+            .context("find the value in Redis")?;
         assert_eq!(text(&on_the_other), "1");
 
-        // What a delivery invalidated and put itself it sees; the others see it after the commit.
+        // A delivery sees its own invalidations and puts at once, other deliveries after its
+        // commit.
         let both = r#"{"cache": ["invalidate", "echo", "put", "echo"], "key": "k", "value": "2", "tags": ["t"]}"#;
         let delivered = harness.deliver(&[cached("both", "cached", both)]).await?;
         assert_eq!(echoes(&delivered), ["", "2"]);
@@ -85,7 +86,7 @@ both!(
                 &host(Some(&redis))?
                     .get(&CacheKey::value("test", "k"))
                     .await
-                    .context("not in Redis")?
+                    .context("find the value in Redis")?
             ),
             "2"
         );
@@ -98,7 +99,7 @@ both!(
             (&"test".into(), &serde_json::json!(["t"]))
         );
 
-        // One message for a transaction, whoever of its members invalidated what.
+        // One message per transaction, for the invalidations of all its items.
         let batch: Vec<_> = (0..5)
             .map(|n| {
                 cached(
@@ -118,7 +119,8 @@ both!(
             serde_json::json!(["t", "t0", "t1", "t2", "t3", "t4"])
         );
         assert_eq!(found(&harness, "k").await, None);
-        // Again: they are duplicates, and nothing is told twice.
+
+        // Redelivered duplicates publish no second invalidation.
         let delivered = harness.deliver(&batch).await?;
         assert!(delivered.outputs.is_empty());
         Ok(())
@@ -148,7 +150,9 @@ both!(
             "cached,sql_text",
             "insert,cached,emit_ungranted",
         ];
-        // Beside one that succeeds, at once and with the others run again; with savepoints; and alone.
+
+        // Beside a successful item, in both modes: with a rerun of the batch and with savepoints.
+        // Then alone.
         for (round, savepoints) in [(0, Savepoints::None), (1, Savepoints::PerItem)] {
             let mut batch: Vec<_> = endings
                 .iter()
@@ -182,6 +186,8 @@ both!(
                 Some("3")
             );
         }
+
+        // The failing messages alone
         for (n, ending) in endings.iter().enumerate() {
             harness
                 .deliver(&[cached(
@@ -198,10 +204,11 @@ both!(
         }
         assert_eq!(found(&harness, "kept").await.as_deref(), Some("1"));
         assert_eq!(redis.keys("*:v:failed*").await?, 0);
-        // A rehearsal changes nothing either.
+
+        // A dry run changes nothing either.
         harness
             .delivery
-            .dry_run(cached("rehearsed", "cached", &options("failed0")), 10)
+            .dry_run(cached("dry-run", "cached", &options("failed0")), 10)
             .await?;
         assert_eq!(
             (
@@ -225,7 +232,9 @@ both!(
                 r#"{"cache": ["put"], "key": "k", "value": "old", "tags": ["t"], "ms": 500}"#;
             [cached(event, "slow,cached", options)]
         };
-        // Somebody on this host, then somebody on another host that this one has not heard of, commits while the handler runs.
+
+        // While the handler runs, a writer commits: first on this host, then on another host whose
+        // invalidation has not arrived here.
         for (event, writer) in [("here", &harness.delivery.cache), ("there", &other)] {
             let messages = slow(event);
             let (delivered, ()) = tokio::join!(harness.deliver(&messages), async {
@@ -236,10 +245,11 @@ both!(
             let third = host(Some(&redis))?;
             assert!(
                 third.get(&CacheKey::value("test", "k")).await.is_none(),
-                "it is in Redis: {event}"
+                "the value is in Redis despite a write {event}"
             );
         }
-        // Without anybody in between it is.
+
+        // Without a concurrent write the value is stored.
         harness.deliver(&slow("alone")).await?;
         assert_eq!(found(&harness, "k").await.as_deref(), Some("old"));
         Ok(())
@@ -292,7 +302,8 @@ async fn a_call_over_the_cache_limits_fails_without_a_trap() -> Result<()> {
         assert_eq!(found(&harness, name).await, None, "{name}");
     }
     assert_eq!(redis.keys("*:v:refused*").await?, 1_000);
-    // Four of a megabyte have room, five do not.
+
+    // Four values of a megabyte fit into the limit, five do not.
     let large = r#"{"cache": ["put_large", "put_large", "put_large", "put_large", "put"], "size": 1048576, "value": "fifth"}"#;
     harness.deliver(&[cached("five", "cached", large)]).await?;
     assert_eq!(

@@ -1,4 +1,4 @@
-//! Redis as the layer behind all hosts: what it does while it is there, and that nobody notices when it is not.
+//! Redis as the shared layer behind all hosts, and operation without it.
 
 use std::time::Instant;
 
@@ -20,7 +20,8 @@ async fn a_value_loaded_by_one_host_is_found_in_redis_with_its_age() -> Result<(
         found.age
     );
     assert_eq!(read(&two, "k", "wrong").await?.layer, Layer::Local);
-    // Tags of other workers are others.
+
+    // Tags of other workers are separate.
     one.invalidate("other", tags(&["t"])).await;
     assert_eq!(
         read(&host(Some(&redis))?, "k", "wrong").await?.layer,
@@ -39,22 +40,24 @@ async fn a_redis_that_evicts_keys_never_revives_invalidated_values() -> Result<(
     let redis = Redis::start().await?;
     let cache = host(Some(&redis))?;
     cache.invalidate("shop", tags(&["t"])).await;
-    // Marks that are gone, of a tag or of the worker.
-    for mark in ["oncely:{shop}:t:t", "oncely:{shop}:t:"] {
+
+    // Evicted tag versions, of a tag or of the worker.
+    for version_key in ["oncely:{shop}:t:t", "oncely:{shop}:t:"] {
         read(&cache, "k", "v").await?;
         assert_eq!(
             read(&host(Some(&redis))?, "k", "v").await?.layer,
             Layer::Shared
         );
-        redis.command(&["DEL", mark]).await?;
+        redis.command(&["DEL", version_key]).await?;
         assert_eq!(
             read(&host(Some(&redis))?, "k", "v").await?.layer,
             Layer::Loaded,
-            "without {mark}"
+            "without {version_key}"
         );
         cache.invalidate("shop", tags(&["t"])).await;
     }
-    // Everything gone while somebody loads: the invalidation that it had went with it.
+
+    // A flush during a load also removes the invalidation that came during the load.
     let paused = PausedLoad::start(&cache, "old")
         .await?
         .until_loading()
@@ -69,7 +72,7 @@ async fn a_redis_that_evicts_keys_never_revives_invalidated_values() -> Result<(
     Ok(())
 }
 
-/// How long it takes to read keys that nobody has, one after the other.
+/// The time to read uncached keys one after the other.
 async fn time_of_reads(cache: &Cache, name: &str, count: usize) -> Result<Duration> {
     let began = Instant::now();
     for n in 0..count {
@@ -78,7 +81,7 @@ async fn time_of_reads(cache: &Cache, name: &str, count: usize) -> Result<Durati
     Ok(began.elapsed())
 }
 
-/// Reads keys that nobody has until Redis is in use again.
+/// Reads uncached keys until Redis is in use again.
 async fn until_shared(cache: &Cache, redis: &Redis) -> Result<()> {
     let again = async {
         for n in 0.. {
@@ -92,7 +95,7 @@ async fn until_shared(cache: &Cache, redis: &Redis) -> Result<()> {
     };
     tokio::time::timeout(Duration::from_secs(30), again)
         .await
-        .context("Redis is not used again")?
+        .context("wait until Redis is used again")?
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -123,7 +126,7 @@ async fn a_killed_or_silent_redis_costs_little_and_is_used_again() -> Result<()>
     redis.resume()?;
     until_shared(&cache, &redis).await?;
 
-    // A host that starts without Redis uses it once it is there.
+    // A host that starts without Redis uses it as soon as it is available.
     redis.kill()?;
     let late = host(Some(&redis))?;
     assert_eq!(read(&late, "k", "v").await?.layer, Layer::Loaded);
@@ -153,7 +156,7 @@ async fn values_invalidated_during_a_redis_outage_are_not_read() -> Result<()> {
         );
         assert!(!cache.measure().is_shared_up);
         assert_eq!(text(&read(&cache, "k", "new").await?), "new");
-        // More of them than are remembered one by one.
+        // More invalidations than are remembered individually.
         for n in 0..if many { 20 } else { 0 } {
             cache
                 .invalidate("shop", (0..1_000).map(|tag| format!("{n}/{tag}")))
@@ -164,7 +167,11 @@ async fn values_invalidated_during_a_redis_outage_are_not_read() -> Result<()> {
             .await?;
         until_shared(&cache, &redis).await?;
         let found = read(&host(Some(&redis))?, "k", "newer").await?;
-        assert_eq!(text(&found), "newer", "it is back from Redis");
+        assert_eq!(
+            text(&found),
+            "newer",
+            "an invalidated value came back from Redis"
+        );
         redis.command(&["FLUSHALL"]).await?;
     }
     Ok(())
@@ -175,7 +182,7 @@ async fn an_invalidation_reaches_redis_through_another_host() -> Result<()> {
     let redis = Redis::start().await?;
     let (writer, other) = (host(None)?, host(Some(&redis))?);
     read(&other, "k", "old").await?;
-    // The writer cannot reach Redis; the other hears of it, and twice.
+    // The writer cannot reach Redis. The other host receives the invalidation twice.
     let invalidation = Invalidation::new(
         "shop",
         tags(&["t"]).into_iter().collect(),
@@ -187,7 +194,7 @@ async fn an_invalidation_reaches_redis_through_another_host() -> Result<()> {
     assert_eq!(text(&read(&third, "k", "new").await?), "new");
     other.apply_invalidation(&invalidation).await;
     third.apply_invalidation(&invalidation).await;
-    // It was applied to Redis before: what was loaded after it stays there.
+    // The first one was applied to Redis: a value loaded after it stays there.
     let found = read(&host(Some(&redis))?, "k", "newer").await?;
     assert_eq!((text(&found), found.layer), ("new", Layer::Shared));
     Ok(())

@@ -1,4 +1,4 @@
-//! A workload in which few keys are asked for most of the time, on two hosts, with writers in between.
+//! A Zipf workload on two hosts: a few keys get most requests, with writes in between.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -17,10 +17,10 @@ use crate::positions::DeliveryHarness;
 const KEYS: usize = 1_000;
 const REQUESTS: usize = 60_000;
 
-/// One write among so many requests.
+/// One write per this many requests.
 const WRITES_ONE_IN: usize = 400;
 
-/// What came of the requests.
+/// Counts of the requests by layer.
 #[derive(Debug, Default)]
 struct Tally {
     layers: HashMap<&'static str, usize>,
@@ -32,7 +32,7 @@ struct Tally {
 struct Shop {
     harness: DeliveryHarness,
     hosts: [Cache; 2],
-    /// What was last committed, by article.
+    /// The last committed version by article.
     committed: Mutex<Vec<i64>>,
 }
 
@@ -56,12 +56,12 @@ impl Shop {
         let seen: i64 = text(&answer).parse()?;
         assert!(
             seen >= least,
-            "article {article} is {seen} on host {host}, after {least} was committed"
+            "article {article} is {seen} on host {host} after {least} was committed"
         );
         Ok(answer.layer)
     }
 
-    /// A write is visible on all hosts once they have heard of it.
+    /// Commits a write; it is visible on all hosts after they received its invalidation.
     async fn write(&self, host: usize, article: usize) -> Result<()> {
         let amount = self.committed.lock().unwrap()[article] + 1;
         let sql = format!("update app.balance set amount = {amount} where account = 'a{article}'");
@@ -90,7 +90,8 @@ both!(
                 rows.join(", ")
             ))
             .await?;
-        // A tenth of all keys has room in a process.
+
+        // One tenth of all keys fits into the local cache.
         let small = CacheSettings {
             size: 40_000,
             ..settings(Some(&redis))?
@@ -105,6 +106,7 @@ both!(
             committed: Mutex::new(vec![0; KEYS]),
         };
 
+        // Workload
         let zipf = WeightedIndex::new((1..=KEYS).map(|rank| 1.0 / rank as f64))?;
         let mut random = StdRng::seed_from_u64(7);
         let mut tally = Tally::default();
@@ -118,6 +120,8 @@ both!(
             })
             .collect();
         tally.writes = requests.iter().filter(|(_, _, writes)| *writes).count();
+
+        // Requests, with one write at a time
         let (shop, reads) = (&shop, &tally.database_reads);
         let write = tokio::sync::Mutex::new(());
         let write = &write;
@@ -138,6 +142,8 @@ both!(
         }
         drop(answers);
         tally.layers = layers;
+
+        // Share of each layer
         let share = |count: usize| count as f64 / REQUESTS as f64;
         let hits: usize = ["local", "shared"]
             .iter()
@@ -145,7 +151,7 @@ both!(
             .sum();
         let database_reads = tally.database_reads.load(Ordering::Relaxed);
         println!(
-            "{tally:?}: {:.2} % hits, {:.2} % read the database",
+            "{tally:?}: {:.2} % hits, {:.2} % database reads",
             share(hits) * 100.0,
             share(database_reads) * 100.0
         );

@@ -1,10 +1,10 @@
-//! Answers that a route lets be cached.
+//! Cacheable routes.
 
 use support::production::RunningHost;
 
 use super::*;
 
-/// A route that writes, and one that reads what it wrote.
+/// A route that writes, and a route that reads.
 fn cached(terms: &str) -> Result<String> {
     Ok(manifest("")?
         + "\n[[worker.route]]\npath = \"/events/{event}\"\nmethods = [\"GET\"]\ncache_tags = [\"event:{event}\"]\n"
@@ -45,7 +45,8 @@ both!(
         let found = |rows: i64, status: &str| (json!(rows), status.to_owned());
         assert_eq!(read(&url, "a").await?, found(0, MISS));
         assert_eq!(read(&url, "a").await?, found(0, HIT));
-        // What a request that fails invalidates stays valid.
+
+        // An invalidation by a failed request has no effect.
         let failed = json!({ "event": "e", "do": ["effect", "invalidate"], "status": 409 });
         assert_eq!(
             post(&world, "failed", &failed).await?.status,
@@ -53,10 +54,11 @@ both!(
         );
         post(&world, "quiet", &write("e", false)).await?;
         assert_eq!(read(&url, "a").await?, found(0, HIT));
-        post(&world, "told", &write("e", true)).await?;
+        post(&world, "invalidating", &write("e", true)).await?;
         assert_eq!(read(&url, "a").await?, found(4, MISS));
         assert_eq!(read(&url, "a").await?, found(4, HIT));
-        // Another caller, and another query, read for themselves.
+
+        // Another caller or query has its own cache entry.
         assert_eq!(read(&url, "b").await?, found(4, MISS));
         assert_eq!(read(&format!("{url}?x"), "a").await?, found(4, MISS));
         let head = send(
@@ -69,7 +71,8 @@ both!(
             (head.header("cache-status"), head.body.len()),
             (Some(HIT), 0)
         );
-        // What is not found, or fails, is not kept.
+
+        // A failure or a missing resource is not cached.
         let wrote = format!("{url}?write");
         for _ in 0..2 {
             let failed = send(reqwest::Client::new().get(&wrote)).await?;
@@ -116,10 +119,13 @@ async fn a_write_on_one_host_is_seen_on_the_other() -> Result<()> {
     let there = format!("{}/events/e", rival.ingress_url()?);
     assert_eq!(read(&there, "a").await?.1, MISS);
     assert_eq!(read(&there, "a").await?.1, HIT);
-    post(&world, "told", &write("e", true)).await?;
+    post(&world, "invalidating", &write("e", true)).await?;
     let end = Instant::now() + Duration::from_secs(10);
     while read(&there, "a").await?.0 != json!(2) {
-        anyhow::ensure!(Instant::now() < end, "the other host never heard of it");
+        anyhow::ensure!(
+            Instant::now() < end,
+            "the other host never received the invalidation"
+        );
     }
     Ok(())
 }

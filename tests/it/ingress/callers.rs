@@ -1,17 +1,17 @@
-//! One caller never gets an answer of another: neither a cached one, nor one that was kept under a key.
+//! A caller never gets another caller's answer, neither cached nor stored under a key.
 
 use reqwest::header::HeaderValue;
 
 use super::*;
 
-/// Routes of [`manifest`], and one whose answers are cached.
+/// Routes of [`manifest`], and a cached one.
 fn cached(terms: &str) -> Result<String> {
     Ok(manifest("")?
         + "\n[[worker.route]]\npath = \"/mine/{event}\"\nmethods = [\"GET\"]\ncache = \"1h\"\n"
         + terms)
 }
 
-/// A host that is told by `X-User` who asks.
+/// A host that identifies its callers by a header of the proxy, such as `X-User`.
 async fn behind_a_proxy(manifest: &str, caller: &str) -> Result<World> {
     let mut world = World::without_host(Kind::Sqlite, manifest).await?;
     world
@@ -45,7 +45,7 @@ async fn read(world: &World, path: &str, lines: Lines<'_>) -> Result<(TestRespon
     Ok((answer, is_hit))
 }
 
-/// The first headers are answered from the cache when they come again, and the others are not.
+/// Checks that the first headers are answered from the cache when repeated, and the others are not.
 async fn check_cached_separately(
     world: &World,
     path: &str,
@@ -119,10 +119,12 @@ async fn cached_responses_depend_on_all_caller_header_values() -> Result<()> {
             &[("authorization", b"bob")],
         ),
     ];
+
     for (number, (world, one, other)) in pairs.iter().enumerate() {
         check_cached_separately(world, &format!("/mine/{number}?echo"), one, other).await?;
     }
-    // Front ends may split cookies each time in another way.
+
+    // Front ends may split cookies differently each time.
     let joined: Lines<'_> = &[("cookie", b"theme=dark; session=EVE")];
     assert!(!read(&plain, "/mine/joined?echo", joined).await?.1);
     assert!(
@@ -214,7 +216,8 @@ async fn a_cached_route_refuses_a_body() -> Result<()> {
         status == 200 && answer.contains("fwd=miss") && !answer.contains("EVIL"),
         "{answer}"
     );
-    // Also where there is something to answer with.
+
+    // Also if an answer is cached.
     let sized = send(reqwest::Client::new().get(&url).body("EVIL")).await?;
     assert_eq!(sized.status, StatusCode::BAD_REQUEST);
     Ok(())
@@ -293,7 +296,8 @@ async fn http_caller_may_name_cookies_and_separates_callers() -> Result<()> {
             .await?
             .replayed()
     );
-    // The same cookies on one line are the same caller's.
+
+    // The same cookies on one line identify the same caller.
     assert!(
         ask(&by_cookie, "e", &[("cookie", b"theme=dark; session=ALICE")])?
             .await?

@@ -1,4 +1,4 @@
-//! Handlers that are cut off, hosts that are killed, connections that break.
+//! Aborted handlers, killed hosts and broken connections.
 
 use super::*;
 
@@ -111,7 +111,7 @@ both!(
     }
 );
 
-/// A caller that goes away stops nothing half-way: the answer is there for the next time.
+/// A disconnected caller cancels nothing: the answer is stored for its retry.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_disconnected_caller_gets_its_response_on_retry() -> Result<()> {
     let world = World::start(Kind::Sqlite, &manifest("wait = \"10s\"")?).await?;
@@ -127,7 +127,7 @@ async fn a_disconnected_caller_gets_its_response_on_retry() -> Result<()> {
             .send()
             .await
             .is_err(),
-        "it was answered too soon"
+        "the request was answered too soon"
     );
     let again = post(&world, "key", &what).await?;
     assert!(again.replayed(), "{again:?}");

@@ -1,4 +1,4 @@
-//! Heads of requests and of answers: hosts, bytes of header values, statuses.
+//! Heads of requests and answers: hosts, bytes of header values, statuses.
 
 use support::metrics;
 use support::nats::NewMessage;
@@ -61,6 +61,8 @@ both!(
             }
             Ok::<_, anyhow::Error>(send(request.header("Idempotency-Key", key)))
         };
+
+        // Valid UTF-8 passes through HTTP and the CLI.
         let accepted =
             publish("a", "out.a", &[("X-Message-Customer", customer.as_bytes())])?.await?;
         assert_eq!(accepted.status, StatusCode::ACCEPTED, "{accepted:?}");
@@ -75,6 +77,8 @@ both!(
                 "{stored:?}"
             );
         }
+
+        // Other bytes and reserved headers are refused.
         for (name, value) in [
             ("X-Message-Customer", &b"J\xfcrgen"[..]),
             ("X-Message-ce-id", b"\xc3"),
@@ -95,7 +99,7 @@ both!(
             (400, "subject-refused")
         );
 
-        // One event over both ways takes effect once.
+        // One event through HTTP and NATS has one effect.
         let (id, source) = ("\u{e9}v\u{e8}nement-1", "/caf\u{e9}");
         let over_http = [
             ("X-Message-ce-id", id.as_bytes()),
@@ -119,7 +123,7 @@ both!(
         while metrics::value(&metrics::scrape(&world).await?, duplicates) != Some(1.0) {
             ensure!(
                 Instant::now() < end,
-                "it was not a duplicate:\n{}",
+                "the message was not a duplicate:\n{}",
                 metrics::scrape(&world).await?
             );
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -154,7 +158,7 @@ both!(
                 (500, "handler-failed"),
                 "{status}"
             );
-            // It is not taken for an outage, which would be tried for three seconds.
+            // It is not mistaken for an outage, which would be retried for three seconds.
             assert!(
                 began.elapsed() < Duration::from_millis(2500),
                 "{status} took {:?}",
@@ -222,7 +226,7 @@ async fn responses_without_content_end_after_their_head() -> Result<()> {
             "{answer}"
         );
     }
-    // Only the host says that an answer was given before.
+    // Only the host may mark an answer as replayed.
     let url = format!("{}/do/it?h=Idempotent-Replayed:true", world.ingress_url()?);
     assert!(!send(reqwest::Client::new().get(url)).await?.replayed());
     Ok(())

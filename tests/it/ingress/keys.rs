@@ -5,7 +5,7 @@ use support::metrics;
 use super::*;
 
 both!(
-    a_key_is_required_unless_the_route_says_otherwise,
+    a_key_is_required_unless_the_route_makes_it_optional,
     |kind: Kind| async move {
         let world = World::start(kind, &manifest("")?).await?;
         let url = format!("{}/do/it", world.ingress_url()?);
@@ -17,7 +17,8 @@ both!(
                 (400, "idempotency-key-missing")
             );
         }
-        // These are idempotent by what they mean.
+
+        // These methods are idempotent by definition.
         for request in [client.put(&url), client.delete(&url)] {
             assert_eq!(
                 send(request.json(&everything("e"))).await?.status,
@@ -87,7 +88,7 @@ both!(a_key_belongs_to_one_request, |kind: Kind| async move {
             (422, "idempotency-key-reused")
         );
     }
-    // Headers that say nothing of the operation may differ.
+    // Headers that are not part of the operation may differ.
     let same = with_key(json_type(client.post(url("/do/it")?)))
         .header("User-Agent", "another")
         .body(body);
@@ -157,7 +158,7 @@ both!(
         in_flight(&world).await?;
         let mut codes = Vec::new();
         while !first.is_finished() {
-            // Another request is told so before it is told to wait.
+            // A request with another body is refused before it waits.
             let other = post(&world, "key", &everything("other")).await?;
             let same = post(&world, "key", &slow).await?;
             if same.status == StatusCode::CONFLICT {
@@ -195,7 +196,7 @@ both!(
     }
 );
 
-/// Two hosts on one database: what the one handles, the other knows.
+/// Two hosts on one database see each other's requests in flight.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn requests_in_flight_are_known_to_other_hosts() -> Result<()> {
     use support::production::RunningHost;
@@ -216,7 +217,7 @@ async fn requests_in_flight_are_known_to_other_hosts() -> Result<()> {
         }
     });
     let there = format!("{}/do/it", rival.ingress_url()?);
-    let ask = |what: &Value| {
+    let send_again = |what: &Value| {
         send(
             reqwest::Client::new()
                 .post(&there)
@@ -228,9 +229,9 @@ async fn requests_in_flight_are_known_to_other_hosts() -> Result<()> {
     world.until(claims, 1).await?;
     let mut codes = Vec::new();
     while !first.is_finished() {
-        let same = ask(&slow).await?;
+        let same = send_again(&slow).await?;
         if same.status == StatusCode::CONFLICT {
-            codes.push((ask(&everything("other")).await?.code(), same.code()));
+            codes.push((send_again(&everything("other")).await?.code(), same.code()));
         }
     }
     assert_eq!(first.await??.status, StatusCode::OK);
@@ -239,7 +240,7 @@ async fn requests_in_flight_are_known_to_other_hosts() -> Result<()> {
         "request-in-progress".to_owned(),
     );
     assert!(codes.contains(&problem), "{codes:?}");
-    let again = ask(&slow).await?;
+    let again = send_again(&slow).await?;
     assert!(again.replayed(), "{again:?}");
     assert_eq!(effects(&world, "e").await?, (1, 2));
     Ok(())

@@ -1,4 +1,4 @@
-//! Requests that the ingress refuses (messages that could never be published, methods of no route), and those that it accepts.
+//! Requests that the ingress refuses, such as unpublishable messages, and requests that it accepts.
 
 use support::world;
 
@@ -11,7 +11,7 @@ fn publish(world: &World, key: &str, subject: &str) -> Result<reqwest::RequestBu
         .header("Idempotency-Key", key))
 }
 
-/// The largest message that the test's server takes.
+/// The maximum payload of the test's server.
 const MAX_PAYLOAD: usize = 1 << 20;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -39,7 +39,8 @@ async fn an_unpublishable_message_is_refused_before_its_key_claim() -> Result<()
             "{name}: {answer:?}"
         );
     }
-    // The keys are free for another message, and the largest one goes through.
+
+    // The keys are still free for other messages, and the largest possible message is accepted.
     let answer =
         send(publish(&world, "body", "out.a")?.body(vec![b'x'; MAX_PAYLOAD - 400])).await?;
     assert_eq!(answer.status, StatusCode::ACCEPTED, "{answer:?}");
@@ -57,7 +58,8 @@ async fn an_unpublishable_message_is_refused_before_its_key_claim() -> Result<()
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_subject_without_a_stream_is_refused_until_it_has_one() -> Result<()> {
     let world = World::start(Kind::Sqlite, &world::manifest("")?).await?;
-    // The host lets `in.>` and `out.>` be published to.
+
+    // The host permits publishing to `in.>` and `out.>`.
     world.nats.delete_stream("OUT").await?;
     let end = Instant::now() + PATIENCE;
     let answer = loop {

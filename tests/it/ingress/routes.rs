@@ -1,4 +1,4 @@
-//! Which requests reach which worker, and what is refused before.
+//! Routing of requests to workers, and refusals before routing.
 
 use super::*;
 
@@ -40,7 +40,7 @@ async fn a_request_without_a_route_is_refused() -> Result<()> {
     Ok(())
 }
 
-/// Its routes come with its workers, a moment after it takes requests. A client that is told 404 would give up.
+/// A starting host has an ingress before its routes. A client would give up on a 404.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_starting_host_answers_503_until_its_routes_are_loaded() -> Result<()> {
     let mut world = World::start(Kind::Sqlite, &manifest("")?).await?;
@@ -51,10 +51,10 @@ async fn a_starting_host_answers_503_until_its_routes_are_loaded() -> Result<()>
         loop {
             ensure!(
                 Instant::now() < end,
-                "the host does not start:\n{}",
+                "the host did not start:\n{}",
                 world.host_log()
             );
-            // As soon as it listens.
+            // As soon as the ingress is open.
             match post(&world, &event, &json!({ "event": event, "do": ["effect"] })).await {
                 Ok(answer) if answer.status == StatusCode::OK => break,
                 Ok(answer) => assert_eq!(
@@ -105,16 +105,16 @@ both!(
         );
         let missing = send(reqwest::Client::new().post(&url).body("hello")).await?;
         assert_eq!(missing.code(), "idempotency-key-missing");
-        let foreign = format!("{}/publish/secret.subject", world.ingress_url()?);
-        let foreign = send(
+        let ungranted_url = format!("{}/publish/secret.subject", world.ingress_url()?);
+        let refused = send(
             reqwest::Client::new()
-                .post(foreign)
+                .post(ungranted_url)
                 .header("Idempotency-Key", "a")
                 .body("x"),
         )
         .await?;
         assert_eq!(
-            (foreign.status.as_u16(), foreign.code().as_str()),
+            (refused.status.as_u16(), refused.code().as_str()),
             (403, "subject-refused")
         );
         Ok(())
@@ -182,7 +182,7 @@ async fn a_component_must_match_the_routes_of_its_manifest() -> Result<()> {
     Ok(())
 }
 
-/// A component of another toolchain, for a world that knows nothing of Oncely, and under the same promise.
+/// A component of another toolchain for plain `wasi:http`, with the same guarantees.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_plain_wasi_http_component_in_python_is_served() -> Result<()> {
     let component = tokio::task::spawn_blocking(guests::python_http_component).await??;
@@ -231,10 +231,7 @@ async fn the_publish_command_over_http_stores_once_per_key() -> Result<()> {
     let first = world.oncely(&publish).await?;
     assert_eq!(world.oncely(&publish).await?, first);
     let printed = world.oncely(&publish[..8]).await?;
-    assert!(
-        printed.contains("key p-1 (it was accepted before)"),
-        "{printed}"
-    );
+    assert!(printed.contains("key p-1 (already accepted)"), "{printed}");
     let other = world
         .oncely(&[
             "publish",

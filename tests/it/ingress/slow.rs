@@ -1,4 +1,4 @@
-//! Clients that are slow, silent or too many.
+//! Slow, silent and too many clients.
 
 use super::*;
 
@@ -48,10 +48,10 @@ async fn closed(stream: &mut TcpStream) -> Result<()> {
     let mut rest = Vec::new();
     let _ = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut rest))
         .await
-        .context("it is still open")?;
+        .context("wait for the host to close the connection")?;
     ensure!(
         rest.is_empty(),
-        "it answered {}",
+        "the host answered {}",
         String::from_utf8_lossy(&rest)
     );
     Ok(())
@@ -98,9 +98,11 @@ async fn http_memory_bounds_unfinished_bodies() -> Result<()> {
     let world = host_with(&[("HTTP_MEMORY", "1MiB")]).await?;
     let (requests, half) = (world.ingress_url()?, "x".repeat(600 << 10));
     let mut first = connect(&requests, (head("first", 700 << 10) + &half).as_bytes()).await?;
-    // Whichever of the two the host reads last wants more than the other one left.
+
+    // The body that the host reads last exceeds the remaining memory.
     let mut second = connect(&requests, head("second", 700 << 10).as_bytes()).await?;
-    // The host may close the connection before it has read all.
+
+    // The host may close the connection before it has read everything.
     let _ = second.write_all(half.as_bytes()).await;
     let refused = tokio::select! {
         refused = status(&mut first) => refused?,
@@ -121,14 +123,15 @@ async fn http_memory_bounds_unfinished_bodies() -> Result<()> {
         }
         ensure!(
             Instant::now() < end,
-            "the memory of a connection that is gone is still taken"
+            "the memory of a closed connection is still reserved"
         );
     }
     assert_eq!(effects(&world, "e").await?, (1, 2));
     Ok(())
 }
 
-/// 140 connections and 128 files: the control API keeps a share of its own, and at each listener idle connections make way.
+/// 140 connections and 128 files: the control API has its own share, and idle connections are
+/// closed on each listener.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn idle_connections_over_the_file_limit_do_not_block_the_host() -> Result<()> {
     let mut world = World::without_host(Kind::Sqlite, &manifest("")?).await?;
@@ -145,6 +148,8 @@ async fn idle_connections_over_the_file_limit_do_not_block_the_host() -> Result<
     world.program = Some(script);
     world.start_host().await?;
     let (requests, control) = (world.ingress_url()?, world.control_url()?);
+
+    // Fill each listener, then send probes and a request
     let mut open = Vec::new();
     for url in [&requests, &control] {
         for number in 0..140 {
@@ -163,17 +168,17 @@ async fn idle_connections_over_the_file_limit_do_not_block_the_host() -> Result<
             .get(format!("{control}/livez"))
             .send()
             .await
-            .context("ask whether it is alive")?;
+            .context("request `/livez`")?;
         assert_eq!(alive.status(), StatusCode::OK);
         let ready = client
             .get(format!("{control}/readyz"))
             .send()
             .await
-            .context("ask whether it is ready")?;
+            .context("request `/readyz`")?;
         assert_eq!(ready.status(), StatusCode::OK, "{}", ready.text().await?);
         assert!(
             began.elapsed() < Duration::from_secs(5),
-            "it took {:?}",
+            "the probes took {:?}",
             began.elapsed()
         );
         let event = format!("e{}", open.len());
@@ -183,9 +188,11 @@ async fn idle_connections_over_the_file_limit_do_not_block_the_host() -> Result<
         );
         assert_eq!(effects(&world, &event).await?, (1, 2));
     }
+
+    // The host stayed below its file limit.
     let pid = world.host_pid().context("find the host")?;
     let files = std::fs::read_dir(format!("/proc/{pid}/fd"))
-        .context("count its files")?
+        .context("count the host's open files")?
         .count();
     assert!(files < 128, "{files}");
     assert!(

@@ -1,10 +1,10 @@
-//! The database refuses what no request asked for, whoever sends the statement.
+//! The ledger's database refuses invalid changes from any client.
 
 use sqlx::Connection;
 
 use super::*;
 
-/// The journal has transactions t1 to t3, alice an open hold h1 and a captured one.
+/// A journal with transactions t1 to t3, and for alice an open hold h1 and a captured one.
 async fn start_used(kind: Kind) -> Result<World> {
     let world = start_with(kind, &["alice", "bob"]).await?;
     open(&world, json!({ "id": "usd", "currency": "USD" })).await?;
@@ -20,14 +20,17 @@ async fn start_used(kind: Kind) -> Result<World> {
     )
     .await?
     .is(201)?;
-    let path = format!("/holds/{}/capture", hold["id"].as_str().context("no id")?);
+    let path = format!(
+        "/holds/{}/capture",
+        hold["id"].as_str().context("read the id")?
+    );
     post(&world, "capture", &path, &json!({}), None)
         .await?
         .is(201)?;
     Ok(world)
 }
 
-/// Every way to change, delete or unbalance.
+/// Statements that change, delete or unbalance.
 const REFUSED: &[&str] = &[
     "update app.journal set amount = amount + 1",
     "update app.journal set note = 'nothing to see'",
@@ -41,7 +44,7 @@ const REFUSED: &[&str] = &[
     "insert into app.entry select account, version + 100, transaction_id, amount, balance + amount from app.entry",
     "insert into app.entry select 'usd', 1, transaction_id, amount, amount from app.entry where amount > 0",
     "insert into app.entry values ('alice', 99, 'none', 5, 5)",
-    // Balances and holds that nothing explains.
+    // Balances and holds without a matching entry.
     "update app.account set balance = balance + 1 where id = 'alice'",
     "update app.account set balance = 900, version = 2 where id = 'alice'",
     "update app.account set held = 0 where id = 'alice'",
@@ -53,10 +56,10 @@ const REFUSED: &[&str] = &[
     "update app.hold set state = 'open' where state = 'captured'",
     "insert into app.hold (id, debit, credit, currency, amount) values ('h', 'alice', 'bob', 'EUR', 5000)",
     "insert into app.hold (id, debit, credit, currency, amount) values ('h', 'alice', 'usd', 'EUR', 1)",
-    // Transactions that cannot be.
+    // Invalid transactions.
     "insert into app.journal (id, kind, debit, credit, currency, amount) values ('x', 'transfer', 'usd', 'bob', 'EUR', 1)",
     "insert into app.journal (id, kind, debit, credit, currency, amount) values ('x', 'transfer', 'usd', 'bob', 'USD', 1)",
-    "insert into app.journal (id, kind, debit, credit, currency, amount) values ('x', 'transfer', 'nobody', 'bob', 'EUR', 1)",
+    "insert into app.journal (id, kind, debit, credit, currency, amount) values ('x', 'transfer', 'absent', 'bob', 'EUR', 1)",
     "insert into app.journal (id, kind, debit, credit, currency, amount) values ('x', 'transfer', 'bob', 'bob', 'EUR', 1)",
     "insert into app.journal (id, kind, debit, credit, currency, amount) values ('x', 'transfer', 'bob', 'alice', 'EUR', -1)",
     "insert into app.journal (id, kind, debit, credit, currency, amount) values ('x', 'transfer', 'bob', 'alice', 'EUR', 0)",
@@ -64,13 +67,13 @@ const REFUSED: &[&str] = &[
      select 'x', 'reversal', credit, debit, currency, amount - 1, id from app.journal where kind = 'capture'",
     "insert into app.journal (id, kind, debit, credit, currency, amount, hold)
      select 'x', 'capture', debit, credit, currency, amount, hold from app.journal where kind = 'capture'",
-    // Without taking a version, and beyond what the payer has.
+    // Without taking a version, and beyond the payer's balance.
     "insert into app.journal (id, kind, debit, credit, currency, amount) values ('x', 'transfer', 'bob', 'alice', 'EUR', 1)",
     "update app.account set version = version + 1;
      insert into app.journal (id, kind, debit, credit, currency, amount) values ('x', 'transfer', 'bob', 'alice', 'EUR', 5000)",
 ];
 
-/// What only SQLite would let pass, were it not asked for.
+/// Statements that only SQLite would accept without an explicit check.
 const REFUSED_BY_SQLITE: &[&str] = &[
     "insert or replace into journal select * from journal",
     "insert or replace into entry select * from entry",
@@ -84,8 +87,8 @@ const REFUSED_BY_SQLITE: &[&str] = &[
     "insert or fail into journal (id, kind, debit, credit, currency, amount) values ('x', 'transfer', 'bob', 'alice', 'EUR', 5000)",
 ];
 
-/// Runs a statement as somebody with a shell would, foreign keys unchecked, and returns the code of what the database said:
-/// a violated constraint, which all rules of the ledger are.
+/// Runs a statement like a user's shell, without foreign key checks, and returns its error code.
+/// Every rule of the ledger is a constraint.
 async fn refusal(database: &Database, statement: &str) -> Result<Option<String>> {
     let result = match database {
         Database::Postgres { .. } => database.execute(statement).await,
@@ -94,7 +97,7 @@ async fn refusal(database: &Database, statement: &str) -> Result<Option<String>>
                 .filename(path)
                 .foreign_keys(false);
             let mut shell = sqlx::SqliteConnection::connect_with(&options).await?;
-            // It goes on after an error, and commits.
+            // The shell continues after an error and commits.
             let script = format!("begin immediate; {}", statement.replace("app.", ""));
             let result = sqlx::raw_sql(sqlx::AssertSqlSafe(script))
                 .execute(&mut shell)
@@ -125,7 +128,7 @@ async fn check_refused(database: &Database, statement: &str) -> Result<()> {
     Ok(())
 }
 
-/// Everything the ledger knows.
+/// All rows of the ledger.
 async fn everything(database: &Database) -> Result<Vec<Vec<Vec<String>>>> {
     let mut all = Vec::new();
     for query in [
@@ -153,10 +156,11 @@ both!(
             check_refused(&world.database, statement).await?;
             ensure!(
                 everything(&world.database).await? == before,
-                "{statement} left something"
+                "{statement} left a change"
             );
         }
-        // That nobody took a version is not what refuses.
+
+        // The refusal must not come from the missing version alone.
         for statement in of_sqlite {
             world
                 .database
@@ -165,7 +169,7 @@ both!(
             check_refused(&world.database, statement).await?;
             ensure!(
                 everything(&world.database).await? == before,
-                "{statement} left something"
+                "{statement} left a change"
             );
         }
         check_books(&world.database).await
@@ -189,7 +193,7 @@ both!(
     }
 );
 
-/// The one that guests' SQL runs as, and the owner of the tables.
+/// The role of guests' SQL, and the owner of the tables.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn app_roles_cannot_bypass_the_journal_on_postgres() -> Result<()> {
     let world = start_used(Kind::Postgres).await?;
@@ -233,12 +237,13 @@ async fn app_roles_cannot_bypass_the_journal_on_postgres() -> Result<()> {
     }
     ensure!(
         everything(&world.database).await? == before,
-        "something was left"
+        "a change was left"
     );
     Ok(())
 }
 
-/// Another transaction changes the payer between the look and the change; the guest looks again.
+/// Another transaction changes the payer between the guest's read and its change; the guest reads
+/// again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_request_with_a_stale_version_retries_on_postgres() -> Result<()> {
     let world = start_with(Kind::Postgres, &["alice", "bob"]).await?;
@@ -271,7 +276,7 @@ async fn a_request_with_a_stale_version_retries_on_postgres() -> Result<()> {
     assert_eq!(too_much.problem(), (422, "insufficient-funds"));
     assert_eq!(balance(&world, "alice").await?, 0);
     ensure!(
-        world.host_log().contains("trying again"),
+        world.host_log().contains("changed concurrently, retrying"),
         "the guest did not see the conflict:\n{}",
         world.host_log()
     );

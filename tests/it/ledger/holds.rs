@@ -1,4 +1,4 @@
-//! Holds: what is promised cannot be spent, and ends once.
+//! Holds: held money cannot be spent, and a hold ends once.
 
 use super::*;
 
@@ -6,7 +6,7 @@ async fn hold(world: &World, key: &str, amount: i64) -> Result<String> {
     let hold = post(world, key, "/holds", &order("alice", "bob", amount), None)
         .await?
         .is(201)?;
-    Ok(hold["id"].as_str().context("no id")?.to_owned())
+    Ok(hold["id"].as_str().context("read the id")?.to_owned())
 }
 
 async fn end(world: &World, key: &str, id: &str, how: &str) -> Result<TestResponse> {

@@ -1,4 +1,4 @@
-//! An alarm is raised once and cleared once, whoever sees why; letters of one failure are one group.
+//! Alarms are raised and cleared once by concurrent hosts; equal failures form one group.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,11 +35,11 @@ fn alarm_change(standing: Option<&Alarm>, step: AlarmStep, value: u64) -> AlarmU
 }
 
 fn died_of(event_id: &str, detail: &str) -> (DeadLetter, Output) {
-    let (letter, notice) = new_dead_letter(event_id, b"body", Reason::Rejected);
+    let (dead_letter, notice) = new_dead_letter(event_id, b"body", Reason::Rejected);
     (
         DeadLetter {
             detail: detail.to_owned(),
-            ..letter
+            ..dead_letter
         },
         notice,
     )
@@ -52,7 +52,7 @@ async fn only_alarm(store: &Arc<dyn Store>) -> Alarm {
 }
 
 async fn messages(world: &World) -> Vec<(String, String)> {
-    // Whoever raised them is to publish them; the lease keeps the sweep away.
+    // The host that raised an alarm publishes its notice; the lease keeps the poller away.
     let past = if world.is_postgres() { "now()" } else { "0" };
     world
         .execute_directly(&format!("update oncely.outbox set leased_until = {past}"))
@@ -67,6 +67,7 @@ async fn messages(world: &World) -> Vec<(String, String)> {
 }
 
 async fn an_alarm_is_raised_and_cleared_once_by_concurrent_hosts(world: World) {
+    // Raise
     let raise = [alarm_change(None, AlarmStep::Raise, 120)];
     let (one, other) = tokio::join!(
         world.store.apply_alarm_updates(&raise),
@@ -80,6 +81,8 @@ async fn an_alarm_is_raised_and_cleared_once_by_concurrent_hosts(world: World) {
         alarm.is_raised() && (alarm.times, alarm.value, alarm.threshold) == (1, 120, 100),
         "{alarm:?}"
     );
+
+    // Clear
     let clear = [alarm_change(Some(&alarm), AlarmStep::Clear, 3)];
     let (one, other) = tokio::join!(
         world.store.apply_alarm_updates(&clear),
@@ -88,10 +91,11 @@ async fn an_alarm_is_raised_and_cleared_once_by_concurrent_hosts(world: World) {
     let notices: Vec<_> = [one.unwrap().notices, other.unwrap().notices].concat();
     assert_eq!(
         (notices.len(), notices[0].id().as_str()),
-        (1, "alarm:payments:letters:1:cleared")
+        (1, "alarm:payments:dead-letters:1:cleared")
     );
     assert!(!only_alarm(&world.store).await.is_raised());
-    // Whoever saw it before that is too late.
+
+    // A host with the previous state is too late.
     let late = [alarm_change(None, AlarmStep::Raise, 120)];
     assert!(
         world
@@ -102,21 +106,26 @@ async fn an_alarm_is_raised_and_cleared_once_by_concurrent_hosts(world: World) {
             .notices
             .is_empty()
     );
+
+    // Raise again
     let again = [alarm_change(
         Some(&only_alarm(&world.store).await),
         AlarmStep::Raise,
         120,
     )];
     let changes = world.store.apply_alarm_updates(&again).await.unwrap();
-    assert_eq!(changes.notices[0].id(), "alarm:payments:letters:2:raised");
+    assert_eq!(
+        changes.notices[0].id(),
+        "alarm:payments:dead-letters:2:raised"
+    );
     let published = messages(&world).await;
     let ids: Vec<&str> = published.iter().map(|(id, _)| id.as_str()).collect();
     assert_eq!(
         ids,
         [
-            "alarm:payments:letters:1:raised",
-            "alarm:payments:letters:1:cleared",
-            "alarm:payments:letters:2:raised"
+            "alarm:payments:dead-letters:1:raised",
+            "alarm:payments:dead-letters:1:cleared",
+            "alarm:payments:dead-letters:2:raised"
         ]
     );
     assert!(
@@ -146,7 +155,8 @@ async fn an_alarm_that_is_no_longer_calm_stays_raised(world: World) {
     tokio::time::sleep(Duration::from_millis(50)).await;
     let recovering_ms = only_alarm(&world.store).await.recovering_ms.unwrap();
     assert!((50..20_000).contains(&recovering_ms), "{recovering_ms}");
-    // Another host that finds it calm does not begin anew.
+
+    // Another host that also finds it calm does not restart the delay.
     world
         .store
         .apply_alarm_updates(&[alarm_change(Some(&alarm), AlarmStep::Recover, 50)])
@@ -163,12 +173,12 @@ async fn an_alarm_that_is_no_longer_calm_stays_raised(world: World) {
 }
 
 async fn only_the_first_dead_letter_of_a_failure_raises_an_alarm(world: World) {
-    let letters = [
+    let dead_letters = [
         died_of("e1", "line 1 column 2"),
         died_of("e2", "line 3 column 4"),
         died_of("e3", "other"),
     ];
-    let dead_lettered = world.store.dead_letter(&letters, 20).await.unwrap();
+    let dead_lettered = world.store.dead_letter(&dead_letters, 20).await.unwrap();
     assert_eq!(
         (
             dead_lettered.settled.len(),
@@ -185,6 +195,8 @@ async fn only_the_first_dead_letter_of_a_failure_raises_an_alarm(world: World) {
     let mut shapes: Vec<&str> = group.map(|group| group.shape.as_str()).collect();
     shapes.sort_unstable();
     assert_eq!(shapes, ["line # column #", "other"]);
+
+    // The notice names the group, and a similar failure raises no alarm.
     let header = |name: &str| {
         dead_lettered.notices[0]
             .headers
@@ -199,17 +211,20 @@ async fn only_the_first_dead_letter_of_a_failure_raises_an_alarm(world: World) {
         .await
         .unwrap();
     assert_eq!((again.notices.len(), again.alarms.notices.len()), (1, 0));
-    // What is there already adds nothing.
+
+    // Repeated dead letters are not new.
     assert!(
         world
             .store
-            .dead_letter(&letters, 20)
+            .dead_letter(&dead_letters, 20)
             .await
             .unwrap()
             .alarms
             .notices
             .is_empty()
     );
+
+    // One alarm per group
     let alarms = world.store.alarms().await.unwrap();
     let mut open_dead_letters: Vec<u64> =
         alarms.iter().map(|alarm| alarm.open_dead_letters).collect();
@@ -226,12 +241,12 @@ async fn concurrent_dead_letters_of_a_new_failure_raise_one_alarm(world: World) 
     let calls = (0..8).map(|n| {
         let store = Arc::clone(&world.store);
         tokio::spawn(async move {
-            let letters = [
+            let dead_letters = [
                 died_of(&format!("e{n}"), &format!("account {n} is short")),
                 died_of(&format!("f{n}"), "x"),
             ];
             store
-                .dead_letter(&letters, 20)
+                .dead_letter(&dead_letters, 20)
                 .await
                 .unwrap()
                 .alarms
@@ -259,13 +274,13 @@ async fn concurrent_dead_letters_of_a_new_failure_raise_one_alarm(world: World) 
 }
 
 async fn new_failures_beyond_the_limit_raise_no_alarm(world: World) {
-    let letters: Vec<_> = (0..5)
+    let dead_letters: Vec<_> = (0..5)
         .map(|n| died_of(&format!("e{n}"), &"x".repeat(n + 1)))
         .collect();
     assert_eq!(
         world
             .store
-            .dead_letter(&letters, 3)
+            .dead_letter(&dead_letters, 3)
             .await
             .unwrap()
             .alarms
@@ -322,7 +337,8 @@ async fn a_failure_that_returns_later_is_new_again(world: World) {
             minutes * 60_000_000
         ),
     };
-    // As long as a letter is open it is the same trouble.
+
+    // While a dead letter is open, the failure is not new.
     world.execute_directly(&away(61)).await;
     assert!(
         world
@@ -334,6 +350,8 @@ async fn a_failure_that_returns_later_is_new_again(world: World) {
             .notices
             .is_empty()
     );
+
+    // Resolve and clear
     let by = Attribution {
         actor: "ada".to_owned(),
         note: None,
@@ -360,7 +378,8 @@ async fn a_failure_that_returns_later_is_new_again(world: World) {
         1
     );
     assert!(world.store.alarms().await.unwrap().is_empty());
-    // Straight after that it is not news.
+
+    // Right after the resolution, the failure is not new.
     assert!(
         world
             .store
@@ -371,6 +390,8 @@ async fn a_failure_that_returns_later_is_new_again(world: World) {
             .notices
             .is_empty()
     );
+
+    // Much later, the failure is new again.
     world
         .store
         .update_dead_letters(&[3], &oncely::store::DeadLetterAction::Resolve, &by)
@@ -393,16 +414,18 @@ async fn a_failure_that_returns_later_is_new_again(world: World) {
 }
 
 async fn dead_letters_are_grouped_and_filtered_by_group(world: World) {
-    let letters = [
+    let dead_letters = [
         died_of("e1", "one 1"),
         died_of("e2", "one 2"),
         died_of("e3", "two"),
     ];
-    world.store.dead_letter(&letters, 20).await.unwrap();
+    world.store.dead_letter(&dead_letters, 20).await.unwrap();
     let filter = DeadLetterFilter {
         limit: 100,
         ..DeadLetterFilter::default()
     };
+
+    // Groups, and a filter by group
     let groups = grouped_dead_letters(&*world.store, &filter).await.unwrap();
     let counts: Vec<(u64, &str)> = groups
         .iter()
@@ -424,10 +447,11 @@ async fn dead_letters_are_grouped_and_filtered_by_group(world: World) {
     };
     let found = world.store.dead_letters(&of_group).await.unwrap();
     assert!(
-        found.len() == 2 && found.iter().all(|letter| letter.group == id),
+        found.len() == 2 && found.iter().all(|dead_letter| dead_letter.group == id),
         "{found:?}"
     );
-    // A letter that dies again of something else belongs there.
+
+    // A dead letter that fails differently after its redrive moves to the new group.
     let by = Attribution {
         actor: "ada".to_owned(),
         note: None,
@@ -452,7 +476,8 @@ async fn dead_letters_are_grouped_and_filtered_by_group(world: World) {
             .collect::<Vec<_>>(),
         [2, 1]
     );
-    // One that is older than groups are has none.
+
+    // A dead letter older than the groups has none.
     world
         .execute_directly("update oncely.dead_letter set group_id = null where event_id = 'e2'")
         .await;

@@ -1,4 +1,4 @@
-//! What a transaction that is rolled back would have changed.
+//! The changes that a rolled-back transaction would have made.
 
 use oncely::store::{Changes, Tx};
 use serde_json::{Value as Json, json};
@@ -51,7 +51,7 @@ async fn changes(mut tx: Box<dyn Tx>) -> Changes {
     changes
 }
 
-/// PostgreSQL tells every value as text.
+/// PostgreSQL reports every value as text.
 fn as_text(row: Option<Json>) -> Option<Json> {
     let text = |value: &Json| match value {
         Json::Number(number) => Json::from(number.to_string()),
@@ -149,7 +149,7 @@ async fn watch_leaves_no_traces_in_the_database(world: World) {
     with_tables(&world).await;
     let first = watched(&world, &["update item set note = 'y' where id = 2"]).await;
     assert_eq!(first.rows.len(), 1);
-    // Also one that nobody looked at.
+    // Also after a transaction whose changes were not read.
     let mut tx = world.begin().await;
     tx.track_changes().await.unwrap();
     execute(&mut tx, "update item set note = 'z' where id = 3", &[]).await;
@@ -160,7 +160,7 @@ async fn watch_leaves_no_traces_in_the_database(world: World) {
     let second = watched(&world, &["delete from item where id = 1"]).await;
     assert_eq!(second.rows.len(), 1);
     assert_eq!(second.rows[0].before.as_ref().unwrap()["note"], "kept");
-    // And nothing can be committed after a look.
+    // A transaction cannot commit after its changes were read.
     let mut tx = world.begin().await;
     tx.track_changes().await.unwrap();
     tx.changes(100).await.unwrap();
@@ -169,7 +169,7 @@ async fn watch_leaves_no_traces_in_the_database(world: World) {
 
 async fn a_deferred_violation_is_reported_before_the_commit(world: World) {
     if !world.is_postgres() {
-        // SQLite knows only at the commit.
+        // SQLite detects it only at the commit.
         return;
     }
     let tables = "create table parent (id integer primary key);

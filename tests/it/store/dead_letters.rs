@@ -1,4 +1,4 @@
-//! A message is done or dead, never both, never neither.
+//! A message is done or dead: never both, never neither.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,15 +37,15 @@ fn all() -> DeadLetterFilter {
 }
 
 async fn a_message_is_dead_lettered_once_with_its_notice(world: World) {
-    let letters = [
+    let dead_letters = [
         new_dead_letter("e1", b"body", Reason::Rejected),
         new_dead_letter("e2", b"body", Reason::Rejected),
     ];
-    let (settled, notices) = world.dead_letter(&letters).await.unwrap();
+    let (settled, notices) = world.dead_letter(&dead_letters).await.unwrap();
     assert_eq!((settled.len(), notices.len()), (2, 2));
-    assert_eq!(notices[0].output_id(), letters[0].1.id);
+    assert_eq!(notices[0].output_id(), dead_letters[0].1.id);
     let (settled, notices) = world
-        .dead_letter(&[letters[0].clone(), letters[0].clone()])
+        .dead_letter(&[dead_letters[0].clone(), dead_letters[0].clone()])
         .await
         .unwrap();
     assert_eq!((settled.len(), notices.len()), (2, 0));
@@ -65,7 +65,7 @@ async fn a_message_is_dead_lettered_once_with_its_notice(world: World) {
     );
     let mut tx = world.begin().await;
     let mut claim = new_claim("e1", 0);
-    claim.payload_sha256 = letters[0].0.message.payload_sha256();
+    claim.payload_sha256 = dead_letters[0].0.message.payload_sha256();
     assert!(matches!(
         tx.claim(&[claim]).await.unwrap()[0],
         Claimed::Settled(_)
@@ -74,13 +74,13 @@ async fn a_message_is_dead_lettered_once_with_its_notice(world: World) {
 }
 
 async fn a_done_event_cannot_be_dead_lettered(world: World) {
-    let letter = new_dead_letter("e1", b"body", Reason::AttemptsExhausted);
+    let dead_letter = new_dead_letter("e1", b"body", Reason::AttemptsExhausted);
     let mut claim = new_claim("e1", 0);
-    claim.payload_sha256 = letter.0.message.payload_sha256();
+    claim.payload_sha256 = dead_letter.0.message.payload_sha256();
     let mut tx = world.begin().await;
     tx.claim(&[claim]).await.unwrap();
     tx.commit().await.unwrap();
-    let (settled, notices) = world.dead_letter(&[letter]).await.unwrap();
+    let (settled, notices) = world.dead_letter(&[dead_letter]).await.unwrap();
     assert_eq!((settled.len(), notices.len()), (1, 0));
     let totals = world.store.totals().await.unwrap();
     assert_eq!((totals[0].done, totals[0].dead), (1, 0));
@@ -129,29 +129,32 @@ async fn a_dead_letter_shows_its_attempts(world: World) {
         .await
         .unwrap();
     let id = world.store.dead_letters(&all()).await.unwrap()[0].id;
-    let letter = world.store.find_dead_letter(id).await.unwrap().unwrap();
+    let dead_letter = world.store.find_dead_letter(id).await.unwrap().unwrap();
     assert_eq!(
-        (letter.headers, letter.body),
+        (dead_letter.headers, dead_letter.body),
         (dead_lettered.message.headers, dead_lettered.message.body)
     );
     assert_eq!(
         (
-            letter.summary.stream.as_deref(),
-            letter.summary.stream_sequence
+            dead_letter.summary.stream.as_deref(),
+            dead_letter.summary.stream_sequence
         ),
         (Some("ORDERS"), Some(9))
     );
     assert_eq!(
-        (letter.summary.reason.as_str(), letter.summary.attempts),
+        (
+            dead_letter.summary.reason.as_str(),
+            dead_letter.summary.attempts
+        ),
         ("attempts-exhausted", 2)
     );
-    assert_eq!(letter.summary.detail, "the card was declined\u{fffd}");
-    let story: Vec<_> = letter
+    assert_eq!(dead_letter.summary.detail, "the card was declined\u{fffd}");
+    let attempts: Vec<_> = dead_letter
         .attempts
         .iter()
         .map(|attempt| (attempt.attempt, attempt.error.as_str()))
         .collect();
-    assert_eq!(story, [(1, "first"), (2, "second")]);
+    assert_eq!(attempts, [(1, "first"), (2, "second")]);
     assert!(
         world
             .store
@@ -174,10 +177,10 @@ async fn dead_letters_are_listed_newest_first_with_filters(world: World) {
             .unwrap();
     }
     let ids = async |filter: DeadLetterFilter| {
-        let letters = world.store.dead_letters(&filter).await.unwrap();
-        letters
+        let dead_letters = world.store.dead_letters(&filter).await.unwrap();
+        dead_letters
             .into_iter()
-            .map(|letter| letter.event_id)
+            .map(|dead_letter| dead_letter.event_id)
             .collect::<Vec<_>>()
     };
     assert_eq!(ids(all()).await, ["e3", "e2", "e1"]);
@@ -240,11 +243,11 @@ fn redrive_of(id: i64) -> Redrive {
     }
 }
 
-/// Buries a letter for `e1` and returns its id and how its event is claimed once that was put back.
+/// Dead-letters `e1` and returns its id and the claim of its redriven message.
 async fn dead_lettered(world: &World) -> (i64, Claim) {
-    let letter = new_dead_letter("e1", b"body", Reason::Rejected);
-    let payload_sha256 = letter.0.message.payload_sha256();
-    world.dead_letter(&[letter]).await.unwrap();
+    let dead_letter = new_dead_letter("e1", b"body", Reason::Rejected);
+    let payload_sha256 = dead_letter.0.message.payload_sha256();
+    world.dead_letter(&[dead_letter]).await.unwrap();
     let id = world.store.dead_letters(&all()).await.unwrap()[0].id;
     (
         id,
@@ -292,7 +295,7 @@ async fn a_dead_letter_is_redriven_once_by_concurrent_calls(world: World) {
     refused.sort();
     assert_eq!(
         refused,
-        [None, Some("it was put back and is under way".to_owned())]
+        [None, Some("its redrive is in progress".to_owned())]
     );
     let rows: Vec<_> = one.1.into_iter().chain(other.1).collect();
     assert_eq!(rows.len(), 1);
@@ -318,16 +321,13 @@ async fn a_dead_letter_is_redriven_once_by_concurrent_calls(world: World) {
         )
         .await
         .unwrap();
-    assert_eq!(
-        moved[0].refused.as_deref(),
-        Some("somebody put it back since")
-    );
+    assert_eq!(moved[0].refused.as_deref(), Some("it was redriven since"));
     let (moved, _) = world
         .store
         .redrive(&[redrive_of(999)], &ada())
         .await
         .unwrap();
-    assert_eq!(moved[0].refused.as_deref(), Some("there is no such letter"));
+    assert_eq!(moved[0].refused.as_deref(), Some("no such dead letter"));
     let audit = world
         .store
         .find_dead_letter(id)
@@ -380,7 +380,7 @@ async fn a_redriven_message_is_read_until_it_is_out_of_date(world: World) {
         .unwrap();
     let found = world.store.redriven_message(WORKER, id, 1).await.unwrap();
     let RedriveLookup::Message(message, _) = found else {
-        panic!("it is out of date")
+        panic!("the pointer is out of date")
     };
     assert_eq!(
         (message.event_id.as_str(), message.body.as_ref()),
@@ -402,7 +402,7 @@ async fn a_redriven_message_is_read_until_it_is_out_of_date(world: World) {
         .unwrap();
     assert_eq!(
         edit[0].refused.as_deref(),
-        Some("it was put back and is under way")
+        Some("its redrive is in progress")
     );
     world
         .store
@@ -459,15 +459,15 @@ async fn a_message_that_dies_again_is_the_same_dead_letter(world: World) {
     again.0.message.redriven = redriven_from(&again.0);
     let (_, notices) = world.dead_letter(&[again.clone()]).await.unwrap();
     assert_eq!(notices[0].output_id(), format!("{}:r1", again.1.id));
-    let letters = world.store.dead_letters(&all()).await.unwrap();
-    assert_eq!(letters.len(), 1);
-    let letter = &letters[0];
+    let dead_letters = world.store.dead_letters(&all()).await.unwrap();
+    assert_eq!(dead_letters.len(), 1);
+    let dead_letter = &dead_letters[0];
     assert_eq!(
-        (letter.id, letter.state, letter.generation),
+        (dead_letter.id, dead_letter.state, dead_letter.generation),
         (id, DeadLetterState::Open, 1)
     );
     assert_eq!(
-        (letter.reason.as_str(), letter.attempts),
+        (dead_letter.reason.as_str(), dead_letter.attempts),
         ("attempts-exhausted", 4)
     );
     assert!(
@@ -479,9 +479,11 @@ async fn a_message_that_dies_again_is_the_same_dead_letter(world: World) {
             .unwrap()
             .first_died_at
             .unwrap()
-            <= letter.died_at
+            <= dead_letter.died_at
     );
-    // What still points to it is out of date, and burying it again adds nothing.
+
+    // Pointers to its earlier generation are out of date. Repeating the dead letter changes
+    // nothing.
     assert!(matches!(
         world.store.redriven_message(WORKER, id, 1).await.unwrap(),
         RedriveLookup::OutOfDate(_)
@@ -508,7 +510,8 @@ async fn a_redriven_event_id_is_refused_for_other_bodies(world: World) {
         payload_sha256: [9; 32],
         ..copy()
     };
-    // What is dead and was not put back is claimed by nobody, whatever they say of themselves.
+
+    // A dead event cannot be claimed without a redrive, regardless of the claim.
     assert!(matches!(claimed(claim.clone()).await, Claimed::Settled(_)));
     world
         .store
@@ -517,7 +520,7 @@ async fn a_redriven_event_id_is_refused_for_other_bodies(world: World) {
         .unwrap();
     for failed_before in [false, true] {
         if failed_before {
-            // Its neighbours in the batch take effect, it does not.
+            // Its neighbours in the batch take effect, the redriven message does not.
             let mut tx = world.begin().await;
             let claims = [new_claim("e2", 1), claim.clone()];
             assert!(
@@ -537,7 +540,8 @@ async fn a_redriven_event_id_is_refused_for_other_bodies(world: World) {
             Claimed::Fresh { .. }
         ));
     }
-    // Nor can another body be dead-lettered in its place, or a copy of it.
+
+    // Another body, or a copy of it, cannot be dead-lettered under the same event id.
     world
         .dead_letter(&[
             new_dead_letter("e1", b"other", Reason::InvalidId),
@@ -558,16 +562,16 @@ async fn a_redriven_event_id_is_refused_for_other_bodies(world: World) {
     assert_eq!(
         world.dead_letter(&[late]).await.unwrap().1.len(),
         0,
-        "what took effect is dead, too"
+        "a done event was dead-lettered"
     );
     assert!(matches!(claimed(claim.clone()).await, Claimed::Settled(_)));
 }
 
-/// That a letter's message was put back.
-fn redriven_from(letter: &DeadLetter) -> Option<Redriven> {
+/// The redrive of a dead letter's message.
+fn redriven_from(dead_letter: &DeadLetter) -> Option<Redriven> {
     Some(Redriven {
         attempts_before: 0,
-        payload_sha256: letter.message.payload_sha256(),
+        payload_sha256: dead_letter.message.payload_sha256(),
     })
 }
 
@@ -578,7 +582,8 @@ async fn a_dead_letter_in_flight_closes_only_without_an_effect(world: World) {
         .redrive(&[redrive_of(id)], &ada())
         .await
         .unwrap();
-    // Somebody handles it: who closes the letter waits for what comes of that.
+
+    // While a worker handles the message, closing the dead letter waits for the result.
     let mut tx = world.begin().await;
     tx.claim(std::slice::from_ref(&claim)).await.unwrap();
     let store = Arc::clone(&world.store);
@@ -592,11 +597,12 @@ async fn a_dead_letter_in_flight_closes_only_without_an_effect(world: World) {
     tx.commit().await.unwrap();
     assert_eq!(
         closing.await.unwrap()[0].refused.as_deref(),
-        Some("it took effect since; nothing is to be done")
+        Some("it took effect since; nothing to do")
     );
     assert_eq!(state(&world, id).await, DeadLetterState::Done);
     assert!(world.store.dead_letters(&all()).await.unwrap().is_empty());
-    // It is written down before the inbox forgets it.
+
+    // The final state is recorded before the inbox row expires.
     retire_everything(&world).await;
     assert_eq!(state(&world, id).await, DeadLetterState::Done);
 

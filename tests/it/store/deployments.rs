@@ -16,8 +16,8 @@ on_every_database!(
     an_unknown_component_cannot_be_deployed,
 );
 
-fn digest(letter: char) -> String {
-    letter.to_string().repeat(64)
+fn digest(character: char) -> String {
+    character.to_string().repeat(64)
 }
 
 fn migration(name: &str, sql: &str) -> WorkerMigration {
@@ -27,7 +27,7 @@ fn migration(name: &str, sql: &str) -> WorkerMigration {
     }
 }
 
-/// Deploys with these migrations and returns the chain of causes when that is refused.
+/// Deploys with these migrations and returns the error chain of the refusal.
 async fn refusal(world: &World, migrations: &[WorkerMigration]) -> String {
     match world
         .store
@@ -258,7 +258,7 @@ async fn a_schema_made_by_another_migration_is_refused() {
         .err()
         .unwrap();
     assert!(
-        format!("{error:#}").contains("is not the one this database was made with"),
+        format!("{error:#}").contains("differs from the one that created this database"),
         "{error:#}"
     );
 }

@@ -427,7 +427,7 @@ async fn an_unsupported_postgres_type_is_named_with_a_hint() {
     tx.rollback().await;
 }
 
-/// A connection behind a pooler has to ask about such a type in the middle of the statement.
+/// Behind a pooler, the connection has to look up such a type in the middle of the statement.
 #[tokio::test]
 async fn an_unsupported_type_is_a_guest_error_behind_pgbouncer() {
     let world = World::pgbouncer().await;

@@ -1,4 +1,4 @@
-//! No statement of a guest leaves its transaction or reaches the platform's tables.
+//! No guest statement leaves its transaction or reaches the platform's tables.
 
 use oncely::model::sql::SqlError;
 use oncely::store::{Claimed, StoreError};
@@ -128,7 +128,7 @@ async fn no_statement_breaks_the_connection(world: World) {
     assert_eq!(world.rows("select 1").await.len(), 1);
 }
 
-/// Nothing in the text of a statement shows these.
+/// The text of these statements does not reveal their rollback.
 #[tokio::test]
 async fn a_transaction_that_sqlite_rolled_back_is_refused() {
     let world = World::sqlite().await;

@@ -96,7 +96,7 @@ async fn a_second_claim_waits_and_then_sees_the_first_settled(world: World) {
         tokio::time::timeout(Duration::from_millis(300), &mut second)
             .await
             .is_err(),
-        "it did not wait"
+        "the second claim did not wait"
     );
     first.commit().await.unwrap();
     let claimed = second.await.unwrap();
@@ -127,7 +127,7 @@ async fn a_second_claim_waits_and_is_fresh_if_the_first_rolls_back(world: World)
         tokio::time::timeout(Duration::from_millis(300), &mut second)
             .await
             .is_err(),
-        "it did not wait"
+        "the second claim did not wait"
     );
     first.rollback().await;
     assert!(matches!(second.await.unwrap(), Claimed::Fresh { .. }));
@@ -217,7 +217,7 @@ async fn a_dropped_transaction_leaves_no_effect_and_no_open_session(world: World
         };
         tokio::time::timeout(Duration::from_secs(10), until_none)
             .await
-            .expect("a connection stays in a transaction");
+            .expect("wait until all connections are idle");
     }
 }
 
@@ -264,6 +264,8 @@ async fn attempts_are_counted_and_returned_by_the_next_claim(world: World) {
         attempt,
         is_repeat: false,
     };
+
+    // Counts within a call, over calls, and in the next claim
     let counts = world
         .store
         .count_attempts(WORKER, &[failed("b"), failed("a"), failed("b")])
@@ -286,7 +288,8 @@ async fn attempts_are_counted_and_returned_by_the_next_claim(world: World) {
         world.claim_and_roll_back("a", 1).await,
         Claimed::Fresh { attempts: 1 }
     ));
-    // Two hosts that count the same event at once may be told to do it again, and never lose a count.
+
+    // Two hosts that count the same event at once may get a conflict, but never lose a count.
     let counting: Vec<_> = (0..8)
         .map(|_| {
             let (store, failed) = (Arc::clone(&world.store), failed("a"));

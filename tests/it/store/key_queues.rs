@@ -1,4 +1,4 @@
-//! The line of a key: who goes first, who waits for whom, and what a person decides about those that cannot go.
+//! Per-key queues: order, blocking, and decisions about parked outputs.
 
 use std::time::Duration;
 
@@ -32,7 +32,7 @@ fn keyed(event_id: &str, ordinal: u32, key: &str) -> Output {
     }
 }
 
-/// Commits outputs of an event of its own.
+/// Commits outputs of a new event.
 async fn append(world: &World, outputs: &[Output], lease: Duration) -> Vec<OutboxRow> {
     let mut tx = world.begin().await;
     tx.claim(&[new_claim(&outputs[0].event_id, 1)])
@@ -58,7 +58,7 @@ async fn publish(world: &World, row: &OutboxRow) {
     world.store.mark_published(&[place]).await.unwrap();
 }
 
-/// The events whose outputs a poll takes now.
+/// The events of the outputs that a poll leases now.
 async fn poll(world: &World) -> Vec<String> {
     events(&world.store.lease_outputs(100, LEASE).await.unwrap())
 }
@@ -134,7 +134,8 @@ async fn a_poll_leases_a_key_up_to_the_first_unavailable_output(world: World) {
         append_one(&world, event, "k", LEASE).await;
     }
     append_one(&world, "x", "other", LEASE).await;
-    // As after a crash: all leases but that of `c` have run out.
+
+    // As after a crash: all leases except that of `c` have expired.
     let due = "update oncely.outbox set leased_until = created_at where event_id <> 'c'";
     world.execute_directly(due).await;
     assert_eq!(poll(&world).await, ["a", "b", "x"]);
@@ -144,7 +145,8 @@ async fn a_poll_leases_a_key_up_to_the_first_unavailable_output(world: World) {
             "update oncely.outbox set leased_until = created_at where event_id in ('a', 'b', 'c')",
         )
         .await;
-    // `d` waits behind `c`, which is not published.
+
+    // `d` is blocked by `c`, which is unpublished.
     assert_eq!(poll(&world).await, ["a", "b", "c"]);
     let c = world
         .store
@@ -164,7 +166,8 @@ async fn a_poll_leases_a_key_up_to_the_first_unavailable_output(world: World) {
         }])
         .await
         .unwrap();
-    // But `a` and `b` are not, and come before it.
+
+    // `a` and `b` are unpublished and block it.
     assert!(poll(&world).await.is_empty());
 }
 
@@ -228,7 +231,8 @@ async fn an_output_blocked_by_another_waits_for_it(world: World) {
     assert!(poll(&world).await.is_empty());
     publish(&world, &first).await;
     assert_eq!(poll(&world).await, ["b", "c"]);
-    // Put back although it is published by now: that changes nothing.
+
+    // Unblocking an output that is already published changes nothing.
     world
         .store
         .release_outputs(&[(first.seq, Unpublished::BlockedBy(second.seq))])
@@ -272,7 +276,7 @@ async fn a_long_queue_is_left_to_the_poller(world: World) {
             .iter()
             .skip(300)
             .all(|waiting| waiting.blocked_by == Some(last.seq)),
-        "they wait for each other"
+        "an output is blocked by another predecessor"
     );
     for row in &first {
         publish(&world, row).await;
@@ -346,7 +350,7 @@ async fn a_dropped_output_frees_its_key_and_leaves_a_record(world: World) {
     assert_eq!(
         world
             .store
-            .drop_outputs(&[first.seq], "nobody wants it\0")
+            .drop_outputs(&[first.seq], "not needed\0")
             .await
             .unwrap(),
         1
@@ -367,7 +371,7 @@ async fn a_dropped_output_frees_its_key_and_leaves_a_record(world: World) {
             record.summary.state.as_str(),
             record.summary.note.as_deref()
         ),
-        ("dropped", Some("nobody wants it\u{fffd}"))
+        ("dropped", Some("not needed\u{fffd}"))
     );
     assert!(record.summary.dropped_at.is_some());
 }
@@ -515,7 +519,7 @@ async fn a_deep_queue_is_drained_in_order_and_in_time(world: World) {
     let mut published = Vec::new();
     while published.len() < DEPTH as usize {
         let rows = world.store.lease_outputs(1_000, LEASE).await.unwrap();
-        // Another host looks while these are being published.
+        // Another host polls while these outputs are being published.
         assert!(
             world
                 .store
@@ -539,7 +543,7 @@ async fn a_deep_queue_is_drained_in_order_and_in_time(world: World) {
     assert!(published.is_sorted());
     assert!(
         began.elapsed() < Duration::from_secs(20),
-        "it took {:?}",
+        "the drain took {:?}",
         began.elapsed()
     );
 }

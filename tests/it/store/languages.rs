@@ -1,5 +1,6 @@
-//! Errors are told apart by their codes: not by their texts, which come in the server's language, and not by a code that a
-//! worker's own function may raise.
+//! Errors are classified by their codes.
+//!
+//! The texts depend on the server's language, and a worker's function may raise any code.
 
 use oncely::model::sql::SqlError;
 use oncely::store::{PostgresStore, Store, StoreError, Tx};
@@ -15,7 +16,7 @@ async fn fails(
     tx.execute(statement, params).await.unwrap().unwrap_err()
 }
 
-/// Statements that come with other than the parameters they want; with how many.
+/// Statements with a wrong number of parameters, and that number.
 const MISCOUNTED: [(&str, usize); 5] = [
     ("select $1::text, $2::text", 1),
     ("select $1::text", 2),
@@ -32,12 +33,13 @@ async fn errors_of_a_german_server_are_classified() {
         .migrate("1.sql", "create table t (a text, b text)")
         .await;
     let mut tx = world.begin().await;
-    // The server has its language, wherever its translations are installed.
+
+    // The server reports in German if its translations are installed.
     let said = fails(&mut tx, "select * from nowhere", &[])
         .await
         .to_string();
     tx.rollback().await;
-    println!("the server says: {said}");
+    println!("server message: {said}");
     for (statement, count) in MISCOUNTED {
         let mut tx = world.begin().await;
         let error = fails(&mut tx, statement, &vec![text("x"); count]).await;
@@ -45,7 +47,7 @@ async fn errors_of_a_german_server_are_classified() {
             matches!(error, SqlError::InvalidParameter(_)),
             "{statement}: {error:?}"
         );
-        // It was not sent: the transaction goes on.
+        // The statement was not sent: the transaction continues.
         execute(
             &mut tx,
             "insert into t values ($1, $2)",
@@ -56,7 +58,7 @@ async fn errors_of_a_german_server_are_classified() {
     }
     changes_under_a_prepared_statement(&world).await;
 
-    // The server alone counts parameters of a statement that the filter does not read.
+    // Without the filter, only the server counts parameters.
     let unfiltered = PostgresStore::connect(&cluster.url("postgres"), 8)
         .await
         .unwrap()
@@ -75,7 +77,8 @@ async fn errors_of_a_german_server_are_classified() {
     }
 }
 
-/// A column is added: the statement of each connection fails once, as a conflict, and is prepared again.
+/// After a column is added, the statement of each connection fails once with a conflict and is
+/// prepared again.
 async fn changes_under_a_prepared_statement(world: &World) {
     let mut open = Vec::new();
     for _ in 0..4 {
@@ -108,7 +111,7 @@ async fn changes_under_a_prepared_statement(world: &World) {
     assert!(failures <= 4, "{failures} failures on four connections");
 }
 
-/// Codes with which a server tells that it is in trouble, or that another transaction is in the way; and our own.
+/// Codes for server trouble and for conflicts with other transactions, and Oncely's own codes.
 const CODES: [&str; 24] = [
     "08000", "08003", "08006", "08P01", "0A000", "22012", "25006", "25P02", "26000", "28P01",
     "40001", "40P01", "42P05", "53100", "53200", "53300", "55P03", "57014", "57P01", "57P03",
@@ -145,7 +148,7 @@ async fn an_error_code_raised_by_a_function_is_no_outage() {
         )
         .await;
         let refused = tx.commit().await.unwrap_err();
-        // The host reads its key again, and charges the message if that was no reason.
+        // The host reads its key again, and charges the message if the key was unchanged.
         let is_charged = matches!(refused, StoreError::Refused(_)) || refused.broke_in_statement();
         assert!(is_charged, "{code}: {refused:?}");
         assert!(matches!(

@@ -1,4 +1,4 @@
-//! A database that is away is waited for, and nothing is lost or repeated.
+//! Operations wait for an unavailable database, and nothing is lost or repeated.
 
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,7 @@ async fn a_stopped_postgres_is_unavailable_and_work_resumes_by_itself() {
     claim(&mut other, "other", 1).await;
     store.ping().await.unwrap();
 
+    // During the outage every operation fails fast as unavailable.
     cluster.stop().unwrap();
     assert!(matches!(
         open.commit().await,
@@ -49,6 +50,7 @@ async fn a_stopped_postgres_is_unavailable_and_work_resumes_by_itself() {
         began.elapsed()
     );
 
+    // After the restart only the committed claim is settled.
     cluster.start_again().unwrap();
     let mut tx = store.begin(WORKER, TIME).await.unwrap();
     let claims = [
@@ -76,7 +78,7 @@ async fn a_terminated_connection_costs_only_its_transaction() {
     for world in [World::postgres().await, World::pgbouncer().await] {
         let mut tx = world.begin().await;
         claim(&mut tx, "e1", 1).await;
-        // Not the one through which PgBouncer looks passwords up: without it a login fails once.
+        // Except PgBouncer's connection for password lookups: without it a login fails once.
         let terminate = "select pg_terminate_backend(pid) from pg_stat_activity
              where datname = current_database() and application_name like 'oncely%' and pid <> pg_backend_pid()";
         world.connect().await.execute(terminate).await.unwrap();

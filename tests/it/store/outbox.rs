@@ -1,4 +1,4 @@
-//! Outputs are handed over once, and found again when they were not published.
+//! Outputs are leased once, and leased again if they were not published.
 
 use std::time::Duration;
 
@@ -40,7 +40,7 @@ fn place(seq: i64) -> Published {
     }
 }
 
-/// Leases until something is due.
+/// Leases until an output is due.
 async fn lease(world: &World, lease: Duration) -> Vec<OutboxRow> {
     let until_due = async {
         loop {
@@ -53,7 +53,7 @@ async fn lease(world: &World, lease: Duration) -> Vec<OutboxRow> {
     };
     tokio::time::timeout(Duration::from_secs(10), until_due)
         .await
-        .expect("nothing becomes due")
+        .expect("wait for a due output")
 }
 
 async fn appended_outputs_are_leased_to_the_committing_host(world: World) {
@@ -154,7 +154,8 @@ async fn published_outputs_are_never_leased_again(world: World) {
         .mark_published(&[place(rows[1].seq), place(rows[0].seq)])
         .await
         .unwrap();
-    // A relay that was slow may say it once more.
+
+    // A slow relay may record it again.
     world
         .store
         .mark_published(&[place(rows[0].seq)])
@@ -317,7 +318,8 @@ async fn an_unreadable_row_blocks_later_outputs_of_its_key(world: World) {
             numbers[1]
         ))
         .await;
-    // All of them are due, and leased at once.
+
+    // All of them are due and leased in one poll.
     tokio::time::sleep(Duration::from_millis(150)).await;
     let leased: Vec<i64> = lease(&world, LEASE)
         .await
@@ -332,7 +334,7 @@ async fn an_unreadable_row_blocks_later_outputs_of_its_key(world: World) {
         .unwrap();
     assert_eq!(
         (last.state.as_str(), last.blocked_by),
-        ("behind", Some(numbers[1]))
+        ("blocked", Some(numbers[1]))
     );
 }
 
@@ -378,6 +380,8 @@ async fn an_output_with_a_taken_id_gets_the_next_id(world: World) {
             },
         )
     };
+
+    // The next id
     world
         .store
         .release_outputs(&[taken(&row.id)])
@@ -390,7 +394,8 @@ async fn an_output_with_a_taken_id_gets_the_next_id(world: World) {
         (ids.next_id(&row.id).as_str(), "payments:e1:0")
     );
     assert_eq!((second.seq, second.failures), (row.seq, 1));
-    // A host that is late to find out changes nothing.
+
+    // A host that detects it late changes nothing.
     world
         .store
         .release_outputs(&[taken(&row.id)])
@@ -413,6 +418,8 @@ async fn an_output_with_a_taken_id_gets_the_next_id(world: World) {
         world.store.taken_ids().await.unwrap(),
         [(super::WORKER.to_owned(), 1)].into()
     );
+
+    // A published output keeps its id.
     let place = Published {
         seq: row.seq,
         stream: "OUT".to_owned(),

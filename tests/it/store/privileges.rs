@@ -1,4 +1,4 @@
-//! What guests may try: each ends in an error for its message alone, and without the filter the database's privileges hold by themselves.
+//! Hostile guest statements: each fails only its own message, also by database privileges alone.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,16 +14,16 @@ on_every_database!(
     without_the_filter_database_privileges_still_hold,
 );
 
-/// How long a guest's statement may take here.
+/// The time limit of a guest's statement.
 const TIME: Duration = Duration::from_millis(800);
 
-/// The outcome of a statement that the filter refuses where only the privileges stand.
+/// The result of a refused statement without the filter, under the privileges alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Alone {
     /// It fails, on both databases.
     Fails,
-    /// It may succeed, and changes nothing beyond its own transaction but for the connection, which is given up then; what
-    /// committed is whole.
+    /// It may succeed, but changes at most its own transaction and its connection, which is then
+    /// closed. Each commit is complete.
     Harmless,
 }
 use Alone::{Fails, Harmless};
@@ -129,7 +129,7 @@ const HOSTILE: &[(&str, Alone)] = &[
     ("listen oncely", Harmless),
     ("select pg_export_snapshot()", Fails),
     ("select pg_logical_emit_message(true, 'oncely', 'x')", Fails),
-    // Statements given as text, and words that are names.
+    // Statements as text, and keywords as names.
     (
         "select * from ts_stat('select to_tsvector(set_config(''role'', ''none'', false))')",
         Fails,
@@ -185,7 +185,7 @@ const HOSTILE: &[(&str, Alone)] = &[
         "select sum(length(regexp_replace(repeat('a', 100000 + i % 2), '(a*)*b', ''))) from generate_series(1, 100000) i",
         Fails,
     ),
-    // The platform's tables, and the functions that guard them.
+    // The platform's tables, and the definer functions.
     ("select * from oncely.inbox", Fails),
     ("select * from \"oncely\".\"outbox\"", Fails),
     ("select * from U&\"\\006fncely\".inbox", Fails),
@@ -261,7 +261,7 @@ const HOSTILE: &[(&str, Alone)] = &[
     ("copy effect to '/tmp/oncely-stolen'", Fails),
     ("copy effect to program 'sh'", Fails),
     ("copy oncely.inbox to stdout", Fails),
-    // Making things.
+    // Creation of objects.
     ("create table hidden (a integer)", Fails),
     ("create temporary table hidden (a integer)", Fails),
     ("select 1 as a into hidden", Fails),
@@ -305,7 +305,7 @@ const HOSTILE: &[(&str, Alone)] = &[
 const TABLES: &str =
     "create table effect (event_id text not null, part integer not null, unique (event_id, part))";
 
-/// What no statement may have changed.
+/// Checks the session settings that no statement may change.
 async fn check_session_settings(world: &World) {
     if !world.is_postgres() {
         return;
@@ -313,7 +313,7 @@ async fn check_session_settings(world: &World) {
     let settings = "select current_setting('synchronous_commit'), current_setting('search_path'),
         current_setting('session_replication_role'), current_setting('transaction_read_only'), session_user = current_user,
         current_setting('is_superuser')";
-    // The filter lets the names of these settings through; only setting them is out of reach.
+    // The filter permits the names of these settings, only changing them is refused.
     let rows = world.rows(settings).await;
     let expected = [
         text("on"),
@@ -325,7 +325,7 @@ async fn check_session_settings(world: &World) {
     assert_eq!(rows[0][4..], [Value::Boolean(true), text("off")]);
 }
 
-/// A schema that belongs to somebody else.
+/// A schema of another owner.
 async fn create_other_schema(world: &World) {
     if world.is_postgres() {
         world
@@ -387,7 +387,7 @@ async fn each_hostile_statement_fails_only_its_own_message(world: World) {
     check_session_settings(&world).await;
 }
 
-/// Looks as a lane claims: again, when the connection turns out to be of no more use.
+/// Claims like a lane: again, if the connection turns out to be unusable.
 async fn claim_again(world: &World, event_id: &str) -> Claimed {
     let mut tx = world.begin().await;
     let claimed = tx.claim(&[new_claim(event_id, 1)]).await;
@@ -417,7 +417,7 @@ async fn without_the_filter_database_privileges_still_hold(world: World) {
         if !matches!(result, Ok(Err(_))) && (*alone == Fails || result.is_err()) {
             surprises.push(format!("{statement}: {result:?}"));
         }
-        // Whatever it was: what follows it takes effect together with what went before it, or not at all.
+        // Later statements take effect together with earlier ones, or not at all.
         let after = tx
             .execute("insert into effect values ($1, 2)", &[text(&event_id)])
             .await;
@@ -441,13 +441,14 @@ async fn without_the_filter_database_privileges_still_hold(world: World) {
     check_session_settings(&world).await;
 }
 
-/// The next user of the connection finds its statements gone: it costs a connection, and no more than that.
+/// The connection's next user finds its prepared statements gone, which costs one connection.
 #[tokio::test]
 async fn a_guest_that_deallocates_statements_costs_one_connection() {
     let mut world = World::postgres().await;
     world.store.close().await;
     let url = world.store_url.clone().unwrap();
-    // One connection for guests, so that it has to be the same.
+
+    // A single connection for guests, so that it is reused.
     world.store = Arc::new(
         PostgresStore::connect(&url, 2)
             .await
@@ -472,7 +473,8 @@ async fn a_guest_that_deallocates_statements_costs_one_connection() {
     ));
 }
 
-/// The limits of a connection are the guest's alone: the house keeps components and payloads as large as they come.
+/// A connection's value limits apply to guests only: the platform stores large components and
+/// payloads.
 #[tokio::test]
 async fn the_platform_stores_values_that_guests_may_not_create() {
     let world = World::sqlite().await;
@@ -505,7 +507,8 @@ async fn the_platform_stores_values_that_guests_may_not_create() {
     );
 }
 
-/// A statement that the house prepared, with no wall around it, is not run again for a guest who knows its text.
+/// A prepared statement of the platform, which bypasses the filter, is not reused for a guest with
+/// the same text.
 #[tokio::test]
 async fn a_platform_statement_sent_by_a_guest_is_refused() {
     let world = World::sqlite().await.without_filter().await;
@@ -533,7 +536,7 @@ async fn a_platform_statement_sent_by_a_guest_is_refused() {
     tx.rollback().await;
 }
 
-/// Full-text tables keep their parts in tables of their own, and look after them by SQL.
+/// Full-text tables keep shadow tables and maintain them with SQL.
 #[tokio::test]
 async fn a_worker_may_have_a_full_text_table() {
     let world = World::sqlite().await;
@@ -554,7 +557,7 @@ async fn a_worker_may_have_a_full_text_table() {
     );
 }
 
-/// A fresh database of a role that is no superuser: how the role reaches it, and how the test does.
+/// A fresh database owned by a role without superuser rights: the role's URL and the test's.
 pub async fn database_with_role(attributes: &str) -> (String, String) {
     let database = support::postgres::shared().create_database().await.unwrap();
     let direct = support::postgres::shared().url(&database);
@@ -589,8 +592,8 @@ async fn guests_log_in_as_the_app_role_which_owns_nothing() {
             "create table t (a integer); create view v as select a from t",
         )
         .await;
-    let who = "select session_user::text, current_user::text, current_database()::text";
-    let rows = world.rows(who).await;
+    let roles = "select session_user::text, current_user::text, current_database()::text";
+    let rows = world.rows(roles).await;
     let [
         Value::Text(session),
         Value::Text(current),
@@ -621,7 +624,7 @@ async fn guests_log_in_as_the_app_role_which_owns_nothing() {
     );
 }
 
-/// What is in the password's reach: the app's tables, to read.
+/// The app role's password gives read access to the app's tables.
 #[tokio::test]
 async fn the_app_role_password_opens_only_the_apps_tables() {
     let world = World::postgres().await;
@@ -666,7 +669,7 @@ async fn the_app_role_password_opens_only_the_apps_tables() {
     assert!(world.rows("select * from effect").await.is_empty());
 }
 
-/// What a host sends to the functions of the door is worth nothing in the next transaction.
+/// A token for the definer functions is worthless in the next transaction.
 #[tokio::test]
 async fn a_token_is_valid_for_its_transaction_only() {
     let world = World::postgres().await;
@@ -715,7 +718,7 @@ async fn a_user_without_createrole_gets_a_hint_to_guest_sql_trusted() {
     let error = PostgresStore::connect(&url, 4).await.err().unwrap();
     let hints = oncely::model::hint::hints(&error).join(" ");
     assert!(
-        hints.contains("guest_sql = \"trusted\"") && hints.contains("only the check of its text"),
+        hints.contains("guest_sql = \"trusted\"") && hints.contains("only the statement filter"),
         "{error:?}"
     );
     let store = PostgresStore::connect_trusted(&url, 4).await.unwrap();
@@ -738,7 +741,7 @@ async fn a_user_without_createrole_gets_a_hint_to_guest_sql_trusted() {
     tx.rollback().await;
 }
 
-/// As on a managed database: no superuser, so the functions that everybody may call stay.
+/// As on a managed database: without a superuser, the functions of PUBLIC stay callable.
 #[tokio::test]
 async fn restricted_mode_works_without_a_superuser() {
     let (url, direct) = database_with_role("createrole").await;

@@ -1,4 +1,4 @@
-//! Of each event the record of the last failed attempt is kept, and compared with that of the one before.
+//! The recording of an event's last failed attempt is kept and compared with the previous one.
 
 use bytes::Bytes;
 use oncely::model::verdict::Reason;
@@ -18,7 +18,7 @@ on_every_database!(
     a_recording_is_deleted_with_the_attempts_of_a_done_event,
 );
 
-/// A failed attempt with the record `json` and a proof of this number; with none, it has no record.
+/// A failed attempt with the recording `json` and a proof of this number; or without a recording.
 fn failed(event_id: &str, record: Option<(&'static str, Option<u8>)>) -> FailedAttempt {
     let kept = |(json, proof): (&'static str, Option<u8>)| StoredRecording {
         json: Bytes::from_static(json.as_bytes()),
@@ -28,7 +28,7 @@ fn failed(event_id: &str, record: Option<(&'static str, Option<u8>)>) -> FailedA
         event_id: event_id.to_owned(),
         version: 1,
         code: None,
-        error: "it failed".to_owned(),
+        error: "failed".to_owned(),
         logs: String::new(),
         recording: record.map(kept),
     }
@@ -67,7 +67,7 @@ async fn the_last_recording_is_kept_and_compared_with_the_previous(world: World)
         (Some(("five", None)), false),
         (Some(("six", Some(2))), false),
         (None, false),
-        // What comes after a gap is compared with nothing.
+        // After a gap, there is no recording for comparison.
         (Some(("eight", Some(2))), false),
         (Some(("nine", Some(2))), true),
     ] {
@@ -79,7 +79,8 @@ async fn the_last_recording_is_kept_and_compared_with_the_previous(world: World)
         );
     }
     assert_eq!(world.recording("e2").await, None);
-    // Another worker's attempts are its own.
+
+    // Another worker's attempts are separate.
     let other = world
         .store
         .count_attempts("another", &[failed("e1", Some(("nine", Some(2))))])
@@ -117,6 +118,7 @@ async fn attempts_counted_together_are_compared_with_earlier_ones(world: World) 
     for (event_id, record) in [("a", "a2"), ("b", "b2"), ("c", "c2"), ("d", "d1")] {
         assert_eq!(world.recording(event_id).await.as_deref(), Some(record));
     }
+
     // Large ones, too.
     let large: &'static str = Box::leak("x".repeat(3 << 20).into_boxed_str());
     assert_eq!(
@@ -141,22 +143,25 @@ async fn a_recording_is_deleted_with_its_dead_letter(world: World) {
             .await
             .unwrap();
     }
-    // A letter whose event id is another message's has no attempts of its own.
+
+    // A dead letter for a reused event id has no attempts of its own.
     world
         .dead_letter(&[new_dead_letter("open", b"another body", Reason::IdReuse)])
         .await
         .unwrap();
+
+    // Only closing a dead letter deletes its recording.
     let filter = DeadLetterFilter {
         limit: 10,
         ..DeadLetterFilter::default()
     };
-    let letters = world.store.dead_letters(&filter).await.unwrap();
+    let dead_letters = world.store.dead_letters(&filter).await.unwrap();
     let by = Attribution {
         actor: "ada".to_owned(),
         note: None,
     };
-    for letter in letters {
-        let (what, closes) = match (letter.event_id.as_str(), letter.reason.as_str()) {
+    for dead_letter in dead_letters {
+        let (what, closes) = match (dead_letter.event_id.as_str(), dead_letter.reason.as_str()) {
             ("resolved", _) => (DeadLetterAction::Resolve, true),
             ("dropped", _) => (DeadLetterAction::Drop, true),
             (_, "id-reuse") => (DeadLetterAction::Resolve, false),
@@ -167,30 +172,30 @@ async fn a_recording_is_deleted_with_its_dead_letter(world: World) {
         };
         let moved = world
             .store
-            .update_dead_letters(&[letter.id], &what, &by)
+            .update_dead_letters(&[dead_letter.id], &what, &by)
             .await
             .unwrap();
         assert!(
             moved
                 .iter()
-                .all(|moved| moved.refused.is_none() || letter.reason == "id-reuse"),
+                .all(|moved| moved.refused.is_none() || dead_letter.reason == "id-reuse"),
             "{moved:?}"
         );
         assert_eq!(
-            world.recording(&letter.event_id).await.is_none(),
+            world.recording(&dead_letter.event_id).await.is_none(),
             closes,
             "{} {}",
-            letter.event_id,
-            letter.reason
+            dead_letter.event_id,
+            dead_letter.reason
         );
     }
 }
 
 async fn a_recording_is_deleted_when_its_redrive_took_effect(world: World) {
     world.count(&[failed("e1", Some(("it", None)))]).await;
-    let letter = new_dead_letter("e1", b"", Reason::AttemptsExhausted);
-    let payload = letter.0.message.payload_sha256();
-    world.dead_letter(&[letter]).await.unwrap();
+    let dead_letter = new_dead_letter("e1", b"", Reason::AttemptsExhausted);
+    let payload = dead_letter.0.message.payload_sha256();
+    world.dead_letter(&[dead_letter]).await.unwrap();
     let filter = DeadLetterFilter {
         limit: 10,
         ..DeadLetterFilter::default()
@@ -224,9 +229,9 @@ async fn a_recording_is_deleted_when_its_redrive_took_effect(world: World) {
     tx.commit().await.unwrap();
     retire_everything(&world).await;
     assert_eq!(world.recording("e1").await, None);
-    let letter = world.store.find_dead_letter(id).await.unwrap().unwrap();
+    let dead_letter = world.store.find_dead_letter(id).await.unwrap().unwrap();
     assert_eq!(
-        (letter.summary.state, letter.attempts.len()),
+        (dead_letter.summary.state, dead_letter.attempts.len()),
         (DeadLetterState::Done, 1)
     );
 }

@@ -1,4 +1,4 @@
-//! Idempotency keys: a key is one request's, answered once, and forgotten when its time is over.
+//! Idempotency keys: a key belongs to one request, is answered once, and expires.
 
 use std::time::Duration;
 
@@ -67,7 +67,7 @@ async fn a_stored_response_is_returned_again(world: World) {
             ..key("a", 1)
         },
         RequestKey {
-            caller: "somebody".to_owned(),
+            caller: "another".to_owned(),
             ..key("a", 1)
         },
         key("b", 1),
@@ -117,7 +117,8 @@ async fn a_key_is_free_after_its_window(world: World) {
     );
 }
 
-/// On SQLite the second one waits for the first; on PostgreSQL it is told at once, and what the other one asks for.
+/// On SQLite the second request waits for the first. On PostgreSQL it is refused at once, with a
+/// distinct result for another fingerprint.
 async fn concurrent_claims_never_both_get_the_key(world: World) {
     if !world.is_postgres() {
         return;
@@ -182,7 +183,7 @@ async fn keys_are_kept_across_partition_rotations(world: World) {
     assert_eq!(
         world.count_directly(count).await,
         1,
-        "what had its time is still there"
+        "an expired key still exists"
     );
 }
 
@@ -200,7 +201,8 @@ async fn a_read_only_transaction_cannot_write(world: World) {
         .unwrap()
         .unwrap();
     assert_eq!(read.rows.len(), 1);
-    // One that writes does not have to wait for it.
+
+    // A writer does not wait for it.
     let mut writer = world.begin().await;
     writer
         .execute("insert into thing (id) values (1)", &[])

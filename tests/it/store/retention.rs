@@ -1,4 +1,4 @@
-//! What had its time leaves, nothing else does, and event ids stay unique meanwhile.
+//! Only expired rows are deleted, and event ids stay unique meanwhile.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,7 +36,7 @@ const FOR_A_DAY: RetentionPolicy = RetentionPolicy {
     archive: None,
 };
 
-/// Removes everything that may be.
+/// Deletes everything that may be deleted.
 pub(super) async fn retire_everything(world: &World) {
     let now = RetentionPolicy {
         outputs: Duration::ZERO,
@@ -48,7 +48,7 @@ pub(super) async fn retire_everything(world: &World) {
     }
 }
 
-/// Lets half a day pass for the current part, and does what is due then.
+/// Ages the current partition by half a day and runs the due rotation.
 async fn rotate(world: &World) -> Result<bool, StoreError> {
     if world.is_postgres() {
         let half_a_day =
@@ -76,6 +76,8 @@ async fn expired_rows_are_deleted_and_dead_letters_stay(world: World) {
         logs: String::new(),
         recording: None,
     };
+
+    // One row of each kind
     world
         .store
         .count_attempts(WORKER, &[failed("e1"), failed("dead")])
@@ -106,12 +108,15 @@ async fn expired_rows_are_deleted_and_dead_letters_stay(world: World) {
         .await
         .unwrap();
 
+    // Nothing has expired.
     world.store.delete_expired(&FOR_A_DAY).await.unwrap();
     let totals = world.store.totals().await.unwrap();
     assert_eq!(
         (totals[0].done, totals[0].dead, totals[0].outputs),
         (3, 1, 3)
     );
+
+    // The inbox has no limit.
     let for_ever = RetentionPolicy {
         outputs: Duration::ZERO,
         inbox: None,
@@ -125,9 +130,10 @@ async fn expired_rows_are_deleted_and_dead_letters_stay(world: World) {
             world.claim_and_roll_back("e1", 1).await,
             Claimed::Settled(_)
         ),
-        "the inbox is kept for ever"
+        "the inbox row expired without a limit"
     );
 
+    // Everything expires except dead letters.
     retire_everything(&world).await;
     let totals = world.store.totals().await.unwrap();
     assert_eq!(
@@ -169,11 +175,11 @@ async fn event_ids_stay_unique_during_partition_rotation(world: World) {
             })
         })
         .collect();
-    let mut turns = 0;
-    while turns < 3 {
-        // A turn that found transactions under way for too long is tried again.
+    let mut rotations = 0;
+    while rotations < 3 {
+        // A rotation that waited too long for open transactions is retried.
         match rotate(&world).await {
-            Ok(_) => turns += 1,
+            Ok(_) => rotations += 1,
             Err(StoreError::Conflict(_)) => {}
             Err(error) => panic!("{error:?}"),
         }
@@ -197,7 +203,8 @@ async fn a_rotation_waits_briefly_for_claims_in_flight(world: World) {
     let mut under_way = world.begin().await;
     claim(&mut under_way, "e1", 1).await;
     assert!(matches!(rotate(&world).await, Err(StoreError::Conflict(_))));
-    // It gave up: others go on meanwhile.
+
+    // The rotation gave up, so other claims continue.
     settle(&world, "e2").await;
     let (world, under_way) = (Arc::new(world), under_way);
     let waiting = {
@@ -218,15 +225,15 @@ async fn a_rotation_waits_briefly_for_claims_in_flight(world: World) {
     assert!(waiting.await.unwrap().unwrap());
     assert!(
         matches!(held_up.await.unwrap(), Claimed::Settled(_)),
-        "claimed twice, in two parts"
+        "claimed twice, in two partitions"
     );
 }
 
 async fn events_settled_in_an_earlier_partition_stay_settled(world: World) {
     settle(&world, "e1").await;
-    let letter = new_dead_letter("dead", b"body", Reason::Rejected);
+    let dead_letter = new_dead_letter("dead", b"body", Reason::Rejected);
     world
-        .dead_letter(std::slice::from_ref(&letter))
+        .dead_letter(std::slice::from_ref(&dead_letter))
         .await
         .unwrap();
     for _ in 0..2 {
@@ -251,10 +258,10 @@ async fn events_settled_in_an_earlier_partition_stay_settled(world: World) {
                 .unwrap(),
             ["e1"]
         );
-        // Burying what is done, or what is dead, adds nothing.
+        // Dead-lettering a done or dead event changes nothing.
         let again = [
             new_dead_letter("e1", b"body", Reason::Rejected),
-            letter.clone(),
+            dead_letter.clone(),
         ];
         assert!(
             world
@@ -263,9 +270,11 @@ async fn events_settled_in_an_earlier_partition_stay_settled(world: World) {
                 .unwrap()
                 .1
                 .iter()
-                .all(|notice| notice.output_id() != letter.1.id)
+                .all(|notice| notice.output_id() != dead_letter.1.id)
         );
     }
+
+    // Releasing a claim does not unsettle a settled event.
     let mut tx = world.begin().await;
     tx.claim(&[new_claim("e1", 1), new_claim("new", 1)])
         .await
@@ -306,6 +315,8 @@ async fn unpublished_outputs_outlast_their_partition(world: World) {
         .mark_published(&[place(rows[0].seq), place(rows[1].seq)])
         .await
         .unwrap();
+
+    // A limit of one row per call moves nothing yet.
     let few = RetentionPolicy {
         outputs: Duration::ZERO,
         inbox: None,
@@ -319,9 +330,11 @@ async fn unpublished_outputs_outlast_their_partition(world: World) {
         assert_eq!(
             world.store.totals().await.unwrap()[0].outputs,
             4,
-            "more than may move at a time"
+            "more outputs moved than the limit"
         );
     }
+
+    // The partition is dropped, the unpublished outputs are kept.
     retire_everything(&world).await;
     assert_eq!(world.store.totals().await.unwrap()[0].outputs, 2);
     let leased = world.store.lease_outputs(10, LEASE).await.unwrap();
@@ -334,6 +347,8 @@ async fn unpublished_outputs_outlast_their_partition(world: World) {
         .mark_published(&[place(leased[0].seq), place(leased[1].seq)])
         .await
         .unwrap();
+
+    // They expire after their publication.
     retire_everything(&world).await;
     assert_eq!(
         world
@@ -358,7 +373,7 @@ async fn a_dead_letter_can_be_redriven_after_the_retention(world: World) {
         world.claim_and_roll_back("dead", 1).await,
         Claimed::OtherPayload
     ));
-    let letter = world
+    let dead_letter = world
         .store
         .dead_letters(&DeadLetterFilter {
             limit: 10,
@@ -372,7 +387,7 @@ async fn a_dead_letter_can_be_redriven_after_the_retention(world: World) {
         note: None,
     };
     let back = Redrive {
-        id: letter.id,
+        id: dead_letter.id,
         generation: None,
         again: false,
     };
@@ -392,16 +407,16 @@ async fn a_dead_letter_can_be_redriven_after_the_retention(world: World) {
     .unwrap();
     tx.commit().await.unwrap();
     retire_everything(&world).await;
-    let letter = world
+    let dead_letter = world
         .store
-        .find_dead_letter(letter.id)
+        .find_dead_letter(dead_letter.id)
         .await
         .unwrap()
         .unwrap();
-    assert_eq!(letter.summary.state.as_str(), "done");
+    assert_eq!(dead_letter.summary.state.as_str(), "done");
 }
 
-/// An event that is done, one that is dead, and an output of the first that is published.
+/// A done event, a dead event, and a published output of the first.
 async fn rows_in_every_table(world: &World) {
     let mut tx = world.begin().await;
     claim(&mut tx, "e1", 1).await;
@@ -436,6 +451,8 @@ async fn the_archive_contains_exactly_the_deleted_rows(world: World) {
     for _ in 0..8 {
         world.store.delete_expired(&now).await.unwrap();
     }
+
+    // Read the archive files
     let (mut records, mut outputs) = (Vec::new(), Vec::new());
     for file in std::fs::read_dir(&archive).unwrap() {
         let path = file.unwrap().path();
@@ -454,6 +471,8 @@ async fn the_archive_contains_exactly_the_deleted_rows(world: World) {
             outputs.extend(rows)
         }
     }
+
+    // Compare with the deleted rows
     assert_eq!(
         (records.len(), outputs.len()),
         (1, 1),
@@ -498,7 +517,7 @@ async fn nothing_is_deleted_if_the_archive_cannot_be_written(world: World) {
     }
     let failed = format!(
         "{:#}",
-        anyhow::Error::from(failed.expect("it does not fail"))
+        anyhow::Error::from(failed.expect("the deletion succeeded"))
     );
     assert!(
         failed.contains("write the archive") && failed.contains("no such folder"),

@@ -1,4 +1,4 @@
-//! Savepoints: what a member of a batch did is taken back, and nothing else.
+//! Savepoints: the work of one batch item is rolled back, and no other work.
 
 use std::time::Duration;
 
@@ -70,7 +70,8 @@ async fn a_failed_statement_is_rolled_back_too(world: World) {
     );
     tx.rollback_to_savepoint().await.unwrap();
     execute(&mut tx, INSERT, &[text("b")]).await;
-    // As often as it takes.
+
+    // The savepoint can be used repeatedly.
     assert!(
         tx.execute("insert into nowhere values (1)", &[])
             .await
@@ -111,7 +112,8 @@ async fn a_lost_transaction_cannot_roll_back_to_a_savepoint(world: World) {
     tx.savepoint().await.unwrap();
     execute(&mut tx, INSERT, &[text("a")]).await;
     let _ = tx.execute("rollback", &[]).await.unwrap();
-    // SQLite's wall does not let it happen.
+
+    // SQLite's statement filter prevents it.
     let gone = tx.rollback_to_savepoint().await;
     match world.is_postgres() {
         true => assert!(matches!(gone, Err(StoreError::Refused(_))), "{gone:?}"),

@@ -1,4 +1,4 @@
-//! The functions that guests may call, the session they share with the host, and the key of the door.
+//! Callable functions, the session that guests share with the host, and the definer key.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -18,7 +18,7 @@ on_every_database!(
     a_write_in_a_read_only_transaction_is_a_guest_failure,
 );
 
-/// Volatile functions of PostgreSQL that guests may call; all others may not be reached.
+/// Volatile functions of PostgreSQL that guests may call; all others are refused.
 const VOLATILE: [&str; 8] = [
     "bernoulli",
     "clock_timestamp",
@@ -30,22 +30,24 @@ const VOLATILE: [&str; 8] = [
     "system",
 ];
 
-/// Functions that are not volatile, and run text as a statement or read any table by its name.
+/// Functions that are not volatile, but run text as a statement or read any table by its name.
 const RUN_TEXT: &str =
     "^(ts_rewrite|(query|cursor|table|schema|database)_to_xml.*|fmgr_.*_validator)$";
 
-/// A host that is no superuser, as on a managed database: functions that are `PUBLIC`'s stay so.
+/// A host without superuser rights, as on a managed database: functions of `PUBLIC` stay callable.
 async fn managed() -> World {
     let (url, direct) = database_with_role("createrole").await;
     world_on(PostgresStore::connect(&url, 2).await.unwrap(), url, direct)
 }
 
-/// What the server's own catalog says is volatile or runs text is refused by every spelling of its name.
+/// Functions that the server's catalog lists as volatile or text-running are refused in every
+/// spelling.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_disallowed_catalog_function_is_refused() {
     let world = managed().await;
     let mut around = world.connect().await;
-    // Those with an argument `internal` cannot be called at all.
+
+    // Functions with an argument `internal` cannot be called at all.
     let functions = sqlx::query(
         "select distinct proname::text from pg_proc
          where pronamespace = 'pg_catalog'::regnamespace and proname ~ '^[a-z0-9_]+$' and (provolatile = 'v' or proname ~ $1)",
@@ -65,7 +67,7 @@ async fn every_disallowed_catalog_function_is_refused() {
         .iter()
         .filter(|name| !VOLATILE.contains(&name.as_str()) && *name != "timeofday")
     {
-        // With one argument a function can be written like a column.
+        // A function with one argument can be written as an attribute.
         let columns = sqlx::query(
             "select bool_or(pronargs > 0 and pronargs - pronargdefaults <= 1) from pg_proc where proname = $1",
         );
@@ -95,6 +97,8 @@ async fn every_disallowed_catalog_function_is_refused() {
             );
         }
     }
+
+    // Allowed volatile functions still work.
     assert_eq!(
         query(
             &mut tx,
@@ -109,7 +113,7 @@ async fn every_disallowed_catalog_function_is_refused() {
     tx.rollback().await;
 }
 
-/// Every extension that the server has: its functions that are volatile, or that run a query, are refused.
+/// The volatile and query-running functions of every available extension are refused.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn functions_of_unknown_extensions_are_refused() {
     let world = managed().await;
@@ -152,7 +156,8 @@ async fn functions_of_unknown_extensions_are_refused() {
     tx.rollback().await;
 }
 
-/// The statements by which one event took effect twice: a SELECT given as a parameter changed the session's encoding.
+/// The statements that once made an event take effect twice: a SELECT passed as a parameter changed
+/// the session's encoding.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_statement_passed_as_a_parameter_is_not_run() {
     let world = managed().await;
@@ -180,7 +185,7 @@ async fn a_statement_passed_as_a_parameter_is_not_run() {
     }
 }
 
-/// A worker's own function may do anything to its session: the next transaction begins with a clean one.
+/// A worker's own function may change its session: the next transaction starts with a clean one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn session_state_is_reset_between_transactions() {
     let world = managed().await;
@@ -212,10 +217,12 @@ async fn session_state_is_reset_between_transactions() {
     ));
     tx.commit().await.unwrap();
 
+    // Without a commit
     let mut tx = world.begin().await;
     claim(&mut tx, "spoils", 1).await;
     tx.execute("select spoil()", &[]).await.unwrap().unwrap();
-    // The host's own statements are refused from there on.
+
+    // From here on, the host's own statements are refused.
     let appended = tx
         .append_outputs(&[new_output("spoils", 0, Duration::ZERO)], LEASE)
         .await;
@@ -225,6 +232,7 @@ async fn session_state_is_reset_between_transactions() {
     );
     tx.rollback().await;
 
+    // With a commit
     let mut tx = world.begin().await;
     claim(&mut tx, "spoils", 1).await;
     tx.execute("select spoil()", &[]).await.unwrap().unwrap();
@@ -262,10 +270,11 @@ async fn definer_key(world: &World) -> (Vec<u8>, String) {
     (row.get(0), row.try_get(1).unwrap_or_default())
 }
 
-/// While guests' SQL is trusted it can read the key: the first host that builds the wall makes another one, and hosts that
-/// still run take that up.
+/// Trusted guest SQL can read the key. The first host in restricted mode replaces it, and running
+/// hosts adopt the new key.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn entering_restricted_mode_renews_the_definer_key() {
+    // A restart keeps the key.
     let (url, direct) = database_with_role("createrole").await;
     let restricted = world_on(
         PostgresStore::connect(&url, 4).await.unwrap(),
@@ -282,10 +291,11 @@ async fn entering_restricted_mode_renews_the_definer_key() {
     assert_eq!(
         definer_key(&restricted).await,
         (first.clone(), password.clone()),
-        "a restart alone renewed it"
+        "a restart alone renewed the key"
     );
     restricted.store.close().await;
 
+    // A change to trusted mode and back renews it.
     let trusted = world_on(
         PostgresStore::connect_trusted(&url, 4).await.unwrap(),
         url.clone(),
@@ -300,7 +310,8 @@ async fn entering_restricted_mode_renews_the_definer_key() {
     );
     let (renewed, other_password) = definer_key(&restricted).await;
     assert!(renewed != first && other_password != password);
-    // Neither host takes the change for a guest's doing.
+
+    // Neither host mistakes the change for an act of the guest.
     assert!(matches!(tx.commit().await, Err(StoreError::Unavailable(_))));
     for world in [&trusted, &restricted] {
         let mut tx = world.begin().await;
@@ -310,7 +321,8 @@ async fn entering_restricted_mode_renews_the_definer_key() {
         ));
         tx.rollback().await;
     }
-    // A token of the old key opens nothing.
+
+    // A token of the old key is invalid.
     let mut around = PgConnection::connect(&direct).await.unwrap();
     let mut forged = around.begin().await.unwrap();
     let sql = format!(

@@ -1,4 +1,4 @@
-//! Keyed state is written where nobody was faster.
+//! Keyed state is written with optimistic concurrency.
 
 use bytes::Bytes;
 use oncely::store::{RetentionPolicy, STATE_PREVIEW, StateSlot, StateWrite, StoreError};
@@ -138,7 +138,7 @@ async fn versions_of_a_key_grow_over_deletions(world: World) {
     save(&world, &[set("a", Some(2), "3")]).await.unwrap();
     assert_eq!(slot(&world, "a").await, (3, true, true));
 
-    // Set and deleted by members of one batch.
+    // Set and deleted by items of one batch.
     save(
         &world,
         &[StateWrite {
@@ -153,7 +153,7 @@ async fn versions_of_a_key_grow_over_deletions(world: World) {
 
 async fn versions_grow_after_a_deletion_was_purged(world: World) {
     let kept = std::time::Duration::from_secs(3600);
-    let what = RetentionPolicy {
+    let policy = RetentionPolicy {
         outputs: kept,
         inbox: None,
         requests: kept,
@@ -175,11 +175,11 @@ async fn versions_grow_after_a_deletion_was_purged(world: World) {
         .await
         .unwrap();
     save(&world, &[delete("a", Some(2))]).await.unwrap();
-    while world.store.delete_expired(&what).await.unwrap() {}
+    while world.store.delete_expired(&policy).await.unwrap() {}
     assert_eq!(
         slot(&world, "a").await,
         (3, false, true),
-        "it was forgotten before its time"
+        "the deletion was purged too early"
     );
 
     let long_ago = if world.is_postgres() {
@@ -190,7 +190,7 @@ async fn versions_grow_after_a_deletion_was_purged(world: World) {
     world
         .execute_directly(&format!("update oncely.state set updated_at = {long_ago}"))
         .await;
-    while world.store.delete_expired(&what).await.unwrap() {}
+    while world.store.delete_expired(&policy).await.unwrap() {}
     assert_eq!(
         world.count_directly("oncely.state").await,
         1,
@@ -284,6 +284,7 @@ async fn state_entry_is_complete_and_lists_filter_by_prefix(world: World) {
     save(&world, &writes).await.unwrap();
     save(&world, &[set("a_1", Some(1), "5")]).await.unwrap();
 
+    // One entry
     let entry = world
         .store
         .state_entry(super::WORKER, "ab")
@@ -305,6 +306,7 @@ async fn state_entry_is_complete_and_lists_filter_by_prefix(world: World) {
         None
     );
 
+    // Lists
     let keys = async |prefix: &str, limit| {
         let entries = world
             .store
@@ -316,7 +318,8 @@ async fn state_entry_is_complete_and_lists_filter_by_prefix(world: World) {
             .map(|entry| entry.key)
             .collect::<Vec<_>>()
     };
-    // By their bytes: upper case comes before `_`, and `_` before lower case. Wildcards of SQL mean nothing.
+
+    // In byte order: upper case, `_`, lower case. SQL wildcards are literal.
     assert_eq!(keys("", 9).await, ["aZ", "a_1", "ab", "b%"]);
     assert_eq!(keys("a_", 9).await, ["a_1"]);
     assert_eq!(keys("b%", 9).await, ["b%"]);

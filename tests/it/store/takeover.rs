@@ -1,4 +1,4 @@
-//! What a host leased is another's once its own lease has run out, and not before.
+//! A host's leases pass to other hosts after its own lease has expired, and not before.
 
 use std::time::{Duration, Instant};
 
@@ -38,7 +38,7 @@ async fn append(world: &World) -> Vec<OutboxRow> {
     rows
 }
 
-/// Renews the lease of a host until it took over from another one.
+/// Renews the lease of a host until it takes over from another one.
 async fn take_over(store: &dyn Store) -> TakenOver {
     loop {
         let taken_over = store.renew_lease().await.unwrap();
@@ -66,7 +66,7 @@ async fn leases_of_a_dead_host_are_released(world: World) {
     assert!(took < HOST_LEASE + Duration::from_secs(4), "{took:?}");
     assert_eq!(other.lease_outputs(100, LEASE).await.unwrap(), rows);
     if world.is_postgres() {
-        // The host is back, and gives up what is not its own any more.
+        // The host is back and drops its lost leases.
         assert!(world.store.renew_lease().await.unwrap().is_empty());
         let back = Unpublished::Later {
             after: Duration::ZERO,
@@ -104,7 +104,8 @@ async fn a_stopping_host_releases_its_leases(world: World) {
     other.close().await;
 }
 
-/// On PostgreSQL: a transaction of a host that is gone ends, and with it its locks; one of a host that is alive stays.
+/// On PostgreSQL, transactions of a dead host are ended with their locks. Those of a live host
+/// stay.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn transactions_of_a_dead_host_are_ended() {
     for world in [World::postgres().await, World::pgbouncer().await] {
@@ -122,7 +123,7 @@ async fn transactions_of_a_dead_host_are_ended() {
         frozen
             .load_state(&["a".to_owned()])
             .await
-            .expect("a transaction of a host that is alive was ended");
+            .expect("load state in the transaction of a live host");
 
         let taken_over = take_over(other.as_ref());
         let mut tx = other
@@ -131,11 +132,11 @@ async fn transactions_of_a_dead_host_are_ended() {
             .unwrap();
         let claims = [new_claim("e1", 1)];
         let (_, claimed) = tokio::join!(taken_over, tx.claim(&claims));
-        claimed.expect("the claim is free");
+        claimed.expect("claim the released event");
         tx.commit().await.unwrap();
         assert!(
             frozen.commit().await.is_err(),
-            "a transaction went on after it was taken over"
+            "a transaction continued after its takeover"
         );
         other.close().await;
     }

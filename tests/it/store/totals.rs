@@ -1,4 +1,4 @@
-//! Counts for people.
+//! Counts for operators.
 
 use std::time::Duration;
 
@@ -21,9 +21,9 @@ async fn totals_count_the_work_of_each_worker(world: World) {
     ];
     tx.append_outputs(&outputs, LEASE).await.unwrap();
     tx.commit().await.unwrap();
-    let mut letter = new_dead_letter("e3", b"", Reason::Rejected);
-    letter.0.worker = "another".to_owned();
-    world.dead_letter(&[letter]).await.unwrap();
+    let mut dead_letter = new_dead_letter("e3", b"", Reason::Rejected);
+    dead_letter.0.worker = "another".to_owned();
+    world.dead_letter(&[dead_letter]).await.unwrap();
     let mut totals = world.store.totals().await.unwrap();
     for total in &mut totals {
         assert!(total.oldest_unpublished_ms.take().unwrap() < 20_000);

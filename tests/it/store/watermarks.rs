@@ -1,4 +1,4 @@
-//! Watermarks are known once they are written, and what a recovery found is found again.
+//! Watermarks are readable once written, and recovered positions are kept.
 
 use oncely::store::{AckFloor, BrokerState, RecoveredOutput, StreamEnd};
 
@@ -92,7 +92,8 @@ async fn old_watermarks_are_deleted(world: World) {
             .await
             .unwrap();
     }
-    // While the broker takes no mark, the one that stands there stays known.
+
+    // While the broker does not accept a watermark, the present one stays valid.
     assert!(
         world
             .store
@@ -145,7 +146,8 @@ async fn recovered_outputs_are_found_at_their_first_position(world: World) {
         (&("OUT".to_owned(), 3), &("OUT".to_owned(), 9))
     );
     assert!(world.store.find_recovered(&[]).await.unwrap().is_empty());
-    // The streams were restored once more, and it was found elsewhere; then it was lost.
+
+    // After another restore, one output was found elsewhere; then it was lost.
     world.store.save_recovered(&[output("a", 2)]).await.unwrap();
     assert_eq!(world.store.find_recovered(&["a"]).await.unwrap()["a"].1, 2);
     world

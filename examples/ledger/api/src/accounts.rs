@@ -1,4 +1,4 @@
-//! Accounts: opened, shown, and changed by one request at a time.
+//! Accounts: opening, reading, and versioned changes.
 
 use oncely_guest::http::{Request, Response};
 use oncely_guest::prelude::*;
@@ -6,23 +6,23 @@ use serde_json::json;
 
 use crate::problem;
 
-/// How often a change is tried while others change the same account.
+/// The number of tries for a change while other requests change the same account.
 const TRIES: u32 = 5;
 
-/// Entries on a page of a statement.
+/// Entries per page of a statement.
 const PAGE: usize = 50;
 
 #[derive(Serialize)]
 pub struct Account {
     pub id: String,
     pub currency: String,
-    /// In minor units, as all amounts.
+    /// In minor units, as all amounts are.
     pub balance: i64,
-    /// What open holds keep from being spent.
+    /// The sum of the open holds, which cannot be spent.
     pub held: i64,
-    /// How far below zero it may go; none for an account without limit.
+    /// The amount by which the balance may be negative; none for an account without limit.
     pub overdraft_limit: Option<i64>,
-    /// One more with each change.
+    /// Incremented with each change.
     pub version: i64,
 }
 
@@ -32,7 +32,7 @@ pub struct Account {
 struct Opening {
     id: String,
     currency: String,
-    /// 0 when it is not there; null for an account without limit.
+    /// 0 when absent; null for an account without limit.
     #[serde(default = "no_overdraft")]
     overdraft_limit: Option<i64>,
 }
@@ -54,17 +54,17 @@ pub fn open(request: &Request) -> Result<Response, Response> {
             .all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'))
     {
         return Err(problem::invalid_account(
-            "an id is 1 to 64 of a-z, 0-9 and -",
+            "an id has 1 to 64 characters of a-z, 0-9 and -",
         ));
     }
     if currency.len() != 3 || !currency.bytes().all(|b| b.is_ascii_uppercase()) {
         return Err(problem::invalid_account(
-            "a currency is three letters, such as EUR",
+            "a currency is a three-character code, such as EUR",
         ));
     }
     if overdraft_limit.is_some_and(|limit| !(0..=1 << 53).contains(&limit)) {
         return Err(problem::invalid_account(
-            "an overdraft limit is not negative; null means that there is none",
+            "an overdraft limit must not be negative; null means no limit",
         ));
     }
     if find(&id)?.is_some() {
@@ -73,20 +73,20 @@ pub fn open(request: &Request) -> Result<Response, Response> {
     let insert = "insert into account (id, currency, overdraft_limit) values ($1, $2, $3) on conflict do nothing";
     match sql::execute(insert, params![id, currency, overdraft_limit])? {
         0 => Err(problem::account_exists(&id)),
-        _ => Ok(answer(201, &require(&id)?)),
+        _ => Ok(response(201, &require(&id)?)),
     }
 }
 
 pub fn show(id: &str) -> Result<Response, Response> {
-    Ok(answer(200, &require(id)?))
+    Ok(response(200, &require(id)?))
 }
 
-/// An answer that is an account; its `ETag` is the version that `If-Match` takes.
-pub fn answer(status: u16, account: &Account) -> Response {
+/// A response with an account. Its `ETag` is the version for `If-Match`.
+fn response(status: u16, account: &Account) -> Response {
     Response::json(status, account).header("etag", format!("\"{}\"", account.version))
 }
 
-/// The newest entries first; `?before=VERSION` goes on where the last page ended.
+/// The entries, newest first. `?before=VERSION` is the next page.
 pub fn statement(request: &Request, id: &str) -> Result<Response, Response> {
     let account = require(id)?;
     let before: i64 = request
@@ -125,10 +125,12 @@ fn entry_json(row: &sql::Row) -> Result<serde_json::Value, sql::ColumnError> {
     }))
 }
 
-/// Lets `decide` look at an account, and then takes its next version, and the next one of the payee where money moves.
+/// Calls `decide` with an account, and then takes its next version, and that of the payee if money
+/// moves.
 ///
-/// This is optimistic locking: nothing is locked while it is decided, and if somebody else changed the account meanwhile, it
-/// is read and decided again. From here to the end of the request nobody else changes either account.
+/// This is optimistic locking: no row is locked during the decision. If another request changed the
+/// account meanwhile, it is read and decided again. From the end of this function to the end of the
+/// request no other request can change either account.
 pub fn take_version(
     request: &Request,
     id: &str,
@@ -142,12 +144,12 @@ pub fn take_version(
         if next_versions(&account, payee)? {
             return Ok(());
         }
-        log::info!("{id} was changed by another request; trying again");
+        log::info!("account {id} changed concurrently, retrying");
     }
     Err(problem::version_conflict(id))
 }
 
-/// A client that says which version it saw (`If-Match: "7"`) wants no other.
+/// `If-Match: "7"` restricts the request to the version that the client read.
 fn check_version(request: &Request, account: &Account) -> Result<(), Response> {
     match request.header("if-match") {
         Some(seen) if seen != "*" && seen.trim_matches('"') != account.version.to_string() => {
@@ -157,12 +159,12 @@ fn check_version(request: &Request, account: &Account) -> Result<(), Response> {
     }
 }
 
-/// False when the account is not at that version any more; then nothing changed. What is cached of both is out of date once
-/// the request has committed. Nothing was decided on the payee, so its
-/// version does not matter.
+/// Increments the versions of both accounts and invalidates their cached responses. Returns false,
+/// and changes nothing, when the account has another version by now. The version of the payee does
+/// not matter, because the decision does not depend on it.
 ///
-/// PostgreSQL locks the rows in the order of their ids: two requests that pay each other do not wait for each other. SQLite
-/// has one writer at a time.
+/// PostgreSQL locks the rows in the order of their ids, so two requests that pay each other do not
+/// deadlock. SQLite has one writer at a time.
 fn next_versions(account: &Account, payee: Option<&str>) -> Result<bool, Response> {
     let lock = match sql::dialect() {
         sql::Dialect::Postgres => "for no key update",
@@ -175,15 +177,15 @@ fn next_versions(account: &Account, payee: Option<&str>) -> Result<bool, Respons
          update account set version = version + 1
          where id in (select id from taken) and exists (select 1 from taken where id = $1)"
     );
-    let taken = sql::execute(&statement, params![account.id, account.version, payee])? > 0;
-    if taken {
+    let is_taken = sql::execute(&statement, params![account.id, account.version, payee])? > 0;
+    if is_taken {
         let changed: Vec<String> = std::iter::once(account.id.as_str())
             .chain(payee)
             .map(|id| format!("account:{id}"))
             .collect();
         cache::invalidate(&changed)?;
     }
-    Ok(taken)
+    Ok(is_taken)
 }
 
 pub fn require(id: &str) -> Result<Account, Response> {
@@ -207,7 +209,7 @@ fn find(id: &str) -> Result<Option<Account>, Response> {
 }
 
 impl Account {
-    /// Whether it can spend `amount`.
+    /// Checks that the account can spend `amount`.
     pub fn check_funds(&self, amount: i64) -> Result<(), Response> {
         let Some(limit) = self.overdraft_limit else {
             return Ok(());

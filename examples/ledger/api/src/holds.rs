@@ -1,4 +1,4 @@
-//! Holds: money that is promised, and later captured or released.
+//! Holds: reserved money, captured or released later.
 
 use oncely_guest::http::{Request, Response};
 use oncely_guest::prelude::*;
@@ -19,7 +19,7 @@ struct Hold {
     state: String,
 }
 
-/// Keeps an amount from being spent.
+/// Reserves an amount of the payer.
 pub fn place(request: &Request) -> Result<Response, Response> {
     let order = Order::read(request)?;
     accounts::take_version(request, &order.from, None, |payer| {
@@ -44,7 +44,7 @@ pub fn place(request: &Request) -> Result<Response, Response> {
     Ok(Response::json(201, &require(&id)?))
 }
 
-/// Moves the money that was held.
+/// Moves the reserved money to the payee.
 pub fn capture(request: &Request, id: &str) -> Result<Response, Response> {
     let hold = require(id)?;
     accounts::take_version(request, &hold.debit, Some(&hold.credit), |_| check_open(id))?;
@@ -60,7 +60,7 @@ pub fn capture(request: &Request, id: &str) -> Result<Response, Response> {
     })
 }
 
-/// Lets the money be spent again.
+/// Makes the reserved money available again.
 pub fn release(request: &Request, id: &str) -> Result<Response, Response> {
     let hold = require(id)?;
     accounts::take_version(request, &hold.debit, None, |_| check_open(id))?;
@@ -71,7 +71,8 @@ pub fn release(request: &Request, id: &str) -> Result<Response, Response> {
     Ok(Response::json(200, &require(id)?))
 }
 
-/// Whoever ends a hold takes a version of its payer first, so it cannot end in between.
+/// Checks that the hold is open. A request that ends a hold takes a version of its payer first, so
+/// the hold cannot end between this check and the change.
 fn check_open(id: &str) -> Result<(), Response> {
     let state = require(id)?.state;
     if state == "open" {

@@ -1,11 +1,11 @@
-//! The journal: transactions, written once.
+//! The journal: append-only transactions.
 
 use oncely_guest::http::Response;
 use oncely_guest::prelude::*;
 
 use crate::problem;
 
-/// What is written into the journal: an amount leaves the account `debit` and reaches the account `credit`.
+/// A row of the journal: an amount leaves the account `debit` and reaches the account `credit`.
 #[derive(Serialize)]
 pub struct Posting {
     /// `transfer`, `capture` or `reversal`.
@@ -15,13 +15,13 @@ pub struct Posting {
     pub currency: String,
     pub amount: i64,
     pub note: Option<String>,
-    /// The transaction that this one takes back.
+    /// The transaction that this one reverses.
     pub reverses: Option<String>,
     /// The hold that this one captures.
     pub hold: Option<String>,
 }
 
-/// What the journal says, and the event `ledger.posted`.
+/// A transaction of the journal, and the body of the event `ledger.posted`.
 #[derive(Serialize)]
 pub struct Transaction {
     pub id: String,
@@ -36,14 +36,15 @@ pub struct Transaction {
 #[derive(Serialize)]
 pub struct Entry {
     pub account: String,
-    /// Negative when it left the account.
+    /// Negative when the amount left the account.
     pub amount: i64,
-    /// Afterwards.
+    /// The balance after this entry.
     pub balance: i64,
     pub version: i64,
 }
 
-/// Writes a transaction, whose accounts were taken before, and tells of it. The database writes the entries and the balances.
+/// Writes a transaction and sends its event. The caller has taken versions of its accounts. The
+/// database writes the entries and the balances.
 pub fn post(posting: &Posting) -> Result<Response, Response> {
     let id = request_id();
     if find(&id)?.is_some() {
@@ -69,7 +70,8 @@ pub fn post(posting: &Posting) -> Result<Response, Response> {
     Ok(Response::json(201, &transaction).header("location", format!("/transactions/{id}")))
 }
 
-/// Made of the idempotency key and the request: whoever repeats a request after its key was forgotten meets the transaction.
+/// The id of the transaction, derived from the idempotency key and the request. A request that is
+/// repeated after its key expired finds the transaction by it.
 pub fn request_id() -> String {
     let id = invocation::id();
     id.rsplit(':')

@@ -1,8 +1,9 @@
 //! A double-entry ledger over HTTP: accounts, transfers, holds, reversals.
 //!
-//! A request is one transaction with its idempotency key, its rows, its event and its answer. An answer of 400 and above takes
-//! all of that back, so `?` may stand anywhere. What must hold whatever this code does is in `migrations/`, where the database
-//! enforces it; here it is checked first, to say no in words.
+//! Each request is one transaction with its idempotency key, rows, event and response. A response
+//! of 400 or above rolls all of it back, so `?` may be used anywhere. The invariants are in
+//! `migrations/`, where the database enforces them. This code checks them first, to return a clear
+//! error.
 
 mod accounts;
 mod holds;
@@ -29,7 +30,7 @@ fn handle(request: Request) -> Result<Response, Response> {
         _ => Err(Response::problem(
             404,
             "no-such-path",
-            "there is nothing at this path",
+            "this path does not exist",
         )),
     }
 }

@@ -1,4 +1,4 @@
-//! Why a request is refused: problem details with a status and a code that stay, and a sentence for people.
+//! Problem details for refused requests: a stable status and code, and a sentence for people.
 
 use oncely_guest::http::Response;
 
@@ -6,7 +6,7 @@ pub fn account_not_found(id: &str) -> Response {
     Response::problem(
         404,
         "account-not-found",
-        &format!("there is no account {id}"),
+        &format!("account {id} does not exist"),
     )
 }
 
@@ -14,12 +14,12 @@ pub fn account_exists(id: &str) -> Response {
     Response::problem(
         409,
         "account-exists",
-        &format!("there is an account {id} already"),
+        &format!("account {id} already exists"),
     )
 }
 
-pub fn invalid_account(why: &str) -> Response {
-    Response::problem(422, "invalid-account", why)
+pub fn invalid_account(reason: &str) -> Response {
+    Response::problem(422, "invalid-account", reason)
 }
 
 pub fn invalid_amount() -> Response {
@@ -35,11 +35,11 @@ pub fn same_account() -> Response {
     )
 }
 
-pub fn currency_mismatch(account: &str, has: &str, asked: &str) -> Response {
+pub fn currency_mismatch(account: &str, currency: &str, requested: &str) -> Response {
     Response::problem(
         422,
         "currency-mismatch",
-        &format!("{account} is an account in {has}, not in {asked}"),
+        &format!("the currency of {account} is {currency}, not {requested}"),
     )
 }
 
@@ -51,20 +51,19 @@ pub fn insufficient_funds(account: &str, available: i64) -> Response {
     )
 }
 
-/// Another version than the one that `If-Match` names.
+/// The account has another version than `If-Match` names.
 pub fn version_mismatch(account: &str, version: i64) -> Response {
     Response::problem(
         412,
         "version-mismatch",
-        &format!("{account} is at version {version} now"),
+        &format!("{account} is at version {version}"),
     )
 }
 
-/// Others were quicker, several times.
+/// Other requests changed the account on every try.
 pub fn version_conflict(account: &str) -> Response {
-    let detail = format!(
-        "{account} kept changing, and nothing was done; ask again with a new Idempotency-Key"
-    );
+    let detail =
+        format!("{account} kept changing and nothing was done; retry with a new Idempotency-Key");
     Response::problem(409, "version-conflict", &detail)
 }
 
@@ -72,16 +71,16 @@ pub fn transaction_not_found(id: &str) -> Response {
     Response::problem(
         404,
         "transaction-not-found",
-        &format!("there is no transaction {id}"),
+        &format!("transaction {id} does not exist"),
     )
 }
 
-/// The key is older than the window of its route, but the journal does not forget.
+/// The key is older than the window of its route, but the journal still has the transaction.
 pub fn already_posted(id: &str) -> Response {
     Response::problem(
         409,
         "already-posted",
-        &format!("this request was done long ago: /transactions/{id}"),
+        &format!("this request was carried out before: /transactions/{id}"),
     )
 }
 
@@ -90,7 +89,7 @@ pub fn already_held(id: &str) -> Response {
     Response::problem(
         409,
         "already-held",
-        &format!("this request was done long ago: hold {id}"),
+        &format!("this request was carried out before: hold {id}"),
     )
 }
 
@@ -98,7 +97,7 @@ pub fn already_reversed(id: &str) -> Response {
     Response::problem(
         409,
         "already-reversed",
-        &format!("transaction {id} was reversed before"),
+        &format!("transaction {id} is already reversed"),
     )
 }
 
@@ -106,12 +105,12 @@ pub fn not_reversible(id: &str) -> Response {
     Response::problem(
         409,
         "not-reversible",
-        &format!("{id} is a reversal itself; make a new transfer"),
+        &format!("{id} is a reversal; make a new transfer"),
     )
 }
 
 pub fn hold_not_found(id: &str) -> Response {
-    Response::problem(404, "hold-not-found", &format!("there is no hold {id}"))
+    Response::problem(404, "hold-not-found", &format!("hold {id} does not exist"))
 }
 
 pub fn hold_not_open(id: &str, state: &str) -> Response {

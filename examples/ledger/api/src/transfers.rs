@@ -54,7 +54,7 @@ pub fn show(id: &str) -> Result<Response, Response> {
     Ok(Response::json(200, &journal::require(id)?))
 }
 
-/// The money goes back the way it came, as far as who got it still has it.
+/// Moves the money back, if the receiver still has it.
 pub fn reverse(request: &Request, id: &str) -> Result<Response, Response> {
     let original = journal::require(id)?.posting;
     if original.kind == "reversal" {

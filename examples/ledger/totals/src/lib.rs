@@ -1,11 +1,11 @@
-//! Adds up what each account received and paid on each day, from the events of the ledger.
+//! Sums the amounts that each account received and paid per day, from the events of the ledger.
 //!
-//! `received + amount` would count an event twice that is delivered twice. It does not happen: the host keeps the event's id in
-//! its inbox, in the transaction that also has these sums.
+//! A redelivered event must not be added to `received` twice. The host prevents it: the id of the
+//! event is in its inbox, committed in the same transaction as the sums.
 
 use oncely_guest::prelude::*;
 
-/// What arrives on `ledger.posted`.
+/// The body of a message on `ledger.posted`.
 #[derive(Deserialize)]
 struct Posted {
     /// Such as `2026-01-31T12:00:00.000Z`.
@@ -16,7 +16,7 @@ struct Posted {
 #[derive(Deserialize)]
 struct Entry {
     account: String,
-    /// Negative when it left the account.
+    /// Negative when the amount left the account.
     amount: i64,
 }
 

@@ -1,14 +1,16 @@
 -- Accounts and the entries that explain their balances.
 --
--- Money is counted in cents. An *entry* is one side of a payment: what it added to an account, or took from it.
--- Entries are never changed; those of one payment sum to zero, and so do all of them together:
+-- Money is counted in cents. An *entry* is one side of a payment: the amount that it added to an
+-- account, or took from it. Entries are append-only. The entries of one payment sum to zero, and so
+-- do all entries together:
 --     select sum(cents) from entry;
--- A balance is the sum of its account's entries, kept so that a payment need not add them up.
+-- A balance is the sum of the entries of its account. It is stored so that a payment does not have
+-- to sum them.
 
 create table account (
     name    text   constraint account_pk primary key,
     balance bigint not null,
-    -- Equity stands for the world outside: what came in from there is what it owes.
+    -- Equity stands for the outside world. It owes the money that came in from there.
     constraint account_not_overdrawn check (balance >= 0 or name = 'equity')
 );
 

@@ -1,4 +1,4 @@
-//! `oncely dlq resolve` and `oncely dlq drop`: letters that will not be put back.
+//! `oncely dlq resolve` and `oncely dlq drop`: close dead letters without a redrive.
 
 use anyhow::Result;
 use clap::Args;
@@ -11,15 +11,15 @@ use crate::cli::term;
 use crate::model::hint::WithHint;
 use crate::store::{Attribution, DeadLetterActionResult, DeadLetterSummary};
 
-/// How many letters one request closes.
+/// How many dead letters one request closes.
 const CHUNK_SIZE: usize = 100;
 
-/// Closes dead letters for which nothing is to be done any more, such as those that were repaired by hand.
+/// Close dead letters that need no further action, such as those repaired by hand.
 #[derive(Debug, Args)]
 pub struct Resolve {
     #[command(flatten)]
     selection: Selection,
-    /// Why nothing is to be done.
+    /// Record this note as the reason.
     #[arg(long)]
     note: String,
     #[command(flatten)]
@@ -31,15 +31,15 @@ pub struct Resolve {
     host: HostArgs,
 }
 
-/// Gives dead letters up: their messages never take effect.
+/// Drop dead letters: their messages never take effect.
 #[derive(Debug, Args)]
 pub struct Drop {
     #[command(flatten)]
     selection: Selection,
-    /// Why.
+    /// Record this note as the reason.
     #[arg(long)]
     note: Option<String>,
-    /// Do not ask.
+    /// Skip the confirmation prompt.
     #[arg(long)]
     yes: bool,
     #[command(flatten)]
@@ -71,12 +71,14 @@ impl Drop {
         let client = Client::find(&self.host)?;
         let dead_letters = self.selection.find(&client, false).await?;
         let count = dead_letters.len();
-        if count > 0 && !self.yes && !term::confirm(&format!("drop {count} dead letters for good?"))
+        if count > 0
+            && !self.yes
+            && !term::confirm(&format!("Permanently drop {count} dead letters?"))
         {
-            return Err(
-                Exit::Failure.with_message(format!("none of the {count} dead letters was dropped"))
-            )
-            .hint("add --yes to drop them without a question");
+            return Err(Exit::Failure.with_message(format!(
+                "refusing to drop {count} dead letters without confirmation"
+            )))
+            .hint("confirm with --yes");
         }
         close(
             &client,

@@ -1,4 +1,4 @@
-//! `oncely dlq edit`: a corrected body, beside the original.
+//! `oncely dlq edit`: stores a corrected body beside the original.
 
 use std::io::Read;
 use std::path::PathBuf;
@@ -14,14 +14,15 @@ use crate::cli::client::{Client, HostArgs};
 use crate::cli::term;
 use crate::store::DeadLetterActionResult;
 
-/// Keeps a corrected body for a dead letter: it is what the worker is given when the letter is put back.
+/// Store a corrected body for a dead letter, which a redrive sends to the worker.
 #[derive(Debug, Args)]
 pub struct Edit {
+    /// Correct the dead letter with this id.
     id: i64,
-    /// A file with the corrected body; `-` reads it from standard input.
+    /// Read the corrected body from this file; `-` reads it from standard input.
     #[arg(long, value_name = "FILE")]
     body: PathBuf,
-    /// What was wrong.
+    /// Record this note as the reason.
     #[arg(long)]
     note: String,
     #[command(flatten)]
@@ -62,7 +63,7 @@ impl Edit {
                 self.id,
                 body.len()
             ))?;
-            term::note(format!("put it back with: oncely dlq redrive {}", self.id));
+            term::note(format!("redrive it with: oncely dlq redrive {}", self.id));
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! `oncely dlq export`: whole letters, for an archive, another tool or a replay.
+//! `oncely dlq export`: complete dead letters, for an archive, another tool or a replay.
 
 use std::collections::HashSet;
 use std::io::Write;
@@ -15,22 +15,24 @@ use crate::cli::replay::{ComponentBytes, ExportedAttempt};
 use crate::cli::term;
 use crate::dlq::replay::Replayable;
 
-/// Writes dead letters as JSON, whole, one on each line: what `show --json` prints, and what `oncely replay` needs to run the
-/// last attempt again.
+/// Export complete dead letters as JSON, one per line.
+///
+/// Each line has the output of `show --json` and the data with which `oncely replay` runs the last
+/// attempt again.
 #[derive(Debug, Args)]
 pub struct Export {
     #[command(flatten)]
     selection: Selection,
-    /// Also those that took effect after all, were resolved or dropped.
+    /// Include closed dead letters: those that took effect later, were resolved or were dropped.
     #[arg(long)]
     closed: bool,
-    /// Leave the components of the workers out, which may be large.
+    /// Leave out the components of the workers, which may be large.
     #[arg(long)]
     no_component: bool,
-    /// The file to write. Default: standard output.
+    /// Write to this file. Default: standard output.
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
-    /// Accepted for the sake of scripts: it is always JSON.
+    /// Accept --json for scripts; the output is always JSON.
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -42,7 +44,7 @@ pub struct Export {
 struct ExportLine {
     #[serde(flatten)]
     dead_letter: DeadLetter,
-    /// None when there is no record of an attempt.
+    /// None when there is no recording of an attempt.
     replay: Option<ExportedAttempt>,
 }
 
@@ -62,7 +64,7 @@ impl Export {
             return Ok(());
         };
         let mut progress = term::Progress::bar("export dead letters", dead_letters.len() as u64);
-        let file = create_private(path).with_context(|| format!("make {}", path.display()))?;
+        let file = create_private(path).with_context(|| format!("create {}", path.display()))?;
         let mut file = std::io::BufWriter::new(file);
         for summary in &dead_letters {
             file.write_all(&writer.line(summary.id).await?)
@@ -80,7 +82,7 @@ impl Export {
     }
 }
 
-/// Makes the file, for this user's eyes only: it holds what messages and rows hold.
+/// Creates the file, readable for this user only: it contains data of messages and rows.
 fn create_private(path: &Path) -> std::io::Result<std::fs::File> {
     use std::os::unix::fs::OpenOptionsExt;
     std::fs::File::options()
@@ -91,7 +93,7 @@ fn create_private(path: &Path) -> std::io::Result<std::fs::File> {
         .open(path)
 }
 
-/// Writes the lines of one file. A component stands in the first line that needs it.
+/// Writes the lines of one file. The first line that needs a component contains it.
 struct ExportWriter {
     client: Client,
     with_components: bool,

@@ -1,4 +1,4 @@
-//! `oncely dlq list`.
+//! `oncely dlq list`: lists dead letters, or their failure groups.
 
 use anyhow::Result;
 use clap::Args;
@@ -9,18 +9,18 @@ use crate::cli::term::{self, Table};
 use crate::model::units;
 use crate::store::{DeadLetterFilter, DeadLetterGroup, DeadLetterSummary};
 
-/// Lists dead letters, newest first, or the failures they died of.
+/// List dead letters, newest first, or their failure groups.
 #[derive(Debug, Args)]
 pub struct List {
     #[command(flatten)]
     filters: Filters,
-    /// Also those that took effect after all, were resolved or dropped.
+    /// Include closed dead letters: those that took effect later, were resolved or were dropped.
     #[arg(long)]
     closed: bool,
-    /// One line for each failure, those with most letters first.
+    /// List failure groups instead, those with most dead letters first.
     #[arg(long)]
     groups: bool,
-    /// At most so many.
+    /// List at most this many.
     #[arg(long, default_value_t = 50)]
     limit: u32,
     /// Print JSON.
@@ -58,7 +58,7 @@ impl List {
         term::data(table(&dead_letters).to_string().trim_end())?;
         if u32::try_from(dead_letters.len()).is_ok_and(|count| count == self.limit) {
             term::note(format!(
-                "these are the newest {}; --limit shows more",
+                "showing the newest {}; use --limit for more",
                 self.limit
             ));
         }

@@ -1,4 +1,4 @@
-//! `oncely dlq`: the dead letters.
+//! `oncely dlq`: dead letters.
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
@@ -15,7 +15,7 @@ mod verify;
 
 pub(super) use select::ActorArgs;
 
-/// Shows messages that could not be handled, and why; corrects them, puts them back, closes them.
+/// Show, correct, redrive and close dead letters: messages that could not be handled.
 #[derive(Debug, Args)]
 pub struct Dlq {
     #[command(subcommand)]

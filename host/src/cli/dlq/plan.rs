@@ -1,4 +1,4 @@
-//! `oncely dlq redrive --dry-run` and `--plan`: what putting letters back would come to, and doing just that.
+//! `oncely dlq redrive --dry-run` and `--plan`: the plan of a redrive.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,10 +16,10 @@ use crate::dlq::dry_run::{Prediction, Preview, StateValue};
 use crate::model::hint::WithHint;
 use crate::store::{DeadLetterSummary, RowChange};
 
-/// How many letters one request rehearses.
+/// How many dead letters one request for a dry run covers.
 const CHUNK_SIZE: usize = 20;
 
-/// Rehearsals, kept in a file until somebody has read them.
+/// The dry runs of dead letters, stored in a file for review.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Plan {
     pub created_at: Timestamp,
@@ -27,7 +27,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Rehearses letters, one after the other.
+    /// Runs a dry run of dead letters, one after the other.
     pub async fn create(client: &Client, dead_letters: &[DeadLetterSummary]) -> Result<Plan> {
         let mut plan = Plan {
             created_at: Timestamp::now(),
@@ -56,8 +56,8 @@ impl Plan {
         let text =
             std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
         serde_json::from_str(&text)
-            .with_context(|| format!("{} is no plan", path.display()))
-            .hint("make one with: oncely dlq redrive --all --dry-run --out plan.json")
+            .with_context(|| format!("{} is not a plan", path.display()))
+            .hint("create one with: oncely dlq redrive --all --dry-run --out plan.json")
     }
 
     pub fn write(&self, path: &Path) -> Result<()> {
@@ -65,14 +65,14 @@ impl Plan {
         std::fs::write(path, text).with_context(|| format!("write {}", path.display()))
     }
 
-    /// The letters it is for to put back.
+    /// The dead letters that would succeed.
     pub fn would_succeed(&self) -> impl Iterator<Item = &Preview> {
         self.dead_letters
             .iter()
             .filter(|preview| preview.prediction == Prediction::WouldSucceed)
     }
 
-    /// Shows one letter in detail, several in a table.
+    /// Prints one dead letter in detail, several in a table.
     pub fn show(&self) -> Result<()> {
         if let [preview] = self.dead_letters.as_slice() {
             return show_one(preview);
@@ -151,7 +151,7 @@ fn show_one(preview: &Preview) -> Result<()> {
     )
 }
 
-/// A head and its lines; nothing when there are none.
+/// Prints a heading and its lines; nothing without lines.
 fn section(head: &str, lines: impl Iterator<Item = String>) -> Result<()> {
     let lines: Vec<String> = lines.collect();
     if lines.is_empty() {
@@ -170,7 +170,7 @@ fn row(change: &RowChange) -> String {
     )
 }
 
-/// `+` for what is new, `-` for what is gone, `~` for what is another.
+/// One line of a diff: `+` for added, `-` for removed, `~` for changed values.
 fn diff_line(name: &str, before: Option<String>, after: Option<String>) -> String {
     let text = match (before, after) {
         (None, Some(after)) => format!("+ {name} {after}"),

@@ -1,4 +1,4 @@
-//! `oncely dlq redrive`: dead letters go back to their workers.
+//! `oncely dlq redrive`: sends dead letters to their workers again.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -20,38 +20,43 @@ use crate::store::{
     self, DeadLetterActionResult, DeadLetterFilter, DeadLetterState, DeadLetterSummary,
 };
 
-/// The most letters in one request, and in one that rehearses them first.
+/// The maximum number of dead letters in one request, and in one that includes a dry run.
 const CHUNK_SIZE_MAX: u32 = 100;
 const PLAN_CHUNK_SIZE_MAX: u32 = 20;
 
-/// How often it looks what became of letters.
+/// How often the states of redriven dead letters are polled.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
-/// Puts dead letters back: to the worker that failed and to nobody else, under the same event id, so that an event that took
-/// effect meanwhile is skipped. It goes in the order of the stream, and can be stopped and begun again.
+/// Redrive dead letters: send them to the worker that failed.
+///
+/// No other worker receives them. The event ids stay the same, so an event that took effect
+/// meanwhile is skipped. Dead letters are redriven in the order of their streams. The command can
+/// be interrupted and repeated.
 #[derive(Debug, Args)]
 pub struct Redrive {
     #[command(flatten)]
     selection: Selection,
-    /// Change nothing: run the deployment of now on the data of now, roll that back, and show what would have changed.
+    /// Run the active deployment against current data, roll it back, and show the changes.
     #[arg(long)]
     dry_run: bool,
-    /// Where to keep what a dry run found, as a plan for --plan.
+    /// Write the results of the dry run to this file, as a plan for --plan.
     #[arg(long, value_name = "FILE", requires = "dry_run")]
     out: Option<PathBuf>,
-    /// Put back what a plan says would succeed, as far as deployment and data are still what they were.
+    /// Redrive the dead letters that would succeed according to this plan.
+    ///
+    /// Those whose deployment or data changed since are refused.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["dry_run", "ids", "all", "force"])]
     plan: Option<PathBuf>,
-    /// At most so many in a second; 0 for as fast as it goes.
+    /// Redrive at most this many per second; 0 for no limit.
     #[arg(long, default_value_t = 100)]
     rate: u32,
-    /// Also those that are under way or closed.
+    /// Include dead letters that are in progress or closed.
     #[arg(long)]
     force: bool,
-    /// How long to wait for what becomes of them.
+    /// Wait this long for the results.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = units::parse_duration)]
     wait: Duration,
-    /// Why, for the record.
+    /// Record this note as the reason.
     #[arg(long)]
     note: Option<String>,
     #[command(flatten)]
@@ -86,7 +91,7 @@ impl Redrive {
         if let Some(path) = &self.out {
             plan.write(path)?;
             term::note(format!(
-                "put back what would succeed with: oncely dlq redrive --plan {}",
+                "redrive those that would succeed with: oncely dlq redrive --plan {}",
                 path.display()
             ));
         }
@@ -123,7 +128,8 @@ impl Redrive {
             .await?;
         if !is_complete {
             let hint = format!(
-                "go on with the same command and --until {started_at}, which leaves out what died again since"
+                "resume with the same command and --until {started_at}, \
+                 which leaves out those that died again since"
             );
             return Err(interrupted(&moved, wanted.len())).hint(hint);
         }
@@ -156,19 +162,20 @@ impl Redrive {
             })
             .await?;
         if !is_complete {
-            let hint = "go on with a new plan: oncely dlq redrive --all --dry-run --out plan.json";
+            let hint = "resume with a new plan: oncely dlq redrive --all --dry-run --out plan.json";
             return Err(interrupted(&moved, wanted.len())).hint(hint);
         }
         self.report_results(client, &moved).await
     }
 
-    /// Waits for what becomes of the letters, and tells.
+    /// Waits for the results and prints them.
     async fn report_results(
         &self,
         client: &Client,
         moved: &[DeadLetterActionResult],
     ) -> Result<()> {
-        // Of all that have something in common, those that took effect since are no failure: nobody asked for them by name.
+        // Dead letters selected by a filter that took effect meanwhile are no failure. Those
+        // selected by id are.
         let (already_succeeded, moved): (Vec<DeadLetterActionResult>, Vec<DeadLetterActionResult>) =
             moved
                 .iter()
@@ -190,14 +197,14 @@ fn interrupted(moved: &[DeadLetterActionResult], wanted: usize) -> anyhow::Error
     anyhow!("stopped after {count} of {wanted} dead letters")
 }
 
-/// So many letters at a time, and how long from one time to the next.
+/// The size of a chunk, and the interval between two chunks.
 struct Throttle {
     chunk: usize,
     interval: Duration,
 }
 
 impl Throttle {
-    /// For so many letters in a second; 0 for as fast as it goes.
+    /// A throttle for this many dead letters per second; 0 for no limit.
     fn new(rate: u32, chunk_max: u32) -> Throttle {
         let chunk = if rate == 0 {
             chunk_max
@@ -215,7 +222,8 @@ impl Throttle {
         }
     }
 
-    /// Sends letters at this pace until all are sent or Ctrl-C is pressed: then false. What was sent is sent.
+    /// Sends dead letters at this rate until all are sent, or Ctrl-C is pressed: then false. Those
+    /// sent stay sent.
     async fn send<T>(
         &self,
         dead_letters: &[T],
@@ -241,20 +249,20 @@ impl Throttle {
     }
 }
 
-/// What came of it.
+/// The results of a redrive.
 #[derive(Debug, Default, Serialize)]
 struct RedriveSummary {
     redriven: usize,
     succeeded: usize,
     failed_again: usize,
     pending: usize,
-    /// Not put back, as they had taken effect by then.
+    /// Not redriven, since they had taken effect by then.
     already_succeeded: usize,
     refused: Vec<DeadLetterActionResult>,
 }
 
 impl RedriveSummary {
-    /// Looks until all letters are settled, the time is over, or Ctrl-C is pressed.
+    /// Polls until all dead letters are settled, the time is over, or Ctrl-C is pressed.
     async fn wait(
         client: &Client,
         moved: &[DeadLetterActionResult],
@@ -278,6 +286,8 @@ impl RedriveSummary {
         if ids.is_empty() {
             return Ok(summary);
         }
+
+        // Poll the dead letters by their ids.
         let end = Instant::now() + wait;
         let mut progress = Progress::bar("wait for results", ids.len() as u64);
         let filter = DeadLetterFilter {
@@ -305,7 +315,7 @@ impl RedriveSummary {
             }
             tokio::select! {
                 _ = &mut stop => return Ok(summary),
-                // Not so often when there are many.
+                // Less often when there are many.
                 () = tokio::time::sleep(POLL_INTERVAL * (1 + summary.redriven as u32 / 500)) => {}
             }
         }

@@ -1,4 +1,4 @@
-//! Which dead letters a command is about, and who gives it.
+//! The dead letters that a command applies to, and the person who runs it.
 
 use anyhow::{Result, anyhow};
 use clap::Args;
@@ -11,28 +11,29 @@ use crate::model::hint::WithHint;
 use crate::model::units;
 use crate::store::{Attribution, DeadLetterActionResult, DeadLetterFilter, DeadLetterSummary};
 
-/// What dead letters have in common.
+/// Filters for dead letters.
 #[derive(Debug, Clone, Args)]
 pub struct Filters {
-    /// Only of this worker.
+    /// Select only dead letters of this worker.
     #[arg(long)]
     worker: Option<String>,
-    /// Only with this reason, such as rejected or attempts-exhausted.
+    /// Select only those with this reason, such as rejected or attempts-exhausted.
     #[arg(long)]
     reason: Option<String>,
-    /// Only with this code of the handler's.
+    /// Select only those with this failure code of the handler.
     #[arg(long)]
     code: Option<String>,
-    /// Only those that died of this failure; see `list --groups`.
+    /// Select only this failure group; see `list --groups`.
     #[arg(long, value_name = "ID")]
     group: Option<String>,
-    /// Only of this subject; `*` and `>` as NATS has them.
+    /// Select only this subject, with the NATS wildcards `*` and `>`.
     #[arg(long)]
     subject: Option<String>,
-    /// Only those that died since: how long ago (2h), a time (2026-01-31T12:00:00Z), or one of today, UTC (12:00).
+    /// Select only those that died since: a duration ago (2h), a time (2026-01-31T12:00:00Z), or a
+    /// time of today in UTC (12:00).
     #[arg(long, value_name = "WHEN", value_parser = parse_time)]
     since: Option<Timestamp>,
-    /// Only those that died before.
+    /// Select only those that died before this time.
     #[arg(long, value_name = "WHEN", value_parser = parse_time)]
     until: Option<Timestamp>,
 }
@@ -66,12 +67,12 @@ impl Filters {
     }
 }
 
-/// Dead letters by their numbers, or by what they have in common.
+/// Dead letters, selected by their ids or by filters.
 #[derive(Debug, Clone, Args)]
 pub struct Selection {
-    /// The letters' numbers.
+    /// Select dead letters by their ids.
     ids: Vec<i64>,
-    /// All that wait for somebody.
+    /// Select all open dead letters.
     #[arg(long, conflicts_with = "ids")]
     all: bool,
     #[command(flatten)]
@@ -79,12 +80,15 @@ pub struct Selection {
 }
 
 impl Selection {
-    /// Whether the letters are named one by one.
+    /// Whether the dead letters are selected by their ids.
     pub fn is_by_id(&self) -> bool {
         !self.ids.is_empty()
     }
 
-    /// The letters in the order of their streams. Those that were named must be there.
+    /// Finds the selected dead letters, in the order of their streams.
+    ///
+    /// # Errors
+    /// The selection is empty, or a dead letter with a selected id does not exist.
     pub async fn find(self, client: &Client, closed: bool) -> Result<Vec<DeadLetterSummary>> {
         let Selection { ids, all, filters } = self;
         let is_by_id = !ids.is_empty();
@@ -93,14 +97,16 @@ impl Selection {
             ids,
             ..filters.filter()
         };
+
+        // An empty selection must not mean all.
         let unfiltered = DeadLetterFilter {
             closed: filter.closed,
             limit: u32::MAX,
             ..DeadLetterFilter::default()
         };
         if filter == unfiltered && !all {
-            return Err(Exit::Usage.with_message("it is not said which dead letters are meant"))
-                .hint("give their numbers, a filter such as --worker NAME, or --all");
+            return Err(Exit::Usage.with_message("no dead letters selected"))
+                .hint("add their ids, a filter such as --worker NAME, or --all");
         }
         let mut dead_letters: Vec<DeadLetterSummary> =
             client.post("/dead-letters/find", &filter).await?;
@@ -126,10 +132,10 @@ fn stream_position(dead_letter: &DeadLetterSummary) -> (&str, Option<&str>, Opti
     )
 }
 
-/// Who gives a command.
+/// The person who runs a command.
 #[derive(Debug, Clone, Args)]
 pub struct ActorArgs {
-    /// Who does this, for the record. Default: the user of the operating system.
+    /// Record this name as the actor. Default: the user of the operating system.
     #[arg(long, env = "ONCELY_ACTOR", value_name = "NAME")]
     actor: Option<String>,
 }
@@ -143,7 +149,7 @@ impl ActorArgs {
     }
 }
 
-/// The user of the operating system: as `id` knows him, not as the environment says.
+/// The user of the operating system, as reported by `id`: the environment can be wrong.
 fn user() -> String {
     let output = std::process::Command::new("id").arg("-un").output();
     let name = output.ok().filter(|output| output.status.success());
@@ -152,7 +158,7 @@ fn user() -> String {
         .unwrap_or_else(|| "unknown".to_owned())
 }
 
-/// Tells why some letters were left as they are, and fails if there are any.
+/// Fails if dead letters were refused, with the reasons.
 pub fn check_none_refused(moved: &[DeadLetterActionResult], participle: &str) -> Result<()> {
     let refused: Vec<(i64, &str)> = moved
         .iter()

@@ -1,4 +1,4 @@
-//! `oncely dlq show`.
+//! `oncely dlq show`: shows one dead letter.
 
 use anyhow::{Context, Result};
 use base64::Engine as _;
@@ -10,17 +10,18 @@ use crate::cli::client::{Client, HostArgs};
 use crate::cli::{json_text, term};
 use crate::model::units;
 
-/// Shows one dead letter: its story, headers and body, and what became of it.
+/// Show one dead letter: its failure history, headers, body and outputs.
 #[derive(Debug, Args)]
 pub struct Show {
+    /// Show the dead letter with this id.
     id: i64,
-    /// How to show the body. Default: what fits.
+    /// Show the body in this format. Default: the one that fits its content.
     #[arg(long = "format", value_name = "FORMAT", conflicts_with_all = ["raw", "json"])]
     format: Option<Format>,
-    /// Print the body alone, byte for byte: the corrected one, if there is one.
+    /// Print only the body, byte for byte: the corrected one, if there is one.
     #[arg(long, conflicts_with = "json")]
     raw: bool,
-    /// Print JSON, bodies in Base64.
+    /// Print JSON, with bodies in Base64.
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -81,7 +82,7 @@ fn decoded(body: &str) -> Vec<u8> {
     STANDARD.decode(body).unwrap_or_default()
 }
 
-/// What there is to know in short.
+/// The summary of a dead letter.
 fn details(dead_letter: &DeadLetter) -> String {
     let summary = &dead_letter.summary;
     let place = match (&summary.stream, summary.stream_sequence) {
@@ -136,7 +137,7 @@ fn details(dead_letter: &DeadLetter) -> String {
     term::details(details)
 }
 
-/// Attempts, and what people did in between.
+/// Prints the failed attempts and the actions of operators, in order.
 fn show_history(dead_letter: &DeadLetter) -> Result<()> {
     let attempts = dead_letter.failure_history.iter().map(|attempt| {
         let head = format!(
@@ -186,7 +187,7 @@ fn show_body(title: &str, body: &[u8], format: Option<Format>) -> Result<()> {
             .collect::<Vec<_>>()
             .join("\n"),
         Some(Format::Json) => {
-            let text = json_text::indented(body).context("read the body as JSON: it is none")?;
+            let text = json_text::indented(body).context("the body is not JSON")?;
             term::visible_text(&text)
         }
         None => term::readable(body),

@@ -1,4 +1,4 @@
-//! `oncely dlq verify`: the proof that nothing doubled.
+//! `oncely dlq verify`: checks that redriven events took effect once.
 
 use anyhow::Result;
 use clap::Args;
@@ -11,8 +11,9 @@ use crate::cli::term::{self, Table};
 use crate::dlq::verify::{DeadLetterCheck, Verification};
 use crate::store::DeadLetterState;
 
-/// Looks at the inbox and on the streams whether the events of dead letters, those that were put back above all, took effect
-/// once and sent each output once. Changes nothing.
+/// Check that the events of dead letters took effect once and sent each output once.
+///
+/// The inbox and the streams are checked, and nothing is changed. Use it after a redrive.
 #[derive(Debug, Args)]
 pub struct Verify {
     #[command(flatten)]
@@ -88,7 +89,9 @@ fn show(verification: &Verification) -> Result<()> {
         "\nsucceeded once: {done}; open: {open}; pending: {pending}; problems: {problems}"
     ))?;
     for stream in &verification.truncated {
-        term::warning(format!("the stream {stream} holds more than was looked at"));
+        term::warning(format!(
+            "the stream {stream} has more messages than were scanned"
+        ));
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! A worker's own migrations: a folder of `*.sql`, or one with a folder for each database.
+//! A worker's own migrations: a folder of `*.sql` files, or one subfolder for each database.
 
 use std::path::{Path, PathBuf};
 
@@ -12,13 +12,13 @@ use crate::model::sql::Dialect;
 /// A migration of a worker's own tables.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerMigration {
-    /// The file's name; migrations run in the order of their names.
+    /// The file name; migrations run in the order of their names.
     pub name: String,
     pub sql: String,
 }
 
 impl WorkerEntry {
-    /// Checks that the migrations can be read, of each database that the folder has some for.
+    /// Checks that the migrations are readable for each database that the folder supports.
     pub fn check_migrations(&self) -> anyhow::Result<()> {
         let Some(folder) = &self.migrations else {
             return Ok(());
@@ -35,8 +35,8 @@ impl WorkerEntry {
         Ok(())
     }
 
-    /// Reads the migrations that are meant for a database, in order: the `*.sql` files of its own folder (`sqlite`,
-    /// `postgres`), or of the folder itself when they are meant for both.
+    /// Reads the migrations for a database, in order. They are the `*.sql` files of its subfolder
+    /// (`sqlite`, `postgres`), or of the folder itself if they are for both.
     pub fn migrations_for(&self, dialect: Dialect) -> anyhow::Result<Vec<WorkerMigration>> {
         let Some(folder) = &self.migrations else {
             return Ok(Vec::new());
@@ -47,7 +47,7 @@ impl WorkerEntry {
                 "the migrations folder of worker `{worker}`, {}, does not exist",
                 folder.display()
             )
-            .hint(format!("make it: mkdir -p {}", folder.display())));
+            .hint(format!("create it: mkdir -p {}", folder.display())));
         }
         let mut files = sql_files(&folder_for(folder, dialect)?)?;
         files.sort();
@@ -64,7 +64,7 @@ fn folder_for(folder: &Path, dialect: Dialect) -> anyhow::Result<PathBuf> {
     }
     if !sql_files(folder)?.is_empty() {
         return Err(anyhow!(
-            "{} holds *.sql files beside a folder for one database",
+            "{} contains both *.sql files and a subfolder for one database",
             folder.display()
         )
         .hint("move them into `sqlite/` and `postgres/`"));
@@ -76,14 +76,14 @@ fn folder_for(folder: &Path, dialect: Dialect) -> anyhow::Result<PathBuf> {
             own.display()
         )
         .hint(format!(
-            "write them, or make an empty folder if none are needed: mkdir {}",
+            "write them, or create an empty folder if none are needed: mkdir {}",
             own.display()
         )));
     }
     Ok(own)
 }
 
-/// The folder of the migrations for one database alone.
+/// The subfolder of migrations for one database.
 fn own_folder(folder: &Path, dialect: Dialect) -> PathBuf {
     folder.join(match dialect {
         Dialect::Sqlite => "sqlite",
@@ -111,7 +111,7 @@ fn read(file: &Path) -> anyhow::Result<WorkerMigration> {
         .unwrap_or_default()
         .to_string_lossy()
         .into_owned();
-    // What some editors begin a file with is no SQL.
+    // Some editors write a byte order mark, which is not SQL.
     let sql = sql.strip_prefix('\u{feff}').unwrap_or(&sql).to_owned();
     Ok(WorkerMigration { name, sql })
 }

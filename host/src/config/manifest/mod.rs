@@ -1,4 +1,5 @@
-//! `oncely.toml`: which streams an app needs and which workers it has. `docs/manifest.md` is the reference.
+//! `oncely.toml`: the streams that an app needs, and its workers. `docs/manifest.md` is the
+//! reference.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -30,7 +31,7 @@ pub const FILE_NAME: &str = "oncely.toml";
 /// A checked manifest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Manifest {
-    /// The streams the app needs; they are made when they are absent.
+    /// The streams that the app needs; missing ones are created.
     pub streams: Vec<Stream>,
     /// At least one.
     pub workers: Vec<WorkerEntry>,
@@ -43,7 +44,7 @@ pub struct Stream {
     pub name: String,
     /// The subjects it captures, wildcards allowed.
     pub subjects: Vec<String>,
-    /// How long it keeps a message; none for ever.
+    /// How long it keeps a message; `None` for no limit.
     #[serde(
         default,
         with = "optional_duration",
@@ -52,88 +53,89 @@ pub struct Stream {
     pub max_age: Option<Duration>,
 }
 
-/// `[[worker]]` as it stands in a manifest: the worker, and where its parts are on this machine.
+/// `[[worker]]` in a manifest: the worker, and the location of its parts on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WorkerEntry {
     pub worker: Worker,
     pub source: Source,
     /// The folder of its migrations.
     pub migrations: Option<PathBuf>,
-    /// Where a `build` command runs: the manifest's folder.
+    /// The folder in which a `build` command runs: that of the manifest.
     pub folder: PathBuf,
 }
 
-/// Where a worker's component comes from.
+/// The source of a worker's component.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
     /// A Rust crate that Oncely compiles: its folder.
     Crate(PathBuf),
-    /// A component, and the command that makes it.
+    /// A component, and the command that builds it.
     Component {
         path: PathBuf,
         build: Option<String>,
     },
 }
 
-/// A worker with all defaults filled in: what a deployment keeps, as JSON, and what a host runs.
+/// A worker with all defaults filled in. Deployments store it as JSON, and hosts run it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Worker {
     pub name: String,
-    /// The stream it takes its messages from; none for one that answers requests over HTTP.
+    /// The stream it consumes; `None` for a worker that answers HTTP requests.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stream: Option<String>,
-    /// The requests it answers; empty for one that takes messages.
+    /// The requests it answers; empty for a worker that handles messages.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub routes: Vec<Route>,
-    /// The subjects of that stream it takes, wildcards allowed; empty for all.
+    /// The subjects it consumes from that stream, wildcards allowed; empty for all.
     #[serde(default)]
     pub subjects: Vec<String>,
     /// The subjects it may publish to, wildcards allowed.
     #[serde(default)]
     pub outputs: Vec<String>,
-    /// Messages with the same key are handled in stream order; none leaves the order open.
+    /// Messages with the same key are handled in stream order; `None` for no order.
     #[serde(default)]
     pub ordering_key: Option<OrderingKey>,
-    /// What follows for the later messages of a key when one fails.
+    /// The effect of a failed message on later messages of its key.
     #[serde(default)]
     pub on_failure: OnFailure,
-    /// The state keys that a message is likely to need; they are read for a whole batch with one statement.
+    /// The state keys that a message is likely to need. They are read for a whole batch with one
+    /// statement.
     #[serde(default)]
     pub state_keys: Vec<StateKey>,
     /// How many messages one instance of the component handles.
     #[serde(default)]
     pub isolation: Isolation,
-    /// Lanes, that is transactions at the same time, on each host.
+    /// Lanes (concurrent transactions) on each host.
     pub concurrency: u32,
-    /// The most messages in one transaction.
+    /// The maximum number of messages in one transaction.
     pub batch: u32,
-    /// After how long without a sign of life JetStream delivers a message again.
+    /// JetStream redelivers a message after this long without an acknowledgement or progress.
     #[serde(with = "units::duration")]
     pub ack_wait: Duration,
     #[serde(default)]
     pub retry: RetryPolicy,
     #[serde(default)]
     pub limits: Limits,
-    /// What is to be told of before it is looked for.
+    /// The alarm thresholds.
     #[serde(default)]
     pub alarm: Thresholds,
-    /// What the component reads through `wasi:config`.
+    /// The configuration that the component reads through `wasi:config`.
     #[serde(default)]
     pub config: BTreeMap<String, String>,
 }
 
-/// `[worker.limits]`: what one attempt may use. Beyond a limit the attempt fails, and only that.
+/// `[worker.limits]`: the limits of one attempt. Exceeding one fails only that attempt.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Limits {
-    /// Time for one attempt.
+    /// The time of one attempt.
     #[serde(with = "units::duration")]
     pub time: Duration,
-    /// Memory of the component, in bytes.
+    /// The memory of the component, in bytes.
     pub memory: u64,
-    /// Messages it may send.
+    /// The number of messages it may send.
     pub outputs: u32,
-    /// Body and headers of one output, in bytes; never more than the NATS server takes.
+    /// Body and headers of one output, in bytes; the NATS server's limit also applies.
     pub output_size: u64,
     /// All outputs together, in bytes.
     pub outputs_size: u64,
@@ -143,15 +145,15 @@ pub struct Limits {
     pub sql_rows: u32,
     /// The result of one query, in bytes.
     pub sql_size: u64,
-    /// The body of an answer to a request, in bytes.
+    /// The body of a response, in bytes.
     pub answer_size: u64,
     /// One value of keyed state, in bytes.
     pub state_size: u64,
-    /// Keys of keyed state that it may read or change.
+    /// The number of state keys that it may read or change.
     pub state_entries: u32,
-    /// Those keys and the values read and written, together, in bytes.
+    /// The total size of those keys and the values read and written, in bytes.
     pub state_entries_size: u64,
-    /// Log lines together, in bytes; the rest is cut off, which fails nothing.
+    /// The total size of log lines, in bytes. The rest is truncated, which is no failure.
     pub log_size: u64,
 }
 
@@ -175,7 +177,7 @@ impl Default for Limits {
     }
 }
 
-/// Where a message's ordering key stands; `header:NAME` or `subject:TOKEN`, counted from 1.
+/// The source of a message's ordering key: `header:NAME`, or `subject:TOKEN` counted from 1.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum OrderingKey {
@@ -183,14 +185,14 @@ pub enum OrderingKey {
     Subject(usize),
 }
 
-/// What becomes of the later messages of a key while a failed one waits for its next attempt.
+/// The treatment of later messages of a key while a failed one waits for its next attempt.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnFailure {
-    /// They go on.
+    /// They are handled.
     #[default]
     Skip,
-    /// They wait until the failed one is done or dead; messages of other keys go on.
+    /// They are held until the failed one is done or dead; messages of other keys are handled.
     Hold,
 }
 
@@ -198,7 +200,7 @@ pub enum OnFailure {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Isolation {
-    /// One: nothing is left in memory from the message before.
+    /// One message: no memory is shared with the previous message.
     #[default]
     Message,
     /// All messages of a batch, until one fails.
@@ -206,7 +208,10 @@ pub enum Isolation {
 }
 
 impl Manifest {
-    /// Reads and checks a manifest: a file, or a folder that holds `oncely.toml`.
+    /// Loads and checks a manifest: a file, or a folder that contains `oncely.toml`.
+    ///
+    /// # Errors
+    /// The file is missing or invalid.
     pub fn load(path: &Path) -> anyhow::Result<Manifest> {
         let file = if path.is_dir() {
             path.join(FILE_NAME)
@@ -214,7 +219,8 @@ impl Manifest {
             path.to_owned()
         };
         if !file.exists() {
-            let hint = "name a folder that holds an oncely.toml, or begin one as docs/first-worker.md shows";
+            let hint = "use a folder that contains an oncely.toml, \
+                        or create one, see docs/first-worker.md";
             return Err(anyhow::anyhow!("there is no manifest at {}", file.display()).hint(hint));
         }
         let text = std::fs::read_to_string(&file)
@@ -222,19 +228,20 @@ impl Manifest {
         Manifest::parse(&text, &file.to_string_lossy())
     }
 
-    /// Checks the text of a manifest. `file_name` is what errors call it; paths in it are taken from its folder.
+    /// Parses and checks the text of a manifest. `file_name` is its name in errors; relative paths
+    /// start at its folder.
     pub fn parse(text: &str, file_name: &str) -> anyhow::Result<Manifest> {
         parse::manifest(text, file_name)
     }
 
-    /// What is allowed and probably not meant, one sentence each.
+    /// The warnings about allowed but probably unintended settings, one sentence each.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
     }
 }
 
 impl Worker {
-    /// A worker of this name and place with the default of every setting.
+    /// The same worker, stream and routes, with the default of every other setting.
     pub fn with_defaults(&self) -> Worker {
         let default = |place: &str| {
             let text = format!("[[worker]]\nname = \"w\"\ncomponent = \"w.wasm\"\n{place}\n");
@@ -275,7 +282,7 @@ impl Worker {
         format!("oncely-{}", self.name)
     }
 
-    /// Whether it may publish to `subject`. What belongs to NATS or to the platform is never granted.
+    /// Whether it may publish to `subject`. Subjects of NATS or of the platform are never granted.
     pub fn grants(&self, subject: &str) -> bool {
         !subject::is_reserved(subject)
             && self
@@ -284,7 +291,7 @@ impl Worker {
                 .any(|pattern| subject::matches(pattern, subject))
     }
 
-    /// The key of a message whose followers wait for it while it fails; none when they do not wait.
+    /// The key of a message whose later messages are held while it fails; `None` if none are held.
     pub fn held_key(&self, message: &Message) -> Option<String> {
         match self.on_failure {
             OnFailure::Skip => None,
@@ -292,7 +299,7 @@ impl Worker {
         }
     }
 
-    /// The line of the manifest that would let it publish to `subject`.
+    /// The manifest line that would grant publishing to `subject`.
     pub fn grant_line(&self, subject: &str) -> String {
         let outputs = self.outputs.iter().map(String::as_str).chain([subject]);
         format!(
@@ -306,7 +313,7 @@ impl Worker {
 }
 
 impl Limits {
-    /// What one query may bring back.
+    /// The limits of one query result.
     pub fn sql(&self) -> SqlLimits {
         let size = usize::try_from(self.sql_size).unwrap_or(usize::MAX);
         SqlLimits {
@@ -317,7 +324,7 @@ impl Limits {
 }
 
 impl OrderingKey {
-    /// The key of a message; none when it has no such header or token.
+    /// The key of a message; `None` if it has no such header or token.
     pub fn key_of(&self, message: &Message) -> Option<String> {
         match self {
             OrderingKey::Header(name) => message.header(name).map(str::to_owned),

@@ -1,4 +1,4 @@
-//! From the text of a manifest to checked values.
+//! Parsing and checking of a manifest.
 
 use std::ops::RangeInclusive;
 use std::path::Path;
@@ -101,7 +101,7 @@ pub(super) fn manifest(text: &str, file_name: &str) -> anyhow::Result<Manifest> 
         return Err(text.refuse(
             &(0..0),
             "the manifest has no worker",
-            "begin one with the line: [[worker]]",
+            "add one with the line: [[worker]]",
         ));
     }
     Ok(manifest)
@@ -153,13 +153,15 @@ fn worker(
         .iter()
         .any(|entry| entry.worker.name == name.value)
     {
-        let what = format!("there are two workers called `{}`", name.value);
+        let what = format!("there are two workers named `{}`", name.value);
         return Err(text.refuse(
             &name.span,
             what,
-            format!("give one another name: name = \"{}-2\"", name.value),
+            format!("rename one of them: name = \"{}-2\"", name.value),
         ));
     }
+
+    // Source, and stream or routes.
     let source = source(text, section, folder)?;
     let example = manifest
         .streams
@@ -171,6 +173,8 @@ fn worker(
         Some(stream) => subjects(text, section, stream, &manifest.streams)?,
         None => Vec::new(),
     };
+
+    // Settings with their defaults.
     let lanes = if routes.is_empty() { 4 } else { 16 };
     let key_example = "\"header:Account\"";
     let check_key = |key: &str| OrderingKey::try_from(key.to_owned()).map(|_| ());
@@ -207,8 +211,8 @@ fn worker(
     })
 }
 
-/// The stream of a worker that takes messages; none for one that answers requests, to whom what concerns messages says
-/// nothing.
+/// The stream of a worker that handles messages; `None` for one that answers requests. For the
+/// latter, settings about messages are errors.
 fn worker_stream(
     text: Text<'_>,
     section: &Section<'_>,
@@ -218,8 +222,9 @@ fn worker_stream(
     let example = format!("{example:?}");
     if routes.is_empty() {
         let stream = section.text("stream", &example, check_stream_name)?;
-        let hint =
-            format!("stream = {example}, or for requests over HTTP: [[worker.route]] with a path");
+        let hint = format!(
+            "add the line: stream = {example}, or for HTTP requests: [[worker.route]] with a path"
+        );
         return stream.map(Some).ok_or_else(|| {
             text.refuse(
                 &section.span(),
@@ -241,12 +246,13 @@ fn worker_stream(
     ];
     match message_keys.iter().find(|key| section.has(key)) {
         Some(key) => {
-            let what =
-                format!("`{key}` is for workers that take messages, and this one answers requests");
+            let what = format!(
+                "`{key}` is for workers that handle messages, but this one answers requests"
+            );
             Err(text.refuse(
                 &section.span_of(key),
                 what,
-                "remove it, or make two workers of them",
+                "remove it, or split the worker into two",
             ))
         }
         None => Ok(None),
@@ -262,11 +268,12 @@ fn on_failure(text: Text<'_>, section: &Section<'_>, has_key: bool) -> anyhow::R
         return Ok(OnFailure::Skip);
     }
     if !has_key {
-        let what = "`on_failure` is `hold`, but without an ordering key no message follows another";
+        let what =
+            "`on_failure` is `hold`, but without an ordering key no message waits for another";
         return Err(text.refuse(
             &found.span,
             what,
-            "say where the key stands: ordering_key = \"header:Account\"",
+            "set the source of the key: ordering_key = \"header:Account\"",
         ));
     }
     Ok(OnFailure::Hold)
@@ -289,14 +296,14 @@ fn isolation(section: &Section<'_>) -> anyhow::Result<Isolation> {
     })
 }
 
-/// Accepts one of a few words.
+/// A check that accepts one of a few words.
 pub(super) fn one_of(words: &'static [&'static str]) -> impl Fn(&str) -> Result<(), String> {
     move |word| {
         if words.contains(&word) {
             return Ok(());
         }
         Err(format!(
-            "`{}` is none of: {}",
+            "`{}` is not one of: {}",
             word.escape_debug(),
             words.join(", ")
         ))
@@ -310,10 +317,10 @@ fn source(text: Text<'_>, section: &Section<'_>, folder: &Path) -> anyhow::Resul
     match (crate_path, component, build) {
         (Some(_), None, Some(build)) => {
             let hint =
-                "remove it, or name what it makes in place of `crate`: component = \"worker.wasm\"";
+                "remove it, or replace `crate` by the built file: component = \"worker.wasm\"";
             Err(text.refuse(
                 &build.span,
-                "`build` belongs to a `component`; a `crate` is compiled by Oncely",
+                "`build` is only for a `component`; Oncely compiles a `crate` itself",
                 hint,
             ))
         }
@@ -323,7 +330,8 @@ fn source(text: Text<'_>, section: &Section<'_>, folder: &Path) -> anyhow::Resul
             build: build.map(|build| build.value),
         }),
         (Some(_), Some(component), _) => {
-            let hint = "keep `crate` if Oncely is to compile the worker, and `component` if it is built already";
+            let hint = "keep `crate` for Oncely to compile the worker, \
+                        or `component` for one built elsewhere";
             Err(text.refuse(
                 &component.span,
                 "[[worker]] has both `crate` and `component`",
@@ -342,7 +350,8 @@ fn source(text: Text<'_>, section: &Section<'_>, folder: &Path) -> anyhow::Resul
     }
 }
 
-/// The subjects a worker takes; each must lie within its stream, when the manifest declares that one.
+/// The subjects that a worker consumes. Each must be within its stream, if the manifest declares
+/// that stream.
 fn subjects(
     text: Text<'_>,
     section: &Section<'_>,
@@ -374,7 +383,7 @@ fn subjects(
                 .chain([&subject.value])
                 .map(|subject| format!("{subject:?}"));
             let hint = format!(
-                "let [[stream]] capture it: subjects = [{}]",
+                "add it to [[stream]]: subjects = [{}]",
                 all.collect::<Vec<_>>().join(", ")
             );
             return Err(text.refuse(&subject.span, what, hint));
@@ -383,7 +392,8 @@ fn subjects(
     Ok(values(found))
 }
 
-/// A stream that is not declared may well be there; one that differs from a declared one in case alone is a slip.
+/// A stream that is not declared may exist, but a name that differs from a declared one only in
+/// case is a mistake.
 fn check_stream_spelling(
     text: Text<'_>,
     stream: &Located<String>,
@@ -394,7 +404,7 @@ fn check_stream_spelling(
         .find(|declared| declared.name.eq_ignore_ascii_case(&stream.value))
     {
         Some(near) => {
-            let what = format!("no [[stream]] is called `{}`", stream.value);
+            let what = format!("no [[stream]] is named `{}`", stream.value);
             Err(text.refuse(
                 &stream.span,
                 what,
@@ -432,7 +442,7 @@ fn retry(section: &Section<'_>) -> anyhow::Result<RetryPolicy> {
     };
     if policy.backoff > policy.backoff_max {
         let backoff = crate::model::units::format_duration(policy.backoff);
-        let what = format!("is shorter than `backoff`, which is {backoff}");
+        let what = format!("is shorter than `backoff` ({backoff})");
         return Err(retry.invalid(
             &retry.span_of("backoff_max"),
             "backoff_max",
@@ -520,7 +530,7 @@ fn alarm(section: &Section<'_>) -> anyhow::Result<Thresholds> {
     })
 }
 
-/// A worker that may publish what it takes in can go round for ever.
+/// Warns about a worker that may publish to subjects it consumes, as its messages can loop forever.
 fn loop_warning(
     text: Text<'_>,
     section: &Section<'_>,
@@ -539,14 +549,16 @@ fn loop_warning(
     let feeds = |output: &&String| taken.iter().any(|subject| overlaps(subject, output));
     let output = worker.outputs.iter().find(feeds)?;
     Some(format!(
-        "{}: worker `{}` may publish `{output}`, which it takes in again: a message could go round for ever; \
-         narrow its `subjects` or its `outputs` if that is not meant",
+        "{}: worker `{}` may publish `{output}`, which it also consumes, \
+         so a message could loop forever; \
+         narrow its `subjects` or `outputs` if this is not intended",
         text.location(&section.span_of("outputs")),
         worker.name
     ))
 }
 
-/// JetStream refuses subjects that overlap, within a stream, between streams and within a consumer's filter.
+/// Refuses overlapping subjects, as JetStream does within a stream, between streams and within a
+/// consumer's filter.
 fn check_overlap(
     text: Text<'_>,
     found: &[Located<String>],
@@ -604,7 +616,7 @@ fn check_worker_name(name: &str) -> Result<(), String> {
         return Ok(());
     }
     Err(format!(
-        "`{}` is not 1 to {NAME_MAX} of a-z, 0-9 and -",
+        "`{}` is not 1 to {NAME_MAX} characters of a-z, 0-9 and -",
         name.escape_debug()
     ))
 }
@@ -612,7 +624,7 @@ fn check_worker_name(name: &str) -> Result<(), String> {
 fn check_stream_name(name: &str) -> Result<(), String> {
     if name == REDRIVE_STREAM {
         return Err(format!(
-            "`{name}` is the host's own: dead letters that are put back travel on it"
+            "`{name}` is reserved for the host, which redrives dead letters on it"
         ));
     }
     let fits = (1..=255).contains(&name.len());
@@ -625,15 +637,16 @@ fn check_stream_name(name: &str) -> Result<(), String> {
     }
     let name = name.escape_debug();
     Err(format!(
-        "`{name}` is not a stream's name: printable ASCII without space, `.`, `*`, `>`, `/` and `\\`"
+        "`{name}` is not a valid stream name: \
+         printable ASCII without space, `.`, `*`, `>`, `/` and `\\`"
     ))
 }
 
-/// A pattern of subjects that are neither the broker's nor the platform's.
+/// Checks a subject pattern that is reserved neither by the broker nor by the platform.
 fn check_own_pattern(pattern: &str) -> Result<(), String> {
     check_pattern(pattern)?;
     if is_reserved(pattern) {
-        Err(format!("`{pattern}` belongs to NATS or to Oncely itself"))
+        Err(format!("`{pattern}` is reserved for NATS or Oncely"))
     } else {
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! `[[worker.route]]`: which requests over HTTP a worker answers, and on what terms.
+//! `[[worker.route]]`: the HTTP requests that a worker answers, with their settings.
 
 use std::time::Duration;
 
@@ -24,84 +24,87 @@ pub(super) const ROUTE_KEYS: [&str; 12] = [
     "cache_scope",
 ];
 
-/// What may stand in `methods`.
+/// The allowed values of `methods`.
 const METHODS: [&str; 7] = ["GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"];
 
 const PATH_EXAMPLE: &str = "\"/accounts/{id}/transfers\"";
 
-/// One path with its terms.
+/// One path with its settings.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Route {
-    /// Such as `/accounts/{id}/transfers`; `{*rest}` at the end takes everything below.
+    /// A path such as `/accounts/{id}/transfers`; a final `{*rest}` matches everything below.
     pub path: String,
-    /// Empty for all.
+    /// The allowed methods; empty for all.
     #[serde(default)]
     pub methods: Vec<String>,
     #[serde(default)]
     pub idempotency_key: KeyRule,
-    /// For how long the same key gets the same answer.
+    /// How long a key gets the stored response.
     #[serde(with = "units::duration")]
     pub window: Duration,
-    /// How long a request waits for another one with its key that is being handled.
+    /// How long a request waits for another request in progress with its key.
     #[serde(with = "units::duration")]
     pub wait: Duration,
     #[serde(default)]
     pub store_failures: StoreFailures,
-    /// The largest body of a request, in bytes.
+    /// The maximum size of a request body, in bytes.
     pub body_size: u64,
-    /// How answers to GET are cached; none for not at all.
+    /// How responses to GET are cached; `None` for no caching.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache: Option<CachePolicy>,
 }
 
-/// How answers of a route are cached.
+/// How responses of a route are cached.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CachePolicy {
-    /// How long an answer is as good as new.
+    /// How long a response is fresh.
     #[serde(with = "units::duration")]
     pub ttl: Duration,
-    /// For how long after that it is still setting, while it is loaded anew.
+    /// How long after that it is still served, while it is reloaded.
     #[serde(with = "units::duration")]
     pub stale: Duration,
-    /// Whoever invalidates one of them makes it be loaded anew. `{name}` stands for a part of the path.
+    /// Invalidating one of these tags invalidates the response. `{name}` stands for a part of the
+    /// path.
     pub tags: Vec<String>,
     pub cache_scope: CacheScope,
 }
 
-/// For whom an answer is.
+/// The callers that may receive a cached response.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CacheScope {
-    /// For the caller that asked.
+    /// Only the caller for which it was loaded.
     #[default]
     Caller,
-    /// For everyone who asks the same.
+    /// Every caller with the same request.
     Shared,
 }
 
-/// Whether requests that change something need an idempotency key.
+/// Whether requests with effects need an idempotency key.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum KeyRule {
-    /// POST and PATCH do. PUT and DELETE are idempotent by what they mean, and may have one.
+    /// Required for POST and PATCH. PUT and DELETE are idempotent by definition, so their key is
+    /// optional.
     #[default]
     Required,
     Optional,
 }
 
-/// Which failures are kept, and setting again to who asks again with the same key.
+/// The failures that are stored and returned to later requests with the same key.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum StoreFailures {
-    /// Those that the handler answered. What a trap or a timeout cut off took no effect, and is run again.
+    /// Failures in the handler's responses. A trap or a timeout has no effect, and the request runs
+    /// again.
     #[default]
     Answered,
-    /// Also those.
+    /// Traps and timeouts too.
     All,
 }
 
 impl Route {
-    /// Whether it takes requests with this method.
+    /// Whether it accepts requests with this method.
     pub fn accepts_method(&self, method: &str) -> bool {
         let all = if self.methods.is_empty() {
             METHODS.as_slice()
@@ -111,7 +114,7 @@ impl Route {
         all.contains(&method) || self.methods.iter().any(|one| one == method)
     }
 
-    /// The methods that it takes.
+    /// The methods that it accepts.
     pub fn allowed_methods(&self) -> Vec<String> {
         match self.methods.is_empty() {
             true => METHODS.map(str::to_owned).to_vec(),
@@ -119,13 +122,13 @@ impl Route {
         }
     }
 
-    /// Whether such a request must bring a key.
+    /// Whether a request with this method must have a key.
     pub fn requires_key(&self, method: &str) -> bool {
         self.idempotency_key == KeyRule::Required && matches!(method, "POST" | "PATCH")
     }
 }
 
-/// Reads the routes of a worker.
+/// Parses the routes of a worker.
 pub(super) fn routes(text: Text<'_>, worker: &Section<'_>) -> anyhow::Result<Vec<Route>> {
     let mut routes: Vec<Route> = Vec::new();
     for section in worker.tables("route", "[[worker.route]]", &ROUTE_KEYS)? {
@@ -185,7 +188,7 @@ pub(super) fn routes(text: Text<'_>, worker: &Section<'_>) -> anyhow::Result<Vec
     Ok(routes)
 }
 
-/// What is said of caching, if `cache` says for how long.
+/// The cache policy, if `cache` is set.
 fn cache(text: Text<'_>, section: &Section<'_>) -> anyhow::Result<Option<CachePolicy>> {
     let ttl = section.duration("cache", "\"10s\"", Duration::from_millis(1)..=TTL_MAX)?;
     let stale = section.duration("cache_stale", "\"1m\"", Duration::ZERO..=TTL_MAX)?;
@@ -199,11 +202,11 @@ fn cache(text: Text<'_>, section: &Section<'_>) -> anyhow::Result<Option<CachePo
             .find(|key| section.has(key));
         return match orphan {
             Some(key) => {
-                let what = format!("`{key}` says how something is cached, and nothing is");
+                let what = format!("`{key}` has no effect without `cache`");
                 Err(text.refuse(
                     &section.span_of(key),
                     what,
-                    "say for how long: cache = \"10s\"",
+                    "set the time to live: cache = \"10s\"",
                 ))
             }
             None => Ok(None),
@@ -220,7 +223,8 @@ fn cache(text: Text<'_>, section: &Section<'_>) -> anyhow::Result<Option<CachePo
     }))
 }
 
-/// Not shorter than clients go on trying: what is forgotten too early is done twice.
+/// The time for which keys are kept. It must cover the clients' retries: a key that expires earlier
+/// lets an effect happen twice.
 fn window(section: &Section<'_>) -> anyhow::Result<Duration> {
     let (least, most) = (
         Duration::from_secs(60),
@@ -234,7 +238,7 @@ fn window(section: &Section<'_>) -> anyhow::Result<Duration> {
         .unwrap_or_default();
     if retried > window {
         let retried = units::format_duration(retried);
-        let what = format!("is shorter than clients try: {retried} (`clients_retry_for`)");
+        let what = format!("is shorter than `clients_retry_for` ({retried})");
         return Err(section.invalid(
             &section.span_of("window"),
             "window",
@@ -253,7 +257,7 @@ fn check_path(path: &str) -> Result<(), String> {
         ));
     }
     if path.starts_with("/publish/") {
-        return Err("paths below `/publish/` publish to a subject".to_owned());
+        return Err("paths below `/publish/` are reserved for publishing to a subject".to_owned());
     }
     matchit::Router::new()
         .insert(path, ())

@@ -1,11 +1,11 @@
-//! Which keys of keyed state a message is likely to need: templates such as `account/{subject:2}`.
+//! The state keys that a message is likely to need: templates such as `account/{subject:2}`.
 
 use serde::{Deserialize, Serialize};
 
 use super::OrderingKey;
 use crate::model::message::{EVENT_ID_MAX, Message};
 
-/// A state key with parts that come from the message: `{header:NAME}`, `{subject:TOKEN}` or `{id}`.
+/// A state key template with parts from the message: `{header:NAME}`, `{subject:TOKEN}` or `{id}`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct StateKey {
@@ -21,7 +21,7 @@ enum Part {
 }
 
 impl StateKey {
-    /// The key that a message is likely to need; none when it lacks a part, or the whole could not be a key.
+    /// The key for a message; `None` if the message lacks a part, or the result is no valid key.
     pub fn key_for(&self, message: &Message) -> Option<String> {
         let mut key = String::new();
         for part in &self.parts {
@@ -43,7 +43,7 @@ impl TryFrom<String> for StateKey {
         let mut rest = text.as_str();
         while let Some((before, after)) = rest.split_once('{') {
             let Some((place, behind)) = after.split_once('}') else {
-                return Err(format!("`{text}` has a `{{` without its `}}`"));
+                return Err(format!("`{text}` has a `{{` without a `}}`"));
             };
             parts.push(Part::Text(before.to_owned()));
             parts.push(match place {
@@ -53,7 +53,7 @@ impl TryFrom<String> for StateKey {
             rest = behind;
         }
         if rest.contains('}') {
-            return Err(format!("`{text}` has a `}}` without its `{{`"));
+            return Err(format!("`{text}` has a `}}` without a `{{`"));
         }
         parts.push(Part::Text(rest.to_owned()));
         parts.retain(|part| *part != Part::Text(String::new()));

@@ -1,4 +1,4 @@
-//! What the manifest accepts, fills in and refuses.
+//! Tests of the manifest's keys, defaults and errors.
 
 use std::time::Duration;
 
@@ -178,15 +178,15 @@ fn a_worker_handles_messages_or_requests() {
         ("", "needs a `stream` or a route"),
         (
             "stream = \"S\"\n[[worker.route]]\npath = \"/a\"",
-            "`stream` is for workers that take messages",
+            "`stream` is for workers that handle messages",
         ),
         (
             "batch = 3\n[[worker.route]]\npath = \"/a\"",
-            "`batch` is for workers that take messages",
+            "`batch` is for workers that handle messages",
         ),
         (
             "[[worker.route]]\npath = \"/a\"\ncache_stale = \"1m\"",
-            "and nothing is",
+            "has no effect without `cache`",
         ),
         (
             "[[worker.route]]\npath = \"a\"",
@@ -195,11 +195,11 @@ fn a_worker_handles_messages_or_requests() {
         ("[[worker.route]]\npath = \"/a/{\"", "`/a/{`"),
         (
             "[[worker.route]]\npath = \"/publish/x\"",
-            "publish to a subject",
+            "publishing to a subject",
         ),
         (
             "[[worker.route]]\npath = \"/a\"\nwindow = \"1h\"\nclients_retry_for = \"2h\"",
-            "shorter than clients try: 2h",
+            "shorter than `clients_retry_for` (2h",
         ),
         (
             "[[worker.route]]\npath = \"/a\"\n[[worker.route]]\npath = \"/a\"",
@@ -253,7 +253,7 @@ fn worker_json_round_trips_and_older_json_gets_new_defaults() {
     );
 }
 
-/// The manifest [`FULL`] with one line in place of another, and what is then wrong, and the hint.
+/// The error and hint for the manifest [`FULL`] with one line replaced.
 fn refusal(line: &str, replacement: &str) -> (String, String) {
     assert!(FULL.contains(line), "{line}");
     let error = Manifest::parse(&FULL.replacen(line, replacement, 1), "oncely.toml").unwrap_err();
@@ -290,49 +290,49 @@ fn each_manifest_error_names_its_line_and_a_fix() {
         (
             "attempts = 7",
             "attempts = 0",
-            "22: `attempts` in [worker.retry] must lie between 1 and 1000",
+            "22: `attempts` in [worker.retry] must be between 1 and 1000",
             "attempts = 5",
         ),
         (
             "\"45s\"",
             "\"45 parsecs\"",
-            "20: `ack_wait` in [[worker]] is wrong: `45 parsecs` is not a length of time",
+            "20: `ack_wait` in [[worker]] is invalid: `45 parsecs` is not a",
             "ack_wait = \"10s\"",
         ),
         (
             "\"hold\"",
             "\"wait\"",
-            "15: `on_failure` in [[worker]] is wrong: `wait` is none of: skip, hold",
+            "15: `on_failure` in [[worker]] is invalid: `wait` is not one of: skip, hold",
             "on_failure = \"hold\"",
         ),
         (
             "state_keys = [\"account/{header:Account}\"]",
             "state_keys = [\"account/{key}\"]",
-            "16: `state_keys` in [[worker]] is wrong",
+            "16: `state_keys` in [[worker]] is invalid",
             "state_keys = [\"account/{header:Account}\"]",
         ),
         (
             "ordering_key = \"header:Account\"",
             "",
-            "15: `on_failure` is `hold`, but without an ordering key no message follows another",
+            "15: `on_failure` is `hold`, but without an ordering key no message waits for another",
             "ordering_key = \"header:Account\"",
         ),
         (
             "\"45s\"",
             "45",
-            "20: `ack_wait` in [[worker]] must be a length of time in quotes",
+            "20: `ack_wait` in [[worker]] must be a duration in quotes",
             "ack_wait = \"10s\"",
         ),
         (
             "\"32MiB\"",
             "\"1KiB\"",
-            "28: `memory` in [worker.limits] must lie between 1 MiB and 4 GiB",
+            "28: `memory` in [worker.limits] must be between 1 MiB and 4 GiB",
             "memory = \"64MiB\"",
         ),
         (
             "name = \"settle\"",
             "name = \"Settle!\"",
-            "8: `name` in [[worker]] is wrong: `Settle!` is not 1 to 63 of a-z, 0-9 and -",
+            "8: `name` in [[worker]] is invalid: `Settle!` is not 1 to 63 characters of a-z, 0-9 and -",
             "name = \"settle\"",
         ),
         (
@@ -344,7 +344,7 @@ fn each_manifest_error_names_its_line_and_a_fix() {
         (
             "name = \"other\"",
             "name = \"settle\"",
-            "53: there are two workers called `settle`",
+            "53: there are two workers named `settle`",
             "name = \"settle-2\"",
         ),
         (
@@ -362,19 +362,19 @@ fn each_manifest_error_names_its_line_and_a_fix() {
         (
             "crate = \".\"",
             "crate = \".\"\nbuild = \"a\"",
-            "10: `build` belongs to a `component`",
+            "10: `build` is only for a `component`",
             "component = \"worker.wasm\"",
         ),
         (
             "stream = \"PAYMENTS\"",
             "stream = \"payments\"",
-            "10: no [[stream]] is called `payments`",
+            "10: no [[stream]] is named `payments`",
             "stream = \"PAYMENTS\"",
         ),
         (
             "stream = \"PAYMENTS\"",
             "stream = \"ONCELY_REDRIVE\"",
-            "10: `stream` in [[worker]] is wrong: `ONCELY_REDRIVE` is the host's own",
+            "10: `stream` in [[worker]] is invalid: `ONCELY_REDRIVE` is reserved for the host",
             "stream = \"PAYMENTS\"",
         ),
         (
@@ -392,7 +392,7 @@ fn each_manifest_error_names_its_line_and_a_fix() {
         (
             "\"payments.requested\"",
             "\"payments..x\"",
-            "11: `subjects` in [[worker]] is wrong: the subject `payments..x` has an empty token",
+            "11: `subjects` in [[worker]] is invalid: the subject `payments..x` has an empty token",
             "subjects = ",
         ),
         (
@@ -410,25 +410,25 @@ fn each_manifest_error_names_its_line_and_a_fix() {
         (
             "\"x.>\"",
             "\"$JS.API.>\"",
-            "12: `outputs` in [[worker]] is wrong: `$JS.API.>` belongs to NATS",
+            "12: `outputs` in [[worker]] is invalid: `$JS.API.>` is reserved for NATS",
             "outputs = ",
         ),
         (
             "\"header:Account\"",
             "\"body:x\"",
-            "14: `ordering_key` in [[worker]] is wrong",
+            "14: `ordering_key` in [[worker]] is invalid",
             "ordering_key = \"header:Account\"",
         ),
         (
             "\"1m\"",
             "\"1s\"",
-            "24: `backoff_max` in [worker.retry] is shorter than `backoff`, which is 2s",
+            "24: `backoff_max` in [worker.retry] is shorter than `backoff` (2s)",
             "backoff_max = \"2s\"",
         ),
         (
             "deterministic_failures = \"retry\"",
             "deterministic_failures = \"no\"",
-            "25: `deterministic_failures` in [worker.retry] is wrong",
+            "25: `deterministic_failures` in [worker.retry] is invalid",
             "deterministic_failures = \"retry\"",
         ),
         (
@@ -440,13 +440,13 @@ fn each_manifest_error_names_its_line_and_a_fix() {
         (
             "batch = 16",
             "batch = 16\nbatch = 17",
-            "20: this is not TOML: duplicate key",
+            "20: invalid TOML: duplicate key",
             "remove: batch = 17",
         ),
         (
             "name = \"settle\"",
             "name = settle",
-            "8: this is not TOML",
+            "8: invalid TOML",
             "name = \"settle\"",
         ),
         (
@@ -555,7 +555,7 @@ fn migrations_are_read_by_database_in_name_order() {
     let mut entry = full().workers[0].clone();
     entry.migrations = Some(folder.path().join("migrations"));
     let hint = entry.migrations_for(Dialect::Sqlite).unwrap_err();
-    assert!(hints(&hint)[0].starts_with("make it: mkdir -p "));
+    assert!(hints(&hint)[0].starts_with("create it: mkdir -p "));
 
     let write = |name: &str, text: &str| {
         let path = folder.path().join("migrations").join(name);
@@ -586,7 +586,7 @@ fn migrations_are_read_by_database_in_name_order() {
         names(Dialect::Sqlite)
             .unwrap_err()
             .to_string()
-            .contains("beside a folder for one database")
+            .contains("and a subfolder for one database")
     );
     std::fs::remove_file(folder.path().join("migrations/0001.sql")).unwrap();
     std::fs::remove_file(folder.path().join("migrations/0002.sql")).unwrap();

@@ -1,4 +1,4 @@
-//! The cache: read beside the transaction, changed after its commit.
+//! The cache: read outside the transaction, and changed after its commit.
 
 use std::time::Duration;
 
@@ -89,7 +89,7 @@ impl cache::Host for CallState {
 }
 
 impl CallState {
-    /// What this call put itself, else what is cached and was not invalidated by this call.
+    /// The value that this call put, or else the cached value if this call did not invalidate it.
     async fn cached(&mut self, key: &str) -> Option<Bytes> {
         if let Some(put) = self.cache.pending_put(key) {
             return Some(put.value.clone());
@@ -109,7 +109,7 @@ impl CallState {
         check_tags(tags, TAGS_MAX)?;
         if ttl.is_zero() || ttl > TTL_MAX {
             return Err(cache::Error::InvalidTtl(
-                "a time to live has 1 ms to 24 hours".to_owned(),
+                "the time to live must be between 1 ms and 24 hours".to_owned(),
             ));
         }
         if size > VALUE_MAX {
@@ -123,9 +123,7 @@ impl CallState {
             )));
         }
         if self.cache.puts_size() + size > PUTS_SIZE_MAX {
-            let why = format!(
-                "the values of this delivery have more than {PUTS_SIZE_MAX} bytes together"
-            );
+            let why = format!("the values of this delivery exceed {PUTS_SIZE_MAX} bytes in total");
             return Err(cache::Error::TooLarge(why));
         }
         Ok(())
@@ -135,7 +133,8 @@ impl CallState {
 fn check_tags(tags: &[String], most: usize) -> Result<(), cache::Error> {
     if tags.len() > most {
         return Err(cache::Error::TooMany(format!(
-            "these are too many tags: a value has at most {TAGS_MAX}, and a delivery invalidates at most {WRITES_MAX}"
+            "too many tags: at most {TAGS_MAX} for a value and {WRITES_MAX} invalidated by a \
+             delivery are allowed"
         )));
     }
     tags.iter()

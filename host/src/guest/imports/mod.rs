@@ -1,7 +1,9 @@
-//! What a guest may call: outbox, state, sql and cache, and here invocation, log and config.
+//! Imports of a guest: outbox, state, sql and cache in their own files, and here invocation, log
+//! and config.
 //!
-//! An error of the host ends the call at once, as a trap the guest cannot catch. An error that dooms the delivery is
-//! returned to the guest *and* remembered: swallowing it changes nothing.
+//! An error of the host ends the call with a trap that the guest cannot catch. An error that dooms
+//! the delivery is returned to the guest and also recorded. A guest that ignores the error cannot
+//! prevent the failure.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -25,11 +27,14 @@ mod outbox;
 mod sql;
 mod state;
 
-/// What a handler of a request that only reads is told when it would change something.
-const READ_ONLY_REQUEST: &str = "a GET, HEAD or OPTIONS changes nothing";
+/// Error for a read-only request that tries to change something.
+const READ_ONLY_REQUEST: &str = "a GET, HEAD or OPTIONS request is read-only";
 
-/// The transaction a guest's `sql` and `state` reach. The outer error is the host's. A call that was begun runs to its
-/// end even when its future is dropped: guests are stopped, transactions are not left half-way.
+/// The transaction that `sql` and `state` of a guest use.
+///
+/// The outer error is that of the host, the inner error that of the guest. A started call completes
+/// even when its future is dropped. A stopped guest therefore never leaves the transaction in the
+/// middle of an operation.
 #[async_trait]
 pub trait Database: Send + Sync {
     fn dialect(&self) -> Dialect;
@@ -43,30 +48,33 @@ pub trait Database: Send + Sync {
     async fn load_state(&self, key: String) -> anyhow::Result<StateSlot>;
 }
 
-/// What a guest's `cache` reads. Never an error: what cannot be had is not there.
+/// The cache that a guest reads. An unavailable cache reads as empty and is never an error.
 #[async_trait]
 pub trait CacheReader: Send + Sync {
     async fn get(&self, key: &str) -> Option<CachedValue>;
 }
 
-/// A value that was cached.
+/// A cached value with its tags.
 #[derive(Debug, Clone)]
 pub struct CachedValue {
     pub value: Bytes,
     pub tags: Arc<[String]>,
 }
 
-/// The host's error outside, the guest's inside.
+/// The outer error is that of the host, the inner error that of the guest.
 pub type DatabaseResult<T> = anyhow::Result<Result<T, SqlError>>;
 
 impl CallState {
-    /// Remembers what dooms the delivery; the first one counts.
+    /// Dooms the delivery. The first failure wins.
     fn doom(&mut self, kind: FailureKind, code: &str, why: &str) {
         self.doomed
             .get_or_insert_with(|| CallFailure::new(kind, code, why));
     }
 
-    /// Ends the call when its time is over: the time that the host spends on what a guest asks is the guest's, too.
+    /// Ends the call after its deadline. The time of host calls counts as time of the guest.
+    ///
+    /// # Errors
+    /// The deadline has passed.
     fn check_deadline(&self) -> wasmtime::Result<()> {
         if Instant::now() < self.deadline {
             Ok(())
@@ -75,7 +83,7 @@ impl CallState {
         }
     }
 
-    /// Ends the call for an error of the host.
+    /// Ends the call because of an error of the host. The first error wins.
     fn host_error<T>(&mut self, error: anyhow::Error) -> wasmtime::Result<T> {
         self.host_error.get_or_insert(error);
         Err(wasmtime::Error::msg("the host ended the call"))

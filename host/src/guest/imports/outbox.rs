@@ -1,4 +1,4 @@
-//! Outbox: one outgoing message against the grants and limits of the manifest.
+//! The outbox: checks outgoing messages against the grants and limits of the manifest.
 
 use std::time::Duration;
 
@@ -71,7 +71,7 @@ impl CallState {
             .map_err(|why| outbox::Error::InvalidSubject(why.to_string()))?;
         if !worker.grants(&outgoing.subject) {
             return Err(outbox::Error::NotGranted(format!(
-                "worker {} may not publish to `{}`; to let it, put in its manifest: {}",
+                "worker {} may not publish to `{}`; to allow it, add to its manifest: {}",
                 worker.name,
                 outgoing.subject,
                 worker.grant_line(&outgoing.subject)
@@ -81,7 +81,7 @@ impl CallState {
         check_ordering_key(outgoing.ordering_key.as_deref())?;
         let delay = checked_delay(outgoing.delay_ms.unwrap_or_default())?;
         let cause = self.cause(outgoing.caused_by.as_deref())?;
-        // Counted by event: the same message yields the same ids in whichever company it is handled.
+        // Counted per event, so a message yields the same ids in every batch.
         let ordinal = self
             .outputs
             .iter()
@@ -119,8 +119,8 @@ impl CallState {
                 caused(event_id).ok_or_else(|| format!("this call has no message `{event_id}`"))
             }
             None if self.in_batch => Err(
-                "a batch handler says for each output which message caused it \
-                (`caused-by`: the message's id)"
+                "a batch handler must name for each output which message caused it \
+                (`caused-by`: the id of the message)"
                     .to_owned(),
             ),
             None => self
@@ -148,7 +148,7 @@ impl CallState {
         }
         if self.outputs.iter().any(|output| output.id == id) {
             return Err(outbox::Error::InvalidId(format!(
-                "the id `{id}` was used before in this delivery"
+                "the id `{id}` was already used in this delivery"
             )));
         }
         Ok(id)
@@ -168,14 +168,15 @@ impl CallState {
             .min(self.call.payload_max);
         if size > most {
             return Err(outbox::Error::TooLarge(format!(
-                "the message to `{}` has {size} bytes with its headers; at most {most} are allowed (`output_size` under \
-                 [worker.limits], and max_payload of the NATS server)",
+                "the message to `{}` has {size} bytes with its headers; at most {most} are allowed \
+                 (`output_size` under [worker.limits], and max_payload of the NATS server)",
                 output.subject
             )));
         }
         if (self.output_bytes + size) as u64 > limits.outputs_size {
             return Err(outbox::Error::TooLarge(format!(
-                "the messages of this delivery have more than {} bytes together (`outputs_size` under [worker.limits])",
+                "the messages of this delivery exceed {} bytes in total (`outputs_size` under \
+                 [worker.limits])",
                 limits.outputs_size
             )));
         }
@@ -183,9 +184,9 @@ impl CallState {
     }
 }
 
-/// Carries the trace of the message on, unless the author set one.
+/// Copies the trace context of the message, unless the handler set one.
 fn with_trace(mut headers: Headers, cause: &Message) -> Headers {
-    // A state belongs to its parent: beside another one it would be a lie.
+    // A `tracestate` is valid only with its own `traceparent`.
     if ["traceparent", "tracestate"]
         .into_iter()
         .any(|name| message::header(&headers, name).is_some())
@@ -214,7 +215,7 @@ fn check_ordering_key(key: Option<&str>) -> Result<(), outbox::Error> {
     }
 }
 
-/// Beyond it a time of publication could not even be written down.
+/// Checks a delay. A longer one could exceed the range of timestamps.
 fn checked_delay(delay_ms: u64) -> Result<Duration, outbox::Error> {
     let delay = Duration::from_millis(delay_ms);
     if delay > DELAY_MAX {
@@ -226,7 +227,7 @@ fn checked_delay(delay_ms: u64) -> Result<Duration, outbox::Error> {
     Ok(delay)
 }
 
-/// Room for the headers the platform adds itself.
+/// Bytes reserved for the headers that the host adds.
 const PLATFORM_HEADERS: usize = 1024;
 
 fn output_size(output: &Output) -> usize {
@@ -243,14 +244,16 @@ fn check_headers(headers: &Headers) -> Result<(), outbox::Error> {
         let token = |c: char| c.is_ascii_graphic() && c != ':';
         if name.is_empty() || name.len() > 128 || !name.chars().all(token) {
             return Err(outbox::Error::InvalidHeader(format!(
-                "`{}` cannot be a header's name: 1 to 128 printable ASCII characters without space and colon",
+                "`{}` cannot be a header's name: 1 to 128 printable ASCII characters without space \
+                 and colon",
                 name.escape_debug()
             )));
         }
         let lower = name.to_ascii_lowercase();
         if lower.starts_with("nats-") || lower.starts_with("oncely-") {
             return Err(outbox::Error::InvalidHeader(format!(
-                "the header `{name}` is reserved: names that begin with `Nats-` or `Oncely-` are the platform's"
+                "the header `{name}` is reserved: names that begin with `Nats-` or `Oncely-` \
+                 belong to the platform"
             )));
         }
         if value.len() > 8192 || value.chars().any(|c| c.is_control() && c != '\t') {

@@ -1,4 +1,5 @@
-//! Statements: counted against the limits, run in the transaction, and doomed with it when they fail.
+//! SQL statements: checked against the limits and run in the transaction. A failed statement dooms
+//! the delivery.
 
 use super::READ_ONLY_REQUEST;
 use crate::guest::bindings::oncely::worker::sql;
@@ -8,19 +9,20 @@ use crate::model::sql::{
     self as sql_text, DatabaseError, Dialect, Rows, SqlError, StatementFacts, Value,
 };
 
-/// How many parameters a statement may have.
+/// Maximum number of parameters of a statement.
 const PARAMETERS_MAX: usize = 10_000;
 
 impl CallState {
-    /// Checks a statement against the limits, its length before anything that reads it, and counts it.
+    /// Checks a statement against the limits and counts it. The length is checked before the
+    /// statement is parsed.
     fn count_statement(&mut self, statement: &str, params: &[Value]) -> Result<(), SqlError> {
         let limits = &self.call.worker.limits;
         sql_text::check_length(statement)?;
         let size = statement_size(statement, params);
         if size as u64 > limits.sql_size || params.len() > PARAMETERS_MAX {
             return Err(SqlError::TooLarge(format!(
-                "the statement has {size} bytes and {} parameters; at most {} bytes (`sql_size` under [worker.limits]) and \
-                 {PARAMETERS_MAX} parameters are allowed",
+                "the statement has {size} bytes and {} parameters; at most {} bytes \
+                 (`sql_size` under [worker.limits]) and {PARAMETERS_MAX} parameters are allowed",
                 params.len(),
                 limits.sql_size
             )));
@@ -69,7 +71,8 @@ impl CallState {
         }
     }
 
-    /// Dooms the delivery for an error that the transaction does not survive, and gives it to the guest.
+    /// Converts an error for the guest. Dooms the delivery if the transaction does not survive the
+    /// error.
     fn statement_failed(&mut self, error: SqlError) -> sql::Error {
         let kind = match &error {
             SqlError::Conflict(_) => FailureKind::Conflict,

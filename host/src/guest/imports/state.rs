@@ -1,4 +1,4 @@
-//! Keyed state: read through the transaction, changed in the host until the commit.
+//! Keyed state: read in the transaction, and buffered in the host until the commit.
 
 use bytes::Bytes;
 
@@ -10,7 +10,7 @@ use crate::model::keyed_state::{StateEntry, StateSlot};
 use crate::model::message::EVENT_ID_MAX;
 
 impl CallState {
-    /// The version of `key` before it is changed, or what is wrong with the change.
+    /// Returns the version of `key` before a change, or the reason to refuse the change.
     async fn prepare_write(
         &mut self,
         key: &str,
@@ -34,7 +34,7 @@ impl CallState {
                 last,
                 size,
             }) => {
-                // Of the value before it the record needs to know nothing.
+                // The recorded result has no previous value, because the guest cannot read it here.
                 let entry = version.map(|version| StateEntry {
                     value: Bytes::new(),
                     version,
@@ -71,8 +71,11 @@ impl CallState {
         Ok(self.count_state(key, size, value.len()).map(|()| version))
     }
 
-    /// Counts a key and a value against what one delivery may use: the key and the value it has with their first use, and
-    /// each value that is written.
+    /// Counts a key and a value against the limits of one delivery. The first use of a key counts
+    /// the key and its current value. Each write counts the new value.
+    ///
+    /// # Errors
+    /// The delivery exceeds `state_entries` or `state_entries_size`.
     fn count_state(
         &mut self,
         key: &str,
@@ -94,7 +97,7 @@ impl CallState {
         self.state_usage.bytes += new_size;
         if self.state_usage.bytes as u64 > limits.state_entries_size {
             return Err(state::Error::TooLarge(format!(
-                "the keys and values that this delivery reads and writes have more than {} bytes together \
+                "the keys and values that this delivery reads and writes exceed {} bytes in total \
                  (`state_entries_size` under [worker.limits])",
                 limits.state_entries_size
             )));
@@ -102,7 +105,7 @@ impl CallState {
         Ok(())
     }
 
-    /// Reads `key` into the batch's state unless it is there already.
+    /// Reads `key` into the state of the batch, unless it was read before.
     async fn load(&mut self, key: &str) -> wasmtime::Result<()> {
         if self.call.state.slot(key).is_some() {
             return Ok(());
@@ -120,7 +123,8 @@ impl CallState {
         let most = self.call.worker.limits.state_size;
         if value.len() as u64 > most {
             return Err(state::Error::TooLarge(format!(
-                "the value has {} bytes; at most {most} are allowed (`state_size` under [worker.limits])",
+                "the value has {} bytes; at most {most} are allowed (`state_size` under \
+                 [worker.limits])",
                 value.len()
             )));
         }
@@ -137,7 +141,7 @@ fn check_key(key: &str) -> Result<(), state::Error> {
     Ok(())
 }
 
-/// The version before a change, or returns what is wrong with it.
+/// The version before a change. Returns the error of a refused change to the guest.
 macro_rules! version_before {
     ($self:ident, $key:expr, $value:expr, $call:expr) => {
         match $self.prepare_write($key, $value, $call).await? {

@@ -1,4 +1,4 @@
-//! The filter that every guest statement passes: one data statement, and nothing that is the platform's.
+//! The statement filter for guest SQL: one data statement, and no names of the platform.
 
 use std::collections::HashSet;
 
@@ -6,34 +6,36 @@ use super::functions::Functions;
 use super::lexer::{Token, refuse, tokens};
 use super::{Dialect, SqlError};
 
-/// How long the text of a statement may be, in bytes; parameters do not count. A longer one is refused unread.
+/// The longest text of a statement, in bytes, without its parameters. A longer one is refused
+/// before it is parsed.
 pub const STATEMENT_BYTES_MAX: usize = 256 << 10;
 
-/// The words a guest's statement may begin with.
+/// The words with which a guest's statement may begin.
 const ALLOWED: [&str; 7] = [
     "select", "insert", "update", "delete", "merge", "values", "with",
 ];
 
-/// Beginnings of names that belong to the platform or reach around it.
+/// Prefixes of names on SQLite that belong to the platform or bypass it.
 const SQLITE_NAMES: [&str; 3] = ["oncely_", "sqlite_", "pragma_"];
 /// The schemas of the platform on PostgreSQL.
 const POSTGRES_SCHEMAS: [&str; 2] = ["oncely", "oncely_definer"];
-/// How the names of PostgreSQL's own catalog begin, which shows other sessions, settings and secrets.
+/// The prefix of PostgreSQL's own catalog, which exposes other sessions, settings and secrets.
 const POSTGRES_CATALOG: &str = "pg_";
-/// What begins like [`POSTGRES_CATALOG`] and is harmless.
+/// Harmless names with the prefix [`POSTGRES_CATALOG`].
 const POSTGRES_CATALOG_ALLOWED: [&str; 2] = ["pg_catalog", "pg_typeof"];
 
-/// What the text of a statement says about it.
+/// Facts that follow from the text of a statement.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct StatementFacts {
-    /// Whether it can change rows; the databases count the rows of one that only reads in different ways.
+    /// Whether it can change rows. The databases differ in the row count of a read-only statement.
     pub changes_rows: bool,
-    /// The highest n of its placeholders `$n`; zero when it has none.
+    /// The highest n of its placeholders `$n`; zero without placeholders.
     pub highest_placeholder: usize,
 }
 
 impl StatementFacts {
-    /// The facts of any statement, also of one that the filter would refuse. Those of an unreadable one are the default.
+    /// The facts of any statement, also of one that the filter refuses. An unreadable statement has
+    /// the default facts.
     pub fn of(statement: &str, dialect: Dialect) -> Self {
         StatementFacts::from_tokens(&tokens(statement, dialect).unwrap_or_default(), dialect)
     }
@@ -54,12 +56,16 @@ impl StatementFacts {
     }
 }
 
-/// Lets through one data statement and nothing else: no transaction control, DDL, settings or commands, no name of the
-/// platform, and on PostgreSQL no function that `functions` does not allow. Refuses with [`SqlError::TooLarge`] or
-/// [`SqlError::NotAllowed`].
+/// Allows one data statement and nothing else. Transaction control, DDL, settings, commands and
+/// names of the platform are refused. On PostgreSQL, so are functions that `functions` does not
+/// allow.
 ///
-/// The databases read comments, white space and quotes differently, so the text is read as `dialect` reads it: a comment
-/// of one of them may be a `commit` to the other.
+/// The databases parse comments, white space and quotes differently, so the text is parsed by the
+/// rules of `dialect`. A comment in one of them may be a `commit` in the other.
+///
+/// # Errors
+///
+/// Returns [`SqlError::TooLarge`] or [`SqlError::NotAllowed`].
 pub fn check_statement(
     statement: &str,
     dialect: Dialect,
@@ -69,6 +75,8 @@ pub fn check_statement(
     if statement.contains('\0') {
         return refuse("a statement cannot contain a NUL character");
     }
+
+    // One data statement that cannot leave the transaction.
     let tokens = tokens(statement, dialect)?;
     check_first_word(&tokens)?;
     check_single(&tokens)?;
@@ -76,6 +84,8 @@ pub fn check_statement(
     if dialect == Dialect::Postgres {
         check_into(&tokens)?;
     }
+
+    // No names of the platform, and allowed functions only.
     check_platform_names(statement, dialect)?;
     if let Some(functions) = functions {
         functions.check(&tokens)?;
@@ -83,30 +93,39 @@ pub fn check_statement(
     Ok(StatementFacts::from_tokens(&tokens, dialect))
 }
 
-/// Refuses a statement that comes with fewer or more parameters than it has placeholders for.
+/// Checks that a statement has as many parameters as placeholders.
+///
+/// # Errors
+///
+/// Returns [`SqlError::InvalidParameter`] if it has fewer or more.
 pub fn check_count(facts: &StatementFacts, parameters: usize) -> Result<(), SqlError> {
     if facts.highest_placeholder == parameters {
         return Ok(());
     }
     Err(SqlError::InvalidParameter(format!(
-        "the statement has placeholders up to ${}, and {parameters} parameters came with it",
+        "the statement has placeholders up to ${}, but {parameters} parameters were passed",
         facts.highest_placeholder
     )))
 }
 
-/// Refuses a text that is too long, before anything else is done with it.
+/// Checks the length of a statement, before any other work on it.
+///
+/// # Errors
+///
+/// Returns [`SqlError::TooLarge`] if it is longer than [`STATEMENT_BYTES_MAX`].
 pub fn check_length(statement: &str) -> Result<(), SqlError> {
     if statement.len() <= STATEMENT_BYTES_MAX {
         return Ok(());
     }
     Err(SqlError::TooLarge(format!(
-        "the text of the statement has {} bytes, and at most {STATEMENT_BYTES_MAX} are allowed; pass values as parameters ($1)",
+        "the statement has {} bytes; at most {STATEMENT_BYTES_MAX} are allowed; pass values as \
+         parameters ($1)",
         statement.len()
     )))
 }
 
-/// Refuses statements that name the platform's tables, or the catalog. It looks at every word of the text, quoted or
-/// not, because a name may also stand in a string, as in `'oncely.outbox'::regclass`.
+/// Refuses statements that name the platform's tables or the catalog. Every word of the text is
+/// checked, quoted or not. A name may also stand in a string, as in `'oncely.outbox'::regclass`.
 fn check_platform_names(statement: &str, dialect: Dialect) -> Result<(), SqlError> {
     let lower = statement.to_ascii_lowercase();
     match lower
@@ -114,7 +133,8 @@ fn check_platform_names(statement: &str, dialect: Dialect) -> Result<(), SqlErro
         .find(|word| is_platform_name(word, dialect))
     {
         Some(word) => refuse(format!(
-            "`{word}` is not for workers; if it is part of a value, pass the value as a parameter ($1)"
+            "`{word}` is not available to workers; if it is part of a value, pass the value as a \
+             parameter ($1)"
         )),
         None => Ok(()),
     }
@@ -135,9 +155,9 @@ fn changes_rows(tokens: &[Token], dialect: Dialect) -> bool {
     let changes = ["insert", "update", "delete", "merge"];
     tokens.iter().enumerate().any(|(at, token)| {
         let before = at.checked_sub(1).and_then(|before| tokens.get(before));
-        // `for update` and `for no key update` lock rows.
+        // `for update` and `for no key update` only lock rows.
         let locks = before.is_some_and(|before| before.is("for") || before.is("key"));
-        // `replace` is a function, too.
+        // `replace` is also a function.
         let replaces = dialect == Dialect::Sqlite
             && token.is("replace")
             && tokens.get(at + 1).is_some_and(|after| after.is("into"));
@@ -163,12 +183,12 @@ fn check_single(tokens: &[Token]) -> Result<(), SqlError> {
         .iter()
         .skip_while(|token| **token != Token::Symbol(';'));
     if after_the_end.any(|token| *token != Token::Symbol(';')) {
-        return refuse("several statements in one are not allowed; run them one by one");
+        return refuse("several statements in one are not allowed; run them one at a time");
     }
     Ok(())
 }
 
-/// SQLite ends the whole transaction on `insert or rollback`, and only the text shows it.
+/// SQLite ends the whole transaction on `insert or rollback`, which only the text reveals.
 fn check_rollback(tokens: &[Token]) -> Result<(), SqlError> {
     if tokens
         .windows(2)
@@ -179,14 +199,17 @@ fn check_rollback(tokens: &[Token]) -> Result<(), SqlError> {
     Ok(())
 }
 
-/// Refuses PostgreSQL's `select ... into`. The words `insert` and `merge` can be names, of columns and of results, so
-/// `into` may follow them only where a statement begins.
+/// Refuses PostgreSQL's `select ... into`. The words `insert` and `merge` can be names of columns
+/// and of results. So `into` may follow them only where a statement begins.
 fn check_into(tokens: &[Token]) -> Result<(), SqlError> {
     let closing = closing(tokens);
+    // The main words of all statements, nested ones included.
     let begins = std::iter::once(0).chain(positions(tokens, &Token::Symbol('(')).map(|at| at + 1));
     let verbs: HashSet<usize> = begins
         .filter_map(|at| main_word(tokens, &closing, at))
         .collect();
+
+    // Each `into` must be a name, or follow one of those words.
     for at in positions(tokens, &Token::Word("into".to_owned())) {
         let Some(before) = at.checked_sub(1) else {
             continue;
@@ -198,7 +221,7 @@ fn check_into(tokens: &[Token]) -> Result<(), SqlError> {
         let takes_rows = (word.is("insert") || word.is("merge")) && verbs.contains(&before);
         if !is_name && !takes_rows {
             return refuse(
-                "`select into` makes a table; tables are made by the worker's migrations",
+                "`select into` creates a table; tables are created by the worker's migrations",
             );
         }
     }
@@ -213,7 +236,7 @@ fn positions<'t>(tokens: &'t [Token], wanted: &'t Token) -> impl Iterator<Item =
         .map(|(at, _)| at)
 }
 
-/// For each opening parenthesis the place behind the one that closes it.
+/// For each opening parenthesis, the position after its closing one.
 fn closing(tokens: &[Token]) -> Vec<usize> {
     let mut closing = vec![tokens.len(); tokens.len()];
     let mut open = Vec::new();
@@ -231,7 +254,7 @@ fn closing(tokens: &[Token]) -> Vec<usize> {
     closing
 }
 
-/// Where the statement that begins at `at` has its main word, behind the `with` and what belongs to it.
+/// The position of the main word of the statement that begins at `at`, after its `with` clause.
 fn main_word(tokens: &[Token], closing: &[usize], at: usize) -> Option<usize> {
     let is = |at: usize, word: &str| tokens.get(at).is_some_and(|token| token.is(word));
     let opens = |at: usize| tokens.get(at) == Some(&Token::Symbol('('));
@@ -240,10 +263,12 @@ fn main_word(tokens: &[Token], closing: &[usize], at: usize) -> Option<usize> {
         return Some(at);
     }
     let mut at = at + 1;
-    // A query may be called `recursive`.
+    // A query may be named `recursive`.
     if is(at, "recursive") && !is(at + 1, "as") && !opens(at + 1) {
         at += 1;
     }
+
+    // Skip each named query: name, columns, `as`, modifiers, text, clauses.
     loop {
         at += 1;
         if opens(at) {
@@ -386,7 +411,7 @@ mod tests {
             "select 1 into t",
             "select 1 into temp t",
             "select E'\\''\n'\\' into t --'",
-            // Names that are words of statements.
+            // Names that are keywords of statements.
             "select x.insert into t from (select 1 as insert) x",
             "select x.merge into t from (select 1 as merge) x",
             "select 1 merge into t",
@@ -475,7 +500,7 @@ mod tests {
         }
     }
 
-    /// Deep nesting, long runs and many words take time in proportion to their length.
+    /// Deep nesting, long runs and many words are parsed in time proportional to their length.
     #[test]
     fn the_longest_allowed_texts_are_parsed_quickly() {
         let repeat = |piece: &str| piece.repeat((STATEMENT_BYTES_MAX - 10) / piece.len());

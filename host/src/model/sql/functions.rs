@@ -1,20 +1,21 @@
-//! Which functions of PostgreSQL a guest's statement may call.
+//! The functions of PostgreSQL that a guest's statement may call.
 //!
-//! The rule allows; a function that it does not name is refused. Of PostgreSQL's own functions those are allowed that the server
-//! declares immutable or stable, but for the few of them that run text as a statement, and a short list of volatile ones
-//! that neither outlive the transaction nor touch another session. A worker's own functions, made by its migrations, are
-//! allowed. Functions of extensions are allowed by the extension.
+//! The rule is an allowlist: a function that it does not name is refused. PostgreSQL's own
+//! functions are allowed if the server declares them immutable or stable, except for the few that
+//! run text as a statement. Some volatile functions are allowed, too. They neither outlive the
+//! transaction nor affect another session. A worker's own functions, created by its migrations, are
+//! allowed. Functions of extensions are allowed by extension.
 
 use std::collections::{HashMap, HashSet};
 
 use super::SqlError;
 use super::lexer::{Token, refuse};
 
-/// Where a name without a schema is looked up, in a guest's transaction.
+/// The schemas in which an unqualified name is resolved, in a guest's transaction.
 const CATALOG: &str = "pg_catalog";
 const APP_SCHEMA: &str = "app_default";
 
-/// Volatile functions of PostgreSQL that are allowed.
+/// Allowed volatile functions of PostgreSQL.
 const VOLATILE: [&str; 14] = [
     "array_sample",
     "array_shuffle",
@@ -22,7 +23,7 @@ const VOLATILE: [&str; 14] = [
     "bernoulli",
     "system",
     "clock_timestamp",
-    // Each for one sequence, which has to stand in the statement; see `check_sequence`.
+    // Each works on one sequence, which must stand in the statement; see `check_sequence`.
     "currval",
     "nextval",
     "gen_random_uuid",
@@ -34,8 +35,9 @@ const VOLATILE: [&str; 14] = [
     "uuidv7",
 ];
 
-/// Beginnings of the names of PostgreSQL's functions that run text as a statement, read a table by its name, change a
-/// setting, or outlive the transaction, however they are declared.
+/// Prefixes of PostgreSQL's functions that are refused, regardless of their declared volatility.
+/// They run text as a statement, read a table by its name, change a setting, or outlive the
+/// transaction.
 const REFUSED: [&str; 14] = [
     "query_to_xml",
     "cursor_to_xml",
@@ -53,7 +55,7 @@ const REFUSED: [&str; 14] = [
     "setval",
 ];
 
-/// Extensions whose immutable and stable functions run no text and change no setting.
+/// Extensions whose immutable and stable functions neither run text nor change a setting.
 const EXTENSIONS: [&str; 15] = [
     "btree_gin",
     "btree_gist",
@@ -72,7 +74,7 @@ const EXTENSIONS: [&str; 15] = [
     "vector",
 ];
 
-/// Volatile functions of those extensions that are allowed.
+/// Allowed volatile functions of those extensions.
 const EXTENSIONS_VOLATILE: [&str; 10] = [
     "gen_random_bytes",
     "gen_random_uuid",
@@ -86,21 +88,23 @@ const EXTENSIONS_VOLATILE: [&str; 10] = [
     "uuid_generate_v4",
 ];
 
-/// A function as the server's catalog describes it.
+/// A function as described by the server's catalog.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Function {
     pub schema: String,
     pub name: String,
     pub is_volatile: bool,
-    /// The extension it belongs to.
+    /// The extension that it belongs to.
     pub extension: Option<String>,
-    /// Whether it is machine code, which only a superuser can make.
+    /// Whether it is native code, which only a superuser can create.
     pub is_native: bool,
-    /// Whether it can be called with one argument, and so can be written like a column: `(x).function`.
+    /// Whether it can be called with one argument, and thus be written like a column:
+    /// `(x).function`.
     pub takes_one_argument: bool,
 }
 
 impl Function {
+    /// Whether a guest may call it.
     pub fn is_allowed(&self) -> bool {
         let name = self.name.as_str();
         match (&self.extension, self.schema.as_str()) {
@@ -121,18 +125,19 @@ impl Function {
 /// The verdict on each name of a function.
 #[derive(Debug, Default)]
 pub struct Functions {
-    /// Names of the catalog or the app that stand for a function that is not allowed.
+    /// Names in the catalog or in the app schema that stand for a refused function.
     refused: HashSet<String>,
     /// Those of them that can be written like a column.
     refused_columns: HashSet<String>,
-    /// By schema the names that stand for allowed functions alone.
+    /// Names that stand for allowed functions only, by schema.
     allowed: HashMap<String, HashSet<String>>,
-    /// Operators of the catalog or the app that call a volatile function.
+    /// Operators of the catalog or of the app schema that call a volatile function.
     refused_operators: Vec<String>,
 }
 
 impl Functions {
-    /// The verdicts on all functions of a server, and on the operators of the catalog and the app that call a volatile one.
+    /// The verdicts on all functions of a server. `volatile_operators` are the operators of the
+    /// catalog and of the app schema that call a volatile function.
     pub fn new(functions: &[Function], volatile_operators: Vec<String>) -> Self {
         let mut verdicts = Functions {
             refused_operators: volatile_operators,
@@ -148,7 +153,7 @@ impl Functions {
                 .insert(function.name.clone());
         }
         for function in refused {
-            // One that is refused taints all of its name.
+            // One refused overload refuses the whole name.
             if let Some(names) = verdicts.allowed.get_mut(&function.schema) {
                 names.remove(&function.name);
             }
@@ -183,19 +188,21 @@ impl Functions {
         Ok(())
     }
 
-    /// A name before a parenthesis that is no function at all, such as that of a table before its columns, passes.
+    /// Checks an unqualified call. A name before a parenthesis may also be no function at all, such
+    /// as a table before its columns.
     fn check_call(&self, tokens: &[Token], at: usize, name: &str) -> Result<(), SqlError> {
         if follows_insert_into(tokens, at, 1) {
             return Ok(());
         }
-        // `treat(x as name)` is another way to write `name(x)`.
+        // `treat(x as name)` is another syntax for `name(x)`.
         if self.refused.contains(name) || tokens.get(at).is_some_and(|token| token.is("treat")) {
             return refuse(not_for_workers(name));
         }
         check_sequence(tokens, at, name)
     }
 
-    /// A name with a schema has to be that of an allowed function, or of a table into which rows go.
+    /// Checks a qualified call: the name of an allowed function, or of a table that rows are
+    /// inserted into.
     fn check_qualified_call(
         &self,
         tokens: &[Token],
@@ -227,7 +234,7 @@ impl Functions {
             .find(|refused| operator.contains(refused.as_str()))
         {
             Some(refused) => refuse(format!(
-                "the operator {refused} is not for workers: its function is volatile"
+                "the operator {refused} is not available to workers: its function is volatile"
             )),
             None => Ok(()),
         }
@@ -238,7 +245,7 @@ fn before(tokens: &[Token], at: usize, back: usize) -> Option<&Token> {
     at.checked_sub(back).and_then(|before| tokens.get(before))
 }
 
-/// Whether `insert into` ends `back` places before.
+/// Whether `insert into` ends `back` tokens before.
 fn follows_insert_into(tokens: &[Token], at: usize, back: usize) -> bool {
     let is = |back, word: &str| before(tokens, at, back).is_some_and(|before| before.is(word));
     is(back, "into") && is(back + 1, "insert")
@@ -246,14 +253,15 @@ fn follows_insert_into(tokens: &[Token], at: usize, back: usize) -> bool {
 
 fn not_for_workers(name: &str) -> String {
     format!(
-        "the function `{name}` is not for workers: they may call functions of PostgreSQL that are immutable or stable and \
-         run no statement, {}, and those of their own migrations; see docs/handlers.md",
+        "the function `{name}` is not available to workers: they may call functions of PostgreSQL \
+         that are immutable or stable and run no statement, {}, and those of their own migrations; \
+         see docs/handlers.md",
         VOLATILE.join(", ")
     )
 }
 
-/// The sequence of `nextval` and `currval` has to stand in the statement, where its name was read: a parameter could name
-/// one of the platform's.
+/// Checks that the sequence of `nextval` and `currval` is a literal, where the filter reads its
+/// name. A parameter could name a sequence of the platform.
 fn check_sequence(tokens: &[Token], at: usize, name: &str) -> Result<(), SqlError> {
     if !["nextval", "currval"].contains(&name) {
         return Ok(());
@@ -306,7 +314,7 @@ mod tests {
             function(CATALOG, "lower", false),
             function(CATALOG, "set_config", true),
             function(CATALOG, "ts_stat", true),
-            // Declared immutable in one of its forms.
+            // One of its overloads is declared immutable.
             function(CATALOG, "ts_rewrite", false),
             function(CATALOG, "table_to_xml", false),
             function(CATALOG, "random", true),
@@ -355,7 +363,7 @@ mod tests {
             "select later_version_does_harm()",
             "select 1 @!2",
             "select 1 operator(pg_catalog.@!) 2",
-            // `into` makes no table of them.
+            // A lone `into` does not make a table of them.
             "select t.into set_config($1)",
             "select nextval($1)",
             "select nextval('a' || $1)",

@@ -1,28 +1,29 @@
-//! The tokens of a statement, read as the database that will run it reads them.
+//! The tokens of a statement, by the rules of the database that runs it.
 //!
-//! PostgreSQL's rules are those of its `scan.l`, with `standard_conforming_strings` on, which every transaction of a
-//! guest begins with. Where the versions of PostgreSQL differ, the statement is refused or read so that no word hides.
+//! PostgreSQL's rules are those of its `scan.l`, with `standard_conforming_strings` on, as at the
+//! beginning of every guest's transaction. Where versions of PostgreSQL differ, the statement is
+//! refused or parsed so that no word is hidden.
 
 use super::{Dialect, SqlError};
 
-/// PostgreSQL cuts longer names, at the end of a character.
+/// PostgreSQL truncates longer names, at a character boundary.
 const NAME_BYTES_MAX: usize = 63;
 
-/// A piece of a statement. Comments and white space are left out.
+/// A token of a statement. Comments and white space are skipped.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Token {
-    /// A keyword or a name without quotes, in lower case; on SQLite also a number.
+    /// A keyword or an unquoted name, in lower case. On SQLite also a number.
     Word(String),
-    /// A name in quotes, as it reads without them.
+    /// A quoted name, without its quotes.
     Name(String),
     /// A string in plain quotes, as it stands between them.
     Text(String),
-    /// A string with escapes, in dollar quotes or of bits; on SQLite any quoted text.
+    /// A string with escapes, in dollar quotes, or of bits. On SQLite any quoted text.
     Quoted,
     Number,
-    /// `$1` and so on.
+    /// A placeholder, such as `$1`.
     Placeholder(u16),
-    /// A run of the characters that operators are made of.
+    /// A run of operator characters.
     Operator(String),
     Symbol(char),
 }
@@ -32,7 +33,7 @@ impl Token {
         matches!(self, Token::Word(own) if own == word)
     }
 
-    /// A name as PostgreSQL looks it up, be it in quotes or not.
+    /// A name as PostgreSQL resolves it, quoted or not.
     pub(super) fn name(&self) -> Option<&str> {
         match self {
             Token::Word(name) | Token::Name(name) => Some(name),
@@ -45,6 +46,7 @@ pub(super) fn refuse<T>(why: impl Into<String>) -> Result<T, SqlError> {
     Err(SqlError::NotAllowed(why.into()))
 }
 
+/// Splits a statement into its tokens. Refuses text that cannot be read with certainty.
 pub(super) fn tokens(statement: &str, dialect: Dialect) -> Result<Vec<Token>, SqlError> {
     let mut tokens = Vec::new();
     let mut rest = skip_blank(statement, dialect)?;
@@ -64,12 +66,13 @@ fn sqlite_token(first: char, rest: &str) -> Result<(Token, &str), SqlError> {
         '\'' | '"' | '`' => Ok((Token::Quoted, split_quoted(rest, first)?.1)),
         '[' => match rest.split_once(']') {
             Some((_, after)) => Ok((Token::Quoted, after)),
-            None => refuse("a name in brackets has no end"),
+            None => refuse("unterminated name in brackets"),
         },
         '$' => {
             let (name, after) =
                 split_word(tail(rest), |c| c.is_alphanumeric() || c == '_' || c == '$');
-            // `$0` and names have no parameter; `$1::t` and `$1(t)` are read as names of parameters by SQLite.
+            // `$0` and names have no parameter. SQLite reads `$1::t` and `$1(t)` as names of
+            // parameters.
             match name.parse() {
                 Ok(number) if number > 0 && !after.starts_with("::") && !after.starts_with('(') => {
                     Ok((Token::Placeholder(number), after))
@@ -161,11 +164,11 @@ fn dollar(rest: &str) -> Result<(Token, &str), SqlError> {
     };
     match body.split_once(&format!("${tag}$")) {
         Some((_, after)) => Ok((Token::Quoted, after)),
-        None => refuse("a dollar-quoted string has no end"),
+        None => refuse("unterminated dollar-quoted string"),
     }
 }
 
-/// A number, in any of the notations. What would stick to it is an error on PostgreSQL 15, too.
+/// A number, in any notation. A word right after it is refused, which PostgreSQL 15 does as well.
 fn number(rest: &str) -> Result<(Token, &str), SqlError> {
     let is_prefixed = ["0x", "0X", "0o", "0O", "0b", "0B"]
         .iter()
@@ -184,7 +187,7 @@ fn number(rest: &str) -> Result<(Token, &str), SqlError> {
     let is_whole = number.ends_with(|c: char| c.is_ascii_digit() || c == '.');
     let is_number =
         is_prefixed || is_whole && (letters == 0 || letters == 1 && number.contains(['e', 'E']));
-    // `1..2` is read differently by PL/pgSQL alone.
+    // Only PL/pgSQL reads `1..2` differently.
     if !is_number || has_point && after.starts_with('.') || after.starts_with(is_word_start) {
         return refuse(format!(
             "`{number}` is not a number; put a space between a number and a word"
@@ -193,7 +196,7 @@ fn number(rest: &str) -> Result<(Token, &str), SqlError> {
     Ok((Token::Number, after))
 }
 
-/// The first part of a name as PostgreSQL keeps it.
+/// A name, truncated as PostgreSQL truncates it.
 fn truncate_name(name: &str) -> &str {
     let end = (0..=NAME_BYTES_MAX)
         .rev()
@@ -218,7 +221,7 @@ pub(super) fn is_operator(c: char) -> bool {
     "~!@#^&|`?+-*/%<>=".contains(c)
 }
 
-/// Where a run of operator characters ends: a comment ends it, too.
+/// The end of a run of operator characters. A comment ends it, too.
 fn operator_end(text: &str) -> usize {
     let run = text.find(|c| !is_operator(c)).unwrap_or(text.len());
     let run = text.get(..run).unwrap_or(text);
@@ -234,7 +237,8 @@ fn split_word(text: &str, is_word: impl Fn(char) -> bool) -> (&str, &str) {
     text.split_at_checked(end).unwrap_or((text, ""))
 }
 
-/// A string or name in quotes, without them, and what follows it; the quote doubled stands for itself.
+/// Splits a quoted string or name from the text after it. The quotes are removed, but a doubled
+/// quote inside stays doubled.
 fn split_quoted(text: &str, quote: char) -> Result<(&str, &str), SqlError> {
     let inside = tail(text);
     let mut rest = inside;
@@ -245,17 +249,17 @@ fn split_quoted(text: &str, quote: char) -> Result<(&str, &str), SqlError> {
                 let end = inside.len() - after.len() - quote.len_utf8();
                 return Ok((inside.get(..end).unwrap_or_default(), after));
             }
-            None => return refuse(format!("a quoted text has no closing {quote}")),
+            None => return refuse(format!("unterminated quoted text: missing {quote}")),
         }
     }
 }
 
-/// What follows a string in which a backslash takes the meaning from the next character.
+/// The text after a string in which a backslash escapes the next character.
 fn after_escaped(text: &str) -> Result<&str, SqlError> {
     let mut rest = tail(text);
     loop {
         let Some(at) = rest.find(['\'', '\\']) else {
-            return refuse("a quoted text has no closing '");
+            return refuse("unterminated quoted text: missing '");
         };
         let found = rest.get(at..).unwrap_or_default();
         let after = tail(found);
@@ -267,15 +271,15 @@ fn after_escaped(text: &str) -> Result<&str, SqlError> {
     }
 }
 
-/// Everything behind the first character.
+/// The text after its first character.
 fn tail(text: &str) -> &str {
     let mut chars = text.chars();
     chars.next();
     chars.as_str()
 }
 
-/// Skips white space and comments. PostgreSQL 15 knows no vertical tab, which is white space to later versions; a byte
-/// order mark is a letter to PostgreSQL and white space to SQLite.
+/// Skips white space and comments. A vertical tab is white space since PostgreSQL 16. A byte order
+/// mark is part of a word on PostgreSQL and white space on SQLite.
 fn skip_blank(mut rest: &str, dialect: Dialect) -> Result<&str, SqlError> {
     let (blank, line_ends): (&[char], &[char]) = match dialect {
         Dialect::Postgres => (&[' ', '\t', '\n', '\r', '\x0b', '\x0c'], &['\n', '\r']),
@@ -296,12 +300,12 @@ fn skip_blank(mut rest: &str, dialect: Dialect) -> Result<&str, SqlError> {
     }
 }
 
-/// Skips a block comment whose beginning is behind us. They nest on PostgreSQL only.
+/// Skips a block comment after its opening. Only PostgreSQL nests them.
 fn skip_block_comment(mut rest: &str, dialect: Dialect) -> Result<&str, SqlError> {
     let mut depth = 1_usize;
     while depth > 0 {
         let Some(at) = rest.find(['*', '/']) else {
-            return refuse("a comment has no end");
+            return refuse("unterminated comment");
         };
         rest = rest.get(at..).unwrap_or_default();
         if let Some(after) = rest.strip_prefix("*/") {

@@ -1,4 +1,4 @@
-//! Guest SQL as plain values: parameters, rows, errors, and the filter that every statement passes.
+//! Guest SQL as plain values: parameters, rows, errors, and the statement filter.
 
 mod filter;
 mod functions;
@@ -11,7 +11,7 @@ use crate::model::base64_text;
 pub use filter::{STATEMENT_BYTES_MAX, StatementFacts, check_count, check_length, check_statement};
 pub use functions::{Function, Functions};
 
-/// Which database stands behind a store.
+/// The database behind a store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Dialect {
@@ -19,7 +19,8 @@ pub enum Dialect {
     Sqlite,
 }
 
-/// A parameter or a column's value; see `interface sql` in `wit/worker.wit` for what each becomes where.
+/// A parameter, or the value of a column. `interface sql` in `wit/worker.wit` defines the
+/// conversions.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Value {
@@ -41,7 +42,7 @@ pub enum Value {
 }
 
 impl Value {
-    /// About how many bytes this holds, for limits.
+    /// The approximate size in bytes, for limits.
     pub fn size(&self) -> usize {
         match self {
             Value::Null
@@ -60,15 +61,15 @@ impl Value {
     }
 }
 
-/// How large parameters may be together, in bytes, to be checked and copied on an async thread.
+/// The largest total size of parameters that are checked and copied on an async thread, in bytes.
 const LARGE_BYTES: usize = 256 << 10;
 
-/// Whether checking and copying these parameters takes longer than an async thread has.
+/// Whether checking and copying these parameters takes too long for an async thread.
 pub fn are_large(params: &[Value]) -> bool {
     params.iter().map(Value::size).sum::<usize>() > LARGE_BYTES
 }
 
-/// Rows and the names of their columns; the names are only known when there is a row.
+/// Rows, and the names of their columns. The names are only known if there is a row.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Rows {
     pub columns: Vec<String>,
@@ -76,14 +77,14 @@ pub struct Rows {
 }
 
 impl Rows {
-    /// About how many bytes they hold, for limits.
+    /// The approximate size in bytes, for limits.
     pub fn size(&self) -> usize {
         let columns: usize = self.columns.iter().map(String::len).sum();
         columns + self.rows.iter().flatten().map(Value::size).sum::<usize>()
     }
 }
 
-/// A double as text: JSON has no words for those that are no numbers, and text loses nothing of the others.
+/// A double as text. JSON has no form for NaN and infinity, and text loses nothing of the others.
 mod float_text {
     use serde::{Deserialize, Deserializer, Serializer};
 
@@ -98,7 +99,7 @@ mod float_text {
     }
 }
 
-/// What a database said of a statement.
+/// The error that a database reports for a statement.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DatabaseError {
     /// SQLSTATE, or SQLite's extended result code in decimal.
@@ -107,12 +108,12 @@ pub struct DatabaseError {
     pub constraint: Option<String>,
 }
 
-/// Why a guest's statement failed.
+/// The failure of a guest's statement.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum SqlError {
     ConstraintViolation(DatabaseError),
-    /// Another transaction was in the way: running the delivery again will do.
+    /// Another transaction interfered. Running the delivery again resolves it.
     Conflict(DatabaseError),
     QueryFailed(DatabaseError),
     NotAllowed(String),
@@ -144,7 +145,7 @@ impl std::fmt::Display for SqlError {
     }
 }
 
-/// What one statement may bring back.
+/// The largest result of one statement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SqlLimits {
     pub rows: usize,

@@ -1,9 +1,9 @@
-//! Publishing from the database's log: every host looks how outputs go and takes steps towards what is asked for; one of them
-//! is the reader.
+//! Publishing from the write-ahead log (WAL). Every host polls the relay mode and takes the next
+//! step towards the requested one. One host is the reader.
 //!
-//! The reader is told outputs in the order of their commits, hands them to the relay like any others, and writes down now and
-//! then how far everything is through. What fails on the way goes by polling from then on, with all that the sweep knows
-//! to do; so the position never waits for anybody's trouble.
+//! The reader receives outputs in the order of their commits and hands them to the relay. It
+//! regularly records the position up to which all outputs are settled. An output that fails is left
+//! to the poller, which handles all retries. A failing output therefore never delays the position.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -29,70 +29,71 @@ mod tracker;
 use tracker::Tracker;
 pub use tracker::WalOutcome;
 
-/// How often a host looks how outputs go and how far the reader is.
+/// How often a host polls the relay mode and the position of the reader.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
-/// How soon it takes the next step when others have to end something first.
+/// Delay before the next step when other hosts have to finish something first.
 const STEP_RETRY_DELAY: Duration = Duration::from_millis(50);
 
-/// How far publishing may be behind the commits until lanes wait, and when they go on.
+/// Lag of publishing behind the commits at which lanes are paused, and at which they resume.
 const LAG_MAX: Duration = Duration::from_secs(2);
 const LAG_RESUME: Duration = Duration::from_secs(1);
 
-/// How many outputs are handed to the relay at a time.
+/// Maximum number of outputs that are handed to the relay at once.
 const BATCH_MAX: usize = 500;
 
-/// How soon it is looked again whether everybody can see what was told, the first time and later.
+/// Delays before the visibility of transactions is checked again: the first one and the maximum.
 const VISIBILITY_RETRY_DELAY: Duration = Duration::from_millis(1);
 const VISIBILITY_RETRY_DELAY_MAX: Duration = Duration::from_millis(20);
 
-/// How often outcomes are recorded, how many at a time, and how often the position is when there are none.
+/// How often outcomes are recorded, how many at once, and how often the position is recorded
+/// without outcomes.
 const RECORD_INTERVAL: Duration = Duration::from_millis(20);
 const RECORD_MAX: usize = 2_000;
 const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(250);
 
-/// For how long a host that stops goes on publishing what its lanes committed.
+/// How long a stopping host continues to publish the commits of its lanes.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How old the list of streams may be that says where outputs go.
+/// Maximum age of the list of streams that maps outputs to streams.
 const STREAMS_MAX_AGE: Duration = Duration::from_secs(10);
 
-/// How much of what the slot may keep is worth a warning: half of it.
+/// Divisor of the WAL limit of the slot from which on a warning is logged: half of it.
 const WARN_DIVISOR: u64 = 2;
 
-/// Outputs from the log, on their way to the relay.
+/// Outputs from the WAL, in transit to the relay.
 pub struct WalOutputs {
-    /// From a reader that has just begun.
+    /// Whether they are the first of a new reader.
     pub is_first: bool,
     pub rows: Vec<(OutboxRow, WalAction)>,
-    /// Not later than it was looked who is before them.
+    /// A time before their blockers were read.
     pub since: Instant,
-    /// Which of the relay's wishes for polling were in the database by then.
+    /// The number up to which the polling requests of the relay were recorded by then.
     pub recorded: u64,
 }
 
-/// What is to become of an output from the log.
+/// The next action for an output from the WAL.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum WalAction {
     Publish,
-    /// It is on its stream already.
+    /// The output is already on its stream.
     Published(Published),
     Poll(Unpublished),
 }
 
-/// The ends of the relay's two channels that the reader holds.
+/// The reader ends of the channels between relay and reader.
 pub struct WalChannels {
     pub(super) to_relay: mpsc::Sender<WalOutputs>,
     pub(super) outcomes: mpsc::UnboundedReceiver<WalOutcome>,
     pub(super) accepting: watch::Sender<bool>,
 }
 
-/// Looks how outputs go, and sees to it that they go as is asked for.
+/// Polls the relay mode and switches to the requested one.
 pub struct RelayModeController {
     wal: Arc<dyn OutputWal>,
     state: Arc<RelayState>,
     accepting: watch::Sender<bool>,
-    /// What was told of the last time.
+    /// The last logged mode and reason.
     logged: Option<(RelayMode, Option<String>)>,
     has_warned: bool,
 }
@@ -108,7 +109,7 @@ impl RelayModeController {
         }
     }
 
-    /// Runs until it is time to stop; then lanes need not wait any more.
+    /// Runs until the stop signal, and then releases paused lanes.
     pub async fn run(mut self, stopping: Stopping) {
         loop {
             let wait = match self.poll_and_step().await {
@@ -117,8 +118,8 @@ impl RelayModeController {
                 Ok(SwitchProgress::Done) => POLL_INTERVAL,
                 Err(error) => {
                     tracing::warn!(
-                        "looking how outputs go again soon: {:#}",
-                        anyhow::Error::from(error)
+                        error = format!("{:#}", anyhow::Error::from(error)),
+                        "failed to read the relay mode, retrying"
                     );
                     POLL_INTERVAL * 4
                 }
@@ -135,41 +136,47 @@ impl RelayModeController {
         self.log_changes(&state);
         self.apply_backpressure(&state);
         self.state.set_wal(state);
-        // No operation of the database is dropped half-way.
+        // A database operation must run to completion.
         self.wal.step().await
     }
 
-    /// Lanes wait while the reader is far behind, so that effects and publishing cannot drift apart.
+    /// Pauses the lanes while the reader is far behind, so that effects and publishing do not drift
+    /// apart.
     fn apply_backpressure(&self, state: &WalState) {
         let is_open = *self.accepting.borrow();
         let should_open = state.lag <= if is_open { LAG_MAX } else { LAG_RESUME };
         if should_open != is_open {
             tracing::debug!(
-                "lanes {}: publishing is {:?} behind",
-                if should_open { "go on" } else { "wait" },
-                state.lag
+                accepting = should_open,
+                lag = ?state.lag,
+                "lane backpressure changed"
             );
             self.accepting.send_replace(should_open);
         }
     }
 
+    /// Logs changes of the relay mode, and warns once when the slot retains much WAL.
     fn log_changes(&mut self, state: &WalState) {
         let now = (state.mode, state.fallback_reason.clone());
         if self.logged.as_ref() != Some(&now) {
             match (state.mode, &state.fallback_reason) {
                 (RelayMode::Wal, _) => {
-                    tracing::info!("outputs are published from the database's log")
+                    tracing::info!("publishing outputs from the WAL")
                 }
                 (RelayMode::Leaving, Some(why)) => {
                     tracing::error!(
-                        "outputs are no longer published from the database's log: {why}"
+                        reason = why,
+                        "leaving WAL mode, outputs will be published by polling"
                     )
                 }
                 (RelayMode::Poll, Some(why)) => {
-                    tracing::warn!("outputs are published by polling, because {why}")
+                    tracing::warn!(
+                        reason = why,
+                        "WAL mode unavailable, publishing outputs by polling"
+                    )
                 }
                 (RelayMode::Poll, None) if self.logged.is_some() => {
-                    tracing::info!("outputs are published by polling")
+                    tracing::info!("publishing outputs by polling")
                 }
                 _ => {}
             }
@@ -179,16 +186,16 @@ impl RelayModeController {
         let is_large = slot.retained > slot.retained_max / WARN_DIVISOR;
         if is_large && !self.has_warned {
             tracing::error!(
-                "the replication slot keeps {} MiB of the database's log; at {} MiB outputs go by polling again",
-                slot.retained >> 20,
-                slot.retained_max >> 20
+                retained_mib = slot.retained >> 20,
+                retained_max_mib = slot.retained_max >> 20,
+                "replication slot retains over half of its WAL limit, leaving WAL mode at the limit"
             );
         }
         self.has_warned = is_large;
     }
 }
 
-/// Reads the log when no other host does.
+/// Reads the WAL when no other host does.
 pub struct WalRelay {
     store: Arc<dyn Store>,
     wal: Arc<dyn OutputWal>,
@@ -217,15 +224,16 @@ impl WalRelay {
         }
     }
 
-    /// Runs until the lanes are gone, and a little longer: what they committed is published first.
+    /// Runs until the lanes have ended, and then until their commits are published or the drain
+    /// times out.
     pub async fn run(mut self, stopping: Stopping) {
         loop {
             if self.state.relay_mode() == Some(RelayMode::Wal)
                 && let Err(error) = self.read(&stopping).await
             {
                 tracing::warn!(
-                    "reading the database's log again soon: {:#}",
-                    anyhow::Error::from(error)
+                    error = format!("{:#}", anyhow::Error::from(error)),
+                    "WAL read failed, retrying"
                 );
             }
             self.state.is_reading.store(false, Ordering::Relaxed);
@@ -235,14 +243,15 @@ impl WalRelay {
         }
     }
 
+    /// Reads the WAL if this host becomes the reader.
     async fn read(&mut self, stopping: &Stopping) -> Result<(), StoreError> {
         let Some(reader) = self.wal.become_reader().await? else {
             return Ok(());
         };
-        tracing::info!("this host reads the database's log");
+        tracing::info!("started as the WAL reader");
         self.state.is_reading.store(true, Ordering::Relaxed);
         let broker_epoch = self.broker_epoch();
-        // What an earlier reader here was to hear.
+        // Discard outcomes for an earlier reader of this host.
         while self.channels.outcomes.try_recv().is_ok() {}
         let session = WalSession {
             reader,
@@ -265,7 +274,8 @@ impl WalRelay {
         }
     }
 
-    /// Looks who is before outputs and which of them are on their streams already, and hands them to the relay.
+    /// Reads the blockers of outputs, finds those that are already on their streams, and hands all
+    /// of them to the relay.
     fn hand_to_relay(
         &self,
         batch: WalBatch,
@@ -283,7 +293,7 @@ impl WalRelay {
             self.channels.to_relay.clone(),
         );
         let task = async move {
-            // The relay may be full.
+            // The relay may be full, or gone.
             let Ok(room) = to_relay.reserve().await else {
                 return Ok(());
             };
@@ -316,7 +326,7 @@ impl WalRelay {
             });
             Ok(())
         };
-        // A task of its own: no operation of the database is dropped half-way.
+        // A task of its own, because a database operation must run to completion.
         Box::pin(async move {
             tokio::spawn(task)
                 .await
@@ -325,7 +335,7 @@ impl WalRelay {
     }
 }
 
-/// Outputs the reader was told, and the transactions they are of.
+/// Outputs that the reader received, and their transactions.
 #[derive(Default)]
 struct WalBatch {
     rows: Vec<OutboxRow>,
@@ -340,8 +350,13 @@ impl WalBatch {
         }
     }
 
-    /// Looks who is before these outputs, once everybody can see their effects: the server sends a transaction as soon as it
-    /// is in the log, a moment before others can see it, or long before if it waits for a standby then.
+    /// Reads the blockers of these outputs, once their transactions are visible.
+    ///
+    /// The server sends a transaction as soon as it is in the WAL. Other sessions see it a moment
+    /// later, or much later if it waits for a standby.
+    ///
+    /// # Errors
+    /// The database cannot be read.
     async fn read_blockers(&self, wal: &dyn OutputWal) -> Result<Blockers, StoreError> {
         let mut pause = VISIBILITY_RETRY_DELAY;
         loop {
@@ -355,13 +370,13 @@ impl WalBatch {
     }
 }
 
-/// Who is before each of some outputs, and when that was looked, at the earliest.
+/// The blocker of each output, and a time before they were read.
 struct Blockers {
     since: Instant,
     blocked_by: Vec<Option<i64>>,
 }
 
-/// All of them, in their order, with what was found.
+/// All outputs in their order, each with its action.
 fn with_actions(
     rows: Vec<OutboxRow>,
     blocked_by: &[Option<i64>],
@@ -388,42 +403,48 @@ fn with_actions(
     rows.into_iter().zip(blocked_by).map(action).collect()
 }
 
-/// Since when the broker has kept what it acknowledged, as far as anybody knows: after which connection, and after how many
-/// losses that were found.
+/// The period for which the broker is assumed to have kept its acknowledged messages: the
+/// connection, and the number of detected losses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct BrokerEpoch {
     connection: u64,
     losses: u64,
 }
 
-/// One time as the reader.
+/// The session of a WAL reader.
 struct WalSession {
     reader: Box<dyn WalReader>,
     tracker: Tracker,
     broker_epoch: BrokerEpoch,
-    /// A stream was seen to give a sequence a second time.
+    /// A stream assigned a sequence twice, so it may have lost messages.
     is_in_doubt: bool,
-    /// Told, and not on the way to the relay.
+    /// Received outputs that are not yet handed to the relay.
     pending: WalBatch,
     handover: Option<BoxFuture<'static, Result<(), StoreError>>>,
     is_first: bool,
     recorded_at: Instant,
-    /// Once the host stops: until where it goes on, and for how long.
+    /// Set when the host stops: the position up to which it continues, and the deadline.
     drain_until: Option<(Lsn, Instant)>,
 }
 
 impl WalSession {
-    /// Reads until another host is the reader, nothing goes by the log any more, the broker may have lost something, or the
-    /// host stops.
+    /// Reads until one of these events: another host becomes the reader, WAL mode ends, the broker
+    /// may have lost messages, or the host stops.
+    ///
+    /// # Errors
+    /// The replication connection or the database failed.
     async fn run(mut self, relay: &mut WalRelay, stopping: &Stopping) -> Result<(), StoreError> {
         loop {
+            // Hand over received outputs.
             if self.handover.is_none() && !self.pending.rows.is_empty() {
                 let batch = std::mem::take(&mut self.pending);
                 let is_first = std::mem::take(&mut self.is_first);
                 self.handover = Some(relay.hand_to_relay(batch, is_first, self.tracker.recorded()));
             }
+
+            // Record the position.
             if self.should_record() && !self.record(relay, stopping).await? {
-                // What comes from an earlier reader comes before all from the next one.
+                // Outputs of this reader must precede those of the next one.
                 return match self.handover.take() {
                     Some(handover) => handover.await,
                     None => Ok(()),
@@ -432,7 +453,7 @@ impl WalSession {
             if self.is_drained() {
                 return Ok(());
             }
-            // Without a connection nothing could be sent.
+            // Without a connection nothing can be published.
             let takes_more = self.pending.rows.len() < BATCH_MAX && relay.bus.can_publish();
             let has_outcomes = self.tracker.has_outcomes();
             let record_at = self.recorded_at
@@ -441,7 +462,7 @@ impl WalSession {
                 } else {
                     HEARTBEAT_INTERVAL
                 };
-            // Whichever is ready: none of them may starve another.
+            // Not biased, so that no branch blocks another.
             tokio::select! {
                 event = self.reader.next(), if takes_more => self.take(event?),
                 Some(outcome) = relay.channels.outcomes.recv() => {
@@ -456,6 +477,7 @@ impl WalSession {
         }
     }
 
+    /// Applies an event of the WAL.
     fn take(&mut self, event: WalEvent) {
         match event {
             WalEvent::Output { row, transaction } => {
@@ -472,11 +494,14 @@ impl WalSession {
         since >= HEARTBEAT_INTERVAL || (since >= RECORD_INTERVAL && self.tracker.has_outcomes())
     }
 
-    /// Writes down how far everything is through. False when that is no longer this host's to say, or when nobody knows: after a
-    /// new connection, or a loss, a stream may lack what it acknowledged before. What is recorded by then is looked for;
-    /// what is not, the next reader is told again, and streams notice what they have.
+    /// Records the position up to which all outputs are settled.
+    ///
+    /// Returns false when this host is no longer the reader, or when the state of the broker is
+    /// unknown. After a new connection or a loss, a stream may lack messages that it acknowledged
+    /// before. The stream repair finds recorded ones. Unrecorded ones are read from the WAL again
+    /// by the next reader, and the streams drop those that they have.
     async fn record(&mut self, relay: &WalRelay, stopping: &Stopping) -> Result<bool, StoreError> {
-        // In this order: whoever looks at the streams waits for a record that began before.
+        // This order matters: a stream check waits for a record that began before it.
         relay.state.is_recording.store(true, Ordering::SeqCst);
         let is_suspicious = relay.state.has_suspects();
         self.is_in_doubt |= is_suspicious;
@@ -485,7 +510,7 @@ impl WalSession {
             Ok(true)
         } else if self.is_in_doubt || relay.broker_epoch() != self.broker_epoch {
             tracing::debug!(
-                "reading the database's log again from where everything is known to be published"
+                "broker state unknown, reading the WAL again from the recorded position"
             );
             Ok(false)
         } else {
@@ -503,7 +528,7 @@ impl WalSession {
             fault::point(fault::BEFORE_WAL_RECORD);
         }
         let Some(snapshot) = self.reader.record(&record).await? else {
-            tracing::info!("this host reads the database's log no more");
+            tracing::info!("stopped as the WAL reader");
             return Ok(false);
         };
         if has_outcomes {
@@ -517,7 +542,8 @@ impl WalSession {
         Ok(true)
     }
 
-    /// Whether the host stops, and what its lanes committed is through or has to wait for the next host.
+    /// Whether a stopping host has published the commits of its lanes, or has to leave them to the
+    /// next host.
     fn is_drained(&self) -> bool {
         self.drain_until.is_some_and(|(end, deadline)| {
             self.tracker.position() >= end || Instant::now() >= deadline

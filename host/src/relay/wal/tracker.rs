@@ -1,4 +1,4 @@
-//! What the reader was told of and what became of it: how far everything is through, in the order of the commits.
+//! Tracker of the WAL reader: the position in commit order up to which all outputs are settled.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
@@ -6,11 +6,11 @@ use jiff::Timestamp;
 
 use crate::store::{Lsn, Published, Unpublished, WalRecord, WalSnapshot};
 
-/// What became of an output from the log.
+/// The outcome of an output from the WAL.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum WalOutcome {
     Published(Published),
-    /// It is to go by polling. These are counted.
+    /// Left to the poller. These outcomes are numbered.
     Poll {
         seq: i64,
         how: Unpublished,
@@ -18,13 +18,13 @@ pub enum WalOutcome {
     },
 }
 
-/// How many marks are remembered at most; the older ones say the same with less.
+/// Maximum number of snapshots. Further ones replace the newest.
 const SNAPSHOTS_MAX: usize = 256;
 
-/// A transaction with outputs, or a place in the log with nothing before it that is not told.
+/// A transaction with outputs, or a WAL position without outputs before it.
 #[derive(Default)]
 struct TrackedTransaction {
-    /// None while more of it may come.
+    /// `None` while the transaction is incomplete.
     end: Option<Lsn>,
     at: Option<Timestamp>,
     open_count: usize,
@@ -33,15 +33,16 @@ struct TrackedTransaction {
     numbers: Vec<u64>,
 }
 
-/// All that is told and not recorded.
+/// All received transactions that are not recorded.
 #[derive(Default)]
 pub struct Tracker {
     transactions: VecDeque<TrackedTransaction>,
-    /// How many left at the front.
+    /// Number of transactions removed at the front.
     removed: u64,
-    /// In which of all that was told, counted from the first, an output is that nothing is known of yet.
+    /// Open outputs by number, with the index of their transaction, counted from the first one ever
+    /// received.
     open: HashMap<i64, u64>,
-    /// Outcomes that ask for polling and are not recorded, by their numbers; and the highest number so far.
+    /// Unrecorded polling outcomes by their numbers, and the highest number so far.
     unrecorded: BTreeSet<u64>,
     highest_number: u64,
     position: Lsn,
@@ -50,7 +51,7 @@ pub struct Tracker {
 }
 
 impl Tracker {
-    /// One more output of the transaction that is being told.
+    /// Adds an output of the current transaction.
     pub fn output(&mut self, seq: i64) {
         if self
             .transactions
@@ -67,7 +68,7 @@ impl Tracker {
         }
     }
 
-    /// The transaction is told.
+    /// Completes the current transaction.
     pub fn committed(&mut self, end: Lsn, at: Timestamp) {
         match self.transactions.back_mut() {
             Some(transaction) if transaction.end.is_none() => {
@@ -77,10 +78,10 @@ impl Tracker {
         }
     }
 
-    /// Whatever ended before was told.
+    /// All transactions that end before this position were received.
     pub fn passed(&mut self, end: Lsn) {
         match self.transactions.back_mut() {
-            // It says nothing of the transaction that is being told.
+            // The position says nothing about the current transaction.
             Some(transaction) if transaction.end.is_none() => {}
             Some(transaction) if transaction.at.is_none() => {
                 transaction.end = transaction.end.max(Some(end))
@@ -92,7 +93,7 @@ impl Tracker {
         }
     }
 
-    /// What became of an output. Of one that is not known, it was told to an earlier reader.
+    /// Applies an outcome. An unknown output was received by an earlier reader.
     pub fn on_outcome(&mut self, outcome: WalOutcome) {
         let seq = match &outcome {
             WalOutcome::Published(place) => place.seq,
@@ -121,26 +122,27 @@ impl Tracker {
         }
     }
 
-    /// Whether there are outputs to be recorded.
+    /// Whether there are outcomes to record.
     pub fn has_outcomes(&self) -> bool {
         self.transactions
             .front()
             .is_some_and(|transaction| transaction.is_complete() && transaction.at.is_some())
     }
 
-    /// How far everything is through.
+    /// The position up to which all outputs are settled.
     pub fn position(&self) -> Lsn {
         self.position
     }
 
-    /// All outcomes that ask for polling are in the database up to this number.
+    /// The number up to which all polling outcomes are recorded.
     pub fn recorded(&self) -> u64 {
         self.unrecorded
             .first()
             .map_or(self.highest_number, |first| first - 1)
     }
 
-    /// Takes what is through, with as many outputs as go into a record; and the numbers for [`Tracker::written`].
+    /// Takes settled transactions until the record has at least `max` outputs. Also returns the
+    /// numbers for [`Tracker::written`].
     pub fn take(&mut self, max: usize) -> (WalRecord, Vec<u64>) {
         let mut record = WalRecord::default();
         let mut numbers = Vec::new();
@@ -164,7 +166,7 @@ impl Tracker {
         (record, numbers)
     }
 
-    /// A record is in the database, which was like this then.
+    /// Confirms a record. The snapshot is the state of the database at that time.
     pub fn written(&mut self, numbers: &[u64], snapshot: WalSnapshot) {
         for number in numbers {
             self.unrecorded.remove(number);
@@ -179,14 +181,14 @@ impl TrackedTransaction {
     }
 }
 
-/// What was true of the database at several moments, and what follows for a position in the log.
+/// Snapshots of the database at several times, and the conclusions for a position in the WAL.
 #[derive(Default)]
 struct Snapshots {
-    /// What committed before a time stands before a place.
+    /// Commits before a time have WAL positions before the given one.
     times: VecDeque<(Timestamp, Lsn)>,
-    /// Outputs with numbers up to the first are of transactions before the second.
+    /// Outputs up to a number belong to transactions before the given id.
     numbers: VecDeque<(i64, u64)>,
-    /// Outputs with numbers up to the first stand before a place, or nowhere.
+    /// Outputs up to a number have WAL positions before the given one, or were rolled back.
     placed: VecDeque<(i64, Lsn)>,
 }
 
@@ -205,7 +207,7 @@ impl Snapshots {
         push(&mut self.numbers, (snapshot.last_output, snapshot.next));
     }
 
-    /// Which outputs are through, by number, and until which time.
+    /// The output number and the time up to which all outputs are settled.
     fn passed(&mut self, position: Lsn) -> (Option<i64>, Option<Timestamp>) {
         (
             take_passed(&mut self.placed, position),
@@ -214,7 +216,7 @@ impl Snapshots {
     }
 }
 
-/// Adds a mark; of too many, one is as good as the one before.
+/// Adds an entry. A full list drops its newest one, because the new entry covers it.
 fn push<T>(entries: &mut VecDeque<T>, entry: T) {
     if entries.len() >= SNAPSHOTS_MAX {
         entries.pop_back();
@@ -293,7 +295,7 @@ mod tests {
         tracker.passed(5);
         assert_eq!(tracker.take(100).0.position, 5);
         tracker.output(1);
-        // In the middle of a transaction it says nothing of it.
+        // Within a transaction it says nothing about it.
         tracker.passed(9);
         tracker.committed(10, at(1));
         tracker.passed(15);
@@ -301,7 +303,7 @@ mod tests {
         assert_eq!(tracker.take(100).0.position, 5);
         tracker.on_outcome(published(1));
         assert_eq!(tracker.take(100).0.position, 16);
-        // A transaction whose outputs were all through before.
+        // A transaction whose outputs were all settled before.
         tracker.committed(20, at(2));
         assert_eq!(tracker.take(100).0.position, 20);
     }
@@ -326,7 +328,7 @@ mod tests {
         let (_, numbers) = tracker.take(1);
         tracker.written(&numbers, snapshot(1, 1, 1, 1, 1));
         assert_eq!(tracker.recorded(), 2);
-        // Of an output that an earlier reader was told of.
+        // For an output of an earlier reader.
         tracker.on_outcome(poll_outcome(7, 3));
         assert_eq!(tracker.recorded(), 3);
     }
@@ -336,7 +338,7 @@ mod tests {
         let mut snapshots = Snapshots::default();
         snapshots.add(snapshot(1, 100, 7, 40, 50));
         assert_eq!(snapshots.passed(100), (None, Some(at(1))));
-        // One of them still runs.
+        // One transaction is still running.
         snapshots.add(snapshot(2, 200, 9, 49, 60));
         assert_eq!(snapshots.passed(200), (None, Some(at(2))));
         snapshots.add(snapshot(3, 300, 9, 50, 70));

@@ -1,4 +1,4 @@
-//! Alarms, and the groups of letters that raise one when they are new.
+//! Alarms, and the failure groups that raise one when they are new.
 
 use anyhow::Context;
 use sqlx::Row;
@@ -12,7 +12,7 @@ use crate::model::alarm::{
 use crate::store::shared::{self, WorkerFailureGroups};
 use crate::store::{AlarmNotices, DeadLetterDepth, Result, StoreError, rows};
 
-/// Alarms that are raised, and those on depth and age that ever were.
+/// The raised alarms, and all alarms on depth and age that were ever raised.
 pub(super) async fn list(session: &mut Session) -> Result<Vec<Alarm>> {
     let query = session.query(
         "select alarm.worker, kind, times, value, threshold,
@@ -33,7 +33,7 @@ pub(super) async fn list(session: &mut Session) -> Result<Vec<Alarm>> {
     rows.iter().map(rows::alarm).collect()
 }
 
-/// How many letters are open and for how long, by worker.
+/// Count and age of open dead letters, by worker.
 pub(super) async fn depths(session: &mut Session) -> Result<Vec<DeadLetterDepth>> {
     let query = session.query(
         "select worker, pg_catalog.count(*),
@@ -53,12 +53,12 @@ pub(super) async fn depths(session: &mut Session) -> Result<Vec<DeadLetterDepth>
     };
     let depths: sqlx::Result<_> = rows.iter().map(read).collect();
     depths
-        .context("read how many dead letters are open")
+        .context("read the counts of open dead letters")
         .map_err(StoreError::Unavailable)
 }
 
-/// Takes the steps of those alarms that are still as they were seen, in the order of their keys, and appends the messages
-/// that tell of it.
+/// Applies the updates of alarms that have not changed since they were read, in lock order, and
+/// appends their messages.
 pub(super) async fn apply(session: &mut Session, moves: &[AlarmUpdate]) -> Result<AlarmNotices> {
     let mut notices = Vec::new();
     for step in shared::in_lock_order(moves) {
@@ -72,7 +72,7 @@ pub(super) async fn apply(session: &mut Session, moves: &[AlarmUpdate]) -> Resul
     append_notices(session, notices).await
 }
 
-/// Appends the messages that tell of alarms.
+/// Appends the messages of alarms.
 pub(super) async fn append_notices(
     session: &mut Session,
     notices: Vec<Notice>,
@@ -130,7 +130,8 @@ async fn clear(session: &mut Session, step: &AlarmUpdate) -> Result<Option<Notic
     row.map(|row| rows::notice(&row, step)).transpose()
 }
 
-/// Notes since when the value is low enough, or that it is not any more. There is nothing to tell of that.
+/// Records since when the value is below the threshold, or that it no longer is. This has no
+/// notice.
 async fn set_calm(
     session: &mut Session,
     step: &AlarmUpdate,
@@ -148,12 +149,13 @@ async fn set_calm(
         .bind(is_calm)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "note that an alarm is about to end"))?;
+        .map_err(|error| errors::from_statement(error, "record the recovery of an alarm"))?;
     Ok(None)
 }
 
-/// Writes down which failures letters are about to die of, and raises an alarm for those that are new, or new again, as
-/// long as no more than `most` did so within an hour. Called before the letters are written.
+/// Records the failures of dead letters that are about to be written. Raises an alarm for each
+/// failure that is new or new again, unless the worker had `raised_max` such alarms within an hour.
+/// Must be called before the dead letters are written.
 pub(super) async fn record_failures(
     session: &mut Session,
     groups: &WorkerFailureGroups,
@@ -174,7 +176,7 @@ pub(super) async fn record_failures(
     Ok(notices)
 }
 
-/// A group that was there before: how long it has not been seen, in milliseconds.
+/// Known groups, each with the time since it was last seen, in milliseconds.
 type KnownGroups = Vec<(String, i64)>;
 
 async fn known(session: &mut Session, groups: &WorkerFailureGroups) -> Result<KnownGroups> {
@@ -191,7 +193,7 @@ async fn known(session: &mut Session, groups: &WorkerFailureGroups) -> Result<Kn
         )
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "look up failures"))?;
+        .map_err(|error| errors::from_statement(error, "find known failures"))?;
     let known: sqlx::Result<_> = rows
         .iter()
         .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
@@ -199,7 +201,8 @@ async fn known(session: &mut Session, groups: &WorkerFailureGroups) -> Result<Kn
     known.map_err(|error| errors::from_statement(error, "read failures"))
 }
 
-/// Writes down what is not known yet. Of two who meet the same failure at the same time one waits, and finds it there.
+/// Inserts unknown groups. Of two concurrent transactions with the same failure, one waits and then
+/// finds the group.
 async fn insert(
     session: &mut Session,
     groups: &WorkerFailureGroups,
@@ -251,13 +254,14 @@ async fn insert(
         )
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "write down failures"))?;
+        .map_err(|error| errors::from_statement(error, "record failures"))?;
     let ids: sqlx::Result<_> = rows.iter().map(|row| row.try_get(0)).collect();
     ids.map_err(|error| errors::from_statement(error, "read failures"))
 }
 
-/// Notes when groups were last seen, unless that was just now, and returns those that are new again. The condition makes
-/// one of several who see it the first.
+/// Updates the time at which groups were last seen, unless it is recent, and returns the groups
+/// that are new again. The condition makes sure that only one of several concurrent transactions
+/// returns a group.
 async fn refresh_known(session: &mut Session, known: &KnownGroups) -> Result<Vec<String>> {
     let stale: Vec<&str> = shared::stale(known);
     if stale.is_empty() {
@@ -277,7 +281,7 @@ async fn refresh_known(session: &mut Session, known: &KnownGroups) -> Result<Vec
         .bind(shared::micros(shared::LAST_SEEN_PRECISION))
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "note when failures were last seen"))?;
+        .map_err(|error| errors::from_statement(error, "record the last occurrence of failures"))?;
     let seen: sqlx::Result<Vec<(String, bool)>> = rows
         .iter()
         .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
@@ -311,7 +315,7 @@ async fn recently_raised(session: &mut Session, worker: &str) -> Result<u64> {
         .map_err(|error| errors::from_statement(error, "count new failures"))
 }
 
-/// Raises an alarm however often it was raised before, unless it is raised still.
+/// Raises an alarm regardless of how often it was raised before, unless it is raised now.
 async fn raise_again(session: &mut Session, step: &AlarmUpdate) -> Result<Option<Notice>> {
     let query =
         session.query("select times from oncely.alarm where worker = $1 and kind = $2 and group_id = $3 for update");
@@ -321,9 +325,9 @@ async fn raise_again(session: &mut Session, step: &AlarmUpdate) -> Result<Option
         .bind(shared::group_id(step.group.as_ref()))
         .fetch_optional(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "look up an alarm"))?;
+        .map_err(|error| errors::from_statement(error, "find an alarm"))?;
     let times: sqlx::Result<Option<i32>> = row.map(|row| row.try_get(0)).transpose();
-    let times = times.map_err(|error| errors::from_statement(error, "look up an alarm"))?;
+    let times = times.map_err(|error| errors::from_statement(error, "find an alarm"))?;
     raise(
         session,
         &AlarmUpdate {

@@ -1,4 +1,4 @@
-//! Failed attempts, counted outside the transaction they failed in.
+//! Failed attempts, recorded outside the transaction that they failed in.
 
 use bytes::Bytes;
 use sqlx::Row;
@@ -10,8 +10,10 @@ use crate::store::{
     AttemptRecord, CountedAttempt, FailedAttempt, Result, StoreError, rows, shared,
 };
 
-/// Adds attempts, keeps their records, and returns for each which one of its event it was. Two hosts that count the same event at the same
-/// moment are a conflict.
+/// Adds attempts and their recordings. Returns the number of each attempt at its event.
+///
+/// # Errors
+/// `Conflict` if two hosts count the same event at the same moment.
 pub(super) async fn count(
     session: &mut Session,
     worker: &str,
@@ -104,7 +106,7 @@ pub(super) async fn count(
     counts.map_err(|error| errors::from_statement(error, "read the count of attempts"))
 }
 
-/// Forgets the records of attempts at these events.
+/// Deletes the recordings of attempts at these events.
 pub(super) async fn delete_recordings(
     session: &mut Session,
     worker: &str,
@@ -117,11 +119,11 @@ pub(super) async fn delete_recordings(
         .bind(event_ids)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "forget the records of attempts"))?;
+        .map_err(|error| errors::from_statement(error, "delete the recordings of attempts"))?;
     Ok(())
 }
 
-/// Forgets the records of the events of these letters.
+/// Deletes the recordings of the events of these dead letters.
 pub(super) async fn delete_recordings_of_dead_letters(
     session: &mut Session,
     dead_letters: &[i64],
@@ -135,17 +137,17 @@ pub(super) async fn delete_recordings_of_dead_letters(
         .bind(dead_letters)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "forget the records of attempts"))?;
+        .map_err(|error| errors::from_statement(error, "delete the recordings of attempts"))?;
     Ok(())
 }
 
-/// The record of an event's last attempt.
+/// The recording of an event's last failed attempt.
 pub(super) async fn recording(
     session: &mut Session,
     worker: &str,
     event_id: &str,
 ) -> Result<Option<Bytes>> {
-    let context = |error| errors::from_statement(error, "read the record of an attempt");
+    let context = |error| errors::from_statement(error, "read the recording of an attempt");
     let query =
         session.query("select recording from oncely.recording where worker = $1 and event_id = $2");
     let row = query
@@ -158,7 +160,8 @@ pub(super) async fn recording(
     Ok(recording.map(Bytes::from))
 }
 
-/// Notes that a message is about to be handled alone; returns how often that was noted before and not taken back.
+/// Writes a crash marker before a message is handled alone. Returns how many markers were written
+/// before and not cleared.
 pub(super) async fn write_crash_marker(
     session: &mut Session,
     worker: &str,
@@ -174,14 +177,14 @@ pub(super) async fn write_crash_marker(
         .bind(event_id)
         .fetch_one(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "note an unfinished message"))?;
+        .map_err(|error| errors::from_statement(error, "write a crash marker"))?;
     let before: i32 = row
         .try_get(0)
-        .map_err(|error| errors::from_statement(error, "read an unfinished message"))?;
+        .map_err(|error| errors::from_statement(error, "read a crash marker"))?;
     Ok(before.cast_unsigned())
 }
 
-/// Takes the note back.
+/// Clears the crash marker.
 pub(super) async fn clear_crash_marker(
     session: &mut Session,
     worker: &str,
@@ -194,11 +197,11 @@ pub(super) async fn clear_crash_marker(
         .bind(event_id)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "take back an unfinished message"))?;
+        .map_err(|error| errors::from_statement(error, "clear a crash marker"))?;
     Ok(())
 }
 
-/// All attempts at an event, first to last.
+/// All failed attempts at an event, oldest first.
 pub(super) async fn for_event(
     session: &mut Session,
     worker: &str,

@@ -1,5 +1,5 @@
-//! What a transaction changed, row by row: rows that it wrote carry its number (`xmin`), and in everybody else's eyes the
-//! rows as they were carry it too (`xmax`).
+//! The row changes of a transaction. Rows that it wrote have its id in `xmin`. The old versions,
+//! which other transactions still see, have it in `xmax`.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
@@ -13,21 +13,22 @@ use super::session::{Purpose, Session, Sessions};
 use crate::store::changes::pair;
 use crate::store::{Changes, Result, StoreError};
 
-/// By table: how many rows were inserted, updated and deleted.
+/// Counts of inserted, updated and deleted rows, by table.
 pub(super) type CountsByTable = HashMap<String, TableCounts>;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct TableCounts {
-    /// Its number, for looking up its key.
+    /// The table's object id, for finding its primary key.
     table: i64,
     written: [i64; 3],
 }
 
-/// One row as a JSON object of texts, which keeps every digit.
+/// A row as a JSON object with text values, which keep every digit.
 const ROW: &str = "(select pg_catalog.jsonb_object_agg(key, value)
     from pg_catalog.jsonb_each_text(pg_catalog.to_jsonb(t)))::text as shown, t.ctid::text as place";
 
-/// What this session has written so far; the server may not have taken note yet of transactions before.
+/// The rows written by this session. Counts may include earlier transactions that the server has
+/// not flushed to its statistics yet.
 pub(super) async fn counts(session: &mut Session) -> Result<CountsByTable> {
     let query = session.query(
         "select relid::bigint, relname::text, n_tup_ins, n_tup_upd, n_tup_del
@@ -37,7 +38,7 @@ pub(super) async fn counts(session: &mut Session) -> Result<CountsByTable> {
     let rows = query
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "count what was written"))?;
+        .map_err(|error| errors::from_statement(error, "count written rows"))?;
     let read = |row: &PgRow| {
         let written = [row.try_get(2)?, row.try_get(3)?, row.try_get(4)?];
         Ok((
@@ -49,11 +50,12 @@ pub(super) async fn counts(session: &mut Session) -> Result<CountsByTable> {
         ))
     };
     let counts: sqlx::Result<_> = rows.iter().map(read).collect();
-    counts.map_err(|error| errors::from_statement(error, "read what was written"))
+    counts.map_err(|error| errors::from_statement(error, "read the counts of written rows"))
 }
 
-/// What changed since `before`, at most `limit` rows of each table. `others` sees the rows as they were. A table that takes
-/// longer to look through than the session's statements may is only counted, and nothing more can be done in the session.
+/// The changes since `before`, at most `limit` rows of each table. `others` begins the transaction
+/// that sees the old rows. If comparing a table exceeds the statement timeout, only its counts are
+/// returned, and the session is unusable afterwards.
 pub(super) async fn changes(
     session: &mut Session,
     others: &Sessions,
@@ -82,12 +84,13 @@ pub(super) async fn changes(
                         - base.get(at).copied().unwrap_or_default()
                 });
                 tracing::debug!(
-                    "rows of {table} not compared: {:#}",
-                    anyhow::Error::from(error)
+                    table,
+                    error = format!("{:#}", anyhow::Error::from(error)),
+                    "rows of a table not compared"
                 );
                 changes.omitted.push(format!(
-                    "{table}: {inserted} rows inserted, {updated} updated, {deleted} deleted (it took too long to look \
-                     through the table)"
+                    "{table}: {inserted} rows inserted, {updated} updated, {deleted} deleted \
+                     (scanning the table took too long)"
                 ));
                 return Ok(changes);
             }
@@ -97,7 +100,7 @@ pub(super) async fn changes(
     Ok(changes)
 }
 
-/// The rows of one table before and after; false when there are more.
+/// The rows of one table before and after, and whether these are all.
 async fn compare(
     session: &mut Session,
     others: &Sessions,
@@ -127,7 +130,8 @@ async fn compare(
     let mut other = others.begin(Purpose::Read).await?;
     let before = rows(&mut other, &own, as_it_was).await;
     other.rollback().await;
-    // What was only locked is still there.
+
+    // Rows that were only locked have the id in `xmax`, too, but are still there.
     let before: Vec<Json> = before?
         .into_iter()
         .filter(|(_, place)| !locked.contains(place))
@@ -163,7 +167,7 @@ async fn rows(session: &mut Session, own: &str, statement: String) -> Result<Vec
         .collect()
 }
 
-/// The columns of a table's primary key.
+/// The primary-key columns of a table.
 async fn key(session: &mut Session, table: i64) -> Result<BTreeSet<String>> {
     let query = session.query(
         "select attname::text from pg_catalog.pg_index
@@ -174,12 +178,12 @@ async fn key(session: &mut Session, table: i64) -> Result<BTreeSet<String>> {
         .bind(table)
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "look up a primary key"))?;
+        .map_err(|error| errors::from_statement(error, "find a primary key"))?;
     let key: sqlx::Result<_> = rows.iter().map(|row| row.try_get(0)).collect();
     key.map_err(|error| errors::from_statement(error, "read a primary key"))
 }
 
-/// What a commit would be refused for: deferred constraints.
+/// The reason why a commit would be refused: a violated deferred constraint.
 async fn refused(session: &mut Session) -> Option<String> {
     session
         .check_constraints()

@@ -1,4 +1,4 @@
-//! Writing dead letters: the original bytes and headers of what could not be handled.
+//! Writing of dead letters: the original headers and bodies of messages that could not be handled.
 
 use std::collections::{HashMap, HashSet};
 
@@ -11,21 +11,26 @@ use crate::model::verdict::DeadLetter;
 use crate::store::shared::{self, InboxRecord, NewDeadLetter};
 use crate::store::{AlarmNotices, OutboxRow, Output, Result};
 
-/// Writes letters, their inbox records and their notices, and raises an alarm for failures that are new. What is settled
-/// already adds nothing.
+/// Writes dead letters, their inbox records and their notices, and raises alarms for new failures.
+/// Events that are settled already add nothing.
 pub(super) async fn dead_letter(
     session: &mut Session,
     dead_letters: &[(DeadLetter, Output)],
     new_failures: u32,
 ) -> Result<(Vec<OutboxRow>, AlarmNotices)> {
+    // The inbox: settle the events as dead, and lock their records.
     let new_dead_letters = NewDeadLetter::all(dead_letters);
     let inserted = settle(session, &new_dead_letters).await?;
     let inbox_records = inbox_records(session, &new_dead_letters).await?;
+
+    // Failures first: they are new only while their dead letters are not written.
     let new = shared::to_dead_letter(&new_dead_letters, &inserted, &inbox_records);
     let alarms =
         alarms::record_failures(session, &shared::worker_failure_groups(&new), new_failures)
             .await?;
     let written = insert(session, &new).await?;
+
+    // The notices, with the ids of the written dead letters.
     let notice = |new_dead_letter: &&NewDeadLetter<'_>| {
         let (worker, event_id) = new_dead_letter.key();
         let key = (
@@ -48,7 +53,7 @@ pub(super) async fn dead_letter(
     Ok((notices, alarms::append_notices(session, alarms).await?))
 }
 
-/// Settles the events that are not settled yet as dead, and returns them.
+/// Settles as dead the events that are not settled yet, and returns them.
 async fn settle(
     session: &mut Session,
     new_dead_letters: &[NewDeadLetter<'_>],
@@ -96,7 +101,7 @@ async fn settle(
     keys.map_err(|error| errors::from_statement(error, "read settled events"))
 }
 
-/// What the inbox holds of the events. Locked, so that nobody takes up meanwhile what was put back.
+/// The inbox records of the events, locked against a reclaim of a redriven event.
 async fn inbox_records(
     session: &mut Session,
     new_dead_letters: &[NewDeadLetter<'_>],
@@ -121,7 +126,7 @@ async fn inbox_records(
         )
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "look up dead events"))?;
+        .map_err(|error| errors::from_statement(error, "lock dead events"))?;
     let read = |row: &PgRow| {
         let record = InboxRecord {
             payload_sha256: row.try_get(2)?,
@@ -133,10 +138,10 @@ async fn inbox_records(
     inbox_records.map_err(|error| errors::from_statement(error, "read dead events"))
 }
 
-/// Worker, event id and payload of a letter.
+/// Worker, event id and payload digest of a dead letter.
 type Key = (String, String, Vec<u8>);
 
-/// Writes letters that are not there yet, opens those again that were put back, and returns id and generation of both.
+/// Inserts new dead letters and reopens redriven ones. Returns id and generation of both.
 async fn insert(
     session: &mut Session,
     new: &[&NewDeadLetter<'_>],

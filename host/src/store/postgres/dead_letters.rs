@@ -1,4 +1,4 @@
-//! Reading dead letters: the original bytes and headers of what could not be handled, and what became of it.
+//! Reading of dead letters with their original headers and bodies, and with later events.
 
 use jiff::Timestamp;
 use sqlx::postgres::{PgArguments, Postgres};
@@ -11,7 +11,7 @@ use crate::store::{
     DeadLetterSummary, EditRecord, Result, rows,
 };
 
-/// What a list shows of a letter. Whether one that was put back took effect stands in the inbox.
+/// The columns of a dead letter in a list. The inbox shows whether a redriven one took effect.
 macro_rules! summaries {
     ($also:literal, $($which:tt)+) => {
         concat!(
@@ -31,7 +31,7 @@ macro_rules! summaries {
     };
 }
 
-/// What a filter says, but for subjects; see [`fitting`].
+/// The conditions of a filter, except for subjects; see [`fitting`].
 macro_rules! fits {
     () => {
         "($1::text is null or worker = $1) and ($2::text is null or reason = $2)
@@ -43,14 +43,14 @@ macro_rules! fits {
     };
 }
 
-/// The same for letters that wait for somebody; those of them that took effect are still to be left out.
+/// The same for open and redriven dead letters. The caller has to exclude those that took effect.
 macro_rules! fits_and_waits {
     () => {
         concat!("state in ('open', 'redriven') and ", fits!())
     };
 }
 
-/// Gives a query the values of a filter.
+/// Binds the values of a filter.
 fn fitting<'q>(
     query: Query<'q, Postgres, PgArguments>,
     filter: &'q DeadLetterFilter,
@@ -66,7 +66,7 @@ fn fitting<'q>(
         .bind(filter.group.as_deref())
 }
 
-/// One page of letters, newest first.
+/// One page of dead letters, newest first.
 pub(super) async fn list(
     session: &mut Session,
     filter: &DeadLetterFilter,
@@ -87,7 +87,7 @@ pub(super) async fn list(
     Ok(rows::list(&rows, rows::dead_letter_summary))
 }
 
-/// How many letters fit, and when they died, by group and subject.
+/// Counts and times of matching dead letters, by group and subject.
 pub(super) async fn groups(
     session: &mut Session,
     filter: &DeadLetterFilter,
@@ -120,7 +120,7 @@ pub(super) async fn groups(
     Ok(rows::list(&rows, rows::dead_letter_group))
 }
 
-/// One letter, with everything that is known of it.
+/// One dead letter with all its details.
 pub(super) async fn find(session: &mut Session, id: i64) -> Result<Option<DeadLetterRecord>> {
     let query = session.query(summaries!(
         ", headers, body, (extract(epoch from first_died_at) * 1000000)::bigint as first_died_at,
@@ -168,7 +168,7 @@ async fn audit(session: &mut Session, id: i64) -> Result<Vec<AuditRecord>> {
         .bind(id)
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "read what was done to a dead letter"))?;
+        .map_err(|error| errors::from_statement(error, "read the audit of a dead letter"))?;
     Ok(rows::list(&rows, rows::dead_letter_audit))
 }
 
@@ -186,7 +186,7 @@ async fn settled(
         .bind(event_id)
         .fetch_optional(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "look up an event"))?;
+        .map_err(|error| errors::from_statement(error, "find an event"))?;
     row.as_ref().map(rows::settled).transpose()
 }
 
@@ -206,6 +206,6 @@ async fn outputs(
         .bind(event_id)
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "look up an event's outputs"))?;
+        .map_err(|error| errors::from_statement(error, "find the outputs of an event"))?;
     Ok(rows::list(&rows, rows::dead_letter_output))
 }

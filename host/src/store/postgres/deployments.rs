@@ -1,4 +1,4 @@
-//! Components, deployments, which of them is active, and workers' own migrations.
+//! Components, deployments, the active version of each worker, and workers' migrations.
 
 use std::collections::HashMap;
 
@@ -20,7 +20,7 @@ pub(super) async fn put_component(session: &mut Session, digest: &str, wasm: &[u
         .bind(wasm)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "keep a component"))?;
+        .map_err(|error| errors::from_statement(error, "store a component"))?;
     Ok(())
 }
 
@@ -36,8 +36,8 @@ pub(super) async fn component(session: &mut Session, digest: &str) -> Result<Opt
         .map_err(|error| errors::from_statement(error, "read a component"))
 }
 
-/// Runs the migrations that are due, writes the next deployment and activates it. Deployments of one worker wait for
-/// each other, for as long as the transaction lasts.
+/// Runs the due migrations, writes the next deployment and activates it. Concurrent deployments of
+/// one worker wait for each other until the transaction ends.
 pub(super) async fn deploy(
     session: &mut Session,
     login: Option<&Login>,
@@ -84,15 +84,16 @@ async fn applied_migrations(
         .bind(worker)
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "read which migrations ran"))?;
+        .map_err(|error| errors::from_statement(error, "read applied migrations"))?;
     let applied: sqlx::Result<_> = rows
         .iter()
         .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
         .collect();
-    applied.map_err(|error| errors::from_statement(error, "read which migrations ran"))
+    applied.map_err(|error| errors::from_statement(error, "read applied migrations"))
 }
 
-/// Runs a migration in the app's schema; what it makes belongs to the app's owner, not to the host.
+/// Runs a migration in the app's schema. The objects it creates belong to the app's owner, not to
+/// the host.
 async fn run_migration(
     session: &mut Session,
     login: Option<&Login>,
@@ -114,17 +115,19 @@ async fn run_migration(
             error => shared::migration_failed(migration, anyhow!("{error}")),
         });
     }
+
+    // A migration that ends the transaction would commit a part of the deployment.
     let is_same_transaction = session
         .is_same_transaction()
         .await
-        .map_err(|error| errors::from_statement(error, "look at the transaction"))?;
+        .map_err(|error| errors::from_statement(error, "check the transaction"))?;
     if !is_same_transaction {
         return Err(shared::migration_ends_transaction(migration));
     }
     raw_sql("set local role none")
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "become the host again"))?;
+        .map_err(|error| errors::from_statement(error, "reset the role"))?;
     let query = session
         .query("insert into oncely.worker_migration (worker, name, sha256) values ($1, $2, $3)");
     query
@@ -175,7 +178,7 @@ async fn activate_version(session: &mut Session, worker: &str, version: u32) -> 
     Ok(())
 }
 
-/// Leaves a worker without an active version.
+/// Deactivates the active version of a worker.
 pub(super) async fn retire(session: &mut Session, worker: &str) -> Result<()> {
     let query = session.query("delete from oncely.worker where name = $1");
     let retired = query.bind(worker).execute(session.connection()).await;
@@ -220,7 +223,7 @@ pub(super) async fn active(session: &mut Session) -> Result<Vec<DeploymentRecord
     rows.iter().map(rows::deployment).collect()
 }
 
-/// The newest deployment of every worker that ever had one, by name.
+/// The newest deployment of every worker, retired ones included, by name.
 pub(super) async fn newest(session: &mut Session) -> Result<Vec<DeploymentRecord>> {
     let query = session.query(
         "select distinct on (worker) worker, version, digest, manifest,

@@ -1,5 +1,5 @@
-//! What PostgreSQL's errors mean for us. They are told apart by their codes and by the server's function that raised them, never
-//! by their texts, which come in the server's language.
+//! Classification of PostgreSQL's errors. It uses their codes and the server function that raised
+//! them, never their texts, which are localized.
 
 use anyhow::anyhow;
 use sqlx::Error;
@@ -8,7 +8,7 @@ use sqlx::postgres::{PgDatabaseError, PgSeverity};
 use crate::model::sql::{DatabaseError, SqlError};
 use crate::store::{BrokenStatement, StoreError};
 
-/// The fence of a commit divides by zero when the transaction is not ours any more.
+/// The fence of a commit divides by zero in a transaction that the host did not begin.
 const DIVISION_BY_ZERO: &str = "22012";
 const IN_FAILED_TRANSACTION: &str = "25P02";
 const NO_TRANSACTION: &str = "25P01";
@@ -19,11 +19,11 @@ const QUERY_CANCELED: &str = "57014";
 const FEATURE_NOT_SUPPORTED: &str = "0A000";
 const PROTOCOL_VIOLATION: &str = "08P01";
 const NO_PREPARED_STATEMENT: &str = "26000";
-/// The server's function that finds that a prepared statement does not fit the tables any more.
+/// The server function that detects a prepared statement that no longer fits the tables.
 const PLAN_REVALIDATION: &str = "RevalidateCachedQuery";
-/// The one that binds parameters to a prepared statement.
+/// The server function that binds parameters to a prepared statement.
 const BIND_FUNCTION: &str = "exec_bind_message";
-/// Those with which the procedural languages raise what their functions ask for, with any code.
+/// The functions by which procedural languages raise errors of user code, with any code.
 const RAISE_FUNCTIONS: [&str; 7] = [
     "exec_stmt_raise",
     "PLy_output",
@@ -33,15 +33,16 @@ const RAISE_FUNCTIONS: [&str; 7] = [
     "croak_cstr",
     "throw_tcl_error",
 ];
-/// How the names of our prepared statements begin.
+/// The prefix of sqlx's prepared statement names.
 const STATEMENT_NAME_PREFIX: &str = "sqlx_s_";
-/// Our own, from the migrations: the token does not fit the transaction, or somebody else commits it.
+/// Raised by the platform's functions: an invalid token, or a commit without the host's token.
 const TOKEN_REFUSED: [&str; 2] = ["ONC01", "ONC02"];
-/// Our own, too: a statement changed the session's encoding; the host holds a key of the door that was renewed.
+/// Raised by the platform's functions: a statement changed the client encoding.
 const ENCODING_CHANGED: &str = "ONC03";
+/// Raised by the platform's functions: the host's key for definer functions was renewed.
 const RENEWED_KEY: &str = "ONC04";
 
-/// The error of a statement of our own.
+/// The error of a platform statement.
 pub(super) fn from_statement(error: Error, context: &'static str) -> StoreError {
     let code = code(&error).to_owned();
     let cause = with_pooler_hint(anyhow::Error::new(error), &code).context(context);
@@ -56,12 +57,13 @@ pub(super) fn from_statement(error: Error, context: &'static str) -> StoreError 
     }
 }
 
-/// The error of a statement of our own that writes what a guest gave: a value that our tables refuse is the guest's doing.
+/// The error of a platform statement that writes a guest's values. A value that the tables refuse
+/// is the guest's fault.
 pub(super) fn from_guest_values(error: StoreError) -> StoreError {
     let StoreError::Unavailable(cause) = error else {
         return error;
     };
-    // Values that are no values of their type, violated constraints, and values that are too large for an index.
+    // Invalid values of a type, violated constraints, and values that are too large for an index.
     let is_of_value = |error: &Error| {
         ["22", "23", "54"]
             .iter()
@@ -73,7 +75,8 @@ pub(super) fn from_guest_values(error: StoreError) -> StoreError {
     }
 }
 
-/// The error of a savepoint: one that is not there went with the transaction that a guest's statement ended.
+/// The error of a savepoint. A missing savepoint ended with its transaction, by a guest's
+/// statement.
 pub(super) fn from_savepoint(error: Error, context: &'static str) -> StoreError {
     match code(&error) {
         NO_SAVEPOINT | NO_TRANSACTION => {
@@ -83,11 +86,11 @@ pub(super) fn from_savepoint(error: Error, context: &'static str) -> StoreError 
     }
 }
 
-/// The error of a commit of what guests did: what the server refused for their doing took no effect, anything else may have.
-/// A deferred trigger may fail with any code.
+/// The error of a commit with guests' writes. A refusal because of those writes had no effects; any
+/// other error has an unknown outcome. A deferred trigger may fail with any code.
 pub(super) fn from_guest_commit(error: Error) -> StoreError {
     let refusal = match code(&error) {
-        // A trigger may say so, too.
+        // A trigger may raise this code, too.
         RENEWED_KEY => {
             return StoreError::Unavailable(
                 anyhow::Error::new(error)
@@ -110,7 +113,7 @@ pub(super) fn from_guest_commit(error: Error) -> StoreError {
     StoreError::Refused(anyhow::Error::new(error).context(refusal))
 }
 
-/// The error of a guest's statement: the outer one is the house's, the inner one the guest's to see.
+/// The error of a guest's statement: the outer one is the host's, the inner one is for the guest.
 pub(super) fn from_guest_statement(error: Error) -> Result<SqlError, StoreError> {
     let Some(database) = database_error(&error) else {
         return match error {
@@ -134,28 +137,36 @@ pub(super) fn from_guest_statement(error: Error) -> Result<SqlError, StoreError>
         PROTOCOL_VIOLATION if binds => SqlError::InvalidParameter(said.message),
         _ if is_stale_plan(&error) => SqlError::Conflict(said),
         QUERY_CANCELED => SqlError::Timeout,
-        INSUFFICIENT_PRIVILEGE => SqlError::NotAllowed(format!("this is not for workers: {}", said.message)),
-        // A type that the connection has to ask the server about takes the place of the statement that had no name.
-        NO_PREPARED_STATEMENT if binds => SqlError::UnsupportedType(
-            "a column of the result has a type that cannot be passed on; read it as text, as in `x::text`".to_owned(),
-        ),
-        // So does the session outside of the transaction that the host began.
-        READ_ONLY => {
-            SqlError::TransactionFailed("this transaction can but read, or an earlier statement ended it".to_owned())
+        INSUFFICIENT_PRIVILEGE => {
+            SqlError::NotAllowed(format!("not available to workers: {}", said.message))
         }
+        // For an unknown type, sqlx queries the server and so replaces the unnamed statement.
+        NO_PREPARED_STATEMENT if binds => SqlError::UnsupportedType(
+            "a column of the result has an unsupported type; read it as text, as in `x::text`"
+                .to_owned(),
+        ),
+        // The guests' session is also read-only outside of the host's transaction.
+        READ_ONLY => SqlError::TransactionFailed(
+            "the transaction is read-only, or an earlier statement ended it".to_owned(),
+        ),
         IN_FAILED_TRANSACTION => SqlError::TransactionFailed(said.message),
         code if is_conflict(code) => SqlError::Conflict(said),
-        // The name is the same in every language.
-        code if is_pooler_error(code) && !is_in_function(&error) && said.message.contains(STATEMENT_NAME_PREFIX) => {
+        // The message is localized, the statement name is not.
+        code if is_pooler_error(code)
+            && !is_in_function(&error)
+            && said.message.contains(STATEMENT_NAME_PREFIX) =>
+        {
             return Err(from_statement(error, "run a guest's statement"));
         }
-        _ if is_server_failure(&error) => return Err(from_statement(error, "run a guest's statement")),
+        _ if is_server_failure(&error) => {
+            return Err(from_statement(error, "run a guest's statement"));
+        }
         code if code.starts_with("23") => SqlError::ConstraintViolation(said),
         _ => SqlError::QueryFailed(said),
     })
 }
 
-/// Whether the host holds a key of the door that was renewed.
+/// Whether the host's key for definer functions was renewed.
 pub(super) fn is_renewed_key(error: &StoreError) -> bool {
     let StoreError::Unavailable(cause) = error else {
         return false;
@@ -165,7 +176,8 @@ pub(super) fn is_renewed_key(error: &StoreError) -> bool {
         .is_some_and(|error| code(error) == RENEWED_KEY)
 }
 
-/// Whether the connection, not the statement, is what failed: nothing was begun, another connection may do.
+/// Whether the connection failed before the statement began, so that another connection may
+/// succeed.
 pub(super) fn is_connection_loss(error: &Error) -> bool {
     match error {
         Error::Io(_) | Error::Protocol(_) => true,
@@ -173,9 +185,9 @@ pub(super) fn is_connection_loss(error: &Error) -> bool {
     }
 }
 
-/// Whether the server, or a pooler before it, does not let a role in.
+/// Whether the server, or a pooler in front of it, refused a login.
 pub(super) fn is_login_refused(error: &Error) -> bool {
-    // PgBouncer answers 08P01 to a login it knows nothing of.
+    // PgBouncer responds to an unknown user with 08P01.
     code(error).starts_with("28") || code(error) == PROTOCOL_VIOLATION
 }
 
@@ -191,8 +203,9 @@ pub(super) fn is_foreign_key_violation(error: &Error) -> bool {
     code(error) == "23503"
 }
 
-/// Whether a connection keeps a prepared statement that does not fit the tables any more. A server that does not name
-/// the function that raised it may mean another unsupported feature: then the connection is replaced for nothing.
+/// Whether the connection holds a prepared statement that no longer fits the tables. A server that
+/// omits the raising function may mean another unsupported feature. The connection is then replaced
+/// needlessly.
 pub(super) fn is_stale_plan(error: &Error) -> bool {
     database_error(error).is_some_and(|error| {
         error.code() == FEATURE_NOT_SUPPORTED
@@ -202,7 +215,7 @@ pub(super) fn is_stale_plan(error: &Error) -> bool {
     })
 }
 
-/// Whether a function that a worker may have written raised it: then its code says nothing.
+/// Whether user code raised it. Its code then has no meaning.
 fn is_raised(error: &Error) -> bool {
     !is_fatal(error)
         && database_error(error)
@@ -210,7 +223,7 @@ fn is_raised(error: &Error) -> bool {
             .is_some_and(|by| RAISE_FUNCTIONS.contains(&by))
 }
 
-/// Whether it came up inside a function, and not in the statement itself.
+/// Whether it was raised inside a function and not in the statement itself.
 fn is_in_function(error: &Error) -> bool {
     database_error(error).is_some_and(|error| error.r#where().is_some())
 }
@@ -219,11 +232,11 @@ fn is_conflict(code: &str) -> bool {
     matches!(code, "40001" | "40P01" | "55P03")
 }
 
-/// Whether the server is in trouble: it ends the connection, or has too few resources or a broken disk. All other codes can be a
-/// statement's own doing.
+/// Whether the server has a failure: it closes the connection, lacks resources or has a disk error.
+/// All other codes may be caused by the statement.
 fn is_server_failure(error: &Error) -> bool {
     let code = code(error);
-    // A pooler names no function of the server; the server always does.
+    // A pooler sets no function name; the server always does.
     let is_from_pooler = code.starts_with("08")
         && database_error(error).is_some_and(|error| error.routine().is_none());
     is_fatal(error)
@@ -239,7 +252,8 @@ fn is_pooler_error(code: &str) -> bool {
 fn with_pooler_hint(cause: anyhow::Error, code: &str) -> anyhow::Error {
     if is_pooler_error(code) {
         return cause.context(anyhow!(
-            "prepared statements do not work here; behind a pooler, end the database URL in ?statement-cache-capacity=0"
+            "prepared statements do not work here; behind a pooler, \
+             end the database URL in ?statement-cache-capacity=0"
         ));
     }
     cause

@@ -1,5 +1,5 @@
-//! The server's functions as the statement filter needs them: read when the first transaction of a guest begins, and
-//! again from time to time, because an extension may be installed while the host runs.
+//! The server's functions, for the statement filter. They are loaded for the first transaction of a
+//! guest and reloaded regularly, because an extension may be installed while the host runs.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,20 +14,20 @@ use super::session::{Purpose, Session, Sessions};
 use crate::model::sql::{Function, Functions};
 use crate::store::Result;
 
-/// For how long the functions are not read again.
+/// How long loaded functions count as fresh.
 const REFRESH_AFTER: Duration = Duration::from_secs(30);
 
-/// For how long they are used when they cannot be read again.
+/// How long loaded functions stay in use while reloading fails.
 const USABLE_FOR: Duration = Duration::from_secs(300);
 
-/// The functions, and when they were read.
+/// The functions, and when they were loaded.
 type CachedFunctions = Option<(Arc<Functions>, Instant)>;
 
 #[derive(Clone)]
 pub(super) struct Catalog {
     platform: Sessions,
     cached: Arc<RwLock<CachedFunctions>>,
-    /// Held by the one that reads them again.
+    /// Held during a reload.
     refreshing: Arc<Mutex<()>>,
 }
 
@@ -40,7 +40,8 @@ impl Catalog {
         }
     }
 
-    /// The functions as they were half a minute ago at the most, or a moment longer while they are read again.
+    /// The functions as of at most half a minute ago, or slightly longer while they are being
+    /// reloaded.
     pub(super) async fn current(&self) -> Result<Arc<Functions>> {
         let cached = self.cached.read().await.clone();
         let Some((functions, read_at)) = cached else {
@@ -54,7 +55,10 @@ impl Catalog {
         };
         match self.read().await {
             Err(error) if read_at.elapsed() < USABLE_FOR => {
-                tracing::debug!(error = %format!("{:#}", anyhow::Error::from(error)), "failed to read the functions again");
+                tracing::debug!(
+                    error = format!("{:#}", anyhow::Error::from(error)),
+                    "failed to reload the server's functions, using the previous ones"
+                );
                 Ok(functions)
             }
             read => read,
@@ -83,7 +87,7 @@ impl Catalog {
 }
 
 async fn read(session: &mut Session) -> sqlx::Result<Functions> {
-    // `takes_one`: PostgreSQL takes `(x).function` for a call, whatever type `x` has.
+    // `takes_one`: PostgreSQL parses `(x).function` as a call, for any type of `x`.
     let query = session.query(
         "select distinct nspname::text as schema, proname::text as name, provolatile = 'v' as is_volatile,
              extname::text as extension, lanname in ('c', 'internal') as is_native,

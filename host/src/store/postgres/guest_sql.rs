@@ -1,4 +1,4 @@
-//! Guest statements: checked, bound by type, read by type, stopped at their limits.
+//! Guest statements: filtered, typed parameters and results, enforced limits.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,36 +15,36 @@ use crate::model::sql::{
 };
 use crate::store::{BrokenStatement, Result, StoreError};
 
-/// How long after its time a statement that the server did not end is ended by the host.
+/// How long after its time limit the host terminates a statement that the server did not cancel.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// Under which terms guests' statements run.
+/// The environment of guests' statements.
 #[derive(Clone)]
 pub(super) struct Guests {
-    /// The functions that the filter lets them call; none when they are not filtered.
+    /// The functions that the filter permits; `None` without the filter.
     pub functions: Option<Arc<Functions>>,
-    /// Where the platform's own transactions come from.
+    /// The source of platform transactions.
     pub platform: Sessions,
-    /// Where guests' own come from.
+    /// The source of guests' transactions.
     pub sessions: Sessions,
 }
 
-/// A statement that may run.
+/// A checked statement with its parameters.
 struct Prepared {
     text: String,
     arguments: PgArguments,
     facts: StatementFacts,
 }
 
-/// How a guest's statement ended.
+/// The outcome of a guest's statement.
 pub(super) enum StatementOutcome<T> {
     Done(T),
     /// It did not reach the database.
     NotRun(SqlError),
     /// The database refused it, and the transaction is aborted.
     Failed(SqlError),
-    /// It failed in a way that leaves the connection unfit for further use: what it returned was not read to the end,
-    /// or it was prepared for tables that have changed.
+    /// The connection must not be used again: the result was not read to the end, or the prepared
+    /// statement no longer fits the tables.
     ConnectionBroken(SqlError),
 }
 
@@ -93,8 +93,9 @@ pub(super) async fn execute(
     run_with_deadline(session, guests, run).await
 }
 
-/// Runs a statement, and ends the server's process when it does not come back: the server's own limit is a setting of
-/// the session, which a statement could change. The statement's future is never dropped.
+/// Runs a statement, and terminates its backend if it does not return in time. The server's own
+/// limit is a session setting, which a statement could change. The statement's future is never
+/// dropped.
 async fn run_with_deadline<T>(
     session: &mut Session,
     guests: &Guests,
@@ -111,7 +112,7 @@ async fn run_with_deadline<T>(
     let terminated = terminate(&guests.platform, process).await;
     let outcome = running.await;
     match terminated {
-        // The connection broke because we wanted it to.
+        // The termination broke the connection.
         Ok(()) => Ok(StatementOutcome::ConnectionBroken(SqlError::Timeout)),
         Err(error) => outcome.and(Err(error)),
     }
@@ -124,7 +125,7 @@ async fn terminate(platform: &Sessions, process: i32) -> Result<()> {
         .bind(process)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "end a statement that took too long"))?;
+        .map_err(|error| errors::from_statement(error, "terminate an overdue statement"))?;
     session.commit().await
 }
 
@@ -190,8 +191,9 @@ async fn prepare(
         .unwrap_or_else(|error| Err(SqlError::InvalidParameter(error.to_string())))
 }
 
-/// Checks a statement and binds its parameters. A comment with the parameters' types ends its text: a connection keeps
-/// prepared statements by their text, and one that was prepared for other types would misread these.
+/// Checks a statement and binds its parameters. Its text ends in a comment with the types of the
+/// parameters: a connection caches prepared statements by text, and one prepared for other types
+/// would misread them.
 fn prepare_here(
     functions: Option<&Functions>,
     statement: &str,
@@ -203,12 +205,12 @@ fn prepare_here(
             sql::check_count(&facts, params.len())?;
             facts
         }
-        // The server alone checks the statement.
+        // Without the filter, only the server checks the statement.
         None => StatementFacts::of(statement, Dialect::Postgres),
     };
     if params.len() > usize::from(u16::MAX) {
         return Err(SqlError::InvalidParameter(format!(
-            "a statement takes at most {} parameters",
+            "a statement can have at most {} parameters",
             u16::MAX
         )));
     }
@@ -240,7 +242,8 @@ fn add_row(
             limits.rows
         )));
     }
-    // What came over the wire is looked at before any of it is copied.
+
+    // Check the received size before any value is copied.
     let came: usize = (0..row.columns().len())
         .map(|at| {
             row.try_get_raw(at)

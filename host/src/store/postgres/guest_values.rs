@@ -11,7 +11,7 @@ use uuid::Uuid;
 use crate::model::sql::{SqlError, Value};
 use crate::store::values::{self, Decimal};
 
-/// The microseconds from the Unix epoch to PostgreSQL's, the year 2000.
+/// The microseconds from the Unix epoch to PostgreSQL's epoch, the year 2000.
 const EPOCH_MICROS: i64 = 946_684_800_000_000;
 const EPOCH_DATE: Date = Date::constant(2000, 1, 1);
 
@@ -23,16 +23,16 @@ const NUMERIC_NAN: u16 = 0xC000;
 const NUMERIC_INFINITY: u16 = 0xD000;
 const NUMERIC_NEGATIVE_INFINITY: u16 = 0xF000;
 
-/// A guest's parameter, ready to be sent.
+/// A guest's parameter in its binary form.
 pub(super) struct Parameter {
     kind: Kind,
     bytes: Option<Vec<u8>>,
 }
 
-/// The type a parameter is declared as, by its fixed object id.
+/// The declared type of a parameter, by its fixed object id.
 #[derive(Debug, Clone, Copy)]
 enum Kind {
-    /// The server finds out; only for nulls.
+    /// The server infers it; only for nulls.
     Unspecified = 0,
     Bool = 16,
     Bytea = 17,
@@ -85,7 +85,7 @@ impl Parameter {
         })
     }
 
-    /// One character for the type.
+    /// One character per type.
     pub(super) fn type_code(&self) -> char {
         match self.kind {
             Kind::Unspecified => 'n',
@@ -127,7 +127,7 @@ impl Encode<'_, Postgres> for Parameter {
     }
 }
 
-/// Reads one column of a row.
+/// Decodes one column of a row.
 pub(super) fn decode(row: &PgRow, at: usize) -> Result<Value, SqlError> {
     let column = row.column(at);
     let raw = row
@@ -143,7 +143,7 @@ pub(super) fn decode(row: &PgRow, at: usize) -> Result<Value, SqlError> {
         .and_then(|bytes| from_bytes(type_name, bytes));
     value.ok_or_else(|| {
         SqlError::UnsupportedType(format!(
-            "column `{}` holds a {type_name} that cannot be passed on; select it as `{}::text`",
+            "column `{}` has the unsupported type {type_name}; select it as `{}::text`",
             column.name(),
             column.name()
         ))
@@ -180,7 +180,7 @@ fn text(bytes: &[u8]) -> Option<String> {
     String::from_utf8(bytes.to_vec()).ok()
 }
 
-/// None for the two infinities.
+/// `None` for the two infinities.
 fn timestamp_micros(since_2000: i64) -> Option<i64> {
     if since_2000 == i64::MIN {
         None
@@ -200,7 +200,7 @@ fn days_since_2000(date: Date) -> Result<i32, SqlError> {
     days.map_err(|error| SqlError::InvalidParameter(error.to_string()))
 }
 
-/// None for the two infinities and for years of more than four digits.
+/// `None` for the two infinities and for years of more than four digits.
 fn date_text(days: i32) -> Option<String> {
     let span = Span::new().try_days(days).ok()?;
     EPOCH_DATE
@@ -209,7 +209,7 @@ fn date_text(days: i32) -> Option<String> {
         .map(|date| date.to_string())
 }
 
-/// A decimal as PostgreSQL sends it: digits to the base of 10000, the weight of the first, the sign, the scale.
+/// A decimal in PostgreSQL's format: base-10000 digits, preceded by count, weight, sign and scale.
 fn numeric_bytes(decimal: Decimal<'_>) -> Vec<u8> {
     let padding_before = "0".repeat((4 - decimal.integer.len() % 4) % 4);
     let padding_behind = "0".repeat((4 - decimal.fraction.len() % 4) % 4);
@@ -262,7 +262,7 @@ fn numeric_bytes(decimal: Decimal<'_>) -> Vec<u8> {
         .collect()
 }
 
-/// The reverse of [`numeric_bytes`], with as many digits behind the point as the database shows.
+/// The reverse of [`numeric_bytes`], with as many digits after the point as the database displays.
 fn numeric_text(bytes: &[u8]) -> Option<String> {
     let mut numbers = bytes.chunks_exact(2).map(|pair| {
         pair.iter()

@@ -1,4 +1,4 @@
-//! The inbox: one row for each event id that a worker settled.
+//! The inbox: one row for each settled event of a worker.
 
 use std::collections::HashMap;
 
@@ -10,17 +10,21 @@ use super::errors;
 use super::session::Session;
 use crate::store::{Claim, Claimed, Result, StoreError, shared};
 
-/// Claims event ids, sorted, with one statement: it waits for transactions that hold one of them. What such a
-/// transaction committed while we waited is not in the statement's snapshot, and takes a second look.
+/// Claims event ids, sorted, with one statement, which waits for transactions that hold one of
+/// them. Records that such a transaction commits meanwhile are not in the statement's snapshot, so
+/// a second statement reads them.
 pub(super) async fn claim(
     session: &mut Session,
     worker: &str,
     claims: &[Claim],
 ) -> Result<Vec<Claimed>> {
+    // Redriven events are dead in the inbox: delete those records first.
     for claim in claims.iter().filter(|claim| claim.redriven) {
         reclaim(session, worker, claim).await?;
     }
     let mut found = insert(session, worker, claims).await?;
+
+    // Ids that are neither new nor visible were committed during the wait.
     let unseen: Vec<&str> = claims
         .iter()
         .map(|claim| claim.event_id.as_str())
@@ -36,14 +40,14 @@ pub(super) async fn claim(
             found.attempts,
         )),
         None => Err(StoreError::Conflict(anyhow!(
-            "the record of event {} left while it was claimed",
+            "the inbox record of event {} was deleted during its claim",
             claim.event_id
         ))),
     };
     claims.iter().map(answer).collect()
 }
 
-/// Lets an event be claimed that is dead and was put back.
+/// Deletes the dead record of a redriven event, so that the event can be claimed.
 async fn reclaim(session: &mut Session, worker: &str, claim: &Claim) -> Result<()> {
     let query = session.query("select oncely_definer.reclaim($1, $2, $3, $4)");
     query
@@ -53,13 +57,13 @@ async fn reclaim(session: &mut Session, worker: &str, claim: &Claim) -> Result<(
         .bind(claim.payload_sha256.as_slice())
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "take up an event that was put back"))?;
+        .map_err(|error| errors::from_statement(error, "reclaim a redriven event"))?;
     Ok(())
 }
 
-/// What the inbox says about an event id.
+/// The result for one event id.
 struct InboxEntry {
-    /// The payload of the record that was there before; none when the claim made it.
+    /// The payload of an earlier record; `None` if the claim created the record.
     existing_payload: Option<Vec<u8>>,
     attempts: i64,
 }
@@ -125,7 +129,7 @@ async fn find_existing(
         .bind(event_ids)
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "look up event ids"))?;
+        .map_err(|error| errors::from_statement(error, "find existing event ids"))?;
     let read = |row: &PgRow| {
         Ok((
             row.try_get(0)?,
@@ -139,7 +143,7 @@ async fn find_existing(
     found.map_err(|error| errors::from_statement(error, "read event ids"))
 }
 
-/// Gives claims of this transaction back.
+/// Releases claims of this transaction.
 pub(super) async fn release_claims(
     session: &mut Session,
     worker: &str,
@@ -152,11 +156,11 @@ pub(super) async fn release_claims(
         .bind(event_ids)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "give claims back"))?;
+        .map_err(|error| errors::from_statement(error, "release claims"))?;
     Ok(())
 }
 
-/// Which of these events took effect.
+/// The events among these that are done.
 pub(super) async fn done(
     session: &mut Session,
     worker: &str,
@@ -169,7 +173,7 @@ pub(super) async fn done(
         .bind(event_ids)
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "look up events"))?;
+        .map_err(|error| errors::from_statement(error, "find done events"))?;
     let done: sqlx::Result<_> = rows.iter().map(|row| row.try_get(0)).collect();
     done.map_err(|error| errors::from_statement(error, "read events"))
 }

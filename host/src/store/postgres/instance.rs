@@ -1,8 +1,9 @@
-//! The instance that this host is: says that it is alive, and takes over from those that no longer do.
+//! This host's instance: renews its lease, and takes over from instances with an expired lease.
 //!
-//! A frozen host, or one that is cut off, keeps its transactions open: the server sees nothing but a client that thinks. How
-//! long guests may think is a matter of their manifest, so no timeout of the server can tell. An instance that renews its
-//! lease is alive; one that does not has its sessions ended.
+//! A frozen or disconnected host keeps its transactions open. To the server it is an idle client.
+//! The manifest decides how long guests may compute, so no server timeout can detect such a host.
+//! Therefore instances renew a lease. The sessions of an instance with an expired lease are
+//! terminated.
 
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Row, raw_sql};
@@ -12,10 +13,11 @@ use super::errors;
 use crate::store::instance::{HOST_LEASE, Instance, RENEW_TIMEOUT, TakenOver};
 use crate::store::{Result, shared};
 
-/// No lease of an output is longer.
+/// The maximum duration of an output's lease.
 const OUTPUT_LEASE_MAX: &str = "1 minute";
 
-/// The lease of this host's instance, on a connection of its own: no work of the host can hold it up.
+/// The lease of this host's instance. It has a connection of its own, so that no other work delays
+/// it.
 pub(super) struct HostLease {
     instance: Instance,
     options: PgConnectOptions,
@@ -31,7 +33,8 @@ impl HostLease {
         }
     }
 
-    /// Renews the lease, and takes over from instances whose lease ran out. Dropped half-way, it closes its connection.
+    /// Renews the lease, and takes over from instances with an expired lease. If this future is
+    /// dropped, its connection is closed.
     pub(super) async fn renew(&self) -> Result<Vec<TakenOver>> {
         let mut cached = self.connection.lock().await;
         let mut connection = match cached.take() {
@@ -47,7 +50,7 @@ impl HostLease {
         Ok(taken_over)
     }
 
-    /// Gives the lease up, and what the instance still has leased.
+    /// Releases the lease and all leased outputs of the instance.
     pub(super) async fn release(&self) {
         let Some(mut connection) = self.connection.lock().await.take() else {
             return;
@@ -62,12 +65,13 @@ impl HostLease {
         match tokio::time::timeout(RENEW_TIMEOUT, ended).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::debug!(
-                "the host's lease runs out: {:#}",
-                anyhow::Error::from(error)
+                error = format!("{:#}", anyhow::Error::from(error)),
+                "releasing the host's lease failed, left to expire"
             ),
-            Err(_) => {
-                tracing::debug!("the host's lease runs out: no answer after {RENEW_TIMEOUT:?}")
-            }
+            Err(_) => tracing::debug!(
+                timeout = ?RENEW_TIMEOUT,
+                "releasing the host's lease timed out, left to expire"
+            ),
         }
     }
 }
@@ -77,7 +81,7 @@ async fn renew_and_take_over(connection: &mut PgConnection, id: i64) -> Result<V
     let gone = end_sessions(connection, id).await?;
     let mut taken_over = Vec::with_capacity(gone.len());
     for (gone, sessions) in gone {
-        // What a session of it commits until it has ended is leased by it, too.
+        // A session may lease more outputs until it has ended, so they are released after that.
         let outputs = if sessions == 0 {
             remove_instance(connection, gone).await?
         } else {
@@ -95,13 +99,15 @@ async fn renew_and_take_over(connection: &mut PgConnection, id: i64) -> Result<V
     Ok(taken_over)
 }
 
-/// One explicit transaction in one message; nothing is set beyond its end.
+/// One explicit transaction in one message, without settings beyond its end.
 fn transaction(statements: &str) -> String {
     let within = RENEW_TIMEOUT.as_millis();
     format!(
-        "begin isolation level read committed read write; set local search_path = pg_catalog, pg_temp; \
+        "begin isolation level read committed read write; \
+         set local search_path = pg_catalog, pg_temp; \
          set local statement_timeout = {within}; set local lock_timeout = {}; \
-         set local idle_in_transaction_session_timeout = {within}; set local synchronous_commit = off; {statements}; commit",
+         set local idle_in_transaction_session_timeout = {within}; \
+         set local synchronous_commit = off; {statements}; commit",
         within / 2
     )
 }
@@ -119,10 +125,10 @@ async fn renew(connection: &mut PgConnection, id: i64) -> Result<()> {
         .map_err(|error| errors::from_statement(error, "renew the host's lease"))
 }
 
-/// Ends the sessions of instances whose lease ran out, as far as they are in a transaction or read the log. Returns all such
-/// instances, each with how many sessions of it there were.
+/// Terminates sessions of instances with an expired lease, if they are in a transaction or read the
+/// WAL. Returns all such instances, each with its number of terminated sessions.
 async fn end_sessions(connection: &mut PgConnection, id: i64) -> Result<Vec<(i64, u64)>> {
-    let context = |error| errors::from_statement(error, "end the sessions of hosts that are gone");
+    let context = |error| errors::from_statement(error, "terminate the sessions of expired hosts");
     let end = transaction(&format!(
         "with gone as materialized (
              select id, lpad(to_hex(id), 16, '0') as name from oncely.host_instance
@@ -150,10 +156,10 @@ async fn end_sessions(connection: &mut PgConnection, id: i64) -> Result<Vec<(i64
         .map_err(context)
 }
 
-/// Releases what an instance has leased, and forgets it. None when another host was faster.
+/// Releases the leased outputs of an instance and deletes it. `None` if another host did so first.
 async fn remove_instance(connection: &mut PgConnection, id: i64) -> Result<Option<u64>> {
     let context =
-        |error| errors::from_statement(error, "release the leases of a host that is gone");
+        |error| errors::from_statement(error, "release the leases of an expired host");
     let forget = transaction(&format!(
         "with gone as (
              delete from oncely.host_instance where id = {id} returning id

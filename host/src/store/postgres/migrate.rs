@@ -1,4 +1,4 @@
-//! Brings the platform's own schema up to date.
+//! Migration of the platform's own schema.
 
 use std::collections::HashMap;
 
@@ -12,22 +12,22 @@ use crate::model::output_ids::OutputIds;
 use crate::store::Result;
 use crate::store::migrations::{self, Migration, migrations};
 
-/// A new file of `migrations/postgres` gets its line here.
+/// The files of `migrations/postgres`, in order.
 pub(in crate::store) const MIGRATIONS: &[Migration] = migrations![
     "postgres":
     "0001_baseline",
 ];
 
-/// Runs the migrations that have not run, in one transaction. Hosts that start together wait for each other on a lock
-/// that ends with the transaction: one of a session would stay behind in a pooler.
+/// Runs the migrations that have not run, in one transaction. Hosts that start together wait for
+/// each other on a lock of the transaction: a session lock would outlive it behind a pooler.
 pub(super) async fn run(sessions: &Sessions) -> anyhow::Result<()> {
     let mut session = sessions.begin(Purpose::Deploy).await?;
     prepare(&mut session)
         .await
-        .context("make the table of migrations")?;
+        .context("create the table of migrations")?;
     let applied = applied(&mut session)
         .await
-        .context("read which migrations ran")?;
+        .context("read applied migrations")?;
     for migration in migrations::due(MIGRATIONS, &applied)? {
         apply(&mut session, migration)
             .await
@@ -37,12 +37,12 @@ pub(super) async fn run(sessions: &Sessions) -> anyhow::Result<()> {
     session.commit().await.context("commit the migrations")
 }
 
-/// Reads the key that opens the door to the platform's tables. With `exposed` it is noted that workers' statements can read
-/// it, too, from now on.
+/// Reads the key for definer functions. `exposed` records that workers' statements can read it,
+/// too, from now on.
 pub(super) async fn load_definer_key(sessions: &Sessions, exposed: bool) -> Result<()> {
     let mut session = sessions.begin(Purpose::Platform).await?;
     let key = definer_key(&mut session, exposed).await;
-    let key = key.map_err(|error| errors::from_statement(error, "read the key of the door"))?;
+    let key = key.map_err(|error| errors::from_statement(error, "read the key for definer functions"))?;
     session.commit().await?;
     sessions.set_definer_key(key);
     Ok(())
@@ -60,7 +60,7 @@ async fn definer_key(session: &mut Session, exposed: bool) -> sqlx::Result<Vec<u
         .try_get(0)
 }
 
-/// The ids under which outputs travel.
+/// The generator of this installation's output ids.
 pub(super) async fn output_ids(sessions: &Sessions) -> anyhow::Result<OutputIds> {
     let mut session = sessions.begin(Purpose::Read).await?;
     let row = session

@@ -1,7 +1,7 @@
 //! PostgreSQL: many hosts, one database.
 //!
-//! It works through a pooler that gives a server connection away after each transaction: every operation is one
-//! explicit transaction, nothing is set beyond its end, and no lock outlives it.
+//! It works behind a pooler that assigns server connections per transaction. So every operation is
+//! one explicit transaction, and no setting or lock outlives it.
 
 mod alarms;
 mod attempts;
@@ -66,17 +66,17 @@ use crate::model::output_ids::OutputIds;
 use crate::model::sql::{Dialect, Functions};
 use crate::model::verdict::{DeadLetter, Settled};
 
-/// How long an operation waits for a connection before it answers that the database is unavailable.
+/// How long an operation waits for a connection before it fails as unavailable.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A PostgreSQL database, 15 or newer.
 pub struct PostgresStore {
     platform: Sessions,
     guests: Sessions,
-    /// The app's roles; none when guests' SQL is trusted.
+    /// The app's roles; `None` if guests' SQL is trusted.
     login: Option<Login>,
     functions: Catalog,
-    /// Whether guests' statements are filtered.
+    /// Whether guests' statements pass the statement filter.
     has_filter: bool,
     wal: Option<PostgresWal>,
     instance: Instance,
@@ -85,19 +85,28 @@ pub struct PostgresStore {
 }
 
 impl PostgresStore {
-    /// Connects to a database by its URL, with at most `connections` at a time but one for guests and one for the house at
-    /// least, brings its schema up to date, and gives guests' SQL a role of its own.
-    /// Behind a pooler that does not know prepared statements the URL ends in `?statement-cache-capacity=0`.
+    /// Connects to a database by its URL, migrates its schema and creates the roles for guests'
+    /// SQL.
+    ///
+    /// Opens at most `connections` connections, but at least one for guests and one for the
+    /// platform. Behind a pooler without prepared statements, the URL has to end in
+    /// `?statement-cache-capacity=0`.
+    ///
+    /// # Errors
+    /// The database is unreachable, belongs to a newer oncely, or refuses the roles.
     pub async fn connect(url: &str, connections: u32) -> anyhow::Result<Self> {
         let instance = Instance::new();
         let options = options(url, instance)?;
-        // Deliveries hold a connection for as long as their guests run; the house's own transactions are short.
+
+        // A delivery holds its connection while its guests run; platform transactions are short.
         let platform_connections = (connections / 4).max(1);
         let platform = connect_platform(options.clone(), platform_connections, instance).await?;
         let guest_connections = connections.saturating_sub(platform_connections).max(1);
+
+        // The roles of the app, and the guests' connections.
         let mut login = privileges::set_up(&platform, false)
             .await
-            .context("build the wall around guests' SQL")?;
+            .context("restrict guests' SQL by database privileges")?;
         migrate::load_definer_key(&platform, false).await?;
         let mut pool = guest_pool(&options, &login, guest_connections, instance);
         let mut checked = check_login(&pool, &login.role).await;
@@ -105,10 +114,10 @@ impl PostgresStore {
             if !errors::is_login_refused(&error) {
                 return Err(anyhow::Error::new(error).context("connect as the app's role"));
             }
-            // The role may have been made for another copy of this database.
+            // The stored password may be for another copy of this database: set it again.
             login = privileges::set_up(&platform, true)
                 .await
-                .context("build the wall around guests' SQL")?;
+                .context("restrict guests' SQL by database privileges")?;
             pool = guest_pool(&options, &login, guest_connections, instance);
             checked = check_login(&pool, &login.role).await;
         }
@@ -136,8 +145,11 @@ impl PostgresStore {
         })
     }
 
-    /// Like [`PostgresStore::connect`] for a database that lets nobody make roles: guests' SQL runs as the URL's user, and
-    /// only the statement filter keeps it from the platform's tables.
+    /// Like [`PostgresStore::connect`], for a database without permission to create roles. Guests'
+    /// SQL runs as the URL's user, and only the statement filter protects the platform's tables.
+    ///
+    /// # Errors
+    /// As [`PostgresStore::connect`], roles excepted.
     pub async fn connect_trusted(url: &str, connections: u32) -> anyhow::Result<Self> {
         let instance = Instance::new();
         let options = options(url, instance)?;
@@ -167,8 +179,11 @@ impl PostgresStore {
         })
     }
 
-    /// Can read the log of its database, through a connection to the server itself by a URL of its own. The slot is given up
-    /// when the server keeps more than `retained_max` bytes for it.
+    /// Adds the WAL as a source of outputs, through a direct connection to the server at `url`.
+    /// Hosts leave WAL mode if the server retains more than `retained_max` bytes for the slot.
+    ///
+    /// # Errors
+    /// The URL is invalid.
     pub fn with_wal(self, url: &str, retained_max: u64) -> anyhow::Result<Self> {
         let wal = PostgresWal::new(
             self.platform.clone(),
@@ -181,13 +196,13 @@ impl PostgresStore {
         })
     }
 
-    /// The functions that the filter lets guests call, so that a test can use the filter as this store does.
+    /// The functions that the statement filter permits, for tests of the filter.
     #[doc(hidden)]
     pub async fn functions(&self) -> Result<Arc<Functions>> {
         self.functions.current().await
     }
 
-    /// Lets guests' statements past the filter unread, so that a test can show what the privileges behind it hold.
+    /// Disables the statement filter, for tests of the database privileges behind it.
     #[doc(hidden)]
     #[must_use]
     pub fn without_filter(self) -> Self {
@@ -199,7 +214,7 @@ impl PostgresStore {
 }
 
 impl PostgresStore {
-    /// Under which terms the statements of the guests of one transaction run.
+    /// The environment of guests' statements in one transaction.
     async fn guests(&self) -> Result<Guests> {
         if self.platform.is_key_stale() {
             migrate::load_definer_key(&self.platform, self.login.is_none()).await?;
@@ -216,7 +231,7 @@ impl PostgresStore {
         })
     }
 
-    /// Does what is due next with the parts of a table, in a transaction of its own.
+    /// Runs the next rotation step of a table's partitions, in a transaction of its own.
     async fn rotate(
         &self,
         table: PartitionedTable,
@@ -230,10 +245,10 @@ impl PostgresStore {
     }
 }
 
-/// What to do when the server, or a pooler before it, does not let the app's role in.
-const LOGIN_HINT: &str = "the server (pg_hba.conf) and a pooler before it (PgBouncer: auth_query) have to let this role in \
-    with its password; or set guest_sql = \"trusted\", and only the check of its text keeps guests' SQL from the platform's \
-    tables";
+/// The hint for a login of the app's role that the server or a pooler refuses.
+const LOGIN_HINT: &str = "let this role log in with its password, at the server (pg_hba.conf) and \
+    at a pooler in front of it (PgBouncer: auth_query); or set guest_sql = \"trusted\", and only \
+    the statement filter keeps guests' SQL from the platform's tables";
 
 fn options(url: &str, instance: Instance) -> anyhow::Result<PgConnectOptions> {
     let options = PgConnectOptions::from_str(url).context("read the PostgreSQL URL")?;
@@ -243,7 +258,8 @@ fn options(url: &str, instance: Instance) -> anyhow::Result<PgConnectOptions> {
         .disable_statement_logging())
 }
 
-/// Connections are not tested when they are taken: `begin` finds out, and takes another.
+/// Connections are not tested when they are acquired. `begin` detects a broken one and acquires
+/// another.
 fn pool(options: PgConnectOptions, connections: u32) -> PgPool {
     PgPoolOptions::new()
         .max_connections(connections)
@@ -264,10 +280,10 @@ async fn connect_platform(
     let sessions = Sessions::new(pool(options, connections), named_statements, instance);
     migrate::run(&sessions)
         .await
-        .context("bring the PostgreSQL schema up to date")?;
+        .context("migrate the PostgreSQL schema")?;
     let output_ids = migrate::output_ids(&sessions)
         .await
-        .context("read the key of the outputs' ids")?;
+        .context("read the key of the output ids")?;
     Ok(sessions
         .with_output_ids(output_ids)
         .with_client_checks()
@@ -291,10 +307,11 @@ fn guest_pool(
     )
 }
 
-/// Whether a session of guests is really the role's: a pooler may log everybody in as one and the same user. Returns whether
-/// the role may release the advisory locks of its session; if not, it may not take any.
+/// Checks that guests' sessions are logged in as the role: a pooler may log in all clients as one
+/// user. Returns whether the role may release the advisory locks of its session. If not, it cannot
+/// acquire any either.
 async fn check_login(pool: &PgPool, role: &str) -> sqlx::Result<bool> {
-    // One message: behind a pooler a statement may be prepared on one connection and run on another.
+    // One simple query: behind a pooler, a prepared statement may execute on another connection.
     let row = sqlx::raw_sql(
         "select session_user::text, has_function_privilege('pg_catalog.pg_advisory_unlock_all()', 'execute')::text",
     )
@@ -305,7 +322,7 @@ async fn check_login(pool: &PgPool, role: &str) -> sqlx::Result<bool> {
         return Ok(releases_locks == "true");
     }
     Err(sqlx::Error::Configuration(
-        format!("the connection for {role} is one of {user}: {LOGIN_HINT}").into(),
+        format!("the connection for {role} is logged in as {user}: {LOGIN_HINT}").into(),
     ))
 }
 
@@ -422,7 +439,8 @@ impl Store for PostgresStore {
     }
 
     async fn mark_published(&self, published: &[Published]) -> Result<()> {
-        // Outputs whose mark is lost are swept, and found where they are.
+        // If the record is lost in a crash, the poller leases the output and finds it on its
+        // stream.
         let mut session = self.platform.begin(Purpose::AsyncCommit).await?;
         outbox::mark_published(&mut session, published).await?;
         session.commit().await

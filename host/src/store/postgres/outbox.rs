@@ -1,4 +1,4 @@
-//! The outbox: what committed and is to be published.
+//! The outbox: committed outputs that are to be published.
 
 use std::time::Duration;
 
@@ -23,9 +23,9 @@ pub(super) async fn append(
     append_for(session, &outputs, lease).await
 }
 
-/// Appends outputs, each with its worker, in order. Those that are due at once are leased to this host and returned;
-/// delayed ones are leased to nobody, but only due after their delay. The clock is read when they are written: the
-/// transaction may have begun long before.
+/// Appends outputs, each with its worker, in order. Outputs that are due at once are leased to this
+/// host and returned. Delayed ones are not leased and become due later. Times are read at the
+/// write, because the transaction may have begun long before.
 pub(super) async fn append_for(
     session: &mut Session,
     outputs: &[(&str, &Output)],
@@ -56,15 +56,15 @@ pub(super) async fn append_for(
     Ok(appended)
 }
 
-/// A row as it was just written.
+/// An appended row.
 struct Appended {
     seq: i64,
-    /// None when it is left to the sweep.
+    /// `None` if the row is left to the poller.
     first_attempt_at: Option<Timestamp>,
     blocked_by: Vec<i64>,
 }
 
-/// Inserts outputs and returns, in their order, what became of each.
+/// Inserts outputs and returns their rows in order.
 async fn insert(
     session: &mut Session,
     outputs: &[(&str, Output)],
@@ -138,8 +138,9 @@ async fn insert(
     Ok(rows)
 }
 
-/// Leases what is due, oldest first; rows that another host is leasing right now are left to it. What is due but not the
-/// next of its key waits for the last one before it, or for what that one waits for: it comes again once that is gone.
+/// Leases due outputs, oldest first, and skips rows that another host is leasing. A due output that
+/// is not the first of its per-key queue becomes blocked. Its blocker is the last output before it,
+/// or the output that blocks that one. It is due again after its blocker is published or dropped.
 pub(super) async fn lease(
     session: &mut Session,
     limit: u32,
@@ -196,7 +197,7 @@ pub(super) async fn lease(
     Ok(leased)
 }
 
-/// Lets go of what waits behind rows that are published or gone.
+/// Makes outputs due whose blocking output is published or dropped.
 async fn unblock(session: &mut Session) -> Result<()> {
     let query = session.query(
         "with gone as materialized (
@@ -211,11 +212,14 @@ async fn unblock(session: &mut Session) -> Result<()> {
          from freed where outbox.seq = freed.seq",
     );
     let freed = query.execute(session.connection()).await;
-    freed.map_err(|error| errors::from_statement(error, "let outputs go that waited"))?;
+    freed.map_err(|error| errors::from_statement(error, "unblock outputs"))?;
     Ok(())
 }
 
-/// Records where outputs are. All of them must be there.
+/// Records the places of published outputs.
+///
+/// # Errors
+/// `Unavailable` if one of them is not in the outbox.
 pub(super) async fn mark_published(session: &mut Session, published: &[Published]) -> Result<()> {
     let sequences: Vec<i64> = published
         .iter()
@@ -239,11 +243,11 @@ pub(super) async fn mark_published(session: &mut Session, published: &[Published
         .bind(sequences)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "mark outputs as published"))?;
+        .map_err(|error| errors::from_statement(error, "record published outputs"))?;
     shared::check_count(result.rows_affected(), published.len())
 }
 
-/// Gives leases up, as far as this host still has them: another one may have taken over meanwhile.
+/// Releases leases that this host still has: another host may have taken over meanwhile.
 pub(super) async fn release(session: &mut Session, rows: &[(i64, Unpublished)]) -> Result<()> {
     if rows.is_empty() {
         return Ok(());
@@ -285,11 +289,11 @@ pub(super) async fn release(session: &mut Session, rows: &[(i64, Unpublished)]) 
         )
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "put outputs back"))?;
+        .map_err(|error| errors::from_statement(error, "release outputs"))?;
     Ok(())
 }
 
-/// Has outputs go by polling that went by the log.
+/// Leaves WAL outputs to the poller.
 pub(super) async fn move_to_polling(
     session: &mut Session,
     rows: &[(i64, Unpublished)],
@@ -303,6 +307,6 @@ pub(super) async fn move_to_polling(
         .bind(rows.iter().map(|(seq, _)| *seq).collect::<Vec<_>>())
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "bring outputs over from the log"))?;
+        .map_err(|error| errors::from_statement(error, "move outputs from the WAL to polling"))?;
     release(session, rows).await
 }

@@ -1,4 +1,4 @@
-//! Outputs as people see them: what waits for a person, and what becomes of it.
+//! Outputs as operators see them: lists, retries and drops of parked ones, and the publishing lag.
 
 use std::collections::BTreeMap;
 
@@ -6,7 +6,7 @@ use super::errors;
 use super::session::Session;
 use crate::store::{OutboxLag, OutputFilter, OutputRecord, OutputSummary, Result, rows, shared};
 
-/// The columns of a summary, from the outbox and from what was dropped. Times are in microseconds.
+/// The columns of a summary, from the outbox and the dropped outputs. Times are in microseconds.
 macro_rules! summaries {
     ($rest:literal) => {
         concat!(
@@ -42,7 +42,7 @@ macro_rules! summaries {
     };
 }
 
-/// Outputs that are set aside, or all that are not published, oldest first; or those that were dropped, newest first.
+/// Parked or all unpublished outputs, oldest first; or dropped ones, newest first.
 pub(super) async fn list(
     session: &mut Session,
     filter: &OutputFilter,
@@ -79,7 +79,7 @@ pub(super) async fn find(session: &mut Session, number: i64) -> Result<Option<Ou
     row.as_ref().map(rows::output).transpose()
 }
 
-/// Has outputs that are set aside published after all.
+/// Makes parked outputs due.
 pub(super) async fn retry(session: &mut Session, numbers: &[i64]) -> Result<u64> {
     let query = session.query(
         "update oncely.outbox set parked_at = null, leased_until = pg_catalog.now()
@@ -91,7 +91,7 @@ pub(super) async fn retry(session: &mut Session, numbers: &[i64]) -> Result<u64>
         .rows_affected())
 }
 
-/// Moves outputs that are set aside to those that were dropped.
+/// Moves parked outputs to the dropped ones.
 pub(super) async fn drop(session: &mut Session, numbers: &[i64], note: &str) -> Result<u64> {
     let query = session.query(
         "with gone as (
@@ -113,7 +113,7 @@ pub(super) async fn drop(session: &mut Session, numbers: &[i64], note: &str) -> 
         .rows_affected())
 }
 
-/// How far publishing is behind, by worker.
+/// The publishing lag, by worker.
 pub(super) async fn lag(session: &mut Session) -> Result<Vec<OutboxLag>> {
     let query = session.query(
         "with unpublished as (
@@ -133,17 +133,17 @@ pub(super) async fn lag(session: &mut Session) -> Result<Vec<OutboxLag>> {
     let rows = query
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "measure how far publishing is behind"))?;
+        .map_err(|error| errors::from_statement(error, "measure the publishing lag"))?;
     rows.iter().map(rows::lag).collect()
 }
 
-/// By worker, how many outputs had to change their id.
+/// How many outputs changed their id because it was taken, by worker.
 pub(super) async fn taken_ids(session: &mut Session) -> Result<BTreeMap<String, u64>> {
     let query = session
         .query("select worker, pg_catalog.count(*) as taken from oncely.outbox where ids_taken > 0 group by worker");
     let rows = query
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "count the ids that were taken"))?;
+        .map_err(|error| errors::from_statement(error, "count taken ids"))?;
     rows.iter().map(rows::taken_ids).collect()
 }

@@ -1,8 +1,10 @@
-//! Inbox and outbox in parts, by time: what had its time goes with a whole part, by `truncate`, never row by row.
+//! Inbox, outbox and requests partitioned by time: expired rows leave with a whole partition, by
+//! `truncate`, and not row by row.
 //!
-//! A part is turned away from after half the time that rows are kept, and emptied once its last row had all of it. So there
-//! are two earlier parts as a rule and three while one is emptied, and rows leave after once to one and a half times as long.
-//! See the migration `parts` for why event ids stay unique meanwhile.
+//! The current partition is rotated after half the retention, and truncated once its last row has
+//! expired. So there are usually two earlier partitions, and three while one is truncated. Rows are
+//! kept for 1 to 1.5 times the retention. See `inbox_partitions` in
+//! `migrations/postgres/0001_baseline.sql` for why event ids stay unique.
 
 use std::time::Duration;
 
@@ -18,10 +20,10 @@ use super::totals;
 use crate::store::archive::ArchiveFile;
 use crate::store::{Result, RetentionPolicy, StoreError, shared};
 
-/// How many parts there are.
+/// The number of partitions per table.
 const PARTITIONS: i16 = 4;
 
-/// Which table turns.
+/// A partitioned table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum PartitionedTable {
     Inbox,
@@ -39,22 +41,22 @@ impl PartitionedTable {
     }
 }
 
-/// What stands in `oncely.partition_rotation`.
+/// A row of `oncely.partition_rotation`.
 #[derive(Debug)]
 struct Rotation {
     now: Timestamp,
     part: i16,
     opened_at: Timestamp,
-    /// Oldest first, each with the time when it was closed.
+    /// Oldest first, each with the time when it stopped being the current one.
     earlier: Vec<(i16, Timestamp)>,
 }
 
-/// What is to be done next.
+/// The next step of a rotation.
 #[derive(Debug, PartialEq, Eq)]
 enum RotationStep {
-    /// Empty the oldest of the earlier parts.
+    /// Truncate the oldest of the earlier partitions.
     Truncate,
-    /// Write to this part from now on.
+    /// Make this partition the current one.
     RotateTo(i16),
 }
 
@@ -83,9 +85,12 @@ impl Rotation {
     }
 }
 
-/// Does what is due next with one table whose rows are kept for `keep`; says whether something was done. Nothing is while
-/// another host is at it, or while more rows than `what` allows would have to move on to the current part. Transactions under
-/// way that do not end in time are a conflict.
+/// Runs the next step for a table whose rows are kept for `keep`. Returns whether a step was done.
+/// None is done while another host runs one, or if more rows than `retention.limit` would have to
+/// move to the current partition.
+///
+/// # Errors
+/// `Conflict` if an open transaction does not end in time.
 pub(super) async fn step(
     session: &mut Session,
     table: PartitionedTable,
@@ -104,7 +109,7 @@ pub(super) async fn step(
                 "set local lock_timeout = {}",
                 retention.lock_timeout.as_millis()
             ),
-            "be patient",
+            "set the lock timeout",
         )
         .await?;
     match step {
@@ -113,7 +118,7 @@ pub(super) async fn step(
     }
 }
 
-/// Where a table stands; none when another host is at it.
+/// The rotation of a table, locked; `None` if another host holds the lock.
 async fn read(session: &mut Session, table: PartitionedTable) -> Result<Option<Rotation>> {
     let query = session.query(
         "select partition, earlier, (extract(epoch from opened_at) * 1000000)::bigint as opened_at,
@@ -126,7 +131,7 @@ async fn read(session: &mut Session, table: PartitionedTable) -> Result<Option<R
         .bind(table.name())
         .fetch_optional(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "look which part is written to"))?;
+        .map_err(|error| errors::from_statement(error, "lock a partition rotation"))?;
     let read = |row: PgRow| -> anyhow::Result<Rotation> {
         let earlier: Vec<i16> = row.try_get("earlier")?;
         let closed_at: Vec<i64> = row.try_get("closed_at")?;
@@ -140,19 +145,20 @@ async fn read(session: &mut Session, table: PartitionedTable) -> Result<Option<R
     };
     row.map(|row| {
         read(row)
-            .context("read which part is written to")
+            .context("read a partition rotation")
             .map_err(StoreError::Unavailable)
     })
     .transpose()
 }
 
-/// Writes to another part from now on. Where ids are claimed, waits for all who asked which one it is.
+/// Makes another partition the current one. For tables with claims, waits for all transactions that
+/// have read the current partition.
 async fn rotate_to(session: &mut Session, table: PartitionedTable, part: i16) -> Result<()> {
     if table != PartitionedTable::Outbox {
         session
             .run(
                 "lock table oncely.partition_rotation in exclusive mode".to_owned(),
-                "turn to another part",
+                "rotate the partitions",
             )
             .await?;
     }
@@ -166,11 +172,12 @@ async fn rotate_to(session: &mut Session, table: PartitionedTable, part: i16) ->
         .bind(part)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "turn to another part"))?;
+        .map_err(|error| errors::from_statement(error, "rotate the partitions"))?;
     Ok(())
 }
 
-/// Empties the oldest part; what has not had its time moves on to the current one. Says whether it was done.
+/// Truncates the oldest partition after moving its unexpired rows to the current one. Returns
+/// whether it was done.
 async fn truncate_oldest(
     session: &mut Session,
     table: PartitionedTable,
@@ -183,6 +190,8 @@ async fn truncate_oldest(
     };
     let (name, current) = (table.name(), rotation.part);
     let still_needed = still_needed(table, keep);
+
+    // An outbox partition stays while it has many unpublished rows, or unpublished WAL outputs.
     if table == PartitionedTable::Outbox
         && (has_more_than(session, *part, &still_needed, retention.limit).await?
             || has_wal_outputs(session, *part).await?)
@@ -192,7 +201,8 @@ async fn truncate_oldest(
     if table == PartitionedTable::Inbox {
         totals::record_completed_redrives(session).await?;
     }
-    // What was answered is nobody's to keep.
+
+    // Archive the expired rows. Answers to requests are not archived.
     if let (Some(folder), PartitionedTable::Inbox | PartitionedTable::Outbox) =
         (&retention.archive, table)
     {
@@ -210,28 +220,32 @@ async fn truncate_oldest(
         )
         .await?;
     }
+
+    // Wait for transactions that use the partition.
     session
         .run(
             format!("lock table oncely.{name}_{part} in access exclusive mode"),
-            "empty a part",
+            "lock a partition",
         )
         .await?;
     if table == PartitionedTable::Outbox {
         settle_wal_outputs(session, *part, current, &still_needed).await?;
     }
+
+    // Move the unexpired rows, then truncate.
     let emptied = format!(
         "update oncely.{name} set partition = {current} where partition = {part} and {still_needed};
          truncate oncely.{name}_{part};
          update oncely.partition_rotation set earlier = earlier[2:], closed_at = closed_at[2:] where table_name = '{name}'"
     );
-    session.run(emptied, "empty a part").await?;
+    session.run(emptied, "truncate a partition").await?;
     Ok(true)
 }
 
-/// Which rows of an earlier part are still needed.
+/// The condition for unexpired rows of an earlier partition.
 fn still_needed(table: PartitionedTable, keep: Duration) -> String {
     match table {
-        // What is dead stays settled for as long as somebody may put it back.
+        // A dead event stays settled while its dead letter can be redriven.
         PartitionedTable::Inbox => "inbox.state = 'dead' and exists (
              select from oncely.dead_letter where dead_letter.worker = inbox.worker
                  and dead_letter.event_id = inbox.event_id and dead_letter.state in ('open', 'redriven'))"
@@ -248,16 +262,16 @@ fn still_needed(table: PartitionedTable, keep: Duration) -> String {
     }
 }
 
-/// Writes rows to a file. What is published, or settled, for so long does not change any more.
+/// Writes rows to an archive. Published or settled rows of this age no longer change.
 async fn archive(session: &mut Session, rows: &str, file: ArchiveFile) -> Result<()> {
-    let context = |error| errors::from_statement(error, "archive a part");
+    let context = |error| errors::from_statement(error, "archive a partition");
     session
         .run(
             "set local statement_timeout = 0".to_owned(),
-            "archive a part",
+            "archive a partition",
         )
         .await?;
-    // What JSON cannot hold takes the place of quotes and delimiters, so that lines come as they are.
+    // The quote and the delimiter are characters that JSON cannot contain, so lines are unquoted.
     let copy = format!(
         "copy (select pg_catalog.row_to_json(leaving) from ({rows}) as leaving) to stdout
          with (format csv, quote E'\\x01', delimiter E'\\x02')"
@@ -273,7 +287,7 @@ async fn archive(session: &mut Session, rows: &str, file: ArchiveFile) -> Result
     file.finish().await
 }
 
-/// Whether more rows of a part of the outbox than `limit` would have to move on.
+/// Whether an outbox partition has more than `limit` unexpired rows.
 async fn has_more_than(
     session: &mut Session,
     part: i16,
@@ -289,11 +303,11 @@ async fn has_more_than(
         .await
         .and_then(|row| row.try_get(0));
     let count: i64 =
-        counted.map_err(|error| errors::from_statement(error, "count what is left in a part"))?;
+        counted.map_err(|error| errors::from_statement(error, "count the unexpired rows of a partition"))?;
     Ok(count > i64::from(limit))
 }
 
-/// Whether something in a part of the outbox is yet to be published from the log.
+/// Whether an outbox partition has unpublished WAL outputs.
 async fn has_wal_outputs(session: &mut Session, part: i16) -> Result<bool> {
     let query = session.query(
         "select exists (select from oncely.wal_backlog() as unpublished where exists (
@@ -304,11 +318,11 @@ async fn has_wal_outputs(session: &mut Session, part: i16) -> Result<bool> {
         .fetch_one(session.connection())
         .await
         .and_then(|row| row.try_get(0));
-    row.map_err(|error| errors::from_statement(error, "look for what is in the log"))
+    row.map_err(|error| errors::from_statement(error, "find unpublished outputs in the WAL"))
 }
 
-/// Moves on what was published from the log a short while ago. As rows that went by polling: as others they would be in the
-/// log a second time.
+/// Moves outputs that were recently published from the WAL to the current partition. They become
+/// polled rows: as WAL rows they would be written to the WAL a second time.
 async fn settle_wal_outputs(
     session: &mut Session,
     part: i16,
@@ -324,10 +338,11 @@ async fn settle_wal_outputs(
                    cross join unnest(record.seqs, record.sequences) as one (seq, sequence)) as recorded
          where partition = {part} and via = 'wal' and seq = recorded_seq and {still_needed}"
     );
-    session.run(settled, "move outputs of the log on").await
+    session.run(settled, "move published outputs of the WAL").await
 }
 
-/// What is archived of an output once some were published from the log: where and when, too.
+/// The archived columns once outputs were published from the WAL: with place and time of
+/// publication.
 const WITH_WAL_RECORDS: &str =
     "outbox.*, (select pg_catalog.to_json(recorded) from oncely.find_relay_record(outbox.seq) as recorded
     where outbox.via = 'wal') as relay_record";
@@ -338,11 +353,11 @@ async fn has_wal_records(session: &mut Session) -> Result<bool> {
         .fetch_one(session.connection())
         .await
         .and_then(|row| row.try_get(0));
-    row.map_err(|error| errors::from_statement(error, "look for records of the log"))
+    row.map_err(|error| errors::from_statement(error, "find relay records"))
 }
 
-/// Deletes records of what was published from the log once the outputs have left, at most `limit`. Returns whether there may
-/// be more.
+/// Deletes at most `limit` records of outputs that were published from the WAL and are deleted.
+/// Returns whether there may be more.
 pub(super) async fn delete_wal_records(
     session: &mut Session,
     keep: Duration,
@@ -360,12 +375,12 @@ pub(super) async fn delete_wal_records(
         .bind(i64::from(limit))
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "delete old records of the log"))?;
+        .map_err(|error| errors::from_statement(error, "delete old relay records"))?;
     Ok(result.rows_affected() == u64::from(limit))
 }
 
-/// Deletes attempts that are older than `keep` and belong to no dead letter, at most `limit`. Returns whether there may be
-/// more.
+/// Deletes at most `limit` attempts that are older than `keep` and belong to no dead letter.
+/// Returns whether there may be more.
 pub(super) async fn delete_attempts(
     session: &mut Session,
     keep: Duration,
@@ -388,8 +403,8 @@ pub(super) async fn delete_attempts(
     Ok(result.rows_affected() == u64::from(limit))
 }
 
-/// Removes the rows of keys of keyed state that were deleted a while ago. New keys of their workers begin above their
-/// versions. Returns whether there may be more.
+/// Deletes at most `limit` rows of keys of keyed state that were deleted a while ago. New keys of
+/// their workers start above the versions of those rows. Returns whether there may be more.
 pub(super) async fn delete_deleted_state(session: &mut Session, limit: u32) -> Result<bool> {
     let query = session.query(
         "with gone as (
@@ -410,10 +425,10 @@ pub(super) async fn delete_deleted_state(session: &mut Session, limit: u32) -> R
         .bind(i64::from(limit))
         .fetch_one(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "remove deleted keys of state"))?;
+        .map_err(|error| errors::from_statement(error, "delete the rows of deleted state keys"))?;
     let gone: i64 = row
         .try_get(0)
-        .map_err(|error| errors::from_statement(error, "count deleted keys of state"))?;
+        .map_err(|error| errors::from_statement(error, "count the rows of deleted state keys"))?;
     Ok(gone == i64::from(limit))
 }
 
@@ -455,7 +470,7 @@ mod tests {
         assert_eq!(
             rotation(1, 940, &[(2, 901), (3, 905), (0, 940)]).next(KEEP),
             None,
-            "none is empty"
+            "no partition is empty"
         );
         assert_eq!(
             rotation(3, 900, &[(2, 950)]).next(KEEP),

@@ -1,9 +1,9 @@
-//! The wall around guests' SQL: a login role of the app's own, which owns nothing and may do nothing but read and write
-//! the app's tables.
+//! Database privileges for guests' SQL: a login role per app, which owns nothing and can only read
+//! and write the app's tables.
 //!
-//! A role that a session was switched to can be switched back by any statement; the role that it logged in as cannot. So
-//! guests get connections of their own. What their transactions do for the platform goes through the functions of
-//! `migrations/postgres/0001_baseline.sql`.
+//! Any statement can undo `set role`, but not the login role of its session. So guests get
+//! connections of their own. In their transactions, the host reaches the platform's tables through
+//! the definer functions of `migrations/postgres/0001_baseline.sql`.
 
 use anyhow::{Context, ensure};
 use sha2::{Digest, Sha256};
@@ -14,14 +14,14 @@ use super::errors;
 use super::session::{Purpose, Session, Sessions};
 use crate::model::hint::WithHint;
 
-/// PostgreSQL cuts longer names.
+/// PostgreSQL truncates longer names.
 const NAME_BYTES_MAX: usize = 63;
 
-/// Functions that outlive a transaction, reach around it, or touch other sessions.
+/// Functions with effects beyond the transaction, or on other sessions.
 const UNSAFE_FUNCTIONS: &str = "^(set_config|pg_sleep.*|pg_advisory_.*|pg_try_advisory_.*|pg_notify|lo_.*|loread|lowrite\
     |pg_logical_emit_message|pg_cancel_backend|pg_terminate_backend|pg_export_snapshot|pg_stat_get_activity|dblink.*)$";
 
-/// As whom guests' sessions log in.
+/// The login of guests' sessions.
 #[derive(Clone)]
 pub(super) struct Login {
     pub role: String,
@@ -30,25 +30,30 @@ pub(super) struct Login {
     owner: String,
 }
 
-/// Makes the app's roles, or brings them up to date. With `again` the login role gets the password that is kept for it
-/// even if it had one.
+/// Creates or updates the app's roles. With `reset_password`, the login role gets its stored
+/// password even if it exists.
 pub(super) async fn set_up(sessions: &Sessions, reset_password: bool) -> anyhow::Result<Login> {
     let mut session = sessions.begin(Purpose::Platform).await?;
+    // The names of the roles, under the lock of all hosts.
     let database = lock(&mut session).await.context("wait for other hosts")?;
     let (role, owner) = (
         role_name("oncely_app_default_", &database),
         role_name("oncely_owner_default_", &database),
     );
+
+    // The roles.
     let reset_password = reset_password
         || renew_key(&mut session)
             .await
-            .context("renew what workers' SQL could read")?;
+            .context("renew the key and the password")?;
     let password = ensure_login(&mut session, &role, reset_password).await?;
     ensure_owner(&mut session, &owner).await?;
     check_role(&mut session, &role).await?;
     for member_of in [&role, &owner] {
         grant_membership(&mut session, member_of).await?;
     }
+
+    // Their privileges.
     for grant in grants(&role, &owner, &database) {
         run(&mut session, &grant)
             .await
@@ -56,19 +61,19 @@ pub(super) async fn set_up(sessions: &Sessions, reset_password: bool) -> anyhow:
     }
     transfer_ownership(&mut session, &owner)
         .await
-        .context("hand the app's tables to their owner")?;
+        .context("transfer the app's tables to their owner")?;
     grant_tables(&mut session, &role)
         .await
-        .context("let the app's role at its tables")?;
+        .context("grant the app's tables to its role")?;
     let remaining = revoke_excess(&mut session, &role, &owner, &database)
         .await
-        .context("take rights away")?;
+        .context("revoke excess privileges")?;
     session.commit().await.context("commit the roles")?;
     if !remaining.is_empty() {
         tracing::warn!(
-            "guests' SQL keeps some rights that only a superuser can take away, and the statement filter alone refuses to use: {}; \
-             see docs/configuration.md",
-            remaining.join(", ")
+            privileges = remaining.join(", "),
+            "guests' SQL keeps privileges that only a superuser can revoke; \
+             only the statement filter prevents their use; see docs/configuration.md"
         );
     }
     Ok(Login {
@@ -79,20 +84,20 @@ pub(super) async fn set_up(sessions: &Sessions, reset_password: bool) -> anyhow:
 }
 
 impl Login {
-    /// Makes what follows in the transaction, a migration, belong to the app's owner.
+    /// The statement that makes objects created later in the transaction belong to the app's owner.
     pub(super) fn become_owner(&self) -> String {
         format!("set local role {};", quoted(&self.owner))
     }
 }
 
-/// One host at a time; returns the database's name.
+/// Locks out other hosts, and returns the database's name.
 async fn lock(session: &mut Session) -> sqlx::Result<String> {
     let query = session
         .query("select current_database()::text from pg_advisory_xact_lock(hashtextextended('oncely migrates', 0))");
     query.fetch_one(session.connection()).await?.try_get(0)
 }
 
-/// Roles are the cluster's, so the database is part of their names.
+/// Roles are global to the cluster, so their names contain the database.
 fn role_name(prefix: &str, database: &str) -> String {
     let name = format!("{prefix}{database}");
     if name.len() <= NAME_BYTES_MAX {
@@ -108,7 +113,8 @@ fn role_name(prefix: &str, database: &str) -> String {
     format!("{prefix}{short}_{digest}")
 }
 
-/// Makes a new key of the door and a new password if workers' SQL, running as the host's own role, could read the old ones.
+/// Renews the key for definer functions and the password, if workers' SQL could read them because
+/// it ran as the host's role.
 async fn renew_key(session: &mut Session) -> sqlx::Result<bool> {
     let renewed = session
         .query("select oncely.renew_definer_key()")
@@ -116,9 +122,7 @@ async fn renew_key(session: &mut Session) -> sqlx::Result<bool> {
         .await?
         .try_get(0)?;
     if renewed {
-        tracing::info!(
-            "renewed the key of the platform's functions, which workers' SQL could read before"
-        );
+        tracing::info!("renewed the key for definer functions, which workers' SQL could read");
     }
     Ok(renewed)
 }
@@ -148,13 +152,14 @@ async fn ensure_login(
 fn refused(error: sqlx::Error, role: &str) -> anyhow::Error {
     let is_privilege = errors::is_insufficient_privilege(&error);
     let error = anyhow::Error::new(error)
-        .context(format!("make the role {role}, as which guests' SQL runs"));
+        .context(format!("create the role {role} for guests' SQL"));
     if !is_privilege {
         return error;
     }
     error.hint(
-        "let the database user make roles (`alter role … createrole`), or set guest_sql = \"trusted\": guests' SQL then runs \
-         as the host's own database user, and only the check of its text keeps it from the platform's tables",
+        "allow the database user to create roles (`alter role … createrole`), \
+         or set guest_sql = \"trusted\": guests' SQL then runs as the host's own database user, \
+         and only the statement filter keeps it from the platform's tables",
     )
 }
 
@@ -164,7 +169,7 @@ async fn ensure_owner(session: &mut Session, owner: &str) -> anyhow::Result<()> 
         .bind(owner)
         .fetch_one(session.connection())
         .await
-        .context("look for the owner of the app's tables")?;
+        .context("find the owner role of the app's tables")?;
     if !row.try_get::<bool, _>(0)? {
         let create = format!(
             "create role {} nologin nosuperuser noinherit nocreatedb nocreaterole",
@@ -177,7 +182,7 @@ async fn ensure_owner(session: &mut Session, owner: &str) -> anyhow::Result<()> 
     Ok(())
 }
 
-/// Somebody may have given the role more than it was made with.
+/// Checks that the role has no more than its own grants, as someone may have changed it.
 async fn check_role(session: &mut Session, role: &str) -> anyhow::Result<()> {
     let query = session.query(
         "select rolsuper or rolcreatedb or rolcreaterole or rolreplication or rolbypassrls
@@ -188,19 +193,19 @@ async fn check_role(session: &mut Session, role: &str) -> anyhow::Result<()> {
         .bind(role)
         .fetch_one(session.connection())
         .await
-        .context("look at the app's role")?;
+        .context("read the app's role")?;
     ensure!(
         !row.try_get::<bool, _>(0)?,
-        "the role {role}, as which guests' SQL runs, has attributes or memberships; it must have none: drop them, and start again"
+        "the role {role} for guests' SQL has attributes or memberships; remove them, then restart"
     );
     Ok(())
 }
 
-/// What the roles need, and the settings their sessions begin with. Granting again changes nothing.
+/// The grants and session settings of the roles. They are idempotent.
 fn grants(role: &str, owner: &str, database: &str) -> Vec<String> {
     let (role, owner, database) = (quoted(role), quoted(owner), quoted(database));
     let mut grants = vec![
-        // Outside of the transactions that the host begins, the session can change nothing.
+        // Outside of the host's transactions, the session is read-only.
         format!("alter role {role} in database {database} set default_transaction_read_only = on"),
         format!("alter role {role} in database {database} set search_path = app_default, pg_temp"),
         format!("alter role {role} in database {database} set statement_timeout = '60s'"),
@@ -221,15 +226,16 @@ fn grants(role: &str, owner: &str, database: &str) -> Vec<String> {
     grants
 }
 
-/// The host acts as the owner in migrations, and ends sessions of the login role that hang.
+/// Makes the host a member of a role: it acts as the owner in migrations, and terminates hanging
+/// sessions of the login role.
 async fn grant_membership(session: &mut Session, role: &str) -> anyhow::Result<()> {
-    // Whoever made a role is a member at once from PostgreSQL 16 on, but not one that may use it.
+    // From PostgreSQL 16 on, the creator of a role is a member without permission to use it.
     let query = session.query("select pg_has_role($1, 'usage')");
     let row = query
         .bind(role)
         .fetch_one(session.connection())
         .await
-        .context("look at the roles of the host")?;
+        .context("read the roles of the host")?;
     if row.try_get(0)? {
         return Ok(());
     }
@@ -238,7 +244,7 @@ async fn grant_membership(session: &mut Session, role: &str) -> anyhow::Result<(
         .with_context(|| format!("join the role {role}"))
 }
 
-/// Tables that were made while the host ran with `guest_sql = "trusted"` belong to the host.
+/// Transfers tables of the host, created under `guest_sql = "trusted"`, to the owner.
 async fn transfer_ownership(session: &mut Session, owner: &str) -> anyhow::Result<()> {
     let query = session.query(
         "select format('alter %s %s owner to ', case relkind when 'v' then 'view' when 'm' then 'materialized view'
@@ -259,7 +265,7 @@ async fn transfer_ownership(session: &mut Session, owner: &str) -> anyhow::Resul
     Ok(())
 }
 
-/// Lets the login role read and write the tables that were there before it; later ones come with these rights.
+/// Grants the login role access to existing tables. Later ones have it by default privileges.
 async fn grant_tables(session: &mut Session, role: &str) -> anyhow::Result<()> {
     let query = session.query(
         "select format('grant %s %s to ', case relkind when 'S' then 'usage, select on sequence'
@@ -276,8 +282,8 @@ async fn grant_tables(session: &mut Session, role: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Takes from everybody what guests could misuse and nobody gave to the login role by name. Returns what is left: the
-/// host may take away only what belongs to its database user.
+/// Revokes from PUBLIC the privileges that guests could misuse. Returns the remaining ones: the
+/// host can only revoke privileges that its database user granted.
 async fn revoke_excess(
     session: &mut Session,
     role: &str,
@@ -307,20 +313,21 @@ async fn revoke_excess(
         .iter()
         .map(name)
         .collect::<sqlx::Result<Vec<_>>>()?;
-    // Who may not take a right away gets no error from PostgreSQL, only a notice.
+
+    // PostgreSQL reports a revoke without permission only as a notice, so compare before and after.
     let mut revoked = before.iter().map(name).collect::<sqlx::Result<Vec<_>>>()?;
     revoked.retain(|right| !remaining.contains(right));
     if !revoked.is_empty() {
         tracing::info!(
-            "took from everybody, for guests would have it too: {}",
-            revoked.join(", ")
+            privileges = revoked.join(", "),
+            "revoked from PUBLIC, to keep them from guests"
         );
     }
     Ok(remaining)
 }
 
-/// The rights that the login role has only because everybody has them: `what` to take away, who gets it `back`, and its
-/// `name` for people.
+/// The privileges that the login role has only through PUBLIC: `what` to revoke, the roles that get
+/// it `back`, and its `name` for display.
 async fn excess_privileges(session: &mut Session, role: &str) -> sqlx::Result<Vec<PgRow>> {
     let query = session.query(
         "select 'temporary on database {database}' as what, null as back, 'temporary tables' as name
@@ -350,7 +357,7 @@ async fn run(session: &mut Session, statement: &str) -> sqlx::Result<()> {
     Ok(())
 }
 
-/// A name as it stands in a statement.
+/// A quoted identifier.
 fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }

@@ -1,4 +1,4 @@
-//! What is done to dead letters: put back, corrected, closed.
+//! Actions on dead letters: redrive, edit, close.
 
 use std::collections::HashMap;
 
@@ -17,12 +17,14 @@ use crate::store::{
     Redrive, RedriveLookup, Result, StoreError, rows, shared,
 };
 
-/// Puts letters back. Their rows are locked first, so that of two who do so at the same time one comes too late.
+/// Redrives dead letters. Their rows are locked first, so that only one of two concurrent redrives
+/// succeeds.
 pub(super) async fn redrive(
     session: &mut Session,
     wanted: &[Redrive],
     attribution: &Attribution,
 ) -> Result<(Vec<DeadLetterActionResult>, Vec<OutboxRow>)> {
+    // Lock the dead letters and check each.
     let ids: Vec<i64> = wanted.iter().map(|redrive| redrive.id).collect();
     let mut refused = Vec::new();
     let mut dead_letters = Vec::new();
@@ -37,9 +39,13 @@ pub(super) async fn redrive(
         .iter()
         .map(|dead_letter| dead_letter.id)
         .collect();
+
+    // Start the next generation.
     clear_crash_markers(session, &dead_letters).await?;
     start_generation(session, &done).await?;
     write_audit(session, &done, "redrive", attribution).await?;
+
+    // Append the pointers for their workers.
     let pointer = |dead_letter: &LockedDeadLetter| {
         let pointer = Pointer {
             dead_letter: dead_letter.id,
@@ -59,13 +65,15 @@ pub(super) async fn redrive(
     Ok((dead_letters::action_results(ids, &refused, &done), rows))
 }
 
-/// Closes letters or corrects them. What was put back and is not settled is settled as dead before it is closed.
+/// Closes or edits dead letters. A redriven event that is not settled is settled as dead before its
+/// dead letter is closed.
 pub(super) async fn update_dead_letters(
     session: &mut Session,
     ids: &[i64],
     action: &DeadLetterAction,
     attribution: &Attribution,
 ) -> Result<Vec<DeadLetterActionResult>> {
+    // Lock the dead letters, settle redriven events, and check each.
     let mut found = lock_dead_letters(session, ids).await?;
     if action.closed_state().is_some() && settle_in_flight(session, &found).await? > 0 {
         found = lock_dead_letters(session, ids).await?;
@@ -93,7 +101,7 @@ pub(super) async fn update_dead_letters(
     ))
 }
 
-/// The message of a redriven dead letter of `worker`; nothing when the pointer to it is out of date.
+/// The message of a redriven dead letter of `worker`, unless the pointer to it is out of date.
 pub(super) async fn redriven_message(
     session: &mut Session,
     worker: &str,
@@ -114,13 +122,13 @@ pub(super) async fn redriven_message(
         .bind(worker)
         .fetch_optional(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "read a letter that was put back"))?;
+        .map_err(|error| errors::from_statement(error, "read a redriven dead letter"))?;
     match row {
         Some(row) => {
             let message = rows::redriven(&row)?;
             let active: i32 = row
                 .try_get("active")
-                .map_err(|error| errors::from_statement(error, "read a version"))?;
+                .map_err(|error| errors::from_statement(error, "read the active version"))?;
             Ok(RedriveLookup::Message(
                 Box::new(message),
                 active.cast_unsigned(),
@@ -130,7 +138,8 @@ pub(super) async fn redriven_message(
     }
 }
 
-/// The letters as they stand, locked in the order of their ids. The inbox is looked at once the locks are held.
+/// The current dead letters, locked in the order of their ids. The inbox is read after they are
+/// locked.
 async fn lock_dead_letters(session: &mut Session, ids: &[i64]) -> Result<Vec<LockedDeadLetter>> {
     let context = |error| errors::from_statement(error, "lock dead letters");
     let query = session.query(
@@ -179,7 +188,7 @@ async fn lock_dead_letters(session: &mut Session, ids: &[i64]) -> Result<Vec<Loc
     Ok(dead_letters)
 }
 
-/// What hosts died of has another chance.
+/// Clears crash markers, so that messages during which hosts crashed are tried again.
 async fn clear_crash_markers(
     session: &mut Session,
     dead_letters: &[LockedDeadLetter],
@@ -203,7 +212,7 @@ async fn clear_crash_markers(
         )
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "take back what hosts died of"))?;
+        .map_err(|error| errors::from_statement(error, "clear the crash markers of dead letters"))?;
     Ok(())
 }
 
@@ -220,12 +229,12 @@ async fn start_generation(session: &mut Session, ids: &[i64]) -> Result<()> {
         .bind(ids)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "put dead letters back"))?;
+        .map_err(|error| errors::from_statement(error, "redrive dead letters"))?;
     Ok(())
 }
 
-/// Locks the events of letters that were put back, and waits for whoever is handling one, so that nobody takes them up from
-/// now on. Returns how many letters that concerned.
+/// Settles redriven events as dead. Locks the events and so waits for deliveries that have claimed
+/// one. Returns the number of redriven dead letters.
 async fn settle_in_flight(
     session: &mut Session,
     dead_letters: &[LockedDeadLetter],
@@ -237,7 +246,7 @@ async fn settle_in_flight(
     if in_flight.is_empty() {
         return Ok(0);
     }
-    let context = |error| errors::from_statement(error, "settle events that were put back");
+    let context = |error| errors::from_statement(error, "settle redriven events");
     let workers: Vec<_> = in_flight
         .iter()
         .map(|dead_letter| dead_letter.worker.as_str())
@@ -256,7 +265,7 @@ async fn settle_in_flight(
         .execute(session.connection())
         .await
         .map_err(context)?;
-    // Those that have no record, because they were put back by an earlier version.
+    // Settle events without a record, which were redriven by an earlier version.
     let query = session.query("select from oncely.settle_dead($1, $2, $3, null, null)");
     query
         .bind(workers)
@@ -305,11 +314,11 @@ async fn edit(
         ))
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "keep a corrected body"))?;
+        .map_err(|error| errors::from_statement(error, "store a corrected body"))?;
     Ok(())
 }
 
-/// Writes down who did what.
+/// Records an action in the audit.
 async fn write_audit(
     session: &mut Session,
     ids: &[i64],
@@ -327,8 +336,6 @@ async fn write_audit(
         .bind(attribution.note.as_deref().map(shared::printable))
         .execute(session.connection())
         .await
-        .map_err(|error| {
-            errors::from_statement(error, "write down what was done to dead letters")
-        })?;
+        .map_err(|error| errors::from_statement(error, "write the audit of dead letters"))?;
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! What was published, for when a stream has lost it.
+//! Published outputs, for repairs after a stream has lost messages.
 
 use std::time::Duration;
 
@@ -6,12 +6,12 @@ use super::errors;
 use super::session::Session;
 use crate::store::{PublishedOutput, Result, rows, shared};
 
-/// For each stream the last output on it, of those published within some time.
+/// The last output on each stream that was published `within` this time.
 pub(super) async fn last_published(
     session: &mut Session,
     within: Duration,
 ) -> Result<Vec<PublishedOutput>> {
-    // A maximum and not a sort: in a minute of much traffic there are hundreds of thousands of them.
+    // A maximum instead of a sort: under load, there are hundreds of thousands of rows per minute.
     let query = session.query(
         "with polled as (
              select stream, pg_catalog.max(array[stream_sequence, seq]) as last from oncely.outbox
@@ -36,13 +36,13 @@ pub(super) async fn last_published(
         .bind(shared::micros(within))
         .fetch_all(session.connection())
         .await;
-    rows.map_err(|error| errors::from_statement(error, "look what was published last"))?
+    rows.map_err(|error| errors::from_statement(error, "find the last published outputs"))?
         .iter()
         .map(rows::published_output)
         .collect()
 }
 
-/// All published outputs on a stream that are still in the outbox, in the order of their publication.
+/// All outputs in the outbox that were published to a stream, in publishing order.
 pub(super) async fn published_to(
     session: &mut Session,
     stream: &str,
@@ -61,13 +61,13 @@ pub(super) async fn published_to(
          order by published_at, stream_sequence",
     );
     let rows = query.bind(stream).fetch_all(session.connection()).await;
-    rows.map_err(|error| errors::from_statement(error, "look what was published"))?
+    rows.map_err(|error| errors::from_statement(error, "find published outputs"))?
         .iter()
         .map(rows::published_output)
         .collect()
 }
 
-/// Forgets that outputs were published where they were.
+/// Makes published outputs unpublished if they are still recorded at the lost place.
 pub(super) async fn republish(session: &mut Session, lost: &[PublishedOutput]) -> Result<u64> {
     let sequences: Vec<i64> = lost
         .iter()
@@ -90,11 +90,11 @@ pub(super) async fn republish(session: &mut Session, lost: &[PublishedOutput]) -
         .bind(&sequences)
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "have outputs published again"))?;
+        .map_err(|error| errors::from_statement(error, "republish outputs"))?;
     Ok(result.rows_affected() + move_to_polling(session, lost, &sequences).await?)
 }
 
-/// What was published from the log is published again by polling.
+/// Leaves lost outputs that were published from the WAL to the poller.
 async fn move_to_polling(
     session: &mut Session,
     lost: &[PublishedOutput],
@@ -118,8 +118,6 @@ async fn move_to_polling(
         .bind(sequences)
         .execute(session.connection())
         .await
-        .map_err(|error| {
-            errors::from_statement(error, "have outputs of the log published again")
-        })?;
+        .map_err(|error| errors::from_statement(error, "republish outputs of the WAL"))?;
     Ok(result.rows_affected())
 }

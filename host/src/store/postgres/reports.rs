@@ -1,4 +1,4 @@
-//! What each host runs, as it says itself.
+//! The report of each host.
 
 use sqlx::Row;
 
@@ -18,11 +18,11 @@ pub(super) async fn write(session: &mut Session, instance: i64, report: &str) ->
         .execute(session.connection())
         .await
         .map(|_| ())
-        .map_err(|error| errors::from_statement(error, "note what the host runs"))
+        .map_err(|error| errors::from_statement(error, "write the host's report"))
 }
 
 pub(super) async fn read(session: &mut Session) -> Result<Vec<StoredReport>> {
-    let context = |error| errors::from_statement(error, "read what hosts run");
+    let context = |error| errors::from_statement(error, "read the reports of hosts");
     let query = session.query(
         "select pg_catalog.lpad(pg_catalog.to_hex(id), 16, '0') as instance, coalesce(number, 0) as number, report
          from oncely.host_instance left join oncely.host_report on instance = id

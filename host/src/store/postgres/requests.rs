@@ -1,4 +1,5 @@
-//! Idempotency keys of requests: a lock while one is handled, a row once it was answered.
+//! Idempotency keys of requests: an advisory lock while a request is handled, a row after its
+//! answer.
 
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use super::session::Session;
 use crate::model::request::{HttpResponse, RequestKey};
 use crate::store::{ClaimedRequest, Result, StoreError, shared};
 
-/// Claims a key for the transaction, without waiting for another one that has it.
+/// Claims a key for the transaction. Does not wait for another transaction that has it.
 pub(super) async fn claim(
     session: &mut Session,
     worker: &str,
@@ -38,7 +39,7 @@ pub(super) async fn claim(
         ))
     };
     let (in_flight, other): (bool, bool) = read(&row)
-        .map_err(|error| errors::from_statement(error, "read whose an idempotency key is"))?;
+        .map_err(|error| errors::from_statement(error, "read the owner of an idempotency key"))?;
     match (in_flight, other) {
         (_, true) => Ok(ClaimedRequest::OtherRequest),
         (true, false) => Ok(ClaimedRequest::InFlight),
@@ -55,11 +56,11 @@ fn answer(row: &PgRow) -> Result<HttpResponse> {
         ))
     };
     let (status, headers, body): (i32, String, Vec<u8>) =
-        read().map_err(|error| errors::from_statement(error, "read what was answered"))?;
+        read().map_err(|error| errors::from_statement(error, "read a stored answer"))?;
     shared::stored_answer(status.into(), &headers, body)
 }
 
-/// Keeps what is answered to a key that this transaction claimed.
+/// Stores the answer to a key that this transaction claimed.
 pub(super) async fn store_answer(
     session: &mut Session,
     worker: &str,
@@ -82,7 +83,7 @@ pub(super) async fn store_answer(
         .bind(shared::micros(keep))
         .fetch_one(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "keep an answer"))?;
+        .map_err(|error| errors::from_statement(error, "store an answer"))?;
     match row.try_get(0) {
         Ok(true) => Ok(()),
         Ok(false) => Err(StoreError::Conflict(anyhow!(
@@ -90,7 +91,7 @@ pub(super) async fn store_answer(
         ))),
         Err(error) => Err(errors::from_statement(
             error,
-            "read whether an answer was kept",
+            "read whether an answer was stored",
         )),
     }
 }

@@ -1,4 +1,4 @@
-//! One transaction on one pooled connection, begun in one round trip and committed with proof.
+//! One transaction on a pooled connection: begun in one round trip, committed with proof.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -16,26 +16,26 @@ use crate::store::Result;
 use crate::store::instance::Instance;
 use crate::store::shared::PLATFORM_STATEMENT_TIMEOUT;
 
-/// What a transaction is for; it decides on its settings.
+/// The purpose of a transaction, which determines its settings.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Purpose {
-    /// Guest statements of at most this length each.
+    /// Guest statements, each limited to this time.
     Guest(Duration),
-    /// The same, for guests that can but read.
+    /// The same, in a read-only transaction.
     GuestReadOnly(Duration),
     Platform,
-    /// What may be lost when the server crashes, and need not wait for its disk.
+    /// Writes that may be lost in a server crash, so that the commit does not wait for the disk.
     AsyncCommit,
-    /// Workers' migrations, which may take their time.
+    /// Workers' migrations, without a time limit.
     Deploy,
     Read,
 }
 
 impl Purpose {
-    /// The statements that begin the transaction; the last one returns the transaction's id, if it may write.
+    /// The statements that begin the transaction. The last one returns its id, if it may write.
     fn begin(self, host: &HostSettings, name: &str, releases_locks: bool) -> String {
         let (search_path, time) = match self {
-            // Zero would mean for ever.
+            // Zero would disable the timeout.
             Purpose::Guest(time) | Purpose::GuestReadOnly(time) => {
                 ("app_default, pg_temp", time.max(Duration::from_millis(2)))
             }
@@ -54,7 +54,9 @@ impl Purpose {
             ),
         };
         let statement_ms = milliseconds(time);
-        // Waiting for a lock ends before the statement's time does: it is a conflict then, not a slow statement.
+
+        // Shorter than the statement timeout, so that a lock wait ends as a conflict, not as a slow
+        // statement.
         let lock_ms = milliseconds(if time.is_zero() {
             PLATFORM_STATEMENT_TIMEOUT
         } else {
@@ -62,7 +64,9 @@ impl Purpose {
         });
         let waits = !matches!(self, Purpose::AsyncCommit);
         let durable = if waits { "on" } else { "off" };
-        // Guests may think for long, batch after batch: a host that froze meanwhile is known by its lease, see `instance`.
+
+        // A guest may compute for long, batch after batch. A frozen host is detected by its lease,
+        // see `instance`.
         let idle_ms = milliseconds(match self {
             Purpose::Guest(time) | Purpose::GuestReadOnly(time) => {
                 time.saturating_mul(10).max(PLATFORM_STATEMENT_TIMEOUT)
@@ -86,41 +90,50 @@ impl Purpose {
             ""
         };
         format!(
-            "begin isolation level read committed {access}; {reset}{pinned}set local application_name = '{name}'; \
+            "begin isolation level read committed {access}; {reset}{pinned}\
+             set local application_name = '{name}'; \
              set local search_path = {search_path}; \
              set local statement_timeout = {statement_ms}; set local lock_timeout = {lock_ms}; \
-             set local idle_in_transaction_session_timeout = {idle_ms}; set local synchronous_commit = {durable}; \
-             set local standard_conforming_strings = on; {connection}{compiling}{planning}select {id}{unlock}"
+             set local idle_in_transaction_session_timeout = {idle_ms}; \
+             set local synchronous_commit = {durable}; \
+             set local standard_conforming_strings = on; \
+             {connection}{compiling}{planning}select {id}{unlock}"
         )
     }
 }
 
-/// A session begins as a new one would, whatever the transaction before left in it: a worker's own function may set anything. Prepared statements stay; one that was taken away costs the connection.
-const RESET: &str = "close all; unlisten *; reset session authorization; reset all; discard temp; discard sequences; ";
+/// Resets the session, because a worker's function in an earlier transaction may have changed any
+/// of it. Prepared statements are kept; if one was deallocated, the connection is dropped.
+const RESET: &str = "close all; unlisten *; reset session authorization; reset all; \
+    discard temp; discard sequences; ";
 
-/// What a new session of ours is given by its first message, which a pooler may not pass on after `reset all`.
-const STARTUP_SETTINGS: &str = "set local client_encoding = 'UTF8'; set local timezone = 'UTC'; set local datestyle = 'ISO, MDY'; ";
+/// The settings of sqlx's startup message, which `reset all` may not restore behind a pooler.
+const STARTUP_SETTINGS: &str = "set local client_encoding = 'UTF8'; set local timezone = 'UTC'; \
+    set local datestyle = 'ISO, MDY'; ";
 
-/// How long a transaction of our own may do nothing between two statements.
+/// How long a platform transaction may be idle between two statements.
 const PLATFORM_IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How often the server looks whether the client is still there while a statement runs, in milliseconds.
+/// The interval at which the server checks the client's connection during a statement, in
+/// milliseconds.
 const CHECK_CLIENT_MS: u32 = 2000;
 
-/// After about ten seconds without a sign of the client's machine the server closes the connection.
+/// The server closes the connection after about ten seconds without a response of the client's
+/// machine.
 const KEEPALIVE: &str = "set local tcp_keepalives_idle = 4; set local tcp_keepalives_interval = 2; \
     set local tcp_keepalives_count = 3; set local tcp_user_timeout = 10000; ";
 
-/// What the server is to know of the host in each transaction.
+/// The settings of each transaction that depend on the host.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct HostSettings {
     pub instance: Instance,
-    /// Whether the server can look whether a client is still there, which depends on its operating system.
+    /// Whether the server supports `client_connection_check_interval`, which depends on its
+    /// operating system.
     pub checks_client: bool,
 }
 
 impl HostSettings {
-    /// Settings of a transaction.
+    /// The settings of a transaction.
     fn settings(self) -> String {
         let instance = format!("set local oncely.instance = '{}'; ", self.instance.id());
         match self.checks_client {
@@ -131,51 +144,55 @@ impl HostSettings {
         }
     }
 
-    /// The same for one in which guests run, which may take its time.
+    /// The settings of a transaction with guests, which may be idle for long.
     fn guest_settings(self) -> String {
         self.settings() + KEEPALIVE
     }
 }
 
-/// The server compiles a statement that looks expensive, which takes seconds when it is busy. Those of ours only look so: where
-/// nothing is known of a table that was never analyzed, or where no index holds what is looked for in one of a single row.
+/// The server JIT-compiles statements with a high estimated cost, which takes seconds under load.
+/// The estimates for the platform's statements are too high: tables may have no statistics yet, and
+/// some tables with a single row have no index on the searched column.
 const JIT_OFF: &str = "set local jit = off; ";
 
-/// A connection keeps the plans of its statements while tables grow from nothing: one that reads a whole table, right when
-/// it held ten rows, would be kept until the table is analyzed. Planning is cheap beside what these statements do in bulk. And
-/// of a table that was never analyzed nobody knows that a small index holds all that is looked for.
+/// A connection caches plans of its statements while tables grow from empty. A sequential scan is
+/// right for ten rows, but would be kept until the table is analyzed. Planning is cheap compared to
+/// these bulk statements. Without statistics, the planner also misses that a small index contains
+/// all searched rows.
 const CUSTOM_PLANS: &str =
     "set local plan_cache_mode = force_custom_plan; set local enable_seqscan = off; ";
 
-/// The transaction's id, the process that serves it, and a mark that lets nobody but the host commit.
+/// The transaction's id, its backend process, and a guard that lets only the host commit.
 const GUARDED_ID: &str = "pg_catalog.pg_current_xact_id()::pg_catalog.text as id, \
     pg_catalog.pg_backend_pid() as process, oncely_definer.guard()";
 
-/// The same without the mark, which would be a write: there is nothing to commit.
-const READ_ONLY_ID: &str = "pg_catalog.pg_current_xact_id()::pg_catalog.text as id, pg_catalog.pg_backend_pid() as process";
+/// The same without the guard, which would be a write: there is nothing to commit.
+const READ_ONLY_ID: &str = "pg_catalog.pg_current_xact_id()::pg_catalog.text as id, \
+    pg_catalog.pg_backend_pid() as process";
 
 fn milliseconds(duration: Duration) -> i32 {
     i32::try_from(duration.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
 }
 
-/// Where transactions come from.
+/// A source of transactions: a pool of connections with its settings.
 #[derive(Clone)]
 pub(super) struct Sessions {
     pool: PgPool,
     named_statements: bool,
-    /// Whether advisory locks that a transaction left are released before the next one: the role may do so.
+    /// Whether advisory locks of an earlier transaction are released first; the role has to permit
+    /// that.
     releases_locks: bool,
     host: HostSettings,
     definer_key: Arc<DefinerKey>,
     output_ids: Arc<OutputIds>,
 }
 
-/// What opens the door to the platform's tables.
+/// The key for tokens of the definer functions.
 #[derive(Default)]
 struct DefinerKey {
-    /// Empty until the schema is up to date.
+    /// Empty until the schema is migrated.
     key: RwLock<Vec<u8>>,
-    /// Whether the database has another one by now.
+    /// Whether the database has a new key.
     is_stale: AtomicBool,
 }
 
@@ -196,7 +213,7 @@ impl Sessions {
         }
     }
 
-    /// The same, with the ids of the installation.
+    /// The same sessions with the installation's output ids.
     pub(super) fn with_output_ids(self, output_ids: OutputIds) -> Self {
         Sessions {
             output_ids: Arc::new(output_ids),
@@ -204,15 +221,15 @@ impl Sessions {
         }
     }
 
-    /// The ids under which outputs travel.
+    /// The generator of output ids.
     pub(super) fn output_ids(&self) -> &Arc<OutputIds> {
         &self.output_ids
     }
 
-    /// The same, for a server that looks whether its clients are still there, if it can.
+    /// The same sessions with client checks by the server, if it supports them.
     pub(super) async fn with_client_checks(mut self) -> Self {
         self.host.checks_client = true;
-        // Refused at the beginning of a transaction where the operating system offers no way.
+        // Beginning a transaction fails if the server's operating system has no support.
         if let Ok(session) = self.begin(Purpose::Read).await {
             session.rollback().await;
             return self;
@@ -221,7 +238,7 @@ impl Sessions {
         self
     }
 
-    /// Takes the key of the door, for all sessions that share it.
+    /// Sets the key of the definer functions, for all sessions that share it.
     pub(super) fn set_definer_key(&self, key: Vec<u8>) {
         *self
             .definer_key
@@ -231,7 +248,7 @@ impl Sessions {
         self.definer_key.is_stale.store(false, Ordering::Release);
     }
 
-    /// Notes that the database has another key by now.
+    /// Records that the database has a new key.
     pub(super) fn mark_key_stale(&self) {
         self.definer_key.is_stale.store(true, Ordering::Release);
     }
@@ -240,7 +257,8 @@ impl Sessions {
         self.definer_key.is_stale.load(Ordering::Acquire)
     }
 
-    /// Transactions on the connections of another role, which may release its advisory locks or not.
+    /// Sessions on another role's connections. `releases_locks`: whether that role may release its
+    /// advisory locks.
     pub(super) fn with_pool(&self, pool: PgPool, releases_locks: bool) -> Self {
         Sessions {
             pool,
@@ -249,7 +267,7 @@ impl Sessions {
         }
     }
 
-    /// The same connections, for the host and for guests.
+    /// The same connections, for both the host and guests.
     pub(super) fn shared_with_guests(self) -> Self {
         Sessions {
             releases_locks: true,
@@ -257,7 +275,7 @@ impl Sessions {
         }
     }
 
-    /// Begins a transaction. Pooled connections that turn out to be dead are dropped on the way.
+    /// Begins a transaction. Broken pooled connections are dropped and replaced.
     pub(super) async fn begin(&self, purpose: Purpose) -> Result<Session> {
         let options = self.pool.connect_options();
         let begin = purpose.begin(
@@ -305,16 +323,17 @@ impl Sessions {
     }
 }
 
-/// An open transaction. Dropped before it is finished, it closes its connection, and with it the transaction.
+/// An open transaction. If it is dropped before it is finished, its connection is closed, which
+/// rolls it back.
 pub(super) struct Session {
     connection: PoolConnection<Postgres>,
     named_statements: bool,
     purpose: Purpose,
     definer_key: Vec<u8>,
     output_ids: Arc<OutputIds>,
-    /// The transaction's id; empty for one that only reads.
+    /// The transaction's id; empty if it is read-only.
     id: String,
-    /// The server's process; zero but for guests.
+    /// The backend's process id; zero except for guests.
     process: i32,
     finished: bool,
 }
@@ -331,17 +350,17 @@ impl Session {
         Ok(())
     }
 
-    /// The ids under which outputs travel.
+    /// The generator of output ids.
     pub(super) fn output_ids(&self) -> Arc<OutputIds> {
         Arc::clone(&self.output_ids)
     }
 
-    /// What a function of the door wants to see: it fits this transaction alone.
+    /// The token for definer functions, valid in this transaction only.
     pub(super) fn token(&self) -> Vec<u8> {
         self.token_for("definer")
     }
 
-    /// The function `oncely.tx_token` of the migrations makes the same.
+    /// Computes the same value as the SQL function `oncely.tx_token`.
     fn token_for(&self, purpose: &str) -> Vec<u8> {
         let inner = Sha256::new()
             .chain_update(&self.definer_key)
@@ -358,8 +377,8 @@ impl Session {
         &self.id
     }
 
-    /// Checks deferred constraints now, for a transaction that is not to be committed. The guests of the transaction are
-    /// gone when the token is shown.
+    /// Checks deferred constraints now, in a transaction that will not be committed. Its guests
+    /// have ended before the token is set.
     pub(super) async fn check_constraints(&mut self) -> sqlx::Result<()> {
         let token = hex::encode(self.token_for("commit"));
         let check =
@@ -370,12 +389,12 @@ impl Session {
             .map(|_| ())
     }
 
-    /// The server's process that serves a guest's transaction.
+    /// The backend's process id of a guest's transaction.
     pub(super) fn process(&self) -> i32 {
         self.process
     }
 
-    /// How long one of a guest's statements may take.
+    /// The time limit of a guest's statement.
     pub(super) fn guest_time(&self) -> Duration {
         if let Purpose::Guest(time) | Purpose::GuestReadOnly(time) = self.purpose {
             time
@@ -384,7 +403,8 @@ impl Session {
         }
     }
 
-    /// A statement of our own. Behind a pooler it is prepared without a name, for its one use.
+    /// A statement of the platform. Behind a pooler it is an unnamed prepared statement for one
+    /// use.
     pub(super) fn query(&self, statement: &'static str) -> Query<'static, Postgres, PgArguments> {
         sqlx::query(statement).persistent(self.named_statements)
     }
@@ -402,7 +422,7 @@ impl Session {
         &mut self.connection
     }
 
-    /// Runs statements of our own that bring nothing back.
+    /// Runs platform statements without results.
     pub(super) async fn run(&mut self, statements: String, context: &'static str) -> Result<()> {
         let ran = raw_sql(AssertSqlSafe(statements))
             .execute(&mut *self.connection)
@@ -411,7 +431,7 @@ impl Session {
             .map_err(|error| errors::from_savepoint(error, context))
     }
 
-    /// Whether a migration that just ran left this transaction.
+    /// Whether this transaction is still open after a migration.
     pub(super) async fn is_same_transaction(&mut self) -> sqlx::Result<bool> {
         let row = raw_sql("select pg_catalog.pg_current_xact_id()::pg_catalog.text as id")
             .fetch_one(&mut *self.connection)
@@ -419,8 +439,9 @@ impl Session {
         Ok(row.try_get::<String, _>("id")? == self.id)
     }
 
-    /// Commits, in one message with a fence before it: the fence fails when the transaction was aborted or is not the
-    /// one that we began, and `commit` is not reached then. It is never sent again.
+    /// Commits, in one message with a fence before the commit. The fence fails if the transaction
+    /// was aborted or is not the one begun here, and `commit` is then not reached. The commit is
+    /// never sent again.
     pub(super) async fn commit(mut self) -> Result<()> {
         let fence = format!(
             "select 1 / (pg_catalog.pg_current_xact_id() = '{}'::pg_catalog.xid8)::int",
@@ -429,7 +450,8 @@ impl Session {
         let commit = match self.purpose {
             Purpose::Read | Purpose::GuestReadOnly(_) => "commit".to_owned(),
             Purpose::Guest(_) => {
-                // The guard lets this commit pass; the guests of the transaction are gone when the token is shown.
+                // The guard checks the token. The guests of the transaction have ended before it is
+                // set.
                 format!(
                     "set local oncely.commit_token = '{}'; {fence}; commit",
                     hex::encode(self.token_for("commit"))
@@ -454,7 +476,7 @@ impl Session {
         Ok(())
     }
 
-    /// Rolls back; when that fails the connection is closed.
+    /// Rolls back. Closes the connection if that fails.
     pub(super) async fn rollback(mut self) {
         self.finished = raw_sql("rollback")
             .execute(&mut *self.connection)
@@ -465,7 +487,7 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        // Migrations may have changed the settings of their connection.
+        // Migrations may have changed the settings of the connection.
         if !self.finished || matches!(self.purpose, Purpose::Deploy) {
             self.connection.close_on_drop();
         }

@@ -10,7 +10,7 @@ use crate::store::{
     Result, STATE_PREVIEW, StateRecord, StateSlot, StateWrite, StoreError, rows, shared,
 };
 
-/// The keys as they stand.
+/// The current state of the keys.
 pub(super) async fn load(
     session: &mut Session,
     worker: &str,
@@ -34,7 +34,10 @@ pub(super) async fn load(
     slots.context("read state").map_err(StoreError::Unavailable)
 }
 
-/// Writes each key that still has the version that was read, with one statement.
+/// Writes all keys with one statement.
+///
+/// # Errors
+/// `Conflict` if a key no longer has its expected version.
 pub(super) async fn save(session: &mut Session, worker: &str, writes: &[StateWrite]) -> Result<()> {
     let mut expected = Vec::with_capacity(writes.len());
     let mut versions = Vec::with_capacity(writes.len());
@@ -61,7 +64,7 @@ pub(super) async fn save(session: &mut Session, worker: &str, writes: &[StateWri
         .map_err(|error| errors::from_statement(error, "save state"))?;
     let written: i64 = row
         .try_get(0)
-        .map_err(|error| errors::from_statement(error, "read how much state was saved"))?;
+        .map_err(|error| errors::from_statement(error, "read the count of saved keys"))?;
     if usize::try_from(written).is_ok_and(|written| written == writes.len()) {
         return Ok(());
     }
@@ -70,7 +73,7 @@ pub(super) async fn save(session: &mut Session, worker: &str, writes: &[StateWri
     )))
 }
 
-/// The value under a key, whole.
+/// The complete value under a key.
 pub(super) async fn entry(
     session: &mut Session,
     worker: &str,
@@ -90,7 +93,7 @@ pub(super) async fn entry(
     row.as_ref().map(rows::state).transpose()
 }
 
-/// Values whose keys begin with `prefix`, by key; only their beginnings.
+/// Values of keys that begin with `prefix`, sorted by key and truncated to [`STATE_PREVIEW`] bytes.
 pub(super) async fn entries(
     session: &mut Session,
     worker: &str,

@@ -1,4 +1,4 @@
-//! Counts and ages for people.
+//! Counts and ages of workers, for display.
 
 use super::errors;
 use super::session::Session;
@@ -37,11 +37,12 @@ pub(super) async fn by_worker(session: &mut Session) -> Result<Vec<WorkerTotals>
     let rows = query
         .fetch_all(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "count what workers did"))?;
+        .map_err(|error| errors::from_statement(error, "count the rows of workers"))?;
     rows.iter().map(rows::totals).collect()
 }
 
-/// Writes down which letters that were put back took effect, before the inbox forgets it.
+/// Records as done the redriven dead letters that took effect, before their inbox records are
+/// deleted.
 pub(super) async fn record_completed_redrives(session: &mut Session) -> Result<()> {
     let query = session.query(
         "with done as (
@@ -53,8 +54,9 @@ pub(super) async fn record_completed_redrives(session: &mut Session) -> Result<(
          delete from oncely.recording using done
          where recording.worker = done.worker and recording.event_id = done.event_id",
     );
-    query.execute(session.connection()).await.map_err(|error| {
-        errors::from_statement(error, "write down which dead letters took effect")
-    })?;
+    query
+        .execute(session.connection())
+        .await
+        .map_err(|error| errors::from_statement(error, "record completed redrives"))?;
     Ok(())
 }

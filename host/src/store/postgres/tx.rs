@@ -1,4 +1,4 @@
-//! The transaction of one batch.
+//! The transaction of one batch or one request.
 
 use std::time::Duration;
 
@@ -20,14 +20,14 @@ pub(super) struct PostgresTx {
     session: Session,
     guests: Guests,
     worker: String,
-    /// Why nothing of this transaction can take effect any more.
+    /// The failure that prevents a commit.
     failure: Option<String>,
-    /// Whether going back to the savepoint would lift that.
+    /// Whether a rollback to the savepoint removes the failure.
     is_recoverable: bool,
     savepoint: Savepoint,
-    /// What had been written when the watch began.
+    /// Row counts by table when change tracking started.
     counts_before: Option<changes::CountsByTable>,
-    /// Whether the connection is unfit for further use.
+    /// Whether the connection must not be used again.
     is_broken: bool,
 }
 
@@ -51,8 +51,9 @@ impl PostgresTx {
             .map_or(Ok(()), |why| Err(shared::transaction_failed(why)))
     }
 
-    /// Remembers that an operation of our own failed. A connection that could not serve it is not used again: a guest
-    /// that got past the filter may have taken our prepared statements from it.
+    /// Records the failure of a platform operation. After an `Unavailable`, the connection is not
+    /// used again: a guest that bypassed the filter may have deallocated the host's prepared
+    /// statements.
     fn record_failure<T>(&mut self, result: Result<T>) -> Result<T> {
         if let Err(error) = &result {
             self.failure = Some(error.to_string());
@@ -63,14 +64,14 @@ impl PostgresTx {
         result
     }
 
-    /// The next transaction reads the key of the door again if it was renewed.
+    /// After a renewal of the key for definer functions, the next transaction reads the new key.
     fn check_key(&self, error: &StoreError) {
         if errors::is_renewed_key(error) {
             self.guests.platform.mark_key_stale();
         }
     }
 
-    /// Remembers that a guest's statement reached the database and failed.
+    /// Records the failure of a guest's statement that reached the database.
     fn record_outcome<T>(
         &mut self,
         outcome: Result<StatementOutcome<T>>,
@@ -139,7 +140,7 @@ impl Tx for PostgresTx {
     async fn savepoint(&mut self) -> Result<()> {
         self.check()?;
         let statements = self.savepoint.create_sql();
-        let made = self.session.run(statements, "make a savepoint").await;
+        let made = self.session.run(statements, "set a savepoint").await;
         self.record_failure(made)
     }
 
@@ -150,7 +151,7 @@ impl Tx for PostgresTx {
         let statement = self.savepoint.rollback_sql()?;
         let undone = self
             .session
-            .run(statement, "go back to the savepoint")
+            .run(statement, "roll back to the savepoint")
             .await;
         if undone.is_ok() {
             self.failure = None;
@@ -206,7 +207,7 @@ impl Tx for PostgresTx {
         let before = self.counts_before.take().unwrap_or_default();
         let changes =
             changes::changes(&mut self.session, &self.guests.sessions, &before, limit).await;
-        self.failure = Some("it was only watched".to_owned());
+        self.failure = Some("it was a dry run".to_owned());
         self.is_recoverable = false;
         self.record_failure(changes)
     }

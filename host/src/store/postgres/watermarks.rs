@@ -1,4 +1,4 @@
-//! Watermarks and what a recovery found; see [`crate::store::watermarks`].
+//! Watermarks and recovered outputs; see [`crate::store::watermarks`].
 
 use std::collections::HashMap;
 
@@ -13,7 +13,7 @@ use crate::store::watermarks::{
 use crate::store::{Result, shared};
 
 pub(super) async fn read(session: &mut Session, on_broker: Option<&str>) -> Result<Watermarks> {
-    let context = |error| errors::from_statement(error, "read the marks");
+    let context = |error| errors::from_statement(error, "read the watermarks");
     let query = session.query(
         "select name, broker_state, (extract(epoch from written_at) * 1000000)::bigint as written_at
          from oncely.watermark order by number desc limit 1",
@@ -52,7 +52,7 @@ pub(super) async fn read(session: &mut Session, on_broker: Option<&str>) -> Resu
 }
 
 fn read_watermark(row: &PgRow) -> Result<Watermark> {
-    let context = |error| errors::from_statement(error, "read a mark");
+    let context = |error| errors::from_statement(error, "read a watermark");
     Ok(Watermark {
         name: row.try_get("name").map_err(context)?,
         written_at: shared::timestamp(row.try_get("written_at").map_err(context)?)?,
@@ -61,7 +61,7 @@ fn read_watermark(row: &PgRow) -> Result<Watermark> {
 }
 
 fn read_acknowledged(row: &PgRow) -> Result<(jiff::Timestamp, u64)> {
-    let context = |error| errors::from_statement(error, "read a mark");
+    let context = |error| errors::from_statement(error, "read a watermark");
     let written_at = shared::timestamp(row.try_get("written_at").map_err(context)?)?;
     Ok((
         written_at,
@@ -69,9 +69,9 @@ fn read_acknowledged(row: &PgRow) -> Result<(jiff::Timestamp, u64)> {
     ))
 }
 
-/// Writes a mark, and forgets what had its time.
+/// Writes a watermark, and deletes old watermarks and recovered outputs.
 pub(super) async fn write(session: &mut Session, name: &str, seen: &BrokerState) -> Result<()> {
-    let context = |error| errors::from_statement(error, "write a mark");
+    let context = |error| errors::from_statement(error, "write a watermark");
     let query = session.query("insert into oncely.watermark (name, broker_state) values ($1, $2)");
     query
         .bind(name)
@@ -79,6 +79,8 @@ pub(super) async fn write(session: &mut Session, name: &str, seen: &BrokerState)
         .execute(session.connection())
         .await
         .map_err(context)?;
+
+    // Old watermarks, but none that the broker may still have.
     let query = session.query(
         "delete from oncely.watermark where number <= (
              select number from oncely.watermark order by number desc offset $1 limit 1)
@@ -102,7 +104,7 @@ pub(super) async fn write(session: &mut Session, name: &str, seen: &BrokerState)
     Ok(())
 }
 
-/// The broker has a mark at this place.
+/// Records the sequence of a watermark on the broker.
 pub(super) async fn acknowledge(session: &mut Session, name: &str, sequence: u64) -> Result<()> {
     let query = session.query("update oncely.watermark set stream_sequence = $2 where name = $1");
     let done = query
@@ -111,10 +113,11 @@ pub(super) async fn acknowledge(session: &mut Session, name: &str, sequence: u64
         .execute(session.connection())
         .await;
     done.map(drop)
-        .map_err(|error| errors::from_statement(error, "acknowledge a mark"))
+        .map_err(|error| errors::from_statement(error, "acknowledge a watermark"))
 }
 
-/// Remembers where outputs were found: of an id the first place, of what was found last.
+/// Saves where outputs were found: of several places of an id the first one, in place of one saved
+/// earlier.
 pub(super) async fn save_recovered(
     session: &mut Session,
     outputs: &[RecoveredOutput],
@@ -147,23 +150,23 @@ pub(super) async fn save_recovered(
         .execute(session.connection())
         .await;
     done.map(drop)
-        .map_err(|error| errors::from_statement(error, "remember what was found on streams"))
+        .map_err(|error| errors::from_statement(error, "save recovered outputs"))
 }
 
-/// Forgets what a recovery found under these ids.
+/// Deletes the recovered outputs with these ids.
 pub(super) async fn delete_recovered(session: &mut Session, ids: &[&str]) -> Result<()> {
     let query = session.query("delete from oncely.recovered_output where id = any($1)");
     let done = query.bind(ids).execute(session.connection()).await;
     done.map(drop)
-        .map_err(|error| errors::from_statement(error, "forget what was found on streams"))
+        .map_err(|error| errors::from_statement(error, "delete recovered outputs"))
 }
 
-/// Which of these ids a recovery found, and where.
+/// The places of those ids that a recovery found.
 pub(super) async fn find_recovered(
     session: &mut Session,
     ids: &[&str],
 ) -> Result<HashMap<String, (String, u64)>> {
-    let context = |error| errors::from_statement(error, "look up what was found on streams");
+    let context = |error| errors::from_statement(error, "find recovered outputs");
     let query = session.query(
         "select id, stream, stream_sequence from oncely.recovered_output where id = any($1)",
     );
@@ -184,13 +187,13 @@ pub(super) async fn find_recovered(
         .map_err(context)
 }
 
-/// Which of these events of a worker the inbox knows.
+/// The events among these that are in the worker's inbox.
 pub(super) async fn known_events(
     session: &mut Session,
     worker: &str,
     event_ids: &[&str],
 ) -> Result<Vec<String>> {
-    let context = |error| errors::from_statement(error, "look up events");
+    let context = |error| errors::from_statement(error, "find events in the inbox");
     let query =
         session.query("select event_id from oncely.inbox where worker = $1 and event_id = any($2)");
     let rows = query

@@ -1,4 +1,4 @@
-//! Alarms, and the groups of letters that raise one when they are new.
+//! Alarms, and the groups of dead letters that raise one when they are new.
 
 use anyhow::Context;
 use sqlx::Row;
@@ -13,7 +13,7 @@ use crate::model::failure_group::FailureGroup;
 use crate::store::shared::{self, WorkerFailureGroups};
 use crate::store::{AlarmNotices, DeadLetterDepth, Result, StoreError, rows};
 
-/// Alarms that are raised, and those on depth and age that ever were.
+/// Raised alarms, and cleared ones except those of new failures.
 pub(super) async fn list(readers: &SqlitePool) -> Result<Vec<Alarm>> {
     let rows = sqlx::query(
         "select alarm.worker, kind, times, value, threshold, raised_at, cleared_at,
@@ -31,7 +31,7 @@ pub(super) async fn list(readers: &SqlitePool) -> Result<Vec<Alarm>> {
     rows.iter().map(rows::alarm).collect()
 }
 
-/// How many letters are open and for how long, by worker.
+/// The number of open dead letters and the age of the oldest, by worker.
 pub(super) async fn depths(readers: &SqlitePool) -> Result<Vec<DeadLetterDepth>> {
     let rows = sqlx::query(
         "select worker, count(*), (cast(unixepoch('subsec') * 1000000 as integer) - min(died_at)) / 1000
@@ -53,8 +53,8 @@ pub(super) async fn depths(readers: &SqlitePool) -> Result<Vec<DeadLetterDepth>>
         .map_err(StoreError::Unavailable)
 }
 
-/// Takes the steps of those alarms that are still as they were seen, in the order of their keys, and appends the messages
-/// that tell of it.
+/// Applies the steps of alarms that are unchanged since they were read, in the order of their keys.
+/// Appends their notices to the outbox.
 pub(super) async fn apply(session: &mut Session, moves: &[AlarmUpdate]) -> Result<AlarmNotices> {
     let mut notices = Vec::new();
     for step in shared::in_lock_order(moves) {
@@ -68,7 +68,7 @@ pub(super) async fn apply(session: &mut Session, moves: &[AlarmUpdate]) -> Resul
     append_notices(session, notices).await
 }
 
-/// Appends the messages that tell of alarms.
+/// Appends the notices of alarms to the outbox.
 pub(super) async fn append_notices(
     session: &mut Session,
     notices: Vec<Notice>,
@@ -124,13 +124,13 @@ async fn clear(session: &mut Session, step: &AlarmUpdate) -> Result<Option<Notic
     row.map(|row| rows::notice(&row, step)).transpose()
 }
 
-/// Notes since when the value is low enough, or that it is not any more. There is nothing to tell of that.
+/// Records the time at which the value became low enough, or clears it. There is no notice of that.
 async fn set_calm(
     session: &mut Session,
     step: &AlarmUpdate,
     is_calm: bool,
 ) -> Result<Option<Notice>> {
-    let context = |error| errors::from_statement(error, "note that an alarm is about to end");
+    let context = |error| errors::from_statement(error, "record the recovery of an alarm");
     sqlx::query(
         "update oncely_alarm
          set below_since = iif($5, coalesce(below_since, cast(unixepoch('subsec') * 1000000 as integer)), null)
@@ -147,8 +147,8 @@ async fn set_calm(
     Ok(None)
 }
 
-/// Writes down which failures letters are about to die of, and raises an alarm for those that are new, or new again, as
-/// long as no more than `most` did so within an hour. Called before the letters are written.
+/// Records the failures of dead letters, and raises an alarm for each that is new, or new again. At
+/// most `raised_max` alarms are raised within an hour. Called before the dead letters are written.
 pub(super) async fn record_failures(
     session: &mut Session,
     groups: &WorkerFailureGroups,
@@ -165,8 +165,8 @@ pub(super) async fn record_failures(
     Ok(notices)
 }
 
-/// Whether a failure was never seen before, or has been away for a while with nothing left to do. Notes when it was last
-/// seen, unless that was just now.
+/// Whether a failure was never seen before, or returns after a while without open dead letters.
+/// Records when it was last seen, unless the recorded time is recent.
 async fn is_new(session: &mut Session, worker: &str, group: &FailureGroup) -> Result<bool> {
     let context = |error| errors::from_statement(error, "look up a failure");
     let known = sqlx::query(
@@ -185,6 +185,8 @@ async fn is_new(session: &mut Session, worker: &str, group: &FailureGroup) -> Re
         known.try_get(0).map_err(context)?,
         known.try_get(1).map_err(context)?,
     );
+
+    // Avoid a write per message: the recorded time need not be exact.
     if shared::is_longer(away_ms, shared::LAST_SEEN_PRECISION) {
         sqlx::query(
             "update oncely_dead_letter_group set last_seen = cast(unixepoch('subsec') * 1000000 as integer) where id = $1",
@@ -198,7 +200,7 @@ async fn is_new(session: &mut Session, worker: &str, group: &FailureGroup) -> Re
 }
 
 async fn insert(session: &mut Session, worker: &str, group: &FailureGroup) -> Result<()> {
-    let context = |error| errors::from_statement(error, "write down a failure");
+    let context = |error| errors::from_statement(error, "record a failure");
     sqlx::query(
         "insert into oncely_dead_letter_group (id, worker, reason, code, shape, place) values ($1, $2, $3, $4, $5, $6)",
     )
@@ -228,7 +230,7 @@ async fn recently_raised(session: &mut Session, worker: &str) -> Result<u64> {
     row.try_get(0).map(shared::unsigned).map_err(context)
 }
 
-/// Raises an alarm however often it was raised before, unless it is raised still.
+/// Raises an alarm regardless of how often it was raised before, unless it is still raised.
 async fn raise_again(session: &mut Session, step: &AlarmUpdate) -> Result<Option<Notice>> {
     let context = |error| errors::from_statement(error, "look up an alarm");
     let row = sqlx::query(

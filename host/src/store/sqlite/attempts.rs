@@ -1,4 +1,4 @@
-//! Failed attempts, counted outside the transaction they failed in.
+//! Failed attempts, counted outside of the transaction that failed.
 
 use bytes::Bytes;
 use sqlx::Row;
@@ -8,7 +8,8 @@ use super::errors;
 use super::session::Session;
 use crate::store::{AttemptRecord, CountedAttempt, FailedAttempt, Result, rows, shared};
 
-/// Adds attempts, keeps their records, and returns for each which one of its event it was.
+/// Counts failed attempts and stores their recordings. Returns the number of each attempt within
+/// its event.
 pub(super) async fn count(
     session: &mut Session,
     worker: &str,
@@ -40,7 +41,7 @@ pub(super) async fn count(
     Ok(counts)
 }
 
-/// Whether the attempt before this one has the same proof.
+/// Whether the previous attempt has the same digest.
 async fn is_repeat(
     session: &mut Session,
     worker: &str,
@@ -54,7 +55,7 @@ async fn is_repeat(
     else {
         return Ok(false);
     };
-    let context = |error| errors::from_statement(error, "compare the records of two attempts");
+    let context = |error| errors::from_statement(error, "compare the recordings of two attempts");
     let row = sqlx::query(
         "select 1 from oncely_recording where worker = $1 and event_id = $2 and attempt = $3 - 1 and digest = $4",
     )
@@ -68,7 +69,7 @@ async fn is_repeat(
     Ok(row.is_some())
 }
 
-/// Keeps the record of an attempt in place of that of the one before.
+/// Stores the recording of an attempt in place of the previous one.
 async fn save_recording(
     session: &mut Session,
     worker: &str,
@@ -78,7 +79,7 @@ async fn save_recording(
     let Some(recording) = &given.recording else {
         return delete_recording(session, worker, &given.event_id).await;
     };
-    let context = |error| errors::from_statement(error, "keep the record of an attempt");
+    let context = |error| errors::from_statement(error, "store the recording of an attempt");
     sqlx::query(
         "insert or replace into oncely_recording (worker, event_id, attempt, digest, recording) values ($1, $2, $3, $4, $5)",
     )
@@ -93,13 +94,13 @@ async fn save_recording(
     Ok(())
 }
 
-/// Forgets the record of an event's last attempt.
+/// Deletes the recording of an event's last attempt.
 pub(super) async fn delete_recording(
     session: &mut Session,
     worker: &str,
     event_id: &str,
 ) -> Result<()> {
-    let context = |error| errors::from_statement(error, "forget the record of an attempt");
+    let context = |error| errors::from_statement(error, "delete the recording of an attempt");
     sqlx::query("delete from oncely_recording where worker = $1 and event_id = $2")
         .bind(worker)
         .bind(event_id)
@@ -109,7 +110,7 @@ pub(super) async fn delete_recording(
     Ok(())
 }
 
-/// The record of an event's last attempt.
+/// The recording of an event's last attempt.
 pub(super) async fn recording(
     readers: &SqlitePool,
     worker: &str,
@@ -122,17 +123,18 @@ pub(super) async fn recording(
     .bind(event_id)
     .fetch_optional(readers)
     .await
-    .map_err(|error| errors::from_statement(error, "read the record of an attempt"))?;
+    .map_err(|error| errors::from_statement(error, "read the recording of an attempt"))?;
     Ok(recording.map(Bytes::from))
 }
 
-/// Notes that a message is about to be handled alone; returns how often that was noted before and not taken back.
+/// Writes the crash marker of a message that is about to be handled alone. Returns how often it was
+/// written before without being cleared.
 pub(super) async fn write_crash_marker(
     session: &mut Session,
     worker: &str,
     event_id: &str,
 ) -> Result<u32> {
-    let context = |error| errors::from_statement(error, "note an unfinished message");
+    let context = |error| errors::from_statement(error, "write a crash marker");
     let row = sqlx::query(
         "insert into oncely_crash_marker (worker, event_id, starts) values ($1, $2, 1)
          on conflict (worker, event_id) do update set starts = starts + 1
@@ -146,13 +148,13 @@ pub(super) async fn write_crash_marker(
     row.try_get(0).map_err(context)
 }
 
-/// Takes the note back.
+/// Clears the crash marker of a message.
 pub(super) async fn clear_crash_marker(
     session: &mut Session,
     worker: &str,
     event_id: &str,
 ) -> Result<()> {
-    let context = |error| errors::from_statement(error, "take back an unfinished message");
+    let context = |error| errors::from_statement(error, "clear a crash marker");
     sqlx::query("delete from oncely_crash_marker where worker = $1 and event_id = $2")
         .bind(worker)
         .bind(event_id)

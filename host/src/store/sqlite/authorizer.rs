@@ -1,8 +1,9 @@
-//! The wall around guests' statements: what SQLite itself refuses while one of them is prepared or runs.
+//! The authorizer of guest statements, enforced by SQLite while one is prepared or run.
 //!
-//! The statement filter reads a statement's text; this does not depend on its verdict. SQLite asks the authorizer about each
-//! thing a statement would do, also through views and triggers, and only reading and writing workers' own tables is
-//! granted. Limits keep a single value, statement or expression from growing without bound.
+//! The statement filter checks the text of a statement. The authorizer does not depend on its
+//! verdict. SQLite calls it for each action of a statement, also within views and triggers. It
+//! grants only reads and writes of workers' own tables. Limits keep a single value, statement or
+//! expression from growing without bound.
 
 #![allow(unsafe_code)]
 
@@ -13,10 +14,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use libsqlite3_sys as ffi;
 use sqlx::sqlite::LockedSqliteHandle;
 
-/// What SQLite may allocate, in bytes, in the whole process: a statement that wants more fails.
+/// The memory that SQLite may allocate in the whole process, in bytes. A statement that needs more
+/// fails.
 const HEAP_BYTES: i64 = 512 * 1024 * 1024;
 
-/// What a guest's statement may grow to. SQLite's own limits hold for statements of the house.
+/// The limits of a guest's statement. SQLite's own limits hold for statements of the platform.
 const LIMITS: [(c_int, c_int); 11] = [
     // A text, blob or row, in bytes.
     (ffi::SQLITE_LIMIT_LENGTH, 32 * 1024 * 1024),
@@ -32,34 +34,35 @@ const LIMITS: [(c_int, c_int); 11] = [
     (ffi::SQLITE_LIMIT_TRIGGER_DEPTH, 20),
 ];
 
-/// Beginnings of the names of tables, also virtual ones, that are not for workers.
+/// Prefixes of tables, also virtual ones, that are not available to workers.
 const DENIED_PREFIXES: [&str; 3] = ["oncely_", "sqlite_", "pragma_"];
-/// Virtual tables that show the pages of the file and how statements are run.
+/// Virtual tables that expose the pages of the file and the execution of statements.
 const DENIED_TABLES: [&str; 3] = ["dbstat", "bytecode", "tables_used"];
 const DENIED_FUNCTIONS: [&str; 2] = ["load_extension", "fts3_tokenizer"];
 
-/// Under this name a connection owns what its authorizer looks at.
+/// The name under which a connection owns the flag of its authorizer.
 const CLIENT_DATA: &CStr = c"oncely authorizer";
 
-/// The wall of one connection. It stands only while it is raised.
+/// The authorizer of one connection. It denies nothing while it is inactive.
 pub(super) struct Authorizer {
     /// Whether a guest's statement is being prepared or run.
     is_active: Arc<AtomicBool>,
-    /// The connection's limits for statements of the house, as (limit, value).
+    /// The connection's limits for statements of the platform, as (limit, value).
     platform_limits: Vec<(c_int, c_int)>,
 }
 
 impl Authorizer {
-    /// Builds the wall of a connection, lowered.
+    /// Installs the authorizer of a connection, inactive.
     pub(super) fn install(handle: &mut LockedSqliteHandle<'_>) -> sqlx::Result<Self> {
         let db = handle.as_raw_handle().as_ptr();
         let is_active = Arc::new(AtomicBool::new(false));
         let owned = Arc::into_raw(Arc::clone(&is_active))
             .cast_mut()
             .cast::<c_void>();
-        // SAFETY: `db` is open and, as long as `handle` is held, used by nobody else. `owned` is one reference count that
-        // the connection takes over: SQLite gives it to `release` exactly once, when the connection has been closed or at
-        // once if it cannot keep it. Until then the authorizer may look at it.
+        // SAFETY: `db` is open, and `handle` keeps all other users away from it. `owned` is one
+        // reference count that the connection takes over. SQLite passes it to `release` exactly
+        // once: when the connection has been closed, or at once if the connection cannot keep it.
+        // Until then the authorizer may read it.
         let results = unsafe {
             let kept = ffi::sqlite3_set_clientdata(db, CLIENT_DATA.as_ptr(), owned, Some(release));
             let authorized = match kept {
@@ -79,10 +82,10 @@ impl Authorizer {
         };
         if let Some(failed) = results {
             return Err(sqlx::Error::Configuration(
-                format!("SQLite refused its guards (code {failed})").into(),
+                format!("SQLite refused the authorizer or its settings (code {failed})").into(),
             ));
         }
-        // SAFETY: as above; a negative value only asks for the present one.
+        // SAFETY: as above. A negative value only reads the present limit.
         let present = |limit| unsafe { ffi::sqlite3_limit(db, limit, -1) };
         let platform_limits = LIMITS
             .iter()
@@ -94,17 +97,17 @@ impl Authorizer {
         })
     }
 
-    /// From now on statements are a guest's.
+    /// Applies the authorizer and the guest limits to the statements that follow.
     pub(super) fn activate(&self, handle: &mut LockedSqliteHandle<'_>) {
         set_limits(handle, &LIMITS);
         self.is_active.store(true, Ordering::Release);
     }
 
-    /// From now on statements are the house's. Returns whether the transaction is still open.
+    /// Lifts the authorizer and the guest limits. Returns whether the transaction is still open.
     pub(super) fn deactivate(&self, handle: &mut LockedSqliteHandle<'_>) -> bool {
         self.is_active.store(false, Ordering::Release);
         set_limits(handle, &self.platform_limits);
-        // SAFETY: the connection is open, and `handle` keeps everybody else away from it.
+        // SAFETY: the connection is open, and `handle` keeps all other users away from it.
         unsafe { ffi::sqlite3_get_autocommit(handle.as_raw_handle().as_ptr()) == 0 }
     }
 }
@@ -112,7 +115,7 @@ impl Authorizer {
 fn set_limits(handle: &mut LockedSqliteHandle<'_>, limits: &[(c_int, c_int)]) {
     let db = handle.as_raw_handle().as_ptr();
     for (limit, value) in limits {
-        // SAFETY: the connection is open, and `handle` keeps everybody else away from it.
+        // SAFETY: the connection is open, and `handle` keeps all other users away from it.
         unsafe { ffi::sqlite3_limit(db, *limit, *value) };
     }
 }
@@ -120,19 +123,20 @@ fn set_limits(handle: &mut LockedSqliteHandle<'_>, limits: &[(c_int, c_int)]) {
 /// Switches an option on or off.
 ///
 /// # Safety
-/// `db` must be open, and `option` one of those that take a flag and the place for an answer.
+///
+/// `db` must be open, and `option` must take a flag and the place for a result.
 unsafe fn configure(db: *mut ffi::sqlite3, option: c_int, on: c_int) -> c_int {
-    // SAFETY: the caller's; a null place means that no answer is wanted.
+    // SAFETY: upheld by the caller. A null place means that no result is wanted.
     unsafe { ffi::sqlite3_db_config(db, option, on, std::ptr::null_mut::<c_int>()) }
 }
 
-/// Gives up the reference that the connection held.
+/// Drops the reference that the connection held.
 unsafe extern "C" fn release(is_active: *mut c_void) {
-    // SAFETY: it is the pointer that `install` made of an `Arc`, and SQLite calls this once.
+    // SAFETY: `install` made this pointer from an `Arc`, and SQLite calls this once.
     drop(unsafe { Arc::from_raw(is_active.cast_const().cast::<AtomicBool>()) });
 }
 
-/// Answers SQLite's question whether a statement may do something. It neither panics nor touches the connection.
+/// Grants or denies one action of a statement. It neither panics nor touches the connection.
 unsafe extern "C" fn authorize(
     is_active: *mut c_void,
     action: c_int,
@@ -141,12 +145,12 @@ unsafe extern "C" fn authorize(
     _database: *const c_char,
     _trigger: *const c_char,
 ) -> c_int {
-    // SAFETY: the connection owns a reference to the flag, and gives it up only once it is closed.
+    // SAFETY: the connection owns a reference to the flag, and drops it only once it is closed.
     let is_active = unsafe { &*is_active.cast_const().cast::<AtomicBool>() };
     if !is_active.load(Ordering::Acquire) {
         return ffi::SQLITE_OK;
     }
-    // SAFETY: SQLite passes null or a text that ends in NUL and lives until this returns.
+    // SAFETY: SQLite passes null, or a text that ends in NUL and lives until this returns.
     let (first, second) = unsafe { (text(first), text(second)) };
     if is_granted(action, first, second) {
         ffi::SQLITE_OK
@@ -156,9 +160,10 @@ unsafe extern "C" fn authorize(
 }
 
 /// # Safety
-/// `text` must be null or end in NUL, and live as long as what is returned.
+///
+/// `text` must be null or end in NUL, and live as long as the returned slice.
 unsafe fn text<'t>(text: *const c_char) -> &'t [u8] {
-    // SAFETY: the caller's.
+    // SAFETY: upheld by the caller.
     if text.is_null() {
         &[]
     } else {
@@ -166,8 +171,8 @@ unsafe fn text<'t>(text: *const c_char) -> &'t [u8] {
     }
 }
 
-/// Whether a guest may do this. What is not named here is denied: transactions, savepoints, schema changes, `attach`,
-/// `detach`, `vacuum`, `analyze`, `reindex`, pragmas.
+/// Whether a guest may do this. All other actions are denied: transactions, savepoints, schema
+/// changes, `attach`, `detach`, `vacuum`, `analyze`, `reindex`, pragmas.
 fn is_granted(action: c_int, first: &[u8], second: &[u8]) -> bool {
     match action {
         ffi::SQLITE_SELECT | ffi::SQLITE_RECURSIVE => true,
@@ -177,7 +182,7 @@ fn is_granted(action: c_int, first: &[u8], second: &[u8]) -> bool {
         ffi::SQLITE_FUNCTION => !DENIED_FUNCTIONS
             .iter()
             .any(|name| name.as_bytes().eq_ignore_ascii_case(second)),
-        // Full-text tables ask it of themselves.
+        // Full-text tables use it internally.
         ffi::SQLITE_PRAGMA => first.eq_ignore_ascii_case(b"data_version"),
         _ => false,
     }

@@ -1,5 +1,5 @@
-//! What a transaction changed, row by row: SQLite tells of each row that a statement touches, and a reader still sees what
-//! it was before.
+//! Row changes of a transaction: SQLite reports each touched row, and a reader supplies the old
+//! one.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,13 +13,13 @@ use super::{errors, guest_values};
 use crate::model::sql::Value;
 use crate::store::{Changes, Result, RowChange};
 
-/// How many rows are remembered.
+/// The most rows that are tracked.
 const TOUCHED_MAX: usize = 10_000;
 
-/// What SQLite told since the watch began.
+/// The rows that SQLite reported since tracking began.
 pub(super) struct ChangeTracker {
     touched: Arc<Mutex<TouchedRows>>,
-    /// How many rows the connection had changed by then.
+    /// The number of rows that the connection had changed before.
     changes_before: i64,
 }
 
@@ -28,13 +28,13 @@ struct TouchedRows {
     /// Table and row, in the order they were first touched.
     rows: Vec<(String, i64)>,
     known: HashSet<(String, i64)>,
-    /// How often SQLite told of a row.
+    /// The number of reports, repeated rows included.
     reported: i64,
 }
 
-/// Begins to remember which rows change.
+/// Starts tracking row changes.
 pub(super) async fn track(session: &mut Session) -> Result<ChangeTracker> {
-    let context = |error| errors::from_statement(error, "watch what changes");
+    let context = |error| errors::from_statement(error, "track row changes");
     let changes_before = total_changes(session).await?;
     let touched = Arc::new(Mutex::new(TouchedRows::default()));
     let shared = Arc::clone(&touched);
@@ -58,9 +58,9 @@ pub(super) async fn track(session: &mut Session) -> Result<ChangeTracker> {
     })
 }
 
-/// Ends the watch.
+/// Stops tracking row changes.
 pub(super) async fn stop_tracking(session: &mut Session) -> Result<()> {
-    let context = |error| errors::from_statement(error, "end the watch");
+    let context = |error| errors::from_statement(error, "stop tracking row changes");
     session
         .connection()
         .map_err(context)?
@@ -71,7 +71,7 @@ pub(super) async fn stop_tracking(session: &mut Session) -> Result<()> {
     Ok(())
 }
 
-/// What changed since the watch began, at most `limit` rows.
+/// The changes since tracking began, at most `limit` rows.
 pub(super) async fn changes(
     session: &mut Session,
     readers: &SqlitePool,
@@ -87,6 +87,8 @@ pub(super) async fn changes(
             .unwrap_or_else(PoisonError::into_inner);
         (std::mem::take(&mut touched.rows), touched.reported)
     };
+
+    // Compare each touched row with its committed version.
     let mut changes = Changes::default();
     let mut reader = readers.acquire().await.map_err(context)?;
     for (table, rowid) in rows.iter().take(limit) {
@@ -115,15 +117,18 @@ pub(super) async fn changes(
             });
         }
     }
+
+    // Report the changes that were not compared.
     if rows.len() > limit {
         changes
             .omitted
             .push(format!("{} more rows", rows.len() - limit));
     }
     if made != reported {
-        let why = "rows of tables without rowid, and those that a `delete` without `where` removed, are counted only";
+        let why =
+            "rows of tables without rowid, and rows deleted without `where`, are only counted";
         changes.omitted.push(format!(
-            "{} changes of rows that SQLite does not tell of ({why})",
+            "{} row changes that SQLite does not report ({why})",
             made.abs_diff(reported)
         ));
     }

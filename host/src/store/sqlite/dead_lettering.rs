@@ -1,4 +1,4 @@
-//! Writing dead letters: the original bytes and headers of what could not be handled.
+//! Writing dead letters: the original bytes and headers of messages that could not be handled.
 
 use std::collections::{HashMap, HashSet};
 
@@ -10,20 +10,25 @@ use crate::model::verdict::DeadLetter;
 use crate::store::shared::{self, InboxRecord, NewDeadLetter};
 use crate::store::{AlarmNotices, OutboxRow, Output, Result};
 
-/// Writes letters, their inbox records and their notices, and raises an alarm for failures that are new. What is settled
-/// already adds nothing.
+/// Writes dead letters, their inbox records and their notices, and raises an alarm for new
+/// failures. A message that is already settled adds nothing.
 pub(super) async fn dead_letter(
     session: &mut Session,
     dead_letters: &[(DeadLetter, Output)],
     new_failures: u32,
 ) -> Result<(Vec<OutboxRow>, AlarmNotices)> {
+    // Settle the events, and keep the messages that still need a dead letter.
     let new_dead_letters = NewDeadLetter::all(dead_letters);
     let inserted = settle(session, &new_dead_letters).await?;
     let inbox_records = inbox_records(session, &new_dead_letters).await?;
     let new = shared::to_dead_letter(&new_dead_letters, &inserted, &inbox_records);
+
+    // New failures are recorded before their dead letters exist.
     let alarms =
         alarms::record_failures(session, &shared::worker_failure_groups(&new), new_failures)
             .await?;
+
+    // Write the dead letters and their notices.
     let mut notices = Vec::new();
     for new_dead_letter in new {
         if let Some((id, generation)) = insert(session, new_dead_letter).await? {
@@ -41,7 +46,7 @@ pub(super) async fn dead_letter(
     Ok((notices, alarms::append_notices(session, alarms).await?))
 }
 
-/// Settles the events that are not settled yet as dead, and returns them.
+/// Settles the unsettled events as dead, and returns them.
 async fn settle(
     session: &mut Session,
     new_dead_letters: &[NewDeadLetter<'_>],
@@ -97,7 +102,8 @@ async fn inbox_records(
     Ok(inbox_records)
 }
 
-/// Writes a letter, or opens it again when it was put back, and returns its id and generation; none when it is there already.
+/// Writes a dead letter, or reopens a redriven one. Returns its id and generation; none if it is
+/// already open.
 async fn insert(
     session: &mut Session,
     new_dead_letter: &NewDeadLetter<'_>,

@@ -1,4 +1,4 @@
-//! Reading dead letters: the original bytes and headers of what could not be handled, and what became of it.
+//! Reading dead letters: the original bytes and headers of messages, and their failure history.
 
 use jiff::Timestamp;
 use sqlx::query::Query;
@@ -10,7 +10,7 @@ use crate::store::{
     DeadLetterSummary, EditRecord, Result, rows,
 };
 
-/// What a list shows of a letter. Whether one that was put back took effect stands in the inbox.
+/// The columns of a dead letter in a list. The inbox shows whether a redriven one took effect.
 macro_rules! summaries {
     ($also:literal, $($which:tt)+) => {
         concat!(
@@ -30,7 +30,7 @@ macro_rules! summaries {
     };
 }
 
-/// What a filter says, but for subjects; see [`fitting`].
+/// The conditions of a filter, without its subjects; see [`fitting`].
 macro_rules! fits {
     () => {
         "($1 is null or worker = $1) and ($2 is null or reason = $2)
@@ -42,14 +42,15 @@ macro_rules! fits {
     };
 }
 
-/// The same for letters that wait for somebody; those of them that took effect are still to be left out.
+/// The same for open and redriven dead letters. The query must still exclude those that took
+/// effect.
 macro_rules! fits_and_waits {
     () => {
         concat!("state in ('open', 'redriven') and ", fits!())
     };
 }
 
-/// Gives a query the values of a filter.
+/// Binds the values of a filter to a query.
 fn fitting<'q>(
     query: Query<'q, Sqlite, SqliteArguments>,
     filter: &'q DeadLetterFilter,
@@ -65,7 +66,7 @@ fn fitting<'q>(
         .bind(filter.group.as_deref())
 }
 
-/// One page of letters, newest first.
+/// One page of dead letters, newest first.
 pub(super) async fn list(
     readers: &SqlitePool,
     filter: &DeadLetterFilter,
@@ -86,7 +87,7 @@ pub(super) async fn list(
     Ok(rows::list(&rows, rows::dead_letter_summary))
 }
 
-/// How many letters fit, and when they died, by group and subject.
+/// The number of dead letters that match a filter, and their times, by group and subject.
 pub(super) async fn groups(
     readers: &SqlitePool,
     filter: &DeadLetterFilter,
@@ -119,7 +120,7 @@ pub(super) async fn groups(
     Ok(rows::list(&rows, rows::dead_letter_group))
 }
 
-/// One letter, with everything that is known of it.
+/// One dead letter, with its failure history, edits, audit records and outputs.
 pub(super) async fn find(readers: &SqlitePool, id: i64) -> Result<Option<DeadLetterRecord>> {
     let query = sqlx::query(summaries!(
         ", headers, body, first_died_at, coalesce(stored_at, first_died_at, died_at) as stored_at",
@@ -162,10 +163,9 @@ async fn audit(readers: &SqlitePool, id: i64) -> Result<Vec<AuditRecord>> {
         "select action, generation, actor, note, at
          from oncely_dead_letter_audit where dead_letter_id = $1 order by seq",
     );
-    let rows =
-        query.bind(id).fetch_all(readers).await.map_err(|error| {
-            errors::from_statement(error, "read what was done to a dead letter")
-        })?;
+    let rows = query.bind(id).fetch_all(readers).await.map_err(|error| {
+        errors::from_statement(error, "read the audit records of a dead letter")
+    })?;
     Ok(rows::list(&rows, rows::dead_letter_audit))
 }
 

@@ -1,4 +1,4 @@
-//! Components, deployments, which of them is active, and workers' own migrations.
+//! Components, deployments, the active versions, and workers' own migrations.
 
 use std::collections::HashMap;
 
@@ -11,8 +11,9 @@ use super::session::Session;
 use crate::model::sql::SqlError;
 use crate::store::{DeploymentRecord, Result, StoreError, WorkerMigration, rows, shared};
 
+/// Stores a component, unless one with this digest is stored already.
 pub(super) async fn put_component(session: &mut Session, digest: &str, wasm: &[u8]) -> Result<()> {
-    let context = |error| errors::from_statement(error, "keep a component");
+    let context = |error| errors::from_statement(error, "store a component");
     sqlx::query(
         "insert into oncely_component (digest, wasm) values ($1, $2) on conflict do nothing",
     )
@@ -24,6 +25,7 @@ pub(super) async fn put_component(session: &mut Session, digest: &str, wasm: &[u
     Ok(())
 }
 
+/// The component with this digest.
 pub(super) async fn component(readers: &SqlitePool, digest: &str) -> Result<Option<Vec<u8>>> {
     let row = sqlx::query("select wasm from oncely_component where digest = $1")
         .bind(digest)
@@ -35,7 +37,7 @@ pub(super) async fn component(readers: &SqlitePool, digest: &str) -> Result<Opti
         .map_err(|error| errors::from_statement(error, "read a component"))
 }
 
-/// Runs the migrations that are due, writes the next deployment and activates it.
+/// Runs the due migrations, writes the next deployment and activates it.
 pub(super) async fn deploy(
     session: &mut Session,
     worker: &str,
@@ -69,7 +71,7 @@ async fn applied_migrations(
     session: &mut Session,
     worker: &str,
 ) -> Result<HashMap<String, Vec<u8>>> {
-    let context = |error| errors::from_statement(error, "read which migrations ran");
+    let context = |error| errors::from_statement(error, "read the applied migrations");
     let rows = sqlx::query("select name, sha256 from oncely_worker_migration where worker = $1")
         .bind(worker)
         .fetch_all(session.connection().map_err(context)?)
@@ -100,7 +102,8 @@ async fn run_migration(
             error => shared::migration_failed(migration, anyhow!("{error}")),
         });
     }
-    // Outside of its transaction this statement fails: the commit hook lets nothing through.
+
+    // Outside of its transaction this statement fails: the commit hook refuses every commit.
     sqlx::query("insert into oncely_worker_migration (worker, name, sha256) values ($1, $2, $3)")
         .bind(worker)
         .bind(&migration.name)
@@ -164,6 +167,7 @@ pub(super) async fn retire(session: &mut Session, worker: &str) -> Result<()> {
         .map_err(context)
 }
 
+/// Activates a version; none if it was never deployed.
 pub(super) async fn activate(
     session: &mut Session,
     worker: &str,
@@ -198,7 +202,7 @@ pub(super) async fn active(readers: &SqlitePool) -> Result<Vec<DeploymentRecord>
     rows.iter().map(rows::deployment).collect()
 }
 
-/// The newest deployment of every worker that ever had one, by name.
+/// The newest deployment of every worker, retired ones included, by name.
 pub(super) async fn newest(readers: &SqlitePool) -> Result<Vec<DeploymentRecord>> {
     let rows = sqlx::query(
         "select worker, version, digest, manifest, created_at from oncely_deployment as one

@@ -1,4 +1,4 @@
-//! What SQLite's errors mean for us.
+//! The meaning of SQLite's errors for the host.
 
 use sqlx::Error;
 
@@ -23,11 +23,11 @@ const MISMATCH: i32 = 20;
 const AUTH: i32 = 23;
 const NOTADB: i32 = 26;
 
-// Extended ones.
+// Extended result codes.
 const CONSTRAINT_COMMITHOOK: i32 = 531;
 const CONSTRAINT_FOREIGNKEY: i32 = 787;
 
-/// The error of a statement of our own.
+/// The error of a statement of the platform.
 pub(super) fn from_statement(error: Error, context: &'static str) -> StoreError {
     let is_conflict = matches!(primary(&error), BUSY | LOCKED);
     let cause = anyhow::Error::new(error).context(context);
@@ -38,7 +38,8 @@ pub(super) fn from_statement(error: Error, context: &'static str) -> StoreError 
     }
 }
 
-/// The error of a statement of our own that writes what a guest gave: a value that our tables refuse is the guest's doing.
+/// The error of a platform statement that writes a guest's values. A value that the platform's
+/// tables refuse is the guest's mistake.
 pub(super) fn from_guest_values(error: StoreError) -> StoreError {
     let StoreError::Unavailable(cause) = error else {
         return error;
@@ -52,7 +53,8 @@ pub(super) fn from_guest_values(error: StoreError) -> StoreError {
     }
 }
 
-/// The error of a savepoint: one that is not there went with the transaction that a guest's statement ended.
+/// The error of a savepoint. A missing savepoint means that a guest's statement ended the
+/// transaction.
 pub(super) fn from_savepoint(error: Error, context: &'static str) -> StoreError {
     match primary(&error) {
         ERROR => StoreError::Refused(anyhow::Error::new(error).context(context)),
@@ -60,7 +62,8 @@ pub(super) fn from_savepoint(error: Error, context: &'static str) -> StoreError 
     }
 }
 
-/// The error of a commit: what is refused for the guest's doing took no effect, anything else may have.
+/// The error of a commit. A commit that is refused because of the guest took no effect; any other
+/// may have.
 pub(super) fn from_commit(error: Error) -> StoreError {
     let refusal = match primary(&error) {
         ERROR if is_no_transaction(&error) => "a statement ended the transaction",
@@ -70,8 +73,9 @@ pub(super) fn from_commit(error: Error) -> StoreError {
     StoreError::Refused(anyhow::Error::new(error).context(refusal))
 }
 
-/// The error of a guest's statement: the outer one is the host's, the inner one the guest's to see. To a guest that can
-/// but read (`reads_only`) a write is refused; to any other it is trouble with the file.
+/// The error of a guest's statement: the outer one is the host's, the inner one the guest's. In a
+/// read-only transaction (`reads_only`) a write is refused. In any other, that code means trouble
+/// with the file.
 pub(super) fn from_guest_statement(error: Error, reads_only: bool) -> Result<SqlError, StoreError> {
     let (code, primary) = (extended(&error), primary(&error));
     let Some(database) = error.as_database_error() else {
@@ -93,12 +97,12 @@ pub(super) fn from_guest_statement(error: Error, reads_only: bool) -> Result<Sql
     };
     Ok(match primary {
         INTERRUPT => SqlError::Timeout,
-        AUTH => SqlError::NotAllowed(format!("this is not for workers: {}", said.message)),
+        AUTH => SqlError::NotAllowed(format!("not available to workers: {}", said.message)),
         TOOBIG => SqlError::TooLarge(said.message),
-        NOMEM => SqlError::TooLarge("the statement needs more memory than there is".to_owned()),
+        NOMEM => SqlError::TooLarge("the statement ran out of memory".to_owned()),
         BUSY | LOCKED => SqlError::Conflict(said),
         READONLY if reads_only && code == READONLY => {
-            SqlError::NotAllowed("this transaction can but read".to_owned())
+            SqlError::NotAllowed("the transaction is read-only".to_owned())
         }
         READONLY | IOERR | CORRUPT | FULL | CANTOPEN | PROTOCOL | NOTADB => {
             return Err(from_statement(error, "run a guest's statement"));
@@ -111,14 +115,15 @@ pub(super) fn from_guest_statement(error: Error, reads_only: bool) -> Result<Sql
     })
 }
 
-/// Whether SQLite says that there is no transaction to end.
+/// Whether SQLite reports that there is no transaction to end.
 pub(super) fn is_no_transaction(error: &Error) -> bool {
     error
         .as_database_error()
         .is_some_and(|error| error.message().contains("no transaction is active"))
 }
 
-/// Whether a statement would have committed by itself, outside of its transaction.
+/// Whether the commit hook refused a statement that would have committed outside of its
+/// transaction.
 pub(super) fn is_commit_hook(error: &Error) -> bool {
     extended(error) == CONSTRAINT_COMMITHOOK
 }
@@ -127,7 +132,8 @@ pub(super) fn is_foreign_key_violation(error: &Error) -> bool {
     extended(error) == CONSTRAINT_FOREIGNKEY
 }
 
-/// The name in `CHECK constraint failed: name`, or the columns in `UNIQUE constraint failed: table.column`.
+/// The name in `CHECK constraint failed: name`, or the columns in `UNIQUE constraint failed:
+/// table.column`.
 fn constraint(message: &str) -> Option<String> {
     message
         .split_once("constraint failed: ")

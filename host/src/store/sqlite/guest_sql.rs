@@ -1,4 +1,4 @@
-//! Guest statements: checked, bound, read by storage class, stopped at their limits.
+//! Guest statements: checked, bound, decoded by storage class, stopped at their limits.
 
 use std::time::Duration;
 
@@ -11,33 +11,34 @@ use super::{errors, guest_values};
 use crate::model::sql::{self, Dialect, Rows, SqlError, SqlLimits, StatementFacts, Value};
 use crate::store::Result;
 
-/// Under which terms guests' statements run.
+/// The conditions under which guest statements run.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Guests {
-    /// Whether they are filtered.
+    /// Whether the statement filter applies.
     pub has_filter: bool,
-    /// How long one may take.
+    /// How long one statement may take.
     pub time: Duration,
-    /// Whether their transaction can but read.
+    /// Whether their transaction is read-only.
     pub reads_only: bool,
 }
 
-/// A statement that may run.
+/// A checked statement with its parameters.
 struct Prepared {
     text: String,
     arguments: SqliteArguments,
     facts: StatementFacts,
 }
 
-/// How a guest's statement ended.
+/// The outcome of a guest's statement.
 pub(super) enum StatementOutcome<T> {
     Done(T),
     /// It did not reach the database.
     NotRun(SqlError),
-    /// It failed, or what it returned was not read to the end: the transaction can only be rolled back.
+    /// It failed, or its result was not read to the end. The transaction can only be rolled back.
     Failed(SqlError),
 }
 
+/// Runs a guest's statement and returns its rows, up to `limits`.
 pub(super) async fn query(
     session: &mut Session,
     guests: Guests,
@@ -56,6 +57,7 @@ pub(super) async fn query(
     end_statement(session, outcome).await
 }
 
+/// Runs a guest's statement and returns the number of changed rows.
 pub(super) async fn execute(
     session: &mut Session,
     guests: Guests,
@@ -116,7 +118,8 @@ async fn fetch(
     }
 }
 
-/// Ends the guest's turn. A statement that ended the transaction has failed, whatever it said itself.
+/// Ends a guest's statement. One that ended the transaction has failed, regardless of its own
+/// result.
 async fn end_statement<T>(
     session: &mut Session,
     outcome: Result<StatementOutcome<T>>,
@@ -146,8 +149,9 @@ async fn prepare(
         .unwrap_or_else(|error| Err(SqlError::InvalidParameter(error.to_string())))
 }
 
-/// Checks a statement and binds its parameters. A comment opens its text: a connection keeps prepared statements by
-/// their text, and those of the house were prepared with no wall around them.
+/// Checks a statement and binds its parameters. The text opens with a comment, because a connection
+/// caches prepared statements by their text. The platform's own were prepared without the
+/// authorizer.
 fn prepare_here(
     guests: Guests,
     statement: &str,
@@ -157,7 +161,7 @@ fn prepare_here(
         true => sql::check_statement(statement, Dialect::Sqlite, None)?,
         false => StatementFacts::of(statement, Dialect::Sqlite),
     };
-    // SQLite would take what is missing for null.
+    // SQLite would read a missing parameter as null.
     if guests.has_filter || facts.highest_placeholder > params.len() {
         sql::check_count(&facts, params.len())?;
     }

@@ -6,7 +6,8 @@ use sqlx::{Arguments, Column, Row, TypeInfo, ValueRef};
 use crate::model::sql::{SqlError, Value};
 use crate::store::values;
 
-/// Binds a guest's parameters. Dates, times and UUIDs are kept in the one text form that compares and sorts right.
+/// Binds a guest's parameters. Dates, times and UUIDs are stored in the one text form that compares
+/// and sorts correctly.
 pub(super) fn bind(params: &[Value]) -> Result<SqliteArguments, SqlError> {
     let mut arguments = SqliteArguments::default();
     for value in params {
@@ -14,10 +15,10 @@ pub(super) fn bind(params: &[Value]) -> Result<SqliteArguments, SqlError> {
             Value::Null => arguments.add(None::<i64>),
             Value::Boolean(truth) => arguments.add(i64::from(*truth)),
             Value::Int64(number) | Value::Timestamp(number) => arguments.add(*number),
-            // SQLite would take it for null.
+            // SQLite would store it as null.
             Value::Float64(number) if number.is_nan() => {
                 return Err(SqlError::InvalidParameter(
-                    "SQLite cannot keep a float that is not a number".to_owned(),
+                    "SQLite cannot store a float that is not a number".to_owned(),
                 ));
             }
             Value::Float64(number) => arguments.add(*number),
@@ -38,7 +39,7 @@ pub(super) fn bind(params: &[Value]) -> Result<SqliteArguments, SqlError> {
 pub(super) fn decode(row: &SqliteRow, at: usize) -> Result<Value, SqlError> {
     let unreadable = |why: String| {
         let column = row.columns().get(at).map_or("?", |column| column.name());
-        SqlError::UnsupportedType(format!("column `{column}` cannot be passed on: {why}"))
+        SqlError::UnsupportedType(format!("column `{column}` cannot be decoded: {why}"))
     };
     let raw = row
         .try_get_raw(at)

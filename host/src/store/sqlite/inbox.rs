@@ -9,15 +9,18 @@ use super::errors;
 use super::session::Session;
 use crate::store::{Claim, Claimed, Result, shared};
 
-/// Claims event ids with one statement, and looks at those that were there before with another.
+/// Claims event ids with one statement, and reads those that already existed with another.
 pub(super) async fn claim(
     session: &mut Session,
     worker: &str,
     claims: &[Claim],
 ) -> Result<Vec<Claimed>> {
+    // Redriven events are dead, and must be reclaimed before they can be claimed.
     for claim in claims.iter().filter(|claim| claim.redriven) {
         reclaim(session, worker, claim).await?;
     }
+
+    // Claim all event ids in one statement.
     let given: Vec<_> = claims
         .iter()
         .map(|claim| {
@@ -29,6 +32,8 @@ pub(super) async fn claim(
     let given = serde_json::Value::Array(given).to_string();
     let fresh = insert(session, worker, &given).await?;
     let found = find_existing(session, worker, &given).await?;
+
+    // An event id that was not inserted existed before.
     let answer = |(claim, (payload, attempts)): (&Claim, &(Vec<u8>, i64))| {
         let existing_payload = (!fresh.contains(&claim.event_id)).then_some(payload.as_slice());
         shared::claimed(claim, existing_payload, *attempts)
@@ -36,9 +41,9 @@ pub(super) async fn claim(
     Ok(claims.iter().zip(&found).map(answer).collect())
 }
 
-/// Lets an event be claimed that is dead and was put back.
+/// Reclaims a redriven event, so that it can be claimed although it is dead.
 async fn reclaim(session: &mut Session, worker: &str, claim: &Claim) -> Result<()> {
-    let context = |error| errors::from_statement(error, "take up an event that was put back");
+    let context = |error| errors::from_statement(error, "reclaim a redriven event");
     sqlx::query(
         "delete from oncely_inbox as inbox
          where worker = $1 and event_id = $2 and payload_sha256 = $3 and state = 'dead' and exists (
@@ -55,7 +60,7 @@ async fn reclaim(session: &mut Session, worker: &str, claim: &Claim) -> Result<(
     Ok(())
 }
 
-/// Claims what is not there, and returns which event ids these were.
+/// Claims the event ids that do not exist yet, and returns them.
 async fn insert(session: &mut Session, worker: &str, given: &str) -> Result<HashSet<String>> {
     let context = |error| errors::from_statement(error, "claim event ids");
     let rows = sqlx::query(
@@ -74,8 +79,8 @@ async fn insert(session: &mut Session, worker: &str, given: &str) -> Result<Hash
     fresh.map_err(|error| errors::from_statement(error, "read claimed event ids"))
 }
 
-/// Payload and attempts of each event id, in the order they were given. The `cross join` keeps SQLite from walking the
-/// whole inbox with the given ids inside.
+/// Payload hash and attempts of each event id, in the given order. The `cross join` keeps SQLite
+/// from scanning the whole inbox in the outer loop.
 async fn find_existing(
     session: &mut Session,
     worker: &str,
@@ -100,14 +105,16 @@ async fn find_existing(
     found.map_err(|error| errors::from_statement(error, "read event ids"))
 }
 
-/// Gives claims of this transaction back; what was put back is dead again.
+/// Releases claims of this transaction. A redriven event is dead again.
 pub(super) async fn release_claims(
     session: &mut Session,
     worker: &str,
     event_ids: &[&str],
 ) -> Result<()> {
-    let context = |error| errors::from_statement(error, "give claims back");
+    let context = |error| errors::from_statement(error, "release claims");
     let event_ids = serde_json::json!(event_ids).to_string();
+
+    // The record of a redriven event becomes dead again.
     sqlx::query(
         "update oncely_inbox as inbox set state = 'dead'
          where worker = $1 and event_id in (select value from json_each($2)) and exists (
@@ -120,6 +127,8 @@ pub(super) async fn release_claims(
     .execute(session.connection().map_err(context)?)
     .await
     .map_err(context)?;
+
+    // All other records disappear.
     sqlx::query(
         "delete from oncely_inbox
          where worker = $1 and event_id in (select value from json_each($2)) and state = 'done'",
@@ -132,7 +141,7 @@ pub(super) async fn release_claims(
     Ok(())
 }
 
-/// Which of these events took effect.
+/// The events among these that took effect.
 pub(super) async fn done(
     readers: &SqlitePool,
     worker: &str,

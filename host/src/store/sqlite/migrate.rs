@@ -1,4 +1,4 @@
-//! Brings the platform's own schema up to date.
+//! Migrations of the platform's own schema.
 
 use std::collections::HashMap;
 
@@ -10,21 +10,21 @@ use crate::fault;
 use crate::model::output_ids::OutputIds;
 use crate::store::migrations::{self, Migration, migrations};
 
-/// A new file of `migrations/sqlite` gets its line here.
+/// A new file in `migrations/sqlite` is listed here.
 pub(in crate::store) const MIGRATIONS: &[Migration] = migrations![
     "sqlite":
     "0001_baseline",
 ];
 
-/// Runs the migrations that have not run, in one transaction.
+/// Runs the due migrations, in one transaction.
 pub(super) async fn run(sessions: &Sessions) -> anyhow::Result<()> {
     let mut session = sessions.begin().await?;
     prepare(&mut session)
         .await
-        .context("make the table of migrations")?;
+        .context("create the table of migrations")?;
     let applied = applied(&mut session)
         .await
-        .context("read which migrations ran")?;
+        .context("read the applied migrations")?;
     for migration in migrations::due(MIGRATIONS, &applied)? {
         apply(&mut session, migration)
             .await
@@ -34,7 +34,7 @@ pub(super) async fn run(sessions: &Sessions) -> anyhow::Result<()> {
     session.commit().await.context("commit the migrations")
 }
 
-/// The ids under which outputs travel.
+/// The output ids of this installation.
 pub(super) async fn output_ids(sessions: &Sessions) -> anyhow::Result<OutputIds> {
     let mut session = sessions.begin().await?;
     let row = sqlx::query("select key from oncely_output_key")

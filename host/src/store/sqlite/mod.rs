@@ -1,6 +1,6 @@
 //! SQLite: one host, one file.
 //!
-//! One connection writes, a transaction at a time; a few others only read.
+//! One connection writes, a transaction at a time. A few others only read.
 
 mod alarms;
 mod attempts;
@@ -57,10 +57,11 @@ use crate::model::verdict::{DeadLetter, Settled};
 
 const READERS: u32 = 4;
 
-/// How many guests that can but read run at the same time.
+/// The number of read-only guest transactions that can run at the same time.
 const GUEST_READERS: usize = 4;
 
-/// Makes the file of a new database, for this user's eyes only; SQLite gives the files beside it the same rights.
+/// Creates the file of a new database, with access for this user only. SQLite creates the files
+/// beside it with the same rights.
 fn create_private_file(path: &Path) -> std::io::Result<()> {
     use std::os::unix::fs::OpenOptionsExt;
     match std::fs::OpenOptions::new()
@@ -77,32 +78,41 @@ fn create_private_file(path: &Path) -> std::io::Result<()> {
 /// A SQLite database in a file of its own.
 pub struct SqliteStore {
     sessions: Sessions,
-    /// For guests that can but read, in turn.
+    /// For read-only guest transactions, in rotation.
     guest_readers: [Sessions; GUEST_READERS],
     next_reader: AtomicUsize,
     readers: SqlitePool,
     output_ids: Arc<OutputIds>,
     installation: String,
     has_filter: bool,
-    /// Whether the leases of the host before this one are yet to be released.
+    /// Whether the leases of the previous host are yet to be released.
     needs_takeover: AtomicBool,
 }
 
 impl SqliteStore {
-    /// Opens a database file, makes it if it is not there, and brings its schema up to date.
+    /// Opens a database file, creates it if it is missing, and migrates its schema.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the file cannot be created or opened, or if a migration fails.
     pub async fn open(path: &Path) -> anyhow::Result<Self> {
-        create_private_file(path).with_context(|| format!("make the file {}", path.display()))?;
+        // Create the file and migrate its schema.
+        create_private_file(path).with_context(|| format!("create the file {}", path.display()))?;
         let sessions = Sessions::new(session::options(path));
         migrate::run(&sessions)
             .await
-            .with_context(|| format!("bring the SQLite schema up to date: {}", path.display()))?;
+            .with_context(|| format!("migrate the SQLite schema: {}", path.display()))?;
+
+        // Read the identity of the installation.
         let output_ids = migrate::output_ids(&sessions)
             .await
-            .context("read the key of the outputs' ids")?;
+            .context("read the key of the output ids")?;
         let output_ids = Arc::new(output_ids);
         let installation = migrate::installation(&sessions)
             .await
             .context("read the installation's id")?;
+
+        // Open the connections: one writes, the others only read.
         let sessions = sessions.with_output_ids(Arc::clone(&output_ids));
         let readers = SqlitePoolOptions::new()
             .max_connections(READERS)
@@ -123,7 +133,7 @@ impl SqliteStore {
         })
     }
 
-    /// Lets guests' statements past the filter unread, so that a test can show what the authorizer behind it holds.
+    /// Skips the statement filter, so that a test can show the limits of the authorizer behind it.
     #[doc(hidden)]
     #[must_use]
     pub fn without_filter(self) -> Self {

@@ -1,4 +1,4 @@
-//! The outbox: what committed and is to be published.
+//! The outbox: committed outputs that are to be published.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -24,8 +24,8 @@ pub(super) async fn append(
     append_for(session, &outputs, lease).await
 }
 
-/// Appends outputs, each with its worker, in order. Those that are due at once are leased to this host and returned;
-/// delayed ones are leased to nobody, but only due after their delay.
+/// Appends outputs, each with its worker, in order. Those that are due at once are leased to this
+/// host and returned. Delayed ones are leased to no host, and are due only after their delay.
 pub(super) async fn append_for(
     session: &mut Session,
     outputs: &[(&str, &Output)],
@@ -45,12 +45,14 @@ pub(super) async fn append_for(
                 Entry::Occupied(known) => known.into_mut(),
                 Entry::Vacant(place) => place.insert(KeyQueue::load(session, worker, key).await?),
             };
-            // Only the first output of a key needs to know who is before it.
+            // Only the first output of a key needs the queue before it.
             queue = KeyQueue {
                 blocked_by: std::mem::take(&mut known.blocked_by),
                 blocker: known.blocker,
             };
         }
+
+        // Insert the output; one that is leased has a first attempt.
         let sealed = ids.seal(worker, output);
         let row = insert(session, worker, &sealed, queue.blocker, lease).await?;
         let read = || -> anyhow::Result<_> {
@@ -77,17 +79,17 @@ pub(super) async fn append_for(
     Ok(appended)
 }
 
-/// What is in line for a key when an output is written.
+/// The queue of a key when an output is written.
 #[derive(Default)]
 struct KeyQueue {
     blocked_by: Vec<i64>,
-    /// The one a new output has to wait behind.
+    /// The row that a new output has to wait for.
     blocker: Option<i64>,
 }
 
 impl KeyQueue {
     async fn load(session: &mut Session, worker: &str, key: &str) -> Result<Self> {
-        let context = |error| errors::from_statement(error, "look at the line of a key");
+        let context = |error| errors::from_statement(error, "read the queue of a key");
         let rows = sqlx::query(
             "with clock as (select cast(unixepoch('subsec') * 1000000 as integer) as now)
              select seq, coalesce(blocked_by, seq),
@@ -112,7 +114,7 @@ impl KeyQueue {
                 .map(|(_, waits_for, _)| *waits_for)
                 .min()
         } else {
-            // All that wait for the same go on together.
+            // Outputs that wait for the same row are unblocked together.
             rows.first().map(|(_, waits_for, _)| *waits_for)
         };
         Ok(KeyQueue {
@@ -157,8 +159,9 @@ async fn insert(
     .map_err(context)
 }
 
-/// Leases what is due, oldest first. What is due but not the next of its key waits for the last one before it, or for what
-/// that one waits for: it comes again once that is gone.
+/// Leases due outputs, oldest first. A due output that is not the next of its key is blocked by the
+/// last one before it. If that one is blocked itself, both get the same blocker. An output is due
+/// again once its blocker is gone.
 pub(super) async fn lease(
     session: &mut Session,
     limit: u32,
@@ -166,6 +169,8 @@ pub(super) async fn lease(
 ) -> Result<Vec<OutboxRow>> {
     let context = |error| errors::from_statement(error, "lease outputs");
     unblock(session).await?;
+
+    // Find due outputs, and for each the row that its key waits for, if any.
     let candidates = sqlx::query(
         "with clock as materialized (
              select cast(unixepoch('subsec') * 1000000 as integer) as now
@@ -198,6 +203,8 @@ pub(super) async fn lease(
         .iter()
         .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
         .collect();
+
+    // Block those that are not the next of their key.
     let (next, waiting): (Vec<_>, Vec<_>) = candidates
         .map_err(context)?
         .into_iter()
@@ -209,6 +216,8 @@ pub(super) async fn lease(
     if next.is_empty() {
         return Ok(Vec::new());
     }
+
+    // Lease the rest.
     let rows = sqlx::query(
         "with clock as (select cast(unixepoch('subsec') * 1000000 as integer) as now)
          update oncely_outbox
@@ -228,9 +237,9 @@ pub(super) async fn lease(
     Ok(leased)
 }
 
-/// Lets go of what waits behind rows that are published or gone.
+/// Unblocks outputs that wait for rows that are published or gone.
 async fn unblock(session: &mut Session) -> Result<()> {
-    let context = |error| errors::from_statement(error, "let outputs go that waited");
+    let context = |error| errors::from_statement(error, "unblock outputs");
     sqlx::query(
         "update oncely_outbox
          set blocked_by = null, leased_until = due_at
@@ -246,9 +255,9 @@ async fn unblock(session: &mut Session) -> Result<()> {
     Ok(())
 }
 
-/// Records where outputs are. All of them must be there.
+/// Records where outputs were published. All of them must exist.
 pub(super) async fn mark_published(session: &mut Session, published: &[Published]) -> Result<()> {
-    let context = |error| errors::from_statement(error, "mark outputs as published");
+    let context = |error| errors::from_statement(error, "record published outputs");
     let given: Vec<_> = published
         .iter()
         .map(|place| serde_json::json!({"seq": place.seq, "stream": place.stream, "sequence": place.stream_sequence}))
@@ -268,10 +277,10 @@ pub(super) async fn mark_published(session: &mut Session, published: &[Published
     shared::check_count(result.rows_affected(), published.len())
 }
 
-/// Releases what instances before this one had leased: there is one host. Returns how many outputs that were.
+/// Releases the leases of previous instances: there is only one host. Returns the number of
+/// outputs.
 pub(super) async fn release_leases(session: &mut Session) -> Result<u64> {
-    let context =
-        |error| errors::from_statement(error, "release the leases of the host before this one");
+    let context = |error| errors::from_statement(error, "release the leases of the previous host");
     let released = sqlx::query(
         "with clock as (select cast(unixepoch('subsec') * 1000000 as integer) as now)
          update oncely_outbox set leased_until = now, leased_by = null from clock
@@ -285,12 +294,12 @@ pub(super) async fn release_leases(session: &mut Session) -> Result<u64> {
     Ok(released.rows_affected())
 }
 
-/// Gives leases up.
+/// Releases the leases of outputs.
 pub(super) async fn release(session: &mut Session, rows: &[(i64, Unpublished)]) -> Result<()> {
     if rows.is_empty() {
         return Ok(());
     }
-    let context = |error| errors::from_statement(error, "put outputs back");
+    let context = |error| errors::from_statement(error, "release outputs");
     let ids = session.output_ids();
     let given = rows.iter().map(|row| ReleaseColumns::of(row, &ids)).map(|row| {
         serde_json::json!({

@@ -1,4 +1,4 @@
-//! Outputs as people see them: what waits for a person, and what becomes of it.
+//! Outputs as operators see them: parked and dropped ones, and the actions on them.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,7 @@ use super::errors;
 use super::session::Session;
 use crate::store::{OutboxLag, OutputFilter, OutputRecord, OutputSummary, Result, rows, shared};
 
-/// The columns of a summary, from the outbox and from what was dropped. Times are in microseconds.
+/// The columns of a summary, from the outbox and from dropped outputs. Times are in microseconds.
 macro_rules! summaries {
     ($rest:literal) => {
         concat!(
@@ -39,7 +39,7 @@ macro_rules! summaries {
     };
 }
 
-/// Outputs that are set aside, or all that are not published, oldest first; or those that were dropped, newest first.
+/// Parked outputs, or all unpublished ones, oldest first; or dropped outputs, newest first.
 pub(super) async fn list(
     readers: &SqlitePool,
     filter: &OutputFilter,
@@ -76,7 +76,7 @@ pub(super) async fn find(readers: &SqlitePool, number: i64) -> Result<Option<Out
     row.as_ref().map(rows::output).transpose()
 }
 
-/// Has outputs that are set aside published after all.
+/// Makes parked outputs due again. Returns their number.
 pub(super) async fn retry(session: &mut Session, numbers: &[i64]) -> Result<u64> {
     let context = |error| errors::from_statement(error, "retry outputs");
     let result = sqlx::query(
@@ -91,9 +91,11 @@ pub(super) async fn retry(session: &mut Session, numbers: &[i64]) -> Result<u64>
     Ok(result.rows_affected())
 }
 
-/// Moves outputs that are set aside to those that were dropped.
+/// Moves parked outputs to the dropped ones. Returns their number.
 pub(super) async fn drop(session: &mut Session, numbers: &[i64], note: &str) -> Result<u64> {
     let context = |error| errors::from_statement(error, "drop outputs");
+
+    // Copy the outputs.
     let numbers = serde_json::json!(numbers).to_string();
     sqlx::query(
         "insert into oncely_dropped_output (seq, id, worker, event_id, ordinal, subject, headers, body, ordering_key,
@@ -107,6 +109,8 @@ pub(super) async fn drop(session: &mut Session, numbers: &[i64], note: &str) -> 
     .execute(session.connection().map_err(context)?)
     .await
     .map_err(context)?;
+
+    // Delete the originals.
     let gone = "delete from oncely_outbox where seq in (select value from json_each($1)) and parked_at is not null";
     let result = sqlx::query(gone)
         .bind(numbers)
@@ -116,7 +120,7 @@ pub(super) async fn drop(session: &mut Session, numbers: &[i64], note: &str) -> 
     Ok(result.rows_affected())
 }
 
-/// How far publishing is behind, by worker.
+/// The lag of publishing, by worker.
 pub(super) async fn lag(readers: &SqlitePool) -> Result<Vec<OutboxLag>> {
     let rows = sqlx::query(
         "with clock as (
@@ -134,17 +138,17 @@ pub(super) async fn lag(readers: &SqlitePool) -> Result<Vec<OutboxLag>> {
     )
     .fetch_all(readers)
     .await
-    .map_err(|error| errors::from_statement(error, "measure how far publishing is behind"))?;
+    .map_err(|error| errors::from_statement(error, "measure the lag of publishing"))?;
     rows.iter().map(rows::lag).collect()
 }
 
-/// By worker, how many outputs had to change their id.
+/// The number of outputs that had to change their id, by worker.
 pub(super) async fn taken_ids(readers: &SqlitePool) -> Result<BTreeMap<String, u64>> {
     let rows = sqlx::query(
         "select worker, count(*) as taken from oncely_outbox where ids_taken > 0 group by worker",
     )
     .fetch_all(readers)
     .await
-    .map_err(|error| errors::from_statement(error, "count the ids that were taken"))?;
+    .map_err(|error| errors::from_statement(error, "count taken ids"))?;
     rows.iter().map(rows::taken_ids).collect()
 }

@@ -1,4 +1,4 @@
-//! What is done to dead letters: put back, corrected, closed.
+//! Actions on dead letters: redrive, edit, close.
 
 use anyhow::Context;
 use bytes::Bytes;
@@ -15,7 +15,8 @@ use crate::store::{
     Redrive, RedriveLookup, Result, StoreError, rows, shared,
 };
 
-/// Puts letters back. One transaction writes at a time, so of two who do so at the same time one comes too late.
+/// Redrives dead letters. One transaction writes at a time, so of two concurrent redrives the
+/// second is refused.
 pub(super) async fn redrive(
     session: &mut Session,
     wanted: &[Redrive],
@@ -32,7 +33,7 @@ pub(super) async fn redrive(
             refused.push((dead_letter.id, why));
             continue;
         }
-        // What hosts died of has another chance.
+        // A message that crashed hosts has another chance.
         attempts::clear_crash_marker(session, &dead_letter.worker, &dead_letter.event_id).await?;
         start_generation(session, dead_letter.id).await?;
         write_audit(session, dead_letter.id, "redrive", attribution).await?;
@@ -46,6 +47,8 @@ pub(super) async fn redrive(
         ));
         done.push(dead_letter.id);
     }
+
+    // Append the pointers to the outbox, in the same transaction.
     let pointers: Vec<(&str, &Output)> = pointers
         .iter()
         .map(|(worker, output)| (worker.as_str(), output))
@@ -57,7 +60,8 @@ pub(super) async fn redrive(
     ))
 }
 
-/// Closes letters or corrects them. What was put back and is not settled is settled as dead before it is closed.
+/// Closes or edits dead letters. A redriven event that is not settled is settled as dead before its
+/// dead letter is closed.
 pub(super) async fn update_dead_letters(
     session: &mut Session,
     ids: &[i64],
@@ -95,7 +99,7 @@ pub(super) async fn update_dead_letters(
     ))
 }
 
-/// The message of a redriven dead letter of `worker`; nothing when the pointer to it is out of date.
+/// The message of a redriven dead letter of `worker`; out of date if the pointer is.
 pub(super) async fn redriven_message(
     readers: &SqlitePool,
     worker: &str,
@@ -116,7 +120,7 @@ pub(super) async fn redriven_message(
     .bind(worker)
     .fetch_optional(readers)
     .await
-    .map_err(|error| errors::from_statement(error, "read a letter that was put back"))?;
+    .map_err(|error| errors::from_statement(error, "read a redriven dead letter"))?;
     match row {
         Some(row) => {
             let message = rows::redriven(&row)?;
@@ -129,9 +133,9 @@ pub(super) async fn redriven_message(
     }
 }
 
-/// A letter as it stands, with what the inbox says of its event.
+/// The current state of a dead letter, and the inbox state of its event.
 async fn load_dead_letter(session: &mut Session, id: i64) -> Result<Option<LockedDeadLetter>> {
-    let context = |error| errors::from_statement(error, "look at a dead letter");
+    let context = |error| errors::from_statement(error, "load a dead letter");
     let row = sqlx::query(
         "select id, worker, event_id, payload_sha256, reason, state, generation,
              (select inbox.state from oncely_inbox as inbox
@@ -163,7 +167,7 @@ async fn load_dead_letter(session: &mut Session, id: i64) -> Result<Option<Locke
 }
 
 async fn start_generation(session: &mut Session, id: i64) -> Result<()> {
-    let context = |error| errors::from_statement(error, "put a dead letter back");
+    let context = |error| errors::from_statement(error, "redrive a dead letter");
     sqlx::query(
         "update oncely_dead_letter as dead_letter
          set state = 'redriven', generation = generation + 1,
@@ -180,7 +184,7 @@ async fn start_generation(session: &mut Session, id: i64) -> Result<()> {
     Ok(())
 }
 
-/// Settles the event as dead if it was put back and is not settled.
+/// Settles a redriven event as dead if it is not settled.
 async fn settle_in_flight(session: &mut Session, dead_letter: &LockedDeadLetter) -> Result<()> {
     if dead_letter.state != DeadLetterState::Redriven
         || dead_letter.inbox.is_some()
@@ -188,7 +192,7 @@ async fn settle_in_flight(session: &mut Session, dead_letter: &LockedDeadLetter)
     {
         return Ok(());
     }
-    let context = |error| errors::from_statement(error, "settle an event that was put back");
+    let context = |error| errors::from_statement(error, "settle a redriven event");
     sqlx::query("insert into oncely_inbox (worker, event_id, state, payload_sha256) values ($1, $2, 'dead', $3)")
         .bind(&dead_letter.worker)
         .bind(&dead_letter.event_id)
@@ -219,7 +223,7 @@ async fn edit(
     body: &Bytes,
     attribution: &Attribution,
 ) -> Result<()> {
-    let context = |error| errors::from_statement(error, "keep a corrected body");
+    let context = |error| errors::from_statement(error, "store a corrected body");
     sqlx::query(
         "insert into oncely_dead_letter_edit (dead_letter_id, edit, body, actor, note)
          select $1, coalesce(max(edit), 0) + 1, $2, $3, $4 from oncely_dead_letter_edit where dead_letter_id = $1",
@@ -234,15 +238,14 @@ async fn edit(
     Ok(())
 }
 
-/// Writes down who did what.
+/// Writes an audit record.
 async fn write_audit(
     session: &mut Session,
     id: i64,
     action: &str,
     attribution: &Attribution,
 ) -> Result<()> {
-    let context =
-        |error| errors::from_statement(error, "write down what was done to a dead letter");
+    let context = |error| errors::from_statement(error, "write an audit record");
     sqlx::query(
         "insert into oncely_dead_letter_audit (dead_letter_id, action, generation, actor, note)
          select id, $2, generation, $3, $4 from oncely_dead_letter where id = $1",

@@ -1,4 +1,4 @@
-//! What was published, for when a stream has lost it.
+//! Published outputs, for the repair of a stream that has lost them.
 
 use std::time::Duration;
 
@@ -8,24 +8,24 @@ use super::errors;
 use super::session::Session;
 use crate::store::{PublishedOutput, Result, rows, shared};
 
-/// For each stream the last output on it, of those published within some time.
+/// The last output on each stream, of those published `within` this time.
 pub(super) async fn last_published(
     readers: &SqlitePool,
     within: Duration,
 ) -> Result<Vec<PublishedOutput>> {
-    // With a bare maximum, SQLite takes the other columns from the row that holds it.
+    // With a bare maximum, SQLite reads the other columns from the row that holds it.
     let query = sqlx::query(
         "select seq, id, stream, max(stream_sequence) as stream_sequence, published_at from oncely_outbox
          where published_at > cast(unixepoch('subsec') * 1000000 as integer) - $1 group by stream",
     );
     let rows = query.bind(shared::micros(within)).fetch_all(readers).await;
-    rows.map_err(|error| errors::from_statement(error, "look what was published last"))?
+    rows.map_err(|error| errors::from_statement(error, "read the last published outputs"))?
         .iter()
         .map(rows::published_output)
         .collect()
 }
 
-/// All published outputs on a stream that are still in the outbox, in the order of their publication.
+/// All outputs published to a stream that are still in the outbox, in the order of publication.
 pub(super) async fn published_to(
     readers: &SqlitePool,
     stream: &str,
@@ -34,15 +34,15 @@ pub(super) async fn published_to(
         "select seq, id, stream, stream_sequence, published_at from oncely_outbox where stream = $1 order by published_at, stream_sequence",
     );
     let rows = query.bind(stream).fetch_all(readers).await;
-    rows.map_err(|error| errors::from_statement(error, "look what was published"))?
+    rows.map_err(|error| errors::from_statement(error, "read published outputs"))?
         .iter()
         .map(rows::published_output)
         .collect()
 }
 
-/// Forgets that outputs were published where they were.
+/// Resets outputs that a stream has lost, so that they are published again. Returns their number.
 pub(super) async fn republish(session: &mut Session, lost: &[PublishedOutput]) -> Result<u64> {
-    let context = |error| errors::from_statement(error, "have outputs published again");
+    let context = |error| errors::from_statement(error, "reset lost outputs");
     let given = lost
         .iter()
         .map(|place| serde_json::json!({"seq": place.seq, "stream": place.stream, "sequence": place.stream_sequence}));

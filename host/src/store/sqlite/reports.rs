@@ -1,4 +1,4 @@
-//! What the host runs, as it says itself.
+//! The host's report on its workers.
 
 use sqlx::Row;
 use sqlx::sqlite::SqlitePool;
@@ -7,8 +7,9 @@ use super::errors;
 use super::session::Session;
 use crate::store::{Result, StoredReport, shared};
 
+/// Replaces the report of the host.
 pub(super) async fn write(session: &mut Session, report: &str) -> Result<()> {
-    let context = |error| errors::from_statement(error, "note what the host runs");
+    let context = |error| errors::from_statement(error, "write the report of the host");
     sqlx::query(
         "insert into oncely_host_report (row, report) values (1, $1)
          on conflict (row) do update
@@ -21,8 +22,9 @@ pub(super) async fn write(session: &mut Session, report: &str) -> Result<()> {
     .map_err(context)
 }
 
+/// The report of the host, if it has written one.
 pub(super) async fn read(readers: &SqlitePool) -> Result<Vec<StoredReport>> {
-    let context = |error| errors::from_statement(error, "read what hosts run");
+    let context = |error| errors::from_statement(error, "read the reports of hosts");
     let rows = sqlx::query("select number, report from oncely_host_report")
         .fetch_all(readers)
         .await

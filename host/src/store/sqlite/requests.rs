@@ -1,4 +1,5 @@
-//! Idempotency keys of requests: a row once one was answered. There is one writer, so none is ever in flight here.
+//! Idempotency keys of requests: one row per answered request. There is one writer, so none is ever
+//! in flight here.
 
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use super::session::Session;
 use crate::model::request::{HttpResponse, RequestKey};
 use crate::store::{ClaimedRequest, Result, StoreError, shared};
 
-/// What was answered to a key before.
+/// The stored answer to a key, if any.
 pub(super) async fn claim(
     session: &mut Session,
     worker: &str,
@@ -43,14 +44,14 @@ pub(super) async fn claim(
         ))
     };
     let (fingerprint, status, headers, body): (Vec<u8>, i64, String, Vec<u8>) =
-        read(&row).map_err(|error| errors::from_statement(error, "read what was answered"))?;
+        read(&row).map_err(|error| errors::from_statement(error, "read a stored answer"))?;
     if fingerprint != request.fingerprint {
         return Ok(ClaimedRequest::OtherRequest);
     }
     shared::stored_answer(status, &headers, body).map(ClaimedRequest::Answered)
 }
 
-/// Keeps what is answered to a key that this transaction claimed.
+/// Stores the answer to a key that this transaction claimed.
 pub(super) async fn store_answer(
     session: &mut Session,
     worker: &str,
@@ -58,7 +59,7 @@ pub(super) async fn store_answer(
     answer: &HttpResponse,
     keep: Duration,
 ) -> Result<()> {
-    let context = |error| errors::from_statement(error, "keep an answer");
+    let context = |error| errors::from_statement(error, "store an answer");
     let now = Timestamp::now().as_microsecond();
     let kept = sqlx::query(
         "insert into oncely_request (worker, route, caller, key, fingerprint, status, headers, body, answered_at, expires_at)

@@ -1,4 +1,4 @@
-//! What had its time leaves, in batches: SQLite has no partitions.
+//! Deletes expired rows, in batches: SQLite has no partitions.
 
 use std::path::Path;
 use std::time::Duration;
@@ -14,14 +14,14 @@ use crate::store::archive::ArchiveFile;
 use crate::store::shared::DELETED_STATE_KEPT;
 use crate::store::{Result, RetentionPolicy, shared};
 
-/// The published outputs that had their time: at most $2, published before $1.
+/// Expired outputs: at most $2, published before $1.
 macro_rules! expired_outputs {
     () => {
         "select seq from oncely_outbox where published_at < $1 order by published_at limit $2"
     };
 }
 
-/// The inbox records that had their time. What is dead stays.
+/// Expired inbox records: at most $2, settled before $1. Those of dead events stay.
 macro_rules! expired_records {
     () => {
         "select worker, event_id from oncely_inbox where state = 'done' and settled_at < $1 order by settled_at limit $2"
@@ -39,11 +39,11 @@ const DELETE_RECORDS: &str = concat!(
     ")"
 );
 
-/// Those whose time is over.
+/// Deletes expired answers.
 const DELETE_ANSWERS: &str = "delete from oncely_request where rowid in (
     select rowid from oncely_request where expires_at <= $1 order by expires_at limit $2)";
 
-/// Those that belong to no dead letter.
+/// Deletes expired attempts that belong to no dead letter.
 const DELETE_ATTEMPTS: &str = "delete from oncely_attempt where (worker, event_id, attempt) in (
     select worker, event_id, attempt from oncely_attempt as attempt
     where at < $1 and not exists (
@@ -51,14 +51,14 @@ const DELETE_ATTEMPTS: &str = "delete from oncely_attempt where (worker, event_i
         where dead_letter.worker = attempt.worker and dead_letter.event_id = attempt.event_id)
     order by at limit $2)";
 
-/// The deleted keys of keyed state that had their time.
+/// Expired deletions of keyed state.
 macro_rules! expired_deletions {
     () => {
         "select worker, key from oncely_state where value is null and updated_at < $1 order by updated_at limit $2"
     };
 }
 
-/// New keys of their workers begin above the versions of those.
+/// Raises the version floors: new keys of a worker begin above the versions of expired deletions.
 const RAISE_FLOORS: &str = concat!(
     "insert into oncely_state_version_floor (worker, version)
      select worker, max(version) from oncely_state where (worker, key) in (",
@@ -88,13 +88,16 @@ const RECORDS_AS_JSON: &str = concat!(
     ")"
 );
 
-/// Removes some of the published outputs, inbox records, attempts and deleted keys that had their time. Returns whether there may be more.
+/// Deletes a batch of expired outputs, answers, deleted keys, inbox records and attempts. Returns
+/// whether there may be more.
 pub(super) async fn delete_expired(
     session: &mut Session,
     retention: &RetentionPolicy,
 ) -> Result<bool> {
     let now = Timestamp::now();
     let before = |keep: Duration| now.as_microsecond() - shared::micros(keep);
+
+    // Outputs, and a copy in the archive.
     let outputs = before(retention.outputs);
     if let Some(folder) = &retention.archive {
         archive(
@@ -109,6 +112,8 @@ pub(super) async fn delete_expired(
         .await?;
     }
     let mut deleted_max = delete(session, DELETE_OUTPUTS, outputs, retention.limit).await?;
+
+    // Answers to requests.
     deleted_max = deleted_max.max(
         delete(
             session,
@@ -118,10 +123,14 @@ pub(super) async fn delete_expired(
         )
         .await?,
     );
+
+    // Deleted keys of keyed state, after their versions are recorded.
     let deletions = before(DELETED_STATE_KEPT);
     delete(session, RAISE_FLOORS, deletions, retention.limit).await?;
     deleted_max =
         deleted_max.max(delete(session, DELETE_DELETIONS, deletions, retention.limit).await?);
+
+    // Inbox records with their attempts, and a copy in the archive.
     record_completed_redrives(session).await?;
     if let Some(records) = retention.inbox.map(before) {
         if let Some(folder) = &retention.archive {
@@ -145,7 +154,7 @@ pub(super) async fn delete_expired(
 }
 
 async fn delete(session: &mut Session, rows: &'static str, before: i64, limit: u32) -> Result<u64> {
-    let context = |error| errors::from_statement(error, "remove old rows");
+    let context = |error| errors::from_statement(error, "delete expired rows");
     let deleted = sqlx::query(rows)
         .bind(before)
         .bind(limit)
@@ -154,7 +163,7 @@ async fn delete(session: &mut Session, rows: &'static str, before: i64, limit: u
     Ok(deleted.map_err(context)?.rows_affected())
 }
 
-/// Writes what is about to be deleted to a file, if it is anything.
+/// Writes rows that are about to be deleted to a file, if there are any.
 async fn archive(
     session: &mut Session,
     rows: &'static str,
@@ -164,7 +173,7 @@ async fn archive(
     table: &str,
     now: Timestamp,
 ) -> Result<()> {
-    let context = |error| errors::from_statement(error, "archive old rows");
+    let context = |error| errors::from_statement(error, "archive expired rows");
     let mut file = None;
     let mut rows = sqlx::query(rows)
         .bind(before)
@@ -181,10 +190,9 @@ async fn archive(
     }
 }
 
-/// Writes down which letters that were put back took effect, before the inbox forgets it.
+/// Records the redriven dead letters that took effect, before their inbox records are deleted.
 async fn record_completed_redrives(session: &mut Session) -> Result<()> {
-    let context =
-        |error| errors::from_statement(error, "write down which dead letters took effect");
+    let context = |error| errors::from_statement(error, "record completed redrives");
     sqlx::query(
         "delete from oncely_recording where (worker, event_id) in (
              select dead_letter.worker, dead_letter.event_id from oncely_dead_letter as dead_letter

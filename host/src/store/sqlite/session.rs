@@ -1,4 +1,4 @@
-//! One transaction on the one connection that writes, and the hooks that hold guests in it.
+//! One transaction on the one connection that writes, and the hooks that confine guests to it.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -17,12 +17,13 @@ use crate::store::instance::Instance;
 
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// After about how many virtual machine instructions a statement looks at the clock.
+/// A running statement checks its deadline after about this many virtual machine instructions.
 const INSTRUCTIONS_PER_CHECK: i32 = 1000;
 
-/// How many rows SQLite may be ahead of whoever reads them.
+/// The most rows that SQLite buffers for a reader.
 const ROW_BUFFER_SIZE: usize = 16;
 
+/// The options of all connections to a file.
 pub(super) fn options(path: &Path) -> SqliteConnectOptions {
     SqliteConnectOptions::new()
         .filename(path)
@@ -36,7 +37,8 @@ pub(super) fn options(path: &Path) -> SqliteConnectOptions {
         .disable_statement_logging()
 }
 
-/// Where transactions come from: one after the other, on a connection that is opened again when it broke.
+/// The source of transactions: one after the other, on a connection that is reopened after a
+/// failure.
 pub(super) struct Sessions {
     options: SqliteConnectOptions,
     begin: &'static str,
@@ -57,12 +59,12 @@ impl Sessions {
         }
     }
 
-    /// The same, with the ids of the installation.
+    /// The same, with the output ids of the installation.
     pub(super) fn with_output_ids(self, output_ids: Arc<OutputIds>) -> Self {
         Sessions { output_ids, ..self }
     }
 
-    /// For transactions that can but read; they do not wait for those that write.
+    /// For read-only transactions, which do not wait for writers.
     pub(super) fn reading(options: SqliteConnectOptions) -> Self {
         Sessions {
             begin: "begin",
@@ -70,12 +72,12 @@ impl Sessions {
         }
     }
 
-    /// Waits for the transaction before and begins one.
+    /// Waits for the previous transaction and begins one.
     pub(super) async fn begin(&self) -> Result<Session> {
         self.begin_with_callback(|| ()).await
     }
 
-    /// Like [`Sessions::begin`]; tells when the transactions before are over.
+    /// Like [`Sessions::begin`]. Calls `on_acquired` when the previous transactions are over.
     pub(super) async fn begin_with_callback<T>(
         &self,
         on_acquired: impl FnOnce() -> T,
@@ -86,6 +88,7 @@ impl Sessions {
             let writer = Writer::open(&self.options).await;
             *slot = Some(writer.map_err(|error| errors::from_statement(error, "open SQLite"))?);
         }
+
         let output_ids = Arc::clone(&self.output_ids);
         let mut session = Session {
             slot,
@@ -102,7 +105,7 @@ impl Sessions {
 
     pub(super) async fn close(&self) {
         if let Some(writer) = self.writer.lock().await.take() {
-            // Whatever it says, the file is as it was after the last commit.
+            // An error changes nothing: the file is as it was after the last commit.
             let _ = writer.connection.close().await;
         }
     }
@@ -133,13 +136,14 @@ impl Writer {
     }
 }
 
-/// What SQLite asks while it works.
+/// The state of SQLite's hooks.
 struct Hooks {
-    /// Whether the house is committing. A statement that commits at any other time is a guest's that left its
+    /// Whether the host is committing. A commit at any other time is a guest's, outside of its
     /// transaction, and fails.
     may_commit: AtomicBool,
     opened: Instant,
-    /// When the guest's statement that runs has to end, in microseconds since `opened`; zero when none runs.
+    /// The deadline of the running guest statement, in microseconds since `opened`; zero if none
+    /// runs.
     deadline: AtomicU64,
 }
 
@@ -162,7 +166,8 @@ impl Hooks {
     }
 }
 
-/// An open transaction. Dropped before it is finished, it closes the connection, and with it the transaction.
+/// An open transaction. If it is dropped before it is finished, the connection is closed, and the
+/// transaction with it.
 pub(super) struct Session {
     slot: OwnedMutexGuard<Option<Writer>>,
     instance: Instance,
@@ -171,7 +176,7 @@ pub(super) struct Session {
 }
 
 impl Session {
-    /// The ids under which outputs travel.
+    /// The output ids of the installation.
     pub(super) fn output_ids(&self) -> Arc<OutputIds> {
         Arc::clone(&self.output_ids)
     }
@@ -181,7 +186,7 @@ impl Session {
         Ok(())
     }
 
-    /// The instance that leases what is appended.
+    /// The instance that leases appended outputs.
     pub(super) fn instance(&self) -> i64 {
         self.instance.id()
     }
@@ -193,7 +198,7 @@ impl Session {
             .ok_or(sqlx::Error::WorkerCrashed)
     }
 
-    /// From now on a statement that takes longer than `time` is interrupted; none for statements of our own.
+    /// Interrupts the statements that follow after `time`; none for statements of the platform.
     fn limit_time(&self, time: Option<Duration>) {
         if let Some(Writer { hooks, .. }) = self.slot.as_ref() {
             let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
@@ -204,8 +209,7 @@ impl Session {
         }
     }
 
-    /// The statements from here on are a guest's: SQLite refuses what is not for guests, and interrupts what takes longer
-    /// than `time`.
+    /// Begins a guest's statement: the authorizer applies, and SQLite interrupts it after `time`.
     pub(super) async fn begin_guest_statement(&mut self, time: Duration) -> Result<()> {
         let writer = self.slot.as_mut().ok_or(sqlx::Error::WorkerCrashed);
         let admitted = async {
@@ -216,14 +220,14 @@ impl Session {
             Ok(())
         };
         admitted.await.map_err(|error: sqlx::Error| {
-            errors::from_statement(error, "raise the wall around guests")
+            errors::from_statement(error, "activate the authorizer")
         })?;
         self.limit_time(Some(time));
         Ok(())
     }
 
-    /// The statements from here on are the house's. Waits for what the guest's statement still does, and returns
-    /// whether the transaction is still open.
+    /// Ends a guest's statement, after it has stopped. Returns whether the transaction is still
+    /// open.
     pub(super) async fn end_guest_statement(&mut self) -> Result<bool> {
         let writer = self.slot.as_mut().ok_or(sqlx::Error::WorkerCrashed);
         let dismissed = async {
@@ -235,11 +239,11 @@ impl Session {
         let is_open = dismissed.await;
         self.limit_time(None);
         is_open.map_err(|error: sqlx::Error| {
-            errors::from_statement(error, "lower the wall around guests")
+            errors::from_statement(error, "deactivate the authorizer")
         })
     }
 
-    /// Runs statements of our own that bring nothing back.
+    /// Runs statements of the platform that return no rows.
     pub(super) async fn run(&mut self, statements: String, context: &'static str) -> Result<()> {
         let ran = match self.connection() {
             Ok(connection) => raw_sql(AssertSqlSafe(statements))
@@ -257,12 +261,13 @@ impl Session {
         }
     }
 
-    /// Statements that were prepared before a migration changed the tables must not be used again.
+    /// Clears the statement cache. Statements prepared before a migration must not be used after
+    /// it.
     pub(super) async fn clear_statement_cache(&mut self) -> sqlx::Result<()> {
         self.connection()?.clear_cached_statements().await
     }
 
-    /// Commits. SQLite says so itself when there is no transaction any more.
+    /// Commits. SQLite returns an error if there is no transaction any more.
     pub(super) async fn commit(mut self) -> Result<()> {
         self.allow_commit(true);
         let committed = match self.connection() {
@@ -282,7 +287,7 @@ impl Session {
         }
     }
 
-    /// Rolls back; when that fails, for another reason than that SQLite did so before, the connection is closed.
+    /// Rolls back. If that fails, the connection is closed, unless SQLite had already rolled back.
     pub(super) async fn rollback(mut self) {
         let rolled_back = match self.connection() {
             Ok(connection) => raw_sql("rollback").execute(connection).await.map(|_| ()),

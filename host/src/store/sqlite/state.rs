@@ -10,7 +10,7 @@ use crate::store::{
     Result, STATE_PREVIEW, StateRecord, StateSlot, StateWrite, StoreError, rows, shared,
 };
 
-/// The keys as they stand.
+/// The current slots of keys.
 pub(super) async fn load(
     session: &mut Session,
     worker: &str,
@@ -38,7 +38,7 @@ pub(super) async fn load(
     slots.context("read state").map_err(StoreError::Unavailable)
 }
 
-/// Writes each key that still has the version that was read.
+/// Writes keys that still have the version that was read.
 pub(super) async fn save(session: &mut Session, worker: &str, writes: &[StateWrite]) -> Result<()> {
     for write in writes {
         if !save_one(session, worker, write).await? {
@@ -50,7 +50,7 @@ pub(super) async fn save(session: &mut Session, worker: &str, writes: &[StateWri
     Ok(())
 }
 
-/// False when the key moved.
+/// Writes one key. Returns false if it has changed.
 async fn save_one(session: &mut Session, worker: &str, write: &StateWrite) -> Result<bool> {
     let context = |error| errors::from_statement(error, "save state");
     let expected = write.expected.map(shared::signed).transpose()?;
@@ -76,7 +76,7 @@ async fn save_one(session: &mut Session, worker: &str, write: &StateWrite) -> Re
     Ok(result.rows_affected() == 1)
 }
 
-/// The value under a key, whole.
+/// The complete value of a key.
 pub(super) async fn entry(
     readers: &SqlitePool,
     worker: &str,
@@ -94,7 +94,7 @@ pub(super) async fn entry(
     row.as_ref().map(rows::state).transpose()
 }
 
-/// Values whose keys begin with `prefix`, by key; only their beginnings.
+/// Values whose keys begin with `prefix`, by key, each cut to a preview.
 pub(super) async fn entries(
     readers: &SqlitePool,
     worker: &str,

@@ -1,10 +1,11 @@
-//! Counts and ages for people.
+//! Counts and ages by worker, for display.
 
 use sqlx::sqlite::SqlitePool;
 
 use super::errors;
 use crate::store::{Result, WorkerTotals, rows};
 
+/// Messages, dead letters and outputs of each worker, by name.
 pub(super) async fn by_worker(readers: &SqlitePool) -> Result<Vec<WorkerTotals>> {
     let rows = sqlx::query(
         "with clock as (
@@ -34,6 +35,6 @@ pub(super) async fn by_worker(readers: &SqlitePool) -> Result<Vec<WorkerTotals>>
     )
     .fetch_all(readers)
     .await
-    .map_err(|error| errors::from_statement(error, "count what workers did"))?;
+    .map_err(|error| errors::from_statement(error, "count the totals of workers"))?;
     rows.iter().map(rows::totals).collect()
 }

@@ -19,18 +19,19 @@ use crate::store::{
     shared,
 };
 
+/// An open transaction of one worker.
 pub(super) struct SqliteTx {
     session: Session,
     worker: String,
     /// The event ids that this transaction claimed and that were not settled before.
     fresh: HashSet<String>,
-    /// Why nothing of this transaction can take effect any more.
+    /// The failure that keeps this transaction from committing.
     failure: Option<String>,
-    /// Whether going back to the savepoint would lift that.
+    /// Whether a rollback to the savepoint clears that failure.
     is_recoverable: bool,
     savepoint: Savepoint,
     guests: Guests,
-    /// See what was committed before.
+    /// Connections that read the committed state.
     readers: SqlitePool,
     tracker: Option<ChangeTracker>,
 }
@@ -56,7 +57,7 @@ impl SqliteTx {
             .map_or(Ok(()), |why| Err(shared::transaction_failed(why)))
     }
 
-    /// Remembers that an operation of our own failed.
+    /// Records the failure of an operation of the platform.
     fn record_failure<T>(&mut self, result: Result<T>) -> Result<T> {
         if let Err(error) = &result {
             self.failure = Some(error.to_string());
@@ -65,7 +66,7 @@ impl SqliteTx {
         result
     }
 
-    /// Remembers that a guest's statement reached the database and failed.
+    /// Records the failure of a guest's statement that reached the database.
     fn record_outcome<T>(
         &mut self,
         outcome: Result<StatementOutcome<T>>,
@@ -138,7 +139,7 @@ impl Tx for SqliteTx {
     async fn savepoint(&mut self) -> Result<()> {
         self.check()?;
         let statements = self.savepoint.create_sql();
-        let made = self.session.run(statements, "make a savepoint").await;
+        let made = self.session.run(statements, "create a savepoint").await;
         self.record_failure(made)
     }
 
@@ -149,7 +150,7 @@ impl Tx for SqliteTx {
         let statement = self.savepoint.rollback_sql()?;
         let undone = self
             .session
-            .run(statement, "go back to the savepoint")
+            .run(statement, "roll back to the savepoint")
             .await;
         if undone.is_ok() {
             self.failure = None;
@@ -202,7 +203,7 @@ impl Tx for SqliteTx {
 
     async fn changes(&mut self, limit: usize) -> Result<Changes> {
         self.check()?;
-        self.failure = Some("it was only watched".to_owned());
+        self.failure = Some("the transaction only tracks changes".to_owned());
         self.is_recoverable = false;
         match &self.tracker {
             Some(tracker) => {
@@ -222,7 +223,7 @@ impl Tx for SqliteTx {
     }
 
     async fn rollback(mut self: Box<Self>) {
-        // A connection that cannot be told to stop watching is closed.
+        // A connection that cannot stop tracking is closed.
         if self.tracker.is_some() && changes::stop_tracking(&mut self.session).await.is_err() {
             return;
         }

@@ -1,4 +1,4 @@
-//! Watermarks and what a recovery found; see [`crate::store::watermarks`].
+//! Watermarks and recovered outputs; see [`crate::store::watermarks`].
 
 use std::collections::HashMap;
 
@@ -12,9 +12,10 @@ use crate::store::watermarks::{
 };
 use crate::store::{Result, shared};
 
+/// The watermarks of the database, and the time of the one that is named `on_broker`.
 pub(super) async fn read(readers: &SqlitePool, on_broker: Option<&str>) -> Result<Watermarks> {
-    let context = |error| errors::from_statement(error, "read the marks");
-    // One statement, one state of the database.
+    let context = |error| errors::from_statement(error, "read the watermarks");
+    // One statement reads one state of the database.
     let row = sqlx::query(
         "select last.name, last.broker_state, last.written_at, acknowledged.stream_sequence,
              acknowledged.written_at as acknowledged_at,
@@ -50,7 +51,7 @@ pub(super) async fn read(readers: &SqlitePool, on_broker: Option<&str>) -> Resul
 }
 
 fn read_watermark(row: &SqliteRow) -> Result<Option<Watermark>> {
-    let context = |error| errors::from_statement(error, "read a mark");
+    let context = |error| errors::from_statement(error, "read a watermark");
     let Some(name) = row.try_get::<Option<String>, _>("name").map_err(context)? else {
         return Ok(None);
     };
@@ -63,15 +64,17 @@ fn read_watermark(row: &SqliteRow) -> Result<Option<Watermark>> {
     }))
 }
 
-/// Writes a mark, and forgets what had its time.
+/// Writes a watermark, and deletes expired ones.
 pub(super) async fn write(session: &mut Session, name: &str, seen: &BrokerState) -> Result<()> {
-    let context = |error| errors::from_statement(error, "write a mark");
+    let context = |error| errors::from_statement(error, "write a watermark");
     sqlx::query("insert into oncely_watermark (name, broker_state) values ($1, $2)")
         .bind(name)
         .bind(watermarks::broker_state_to_text(seen)?)
         .execute(session.connection().map_err(context)?)
         .await
         .map_err(context)?;
+
+    // Keep the newest watermarks, and the last one that the broker acknowledged.
     sqlx::query(
         "delete from oncely_watermark where number <= (
              select number from oncely_watermark order by number desc limit 1 offset $1)
@@ -81,6 +84,8 @@ pub(super) async fn write(session: &mut Session, name: &str, seen: &BrokerState)
     .execute(session.connection().map_err(context)?)
     .await
     .map_err(context)?;
+
+    // Recovered outputs expire after some days, in batches.
     sqlx::query(
         "delete from oncely_recovered_output where id in (
              select id from oncely_recovered_output
@@ -93,9 +98,9 @@ pub(super) async fn write(session: &mut Session, name: &str, seen: &BrokerState)
     Ok(())
 }
 
-/// The broker has a mark at this place.
+/// Records the sequence under which the broker holds a watermark.
 pub(super) async fn acknowledge(session: &mut Session, name: &str, sequence: u64) -> Result<()> {
-    let context = |error| errors::from_statement(error, "acknowledge a mark");
+    let context = |error| errors::from_statement(error, "acknowledge a watermark");
     sqlx::query("update oncely_watermark set stream_sequence = $2 where name = $1")
         .bind(name)
         .bind(shared::signed(sequence)?)
@@ -105,12 +110,12 @@ pub(super) async fn acknowledge(session: &mut Session, name: &str, sequence: u64
         .map_err(context)
 }
 
-/// Remembers where outputs were found: of an id the first place, of what was found last.
+/// Records where outputs were found: the first place of each id, by the latest recovery.
 pub(super) async fn save_recovered(
     session: &mut Session,
     outputs: &[RecoveredOutput],
 ) -> Result<()> {
-    let context = |error| errors::from_statement(error, "remember what was found on streams");
+    let context = |error| errors::from_statement(error, "record recovered outputs");
     let given = outputs.iter().map(
         |output| serde_json::json!({ "id": output.id, "stream": output.stream, "sequence": output.stream_sequence }),
     );
@@ -128,9 +133,9 @@ pub(super) async fn save_recovered(
     .map_err(context)
 }
 
-/// Forgets what a recovery found under these ids.
+/// Deletes the recovered places of these ids.
 pub(super) async fn delete_recovered(session: &mut Session, ids: &[&str]) -> Result<()> {
-    let context = |error| errors::from_statement(error, "forget what was found on streams");
+    let context = |error| errors::from_statement(error, "delete recovered outputs");
     sqlx::query("delete from oncely_recovered_output where id in (select value from json_each($1))")
         .bind(serde_json::json!(ids).to_string())
         .execute(session.connection().map_err(context)?)
@@ -139,12 +144,12 @@ pub(super) async fn delete_recovered(session: &mut Session, ids: &[&str]) -> Res
         .map_err(context)
 }
 
-/// Which of these ids a recovery found, and where.
+/// The recovered stream and sequence of these ids.
 pub(super) async fn find_recovered(
     readers: &SqlitePool,
     ids: &[&str],
 ) -> Result<HashMap<String, (String, u64)>> {
-    let context = |error| errors::from_statement(error, "look up what was found on streams");
+    let context = |error| errors::from_statement(error, "look up recovered outputs");
     let rows = sqlx::query(
         "select id, stream, stream_sequence from oncely_recovered_output
          where id in (select value from json_each($1))",
@@ -165,7 +170,7 @@ pub(super) async fn find_recovered(
         .map_err(context)
 }
 
-/// Which of these events of a worker the inbox knows.
+/// The events among these that are in the worker's inbox.
 pub(super) async fn known_events(
     readers: &SqlitePool,
     worker: &str,

@@ -1,7 +1,7 @@
--- What the test guests write to.
+-- Tables of the test guests.
 
--- Effects, as they came: deliberately without any constraint, so that an effect that happened twice shows.
--- The two rows of one delivery sum to zero and share a nonce that no other attempt has.
+-- Effects in order of arrival. There is no constraint, so that a repeated effect shows. The two
+-- rows of one delivery sum to zero and share a nonce that no other attempt has.
 create table effect (
     event_id      text    not null,
     account       text    not null,
@@ -10,12 +10,12 @@ create table effect (
 ) strict;
 create index effect_by_event on effect (event_id);
 
--- For violating a constraint on purpose.
+-- For deliberate constraint violations.
 create table once (
     id text constraint once_pk primary key
 ) strict;
 
--- What `ledger` moves; it must always agree with the effects.
+-- Balances of the `ledger` behaviour; they must always agree with the effects.
 create table balance (
     account text    constraint balance_pk primary key,
     amount  integer not null

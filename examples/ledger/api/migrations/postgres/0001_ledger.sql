@@ -1,28 +1,31 @@
--- A double-entry ledger that cannot be unbalanced.
+-- A double-entry ledger that cannot become unbalanced.
 --
--- Money is counted in minor units (cents). A row of `journal` is a transaction: an amount leaves the account `debit` and
--- reaches the account `credit`. Because one row carries both sides, there is no moment and no statement in which a
--- transaction does not sum to zero. An `entry` is one side of it as its account sees it, with the balance afterwards.
+-- Money is counted in minor units (cents). A row of `journal` is a transaction: an amount leaves
+-- the account `debit` and reaches the account `credit`. One row carries both sides, so no statement
+-- and no moment exists in which a transaction does not sum to zero. An `entry` is one side of a
+-- transaction, from the view of its account, with the balance afterwards.
 --
--- Who moves money writes the row of `journal`; triggers here write its entries and the balances, and refuse all else:
+-- Handlers write rows of `journal`. Triggers write the entries and balances, and refuse other
+-- changes:
 --   journal  is written once, between two accounts of its currency;
 --   entry    is a side of its transaction, and the next one of its account;
 --   account  has the balance of its last entry and the sum of its open holds, and is not overdrawn.
--- Journal and entries are never changed and never deleted.
+-- Journal and entries are append-only.
 
 create table account (
     id       text   constraint account_pk primary key constraint account_id_plain check (id ~ '^[a-z0-9-]{1,64}$'),
     currency text   not null constraint account_currency check (currency ~ '^[A-Z]{3}$'),
-    -- How far below zero it may go; null for an account without limit, which stands for the world outside.
+    -- The amount by which the balance may be negative. Null means no limit, for the account that
+    -- stands for the outside world.
     overdraft_limit bigint default 0 constraint account_limit check (overdraft_limit >= 0),
     balance  bigint not null default 0,
-    -- What open holds keep from being spent.
+    -- The sum of the open holds, which cannot be spent.
     held     bigint not null default 0 constraint account_held check (held >= 0),
-    -- One more with each change: who changes an account says which one was seen.
+    -- Incremented with each change. A change names the version that it is based on.
     version  bigint not null default 1,
     constraint account_not_overdrawn check (overdraft_limit is null or balance - held >= -overdraft_limit),
     constraint account_readable check (abs(balance) <= 9007199254740991),
-    -- For those that refer to an account of a currency.
+    -- The target of foreign keys to an account of a currency.
     constraint account_of_currency unique (id, currency)
 );
 
@@ -46,7 +49,7 @@ create table journal (
     debit    text   not null,
     credit   text   not null,
     currency text   not null,
-    -- At most 2^53 - 1, which every reader of JSON can hold.
+    -- At most 2^53 - 1, which every JSON parser can represent.
     amount   bigint not null constraint journal_amount check (amount between 1 and 9007199254740991),
     note     text,
     -- A transaction is reversed once, and a hold is captured once.
@@ -62,27 +65,27 @@ create table journal (
 
 create table entry (
     account        text   not null constraint entry_account references account,
-    -- Of the account. No two entries are made on the same version, so no update is lost.
+    -- The version of the account. No two entries share a version, so no update is lost.
     version        bigint not null,
     transaction_id text   not null constraint entry_transaction references journal,
     amount         bigint not null,
-    -- After this entry.
+    -- The balance after this entry.
     balance        bigint not null,
     constraint entry_pk primary key (account, version),
     constraint entry_once unique (transaction_id, account)
 );
 
--- What a trigger says when it refuses, as a violated constraint.
-create function refuse(what text) returns void language plpgsql as $$
+-- Raises the error of a trigger, as a violated constraint.
+create function refuse(reason text) returns void language plpgsql as $$
 begin
-    raise exception using errcode = 'restrict_violation', message = what;
+    raise exception using errcode = 'restrict_violation', message = reason;
 end $$;
 
 -- Journal and entries: no update, no delete, no truncate.
 
 create function never_changed() returns trigger language plpgsql set search_path from current as $$
 begin
-    perform refuse(tg_table_name || ': rows are never changed; reverse the transaction');
+    perform refuse(tg_table_name || ': rows are append-only; reverse the transaction');
     return null;
 end $$;
 
@@ -111,13 +114,13 @@ begin
         select from journal where id = new.reverses and kind <> 'reversal'
             and debit = new.credit and credit = new.debit and amount = new.amount)
     then
-        perform refuse('a reversal is the mirror of a transaction that is no reversal');
+        perform refuse('a reversal must mirror a transaction that is not a reversal');
     end if;
     if new.hold is not null and not exists (
         select from hold where id = new.hold and state = 'open'
             and debit = new.debit and credit = new.credit and amount = new.amount)
     then
-        perform refuse('a capture is what an open hold says');
+        perform refuse('a capture must match an open hold');
     end if;
     return new;
 end $$;
@@ -146,7 +149,7 @@ begin
             and ((account.id = debit and new.amount = -journal.amount) or (account.id = credit and new.amount = journal.amount))
             and new.version = account.version and new.balance = account.balance + new.amount)
     then
-        perform refuse('an entry is one side of its transaction, and follows the last one of its account');
+        perform refuse('an entry must be a side of its transaction, after the last entry of its account');
     end if;
     return new;
 end $$;
@@ -158,7 +161,7 @@ create trigger entry_is_a_side_of_its_transaction before insert on entry
 create function account_opens_empty() returns trigger language plpgsql set search_path from current as $$
 begin
     if new.balance <> 0 or new.held <> 0 or new.version <> 1 then
-        perform refuse('an account is opened empty');
+        perform refuse('an account must be opened empty');
     end if;
     return new;
 end $$;
@@ -167,15 +170,15 @@ create trigger account_opens_empty before insert on account for each row execute
 create function account_follows_its_entries() returns trigger language plpgsql set search_path from current as $$
 begin
     if new.id <> old.id or new.currency <> old.currency or new.version < old.version then
-        perform refuse('an account keeps its id and its currency, and its version only grows');
+        perform refuse('the id and currency of an account are fixed, and its version only grows');
     end if;
     if new.balance <> old.balance and not exists (
         select from entry where account = new.id and version = new.version and balance = new.balance)
     then
-        perform refuse('a balance is that of the last entry');
+        perform refuse('a balance must equal that of the last entry');
     end if;
     if new.held <> (select coalesce(sum(amount), 0) from hold where debit = new.id and state = 'open') then
-        perform refuse('what is held is the sum of the open holds');
+        perform refuse('the held amount must equal the sum of the open holds');
     end if;
     return new;
 end $$;
@@ -187,7 +190,7 @@ create trigger account_follows_its_entries before update on account
 create function hold_opens() returns trigger language plpgsql set search_path from current as $$
 begin
     if new.state <> 'open' then
-        perform refuse('a hold is placed open');
+        perform refuse('a hold must be placed open');
     end if;
     return new;
 end $$;
@@ -217,7 +220,7 @@ begin
 end $$;
 create trigger hold_keeps_money after insert or update on hold for each row execute function hold_keeps_money();
 
--- A transaction as people read it.
+-- A transaction in a readable form.
 create view posted as
 select id, kind, debit, credit, currency, amount, note, reverses, hold,
     to_char(at at time zone 'utc', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"') as at

@@ -1,30 +1,34 @@
--- A double-entry ledger that cannot be unbalanced.
+-- A double-entry ledger that cannot become unbalanced.
 --
--- Money is counted in minor units (cents). A row of `journal` is a transaction: an amount leaves the account `debit` and
--- reaches the account `credit`. Because one row carries both sides, there is no moment and no statement in which a
--- transaction does not sum to zero. An `entry` is one side of it as its account sees it, with the balance afterwards.
+-- Money is counted in minor units (cents). A row of `journal` is a transaction: an amount leaves
+-- the account `debit` and reaches the account `credit`. One row carries both sides, so no statement
+-- and no moment exists in which a transaction does not sum to zero. An `entry` is one side of a
+-- transaction, from the view of its account, with the balance afterwards.
 --
--- Who moves money writes the row of `journal`; triggers here write its entries and the balances, and refuse all else:
+-- Handlers write rows of `journal`. Triggers write the entries and balances, and refuse other
+-- changes:
 --   journal  is written once, between two accounts of its currency;
 --   entry    is a side of its transaction, and the next one of its account;
 --   account  has the balance of its last entry and the sum of its open holds, and is not overdrawn.
--- Journal and entries are never changed and never deleted.
+-- Journal and entries are append-only.
 --
--- Foreign keys say what belongs together, but SQLite checks them only on connections that ask for it, and `insert or
--- replace` deletes rows without calling the triggers for deletes, and after `insert or ignore` or `insert or fail` a check
--- that a trigger meets stops that trigger half-way. What a trigger raises itself always takes everything back. So the
--- triggers ask everything themselves, and no table has a rowid to replace by.
+-- Foreign keys document references, but SQLite checks them only on connections that enable it.
+-- `insert or replace` deletes rows without running delete triggers. Under `insert or ignore` and
+-- `insert or fail`, a check constraint that fails inside a trigger stops that trigger midway. An
+-- abort raised by a trigger always rolls the whole statement back. So the triggers check everything
+-- themselves, and no table has a rowid to replace by.
 
 create table account (
     id       text not null constraint account_pk primary key
                   constraint account_id_plain check (length(id) between 1 and 64 and id not glob '*[^a-z0-9-]*'),
     currency text not null constraint account_currency check (currency glob '[A-Z][A-Z][A-Z]'),
-    -- How far below zero it may go; null for an account without limit, which stands for the world outside.
+    -- The amount by which the balance may be negative. Null means no limit, for the account that
+    -- stands for the outside world.
     overdraft_limit integer default 0 constraint account_limit check (overdraft_limit >= 0),
     balance  integer not null default 0,
-    -- What open holds keep from being spent.
+    -- The sum of the open holds, which cannot be spent.
     held     integer not null default 0 constraint account_held check (held >= 0),
-    -- One more with each change: who changes an account says which one was seen.
+    -- Incremented with each change. A change names the version that it is based on.
     version  integer not null default 1,
     constraint account_not_overdrawn check (overdraft_limit is null or balance - held >= -overdraft_limit),
     constraint account_readable check (abs(balance) <= 9007199254740991)
@@ -48,7 +52,7 @@ create table journal (
     debit    text    not null constraint journal_debit references account,
     credit   text    not null constraint journal_credit references account,
     currency text    not null,
-    -- At most 2^53 - 1, which every reader of JSON can hold.
+    -- At most 2^53 - 1, which every JSON parser can represent.
     amount   integer not null constraint journal_amount check (amount between 1 and 9007199254740991),
     note     text,
     -- A transaction is reversed once, and a hold is captured once.
@@ -62,11 +66,11 @@ create table journal (
 
 create table entry (
     account        text    not null constraint entry_account references account,
-    -- Of the account. No two entries are made on the same version, so no update is lost.
+    -- The version of the account. No two entries share a version, so no update is lost.
     version        integer not null,
     transaction_id text    not null constraint entry_transaction references journal,
     amount         integer not null,
-    -- After this entry.
+    -- The balance after this entry.
     balance        integer not null,
     constraint entry_pk primary key (account, version),
     constraint entry_once unique (transaction_id, account)
@@ -79,11 +83,11 @@ create trigger journal_is_sound before insert on journal begin
     where exists (select 1 from journal where id = new.id or reverses = new.reverses or hold = new.hold);
     select raise(abort, 'a transaction is between two accounts of its currency')
     where (select count(*) from account where id in (new.debit, new.credit) and currency = new.currency) <> 2;
-    select raise(abort, 'a reversal is the mirror of a transaction that is no reversal')
+    select raise(abort, 'a reversal must mirror a transaction that is not a reversal')
     where new.reverses is not null and not exists (
         select 1 from journal where id = new.reverses and kind <> 'reversal'
             and debit = new.credit and credit = new.debit and amount = new.amount);
-    select raise(abort, 'a capture is what an open hold says')
+    select raise(abort, 'a capture must match an open hold')
     where new.hold is not null and not exists (
         select 1 from hold where id = new.hold and state = 'open'
             and debit = new.debit and credit = new.credit and amount = new.amount);
@@ -100,20 +104,20 @@ create trigger journal_is_posted after insert on journal begin
 end;
 
 create trigger journal_is_not_updated before update on journal begin
-    select raise(abort, 'the journal is never changed; reverse the transaction');
+    select raise(abort, 'the journal is append-only; reverse the transaction');
 end;
 create trigger journal_is_not_deleted before delete on journal begin
-    select raise(abort, 'the journal is never changed; reverse the transaction');
+    select raise(abort, 'the journal is append-only; reverse the transaction');
 end;
 
 -- Entries.
 
 create trigger entry_is_a_side_of_its_transaction before insert on entry begin
-    select raise(abort, 'an account has one entry for each version, and one for each transaction')
+    select raise(abort, 'an account has one entry per version and one per transaction')
     where exists (
         select 1 from entry where account = new.account and (version = new.version or transaction_id = new.transaction_id));
     select raise(abort, 'account_readable') where abs(new.balance) > 9007199254740991;
-    select raise(abort, 'an entry is one side of its transaction, and follows the last one of its account')
+    select raise(abort, 'an entry must be a side of its transaction, after the last entry of its account')
     where not exists (
         select 1 from journal join account on account.id = new.account
         where journal.id = new.transaction_id
@@ -122,27 +126,27 @@ create trigger entry_is_a_side_of_its_transaction before insert on entry begin
 end;
 
 create trigger entry_is_not_updated before update on entry begin
-    select raise(abort, 'entries are never changed; reverse the transaction');
+    select raise(abort, 'entries are append-only; reverse the transaction');
 end;
 create trigger entry_is_not_deleted before delete on entry begin
-    select raise(abort, 'entries are never changed; reverse the transaction');
+    select raise(abort, 'entries are append-only; reverse the transaction');
 end;
 
 -- Accounts.
 
 create trigger account_opens_empty before insert on account begin
-    select raise(abort, 'an account is opened once, and empty')
+    select raise(abort, 'an account must be opened once, and empty')
     where new.balance <> 0 or new.held <> 0 or new.version <> 1 or exists (select 1 from account where id = new.id);
 end;
 
 create trigger account_follows_its_entries before update on account begin
-    select raise(abort, 'an account keeps its id and its currency, and its version only grows')
+    select raise(abort, 'the id and currency of an account are fixed, and its version only grows')
     where new.id <> old.id or new.currency <> old.currency or new.version < old.version;
-    select raise(abort, 'a balance is that of the last entry')
+    select raise(abort, 'a balance must equal that of the last entry')
     where new.balance <> old.balance and not exists (
         select 1 from entry where account = new.id and version = new.version and balance = new.balance);
     select raise(abort, 'account_not_overdrawn') where new.balance - new.held < -new.overdraft_limit;
-    select raise(abort, 'what is held is the sum of the open holds')
+    select raise(abort, 'the held amount must equal the sum of the open holds')
     where new.held <> (select coalesce(sum(amount), 0) from hold where debit = new.id and state = 'open');
 end;
 
@@ -153,7 +157,7 @@ end;
 -- Holds.
 
 create trigger hold_is_sound before insert on hold begin
-    select raise(abort, 'a hold is placed once, and open')
+    select raise(abort, 'a hold must be placed once, and open')
     where new.state <> 'open' or exists (select 1 from hold where id = new.id);
     select raise(abort, 'a hold is between two accounts of its currency')
     where (select count(*) from account where id in (new.debit, new.credit) and currency = new.currency) <> 2;
@@ -171,7 +175,7 @@ create trigger hold_ends_once before update on hold begin
         or (new.state = 'captured') <> exists (select 1 from journal where hold = old.id);
 end;
 
-create trigger hold_gives_back after update on hold begin
+create trigger hold_releases_money after update on hold begin
     update account set held = held - old.amount where id = old.debit;
 end;
 
@@ -179,6 +183,6 @@ create trigger hold_is_not_deleted before delete on hold begin
     select raise(abort, 'a hold is never deleted; release it');
 end;
 
--- A transaction as people read it.
+-- A transaction in a readable form.
 create view posted as
 select id, kind, debit, credit, currency, amount, note, reverses, hold, at from journal;

@@ -1,4 +1,5 @@
--- What each account received and paid on each day (UTC), in minor units, added up from the events of the ledger.
+-- The amounts that each account received and paid per day (UTC), in minor units, summed from the
+-- events of the ledger.
 create table daily_total (
     account  text   not null,
     day      text   not null,

@@ -1,4 +1,4 @@
-//! Where and as whom the log is read: a connection to the server itself, as a pooler passes no replication on.
+//! The replication connection: directly to the server, as poolers do not support replication.
 
 use std::str::FromStr;
 use std::time::Duration;
@@ -14,34 +14,34 @@ use crate::model::hint::WithHint;
 use crate::store::Lsn;
 use crate::store::instance::Instance;
 
-/// How the server's answer ends when the slot has a reader already; the client library gives nothing but the text.
+/// The end of the server's error if the slot is in use. The client library exposes only the text.
 const IN_USE: &str = "(SQLSTATE 55006)";
 
-/// How long the server may take to let the reader in.
+/// How long the server may take to start the stream.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How often the server is told what it may remove of its log, when that has moved.
+/// The interval of status updates, by which the server learns the WAL that it may remove.
 const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How many messages of the server wait in memory; each may hold an output of the greatest size.
+/// How many messages from the server are buffered; each may contain an output of the maximum size.
 const BUFFERED_MAX: usize = 256;
 
-/// What is needed to connect.
+/// The configuration of the replication connection.
 #[derive(Clone)]
 pub(in crate::store::postgres) struct Replication {
     config: ReplicationConfig,
     requires_tls: bool,
 }
 
-/// Why there is no stream.
+/// Why a stream did not start.
 pub(super) enum StartError {
-    /// Another host reads.
+    /// Another host reads the slot.
     SlotInUse,
     Failed(anyhow::Error),
 }
 
 impl Replication {
-    /// From the URL of the server itself.
+    /// Creates a configuration from the URL of the server itself.
     pub(in crate::store::postgres) fn new(url: &str, instance: Instance) -> Result<Self> {
         let options =
             PgConnectOptions::from_str(url).context("read the PostgreSQL URL of the relay")?;
@@ -72,7 +72,7 @@ impl Replication {
         })
     }
 
-    /// Whether the server lets a reader in.
+    /// Checks that the server accepts a replication connection.
     pub(super) async fn check(&self) -> Result<()> {
         self.check_tls()?;
         let asked = async {
@@ -82,12 +82,15 @@ impl Replication {
         match tokio::time::timeout(CONNECT_TIMEOUT, asked).await {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(error)) => Err(anyhow::Error::new(error)),
-            Err(_) => Err(anyhow!("no answer after {CONNECT_TIMEOUT:?}")),
+            Err(_) => Err(anyhow!("no response within {CONNECT_TIMEOUT:?}")),
         }
-        .with_context(|| format!("connect to {}:{} for replication", self.config.host, self.config.port))
+        .with_context(|| {
+            let (host, port) = (&self.config.host, self.config.port);
+            format!("connect to {host}:{port} for replication")
+        })
         .hint(
-            "the server must let the role in (pg_hba.conf), and a pooler passes no replication on: name the server itself in \
-             `relay_database`; or relay = \"poll\"",
+            "let the role log in (pg_hba.conf), and use the URL of the server itself in \
+             `relay_database`, as poolers do not support replication; or relay = \"poll\"",
         )
     }
 
@@ -95,13 +98,15 @@ impl Replication {
         if !self.requires_tls {
             return Ok(());
         }
-        Err(anyhow!("relay = \"wal\" cannot be used: the replication connection does not speak TLS").hint(
-            "name the server's socket, or an address that is safe to reach without TLS, in `relay_database`; \
-             or relay = \"poll\"",
+        let error = "relay = \"wal\" cannot be used: \
+                     the replication connection does not support TLS";
+        Err(anyhow!(error).hint(
+            "use the server's socket, or an address that is safe to reach without TLS, in \
+             `relay_database`; or relay = \"poll\"",
         ))
     }
 
-    /// Begins to read a slot from a place on.
+    /// Starts to stream a slot from a position.
     pub(super) async fn start(
         &self,
         slot: String,
@@ -121,10 +126,10 @@ impl Replication {
                 Err(StartError::SlotInUse)
             }
             Ok(Err(error)) => Err(StartError::Failed(
-                anyhow::Error::new(error).context("read the database's log"),
+                anyhow::Error::new(error).context("start the replication stream"),
             )),
             Err(_) => Err(StartError::Failed(anyhow!(
-                "reading the database's log does not begin in {CONNECT_TIMEOUT:?}"
+                "the replication stream did not start within {CONNECT_TIMEOUT:?}"
             ))),
         }
     }

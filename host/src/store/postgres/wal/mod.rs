@@ -1,4 +1,4 @@
-//! The write-ahead log as a source of outputs, read through a logical replication slot.
+//! The write-ahead log (WAL) as a source of outputs, read through a logical replication slot.
 
 mod connection;
 mod mode_switch;
@@ -19,12 +19,13 @@ use crate::store::{
     Lsn, OutboxRow, OutputWal, Result, StoreError, SwitchProgress, WalReader, WalState,
 };
 
-/// The log of one database.
+/// The WAL of one database.
 #[derive(Clone)]
 pub(super) struct PostgresWal {
     sessions: Sessions,
     replication: Replication,
-    /// How much of the log the server may keep for the slot until it is given up, in bytes.
+    /// The most WAL that the server may retain for the slot, in bytes. Above it, hosts fall back to
+    /// polling.
     retained_max: u64,
 }
 
@@ -89,14 +90,14 @@ impl OutputWal for PostgresWal {
     }
 }
 
-/// What the last one before each output in the line of its key waits for, or that one: all that wait for the same go on together.
-/// And what could be seen then.
+/// The blocker of each output, and the snapshot of the query. The blocker is the last polled output
+/// before it in its per-key queue, or the output that blocks that one. Outputs with the same
+/// blocker are unblocked together.
 async fn blocked_by(
     session: &mut Session,
     rows: &[OutboxRow],
 ) -> Result<(Vec<Option<i64>>, Snapshot)> {
-    let context =
-        |error| errors::from_statement(error, "look who is in line before outputs from the log");
+    let context = |error| errors::from_statement(error, "find the blockers of WAL outputs");
     let query = session.query(
         "select array(
              select (
@@ -129,7 +130,7 @@ async fn blocked_by(
     Ok((found.try_get(0).map_err(context)?, snapshot))
 }
 
-/// A place in the log as PostgreSQL writes it, such as `16/B374D848`.
+/// A WAL position in PostgreSQL's notation, such as `16/B374D848`.
 fn lsn_text(lsn: Lsn) -> String {
     format!("{:X}/{:X}", lsn >> 32, lsn & 0xffff_ffff)
 }
@@ -140,7 +141,7 @@ fn read_lsn(text: &str) -> Result<Lsn> {
         Some(u64::from_str_radix(high, 16).ok()? << 32 | u64::from_str_radix(low, 16).ok()?)
     };
     read()
-        .with_context(|| format!("read `{text}` as a place in the log"))
+        .with_context(|| format!("parse the WAL position `{text}`"))
         .map_err(StoreError::Unavailable)
 }
 

@@ -1,5 +1,6 @@
-//! From polling to the log and back, in steps that any host may take: each is one transaction that does nothing when somebody
-//! else has taken it already, and a host that dies between two of them leaves a state that the next one goes on from.
+//! The switch between polling and WAL mode, in steps that any host may run. Each step is one
+//! transaction without effect if another host has run it already. After a crash between two steps,
+//! the next host continues.
 
 use std::time::Duration;
 
@@ -13,15 +14,16 @@ use super::slot;
 use crate::fault;
 use crate::store::{RelayMode, Result, SlotState, StoreError, SwitchProgress, WalState, shared};
 
-/// How many outputs are brought over from the log to polling at a time.
+/// How many outputs are moved from the WAL to polling per step.
 const MOVE_BATCH_MAX: i64 = 5_000;
 
-/// What a look finds.
+/// The relay mode with the conditions of the next step.
 pub(super) struct ModeState {
     pub state: WalState,
     is_wal_requested: bool,
-    /// Of `leaving`: whether it is known which transactions may still append to the log, and whether they have ended.
+    /// In mode `leaving`: whether the last transactions that may append to the WAL are recorded.
     has_horizon: bool,
+    /// In mode `leaving`: whether those transactions have ended.
     is_drained: bool,
 }
 
@@ -36,7 +38,7 @@ pub(super) async fn request_mode(session: &mut Session, use_wal: bool) -> Result
         .await;
     wanted
         .map(drop)
-        .map_err(|error| errors::from_statement(error, "ask how outputs are to go"))
+        .map_err(|error| errors::from_statement(error, "request a relay mode"))
 }
 
 pub(super) async fn inspect(session: &mut Session, retained_max: u64) -> Result<ModeState> {
@@ -55,9 +57,9 @@ pub(super) async fn inspect(session: &mut Session, retained_max: u64) -> Result<
     let row = query
         .fetch_one(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "look how outputs go"))?;
+        .map_err(|error| errors::from_statement(error, "read the relay mode"))?;
     read(&row, retained_max)
-        .context("read how outputs go")
+        .context("decode the relay mode")
         .map_err(StoreError::Unavailable)
 }
 
@@ -67,7 +69,7 @@ fn read(row: &PgRow, retained_max: u64) -> anyhow::Result<ModeState> {
         "entering" => RelayMode::Entering,
         "wal" => RelayMode::Wal,
         "leaving" => RelayMode::Leaving,
-        other => return Err(anyhow!("`{other}` is no way for outputs to go")),
+        other => return Err(anyhow!("`{other}` is not a relay mode")),
     };
     let lag: Option<i64> = row.try_get("lag")?;
     let slot = SlotState {
@@ -122,13 +124,14 @@ pub(super) async fn step(sessions: &Sessions, retained_max: u64) -> Result<Switc
 impl ModeState {
     fn reason_to_leave(&self) -> Option<String> {
         match &self.state.slot {
-            None => Some("its replication slot is gone".to_owned()),
+            None => Some("the replication slot does not exist".to_owned()),
             Some(slot) if slot.lost => Some(
-                "the server has removed log that was not read yet (max_slot_wal_keep_size), and with it the slot"
+                "the server removed WAL that was not read yet (max_slot_wal_keep_size), \
+                 and with it the replication slot"
                     .to_owned(),
             ),
             Some(slot) if slot.retained > slot.retained_max => Some(format!(
-                "its replication slot keeps {} MiB of log, more than relay_slot_max allows",
+                "the replication slot retains {} MiB of WAL, more than relay_slot_max",
                 slot.retained >> 20
             )),
             Some(_) => None,
@@ -136,13 +139,14 @@ impl ModeState {
     }
 }
 
-/// Sets what belongs together, if `condition` still holds. Returns whether it did.
+/// Runs `relay`, an update of the mode. If it matched its expected mode, also updates the position.
+/// Returns whether it matched.
 async fn transition(
     session: &mut Session,
     relay: &'static str,
     position: Option<&'static str>,
 ) -> Result<bool> {
-    let context = |error| errors::from_statement(error, "change how outputs go");
+    let context = |error| errors::from_statement(error, "change the relay mode");
     let moved = session
         .query(relay)
         .execute(session.connection())
@@ -161,7 +165,7 @@ async fn transition(
 }
 
 async fn enter(sessions: &Sessions) -> Result<SwitchProgress> {
-    // What an earlier one has in it was brought over when it was left.
+    // The outputs of an old slot were moved to polling when WAL mode was left.
     if !slot::drop(sessions).await? {
         return Ok(SwitchProgress::Wait);
     }
@@ -187,7 +191,7 @@ async fn create_slot(sessions: &Sessions) -> Result<SwitchProgress> {
     }
     fault::point(fault::SLOT_CREATED);
     let mut session = sessions.begin(Purpose::Platform).await?;
-    // Nobody has appended to the log yet.
+    // No outputs were appended to the WAL before this transition.
     transition(
         &mut session,
         "update oncely.relay set mode = 'wal', changed_at = pg_catalog.now() where mode = 'entering' and requested_mode = 'wal'",
@@ -201,7 +205,7 @@ async fn create_slot(sessions: &Sessions) -> Result<SwitchProgress> {
     Ok(SwitchProgress::More)
 }
 
-/// Everything that went by the log is through.
+/// All outputs in the WAL are published or moved to polling.
 const WAL_DRAINED: &str =
     "update oncely.relay_position set reader_epoch = reader_epoch + 1, lsn = 'FFFFFFFF/FFFFFFFF',
     published_seq = 9223372036854775807, recorded_at = pg_catalog.clock_timestamp()";
@@ -233,14 +237,15 @@ pub(super) async fn fall_back(sessions: &Sessions, why: &str) -> Result<bool> {
     );
     let fallen = query.bind(why).execute(session.connection()).await;
     let fallen = fallen
-        .map_err(|error| errors::from_statement(error, "give the log up"))?
+        .map_err(|error| errors::from_statement(error, "leave WAL mode"))?
         .rows_affected()
         > 0;
     session.commit().await?;
     Ok(fallen)
 }
 
-/// Whoever may still append to the log has begun by now: everybody sees that it is left.
+/// Records the last transactions that may append to the WAL. All of them have begun by now: later
+/// ones see that WAL mode was left.
 async fn record_horizon(sessions: &Sessions) -> Result<SwitchProgress> {
     let mut session = sessions.begin(Purpose::Platform).await?;
     let note = "update oncely.relay set leave_horizon = pg_snapshot_xmax(pg_current_snapshot())
@@ -250,11 +255,14 @@ async fn record_horizon(sessions: &Sessions) -> Result<SwitchProgress> {
     Ok(SwitchProgress::More)
 }
 
-/// Nobody appends to the log any more. What was published from it is recorded; the rest goes by polling. The first of these
-/// steps ends the reader's right to record; what it has published since is sent a second time, which streams notice.
+/// Moves unpublished outputs from the WAL to polling, once no transaction can append to the WAL.
+/// The first step also ends the reader's permission to record. Outputs that it published without a
+/// record are sent a second time and deduplicated by their streams.
 async fn move_to_polling(sessions: &Sessions) -> Result<SwitchProgress> {
     let mut session = sessions.begin(Purpose::Platform).await?;
-    let context = |error| errors::from_statement(error, "bring outputs over from the log");
+    let context = |error| errors::from_statement(error, "move outputs from the WAL to polling");
+
+    // Fence off the reader.
     let query = session
         .query("update oncely.relay_position set reader_epoch = reader_epoch + 1 from oncely.relay where relay.mode = 'leaving'");
     if query
@@ -267,6 +275,8 @@ async fn move_to_polling(sessions: &Sessions) -> Result<SwitchProgress> {
         session.commit().await?;
         return Ok(SwitchProgress::More);
     }
+
+    // Move a batch.
     let query = session.query(
         "with picked as materialized (
              select seq from oncely.wal_backlog() order by seq limit $1
@@ -295,6 +305,8 @@ async fn move_to_polling(sessions: &Sessions) -> Result<SwitchProgress> {
         fault::point(fault::WAL_OUTPUTS_MOVED);
         return Ok(SwitchProgress::More);
     }
+
+    // None are left: polling is reached.
     let over = "update oncely.relay set mode = 'poll', changed_at = pg_catalog.now() where mode = 'leaving'";
     transition(&mut session, over, Some(WAL_DRAINED)).await?;
     session.commit().await?;

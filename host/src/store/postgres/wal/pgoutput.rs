@@ -1,4 +1,4 @@
-//! What the plugin `pgoutput` tells of a transaction, in its binary form: the rows that were added to the outbox.
+//! Decoding of the binary messages of the `pgoutput` plugin: rows inserted into the outbox.
 
 use std::collections::HashMap;
 
@@ -7,22 +7,25 @@ use bytes::{Buf, Bytes};
 
 use crate::store::{OutboxRow, shared};
 
-/// PostgreSQL counts time in microseconds from the beginning of 2000.
+/// PostgreSQL counts time in microseconds from the start of the year 2000.
 pub(super) const EPOCH_MICROS: i64 = 946_684_800_000_000;
 
-/// Reads messages of the plugin; remembers the columns it was told of.
+/// Decodes messages of the plugin, with the columns of earlier relation messages.
 #[derive(Default)]
 pub(super) struct Decoder {
     columns: HashMap<u32, Vec<String>>,
 }
 
 impl Decoder {
-    /// Reads one message; a row, if it tells of one.
+    /// Decodes one message. Returns the row of an insert.
+    ///
+    /// # Errors
+    /// The message is truncated or malformed.
     pub(super) fn decode(&mut self, mut message: Bytes) -> Result<Option<OutboxRow>> {
         match byte(&mut message)? {
             b'R' => {
                 let (relation, columns) =
-                    relation(&mut message).context("read what the columns are")?;
+                    relation(&mut message).context("decode a relation message")?;
                 self.columns.insert(relation, columns);
                 Ok(None)
             }
@@ -31,22 +34,22 @@ impl Decoder {
                 let columns = self
                     .columns
                     .get(&relation)
-                    .context("read a row of a table that was not told of")?;
+                    .context("find the relation of a row")?;
                 ensure!(
                     byte(&mut message)? == b'N',
-                    "a new row does not begin as one"
+                    "an insert message has no new row"
                 );
                 Ok(Some(
-                    row(columns, &mut message).context("read an output from the log")?,
+                    row(columns, &mut message).context("decode an output from the WAL")?,
                 ))
             }
-            // Types, origins and messages that others write into the log.
+            // Types, origins, and messages that other software writes to the WAL.
             _ => Ok(None),
         }
     }
 }
 
-/// A table: its number and the names of the columns that are told.
+/// A relation: its id and the names of the published columns.
 fn relation(message: &mut Bytes) -> Result<(u32, Vec<String>)> {
     let relation = int(message)?;
     let (_schema, _table) = (text(message)?, text(message)?);
@@ -74,11 +77,11 @@ fn row(columns: &[String], message: &mut Bytes) -> Result<OutboxRow> {
             b'n' => {}
             b'b' => {
                 let length = usize::try_from(int(message)?)?;
-                ensure!(message.remaining() >= length, "a value is cut off");
+                ensure!(message.remaining() >= length, "a value is truncated");
                 values.insert(column, message.split_to(length));
             }
             other => bail!(
-                "the value of {column} comes in the form `{}`, not in binary",
+                "the value of {column} has the format `{}`, not binary",
                 char::from(other)
             ),
         }
@@ -111,38 +114,38 @@ fn number(value: &Bytes) -> Result<i64> {
         value
             .as_ref()
             .try_into()
-            .context("read a number of eight bytes")?,
+            .context("decode an 8-byte number")?,
     ))
 }
 
 fn string(value: &Bytes) -> Result<String> {
-    String::from_utf8(value.to_vec()).context("read a text")
+    String::from_utf8(value.to_vec()).context("decode a text")
 }
 
 fn byte(message: &mut Bytes) -> Result<u8> {
     message
         .try_get_u8()
-        .context("read a message that is cut off")
+        .context("read a byte of a truncated message")
 }
 
 fn short(message: &mut Bytes) -> Result<u16> {
     message
         .try_get_u16()
-        .context("read a message that is cut off")
+        .context("read two bytes of a truncated message")
 }
 
 fn int(message: &mut Bytes) -> Result<u32> {
     message
         .try_get_u32()
-        .context("read a message that is cut off")
+        .context("read four bytes of a truncated message")
 }
 
-/// A text that ends with a zero byte.
+/// A text with a terminating zero byte.
 fn text(message: &mut Bytes) -> Result<String> {
     let end = message
         .iter()
         .position(|byte| *byte == 0)
-        .context("read a name that does not end")?;
+        .context("find the end of a name")?;
     let name = string(&message.split_to(end))?;
     message.advance(1);
     Ok(name)
@@ -232,7 +235,7 @@ mod tests {
         for length in 0..whole.len() {
             assert!(
                 decoder.decode(whole.slice(..length)).is_err(),
-                "{length} bytes are a row"
+                "{length} bytes were decoded as a row"
             );
         }
         assert_eq!(

@@ -1,4 +1,4 @@
-//! The reader: the one connection that is sent the log.
+//! The reader: the one connection that receives the WAL.
 
 use anyhow::{Context, anyhow};
 use async_trait::async_trait;
@@ -19,12 +19,13 @@ pub(super) struct Reader {
     sessions: Sessions,
     stream: ReplicationClient,
     decoder: Decoder,
-    /// Which reader this is: the next one has a higher number.
+    /// The epoch of this reader: each new reader has a higher one.
     number: i64,
-    /// Whatever ended before is through.
+    /// All transactions that ended before it are recorded.
     position: Lsn,
-    /// The transaction that is being told, and whether it was through before.
+    /// The transaction that is being received.
     transaction: u32,
+    /// Whether that transaction ended before `position`.
     is_old: bool,
 }
 
@@ -41,7 +42,8 @@ impl Reader {
             Err(StartError::SlotInUse) => return Ok(None),
             Err(StartError::Failed(error)) => return Err(StoreError::Unavailable(error)),
         };
-        // From here on nobody else is sent anything, and what the last reader has yet to write down is refused.
+        // From here on no other host receives the WAL, and the previous reader can no longer
+        // record.
         let Some((number, position)) = become_reader(sessions).await? else {
             return Ok(None);
         };
@@ -69,7 +71,7 @@ impl Reader {
                 let row = self
                     .decoder
                     .decode(data)
-                    .context("read the log")
+                    .context("decode the WAL")
                     .map_err(StoreError::Unavailable)?;
                 let transaction = self.transaction;
                 row.filter(|_| !self.is_old)
@@ -83,7 +85,7 @@ impl Reader {
                 let at =
                     Timestamp::from_microsecond(commit_time_micros.saturating_add(EPOCH_MICROS));
                 let at = at
-                    .context("read when a transaction committed")
+                    .context("read the time of a commit")
                     .map_err(StoreError::Unavailable)?;
                 Some(WalEvent::Committed {
                     end: end_lsn.as_u64(),
@@ -108,12 +110,12 @@ impl WalReader for Reader {
                 }
                 Ok(None) => {
                     return Err(StoreError::Unavailable(anyhow!(
-                        "the server has ended the stream of its log"
+                        "the server ended the replication stream"
                     )));
                 }
                 Err(error) => {
                     return Err(StoreError::Unavailable(
-                        anyhow::Error::new(error).context("read the log"),
+                        anyhow::Error::new(error).context("read the WAL"),
                     ));
                 }
             }
@@ -138,9 +140,9 @@ impl WalReader for Reader {
     }
 }
 
-/// The slot, if nobody reads it, and from where it is to be read.
+/// The slot, if no host reads it, and the position to start from.
 async fn find_free_slot(sessions: &Sessions) -> Result<Option<(String, Lsn)>> {
-    let context = |error| errors::from_statement(error, "look for the slot to read");
+    let context = |error| errors::from_statement(error, "find a free replication slot");
     let mut session = sessions.begin(Purpose::Read).await?;
     let query = session.query(
         "select slot_name::text, lsn::text from pg_replication_slots cross join oncely.relay_position
@@ -162,7 +164,7 @@ async fn find_free_slot(sessions: &Sessions) -> Result<Option<(String, Lsn)>> {
 }
 
 async fn become_reader(sessions: &Sessions) -> Result<Option<(i64, Lsn)>> {
-    let context = |error| errors::from_statement(error, "become the reader of the log");
+    let context = |error| errors::from_statement(error, "become the WAL reader");
     let mut session = sessions.begin(Purpose::Platform).await?;
     let query = session.query(
         "update oncely.relay_position set reader_epoch = reader_epoch + 1
@@ -182,7 +184,7 @@ async fn become_reader(sessions: &Sessions) -> Result<Option<(i64, Lsn)>> {
     .transpose()
 }
 
-/// Moves the position, if this is the reader still.
+/// Advances the position, if this is still the reader.
 async fn advance(session: &mut Session, number: i64, record: &WalRecord) -> Result<bool> {
     let query = session.query(
         "update oncely.relay_position
@@ -197,7 +199,7 @@ async fn advance(session: &mut Session, number: i64, record: &WalRecord) -> Resu
         .bind(record.until.map(|until| until.as_microsecond()))
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "move the position in the log"))?;
+        .map_err(|error| errors::from_statement(error, "advance the WAL position"))?;
     Ok(moved.rows_affected() > 0)
 }
 
@@ -209,7 +211,7 @@ fn by_stream(published: &[Published]) -> std::collections::BTreeMap<&str, Vec<&P
     streams
 }
 
-/// Keeps where outputs are, for as long as they are kept themselves.
+/// Records the places of outputs, for as long as the outputs are kept.
 async fn record_published(
     session: &mut Session,
     stream: &str,
@@ -231,12 +233,12 @@ async fn record_published(
         .bind(sequences.iter().max().copied())
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "record what was published from the log"))?;
+        .map_err(|error| errors::from_statement(error, "record outputs published from the WAL"))?;
     Ok(())
 }
 
 async fn wal_snapshot(session: &mut Session) -> Result<WalSnapshot> {
-    let context = |error| errors::from_statement(error, "mark a place in the log");
+    let context = |error| errors::from_statement(error, "take a WAL snapshot");
     let query = session.query(
         "select (extract(epoch from taken_at) * 1000000)::bigint, wal_end::text, last_seq, snapshot_xmin::text, snapshot_xmax::text
          from oncely.wal_snapshot()",
@@ -248,7 +250,7 @@ async fn wal_snapshot(session: &mut Session) -> Result<WalSnapshot> {
     let transaction = |column| -> Result<u64> {
         let text: &str = row.try_get(column).map_err(context)?;
         text.parse()
-            .context("read a transaction's number")
+            .context("parse a transaction id")
             .map_err(StoreError::Unavailable)
     };
     Ok(WalSnapshot {

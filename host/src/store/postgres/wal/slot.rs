@@ -1,5 +1,5 @@
-//! The replication slot and what the server must allow for it. A slot belongs to the whole server, so its name names the
-//! database.
+//! The replication slot and its requirements on the server. A slot belongs to the whole server, so
+//! its name contains the database's id.
 
 use anyhow::{anyhow, ensure};
 use sqlx::Row;
@@ -12,7 +12,10 @@ use crate::store::Result;
 /// The name of the publication, which belongs to the database.
 pub(super) const PUBLICATION: &str = "oncely_outbox";
 
-/// Checks what is asked for most often; an error says what to do.
+/// Checks the most common requirements.
+///
+/// # Errors
+/// The first unmet requirement, with a hint.
 pub(super) async fn check(session: &mut Session) -> anyhow::Result<()> {
     let query = session.query(
         "select current_setting('wal_level') as wal_level, current_user::text as role,
@@ -32,26 +35,28 @@ pub(super) async fn check(session: &mut Session) -> anyhow::Result<()> {
     if row.try_get::<bool, _>("is_standby")? {
         return refuse(
             "the server is a standby".to_owned(),
-            "name the primary server in `database`".to_owned(),
+            "use the primary server's URL in `database`".to_owned(),
         );
     }
     if wal_level != "logical" {
         return refuse(
-            format!("the server writes its log with wal_level = {wal_level}"),
-            "as a superuser: alter system set wal_level = 'logical', then restart the server; or relay = \"poll\""
+            format!("the server runs with wal_level = {wal_level}"),
+            "as a superuser: alter system set wal_level = 'logical', then restart the server; \
+             or relay = \"poll\""
                 .into(),
         );
     }
     if !row.try_get::<bool, _>("may_replicate")? {
         let hint =
             format!("as a superuser: alter role \"{role}\" replication; or relay = \"poll\"");
-        return refuse(format!("the role {role} may not replicate"), hint);
+        return refuse(format!("the role {role} has no replication attribute"), hint);
     }
     let (slots, slots_max): (i32, i32) = (row.try_get("slots")?, row.try_get("slots_max")?);
     if slots >= slots_max {
         return refuse(
             format!("all {slots_max} replication slots of the server are taken"),
-            "raise max_replication_slots, or drop a slot that nobody uses (select * from pg_replication_slots)".into(),
+            "raise max_replication_slots, or drop an unused slot (select * from pg_replication_slots)"
+                .into(),
         );
     }
     ensure!(
@@ -61,10 +66,10 @@ pub(super) async fn check(session: &mut Session) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Publishes what goes by the log to whoever reads the slot. It must be there before the slot: the log is read as the
-/// database was when it was written.
+/// Creates the publication of WAL outputs. It must exist before the slot: the WAL is decoded with
+/// the catalog as of the time when it was written.
 pub(super) async fn create_publication(session: &mut Session) -> Result<()> {
-    let context = |error| errors::from_statement(error, "look for the publication of the log");
+    let context = |error| errors::from_statement(error, "find the publication of the outbox");
     let query = session.query(
         "select exists (
              select from pg_publication_rel join pg_publication on pg_publication.oid = prpubid
@@ -84,13 +89,13 @@ pub(super) async fn create_publication(session: &mut Session) -> Result<()> {
              where (via = 'wal') with (publish = 'insert', publish_via_partition_root = true)"
     );
     session
-        .run(statements, "publish what goes by the log")
+        .run(statements, "create the publication of the outbox")
         .await
 }
 
-/// Makes the slot, unless it is there. Waits for all transactions that run now. In a transaction that has written nothing, and
-/// by a statement that reads nothing: PostgreSQL asks for that. False while another host is making it: what commits before it
-/// is done is not told.
+/// Creates the slot if it does not exist. Waits for all transactions that are open now. PostgreSQL
+/// requires a transaction without writes, and a statement without reads. Returns false while
+/// another host is creating it: commits before its completion are not decoded.
 pub(super) async fn create(sessions: &Sessions) -> Result<bool> {
     let mut session = sessions.begin(Purpose::Read).await?;
     let found = find(&mut session).await?;
@@ -98,20 +103,20 @@ pub(super) async fn create(sessions: &Sessions) -> Result<bool> {
         let query =
             session.query("select pg_create_logical_replication_slot($1::text::name, 'pgoutput')");
         let made = query.bind(found.name).execute(session.connection()).await;
-        made.map_err(|error| errors::from_statement(error, "make a replication slot"))?;
+        made.map_err(|error| errors::from_statement(error, "create the replication slot"))?;
     }
     session.commit().await?;
     Ok(!found.exists || found.is_ready)
 }
 
-/// Drops the slot, if it is there, nobody reads it, and nothing goes by the log; another host may just be making it. Returns
-/// whether it is gone.
+/// Drops the slot if it exists, is not being read, and polling is used. Another host may be
+/// creating it at this moment. Returns whether it does not exist any longer.
 pub(super) async fn drop(sessions: &Sessions) -> Result<bool> {
     let mut session = sessions.begin(Purpose::Platform).await?;
     let query = session.query("select from oncely.relay where mode = 'poll' for update");
     let is_unused = query.fetch_optional(session.connection()).await;
     if is_unused
-        .map_err(|error| errors::from_statement(error, "look how outputs go"))?
+        .map_err(|error| errors::from_statement(error, "lock the relay mode"))?
         .is_none()
     {
         session.commit().await?;
@@ -132,12 +137,12 @@ pub(super) async fn drop(sessions: &Sessions) -> Result<bool> {
 struct SlotLookup {
     name: String,
     exists: bool,
-    /// Whether it was read up to a place from which on everything can be told.
+    /// Whether its start position is set, from which all commits can be decoded.
     is_ready: bool,
 }
 
 async fn find(session: &mut Session) -> Result<SlotLookup> {
-    let context = |error| errors::from_statement(error, "look for the replication slot");
+    let context = |error| errors::from_statement(error, "find the replication slot");
     let query = session.query(
         "select 'oncely_' || oid, slot_name is not null, confirmed_flush_lsn is not null
          from pg_database left join pg_replication_slots on slot_name = 'oncely_' || oid

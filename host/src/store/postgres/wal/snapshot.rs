@@ -1,18 +1,18 @@
-//! Which transactions can be seen at a moment, by the short numbers that the log tells.
+//! The transactions visible at a moment, by their 32-bit ids in the WAL.
 
 use anyhow::{Context, Result};
 
-/// What `pg_current_snapshot()` says, without the upper half of its numbers. No transaction in the log is two thousand million
-/// transactions old, so that the lower half says which one is meant.
+/// The value of `pg_current_snapshot()` without the upper half of its ids. No transaction in the
+/// WAL is two billion transactions old, so the lower half is unambiguous.
 pub(super) struct Snapshot {
-    /// From this one on none can be seen.
+    /// This transaction and all later ones are invisible.
     end: u32,
-    /// Neither can these before it.
+    /// Earlier transactions that are invisible, too.
     running: Vec<u32>,
 }
 
 impl Snapshot {
-    /// Reads a snapshot as PostgreSQL writes it, such as `10:20:10,14`.
+    /// Parses a snapshot in PostgreSQL's notation, such as `10:20:10,14`.
     pub(super) fn parse(text: &str) -> Result<Self> {
         let read = || {
             let (_, rest) = text.split_once(':')?;
@@ -26,12 +26,13 @@ impl Snapshot {
                 running: running.collect::<Option<_>>()?,
             })
         };
-        read().with_context(|| format!("read `{text}` as a snapshot"))
+        read().with_context(|| format!("parse the snapshot `{text}`"))
     }
 
-    /// Whether what this transaction has committed can be seen.
+    /// Whether the effects of this committed transaction are visible.
     pub(super) fn sees(&self, transaction: u32) -> bool {
-        // The numbers go round: of two the one that is less than half of them ahead is the later one.
+        // Ids wrap around: of two ids, the later one exceeds the other by less than half of the
+        // range.
         let is_before_end = transaction.wrapping_sub(self.end) > u32::MAX / 2;
         is_before_end && !self.running.contains(&transaction)
     }
@@ -57,7 +58,7 @@ mod tests {
 
     #[test]
     fn wrapped_transaction_ids_are_distinguished() {
-        // The last but one of the first round, and the fourth of the second.
+        // The second to last id of the first epoch, and the fourth id of the second epoch.
         let snapshot = Snapshot::parse("4294967294:4294967300:4294967294,4294967299").unwrap();
         assert!(!snapshot.sees(4_294_967_294) && snapshot.sees(4_294_967_295));
         assert!(snapshot.sees(2) && !snapshot.sees(3) && !snapshot.sees(4));
