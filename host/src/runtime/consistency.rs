@@ -105,7 +105,8 @@ impl Host {
             });
         }
 
-        // Compare the watermarks. The broker first: a watermark is written to the database before the broker.
+        // Compare the watermarks, the broker's first: it is written to the database before the
+        // broker.
         let stored = self.last_watermark().await?;
         let name = stored.as_ref().and_then(|stored| {
             self.services
