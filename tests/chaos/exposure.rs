@@ -43,9 +43,7 @@ impl Exposure {
             // The server writes asynchronous commits seconds later, so a stop loses the last ones.
             "synchronous_commit_off" => acts(&[(Act::StopDatabase, 6)]),
             // Unpublished outputs are left to the poller.
-            "cursor_by_seq" => {
-                acts(&[(Act::Cut(Cut::OutputsNotForwarded), 4), (Act::Kill, 2)])
-            }
+            "cursor_by_seq" => acts(&[(Act::Cut(Cut::OutputsNotForwarded), 4), (Act::Kill, 2)]),
             // Outputs are marked as published but did not arrive.
             "mark_before_puback" | "mark_without_filter" => acts(&[
                 (Act::Cut(Cut::OutputsNotForwarded), 5),

@@ -480,7 +480,7 @@ async fn handle(State(ingress): State<Arc<Ingress>>, request: Request) -> Respon
         "request",
         worker = target.name(),
         route = target.route(),
-        method = asked.request.method,
+        method = incoming.request.method,
     );
     // A task of its own: a client that disconnects does not interrupt the transaction.
     let answering = async move {

@@ -59,9 +59,7 @@ impl Savepoint {
     pub(super) fn rollback_sql(&self) -> Result<String> {
         match self.is_set {
             true => Ok(format!("rollback to savepoint {}", self.name)),
-            false => Err(StoreError::Refused(anyhow!(
-                "no savepoint to roll back to"
-            ))),
+            false => Err(StoreError::Refused(anyhow!("no savepoint to roll back to"))),
         }
     }
 }

@@ -158,8 +158,7 @@ async fn end_sessions(connection: &mut PgConnection, id: i64) -> Result<Vec<(i64
 
 /// Releases the leased outputs of an instance and deletes it. `None` if another host did so first.
 async fn remove_instance(connection: &mut PgConnection, id: i64) -> Result<Option<u64>> {
-    let context =
-        |error| errors::from_statement(error, "release the leases of an expired host");
+    let context = |error| errors::from_statement(error, "release the leases of an expired host");
     let forget = transaction(&format!(
         "with gone as (
              delete from oncely.host_instance where id = {id} returning id

@@ -42,7 +42,8 @@ pub(super) async fn run(sessions: &Sessions) -> anyhow::Result<()> {
 pub(super) async fn load_definer_key(sessions: &Sessions, exposed: bool) -> Result<()> {
     let mut session = sessions.begin(Purpose::Platform).await?;
     let key = definer_key(&mut session, exposed).await;
-    let key = key.map_err(|error| errors::from_statement(error, "read the key for definer functions"))?;
+    let key =
+        key.map_err(|error| errors::from_statement(error, "read the key for definer functions"))?;
     session.commit().await?;
     sessions.set_definer_key(key);
     Ok(())

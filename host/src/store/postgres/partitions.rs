@@ -302,8 +302,9 @@ async fn has_more_than(
         .fetch_one(session.connection())
         .await
         .and_then(|row| row.try_get(0));
-    let count: i64 =
-        counted.map_err(|error| errors::from_statement(error, "count the unexpired rows of a partition"))?;
+    let count: i64 = counted.map_err(|error| {
+        errors::from_statement(error, "count the unexpired rows of a partition")
+    })?;
     Ok(count > i64::from(limit))
 }
 
@@ -338,7 +339,9 @@ async fn settle_wal_outputs(
                    cross join unnest(record.seqs, record.sequences) as one (seq, sequence)) as recorded
          where partition = {part} and via = 'wal' and seq = recorded_seq and {still_needed}"
     );
-    session.run(settled, "move published outputs of the WAL").await
+    session
+        .run(settled, "move published outputs of the WAL")
+        .await
 }
 
 /// The archived columns once outputs were published from the WAL: with place and time of

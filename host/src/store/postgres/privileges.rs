@@ -151,8 +151,8 @@ async fn ensure_login(
 
 fn refused(error: sqlx::Error, role: &str) -> anyhow::Error {
     let is_privilege = errors::is_insufficient_privilege(&error);
-    let error = anyhow::Error::new(error)
-        .context(format!("create the role {role} for guests' SQL"));
+    let error =
+        anyhow::Error::new(error).context(format!("create the role {role} for guests' SQL"));
     if !is_privilege {
         return error;
     }

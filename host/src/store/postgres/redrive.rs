@@ -212,7 +212,9 @@ async fn clear_crash_markers(
         )
         .execute(session.connection())
         .await
-        .map_err(|error| errors::from_statement(error, "clear the crash markers of dead letters"))?;
+        .map_err(|error| {
+            errors::from_statement(error, "clear the crash markers of dead letters")
+        })?;
     Ok(())
 }
 

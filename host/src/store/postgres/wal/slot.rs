@@ -49,7 +49,10 @@ pub(super) async fn check(session: &mut Session) -> anyhow::Result<()> {
     if !row.try_get::<bool, _>("may_replicate")? {
         let hint =
             format!("as a superuser: alter role \"{role}\" replication; or relay = \"poll\"");
-        return refuse(format!("the role {role} has no replication attribute"), hint);
+        return refuse(
+            format!("the role {role} has no replication attribute"),
+            hint,
+        );
     }
     let (slots, slots_max): (i32, i32) = (row.try_get("slots")?, row.try_get("slots_max")?);
     if slots >= slots_max {
