@@ -6,6 +6,7 @@
 //!
 //! A `…` in the output matches any text, and lines may be omitted.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -493,4 +494,136 @@ fn shown_output_is_compared_word_by_word() {
     assert!(!is_shown("a", "a b"));
     let shown = [String::from("a"), String::from("c")];
     assert!(all_shown(&shown, "a\nb\nc") && !all_shown(&shown, "c\na"));
+}
+
+/// The folders to which paths in ARCHITECTURE.md and docs/internals are relative.
+const ROOTS: [&str; 4] = ["host/src", "tests/it", "tests", ""];
+
+/// The headings, paragraphs, list items and table rows of a document, each on one line.
+fn items(markdown: &str) -> Vec<String> {
+    let mut items: Vec<String> = Vec::new();
+    let mut is_fenced = false;
+    let mut can_continue = false;
+    for line in markdown.lines().map(str::trim) {
+        let is_fence = line.starts_with("```");
+        is_fenced ^= is_fence;
+        if is_fence || is_fenced || line.is_empty() {
+            can_continue = false;
+            continue;
+        }
+
+        let is_numbered = line
+            .split_once(". ")
+            .is_some_and(|(number, _)| number.chars().all(|c| c.is_ascii_digit()));
+        let begins = is_numbered || ["- ", "|", "#"].iter().any(|sign| line.starts_with(sign));
+        match items.last_mut() {
+            Some(item) if can_continue && !begins => {
+                item.push(' ');
+                item.push_str(line);
+            }
+            _ => items.push(line.to_owned()),
+        }
+        can_continue = true;
+    }
+    items
+}
+
+/// Whether code in a document is the path of a source file, or of a folder.
+fn is_path(code: &str) -> bool {
+    let endings = [".rs", ".lua", ".sql", ".wit", "/"];
+    !code.contains(' ') && endings.iter().any(|ending| code.ends_with(ending))
+}
+
+/// Whether code in a document can be the name of a function, a type or a constant.
+fn is_name(code: &str) -> bool {
+    code.starts_with(|c: char| c.is_alphabetic() || c == '_')
+        && code
+            .chars()
+            .all(|c| c.is_alphanumeric() || c == '_' || c == ':')
+}
+
+/// The text of all files with this path; empty for a folder, `None` if nothing has this path.
+fn named_text(path: &str) -> Result<Option<String>> {
+    let mut text: Option<String> = None;
+    for root in ROOTS {
+        let file = repository().join(root).join(path);
+        if file.is_dir() {
+            text.get_or_insert_default();
+        } else if file.is_file() {
+            let own =
+                std::fs::read_to_string(&file).with_context(|| format!("read {}", file.display()))?;
+            text.get_or_insert_default().push_str(&own);
+        }
+    }
+    Ok(text)
+}
+
+/// Checks the code of an item. Each path must exist. Each name after a path must occur in a file of
+/// the item. Returns the number of paths and names, and the errors.
+fn check_item(item: &str) -> Result<(usize, Vec<String>)> {
+    let code: Vec<&str> = item.split('`').skip(1).step_by(2).collect();
+    let mut errors = Vec::new();
+    let mut text = String::new();
+    let paths: Vec<&str> = code.iter().copied().filter(|code| is_path(code)).collect();
+    for path in &paths {
+        match named_text(path)? {
+            Some(own) => {
+                text.push('\n');
+                text.push_str(&own);
+            }
+            None => errors.push(format!("`{path}` does not exist")),
+        }
+    }
+
+    let words: HashSet<&str> = text
+        .split(|c: char| !c.is_alphanumeric() && c != '_')
+        .collect();
+    let after_path = code.iter().copied().skip_while(|code| !is_path(code));
+    let names: Vec<&str> = after_path
+        .filter(|code| !is_path(code) && is_name(code))
+        .collect();
+    for name in &names {
+        if !name.split("::").all(|part| words.contains(part)) {
+            errors.push(format!("`{name}` is not in {}", paths.join(", ")));
+        }
+    }
+
+    let is_abbreviated = |code: &&&str| code.contains(['…', '*']);
+    for abbreviated in code.iter().filter(is_abbreviated) {
+        errors.push(format!("`{abbreviated}` is abbreviated"));
+    }
+    Ok((paths.len() + names.len(), errors))
+}
+
+#[test]
+fn architecture_names_only_files_and_functions_that_exist() -> Result<()> {
+    let mut documents = vec![repository().join("ARCHITECTURE.md")];
+    for entry in std::fs::read_dir(repository().join("docs/internals"))? {
+        documents.push(entry?.path());
+    }
+
+    let mut checked = 0;
+    let mut wrong = Vec::new();
+    for document in documents {
+        let text = std::fs::read_to_string(&document)?;
+        for item in items(&text) {
+            let (names, errors) = check_item(&item)?;
+            checked += names;
+            let name = document.display();
+            wrong.extend(errors.iter().map(|error| format!("{name}: {error}")));
+        }
+    }
+    ensure!(
+        wrong.is_empty(),
+        "names that do not exist:\n{}",
+        wrong.join("\n")
+    );
+    ensure!(checked > 500, "checked only {checked} names");
+    Ok(())
+}
+
+#[test]
+fn items_of_a_document_are_joined_to_one_line() {
+    let text = "# a\n\nb\nc\n- d\n  e\n2. f\n| g |\n```\nh\n```\ni";
+    assert_eq!(items(text), ["# a", "b c", "- d e", "2. f", "| g |", "i"]);
 }
