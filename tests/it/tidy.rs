@@ -147,23 +147,37 @@ fn a_module_imports_modules_of_lower_layers_only() -> Result<()> {
 }
 
 #[test]
-fn only_store_creates_settled_and_only_bus_consumes_it() -> Result<()> {
+fn only_the_store_creates_a_settled_proof() -> Result<()> {
     let host = repository().join("host/src");
-    for (path, text) in sources(&host)? {
-        let module = module(&host, &path);
-        let makes = text.contains("Settled::seen_by_store");
-        assert!(
-            !makes || module == "store",
-            "{} makes a proof of settlement",
-            path.display()
-        );
-        let acks = text.contains(".acker.ack(");
-        assert!(
-            !acks || module == "bus",
-            "{} acknowledges messages directly",
-            path.display()
-        );
-    }
+    let sources = sources(&host)?;
+    let creators = sources
+        .iter()
+        .filter(|(_, text)| text.contains("Settled::seen_by_store("));
+    let creators: BTreeSet<String> = creators.map(|(path, _)| module(&host, path)).collect();
+    assert_eq!(creators, BTreeSet::from(["store".to_owned()]));
+    Ok(())
+}
+
+#[test]
+fn a_message_is_acknowledged_only_with_a_settled_proof() -> Result<()> {
+    let host = repository().join("host/src");
+
+    // One function sends the positive acknowledgement of a message.
+    let sources = sources(&host)?;
+    let acks: Vec<&Path> = sources
+        .iter()
+        .flat_map(|(path, text)| text.matches("AckKind::Ack)").map(move |_| path.as_path()))
+        .collect();
+    assert_eq!(acks, [host.join("bus/pull.rs")]);
+    assert!(!sources.iter().any(|(_, text)| text.contains("+ACK")));
+
+    // It takes the proof.
+    let pull = std::fs::read_to_string(host.join("bus/pull.rs"))?;
+    let (_, ack) = pull
+        .split_once("pub async fn ack(self, _proof: &Settled)")
+        .context("find the function that acknowledges")?;
+    let (body, _) = ack.split_once("\n    }\n").context("find its end")?;
+    assert!(body.contains("AckKind::Ack)"), "{body}");
     Ok(())
 }
 

@@ -52,11 +52,20 @@ impl Migration {
 /// The migrations that have not run. `applied` contains the checksums by version.
 ///
 /// # Errors
-/// A migration changed after it ran, or the database has a migration that this program lacks.
+/// The database was created before the baseline, a migration changed after it ran, or the database
+/// has a migration that this program lacks.
 pub(super) fn due(
     migrations: &'static [Migration],
     applied: &HashMap<i64, Vec<u8>>,
 ) -> anyhow::Result<Vec<&'static Migration>> {
+    let baseline = migrations.iter().map(Migration::checksum).next();
+    if applied.get(&1).is_some_and(|applied| Some(applied) != baseline.as_ref()) {
+        return Err(anyhow::anyhow!(
+            "the database was created before the baseline schema of this version, and cannot be \
+             migrated to it"
+        ))
+        .hint("name an empty database with --database; the old one stays as it is");
+    }
     let newest = migrations
         .iter()
         .map(Migration::version)
@@ -124,16 +133,32 @@ mod tests {
         }
     }
 
+    static TWO: &[Migration] = &[
+        Migration::new("0001_baseline", "select 1"),
+        Migration::new("0002_second", "select 2"),
+    ];
+
+    #[test]
+    fn due_migrations_are_those_that_have_not_run() {
+        let versions = |applied| -> Vec<i64> {
+            let due = due(TWO, &applied).unwrap();
+            due.into_iter().map(Migration::version).collect()
+        };
+        assert_eq!(versions(HashMap::new()), [1, 2]);
+        assert_eq!(versions(HashMap::from([(1, TWO[0].checksum())])), [2]);
+    }
+
     #[test]
     fn a_migration_that_changed_since_it_ran_is_refused() {
-        static ONE: &[Migration] = &[Migration::new("0001_baseline", "select 1")];
-        assert_eq!(due(ONE, &HashMap::new()).unwrap().len(), 1);
-        assert!(
-            due(ONE, &HashMap::from([(1, ONE[0].checksum())]))
-                .unwrap()
-                .is_empty()
-        );
-        let error = due(ONE, &HashMap::from([(1, vec![1])])).unwrap_err();
-        assert!(error.to_string().contains("0001_baseline"), "{error}");
+        let applied = HashMap::from([(1, TWO[0].checksum()), (2, vec![1])]);
+        let error = due(TWO, &applied).unwrap_err().to_string();
+        assert!(error.contains("0002_second"), "{error}");
+    }
+
+    #[test]
+    fn a_database_from_before_the_baseline_is_refused() {
+        let applied = HashMap::from([(1, vec![1]), (19, vec![2])]);
+        let error = due(TWO, &applied).unwrap_err().to_string();
+        assert!(error.contains("before the baseline"), "{error}");
     }
 }

@@ -248,7 +248,7 @@ async fn hosts_that_start_concurrently_migrate_the_schema_once() {
 }
 
 #[tokio::test]
-async fn a_schema_made_by_another_migration_is_refused() {
+async fn a_database_from_before_the_baseline_is_refused() {
     let world = World::postgres().await;
     world
         .run_directly("update oncely.migration set checksum = '\\x00'")
@@ -258,7 +258,7 @@ async fn a_schema_made_by_another_migration_is_refused() {
         .err()
         .unwrap();
     assert!(
-        format!("{error:#}").contains("differs from the one that created this database"),
+        format!("{error:#}").contains("created before the baseline schema"),
         "{error:#}"
     );
 }
