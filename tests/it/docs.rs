@@ -550,8 +550,8 @@ fn named_text(path: &str) -> Result<Option<String>> {
         if file.is_dir() {
             text.get_or_insert_default();
         } else if file.is_file() {
-            let own =
-                std::fs::read_to_string(&file).with_context(|| format!("read {}", file.display()))?;
+            let own = std::fs::read_to_string(&file)
+                .with_context(|| format!("read {}", file.display()))?;
             text.get_or_insert_default().push_str(&own);
         }
     }

@@ -59,7 +59,10 @@ pub(super) fn due(
     applied: &HashMap<i64, Vec<u8>>,
 ) -> anyhow::Result<Vec<&'static Migration>> {
     let baseline = migrations.iter().map(Migration::checksum).next();
-    if applied.get(&1).is_some_and(|applied| Some(applied) != baseline.as_ref()) {
+    if applied
+        .get(&1)
+        .is_some_and(|applied| Some(applied) != baseline.as_ref())
+    {
         return Err(anyhow::anyhow!(
             "the database was created before the baseline schema of this version, and cannot be \
              migrated to it"
