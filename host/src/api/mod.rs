@@ -62,7 +62,7 @@ pub fn router(host: Arc<Host>, token: &str) -> Router {
         )
         .layer(middleware::from_fn_with_state(expected, check_token));
     Router::new()
-        .route("/livez", get(|| async { "alive\n" }))
+        .route("/livez", get(livez))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
         .nest("/v1", authenticated)
@@ -133,6 +133,23 @@ impl IntoResponse for ApiError {
         };
         (status, Json(response)).into_response()
     }
+}
+
+/// The control API of a host that is starting: it is alive and not ready.
+pub fn starting() -> Router {
+    let not_ready = || async {
+        (
+            StatusCode::SERVICE_UNAVAILABLE,
+            "not ready: the host is starting\n",
+        )
+    };
+    Router::new()
+        .route("/livez", get(livez))
+        .fallback(not_ready)
+}
+
+async fn livez() -> &'static str {
+    "alive\n"
 }
 
 async fn readyz(State(host): State<Arc<Host>>) -> Response {

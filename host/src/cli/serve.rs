@@ -23,7 +23,7 @@ use crate::bus::Bus;
 use crate::config::{Database, GuestSql, HostConfig, HttpLimits, LogFormat, RelayMode};
 use crate::drain::Stop;
 use crate::guest::GuestEngine;
-use crate::http_server;
+use crate::http_server::{self, LateRouter};
 use crate::model::hint::WithHint;
 use crate::runtime::{Host, HostTasks, Retention};
 use crate::store::{PostgresStore, SqliteStore, Store};
@@ -62,6 +62,25 @@ impl HostProcess {
         listener: TcpListener,
         requests: Option<TcpListener>,
     ) -> Result<HostProcess> {
+        // Answer probes while the host starts.
+        let address = listener
+            .local_addr()
+            .context("read the address of the control API")?;
+        let (for_requests, for_control) = http_server::within_file_limit(
+            config.http_limits,
+            HttpLimits::CONTROL,
+            config.pool_size,
+        );
+        let control_api = LateRouter::new(api::starting());
+        let stop_api = Stop::new();
+        let api = tokio::spawn(http_server::serve(
+            "control API",
+            listener,
+            control_api.router(),
+            for_control,
+            stop_api.stopping(),
+        ));
+
         // Connect to the database and to NATS.
         let store = open_store(config).await?;
         let bus = Bus::connect(&config.nats).await.map_err(unreachable)?;
@@ -98,23 +117,7 @@ impl HostProcess {
         .await?;
 
         // Serve the control API.
-        let address = listener
-            .local_addr()
-            .context("read the address of the control API")?;
-        let stop_api = Stop::new();
-        let (for_requests, for_control) = http_server::within_file_limit(
-            config.http_limits,
-            HttpLimits::CONTROL,
-            config.pool_size,
-        );
-        let router = api::router(Arc::clone(&host), token.reveal());
-        let api = tokio::spawn(http_server::serve(
-            "control API",
-            listener,
-            router,
-            for_control,
-            stop_api.stopping(),
-        ));
+        control_api.set(api::router(Arc::clone(&host), token.reveal()));
 
         // Serve the ingress.
         let stop_ingress = Stop::new();

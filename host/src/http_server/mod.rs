@@ -30,11 +30,13 @@ mod body;
 mod connections;
 mod file_limit;
 mod header_names;
+mod late_router;
 mod watched_stream;
 
 pub use body::{BodyError, BodyMemory};
 pub use file_limit::within_file_limit;
 pub use header_names::original_header_names;
+pub use late_router::LateRouter;
 
 use body::{Memory, RequestBody, ResponseBody};
 use connections::{Connection, ConnectionSlot, Connections, Watchdog};
