@@ -515,7 +515,7 @@ fn items(markdown: &str) -> Vec<String> {
         let is_numbered = line
             .split_once(". ")
             .is_some_and(|(number, _)| number.chars().all(|c| c.is_ascii_digit()));
-        let begins = is_numbered || ["- ", "|", "#"].iter().any(|sign| line.starts_with(sign));
+        let begins = is_numbered || ["- ", "|", "#"].iter().any(|sign| line.starts_with(*sign));
         match items.last_mut() {
             Some(item) if can_continue && !begins => {
                 item.push(' ');
@@ -531,7 +531,7 @@ fn items(markdown: &str) -> Vec<String> {
 /// Whether code in a document is the path of a source file, or of a folder.
 fn is_path(code: &str) -> bool {
     let endings = [".rs", ".lua", ".sql", ".wit", "/"];
-    !code.contains(' ') && endings.iter().any(|ending| code.ends_with(ending))
+    !code.contains(' ') && endings.iter().any(|ending| code.ends_with(*ending))
 }
 
 /// Whether code in a document can be the name of a function, a type or a constant.
