@@ -4,7 +4,8 @@ use std::process::Command;
 
 fn main() {
     println!("cargo::rerun-if-env-changed=ONCELY_COMMIT");
-    // The log of HEAD changes with every commit and checkout; where there is none, as in an archive, nothing is watched.
+    // The log of HEAD changes with every commit and checkout; where there is none, as in an
+    // archive, nothing is watched.
     if let Some(log) = git(&[
         "rev-parse",
         "--path-format=absolute",

@@ -547,7 +547,7 @@ create table oncely.definer_key (
     -- Statements of workers could read the key: they ran as the host's role (`guest_sql =
     -- "trusted"`).
     exposed      boolean not null default false,
-    -- The key before the last renewal. It tells a host with an outdated key from a forged token.
+    -- The key before the last renewal. It separates a host with an outdated key from a forged token.
     previous_key bytea
 );
 create unique index definer_key_single_row on oncely.definer_key ((true));
@@ -967,7 +967,7 @@ end $$;
 
 -- Locks an idempotency key for this transaction and returns the stored response, if there is one.
 -- If another transaction holds the lock: returns `in_flight`, and whether the fingerprint differs.
--- A second lock, on the fingerprint, tells.
+-- A second lock, on the fingerprint, shows that.
 create function oncely_definer.claim_request(
     token bytea, worker text, route text, caller text, key text, fingerprint bytea
 ) returns table (

@@ -18,8 +18,8 @@ pub struct ProxiedDatabase {
 pub enum HostBuild {
     /// The product with crash points.
     CrashPoints,
-    /// The same with the patches of `tests/mutants`, on a PostgreSQL with a late writer: asynchronous commits are
-    /// lost with the server.
+    /// The same with the patches of `tests/mutants`, on a PostgreSQL with a late writer:
+    /// asynchronous commits are lost with the server.
     Mutants,
 }
 

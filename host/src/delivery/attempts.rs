@@ -90,8 +90,8 @@ impl Delivery {
         }))
     }
 
-    /// Deletes the recordings of events that failed before and took effect now. If that fails, retention deletes them with
-    /// their attempts.
+    /// Deletes the recordings of events that failed before and took effect now. If that fails,
+    /// retention deletes them with their attempts.
     pub(super) async fn delete_recordings(&self, run: &BatchRun) {
         let recovered = run
             .settled

@@ -24,7 +24,7 @@ use crate::model::message::{Message, Output};
 pub(super) enum GroupRun {
     /// The effects of the succeeded items can be committed.
     Completed(Box<GroupEffects>),
-    /// The database work of the failed items cannot be told apart from that of the others.
+    /// The database work of the failed items cannot be separated from that of the others.
     RerunOthers,
     /// The call for all items failed, and it is unknown which one is the cause.
     UnknownItemFailed,
@@ -146,7 +146,7 @@ impl Delivery {
         }
     }
 
-    /// One call for all items. Their effects cannot be told apart: all take effect, or none.
+    /// One call for all items. Their effects cannot be separated: all take effect, or none.
     async fn run_batch(
         &self,
         run: &BatchRun,

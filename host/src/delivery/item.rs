@@ -10,8 +10,8 @@ use crate::model::message::Message;
 use crate::model::verdict::{DeadLetter, Reason, Verdict};
 use crate::store::{Claim, Claimed, StoredRecording};
 
-/// How much the recordings of one batch's failed attempts may hold together, in bytes as they are stored. A recording that
-/// does not fit is not kept.
+/// How much the recordings of one batch's failed attempts may hold together, in bytes as they are
+/// stored. A recording that does not fit is not kept.
 const RECORDINGS_MAX: usize = 8 << 20;
 
 /// One message of a batch.
@@ -95,8 +95,8 @@ impl BatchItem {
         }
     }
 
-    /// Takes in another message with the same event id. A redriven message stands for the others: it may be claimed although
-    /// its event is dead, and its body may be a corrected one.
+    /// Takes in another message with the same event id. A redriven message stands for the others:
+    /// it may be claimed although its event is dead, and its body may be a corrected one.
     fn add_duplicate(&mut self, message: &Arc<Message>, position: usize, worker: &Worker) {
         let mut duplicate = Duplicate {
             message: Arc::clone(message),
@@ -140,7 +140,8 @@ impl BatchItem {
         }
     }
 
-    /// The verdicts of the in-batch duplicates, each with its place in the batch, when the item itself has `verdict`.
+    /// The verdicts of the in-batch duplicates, each with its place in the batch, when the item
+    /// itself has `verdict`.
     pub(super) fn duplicate_verdicts(
         &self,
         verdict: &Verdict,
@@ -169,7 +170,8 @@ impl BatchItem {
 }
 
 impl FailedCall {
-    /// A failed attempt with its recording, if that fits beside the `used` bytes of other recordings.
+    /// A failed attempt with its recording, if that fits beside the `used` bytes of other
+    /// recordings.
     pub(super) fn new(
         failure: CallFailure,
         record: Option<&Record>,

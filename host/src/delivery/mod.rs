@@ -1,7 +1,8 @@
 //! The core: a batch of messages becomes one transaction and a verdict for each message.
 //!
-//! A guest has no effect outside the transaction, so a batch is run speculatively: a failing item is taken out, and the
-//! others run again or continue as if it had never been there. It never costs its neighbours an attempt.
+//! A guest has no effect outside the transaction, so a batch is run speculatively: a failing item
+//! is taken out, and the others run again or continue as if it had never been there. It never costs
+//! its neighbours an attempt.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
@@ -89,7 +90,8 @@ pub struct BatchResult {
 }
 
 impl Delivery {
-    /// Records the outcome of a database operation. Conflicts and failures of guests say nothing about the database.
+    /// Records the outcome of a database operation. Conflicts and failures of guests say nothing
+    /// about the database.
     pub fn report_health<T>(&self, outcome: &Result<T, StoreError>) {
         match outcome {
             Ok(_) => self.health.record(HealthCheck::Transactions, Ok(())),
@@ -174,7 +176,8 @@ impl Delivery {
         Ok(run.into_result(&self.worker.name, self.version))
     }
 
-    /// Runs one group of pending items in one transaction. On [`TxOutcome::Finished`] each of them has its final fate.
+    /// Runs one group of pending items in one transaction. On [`TxOutcome::Finished`] each of them
+    /// has its final fate.
     async fn run_group(
         &self,
         run: &mut BatchRun,
@@ -254,7 +257,8 @@ impl Delivery {
         Ok(state)
     }
 
-    /// Writes state and outputs and commits. Items take effect only if the database confirms the commit.
+    /// Writes state and outputs and commits. Items take effect only if the database confirms the
+    /// commit.
     async fn commit_group(
         &self,
         run: &mut BatchRun,
@@ -348,8 +352,9 @@ impl Delivery {
         output.map(Some).map_err(StoreError::Unavailable)
     }
 
-    /// Updates the cache after a commit without an answer: nothing is put, and values that it may have made stale are
-    /// invalidated here and in Redis. If the transaction did commit, its output follows.
+    /// Updates the cache after a commit without an answer: nothing is put, and values that it may
+    /// have made stale are invalidated here and in Redis. If the transaction did commit, its output
+    /// follows.
     async fn invalidate_after_unclear_commit(&self, cache: &CacheWrites) {
         self.cache
             .invalidate(&self.worker.name, cache.tags().iter().cloned())
@@ -402,7 +407,8 @@ impl BatchRun {
         }
     }
 
-    /// The items of a group that can run now. An item whose key is held by an earlier, failed one is settled as blocked.
+    /// The items of a group that can run now. An item whose key is held by an earlier, failed one
+    /// is settled as blocked.
     fn runnable(&mut self, group: Vec<BatchItem>) -> Vec<BatchItem> {
         let (blocked, runnable): (Vec<_>, Vec<_>) =
             group.into_iter().partition(|item| self.is_blocked(item));
