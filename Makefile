@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 export PATH := $(CURDIR)/target/tools/bin:$(PATH)
 
-.PHONY: help demo test chaos chaos-short mutants bench saturation saturation-short bench-http bench-retention fuzz-sql fuzz-sql-short chaos-host bindings build install-tools demo-tools links format lint docs deny advisories dist run-tests
+.PHONY: help demo test chaos chaos-short mutants bench saturation saturation-short bench-http bench-retention fuzz-sql fuzz-sql-short chaos-host bindings build install-tools demo-tools links prose format lint docs deny advisories dist run-tests
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -15,6 +15,7 @@ demo: demo-tools build ## Run the demo: payments over HTTP, duplicates, lost res
 
 test: install-tools ## Run all checks, all tests and the demo
 	$(MAKE) links
+	$(MAKE) prose
 	$(MAKE) format
 	$(MAKE) lint
 	$(MAKE) docs
@@ -87,6 +88,9 @@ install-tools: ## Install missing tools of the tests
 
 demo-tools: ## Install missing tools of the demo
 	@scripts/install-tools demo
+
+prose: ## Check the wording of documents and comments
+	python3 tests/prose.py
 
 links: ## Check the links in *.md
 	python3 tests/links.py
