@@ -547,7 +547,8 @@ create table oncely.definer_key (
     -- Statements of workers could read the key: they ran as the host's role (`guest_sql =
     -- "trusted"`).
     exposed      boolean not null default false,
-    -- The key before the last renewal. It separates a host with an outdated key from a forged token.
+    -- The key before the last renewal. It separates a host with an outdated key from a forged
+    -- token.
     previous_key bytea
 );
 create unique index definer_key_single_row on oncely.definer_key ((true));
