@@ -20,7 +20,7 @@ const NO_COMMANDS: [&str; 9] = [
     "oncely lease",
     "oncely guests",
     "oncely relay",
-    "oncely wall",
+    "oncely authorizer",
     "oncely that",
 ];
 

@@ -171,7 +171,7 @@ both!(
             assert!(shown.contains(expected), "`{expected}` is not in:\n{shown}");
         }
         let status = world.oncely_json(&["status", "--json"]).await?;
-        assert_eq!(status.pointer("/totals/0/set_aside"), Some(&1.into()));
+        assert_eq!(status.pointer("/totals/0/parked"), Some(&1.into()));
         assert_eq!(status.pointer("/totals/0/unpublished"), Some(&4.into()));
 
         // The output is still too large.

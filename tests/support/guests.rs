@@ -89,7 +89,7 @@ fn build_python_http() -> Result<PathBuf> {
 fn wasi_http_wit() -> Result<PathBuf> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let output = Command::new(cargo)
-        .args(["metadata", "--format-version", "1", "--locked", "--offline"])
+        .args(["metadata", "--format-version", "1", "--locked"])
         .current_dir(repository())
         .output()
         .context("run cargo metadata")?;

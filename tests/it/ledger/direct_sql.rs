@@ -204,7 +204,7 @@ async fn app_roles_cannot_bypass_the_journal_on_postgres() -> Result<()> {
         .await?
         .concat()
         .concat();
-    let owner = login.replace("oncely_app_", "oncely_own_");
+    let owner = login.replace("oncely_app_", "oncely_owner_");
     let truncates = [
         "truncate app.journal cascade",
         "truncate app.entry",

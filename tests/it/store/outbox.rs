@@ -284,7 +284,7 @@ async fn an_unreadable_row_blocks_no_other_key(world: World) {
         .collect();
     assert_eq!(aside, [(rows[1].seq, "parked")]);
     let error = listed[0].error.clone().unwrap_or_default();
-    assert!(error.contains("the row cannot be read"), "{error}");
+    assert!(error.contains("the row is unreadable"), "{error}");
 }
 
 async fn an_unreadable_row_blocks_later_outputs_of_its_key(world: World) {
